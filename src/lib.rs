@@ -1,0 +1,4 @@
+//! RLHF on one machine.
+pub mod error;
+pub mod ops;
+pub mod rng;

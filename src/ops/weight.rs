@@ -1,0 +1,386 @@
+//! A frozen matrix exactly as a file stores it, and the one place that knows how each storage type unpacks.
+//! Knows no layer, no file format and no arithmetic. Read linear.rs next: it asks for rows as f32.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use anyhow::Result;
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
+};
+use half::{bf16, f16};
+
+use crate::invalid;
+
+/// How a matrix's numbers are stored. The quantised types are ggml's, block for block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[allow(non_camel_case_types, missing_docs)]
+pub enum StoredType {
+    F32,
+    F16,
+    BF16,
+    Q4_0,
+    Q4_1,
+    Q5_0,
+    Q5_1,
+    Q8_0,
+    Q2K,
+    Q3K,
+    Q4K,
+    Q5K,
+    Q6K,
+}
+
+impl StoredType {
+    /// (values, bytes) of one block; a row is a whole number of blocks. Source: ggml's `block_*` structs.
+    pub const fn block(self) -> (usize, usize) {
+        match self {
+            Self::F32 => (1, 4),
+            Self::F16 | Self::BF16 => (1, 2),
+            Self::Q4_0 => (32, 18),
+            Self::Q4_1 => (32, 20),
+            Self::Q5_0 => (32, 22),
+            Self::Q5_1 => (32, 24),
+            Self::Q8_0 => (32, 34),
+            Self::Q2K => (256, 84),
+            Self::Q3K => (256, 110),
+            Self::Q4K => (256, 144),
+            Self::Q5K => (256, 176),
+            Self::Q6K => (256, 210),
+        }
+    }
+
+    /// The type with this number in a GGUF tensor table (`enum ggml_type`), if it is one of ours.
+    pub fn from_ggml(id: u32) -> Option<Self> {
+        Some(match id {
+            0 => Self::F32,
+            1 => Self::F16,
+            2 => Self::Q4_0,
+            3 => Self::Q4_1,
+            6 => Self::Q5_0,
+            7 => Self::Q5_1,
+            8 => Self::Q8_0,
+            10 => Self::Q2K,
+            11 => Self::Q3K,
+            12 => Self::Q4K,
+            13 => Self::Q5K,
+            14 => Self::Q6K,
+            30 => Self::BF16,
+            _ => return None,
+        })
+    }
+
+    /// The name users know: `q8_0`, `q4_k`, `bf16`.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::F16 => "f16",
+            Self::BF16 => "bf16",
+            Self::Q4_0 => "q4_0",
+            Self::Q4_1 => "q4_1",
+            Self::Q5_0 => "q5_0",
+            Self::Q5_1 => "q5_1",
+            Self::Q8_0 => "q8_0",
+            Self::Q2K => "q2_k",
+            Self::Q3K => "q3_k",
+            Self::Q4K => "q4_k",
+            Self::Q5K => "q5_k",
+            Self::Q6K => "q6_k",
+        }
+    }
+
+    /// Bytes of `values` numbers, or `None` where they are no whole number of blocks or overflow.
+    pub fn bytes_for(self, values: usize) -> Option<usize> {
+        let (block, bytes) = self.block();
+        if values % block != 0 { None } else { (values / block).checked_mul(bytes) }
+    }
+}
+
+/// A range of somebody's bytes: a memory-mapped file, or a slice that is compiled in.
+#[derive(Clone)]
+pub struct Bytes {
+    owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
+    range: Range<usize>,
+}
+
+impl Bytes {
+    /// All bytes of `owner`.
+    pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
+        let range = 0..(*owner).as_ref().len();
+        Self { owner, range }
+    }
+
+    /// A part of these bytes, counted from their start; `None` past the end.
+    pub fn slice(&self, range: Range<usize>) -> Option<Self> {
+        let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
+        (start <= end && end <= self.range.end).then(|| Self { owner: self.owner.clone(), range: start..end })
+    }
+
+    /// The bytes.
+    pub fn get(&self) -> &[u8] {
+        &(*self.owner).as_ref()[self.range.clone()]
+    }
+}
+
+/// Which stored row is row i of the matrix.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RowOrder {
+    /// Row i is stored i-th.
+    AsStored,
+    /// GGUF's llama files keep the rows of q and k with the two halves of each head interleaved
+    /// (llama.cpp `convert_hf_to_gguf.py`, `permute`); this undoes it, so that adapters fit both files.
+    RopeInterleaved {
+        /// Rows of one head.
+        head_dim: usize,
+    },
+}
+
+/// A frozen (rows, cols) matrix, row-major, in its stored type. Cloning shares the bytes.
+#[derive(Clone)]
+pub struct Weight {
+    bytes: Bytes,
+    dtype: StoredType,
+    rows: usize,
+    cols: usize,
+    order: RowOrder,
+}
+
+impl Weight {
+    /// # Errors
+    /// If a row is no whole number of blocks, or the bytes are not exactly rows x cols numbers.
+    pub fn new(bytes: Bytes, dtype: StoredType, rows: usize, cols: usize) -> Result<Self> {
+        let want = dtype.bytes_for(cols).and_then(|row| row.checked_mul(rows));
+        let have = bytes.get().len();
+        if want != Some(have) {
+            return Err(invalid!(
+                "a {rows} x {cols} {} matrix needs {} bytes and the file gives {have}",
+                dtype.name(),
+                want.map_or_else(
+                    || format!("a row length that is a multiple of {}, not {cols};", dtype.block().0),
+                    |w| w.to_string()
+                ),
+            ));
+        }
+        Ok(Self { bytes, dtype, rows, cols, order: RowOrder::AsStored })
+    }
+
+    /// A dense f32 matrix of one's own: tests and made-up bases.
+    ///
+    /// # Errors
+    /// If `values` is not rows x cols long.
+    pub fn from_f32(values: &[f32], rows: usize, cols: usize) -> Result<Self> {
+        let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Self::new(Bytes::new(Arc::new(bytes)), StoredType::F32, rows, cols)
+    }
+
+    /// The same bytes read in another row order.
+    #[must_use]
+    pub fn with_row_order(mut self, order: RowOrder) -> Self {
+        self.order = order;
+        self
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// The stored type.
+    pub fn dtype(&self) -> StoredType {
+        self.dtype
+    }
+
+    /// Bytes as stored.
+    pub fn size_in_bytes(&self) -> usize {
+        self.bytes.get().len()
+    }
+
+    /// The stored bytes, for fingerprints.
+    pub fn bytes(&self) -> &[u8] {
+        self.bytes.get()
+    }
+
+    /// Where the stored bytes of row `row` are.
+    fn row_bytes(&self, row: usize) -> &[u8] {
+        let stored = match self.order {
+            RowOrder::AsStored => row,
+            RowOrder::RopeInterleaved { head_dim } => {
+                let (head, r) = (row / head_dim, row % head_dim);
+                let half = head_dim / 2;
+                head * head_dim + 2 * (r % half) + r / half
+            }
+        };
+        let (block, bytes) = self.dtype.block();
+        let len = self.cols / block * bytes;
+        &self.bytes.get()[stored * len..(stored + 1) * len]
+    }
+
+    /// Row `row` as f32, exact for every stored type. `out` is `cols` long.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        unpack(self.dtype, self.row_bytes(row), out);
+    }
+
+    /// Row `row` in place, where it is stored as aligned f32: nothing to unpack then.
+    pub fn row_f32(&self, row: usize) -> Option<&[f32]> {
+        if self.dtype != StoredType::F32 {
+            return None;
+        }
+        // SAFETY: every bit pattern is an f32; align_to checks the alignment.
+        let (before, values, after) = unsafe { self.row_bytes(row).align_to::<f32>() };
+        (before.is_empty() && after.is_empty() && cfg!(target_endian = "little")).then_some(values)
+    }
+
+    /// Columns `cols` of row `row` as f32, where `cols` starts and ends on block borders.
+    pub fn row_part(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
+        let (block, bytes) = self.dtype.block();
+        debug_assert!(cols.start % block == 0 && cols.end % block == 0);
+        unpack(self.dtype, &self.row_bytes(row)[cols.start / block * bytes..cols.end / block * bytes], out);
+    }
+
+    /// The whole matrix as f32, for tests and exports: rows x cols numbers.
+    pub fn to_f32(&self) -> Vec<f32> {
+        let mut out = vec![0f32; self.rows * self.cols];
+        for (i, row) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
+            self.row(i, row);
+        }
+        out
+    }
+}
+
+/// Unpacks `bytes` of `dtype` into f32. `out` is as long as there are values.
+fn unpack(dtype: StoredType, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        StoredType::F32 => {
+            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *o = f32::from_le_bytes(*b);
+            }
+        }
+        StoredType::F16 => {
+            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *o = f16::from_le_bytes(*b).to_f32();
+            }
+        }
+        StoredType::BF16 => {
+            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+            }
+        }
+        StoredType::Q8_0 => {
+            for (o, b) in out.chunks_exact_mut(32).zip(bytes.as_chunks::<34>().0) {
+                let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
+                for (o, &q) in o.iter_mut().zip(&b[2..]) {
+                    *o = f32::from(q as i8) * d;
+                }
+            }
+        }
+        StoredType::Q4_1 => {
+            for (o, b) in out.chunks_exact_mut(32).zip(bytes.as_chunks::<20>().0) {
+                let (d, m) = (f16::from_le_bytes([b[0], b[1]]).to_f32(), f16::from_le_bytes([b[2], b[3]]).to_f32());
+                let (low, high) = o.split_at_mut(16);
+                for ((l, h), &q) in low.iter_mut().zip(high).zip(&b[4..]) {
+                    *l = f32::from(q & 15) * d + m;
+                    *h = f32::from(q >> 4) * d + m;
+                }
+            }
+        }
+        StoredType::Q4_0 => blocks::<BlockQ4_0>(bytes, out),
+        StoredType::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
+        StoredType::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
+        StoredType::Q2K => blocks::<BlockQ2K>(bytes, out),
+        StoredType::Q3K => blocks::<BlockQ3K>(bytes, out),
+        StoredType::Q4K => blocks::<BlockQ4K>(bytes, out),
+        StoredType::Q5K => blocks::<BlockQ5K>(bytes, out),
+        StoredType::Q6K => blocks::<BlockQ6K>(bytes, out),
+    }
+}
+
+/// Unpacks through candle's block type `B`, which is plain bytes and half floats.
+fn blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
+    // SAFETY: candle's blocks are `repr(C)` structs of u8, i8 and f16, of which every bit pattern is valid; the
+    // alignment is checked by align_to, and an unaligned file is copied below.
+    let (before, aligned, _) = unsafe { bytes.align_to::<B>() };
+    if before.is_empty() {
+        return B::to_float(aligned, out);
+    }
+    let mut copy = vec![B::zeros(); bytes.len() / size_of::<B>()];
+    // SAFETY: `copy` has room for bytes.len() bytes and B is plain data, as above.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast::<u8>(), size_of_val(&copy[..])) };
+    B::to_float(&copy, out);
+}
+
+/// Rounds to bf16 and back: what a bf16 file keeps of a number.
+pub fn round_bf16(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::rng::SplitMix64;
+    use candle_core::quantized::{GgmlDType, QTensor};
+    use candle_core::{Device, Tensor};
+
+    fn quantised(dtype: GgmlDType, stored: StoredType, cols: usize) -> (Weight, Vec<f32>) {
+        let mut rng = SplitMix64::new(3);
+        let values: Vec<f32> = (0..4 * cols).map(|_| rng.uniform() as f32 - 0.5).collect();
+        let q = QTensor::quantize(&Tensor::from_vec(values, (4, cols), &Device::Cpu).unwrap(), dtype).unwrap();
+        let want = q.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1().unwrap();
+        let bytes = q.data().unwrap().to_vec();
+        (Weight::new(Bytes::new(Arc::new(bytes)), stored, 4, cols).unwrap(), want)
+    }
+
+    #[test]
+    fn every_quantised_type_unpacks_to_the_values_candle_reads() {
+        for (dtype, stored) in [
+            (GgmlDType::F16, StoredType::F16),
+            (GgmlDType::BF16, StoredType::BF16),
+            (GgmlDType::Q4_0, StoredType::Q4_0),
+            (GgmlDType::Q4_1, StoredType::Q4_1),
+            (GgmlDType::Q5_0, StoredType::Q5_0),
+            (GgmlDType::Q5_1, StoredType::Q5_1),
+            (GgmlDType::Q8_0, StoredType::Q8_0),
+            (GgmlDType::Q2K, StoredType::Q2K),
+            (GgmlDType::Q3K, StoredType::Q3K),
+            (GgmlDType::Q4K, StoredType::Q4K),
+            (GgmlDType::Q5K, StoredType::Q5K),
+            (GgmlDType::Q6K, StoredType::Q6K),
+        ] {
+            let (weight, want) = quantised(dtype, stored, 512);
+            assert_eq!(weight.to_f32(), want, "{}", stored.name());
+            let (block, _) = stored.block();
+            let mut part = vec![0f32; 256];
+            weight.row_part(2, 256..512, &mut part);
+            assert_eq!(part, want[2 * 512 + 256..3 * 512], "{} part, block {block}", stored.name());
+        }
+    }
+
+    #[test]
+    fn rope_row_order_undoes_llama_cpps_permutation() {
+        // llama.cpp: w.reshape(heads, 2, hd/2, in).swapaxes(1, 2).reshape(..), here for 2 heads of 4 rows.
+        let hf: Vec<f32> = (0..8).map(|i| i as f32).collect();
+        let mut stored = vec![0f32; 8];
+        for head in 0..2 {
+            for half in 0..2 {
+                for j in 0..2 {
+                    stored[head * 4 + j * 2 + half] = hf[head * 4 + half * 2 + j];
+                }
+            }
+        }
+        let w = Weight::from_f32(&stored, 8, 1).unwrap().with_row_order(RowOrder::RopeInterleaved { head_dim: 4 });
+        assert_eq!(w.to_f32(), hf);
+    }
+
+    #[test]
+    fn a_short_or_ragged_matrix_is_refused_with_its_sizes() {
+        let bytes = Bytes::new(Arc::new(vec![0u8; 34]));
+        let message = Weight::new(bytes.clone(), StoredType::Q8_0, 2, 32).err().unwrap().to_string();
+        assert!(message.contains("68") && message.contains("34"), "{message}");
+        assert!(Weight::new(bytes.clone(), StoredType::Q8_0, 1, 33).is_err());
+        assert!(bytes.slice(30..40).is_none() && bytes.slice(2..34).is_some());
+    }
+}
