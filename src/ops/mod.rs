@@ -1,3 +1,18 @@
-//! One operation a file: formula, forward, what it keeps, backward.
+//! One operation a file: formula, forward, what it keeps, backward. Knows tensors and stored weights; no layer,
+//! no adapter, no configuration.
+//!
+//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, attention, swiglu, head.
 
+pub mod attention;
+pub mod cpu;
+pub mod head;
+pub mod linear;
+pub mod norm;
+pub mod pack;
+pub mod rope;
+pub mod swiglu;
+pub mod tile;
 pub mod weight;
+
+#[cfg(test)]
+mod pairs;

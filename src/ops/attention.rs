@@ -1,0 +1,258 @@
+//! Causal attention over ragged batches, with grouped key/value heads; and one query a sequence over a cache.
+//!
+//! o_i = sum_{j <= i} p_ij v_j, p_i = softmax_j(q_i . k_j / sqrt(head_dim)), within each sequence and head. Scores live
+//! 48 queries at a time: never T x T for a long sequence. Kept for the backward: q, k, v alone. Read head.rs next.
+
+use candle_core::{Result, Tensor};
+
+use super::cpu::{Buffer, Isa, Out, dot_plain, exp, lane_sum, max, parallel, tensor, view};
+use super::pack::with_scratch;
+use super::tile::{Into, Mat, product};
+
+/// Queries whose scores are held at once.
+const QUERIES: usize = 48;
+
+/// Head counts of one attention layer.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    /// Query heads.
+    pub q: usize,
+    /// Key/value heads; `q` is a multiple of it.
+    pub kv: usize,
+    /// Width of one head.
+    pub dim: usize,
+}
+
+impl Heads {
+    fn scale(self) -> f32 {
+        1.0 / (self.dim as f32).sqrt()
+    }
+
+    fn check(self, q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize]) -> Result<usize> {
+        let (n, width) = q.dims2()?;
+        let kv = [n, self.kv * self.dim];
+        if width != self.q * self.dim || k.dims() != kv || v.dims() != kv || offsets.last() != Some(&n) {
+            candle_core::bail!(
+                "attention {self:?}: q {:?}, k {:?}, v {:?}, {} tokens by offsets",
+                q.dims(),
+                k.dims(),
+                v.dims(),
+                offsets.last().copied().unwrap_or(0)
+            );
+        }
+        Ok(n)
+    }
+}
+
+super::cpu::vectorised! {
+    /// Softmax of scale * row over its first `len` numbers; zeros after them.
+    fn softmax(row: &mut [f32], len: usize, scale: f32) {
+        let (live, dead) = row.split_at_mut(len);
+        let top = max(live) * scale;
+        let mut lanes = [0f32; 16];
+        let (blocks, rest) = live.as_chunks_mut::<16>();
+        for block in blocks {
+            for (x, sum) in block.iter_mut().zip(&mut lanes) {
+                *x = exp(*x * scale - top);
+                *sum += *x;
+            }
+        }
+        for (x, sum) in rest.iter_mut().zip(&mut lanes) {
+            *x = exp(*x * scale - top);
+            *sum += *x;
+        }
+        let inv = 1.0 / lane_sum(&lanes);
+        for x in live {
+            *x *= inv;
+        }
+        dead.fill(0.0);
+    }
+}
+
+super::cpu::vectorised! {
+    /// dS = scale * P (dP - sum_j P dP), in dP's place; zeros past `len`.
+    fn softmax_backward(p: &[f32], dp: &mut [f32], len: usize, scale: f32) {
+        let (live, dead) = dp.split_at_mut(len);
+        let sum = dot_plain(&p[..len], live);
+        for (p, d) in p.iter().zip(live) {
+            *d = scale * p * (*d - sum);
+        }
+        dead.fill(0.0);
+    }
+}
+
+/// One head's columns of `rows` rows, transposed: out[d * rows + t].
+fn transposed(values: &[f32], width: usize, column: usize, dim: usize, rows: usize, out: &mut [f32]) {
+    for t in 0..rows {
+        for d in 0..dim {
+            out[d * rows + t] = values[t * width + column + d];
+        }
+    }
+}
+
+/// (sequence, head) pairs: the items that threads take.
+fn items(offsets: &[usize], heads: usize) -> Vec<(usize, usize)> {
+    (0..offsets.len().saturating_sub(1)).flat_map(|s| (0..heads).map(move |h| (s, h))).collect()
+}
+
+fn cost(offsets: &[usize], heads: Heads) -> usize {
+    offsets.windows(2).map(|w| (w[1] - w[0]).pow(2) * heads.q * heads.dim).sum()
+}
+
+/// o (N, q * dim) of q (N, q * dim), k and v (N, kv * dim). `offsets` (S + 1): sequence s is rows offsets[s]..offsets[s+1].
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Heads) -> Result<Tensor> {
+    let n = heads.check(q, k, v, offsets)?;
+    let (qs, ks, vs) = (view(q)?, view(k)?, view(v)?);
+    let (wq, wkv, dim, isa) = (heads.q * heads.dim, heads.kv * heads.dim, heads.dim, Isa::detect());
+    let mut o = Buffer::new(n * wq);
+    let out = o.out();
+    let items = items(offsets, heads.kv);
+    parallel(items.len(), cost(offsets, heads), |range| {
+        for &(s, g) in &items[range] {
+            let (start, t) = (offsets[s], offsets[s + 1] - offsets[s]);
+            with_scratch(dim * t + QUERIES * t, |scratch| {
+                let (k_t, scores) = scratch.split_at_mut(dim * t);
+                transposed(&ks[start * wkv..], wkv, g * dim, dim, t, k_t);
+                for h in g * heads.q / heads.kv..(g + 1) * heads.q / heads.kv {
+                    for i0 in (0..t).step_by(QUERIES) {
+                        let rows = QUERIES.min(t - i0);
+                        let seen = i0 + rows;
+                        // SAFETY: all blocks lie inside this sequence's rows and this head's columns, which this item
+                        // alone writes.
+                        unsafe {
+                            let q = Mat::rows(&qs, wq).from(start + i0, h * dim);
+                            product(isa, rows, seen, dim, q, Mat::rows(k_t, t), scores.as_mut_ptr(), t, Into::Fresh);
+                            for r in 0..rows {
+                                softmax(&mut scores[r * t..r * t + seen], i0 + r + 1, heads.scale());
+                            }
+                            let v = Mat::rows(&vs, wkv).from(start, g * dim);
+                            let to = out.at((start + i0) * wq + h * dim);
+                            product(isa, rows, dim, seen, Mat::rows(scores, t), v, to, wq, Into::Fresh);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    // SAFETY: every row of every head is written.
+    tensor(unsafe { o.finish() }, (n, wq))
+}
+
+/// (dL/dq, dL/dk, dL/dv) of dL/do (N, q * dim). Probabilities are computed again.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn backward(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    offsets: &[usize],
+    heads: Heads,
+    d_o: &Tensor,
+) -> Result<(Tensor, Tensor, Tensor)> {
+    let n = heads.check(q, k, v, offsets)?;
+    let (wq, wkv, dim, isa) = (heads.q * heads.dim, heads.kv * heads.dim, heads.dim, Isa::detect());
+    if d_o.dims() != [n, wq] {
+        candle_core::bail!("attention backward: a gradient {:?} for {n} x {wq}", d_o.dims());
+    }
+    let (qs, ks, vs, gs) = (view(q)?, view(k)?, view(v)?, view(d_o)?);
+    let mut dq = Buffer::new(n * wq);
+    let (mut dk, mut dv) = (vec![0f32; n * wkv], vec![0f32; n * wkv]);
+    let (oq, ok, ov) = (dq.out(), Out::of(&mut dk), Out::of(&mut dv));
+    let items = items(offsets, heads.kv);
+    parallel(items.len(), 3 * cost(offsets, heads), |range| {
+        for &(s, g) in &items[range] {
+            let (start, t) = (offsets[s], offsets[s + 1] - offsets[s]);
+            with_scratch(2 * dim * t + 2 * QUERIES * t, |scratch| {
+                let (k_t, rest) = scratch.split_at_mut(dim * t);
+                let (v_t, rest) = rest.split_at_mut(dim * t);
+                let (p, dp) = rest.split_at_mut(QUERIES * t);
+                transposed(&ks[start * wkv..], wkv, g * dim, dim, t, k_t);
+                transposed(&vs[start * wkv..], wkv, g * dim, dim, t, v_t);
+                for h in g * heads.q / heads.kv..(g + 1) * heads.q / heads.kv {
+                    for i0 in (0..t).step_by(QUERIES) {
+                        let rows = QUERIES.min(t - i0);
+                        let seen = i0 + rows;
+                        // SAFETY: as in the forward; dk and dv of this sequence and group are this item's own.
+                        unsafe {
+                            let q = Mat::rows(&qs, wq).from(start + i0, h * dim);
+                            let g_o = Mat::rows(&gs, wq).from(start + i0, h * dim);
+                            let k = Mat::rows(&ks, wkv).from(start, g * dim);
+                            product(isa, rows, seen, dim, q, Mat::rows(k_t, t), p.as_mut_ptr(), t, Into::Fresh);
+                            product(isa, rows, seen, dim, g_o, Mat::rows(v_t, t), dp.as_mut_ptr(), t, Into::Fresh);
+                            for r in 0..rows {
+                                let (p, dp) = (&mut p[r * t..r * t + seen], &mut dp[r * t..r * t + seen]);
+                                softmax(p, i0 + r + 1, heads.scale());
+                                softmax_backward(p, dp, i0 + r + 1, heads.scale());
+                            }
+                            let (p, ds) = (Mat::rows(p, t), Mat::rows(dp, t));
+                            let at = start * wkv + g * dim;
+                            product(isa, rows, dim, seen, ds, k, oq.at((start + i0) * wq + h * dim), wq, Into::Fresh);
+                            product(isa, seen, dim, rows, ds.t(), q, ok.at(at), wkv, Into::Add);
+                            product(isa, seen, dim, rows, p.t(), g_o, ov.at(at), wkv, Into::Add);
+                        }
+                    }
+                }
+            });
+        }
+    });
+    // SAFETY: every row of every head of dq is written.
+    let dq = unsafe { dq.finish() };
+    Ok((tensor(dq, (n, wq))?, tensor(dk, (n, wkv))?, tensor(dv, (n, wkv))?))
+}
+
+/// Keys and values of one sequence in one layer, in the order of its tokens.
+#[derive(Clone, Default)]
+pub struct Cached {
+    /// (tokens, kv * dim), after rotation.
+    pub keys: Vec<f32>,
+    /// (tokens, kv * dim).
+    pub values: Vec<f32>,
+}
+
+super::cpu::vectorised! {
+    fn attend_one(q: &[f32], cache: &Cached, heads: Heads, h: usize, scores: &mut [f32], o: &mut [f32]) {
+        let (width, column) = (heads.kv * heads.dim, h * heads.kv / heads.q * heads.dim);
+        for (score, key) in scores.iter_mut().zip(cache.keys.chunks_exact(width)) {
+            *score = dot_plain(q, &key[column..column + heads.dim]);
+        }
+        let len = scores.len();
+        softmax(scores, len, heads.scale());
+        o.fill(0.0);
+        for (&p, value) in scores.iter().zip(cache.values.chunks_exact(width)) {
+            for (o, &v) in o.iter_mut().zip(&value[column..column + heads.dim]) {
+                *o += p * v;
+            }
+        }
+    }
+}
+
+/// Decoding: o (S, q * dim) for one new query a sequence, q (S, q * dim), over caches that already hold its own key.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn decode(q: &Tensor, caches: &[&Cached], heads: Heads) -> Result<Tensor> {
+    let (n, width) = q.dims2()?;
+    if n != caches.len() || width != heads.q * heads.dim {
+        candle_core::bail!("decode {heads:?}: q {:?} and {} caches", q.dims(), caches.len());
+    }
+    let qs = view(q)?;
+    let mut o = vec![0f32; n * width];
+    let out = Out::of(&mut o);
+    let kv = heads.kv * heads.dim;
+    let cost = caches.iter().map(|c| c.keys.len()).sum::<usize>() * 2 * heads.q / heads.kv;
+    parallel(n * heads.q, cost, |range| {
+        for i in range {
+            let (s, h) = (i / heads.q, i % heads.q);
+            with_scratch(caches[s].keys.len() / kv, |scores| {
+                // SAFETY: head h of row s belongs to this item.
+                let o = unsafe { out.slice(i * heads.dim, heads.dim) };
+                attend_one(&qs[i * heads.dim..(i + 1) * heads.dim], caches[s], heads, h, scores, o);
+            });
+        }
+    });
+    tensor(o, (n, width))
+}

@@ -1,0 +1,286 @@
+//! What every CPU kernel stands on: slices of tensors, two busy cores, instruction sets chosen at run time, a fast
+//! exponential. Knows no operation. Read tile.rs next.
+
+use std::ops::{Deref, Range};
+use std::sync::OnceLock;
+
+use candle_core::{CpuStorage, Device, Result, Shape, Storage, StorageRef, Tensor};
+
+/// A contiguous f32 CPU tensor as a slice, for as long as the view lives.
+pub struct View<'a> {
+    guard: StorageRef<'a>,
+    range: Range<usize>,
+}
+
+impl Deref for View<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match &*self.guard {
+            Storage::Cpu(CpuStorage::F32(values)) => &values[self.range.clone()],
+            _ => unreachable!("view() lets only f32 CPU storage through"),
+        }
+    }
+}
+
+/// # Errors
+/// If the tensor is not contiguous f32 on the CPU.
+pub fn view(tensor: &Tensor) -> Result<View<'_>> {
+    let (guard, layout) = tensor.storage_and_layout();
+    let Some((start, end)) = layout.contiguous_offsets() else {
+        candle_core::bail!("a CPU kernel was given a tensor {:?} that is not contiguous", tensor.shape());
+    };
+    if !matches!(&*guard, Storage::Cpu(CpuStorage::F32(_))) {
+        candle_core::bail!(
+            "a CPU kernel was given a tensor of {:?} on {:?}",
+            tensor.dtype(),
+            tensor.device().location()
+        );
+    }
+    Ok(View { guard, range: start..end })
+}
+
+/// A CPU tensor over `values`, without a copy.
+///
+/// # Errors
+/// If the shape does not hold as many numbers.
+pub fn tensor(values: Vec<f32>, shape: impl Into<Shape>) -> Result<Tensor> {
+    Tensor::from_vec(values, shape.into(), &Device::Cpu)
+}
+
+/// A buffer that threads fill in disjoint parts. Nothing is initialised before.
+pub struct Buffer {
+    values: Vec<f32>,
+    len: usize,
+}
+
+/// The buffer's address, to be sent to threads: each writes its own part.
+#[derive(Clone, Copy)]
+pub struct Out(*mut f32);
+
+// SAFETY: a plain address; that writes are disjoint is the duty of each unsafe use.
+unsafe impl Send for Out {}
+// SAFETY: as above.
+unsafe impl Sync for Out {}
+
+impl Out {
+    /// The address of a slice that several threads are to fill.
+    pub fn of(values: &mut [f32]) -> Self {
+        Self(values.as_mut_ptr())
+    }
+
+    /// The address of element `i`.
+    ///
+    /// # Safety
+    /// `i` lies inside the buffer that this address came from, and nobody else uses the element meanwhile.
+    pub unsafe fn at(self, i: usize) -> *mut f32 {
+        // SAFETY: the caller's duty.
+        unsafe { self.0.add(i) }
+    }
+
+    /// `len` elements from `start` on, as a slice of one's own.
+    ///
+    /// # Safety
+    /// As for [`Out::at`], for every element; and each was written before it is read.
+    pub unsafe fn slice<'a>(self, start: usize, len: usize) -> &'a mut [f32] {
+        // SAFETY: the caller's duty.
+        unsafe { std::slice::from_raw_parts_mut(self.0.add(start), len) }
+    }
+}
+
+impl Buffer {
+    /// Room for `len` numbers.
+    pub fn new(len: usize) -> Self {
+        Self { values: Vec::with_capacity(len), len }
+    }
+
+    /// Where to write.
+    pub fn out(&mut self) -> Out {
+        Out(self.values.as_mut_ptr())
+    }
+
+    /// The numbers.
+    ///
+    /// # Safety
+    /// Every element was written.
+    pub unsafe fn finish(mut self) -> Vec<f32> {
+        // SAFETY: capacity was reserved in new(), and the caller wrote all `len` elements.
+        unsafe { self.values.set_len(self.len) };
+        self.values
+    }
+}
+
+/// Below this many multiply-adds a second core costs more than it brings (a barrier takes under a microsecond).
+const WORTH_A_THREAD: usize = 40_000;
+
+/// Runs `f` over parts of 0..items on all cores. `cost` is the number of multiply-adds in all. Each item is done by
+/// one thread, whichever is free, so results never depend on the number of threads as long as items are independent.
+/// Not to be nested.
+pub fn parallel(items: usize, cost: usize, f: impl Fn(Range<usize>) + Sync) {
+    if cost < WORTH_A_THREAD || items < 2 {
+        if items > 0 {
+            f(0..items);
+        }
+        return;
+    }
+    candle_core::utils::barrier_pool().execute_chunked(items, f);
+}
+
+/// The instruction sets that kernels are written for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// What every target has (NEON on 64-bit Arm).
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL beside those.
+    Avx512,
+}
+
+impl Isa {
+    /// The best set that this machine has.
+    pub fn detect() -> Self {
+        static BEST: OnceLock<Isa> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            #[cfg(target_arch = "x86_64")]
+            {
+                let avx2 = is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c");
+                let avx512 = is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl");
+                if avx2 && avx512 {
+                    return Isa::Avx512;
+                }
+                if avx2 {
+                    return Isa::Avx2;
+                }
+            }
+            Isa::Portable
+        })
+    }
+
+    /// All sets that this machine can run, for tests of the fallbacks.
+    pub fn available() -> Vec<Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512].into_iter().filter(|i| *i <= Self::detect()).collect()
+    }
+}
+
+/// Compiles one plain loop for each instruction set and picks one at run time: the compiler vectorises it anew for
+/// each. The body must be free of fused multiply-adds, so that all versions round alike.
+macro_rules! vectorised {
+    ($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block) => {
+        $(#[$meta])*
+        $vis fn $name($($arg: $ty),*) $(-> $ret)? {
+            #[inline(always)]
+            fn plain($($arg: $ty),*) $(-> $ret)? $body
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma,f16c")]
+                fn avx2($($arg: $ty),*) $(-> $ret)? { plain($($arg),*) }
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx2,fma,f16c")]
+                fn avx512($($arg: $ty),*) $(-> $ret)? { plain($($arg),*) }
+                match $crate::ops::cpu::Isa::detect() {
+                    // SAFETY: detect() found the features.
+                    $crate::ops::cpu::Isa::Avx512 => return unsafe { avx512($($arg),*) },
+                    // SAFETY: detect() found the features.
+                    $crate::ops::cpu::Isa::Avx2 => return unsafe { avx2($($arg),*) },
+                    $crate::ops::cpu::Isa::Portable => {}
+                }
+            }
+            plain($($arg),*)
+        }
+    };
+}
+pub(crate) use vectorised;
+
+/// e^x to 2 units in the last place for x in [-87, 88], clamped outside; branch-free, so that loops over it
+/// vectorise. Cody-Waite reduction by ln 2, then a polynomial of degree 6 on [-ln2/2, ln2/2].
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
+    let x = x.clamp(-87.0, 88.0);
+    let n = (x * std::f32::consts::LOG2_E + SHIFT) - SHIFT;
+    let r = (x - n * 0.693_145_75) - n * 1.428_606_8e-6;
+    let p = 1.0 / 720.0 * r + 1.0 / 120.0;
+    let p = p * r + 1.0 / 24.0;
+    let p = p * r + 1.0 / 6.0;
+    let p = p * r + 0.5;
+    let p = (p * r) * r + r + 1.0;
+    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+}
+
+/// Sum of products in sixteen lanes, then the lanes: the same order on every machine.
+#[inline(always)]
+pub fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (a16, a_rest) = a.as_chunks::<16>();
+    let (b16, b_rest) = b.as_chunks::<16>();
+    for (x, y) in a16.iter().zip(b16) {
+        for i in 0..16 {
+            lanes[i] += x[i] * y[i];
+        }
+    }
+    for (i, (x, y)) in a_rest.iter().zip(b_rest).enumerate() {
+        lanes[i] += x * y;
+    }
+    lane_sum(&lanes)
+}
+
+/// The largest number, minus infinity of none; NaN is passed over.
+#[inline(always)]
+pub fn max(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; 16];
+    let (blocks, rest) = values.as_chunks::<16>();
+    for block in blocks {
+        for (top, &x) in lanes.iter_mut().zip(block) {
+            *top = if x > *top { x } else { *top };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, &b| a.max(b))
+}
+
+/// Pairwise sum of sixteen lanes.
+#[inline(always)]
+pub fn lane_sum(lanes: &[f32; 16]) -> f32 {
+    let mut s = *lanes;
+    for width in [8, 4, 2, 1] {
+        for i in 0..width {
+            s[i] += s[i + width];
+        }
+    }
+    s[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_agrees_with_f64_to_two_units_in_the_last_place() {
+        let mut worst = 0f64;
+        for i in -8700..8800 {
+            let x = i as f32 * 0.01;
+            let want = f64::from(x).exp();
+            worst = worst.max((f64::from(exp(x)) - want).abs() / want);
+        }
+        assert!(worst < 2.4e-7, "relative error {worst:e}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1000.0) < 1e-37 && exp(1000.0).is_finite());
+    }
+
+    #[test]
+    fn parallel_visits_every_item_once() {
+        let mut b = Buffer::new(1000);
+        let out = b.out();
+        parallel(1000, usize::MAX, |r| {
+            for i in r {
+                // SAFETY: i is inside the buffer and visited by one thread.
+                unsafe { *out.at(i) = i as f32 };
+            }
+        });
+        // SAFETY: all written above.
+        let values = unsafe { b.finish() };
+        assert!(values.iter().enumerate().all(|(i, &v)| v == i as f32));
+    }
+}

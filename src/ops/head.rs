@@ -1,0 +1,242 @@
+//! Token log-probabilities and entropy from hidden states, and their gradient, without ever holding (N, vocab) logits:
+//! the vocabulary goes by in strips, and only running maxima and sums stay.
+//!
+//! l = h W^T / T; logp = l_target - lse(l); H = lse(l) - sum_j p_j l_j. Kept for the backward: the numbers returned.
+//! Knows no sampling; read `model::generate` for that.
+
+use candle_core::{Result, Tensor};
+
+use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tensor, view};
+use super::pack::{rows_as_columns, with_scratch};
+use super::tile::{Into, Mat, NR, product};
+use super::weight::Weight;
+
+/// Vocabulary rows whose logits exist at once, per thread.
+const STRIP: usize = 4 * NR;
+/// The vocabulary is always cut into this many runs, whose sums meet in order: the same bits on any number of cores.
+const RUNS: usize = 8;
+
+/// What is known of each position after one pass over the vocabulary. All (R).
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct TokenStats {
+    /// Log-probability of the target, nats.
+    pub logprobs: Vec<f32>,
+    /// Entropy of the distribution, nats.
+    pub entropy: Vec<f32>,
+    /// log of the sum of e^l.
+    pub lse: Vec<f32>,
+    /// The most likely token (the lowest id of equals).
+    pub argmax: Vec<u32>,
+}
+
+/// Running softmax sums of one position over one run of the vocabulary.
+#[derive(Clone, Copy)]
+struct Run {
+    top: f32,
+    sum: f32,
+    weighted: f32,
+    best: u32,
+    target: f32,
+}
+
+impl Run {
+    const EMPTY: Self = Self { top: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0, best: 0, target: f32::NAN };
+
+    /// Sums as they would be against a larger maximum `top`.
+    fn rescaled(self, top: f32) -> (f32, f32) {
+        let factor = if self.top == f32::NEG_INFINITY { 0.0 } else { exp(self.top - top) };
+        (self.sum * factor, self.weighted * factor)
+    }
+
+    fn merge(self, later: Self) -> Self {
+        let top = self.top.max(later.top);
+        let ((s0, w0), (s1, w1)) = (self.rescaled(top), later.rescaled(top));
+        let best = if later.top > self.top { later.best } else { self.best };
+        let target = if later.target.is_nan() { self.target } else { later.target };
+        Self { top, sum: s0 + s1, weighted: w0 + w1, best, target }
+    }
+}
+
+super::cpu::vectorised! {
+    /// Scales the logits in place and returns (max, sum of e^(l - max), sum of l e^(l - max)).
+    fn strip_sums(logits: &mut [f32], inverse_temperature: f32) -> (f32, f32, f32) {
+        for l in logits.iter_mut() {
+            *l *= inverse_temperature;
+        }
+        let top = max(logits);
+        let (mut sum, mut weighted) = ([0f32; 16], [0f32; 16]);
+        let (blocks, rest) = logits.as_chunks::<16>();
+        for block in blocks {
+            for i in 0..16 {
+                let e = exp(block[i] - top);
+                sum[i] += e;
+                weighted[i] += e * block[i];
+            }
+        }
+        for (i, &l) in rest.iter().enumerate() {
+            let e = exp(l - top);
+            sum[i] += e;
+            weighted[i] += e * l;
+        }
+        (top, lane_sum(&sum), lane_sum(&weighted))
+    }
+}
+
+super::cpu::vectorised! {
+    /// dL/dh W-side factor, in the logits' place: ((dlogp + dH (l - lse + H)) * -p) / T; the target's one is added after.
+    fn strip_gradient(logits: &mut [f32], inverse_temperature: f32, lse: f32, entropy: f32, dlogp: f32, dentropy: f32) {
+        for l in logits {
+            let log_p = *l * inverse_temperature - lse;
+            *l = -exp(log_p) * (dlogp + dentropy * (log_p + entropy)) * inverse_temperature;
+        }
+    }
+}
+
+/// Log-probability of `targets` (R) and the entropy at each of the hidden states h (R, D), already normed.
+/// `temperature` divides the logits.
+///
+/// # Errors
+/// If shapes do not fit or a target is past the vocabulary.
+pub fn forward(h: &Tensor, weight: &Weight, targets: &[u32], temperature: f64) -> Result<TokenStats> {
+    let (r, d) = check(h, weight, targets)?;
+    let hs = view(h)?;
+    let inverse = (1.0 / temperature) as f32;
+    let mut runs = vec![Run::EMPTY; RUNS * r];
+    let out = RunsOut(runs.as_mut_ptr());
+    parallel(RUNS, r * d * weight.rows(), |range| {
+        for run in range {
+            // SAFETY: run `run`'s positions belong to this item.
+            let stats = unsafe { std::slice::from_raw_parts_mut(out.at(run * r), r) };
+            strips(&hs, r, weight, run, |v0, width, logits| {
+                for ((row, stat), &target) in logits.chunks_exact_mut(STRIP).zip(&mut *stats).zip(targets) {
+                    let row = &mut row[..width];
+                    let (top, sum, weighted) = strip_sums(row, inverse);
+                    let best = row.iter().position(|&l| l == top).unwrap_or(0);
+                    let target = (target as usize).checked_sub(v0).and_then(|t| row.get(t)).copied();
+                    let here = Run { top, sum, weighted, best: (v0 + best) as u32, target: target.unwrap_or(f32::NAN) };
+                    *stat = stat.merge(here);
+                }
+            });
+        }
+    });
+    let mut stats = TokenStats::default();
+    for i in 0..r {
+        let all = (0..RUNS).fold(Run::EMPTY, |acc, run| acc.merge(runs[run * r + i]));
+        let lse = all.top + all.sum.ln();
+        stats.logprobs.push(all.target - lse);
+        stats.entropy.push(lse - all.weighted / all.sum);
+        stats.lse.push(lse);
+        stats.argmax.push(all.best);
+    }
+    Ok(stats)
+}
+
+/// dL/dh (R, D) of dL/dlogp (R) and dL/dH (R); `stats` is what `forward` gave for the same inputs.
+///
+/// dL/dl_j = dlogp (1[j = target] - p_j) - dH p_j (log p_j + H), over T; dL/dh = dL/dl W.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn backward(
+    h: &Tensor,
+    weight: &Weight,
+    targets: &[u32],
+    temperature: f64,
+    stats: &TokenStats,
+    dlogprobs: &[f32],
+    dentropy: &[f32],
+) -> Result<Tensor> {
+    let (r, d) = check(h, weight, targets)?;
+    if [stats.lse.len(), stats.entropy.len(), dlogprobs.len(), dentropy.len()] != [r; 4] {
+        candle_core::bail!("head backward: {r} positions, {} gradients", dlogprobs.len());
+    }
+    let hs = view(h)?;
+    let inverse = (1.0 / temperature) as f32;
+    let isa = Isa::detect();
+    // A sum of its own for each run, added in order afterwards.
+    let mut partial = vec![0f32; RUNS * r * d];
+    let out = Out::of(&mut partial);
+    parallel(RUNS, 2 * r * d * weight.rows(), |range| {
+        for run in range {
+            strips(&hs, r, weight, run, |v0, width, logits| {
+                for (i, row) in logits.chunks_exact_mut(STRIP).enumerate() {
+                    let row = &mut row[..width];
+                    strip_gradient(row, inverse, stats.lse[i], stats.entropy[i], dlogprobs[i], dentropy[i]);
+                    if let Some(l) = (targets[i] as usize).checked_sub(v0).and_then(|t| row.get_mut(t)) {
+                        *l += dlogprobs[i] * inverse;
+                    }
+                }
+                with_scratch(width * d, |rows| {
+                    for (j, row) in rows.chunks_exact_mut(d).enumerate() {
+                        weight.row(v0 + j, row);
+                    }
+                    // SAFETY: run `run`'s (r, d) sum belongs to this item.
+                    unsafe {
+                        let (g, w) = (Mat::rows(logits, STRIP), Mat::rows(rows, d));
+                        product(isa, r, d, width, g, w, out.at(run * r * d), d, Into::Add);
+                    }
+                });
+            });
+        }
+    });
+    let (first, rest) = partial.split_at_mut(r * d);
+    for run in rest.chunks_exact(r * d) {
+        for (a, b) in first.iter_mut().zip(run) {
+            *a += b;
+        }
+    }
+    partial.truncate(r * d);
+    tensor(partial, (r, d))
+}
+
+/// Calls `f(first id, width, logits (r, STRIP))` for each strip of run `run`, in order.
+fn strips(hs: &[f32], r: usize, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
+    let (vocab, d, isa) = (weight.rows(), weight.cols(), Isa::detect());
+    let all = vocab.div_ceil(STRIP);
+    let (first, last) = (all * run / RUNS, all * (run + 1) / RUNS);
+    with_scratch(r * STRIP + d * NR, |scratch| {
+        let (logits, panel) = scratch.split_at_mut(r * STRIP);
+        for v0 in (first..last).map(|s| s * STRIP) {
+            let width = STRIP.min(vocab - v0);
+            for j in (0..width).step_by(NR) {
+                let columns = NR.min(width - j);
+                rows_as_columns(weight, v0 + j..v0 + j + columns, panel);
+                // SAFETY: logits holds r rows of STRIP numbers, of which columns j.. are written.
+                unsafe {
+                    let (h, b) = (Mat::rows(hs, d), Mat::rows(panel, NR));
+                    product(isa, r, columns, d, h, b, logits.as_mut_ptr().add(j), STRIP, Into::Fresh);
+                }
+            }
+            f(v0, width, logits);
+        }
+    });
+}
+
+fn check(h: &Tensor, weight: &Weight, targets: &[u32]) -> Result<(usize, usize)> {
+    let (r, d) = h.dims2()?;
+    if weight.cols() != d || targets.len() != r {
+        candle_core::bail!("head: h {:?}, {} targets, table width {}", h.dims(), targets.len(), weight.cols());
+    }
+    if let Some(t) = targets.iter().find(|&&t| t as usize >= weight.rows()) {
+        candle_core::bail!("target id {t} is past the vocabulary of {}", weight.rows());
+    }
+    Ok((r, d))
+}
+
+/// The address of the running sums.
+#[derive(Clone, Copy)]
+struct RunsOut(*mut Run);
+
+// SAFETY: a plain address; each item writes its own run.
+unsafe impl Send for RunsOut {}
+// SAFETY: as above.
+unsafe impl Sync for RunsOut {}
+
+impl RunsOut {
+    /// # Safety
+    /// `i` lies inside the allocation.
+    unsafe fn at(self, i: usize) -> *mut Run {
+        // SAFETY: the caller's duty.
+        unsafe { self.0.add(i) }
+    }
+}

@@ -1,0 +1,438 @@
+//! Frozen linear layers with their low-rank branches: several that read one input (q, k, v; gate, up) go together.
+//!
+//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ residual]. Kept for the backward: x and z = s x A^T. Knows no layer names.
+//! Read block.rs in `model` for the use.
+
+use candle_core::{Result, Tensor};
+
+use super::cpu::{Buffer, Isa, Out, parallel, tensor, view};
+use super::pack::{columns, rows_as_columns, with_scratch};
+use super::tile::{Into, MR, Mat, NR, product};
+use super::weight::Weight;
+
+/// The low-rank branch of one linear: adds scale * (x a^T) b^T.
+#[derive(Clone, Copy)]
+pub struct LowRank<'a> {
+    /// A, (r, in) f32.
+    pub a: &'a Tensor,
+    /// B, (out, r) f32.
+    pub b: &'a Tensor,
+    /// lora_alpha / r, or lora_alpha / sqrt(r).
+    pub scale: f64,
+}
+
+/// One frozen linear of a group that shares its input.
+#[derive(Clone, Copy)]
+pub struct Part<'a> {
+    /// W, (out, in), as stored.
+    pub weight: &'a Weight,
+    /// Its branch, if the role's adapter has one here.
+    pub lora: Option<LowRank<'a>>,
+}
+
+impl Part<'_> {
+    fn rank(&self) -> usize {
+        self.lora.map_or(0, |l| l.a.dims()[0])
+    }
+}
+
+/// At most this many rows are multiplied weight row by weight row (decoding); more go through panels.
+const FEW_ROWS: usize = 12;
+
+/// Outputs (N, out_p) of each part, and z (N, sum of ranks), which `backward` wants.
+///
+/// x: (N, in). With `residual` (N, out), which is for a single part: y = residual + ...
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, Tensor)> {
+    let (m, k) = x.dims2()?;
+    check(k, parts)?;
+    let rank: usize = parts.iter().map(Part::rank).sum();
+    let xs = view(x)?;
+    let start = residual.map(view).transpose()?;
+    if let Some(start) = &start
+        && (parts.len() != 1 || start.len() != m * parts[0].weight.rows())
+    {
+        candle_core::bail!("a residual of {} numbers for {} parts", start.len(), parts.len());
+    }
+    let z = low_rank_inputs(&xs, m, k, parts, rank)?;
+    let mut ys: Vec<Buffer> = parts.iter().map(|p| Buffer::new(m * p.weight.rows())).collect();
+    let outs: Vec<Out> = ys.iter_mut().map(Buffer::out).collect();
+    let bs = parts.iter().map(|p| p.lora.map(|l| view(l.b)).transpose()).collect::<Result<Vec<_>>>()?;
+
+    // Work items are panels of NR outputs, counted through all parts.
+    let panels: Vec<(usize, usize)> = parts
+        .iter()
+        .enumerate()
+        .flat_map(|(p, part)| (0..part.weight.rows()).step_by(NR).map(move |n| (p, n)))
+        .collect();
+    let cost = m * k * parts.iter().map(|p| p.weight.rows()).sum::<usize>();
+    let isa = Isa::detect();
+    parallel(panels.len(), cost, |range| {
+        for &(p, n0) in &panels[range] {
+            let (part, n) = (&parts[p], parts[p].weight.rows());
+            let width = NR.min(n - n0);
+            let into = match &start {
+                Some(s) => {
+                    for i in 0..m {
+                        // SAFETY: rows i < m and columns n0..n0+width belong to this panel alone.
+                        unsafe { outs[p].slice(i * n + n0, width) }.copy_from_slice(&s[i * n + n0..i * n + n0 + width]);
+                    }
+                    Into::Add
+                }
+                None => Into::Fresh,
+            };
+            let r = part.rank();
+            let offset: usize = parts[..p].iter().map(Part::rank).sum();
+            if m <= FEW_ROWS {
+                few_rows(&xs, m, part.weight, n0, width, outs[p], into);
+            } else {
+                with_scratch(k * NR, |panel| {
+                    rows_as_columns(part.weight, n0..n0 + width, panel);
+                    // SAFETY: x is m x k, the panel k x NR, the output m x n with this panel's columns inside.
+                    unsafe {
+                        product(isa, m, width, k, Mat::rows(&xs, k), Mat::rows(panel, NR), outs[p].at(n0), n, into)
+                    };
+                });
+            }
+            if let Some(b) = &bs[p] {
+                with_scratch(r * NR, |panel| {
+                    for (i, row) in b[n0 * r..(n0 + width) * r].chunks_exact(r).enumerate() {
+                        for (j, &v) in row.iter().enumerate() {
+                            panel[j * NR + i] = v;
+                        }
+                    }
+                    // SAFETY: z is m x rank with this part's r columns at offset; the output as above.
+                    unsafe {
+                        let z = Mat::rows(&z, rank).from(0, offset);
+                        product(isa, m, width, r, z, Mat::rows(panel, NR), outs[p].at(n0), n, Into::Add);
+                    }
+                });
+            }
+        }
+    });
+    let ys = ys
+        .into_iter()
+        .zip(parts)
+        // SAFETY: the panels cover every row and column of each output.
+        .map(|(y, p)| tensor(unsafe { y.finish() }, (m, p.weight.rows())))
+        .collect::<Result<Vec<_>>>()?;
+    Ok((ys, tensor(z, (m, rank))?))
+}
+
+fn check(k: usize, parts: &[Part<'_>]) -> Result<()> {
+    for p in parts {
+        let n = p.weight.rows();
+        if p.weight.cols() != k {
+            candle_core::bail!("an input of width {k} meets a ({n}, {}) matrix", p.weight.cols());
+        }
+        if let Some(l) = p.lora {
+            let r = l.a.dims()[0];
+            if l.a.dims() != [r, k] || l.b.dims() != [n, r] {
+                candle_core::bail!("A {:?} and B {:?} do not fit a ({n}, {k}) matrix", l.a.dims(), l.b.dims());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// z (m, rank): s_p x A_p^T for all parts side by side.
+fn low_rank_inputs(xs: &[f32], m: usize, k: usize, parts: &[Part<'_>], rank: usize) -> Result<Vec<f32>> {
+    let mut z = vec![0f32; m * rank];
+    if rank == 0 {
+        return Ok(z);
+    }
+    // All A's as one panel (k, rank), scaled.
+    let mut a_t = vec![0f32; k * rank];
+    let mut offset = 0;
+    for l in parts.iter().filter_map(|p| p.lora) {
+        let a = view(l.a)?;
+        for row in a.chunks_exact(k) {
+            for (j, &v) in row.iter().enumerate() {
+                a_t[j * rank + offset] = v * l.scale as f32;
+            }
+            offset += 1;
+        }
+    }
+    let out = super::cpu::Out::of(&mut z);
+    let isa = Isa::detect();
+    parallel(m.div_ceil(MR), m * k * rank, |tiles| {
+        let (i0, i1) = (tiles.start * MR, m.min(tiles.end * MR));
+        // SAFETY: rows i0..i1 of z belong to this part of the work.
+        unsafe {
+            let x = Mat::rows(xs, k).from(i0, 0);
+            product(isa, i1 - i0, rank, k, x, Mat::rows(&a_t, rank), out.at(i0 * rank), rank, Into::Fresh);
+        }
+    });
+    Ok(z)
+}
+
+/// Decoding: each weight row is unpacked once and meets all `m` inputs, with no panel in between.
+fn few_rows(xs: &[f32], m: usize, weight: &Weight, n0: usize, width: usize, out: Out, into: Into) {
+    let (n, k) = (weight.rows(), weight.cols());
+    with_scratch(k, |scratch| {
+        let mut sums = [0f32; FEW_ROWS];
+        for j in n0..n0 + width {
+            let row = match weight.row_f32(j) {
+                Some(row) => row,
+                None => {
+                    weight.row(j, scratch);
+                    &*scratch
+                }
+            };
+            dots(row, xs, m, &mut sums);
+            for (i, &sum) in sums.iter().enumerate().take(m) {
+                // SAFETY: column j belongs to this panel, row i is below m.
+                unsafe {
+                    let y = out.at(i * n + j);
+                    *y = if into == Into::Add { *y + sum } else { sum };
+                }
+            }
+        }
+    });
+}
+
+/// sums[i] = row . x_i for the m rows of x, each in the same order whatever m is.
+fn dots(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
+    let k = row.len();
+    #[cfg(target_arch = "x86_64")]
+    if Isa::detect() == Isa::Avx512 {
+        let mut i = 0;
+        while i < m {
+            // SAFETY: AVX-512 was detected; rows i..i+4 (or i+1) of xs exist.
+            unsafe {
+                let x = xs.as_ptr().add(i * k);
+                if m - i >= 4 {
+                    sums[i..i + 4].copy_from_slice(&dots_avx512::<4>(row, x));
+                    i += 4;
+                } else {
+                    sums[i..=i].copy_from_slice(&dots_avx512::<1>(row, x));
+                    i += 1;
+                }
+            }
+        }
+        return;
+    }
+    dots_plain(row, xs, m, sums);
+}
+
+super::cpu::vectorised! {
+    fn dots_plain(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
+        for (x, sum) in xs.chunks_exact(row.len()).zip(sums.iter_mut()).take(m) {
+            *sum = super::cpu::dot_plain(row, x);
+        }
+    }
+}
+
+/// Four chains of sixteen lanes a row, so that the adds overlap.
+///
+/// # Safety
+/// The machine has AVX-512 F; `x` holds M rows as long as `row`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f")]
+unsafe fn dots_avx512<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
+    use std::arch::x86_64::*;
+    let k = row.len();
+    let mut acc = [[_mm512_setzero_ps(); 4]; M];
+    let mut j = 0;
+    // SAFETY: every access is below k, or masked to it.
+    unsafe {
+        while j + 64 <= k {
+            for c in 0..4 {
+                let w = _mm512_loadu_ps(row.as_ptr().add(j + c * 16));
+                for (i, a) in acc.iter_mut().enumerate() {
+                    a[c] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x.add(i * k + j + c * 16)), a[c]);
+                }
+            }
+            j += 64;
+        }
+        while j < k {
+            let mask: __mmask16 = if k - j >= 16 { !0 } else { (1u32 << (k - j)).wrapping_sub(1) as u16 };
+            let w = _mm512_maskz_loadu_ps(mask, row.as_ptr().add(j));
+            for (i, a) in acc.iter_mut().enumerate() {
+                a[0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x.add(i * k + j)), a[0]);
+            }
+            j += 16;
+        }
+    }
+    std::array::from_fn(|i| {
+        let [a, b, c, d] = acc[i];
+        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
+    })
+}
+
+/// Gradients of a group: of its input, and of each part's A and B.
+pub struct Gradients {
+    /// dL/dx (N, in); `None` where it was not asked for.
+    pub input: Option<Tensor>,
+    /// dL/dA (r, in) and dL/dB (out, r) of each part that has a branch.
+    pub lora: Vec<Option<(Tensor, Tensor)>>,
+}
+
+/// Whether anything below the group still needs a gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputGradient {
+    /// dL/dx is computed.
+    Wanted,
+    /// Only the adapters' gradients are: below lies nothing that trains.
+    Unused,
+}
+
+/// dx = sum_p dy_p W_p + s (dy_p B_p) A_p;  dB_p = dy_p^T z_p;  dA_p = (s dy_p B_p)^T x.
+///
+/// x: (N, in) and z as `forward` had and gave them; dys: (N, out_p) each.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn backward(
+    x: &Tensor,
+    parts: &[Part<'_>],
+    z: &Tensor,
+    dys: &[&Tensor],
+    wanted: InputGradient,
+) -> Result<Gradients> {
+    let (m, k) = x.dims2()?;
+    check(k, parts)?;
+    let rank: usize = parts.iter().map(Part::rank).sum();
+    if z.dims() != [m, rank] || dys.len() != parts.len() {
+        candle_core::bail!("z {:?} and {} gradients for {} parts of rank {rank}", z.dims(), dys.len(), parts.len());
+    }
+    for (p, dy) in parts.iter().zip(dys) {
+        if dy.dims() != [m, p.weight.rows()] {
+            candle_core::bail!("a gradient {:?} for an output ({m}, {})", dy.dims(), p.weight.rows());
+        }
+    }
+    let (xs, zs) = (view(x)?, view(z)?);
+    let dys = dys.iter().map(|d| view(d)).collect::<Result<Vec<_>>>()?;
+    let isa = Isa::detect();
+    let dz = low_rank_output_gradients(&dys, m, parts, rank)?;
+
+    let input = match wanted {
+        InputGradient::Wanted => Some(tensor(input_gradient(&dys, &dz, m, k, parts, rank)?, (m, k))?),
+        InputGradient::Unused => None,
+    };
+
+    let mut lora = Vec::with_capacity(parts.len());
+    let mut offset = 0;
+    for (part, dy) in parts.iter().zip(&dys) {
+        let (n, r) = (part.weight.rows(), part.rank());
+        if r == 0 {
+            lora.push(None);
+            continue;
+        }
+        // Both are products of r rows over all tokens; dB comes out transposed.
+        let mut da = vec![0f32; r * k];
+        let mut db_t = vec![0f32; r * n];
+        for (out, width, left, right) in [(&mut da, k, &dz[..], &xs[..]), (&mut db_t, n, &zs[..], &dy[..])] {
+            let out = Out::of(out);
+            parallel(width.div_ceil(NR), m * r * width, |strips| {
+                let (j0, j1) = (strips.start * NR, width.min(strips.end * NR));
+                // SAFETY: columns j0..j1 of the output belong to this part of the work; both factors have m rows.
+                unsafe {
+                    let a = Mat::rows(left, rank).from(0, offset).t();
+                    let b = Mat::rows(right, width).from(0, j0);
+                    product(isa, r, j1 - j0, m, a, b, out.at(j0), width, Into::Fresh);
+                }
+            });
+        }
+        let mut db = vec![0f32; n * r];
+        for (i, row) in db_t.chunks_exact(n).enumerate() {
+            for (j, &v) in row.iter().enumerate() {
+                db[j * r + i] = v;
+            }
+        }
+        lora.push(Some((tensor(da, (r, k))?, tensor(db, (n, r))?)));
+        offset += r;
+    }
+    Ok(Gradients { input, lora })
+}
+
+/// dz (m, rank) = s_p dy_p B_p, side by side.
+fn low_rank_output_gradients(
+    dys: &[super::cpu::View<'_>],
+    m: usize,
+    parts: &[Part<'_>],
+    rank: usize,
+) -> Result<Vec<f32>> {
+    let mut dz = vec![0f32; m * rank];
+    let out = Out::of(&mut dz);
+    let isa = Isa::detect();
+    let mut offset = 0;
+    for (part, dy) in parts.iter().zip(dys) {
+        let Some(l) = part.lora else { continue };
+        let (n, r) = (part.weight.rows(), part.rank());
+        let b: Vec<f32> = view(l.b)?.iter().map(|v| v * l.scale as f32).collect();
+        parallel(m.div_ceil(MR), m * n * r, |tiles| {
+            let (i0, i1) = (tiles.start * MR, m.min(tiles.end * MR));
+            // SAFETY: rows i0..i1, columns offset..offset+r of dz belong to this part of the work.
+            unsafe {
+                let dy = Mat::rows(dy, n).from(i0, 0);
+                product(isa, i1 - i0, r, n, dy, Mat::rows(&b, r), out.at(i0 * rank + offset), rank, Into::Fresh);
+            }
+        });
+        offset += r;
+    }
+    Ok(dz)
+}
+
+/// dx (m, k): panels are columns of W as they lie in the file, so nothing is transposed.
+fn input_gradient(
+    dys: &[super::cpu::View<'_>],
+    dz: &[f32],
+    m: usize,
+    k: usize,
+    parts: &[Part<'_>],
+    rank: usize,
+) -> Result<Vec<f32>> {
+    let mut dx = Buffer::new(m * k);
+    let out = dx.out();
+    let isa = Isa::detect();
+    let a = parts.iter().map(|p| p.lora.map(|l| view(l.a)).transpose()).collect::<Result<Vec<_>>>()?;
+    // Columns are unpacked by whole blocks.
+    let group = parts.iter().map(|p| p.weight.dtype().block().0).max().unwrap_or(1).max(NR);
+    let cost = m * k * parts.iter().map(|p| p.weight.rows()).sum::<usize>();
+    parallel(k.div_ceil(group), cost, |groups| {
+        for g in groups {
+            let (j0, width) = (g * group, group.min(k - g * group));
+            let mut offset = 0;
+            for (p, part) in parts.iter().enumerate() {
+                let (n, r) = (part.weight.rows(), part.rank());
+                let into = if p == 0 { Into::Fresh } else { Into::Add };
+                with_scratch(n * width, |panel| {
+                    columns(part.weight, j0..j0 + width, panel);
+                    // SAFETY: columns j0..j0+width of dx belong to this group; dy is m x n, the panel n x width.
+                    unsafe {
+                        product(isa, m, width, n, Mat::rows(&dys[p], n), Mat::rows(panel, width), out.at(j0), k, into)
+                    };
+                });
+                if let Some(a) = &a[p] {
+                    // SAFETY: dz is m x rank with this part's r columns at offset; A is r x k.
+                    unsafe {
+                        let dz = Mat::rows(dz, rank).from(0, offset);
+                        product(isa, m, width, r, dz, Mat::rows(a, k).from(0, j0), out.at(j0), k, Into::Add);
+                    }
+                }
+                offset += r;
+            }
+        }
+    });
+    // SAFETY: the groups cover all columns of all rows.
+    Ok(unsafe { dx.finish() })
+}
+
+/// Rows `ids` of an embedding table as (N, D).
+///
+/// # Errors
+/// If an id is past the table.
+pub fn embed(table: &Weight, ids: &[u32]) -> Result<Tensor> {
+    let d = table.cols();
+    if let Some(id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
+        candle_core::bail!("token id {id} is past the vocabulary of {}", table.rows());
+    }
+    let mut out = vec![0f32; ids.len() * d];
+    for (row, &id) in out.chunks_exact_mut(d).zip(ids) {
+        table.row(id as usize, row);
+    }
+    tensor(out, (ids.len(), d))
+}

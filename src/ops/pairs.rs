@@ -1,0 +1,245 @@
+//! The oracle of every operation: a plain candle composition for the forward, and candle's autograd over it for the
+//! backward. Lengths are ragged, heads grouped, ranks and scales unequal, B is not zero.
+
+use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
+
+use super::attention::{self, Cached, Heads};
+use super::linear::{self, InputGradient, LowRank, Part};
+use super::rope::{Angles, Turn};
+use super::weight::{Bytes, StoredType, Weight};
+use super::{head, norm, rope, swiglu};
+use crate::rng::SplitMix64;
+
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    let mut rng = SplitMix64::new(seed);
+    let n = shape.iter().product();
+    let values: Vec<f32> = (0..n).map(|_| (rng.uniform() * 2.0 - 1.0) as f32).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn weight(n: usize, k: usize, seed: u64) -> (Weight, Tensor) {
+    let w = (random(&[n, k], seed) * 0.3).unwrap();
+    let values: Vec<f32> = w.flatten_all().unwrap().to_vec1().unwrap();
+    (Weight::from_f32(&values, n, k).unwrap(), w)
+}
+
+/// Largest difference over the largest number of `want`.
+fn error(got: &Tensor, want: &Tensor) -> f32 {
+    assert_eq!(got.dims(), want.dims());
+    let scalar = |t: Tensor| t.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    scalar((got - want).unwrap().abs().unwrap()) / scalar(want.abs().unwrap()).max(1e-6)
+}
+
+// f32 sums of some hundred terms in another order: 1e-5 leaves an order of magnitude.
+const CLOSE: f32 = 1e-5;
+
+#[track_caller]
+fn assert_close(name: &str, got: &Tensor, want: &Tensor) {
+    let e = error(got, want);
+    assert!(e < CLOSE, "{name}: relative error {e:e}");
+}
+
+#[test]
+fn linear_group_equals_autograd_in_outputs_and_every_gradient() -> Result<()> {
+    for (m, k, dims) in [(1, 70, vec![33]), (7, 64, vec![96, 32, 33]), (50, 130, vec![64, 40]), (40, 800, vec![31])] {
+        let x = Var::from_tensor(&random(&[m, k], 1))?;
+        let (mut weights, mut dense, mut loras) = (vec![], vec![], vec![]);
+        for (i, &n) in dims.iter().enumerate() {
+            let (w, d) = weight(n, k, 10 + i as u64);
+            weights.push(w);
+            dense.push(d);
+            // The second part has no branch; ranks differ.
+            let r = 3 + 2 * i;
+            loras.push((i != 1).then(|| {
+                let a = Var::from_tensor(&random(&[r, k], 20 + i as u64)).unwrap();
+                let b = Var::from_tensor(&random(&[n, r], 30 + i as u64)).unwrap();
+                (a, b, 0.7 + i as f64)
+            }));
+        }
+        let residual = (dims.len() == 1).then(|| random(&[m, dims[0]], 77));
+        let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let mut want = vec![];
+        for (i, d) in dense.iter().enumerate() {
+            let mut y = x.matmul(&d.t()?)?;
+            if let Some((a, b, s)) = &loras[i] {
+                y = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *s)?)?;
+            }
+            if let Some(r) = &residual {
+                y = (y + r)?;
+            }
+            loss = (loss + (&y * random(&[m, dims[i]], 40 + i as u64))?.sum_all()?)?;
+            want.push(y);
+        }
+        let grads = loss.backward()?;
+        let parts: Vec<Part> = weights
+            .iter()
+            .zip(&loras)
+            .map(|(weight, l)| Part { weight, lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale }) })
+            .collect();
+        let (ys, z) = linear::forward(&x, &parts, residual.as_ref())?;
+        let dys: Vec<Tensor> = dims.iter().enumerate().map(|(i, &n)| random(&[m, n], 40 + i as u64)).collect();
+        let got = linear::backward(&x, &parts, &z, &dys.iter().collect::<Vec<_>>(), InputGradient::Wanted)?;
+        for (y, w) in ys.iter().zip(&want) {
+            assert_close("y", y, w);
+        }
+        assert_close("dx", got.input.as_ref().unwrap(), grads.get(&x).unwrap());
+        for (l, g) in loras.iter().zip(&got.lora) {
+            assert_eq!(l.is_some(), g.is_some());
+            if let (Some((a, b, _)), Some((da, db))) = (l, g) {
+                assert_close("dA", da, grads.get(a).unwrap());
+                assert_close("dB", db, grads.get(b).unwrap());
+            }
+        }
+        assert!(
+            linear::backward(&x, &parts, &z, &dys.iter().collect::<Vec<_>>(), InputGradient::Unused)?.input.is_none()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result<()> {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    let (n, k) = (40, 512);
+    for (ggml, stored) in [(GgmlDType::Q4K, StoredType::Q4K), (GgmlDType::Q4_1, StoredType::Q4_1)] {
+        let q = QTensor::quantize(&random(&[n, k], 5), ggml)?;
+        let dense = q.dequantize(&Device::Cpu)?;
+        let w = Weight::new(Bytes::new(std::sync::Arc::new(q.data()?.to_vec())), stored, n, k).unwrap();
+        for m in [3, 30] {
+            let (x, dy) = (random(&[m, k], 6), random(&[m, n], 7));
+            let parts = [Part { weight: &w, lora: None }];
+            let (y, z) = linear::forward(&x, &parts, None)?;
+            assert_close("y", &y[0], &x.matmul(&dense.t()?)?);
+            let g = linear::backward(&x, &parts, &z, &[&dy], InputGradient::Wanted)?;
+            assert_close("dx", &g.input.unwrap(), &dy.matmul(&dense)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn norm_equals_autograd() -> Result<()> {
+    let (n, d, eps) = (9, 53, 1e-2);
+    let (x, w) = (Var::from_tensor(&random(&[n, d], 1))?, random(&[d], 2));
+    let (dy, skip) = (random(&[n, d], 3), random(&[n, d], 4));
+    let want = x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?.broadcast_mul(&w)?;
+    let grads = ((&want * &dy)?.sum_all()? + (&*x * &skip)?.sum_all()?)?.backward()?;
+    let w: Vec<f32> = w.to_vec1()?;
+    assert_close("y", &norm::forward(&x, &w, eps)?, &want);
+    assert_close("dx", &norm::backward(&x, &w, eps, &dy, &skip)?, grads.get(&x).unwrap());
+    Ok(())
+}
+
+#[test]
+fn swiglu_equals_autograd() -> Result<()> {
+    let (g, u) = (Var::from_tensor(&(random(&[5, 37], 1) * 9.0)?)?, Var::from_tensor(&random(&[5, 37], 2))?);
+    let dm = random(&[5, 37], 3);
+    let want = (g.silu()? * &*u)?;
+    let grads = (&want * &dm)?.sum_all()?.backward()?;
+    assert_close("m", &swiglu::forward(&g, &u)?, &want);
+    let (dg, du) = swiglu::backward(&g, &u, &dm)?;
+    assert_close("dgate", &dg, grads.get(&g).unwrap());
+    assert_close("dup", &du, grads.get(&u).unwrap());
+    Ok(())
+}
+
+fn plain_rope(x: &Tensor, positions: &[u32], freqs: &[f32], head: usize) -> Result<Tensor> {
+    let (n, width) = x.dims2()?;
+    let angles: Vec<f32> = positions.iter().flat_map(|&p| freqs.iter().map(move |f| p as f32 * f)).collect();
+    let a = Tensor::from_vec(angles, (n, 1, head / 2), &Device::Cpu)?;
+    let x = x.reshape((n, width / head, head))?;
+    let (x0, x1) = (x.narrow(2, 0, head / 2)?, x.narrow(2, head / 2, head / 2)?);
+    let (c, s) = (a.cos()?, a.sin()?);
+    let y0 = (x0.broadcast_mul(&c)? - x1.broadcast_mul(&s)?)?;
+    let y1 = (x1.broadcast_mul(&c)? + x0.broadcast_mul(&s)?)?;
+    Tensor::cat(&[y0, y1], 2)?.reshape((n, width))
+}
+
+#[test]
+fn rope_equals_the_plain_rotation_and_its_backward_is_the_inverse() -> Result<()> {
+    let (positions, freqs) = ([0u32, 1, 2, 0, 7, 31], [1.0f32, 0.3, 0.09, 0.01]);
+    let angles = Angles::new(&freqs, 32);
+    let x = Var::from_tensor(&random(&[6, 24], 1))?;
+    let dy = random(&[6, 24], 2);
+    let want = plain_rope(&x, &positions, &freqs, 8)?;
+    let grads = (&want * &dy)?.sum_all()?.backward()?;
+    assert_close("y", &rope::rotate(&x, &positions, &angles, Turn::Forward)?, &want);
+    assert_close("dx", &rope::rotate(&dy, &positions, &angles, Turn::Back)?, grads.get(&x).unwrap());
+    assert!(rope::rotate(&x, &[0, 0, 0, 0, 0, 32], &angles, Turn::Forward).is_err());
+    Ok(())
+}
+
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Heads) -> Result<Tensor> {
+    let mut sequences = vec![];
+    for w in offsets.windows(2) {
+        let t = w[1] - w[0];
+        let cut =
+            |x: &Tensor, n: usize| x.narrow(0, w[0], t)?.reshape((t, n, heads.dim))?.transpose(0, 1)?.contiguous();
+        let (q, k, v) = (cut(q, heads.q)?, cut(k, heads.kv)?, cut(v, heads.kv)?);
+        let repeat = |x: &Tensor| {
+            let g = heads.q / heads.kv;
+            x.unsqueeze(1)?.broadcast_as((heads.kv, g, t, heads.dim))?.reshape((heads.q, t, heads.dim))
+        };
+        let mask: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let s = (q.matmul(&repeat(&k)?.t()?)? * (1.0 / (heads.dim as f64).sqrt()))?;
+        let s = s.broadcast_add(&Tensor::from_vec(mask, (t, t), &Device::Cpu)?)?;
+        let e = s.broadcast_sub(&s.max_keepdim(D::Minus1)?.detach())?.exp()?;
+        let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
+        sequences.push(p.matmul(&repeat(&v)?)?.transpose(0, 1)?.reshape((t, heads.q * heads.dim))?);
+    }
+    Tensor::cat(&sequences, 0)
+}
+
+#[test]
+fn ragged_grouped_attention_equals_autograd() -> Result<()> {
+    for heads in [Heads { q: 6, kv: 2, dim: 16 }, Heads { q: 2, kv: 2, dim: 20 }, Heads { q: 3, kv: 1, dim: 8 }] {
+        // Lengths of one, of a block of queries, and across two borders of blocks.
+        let offsets = [0, 1, 49, 54, 164];
+        let q = Var::from_tensor(&(random(&[164, heads.q * heads.dim], 1) * 2.0)?)?;
+        let k = Var::from_tensor(&random(&[164, heads.kv * heads.dim], 2))?;
+        let v = Var::from_tensor(&random(&[164, heads.kv * heads.dim], 3))?;
+        let d_o = random(&[164, heads.q * heads.dim], 4);
+        let want = plain_attention(&q, &k, &v, &offsets, heads)?;
+        let grads = (&want * &d_o)?.sum_all()?.backward()?;
+        assert_close("o", &attention::forward(&q, &k, &v, &offsets, heads)?, &want);
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, &offsets, heads, &d_o)?;
+        assert_close("dq", &dq, grads.get(&q).unwrap());
+        assert_close("dk", &dk, grads.get(&k).unwrap());
+        assert_close("dv", &dv, grads.get(&v).unwrap());
+
+        let last = Tensor::cat(&[q.i(48..49)?, q.i(163..164)?], 0)?;
+        let cached = |from: usize, to: usize| Cached {
+            keys: k.i(from..to).unwrap().flatten_all().unwrap().to_vec1().unwrap(),
+            values: v.i(from..to).unwrap().flatten_all().unwrap().to_vec1().unwrap(),
+        };
+        let (a, b) = (cached(1, 49), cached(54, 164));
+        let decoded = attention::decode(&last, &[&a, &b], heads)?;
+        assert_close("decode", &decoded, &Tensor::cat(&[want.i(48..49)?, want.i(163..164)?], 0)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn head_equals_log_softmax_and_autograd() -> Result<()> {
+    for (r, d, v, temperature) in [(5, 24, 77, 1.0), (15, 40, 1500, 0.7), (1, 8, 5, 2.0)] {
+        let h = Var::from_tensor(&(random(&[r, d], 1) * 3.0)?)?;
+        let (w, dense) = weight(v, d, 2);
+        let targets: Vec<u32> = (0..r).map(|i| (i * 311 % v) as u32).collect();
+        let logits = (h.matmul(&dense.t()?)? / temperature)?;
+        let logp = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
+        let index = Tensor::from_vec(targets.clone(), (r, 1), &Device::Cpu)?;
+        let chosen = logp.gather(&index, 1)?.squeeze(1)?;
+        let entropy = (logp.exp()? * &logp)?.sum(D::Minus1)?.neg()?;
+        let (dl, dh) = (random(&[r], 3), random(&[r], 4));
+        let loss = ((&chosen * &dl)?.sum_all()? + (&entropy * &dh)?.sum_all()?)?;
+        let grads = loss.backward()?;
+        let stats = head::forward(&h, &w, &targets, temperature)?;
+        assert_close("logprobs", &Tensor::new(stats.logprobs.clone(), &Device::Cpu)?, &chosen);
+        assert_close("entropy", &Tensor::new(stats.entropy.clone(), &Device::Cpu)?, &entropy);
+        assert_eq!(stats.argmax, logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
+        let (dl, dh): (Vec<f32>, Vec<f32>) = (dl.to_vec1()?, dh.to_vec1()?);
+        let got = head::backward(&h, &w, &targets, temperature, &stats, &dl, &dh)?;
+        assert_close("dh", &got, grads.get(&h).unwrap());
+    }
+    Ok(())
+}

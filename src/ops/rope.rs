@@ -1,0 +1,79 @@
+//! Rotary positions, in the half-split form of Hugging Face's llama: within each head, with angle = position * f_j,
+//! (x_j, x_{j+h/2}) -> (x_j cos - x_{j+h/2} sin, x_{j+h/2} cos + x_j sin). Keeps nothing: the backward is the inverse
+//! rotation. Source: arXiv:2104.09864. Read attention.rs next.
+
+use candle_core::{Result, Tensor};
+
+use super::cpu::{Out, parallel, tensor, view};
+
+/// cos and sin of every (position, frequency), made once for a model's context.
+pub struct Angles {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+    half: usize,
+}
+
+impl Angles {
+    /// `inverse_frequencies`: head_dim / 2 numbers f_j; `positions`: the context's length. Angles are taken in f64.
+    pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
+        let angles = (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| p as f32 * f));
+        let (cos, sin) = angles.map(|a| (f64::from(a).cos() as f32, f64::from(a).sin() as f32)).unzip();
+        Self { cos, sin, half: inverse_frequencies.len() }
+    }
+
+    /// How many positions there are.
+    pub fn positions(&self) -> usize {
+        self.cos.len() / self.half.max(1)
+    }
+}
+
+/// Which way to turn.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Turn {
+    /// The forward rotation.
+    Forward,
+    /// Its inverse, which is also its backward.
+    Back,
+}
+
+/// x (N, heads * head_dim) turned row by row by `positions` (N).
+///
+/// # Errors
+/// If a position is past the context or shapes do not fit.
+pub fn rotate(x: &Tensor, positions: &[u32], angles: &Angles, turn: Turn) -> Result<Tensor> {
+    let (n, width) = x.dims2()?;
+    let (half, head) = (angles.half, angles.half * 2);
+    if positions.len() != n || width % head != 0 {
+        candle_core::bail!("{} positions and heads of {head} for an input {:?}", positions.len(), x.dims());
+    }
+    if let Some(p) = positions.iter().find(|&&p| p as usize >= angles.positions()) {
+        candle_core::bail!("position {p} is past the context of {}", angles.positions());
+    }
+    let xs = view(x)?;
+    let mut y = vec![0f32; n * width];
+    let out = Out::of(&mut y);
+    parallel(n, 4 * n * width, |r| {
+        for i in r {
+            let at = positions[i] as usize * half..(positions[i] as usize + 1) * half;
+            // SAFETY: row i of the output belongs to this part of the work.
+            let y = unsafe { out.slice(i * width, width) };
+            rotate_row(&xs[i * width..(i + 1) * width], &angles.cos[at.clone()], &angles.sin[at], turn, y);
+        }
+    });
+    tensor(y, (n, width))
+}
+
+super::cpu::vectorised! {
+    fn rotate_row(x: &[f32], cos: &[f32], sin: &[f32], turn: Turn, y: &mut [f32]) {
+        let half = cos.len();
+        let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
+        for (x, y) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)) {
+            let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
+            for j in 0..half {
+                let (c, s) = (cos[j], sign * sin[j]);
+                y0[j] = x0[j] * c - x1[j] * s;
+                y1[j] = x1[j] * c + x0[j] * s;
+            }
+        }
+    }
+}
