@@ -1,0 +1,633 @@
+//! The small weights: low-rank factors for some of a decoder's linear maps, and the scalar head of a scorer.
+//! [`Adapter`] is read-only; [`TrainableAdapter`] is the one place in the program whose weights can change. Knows no
+//! base, no file and no optimizer. Read peft.rs for its files and train/adamw.rs for what steps it.
+
+use anyhow::{Context, Result};
+use candle_core::{DType, Device, Tensor};
+
+pub use super::lora::{LinearShapes, LoraConfig, Projection, TargetModules};
+use crate::invalid;
+use crate::rng::{SplitMix64, derive};
+
+/// One low-rank branch: `y += scale * (x Aᵀ) Bᵀ`.
+#[derive(Clone, Debug)]
+pub struct LoraPair {
+    /// (r, in) f32.
+    pub a: Tensor,
+    /// (out, r) f32.
+    pub b: Tensor,
+    /// alpha / r, or alpha / sqrt(r).
+    pub scale: f64,
+}
+
+/// The scalar head of a reward model or critic: `score = weight · hidden + bias`, hidden after the final norm.
+#[derive(Clone, Debug)]
+pub struct ScoreHead {
+    /// (1, D) f32.
+    pub weight: Tensor,
+    /// In score units. PEFT's head has none; a file carries it only where it is not 0.
+    pub bias: f32,
+}
+
+/// What an adapter was trained over, as far as it is known.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Provenance {
+    /// PEFT's `base_model_name_or_path`.
+    pub base_model: Option<String>,
+    /// A digest of the base's weights.
+    pub base_fingerprint: Option<String>,
+}
+
+/// The branches of one block, indexed by [`Projection::index`].
+pub type LayerPairs = [Option<LoraPair>; 7];
+
+/// Read-only adapter. A tensor's storage is never written here (an optimizer makes new tensors), so a clone is a
+/// frozen deep copy in effect and costs nothing.
+///
+/// ```
+/// # use fourfold::model::adapter::*;
+/// # let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+/// # let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false,
+/// #     target_modules: TargetModules::AllLinear, layers_to_transform: None };
+/// let adapter = Adapter::init(config, shapes, 7)?;
+/// let mut learner = adapter.to_trainable();
+/// let stepped = learner.parameters()?;
+/// learner.replace(stepped)?;
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+/// A frozen adapter has no such method:
+/// ```compile_fail,E0599
+/// # use fourfold::model::adapter::*;
+/// # let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+/// # let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false,
+/// #     target_modules: TargetModules::AllLinear, layers_to_transform: None };
+/// let mut adapter = Adapter::init(config, shapes, 7)?;
+/// let stepped = adapter.to_trainable().parameters()?;
+/// adapter.replace(stepped)?;
+/// # Ok::<(), anyhow::Error>(())
+/// ```
+#[derive(Clone, Debug)]
+pub struct Adapter {
+    config: LoraConfig,
+    shapes: LinearShapes,
+    layers: Vec<LayerPairs>,
+    head: Option<ScoreHead>,
+    provenance: Provenance,
+}
+
+/// Streams of [`Adapter::init`]'s random numbers.
+const HEAD_STREAM: u64 = u64::MAX;
+
+impl Adapter {
+    /// PEFT's initialisation: A is kaiming-uniform with a = sqrt(5), that is U(±1/sqrt(in)); B is zero, so the adapted
+    /// model starts as the base. Each matrix has its own random stream: adding a target leaves the others as they were.
+    ///
+    /// # Errors
+    /// Those of [`LoraConfig::select`].
+    pub fn init(config: LoraConfig, shapes: LinearShapes, seed: u64) -> Result<Self> {
+        let (r, scale) = (config.r, config.scaling());
+        let mut layers = Vec::new();
+        for (layer, selected) in config.select(&shapes)?.into_iter().enumerate() {
+            let mut pairs: LayerPairs = Default::default();
+            for projection in Projection::ALL.into_iter().filter(|p| selected[p.index()]) {
+                let (inp, out) = shapes.dims(projection);
+                let bound = 1.0 / (inp as f64).sqrt();
+                let mut rng = SplitMix64::new(derive(seed, &[layer as u64, projection.index() as u64]));
+                let a: Vec<f32> = (0..r * inp).map(|_| (bound * (2.0 * rng.uniform() - 1.0)) as f32).collect();
+                pairs[projection.index()] = Some(LoraPair {
+                    a: Tensor::from_vec(a, (r, inp), &Device::Cpu)?,
+                    b: Tensor::zeros((out, r), DType::F32, &Device::Cpu)?,
+                    scale,
+                });
+            }
+            layers.push(pairs);
+        }
+        Ok(Self { config, shapes, layers, head: None, provenance: Provenance::default() })
+    }
+
+    /// From finished parts: a file's reader and tests.
+    ///
+    /// # Errors
+    /// If a branch is missing or too many for the config, or a tensor is not f32 of the shape that the base asks for.
+    pub fn from_parts(
+        config: LoraConfig,
+        shapes: LinearShapes,
+        layers: Vec<LayerPairs>,
+        head: Option<ScoreHead>,
+        provenance: Provenance,
+    ) -> Result<Self> {
+        let selected = config.select(&shapes)?;
+        if layers.len() != shapes.layers {
+            return Err(invalid!("the adapter has {} layers, the base {}", layers.len(), shapes.layers));
+        }
+        for (layer, (pairs, selected)) in layers.iter().zip(&selected).enumerate() {
+            for projection in Projection::ALL {
+                let path = projection.module_path(layer);
+                let (inp, out) = shapes.dims(projection);
+                match (&pairs[projection.index()], selected[projection.index()]) {
+                    (None, false) => {}
+                    (None, true) => return Err(invalid!("the config selects {path}, but it has no LoRA factors")),
+                    (Some(_), false) => return Err(invalid!("{path} has LoRA factors, but the config leaves it out")),
+                    (Some(pair), true) => {
+                        check_tensor(&pair.a, &[config.r, inp], &format!("{path}.lora_A"))?;
+                        check_tensor(&pair.b, &[out, config.r], &format!("{path}.lora_B"))?;
+                    }
+                }
+            }
+        }
+        if let Some(head) = &head {
+            check_tensor(&head.weight, &[1, shapes.hidden], "score.weight")?;
+        }
+        Ok(Self { config, shapes, layers, head, provenance })
+    }
+
+    /// With a fresh scalar head: normal weights of standard deviation 1/sqrt(D), bias 0. Replaces a head that is there.
+    ///
+    /// # Errors
+    /// Only if the tensor cannot be made.
+    pub fn with_head(mut self, seed: u64) -> Result<Self> {
+        let d = self.shapes.hidden;
+        let mut rng = SplitMix64::new(derive(seed, &[HEAD_STREAM]));
+        let std = 1.0 / (d as f64).sqrt();
+        let weight: Vec<f32> = (0..d).map(|_| (std * standard_normal(&mut rng)) as f32).collect();
+        self.head = Some(ScoreHead { weight: Tensor::from_vec(weight, (1, d), &Device::Cpu)?, bias: 0.0 });
+        Ok(self)
+    }
+
+    /// With this head, or none.
+    ///
+    /// # Errors
+    /// If its weight is not (1, D) f32.
+    pub fn with_score_head(mut self, head: Option<ScoreHead>) -> Result<Self> {
+        if let Some(head) = &head {
+            check_tensor(&head.weight, &[1, self.shapes.hidden], "score.weight")?;
+        }
+        self.head = head;
+        Ok(self)
+    }
+
+    /// With this origin.
+    #[must_use]
+    pub fn with_provenance(mut self, provenance: Provenance) -> Self {
+        self.provenance = provenance;
+        self
+    }
+
+    /// A copy whose tensors live on `device`.
+    ///
+    /// # Errors
+    /// If the device has no room.
+    pub fn to_device(&self, device: &Device) -> Result<Self> {
+        let mut moved = self.clone();
+        for pair in moved.layers.iter_mut().flatten().flatten() {
+            pair.a = pair.a.to_device(device)?;
+            pair.b = pair.b.to_device(device)?;
+        }
+        if let Some(head) = &mut moved.head {
+            head.weight = head.weight.to_device(device)?;
+        }
+        Ok(moved)
+    }
+
+    /// The hyperparameters.
+    pub fn config(&self) -> &LoraConfig {
+        &self.config
+    }
+
+    /// The sizes of the base that it fits.
+    pub fn shapes(&self) -> &LinearShapes {
+        &self.shapes
+    }
+
+    /// The branches of every block.
+    pub fn layers(&self) -> &[LayerPairs] {
+        &self.layers
+    }
+
+    /// The branch of one map, if it has one. `None` for a layer that does not exist, too.
+    pub fn pair(&self, layer: usize, projection: Projection) -> Option<&LoraPair> {
+        self.layers.get(layer)?[projection.index()].as_ref()
+    }
+
+    /// The scalar head of a scorer.
+    pub fn head(&self) -> Option<&ScoreHead> {
+        self.head.as_ref()
+    }
+
+    /// Where it comes from.
+    pub fn provenance(&self) -> &Provenance {
+        &self.provenance
+    }
+
+    /// Every tensor under the name that PEFT's file gives it: by layer, then by [`Projection::ALL`], A before B, the
+    /// head's weight last. The head's bias is a number, not a tensor, and is not in this list.
+    pub fn named_tensors(&self) -> Vec<(String, &Tensor)> {
+        let mut named = Vec::new();
+        for (layer, pairs) in self.layers.iter().enumerate() {
+            for projection in Projection::ALL {
+                if let Some(pair) = &pairs[projection.index()] {
+                    named.push((factor_name(layer, projection, 'A'), &pair.a));
+                    named.push((factor_name(layer, projection, 'B'), &pair.b));
+                }
+            }
+        }
+        named.extend(self.head.iter().map(|head| (HEAD_WEIGHT.to_string(), &head.weight)));
+        named
+    }
+
+    /// Numbers in all its tensors; the head's bias counts where it is not 0.
+    pub fn num_parameters(&self) -> usize {
+        let tensors: usize = self.named_tensors().iter().map(|(_, t)| t.elem_count()).sum();
+        tensors + usize::from(self.head.as_ref().is_some_and(|h| h.bias != 0.0))
+    }
+
+    /// A trainable copy; this adapter stays as it is. The head's bias does not train (see [`HeadBias`]).
+    pub fn to_trainable(&self) -> TrainableAdapter {
+        TrainableAdapter { adapter: self.clone(), head_bias: HeadBias::Fixed }
+    }
+}
+
+/// The name in PEFT's file of factor `A` or `B`.
+pub fn factor_name(layer: usize, projection: Projection, factor: char) -> String {
+    format!("base_model.model.{}.lora_{factor}.weight", projection.module_path(layer))
+}
+
+/// The head's weight in PEFT's file.
+pub const HEAD_WEIGHT: &str = "base_model.model.score.weight";
+/// The head's bias; ours, not PEFT's.
+pub const HEAD_BIAS: &str = "base_model.model.score.bias";
+
+/// Whether the scalar head's bias is a parameter. Fixed is the default: a pairwise loss is blind to it, so what
+/// reaches it is rounding noise, and Adam would scale that noise up to full steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HeadBias {
+    /// It keeps its value.
+    Fixed,
+    /// It is the last parameter, of shape (1,). For a critic.
+    Trained,
+}
+
+/// An adapter under training: the only weights that can change.
+#[derive(Debug)]
+pub struct TrainableAdapter {
+    adapter: Adapter,
+    head_bias: HeadBias,
+}
+
+impl TrainableAdapter {
+    /// With the head's bias trained or not.
+    ///
+    /// # Errors
+    /// If it shall train and there is no head.
+    pub fn with_head_bias(mut self, head_bias: HeadBias) -> Result<Self> {
+        if head_bias == HeadBias::Trained && self.adapter.head.is_none() {
+            return Err(invalid!("this adapter has no scalar head whose bias could train; make one with with_head"));
+        }
+        self.head_bias = head_bias;
+        Ok(self)
+    }
+
+    /// The weights as they are now. The borrow ends before the next [`Self::replace`].
+    pub fn view(&self) -> &Adapter {
+        &self.adapter
+    }
+
+    /// The weights as they are now, frozen.
+    pub fn snapshot(&self) -> Adapter {
+        self.adapter.clone()
+    }
+
+    /// The parameters' names in flat order: [`Adapter::named_tensors`], then the head's bias where it trains.
+    pub fn names(&self) -> Vec<String> {
+        let mut names: Vec<String> = self.adapter.named_tensors().into_iter().map(|(name, _)| name).collect();
+        names.extend(self.trained_bias().map(|_| HEAD_BIAS.to_string()));
+        names
+    }
+
+    /// The parameters in flat order, for an optimizer to replace.
+    ///
+    /// # Errors
+    /// Only if the bias's tensor cannot be made.
+    pub fn parameters(&self) -> Result<Vec<Tensor>> {
+        let mut flat: Vec<Tensor> = self.adapter.named_tensors().into_iter().map(|(_, t)| t.clone()).collect();
+        if let Some(bias) = self.trained_bias() {
+            let device = self.adapter.head.as_ref().map_or(&Device::Cpu, |h| h.weight.device());
+            flat.push(Tensor::from_vec(vec![bias], 1, device)?);
+        }
+        Ok(flat)
+    }
+
+    /// Takes stepped parameters in flat order. All or nothing.
+    ///
+    /// # Errors
+    /// If their number, a shape or a type differs from [`Self::parameters`].
+    pub fn replace(&mut self, parameters: Vec<Tensor>) -> Result<()> {
+        let names = self.names();
+        anyhow::ensure!(
+            parameters.len() == names.len(),
+            "{} parameters given, this adapter has {}",
+            parameters.len(),
+            names.len()
+        );
+        for ((new, old), name) in parameters.iter().zip(self.parameters()?).zip(&names) {
+            check_tensor(new, old.dims(), name)?;
+        }
+        let bias = match self.trained_bias() {
+            Some(_) => Some(parameters[names.len() - 1].to_vec1::<f32>()?[0]),
+            None => None,
+        };
+        let mut new = parameters.into_iter();
+        let adapter = &mut self.adapter;
+        let slots = adapter.layers.iter_mut().flatten().flatten().flat_map(|pair| [&mut pair.a, &mut pair.b]);
+        for (slot, tensor) in slots.chain(adapter.head.iter_mut().map(|h| &mut h.weight)).zip(&mut new) {
+            *slot = tensor;
+        }
+        if let (Some(head), Some(bias)) = (&mut adapter.head, bias) {
+            head.bias = bias;
+        }
+        Ok(())
+    }
+
+    /// The gradients in flat order.
+    ///
+    /// # Errors
+    /// If a parameter has no gradient, a gradient has no parameter, or a shape differs; the message names the tensor.
+    /// A gradient for a fixed bias is left out, because every backward of a head has one.
+    pub fn flat_gradients<'g>(&self, gradients: &'g Gradients) -> Result<Vec<&'g Tensor>> {
+        anyhow::ensure!(
+            gradients.layers.len() == self.adapter.layers.len(),
+            "gradients of {} layers for an adapter of {}",
+            gradients.layers.len(),
+            self.adapter.layers.len()
+        );
+        let mut flat = Vec::new();
+        let mut take = |parameter: &Tensor, gradient: Option<&'g Tensor>, name: String| -> Result<()> {
+            let gradient =
+                gradient.with_context(|| format!("{name} got no gradient: the backward pass left it out"))?;
+            check_tensor(gradient, parameter.dims(), &format!("the gradient of {name}"))?;
+            flat.push(gradient);
+            Ok(())
+        };
+        for (layer, (pairs, grads)) in self.adapter.layers.iter().zip(&gradients.layers).enumerate() {
+            for projection in Projection::ALL {
+                let grads = grads[projection.index()].as_ref();
+                if let Some(pair) = &pairs[projection.index()] {
+                    take(&pair.a, grads.map(|g| &g.0), factor_name(layer, projection, 'A'))?;
+                    take(&pair.b, grads.map(|g| &g.1), factor_name(layer, projection, 'B'))?;
+                } else if grads.is_some() {
+                    anyhow::bail!("a gradient for {}, which has no branch", projection.module_path(layer));
+                }
+            }
+        }
+        match &self.adapter.head {
+            Some(head) => take(&head.weight, gradients.head_weight.as_ref(), HEAD_WEIGHT.to_string())?,
+            None => anyhow::ensure!(gradients.head_weight.is_none(), "a gradient for {HEAD_WEIGHT}: there is no head"),
+        }
+        if self.trained_bias().is_some() {
+            let gradient = gradients.head_bias.as_ref().with_context(|| format!("{HEAD_BIAS} got no gradient"))?;
+            check_tensor(gradient, &[1], &format!("the gradient of {HEAD_BIAS}"))?;
+            flat.push(gradient);
+        }
+        Ok(flat)
+    }
+
+    fn trained_bias(&self) -> Option<f32> {
+        self.adapter.head.as_ref().filter(|_| self.head_bias == HeadBias::Trained).map(|head| head.bias)
+    }
+}
+
+/// Gradients in an adapter's layout. What is `None` counts as zero in a sum; [`TrainableAdapter::flat_gradients`]
+/// refuses it when it comes to the step.
+#[derive(Clone, Debug, Default)]
+pub struct Gradients {
+    /// (dA (r, in), dB (out, r)) f32, indexed like [`Adapter::layers`].
+    pub layers: Vec<[Option<(Tensor, Tensor)>; 7]>,
+    /// (1, D) f32.
+    pub head_weight: Option<Tensor>,
+    /// (1,) f32.
+    pub head_bias: Option<Tensor>,
+}
+
+impl Gradients {
+    /// Nothing yet, for `layers` blocks.
+    pub fn none(layers: usize) -> Self {
+        Self { layers: (0..layers).map(|_| Default::default()).collect(), head_weight: None, head_bias: None }
+    }
+
+    /// Adds another micro-batch's gradients.
+    ///
+    /// # Errors
+    /// If the layers or a shape differ.
+    pub fn add(&mut self, other: Self) -> Result<()> {
+        let (have, more) = (self.layers.len(), other.layers.len());
+        anyhow::ensure!(have == more, "gradients of {have} and of {more} layers cannot be added");
+        for (mine, theirs) in self.layers.iter_mut().flatten().zip(other.layers.into_iter().flatten()) {
+            *mine = match (mine.take(), theirs) {
+                (Some((a, b)), Some((more_a, more_b))) => Some(((a + more_a)?, (b + more_b)?)),
+                (one, other) => one.or(other),
+            };
+        }
+        for (mine, theirs) in [(&mut self.head_weight, other.head_weight), (&mut self.head_bias, other.head_bias)] {
+            *mine = match (mine.take(), theirs) {
+                (Some(one), Some(more)) => Some((one + more)?),
+                (one, other) => one.or(other),
+            };
+        }
+        Ok(())
+    }
+
+    /// Multiplies every gradient.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn scale(&mut self, factor: f64) -> Result<()> {
+        for (a, b) in self.layers.iter_mut().flatten().flatten() {
+            *a = (&*a * factor)?;
+            *b = (&*b * factor)?;
+        }
+        for gradient in [&mut self.head_weight, &mut self.head_bias].into_iter().flatten() {
+            *gradient = (&*gradient * factor)?;
+        }
+        Ok(())
+    }
+}
+
+fn check_tensor(tensor: &Tensor, dims: &[usize], name: &str) -> Result<()> {
+    if tensor.dims() != dims || tensor.dtype() != DType::F32 {
+        return Err(invalid!("{name} is {:?} {:?}, and must be {dims:?} F32", tensor.dims(), tensor.dtype()));
+    }
+    Ok(())
+}
+
+/// Box-Muller; 1 - u keeps the logarithm's argument above 0.
+fn standard_normal(rng: &mut SplitMix64) -> f64 {
+    let radius = (-2.0 * (1.0 - rng.uniform()).ln()).sqrt();
+    radius * (std::f64::consts::TAU * rng.uniform()).cos()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SHAPES: LinearShapes = LinearShapes { layers: 3, hidden: 64, q_out: 96, kv_out: 32, intermediate: 128 };
+
+    fn config() -> LoraConfig {
+        LoraConfig {
+            r: 8,
+            lora_alpha: 4.0,
+            use_rslora: false,
+            target_modules: TargetModules::AllLinear,
+            layers_to_transform: None,
+        }
+    }
+
+    fn values(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn ones(adapter: &Adapter, factor: f64) -> Gradients {
+        let like = |t: &Tensor| (t.ones_like().unwrap() * factor).unwrap();
+        Gradients {
+            layers: adapter
+                .layers()
+                .iter()
+                .map(|row| std::array::from_fn(|i| row[i].as_ref().map(|p| (like(&p.a), like(&p.b)))))
+                .collect(),
+            head_weight: adapter.head().map(|h| like(&h.weight)),
+            head_bias: adapter.head().map(|_| Tensor::new(&[factor as f32], &Device::Cpu).unwrap()),
+        }
+    }
+
+    #[test]
+    fn fresh_factors_are_pefts_kaiming_uniform_and_zero() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap();
+        let down = adapter.pair(1, Projection::Down).unwrap();
+        assert_eq!((down.a.dims(), down.b.dims(), down.scale), (&[8, 128][..], &[64, 8][..], 0.5));
+        assert!(values(&down.b).iter().all(|&x| x == 0.0));
+        let (a, bound) = (values(&down.a), 1.0 / 128f32.sqrt());
+        assert!(a.iter().all(|x| x.abs() <= bound));
+        let (low, high) = a.iter().fold((0f32, 0f32), |(l, h), &x| (l.min(x), h.max(x)));
+        assert!(low < -0.97 * bound && high > 0.97 * bound, "1024 draws reach both ends: {low} {high}");
+        // A uniform variable's variance is bound^2 / 3; 1024 draws estimate it within 10 % (4 sigma are 11 %).
+        let variance = a.iter().map(|x| x * x).sum::<f32>() / a.len() as f32;
+        assert!((variance / (bound * bound / 3.0) - 1.0).abs() < 0.1, "{variance}");
+    }
+
+    #[test]
+    fn each_matrix_has_its_own_stream_of_numbers() {
+        let all = Adapter::init(config(), SHAPES, 3).unwrap();
+        let one = LoraConfig { target_modules: TargetModules::List(vec!["v_proj".into()]), ..config() };
+        let one = Adapter::init(one, SHAPES, 3).unwrap();
+        assert_eq!(values(&all.pair(2, Projection::V).unwrap().a), values(&one.pair(2, Projection::V).unwrap().a));
+        assert!(one.pair(2, Projection::Q).is_none() && one.pair(3, Projection::V).is_none());
+        let (v, k) = (all.pair(2, Projection::V).unwrap(), all.pair(2, Projection::K).unwrap());
+        assert_ne!(values(&v.a), values(&k.a));
+    }
+
+    #[test]
+    fn the_head_is_normal_with_deviation_one_over_root_d() {
+        let wide = LinearShapes { layers: 1, hidden: 4096, q_out: 8, kv_out: 8, intermediate: 8 };
+        let one = LoraConfig { target_modules: TargetModules::List(vec!["k_proj".into()]), ..config() };
+        let adapter = Adapter::init(one, wide, 1).unwrap().with_head(5).unwrap();
+        let w = values(&adapter.head().unwrap().weight);
+        let mean = w.iter().sum::<f32>() / 4096.0;
+        let second = w.iter().map(|x| x * x).sum::<f32>(); // expected 4096 * 1/4096 = 1, deviation sqrt(2/4096) = 0.022
+        assert!(mean.abs() < 4.0 / 4096.0 && (second - 1.0).abs() < 0.09, "{mean} {second}");
+        assert_eq!(adapter.num_parameters(), 8 * (4096 + 8) + 4096);
+    }
+
+    #[test]
+    fn names_come_by_layer_then_projection_then_factor_with_the_head_last() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
+        let names: Vec<String> = adapter.named_tensors().into_iter().map(|(n, _)| n).collect();
+        assert_eq!(names.len(), 3 * 7 * 2 + 1);
+        assert_eq!(names[0], "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight");
+        assert_eq!(names[13], "base_model.model.model.layers.0.mlp.down_proj.lora_B.weight");
+        assert_eq!(names[14], "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight");
+        assert_eq!(names[42], "base_model.model.score.weight");
+    }
+
+    #[test]
+    fn a_snapshot_and_the_source_stay_when_the_learner_steps() {
+        let source = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
+        let mut learner = source.to_trainable().with_head_bias(HeadBias::Trained).unwrap();
+        let snapshot = learner.snapshot();
+        let stepped = learner.parameters().unwrap().iter().map(|t| (t + 1.0).unwrap()).collect();
+        learner.replace(stepped).unwrap();
+        assert_eq!(learner.view().head().unwrap().bias, 1.0);
+        for ((new, old), (name, start)) in
+            learner.view().named_tensors().iter().zip(snapshot.named_tensors()).zip(source.named_tensors())
+        {
+            assert_eq!(values(old.1), values(start), "{name}");
+            let want: Vec<f32> = values(start).iter().map(|x| x + 1.0).collect();
+            assert_eq!(values(new.1), want, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_wrong_replacement_is_refused_and_changes_nothing() {
+        let source = Adapter::init(config(), SHAPES, 3).unwrap();
+        let mut learner = source.to_trainable();
+        let mut bad: Vec<Tensor> = learner.parameters().unwrap().iter().map(|t| (t + 1.0).unwrap()).collect();
+        let last = bad.len() - 1;
+        bad[last] = bad[last].t().unwrap();
+        let message = learner.replace(bad).unwrap_err().to_string();
+        assert!(message.contains("layers.2.mlp.down_proj.lora_B"), "{message}");
+        assert!(learner.replace(vec![]).is_err());
+        let (a, b) = (learner.view().pair(0, Projection::Q).unwrap(), source.pair(0, Projection::Q).unwrap());
+        assert_eq!(values(&a.a), values(&b.a));
+    }
+
+    #[test]
+    fn gradients_add_up_and_scale_in_the_parameters_order() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
+        let mut sum = Gradients::none(3);
+        sum.add(ones(&adapter, 1.0)).unwrap();
+        sum.add(ones(&adapter, 2.0)).unwrap();
+        sum.scale(0.5).unwrap();
+        let learner = adapter.to_trainable();
+        let flat = learner.flat_gradients(&sum).unwrap();
+        assert_eq!(flat.len(), learner.parameters().unwrap().len(), "a fixed bias has no place");
+        for (gradient, parameter) in flat.iter().zip(learner.parameters().unwrap()) {
+            assert_eq!(gradient.dims(), parameter.dims());
+            assert!(values(gradient).iter().all(|&g| g == 1.5));
+        }
+        let learner = learner.with_head_bias(HeadBias::Trained).unwrap();
+        assert_eq!(learner.flat_gradients(&sum).unwrap().len(), learner.names().len());
+    }
+
+    #[test]
+    fn a_missing_a_surplus_and_a_misshapen_gradient_are_named() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
+        let learner = adapter.to_trainable();
+        let refusal = |gradients: &Gradients| learner.flat_gradients(gradients).unwrap_err().to_string();
+        let mut g = ones(&adapter, 1.0);
+        g.layers[1][Projection::Up.index()] = None;
+        assert!(refusal(&g).contains("layers.1.mlp.up_proj.lora_A"), "{}", refusal(&g));
+        let mut g = ones(&adapter, 1.0);
+        g.head_weight = None;
+        assert!(refusal(&g).contains("score.weight"));
+        let mut g = ones(&adapter, 1.0);
+        let (a, b) = g.layers[0][0].take().unwrap();
+        g.layers[0][0] = Some((b, a));
+        assert!(refusal(&g).contains("layers.0.self_attn.q_proj.lora_A"));
+        let headless = Adapter::init(config(), SHAPES, 3).unwrap().to_trainable();
+        assert!(headless.flat_gradients(&ones(&adapter, 1.0)).is_err());
+        assert!(headless.with_head_bias(HeadBias::Trained).is_err());
+    }
+
+    #[test]
+    fn parts_that_do_not_fit_the_config_or_the_base_are_refused() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap();
+        let build = |layers: Vec<LayerPairs>, shapes| {
+            Adapter::from_parts(config(), shapes, layers, None, Provenance::default())
+        };
+        assert!(build(adapter.layers().to_vec(), SHAPES).is_ok());
+        let mut holes = adapter.layers().to_vec();
+        holes[2][3] = None;
+        assert!(build(holes, SHAPES).unwrap_err().to_string().contains("layers.2.self_attn.o_proj"));
+        let other = LinearShapes { intermediate: 120, ..SHAPES };
+        let message = build(adapter.layers().to_vec(), other).unwrap_err().to_string();
+        assert!(message.contains("gate_proj.lora_B") && message.contains("[120, 8]"), "{message}");
+    }
+}
