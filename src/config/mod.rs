@@ -1,0 +1,279 @@
+//! One TOML file an experiment -> a checked [`Config`]. Knows no model and no data: it never opens what a path names.
+//!
+//! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
+//! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
+//! The keys are documented on the structs: read schema.rs and stages.rs next.
+
+mod expand;
+mod located;
+mod overrides;
+mod schema;
+mod stages;
+mod validate;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde::{Deserialize, Serialize};
+use toml::{Table, Value};
+
+use crate::invalid;
+use located::{Fault, KeyError, keys_of, nearest, quoted};
+
+pub use schema::{
+    Base, Compute, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation,
+};
+pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
+
+/// A whole file. Sections of stages that do not run may be absent.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Seed of every random number: initial adapters, shuffles, sampling. Default 0.
+    #[serde(default)]
+    pub seed: u64,
+    /// Folder a run writes to. Default `runs/<stage>`; read it with [`Config::output_dir`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output_dir: Option<PathBuf>,
+    /// The policy's frozen checkpoint. Required.
+    pub base: Base,
+    /// The reward model's and the critic's frozen checkpoint; absent = the policy's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward_base: Option<Base>,
+    /// The shape of new adapters.
+    #[serde(default)]
+    pub lora: Lora,
+    /// The records; read it with [`Config::data`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub data: Option<Data>,
+    /// Supervised fine-tuning; read it with [`Config::sft`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sft: Option<Sft>,
+    /// Reward modelling; read it with [`Config::reward`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reward: Option<Reward>,
+    /// PPO; read it with [`Config::ppo`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ppo: Option<Ppo>,
+}
+
+/// The stages of a run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stage {
+    /// Supervised fine-tuning.
+    Sft,
+    /// Reward modelling.
+    Reward,
+    /// Proximal policy optimisation.
+    Ppo,
+}
+
+impl Stage {
+    /// The name of its section and of its default output folder.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Sft => "sft",
+            Self::Reward => "reward",
+            Self::Ppo => "ppo",
+        }
+    }
+}
+
+impl Config {
+    /// The folder a stage writes to.
+    pub fn output_dir(&self, stage: Stage) -> PathBuf {
+        self.output_dir.clone().unwrap_or_else(|| Path::new("runs").join(stage.name()))
+    }
+
+    /// The reward model's checkpoint: `[reward_base]`, or the policy's.
+    pub fn reward_base(&self) -> &Base {
+        self.reward_base.as_ref().unwrap_or(&self.base)
+    }
+
+    /// `[data]`.
+    ///
+    /// # Errors
+    /// The section is absent.
+    pub fn data(&self) -> Result<&Data> {
+        let missing = || invalid!("the section [data] is missing; add it with path = \"…\", or --set data.path=…");
+        self.data.as_ref().ok_or_else(missing)
+    }
+
+    /// `[sft]`, or its defaults.
+    pub fn sft(&self) -> Sft {
+        self.sft.clone().unwrap_or_default()
+    }
+
+    /// `[reward]`, or its defaults.
+    pub fn reward(&self) -> Reward {
+        self.reward.clone().unwrap_or_default()
+    }
+
+    /// `[ppo]`.
+    ///
+    /// # Errors
+    /// The section is absent.
+    pub fn ppo(&self) -> Result<&Ppo> {
+        let missing = || invalid!("the section [ppo] is missing; it needs at least reward_adapter = \"runs/reward/…\"");
+        self.ppo.as_ref().ok_or_else(missing)
+    }
+
+    /// The resolved config as TOML, every default written out; `load` reads it back to an equal config.
+    ///
+    /// # Errors
+    /// A number TOML cannot hold.
+    pub fn to_toml(&self) -> Result<String> {
+        toml::to_string_pretty(self).context("writing the resolved config as TOML")
+    }
+
+    /// Expands `~` and `$VAR` in every path.
+    fn expand_paths(&mut self) -> Result<()> {
+        let mut paths: Vec<(&str, &mut PathBuf)> = vec![("[base] path", &mut self.base.path)];
+        paths.extend(self.output_dir.as_mut().map(|path| ("output_dir", path)));
+        paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
+        if let Some(data) = &mut self.data {
+            paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
+        }
+        paths.extend(self.sft.as_mut().and_then(|sft| sft.adapter.as_mut()).map(|path| ("[sft] adapter", path)));
+        paths.extend(self.reward.as_mut().and_then(|rm| rm.adapter.as_mut()).map(|path| ("[reward] adapter", path)));
+        if let Some(ppo) = &mut self.ppo {
+            paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
+            paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
+        }
+        for (key, path) in paths {
+            if let Some(text) = path.to_str() {
+                let expanded = expand::expand(text, |name| std::env::var(name).ok());
+                *path = expanded.map_err(|error| invalid!("{key}: {error}"))?.into();
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads a config file and the `--set section.key=value` changes to it.
+///
+/// # Errors
+/// An unreadable file, bad TOML, an unknown key or value, a wrong type, an unset variable in a path, a value out of
+/// range. Every message names the file (or the `--set`) and the key.
+pub fn load(path: &Path, set: &[String]) -> Result<Config> {
+    let file = path.display();
+    let text = std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}"))?;
+    let mut table: Table =
+        text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))?;
+    let mut changed = Vec::new();
+    for text in set {
+        changed.push((overrides::apply(&mut table, text)?, text));
+    }
+    let mut config: Config = located::from_table(table.clone()).map_err(|error| {
+        let mut at = error.path.clone();
+        if let Fault::UnknownKey { key, .. } = &error.fault {
+            at.push(key.clone());
+        }
+        // The last one wins where a key is set twice.
+        match changed.iter().rev().find(|(path, _)| at.starts_with(path) || path.starts_with(&at)) {
+            Some((_, text)) => invalid!("--set {text}: {}", describe(&error, &table)),
+            None => invalid!("{file}: {}", describe(&error, &table)),
+        }
+    })?;
+    config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
+    validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;
+    Ok(config)
+}
+
+/// Every section with its keys.
+fn sections() -> [(&'static str, &'static [&'static str]); 7] {
+    [
+        ("base", keys_of::<Base>()),
+        ("reward_base", keys_of::<Base>()),
+        ("lora", keys_of::<Lora>()),
+        ("data", keys_of::<Data>()),
+        ("sft", keys_of::<Sft>()),
+        ("reward", keys_of::<Reward>()),
+        ("ppo", keys_of::<Ppo>()),
+    ]
+}
+
+/// What other trainers call our keys: (their name, our section and key).
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("model_name_or_path", "[base] path"),
+    ("actor_model_name_or_path", "[base] path"),
+    ("critic_model_name_or_path", "[reward_base] path"),
+    ("lora_r", "[lora] r"),
+    ("lora_rank", "[lora] r"),
+    ("lora_dim", "[lora] r"),
+    ("actor_lora_dim", "[lora] r"),
+    ("rank", "[lora] r"),
+    ("lora_target", "[lora] target_modules"),
+    ("lora_target_modules", "[lora] target_modules"),
+    ("data_path", "[data] path"),
+    ("dataset", "[data] path"),
+    ("cutoff_len", "[data] max_length"),
+    ("max_seq_len", "[data] max_length"),
+    ("max_seq_length", "[data] max_length"),
+    ("max_prompt_seq_len", "[data] max_prompt_length"),
+    ("max_answer_seq_len", "[ppo] response_length"),
+    ("max_new_tokens", "[ppo] response_length"),
+    ("actor_learning_rate", "[ppo] learning_rate"),
+    ("ppo_epochs", "[ppo] num_ppo_epochs"),
+    ("kl_ctl", "[ppo] kl_coef"),
+    ("init_kl_coef", "[ppo] kl_coef"),
+    ("lambda", "[ppo] lam"),
+    ("clip_reward_value", "[ppo] score_clip"),
+    ("reward_model", "[ppo] reward_adapter"),
+    ("warmup_ratio", "warmup_steps"),
+    ("num_warmup_steps", "warmup_steps"),
+];
+
+/// Where a key that does not belong here may have been meant to go.
+fn elsewhere(key: &str) -> Option<String> {
+    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
+        return Some(format!("it is {ours} here"));
+    }
+    if key == "seed" || key == "output_dir" {
+        return Some(format!("{key} stands at the top of the file, before any section"));
+    }
+    let owners: Vec<&str> =
+        sections().into_iter().filter(|(_, keys)| keys.contains(&key)).map(|(name, _)| name).collect();
+    let owners: Vec<String> = owners.iter().map(|name| format!("[{name}]")).collect();
+    (!owners.is_empty()).then(|| format!("{} has it", owners.join(", ")))
+}
+
+fn describe(error: &KeyError, table: &Table) -> String {
+    let at = match error.path.as_slice() {
+        [] => String::new(),
+        [key] if !table.get(key).is_some_and(Value::is_table) => key.clone(),
+        [section] => format!("[{section}]"),
+        [section, key @ ..] => format!("[{section}] {}", key.join(".")),
+    };
+    let guess = |wrong: &str, names: &[&str]| match nearest(wrong, names) {
+        Some(name) => format!("did you mean {name:?}?"),
+        None => format!("there are {}", quoted(names)),
+    };
+    match &error.fault {
+        Fault::UnknownKey { key, expected } if error.path.is_empty() => {
+            let is_section = table.get(key).is_some_and(Value::is_table);
+            match elsewhere(key).filter(|_| !is_section) {
+                Some(hint) => format!("there is no key {key:?} outside the sections; {hint}"),
+                None if is_section => {
+                    format!("there is no section [{key}]; {}", guess(key, &sections().map(|(name, _)| name)))
+                }
+                None => format!("there is no key {key:?} outside the sections; {}", guess(key, expected)),
+            }
+        }
+        Fault::UnknownKey { key, expected } => {
+            let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
+            let known = ELSEWHERE.iter().any(|(theirs, _)| theirs == key).then(|| elsewhere(key)).flatten();
+            let hint = known.or(near).or_else(|| elsewhere(key)).unwrap_or_else(|| guess(key, expected));
+            format!("{at} has no key {key:?}; {hint}")
+        }
+        Fault::UnknownValue { value, expected } => {
+            let near = nearest(value, expected).map(|name| format!("; did you mean {name:?}?")).unwrap_or_default();
+            format!("{at} = {value:?} is not one of {}{near}", quoted(expected))
+        }
+        Fault::Missing("base") => {
+            "the section [base] is missing; it needs path = \"a Hugging Face folder or .gguf\"".into()
+        }
+        Fault::Missing(key) => format!("{at} needs the key {key:?}"),
+        Fault::Mismatch(text) => format!("{at} {text}").trim_start().to_owned(),
+    }
+}

@@ -1,0 +1,242 @@
+//! The sections every stage shares: `[base]`, `[reward_base]`, `[lora]`, `[data]`. Knows no rule between keys
+//! (validate.rs) and no file. Read stages.rs next.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+/// `[base]`, `[reward_base]`: a frozen checkpoint.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Base {
+    /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file. Required.
+    pub path: PathBuf,
+    /// Arithmetic of the frozen linear layers; the adapters and their gradients are f32 either way. Default `f32`:
+    /// exact on every machine; `bf16` is faster where the processor has it.
+    #[serde(default)]
+    pub compute: Compute,
+}
+
+/// Arithmetic of the frozen linear layers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compute {
+    /// 32-bit products and sums.
+    #[default]
+    F32,
+    /// bfloat16 operands, 32-bit sums.
+    Bf16,
+}
+
+/// `[lora]`: the shape of a new adapter. Keys and defaults are PEFT's `LoraConfig`, except `lora_alpha` (8 there) and
+/// `target_modules`. Where a stage continues an adapter, that adapter's own shape counts and this section is not used.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Lora {
+    /// Rank of the two factors. Default 8 (PEFT).
+    pub r: usize,
+    /// Scale: the branch is multiplied by `lora_alpha / r`, with rsLoRA by `lora_alpha / sqrt(r)`. Default 16 (twice the
+    /// rank, LLaMA-Factory's rule).
+    pub lora_alpha: f64,
+    /// Which linear layers get a branch: `"all-linear"` (all of a block's, not the output head), a list of name endings
+    /// such as `["q_proj", "v_proj"]`, or another string: a regular expression over the whole module name.
+    /// Default `"all-linear"` (QLoRA's finding, arXiv:2305.14314 section 4).
+    pub target_modules: TargetModules,
+    /// Rank-stabilised scale, arXiv:2312.03732. Default false (PEFT).
+    pub use_rslora: bool,
+    /// Block numbers, from 0, that get adapters; absent = every block.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub layers_to_transform: Option<Vec<usize>>,
+}
+
+impl Default for Lora {
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 16.0,
+            target_modules: TargetModules::One("all-linear".to_owned()),
+            use_rslora: false,
+            layers_to_transform: None,
+        }
+    }
+}
+
+/// `target_modules` as written: a string or a list.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(
+    untagged,
+    expecting = "must be \"all-linear\", a list of module names such as [\"q_proj\"], or a regular expression"
+)]
+pub enum TargetModules {
+    /// `"all-linear"`, or a regular expression that must match the whole module name.
+    One(String),
+    /// Module names: each matches a module of that name or one whose dotted name ends in it.
+    List(Vec<String>),
+}
+
+impl TargetModules {
+    /// Is it the shorthand for every linear layer of a block?
+    pub fn is_all_linear(&self) -> bool {
+        matches!(self, Self::One(text) if text == "all-linear")
+    }
+}
+
+/// `[data]`: where the records come from and how they become token sequences.
+#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Data {
+    /// A file (`.json`, `.jsonl`, `.jsonl.gz`, `.txt`), a folder of such files, or a list of both. Required by every
+    /// training stage.
+    pub path: Paths,
+    /// What a record holds. Default `auto`: read off the keys of a file's first record.
+    pub format: Format,
+    /// How a dialogue becomes text. Default: `chat` where the tokenizer brings a chat template, else `plain`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<Template>,
+    /// Most tokens of a training sequence, prompt and answer with its end token. Default 512 (DeepSpeed-Chat's
+    /// `max_seq_len`).
+    pub max_length: usize,
+    /// Most tokens of a PPO prompt; longer ones are dropped and counted, never cut, since a cut prompt loses its template.
+    /// Default 256 (DeepSpeed-Chat's `max_prompt_seq_len`).
+    pub max_prompt_length: usize,
+    /// What happens to a sequence longer than `max_length`. Default `drop`: a cut answer loses its end token and teaches
+    /// the model not to stop.
+    pub truncation: Truncation,
+    /// Share of the records held out for evaluation, in [0, 1). Default 0.05 unless `eval_rows` is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_fraction: Option<f64>,
+    /// Number of records held out for evaluation, instead of `eval_fraction`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub eval_rows: Option<usize>,
+    /// Reads no more than this many records, over all files; absent = all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_rows: Option<usize>,
+    /// What a record that cannot be used does. Default `error`: stop and name it; `skip` drops and counts it.
+    pub on_bad_record: OnBadRecord,
+}
+
+impl Default for Data {
+    fn default() -> Self {
+        Self {
+            path: Paths::List(Vec::new()),
+            format: Format::Auto,
+            template: None,
+            max_length: 512,
+            max_prompt_length: 256,
+            truncation: Truncation::Drop,
+            eval_fraction: None,
+            eval_rows: None,
+            max_rows: None,
+            on_bad_record: OnBadRecord::Error,
+        }
+    }
+}
+
+impl Data {
+    /// The held-out part.
+    pub fn eval_size(&self) -> EvalSize {
+        match (self.eval_rows, self.eval_fraction) {
+            (Some(rows), _) => EvalSize::Rows(rows),
+            (None, fraction) => EvalSize::Fraction(fraction.unwrap_or(0.05)),
+        }
+    }
+}
+
+/// How much is held out for evaluation.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum EvalSize {
+    /// A share of all records.
+    Fraction(f64),
+    /// A number of records.
+    Rows(usize),
+}
+
+/// One path or several.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(untagged, expecting = "must be a path or a list of paths")]
+pub enum Paths {
+    /// `path = "a.json"`
+    One(PathBuf),
+    /// `path = ["a.json", "folder"]`
+    List(Vec<PathBuf>),
+}
+
+impl Paths {
+    /// All of them, in order.
+    pub fn as_slice(&self) -> &[PathBuf] {
+        match self {
+            Self::One(path) => std::slice::from_ref(path),
+            Self::List(paths) => paths,
+        }
+    }
+
+    pub(super) fn as_mut_slice(&mut self) -> &mut [PathBuf] {
+        match self {
+            Self::One(path) => std::slice::from_mut(path),
+            Self::List(paths) => paths,
+        }
+    }
+}
+
+/// What a record holds. The names are TRL's dataset types and LLaMA-Factory's formats.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// Read off the keys of a file's first record.
+    #[default]
+    Auto,
+    /// `text`, or `messages` as one conversation.
+    LanguageModeling,
+    /// `prompt` and `completion`, texts or message lists.
+    PromptCompletion,
+    /// `chosen` and `rejected`, with or without `prompt` (or ShareGPT's `conversations`).
+    Preference,
+    /// `prompt` and `responses`, best first, or with `scores`.
+    Ranked,
+    /// `prompt` and `completion`, or `messages`, with `label`.
+    Unpaired,
+    /// `prompt` alone.
+    PromptOnly,
+    /// `instruction`, `input`, `output`, with `system` and `history` where given.
+    Alpaca,
+    /// `conversations` of `{from, value}`.
+    Sharegpt,
+    /// `chosen` and `rejected` transcripts of `\n\nHuman:` and `\n\nAssistant:` turns.
+    HhRlhf,
+}
+
+/// How a dialogue becomes text.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Template {
+    /// The tokenizer's own chat template.
+    Chat,
+    /// `\n\nHuman: …\n\nAssistant: …`, as in HH-RLHF and DeepSpeed-Chat.
+    HumanAssistant,
+    /// Turns joined by a line break and nothing added.
+    Plain,
+}
+
+/// What happens to a sequence that is too long.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Truncation {
+    /// The record is dropped and counted.
+    #[default]
+    Drop,
+    /// The prompt loses its first tokens, the answer stays whole; dropped where the answer alone is too long.
+    Left,
+    /// The end is cut off, with its end token; dropped where nothing of an answer is left.
+    Right,
+}
+
+/// What a record that cannot be used does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnBadRecord {
+    /// Ends the run with a message that names file, record and column.
+    #[default]
+    Error,
+    /// Is dropped and counted.
+    Skip,
+}

@@ -1,0 +1,196 @@
+//! Ranges of the keys and rules between them, each with its remedy. Knows no file: mod.rs puts its name in front.
+
+use anyhow::Result;
+
+use super::{Base, Config, Data, Lora, Ppo, Reward, Sft, TargetModules};
+use crate::invalid;
+
+/// Checks a whole config; the first fault found is the error.
+pub(super) fn validate(config: &Config) -> Result<()> {
+    base("base", &config.base)?;
+    config.reward_base.as_ref().map_or(Ok(()), |section| base("reward_base", section))?;
+    lora(&config.lora)?;
+    config.data.as_ref().map_or(Ok(()), data)?;
+    config.sft.as_ref().map_or(Ok(()), sft)?;
+    config.reward.as_ref().map_or(Ok(()), reward)?;
+    config.ppo.as_ref().map_or(Ok(()), ppo)
+}
+
+/// The checks of one section; every message opens with `[section] key = value`.
+struct Section(&'static str);
+
+impl Section {
+    fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
+        match value {
+            0 => Err(invalid!("[{}] {key} = 0 does nothing; use 1 or more", self.0)),
+            _ => Ok(()),
+        }
+    }
+
+    fn within(&self, key: &str, value: f64, inside: impl Fn(f64) -> bool, range: &str) -> Result<()> {
+        // NaN and the infinities are TOML numbers too, and none is ever meant.
+        if value.is_finite() && inside(value) {
+            return Ok(());
+        }
+        Err(invalid!("[{}] {key} = {value} is out of range; use {range}", self.0))
+    }
+
+    fn positive(&self, key: &str, value: f64, usual: &str) -> Result<()> {
+        self.within(key, value, |v| v > 0.0, &format!("a number above 0, usually {usual}"))
+    }
+
+    fn not_negative(&self, key: &str, value: f64) -> Result<()> {
+        self.within(key, value, |v| v >= 0.0, "0 or a number above it")
+    }
+
+    /// The optimisation keys all three stages have: (learning rate, weight decay, betas, epsilon, gradient norm).
+    fn optimizer(&self, rate: f64, decay: f64, betas: [f64; 2], epsilon: f64, norm: f64) -> Result<()> {
+        self.positive("learning_rate", rate, "1e-6 to 1e-3")?;
+        if rate >= 1.0 {
+            return Err(invalid!(
+                "[{}] learning_rate = {rate} diverges; adapters usually learn with 1e-6 to 1e-3",
+                self.0
+            ));
+        }
+        self.not_negative("weight_decay", decay)?;
+        for (key, beta) in ["adam_beta1", "adam_beta2"].into_iter().zip(betas) {
+            self.within(key, beta, |v| (0.0..1.0).contains(&v), "a number from 0 to below 1, usually 0.9 to 0.999")?;
+        }
+        self.positive("adam_epsilon", epsilon, "1e-8")?;
+        self.not_negative("max_grad_norm", norm)
+    }
+}
+
+fn base(name: &'static str, section: &Base) -> Result<()> {
+    if section.path.as_os_str().is_empty() {
+        return Err(invalid!("[{name}] path is empty; name a Hugging Face folder or a .gguf file"));
+    }
+    Ok(())
+}
+
+fn lora(section: &Lora) -> Result<()> {
+    let check = Section("lora");
+    check.at_least_one("r", section.r)?;
+    check.positive("lora_alpha", section.lora_alpha, "r or 2 r")?;
+    match &section.target_modules {
+        TargetModules::List(names) if names.is_empty() || names.iter().any(String::is_empty) => Err(invalid!(
+            "[lora] target_modules has no names or an empty one; use \"all-linear\" or names such as [\"q_proj\", \"v_proj\"]"
+        )),
+        TargetModules::One(text) if text.is_empty() => {
+            Err(invalid!("[lora] target_modules is empty; use \"all-linear\", a list of names or a regular expression"))
+        }
+        TargetModules::One(text) => regex::Regex::new(text).map(|_| ()).map_err(|error| {
+            invalid!("[lora] target_modules = {text:?} is neither \"all-linear\" nor a regular expression: {error}")
+        }),
+        TargetModules::List(_) => Ok(()),
+    }?;
+    if section.layers_to_transform.as_ref().is_some_and(Vec::is_empty) {
+        return Err(invalid!("[lora] layers_to_transform = [] leaves no block; remove the key to adapt every block"));
+    }
+    Ok(())
+}
+
+fn data(section: &Data) -> Result<()> {
+    let check = Section("data");
+    let paths = section.path.as_slice();
+    if paths.is_empty() || paths.iter().any(|path| path.as_os_str().is_empty()) {
+        return Err(invalid!(
+            "[data] needs path = \"file.jsonl\", a folder or a list of them; --set data.path=… also does"
+        ));
+    }
+    if section.max_length < 2 {
+        return Err(invalid!(
+            "[data] max_length = {} leaves no room for a prompt token and an answer token; use 2 or more, usually 512",
+            section.max_length
+        ));
+    }
+    check.at_least_one("max_prompt_length", section.max_prompt_length)?;
+    if section.max_rows == Some(0) {
+        return Err(invalid!(
+            "[data] max_rows = 0 reads nothing; use 1 or more, or remove the key to read every record"
+        ));
+    }
+    if let (Some(fraction), Some(rows)) = (section.eval_fraction, section.eval_rows) {
+        return Err(invalid!("[data] has both eval_fraction = {fraction} and eval_rows = {rows}; keep one of them"));
+    }
+    let fraction = section.eval_fraction.unwrap_or(0.0);
+    check.within("eval_fraction", fraction, |v| (0.0..1.0).contains(&v), "a share from 0 to below 1, usually 0.05")
+}
+
+fn sft(section: &Sft) -> Result<()> {
+    let check = Section("sft");
+    let betas = [section.adam_beta1, section.adam_beta2];
+    let Sft { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
+    check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
+    check.at_least_one("num_train_epochs", section.num_train_epochs)?;
+    check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
+    check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
+    check.at_least_one("logging_steps", section.logging_steps)
+}
+
+fn reward(section: &Reward) -> Result<()> {
+    let check = Section("reward");
+    let betas = [section.adam_beta1, section.adam_beta2];
+    let Reward { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
+    check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
+    check.at_least_one("num_train_epochs", section.num_train_epochs)?;
+    check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
+    check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
+    check.at_least_one("logging_steps", section.logging_steps)
+}
+
+fn ppo(section: &Ppo) -> Result<()> {
+    let check = Section("ppo");
+    if section.reward_adapter.as_os_str().is_empty() {
+        return Err(invalid!("[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote"));
+    }
+    let betas = [section.adam_beta1, section.adam_beta2];
+    let Ppo { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
+    check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
+    check.positive("critic_learning_rate", section.critic_learning_rate(), "1e-6 to 1e-3")?;
+    for (key, value) in [
+        ("total_episodes", section.total_episodes),
+        ("batch_size", section.batch_size),
+        ("num_mini_batches", section.num_mini_batches),
+        ("num_ppo_epochs", section.num_ppo_epochs),
+        ("micro_batch_size", section.micro_batch_size),
+        ("response_length", section.response_length),
+    ] {
+        check.at_least_one(key, value)?;
+    }
+    multiple("batch_size", section.batch_size, "num_mini_batches", section.num_mini_batches)?;
+    multiple("total_episodes", section.total_episodes, "batch_size", section.batch_size)?;
+    check.positive("temperature", section.temperature, "0.7 to 1.0")?;
+    check.within(
+        "top_p",
+        section.top_p,
+        |v| v > 0.0 && v <= 1.0,
+        "a number above 0 and at most 1; 1 samples from all",
+    )?;
+    for (key, value) in [
+        ("kl_coef", section.kl_coef),
+        ("vf_coef", section.vf_coef),
+        ("score_clip", section.score_clip),
+        ("missing_eos_penalty", section.missing_eos_penalty.unwrap_or(0.0)),
+    ] {
+        check.not_negative(key, value)?;
+    }
+    check.within("cliprange", section.cliprange, |v| v > 0.0 && v < 1.0, "a number between 0 and 1, usually 0.2")?;
+    check.positive("cliprange_value", section.cliprange_value, "0.2")?;
+    for (key, value) in [("gamma", section.gamma), ("lam", section.lam)] {
+        check.within(key, value, |v| (0.0..=1.0).contains(&v), "a number from 0 to 1, usually 0.95 or 1")?;
+    }
+    Ok(())
+}
+
+fn multiple(key: &str, value: usize, of: &str, unit: usize) -> Result<()> {
+    if value.is_multiple_of(unit) {
+        return Ok(());
+    }
+    let below = value / unit * unit;
+    let remedy = match (below, below.checked_add(unit)) {
+        (0, _) | (_, None) => format!("try {}", below.max(unit)),
+        (_, Some(above)) => format!("try {below} or {above}"),
+    };
+    Err(invalid!("[ppo] {key} = {value} is not a multiple of {of} = {unit}; {remedy}"))
+}

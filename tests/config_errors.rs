@@ -1,0 +1,202 @@
+//! Every way a config file can be wrong says what, where and what to do; every way it can be right is read back equal.
+
+use std::path::Path;
+
+use fourfold::config::{
+    self, Checkpoint, Compute, Config, EvalSize, LrScheduler, Paths, RewardLoss, Stage, TargetModules,
+};
+use fourfold::error::exit_code;
+
+fn load(text: &str, set: &[&str]) -> anyhow::Result<Config> {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("run.toml");
+    std::fs::write(&file, text).unwrap();
+    config::load(&file, &set.iter().map(|text| text.to_string()).collect::<Vec<_>>())
+}
+
+/// The message without the folder of the file; the error must be the user's fault (exit code 2).
+fn message(text: &str, set: &[&str]) -> String {
+    let error = load(text, set).expect_err(text);
+    assert_eq!(exit_code(&error), 2, "{error:#}");
+    let message = format!("{error:#}");
+    match message.find("run.toml: ") {
+        Some(at) => message[at..].to_owned(),
+        None => message,
+    }
+}
+
+const BASE: &str = "[base]\npath = \"m.gguf\"\n";
+
+#[track_caller]
+fn refuses(section: &str, expected: &str) {
+    let found = message(&format!("{BASE}{section}"), &[]);
+    assert!(found.contains(expected), "\nfound:    {found}\nexpected: {expected}");
+    assert!(found.starts_with("run.toml: "), "{found}");
+}
+
+#[test]
+fn an_unknown_key_names_file_section_key_and_the_nearest_key() {
+    assert_eq!(
+        message(&format!("{BASE}[ppo]\nkl_coeff = 0.1\n"), &[]),
+        "run.toml: [ppo] has no key \"kl_coeff\"; did you mean \"kl_coef\"?"
+    );
+    refuses("[sft]\nlearnign_rate = 1e-4", "[sft] has no key \"learnign_rate\"; did you mean \"learning_rate\"?");
+    refuses("[data]\npath = \"x\"\nmaxrows = 3", "did you mean \"max_rows\"?");
+}
+
+#[test]
+fn an_unknown_section_names_the_nearest_section() {
+    refuses("[rewards]\ncenter = true", "there is no section [rewards]; did you mean \"reward\"?");
+    refuses("[zzz]\na = 1", "there is no section [zzz]; there are \"base\", ");
+}
+
+#[test]
+fn a_key_in_the_wrong_section_or_of_another_trainer_is_pointed_home() {
+    refuses("[ppo]\nmax_length = 3", "[data] has it");
+    refuses("[lora]\nlora_rank = 3", "it is [lora] r here");
+    refuses("[ppo]\nppo_epochs = 3", "it is [ppo] num_ppo_epochs here");
+    refuses("[sft]\nseed = 3", "seed stands at the top of the file");
+    let found = message("kl_coef = 0.1\n[base]\npath = \"m\"", &[]);
+    assert!(found.contains("there is no key \"kl_coef\" outside the sections; [ppo] has it"), "{found}");
+}
+
+#[test]
+fn an_unknown_enum_value_lists_the_values_and_names_the_nearest() {
+    assert_eq!(
+        message(&format!("{BASE}[sft]\nlr_scheduler_type = \"cosin\"\n"), &[]),
+        "run.toml: [sft] lr_scheduler_type = \"cosin\" is not one of \"linear\", \"cosine\", \"constant\"; \
+         did you mean \"cosine\"?"
+    );
+    refuses("[data]\npath = \"x\"\nformat = \"prefs\"", "did you mean \"preference\"?");
+    refuses("[ppo]\nkl_estimator = 1", "[ppo] kl_estimator must be one of \"k1\", \"k3\", not 1");
+}
+
+#[test]
+fn a_wrong_type_names_the_key_in_the_users_words() {
+    refuses("[ppo]\nkl_coef = \"high\"", "[ppo] kl_coef must be a number, not the string \"high\"");
+    refuses("[ppo]\nbatch_size = -1", "[ppo] batch_size must be a whole number, 0 or more, not integer -1");
+    refuses("[ppo]\nbatch_size = 1.5", "[ppo] batch_size must be a whole number, 0 or more, not floating point 1.5");
+    refuses("[reward]\ncenter = \"yes\"", "[reward] center must be true or false");
+    refuses("[data]\npath = 3", "[data] path must be a path or a list of paths");
+    refuses("[lora]\ntarget_modules = 3", "[lora] target_modules must be \"all-linear\", a list of module names");
+    assert_eq!(message("base = 3", &[]), "run.toml: base must be a section of keys, not integer 3");
+    assert!(message("seed = -1\n[base]\npath = \"m\"", &[]).starts_with("run.toml: seed must be a whole number"));
+}
+
+#[test]
+fn missing_files_syntax_errors_and_missing_keys_are_named() {
+    let error = config::load(Path::new("/nowhere/run.toml"), &[]).unwrap_err();
+    assert!(error.to_string().starts_with("/nowhere/run.toml: ") && exit_code(&error) == 2, "{error}");
+    let found = message("[base\npath = 1", &[]);
+    assert!(found.contains("line 1"), "{found}");
+    assert!(message("seed = 1", &[]).contains("the section [base] is missing"));
+    assert_eq!(message("[base]\n", &[]), "run.toml: [base] needs the key \"path\"");
+    refuses("[ppo]\n", "[ppo] needs reward_adapter");
+    refuses("[data]\n", "[data] needs path");
+    let bare = load(BASE, &[]).unwrap();
+    assert!(bare.ppo().unwrap_err().to_string().contains("[ppo] is missing"));
+    assert!(bare.data().unwrap_err().to_string().contains("[data] is missing"));
+}
+
+#[test]
+fn values_out_of_range_come_with_a_remedy() {
+    let ppo = "[ppo]\nreward_adapter = \"rm\"\n";
+    for (lines, expected) in [
+        (
+            "batch_size = 50\nnum_mini_batches = 4",
+            "batch_size = 50 is not a multiple of num_mini_batches = 4; try 48 or 52",
+        ),
+        ("total_episodes = 10", "total_episodes = 10 is not a multiple of batch_size = 8; try 8 or 16"),
+        ("total_episodes = 3", "total_episodes = 3 is not a multiple of batch_size = 8; try 8"),
+        ("batch_size = 0", "batch_size = 0 does nothing; use 1 or more"),
+        ("cliprange = 1.5", "cliprange = 1.5 is out of range; use a number between 0 and 1, usually 0.2"),
+        ("gamma = 1.01", "gamma = 1.01 is out of range"),
+        ("temperature = 0.0", "temperature = 0 is out of range"),
+        ("top_p = 0", "top_p = 0 is out of range"),
+        ("kl_coef = nan", "kl_coef = NaN is out of range"),
+        ("learning_rate = 3", "learning_rate = 3 diverges"),
+        ("critic_learning_rate = 0", "critic_learning_rate = 0 is out of range"),
+        ("adam_beta2 = 1.0", "adam_beta2 = 1 is out of range"),
+        ("max_grad_norm = -1", "max_grad_norm = -1 is out of range"),
+    ] {
+        refuses(&format!("{ppo}{lines}"), &format!("[ppo] {expected}"));
+    }
+    for (section, expected) in [
+        ("[lora]\nr = 0", "[lora] r = 0 does nothing"),
+        ("[lora]\ntarget_modules = []", "[lora] target_modules has no names"),
+        ("[lora]\ntarget_modules = \"q_(proj\"", "neither \"all-linear\" nor a regular expression"),
+        ("[lora]\nlayers_to_transform = []", "leaves no block"),
+        ("[data]\npath = []", "[data] needs path"),
+        ("[data]\npath = \"x\"\nmax_length = 1", "[data] max_length = 1 leaves no room"),
+        ("[data]\npath = \"x\"\neval_fraction = 1.0", "[data] eval_fraction = 1 is out of range"),
+        ("[data]\npath = \"x\"\neval_fraction = 0.1\neval_rows = 4", "keep one of them"),
+        ("[data]\npath = \"x\"\nmax_rows = 0", "max_rows = 0 reads nothing"),
+        ("[sft]\nlogging_steps = 0", "[sft] logging_steps = 0 does nothing"),
+        ("[reward]\nlearning_rate = 0.0", "[reward] learning_rate = 0 is out of range"),
+    ] {
+        refuses(section, expected);
+    }
+}
+
+#[test]
+fn an_unset_variable_in_a_path_is_named_with_its_key() {
+    refuses(
+        "[data]\npath = \"$FOURFOLD_TEST_UNSET/x\"",
+        "[data] path: the path \"$FOURFOLD_TEST_UNSET/x\" uses $FOURFOLD_TEST_UNSET, which is not set",
+    );
+    let home = std::env::var("HOME").unwrap();
+    let config = load(&format!("{BASE}[data]\npath = [\"~/a\", \"${{HOME}}/b\", \"c/d\"]"), &[]).unwrap();
+    let expected = [format!("{home}/a"), format!("{home}/b"), "c/d".to_owned()].map(Into::into).to_vec();
+    assert_eq!(config.data().unwrap().path, Paths::List(expected));
+}
+
+#[test]
+fn an_override_wins_over_the_file_and_its_errors_name_it() {
+    let text = format!("seed = 1\n{BASE}[ppo]\nreward_adapter = \"rm\"\nkl_coef = 0.2\n");
+    let config = load(&text, &["ppo.kl_coef=0.3", "seed=7", "data.path=d.jsonl", "base.compute=bf16"]).unwrap();
+    assert_eq!((config.seed, config.ppo().unwrap().kl_coef, config.base.compute), (7, 0.3, Compute::Bf16));
+    assert_eq!(config.data().unwrap().path, Paths::One("d.jsonl".into()));
+    let found = message(&text, &["ppo.kl_coeff=0.3"]);
+    assert_eq!(found, "--set ppo.kl_coeff=0.3: [ppo] has no key \"kl_coeff\"; did you mean \"kl_coef\"?");
+    let found = message(&text, &["ppo.kl_coef=high"]);
+    assert_eq!(found, "--set ppo.kl_coef=high: [ppo] kl_coef must be a number, not the string \"high\"");
+    // An override of one key does not take the blame for another.
+    assert!(message(&format!("{text}gama = 1"), &["ppo.lam=0.9"]).starts_with("run.toml: [ppo] has no key \"gama\""));
+}
+
+#[test]
+fn the_resolved_config_holds_every_default_and_reads_back_equal() {
+    let text = format!(
+        "{BASE}[reward_base]\npath = \"r\"\n[lora]\nr = 4\ntarget_modules = [\"q_proj\"]\nlayers_to_transform = [1, 2]\n\
+         [data]\npath = \"d\"\neval_rows = 3\n[sft]\nlr_scheduler_type = \"cosine\"\n[reward]\nloss = \"divergence_to_end\"\n\
+         [ppo]\nreward_adapter = \"rm\"\ncheckpoint = \"block\"\nlearning_rate = 1\n",
+    )
+    .replace("learning_rate = 1\n", "learning_rate = 1e-5\n");
+    let config = load(&text, &[]).unwrap();
+    assert_eq!(config.data().unwrap().eval_size(), EvalSize::Rows(3));
+    assert_eq!(config.lora.target_modules, TargetModules::List(vec!["q_proj".into()]));
+    assert_eq!(config.sft().lr_scheduler_type, LrScheduler::Cosine);
+    assert_eq!(config.reward().loss, RewardLoss::DivergenceToEnd);
+    assert_eq!(config.ppo().unwrap().checkpoint, Checkpoint::Block);
+    assert_eq!(config.ppo().unwrap().critic_learning_rate(), 1e-5);
+    assert_eq!(config.output_dir(Stage::Reward), Path::new("runs/reward"));
+    let resolved = config.to_toml().unwrap();
+    assert!(resolved.contains("adam_beta2 = 0.999") && resolved.contains("truncation = \"drop\""), "{resolved}");
+    assert_eq!(load(&resolved, &[]).unwrap(), config, "{resolved}");
+}
+
+#[test]
+fn the_shipped_configs_load() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("configs/smollm2-135m");
+    for stage in [Stage::Sft, Stage::Reward, Stage::Ppo] {
+        let file = folder.join(format!("{}.toml", stage.name()));
+        let config = config::load(&file, &["base.path=m.gguf".into(), "data.path=d.json".into()]).unwrap();
+        let has = [config.sft.is_some(), config.reward.is_some(), config.ppo.is_some()];
+        assert_eq!(has, [stage == Stage::Sft, stage == Stage::Reward, stage == Stage::Ppo], "{}", file.display());
+        // Without the --set both are variables, and the message says which to set.
+        if std::env::var_os("FOURFOLD_SMOLLM2_GGUF").is_none() {
+            let error = config::load(&file, &[]).map(|_| ()).unwrap_err().to_string();
+            assert!(error.contains("[base] path: ") && error.contains("$FOURFOLD_SMOLLM2_GGUF"), "{error}");
+        }
+    }
+}
