@@ -174,7 +174,7 @@ fn few_rows(xs: &[f32], m: usize, weight: &Weight, n0: usize, width: usize, out:
     with_scratch(k, |scratch| {
         let mut sums = [0f32; FEW_ROWS];
         for j in n0..n0 + width {
-            let row = match weight.row_f32(j) {
+            let row = match weight.rows_f32(j..j + 1) {
                 Some(row) => row,
                 None => {
                     weight.row(j, scratch);
@@ -399,13 +399,18 @@ fn input_gradient(
             for (p, part) in parts.iter().enumerate() {
                 let (n, r) = (part.weight.rows(), part.rank());
                 let into = if p == 0 { Into::Fresh } else { Into::Add };
-                with_scratch(n * width, |panel| {
-                    columns(part.weight, j0..j0 + width, panel);
+                let multiply = |panel: Mat| {
                     // SAFETY: columns j0..j0+width of dx belong to this group; dy is m x n, the panel n x width.
-                    unsafe {
-                        product(isa, m, width, n, Mat::rows(&dys[p], n), Mat::rows(panel, width), out.at(j0), k, into)
-                    };
-                });
+                    unsafe { product(isa, m, width, n, Mat::rows(&dys[p], n), panel, out.at(j0), k, into) };
+                };
+                match part.weight.rows_f32(0..n) {
+                    // SAFETY: j0 is below k.
+                    Some(values) => multiply(unsafe { Mat::rows(values, k).from(0, j0) }),
+                    None => with_scratch(n * width, |panel| {
+                        columns(part.weight, j0..j0 + width, panel);
+                        multiply(Mat::rows(panel, width));
+                    }),
+                }
                 if let Some(a) = &a[p] {
                     // SAFETY: dz is m x rank with this part's r columns at offset; A is r x k.
                     unsafe {

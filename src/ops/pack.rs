@@ -29,6 +29,12 @@ pub fn rows_as_columns(weight: &Weight, rows: Range<usize>, panel: &mut [f32]) {
     with_scratch(16 * k, |scratch| {
         for (g, start) in (rows.start..rows.end).step_by(16).enumerate() {
             let count = 16.min(rows.end - start);
+            if count == 16
+                && let Some(values) = weight.rows_f32(start..start + 16)
+            {
+                transpose(values, k, k, &mut panel[g * 16..], NR);
+                continue;
+            }
             for (i, row) in scratch.chunks_exact_mut(k).enumerate() {
                 if i < count { weight.row(start + i, row) } else { row.fill(0.0) }
             }

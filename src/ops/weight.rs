@@ -225,14 +225,15 @@ impl Weight {
         unpack(self.dtype, self.row_bytes(row), out);
     }
 
-    /// Row `row` in place, where it is stored as aligned f32: nothing to unpack then.
-    pub fn row_f32(&self, row: usize) -> Option<&[f32]> {
-        if self.dtype != StoredType::F32 {
+    /// Rows `rows` in place, where they are stored in order as aligned f32: nothing to unpack then.
+    pub fn rows_f32(&self, rows: Range<usize>) -> Option<&[f32]> {
+        if self.dtype != StoredType::F32 || self.order != RowOrder::AsStored || cfg!(target_endian = "big") {
             return None;
         }
+        let bytes = &self.bytes.get()[rows.start * self.cols * 4..rows.end * self.cols * 4];
         // SAFETY: every bit pattern is an f32; align_to checks the alignment.
-        let (before, values, after) = unsafe { self.row_bytes(row).align_to::<f32>() };
-        (before.is_empty() && after.is_empty() && cfg!(target_endian = "little")).then_some(values)
+        let (before, values, after) = unsafe { bytes.align_to::<f32>() };
+        (before.is_empty() && after.is_empty()).then_some(values)
     }
 
     /// Columns `cols` of row `row` as f32, where `cols` starts and ends on block borders.

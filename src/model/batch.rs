@@ -1,0 +1,127 @@
+//! Ragged batches: sequences of any lengths end to end, no padding, no attention mask. Knows token ids alone.
+//! Read block.rs next.
+
+use anyhow::Result;
+
+/// S sequences end to end: N tokens, offsets (S + 1), and each token's position in its own sequence.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Batch {
+    tokens: Vec<u32>,
+    offsets: Vec<usize>,
+    positions: Vec<u32>,
+}
+
+impl Batch {
+    /// Packs sequences.
+    ///
+    /// # Errors
+    /// If there is none, or one is empty: it has no last token to read anything from.
+    pub fn new<S: AsRef<[u32]>>(sequences: &[S]) -> Result<Self> {
+        let mut batch = Self { tokens: vec![], offsets: vec![0], positions: vec![] };
+        for (i, sequence) in sequences.iter().enumerate() {
+            let sequence = sequence.as_ref();
+            anyhow::ensure!(!sequence.is_empty(), "sequence {i} of a batch is empty");
+            batch.tokens.extend_from_slice(sequence);
+            batch.positions.extend(0..sequence.len() as u32);
+            batch.offsets.push(batch.tokens.len());
+        }
+        anyhow::ensure!(batch.len() > 0, "a batch of no sequences");
+        Ok(batch)
+    }
+
+    /// S.
+    pub fn len(&self) -> usize {
+        self.offsets.len() - 1
+    }
+
+    /// Never true: `new` refuses it.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// (N) token ids.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// (S + 1): sequence s is rows `offsets[s]..offsets[s + 1]`.
+    pub fn offsets(&self) -> &[usize] {
+        &self.offsets
+    }
+
+    /// (N) positions, from 0 in each sequence.
+    pub fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// Tokens of the longest sequence.
+    pub fn longest(&self) -> usize {
+        self.offsets.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    }
+
+    /// (S) row of each sequence's last token.
+    pub fn last_rows(&self) -> Vec<usize> {
+        self.offsets[1..].iter().map(|end| end - 1).collect()
+    }
+}
+
+/// The rows whose next token is predicted, and those tokens: what the head is run over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Targets {
+    /// (R) rows of the batch's hidden states.
+    pub rows: Vec<usize>,
+    /// (R) the token after each.
+    pub tokens: Vec<u32>,
+}
+
+impl Targets {
+    /// The last `responses[s]` tokens of each sequence, in order: response token t is predicted from the row before it.
+    ///
+    /// # Errors
+    /// If a response leaves no token before it to predict from.
+    pub fn responses(batch: &Batch, responses: &[usize]) -> Result<Self> {
+        anyhow::ensure!(responses.len() == batch.len(), "{} lengths for {} sequences", responses.len(), batch.len());
+        let mut targets = Self::default();
+        for (s, (bounds, &response)) in batch.offsets.windows(2).zip(responses).enumerate() {
+            let length = bounds[1] - bounds[0];
+            anyhow::ensure!(response < length, "sequence {s}: a response of {response} tokens within {length}");
+            for at in bounds[1] - response..bounds[1] {
+                targets.rows.push(at - 1);
+                targets.tokens.push(batch.tokens[at]);
+            }
+        }
+        Ok(targets)
+    }
+
+    /// Every token that `mask` marks; the first token of a sequence cannot be one.
+    ///
+    /// # Errors
+    /// If the mask is of another length or marks a first token.
+    pub fn masked(batch: &Batch, mask: &[bool]) -> Result<Self> {
+        anyhow::ensure!(mask.len() == batch.tokens.len(), "a mask of {} for {} tokens", mask.len(), batch.tokens.len());
+        let mut targets = Self::default();
+        for at in (0..mask.len()).filter(|&at| mask[at]) {
+            anyhow::ensure!(batch.positions[at] > 0, "token {at} is a target, but nothing stands before it");
+            targets.rows.push(at - 1);
+            targets.tokens.push(batch.tokens[at]);
+        }
+        Ok(targets)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn targets_are_predicted_from_the_row_before_within_the_same_sequence() {
+        let batch = Batch::new(&[vec![5, 6, 7], vec![8, 9]]).unwrap();
+        let targets = Targets::responses(&batch, &[2, 1]).unwrap();
+        assert_eq!(targets, Targets { rows: vec![0, 1, 3], tokens: vec![6, 7, 9] });
+        assert_eq!(Targets::masked(&batch, &[false, true, true, false, true]).unwrap(), targets);
+        assert!(Targets::responses(&batch, &[3, 1]).is_err());
+        assert!(Targets::masked(&batch, &[false, false, false, true, false]).is_err());
+        assert!(Batch::new(&[vec![1], vec![]]).is_err() && Batch::new::<Vec<u32>>(&[]).is_err());
+        assert_eq!(batch.last_rows(), [2, 4]);
+    }
+}

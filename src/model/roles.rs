@@ -1,0 +1,156 @@
+//! Roles are views: a policy (actor, reference) and a scorer (critic, reward) of a base through an adapter. Nothing is
+//! switched on or off; a view borrows its adapter, so it cannot outlive a step. Read generate.rs next.
+
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+
+use super::adapter::{Adapter, Gradients};
+use super::base::{Base, scatter_rows, select_rows};
+use super::batch::{Batch, Targets};
+use super::block::Checkpoint;
+use crate::invalid;
+use crate::ops::cpu;
+use crate::ops::head::{self, TokenStats};
+
+/// A language model: the base, or the base with an adapter's branches.
+#[derive(Clone, Copy)]
+pub struct Policy<'w> {
+    base: &'w Base,
+    adapter: Option<&'w Adapter>,
+}
+
+impl<'w> Policy<'w> {
+    /// `None` is the bare base.
+    pub fn new(base: &'w Base, adapter: Option<&'w Adapter>) -> Self {
+        Self { base, adapter }
+    }
+
+    /// The base.
+    pub fn base(&self) -> &'w Base {
+        self.base
+    }
+
+    /// The adapter.
+    pub fn adapter(&self) -> Option<&'w Adapter> {
+        self.adapter
+    }
+
+    /// Log-probability and entropy (R) of each target, nats, under softmax(logits / temperature).
+    ///
+    /// # Errors
+    /// If the adapter is another base's, or a sequence is longer than the context.
+    pub fn logprobs(&self, batch: &Batch, targets: &Targets, temperature: f64) -> Result<TokenStats> {
+        let hidden = self.base.hidden(batch, self.adapter)?;
+        let rows = select_rows(&hidden, &targets.rows)?;
+        Ok(head::forward(&rows, self.base.output(), &targets.tokens, temperature)?)
+    }
+
+    /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
+    ///
+    /// # Errors
+    /// As for [`Policy::logprobs`]; if the policy has no adapter; what `loss` returns.
+    pub fn gradients(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        temperature: f64,
+        checkpoint: Checkpoint,
+        loss: impl FnOnce(&TokenStats) -> Result<(Vec<f32>, Vec<f32>)>,
+    ) -> Result<(TokenStats, Gradients)> {
+        let adapter = self.adapter.context("a bare base has nothing to train")?;
+        let (hidden, tape) = self.base.hidden_kept(batch, adapter, checkpoint)?;
+        let rows = select_rows(&hidden, &targets.rows)?;
+        let (n, _) = hidden.dims2()?;
+        drop(hidden);
+        let stats = head::forward(&rows, self.base.output(), &targets.tokens, temperature)?;
+        let (dlogp, dentropy) = loss(&stats)?;
+        let d_rows =
+            head::backward(&rows, self.base.output(), &targets.tokens, temperature, &stats, &dlogp, &dentropy)?;
+        let dh = scatter_rows(&d_rows, &targets.rows, n)?;
+        Ok((stats, self.base.backward(batch, adapter, tape, &dh)?))
+    }
+}
+
+/// A base with an adapter and its scalar head: value(row) = w . h + b.
+#[derive(Clone, Copy)]
+pub struct Scorer<'w> {
+    base: &'w Base,
+    adapter: &'w Adapter,
+}
+
+impl<'w> Scorer<'w> {
+    /// # Errors
+    /// If the adapter has no scalar head.
+    pub fn new(base: &'w Base, adapter: &'w Adapter) -> Result<Self> {
+        if adapter.head().is_none() {
+            return Err(invalid!(
+                "this adapter has no scalar head (`base_model.model.score.weight`), so it cannot score; train one with \
+                 `fourfold reward`"
+            ));
+        }
+        Ok(Self { base, adapter })
+    }
+
+    fn values_of(&self, rows: &Tensor) -> Result<Vec<f32>> {
+        let head = self.adapter.head().context("checked in new")?;
+        let (_, d) = rows.dims2()?;
+        let (h, w) = (cpu::view(rows)?, cpu::view(&head.weight)?);
+        Ok(h.chunks_exact(d).map(|h| cpu::dot_plain(h, &w) + head.bias).collect())
+    }
+
+    /// Values (R) at the rows `rows` of the batch.
+    ///
+    /// # Errors
+    /// If the adapter is another base's, a sequence is longer than the context, or a row does not exist.
+    pub fn values(&self, batch: &Batch, rows: &[usize]) -> Result<Vec<f32>> {
+        let hidden = self.base.hidden(batch, Some(self.adapter))?;
+        self.values_of(&select_rows(&hidden, rows)?)
+    }
+
+    /// Scores (S): the value at each sequence's last token.
+    ///
+    /// # Errors
+    /// As for [`Scorer::values`].
+    pub fn scores(&self, batch: &Batch) -> Result<Vec<f32>> {
+        self.values(batch, &batch.last_rows())
+    }
+
+    /// One forward and backward: `loss` sees the values (R) at `rows` and returns dL/dvalue (R).
+    ///
+    /// # Errors
+    /// As for [`Scorer::values`]; what `loss` returns.
+    pub fn gradients(
+        &self,
+        batch: &Batch,
+        rows: &[usize],
+        checkpoint: Checkpoint,
+        loss: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
+    ) -> Result<(Vec<f32>, Gradients)> {
+        let head = self.adapter.head().context("checked in new")?;
+        let (hidden, tape) = self.base.hidden_kept(batch, self.adapter, checkpoint)?;
+        let (n, d) = hidden.dims2()?;
+        let picked = select_rows(&hidden, rows)?;
+        drop(hidden);
+        let values = self.values_of(&picked)?;
+        let dvalues = loss(&values)?;
+        anyhow::ensure!(dvalues.len() == values.len(), "{} gradients for {} values", dvalues.len(), values.len());
+        // value = w . h + b
+        let (mut dw, mut db) = (vec![0f64; d], 0f64);
+        let mut d_rows = Vec::with_capacity(rows.len() * d);
+        {
+            let (h, w) = (cpu::view(&picked)?, cpu::view(&head.weight)?);
+            for (h, &dv) in h.chunks_exact(d).zip(&dvalues) {
+                db += f64::from(dv);
+                for (dw, &h) in dw.iter_mut().zip(h) {
+                    *dw += f64::from(dv) * f64::from(h);
+                }
+                d_rows.extend(w.iter().map(|w| w * dv));
+            }
+        }
+        let dh = scatter_rows(&cpu::tensor(d_rows, (rows.len(), d))?, rows, n)?;
+        let mut grads = self.base.backward(batch, self.adapter, tape, &dh)?;
+        grads.head_weight = Some(cpu::tensor(dw.into_iter().map(|v| v as f32).collect(), (1, d))?);
+        grads.head_bias = Some(cpu::tensor(vec![db as f32], 1)?);
+        Ok((values, grads))
+    }
+}

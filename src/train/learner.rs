@@ -1,0 +1,44 @@
+//! A learner owns the only weights that change, and the optimizer that changes them. Views of its weights are borrowed,
+//! so none survives a step. Knows no loss and no role.
+
+use anyhow::Result;
+
+use super::adamw::{AdamW, AdamWConfig, clip_grad_norm};
+use crate::model::adapter::{Gradients, TrainableAdapter};
+
+/// An adapter under training, with its optimizer.
+#[derive(Debug)]
+pub struct Learner {
+    weights: TrainableAdapter,
+    optimizer: AdamW,
+    max_grad_norm: f64,
+}
+
+impl Learner {
+    /// `max_grad_norm`: gradients of a larger norm are scaled down to it; 0 leaves them.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn new(weights: TrainableAdapter, config: AdamWConfig, max_grad_norm: f64) -> Result<Self> {
+        Ok(Self { optimizer: AdamW::for_adapter(config, &weights)?, weights, max_grad_norm })
+    }
+
+    /// The weights as they are now.
+    pub fn weights(&self) -> &TrainableAdapter {
+        &self.weights
+    }
+
+    /// One clipped AdamW step; returns the gradient's norm before clipping. Nothing changes on an error.
+    ///
+    /// # Errors
+    /// If a gradient is missing, misshapen or not finite; the message names the tensor.
+    pub fn step(&mut self, mut gradients: Gradients, lr: f64) -> Result<f64> {
+        let max_norm = if self.max_grad_norm > 0.0 { self.max_grad_norm } else { f64::INFINITY };
+        let norm = clip_grad_norm(&self.weights, &mut gradients, max_norm)?;
+        let mut parameters = self.weights.parameters()?;
+        let flat = self.weights.flat_gradients(&gradients)?;
+        self.optimizer.step(parameters.iter_mut().collect(), &flat, lr)?;
+        self.weights.replace(parameters)?;
+        Ok(norm)
+    }
+}
