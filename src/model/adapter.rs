@@ -2,9 +2,10 @@
 //! [`Adapter`] is read-only; [`TrainableAdapter`] is the one place in the program whose weights can change. Knows no
 //! base, no file and no optimizer. Read peft.rs for its files and train/adamw.rs for what steps it.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
+pub use super::gradients::Gradients;
 pub use super::lora::{LinearShapes, LoraConfig, Projection, TargetModules};
 use crate::invalid;
 use crate::rng::{SplitMix64, derive};
@@ -348,111 +349,12 @@ impl TrainableAdapter {
         Ok(())
     }
 
-    /// The gradients in flat order.
-    ///
-    /// # Errors
-    /// If a parameter has no gradient, a gradient has no parameter, or a shape differs; the message names the tensor.
-    /// A gradient for a fixed bias is left out, because every backward of a head has one.
-    pub fn flat_gradients<'g>(&self, gradients: &'g Gradients) -> Result<Vec<&'g Tensor>> {
-        anyhow::ensure!(
-            gradients.layers.len() == self.adapter.layers.len(),
-            "gradients of {} layers for an adapter of {}",
-            gradients.layers.len(),
-            self.adapter.layers.len()
-        );
-        let mut flat = Vec::new();
-        let mut take = |parameter: &Tensor, gradient: Option<&'g Tensor>, name: String| -> Result<()> {
-            let gradient =
-                gradient.with_context(|| format!("{name} got no gradient: the backward pass left it out"))?;
-            check_tensor(gradient, parameter.dims(), &format!("the gradient of {name}"))?;
-            flat.push(gradient);
-            Ok(())
-        };
-        for (layer, (pairs, grads)) in self.adapter.layers.iter().zip(&gradients.layers).enumerate() {
-            for projection in Projection::ALL {
-                let grads = grads[projection.index()].as_ref();
-                if let Some(pair) = &pairs[projection.index()] {
-                    take(&pair.a, grads.map(|g| &g.0), factor_name(layer, projection, 'A'))?;
-                    take(&pair.b, grads.map(|g| &g.1), factor_name(layer, projection, 'B'))?;
-                } else if grads.is_some() {
-                    anyhow::bail!("a gradient for {}, which has no branch", projection.module_path(layer));
-                }
-            }
-        }
-        match &self.adapter.head {
-            Some(head) => take(&head.weight, gradients.head_weight.as_ref(), HEAD_WEIGHT.to_string())?,
-            None => anyhow::ensure!(gradients.head_weight.is_none(), "a gradient for {HEAD_WEIGHT}: there is no head"),
-        }
-        if self.trained_bias().is_some() {
-            let gradient = gradients.head_bias.as_ref().with_context(|| format!("{HEAD_BIAS} got no gradient"))?;
-            check_tensor(gradient, &[1], &format!("the gradient of {HEAD_BIAS}"))?;
-            flat.push(gradient);
-        }
-        Ok(flat)
-    }
-
-    fn trained_bias(&self) -> Option<f32> {
+    pub(super) fn trained_bias(&self) -> Option<f32> {
         self.adapter.head.as_ref().filter(|_| self.head_bias == HeadBias::Trained).map(|head| head.bias)
     }
 }
 
-/// Gradients in an adapter's layout. What is `None` counts as zero in a sum; [`TrainableAdapter::flat_gradients`]
-/// refuses it when it comes to the step.
-#[derive(Clone, Debug, Default)]
-pub struct Gradients {
-    /// (dA (r, in), dB (out, r)) f32, indexed like [`Adapter::layers`].
-    pub layers: Vec<[Option<(Tensor, Tensor)>; 7]>,
-    /// (1, D) f32.
-    pub head_weight: Option<Tensor>,
-    /// (1,) f32.
-    pub head_bias: Option<Tensor>,
-}
-
-impl Gradients {
-    /// Nothing yet, for `layers` blocks.
-    pub fn none(layers: usize) -> Self {
-        Self { layers: (0..layers).map(|_| Default::default()).collect(), head_weight: None, head_bias: None }
-    }
-
-    /// Adds another micro-batch's gradients.
-    ///
-    /// # Errors
-    /// If the layers or a shape differ.
-    pub fn add(&mut self, other: Self) -> Result<()> {
-        let (have, more) = (self.layers.len(), other.layers.len());
-        anyhow::ensure!(have == more, "gradients of {have} and of {more} layers cannot be added");
-        for (mine, theirs) in self.layers.iter_mut().flatten().zip(other.layers.into_iter().flatten()) {
-            *mine = match (mine.take(), theirs) {
-                (Some((a, b)), Some((more_a, more_b))) => Some(((a + more_a)?, (b + more_b)?)),
-                (one, other) => one.or(other),
-            };
-        }
-        for (mine, theirs) in [(&mut self.head_weight, other.head_weight), (&mut self.head_bias, other.head_bias)] {
-            *mine = match (mine.take(), theirs) {
-                (Some(one), Some(more)) => Some((one + more)?),
-                (one, other) => one.or(other),
-            };
-        }
-        Ok(())
-    }
-
-    /// Multiplies every gradient.
-    ///
-    /// # Errors
-    /// Only if a tensor cannot be made.
-    pub fn scale(&mut self, factor: f64) -> Result<()> {
-        for (a, b) in self.layers.iter_mut().flatten().flatten() {
-            *a = (&*a * factor)?;
-            *b = (&*b * factor)?;
-        }
-        for gradient in [&mut self.head_weight, &mut self.head_bias].into_iter().flatten() {
-            *gradient = (&*gradient * factor)?;
-        }
-        Ok(())
-    }
-}
-
-fn check_tensor(tensor: &Tensor, dims: &[usize], name: &str) -> Result<()> {
+pub(super) fn check_tensor(tensor: &Tensor, dims: &[usize], name: &str) -> Result<()> {
     if tensor.dims() != dims || tensor.dtype() != DType::F32 {
         return Err(invalid!("{name} is {:?} {:?}, and must be {dims:?} F32", tensor.dims(), tensor.dtype()));
     }
@@ -483,19 +385,6 @@ mod tests {
 
     fn values(t: &Tensor) -> Vec<f32> {
         t.flatten_all().unwrap().to_vec1().unwrap()
-    }
-
-    fn ones(adapter: &Adapter, factor: f64) -> Gradients {
-        let like = |t: &Tensor| (t.ones_like().unwrap() * factor).unwrap();
-        Gradients {
-            layers: adapter
-                .layers()
-                .iter()
-                .map(|row| std::array::from_fn(|i| row[i].as_ref().map(|p| (like(&p.a), like(&p.b)))))
-                .collect(),
-            head_weight: adapter.head().map(|h| like(&h.weight)),
-            head_bias: adapter.head().map(|_| Tensor::new(&[factor as f32], &Device::Cpu).unwrap()),
-        }
     }
 
     #[test]
@@ -576,44 +465,6 @@ mod tests {
         assert!(learner.replace(vec![]).is_err());
         let (a, b) = (learner.view().pair(0, Projection::Q).unwrap(), source.pair(0, Projection::Q).unwrap());
         assert_eq!(values(&a.a), values(&b.a));
-    }
-
-    #[test]
-    fn gradients_add_up_and_scale_in_the_parameters_order() {
-        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
-        let mut sum = Gradients::none(3);
-        sum.add(ones(&adapter, 1.0)).unwrap();
-        sum.add(ones(&adapter, 2.0)).unwrap();
-        sum.scale(0.5).unwrap();
-        let learner = adapter.to_trainable();
-        let flat = learner.flat_gradients(&sum).unwrap();
-        assert_eq!(flat.len(), learner.parameters().unwrap().len(), "a fixed bias has no place");
-        for (gradient, parameter) in flat.iter().zip(learner.parameters().unwrap()) {
-            assert_eq!(gradient.dims(), parameter.dims());
-            assert!(values(gradient).iter().all(|&g| g == 1.5));
-        }
-        let learner = learner.with_head_bias(HeadBias::Trained).unwrap();
-        assert_eq!(learner.flat_gradients(&sum).unwrap().len(), learner.names().len());
-    }
-
-    #[test]
-    fn a_missing_a_surplus_and_a_misshapen_gradient_are_named() {
-        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
-        let learner = adapter.to_trainable();
-        let refusal = |gradients: &Gradients| learner.flat_gradients(gradients).unwrap_err().to_string();
-        let mut g = ones(&adapter, 1.0);
-        g.layers[1][Projection::Up.index()] = None;
-        assert!(refusal(&g).contains("layers.1.mlp.up_proj.lora_A"), "{}", refusal(&g));
-        let mut g = ones(&adapter, 1.0);
-        g.head_weight = None;
-        assert!(refusal(&g).contains("score.weight"));
-        let mut g = ones(&adapter, 1.0);
-        let (a, b) = g.layers[0][0].take().unwrap();
-        g.layers[0][0] = Some((b, a));
-        assert!(refusal(&g).contains("layers.0.self_attn.q_proj.lora_A"));
-        let headless = Adapter::init(config(), SHAPES, 3).unwrap().to_trainable();
-        assert!(headless.flat_gradients(&ones(&adapter, 1.0)).is_err());
-        assert!(headless.with_head_bias(HeadBias::Trained).is_err());
     }
 
     #[test]

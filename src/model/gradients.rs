@@ -1,0 +1,185 @@
+//! The gradients of an adapter: summed over micro-batches, then laid out flat in the parameters' order, where a
+//! missing one is an error. Knows no backward pass and no optimizer. Read train/adamw.rs next.
+
+use anyhow::{Context, Result};
+use candle_core::Tensor;
+
+use super::adapter::{HEAD_BIAS, HEAD_WEIGHT, TrainableAdapter, check_tensor, factor_name};
+use super::lora::Projection;
+
+/// Gradients in an adapter's layout. What is `None` counts as zero in a sum; [`TrainableAdapter::flat_gradients`]
+/// refuses it when it comes to the step.
+#[derive(Clone, Debug, Default)]
+pub struct Gradients {
+    /// (dA (r, in), dB (out, r)) f32, indexed like [`Adapter::layers`].
+    pub layers: Vec<[Option<(Tensor, Tensor)>; 7]>,
+    /// (1, D) f32.
+    pub head_weight: Option<Tensor>,
+    /// (1,) f32.
+    pub head_bias: Option<Tensor>,
+}
+
+impl Gradients {
+    /// Nothing yet, for `layers` blocks.
+    pub fn none(layers: usize) -> Self {
+        Self { layers: (0..layers).map(|_| Default::default()).collect(), head_weight: None, head_bias: None }
+    }
+
+    /// Adds another micro-batch's gradients.
+    ///
+    /// # Errors
+    /// If the layers or a shape differ.
+    pub fn add(&mut self, other: Self) -> Result<()> {
+        let (have, more) = (self.layers.len(), other.layers.len());
+        anyhow::ensure!(have == more, "gradients of {have} and of {more} layers cannot be added");
+        for (mine, theirs) in self.layers.iter_mut().flatten().zip(other.layers.into_iter().flatten()) {
+            *mine = match (mine.take(), theirs) {
+                (Some((a, b)), Some((more_a, more_b))) => Some(((a + more_a)?, (b + more_b)?)),
+                (one, other) => one.or(other),
+            };
+        }
+        for (mine, theirs) in [(&mut self.head_weight, other.head_weight), (&mut self.head_bias, other.head_bias)] {
+            *mine = match (mine.take(), theirs) {
+                (Some(one), Some(more)) => Some((one + more)?),
+                (one, other) => one.or(other),
+            };
+        }
+        Ok(())
+    }
+
+    /// Multiplies every gradient.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn scale(&mut self, factor: f64) -> Result<()> {
+        for (a, b) in self.layers.iter_mut().flatten().flatten() {
+            *a = (&*a * factor)?;
+            *b = (&*b * factor)?;
+        }
+        for gradient in [&mut self.head_weight, &mut self.head_bias].into_iter().flatten() {
+            *gradient = (&*gradient * factor)?;
+        }
+        Ok(())
+    }
+}
+
+impl TrainableAdapter {
+    /// The gradients in flat order.
+    ///
+    /// # Errors
+    /// If a parameter has no gradient, a gradient has no parameter, or a shape differs; the message names the tensor.
+    /// A gradient for a fixed bias is left out, because every backward of a head has one.
+    pub fn flat_gradients<'g>(&self, gradients: &'g Gradients) -> Result<Vec<&'g Tensor>> {
+        let adapter = self.view();
+        anyhow::ensure!(
+            gradients.layers.len() == adapter.layers().len(),
+            "gradients of {} layers for an adapter of {}",
+            gradients.layers.len(),
+            adapter.layers().len()
+        );
+        let mut flat = Vec::new();
+        let mut take = |parameter: &Tensor, gradient: Option<&'g Tensor>, name: String| -> Result<()> {
+            let gradient =
+                gradient.with_context(|| format!("{name} got no gradient: the backward pass left it out"))?;
+            check_tensor(gradient, parameter.dims(), &format!("the gradient of {name}"))?;
+            flat.push(gradient);
+            Ok(())
+        };
+        for (layer, (pairs, grads)) in adapter.layers().iter().zip(&gradients.layers).enumerate() {
+            for projection in Projection::ALL {
+                let grads = grads[projection.index()].as_ref();
+                if let Some(pair) = &pairs[projection.index()] {
+                    take(&pair.a, grads.map(|g| &g.0), factor_name(layer, projection, 'A'))?;
+                    take(&pair.b, grads.map(|g| &g.1), factor_name(layer, projection, 'B'))?;
+                } else if grads.is_some() {
+                    anyhow::bail!("a gradient for {}, which has no branch", projection.module_path(layer));
+                }
+            }
+        }
+        match adapter.head() {
+            Some(head) => take(&head.weight, gradients.head_weight.as_ref(), HEAD_WEIGHT.to_string())?,
+            None => anyhow::ensure!(gradients.head_weight.is_none(), "a gradient for {HEAD_WEIGHT}: there is no head"),
+        }
+        if self.trained_bias().is_some() {
+            let gradient = gradients.head_bias.as_ref().with_context(|| format!("{HEAD_BIAS} got no gradient"))?;
+            check_tensor(gradient, &[1], &format!("the gradient of {HEAD_BIAS}"))?;
+            flat.push(gradient);
+        }
+        Ok(flat)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::super::adapter::{Adapter, HeadBias, LinearShapes, LoraConfig, TargetModules};
+    use super::*;
+
+    const SHAPES: LinearShapes = LinearShapes { layers: 3, hidden: 64, q_out: 96, kv_out: 32, intermediate: 128 };
+
+    fn config() -> LoraConfig {
+        LoraConfig {
+            r: 8,
+            lora_alpha: 4.0,
+            use_rslora: false,
+            target_modules: TargetModules::AllLinear,
+            layers_to_transform: None,
+        }
+    }
+
+    fn values(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn ones(adapter: &Adapter, factor: f64) -> Gradients {
+        let like = |t: &Tensor| (t.ones_like().unwrap() * factor).unwrap();
+        Gradients {
+            layers: adapter
+                .layers()
+                .iter()
+                .map(|row| std::array::from_fn(|i| row[i].as_ref().map(|p| (like(&p.a), like(&p.b)))))
+                .collect(),
+            head_weight: adapter.head().map(|h| like(&h.weight)),
+            head_bias: adapter.head().map(|_| Tensor::new(&[factor as f32], &Device::Cpu).unwrap()),
+        }
+    }
+
+    #[test]
+    fn gradients_add_up_and_scale_in_the_parameters_order() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
+        let mut sum = Gradients::none(3);
+        sum.add(ones(&adapter, 1.0)).unwrap();
+        sum.add(ones(&adapter, 2.0)).unwrap();
+        sum.scale(0.5).unwrap();
+        let learner = adapter.to_trainable();
+        let flat = learner.flat_gradients(&sum).unwrap();
+        assert_eq!(flat.len(), learner.parameters().unwrap().len(), "a fixed bias has no place");
+        for (gradient, parameter) in flat.iter().zip(learner.parameters().unwrap()) {
+            assert_eq!(gradient.dims(), parameter.dims());
+            assert!(values(gradient).iter().all(|&g| g == 1.5));
+        }
+        let learner = learner.with_head_bias(HeadBias::Trained).unwrap();
+        assert_eq!(learner.flat_gradients(&sum).unwrap().len(), learner.names().len());
+    }
+
+    #[test]
+    fn a_missing_a_surplus_and_a_misshapen_gradient_are_named() {
+        let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
+        let learner = adapter.to_trainable();
+        let refusal = |gradients: &Gradients| learner.flat_gradients(gradients).unwrap_err().to_string();
+        let mut g = ones(&adapter, 1.0);
+        g.layers[1][Projection::Up.index()] = None;
+        assert!(refusal(&g).contains("layers.1.mlp.up_proj.lora_A"), "{}", refusal(&g));
+        let mut g = ones(&adapter, 1.0);
+        g.head_weight = None;
+        assert!(refusal(&g).contains("score.weight"));
+        let mut g = ones(&adapter, 1.0);
+        let (a, b) = g.layers[0][0].take().unwrap();
+        g.layers[0][0] = Some((b, a));
+        assert!(refusal(&g).contains("layers.0.self_attn.q_proj.lora_A"));
+        let headless = Adapter::init(config(), SHAPES, 3).unwrap().to_trainable();
+        assert!(headless.flat_gradients(&ones(&adapter, 1.0)).is_err());
+        assert!(headless.with_head_bias(HeadBias::Trained).is_err());
+    }
+}

@@ -1,0 +1,170 @@
+//! `adapter_config.json`: which of its settings are honoured, which do no harm, and which are refused by name.
+//! Knows no tensor. Its tests are peft.rs's, on whole directories.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::model::lora::{LoraConfig, Projection, TargetModules};
+
+/// Settings whose value changes nothing about what a finished adapter computes.
+const HARMLESS: [&str; 12] = [
+    "auto_mapping",
+    "base_model_name_or_path",
+    "ensure_weight_tying",
+    "inference_mode",
+    "lora_dropout",
+    "megatron_config",
+    "megatron_core",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "runtime_config",
+    "task_type",
+];
+
+/// What `adapter_config.json` says, as far as it matters here.
+pub(super) struct FileConfig {
+    pub(super) lora: LoraConfig,
+    pub(super) wants_head: bool,
+    pub(super) base_model: Option<String>,
+}
+
+pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
+    let value: Value = serde_json::from_slice(bytes).map_err(|e| invalid!("not a JSON file: {e}"))?;
+    let map = value.as_object().ok_or_else(|| invalid!("not a JSON object"))?;
+    let get = |key: &str| map.get(key).filter(|v| !v.is_null());
+    if get("peft_type").and_then(Value::as_str) != Some("LORA") {
+        return Err(invalid!("peft_type = {} is not LORA, the only kind that can be used", shown(get("peft_type"))));
+    }
+    if !matches!(get("task_type").and_then(Value::as_str), None | Some("CAUSAL_LM" | "SEQ_CLS")) {
+        return Err(invalid!("task_type = {} is neither CAUSAL_LM nor SEQ_CLS", shown(get("task_type"))));
+    }
+    let mut wants_head = false;
+    for (key, value) in map {
+        let honoured = match key.as_str() {
+            "peft_type" | "r" | "lora_alpha" | "use_rslora" | "target_modules" | "layers_to_transform" => true,
+            "bias" => value.is_null() || value == "none",
+            "layers_pattern" => is_unset(value) || *value == json!("layers") || *value == json!(["layers"]),
+            "init_lora_weights" => leaves_the_base_alone(value),
+            "modules_to_save" => {
+                // PEFT lists both names that a classifier's head may have, whichever the model uses.
+                let names: Vec<&str> = value.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+                wants_head = names.contains(&"score");
+                value.is_null() || names.iter().all(|n| ["score", "classifier"].contains(n))
+            }
+            key if HARMLESS.contains(&key) => true,
+            _ => is_unset(value),
+        };
+        if !honoured {
+            return Err(invalid!(
+                "{key} = {value} asks for something that is not supported, and ignoring it would change the model; \
+                 only plain LoRA on the decoder's linear maps, with or without a score head, can be used"
+            ));
+        }
+    }
+    let r = get("r").and_then(Value::as_u64).and_then(|r| usize::try_from(r).ok());
+    let lora = LoraConfig {
+        r: r.ok_or_else(|| invalid!("r = {} is not a rank", shown(get("r"))))?,
+        lora_alpha: get("lora_alpha")
+            .and_then(Value::as_f64)
+            .ok_or_else(|| invalid!("lora_alpha = {} is not a number", shown(get("lora_alpha"))))?,
+        use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
+        target_modules: parse_targets(get("target_modules"))?,
+        layers_to_transform: parse_layers(get("layers_to_transform"))?,
+    };
+    Ok(FileConfig {
+        lora,
+        wants_head,
+        base_model: get("base_model_name_or_path").and_then(Value::as_str).map(Into::into),
+    })
+}
+
+fn parse_targets(value: Option<&Value>) -> Result<TargetModules> {
+    let bad = || invalid!("target_modules = {} is neither a list of names nor a string", shown(value));
+    Ok(match value {
+        Some(Value::String(all)) if all == "all-linear" => TargetModules::AllLinear,
+        Some(Value::String(pattern)) => TargetModules::Regex(pattern.clone()),
+        Some(Value::Array(names)) => TargetModules::List(
+            names.iter().map(|n| n.as_str().map(Into::into)).collect::<Option<_>>().ok_or_else(bad)?,
+        ),
+        _ => return Err(bad()),
+    })
+}
+
+fn parse_layers(value: Option<&Value>) -> Result<Option<Vec<usize>>> {
+    let index = |v: &Value| v.as_u64().and_then(|i| usize::try_from(i).ok());
+    let layers = match value {
+        None => return Ok(None),
+        Some(Value::Array(layers)) => layers.iter().map(index).collect(),
+        Some(one) => index(one).map(|i| vec![i]),
+    };
+    layers.map(Some).ok_or_else(|| invalid!("layers_to_transform = {} is no list of layers", shown(value)))
+}
+
+/// Whether an initialisation left the base's weights as they were. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract
+/// the start of the factors from the base, so their adapters fit no base that is stored anywhere.
+fn leaves_the_base_alone(init: &Value) -> bool {
+    match init {
+        Value::Null | Value::Bool(_) => true,
+        Value::String(name) => ["gaussian", "eva", "orthogonal"].contains(&name.as_str()),
+        _ => false,
+    }
+}
+
+fn is_unset(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) => true,
+        Value::Array(items) => items.is_empty(),
+        Value::Object(entries) => entries.is_empty(),
+        _ => false,
+    }
+}
+
+fn shown(value: Option<&Value>) -> String {
+    value.map_or("(missing)".to_string(), Value::to_string)
+}
+
+pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
+    let config = adapter.config();
+    let targets: Value = match (&config.target_modules, &config.layers_to_transform) {
+        // PEFT, too, writes what "all-linear" came to; and it takes no layer list beside a string.
+        (TargetModules::AllLinear, _) => json!(Projection::ALL.map(Projection::name)),
+        (TargetModules::List(list), _) => json!(list),
+        (TargetModules::Regex(pattern), None) => json!(pattern),
+        (TargetModules::Regex(_), Some(_)) => {
+            let selected = config.select(adapter.shapes())?;
+            let paths = selected.iter().enumerate().flat_map(|(layer, row)| {
+                let chosen = Projection::ALL.into_iter().filter(|p| row[p.index()]);
+                chosen.map(move |p| p.module_path(layer)).collect::<Vec<_>>()
+            });
+            json!(paths.collect::<Vec<_>>())
+        }
+    };
+    let head = adapter.head().is_some();
+    // PEFT annotates alpha as an integer; one that is none goes out as it is.
+    let alpha = config.lora_alpha;
+    let fields: BTreeMap<&str, Value> = BTreeMap::from([
+        ("base_model_name_or_path", json!(adapter.provenance().base_model)),
+        ("bias", json!("none")),
+        ("fan_in_fan_out", json!(false)),
+        ("inference_mode", json!(true)),
+        ("init_lora_weights", json!(true)),
+        ("layers_to_transform", json!(config.layers_to_transform)),
+        ("lora_alpha", if alpha.fract() == 0.0 && alpha < 1e15 { json!(alpha as i64) } else { json!(alpha) }),
+        ("lora_dropout", json!(0.0)),
+        ("modules_to_save", if head { json!(["score"]) } else { Value::Null }),
+        ("peft_type", json!("LORA")),
+        ("r", json!(config.r)),
+        ("target_modules", targets),
+        ("task_type", json!(if head { "SEQ_CLS" } else { "CAUSAL_LM" })),
+        ("use_dora", json!(false)),
+        ("use_rslora", json!(config.use_rslora)),
+    ]);
+    let mut text = serde_json::to_vec_pretty(&fields)?;
+    text.push(b'\n');
+    Ok(text)
+}

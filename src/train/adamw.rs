@@ -1,0 +1,346 @@
+//! AdamW as torch has it, and gradient clipping. Parameters are tensors that every step replaces by new ones: a
+//! snapshot taken before a step keeps its numbers. Knows no model: parameters are a flat list with names.
+//! Read schedule.rs for the rate.
+
+use anyhow::{Result, bail, ensure};
+use candle_core::{DType, Tensor};
+
+use crate::model::adapter::{Gradients, TrainableAdapter};
+
+/// The hyperparameters, without the rate.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AdamWConfig {
+    /// Decay of the mean of gradients.
+    pub beta1: f64,
+    /// Decay of the mean of squared gradients.
+    pub beta2: f64,
+    /// Added to the root, after the bias correction.
+    pub eps: f64,
+    /// Decoupled: each step shrinks a parameter by the factor `1 - lr * weight_decay`, whatever its gradient.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    /// (0.9, 0.999), 1e-8, no decay.
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.999, eps: 1e-8, weight_decay: 0.0 }
+    }
+}
+
+/// The running means of one parameter, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Moments {
+    /// The parameter's name.
+    pub name: String,
+    /// Mean of gradients.
+    pub m: Vec<f32>,
+    /// Mean of squared gradients.
+    pub v: Vec<f32>,
+}
+
+/// All that a resumed run needs, in the parameters' order.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdamWState {
+    /// Steps taken.
+    pub step: u64,
+    /// One entry a parameter.
+    pub moments: Vec<Moments>,
+}
+
+/// The optimizer of one list of parameters.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    state: AdamWState,
+}
+
+impl AdamW {
+    /// Fresh, for parameters of these names and element counts.
+    pub fn new(config: AdamWConfig, parameters: impl IntoIterator<Item = (String, usize)>) -> Self {
+        let fresh = |(name, len)| Moments { name, m: vec![0.0; len], v: vec![0.0; len] };
+        Self { config, state: AdamWState { step: 0, moments: parameters.into_iter().map(fresh).collect() } }
+    }
+
+    /// Fresh, for the parameters of an adapter.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn for_adapter(config: AdamWConfig, learner: &TrainableAdapter) -> Result<Self> {
+        let lens = learner.parameters()?.into_iter().map(|t| t.elem_count());
+        Ok(Self::new(config, learner.names().into_iter().zip(lens)))
+    }
+
+    /// Where a former run stopped.
+    ///
+    /// # Errors
+    /// If the moments of a parameter differ in length or are no possible means (not finite, or `v` negative).
+    pub fn from_state(config: AdamWConfig, state: AdamWState) -> Result<Self> {
+        for Moments { name, m, v } in &state.moments {
+            ensure!(m.len() == v.len(), "optimizer state of {name}: {} and {} numbers", m.len(), v.len());
+            let possible = m.iter().all(|x| x.is_finite()) && v.iter().all(|x| x.is_finite() && *x >= 0.0);
+            ensure!(possible, "optimizer state of {name}: holds numbers that no training writes");
+        }
+        Ok(Self { config, state })
+    }
+
+    /// What to save.
+    pub fn state(&self) -> &AdamWState {
+        &self.state
+    }
+
+    /// One step: with `g` the gradient and t the number of this step (from 1),
+    /// `p -= lr*wd*p; m += (1-b1)(g-m); v = b2*v + (1-b2)g²; p -= lr/(1-b1^t) * m / (sqrt(v/(1-b2^t)) + eps)`.
+    /// Elementwise in f32, as torch. Source: arXiv:1711.05101, torch.optim.AdamW. Every check precedes every change.
+    ///
+    /// # Errors
+    /// If the lists do not match this optimizer's parameters one to one, a shape or type differs, the rate is no
+    /// number, or a gradient is not finite; the message names the tensor.
+    pub fn step(&mut self, parameters: Vec<&mut Tensor>, gradients: &[&Tensor], lr: f64) -> Result<()> {
+        let known = self.state.moments.len();
+        ensure!(
+            parameters.len() == known && gradients.len() == known,
+            "{} parameters and {} gradients for an optimizer of {known}",
+            parameters.len(),
+            gradients.len()
+        );
+        ensure!(lr.is_finite() && lr >= 0.0, "the learning rate is {lr}");
+        for ((parameter, gradient), moments) in parameters.iter().zip(gradients).zip(&self.state.moments) {
+            check(moments, parameter, gradient)?;
+        }
+        self.state.step += 1;
+        for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients).zip(&mut self.state.moments) {
+            let mut values = row_major(parameter)?;
+            update(&self.config, self.state.step, lr, &mut values, &row_major(gradient)?, moments);
+            *parameter = Tensor::from_vec(values, parameter.shape(), parameter.device())?;
+        }
+        Ok(())
+    }
+}
+
+fn check(moments: &Moments, parameter: &Tensor, gradient: &Tensor) -> Result<()> {
+    let name = &moments.name;
+    ensure!(
+        parameter.elem_count() == moments.m.len(),
+        "{name} has {} numbers, its optimizer state {}",
+        parameter.elem_count(),
+        moments.m.len()
+    );
+    ensure!(
+        gradient.dims() == parameter.dims(),
+        "{name} is {:?}, its gradient {:?}",
+        parameter.dims(),
+        gradient.dims()
+    );
+    ensure!(
+        parameter.dtype() == DType::F32 && gradient.dtype() == DType::F32,
+        "{name} is {:?} and its gradient {:?}; both must be F32",
+        parameter.dtype(),
+        gradient.dtype()
+    );
+    if let Some(bad) = row_major(gradient)?.iter().find(|g| !g.is_finite()) {
+        bail!("the gradient of {name} holds {bad}; nothing was stepped");
+    }
+    Ok(())
+}
+
+fn update(config: &AdamWConfig, step: u64, lr: f64, values: &mut [f32], gradient: &[f32], moments: &mut Moments) {
+    let t = step as f64;
+    let keep = (1.0 - lr * config.weight_decay) as f32;
+    let rate = (lr / (1.0 - config.beta1.powf(t))) as f32;
+    let root = (1.0 - config.beta2.powf(t)).sqrt() as f32;
+    let (take1, beta2, take2, eps) =
+        ((1.0 - config.beta1) as f32, config.beta2 as f32, (1.0 - config.beta2) as f32, config.eps as f32);
+    for (((p, &g), m), v) in values.iter_mut().zip(gradient).zip(&mut moments.m).zip(&mut moments.v) {
+        *m += take1 * (g - *m);
+        *v = *v * beta2 + take2 * g * g;
+        *p = *p * keep - rate * (*m / (v.sqrt() / root + eps));
+    }
+}
+
+/// The Euclidean norm of all gradients together, summed in f64 in the list's order.
+///
+/// # Errors
+/// If a gradient is not f32.
+pub fn grad_norm(gradients: &[&Tensor]) -> Result<f64> {
+    let mut sum = 0.0;
+    for gradient in gradients {
+        sum += row_major(gradient)?.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
+    }
+    Ok(sum.sqrt())
+}
+
+/// The factor that brings a norm down to `max_norm`: `min(1, max_norm / (norm + 1e-6))`.
+/// Source: torch.nn.utils.clip_grad_norm_.
+pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
+    (max_norm / (norm + 1e-6)).min(1.0)
+}
+
+/// Scales an adapter's gradients down to `max_norm` where they exceed it and returns the norm from before. The
+/// gradient of a fixed bias does not count.
+///
+/// # Errors
+/// Those of [`TrainableAdapter::flat_gradients`], or if the norm is not finite.
+pub fn clip_grad_norm(learner: &TrainableAdapter, gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
+    let norm = grad_norm(&learner.flat_gradients(gradients)?)?;
+    ensure!(norm.is_finite(), "the gradient norm is {norm}");
+    let factor = clip_factor(norm, max_norm);
+    if factor < 1.0 {
+        gradients.scale(factor)?;
+    }
+    Ok(norm)
+}
+
+fn row_major(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(tensor.flatten_all()?.to_vec1::<f32>()?)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+    use serde_json::Value;
+
+    use super::*;
+    use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, TargetModules};
+
+    fn golden() -> Value {
+        serde_json::from_str(include_str!("../../tests/golden/adamw.json")).unwrap()
+    }
+
+    fn floats(value: &Value) -> Vec<f32> {
+        value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+    }
+
+    fn tensors(values: &Value, shapes: &Value) -> Vec<Tensor> {
+        let pairs = values.as_array().unwrap().iter().zip(shapes.as_array().unwrap());
+        pairs
+            .map(|(v, s)| {
+                let dims: Vec<usize> = s.as_array().unwrap().iter().map(|d| d.as_u64().unwrap() as usize).collect();
+                Tensor::from_vec(floats(v), dims, &Device::Cpu).unwrap()
+            })
+            .collect()
+    }
+
+    fn assert_close(got: &[f32], want: &[f32], what: &str) {
+        assert_eq!(got.len(), want.len());
+        for (g, w) in got.iter().zip(want) {
+            // The same f32 operations; torch may fuse a multiply and an add, which moves the last bit.
+            assert!((g - w).abs() <= 4.0 * f32::EPSILON * w.abs().max(1e-30), "{what}: {g} {w}");
+        }
+    }
+
+    fn optimizer(run: &Value) -> AdamW {
+        let number = |v: &Value| v.as_f64().unwrap();
+        let config = AdamWConfig {
+            beta1: number(&run["betas"][0]),
+            beta2: number(&run["betas"][1]),
+            eps: number(&run["eps"]),
+            weight_decay: number(&run["weight_decay"]),
+        };
+        let starts = run["start"].as_array().unwrap().iter().enumerate();
+        AdamW::new(config, starts.map(|(i, s)| (format!("p{i}"), s.as_array().unwrap().len())))
+    }
+
+    #[test]
+    fn five_steps_match_torch_golden() {
+        for run in golden()["runs"].as_array().unwrap() {
+            let mut adamw = optimizer(run);
+            let mut parameters = tensors(&run["start"], &run["shapes"]);
+            for step in 0..5 {
+                let gradients = tensors(&run["grads"][step], &run["shapes"]);
+                let lr = run["lr"].as_f64().unwrap() * (1 + step) as f64;
+                adamw.step(parameters.iter_mut().collect(), &gradients.iter().collect::<Vec<_>>(), lr).unwrap();
+                for (i, parameter) in parameters.iter().enumerate() {
+                    let what = format!("step {step} parameter {i}");
+                    assert_close(&row_major(parameter).unwrap(), &floats(&run["after"][step][i]), &what);
+                }
+            }
+            for (i, moments) in adamw.state().moments.iter().enumerate() {
+                assert_close(&moments.m, &floats(&run["m"][i]), "m");
+                assert_close(&moments.v, &floats(&run["v"][i]), "v");
+            }
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_takes_the_same_steps_bit_for_bit() {
+        let golden = golden();
+        let run = &golden["runs"][0];
+        let steps = |adamw: &mut AdamW, parameters: &mut [Tensor], range: std::ops::Range<usize>| {
+            for step in range {
+                let gradients = tensors(&run["grads"][step], &run["shapes"]);
+                adamw.step(parameters.iter_mut().collect(), &gradients.iter().collect::<Vec<_>>(), 0.01).unwrap();
+            }
+        };
+        let (mut whole, mut first) = (optimizer(run), optimizer(run));
+        let (mut a, mut b) = (tensors(&run["start"], &run["shapes"]), tensors(&run["start"], &run["shapes"]));
+        steps(&mut whole, &mut a, 0..5);
+        steps(&mut first, &mut b, 0..2);
+        let mut second = AdamW::from_state(first.config, first.state().clone()).unwrap();
+        steps(&mut second, &mut b, 2..5);
+        for (a, b) in a.iter().zip(&b) {
+            assert_eq!(row_major(a).unwrap(), row_major(b).unwrap());
+        }
+        let mut broken = first.state().clone();
+        broken.moments[1].v[0] = -1.0;
+        assert!(AdamW::from_state(first.config, broken).unwrap_err().to_string().contains("p1"));
+    }
+
+    #[test]
+    fn bad_gradients_are_named_and_nothing_moves() {
+        let start = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
+        let mut adamw = AdamW::new(AdamWConfig::default(), [("good".into(), 4), ("bad".into(), 4)]);
+        let good = start.ones_like().unwrap();
+        let nan = Tensor::new(&[[1f32, 2.0], [f32::NAN, 4.0]], &Device::Cpu).unwrap();
+        let wrong = Tensor::new(&[1f32, 2.0, 3.0, 4.0], &Device::Cpu).unwrap();
+        let half = good.to_dtype(DType::F16).unwrap();
+        for (gradient, says) in [(&nan, "NaN"), (&wrong, "[4]"), (&half, "F16")] {
+            let (mut one, mut two) = (start.clone(), start.clone());
+            let message = adamw.step(vec![&mut one, &mut two], &[&good, gradient], 0.1).unwrap_err().to_string();
+            assert!(message.contains("bad") && message.contains(says), "{message}");
+            assert_eq!((row_major(&one).unwrap(), adamw.state().step), (row_major(&start).unwrap(), 0));
+        }
+        let (mut one, mut two) = (start.clone(), start.clone());
+        assert!(adamw.step(vec![&mut one, &mut two], &[&good], 0.1).is_err(), "a gradient is missing");
+        assert!(adamw.step(vec![&mut one, &mut two], &[&good, &good], f64::NAN).is_err());
+        assert!(adamw.state().moments.iter().all(|m| m.m.iter().chain(&m.v).all(|&x| x == 0.0)));
+    }
+
+    #[test]
+    fn clipping_matches_torch_and_steps_an_adapter() {
+        let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 4 };
+        let config = LoraConfig {
+            r: 2,
+            lora_alpha: 2.0,
+            use_rslora: false,
+            target_modules: TargetModules::List(vec!["q_proj".into()]),
+            layers_to_transform: None,
+        };
+        let mut learner = Adapter::init(config, shapes, 1).unwrap().with_head(2).unwrap().to_trainable();
+        let before = learner.snapshot();
+        let mut adamw = AdamW::for_adapter(AdamWConfig::default(), &learner).unwrap();
+        for case in golden()["clips"].as_array().unwrap() {
+            let tensor = |key: &str, i: usize, dims: (usize, usize)| {
+                Tensor::from_vec(floats(&case[key][i]), dims, &Device::Cpu).unwrap()
+            };
+            let mut gradients = Gradients::none(1);
+            gradients.layers[0][0] = Some((tensor("grads", 0, (2, 4)), tensor("grads", 1, (4, 2))));
+            gradients.head_weight = Some(tensor("grads", 2, (1, 4)));
+            gradients.head_bias = Some(Tensor::new(&[1e6f32], &Device::Cpu).unwrap()); // fixed: must not count
+            let norm = clip_grad_norm(&learner, &mut gradients, case["max_norm"].as_f64().unwrap()).unwrap();
+            let want = case["norm"].as_f64().unwrap();
+            assert!((norm - want).abs() < 1e-6 * want, "torch sums in f32: {norm} {want}");
+            let flat = learner.flat_gradients(&gradients).unwrap();
+            for (i, gradient) in flat.iter().enumerate() {
+                for (g, w) in row_major(gradient).unwrap().iter().zip(floats(&case["clipped"][i])) {
+                    assert!((g - w).abs() <= 1e-6 * w.abs(), "torch's factor is rounded to f32: {g} {w}");
+                }
+            }
+            let mut parameters = learner.parameters().unwrap();
+            adamw.step(parameters.iter_mut().collect(), &flat, 0.01).unwrap();
+            learner.replace(parameters).unwrap();
+        }
+        for ((name, old), (_, new)) in before.named_tensors().into_iter().zip(learner.view().named_tensors()) {
+            assert!(row_major(old).unwrap().iter().zip(row_major(new).unwrap()).all(|(a, b)| *a != b), "{name}");
+        }
+    }
+}

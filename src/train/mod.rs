@@ -1,0 +1,4 @@
+//! What turns gradients into new weights.
+
+pub mod adamw;
+pub mod schedule;
