@@ -2,3 +2,5 @@
 
 pub mod adamw;
 pub mod schedule;
+pub mod learner;
+pub mod settings;

@@ -1,0 +1,127 @@
+//! One rollout: the actor answers, then reference, critic and reward model read what it wrote. Four roles, all of them
+//! views, all borrowed. Knows no reward shaping; read rewards.rs next.
+
+use anyhow::Result;
+
+use crate::model::batch::{Batch, Targets};
+use crate::model::generate::{Finish, Response, Sampling, generate};
+use crate::model::roles::{Policy, Scorer};
+
+/// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
+const SCORING_TOKENS: usize = 2048;
+
+/// What the four roles said of each of B sequences. Per-token vectors are as long as the response.
+#[derive(Clone, Debug, Default)]
+pub struct Rollout {
+    /// (B) prompt ids.
+    pub prompts: Vec<Vec<u32>>,
+    /// (B) sampled responses with the actor's log-probabilities.
+    pub responses: Vec<Response>,
+    /// (B, R) the reference's log-probabilities of the same tokens.
+    pub reference_logprobs: Vec<Vec<f32>>,
+    /// (B, R) the critic's values: of the state before each token.
+    pub values: Vec<Vec<f32>>,
+    /// (B) the reward model's score at the last token.
+    pub scores: Vec<f32>,
+}
+
+impl Rollout {
+    /// Prompt and response of sequence `i` end to end.
+    pub fn sequence(&self, i: usize) -> Vec<u32> {
+        self.prompts[i].iter().chain(&self.responses[i].tokens).copied().collect()
+    }
+
+    /// The sequences `rows` as a batch, and their responses as targets.
+    ///
+    /// # Errors
+    /// If there is no row.
+    pub fn batch(&self, rows: &[usize]) -> Result<(Batch, Targets)> {
+        let sequences: Vec<Vec<u32>> = rows.iter().map(|&i| self.sequence(i)).collect();
+        let lengths: Vec<usize> = rows.iter().map(|&i| self.responses[i].tokens.len()).collect();
+        let batch = Batch::new(&sequences)?;
+        let targets = Targets::responses(&batch, &lengths)?;
+        Ok((batch, targets))
+    }
+
+    /// How many responses ended by a stop token.
+    pub fn stopped(&self) -> usize {
+        self.responses.iter().filter(|r| r.finish == Finish::Stop).count()
+    }
+
+    /// Tokens of all responses.
+    pub fn response_tokens(&self) -> usize {
+        self.responses.iter().map(|r| r.tokens.len()).sum()
+    }
+}
+
+/// The roles that read.
+#[derive(Clone, Copy)]
+pub struct Readers<'w> {
+    /// The frozen policy that the KL is against.
+    pub reference: Policy<'w>,
+    /// Values of states.
+    pub critic: Scorer<'w>,
+    /// Scores of whole sequences.
+    pub reward: Scorer<'w>,
+}
+
+/// Answers `prompts` with the actor and has the others read. `seeds` (B): one a sequence.
+///
+/// # Errors
+/// Those of generation and of the views.
+pub fn collect(
+    actor: Policy<'_>,
+    readers: Readers<'_>,
+    prompts: Vec<Vec<u32>>,
+    seeds: &[u64],
+    sampling: &Sampling,
+) -> Result<Rollout> {
+    let responses = generate(actor, &prompts, seeds, sampling, |_, _| {})?;
+    // Greedy decoding scores under temperature 1, like `generate`.
+    let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
+    let mut rollout = Rollout { prompts, responses, ..Rollout::default() };
+    let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
+    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
+        let (batch, targets) = rollout.batch(&rows)?;
+        let reference = readers.reference.logprobs(&batch, &targets, temperature)?.logprobs;
+        let values = readers.critic.values(&batch, &targets.rows)?;
+        rollout.scores.extend(readers.reward.scores(&batch)?);
+        let mut at = 0;
+        for &i in &rows {
+            let next = at + rollout.responses[i].tokens.len();
+            rollout.reference_logprobs.push(reference[at..next].to_vec());
+            rollout.values.push(values[at..next].to_vec());
+            at = next;
+        }
+    }
+    Ok(rollout)
+}
+
+/// 0..n in order, cut so that no part has more than `most` tokens, single sequences apart.
+pub fn chunks_by_tokens(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {
+    let mut chunks: Vec<Vec<usize>> = vec![];
+    let mut filled = usize::MAX;
+    for (i, &length) in lengths.iter().enumerate() {
+        if filled.saturating_add(length) > most {
+            chunks.push(vec![]);
+            filled = 0;
+        }
+        filled += length;
+        if let Some(chunk) = chunks.last_mut() {
+            chunk.push(i);
+        }
+    }
+    chunks
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn chunks_hold_every_sequence_once_in_order_within_the_budget() {
+        let lengths = [3, 9, 4, 4, 20, 1];
+        assert_eq!(chunks_by_tokens(&lengths, 12), vec![vec![0, 1], vec![2, 3], vec![4], vec![5]]);
+        assert!(chunks_by_tokens(&[], 12).is_empty());
+    }
+}

@@ -1,0 +1,122 @@
+//! What a run tells: metrics.jsonl and samples.jsonl in its folder, progress and a line of figures on stderr. Stdout stays
+//! free for `--json`. Knows no stage.
+
+use std::fs::File;
+use std::io::{BufWriter, IsTerminal, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Map, Value, json};
+
+/// Figures of one step, in the order in which they were put in.
+pub type Figures = Map<String, Value>;
+
+/// Where a stage's figures go.
+pub struct Report {
+    metrics: Option<BufWriter<File>>,
+    samples: Option<BufWriter<File>>,
+    bar: ProgressBar,
+    stage: &'static str,
+    last_line: Option<Instant>,
+}
+
+/// Without a terminal, a line of figures at most this often.
+const LINE_EVERY: Duration = Duration::from_secs(2);
+
+impl Report {
+    /// Appends to `dir`/metrics.jsonl and `dir`/samples.jsonl, made new if `fresh` stage runs begin a folder.
+    ///
+    /// # Errors
+    /// If the files cannot be made.
+    pub fn to_dir(dir: &Path) -> Result<Self> {
+        let open = |name: &str| -> Result<BufWriter<File>> {
+            let path = dir.join(name);
+            Ok(BufWriter::new(File::create(&path).with_context(|| format!("making {}", path.display()))?))
+        };
+        Ok(Self { metrics: Some(open("metrics.jsonl")?), samples: Some(open("samples.jsonl")?), ..Self::silent() })
+    }
+
+    /// Tells nobody: tests, and the library's users who read the return values.
+    pub fn silent() -> Self {
+        Self { metrics: None, samples: None, bar: ProgressBar::hidden(), stage: "", last_line: None }
+    }
+
+    /// Starts a stage of `steps` steps.
+    pub fn stage(&mut self, stage: &'static str, steps: usize) {
+        self.bar.finish_and_clear();
+        self.stage = stage;
+        self.last_line = None;
+        if self.metrics.is_none() {
+            return;
+        }
+        self.bar = ProgressBar::new(steps as u64);
+        if let Ok(style) = ProgressStyle::with_template("{prefix:>7} {bar:28} {pos}/{len} {elapsed} eta {eta}  {msg}") {
+            self.bar.set_style(style);
+        }
+        self.bar.set_prefix(stage);
+        self.bar.enable_steady_tick(Duration::from_millis(500));
+    }
+
+    /// One step's figures: a line of metrics.jsonl with `stage` and `step` in front, and the chosen ones beside the bar.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn step(&mut self, step: usize, figures: &Figures, shown: &[&str]) -> Result<()> {
+        if let Some(file) = &mut self.metrics {
+            let mut line = json!({ "stage": self.stage, "step": step });
+            if let Some(line) = line.as_object_mut() {
+                line.extend(figures.iter().map(|(k, v)| (k.clone(), v.clone())));
+            }
+            writeln!(file, "{line}").and_then(|()| file.flush()).context("writing metrics.jsonl")?;
+            let text = shown.iter().filter_map(|&k| Some(format!("{k} {}", short(figures.get(k)?)))).collect::<Vec<_>>();
+            let text = text.join("  ");
+            self.bar.set_position(step as u64);
+            self.bar.set_message(text.clone());
+            if !std::io::stderr().is_terminal() && self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) {
+                self.last_line = Some(Instant::now());
+                eprintln!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
+            }
+        }
+        Ok(())
+    }
+
+    /// One sampled text with what belongs to it, as a line of samples.jsonl.
+    ///
+    /// # Errors
+    /// If the file cannot be written.
+    pub fn sample(&mut self, sample: &Value) -> Result<()> {
+        if let Some(file) = &mut self.samples {
+            writeln!(file, "{sample}").and_then(|()| file.flush()).context("writing samples.jsonl")?;
+        }
+        Ok(())
+    }
+
+    /// A line for people.
+    pub fn note(&self, text: &str) {
+        if self.metrics.is_some() {
+            self.bar.suspend(|| eprintln!("{text}"));
+        }
+    }
+
+    /// Ends the stage's bar.
+    pub fn done(&mut self) {
+        self.bar.finish_and_clear();
+        self.bar = ProgressBar::hidden();
+    }
+}
+
+/// Four significant digits of a number, anything else as JSON writes it.
+fn short(value: &Value) -> String {
+    match value.as_f64() {
+        Some(x) if value.is_f64() && (x == 0.0 || (1e-3..1e5).contains(&x.abs())) => format!("{x:.3}"),
+        Some(x) if value.is_f64() => format!("{x:.2e}"),
+        _ => value.to_string(),
+    }
+}
+
+/// A float as JSON: the number, or null where JSON has none (NaN, infinity).
+pub fn number(x: f64) -> Value {
+    serde_json::Number::from_f64(x).map_or(Value::Null, Value::Number)
+}

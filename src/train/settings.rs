@@ -1,0 +1,78 @@
+//! From a config's optimisation keys to an optimizer, a schedule and a checkpoint choice. Knows no stage's loop.
+
+use super::adamw::AdamWConfig;
+use super::schedule::{Decay, Schedule};
+use crate::config::{self, LrScheduler};
+use crate::model::base::Base;
+use crate::model::block::Checkpoint;
+
+/// Streams of the seed: every random choice of a run has its own.
+pub const INIT: u64 = 1;
+/// The order of SFT's records.
+pub const SFT_ORDER: u64 = 2;
+/// The order of the reward model's comparisons.
+pub const REWARD_ORDER: u64 = 3;
+/// The order of PPO's prompts.
+pub const PROMPT_ORDER: u64 = 4;
+/// PPO's sampling.
+pub const ROLLOUT: u64 = 5;
+/// The order of PPO's minibatches.
+pub const MINIBATCH_ORDER: u64 = 6;
+/// Sampling for evaluation.
+pub const EVALUATION: u64 = 7;
+/// The fresh score head.
+pub const HEAD: u64 = 8;
+
+macro_rules! adamw {
+    ($config:expr) => {
+        AdamWConfig {
+            beta1: $config.adam_beta1,
+            beta2: $config.adam_beta2,
+            eps: $config.adam_epsilon,
+            weight_decay: $config.weight_decay,
+        }
+    };
+}
+
+/// `[sft]`'s optimizer keys.
+pub fn adamw_of_sft(config: &config::Sft) -> AdamWConfig {
+    adamw!(config)
+}
+
+/// `[reward]`'s.
+pub fn adamw_of_reward(config: &config::Reward) -> AdamWConfig {
+    adamw!(config)
+}
+
+/// `[ppo]`'s, for actor and critic alike.
+pub fn adamw_of_ppo(config: &config::Ppo) -> AdamWConfig {
+    adamw!(config)
+}
+
+/// The course of a learning rate.
+pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
+    let decay = match kind {
+        LrScheduler::Linear => Decay::Linear,
+        LrScheduler::Cosine => Decay::Cosine,
+        LrScheduler::Constant => Decay::Constant,
+    };
+    Schedule { lr, warmup_steps, decay }
+}
+
+/// What blocks keep: as asked, or by memory: activations where they take at most half of what the machine has free.
+/// `tokens` are those of the largest micro-batch. Both choices give the same bits.
+pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Checkpoint {
+    match asked {
+        config::Checkpoint::None => Checkpoint::Activations,
+        config::Checkpoint::Block => Checkpoint::Input,
+        config::Checkpoint::Auto => {
+            let s = base.shapes();
+            let per_token = 2 * s.hidden + 2 * s.q_out + 2 * s.kv_out + 2 * s.intermediate;
+            let bytes = tokens * per_token * s.layers * size_of::<f32>();
+            match crate::memory::available_bytes() {
+                Some(free) if bytes > free / 2 => Checkpoint::Input,
+                _ => Checkpoint::Activations,
+            }
+        }
+    }
+}
