@@ -2,5 +2,6 @@
 pub mod error;
 pub mod model;
 pub mod ops;
+pub mod ppo;
 pub mod rng;
 pub mod train;
