@@ -1,0 +1,79 @@
+//! GAE: per-token rewards and values -> advantages and returns, a sequence at a time. Pure; knows no model.
+//! Read rewards.rs before (its `whiten` is for the advantages of a whole rollout) and loss.rs after.
+
+use anyhow::{Result, ensure};
+
+/// What the two losses train on.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Gae {
+    /// (R,): how much better than expected; for the actor.
+    pub advantages: Vec<f32>,
+    /// (R,): advantages + values; the critic's targets.
+    pub returns: Vec<f32>,
+}
+
+/// `A_t = d_t + gamma*lambda*A_{t+1}`, `d_t = r_t + gamma*V_{t+1} - V_t`, with V and A zero after the last token:
+/// an answer ends there, whether by its end token or by the limit. `rewards`, `values`: (R,) of one sequence, V_t before
+/// token t is chosen. Accumulates in f64. Source: arXiv:1506.02438 eq. 16.
+///
+/// # Errors
+/// If the lengths differ or a number is not finite.
+pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lambda: f64) -> Result<Gae> {
+    let (n, m) = (rewards.len(), values.len());
+    ensure!(n == m, "{n} rewards and {m} values of one answer");
+    let (mut advantages, mut returns) = (vec![0.0; n], vec![0.0; n]);
+    let (mut next_advantage, mut next_value) = (0.0f64, 0.0f64);
+    for t in (0..n).rev() {
+        let value = f64::from(values[t]);
+        let delta = f64::from(rewards[t]) + gamma * next_value - value;
+        next_advantage = delta + gamma * lambda * next_advantage;
+        next_value = value;
+        ensure!(next_advantage.is_finite(), "the advantage of token {t} is {next_advantage}");
+        advantages[t] = next_advantage as f32;
+        returns[t] = (next_advantage + value) as f32;
+    }
+    Ok(Gae { advantages, returns })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ppo::golden::{assert_close, floats, ppo, split};
+
+    #[test]
+    fn gae_matches_the_sum_of_its_definition_on_ragged_answers() {
+        let golden = ppo();
+        let values = floats(&golden["values"]);
+        for case in golden["gae"].as_array().unwrap() {
+            let (gamma, lambda) = (case["gamma"].as_f64().unwrap(), case["lam"].as_f64().unwrap());
+            for (i, values) in split(&values, &golden["lengths"]).into_iter().enumerate() {
+                let out = gae(&floats(&case["rewards"][i]), values, gamma, lambda).unwrap();
+                assert_close(&out.advantages, &case["advantages"][i], 1.0, "advantages");
+                assert_close(&out.returns, &case["returns"][i], 1.0, "returns");
+            }
+        }
+    }
+
+    #[test]
+    fn with_lambda_1_the_return_is_the_discounted_sum_of_rewards_whatever_the_values() {
+        let (rewards, gamma) = ([1.0f32, -2.0, 0.5, 4.0], 0.9f64);
+        let mut want = [0.0f64; 4];
+        for (t, slot) in want.iter_mut().enumerate() {
+            *slot = rewards[t..].iter().enumerate().map(|(k, &r)| gamma.powi(k as i32) * f64::from(r)).sum();
+        }
+        for values in [[0.0f32; 4], [3.0, -1.0, 0.25, 7.0]] {
+            let out = gae(&rewards, &values, gamma, 1.0).unwrap();
+            for t in 0..4 {
+                assert!((f64::from(out.returns[t]) - want[t]).abs() < 1e-6);
+                assert!((f64::from(out.advantages[t]) - (want[t] - f64::from(values[t]))).abs() < 1e-6);
+            }
+        }
+    }
+
+    #[test]
+    fn lengths_that_differ_and_numbers_that_are_none_are_errors() {
+        assert!(gae(&[1.0], &[1.0, 2.0], 1.0, 0.95).is_err());
+        assert!(gae(&[1.0, f32::NAN], &[1.0, 2.0], 1.0, 0.95).is_err());
+        assert!(gae(&[], &[], 1.0, 0.95).unwrap().advantages.is_empty());
+    }
+}

@@ -1,0 +1,79 @@
+//! Estimates of KL(actor || reference) from the log-probabilities of the sampled tokens. Pure; knows no model.
+//! Read rewards.rs next.
+
+use anyhow::{Result, ensure};
+
+/// How a token's KL is estimated from one sample. With d = log p - log p_ref.
+/// Source: J. Schulman, "Approximating KL divergence" (2020).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Estimator {
+    /// d: unbiased, can be negative.
+    K1,
+    /// d² / 2: biased, small variance.
+    K2,
+    /// exp(-d) + d - 1: unbiased and never negative. d is held within ±20, where exp is already 4.9e8.
+    K3,
+}
+
+impl Estimator {
+    /// The estimate of one token, in nats.
+    pub fn of(self, logprob: f64, reference: f64) -> f64 {
+        let d = logprob - reference;
+        match self {
+            Self::K1 => d,
+            Self::K2 => 0.5 * d * d,
+            Self::K3 => {
+                let gap = (-d).clamp(-20.0, 20.0);
+                gap.exp_m1() - gap // exp_m1: exp(gap) - 1 would lose all digits near 0
+            }
+        }
+    }
+}
+
+/// Per-token estimates. `logprobs`, `reference`: (R,), of the sampled tokens under actor and reference.
+///
+/// # Errors
+/// If the lengths differ or a log-probability is not finite.
+pub fn per_token(estimator: Estimator, logprobs: &[f32], reference: &[f32]) -> Result<Vec<f32>> {
+    let (ours, theirs) = (logprobs.len(), reference.len());
+    ensure!(ours == theirs, "{ours} log-probabilities and {theirs} of the reference");
+    logprobs
+        .iter()
+        .zip(reference)
+        .map(|(&p, &q)| {
+            ensure!(p.is_finite() && q.is_finite(), "a sampled token has log-probability {p}, under the reference {q}");
+            Ok(estimator.of(p.into(), q.into()) as f32)
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ppo::golden::{assert_close, floats, ppo};
+
+    #[test]
+    fn all_three_estimators_match_golden() {
+        let golden = ppo();
+        let (p, q) = (floats(&golden["logprobs"]), floats(&golden["reference"]));
+        for (estimator, key) in [(Estimator::K1, "k1"), (Estimator::K2, "k2"), (Estimator::K3, "k3")] {
+            assert_close(&per_token(estimator, &p, &q).unwrap(), &golden["kl"][key], 2.0, key);
+        }
+    }
+
+    #[test]
+    fn k3_is_never_negative_keeps_its_digits_near_zero_and_stays_finite() {
+        for d in [-300.0f64, -1.0, -1e-9, 0.0, 1e-9, 0.3, 300.0] {
+            let k3 = Estimator::K3.of(d, 0.0);
+            assert!(k3 >= 0.0 && k3 < 5e8, "{d}: {k3}");
+        }
+        let tiny = Estimator::K3.of(1e-5, 0.0);
+        assert!((tiny / 5e-11 - 1.0).abs() < 1e-4, "d²/2 to first order: {tiny}");
+    }
+
+    #[test]
+    fn lengths_that_differ_and_impossible_tokens_are_errors() {
+        assert!(per_token(Estimator::K1, &[0.0], &[0.0, 1.0]).is_err());
+        assert!(per_token(Estimator::K1, &[f32::NEG_INFINITY], &[-1.0]).is_err());
+    }
+}

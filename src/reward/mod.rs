@@ -1,0 +1,3 @@
+//! The reward model's stage.
+
+pub mod loss;
