@@ -1,4 +1,5 @@
 //! RLHF on one machine.
 pub mod error;
+pub mod model;
 pub mod ops;
 pub mod rng;

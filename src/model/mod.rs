@@ -1,0 +1,8 @@
+//! A base model, adapters over it, and the roles they play.
+
+pub mod chat_template;
+// checkpoint
+pub mod config;
+pub mod gguf;
+pub mod gguf_tokenizer;
+pub mod tokenizer;
