@@ -1,9 +1,12 @@
 //! RLHF on one machine.
 pub mod config;
 pub mod error;
+pub mod export;
+pub mod memory;
 pub mod model;
 pub mod ops;
 pub mod ppo;
+pub mod report;
 pub mod reward;
 pub mod rng;
 pub mod train;

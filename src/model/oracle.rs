@@ -12,7 +12,7 @@ use super::batch::{Batch, Targets};
 use super::block::{Block, Checkpoint};
 use super::generate::{Finish, Sampling, generate};
 use super::roles::{Policy, Scorer};
-use crate::model::config::DecoderConfig;
+use crate::model::config::{DecoderConfig, RopeScaling};
 use crate::ops::weight::Weight;
 use crate::rng::SplitMix64;
 
@@ -22,7 +22,23 @@ fn random(n: usize, scale: f32, shift: f32, seed: u64) -> Vec<f32> {
 }
 
 fn config() -> DecoderConfig {
-    DecoderConfig::tiny_for_tests(50, 32, 48, 3, 4, 2, 8)
+    DecoderConfig {
+        vocab_size: 50,
+        hidden_size: 32,
+        intermediate_size: 48,
+        num_hidden_layers: 3,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        max_position_embeddings: 40,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::None,
+        tie_word_embeddings: false,
+        bos_token_id: None,
+        eos_token_ids: vec![0],
+        model_name: "tiny".into(),
+    }
 }
 
 /// A base of random weights; untied, so that both tables are exercised.

@@ -1,9 +1,12 @@
-//! PPO. The mathematics is in rewards, kl, gae and loss: functions of numbers that know no model.
+//! PPO. The loop is in train, its first half in rollout; the mathematics is in rewards, kl, gae and loss: functions of
+//! numbers that know no model.
 
 pub mod gae;
 pub mod kl;
 pub mod loss;
 pub mod rewards;
+pub mod rollout;
+pub mod train;
 
 #[cfg(test)]
 mod golden {

@@ -198,7 +198,7 @@ fn judge(rollout: Rollout, config: &Ppo) -> Result<Experience> {
     };
     let shaping = Shaping {
         kl_coef: config.kl_coef,
-        score_clip: config.score_clip,
+        score_clip: if config.score_clip > 0.0 { config.score_clip } else { f64::INFINITY },
         missing_eos_penalty: config.missing_eos_penalty.unwrap_or(0.0),
     };
     let (mut kls, mut rewards) = (vec![], vec![]);

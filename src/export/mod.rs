@@ -1,0 +1,3 @@
+//! What leaves: merged models, proven before they get their name.
+
+pub mod merge;
