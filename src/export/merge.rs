@@ -144,8 +144,9 @@ pub fn merge(
     fs::create_dir_all(parent).map_err(|e| invalid!("{}: {e}", parent.display()))?;
     let name = out.file_name().and_then(|n| n.to_str()).context("the output folder needs a name")?;
     let temporary = parent.join(format!(".{name}.{}.partial", std::process::id()));
-    let result = write_and_compare(base, adapter, dtype, side_files, prompts, &temporary, reopen)
-        .and_then(|c| fs::rename(&temporary, out).with_context(|| format!("renaming to {}", out.display())).map(|()| c));
+    let result = write_and_compare(base, adapter, dtype, side_files, prompts, &temporary, reopen).and_then(|c| {
+        fs::rename(&temporary, out).with_context(|| format!("renaming to {}", out.display())).map(|()| c)
+    });
     if result.is_err() {
         // The error at hand matters more than whether the leftovers could be removed.
         fs::remove_dir_all(&temporary).ok();

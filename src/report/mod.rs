@@ -70,7 +70,8 @@ impl Report {
                 line.extend(figures.iter().map(|(k, v)| (k.clone(), v.clone())));
             }
             writeln!(file, "{line}").and_then(|()| file.flush()).context("writing metrics.jsonl")?;
-            let text = shown.iter().filter_map(|&k| Some(format!("{k} {}", short(figures.get(k)?)))).collect::<Vec<_>>();
+            let text =
+                shown.iter().filter_map(|&k| Some(format!("{k} {}", short(figures.get(k)?)))).collect::<Vec<_>>();
             let text = text.join("  ");
             self.bar.set_position(step as u64);
             self.bar.set_message(text.clone());

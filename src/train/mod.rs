@@ -1,6 +1,6 @@
 //! What turns gradients into new weights.
 
 pub mod adamw;
-pub mod schedule;
 pub mod learner;
+pub mod schedule;
 pub mod settings;

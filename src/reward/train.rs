@@ -1,0 +1,260 @@
+//! The reward model's training: ranked answers, all their pairs from one forward of K sequences, an adapter with a scalar
+//! head. Knows no file. Read loss.rs for the formulas.
+
+use anyhow::Result;
+
+use super::loss::{Scored, divergence_to_end, ranked};
+use crate::config::{Reward, RewardLoss};
+use crate::data::phases::RankedExample;
+use crate::invalid;
+use crate::model::adapter::{Adapter, Gradients, ScoreHead};
+use crate::model::base::Base;
+use crate::model::batch::Batch;
+use crate::model::roles::Scorer;
+use crate::report::{Figures, Report, number};
+use crate::rng::{SplitMix64, derive};
+use crate::train::learner::Learner;
+use crate::train::settings;
+
+/// Comparisons of one scoring pass.
+const EVAL_BATCH: usize = 8;
+/// Training comparisons that `center` takes its mean and deviation from.
+const CENTER_ON: usize = 256;
+
+/// How a reward model does on comparisons. Scores are those of the last tokens.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Evaluation {
+    /// Share of pairs whose better answer has the higher score; NaN of no pair.
+    pub accuracy: f64,
+    /// Mean score of the best answers.
+    pub mean_chosen: f64,
+    /// Mean score of all others.
+    pub mean_rejected: f64,
+    /// Pairs compared.
+    pub pairs: usize,
+}
+
+/// The stage's figures.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Summary {
+    /// Held-out comparisons before training.
+    pub before: Evaluation,
+    /// And after.
+    pub after: Evaluation,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Tokens that went through the network in training.
+    pub tokens: usize,
+}
+
+/// Trains a copy of `start`, with a fresh head where it has none, on `examples`; `held_out` only evaluates.
+///
+/// # Errors
+/// If there is no example, a sequence is longer than the context, or a number stops being finite.
+pub fn train(
+    base: &Base,
+    start: &Adapter,
+    examples: &[RankedExample],
+    held_out: &[RankedExample],
+    config: &Reward,
+    seed: u64,
+    report: &mut Report,
+) -> Result<(Adapter, Summary)> {
+    if examples.is_empty() {
+        return Err(invalid!("[reward] there is no comparison to train on"));
+    }
+    let start = match start.head() {
+        Some(_) => start.clone(),
+        None => start.clone().with_head(derive(seed, &[settings::HEAD]))?,
+    };
+    let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_reward(config), config.max_grad_norm)?;
+    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
+    let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
+    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    report.stage("reward", steps);
+    let before = evaluate(base, learner.weights().view(), held_out)?;
+    report.note(&format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy));
+    let (mut step, mut tokens) = (0, 0);
+    for epoch in 0..config.num_train_epochs {
+        let path = [settings::REWARD_ORDER, epoch as u64];
+        let order = SplitMix64::new(derive(seed, &path)).permutation(examples.len());
+        for rows in order.chunks(per_step) {
+            let mut grads = Gradients::none(base.shapes().layers);
+            let mut sums = StepSums::default();
+            for micro in rows.chunks(config.per_device_train_batch_size) {
+                let micro: Vec<&RankedExample> = micro.iter().map(|&i| &examples[i]).collect();
+                let batch = pack(&micro)?;
+                tokens += batch.tokens().len();
+                let scorer = Scorer::new(base, learner.weights().view())?;
+                let weight = 1.0 / rows.len() as f64;
+                let rows = match config.loss {
+                    RewardLoss::LastToken => batch.last_rows(),
+                    RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
+                };
+                let (_, g) = scorer.gradients(&batch, &rows, checkpoint, |scores| match config.loss {
+                    RewardLoss::LastToken => last_token(&micro, scores, weight, &mut sums),
+                    RewardLoss::DivergenceToEnd => divergence(&micro, &batch, scores, weight, &mut sums),
+                })?;
+                grads.add(g)?;
+            }
+            let lr = schedule.lr_at(step, steps);
+            let grad_norm = learner.step(grads, lr)?;
+            step += 1;
+            if step % config.logging_steps.max(1) == 0 || step == steps {
+                let mut figures = Figures::new();
+                figures.insert("loss".into(), number(sums.loss));
+                figures.insert("accuracy".into(), number(sums.right as f64 / sums.pairs as f64));
+                figures.insert("grad_norm".into(), number(grad_norm));
+                figures.insert("lr".into(), number(lr));
+                figures.insert("tokens".into(), tokens.into());
+                if config.eval_steps > 0 && step % config.eval_steps == 0 {
+                    let eval = evaluate(base, learner.weights().view(), held_out)?;
+                    figures.insert("eval_accuracy".into(), number(eval.accuracy));
+                }
+                report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
+            }
+        }
+    }
+    let mut trained = learner.weights().snapshot();
+    if config.center {
+        let some = &examples[..examples.len().min(CENTER_ON)];
+        trained = centered(base, trained, some)?;
+    }
+    let after = evaluate(base, &trained, held_out)?;
+    report.done();
+    report.note(&format!(
+        "reward: held-out accuracy {:.3} -> {:.3} on {} pairs, mean chosen {:.3}, rejected {:.3}",
+        before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
+    ));
+    Ok((trained, Summary { before, after, steps, tokens }))
+}
+
+fn tokens_in(example: &RankedExample) -> usize {
+    example.answers.iter().map(|a| example.prompt.len() + a.len()).sum()
+}
+
+/// All answers of all examples, each after its prompt: best first within an example.
+fn pack(examples: &[&RankedExample]) -> Result<Batch> {
+    let sequences: Vec<Vec<u32>> = examples
+        .iter()
+        .flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect()))
+        .collect();
+    Batch::new(&sequences)
+}
+
+/// What a step's pairs add up to.
+#[derive(Default)]
+struct StepSums {
+    loss: f64,
+    right: usize,
+    pairs: usize,
+}
+
+/// dL/dscore at the last tokens; `weight` divides by the examples of the step.
+fn last_token(examples: &[&RankedExample], scores: &[f32], weight: f64, sums: &mut StepSums) -> Result<Vec<f32>> {
+    let mut grads = Vec::with_capacity(scores.len());
+    let mut at = 0;
+    for example in examples {
+        let next = at + example.answers.len();
+        let loss = ranked(&scores[at..next])?;
+        sums.loss += loss.loss * weight;
+        sums.right += loss.right;
+        sums.pairs += loss.pairs;
+        grads.extend(loss.grads.iter().map(|g| (f64::from(*g) * weight) as f32));
+        at = next;
+    }
+    Ok(grads)
+}
+
+/// dL/dscore at every token, the mean over an example's pairs.
+fn divergence(
+    examples: &[&RankedExample],
+    batch: &Batch,
+    scores: &[f32],
+    weight: f64,
+    sums: &mut StepSums,
+) -> Result<Vec<f32>> {
+    let mut grads = vec![0f32; scores.len()];
+    let offsets = batch.offsets();
+    let mut first = 0;
+    for example in examples {
+        let k = example.answers.len();
+        let share = weight / (k * (k - 1) / 2) as f64;
+        let rows = |i: usize| offsets[first + i]..offsets[first + i + 1];
+        let scored = |i: usize| Scored { tokens: &batch.tokens()[rows(i)], scores: &scores[rows(i)] };
+        for better in 0..k {
+            for worse in better + 1..k {
+                let loss = divergence_to_end(scored(better), scored(worse))?;
+                sums.loss += loss.loss * share;
+                sums.right += usize::from(loss.chosen_end > loss.rejected_end);
+                sums.pairs += 1;
+                for (i, g) in [(better, &loss.chosen_grad), (worse, &loss.rejected_grad)] {
+                    for (sum, &g) in grads[rows(i)].iter_mut().zip(g) {
+                        *sum += (f64::from(g) * share) as f32;
+                    }
+                }
+            }
+        }
+        first += k;
+    }
+    Ok(grads)
+}
+
+/// Last-token scores of every answer, one list an example.
+///
+/// # Errors
+/// If the adapter is another base's or has no head, or a sequence is longer than the context.
+pub fn scores(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Result<Vec<Vec<f32>>> {
+    let scorer = Scorer::new(base, adapter)?;
+    let mut all = Vec::with_capacity(examples.len());
+    for some in examples.chunks(EVAL_BATCH) {
+        let some: Vec<&RankedExample> = some.iter().collect();
+        let scores = scorer.scores(&pack(&some)?)?;
+        let mut at = 0;
+        for example in some {
+            all.push(scores[at..at + example.answers.len()].to_vec());
+            at += example.answers.len();
+        }
+    }
+    Ok(all)
+}
+
+/// Accuracy and mean scores over comparisons.
+///
+/// # Errors
+/// As for [`scores`].
+pub fn evaluate(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Result<Evaluation> {
+    let (mut right, mut pairs, mut chosen, mut rejected, mut others) = (0usize, 0usize, 0f64, 0f64, 0usize);
+    for scores in scores(base, adapter, examples)? {
+        let loss = ranked(&scores)?;
+        right += loss.right;
+        pairs += loss.pairs;
+        chosen += f64::from(scores[0]);
+        rejected += scores[1..].iter().map(|&s| f64::from(s)).sum::<f64>();
+        others += scores.len() - 1;
+    }
+    Ok(Evaluation {
+        accuracy: right as f64 / pairs as f64,
+        mean_chosen: chosen / examples.len() as f64,
+        mean_rejected: rejected / others as f64,
+        pairs,
+    })
+}
+
+/// The same comparisons with scores of mean 0 and deviation 1 over the answers of `examples`: w / sd, (b - mean) / sd.
+fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample]) -> Result<Adapter> {
+    let scores: Vec<f64> = scores(base, &adapter, examples)?.into_iter().flatten().map(f64::from).collect();
+    let n = scores.len() as f64;
+    let mean = scores.iter().sum::<f64>() / n;
+    let deviation = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt();
+    let Some(head) = adapter.head().filter(|_| deviation > 1e-6) else {
+        return Ok(adapter);
+    };
+    let head = ScoreHead {
+        weight: (&head.weight / deviation)?,
+        bias: ((f64::from(head.bias) - mean) / deviation) as f32,
+    };
+    adapter.with_score_head(Some(head))
+}
