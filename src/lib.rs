@@ -1,5 +1,6 @@
 //! RLHF on one machine.
 pub mod config;
+pub mod data;
 pub mod error;
 pub mod export;
 pub mod memory;

@@ -1,0 +1,197 @@
+//! Paths -> files -> raw records, one at a time: JSON arrays, JSON lines and plain text, each also gzipped.
+//! Knows no column. Read formats.rs next.
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use anyhow::Result;
+use flate2::bufread::MultiGzDecoder;
+use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
+use serde_json::Value;
+
+use super::Place;
+use crate::invalid;
+
+/// Longest line read: a file without line breaks must not become one allocation of its own size.
+const MAX_LINE_BYTES: u64 = 64 << 20;
+
+/// A record before its columns are looked at.
+pub(super) enum Found {
+    /// A JSON value, which should be an object.
+    Json(Value),
+    /// A line of a text file.
+    Line(String),
+}
+
+/// Takes a record, or what is wrong with its bytes; answers whether to go on.
+pub(super) type Take<'t> = dyn FnMut(Place, Result<Found, String>) -> Result<bool> + 't;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Kind {
+    Json,
+    Text,
+}
+
+fn kind(path: &Path) -> Option<Kind> {
+    let name = path.file_name()?.to_str()?.to_lowercase();
+    let name = name.strip_suffix(".gz").unwrap_or(&name);
+    match name.rsplit_once('.')?.1 {
+        "json" | "jsonl" | "ndjson" => Some(Kind::Json),
+        "txt" => Some(Kind::Text),
+        _ => None,
+    }
+}
+
+const KINDS: &str = ".json, .jsonl, .ndjson or .txt, each also with .gz";
+
+/// The files behind `[data] path`: a folder stands for the readable files directly in it, in the order of their names.
+pub(super) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for path in paths {
+        let shown = path.display();
+        let about = std::fs::metadata(path).map_err(|error| invalid!("[data] path {shown}: {error}"))?;
+        if about.is_dir() {
+            let listing = std::fs::read_dir(path).map_err(|error| invalid!("[data] path {shown}: {error}"))?;
+            let mut inside = Vec::new();
+            for item in listing {
+                let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?.path();
+                if item.is_file() && kind(&item).is_some() {
+                    inside.push(item);
+                }
+            }
+            if inside.is_empty() {
+                return Err(invalid!("[data] path {shown}: the folder has no file that ends in {KINDS}"));
+            }
+            inside.sort();
+            files.append(&mut inside);
+        } else if kind(path).is_none() {
+            return Err(invalid!(
+                "[data] path {shown}: the name must end in {KINDS}; convert other tables to JSON lines"
+            ));
+        } else {
+            files.push(path.clone());
+        }
+    }
+    Ok(files)
+}
+
+/// Hands every record of a file to `take` until it answers false.
+pub(super) fn records(path: &Path, take: &mut Take) -> Result<()> {
+    let failed = |error: std::io::Error| invalid!("{}: {error}", path.display());
+    let raw = BufReader::new(File::open(path).map_err(failed)?);
+    let mut input: Box<dyn BufRead> = match path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gz")) {
+        true => Box::new(BufReader::new(MultiGzDecoder::new(raw))),
+        false => Box::new(raw),
+    };
+    let start = input.fill_buf().map_err(|error| match error.kind() {
+        std::io::ErrorKind::InvalidInput => invalid!("{}: is not gzip, though its name ends in .gz", path.display()),
+        _ => failed(error),
+    })?;
+    if start.starts_with(&[0xFF, 0xFE]) || start.starts_with(&[0xFE, 0xFF]) {
+        return Err(invalid!("{}: is UTF-16; save it as UTF-8", path.display()));
+    }
+    if start.starts_with("\u{FEFF}".as_bytes()) {
+        input.consume(3);
+    }
+    let is_text = kind(path) == Some(Kind::Text);
+    // The content decides between array and lines: files of JSON lines are often named .json.
+    if !is_text && first_byte(&mut input).map_err(failed)? == Some(b'[') {
+        array(path, input, take)
+    } else {
+        lines(path, input, is_text, take)
+    }
+}
+
+/// The first byte that is no white space, left in place; only white space within the first buffer is passed over.
+fn first_byte(input: &mut dyn BufRead) -> std::io::Result<Option<u8>> {
+    Ok(input.fill_buf()?.iter().copied().find(|byte| !byte.is_ascii_whitespace()))
+}
+
+fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Take) -> Result<()> {
+    let file: Arc<Path> = path.into();
+    let (mut line, mut record) = (0, 0);
+    let mut bytes = Vec::new();
+    loop {
+        bytes.clear();
+        line += 1;
+        let length = input.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes);
+        let length = length.map_err(|error| invalid!("{}, line {line}: {error}", path.display()))?;
+        if length == 0 {
+            return Ok(());
+        }
+        if length as u64 == MAX_LINE_BYTES && bytes.last() != Some(&b'\n') {
+            return Err(invalid!("{}, line {line}: is longer than {} MiB", path.display(), MAX_LINE_BYTES >> 20));
+        }
+        if bytes.iter().all(u8::is_ascii_whitespace) {
+            continue;
+        }
+        record += 1;
+        let found = match std::str::from_utf8(&bytes) {
+            Err(error) => Err(format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1)),
+            Ok(text) if is_text => Ok(Found::Line(text.trim_end_matches(['\r', '\n']).to_owned())),
+            Ok(text) => serde_json::from_str(text).map(Found::Json).map_err(|error| {
+                let what = error.to_string();
+                // serde_json counts lines within this one line.
+                let what = what.split(" at line ").next().unwrap_or_default();
+                format!("is not a JSON object on one line: {what} at column {}", error.column())
+            }),
+        };
+        if !take(Place { file: file.clone(), record, line: Some(line) }, found)? {
+            return Ok(());
+        }
+    }
+}
+
+/// The elements of a JSON array, each handed on before the next is read.
+struct Elements<'a, 't> {
+    file: Arc<Path>,
+    take: &'a mut Take<'t>,
+    /// How `take` ended the reading, which serde can only see as an error of its own.
+    ended: &'a mut Option<Result<()>>,
+}
+
+impl<'de> DeserializeSeed<'de> for Elements<'_, '_> {
+    type Value = ();
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<(), D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Elements<'_, '_> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        f.write_str("a JSON array of objects")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
+        let mut record = 0;
+        while let Some(value) = elements.next_element::<Value>()? {
+            record += 1;
+            let place = Place { file: self.file.clone(), record, line: None };
+            let end = match (self.take)(place, Ok(Found::Json(value))) {
+                Ok(true) => continue,
+                Ok(false) => Ok(()),
+                Err(error) => Err(error),
+            };
+            *self.ended = Some(end);
+            return Err(A::Error::custom("ended by the taker"));
+        }
+        Ok(())
+    }
+}
+
+fn array(path: &Path, input: Box<dyn BufRead>, take: &mut Take) -> Result<()> {
+    let mut ended = None;
+    let mut json = serde_json::Deserializer::from_reader(input);
+    let read = Elements { file: path.into(), take, ended: &mut ended }.deserialize(&mut json).and_then(|()| json.end());
+    match (ended, read) {
+        (Some(end), _) => end,
+        (None, Ok(())) => Ok(()),
+        (None, Err(error)) if error.is_io() => Err(invalid!("{}: {error}", path.display())),
+        (None, Err(error)) => Err(invalid!("{}: is not a JSON array: {error}", path.display())),
+    }
+}
