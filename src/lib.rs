@@ -1,4 +1,5 @@
 //! RLHF on one machine.
 pub mod error;
 pub mod ops;
+pub mod quickstart;
 pub mod rng;
