@@ -1,8 +1,8 @@
-"""Makes the quickstart's base from nothing: a byte-level BPE tokenizer and a small Llama pretrained on `task.documents`.
+"""Makes the quickstart's base from nothing: a byte-level BPE tokenizer and a small Llama trained on `task.documents`.
 
-    OMP_NUM_THREADS=1 python scripts/quickstart/make_base.py            # writes assets/quickstart/base, minutes on one core
+    OMP_NUM_THREADS=1 python scripts/quickstart/make_base.py  # writes assets/quickstart/base, minutes on one core
 
-A function of grammar.json, the seed and the library versions that made.json records. The text has no answers to
+A function of the task's texts, the seed and the library versions that made.json records. The text has no answers to
 questions about an aspect and no leaning of tone: those are what fine-tuning and PPO add. Versions: requirements.txt.
 """
 import argparse
@@ -36,14 +36,18 @@ CHAT_TEMPLATE = (
 )
 
 
+def tokenizer_text(seed):
+    """Documents and questions; every word of an answer stands in some document."""
+    return task.documents(seed, 8000) + [row["prompt"] for row in task.prompts(seed, 4000, task.TRAIN)]
+
+
 def train_tokenizer(seed, size):
-    """Byte-level BPE over documents and dialogues; exactly `size` tokens, so the table has no unused rows."""
-    dialogues = [row["prompt"] + row["response"] for row in task.sft_rows(seed, 4000)]
+    """Byte-level BPE; exactly `size` tokens, so the embedding table has no unused rows."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        task.documents(seed, 8000) + dialogues,
+        tokenizer_text(seed),
         trainers.BpeTrainer(
             vocab_size=size,
             special_tokens=[END, PAD],
@@ -103,7 +107,8 @@ def token_losses(model, x):
     """Summed cross entropy and the number of targets; pads are no targets, the END of each document is one."""
     targets = x[:, 1:].masked_fill(x[:, 1:] == 1, -100)
     logits = model(input_ids=x[:, :-1]).logits.float()
-    total = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum")
+    flat = logits.flatten(0, 1)
+    total = torch.nn.functional.cross_entropy(flat, targets.flatten(), ignore_index=-100, reduction="sum")
     return total, int((targets >= 0).sum())
 
 
@@ -146,7 +151,8 @@ def main():
     tokenizer = train_tokenizer(args.seed, args.vocab)
     tokenizer.save(str(args.out / "tokenizer.json"))
     config = model_config(args)
-    model = LlamaForCausalLM(LlamaConfig(**{k: v for k, v in config.items() if k not in ("architectures", "torch_dtype")}))
+    own = {key: value for key, value in config.items() if key not in ("architectures", "torch_dtype")}
+    model = LlamaForCausalLM(LlamaConfig(**own))
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters} parameters, {args.vocab} tokens", flush=True)
     seen, last = pretrain(model, tokenizer, args)
@@ -169,7 +175,7 @@ def main():
         "last_training_loss": round(last, 4),
         "loss_on_fresh_documents": round(sum(t.item() for t, _ in sums) / sum(c for _, c in sums), 4),
         "seconds_on_one_thread": round(time.time() - begun),
-        "grammar_sha256": hashlib.sha256(json.dumps(task.GRAMMAR).encode()).hexdigest(),
+        "text_sha256": hashlib.sha256("\n".join(tokenizer_text(args.seed)).encode()).hexdigest(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,

@@ -1,6 +1,6 @@
-"""The quickstart's task: reviews of places in a small town, with a gold rule that is known and therefore can be checked.
+"""The quickstart's task: reviews of places in a small town, with a gold rule that is known and so can be checked.
 
-Everything is a function of assets/quickstart/grammar.json and a 64-bit seed through splitmix64, so that src/quickstart/task.rs
+Everything is a function of assets/quickstart/grammar.json and a 64-bit seed through splitmix64, so that src/quickstart
 draws the very same texts. Uses no library randomness and no set or dictionary order. make_base.py reads `documents`;
 tests/golden/quickstart_task.py prints what the Rust side is compared with.
 """
@@ -58,12 +58,13 @@ class SplitMix64:
         return self.below(100) < percent
 
 
-# ---- sentences ----------------------------------------------------------------------------------------------------
+# ---- sentences ----
 
 
 def fill(rng, template, **given):
-    """Fills {slots} from left to right: a given one with its text, any other with a draw from the table of that name."""
-    return re.sub(r"\{(\w+)\}", lambda m: given.get(m[1]) or rng.pick(GRAMMAR["slots"][m[1]]), template)
+    """Fills {slots} from left to right: a given one with its text, any other with a draw from its table."""
+    word = lambda slot: given.get(slot[1]) or rng.pick(GRAMMAR["slots"][slot[1]])  # noqa: E731
+    return re.sub(r"\{(\w+)\}", word, template)
 
 
 def two(rng, items):
@@ -108,34 +109,48 @@ def opening_table(rng):
     return GRAMMAR["openings"]["named" if rng.chance(CHANCES["named_opening"]) else "bare"]
 
 
-def answer(rng, kind, name, aspect):
-    """One visitor's answer. Visitors differ in tone, in whether they keep to the asked aspect and name the place, in
-    length, in repeating themselves and in whether they come to an end: what the gold rule judges."""
+def drafts(rng, kind, name, aspect, count):
+    """Answers of one visitor that differ in their first sentence only. Visitors differ in tone, in whether they keep to
+    the asked aspect and name the place, in length, in repeating themselves and in whether they come to an end: what the
+    gold rule judges."""
     tone = TONES[(0, 0, 0, 1, 1, 1, 2, 2)[rng.below(8)]]
-    topic = aspect if rng.chance(CHANCES["asked_aspect"]) else rng.pick(kind["aspects"])
     place = name if rng.chance(CHANCES["asked_name"]) else rng.pick(kind["names"])
-    out = [about(rng, opening_table(rng), place, topic, polarity(rng, tone))]
+    said = polarity(rng, tone)
+    openings = []
+    for _ in range(count):
+        topic = aspect if rng.chance(CHANCES["asked_aspect"]) else rng.pick(kind["aspects"])
+        openings.append(about(rng, opening_table(rng), place, topic, said))
+    rest = []
     for _ in range((0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3)[rng.below(16)]):
         said = polarity(rng, tone)
         x = rng.below(10)
         if x < 4:
-            out.append(detail(rng, said))
+            rest.append(detail(rng, said))
         elif x < 8:
-            out.append(about(rng, GRAMMAR["follow_ups"], place, rng.pick(kind["aspects"]), said))
-        elif x < 9:
-            out.append(contrast(rng, kind))
+            rest.append(about(rng, GRAMMAR["follow_ups"], place, rng.pick(kind["aspects"]), said))
+        elif x < 9 or not rest:
+            rest.append(contrast(rng, kind))
         else:
-            out.append(out[-1])
+            rest.append(rest[-1])
     if rng.chance(CHANCES["verdict"]):
-        out.append(verdict(rng, kind, place, polarity(rng, tone)))
-    text = " ".join(out)
-    if rng.chance(CHANCES["cut_off"]):
+        rest.append(verdict(rng, kind, place, polarity(rng, tone)))
+    lost = 1 + rng.below(6) if rng.chance(CHANCES["cut_off"]) else 0
+    return [cut(" ".join([opening, *rest]), lost) for opening in openings]
+
+
+def cut(text, lost):
+    """An answer as it follows `Assistant:`; without its last `lost` words and the stop, it breaks off."""
+    if lost:
         words = text.split(" ")
-        text = " ".join(words[: max(3, len(words) - 1 - rng.below(6))]).rstrip(".,")
+        text = " ".join(words[: max(3, len(words) - lost)]).rstrip(".,")
     return " " + text
 
 
-# ---- prompts ------------------------------------------------------------------------------------------------------
+def answer(rng, kind, name, aspect):
+    return drafts(rng, kind, name, aspect, 1)[0]
+
+
+# ---- prompts ----
 
 
 def wrap(question):
@@ -161,7 +176,7 @@ def draw_row(rng, combos):
     return {"prompt": wrap(question), "kind": kind["kind"], "name": name, "aspect": aspect[0]}, (kind, name, aspect)
 
 
-# ---- the gold rule ------------------------------------------------------------------------------------------------
+# ---- the gold rule ----
 
 
 def gold(row, text, ended=True):
@@ -184,7 +199,7 @@ def gold(row, text, ended=True):
     return {"total": total, "polarity": mean, "aspect": aspect, "place": place, "form": form, "repeats": repeats}
 
 
-# ---- data sets ----------------------------------------------------------------------------------------------------
+# ---- data sets ----
 
 
 def sft_rows(seed, n, split=TRAIN):
@@ -196,12 +211,16 @@ def sft_rows(seed, n, split=TRAIN):
 
 
 def pairs(seed, n, flip_percent, split):
-    """Two independent answers to one prompt, the better by the gold rule chosen, `flip_percent` of the labels wrong.
-    Pairs less than one point apart are drawn again: annotators are shown clear cases."""
+    """Two answers to one prompt, the better by the gold rule chosen, `flip_percent` of the labels wrong. Some are by
+    two visitors, some two drafts by one, which tell apart what the tone would drown: the asked aspect and the place's
+    name. Pairs less than one point apart are drawn again: annotators are shown clear cases."""
     rng, combos, out = SplitMix64(derive(seed, STREAM_PAIRS, split)), combinations(split), []
     while len(out) < n:
         row, combo = draw_row(rng, combos)
-        first, second = answer(rng, *combo), answer(rng, *combo)
+        if rng.chance(CHANCES["two_drafts"]):
+            first, second = drafts(rng, *combo, 2)
+        else:
+            first, second = answer(rng, *combo), answer(rng, *combo)
         lead = gold(row, first)["total"] - gold(row, second)["total"]
         if abs(lead) < 1.0:
             continue
@@ -217,13 +236,14 @@ def prompts(seed, n, split):
     return [draw_row(rng, combos)[0] for _ in range(n)]
 
 
-# ---- pretraining text ---------------------------------------------------------------------------------------------
+# ---- pretraining text ----
 
 
 def document(rng, combos):
     """A review under a heading (tone even, every named aspect treated), loose sentences, or small talk as dialogue.
-    A third of the reviews close with tags: the aspects and, where the text names it, the place. Nothing here answers a
-    question about an aspect, so the held-out questions stay held out; a review may treat a held-out aspect in passing."""
+    What the heading does not announce is marked "by the way", so a model that predicts the text has to notice it. A
+    third of the reviews close with tags: the aspects and, where the text names it, the place. Nothing here answers a
+    question about an aspect, so held-out questions stay held out; a review may treat a held-out aspect in passing."""
     kind, name, aspect = rng.pick(combos)
     x = rng.below(100)
     if x < CHANCES["document"]["review"]:
@@ -244,6 +264,10 @@ def review(rng, kind, name, aspect):
     tone, out = TONES[rng.below(3)], []
     tables = (GRAMMAR["openings"]["named"], GRAMMAR["openings"]["bare"], GRAMMAR["follow_ups"])
     for topic in topics:
+        if rng.chance(CHANCES["document"]["aside"]):
+            stray = rng.pick(kind["aspects"])
+            if stray not in topics:
+                out.append(about(rng, GRAMMAR["asides"], name, stray, polarity(rng, tone)))
         said = polarity(rng, tone)
         out.append(about(rng, rng.pick(tables), name, topic, said))
         if rng.chance(33):
@@ -266,7 +290,8 @@ def loose_sentence(rng, kind, name):
         return verdict(rng, kind, name, said)
     if x == 2:
         return contrast(rng, kind)
-    return about(rng, GRAMMAR["openings"]["named"] if x == 3 else GRAMMAR["follow_ups"], name, rng.pick(kind["aspects"]), said)
+    table = GRAMMAR["openings"]["named"] if x == 3 else GRAMMAR["follow_ups"]
+    return about(rng, table, name, rng.pick(kind["aspects"]), said)
 
 
 def document_stream(seed):

@@ -1,5 +1,6 @@
-//! Draws sentences and visitors' answers from the grammar. The order of draws is the contract: scripts/quickstart/task.py
-//! makes the same ones, tests/golden/quickstart_task.json compares. Knows no gold rule. Read task.rs next.
+//! Draws sentences and visitors' answers from the grammar. The order of draws is the contract with
+//! scripts/quickstart/task.py; tests/golden/quickstart_task.json compares the two. Knows no gold rule.
+//! Read task.rs next.
 
 use super::grammar::{Aspect, Grammar, Kind, Polarity, grammar};
 use crate::rng::SplitMix64;
@@ -113,44 +114,64 @@ impl Writer {
         self.fill(template, &[])
     }
 
-    /// One visitor's answer, with the space that follows `Assistant:`. Visitors differ in tone, in whether they keep to
-    /// the asked aspect and name the place, in length, in repeating themselves and in coming to an end: what the gold
-    /// rule judges.
+    /// One visitor's answer, with the space that follows `Assistant:`.
     pub(super) fn answer(&mut self, kind: &Kind, name: &str, aspect: &Aspect) -> String {
+        let [answer] = self.drafts(kind, name, aspect);
+        answer
+    }
+
+    /// Answers of one visitor that differ in their first sentence only. Visitors differ in tone, in whether they keep
+    /// to the asked aspect and name the place, in length, in repeating themselves and in coming to an end: what the
+    /// gold rule judges.
+    pub(super) fn drafts<const COUNT: usize>(&mut self, kind: &Kind, name: &str, aspect: &Aspect) -> [String; COUNT] {
         const TONES: [Tone; 8] =
             [Tone::Good, Tone::Good, Tone::Good, Tone::Bad, Tone::Bad, Tone::Bad, Tone::Mixed, Tone::Mixed];
         const MIDDLE_SENTENCES: [usize; 16] = [0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3];
-        let chances = &self.grammar.chances;
+        let grammar = self.grammar;
+        let chances = &grammar.chances;
         let tone = *self.pick(&TONES);
-        let topic = if self.chance(chances.asked_aspect) { aspect } else { self.pick(&kind.aspects) };
         let place = if self.chance(chances.asked_name) { name } else { self.pick(&kind.names) };
-        let openings = &self.grammar.openings;
-        let opening = if self.chance(chances.named_opening) { &openings.named } else { &openings.bare };
         let said = self.polarity(tone);
-        let mut sentences = vec![self.about(opening, place, topic, said)];
+        let openings: [String; COUNT] = std::array::from_fn(|_| {
+            let topic = if self.chance(chances.asked_aspect) { aspect } else { self.pick(&kind.aspects) };
+            let named = self.chance(chances.named_opening);
+            let table = if named { &grammar.openings.named } else { &grammar.openings.bare };
+            self.about(table, place, topic, said)
+        });
+        let mut rest: Vec<String> = Vec::new();
         for _ in 0..*self.pick(&MIDDLE_SENTENCES) {
             let said = self.polarity(tone);
-            let next = match self.below(10) {
-                0..4 => self.detail(said),
-                4..8 => {
+            let next = match (self.below(10), rest.last()) {
+                (0..=3, _) => self.detail(said),
+                (4..=7, _) => {
                     let further = self.pick(&kind.aspects);
-                    self.about(&self.grammar.follow_ups, place, further, said)
+                    self.about(&grammar.follow_ups, place, further, said)
                 }
-                8 => self.contrast(kind),
-                _ => sentences[sentences.len() - 1].clone(),
+                (9, Some(last)) => last.clone(),
+                _ => self.contrast(kind),
             };
-            sentences.push(next);
+            rest.push(next);
         }
         if self.chance(chances.verdict) {
             let said = self.polarity(tone);
-            sentences.push(self.verdict(kind, place, said));
+            rest.push(self.verdict(kind, place, said));
         }
-        let mut text = sentences.join(" ");
-        if self.chance(chances.cut_off) {
-            let words: Vec<&str> = text.split(' ').collect();
-            let kept = (words.len() - 1).saturating_sub(self.below(6)).max(3).min(words.len());
-            text = words[..kept].join(" ").trim_end_matches(['.', ',']).to_owned();
-        }
-        format!(" {text}")
+        let lost = if self.chance(chances.cut_off) { 1 + self.below(6) } else { 0 };
+        openings.map(|opening| {
+            rest.insert(0, opening);
+            let text = cut(&rest.join(" "), lost);
+            rest.remove(0);
+            text
+        })
     }
+}
+
+/// An answer as it follows `Assistant:`; without its last `lost` words and the stop, it breaks off.
+fn cut(text: &str, lost: usize) -> String {
+    if lost == 0 {
+        return format!(" {text}");
+    }
+    let words: Vec<&str> = text.split(' ').collect();
+    let kept = words.len().saturating_sub(lost).max(3).min(words.len());
+    format!(" {}", words[..kept].join(" ").trim_end_matches(['.', ',']))
 }

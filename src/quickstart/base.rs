@@ -1,5 +1,5 @@
-//! The tiny base inside the binary: a Llama of 0.92 M parameters in bf16 with its tokenizer, as a checkpoint folder would
-//! hold them. Knows no reader; scripts/quickstart/make_base.py made the files, made.json says how.
+//! The tiny base inside the binary: a Llama of 0.92 M parameters in bf16 and its tokenizer, as in a checkpoint folder.
+//! Knows no reader; scripts/quickstart/make_base.py made the files, made.json says how.
 
 /// The files of a checkpoint folder.
 #[derive(Clone, Copy, Debug)]
@@ -116,14 +116,13 @@ mod tests {
         let template = env.get_template("chat").unwrap();
         let x = &sft_rows(3, 1, Split::Train)[0];
         let user = minijinja::context! { role => "user", content => x.row.question() };
-        let asked = template
-            .render(minijinja::context! { messages => [&user], add_generation_prompt => true, eos_token => "<|endoftext|>" })
-            .unwrap();
-        assert_eq!(asked, x.row.prompt);
         let assistant = minijinja::context! { role => "assistant", content => x.response.trim_start() };
-        let answered = template
-            .render(minijinja::context! { messages => [user, assistant], add_generation_prompt => false, eos_token => "<|endoftext|>" })
-            .unwrap();
-        assert_eq!(answered, format!("{}{}<|endoftext|>", x.row.prompt, x.response));
+        let render = |messages: &[minijinja::Value], add_generation_prompt: bool| {
+            let eos_token = "<|endoftext|>";
+            template.render(minijinja::context! { messages, add_generation_prompt, eos_token }).unwrap()
+        };
+        assert_eq!(render(std::slice::from_ref(&user), true), x.row.prompt);
+        let dialogue = format!("{}{}<|endoftext|>", x.row.prompt, x.response);
+        assert_eq!(render(&[user, assistant], false), dialogue);
     }
 }

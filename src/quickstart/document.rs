@@ -1,5 +1,5 @@
-//! The text that scripts/quickstart/make_base.py pretrains the tiny base on: headed reviews, loose sentences, small talk.
-//! Nothing here answers a question about an aspect. Knows no stage. Read answer.rs first.
+//! The text that scripts/quickstart/make_base.py pretrains the tiny base on: reviews under headings, loose sentences,
+//! small talk. Nothing here answers a question about an aspect. Knows no stage. Read answer.rs first.
 
 use super::answer::{Tone, Writer};
 use super::grammar::{Aspect, Kind, Polarity};
@@ -31,7 +31,9 @@ fn document(w: &mut Writer, combos: &[Combination]) -> String {
     }
 }
 
-/// Every aspect of the heading is treated, in order; a third close with tags: the aspects and, if named, the place.
+/// Every aspect of the heading is treated, in order; what the heading does not announce is marked "by the way", so a
+/// model that predicts the text has to notice it. A third close with tags: the aspects and, if the text names it, the
+/// place.
 fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspect) -> String {
     let grammar = w.grammar;
     let mut topics = vec![aspect];
@@ -48,6 +50,13 @@ fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspe
     let tables = [&grammar.openings.named, &grammar.openings.bare, &grammar.follow_ups];
     let mut sentences = Vec::new();
     for topic in &topics {
+        if w.chance(grammar.chances.document.aside) {
+            let stray = w.pick(&kind.aspects);
+            if topics.iter().all(|topic| topic.0 != stray.0) {
+                let said = w.polarity(tone);
+                sentences.push(w.about(&grammar.asides, name, stray, said));
+            }
+        }
         let said = w.polarity(tone);
         let table = *w.pick(&tables);
         sentences.push(w.about(table, name, topic, said));

@@ -143,6 +143,8 @@ pub struct DocumentChances {
     pub review: usize,
     /// Unconnected sentences.
     pub loose: usize,
+    /// Of a review's sentences: one before it strays from the heading.
+    pub aside: usize,
 }
 
 /// Percentages of the generator.
@@ -162,6 +164,8 @@ pub struct Chances {
     pub named_verdict: usize,
     /// The answer breaks off.
     pub cut_off: usize,
+    /// A pair is two drafts by one visitor; otherwise answers by two.
+    pub two_drafts: usize,
     /// Sorts of pretraining documents.
     pub document: DocumentChances,
 }
@@ -177,6 +181,8 @@ pub struct Grammar {
     pub openings: Openings,
     /// Sentences about a further aspect.
     pub follow_ups: Lines,
+    /// Sentences about an aspect that the heading of a pretraining review does not announce.
+    pub asides: Lines,
     /// Sentences that praise one aspect and blame another.
     pub contrasts: Lines,
     /// Sentences about the visit.

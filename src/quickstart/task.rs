@@ -1,6 +1,6 @@
-//! The quickstart's data sets: questions about an aspect of a place, visitors' answers, preference pairs. Every row is a
-//! function of the grammar and a 64-bit seed, the same as scripts/quickstart/task.py draws. Knows no model and no stage;
-//! gold.rs judges the answers.
+//! The quickstart's data sets: questions about an aspect of a place, visitors' answers, preference pairs. Every row is
+//! a function of the grammar and a 64-bit seed, and scripts/quickstart/task.py draws the same. Knows no model and no
+//! stage; gold.rs judges the answers.
 
 use serde::Serialize;
 
@@ -140,14 +140,20 @@ pub fn sft_rows(seed: u64, n: usize, split: Split) -> Vec<SftRow> {
     (0..n).map(next).collect()
 }
 
-/// The first `n` comparisons of a seed: two independent answers, the better by the gold rule chosen, `flip_percent` of
-/// the labels wrong. Pairs less than one point apart are drawn again: annotators are shown clear cases.
+/// The first `n` comparisons of a seed: two answers, the better by the gold rule chosen, `flip_percent` of the labels
+/// wrong. Some are by two visitors, some two drafts by one, which tell apart what the tone would drown: the asked
+/// aspect and the place's name. Pairs less than one point apart are drawn again: annotators are shown clear cases.
 pub fn pairs(seed: u64, n: usize, flip_percent: usize, split: Split) -> Vec<Pair> {
     let mut source = Source::new(seed, STREAM_PAIRS, split);
     let mut out = Vec::with_capacity(n);
     while out.len() < n {
         let (row, combo) = source.row();
-        let (first, second) = (source.answer(combo), source.answer(combo));
+        let Combination { kind, name, aspect } = combo;
+        let [first, second] = if source.writer.chance(grammar().chances.two_drafts) {
+            source.writer.drafts(kind, name, aspect)
+        } else {
+            [source.answer(combo), source.answer(combo)]
+        };
         let lead = gold(&row, &first, true).total - gold(&row, &second, true).total;
         if lead.abs() < 1.0 {
             continue;

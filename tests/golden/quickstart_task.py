@@ -1,4 +1,4 @@
-"""Prints what src/quickstart must reproduce: rows of each kind with their gold parts, and a hash over thousands of rows.
+"""Prints what src/quickstart must reproduce: rows of each kind with their gold parts, and a hash over thousands.
 
     python tests/golden/quickstart_task.py > tests/golden/quickstart_task.json
 
@@ -75,7 +75,8 @@ def of_seed(seed):
 
 
 if __name__ == "__main__":
-    row = {"prompt": task.wrap("How was the tea at the Copper Kettle?"), "kind": "cafe", "name": "Copper Kettle", "aspect": "tea"}
+    asked = task.wrap("How was the tea at the Copper Kettle?")
+    row = {"prompt": asked, "kind": "cafe", "name": "Copper Kettle", "aspect": "tea"}
     odd = [{"text": text, "ended": ended, "gold": task.gold(row, text, ended)} for text, ended in ODD_TEXTS]
     golden = {
         "shown": SHOWN,
