@@ -1,0 +1,269 @@
+//! The tables of the quickstart's task (assets/quickstart/grammar.json): kinds of place, sentences, words, chances.
+//! Knows no random numbers and no rule; answer.rs draws from it, gold.rs looks words up in it.
+
+use std::sync::OnceLock;
+
+use serde::Deserialize;
+
+/// What a sentence says of its subject; one of these stands behind each judging word.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Polarity {
+    /// Praise.
+    Good,
+    /// Blame.
+    Bad,
+    /// Neither.
+    Plain,
+}
+
+/// One table entry a polarity.
+#[derive(Debug, Deserialize)]
+pub struct ByPolarity<T> {
+    good: T,
+    bad: T,
+    plain: T,
+}
+
+impl<T> ByPolarity<T> {
+    /// The entry of a polarity.
+    pub fn of(&self, polarity: Polarity) -> &T {
+        match polarity {
+            Polarity::Good => &self.good,
+            Polarity::Bad => &self.bad,
+            Polarity::Plain => &self.plain,
+        }
+    }
+}
+
+/// A list of sentence templates or words.
+pub type Lines = Vec<String>;
+
+/// What can be asked about, with the domain whose adjectives fit it.
+#[derive(Debug, Deserialize)]
+pub struct Aspect(pub String, pub Domain);
+
+/// Chooses the adjectives of an aspect.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+pub enum Domain {
+    /// What is eaten or drunk.
+    Food,
+    /// Who works there.
+    People,
+    /// Rooms and what stands in them.
+    Space,
+    /// What happens on a stage.
+    Story,
+}
+
+/// A kind of place: eight names, eight aspects, closing sentences.
+#[derive(Debug, Deserialize)]
+pub struct Kind {
+    /// `cafe`, `inn` or `theatre`.
+    pub kind: String,
+    /// Names of places.
+    pub names: Lines,
+    /// What can be asked about at any of them.
+    pub aspects: Vec<Aspect>,
+    /// Closing sentences that do not name the place.
+    pub verdicts: ByPolarity<Lines>,
+}
+
+/// Adjectives by domain.
+#[derive(Debug, Deserialize)]
+pub struct Adjectives {
+    food: ByPolarity<Lines>,
+    people: ByPolarity<Lines>,
+    space: ByPolarity<Lines>,
+    story: ByPolarity<Lines>,
+}
+
+impl Adjectives {
+    /// The adjectives that fit a domain.
+    pub fn of(&self, domain: Domain) -> &ByPolarity<Lines> {
+        match domain {
+            Domain::Food => &self.food,
+            Domain::People => &self.people,
+            Domain::Space => &self.space,
+            Domain::Story => &self.story,
+        }
+    }
+}
+
+/// First sentences of an answer.
+#[derive(Debug, Deserialize)]
+pub struct Openings {
+    /// With the place's name.
+    pub named: Lines,
+    /// Without it.
+    pub bare: Lines,
+}
+
+/// Judging words that are no adjectives.
+#[derive(Debug, Deserialize)]
+pub struct Judging {
+    good: Lines,
+    bad: Lines,
+}
+
+/// Tables for the slots that a caller does not fill.
+#[derive(Debug, Deserialize)]
+pub struct Slots {
+    degree: Lines,
+    person: Lines,
+    day: Lines,
+    time: Lines,
+    season: Lines,
+}
+
+/// A question of the pretraining text with its answers; not about an aspect.
+#[derive(Debug, Deserialize)]
+pub struct SmallTalk {
+    /// The question, with a slot for the place.
+    pub question: String,
+    /// Answers that fit it.
+    pub answers: Lines,
+}
+
+/// Percent of a review's sentences that say good and bad, by the review's tone; the rest say neither.
+#[derive(Debug, Deserialize)]
+pub struct ToneChances {
+    /// A pleased visitor.
+    pub good: [usize; 2],
+    /// A displeased visitor.
+    pub bad: [usize; 2],
+    /// A visitor of two minds.
+    pub mixed: [usize; 2],
+}
+
+/// Percent of the pretraining documents of each sort; the rest is small talk.
+#[derive(Debug, Deserialize)]
+pub struct DocumentChances {
+    /// Reviews under a heading.
+    pub review: usize,
+    /// Unconnected sentences.
+    pub loose: usize,
+    /// Of a review's sentences: one before it strays from the heading.
+    pub aside: usize,
+}
+
+/// Percentages of the generator.
+#[derive(Debug, Deserialize)]
+pub struct Chances {
+    /// Good and bad sentences by tone.
+    pub tone: ToneChances,
+    /// The first sentence keeps to the asked aspect; otherwise it takes any of the kind.
+    pub asked_aspect: usize,
+    /// The answer means the asked place; otherwise any of the kind.
+    pub asked_name: usize,
+    /// The first sentence names the place.
+    pub named_opening: usize,
+    /// There is a closing sentence.
+    pub verdict: usize,
+    /// The closing sentence names the place.
+    pub named_verdict: usize,
+    /// The answer breaks off.
+    pub cut_off: usize,
+    /// A pair is two drafts by one visitor; otherwise answers by two.
+    pub two_drafts: usize,
+    /// Sorts of pretraining documents.
+    pub document: DocumentChances,
+}
+
+/// All of grammar.json.
+#[derive(Debug, Deserialize)]
+pub struct Grammar {
+    /// Café, inn, theatre.
+    pub kinds: Vec<Kind>,
+    /// Adjectives by domain and polarity.
+    pub adjectives: Adjectives,
+    /// First sentences.
+    pub openings: Openings,
+    /// Sentences about a further aspect.
+    pub follow_ups: Lines,
+    /// Sentences about an aspect that the heading of a pretraining review does not announce.
+    pub asides: Lines,
+    /// Sentences that praise one aspect and blame another.
+    pub contrasts: Lines,
+    /// Sentences about the visit.
+    pub details: ByPolarity<Lines>,
+    /// Closing sentences that name the place.
+    pub named_verdicts: ByPolarity<String>,
+    judging: Judging,
+    slots: Slots,
+    /// What a person asks about an aspect.
+    pub questions: Lines,
+    /// Headings of pretraining reviews.
+    pub headings: Lines,
+    /// Dialogues of the pretraining text.
+    pub small_talk: Vec<SmallTalk>,
+    /// The generator's percentages.
+    pub chances: Chances,
+}
+
+impl Grammar {
+    /// The table behind a slot that the caller left open; empty for a slot without one.
+    pub fn slot(&self, name: &str) -> &[String] {
+        match name {
+            "degree" => &self.slots.degree,
+            "person" => &self.slots.person,
+            "day" => &self.slots.day,
+            "time" => &self.slots.time,
+            "season" => &self.slots.season,
+            _ => &[],
+        }
+    }
+
+    /// Whether a word praises or blames; case matters. About sixty words, looked up seldom: a scan is enough.
+    pub fn judges(&self, word: &str) -> Polarity {
+        let a = &self.adjectives;
+        let domains = [&a.food, &a.people, &a.space, &a.story];
+        let among = |extra: &Lines, side: Polarity| {
+            extra.iter().chain(domains.iter().flat_map(|d| d.of(side))).any(|listed| listed == word)
+        };
+        if among(&self.judging.good, Polarity::Good) {
+            Polarity::Good
+        } else if among(&self.judging.bad, Polarity::Bad) {
+            Polarity::Bad
+        } else {
+            Polarity::Plain
+        }
+    }
+}
+
+/// The embedded tables, parsed once.
+pub fn grammar() -> &'static Grammar {
+    static GRAMMAR: OnceLock<Grammar> = OnceLock::new();
+    GRAMMAR.get_or_init(|| {
+        let text = include_str!("../../assets/quickstart/grammar.json");
+        serde_json::from_str(text).expect("grammar.json is part of this program and its tests read it")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kind_has_eight_names_and_eight_aspects_and_no_name_word_is_used_twice() {
+        let mut words = std::collections::HashSet::new();
+        for kind in &grammar().kinds {
+            assert_eq!((kind.names.len(), kind.aspects.len()), (8, 8), "{}", kind.kind);
+            for word in kind.names.iter().flat_map(|name| name.split(' ')) {
+                assert!(words.insert(word), "{word} stands in two names");
+            }
+        }
+    }
+
+    #[test]
+    fn no_judging_word_both_praises_and_blames() {
+        let g = grammar();
+        let a = &g.adjectives;
+        let bad = [&a.food, &a.people, &a.space, &a.story].into_iter().flat_map(|d| &d.bad).chain(&g.judging.bad);
+        for word in bad {
+            assert_eq!(g.judges(word), Polarity::Bad, "{word}");
+        }
+        assert_eq!(g.judges("fresh"), Polarity::Good);
+        assert_eq!(g.judges("Fresh"), Polarity::Plain);
+    }
+}
