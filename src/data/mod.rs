@@ -4,6 +4,7 @@
 //! text of a dialogue and phases.rs makes the sequences each stage trains on. Read formats.rs next.
 
 mod formats;
+mod encoder;
 pub mod phases;
 mod read;
 mod render;
@@ -15,29 +16,14 @@ use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
-use serde::{Deserialize, Serialize};
 
 use crate::config::{Data, OnBadRecord};
 use crate::invalid;
 
+pub use crate::model::chat_template::Message;
+pub use encoder::ModelEncoder;
 pub use formats::{Record, Text};
 pub use split::split;
-
-/// One turn of a dialogue.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
-pub struct Message {
-    /// `system`, `user`, `assistant` or `tool`.
-    pub role: String,
-    /// What was said.
-    pub content: String,
-}
-
-impl Message {
-    /// A turn from its two parts.
-    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
-        Self { role: role.into(), content: content.into() }
-    }
-}
 
 /// Where a record stands.
 #[derive(Clone, Debug, PartialEq, Eq)]

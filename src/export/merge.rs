@@ -118,8 +118,8 @@ fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
     Ok(())
 }
 
-/// The texts beside the weights: (file name, content).
-pub type SideFiles<'a> = &'a [(String, String)];
+/// The files beside the weights: (file name, content).
+pub type SideFiles<'a> = &'a [(String, Vec<u8>)];
 
 /// Writes the merged model to `out`, which must not exist, and proves it on `prompts` before it takes that name.
 /// `side_files` are config.json (of which `torch_dtype` is set here), tokenizer and generation files.
@@ -189,14 +189,14 @@ fn write_and_compare(
     Ok(comparison)
 }
 
-fn with_dtype(config: &str, dtype: MergedType) -> Result<String> {
-    let mut value: serde_json::Value = serde_json::from_str(config).context("config.json of the base")?;
+fn with_dtype(config: &[u8], dtype: MergedType) -> Result<Vec<u8>> {
+    let mut value: serde_json::Value = serde_json::from_slice(config).context("config.json of the base")?;
     if let Some(object) = value.as_object_mut() {
         object.remove("dtype");
         object.insert("torch_dtype".into(), dtype.torch_name().into());
         object.remove("quantization_config");
     }
-    Ok(serde_json::to_string_pretty(&value)?)
+    Ok(serde_json::to_vec_pretty(&value)?)
 }
 
 /// Logits of all positions of the prompts by both.

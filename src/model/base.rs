@@ -7,6 +7,7 @@ use candle_core::Tensor;
 use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes, Projection};
 use super::batch::Batch;
 use super::block::{Block, Checkpoint, Geometry, Kept, Layout};
+use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
 use crate::invalid;
 use crate::ops::attention::{Cached, Heads};
@@ -57,6 +58,38 @@ impl Cache {
 }
 
 impl Base {
+    /// The weights of an opened checkpoint, as they lie in its files.
+    ///
+    /// # Errors
+    /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked.
+    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+        let config = checkpoint.config().clone();
+        let shapes = shapes_of(&config);
+        let (d, vocab) = (config.hidden_size, config.vocab_size);
+        let blocks = (0..config.num_hidden_layers)
+            .map(|layer| {
+                let weight = |p: Projection| {
+                    let (inp, out) = shapes.dims(p);
+                    checkpoint.weight(&format!("{}.weight", p.module_path(layer)), out, inp)
+                };
+                let [q, k, v, o, gate, up, down] = Projection::ALL.map(weight);
+                let norm = |name: &str| checkpoint.vector(&format!("model.layers.{layer}.{name}.weight"), d);
+                Ok(Block {
+                    linears: [q?, k?, v?, o?, gate?, up?, down?],
+                    input_norm: norm("input_layernorm")?,
+                    post_attention_norm: norm("post_attention_layernorm")?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let embedding = checkpoint.weight("model.embed_tokens.weight", vocab, d)?;
+        let output = match config.tie_word_embeddings {
+            true => None,
+            false => Some(checkpoint.weight("lm_head.weight", vocab, d)?),
+        };
+        let norm = checkpoint.vector("model.norm.weight", d)?;
+        Self::from_parts(config, embedding, blocks, norm, output, checkpoint.fingerprint())
+    }
+
     /// From finished parts.
     ///
     /// # Errors
@@ -102,14 +135,7 @@ impl Base {
 
     /// The sizes that an adapter must fit.
     pub fn shapes(&self) -> LinearShapes {
-        let c = &self.config;
-        LinearShapes {
-            layers: c.num_hidden_layers,
-            hidden: c.hidden_size,
-            q_out: c.num_attention_heads * c.head_dim,
-            kv_out: c.num_key_value_heads * c.head_dim,
-            intermediate: c.intermediate_size,
-        }
+        shapes_of(&self.config)
     }
 
     /// A digest of the stored weights: equal for equal bytes, wherever they lie.
@@ -276,6 +302,16 @@ impl Base {
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
         let (mut logits, _) = linear::forward(hidden, &[Part { weight: self.output(), lora: None }], None)?;
         logits.pop().context("a linear gives one output a part")
+    }
+}
+
+fn shapes_of(c: &DecoderConfig) -> LinearShapes {
+    LinearShapes {
+        layers: c.num_hidden_layers,
+        hidden: c.hidden_size,
+        q_out: c.num_attention_heads * c.head_dim,
+        kv_out: c.num_key_value_heads * c.head_dim,
+        intermediate: c.intermediate_size,
     }
 }
 

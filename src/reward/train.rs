@@ -137,10 +137,8 @@ fn tokens_in(example: &RankedExample) -> usize {
 
 /// All answers of all examples, each after its prompt: best first within an example.
 fn pack(examples: &[&RankedExample]) -> Result<Batch> {
-    let sequences: Vec<Vec<u32>> = examples
-        .iter()
-        .flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect()))
-        .collect();
+    let sequences: Vec<Vec<u32>> =
+        examples.iter().flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
     Batch::new(&sequences)
 }
 
@@ -252,9 +250,7 @@ fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample]) -> Result
     let Some(head) = adapter.head().filter(|_| deviation > 1e-6) else {
         return Ok(adapter);
     };
-    let head = ScoreHead {
-        weight: (&head.weight / deviation)?,
-        bias: ((f64::from(head.bias) - mean) / deviation) as f32,
-    };
+    let head =
+        ScoreHead { weight: (&head.weight / deviation)?, bias: ((f64::from(head.bias) - mean) / deviation) as f32 };
     adapter.with_score_head(Some(head))
 }

@@ -1,0 +1,56 @@
+//! A model's tokenizer as the phases want it. Knows no record.
+
+use anyhow::Result;
+
+use super::Message;
+use super::phases::TextEncoder;
+use crate::invalid;
+use crate::model::chat_template::GenerationPrompt;
+use crate::model::tokenizer::{SpecialTokens, Tokenizer};
+
+/// A tokenizer with an end-of-text token.
+pub struct ModelEncoder<'t> {
+    tokenizer: &'t Tokenizer,
+    eos_id: u32,
+    eos_text: String,
+}
+
+impl<'t> ModelEncoder<'t> {
+    /// # Errors
+    /// If the tokenizer names no end-of-text token: no answer could ever end.
+    pub fn new(tokenizer: &'t Tokenizer) -> Result<Self> {
+        let eos_id = tokenizer.eos_id().ok_or_else(|| {
+            invalid!("the base's tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json")
+        })?;
+        Ok(Self { tokenizer, eos_id, eos_text: tokenizer.token(eos_id).unwrap_or_default() })
+    }
+}
+
+impl TextEncoder for ModelEncoder<'_> {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, SpecialTokens::None)
+    }
+
+    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
+        self.tokenizer.apply_chat_template(messages, prompt)
+    }
+
+    fn has_chat_template(&self) -> bool {
+        self.tokenizer.chat_template().is_some()
+    }
+
+    fn eos_id(&self) -> u32 {
+        self.eos_id
+    }
+
+    fn eos_text(&self) -> &str {
+        &self.eos_text
+    }
+
+    fn bos_id(&self) -> Option<u32> {
+        // Only where the tokenizer itself puts one in front of a text.
+        let framed = self.tokenizer.encode("", SpecialTokens::Add).ok()?;
+        self.tokenizer.bos_id().filter(|bos| framed.first() == Some(bos))
+    }
+}

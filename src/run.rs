@@ -1,0 +1,320 @@
+//! A stage from its config file to its finished folder: opens the bases, reads the data, trains, saves. The only place
+//! where configuration, data, model and stages meet. Read sft.rs, reward/train.rs, ppo/train.rs for the stages.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use crate::config::{self, Config, Lora, Stage};
+use crate::data::phases::{PromptExample, prompt_examples, ranked_examples, sft_examples};
+use crate::data::{self, Entry, ModelEncoder};
+use crate::model::adapter::{Adapter, LoraConfig, Provenance, TargetModules};
+use crate::model::base::Base;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::generate::generate;
+use crate::model::roles::{Policy, Scorer};
+use crate::report::{Report, number};
+use crate::rng::derive;
+use crate::train::settings;
+use crate::{invalid, memory, ppo, reward, sft};
+
+/// An opened base with its tokenizer.
+pub struct Model {
+    /// Files, tokenizer, configuration.
+    pub checkpoint: Checkpoint,
+    /// The frozen weights.
+    pub base: Base,
+}
+
+impl Model {
+    /// Opens a Hugging Face directory or a GGUF file.
+    ///
+    /// # Errors
+    /// If it is no model that can be used; the message names file and tensor.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::of(Checkpoint::open(path)?)
+    }
+
+    /// Over an opened checkpoint.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of(checkpoint: Checkpoint) -> Result<Self> {
+        let base = Base::load(&checkpoint)?;
+        Ok(Self { checkpoint, base })
+    }
+
+    /// An adapter from a PEFT folder that fits this base.
+    ///
+    /// # Errors
+    /// If it does not, or was trained over other weights of the same shape.
+    pub fn adapter(&self, path: &Path) -> Result<Adapter> {
+        let adapter = Adapter::load(path, self.base.shapes())?;
+        match &adapter.provenance().base_fingerprint {
+            Some(theirs) if theirs != self.base.fingerprint() => Err(invalid!(
+                "{}: this adapter was trained over another base ({}): the shapes agree, the weights do not; give that \
+                 base, or train the adapter anew over this one",
+                path.display(),
+                adapter.provenance().base_model.as_deref().unwrap_or("its name is not recorded")
+            )),
+            _ => Ok(adapter),
+        }
+    }
+
+    /// What an adapter of this base says of its origin.
+    pub fn provenance(&self) -> Provenance {
+        Provenance {
+            base_model: Some(match self.checkpoint.path() {
+                Some(path) => path.display().to_string(),
+                None => self.base.config().model_name.clone(),
+            }),
+            base_fingerprint: Some(self.base.fingerprint().to_string()),
+        }
+    }
+
+    /// A fresh adapter shaped by `[lora]`.
+    ///
+    /// # Errors
+    /// If `[lora]` selects nothing of this base.
+    pub fn fresh_adapter(&self, lora: &Lora, seed: u64) -> Result<Adapter> {
+        Adapter::init(lora_config(lora), self.base.shapes(), derive(seed, &[settings::INIT]))
+    }
+}
+
+fn lora_config(lora: &Lora) -> LoraConfig {
+    LoraConfig {
+        r: lora.r,
+        lora_alpha: lora.lora_alpha,
+        use_rslora: lora.use_rslora,
+        target_modules: match &lora.target_modules {
+            all if all.is_all_linear() => TargetModules::AllLinear,
+            config::TargetModules::One(pattern) => TargetModules::Regex(pattern.clone()),
+            config::TargetModules::List(names) => TargetModules::List(names.clone()),
+        },
+        layers_to_transform: lora.layers_to_transform.clone(),
+    }
+}
+
+/// The file by which an output folder is known as ours.
+const RESOLVED: &str = "config.toml";
+
+/// Makes the output folder, or takes one that an earlier run of ours made, and writes the resolved config into it.
+///
+/// # Errors
+/// If there is something else under that name.
+pub fn prepare_output(out: &Path, resolved: &str) -> Result<()> {
+    if out.exists() && !out.join(RESOLVED).is_file() {
+        let empty = out.is_dir() && fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+        if !empty {
+            return Err(invalid!(
+                "{} exists and is no folder of a former run (it has no {RESOLVED}); name another with --out",
+                out.display()
+            ));
+        }
+    }
+    fs::create_dir_all(out).map_err(|e| invalid!("{}: {e}; name another folder with --out", out.display()))?;
+    let path = out.join(RESOLVED);
+    fs::write(&path, resolved).map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))
+}
+
+/// Runs one stage of a config; returns the object that `--json` prints.
+///
+/// # Errors
+/// If the configuration, the base or the data cannot be used, or training fails.
+pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
+    let started = Instant::now();
+    for base in [Some(&config.base), config.reward_base.as_ref()].into_iter().flatten() {
+        check_compute(base)?;
+    }
+    // Everything that can be wrong with the input is found before the folder is touched.
+    let mut object = match stage {
+        Stage::Sft => run_sft(config, out)?,
+        Stage::Reward => run_reward(config, out)?,
+        Stage::Ppo => run_ppo(config, out)?,
+    };
+    if let Some(object) = object.as_object_mut() {
+        object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
+        let peak = memory::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
+        object.insert("peak_rss_mib".into(), peak.map_or(Value::Null, number));
+        object.insert("output_dir".into(), out.display().to_string().into());
+    }
+    Ok(object)
+}
+
+fn check_compute(base: &config::Base) -> Result<()> {
+    match base.compute {
+        config::Compute::F32 => Ok(()),
+        config::Compute::Bf16 => {
+            Err(invalid!("[base] compute = \"bf16\" is not built yet; \"f32\" is exact on any stored type"))
+        }
+    }
+}
+
+/// Records of `[data]`, split into training and held-out.
+fn records(config: &Config) -> Result<(Vec<Entry>, Vec<Entry>)> {
+    let data = config.data()?;
+    let dataset = data::load(data)?;
+    if dataset.skipped > 0 {
+        eprintln!("data: {} records skipped; {}", dataset.skipped, dataset.first_skipped.unwrap_or_default());
+    }
+    data::split(dataset.entries, data.eval_size(), config.seed)
+}
+
+/// Says what became of the records, and refuses an empty phase.
+fn told<T>(phase: &str, (examples, report): (Vec<T>, data::phases::Report)) -> Result<Vec<T>> {
+    eprintln!("data: {phase}: {report}");
+    if examples.is_empty() {
+        return Err(invalid!("[data] no record of {phase} can be used ({report})"));
+    }
+    Ok(examples)
+}
+
+fn run_sft(config: &Config, out: &Path) -> Result<Value> {
+    let settings = config.sft();
+    let model = Model::open(&config.base.path)?;
+    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
+    let (train, held_out) = records(config)?;
+    let full = settings.completion_only_loss;
+    let train = told("training", sft_examples(&train, &encoder, config.data()?, full)?)?;
+    let (held_out, _) = sft_examples(&held_out, &encoder, config.data()?, full)?;
+    let start = match &settings.adapter {
+        Some(path) => model.adapter(path)?,
+        None => model.fresh_adapter(&config.lora, config.seed)?,
+    };
+    prepare_output(out, &config.to_toml()?)?;
+    let mut report = Report::to_dir(out)?;
+    let (adapter, summary) =
+        sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
+    let path = save(adapter, &model, &out.join("adapter"))?;
+    Ok(json!({
+        "stage": "sft",
+        "perplexity_before": number(summary.perplexity_before),
+        "perplexity_after": number(summary.perplexity_after),
+        "steps": summary.steps,
+        "tokens": summary.tokens,
+        "train_records": train.len(),
+        "eval_records": held_out.len(),
+        "adapter": path,
+    }))
+}
+
+fn run_reward(config: &Config, out: &Path) -> Result<Value> {
+    let settings = config.reward();
+    let model = Model::open(&config.reward_base().path)?;
+    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
+    let (train, held_out) = records(config)?;
+    let train = told("training", ranked_examples(&train, &encoder, config.data()?)?)?;
+    let (held_out, _) = ranked_examples(&held_out, &encoder, config.data()?)?;
+    let start = match &settings.adapter {
+        Some(path) => model.adapter(path)?,
+        None => model.fresh_adapter(&config.lora, config.seed)?,
+    };
+    prepare_output(out, &config.to_toml()?)?;
+    let mut report = Report::to_dir(out)?;
+    let (adapter, summary) =
+        reward::train::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
+    let path = save(adapter, &model, &out.join("adapter"))?;
+    Ok(json!({
+        "stage": "reward",
+        "accuracy_before": number(summary.before.accuracy),
+        "accuracy": number(summary.after.accuracy),
+        "mean_chosen_score": number(summary.after.mean_chosen),
+        "mean_rejected_score": number(summary.after.mean_rejected),
+        "eval_pairs": summary.after.pairs,
+        "steps": summary.steps,
+        "tokens": summary.tokens,
+        "train_records": train.len(),
+        "adapter": path,
+    }))
+}
+
+fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
+    let settings = config.ppo()?;
+    let model = Model::open(&config.base.path)?;
+    // One base serves all four roles where both configs name the same files.
+    let other = match &config.reward_base {
+        Some(base) if base.path != config.base.path => Some(Model::open(&base.path)?),
+        _ => None,
+    };
+    let scorer = other.as_ref().unwrap_or(&model);
+    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
+    let (train, held_out) = records(config)?;
+    let prompts = told("prompts", prompt_examples(&train, &encoder, config.data()?)?)?;
+    let (held_out, _) = prompt_examples(&held_out, &encoder, config.data()?)?;
+    let sft = match &settings.adapter {
+        Some(path) => model.adapter(path)?.with_score_head(None)?,
+        None => model.fresh_adapter(&config.lora, config.seed)?,
+    };
+    let reward = scorer.adapter(&settings.reward_adapter)?;
+    let start = ppo::train::Start { base: &model.base, reward_base: &scorer.base, sft: &sft, reward: &reward };
+    Scorer::new(start.reward_base, start.reward)
+        .with_context(|| format!("[ppo] reward_adapter = {}", settings.reward_adapter.display()))?;
+    prepare_output(out, &config.to_toml()?)?;
+    let mut report = Report::to_dir(out)?;
+    let tokenizer = model.checkpoint.tokenizer();
+    let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
+    let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
+    let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
+    let before = evaluate(start, &sft, asked, tokenizer.eos_ids(), settings, config.seed)?;
+    let trained =
+        ppo::train::train(start, &ids, tokenizer.eos_ids(), settings, config.seed, &decode, &mut report)?;
+    let after = evaluate(start, &trained.actor, asked, tokenizer.eos_ids(), settings, config.seed)?;
+    let actor = save(trained.actor, &model, &out.join("actor"))?;
+    let critic = save(trained.critic, scorer, &out.join("critic"))?;
+    let last = trained.last;
+    Ok(json!({
+        "stage": "ppo",
+        "kl": last.get("objective/kl"),
+        "scores": last.get("objective/scores"),
+        "eval_score_before": mean_and_error(&before),
+        "eval_score_after": mean_and_error(&after),
+        "eval_prompts": asked.len(),
+        "last": last,
+        "actor": actor,
+        "critic": critic,
+    }))
+}
+
+/// The learned reward of one sampled answer to each held-out prompt.
+fn evaluate(
+    start: ppo::train::Start<'_>,
+    adapter: &Adapter,
+    prompts: &[PromptExample],
+    stop: &[u32],
+    settings: &config::Ppo,
+    seed: u64,
+) -> Result<Vec<f64>> {
+    let sampling = ppo::train::sampling(settings, stop);
+    let policy = Policy::new(start.base, Some(adapter));
+    let scorer = Scorer::new(start.reward_base, start.reward)?;
+    let mut scores = vec![];
+    for (chunk, some) in prompts.chunks(settings.batch_size).enumerate() {
+        let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
+        let first = (chunk * settings.batch_size) as u64;
+        let seeds: Vec<u64> =
+            (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
+        let responses = generate(policy, &ids, &seeds, &sampling, |_, _| {})?;
+        let sequences: Vec<Vec<u32>> =
+            ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
+        let batch = crate::model::batch::Batch::new(&sequences)?;
+        scores.extend(scorer.scores(&batch)?.into_iter().map(f64::from));
+    }
+    Ok(scores)
+}
+
+/// `{"mean", "standard_error"}`, nulls of nothing.
+fn mean_and_error(values: &[f64]) -> Value {
+    let n = values.len() as f64;
+    let mean = values.iter().sum::<f64>() / n;
+    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
+    json!({ "mean": number(mean), "standard_error": number((variance / n).sqrt()) })
+}
+
+/// Saves under its base's name; returns the path as text.
+fn save(adapter: Adapter, model: &Model, path: &Path) -> Result<String> {
+    adapter.with_provenance(model.provenance()).save(path)?;
+    Ok(PathBuf::from(path).display().to_string())
+}
