@@ -482,7 +482,7 @@ fn rankings_share_a_prompt_and_every_answer_ends() {
     let texts = dataset(json!([{"text": "a"}]));
     let error = ranked_examples(&texts.entries, &CHAT, &Data::default()).unwrap_err();
     assert!(error.to_string().contains("x.json, record 1: reward modelling needs comparisons"), "{error}");
-    assert!(error.to_string().ends_with("this is a language_modeling record") && exit_code(&error) == 2, "{error}");
+    assert!(error.to_string().ends_with("this record is language_modeling") && exit_code(&error) == 2, "{error}");
 }
 
 #[test]
@@ -585,4 +585,41 @@ fn a_record_the_template_cannot_mask_is_an_error_or_counted_never_a_wrong_mask()
         assert_eq!((examples.len(), report.dropped["bad"]), (1, 1));
         assert!(report.to_string().contains(expected), "{report}");
     }
+}
+
+#[test]
+fn a_damaged_file_is_read_or_refused_never_a_panic() {
+    let good = json!([
+        {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " né", "rejected": " bad"},
+        {"prompt": [{"role": "user", "content": "q"}], "responses": ["a", "b"], "scores": [1, 2.5]},
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+        {"instruction": "i", "input": null, "output": "o", "history": [["u", "v"]]},
+    ]);
+    let mut rng = fourfold::rng::SplitMix64::new(1);
+    let mut refused = 0;
+    for record in good.as_array().unwrap() {
+        for name in ["x.json", "x.jsonl.gz", "x.txt"] {
+            for _ in 0..100 {
+                let mut bytes = json!([record]).to_string().into_bytes();
+                bytes.truncate(1 + rng.below(2 * bytes.len()));
+                for _ in 0..1 + rng.below(4) {
+                    let at = rng.below(bytes.len());
+                    bytes[at] = rng.below(256) as u8;
+                }
+                if name.ends_with(".gz") {
+                    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+                    gzip.write_all(&bytes).unwrap();
+                    bytes = gzip.finish().unwrap();
+                }
+                match load(name, &bytes) {
+                    Ok(set) => drop(ranked_examples(&set.entries, &CHAT, &Data::default())),
+                    Err(error) => {
+                        assert_eq!(exit_code(&error), 2, "{error:#}");
+                        refused += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(refused > 300, "the damage is felt: {refused} of 1200 refused");
 }

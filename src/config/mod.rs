@@ -166,11 +166,13 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     }
     let mut config: Config = located::from_table(table.clone()).map_err(|error| {
         let mut at = error.path.clone();
+        let is_unknown = matches!(&error.fault, Fault::UnknownKey { .. });
         if let Fault::UnknownKey { key, .. } = &error.fault {
             at.push(key.clone());
         }
-        // The last one wins where a key is set twice.
-        match changed.iter().rev().find(|(path, _)| at.starts_with(path) || path.starts_with(&at)) {
+        // The last one wins where a key is set twice. `--set lroa.r=4` is at fault for the section it made up.
+        let blamed = |path: &[String]| at.starts_with(path) || (is_unknown && path.starts_with(&at));
+        match changed.iter().rev().find(|(path, _)| blamed(path)) {
             Some((_, text)) => invalid!("--set {text}: {}", describe(&error, &table)),
             None => invalid!("{file}: {}", describe(&error, &table)),
         }

@@ -1,8 +1,11 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
-//! read.rs opens the files, formats.rs turns each JSON object into a [`Record`], split.rs holds some out, render.rs makes
-//! text of a dialogue and phases.rs makes the sequences each stage trains on. Read formats.rs next.
+//! read.rs opens the files; formats.rs, columns.rs, dialogue.rs and transcript.rs turn each JSON object into a [`Record`];
+//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of either out.
+//! Read formats.rs next.
 
+mod columns;
+mod dialogue;
 mod formats;
 mod encoder;
 pub mod phases;

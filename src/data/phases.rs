@@ -293,7 +293,7 @@ pub fn ranked_examples(
     over(entries, data, |record| {
         let Record::Ranked { prompt, answers } = record else {
             bail!(
-                "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this is a {} record",
+                "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
                 record.kind()
             );
         };

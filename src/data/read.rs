@@ -80,15 +80,14 @@ pub(super) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
 /// Hands every record of a file to `take` until it answers false.
 pub(super) fn records(path: &Path, take: &mut Take) -> Result<()> {
     let failed = |error: std::io::Error| invalid!("{}: {error}", path.display());
-    let raw = BufReader::new(File::open(path).map_err(failed)?);
-    let mut input: Box<dyn BufRead> = match path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gz")) {
-        true => Box::new(BufReader::new(MultiGzDecoder::new(raw))),
-        false => Box::new(raw),
-    };
-    let start = input.fill_buf().map_err(|error| match error.kind() {
-        std::io::ErrorKind::InvalidInput => invalid!("{}: is not gzip, though its name ends in .gz", path.display()),
-        _ => failed(error),
-    })?;
+    let mut raw = BufReader::new(File::open(path).map_err(failed)?);
+    let is_gzip = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gz"));
+    if is_gzip && !raw.fill_buf().map_err(failed)?.starts_with(&[0x1F, 0x8B]) {
+        return Err(invalid!("{}: is not gzip, though its name ends in .gz", path.display()));
+    }
+    let mut input: Box<dyn BufRead> =
+        if is_gzip { Box::new(BufReader::new(MultiGzDecoder::new(raw))) } else { Box::new(raw) };
+    let start = input.fill_buf().map_err(failed)?;
     if start.starts_with(&[0xFF, 0xFE]) || start.starts_with(&[0xFE, 0xFF]) {
         return Err(invalid!("{}: is UTF-16; save it as UTF-8", path.display()));
     }
