@@ -153,33 +153,30 @@ fn check_compute(base: &config::Base) -> Result<()> {
     }
 }
 
-/// Records of `[data]`, split into training and held-out.
-fn records(config: &Config) -> Result<(Vec<Entry>, Vec<Entry>)> {
-    let data = config.data()?;
-    let dataset = data::load(data)?;
+/// All records of `[data]`.
+fn records(config: &Config) -> Result<Vec<Entry>> {
+    let dataset = data::load(config.data()?)?;
     if dataset.skipped > 0 {
         eprintln!("data: {} records skipped; {}", dataset.skipped, dataset.first_skipped.unwrap_or_default());
     }
-    data::split(dataset.entries, data.eval_size(), config.seed)
+    Ok(dataset.entries)
 }
 
-/// Says what became of the records, and refuses an empty phase.
-fn told<T>(phase: &str, (examples, report): (Vec<T>, data::phases::Report)) -> Result<Vec<T>> {
-    eprintln!("data: {phase}: {report}");
+/// Says what became of the records, refuses an empty phase, and holds some examples out: (training, held-out).
+fn held_out<T>(config: &Config, (examples, report): (Vec<T>, data::phases::Report)) -> Result<(Vec<T>, Vec<T>)> {
+    eprintln!("data: {report}");
     if examples.is_empty() {
-        return Err(invalid!("[data] no record of {phase} can be used ({report})"));
+        return Err(invalid!("[data] no record can be used ({report})"));
     }
-    Ok(examples)
+    data::split(examples, config.data()?.eval_size(), config.seed)
 }
 
 fn run_sft(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.sft();
     let model = Model::open(&config.base.path)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let (train, held_out) = records(config)?;
-    let full = settings.completion_only_loss;
-    let train = told("training", sft_examples(&train, &encoder, config.data()?, full)?)?;
-    let (held_out, _) = sft_examples(&held_out, &encoder, config.data()?, full)?;
+    let examples = sft_examples(&records(config)?, &encoder, config.data()?, settings.completion_only_loss)?;
+    let (train, held_out) = held_out(config, examples)?;
     let start = match &settings.adapter {
         Some(path) => model.adapter(path)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
@@ -205,9 +202,8 @@ fn run_reward(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.reward();
     let model = Model::open(&config.reward_base().path)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let (train, held_out) = records(config)?;
-    let train = told("training", ranked_examples(&train, &encoder, config.data()?)?)?;
-    let (held_out, _) = ranked_examples(&held_out, &encoder, config.data()?)?;
+    let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
+    let (train, held_out) = held_out(config, examples)?;
     let start = match &settings.adapter {
         Some(path) => model.adapter(path)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
@@ -241,9 +237,8 @@ fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
     };
     let scorer = other.as_ref().unwrap_or(&model);
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let (train, held_out) = records(config)?;
-    let prompts = told("prompts", prompt_examples(&train, &encoder, config.data()?)?)?;
-    let (held_out, _) = prompt_examples(&held_out, &encoder, config.data()?)?;
+    let examples = prompt_examples(&records(config)?, &encoder, config.data()?)?;
+    let (prompts, held_out) = held_out(config, examples)?;
     let sft = match &settings.adapter {
         Some(path) => model.adapter(path)?.with_score_head(None)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,

@@ -72,11 +72,11 @@ pub fn train(
     let mut actor = Learner::new(start.sft.to_trainable(), adamw.clone(), config.max_grad_norm)?;
     let critic = start.reward.to_trainable().with_head_bias(HeadBias::Trained)?;
     let mut critic = Learner::new(critic, adamw, config.max_grad_norm)?;
-    let iterations = config.total_episodes / config.batch_size;
+    let iterations = config.iterations();
     let steps = iterations * config.num_ppo_epochs * config.num_mini_batches;
     let actor_schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let critic_lr = config.critic_learning_rate.unwrap_or(config.learning_rate);
-    let critic_schedule = settings::schedule(critic_lr, config.warmup_steps, config.lr_scheduler_type);
+    let critic_schedule =
+        settings::schedule(config.critic_learning_rate(), config.warmup_steps, config.lr_scheduler_type);
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + config.response_length;
     let checkpoint = settings::checkpoint(config.checkpoint, start.base, longest * config.micro_batch_size);
     let sampling = sampling(config, stop);
@@ -198,7 +198,7 @@ fn judge(rollout: Rollout, config: &Ppo) -> Result<Experience> {
     };
     let shaping = Shaping {
         kl_coef: config.kl_coef,
-        score_clip: if config.score_clip > 0.0 { config.score_clip } else { f64::INFINITY },
+        score_clip: config.score_clip().unwrap_or(f64::INFINITY),
         missing_eos_penalty: config.missing_eos_penalty.unwrap_or(0.0),
     };
     let (mut kls, mut rewards) = (vec![], vec![]);

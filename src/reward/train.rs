@@ -224,9 +224,17 @@ pub fn scores(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Res
 /// # Errors
 /// As for [`scores`].
 pub fn evaluate(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Result<Evaluation> {
+    summarise(&scores(base, adapter, examples)?)
+}
+
+/// Accuracy and means of scores, one list a comparison, best answer first.
+///
+/// # Errors
+/// If a list has fewer than two scores, or one is not finite.
+pub fn summarise(comparisons: &[Vec<f32>]) -> Result<Evaluation> {
     let (mut right, mut pairs, mut chosen, mut rejected, mut others) = (0usize, 0usize, 0f64, 0f64, 0usize);
-    for scores in scores(base, adapter, examples)? {
-        let loss = ranked(&scores)?;
+    for scores in comparisons {
+        let loss = ranked(scores)?;
         right += loss.right;
         pairs += loss.pairs;
         chosen += f64::from(scores[0]);
@@ -235,7 +243,7 @@ pub fn evaluate(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> R
     }
     Ok(Evaluation {
         accuracy: right as f64 / pairs as f64,
-        mean_chosen: chosen / examples.len() as f64,
+        mean_chosen: chosen / comparisons.len() as f64,
         mean_rejected: rejected / others as f64,
         pairs,
     })

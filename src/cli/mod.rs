@@ -1,0 +1,192 @@
+//! The commands. `--json` puts one object on stdout and nothing else there; people's text goes to stderr, except a
+//! generated text and a table that were asked for.
+
+mod probe;
+mod text;
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand};
+use serde_json::{Value, json};
+
+use crate::config::{self, Stage};
+use crate::export::merge::{MergedType, merge};
+use crate::run::{self, Model};
+use crate::{inspect, quickstart};
+
+/// RLHF on one machine: actor, reference, critic and reward model as small adapters over one frozen base.
+#[derive(Parser)]
+#[command(name = "fourfold", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Aligns a tiny embedded model from end to end and prints a table that shows it; needs no file and no network.
+    Quickstart(Quickstart),
+    /// Supervised fine-tuning: an adapter from texts or dialogues.
+    Sft(Training),
+    /// The reward model: an adapter with a scalar head from ranked answers.
+    Reward(Training),
+    /// PPO: an aligned adapter from prompts and a reward adapter.
+    Ppo(Training),
+    /// Base + adapter -> one Hugging Face directory, compared with base + adapter before it gets its name.
+    Merge(Merge),
+    /// Answers one prompt.
+    Generate(text::Generate),
+    /// Talks.
+    Chat(text::Chat),
+    /// Rewards of the answers in a data file, and the accuracy over its pairs.
+    Score(probe::Score),
+    /// Log-probabilities of given token ids.
+    Logprobs(probe::Logprobs),
+    /// What a model, an adapter or a GGUF file holds.
+    Inspect {
+        /// A model directory, an adapter directory or a .gguf file.
+        path: PathBuf,
+        /// One JSON object on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+#[derive(Args)]
+struct Quickstart {
+    /// Where adapters, merged model and metrics go.
+    #[arg(long, default_value = "runs/quickstart")]
+    out: PathBuf,
+    /// Seed of data, initial adapters and sampling.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+    /// One JSON object on stdout instead of the table.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Training {
+    /// The TOML file; see configs/.
+    config: PathBuf,
+    /// Changes one key: --set ppo.kl_coef=0.1
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Where adapters and metrics go; else the config's output_dir.
+    #[arg(long)]
+    out: Option<PathBuf>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Args)]
+struct Merge {
+    /// Model directory or .gguf file.
+    #[arg(long)]
+    base: PathBuf,
+    /// PEFT adapter directory.
+    #[arg(long)]
+    adapter: PathBuf,
+    /// The new model directory; must not exist.
+    #[arg(long)]
+    out: PathBuf,
+    /// Type of the merged weights.
+    #[arg(long, value_enum, default_value = "bf16")]
+    dtype: MergedType,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Parses the arguments and runs the command.
+///
+/// # Errors
+/// What the command returns; `error::exit_code` says what it means.
+pub fn run() -> Result<()> {
+    match Cli::parse().command {
+        Command::Quickstart(args) => {
+            let outcome = quickstart::run(&args.out, args.seed)?;
+            match args.json {
+                true => print_json(&outcome.to_json()),
+                false => println!("{}", outcome.table()),
+            }
+            Ok(())
+        }
+        Command::Sft(args) => train(Stage::Sft, &args),
+        Command::Reward(args) => train(Stage::Reward, &args),
+        Command::Ppo(args) => train(Stage::Ppo, &args),
+        Command::Merge(args) => merge_command(&args),
+        Command::Generate(args) => text::generate(&args),
+        Command::Chat(args) => text::chat(&args),
+        Command::Score(args) => probe::score(&args),
+        Command::Logprobs(args) => probe::logprobs(&args),
+        Command::Inspect { path, json } => {
+            let found = inspect::inspect(&path)?;
+            match json {
+                true => print_json(&found),
+                false => print!("{}", inspect::render(&found)),
+            }
+            Ok(())
+        }
+    }
+}
+
+fn print_json(value: &Value) {
+    println!("{value}");
+}
+
+fn train(stage: Stage, args: &Training) -> Result<()> {
+    let config = config::load(&args.config, &args.set)?;
+    let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
+    let summary = run::stage(stage, &config, &out)?;
+    if args.json {
+        print_json(&summary);
+    } else {
+        eprintln!("{}: done; everything is in {}", stage.name(), out.display());
+    }
+    Ok(())
+}
+
+/// Texts that a merged model is compared on: prose, code, figures, another script.
+const COMPARED_ON: [&str; 4] = [
+    "The old lighthouse keeper climbed the stairs every evening, and",
+    "fn main() {\n    let total: u32 = (1..=10).sum();\n    println!(",
+    "In 1969 the price was 3.50; by 2024 it had risen to 41.25, which is",
+    "La réponse à cette question est simple : 東京は日本の",
+];
+
+fn merge_command(args: &Merge) -> Result<()> {
+    let model = Model::open(&args.base)?;
+    let adapter = model.adapter(&args.adapter)?;
+    let tokenizer = model.checkpoint.tokenizer();
+    let prompts = COMPARED_ON
+        .iter()
+        .map(|text| tokenizer.encode(text, crate::model::tokenizer::SpecialTokens::Add))
+        .collect::<Result<Vec<_>>>()?;
+    let sides = model.checkpoint.side_files()?;
+    let reopen = |dir: &std::path::Path| Ok(Model::open(dir)?.base);
+    let comparison = merge(&model.base, &adapter, args.dtype, &sides, &prompts, &args.out, reopen)?;
+    if args.json {
+        print_json(&json!({
+            "merged": args.out.display().to_string(),
+            "dtype": args.dtype.torch_name(),
+            "max_logit_difference": comparison.max_logit_difference,
+            "max_logit": comparison.max_logit,
+            "greedy_agreement": comparison.greedy_agreement,
+            "positions": comparison.positions,
+        }));
+    } else {
+        eprintln!(
+            "merged into {}: largest logit difference {:.2e} (largest logit {:.1}), greedy agreement {:.1}% over {} \
+             positions",
+            args.out.display(),
+            comparison.max_logit_difference,
+            comparison.max_logit,
+            100.0 * comparison.greedy_agreement,
+            comparison.positions
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,138 @@
+//! `score` and `logprobs`: what a reward adapter and a policy say of given text. Knows no training.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::Args;
+use serde::Deserialize;
+use serde_json::json;
+
+use super::text::Weights;
+use crate::config::{Data, OnBadRecord, Paths, Truncation};
+use crate::data::{self, ModelEncoder, phases::ranked_examples};
+use crate::invalid;
+use crate::model::batch::{Batch, Targets};
+use crate::model::roles::Policy;
+use crate::ppo::rollout::chunks_by_tokens;
+use crate::report::number;
+use crate::reward::train as reward;
+use crate::run::Model;
+
+#[derive(Args)]
+pub(super) struct Score {
+    /// Model directory or .gguf file.
+    #[arg(long)]
+    base: PathBuf,
+    /// Reward adapter directory.
+    #[arg(long)]
+    adapter: PathBuf,
+    /// Records with ranked answers: chosen and rejected, or responses best first.
+    #[arg(long)]
+    data: PathBuf,
+    /// Longer sequences are left out and counted.
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn score(args: &Score) -> Result<()> {
+    let model = Model::open(&args.base)?;
+    let adapter = model.adapter(&args.adapter)?;
+    let data = Data {
+        path: Paths::One(args.data.clone()),
+        max_length: args.max_length,
+        truncation: Truncation::Drop,
+        on_bad_record: OnBadRecord::Error,
+        ..Data::default()
+    };
+    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
+    let (examples, report) = ranked_examples(&data::load(&data)?.entries, &encoder, &data)?;
+    if examples.is_empty() {
+        return Err(invalid!("{}: no record can be scored ({report})", args.data.display()));
+    }
+    let scores = reward::scores(&model.base, &adapter, &examples)?;
+    let summary = reward::summarise(&scores)?;
+    if args.json {
+        super::print_json(&json!({
+            "scores": scores,
+            "accuracy": number(summary.accuracy),
+            "mean_chosen_score": number(summary.mean_chosen),
+            "mean_rejected_score": number(summary.mean_rejected),
+            "pairs": summary.pairs,
+            "records": report.read,
+            "dropped": report.read - examples.len(),
+        }));
+    } else {
+        eprintln!("data: {report}");
+        println!(
+            "accuracy {:.3} over {} pairs; mean score of the best answers {:.3}, of the others {:.3}",
+            summary.accuracy, summary.pairs, summary.mean_chosen, summary.mean_rejected
+        );
+    }
+    Ok(())
+}
+
+#[derive(Args)]
+pub(super) struct Logprobs {
+    #[command(flatten)]
+    weights: Weights,
+    /// A JSON file: {"input_ids": [[...], ...]}
+    #[arg(long)]
+    tokens: PathBuf,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tokens {
+    input_ids: Vec<Vec<u32>>,
+}
+
+/// Tokens of one scoring pass.
+const PASS: usize = 2048;
+
+pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
+    let file = args.tokens.display();
+    let text = fs::read_to_string(&args.tokens).map_err(|e| invalid!("{file}: {e}"))?;
+    let Tokens { input_ids } = serde_json::from_str(&text)
+        .map_err(|e| invalid!("{file}: {e}; expected {{\"input_ids\": [[1, 2, ...], ...]}}"))?;
+    if input_ids.is_empty() || input_ids.iter().any(|ids| ids.len() < 2) {
+        return Err(invalid!("{file}: input_ids must hold sequences of at least two tokens"));
+    }
+    let (model, adapter) = args.weights.open()?;
+    let vocab = model.base.config().vocab_size;
+    if let Some((row, id)) =
+        input_ids.iter().enumerate().find_map(|(i, ids)| Some((i, ids.iter().find(|&&id| id as usize >= vocab)?)))
+    {
+        return Err(invalid!("{file}: input_ids[{row}] holds {id}, past the vocabulary of {vocab}"));
+    }
+    let policy = Policy::new(&model.base, adapter.as_ref());
+    let lengths: Vec<usize> = input_ids.iter().map(Vec::len).collect();
+    let (mut logprobs, mut argmax) = (vec![], vec![]);
+    for rows in chunks_by_tokens(&lengths, PASS) {
+        let sequences: Vec<&[u32]> = rows.iter().map(|&i| &input_ids[i][..]).collect();
+        let batch = Batch::new(&sequences)?;
+        let all: Vec<usize> = sequences.iter().map(|s| s.len() - 1).collect();
+        let stats = policy.logprobs(&batch, &Targets::responses(&batch, &all)?, 1.0)?;
+        let mut at = 0;
+        for n in all {
+            logprobs.push(stats.logprobs[at..at + n].to_vec());
+            argmax.push(stats.argmax[at..at + n].to_vec());
+            at += n;
+        }
+    }
+    if args.json {
+        super::print_json(&json!({ "logprobs": logprobs, "argmax": argmax }));
+    } else {
+        for (i, row) in logprobs.iter().enumerate() {
+            let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
+            println!("sequence {i}: {} tokens, sum {sum:.4}, perplexity {:.4}", row.len(), (-sum / row.len() as f64).exp());
+        }
+    }
+    Ok(())
+}

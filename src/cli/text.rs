@@ -1,0 +1,220 @@
+//! `generate` and `chat`: text in, text out. Knows no training.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::json;
+
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::model::chat_template::{GenerationPrompt, Message};
+use crate::model::generate::{Response, Sampling, generate as sample};
+use crate::model::roles::Policy;
+use crate::model::tokenizer::{SpecialTokens, TextStream};
+use crate::run::Model;
+
+#[derive(Args)]
+pub(super) struct Weights {
+    /// Model directory or .gguf file.
+    #[arg(long)]
+    base: PathBuf,
+    /// PEFT adapter directory.
+    #[arg(long)]
+    adapter: Option<PathBuf>,
+}
+
+impl Weights {
+    pub(super) fn open(&self) -> Result<(Model, Option<Adapter>)> {
+        let model = Model::open(&self.base)?;
+        let adapter = self.adapter.as_deref().map(|path| model.adapter(path)).transpose()?;
+        Ok((model, adapter))
+    }
+}
+
+#[derive(Args)]
+struct How {
+    /// At most this many tokens.
+    #[arg(long, default_value_t = 128)]
+    max_new_tokens: usize,
+    /// Divides the logits; 0 takes the most likely token.
+    #[arg(long, default_value_t = 1.0)]
+    temperature: f64,
+    /// Only the k most likely tokens; 0 is all.
+    #[arg(long, default_value_t = 0)]
+    top_k: usize,
+    /// Only the most likely tokens that reach this probability together.
+    #[arg(long, default_value_t = 1.0)]
+    top_p: f64,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    seed: u64,
+}
+
+impl How {
+    fn sampling(&self, stop: &[u32]) -> Result<Sampling> {
+        if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
+            return Err(invalid!("--temperature = {} must be 0 or a positive number", self.temperature));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            return Err(invalid!("--top-p = {} must be above 0 and at most 1", self.top_p));
+        }
+        if self.max_new_tokens == 0 {
+            return Err(invalid!("--max-new-tokens = 0 leaves nothing to generate"));
+        }
+        Ok(Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            max_new_tokens: self.max_new_tokens,
+            stop: stop.to_vec(),
+        })
+    }
+}
+
+#[derive(Args)]
+pub(super) struct Generate {
+    #[command(flatten)]
+    weights: Weights,
+    /// What to answer; the model's chat template goes around it.
+    #[arg(long)]
+    prompt: String,
+    /// Sends the prompt as it is, without a chat template.
+    #[arg(long)]
+    raw: bool,
+    #[command(flatten)]
+    how: How,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// Ids of a prompt: through the template where there is one and the text is not raw.
+fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<u32>> {
+    let tokenizer = model.checkpoint.tokenizer();
+    let ids = match raw {
+        None if tokenizer.chat_template().is_some() => {
+            let text = tokenizer.apply_chat_template(messages, GenerationPrompt::Add)?;
+            tokenizer.encode(&text, SpecialTokens::None)?
+        }
+        None => {
+            let text = messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n");
+            tokenizer.encode(&text, SpecialTokens::Add)?
+        }
+        Some(text) => tokenizer.encode(text, SpecialTokens::Add)?,
+    };
+    if ids.is_empty() {
+        return Err(invalid!("the prompt is empty"));
+    }
+    Ok(ids)
+}
+
+pub(super) fn generate(args: &Generate) -> Result<()> {
+    let (model, adapter) = args.weights.open()?;
+    let tokenizer = model.checkpoint.tokenizer();
+    let sampling = args.how.sampling(tokenizer.eos_ids())?;
+    let raw = args.raw.then_some(args.prompt.as_str());
+    let ids = encode(&model, &[Message::new("user", &args.prompt)], raw)?;
+    let mut printer = Printer { stream: tokenizer.stream(), stop: tokenizer.eos_ids(), quiet: args.json };
+    let response = answer(&model, adapter.as_ref(), &ids, args.how.seed, &sampling, &mut printer)?;
+    if args.json {
+        super::print_json(&json!({
+            "text": tokenizer.decode(&response.tokens)?,
+            "token_ids": response.tokens,
+            "logprobs": response.logprobs,
+            "finish_reason": response.finish.name(),
+            "prompt_token_ids": ids,
+        }));
+    } else {
+        printer.finish()?;
+    }
+    Ok(())
+}
+
+/// Prints text as its tokens come.
+struct Printer<'t> {
+    stream: TextStream<'t>,
+    stop: &'t [u32],
+    quiet: bool,
+}
+
+impl Printer<'_> {
+    fn push(&mut self, token: u32) -> Result<()> {
+        if !self.quiet && !self.stop.contains(&token) {
+            print!("{}", self.stream.push(token)?);
+            std::io::stdout().flush().context("writing to stdout")?;
+        }
+        Ok(())
+    }
+
+    fn finish(self) -> Result<()> {
+        println!("{}", self.stream.finish()?);
+        Ok(())
+    }
+}
+
+fn answer(
+    model: &Model,
+    adapter: Option<&Adapter>,
+    ids: &[u32],
+    seed: u64,
+    sampling: &Sampling,
+    printer: &mut Printer<'_>,
+) -> Result<Response> {
+    let mut printed = Ok(());
+    let policy = Policy::new(&model.base, adapter);
+    let prompts = [ids.to_vec()];
+    let responses = sample(policy, &prompts, &[seed], sampling, |_, token| {
+        if printed.is_ok() {
+            printed = printer.push(token);
+        }
+    })?;
+    printed?;
+    responses.into_iter().next().context("one prompt has one response")
+}
+
+#[derive(Args)]
+pub(super) struct Chat {
+    #[command(flatten)]
+    weights: Weights,
+    /// Opens the dialogue as a system message.
+    #[arg(long)]
+    system: Option<String>,
+    /// Sends the text as it is, without a chat template, and keeps no history.
+    #[arg(long)]
+    raw: bool,
+    #[command(flatten)]
+    how: How,
+}
+
+pub(super) fn chat(args: &Chat) -> Result<()> {
+    let (model, adapter) = args.weights.open()?;
+    let tokenizer = model.checkpoint.tokenizer();
+    let sampling = args.how.sampling(tokenizer.eos_ids())?;
+    let mut history: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
+    eprintln!("Write, and end with an empty line or end of file. /new forgets what was said.");
+    let interactive = std::io::stdin().is_terminal();
+    for turn in 0u64.. {
+        if interactive {
+            eprint!("> ");
+        }
+        let mut line = String::new();
+        if std::io::stdin().lock().read_line(&mut line).context("reading stdin")? == 0 || line.trim().is_empty() {
+            break;
+        }
+        let text = line.trim_end_matches(['\r', '\n']);
+        if text == "/new" {
+            history.retain(|m| m.role == "system");
+            continue;
+        }
+        history.push(Message::new("user", text));
+        let ids = encode(&model, &history, args.raw.then_some(text))?;
+        let mut printer = Printer { stream: tokenizer.stream(), stop: tokenizer.eos_ids(), quiet: false };
+        let response =
+            answer(&model, adapter.as_ref(), &ids, args.how.seed.wrapping_add(turn), &sampling, &mut printer)?;
+        printer.finish()?;
+        history.push(Message::new("assistant", tokenizer.decode(&response.tokens)?.trim()));
+    }
+    Ok(())
+}
