@@ -11,7 +11,7 @@ use super::lora::Projection;
 /// refuses it when it comes to the step.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    /// (dA (r, in), dB (out, r)) f32, indexed like [`Adapter::layers`].
+    /// (dA (r, in), dB (out, r)) f32, indexed like `Adapter::layers`.
     pub layers: Vec<[Option<(Tensor, Tensor)>; 7]>,
     /// (1, D) f32.
     pub head_weight: Option<Tensor>,

@@ -71,6 +71,7 @@ impl Adapter {
     }
 
     fn write_into(&self, dir: &Path) -> Result<()> {
+        fs::remove_dir_all(dir).ok(); // left by a process of this number that was killed while saving
         fs::create_dir(dir)?;
         write_synced(&dir.join(CONFIG_FILE), &config_json(self)?)?;
         write_synced(&dir.join(TENSORS_FILE), &tensors_bytes(self)?)
@@ -453,7 +454,7 @@ mod tests {
     }
 
     /// `PEFT_OUT=dir cargo test --release --lib -- --ignored writes_adapters_for_python`, then
-    /// `python tests/golden/check_peft_loads_ours.py dir/lm dir/rm`.
+    /// `python tests/golden/check_peft_loads_ours.py dir/*`.
     #[test]
     #[ignore = "writes files for tests/golden/check_peft_loads_ours.py into $PEFT_OUT"]
     fn writes_adapters_for_python() {
@@ -461,6 +462,7 @@ mod tests {
         for (name, targets, layers) in [
             ("lm", TargetModules::Regex(r".*\.(q|gate)_proj".into()), Some(vec![1])),
             ("rm", TargetModules::AllLinear, None),
+            ("rm_bias", TargetModules::List(vec!["mlp.up_proj".into()]), Some(vec![0])),
         ] {
             let config = LoraConfig {
                 r: 4,
@@ -473,7 +475,9 @@ mod tests {
             let moved = learner.parameters().unwrap().iter().map(|t| (t + 0.125).unwrap()).collect();
             learner.replace(moved).unwrap();
             let adapter = learner.snapshot();
-            let adapter = if name == "rm" { adapter.with_head(3).unwrap() } else { adapter };
+            let adapter = if name == "lm" { adapter } else { adapter.with_head(3).unwrap() };
+            let head = adapter.head().map(|h| ScoreHead { bias: if name == "rm" { 0.0 } else { 2.5 }, ..h.clone() });
+            let adapter = adapter.with_score_head(head).unwrap();
             adapter.save(&out.join(name)).unwrap();
         }
     }
