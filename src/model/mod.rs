@@ -1,7 +1,7 @@
 //! A base model, adapters over it, and the roles they play.
 
 pub mod chat_template;
-// checkpoint
+pub mod checkpoint;
 pub mod config;
 pub mod gguf;
 pub mod gguf_tokenizer;
