@@ -1,13 +1,14 @@
 //! The network: one frozen base, and small adapters over it. Knows no config file, no data, no stage.
 //!
 //! Read `base` (what is frozen), `adapter` (what trains), `block` (the pairs in order), `roles` (policy and scorer as
-//! views), `generate`; then what opens files: `config`, `gguf`, `tokenizer`, `peft`.
+//! views), `generate`; then what opens files: `checkpoint`, `config`, `gguf`, `tokenizer`, `peft`.
 
 pub mod adapter;
 pub mod base;
 pub mod batch;
 pub mod block;
 pub mod chat_template;
+pub mod checkpoint;
 pub mod config;
 pub mod generate;
 pub mod gguf;

@@ -320,3 +320,6 @@ fn template_text(value: &Value) -> Option<String> {
     };
     value.as_str().map(str::to_owned).or_else(|| value.as_array().and_then(named))
 }
+
+#[cfg(test)]
+mod tests;

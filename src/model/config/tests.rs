@@ -1,0 +1,150 @@
+//! Configurations that read alike, and ones that must be refused.
+
+use super::*;
+use crate::model::gguf::tests::Writer;
+use crate::ops::weight::Bytes;
+use std::sync::Arc;
+
+const SMOL: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
+    "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000,
+    "rms_norm_eps": 1e-05, "tie_word_embeddings": true, "bos_token_id": 1, "eos_token_id": 2,
+    "max_position_embeddings": 8192, "_name_or_path": "HuggingFaceTB/SmolLM2-135M"}"#;
+
+fn edited(edit: &[(&str, Value)]) -> String {
+    let mut map = object(SMOL, "test").unwrap();
+    for (key, value) in edit {
+        map.insert((*key).to_owned(), value.clone());
+    }
+    Value::Object(map).to_string()
+}
+
+fn refusal(edit: &[(&str, Value)]) -> String {
+    DecoderConfig::from_hf(&edited(edit), None, "m").unwrap_err().to_string()
+}
+
+#[test]
+fn old_and_new_rope_keys_read_alike_and_survive_a_round_trip() {
+    let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192});
+    let mut new = scaling.clone();
+    new["rope_theta"] = json!(500000.0);
+    let old = edited(&[("rope_theta", json!(500000.0)), ("rope_scaling", scaling)]);
+    // What stands outside of rope_parameters must lose: transformers 5 does not read it.
+    let new = edited(&[("rope_theta", json!(3.0)), ("rope_parameters", new)]);
+    let a = DecoderConfig::from_hf(&old, None, "m").unwrap();
+    assert_eq!(a, DecoderConfig::from_hf(&new, None, "m").unwrap());
+    assert_eq!(a.rope_theta, 500000.0);
+    assert_eq!(DecoderConfig::from_hf(&a.to_hf_json().unwrap(), None, "m").unwrap(), a);
+    assert_eq!((a.head_dim, a.model_name.as_str()), (64, "SmolLM2-135M"));
+}
+
+#[test]
+fn ends_of_text_are_gathered_from_both_files() {
+    let both =
+        DecoderConfig::from_hf(&edited(&[("eos_token_id", json!([2, 7]))]), Some(r#"{"eos_token_id": [9, 2]}"#), "m");
+    assert_eq!(both.unwrap().eos_token_ids, [9, 2, 7]);
+    let none = DecoderConfig::from_hf(&edited(&[("eos_token_id", Value::Null)]), Some("{}"), "m").unwrap();
+    assert!(none.eos_token_ids.is_empty());
+}
+
+#[test]
+fn what_the_decoder_cannot_do_is_refused_by_name() {
+    for (key, value, says) in [
+        ("model_type", json!("qwen2"), "qwen2"),
+        ("model_type", json!("mistral"), "sliding window"),
+        ("attention_bias", json!(true), "attention_bias"),
+        ("hidden_act", json!("gelu"), "gelu"),
+        ("quantization_config", json!({"bits": 4}), "quantization_config"),
+        ("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "yarn"),
+        ("rope_scaling", json!({"type": "linear"}), "factor"),
+        ("rope_scaling", json!({"type": "linear", "factor": 0.0}), "positive"),
+        ("num_key_value_heads", json!(4), "evenly"),
+        ("num_attention_heads", json!(0), "0 attention heads"),
+        ("num_attention_heads", json!(-1), "not a positive integer"),
+        ("hidden_size", json!(577), "577"),
+        ("hidden_size", json!(u64::MAX), "hidden size"),
+        ("head_dim", json!(63), "odd"),
+        ("num_hidden_layers", json!(1e9), "num_hidden_layers"),
+        ("vocab_size", json!(0), "vocab_size"),
+        ("eos_token_id", json!(49152), "49152"),
+        ("eos_token_id", json!("x"), "token id"),
+        ("rms_norm_eps", json!(0), "rms_norm_eps"),
+        ("rope_theta", json!("x"), "rope_theta"),
+    ] {
+        let message = refusal(&[(key, value.clone())]);
+        assert!(message.contains(says), "{key} = {value}: {message}");
+    }
+    assert!(DecoderConfig::from_hf("[1]", None, "m").is_err());
+    assert!(DecoderConfig::from_hf("{", None, "m").is_err());
+    let mistral = edited(&[("model_type", json!("mistral")), ("sliding_window", Value::Null)]);
+    assert!(DecoderConfig::from_hf(&mistral, None, "m").is_ok());
+}
+
+/// Printed by tests/golden/rope_inv_freq.py.
+#[test]
+fn inverse_frequencies_match_transformers_golden() {
+    let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/rope_inv_freq.json")).unwrap();
+    let cases = golden["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 4);
+    for case in cases {
+        let config = DecoderConfig::from_hf(&case["config"].to_string(), None, "m").unwrap();
+        let got = config.inv_freq();
+        let want: Vec<f64> = serde_json::from_value(case["inv_freq"].clone()).unwrap();
+        assert_eq!(got.len(), want.len());
+        for (i, (&g, w)) in got.iter().zip(&want).enumerate() {
+            // transformers works in f32: a power and, where blended, four more roundings of 6e-8 each.
+            assert!((f64::from(g) - w).abs() <= 1e-6 * w, "{} at {i}: {g} is not {w}", case["name"]);
+        }
+    }
+}
+
+fn gguf_bytes(divisors: Option<&[f32]>) -> Vec<u8> {
+    let w = Writer::default()
+        .string("general.architecture", "llama")
+        .string("general.name", "tiny")
+        .u32("llama.block_count", 2)
+        .u32("llama.context_length", 131_072)
+        .u32("llama.embedding_length", 128)
+        .u32("llama.feed_forward_length", 96)
+        .u32("llama.attention.head_count", 2)
+        .u32("llama.attention.head_count_kv", 1)
+        .u32("tokenizer.ggml.eos_token_id", 2)
+        .f32("llama.rope.freq_base", 500_000.0)
+        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+        .f32_tensor("token_embd.weight", &[5, 128], &[0.; 5 * 128]);
+    match divisors {
+        Some(d) => w.f32_tensor("rope_freqs.weight", &[d.len()], d),
+        None => w,
+    }
+    .finish()
+}
+
+fn from_gguf(bytes: Vec<u8>) -> Result<DecoderConfig> {
+    DecoderConfig::from_gguf(&Gguf::parse(Bytes::new(Arc::new(bytes)), "x.gguf")?)
+}
+
+#[test]
+fn gguf_metadata_gives_the_same_config_and_divisors_become_llama3_again() {
+    let plain = from_gguf(gguf_bytes(None)).unwrap();
+    assert_eq!((plain.vocab_size, plain.head_dim, plain.rms_norm_eps), (5, 64, 1e-5));
+    assert!(plain.tie_word_embeddings && plain.rope_scaling == RopeScaling::None);
+    let llama3 = DecoderConfig {
+        rope_scaling: RopeScaling::Llama3 {
+            factor: 32.0,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        },
+        ..plain.clone()
+    };
+    let divisors: Vec<f32> = plain.inv_freq().iter().zip(llama3.inv_freq()).map(|(p, s)| p / s).collect();
+    let read = from_gguf(gguf_bytes(Some(&divisors))).unwrap();
+    for (a, b) in read.inv_freq().iter().zip(llama3.inv_freq()) {
+        assert!((a - b).abs() <= 1e-6 * b);
+    }
+    let exported = DecoderConfig::from_hf(&read.to_hf_json().unwrap(), None, "m").unwrap();
+    assert_eq!(exported.rope_scaling, llama3.rope_scaling);
+    let odd: Vec<f32> = (0..32).map(|i| 1.0 + i as f32).collect();
+    assert!(from_gguf(gguf_bytes(Some(&odd))).unwrap().to_hf_json().is_err());
+    assert!(from_gguf(gguf_bytes(Some(&odd[..31]))).is_err());
+}
