@@ -183,8 +183,7 @@ fn run_sft(config: &Config, out: &Path) -> Result<Value> {
     };
     prepare_output(out, &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
-    let (adapter, summary) =
-        sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
+    let (adapter, summary) = sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "sft",
@@ -254,8 +253,7 @@ fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
     let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
     let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
     let before = evaluate(start, &sft, asked, tokenizer.eos_ids(), settings, config.seed)?;
-    let trained =
-        ppo::train::train(start, &ids, tokenizer.eos_ids(), settings, config.seed, &decode, &mut report)?;
+    let trained = ppo::train::train(start, &ids, tokenizer.eos_ids(), settings, config.seed, &decode, &mut report)?;
     let after = evaluate(start, &trained.actor, asked, tokenizer.eos_ids(), settings, config.seed)?;
     let actor = save(trained.actor, &model, &out.join("actor"))?;
     let critic = save(trained.critic, scorer, &out.join("critic"))?;
@@ -289,8 +287,7 @@ fn evaluate(
     for (chunk, some) in prompts.chunks(settings.batch_size).enumerate() {
         let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
         let first = (chunk * settings.batch_size) as u64;
-        let seeds: Vec<u64> =
-            (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
+        let seeds: Vec<u64> = (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
         let responses = generate(policy, &ids, &seeds, &sampling, |_, _| {})?;
         let sequences: Vec<Vec<u32>> =
             ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();

@@ -131,7 +131,11 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
     } else {
         for (i, row) in logprobs.iter().enumerate() {
             let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
-            println!("sequence {i}: {} tokens, sum {sum:.4}, perplexity {:.4}", row.len(), (-sum / row.len() as f64).exp());
+            println!(
+                "sequence {i}: {} tokens, sum {sum:.4}, perplexity {:.4}",
+                row.len(),
+                (-sum / row.len() as f64).exp()
+            );
         }
     }
     Ok(())

@@ -6,8 +6,8 @@
 
 mod columns;
 mod dialogue;
-mod formats;
 mod encoder;
+mod formats;
 pub mod phases;
 mod read;
 mod render;

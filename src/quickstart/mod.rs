@@ -6,4 +6,8 @@ pub mod base;
 pub mod document;
 pub mod gold;
 pub mod grammar;
+pub mod outcome;
+pub mod run;
 pub mod task;
+
+pub use run::run;

@@ -1,0 +1,254 @@
+//! The quickstart's run: sft, reward, ppo and merge over the embedded base, then the gold rule's verdict on held-out
+//! questions. PPO sees the learned reward alone. Read outcome.rs for the table.
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+
+use super::base::BASE;
+use super::gold::{Gold, gold};
+use super::outcome::{Answers, Example, Outcome, memory_rows, win_rate};
+use super::task::{Row, Split, pairs, prompts, sft_rows};
+use crate::config::{self, Config};
+use crate::data::phases::{RankedExample, SftExample};
+use crate::export::merge::{MergedType, merge};
+use crate::memory;
+use crate::model::adapter::Adapter;
+use crate::model::batch::{Batch, Targets};
+use crate::model::checkpoint::Checkpoint;
+use crate::model::generate::{Finish, Sampling, generate};
+use crate::model::roles::{Policy, Scorer};
+use crate::model::tokenizer::{SpecialTokens, Tokenizer};
+use crate::ppo::train as ppo;
+use crate::report::Report;
+use crate::rng::derive;
+use crate::run::{Model, prepare_output};
+use crate::train::settings;
+use crate::{reward, sft};
+
+/// Sizes of the task's parts.
+const SFT_ROWS: usize = 1536;
+const PAIRS: usize = 4096;
+const FLIPPED_PERCENT: usize = 15;
+const HELD_OUT_ROWS: usize = 256;
+const HELD_OUT_PAIRS: usize = 512;
+const QUESTIONS: usize = 256;
+/// Answers are sampled so many at a time in the evaluation.
+const BATCH: usize = 64;
+
+/// The settings of all three stages, as a config file would hold them.
+pub fn config(seed: u64) -> Config {
+    Config {
+        seed,
+        output_dir: None,
+        base: config::Base { path: "embedded".into(), compute: config::Compute::F32 },
+        reward_base: None,
+        lora: config::Lora::default(),
+        data: None,
+        sft: Some(config::Sft {
+            learning_rate: 3e-3,
+            per_device_train_batch_size: 32,
+            warmup_steps: 10,
+            ..config::Sft::default()
+        }),
+        reward: Some(config::Reward {
+            learning_rate: 3e-3,
+            per_device_train_batch_size: 32,
+            warmup_steps: 10,
+            weight_decay: 0.01,
+            ..config::Reward::default()
+        }),
+        ppo: Some(config::Ppo {
+            learning_rate: 2e-3,
+            total_episodes: 40 * 64,
+            batch_size: 64,
+            num_mini_batches: 2,
+            micro_batch_size: 32,
+            response_length: 48,
+            kl_coef: 0.1,
+            warmup_steps: 6,
+            save_samples: 2,
+            ..config::Ppo::default()
+        }),
+    }
+}
+
+/// Runs everything and leaves `out` with adapters, merged model, metrics and the resolved config.
+///
+/// # Errors
+/// If `out` is something else's folder or cannot be written.
+pub fn run(out: &Path, seed: u64) -> Result<Outcome> {
+    run_with(out, &config(seed))
+}
+
+/// The same with other settings, for studies.
+///
+/// # Errors
+/// As for [`run`].
+pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
+    let seed = config.seed;
+    let whole = Instant::now();
+    let mut seconds = vec![];
+    let mut lap = Instant::now();
+    let mut clock = |name: &'static str, lap: &mut Instant| {
+        seconds.push((name, lap.elapsed().as_secs_f64()));
+        *lap = Instant::now();
+    };
+    // 1. The base: once, for all four roles.
+    let embedded = (BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config);
+    let checkpoint = Checkpoint::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
+    let model = Model::of(checkpoint)?;
+    let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
+    prepare_output(out, &config.to_toml()?)?;
+    let mut report = Report::to_dir(out)?;
+    // 2. The data.
+    let text = Text { tokenizer, eos: tokenizer.eos_id().context("the embedded tokenizer has an end token")? };
+    let train_rows = sft_rows(seed, SFT_ROWS, Split::Train);
+    let held_rows = sft_rows(derive(seed, &[1]), HELD_OUT_ROWS, Split::Train);
+    let sft_train = train_rows.iter().map(|r| text.sft(&r.row, &r.response)).collect::<Result<Vec<_>>>()?;
+    let sft_held = held_rows.iter().map(|r| text.sft(&r.row, &r.response)).collect::<Result<Vec<_>>>()?;
+    let ranked = |split, n| {
+        let pairs = pairs(seed, n, FLIPPED_PERCENT, split);
+        pairs.iter().map(|p| text.ranked(&p.row, [&p.chosen, &p.rejected])).collect::<Result<Vec<_>>>()
+    };
+    let (pairs_train, pairs_held) = (ranked(Split::Train, PAIRS)?, ranked(Split::HeldOut, HELD_OUT_PAIRS)?);
+    clock("data", &mut lap);
+    // 3. SFT: one adapter over the base.
+    let fresh = model.fresh_adapter(&config.lora, seed)?;
+    let (sft_adapter, sft_summary) = sft::train(base, &fresh, &sft_train, &sft_held, &config.sft(), seed, &mut report)?;
+    save(&model, &sft_adapter, &out.join("sft"))?;
+    clock("sft", &mut lap);
+    // 4. The reward model: another, which starts as the SFT adapter.
+    let (reward_adapter, reward_summary) =
+        reward::train::train(base, &sft_adapter, &pairs_train, &pairs_held, &config.reward(), seed, &mut report)?;
+    save(&model, &reward_adapter, &out.join("reward"))?;
+    clock("reward", &mut lap);
+    // 5. PPO: the actor starts as SFT, the critic as the reward model; four roles, one base.
+    let ppo_config = config.ppo()?;
+    let questions = prompts(seed, ppo_config.total_episodes, Split::Train);
+    let questions = questions.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
+    let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: &reward_adapter };
+    let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
+    let trained = ppo::train(start, &questions, tokenizer.eos_ids(), ppo_config, seed, &decode, &mut report)?;
+    save(&model, &trained.actor, &out.join("actor"))?;
+    save(&model, &trained.critic, &out.join("critic"))?;
+    clock("ppo", &mut lap);
+    // 6. The merged model, proven against base + adapter.
+    let held = prompts(seed, QUESTIONS, Split::HeldOut);
+    let asked = held.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
+    let merged = out.join("merged");
+    if merged.exists() {
+        fs::remove_dir_all(&merged).with_context(|| format!("replacing {}", merged.display()))?;
+    }
+    let sides = model.checkpoint.side_files()?;
+    let reopen = |dir: &Path| Ok(Model::open(dir)?.base);
+    let comparison = merge(base, &trained.actor, MergedType::Bf16, &sides, &asked[..8], &merged, reopen)?;
+    clock("merge", &mut lap);
+    // 7. The verdict: the gold rule on held-out questions, sampled as in training.
+    let judge = |adapter: &Adapter| {
+        let sampling = ppo::sampling(ppo_config, tokenizer.eos_ids());
+        answers(&model, adapter, start, &held, &asked, &sampling, seed)
+    };
+    let (before, after) = (judge(&sft_adapter)?, judge(&trained.actor)?);
+    clock("judge", &mut lap);
+    let examples = (0..held.len())
+        .step_by(held.len() / 3)
+        .take(3)
+        .map(|i| Example {
+            question: held[i].question().to_string(),
+            before: before.texts[i].trim().to_string(),
+            after: after.texts[i].trim().to_string(),
+        })
+        .collect();
+    Ok(Outcome {
+        sft_ppl: (sft_summary.perplexity_before, sft_summary.perplexity_after),
+        reward: reward_summary.after,
+        win: win_rate(&before, &after),
+        memory: memory_rows(&model, &sft_adapter, &reward_adapter),
+        before,
+        after,
+        comparison,
+        examples,
+        seconds,
+        wall_s: whole.elapsed().as_secs_f64(),
+        peak_rss_bytes: memory::peak_rss_bytes(),
+        out: out.to_path_buf(),
+        seed,
+    })
+}
+
+/// Texts to ids, as the task wants them.
+struct Text<'t> {
+    tokenizer: &'t Tokenizer,
+    eos: u32,
+}
+
+impl Text<'_> {
+    fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.tokenizer.encode(text, SpecialTokens::None)
+    }
+
+    fn answer(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.encode(text)?;
+        ids.push(self.eos);
+        Ok(ids)
+    }
+
+    fn sft(&self, row: &Row, response: &str) -> Result<SftExample> {
+        let mut tokens = self.encode(&row.prompt)?;
+        let prompt = tokens.len();
+        tokens.extend(self.answer(response)?);
+        let loss_mask = (0..tokens.len()).map(|i| i >= prompt).collect();
+        Ok(SftExample { tokens, loss_mask })
+    }
+
+    fn ranked(&self, row: &Row, answers: [&String; 2]) -> Result<RankedExample> {
+        let answers = answers.into_iter().map(|a| self.answer(a)).collect::<Result<Vec<_>>>()?;
+        Ok(RankedExample { prompt: self.encode(&row.prompt)?, answers })
+    }
+}
+
+fn save(model: &Model, adapter: &Adapter, path: &Path) -> Result<()> {
+    adapter.clone().with_provenance(model.provenance()).save(path)
+}
+
+/// Sampled answers of one policy to the held-out questions, judged.
+fn answers(
+    model: &Model,
+    adapter: &Adapter,
+    start: ppo::Start<'_>,
+    held: &[Row],
+    asked: &[Vec<u32>],
+    sampling: &Sampling,
+    seed: u64,
+) -> Result<Answers> {
+    let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
+    let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(start.sft)));
+    let reward = Scorer::new(base, start.reward)?;
+    let mut found = Answers::default();
+    for (chunk, (rows, ids)) in held.chunks(BATCH).zip(asked.chunks(BATCH)).enumerate() {
+        let first = (chunk * BATCH) as u64;
+        let seeds: Vec<u64> = (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
+        let responses = generate(policy, ids, &seeds, sampling, |_, _| {})?;
+        let sequences: Vec<Vec<u32>> =
+            ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
+        let batch = Batch::new(&sequences)?;
+        let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
+        let targets = Targets::responses(&batch, &lengths)?;
+        let mut theirs = reference.logprobs(&batch, &targets, sampling.temperature)?.logprobs.into_iter();
+        found.rewards.extend(reward.scores(&batch)?);
+        for (row, response) in rows.iter().zip(&responses) {
+            let kl = response.logprobs.iter().zip(&mut theirs).map(|(a, b)| f64::from(a - b)).sum();
+            let text = tokenizer.decode(&response.tokens)?;
+            let ended = response.finish == Finish::Stop;
+            let verdict: Gold = gold(row, &text, ended);
+            found.gold.push(verdict);
+            found.kl.push(kl);
+            found.ended += usize::from(ended);
+            found.texts.push(text);
+        }
+    }
+    Ok(found)
+}
