@@ -84,3 +84,34 @@ fn smollm2s_tensors_open_in_their_stored_types() {
     assert!(checkpoint.vector("model.norm.weight", 576).unwrap().iter().all(|v| v.is_finite()));
     assert_eq!(checkpoint.fingerprint().len(), 64);
 }
+
+/// Printed by tests/golden/smollm2_weights.py.
+#[test]
+fn smollm2s_rows_match_transformers_golden_q_and_k_reordered() {
+    let Some(checkpoint) = smollm2("smollm2s_rows_match_transformers_golden_q_and_k_reordered") else { return };
+    let golden: Value = serde_json::from_str(include_str!("golden/smollm2_weights.json")).unwrap();
+    let rows = golden["rows"].as_array().unwrap();
+    assert_eq!(rows.len(), 34);
+    for case in rows {
+        let name = case["name"].as_str().unwrap();
+        let shape: [usize; 2] = serde_json::from_value(case["shape"].clone()).unwrap();
+        let weight = checkpoint.weight(name, shape[0], shape[1]).unwrap();
+        let mut row = vec![0f32; shape[1]];
+        weight.row(case["row"].as_u64().unwrap() as usize, &mut row);
+        let want: Vec<f32> = serde_json::from_value(case["first"].clone()).unwrap();
+        for (got, want) in row.iter().zip(&want) {
+            // One f16 scale times a small integer, plus an f16 offset: the same up to one rounding.
+            assert!((got - want).abs() <= 1e-6 * want.abs().max(1e-2), "{name}: {got} is not {want}");
+        }
+    }
+}
+
+#[test]
+fn smollm2_is_described_by_inspect() {
+    let Some(checkpoint) = smollm2("smollm2_is_described_by_inspect") else { return };
+    let described = fourfold::inspect::inspect(checkpoint.path().unwrap()).unwrap();
+    assert_eq!(described["parameters"], 134_515_008);
+    assert_eq!(described["types"]["q4_1"]["tensors"], 210);
+    assert_eq!(described["tokenizer"]["chat_template"], true);
+    println!("{}", fourfold::inspect::render(&described));
+}

@@ -320,7 +320,7 @@ impl Contents {
             return Ok(weight);
         }
         let head_dim = self.config.head_dim;
-        if rows % head_dim != 0 {
+        if !rows.is_multiple_of(head_dim) {
             return Err(invalid!("{}: tensor {hf_name} has {rows} rows, not whole heads of {head_dim}", stored.file));
         }
         Ok(weight.with_row_order(RowOrder::RopeInterleaved { head_dim }))

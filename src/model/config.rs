@@ -215,7 +215,7 @@ impl DecoderConfig {
         if heads % kv != 0 {
             return Err(invalid!("{file}: {heads} attention heads cannot share {kv} key/value heads evenly"));
         }
-        if self.head_dim % 2 != 0 {
+        if !self.head_dim.is_multiple_of(2) {
             return Err(invalid!("{file}: head_dim = {} is odd; rotary embeddings turn pairs", self.head_dim));
         }
         if heads * self.head_dim > MAX_DIM {
@@ -380,7 +380,7 @@ fn gguf_rope_scaling(gguf: &Gguf) -> Result<RopeScaling> {
 }
 
 fn whole_heads(hidden: usize, heads: usize, file: &str) -> Result<usize> {
-    if heads == 0 || hidden % heads != 0 {
+    if heads == 0 || !hidden.is_multiple_of(heads) {
         return Err(invalid!("{file}: a hidden size of {hidden} cannot be split over {heads} attention heads"));
     }
     Ok(hidden / heads)
