@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes, Projection};
 use super::batch::Batch;
-use super::block::{Block, Checkpoint, Geometry, Kept, Layout};
+use super::block::{Block, Checkpointing, Geometry, Kept, Layout};
 use super::checkpoint::Checkpoint;
 use super::config::DecoderConfig;
 use crate::invalid;
@@ -216,7 +216,7 @@ impl Base {
     ///
     /// # Errors
     /// As for [`Base::hidden`].
-    pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpoint) -> Result<(Tensor, Tape)> {
+    pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpointing) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
         let first = adapter.layers().iter().position(|p| p.iter().any(Option::is_some)).unwrap_or(self.blocks.len());

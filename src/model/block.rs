@@ -1,5 +1,5 @@
 //! One decoder block: the operations' pairs run forward, and in reverse. What it keeps for the reverse is
-//! `Checkpoint`'s choice; elementwise parts are always computed again. Knows its own weights and branches, no files.
+//! `Checkpointing`'s choice; elementwise parts are always computed again. Knows its own weights and branches, no files.
 //! Read base.rs next.
 
 use candle_core::{Result, Tensor};
@@ -13,11 +13,11 @@ use crate::ops::{cpu, norm, swiglu};
 
 /// What a block keeps for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Checkpoint {
+pub enum Checkpointing {
     /// All inputs of its linears and attention: most memory, least time.
-    Activations,
+    Off,
     /// Its input alone; the backward runs the block forward once more.
-    Input,
+    Block,
 }
 
 /// The frozen weights of one block.
@@ -148,10 +148,10 @@ impl Block {
         geometry: &Geometry,
         layout: Layout<'_>,
         x: Tensor,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpointing,
     ) -> Result<(Tensor, Kept)> {
         let (y, rest) = self.run(pairs, geometry, layout, &x)?;
-        Ok((y, Kept { x, rest: (checkpoint == Checkpoint::Activations).then_some(rest) }))
+        Ok((y, Kept { x, rest: (checkpoint == Checkpointing::Off).then_some(rest) }))
     }
 
     /// y (N, D) of x (N, D) for the prompts of sequences, whose keys and values go into `caches` (S), empty before.

@@ -9,7 +9,7 @@ use candle_core::{D, Device, Tensor, Var};
 use super::adapter::{Adapter, Gradients, LoraConfig, Projection, TargetModules};
 use super::base::Base;
 use super::batch::{Batch, Targets};
-use super::block::{Block, Checkpoint};
+use super::block::{Block, Checkpointing};
 use super::generate::{Finish, Sampling, generate};
 use super::roles::{Policy, Scorer};
 use crate::model::config::{DecoderConfig, RopeScaling};
@@ -192,7 +192,7 @@ fn every_policy_gradient_is_autograds_with_both_checkpoints() -> Result<()> {
     let r = targets.rows.len();
     let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
     for (layers, checkpoint) in
-        [(None, Checkpoint::Activations), (None, Checkpoint::Input), (Some(vec![1]), Checkpoint::Activations)]
+        [(None, Checkpointing::Off), (None, Checkpointing::Block), (Some(vec![1]), Checkpointing::Off)]
     {
         let mut actor = adapter(&base, layers, 3);
         actor = actor.with_score_head(None)?;
@@ -229,7 +229,7 @@ fn every_scorer_gradient_is_autograds_and_the_heads_too() -> Result<()> {
     let values = hidden.matmul(&vars["base_model.model.score.weight"].t()?)?.squeeze(1)?;
     let want = (&values * Tensor::new(&dvalues[..], &Device::Cpu)?)?.sum_all()?.backward()?;
     let scorer = Scorer::new(&base, &critic)?;
-    let (got, grads) = scorer.gradients(&batch, &targets.rows, Checkpoint::Activations, |_| Ok(dvalues.clone()))?;
+    let (got, grads) = scorer.gradients(&batch, &targets.rows, Checkpointing::Off, |_| Ok(dvalues.clone()))?;
     assert!(relative_error(&Tensor::new(got, &Device::Cpu)?, &values) < 1e-5);
     assert_gradients(&critic, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
     let bias: Vec<f32> = grads.head_bias.as_ref().unwrap().to_vec1()?;
@@ -249,8 +249,7 @@ fn gradients_equal_central_differences_along_themselves() -> Result<()> {
     let ones = vec![1f32; targets.rows.len()];
     let zeros = vec![0f32; targets.rows.len()];
     let (_, grads) =
-        Policy::new(&base, Some(&actor))
-            .gradients(&batch, &targets, 1.0, Checkpoint::Activations, |_| Ok((ones, zeros)))?;
+        Policy::new(&base, Some(&actor)).gradients(&batch, &targets, 1.0, Checkpointing::Off, |_| Ok((ones, zeros)))?;
     let trainable = actor.to_trainable();
     let flat = trainable.flat_gradients(&grads)?;
     for (i, g) in flat.iter().enumerate() {

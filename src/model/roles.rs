@@ -7,7 +7,7 @@ use candle_core::Tensor;
 use super::adapter::{Adapter, Gradients};
 use super::base::{Base, scatter_rows, select_rows};
 use super::batch::{Batch, Targets};
-use super::block::Checkpoint;
+use super::block::Checkpointing;
 use crate::invalid;
 use crate::ops::cpu;
 use crate::ops::head::{self, TokenStats};
@@ -54,7 +54,7 @@ impl<'w> Policy<'w> {
         batch: &Batch,
         targets: &Targets,
         temperature: f64,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpointing,
         loss: impl FnOnce(&TokenStats) -> Result<(Vec<f32>, Vec<f32>)>,
     ) -> Result<(TokenStats, Gradients)> {
         let adapter = self.adapter.context("a bare base has nothing to train")?;
@@ -123,7 +123,7 @@ impl<'w> Scorer<'w> {
         &self,
         batch: &Batch,
         rows: &[usize],
-        checkpoint: Checkpoint,
+        checkpoint: Checkpointing,
         loss: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
     ) -> Result<(Vec<f32>, Gradients)> {
         let head = self.adapter.head().context("checked in new")?;

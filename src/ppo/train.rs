@@ -13,7 +13,7 @@ use crate::config::{KlEstimator, Ppo};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients, HeadBias};
 use crate::model::base::Base;
-use crate::model::block::Checkpoint;
+use crate::model::block::Checkpointing;
 use crate::model::generate::{Finish, Sampling};
 use crate::model::roles::{Policy, Scorer};
 use crate::report::{Figures, Report, number};
@@ -263,7 +263,7 @@ impl Update {
         experience: &Experience,
         minibatch: &[usize],
         config: &Ppo,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpointing,
         lr: f64,
     ) -> Result<()> {
         let tokens = tokens_of(experience, minibatch);
@@ -302,7 +302,7 @@ impl Update {
         experience: &Experience,
         minibatch: &[usize],
         config: &Ppo,
-        checkpoint: Checkpoint,
+        checkpoint: Checkpointing,
         lr: f64,
     ) -> Result<()> {
         let tokens = tokens_of(experience, minibatch);

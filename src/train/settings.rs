@@ -4,7 +4,7 @@ use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config::{self, LrScheduler};
 use crate::model::base::Base;
-use crate::model::block::Checkpoint;
+use crate::model::block::Checkpointing;
 
 /// Streams of the seed: every random choice of a run has its own.
 pub const INIT: u64 = 1;
@@ -61,17 +61,17 @@ pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
 
 /// What blocks keep: as asked, or by memory: activations where they take at most half of what the machine has free.
 /// `tokens` are those of the largest micro-batch. Both choices give the same bits.
-pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Checkpoint {
+pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Checkpointing {
     match asked {
-        config::Checkpoint::None => Checkpoint::Activations,
-        config::Checkpoint::Block => Checkpoint::Input,
+        config::Checkpoint::None => Checkpointing::Off,
+        config::Checkpoint::Block => Checkpointing::Block,
         config::Checkpoint::Auto => {
             let s = base.shapes();
             let per_token = 2 * s.hidden + 2 * s.q_out + 2 * s.kv_out + 2 * s.intermediate;
             let bytes = tokens * per_token * s.layers * size_of::<f32>();
             match crate::memory::available_bytes() {
-                Some(free) if bytes > free / 2 => Checkpoint::Input,
-                _ => Checkpoint::Activations,
+                Some(free) if bytes > free / 2 => Checkpointing::Block,
+                _ => Checkpointing::Off,
             }
         }
     }
