@@ -114,7 +114,6 @@ const WORTH_A_THREAD: usize = 40_000;
 
 /// Runs `f` over parts of 0..items on all cores. `cost` is the number of multiply-adds in all. Each item is done by
 /// one thread, whichever is free, so results never depend on the number of threads as long as items are independent.
-/// Not to be nested.
 pub fn parallel(items: usize, cost: usize, f: impl Fn(Range<usize>) + Sync) {
     if cost < WORTH_A_THREAD || items < 2 {
         if items > 0 {
@@ -122,7 +121,7 @@ pub fn parallel(items: usize, cost: usize, f: impl Fn(Range<usize>) + Sync) {
         }
         return;
     }
-    candle_core::utils::barrier_pool().execute_chunked(items, f);
+    super::pool::share(items, f);
 }
 
 /// The instruction sets that kernels are written for.
@@ -194,20 +193,24 @@ macro_rules! vectorised {
 }
 pub(crate) use vectorised;
 
-/// e^x to 2 units in the last place for x in [-87, 88], clamped outside; branch-free, so that loops over it
+/// e^x to 2 units in the last place for x in [-87, 88], clamped outside, NaN of NaN; branch-free, so that loops over it
 /// vectorise. Cody-Waite reduction by ln 2, then a polynomial of degree 6 on [-ln2/2, ln2/2].
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const SHIFT: f32 = 12_582_912.0; // 1.5 * 2^23: adding and subtracting it rounds to an integer
-    let x = x.clamp(-87.0, 88.0);
-    let n = (x * std::f32::consts::LOG2_E + SHIFT) - SHIFT;
+    // 1.5 * 2^23: a number added to it is rounded to an integer, which then stands in the low bits.
+    const SHIFT: f32 = 12_582_912.0;
+    // In this order NaN passes through both.
+    let x = if x < -87.0 { -87.0 } else { x };
+    let x = if x > 88.0 { 88.0 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + SHIFT;
+    let n = shifted - SHIFT;
     let r = (x - n * 0.693_145_75) - n * 1.428_606_8e-6;
     let p = 1.0 / 720.0 * r + 1.0 / 120.0;
     let p = p * r + 1.0 / 24.0;
     let p = p * r + 1.0 / 6.0;
     let p = p * r + 0.5;
     let p = (p * r) * r + r + 1.0;
-    p * f32::from_bits(((n as i32 + 127) << 23) as u32)
+    p * f32::from_bits(shifted.to_bits().wrapping_sub(SHIFT.to_bits()).wrapping_add(127) << 23)
 }
 
 /// Sum of products in sixteen lanes, then the lanes: the same order on every machine.
@@ -266,7 +269,7 @@ mod tests {
         }
         assert!(worst < 2.4e-7, "relative error {worst:e}");
         assert_eq!(exp(0.0), 1.0);
-        assert!(exp(-1000.0) < 1e-37 && exp(1000.0).is_finite());
+        assert!(exp(-1000.0) < 1e-37 && exp(1000.0).is_finite() && exp(f32::NAN).is_nan());
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod head;
 pub mod linear;
 pub mod norm;
 pub mod pack;
+pub mod pool;
 pub mod rope;
 pub mod swiglu;
 pub mod tile;

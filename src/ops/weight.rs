@@ -92,7 +92,7 @@ impl StoredType {
     /// Bytes of `values` numbers, or `None` where they are no whole number of blocks or overflow.
     pub fn bytes_for(self, values: usize) -> Option<usize> {
         let (block, bytes) = self.block();
-        if values % block != 0 { None } else { (values / block).checked_mul(bytes) }
+        if !values.is_multiple_of(block) { None } else { (values / block).checked_mul(bytes) }
     }
 }
 
@@ -239,7 +239,7 @@ impl Weight {
     /// Columns `cols` of row `row` as f32, where `cols` starts and ends on block borders.
     pub fn row_part(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
         let (block, bytes) = self.dtype.block();
-        debug_assert!(cols.start % block == 0 && cols.end % block == 0);
+        debug_assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
         unpack(self.dtype, &self.row_bytes(row)[cols.start / block * bytes..cols.end / block * bytes], out);
     }
 
