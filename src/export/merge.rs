@@ -74,11 +74,14 @@ pub struct Comparison {
     pub positions: usize,
 }
 
+/// A tensor of a safetensors file: name, shape, bytes.
+type Encoded = (String, Vec<usize>, Vec<u8>);
+
 /// W + scale B A of every adapted matrix, everything else as it is, all as `dtype`: (name, shape, bytes).
 ///
 /// # Errors
 /// If a number leaves the range of `dtype`.
-fn merged_tensors(base: &Base, adapter: &Adapter, dtype: MergedType) -> Result<Vec<(String, Vec<usize>, Vec<u8>)>> {
+fn merged_tensors(base: &Base, adapter: &Adapter, dtype: MergedType) -> Result<Vec<Encoded>> {
     let mut tensors = vec![];
     for (name, weight) in base.weights() {
         let mut values = weight.to_f32();

@@ -25,7 +25,7 @@ impl Batch {
             batch.positions.extend(0..sequence.len() as u32);
             batch.offsets.push(batch.tokens.len());
         }
-        anyhow::ensure!(batch.len() > 0, "a batch of no sequences");
+        anyhow::ensure!(!batch.is_empty(), "a batch of no sequences");
         Ok(batch)
     }
 

@@ -69,7 +69,7 @@ pub fn train(
 ) -> Result<Trained> {
     check(start, prompts, config)?;
     let adamw = settings::adamw_of_ppo(config);
-    let mut actor = Learner::new(start.sft.to_trainable(), adamw.clone(), config.max_grad_norm)?;
+    let mut actor = Learner::new(start.sft.to_trainable(), adamw, config.max_grad_norm)?;
     let critic = start.reward.to_trainable().with_head_bias(HeadBias::Trained)?;
     let mut critic = Learner::new(critic, adamw, config.max_grad_norm)?;
     let iterations = config.iterations();
