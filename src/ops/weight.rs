@@ -6,10 +6,11 @@ use std::sync::Arc;
 
 use anyhow::Result;
 use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4_0, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
+    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
 };
-use half::{bf16, f16};
+use half::f16;
 
+use super::cpu::vectorised;
 use crate::invalid;
 
 /// How a matrix's numbers are stored. The quantised types are ggml's, block for block.
@@ -256,40 +257,12 @@ impl Weight {
 /// Unpacks `bytes` of `dtype` into f32. `out` is as long as there are values.
 fn unpack(dtype: StoredType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
-        StoredType::F32 => {
-            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-                *o = f32::from_le_bytes(*b);
-            }
-        }
-        StoredType::F16 => {
-            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *o = f16::from_le_bytes(*b).to_f32();
-            }
-        }
-        StoredType::BF16 => {
-            for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-                *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
-            }
-        }
-        StoredType::Q8_0 => {
-            for (o, b) in out.chunks_exact_mut(32).zip(bytes.as_chunks::<34>().0) {
-                let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
-                for (o, &q) in o.iter_mut().zip(&b[2..]) {
-                    *o = f32::from(q as i8) * d;
-                }
-            }
-        }
-        StoredType::Q4_1 => {
-            for (o, b) in out.chunks_exact_mut(32).zip(bytes.as_chunks::<20>().0) {
-                let (d, m) = (f16::from_le_bytes([b[0], b[1]]).to_f32(), f16::from_le_bytes([b[2], b[3]]).to_f32());
-                let (low, high) = o.split_at_mut(16);
-                for ((l, h), &q) in low.iter_mut().zip(high).zip(&b[4..]) {
-                    *l = f32::from(q & 15) * d + m;
-                    *h = f32::from(q >> 4) * d + m;
-                }
-            }
-        }
-        StoredType::Q4_0 => blocks::<BlockQ4_0>(bytes, out),
+        StoredType::F32 => f32s(bytes, out),
+        StoredType::F16 => f16s(bytes, out),
+        StoredType::BF16 => bf16s(bytes, out),
+        StoredType::Q8_0 => q8_0(bytes, out),
+        StoredType::Q4_0 => q4_0(bytes, out),
+        StoredType::Q4_1 => q4_1(bytes, out),
         StoredType::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
         StoredType::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
         StoredType::Q2K => blocks::<BlockQ2K>(bytes, out),
@@ -297,6 +270,67 @@ fn unpack(dtype: StoredType, bytes: &[u8], out: &mut [f32]) {
         StoredType::Q4K => blocks::<BlockQ4K>(bytes, out),
         StoredType::Q5K => blocks::<BlockQ5K>(bytes, out),
         StoredType::Q6K => blocks::<BlockQ6K>(bytes, out),
+    }
+}
+
+// The types that decoding meets most are unpacked by plain loops that vectorise; the others by candle's.
+
+vectorised! {
+    fn f32s(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *o = f32::from_le_bytes(*b);
+        }
+    }
+}
+
+vectorised! {
+    fn f16s(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *o = f16::from_le_bytes(*b).to_f32();
+        }
+    }
+}
+
+vectorised! {
+    fn bf16s(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+        }
+    }
+}
+
+vectorised! {
+    fn q8_0(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<34>().0) {
+            let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
+            for i in 0..32 {
+                o[i] = f32::from(b[2 + i] as i8) * d;
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn q4_0(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<18>().0) {
+            let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
+            for i in 0..16 {
+                o[i] = (i32::from(b[2 + i] & 15) - 8) as f32 * d;
+                o[16 + i] = (i32::from(b[2 + i] >> 4) - 8) as f32 * d;
+            }
+        }
+    }
+}
+
+vectorised! {
+    fn q4_1(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<20>().0) {
+            let (d, m) = (f16::from_le_bytes([b[0], b[1]]).to_f32(), f16::from_le_bytes([b[2], b[3]]).to_f32());
+            for i in 0..16 {
+                o[i] = f32::from(b[4 + i] & 15) * d + m;
+                o[16 + i] = f32::from(b[4 + i] >> 4) * d + m;
+            }
+        }
     }
 }
 
@@ -312,11 +346,6 @@ fn blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
     // SAFETY: `copy` has room for bytes.len() bytes and B is plain data, as above.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast::<u8>(), size_of_val(&copy[..])) };
     B::to_float(&copy, out);
-}
-
-/// Rounds to bf16 and back: what a bf16 file keeps of a number.
-pub fn round_bf16(x: f32) -> f32 {
-    bf16::from_f32(x).to_f32()
 }
 
 #[cfg(test)]
