@@ -105,8 +105,12 @@ def verdict(rng, kind, name, said):
     return fill(rng, rng.pick(kind["verdicts"][said]))
 
 
-def opening_table(rng):
-    return GRAMMAR["openings"]["named" if rng.chance(CHANCES["named_opening"]) else "bare"]
+def opening(rng, kind, place, aspect, said):
+    """The first sentence. A visitor who speaks of something else says so: a reward model of this size learns to hear an
+    evasion, while it does not learn to compare two nouns; the gold rule below does compare them."""
+    topic = aspect if rng.chance(CHANCES["asked_aspect"]) else rng.pick(kind["aspects"])
+    tables = GRAMMAR["openings" if topic == aspect else "evasions"]
+    return about(rng, tables["named" if rng.chance(CHANCES["named_opening"]) else "bare"], place, topic, said)
 
 
 def drafts(rng, kind, name, aspect, count):
@@ -116,10 +120,7 @@ def drafts(rng, kind, name, aspect, count):
     tone = TONES[(0, 0, 0, 1, 1, 1, 2, 2)[rng.below(8)]]
     place = name if rng.chance(CHANCES["asked_name"]) else rng.pick(kind["names"])
     said = polarity(rng, tone)
-    openings = []
-    for _ in range(count):
-        topic = aspect if rng.chance(CHANCES["asked_aspect"]) else rng.pick(kind["aspects"])
-        openings.append(about(rng, opening_table(rng), place, topic, said))
+    openings = [opening(rng, kind, place, aspect, said) for _ in range(count)]
     rest = []
     for _ in range((0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3)[rng.below(16)]):
         said = polarity(rng, tone)
@@ -135,7 +136,7 @@ def drafts(rng, kind, name, aspect, count):
     if rng.chance(CHANCES["verdict"]):
         rest.append(verdict(rng, kind, place, polarity(rng, tone)))
     lost = 1 + rng.below(6) if rng.chance(CHANCES["cut_off"]) else 0
-    return [cut(" ".join([opening, *rest]), lost) for opening in openings]
+    return [cut(" ".join([first, *rest]), lost) for first in openings]
 
 
 def cut(text, lost):
@@ -241,8 +242,7 @@ def prompts(seed, n, split):
 
 def document(rng, combos):
     """A review under a heading (tone even, every named aspect treated), loose sentences, or small talk as dialogue.
-    What the heading does not announce is marked "by the way", so a model that predicts the text has to notice it. A
-    third of the reviews close with tags: the aspects and, where the text names it, the place. Nothing here answers a
+    A third of the reviews close with tags: the aspects and, where the text names it, the place. Nothing here answers a
     question about an aspect, so held-out questions stay held out; a review may treat a held-out aspect in passing."""
     kind, name, aspect = rng.pick(combos)
     x = rng.below(100)
@@ -264,10 +264,6 @@ def review(rng, kind, name, aspect):
     tone, out = TONES[rng.below(3)], []
     tables = (GRAMMAR["openings"]["named"], GRAMMAR["openings"]["bare"], GRAMMAR["follow_ups"])
     for topic in topics:
-        if rng.chance(CHANCES["document"]["aside"]):
-            stray = rng.pick(kind["aspects"])
-            if stray not in topics:
-                out.append(about(rng, GRAMMAR["asides"], name, stray, polarity(rng, tone)))
         said = polarity(rng, tone)
         out.append(about(rng, rng.pick(tables), name, topic, said))
         if rng.chance(33):
@@ -283,15 +279,16 @@ def review(rng, kind, name, aspect):
 
 def loose_sentence(rng, kind, name):
     said = ("good", "bad", "plain")[rng.below(3)]
-    x = rng.below(5)
+    x = rng.below(7)
     if x == 0:
         return detail(rng, said)
     if x == 1:
         return verdict(rng, kind, name, said)
     if x == 2:
         return contrast(rng, kind)
-    table = GRAMMAR["openings"]["named"] if x == 3 else GRAMMAR["follow_ups"]
-    return about(rng, table, name, rng.pick(kind["aspects"]), said)
+    evasions = GRAMMAR["evasions"]
+    tables = (GRAMMAR["openings"]["named"], GRAMMAR["follow_ups"], evasions["named"], evasions["bare"])
+    return about(rng, tables[x - 3], name, rng.pick(kind["aspects"]), said)
 
 
 def document_stream(seed):
