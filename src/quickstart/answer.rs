@@ -114,8 +114,8 @@ impl Writer {
         self.fill(template, &[])
     }
 
-    /// The first sentence. A visitor who speaks of something else says so: a reward model of this size learns to hear an
-    /// evasion, while it does not learn to compare two nouns; the gold rule does compare them.
+    /// The first sentence. A visitor who speaks of something else says so: a reward model of this size learns to hear
+    /// an evasion, while it does not learn to compare two nouns; the gold rule does compare them.
     fn opening(&mut self, kind: &Kind, place: &str, aspect: &Aspect, said: Polarity) -> String {
         let grammar = self.grammar;
         let topic = if self.chance(grammar.chances.asked_aspect) { aspect } else { self.pick(&kind.aspects) };
