@@ -182,7 +182,7 @@ def draw_row(rng, combos):
 
 def gold(row, text, ended=True):
     """3 x mean sentence polarity + 2 if the first sentence has the asked aspect + 2 if the asked place is named
-    + 2 if well formed (ended by the model, by a full stop; 2 to 4 sentences; 12 to 40 words) - 1 a repetition."""
+    and no other + 2 if well formed (ended by the model, by a full stop; 2 to 4 sentences; 12 to 40 words) - 1 a repetition."""
     sentences = [s.strip(" \n") for s in text.split(".")[:-1]]
     words = re.findall("[A-Za-z]+", text)
     judged = 0
@@ -192,7 +192,7 @@ def gold(row, text, ended=True):
         judged += (balance > 0) - (balance < 0)
     mean = judged / len(sentences) if sentences else 0.0
     aspect = int(bool(sentences) and row["aspect"] in re.findall("[A-Za-z]+", sentences[0]))
-    place = int(row["name"] in text)
+    place = int([name for kind in KINDS for name in kind["names"] if name in text] == [row["name"]])
     form = int(ended and text.rstrip(" \n").endswith(".") and 2 <= len(sentences) <= 4 and 12 <= len(words) <= 40)
     judging = [w for w in words if w in GOOD_WORDS or w in BAD_WORDS]
     repeats = len(sentences) - len(set(sentences)) + len(judging) - len(set(judging))
