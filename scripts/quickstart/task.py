@@ -181,8 +181,9 @@ def draw_row(rng, combos):
 
 
 def gold(row, text, ended=True):
-    """3 x mean sentence polarity + 2 if the first sentence has the asked aspect + 2 if the asked place is named
-    and no other + 2 if well formed (ended by the model, by a full stop; 2 to 4 sentences; 12 to 40 words) - 1 a repetition."""
+    """3 x mean sentence polarity + 2 if the first sentence has the asked aspect + 2 if the asked place is named and no
+    other is + 2 if well formed (ended by the model, by a full stop; 2 to 4 sentences; 12 to 40 words) - 1 a
+    repetition."""
     sentences = [s.strip(" \n") for s in text.split(".")[:-1]]
     words = re.findall("[A-Za-z]+", text)
     judged = 0
