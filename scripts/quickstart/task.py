@@ -105,8 +105,12 @@ def verdict(rng, kind, name, said):
     return fill(rng, rng.pick(kind["verdicts"][said]))
 
 
-def opening_table(rng):
-    return GRAMMAR["openings"]["named" if rng.chance(CHANCES["named_opening"]) else "bare"]
+def opening(rng, kind, place, aspect, said):
+    """The first sentence. A visitor who speaks of something else says so: a reward model of this size learns to hear an
+    evasion, while it does not learn to compare two nouns; the gold rule below does compare them."""
+    topic = aspect if rng.chance(CHANCES["asked_aspect"]) else rng.pick(kind["aspects"])
+    tables = GRAMMAR["openings" if topic == aspect else "evasions"]
+    return about(rng, tables["named" if rng.chance(CHANCES["named_opening"]) else "bare"], place, topic, said)
 
 
 def drafts(rng, kind, name, aspect, count):
@@ -116,10 +120,7 @@ def drafts(rng, kind, name, aspect, count):
     tone = TONES[(0, 0, 0, 1, 1, 1, 2, 2)[rng.below(8)]]
     place = name if rng.chance(CHANCES["asked_name"]) else rng.pick(kind["names"])
     said = polarity(rng, tone)
-    openings = []
-    for _ in range(count):
-        topic = aspect if rng.chance(CHANCES["asked_aspect"]) else rng.pick(kind["aspects"])
-        openings.append(about(rng, opening_table(rng), place, topic, said))
+    openings = [opening(rng, kind, place, aspect, said) for _ in range(count)]
     rest = []
     for _ in range((0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 2, 2, 2, 2, 3)[rng.below(16)]):
         said = polarity(rng, tone)
@@ -135,7 +136,7 @@ def drafts(rng, kind, name, aspect, count):
     if rng.chance(CHANCES["verdict"]):
         rest.append(verdict(rng, kind, place, polarity(rng, tone)))
     lost = 1 + rng.below(6) if rng.chance(CHANCES["cut_off"]) else 0
-    return [cut(" ".join([opening, *rest]), lost) for opening in openings]
+    return [cut(" ".join([first, *rest]), lost) for first in openings]
 
 
 def cut(text, lost):
@@ -180,8 +181,9 @@ def draw_row(rng, combos):
 
 
 def gold(row, text, ended=True):
-    """3 x mean sentence polarity + 2 if the first sentence has the asked aspect + 2 if the asked place is named
-    + 2 if well formed (ended by the model, by a full stop; 2 to 4 sentences; 12 to 40 words) - 1 a repetition."""
+    """3 x mean sentence polarity + 2 if the first sentence has the asked aspect + 2 if the asked place is named and no
+    other is + 2 if well formed (ended by the model, by a full stop; 2 to 4 sentences; 12 to 40 words) - 1 a
+    repetition."""
     sentences = [s.strip(" \n") for s in text.split(".")[:-1]]
     words = re.findall("[A-Za-z]+", text)
     judged = 0
@@ -191,7 +193,7 @@ def gold(row, text, ended=True):
         judged += (balance > 0) - (balance < 0)
     mean = judged / len(sentences) if sentences else 0.0
     aspect = int(bool(sentences) and row["aspect"] in re.findall("[A-Za-z]+", sentences[0]))
-    place = int(row["name"] in text)
+    place = int([name for kind in KINDS for name in kind["names"] if name in text] == [row["name"]])
     form = int(ended and text.rstrip(" \n").endswith(".") and 2 <= len(sentences) <= 4 and 12 <= len(words) <= 40)
     judging = [w for w in words if w in GOOD_WORDS or w in BAD_WORDS]
     repeats = len(sentences) - len(set(sentences)) + len(judging) - len(set(judging))
@@ -241,8 +243,7 @@ def prompts(seed, n, split):
 
 def document(rng, combos):
     """A review under a heading (tone even, every named aspect treated), loose sentences, or small talk as dialogue.
-    What the heading does not announce is marked "by the way", so a model that predicts the text has to notice it. A
-    third of the reviews close with tags: the aspects and, where the text names it, the place. Nothing here answers a
+    A third of the reviews close with tags: the aspects and, where the text names it, the place. Nothing here answers a
     question about an aspect, so held-out questions stay held out; a review may treat a held-out aspect in passing."""
     kind, name, aspect = rng.pick(combos)
     x = rng.below(100)
@@ -264,10 +265,6 @@ def review(rng, kind, name, aspect):
     tone, out = TONES[rng.below(3)], []
     tables = (GRAMMAR["openings"]["named"], GRAMMAR["openings"]["bare"], GRAMMAR["follow_ups"])
     for topic in topics:
-        if rng.chance(CHANCES["document"]["aside"]):
-            stray = rng.pick(kind["aspects"])
-            if stray not in topics:
-                out.append(about(rng, GRAMMAR["asides"], name, stray, polarity(rng, tone)))
         said = polarity(rng, tone)
         out.append(about(rng, rng.pick(tables), name, topic, said))
         if rng.chance(33):
@@ -283,15 +280,16 @@ def review(rng, kind, name, aspect):
 
 def loose_sentence(rng, kind, name):
     said = ("good", "bad", "plain")[rng.below(3)]
-    x = rng.below(5)
+    x = rng.below(7)
     if x == 0:
         return detail(rng, said)
     if x == 1:
         return verdict(rng, kind, name, said)
     if x == 2:
         return contrast(rng, kind)
-    table = GRAMMAR["openings"]["named"] if x == 3 else GRAMMAR["follow_ups"]
-    return about(rng, table, name, rng.pick(kind["aspects"]), said)
+    evasions = GRAMMAR["evasions"]
+    tables = (GRAMMAR["openings"]["named"], GRAMMAR["follow_ups"], evasions["named"], evasions["bare"])
+    return about(rng, tables[x - 3], name, rng.pick(kind["aspects"]), said)
 
 
 def document_stream(seed):

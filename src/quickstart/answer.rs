@@ -114,6 +114,16 @@ impl Writer {
         self.fill(template, &[])
     }
 
+    /// The first sentence. A visitor who speaks of something else says so: a reward model of this size learns to hear
+    /// an evasion, while it does not learn to compare two nouns; the gold rule does compare them.
+    fn opening(&mut self, kind: &Kind, place: &str, aspect: &Aspect, said: Polarity) -> String {
+        let grammar = self.grammar;
+        let topic = if self.chance(grammar.chances.asked_aspect) { aspect } else { self.pick(&kind.aspects) };
+        let tables = if topic.0 == aspect.0 { &grammar.openings } else { &grammar.evasions };
+        let table = if self.chance(grammar.chances.named_opening) { &tables.named } else { &tables.bare };
+        self.about(table, place, topic, said)
+    }
+
     /// One visitor's answer, with the space that follows `Assistant:`.
     pub(super) fn answer(&mut self, kind: &Kind, name: &str, aspect: &Aspect) -> String {
         let [answer] = self.drafts(kind, name, aspect);
@@ -132,12 +142,7 @@ impl Writer {
         let tone = *self.pick(&TONES);
         let place = if self.chance(chances.asked_name) { name } else { self.pick(&kind.names) };
         let said = self.polarity(tone);
-        let openings: [String; COUNT] = std::array::from_fn(|_| {
-            let topic = if self.chance(chances.asked_aspect) { aspect } else { self.pick(&kind.aspects) };
-            let named = self.chance(chances.named_opening);
-            let table = if named { &grammar.openings.named } else { &grammar.openings.bare };
-            self.about(table, place, topic, said)
-        });
+        let openings: [String; COUNT] = std::array::from_fn(|_| self.opening(kind, place, aspect, said));
         let mut rest: Vec<String> = Vec::new();
         for _ in 0..*self.pick(&MIDDLE_SENTENCES) {
             let said = self.polarity(tone);

@@ -31,9 +31,7 @@ fn document(w: &mut Writer, combos: &[Combination]) -> String {
     }
 }
 
-/// Every aspect of the heading is treated, in order; what the heading does not announce is marked "by the way", so a
-/// model that predicts the text has to notice it. A third close with tags: the aspects and, if the text names it, the
-/// place.
+/// Every aspect of the heading is treated, in order; a third close with tags: the aspects and, if named, the place.
 fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspect) -> String {
     let grammar = w.grammar;
     let mut topics = vec![aspect];
@@ -50,13 +48,6 @@ fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspe
     let tables = [&grammar.openings.named, &grammar.openings.bare, &grammar.follow_ups];
     let mut sentences = Vec::new();
     for topic in &topics {
-        if w.chance(grammar.chances.document.aside) {
-            let stray = w.pick(&kind.aspects);
-            if topics.iter().all(|topic| topic.0 != stray.0) {
-                let said = w.polarity(tone);
-                sentences.push(w.about(&grammar.asides, name, stray, said));
-            }
-        }
         let said = w.polarity(tone);
         let table = *w.pick(&tables);
         sentences.push(w.about(table, name, topic, said));
@@ -83,12 +74,17 @@ fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspe
 fn loose_sentence(w: &mut Writer, kind: &Kind, name: &str) -> String {
     let grammar = w.grammar;
     let said = *w.pick(&[Polarity::Good, Polarity::Bad, Polarity::Plain]);
-    match w.below(5) {
+    match w.below(7) {
         0 => w.detail(said),
         1 => w.verdict(kind, name, said),
         2 => w.contrast(kind),
         x => {
-            let table = if x == 3 { &grammar.openings.named } else { &grammar.follow_ups };
+            let table = match x {
+                3 => &grammar.openings.named,
+                4 => &grammar.follow_ups,
+                5 => &grammar.evasions.named,
+                _ => &grammar.evasions.bare,
+            };
             let aspect = w.pick(&kind.aspects);
             w.about(table, name, aspect, said)
         }

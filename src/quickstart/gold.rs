@@ -17,7 +17,7 @@ pub struct Gold {
     pub polarity: f64,
     /// 1 if the first sentence has the asked aspect.
     pub aspect: u32,
-    /// 1 if the asked place is named anywhere.
+    /// 1 if the asked place is named, anywhere, and no other place of the town is.
     pub place: u32,
     /// 1 if the model ended the answer, by a full stop, after 2 to 4 sentences and 12 to 40 words.
     pub form: u32,
@@ -38,7 +38,8 @@ pub fn gold(row: &Row, text: &str, ended: bool) -> Gold {
     let judged: i32 = sentences.iter().map(|sentence| leaning(sentence)).sum();
     let polarity = if sentences.is_empty() { 0.0 } else { f64::from(judged) / sentences.len() as f64 };
     let aspect = u32::from(sentences.first().is_some_and(|first| words(first).any(|word| word == row.aspect)));
-    let place = u32::from(text.contains(row.name));
+    let named = grammar().kinds.iter().flat_map(|kind| &kind.names).filter(|name| text.contains(name.as_str()));
+    let place = u32::from(named.eq([row.name]));
     let well_formed = ended
         && text.trim_end_matches(blank).ends_with('.')
         && (2..=4).contains(&sentences.len())

@@ -143,8 +143,6 @@ pub struct DocumentChances {
     pub review: usize,
     /// Unconnected sentences.
     pub loose: usize,
-    /// Of a review's sentences: one before it strays from the heading.
-    pub aside: usize,
 }
 
 /// Percentages of the generator.
@@ -152,7 +150,7 @@ pub struct DocumentChances {
 pub struct Chances {
     /// Good and bad sentences by tone.
     pub tone: ToneChances,
-    /// The first sentence keeps to the asked aspect; otherwise it takes any of the kind.
+    /// The first sentence keeps to the asked aspect; otherwise it takes any of the kind (the asked one included).
     pub asked_aspect: usize,
     /// The answer means the asked place; otherwise any of the kind.
     pub asked_name: usize,
@@ -177,12 +175,12 @@ pub struct Grammar {
     pub kinds: Vec<Kind>,
     /// Adjectives by domain and polarity.
     pub adjectives: Adjectives,
-    /// First sentences.
+    /// First sentences about what was asked.
     pub openings: Openings,
+    /// First sentences about something else, which say so.
+    pub evasions: Openings,
     /// Sentences about a further aspect.
     pub follow_ups: Lines,
-    /// Sentences about an aspect that the heading of a pretraining review does not announce.
-    pub asides: Lines,
     /// Sentences that praise one aspect and blame another.
     pub contrasts: Lines,
     /// Sentences about the visit.

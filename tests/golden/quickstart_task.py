@@ -22,6 +22,7 @@ ODD_TEXTS = [
     (" The tea at the Copper Kettle was fresh and tasty. I would happily order there again.", True),
     (" The tea at the Copper Kettle was fresh and tasty. I would happily order there again.", False),
     (" The tea at the Copper Kettle was fresh and tasty. I would happily order there again. We regret", True),
+    (" The tea at the Copper Kettle was fresh and tasty. The Blue Anchor always delights.", True),
     (" Fresh tea, fresh tea, fresh tea. Fresh tea, fresh tea, fresh tea.\n", True),
     (" We regret the tea. We regret the tea. We regret the tea. We regret the tea. We regret the tea.", True),
     (" The Copper Kettle always delights.\n\nHuman: tea? It was caf\u00e9-fresh \u2026 stale. teapot", True),
