@@ -13,6 +13,7 @@ pub mod pool;
 pub mod rope;
 pub mod swiglu;
 pub mod tile;
+mod unpack;
 pub mod weight;
 
 #[cfg(test)]

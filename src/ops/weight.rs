@@ -1,16 +1,12 @@
-//! A frozen matrix exactly as a file stores it, and the one place that knows how each storage type unpacks.
-//! Knows no layer, no file format and no arithmetic. Read linear.rs next: it asks for rows as f32.
+//! A frozen matrix exactly as a file stores it: bytes, type, shape, row order. Knows no layer, no file format and no
+//! arithmetic. Read unpack.rs for the types, then linear.rs: it asks for rows as f32.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Result;
-use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
-};
-use half::f16;
 
-use super::cpu::vectorised;
+use super::unpack::unpack;
 use crate::invalid;
 
 /// How a matrix's numbers are stored. The quantised types are ggml's, block for block.
@@ -252,100 +248,6 @@ impl Weight {
         }
         out
     }
-}
-
-/// Unpacks `bytes` of `dtype` into f32. `out` is as long as there are values.
-fn unpack(dtype: StoredType, bytes: &[u8], out: &mut [f32]) {
-    match dtype {
-        StoredType::F32 => f32s(bytes, out),
-        StoredType::F16 => f16s(bytes, out),
-        StoredType::BF16 => bf16s(bytes, out),
-        StoredType::Q8_0 => q8_0(bytes, out),
-        StoredType::Q4_0 => q4_0(bytes, out),
-        StoredType::Q4_1 => q4_1(bytes, out),
-        StoredType::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
-        StoredType::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
-        StoredType::Q2K => blocks::<BlockQ2K>(bytes, out),
-        StoredType::Q3K => blocks::<BlockQ3K>(bytes, out),
-        StoredType::Q4K => blocks::<BlockQ4K>(bytes, out),
-        StoredType::Q5K => blocks::<BlockQ5K>(bytes, out),
-        StoredType::Q6K => blocks::<BlockQ6K>(bytes, out),
-    }
-}
-
-// The types that decoding meets most are unpacked by plain loops that vectorise; the others by candle's.
-
-vectorised! {
-    fn f32s(bytes: &[u8], out: &mut [f32]) {
-        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
-            *o = f32::from_le_bytes(*b);
-        }
-    }
-}
-
-vectorised! {
-    fn f16s(bytes: &[u8], out: &mut [f32]) {
-        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *o = f16::from_le_bytes(*b).to_f32();
-        }
-    }
-}
-
-vectorised! {
-    fn bf16s(bytes: &[u8], out: &mut [f32]) {
-        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
-            *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
-        }
-    }
-}
-
-vectorised! {
-    fn q8_0(bytes: &[u8], out: &mut [f32]) {
-        for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<34>().0) {
-            let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            for i in 0..32 {
-                o[i] = f32::from(b[2 + i] as i8) * d;
-            }
-        }
-    }
-}
-
-vectorised! {
-    fn q4_0(bytes: &[u8], out: &mut [f32]) {
-        for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<18>().0) {
-            let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
-            for i in 0..16 {
-                o[i] = (i32::from(b[2 + i] & 15) - 8) as f32 * d;
-                o[16 + i] = (i32::from(b[2 + i] >> 4) - 8) as f32 * d;
-            }
-        }
-    }
-}
-
-vectorised! {
-    fn q4_1(bytes: &[u8], out: &mut [f32]) {
-        for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<20>().0) {
-            let (d, m) = (f16::from_le_bytes([b[0], b[1]]).to_f32(), f16::from_le_bytes([b[2], b[3]]).to_f32());
-            for i in 0..16 {
-                o[i] = f32::from(b[4 + i] & 15) * d + m;
-                o[16 + i] = f32::from(b[4 + i] >> 4) * d + m;
-            }
-        }
-    }
-}
-
-/// Unpacks through candle's block type `B`, which is plain bytes and half floats.
-fn blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
-    // SAFETY: candle's blocks are `repr(C)` structs of u8, i8 and f16, of which every bit pattern is valid; the
-    // alignment is checked by align_to, and an unaligned file is copied below.
-    let (before, aligned, _) = unsafe { bytes.align_to::<B>() };
-    if before.is_empty() {
-        return B::to_float(aligned, out);
-    }
-    let mut copy = vec![B::zeros(); bytes.len() / size_of::<B>()];
-    // SAFETY: `copy` has room for bytes.len() bytes and B is plain data, as above.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast::<u8>(), size_of_val(&copy[..])) };
-    B::to_float(&copy, out);
 }
 
 #[cfg(test)]

@@ -1,0 +1,180 @@
+//! How each storage type becomes f32, exactly: the only code that knows what the blocks hold. Source: ggml's
+//! `dequantize_row_*`. Knows no matrix. Read pack.rs next.
+
+use candle_core::quantized::k_quants::{
+    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
+};
+use half::f16;
+
+use super::cpu::vectorised;
+use super::weight::StoredType;
+
+/// Unpacks `bytes` of `dtype` into f32. `out` is as long as there are values.
+pub(super) fn unpack(dtype: StoredType, bytes: &[u8], out: &mut [f32]) {
+    match dtype {
+        StoredType::F32 => f32s(bytes, out),
+        StoredType::F16 => f16s(bytes, out),
+        StoredType::BF16 => bf16s(bytes, out),
+        StoredType::Q8_0 => q8_0(bytes, out),
+        StoredType::Q4_0 => q4_0(bytes, out),
+        StoredType::Q4_1 => q4_1(bytes, out),
+        StoredType::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
+        StoredType::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
+        StoredType::Q2K => blocks::<BlockQ2K>(bytes, out),
+        StoredType::Q3K => blocks::<BlockQ3K>(bytes, out),
+        StoredType::Q4K => blocks::<BlockQ4K>(bytes, out),
+        StoredType::Q5K => blocks::<BlockQ5K>(bytes, out),
+        StoredType::Q6K => blocks::<BlockQ6K>(bytes, out),
+    }
+}
+
+vectorised! {
+    fn f32s(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<4>().0) {
+            *o = f32::from_le_bytes(*b);
+        }
+    }
+}
+
+vectorised! {
+    fn f16s(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *o = f16::from_le_bytes(*b).to_f32();
+        }
+    }
+}
+
+vectorised! {
+    fn bf16s(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
+            *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+        }
+    }
+}
+
+/// The three that decoding meets most: AVX-512 by hand, since the compiler widens bytes in small steps.
+macro_rules! by_block {
+    ($name:ident, $avx512:ident, $bytes:literal, $plain:expr) => {
+        fn $name(bytes: &[u8], out: &mut [f32]) {
+            #[cfg(target_arch = "x86_64")]
+            if super::cpu::Isa::detect() == super::cpu::Isa::Avx512 {
+                #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+                fn all(bytes: &[u8], out: &mut [f32]) {
+                    for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<$bytes>().0) {
+                        $avx512(b, o);
+                    }
+                }
+                // SAFETY: AVX-512 and F16C were detected.
+                return unsafe { all(bytes, out) };
+            }
+            let plain: fn(&[u8; $bytes], &mut [f32; 32]) = $plain;
+            for (o, b) in out.as_chunks_mut::<32>().0.iter_mut().zip(bytes.as_chunks::<$bytes>().0) {
+                plain(b, o);
+            }
+        }
+    };
+}
+
+by_block!(q8_0, q8_0_avx512, 34, |b, o| {
+    let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
+    for i in 0..32 {
+        o[i] = f32::from(b[2 + i] as i8) * d;
+    }
+});
+
+by_block!(q4_0, q4_0_avx512, 18, |b, o| {
+    let d = f16::from_le_bytes([b[0], b[1]]).to_f32();
+    for i in 0..16 {
+        o[i] = (i32::from(b[2 + i] & 15) - 8) as f32 * d;
+        o[16 + i] = (i32::from(b[2 + i] >> 4) - 8) as f32 * d;
+    }
+});
+
+by_block!(q4_1, q4_1_avx512, 20, |b, o| {
+    let (d, m) = (f16::from_le_bytes([b[0], b[1]]).to_f32(), f16::from_le_bytes([b[2], b[3]]).to_f32());
+    for i in 0..16 {
+        o[i] = f32::from(b[4 + i] & 15) * d + m;
+        o[16 + i] = f32::from(b[4 + i] >> 4) * d + m;
+    }
+});
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+
+    /// A half float in all lanes.
+    #[inline]
+    #[target_feature(enable = "avx512f,f16c")]
+    fn half(low: u8, high: u8) -> __m512 {
+        _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(u16::from_le_bytes([low, high])))))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+    pub fn q8_0_avx512(b: &[u8; 34], o: &mut [f32; 32]) {
+        let d = half(b[0], b[1]);
+        // SAFETY: 32 bytes follow the scale, and 32 numbers are written.
+        unsafe {
+            for i in 0..2 {
+                let q = _mm_loadu_si128(b.as_ptr().add(2 + 16 * i).cast());
+                let q = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(q));
+                _mm512_storeu_ps(o.as_mut_ptr().add(16 * i), _mm512_mul_ps(q, d));
+            }
+        }
+    }
+
+    /// The low and the high four bits of sixteen bytes, as sixteen integers each.
+    ///
+    /// # Safety
+    /// Sixteen bytes are readable at `q`.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn nibbles(q: *const u8) -> [__m512i; 2] {
+        // SAFETY: the caller's duty.
+        let q = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(q.cast()) });
+        [_mm512_and_si512(q, _mm512_set1_epi32(15)), _mm512_srli_epi32::<4>(q)]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+    pub fn q4_0_avx512(b: &[u8; 18], o: &mut [f32; 32]) {
+        let d = half(b[0], b[1]);
+        // SAFETY: sixteen bytes follow the scale, and 32 numbers are written.
+        unsafe {
+            for (i, q) in nibbles(b.as_ptr().add(2)).into_iter().enumerate() {
+                let q = _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(8)));
+                _mm512_storeu_ps(o.as_mut_ptr().add(16 * i), _mm512_mul_ps(q, d));
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
+    pub fn q4_1_avx512(b: &[u8; 20], o: &mut [f32; 32]) {
+        let (d, m) = (half(b[0], b[1]), half(b[2], b[3]));
+        // SAFETY: sixteen bytes follow the scale and the minimum, and 32 numbers are written.
+        unsafe {
+            for (i, q) in nibbles(b.as_ptr().add(4)).into_iter().enumerate() {
+                // Not fused: the plain loop and ggml round twice.
+                let scaled = _mm512_mul_ps(_mm512_cvtepi32_ps(q), d);
+                _mm512_storeu_ps(o.as_mut_ptr().add(16 * i), _mm512_add_ps(scaled, m));
+            }
+        }
+    }
+}
+#[cfg(target_arch = "x86_64")]
+use avx512::{q4_0_avx512, q4_1_avx512, q8_0_avx512};
+
+/// Unpacks through candle's block type `B`, which is plain bytes and half floats.
+fn blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
+    // SAFETY: candle's blocks are `repr(C)` structs of u8, i8 and f16, of which every bit pattern is valid; the
+    // alignment is checked by align_to, and an unaligned file is copied below.
+    let (before, aligned, _) = unsafe { bytes.align_to::<B>() };
+    if before.is_empty() {
+        return B::to_float(aligned, out);
+    }
+    let mut copy = vec![B::zeros(); bytes.len() / size_of::<B>()];
+    // SAFETY: `copy` has room for bytes.len() bytes and B is plain data, as above.
+    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast::<u8>(), size_of_val(&copy[..])) };
+    B::to_float(&copy, out);
+}
