@@ -102,6 +102,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let model = Model::of(checkpoint)?;
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     prepare_output(out, &config.to_toml()?)?;
+    write_base(&model, &out.join("base"))?;
     let mut report = Report::to_dir(out)?;
     // 2. The data.
     let text = Text { tokenizer, eos: tokenizer.eos_id().context("the embedded tokenizer has an end token")? };
@@ -177,6 +178,17 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         out: out.to_path_buf(),
         seed,
     })
+}
+
+/// The embedded base as a Hugging Face directory, for other commands and other tools.
+fn write_base(model: &Model, dir: &Path) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("making {}", dir.display()))?;
+    let mut files = model.checkpoint.side_files()?;
+    files.push(("model.safetensors".into(), BASE.weights.to_vec()));
+    for (name, content) in files {
+        fs::write(dir.join(&name), content).with_context(|| format!("writing {}", dir.join(&name).display()))?;
+    }
+    Ok(())
 }
 
 /// Texts to ids, as the task wants them.
