@@ -74,7 +74,8 @@ for text in TEXTS + [chat(QUESTION)[0] + ANSWER]:
     print(len(ids), "tokens, perplexity", perplexity)
     assert perplexity < 60, "are q's and k's rows in order?"
 continuations = []
-for text, ids in [chat(p) for p in PROMPTS] + [(p, tokenizer(p, add_special_tokens=False).input_ids) for p in RAW_PROMPTS]:
+raw = [(p, tokenizer(p, add_special_tokens=False).input_ids) for p in RAW_PROMPTS]
+for text, ids in [chat(p) for p in PROMPTS] + raw:
     new, closest = greedy(ids)
     continuations.append(dict(prompt_ids=ids, token_ids=new, closest_call=closest))
     print(repr(text), "->", repr(tokenizer.decode(new)), "closest call", closest)
