@@ -157,7 +157,8 @@ impl Config {
 /// range. Every message names the file (or the `--set`) and the key.
 pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     let file = path.display();
-    let text = std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}"))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}; give the path of a TOML file"))?;
     let mut table: Table =
         text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))?;
     let mut changed = Vec::new();

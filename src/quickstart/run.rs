@@ -101,7 +101,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let checkpoint = Checkpoint::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
     let model = Model::of(checkpoint)?;
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
-    prepare_output(out, &config.to_toml()?)?;
+    prepare_output(out, "quickstart", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
     // 2. The data.
     let text = Text { tokenizer, eos: tokenizer.eos_id().context("the embedded tokenizer has an end token")? };
