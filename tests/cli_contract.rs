@@ -174,7 +174,8 @@ fn the_chat_template_goes_around_a_prompt_unless_it_is_raw() {
 #[test]
 fn people_read_text_on_stdout_and_everything_else_on_stderr() {
     let p = Place::new();
-    let args = ["generate", "--base", "base", "--prompt", "How is the hotel?", "--max-new-tokens", "200", "--seed", "1"];
+    let args =
+        ["generate", "--base", "base", "--prompt", "How is the hotel?", "--max-new-tokens", "200", "--seed", "1"];
     let ran = p.run_with(&args, "");
     let text = p.generate("--max-new-tokens 200 --seed 1")["text"].as_str().unwrap().to_string();
     assert_eq!((ran.code, ran.stdout.as_str()), (0, format!("{text}\n").as_str()), "{}", ran.stderr);
@@ -222,7 +223,9 @@ fn an_override_changes_the_run_and_its_error_names_it() {
 #[test]
 fn arguments_that_clap_refuses_exit_with_2_and_help_with_0() {
     let p = Place::new();
-    for line in ["", "train run.toml", "sft", "generate --base base", "merge --base base --adapter a --out b --dtype q4"] {
+    for line in
+        ["", "train run.toml", "sft", "generate --base base", "merge --base base --adapter a --out b --dtype q4"]
+    {
         let ran = p.run(line);
         assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}: {}", ran.stderr);
         assert!(ran.stderr.contains("Usage") || ran.stderr.contains("--help"), "{line}: {}", ran.stderr);

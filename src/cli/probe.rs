@@ -49,7 +49,9 @@ pub(super) fn score(args: &Score) -> Result<()> {
         ..Data::default()
     };
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let (examples, report) = ranked_examples(&data::load(&data)?.entries, &encoder, &data)?;
+    let given = || format!("{} with --max-length {}", args.data.display(), args.max_length);
+    let entries = data::load(&data)?.entries;
+    let (examples, report) = ranked_examples(&entries, &encoder, &data).with_context(given)?;
     if examples.is_empty() {
         return Err(invalid!("{}: no record can be scored ({report})", args.data.display()));
     }
