@@ -9,13 +9,15 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use crate::config::{self, Config, Lora, Stage};
-use crate::data::phases::{PromptExample, prompt_examples, ranked_examples, sft_examples};
+use crate::data::phases::{PromptExample, RankedExample, prompt_examples, ranked_examples, sft_examples};
 use crate::data::{self, Entry, ModelEncoder};
 use crate::model::adapter::{Adapter, LoraConfig, Provenance, TargetModules};
 use crate::model::base::Base;
+use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::generate::generate;
 use crate::model::roles::{Policy, Scorer};
+use crate::ops::cpu;
 use crate::report::{Report, number};
 use crate::rng::derive;
 use crate::train::settings;
@@ -44,7 +46,28 @@ impl Model {
     /// As for [`Model::open`].
     pub fn of(checkpoint: Checkpoint) -> Result<Self> {
         let base = Base::load(&checkpoint)?;
-        Ok(Self { checkpoint, base })
+        let model = Self { checkpoint, base };
+        model.check_finite()?;
+        Ok(model)
+    }
+
+    /// One token goes through the network: a NaN in any matrix or norm reaches the logits. Only then are the tensors
+    /// read one by one to name it, so that opening stays a matter of mapping.
+    fn check_finite(&self) -> Result<()> {
+        let logits = self.base.logits(&self.base.hidden(&Batch::new(&[[0u32]])?, None)?)?;
+        if cpu::view(&logits)?.iter().all(|l| l.is_finite()) {
+            return Ok(());
+        }
+        let is_bad = |values: &[f32]| values.iter().any(|v| !v.is_finite());
+        let norm = self.base.norms().into_iter().find(|(_, n)| is_bad(n)).map(|(name, _)| name);
+        let name = norm.or_else(|| Some(self.base.weights().into_iter().find(|(_, w)| is_bad(&w.to_f32()))?.0));
+        let model = self.checkpoint.path().map_or_else(|| "the embedded model".into(), |p| p.display().to_string());
+        Err(match name {
+            Some(name) => invalid!("{model}: tensor {name} holds NaN or infinite numbers; fetch the model again"),
+            None => {
+                invalid!("{model}: its logits are not finite: the weights are too large for f32; use another model")
+            }
+        })
     }
 
     /// An adapter from a PEFT folder that fits this base.
@@ -98,26 +121,48 @@ fn lora_config(lora: &Lora) -> LoraConfig {
     }
 }
 
-/// The file by which an output folder is known as ours.
+/// The file by which an output folder is known as ours: its first line is [`mark`].
 const RESOLVED: &str = "config.toml";
 
-/// Makes the output folder, or takes one that an earlier run of ours made, and writes the resolved config into it.
+/// `by` is the command that writes the folder.
+fn mark(by: &str) -> String {
+    format!("# fourfold {by}: the settings of this run, every default written out")
+}
+
+/// Checks that `out` can be written to by the command `by`: it is new, empty, or the folder of a former run of that
+/// very command. Nothing is touched.
 ///
 /// # Errors
-/// If there is something else under that name.
-pub fn prepare_output(out: &Path, resolved: &str) -> Result<()> {
-    if out.exists() && !out.join(RESOLVED).is_file() {
-        let empty = out.is_dir() && fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
-        if !empty {
-            return Err(invalid!(
-                "{} exists and is no folder of a former run (it has no {RESOLVED}); name another with --out",
-                out.display()
-            ));
-        }
+/// If there is something else under that name: another's files, or what another stage made.
+pub fn check_output(out: &Path, by: &str) -> Result<()> {
+    let empty = out.is_dir() && fs::read_dir(out).is_ok_and(|mut entries| entries.next().is_none());
+    if !out.exists() || empty {
+        return Ok(());
     }
+    let settings = fs::read_to_string(out.join(RESOLVED)).unwrap_or_default();
+    let first = settings.lines().next().unwrap_or_default();
+    if first == mark(by) {
+        return Ok(());
+    }
+    let other = ["sft", "reward", "ppo", "quickstart"].into_iter().find(|other| first == mark(other));
+    Err(match other {
+        Some(other) => invalid!("{} holds a run of `fourfold {other}`; name another folder with --out", out.display()),
+        None => {
+            invalid!("{} exists and is no folder of a former run; name another with --out, or remove it", out.display())
+        }
+    })
+}
+
+/// Makes the output folder, or takes one that [`check_output`] allows, and writes the resolved config into it.
+///
+/// # Errors
+/// As for [`check_output`], and if the folder cannot be written to.
+pub fn prepare_output(out: &Path, by: &str, resolved: &str) -> Result<()> {
+    check_output(out, by)?;
     fs::create_dir_all(out).map_err(|e| invalid!("{}: {e}; name another folder with --out", out.display()))?;
     let path = out.join(RESOLVED);
-    fs::write(&path, resolved).map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))
+    fs::write(&path, format!("{}\n{resolved}", mark(by)))
+        .map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))
 }
 
 /// Runs one stage of a config; returns the object that `--json` prints.
@@ -126,9 +171,7 @@ pub fn prepare_output(out: &Path, resolved: &str) -> Result<()> {
 /// If the configuration, the base or the data cannot be used, or training fails.
 pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
     let started = Instant::now();
-    for base in [Some(&config.base), config.reward_base.as_ref()].into_iter().flatten() {
-        check_compute(base)?;
-    }
+    check_output(out, stage.name())?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let mut object = match stage {
         Stage::Sft => run_sft(config, out)?,
@@ -144,15 +187,6 @@ pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
     Ok(object)
 }
 
-fn check_compute(base: &config::Base) -> Result<()> {
-    match base.compute {
-        config::Compute::F32 => Ok(()),
-        config::Compute::Bf16 => {
-            Err(invalid!("[base] compute = \"bf16\" is not built yet; \"f32\" is exact on any stored type"))
-        }
-    }
-}
-
 /// All records of `[data]`.
 fn records(config: &Config) -> Result<Vec<Entry>> {
     let dataset = data::load(config.data()?)?;
@@ -160,6 +194,18 @@ fn records(config: &Config) -> Result<Vec<Entry>> {
         eprintln!("data: {} records skipped; {}", dataset.skipped, dataset.first_skipped.unwrap_or_default());
     }
     Ok(dataset.entries)
+}
+
+/// Refuses a sequence that the base cannot take, before anything is made or trained.
+fn check_context(model: &Model, lengths: impl Iterator<Item = usize>) -> Result<()> {
+    let context = model.base.config().max_position_embeddings;
+    match lengths.max() {
+        Some(longest) if longest > context => Err(invalid!(
+            "[data] a sequence of {longest} tokens is longer than the model's context of {context}; set max_length = \
+             {context} or less"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Says what became of the records, refuses an empty phase, and holds some examples out: (training, held-out).
@@ -176,12 +222,13 @@ fn run_sft(config: &Config, out: &Path) -> Result<Value> {
     let model = Model::open(&config.base.path)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = sft_examples(&records(config)?, &encoder, config.data()?, settings.completion_only_loss)?;
+    check_context(&model, examples.0.iter().map(|e| e.tokens.len()))?;
     let (train, held_out) = held_out(config, examples)?;
     let start = match &settings.adapter {
-        Some(path) => model.adapter(path)?,
+        Some(path) => model.adapter(path).context("[sft] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
-    prepare_output(out, &config.to_toml()?)?;
+    prepare_output(out, "sft", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
     let (adapter, summary) = sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
@@ -202,12 +249,14 @@ fn run_reward(config: &Config, out: &Path) -> Result<Value> {
     let model = Model::open(&config.reward_base().path)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
+    let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);
+    check_context(&model, examples.0.iter().map(lengths))?;
     let (train, held_out) = held_out(config, examples)?;
     let start = match &settings.adapter {
-        Some(path) => model.adapter(path)?,
+        Some(path) => model.adapter(path).context("[reward] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
-    prepare_output(out, &config.to_toml()?)?;
+    prepare_output(out, "reward", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
     let (adapter, summary) =
         reward::train::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
@@ -239,19 +288,21 @@ fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
     let examples = prompt_examples(&records(config)?, &encoder, config.data()?)?;
     let (prompts, held_out) = held_out(config, examples)?;
     let sft = match &settings.adapter {
-        Some(path) => model.adapter(path)?.with_score_head(None)?,
+        Some(path) => model.adapter(path).context("[ppo] adapter")?.with_score_head(None)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
-    let reward = scorer.adapter(&settings.reward_adapter)?;
+    let reward = scorer.adapter(&settings.reward_adapter).context("[ppo] reward_adapter")?;
     let start = ppo::train::Start { base: &model.base, reward_base: &scorer.base, sft: &sft, reward: &reward };
     Scorer::new(start.reward_base, start.reward)
         .with_context(|| format!("[ppo] reward_adapter = {}", settings.reward_adapter.display()))?;
-    prepare_output(out, &config.to_toml()?)?;
+    let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
+    let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
+    let asked_ids: Vec<Vec<u32>> = asked.iter().map(|p| p.tokens.clone()).collect();
+    ppo::train::check(start, &[&ids[..], &asked_ids].concat(), settings)?;
+    prepare_output(out, "ppo", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
-    let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
     let before = evaluate(start, &sft, asked, tokenizer.eos_ids(), settings, config.seed)?;
     let trained = ppo::train::train(start, &ids, tokenizer.eos_ids(), settings, config.seed, &decode, &mut report)?;
     let after = evaluate(start, &trained.actor, asked, tokenizer.eos_ids(), settings, config.seed)?;
@@ -291,7 +342,7 @@ fn evaluate(
         let responses = generate(policy, &ids, &seeds, &sampling, |_, _| {})?;
         let sequences: Vec<Vec<u32>> =
             ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
-        let batch = crate::model::batch::Batch::new(&sequences)?;
+        let batch = Batch::new(&sequences)?;
         scores.extend(scorer.scores(&batch)?.into_iter().map(f64::from));
     }
     Ok(scores)

@@ -58,7 +58,10 @@ pub fn train(
     let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
     report.stage("sft", steps);
     let perplexity_before = perplexity(base, learner.weights().view(), held_out)?;
-    report.note(&format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()));
+    report.note(&match held_out.len() {
+        0 => format!("sft: {} records, none held out", examples.len()),
+        _ => format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()),
+    });
     let (mut step, mut tokens) = (0, 0);
     for epoch in 0..config.num_train_epochs {
         let order = SplitMix64::new(derive(seed, &[settings::SFT_ORDER, epoch as u64])).permutation(examples.len());
@@ -100,7 +103,9 @@ pub fn train(
     let trained = learner.weights().snapshot();
     let perplexity_after = perplexity(base, &trained, held_out)?;
     report.done();
-    report.note(&format!("sft: held-out perplexity {perplexity_before:.3} -> {perplexity_after:.3}"));
+    if !held_out.is_empty() {
+        report.note(&format!("sft: held-out perplexity {perplexity_before:.3} -> {perplexity_after:.3}"));
+    }
     Ok((trained, Summary { perplexity_before, perplexity_after, steps, tokens }))
 }
 

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use fourfold::config::{
-    self, Checkpoint, Compute, Config, EvalSize, LrScheduler, Paths, RewardLoss, Stage, TargetModules,
-};
+use fourfold::config::{self, Checkpoint, Config, EvalSize, LrScheduler, Paths, RewardLoss, Stage, TargetModules};
 use fourfold::error::exit_code;
 
 fn load(text: &str, set: &[&str]) -> anyhow::Result<Config> {
@@ -153,8 +151,8 @@ fn an_unset_variable_in_a_path_is_named_with_its_key() {
 #[test]
 fn an_override_wins_over_the_file_and_its_errors_name_it() {
     let text = format!("seed = 1\n{BASE}[ppo]\nreward_adapter = \"rm\"\nkl_coef = 0.2\n");
-    let config = load(&text, &["ppo.kl_coef=0.3", "seed=7", "data.path=d.jsonl", "base.compute=bf16"]).unwrap();
-    assert_eq!((config.seed, config.ppo().unwrap().kl_coef, config.base.compute), (7, 0.3, Compute::Bf16));
+    let config = load(&text, &["ppo.kl_coef=0.3", "seed=7", "data.path=d.jsonl"]).unwrap();
+    assert_eq!((config.seed, config.ppo().unwrap().kl_coef), (7, 0.3));
     assert_eq!(config.data().unwrap().path, Paths::One("d.jsonl".into()));
     let found = message(&text, &["ppo.kl_coeff=0.3"]);
     assert_eq!(found, "--set ppo.kl_coeff=0.3: [ppo] has no key \"kl_coeff\"; did you mean \"kl_coef\"?");
@@ -163,7 +161,7 @@ fn an_override_wins_over_the_file_and_its_errors_name_it() {
     let found = message(&text, &["lroa.r=3"]);
     assert_eq!(found, "--set lroa.r=3: there is no section [lroa]; did you mean \"lora\"?");
     assert!(message("seed = 1", &["lora.r=3"]).starts_with("run.toml: the section [base] is missing"));
-    assert_eq!(message("seed = 1", &["base.compute=bf16"]), "run.toml: [base] needs the key \"path\"");
+    assert_eq!(message("seed = 1", &["lora.r=4"]), "run.toml: [base] needs the key \"path\"");
     // An override of one key does not take the blame for another.
     assert!(message(&format!("{text}gama = 1"), &["ppo.lam=0.9"]).starts_with("run.toml: [ppo] has no key \"gama\""));
 }

@@ -4,9 +4,10 @@
 mod probe;
 mod text;
 
+use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use serde_json::{Value, json};
 
@@ -110,9 +111,8 @@ pub fn run() -> Result<()> {
             let outcome = quickstart::run(&args.out, args.seed)?;
             match args.json {
                 true => print_json(&outcome.to_json()),
-                false => println!("{}", outcome.table()),
+                false => say(&format!("{}\n", outcome.table())),
             }
-            Ok(())
         }
         Command::Sft(args) => train(Stage::Sft, &args),
         Command::Reward(args) => train(Stage::Reward, &args),
@@ -126,15 +126,20 @@ pub fn run() -> Result<()> {
             let found = inspect::inspect(&path)?;
             match json {
                 true => print_json(&found),
-                false => print!("{}", inspect::render(&found)),
+                false => say(&inspect::render(&found)),
             }
-            Ok(())
         }
     }
 }
 
-fn print_json(value: &Value) {
-    println!("{value}");
+/// Writes to stdout at once; a closed pipe is an error here, where `print!` would panic.
+fn say(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to stdout")
+}
+
+fn print_json(value: &Value) -> Result<()> {
+    say(&format!("{value}\n"))
 }
 
 fn train(stage: Stage, args: &Training) -> Result<()> {
@@ -142,10 +147,9 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
     let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
     let summary = run::stage(stage, &config, &out)?;
     if args.json {
-        print_json(&summary);
-    } else {
-        eprintln!("{}: done; everything is in {}", stage.name(), out.display());
+        return print_json(&summary);
     }
+    eprintln!("{}: done; everything is in {}", stage.name(), out.display());
     Ok(())
 }
 
@@ -168,8 +172,11 @@ fn merge_command(args: &Merge) -> Result<()> {
     let sides = model.checkpoint.side_files()?;
     let reopen = |dir: &std::path::Path| Ok(Model::open(dir)?.base);
     let comparison = merge(&model.base, &adapter, args.dtype, &sides, &prompts, &args.out, reopen)?;
+    if adapter.head().is_some() {
+        eprintln!("{}: its scalar head stays behind: a merged model is a language model", args.adapter.display());
+    }
     if args.json {
-        print_json(&json!({
+        return print_json(&json!({
             "merged": args.out.display().to_string(),
             "dtype": args.dtype.torch_name(),
             "max_logit_difference": comparison.max_logit_difference,
@@ -177,16 +184,15 @@ fn merge_command(args: &Merge) -> Result<()> {
             "greedy_agreement": comparison.greedy_agreement,
             "positions": comparison.positions,
         }));
-    } else {
-        eprintln!(
-            "merged into {}: largest logit difference {:.2e} (largest logit {:.1}), greedy agreement {:.1}% over {} \
-             positions",
-            args.out.display(),
-            comparison.max_logit_difference,
-            comparison.max_logit,
-            100.0 * comparison.greedy_agreement,
-            comparison.positions
-        );
     }
+    eprintln!(
+        "merged into {}: largest logit difference {:.2e} (largest logit {:.1}), greedy agreement {:.1}% over {} \
+         positions",
+        args.out.display(),
+        comparison.max_logit_difference,
+        comparison.max_logit,
+        100.0 * comparison.greedy_agreement,
+        comparison.positions
+    );
     Ok(())
 }

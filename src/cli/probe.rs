@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::Args;
 use serde::Deserialize;
 use serde_json::json;
@@ -49,11 +49,14 @@ pub(super) fn score(args: &Score) -> Result<()> {
         ..Data::default()
     };
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let (examples, report) = ranked_examples(&data::load(&data)?.entries, &encoder, &data)?;
+    let given = || format!("{} with --max-length {}", args.data.display(), args.max_length);
+    let entries = data::load(&data)?.entries;
+    let (examples, report) = ranked_examples(&entries, &encoder, &data).with_context(given)?;
     if examples.is_empty() {
         return Err(invalid!("{}: no record can be scored ({report})", args.data.display()));
     }
-    let scores = reward::scores(&model.base, &adapter, &examples)?;
+    let named = || args.adapter.display().to_string();
+    let scores = reward::scores(&model.base, &adapter, &examples).with_context(named)?;
     let summary = reward::summarise(&scores)?;
     if args.json {
         super::print_json(&json!({
@@ -64,15 +67,14 @@ pub(super) fn score(args: &Score) -> Result<()> {
             "pairs": summary.pairs,
             "records": report.read,
             "dropped": report.read - examples.len(),
-        }));
+        }))
     } else {
         eprintln!("data: {report}");
-        println!(
-            "accuracy {:.3} over {} pairs; mean score of the best answers {:.3}, of the others {:.3}",
+        super::say(&format!(
+            "accuracy {:.3} over {} pairs; mean score of the best answers {:.3}, of the others {:.3}\n",
             summary.accuracy, summary.pairs, summary.mean_chosen, summary.mean_rejected
-        );
+        ))
     }
-    Ok(())
 }
 
 #[derive(Args)]
@@ -105,11 +107,17 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
         return Err(invalid!("{file}: input_ids must hold sequences of at least two tokens"));
     }
     let (model, adapter) = args.weights.open()?;
-    let vocab = model.base.config().vocab_size;
+    let (vocab, context) = (model.base.config().vocab_size, model.base.config().max_position_embeddings);
+    if let Some((row, ids)) = input_ids.iter().enumerate().find(|(_, ids)| ids.len() > context) {
+        let n = ids.len();
+        return Err(invalid!("{file}: input_ids[{row}] has {n} tokens, and the model's context is {context}; cut it"));
+    }
     if let Some((row, id)) =
         input_ids.iter().enumerate().find_map(|(i, ids)| Some((i, ids.iter().find(|&&id| id as usize >= vocab)?)))
     {
-        return Err(invalid!("{file}: input_ids[{row}] holds {id}, past the vocabulary of {vocab}"));
+        return Err(invalid!(
+            "{file}: input_ids[{row}] holds {id}, past the vocabulary of {vocab}; encode with this model's tokenizer"
+        ));
     }
     let policy = Policy::new(&model.base, adapter.as_ref());
     let lengths: Vec<usize> = input_ids.iter().map(Vec::len).collect();
@@ -119,6 +127,11 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
         let batch = Batch::new(&sequences)?;
         let all: Vec<usize> = sequences.iter().map(|s| s.len() - 1).collect();
         let stats = policy.logprobs(&batch, &Targets::responses(&batch, &all)?, 1.0)?;
+        if !stats.logprobs.iter().all(|l| l.is_finite()) {
+            return Err(invalid!(
+                "the log-probabilities are not finite: the base or the adapter holds numbers that are none"
+            ));
+        }
         let mut at = 0;
         for n in all {
             logprobs.push(stats.logprobs[at..at + n].to_vec());
@@ -127,16 +140,12 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
         }
     }
     if args.json {
-        super::print_json(&json!({ "logprobs": logprobs, "argmax": argmax }));
-    } else {
-        for (i, row) in logprobs.iter().enumerate() {
-            let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
-            println!(
-                "sequence {i}: {} tokens, sum {sum:.4}, perplexity {:.4}",
-                row.len(),
-                (-sum / row.len() as f64).exp()
-            );
-        }
+        return super::print_json(&json!({ "logprobs": logprobs, "argmax": argmax }));
+    }
+    for (i, row) in logprobs.iter().enumerate() {
+        let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
+        let perplexity = (-sum / row.len() as f64).exp();
+        super::say(&format!("sequence {i}: {} tokens, sum {sum:.4}, perplexity {perplexity:.4}\n", row.len()))?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `generate` and `chat`: text in, text out. Knows no training.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -39,13 +39,13 @@ struct How {
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
     /// Divides the logits; 0 takes the most likely token.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     temperature: f64,
     /// Only the k most likely tokens; 0 is all.
     #[arg(long, default_value_t = 0)]
     top_k: usize,
     /// Only the most likely tokens that reach this probability together.
-    #[arg(long, default_value_t = 1.0)]
+    #[arg(long, default_value_t = 1.0, allow_negative_numbers = true)]
     top_p: f64,
     /// Seed of the draws.
     #[arg(long, default_value_t = 0)]
@@ -105,7 +105,7 @@ fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<
         Some(text) => tokenizer.encode(text, SpecialTokens::Add)?,
     };
     if ids.is_empty() {
-        return Err(invalid!("the prompt is empty"));
+        return Err(invalid!("the prompt is empty; write something to answer"));
     }
     Ok(ids)
 }
@@ -125,11 +125,10 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
             "logprobs": response.logprobs,
             "finish_reason": response.finish.name(),
             "prompt_token_ids": ids,
-        }));
+        }))
     } else {
-        printer.finish()?;
+        printer.finish()
     }
-    Ok(())
 }
 
 /// Prints text as its tokens come.
@@ -142,15 +141,13 @@ struct Printer<'t> {
 impl Printer<'_> {
     fn push(&mut self, token: u32) -> Result<()> {
         if !self.quiet && !self.stop.contains(&token) {
-            print!("{}", self.stream.push(token)?);
-            std::io::stdout().flush().context("writing to stdout")?;
+            super::say(&self.stream.push(token)?)?;
         }
         Ok(())
     }
 
     fn finish(self) -> Result<()> {
-        println!("{}", self.stream.finish()?);
-        Ok(())
+        super::say(&format!("{}\n", self.stream.finish()?))
     }
 }
 

@@ -20,9 +20,7 @@ use toml::{Table, Value};
 use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
-pub use schema::{
-    Base, Compute, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation,
-};
+pub use schema::{Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation};
 pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
@@ -157,7 +155,8 @@ impl Config {
 /// range. Every message names the file (or the `--set`) and the key.
 pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     let file = path.display();
-    let text = std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}"))?;
+    let text =
+        std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}; give the path of a TOML file"))?;
     let mut table: Table =
         text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))?;
     let mut changed = Vec::new();

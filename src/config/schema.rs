@@ -11,21 +11,6 @@ use serde::{Deserialize, Serialize};
 pub struct Base {
     /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file. Required.
     pub path: PathBuf,
-    /// Arithmetic of the frozen linear layers; the adapters and their gradients are f32 either way. Default `f32`:
-    /// exact on every machine; `bf16` is faster where the processor has it.
-    #[serde(default)]
-    pub compute: Compute,
-}
-
-/// Arithmetic of the frozen linear layers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Compute {
-    /// 32-bit products and sums.
-    #[default]
-    F32,
-    /// bfloat16 operands, 32-bit sums.
-    Bf16,
 }
 
 /// `[lora]`: the shape of a new adapter. Keys and defaults are PEFT's `LoraConfig`, except `lora_alpha` (8 there) and

@@ -130,7 +130,7 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Tak
         let found = match std::str::from_utf8(&bytes) {
             Err(error) => Err(format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1)),
             Ok(text) if is_text => Ok(Found::Line(text.trim_end_matches(['\r', '\n']).to_owned())),
-            Ok(text) => serde_json::from_str(text).map(Found::Json).map_err(|error| {
+            Ok(text) => serde_json::from_str(text.trim_end()).map(Found::Json).map_err(|error| {
                 let what = error.to_string();
                 // serde_json counts lines within this one line.
                 let what = what.split(" at line ").next().unwrap_or_default();

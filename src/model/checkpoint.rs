@@ -202,7 +202,9 @@ impl Checkpoint {
 impl Contents {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let name = path.display();
-        let kind = fs::metadata(path).map_err(|e| invalid!("the model {name} cannot be opened: {e}"))?;
+        let kind = fs::metadata(path).map_err(|e| {
+            invalid!("the model {name} cannot be opened: {e}; give a Hugging Face directory or a .gguf file")
+        })?;
         if kind.is_dir() {
             return Self::open_directory(path);
         }

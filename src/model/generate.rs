@@ -70,7 +70,9 @@ pub fn generate(
     anyhow::ensure!(prompts.len() == seeds.len(), "{} seeds for {} prompts", seeds.len(), prompts.len());
     let context = policy.base().config().max_position_embeddings;
     if let Some(long) = prompts.iter().map(Vec::len).find(|&len| len >= context) {
-        return Err(invalid!("a prompt of {long} tokens leaves no room in the model's context of {context}"));
+        return Err(invalid!(
+            "a prompt of {long} tokens leaves no room in the model's context of {context}; shorten it"
+        ));
     }
     let empty = || Response { tokens: vec![], logprobs: vec![], finish: Finish::Length };
     let mut responses: Vec<Response> = prompts.iter().map(|_| empty()).collect();
@@ -160,10 +162,12 @@ impl Chooser {
         let inverse = if sampling.temperature > 0.0 { (1.0 / sampling.temperature) as f32 } else { 1.0 };
         self.weights.resize(logits.len(), 0.0);
         let sum = exponentials(logits, top, inverse, &mut self.weights);
-        anyhow::ensure!(
-            sum.is_finite() && top.is_finite(),
-            "the logits are not finite: the adapter or the base holds NaN or infinite weights"
-        );
+        if !(sum.is_finite() && top.is_finite()) {
+            return Err(invalid!(
+                "the logits are not finite: the weights of the base or the adapter have grown past what f32 holds; train \
+                 the adapter again with a lower learning_rate"
+            ));
+        }
         let logprob = |token: usize| (logits[token] - top) * inverse - sum.ln();
         if sampling.temperature <= 0.0 {
             return Ok((best as u32, logprob(best)));

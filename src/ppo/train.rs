@@ -145,7 +145,11 @@ pub fn sampling(config: &Ppo, stop: &[u32]) -> Sampling {
     }
 }
 
-fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()> {
+/// What [`train`] refuses, without training: for callers that must know before they make anything.
+///
+/// # Errors
+/// If there is no prompt, the two bases' vocabularies differ, or a response would run past the context.
+pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()> {
     if prompts.is_empty() {
         return Err(invalid!("[ppo] there is no prompt to answer"));
     }

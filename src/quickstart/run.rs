@@ -43,7 +43,7 @@ pub fn config(seed: u64) -> Config {
     Config {
         seed,
         output_dir: None,
-        base: config::Base { path: "embedded".into(), compute: config::Compute::F32 },
+        base: config::Base { path: "embedded".into() },
         reward_base: None,
         lora: config::Lora::default(),
         data: None,
@@ -101,7 +101,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let checkpoint = Checkpoint::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
     let model = Model::of(checkpoint)?;
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
-    prepare_output(out, &config.to_toml()?)?;
+    prepare_output(out, "quickstart", &config.to_toml()?)?;
     write_base(&model, &out.join("base"))?;
     let mut report = Report::to_dir(out)?;
     // 2. The data.

@@ -22,7 +22,7 @@ pub struct Report {
     last_line: Option<Instant>,
 }
 
-/// Without a terminal, a line of figures at most this often.
+/// Without a terminal, a line of figures at most this often, and one for the last step.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
 impl Report {
@@ -75,7 +75,9 @@ impl Report {
             let text = text.join("  ");
             self.bar.set_position(step as u64);
             self.bar.set_message(text.clone());
-            if !std::io::stderr().is_terminal() && self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) {
+            let due =
+                self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) || self.bar.length() == Some(step as u64);
+            if !std::io::stderr().is_terminal() && due {
                 self.last_line = Some(Instant::now());
                 eprintln!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
             }

@@ -75,7 +75,10 @@ pub fn train(
     let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
     report.stage("reward", steps);
     let before = evaluate(base, learner.weights().view(), held_out)?;
-    report.note(&format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy));
+    report.note(&match held_out.len() {
+        0 => format!("reward: {} comparisons, none held out", examples.len()),
+        _ => format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy),
+    });
     let (mut step, mut tokens) = (0, 0);
     for epoch in 0..config.num_train_epochs {
         let path = [settings::REWARD_ORDER, epoch as u64];
@@ -124,10 +127,12 @@ pub fn train(
     }
     let after = evaluate(base, &trained, held_out)?;
     report.done();
-    report.note(&format!(
-        "reward: held-out accuracy {:.3} -> {:.3} on {} pairs, mean chosen {:.3}, rejected {:.3}",
-        before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
-    ));
+    if !held_out.is_empty() {
+        report.note(&format!(
+            "reward: held-out accuracy {:.3} -> {:.3} on {} pairs, mean chosen {:.3}, rejected {:.3}",
+            before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
+        ));
+    }
     Ok((trained, Summary { before, after, steps, tokens }))
 }
 

@@ -182,7 +182,7 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
 /// Those of [`TrainableAdapter::flat_gradients`], or if the norm is not finite.
 pub fn clip_grad_norm(learner: &TrainableAdapter, gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
     let norm = grad_norm(&learner.flat_gradients(gradients)?)?;
-    ensure!(norm.is_finite(), "the gradient norm is {norm}");
+    ensure!(norm.is_finite(), "the gradient norm is {norm}: training diverged; lower the learning_rate");
     let factor = clip_factor(norm, max_norm);
     if factor < 1.0 {
         gradients.scale(factor)?;
