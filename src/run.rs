@@ -284,6 +284,7 @@ fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
+    check_same_tokens(&model, scorer)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = prompt_examples(&records(config)?, &encoder, config.data()?)?;
     let (prompts, held_out) = held_out(config, examples)?;
@@ -323,6 +324,22 @@ fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
         "actor": actor,
         "critic": critic,
     }))
+}
+
+/// The reward model reads the policy's token ids, so both must mean the same texts by them.
+fn check_same_tokens(policy: &Model, scorer: &Model) -> Result<()> {
+    let (ours, theirs) = (policy.checkpoint.tokenizer(), scorer.checkpoint.tokenizer());
+    let differs = |id: &u32| ours.token(*id) != theirs.token(*id);
+    let ids = policy.base.config().vocab_size.max(scorer.base.config().vocab_size) as u32;
+    match (0..ids).find(differs) {
+        Some(id) => Err(invalid!(
+            "[reward_base] has another tokenizer than [base]: token {id} is {:?} there and {:?} here; use a reward base \
+             with the policy's tokenizer",
+            theirs.token(id).unwrap_or_default(),
+            ours.token(id).unwrap_or_default()
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Held-out prompts, answered by sampling and scored by the learned reward.
