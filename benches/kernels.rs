@@ -26,6 +26,7 @@ fn median(mut run: impl FnMut()) -> f64 {
 }
 
 fn main() -> anyhow::Result<()> {
+    fourfold::memory::keep_freed_memory();
     let args: Vec<usize> = std::env::args().filter_map(|a| a.parse().ok()).collect();
     let ms = if args.is_empty() { vec![1, 8, 64, 512, 1024] } else { args };
     let dev = &Device::Cpu;

@@ -48,6 +48,7 @@ fn measure(id: &str, reps: usize, tokens: usize, mut run: impl FnMut(usize) -> R
 }
 
 fn main() -> Result<()> {
+    fourfold::memory::keep_freed_memory();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let reps = match arguments.iter().position(|a| a == "--reps") {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,

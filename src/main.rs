@@ -5,6 +5,7 @@
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() {
+    fourfold::memory::keep_freed_memory();
     let code = match fourfold::cli::run() {
         Ok(()) => 0,
         Err(error) => {

@@ -368,3 +368,6 @@ fn figures(experience: &Experience, update: &Update, config: &Ppo, episode: usiz
     f.insert("episode".into(), episode.into());
     f
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,105 @@
+//! What the reward model's training promises: rankings from one forward, both losses, centred scores.
+//! Knows no PPO; the formulas' goldens are in src/reward/loss.rs.
+
+use fourfold::config::{Reward, RewardLoss};
+use fourfold::data::phases::RankedExample;
+use fourfold::model::adapter::Adapter;
+use fourfold::report::Report;
+use fourfold::reward;
+use fourfold::run::Model;
+use serde_json::Value;
+
+use super::world::*;
+
+/// A reward start whose head is known before training, so that the first loss can be told by hand.
+fn scorer_start(model: &Model) -> Adapter {
+    model.fresh_adapter(&lora(), 9).unwrap().with_head(9).unwrap()
+}
+
+fn train_reward(
+    model: &Model,
+    start: &Adapter,
+    examples: &[RankedExample],
+    config: &Reward,
+) -> (Vec<Value>, reward::train::Summary) {
+    let dir = tempfile::tempdir().unwrap();
+    let mut report = Report::to_dir(dir.path()).unwrap();
+    let (_, summary) = reward::train::train(&model.base, start, examples, examples, config, 9, &mut report).unwrap();
+    (metrics(dir.path()), summary)
+}
+
+#[test]
+fn three_ranked_answers_train_as_three_pairs_from_one_forward_of_three_sequences() {
+    let model = model();
+    let two = comparisons(&model, 12);
+    // A third answer, worse than both: the end token at once.
+    let empty = vec![model.checkpoint.tokenizer().eos_id().unwrap()];
+    let three: Vec<RankedExample> = two
+        .iter()
+        .map(|e| RankedExample { answers: e.answers.iter().cloned().chain([empty.clone()]).collect(), ..e.clone() })
+        .collect();
+    let start = scorer_start(&model);
+    let config = Reward { num_train_epochs: 6, per_device_train_batch_size: 12, ..reward_config() };
+    let (lines, summary) = train_reward(&model, &start, &three, &config);
+    assert_eq!((summary.before.pairs, summary.after.pairs, summary.steps), (36, 36, 6));
+    // Pair by pair, every sequence would run twice.
+    let tokens = |e: &RankedExample| e.answers.iter().map(|a| e.prompt.len() + a.len()).sum::<usize>();
+    assert_eq!(summary.tokens, 6 * three.iter().map(tokens).sum::<usize>());
+    // -log sigmoid(better - worse), the mean over an example's pairs, then over the examples.
+    let scores = reward::train::scores(&model.base, &start, &three).unwrap();
+    let pair = |better: f32, worse: f32| (f64::from(worse - better)).exp().ln_1p();
+    let by_hand = scores.iter().map(|s| (pair(s[0], s[1]) + pair(s[0], s[2]) + pair(s[1], s[2])) / 3.0).sum::<f64>();
+    let losses = column(&lines, "loss");
+    eprintln!("loss of three ranked answers {losses:?}, the first by hand {}", by_hand / 12.0);
+    // Another packing, f32 sums: some 1e-6.
+    assert!((losses[0] - by_hand / 12.0).abs() < 1e-5);
+    assert!(losses[5] < 0.7 * losses[0] && summary.after.accuracy > summary.before.accuracy, "{losses:?} {summary:?}");
+}
+
+#[test]
+fn divergence_to_end_loss_falls_and_is_another_loss_than_the_last_tokens() {
+    let model = model();
+    let examples = comparisons(&model, 12);
+    let start = scorer_start(&model);
+    let config = Reward { num_train_epochs: 8, per_device_train_batch_size: 12, ..reward_config() };
+    let (last, _) = train_reward(&model, &start, &examples, &config);
+    let config = Reward { loss: RewardLoss::DivergenceToEnd, ..config };
+    let (lines, summary) = train_reward(&model, &start, &examples, &config);
+    let losses = column(&lines, "loss");
+    eprintln!("divergence_to_end loss {losses:?}, last_token {:?}", column(&last, "loss"));
+    assert!(losses[7] < 0.8 * losses[0], "{losses:?}");
+    assert!(summary.after.accuracy > summary.before.accuracy.min(0.99), "{summary:?}");
+    assert!((losses[0] - column(&last, "loss")[0]).abs() > 1e-3, "it reads more tokens than the last");
+}
+
+#[test]
+fn a_centered_reward_model_scores_its_answers_with_mean_zero_and_deviation_one_in_the_same_order() {
+    let model = model();
+    let examples = comparisons(&model, 16);
+    let train = |center: bool| {
+        let config = Reward { center, ..reward_config() };
+        let start = scorer_start(&model);
+        let (adapter, _) =
+            reward::train::train(&model.base, &start, &examples, &[], &config, 9, &mut Report::silent()).unwrap();
+        let scores = reward::train::scores(&model.base, &adapter, &examples).unwrap().concat();
+        (adapter, scores.into_iter().map(f64::from).collect::<Vec<f64>>())
+    };
+    let ((raw, raw_scores), (centered, scores)) = (train(false), train(true));
+    let moments = |s: &[f64]| {
+        let mean = s.iter().sum::<f64>() / s.len() as f64;
+        (mean, (s.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / s.len() as f64).sqrt())
+    };
+    let (mean, deviation) = moments(&scores);
+    // f32 scores of size 1.
+    assert!(mean.abs() < 1e-5 && (deviation - 1.0).abs() < 1e-5, "{mean} {deviation}");
+    let (raw_mean, raw_deviation) = moments(&raw_scores);
+    assert!(raw_mean.abs() > 1e-2 && (raw_deviation - 1.0).abs() > 1e-2, "{raw_mean} {raw_deviation}: nothing to do");
+    assert_eq!(raw.head().unwrap().bias, 0.0);
+    assert_ne!(centered.head().unwrap().bias, 0.0);
+    let order = |s: &[f64]| {
+        let mut order: Vec<usize> = (0..s.len()).collect();
+        order.sort_by(|&a, &b| s[a].total_cmp(&s[b]));
+        order
+    };
+    assert_eq!(order(&raw_scores), order(&scores));
+}

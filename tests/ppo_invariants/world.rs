@@ -1,0 +1,166 @@
+//! The little world that the promises are held in: the quickstart's base and records in small numbers, each stage's
+//! settings, and ways to look at weights bit by bit. Knows no promise.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::Path;
+
+use fourfold::config::{Lora, Ppo, Reward, Sft};
+use fourfold::data::phases::{RankedExample, SftExample};
+use fourfold::model::adapter::Adapter;
+use fourfold::model::base::Base;
+use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::checkpoint::Checkpoint;
+use fourfold::model::roles::Policy;
+use fourfold::model::tokenizer::SpecialTokens;
+use fourfold::ppo::train::{Start, Trained};
+use fourfold::quickstart::base::BASE;
+use fourfold::quickstart::task::{Split, pairs, prompts, sft_rows};
+use fourfold::report::Report;
+use fourfold::run::Model;
+use fourfold::{ppo, reward, sft};
+use serde_json::Value;
+
+/// The embedded base, opened anew: another one in memory at every call. `layers`: its first so many blocks.
+pub fn model_of(layers: usize) -> Model {
+    let config = BASE.config.replace("\"num_hidden_layers\": 4", &format!("\"num_hidden_layers\": {layers}"));
+    let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
+    let model = Model::of(Checkpoint::from_embedded(&config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap();
+    assert_eq!(model.base.config().num_hidden_layers, layers);
+    model
+}
+
+pub fn model() -> Model {
+    model_of(4)
+}
+
+pub fn ids(model: &Model, text: &str) -> Vec<u32> {
+    model.checkpoint.tokenizer().encode(text, SpecialTokens::None).unwrap()
+}
+
+pub fn answer_ids(model: &Model, text: &str) -> Vec<u32> {
+    let end = model.checkpoint.tokenizer().eos_id().unwrap();
+    ids(model, text).into_iter().chain([end]).collect()
+}
+
+pub fn sft_examples(model: &Model, n: usize) -> Vec<SftExample> {
+    let example = |prompt: &str, response: &str| {
+        let prompt = ids(model, prompt);
+        let tokens: Vec<u32> = prompt.iter().copied().chain(answer_ids(model, response)).collect();
+        SftExample { loss_mask: (0..tokens.len()).map(|i| i >= prompt.len()).collect(), tokens }
+    };
+    sft_rows(5, n, Split::Train).iter().map(|r| example(&r.row.prompt, &r.response)).collect()
+}
+
+pub fn comparisons(model: &Model, n: usize) -> Vec<RankedExample> {
+    let pairs = pairs(5, n, 0, Split::Train);
+    let answers = |p: &fourfold::quickstart::task::Pair| {
+        vec![answer_ids(model, &p.chosen), answer_ids(model, &p.rejected)] // best first
+    };
+    pairs.iter().map(|p| RankedExample { prompt: ids(model, &p.row.prompt), answers: answers(p) }).collect()
+}
+
+pub fn questions(model: &Model, n: usize) -> Vec<Vec<u32>> {
+    let questions: Vec<Vec<u32>> = prompts(5, n, Split::Train).iter().map(|r| ids(model, &r.prompt)).collect();
+    assert!(questions.iter().any(|q| q.len() != questions[0].len()), "ragged batches are the point");
+    questions
+}
+
+/// alpha / r = 1.5: a scale forgotten somewhere would show.
+pub fn lora() -> Lora {
+    Lora { r: 4, lora_alpha: 6.0, ..Lora::default() }
+}
+
+pub fn sft_config() -> Sft {
+    Sft { learning_rate: 3e-3, per_device_train_batch_size: 4, ..Sft::default() }
+}
+
+pub fn reward_config() -> Reward {
+    Reward { learning_rate: 3e-3, per_device_train_batch_size: 4, ..Reward::default() }
+}
+
+/// 5 iterations of 8 prompts, 2 minibatches each: 10 optimizer steps.
+pub fn ppo_config() -> Ppo {
+    let config = Ppo {
+        learning_rate: 2e-3,
+        total_episodes: 40,
+        batch_size: 8,
+        num_mini_batches: 2,
+        micro_batch_size: 3,
+        response_length: 12,
+        reward_adapter: "unused".into(),
+        ..Ppo::default()
+    };
+    assert_eq!(config.iterations() * config.num_ppo_epochs * config.num_mini_batches, 10);
+    config
+}
+
+/// An SFT adapter whose factors are all non-zero, and so never merged into anything.
+pub fn sft_adapter(model: &Model, seed: u64, report: &mut Report) -> Adapter {
+    let start = model.fresh_adapter(&lora(), seed).unwrap();
+    let examples = sft_examples(model, 32);
+    let (adapter, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), seed, report).unwrap();
+    for (name, values) in bits(&adapter) {
+        assert!(values.iter().any(|&v| f32::from_bits(v) != 0.0), "{name} is zero after SFT");
+    }
+    adapter
+}
+
+pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Report) -> Adapter {
+    let examples = comparisons(model, 32);
+    reward::train::train(&model.base, start, &examples, &examples, &reward_config(), seed, report).unwrap().0
+}
+
+pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report: &mut Report) -> Trained {
+    let tokenizer = model.checkpoint.tokenizer();
+    let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
+    ppo::train::train(start, &questions(model, 24), tokenizer.eos_ids(), config, seed, &decode, report).unwrap()
+}
+
+/// Every tensor of an adapter as the bits of its numbers, the head's bias last.
+pub fn bits(adapter: &Adapter) -> BTreeMap<String, Vec<u32>> {
+    let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    let named = adapter.named_tensors().into_iter();
+    let mut all: BTreeMap<String, Vec<u32>> =
+        named.map(|(name, t)| (name, values(t).iter().map(|v| v.to_bits()).collect())).collect();
+    all.extend(adapter.head().map(|h| ("score.bias".to_string(), vec![h.bias.to_bits()])));
+    all
+}
+
+/// Every stored byte of a base.
+pub fn bytes_of(base: &Base) -> BTreeMap<String, Vec<u8>> {
+    let mut all: BTreeMap<String, Vec<u8>> =
+        base.weights().into_iter().map(|(name, w)| (name, w.bytes().to_vec())).collect();
+    all.extend(base.norms().into_iter().map(|(n, v)| (n, v.iter().flat_map(|x| x.to_le_bytes()).collect())));
+    all
+}
+
+/// Demonstrations as one batch, all their tokens targets.
+pub fn fixed_sequences(model: &Model) -> (Batch, Targets) {
+    let sequences: Vec<Vec<u32>> = sft_examples(model, 5).into_iter().map(|e| e.tokens).collect();
+    let lengths: Vec<usize> = sequences.iter().map(|s| s.len() - 1).collect();
+    let batch = Batch::new(&sequences).unwrap();
+    let targets = Targets::responses(&batch, &lengths).unwrap();
+    (batch, targets)
+}
+
+pub fn logprobs(base: &Base, adapter: Option<&Adapter>, (batch, targets): &(Batch, Targets)) -> Vec<f32> {
+    Policy::new(base, adapter).logprobs(batch, targets, 1.0).unwrap().logprobs
+}
+
+pub fn to_bits(values: &[f32]) -> Vec<u32> {
+    values.iter().map(|v| v.to_bits()).collect()
+}
+
+pub fn mean_difference(a: &[f32], b: &[f32]) -> f32 {
+    a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f32>() / a.len() as f32
+}
+
+pub fn metrics(dir: &Path) -> Vec<Value> {
+    let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+pub fn column(lines: &[Value], key: &str) -> Vec<f64> {
+    lines.iter().map(|l| l[key].as_f64().unwrap_or_else(|| panic!("{key} in {l}"))).collect()
+}
