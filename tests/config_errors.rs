@@ -161,7 +161,7 @@ fn an_override_wins_over_the_file_and_its_errors_name_it() {
     let found = message(&text, &["lroa.r=3"]);
     assert_eq!(found, "--set lroa.r=3: there is no section [lroa]; did you mean \"lora\"?");
     assert!(message("seed = 1", &["lora.r=3"]).starts_with("run.toml: the section [base] is missing"));
-    assert_eq!(message("seed = 1", &["lora.r=4"]), "run.toml: [base] needs the key \"path\"");
+    assert_eq!(message("seed = 1\n[base]\n", &[]), "run.toml: [base] needs the key \"path\"");
     // An override of one key does not take the blame for another.
     assert!(message(&format!("{text}gama = 1"), &["ppo.lam=0.9"]).starts_with("run.toml: [ppo] has no key \"gama\""));
 }
