@@ -109,6 +109,23 @@ impl Targets {
     }
 }
 
+/// 0..n in order, cut so that no part has more than `most` tokens, single sequences apart.
+pub fn chunks_by_tokens(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {
+    let mut chunks: Vec<Vec<usize>> = vec![];
+    let mut filled = usize::MAX;
+    for (i, &length) in lengths.iter().enumerate() {
+        if filled.saturating_add(length) > most {
+            chunks.push(vec![]);
+            filled = 0;
+        }
+        filled += length;
+        if let Some(chunk) = chunks.last_mut() {
+            chunk.push(i);
+        }
+    }
+    chunks
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -123,5 +140,12 @@ mod tests {
         assert!(Targets::masked(&batch, &[false, false, false, true, false]).is_err());
         assert!(Batch::new(&[vec![1], vec![]]).is_err() && Batch::new::<Vec<u32>>(&[]).is_err());
         assert_eq!(batch.last_rows(), [2, 4]);
+    }
+
+    #[test]
+    fn chunks_hold_every_sequence_once_in_order_within_the_budget() {
+        let lengths = [3, 9, 4, 4, 20, 1];
+        assert_eq!(chunks_by_tokens(&lengths, 12), vec![vec![0, 1], vec![2, 3], vec![4], vec![5]]);
+        assert!(chunks_by_tokens(&[], 12).is_empty());
     }
 }

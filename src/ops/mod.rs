@@ -11,9 +11,9 @@ pub mod norm;
 pub mod pack;
 pub mod pool;
 pub mod rope;
+mod stored;
 pub mod swiglu;
 pub mod tile;
-mod unpack;
 pub mod weight;
 
 #[cfg(test)]

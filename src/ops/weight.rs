@@ -1,97 +1,14 @@
 //! A frozen matrix exactly as a file stores it: bytes, type, shape, row order. Knows no layer, no file format and no
-//! arithmetic. Read unpack.rs for the types, then linear.rs: it asks for rows as f32.
+//! arithmetic. Read stored.rs for the types, then linear.rs: it asks for rows as f32.
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Result;
 
-use super::unpack::unpack;
+pub use super::stored::StoredType;
+use super::stored::unpack;
 use crate::invalid;
-
-/// How a matrix's numbers are stored. The quantised types are ggml's, block for block.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[allow(non_camel_case_types, missing_docs)]
-pub enum StoredType {
-    F32,
-    F16,
-    BF16,
-    Q4_0,
-    Q4_1,
-    Q5_0,
-    Q5_1,
-    Q8_0,
-    Q2K,
-    Q3K,
-    Q4K,
-    Q5K,
-    Q6K,
-}
-
-impl StoredType {
-    /// (values, bytes) of one block; a row is a whole number of blocks. Source: ggml's `block_*` structs.
-    pub const fn block(self) -> (usize, usize) {
-        match self {
-            Self::F32 => (1, 4),
-            Self::F16 | Self::BF16 => (1, 2),
-            Self::Q4_0 => (32, 18),
-            Self::Q4_1 => (32, 20),
-            Self::Q5_0 => (32, 22),
-            Self::Q5_1 => (32, 24),
-            Self::Q8_0 => (32, 34),
-            Self::Q2K => (256, 84),
-            Self::Q3K => (256, 110),
-            Self::Q4K => (256, 144),
-            Self::Q5K => (256, 176),
-            Self::Q6K => (256, 210),
-        }
-    }
-
-    /// The type with this number in a GGUF tensor table (`enum ggml_type`), if it is one of ours.
-    pub fn from_ggml(id: u32) -> Option<Self> {
-        Some(match id {
-            0 => Self::F32,
-            1 => Self::F16,
-            2 => Self::Q4_0,
-            3 => Self::Q4_1,
-            6 => Self::Q5_0,
-            7 => Self::Q5_1,
-            8 => Self::Q8_0,
-            10 => Self::Q2K,
-            11 => Self::Q3K,
-            12 => Self::Q4K,
-            13 => Self::Q5K,
-            14 => Self::Q6K,
-            30 => Self::BF16,
-            _ => return None,
-        })
-    }
-
-    /// The name users know: `q8_0`, `q4_k`, `bf16`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::F32 => "f32",
-            Self::F16 => "f16",
-            Self::BF16 => "bf16",
-            Self::Q4_0 => "q4_0",
-            Self::Q4_1 => "q4_1",
-            Self::Q5_0 => "q5_0",
-            Self::Q5_1 => "q5_1",
-            Self::Q8_0 => "q8_0",
-            Self::Q2K => "q2_k",
-            Self::Q3K => "q3_k",
-            Self::Q4K => "q4_k",
-            Self::Q5K => "q5_k",
-            Self::Q6K => "q6_k",
-        }
-    }
-
-    /// Bytes of `values` numbers, or `None` where they are no whole number of blocks or overflow.
-    pub fn bytes_for(self, values: usize) -> Option<usize> {
-        let (block, bytes) = self.block();
-        if !values.is_multiple_of(block) { None } else { (values / block).checked_mul(bytes) }
-    }
-}
 
 /// A range of somebody's bytes: a memory-mapped file, or a slice that is compiled in.
 #[derive(Clone)]

@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use crate::model::batch::{Batch, Targets};
+use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
 
@@ -95,33 +95,4 @@ pub fn collect(
         }
     }
     Ok(rollout)
-}
-
-/// 0..n in order, cut so that no part has more than `most` tokens, single sequences apart.
-pub fn chunks_by_tokens(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {
-    let mut chunks: Vec<Vec<usize>> = vec![];
-    let mut filled = usize::MAX;
-    for (i, &length) in lengths.iter().enumerate() {
-        if filled.saturating_add(length) > most {
-            chunks.push(vec![]);
-            filled = 0;
-        }
-        filled += length;
-        if let Some(chunk) = chunks.last_mut() {
-            chunk.push(i);
-        }
-    }
-    chunks
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn chunks_hold_every_sequence_once_in_order_within_the_budget() {
-        let lengths = [3, 9, 4, 4, 20, 1];
-        assert_eq!(chunks_by_tokens(&lengths, 12), vec![vec![0, 1], vec![2, 3], vec![4], vec![5]]);
-        assert!(chunks_by_tokens(&[], 12).is_empty());
-    }
 }
