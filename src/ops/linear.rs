@@ -399,18 +399,13 @@ fn input_gradient(
             for (p, part) in parts.iter().enumerate() {
                 let (n, r) = (part.weight.rows(), part.rank());
                 let into = if p == 0 { Into::Fresh } else { Into::Add };
-                let multiply = |panel: Mat| {
+                // Copied even where it is f32 in place: a stride of a row of W takes a page of the file at every term.
+                with_scratch(n * width, |panel| {
+                    columns(part.weight, j0..j0 + width, panel);
+                    let panel = Mat::rows(panel, width);
                     // SAFETY: columns j0..j0+width of dx belong to this group; dy is m x n, the panel n x width.
                     unsafe { product(isa, m, width, n, Mat::rows(&dys[p], n), panel, out.at(j0), k, into) };
-                };
-                match part.weight.rows_f32(0..n) {
-                    // SAFETY: j0 is below k.
-                    Some(values) => multiply(unsafe { Mat::rows(values, k).from(0, j0) }),
-                    None => with_scratch(n * width, |panel| {
-                        columns(part.weight, j0..j0 + width, panel);
-                        multiply(Mat::rows(panel, width));
-                    }),
-                }
+                });
                 if let Some(a) = &a[p] {
                     // SAFETY: dz is m x rank with this part's r columns at offset; A is r x k.
                     unsafe {
