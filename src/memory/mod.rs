@@ -26,11 +26,6 @@ pub fn peak_rss_bytes() -> Option<usize> {
     (rc == 0).then(|| usage.ru_maxrss as usize * unit)
 }
 
-/// Resident set of this process now, in bytes.
-pub fn rss_bytes() -> Option<usize> {
-    proc_kib("/proc/self/status", "VmRSS:").map(|kib| kib * 1024)
-}
-
 /// Memory that the machine could still give out, in bytes; `None` where the system does not say.
 pub fn available_bytes() -> Option<usize> {
     proc_kib("/proc/meminfo", "MemAvailable:").map(|kib| kib * 1024)

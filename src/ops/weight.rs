@@ -114,7 +114,7 @@ impl Weight {
         self.bytes.get().len()
     }
 
-    /// The stored bytes, for fingerprints.
+    /// The stored bytes: for digests that show a base was not written.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get()
     }

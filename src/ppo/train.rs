@@ -254,8 +254,9 @@ struct Update {
     first_ratio: Option<f64>,
 }
 
-fn pick(rows: &[usize], of: &[Vec<f32>]) -> Vec<f32> {
-    rows.iter().flat_map(|&i| of[i].iter().copied()).collect()
+/// The tokens' numbers of some sequences, end to end.
+fn pick<'e>(rows: &[usize], of: impl Fn(usize) -> &'e [f32]) -> Vec<f32> {
+    rows.iter().flat_map(|&i| of(i).iter().copied()).collect()
 }
 
 impl Update {
@@ -271,12 +272,12 @@ impl Update {
         lr: f64,
     ) -> Result<()> {
         let tokens = tokens_of(experience, minibatch);
-        let old: Vec<Vec<f32>> = experience.rollout.responses.iter().map(|r| r.logprobs.clone()).collect();
         let mut grads = Gradients::none(base.shapes().layers);
         let mut first = PolicyStats::default();
         for rows in minibatch.chunks(config.micro_batch_size) {
             let (batch, targets) = experience.rollout.batch(rows)?;
-            let (old, advantages) = (pick(rows, &old), pick(rows, &experience.advantages));
+            let old = pick(rows, |i| &experience.rollout.responses[i].logprobs);
+            let advantages = pick(rows, |i| &experience.advantages[i]);
             let policy = Policy::new(base, Some(actor.weights().view()));
             let temperature = if config.temperature > 0.0 { config.temperature } else { 1.0 };
             let (_, g) = policy.gradients(&batch, &targets, temperature, checkpoint, |stats| {
@@ -313,7 +314,8 @@ impl Update {
         let mut grads = Gradients::none(base.shapes().layers);
         for rows in minibatch.chunks(config.micro_batch_size) {
             let (batch, targets) = experience.rollout.batch(rows)?;
-            let (old, returns) = (pick(rows, &experience.rollout.values), pick(rows, &experience.returns));
+            let old = pick(rows, |i| &experience.rollout.values[i]);
+            let returns = pick(rows, |i| &experience.returns[i]);
             let scorer = Scorer::new(base, critic.weights().view())?;
             let (_, g) = scorer.gradients(&batch, &targets.rows, checkpoint, |values| {
                 let tokens_of_loss = ValueTokens { values, old_values: &old, returns: &returns };

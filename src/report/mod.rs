@@ -26,7 +26,7 @@ pub struct Report {
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
 impl Report {
-    /// Appends to `dir`/metrics.jsonl and `dir`/samples.jsonl, made new if `fresh` stage runs begin a folder.
+    /// Into `dir`/metrics.jsonl and `dir`/samples.jsonl, both begun anew.
     ///
     /// # Errors
     /// If the files cannot be made.
