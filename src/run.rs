@@ -40,6 +40,14 @@ impl Model {
         Self::of(Checkpoint::open(path)?)
     }
 
+    /// Opens what `[base]` or `[reward_base]` names, as it says.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of_section(base: &config::Base) -> Result<Self> {
+        Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))
+    }
+
     /// Over an opened checkpoint.
     ///
     /// # Errors
@@ -219,7 +227,7 @@ fn held_out<T>(config: &Config, (examples, report): (Vec<T>, data::phases::Repor
 
 fn run_sft(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.sft();
-    let model = Model::open(&config.base.path)?;
+    let model = Model::of_section(&config.base)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = sft_examples(&records(config)?, &encoder, config.data()?, settings.completion_only_loss)?;
     check_context(&model, examples.0.iter().map(|e| e.tokens.len()))?;
@@ -246,7 +254,7 @@ fn run_sft(config: &Config, out: &Path) -> Result<Value> {
 
 fn run_reward(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.reward();
-    let model = Model::open(&config.reward_base().path)?;
+    let model = Model::of_section(config.reward_base())?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
     let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);
@@ -277,10 +285,10 @@ fn run_reward(config: &Config, out: &Path) -> Result<Value> {
 
 fn run_ppo(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.ppo()?;
-    let model = Model::open(&config.base.path)?;
-    // One base serves all four roles where both configs name the same files.
+    let model = Model::of_section(&config.base)?;
+    // One base serves all four roles where both sections name the same files, opened alike.
     let other = match &config.reward_base {
-        Some(base) if base.path != config.base.path => Some(Model::open(&base.path)?),
+        Some(base) if *base != config.base => Some(Model::of_section(base)?),
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
