@@ -379,12 +379,13 @@ mod tests {
             "{message}"
         );
         // Shallower base: the second layer's targets match nothing. Wider rank than the base: bounded.
-        assert!(Spoilt::new().refusal(LinearShapes { layers: 1, ..TINY }).contains("layers.1."));
+        assert!(Spoilt::new().refusal(LinearShapes::llama(1, 32, 32, 16, 48)).contains("layers.1."));
         assert!(Spoilt::new().with("r", json!(1u64 << 60)).refusal(TINY).contains("rank"));
         let list = json!(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
-        let message = Spoilt::new().with("target_modules", list.clone()).refusal(LinearShapes { layers: 1, ..TINY });
+        let message =
+            Spoilt::new().with("target_modules", list.clone()).refusal(LinearShapes::llama(1, 32, 32, 16, 48));
         assert!(message.contains("layers.1.") && message.contains("another base"), "{message}");
-        let message = Spoilt::new().with("target_modules", list).refusal(LinearShapes { layers: 3, ..TINY });
+        let message = Spoilt::new().with("target_modules", list).refusal(LinearShapes::llama(3, 32, 32, 16, 48));
         assert!(message.contains("layers.2.") && message.contains("missing"), "{message}");
     }
 
