@@ -58,7 +58,7 @@ pub struct Plan {
 /// Examples of like length are looked for among so many neighbours of the shuffled order.
 const WINDOW: usize = 4096;
 /// The path of a window's own stream: apart from every epoch's.
-const BATCH_ORDER: u64 = 0x6261_7463_6865_73;
+const BATCH_ORDER: u64 = 0x0062_6174_6368;
 
 impl Plan {
     /// The batches of one pass. Every example stands in exactly one, on exactly one rank; all ranks have as many steps, and
