@@ -22,6 +22,38 @@ impl fmt::Display for Invalid {
 
 impl std::error::Error for Invalid {}
 
+/// A number that stopped being one, or ran away: a step that the guard may skip.
+#[derive(Debug)]
+pub struct Diverged(pub String);
+
+impl fmt::Display for Diverged {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Diverged {}
+
+/// Builds an `anyhow::Error` that the guard of a training run may skip a step for.
+#[macro_export]
+macro_rules! diverged {
+    ($($arg:tt)*) => {
+        anyhow::Error::new($crate::error::Diverged(format!($($arg)*)))
+    };
+}
+
+/// A run that was asked to stop and did. The message says where its state is.
+#[derive(Debug)]
+pub struct Interrupted(pub String);
+
+impl fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
 /// Builds an `anyhow::Error` that `main` turns into exit code 2.
 #[macro_export]
 macro_rules! invalid {
@@ -30,9 +62,13 @@ macro_rules! invalid {
     };
 }
 
-/// 2 where any cause in the chain is [`Invalid`], 1 otherwise.
+/// 130 where any cause in the chain is [`Interrupted`], 2 where one is [`Invalid`], 1 otherwise.
 pub fn exit_code(error: &anyhow::Error) -> i32 {
-    if error.chain().any(|cause| cause.is::<Invalid>()) { 2 } else { 1 }
+    match error {
+        _ if error.chain().any(|cause| cause.is::<Interrupted>()) => 130,
+        _ if error.chain().any(|cause| cause.is::<Invalid>()) => 2,
+        _ => 1,
+    }
 }
 
 #[cfg(test)]

@@ -12,6 +12,9 @@ pub trait Example: Clone {
     /// Tokens that go through the network for it, all of its sequences together.
     fn tokens(&self) -> usize;
 
+    /// Hands everything that it is to `to`, as lists of numbers: what a run's data are told apart by.
+    fn numbers(&self, to: &mut dyn FnMut(&[u32]));
+
     /// Tokens of its longest sequence.
     fn longest_sequence(&self) -> usize {
         self.tokens()
@@ -22,11 +25,21 @@ impl Example for SftExample {
     fn tokens(&self) -> usize {
         self.tokens.len()
     }
+
+    fn numbers(&self, to: &mut dyn FnMut(&[u32])) {
+        to(&self.tokens);
+        to(&self.loss_mask.iter().map(|&m| u32::from(m)).collect::<Vec<_>>());
+    }
 }
 
 impl Example for RankedExample {
     fn tokens(&self) -> usize {
         self.answers.iter().map(|answer| self.prompt.len() + answer.len()).sum()
+    }
+
+    fn numbers(&self, to: &mut dyn FnMut(&[u32])) {
+        to(&self.prompt);
+        self.answers.iter().for_each(|answer| to(answer));
     }
 
     fn longest_sequence(&self) -> usize {
@@ -38,12 +51,20 @@ impl Example for PromptExample {
     fn tokens(&self) -> usize {
         self.tokens.len()
     }
+
+    fn numbers(&self, to: &mut dyn FnMut(&[u32])) {
+        to(&self.tokens);
+    }
 }
 
 /// A prompt's bare token ids.
 impl Example for Vec<u32> {
     fn tokens(&self) -> usize {
         self.len()
+    }
+
+    fn numbers(&self, to: &mut dyn FnMut(&[u32])) {
+        to(self);
     }
 }
 

@@ -1,22 +1,38 @@
 //! What a run tells: metrics.jsonl and samples.jsonl in its folder, progress and a line of figures on stderr. Stdout stays
-//! free for `--json`. Knows no stage.
+//! free for `--json`. Knows no stage. Read lines.rs for the files.
 
-use std::fs::File;
-use std::io::{BufWriter, IsTerminal, Write};
+mod lines;
+
+use std::io::IsTerminal;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use indicatif::{ProgressBar, ProgressStyle};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
+
+use lines::Lines;
 
 /// Figures of one step, in the order in which they were put in.
 pub type Figures = Map<String, Value>;
 
+const METRICS: &str = "metrics.jsonl";
+const SAMPLES: &str = "samples.jsonl";
+
+/// How many bytes of a run's files were written at some moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Positions {
+    /// Of metrics.jsonl.
+    pub metrics: u64,
+    /// Of samples.jsonl.
+    pub samples: u64,
+}
+
 /// Where a stage's figures go.
 pub struct Report {
-    metrics: Option<BufWriter<File>>,
-    samples: Option<BufWriter<File>>,
+    metrics: Option<Lines>,
+    samples: Option<Lines>,
     bar: ProgressBar,
     stage: &'static str,
     last_line: Option<Instant>,
@@ -31,11 +47,27 @@ impl Report {
     /// # Errors
     /// If the files cannot be made.
     pub fn to_dir(dir: &Path) -> Result<Self> {
-        let open = |name: &str| -> Result<BufWriter<File>> {
-            let path = dir.join(name);
-            Ok(BufWriter::new(File::create(&path).with_context(|| format!("making {}", path.display()))?))
-        };
-        Ok(Self { metrics: Some(open("metrics.jsonl")?), samples: Some(open("samples.jsonl")?), ..Self::silent() })
+        let open = |name: &'static str| Lines::begin(&dir.join(name), name);
+        Ok(Self { metrics: Some(open(METRICS)?), samples: Some(open(SAMPLES)?), ..Self::silent() })
+    }
+
+    /// Into the same files after their first bytes, as many as `positions` says; what came after is cut off.
+    ///
+    /// # Errors
+    /// If the files cannot be opened and cut.
+    pub fn go_on(dir: &Path, positions: Positions) -> Result<Self> {
+        let open = |name: &'static str, at| Lines::go_on(&dir.join(name), name, at);
+        let (metrics, samples) = (open(METRICS, positions.metrics)?, open(SAMPLES, positions.samples)?);
+        Ok(Self { metrics: Some(metrics), samples: Some(samples), ..Self::silent() })
+    }
+
+    /// How far the files go, after everything in them has reached the disk.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn positions(&self) -> Result<Positions> {
+        let of = |lines: &Option<Lines>| lines.as_ref().map_or(Ok(0), Lines::synced);
+        Ok(Positions { metrics: of(&self.metrics)?, samples: of(&self.samples)? })
     }
 
     /// Tells nobody: tests, and the library's users who read the return values.
@@ -69,7 +101,7 @@ impl Report {
             if let Some(line) = line.as_object_mut() {
                 line.extend(figures.iter().map(|(k, v)| (k.clone(), v.clone())));
             }
-            writeln!(file, "{line}").and_then(|()| file.flush()).context("writing metrics.jsonl")?;
+            file.push(&line)?;
             let text =
                 shown.iter().filter_map(|&k| Some(format!("{k} {}", short(figures.get(k)?)))).collect::<Vec<_>>();
             let text = text.join("  ");
@@ -91,7 +123,7 @@ impl Report {
     /// If the file cannot be written.
     pub fn sample(&mut self, sample: &Value) -> Result<()> {
         if let Some(file) = &mut self.samples {
-            writeln!(file, "{sample}").and_then(|()| file.flush()).context("writing samples.jsonl")?;
+            file.push(sample)?;
         }
         Ok(())
     }

@@ -83,6 +83,11 @@ impl AdamW {
         Ok(Self { config, state })
     }
 
+    /// The hyperparameters.
+    pub fn config(&self) -> AdamWConfig {
+        self.config
+    }
+
     /// What to save.
     pub fn state(&self) -> &AdamWState {
         &self.state

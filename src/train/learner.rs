@@ -1,9 +1,10 @@
 //! A learner owns the only weights that change, and the optimizer that changes them. Views of its weights are borrowed,
 //! so none survives a step. Knows no loss and no role.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use candle_core::Tensor;
 
-use super::adamw::{AdamW, AdamWConfig, clip_grad_norm};
+use super::adamw::{AdamW, AdamWConfig, AdamWState, clip_grad_norm};
 use crate::model::adapter::{Gradients, TrainableAdapter};
 
 /// An adapter under training, with its optimizer.
@@ -26,6 +27,24 @@ impl Learner {
     /// The weights as they are now.
     pub fn weights(&self) -> &TrainableAdapter {
         &self.weights
+    }
+
+    /// The optimizer's moments and step count.
+    pub fn optimizer_state(&self) -> &AdamWState {
+        self.optimizer.state()
+    }
+
+    /// Goes back to former parameters, in flat order, and their optimizer state. All or nothing.
+    ///
+    /// # Errors
+    /// If they are not of this learner's shape.
+    pub fn restore(&mut self, parameters: Vec<Tensor>, state: AdamWState) -> Result<()> {
+        let lens = |s: &AdamWState| s.moments.iter().map(|m| (m.name.clone(), m.m.len())).collect::<Vec<_>>();
+        ensure!(lens(&state) == lens(self.optimizer.state()), "the optimizer's state is of other parameters");
+        let optimizer = AdamW::from_state(self.optimizer.config(), state)?;
+        self.weights.replace(parameters)?;
+        self.optimizer = optimizer;
+        Ok(())
     }
 
     /// One clipped AdamW step; returns the gradient's norm before clipping. Nothing changes on an error.

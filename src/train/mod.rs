@@ -1,6 +1,13 @@
-//! What turns gradients into new weights.
+//! What turns gradients into new weights, and what keeps a run from losing them.
 
 pub mod adamw;
+pub mod guard;
+pub mod keeper;
 pub mod learner;
+pub mod origin;
 pub mod schedule;
+pub mod session;
 pub mod settings;
+pub mod snapshot;
+pub mod stop;
+pub mod store;

@@ -1,0 +1,241 @@
+//! What happens to a step that went wrong: it is skipped and counted with a smaller rate after it; after several in a row
+//! the learners go back to their last good state and the rate stays smaller; after several of those the run ends with a
+//! diagnosis. Knows no stage and no loss. Read session.rs for who asks it.
+
+use anyhow::{Result, anyhow};
+use serde::{Deserialize, Serialize};
+
+use super::learner::Learner;
+use super::snapshot::Snapshot;
+use crate::config;
+use crate::diverged;
+use crate::error::Diverged;
+
+/// What became of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Verdict<T> {
+    /// It is good.
+    Good(T),
+    /// It was skipped; the reason.
+    Skipped(String),
+    /// It was skipped, and the learners were brought back.
+    RolledBack(String),
+}
+
+/// Counts, kept in checkpoints.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+struct Counts {
+    /// Skipped since the last good step.
+    in_a_row: usize,
+    /// Skipped in all.
+    skipped: usize,
+    rollbacks: usize,
+    /// Good steps since the snapshot.
+    good: usize,
+    /// Mean length of the first rollout's answers, tokens.
+    first_length: Option<f64>,
+}
+
+/// The guard of one run.
+#[derive(Debug, Default)]
+pub struct Guard {
+    config: config::Guard,
+    counts: Counts,
+    last_good: Option<Snapshot>,
+}
+
+impl Guard {
+    /// By `[guard]`.
+    pub fn new(config: config::Guard) -> Self {
+        Self { config, ..Self::default() }
+    }
+
+    /// What the learning rate is multiplied by: `lr_backoff` to the power of skips in a row and rollbacks so far.
+    pub fn factor(&self) -> f64 {
+        self.config.lr_backoff.powi((self.counts.in_a_row + self.counts.rollbacks) as i32)
+    }
+
+    /// Steps skipped so far.
+    pub fn skipped(&self) -> usize {
+        self.counts.skipped
+    }
+
+    /// Takes a step's outcome and does what it calls for. Errors that are no divergence pass through.
+    ///
+    /// # Errors
+    /// Those, and the diagnosis when all rollbacks are used up.
+    pub fn judge<T>(&mut self, outcome: Result<T>, learners: &mut [(&str, &mut Learner)]) -> Result<Verdict<T>> {
+        let error = match outcome {
+            Ok(value) => {
+                self.counts.in_a_row = 0;
+                if self.last_good.is_none() || self.counts.good >= self.config.snapshot_steps {
+                    let mut snapshot = Snapshot::default();
+                    learners.iter().try_for_each(|(name, learner)| snapshot.put_learner(name, learner))?;
+                    (self.last_good, self.counts.good) = (Some(snapshot), 0);
+                }
+                self.counts.good += 1;
+                return Ok(Verdict::Good(value));
+            }
+            Err(error) if error.chain().any(|cause| cause.is::<Diverged>()) => error,
+            Err(error) => return Err(error),
+        };
+        let reason = format!("{error:#}");
+        self.counts.in_a_row += 1;
+        self.counts.skipped += 1;
+        if self.counts.in_a_row <= self.config.max_skips {
+            return Ok(Verdict::Skipped(reason));
+        }
+        if self.counts.rollbacks >= self.config.max_rollbacks {
+            return Err(anyhow!(
+                "training does not recover: {} steps were skipped, {} of them in a row, after going back to good weights \
+                 {} times with the learning rate at {} of what was asked; the last trouble: {reason}. Lower the \
+                 learning_rate, raise warmup_steps, or look at the records and rewards of these steps; [guard] has the \
+                 limits",
+                self.counts.skipped,
+                self.counts.in_a_row,
+                self.counts.rollbacks,
+                self.factor()
+            ));
+        }
+        self.counts.rollbacks += 1;
+        self.counts.in_a_row = 0;
+        // Without a good step so far the learners have not moved.
+        if let Some(good) = &self.last_good {
+            learners.iter_mut().try_for_each(|(name, learner)| good.restore_learner(name, learner))?;
+        }
+        Ok(Verdict::RolledBack(reason))
+    }
+
+    /// Is a rollout within `max_kl` and `max_length_ratio`? `kl`: mean over its answers, nats; `length`: mean, tokens.
+    ///
+    /// # Errors
+    /// A divergence that says which is not.
+    pub fn check_rollout(&mut self, kl: f64, length: f64) -> Result<()> {
+        let first = *self.counts.first_length.get_or_insert(length);
+        if let Some(most) = self.config.max_kl.filter(|&most| kl > most) {
+            return Err(diverged!("the KL is {kl:.3} nats an answer, more than [guard] max_kl = {most}"));
+        }
+        if let Some(most) = self.config.max_length_ratio.filter(|&most| length > most * first) {
+            return Err(diverged!(
+                "answers have {length:.1} tokens in the mean, those of the first rollout had {first:.1}: more than \
+                 [guard] max_length_ratio = {most} times as many"
+            ));
+        }
+        Ok(())
+    }
+
+    /// Puts the counts and the last good weights into a checkpoint.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn save(&self, into: &mut Snapshot) -> Result<()> {
+        into.put("guard", &self.counts)?;
+        if let Some(good) = &self.last_good {
+            into.put_all("last_good", good);
+        }
+        Ok(())
+    }
+
+    /// Takes them out again.
+    ///
+    /// # Errors
+    /// If they are not there.
+    pub fn load(&mut self, from: &Snapshot) -> Result<()> {
+        self.counts = from.get("guard")?;
+        self.last_good = from.all("last_good");
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::adapter::{Adapter, Gradients, LinearShapes, LoraConfig, TargetModules};
+    use crate::train::adamw::AdamWConfig;
+
+    fn learner() -> Learner {
+        let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+        let target_modules = TargetModules::List(vec!["q_proj".into()]);
+        let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
+        let adapter = Adapter::init(config, shapes, 3).unwrap();
+        Learner::new(adapter.to_trainable(), AdamWConfig::default(), 0.0).unwrap()
+    }
+
+    fn step(learner: &mut Learner, gradient: f64) -> Result<f64> {
+        let weights = learner.weights().parameters().unwrap();
+        let mut gradients = Gradients::none(1);
+        let filled = |i: usize| (weights[i].zeros_like().unwrap() + gradient).unwrap();
+        gradients.layers[0][0] = Some((filled(0), filled(1)));
+        learner.step(gradients, 0.1)
+    }
+
+    fn weights(learner: &Learner) -> Vec<f32> {
+        learner.weights().parameters().unwrap()[0].flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    fn guard() -> Guard {
+        let limits = config::Guard { max_skips: 2, max_rollbacks: 1, snapshot_steps: 10, ..config::Guard::default() };
+        Guard::new(limits)
+    }
+
+    /// One step through the guard.
+    fn go(guard: &mut Guard, learner: &mut Learner, gradient: f64) -> Result<Verdict<f64>> {
+        let outcome = step(learner, gradient);
+        guard.judge(outcome, &mut [("actor", learner)])
+    }
+
+    #[test]
+    fn a_step_that_is_no_number_is_skipped_with_a_smaller_rate_until_one_is_good() {
+        let (mut guard, mut learner) = (guard(), learner());
+        assert!(matches!(go(&mut guard, &mut learner, 1.0).unwrap(), Verdict::Good(_)));
+        let before = weights(&learner);
+        for (bad, factor) in [(f64::NAN, 0.5), (f64::INFINITY, 0.25)] {
+            let verdict = go(&mut guard, &mut learner, bad).unwrap();
+            assert!(matches!(&verdict, Verdict::Skipped(reason) if reason.contains("gradient")), "{verdict:?}");
+            assert_eq!((weights(&learner), guard.factor()), (before.clone(), factor));
+        }
+        assert!(matches!(go(&mut guard, &mut learner, 1.0).unwrap(), Verdict::Good(_)));
+        assert_eq!((guard.factor(), guard.skipped()), (1.0, 2));
+        assert_ne!(weights(&learner), before);
+    }
+
+    #[test]
+    fn skips_in_a_row_bring_the_last_good_weights_back_and_then_end_the_run_with_the_reason() {
+        let (mut guard, mut learner) = (guard(), learner());
+        go(&mut guard, &mut learner, 1.0).unwrap();
+        let good = weights(&learner);
+        go(&mut guard, &mut learner, 1.0).unwrap(); // after the snapshot: lost with the rollback
+        let verdicts: Vec<_> = (0..3).map(|_| go(&mut guard, &mut learner, f64::NAN).unwrap()).collect();
+        assert!(matches!(verdicts[..], [Verdict::Skipped(_), Verdict::Skipped(_), Verdict::RolledBack(_)]));
+        assert_eq!((weights(&learner), guard.factor()), (good, 0.5));
+        // What a checkpoint holds is enough to go on alike.
+        let mut snapshot = Snapshot::default();
+        guard.save(&mut snapshot).unwrap();
+        let mut other = self::guard();
+        other.load(&snapshot).unwrap();
+        for guard in [&mut guard, &mut other] {
+            assert!((0..2).all(|_| go(guard, &mut learner, f64::NAN).is_ok()));
+            let error = go(guard, &mut learner, f64::NAN).unwrap_err().to_string();
+            assert!(error.contains("6 steps were skipped") && error.contains("the last trouble"), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_error_that_is_no_divergence_is_never_skipped() {
+        let error = guard().judge::<()>(Err(anyhow!("disk on fire")), &mut []).unwrap_err();
+        assert_eq!(error.to_string(), "disk on fire");
+    }
+
+    #[test]
+    fn a_rollout_beyond_the_limits_is_a_divergence() {
+        let limits = config::Guard { max_kl: Some(10.0), max_length_ratio: Some(2.0), ..config::Guard::default() };
+        let mut guard = Guard::new(limits);
+        guard.check_rollout(9.0, 10.0).unwrap();
+        guard.check_rollout(10.0, 20.0).unwrap();
+        for (kl, length, said) in [(10.5, 10.0, "max_kl"), (1.0, 20.5, "max_length_ratio")] {
+            let error = guard.check_rollout(kl, length).unwrap_err();
+            assert!(error.is::<Diverged>() && error.to_string().contains(said), "{error}");
+        }
+        Guard::default().check_rollout(1e6, 1e6).unwrap();
+    }
+}

@@ -1,0 +1,133 @@
+//! What a stage runs in: where its figures go, who keeps its state, and who judges its steps. A stage asks for three
+//! things: what to go on from, a checkpoint between two steps, and a verdict on each. Knows no stage.
+
+use anyhow::Result;
+
+use super::guard::{Guard, Verdict};
+use super::keeper::Keeper;
+use super::learner::Learner;
+use super::snapshot::Snapshot;
+use super::stop;
+use crate::error::Interrupted;
+use crate::report::{Figures, Report, number};
+
+/// One run of one stage.
+pub struct Session {
+    /// Where figures go.
+    pub report: Report,
+    guard: Guard,
+    keeper: Option<Keeper>,
+    resumed: Option<Snapshot>,
+}
+
+impl Session {
+    /// Figures only: no checkpoints, and a step that diverges is judged by the default `[guard]`.
+    pub fn new(report: Report) -> Self {
+        Self { report, guard: Guard::default(), keeper: None, resumed: None }
+    }
+
+    /// Tells nobody and keeps nothing.
+    pub fn silent() -> Self {
+        Self::new(Report::silent())
+    }
+
+    /// With a guard of its own.
+    pub fn guarded(mut self, guard: Guard) -> Self {
+        self.guard = guard;
+        self
+    }
+
+    /// With checkpoints, going on from `resumed`.
+    pub fn kept(mut self, keeper: Keeper, resumed: Option<Snapshot>) -> Self {
+        (self.keeper, self.resumed) = (Some(keeper), resumed);
+        self
+    }
+
+    /// What the run goes on from; once, at the start of a stage's loop.
+    ///
+    /// # Errors
+    /// If it lacks what every checkpoint has.
+    pub fn resumed(&mut self) -> Result<Option<Snapshot>> {
+        let resumed = self.resumed.take();
+        resumed.iter().try_for_each(|snapshot| self.guard.load(snapshot))?;
+        Ok(resumed)
+    }
+
+    /// Between two steps, after `step` of them: writes a checkpoint where one is due, and where the process was asked to
+    /// stop, writes one and ends the stage. A checkpoint that fails while nobody asked to stop is told and forgotten.
+    ///
+    /// # Errors
+    /// [`Interrupted`]; whatever `state` returns; a base that was changed under the run.
+    pub fn checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
+        let Some(keeper) = &mut self.keeper else { return Ok(()) };
+        let stop = stop::requested();
+        if !stop && !keeper.is_due(step) {
+            return Ok(());
+        }
+        let mut snapshot = state()?;
+        self.guard.save(&mut snapshot)?;
+        let written = keeper.write(step, &snapshot, &self.report).map(|path| path.display().to_string());
+        match (stop, written) {
+            (false, Ok(_)) => Ok(()),
+            (false, Err(error)) if error.chain().any(|cause| cause.is::<std::io::Error>()) => {
+                let last = keeper.last_good();
+                self.report.note(&format!("no checkpoint after {step} steps: {error:#}; training goes on; {last}"));
+                Ok(())
+            }
+            (false, Err(error)) => Err(error.context(keeper.last_good())),
+            (true, written) => {
+                self.report.done();
+                Err(anyhow::Error::new(Interrupted(match written {
+                    Ok(path) => format!("stopped after {step} steps; all is kept in {path}. To go on:\n  {}", keeper.command),
+                    Err(error) => format!(
+                        "stopped after {step} steps, which could not be kept: {error:#}; {}. To go on:\n  {}",
+                        keeper.last_good(),
+                        keeper.command
+                    ),
+                })))
+            }
+        }
+    }
+
+    /// What the learning rate is multiplied by for the next step.
+    pub fn lr_factor(&self) -> f64 {
+        self.guard.factor()
+    }
+
+    /// A step's outcome: what it gave, or `None` where it was skipped, which is told and written into the metrics.
+    ///
+    /// # Errors
+    /// An outcome that is no divergence, and the guard's diagnosis.
+    pub fn judge<T>(
+        &mut self,
+        step: usize,
+        outcome: Result<T>,
+        learners: &mut [(&str, &mut Learner)],
+    ) -> Result<Option<T>> {
+        let (reason, did) = match self.guard.judge(outcome, learners)? {
+            Verdict::Good(value) => return Ok(Some(value)),
+            Verdict::Skipped(reason) => (reason, "skipped"),
+            Verdict::RolledBack(reason) => (reason, "rolled_back"),
+        };
+        let factor = self.guard.factor();
+        self.report.note(&format!(
+            "step {step}: {reason}; {}, the learning rate is now {factor} of what was asked",
+            if did == "skipped" { "it is skipped" } else { "the weights are those of the last good step again" }
+        ));
+        let mut figures = Figures::new();
+        figures.insert("guard".into(), did.into());
+        figures.insert("reason".into(), reason.into());
+        figures.insert("skipped".into(), self.guard.skipped().into());
+        figures.insert("lr_factor".into(), number(factor));
+        self.report.step(step, &figures, &[])?;
+        Ok(None)
+    }
+
+    /// Is a rollout within the guard's limits?
+    ///
+    /// # Errors
+    /// As for [`Guard::check_rollout`].
+    pub fn check_rollout(&mut self, kl: f64, length: f64) -> Result<()> {
+        self.guard.check_rollout(kl, length)
+    }
+}

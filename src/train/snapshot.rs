@@ -1,0 +1,235 @@
+//! All that changes in a run, copied at one moment: arrays by name, and small things as JSON. A checkpoint is one on disk
+//! (store.rs), the guard keeps one in memory. Knows no stage: each puts in and takes out what it has.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{DType, Device, Tensor};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value};
+
+use super::adamw::{AdamWState, Moments};
+use super::learner::Learner;
+use crate::model::adapter::Adapter;
+use crate::ops::cpu;
+
+/// What a run needs to go on as if it had not stopped. Tensors share their storage with the run's until that steps.
+#[derive(Clone, Debug, Default)]
+pub struct Snapshot {
+    facts: Map<String, Value>,
+    arrays: BTreeMap<String, Tensor>,
+}
+
+impl Snapshot {
+    /// Puts in something small. A float that is no number is read back as `None` of an `Option`, and as nothing else.
+    ///
+    /// # Errors
+    /// If it has no form in JSON.
+    pub fn put(&mut self, name: &str, value: &impl Serialize) -> Result<()> {
+        self.facts.insert(name.into(), serde_json::to_value(value).with_context(|| format!("keeping {name}"))?);
+        Ok(())
+    }
+
+    /// What was put in under that name.
+    ///
+    /// # Errors
+    /// If nothing was, or something else.
+    pub fn get<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
+        let value = self.facts.get(name).with_context(|| format!("there is no {name} in the checkpoint"))?;
+        T::deserialize(value).with_context(|| format!("{name} in the checkpoint"))
+    }
+
+    /// Puts in weights, moments and step count of a learner.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn put_learner(&mut self, name: &str, learner: &Learner) -> Result<()> {
+        self.put_parameters(name, learner.weights().names(), learner.weights().parameters()?);
+        let state = learner.optimizer_state();
+        self.put(&format!("{name}.step"), &state.step)?;
+        for Moments { name: of, m, v } in &state.moments {
+            for (kind, values) in [("m", m), ("v", v)] {
+                let tensor = Tensor::from_slice(values, values.len(), &Device::Cpu)?;
+                self.arrays.insert(format!("{name}.{kind}.{of}"), tensor);
+            }
+        }
+        Ok(())
+    }
+
+    /// Brings a learner of the same shape to where it was.
+    ///
+    /// # Errors
+    /// If something is missing or does not fit; the learner is then as it was.
+    pub fn restore_learner(&self, name: &str, learner: &mut Learner) -> Result<()> {
+        let names = learner.weights().names();
+        let parameters = self.parameters(name, &names)?;
+        let moments = |kind: &str, of: &str| -> Result<Vec<f32>> {
+            Ok(self.array(&format!("{name}.{kind}.{of}"))?.flatten_all()?.to_vec1()?)
+        };
+        let moments = names
+            .iter()
+            .map(|of| Ok(Moments { name: of.clone(), m: moments("m", of)?, v: moments("v", of)? }))
+            .collect::<Result<_>>()?;
+        learner.restore(parameters, AdamWState { step: self.get(&format!("{name}.step"))?, moments })
+    }
+
+    /// Puts in a frozen adapter's numbers.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn put_adapter(&mut self, name: &str, adapter: &Adapter) -> Result<()> {
+        let weights = adapter.to_trainable();
+        self.put_parameters(name, weights.names(), weights.parameters()?);
+        Ok(())
+    }
+
+    /// The adapter that was put in under that name; everything but its numbers is that of `like`.
+    ///
+    /// # Errors
+    /// If something is missing or does not fit.
+    pub fn adapter(&self, name: &str, like: &Adapter) -> Result<Adapter> {
+        let mut weights = like.to_trainable();
+        weights.replace(self.parameters(name, &weights.names())?)?;
+        Ok(weights.snapshot())
+    }
+
+    /// Puts another's content in, every name behind `prefix`.
+    pub fn put_all(&mut self, prefix: &str, other: &Snapshot) {
+        self.facts.extend(other.facts.iter().map(|(k, v)| (format!("{prefix}/{k}"), v.clone())));
+        self.arrays.extend(other.arrays.iter().map(|(k, v)| (format!("{prefix}/{k}"), v.clone())));
+    }
+
+    /// What [`Snapshot::put_all`] put in; `None` where nothing was.
+    pub fn all(&self, prefix: &str) -> Option<Snapshot> {
+        let prefix = format!("{prefix}/");
+        let facts = self.facts.iter().filter_map(|(k, v)| Some((k.strip_prefix(&prefix)?.into(), v.clone()))).collect();
+        let arrays = self.arrays.iter().filter_map(|(k, v)| Some((k.strip_prefix(&prefix)?.into(), v.clone())));
+        let found = Self { facts, arrays: arrays.collect() };
+        (!found.facts.is_empty() || !found.arrays.is_empty()).then_some(found)
+    }
+
+    fn put_parameters(&mut self, name: &str, names: Vec<String>, parameters: Vec<Tensor>) {
+        let named = names.into_iter().zip(parameters);
+        self.arrays.extend(named.map(|(of, tensor)| (format!("{name}.weight.{of}"), tensor)));
+    }
+
+    fn parameters(&self, name: &str, names: &[String]) -> Result<Vec<Tensor>> {
+        names.iter().map(|of| self.array(&format!("{name}.weight.{of}")).cloned()).collect()
+    }
+
+    fn array(&self, name: &str) -> Result<&Tensor> {
+        self.arrays.get(name).with_context(|| format!("there is no {name} in the checkpoint"))
+    }
+
+    /// The small things as JSON text.
+    ///
+    /// # Errors
+    /// None in practice.
+    pub fn facts_bytes(&self) -> Result<Vec<u8>> {
+        Ok(serde_json::to_vec_pretty(&self.facts)?)
+    }
+
+    /// The arrays as a safetensors file.
+    ///
+    /// # Errors
+    /// If an array is not f32.
+    pub fn arrays_bytes(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::with_capacity(self.arrays.len());
+        for (name, tensor) in &self.arrays {
+            ensure!(tensor.dtype() == DType::F32, "{name} is {:?}, not F32", tensor.dtype());
+            let values = tensor.contiguous()?;
+            bytes.push(cpu::view(&values)?.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+        }
+        let views = self.arrays.iter().zip(&bytes).map(|((name, tensor), bytes)| {
+            Ok((name.as_str(), TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes)?))
+        });
+        let views = views.collect::<Result<Vec<_>>>()?;
+        Ok(safetensors::serialize(views, None)?)
+    }
+
+    /// Reads both back.
+    ///
+    /// # Errors
+    /// If they are not what this wrote.
+    pub fn from_bytes(facts: &[u8], arrays: &[u8]) -> Result<Self> {
+        let facts = serde_json::from_slice(facts).context("the facts of a checkpoint")?;
+        let file = SafeTensors::deserialize(arrays).context("the arrays of a checkpoint")?;
+        let mut arrays = BTreeMap::new();
+        for (name, view) in file.tensors() {
+            ensure!(view.dtype() == Dtype::F32, "{name} is {:?}, not F32", view.dtype());
+            let values = view.data().as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect();
+            arrays.insert(name, Tensor::from_vec::<_, f32>(values, view.shape(), &Device::Cpu)?);
+        }
+        Ok(Self { facts, arrays })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::adapter::{Gradients, LinearShapes, LoraConfig, TargetModules};
+    use crate::train::adamw::AdamWConfig;
+
+    fn learner(seed: u64) -> Learner {
+        let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+        let target_modules = TargetModules::List(vec!["q_proj".into()]);
+        let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
+        let adapter = Adapter::init(config, shapes, seed).unwrap().with_head(seed).unwrap();
+        Learner::new(adapter.to_trainable(), AdamWConfig::default(), 0.0).unwrap()
+    }
+
+    fn step(learner: &mut Learner, by: f64) {
+        let weights = learner.weights().parameters().unwrap();
+        let mut gradients = Gradients::none(1);
+        let like = |t: &Tensor| ((t * 0.5).unwrap() + by).unwrap();
+        gradients.layers[0][0] = Some((like(&weights[0]), like(&weights[1])));
+        gradients.head_weight = Some(like(&weights[2]));
+        learner.step(gradients, 0.01).unwrap();
+    }
+
+    fn bytes(learner: &Learner) -> Vec<u8> {
+        let mut all = Snapshot::default();
+        all.put_learner("x", learner).unwrap();
+        [all.facts_bytes().unwrap(), all.arrays_bytes().unwrap()].concat()
+    }
+
+    #[test]
+    fn a_learner_that_was_written_and_read_steps_on_to_the_same_bits() {
+        let mut whole = learner(1);
+        step(&mut whole, 0.25);
+        let mut snapshot = Snapshot::default();
+        snapshot.put_learner("actor", &whole).unwrap();
+        let (facts, arrays) = (snapshot.facts_bytes().unwrap(), snapshot.arrays_bytes().unwrap());
+        step(&mut whole, 0.75);
+        let mut other = learner(2);
+        Snapshot::from_bytes(&facts, &arrays).unwrap().restore_learner("actor", &mut other).unwrap();
+        assert_ne!(bytes(&other), bytes(&whole), "the snapshot must not follow the learner");
+        step(&mut other, 0.75);
+        assert_eq!(bytes(&other), bytes(&whole));
+    }
+
+    #[test]
+    fn what_is_missing_or_of_another_shape_is_named_and_changes_nothing() {
+        let mut learner = learner(1);
+        let before = bytes(&learner);
+        let mut snapshot = Snapshot::default();
+        snapshot.put_learner("actor", &learner).unwrap();
+        snapshot.arrays.retain(|name, _| !name.starts_with("actor.v"));
+        let error = snapshot.restore_learner("actor", &mut learner).unwrap_err();
+        assert!(error.to_string().contains("actor.v."), "{error}");
+        assert!(snapshot.restore_learner("critic", &mut learner).is_err());
+        assert_eq!(bytes(&learner), before);
+    }
+
+    #[test]
+    fn every_double_comes_back_bit_for_bit() {
+        let mut snapshot = Snapshot::default();
+        let values: Vec<f64> = (1..2000).map(|i| (f64::from(i) * 0.737).sin() * 10f64.powi(i % 60 - 30)).collect();
+        snapshot.put("values", &values).unwrap();
+        let read = Snapshot::from_bytes(&snapshot.facts_bytes().unwrap(), &snapshot.arrays_bytes().unwrap()).unwrap();
+        let back: Vec<f64> = read.get("values").unwrap();
+        assert!(values.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()));
+    }
+}

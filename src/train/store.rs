@@ -1,0 +1,300 @@
+//! Checkpoints on disk: a directory each, whole or not there. Knows no stage and not what a snapshot holds. Read
+//! session.rs for when one is written.
+//!
+//! A checkpoint is written under a name that no reader takes, every file is synced, the directory gets its name by a
+//! rename, and the parent is synced: at any moment of a crash the former checkpoints stand and the new one is either whole
+//! or ignored. manifest.json holds size and SHA-256 of the other files.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::origin::Origin;
+use super::snapshot::Snapshot;
+use crate::report::Positions;
+
+const MANIFEST: &str = "manifest.json";
+const FACTS: &str = "state.json";
+const ARRAYS: &str = "state.safetensors";
+const UNFINISHED: &str = ".unfinished";
+/// Of the layout; a reader takes no other.
+const FORMAT: u32 = 1;
+
+/// One file of a checkpoint.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct FileEntry {
+    bytes: u64,
+    sha256: String,
+}
+
+/// What manifest.json says.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    format: u32,
+    /// Optimizer steps that were over.
+    pub step: usize,
+    /// How far the run's files went.
+    pub positions: Positions,
+    /// What the run was made of.
+    pub origin: Origin,
+    files: BTreeMap<String, FileEntry>,
+}
+
+/// A checkpoint that was read.
+#[derive(Debug)]
+pub struct Found {
+    /// Its directory.
+    pub path: PathBuf,
+    /// What it says of itself.
+    pub manifest: Manifest,
+    /// What it holds.
+    pub snapshot: Snapshot,
+}
+
+/// The checkpoints of one run.
+#[derive(Clone, Debug)]
+pub struct Store {
+    dir: PathBuf,
+}
+
+impl Store {
+    /// In `dir`, which may not exist yet.
+    pub fn at(dir: impl Into<PathBuf>) -> Self {
+        Self { dir: dir.into() }
+    }
+
+    /// Writes a checkpoint and returns its directory. What failed half-way leaves nothing that a reader takes.
+    ///
+    /// # Errors
+    /// If the disk refuses.
+    pub fn write(&self, step: usize, snapshot: &Snapshot, positions: Positions, origin: &Origin) -> Result<PathBuf> {
+        let files = [(FACTS, snapshot.facts_bytes()?), (ARRAYS, snapshot.arrays_bytes()?)];
+        let entries = files.iter().map(|(name, bytes)| (name.to_string(), entry(bytes)));
+        let files_by_name = entries.collect();
+        let manifest = Manifest { format: FORMAT, step, positions, origin: origin.clone(), files: files_by_name };
+        let manifest = serde_json::to_vec_pretty(&manifest)?;
+        fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
+        let unfinished = self.dir.join(format!("checkpoint-{step}{UNFINISHED}"));
+        remove(&unfinished)?;
+        let target = self.free_name(step)?;
+        let written = (|| {
+            fs::create_dir(&unfinished)?;
+            for (name, bytes) in files.iter().map(|(n, b)| (*n, b)).chain([(MANIFEST, &manifest)]) {
+                write_synced(&unfinished.join(name), bytes)?;
+            }
+            sync_dir(&unfinished)?;
+            fs::rename(&unfinished, &target)?;
+            sync_dir(&self.dir)
+        })();
+        match written {
+            Ok(()) => Ok(target),
+            Err(error) => {
+                // The space is needed; the error that is told is the first one.
+                let _ = fs::remove_dir_all(&unfinished);
+                Err(error).with_context(|| format!("writing {}", target.display()))
+            }
+        }
+    }
+
+    /// Deletes the oldest checkpoints beyond `limit`.
+    ///
+    /// # Errors
+    /// If a directory cannot be read or deleted.
+    pub fn prune(&self, limit: usize) -> Result<()> {
+        let all = self.checkpoints()?;
+        all.iter().take(all.len().saturating_sub(limit)).try_for_each(|(_, path)| remove(path))
+    }
+
+    /// Deletes the checkpoints that are newer than `path`, whole or not: a run that goes on from `path` leaves them behind.
+    ///
+    /// # Errors
+    /// If a directory cannot be read or deleted.
+    pub fn remove_after(&self, path: &Path) -> Result<()> {
+        let all = self.checkpoints()?;
+        let newer = all.iter().skip_while(|(_, p)| p.file_name() != path.file_name()).skip(1);
+        newer.into_iter().try_for_each(|(_, path)| remove(path))
+    }
+
+    /// The newest checkpoint whose manifest holds, and why each newer one was passed over.
+    ///
+    /// # Errors
+    /// If the directory cannot be read.
+    pub fn newest(&self) -> Result<(Option<Found>, Vec<String>)> {
+        let mut passed = vec![];
+        for (_, path) in self.checkpoints()?.into_iter().rev() {
+            match read(&path) {
+                Ok(found) => return Ok((Some(found), passed)),
+                Err(error) => passed.push(format!("{}: {error:#}", path.display())),
+            }
+        }
+        Ok((None, passed))
+    }
+
+    /// Is there any checkpoint, whole or not?
+    pub fn is_empty(&self) -> bool {
+        self.checkpoints().is_ok_and(|all| all.is_empty())
+    }
+
+    /// Oldest first: by step, then by the number behind it.
+    fn checkpoints(&self) -> Result<Vec<((usize, usize), PathBuf)>> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(vec![]),
+            entries => entries.with_context(|| format!("reading {}", self.dir.display()))?,
+        };
+        let mut all = vec![];
+        for entry in entries {
+            let path = entry?.path();
+            all.extend(path.file_name().and_then(|n| number_of(n.to_str()?)).map(|number| (number, path)));
+        }
+        all.sort();
+        Ok(all)
+    }
+
+    /// `checkpoint-12`, or `checkpoint-12.1` where that is taken: a checkpoint never replaces another.
+    fn free_name(&self, step: usize) -> Result<PathBuf> {
+        let taken = self.checkpoints()?.into_iter().filter(|((s, _), _)| *s == step).map(|((_, n), _)| n + 1).max();
+        Ok(self.dir.join(match taken {
+            None => format!("checkpoint-{step}"),
+            Some(n) => format!("checkpoint-{step}.{n}"),
+        }))
+    }
+}
+
+/// Reads one checkpoint.
+///
+/// # Errors
+/// If a file is missing or is not the one that the manifest tells of.
+pub fn read(path: &Path) -> Result<Found> {
+    let manifest = fs::read(path.join(MANIFEST)).with_context(|| format!("{MANIFEST} cannot be read"))?;
+    let manifest: Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{MANIFEST} is damaged"))?;
+    ensure!(manifest.format == FORMAT, "its layout is number {}, this program reads {FORMAT}", manifest.format);
+    let file = |name: &str| -> Result<Vec<u8>> {
+        let expected = manifest.files.get(name).with_context(|| format!("{MANIFEST} tells of no {name}"))?;
+        let size = fs::metadata(path.join(name)).with_context(|| format!("{name} cannot be read"))?.len();
+        ensure!(size == expected.bytes, "{name} has {size} bytes, {MANIFEST} says {}", expected.bytes);
+        let bytes = fs::read(path.join(name)).with_context(|| format!("{name} cannot be read"))?;
+        ensure!(entry(&bytes) == *expected, "{name} is not the file that {MANIFEST} tells of (SHA-256)");
+        Ok(bytes)
+    };
+    let snapshot = Snapshot::from_bytes(&file(FACTS)?, &file(ARRAYS)?)?;
+    Ok(Found { path: path.to_path_buf(), manifest, snapshot })
+}
+
+fn number_of(name: &str) -> Option<(usize, usize)> {
+    let number = name.strip_prefix("checkpoint-")?;
+    let (step, n) = number.split_once('.').unwrap_or((number, "0"));
+    Some((step.parse().ok()?, n.parse().ok()?))
+}
+
+fn entry(bytes: &[u8]) -> FileEntry {
+    FileEntry { bytes: bytes.len() as u64, sha256: format!("{:x}", Sha256::digest(bytes)) }
+}
+
+fn remove(path: &Path) -> Result<()> {
+    match fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(e).with_context(|| format!("deleting {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut file = File::create_new(path)?;
+    file.write_all(bytes)?;
+    Ok(file.sync_all()?)
+}
+
+/// Makes names in a directory last. Where directories cannot be opened as files, the system sees to it.
+fn sync_dir(path: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(path)?.sync_all()?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn store() -> (tempfile::TempDir, Store) {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::at(dir.path().join("checkpoints"));
+        (dir, store)
+    }
+
+    fn write(store: &Store, step: usize) -> PathBuf {
+        let mut snapshot = Snapshot::default();
+        snapshot.put("at", &step).unwrap();
+        store.write(step, &snapshot, Positions::default(), &Origin::default()).unwrap()
+    }
+
+    fn newest(store: &Store) -> (Option<usize>, Vec<String>) {
+        let (found, passed) = store.newest().unwrap();
+        (found.map(|f| f.snapshot.get("at").unwrap()), passed)
+    }
+
+    #[test]
+    fn the_newest_is_by_number_and_the_oldest_go_first() {
+        let (_dir, store) = store();
+        assert_eq!(newest(&store).0, None);
+        for step in [2, 9, 10] {
+            write(&store, step);
+        }
+        assert_eq!(newest(&store).0, Some(10));
+        assert!(write(&store, 10).ends_with("checkpoint-10.1"), "a checkpoint never replaces another");
+        store.prune(3).unwrap();
+        let left: Vec<_> = store.checkpoints().unwrap().into_iter().map(|(n, _)| n).collect();
+        assert_eq!(left, [(9, 0), (10, 0), (10, 1)]);
+        store.remove_after(&store.dir.join("checkpoint-9")).unwrap();
+        assert_eq!(newest(&store).0, Some(9));
+    }
+
+    /// What a crash, a full disk or a tired disk can leave: the reader falls back, and says why.
+    #[test]
+    fn every_damage_is_noticed_and_the_checkpoint_before_is_taken() {
+        let damages: [(&str, fn(&Path)); 6] = [
+            ("manifest.json cannot be read", |p| fs::remove_file(p.join(MANIFEST)).unwrap()),
+            ("manifest.json is damaged", |p| truncate(&p.join(MANIFEST))),
+            ("state.json has", |p| truncate(&p.join(FACTS))),
+            ("state.safetensors cannot be read", |p| fs::remove_file(p.join(ARRAYS)).unwrap()),
+            ("SHA-256", |p| {
+                let mut bytes = fs::read(p.join(FACTS)).unwrap();
+                *bytes.last_mut().unwrap() ^= 1;
+                fs::write(p.join(FACTS), bytes).unwrap();
+            }),
+            ("layout", |p| {
+                let text = fs::read_to_string(p.join(MANIFEST)).unwrap();
+                fs::write(p.join(MANIFEST), text.replace("\"format\": 1", "\"format\": 7")).unwrap();
+            }),
+        ];
+        for (said, damage) in damages {
+            let (_dir, store) = store();
+            write(&store, 1);
+            damage(&write(&store, 2));
+            let (found, passed) = newest(&store);
+            assert_eq!(found, Some(1), "{said}");
+            assert!(passed.len() == 1 && passed[0].contains("checkpoint-2") && passed[0].contains(said), "{passed:?}");
+        }
+    }
+
+    #[test]
+    fn a_directory_that_was_never_finished_is_no_checkpoint_and_is_no_obstacle() {
+        let (_dir, store) = store();
+        fs::create_dir_all(store.dir.join("checkpoint-5.unfinished")).unwrap();
+        fs::write(store.dir.join("checkpoint-5.unfinished/state.json"), "{").unwrap();
+        assert_eq!(newest(&store), (None, vec![]));
+        write(&store, 5);
+        assert_eq!(newest(&store), (Some(5), vec![]));
+    }
+
+    fn truncate(path: &Path) {
+        let bytes = fs::read(path).unwrap();
+        fs::write(path, &bytes[..bytes.len() / 2]).unwrap();
+    }
+}
