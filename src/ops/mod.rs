@@ -12,6 +12,7 @@ mod linear_bf16;
 pub mod norm;
 pub mod pack;
 pub mod pool;
+pub mod quantise;
 pub mod rope;
 mod stored;
 pub mod swiglu;
