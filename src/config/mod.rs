@@ -2,11 +2,12 @@
 //!
 //! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
 //! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
-//! The keys are documented on the structs: read schema.rs and stages.rs next.
+//! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
 
 mod expand;
 mod located;
 mod overrides;
+mod ppo;
 mod schema;
 mod stages;
 mod validate;
@@ -20,8 +21,9 @@ use toml::{Table, Value};
 use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
+pub use ppo::{KlEstimator, Ppo};
 pub use schema::{Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation};
-pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
+pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
