@@ -40,7 +40,7 @@ mod tests {
     use crate::model::adapter::{LinearShapes, LoraConfig, TargetModules};
 
     fn adapter(seed: u64, r: usize) -> Adapter {
-        let shapes = LinearShapes { layers: 2, hidden: 8, q_out: 8, kv_out: 4, intermediate: 12 };
+        let shapes = LinearShapes::llama(2, 8, 8, 4, 12);
         let target_modules = TargetModules::List(vec!["q_proj".into(), "down_proj".into()]);
         let config = LoraConfig { r, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
         Adapter::init(config, shapes, seed).unwrap()

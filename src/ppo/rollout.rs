@@ -68,7 +68,7 @@ pub struct Readers<'w> {
     pub source: &'w dyn RewardSource,
 }
 
-/// Answers the task's prompts `rows` with the actor and has the others read. `seeds` (B): one a sequence.
+/// Answers `prompts`, which are some of the task's, with the actor and has the others read. `seeds` (B): one a sequence.
 ///
 /// # Errors
 /// Those of generation, of the views and of the reward source.
@@ -76,11 +76,10 @@ pub fn collect(
     actor: Policy<'_>,
     readers: Readers<'_>,
     task: &Task<'_>,
-    rows: &[usize],
+    prompts: Vec<Vec<u32>>,
     seeds: &[u64],
     sampling: &Sampling,
 ) -> Result<Rollout> {
-    let prompts: Vec<Vec<u32>> = rows.iter().map(|&row| task.prompts[row].clone()).collect();
     let responses = generate(actor, &prompts, seeds, sampling, |_, _| {})?;
     // Greedy decoding scores under temperature 1, like `generate`.
     let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };

@@ -84,16 +84,17 @@ impl State {
     pub fn roll_out(&mut self, run: &Run<'_>) -> Result<()> {
         let (start, config) = (run.task.start, run.config);
         let iteration = self.iteration as u64;
-        let rows = choose(run.task.prompts.len(), self.iteration * config.batch_size, config.batch_size, run.seed);
+        let first = self.iteration * config.batch_size;
+        let prompts = choose(run.task.prompts, first, config.batch_size, run.seed)?;
         let seeds: Vec<u64> =
-            (0..rows.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
+            (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
         let readers = Readers {
             reference: Policy::new(start.base, Some(&self.reference)),
             critic: Scorer::new(start.reward_base, self.critic.weights().view())?,
             source: run.task.source,
         };
         let actor = Policy::new(start.base, Some(self.actor.weights().view()));
-        let rollout = collect(actor, readers, &run.task, &rows, &seeds, &sampling(config, run.task.stop))?;
+        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling(config, run.task.stop))?;
         if config.use_score_scaling {
             self.scores.add(&rollout.scores);
         }

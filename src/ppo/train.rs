@@ -1,10 +1,14 @@
-//! The PPO loop, in numbered steps: four roles over at most two frozen bases, two learners. Knows no file; `run.rs` at the
-//! top reads them. Read state.rs for what a step does, then rollout.rs, experience.rs and update.rs.
+//! The PPO loop, in numbered steps: four roles over at most two frozen bases, two learners. Knows no file; `run::ppo`
+//! reads them. Read state.rs for what a step does, then rollout.rs, experience.rs and update.rs.
+
+use std::borrow::Cow;
 
 use anyhow::Result;
 
 use super::state::State;
 use crate::config::Ppo;
+use crate::data::examples::Examples;
+use crate::data::order::endless;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
@@ -13,7 +17,6 @@ use crate::model::generate::Sampling;
 use crate::model::roles::Scorer;
 use crate::report::{Figures, Report};
 use crate::reward::source::RewardSource;
-use crate::rng::{SplitMix64, derive};
 use crate::train::schedule::Schedule;
 use crate::train::settings;
 
@@ -36,7 +39,7 @@ pub struct Task<'w> {
     /// Bases and adapters.
     pub start: Start<'w>,
     /// Prompts to be answered, as token ids.
-    pub prompts: &'w [Vec<u32>],
+    pub prompts: &'w dyn Examples<Vec<u32>>,
     /// Tokens that end a response.
     pub stop: &'w [u32],
     /// Gives the answers their scores.
@@ -76,7 +79,7 @@ impl<'w> Run<'w> {
     /// Those of [`check`].
     pub fn new(task: Task<'w>, config: &'w Ppo, seed: u64) -> Result<Self> {
         check(task.start, task.prompts, config)?;
-        let longest = task.prompts.iter().map(Vec::len).max().unwrap_or(0) + config.response_length;
+        let longest = task.prompts.longest_sequence() + config.response_length;
         let checkpoint = settings::checkpoint(config.checkpoint, task.start.base, longest * config.micro_batch_size);
         Ok(Self { task, config, seed, checkpoint })
     }
@@ -159,7 +162,7 @@ pub fn sampling(config: &Ppo, stop: &[u32]) -> Sampling {
 ///
 /// # Errors
 /// If there is no prompt, the two bases' vocabularies differ, or a response would run past the context.
-pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()> {
+pub fn check(start: Start<'_>, prompts: &dyn Examples<Vec<u32>>, config: &Ppo) -> Result<()> {
     if prompts.is_empty() {
         return Err(invalid!("[ppo] there is no prompt to answer"));
     }
@@ -179,7 +182,7 @@ pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()>
     }
     start.reward.map_or(Ok(()), |reward| Scorer::new(start.reward_base, reward).map(drop))?;
     let context = start.base.config().max_position_embeddings.min(start.reward_base.config().max_position_embeddings);
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let longest = prompts.longest_sequence();
     if longest + config.response_length > context {
         return Err(invalid!(
             "[ppo] a prompt of {longest} tokens and response_length = {} do not fit the context of {context}; lower \
@@ -190,19 +193,13 @@ pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()>
     Ok(())
 }
 
-/// Which of `prompts` prompts are number `from..from + count` of an endless sequence of shuffled passes.
-pub fn choose(prompts: usize, from: usize, count: usize, seed: u64) -> Vec<usize> {
-    let mut chosen = Vec::with_capacity(count);
-    let mut pass = usize::MAX;
-    let mut order = vec![];
-    for at in from..from + count {
-        if at / prompts != pass {
-            pass = at / prompts;
-            order = SplitMix64::new(derive(seed, &[settings::PROMPT_ORDER, pass as u64])).permutation(prompts);
-        }
-        chosen.push(order[at % prompts]);
-    }
-    chosen
+/// Prompts `from..from + count` of an endless sequence of shuffled passes.
+///
+/// # Errors
+/// If the file they lie in is damaged.
+pub fn choose(prompts: &dyn Examples<Vec<u32>>, from: usize, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let rows = endless(seed, settings::PROMPT_ORDER, prompts.len(), from, count);
+    rows.into_iter().map(|row| prompts.get(row).map(Cow::into_owned)).collect()
 }
 
 #[cfg(test)]

@@ -49,7 +49,8 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let source = RewardModel(reward);
     let task = ppo::train::Task { start, prompts: &ids, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
-    let evaluation = Evaluation { start, source: &source, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
+    let evaluation =
+        Evaluation { start, source: &source, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
     let before = evaluation.run("before", &sft, &decode, &mut report)?;
     let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;

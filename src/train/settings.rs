@@ -3,6 +3,8 @@
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config::{self, LrScheduler};
+use crate::data::examples::{Example, Examples};
+use crate::data::order::BatchSize;
 use crate::model::base::Base;
 use crate::model::block::Checkpointing;
 
@@ -57,6 +59,20 @@ pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
         LrScheduler::Constant => Decay::Constant,
     };
     Schedule { lr, warmup_steps, decay }
+}
+
+/// The cut of a batch: by tokens where a budget is given.
+pub fn batch_size(examples: usize, max_tokens: Option<usize>) -> BatchSize {
+    max_tokens.map_or(BatchSize::Examples(examples), BatchSize::Tokens)
+}
+
+/// Tokens that a batch of these examples has at most.
+pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
+    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
+    match batch {
+        BatchSize::Examples(count) => longest * count,
+        BatchSize::Tokens(most) => longest.max(most),
+    }
 }
 
 /// What blocks keep: as asked, or by memory: activations where they take at most half of what the machine has free.
