@@ -21,7 +21,7 @@ use crate::train::settings;
 pub struct Summary {
     /// Mean reward of the good held-out answers less that of the bad; NaN where one kind is missing.
     pub margin: f64,
-    /// Mean held-out loss; NaN where nothing is held out.
+    /// Mean held-out loss; NaN where fewer than two are held out.
     pub loss: f64,
     /// Good and bad answers trained on.
     pub counts: [usize; 2],
@@ -53,10 +53,8 @@ pub fn train(
         return Err(invalid!("[kto] needs two records or more to train on: the KL term puts one's answer to another"));
     }
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
-    let judge = Judge {
-        reference: Policy::new(base, reference),
-        loss: KtoLoss { beta, desirable_weight, undesirable_weight },
-    };
+    let judge =
+        Judge { reference: Policy::new(base, reference), loss: KtoLoss { beta, desirable_weight, undesirable_weight } };
     let start = start.clone().with_score_head(None)?;
     let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
     let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
@@ -66,11 +64,7 @@ pub fn train(
     let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
     let good = examples.iter().filter(|e| e.good).count();
     report.stage("kto", steps);
-    report.note(&format!(
-        "kto: {good} good and {} bad answers, {} held out",
-        examples.len() - good,
-        held_out.len()
-    ));
+    report.note(&format!("kto: {good} good and {} bad answers, {} held out", examples.len() - good, held_out.len()));
     let all: Vec<&JudgedExample> = examples.iter().collect();
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.reference_of(&all)?),
@@ -85,7 +79,8 @@ pub fn train(
             // 1. The KL term: answers after prompts that they were not given to. A lone last record takes its prompt's
             //    answer from the step before.
             let first = number_in_epoch * per_step;
-            let before = if rows.len() > 1 { rows[rows.len() - 1] } else { order[(first + order.len() - 1) % order.len()] };
+            let before =
+                if rows.len() > 1 { rows[rows.len() - 1] } else { order[(first + order.len() - 1) % order.len()] };
             let step_rows: Vec<&JudgedExample> = rows.iter().map(|&i| &examples[i]).collect();
             let view = Policy::new(base, Some(learner.weights().view()));
             let kl = judge.kl(view, &step_rows, &examples[before])?;
@@ -132,8 +127,8 @@ pub fn train(
     let trained = learner.weights().snapshot();
     let after = judge.evaluate(Policy::new(base, Some(&trained)), &held, &held_reference)?;
     report.done();
-    let loss = if held.is_empty() { f64::NAN } else { after.loss };
-    if !held.is_empty() {
+    let loss = if held.len() < 2 { f64::NAN } else { after.loss };
+    if held.len() > 1 {
         report.note(&format!("kto: held-out loss {loss:.4}, margin {:.3}", after.margin()));
     }
     Ok((trained, Summary { margin: after.margin(), loss, counts: [good, examples.len() - good], steps, tokens }))
@@ -151,19 +146,17 @@ struct Judge<'w> {
 
 impl Judge<'_> {
     fn reference_of(&self, examples: &[&JudgedExample]) -> Result<Vec<f64>> {
-        // One a pass, so that it does not matter with which others.
-        let mut all = Vec::with_capacity(examples.len());
-        for sequence in sequences(examples) {
-            all.extend(summed_logprobs(self.reference, &[sequence])?);
-        }
-        Ok(all)
+        summed_logprobs(self.reference, &sequences(examples))
     }
 
     /// The KL term of `examples`: each prompt with the answer of the example in front of it; before the first, `before`.
     fn kl(&self, policy: Policy<'_>, examples: &[&JudgedExample], before: &JudgedExample) -> Result<f64> {
         let answers = std::iter::once(before).chain(examples.iter().copied());
-        let mixed: Vec<Sequence<'_>> =
-            examples.iter().zip(answers).map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.answer }).collect();
+        let mixed: Vec<Sequence<'_>> = examples
+            .iter()
+            .zip(answers)
+            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.answer })
+            .collect();
         let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
         Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
     }

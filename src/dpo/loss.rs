@@ -63,10 +63,9 @@ impl PairLoss {
         let (right, wrong) = (sigmoid(beta * h), sigmoid(-beta * h));
         let pair = |loss: f64, by_h: f64| PairGradient { loss, chosen: by_h, rejected: -by_h };
         let found = match self {
-            Self::Sigmoid { label_smoothing: s } => pair(
-                (1.0 - s) * softplus(-beta * h) + s * softplus(beta * h),
-                beta * (s * right - (1.0 - s) * wrong),
-            ),
+            Self::Sigmoid { label_smoothing: s } => {
+                pair((1.0 - s) * softplus(-beta * h) + s * softplus(beta * h), beta * (s * right - (1.0 - s) * wrong))
+            }
             Self::Robust { label_smoothing: s } => pair(
                 ((1.0 - s) * softplus(-beta * h) - s * softplus(beta * h)) / (1.0 - 2.0 * s),
                 -beta * ((1.0 - s) * wrong + s * right) / (1.0 - 2.0 * s),

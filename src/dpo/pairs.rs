@@ -64,24 +64,24 @@ pub fn train(
     report.stage("dpo", steps);
     report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
-        true => Some(examples.iter().map(|e| judge.reference_of(e)).collect::<Result<Vec<_>>>()?),
+        true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
         false => None,
     };
-    let held_reference = held_out.iter().map(|e| judge.reference_of(e)).collect::<Result<Vec<_>>>()?;
+    let held_reference = judge.references(&held_out.iter().collect::<Vec<_>>())?;
     let (mut step, mut tokens) = (0, 0);
     for epoch in 0..config.num_train_epochs {
         let order = SplitMix64::new(derive(seed, &[settings::DPO_ORDER, epoch as u64])).permutation(examples.len());
         for rows in order.chunks(per_step) {
             let mut grads = Gradients::none(base.shapes().layers);
             let mut tally = Tally::default();
-            for micro in rows.chunks(config.per_device_train_batch_size) {
+            for numbers in rows.chunks(config.per_device_train_batch_size) {
                 // 1. The reference's view of these answers, computed now or before.
+                let micro: Vec<&RankedExample> = numbers.iter().map(|&i| &examples[i]).collect();
                 let references = match &stored {
-                    Some(all) => micro.iter().map(|&i| all[i].clone()).collect(),
-                    None => micro.iter().map(|&i| judge.reference_of(&examples[i])).collect::<Result<Vec<_>>>()?,
+                    Some(all) => numbers.iter().map(|&i| all[i].clone()).collect(),
+                    None => judge.references(&micro)?,
                 };
                 // 2. Forward, loss and backward; the step's comparisons divide every micro-batch's loss.
-                let micro: Vec<&RankedExample> = micro.iter().map(|&i| &examples[i]).collect();
                 let sequences = sequences(&micro);
                 let (batch, targets) = pack(&sequences)?;
                 tokens += batch.tokens().len();
@@ -151,9 +151,11 @@ struct Judge<'w> {
 }
 
 impl Judge<'_> {
-    /// (K): a comparison's answers under the reference. One comparison a pass, so that it does not matter when.
-    fn reference_of(&self, example: &RankedExample) -> Result<Vec<f64>> {
-        summed_logprobs(self.reference, &sequences(&[example]))
+    /// Each comparison's answers under the reference. Which others share a pass does not matter: the kernels give a
+    /// sequence the same bits in any batch.
+    fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
+        let mut flat = summed_logprobs(self.reference, &sequences(examples))?.into_iter();
+        Ok(examples.iter().map(|e| flat.by_ref().take(e.answers.len()).collect()).collect())
     }
 
     /// dL/dlogp of every answer; `weight` divides by the comparisons of the step.
