@@ -22,7 +22,9 @@ use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
-pub use schema::{Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation};
+pub use schema::{
+    Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+};
 pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.

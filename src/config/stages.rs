@@ -45,6 +45,10 @@ pub struct Sft {
     pub num_train_epochs: usize,
     /// Sequences of one forward and backward pass. Default 8 (transformers).
     pub per_device_train_batch_size: usize,
+    /// Most tokens of one forward and backward pass, instead of `per_device_train_batch_size`: sequences of like
+    /// length are put together until the next would not fit, and one longer than this goes alone. Absent = by count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens_per_batch: Option<usize>,
     /// Passes summed into one optimizer step. Default 1.
     pub gradient_accumulation_steps: usize,
     /// Optimizer steps over which the learning rate rises from 0. Default 0.
@@ -79,6 +83,7 @@ impl Default for Sft {
             learning_rate: 2e-4,
             num_train_epochs: 1,
             per_device_train_batch_size: 8,
+            max_tokens_per_batch: None,
             gradient_accumulation_steps: 1,
             warmup_steps: 0,
             lr_scheduler_type: LrScheduler::Linear,
@@ -124,6 +129,10 @@ pub struct Reward {
     pub num_train_epochs: usize,
     /// Comparisons of one forward and backward pass, each with all its answers. Default 8 (transformers).
     pub per_device_train_batch_size: usize,
+    /// Most tokens of one forward and backward pass, instead of `per_device_train_batch_size`: comparisons of like
+    /// length are put together until the next would not fit, and one longer than this goes alone. Absent = by count.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_tokens_per_batch: Option<usize>,
     /// Passes summed into one optimizer step. Default 1.
     pub gradient_accumulation_steps: usize,
     /// Optimizer steps over which the learning rate rises from 0. Default 0.
@@ -157,6 +166,7 @@ impl Default for Reward {
             learning_rate: 2e-4,
             num_train_epochs: 1,
             per_device_train_batch_size: 8,
+            max_tokens_per_batch: None,
             gradient_accumulation_steps: 1,
             warmup_steps: 0,
             lr_scheduler_type: LrScheduler::Linear,

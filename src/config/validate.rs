@@ -126,6 +126,7 @@ fn sft(section: &Sft) -> Result<()> {
     check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
     check.at_least_one("num_train_epochs", section.num_train_epochs)?;
     check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
+    check.at_least_one("max_tokens_per_batch", section.max_tokens_per_batch.unwrap_or(1))?;
     check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
     check.at_least_one("logging_steps", section.logging_steps)
 }
@@ -137,6 +138,7 @@ fn reward(section: &Reward) -> Result<()> {
     check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
     check.at_least_one("num_train_epochs", section.num_train_epochs)?;
     check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
+    check.at_least_one("max_tokens_per_batch", section.max_tokens_per_batch.unwrap_or(1))?;
     check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
     check.at_least_one("logging_steps", section.logging_steps)
 }

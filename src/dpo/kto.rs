@@ -145,8 +145,13 @@ struct Judge<'w> {
 }
 
 impl Judge<'_> {
+    /// Answers under the reference, one a pass: the same bits whether computed once or in every step.
     fn reference_of(&self, examples: &[&JudgedExample]) -> Result<Vec<f64>> {
-        summed_logprobs(self.reference, &sequences(examples))
+        let mut all = Vec::with_capacity(examples.len());
+        for sequence in sequences(examples) {
+            all.extend(summed_logprobs(self.reference, &[sequence])?);
+        }
+        Ok(all)
     }
 
     /// The KL term of `examples`: each prompt with the answer of the example in front of it; before the first, `before`.

@@ -151,11 +151,10 @@ struct Judge<'w> {
 }
 
 impl Judge<'_> {
-    /// Each comparison's answers under the reference. Which others share a pass does not matter: the kernels give a
-    /// sequence the same bits in any batch.
+    /// Each comparison's answers under the reference, a comparison a pass: a product over other rows beside it rounds
+    /// otherwise in the last bit, and what is computed once must equal what is computed in every step.
     fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
-        let mut flat = summed_logprobs(self.reference, &sequences(examples))?.into_iter();
-        Ok(examples.iter().map(|e| flat.by_ref().take(e.answers.len()).collect()).collect())
+        examples.iter().map(|&example| summed_logprobs(self.reference, &sequences(&[example]))).collect()
     }
 
     /// dL/dlogp of every answer; `weight` divides by the comparisons of the step.

@@ -1,6 +1,8 @@
 //! The PPO loop, in numbered steps: four roles over at most two frozen bases, two learners. Knows no file; `run::ppo`
 //! reads them. Read rollout.rs, then rewards.rs, gae.rs and loss.rs.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 use serde_json::json;
 
@@ -10,6 +12,8 @@ use super::loss::{PolicyStats, PolicyTokens, ValueStats, ValueTokens, policy_los
 use super::rewards::{Ending, Shaping, scale_to_unit_variance, shape, whiten};
 use super::rollout::{Readers, Rollout, collect};
 use crate::config::{KlEstimator, Ppo};
+use crate::data::examples::Examples;
+use crate::data::order::endless;
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients, HeadBias};
 use crate::model::base::Base;
@@ -60,7 +64,7 @@ struct Experience {
 /// finite.
 pub fn train(
     start: Start<'_>,
-    prompts: &[Vec<u32>],
+    prompts: &(impl Examples<Vec<u32>> + ?Sized),
     stop: &[u32],
     config: &Ppo,
     seed: u64,
@@ -77,7 +81,7 @@ pub fn train(
     let actor_schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let critic_schedule =
         settings::schedule(config.critic_learning_rate(), config.warmup_steps, config.lr_scheduler_type);
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0) + config.response_length;
+    let longest = prompts.longest_sequence() + config.response_length;
     let checkpoint = settings::checkpoint(config.checkpoint, start.base, longest * config.micro_batch_size);
     let sampling = sampling(config, stop);
     report.stage("ppo", iterations);
@@ -91,7 +95,7 @@ pub fn train(
                 critic: Scorer::new(start.reward_base, critic.weights().view())?,
                 reward: Scorer::new(start.reward_base, start.reward)?,
             };
-            let chosen = choose(prompts, iteration * config.batch_size, config.batch_size, seed);
+            let chosen = choose(prompts, iteration * config.batch_size, config.batch_size, seed)?;
             let seeds: Vec<u64> = (0..config.batch_size as u64)
                 .map(|i| derive(seed, &[settings::ROLLOUT, iteration as u64, i]))
                 .collect();
@@ -149,7 +153,7 @@ pub fn sampling(config: &Ppo, stop: &[u32]) -> Sampling {
 ///
 /// # Errors
 /// If there is no prompt, the two bases' vocabularies differ, or a response would run past the context.
-pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()> {
+pub fn check(start: Start<'_>, prompts: &(impl Examples<Vec<u32>> + ?Sized), config: &Ppo) -> Result<()> {
     if prompts.is_empty() {
         return Err(invalid!("[ppo] there is no prompt to answer"));
     }
@@ -169,7 +173,7 @@ pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()>
     }
     Scorer::new(start.reward_base, start.reward)?;
     let context = start.base.config().max_position_embeddings.min(start.reward_base.config().max_position_embeddings);
-    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let longest = prompts.longest_sequence();
     if longest + config.response_length > context {
         return Err(invalid!(
             "[ppo] a prompt of {longest} tokens and response_length = {} do not fit the context of {context}; lower \
@@ -181,18 +185,9 @@ pub fn check(start: Start<'_>, prompts: &[Vec<u32>], config: &Ppo) -> Result<()>
 }
 
 /// Prompts `from..from + count` of an endless sequence of shuffled passes.
-fn choose(prompts: &[Vec<u32>], from: usize, count: usize, seed: u64) -> Vec<Vec<u32>> {
-    let mut chosen = Vec::with_capacity(count);
-    let mut pass = usize::MAX;
-    let mut order = vec![];
-    for at in from..from + count {
-        if at / prompts.len() != pass {
-            pass = at / prompts.len();
-            order = SplitMix64::new(derive(seed, &[settings::PROMPT_ORDER, pass as u64])).permutation(prompts.len());
-        }
-        chosen.push(prompts[order[at % prompts.len()]].clone());
-    }
-    chosen
+fn choose(prompts: &(impl Examples<Vec<u32>> + ?Sized), from: usize, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let rows = endless(seed, settings::PROMPT_ORDER, prompts.len(), from, count);
+    rows.into_iter().map(|row| prompts.get(row).map(Cow::into_owned)).collect()
 }
 
 fn judge(rollout: Rollout, config: &Ppo) -> Result<Experience> {

@@ -32,6 +32,14 @@ impl Model {
         Self::of(Checkpoint::open(path)?)
     }
 
+    /// Opens what `[base]` or `[reward_base]` names, as it says.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of_section(base: &config::Base) -> Result<Self> {
+        Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))
+    }
+
     /// Over an opened checkpoint.
     ///
     /// # Errors

@@ -20,10 +20,10 @@ use crate::{invalid, ppo};
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.ppo()?;
-    let model = Model::open(&config.base.path)?;
-    // One base serves all four roles where both configs name the same files.
+    let model = Model::of_section(&config.base)?;
+    // One base serves all four roles where both sections name the same files, opened alike.
     let other = match &config.reward_base {
-        Some(base) if base.path != config.base.path => Some(Model::open(&base.path)?),
+        Some(base) if *base != config.base => Some(Model::of_section(base)?),
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);

@@ -3,6 +3,8 @@
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config::{self, LrScheduler};
+use crate::data::examples::{Example, Examples};
+use crate::data::order::BatchSize;
 use crate::model::base::Base;
 use crate::model::block::Checkpointing;
 
@@ -73,6 +75,20 @@ pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
     Schedule { lr, warmup_steps, decay }
 }
 
+/// The cut of a batch: by tokens where a budget is given.
+pub fn batch_size(examples: usize, max_tokens: Option<usize>) -> BatchSize {
+    max_tokens.map_or(BatchSize::Examples(examples), BatchSize::Tokens)
+}
+
+/// Tokens that a batch of these examples has at most.
+pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
+    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
+    match batch {
+        BatchSize::Examples(count) => longest * count,
+        BatchSize::Tokens(most) => longest.max(most),
+    }
+}
+
 /// What blocks keep: as asked, or by memory: activations where they take at most half of what the machine has free.
 /// `tokens` are those of the largest micro-batch. Both choices give the same bits.
 pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Checkpointing {
@@ -81,7 +97,7 @@ pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Chec
         config::Checkpoint::Block => Checkpointing::Block,
         config::Checkpoint::Auto => {
             let s = base.shapes();
-            let per_token = 2 * s.hidden + 2 * s.q_out + 2 * s.kv_out + 2 * s.intermediate;
+            let per_token = s.linears().iter().map(|l| l.out).sum::<usize>() + s.attention_width();
             let bytes = tokens * per_token * s.layers * size_of::<f32>();
             match crate::memory::available_bytes() {
                 Some(free) if bytes > free / 2 => Checkpointing::Block,

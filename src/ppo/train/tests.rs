@@ -12,7 +12,7 @@ use crate::quickstart::base::BASE;
 fn every_prompt_is_asked_once_a_pass_in_an_order_of_the_passes_own() {
     let prompts: Vec<Vec<u32>> = (0..7).map(|i| vec![i]).collect();
     // 21 prompts are three passes; rollouts of 4 cross their borders.
-    let asked: Vec<Vec<u32>> = (0..6).flat_map(|i| choose(&prompts, i * 4, 4, 5)).take(21).collect();
+    let asked: Vec<Vec<u32>> = (0..6).flat_map(|i| choose(&prompts, i * 4, 4, 5).unwrap()).take(21).collect();
     let passes: Vec<&[Vec<u32>]> = asked.chunks(7).collect();
     for pass in &passes {
         let mut sorted = pass.to_vec();
@@ -20,8 +20,8 @@ fn every_prompt_is_asked_once_a_pass_in_an_order_of_the_passes_own() {
         assert_eq!(sorted, prompts);
     }
     assert!(passes[0] != passes[1] && passes[1] != passes[2]);
-    assert_ne!(choose(&prompts, 0, 7, 6), passes[0], "another seed");
-    assert_eq!(choose(&prompts, 0, 21, 5), asked, "one rollout longer than the list");
+    assert_ne!(choose(&prompts, 0, 7, 6).unwrap(), passes[0], "another seed");
+    assert_eq!(choose(&prompts, 0, 21, 5).unwrap(), asked, "one rollout longer than the list");
 }
 
 fn ppo() -> Ppo {
