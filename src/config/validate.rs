@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Lora, Ppo, Reward, Sft, TargetModules};
+use super::{Base, Config, Data, Dpo, Kto, Lora, Ppo, Reward, Sft, TargetModules};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -13,21 +13,23 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     config.data.as_ref().map_or(Ok(()), data)?;
     config.sft.as_ref().map_or(Ok(()), sft)?;
     config.reward.as_ref().map_or(Ok(()), reward)?;
+    config.dpo.as_ref().map_or(Ok(()), Dpo::check)?;
+    config.kto.as_ref().map_or(Ok(()), Kto::check)?;
     config.ppo.as_ref().map_or(Ok(()), ppo)
 }
 
 /// The checks of one section; every message opens with `[section] key = value`.
-struct Section(&'static str);
+pub(super) struct Section(pub(super) &'static str);
 
 impl Section {
-    fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
+    pub(super) fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
         match value {
             0 => Err(invalid!("[{}] {key} = 0 does nothing; use 1 or more", self.0)),
             _ => Ok(()),
         }
     }
 
-    fn within(&self, key: &str, value: f64, inside: impl Fn(f64) -> bool, range: &str) -> Result<()> {
+    pub(super) fn within(&self, key: &str, value: f64, inside: impl Fn(f64) -> bool, range: &str) -> Result<()> {
         // NaN and the infinities are TOML numbers too, and none is ever meant.
         if value.is_finite() && inside(value) {
             return Ok(());
@@ -35,16 +37,16 @@ impl Section {
         Err(invalid!("[{}] {key} = {value} is out of range; use {range}", self.0))
     }
 
-    fn positive(&self, key: &str, value: f64, usual: &str) -> Result<()> {
+    pub(super) fn positive(&self, key: &str, value: f64, usual: &str) -> Result<()> {
         self.within(key, value, |v| v > 0.0, &format!("a number above 0, usually {usual}"))
     }
 
-    fn not_negative(&self, key: &str, value: f64) -> Result<()> {
+    pub(super) fn not_negative(&self, key: &str, value: f64) -> Result<()> {
         self.within(key, value, |v| v >= 0.0, "0 or a number above it")
     }
 
-    /// The optimisation keys all three stages have: (learning rate, weight decay, betas, epsilon, gradient norm).
-    fn optimizer(&self, rate: f64, decay: f64, betas: [f64; 2], epsilon: f64, norm: f64) -> Result<()> {
+    /// The optimisation keys every stage has: (learning rate, weight decay, betas, epsilon, gradient norm).
+    pub(super) fn optimizer(&self, rate: f64, decay: f64, betas: [f64; 2], epsilon: f64, norm: f64) -> Result<()> {
         self.positive("learning_rate", rate, "1e-6 to 1e-3")?;
         if rate >= 1.0 {
             return Err(invalid!(

@@ -61,6 +61,8 @@ pub fn config(seed: u64) -> Config {
             weight_decay: 0.01,
             ..config::Reward::default()
         }),
+        dpo: None,
+        kto: None,
         ppo: Some(config::Ppo {
             learning_rate: 2e-3,
             total_episodes: 40 * 64,
