@@ -13,9 +13,10 @@ use fourfold::config::{Checkpoint, ComputeDtype, Lora, LrScheduler, Ppo, Reward,
 use fourfold::data::phases::{RankedExample, SftExample};
 use fourfold::memory::peak_rss_bytes;
 use fourfold::model::generate::{Sampling, generate};
-use fourfold::model::roles::Policy;
+use fourfold::model::roles::{Policy, Scorer};
 use fourfold::ppo::train as ppo;
 use fourfold::report::Report;
+use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::{reward, sft};
 
@@ -138,9 +139,12 @@ fn main() -> Result<()> {
             ..Ppo::default()
         };
         measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
-            let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: &scorer };
+            let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: Some(&scorer) };
+            let source = RewardModel(Scorer::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
-            ppo::train(start, &ids(8, 64, 8 * rep), &[], &config, rep as u64, &decode, &mut Report::silent()).map(drop)
+            let prompts = ids(8, 64, 8 * rep);
+            let task = ppo::Task { start, prompts: &prompts, stop: &[], source: &source, decode: &decode };
+            ppo::train(task, &config, rep as u64, &mut Report::silent()).map(drop)
         })?;
     }
     Ok(())
