@@ -15,9 +15,9 @@ use fourfold::memory::peak_rss_bytes;
 use fourfold::model::generate::{Sampling, generate};
 use fourfold::model::roles::{Policy, Scorer};
 use fourfold::ppo::train as ppo;
-use fourfold::report::Report;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
+use fourfold::train::session::Session;
 use fourfold::{reward, sft};
 
 #[global_allocator]
@@ -104,7 +104,7 @@ fn main() -> Result<()> {
             let rows = ids(4, 256, 4 * rep);
             let example = |tokens: Vec<u32>| SftExample { loss_mask: (0..256).map(|i| i > 0).collect(), tokens };
             let examples: Vec<SftExample> = rows.into_iter().map(example).collect();
-            sft::train(base, &fresh, &examples, &[], &config, 0, &mut Report::silent()).map(drop)
+            sft::train(base, &fresh, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
         })?;
     }
     if wanted("reward_step") {
@@ -122,7 +122,7 @@ fn main() -> Result<()> {
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
             let examples: Vec<RankedExample> =
                 (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), answers: answers(i) }).collect();
-            reward::train::train(base, &scorer, &examples, &[], &config, 0, &mut Report::silent()).map(drop)
+            reward::train::train(base, &scorer, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
         })?;
     }
     if wanted("ppo_step") {
@@ -144,7 +144,7 @@ fn main() -> Result<()> {
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
             let task = ppo::Task { start, prompts: &prompts, stop: &[], source: &source, decode: &decode };
-            ppo::train(task, &config, rep as u64, &mut Report::silent()).map(drop)
+            ppo::train(task, &config, rep as u64, &mut Session::silent()).map(drop)
         })?;
     }
     Ok(())

@@ -1,4 +1,5 @@
-//! The command line: arguments -> a command of `cli` -> an exit code. 0 done, 2 the input or configuration is wrong, 1
+//! The command line: arguments -> a command of `cli` -> an exit code. 0 done, 2 the input or configuration is wrong, 130 it was
+//! asked to stop, 1
 //! anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
@@ -9,7 +10,8 @@ fn main() {
     let code = match fourfold::cli::run() {
         Ok(()) => 0,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            let is_interrupted = error.is::<fourfold::error::Interrupted>();
+            eprintln!("{}{error:#}", if is_interrupted { "" } else { "error: " });
             fourfold::error::exit_code(&error)
         }
     };

@@ -13,6 +13,7 @@ use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
 use fourfold::run::{self, Model};
+use fourfold::train::session::Session;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -119,13 +120,13 @@ impl World {
 
     fn train_dpo(&self, config: &Dpo, dir: &Path) -> Adapter {
         let (base, examples) = (&self.model.base, self.compared());
-        let mut report = Report::to_dir(dir).unwrap();
+        let mut report = Session::new(Report::to_dir(dir).unwrap());
         pairs::train(base, &self.sft, Some(&self.sft), &examples, &[], config, 0, &mut report).unwrap().0
     }
 
     fn train_kto(&self, config: &Kto, dir: &Path) -> Adapter {
         let (base, examples) = (&self.model.base, self.judged());
-        let mut report = Report::to_dir(dir).unwrap();
+        let mut report = Session::new(Report::to_dir(dir).unwrap());
         kto::train(base, &self.sft, Some(&self.sft), &examples, &[], config, 0, &mut report).unwrap().0
     }
 
@@ -200,7 +201,7 @@ fn from_files(stage: Stage, records: &[Value], section: &str) -> anyhow::Result<
     fs::write(&file, text)?;
     let config = config::load(&file, &[])?;
     let out = dir.path().join("out");
-    let summary = run::stage(stage, &config, &out)?;
+    let summary = run::stage(stage, &config, &out, &run::Launch::default())?;
     Model::open(&base)?.adapter(&out.join("adapter"))?;
     let metrics = fs::read_to_string(out.join("metrics.jsonl"))?;
     Ok((summary, metrics.lines().map(|l| serde_json::from_str(l).unwrap()).collect()))

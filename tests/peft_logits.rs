@@ -12,6 +12,7 @@ use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
 use fourfold::run::Model;
+use fourfold::train::session::Session;
 use fourfold::{reward, sft};
 use serde::Deserialize;
 use serde_json::Value;
@@ -153,7 +154,7 @@ fn five_sft_steps_take_torchs_course() {
         max_grad_norm: 0.5,
         ..Sft::default()
     };
-    let mut report = Report::to_dir(dir.path()).unwrap();
+    let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let start = adapter(&model, "lm");
     let (trained, _) = sft::train(&model.base, &start, &examples, &[], &config, 0, &mut report).unwrap();
     assert_course(dir.path(), &golden.sft_course, "sft");
@@ -176,7 +177,7 @@ fn five_reward_steps_on_three_ranked_answers_take_torchs_course() {
         center: false,
         ..Reward::default()
     };
-    let mut report = Report::to_dir(dir.path()).unwrap();
+    let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let (start, examples) = (adapter(&model, "rm"), golden.ranked());
     let (trained, _) = reward::train::train(&model.base, &start, &examples, &[], &config, 0, &mut report).unwrap();
     assert_course(dir.path(), &golden.reward_course, "reward");

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use crate::config::{self, Stage};
 use crate::export::merge::{MergedType, merge};
-use crate::run::{self, Model};
+use crate::run::{self, Launch, Model};
 use crate::{inspect, quickstart};
 
 /// RLHF on one machine: actor, reference, critic and reward model as small adapters over one frozen base.
@@ -81,6 +81,15 @@ struct Training {
     /// Where adapters and metrics go; else the config's output_dir.
     #[arg(long)]
     out: Option<PathBuf>,
+    /// Goes on from a checkpoint of this run: a directory, or the newest that is whole.
+    #[arg(long, value_name = "DIR|latest", num_args = 0..=1, default_missing_value = "latest")]
+    resume: Option<PathBuf>,
+    /// Resumes although settings changed that change the mathematics.
+    #[arg(long, requires = "resume")]
+    force: bool,
+    /// Begins anew although an unfinished run stands in the folder, which is lost.
+    #[arg(long, conflicts_with = "resume")]
+    overwrite: bool,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
@@ -151,7 +160,13 @@ fn print_json(value: &Value) -> Result<()> {
 fn train(stage: Stage, args: &Training) -> Result<()> {
     let config = config::load(&args.config, &args.set)?;
     let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
-    let summary = run::stage(stage, &config, &out)?;
+    let launch = Launch {
+        resume: args.resume.clone(),
+        force: args.force,
+        overwrite: args.overwrite,
+        command: run::resuming_command(std::env::args()),
+    };
+    let summary = run::stage(stage, &config, &out, &launch)?;
     if args.json {
         return print_json(&summary);
     }

@@ -6,6 +6,7 @@
 
 mod dpo;
 mod expand;
+mod keeping;
 mod located;
 mod overrides;
 mod ppo;
@@ -23,6 +24,7 @@ use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
+pub use keeping::{Guard, Saving};
 pub use ppo::{KlEstimator, Ppo};
 pub use schema::{
     Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
@@ -47,6 +49,12 @@ pub struct Config {
     /// The shape of new adapters.
     #[serde(default)]
     pub lora: Lora,
+    /// When the state of a run is saved.
+    #[serde(default)]
+    pub checkpoint: Saving,
+    /// What is done about steps that go wrong.
+    #[serde(default)]
+    pub guard: Guard,
     /// The records; read it with [`Config::data`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<Data>,
@@ -212,11 +220,13 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
 }
 
 /// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 9] {
+fn sections() -> [(&'static str, &'static [&'static str]); 11] {
     [
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
         ("lora", keys_of::<Lora>()),
+        ("checkpoint", keys_of::<Saving>()),
+        ("guard", keys_of::<Guard>()),
         ("data", keys_of::<Data>()),
         ("sft", keys_of::<Sft>()),
         ("reward", keys_of::<Reward>()),

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Dpo, Kto, Lora, Ppo, Reward, Sft, TargetModules};
+use super::{Base, Config, Data, Dpo, Guard, Kto, Lora, Ppo, Reward, Saving, Sft, TargetModules};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -10,6 +10,7 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     base("base", &config.base)?;
     config.reward_base.as_ref().map_or(Ok(()), |section| base("reward_base", section))?;
     lora(&config.lora)?;
+    keeping(&config.checkpoint, &config.guard)?;
     config.data.as_ref().map_or(Ok(()), data)?;
     config.sft.as_ref().map_or(Ok(()), sft)?;
     config.reward.as_ref().map_or(Ok(()), reward)?;
@@ -90,6 +91,15 @@ fn lora(section: &Lora) -> Result<()> {
         return Err(invalid!("[lora] layers_to_transform = [] leaves no block; remove the key to adapt every block"));
     }
     Ok(())
+}
+
+fn keeping(checkpoint: &Saving, guard: &Guard) -> Result<()> {
+    Section("checkpoint").at_least_one("save_total_limit", checkpoint.save_total_limit)?;
+    let check = Section("guard");
+    check.at_least_one("snapshot_steps", guard.snapshot_steps)?;
+    check.within("lr_backoff", guard.lr_backoff, |v| v > 0.0 && v <= 1.0, "a number above 0, up to 1, usually 0.5")?;
+    guard.max_kl.map_or(Ok(()), |most| check.positive("max_kl", most, "5 to 10 times the KL that you expect"))?;
+    guard.max_length_ratio.map_or(Ok(()), |most| check.within("max_length_ratio", most, |v| v >= 1.0, "1 or more"))
 }
 
 fn data(section: &Data) -> Result<()> {

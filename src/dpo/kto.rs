@@ -11,10 +11,12 @@ use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
-use crate::report::{Report, number};
+use crate::report::number;
 use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
-use crate::train::settings;
+use crate::train::progress::Progress;
+use crate::train::session::Session;
+use crate::train::{settings, stop};
 
 /// The stage's figures.
 #[derive(Clone, Debug, PartialEq)]
@@ -47,7 +49,7 @@ pub fn train(
     held_out: &[JudgedExample],
     config: &Kto,
     seed: u64,
-    report: &mut Report,
+    session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.len() < 2 {
         return Err(invalid!("[kto] needs two records or more to train on: the KL term puts one's answer to another"));
@@ -56,15 +58,21 @@ pub fn train(
     let judge =
         Judge { reference: Policy::new(base, reference), loss: KtoLoss { beta, desirable_weight, undesirable_weight } };
     let start = start.clone().with_score_head(None)?;
-    let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
+    let learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
+    let mut progress = Progress::new(learner);
     let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let steps_per_epoch = examples.len().div_ceil(per_step);
+    let steps = steps_per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
     let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
     let good = examples.iter().filter(|e| e.good).count();
-    report.stage("kto", steps);
-    report.note(&format!("kto: {good} good and {} bad answers, {} held out", examples.len() - good, held_out.len()));
+    session.report.stage("kto", steps);
+    session.report.note(&format!(
+        "kto: {good} good and {} bad answers, {} held out",
+        examples.len() - good,
+        held_out.len()
+    ));
     let all: Vec<&JudgedExample> = examples.iter().collect();
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.reference_of(&all)?),
@@ -72,22 +80,39 @@ pub fn train(
     };
     let held: Vec<&JudgedExample> = held_out.iter().collect();
     let held_reference = judge.reference_of(&held)?;
-    let (mut step, mut tokens) = (0, 0);
-    for epoch in 0..config.num_train_epochs {
-        let order = SplitMix64::new(derive(seed, &[settings::KTO_ORDER, epoch as u64])).permutation(examples.len());
-        for (number_in_epoch, rows) in order.chunks(per_step).enumerate() {
+    if let Some(snapshot) = session.resumed()? {
+        progress.load(&snapshot)?;
+    }
+    let mut order = (None, vec![]);
+    loop {
+        session.checkpoint(progress.step, || progress.snapshot())?;
+        if progress.step == steps {
+            break;
+        }
+        let (epoch, number_in_epoch) = (progress.step / steps_per_epoch, progress.step % steps_per_epoch);
+        if order.0 != Some(epoch) {
+            let mut rng = SplitMix64::new(derive(seed, &[settings::KTO_ORDER, epoch as u64]));
+            order = (Some(epoch), rng.permutation(examples.len()));
+        }
+        let order = &order.1;
+        let rows = &order[number_in_epoch * per_step..order.len().min((number_in_epoch + 1) * per_step)];
+        let gradients = || -> Result<Option<_>> {
             // 1. The KL term: answers after prompts that they were not given to. A lone last record takes its prompt's
             //    answer from the step before.
             let first = number_in_epoch * per_step;
             let before =
                 if rows.len() > 1 { rows[rows.len() - 1] } else { order[(first + order.len() - 1) % order.len()] };
             let step_rows: Vec<&JudgedExample> = rows.iter().map(|&i| &examples[i]).collect();
-            let view = Policy::new(base, Some(learner.weights().view()));
+            let view = Policy::new(base, Some(progress.learner.weights().view()));
             let kl = judge.kl(view, &step_rows, &examples[before])?;
             // 2. Forward, loss and backward; the step's answers divide every micro-batch's loss.
             let mut grads = Gradients::none(base.shapes().layers);
             let mut tally = Tally::default();
+            let mut tokens = 0;
             for micro in rows.chunks(config.per_device_train_batch_size) {
+                if stop::requested() {
+                    return Ok(None);
+                }
                 let some: Vec<&JudgedExample> = micro.iter().map(|&i| &examples[i]).collect();
                 let references = match &stored {
                     Some(all) => micro.iter().map(|&i| all[i]).collect(),
@@ -96,7 +121,7 @@ pub fn train(
                 let sequences = sequences(&some);
                 let (batch, targets) = pack(&sequences)?;
                 tokens += batch.tokens().len();
-                let policy = Policy::new(base, Some(learner.weights().view()));
+                let policy = Policy::new(base, Some(progress.learner.weights().view()));
                 let weight = 1.0 / rows.len() as f64;
                 let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
                     tally.tokens(stats, &targets);
@@ -106,32 +131,45 @@ pub fn train(
                 })?;
                 grads.add(g)?;
             }
-            // 3. Step.
-            let lr = schedule.lr_at(step, steps);
-            let grad_norm = learner.step(grads, lr)?;
-            step += 1;
-            if step % config.logging_steps.max(1) == 0 || step == steps {
-                let mut figures = tally.figures("");
-                figures.insert("kl".into(), number(kl));
-                figures.insert("grad_norm".into(), number(grad_norm));
-                figures.insert("lr".into(), number(lr));
-                figures.insert("num_tokens".into(), tokens.into());
-                if config.eval_steps > 0 && step % config.eval_steps == 0 {
-                    let view = Policy::new(base, Some(learner.weights().view()));
-                    figures.extend(judge.evaluate(view, &held, &held_reference)?.figures("eval_"));
-                }
-                report.step(step, &figures, &["loss", "kl", "rewards/margins"])?;
+            Ok(Some((grads, tally, kl, tokens)))
+        };
+        // Asked to stop: the checkpoint at the top of the loop ends it.
+        let Some(gradients) = gradients().transpose() else { continue };
+        // 3. Step.
+        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
+        let outcome = gradients.and_then(|(g, tally, kl, tokens)| {
+            let grad_norm = progress.learner.step(g, lr)?;
+            progress.tokens += tokens;
+            Ok((tally, kl, grad_norm))
+        });
+        progress.step += 1;
+        let step = progress.step;
+        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
+        let Some((tally, kl, grad_norm)) = stepped else { continue };
+        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
+            let mut figures = tally.figures("");
+            figures.insert("kl".into(), number(kl));
+            figures.insert("grad_norm".into(), number(grad_norm));
+            figures.insert("lr".into(), number(lr));
+            figures.insert("num_tokens".into(), progress.tokens.into());
+            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
+                let view = Policy::new(base, Some(progress.learner.weights().view()));
+                figures.extend(judge.evaluate(view, &held, &held_reference)?.figures("eval_"));
             }
+            session.report.step(step, &figures, &["loss", "kl", "rewards/margins"])?;
         }
     }
-    let trained = learner.weights().snapshot();
+    let trained = progress.learner.weights().snapshot();
     let after = judge.evaluate(Policy::new(base, Some(&trained)), &held, &held_reference)?;
-    report.done();
+    session.report.done();
     let loss = if held.len() < 2 { f64::NAN } else { after.loss };
     if held.len() > 1 {
-        report.note(&format!("kto: held-out loss {loss:.4}, margin {:.3}", after.margin()));
+        session.report.note(&format!("kto: held-out loss {loss:.4}, margin {:.3}", after.margin()));
     }
-    Ok((trained, Summary { margin: after.margin(), loss, counts: [good, examples.len() - good], steps, tokens }))
+    Ok((
+        trained,
+        Summary { margin: after.margin(), loss, counts: [good, examples.len() - good], steps, tokens: progress.tokens },
+    ))
 }
 
 fn sequences<'e>(examples: &[&'e JudgedExample]) -> Vec<Sequence<'e>> {

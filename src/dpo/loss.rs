@@ -3,6 +3,8 @@
 
 use anyhow::{Result, ensure};
 
+use crate::diverged;
+
 /// One answer under the policy and under the reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Answer {
@@ -80,7 +82,10 @@ impl PairLoss {
                 PairGradient { loss: off * off, chosen: 2.0 * off / c, rejected: -2.0 * off / r }
             }
         };
-        ensure!(found.loss.is_finite(), "log-ratios {} and {}: the loss is not finite", chosen.log_ratio(), h);
+        ensure!(
+            found.loss.is_finite(),
+            diverged!("log-ratios {} and {}: the loss is not finite", chosen.log_ratio(), h)
+        );
         Ok(found)
     }
 }
@@ -104,7 +109,10 @@ impl KtoLoss {
     /// # Errors
     /// If the log-ratio is not finite.
     pub fn of(self, log_ratio: f64, good: bool, kl: f64) -> Result<(f64, f64)> {
-        ensure!(log_ratio.is_finite() && kl.is_finite(), "log-ratio {log_ratio}, KL {kl}: the loss is not finite");
+        ensure!(
+            log_ratio.is_finite() && kl.is_finite(),
+            diverged!("log-ratio {log_ratio}, KL {kl}: the loss is not finite")
+        );
         let (weight, sign) = if good { (self.desirable_weight, 1.0) } else { (self.undesirable_weight, -1.0) };
         let gain = sigmoid(sign * self.beta * (log_ratio - kl));
         Ok((weight * (1.0 - gain), -sign * weight * self.beta * gain * (1.0 - gain)))

@@ -11,10 +11,12 @@ use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
-use crate::report::{Report, number};
+use crate::report::number;
 use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
-use crate::train::settings;
+use crate::train::progress::Progress;
+use crate::train::session::Session;
+use crate::train::{settings, stop};
 
 /// Comparisons of one scoring pass.
 const EVAL_BATCH: usize = 8;
@@ -48,33 +50,52 @@ pub fn train(
     held_out: &[RankedExample],
     config: &Dpo,
     seed: u64,
-    report: &mut Report,
+    session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.is_empty() {
         return Err(invalid!("[dpo] there is no comparison to train on"));
     }
     let judge = Judge { reference: Policy::new(base, reference), loss: loss_of(config), beta: config.beta };
     let start = start.clone().with_score_head(None)?;
-    let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
+    let learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
+    let mut progress = Progress::new(learner);
     let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let steps_per_epoch = examples.len().div_ceil(per_step);
+    let steps = steps_per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
     let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
-    report.stage("dpo", steps);
-    report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
+    session.report.stage("dpo", steps);
+    session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
         false => None,
     };
     let held_reference = judge.references(&held_out.iter().collect::<Vec<_>>())?;
-    let (mut step, mut tokens) = (0, 0);
-    for epoch in 0..config.num_train_epochs {
-        let order = SplitMix64::new(derive(seed, &[settings::DPO_ORDER, epoch as u64])).permutation(examples.len());
-        for rows in order.chunks(per_step) {
+    if let Some(snapshot) = session.resumed()? {
+        progress.load(&snapshot)?;
+    }
+    let mut order = (None, vec![]);
+    loop {
+        session.checkpoint(progress.step, || progress.snapshot())?;
+        if progress.step == steps {
+            break;
+        }
+        let (epoch, number_in_epoch) = (progress.step / steps_per_epoch, progress.step % steps_per_epoch);
+        if order.0 != Some(epoch) {
+            let mut rng = SplitMix64::new(derive(seed, &[settings::DPO_ORDER, epoch as u64]));
+            order = (Some(epoch), rng.permutation(examples.len()));
+        }
+        let order = &order.1;
+        let rows = &order[number_in_epoch * per_step..order.len().min((number_in_epoch + 1) * per_step)];
+        let gradients = || -> Result<Option<_>> {
             let mut grads = Gradients::none(base.shapes().layers);
             let mut tally = Tally::default();
+            let mut tokens = 0;
             for numbers in rows.chunks(config.per_device_train_batch_size) {
+                if stop::requested() {
+                    return Ok(None);
+                }
                 // 1. The reference's view of these answers, computed now or before.
                 let micro: Vec<&RankedExample> = numbers.iter().map(|&i| &examples[i]).collect();
                 let references = match &stored {
@@ -85,7 +106,7 @@ pub fn train(
                 let sequences = sequences(&micro);
                 let (batch, targets) = pack(&sequences)?;
                 tokens += batch.tokens().len();
-                let policy = Policy::new(base, Some(learner.weights().view()));
+                let policy = Policy::new(base, Some(progress.learner.weights().view()));
                 let weight = 1.0 / rows.len() as f64;
                 let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
                     tally.tokens(stats, &targets);
@@ -95,30 +116,40 @@ pub fn train(
                 })?;
                 grads.add(g)?;
             }
-            // 3. Step.
-            let lr = schedule.lr_at(step, steps);
-            let grad_norm = learner.step(grads, lr)?;
-            step += 1;
-            if step % config.logging_steps.max(1) == 0 || step == steps {
-                let mut figures = tally.figures("");
-                figures.insert("grad_norm".into(), number(grad_norm));
-                figures.insert("lr".into(), number(lr));
-                figures.insert("num_tokens".into(), tokens.into());
-                if config.eval_steps > 0 && step % config.eval_steps == 0 {
-                    let view = Policy::new(base, Some(learner.weights().view()));
-                    figures.extend(judge.evaluate(view, held_out, &held_reference)?.figures("eval_"));
-                }
-                report.step(step, &figures, &["loss", "rewards/accuracies", "rewards/margins"])?;
+            Ok(Some((grads, tally, tokens)))
+        };
+        // Asked to stop: the checkpoint at the top of the loop ends it.
+        let Some(gradients) = gradients().transpose() else { continue };
+        // 3. Step.
+        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
+        let outcome = gradients.and_then(|(g, tally, tokens)| {
+            let grad_norm = progress.learner.step(g, lr)?;
+            progress.tokens += tokens;
+            Ok((tally, grad_norm))
+        });
+        progress.step += 1;
+        let step = progress.step;
+        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
+        let Some((tally, grad_norm)) = stepped else { continue };
+        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
+            let mut figures = tally.figures("");
+            figures.insert("grad_norm".into(), number(grad_norm));
+            figures.insert("lr".into(), number(lr));
+            figures.insert("num_tokens".into(), progress.tokens.into());
+            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
+                let view = Policy::new(base, Some(progress.learner.weights().view()));
+                figures.extend(judge.evaluate(view, held_out, &held_reference)?.figures("eval_"));
             }
+            session.report.step(step, &figures, &["loss", "rewards/accuracies", "rewards/margins"])?;
         }
     }
-    let trained = learner.weights().snapshot();
+    let trained = progress.learner.weights().snapshot();
     let after = judge.evaluate(Policy::new(base, Some(&trained)), held_out, &held_reference)?;
-    report.done();
+    session.report.done();
     let loss = if held_out.is_empty() { f64::NAN } else { after.loss };
-    let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens };
+    let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens: progress.tokens };
     if !held_out.is_empty() {
-        report.note(&format!("dpo: held-out accuracy {:.3}, margin {:.3}", summary.accuracy, summary.margin));
+        session.report.note(&format!("dpo: held-out accuracy {:.3}, margin {:.3}", summary.accuracy, summary.margin));
     }
     Ok((trained, summary))
 }

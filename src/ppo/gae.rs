@@ -3,6 +3,8 @@
 
 use anyhow::{Result, ensure};
 
+use crate::diverged;
+
 /// What the two losses train on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gae {
@@ -28,7 +30,7 @@ pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lambda: f64) -> Result<G
         let delta = f64::from(rewards[t]) + gamma * next_value - value;
         next_advantage = delta + gamma * lambda * next_advantage;
         next_value = value;
-        ensure!(next_advantage.is_finite(), "the advantage of token {t} is {next_advantage}");
+        ensure!(next_advantage.is_finite(), diverged!("the advantage of token {t} is {next_advantage}"));
         advantages[t] = next_advantage as f32;
         returns[t] = (next_advantage + value) as f32;
     }

@@ -3,6 +3,8 @@
 
 use anyhow::{Result, ensure};
 
+use crate::diverged;
+
 /// How a token's KL is estimated from one sample. With d = log p - log p_ref.
 /// Source: J. Schulman, "Approximating KL divergence" (2020).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +43,10 @@ pub fn per_token(estimator: Estimator, logprobs: &[f32], reference: &[f32]) -> R
         .iter()
         .zip(reference)
         .map(|(&p, &q)| {
-            ensure!(p.is_finite() && q.is_finite(), "a sampled token has log-probability {p}, under the reference {q}");
+            ensure!(
+                p.is_finite() && q.is_finite(),
+                diverged!("a sampled token has log-probability {p}, under the reference {q}")
+            );
             Ok(estimator.of(p.into(), q.into()) as f32)
         })
         .collect()

@@ -3,6 +3,8 @@
 //! divided by a normaliser that the caller names, so that micro-batches add up to their minibatch's loss exactly.
 
 use anyhow::{Result, ensure};
+
+use crate::diverged;
 use serde::{Deserialize, Serialize};
 
 /// What the actor's loss reads: each (N,), over all response tokens of a micro-batch.
@@ -51,7 +53,10 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, clip: f64, normaliser: f64) -> Resu
         stats.half_squares += 0.5 * log_ratio * log_ratio;
         stats.ratio_off += ratio - 1.0;
         stats.ratio_off_squares += (ratio - 1.0).powi(2);
-        ensure!(plain.is_finite(), "token {t}: ratio {ratio}, advantage {advantage}: the policy loss is not finite");
+        ensure!(
+            plain.is_finite(),
+            diverged!("token {t}: ratio {ratio}, advantage {advantage}: the policy loss is not finite")
+        );
     }
     out.loss /= normaliser;
     Ok(out)
@@ -142,7 +147,10 @@ pub fn value_loss(tokens: ValueTokens<'_>, clip: f64, normaliser: f64) -> Result
         stats.target_squares += target * target;
         stats.error += error;
         stats.error_squares += error * error;
-        ensure!(error.is_finite(), "token {t}: value {value}, return {target}: the value loss is not finite");
+        ensure!(
+            error.is_finite(),
+            diverged!("token {t}: value {value}, return {target}: the value loss is not finite")
+        );
     }
     out.loss /= normaliser;
     Ok(out)

@@ -3,6 +3,8 @@
 
 use anyhow::{Result, ensure};
 
+use crate::diverged;
+
 /// What is done to a score before it becomes a reward.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shaping {
@@ -30,7 +32,7 @@ pub enum Ending {
 /// If there is no token, or a number is not finite.
 pub fn shape(kl: &[f32], score: f64, ending: Ending, shaping: &Shaping) -> Result<Vec<f32>> {
     ensure!(!kl.is_empty(), "an answer without tokens has no place for its score");
-    ensure!(score.is_finite(), "an answer's score is {score}");
+    ensure!(score.is_finite(), diverged!("an answer's score is {score}"));
     let penalty = match ending {
         Ending::Eos => 0.0,
         Ending::CutOff => shaping.missing_eos_penalty,
@@ -39,7 +41,7 @@ pub fn shape(kl: &[f32], score: f64, ending: Ending, shaping: &Shaping) -> Resul
     let score = score.min(shaping.score_clip).max(-shaping.score_clip) - penalty;
     let last = kl.len() - 1;
     let reward = |(t, &kl): (usize, &f32)| {
-        ensure!(kl.is_finite(), "the KL of token {t} is {kl}");
+        ensure!(kl.is_finite(), diverged!("the KL of token {t} is {kl}"));
         Ok((-shaping.kl_coef * f64::from(kl) + if t == last { score } else { 0.0 }) as f32)
     };
     kl.iter().enumerate().map(reward).collect()

@@ -16,7 +16,18 @@ use crate::model::roles::{Policy, Scorer};
 use crate::report::{Figures, Report};
 use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
+use crate::train::session::Session;
 use crate::train::settings;
+use crate::train::snapshot::Snapshot;
+
+/// How a minibatch ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Minibatch {
+    /// Both learners stepped.
+    Done,
+    /// The process was asked to stop; nothing has changed.
+    Stopped,
+}
 
 /// Where a run stands.
 #[derive(Debug)]
@@ -110,27 +121,103 @@ impl State {
         self.experience.is_some() && self.epoch < run.config.num_ppo_epochs
     }
 
-    /// One minibatch: actor and critic step apart.
+    /// One minibatch: gradients of actor and critic, then a step of each. Nothing has changed where it was stopped.
+    /// `factor` multiplies the learning rates.
     ///
     /// # Errors
     /// If there is no rollout in hand, or a number is not finite.
-    pub fn minibatch(&mut self, run: &Run<'_>) -> Result<()> {
+    pub fn minibatch(&mut self, run: &Run<'_>, factor: f64) -> Result<Minibatch> {
         let (start, config) = (run.task.start, run.config);
         let experience = self.experience.as_ref().context("a minibatch is of a rollout, and there is none in hand")?;
         let path = [settings::MINIBATCH_ORDER, self.iteration as u64, self.epoch as u64];
         let order = SplitMix64::new(derive(run.seed, &path)).permutation(config.batch_size);
         let rows = order.chunks(run.minibatch_size()).nth(self.minibatch).context("no such minibatch")?;
+        let mut update = self.update.clone();
+        let actor = Policy::new(start.base, Some(self.actor.weights().view()));
+        let Some(actor) = update.actor(actor, experience, rows, run)? else { return Ok(Minibatch::Stopped) };
+        let critic = Scorer::new(start.reward_base, self.critic.weights().view())?;
+        let Some(critic) = update.critic(critic, experience, rows, run)? else { return Ok(Minibatch::Stopped) };
         let (actor_lr, critic_lr) = run.learning_rates(self);
-        self.update.actor(start.base, &mut self.actor, experience, rows, run, actor_lr)?;
-        self.update.critic(start.reward_base, &mut self.critic, experience, rows, run, critic_lr)?;
-        self.step += 1;
+        (update.actor_lr, update.critic_lr) = (actor_lr * factor, critic_lr * factor);
+        update.actor_norm += self.actor.step(actor, update.actor_lr)?;
+        update.critic_norm += self.critic.step(critic, update.critic_lr)?;
+        self.update = update;
         if let (Some(decay), Some(ema)) = (config.ema_decay, &mut self.ema) {
             *ema = towards(ema, self.actor.weights().view(), 1.0 - decay)?;
         }
+        Ok(Minibatch::Done)
+    }
+
+    /// Counts a minibatch as over, done or skipped.
+    pub fn next_minibatch(&mut self, run: &Run<'_>) {
+        self.step += 1;
         self.minibatch += 1;
-        if self.minibatch == config.num_mini_batches {
+        if self.minibatch == run.config.num_mini_batches {
             (self.epoch, self.minibatch) = (self.epoch + 1, 0);
         }
+    }
+
+    /// Is the rollout in hand within the guard's limits?
+    ///
+    /// # Errors
+    /// A divergence that says which it passes.
+    pub fn check_rollout(&self, session: &mut Session) -> Result<()> {
+        let experience = self.experience.as_ref().context("there is no rollout in hand")?;
+        let answers = experience.rollout.responses.len() as f64;
+        session.check_rollout(experience.mean_kl(), experience.rollout.response_tokens() as f64 / answers)
+    }
+
+    /// Drops the rollout of this iteration and counts it as over.
+    pub fn skip_iteration(&mut self) {
+        self.experience = None;
+        self.iteration += 1;
+    }
+
+    /// Both, under the names by which a snapshot holds them.
+    pub fn learners(&mut self) -> [(&'static str, &mut Learner); 2] {
+        [("actor", &mut self.actor), ("critic", &mut self.critic)]
+    }
+
+    /// A copy of everything.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn snapshot(&self, run: &Run<'_>) -> Result<Snapshot> {
+        let mut into = Snapshot::default();
+        into.put_learner("actor", &self.actor)?;
+        into.put_learner("critic", &self.critic)?;
+        if run.config.ref_model_sync_iterations > 0 {
+            into.put_adapter("reference", &self.reference)?;
+        }
+        self.ema.as_ref().map_or(Ok(()), |ema| into.put_adapter("ema", ema))?;
+        into.put("place", &(self.iteration, self.epoch, self.minibatch, self.step))?;
+        into.put("kl_coef", &self.kl_coef)?;
+        into.put("scores", &self.scores)?;
+        into.put("experience", &self.experience)?;
+        into.put("update", &self.update)?;
+        into.put("last", &self.last)?;
+        Ok(into)
+    }
+
+    /// Goes back to one that was taken in the same run.
+    ///
+    /// # Errors
+    /// If something is missing or of another shape.
+    pub fn load(&mut self, from: &Snapshot, run: &Run<'_>) -> Result<()> {
+        from.restore_learner("actor", &mut self.actor)?;
+        from.restore_learner("critic", &mut self.critic)?;
+        if run.config.ref_model_sync_iterations > 0 {
+            self.reference = from.adapter("reference", &self.reference)?;
+        }
+        if let Some(ema) = &mut self.ema {
+            *ema = from.adapter("ema", ema)?;
+        }
+        (self.iteration, self.epoch, self.minibatch, self.step) = from.get("place")?;
+        self.kl_coef = from.get("kl_coef")?;
+        self.scores = from.get("scores")?;
+        self.experience = from.get("experience")?;
+        self.update = from.get("update")?;
+        self.last = from.get("last")?;
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
-use super::state::State;
+use super::state::{Minibatch, State};
 use crate::config::Ppo;
 use crate::data::examples::Examples;
 use crate::data::order::endless;
@@ -15,9 +15,10 @@ use crate::model::base::Base;
 use crate::model::block::Checkpointing;
 use crate::model::generate::Sampling;
 use crate::model::roles::Scorer;
-use crate::report::{Figures, Report};
+use crate::report::Figures;
 use crate::reward::source::RewardSource;
 use crate::train::schedule::Schedule;
+use crate::train::session::Session;
 use crate::train::settings;
 
 /// What PPO starts from. `reward_base` may be the very same base as `base`.
@@ -110,12 +111,15 @@ impl<'w> Run<'w> {
 /// Trains actor and critic.
 ///
 /// # Errors
-/// If there is no prompt, the two bases' vocabularies differ, a response runs past the context, or a number stops being
-/// finite.
-pub fn train(task: Task<'_>, config: &Ppo, seed: u64, report: &mut Report) -> Result<Trained> {
+/// If there is no prompt, the two bases' vocabularies differ, a response runs past the context, the guard gives up, or the
+/// process was asked to stop.
+pub fn train(task: Task<'_>, config: &Ppo, seed: u64, session: &mut Session) -> Result<Trained> {
     let run = Run::new(task, config, seed)?;
     let mut state = State::new(&run)?;
-    advance(&run, &mut state, report)?;
+    if let Some(snapshot) = session.resumed()? {
+        state.load(&snapshot, &run)?;
+    }
+    advance(&run, &mut state, session)?;
     Ok(Trained {
         actor: state.actor.weights().snapshot(),
         critic: state.critic.weights().snapshot(),
@@ -124,26 +128,40 @@ pub fn train(task: Task<'_>, config: &Ppo, seed: u64, report: &mut Report) -> Re
     })
 }
 
-/// Brings a run from where it stands to its end.
+/// Brings a run from where it stands to its end. Between any two turns of the loop it can be stopped and gone on with.
 ///
 /// # Errors
-/// If a number stops being finite, or the report cannot be written.
-pub fn advance(run: &Run<'_>, state: &mut State, report: &mut Report) -> Result<()> {
+/// If the guard gives up, the report cannot be written, or the process was asked to stop.
+pub fn advance(run: &Run<'_>, state: &mut State, session: &mut Session) -> Result<()> {
     let iterations = run.config.iterations();
-    report.stage("ppo", iterations);
+    session.report.stage("ppo", iterations);
     while state.iteration < iterations {
-        // 1. The actor answers; reference, critic and reward source read; rewards, advantages and returns follow.
+        session.checkpoint(state.step, || state.snapshot(run))?;
+        let number = state.iteration + 1;
         if state.experience.is_none() {
-            state.roll_out(run)?;
+            // 1. The actor answers; reference, critic and reward source read; rewards, advantages and returns follow.
+            let rolled_out = state.roll_out(run).and_then(|()| state.check_rollout(session));
+            if rolled_out.is_err() {
+                session.judge(number, rolled_out, &mut state.learners())?;
+                state.skip_iteration();
+            }
+        } else if state.has_minibatch(run) {
+            // 2. Updates: actor and critic, minibatch by minibatch, some passes over the rollout.
+            let outcome = state.minibatch(run, session.lr_factor());
+            let is_over = match session.judge(number, outcome, &mut state.learners())? {
+                Some(Minibatch::Done) | None => true,
+                Some(Minibatch::Stopped) => false,
+            };
+            if is_over {
+                state.next_minibatch(run);
+            }
+        } else {
+            // 3. Figures, and what is adapted between two iterations.
+            state.end_iteration(run, &mut session.report)?;
         }
-        // 2. Updates: actor and critic, minibatch by minibatch, some passes over the rollout.
-        while state.has_minibatch(run) {
-            state.minibatch(run)?;
-        }
-        // 3. Figures, and what is adapted between two iterations.
-        state.end_iteration(run, report)?;
     }
-    report.done();
+    session.checkpoint(state.step, || state.snapshot(run))?;
+    session.report.done();
     Ok(())
 }
 

@@ -1,4 +1,4 @@
-//! One minibatch: the gradients of its micro-batches added up, and a step of each learner. Keeps the running sums that an
+//! One minibatch: the gradients of its micro-batches added up. Keeps the running sums that an
 //! iteration's figures come from. Knows no loop. Read loss.rs for the formulas.
 
 use anyhow::Result;
@@ -8,9 +8,8 @@ use super::experience::Experience;
 use super::loss::{PolicyStats, PolicyTokens, ValueStats, ValueTokens, policy_loss, value_loss};
 use super::train::Run;
 use crate::model::adapter::Gradients;
-use crate::model::base::Base;
 use crate::model::roles::{Policy, Scorer};
-use crate::train::learner::Learner;
+use crate::train::stop;
 
 /// Running sums over an iteration's minibatches.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -45,28 +44,28 @@ fn pick<'e>(rows: &[usize], of: impl Fn(usize) -> &'e [f32]) -> Vec<f32> {
 }
 
 impl Update {
-    /// Steps the actor on the sequences `minibatch`.
+    /// The actor's gradients on the sequences `minibatch`; `None` where the process was asked to stop.
     ///
     /// # Errors
     /// If a number is not finite.
     pub fn actor(
         &mut self,
-        base: &Base,
-        actor: &mut Learner,
+        actor: Policy<'_>,
         experience: &Experience,
         minibatch: &[usize],
         run: &Run<'_>,
-        lr: f64,
-    ) -> Result<()> {
+    ) -> Result<Option<Gradients>> {
         let tokens = experience.tokens_of(minibatch);
-        let mut grads = Gradients::none(base.shapes().layers);
+        let mut grads = Gradients::none(run.task.start.base.shapes().layers);
         let mut first = PolicyStats::default();
         for rows in minibatch.chunks(run.config.micro_batch_size) {
+            if stop::requested() {
+                return Ok(None);
+            }
             let (batch, targets) = experience.rollout.batch(rows)?;
             let old = pick(rows, |i| &experience.rollout.responses[i].logprobs);
             let advantages = pick(rows, |i| &experience.advantages[i]);
-            let policy = Policy::new(base, Some(actor.weights().view()));
-            let (_, g) = policy.gradients(&batch, &targets, run.temperature(), run.checkpoint, |stats| {
+            let (_, g) = actor.gradients(&batch, &targets, run.temperature(), run.checkpoint, |stats| {
                 let tokens_of_loss =
                     PolicyTokens { logprobs: &stats.logprobs, old_logprobs: &old, advantages: &advantages };
                 let loss = policy_loss(tokens_of_loss, run.config.cliprange, tokens as f64)?;
@@ -80,33 +79,31 @@ impl Update {
             grads.add(g)?;
         }
         self.first_ratio.get_or_insert(first.mean_ratio());
-        self.actor_norm += actor.step(grads, lr)?;
-        self.actor_lr = lr;
         self.minibatches += 1;
-        Ok(())
+        Ok(Some(grads))
     }
 
-    /// Steps the critic on the sequences `minibatch`.
+    /// The critic's gradients on the sequences `minibatch`; `None` where the process was asked to stop.
     ///
     /// # Errors
     /// If a number is not finite.
     pub fn critic(
         &mut self,
-        base: &Base,
-        critic: &mut Learner,
+        critic: Scorer<'_>,
         experience: &Experience,
         minibatch: &[usize],
         run: &Run<'_>,
-        lr: f64,
-    ) -> Result<()> {
+    ) -> Result<Option<Gradients>> {
         let tokens = experience.tokens_of(minibatch);
-        let mut grads = Gradients::none(base.shapes().layers);
+        let mut grads = Gradients::none(run.task.start.reward_base.shapes().layers);
         for rows in minibatch.chunks(run.config.micro_batch_size) {
+            if stop::requested() {
+                return Ok(None);
+            }
             let (batch, targets) = experience.rollout.batch(rows)?;
             let old = pick(rows, |i| &experience.rollout.values[i]);
             let returns = pick(rows, |i| &experience.returns[i]);
-            let scorer = Scorer::new(base, critic.weights().view())?;
-            let (_, g) = scorer.gradients(&batch, &targets.rows, run.checkpoint, |values| {
+            let (_, g) = critic.gradients(&batch, &targets.rows, run.checkpoint, |values| {
                 let tokens_of_loss = ValueTokens { values, old_values: &old, returns: &returns };
                 let loss = value_loss(tokens_of_loss, run.config.cliprange_value, tokens as f64)?;
                 self.value_loss += loss.loss;
@@ -115,8 +112,6 @@ impl Update {
             })?;
             grads.add(g)?;
         }
-        self.critic_norm += critic.step(grads, lr)?;
-        self.critic_lr = lr;
-        Ok(())
+        Ok(Some(grads))
     }
 }

@@ -26,6 +26,7 @@ use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
 use crate::run::{Model, prepare_output};
+use crate::train::session::Session;
 use crate::train::settings;
 use crate::{reward, sft};
 
@@ -46,6 +47,8 @@ pub fn config(seed: u64) -> Config {
         output_dir: None,
         base: config::Base { path: "embedded".into(), quantize: None, compute_dtype: config::ComputeDtype::F32 },
         reward_base: None,
+        checkpoint: config::Saving::default(),
+        guard: config::Guard::default(),
         lora: config::Lora::default(),
         data: None,
         sft: Some(config::Sft {
@@ -106,7 +109,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     prepare_output(out, "quickstart", &config.to_toml()?)?;
     write_base(&model, &out.join("base"))?;
-    let mut report = Report::to_dir(out)?;
+    let mut session = Session::new(Report::to_dir(out)?);
     // 2. The data.
     let text = Text { tokenizer, eos: tokenizer.eos_id().context("the embedded tokenizer has an end token")? };
     let train_rows = sft_rows(seed, SFT_ROWS, Split::Train);
@@ -121,12 +124,13 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     clock("data", &mut lap);
     // 3. SFT: one adapter over the base.
     let fresh = model.fresh_adapter(&config.lora, seed)?;
-    let (sft_adapter, sft_summary) = sft::train(base, &fresh, &sft_train, &sft_held, &config.sft(), seed, &mut report)?;
+    let (sft_adapter, sft_summary) =
+        sft::train(base, &fresh, &sft_train, &sft_held, &config.sft(), seed, &mut session)?;
     save(&model, &sft_adapter, &out.join("sft"))?;
     clock("sft", &mut lap);
     // 4. The reward model: another, which starts as the SFT adapter.
     let (reward_adapter, reward_summary) =
-        reward::train::train(base, &sft_adapter, &pairs_train, &pairs_held, &config.reward(), seed, &mut report)?;
+        reward::train::train(base, &sft_adapter, &pairs_train, &pairs_held, &config.reward(), seed, &mut session)?;
     save(&model, &reward_adapter, &out.join("reward"))?;
     clock("reward", &mut lap);
     // 5. PPO: the actor starts as SFT, the critic as the reward model; four roles, one base.
@@ -137,7 +141,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let source = RewardModel(Scorer::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let task = ppo::Task { start, prompts: &questions, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
-    let trained = ppo::train(task, ppo_config, seed, &mut report)?;
+    let trained = ppo::train(task, ppo_config, seed, &mut session)?;
     save(&model, &trained.actor, &out.join("actor"))?;
     save(&model, &trained.critic, &out.join("critic"))?;
     clock("ppo", &mut lap);

@@ -63,7 +63,7 @@ fn whole_lines(file: &mut File) -> Result<u64> {
         let start = end.saturating_sub(PIECE);
         file.seek(SeekFrom::Start(start))?;
         piece.clear();
-        file.by_ref().take(end - start).read_to_end(&mut piece)?;
+        Read::by_ref(file).take(end - start).read_to_end(&mut piece)?;
         if let Some(at) = piece.iter().rposition(|&b| b == b'\n') {
             return Ok(start + at as u64 + 1);
         }

@@ -4,6 +4,7 @@
 
 use anyhow::{Result, ensure};
 
+use crate::diverged;
 use crate::invalid;
 
 /// Loss and derivatives of K ranked answers.
@@ -184,7 +185,7 @@ impl Pair {
 
 fn check_finite(scores: &[f32]) -> Result<()> {
     let bad = scores.iter().find(|s| !s.is_finite());
-    ensure!(bad.is_none(), "a score is {}: the model diverged", bad.unwrap_or(&0.0));
+    ensure!(bad.is_none(), diverged!("a score is {}: the model diverged", bad.unwrap_or(&0.0)));
     Ok(())
 }
 

@@ -3,22 +3,25 @@
 
 use std::borrow::Cow;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 
 use super::loss::{Scored, divergence_to_end, ranked};
 use crate::config::{Reward, RewardLoss};
-use crate::data::examples::{Examples, chunks, pick};
-use crate::data::order::{Cursor, Plan};
+use crate::data::examples::{Example, Examples, chunks, pick};
+use crate::data::order::Plan;
 use crate::data::phases::RankedExample;
-use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients, ScoreHead};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
+use crate::model::block::Checkpointing;
 use crate::model::roles::Scorer;
-use crate::report::{Figures, Report, number};
+use crate::report::{Figures, number};
 use crate::rng::derive;
 use crate::train::learner::Learner;
-use crate::train::settings;
+use crate::train::progress::Progress;
+use crate::train::session::Session;
+use crate::train::{settings, stop};
+use crate::{diverged, invalid};
 
 /// Comparisons of one scoring pass.
 const EVAL_BATCH: usize = 8;
@@ -38,6 +41,20 @@ pub struct Evaluation {
     pub pairs: usize,
 }
 
+/// As JSON has it, which knows no NaN: accuracy, chosen, rejected, pairs.
+type InJson = (Option<f64>, Option<f64>, Option<f64>, usize);
+
+impl Evaluation {
+    fn to_json(self) -> InJson {
+        (Some(self.accuracy), Some(self.mean_chosen), Some(self.mean_rejected), self.pairs)
+    }
+
+    fn from_json((accuracy, chosen, rejected, pairs): InJson) -> Self {
+        let [accuracy, mean_chosen, mean_rejected] = [accuracy, chosen, rejected].map(|x| x.unwrap_or(f64::NAN));
+        Self { accuracy, mean_chosen, mean_rejected, pairs }
+    }
+}
+
 /// The stage's figures.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
@@ -54,7 +71,8 @@ pub struct Summary {
 /// Trains a copy of `start`, with a fresh head where it has none, on `examples`; `held_out` only evaluates.
 ///
 /// # Errors
-/// If there is no example, a sequence is longer than the context, or a number stops being finite.
+/// If there is no example, a sequence is longer than the context, the guard gives up, or the process was asked to
+/// stop.
 pub fn train(
     base: &Base,
     start: &Adapter,
@@ -62,7 +80,7 @@ pub fn train(
     held_out: &(impl Examples<RankedExample> + ?Sized),
     config: &Reward,
     seed: u64,
-    report: &mut Report,
+    session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.is_empty() {
         return Err(invalid!("[reward] there is no comparison to train on"));
@@ -71,72 +89,102 @@ pub fn train(
         Some(_) => start.clone(),
         None => start.clone().with_head(derive(seed, &[settings::HEAD]))?,
     };
-    let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_reward(config), config.max_grad_norm)?;
+    let learner = Learner::new(start.to_trainable(), settings::adamw_of_reward(config), config.max_grad_norm)?;
+    let mut progress = Progress::new(learner);
     let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
     let accumulate = config.gradient_accumulation_steps;
     let plan = Plan { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let checkpoint = settings::checkpoint(config.checkpoint, base, settings::largest_batch(batch, examples));
-    report.stage("reward", steps);
-    let before = evaluate(base, learner.weights().view(), held_out)?;
-    report.note(&match held_out.len() {
+    session.report.stage("reward", steps);
+    let before = session.once("before", |_| Ok(evaluate(base, &start, held_out)?.to_json()))?;
+    let before = Evaluation::from_json(before);
+    if let Some(snapshot) = session.resumed()? {
+        progress.load(&snapshot)?;
+    }
+    session.report.note(&match held_out.len() {
         0 => format!("reward: {} comparisons, none held out", examples.len()),
         _ => format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy),
     });
-    let (mut step, mut tokens) = (0, 0);
-    let mut order = plan.from(examples, Cursor::default(), config.num_train_epochs);
-    while let Some(rows) = order.next_step() {
-        let weight = 1.0 / rows.len() as f64;
-        let mut grads = Gradients::none(base.shapes().layers);
-        let mut sums = StepSums::default();
-        for rows in &rows.batches {
-            let micro = pick(examples, rows.iter().copied())?;
-            let batch = pack(&micro)?;
-            tokens += batch.tokens().len();
-            let scorer = Scorer::new(base, learner.weights().view())?;
-            let rows = match config.loss {
-                RewardLoss::LastToken => batch.last_rows(),
-                RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
-            };
-            let (_, g) = scorer.gradients(&batch, &rows, checkpoint, |scores| match config.loss {
-                RewardLoss::LastToken => last_token(&micro, scores, weight, &mut sums),
-                RewardLoss::DivergenceToEnd => divergence(&micro, &batch, scores, weight, &mut sums),
-            })?;
-            grads.add(g)?;
-        }
-        let lr = schedule.lr_at(step, steps);
-        let grad_norm = learner.step(grads, lr)?;
-        step += 1;
-        if step % config.logging_steps.max(1) == 0 || step == steps {
+    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
+    loop {
+        session.checkpoint(progress.step, || progress.snapshot())?;
+        let Some(rows) = order.next_step() else { break };
+        let batches = rows.batches.iter().map(|rows| pick(examples, rows.iter().copied()));
+        let batches = batches.collect::<Result<Vec<_>>>()?;
+        // 1. Forward and backward.
+        let gradients = gradients(base, progress.learner.weights().view(), &batches, config.loss, checkpoint);
+        let Some(gradients) = gradients.transpose() else { continue };
+        // 2. Step.
+        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
+        let outcome = gradients.and_then(|(g, sums)| Ok((sums, progress.learner.step(g, lr)?)));
+        progress.cursor = order.cursor();
+        progress.step += 1;
+        progress.tokens += batches.iter().flatten().map(|example| example.tokens()).sum::<usize>();
+        let step = progress.step;
+        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
+        let Some((sums, grad_norm)) = stepped else { continue };
+        // 3. Figures.
+        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
             let mut figures = Figures::new();
             figures.insert("loss".into(), number(sums.loss));
             figures.insert("accuracy".into(), number(sums.right as f64 / sums.pairs as f64));
             figures.insert("grad_norm".into(), number(grad_norm));
             figures.insert("lr".into(), number(lr));
-            figures.insert("tokens".into(), tokens.into());
-            if config.eval_steps > 0 && step % config.eval_steps == 0 {
-                let eval = evaluate(base, learner.weights().view(), held_out)?;
+            figures.insert("tokens".into(), progress.tokens.into());
+            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
+                let eval = evaluate(base, progress.learner.weights().view(), held_out)?;
                 figures.insert("eval_accuracy".into(), number(eval.accuracy));
             }
-            report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
+            session.report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
         }
     }
-    let mut trained = learner.weights().snapshot();
+    let mut trained = progress.learner.weights().snapshot();
     if config.center {
         let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
         let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
         trained = centered(base, trained, &some)?;
     }
     let after = evaluate(base, &trained, held_out)?;
-    report.done();
+    session.report.done();
     if !held_out.is_empty() {
-        report.note(&format!(
+        session.report.note(&format!(
             "reward: held-out accuracy {:.3} -> {:.3} on {} pairs, mean chosen {:.3}, rejected {:.3}",
             before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
         ));
     }
-    Ok((trained, Summary { before, after, steps, tokens }))
+    Ok((trained, Summary { before, after, steps, tokens: progress.tokens }))
+}
+
+/// A step's gradients and what its pairs add up to; `None` where the process was asked to stop before the last batch.
+fn gradients(
+    base: &Base,
+    adapter: &Adapter,
+    batches: &[Vec<Cow<'_, RankedExample>>],
+    loss: RewardLoss,
+    checkpoint: Checkpointing,
+) -> Result<Option<(Gradients, StepSums)>> {
+    let weight = 1.0 / batches.iter().map(Vec::len).sum::<usize>() as f64;
+    let mut grads = Gradients::none(base.shapes().layers);
+    let mut sums = StepSums::default();
+    for examples in batches {
+        if stop::requested() {
+            return Ok(None);
+        }
+        let batch = pack(examples)?;
+        let rows = match loss {
+            RewardLoss::LastToken => batch.last_rows(),
+            RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
+        };
+        let (_, g) = Scorer::new(base, adapter)?.gradients(&batch, &rows, checkpoint, |scores| match loss {
+            RewardLoss::LastToken => last_token(examples, scores, weight, &mut sums),
+            RewardLoss::DivergenceToEnd => divergence(examples, &batch, scores, weight, &mut sums),
+        })?;
+        grads.add(g)?;
+    }
+    ensure!(sums.loss.is_finite(), diverged!("the loss is {}", sums.loss));
+    Ok(Some((grads, sums)))
 }
 
 /// All answers of all examples, each after its prompt: best first within an example.

@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, check_context, held_out, prepare_output, records, save};
-use crate::config::Config;
+use super::launch::Inputs;
+use super::{Launch, Model, check_context, held_out, records, save};
+use crate::config::{Config, Stage};
 use crate::data::ModelEncoder;
 use crate::data::phases::{RankedExample, judged_examples, ranked_examples};
 use crate::dpo::{kto, pairs};
 use crate::model::adapter::Adapter;
-use crate::report::{Report, number};
+use crate::report::number;
 
 /// Where training starts, and the reference: the SFT adapter is both; without one a fresh adapter starts, and the bare
 /// base is the reference.
@@ -27,7 +28,7 @@ fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(A
 }
 
 /// `fourfold dpo`.
-pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.dpo();
     let model = Model::open(&config.base.path)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
@@ -36,11 +37,12 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     check_context(&model, examples.0.iter().map(lengths))?;
     let (train, held_out) = held_out(config, examples)?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[dpo] adapter")?;
-    prepare_output(out, "dpo", &config.to_toml()?)?;
-    let mut report = Report::to_dir(out)?;
+    let inputs = Inputs::new(Stage::Dpo, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
+    let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let mut session = inputs.begin(out, launch)?;
     let (base, seed) = (&model.base, config.seed);
     let (adapter, summary) =
-        pairs::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut report)?;
+        pairs::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "dpo",
@@ -56,7 +58,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
 }
 
 /// `fourfold kto`.
-pub(super) fn run_kto(config: &Config, out: &Path) -> Result<Value> {
+pub(super) fn run_kto(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.kto();
     let model = Model::open(&config.base.path)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
@@ -66,11 +68,12 @@ pub(super) fn run_kto(config: &Config, out: &Path) -> Result<Value> {
     check_context(&model, std::iter::once(longest(|e| e.prompt.len()) + longest(|e| e.answer.len())))?;
     let (train, held_out) = held_out(config, examples)?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
-    prepare_output(out, "kto", &config.to_toml()?)?;
-    let mut report = Report::to_dir(out)?;
+    let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
+    let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let mut session = inputs.begin(out, launch)?;
     let (base, seed) = (&model.base, config.seed);
     let (adapter, summary) =
-        kto::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut report)?;
+        kto::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "kto",

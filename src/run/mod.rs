@@ -3,41 +3,54 @@
 //! themselves: ../sft.rs, ../reward/train.rs, ../dpo/, ../ppo/train.rs.
 
 mod dpo;
+mod launch;
+mod lock;
 mod model;
 mod output;
 mod ppo;
 mod reward;
 mod sft;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::config::{Config, Stage};
 use crate::data::{self, Entry};
 use crate::model::adapter::Adapter;
 use crate::report::number;
+use crate::train::stop;
 use crate::{invalid, memory};
 
+pub use launch::{Launch, resuming_command};
 pub use model::Model;
 pub use output::{check_output, prepare_output};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
 ///
 /// # Errors
-/// If the configuration, the base or the data cannot be used, or training fails.
-pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
+/// If the configuration, the base or the data cannot be used, the folder is another's or in use, training fails, or the
+/// process was asked to stop.
+pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let started = Instant::now();
     check_output(out, stage.name())?;
+    if let Some(summary) = launch::finished(stage, config, out, launch)? {
+        return Ok(summary);
+    }
+    if launch.resume.is_none() && !launch.overwrite {
+        output::check_unfinished(out)?;
+    }
+    stop::listen()?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let mut object = match stage {
-        Stage::Sft => sft::run(config, out)?,
-        Stage::Reward => reward::run(config, out)?,
-        Stage::Dpo => dpo::run(config, out)?,
-        Stage::Kto => dpo::run_kto(config, out)?,
-        Stage::Ppo => ppo::run(config, out)?,
+        Stage::Sft => sft::run(config, out, launch)?,
+        Stage::Reward => reward::run(config, out, launch)?,
+        Stage::Dpo => dpo::run(config, out, launch)?,
+        Stage::Kto => dpo::run_kto(config, out, launch)?,
+        Stage::Ppo => ppo::run(config, out, launch)?,
     };
     if let Some(object) = object.as_object_mut() {
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
@@ -45,6 +58,9 @@ pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
         object.insert("peak_rss_mib".into(), peak.map_or(Value::Null, number));
         object.insert("output_dir".into(), out.display().to_string().into());
     }
+    let summary = out.join(output::SUMMARY);
+    fs::write(&summary, format!("{object}\n")).with_context(|| format!("writing {}", summary.display()))?;
+    lock::release(out)?;
     Ok(object)
 }
 

@@ -5,8 +5,9 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, held_out, prepare_output, records, save};
-use crate::config::{self, Config};
+use super::launch::Inputs;
+use super::{Launch, Model, held_out, records, save};
+use crate::config::{self, Config, Stage};
 use crate::data::ModelEncoder;
 use crate::data::phases::{PromptExample, prompt_examples};
 use crate::model::adapter::Adapter;
@@ -18,7 +19,7 @@ use crate::rng::derive;
 use crate::train::settings;
 use crate::{invalid, ppo};
 
-pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.ppo()?;
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles where both sections name the same files, opened alike.
@@ -43,20 +44,23 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
     let asked_ids: Vec<Vec<u32>> = asked.iter().map(|p| p.tokens.clone()).collect();
     ppo::train::check(start, &[&ids[..], &asked_ids].concat(), settings)?;
-    prepare_output(out, "ppo", &config.to_toml()?)?;
-    let mut report = Report::to_dir(out)?;
+    let given = settings.adapter.as_ref().map(|_| &sft);
+    let inputs = Inputs::new(Stage::Ppo, config)?.model("", &model)?.model("reward ", scorer)?;
+    let inputs = inputs.adapter("adapter", given)?.adapter("reward adapter", start.reward)?;
+    let inputs = inputs.examples("prompts", &ids)?.examples("held-out prompts", &asked_ids)?;
+    let mut session = inputs.begin(out, launch)?;
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let source = RewardModel(reward);
     let task = ppo::train::Task { start, prompts: &ids, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
     let evaluation =
         Evaluation { start, source: &source, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
-    let before = evaluation.run("before", &sft, &decode, &mut report)?;
-    let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
+    let before = session.once("before", |report| evaluation.run("before", &sft, &decode, report))?;
+    let trained = ppo::train::train(task, settings, config.seed, &mut session)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
     let critic = save(trained.critic, scorer, &out.join("critic"))?;
     let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
-    let after = evaluation.run("after", &trained.actor, &decode, &mut report)?;
+    let after = evaluation.run("after", &trained.actor, &decode, &mut session.report)?;
     let gain: Vec<f64> = after.iter().zip(&before).map(|(a, b)| a - b).collect();
     let last = trained.last;
     Ok(json!({

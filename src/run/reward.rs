@@ -5,14 +5,15 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, check_context, held_out, prepare_output, records, save};
-use crate::config::Config;
+use super::launch::Inputs;
+use super::{Launch, Model, check_context, held_out, records, save};
+use crate::config::{Config, Stage};
 use crate::data::ModelEncoder;
 use crate::data::phases::{RankedExample, ranked_examples};
-use crate::report::{Report, number};
+use crate::report::number;
 use crate::reward;
 
-pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.reward();
     let model = Model::of_section(config.reward_base())?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
@@ -24,10 +25,12 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         Some(path) => model.adapter(path).context("[reward] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
-    prepare_output(out, "reward", &config.to_toml()?)?;
-    let mut report = Report::to_dir(out)?;
+    let given = settings.adapter.as_ref().map(|_| &start);
+    let inputs = Inputs::new(Stage::Reward, config)?.model("", &model)?.adapter("adapter", given)?;
+    let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let mut session = inputs.begin(out, launch)?;
     let (adapter, summary) =
-        reward::train::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut report)?;
+        reward::train::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "reward",

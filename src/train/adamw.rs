@@ -2,9 +2,10 @@
 //! snapshot taken before a step keeps its numbers. Knows no model: parameters are a flat list with names.
 //! Read schedule.rs for the rate.
 
-use anyhow::{Result, bail, ensure};
+use anyhow::{Result, ensure};
 use candle_core::{DType, Tensor};
 
+use crate::diverged;
 use crate::model::adapter::{Gradients, TrainableAdapter};
 
 /// The hyperparameters, without the rate.
@@ -143,7 +144,7 @@ fn check(moments: &Moments, parameter: &Tensor, gradient: &Tensor) -> Result<()>
         gradient.dtype()
     );
     if let Some(bad) = row_major(gradient)?.iter().find(|g| !g.is_finite()) {
-        bail!("the gradient of {name} holds {bad}; nothing was stepped");
+        return Err(diverged!("the gradient of {name} holds {bad}; nothing was stepped"));
     }
     Ok(())
 }
@@ -187,7 +188,7 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
 /// Those of [`TrainableAdapter::flat_gradients`], or if the norm is not finite.
 pub fn clip_grad_norm(learner: &TrainableAdapter, gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
     let norm = grad_norm(&learner.flat_gradients(gradients)?)?;
-    ensure!(norm.is_finite(), "the gradient norm is {norm}: training diverged; lower the learning_rate");
+    ensure!(norm.is_finite(), diverged!("the gradient norm is {norm}: training diverged; lower the learning_rate"));
     let factor = clip_factor(norm, max_norm);
     if factor < 1.0 {
         gradients.scale(factor)?;

@@ -154,7 +154,7 @@ mod tests {
     use crate::train::adamw::AdamWConfig;
 
     fn learner() -> Learner {
-        let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+        let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
         let target_modules = TargetModules::List(vec!["q_proj".into()]);
         let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
         let adapter = Adapter::init(config, shapes, 3).unwrap();

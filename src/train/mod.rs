@@ -5,6 +5,7 @@ pub mod guard;
 pub mod keeper;
 pub mod learner;
 pub mod origin;
+pub mod progress;
 pub mod schedule;
 pub mod session;
 pub mod settings;

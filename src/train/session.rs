@@ -2,6 +2,8 @@
 //! things: what to go on from, a checkpoint between two steps, and a verdict on each. Knows no stage.
 
 use anyhow::Result;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use super::guard::{Guard, Verdict};
 use super::keeper::Keeper;
@@ -11,6 +13,8 @@ use super::stop;
 use crate::error::Interrupted;
 use crate::report::{Figures, Report, number};
 
+const FINDINGS: &str = "findings";
+
 /// One run of one stage.
 pub struct Session {
     /// Where figures go.
@@ -18,12 +22,14 @@ pub struct Session {
     guard: Guard,
     keeper: Option<Keeper>,
     resumed: Option<Snapshot>,
+    /// What was found out once, before the first step.
+    findings: Snapshot,
 }
 
 impl Session {
     /// Figures only: no checkpoints, and a step that diverges is judged by the default `[guard]`.
     pub fn new(report: Report) -> Self {
-        Self { report, guard: Guard::default(), keeper: None, resumed: None }
+        Self { report, guard: Guard::default(), keeper: None, resumed: None, findings: Snapshot::default() }
     }
 
     /// Tells nobody and keeps nothing.
@@ -39,8 +45,26 @@ impl Session {
 
     /// With checkpoints, going on from `resumed`.
     pub fn kept(mut self, keeper: Keeper, resumed: Option<Snapshot>) -> Self {
+        self.findings = resumed.as_ref().and_then(|snapshot| snapshot.all(FINDINGS)).unwrap_or_default();
         (self.keeper, self.resumed) = (Some(keeper), resumed);
         self
+    }
+
+    /// What `find` finds, found once in a run however often that is resumed.
+    ///
+    /// # Errors
+    /// Those of `find`; if what a checkpoint holds under that name is something else.
+    pub fn once<T: Serialize + DeserializeOwned>(
+        &mut self,
+        name: &str,
+        find: impl FnOnce(&mut Report) -> Result<T>,
+    ) -> Result<T> {
+        if self.findings.has(name) {
+            return self.findings.get(name);
+        }
+        let found = find(&mut self.report)?;
+        self.findings.put(name, &found)?;
+        Ok(found)
     }
 
     /// What the run goes on from; once, at the start of a stage's loop.
@@ -59,13 +83,17 @@ impl Session {
     /// # Errors
     /// [`Interrupted`]; whatever `state` returns; a base that was changed under the run.
     pub fn checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
-        let Some(keeper) = &mut self.keeper else { return Ok(()) };
         let stop = stop::requested();
+        let Some(keeper) = &mut self.keeper else {
+            anyhow::ensure!(!stop, Interrupted(format!("stopped after {step} steps; nothing was kept")));
+            return Ok(());
+        };
         if !stop && !keeper.is_due(step) {
             return Ok(());
         }
         let mut snapshot = state()?;
         self.guard.save(&mut snapshot)?;
+        snapshot.put_all(FINDINGS, &self.findings);
         let written = keeper.write(step, &snapshot, &self.report).map(|path| path.display().to_string());
         match (stop, written) {
             (false, Ok(_)) => Ok(()),
@@ -78,7 +106,9 @@ impl Session {
             (true, written) => {
                 self.report.done();
                 Err(anyhow::Error::new(Interrupted(match written {
-                    Ok(path) => format!("stopped after {step} steps; all is kept in {path}. To go on:\n  {}", keeper.command),
+                    Ok(path) => {
+                        format!("stopped after {step} steps; all is kept in {path}. To go on:\n  {}", keeper.command)
+                    }
                     Err(error) => format!(
                         "stopped after {step} steps, which could not be kept: {error:#}; {}. To go on:\n  {}",
                         keeper.last_good(),

@@ -32,6 +32,11 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Was anything small put in under that name?
+    pub fn has(&self, name: &str) -> bool {
+        self.facts.contains_key(name)
+    }
+
     /// What was put in under that name.
     ///
     /// # Errors
@@ -173,7 +178,7 @@ mod tests {
     use crate::train::adamw::AdamWConfig;
 
     fn learner(seed: u64) -> Learner {
-        let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+        let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
         let target_modules = TargetModules::List(vec!["q_proj".into()]);
         let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
         let adapter = Adapter::init(config, shapes, seed).unwrap().with_head(seed).unwrap();

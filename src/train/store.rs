@@ -258,7 +258,8 @@ mod tests {
     /// What a crash, a full disk or a tired disk can leave: the reader falls back, and says why.
     #[test]
     fn every_damage_is_noticed_and_the_checkpoint_before_is_taken() {
-        let damages: [(&str, fn(&Path)); 6] = [
+        type Damage = (&'static str, fn(&Path));
+        let damages: [Damage; 6] = [
             ("manifest.json cannot be read", |p| fs::remove_file(p.join(MANIFEST)).unwrap()),
             ("manifest.json is damaged", |p| truncate(&p.join(MANIFEST))),
             ("state.json has", |p| truncate(&p.join(FACTS))),

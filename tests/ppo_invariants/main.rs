@@ -16,6 +16,7 @@ use fourfold::model::roles::Scorer;
 use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::report::Report;
 use fourfold::run::Model;
+use fourfold::train::session::Session;
 use fourfold::{ppo, sft};
 use serde::Deserialize;
 use serde_json::Value;
@@ -25,8 +26,8 @@ use world::*;
 #[test]
 fn reference_is_unchanged_after_ten_ppo_steps() {
     let model = model();
-    let sft = sft_adapter(&model, 1, &mut Report::silent());
-    let rm = reward_adapter(&model, &sft, 1, &mut Report::silent());
+    let sft = sft_adapter(&model, 1, &mut Session::silent());
+    let rm = reward_adapter(&model, &sft, 1, &mut Session::silent());
     let fixed = fixed_sequences(&model);
     let score = |adapter: &Adapter| Scorer::new(&model.base, adapter).unwrap().scores(&fixed.0).unwrap();
     let look = || {
@@ -35,7 +36,7 @@ fn reference_is_unchanged_after_ten_ppo_steps() {
     };
     let before = look();
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
-    let trained = run_ppo(start, &model, &ppo_config(), 1, &mut Report::silent());
+    let trained = run_ppo(start, &model, &ppo_config(), 1, &mut Session::silent());
     let after = look();
     assert!(before.0 == after.0, "the base's bytes");
     assert!(before.1 == after.1, "the SFT adapter");
@@ -64,8 +65,8 @@ fn reference_is_unchanged_after_ten_ppo_steps() {
 #[test]
 fn first_minibatch_ratio_is_one_and_first_kl_is_zero_with_an_unmerged_sft_adapter() {
     let model = model();
-    let sft = sft_adapter(&model, 2, &mut Report::silent());
-    let rm = reward_adapter(&model, &sft, 2, &mut Report::silent());
+    let sft = sft_adapter(&model, 2, &mut Session::silent());
+    let rm = reward_adapter(&model, &sft, 2, &mut Session::silent());
     let fixed = fixed_sequences(&model);
     // Were the reference the bare base, the first KL would be far from zero.
     let apart = mean_difference(&logprobs(&model.base, Some(&sft), &fixed), &logprobs(&model.base, None, &fixed));
@@ -74,7 +75,7 @@ fn first_minibatch_ratio_is_one_and_first_kl_is_zero_with_an_unmerged_sft_adapte
     for temperature in [1.0, 0.7] {
         let dir = tempfile::tempdir().unwrap();
         let config = Ppo { temperature, ..ppo_config() };
-        run_ppo(start, &model, &config, 2, &mut Report::to_dir(dir.path()).unwrap());
+        run_ppo(start, &model, &config, 2, &mut Session::new(Report::to_dir(dir.path()).unwrap()));
         let lines = metrics(dir.path());
         assert_eq!(lines.len(), 5);
         let (ratios, kls) = (column(&lines, "val/first_ratio"), column(&lines, "objective/kl"));
@@ -93,7 +94,7 @@ fn told_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64) -> (Vec<Va
     let dir = tempfile::tempdir().unwrap();
     let config = Ppo { save_samples: config.batch_size, ..config.clone() };
     let decode = |ids: &[u32]| serde_json::to_string(ids).unwrap();
-    let mut report = Report::to_dir(dir.path()).unwrap();
+    let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let stop = model.checkpoint.tokenizer().eos_ids();
     let prompts = questions(model, 24);
     let source = source_of(start);
@@ -131,8 +132,8 @@ impl From<Told> for Sample {
 #[test]
 fn the_frozen_reward_model_scores_every_rollout_and_the_kl_is_from_the_newest_actor_to_the_frozen_reference() {
     let model = model();
-    let sft = sft_adapter(&model, 11, &mut Report::silent());
-    let rm = reward_adapter(&model, &sft, 11, &mut Report::silent());
+    let sft = sft_adapter(&model, 11, &mut Session::silent());
+    let rm = reward_adapter(&model, &sft, 11, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     // Two iterations of a constant rate: the first is a run of its own, whose actor answers in the second.
     let config = Ppo { lr_scheduler_type: LrScheduler::Constant, total_episodes: 16, ..ppo_config() };
@@ -166,8 +167,8 @@ fn the_frozen_reward_model_scores_every_rollout_and_the_kl_is_from_the_newest_ac
 #[test]
 fn with_one_step_an_iteration_old_values_and_logprobs_are_the_current_ones_so_nothing_is_clipped() {
     let model = model();
-    let sft = sft_adapter(&model, 12, &mut Report::silent());
-    let rm = reward_adapter(&model, &sft, 12, &mut Report::silent());
+    let sft = sft_adapter(&model, 12, &mut Session::silent());
+    let rm = reward_adapter(&model, &sft, 12, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     // Far above rounding, far below a step.
     let tight = Ppo { num_mini_batches: 1, cliprange: 1e-4, cliprange_value: 1e-4, ..ppo_config() };
@@ -184,8 +185,8 @@ fn with_one_step_an_iteration_old_values_and_logprobs_are_the_current_ones_so_no
 #[test]
 fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
     let model = model();
-    let sft = sft_adapter(&model, 13, &mut Report::silent());
-    let rm = reward_adapter(&model, &sft, 13, &mut Report::silent());
+    let sft = sft_adapter(&model, 13, &mut Session::silent());
+    let rm = reward_adapter(&model, &sft, 13, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let run = |config: Ppo| told_ppo(start, &model, &config, 13);
     let (lines, _, trained) = run(Ppo { checkpoint: Checkpoint::None, ..ppo_config() });
@@ -204,12 +205,12 @@ fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
 #[test]
 fn critic_and_reward_model_over_a_second_base_of_the_same_files_do_exactly_as_over_the_shared_one() {
     let (shared, second) = (model(), model());
-    let sft = sft_adapter(&shared, 7, &mut Report::silent());
-    let rm = reward_adapter(&second, &sft, 7, &mut Report::silent());
+    let sft = sft_adapter(&shared, 7, &mut Session::silent());
+    let rm = reward_adapter(&second, &sft, 7, &mut Session::silent());
     let run = |reward_base: &Base| {
         let dir = tempfile::tempdir().unwrap();
         let start = Start { base: &shared.base, reward_base, sft: &sft, reward: Some(&rm) };
-        let trained = run_ppo(start, &shared, &ppo_config(), 7, &mut Report::to_dir(dir.path()).unwrap());
+        let trained = run_ppo(start, &shared, &ppo_config(), 7, &mut Session::new(Report::to_dir(dir.path()).unwrap()));
         (bits(&trained.actor), bits(&trained.critic), fs::read(dir.path().join("metrics.jsonl")).unwrap())
     };
     assert!(run(&shared.base) == run(&second.base));
@@ -218,14 +219,14 @@ fn critic_and_reward_model_over_a_second_base_of_the_same_files_do_exactly_as_ov
 #[test]
 fn critic_and_reward_model_train_over_a_second_base_of_another_depth() {
     let (policy, other) = (model(), model_of(3));
-    let sft = sft_adapter(&policy, 8, &mut Report::silent());
-    let rm = reward_adapter(&other, &other.fresh_adapter(&lora(), 8).unwrap(), 8, &mut Report::silent());
-    let shared_rm = reward_adapter(&policy, &sft, 8, &mut Report::silent());
+    let sft = sft_adapter(&policy, 8, &mut Session::silent());
+    let rm = reward_adapter(&other, &other.fresh_adapter(&lora(), 8).unwrap(), 8, &mut Session::silent());
+    let shared_rm = reward_adapter(&policy, &sft, 8, &mut Session::silent());
     let before = (bytes_of(&policy.base), bytes_of(&other.base), bits(&rm));
     let run = |reward_base: &Base, reward: &Adapter| {
         let dir = tempfile::tempdir().unwrap();
         let start = Start { base: &policy.base, reward_base, sft: &sft, reward: Some(reward) };
-        let trained = run_ppo(start, &policy, &ppo_config(), 8, &mut Report::to_dir(dir.path()).unwrap());
+        let trained = run_ppo(start, &policy, &ppo_config(), 8, &mut Session::new(Report::to_dir(dir.path()).unwrap()));
         (trained, metrics(dir.path()))
     };
     let (trained, lines) = run(&other.base, &rm);
@@ -254,10 +255,10 @@ fn an_adapter_of_some_maps_of_some_blocks_trains_through_all_stages_and_nowhere_
     };
     let start = model.fresh_adapter(&some, 10).unwrap();
     let examples = sft_examples(&model, 16);
-    let (sft, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), 10, &mut Report::silent()).unwrap();
-    let rm = reward_adapter(&model, &sft, 10, &mut Report::silent());
+    let (sft, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), 10, &mut Session::silent()).unwrap();
+    let rm = reward_adapter(&model, &sft, 10, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
-    let trained = run_ppo(start, &model, &ppo_config(), 10, &mut Report::silent());
+    let trained = run_ppo(start, &model, &ppo_config(), 10, &mut Session::silent());
     let (before, actor) = (bits(&sft), bits(&trained.actor));
     assert_eq!(actor.len(), 2 * 2 * 2);
     for (name, values) in &actor {

@@ -11,6 +11,7 @@ use fourfold::ppo::train::Start;
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, sft_rows};
 use fourfold::report::Report;
+use fourfold::train::session::Session;
 use serde_json::{Value, json};
 
 use super::world::*;
@@ -20,7 +21,7 @@ fn pipeline(dir: &Path, seed: u64) {
     let model = model();
     let report = |stage: &str| {
         fs::create_dir_all(dir.join(stage)).unwrap();
-        Report::to_dir(&dir.join(stage)).unwrap()
+        Session::new(Report::to_dir(&dir.join(stage)).unwrap())
     };
     let save = |adapter: &Adapter, name: &str| {
         adapter.clone().with_provenance(model.provenance()).save(&dir.join(name)).unwrap();

@@ -7,6 +7,7 @@ use fourfold::model::adapter::Adapter;
 use fourfold::report::Report;
 use fourfold::reward;
 use fourfold::run::Model;
+use fourfold::train::session::Session;
 use serde_json::Value;
 
 use super::world::*;
@@ -23,7 +24,7 @@ fn train_reward(
     config: &Reward,
 ) -> (Vec<Value>, reward::train::Summary) {
     let dir = tempfile::tempdir().unwrap();
-    let mut report = Report::to_dir(dir.path()).unwrap();
+    let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let (_, summary) = reward::train::train(&model.base, start, examples, examples, config, 9, &mut report).unwrap();
     (metrics(dir.path()), summary)
 }
@@ -80,7 +81,7 @@ fn a_centered_reward_model_scores_its_answers_with_mean_zero_and_deviation_one_i
         let config = Reward { center, ..reward_config() };
         let start = scorer_start(&model);
         let (adapter, _) =
-            reward::train::train(&model.base, &start, &examples, &[], &config, 9, &mut Report::silent()).unwrap();
+            reward::train::train(&model.base, &start, &examples, &[], &config, 9, &mut Session::silent()).unwrap();
         let scores = reward::train::scores(&model.base, &adapter, &examples).unwrap().concat();
         (adapter, scores.into_iter().map(f64::from).collect::<Vec<f64>>())
     };

@@ -16,9 +16,9 @@ use fourfold::model::tokenizer::SpecialTokens;
 use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, prompts, sft_rows};
-use fourfold::report::Report;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
+use fourfold::train::session::Session;
 use fourfold::{ppo, reward, sft};
 use serde_json::Value;
 
@@ -97,7 +97,7 @@ pub fn ppo_config() -> Ppo {
 }
 
 /// An SFT adapter whose factors are all non-zero, and so never merged into anything.
-pub fn sft_adapter(model: &Model, seed: u64, report: &mut Report) -> Adapter {
+pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
     let start = model.fresh_adapter(&lora(), seed).unwrap();
     let examples = sft_examples(model, 32);
     let (adapter, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), seed, report).unwrap();
@@ -107,12 +107,12 @@ pub fn sft_adapter(model: &Model, seed: u64, report: &mut Report) -> Adapter {
     adapter
 }
 
-pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Report) -> Adapter {
+pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Session) -> Adapter {
     let examples = comparisons(model, 32);
     reward::train::train(&model.base, start, &examples, &examples, &reward_config(), seed, report).unwrap().0
 }
 
-pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report: &mut Report) -> Trained {
+pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report: &mut Session) -> Trained {
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
     let (prompts, source) = (questions(model, 24), source_of(start));
