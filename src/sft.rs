@@ -1,5 +1,5 @@
 //! Supervised fine-tuning: cross-entropy over the marked tokens, one adapter trained. `train` is the stage on examples in
-//! memory; `run` reads a config and files around it (stage.rs). Knows no other stage.
+//! memory; `run::sft` reads a config and files around it. Knows no other stage.
 
 use anyhow::Result;
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fourfold::config::Lora;
-use fourfold::model::adapter::{Adapter, LoraPair, Projection};
+use fourfold::model::adapter::{Adapter, LoraPair};
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::generate::{Finish, Response, Sampling, generate};
@@ -122,14 +122,14 @@ fn full_adapter(model: &Model) -> Adapter {
     let other = model.fresh_adapter(&Lora::default(), 2).unwrap();
     let mut layers = zero.layers().to_vec();
     for (layer, pairs) in layers.iter_mut().enumerate() {
-        for projection in Projection::ALL {
-            let pair = pairs[projection.index()].take().unwrap();
+        for (linear, slot) in pairs.iter_mut().enumerate() {
+            let pair = slot.take().unwrap();
             let (out, r) = pair.b.dims2().unwrap();
             // (r, in) numbers of another draw, folded to (out, r).
-            let numbers = other.pair(layer, projection).unwrap().a.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let numbers = other.pair(layer, linear).unwrap().a.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let b: Vec<f32> = (0..out * r).map(|i| 0.6 * numbers[i % numbers.len()]).collect();
             let b = candle_core::Tensor::from_vec(b, (out, r), &candle_core::Device::Cpu).unwrap();
-            pairs[projection.index()] = Some(LoraPair { b, ..pair });
+            *slot = Some(LoraPair { b, ..pair });
         }
     }
     let parts = (zero.config().clone(), *zero.shapes(), zero.provenance().clone());

@@ -21,7 +21,9 @@ use toml::{Table, Value};
 use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
-pub use schema::{Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation};
+pub use schema::{
+    Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+};
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
 

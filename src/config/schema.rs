@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
+use crate::ops::weight::StoredType;
 
 /// `[base]`, `[reward_base]`: a frozen checkpoint.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -13,6 +14,37 @@ use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub struct Base {
     /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file. Required.
     pub path: PathBuf,
+    /// Quantises a dense checkpoint as it is opened, matrix by matrix, so that it never lies dense in memory: `"q8_0"`,
+    /// `"q4_k"` (ggml's blocks) or `"nf4"` (QLoRA's). The vocabulary's tables become q8_0. Absent = as stored; a file
+    /// that is quantised already stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantize>,
+}
+
+/// What `quantize` makes of dense weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[allow(non_camel_case_types)]
+pub enum Quantize {
+    /// 8.5 bits a number.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 4.5 bits a number; q5_0 (5.5) where rows are no multiple of 256.
+    #[serde(rename = "q4_k")]
+    Q4K,
+    /// 4.5 bits a number.
+    #[serde(rename = "nf4")]
+    Nf4,
+}
+
+impl Quantize {
+    /// The stored type.
+    pub const fn stored(self) -> StoredType {
+        match self {
+            Self::Q8_0 => StoredType::Q8_0,
+            Self::Q4K => StoredType::Q4K,
+            Self::Nf4 => StoredType::NF4,
+        }
+    }
 }
 
 /// `[lora]`: the shape of a new adapter. Keys and defaults are PEFT's `LoraConfig`, except `lora_alpha` (8 there) and

@@ -212,9 +212,7 @@ impl Tags {
 impl Data {
     /// The sources, each with what it takes from `[data]`: those listed, or the one that `path` names.
     pub fn all_sources(&self) -> Vec<Source> {
-        let one = || {
-            vec![Source { path: self.path.clone(), ..Source::default() }]
-        };
+        let one = || vec![Source { path: self.path.clone(), ..Source::default() }];
         let listed = if self.sources.is_empty() { one() } else { self.sources.clone() };
         let resolved = listed.into_iter().map(|source| Source {
             format: source.format.or(Some(self.format)),

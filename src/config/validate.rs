@@ -103,13 +103,17 @@ fn data(section: &Data) -> Result<()> {
             return Err(invalid!("{at} needs path = \"file.jsonl\", a folder or a list of them"));
         }
         if source.weight.is_some_and(|weight| !(weight.is_finite() && weight > 0.0)) {
-            return Err(invalid!("{at} weight = {} is out of range; use a number above 0", source.weight.unwrap_or(0.0)));
+            return Err(invalid!(
+                "{at} weight = {} is out of range; use a number above 0",
+                source.weight.unwrap_or(0.0)
+            ));
         }
         if source.max_rows == Some(0) {
             return Err(invalid!("{at} max_rows = 0 reads nothing; use 1 or more, or remove the source"));
         }
     }
-    let named = |source: &Source| source.preset.is_some() && source.columns.as_ref().is_some_and(|c| c.pairs().count() > 0);
+    let named =
+        |source: &Source| source.preset.is_some() && source.columns.as_ref().is_some_and(|c| c.pairs().count() > 0);
     if sources.iter().any(named) {
         return Err(invalid!("[data] has both a preset and columns; a preset knows its columns, so keep one of them"));
     }

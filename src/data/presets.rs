@@ -59,11 +59,20 @@ enum Edit {
 #[derive(Clone, Copy)]
 enum Answers {
     One(&'static str),
-    Pair { chosen: &'static str, rejected: &'static str },
+    Pair {
+        chosen: &'static str,
+        rejected: &'static str,
+    },
     /// The first is better where its score is not lower.
-    ByScore { answers: [&'static str; 2], scores: [&'static str; 2] },
+    ByScore {
+        answers: [&'static str; 2],
+        scores: [&'static str; 2],
+    },
     /// The first is better where the label is 1.
-    ByLabel { answers: [&'static str; 2], label: &'static str },
+    ByLabel {
+        answers: [&'static str; 2],
+        label: &'static str,
+    },
 }
 
 /// One row of the table.
@@ -169,7 +178,11 @@ pub(super) fn record(preset: Preset, object: &Object) -> Parsed<Record> {
             if first { (answer(a)?, Some(answer(b)?)) } else { (answer(b)?, Some(answer(a)?)) }
         }
         Answers::ByLabel { answers: [a, b], label } => {
-            if number(label)? == 1.0 { (answer(a)?, Some(answer(b)?)) } else { (answer(b)?, Some(answer(a)?)) }
+            if number(label)? == 1.0 {
+                (answer(a)?, Some(answer(b)?))
+            } else {
+                (answer(b)?, Some(answer(a)?))
+            }
         }
     };
     let prompt = match recipe.frame {

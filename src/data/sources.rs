@@ -43,11 +43,6 @@ pub(super) fn open(config: &Data) -> Result<Sources> {
 }
 
 impl Sources {
-    /// Every file that is read, in order.
-    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
-        self.sources.iter().flat_map(|(_, files)| &files.files)
-    }
-
     /// Files of the folders and patterns that are not read.
     pub(super) fn ignored(&self) -> impl Iterator<Item = &PathBuf> {
         self.sources.iter().flat_map(|(_, files)| &files.ignored)
@@ -107,11 +102,7 @@ impl Sources {
 type Item = Result<(Place, Result<Record, String>)>;
 
 /// A source read on a thread of its own, which ends when the receiver is dropped.
-fn spawn<'scope, 'env>(
-    scope: &'scope Scope<'scope, 'env>,
-    source: &'env Source,
-    files: &'env Files,
-) -> Receiver<Item> {
+fn spawn<'scope, 'env>(scope: &'scope Scope<'scope, 'env>, source: &'env Source, files: &'env Files) -> Receiver<Item> {
     let (sender, receiver) = sync_channel(AHEAD);
     scope.spawn(move || {
         let read = read_source(source, &files.files, &mut |place, record| Ok(sender.send(Ok((place, record))).is_ok()));

@@ -10,7 +10,7 @@ use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 
 use crate::invalid;
-use crate::model::adapter::{Adapter, Projection};
+use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::ops::cpu;
@@ -108,9 +108,9 @@ fn merged_tensors(base: &Base, adapter: &Adapter, dtype: MergedType) -> Result<V
 
 fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a crate::model::adapter::LoraPair> {
     let path = weight_name.strip_suffix(".weight")?;
-    let layer = path.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()?;
-    let projection = Projection::ALL.into_iter().find(|p| p.module_path(layer) == path)?;
-    adapter.pair(layer, projection)
+    let (layer, inside) = path.strip_prefix(adapter.shapes().blocks)?.strip_prefix('.')?.split_once('.')?;
+    let linear = adapter.shapes().linears().iter().position(|l| l.path == inside)?;
+    adapter.pair(layer.parse().ok()?, linear)
 }
 
 fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {

@@ -6,7 +6,7 @@ use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
 pub use super::gradients::Gradients;
-pub use super::lora::{LinearShapes, LoraConfig, Projection, TargetModules};
+pub use super::lora::{Linear, LinearShapes, LoraConfig, MAX_LINEARS, MatrixLayout, TargetModules};
 use crate::invalid;
 use crate::rng::{SplitMix64, derive};
 
@@ -39,15 +39,15 @@ pub struct Provenance {
     pub base_fingerprint: Option<String>,
 }
 
-/// The branches of one block, indexed by [`Projection::index`].
-pub type LayerPairs = [Option<LoraPair>; 7];
+/// The branches of one block, in the order of [`LinearShapes::linears`].
+pub type LayerPairs = [Option<LoraPair>; MAX_LINEARS];
 
 /// Read-only adapter. A tensor's storage is never written here (an optimizer makes new tensors), so a clone is a
 /// frozen deep copy in effect and costs nothing.
 ///
 /// ```
 /// # use fourfold::model::adapter::*;
-/// # let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+/// # let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
 /// # let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false,
 /// #     target_modules: TargetModules::AllLinear, layers_to_transform: None };
 /// let adapter = Adapter::init(config, shapes, 7)?;
@@ -59,7 +59,7 @@ pub type LayerPairs = [Option<LoraPair>; 7];
 /// A frozen adapter has no such method:
 /// ```compile_fail,E0599
 /// # use fourfold::model::adapter::*;
-/// # let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 8 };
+/// # let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
 /// # let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false,
 /// #     target_modules: TargetModules::AllLinear, layers_to_transform: None };
 /// let mut adapter = Adapter::init(config, shapes, 7)?;
@@ -90,12 +90,12 @@ impl Adapter {
         let mut layers = Vec::new();
         for (layer, selected) in config.select(&shapes)?.into_iter().enumerate() {
             let mut pairs: LayerPairs = Default::default();
-            for projection in Projection::ALL.into_iter().filter(|p| selected[p.index()]) {
-                let (inp, out) = shapes.dims(projection);
+            for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
+                let (inp, out) = shapes.dims(linear);
                 let bound = 1.0 / (inp as f64).sqrt();
-                let mut rng = SplitMix64::new(derive(seed, &[layer as u64, projection.index() as u64]));
+                let mut rng = SplitMix64::new(derive(seed, &[layer as u64, linear as u64]));
                 let a: Vec<f32> = (0..r * inp).map(|_| (bound * (2.0 * rng.uniform() - 1.0)) as f32).collect();
-                pairs[projection.index()] = Some(LoraPair {
+                pairs[linear] = Some(LoraPair {
                     a: Tensor::from_vec(a, (r, inp), &Device::Cpu)?,
                     b: Tensor::zeros((out, r), DType::F32, &Device::Cpu)?,
                     scale,
@@ -122,10 +122,10 @@ impl Adapter {
             return Err(invalid!("the adapter has {} layers, the base {}", layers.len(), shapes.layers));
         }
         for (layer, (pairs, selected)) in layers.iter().zip(&selected).enumerate() {
-            for projection in Projection::ALL {
-                let path = projection.module_path(layer);
-                let (inp, out) = shapes.dims(projection);
-                match (&pairs[projection.index()], selected[projection.index()]) {
+            for linear in 0..shapes.linears().len() {
+                let path = shapes.module_path(layer, linear);
+                let (inp, out) = shapes.dims(linear);
+                match (&pairs[linear], selected[linear]) {
                     (None, false) => {}
                     (None, true) => return Err(invalid!("the config selects {path}, but it has no LoRA factors")),
                     (Some(_), false) => return Err(invalid!("{path} has LoRA factors, but the config leaves it out")),
@@ -206,8 +206,8 @@ impl Adapter {
     }
 
     /// The branch of one map, if it has one. `None` for a layer that does not exist, too.
-    pub fn pair(&self, layer: usize, projection: Projection) -> Option<&LoraPair> {
-        self.layers.get(layer)?[projection.index()].as_ref()
+    pub fn pair(&self, layer: usize, linear: usize) -> Option<&LoraPair> {
+        self.layers.get(layer)?.get(linear)?.as_ref()
     }
 
     /// The scalar head of a scorer.
@@ -220,15 +220,15 @@ impl Adapter {
         &self.provenance
     }
 
-    /// Every tensor under the name that PEFT's file gives it: by layer, then by [`Projection::ALL`], A before B, the
+    /// Every tensor under the name that PEFT's file gives it: by layer, then by [`LinearShapes::linears`], A before B, the
     /// head's weight last. The head's bias is a number, not a tensor, and is not in this list.
     pub fn named_tensors(&self) -> Vec<(String, &Tensor)> {
         let mut named = Vec::new();
         for (layer, pairs) in self.layers.iter().enumerate() {
-            for projection in Projection::ALL {
-                if let Some(pair) = &pairs[projection.index()] {
-                    named.push((factor_name(layer, projection, 'A'), &pair.a));
-                    named.push((factor_name(layer, projection, 'B'), &pair.b));
+            for (linear, pair) in pairs.iter().enumerate() {
+                if let Some(pair) = pair {
+                    named.push((factor_name(&self.shapes, layer, linear, 'A'), &pair.a));
+                    named.push((factor_name(&self.shapes, layer, linear, 'B'), &pair.b));
                 }
             }
         }
@@ -249,8 +249,8 @@ impl Adapter {
 }
 
 /// The name in PEFT's file of factor `A` or `B`.
-pub fn factor_name(layer: usize, projection: Projection, factor: char) -> String {
-    format!("base_model.model.{}.lora_{factor}.weight", projection.module_path(layer))
+pub fn factor_name(shapes: &LinearShapes, layer: usize, linear: usize, factor: char) -> String {
+    format!("base_model.model.{}.lora_{factor}.weight", shapes.module_path(layer, linear))
 }
 
 /// The head's weight in PEFT's file.
@@ -371,7 +371,11 @@ fn standard_normal(rng: &mut SplitMix64) -> f64 {
 mod tests {
     use super::*;
 
-    const SHAPES: LinearShapes = LinearShapes { layers: 3, hidden: 64, q_out: 96, kv_out: 32, intermediate: 128 };
+    const SHAPES: LinearShapes = LinearShapes::llama(3, 64, 96, 32, 128);
+    const Q: usize = 0;
+    const K: usize = 1;
+    const V: usize = 2;
+    const DOWN: usize = 6;
 
     fn config() -> LoraConfig {
         LoraConfig {
@@ -390,7 +394,7 @@ mod tests {
     #[test]
     fn fresh_factors_are_pefts_kaiming_uniform_and_zero() {
         let adapter = Adapter::init(config(), SHAPES, 3).unwrap();
-        let down = adapter.pair(1, Projection::Down).unwrap();
+        let down = adapter.pair(1, DOWN).unwrap();
         assert_eq!((down.a.dims(), down.b.dims(), down.scale), (&[8, 128][..], &[64, 8][..], 0.5));
         assert!(values(&down.b).iter().all(|&x| x == 0.0));
         let (a, bound) = (values(&down.a), 1.0 / 128f32.sqrt());
@@ -407,15 +411,15 @@ mod tests {
         let all = Adapter::init(config(), SHAPES, 3).unwrap();
         let one = LoraConfig { target_modules: TargetModules::List(vec!["v_proj".into()]), ..config() };
         let one = Adapter::init(one, SHAPES, 3).unwrap();
-        assert_eq!(values(&all.pair(2, Projection::V).unwrap().a), values(&one.pair(2, Projection::V).unwrap().a));
-        assert!(one.pair(2, Projection::Q).is_none() && one.pair(3, Projection::V).is_none());
-        let (v, k) = (all.pair(2, Projection::V).unwrap(), all.pair(2, Projection::K).unwrap());
+        assert_eq!(values(&all.pair(2, V).unwrap().a), values(&one.pair(2, V).unwrap().a));
+        assert!(one.pair(2, Q).is_none() && one.pair(3, V).is_none());
+        let (v, k) = (all.pair(2, V).unwrap(), all.pair(2, K).unwrap());
         assert_ne!(values(&v.a), values(&k.a));
     }
 
     #[test]
     fn the_head_is_normal_with_deviation_one_over_root_d() {
-        let wide = LinearShapes { layers: 1, hidden: 4096, q_out: 8, kv_out: 8, intermediate: 8 };
+        let wide = LinearShapes::llama(1, 4096, 8, 8, 8);
         let one = LoraConfig { target_modules: TargetModules::List(vec!["k_proj".into()]), ..config() };
         let adapter = Adapter::init(one, wide, 1).unwrap().with_head(5).unwrap();
         let w = values(&adapter.head().unwrap().weight);
@@ -463,7 +467,7 @@ mod tests {
         let message = learner.replace(bad).unwrap_err().to_string();
         assert!(message.contains("layers.2.mlp.down_proj.lora_B"), "{message}");
         assert!(learner.replace(vec![]).is_err());
-        let (a, b) = (learner.view().pair(0, Projection::Q).unwrap(), source.pair(0, Projection::Q).unwrap());
+        let (a, b) = (learner.view().pair(0, Q).unwrap(), source.pair(0, Q).unwrap());
         assert_eq!(values(&a.a), values(&b.a));
     }
 
@@ -477,7 +481,7 @@ mod tests {
         let mut holes = adapter.layers().to_vec();
         holes[2][3] = None;
         assert!(build(holes, SHAPES).unwrap_err().to_string().contains("layers.2.self_attn.o_proj"));
-        let other = LinearShapes { intermediate: 120, ..SHAPES };
+        let other = LinearShapes::llama(3, 64, 96, 32, 120);
         let message = build(adapter.layers().to_vec(), other).unwrap_err().to_string();
         assert!(message.contains("gate_proj.lora_B") && message.contains("[120, 8]"), "{message}");
     }

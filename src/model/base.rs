@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes, Projection};
+use super::adapter::{Adapter, Gradients, LayerPairs, Linear, LinearShapes};
 use super::batch::Batch;
 use super::block::{Block, Checkpointing, Geometry, Kept, Layout};
 use super::checkpoint::Checkpoint;
@@ -68,14 +68,12 @@ impl Base {
         let (d, vocab) = (config.hidden_size, config.vocab_size);
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| {
-                let weight = |p: Projection| {
-                    let (inp, out) = shapes.dims(p);
-                    checkpoint.weight(&format!("{}.weight", p.module_path(layer)), out, inp)
+                let weight = |(i, map): (usize, &Linear)| {
+                    checkpoint.weight(&format!("{}.weight", shapes.module_path(layer, i)), map.out, map.inp)
                 };
-                let [q, k, v, o, gate, up, down] = Projection::ALL.map(weight);
                 let norm = |name: &str| checkpoint.vector(&format!("model.layers.{layer}.{name}.weight"), d);
                 Ok(Block {
-                    linears: [q?, k?, v?, o?, gate?, up?, down?],
+                    linears: shapes.linears().iter().enumerate().map(weight).collect::<Result<_>>()?,
                     input_norm: norm("input_layernorm")?,
                     post_attention_norm: norm("post_attention_layernorm")?,
                 })
@@ -119,9 +117,9 @@ impl Base {
         check("the final norm", [1, base.norm.len()], [1, d])?;
         check("the number of blocks", [1, base.blocks.len()], [1, base.config.num_hidden_layers])?;
         for (layer, block) in base.blocks.iter().enumerate() {
-            for p in Projection::ALL {
-                let ((inp, out), w) = (shapes.dims(p), &block.linears[p.index()]);
-                check(&p.module_path(layer), [w.rows(), w.cols()], [out, inp])?;
+            check("the number of linear maps", [1, block.linears.len()], [1, shapes.linears().len()])?;
+            for (i, (map, w)) in shapes.linears().iter().zip(&block.linears).enumerate() {
+                check(&shapes.module_path(layer, i), [w.rows(), w.cols()], [map.out, map.inp])?;
             }
             check("a norm", [block.input_norm.len(), block.post_attention_norm.len()], [d, d])?;
         }
@@ -152,8 +150,8 @@ impl Base {
     pub fn weights(&self) -> Vec<(String, &Weight)> {
         let mut all = vec![("model.embed_tokens.weight".to_string(), &self.embedding)];
         for (layer, block) in self.blocks.iter().enumerate() {
-            for p in Projection::ALL {
-                all.push((format!("{}.weight", p.module_path(layer)), &block.linears[p.index()]));
+            for (i, weight) in block.linears.iter().enumerate() {
+                all.push((format!("{}.weight", self.shapes().module_path(layer, i)), weight));
             }
         }
         all.extend(self.output.iter().map(|w| ("lm_head.weight".to_string(), w)));
@@ -306,13 +304,8 @@ impl Base {
 }
 
 fn shapes_of(c: &DecoderConfig) -> LinearShapes {
-    LinearShapes {
-        layers: c.num_hidden_layers,
-        hidden: c.hidden_size,
-        q_out: c.num_attention_heads * c.head_dim,
-        kv_out: c.num_key_value_heads * c.head_dim,
-        intermediate: c.intermediate_size,
-    }
+    let (q_out, kv_out) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
+    LinearShapes::llama(c.num_hidden_layers, c.hidden_size, q_out, kv_out, c.intermediate_size)
 }
 
 fn pairs(adapter: Option<&Adapter>, layer: usize) -> Option<&LayerPairs> {

@@ -4,7 +4,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::adapter::{LayerPairs, Projection};
+use super::adapter::{LayerPairs, MAX_LINEARS};
 use crate::ops::attention::{self, Cached, Heads};
 use crate::ops::linear::{self, InputGradient, LowRank, Part};
 use crate::ops::rope::{self, Angles, Turn};
@@ -22,8 +22,8 @@ pub enum Checkpointing {
 
 /// The frozen weights of one block.
 pub struct Block {
-    /// By `Projection::index`.
-    pub linears: [Weight; 7],
+    /// In the order of `LinearShapes::linears`.
+    pub linears: Vec<Weight>,
     /// (D) weight of the norm before attention.
     pub input_norm: Vec<f32>,
     /// (D) weight of the norm before the MLP.
@@ -69,24 +69,29 @@ struct Activations {
     z_down: Tensor,
 }
 
-/// (dA, dB) of each projection that has a branch, by `Projection::index`.
-pub type BlockGradients = [Option<(Tensor, Tensor)>; 7];
+/// (dA, dB) of each map that has a branch, in the order of `LinearShapes::linears`.
+pub type BlockGradients = [Option<(Tensor, Tensor)>; MAX_LINEARS];
+
+const Q: usize = 0;
+const K: usize = 1;
+const V: usize = 2;
+const O: usize = 3;
+const GATE: usize = 4;
+const UP: usize = 5;
+const DOWN: usize = 6;
 
 impl Block {
-    fn part<'a>(&'a self, pairs: Option<&'a LayerPairs>, projection: Projection) -> Part<'a> {
-        let pair = pairs.and_then(|p| p[projection.index()].as_ref());
-        Part {
-            weight: &self.linears[projection.index()],
-            lora: pair.map(|p| LowRank { a: &p.a, b: &p.b, scale: p.scale }),
-        }
+    fn part<'a>(&'a self, pairs: Option<&'a LayerPairs>, linear: usize) -> Part<'a> {
+        let pair = pairs.and_then(|p| p[linear].as_ref());
+        Part { weight: &self.linears[linear], lora: pair.map(|p| LowRank { a: &p.a, b: &p.b, scale: p.scale }) }
     }
 
     fn qkv<'a>(&'a self, pairs: Option<&'a LayerPairs>) -> [Part<'a>; 3] {
-        [Projection::Q, Projection::K, Projection::V].map(|p| self.part(pairs, p))
+        [Q, K, V].map(|p| self.part(pairs, p))
     }
 
     fn gate_up<'a>(&'a self, pairs: Option<&'a LayerPairs>) -> [Part<'a>; 2] {
-        [Projection::Gate, Projection::Up].map(|p| self.part(pairs, p))
+        [GATE, UP].map(|p| self.part(pairs, p))
     }
 
     /// y (N, D) = x2 + mlp(norm(x2)), x2 = x + attention(norm(x)), with everything between.
@@ -103,7 +108,7 @@ impl Block {
         let q = rope::rotate(&q, layout.positions, &geometry.angles, Turn::Forward)?;
         let k = rope::rotate(&k, layout.positions, &geometry.angles, Turn::Forward)?;
         let o = attention::forward(&q, &k, &v, layout.offsets, geometry.heads)?;
-        let (x2, z_o) = linear::forward(&o, &[self.part(pairs, Projection::O)], Some(x))?;
+        let (x2, z_o) = linear::forward(&o, &[self.part(pairs, O)], Some(x))?;
         let [x2] = take(x2);
         let (y, z_gate_up, gate, up, z_down) = self.mlp(pairs, geometry, &x2)?;
         Ok((y, Activations { z_qkv, q, k, v, o, z_o, x2, z_gate_up, gate, up, z_down }))
@@ -119,7 +124,7 @@ impl Block {
         let (gate_up, z_gate_up) = linear::forward(&h, &self.gate_up(pairs), None)?;
         let [gate, up] = take(gate_up);
         let m = swiglu::forward(&gate, &up)?;
-        let (y, z_down) = linear::forward(&m, &[self.part(pairs, Projection::Down)], Some(x2))?;
+        let (y, z_down) = linear::forward(&m, &[self.part(pairs, DOWN)], Some(x2))?;
         let [y] = take(y);
         Ok((y, z_gate_up, gate, up, z_down))
     }
@@ -201,7 +206,7 @@ impl Block {
             }
         }
         let o = attention::decode(&q, &caches.iter().collect::<Vec<_>>(), geometry.heads)?;
-        let [x2] = take(linear::forward(&o, &[self.part(pairs, Projection::O)], Some(x))?.0);
+        let [x2] = take(linear::forward(&o, &[self.part(pairs, O)], Some(x))?.0);
         Ok(self.mlp(pairs, geometry, &x2)?.0)
     }
 
@@ -226,27 +231,27 @@ impl Block {
         let mut grads = BlockGradients::default();
         // y = x2 + down(swiglu(gate, up))
         let m = swiglu::forward(&a.gate, &a.up)?;
-        let down = self.part(pairs, Projection::Down);
+        let down = self.part(pairs, DOWN);
         let g = linear::backward(&m, &[down], &a.z_down, &[dy], InputGradient::Wanted)?;
         drop(m);
-        let dm = keep(&mut grads, &[Projection::Down], g)?;
+        let dm = keep(&mut grads, &[DOWN], g)?;
         let (dgate, dup) = swiglu::backward(&a.gate, &a.up, &dm)?;
         // gate, up of norm(x2)
         let h2 = norm::forward(&a.x2, &self.post_attention_norm, geometry.eps)?;
         let g = linear::backward(&h2, &self.gate_up(pairs), &a.z_gate_up, &[&dgate, &dup], InputGradient::Wanted)?;
-        let dh2 = keep(&mut grads, &[Projection::Gate, Projection::Up], g)?;
+        let dh2 = keep(&mut grads, &[GATE, UP], g)?;
         let dx2 = norm::backward(&a.x2, &self.post_attention_norm, geometry.eps, &dh2, dy)?;
         // x2 = x + o_proj(attention)
-        let o_proj = self.part(pairs, Projection::O);
+        let o_proj = self.part(pairs, O);
         let g = linear::backward(&a.o, &[o_proj], &a.z_o, &[&dx2], InputGradient::Wanted)?;
-        let d_o = keep(&mut grads, &[Projection::O], g)?;
+        let d_o = keep(&mut grads, &[O], g)?;
         let (dq, dk, dv) = attention::backward(&a.q, &a.k, &a.v, layout.offsets, geometry.heads, &d_o)?;
         let dq = rope::rotate(&dq, layout.positions, &geometry.angles, Turn::Back)?;
         let dk = rope::rotate(&dk, layout.positions, &geometry.angles, Turn::Back)?;
         // q, k, v of norm(x)
         let h = norm::forward(&x, &self.input_norm, geometry.eps)?;
         let g = linear::backward(&h, &self.qkv(pairs), &a.z_qkv, &[&dq, &dk, &dv], wanted)?;
-        let qkv = [Projection::Q, Projection::K, Projection::V];
+        let qkv = [Q, K, V];
         if wanted == InputGradient::Unused {
             store(&mut grads, &qkv, g.lora);
             return Ok((None, grads));
@@ -262,13 +267,13 @@ fn take<const N: usize>(outputs: Vec<Tensor>) -> [Tensor; N] {
     <[Tensor; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a group gives one output a part"))
 }
 
-fn store(grads: &mut BlockGradients, projections: &[Projection], lora: Vec<Option<(Tensor, Tensor)>>) {
-    for (p, pair) in projections.iter().zip(lora) {
-        grads[p.index()] = pair;
+fn store(grads: &mut BlockGradients, linears: &[usize], lora: Vec<Option<(Tensor, Tensor)>>) {
+    for (&i, pair) in linears.iter().zip(lora) {
+        grads[i] = pair;
     }
 }
 
-fn keep(grads: &mut BlockGradients, projections: &[Projection], g: linear::Gradients) -> Result<Tensor> {
-    store(grads, projections, g.lora);
+fn keep(grads: &mut BlockGradients, linears: &[usize], g: linear::Gradients) -> Result<Tensor> {
+    store(grads, linears, g.lora);
     g.input.ok_or_else(|| candle_core::Error::Msg("an input gradient was asked for and not made".into()))
 }

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::path::{Component, Path, PathBuf};
 use std::sync::Arc;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
@@ -24,6 +24,7 @@ use crate::ops::weight::{Bytes, RowOrder, StoredType, Weight};
 pub struct Checkpoint {
     contents: Contents,
     tokenizer: Tokenizer,
+    quantise: Option<StoredType>,
 }
 
 /// All of a checkpoint but its tokenizer, which a look at a model can do without.
@@ -108,7 +109,16 @@ impl Checkpoint {
 
     fn joined(contents: Contents, tokenizer: Tokenizer) -> Self {
         let tokenizer = tokenizer.for_model(&contents.config.eos_token_ids, contents.config.vocab_size);
-        Self { contents, tokenizer }
+        Self { contents, tokenizer, quantise: None }
+    }
+
+    /// Has [`Checkpoint::weight`] hand dense matrices out as `dtype`, each made as it is asked for, so that the dense
+    /// model never lies in memory. The tables of the vocabulary become q8_0, since logits and embeddings suffer most;
+    /// what is quantised already, and rows that no block fits, stay as they are stored.
+    #[must_use]
+    pub fn quantised(mut self, dtype: Option<StoredType>) -> Self {
+        self.quantise = dtype;
+        self
     }
 
     /// The decoder's shape.
@@ -145,7 +155,13 @@ impl Checkpoint {
     /// # Errors
     /// If it is missing, of another shape, or of a type that cannot be unpacked.
     pub fn weight(&self, hf_name: &str, rows: usize, cols: usize) -> Result<Weight> {
-        self.contents.weight(hf_name, rows, cols)
+        let weight = self.contents.weight(hf_name, rows, cols)?;
+        let Some(wanted) = self.quantise.filter(|_| weight.dtype().is_dense()) else { return Ok(weight) };
+        let wanted = if rows == self.config().vocab_size { StoredType::Q8_0 } else { wanted };
+        match wanted.for_width(cols) {
+            Some(dtype) => weight.quantised(dtype).with_context(|| format!("quantising {hf_name}")),
+            None => Ok(weight),
+        }
     }
 
     /// The vector of this Hugging Face name as f32, (len).
@@ -429,7 +445,7 @@ pub(crate) fn map(path: &Path) -> Result<Bytes> {
     // SAFETY: the mapping is read-only and private to us. Another process that rewrites the file in place could
     // change or cut what we read; every tool that writes models replaces files, and the documentation of `open` says so.
     let mapped = unsafe { Mmap::map(&file) }.map_err(failed)?;
-    Ok(Bytes::new(Arc::new(mapped)))
+    Ok(Bytes::mapped(Arc::new(mapped)))
 }
 
 #[cfg(test)]

@@ -5,14 +5,14 @@ use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::adapter::{HEAD_BIAS, HEAD_WEIGHT, TrainableAdapter, check_tensor, factor_name};
-use super::lora::Projection;
+use super::lora::MAX_LINEARS;
 
 /// Gradients in an adapter's layout. What is `None` counts as zero in a sum; [`TrainableAdapter::flat_gradients`]
 /// refuses it when it comes to the step.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
     /// (dA (r, in), dB (out, r)) f32, indexed like `Adapter::layers`.
-    pub layers: Vec<[Option<(Tensor, Tensor)>; 7]>,
+    pub layers: Vec<[Option<(Tensor, Tensor)>; MAX_LINEARS]>,
     /// (1, D) f32.
     pub head_weight: Option<Tensor>,
     /// (1,) f32.
@@ -86,13 +86,13 @@ impl TrainableAdapter {
             Ok(())
         };
         for (layer, (pairs, grads)) in adapter.layers().iter().zip(&gradients.layers).enumerate() {
-            for projection in Projection::ALL {
-                let grads = grads[projection.index()].as_ref();
-                if let Some(pair) = &pairs[projection.index()] {
-                    take(&pair.a, grads.map(|g| &g.0), factor_name(layer, projection, 'A'))?;
-                    take(&pair.b, grads.map(|g| &g.1), factor_name(layer, projection, 'B'))?;
+            for (linear, (pair, grads)) in pairs.iter().zip(grads).enumerate() {
+                let (grads, shapes) = (grads.as_ref(), adapter.shapes());
+                if let Some(pair) = pair {
+                    take(&pair.a, grads.map(|g| &g.0), factor_name(shapes, layer, linear, 'A'))?;
+                    take(&pair.b, grads.map(|g| &g.1), factor_name(shapes, layer, linear, 'B'))?;
                 } else if grads.is_some() {
-                    anyhow::bail!("a gradient for {}, which has no branch", projection.module_path(layer));
+                    anyhow::bail!("a gradient for map {linear} of layer {layer}, which has no branch");
                 }
             }
         }
@@ -116,7 +116,7 @@ mod tests {
     use super::super::adapter::{Adapter, HeadBias, LinearShapes, LoraConfig, TargetModules};
     use super::*;
 
-    const SHAPES: LinearShapes = LinearShapes { layers: 3, hidden: 64, q_out: 96, kv_out: 32, intermediate: 128 };
+    const SHAPES: LinearShapes = LinearShapes::llama(3, 64, 96, 32, 128);
 
     fn config() -> LoraConfig {
         LoraConfig {
@@ -169,7 +169,7 @@ mod tests {
         let learner = adapter.to_trainable();
         let refusal = |gradients: &Gradients| learner.flat_gradients(gradients).unwrap_err().to_string();
         let mut g = ones(&adapter, 1.0);
-        g.layers[1][Projection::Up.index()] = None;
+        g.layers[1][SHAPES.index_of("up_proj").unwrap()] = None;
         assert!(refusal(&g).contains("layers.1.mlp.up_proj.lora_A"), "{}", refusal(&g));
         let mut g = ones(&adapter, 1.0);
         g.head_weight = None;

@@ -5,96 +5,120 @@ use anyhow::Result;
 
 use crate::invalid;
 
-/// The seven linear maps of a decoder block, in the order in which every adapter lists them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-#[allow(missing_docs)]
-pub enum Projection {
-    Q,
-    K,
-    V,
-    O,
-    Gate,
-    Up,
-    Down,
+/// No supported block has more linear maps than this; adapters and gradients keep one slot for each.
+pub const MAX_LINEARS: usize = 7;
+
+/// One linear map of a decoder block.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Linear {
+    /// Path inside a block, as the family's checkpoints name it: `self_attn.q_proj`, `attn.c_attn`.
+    pub path: &'static str,
+    /// Input features.
+    pub inp: usize,
+    /// Output features.
+    pub out: usize,
 }
 
-impl Projection {
-    /// All seven, in order.
-    pub const ALL: [Self; 7] = [Self::Q, Self::K, Self::V, Self::O, Self::Gate, Self::Up, Self::Down];
-
-    /// Position in [`Self::ALL`] and in every `[_; 7]` of an adapter.
-    pub const fn index(self) -> usize {
-        self as usize
-    }
-
+impl Linear {
     /// The module's own name: `q_proj`.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Q => "q_proj",
-            Self::K => "k_proj",
-            Self::V => "v_proj",
-            Self::O => "o_proj",
-            Self::Gate => "gate_proj",
-            Self::Up => "up_proj",
-            Self::Down => "down_proj",
-        }
-    }
-
-    /// Path inside a block: `self_attn.q_proj`, `mlp.gate_proj`.
-    pub const fn path(self) -> &'static str {
-        match self {
-            Self::Q => "self_attn.q_proj",
-            Self::K => "self_attn.k_proj",
-            Self::V => "self_attn.v_proj",
-            Self::O => "self_attn.o_proj",
-            Self::Gate => "mlp.gate_proj",
-            Self::Up => "mlp.up_proj",
-            Self::Down => "mlp.down_proj",
-        }
-    }
-
-    /// Path inside the model, the string that PEFT's rules are matched against: `model.layers.3.self_attn.q_proj`.
-    pub fn module_path(self, layer: usize) -> String {
-        format!("model.layers.{layer}.{}", self.path())
+    pub fn name(&self) -> &'static str {
+        self.path.rsplit('.').next().unwrap_or(self.path)
     }
 }
 
-/// The sizes of a decoder's linear maps: all that an adapter must agree on with its base.
+/// How the matrices of a block's linear maps lie in a Hugging Face file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum MatrixLayout {
+    /// (out, in): `nn.Linear`.
+    OutIn,
+    /// (in, out): GPT-2's `Conv1D`; PEFT's `fan_in_fan_out`.
+    InOut,
+}
+
+/// The linear maps of a decoder, by name and size: all that an adapter must agree on with its base. Every block has the
+/// same list, whose order is the order in which adapters list them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LinearShapes {
     /// Decoder blocks.
     pub layers: usize,
-    /// Width of the residual stream, D.
+    /// Width of the hidden states that a scalar head reads, D.
     pub hidden: usize,
-    /// Heads x head size.
-    pub q_out: usize,
-    /// Key-value heads x head size.
-    pub kv_out: usize,
-    /// Width of the MLP.
-    pub intermediate: usize,
+    /// Path of the list of blocks inside the model: `model.layers`.
+    pub blocks: &'static str,
+    /// How their matrices lie in a Hugging Face file.
+    pub layout: MatrixLayout,
+    linears: [Linear; MAX_LINEARS],
+    count: usize,
 }
 
 impl LinearShapes {
-    /// (input features, output features) of one map.
-    pub const fn dims(&self, projection: Projection) -> (usize, usize) {
-        match projection {
-            Projection::Q => (self.hidden, self.q_out),
-            Projection::K | Projection::V => (self.hidden, self.kv_out),
-            Projection::O => (self.q_out, self.hidden),
-            Projection::Gate | Projection::Up => (self.hidden, self.intermediate),
-            Projection::Down => (self.intermediate, self.hidden),
+    /// From a list of at most [`MAX_LINEARS`] maps; the rest is left out.
+    pub fn new(layers: usize, hidden: usize, blocks: &'static str, layout: MatrixLayout, maps: &[Linear]) -> Self {
+        debug_assert!(maps.len() <= MAX_LINEARS);
+        let mut linears = [Linear { path: "", inp: 0, out: 0 }; MAX_LINEARS];
+        for (slot, map) in linears.iter_mut().zip(maps) {
+            *slot = *map;
         }
+        Self { layers, hidden, blocks, layout, linears, count: maps.len().min(MAX_LINEARS) }
+    }
+
+    /// The seven maps of a Llama: q, k, v, o, gate, up, down. `q_out`: heads x head size, `kv_out`: key-value heads x
+    /// head size.
+    pub const fn llama(layers: usize, hidden: usize, q_out: usize, kv_out: usize, intermediate: usize) -> Self {
+        let linears = [
+            Linear { path: "self_attn.q_proj", inp: hidden, out: q_out },
+            Linear { path: "self_attn.k_proj", inp: hidden, out: kv_out },
+            Linear { path: "self_attn.v_proj", inp: hidden, out: kv_out },
+            Linear { path: "self_attn.o_proj", inp: q_out, out: hidden },
+            Linear { path: "mlp.gate_proj", inp: hidden, out: intermediate },
+            Linear { path: "mlp.up_proj", inp: hidden, out: intermediate },
+            Linear { path: "mlp.down_proj", inp: intermediate, out: hidden },
+        ];
+        Self { layers, hidden, blocks: "model.layers", layout: MatrixLayout::OutIn, linears, count: 7 }
+    }
+
+    /// The maps of one block, in order.
+    pub fn linears(&self) -> &[Linear] {
+        &self.linears[..self.count]
+    }
+
+    /// (input features, output features) of one map.
+    pub fn dims(&self, linear: usize) -> (usize, usize) {
+        (self.linears[linear].inp, self.linears[linear].out)
+    }
+
+    /// Path inside the model, the string that PEFT's rules are matched against: `model.layers.3.self_attn.q_proj`.
+    pub fn module_path(&self, layer: usize, linear: usize) -> String {
+        format!("{}.{layer}.{}", self.blocks, self.linears[linear].path)
+    }
+
+    /// The maps' own names: `q_proj` and so on. The path inside the block where two maps share a name.
+    pub fn names(&self) -> Vec<&'static str> {
+        let shared = |name: &str| self.linears().iter().filter(|l| l.name() == name).count() > 1;
+        self.linears().iter().map(|l| if shared(l.name()) { l.path } else { l.name() }).collect()
+    }
+
+    /// The slot of the map of this name or path inside the block.
+    pub fn index_of(&self, name: &str) -> Option<usize> {
+        self.linears().iter().position(|l| l.path == name || l.name() == name)
+    }
+
+    /// Width of what attention puts out: the input of the last map of the first map's module.
+    pub fn attention_width(&self) -> usize {
+        let module = |l: &Linear| l.path.split('.').next();
+        let first = self.linears().first().and_then(module);
+        self.linears().iter().rev().find(|l| module(l) == first).map_or(0, |l| l.inp)
     }
 
     fn widest(&self) -> usize {
-        self.hidden.max(self.q_out).max(self.kv_out).max(self.intermediate)
+        self.linears().iter().flat_map(|l| [l.inp, l.out]).max().unwrap_or(0)
     }
 }
 
 /// Which maps get a branch. Source: PEFT `tuners_utils.check_target_module_exists`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetModules {
-    /// All seven of every block (PEFT's `"all-linear"`; the output layer and the score head stay out).
+    /// All of every block (PEFT's `"all-linear"`; the output layer and the score head stay out).
     AllLinear,
     /// A module matches if its path is an entry or ends with `.` and an entry.
     List(Vec<String>),
@@ -124,22 +148,23 @@ impl LoraConfig {
         self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
     }
 
-    /// For every block, which of the seven maps get a branch.
+    /// For every block, which of its maps get a branch.
     ///
     /// # Errors
     /// If the rank or alpha cannot be used with these shapes, a layer does not exist, or a target matches nothing.
-    pub fn select(&self, shapes: &LinearShapes) -> Result<Vec<[bool; 7]>> {
+    pub fn select(&self, shapes: &LinearShapes) -> Result<Vec<[bool; MAX_LINEARS]>> {
         self.check(shapes)?;
         let in_layers = |layer: usize| match self.layers_to_transform.as_deref() {
             None | Some([]) => true, // PEFT reads an empty list as "all"
             Some(layers) => layers.contains(&layer),
         };
-        let matcher = Matcher::new(&self.target_modules)?;
+        let matcher = Matcher::new(&self.target_modules, shapes)?;
         let mut hits = vec![0usize; matcher.targets()];
         let selected = (0..shapes.layers)
             .map(|layer| {
-                Projection::ALL
-                    .map(|projection| in_layers(layer) && matcher.matches(&projection.module_path(layer), &mut hits))
+                std::array::from_fn(|i| {
+                    i < shapes.count && in_layers(layer) && matcher.matches(&shapes.module_path(layer, i), &mut hits)
+                })
             })
             .collect();
         if let Some(miss) = hits.iter().position(|&h| h == 0) {
@@ -147,9 +172,9 @@ impl LoraConfig {
                 "target_modules: {} matches no linear map of this model; there are {} in layers 0 to {} \
                  (as in {}){}",
                 matcher.describe(miss),
-                Projection::ALL.map(Projection::name).join(", "),
+                shapes.names().join(", "),
                 shapes.layers.saturating_sub(1),
-                Projection::Q.module_path(0),
+                shapes.module_path(0, 0),
                 if self.layers_to_transform.is_some() { "; layers_to_transform leaves only some of them" } else { "" },
             ));
         }
@@ -185,13 +210,13 @@ enum Matcher<'a> {
 }
 
 impl<'a> Matcher<'a> {
-    fn new(targets: &'a TargetModules) -> Result<Self> {
+    fn new(targets: &'a TargetModules, shapes: &LinearShapes) -> Result<Self> {
         Ok(match targets {
             TargetModules::AllLinear => Self::All,
             TargetModules::List(list) if list.is_empty() => {
                 return Err(invalid!(
                     "target_modules is empty; name at least one of {} or write \"all-linear\"",
-                    Projection::ALL.map(Projection::name).join(", ")
+                    shapes.names().join(", ")
                 ));
             }
             TargetModules::List(list) => Self::List(list),
@@ -249,7 +274,7 @@ impl<'a> Matcher<'a> {
 mod tests {
     use super::*;
 
-    const SHAPES: LinearShapes = LinearShapes { layers: 12, hidden: 32, q_out: 48, kv_out: 16, intermediate: 64 };
+    const SHAPES: LinearShapes = LinearShapes::llama(12, 32, 48, 16, 64);
 
     fn config(target_modules: TargetModules) -> LoraConfig {
         LoraConfig { r: 4, lora_alpha: 6.0, use_rslora: false, target_modules, layers_to_transform: None }
@@ -261,9 +286,8 @@ mod tests {
 
     fn picked(config: &LoraConfig) -> Vec<(usize, &'static str)> {
         let rows = config.select(&SHAPES).unwrap();
-        let pairs =
-            rows.iter().enumerate().flat_map(|(layer, row)| Projection::ALL.map(|p| (layer, p, row[p.index()])));
-        pairs.filter(|x| x.2).map(|x| (x.0, x.1.name())).collect()
+        let pairs = rows.iter().enumerate().flat_map(|(layer, row)| (0..7).map(move |i| (layer, i, row[i])));
+        pairs.filter(|x| x.2).map(|x| (x.0, SHAPES.linears()[x.1].name())).collect()
     }
 
     #[test]

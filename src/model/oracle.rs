@@ -6,7 +6,7 @@ use std::collections::HashMap;
 use anyhow::Result;
 use candle_core::{D, Device, Tensor, Var};
 
-use super::adapter::{Adapter, Gradients, LoraConfig, Projection, TargetModules};
+use super::adapter::{Adapter, Gradients, LoraConfig, TargetModules};
 use super::base::Base;
 use super::batch::{Batch, Targets};
 use super::block::{Block, Checkpointing};
@@ -52,9 +52,7 @@ pub(crate) fn tiny_base() -> Base {
                 .into_iter()
                 .enumerate()
                 .map(|(i, (n, k))| w(n, k, 100 * l + i as u64))
-                .collect::<Vec<_>>()
-                .try_into()
-                .unwrap_or_else(|_| unreachable!()),
+                .collect(),
             input_norm: random(d, 0.3, 1.0, 900 + l),
             post_attention_norm: random(d, 0.3, 1.0, 950 + l),
         })
@@ -122,8 +120,8 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
         let mask: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { f32::NEG_INFINITY } else { 0.0 }).collect();
         let mask = Tensor::from_vec(mask, (t, t), dev)?;
         for layer in 0..c.num_hidden_layers {
-            let linear = |x: &Tensor, p: Projection| {
-                let path = p.module_path(layer);
+            let linear = |x: &Tensor, name: &str| {
+                let path = base.shapes().module_path(layer, base.shapes().index_of(name).unwrap());
                 let y = x.matmul(&weights[&format!("{path}.weight")].t()?)?;
                 let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
                 match (vars.get(&name('A')), vars.get(&name('B'))) {
@@ -139,9 +137,9 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
                 Tensor::cat(&[y0, (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?], 2)
             };
             let h = norm(&x, &format!("model.layers.{layer}.input_layernorm.weight"))?;
-            let q = rope(heads(linear(&h, Projection::Q)?, c.num_attention_heads)?)?;
-            let k = rope(heads(linear(&h, Projection::K)?, c.num_key_value_heads)?)?;
-            let v = heads(linear(&h, Projection::V)?, c.num_key_value_heads)?;
+            let q = rope(heads(linear(&h, "q_proj")?, c.num_attention_heads)?)?;
+            let k = rope(heads(linear(&h, "k_proj")?, c.num_key_value_heads)?)?;
+            let v = heads(linear(&h, "v_proj")?, c.num_key_value_heads)?;
             let groups = c.num_attention_heads / c.num_key_value_heads;
             let repeat = |x: Tensor| {
                 let shape = (c.num_key_value_heads, groups, t, c.head_dim);
@@ -150,10 +148,10 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
             let s = (q.matmul(&repeat(k)?.t()?)? / (c.head_dim as f64).sqrt())?.broadcast_add(&mask)?;
             let p = candle_nn::ops::softmax(&s, D::Minus1)?;
             let o = p.matmul(&repeat(v)?)?.transpose(0, 1)?.reshape((t, c.num_attention_heads * c.head_dim))?;
-            x = (x + linear(&o, Projection::O)?)?;
+            x = (x + linear(&o, "o_proj")?)?;
             let h = norm(&x, &format!("model.layers.{layer}.post_attention_layernorm.weight"))?;
-            let m = (linear(&h, Projection::Gate)?.silu()? * linear(&h, Projection::Up)?)?;
-            x = (x + linear(&m, Projection::Down)?)?;
+            let m = (linear(&h, "gate_proj")?.silu()? * linear(&h, "up_proj")?)?;
+            x = (x + linear(&m, "down_proj")?)?;
         }
         states.push(norm(&x, "model.norm.weight")?);
     }

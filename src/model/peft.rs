@@ -14,7 +14,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
 use super::adapter::{
-    Adapter, HEAD_BIAS, HEAD_WEIGHT, LayerPairs, LinearShapes, LoraPair, Projection, Provenance, ScoreHead, factor_name,
+    Adapter, HEAD_BIAS, HEAD_WEIGHT, LayerPairs, LinearShapes, LoraPair, Provenance, ScoreHead, factor_name,
 };
 mod config;
 
@@ -94,11 +94,11 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     let mut layers = Vec::new();
     for (layer, selected) in lora.select(&shapes)?.into_iter().enumerate() {
         let mut pairs: LayerPairs = Default::default();
-        for projection in Projection::ALL.into_iter().filter(|p| selected[p.index()]) {
-            let (inp, out) = shapes.dims(projection);
-            let a = take(&factor_name(layer, projection, 'A'), [lora.r, inp])?;
-            let b = take(&factor_name(layer, projection, 'B'), [out, lora.r])?;
-            pairs[projection.index()] = Some(LoraPair { a, b, scale: lora.scaling() });
+        for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
+            let (inp, out) = shapes.dims(linear);
+            let a = take(&factor_name(&shapes, layer, linear, 'A'), [lora.r, inp])?;
+            let b = take(&factor_name(&shapes, layer, linear, 'B'), [out, lora.r])?;
+            pairs[linear] = Some(LoraPair { a, b, scale: lora.scaling() });
         }
         layers.push(pairs);
     }
@@ -222,7 +222,7 @@ mod tests {
     use crate::model::lora::{LoraConfig, TargetModules};
 
     /// The shapes of tests/golden/peft_tiny.py.
-    const TINY: LinearShapes = LinearShapes { layers: 2, hidden: 32, q_out: 32, kv_out: 16, intermediate: 48 };
+    const TINY: LinearShapes = LinearShapes::llama(2, 32, 32, 16, 48);
 
     fn golden() -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/peft_tiny")
@@ -279,10 +279,10 @@ mod tests {
     #[test]
     fn pefts_settings_are_understood() {
         let lm = Adapter::load(&golden().join("lm"), TINY).unwrap();
-        assert_eq!(lm.pair(1, Projection::Down).unwrap().scale, 3.0, "rslora: 6 / sqrt(4)");
-        assert!(lm.pair(0, Projection::Down).is_none() && lm.pair(1, Projection::K).is_none() && lm.head().is_none());
+        assert_eq!(lm.pair(1, 6).unwrap().scale, 3.0, "rslora: 6 / sqrt(4)");
+        assert!(lm.pair(0, 6).is_none() && lm.pair(1, 1).is_none() && lm.head().is_none());
         let rm = Adapter::load(&golden().join("rm"), TINY).unwrap();
-        assert_eq!(rm.pair(0, Projection::K).unwrap().scale, 1.5);
+        assert_eq!(rm.pair(0, 1).unwrap().scale, 1.5);
         assert_eq!(rm.head().unwrap().bias, 0.0);
     }
 
@@ -352,7 +352,6 @@ mod tests {
     fn settings_that_would_change_the_model_are_refused_by_name() {
         for (key, value) in [
             ("use_dora", json!(true)),
-            ("fan_in_fan_out", json!(true)),
             ("rank_pattern", json!({"q_proj": 4})),
             ("alpha_pattern", json!({"q_proj": 4})),
             ("bias", json!("all")),
@@ -374,18 +373,19 @@ mod tests {
 
     #[test]
     fn an_adapter_of_another_base_is_refused_with_both_shapes() {
-        let message = Spoilt::new().refusal(LinearShapes { intermediate: 64, ..TINY });
+        let message = Spoilt::new().refusal(LinearShapes::llama(2, 32, 32, 16, 64));
         assert!(
             message.contains("gate_proj.lora_B.weight is [48, 2]") && message.contains("needs [64, 2]"),
             "{message}"
         );
         // Shallower base: the second layer's targets match nothing. Wider rank than the base: bounded.
-        assert!(Spoilt::new().refusal(LinearShapes { layers: 1, ..TINY }).contains("layers.1."));
+        assert!(Spoilt::new().refusal(LinearShapes::llama(1, 32, 32, 16, 48)).contains("layers.1."));
         assert!(Spoilt::new().with("r", json!(1u64 << 60)).refusal(TINY).contains("rank"));
         let list = json!(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]);
-        let message = Spoilt::new().with("target_modules", list.clone()).refusal(LinearShapes { layers: 1, ..TINY });
+        let message =
+            Spoilt::new().with("target_modules", list.clone()).refusal(LinearShapes::llama(1, 32, 32, 16, 48));
         assert!(message.contains("layers.1.") && message.contains("another base"), "{message}");
-        let message = Spoilt::new().with("target_modules", list).refusal(LinearShapes { layers: 3, ..TINY });
+        let message = Spoilt::new().with("target_modules", list).refusal(LinearShapes::llama(3, 32, 32, 16, 48));
         assert!(message.contains("layers.2.") && message.contains("missing"), "{message}");
     }
 

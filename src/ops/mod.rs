@@ -10,6 +10,7 @@ pub mod linear;
 pub mod norm;
 pub mod pack;
 pub mod pool;
+pub mod quantise;
 pub mod rope;
 mod stored;
 pub mod swiglu;

@@ -2,10 +2,13 @@
 //! arithmetic. Read stored.rs for the types, then linear.rs: it asks for rows as f32.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
+use memmap2::Mmap;
 
+use super::cpu::parallel;
+use super::quantise::quantise;
 pub use super::stored::StoredType;
 use super::stored::unpack;
 use crate::invalid;
@@ -15,24 +18,48 @@ use crate::invalid;
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
+    mapped: bool,
 }
 
 impl Bytes {
     /// All bytes of `owner`.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
         let range = 0..(*owner).as_ref().len();
-        Self { owner, range }
+        Self { owner, range, mapped: false }
+    }
+
+    /// All bytes of a mapped file.
+    pub fn mapped(file: Arc<Mmap>) -> Self {
+        Self { mapped: true, ..Self::new(file) }
     }
 
     /// A part of these bytes, counted from their start; `None` past the end.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
-        (start <= end && end <= self.range.end).then(|| Self { owner: self.owner.clone(), range: start..end })
+        (start <= end && end <= self.range.end).then(|| Self { range: start..end, ..self.clone() })
     }
 
     /// The bytes.
     pub fn get(&self) -> &[u8] {
         &(*self.owner).as_ref()[self.range.clone()]
+    }
+
+    /// Gives back the memory that whole pages of a mapped file take; they are read from the file again when they are
+    /// next asked for. Without effect on bytes that lie in memory only.
+    pub fn release(&self) {
+        if !self.mapped {
+            return;
+        }
+        // SAFETY: asks for one of the system's constants.
+        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096).max(1);
+        let bytes = self.get().as_ptr_range();
+        let start = (bytes.start as usize).next_multiple_of(page);
+        let end = bytes.end as usize / page * page;
+        if start < end {
+            // SAFETY: whole pages inside of a read-only file mapping, which nothing ever wrote to: what is dropped
+            // comes back from the file with the same content.
+            unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        }
     }
 }
 
@@ -155,6 +182,42 @@ impl Weight {
         let (block, bytes) = self.dtype.block();
         debug_assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
         unpack(self.dtype, &self.row_bytes(row)[cols.start / block * bytes..cols.end / block * bytes], out);
+    }
+
+    /// This matrix in another type, rows in their own order (not the file's), made some rows at a time: beside the
+    /// result no more than those rows are ever dense, and pages of a mapped file are given back.
+    ///
+    /// # Errors
+    /// If a row is no whole number of blocks of `dtype`, or a number does not fit it.
+    pub fn quantised(&self, dtype: StoredType) -> Result<Self> {
+        const ROWS: usize = 64;
+        let Some(row) = dtype.bytes_for(self.cols) else {
+            let (block, name) = (dtype.block().0, dtype.name());
+            return Err(invalid!("rows of {} numbers are no whole blocks of {block}, as {name} needs", self.cols));
+        };
+        let mut bytes = vec![0u8; self.rows * row];
+        let parts: Vec<Mutex<&mut [u8]>> = bytes.chunks_mut((ROWS * row).max(1)).map(Mutex::new).collect();
+        let failure = Mutex::new(None);
+        parallel(parts.len(), self.rows * self.cols * 32, |range| {
+            for part in range {
+                let rows = part * ROWS..self.rows.min((part + 1) * ROWS);
+                let mut values = vec![0f32; rows.len() * self.cols];
+                for (row, out) in rows.zip(values.chunks_exact_mut(self.cols)) {
+                    self.row(row, out);
+                }
+                let mut packed = Vec::with_capacity(values.len() / self.cols * row);
+                match quantise(dtype, &values, &mut packed) {
+                    Ok(()) => parts[part].lock().unwrap_or_else(PoisonError::into_inner).copy_from_slice(&packed),
+                    Err(e) => *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(e),
+                }
+            }
+        });
+        drop(parts);
+        if let Some(error) = failure.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            return Err(error);
+        }
+        self.bytes.release();
+        Self::new(Bytes::new(Arc::new(bytes)), dtype, self.rows, self.cols)
     }
 
     /// The whole matrix as f32, for tests and exports: rows x cols numbers.

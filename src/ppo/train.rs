@@ -1,5 +1,5 @@
-//! The PPO loop, in numbered steps: four roles over at most two frozen bases, two learners. Knows no file; `run` in
-//! stage.rs reads them. Read rollout.rs, then rewards.rs, gae.rs and loss.rs.
+//! The PPO loop, in numbered steps: four roles over at most two frozen bases, two learners. Knows no file; `run::ppo`
+//! reads them. Read rollout.rs, then rewards.rs, gae.rs and loss.rs.
 
 use anyhow::Result;
 use serde_json::json;

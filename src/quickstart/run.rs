@@ -43,7 +43,7 @@ pub fn config(seed: u64) -> Config {
     Config {
         seed,
         output_dir: None,
-        base: config::Base { path: "embedded".into() },
+        base: config::Base { path: "embedded".into(), quantize: None },
         reward_base: None,
         lora: config::Lora::default(),
         data: None,

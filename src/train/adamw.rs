@@ -307,7 +307,7 @@ mod tests {
 
     #[test]
     fn clipping_matches_torch_and_steps_an_adapter() {
-        let shapes = LinearShapes { layers: 1, hidden: 4, q_out: 4, kv_out: 4, intermediate: 4 };
+        let shapes = LinearShapes::llama(1, 4, 4, 4, 4);
         let config = LoraConfig {
             r: 2,
             lora_alpha: 2.0,

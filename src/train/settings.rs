@@ -67,7 +67,7 @@ pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Chec
         config::Checkpoint::Block => Checkpointing::Block,
         config::Checkpoint::Auto => {
             let s = base.shapes();
-            let per_token = 2 * s.hidden + 2 * s.q_out + 2 * s.kv_out + 2 * s.intermediate;
+            let per_token = s.linears().iter().map(|l| l.out).sum::<usize>() + s.attention_width();
             let bytes = tokens * per_token * s.layers * size_of::<f32>();
             match crate::memory::available_bytes() {
                 Some(free) if bytes > free / 2 => Checkpointing::Block,

@@ -8,13 +8,15 @@ use serde_json::{Value, json};
 
 use crate::invalid;
 use crate::model::adapter::Adapter;
-use crate::model::lora::{LoraConfig, Projection, TargetModules};
+use crate::model::lora::{LoraConfig, MatrixLayout, TargetModules};
 
 /// Settings whose value changes nothing about what a finished adapter computes.
-const HARMLESS: [&str; 12] = [
+const HARMLESS: [&str; 13] = [
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
+    // PEFT itself corrects it by the kind of layer that it meets.
+    "fan_in_fan_out",
     "inference_mode",
     "lora_dropout",
     "megatron_config",
@@ -132,14 +134,14 @@ pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
     let config = adapter.config();
     let targets: Value = match (&config.target_modules, &config.layers_to_transform) {
         // PEFT, too, writes what "all-linear" came to; and it takes no layer list beside a string.
-        (TargetModules::AllLinear, _) => json!(Projection::ALL.map(Projection::name)),
+        (TargetModules::AllLinear, _) => json!(adapter.shapes().names()),
         (TargetModules::List(list), _) => json!(list),
         (TargetModules::Regex(pattern), None) => json!(pattern),
         (TargetModules::Regex(_), Some(_)) => {
             let selected = config.select(adapter.shapes())?;
             let paths = selected.iter().enumerate().flat_map(|(layer, row)| {
-                let chosen = Projection::ALL.into_iter().filter(|p| row[p.index()]);
-                chosen.map(move |p| p.module_path(layer)).collect::<Vec<_>>()
+                let chosen = (0..row.len()).filter(|&i| row[i]);
+                chosen.map(|i| adapter.shapes().module_path(layer, i)).collect::<Vec<_>>()
             });
             json!(paths.collect::<Vec<_>>())
         }
@@ -150,7 +152,7 @@ pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
     let fields: BTreeMap<&str, Value> = BTreeMap::from([
         ("base_model_name_or_path", json!(adapter.provenance().base_model)),
         ("bias", json!("none")),
-        ("fan_in_fan_out", json!(false)),
+        ("fan_in_fan_out", json!(adapter.shapes().layout == MatrixLayout::InOut)),
         ("inference_mode", json!(true)),
         ("init_lora_weights", json!(true)),
         ("layers_to_transform", json!(config.layers_to_transform)),

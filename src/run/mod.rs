@@ -1,0 +1,85 @@
+//! A stage from its config file to its finished folder: opens the bases, reads the data, trains, saves. The only place
+//! where configuration, data, model and stages meet. One file a stage here; read sft.rs first, then the stages
+//! themselves: ../sft.rs, ../reward/train.rs, ../ppo/train.rs.
+
+mod model;
+mod output;
+mod ppo;
+mod reward;
+mod sft;
+
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use crate::config::{Config, Stage};
+use crate::data::{self, Entry};
+use crate::model::adapter::Adapter;
+use crate::report::number;
+use crate::{invalid, memory};
+
+pub use model::Model;
+pub use output::{check_output, prepare_output};
+
+/// Runs one stage of a config; returns the object that `--json` prints.
+///
+/// # Errors
+/// If the configuration, the base or the data cannot be used, or training fails.
+pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
+    let started = Instant::now();
+    check_output(out, stage.name())?;
+    // Everything that can be wrong with the input is found before the folder is touched.
+    let mut object = match stage {
+        Stage::Sft => sft::run(config, out)?,
+        Stage::Reward => reward::run(config, out)?,
+        Stage::Ppo => ppo::run(config, out)?,
+    };
+    if let Some(object) = object.as_object_mut() {
+        object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
+        let peak = memory::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
+        object.insert("peak_rss_mib".into(), peak.map_or(Value::Null, number));
+        object.insert("output_dir".into(), out.display().to_string().into());
+    }
+    Ok(object)
+}
+
+/// All records of `[data]`.
+fn records(config: &Config) -> Result<Vec<Entry>> {
+    let dataset = data::load(config.data()?)?;
+    if let Some(first) = dataset.ignored.first() {
+        eprintln!("data: {} files are not read, {} is the first", dataset.ignored.len(), first.display());
+    }
+    if dataset.skipped > 0 {
+        eprintln!("data: {} records skipped; {}", dataset.skipped, dataset.first_skipped.unwrap_or_default());
+    }
+    Ok(dataset.entries)
+}
+
+/// Refuses a sequence that the base cannot take, before anything is made or trained.
+fn check_context(model: &Model, lengths: impl Iterator<Item = usize>) -> Result<()> {
+    let context = model.base.config().max_position_embeddings;
+    match lengths.max() {
+        Some(longest) if longest > context => Err(invalid!(
+            "[data] a sequence of {longest} tokens is longer than the model's context of {context}; set max_length = \
+             {context} or less"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Says what became of the records, refuses an empty phase, and holds some examples out: (training, held-out).
+fn held_out<T>(config: &Config, (examples, report): (Vec<T>, data::phases::Report)) -> Result<(Vec<T>, Vec<T>)> {
+    eprintln!("data: {report}");
+    if examples.is_empty() {
+        return Err(invalid!("[data] no record can be used ({report})"));
+    }
+    data::split(examples, config.data()?.eval_size(), config.seed)
+}
+
+/// Saves under its base's name; returns the path as text.
+fn save(adapter: Adapter, model: &Model, path: &Path) -> Result<String> {
+    adapter.with_provenance(model.provenance()).save(path)?;
+    Ok(PathBuf::from(path).display().to_string())
+}

@@ -1,0 +1,122 @@
+//! An opened base with its tokenizer, and what is made over it: adapters that fit, their provenance. Knows no stage.
+//! Read model/checkpoint.rs for the files.
+
+use std::path::Path;
+
+use anyhow::Result;
+
+use crate::config::{self, Lora};
+use crate::invalid;
+use crate::model::adapter::{Adapter, LoraConfig, Provenance, TargetModules};
+use crate::model::base::Base;
+use crate::model::batch::Batch;
+use crate::model::checkpoint::Checkpoint;
+use crate::ops::cpu;
+use crate::rng::derive;
+use crate::train::settings;
+
+/// An opened base with its tokenizer.
+pub struct Model {
+    /// Files, tokenizer, configuration.
+    pub checkpoint: Checkpoint,
+    /// The frozen weights.
+    pub base: Base,
+}
+
+impl Model {
+    /// Opens a Hugging Face directory or a GGUF file.
+    ///
+    /// # Errors
+    /// If it is no model that can be used; the message names file and tensor.
+    pub fn open(path: &Path) -> Result<Self> {
+        Self::of(Checkpoint::open(path)?)
+    }
+
+    /// Opens what `[base]` or `[reward_base]` names, as it says.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of_section(base: &config::Base) -> Result<Self> {
+        Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))
+    }
+
+    /// Over an opened checkpoint.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of(checkpoint: Checkpoint) -> Result<Self> {
+        let base = Base::load(&checkpoint)?;
+        let model = Self { checkpoint, base };
+        model.check_finite()?;
+        Ok(model)
+    }
+
+    /// One token goes through the network: a NaN in any matrix or norm reaches the logits. Only then are the tensors
+    /// read one by one to name it, so that opening stays a matter of mapping.
+    fn check_finite(&self) -> Result<()> {
+        let logits = self.base.logits(&self.base.hidden(&Batch::new(&[[0u32]])?, None)?)?;
+        if cpu::view(&logits)?.iter().all(|l| l.is_finite()) {
+            return Ok(());
+        }
+        let is_bad = |values: &[f32]| values.iter().any(|v| !v.is_finite());
+        let norm = self.base.norms().into_iter().find(|(_, n)| is_bad(n)).map(|(name, _)| name);
+        let name = norm.or_else(|| Some(self.base.weights().into_iter().find(|(_, w)| is_bad(&w.to_f32()))?.0));
+        let model = self.checkpoint.path().map_or_else(|| "the embedded model".into(), |p| p.display().to_string());
+        Err(match name {
+            Some(name) => invalid!("{model}: tensor {name} holds NaN or infinite numbers; fetch the model again"),
+            None => {
+                invalid!("{model}: its logits are not finite: the weights are too large for f32; use another model")
+            }
+        })
+    }
+
+    /// An adapter from a PEFT folder that fits this base.
+    ///
+    /// # Errors
+    /// If it does not, or was trained over other weights of the same shape.
+    pub fn adapter(&self, path: &Path) -> Result<Adapter> {
+        let adapter = Adapter::load(path, self.base.shapes())?;
+        match &adapter.provenance().base_fingerprint {
+            Some(theirs) if theirs != self.base.fingerprint() => Err(invalid!(
+                "{}: this adapter was trained over another base ({}): the shapes agree, the weights do not; give that \
+                 base, or train the adapter anew over this one",
+                path.display(),
+                adapter.provenance().base_model.as_deref().unwrap_or("its name is not recorded")
+            )),
+            _ => Ok(adapter),
+        }
+    }
+
+    /// What an adapter of this base says of its origin.
+    pub fn provenance(&self) -> Provenance {
+        Provenance {
+            base_model: Some(match self.checkpoint.path() {
+                Some(path) => path.display().to_string(),
+                None => self.base.config().model_name.clone(),
+            }),
+            base_fingerprint: Some(self.base.fingerprint().to_string()),
+        }
+    }
+
+    /// A fresh adapter shaped by `[lora]`.
+    ///
+    /// # Errors
+    /// If `[lora]` selects nothing of this base.
+    pub fn fresh_adapter(&self, lora: &Lora, seed: u64) -> Result<Adapter> {
+        Adapter::init(lora_config(lora), self.base.shapes(), derive(seed, &[settings::INIT]))
+    }
+}
+
+fn lora_config(lora: &Lora) -> LoraConfig {
+    LoraConfig {
+        r: lora.r,
+        lora_alpha: lora.lora_alpha,
+        use_rslora: lora.use_rslora,
+        target_modules: match &lora.target_modules {
+            all if all.is_all_linear() => TargetModules::AllLinear,
+            config::TargetModules::One(pattern) => TargetModules::Regex(pattern.clone()),
+            config::TargetModules::List(names) => TargetModules::List(names.clone()),
+        },
+        layers_to_transform: lora.layers_to_transform.clone(),
+    }
+}
