@@ -77,7 +77,7 @@ pub(super) fn files(source: &Source) -> Result<Files> {
                         .map_err(|error| invalid!("[data] path {shown} is no pattern of paths: {error}"))?;
                     for item in found {
                         let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?;
-                        match item.is_file() && kind(&item).is_some() {
+                        match item.is_file() && !is_hidden(&item) && kind(&item).is_some() {
                             true => all.files.push(item),
                             false => all.ignored.push(item),
                         }
@@ -111,8 +111,7 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
     }
     inside.sort();
     for item in inside {
-        let name = item.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let hidden = name.starts_with(['.', '_']);
+        let hidden = is_hidden(&item);
         if item.is_dir() {
             if !hidden {
                 walk(root, &item, split, depth + 1, all)?;
@@ -126,10 +125,14 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
     Ok(())
 }
 
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(['.', '_']))
+}
+
 /// Is `split` a word of the path below the folder? `data/train-00000-of-00002.parquet` is of `train`.
 fn is_of(path: &Path, root: &Path, split: &str) -> bool {
     let below = path.strip_prefix(root).unwrap_or(path).to_string_lossy();
-    below.split(|c: char| !c.is_alphanumeric()).any(|word| word == split) || below.contains(&format!("{split}."))
+    below.split(|c: char| !c.is_alphanumeric()).any(|word| word == split)
 }
 
 /// `owner/name`, which is no path that is there.

@@ -42,6 +42,8 @@ enum Frame {
     Spaced,
     /// The prompt lacks its last marker.
     Unmarked,
+    /// The prompt has its markers, and the answer lacks the space after the last.
+    Marked,
 }
 
 #[derive(Clone, Copy, PartialEq)]
@@ -112,7 +114,7 @@ const RECIPES: [Recipe; 16] = {
                  ..recipe(Preset::RlhfReward, "prompt", CHOSEN_REJECTED, named("test")) },
         Recipe { edits: CITED, ..recipe(Preset::Webgpt, "question.full_text", WEBGPT, NineToOne) },
         recipe(Preset::Shp, "history", SHP, named("validation")),
-        Recipe { frame: Frame::Verbatim, edits: [Edit::VicunaMarkers, Edit::None],
+        Recipe { frame: Frame::Marked, edits: [Edit::VicunaMarkers, Edit::None],
                  ..recipe(Preset::SharegptVicuna, "prompt", One("label"), named("test")) },
         recipe(Preset::ZhihuKol, "INSTRUCTION", One("RESPONSE"), NineToOne),
         recipe(Preset::MiraclZh, "query", PASSAGES, named("dev")),
@@ -188,19 +190,16 @@ pub(super) fn record(preset: Preset, object: &Object) -> Parsed<Record> {
     let prompt = match recipe.frame {
         Frame::Unmarked => format!("{prompt}Assistant:"),
         Frame::Spaced => format!(" {prompt}"),
-        Frame::Turns | Frame::Verbatim => prompt,
+        Frame::Turns | Frame::Verbatim | Frame::Marked => prompt,
     };
-    let in_turns = recipe.frame == Frame::Turns;
-    let prompt = match in_turns {
-        true => Text::Dialogue(vec![Message::new("user", prompt)]),
-        false if is_transcript(&prompt) && recipe.frame != Frame::Spaced => Text::Dialogue(open_turns(&prompt)?),
-        false => Text::Verbatim(prompt),
+    let prompt = match recipe.frame {
+        Frame::Turns => Text::Dialogue(vec![Message::new("user", prompt)]),
+        Frame::Verbatim | Frame::Unmarked if is_transcript(&prompt) => Text::Dialogue(open_turns(&prompt)?),
+        _ => Text::Verbatim(prompt),
     };
     let as_answer = |text: String| match (&prompt, recipe.frame) {
         (Text::Dialogue(_), _) => Text::Dialogue(vec![Message::new("assistant", text.trim())]),
-        (_, Frame::Spaced) => Text::Verbatim(format!(" {text}")),
-        // The answer's column has no space before it, though a word follows the marker.
-        (_, Frame::Verbatim) if recipe.preset == Preset::SharegptVicuna => Text::Verbatim(format!(" {text}")),
+        (_, Frame::Spaced | Frame::Marked) => Text::Verbatim(format!(" {text}")),
         _ => Text::Verbatim(text),
     };
     let (best, worse) = (as_answer(best), worse.map(as_answer));
