@@ -2,16 +2,19 @@
 //!
 //! sources.rs finds and mixes the files, read.rs, delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
 //! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
-//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of either out.
+//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of them out,
+//! examples.rs is what a stage sees of them, order.rs says which comes when.
 //! Read formats.rs next.
 
 mod columns;
 mod delimited;
 mod dialogue;
 mod encoder;
+pub mod examples;
 mod files;
 mod formats;
 mod mapping;
+pub mod order;
 mod parquet;
 pub mod phases;
 pub mod presets;
