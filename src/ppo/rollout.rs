@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::train::Task;
+use crate::diverged;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
@@ -99,6 +100,9 @@ pub fn collect(
     }
     let answers = Answers { prompts: &rollout.prompts, responses: &rollout.responses, decode: task.decode };
     rollout.scores = readers.source.scores(&answers)?;
+    if let Some(bad) = rollout.scores.iter().find(|score| !score.is_finite()) {
+        return Err(diverged!("an answer's score is {bad}"));
+    }
     let (scores, asked) = (rollout.scores.len(), rollout.prompts.len());
     ensure!(scores == asked, "the reward source gave {scores} scores for {asked} answers");
     Ok(rollout)

@@ -1,0 +1,98 @@
+//! Rewards that are no numbers, through PPO's own loop.
+
+use std::cell::Cell;
+
+use anyhow::Result;
+use fourfold::config::{Guard as Limits, Lora, Ppo, TargetModules};
+use fourfold::model::adapter::Adapter;
+use fourfold::model::checkpoint::Checkpoint;
+use fourfold::ppo::train::{Start, Task, Trained, train};
+use fourfold::quickstart::base::BASE;
+use fourfold::report::Report;
+use fourfold::reward::source::{Answers, RewardSource};
+use fourfold::run::Model;
+use fourfold::train::guard::Guard;
+use fourfold::train::session::Session;
+
+/// Scores of which some rollouts' are poison.
+struct Poisoned<F: Fn(usize) -> bool> {
+    rollout: Cell<usize>,
+    is_poison: F,
+    poison: f32,
+}
+
+impl<F: Fn(usize) -> bool> RewardSource for Poisoned<F> {
+    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
+        let rollout = self.rollout.replace(self.rollout.get() + 1);
+        let scores = (0..answers.responses.len()).map(|i| i as f32);
+        Ok(scores.map(|s| if (self.is_poison)(rollout) && s == 1.0 { self.poison } else { s }).collect())
+    }
+}
+
+fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: &std::path::Path) -> Result<Trained> {
+    let checkpoint = Checkpoint::from_embedded(
+        BASE.config,
+        BASE.generation_config,
+        BASE.tokenizer,
+        BASE.tokenizer_config,
+        BASE.weights,
+    )?;
+    let model = Model::of(checkpoint)?;
+    let lora = Lora { r: 2, target_modules: TargetModules::List(vec!["q_proj".into()]), ..Lora::default() };
+    let sft = model.fresh_adapter(&lora, 1)?;
+    let reward = model.fresh_adapter(&lora, 2)?.with_head(2)?;
+    let prompts: Vec<Vec<u32>> = (0..4).map(|i| vec![5 + i, 6, 7]).collect();
+    let config = Ppo {
+        total_episodes: 40,
+        batch_size: 4,
+        num_mini_batches: 2,
+        response_length: 4,
+        learning_rate: 1e-3,
+        ..Ppo::default()
+    };
+    let source = Poisoned { rollout: Cell::new(0), is_poison, poison };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
+    let task = Task { start, prompts: &prompts, stop: &[0], source: &source, decode: &|_| String::new() };
+    let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
+    train(task, &config, 1, &mut session)
+}
+
+fn is_finite(adapter: &Adapter) -> bool {
+    let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+    adapter.named_tensors().iter().all(|(_, t)| values(t).iter().all(|x| x.is_finite()))
+}
+
+#[test]
+fn poisoned_rewards_are_skipped_and_counted_and_training_goes_on() {
+    for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let dir = tempfile::tempdir().unwrap();
+        let trained = run(Limits::default(), poison, |rollout| rollout == 2 || rollout == 3, dir.path()).unwrap();
+        assert!(is_finite(&trained.actor) && is_finite(&trained.critic));
+        let metrics = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+        let lines: Vec<serde_json::Value> = metrics.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(lines.len(), 10, "a line an iteration, skipped or not");
+        let skipped: Vec<_> = lines.iter().filter(|l| l["guard"] == "skipped").collect();
+        assert_eq!(skipped.len(), 2);
+        assert_eq!((skipped[1]["skipped"].as_u64(), skipped[1]["lr_factor"].as_f64()), (Some(2), Some(0.25)));
+        assert!(skipped[0]["reason"].as_str().unwrap().contains("score"), "{}", skipped[0]);
+    }
+}
+
+#[test]
+fn rewards_that_stay_poisoned_roll_back_and_then_end_the_run_with_a_diagnosis() {
+    let dir = tempfile::tempdir().unwrap();
+    let limits = Limits { max_skips: 1, max_rollbacks: 2, ..Limits::default() };
+    let error = run(limits, f32::NAN, |rollout| rollout >= 2, dir.path()).unwrap_err().to_string();
+    let metrics = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
+    assert_eq!(metrics.matches("\"rolled_back\"").count(), 2, "{metrics}");
+    assert!(error.contains("does not recover") && error.contains("score is NaN"), "{error}");
+}
+
+#[test]
+fn a_kl_beyond_its_limit_counts_as_a_bad_step() {
+    let dir = tempfile::tempdir().unwrap();
+    // After its first step the actor is never as near to the reference as this.
+    let limits = Limits { max_kl: Some(1e-9), max_skips: 1, max_rollbacks: 1, ..Limits::default() };
+    let error = run(limits, f32::NAN, |_| false, dir.path()).unwrap_err().to_string();
+    assert!(error.contains("max_kl"), "{error}");
+}

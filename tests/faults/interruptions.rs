@@ -1,0 +1,130 @@
+//! Signals, a second process, and files that change under a run.
+
+use std::fs;
+use std::time::{Duration, Instant};
+
+use crate::world::{assert_same, finish, interrupted, line, place, run_all, signal, start, wait_for_lines};
+
+#[test]
+fn a_signal_ends_the_run_with_130_and_a_command_that_goes_on_to_the_same_bytes() {
+    let (whole, stopped) = (place(), place());
+    for place in [&whole, &stopped] {
+        let config = fs::read_to_string(place.path("run.toml")).unwrap();
+        // Without checkpoints of its own accord: the signal's alone is gone on from.
+        place.write("run.toml", config.replace("save_steps = 1", "save_steps = 0"));
+    }
+    run_all(&whole, &["sft", "reward", "ppo"]);
+    run_all(&stopped, &["sft", "reward"]);
+    for number in [libc::SIGINT, libc::SIGTERM] {
+        fs::remove_dir_all(stopped.path("out/ppo")).ok();
+        let ran = interrupted(&stopped, "ppo", 1, number);
+        assert_eq!(ran.code, 130, "{}", ran.stderr);
+        let command = ran.stderr.lines().last().unwrap().trim();
+        assert!(ran.stderr.contains("stopped after") && command.ends_with("--resume"), "{}", ran.stderr);
+        let again = stopped.run(&line("ppo"));
+        assert!(again.code == 2 && again.stderr.contains("--resume"), "lost without being told: {}", again.stderr);
+        let words = command.split_whitespace().skip(1).collect::<Vec<_>>().join(" ");
+        let ran = stopped.run(&words);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        assert_same(&whole, &stopped, "ppo", "after a signal");
+    }
+    let ran = stopped.run(&format!("{} --resume", line("ppo")));
+    assert!(ran.code == 0 && ran.stderr.contains("finished"), "{}", ran.stderr);
+    assert_same(&whole, &stopped, "ppo", "a finished run is left alone");
+}
+
+#[test]
+fn a_second_signal_ends_the_run_at_once() {
+    let place = place();
+    // One micro-batch of many long sequences: seconds of work before the first signal could be heeded.
+    let record = format!("{{\"prompt\": \"Say it.\", \"completion\": \"{}\"}}\n", "salty ".repeat(60));
+    place.write("sft.jsonl", record.repeat(600));
+    let long = format!("{} --set sft.per_device_train_batch_size=512 --set data.eval_rows=0", line("sft"));
+    let child = start(&place, &long);
+    let begun = Instant::now();
+    while !place.path("out/sft/metrics.jsonl").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    std::thread::sleep(Duration::from_millis(100));
+    signal(&child, libc::SIGTERM);
+    std::thread::sleep(Duration::from_millis(50));
+    signal(&child, libc::SIGINT);
+    let ran = finish(child);
+    assert_eq!(ran.code, 130);
+    assert!(!ran.stderr.contains("stopped after"), "it was heeded only after the step: {}", ran.stderr);
+}
+
+#[test]
+fn a_second_process_on_one_folder_is_refused_by_the_firsts_name_and_a_lock_left_behind_is_no_obstacle() {
+    let place = place();
+    let long = format!("{} --set sft.num_train_epochs=2000", line("sft"));
+    let first = start(&place, &long);
+    wait_for_lines(&place.path("out/sft/metrics.jsonl"), 2);
+    let second = place.run(&format!("{long} --resume"));
+    assert_eq!(second.code, 2, "{}", second.stderr);
+    assert!(second.stderr.contains(&format!("in use by process {}", first.id())), "{}", second.stderr);
+    signal(&first, libc::SIGKILL);
+    finish(first);
+    let third = start(&place, &format!("{long} --resume"));
+    let begun = Instant::now();
+    let lines = fs::read_to_string(place.path("out/sft/metrics.jsonl")).unwrap().lines().count();
+    while fs::read_to_string(place.path("out/sft/metrics.jsonl")).unwrap().lines().count() <= lines {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the stale lock stood in the way");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    signal(&third, libc::SIGTERM);
+    let third = finish(third);
+    assert!(third.code == 130 && third.stderr.contains("ended without a word"), "{}", third.stderr);
+}
+
+#[test]
+fn a_truncated_metrics_file_is_cut_to_its_last_whole_line_and_told() {
+    let place = place();
+    let ran = interrupted(&place, "sft", 2, libc::SIGTERM);
+    assert_eq!(ran.code, 130, "{}", ran.stderr);
+    let metrics = place.path("out/sft/metrics.jsonl");
+    let text = fs::read_to_string(&metrics).unwrap();
+    fs::write(&metrics, &text[..text.len() - 5]).unwrap();
+    let ran = place.run(&format!("{} --resume", line("sft")));
+    assert!(ran.code == 0 && ran.stderr.contains("last whole line"), "{}", ran.stderr);
+    let text = fs::read_to_string(&metrics).unwrap();
+    assert!(text.lines().count() >= 4 && text.ends_with('\n'));
+    text.lines().for_each(|line| drop(serde_json::from_str::<serde_json::Value>(line).unwrap()));
+}
+
+/// A former adapter must not stand beside a config that it was not trained by.
+#[test]
+fn a_run_that_begins_anew_removes_what_the_former_one_left() {
+    let place = place();
+    run_all(&place, &["sft"]);
+    assert!(place.path("out/sft/adapter").exists());
+    let child = start(&place, &format!("{} --set sft.num_train_epochs=2000 --set sft.learning_rate=1e-4", line("sft")));
+    let config = place.path("out/sft/config.toml");
+    let begun = Instant::now();
+    while !fs::read_to_string(&config).unwrap_or_default().contains("num_train_epochs = 2000") {
+        assert!(begun.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    signal(&child, libc::SIGKILL);
+    finish(child);
+    assert!(!place.path("out/sft/adapter").exists() && !place.path("out/sft/summary.json").exists());
+}
+
+/// The clock may jump: times of day are only told to people, or compared for being the same.
+#[test]
+fn no_decision_is_made_by_the_time_of_day() {
+    let mut users = vec![];
+    let mut folders = vec![std::path::PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/src"))];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                folders.push(path);
+            } else if fs::read_to_string(&path).unwrap_or_default().contains("SystemTime::now") {
+                users.push(path.file_name().unwrap().to_str().unwrap().to_string());
+            }
+        }
+    }
+    assert_eq!(users, ["lock.rs"], "the lock tells people when its owner began; nothing else may ask");
+}
