@@ -28,8 +28,9 @@ fn a_signal_ends_the_run_with_130_and_a_command_that_goes_on_to_the_same_bytes()
         assert_eq!(ran.code, 0, "{}", ran.stderr);
         assert_same(&whole, &stopped, "ppo", "after a signal");
     }
-    let ran = stopped.run(&format!("{} --resume", line("ppo")));
+    let ran = stopped.run(&format!("{} --resume --json", line("ppo")));
     assert!(ran.code == 0 && ran.stderr.contains("finished"), "{}", ran.stderr);
+    assert_eq!(ran.stdout, fs::read_to_string(stopped.path("out/ppo/summary.json")).unwrap());
     assert_same(&whole, &stopped, "ppo", "a finished run is left alone");
 }
 

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use fourfold::rng::SplitMix64;
 
 use crate::support::Place;
-use crate::world::{STAGES, assert_same, finish, line, place, run_all, signal, start};
+use crate::world::{assert_same, finish, line, place, run_all, signal, start};
 
 const ALL: [&str; 5] = ["sft", "reward", "dpo", "kto", "ppo"];
 
@@ -54,10 +54,9 @@ fn killed_at_random_moments_sft_reward_and_ppo_end_with_the_same_bytes() {
         let broken: Place = place();
         for (stage, took) in PIPELINE.iter().zip(took) {
             loop {
-                let child = start(&broken, &format!("{} --resume", line(stage)));
+                let mut child = start(&broken, &format!("{} --resume", line(stage)));
                 let moment = Duration::from_secs_f64(took.as_secs_f64() * 1.1 * rng.uniform());
                 let begun = Instant::now();
-                let mut child = child;
                 let mut ended = None;
                 while killed < kills && ended.is_none() && begun.elapsed() < moment {
                     std::thread::sleep(Duration::from_millis(1));
@@ -99,5 +98,4 @@ fn a_damaged_checkpoint_is_passed_over_by_name_and_the_one_before_taken() {
     let name = names[1].file_name().unwrap().to_str().unwrap();
     assert!(ran.stderr.contains("passed over") && ran.stderr.contains(name), "{}", ran.stderr);
     assert_same(&whole, &broken, "sft", "from the checkpoint before");
-    assert_eq!(STAGES[0].0, "sft");
 }
