@@ -152,9 +152,22 @@ pub struct Data {
     /// false reads such records as if they had neither.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranking: Option<bool>,
-    /// How a dialogue becomes text. Default: `chat` where the tokenizer brings a chat template, else `plain`.
+    /// How a dialogue becomes text. Default: `chat` where the tokenizer brings a chat template or `chat_template` is
+    /// given, else `plain`; `human_assistant` under `compat = "dschat"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,
+    /// A Jinja template to use instead of the tokenizer's own, as transformers reads it; TOML's `'''` holds one of
+    /// several lines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// Whose behaviour to keep. `"dschat"`: rows by `data_split` and numpy's shuffle, prompt and answer tokenised in one
+    /// piece and cut at the right, SFT on every token, long prompts filtered. Absent = none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
+    /// Under `compat = "dschat"`: how much of the records SFT, reward model and PPO get. Default `"2,4,4"`
+    /// (DeepSpeed-Chat), that is 20%, 40% and 40%.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_split: Option<String>,
     /// Most tokens of a training sequence, prompt and answer with its end token. Default 512 (DeepSpeed-Chat's
     /// `max_seq_len`).
     pub max_length: usize,
@@ -202,6 +215,9 @@ impl Default for Data {
             path: Paths::default(),
             format: Format::Auto,
             template: None,
+            chat_template: None,
+            compat: None,
+            data_split: None,
             max_length: 512,
             max_prompt_length: 256,
             truncation: Truncation::Drop,
@@ -306,14 +322,24 @@ pub enum Format {
     HhRlhf,
 }
 
+/// Whose behaviour to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compat {
+    /// DeepSpeed-Chat's.
+    Dschat,
+}
+
 /// How a dialogue becomes text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Template {
     /// The tokenizer's own chat template.
     Chat,
-    /// `\n\nHuman: …\n\nAssistant: …`, as in HH-RLHF and DeepSpeed-Chat.
+    /// ` Human: … Assistant: …`, as in DeepSpeed-Chat.
     HumanAssistant,
+    /// `\n\nHuman: …\n\nAssistant: …`, as in HH-RLHF.
+    HhRlhf,
     /// Turns joined by a line break and nothing added.
     Plain,
 }

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Dpo, Kto, Lora, Paths, Ppo, Reward, Sft, Source, TargetModules};
+use super::{Base, Compat, Config, Data, Dpo, Kto, Lora, Paths, Ppo, Reward, Sft, Source, TargetModules, Template};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -123,6 +123,30 @@ fn data(section: &Data) -> Result<()> {
         return Err(invalid!(
             "[data] needs path = \"file.jsonl\", a folder or a list of them; --set data.path=… also does"
         ));
+    }
+    if section.chat_template.is_some() && section.template.is_some_and(|template| template != Template::Chat) {
+        return Err(invalid!(
+            "[data] has a chat_template that template does not use; remove one of them, or set \"chat\""
+        ));
+    }
+    match (&section.data_split, section.compat) {
+        (Some(_), None) => {
+            return Err(invalid!(
+                "[data] data_split is DeepSpeed-Chat's; add compat = \"dschat\", or use eval_fraction"
+            ));
+        }
+        (Some(split), Some(Compat::Dschat)) => {
+            let parts: Vec<f64> = split.split(',').map(|part| part.trim().parse().unwrap_or(f64::NAN)).collect();
+            if parts.len() != 3
+                || !parts.iter().all(|part| part.is_finite() && *part >= 0.0)
+                || parts.iter().sum::<f64>() <= 0.0
+            {
+                return Err(invalid!(
+                    "[data] data_split = {split:?} is not three shares of 0 or more; use \"2,4,4\" for 20%, 40% and 40%"
+                ));
+            }
+        }
+        (None, _) => {}
     }
     if section.max_length < 2 {
         return Err(invalid!(

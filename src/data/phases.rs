@@ -8,10 +8,12 @@ use std::fmt;
 
 use anyhow::{Result, bail, ensure};
 
+use super::compat::{self, Part};
 use super::render::{Renderer, Segment};
 use super::{Entry, Message, Record, Text};
 use crate::config::{Data, OnBadRecord, Truncation};
 use crate::invalid;
+use crate::model::chat_template::{GenerationPrompt, TemplateTokens, render};
 
 /// What the data needs of a tokenizer.
 pub trait TextEncoder {
@@ -27,6 +29,21 @@ pub trait TextEncoder {
     /// # Errors
     /// The template's own, such as two user turns in a row.
     fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
+
+    /// A dialogue through a template that the config gives.
+    ///
+    /// # Errors
+    /// The template's own.
+    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
+        let eos = Some(self.eos_text()).filter(|text| !text.is_empty());
+        render(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
+    }
+
+    /// The token that opens a text, as templates write it.
+    fn bos_text(&self) -> Option<&str> {
+        None
+    }
 
     /// Does the tokenizer bring a chat template?
     fn has_chat_template(&self) -> bool;
@@ -130,6 +147,15 @@ impl<T> Outcome<T> {
     }
 }
 
+impl<T> From<compat::Made<T>> for Outcome<T> {
+    fn from(made: compat::Made<T>) -> Self {
+        match made {
+            Ok((example, truncated)) => Self::keep(example, truncated),
+            Err(reason) => Self::Drop(reason),
+        }
+    }
+}
+
 /// Runs `make` over every record; an error of it is a bad record.
 fn over<T>(entries: &[Entry], data: &Data, make: impl Fn(&Record) -> Result<Outcome<T>>) -> Result<(Vec<T>, Report)> {
     let mut report = Report { read: entries.len(), ..Report::default() };
@@ -199,8 +225,12 @@ pub fn sft_examples(
     data: &Data,
     completion_only: bool,
 ) -> Result<(Vec<SftExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    over(entries, data, |record| {
+    let renderer = Renderer::new(encoder, data)?;
+    let entries = compat::rows_of(entries, data, Part::Sft)?;
+    over(&entries, data, |record| {
+        if data.compat.is_some() {
+            return compat::sft(record, &renderer, encoder, data).map(Outcome::from);
+        }
         let (start, segments) = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
                 let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
@@ -299,9 +329,13 @@ pub fn ranked_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<RankedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
+    let renderer = Renderer::new(encoder, data)?;
     let limit = data.max_length;
-    over(entries, data, |record| {
+    let entries = compat::rows_of(entries, data, Part::Reward)?;
+    over(&entries, data, |record| {
+        if data.compat.is_some() {
+            return compat::ranked(record, &renderer, encoder, data).map(Outcome::from);
+        }
         let Record::Ranked { prompt, answers } = record else {
             bail!(
                 "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
@@ -344,7 +378,7 @@ pub fn judged_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<JudgedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
+    let renderer = Renderer::new(encoder, data)?;
     let limit = data.max_length;
     over(entries, data, |record| {
         let (prompt, judged) = match record {
@@ -391,8 +425,9 @@ pub fn prompt_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    over(entries, data, |record| {
+    let renderer = Renderer::new(encoder, data)?;
+    let entries = compat::rows_of(entries, data, Part::Ppo)?;
+    over(&entries, data, |record| {
         let opening;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
@@ -407,6 +442,9 @@ pub fn prompt_examples(
             }
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
+        if data.compat.is_some() {
+            return compat::prompt(prompt, &renderer, encoder, data).map(Outcome::from);
+        }
         let text = renderer.prompt(prompt)?;
         let tokens = encode_prompt(&text, renderer.first_token(prompt), encoder)?;
         if tokens.len() > data.max_prompt_length {
