@@ -34,6 +34,8 @@ pub mod data;
 pub mod dpo;
 pub mod error;
 pub mod export;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod inspect;
 pub mod memory;
 pub mod model;

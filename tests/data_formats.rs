@@ -695,3 +695,37 @@ fn deepspeed_chat_cuts_long_answers_and_filters_long_prompts() {
     let error = prompt_examples(&entries, &BARE, &short).unwrap_err().to_string();
     assert!(error.contains("4 longer than max_prompt_length = 20 (filtered)"), "{error}");
 }
+
+#[test]
+fn files_of_the_demo_sets_shapes_load_in_every_phase_they_fit() {
+    let turn = |from: &str, value: &str| json!({"from": from, "value": value});
+    let pairs = json!([
+        {"conversations": [turn("human", "q")], "chosen": turn("gpt", "a"), "rejected": turn("gpt", "b")},
+        {"conversations": [turn("human", "問"), turn("gpt", "答"), turn("human", "又")],
+         "chosen": turn("gpt", "好"), "rejected": turn("gpt", "坏")},
+    ]);
+    let alpaca = json!([
+        {"instruction": "i", "input": "", "output": "o"}, {"instruction": "i", "input": "n", "output": "o"},
+        {"instruction": "问", "input": "", "output": "答"},
+    ]);
+    let judged = json!([
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": true},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}], "label": false},
+        {"messages": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "c"}], "label": true},
+    ]);
+    let wiki = " = Heading = \n \n A line of text . \n Another . \n";
+    // (records, sequences of SFT, rankings, prompts); None = the records do not fit that phase.
+    for (name, content, expected) in [
+        ("pairs.json", pairs.to_string(), (2, Some(2), Some(2), Some(2))),
+        ("alpaca.json", alpaca.to_string(), (3, Some(3), None, Some(3))),
+        ("judged.json", judged.to_string(), (3, Some(2), None, Some(3))),
+        ("wiki.txt", wiki.to_owned(), (3, Some(3), None, None)),
+    ] {
+        let entries = load(name, content.as_bytes()).unwrap().entries;
+        let data = Data::default();
+        let sft = sft_examples(&entries, &CHAT, &data, true).ok().map(|found| found.0.len());
+        let ranked = ranked_examples(&entries, &CHAT, &data).ok().map(|found| found.0.len());
+        let prompts = prompt_examples(&entries, &CHAT, &data).ok().map(|found| found.0.len());
+        assert_eq!((entries.len(), sft, ranked, prompts), expected, "{name}");
+    }
+}
