@@ -2,12 +2,13 @@
 //!
 //! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
 //! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
-//! The keys are documented on the structs: read schema.rs and stages.rs next.
+//! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
 
 mod dpo;
 mod expand;
 mod located;
 mod overrides;
+mod ppo;
 mod schema;
 mod stages;
 mod validate;
@@ -22,10 +23,11 @@ use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
+pub use ppo::{KlEstimator, Ppo};
 pub use schema::{
-    Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
-pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
+pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]

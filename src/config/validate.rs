@@ -179,6 +179,14 @@ fn ppo(section: &Ppo) -> Result<()> {
     ] {
         check.not_negative(key, value)?;
     }
+    check.positive("target", section.target, "6 nats an answer")?;
+    check.positive("horizon", section.horizon, "10000 answers")?;
+    if section.use_score_norm && !section.use_score_scaling {
+        return Err(invalid!("[ppo] use_score_norm = true works with use_score_scaling = true only; set both"));
+    }
+    let share = |v: f64| (0.0..=1.0).contains(&v);
+    check.within("ema_decay", section.ema_decay.unwrap_or(0.0), share, "a number from 0 to 1, usually 0.99")?;
+    check.within("ref_model_mixup_alpha", section.ref_model_mixup_alpha, share, "a number from 0 to 1")?;
     check.within("cliprange", section.cliprange, |v| v > 0.0 && v < 1.0, "a number between 0 and 1, usually 0.2")?;
     check.positive("cliprange_value", section.cliprange_value, "0.2")?;
     for (key, value) in [("gamma", section.gamma), ("lam", section.lam)] {
