@@ -9,6 +9,7 @@ mod expand;
 mod located;
 mod overrides;
 mod ppo;
+mod rewards;
 mod schema;
 mod stages;
 mod validate;
@@ -24,6 +25,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use ppo::{KlEstimator, Ppo};
+pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
     Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
@@ -167,6 +169,8 @@ impl Config {
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
+            let parts = ppo.reward.iter_mut().chain(&mut ppo.gold);
+            paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
         }
         for (key, path) in paths {
             if let Some(text) = path.to_str() {

@@ -1,10 +1,11 @@
 //! The section `[ppo]`. Names and defaults are TRL's where no other source is given. Knows no rule between keys: read
 //! validate.rs next.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::rewards::RewardPart;
 use super::stages::{Checkpoint, LrScheduler};
 
 /// Estimator of the KL divergence between actor and reference from one sampled token, http://joschu.net/blog/kl-approx.html.
@@ -27,8 +28,15 @@ pub struct Ppo {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
     /// The reward adapter with its scalar head (folder, PEFT layout): the reward model, and where the critic starts.
-    /// Required.
+    /// Required unless there is a `[[ppo.reward]]`; beside those it is one more, of weight 1.
+    #[serde(skip_serializing_if = "is_empty")]
     pub reward_adapter: PathBuf,
+    /// `[[ppo.reward]]`: more sources of the reward, or others than an adapter. Default none.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub reward: Vec<RewardPart>,
+    /// `[ppo.gold]`: what the held-out answers are judged by besides, and the policy never trained on. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gold: Option<RewardPart>,
     /// Peak learning rate of the actor. Default 3e-5: ten times TRL's 3e-6, since only low-rank factors move.
     pub learning_rate: f64,
     /// Peak learning rate of the critic; absent = `learning_rate`.
@@ -114,8 +122,14 @@ pub struct Ppo {
     pub checkpoint: Checkpoint,
     /// Held-out prompts answered and scored before and after training; 0 = none. Default 0.
     pub eval_prompts: usize,
+    /// Iterations between two evaluations on those prompts during training; 0 = none. Default 0.
+    pub eval_every: usize,
     /// Sample texts logged an iteration. Default 2.
     pub save_samples: usize,
+}
+
+fn is_empty(path: &Path) -> bool {
+    path.as_os_str().is_empty()
 }
 
 impl Default for Ppo {
@@ -123,6 +137,8 @@ impl Default for Ppo {
         Self {
             adapter: None,
             reward_adapter: PathBuf::new(),
+            reward: Vec::new(),
+            gold: None,
             learning_rate: 3e-5,
             critic_learning_rate: None,
             total_episodes: 256,
@@ -162,6 +178,7 @@ impl Default for Ppo {
             ref_model_mixup_alpha: 1.0,
             checkpoint: Checkpoint::Auto,
             eval_prompts: 0,
+            eval_every: 0,
             save_samples: 2,
         }
     }

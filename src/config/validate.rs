@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Dpo, Kto, Lora, Ppo, Reward, Sft, TargetModules};
+use super::{Base, Config, Data, Dpo, Kto, Lora, Ppo, Reward, RewardPart, Sft, TargetModules};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -145,8 +145,19 @@ fn reward(section: &Reward) -> Result<()> {
 
 fn ppo(section: &Ppo) -> Result<()> {
     let check = Section("ppo");
-    if section.reward_adapter.as_os_str().is_empty() {
-        return Err(invalid!("[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote"));
+    if section.reward_adapter.as_os_str().is_empty() && section.reward.is_empty() {
+        return Err(invalid!(
+            "[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote, or a [[ppo.reward]]"
+        ));
+    }
+    section.reward.iter().chain(&section.gold).try_for_each(RewardPart::check)?;
+    let mut names: Vec<&str> = section.reward.iter().map(RewardPart::name).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(invalid!("two [[ppo.reward]] are called {:?}; give each a name = \"…\" of its own", twice[0]));
+    }
+    if section.eval_every > 0 && section.eval_prompts == 0 {
+        return Err(invalid!("[ppo] eval_every = {} evaluates nothing; set eval_prompts", section.eval_every));
     }
     let betas = [section.adam_beta1, section.adam_beta2];
     let Ppo { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;

@@ -3,6 +3,7 @@
 //! Prompt and answer are tokenised apart, so the mask of the answer is exact and the prompt's tokens are the very ones
 //! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read the stages next.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
@@ -79,6 +80,10 @@ pub struct PromptExample {
     pub tokens: Vec<u32>,
     /// The text they stand for.
     pub text: String,
+    /// The answer that the record gives, where it gives exactly one: for verifiers.
+    pub answer: Option<String>,
+    /// Which of the entries given it is of.
+    pub entry: usize,
 }
 
 /// What became of the records.
@@ -392,7 +397,9 @@ pub fn prompt_examples(
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
     let renderer = Renderer::new(encoder, data.template)?;
+    let seen = Cell::new(0);
     over(entries, data, |record| {
+        let entry = seen.replace(seen.get() + 1);
         let opening;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
@@ -412,6 +419,13 @@ pub fn prompt_examples(
         if tokens.len() > data.max_prompt_length {
             return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
         }
-        Ok(Outcome::keep(PromptExample { tokens, text }, false))
+        let answer = match record {
+            Record::PromptCompletion { completion: Text::Verbatim(text), .. } => Some(text.trim().to_owned()),
+            Record::PromptCompletion { completion: Text::Dialogue(turns), .. } => {
+                turns.last().map(|turn| turn.content.trim().to_owned())
+            }
+            _ => None,
+        };
+        Ok(Outcome::keep(PromptExample { tokens, text, answer, entry }, false))
     })
 }

@@ -20,4 +20,4 @@ pub mod roles;
 pub mod tokenizer;
 
 #[cfg(test)]
-mod oracle;
+pub(crate) mod oracle;

@@ -3,6 +3,7 @@
 
 pub mod average;
 pub mod control;
+pub mod evaluate;
 pub mod experience;
 pub mod figures;
 pub mod gae;
@@ -13,6 +14,7 @@ pub mod rollout;
 pub mod state;
 pub mod train;
 pub mod update;
+pub mod warnings;
 
 #[cfg(test)]
 mod golden {

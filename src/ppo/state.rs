@@ -11,6 +11,7 @@ use super::figures;
 use super::rollout::{Readers, collect};
 use super::train::{Run, choose, sampling};
 use super::update::Update;
+use super::warnings::{Vitals, Watch};
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, Scorer};
 use crate::report::{Figures, Report};
@@ -45,6 +46,8 @@ pub struct State {
     pub experience: Option<Experience>,
     /// Running sums over this iteration's minibatches.
     pub update: Update,
+    /// What the figures are watched for.
+    pub watch: Watch,
     /// The figures of the last iteration that is over.
     pub last: Figures,
 }
@@ -72,6 +75,7 @@ impl State {
             scores: RunningMoments::default(),
             experience: None,
             update: Update::default(),
+            watch: Watch::default(),
             last: Figures::new(),
         })
     }
@@ -143,6 +147,21 @@ impl State {
         let config = run.config;
         let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
         self.last = figures::of(&experience, self, run);
+        self.last.extend(run.task.source.figures());
+        let now = self.iteration + 1;
+        if let Some(evaluation) = run.task.evaluation.filter(|_| config.eval_every > 0 && now % config.eval_every == 0)
+        {
+            let judged = evaluation.run(&now.into(), self.actor.weights().view(), report)?;
+            self.last.extend(evaluation.figures(&judged));
+        }
+        let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
+        let (holding, new) = self.watch.see(Vitals::of(&self.last, experience.rollout.prompts.len(), flat));
+        if !holding.is_empty() {
+            self.last.insert("warnings".into(), holding.iter().map(|w| w.name()).collect::<Vec<_>>().into());
+        }
+        for warning in new {
+            report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
+        }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
         report.step(self.iteration + 1, &self.last, &shown)?;
         figures::samples(&experience, self.iteration + 1, run, report)?;

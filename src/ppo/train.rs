@@ -5,6 +5,7 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
+use super::evaluate::Evaluation;
 use super::state::State;
 use crate::config::Ppo;
 use crate::data::examples::Examples;
@@ -46,6 +47,8 @@ pub struct Task<'w> {
     pub source: &'w dyn RewardSource,
     /// Renders token ids for samples.jsonl and for sources that read text.
     pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// Asked every `eval_every` iterations, where there is one.
+    pub evaluation: Option<&'w Evaluation<'w>>,
 }
 
 /// The trained branches.
@@ -180,7 +183,13 @@ pub fn check(start: Start<'_>, prompts: &dyn Examples<Vec<u32>>, config: &Ppo) -
              policy's tokenizer"
         ));
     }
-    start.reward.map_or(Ok(()), |reward| Scorer::new(start.reward_base, reward).map(drop))?;
+    let Some(reward) = start.reward else {
+        return Err(invalid!(
+            "[ppo] the critic starts as the reward model, and there is none over the policy's tokens; give a \
+             reward_adapter whose base has the policy's tokenizer"
+        ));
+    };
+    Scorer::new(start.reward_base, reward)?;
     let context = start.base.config().max_position_embeddings.min(start.reward_base.config().max_position_embeddings);
     let longest = prompts.longest_sequence();
     if longest + config.response_length > context {

@@ -136,7 +136,14 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: Some(&reward_adapter) };
     let source = RewardModel(Scorer::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let task = ppo::Task { start, prompts: &questions, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
+    let task = ppo::Task {
+        start,
+        prompts: &questions,
+        stop: tokenizer.eos_ids(),
+        source: &source,
+        decode: &decode,
+        evaluation: None,
+    };
     let trained = ppo::train(task, ppo_config, seed, &mut report)?;
     save(&model, &trained.actor, &out.join("actor"))?;
     save(&model, &trained.critic, &out.join("critic"))?;

@@ -7,6 +7,7 @@ mod model;
 mod output;
 mod ppo;
 mod reward;
+mod rewards;
 mod sft;
 
 use std::path::{Path, PathBuf};

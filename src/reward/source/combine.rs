@@ -5,7 +5,7 @@ use std::cell::RefCell;
 
 use anyhow::{Result, ensure};
 
-use super::{Answers, RewardModel, RewardSource};
+use super::{Answers, RewardSource};
 use crate::report::{Figures, number};
 
 /// One part of a sum.
@@ -60,14 +60,14 @@ impl RewardSource for WeightedSum<'_> {
 /// `mean - std_coef * deviation` over reward models: an answer on which they disagree is worth less, so that a policy
 /// gains little where one of them can be fooled. The deviation divides by their number. Source: arXiv:2310.02743.
 pub struct Ensemble<'w> {
-    members: Vec<RewardModel<'w>>,
+    members: Vec<Box<dyn RewardSource + 'w>>,
     std_coef: f64,
     disagreement: RefCell<f64>,
 }
 
 impl<'w> Ensemble<'w> {
     /// Of two members or more, to mean anything.
-    pub fn new(members: Vec<RewardModel<'w>>, std_coef: f64) -> Self {
+    pub fn new(members: Vec<Box<dyn RewardSource + 'w>>, std_coef: f64) -> Self {
         Self { members, std_coef, disagreement: RefCell::new(f64::NAN) }
     }
 }
@@ -102,6 +102,7 @@ mod tests {
     use crate::model::generate::{Finish, Response};
     use crate::model::oracle::{adapter, tiny_base};
     use crate::model::roles::Scorer;
+    use crate::reward::source::RewardModel;
 
     struct Fixed(Vec<f32>);
 
@@ -150,8 +151,9 @@ mod tests {
         let (prompts, responses) = asked();
         let answers = Answers { prompts: &prompts, responses: &responses, decode: &|_| String::new() };
         let alone: Vec<Vec<f32>> = members.iter().map(|m| m.scores(&answers).unwrap()).collect();
-        let bold = Ensemble::new(members.clone(), 0.0).scores(&answers).unwrap();
-        let cautious = Ensemble::new(members, 2.0);
+        let boxed = || members.iter().map(|&m| Box::new(m) as Box<dyn RewardSource>).collect();
+        let bold = Ensemble::new(boxed(), 0.0).scores(&answers).unwrap();
+        let cautious = Ensemble::new(boxed(), 2.0);
         let scores = cautious.scores(&answers).unwrap();
         let mut disagreement = 0.0;
         for i in 0..2 {

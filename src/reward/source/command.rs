@@ -78,7 +78,7 @@ impl RewardSource for CommandReward {
     }
 
     fn figures(&self) -> Figures {
-        self.troubles().figures("command")
+        self.troubles().figures()
     }
 }
 

@@ -73,6 +73,6 @@ impl RewardSource for HttpReward {
     }
 
     fn figures(&self) -> Figures {
-        self.troubles().figures("http")
+        self.troubles().figures()
     }
 }

@@ -7,6 +7,8 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use serde_json::Value;
 
+use crate::report::Figures;
+
 /// How long and how often to try.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Patience {
@@ -32,6 +34,15 @@ pub struct Troubles {
     pub bad_scores: u64,
     /// Answers that were given the agreed score.
     pub fallbacks: u64,
+}
+
+impl Troubles {
+    /// Under names of their own.
+    pub fn figures(&self) -> Figures {
+        let counts =
+            [("failed_tries", self.failed_tries), ("bad_scores", self.bad_scores), ("fallbacks", self.fallbacks)];
+        counts.into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect()
+    }
 }
 
 /// Why a try gave no scores.
@@ -120,10 +131,7 @@ mod tests {
     }
 
     /// Answers by script, and how many tries it took.
-    fn run(
-        patience: Patience,
-        script: Vec<Result<Vec<Option<f32>>, Failure>>,
-    ) -> (Result<Vec<f32>>, Troubles, usize) {
+    fn run(patience: Patience, script: Vec<Result<Vec<Option<f32>>, Failure>>) -> (Result<Vec<f32>>, Troubles, usize) {
         let (mut troubles, mut tries) = (Troubles::default(), 0);
         let mut script = script.into_iter();
         let scores = patience.scores("judge", 2, &mut troubles, || {

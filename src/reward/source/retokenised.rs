@@ -22,7 +22,7 @@ pub struct RetokenisedModel<'w> {
     /// Its tokenizer.
     pub encoder: &'w dyn TextEncoder,
     /// The policy's prompt ids -> the reward model's ids of the same prompt.
-    pub prompts: HashMap<Vec<u32>, Vec<u32>>,
+    pub prompts: &'w HashMap<Vec<u32>, Vec<u32>>,
     /// Longest sequence that the reward model takes; an answer that runs past it is read up to there.
     pub context: usize,
 }
