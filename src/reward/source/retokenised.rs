@@ -59,3 +59,64 @@ impl RewardSource for RetokenisedModel<'_> {
         Ok(scores)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Message;
+    use crate::model::generate::Response;
+    use crate::model::oracle::{adapter, tiny_base};
+
+    /// A token a letter, 10 for `a`; 0 ends.
+    struct Letters;
+
+    impl TextEncoder for Letters {
+        fn encode(&self, text: &str) -> Result<Vec<u32>> {
+            Ok(text.bytes().map(|b| u32::from(b - b'a') + 10).collect())
+        }
+
+        fn chat(&self, _: &[Message], _: bool) -> Result<String> {
+            anyhow::bail!("not asked here")
+        }
+
+        fn has_chat_template(&self) -> bool {
+            false
+        }
+
+        fn eos_id(&self) -> u32 {
+            0
+        }
+
+        fn eos_text(&self) -> &str {
+            ""
+        }
+    }
+
+    fn response(tokens: &[u32], finish: Finish) -> Response {
+        Response { tokens: tokens.to_vec(), logprobs: vec![0.0; tokens.len()], finish }
+    }
+
+    #[test]
+    fn an_answers_text_is_scored_in_the_reward_models_own_tokens_with_its_own_end() {
+        let base = tiny_base();
+        let rm = adapter(&base, None, 4);
+        let scorer = Scorer::new(&base, &rm).unwrap();
+        let known = HashMap::from([(vec![900, 901], vec![40, 41, 42]), (vec![902], vec![43])]);
+        let model = RetokenisedModel { scorer, encoder: &Letters, prompts: &known, context: 6 };
+        // The policy's token 7000 + n is n + 1 times the letter c: other tokens, other lengths.
+        let decode = |ids: &[u32]| ids.iter().map(|id| "c".repeat((id - 7000) as usize + 1)).collect::<String>();
+        let prompts = vec![vec![900, 901], vec![902], vec![900, 901]];
+        let responses = vec![
+            response(&[7001, 65_000], Finish::Stop),
+            response(&[7000, 7001], Finish::Length),
+            response(&[7002, 7002], Finish::Length),
+        ];
+        let answers = Answers { prompts: &prompts, responses: &responses, decode: &decode };
+        // Two letters and the end; three letters that were cut off; six letters, read as far as the context goes.
+        let want = vec![vec![40, 41, 42, 12, 12, 0], vec![43, 12, 12, 12], vec![40, 41, 42, 12, 12, 12]];
+        assert_eq!(model.sequences(&answers).unwrap(), want);
+        assert_eq!(model.scores(&answers).unwrap(), scorer.scores(&Batch::new(&want).unwrap()).unwrap());
+        let strange = Answers { prompts: &[vec![1]], responses: &responses[..1], decode: &decode };
+        assert!(model.scores(&strange).unwrap_err().to_string().contains("was not shown"));
+    }
+}
