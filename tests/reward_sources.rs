@@ -237,7 +237,9 @@ fn ppo(keys: &str) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
     let file = dir.path().join("run.toml");
     fs::write(&file, text)?;
     let out = dir.path().join("out");
-    let summary = run::stage(Stage::Ppo, &config::load(&file, &[])?, &out)?;
+    let config = config::load(&file, &[])?;
+    let summary = run::stage(Stage::Ppo, &config, &out)?;
+    assert_eq!(config::load(&out.join("config.toml"), &[])?, config, "what a run writes is what it ran");
     let lines = |name: &str| -> Vec<Value> {
         let text = fs::read_to_string(out.join(name)).unwrap();
         text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()

@@ -137,7 +137,9 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     if !arguments.train {
         return Ok(());
     }
-    let evaluation = Evaluation::begin(judges, ppo, seed, &mut Report::silent())?;
+    let evaluation = Evaluation::new(judges, ppo, seed);
+    let before = evaluation.before(&mut Report::silent())?;
+    let evaluation = evaluation.with_baseline(before);
     point(seed, "sft", 0, &evaluation, evaluation.baseline());
     for method in &arguments.methods {
         if method == "dpo" {

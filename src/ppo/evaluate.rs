@@ -3,6 +3,7 @@
 //! Read ../stats.rs for the statistics.
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::train::sampling;
@@ -39,7 +40,7 @@ pub struct Judges<'w> {
 }
 
 /// One policy's answers to the held-out prompts, judged. All (prompts).
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Judged {
     /// As sampled.
     pub responses: Vec<Response>,
@@ -67,14 +68,24 @@ pub struct Evaluation<'w> {
 }
 
 impl<'w> Evaluation<'w> {
+    /// Without a baseline yet: see [`Evaluation::with_baseline`].
+    pub fn new(judges: Judges<'w>, config: &'w Ppo, seed: u64) -> Self {
+        Self { judges, config, seed, baseline: Judged::default() }
+    }
+
     /// Has the SFT model answer.
     ///
     /// # Errors
-    /// Those of generation and of the sources.
-    pub fn begin(judges: Judges<'w>, config: &'w Ppo, seed: u64, report: &mut Report) -> Result<Self> {
-        let mut evaluation = Self { judges, config, seed, baseline: Judged::default() };
-        evaluation.baseline = evaluation.run(&"before".into(), judges.sft, report)?;
-        Ok(evaluation)
+    /// Those of generation and of the sources; if the report cannot be written.
+    pub fn before(&self, report: &mut Report) -> Result<Judged> {
+        self.run(&"before".into(), self.judges.sft, report)
+    }
+
+    /// With these answers of the SFT model to compare others with.
+    #[must_use]
+    pub fn with_baseline(mut self, baseline: Judged) -> Self {
+        self.baseline = baseline;
+        self
     }
 
     /// The SFT model's answers.

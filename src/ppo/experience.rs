@@ -119,6 +119,7 @@ mod tests {
             reference_logprobs: vec![vec![-1.5, -1.0], vec![-0.5, -1.5, -3.0]],
             values: vec![vec![0.25, 0.5], vec![0.0, 1.0, 2.0]],
             scores: vec![1.0, 5.0],
+            told: Default::default(),
         }
     }
 

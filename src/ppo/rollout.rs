@@ -8,6 +8,7 @@ use super::train::Task;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
+use crate::report::Figures;
 use crate::reward::source::{Answers, RewardSource};
 
 /// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
@@ -26,6 +27,8 @@ pub struct Rollout {
     pub values: Vec<Vec<f32>>,
     /// (B) the reward source's scores.
     pub scores: Vec<f32>,
+    /// What the source told besides.
+    pub told: Figures,
 }
 
 impl Rollout {
@@ -99,6 +102,7 @@ pub fn collect(
     }
     let answers = Answers { prompts: &rollout.prompts, responses: &rollout.responses, decode: task.decode };
     rollout.scores = readers.source.scores(&answers)?;
+    rollout.told = readers.source.figures();
     let (scores, asked) = (rollout.scores.len(), rollout.prompts.len());
     ensure!(scores == asked, "the reward source gave {scores} scores for {asked} answers");
     Ok(rollout)

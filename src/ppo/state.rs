@@ -147,7 +147,7 @@ impl State {
         let config = run.config;
         let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
         self.last = figures::of(&experience, self, run);
-        self.last.extend(run.task.source.figures());
+        self.last.extend(experience.rollout.told.clone());
         let now = self.iteration + 1;
         if let Some(evaluation) = run.task.evaluation.filter(|_| config.eval_every > 0 && now % config.eval_every == 0)
         {

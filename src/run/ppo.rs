@@ -68,7 +68,9 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         stop,
         decode: &decode,
     };
-    let evaluation = Evaluation::begin(judges, settings, config.seed, &mut report)?;
+    let evaluation = Evaluation::new(judges, settings, config.seed);
+    let before = evaluation.before(&mut report)?;
+    let evaluation = evaluation.with_baseline(before);
     let task = ppo::train::Task {
         start,
         prompts: &ids,
