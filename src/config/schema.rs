@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::ops::weight::StoredType;
+use crate::ops::weight::{Compute, StoredType};
 
 /// `[base]`, `[reward_base]`: a frozen checkpoint.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -18,6 +18,33 @@ pub struct Base {
     /// that is quantised already stays as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantize>,
+    /// What products with the frozen matrices are computed in: `"f32"`, or `"bf16"`, which rounds both factors to bfloat16
+    /// and sums in f32: several times faster where the machine has AMX or AVX-512 BF16, and log-probabilities move by
+    /// about 0.02. Generation, scoring and training use the same. Default `"f32"`.
+    #[serde(default)]
+    pub compute_dtype: ComputeDtype,
+}
+
+/// What `compute_dtype` names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum ComputeDtype {
+    /// Single precision.
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// bfloat16 factors, f32 sums.
+    #[serde(rename = "bf16")]
+    Bf16,
+}
+
+impl ComputeDtype {
+    /// As the operations take it.
+    pub const fn compute(self) -> Compute {
+        match self {
+            Self::F32 => Compute::F32,
+            Self::Bf16 => Compute::Bf16,
+        }
+    }
 }
 
 /// What `quantize` makes of dense weights.
