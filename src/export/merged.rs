@@ -206,10 +206,6 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
         })?;
         let weight = Cow::Owned(cpu::view(&head.weight)?.to_vec());
         all.push(Planned { name: SCORE.into(), part: Part::Values(vec![1, base.shapes().hidden], weight) });
-        if head.bias != 0.0 {
-            let part = Part::Values(vec![1], Cow::Owned(vec![head.bias]));
-            all.push(Planned { name: "score.bias".into(), part });
-        }
     }
     Ok(all)
 }
