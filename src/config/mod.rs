@@ -26,7 +26,8 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use ppo::{KlEstimator, Ppo};
 pub use schema::{
-    Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    Base, ComputeDtype, Data, EvalSize, Format, InitLoraWeights, Lora, OnBadRecord, Paths, Quantize, TargetModules,
+    Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};

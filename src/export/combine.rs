@@ -29,7 +29,9 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
     if let Some(other) = prints().find(|p| Some(*p) != prints().next()) {
         return Err(invalid!("the adapters were trained over different bases ({other} is one); merge them one by one"));
     }
-    let rank: usize = parts.iter().map(|(a, _)| a.config().r).sum();
+    let rank_of = |a: &Adapter| a.layers().iter().flatten().flatten().map(|p| p.a.dims()[0]).max().unwrap_or(0);
+    let ranks: Vec<usize> = parts.iter().map(|(a, _)| rank_of(a)).collect();
+    let rank = ranks.iter().sum();
     let mut layers: Vec<LayerPairs> = vec![];
     let mut targets = vec![];
     for layer in 0..shapes.layers {
@@ -42,7 +44,7 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
             // A map that one adapter leaves out gets zeros there: every branch has the same rank.
             let (mut a, mut b) = (vec![0f32; rank * inp], vec![0f32; out * rank]);
             let mut at = 0;
-            for (adapter, weight) in parts {
+            for ((adapter, weight), width) in parts.iter().zip(&ranks) {
                 if let Some(pair) = adapter.pair(layer, linear) {
                     let r = pair.a.dims()[0];
                     a[at * inp..(at + r) * inp].copy_from_slice(&cpu::view(&pair.a)?);
@@ -53,7 +55,7 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
                         }
                     }
                 }
-                at += adapter.config().r;
+                at += width;
             }
             let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
             *slot = Some(LoraPair { a: tensor(a, (rank, inp))?, b: tensor(b, (out, rank))?, scale: 1.0 });
@@ -67,6 +69,7 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
         use_rslora: false,
         target_modules: TargetModules::List(targets),
         layers_to_transform: None,
+        ..LoraConfig::default()
     };
     let head = parts.iter().rev().find_map(|(a, _)| a.head().cloned());
     Adapter::from_parts(config, shapes, layers, head, first.provenance().clone())

@@ -11,7 +11,7 @@ use candle_core::{Device, Tensor};
 
 use super::gguf_container::{Entry, KeyValue, write};
 use super::gguf_metadata::{self as metadata, Keys};
-use super::merged::{MergedType, linear_of, merged_values, pair_of};
+use super::merged::{MergedType, merged_values, pair_of};
 use super::verify::{Comparison, Tolerance, compare};
 use super::{Source, staged};
 use crate::invalid;
@@ -299,7 +299,7 @@ fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
     let mut layers = vec![LayerPairs::default(); shapes.layers];
     let mut targets = vec![];
     for (name, weight) in source.base.weights() {
-        let Some((layer, linear)) = linear_of(source.adapter, &name) else { continue };
+        let Some((layer, linear)) = source.adapter.shapes().find(&name) else { continue };
         let (ggml, order) = place(source, &name, weight)?;
         let read = |factor: &str| -> Result<Option<Vec<f32>>> {
             let Some(tensor) = file.tensor(&format!("{ggml}.lora_{factor}")) else { return Ok(None) };

@@ -115,15 +115,8 @@ pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraPair>) -> Result<
 
 /// The branch of the matrix of this Hugging Face name, if it has one.
 pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a LoraPair> {
-    let (layer, linear) = linear_of(adapter, weight_name)?;
+    let (layer, linear) = adapter.shapes().find(weight_name)?;
     adapter.pair(layer, linear)
-}
-
-/// (layer, linear map) that a Hugging Face tensor's name means.
-pub(super) fn linear_of(adapter: &Adapter, weight_name: &str) -> Option<(usize, usize)> {
-    let path = weight_name.strip_suffix(".weight")?;
-    let (layer, inside) = path.strip_prefix(adapter.shapes().blocks)?.strip_prefix('.')?.split_once('.')?;
-    Some((layer.parse().ok()?, adapter.shapes().linears().iter().position(|l| l.path == inside)?))
 }
 
 fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
@@ -190,7 +183,7 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
         if kind == Kind::Classifier && name == "lm_head.weight" {
             continue;
         }
-        let layout = linear_of(adapter, &name).map_or(MatrixLayout::OutIn, |_| adapter.shapes().layout);
+        let layout = adapter.shapes().find(&name).map_or(MatrixLayout::OutIn, |_| adapter.shapes().layout);
         let part = Part::Matrix(weight, pair_of(adapter, &name), layout);
         all.push(Planned { name, part });
     }

@@ -29,8 +29,10 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 pub const VALUE_HEAD_FILE: &str = "value_head.safetensors";
 /// The head's names in [`VALUE_HEAD_FILE`].
 const VALUE_HEAD: [&str; 2] = ["v_head.summary.weight", "v_head.summary.bias"];
-/// Our key in the tensor file's `__metadata__`.
+/// Our keys in the tensor file's `__metadata__`.
 const FINGERPRINT_KEY: &str = "fourfold.base_fingerprint";
+/// There where the second half of every rank is what PiSSA or OLoRA took from the base at the start.
+const FROZEN_KEY: &str = "fourfold.frozen_half";
 
 impl Adapter {
     /// Reads a PEFT directory for a base of these shapes. Factors may be stored as f32, f16 or bf16; they become f32.
@@ -129,9 +131,11 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
         let mut pairs: LayerPairs = Default::default();
         for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
             let (inp, out) = shapes.dims(linear);
-            let a = take(&factor_name(&shapes, layer, linear, 'A'), [lora.r, inp])?;
-            let b = take(&factor_name(&shapes, layer, linear, 'B'), [out, lora.r])?;
-            pairs[linear] = Some(LoraPair { a, b, scale: lora.scaling() });
+            let path = shapes.module_path(layer, linear);
+            let (r, scale) = (lora.rank_of(&path), lora.scaling_of(&path));
+            let a = take(&factor_name(&shapes, layer, linear, 'A'), [r, inp])?;
+            let b = take(&factor_name(&shapes, layer, linear, 'B'), [out, r])?;
+            pairs[linear] = Some(LoraPair { a, b, scale });
         }
         layers.push(pairs);
     }
@@ -153,8 +157,11 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
             unread.len()
         ));
     }
-    let fingerprint = header.metadata().as_ref().and_then(|m| m.get(FINGERPRINT_KEY).cloned());
-    Adapter::from_parts(lora, shapes, layers, head, Provenance { base_model, base_fingerprint: fingerprint })
+    let of_ours = |key: &str| header.metadata().as_ref().and_then(|m| m.get(key).cloned());
+    let (fingerprint, frozen) = (of_ours(FINGERPRINT_KEY), of_ours(FROZEN_KEY).is_some());
+    let provenance = Provenance { base_model, base_fingerprint: fingerprint };
+    let adapter = Adapter::from_parts(lora, shapes, layers, head, provenance)?;
+    if frozen { adapter.with_frozen_half() } else { Ok(adapter) }
 }
 
 /// The head of a [`VALUE_HEAD_FILE`]: TRL's linear map from hidden states to one number.
@@ -206,6 +213,9 @@ fn tensors_bytes(adapter: &Adapter) -> Result<Vec<u8>> {
     let mut metadata: BTreeMap<&str, &str> = BTreeMap::from([("format", "pt")]); // PEFT refuses a file without it
     if let Some(fingerprint) = &adapter.provenance().base_fingerprint {
         metadata.insert(FINGERPRINT_KEY, fingerprint);
+    }
+    if adapter.frozen_half() {
+        metadata.insert(FROZEN_KEY, "true");
     }
     safetensors_bytes(&tensors, &metadata)
 }
@@ -348,6 +358,7 @@ mod tests {
             use_rslora: true,
             target_modules: TargetModules::Regex(r".*\.(k|up)_proj".into()),
             layers_to_transform: Some(vec![1]),
+            ..LoraConfig::default()
         };
         let origin = Provenance { base_model: Some("a/base".into()), base_fingerprint: Some("sha256:ab".into()) };
         let start =
@@ -404,8 +415,9 @@ mod tests {
     fn settings_that_would_change_the_model_are_refused_by_name() {
         for (key, value) in [
             ("use_dora", json!(true)),
-            ("rank_pattern", json!({"q_proj": 4})),
-            ("alpha_pattern", json!({"q_proj": 4})),
+            ("rank_pattern", json!({"q_proj": "many"})),
+            ("alpha_pattern", json!({"q_proj": null})),
+            ("rank_pattern", json!(["q_proj"])),
             ("bias", json!("all")),
             ("modules_to_save", json!(["score", "embed_tokens"])),
             ("init_lora_weights", json!("pissa")),
@@ -522,6 +534,7 @@ mod tests {
                 use_rslora: true,
                 target_modules: targets,
                 layers_to_transform: layers,
+                ..LoraConfig::default()
             };
             let mut learner = Adapter::init(config, TINY, 11).unwrap().to_trainable();
             let moved = learner.parameters().unwrap().iter().map(|t| (t + 0.125).unwrap()).collect();
