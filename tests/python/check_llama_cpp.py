@@ -2,7 +2,7 @@
 the log-probabilities it gives of them.
 
 usage: check_llama_cpp.py path/to/fourfold [--base MODEL]...
-Needs the packages of requirements-llama-cpp.txt: a wheel with llama.cpp inside, nothing is compiled. Over two tiny random
+llama.cpp comes compiled, inside the xllamacpp wheel of requirements.txt. Over two tiny random
 Llamas made here (grouped queries with llama3 rope; a SentencePiece-like tokenizer), and over every MODEL given (a GGUF
 file or a Hugging Face directory), with an adapter that moves the logits by several nats: the merged model as GGUF in f32,
 bf16, q8_0 and q4_k_m; the adapter as GGUF-LoRA over the base's GGUF. One line a check; exit code 1 if any failed.
