@@ -28,7 +28,8 @@ pub use dpo::{Dpo, DpoLoss, Kto};
 pub use ppo::{KlEstimator, Ppo};
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
-    Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    Base, ComputeDtype, Data, EvalSize, Format, InitLoraWeights, Lora, OnBadRecord, Paths, Quantize, TargetModules,
+    Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};

@@ -74,6 +74,15 @@ fn lora(section: &Lora) -> Result<()> {
     let check = Section("lora");
     check.at_least_one("r", section.r)?;
     check.positive("lora_alpha", section.lora_alpha, "r or 2 r")?;
+    for (pattern, &r) in &section.rank_pattern {
+        if r == 0 {
+            return Err(invalid!("[lora] rank_pattern: {pattern} = 0 does nothing; use 1 or more"));
+        }
+    }
+    for &alpha in section.alpha_pattern.values() {
+        check.positive("alpha_pattern", alpha, "r or 2 r")?;
+    }
+    check.positive("loraplus_lr_ratio", section.loraplus_lr_ratio, "1 to 16")?;
     match &section.target_modules {
         TargetModules::List(names) if names.is_empty() || names.iter().any(String::is_empty) => Err(invalid!(
             "[lora] target_modules has no names or an empty one; use \"all-linear\" or names such as [\"q_proj\", \"v_proj\"]"

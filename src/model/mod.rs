@@ -16,6 +16,7 @@ pub mod gguf_tokenizer;
 pub mod gradients;
 pub mod lora;
 pub mod peft;
+pub mod principal;
 pub mod roles;
 pub mod tokenizer;
 

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::gold::Gold;
-use crate::export::merge::Comparison;
+use crate::export::verify::Comparison;
 use crate::model::adapter::Adapter;
 use crate::report::number;
 use crate::reward::train::Evaluation;

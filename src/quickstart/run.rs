@@ -13,7 +13,8 @@ use super::outcome::{Answers, Example, Outcome, memory_rows, win_rate};
 use super::task::{Row, Split, pairs, prompts, sft_rows};
 use crate::config::{self, Config};
 use crate::data::phases::{RankedExample, SftExample};
-use crate::export::merge::{MergedType, merge};
+use crate::export::Source;
+use crate::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
 use crate::memory;
 use crate::model::adapter::Adapter;
 use crate::model::batch::{Batch, Targets};
@@ -155,9 +156,15 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     if merged.exists() {
         fs::remove_dir_all(&merged).with_context(|| format!("replacing {}", merged.display()))?;
     }
-    let sides = model.checkpoint.side_files()?;
-    let reopen = |dir: &Path| Ok(Model::open(dir)?.base);
-    let comparison = merge(base, &trained.actor, MergedType::Bf16, &sides, &asked[..8], &merged, reopen)?;
+    let source = Source {
+        checkpoint: &model.checkpoint,
+        base,
+        adapter: &trained.actor,
+        prompts: &asked[..8],
+        about: "`fourfold quickstart`: SFT, a reward model and PPO on the embedded task.",
+    };
+    let how = merged::Settings { dtype: MergedType::Bf16, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
+    let comparison = merged::merge(&source, how, &merged)?;
     clock("merge", &mut lap);
     // 7. The verdict: the gold rule on held-out questions, sampled as in training.
     let judge = |adapter: &Adapter| {

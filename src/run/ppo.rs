@@ -39,7 +39,11 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     };
     let (prompts, held_out) = held_out(config, examples)?;
     let sft = match &settings.adapter {
-        Some(path) => model.adapter(path).context("[ppo] adapter")?.with_score_head(None)?,
+        Some(path) => model
+            .adapter(path)
+            .context("[ppo] adapter")?
+            .with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+            .with_score_head(None)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let adapters = Adapters::open(settings, scorer)?;

@@ -32,12 +32,15 @@ impl Learner {
     ///
     /// # Errors
     /// If a gradient is missing, misshapen or not finite; the message names the tensor.
-    pub fn step(&mut self, mut gradients: Gradients, lr: f64) -> Result<f64> {
+    pub fn step(&mut self, gradients: Gradients, lr: f64) -> Result<f64> {
         let max_norm = if self.max_grad_norm > 0.0 { self.max_grad_norm } else { f64::INFINITY };
+        let mut gradients = self.weights.without_frozen(gradients)?;
         let norm = clip_grad_norm(&self.weights, &mut gradients, max_norm)?;
         let mut parameters = self.weights.parameters()?;
         let flat = self.weights.flat_gradients(&gradients)?;
-        self.optimizer.step(parameters.iter_mut().collect(), &flat, lr)?;
+        let ratio = self.weights.view().config().loraplus_lr_ratio;
+        let rate = |name: &str| if name.ends_with(".lora_B.weight") { ratio * lr } else { lr };
+        self.optimizer.step_with(parameters.iter_mut().collect(), &flat, rate)?;
         self.weights.replace(parameters)?;
         Ok(norm)
     }

@@ -38,6 +38,7 @@ fn what_cannot_run_is_refused_before_a_token_is_sampled() {
         use_rslora: false,
         target_modules: TargetModules::AllLinear,
         layers_to_transform: None,
+        ..LoraConfig::default()
     };
     let sft = Adapter::init(lora, base.shapes(), 1).unwrap();
     let reward = sft.clone().with_head(1).unwrap();
