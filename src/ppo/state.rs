@@ -149,8 +149,8 @@ impl State {
         self.last = figures::of(&experience, self, run);
         self.last.extend(experience.rollout.told.clone());
         let now = self.iteration + 1;
-        if let Some(evaluation) = run.task.evaluation.filter(|_| config.eval_every > 0 && now % config.eval_every == 0)
-        {
+        let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
+        if let Some(evaluation) = run.task.evaluation.filter(|_| due) {
             let judged = evaluation.run(&now.into(), self.actor.weights().view(), report)?;
             self.last.extend(evaluation.figures(&judged));
         }

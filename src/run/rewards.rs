@@ -56,12 +56,15 @@ impl Adapters {
     }
 }
 
+/// The reward model's tokenizer, and the policy's prompt ids -> the same prompts in its tokens.
+pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>);
+
 /// What sources are made over.
 pub(super) struct Workshop<'w> {
     /// The reward models' base.
     pub scorer: &'w Model,
-    /// Its tokenizer and every prompt in its tokens, where that is another than the policy's.
-    pub retokenise: Option<(&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>)>,
+    /// Where its tokens are not the policy's.
+    pub retokenise: Option<Translation<'w>>,
     /// Every prompt of the run, held-out ones included.
     pub prompts: Vec<&'w PromptExample>,
 }
