@@ -12,7 +12,7 @@ use half::f16;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
-use super::verify::{Comparison, Tolerance, compare};
+use super::verify::{Comparison, Tolerance, compare, compare_through};
 use super::{Source, card, staged};
 use crate::invalid;
 use crate::model::adapter::{Adapter, LoraPair, MatrixLayout};
@@ -286,10 +286,14 @@ pub fn merge(source: &Source<'_>, settings: Settings, out: &Path) -> Result<Comp
 fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
     let checkpoint = Checkpoint::open(dir)?;
     let merged = Base::load(&checkpoint)?;
-    if settings.kind == Kind::Classifier {
-        prove_head(source, &checkpoint, &merged, settings.dtype)?;
+    let want = (source.base, source.adapter);
+    match settings.kind {
+        Kind::LanguageModel => compare(want, (&merged, None), source.prompts),
+        Kind::Classifier => {
+            prove_head(source, &checkpoint, &merged, settings.dtype)?;
+            compare_through(want, (&merged, None), source.base, source.prompts)
+        }
     }
-    compare((source.base, source.adapter), (&merged, None), source.prompts)
 }
 
 /// The scores of the prompts by the written head over the written weights, against base + adapter.

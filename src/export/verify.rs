@@ -56,13 +56,26 @@ impl Comparison {
 /// # Errors
 /// If a side cannot run the prompts, or there is none.
 pub fn compare(want: (&Base, &Adapter), got: (&Base, Option<&Adapter>), prompts: &[Vec<u32>]) -> Result<Comparison> {
+    compare_through(want, got, got.0, prompts)
+}
+
+/// As [`compare`], for an export without an output table of its own: its hidden states go through `table`'s.
+///
+/// # Errors
+/// As for [`compare`].
+pub fn compare_through(
+    want: (&Base, &Adapter),
+    got: (&Base, Option<&Adapter>),
+    table: &Base,
+    prompts: &[Vec<u32>],
+) -> Result<Comparison> {
     let mut c =
         Comparison { max_logit_difference: 0.0, max_logit: 0.0, mean_kl: 0.0, greedy_agreement: 0.0, positions: 0 };
     let mut agreed = 0u32;
     for prompt in prompts {
         let batch = Batch::new(std::slice::from_ref(prompt))?;
         let ours = want.0.logits(&want.0.hidden(&batch, Some(want.1))?)?;
-        let theirs = got.0.logits(&got.0.hidden(&batch, got.1)?)?;
+        let theirs = table.logits(&got.0.hidden(&batch, got.1)?)?;
         let vocab = want.0.config().vocab_size;
         for (want, got) in cpu::view(&ours)?.chunks_exact(vocab).zip(cpu::view(&theirs)?.chunks_exact(vocab)) {
             let best = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);
