@@ -248,12 +248,12 @@ fn data_that_cannot_be_used_is_named_with_its_line() {
     p.write("empty.jsonl", "");
     p.write("broken.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\n");
     p.write("wrong.jsonl", "{\"question\": \"a\"}\n");
-    p.write("table.csv", "a,b\n");
+    p.write("table.xlsx", "a,b\n");
     let sft = |data: &str| format!("sft run.toml --set data.path={data} --out o");
     p.refuses(&sft("empty.jsonl"), &["empty.jsonl", "holds no record"]);
     p.refuses(&sft("broken.jsonl"), &["broken.jsonl, line 2", "not a JSON object"]);
     p.refuses(&sft("wrong.jsonl"), &["wrong.jsonl, line 1", "question"]);
-    p.refuses(&sft("table.csv"), &["table.csv", ".jsonl"]);
+    p.refuses(&sft("table.xlsx"), &["table.xlsx", ".jsonl"]);
     p.refuses(&sft("nowhere.jsonl"), &["[data] path nowhere.jsonl"]);
     p.refuses("reward run.toml --out o", &["sft.jsonl, line 1", "chosen"]);
     let score = |data: &str| format!("score --base base --adapter out/reward/adapter --data {data} --json");
