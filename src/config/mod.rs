@@ -23,7 +23,7 @@ use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
-pub use ppo::{KlEstimator, Ppo};
+pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
 pub use schema::{
     Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };

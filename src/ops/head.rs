@@ -12,9 +12,9 @@ use super::tile::{Into, Mat, NR, product};
 use super::weight::Weight;
 
 /// Vocabulary rows whose logits exist at once, per thread.
-const STRIP: usize = 4 * NR;
+pub(super) const STRIP: usize = 4 * NR;
 /// The vocabulary is always cut into this many runs, whose sums meet in order: the same bits on any number of cores.
-const RUNS: usize = 8;
+pub(super) const RUNS: usize = 8;
 
 /// What is known of each position after one pass over the vocabulary. All (R).
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -190,7 +190,7 @@ pub fn backward(
 }
 
 /// Calls `f(first id, width, logits (r, STRIP))` for each strip of run `run`, in order.
-fn strips(hs: &[f32], r: usize, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
+pub(super) fn strips(hs: &[f32], r: usize, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
     let (vocab, d, isa) = (weight.rows(), weight.cols(), Isa::detect());
     let all = vocab.div_ceil(STRIP);
     let (first, last) = (all * run / RUNS, all * (run + 1) / RUNS);

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::{Model, held_out, prepare_output, records, save};
-use crate::config::{self, Config};
+use crate::config::{self, Config, CriticStart};
 use crate::data::ModelEncoder;
 use crate::data::phases::{PromptExample, prompt_examples};
 use crate::model::adapter::Adapter;
@@ -54,7 +54,8 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let before = evaluation.run("before", &sft, &decode, &mut report)?;
     let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
-    let critic = save(trained.critic, scorer, &out.join("critic"))?;
+    let critic_model = if settings.critic == CriticStart::Actor { &model } else { scorer };
+    let critic = trained.critic.map(|critic| save(critic, critic_model, &out.join("critic"))).transpose()?;
     let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
     let after = evaluation.run("after", &trained.actor, &decode, &mut report)?;
     let gain: Vec<f64> = after.iter().zip(&before).map(|(a, b)| a - b).collect();
