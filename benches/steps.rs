@@ -9,7 +9,7 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use fourfold::config::{Checkpoint, Lora, LrScheduler, Ppo, Reward, Sft};
+use fourfold::config::{Checkpoint, ComputeDtype, Lora, LrScheduler, Ppo, Reward, Sft};
 use fourfold::data::phases::{RankedExample, SftExample};
 use fourfold::memory::peak_rss_bytes;
 use fourfold::model::generate::{Sampling, generate};
@@ -69,10 +69,18 @@ fn main() -> Result<()> {
         );
         return Ok(());
     };
-    let model = Model::open(path.as_ref())?;
+    // --set quantize=q8_0, --set compute_dtype=bf16: keys of [base].
+    let mut section = format!("path = {path:?}\n");
+    for (_, set) in arguments.iter().zip(arguments.iter().skip(1)).filter(|(flag, _)| *flag == "--set") {
+        let (key, value) = set.split_once('=').context("--set key=value")?;
+        section += &format!("{key} = {value:?}\n");
+    }
+    let section: fourfold::config::Base = toml::from_str(&section)?;
+    let model = Model::of_section(&section)?;
     let base = &model.base;
     let stored = base.weights().get(1).map_or("none", |(_, w)| w.dtype().name());
-    let name = format!("shared_base_{stored}_cpu");
+    let compute = if section.compute_dtype == ComputeDtype::Bf16 { "bf16" } else { "f32" };
+    let name = format!("shared_base_{stored}_{compute}_cpu");
     let fresh = model.fresh_adapter(&Lora::default(), 0)?;
     let scorer = fresh.clone().with_head(1)?;
 

@@ -7,7 +7,7 @@
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tensor, view};
-use super::head::{RUNS, STRIP, strips};
+use super::head::{Hidden, RUNS, STRIP, strips};
 use super::pack::with_scratch;
 use super::tile::{Into, Mat, product};
 use super::weight::Weight;
@@ -87,13 +87,13 @@ super::cpu::vectorised! {
 /// If shapes do not fit.
 pub fn forward(h: &Tensor, g: &Tensor, weight: &Weight, temperature: f64) -> Result<Divergence> {
     let (both, r, d) = stacked(h, g, weight)?;
-    let inverse = (1.0 / temperature) as f32;
+    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), (1.0 / temperature) as f32);
     // (RUNS, R): each run its own sums, merged in order, so that the bits are the same on any number of cores.
     let sums: Vec<std::sync::Mutex<Vec<Sums>>> = (0..RUNS).map(|_| vec![Sums::EMPTY; r].into()).collect();
     parallel(RUNS, 2 * r * d * weight.rows(), |range| {
         for run in range {
             let mut mine = vec![Sums::EMPTY; r];
-            strips(&both, 2 * r, weight, run, |_, width, logits| {
+            strips(&hidden, weight, run, |_, width, logits| {
                 let (p, q) = logits.split_at_mut(r * STRIP);
                 for ((p, q), sums) in p.chunks_exact_mut(STRIP).zip(q.chunks_exact_mut(STRIP)).zip(&mut mine) {
                     let (top_p, sum_p, gap, top_q, sum_q) = strip_sums(&mut p[..width], &mut q[..width], inverse);
@@ -138,13 +138,13 @@ pub fn backward(
     if [divergence.kl.len(), dkl.len()] != [r; 2] {
         candle_core::bail!("divergence backward: {r} positions, {} gradients", dkl.len());
     }
-    let inverse = (1.0 / temperature) as f32;
+    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), (1.0 / temperature) as f32);
     let isa = Isa::detect();
     let mut partial = vec![0f32; RUNS * r * d];
     let out = Out::of(&mut partial);
     parallel(RUNS, 3 * r * d * weight.rows(), |range| {
         for run in range {
-            strips(&both, 2 * r, weight, run, |v0, width, logits| {
+            strips(&hidden, weight, run, |v0, width, logits| {
                 let (p, q) = logits.split_at_mut(r * STRIP);
                 for (i, (p, q)) in p.chunks_exact_mut(STRIP).zip(q.chunks_exact(STRIP)).enumerate() {
                     let lse = (divergence.lse_p[i], divergence.lse_q[i]);

@@ -44,7 +44,7 @@ pub fn config(seed: u64) -> Config {
     Config {
         seed,
         output_dir: None,
-        base: config::Base { path: "embedded".into(), quantize: None },
+        base: config::Base { path: "embedded".into(), quantize: None, compute_dtype: config::ComputeDtype::F32 },
         reward_base: None,
         lora: config::Lora::default(),
         data: None,
