@@ -293,6 +293,42 @@ pattern = "a"
     }
 }
 
+/// The quickstart's base with a tokenizer that calls two frequent tokens by each other's ids.
+fn base_with_other_tokens(dir: &Path) {
+    for file in fs::read_dir(here("assets/quickstart/base")).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), dir.join(file.file_name())).unwrap();
+    }
+    let path = dir.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let (one, other) = (vocab["e"].clone(), vocab["Ġthe"].clone());
+    vocab.insert("e".into(), other);
+    vocab.insert("Ġthe".into(), one);
+    fs::write(path, tokenizer.to_string()).unwrap();
+}
+
+#[test]
+fn a_reward_base_with_other_tokens_scores_and_the_critic_lives_on_the_policys_base() {
+    let dir = tempfile::tempdir().unwrap();
+    base_with_other_tokens(dir.path());
+    let keys = |more: &str| {
+        format!("reward_adapter = REWARD\n{more}\n[reward_base]\npath = {:?}\n", dir.path().display().to_string())
+    };
+    let error = ppo(&keys("")).unwrap_err();
+    assert_eq!(exit_code(&error), 2);
+    let message = format!("{error:#}");
+    assert!(message.contains("over the policy's tokens") && message.contains("critic = \"actor\""), "{message}");
+    let (_, same, _) = ppo("reward_adapter = REWARD\ncritic = \"actor\"\n").unwrap();
+    for more in ["critic = \"actor\"", "critic = \"own\"", "advantage_estimator = \"rloo\"\nnum_generations = 2"] {
+        let (_, metrics, _) = ppo(&keys(more)).unwrap();
+        let score = |lines: &[Value]| lines[0]["objective/scores"].as_f64().unwrap();
+        assert!(score(&metrics).is_finite() && score(&metrics) != score(&same), "{more}: read in other tokens");
+        let has_critic = metrics[0].get("loss/value_avg").is_some_and(Value::is_number);
+        assert_eq!(has_critic, more.starts_with("critic"), "{more}: {}", metrics[0]);
+    }
+}
+
 #[test]
 fn what_a_source_lacks_is_said_before_anything_runs() {
     let refusal = |keys: &str| {

@@ -1,8 +1,10 @@
 //! PPO. The loop is in train, all that changes in state; a rollout becomes experience, experience becomes updates. The
-//! mathematics is in rewards, kl, gae, control and loss: functions of numbers that know no model.
+//! mathematics is in rewards, kl, gae, advantages, control and loss: functions of numbers that know no model.
 
+pub mod advantages;
 pub mod average;
 pub mod control;
+pub mod dschat;
 pub mod evaluate;
 pub mod experience;
 pub mod figures;

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::evaluate::Evaluation;
 use super::state::State;
-use crate::config::Ppo;
+use crate::config::{CriticStart, Ppo};
 use crate::data::examples::Examples;
 use crate::data::order::endless;
 use crate::invalid;
@@ -56,8 +56,8 @@ pub struct Task<'w> {
 pub struct Trained {
     /// The aligned policy.
     pub actor: Adapter,
-    /// The value function.
-    pub critic: Adapter,
+    /// The value function, where advantages needed one.
+    pub critic: Option<Adapter>,
     /// The actor's moving average, where `ema_decay` is set.
     pub ema: Option<Adapter>,
     /// The last iteration's figures.
@@ -85,6 +85,14 @@ impl<'w> Run<'w> {
         let longest = task.prompts.longest_sequence() + config.response_length;
         let checkpoint = settings::checkpoint(config.checkpoint, task.start.base, longest * config.micro_batch_size);
         Ok(Self { task, config, seed, checkpoint })
+    }
+
+    /// The base that the critic is over.
+    pub fn critic_base(&self) -> &'w Base {
+        match self.config.critic {
+            CriticStart::Actor => self.task.start.base,
+            CriticStart::Reward | CriticStart::Own => self.task.start.reward_base,
+        }
     }
 
     /// What log-probabilities are divided by; greedy decoding scores under 1, like `generate`.
@@ -121,7 +129,7 @@ pub fn train(task: Task<'_>, config: &Ppo, seed: u64, report: &mut Report) -> Re
     advance(&run, &mut state, report)?;
     Ok(Trained {
         actor: state.actor.weights().snapshot(),
-        critic: state.critic.weights().snapshot(),
+        critic: state.critic.map(|critic| critic.weights().snapshot()),
         ema: state.ema,
         last: state.last,
     })
@@ -183,13 +191,13 @@ pub fn check(start: Start<'_>, prompts: &dyn Examples<Vec<u32>>, config: &Ppo) -
              policy's tokenizer"
         ));
     }
-    let Some(reward) = start.reward else {
+    if start.reward.is_none() && config.advantage_estimator.has_critic() && config.critic == CriticStart::Reward {
         return Err(invalid!(
-            "[ppo] the critic starts as the reward model, and there is none over the policy's tokens; give a \
-             reward_adapter whose base has the policy's tokenizer"
+            "[ppo] critic = \"reward\" starts as the reward adapter, and there is none over the policy's tokens; use critic = \
+             \"actor\" or \"own\", or an advantage_estimator without a critic"
         ));
-    };
-    Scorer::new(start.reward_base, reward)?;
+    }
+    start.reward.map_or(Ok(()), |reward| Scorer::new(start.reward_base, reward).map(drop))?;
     let context = start.base.config().max_position_embeddings.min(start.reward_base.config().max_position_embeddings);
     let longest = prompts.longest_sequence();
     if longest + config.response_length > context {

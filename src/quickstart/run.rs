@@ -147,7 +147,9 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     };
     let trained = ppo::train(task, ppo_config, seed, &mut report)?;
     save(&model, &trained.actor, &out.join("actor"))?;
-    save(&model, &trained.critic, &out.join("critic"))?;
+    if let Some(critic) = &trained.critic {
+        save(&model, critic, &out.join("critic"))?;
+    }
     clock("ppo", &mut lap);
     // 6. The merged model, proven against base + adapter.
     let held = prompts(seed, QUESTIONS, Split::HeldOut);

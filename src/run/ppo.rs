@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 
 use super::rewards::{Adapters, Workshop};
 use super::{Model, held_out, prepare_output, records, save};
-use crate::config::{Config, Data};
+use crate::config::{Config, CriticStart, Data};
 use crate::data::phases::{PromptExample, TextEncoder, prompt_examples};
 use crate::data::{Entry, ModelEncoder};
 use crate::model::adapter::Adapter;
@@ -85,7 +85,8 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     };
     let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
-    let critic = save(trained.critic, scorer, &out.join("critic"))?;
+    let critic_model = if settings.critic == CriticStart::Actor || translated.is_some() { &model } else { scorer };
+    let critic = trained.critic.map(|critic| save(critic, critic_model, &out.join("critic"))).transpose()?;
     let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
     let after = evaluation.run(&"after".into(), &trained.actor, &mut report)?;
     let before = evaluation.baseline();
@@ -107,7 +108,8 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     }))
 }
 
-/// Where PPO starts. A reward model over other tokens is no start for a critic, whose values stand on the policy's.
+/// Where PPO starts. Values stand on the policy's tokens: a critic beside a reward model over other tokens lives on the
+/// policy's base, and cannot start as that reward model.
 fn start<'w>(
     model: &'w Model,
     scorer: &'w Model,
