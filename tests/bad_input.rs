@@ -276,7 +276,7 @@ fn a_config_that_cannot_be_used_names_the_key() {
         ("kl_ceof = 0.1\n", ["[ppo] has no key \"kl_ceof\"", "did you mean \"kl_coef\"?"]),
         ("[quantum]\nr = 1\n", ["there is no section [quantum]", "\"lora\""]),
         ("top_k = \"many\"\n", ["[ppo] top_k must be a whole number", "the string \"many\""]),
-        ("kl_estimator = \"k2\"\n", ["[ppo] kl_estimator = \"k2\"", "\"k1\", \"k3\""]),
+        ("kl_estimator = \"k9\"\n", ["[ppo] kl_estimator = \"k9\"", "\"k1\", \"k2\", \"k3\", \"exact\""]),
         ("cliprange = 2.0\n", ["[ppo] cliprange = 2", "use a number between 0 and 1"]),
         ("num_mini_batches = 3\n", ["[ppo] batch_size = 4 is not a multiple of num_mini_batches = 3", "try 3 or 6"]),
     ] {
