@@ -1,7 +1,7 @@
 //! learning: what each algorithm learns on the quickstart's task from equally many samples: gold score of 256 held-out
 //! questions against the KL to the SFT model. One JSON line a point; benches/learning/trl_side.py is TRL's side.
 //!
-//! cargo bench --bench learning -- --out DIR [--seeds 0,1,2,3,4] [--methods ppo_clip,ppo_kl,rloo,grpo,dpo] [--no-train]
+//! cargo bench --bench learning -- --out DIR [--seeds 0,1,2,3,4] [--methods ppo_clip,ppo_kl,rloo,grpo,dpo,dpo_3e-4] [--no-train]
 //!
 //! Of each seed the quickstart makes base, SFT adapter and reward adapter (DIR/<seed>/). Each method then sees 2560
 //! answers: PPO and its kin in 40 rollouts of 64, DPO as 1280 pairs that the SFT model sampled and the reward model
@@ -41,6 +41,8 @@ const METHODS: &[(&str, &str)] = &[
     ("rloo", "advantage_estimator = \"rloo\"\nnum_generations = 4"),
     ("grpo", "advantage_estimator = \"grpo\"\nnum_generations = 4"),
 ];
+/// DPO has no points on its way: a lower rate is the point nearer to the SFT model.
+const DPO_RATES: &[(&str, f64)] = &[("dpo", 1e-3), ("dpo_3e-4", 3e-4)];
 const QUESTIONS: usize = 256;
 const PAIRS: usize = 1280;
 /// A stream of its own for the pairs' sampling.
@@ -71,7 +73,11 @@ fn arguments() -> Result<Arguments> {
     let mut found = Arguments {
         out: "runs/learning".into(),
         seeds: (0..5).collect(),
-        methods: METHODS.iter().map(|(name, _)| (*name).to_owned()).chain(["dpo".to_owned()]).collect(),
+        methods: METHODS
+            .iter()
+            .map(|(name, _)| (*name).to_owned())
+            .chain(DPO_RATES.iter().map(|(name, _)| (*name).to_owned()))
+            .collect(),
         train: true,
     };
     let mut rest = std::env::args().skip(1);
@@ -142,13 +148,17 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     let evaluation = evaluation.with_baseline(before);
     point(seed, "sft", 0, &evaluation, evaluation.baseline());
     for method in &arguments.methods {
-        if method == "dpo" {
-            let settings =
-                Dpo { learning_rate: 1e-3, per_device_train_batch_size: 32, warmup_steps: 6, ..Dpo::default() };
+        if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
+            let settings = Dpo {
+                learning_rate: *learning_rate,
+                per_device_train_batch_size: 32,
+                warmup_steps: 6,
+                ..Dpo::default()
+            };
             let mut report = Report::silent();
             let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut report)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
-            point(seed, "dpo", 2 * found.len(), &evaluation, &after);
+            point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
         }
         let (_, keys) = METHODS.iter().find(|(name, _)| name == method).with_context(|| format!("no {method}"))?;
