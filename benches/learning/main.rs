@@ -1,11 +1,13 @@
 //! learning: what each algorithm learns on the quickstart's task from equally many samples: gold score of 256 held-out
 //! questions against the KL to the SFT model. One JSON line a point; benches/learning/trl_side.py is TRL's side.
 //!
-//! cargo bench --bench learning -- --out DIR [--seeds 0,1,2,3,4] [--methods ppo_clip,ppo_kl,rloo,grpo,dpo,dpo_3e-4] [--no-train]
+//! cargo bench --bench learning -- --out DIR [--seeds 0,1,2,3,4] [--methods ppo_clip,ppo_kl,rloo,grpo,dpo] [--no-train]
 //!
 //! Of each seed the quickstart makes base, SFT adapter and reward adapter (DIR/<seed>/). Each method then sees 2560
 //! answers: PPO and its kin in 40 rollouts of 64, DPO as 1280 pairs that the SFT model sampled and the reward model
-//! ordered. The same pairs, questions and adapters are left in DIR/<seed>/ for TRL. No method sees the gold rule.
+//! ordered. All start from the SFT adapter, but `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
+//! how TRL keeps its reference. The same pairs, questions and adapters are left in DIR/<seed>/ for TRL. No method sees
+//! the gold rule. results.jsonl holds what five seeds gave on both sides.
 
 use std::collections::HashMap;
 use std::fs;
@@ -15,6 +17,8 @@ use anyhow::{Context, Result, bail};
 use fourfold::config::{Dpo, Ppo};
 use fourfold::data::phases::{PromptExample, RankedExample};
 use fourfold::dpo::pairs;
+use fourfold::export::Source;
+use fourfold::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::generate::{Finish, generate};
 use fourfold::model::roles::{Policy, Scorer};
@@ -77,6 +81,7 @@ fn arguments() -> Result<Arguments> {
             .iter()
             .map(|(name, _)| (*name).to_owned())
             .chain(DPO_RATES.iter().map(|(name, _)| (*name).to_owned()))
+            .chain(["dpo_fresh".to_owned()])
             .collect(),
         train: true,
     };
@@ -148,13 +153,19 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     let evaluation = evaluation.with_baseline(before);
     point(seed, "sft", 0, &evaluation, evaluation.baseline());
     for method in &arguments.methods {
+        if method == "dpo_fresh" {
+            let merged = merged(dir, &model, &sft, &questions)?;
+            let none = merged.fresh_adapter(&base_config.lora, seed)?;
+            let judges = Judges { base: &merged.base, sft: &none, ..judges };
+            let evaluation = Evaluation::new(judges, ppo, seed).with_baseline(evaluation.baseline().clone());
+            let (actor, _) =
+                pairs::train(&merged.base, &none, None, &found, &[], &dpo(1e-3), seed, &mut Report::silent())?;
+            let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
+            point(seed, method, 2 * found.len(), &evaluation, &after);
+            continue;
+        }
         if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
-            let settings = Dpo {
-                learning_rate: *learning_rate,
-                per_device_train_batch_size: 32,
-                warmup_steps: 6,
-                ..Dpo::default()
-            };
+            let settings = dpo(*learning_rate);
             let mut report = Report::silent();
             let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut report)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
@@ -184,6 +195,28 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         point(seed, method, ppo.total_episodes, &evaluation, &after);
     }
     Ok(())
+}
+
+fn dpo(learning_rate: f64) -> Dpo {
+    Dpo { learning_rate, per_device_train_batch_size: 32, warmup_steps: 6, ..Dpo::default() }
+}
+
+/// The SFT model as a base of its own, which is what TRL trains on.
+fn merged(dir: &Path, model: &Model, sft: &Adapter, prompts: &[Vec<u32>]) -> Result<Model> {
+    let out = dir.join("merged_sft");
+    if !out.exists() {
+        let settings =
+            merged::Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
+        let source = Source {
+            checkpoint: &model.checkpoint,
+            base: &model.base,
+            adapter: sft,
+            prompts: &prompts[..8],
+            about: "The SFT model of a study.",
+        };
+        merged::merge(&source, settings, &out)?;
+    }
+    Model::open(&out)
 }
 
 /// The quickstart's settings with some keys changed.
