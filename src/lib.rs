@@ -47,4 +47,5 @@ pub mod reward;
 pub mod rng;
 pub mod run;
 pub mod sft;
+pub mod stats;
 pub mod train;

@@ -1,13 +1,11 @@
 //! Records -> the examples of each phase under `compat = "dschat"`. The arithmetic is in dschat.rs; this puts a record's
 //! texts through it. Knows no file. Read phases.rs next.
 
-use std::borrow::Cow;
-
 use anyhow::{Result, bail};
 
-use super::phases::{PromptExample, RankedExample, SftExample, TextEncoder};
+use super::phases::{RankedExample, SftExample, TextEncoder};
 use super::render::Renderer;
-use super::{Entry, Record, Text, dschat};
+use super::{Record, Text, dschat};
 use crate::config::{Compat, Data};
 
 /// DeepSpeed-Chat's split of the records over SFT, reward model and PPO.
@@ -24,16 +22,16 @@ pub(super) enum Part {
 /// An example and whether it was cut, or why there is none.
 pub(super) type Made<T> = Result<(T, bool), String>;
 
-/// The records of a phase: all, or under `compat` those that DeepSpeed-Chat gives it, in its order.
+/// Which of `records` records a phase gets: all, or under `compat` those that DeepSpeed-Chat gives it, in its order.
 ///
 /// # Errors
 /// Those of [`dschat::phase_rows`].
-pub(super) fn rows_of<'e>(entries: &'e [Entry], data: &Data, part: Part) -> Result<Cow<'e, [Entry]>> {
-    let Some(Compat::Dschat) = data.compat else { return Ok(Cow::Borrowed(entries)) };
+pub(super) fn rows_of(records: usize, data: &Data, part: Part) -> Result<Vec<usize>> {
+    let Some(Compat::Dschat) = data.compat else { return Ok((0..records).collect()) };
     let shares = dschat::shares(data.data_split.as_deref().unwrap_or(DEFAULT_SPLIT))
         .map_err(|fault| crate::invalid!("[data] data_split: {fault}"))?;
-    let rows = dschat::phase_rows(data.seed, entries.len(), &shares, part as usize)?;
-    Ok(Cow::Owned(rows.into_iter().map(|row| entries[row as usize].clone()).collect()))
+    let rows = dschat::phase_rows(data.seed, records, &shares, part as usize)?;
+    Ok(rows.into_iter().map(|row| row as usize).collect())
 }
 
 /// Prompt, answer and the tokenizer's end, learnt at every token: there is no mask of the prompt.
@@ -93,17 +91,17 @@ pub(super) fn ranked(
     }
 }
 
-/// A prompt, filtered where it is too long.
+/// A prompt's text and its tokens, filtered where they are too many.
 pub(super) fn prompt(
     prompt: &Text,
     renderer: &Renderer,
     encoder: &dyn TextEncoder,
     data: &Data,
-) -> Result<Made<PromptExample>> {
+) -> Result<Result<(Vec<u32>, String), String>> {
     let text = renderer.prompt(prompt)?;
     Ok(match dschat::prompt(&text, data.max_prompt_length, encoder)? {
         Some(tokens) if tokens.is_empty() => bail!("the prompt has no token"),
-        Some(tokens) => Ok((PromptExample { tokens, text }, false)),
+        Some(tokens) => Ok((tokens, text)),
         None => Err(format!("longer than max_prompt_length = {} (filtered)", data.max_prompt_length)),
     })
 }

@@ -11,7 +11,7 @@ use anyhow::{Result, bail, ensure};
 use super::compat::{self, Part};
 use super::render::{Renderer, Segment};
 use super::{Entry, Message, Record, Text};
-use crate::config::{Data, OnBadRecord, Truncation};
+use crate::config::{Compat, Data, OnBadRecord, Truncation};
 use crate::invalid;
 use crate::model::chat_template::{GenerationPrompt, TemplateTokens, render};
 
@@ -96,6 +96,10 @@ pub struct PromptExample {
     pub tokens: Vec<u32>,
     /// The text they stand for.
     pub text: String,
+    /// The answer that the record gives, where it gives exactly one: for verifiers.
+    pub answer: Option<String>,
+    /// Which of the entries given it is of.
+    pub entry: usize,
 }
 
 /// What became of the records.
@@ -156,12 +160,18 @@ impl<T> From<compat::Made<T>> for Outcome<T> {
     }
 }
 
-/// Runs `make` over every record; an error of it is a bad record.
-fn over<T>(entries: &[Entry], data: &Data, make: impl Fn(&Record) -> Result<Outcome<T>>) -> Result<(Vec<T>, Report)> {
-    let mut report = Report { read: entries.len(), ..Report::default() };
+/// Runs `make` over the records of `rows`, in that order; an error of it is a bad record.
+fn over<T>(
+    entries: &[Entry],
+    rows: &[usize],
+    data: &Data,
+    make: impl Fn(usize, &Record) -> Result<Outcome<T>>,
+) -> Result<(Vec<T>, Report)> {
+    let mut report = Report { read: rows.len(), ..Report::default() };
     let mut all = Vec::new();
-    for Entry { place, record } in entries {
-        let reason = match make(record) {
+    for &row in rows {
+        let Entry { place, record } = &entries[row];
+        let reason = match make(row, record) {
             Ok(Outcome::Keep { mut examples, truncated }) => {
                 report.truncated += usize::from(truncated);
                 all.append(&mut examples);
@@ -177,7 +187,7 @@ fn over<T>(entries: &[Entry], data: &Data, make: impl Fn(&Record) -> Result<Outc
         *report.dropped.entry(reason).or_default() += 1;
     }
     report.kept = all.len();
-    if all.is_empty() && !entries.is_empty() {
+    if all.is_empty() && !rows.is_empty() {
         return Err(invalid!("[data] leaves no sequence: {report}; raise the limit, set truncation or use other data"));
     }
     Ok((all, report))
@@ -226,8 +236,8 @@ pub fn sft_examples(
     completion_only: bool,
 ) -> Result<(Vec<SftExample>, Report)> {
     let renderer = Renderer::new(encoder, data)?;
-    let entries = compat::rows_of(entries, data, Part::Sft)?;
-    over(&entries, data, |record| {
+    let rows = compat::rows_of(entries.len(), data, Part::Sft)?;
+    over(entries, &rows, data, |_, record| {
         if data.compat.is_some() {
             return compat::sft(record, &renderer, encoder, data).map(Outcome::from);
         }
@@ -331,8 +341,8 @@ pub fn ranked_examples(
 ) -> Result<(Vec<RankedExample>, Report)> {
     let renderer = Renderer::new(encoder, data)?;
     let limit = data.max_length;
-    let entries = compat::rows_of(entries, data, Part::Reward)?;
-    over(&entries, data, |record| {
+    let rows = compat::rows_of(entries.len(), data, Part::Reward)?;
+    over(entries, &rows, data, |_, record| {
         if data.compat.is_some() {
             return compat::ranked(record, &renderer, encoder, data).map(Outcome::from);
         }
@@ -380,7 +390,8 @@ pub fn judged_examples(
 ) -> Result<(Vec<JudgedExample>, Report)> {
     let renderer = Renderer::new(encoder, data)?;
     let limit = data.max_length;
-    over(entries, data, |record| {
+    let rows: Vec<usize> = (0..entries.len()).collect();
+    over(entries, &rows, data, |_, record| {
         let (prompt, judged) = match record {
             Record::Unpaired { prompt, completion, label } => (prompt, vec![(completion, *label)]),
             Record::Ranked { prompt, answers } if answers.len() == 2 => {
@@ -426,8 +437,8 @@ pub fn prompt_examples(
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
     let renderer = Renderer::new(encoder, data)?;
-    let entries = compat::rows_of(entries, data, Part::Ppo)?;
-    over(&entries, data, |record| {
+    let rows = compat::rows_of(entries.len(), data, Part::Ppo)?;
+    over(entries, &rows, data, |entry, record| {
         let opening;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
@@ -442,14 +453,26 @@ pub fn prompt_examples(
             }
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
-        if data.compat.is_some() {
-            return compat::prompt(prompt, &renderer, encoder, data).map(Outcome::from);
-        }
-        let text = renderer.prompt(prompt)?;
-        let tokens = encode_prompt(&text, renderer.first_token(prompt), encoder)?;
+        let (tokens, text) = match data.compat {
+            Some(Compat::Dschat) => match compat::prompt(prompt, &renderer, encoder, data)? {
+                Ok(made) => made,
+                Err(reason) => return Ok(Outcome::Drop(reason)),
+            },
+            None => {
+                let text = renderer.prompt(prompt)?;
+                (encode_prompt(&text, renderer.first_token(prompt), encoder)?, text)
+            }
+        };
         if tokens.len() > data.max_prompt_length {
             return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
         }
-        Ok(Outcome::keep(PromptExample { tokens, text }, false))
+        let answer = match record {
+            Record::PromptCompletion { completion: Text::Verbatim(text), .. } => Some(text.trim().to_owned()),
+            Record::PromptCompletion { completion: Text::Dialogue(turns), .. } => {
+                turns.last().map(|turn| turn.content.trim().to_owned())
+            }
+            _ => None,
+        };
+        Ok(Outcome::keep(PromptExample { tokens, text, answer, entry }, false))
     })
 }
