@@ -62,11 +62,12 @@ macro_rules! invalid {
     };
 }
 
-/// 130 where any cause in the chain is [`Interrupted`], 2 where one is [`Invalid`], 1 otherwise.
+/// 130 where any cause in the chain is [`Interrupted`], 2 where one is [`Invalid`] or [`Diverged`] (which leaves a command
+/// only where nothing is trained, so that the weights given are at fault), 1 otherwise.
 pub fn exit_code(error: &anyhow::Error) -> i32 {
     match error {
         _ if error.chain().any(|cause| cause.is::<Interrupted>()) => 130,
-        _ if error.chain().any(|cause| cause.is::<Invalid>()) => 2,
+        _ if error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<Diverged>()) => 2,
         _ => 1,
     }
 }

@@ -1,6 +1,5 @@
-//! The command line: arguments -> a command of `cli` -> an exit code. 0 done, 2 the input or configuration is wrong, 130 it was
-//! asked to stop, 1
-//! anything else. The error's chain is printed once, on stderr.
+//! The command line: arguments -> a command of `cli` -> an exit code. 0 done, 2 the input or configuration is wrong, 130 it
+//! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

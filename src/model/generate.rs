@@ -6,9 +6,9 @@ use serde::{Deserialize, Serialize};
 
 use super::batch::Batch;
 use super::roles::Policy;
-use crate::invalid;
 use crate::ops::cpu;
 use crate::rng::{SplitMix64, derive};
+use crate::{diverged, invalid};
 
 /// How the next token is chosen.
 #[derive(Clone, Debug, PartialEq)]
@@ -164,7 +164,7 @@ impl Chooser {
         self.weights.resize(logits.len(), 0.0);
         let sum = exponentials(logits, top, inverse, &mut self.weights);
         if !(sum.is_finite() && top.is_finite()) {
-            return Err(invalid!(
+            return Err(diverged!(
                 "the logits are not finite: the weights of the base or the adapter have grown past what f32 holds; train \
                  the adapter again with a lower learning_rate"
             ));

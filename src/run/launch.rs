@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use super::{Model, lock, output};
+use super::{Model, output};
 use crate::config::{Config, Stage};
 use crate::data::examples::{Example, Examples};
 use crate::invalid;
@@ -15,6 +15,7 @@ use crate::model::adapter::Adapter;
 use crate::report::Report;
 use crate::train::guard::Guard;
 use crate::train::keeper::{BaseFiles, Keeper};
+use crate::train::lock;
 use crate::train::origin::{Origin, digest_of_adapter, digest_of_examples, digest_of_tokenizer};
 use crate::train::session::Session;
 use crate::train::store::{self, Found, Store};

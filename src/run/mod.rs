@@ -4,11 +4,11 @@
 
 mod dpo;
 mod launch;
-mod lock;
 mod model;
 mod output;
 mod ppo;
 mod reward;
+mod rewards;
 mod sft;
 
 use std::fs;
@@ -27,7 +27,7 @@ use crate::{invalid, memory};
 
 pub use launch::{Launch, resuming_command};
 pub use model::Model;
-pub use output::{check_output, prepare_output};
+pub use output::{check_output, prepare_output, settings_beside};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
 ///
@@ -60,7 +60,6 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &Launch) -> Resu
     }
     let summary = out.join(output::SUMMARY);
     fs::write(&summary, format!("{object}\n")).with_context(|| format!("writing {}", summary.display()))?;
-    lock::release(out)?;
     Ok(object)
 }
 

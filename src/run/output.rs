@@ -15,21 +15,19 @@ const RESOLVED: &str = "config.toml";
 pub(super) const SUMMARY: &str = "summary.json";
 /// Where a run's checkpoints lie.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
-/// What runs make besides their JSON lines. A run that begins anew removes those of the run before it, so that no adapter
-/// stands beside a config that it was not trained by.
-const RESULTS: [&str; 11] = [
-    SUMMARY,
-    CHECKPOINTS,
-    "adapter",
-    "actor",
-    "actor_ema",
-    "critic",
-    "sft",
-    "reward",
-    "merged",
-    "metrics.jsonl",
-    "samples.jsonl",
-];
+/// Files that every command writes beside its folders.
+const FILES: [&str; 3] = [SUMMARY, "metrics.jsonl", "samples.jsonl"];
+/// What an adapter's folder holds.
+const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+
+/// The adapters' folders that a command writes.
+fn adapters_of(by: &str) -> &'static [&'static str] {
+    match by {
+        "quickstart" => &["sft", "reward", "actor", "critic"],
+        "ppo" => &["actor", "critic", "actor_ema"],
+        _ => &["adapter"],
+    }
+}
 
 /// `by` is the command that writes the folder.
 fn mark(by: &str) -> String {
@@ -67,7 +65,7 @@ pub fn check_output(out: &Path, by: &str) -> Result<()> {
 
 /// A run that was killed between taking the folder and writing config.toml leaves its lock alone.
 fn is_lock(entry: &std::io::Result<fs::DirEntry>) -> bool {
-    entry.as_ref().is_ok_and(|e| e.file_name() == super::lock::NAME)
+    entry.as_ref().is_ok_and(|e| e.file_name() == crate::train::lock::NAME)
 }
 
 /// Refuses to begin anew where a run stands that could be resumed.
@@ -94,21 +92,25 @@ pub(super) fn make(out: &Path, by: &str) -> Result<()> {
     fs::create_dir_all(out).map_err(|e| invalid!("{}: {e}; name another folder with --out", out.display()))
 }
 
-/// Removes what a former run left in a folder, and writes the resolved config into it.
+/// Removes the files that a former run of the same command left in a folder, so that no adapter stands beside a config that
+/// it was not trained by, and writes the resolved config into it. Whatever else lies there stays, folders of the same names
+/// with other files in them included.
 ///
 /// # Errors
 /// If the folder cannot be written to.
 pub(super) fn begin(out: &Path, by: &str, settings: &str) -> Result<()> {
-    for name in RESULTS {
-        let path = out.join(name);
-        let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
-        match removed {
-            Err(e) if e.kind() != ErrorKind::NotFound => {
+    let adapters = adapters_of(by).iter().flat_map(|name| ADAPTER_FILES.map(|file| out.join(name).join(file)));
+    for path in FILES.map(|name| out.join(name)).into_iter().chain(adapters) {
+        match fs::remove_file(&path) {
+            Err(e) if ![ErrorKind::NotFound, ErrorKind::NotADirectory].contains(&e.kind()) => {
                 return Err(e).with_context(|| format!("removing {} of the run before", path.display()));
             }
             _ => {}
         }
     }
+    let empty = adapters_of(by).iter().chain(&[CHECKPOINTS]);
+    Store::at(out.join(CHECKPOINTS)).clear()?;
+    empty.for_each(|name| drop(fs::remove_dir(out.join(name)))); // fails, rightly, where something is left in it
     go_on(out, by, settings)
 }
 
@@ -137,4 +139,35 @@ pub(super) fn is_of(out: &Path, by: &str, settings: &str) -> bool {
 pub fn prepare_output(out: &Path, by: &str, settings: &str) -> Result<()> {
     make(out, by)?;
     begin(out, by, settings)
+}
+
+/// The resolved settings of the run that an adapter's folder lies in, if it lies in one.
+pub fn settings_beside(adapter: &Path) -> Option<String> {
+    let settings = fs::read_to_string(adapter.parent()?.join(RESOLVED)).ok()?;
+    settings.starts_with("# fourfold ").then_some(settings)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_that_begins_anew_removes_its_own_files_and_nobody_elses() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path();
+        prepare_output(out, "ppo", "").unwrap();
+        // Runs of other commands, and someone's notes, in a folder of ppo's.
+        let theirs =
+            ["sft/adapter_model.safetensors", "reward/x", "adapter/adapter_config.json", "merged/model", "notes"];
+        let ours = ["metrics.jsonl", "summary.json", "actor/adapter_model.safetensors", "critic/adapter_config.json"];
+        let inside = ["actor/notes.md", "checkpoints/mine"];
+        for name in [&theirs[..], &ours, &inside].concat() {
+            fs::create_dir_all(out.join(name).parent().unwrap()).unwrap();
+            fs::write(out.join(name), "x").unwrap();
+        }
+        prepare_output(out, "ppo", "").unwrap();
+        let there = |name: &&str| out.join(name).exists();
+        assert!(theirs.iter().chain(&inside).all(there));
+        assert!(!ours.iter().any(there) && !out.join("critic").exists());
+    }
 }

@@ -156,7 +156,7 @@ mod tests {
     fn learner() -> Learner {
         let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
         let target_modules = TargetModules::List(vec!["q_proj".into()]);
-        let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
+        let config = LoraConfig { r: 2, lora_alpha: 4.0, target_modules, ..LoraConfig::default() };
         let adapter = Adapter::init(config, shapes, 3).unwrap();
         Learner::new(adapter.to_trainable(), AdamWConfig::default(), 0.0).unwrap()
     }

@@ -1,11 +1,12 @@
 //! When a run's checkpoints are written, and what is said when one cannot be. Knows no stage. Read store.rs for the files.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 
+use super::lock::Lock;
 use super::origin::Origin;
 use super::snapshot::Snapshot;
 use super::store::Store;
@@ -29,7 +30,7 @@ pub struct Keeper {
     /// Steps and directory of the last checkpoint that was written or gone on from.
     pub last: Option<(usize, PathBuf)>,
     /// Held as long as the run: nobody else writes into its folder.
-    pub lock: File,
+    pub lock: Lock,
 }
 
 impl Keeper {

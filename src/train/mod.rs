@@ -4,6 +4,7 @@ pub mod adamw;
 pub mod guard;
 pub mod keeper;
 pub mod learner;
+pub mod lock;
 pub mod origin;
 pub mod progress;
 pub mod schedule;

@@ -1,7 +1,7 @@
 //! What a stage runs in: where its figures go, who keeps its state, and who judges its steps. A stage asks for three
 //! things: what to go on from, a checkpoint between two steps, and a verdict on each. Knows no stage.
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -117,6 +117,23 @@ impl Session {
                 })))
             }
         }
+    }
+
+    /// For an error that ends the run although its state is whole, as when a reward source is dead: keeps the state, and says
+    /// in the error how the run is gone on with.
+    pub fn failed(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
+        let Some(keeper) = &mut self.keeper else { return error };
+        self.report.done();
+        let kept = state().and_then(|mut snapshot| {
+            self.guard.save(&mut snapshot)?;
+            snapshot.put_all(FINDINGS, &self.findings);
+            keeper.write(step, &snapshot, &self.report).map(|path| path.display().to_string())
+        });
+        let kept = match kept {
+            Ok(path) => format!("all before it is kept in {path}"),
+            Err(trouble) => format!("it could not be kept ({trouble:#}); {}", keeper.last_good()),
+        };
+        error.context(format!("stopped after {step} steps; {kept}. To go on:\n  {}\nThe reason", keeper.command))
     }
 
     /// What the learning rate is multiplied by for the next step.

@@ -100,6 +100,34 @@ impl Snapshot {
         Ok(weights.snapshot())
     }
 
+    /// Puts in many numbers in rows of any length.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn put_rows(&mut self, name: &str, rows: &[Vec<f32>]) -> Result<()> {
+        self.put(&format!("{name}.lengths"), &rows.iter().map(Vec::len).collect::<Vec<_>>())?;
+        let flat = rows.concat();
+        let n = flat.len();
+        self.arrays.insert(name.into(), Tensor::from_vec(flat, n, &Device::Cpu)?);
+        Ok(())
+    }
+
+    /// Takes them out again.
+    ///
+    /// # Errors
+    /// If they are not there, or their lengths do not add up.
+    pub fn rows(&self, name: &str) -> Result<Vec<Vec<f32>>> {
+        let lengths: Vec<usize> = self.get(&format!("{name}.lengths"))?;
+        let mut rest = &self.array(name)?.flatten_all()?.to_vec1::<f32>()?[..];
+        let mut row = |n: usize| {
+            let (row, after) =
+                rest.split_at_checked(n).with_context(|| format!("{name} in the checkpoint is short"))?;
+            rest = after;
+            Ok(row.to_vec())
+        };
+        lengths.into_iter().map(&mut row).collect()
+    }
+
     /// Puts another's content in, every name behind `prefix`.
     pub fn put_all(&mut self, prefix: &str, other: &Snapshot) {
         self.facts.extend(other.facts.iter().map(|(k, v)| (format!("{prefix}/{k}"), v.clone())));
@@ -212,7 +240,7 @@ mod tests {
     fn learner(seed: u64) -> Learner {
         let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
         let target_modules = TargetModules::List(vec!["q_proj".into()]);
-        let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
+        let config = LoraConfig { r: 2, lora_alpha: 4.0, target_modules, ..LoraConfig::default() };
         let adapter = Adapter::init(config, shapes, seed).unwrap().with_head(seed).unwrap();
         Learner::new(adapter.to_trainable(), AdamWConfig::default(), 0.0).unwrap()
     }

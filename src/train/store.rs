@@ -110,6 +110,14 @@ impl Store {
         all.iter().take(all.len().saturating_sub(limit)).try_for_each(|(_, path)| remove(path))
     }
 
+    /// Deletes every checkpoint, whole or not, and nothing else.
+    ///
+    /// # Errors
+    /// If a directory cannot be read or deleted.
+    pub fn clear(&self) -> Result<()> {
+        self.checkpoints()?.iter().try_for_each(|(_, path)| remove(path))
+    }
+
     /// Deletes the checkpoints that are newer than `path`, whole or not: a run that goes on from `path` leaves them behind.
     ///
     /// # Errors

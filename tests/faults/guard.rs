@@ -52,7 +52,8 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
     };
     let source = Poisoned { rollout: Cell::new(0), is_poison, poison };
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task { start, prompts: &prompts, stop: &[0], source: &source, decode: &|_| String::new() };
+    let task =
+        Task { start, prompts: &prompts, stop: &[0], source: &source, decode: &|_| String::new(), evaluation: None };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
     train(task, &config, 1, &mut session)
 }
@@ -67,7 +68,7 @@ fn poisoned_rewards_are_skipped_and_counted_and_training_goes_on() {
     for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let dir = tempfile::tempdir().unwrap();
         let trained = run(Limits::default(), poison, |rollout| rollout == 2 || rollout == 3, dir.path()).unwrap();
-        assert!(is_finite(&trained.actor) && is_finite(&trained.critic));
+        assert!(is_finite(&trained.actor) && is_finite(trained.critic.as_ref().unwrap()));
         let metrics = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
         let lines: Vec<serde_json::Value> = metrics.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
         assert_eq!(lines.len(), 10, "a line an iteration, skipped or not");

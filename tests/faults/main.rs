@@ -6,6 +6,7 @@ mod guard;
 mod inputs;
 mod interruptions;
 mod kills;
+mod sources;
 mod starved;
 #[path = "../support/mod.rs"]
 mod support;

@@ -63,6 +63,7 @@ micro_batch_size = 1
 response_length = 12
 eval_prompts = 2
 save_samples = 4
+eval_every = 2
 adap_kl_ctrl = true
 use_score_scaling = true
 use_score_norm = true

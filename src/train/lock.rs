@@ -11,13 +11,25 @@ use serde_json::{Value, json};
 
 use crate::invalid;
 
-pub(super) const NAME: &str = "run.lock";
+/// The lock's file in its folder.
+pub const NAME: &str = "run.lock";
 
-/// Takes the lock of a folder, for as long as the file is open. A lock whose process is gone is taken over and told.
+/// A folder taken. Dropped, it says that its owner ended in good order, on every way out but a kill. The file stays: deleting
+/// a lock file lets two processes lock two files.
+#[derive(Debug)]
+pub struct Lock(File);
+
+impl Drop for Lock {
+    fn drop(&mut self) {
+        let _ = self.0.set_len(0); // the lock itself goes with the file
+    }
+}
+
+/// Takes the lock of a folder, for as long as what it returns lives. A lock whose process is gone is taken over and told.
 ///
 /// # Errors
 /// If another process has it, or the file cannot be written.
-pub fn lock(dir: &Path) -> Result<File> {
+pub fn lock(dir: &Path) -> Result<Lock> {
     let path = dir.join(NAME);
     let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
     let mut file = opened.map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))?;
@@ -45,15 +57,7 @@ pub fn lock(dir: &Path) -> Result<File> {
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
     let text = json!({ "pid": std::process::id(), "host": host(), "started": started }).to_string();
     write(&mut file, &text).with_context(|| format!("writing {}", path.display()))?;
-    Ok(file)
-}
-
-/// Says that the owner ended in good order. The file stays: deleting a lock file lets two processes lock two files.
-///
-/// # Errors
-/// If it cannot be written.
-pub fn release(dir: &Path) -> Result<()> {
-    File::create(dir.join(NAME)).map(drop).with_context(|| format!("writing {}", dir.join(NAME).display()))
+    Ok(Lock(file))
 }
 
 fn write(file: &mut File, text: &str) -> std::io::Result<()> {
@@ -79,11 +83,11 @@ mod tests {
         let first = lock(dir.path()).unwrap();
         let message = lock(dir.path()).unwrap_err().to_string();
         assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
-        drop(first); // as if killed: the text stays
-        let second = lock(dir.path()).unwrap();
-        release(dir.path()).unwrap();
-        drop(second);
-        assert_eq!(std::fs::read_to_string(dir.path().join(NAME)).unwrap(), "");
+        let text = || std::fs::read_to_string(dir.path().join(NAME)).unwrap();
+        assert!(text().contains("pid"));
+        drop(first);
+        assert_eq!(text(), "", "an owner that ends says so, however it ends");
+        std::fs::write(dir.path().join(NAME), r#"{"pid": 1}"#).unwrap(); // as if killed
         lock(dir.path()).unwrap();
     }
 }
