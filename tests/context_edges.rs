@@ -39,7 +39,7 @@ fn iterate(model: &Model, prompts: &[Vec<u32>], response: usize, stop: &[u32]) -
     };
     let source = RewardModel(Scorer::new(&model.base, &reward)?);
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task { start, prompts, stop, source: &source, decode: &|_| String::new(), evaluation: None };
+    let task = Task { start, prompts: &prompts, stop, source: &source, decode: &|_| String::new(), evaluation: None };
     train(task, &config, 1, &mut Session::silent())
 }
 
@@ -85,7 +85,7 @@ fn answers_that_end_with_their_first_token_train_and_answers_of_none_are_refused
     let model = embedded();
     let every: Vec<u32> = (0..model.base.config().vocab_size as u32).collect();
     assert_trained("all tokens stop", &iterate(&model, &prompts(4, 3), 8, &every).unwrap());
-    let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, missing_eos_penalty: 0.0 };
+    let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, ..Shaping::default() };
     assert!(shape(&[], 1.0, Ending::Eos, &shaping).unwrap_err().to_string().contains("without tokens"));
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("run.toml");

@@ -167,8 +167,8 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         }
         if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
             let settings = dpo(*learning_rate);
-            let mut report = Report::silent();
-            let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut report)?;
+            let mut session = Session::silent();
+            let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut session)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Session::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
@@ -177,10 +177,10 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         let settings = changed(ppo, keys)?;
         let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
         let metrics = tempfile::tempdir()?;
-        let mut report = Session::new(Report::to_dir(metrics.path())?);
+        let mut session = Session::new(Report::to_dir(metrics.path())?);
         let task =
             Task { start, prompts: &questions, stop, source: &source, decode: &decode, evaluation: Some(&evaluation) };
-        let trained = train(task, &Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings }, seed, &mut report)?;
+        let trained = train(task, &Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings }, seed, &mut session)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {
             let line: Value = serde_json::from_str(line)?;
             let at = |key: &str| line.get(key).and_then(Value::as_f64);

@@ -80,7 +80,7 @@ pub fn place() -> Place {
     place.write("sft.jsonl", lines(&|i| json!({"prompt": prompt(i), "completion": answer(i)})));
     let pair = |i: usize| json!({"prompt": prompt(i), "chosen": answer(i), "rejected": answer(i + 1)});
     place.write("pairs.jsonl", lines(&pair));
-    let judged = |i: usize| json!({"prompt": prompt(i), "completion": answer(i), "label": i % 2 == 0});
+    let judged = |i: usize| json!({"prompt": prompt(i), "completion": answer(i), "label": i.is_multiple_of(2)});
     place.write("judged.jsonl", lines(&judged));
     place.write("prompts.jsonl", lines(&|i| json!({"prompt": prompt(i)})));
     place.write("run.toml", CONFIG);
