@@ -85,7 +85,15 @@ fn answers_that_end_with_their_first_token_train_and_answers_of_none_are_refused
     let model = embedded();
     let every: Vec<u32> = (0..model.base.config().vocab_size as u32).collect();
     assert_trained("all tokens stop", &iterate(&model, &prompts(4, 3), 8, &every).unwrap());
-    let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, ..Shaping::default() };
+    let shaping = Shaping {
+        kl_coef: 0.1,
+        score_clip: 5.0,
+        missing_eos_penalty: 0.0,
+        min_length: 0,
+        short_penalty: 0.0,
+        length_penalty: 0.0,
+        overlong: None,
+    };
     assert!(shape(&[], 1.0, Ending::Eos, &shaping).unwrap_err().to_string().contains("without tokens"));
     let dir = tempfile::tempdir().unwrap();
     let config = dir.path().join("run.toml");

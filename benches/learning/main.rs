@@ -150,7 +150,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         return Ok(());
     }
     let evaluation = Evaluation::new(judges, ppo, seed);
-    let before = evaluation.before(&mut Session::silent())?;
+    let before = evaluation.before(&mut Report::silent())?;
     let evaluation = evaluation.with_baseline(before);
     point(seed, "sft", 0, &evaluation, evaluation.baseline());
     for method in &arguments.methods {
@@ -161,7 +161,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             let evaluation = Evaluation::new(judges, ppo, seed).with_baseline(evaluation.baseline().clone());
             let (actor, _) =
                 pairs::train(&merged.base, &none, None, &found, &[], &dpo(1e-3), seed, &mut Session::silent())?;
-            let after = evaluation.run(&"after".into(), &actor, &mut Session::silent())?;
+            let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
         }
@@ -169,7 +169,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             let settings = dpo(*learning_rate);
             let mut session = Session::silent();
             let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut session)?;
-            let after = evaluation.run(&"after".into(), &actor, &mut Session::silent())?;
+            let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
         }
@@ -192,7 +192,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
                 );
             }
         }
-        let after = evaluation.run(&"after".into(), &trained.actor, &mut Session::silent())?;
+        let after = evaluation.run(&"after".into(), &trained.actor, &mut Report::silent())?;
         point(seed, method, ppo.total_episodes, &evaluation, &after);
     }
     Ok(())
