@@ -25,7 +25,7 @@ fn embedded() -> Model {
 }
 
 /// One iteration over `prompts`, with answers of exactly `response` tokens unless `stop` ends them.
-fn iterate(model: &Model, prompts: &[Vec<u32>], response: usize, stop: &[u32]) -> Result<Trained> {
+fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]) -> Result<Trained> {
     let sft = model.fresh_adapter(&Lora { r: 2, ..Lora::default() }, 1)?;
     let reward: Adapter = model.fresh_adapter(&Lora { r: 2, ..Lora::default() }, 2)?.with_head(2)?;
     let config = Ppo {
@@ -39,7 +39,7 @@ fn iterate(model: &Model, prompts: &[Vec<u32>], response: usize, stop: &[u32]) -
     };
     let source = RewardModel(Scorer::new(&model.base, &reward)?);
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task { start, prompts: &prompts, stop, source: &source, decode: &|_| String::new(), evaluation: None };
+    let task = Task { start, prompts, stop, source: &source, decode: &|_| String::new(), evaluation: None };
     train(task, &config, 1, &mut Session::silent())
 }
 
