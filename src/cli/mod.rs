@@ -1,6 +1,7 @@
 //! The commands. `--json` puts one object on stdout and nothing else there; people's text goes to stderr, except a
 //! generated text and a table that were asked for.
 
+mod data;
 mod probe;
 mod text;
 
@@ -34,6 +35,8 @@ enum Command {
     Reward(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
+    /// What a stage would train on: counts, lengths, what is dropped and why, examples with the loss mask in colour.
+    Data(data::Show),
     /// Base + adapter -> one Hugging Face directory, compared with base + adapter before it gets its name.
     Merge(Merge),
     /// Answers one prompt.
@@ -117,6 +120,7 @@ pub fn run() -> Result<()> {
         Command::Sft(args) => train(Stage::Sft, &args),
         Command::Reward(args) => train(Stage::Reward, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
+        Command::Data(args) => data::show(&args),
         Command::Merge(args) => merge_command(&args),
         Command::Generate(args) => text::generate(&args),
         Command::Chat(args) => text::chat(&args),

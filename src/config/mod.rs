@@ -133,6 +133,7 @@ impl Config {
         paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
         if let Some(data) = &mut self.data {
             paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
+            paths.extend(data.cache_dir.as_mut().map(|path| ("[data] cache_dir", path)));
         }
         paths.extend(self.sft.as_mut().and_then(|sft| sft.adapter.as_mut()).map(|path| ("[sft] adapter", path)));
         paths.extend(self.reward.as_mut().and_then(|rm| rm.adapter.as_mut()).map(|path| ("[reward] adapter", path)));

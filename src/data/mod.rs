@@ -1,10 +1,12 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
 //! read.rs opens the files; formats.rs, columns.rs, dialogue.rs and transcript.rs turn each JSON object into a [`Record`];
-//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of them out,
-//! examples.rs is what a stage sees of them, order.rs says which comes when.
+//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; pipeline.rs runs all that over files
+//! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
+//! says which comes when.
 //! Read formats.rs next.
 
+pub mod cache;
 mod columns;
 mod dialogue;
 mod encoder;
@@ -12,13 +14,14 @@ pub mod examples;
 mod formats;
 pub mod order;
 pub mod phases;
+mod pipeline;
 mod read;
 mod render;
 mod split;
 mod transcript;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -29,7 +32,7 @@ use crate::invalid;
 pub use crate::model::chat_template::Message;
 pub use encoder::ModelEncoder;
 pub use formats::{Record, Text};
-pub use split::split;
+pub use pipeline::{Part, Prepared, prepare, ptx_blocks};
 
 /// Where a record stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -60,6 +63,21 @@ pub struct Entry {
     pub record: Record,
 }
 
+/// A record that was passed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Where it stands.
+    pub place: Place,
+    /// What is wrong with it.
+    pub fault: String,
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.fault)
+    }
+}
+
 /// All records of `[data] path`.
 #[derive(Clone, Debug)]
 pub struct Dataset {
@@ -71,35 +89,63 @@ pub struct Dataset {
     pub first_skipped: Option<String>,
 }
 
-/// Reads every file of `[data] path` up to `max_rows` records.
+/// Hands every record of `[data] path` on, up to `max_rows`, in constant memory. `take` gets a record, or the place and
+/// the fault of one that `on_bad_record = "skip"` passes over, and answers whether to go on.
 ///
 /// # Errors
 /// A file that cannot be read, is of an unknown kind or holds no record; a record that cannot be used, unless
 /// `on_bad_record = "skip"`. The message names file, record or line, column and what was expected.
-pub fn load(config: &Data) -> Result<Dataset> {
-    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None };
+pub fn scan(config: &Data, take: &mut dyn FnMut(Result<Entry, Skipped>) -> Result<bool>) -> Result<()> {
     let room = config.max_rows.unwrap_or(usize::MAX);
-    for file in read::files(config.path.as_slice())? {
-        if dataset.entries.len() >= room {
+    let mut used = 0;
+    for file in input_files(config)? {
+        if used >= room {
             break;
         }
-        let before = dataset.entries.len() + dataset.skipped;
+        let mut found_any = false;
         let mut parser = formats::Parser::new(config.format);
         read::records(&file, &mut |place, found| {
+            found_any = true;
             match found.and_then(|found| parser.record(found)) {
-                Ok(record) => dataset.entries.push(Entry { place, record }),
-                Err(fault) if config.on_bad_record == OnBadRecord::Skip => {
-                    dataset.skipped += 1;
-                    dataset.first_skipped.get_or_insert_with(|| format!("{place}: {fault}"));
+                Ok(record) => {
+                    used += 1;
+                    Ok(take(Ok(Entry { place, record }))? && used < room)
                 }
-                Err(fault) => return Err(invalid!("{place}: {fault}")),
+                Err(fault) if config.on_bad_record == OnBadRecord::Skip => take(Err(Skipped { place, fault })),
+                Err(fault) => Err(invalid!("{place}: {fault}")),
             }
-            Ok(dataset.entries.len() < room)
         })?;
-        if dataset.entries.len() + dataset.skipped == before {
+        if !found_any {
             return Err(invalid!("{}: holds no record; remove it from [data] path or fill it", file.display()));
         }
     }
+    Ok(())
+}
+
+/// The files that [`scan`] reads.
+///
+/// # Errors
+/// One that is not there or of an unknown kind.
+pub fn input_files(config: &Data) -> Result<Vec<PathBuf>> {
+    read::files(config.path.as_slice())
+}
+
+/// Reads every record of [`scan`] into memory.
+///
+/// # Errors
+/// As for [`scan`], and where no record can be used.
+pub fn load(config: &Data) -> Result<Dataset> {
+    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None };
+    scan(config, &mut |found| {
+        match found {
+            Ok(entry) => dataset.entries.push(entry),
+            Err(skipped) => {
+                dataset.skipped += 1;
+                dataset.first_skipped.get_or_insert_with(|| skipped.to_string());
+            }
+        }
+        Ok(true)
+    })?;
     if dataset.entries.is_empty() {
         let first = dataset.first_skipped.unwrap_or_default();
         return Err(invalid!("[data] path: none of {} records can be used; the first: {first}", dataset.skipped));

@@ -1,15 +1,18 @@
 //! Records -> the token sequences of SFT, reward modelling and PPO, with every loss counted in a [`Report`].
 //!
 //! Prompt and answer are tokenised apart, so the mask of the answer is exact and the prompt's tokens are the very ones
-//! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read the stages next.
+//! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read pipeline.rs next.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
+use serde::{Deserialize, Serialize};
+
 use anyhow::{Result, bail, ensure};
 
+use super::examples::Example;
 use super::render::{Renderer, Segment};
-use super::{Entry, Message, Record, Text};
+use super::{Entry, Message, Place, Record, Skipped, Text};
 use crate::config::{Data, OnBadRecord, Truncation};
 use crate::invalid;
 
@@ -61,6 +64,14 @@ pub struct RankedExample {
     pub answers: Vec<Vec<u32>>,
 }
 
+impl RankedExample {
+    /// The first position, counted from the prompt's start, at which answers `a` and `b` differ.
+    pub fn divergence(&self, a: usize, b: usize) -> usize {
+        let pairs = self.answers[a].iter().zip(&self.answers[b]);
+        self.prompt.len() + pairs.take_while(|(x, y)| x == y).count()
+    }
+}
+
 /// A prompt to answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PromptExample {
@@ -71,9 +82,9 @@ pub struct PromptExample {
 }
 
 /// What became of the records.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Records given.
+    /// Records given, those that could not be read among them.
     pub read: usize,
     /// Sequences made. More than `read - dropped` only where a long raw text was cut into blocks.
     pub kept: usize,
@@ -81,6 +92,8 @@ pub struct Report {
     pub truncated: usize,
     /// Records not used, by reason.
     pub dropped: BTreeMap<String, usize>,
+    /// Records of each file.
+    pub sources: Vec<(String, usize)>,
     /// What was wrong with the first record dropped under `on_bad_record = "skip"`.
     pub first_bad: Option<String>,
 }
@@ -104,8 +117,16 @@ impl fmt::Display for Report {
 }
 
 /// What one record gives.
-enum Outcome<T> {
-    Keep { examples: Vec<T>, truncated: bool },
+#[derive(Debug)]
+pub enum Outcome<T> {
+    /// Examples to train on; one, but for a long text that is cut to blocks.
+    Keep {
+        /// In the order of the text.
+        examples: Vec<T>,
+        /// Did they lose tokens to `truncation`?
+        truncated: bool,
+    },
+    /// None, and why.
     Drop(String),
 }
 
@@ -119,30 +140,100 @@ impl<T> Outcome<T> {
     }
 }
 
-/// Runs `make` over every record; an error of it is a bad record.
-fn over<T>(entries: &[Entry], data: &Data, make: impl Fn(&Record) -> Result<Outcome<T>>) -> Result<(Vec<T>, Report)> {
-    let mut report = Report { read: entries.len(), ..Report::default() };
-    let mut all = Vec::new();
-    for Entry { place, record } in entries {
-        let reason = match make(record) {
-            Ok(Outcome::Keep { mut examples, truncated }) => {
-                report.truncated += usize::from(truncated);
-                all.append(&mut examples);
-                continue;
+impl Report {
+    /// Counts a record and hands its examples on.
+    ///
+    /// # Errors
+    /// The record is bad and `on_bad_record = "error"`.
+    pub(super) fn take<T>(
+        &mut self,
+        place: &Place,
+        made: Result<Outcome<T>>,
+        on_bad_record: OnBadRecord,
+    ) -> Result<Vec<T>> {
+        self.count(place);
+        let reason = match made {
+            Ok(Outcome::Keep { examples, truncated }) => {
+                self.truncated += usize::from(truncated);
+                self.kept += examples.len();
+                return Ok(examples);
             }
             Ok(Outcome::Drop(reason)) => reason,
-            Err(error) if data.on_bad_record == OnBadRecord::Error => return Err(invalid!("{place}: {error:#}")),
+            Err(error) if on_bad_record == OnBadRecord::Error => return Err(invalid!("{place}: {error:#}")),
             Err(error) => {
-                report.first_bad.get_or_insert_with(|| format!("{place}: {error:#}"));
+                self.first_bad.get_or_insert_with(|| format!("{place}: {error:#}"));
                 "bad".to_owned()
             }
         };
-        *report.dropped.entry(reason).or_default() += 1;
+        *self.dropped.entry(reason).or_default() += 1;
+        Ok(vec![])
     }
-    report.kept = all.len();
-    if all.is_empty() && !entries.is_empty() {
-        return Err(invalid!("[data] leaves no sequence: {report}; raise the limit, set truncation or use other data"));
+
+    fn count(&mut self, place: &Place) {
+        self.read += 1;
+        let file = place.file.to_string_lossy();
+        match self.sources.iter_mut().rev().find(|(name, _)| *name == file) {
+            Some((_, records)) => *records += 1,
+            None => self.sources.push((file.into_owned(), 1)),
+        }
     }
+
+    /// Counts a record that could not be read.
+    pub(super) fn skip(&mut self, skipped: &Skipped) {
+        self.count(&skipped.place);
+        self.first_bad.get_or_insert_with(|| skipped.to_string());
+        *self.dropped.entry("bad".to_owned()).or_default() += 1;
+    }
+
+    /// Refuses to go on with nothing.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.kept {
+            0 if self.read > 0 => {
+                Err(invalid!("[data] leaves no sequence: {self}; raise the limit, set truncation or use other data"))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+/// How records become examples.
+pub struct Encoding<'e> {
+    encoder: &'e dyn TextEncoder,
+    renderer: Renderer<'e>,
+    data: &'e Data,
+    completion_only: bool,
+}
+
+impl<'e> Encoding<'e> {
+    /// `completion_only` concerns SFT alone: is the loss on the answers, or on every token but the first?
+    ///
+    /// # Errors
+    /// A template that the tokenizer does not have.
+    pub fn new(encoder: &'e dyn TextEncoder, data: &'e Data, completion_only: bool) -> Result<Self> {
+        Ok(Self { encoder, renderer: Renderer::new(encoder, data.template)?, data, completion_only })
+    }
+}
+
+/// A kind of example, and how a record becomes some.
+pub trait Phase: Example + Send + Sync + 'static {
+    /// Its name in a cache's key.
+    const NAME: &'static str;
+
+    /// What a record gives.
+    ///
+    /// # Errors
+    /// The record is not one for this phase, or its dialogue is one the template refuses.
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>>;
+}
+
+/// Runs a phase over records in memory.
+fn over<T: Phase>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, Report)> {
+    let mut report = Report::default();
+    let mut all = Vec::new();
+    for Entry { place, record } in entries {
+        all.append(&mut report.take(place, T::of(record, with), with.data.on_bad_record)?);
+    }
+    report.check()?;
     Ok((all, report))
 }
 
@@ -174,11 +265,7 @@ fn encode_prompt(text: &str, first: Option<u32>, encoder: &dyn TextEncoder) -> R
     Ok(tokens)
 }
 
-/// Sequences for supervised fine-tuning.
-///
-/// A dialogue is learnt at all its assistant turns with their end tokens, a ranking at its best answer, a judged answer
-/// where it was judged good; with `completion_only` false, at every token but the first. Raw text is learnt at every
-/// token, with an end token behind it, and cut into blocks of `max_length` where it is longer.
+/// Sequences for supervised fine-tuning; `completion_only` as for [`Encoding::new`].
 ///
 /// # Errors
 /// A record without answer or one the template refuses (unless `on_bad_record = "skip"`); no sequence left.
@@ -188,14 +275,20 @@ pub fn sft_examples(
     data: &Data,
     completion_only: bool,
 ) -> Result<(Vec<SftExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    over(entries, data, |record| {
+    over(entries, &Encoding::new(encoder, data, completion_only)?)
+}
+
+/// A dialogue is learnt at all its assistant turns with their end tokens, a ranking at its best answer, a judged answer
+/// where it was judged good; without `completion_only`, at every token but the first. Raw text is learnt at every token,
+/// with an end token behind it, and cut into blocks of `max_length` where it is longer.
+impl Phase for SftExample {
+    const NAME: &'static str = "sft";
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, completion_only } = with;
         let (start, segments) = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
-                let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
-                tokens.extend(encoder.encode(text)?);
-                tokens.push(encoder.eos_id());
-                return Ok(blocks(&tokens, data.max_length));
+                return Ok(blocks(&whole_text(text, *encoder)?, data.max_length));
             }
             Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
                 (renderer.first_token(dialogue), renderer.conversation(turns, 0)?)
@@ -210,7 +303,7 @@ pub fn sft_examples(
             Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
             Record::PromptOnly(_) => bail!("SFT needs an answer, and a prompt_only record has none"),
         };
-        let (mut tokens, mut mask) = encode(&segments, encoder)?;
+        let (mut tokens, mut mask) = encode(&segments, *encoder)?;
         if let Some(first) = start {
             tokens.insert(0, first);
             mask.insert(0, false);
@@ -218,8 +311,46 @@ pub fn sft_examples(
         if !completion_only {
             mask.fill(true);
         }
-        fit(tokens, mask, &segments, data, encoder)
-    })
+        fit(tokens, mask, &segments, data, *encoder)
+    }
+}
+
+/// A text in its tokenizer's frame: opening token where there is one, end token behind.
+fn whole_text(text: &str, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
+    let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
+    tokens.extend(encoder.encode(text)?);
+    tokens.push(encoder.eos_id());
+    Ok(tokens)
+}
+
+/// A raw text for the ptx mixture; pipeline.rs joins them and cuts the blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RawText(pub(super) Vec<u32>);
+
+impl Example for RawText {
+    fn tokens(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl Phase for RawText {
+    const NAME: &'static str = "ptx";
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, .. } = with;
+        Ok(Outcome::keep(
+            match record {
+                Record::LanguageModeling(Text::Verbatim(text)) => Self(whole_text(text, *encoder)?),
+                Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
+                    let mut tokens: Vec<u32> = renderer.first_token(dialogue).into_iter().collect();
+                    tokens.extend(encode(&renderer.conversation(turns, 0)?, *encoder)?.0);
+                    Self(tokens)
+                }
+                other => bail!("the ptx mixture needs texts, and this record is {}", other.kind()),
+            },
+            false,
+        ))
+    }
 }
 
 fn sequence((prompt, mut segments): (String, Vec<Segment>)) -> Vec<Segment> {
@@ -261,9 +392,12 @@ fn fit(
                 tokens.drain(..over);
                 mask.drain(..over);
             }
-            Truncation::Right => {
+            Truncation::Right | Truncation::KeepEnd => {
                 tokens.truncate(data.max_length);
                 mask.truncate(data.max_length);
+                if data.truncation == Truncation::KeepEnd && mask.last() == Some(&true) {
+                    tokens[data.max_length - 1] = encoder.eos_id();
+                }
             }
         }
     }
@@ -278,9 +412,6 @@ fn fit(
 
 /// Rankings for the reward model, from preferences and ranked answers.
 ///
-/// Under `truncation = "left"` the prompt loses its first tokens until the longest answer fits, under `"right"` the
-/// answers lose their last; the prompt is the same for all answers either way.
-///
 /// # Errors
 /// A record that compares nothing or one the template refuses (unless `on_bad_record = "skip"`); no sequence left.
 pub fn ranked_examples(
@@ -288,19 +419,27 @@ pub fn ranked_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<RankedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    let limit = data.max_length;
-    over(entries, data, |record| {
+    over(entries, &Encoding::new(encoder, data, true)?)
+}
+
+/// Under `truncation = "left"` the prompt loses its first tokens until the longest answer fits, under `"right"` and
+/// `"keep_end"` the answers lose their last; the prompt is the same for all answers either way.
+impl Phase for RankedExample {
+    const NAME: &'static str = "ranked";
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, .. } = with;
+        let limit = data.max_length;
         let Record::Ranked { prompt, answers } = record else {
             bail!(
                 "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
                 record.kind()
             );
         };
-        let mut tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), encoder)?;
+        let mut tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
         let mut encoded = Vec::with_capacity(answers.len());
         for answer in answers {
-            encoded.push(encode(&renderer.answer(prompt, answer)?.1, encoder)?.0);
+            encoded.push(encode(&renderer.answer(prompt, answer)?.1, *encoder)?.0);
         }
         let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
         let over = (tokens.len() + longest).saturating_sub(limit);
@@ -309,21 +448,27 @@ pub fn ranked_examples(
             Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
             Truncation::Left if over < tokens.len() => drop(tokens.drain(..over)),
             Truncation::Left => return Ok(Outcome::Drop(format!("with an answer longer than max_length = {limit}"))),
-            Truncation::Right if tokens.len() >= limit => {
+            Truncation::Right | Truncation::KeepEnd if tokens.len() >= limit => {
                 return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
             }
             Truncation::Right => encoded.iter_mut().for_each(|answer| answer.truncate(limit - tokens.len())),
+            Truncation::KeepEnd => {
+                let room = limit - tokens.len();
+                for answer in encoded.iter_mut().filter(|answer| answer.len() > room) {
+                    answer.truncate(room);
+                    answer[room - 1] = encoder.eos_id();
+                }
+            }
         }
         if encoded.iter().collect::<BTreeSet<_>>().len() < encoded.len() {
             // Different texts: only a cut, or a tokenizer that normalises, makes them equal.
             return Ok(Outcome::Drop("with answers that are the same tokens".to_owned()));
         }
         Ok(Outcome::keep(RankedExample { prompt: tokens, answers: encoded }, over > 0))
-    })
+    }
 }
 
-/// Prompts for PPO, from any record that has one. A prompt longer than `max_prompt_length` is dropped and counted, never
-/// cut, as in DeepSpeed-Chat.
+/// Prompts for PPO, from any record that has one.
 ///
 /// # Errors
 /// A record without prompt or one the template refuses (unless `on_bad_record = "skip"`); no prompt left.
@@ -332,8 +477,15 @@ pub fn prompt_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    over(entries, data, |record| {
+    over(entries, &Encoding::new(encoder, data, true)?)
+}
+
+/// A prompt longer than `max_prompt_length` is dropped and counted, never cut, as in DeepSpeed-Chat.
+impl Phase for PromptExample {
+    const NAME: &'static str = "prompt";
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, .. } = with;
         let opening;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
@@ -349,10 +501,10 @@ pub fn prompt_examples(
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
         let text = renderer.prompt(prompt)?;
-        let tokens = encode_prompt(&text, renderer.first_token(prompt), encoder)?;
+        let tokens = encode_prompt(&text, renderer.first_token(prompt), *encoder)?;
         if tokens.len() > data.max_prompt_length {
             return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
         }
         Ok(Outcome::keep(PromptExample { tokens, text }, false))
-    })
+    }
 }

@@ -1,14 +1,16 @@
 //! `fourfold ppo`, with the evaluation on held-out prompts before and after. Read ../ppo/train.rs for the stage.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, held_out, prepare_output, records, save};
+use super::{Model, prepare_output, prepared, save};
 use crate::config::{self, Config};
-use crate::data::ModelEncoder;
-use crate::data::phases::{PromptExample, prompt_examples};
+use crate::data::Prepared;
+use crate::data::examples::{Examples, Ids, pick};
+use crate::data::phases::PromptExample;
 use crate::model::adapter::Adapter;
 use crate::model::batch::Batch;
 use crate::model::generate::generate;
@@ -28,9 +30,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     };
     let scorer = other.as_ref().unwrap_or(&model);
     check_same_tokens(&model, scorer)?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = prompt_examples(&records(config)?, &encoder, config.data()?)?;
-    let (prompts, held_out) = held_out(config, examples)?;
+    let Prepared { train: prompts, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
     let sft = match &settings.adapter {
         Some(path) => model.adapter(path).context("[ppo] adapter")?.with_score_head(None)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
@@ -39,15 +39,14 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let start = ppo::train::Start { base: &model.base, reward_base: &scorer.base, sft: &sft, reward: &reward };
     Scorer::new(start.reward_base, start.reward)
         .with_context(|| format!("[ppo] reward_adapter = {}", settings.reward_adapter.display()))?;
-    let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
-    let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
-    let asked_ids: Vec<Vec<u32>> = asked.iter().map(|p| p.tokens.clone()).collect();
-    ppo::train::check(start, &[&ids[..], &asked_ids].concat(), settings)?;
+    let asked = pick(&held_out, 0..held_out.len().min(settings.eval_prompts))?;
+    let ids = Ids(&prompts);
+    ppo::train::check(start, &ids, settings)?;
     prepare_output(out, "ppo", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let evaluation = Evaluation { start, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
+    let evaluation = Evaluation { start, prompts: &asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
     let before = evaluation.run("before", &sft, &decode, &mut report)?;
     let trained = ppo::train::train(start, &ids, tokenizer.eos_ids(), settings, config.seed, &decode, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
@@ -88,7 +87,7 @@ fn check_same_tokens(policy: &Model, scorer: &Model) -> Result<()> {
 /// Held-out prompts, answered by sampling and scored by the learned reward.
 struct Evaluation<'w> {
     start: ppo::train::Start<'w>,
-    prompts: &'w [PromptExample],
+    prompts: &'w [Cow<'w, PromptExample>],
     stop: &'w [u32],
     settings: &'w config::Ppo,
     seed: u64,
