@@ -33,6 +33,10 @@ enum Command {
     Sft(Training),
     /// The reward model: an adapter with a scalar head from ranked answers.
     Reward(Training),
+    /// DPO: an aligned adapter from comparisons, without a reward model.
+    Dpo(Training),
+    /// KTO: an aligned adapter from answers judged good or bad, without a reward model.
+    Kto(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
     /// What a stage would train on: counts, lengths, what is dropped and why, examples with the loss mask in colour.
@@ -119,6 +123,8 @@ pub fn run() -> Result<()> {
         }
         Command::Sft(args) => train(Stage::Sft, &args),
         Command::Reward(args) => train(Stage::Reward, &args),
+        Command::Dpo(args) => train(Stage::Dpo, &args),
+        Command::Kto(args) => train(Stage::Kto, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
         Command::Data(args) => data::show(&args),
         Command::Merge(args) => merge_command(&args),

@@ -2,12 +2,15 @@
 //!
 //! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
 //! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
-//! The keys are documented on the structs: read schema.rs and stages.rs next.
+//! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
 
+mod dpo;
 mod expand;
 mod located;
 mod overrides;
+mod ppo;
 mod schema;
+mod sources;
 mod stages;
 mod validate;
 
@@ -20,10 +23,13 @@ use toml::{Table, Value};
 use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
+pub use dpo::{Dpo, DpoLoss, Kto};
+pub use ppo::{KlEstimator, Ppo};
 pub use schema::{
-    Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
-pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
+pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
+pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -52,6 +58,12 @@ pub struct Config {
     /// Reward modelling; read it with [`Config::reward`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward: Option<Reward>,
+    /// Direct preference optimisation; read it with [`Config::dpo`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dpo: Option<Dpo>,
+    /// Kahneman-Tversky optimisation; read it with [`Config::kto`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kto: Option<Kto>,
     /// PPO; read it with [`Config::ppo`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ppo: Option<Ppo>,
@@ -64,6 +76,10 @@ pub enum Stage {
     Sft,
     /// Reward modelling.
     Reward,
+    /// Direct preference optimisation.
+    Dpo,
+    /// Kahneman-Tversky optimisation.
+    Kto,
     /// Proximal policy optimisation.
     Ppo,
 }
@@ -74,6 +90,8 @@ impl Stage {
         match self {
             Self::Sft => "sft",
             Self::Reward => "reward",
+            Self::Dpo => "dpo",
+            Self::Kto => "kto",
             Self::Ppo => "ppo",
         }
     }
@@ -109,6 +127,16 @@ impl Config {
         self.reward.clone().unwrap_or_default()
     }
 
+    /// `[dpo]`, or its defaults.
+    pub fn dpo(&self) -> Dpo {
+        self.dpo.clone().unwrap_or_default()
+    }
+
+    /// `[kto]`, or its defaults.
+    pub fn kto(&self) -> Kto {
+        self.kto.clone().unwrap_or_default()
+    }
+
     /// `[ppo]`.
     ///
     /// # Errors
@@ -134,9 +162,14 @@ impl Config {
         if let Some(data) = &mut self.data {
             paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
             paths.extend(data.cache_dir.as_mut().map(|path| ("[data] cache_dir", path)));
+            for source in &mut data.sources {
+                paths.extend(source.path.as_mut_slice().iter_mut().map(|path| ("[[data.sources]] path", path)));
+            }
         }
         paths.extend(self.sft.as_mut().and_then(|sft| sft.adapter.as_mut()).map(|path| ("[sft] adapter", path)));
         paths.extend(self.reward.as_mut().and_then(|rm| rm.adapter.as_mut()).map(|path| ("[reward] adapter", path)));
+        paths.extend(self.dpo.as_mut().and_then(|dpo| dpo.adapter.as_mut()).map(|path| ("[dpo] adapter", path)));
+        paths.extend(self.kto.as_mut().and_then(|kto| kto.adapter.as_mut()).map(|path| ("[kto] adapter", path)));
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
@@ -179,13 +212,16 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
             None => invalid!("{file}: {}", describe(&error, &table)),
         }
     })?;
+    if let Some(data) = &mut config.data {
+        data.seed = config.seed;
+    }
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
     validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;
     Ok(config)
 }
 
 /// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 7] {
+fn sections() -> [(&'static str, &'static [&'static str]); 9] {
     [
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
@@ -193,6 +229,8 @@ fn sections() -> [(&'static str, &'static [&'static str]); 7] {
         ("data", keys_of::<Data>()),
         ("sft", keys_of::<Sft>()),
         ("reward", keys_of::<Reward>()),
+        ("dpo", keys_of::<Dpo>()),
+        ("kto", keys_of::<Kto>()),
         ("ppo", keys_of::<Ppo>()),
     ]
 }
@@ -211,6 +249,9 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("lora_target_modules", "[lora] target_modules"),
     ("data_path", "[data] path"),
     ("dataset", "[data] path"),
+    ("formatting", "[data] format"),
+    ("interleave_probs", "[[data.sources]] weight"),
+    ("max_samples", "[data] max_rows"),
     ("cutoff_len", "[data] max_length"),
     ("max_seq_len", "[data] max_length"),
     ("max_seq_length", "[data] max_length"),

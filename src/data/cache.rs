@@ -16,7 +16,7 @@ use memmap2::{Advice, Mmap};
 use sha2::{Digest, Sha256};
 
 use super::examples::{Example, Examples};
-use super::phases::{PromptExample, RankedExample, Report, SftExample};
+use super::phases::{JudgedExample, PromptExample, RankedExample, Report, SftExample};
 
 /// Raise the digit when the layout or the making of examples changes: every cache is then stale.
 const MAGIC: &[u8; 16] = b"fourfold-tokens1";
@@ -89,6 +89,21 @@ impl Stored for RankedExample {
             answers.push(take(&mut words)?.to_vec());
         }
         Some(Self { prompt, answers })
+    }
+}
+
+/// The verdict behind prompt and answer.
+impl Stored for JudgedExample {
+    fn write(&self, words: &mut Vec<u32>) {
+        put(words, &self.prompt);
+        put(words, &self.answer);
+        words.push(self.good.into());
+    }
+
+    fn read(mut words: &[u32]) -> Option<Self> {
+        let (prompt, answer) = (take(&mut words)?.to_vec(), take(&mut words)?.to_vec());
+        let &[good] = words else { return None };
+        Some(Self { prompt, answer, good: good == 1 })
     }
 }
 
@@ -386,6 +401,8 @@ mod tests {
         let mut ranked =
             |k| RankedExample { prompt: some(&mut rng, 9), answers: (0..k).map(|_| some(&mut rng, 9)).collect() };
         comes_back(&[2, 2, 5, 3].map(&mut ranked));
+        let judged = [true, false].map(|good| JudgedExample { prompt: vec![1], answer: vec![2, 3], good });
+        comes_back(&judged);
         let texts = ["", "a", "ab", "four", "fünf!", "\n東京"];
         comes_back(&texts.map(|text| PromptExample { tokens: vec![1, 2], text: text.to_owned() }));
         comes_back::<SftExample>(&[]);

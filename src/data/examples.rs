@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
-use super::phases::{PromptExample, RankedExample, SftExample};
+use super::phases::{JudgedExample, PromptExample, RankedExample, SftExample};
 
 /// One example of a stage.
 pub trait Example: Clone {
@@ -31,6 +31,12 @@ impl Example for RankedExample {
 
     fn longest_sequence(&self) -> usize {
         self.prompt.len() + self.answers.iter().map(Vec::len).max().unwrap_or(0)
+    }
+}
+
+impl Example for JudgedExample {
+    fn tokens(&self) -> usize {
+        self.prompt.len() + self.answer.len()
     }
 }
 

@@ -1,6 +1,7 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
-//! read.rs opens the files; formats.rs, columns.rs, dialogue.rs and transcript.rs turn each JSON object into a [`Record`];
+//! sources.rs finds and mixes the files, read.rs, delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
+//! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
 //! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; pipeline.rs runs all that over files
 //! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
 //! says which comes when.
@@ -8,15 +9,21 @@
 
 pub mod cache;
 mod columns;
+mod delimited;
 mod dialogue;
 mod encoder;
 pub mod examples;
+mod files;
 mod formats;
+mod mapping;
 pub mod order;
+mod parquet;
 pub mod phases;
 mod pipeline;
+pub mod presets;
 mod read;
 mod render;
+mod sources;
 mod split;
 mod transcript;
 
@@ -87,10 +94,12 @@ pub struct Dataset {
     pub skipped: usize,
     /// What was wrong with the first of them.
     pub first_skipped: Option<String>,
+    /// Files of the folders and patterns that are of no known kind, or not of the split asked for.
+    pub ignored: Vec<PathBuf>,
 }
 
-/// Hands every record of `[data] path` on, up to `max_rows`, in constant memory. `take` gets a record, or the place and
-/// the fault of one that `on_bad_record = "skip"` passes over, and answers whether to go on.
+/// Hands every record of `[data]`'s sources on, up to `max_rows`, in constant memory. `take` gets a record, or the place
+/// and the fault of one that `on_bad_record = "skip"` passes over, and answers whether to go on.
 ///
 /// # Errors
 /// A file that cannot be read, is of an unknown kind or holds no record; a record that cannot be used, unless
@@ -98,36 +107,23 @@ pub struct Dataset {
 pub fn scan(config: &Data, take: &mut dyn FnMut(Result<Entry, Skipped>) -> Result<bool>) -> Result<()> {
     let room = config.max_rows.unwrap_or(usize::MAX);
     let mut used = 0;
-    for file in input_files(config)? {
-        if used >= room {
-            break;
+    sources::open(config)?.stream(&mut |place, record| match record {
+        Ok(record) => {
+            used += 1;
+            Ok(take(Ok(Entry { place, record }))? && used < room)
         }
-        let mut found_any = false;
-        let mut parser = formats::Parser::new(config.format);
-        read::records(&file, &mut |place, found| {
-            found_any = true;
-            match found.and_then(|found| parser.record(found)) {
-                Ok(record) => {
-                    used += 1;
-                    Ok(take(Ok(Entry { place, record }))? && used < room)
-                }
-                Err(fault) if config.on_bad_record == OnBadRecord::Skip => take(Err(Skipped { place, fault })),
-                Err(fault) => Err(invalid!("{place}: {fault}")),
-            }
-        })?;
-        if !found_any {
-            return Err(invalid!("{}: holds no record; remove it from [data] path or fill it", file.display()));
-        }
-    }
-    Ok(())
+        Err(fault) if config.on_bad_record == OnBadRecord::Skip => take(Err(Skipped { place, fault })),
+        Err(fault) => Err(invalid!("{place}: {fault}")),
+    })
 }
 
-/// The files that [`scan`] reads.
+/// The files that [`scan`] reads, and those of its folders and patterns that it does not.
 ///
 /// # Errors
-/// One that is not there or of an unknown kind.
-pub fn input_files(config: &Data) -> Result<Vec<PathBuf>> {
-    read::files(config.path.as_slice())
+/// A path that is not there, or stands for no file that can be read.
+pub fn input_files(config: &Data) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let sources = sources::open(config)?;
+    Ok((sources.files().cloned().collect(), sources.ignored().cloned().collect()))
 }
 
 /// Reads every record of [`scan`] into memory.
@@ -135,7 +131,8 @@ pub fn input_files(config: &Data) -> Result<Vec<PathBuf>> {
 /// # Errors
 /// As for [`scan`], and where no record can be used.
 pub fn load(config: &Data) -> Result<Dataset> {
-    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None };
+    let ignored = input_files(config)?.1;
+    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None, ignored };
     scan(config, &mut |found| {
         match found {
             Ok(entry) => dataset.entries.push(entry),

@@ -34,9 +34,12 @@ pub struct Part<T: Example> {
 }
 
 impl<T: Example> Part<T> {
-    /// The first `most` of them.
-    pub fn first(&self, most: usize) -> Self {
-        Self { of: self.of.clone(), rows: self.rows[..most.min(self.rows.len())].to_vec() }
+    /// All of them in memory.
+    ///
+    /// # Errors
+    /// As [`Examples::get`].
+    pub fn to_vec(&self) -> Result<Vec<T>> {
+        (0..self.len()).map(|row| self.get(row).map(Cow::into_owned)).collect()
     }
 }
 
@@ -68,6 +71,8 @@ pub struct Prepared<T: Example> {
     pub report: Report,
     /// The cache file, where there is one.
     pub cache: Option<PathBuf>,
+    /// Files of the folders and patterns that were not read.
+    pub ignored: Vec<PathBuf>,
 }
 
 /// Examples of `[data]` for a stage, split by `seed`; `completion_only` as for [`Encoding::new`].
@@ -98,7 +103,7 @@ pub fn ptx_blocks(
     seed: u64,
     length: usize,
 ) -> Result<Prepared<SftExample>> {
-    let data = Data { path: paths.clone(), max_rows: None, eval_fraction: None, eval_rows: None, ..data.clone() };
+    let data = Data { path: paths.clone(), sources: vec![], max_rows: None, ..data.clone() };
     let data = &data;
     let made = cached(data, tokenizer, seed, &format!("ptx {length}"), &|sink| {
         let mut rest: Vec<u32> = vec![];
@@ -130,13 +135,15 @@ struct Made<T: Example> {
     groups: Vec<u64>,
     report: Report,
     cache: Option<PathBuf>,
+    ignored: Vec<PathBuf>,
 }
 
 impl<T: Example> Made<T> {
     fn split(self, eval: EvalSize, seed: u64) -> Result<Prepared<T>> {
         let (train, held_out) = split(self.groups.into_iter(), eval, seed)?;
         let part = |rows| Part { of: self.all.clone(), rows };
-        Ok(Prepared { train: part(train), held_out: part(held_out), report: self.report, cache: self.cache })
+        let (train, held_out) = (part(train), part(held_out));
+        Ok(Prepared { train, held_out, report: self.report, cache: self.cache, ignored: self.ignored })
     }
 }
 
@@ -150,7 +157,7 @@ fn cached<T: Example + Stored + Send + Sync + 'static>(
     what: &str,
     make: &dyn Fn(&mut Sink<T>) -> Result<Report>,
 ) -> Result<Made<T>> {
-    let files = input_files(data)?;
+    let (files, ignored) = input_files(data)?;
     let before = states(&files)?;
     if data.cache_dir.is_none() && before.iter().map(|state| state.0).sum::<u64>() < IN_MEMORY {
         let (mut all, mut groups) = (vec![], vec![]);
@@ -159,7 +166,7 @@ fn cached<T: Example + Stored + Send + Sync + 'static>(
             groups.push(group);
             Ok(())
         })?;
-        return Ok(Made { all: Arc::new(all), groups, report, cache: None });
+        return Ok(Made { all: Arc::new(all), groups, report, cache: None, ignored });
     }
     let folder = cache_folder(data)?;
     let refused = |e: std::io::Error| invalid!("{}: {e}; name another folder in [data] cache_dir", folder.display());
@@ -168,7 +175,7 @@ fn cached<T: Example + Stored + Send + Sync + 'static>(
     let path = folder.join(format!("{}.tokens", hex(&key)));
     let opened = |cache: Cache<T>| {
         let (groups, report) = (cache.groups().collect(), cache.report().clone());
-        Made { all: Arc::new(cache), groups, report, cache: Some(path.clone()) }
+        Made { all: Arc::new(cache), groups, report, cache: Some(path.clone()), ignored: ignored.clone() }
     };
     // One process makes it, others wait for it. Where a file system has no locks each makes its own, and the last one's
     // name stays: the content is the same.

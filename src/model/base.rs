@@ -13,7 +13,7 @@ use crate::invalid;
 use crate::ops::attention::{Cached, Heads};
 use crate::ops::linear::{self, InputGradient, Part};
 use crate::ops::rope::Angles;
-use crate::ops::weight::Weight;
+use crate::ops::weight::{Compute, Weight};
 use crate::ops::{cpu, norm};
 
 /// Frozen weights of one decoder.
@@ -124,6 +124,16 @@ impl Base {
             check("a norm", [block.input_norm.len(), block.post_attention_norm.len()], [d, d])?;
         }
         Ok(base)
+    }
+
+    /// The same base, its products computed in `compute`.
+    #[must_use]
+    pub fn computing_in(mut self, compute: Compute) -> Self {
+        let linears = self.blocks.iter_mut().flat_map(|b| &mut b.linears);
+        for weight in linears.chain([&mut self.embedding]).chain(&mut self.output) {
+            *weight = weight.clone().with_compute(compute);
+        }
+        self
     }
 
     /// Sizes and constants.

@@ -4,9 +4,11 @@
 //! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, attention, swiglu, head.
 
 pub mod attention;
+pub mod bf16;
 pub mod cpu;
 pub mod head;
 pub mod linear;
+mod linear_bf16;
 pub mod norm;
 pub mod pack;
 pub mod pool;

@@ -6,7 +6,7 @@ use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
 use super::attention::{self, Cached, Heads};
 use super::linear::{self, InputGradient, LowRank, Part};
 use super::rope::{Angles, Turn};
-use super::weight::{Bytes, StoredType, Weight};
+use super::weight::{Bytes, Compute, StoredType, Weight};
 use super::{head, norm, rope, swiglu};
 use crate::rng::SplitMix64;
 
@@ -41,12 +41,49 @@ fn assert_close(name: &str, got: &Tensor, want: &Tensor) {
 
 #[test]
 fn linear_group_equals_autograd_in_outputs_and_every_gradient() -> Result<()> {
-    for (m, k, dims) in [(1, 70, vec![33]), (7, 64, vec![96, 32, 33]), (50, 130, vec![64, 40]), (40, 800, vec![31])] {
+    linear_group(Compute::F32, CLOSE)
+}
+
+/// Each factor is off by at most 2^-9: some 1e-3 of the largest sum, and more where a single token's z nearly cancels.
+#[test]
+fn linear_group_in_bf16_stays_within_its_rounding() -> Result<()> {
+    linear_group(Compute::Bf16, 2e-2)
+}
+
+/// Factors that are bfloat16 already lose nothing: only the order of the sums differs.
+#[test]
+fn linear_in_bf16_of_bf16_factors_equals_f32() -> Result<()> {
+    let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+    for (m, n, k) in [(3, 66, 130), (16, 64, 64), (17, 40, 800), (70, 34, 576)] {
+        let (x, dy, d) = (exact(random(&[m, k], 1))?, exact(random(&[m, n], 2))?, exact(random(&[n, k], 3))?);
+        let w = Weight::from_f32(&d.flatten_all()?.to_vec1::<f32>()?, n, k).unwrap().with_compute(Compute::Bf16);
+        let parts = [Part { weight: &w, lora: None }];
+        let (y, z) = linear::forward(&x, &parts, None)?;
+        assert_close("y", &y[0], &x.matmul(&d.t()?)?);
+        let g = linear::backward(&x, &parts, &z, &[&dy], InputGradient::Wanted)?;
+        assert_close("dx", &g.input.unwrap(), &dy.matmul(&d)?);
+    }
+    Ok(())
+}
+
+fn linear_group(compute: Compute, close: f32) -> Result<()> {
+    let odd = usize::from(compute == Compute::F32); // pairs of an odd size are computed in f32
+    for (m, k, dims) in [
+        (1, 70, vec![32 + odd]),
+        (7, 64, vec![96, 32, 34 - odd]),
+        (50, 130, vec![64, 40]),
+        (40, 800, vec![30 + odd]),
+        (70, 96, vec![64]),
+    ] {
+        let assert_close = |name: &str, got: &Tensor, want: &Tensor| {
+            let e = error(got, want);
+            assert!(e < close, "{name} {m}x{k}->{dims:?}: relative error {e:e}");
+        };
         let x = Var::from_tensor(&random(&[m, k], 1))?;
         let (mut weights, mut dense, mut loras) = (vec![], vec![], vec![]);
         for (i, &n) in dims.iter().enumerate() {
             let (w, d) = weight(n, k, 10 + i as u64);
-            weights.push(w);
+            weights.push(w.with_compute(compute));
             dense.push(d);
             // The second part has no branch; ranks differ.
             let r = 3 + 2 * i;
@@ -101,10 +138,21 @@ fn linear_group_equals_autograd_in_outputs_and_every_gradient() -> Result<()> {
 fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result<()> {
     use candle_core::quantized::{GgmlDType, QTensor};
     let (n, k) = (40, 512);
-    for (ggml, stored) in [(GgmlDType::Q4K, StoredType::Q4K), (GgmlDType::Q4_1, StoredType::Q4_1)] {
+    for (ggml, stored, compute, close) in [
+        (GgmlDType::Q4K, StoredType::Q4K, Compute::F32, CLOSE),
+        (GgmlDType::Q4_1, StoredType::Q4_1, Compute::F32, CLOSE),
+        (GgmlDType::Q4K, StoredType::Q4K, Compute::Bf16, 8e-3),
+        (GgmlDType::Q8_0, StoredType::Q8_0, Compute::Bf16, 8e-3),
+        (GgmlDType::BF16, StoredType::BF16, Compute::Bf16, 8e-3),
+    ] {
+        let assert_close = |name: &str, got: &Tensor, want: &Tensor| {
+            let e = error(got, want);
+            assert!(e < close, "{name} {} {compute:?}: relative error {e:e}", stored.name());
+        };
         let q = QTensor::quantize(&random(&[n, k], 5), ggml)?;
         let dense = q.dequantize(&Device::Cpu)?;
         let w = Weight::new(Bytes::new(std::sync::Arc::new(q.data()?.to_vec())), stored, n, k).unwrap();
+        let w = w.with_compute(compute);
         for m in [3, 30] {
             let (x, dy) = (random(&[m, k], 6), random(&[m, n], 7));
             let parts = [Part { weight: &w, lora: None }];
@@ -221,9 +269,21 @@ fn ragged_grouped_attention_equals_autograd() -> Result<()> {
 
 #[test]
 fn head_equals_log_softmax_and_autograd() -> Result<()> {
-    for (r, d, v, temperature) in [(5, 24, 77, 1.0), (15, 40, 1500, 0.7), (1, 8, 5, 2.0)] {
-        let h = Var::from_tensor(&(random(&[r, d], 1) * 3.0)?)?;
-        let (w, dense) = weight(v, d, 2);
+    head_over(Compute::F32, CLOSE)
+}
+
+/// Over factors that are bfloat16 already, so that only the gradient of the logits is rounded.
+#[test]
+fn head_in_bf16_equals_f32_but_for_the_gradients_rounding() -> Result<()> {
+    head_over(Compute::Bf16, 8e-3)
+}
+
+fn head_over(compute: Compute, close_gradient: f32) -> Result<()> {
+    let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+    for (r, d, v, temperature) in [(5, 24, 77, 1.0), (15, 40, 1500, 0.7), (1, 8, 5, 2.0), (40, 64, 300, 1.0)] {
+        let h = Var::from_tensor(&exact((random(&[r, d], 1) * 3.0)?)?)?;
+        let dense = exact((random(&[v, d], 2) * 0.3)?)?;
+        let w = Weight::from_f32(&dense.flatten_all()?.to_vec1::<f32>()?, v, d).unwrap().with_compute(compute);
         let targets: Vec<u32> = (0..r).map(|i| (i * 311 % v) as u32).collect();
         let logits = (h.matmul(&dense.t()?)? / temperature)?;
         let logp = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
@@ -239,7 +299,8 @@ fn head_equals_log_softmax_and_autograd() -> Result<()> {
         assert_eq!(stats.argmax, logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
         let (dl, dh): (Vec<f32>, Vec<f32>) = (dl.to_vec1()?, dh.to_vec1()?);
         let got = head::backward(&h, &w, &targets, temperature, &stats, &dl, &dh)?;
-        assert_close("dh", &got, grads.get(&h).unwrap());
+        let e = error(&got, grads.get(&h).unwrap());
+        assert!(e < close_gradient, "dh: relative error {e:e}");
     }
     Ok(())
 }

@@ -76,6 +76,17 @@ pub enum RowOrder {
     },
 }
 
+/// What products with a frozen matrix are computed in. Sums are f32 in both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Compute {
+    /// Exact values of the stored type, f32 factors.
+    #[default]
+    F32,
+    /// Both factors rounded to bfloat16: a relative error of 2^-9 in each, for several times the speed where the
+    /// machine has AMX or AVX-512 BF16.
+    Bf16,
+}
+
 /// A frozen (rows, cols) matrix, row-major, in its stored type. Cloning shares the bytes.
 #[derive(Clone)]
 pub struct Weight {
@@ -84,6 +95,7 @@ pub struct Weight {
     rows: usize,
     cols: usize,
     order: RowOrder,
+    compute: Compute,
 }
 
 impl Weight {
@@ -102,7 +114,7 @@ impl Weight {
                 ),
             ));
         }
-        Ok(Self { bytes, dtype, rows, cols, order: RowOrder::AsStored })
+        Ok(Self { bytes, dtype, rows, cols, order: RowOrder::AsStored, compute: Compute::F32 })
     }
 
     /// A dense f32 matrix of one's own: tests and made-up bases.
@@ -119,6 +131,18 @@ impl Weight {
     pub fn with_row_order(mut self, order: RowOrder) -> Self {
         self.order = order;
         self
+    }
+
+    /// The same matrix, computed in `compute`.
+    #[must_use]
+    pub fn with_compute(mut self, compute: Compute) -> Self {
+        self.compute = compute;
+        self
+    }
+
+    /// What products with it are computed in.
+    pub fn compute(&self) -> Compute {
+        self.compute
     }
 
     /// Output features.
@@ -164,6 +188,21 @@ impl Weight {
     /// Row `row` as f32, exact for every stored type. `out` is `cols` long.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         unpack(self.dtype, self.row_bytes(row), out);
+    }
+
+    /// Row `row` rounded to bfloat16 pairs; words past the last are zero.
+    pub fn row_words(&self, row: usize, out: &mut [u32]) {
+        match self.dtype {
+            StoredType::Q8_0 => super::bf16::round_q8_0(self.row_bytes(row), out),
+            StoredType::BF16 => super::bf16::copy(self.row_bytes(row), out),
+            _ => match self.rows_f32(row..row + 1) {
+                Some(values) => super::bf16::round(values, out),
+                None => super::pack::with_scratch(self.cols, |values| {
+                    self.row(row, values);
+                    super::bf16::round(values, out);
+                }),
+            },
+        }
     }
 
     /// Rows `rows` in place, where they are stored in order as aligned f32: nothing to unpack then.

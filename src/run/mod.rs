@@ -1,7 +1,8 @@
 //! A stage from its config file to its finished folder: opens the bases, reads the data, trains, saves. The only place
 //! where configuration, data, model and stages meet. One file a stage here; read sft.rs first, then the stages
-//! themselves: ../sft.rs, ../reward/train.rs, ../ppo/train.rs.
+//! themselves: ../sft.rs, ../reward/train.rs, ../dpo/, ../ppo/train.rs.
 
+mod dpo;
 mod model;
 mod output;
 mod ppo;
@@ -37,6 +38,8 @@ pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
     let mut object = match stage {
         Stage::Sft => sft::run(config, out)?,
         Stage::Reward => reward::run(config, out)?,
+        Stage::Dpo => dpo::run(config, out)?,
+        Stage::Kto => dpo::run_kto(config, out)?,
         Stage::Ppo => ppo::run(config, out)?,
     };
     if let Some(object) = object.as_object_mut() {
@@ -63,6 +66,9 @@ fn check_context(model: &Model, longest: usize) -> Result<()> {
 /// The examples of `[data]` for a stage, with a word on what became of the records.
 fn prepared<T: Phase + Stored>(config: &Config, tokenizer: &Tokenizer, completion_only: bool) -> Result<Prepared<T>> {
     let prepared: Prepared<T> = data::prepare(config.data()?, tokenizer, config.seed, completion_only)?;
+    if let Some(first) = prepared.ignored.first() {
+        eprintln!("data: {} files are not read, {} is the first", prepared.ignored.len(), first.display());
+    }
     let report = &prepared.report;
     match &prepared.cache {
         Some(path) => eprintln!("data: {report}; tokens in {}", path.display()),

@@ -12,6 +12,7 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
 use crate::ops::cpu;
+use crate::ops::weight::Compute;
 use crate::rng::derive;
 use crate::train::settings;
 
@@ -37,7 +38,14 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of_section(base: &config::Base) -> Result<Self> {
-        Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))
+        let model = Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))?;
+        Ok(model.computing_in(base.compute_dtype.compute()))
+    }
+
+    /// The same model, its products with frozen matrices computed in `compute`.
+    #[must_use]
+    pub fn computing_in(self, compute: Compute) -> Self {
+        Self { base: self.base.computing_in(compute), ..self }
     }
 
     /// Over an opened checkpoint.

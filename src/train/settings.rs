@@ -24,6 +24,10 @@ pub const MINIBATCH_ORDER: u64 = 6;
 pub const EVALUATION: u64 = 7;
 /// The fresh score head.
 pub const HEAD: u64 = 8;
+/// The order of DPO's comparisons.
+pub const DPO_ORDER: u64 = 21;
+/// The order of KTO's answers.
+pub const KTO_ORDER: u64 = 22;
 
 macro_rules! adamw {
     ($config:expr) => {
@@ -43,6 +47,16 @@ pub fn adamw_of_sft(config: &config::Sft) -> AdamWConfig {
 
 /// `[reward]`'s.
 pub fn adamw_of_reward(config: &config::Reward) -> AdamWConfig {
+    adamw!(config)
+}
+
+/// `[dpo]`'s.
+pub fn adamw_of_dpo(config: &config::Dpo) -> AdamWConfig {
+    adamw!(config)
+}
+
+/// `[kto]`'s.
+pub fn adamw_of_kto(config: &config::Kto) -> AdamWConfig {
     adamw!(config)
 }
 

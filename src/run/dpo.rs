@@ -1,0 +1,84 @@
+//! `fourfold dpo` and `fourfold kto`: from config and files to the trained adapter. Read ../dpo/pairs.rs and ../dpo/kto.rs
+//! for what is trained.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::{Model, check_context, prepare_output, prepared, save};
+use crate::config::Config;
+use crate::data::Prepared;
+use crate::data::examples::Examples;
+use crate::data::phases::{JudgedExample, RankedExample};
+use crate::dpo::{kto, pairs};
+use crate::model::adapter::Adapter;
+use crate::report::{Report, number};
+
+/// Where training starts, and the reference: the SFT adapter is both; without one a fresh adapter starts, and the bare
+/// base is the reference.
+fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(Adapter, Option<Adapter>)> {
+    match adapter {
+        Some(path) => {
+            let sft = model.adapter(path)?;
+            Ok((sft.clone(), Some(sft)))
+        }
+        None => Ok((model.fresh_adapter(&config.lora, config.seed)?, None)),
+    }
+}
+
+/// `fourfold dpo`.
+pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
+    let settings = config.dpo();
+    let model = Model::open(&config.base.path)?;
+    let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    check_context(&model, data.train.longest_sequence())?;
+    let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
+    let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[dpo] adapter")?;
+    prepare_output(out, "dpo", &config.to_toml()?)?;
+    let mut report = Report::to_dir(out)?;
+    let (base, seed) = (&model.base, config.seed);
+    let (adapter, summary) =
+        pairs::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut report)?;
+    let path = save(adapter, &model, &out.join("adapter"))?;
+    Ok(json!({
+        "stage": "dpo",
+        "eval_rewards/accuracies": number(summary.accuracy),
+        "eval_rewards/margins": number(summary.margin),
+        "eval_loss": number(summary.loss),
+        "steps": summary.steps,
+        "tokens": summary.tokens,
+        "train_records": train.len(),
+        "eval_records": held_out.len(),
+        "adapter": path,
+    }))
+}
+
+/// `fourfold kto`.
+pub(super) fn run_kto(config: &Config, out: &Path) -> Result<Value> {
+    let settings = config.kto();
+    let model = Model::open(&config.base.path)?;
+    let data: Prepared<JudgedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
+    // The KL term puts answers after each other's prompts.
+    let longest = |of: fn(&JudgedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
+    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.answer.len()))?;
+    let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
+    prepare_output(out, "kto", &config.to_toml()?)?;
+    let mut report = Report::to_dir(out)?;
+    let (base, seed) = (&model.base, config.seed);
+    let (adapter, summary) =
+        kto::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut report)?;
+    let path = save(adapter, &model, &out.join("adapter"))?;
+    Ok(json!({
+        "stage": "kto",
+        "eval_rewards/margins": number(summary.margin),
+        "eval_loss": number(summary.loss),
+        "desirable": summary.counts[0],
+        "undesirable": summary.counts[1],
+        "steps": summary.steps,
+        "tokens": summary.tokens,
+        "eval_records": held_out.len(),
+        "adapter": path,
+    }))
+}
