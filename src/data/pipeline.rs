@@ -7,8 +7,9 @@ use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Read;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::SystemTime;
 
 use anyhow::{Result, bail};
@@ -264,15 +265,21 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
     Encoding::new(&ModelEncoder::new(tokenizer)?, data, completion_only)?; // a wrong setting is said once, and here
     let (to_workers, work) = sync_channel::<(usize, Vec<Found>)>(threads);
     let (to_sink, made) = sync_channel(threads);
-    let work = Mutex::new(work);
+    let (work, ended) = (Mutex::new(work), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        let reader = scope.spawn(move || read(data, to_workers));
+        let ended = &ended;
+        let reader = scope.spawn(move || read(data, to_workers, ended));
         for _ in 0..threads {
             let (work, to_sink) = (&work, to_sink.clone());
             scope.spawn(move || tokenise::<T>(data, tokenizer, completion_only, work, to_sink));
         }
         drop(to_sink);
         let result = collect(data, made, sink);
+        // After a fault the workers are gone, and the reader may wait for room: it gets some, and reads no further.
+        ended.store(true, Ordering::Relaxed);
+        let work = work.lock().unwrap_or_else(PoisonError::into_inner);
+        while work.recv().is_ok() {}
+        drop(work);
         let read = reader.join().unwrap_or_else(|_| bail!("the thread that reads the data has failed"));
         // A fault in a record comes before the one that ended the reading.
         let report = result?;
@@ -283,7 +290,7 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
 }
 
 /// Cuts the records into batches; ends early, without an error, where nobody takes them any more.
-fn read(data: &Data, to_workers: SyncSender<(usize, Vec<Found>)>) -> Result<()> {
+fn read(data: &Data, to_workers: SyncSender<(usize, Vec<Found>)>, ended: &AtomicBool) -> Result<()> {
     let (mut number, mut batch, mut bytes) = (0, vec![], 0);
     let mut send = |batch: &mut Vec<Found>| {
         number += 1;
@@ -296,7 +303,7 @@ fn read(data: &Data, to_workers: SyncSender<(usize, Vec<Found>)>) -> Result<()> 
             return Ok(true);
         }
         bytes = 0;
-        Ok(send(&mut batch))
+        Ok(send(&mut batch) && !ended.load(Ordering::Relaxed))
     })?;
     send(&mut batch);
     Ok(())
