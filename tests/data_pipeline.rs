@@ -448,3 +448,26 @@ fn the_short_way_to_token_ids_is_the_tokenizers_crates_on_any_text() {
         [include_str!("data_pipeline.rs"), include_str!("golden/tokenizer_smollm2.json"), include_str!("../README.md")];
     assert_same_ids(Checkpoint::open(Path::new(&path)).unwrap().tokenizer(), 4000, &corpus);
 }
+
+#[test]
+fn a_fault_at_the_beginning_of_a_long_file_ends_the_reading_and_leaves_no_cache() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let eos = tokenizer.token(tokenizer.eos_id().unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 20_000);
+    // Only the tokenizer's thread can see this one.
+    let bad = json!({"prompt": "a", "chosen": format!("b{eos}c"), "rejected": "d"}).to_string();
+    fs::write(&path, format!("{bad}\n{}", fs::read_to_string(&path).unwrap())).unwrap();
+    let data = Data { cache_dir: Some(folder.path().join("cache")), ..config(&path) };
+    let Err(error) = data::prepare::<RankedExample>(&data, tokenizer, 0, true) else { panic!("the record is bad") };
+    let message = format!("{error:#}");
+    assert!(message.contains("pairs.jsonl, line 1: ") && message.contains("inside it"), "{message}");
+    let left = fs::read_dir(folder.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
+    assert!(left.into_iter().all(|path| path.extension().is_some_and(|end| end == "lock")));
+    let skipped = Data { on_bad_record: fourfold::config::OnBadRecord::Skip, ..data };
+    let found: Prepared<RankedExample> = prepared(&skipped, tokenizer);
+    assert_eq!((found.report.read, found.report.dropped["bad"]), (20_001, 1));
+    assert!(found.report.first_bad.unwrap().contains("line 1"));
+}
