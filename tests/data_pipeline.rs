@@ -77,6 +77,27 @@ fn memory_cache_and_one_thread_give_the_same_examples() {
     let (memory, cached): (Prepared<PromptExample>, Prepared<PromptExample>) =
         (prepared(&Data { cache_dir: None, ..data.clone() }, tokenizer), prepared(&data, tokenizer));
     assert_eq!(all(&memory.train), all(&cached.train));
+    let (prompts, _) = data::phases::prompt_examples(&entries, &encoder, &data).unwrap();
+    assert_eq!(all(&memory.train), prompts, "with the number of the record and its answer");
+}
+
+#[test]
+fn each_stage_gets_its_share_under_dschat_and_knows_its_records() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 100);
+    let data = Data { compat: Some(fourfold::config::Compat::Dschat), ..config(&path) };
+    let entries = data::load(&data).unwrap().entries;
+    let encoder = ModelEncoder::new(tokenizer).unwrap();
+    let (ranked, _) = data::phases::ranked_examples(&entries, &encoder, &data).unwrap();
+    assert_eq!(all(&prepared::<RankedExample>(&data, tokenizer).train), ranked);
+    assert_eq!(ranked.len(), 40);
+    let (prompts, _) = data::phases::prompt_examples(&entries, &encoder, &data).unwrap();
+    let cached = Data { cache_dir: Some(folder.path().join("cache")), ..data.clone() };
+    assert_eq!(all(&prepared::<PromptExample>(&cached, tokenizer).train), prompts);
+    assert_eq!(prompts.len(), 40);
 }
 
 #[test]
@@ -122,7 +143,10 @@ fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged()
     write_pairs(&path, 60);
     let mut damaged = bytes.clone();
     damaged[200] ^= 4;
-    fs::write(&file, &damaged).unwrap();
+    // By a rename: what is mapped stays as it is.
+    let other = folder.path().join("damaged");
+    fs::write(&other, &damaged).unwrap();
+    fs::rename(&other, &file).unwrap();
     let healed: Prepared<SftExample> = prepared(&data, tokenizer);
     assert_eq!(all(&healed.train), all(&first.train));
     assert_eq!(fs::read(&file).unwrap(), bytes, "the same bytes again");

@@ -5,7 +5,7 @@ an Arrow cache, as TRL's RewardTrainer prepares it (prompt + answer + end token,
     python benches/peers/data_tokenize.py --file pairs.jsonl --tokenizer DIR [--num-proc N]
 
 Prints one JSON line; the time is that of load_dataset and map, without imports and the opening of the tokenizer. The
-default is one process whose tokenizer uses all cores, which was the faster way of the two on two cores.
+default is one process whose tokenizer uses all cores.
 """
 
 import argparse

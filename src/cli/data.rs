@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::config::{self, Config};
 use crate::data::cache::Stored;
 use crate::data::examples::Examples;
-use crate::data::phases::{Phase, PromptExample, RankedExample, SftExample};
+use crate::data::phases::{JudgedExample, Phase, PromptExample, RankedExample, SftExample};
 use crate::data::{self, Prepared};
 use crate::invalid;
 use crate::memory::peak_rss_bytes;
@@ -23,6 +23,8 @@ use crate::model::tokenizer::Tokenizer;
 enum Stage {
     Sft,
     Reward,
+    Dpo,
+    Kto,
     Ppo,
 }
 
@@ -56,6 +58,10 @@ pub(super) fn show(args: &Show) -> Result<()> {
     match stage {
         Stage::Sft => look.at::<SftExample>("sft", config.sft().completion_only_loss, sft_pieces),
         Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
+        Stage::Dpo => look.at::<RankedExample>("dpo", true, ranked_pieces),
+        Stage::Kto => {
+            look.at::<JudgedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.answer[..], true)]])
+        }
         Stage::Ppo => look.at::<PromptExample>("ppo", true, |e| vec![vec![(&e.tokens[..], false)]]),
     }
 }
@@ -64,12 +70,14 @@ fn only_stage(config: &Config) -> Result<Stage> {
     let sections = [
         config.sft.is_some().then_some(Stage::Sft),
         config.reward.is_some().then_some(Stage::Reward),
+        config.dpo.is_some().then_some(Stage::Dpo),
+        config.kto.is_some().then_some(Stage::Kto),
         config.ppo.is_some().then_some(Stage::Ppo),
     ];
     let mut there = sections.into_iter().flatten();
     match (there.next(), there.next()) {
         (Some(stage), None) => Ok(stage),
-        _ => Err(invalid!("the file has not exactly one of [sft], [reward] and [ppo]; say --phase sft, reward or ppo")),
+        _ => Err(invalid!("the file has not exactly one stage's section; say --phase sft, reward, dpo, kto or ppo")),
     }
 }
 

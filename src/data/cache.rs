@@ -107,25 +107,44 @@ impl Stored for JudgedExample {
     }
 }
 
-/// Tokens, then the text's bytes, four a word.
+/// A text's bytes, four a word.
+fn put_text(words: &mut Vec<u32>, text: &str) {
+    words.push(text.len() as u32);
+    words.extend(text.as_bytes().chunks(4).map(|bytes| {
+        let mut word = [0; 4];
+        word[..bytes.len()].copy_from_slice(bytes);
+        u32::from_le_bytes(word)
+    }));
+}
+
+fn take_text(words: &mut &[u32]) -> Option<String> {
+    let (&length, rest) = words.split_first()?;
+    let (text, rest) = rest.split_at_checked((length as usize).div_ceil(4))?;
+    *words = rest;
+    let mut bytes: Vec<u8> = text.iter().flat_map(|word| word.to_le_bytes()).collect();
+    bytes.truncate(length as usize);
+    String::from_utf8(bytes).ok()
+}
+
+/// The record's number, tokens, text, and the answer's text where there is one.
 impl Stored for PromptExample {
     fn write(&self, words: &mut Vec<u32>) {
+        // The split numbers examples by u32 too.
+        words.push(self.entry as u32);
         put(words, &self.tokens);
-        words.push(self.text.len() as u32);
-        words.extend(self.text.as_bytes().chunks(4).map(|bytes| {
-            let mut word = [0; 4];
-            word[..bytes.len()].copy_from_slice(bytes);
-            u32::from_le_bytes(word)
-        }));
+        put_text(words, &self.text);
+        self.answer.iter().for_each(|answer| put_text(words, answer));
     }
 
     fn read(mut words: &[u32]) -> Option<Self> {
-        let tokens = take(&mut words)?.to_vec();
-        let (&length, words) = words.split_first()?;
-        let mut bytes: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        bytes.truncate(length as usize);
-        (bytes.len() == length as usize).then_some(())?;
-        Some(Self { tokens, text: String::from_utf8(bytes).ok()? })
+        let (&entry, rest) = words.split_first()?;
+        words = rest;
+        let (tokens, text) = (take(&mut words)?.to_vec(), take_text(&mut words)?);
+        let answer = match words {
+            [] => None,
+            _ => Some(take_text(&mut words)?),
+        };
+        Some(Self { tokens, text, answer, entry: entry as usize })
     }
 }
 
@@ -404,7 +423,12 @@ mod tests {
         let judged = [true, false].map(|good| JudgedExample { prompt: vec![1], answer: vec![2, 3], good });
         comes_back(&judged);
         let texts = ["", "a", "ab", "four", "fünf!", "\n東京"];
-        comes_back(&texts.map(|text| PromptExample { tokens: vec![1, 2], text: text.to_owned() }));
+        comes_back(&texts.map(|text| PromptExample {
+            tokens: vec![1, 2],
+            text: text.to_owned(),
+            answer: (text.len() % 2 == 0).then(|| format!("{text}!")),
+            entry: 70_000 + text.len(),
+        }));
         comes_back::<SftExample>(&[]);
     }
 

@@ -2,15 +2,17 @@
 //!
 //! sources.rs finds and mixes the files, read.rs, delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
 //! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
-//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; pipeline.rs runs all that over files
+//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on, report.rs what became of the records; pipeline.rs runs all that over files
 //! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
 //! says which comes when.
 //! Read formats.rs next.
 
 pub mod cache;
 mod columns;
+mod compat;
 mod delimited;
 mod dialogue;
+pub mod dschat;
 mod encoder;
 pub mod examples;
 mod files;
@@ -23,6 +25,7 @@ mod pipeline;
 pub mod presets;
 mod read;
 mod render;
+mod report;
 mod sources;
 mod split;
 mod transcript;

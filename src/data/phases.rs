@@ -3,18 +3,17 @@
 //! Prompt and answer are tokenised apart, so the mask of the answer is exact and the prompt's tokens are the very ones
 //! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read pipeline.rs next.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
-
-use serde::{Deserialize, Serialize};
+use std::collections::BTreeSet;
 
 use anyhow::{Result, bail, ensure};
 
+use super::compat::{self, Part};
 use super::examples::Example;
 use super::render::{Renderer, Segment};
-use super::{Entry, Message, Place, Record, Skipped, Text};
-use crate::config::{Data, OnBadRecord, Truncation};
-use crate::invalid;
+pub use super::report::{Outcome, Report};
+use super::{Entry, Message, Record, Text};
+use crate::config::{Compat, Data, Truncation};
+use crate::model::chat_template::{GenerationPrompt, TemplateTokens, render};
 
 /// What the data needs of a tokenizer.
 pub trait TextEncoder {
@@ -30,6 +29,21 @@ pub trait TextEncoder {
     /// # Errors
     /// The template's own, such as two user turns in a row.
     fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
+
+    /// A dialogue through a template that the config gives.
+    ///
+    /// # Errors
+    /// The template's own.
+    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
+        let eos = Some(self.eos_text()).filter(|text| !text.is_empty());
+        render(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
+    }
+
+    /// The token that opens a text, as templates write it.
+    fn bos_text(&self) -> Option<&str> {
+        None
+    }
 
     /// Does the tokenizer bring a chat template?
     fn has_chat_template(&self) -> bool;
@@ -90,121 +104,10 @@ pub struct PromptExample {
     pub tokens: Vec<u32>,
     /// The text they stand for.
     pub text: String,
-}
-
-/// What became of the records.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Report {
-    /// Records given, those that could not be read among them.
-    pub read: usize,
-    /// Sequences made. More than `read - dropped` only where a long raw text was cut into blocks.
-    pub kept: usize,
-    /// Kept sequences that lost tokens.
-    pub truncated: usize,
-    /// Records not used, by reason.
-    pub dropped: BTreeMap<String, usize>,
-    /// Records of each file.
-    pub sources: Vec<(String, usize)>,
-    /// What was wrong with the first record dropped under `on_bad_record = "skip"`.
-    pub first_bad: Option<String>,
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} records, {} sequences", self.read, self.kept)?;
-        if self.truncated > 0 {
-            write!(f, " ({} truncated)", self.truncated)?;
-        }
-        let dropped: usize = self.dropped.values().sum();
-        if dropped > 0 {
-            let reasons: Vec<String> = self.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-            write!(f, "; {dropped} dropped: {}", reasons.join(", "))?;
-        }
-        if let Some(first) = &self.first_bad {
-            write!(f, " (first: {first})")?;
-        }
-        Ok(())
-    }
-}
-
-/// What one record gives.
-#[derive(Debug)]
-pub enum Outcome<T> {
-    /// Examples to train on; one, but for a long text that is cut to blocks.
-    Keep {
-        /// In the order of the text.
-        examples: Vec<T>,
-        /// Did they lose tokens to `truncation`?
-        truncated: bool,
-    },
-    /// None, and why.
-    Drop(String),
-}
-
-impl<T> Outcome<T> {
-    fn keep(example: T, truncated: bool) -> Self {
-        Self::Keep { examples: vec![example], truncated }
-    }
-
-    fn too_long(limit: &str, tokens: usize) -> Self {
-        Self::Drop(format!("longer than {limit} = {tokens}"))
-    }
-}
-
-impl Report {
-    /// Counts a record and hands its examples on.
-    ///
-    /// # Errors
-    /// The record is bad and `on_bad_record = "error"`.
-    pub(super) fn take<T>(
-        &mut self,
-        place: &Place,
-        made: Result<Outcome<T>>,
-        on_bad_record: OnBadRecord,
-    ) -> Result<Vec<T>> {
-        self.count(place);
-        let reason = match made {
-            Ok(Outcome::Keep { examples, truncated }) => {
-                self.truncated += usize::from(truncated);
-                self.kept += examples.len();
-                return Ok(examples);
-            }
-            Ok(Outcome::Drop(reason)) => reason,
-            Err(error) if on_bad_record == OnBadRecord::Error => return Err(invalid!("{place}: {error:#}")),
-            Err(error) => {
-                self.first_bad.get_or_insert_with(|| format!("{place}: {error:#}"));
-                "bad".to_owned()
-            }
-        };
-        *self.dropped.entry(reason).or_default() += 1;
-        Ok(vec![])
-    }
-
-    fn count(&mut self, place: &Place) {
-        self.read += 1;
-        let file = place.file.to_string_lossy();
-        match self.sources.iter_mut().rev().find(|(name, _)| *name == file) {
-            Some((_, records)) => *records += 1,
-            None => self.sources.push((file.into_owned(), 1)),
-        }
-    }
-
-    /// Counts a record that could not be read.
-    pub(super) fn skip(&mut self, skipped: &Skipped) {
-        self.count(&skipped.place);
-        self.first_bad.get_or_insert_with(|| skipped.to_string());
-        *self.dropped.entry("bad".to_owned()).or_default() += 1;
-    }
-
-    /// Refuses to go on with nothing.
-    pub(super) fn check(&self) -> Result<()> {
-        match self.kept {
-            0 if self.read > 0 => {
-                Err(invalid!("[data] leaves no sequence: {self}; raise the limit, set truncation or use other data"))
-            }
-            _ => Ok(()),
-        }
-    }
+    /// The answer that the record gives, where it gives exactly one: for verifiers.
+    pub answer: Option<String>,
+    /// Number of its record, from 0, among all that could be read.
+    pub entry: usize,
 }
 
 /// How records become examples.
@@ -221,7 +124,7 @@ impl<'e> Encoding<'e> {
     /// # Errors
     /// A template that the tokenizer does not have.
     pub fn new(encoder: &'e dyn TextEncoder, data: &'e Data, completion_only: bool) -> Result<Self> {
-        Ok(Self { encoder, renderer: Renderer::new(encoder, data.template)?, data, completion_only })
+        Ok(Self { encoder, renderer: Renderer::new(encoder, data)?, data, completion_only })
     }
 }
 
@@ -229,22 +132,44 @@ impl<'e> Encoding<'e> {
 pub trait Phase: Example + Send + Sync + 'static {
     /// Its name in a cache's key.
     const NAME: &'static str;
+    /// Whose share of the records it gets under `compat = "dschat"`; None = all of them.
+    const PART: Option<Part> = None;
 
     /// What a record gives.
     ///
     /// # Errors
     /// The record is not one for this phase, or its dialogue is one the template refuses.
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>>;
+
+    /// Notes that it is of the record of this number, from 0, among all that could be read.
+    fn of_record(self, _number: usize) -> Self {
+        self
+    }
+}
+
+/// Hands the examples of the phase's records to `sink`, each with its record.
+pub(super) fn each<T: Phase>(
+    entries: &[Entry],
+    with: &Encoding,
+    report: &mut Report,
+    sink: &mut dyn FnMut(T, &Record) -> Result<()>,
+) -> Result<()> {
+    for row in compat::rows_of(entries.len(), with.data, T::PART)? {
+        let Entry { place, record } = &entries[row];
+        for example in report.take(place, T::of(record, with), with.data.on_bad_record)? {
+            sink(example.of_record(row), record)?;
+        }
+    }
+    report.check()
 }
 
 /// Runs a phase over records in memory.
 fn over<T: Phase>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, Report)> {
-    let mut report = Report::default();
-    let mut all = Vec::new();
-    for Entry { place, record } in entries {
-        all.append(&mut report.take(place, T::of(record, with), with.data.on_bad_record)?);
-    }
-    report.check()?;
+    let (mut report, mut all) = (Report::default(), vec![]);
+    each(entries, with, &mut report, &mut |example, _| {
+        all.push(example);
+        Ok(())
+    })?;
     Ok((all, report))
 }
 
@@ -294,9 +219,13 @@ pub fn sft_examples(
 /// with an end token behind it, and cut into blocks of `max_length` where it is longer.
 impl Phase for SftExample {
     const NAME: &'static str = "sft";
+    const PART: Option<Part> = Some(Part::Sft);
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, completion_only } = with;
+        if data.compat.is_some() {
+            return compat::sft(record, renderer, *encoder, data).map(Outcome::from);
+        }
         let (start, segments) = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
                 return Ok(blocks(&whole_text(text, *encoder)?, data.max_length));
@@ -437,10 +366,14 @@ pub fn ranked_examples(
 /// `"keep_end"` the answers lose their last; the prompt is the same for all answers either way.
 impl Phase for RankedExample {
     const NAME: &'static str = "ranked";
+    const PART: Option<Part> = Some(Part::Reward);
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, .. } = with;
         let limit = data.max_length;
+        if data.compat.is_some() {
+            return compat::ranked(record, renderer, *encoder, data).map(Outcome::from);
+        }
         let Record::Ranked { prompt, answers } = record else {
             bail!(
                 "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
@@ -553,6 +486,11 @@ pub fn prompt_examples(
 /// A prompt longer than `max_prompt_length` is dropped and counted, never cut, as in DeepSpeed-Chat.
 impl Phase for PromptExample {
     const NAME: &'static str = "prompt";
+    const PART: Option<Part> = Some(Part::Ppo);
+
+    fn of_record(self, number: usize) -> Self {
+        Self { entry: number, ..self }
+    }
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, .. } = with;
@@ -570,11 +508,26 @@ impl Phase for PromptExample {
             }
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
-        let text = renderer.prompt(prompt)?;
-        let tokens = encode_prompt(&text, renderer.first_token(prompt), *encoder)?;
+        let (tokens, text) = match data.compat {
+            Some(Compat::Dschat) => match compat::prompt(prompt, renderer, *encoder, data)? {
+                Ok(made) => made,
+                Err(reason) => return Ok(Outcome::Drop(reason)),
+            },
+            None => {
+                let text = renderer.prompt(prompt)?;
+                (encode_prompt(&text, renderer.first_token(prompt), *encoder)?, text)
+            }
+        };
         if tokens.len() > data.max_prompt_length {
             return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
         }
-        Ok(Outcome::keep(PromptExample { tokens, text }, false))
+        let answer = match record {
+            Record::PromptCompletion { completion: Text::Verbatim(text), .. } => Some(text.trim().to_owned()),
+            Record::PromptCompletion { completion: Text::Dialogue(turns), .. } => {
+                turns.last().map(|turn| turn.content.trim().to_owned())
+            }
+            _ => None,
+        };
+        Ok(Outcome::keep(PromptExample { tokens, text, answer, entry: 0 }, false))
     }
 }

@@ -17,7 +17,7 @@ use sha2::{Digest, Sha256};
 
 use super::cache::{Cache, Key, Stored, Writer};
 use super::examples::{Example, Examples};
-use super::phases::{Encoding, Outcome, Phase, RawText, Report, SftExample};
+use super::phases::{Encoding, Outcome, Phase, RawText, Report, SftExample, each};
 use super::split::{group, split};
 use super::{Entry, ModelEncoder, Place, Record, Skipped, Text, input_files, scan};
 use crate::config::{Data, EvalSize, Paths};
@@ -261,6 +261,9 @@ type Given<T> = (Place, u64, Result<Outcome<T>>);
 
 /// Tokenises every record of `data`, and hands examples and their groups to `sink` in the records' order.
 fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, sink: &mut Sink<T>) -> Result<Report> {
+    if data.compat.is_some() && T::PART.is_some() {
+        return encode_split(data, tokenizer, completion_only, sink);
+    }
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
     Encoding::new(&ModelEncoder::new(tokenizer)?, data, completion_only)?; // a wrong setting is said once, and here
     let (to_workers, work) = sync_channel::<(usize, Vec<Found>)>(threads);
@@ -287,6 +290,27 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
         report.check()?;
         Ok(report)
     })
+}
+
+/// The same where the phase gets a share of the records only: which one follows from how many there are.
+fn encode_split<T: Phase>(
+    data: &Data,
+    tokenizer: &Tokenizer,
+    completion_only: bool,
+    sink: &mut Sink<T>,
+) -> Result<Report> {
+    let encoder = ModelEncoder::new(tokenizer)?;
+    let encoding = Encoding::new(&encoder, data, completion_only)?;
+    let (mut report, mut entries) = (Report::default(), vec![]);
+    scan(data, &mut |found| {
+        match found {
+            Ok(entry) => entries.push(entry),
+            Err(skipped) => report.skip(&skipped),
+        }
+        Ok(true)
+    })?;
+    each(&entries, &encoding, &mut report, &mut |example, record| sink(example, group(record)))?;
+    Ok(report)
 }
 
 /// Cuts the records into batches; ends early, without an error, where nobody takes them any more.
@@ -347,9 +371,9 @@ fn tokenise<T: Phase>(
 }
 
 /// Puts the batches back in order.
-fn collect<T>(data: &Data, made: Receiver<Batch<T>>, sink: &mut Sink<T>) -> Result<Report> {
+fn collect<T: Phase>(data: &Data, made: Receiver<Batch<T>>, sink: &mut Sink<T>) -> Result<Report> {
     let mut report = Report::default();
-    let (mut waiting, mut next) = (BTreeMap::new(), 0);
+    let (mut waiting, mut next, mut record) = (BTreeMap::new(), 0, 0);
     for (number, batch) in made {
         waiting.insert(number, batch);
         while let Some(batch) = waiting.remove(&next) {
@@ -358,8 +382,9 @@ fn collect<T>(data: &Data, made: Receiver<Batch<T>>, sink: &mut Sink<T>) -> Resu
                 match found {
                     Ok((place, group, made)) => {
                         for example in report.take(&place, made, data.on_bad_record)? {
-                            sink(example, group)?;
+                            sink(example.of_record(record), group)?;
                         }
+                        record += 1;
                     }
                     Err(skipped) => report.skip(&skipped),
                 }

@@ -139,6 +139,14 @@ impl Checkpoint {
         }
     }
 
+    /// The container, where the model is a GGUF file.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.contents.origin {
+            Origin::Gguf(_, gguf) => Some(gguf),
+            Origin::Directory(_) | Origin::Embedded(_) => None,
+        }
+    }
+
     /// The files that hold the weights.
     pub fn files(&self) -> &[PathBuf] {
         &self.contents.files

@@ -1,11 +1,12 @@
 //! One operation a file: formula, forward, what it keeps, backward. Knows tensors and stored weights; no layer,
 //! no adapter, no configuration.
 //!
-//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, attention, swiglu, head.
+//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, attention, swiglu, head, divergence.
 
 pub mod attention;
 pub mod bf16;
 pub mod cpu;
+pub mod divergence;
 pub mod head;
 pub mod linear;
 mod linear_bf16;

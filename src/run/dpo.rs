@@ -20,7 +20,7 @@ use crate::report::{Report, number};
 fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(Adapter, Option<Adapter>)> {
     match adapter {
         Some(path) => {
-            let sft = model.adapter(path)?;
+            let sft = model.adapter(path)?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio);
             Ok((sft.clone(), Some(sft)))
         }
         None => Ok((model.fresh_adapter(&config.lora, config.seed)?, None)),
@@ -30,7 +30,7 @@ fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(A
 /// `fourfold dpo`.
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.dpo();
-    let model = Model::open(&config.base.path)?;
+    let model = Model::of_section(&config.base)?;
     let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     check_context(&model, data.train.longest_sequence())?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
@@ -57,7 +57,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
 /// `fourfold kto`.
 pub(super) fn run_kto(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.kto();
-    let model = Model::open(&config.base.path)?;
+    let model = Model::of_section(&config.base)?;
     let data: Prepared<JudgedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     // The KL term puts answers after each other's prompts.

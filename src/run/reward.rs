@@ -18,7 +18,9 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let Prepared { train, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
-        Some(path) => model.adapter(path).context("[reward] adapter")?,
+        Some(path) => {
+            model.adapter(path).context("[reward] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+        }
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     prepare_output(out, "reward", &config.to_toml()?)?;

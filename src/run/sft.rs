@@ -19,7 +19,9 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let Prepared { train, held_out, .. } = data;
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
-        Some(path) => model.adapter(path).context("[sft] adapter")?,
+        Some(path) => {
+            model.adapter(path).context("[sft] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+        }
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     prepare_output(out, "sft", &config.to_toml()?)?;
