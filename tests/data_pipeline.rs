@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use fourfold::config::{Data, Paths, Template, Truncation};
+use fourfold::config::{Compat, Data, Paths, Template, Truncation};
 use fourfold::data::examples::{Example, Examples};
 use fourfold::data::phases::{Phase, PromptExample, RankedExample, SftExample};
 use fourfold::data::{self, Message, ModelEncoder, Prepared, cache::Stored};
@@ -30,7 +30,8 @@ fn words(rng: &mut SplitMix64, most: usize) -> String {
 
 /// Pairs as a script would write them; every third prompt is one of twenty.
 fn pair(rng: &mut SplitMix64, row: usize) -> Value {
-    let prompt = if row % 3 == 0 { format!("question {}?", rng.below(20)) } else { format!("{row} {}", words(rng, 9)) };
+    let prompt =
+        if row.is_multiple_of(3) { format!("question {}?", rng.below(20)) } else { format!("{row} {}", words(rng, 9)) };
     json!({"prompt": prompt, "chosen": format!("{} yes", words(rng, 30)), "rejected": words(rng, 30)})
 }
 
@@ -88,7 +89,7 @@ fn each_stage_gets_its_share_under_dschat_and_knows_its_records() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     write_pairs(&path, 100);
-    let data = Data { compat: Some(fourfold::config::Compat::Dschat), ..config(&path) };
+    let data = Data { compat: Some(Compat::Dschat), eval_fraction: None, eval_rows: Some(0), ..config(&path) };
     let entries = data::load(&data).unwrap().entries;
     let encoder = ModelEncoder::new(tokenizer).unwrap();
     let (ranked, _) = data::phases::ranked_examples(&entries, &encoder, &data).unwrap();
@@ -156,7 +157,7 @@ fn checkpoint_with_another_end() -> Checkpoint {
     let config: Value = serde_json::from_str(BASE.tokenizer_config).unwrap();
     let mut config = config.as_object().unwrap().clone();
     let tokenizer: Value = serde_json::from_str(BASE.tokenizer).unwrap();
-    let other = tokenizer["model"]["vocab"].as_object().unwrap().keys().last().unwrap().clone();
+    let other = tokenizer["model"]["vocab"].as_object().unwrap().keys().next_back().unwrap().clone();
     config.insert("eos_token".into(), other.into());
     let config = Value::Object(config).to_string();
     Checkpoint::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, &config, BASE.weights).unwrap()
