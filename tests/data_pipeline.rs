@@ -344,10 +344,11 @@ fn a_file_ten_times_as_large_takes_no_more_memory() {
         assert_eq!(found["records"], rows);
         found["peak_rss_mib"].as_u64().unwrap()
     };
-    let (small, large) = (peak(6_000), peak(60_000));
-    let size = fs::metadata(folder.path().join("60000.jsonl")).unwrap().len() >> 20;
-    // 54,000 more records of some 300 bytes, and 100 bytes of index and split each: 6 MiB, and the noise of an allocator.
-    assert!(size >= 14 && large <= small + 14, "{small} MiB for a tenth, {large} MiB for {size} MiB of records");
+    let (small, large) = (peak(20_000), peak(200_000));
+    let size = fs::metadata(folder.path().join("200000.jsonl")).unwrap().len() >> 20;
+    // 180,000 more records of some 240 bytes. Index and split take 40 bytes each, 7 MiB; what threads free for each other
+    // has an allocator come and go by some 20.
+    assert!(size >= 45 && large <= small + 32, "{small} MiB for a tenth, {large} MiB for {size} MiB of records");
 }
 
 #[test]

@@ -251,6 +251,8 @@ fn hex(key: &Key) -> String {
     key.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Batches a thread that may be read before the oldest of them has reached the sink: what waits for a slow one is bounded.
+const AHEAD: usize = 4;
 /// Bytes of text that are handed to a thread at once, and the most records.
 const BATCH_BYTES: usize = 128 << 10;
 const BATCH_RECORDS: usize = 256;
@@ -268,16 +270,20 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
     Encoding::new(&ModelEncoder::new(tokenizer)?, data, completion_only)?; // a wrong setting is said once, and here
     let (to_workers, work) = sync_channel::<(usize, Vec<Found>)>(threads);
     let (to_sink, made) = sync_channel(threads);
+    let (leave, allowed) = sync_channel(AHEAD * threads);
+    for _ in 0..AHEAD * threads {
+        leave.send(())?;
+    }
     let (work, ended) = (Mutex::new(work), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let ended = &ended;
-        let reader = scope.spawn(move || read(data, to_workers, ended));
+        let reader = scope.spawn(move || read(data, to_workers, allowed, ended));
         for _ in 0..threads {
             let (work, to_sink) = (&work, to_sink.clone());
             scope.spawn(move || tokenise::<T>(data, tokenizer, completion_only, work, to_sink));
         }
         drop(to_sink);
-        let result = collect(data, made, sink);
+        let result = collect(data, made, leave, sink);
         // After a fault the workers are gone, and the reader may wait for room: it gets some, and reads no further.
         ended.store(true, Ordering::Relaxed);
         let work = work.lock().unwrap_or_else(PoisonError::into_inner);
@@ -314,11 +320,16 @@ fn encode_split<T: Phase>(
 }
 
 /// Cuts the records into batches; ends early, without an error, where nobody takes them any more.
-fn read(data: &Data, to_workers: SyncSender<(usize, Vec<Found>)>, ended: &AtomicBool) -> Result<()> {
+fn read(
+    data: &Data,
+    to_workers: SyncSender<(usize, Vec<Found>)>,
+    allowed: Receiver<()>,
+    ended: &AtomicBool,
+) -> Result<()> {
     let (mut number, mut batch, mut bytes) = (0, vec![], 0);
     let mut send = |batch: &mut Vec<Found>| {
         number += 1;
-        to_workers.send((number - 1, std::mem::take(batch))).is_ok()
+        allowed.recv().is_ok() && to_workers.send((number - 1, std::mem::take(batch))).is_ok()
     };
     scan(data, &mut |found| {
         bytes += found.as_ref().map_or(0, |entry| text_bytes(&entry.record));
@@ -371,13 +382,19 @@ fn tokenise<T: Phase>(
 }
 
 /// Puts the batches back in order.
-fn collect<T: Phase>(data: &Data, made: Receiver<Batch<T>>, sink: &mut Sink<T>) -> Result<Report> {
+fn collect<T: Phase>(
+    data: &Data,
+    made: Receiver<Batch<T>>,
+    leave: SyncSender<()>,
+    sink: &mut Sink<T>,
+) -> Result<Report> {
     let mut report = Report::default();
     let (mut waiting, mut next, mut record) = (BTreeMap::new(), 0, 0);
     for (number, batch) in made {
         waiting.insert(number, batch);
         while let Some(batch) = waiting.remove(&next) {
             next += 1;
+            let _ = leave.send(()); // there is room: each batch took one; nobody to hear it once all is read
             for found in batch {
                 match found {
                     Ok((place, group, made)) => {

@@ -22,7 +22,8 @@ pub(super) struct ByteBpe {
     words: AHashMap<Box<[u8]>, u32>,
     /// (left, right) -> (rank, joined)
     merges: AHashMap<(u32, u32), (u32, u32)>,
-    bytes: [u32; 256],
+    /// None: a byte that the vocabulary lacks. The crate leaves such bytes out, as SmolLM2 has it for some controls.
+    bytes: [Option<u32>; 256],
     /// What the crate's model reads in a byte's place.
     characters: [char; 256],
     added: Option<(AhoCorasick, Vec<u32>)>,
@@ -99,9 +100,9 @@ impl ByteBpe {
         let characters = byte_characters();
         let back: AHashMap<char, u8> = characters.iter().zip(0..=255).map(|(&c, byte)| (c, byte)).collect();
         let vocabulary = tokenizer.get_model().get_vocab();
-        let mut bytes = [0; 256];
-        for (id, character) in bytes.iter_mut().zip(characters) {
-            *id = *vocabulary.get(&character.to_string())?; // else a text could have an unknown byte
+        let bytes = characters.map(|character| vocabulary.get(&character.to_string()).copied());
+        if bytes.contains(&None) && model["unk_token"].is_string() {
+            return None;
         }
         let mut merges = AHashMap::new();
         for (merge, rank) in model["merges"].as_array()?.iter().zip(0..) {
@@ -258,7 +259,7 @@ impl ByteBpe {
     /// Joins the neighbours of the lowest rank, the leftmost first, until none can be joined.
     fn merge(&self, word: &[u8], symbols: &mut Vec<u32>) {
         symbols.clear();
-        symbols.extend(word.iter().map(|&byte| self.bytes[usize::from(byte)]));
+        symbols.extend(word.iter().filter_map(|&byte| self.bytes[usize::from(byte)]));
         loop {
             let pairs = symbols.windows(2).enumerate();
             let joined = pairs.filter_map(|(at, pair)| Some((*self.merges.get(&(pair[0], pair[1]))?, at)));
