@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use fourfold::config::{Compat, Data, Paths, Template, Truncation};
+use fourfold::config::{Compat, Data, Paths, Source, Template, Truncation};
 use fourfold::data::examples::{Example, Examples};
 use fourfold::data::phases::{Phase, PromptExample, RankedExample, SftExample};
 use fourfold::data::{self, Message, ModelEncoder, Prepared, cache::Stored};
@@ -254,6 +254,42 @@ fn keep_end_cuts_answers_and_ends_them_and_every_cut_is_counted() {
 }
 
 #[test]
+fn several_sets_are_split_apart_under_dschat_and_then_shuffled_together() {
+    let checkpoint = checkpoint();
+    let folder = tempfile::tempdir().unwrap();
+    let asked = |name: &str, rows: usize| {
+        let path = folder.path().join(name);
+        let lines = (0..rows).map(|row| json!({"prompt": format!("{name} {row}")}).to_string()).collect::<Vec<_>>();
+        fs::write(&path, lines.join("\n")).unwrap();
+        Source { path: Paths::One(path), ..Source::default() }
+    };
+    let sources = vec![asked("a.jsonl", 20), asked("b.jsonl", 10)];
+    let data = Data {
+        compat: Some(Compat::Dschat),
+        sources,
+        seed: 1234,
+        eval_rows: Some(0),
+        eval_fraction: None,
+        template: Some(Template::Plain),
+        ..Data::default()
+    };
+    let found: Prepared<PromptExample> = prepared(&data, checkpoint.tokenizer());
+    let rows = |size, first| {
+        let rows = data::dschat::phase_rows(1234, size, &[2.0, 4.0, 4.0], 2).unwrap();
+        rows.into_iter().map(move |row| first + row as usize)
+    };
+    let joined: Vec<usize> = rows(20, 0).chain(rows(10, 20)).collect();
+    let order = data::dschat::shuffled_rows(1234, joined.len()).unwrap();
+    let expected: Vec<usize> = order.into_iter().map(|at| joined[at as usize]).collect();
+    let prompts = all(&found.train);
+    assert_eq!(prompts.iter().map(|prompt| prompt.entry).collect::<Vec<_>>(), expected);
+    for prompt in prompts {
+        let (name, row) = if prompt.entry < 20 { ("a", prompt.entry) } else { ("b", prompt.entry - 20) };
+        assert_eq!(prompt.text.trim(), format!("{name}.jsonl {row}"));
+    }
+}
+
+#[test]
 fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
     let checkpoint = checkpoint();
     let tokenizer = checkpoint.tokenizer();
@@ -264,16 +300,18 @@ fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
     let texts: Vec<String> = (0..200).map(|_| words(&mut rng, 50)).collect();
     let lines: Vec<String> = texts.iter().map(|text| json!({"text": text}).to_string()).collect();
     fs::write(&path, lines.join("\n")).unwrap();
-    let mut stream = vec![];
-    for text in &texts {
-        use fourfold::data::phases::TextEncoder;
-        stream.extend(encoder.bos_id());
-        stream.extend(encoder.encode(text).unwrap());
-        stream.push(encoder.eos_id());
-    }
     let paths = Paths::One(path);
-    for length in [16, 64] {
-        let found = data::ptx_blocks(&paths, &Data::default(), tokenizer, 0, length).unwrap();
+    for (compat, length) in [(None, 16), (None, 64), (Some(Compat::Dschat), 16)] {
+        let mut stream = vec![];
+        for text in &texts {
+            use fourfold::data::phases::TextEncoder;
+            stream.extend(encoder.bos_id());
+            stream.extend(encoder.encode(text).unwrap());
+            // DeepSpeed-Chat puts none between its texts.
+            stream.extend(compat.is_none().then_some(encoder.eos_id()));
+        }
+        let data = Data { compat, ..Data::default() };
+        let found = data::ptx_blocks(&paths, &data, tokenizer, 0, length).unwrap();
         let blocks = all(&found.train);
         assert!(
             blocks.iter().all(|b| b.tokens.len() == length && !b.loss_mask[0] && b.loss_mask[1..].iter().all(|&m| m))

@@ -11,7 +11,7 @@ use super::compat::{self, Part};
 use super::examples::Example;
 use super::render::{Renderer, Segment};
 pub use super::report::{Outcome, Report};
-use super::{Entry, Message, Record, Text};
+use super::{Entry, Message, Record, Text, dschat};
 use crate::config::{Compat, Data, Truncation};
 use crate::model::chat_template::{GenerationPrompt, TemplateTokens, render};
 
@@ -147,14 +147,15 @@ pub trait Phase: Example + Send + Sync + 'static {
     }
 }
 
-/// Hands the examples of the phase's records to `sink`, each with its record.
+/// Hands the examples of the phase's records to `sink`, each with its record; `sources` = how many records each has.
 pub(super) fn each<T: Phase>(
     entries: &[Entry],
+    sources: &[usize],
     with: &Encoding,
     report: &mut Report,
     sink: &mut dyn FnMut(T, &Record) -> Result<()>,
 ) -> Result<()> {
-    for row in compat::rows_of(entries.len(), with.data, T::PART)? {
+    for row in compat::rows_of(sources, with.data, T::PART)? {
         let Entry { place, record } = &entries[row];
         for example in report.take(place, T::of(record, with), with.data.on_bad_record)? {
             sink(example.of_record(row), record)?;
@@ -166,7 +167,7 @@ pub(super) fn each<T: Phase>(
 /// Runs a phase over records in memory.
 fn over<T: Phase>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, Report)> {
     let (mut report, mut all) = (Report::default(), vec![]);
-    each(entries, with, &mut report, &mut |example, _| {
+    each(entries, &[entries.len()], with, &mut report, &mut |example, _| {
         all.push(example);
         Ok(())
     })?;
@@ -277,10 +278,13 @@ impl Phase for RawText {
     const NAME: &'static str = "ptx";
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
-        let Encoding { encoder, renderer, .. } = with;
+        let Encoding { encoder, renderer, data, .. } = with;
         Ok(Outcome::keep(
             match record {
-                Record::LanguageModeling(Text::Verbatim(text)) => Self(whole_text(text, *encoder)?),
+                Record::LanguageModeling(Text::Verbatim(text)) => Self(match data.compat {
+                    Some(Compat::Dschat) => dschat::sequence(text, "", usize::MAX, *encoder)?,
+                    None => whole_text(text, *encoder)?,
+                }),
                 Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
                     let mut tokens: Vec<u32> = renderer.first_token(dialogue).into_iter().collect();
                     tokens.extend(encode(&renderer.conversation(turns, 0)?, *encoder)?.0);

@@ -92,7 +92,7 @@ pub fn prepare<T: Phase + Stored>(
 }
 
 /// Blocks of `length` tokens for the ptx mixture of PPO, from the texts at `paths`, each with its end token, joined in their
-/// order and cut; what is left over at the end is dropped and counted, as in DeepSpeed-Chat. Everything else is as `data`
+/// order and cut; what is left over at the end is dropped and counted, as in DeepSpeed-Chat (which puts no end token). Everything else is as `data`
 /// says for the stage's own records.
 ///
 /// # Errors
@@ -307,15 +307,23 @@ fn encode_split<T: Phase>(
 ) -> Result<Report> {
     let encoder = ModelEncoder::new(tokenizer)?;
     let encoding = Encoding::new(&encoder, data, completion_only)?;
-    let (mut report, mut entries) = (Report::default(), vec![]);
-    scan(data, &mut |found| {
-        match found {
-            Ok(entry) => entries.push(entry),
-            Err(skipped) => report.skip(&skipped),
+    let (mut report, mut entries, mut sources) = (Report::default(), vec![], vec![]);
+    for source in data.all_sources() {
+        let before = entries.len();
+        let room = data.max_rows.map(|rows| rows - before);
+        if room == Some(0) {
+            break;
         }
-        Ok(true)
-    })?;
-    each(&entries, &encoding, &mut report, &mut |example, record| sink(example, group(record)))?;
+        scan(&Data { sources: vec![source], max_rows: room, ..data.clone() }, &mut |found| {
+            match found {
+                Ok(entry) => entries.push(entry),
+                Err(skipped) => report.skip(&skipped),
+            }
+            Ok(true)
+        })?;
+        sources.push(entries.len() - before);
+    }
+    each(&entries, &sources, &encoding, &mut report, &mut |example, record| sink(example, group(record)))?;
     Ok(report)
 }
 
