@@ -10,6 +10,7 @@ mod keeping;
 mod located;
 mod overrides;
 mod ppo;
+mod ptx;
 mod rewards;
 mod schema;
 mod sources;
@@ -28,6 +29,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use keeping::{Guard, Saving};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
+pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
     Base, Compat, ComputeDtype, Data, EvalSize, Format, InitLoraWeights, Lora, OnBadRecord, Paths, Quantize,
@@ -172,6 +174,7 @@ impl Config {
         paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
         if let Some(data) = &mut self.data {
             paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
+            paths.extend(data.cache_dir.as_mut().map(|path| ("[data] cache_dir", path)));
             for source in &mut data.sources {
                 paths.extend(source.path.as_mut_slice().iter_mut().map(|path| ("[[data.sources]] path", path)));
             }
@@ -185,6 +188,8 @@ impl Config {
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
             let parts = ppo.reward.iter_mut().chain(&mut ppo.gold);
             paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
+            let texts = ppo.ptx.iter_mut().flat_map(|ptx| ptx.path.as_mut_slice());
+            paths.extend(texts.map(|path| ("[ppo.ptx] path", path)));
         }
         for (key, path) in paths {
             if let Some(text) = path.to_str() {

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::{
-    Base, Compat, Config, Data, Dpo, Guard, KlEstimator, KlIn, Kto, Lora, Paths, PolicyLoss, Ppo, Reward, RewardPart,
-    Saving, Sft, Source, TargetModules, Template,
+    Base, Compat, Config, Data, Dpo, Guard, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths, PolicyLoss, Ppo, Ptx,
+    Reward, RewardPart, Saving, Sft, Source, TargetModules, Template,
 };
 use crate::invalid;
 
@@ -170,6 +170,11 @@ fn data(section: &Data) -> Result<()> {
         }
         (None, _) => {}
     }
+    if section.compat.is_some() && section.mix_strategy() != MixStrategy::Concat {
+        return Err(invalid!(
+            "[data] compat = \"dschat\" takes its sources one after another and shuffles them; remove weight and mix_strategy"
+        ));
+    }
     if section.max_length < 2 {
         return Err(invalid!(
             "[data] max_length = {} leaves no room for a prompt token and an answer token; use 2 or more, usually 512",
@@ -279,6 +284,7 @@ fn ppo(section: &Ppo) -> Result<()> {
     }
     check.within("length_penalty", section.length_penalty, |_| true, "a number")?;
     ppo_together(section)?;
+    section.ptx.as_ref().map_or(Ok(()), Ptx::check)?;
     check.positive("target", section.target, "6 nats an answer")?;
     check.positive("horizon", section.horizon, "10000 answers")?;
     if section.use_score_norm && !section.use_score_scaling {
@@ -297,6 +303,11 @@ fn ppo(section: &Ppo) -> Result<()> {
 
 /// Rules between the keys of `[ppo]`.
 fn ppo_together(section: &Ppo) -> Result<()> {
+    if section.shared_optimizer && section.ptx.as_ref().is_some_and(|ptx| ptx.separate_step) {
+        return Err(invalid!(
+            "[ppo.ptx] separate_step = true needs an actor with an optimizer of its own; remove shared_optimizer"
+        ));
+    }
     let estimator = section.advantage_estimator;
     if estimator.has_groups() && section.num_generations < 2 {
         return Err(invalid!(

@@ -80,6 +80,28 @@ impl Example for Vec<u32> {
     }
 }
 
+/// Prompts as their bare token ids.
+#[derive(Clone, Copy, Debug)]
+pub struct Ids<'e, E>(pub &'e E);
+
+impl<E: Examples<PromptExample>> Examples<Vec<u32>> for Ids<'_, E> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn get(&self, index: usize) -> Result<Cow<'_, Vec<u32>>> {
+        Ok(Cow::Owned(self.0.get(index)?.into_owned().tokens))
+    }
+
+    fn tokens(&self, index: usize) -> usize {
+        self.0.tokens(index)
+    }
+
+    fn longest_sequence(&self) -> usize {
+        self.0.longest_sequence()
+    }
+}
+
 /// A fixed list of examples. Slices are one; so is a file that is read where it is asked.
 pub trait Examples<T: Example> {
     /// How many.

@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::launch::Inputs;
-use super::{Launch, Model, check_context, held_out, records, save};
+use super::{Launch, Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
-use crate::data::ModelEncoder;
-use crate::data::phases::{RankedExample, judged_examples, ranked_examples};
+use crate::data::Prepared;
+use crate::data::examples::Examples;
+use crate::data::phases::{JudgedExample, RankedExample};
 use crate::dpo::{kto, pairs};
 use crate::model::adapter::Adapter;
 use crate::report::number;
@@ -31,11 +32,9 @@ fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(A
 pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.dpo();
     let model = Model::of_section(&config.base)?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
-    let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);
-    check_context(&model, examples.0.iter().map(lengths))?;
-    let (train, held_out) = held_out(config, examples)?;
+    let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    check_context(&model, data.train.longest_sequence())?;
+    let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[dpo] adapter")?;
     let inputs = Inputs::new(Stage::Dpo, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
@@ -61,12 +60,11 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
 pub(super) fn run_kto(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.kto();
     let model = Model::of_section(&config.base)?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = judged_examples(&records(config)?, &encoder, config.data()?)?;
+    let data: Prepared<JudgedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     // The KL term puts answers after each other's prompts.
-    let longest = |of: fn(&crate::data::phases::JudgedExample) -> usize| examples.0.iter().map(of).max().unwrap_or(0);
-    check_context(&model, std::iter::once(longest(|e| e.prompt.len()) + longest(|e| e.answer.len())))?;
-    let (train, held_out) = held_out(config, examples)?;
+    let longest = |of: fn(&JudgedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
+    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.answer.len()))?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;

@@ -1,5 +1,6 @@
 //! `fourfold ppo`, with the evaluation on held-out prompts before and after. Read ../ppo/train.rs for the stage.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -8,10 +9,11 @@ use serde_json::{Value, json};
 
 use super::launch::Inputs;
 use super::rewards::{Adapters, Workshop};
-use super::{Launch, Model, held_out, records, save};
-use crate::config::{Config, CriticStart, Data, Stage};
-use crate::data::phases::{PromptExample, TextEncoder, prompt_examples};
-use crate::data::{Entry, ModelEncoder};
+use super::{Launch, Model, prepared, save};
+use crate::config::{Config, CriticStart, Data, Ppo, Ptx, Stage};
+use crate::data::examples::{Examples, Ids};
+use crate::data::phases::{PromptExample, SftExample, TextEncoder, prompt_examples};
+use crate::data::{self, ModelEncoder, Part, Prepared};
 use crate::model::adapter::Adapter;
 use crate::ppo::evaluate::{Evaluation, Judges};
 use crate::stats::mean_and_error;
@@ -26,18 +28,18 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let entries = records(config)?;
-    let examples = prompt_examples(&entries, &encoder, config.data()?)?;
+    let Prepared { train: prompts, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let asked: Vec<PromptExample> = (0..held_out.len().min(settings.eval_prompts))
+        .map(|row| held_out.get(row).map(Cow::into_owned))
+        .collect::<Result<_>>()?;
     let reward_encoder = ModelEncoder::new(scorer.checkpoint.tokenizer())?;
     let translated = match first_difference(&model, scorer) {
         None => None,
         Some(difference) => {
             eprintln!("ppo: {difference}: the reward model reads prompts and answers in its own tokens");
-            Some(translate(&entries, &examples.0, &reward_encoder, scorer, config)?)
+            Some(translate(all_prompts(&prompts, &asked), &reward_encoder, scorer, config)?)
         }
     };
-    let (prompts, held_out) = held_out(config, examples)?;
     let sft = match &settings.adapter {
         Some(path) => model
             .adapter(path)
@@ -48,14 +50,14 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     };
     let adapters = Adapters::open(settings, scorer)?;
     let start = start(&model, scorer, &sft, adapters.main(), translated.is_some());
-    let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
-    let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
-    let asked_ids: Vec<Vec<u32>> = asked.iter().map(|p| p.tokens.clone()).collect();
-    ppo::train::check(start, &[&ids[..], &asked_ids].concat(), settings)?;
+    let text = settings.ptx.as_ref().map(|ptx| text(ptx, settings, &model, config)).transpose()?;
+    let ids = Ids(&prompts);
+    ppo::train::check(start, &ids, settings)?;
     let workshop = Workshop {
         scorer,
         retokenise: translated.as_ref().map(|prompts| (&reward_encoder as &dyn TextEncoder, prompts)),
-        prompts: prompts.iter().chain(asked).collect(),
+        prompts: &prompts,
+        asked: &asked,
     };
     let source = workshop.source(settings, &adapters)?;
     let gold = workshop.gold(settings, &adapters)?;
@@ -65,7 +67,11 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     for (name, adapter) in adapters.all() {
         inputs = inputs.adapter(&name, Some(adapter))?;
     }
+    let asked_ids: Vec<Vec<u32>> = asked.iter().map(|prompt| prompt.tokens.clone()).collect();
     inputs = inputs.examples("prompts", &ids)?.examples("held-out prompts", &asked_ids)?;
+    if let Some(text) = &text {
+        inputs = inputs.examples("text", text)?;
+    }
     let mut session = inputs.begin(out, launch)?;
     let tokenizer = model.checkpoint.tokenizer();
     let (stop, decode) = (tokenizer.eos_ids(), |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default());
@@ -74,7 +80,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
         sft: &sft,
         source: &*source,
         gold: gold.as_deref(),
-        prompts: asked,
+        prompts: &asked,
         stop,
         decode: &decode,
     };
@@ -88,6 +94,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
         source: &*source,
         decode: &decode,
         evaluation: Some(&evaluation).filter(|_| !asked.is_empty()),
+        ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
     };
     let trained = ppo::train::train(task, settings, config.seed, &mut session)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
@@ -127,6 +134,22 @@ fn start<'w>(
     ppo::train::Start { base: &model.base, reward_base, sft, reward }
 }
 
+/// The blocks of `[ppo.ptx]`.
+fn text(ptx: &Ptx, settings: &Ppo, model: &Model, config: &Config) -> Result<Part<SftExample>> {
+    let (data, context) = (config.data()?, model.base.config().max_position_embeddings);
+    let size = ptx.block_size.unwrap_or(data.max_prompt_length + settings.response_length);
+    if size > context {
+        return Err(invalid!(
+            "[ppo.ptx] blocks of {size} tokens are longer than the model's context of {context}; set block_size = {context} \
+             or less"
+        ));
+    }
+    let found =
+        data::ptx_blocks(&ptx.path, data, model.checkpoint.tokenizer(), config.seed, size).context("[ppo.ptx]")?;
+    eprintln!("ppo: {} blocks of {size} tokens of text; {}", found.train.len(), found.report);
+    Ok(found.train)
+}
+
 /// How the reward base's tokens differ from the policy's, if they do.
 fn first_difference(policy: &Model, scorer: &Model) -> Option<String> {
     let (ours, theirs) = (policy.checkpoint.tokenizer(), scorer.checkpoint.tokenizer());
@@ -136,22 +159,44 @@ fn first_difference(policy: &Model, scorer: &Model) -> Option<String> {
     Some(format!("token {id} is {theirs:?} in [reward_base] and {ours:?} in [base]"))
 }
 
+/// Those to train on, then those held out.
+pub(super) fn all_prompts<'p>(
+    prompts: &'p dyn Examples<PromptExample>,
+    asked: &'p [PromptExample],
+) -> impl Iterator<Item = Result<Cow<'p, PromptExample>>> {
+    (0..prompts.len()).map(|row| prompts.get(row)).chain(asked.iter().map(|prompt| Ok(Cow::Borrowed(prompt))))
+}
+
 /// The policy's prompt ids -> the same records' prompts as the reward model's template and tokenizer make them.
-fn translate(
-    entries: &[Entry],
-    prompts: &[PromptExample],
+fn translate<'p>(
+    prompts: impl Iterator<Item = Result<Cow<'p, PromptExample>>>,
     encoder: &dyn TextEncoder,
     scorer: &Model,
     config: &Config,
 ) -> Result<HashMap<Vec<u32>, Vec<u32>>> {
-    let kept: Vec<Entry> = prompts.iter().map(|prompt| entries[prompt.entry].clone()).collect();
+    let mut asked_of = HashMap::new();
+    for prompt in prompts {
+        let prompt = prompt?;
+        asked_of.insert(prompt.entry, prompt.tokens.clone());
+    }
+    let (mut ours, mut entries, mut number) = (vec![], vec![], 0);
+    data::scan(config.data()?, &mut |found| {
+        if let Ok(entry) = found {
+            if let Some(tokens) = asked_of.remove(&number) {
+                ours.push(tokens);
+                entries.push(entry);
+            }
+            number += 1;
+        }
+        Ok(true)
+    })?;
     // Room for one token of an answer.
     let max_prompt_length = scorer.base.config().max_position_embeddings - 1;
     // They are one phase's already: no second split.
     let data = Data { max_prompt_length, compat: None, ..config.data()?.clone() };
-    let (theirs, report) = prompt_examples(&kept, encoder, &data)?;
-    if theirs.len() != prompts.len() {
+    let (theirs, report) = prompt_examples(&entries, encoder, &data)?;
+    if theirs.len() != ours.len() {
         return Err(invalid!("[reward_base] not every prompt fits the reward model: {report}"));
     }
-    Ok(prompts.iter().zip(theirs).map(|(ours, theirs)| (ours.tokens.clone(), theirs.tokens)).collect())
+    Ok(ours.into_iter().zip(theirs.into_iter().map(|prompt| prompt.tokens)).collect())
 }

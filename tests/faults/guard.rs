@@ -52,8 +52,15 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
     };
     let source = Poisoned { rollout: Cell::new(0), is_poison, poison };
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task =
-        Task { start, prompts: &prompts, stop: &[0], source: &source, decode: &|_| String::new(), evaluation: None };
+    let task = Task {
+        start,
+        prompts: &prompts,
+        stop: &[0],
+        source: &source,
+        decode: &|_| String::new(),
+        evaluation: None,
+        ptx: None,
+    };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
     train(task, &config, 1, &mut session)
 }
