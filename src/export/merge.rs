@@ -98,10 +98,16 @@ fn merged_tensors(base: &Base, adapter: &Adapter, dtype: MergedType) -> Result<V
             }
         }
         check_range(&name, &values, dtype)?;
-        tensors.push((name, vec![weight.rows(), weight.cols()], dtype.encode(&values)));
+        let (mut shape, mut values) = (vec![weight.rows(), weight.cols()], values);
+        if base.lies_transposed(&name) {
+            values = (0..shape[0] * shape[1]).map(|i| values[i % shape[0] * shape[1] + i / shape[0]]).collect();
+            shape.reverse();
+        }
+        tensors.push((name, shape, dtype.encode(&values)));
     }
-    for (name, values) in base.norms() {
-        tensors.push((name, vec![values.len()], dtype.encode(values)));
+    for (name, values) in base.vectors() {
+        check_range(&name, &values, dtype)?;
+        tensors.push((name, vec![values.len()], dtype.encode(&values)));
     }
     Ok(tensors)
 }

@@ -42,7 +42,7 @@ impl<'w> Policy<'w> {
     pub fn logprobs(&self, batch: &Batch, targets: &Targets, temperature: f64) -> Result<TokenStats> {
         let hidden = self.base.hidden(batch, self.adapter)?;
         let rows = select_rows(&hidden, &targets.rows)?;
-        Ok(head::forward(&rows, self.base.output(), &targets.tokens, temperature)?)
+        Ok(head::forward(&rows, &self.base.table(), &targets.tokens, temperature)?)
     }
 
     /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
@@ -62,10 +62,10 @@ impl<'w> Policy<'w> {
         let rows = select_rows(&hidden, &targets.rows)?;
         let (n, _) = hidden.dims2()?;
         drop(hidden);
-        let stats = head::forward(&rows, self.base.output(), &targets.tokens, temperature)?;
+        let stats = head::forward(&rows, &self.base.table(), &targets.tokens, temperature)?;
         let (dlogp, dentropy) = loss(&stats)?;
         let d_rows =
-            head::backward(&rows, self.base.output(), &targets.tokens, temperature, &stats, &dlogp, &dentropy)?;
+            head::backward(&rows, &self.base.table(), &targets.tokens, temperature, &stats, &dlogp, &dentropy)?;
         let dh = scatter_rows(&d_rows, &targets.rows, n)?;
         Ok((stats, self.base.backward(batch, adapter, tape, &dh)?))
     }

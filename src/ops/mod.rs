@@ -1,9 +1,12 @@
 //! One operation a file: formula, forward, what it keeps, backward. Knows tensors and stored weights; no layer,
 //! no adapter, no configuration.
 //!
-//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, attention, swiglu, head.
+//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, columns, activation, attention,
+//! head.
 
+pub mod activation;
 pub mod attention;
+pub mod columns;
 pub mod cpu;
 pub mod head;
 pub mod linear;
@@ -12,7 +15,6 @@ pub mod pack;
 pub mod pool;
 pub mod rope;
 mod stored;
-pub mod swiglu;
 pub mod tile;
 pub mod weight;
 
