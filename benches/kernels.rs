@@ -7,7 +7,7 @@ use std::time::Instant;
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use fourfold::ops::linear::{InputGradient, LowRank, Part, backward, forward};
-use fourfold::ops::weight::{Bytes, StoredType, Weight};
+use fourfold::ops::weight::{Bytes, Compute, StoredType, Weight};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -44,23 +44,27 @@ fn main() -> anyhow::Result<()> {
                 (Some(GgmlDType::Q8_0), StoredType::Q8_0),
                 (Some(GgmlDType::Q4_1), StoredType::Q4_1),
             ] {
-                let weight = match ggml {
-                    None => Weight::from_f32(&f32_bytes, n, k)?,
-                    Some(t) => {
-                        Weight::new(Bytes::new(Arc::new(QTensor::quantize(&w, t)?.data()?.to_vec())), stored, n, k)?
-                    }
-                };
-                let parts = [Part { weight: &weight, lora: Some(LowRank { a: &a, b: &b, scale: 2.0 }) }];
-                let (_, z) = forward(&x, &parts, None)?;
-                let f = median(|| drop(forward(&x, &parts, None).unwrap()));
-                let g = median(|| drop(backward(&x, &parts, &z, &[&dy], InputGradient::Wanted).unwrap()));
-                println!(
-                    "{{\"bench\":\"linear/{}/m{m}_k{k}_n{n}_r8_cpu\",\"forward_gflops\":{:.0},\"backward_gflops\":{:.0},\"plain_f32_gflops\":{:.0}}}",
-                    stored.name(),
-                    flops / f / 1e9,
-                    flops / g / 1e9,
-                    flops / plain / 1e9
-                );
+                for compute in [Compute::F32, Compute::Bf16] {
+                    let weight = match ggml {
+                        None => Weight::from_f32(&f32_bytes, n, k)?,
+                        Some(t) => {
+                            Weight::new(Bytes::new(Arc::new(QTensor::quantize(&w, t)?.data()?.to_vec())), stored, n, k)?
+                        }
+                    };
+                    let weight = weight.with_compute(compute);
+                    let parts = [Part { weight: &weight, bias: None, lora: Some(LowRank { a: &a, b: &b, scale: 2.0 }) }];
+                    let (_, z) = forward(&x, &parts, None)?;
+                    let f = median(|| drop(forward(&x, &parts, None).unwrap()));
+                    let g = median(|| drop(backward(&x, &parts, &z, &[&dy], InputGradient::Wanted).unwrap()));
+                    println!(
+                        "{{\"bench\":\"linear/{}_{}/m{m}_k{k}_n{n}_r8_cpu\",\"forward_gflops\":{:.0},\"backward_gflops\":{:.0},\"plain_f32_gflops\":{:.0}}}",
+                        stored.name(),
+                        if compute == Compute::F32 { "f32" } else { "bf16" },
+                        flops / f / 1e9,
+                        flops / g / 1e9,
+                        flops / plain / 1e9
+                    );
+                }
             }
         }
     }

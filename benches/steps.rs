@@ -9,13 +9,14 @@
 use std::time::Instant;
 
 use anyhow::{Context, Result};
-use fourfold::config::{Checkpoint, Lora, LrScheduler, Ppo, Reward, Sft};
+use fourfold::config::{Checkpoint, ComputeDtype, Lora, LrScheduler, Ppo, Reward, Sft};
 use fourfold::data::phases::{RankedExample, SftExample};
 use fourfold::memory::peak_rss_bytes;
 use fourfold::model::generate::{Sampling, generate};
-use fourfold::model::roles::Policy;
+use fourfold::model::roles::{Policy, Scorer};
 use fourfold::ppo::train as ppo;
 use fourfold::report::Report;
+use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::{reward, sft};
 
@@ -68,10 +69,18 @@ fn main() -> Result<()> {
         );
         return Ok(());
     };
-    let model = Model::open(path.as_ref())?;
+    // --set quantize=q8_0, --set compute_dtype=bf16: keys of [base].
+    let mut section = format!("path = {path:?}\n");
+    for (_, set) in arguments.iter().zip(arguments.iter().skip(1)).filter(|(flag, _)| *flag == "--set") {
+        let (key, value) = set.split_once('=').context("--set key=value")?;
+        section += &format!("{key} = {value:?}\n");
+    }
+    let section: fourfold::config::Base = toml::from_str(&section)?;
+    let model = Model::of_section(&section)?;
     let base = &model.base;
     let stored = base.weights().get(1).map_or("none", |(_, w)| w.dtype().name());
-    let name = format!("shared_base_{stored}_cpu");
+    let compute = if section.compute_dtype == ComputeDtype::Bf16 { "bf16" } else { "f32" };
+    let name = format!("shared_base_{stored}_{compute}_cpu");
     let fresh = model.fresh_adapter(&Lora::default(), 0)?;
     let scorer = fresh.clone().with_head(1)?;
 
@@ -130,9 +139,12 @@ fn main() -> Result<()> {
             ..Ppo::default()
         };
         measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
-            let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: &scorer };
+            let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: Some(&scorer) };
+            let source = RewardModel(Scorer::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
-            ppo::train(start, &ids(8, 64, 8 * rep), &[], &config, rep as u64, &decode, &mut Report::silent()).map(drop)
+            let prompts = ids(8, 64, 8 * rep);
+            let task = ppo::Task { start, prompts: &prompts, stop: &[], source: &source, decode: &decode };
+            ppo::train(task, &config, rep as u64, &mut Report::silent()).map(drop)
         })?;
     }
     Ok(())

@@ -6,7 +6,7 @@
 //! - [`model`] the frozen [`model::base::Base`], the adapters over it, and [`model::roles`]: policy and scorer as views
 //! - [`ops`] what a block is made of: each operation a forward/backward pair, and the CPU kernels beneath
 //! - [`data`] records of many formats -> token sequences; [`config`] TOML -> checked settings
-//! - [`sft`], [`reward`], [`ppo`] the stages. The loop is [`ppo::train`], the PPO loss [`ppo::loss::policy_loss`]
+//! - [`sft`], [`reward`], [`dpo`], [`ppo`] the stages. The loop is [`ppo::train`], the PPO loss [`ppo::loss::policy_loss`]
 //! - [`train`] learner, AdamW, schedules; [`export`] merged models; [`report`] metrics and progress; [`memory`]
 //! - [`run`] a stage from its config to its folder; [`quickstart`] all stages on a tiny embedded base; [`cli`]
 //!
@@ -31,6 +31,7 @@
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod dpo;
 pub mod error;
 pub mod export;
 pub mod inspect;

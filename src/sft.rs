@@ -1,9 +1,13 @@
 //! Supervised fine-tuning: cross-entropy over the marked tokens, one adapter trained. `train` is the stage on examples in
 //! memory; `run::sft` reads a config and files around it. Knows no other stage.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 
 use crate::config::Sft;
+use crate::data::examples::{Examples, chunks, pick};
+use crate::data::order::{Cursor, Plan};
 use crate::data::phases::SftExample;
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -11,7 +15,6 @@ use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
 use crate::model::roles::Policy;
 use crate::report::{Figures, Report, number};
-use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
 use crate::train::settings;
 
@@ -40,8 +43,8 @@ pub struct Summary {
 pub fn train(
     base: &Base,
     start: &Adapter,
-    examples: &[SftExample],
-    held_out: &[SftExample],
+    examples: &(impl Examples<SftExample> + ?Sized),
+    held_out: &(impl Examples<SftExample> + ?Sized),
     config: &Sft,
     seed: u64,
     report: &mut Report,
@@ -51,11 +54,12 @@ pub fn train(
     }
     let start = start.clone().with_score_head(None)?;
     let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_sft(config), config.max_grad_norm)?;
-    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
+    let accumulate = config.gradient_accumulation_steps;
+    let plan = Plan { seed, stream: settings::SFT_ORDER, batch, accumulate, shard: Default::default() };
+    let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(|e| e.tokens.len()).max().unwrap_or(0);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    let checkpoint = settings::checkpoint(config.checkpoint, base, settings::largest_batch(batch, examples));
     report.stage("sft", steps);
     let perplexity_before = perplexity(base, learner.weights().view(), held_out)?;
     report.note(&match held_out.len() {
@@ -63,41 +67,40 @@ pub fn train(
         _ => format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()),
     });
     let (mut step, mut tokens) = (0, 0);
-    for epoch in 0..config.num_train_epochs {
-        let order = SplitMix64::new(derive(seed, &[settings::SFT_ORDER, epoch as u64])).permutation(examples.len());
-        for rows in order.chunks(per_step) {
-            // 1. The step's number of targets divides every micro-batch's loss: accumulation changes nothing.
-            let count: usize = rows.iter().map(|&i| targets_in(&examples[i])).sum();
-            let mut grads = Gradients::none(base.shapes().layers);
-            let mut loss = 0f64;
-            // 2. Forward and backward.
-            for micro in rows.chunks(config.per_device_train_batch_size) {
-                let (batch, targets) = pack(micro.iter().map(|&i| &examples[i]))?;
-                tokens += batch.tokens().len();
-                let policy = Policy::new(base, Some(learner.weights().view()));
-                let weight = 1.0 / count as f64;
-                let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
-                    loss -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>() * weight;
-                    Ok((vec![-weight as f32; stats.logprobs.len()], vec![0.0; stats.logprobs.len()]))
-                })?;
-                grads.add(g)?;
+    let mut order = plan.from(examples, Cursor::default(), config.num_train_epochs);
+    while let Some(rows) = order.next_step() {
+        // 1. The step's number of targets divides every batch's loss: accumulation changes nothing.
+        let batches = rows.batches.iter().map(|rows| pack(&pick(examples, rows.iter().copied())?));
+        let batches = batches.collect::<Result<Vec<_>>>()?;
+        let count: usize = batches.iter().map(|(_, targets)| targets.rows.len()).sum();
+        let mut grads = Gradients::none(base.shapes().layers);
+        let mut loss = 0f64;
+        // 2. Forward and backward.
+        for (batch, targets) in &batches {
+            tokens += batch.tokens().len();
+            let policy = Policy::new(base, Some(learner.weights().view()));
+            let weight = 1.0 / count as f64;
+            let (_, g) = policy.gradients(batch, targets, 1.0, checkpoint, |stats| {
+                loss -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>() * weight;
+                Ok((vec![-weight as f32; stats.logprobs.len()], vec![0.0; stats.logprobs.len()]))
+            })?;
+            grads.add(g)?;
+        }
+        // 3. Step.
+        let lr = schedule.lr_at(step, steps);
+        let grad_norm = learner.step(grads, lr)?;
+        step += 1;
+        if step % config.logging_steps.max(1) == 0 || step == steps {
+            let mut figures = Figures::new();
+            figures.insert("loss".into(), number(loss));
+            figures.insert("grad_norm".into(), number(grad_norm));
+            figures.insert("lr".into(), number(lr));
+            figures.insert("tokens".into(), tokens.into());
+            if config.eval_steps > 0 && step % config.eval_steps == 0 {
+                let p = perplexity(base, learner.weights().view(), held_out)?;
+                figures.insert("eval_perplexity".into(), number(p));
             }
-            // 3. Step.
-            let lr = schedule.lr_at(step, steps);
-            let grad_norm = learner.step(grads, lr)?;
-            step += 1;
-            if step % config.logging_steps.max(1) == 0 || step == steps {
-                let mut figures = Figures::new();
-                figures.insert("loss".into(), number(loss));
-                figures.insert("grad_norm".into(), number(grad_norm));
-                figures.insert("lr".into(), number(lr));
-                figures.insert("tokens".into(), tokens.into());
-                if config.eval_steps > 0 && step % config.eval_steps == 0 {
-                    let p = perplexity(base, learner.weights().view(), held_out)?;
-                    figures.insert("eval_perplexity".into(), number(p));
-                }
-                report.step(step, &figures, &["loss", "grad_norm", "eval_perplexity"])?;
-            }
+            report.step(step, &figures, &["loss", "grad_norm", "eval_perplexity"])?;
         }
     }
     let trained = learner.weights().snapshot();
@@ -109,11 +112,7 @@ pub fn train(
     Ok((trained, Summary { perplexity_before, perplexity_after, steps, tokens }))
 }
 
-fn targets_in(example: &SftExample) -> usize {
-    example.loss_mask.iter().filter(|&&m| m).count()
-}
-
-fn pack<'e>(examples: impl Iterator<Item = &'e SftExample>) -> Result<(Batch, Targets)> {
+fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)> {
     let (mut sequences, mut mask) = (vec![], vec![]);
     for example in examples {
         sequences.push(&example.tokens[..]);
@@ -128,10 +127,10 @@ fn pack<'e>(examples: impl Iterator<Item = &'e SftExample>) -> Result<(Batch, Ta
 ///
 /// # Errors
 /// If a sequence is longer than the context.
-pub fn perplexity(base: &Base, adapter: &Adapter, examples: &[SftExample]) -> Result<f64> {
+pub fn perplexity(base: &Base, adapter: &Adapter, examples: &(impl Examples<SftExample> + ?Sized)) -> Result<f64> {
     let (mut sum, mut count) = (0f64, 0usize);
-    for rows in examples.chunks(EVAL_BATCH) {
-        let (batch, targets) = pack(rows.iter())?;
+    for rows in chunks(examples.len(), EVAL_BATCH) {
+        let (batch, targets) = pack(&pick(examples, rows)?)?;
         let stats = Policy::new(base, Some(adapter)).logprobs(&batch, &targets, 1.0)?;
         sum -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>();
         count += stats.logprobs.len();

@@ -130,6 +130,8 @@ fn values_out_of_range_come_with_a_remedy() {
         ("[data]\npath = \"x\"\neval_fraction = 0.1\neval_rows = 4", "keep one of them"),
         ("[data]\npath = \"x\"\nmax_rows = 0", "max_rows = 0 reads nothing"),
         ("[sft]\nlogging_steps = 0", "[sft] logging_steps = 0 does nothing"),
+        ("[sft]\nmax_tokens_per_batch = 0", "[sft] max_tokens_per_batch = 0 does nothing"),
+        ("[reward]\nmax_tokens_per_batch = 0", "[reward] max_tokens_per_batch = 0 does nothing"),
         ("[reward]\nlearning_rate = 0.0", "[reward] learning_rate = 0 is out of range"),
     ] {
         refuses(section, expected);

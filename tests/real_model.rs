@@ -11,6 +11,7 @@ use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::generate::{Finish, Response, Sampling, generate};
 use fourfold::model::roles::Policy;
+use fourfold::ops::weight::Compute;
 use fourfold::run::Model;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -78,6 +79,35 @@ fn logprobs_of_the_quantised_base_match_transformers_on_the_dequantised_weights(
     );
     // Two f32 orders of summation through 30 blocks: some 1e-5 to 1e-4. A wrong rotation or scale is off by 1 and more.
     assert!(difference < 1e-3, "{difference}");
+}
+
+/// What `compute_dtype = "bf16"` costs: measured 0.02 on average; a product that drops or doubles a term is off by 1.
+#[test]
+fn logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree() {
+    let name = "logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree";
+    let Some(path) = gguf(name) else { return };
+    let (model, golden) = (Model::open(&path).unwrap().computing_in(Compute::Bf16), golden());
+    let want = golden.sequences.iter().flat_map(|s| s.logprobs.iter().copied());
+    let got = logprobs(&model.base, None, &golden);
+    let differences: Vec<f32> = got.iter().zip(want).map(|(a, b)| (a - b).abs()).collect();
+    let mean = differences.iter().sum::<f32>() / differences.len() as f32;
+    let most = differences.iter().copied().fold(0.0, f32::max);
+    // One numeric everywhere: what sampling said of a token is what training starts from.
+    let prompts: Vec<Vec<u32>> = golden.greedy.iter().map(|c| c.prompt_ids.clone()).collect();
+    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: vec![] };
+    let policy = Policy::new(&model.base, None);
+    let seeds: Vec<u64> = (0..prompts.len() as u64).collect();
+    let responses = generate(policy, &prompts, &seeds, &sampling, |_, _| {}).unwrap();
+    let sequences: Vec<Vec<u32>> = prompts.iter().zip(&responses).map(|(p, r)| [&p[..], &r.tokens].concat()).collect();
+    let batch = Batch::new(&sequences).unwrap();
+    let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
+    let targets = Targets::responses(&batch, &lengths).unwrap();
+    let trained = policy.logprobs(&batch, &targets, 1.0).unwrap().logprobs;
+    let sampled: Vec<f32> = responses.iter().flat_map(|r| r.logprobs.iter().copied()).collect();
+    let ratios: Vec<f32> = trained.iter().zip(&sampled).map(|(a, b)| ((a - b).exp() - 1.0).abs()).collect();
+    let ratio = ratios.iter().sum::<f32>() / ratios.len() as f32;
+    eprintln!("bf16: log-probabilities off by {mean:.4} on average, {most:.3} at most; PPO's ratio by {ratio:.5}");
+    assert!(mean > 0.0 && mean < 0.05 && most < 0.5 && ratio < 0.02, "{mean} {most} {ratio}");
 }
 
 fn continuations(policy: Policy<'_>, prompts: &[Vec<u32>], stop: &[u32]) -> Vec<Response> {

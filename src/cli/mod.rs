@@ -32,6 +32,10 @@ enum Command {
     Sft(Training),
     /// The reward model: an adapter with a scalar head from ranked answers.
     Reward(Training),
+    /// DPO: an aligned adapter from comparisons, without a reward model.
+    Dpo(Training),
+    /// KTO: an aligned adapter from answers judged good or bad, without a reward model.
+    Kto(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
     /// Base + adapter -> one Hugging Face directory, compared with base + adapter before it gets its name.
@@ -116,6 +120,8 @@ pub fn run() -> Result<()> {
         }
         Command::Sft(args) => train(Stage::Sft, &args),
         Command::Reward(args) => train(Stage::Reward, &args),
+        Command::Dpo(args) => train(Stage::Dpo, &args),
+        Command::Kto(args) => train(Stage::Kto, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
         Command::Merge(args) => merge_command(&args),
         Command::Generate(args) => text::generate(&args),

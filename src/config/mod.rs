@@ -2,11 +2,13 @@
 //!
 //! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
 //! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
-//! The keys are documented on the structs: read schema.rs and stages.rs next.
+//! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
 
+mod dpo;
 mod expand;
 mod located;
 mod overrides;
+mod ppo;
 mod schema;
 mod stages;
 mod validate;
@@ -20,8 +22,12 @@ use toml::{Table, Value};
 use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
-pub use schema::{Base, Data, EvalSize, Format, Lora, OnBadRecord, Paths, TargetModules, Template, Truncation};
-pub use stages::{Checkpoint, KlEstimator, LrScheduler, Ppo, Reward, RewardLoss, Sft};
+pub use dpo::{Dpo, DpoLoss, Kto};
+pub use ppo::{KlEstimator, Ppo};
+pub use schema::{
+    Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+};
+pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -50,6 +56,12 @@ pub struct Config {
     /// Reward modelling; read it with [`Config::reward`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward: Option<Reward>,
+    /// Direct preference optimisation; read it with [`Config::dpo`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dpo: Option<Dpo>,
+    /// Kahneman-Tversky optimisation; read it with [`Config::kto`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kto: Option<Kto>,
     /// PPO; read it with [`Config::ppo`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ppo: Option<Ppo>,
@@ -62,6 +74,10 @@ pub enum Stage {
     Sft,
     /// Reward modelling.
     Reward,
+    /// Direct preference optimisation.
+    Dpo,
+    /// Kahneman-Tversky optimisation.
+    Kto,
     /// Proximal policy optimisation.
     Ppo,
 }
@@ -72,6 +88,8 @@ impl Stage {
         match self {
             Self::Sft => "sft",
             Self::Reward => "reward",
+            Self::Dpo => "dpo",
+            Self::Kto => "kto",
             Self::Ppo => "ppo",
         }
     }
@@ -107,6 +125,16 @@ impl Config {
         self.reward.clone().unwrap_or_default()
     }
 
+    /// `[dpo]`, or its defaults.
+    pub fn dpo(&self) -> Dpo {
+        self.dpo.clone().unwrap_or_default()
+    }
+
+    /// `[kto]`, or its defaults.
+    pub fn kto(&self) -> Kto {
+        self.kto.clone().unwrap_or_default()
+    }
+
     /// `[ppo]`.
     ///
     /// # Errors
@@ -134,6 +162,8 @@ impl Config {
         }
         paths.extend(self.sft.as_mut().and_then(|sft| sft.adapter.as_mut()).map(|path| ("[sft] adapter", path)));
         paths.extend(self.reward.as_mut().and_then(|rm| rm.adapter.as_mut()).map(|path| ("[reward] adapter", path)));
+        paths.extend(self.dpo.as_mut().and_then(|dpo| dpo.adapter.as_mut()).map(|path| ("[dpo] adapter", path)));
+        paths.extend(self.kto.as_mut().and_then(|kto| kto.adapter.as_mut()).map(|path| ("[kto] adapter", path)));
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
@@ -182,7 +212,7 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
 }
 
 /// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 7] {
+fn sections() -> [(&'static str, &'static [&'static str]); 9] {
     [
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
@@ -190,6 +220,8 @@ fn sections() -> [(&'static str, &'static [&'static str]); 7] {
         ("data", keys_of::<Data>()),
         ("sft", keys_of::<Sft>()),
         ("reward", keys_of::<Reward>()),
+        ("dpo", keys_of::<Dpo>()),
+        ("kto", keys_of::<Kto>()),
         ("ppo", keys_of::<Ppo>()),
     ]
 }

@@ -5,12 +5,72 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::ops::weight::{Compute, StoredType};
+
 /// `[base]`, `[reward_base]`: a frozen checkpoint.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
     /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file. Required.
     pub path: PathBuf,
+    /// Quantises a dense checkpoint as it is opened, matrix by matrix, so that it never lies dense in memory: `"q8_0"`,
+    /// `"q4_k"` (ggml's blocks) or `"nf4"` (QLoRA's). The vocabulary's tables become q8_0. Absent = as stored; a file
+    /// that is quantised already stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<Quantize>,
+    /// What products with the frozen matrices are computed in: `"f32"`, or `"bf16"`, which rounds both factors to bfloat16
+    /// and sums in f32: several times faster where the machine has AMX or AVX-512 BF16, and log-probabilities move by
+    /// about 0.02. Generation, scoring and training use the same. Default `"f32"`.
+    #[serde(default)]
+    pub compute_dtype: ComputeDtype,
+}
+
+/// What `compute_dtype` names.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum ComputeDtype {
+    /// Single precision.
+    #[default]
+    #[serde(rename = "f32")]
+    F32,
+    /// bfloat16 factors, f32 sums.
+    #[serde(rename = "bf16")]
+    Bf16,
+}
+
+impl ComputeDtype {
+    /// As the operations take it.
+    pub const fn compute(self) -> Compute {
+        match self {
+            Self::F32 => Compute::F32,
+            Self::Bf16 => Compute::Bf16,
+        }
+    }
+}
+
+/// What `quantize` makes of dense weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[allow(non_camel_case_types)]
+pub enum Quantize {
+    /// 8.5 bits a number.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+    /// 4.5 bits a number; q5_0 (5.5) where rows are no multiple of 256.
+    #[serde(rename = "q4_k")]
+    Q4K,
+    /// 4.5 bits a number.
+    #[serde(rename = "nf4")]
+    Nf4,
+}
+
+impl Quantize {
+    /// The stored type.
+    pub const fn stored(self) -> StoredType {
+        match self {
+            Self::Q8_0 => StoredType::Q8_0,
+            Self::Q4K => StoredType::Q4K,
+            Self::Nf4 => StoredType::NF4,
+        }
+    }
 }
 
 /// `[lora]`: the shape of a new adapter. Keys and defaults are PEFT's `LoraConfig`, except `lora_alpha` (8 there) and

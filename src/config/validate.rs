@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Lora, Ppo, Reward, Sft, TargetModules};
+use super::{Base, Config, Data, Dpo, Kto, Lora, Ppo, Reward, Sft, TargetModules};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -13,21 +13,23 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     config.data.as_ref().map_or(Ok(()), data)?;
     config.sft.as_ref().map_or(Ok(()), sft)?;
     config.reward.as_ref().map_or(Ok(()), reward)?;
+    config.dpo.as_ref().map_or(Ok(()), Dpo::check)?;
+    config.kto.as_ref().map_or(Ok(()), Kto::check)?;
     config.ppo.as_ref().map_or(Ok(()), ppo)
 }
 
 /// The checks of one section; every message opens with `[section] key = value`.
-struct Section(&'static str);
+pub(super) struct Section(pub(super) &'static str);
 
 impl Section {
-    fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
+    pub(super) fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
         match value {
             0 => Err(invalid!("[{}] {key} = 0 does nothing; use 1 or more", self.0)),
             _ => Ok(()),
         }
     }
 
-    fn within(&self, key: &str, value: f64, inside: impl Fn(f64) -> bool, range: &str) -> Result<()> {
+    pub(super) fn within(&self, key: &str, value: f64, inside: impl Fn(f64) -> bool, range: &str) -> Result<()> {
         // NaN and the infinities are TOML numbers too, and none is ever meant.
         if value.is_finite() && inside(value) {
             return Ok(());
@@ -35,16 +37,16 @@ impl Section {
         Err(invalid!("[{}] {key} = {value} is out of range; use {range}", self.0))
     }
 
-    fn positive(&self, key: &str, value: f64, usual: &str) -> Result<()> {
+    pub(super) fn positive(&self, key: &str, value: f64, usual: &str) -> Result<()> {
         self.within(key, value, |v| v > 0.0, &format!("a number above 0, usually {usual}"))
     }
 
-    fn not_negative(&self, key: &str, value: f64) -> Result<()> {
+    pub(super) fn not_negative(&self, key: &str, value: f64) -> Result<()> {
         self.within(key, value, |v| v >= 0.0, "0 or a number above it")
     }
 
-    /// The optimisation keys all three stages have: (learning rate, weight decay, betas, epsilon, gradient norm).
-    fn optimizer(&self, rate: f64, decay: f64, betas: [f64; 2], epsilon: f64, norm: f64) -> Result<()> {
+    /// The optimisation keys every stage has: (learning rate, weight decay, betas, epsilon, gradient norm).
+    pub(super) fn optimizer(&self, rate: f64, decay: f64, betas: [f64; 2], epsilon: f64, norm: f64) -> Result<()> {
         self.positive("learning_rate", rate, "1e-6 to 1e-3")?;
         if rate >= 1.0 {
             return Err(invalid!(
@@ -124,6 +126,7 @@ fn sft(section: &Sft) -> Result<()> {
     check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
     check.at_least_one("num_train_epochs", section.num_train_epochs)?;
     check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
+    check.at_least_one("max_tokens_per_batch", section.max_tokens_per_batch.unwrap_or(1))?;
     check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
     check.at_least_one("logging_steps", section.logging_steps)
 }
@@ -135,6 +138,7 @@ fn reward(section: &Reward) -> Result<()> {
     check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
     check.at_least_one("num_train_epochs", section.num_train_epochs)?;
     check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
+    check.at_least_one("max_tokens_per_batch", section.max_tokens_per_batch.unwrap_or(1))?;
     check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
     check.at_least_one("logging_steps", section.logging_steps)
 }
@@ -175,6 +179,14 @@ fn ppo(section: &Ppo) -> Result<()> {
     ] {
         check.not_negative(key, value)?;
     }
+    check.positive("target", section.target, "6 nats an answer")?;
+    check.positive("horizon", section.horizon, "10000 answers")?;
+    if section.use_score_norm && !section.use_score_scaling {
+        return Err(invalid!("[ppo] use_score_norm = true works with use_score_scaling = true only; set both"));
+    }
+    let share = |v: f64| (0.0..=1.0).contains(&v);
+    check.within("ema_decay", section.ema_decay.unwrap_or(0.0), share, "a number from 0 to 1, usually 0.99")?;
+    check.within("ref_model_mixup_alpha", section.ref_model_mixup_alpha, share, "a number from 0 to 1")?;
     check.within("cliprange", section.cliprange, |v| v > 0.0 && v < 1.0, "a number between 0 and 1, usually 0.2")?;
     check.positive("cliprange_value", section.cliprange_value, "0.2")?;
     for (key, value) in [("gamma", section.gamma), ("lam", section.lam)] {

@@ -1,13 +1,16 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
 //! read.rs opens the files; formats.rs, columns.rs, dialogue.rs and transcript.rs turn each JSON object into a [`Record`];
-//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of either out.
+//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of them out,
+//! examples.rs is what a stage sees of them, order.rs says which comes when.
 //! Read formats.rs next.
 
 mod columns;
 mod dialogue;
 mod encoder;
+pub mod examples;
 mod formats;
+pub mod order;
 pub mod phases;
 mod read;
 mod render;

@@ -61,6 +61,17 @@ pub struct RankedExample {
     pub answers: Vec<Vec<u32>>,
 }
 
+/// An answer that was judged by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct JudgedExample {
+    /// Token ids, ready for an answer to follow; not empty.
+    pub prompt: Vec<u32>,
+    /// Token ids, with the end token unless cut by `truncation = "right"`; not empty.
+    pub answer: Vec<u32>,
+    /// The verdict.
+    pub good: bool,
+}
+
 /// A prompt to answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PromptExample {
@@ -319,6 +330,54 @@ pub fn ranked_examples(
             return Ok(Outcome::Drop("with answers that are the same tokens".to_owned()));
         }
         Ok(Outcome::keep(RankedExample { prompt: tokens, answers: encoded }, over > 0))
+    })
+}
+
+/// Judged answers for KTO: from unpaired records, and from preferences, whose chosen answer counts as good and whose
+/// rejected one as bad (as in TRL).
+///
+/// # Errors
+/// A record without a verdict, a ranking of more than two, one the template refuses (unless `on_bad_record = "skip"`); no
+/// sequence left.
+pub fn judged_examples(
+    entries: &[Entry],
+    encoder: &dyn TextEncoder,
+    data: &Data,
+) -> Result<(Vec<JudgedExample>, Report)> {
+    let renderer = Renderer::new(encoder, data.template)?;
+    let limit = data.max_length;
+    over(entries, data, |record| {
+        let (prompt, judged) = match record {
+            Record::Unpaired { prompt, completion, label } => (prompt, vec![(completion, *label)]),
+            Record::Ranked { prompt, answers } if answers.len() == 2 => {
+                (prompt, vec![(&answers[0], true), (&answers[1], false)])
+            }
+            _ => bail!(
+                "KTO needs judged answers (\"label\": true or false, or \"chosen\" and \"rejected\"), and this record is {}",
+                record.kind()
+            ),
+        };
+        let tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), encoder)?;
+        let (mut examples, mut truncated) = (Vec::new(), false);
+        for (answer, good) in judged {
+            let (mut prompt, mut answer) = (tokens.clone(), encode(&renderer.answer(prompt, answer)?.1, encoder)?.0);
+            let over = (prompt.len() + answer.len()).saturating_sub(limit);
+            match data.truncation {
+                _ if over == 0 => {}
+                Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
+                Truncation::Left if over < prompt.len() => drop(prompt.drain(..over)),
+                Truncation::Left => {
+                    return Ok(Outcome::Drop(format!("with an answer longer than max_length = {limit}")));
+                }
+                Truncation::Right if prompt.len() >= limit => {
+                    return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
+                }
+                Truncation::Right => answer.truncate(limit - prompt.len()),
+            }
+            truncated |= over > 0;
+            examples.push(JudgedExample { prompt, answer, good });
+        }
+        Ok(Outcome::Keep { examples, truncated })
     })
 }
 

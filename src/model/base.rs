@@ -17,7 +17,7 @@ use crate::ops::head::Table;
 use crate::ops::linear::{self, InputGradient, Part};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::Angles;
-use crate::ops::weight::Weight;
+use crate::ops::weight::{Compute, Weight};
 use crate::ops::{columns, cpu};
 
 /// Frozen weights of one decoder.
@@ -208,6 +208,18 @@ impl Base {
         Ok(base)
     }
 
+    /// The same base, its products computed in `compute`.
+    #[must_use]
+    pub fn computing_in(mut self, compute: Compute) -> Self {
+        let w = &mut self.weights;
+        let linears = w.blocks.iter_mut().flat_map(|b| &mut b.linears).map(|l| &mut l.weight);
+        let projections = w.projections.iter_mut().flatten();
+        for weight in linears.chain([&mut w.embedding]).chain(projections).chain(&mut w.output) {
+            *weight = weight.clone().with_compute(compute);
+        }
+        self
+    }
+
     /// Sizes and constants.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
@@ -237,7 +249,7 @@ impl Base {
         let (w, names) = (&self.weights, self.config.names());
         let mut all = vec![(names.embedding.to_string(), &w.embedding)];
         all.extend(w.positions.iter().map(|p| (names.positions.to_string(), p)));
-        for [into, out] in &w.projections {
+        if let Some([into, out]) = &w.projections {
             all.extend([(PROJECT_IN.to_string(), into), (PROJECT_OUT.to_string(), out)]);
         }
         let shapes = self.shapes();
@@ -283,7 +295,7 @@ impl Base {
                     }
                 }
             }
-            for [q, k] in &block.qk_norms {
+            if let Some([q, k]) = &block.qk_norms {
                 put(&mut all, &path("self_attn.q_norm"), q, plus_one);
                 put(&mut all, &path("self_attn.k_norm"), k, plus_one);
             }

@@ -2,6 +2,7 @@
 //! log-probability of every sampled token comes with it. Knows no text; read `tokenizer.rs` for that.
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 
 use super::batch::Batch;
 use super::roles::Policy;
@@ -25,7 +26,7 @@ pub struct Sampling {
 }
 
 /// Why a response ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Finish {
     /// A stop token was sampled.
     Stop,
@@ -44,7 +45,7 @@ impl Finish {
 }
 
 /// One response.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Response {
     /// Sampled tokens, the stop token included.
     pub tokens: Vec<u32>,

@@ -227,7 +227,7 @@ pub fn tanh(x: f32) -> f32 {
 pub fn erf(x: f32) -> f32 {
     let q = x * x;
     // 2 / sqrt(pi) times the alternating series of x^(2n+1) / (n! (2n+1)).
-    let near = 1.128_379_2
+    let near = std::f32::consts::FRAC_2_SQRT_PI
         * x
         * (1.0 + q * (-1.0 / 3.0 + q * (0.1 + q * (-1.0 / 42.0 + q * (1.0 / 216.0 + q * (-1.0 / 1320.0))))));
     let a = x.abs();

@@ -7,10 +7,12 @@
 
 use candle_core::{Result, Tensor};
 
+use super::bf16::Cores;
 use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tanh, tensor, view};
+use super::linear_bf16::Left;
 use super::pack::{rows_as_columns, with_scratch};
 use super::tile::{Into, Mat, NR, product};
-use super::weight::Weight;
+use super::weight::{Compute, Weight};
 
 /// The table that logits are taken with, and what is done to them before the softmax.
 #[derive(Clone, Copy)]
@@ -155,13 +157,14 @@ pub fn forward(h: &Tensor, table: &Table<'_>, targets: &[u32], temperature: f64)
     let (r, d) = check(h, weight, targets)?;
     let hs = view(h)?;
     let inverse = table.inverse(temperature);
+    let hidden = Hidden::of(&hs, r, d, weight);
     let mut runs = vec![Run::EMPTY; RUNS * r];
     let out = RunsOut(runs.as_mut_ptr());
     parallel(RUNS, r * d * weight.rows(), |range| {
         for run in range {
             // SAFETY: run `run`'s positions belong to this item.
             let stats = unsafe { std::slice::from_raw_parts_mut(out.at(run * r), r) };
-            strips(&hs, r, weight, run, |v0, width, logits| {
+            strips(&hidden, weight, run, |v0, width, logits| {
                 for ((row, stat), &target) in logits.chunks_exact_mut(STRIP).zip(&mut *stats).zip(targets) {
                     let row = &mut row[..width];
                     if let Some(cap) = table.soft_cap {
@@ -212,13 +215,14 @@ pub fn backward(
     let hs = view(h)?;
     let inverse = table.inverse(temperature);
     let isa = Isa::detect();
+    let hidden = Hidden::of(&hs, r, d, weight);
     // A sum of its own for each run, added in order afterwards.
     let mut partial = vec![0f32; RUNS * r * d];
     let out = Out::of(&mut partial);
     parallel(RUNS, 2 * r * d * weight.rows(), |range| {
         let mut bent = [0f32; STRIP];
         for run in range {
-            strips(&hs, r, weight, run, |v0, width, logits| {
+            strips(&hidden, weight, run, |v0, width, logits| {
                 for (i, row) in logits.chunks_exact_mut(STRIP).enumerate() {
                     let row = &mut row[..width];
                     if let Some(cap) = table.soft_cap {
@@ -232,6 +236,14 @@ pub fn backward(
                     if let Some(cap) = table.soft_cap {
                         unbend(&bent, row, table.multiplier, cap);
                     }
+                }
+                if hidden.rounded.is_some() && width.is_multiple_of(2) {
+                    // What stands past the last of fewer columns is another strip's.
+                    logits.chunks_exact_mut(STRIP).for_each(|row| row[width..].fill(0.0));
+                    let left = Left::plain(logits, r, STRIP, Cores::This);
+                    // SAFETY: run `run`'s (r, d) sum belongs to this item.
+                    unsafe { left.inputs(weight, v0..v0 + width, None, (0, d), (out.at(run * r * d), d), Into::Add) };
+                    return;
                 }
                 with_scratch(width * d, |rows| {
                     for (j, row) in rows.chunks_exact_mut(d).enumerate() {
@@ -256,9 +268,23 @@ pub fn backward(
     tensor(partial, (r, d))
 }
 
+/// Hidden states (r, d) in the numbers that products with the table take.
+struct Hidden<'a> {
+    hs: &'a [f32],
+    r: usize,
+    rounded: Option<Left>,
+}
+
+impl<'a> Hidden<'a> {
+    fn of(hs: &'a [f32], r: usize, d: usize, table: &Weight) -> Self {
+        let bf16 = table.compute() == Compute::Bf16 && d.is_multiple_of(2);
+        Self { hs, r, rounded: bf16.then(|| Left::plain(hs, r, d, Cores::All)) }
+    }
+}
+
 /// Calls `f(first id, width, logits (r, STRIP))` for each strip of run `run`, in order.
-fn strips(hs: &[f32], r: usize, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
-    let (vocab, d, isa) = (weight.rows(), weight.cols(), Isa::detect());
+fn strips(hidden: &Hidden<'_>, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
+    let (r, vocab, d, isa) = (hidden.r, weight.rows(), weight.cols(), Isa::detect());
     let all = vocab.div_ceil(STRIP);
     let (first, last) = (all * run / RUNS, all * (run + 1) / RUNS);
     with_scratch(r * STRIP + d * NR, |scratch| {
@@ -266,12 +292,18 @@ fn strips(hs: &[f32], r: usize, weight: &Weight, run: usize, mut f: impl FnMut(u
         for v0 in (first..last).map(|s| s * STRIP) {
             let width = STRIP.min(vocab - v0);
             for j in (0..width).step_by(NR) {
-                let columns = NR.min(width - j);
-                rows_as_columns(weight, v0 + j..v0 + j + columns, panel);
+                let (from, columns) = (v0 + j, NR.min(width - j));
                 // SAFETY: logits holds r rows of STRIP numbers, of which columns j.. are written.
                 unsafe {
-                    let (h, b) = (Mat::rows(hs, d), Mat::rows(panel, NR));
-                    product(isa, r, columns, d, h, b, logits.as_mut_ptr().add(j), STRIP, Into::Fresh);
+                    let c = logits.as_mut_ptr().add(j);
+                    match &hidden.rounded {
+                        Some(left) => left.outputs(weight, None, (from, columns), (c, STRIP), Into::Fresh),
+                        None => {
+                            rows_as_columns(weight, from..from + columns, panel);
+                            let (h, b) = (Mat::rows(hidden.hs, d), Mat::rows(panel, NR));
+                            product(isa, r, columns, d, h, b, c, STRIP, Into::Fresh);
+                        }
+                    }
                 }
             }
             f(v0, width, logits);

@@ -6,6 +6,7 @@
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Buffer, Isa, Out, parallel, tensor, view};
+use super::linear_bf16::{self, Left};
 use super::pack::{columns, rows_as_columns, with_scratch};
 use super::tile::{Into, MR, Mat, NR, product};
 use super::weight::Weight;
@@ -58,7 +59,13 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
     {
         candle_core::bail!("a residual of {} numbers for {} parts", start.len(), parts.len());
     }
-    let z = low_rank_inputs(&xs, m, k, parts, rank)?;
+    let bf16 = linear_bf16::applies(k, parts);
+    let (left, z) = if bf16 {
+        let (left, z) = Left::of(&xs, m, k, &stacked_a(parts, k, rank)?, rank);
+        (Some(left), z)
+    } else {
+        (None, low_rank_inputs(&xs, m, k, parts, rank)?)
+    };
     let mut ys: Vec<Buffer> = parts.iter().map(|p| Buffer::new(m * p.weight.rows())).collect();
     let outs: Vec<Out> = ys.iter_mut().map(Buffer::out).collect();
     let bs = parts.iter().map(|p| p.lora.map(|l| view(l.b)).transpose()).collect::<Result<Vec<_>>>()?;
@@ -95,6 +102,12 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
             };
             let r = part.rank();
             let offset: usize = parts[..p].iter().map(Part::rank).sum();
+            if let Some(left) = &left {
+                let b = bs[p].as_ref().map(|b| (&b[..], r, offset));
+                // SAFETY: columns n0..n0 + width of this output belong to this panel alone.
+                unsafe { left.outputs(part.weight, b, (n0, width), (outs[p].at(n0), n), into) };
+                continue;
+            }
             if m <= FEW_ROWS {
                 few_rows(&xs, m, part.weight, n0, width, outs[p], into);
             } else {
@@ -148,6 +161,15 @@ fn check(k: usize, parts: &[Part<'_>]) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// s_p A_p of all parts, one under the other: (rank, k).
+fn stacked_a(parts: &[Part<'_>], k: usize, rank: usize) -> Result<Vec<f32>> {
+    let mut all = Vec::with_capacity(rank * k);
+    for l in parts.iter().filter_map(|p| p.lora) {
+        all.extend(view(l.a)?.iter().map(|v| v * l.scale as f32));
+    }
+    Ok(all)
 }
 
 /// z (m, rank): s_p x A_p^T for all parts side by side.
@@ -319,10 +341,15 @@ pub fn backward(
     let (xs, zs) = (view(x)?, view(z)?);
     let dys = dys.iter().map(|d| view(d)).collect::<Result<Vec<_>>>()?;
     let isa = Isa::detect();
-    let dz = low_rank_output_gradients(&dys, m, parts, rank)?;
+    let (dz, lefts) = if linear_bf16::applies(k, parts) {
+        let (dz, lefts) = rounded_gradients(&dys, m, parts, rank)?;
+        (dz, Some(lefts))
+    } else {
+        (low_rank_output_gradients(&dys, m, parts, rank)?, None)
+    };
 
     let input = match wanted {
-        InputGradient::Wanted => Some(tensor(input_gradient(&dys, &dz, m, k, parts, rank)?, (m, k))?),
+        InputGradient::Wanted => Some(tensor(input_gradient(&dys, &dz, m, k, parts, rank, lefts.as_deref())?, (m, k))?),
         InputGradient::Unused => None,
     };
 
@@ -361,6 +388,35 @@ pub fn backward(
     Ok(Gradients { input, lora })
 }
 
+/// dz (m, rank) = s_p dy_p B_p, side by side, and each dy_p rounded with its own part of dz.
+fn rounded_gradients(
+    dys: &[super::cpu::View<'_>],
+    m: usize,
+    parts: &[Part<'_>],
+    rank: usize,
+) -> Result<(Vec<f32>, Vec<Left>)> {
+    let mut dz = vec![0f32; m * rank];
+    let (mut lefts, mut offset) = (Vec::with_capacity(parts.len()), 0);
+    for (part, dy) in parts.iter().zip(dys) {
+        let (n, r) = (part.weight.rows(), part.rank());
+        let mut factor = vec![0f32; r * n];
+        if let Some(l) = part.lora {
+            for (j, row) in view(l.b)?.chunks_exact(r).enumerate() {
+                for (i, &v) in row.iter().enumerate() {
+                    factor[i * n + j] = v * l.scale as f32;
+                }
+            }
+        }
+        let (left, own) = Left::of(dy, m, n, &factor, r);
+        for (all, own) in dz.chunks_exact_mut(rank.max(1)).zip(own.chunks_exact(r.max(1))) {
+            all[offset..offset + r].copy_from_slice(own);
+        }
+        lefts.push(left);
+        offset += r;
+    }
+    Ok((dz, lefts))
+}
+
 /// dz (m, rank) = s_p dy_p B_p, side by side.
 fn low_rank_output_gradients(
     dys: &[super::cpu::View<'_>],
@@ -397,6 +453,7 @@ fn input_gradient(
     k: usize,
     parts: &[Part<'_>],
     rank: usize,
+    lefts: Option<&[Left]>,
 ) -> Result<Vec<f32>> {
     let mut dx = Buffer::new(m * k);
     let out = dx.out();
@@ -412,6 +469,12 @@ fn input_gradient(
             for (p, part) in parts.iter().enumerate() {
                 let (n, r) = (part.weight.rows(), part.rank());
                 let into = if p == 0 { Into::Fresh } else { Into::Add };
+                if let Some(lefts) = lefts {
+                    let a = a[p].as_ref().map(|a| (&a[..], r));
+                    // SAFETY: columns j0..j0+width of dx belong to this group.
+                    unsafe { lefts[p].inputs(part.weight, 0..n, a, (j0, width), (out.at(j0), k), into) };
+                    continue;
+                }
                 // Copied even where it is f32 in place: a stride of a row of W takes a page of the file at every term.
                 with_scratch(n * width, |panel| {
                     columns(part.weight, j0..j0 + width, panel);

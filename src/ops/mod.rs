@@ -6,13 +6,16 @@
 
 pub mod activation;
 pub mod attention;
+pub mod bf16;
 pub mod columns;
 pub mod cpu;
 pub mod head;
 pub mod linear;
+mod linear_bf16;
 pub mod norm;
 pub mod pack;
 pub mod pool;
+pub mod quantise;
 pub mod rope;
 mod stored;
 pub mod tile;

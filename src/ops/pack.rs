@@ -22,6 +22,14 @@ pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     result
 }
 
+/// Lends a buffer of `len` words at a multiple of 64 bytes, as [`with_scratch`] does.
+pub fn with_words<R>(len: usize, f: impl FnOnce(&mut [u32]) -> R) -> R {
+    with_scratch(len + 16, |buffer| {
+        let from = buffer.as_ptr().align_offset(64).min(16);
+        f(super::bf16::as_words(&mut buffer[from..from + len]))
+    })
+}
+
 /// `rows` of a (n, k) matrix as the columns of a panel: `panel[j * NR + i]` = W(rows.start + i, j), for at most NR
 /// rows; panel is k * NR long, columns past the last row are zero.
 pub fn rows_as_columns(weight: &Weight, rows: Range<usize>, panel: &mut [f32]) {

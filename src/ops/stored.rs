@@ -1,4 +1,4 @@
-//! The storage types, and how each becomes f32, exactly: the only code that knows what the blocks hold. Source: ggml's
+//! The storage types, and how each becomes f32, exactly; with quantise.rs the only code that knows what the blocks hold. Source: ggml's
 //! `dequantize_row_*`. Knows no matrix. Read pack.rs next.
 
 use candle_core::quantized::k_quants::{
@@ -25,6 +25,8 @@ pub enum StoredType {
     Q4K,
     Q5K,
     Q6K,
+    /// QLoRA's 4-bit normal float, in memory only: no file holds it.
+    NF4,
 }
 
 impl StoredType {
@@ -43,6 +45,7 @@ impl StoredType {
             Self::Q4K => (256, 144),
             Self::Q5K => (256, 176),
             Self::Q6K => (256, 210),
+            Self::NF4 => (64, 36),
         }
     }
 
@@ -82,7 +85,29 @@ impl StoredType {
             Self::Q4K => "q4_k",
             Self::Q5K => "q5_k",
             Self::Q6K => "q6_k",
+            Self::NF4 => "nf4",
         }
+    }
+
+    /// The number of this type in a GGUF tensor table; `None` for the one that no file holds.
+    pub fn to_ggml(self) -> Option<u32> {
+        (0..=30).find(|&id| Self::from_ggml(id) == Some(self))
+    }
+
+    /// Whether the numbers are stored one by one.
+    pub const fn is_dense(self) -> bool {
+        self.block().0 == 1
+    }
+
+    /// This type, or where rows of `cols` numbers are no whole blocks of it, the one that llama.cpp takes in its place
+    /// (`llama_tensor_get_type`: q4_k -> q5_0, q6_k -> q8_0); `None` where that does not fit either.
+    pub fn for_width(self, cols: usize) -> Option<Self> {
+        let smaller = match self {
+            Self::Q4K | Self::NF4 => Self::Q5_0,
+            Self::Q6K => Self::Q8_0,
+            other => other,
+        };
+        [self, smaller].into_iter().find(|t| cols.is_multiple_of(t.block().0))
     }
 
     /// Bytes of `values` numbers, or `None` where they are no whole number of blocks or overflow.
@@ -108,6 +133,7 @@ pub(super) fn unpack(dtype: StoredType, bytes: &[u8], out: &mut [f32]) {
         StoredType::Q4K => blocks::<BlockQ4K>(bytes, out),
         StoredType::Q5K => blocks::<BlockQ5K>(bytes, out),
         StoredType::Q6K => blocks::<BlockQ6K>(bytes, out),
+        StoredType::NF4 => nf4(bytes, out),
     }
 }
 
@@ -131,6 +157,39 @@ vectorised! {
     fn bf16s(bytes: &[u8], out: &mut [f32]) {
         for (o, b) in out.iter_mut().zip(bytes.as_chunks::<2>().0) {
             *o = f32::from_bits(u32::from(u16::from_le_bytes(*b)) << 16);
+        }
+    }
+}
+
+/// The values of NF4: sixteen quantiles of a normal distribution, 0 among them. Source: bitsandbytes
+/// `create_normal_map`, QLoRA appendix E.
+pub(super) const NF4_VALUES: [f32; 16] = [
+    -1.0,
+    -0.696_192_8,
+    -0.525_073_05,
+    -0.394_917_5,
+    -0.284_441_38,
+    -0.184_773_43,
+    -0.091_050_036,
+    0.0,
+    0.079_580_3,
+    0.160_930_2,
+    0.246_112_3,
+    0.337_915_24,
+    0.440_709_83,
+    0.562_617,
+    0.722_956_84,
+    1.0,
+];
+
+vectorised! {
+    fn nf4(bytes: &[u8], out: &mut [f32]) {
+        for (o, b) in out.as_chunks_mut::<64>().0.iter_mut().zip(bytes.as_chunks::<36>().0) {
+            let top = f32::from_le_bytes([b[0], b[1], b[2], b[3]]);
+            for i in 0..32 {
+                o[i] = NF4_VALUES[usize::from(b[4 + i] & 15)] * top;
+                o[32 + i] = NF4_VALUES[usize::from(b[4 + i] >> 4)] * top;
+            }
         }
     }
 }

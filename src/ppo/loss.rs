@@ -3,6 +3,7 @@
 //! divided by a normaliser that the caller names, so that micro-batches add up to their minibatch's loss exactly.
 
 use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 
 /// What the actor's loss reads: each (N,), over all response tokens of a micro-batch.
 #[derive(Clone, Copy, Debug)]
@@ -57,7 +58,7 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, clip: f64, normaliser: f64) -> Resu
 }
 
 /// Sums behind the actor's numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PolicyStats {
     tokens: u64,
     clipped: u64,
@@ -148,7 +149,7 @@ pub fn value_loss(tokens: ValueTokens<'_>, clip: f64, normaliser: f64) -> Result
 }
 
 /// Sums behind the critic's numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ValueStats {
     tokens: u64,
     clipped: u64,

@@ -1,12 +1,18 @@
-//! PPO. The loop is in train, its first half in rollout; the mathematics is in rewards, kl, gae and loss: functions of
-//! numbers that know no model.
+//! PPO. The loop is in train, all that changes in state; a rollout becomes experience, experience becomes updates. The
+//! mathematics is in rewards, kl, gae, control and loss: functions of numbers that know no model.
 
+pub mod average;
+pub mod control;
+pub mod experience;
+pub mod figures;
 pub mod gae;
 pub mod kl;
 pub mod loss;
 pub mod rewards;
 pub mod rollout;
+pub mod state;
 pub mod train;
+pub mod update;
 
 #[cfg(test)]
 mod golden {

@@ -1,17 +1,20 @@
-//! One rollout: the actor answers, then reference, critic and reward model read what it wrote. Four roles, all of them
-//! views, all borrowed. Knows no reward shaping; read rewards.rs next.
+//! One rollout: the actor answers, then reference, critic and reward source read what it wrote. The roles are views, all
+//! borrowed. Knows no reward shaping; read rewards.rs next.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
+use serde::{Deserialize, Serialize};
 
+use super::train::Task;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
+use crate::reward::source::{Answers, RewardSource};
 
 /// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
 const SCORING_TOKENS: usize = 2048;
 
 /// What the four roles said of each of B sequences. Per-token vectors are as long as the response.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
     /// (B) prompt ids.
     pub prompts: Vec<Vec<u32>>,
@@ -21,7 +24,7 @@ pub struct Rollout {
     pub reference_logprobs: Vec<Vec<f32>>,
     /// (B, R) the critic's values: of the state before each token.
     pub values: Vec<Vec<f32>>,
-    /// (B) the reward model's score at the last token.
+    /// (B) the reward source's scores.
     pub scores: Vec<f32>,
 }
 
@@ -61,17 +64,18 @@ pub struct Readers<'w> {
     pub reference: Policy<'w>,
     /// Values of states.
     pub critic: Scorer<'w>,
-    /// Scores of whole sequences.
-    pub reward: Scorer<'w>,
+    /// Scores of whole answers.
+    pub source: &'w dyn RewardSource,
 }
 
-/// Answers `prompts` with the actor and has the others read. `seeds` (B): one a sequence.
+/// Answers `prompts`, which are some of the task's, with the actor and has the others read. `seeds` (B): one a sequence.
 ///
 /// # Errors
-/// Those of generation and of the views.
+/// Those of generation, of the views and of the reward source.
 pub fn collect(
     actor: Policy<'_>,
     readers: Readers<'_>,
+    task: &Task<'_>,
     prompts: Vec<Vec<u32>>,
     seeds: &[u64],
     sampling: &Sampling,
@@ -85,7 +89,6 @@ pub fn collect(
         let (batch, targets) = rollout.batch(&rows)?;
         let reference = readers.reference.logprobs(&batch, &targets, temperature)?.logprobs;
         let values = readers.critic.values(&batch, &targets.rows)?;
-        rollout.scores.extend(readers.reward.scores(&batch)?);
         let mut at = 0;
         for &i in &rows {
             let next = at + rollout.responses[i].tokens.len();
@@ -94,5 +97,9 @@ pub fn collect(
             at = next;
         }
     }
+    let answers = Answers { prompts: &rollout.prompts, responses: &rollout.responses, decode: task.decode };
+    rollout.scores = readers.source.scores(&answers)?;
+    let (scores, asked) = (rollout.scores.len(), rollout.prompts.len());
+    ensure!(scores == asked, "the reward source gave {scores} scores for {asked} answers");
     Ok(rollout)
 }

@@ -23,6 +23,7 @@ use crate::model::roles::{Policy, Scorer};
 use crate::model::tokenizer::{SpecialTokens, Tokenizer};
 use crate::ppo::train as ppo;
 use crate::report::Report;
+use crate::reward::source::RewardModel;
 use crate::rng::derive;
 use crate::run::{Model, prepare_output};
 use crate::train::settings;
@@ -43,7 +44,7 @@ pub fn config(seed: u64) -> Config {
     Config {
         seed,
         output_dir: None,
-        base: config::Base { path: "embedded".into() },
+        base: config::Base { path: "embedded".into(), quantize: None, compute_dtype: config::ComputeDtype::F32 },
         reward_base: None,
         lora: config::Lora::default(),
         data: None,
@@ -60,6 +61,8 @@ pub fn config(seed: u64) -> Config {
             weight_decay: 0.01,
             ..config::Reward::default()
         }),
+        dpo: None,
+        kto: None,
         ppo: Some(config::Ppo {
             learning_rate: 2e-3,
             total_episodes: 40 * 64,
@@ -130,9 +133,11 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let ppo_config = config.ppo()?;
     let questions = prompts(seed, ppo_config.total_episodes, Split::Train);
     let questions = questions.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
-    let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: &reward_adapter };
+    let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: Some(&reward_adapter) };
+    let source = RewardModel(Scorer::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let trained = ppo::train(start, &questions, tokenizer.eos_ids(), ppo_config, seed, &decode, &mut report)?;
+    let task = ppo::Task { start, prompts: &questions, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
+    let trained = ppo::train(task, ppo_config, seed, &mut report)?;
     save(&model, &trained.actor, &out.join("actor"))?;
     save(&model, &trained.critic, &out.join("critic"))?;
     clock("ppo", &mut lap);
@@ -150,7 +155,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     // 7. The verdict: the gold rule on held-out questions, sampled as in training.
     let judge = |adapter: &Adapter| {
         let sampling = ppo::sampling(ppo_config, tokenizer.eos_ids());
-        answers(&model, adapter, start, &held, &asked, &sampling, seed)
+        answers(&model, adapter, [&sft_adapter, &reward_adapter], &held, &asked, &sampling, seed)
     };
     let (before, after) = (judge(&sft_adapter)?, judge(&trained.actor)?);
     clock("judge", &mut lap);
@@ -230,15 +235,15 @@ fn save(model: &Model, adapter: &Adapter, path: &Path) -> Result<()> {
 fn answers(
     model: &Model,
     adapter: &Adapter,
-    start: ppo::Start<'_>,
+    [sft, reward]: [&Adapter; 2],
     held: &[Row],
     asked: &[Vec<u32>],
     sampling: &Sampling,
     seed: u64,
 ) -> Result<Answers> {
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
-    let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(start.sft)));
-    let reward = Scorer::new(base, start.reward)?;
+    let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
+    let reward = Scorer::new(base, reward)?;
     let mut found = Answers::default();
     for (chunk, (rows, ids)) in held.chunks(BATCH).zip(asked.chunks(BATCH)).enumerate() {
         let first = (chunk * BATCH) as u64;

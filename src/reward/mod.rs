@@ -1,4 +1,6 @@
-//! The reward model: its losses, and the stage that trains an adapter with a scalar head by them.
+//! The reward model: its losses, the stage that trains an adapter with a scalar head by them, and where PPO's scores come
+//! from.
 
 pub mod loss;
+pub mod source;
 pub mod train;

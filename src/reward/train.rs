@@ -1,10 +1,14 @@
 //! The reward model's training: ranked answers, all their pairs from one forward of K sequences, an adapter with a scalar
 //! head. Knows no file. Read loss.rs for the formulas.
 
+use std::borrow::Cow;
+
 use anyhow::Result;
 
 use super::loss::{Scored, divergence_to_end, ranked};
 use crate::config::{Reward, RewardLoss};
+use crate::data::examples::{Examples, chunks, pick};
+use crate::data::order::{Cursor, Plan};
 use crate::data::phases::RankedExample;
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients, ScoreHead};
@@ -12,7 +16,7 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::roles::Scorer;
 use crate::report::{Figures, Report, number};
-use crate::rng::{SplitMix64, derive};
+use crate::rng::derive;
 use crate::train::learner::Learner;
 use crate::train::settings;
 
@@ -54,8 +58,8 @@ pub struct Summary {
 pub fn train(
     base: &Base,
     start: &Adapter,
-    examples: &[RankedExample],
-    held_out: &[RankedExample],
+    examples: &(impl Examples<RankedExample> + ?Sized),
+    held_out: &(impl Examples<RankedExample> + ?Sized),
     config: &Reward,
     seed: u64,
     report: &mut Report,
@@ -68,11 +72,12 @@ pub fn train(
         None => start.clone().with_head(derive(seed, &[settings::HEAD]))?,
     };
     let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_reward(config), config.max_grad_norm)?;
-    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
+    let accumulate = config.gradient_accumulation_steps;
+    let plan = Plan { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
+    let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    let checkpoint = settings::checkpoint(config.checkpoint, base, settings::largest_batch(batch, examples));
     report.stage("reward", steps);
     let before = evaluate(base, learner.weights().view(), held_out)?;
     report.note(&match held_out.len() {
@@ -80,50 +85,48 @@ pub fn train(
         _ => format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy),
     });
     let (mut step, mut tokens) = (0, 0);
-    for epoch in 0..config.num_train_epochs {
-        let path = [settings::REWARD_ORDER, epoch as u64];
-        let order = SplitMix64::new(derive(seed, &path)).permutation(examples.len());
-        for rows in order.chunks(per_step) {
-            let mut grads = Gradients::none(base.shapes().layers);
-            let mut sums = StepSums::default();
-            for micro in rows.chunks(config.per_device_train_batch_size) {
-                let micro: Vec<&RankedExample> = micro.iter().map(|&i| &examples[i]).collect();
-                let batch = pack(&micro)?;
-                tokens += batch.tokens().len();
-                let scorer = Scorer::new(base, learner.weights().view())?;
-                let weight = 1.0 / rows.len() as f64;
-                let rows = match config.loss {
-                    RewardLoss::LastToken => batch.last_rows(),
-                    RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
-                };
-                let (_, g) = scorer.gradients(&batch, &rows, checkpoint, |scores| match config.loss {
-                    RewardLoss::LastToken => last_token(&micro, scores, weight, &mut sums),
-                    RewardLoss::DivergenceToEnd => divergence(&micro, &batch, scores, weight, &mut sums),
-                })?;
-                grads.add(g)?;
+    let mut order = plan.from(examples, Cursor::default(), config.num_train_epochs);
+    while let Some(rows) = order.next_step() {
+        let weight = 1.0 / rows.len() as f64;
+        let mut grads = Gradients::none(base.shapes().layers);
+        let mut sums = StepSums::default();
+        for rows in &rows.batches {
+            let micro = pick(examples, rows.iter().copied())?;
+            let batch = pack(&micro)?;
+            tokens += batch.tokens().len();
+            let scorer = Scorer::new(base, learner.weights().view())?;
+            let rows = match config.loss {
+                RewardLoss::LastToken => batch.last_rows(),
+                RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
+            };
+            let (_, g) = scorer.gradients(&batch, &rows, checkpoint, |scores| match config.loss {
+                RewardLoss::LastToken => last_token(&micro, scores, weight, &mut sums),
+                RewardLoss::DivergenceToEnd => divergence(&micro, &batch, scores, weight, &mut sums),
+            })?;
+            grads.add(g)?;
+        }
+        let lr = schedule.lr_at(step, steps);
+        let grad_norm = learner.step(grads, lr)?;
+        step += 1;
+        if step % config.logging_steps.max(1) == 0 || step == steps {
+            let mut figures = Figures::new();
+            figures.insert("loss".into(), number(sums.loss));
+            figures.insert("accuracy".into(), number(sums.right as f64 / sums.pairs as f64));
+            figures.insert("grad_norm".into(), number(grad_norm));
+            figures.insert("lr".into(), number(lr));
+            figures.insert("tokens".into(), tokens.into());
+            if config.eval_steps > 0 && step % config.eval_steps == 0 {
+                let eval = evaluate(base, learner.weights().view(), held_out)?;
+                figures.insert("eval_accuracy".into(), number(eval.accuracy));
             }
-            let lr = schedule.lr_at(step, steps);
-            let grad_norm = learner.step(grads, lr)?;
-            step += 1;
-            if step % config.logging_steps.max(1) == 0 || step == steps {
-                let mut figures = Figures::new();
-                figures.insert("loss".into(), number(sums.loss));
-                figures.insert("accuracy".into(), number(sums.right as f64 / sums.pairs as f64));
-                figures.insert("grad_norm".into(), number(grad_norm));
-                figures.insert("lr".into(), number(lr));
-                figures.insert("tokens".into(), tokens.into());
-                if config.eval_steps > 0 && step % config.eval_steps == 0 {
-                    let eval = evaluate(base, learner.weights().view(), held_out)?;
-                    figures.insert("eval_accuracy".into(), number(eval.accuracy));
-                }
-                report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
-            }
+            report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
         }
     }
     let mut trained = learner.weights().snapshot();
     if config.center {
-        let some = &examples[..examples.len().min(CENTER_ON)];
-        trained = centered(base, trained, some)?;
+        let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
+        let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
+        trained = centered(base, trained, &some)?;
     }
     let after = evaluate(base, &trained, held_out)?;
     report.done();
@@ -136,12 +139,8 @@ pub fn train(
     Ok((trained, Summary { before, after, steps, tokens }))
 }
 
-fn tokens_in(example: &RankedExample) -> usize {
-    example.answers.iter().map(|a| example.prompt.len() + a.len()).sum()
-}
-
 /// All answers of all examples, each after its prompt: best first within an example.
-fn pack(examples: &[&RankedExample]) -> Result<Batch> {
+fn pack(examples: &[Cow<'_, RankedExample>]) -> Result<Batch> {
     let sequences: Vec<Vec<u32>> =
         examples.iter().flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
     Batch::new(&sequences)
@@ -156,7 +155,12 @@ struct StepSums {
 }
 
 /// dL/dscore at the last tokens; `weight` divides by the examples of the step.
-fn last_token(examples: &[&RankedExample], scores: &[f32], weight: f64, sums: &mut StepSums) -> Result<Vec<f32>> {
+fn last_token(
+    examples: &[Cow<'_, RankedExample>],
+    scores: &[f32],
+    weight: f64,
+    sums: &mut StepSums,
+) -> Result<Vec<f32>> {
     let mut grads = Vec::with_capacity(scores.len());
     let mut at = 0;
     for example in examples {
@@ -173,7 +177,7 @@ fn last_token(examples: &[&RankedExample], scores: &[f32], weight: f64, sums: &m
 
 /// dL/dscore at every token, the mean over an example's pairs.
 fn divergence(
-    examples: &[&RankedExample],
+    examples: &[Cow<'_, RankedExample>],
     batch: &Batch,
     scores: &[f32],
     weight: f64,
@@ -209,11 +213,15 @@ fn divergence(
 ///
 /// # Errors
 /// If the adapter is another base's or has no head, or a sequence is longer than the context.
-pub fn scores(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Result<Vec<Vec<f32>>> {
+pub fn scores(
+    base: &Base,
+    adapter: &Adapter,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+) -> Result<Vec<Vec<f32>>> {
     let scorer = Scorer::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
-    for some in examples.chunks(EVAL_BATCH) {
-        let some: Vec<&RankedExample> = some.iter().collect();
+    for rows in chunks(examples.len(), EVAL_BATCH) {
+        let some = pick(examples, rows)?;
         let scores = scorer.scores(&pack(&some)?)?;
         let mut at = 0;
         for example in some {
@@ -228,7 +236,11 @@ pub fn scores(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Res
 ///
 /// # Errors
 /// As for [`scores`].
-pub fn evaluate(base: &Base, adapter: &Adapter, examples: &[RankedExample]) -> Result<Evaluation> {
+pub fn evaluate(
+    base: &Base,
+    adapter: &Adapter,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+) -> Result<Evaluation> {
     summarise(&scores(base, adapter, examples)?)
 }
 

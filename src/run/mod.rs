@@ -1,7 +1,8 @@
 //! A stage from its config file to its finished folder: opens the bases, reads the data, trains, saves. The only place
 //! where configuration, data, model and stages meet. One file a stage here; read sft.rs first, then the stages
-//! themselves: ../sft.rs, ../reward/train.rs, ../ppo/train.rs.
+//! themselves: ../sft.rs, ../reward/train.rs, ../dpo/, ../ppo/train.rs.
 
+mod dpo;
 mod model;
 mod output;
 mod ppo;
@@ -34,6 +35,8 @@ pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
     let mut object = match stage {
         Stage::Sft => sft::run(config, out)?,
         Stage::Reward => reward::run(config, out)?,
+        Stage::Dpo => dpo::run(config, out)?,
+        Stage::Kto => dpo::run_kto(config, out)?,
         Stage::Ppo => ppo::run(config, out)?,
     };
     if let Some(object) = object.as_object_mut() {

@@ -12,6 +12,7 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
 use crate::ops::cpu;
+use crate::ops::weight::Compute;
 use crate::rng::derive;
 use crate::train::settings;
 
@@ -30,6 +31,21 @@ impl Model {
     /// If it is no model that can be used; the message names file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
         Self::of(Checkpoint::open(path)?)
+    }
+
+    /// Opens what `[base]` or `[reward_base]` names, as it says.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of_section(base: &config::Base) -> Result<Self> {
+        let model = Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))?;
+        Ok(model.computing_in(base.compute_dtype.compute()))
+    }
+
+    /// The same model, its products with frozen matrices computed in `compute`.
+    #[must_use]
+    pub fn computing_in(self, compute: Compute) -> Self {
+        Self { base: self.base.computing_in(compute), ..self }
     }
 
     /// Over an opened checkpoint.

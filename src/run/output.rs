@@ -30,7 +30,7 @@ pub fn check_output(out: &Path, by: &str) -> Result<()> {
     if first == mark(by) {
         return Ok(());
     }
-    let other = ["sft", "reward", "ppo", "quickstart"].into_iter().find(|other| first == mark(other));
+    let other = ["sft", "reward", "dpo", "kto", "ppo", "quickstart"].into_iter().find(|other| first == mark(other));
     Err(match other {
         Some(other) => invalid!("{} holds a run of `fourfold {other}`; name another folder with --out", out.display()),
         None => {

@@ -10,20 +10,20 @@ use crate::config::{self, Config};
 use crate::data::ModelEncoder;
 use crate::data::phases::{PromptExample, prompt_examples};
 use crate::model::adapter::Adapter;
-use crate::model::batch::Batch;
 use crate::model::generate::generate;
 use crate::model::roles::{Policy, Scorer};
 use crate::report::{Report, number};
+use crate::reward::source::{Answers, RewardModel, RewardSource};
 use crate::rng::derive;
 use crate::train::settings;
 use crate::{invalid, ppo};
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.ppo()?;
-    let model = Model::open(&config.base.path)?;
-    // One base serves all four roles where both configs name the same files.
+    let model = Model::of_section(&config.base)?;
+    // One base serves all four roles where both sections name the same files, opened alike.
     let other = match &config.reward_base {
-        Some(base) if base.path != config.base.path => Some(Model::open(&base.path)?),
+        Some(base) if *base != config.base => Some(Model::of_section(base)?),
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
@@ -36,8 +36,8 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let reward = scorer.adapter(&settings.reward_adapter).context("[ppo] reward_adapter")?;
-    let start = ppo::train::Start { base: &model.base, reward_base: &scorer.base, sft: &sft, reward: &reward };
-    Scorer::new(start.reward_base, start.reward)
+    let start = ppo::train::Start { base: &model.base, reward_base: &scorer.base, sft: &sft, reward: Some(&reward) };
+    let reward = Scorer::new(&scorer.base, &reward)
         .with_context(|| format!("[ppo] reward_adapter = {}", settings.reward_adapter.display()))?;
     let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
     let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
@@ -47,11 +47,15 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let mut report = Report::to_dir(out)?;
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let evaluation = Evaluation { start, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
+    let source = RewardModel(reward);
+    let task = ppo::train::Task { start, prompts: &ids, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
+    let evaluation =
+        Evaluation { start, source: &source, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
     let before = evaluation.run("before", &sft, &decode, &mut report)?;
-    let trained = ppo::train::train(start, &ids, tokenizer.eos_ids(), settings, config.seed, &decode, &mut report)?;
+    let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
     let critic = save(trained.critic, scorer, &out.join("critic"))?;
+    let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
     let after = evaluation.run("after", &trained.actor, &decode, &mut report)?;
     let gain: Vec<f64> = after.iter().zip(&before).map(|(a, b)| a - b).collect();
     let last = trained.last;
@@ -66,6 +70,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         "last": last,
         "actor": actor,
         "critic": critic,
+        "actor_ema": ema,
     }))
 }
 
@@ -88,6 +93,7 @@ fn check_same_tokens(policy: &Model, scorer: &Model) -> Result<()> {
 /// Held-out prompts, answered by sampling and scored by the learned reward.
 struct Evaluation<'w> {
     start: ppo::train::Start<'w>,
+    source: &'w dyn RewardSource,
     prompts: &'w [PromptExample],
     stop: &'w [u32],
     settings: &'w config::Ppo,
@@ -105,17 +111,14 @@ impl Evaluation<'_> {
     ) -> Result<Vec<f64>> {
         let sampling = ppo::train::sampling(self.settings, self.stop);
         let policy = Policy::new(self.start.base, Some(adapter));
-        let scorer = Scorer::new(self.start.reward_base, self.start.reward)?;
         let mut scores: Vec<f64> = vec![];
         for some in self.prompts.chunks(self.settings.batch_size) {
             let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
             let numbers = scores.len() as u64..(scores.len() + ids.len()) as u64;
             let seeds: Vec<u64> = numbers.map(|i| derive(self.seed, &[settings::EVALUATION, i])).collect();
             let responses = generate(policy, &ids, &seeds, &sampling, |_, _| {})?;
-            let sequences: Vec<Vec<u32>> =
-                ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
-            for ((prompt, response), score) in some.iter().zip(&responses).zip(scorer.scores(&Batch::new(&sequences)?)?)
-            {
+            let answers = Answers { prompts: &ids, responses: &responses, decode };
+            for ((prompt, response), score) in some.iter().zip(&responses).zip(self.source.scores(&answers)?) {
                 report.sample(&json!({
                     "evaluation": when,
                     "prompt": prompt.text,

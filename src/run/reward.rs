@@ -14,7 +14,7 @@ use crate::reward;
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.reward();
-    let model = Model::open(&config.reward_base().path)?;
+    let model = Model::of_section(config.reward_base())?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
     let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);

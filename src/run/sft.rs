@@ -14,7 +14,7 @@ use crate::sft;
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.sft();
-    let model = Model::open(&config.base.path)?;
+    let model = Model::of_section(&config.base)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = sft_examples(&records(config)?, &encoder, config.data()?, settings.completion_only_loss)?;
     check_context(&model, examples.0.iter().map(|e| e.tokens.len()))?;

@@ -3,6 +3,8 @@
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config::{self, LrScheduler};
+use crate::data::examples::{Example, Examples};
+use crate::data::order::BatchSize;
 use crate::model::base::Base;
 use crate::model::block::Checkpointing;
 
@@ -22,6 +24,10 @@ pub const MINIBATCH_ORDER: u64 = 6;
 pub const EVALUATION: u64 = 7;
 /// The fresh score head.
 pub const HEAD: u64 = 8;
+/// The order of DPO's comparisons.
+pub const DPO_ORDER: u64 = 21;
+/// The order of KTO's answers.
+pub const KTO_ORDER: u64 = 22;
 
 macro_rules! adamw {
     ($config:expr) => {
@@ -44,6 +50,16 @@ pub fn adamw_of_reward(config: &config::Reward) -> AdamWConfig {
     adamw!(config)
 }
 
+/// `[dpo]`'s.
+pub fn adamw_of_dpo(config: &config::Dpo) -> AdamWConfig {
+    adamw!(config)
+}
+
+/// `[kto]`'s.
+pub fn adamw_of_kto(config: &config::Kto) -> AdamWConfig {
+    adamw!(config)
+}
+
 /// `[ppo]`'s, for actor and critic alike.
 pub fn adamw_of_ppo(config: &config::Ppo) -> AdamWConfig {
     adamw!(config)
@@ -57,6 +73,20 @@ pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
         LrScheduler::Constant => Decay::Constant,
     };
     Schedule { lr, warmup_steps, decay }
+}
+
+/// The cut of a batch: by tokens where a budget is given.
+pub fn batch_size(examples: usize, max_tokens: Option<usize>) -> BatchSize {
+    max_tokens.map_or(BatchSize::Examples(examples), BatchSize::Tokens)
+}
+
+/// Tokens that a batch of these examples has at most.
+pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
+    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
+    match batch {
+        BatchSize::Examples(count) => longest * count,
+        BatchSize::Tokens(most) => longest.max(most),
+    }
 }
 
 /// What blocks keep: as asked, or by memory: activations where they take at most half of what the machine has free.

@@ -13,7 +13,7 @@ use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::roles::Scorer;
-use fourfold::ppo::train::{Start, Trained};
+use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::{ppo, sft};
@@ -34,7 +34,7 @@ fn reference_is_unchanged_after_ten_ppo_steps() {
         (bytes_of(&model.base), bits(&sft), bits(&rm), reference, to_bits(&score(&rm)))
     };
     let before = look();
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let trained = run_ppo(start, &model, &ppo_config(), 1, &mut Report::silent());
     let after = look();
     assert!(before.0 == after.0, "the base's bytes");
@@ -70,7 +70,7 @@ fn first_minibatch_ratio_is_one_and_first_kl_is_zero_with_an_unmerged_sft_adapte
     // Were the reference the bare base, the first KL would be far from zero.
     let apart = mean_difference(&logprobs(&model.base, Some(&sft), &fixed), &logprobs(&model.base, None, &fixed));
     assert!(apart > 0.05, "the SFT adapter does too little to prove anything: {apart}");
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     for temperature in [1.0, 0.7] {
         let dir = tempfile::tempdir().unwrap();
         let config = Ppo { temperature, ..ppo_config() };
@@ -95,7 +95,10 @@ fn told_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64) -> (Vec<Va
     let decode = |ids: &[u32]| serde_json::to_string(ids).unwrap();
     let mut report = Report::to_dir(dir.path()).unwrap();
     let stop = model.checkpoint.tokenizer().eos_ids();
-    let trained = ppo::train::train(start, &questions(model, 24), stop, &config, seed, &decode, &mut report).unwrap();
+    let prompts = questions(model, 24);
+    let source = source_of(start);
+    let task = Task { start, prompts: &prompts, stop, source: &source, decode: &decode };
+    let trained = ppo::train::train(task, &config, seed, &mut report).unwrap();
     let text = fs::read_to_string(dir.path().join("samples.jsonl")).unwrap();
     (metrics(dir.path()), text.lines().map(|l| serde_json::from_str::<Told>(l).unwrap().into()).collect(), trained)
 }
@@ -130,7 +133,7 @@ fn the_frozen_reward_model_scores_every_rollout_and_the_kl_is_from_the_newest_ac
     let model = model();
     let sft = sft_adapter(&model, 11, &mut Report::silent());
     let rm = reward_adapter(&model, &sft, 11, &mut Report::silent());
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     // Two iterations of a constant rate: the first is a run of its own, whose actor answers in the second.
     let config = Ppo { lr_scheduler_type: LrScheduler::Constant, total_episodes: 16, ..ppo_config() };
     let (lines, samples, _) = told_ppo(start, &model, &config, 11);
@@ -165,7 +168,7 @@ fn with_one_step_an_iteration_old_values_and_logprobs_are_the_current_ones_so_no
     let model = model();
     let sft = sft_adapter(&model, 12, &mut Report::silent());
     let rm = reward_adapter(&model, &sft, 12, &mut Report::silent());
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     // Far above rounding, far below a step.
     let tight = Ppo { num_mini_batches: 1, cliprange: 1e-4, cliprange_value: 1e-4, ..ppo_config() };
     let (lines, _, _) = told_ppo(start, &model, &tight, 12);
@@ -183,7 +186,7 @@ fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
     let model = model();
     let sft = sft_adapter(&model, 13, &mut Report::silent());
     let rm = reward_adapter(&model, &sft, 13, &mut Report::silent());
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let run = |config: Ppo| told_ppo(start, &model, &config, 13);
     let (lines, _, trained) = run(Ppo { checkpoint: Checkpoint::None, ..ppo_config() });
     let (block_lines, _, block) = run(Ppo { checkpoint: Checkpoint::Block, ..ppo_config() });
@@ -205,7 +208,7 @@ fn critic_and_reward_model_over_a_second_base_of_the_same_files_do_exactly_as_ov
     let rm = reward_adapter(&second, &sft, 7, &mut Report::silent());
     let run = |reward_base: &Base| {
         let dir = tempfile::tempdir().unwrap();
-        let start = Start { base: &shared.base, reward_base, sft: &sft, reward: &rm };
+        let start = Start { base: &shared.base, reward_base, sft: &sft, reward: Some(&rm) };
         let trained = run_ppo(start, &shared, &ppo_config(), 7, &mut Report::to_dir(dir.path()).unwrap());
         (bits(&trained.actor), bits(&trained.critic), fs::read(dir.path().join("metrics.jsonl")).unwrap())
     };
@@ -221,7 +224,7 @@ fn critic_and_reward_model_train_over_a_second_base_of_another_depth() {
     let before = (bytes_of(&policy.base), bytes_of(&other.base), bits(&rm));
     let run = |reward_base: &Base, reward: &Adapter| {
         let dir = tempfile::tempdir().unwrap();
-        let start = Start { base: &policy.base, reward_base, sft: &sft, reward };
+        let start = Start { base: &policy.base, reward_base, sft: &sft, reward: Some(reward) };
         let trained = run_ppo(start, &policy, &ppo_config(), 8, &mut Report::to_dir(dir.path()).unwrap());
         (trained, metrics(dir.path()))
     };
@@ -253,7 +256,7 @@ fn an_adapter_of_some_maps_of_some_blocks_trains_through_all_stages_and_nowhere_
     let examples = sft_examples(&model, 16);
     let (sft, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), 10, &mut Report::silent()).unwrap();
     let rm = reward_adapter(&model, &sft, 10, &mut Report::silent());
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let trained = run_ppo(start, &model, &ppo_config(), 10, &mut Report::silent());
     let (before, actor) = (bits(&sft), bits(&trained.actor));
     assert_eq!(actor.len(), 2 * 2 * 2);

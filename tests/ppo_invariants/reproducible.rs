@@ -29,7 +29,7 @@ fn pipeline(dir: &Path, seed: u64) {
     save(&sft, "sft/adapter");
     let rm = reward_adapter(&model, &sft, seed, &mut report("reward"));
     save(&rm, "reward/adapter");
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: &rm };
+    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let trained = run_ppo(start, &model, &ppo_config(), seed, &mut report("ppo"));
     save(&trained.actor, "ppo/actor");
     save(&trained.critic, "ppo/critic");

@@ -11,12 +11,13 @@ use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::roles::Policy;
+use fourfold::model::roles::{Policy, Scorer};
 use fourfold::model::tokenizer::SpecialTokens;
-use fourfold::ppo::train::{Start, Trained};
+use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, prompts, sft_rows};
 use fourfold::report::Report;
+use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::{ppo, reward, sft};
 use serde_json::Value;
@@ -114,7 +115,14 @@ pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Re
 pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report: &mut Report) -> Trained {
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
-    ppo::train::train(start, &questions(model, 24), tokenizer.eos_ids(), config, seed, &decode, report).unwrap()
+    let (prompts, source) = (questions(model, 24), source_of(start));
+    let task = Task { start, prompts: &prompts, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
+    ppo::train::train(task, config, seed, report).unwrap()
+}
+
+/// The reward model that a run starts with, as the source of its scores.
+pub fn source_of(start: Start<'_>) -> RewardModel<'_> {
+    RewardModel(Scorer::new(start.reward_base, start.reward.unwrap()).unwrap())
 }
 
 /// Every tensor of an adapter as the bits of its numbers, the head's bias last.

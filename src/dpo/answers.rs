@@ -1,0 +1,165 @@
+//! Log-probabilities of whole answers, and what is told about them under TRL's names. Knows no loss.
+
+use anyhow::Result;
+
+use crate::model::batch::{Batch, Targets, chunks_by_tokens};
+use crate::model::roles::Policy;
+use crate::ops::head::TokenStats;
+use crate::report::{Figures, number};
+
+/// Tokens of one scoring pass.
+const SCORING_TOKENS: usize = 4096;
+
+/// An answer after its prompt.
+#[derive(Clone, Copy)]
+pub(super) struct Sequence<'e> {
+    pub prompt: &'e [u32],
+    pub answer: &'e [u32],
+}
+
+/// The sequences end to end, their answers as targets.
+pub(super) fn pack(sequences: &[Sequence<'_>]) -> Result<(Batch, Targets)> {
+    let whole: Vec<Vec<u32>> = sequences.iter().map(|s| [s.prompt, s.answer].concat()).collect();
+    let lengths: Vec<usize> = sequences.iter().map(|s| s.answer.len()).collect();
+    let batch = Batch::new(&whole)?;
+    let targets = Targets::responses(&batch, &lengths)?;
+    Ok((batch, targets))
+}
+
+/// Sums of each answer's numbers out of those of all targets of [`pack`].
+pub(super) fn sums(sequences: &[Sequence<'_>], per_token: &[f32]) -> Vec<f64> {
+    let mut rest = per_token;
+    let mut sum = |s: &Sequence<'_>| {
+        let (mine, later) = rest.split_at(s.answer.len());
+        rest = later;
+        mine.iter().map(|&x| f64::from(x)).sum()
+    };
+    sequences.iter().map(&mut sum).collect()
+}
+
+/// The derivative by each token's log-probability from those by each answer's sum.
+pub(super) fn spread(sequences: &[Sequence<'_>], by_sum: &[f64]) -> Vec<f32> {
+    let tokens = sequences.iter().zip(by_sum);
+    tokens.flat_map(|(s, &g)| std::iter::repeat_n(g as f32, s.answer.len())).collect()
+}
+
+/// log p(answer | prompt) of each, nats.
+pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) -> Result<Vec<f64>> {
+    let lengths: Vec<usize> = sequences.iter().map(|s| s.prompt.len() + s.answer.len()).collect();
+    let mut all = Vec::with_capacity(sequences.len());
+    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
+        let some: Vec<Sequence<'_>> = rows.iter().map(|&i| sequences[i]).collect();
+        let (batch, targets) = pack(&some)?;
+        all.extend(sums(&some, &policy.logprobs(&batch, &targets, 1.0)?.logprobs));
+    }
+    Ok(all)
+}
+
+/// Of one kind of answers.
+#[derive(Default)]
+struct Side {
+    count: usize,
+    rewards: f64,
+    logps: f64,
+}
+
+impl Side {
+    fn mean(&self, of: impl Fn(&Self) -> f64) -> f64 {
+        of(self) / self.count as f64
+    }
+}
+
+/// What answers add up to.
+#[derive(Default)]
+pub(super) struct Tally {
+    pub loss: f64,
+    chosen: Side,
+    rejected: Side,
+    right: usize,
+    pairs: usize,
+    tokens: usize,
+    entropy: f64,
+    likeliest: usize,
+}
+
+impl Tally {
+    /// An answer with its reward, beta times the log-ratio.
+    pub fn answer(&mut self, good: bool, reward: f64, logp: f64) {
+        let side = if good { &mut self.chosen } else { &mut self.rejected };
+        side.count += 1;
+        side.rewards += reward;
+        side.logps += logp;
+    }
+
+    /// A pair: is the better answer's reward the higher?
+    pub fn pair(&mut self, right: bool) {
+        self.pairs += 1;
+        self.right += usize::from(right);
+    }
+
+    /// The tokens of a pass.
+    pub fn tokens(&mut self, stats: &TokenStats, targets: &Targets) {
+        self.tokens += targets.tokens.len();
+        self.entropy += stats.entropy.iter().map(|&e| f64::from(e)).sum::<f64>();
+        self.likeliest += stats.argmax.iter().zip(&targets.tokens).filter(|(a, t)| a == t).count();
+    }
+
+    /// Share of pairs in which the better answer has the higher reward; NaN of none.
+    pub fn accuracy(&self) -> f64 {
+        self.right as f64 / self.pairs as f64
+    }
+
+    /// Mean reward of the good less that of the bad; NaN where one kind is missing.
+    pub fn margin(&self) -> f64 {
+        self.chosen.mean(|s| s.rewards) - self.rejected.mean(|s| s.rewards)
+    }
+
+    /// Under TRL's names; what there is nothing of is left out.
+    pub fn figures(&self, prefix: &str) -> Figures {
+        let mut figures = Figures::new();
+        let mut put = |name: &str, value: f64| {
+            if !value.is_nan() {
+                figures.insert(format!("{prefix}{name}"), number(value));
+            }
+        };
+        put("loss", self.loss);
+        put("rewards/chosen", self.chosen.mean(|s| s.rewards));
+        put("rewards/rejected", self.rejected.mean(|s| s.rewards));
+        put("rewards/accuracies", self.accuracy());
+        put("rewards/margins", self.margin());
+        put("logps/chosen", self.chosen.mean(|s| s.logps));
+        put("logps/rejected", self.rejected.mean(|s| s.logps));
+        put("entropy", self.entropy / self.tokens as f64);
+        put("mean_token_accuracy", self.likeliest as f64 / self.tokens as f64);
+        figures
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sums_and_their_derivatives_stay_with_their_answer() {
+        let (prompt, answers) = ([1u32, 2], [vec![3u32, 4], vec![5], vec![6, 7, 8]]);
+        let sequences: Vec<Sequence<'_>> = answers.iter().map(|a| Sequence { prompt: &prompt, answer: a }).collect();
+        let (batch, targets) = pack(&sequences).unwrap();
+        assert_eq!(batch.tokens(), [1, 2, 3, 4, 1, 2, 5, 1, 2, 6, 7, 8]);
+        assert_eq!(targets.tokens, [3, 4, 5, 6, 7, 8]);
+        assert_eq!(sums(&sequences, &[1.0, 2.0, 4.0, 8.0, 16.0, 32.0]), [3.0, 4.0, 56.0]);
+        assert_eq!(spread(&sequences, &[0.5, -1.0, 2.0]), [0.5, 0.5, -1.0, 2.0, 2.0, 2.0]);
+    }
+
+    #[test]
+    fn a_kind_without_answers_has_no_figure_rather_than_a_wrong_one() {
+        let mut tally = Tally::default();
+        tally.answer(true, 0.5, -3.0);
+        tally.answer(true, 1.5, -5.0);
+        let figures = tally.figures("eval_");
+        assert_eq!(figures["eval_rewards/chosen"], 1.0);
+        assert_eq!(figures["eval_logps/chosen"], -4.0);
+        for absent in ["eval_rewards/rejected", "eval_rewards/margins", "eval_rewards/accuracies", "eval_entropy"] {
+            assert!(!figures.contains_key(absent), "{absent}");
+        }
+    }
+}

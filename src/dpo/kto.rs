@@ -1,0 +1,199 @@
+//! Kahneman-Tversky optimisation: one adapter trained on answers that were judged one by one, against the reference
+//! that it started as. Knows no file and no other stage. Read loss.rs before.
+
+use anyhow::Result;
+
+use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
+use super::loss::{KtoLoss, mismatched_kl};
+use crate::config::Kto;
+use crate::data::phases::JudgedExample;
+use crate::invalid;
+use crate::model::adapter::{Adapter, Gradients};
+use crate::model::base::Base;
+use crate::model::roles::Policy;
+use crate::report::{Report, number};
+use crate::rng::{SplitMix64, derive};
+use crate::train::learner::Learner;
+use crate::train::settings;
+
+/// The stage's figures.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// Mean reward of the good held-out answers less that of the bad; NaN where one kind is missing.
+    pub margin: f64,
+    /// Mean held-out loss; NaN where fewer than two are held out.
+    pub loss: f64,
+    /// Good and bad answers trained on.
+    pub counts: [usize; 2],
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Tokens that went through the trained policy with a gradient.
+    pub tokens: usize,
+}
+
+/// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base.
+///
+/// The KL term of an optimizer step is [`mismatched_kl`] over its answers, each put after the prompt of the next one in
+/// the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing.
+///
+/// # Errors
+/// If there are fewer than two examples, a sequence is longer than the context, or a number stops being finite.
+#[allow(clippy::too_many_arguments)]
+pub fn train(
+    base: &Base,
+    start: &Adapter,
+    reference: Option<&Adapter>,
+    examples: &[JudgedExample],
+    held_out: &[JudgedExample],
+    config: &Kto,
+    seed: u64,
+    report: &mut Report,
+) -> Result<(Adapter, Summary)> {
+    if examples.len() < 2 {
+        return Err(invalid!("[kto] needs two records or more to train on: the KL term puts one's answer to another"));
+    }
+    let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
+    let judge =
+        Judge { reference: Policy::new(base, reference), loss: KtoLoss { beta, desirable_weight, undesirable_weight } };
+    let start = start.clone().with_score_head(None)?;
+    let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
+    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
+    let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
+    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    let good = examples.iter().filter(|e| e.good).count();
+    report.stage("kto", steps);
+    report.note(&format!("kto: {good} good and {} bad answers, {} held out", examples.len() - good, held_out.len()));
+    let all: Vec<&JudgedExample> = examples.iter().collect();
+    let stored = match config.precompute_ref_log_probs {
+        true => Some(judge.reference_of(&all)?),
+        false => None,
+    };
+    let held: Vec<&JudgedExample> = held_out.iter().collect();
+    let held_reference = judge.reference_of(&held)?;
+    let (mut step, mut tokens) = (0, 0);
+    for epoch in 0..config.num_train_epochs {
+        let order = SplitMix64::new(derive(seed, &[settings::KTO_ORDER, epoch as u64])).permutation(examples.len());
+        for (number_in_epoch, rows) in order.chunks(per_step).enumerate() {
+            // 1. The KL term: answers after prompts that they were not given to. A lone last record takes its prompt's
+            //    answer from the step before.
+            let first = number_in_epoch * per_step;
+            let before =
+                if rows.len() > 1 { rows[rows.len() - 1] } else { order[(first + order.len() - 1) % order.len()] };
+            let step_rows: Vec<&JudgedExample> = rows.iter().map(|&i| &examples[i]).collect();
+            let view = Policy::new(base, Some(learner.weights().view()));
+            let kl = judge.kl(view, &step_rows, &examples[before])?;
+            // 2. Forward, loss and backward; the step's answers divide every micro-batch's loss.
+            let mut grads = Gradients::none(base.shapes().layers);
+            let mut tally = Tally::default();
+            for micro in rows.chunks(config.per_device_train_batch_size) {
+                let some: Vec<&JudgedExample> = micro.iter().map(|&i| &examples[i]).collect();
+                let references = match &stored {
+                    Some(all) => micro.iter().map(|&i| all[i]).collect(),
+                    None => judge.reference_of(&some)?,
+                };
+                let sequences = sequences(&some);
+                let (batch, targets) = pack(&sequences)?;
+                tokens += batch.tokens().len();
+                let policy = Policy::new(base, Some(learner.weights().view()));
+                let weight = 1.0 / rows.len() as f64;
+                let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
+                    tally.tokens(stats, &targets);
+                    let logps = sums(&sequences, &stats.logprobs);
+                    let by_sum = judge.weigh(&some, &logps, &references, kl, weight, &mut tally)?;
+                    Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
+                })?;
+                grads.add(g)?;
+            }
+            // 3. Step.
+            let lr = schedule.lr_at(step, steps);
+            let grad_norm = learner.step(grads, lr)?;
+            step += 1;
+            if step % config.logging_steps.max(1) == 0 || step == steps {
+                let mut figures = tally.figures("");
+                figures.insert("kl".into(), number(kl));
+                figures.insert("grad_norm".into(), number(grad_norm));
+                figures.insert("lr".into(), number(lr));
+                figures.insert("num_tokens".into(), tokens.into());
+                if config.eval_steps > 0 && step % config.eval_steps == 0 {
+                    let view = Policy::new(base, Some(learner.weights().view()));
+                    figures.extend(judge.evaluate(view, &held, &held_reference)?.figures("eval_"));
+                }
+                report.step(step, &figures, &["loss", "kl", "rewards/margins"])?;
+            }
+        }
+    }
+    let trained = learner.weights().snapshot();
+    let after = judge.evaluate(Policy::new(base, Some(&trained)), &held, &held_reference)?;
+    report.done();
+    let loss = if held.len() < 2 { f64::NAN } else { after.loss };
+    if held.len() > 1 {
+        report.note(&format!("kto: held-out loss {loss:.4}, margin {:.3}", after.margin()));
+    }
+    Ok((trained, Summary { margin: after.margin(), loss, counts: [good, examples.len() - good], steps, tokens }))
+}
+
+fn sequences<'e>(examples: &[&'e JudgedExample]) -> Vec<Sequence<'e>> {
+    examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.answer }).collect()
+}
+
+/// Weighs answers under a policy against the same under the reference.
+struct Judge<'w> {
+    reference: Policy<'w>,
+    loss: KtoLoss,
+}
+
+impl Judge<'_> {
+    /// Answers under the reference, one a pass: the same bits whether computed once or in every step.
+    fn reference_of(&self, examples: &[&JudgedExample]) -> Result<Vec<f64>> {
+        let mut all = Vec::with_capacity(examples.len());
+        for sequence in sequences(examples) {
+            all.extend(summed_logprobs(self.reference, &[sequence])?);
+        }
+        Ok(all)
+    }
+
+    /// The KL term of `examples`: each prompt with the answer of the example in front of it; before the first, `before`.
+    fn kl(&self, policy: Policy<'_>, examples: &[&JudgedExample], before: &JudgedExample) -> Result<f64> {
+        let answers = std::iter::once(before).chain(examples.iter().copied());
+        let mixed: Vec<Sequence<'_>> = examples
+            .iter()
+            .zip(answers)
+            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.answer })
+            .collect();
+        let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
+        Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
+    }
+
+    /// dL/dlogp of every answer; `weight` divides by the answers of the step.
+    fn weigh(
+        &self,
+        examples: &[&JudgedExample],
+        logps: &[f64],
+        references: &[f64],
+        kl: f64,
+        weight: f64,
+        tally: &mut Tally,
+    ) -> Result<Vec<f64>> {
+        let mut by_sum = Vec::with_capacity(logps.len());
+        for ((example, logp), reference) in examples.iter().zip(logps).zip(references) {
+            let (loss, slope) = self.loss.of(logp - reference, example.good, kl)?;
+            tally.loss += weight * loss;
+            tally.answer(example.good, self.loss.beta * (logp - reference), *logp);
+            by_sum.push(weight * slope);
+        }
+        Ok(by_sum)
+    }
+
+    /// Over all of them as one step.
+    fn evaluate(&self, policy: Policy<'_>, examples: &[&JudgedExample], references: &[f64]) -> Result<Tally> {
+        let mut tally = Tally::default();
+        if let Some(last) = examples.last().filter(|_| examples.len() > 1) {
+            let kl = self.kl(policy, examples, last)?;
+            let logps = summed_logprobs(policy, &sequences(examples))?;
+            self.weigh(examples, &logps, references, kl, 1.0 / examples.len() as f64, &mut tally)?;
+        }
+        Ok(tally)
+    }
+}

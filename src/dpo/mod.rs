@@ -1,0 +1,8 @@
+//! Preference optimisation without a reward model: DPO on comparisons, KTO on answers judged good or bad. The reference
+//! is the same base through the adapter that training started from. loss.rs holds the mathematics; answers.rs reads
+//! log-probabilities; pairs.rs and kto.rs are the two loops. Knows no file. Read loss.rs next.
+
+mod answers;
+pub mod kto;
+pub mod loss;
+pub mod pairs;

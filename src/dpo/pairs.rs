@@ -1,0 +1,204 @@
+//! Direct preference optimisation: one adapter trained on comparisons, against the reference that it started as. Knows
+//! no file and no other stage. Read loss.rs before.
+
+use anyhow::{Result, ensure};
+
+use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
+use super::loss::{Answer, PairLoss};
+use crate::config::{Dpo, DpoLoss};
+use crate::data::phases::RankedExample;
+use crate::invalid;
+use crate::model::adapter::{Adapter, Gradients};
+use crate::model::base::Base;
+use crate::model::roles::Policy;
+use crate::report::{Report, number};
+use crate::rng::{SplitMix64, derive};
+use crate::train::learner::Learner;
+use crate::train::settings;
+
+/// Comparisons of one scoring pass.
+const EVAL_BATCH: usize = 8;
+
+/// The stage's figures.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Summary {
+    /// Share of held-out pairs whose better answer has the higher reward; NaN where nothing is held out.
+    pub accuracy: f64,
+    /// Mean reward of the better held-out answers less that of the worse, in nats times beta.
+    pub margin: f64,
+    /// Mean held-out loss.
+    pub loss: f64,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Tokens that went through the trained policy.
+    pub tokens: usize,
+}
+
+/// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base. A ranking of
+/// more than two answers is the mean over its pairs.
+///
+/// # Errors
+/// If there is no example, a sequence is longer than the context, or a number stops being finite.
+#[allow(clippy::too_many_arguments)]
+pub fn train(
+    base: &Base,
+    start: &Adapter,
+    reference: Option<&Adapter>,
+    examples: &[RankedExample],
+    held_out: &[RankedExample],
+    config: &Dpo,
+    seed: u64,
+    report: &mut Report,
+) -> Result<(Adapter, Summary)> {
+    if examples.is_empty() {
+        return Err(invalid!("[dpo] there is no comparison to train on"));
+    }
+    let judge = Judge { reference: Policy::new(base, reference), loss: loss_of(config), beta: config.beta };
+    let start = start.clone().with_score_head(None)?;
+    let mut learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
+    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
+    let steps = examples.len().div_ceil(per_step) * config.num_train_epochs;
+    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
+    let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
+    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    report.stage("dpo", steps);
+    report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
+    let stored = match config.precompute_ref_log_probs {
+        true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
+        false => None,
+    };
+    let held_reference = judge.references(&held_out.iter().collect::<Vec<_>>())?;
+    let (mut step, mut tokens) = (0, 0);
+    for epoch in 0..config.num_train_epochs {
+        let order = SplitMix64::new(derive(seed, &[settings::DPO_ORDER, epoch as u64])).permutation(examples.len());
+        for rows in order.chunks(per_step) {
+            let mut grads = Gradients::none(base.shapes().layers);
+            let mut tally = Tally::default();
+            for numbers in rows.chunks(config.per_device_train_batch_size) {
+                // 1. The reference's view of these answers, computed now or before.
+                let micro: Vec<&RankedExample> = numbers.iter().map(|&i| &examples[i]).collect();
+                let references = match &stored {
+                    Some(all) => numbers.iter().map(|&i| all[i].clone()).collect(),
+                    None => judge.references(&micro)?,
+                };
+                // 2. Forward, loss and backward; the step's comparisons divide every micro-batch's loss.
+                let sequences = sequences(&micro);
+                let (batch, targets) = pack(&sequences)?;
+                tokens += batch.tokens().len();
+                let policy = Policy::new(base, Some(learner.weights().view()));
+                let weight = 1.0 / rows.len() as f64;
+                let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
+                    tally.tokens(stats, &targets);
+                    let logps = sums(&sequences, &stats.logprobs);
+                    let by_sum = judge.compare(&micro, &logps, &references, weight, &mut tally)?;
+                    Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
+                })?;
+                grads.add(g)?;
+            }
+            // 3. Step.
+            let lr = schedule.lr_at(step, steps);
+            let grad_norm = learner.step(grads, lr)?;
+            step += 1;
+            if step % config.logging_steps.max(1) == 0 || step == steps {
+                let mut figures = tally.figures("");
+                figures.insert("grad_norm".into(), number(grad_norm));
+                figures.insert("lr".into(), number(lr));
+                figures.insert("num_tokens".into(), tokens.into());
+                if config.eval_steps > 0 && step % config.eval_steps == 0 {
+                    let view = Policy::new(base, Some(learner.weights().view()));
+                    figures.extend(judge.evaluate(view, held_out, &held_reference)?.figures("eval_"));
+                }
+                report.step(step, &figures, &["loss", "rewards/accuracies", "rewards/margins"])?;
+            }
+        }
+    }
+    let trained = learner.weights().snapshot();
+    let after = judge.evaluate(Policy::new(base, Some(&trained)), held_out, &held_reference)?;
+    report.done();
+    let loss = if held_out.is_empty() { f64::NAN } else { after.loss };
+    let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens };
+    if !held_out.is_empty() {
+        report.note(&format!("dpo: held-out accuracy {:.3}, margin {:.3}", summary.accuracy, summary.margin));
+    }
+    Ok((trained, summary))
+}
+
+fn loss_of(config: &Dpo) -> PairLoss {
+    let label_smoothing = config.label_smoothing;
+    match config.loss_type {
+        DpoLoss::Sigmoid => PairLoss::Sigmoid { label_smoothing },
+        DpoLoss::Robust => PairLoss::Robust { label_smoothing },
+        DpoLoss::Ipo => PairLoss::Ipo,
+        DpoLoss::Hinge => PairLoss::Hinge,
+    }
+}
+
+fn tokens_in(example: &RankedExample) -> usize {
+    example.answers.iter().map(|a| example.prompt.len() + a.len()).sum()
+}
+
+/// All answers of all comparisons, best first within one.
+fn sequences<'e>(examples: &[&'e RankedExample]) -> Vec<Sequence<'e>> {
+    let all = examples.iter().flat_map(|e| e.answers.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
+    all.collect()
+}
+
+/// Compares answers under a policy with the same under the reference.
+struct Judge<'w> {
+    reference: Policy<'w>,
+    loss: PairLoss,
+    beta: f64,
+}
+
+impl Judge<'_> {
+    /// Each comparison's answers under the reference, a comparison a pass: a product over other rows beside it rounds
+    /// otherwise in the last bit, and what is computed once must equal what is computed in every step.
+    fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
+        examples.iter().map(|&example| summed_logprobs(self.reference, &sequences(&[example]))).collect()
+    }
+
+    /// dL/dlogp of every answer; `weight` divides by the comparisons of the step.
+    fn compare(
+        &self,
+        examples: &[&RankedExample],
+        logps: &[f64],
+        references: &[Vec<f64>],
+        weight: f64,
+        tally: &mut Tally,
+    ) -> Result<Vec<f64>> {
+        let mut by_sum = vec![0.0; logps.len()];
+        let mut first = 0;
+        for (example, references) in examples.iter().zip(references) {
+            let k = example.answers.len();
+            ensure!(k >= 2 && references.len() == k, "{k} answers compared, {} under the reference", references.len());
+            let answer = |i: usize| Answer {
+                logp: logps[first + i],
+                reference: references[i],
+                tokens: example.answers[i].len(),
+            };
+            let share = weight / (k * (k - 1) / 2) as f64;
+            for (better, worse) in (0..k).flat_map(|i| (i + 1..k).map(move |j| (i, j))) {
+                let (chosen, rejected) = (answer(better), answer(worse));
+                let found = self.loss.of(self.beta, chosen, rejected)?;
+                by_sum[first + better] += share * found.chosen;
+                by_sum[first + worse] += share * found.rejected;
+                tally.loss += share * found.loss;
+                tally.answer(true, self.beta * chosen.log_ratio(), chosen.logp);
+                tally.answer(false, self.beta * rejected.log_ratio(), rejected.logp);
+                tally.pair(chosen.log_ratio() > rejected.log_ratio());
+            }
+            first += k;
+        }
+        Ok(by_sum)
+    }
+
+    fn evaluate(&self, policy: Policy<'_>, examples: &[RankedExample], references: &[Vec<f64>]) -> Result<Tally> {
+        let mut tally = Tally::default();
+        for (some, references) in examples.chunks(EVAL_BATCH).zip(references.chunks(EVAL_BATCH)) {
+            let some: Vec<&RankedExample> = some.iter().collect();
+            let logps = summed_logprobs(policy, &sequences(&some))?;
+            self.compare(&some, &logps, references, 1.0 / examples.len() as f64, &mut tally)?;
+        }
+        Ok(tally)
+    }
+}

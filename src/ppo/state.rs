@@ -1,0 +1,159 @@
+//! All that changes in the course of a PPO run, in one place, and the three ways in which it changes: a rollout, a
+//! minibatch, the end of an iteration. Between any two of them the state is whole: saved and read back, the run goes on
+//! as if it had never stopped. Knows no file. Read train.rs for the loop, update.rs for a minibatch.
+
+use anyhow::{Context, Result};
+
+use super::average::towards;
+use super::control::{AdaptiveKl, RunningMoments};
+use super::experience::{Experience, Scale};
+use super::figures;
+use super::rollout::{Readers, collect};
+use super::train::{Run, choose, sampling};
+use super::update::Update;
+use crate::model::adapter::{Adapter, HeadBias};
+use crate::model::roles::{Policy, Scorer};
+use crate::report::{Figures, Report};
+use crate::rng::{SplitMix64, derive};
+use crate::train::learner::Learner;
+use crate::train::settings;
+
+/// Where a run stands.
+#[derive(Debug)]
+pub struct State {
+    /// The policy under training.
+    pub actor: Learner,
+    /// The value function under training.
+    pub critic: Learner,
+    /// What the KL is measured against: the SFT adapter, until it is refreshed.
+    pub reference: Adapter,
+    /// The actor's moving average, where one is kept.
+    pub ema: Option<Adapter>,
+    /// Iterations that are over.
+    pub iteration: usize,
+    /// Passes over the rollout in hand that are over.
+    pub epoch: usize,
+    /// Minibatches of this pass that are over.
+    pub minibatch: usize,
+    /// Optimizer steps of the actor so far.
+    pub step: usize,
+    /// The weight of the KL penalty.
+    pub kl_coef: f64,
+    /// Mean and deviation of all scores so far.
+    pub scores: RunningMoments,
+    /// The rollout in hand with what was made of it; none between two iterations.
+    pub experience: Option<Experience>,
+    /// Running sums over this iteration's minibatches.
+    pub update: Update,
+    /// The figures of the last iteration that is over.
+    pub last: Figures,
+}
+
+impl State {
+    /// Before the first rollout.
+    ///
+    /// # Errors
+    /// If a tensor cannot be made, or there is nothing that a critic could start as.
+    pub fn new(run: &Run<'_>) -> Result<Self> {
+        let (start, config) = (run.task.start, run.config);
+        let adamw = settings::adamw_of_ppo(config);
+        let critic = start.reward.context("a critic starts as the reward model, and there is none")?;
+        let critic = critic.to_trainable().with_head_bias(HeadBias::Trained)?;
+        Ok(Self {
+            actor: Learner::new(start.sft.to_trainable(), adamw, config.max_grad_norm)?,
+            critic: Learner::new(critic, adamw, config.max_grad_norm)?,
+            reference: start.sft.clone(),
+            ema: config.ema_decay.map(|_| start.sft.clone()),
+            iteration: 0,
+            epoch: 0,
+            minibatch: 0,
+            step: 0,
+            kl_coef: config.kl_coef,
+            scores: RunningMoments::default(),
+            experience: None,
+            update: Update::default(),
+            last: Figures::new(),
+        })
+    }
+
+    /// The actor answers the iteration's prompts; reference, critic and reward source read. The views end here. Then KL,
+    /// shaped rewards, advantages and returns.
+    ///
+    /// # Errors
+    /// Those of generation, of the views and of the reward source; if a number is not finite.
+    pub fn roll_out(&mut self, run: &Run<'_>) -> Result<()> {
+        let (start, config) = (run.task.start, run.config);
+        let iteration = self.iteration as u64;
+        let first = self.iteration * config.batch_size;
+        let prompts = choose(run.task.prompts, first, config.batch_size, run.seed)?;
+        let seeds: Vec<u64> =
+            (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
+        let readers = Readers {
+            reference: Policy::new(start.base, Some(&self.reference)),
+            critic: Scorer::new(start.reward_base, self.critic.weights().view())?,
+            source: run.task.source,
+        };
+        let actor = Policy::new(start.base, Some(self.actor.weights().view()));
+        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling(config, run.task.stop))?;
+        if config.use_score_scaling {
+            self.scores.add(&rollout.scores);
+        }
+        let shift = if config.use_score_norm { self.scores.mean() } else { 0.0 };
+        let scale = Scale { kl_coef: self.kl_coef, shift, deviation: self.scores.deviation() };
+        self.experience = Some(Experience::of(rollout, scale, config)?);
+        (self.epoch, self.minibatch, self.update) = (0, 0, Update::default());
+        Ok(())
+    }
+
+    /// Is there a minibatch left of the rollout in hand?
+    pub fn has_minibatch(&self, run: &Run<'_>) -> bool {
+        self.experience.is_some() && self.epoch < run.config.num_ppo_epochs
+    }
+
+    /// One minibatch: actor and critic step apart.
+    ///
+    /// # Errors
+    /// If there is no rollout in hand, or a number is not finite.
+    pub fn minibatch(&mut self, run: &Run<'_>) -> Result<()> {
+        let (start, config) = (run.task.start, run.config);
+        let experience = self.experience.as_ref().context("a minibatch is of a rollout, and there is none in hand")?;
+        let path = [settings::MINIBATCH_ORDER, self.iteration as u64, self.epoch as u64];
+        let order = SplitMix64::new(derive(run.seed, &path)).permutation(config.batch_size);
+        let rows = order.chunks(run.minibatch_size()).nth(self.minibatch).context("no such minibatch")?;
+        let (actor_lr, critic_lr) = run.learning_rates(self);
+        self.update.actor(start.base, &mut self.actor, experience, rows, run, actor_lr)?;
+        self.update.critic(start.reward_base, &mut self.critic, experience, rows, run, critic_lr)?;
+        self.step += 1;
+        if let (Some(decay), Some(ema)) = (config.ema_decay, &mut self.ema) {
+            *ema = towards(ema, self.actor.weights().view(), 1.0 - decay)?;
+        }
+        self.minibatch += 1;
+        if self.minibatch == config.num_mini_batches {
+            (self.epoch, self.minibatch) = (self.epoch + 1, 0);
+        }
+        Ok(())
+    }
+
+    /// Figures and samples of the iteration, under the names that TRL's users know; then what is adapted between two
+    /// iterations.
+    ///
+    /// # Errors
+    /// If there is no rollout in hand, or the report cannot be written.
+    pub fn end_iteration(&mut self, run: &Run<'_>, report: &mut Report) -> Result<()> {
+        let config = run.config;
+        let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
+        self.last = figures::of(&experience, self, run);
+        let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
+        report.step(self.iteration + 1, &self.last, &shown)?;
+        figures::samples(&experience, self.iteration + 1, run, report)?;
+        self.iteration += 1;
+        if config.adap_kl_ctrl {
+            let control = AdaptiveKl { target: config.target, horizon: config.horizon };
+            self.kl_coef = control.next(self.kl_coef, experience.mean_kl(), config.batch_size);
+        }
+        if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
+            self.reference = towards(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
+        }
+        Ok(())
+    }
+}

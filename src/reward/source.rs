@@ -1,0 +1,49 @@
+//! Where an answer's score comes from. PPO knows a source by what it does, token ids and texts in and scores out, and not
+//! by what is behind it. Knows no shaping of rewards: read ppo/rewards.rs for that.
+
+use anyhow::Result;
+
+use crate::model::batch::{Batch, chunks_by_tokens};
+use crate::model::generate::Response;
+use crate::model::roles::Scorer;
+
+/// Answers to be scored, B of them.
+#[derive(Clone, Copy)]
+pub struct Answers<'a> {
+    /// (B) prompt ids, in the policy's vocabulary.
+    pub prompts: &'a [Vec<u32>],
+    /// (B) what was sampled, the end token included where there is one.
+    pub responses: &'a [Response],
+    /// The text of token ids.
+    pub decode: &'a dyn Fn(&[u32]) -> String,
+}
+
+/// Gives answers their scores.
+pub trait RewardSource {
+    /// (B): one score an answer, in reward units.
+    ///
+    /// # Errors
+    /// If no score can be had, and the source has no way to go on without.
+    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>>;
+}
+
+/// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
+const SCORING_TOKENS: usize = 2048;
+
+/// A learned reward: the value at an answer's last token.
+#[derive(Clone, Copy)]
+pub struct RewardModel<'w>(pub Scorer<'w>);
+
+impl RewardSource for RewardModel<'_> {
+    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
+        let both = answers.prompts.iter().zip(answers.responses);
+        let sequences: Vec<Vec<u32>> = both.map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
+        let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
+        let mut scores = Vec::with_capacity(sequences.len());
+        for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
+            let chunk: Vec<&[u32]> = rows.iter().map(|&i| &sequences[i][..]).collect();
+            scores.extend(self.0.scores(&Batch::new(&chunk)?)?);
+        }
+        Ok(scores)
+    }
+}
