@@ -359,7 +359,7 @@ fn bad_files_are_named() {
     for (name, content) in [("x.json", ""), ("x.json", " \n"), ("x.json", "[]"), ("x.jsonl", "\n\n"), ("x.txt", "")] {
         assert!(fault(name, content.as_bytes()).contains("holds no record"), "{name} {content:?}");
     }
-    assert!(fault("x.parquet", b"PAR1").contains("the name must end in .json"));
+    assert!(fault("x.xlsx", b"PK").contains("the name must end in .json"));
     let (folder, mut data) = config(&[]);
     data.path = Paths::One(folder.path().to_owned());
     assert!(data::load(&data).unwrap_err().to_string().contains("has no file that ends in"));
@@ -387,7 +387,7 @@ fn the_format_key_overrules_detection() {
     assert_eq!(data::load(&data).unwrap().entries[0].record, Record::PromptOnly(text("q")));
     data.format = Format::Alpaca;
     let found = data::load(&data).unwrap_err().to_string();
-    assert!(found.contains("column \"instruction\" is missing"), "{found}");
+    assert!(found.contains("column \"output\" is missing"), "{found}");
 }
 
 /// A dialogue of two rounds whose answers have white space and more bytes than characters.

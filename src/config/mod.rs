@@ -10,6 +10,7 @@ mod located;
 mod overrides;
 mod ppo;
 mod schema;
+mod sources;
 mod stages;
 mod validate;
 
@@ -27,6 +28,7 @@ pub use ppo::{KlEstimator, Ppo};
 pub use schema::{
     Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
+pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
@@ -159,6 +161,9 @@ impl Config {
         paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
         if let Some(data) = &mut self.data {
             paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
+            for source in &mut data.sources {
+                paths.extend(source.path.as_mut_slice().iter_mut().map(|path| ("[[data.sources]] path", path)));
+            }
         }
         paths.extend(self.sft.as_mut().and_then(|sft| sft.adapter.as_mut()).map(|path| ("[sft] adapter", path)));
         paths.extend(self.reward.as_mut().and_then(|rm| rm.adapter.as_mut()).map(|path| ("[reward] adapter", path)));
@@ -206,6 +211,9 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
             None => invalid!("{file}: {}", describe(&error, &table)),
         }
     })?;
+    if let Some(data) = &mut config.data {
+        data.seed = config.seed;
+    }
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
     validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;
     Ok(config)
@@ -240,6 +248,9 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("lora_target_modules", "[lora] target_modules"),
     ("data_path", "[data] path"),
     ("dataset", "[data] path"),
+    ("formatting", "[data] format"),
+    ("interleave_probs", "[[data.sources]] weight"),
+    ("max_samples", "[data] max_rows"),
     ("cutoff_len", "[data] max_length"),
     ("max_seq_len", "[data] max_length"),
     ("max_seq_length", "[data] max_length"),

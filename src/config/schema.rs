@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
 use crate::ops::weight::{Compute, StoredType};
 
 /// `[base]`, `[reward_base]`: a frozen checkpoint.
@@ -130,11 +131,27 @@ impl TargetModules {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
-    /// A file (`.json`, `.jsonl`, `.jsonl.gz`, `.txt`), a folder of such files, or a list of both. Required by every
-    /// training stage.
+    /// A file (JSON array, JSON lines, Parquet, CSV, TSV or text; all but Parquet also with `.gz`), a pattern such as
+    /// `data/*.jsonl`, a folder (its readable files, those of its folders too, in the order of their names), or a list of
+    /// these. Required by every training stage, unless `sources` are given.
+    #[serde(skip_serializing_if = "Paths::is_empty")]
     pub path: Paths,
     /// What a record holds. Default `auto`: read off the keys of a file's first record.
     pub format: Format,
+    /// The name of a public data set, such as `"openai/webgpt_comparisons"`, whose columns are known by that name: the
+    /// sixteen of DeepSpeed-Chat. Instead of `format` and `columns`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preset: Option<Preset>,
+    /// Of a folder, only the files in whose name this is a word, such as `"train"`. Absent = all.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub split: Option<String>,
+    /// The branch, tag or commit of a data set on the hub. Absent = `main`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub revision: Option<String>,
+    /// Are the records comparisons (LLaMA-Factory's `ranking`)? Absent: yes where there are `chosen` and `rejected`;
+    /// false reads such records as if they had neither.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ranking: Option<bool>,
     /// How a dialogue becomes text. Default: `chat` where the tokenizer brings a chat template, else `plain`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,
@@ -158,12 +175,31 @@ pub struct Data {
     pub max_rows: Option<usize>,
     /// What a record that cannot be used does. Default `error`: stop and name it; `skip` drops and counts it.
     pub on_bad_record: OnBadRecord,
+    /// How several sources become one stream. Default: `concat`, or `interleave_under` where a source has a weight.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mix_strategy: Option<MixStrategy>,
+    /// What the file calls its columns.
+    #[serde(skip_serializing_if = "is_default")]
+    pub columns: ColumnNames,
+    /// How the turns of its conversations are written.
+    #[serde(skip_serializing_if = "is_default")]
+    pub tags: Tags,
+    /// Several sources, instead of `path`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<Source>,
+    /// The run's seed, by which sources are mixed: no key, set from the top of the file.
+    #[serde(skip)]
+    pub seed: u64,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 impl Default for Data {
     fn default() -> Self {
         Self {
-            path: Paths::List(Vec::new()),
+            path: Paths::default(),
             format: Format::Auto,
             template: None,
             max_length: 512,
@@ -173,6 +209,15 @@ impl Default for Data {
             eval_rows: None,
             max_rows: None,
             on_bad_record: OnBadRecord::Error,
+            preset: None,
+            split: None,
+            revision: None,
+            ranking: None,
+            mix_strategy: None,
+            columns: ColumnNames::default(),
+            tags: Tags::default(),
+            sources: Vec::new(),
+            seed: 0,
         }
     }
 }
@@ -206,7 +251,18 @@ pub enum Paths {
     List(Vec<PathBuf>),
 }
 
+impl Default for Paths {
+    fn default() -> Self {
+        Self::List(Vec::new())
+    }
+}
+
 impl Paths {
+    /// No path at all?
+    pub fn is_empty(&self) -> bool {
+        self.as_slice().is_empty()
+    }
+
     /// All of them, in order.
     pub fn as_slice(&self) -> &[PathBuf] {
         match self {

@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Dpo, Kto, Lora, Ppo, Reward, Sft, TargetModules};
+use super::{Base, Config, Data, Dpo, Kto, Lora, Paths, Ppo, Reward, Sft, Source, TargetModules};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -94,8 +94,32 @@ fn lora(section: &Lora) -> Result<()> {
 
 fn data(section: &Data) -> Result<()> {
     let check = Section("data");
-    let paths = section.path.as_slice();
-    if paths.is_empty() || paths.iter().any(|path| path.as_os_str().is_empty()) {
+    if !section.path.is_empty() && !section.sources.is_empty() {
+        return Err(invalid!("[data] has both path and sources; write the path as a [[data.sources]] of its own"));
+    }
+    let sources = section.all_sources();
+    let nameless = |paths: &Paths| paths.is_empty() || paths.as_slice().iter().any(|path| path.as_os_str().is_empty());
+    for (number, source) in section.sources.iter().enumerate() {
+        let at = format!("[[data.sources]] number {}", number + 1);
+        if nameless(&source.path) {
+            return Err(invalid!("{at} needs path = \"file.jsonl\", a folder or a list of them"));
+        }
+        if source.weight.is_some_and(|weight| !(weight.is_finite() && weight > 0.0)) {
+            return Err(invalid!(
+                "{at} weight = {} is out of range; use a number above 0",
+                source.weight.unwrap_or(0.0)
+            ));
+        }
+        if source.max_rows == Some(0) {
+            return Err(invalid!("{at} max_rows = 0 reads nothing; use 1 or more, or remove the source"));
+        }
+    }
+    let named =
+        |source: &Source| source.preset.is_some() && source.columns.as_ref().is_some_and(|c| c.pairs().count() > 0);
+    if sources.iter().any(named) {
+        return Err(invalid!("[data] has both a preset and columns; a preset knows its columns, so keep one of them"));
+    }
+    if sources.iter().any(|source| nameless(&source.path)) {
         return Err(invalid!(
             "[data] needs path = \"file.jsonl\", a folder or a list of them; --set data.path=… also does"
         ));

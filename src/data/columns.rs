@@ -7,15 +7,18 @@ use super::Message;
 use super::dialogue::{check_prompt, column_fault, implicit_prompt, kind_of, paired, ranked, text_of};
 use super::formats::{Object, Parsed, Record, Text, detect};
 use super::transcript::turns;
-use crate::config::Format;
+use crate::config::{Format, Tags};
 
-/// The columns of one record.
-pub(super) struct Columns<'a>(pub(super) &'a Object);
+/// The columns of one record, under our names for them.
+pub(super) struct Columns<'a> {
+    pub(super) object: &'a Object,
+    pub(super) tags: &'a Tags,
+}
 
 impl<'a> Columns<'a> {
     pub(super) fn record(&self, format: Format) -> Parsed<Record> {
         match format {
-            Format::Auto => self.record(detect(self.0)?),
+            Format::Auto => self.record(detect(self.object)?),
             Format::LanguageModeling => match self.get("messages") {
                 Some(_) => Ok(Record::LanguageModeling(Text::Dialogue(self.conversation("messages")?))),
                 None => self.string("text").and_then(|text| match text.trim().is_empty() {
@@ -30,12 +33,23 @@ impl<'a> Columns<'a> {
             }
             Format::Alpaca => {
                 let prompt = self.instruction()?;
-                let (prompt, mut answers) = paired(prompt, vec![("output", self.text("output")?)])?;
+                // LLaMA-Factory's ranking of old: the better and the worse answer in one list.
+                if let Some(Value::Array(outputs)) = self.get("output") {
+                    let text = |output| text_of(output, self.tags).map_err(|fault| column_fault("output", fault));
+                    let outputs = outputs.iter().map(|output| Ok(("output", text(output)?)));
+                    return ranked(prompt, outputs.collect::<Parsed<_>>()?);
+                }
+                let keys = ["output", "response", "completion"];
+                let key = keys.into_iter().find(|key| self.get(key).is_some()).unwrap_or("output");
+                let (prompt, mut answers) = paired(prompt, vec![(key, self.text(key)?)])?;
                 Ok(Record::PromptCompletion { prompt, completion: answers.remove(0) })
             }
             Format::Preference => {
                 let answers = vec![("chosen", self.text("chosen")?), ("rejected", self.text("rejected")?)];
+                let whole = |text: &Text| matches!(text, Text::Dialogue(turns) if turns[0].role != "assistant");
                 match self.prompt() {
+                    // Conversations that bring their prompt along, beside a column that repeats it.
+                    _ if answers.iter().all(|(_, answer)| whole(answer)) => implicit_prompt(answers),
                     Some(prompt) => ranked(prompt?, answers),
                     None => implicit_prompt(answers),
                 }
@@ -65,14 +79,14 @@ impl<'a> Columns<'a> {
 
     /// A column that is there and not null: tables write null for "absent".
     fn get(&self, key: &str) -> Option<&'a Value> {
-        self.0.get(key).filter(|value| !value.is_null())
+        self.object.get(key).filter(|value| !value.is_null())
     }
 
     fn expected(&self, key: &str, what: &str, found: Option<&Value>) -> String {
-        match found.or(self.0.get(key)) {
+        match found.or(self.object.get(key)) {
             Some(value) => column_fault(key, format!("expected {what}, found {}", kind_of(value))),
             None => {
-                let keys: Vec<&str> = self.0.keys().take(12).map(String::as_str).collect();
+                let keys: Vec<&str> = self.object.keys().take(12).map(String::as_str).collect();
                 format!("column {key:?} is missing (expected {what}); there are {keys:?}")
             }
         }
@@ -87,7 +101,7 @@ impl<'a> Columns<'a> {
 
     fn text(&self, key: &str) -> Parsed<Text> {
         match self.get(key) {
-            Some(value) => text_of(value).map_err(|fault| column_fault(key, fault)),
+            Some(value) => text_of(value, self.tags).map_err(|fault| column_fault(key, fault)),
             None => Err(self.expected(key, "a string or a list of messages", None)),
         }
     }
@@ -99,17 +113,21 @@ impl<'a> Columns<'a> {
             Text::Verbatim(_) => return Err(column_fault(key, "expected a list of messages, found a string")),
         };
         match self.get("system") {
-            Some(Value::String(system)) if !system.is_empty() && turns[0].role != "system" => {
-                turns.insert(0, Message::new("system", system.as_str()));
+            Some(Value::String(system)) if system.is_empty() || turns[0].content == *system => {}
+            Some(Value::String(_)) if turns[0].role == "system" => {
+                return Err(column_fault("system", format!("{key:?} has a system turn of its own; keep one of them")));
             }
-            _ => {}
+            Some(Value::String(system)) => turns.insert(0, Message::new("system", system.as_str())),
+            None => {}
+            other => return Err(self.expected("system", "a string", other)),
         }
         Ok(turns)
     }
 
-    /// Alpaca's columns before the output.
+    /// Alpaca's columns before the output; the instruction may be called `prompt`.
     fn instruction(&self) -> Parsed<Text> {
-        let mut question = self.string("instruction")?.to_owned();
+        let named_prompt = self.get("instruction").is_none() && self.get("prompt").is_some();
+        let mut question = self.string(if named_prompt { "prompt" } else { "instruction" })?.to_owned();
         match self.get("input") {
             Some(Value::String(input)) if !input.is_empty() => question = format!("{question}\n{input}"),
             None | Some(Value::String(_)) => {}
@@ -144,7 +162,10 @@ impl<'a> Columns<'a> {
 
     /// The prompt from whichever column holds one.
     fn prompt(&self) -> Option<Parsed<Text>> {
-        if self.get("prompt").is_some() {
+        let is_question = matches!(self.get("prompt"), Some(Value::String(_)));
+        if is_question && ["input", "system", "history"].iter().any(|key| self.get(key).is_some()) {
+            Some(self.instruction())
+        } else if self.get("prompt").is_some() {
             Some(self.text("prompt"))
         } else if self.get("conversations").is_some() {
             Some(self.conversation("conversations").map(Text::Dialogue))
@@ -158,8 +179,8 @@ impl<'a> Columns<'a> {
     fn prompt_completion(&self) -> Parsed<(Text, Text)> {
         let prompt =
             self.prompt().unwrap_or_else(|| Err(self.expected("prompt", "a string or a list of messages", None)))?;
-        let key =
-            if self.get("completion").is_none() && self.get("response").is_some() { "response" } else { "completion" };
+        let keys = ["completion", "response", "output"];
+        let key = keys.into_iter().find(|key| self.get(key).is_some()).unwrap_or("completion");
         let (prompt, mut answers) = paired(prompt, vec![(key, self.text(key)?)])?;
         Ok((prompt, answers.remove(0)))
     }
@@ -183,7 +204,7 @@ impl<'a> Columns<'a> {
         let mut answers = Vec::new();
         for (number, response) in responses.iter().enumerate() {
             let fault = |fault| column_fault("responses", format!("answer {}: {fault}", number + 1));
-            answers.push(("responses", text_of(response).map_err(fault)?));
+            answers.push(("responses", text_of(response, self.tags).map_err(fault)?));
         }
         match self.get("scores") {
             None => {}

@@ -5,7 +5,9 @@ use serde_json::Value;
 
 use super::Message;
 use super::formats::{Object, Parsed, Record, Text};
+use super::mapping::{role, turn_keys};
 use super::transcript::{common_text, common_turns};
+use crate::config::Tags;
 
 pub(super) fn kind_of(value: &Value) -> &'static str {
     match value {
@@ -23,16 +25,16 @@ pub(super) fn column_fault(key: &str, fault: impl std::fmt::Display) -> String {
 }
 
 /// A string, a list of turns, or one turn.
-pub(super) fn text_of(value: &Value) -> Parsed<Text> {
+pub(super) fn text_of(value: &Value, tags: &Tags) -> Parsed<Text> {
     match value {
         Value::String(text) => Ok(Text::Verbatim(text.clone())),
-        Value::Object(turn) => Ok(Text::Dialogue(vec![message_of(turn)?])),
+        Value::Object(turn) => Ok(Text::Dialogue(vec![message_of(turn, tags)?])),
         Value::Array(list) if list.is_empty() => Err("the list of messages is empty".to_owned()),
         Value::Array(list) => {
             let mut dialogue = Vec::with_capacity(list.len());
             for (number, turn) in list.iter().enumerate() {
                 let parsed = match turn {
-                    Value::Object(turn) => message_of(turn),
+                    Value::Object(turn) => message_of(turn, tags),
                     other => Err(format!("expected an object with \"role\" and \"content\", found {}", kind_of(other))),
                 };
                 let parsed: Message = parsed.map_err(|fault| format!("turn {}: {fault}", number + 1))?;
@@ -47,21 +49,15 @@ pub(super) fn text_of(value: &Value) -> Parsed<Text> {
     }
 }
 
-/// `{role, content}`, or ShareGPT's `{from, value}` with its names of the roles.
-fn message_of(turn: &Object) -> Parsed<Message> {
-    let (role_key, content_key) = if turn.contains_key("from") { ("from", "value") } else { ("role", "content") };
+/// `{role, content}`, ShareGPT's `{from, value}`, or as the tags say.
+fn message_of(turn: &Object, tags: &Tags) -> Parsed<Message> {
+    let (role_key, content_key) = turn_keys(turn, tags);
     let role = match turn.get(role_key) {
-        Some(Value::String(role)) => match role.as_str() {
-            "user" | "human" => "user",
-            "assistant" | "gpt" => "assistant",
-            "system" => "system",
-            "tool" | "observation" => "tool",
-            other => {
-                return Err(format!(
-                    "{role_key:?} is {other:?}; expected system, user (human), assistant (gpt) or tool"
-                ));
-            }
-        },
+        Some(Value::String(name)) => role(name, tags).ok_or_else(|| {
+            format!(
+                "{role_key:?} is {name:?}; expected system, user (human), assistant (gpt) or tool, or name it in [data.tags]"
+            )
+        })?,
         other => {
             return Err(format!("expected {role_key:?} to be a string, found {}", other.map_or("nothing", kind_of)));
         }

@@ -9,7 +9,8 @@ use super::columns::Columns;
 use super::dialogue::kind_of;
 use super::read::Found;
 use super::transcript::is_transcript;
-use crate::config::Format;
+use super::{mapping, presets};
+use crate::config::{Format, Preset, Source, Tags};
 
 /// A text as given, or a dialogue that a template will make a text of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,28 +70,53 @@ impl Record {
 pub(super) type Parsed<T> = Result<T, String>;
 pub(super) type Object = Map<String, Value>;
 
-/// Reads the records of one file; under `auto` the first one decides the format of all.
-pub(super) struct Parser {
+/// Reads the records of one file of a source; under `auto` the first one decides the format of all.
+pub(super) struct Parser<'s> {
+    source: &'s Source,
+    tags: Tags,
     format: Format,
+    preset: Option<Preset>,
 }
 
-impl Parser {
-    pub(super) fn new(format: Format) -> Self {
-        Self { format }
+impl<'s> Parser<'s> {
+    /// `source` as [`crate::config::Data::all_sources`] gives it.
+    pub(super) fn new(source: &'s Source) -> Self {
+        let tags = source.tags.clone().unwrap_or_default();
+        Self { source, tags, format: source.format.unwrap_or_default(), preset: source.preset }
     }
 
     pub(super) fn record(&mut self, found: Found) -> Parsed<Record> {
-        let object = match found {
+        let mut object = match found {
             Found::Line(text) => return Ok(Record::LanguageModeling(Text::Verbatim(text))),
             Found::Json(Value::Object(object)) => object,
             Found::Json(other) => {
                 return Err(format!("expected a JSON object with columns, found {}", kind_of(&other)));
             }
         };
-        if self.format == Format::Auto {
-            self.format = detect(&object)?;
+        if let Some(preset) = self.preset {
+            return presets::record(preset, &object);
         }
-        Columns(&object).record(self.format)
+        if let Some(names) = &self.source.columns {
+            object = mapping::renamed(object, names)?;
+        }
+        if self.source.ranking == Some(false) {
+            object.shift_remove("chosen");
+            object.shift_remove("rejected");
+        }
+        if self.format == Format::Auto {
+            self.format = match (detect(&object), self.source.ranking) {
+                (Ok(Format::Preference | Format::HhRlhf | Format::Ranked), _) | (Ok(_), None | Some(false)) => {
+                    detect(&object)?
+                }
+                (Ok(Format::Alpaca), Some(true)) => Format::Alpaca,
+                (Ok(_), Some(true)) => Format::Preference,
+                (Err(fault), _) => {
+                    self.preset = Some(presets::recognised(&object).ok_or(fault)?);
+                    return self.record(Found::Json(Value::Object(object)));
+                }
+            };
+        }
+        Columns { object: &object, tags: &self.tags }.record(self.format)
     }
 }
 
@@ -108,11 +134,13 @@ pub(super) fn detect(object: &Object) -> Parsed<Format> {
     } else if has("label") {
         Format::Unpaired
     } else if has("instruction") {
-        if has("output") { Format::Alpaca } else { Format::PromptOnly }
+        let answered = ["output", "response", "completion"].into_iter().any(has);
+        if answered { Format::Alpaca } else { Format::PromptOnly }
     } else if has("conversations") {
         Format::Sharegpt
     } else if has("prompt") {
-        if has("completion") || has("response") { Format::PromptCompletion } else { Format::PromptOnly }
+        let answered = ["completion", "response", "output"].into_iter().any(has);
+        if answered { Format::PromptCompletion } else { Format::PromptOnly }
     } else if has("messages") || has("text") {
         Format::LanguageModeling
     } else {

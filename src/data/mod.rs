@@ -1,24 +1,31 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
-//! read.rs opens the files; formats.rs, columns.rs, dialogue.rs and transcript.rs turn each JSON object into a [`Record`];
+//! sources.rs finds and mixes the files, read.rs, delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
+//! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
 //! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of them out,
 //! examples.rs is what a stage sees of them, order.rs says which comes when.
 //! Read formats.rs next.
 
 mod columns;
+mod delimited;
 mod dialogue;
 mod encoder;
 pub mod examples;
+mod files;
 mod formats;
+mod mapping;
 pub mod order;
+mod parquet;
 pub mod phases;
+pub mod presets;
 mod read;
 mod render;
+mod sources;
 mod split;
 mod transcript;
 
 use std::fmt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -69,37 +76,31 @@ pub struct Dataset {
     pub skipped: usize,
     /// What was wrong with the first of them.
     pub first_skipped: Option<String>,
+    /// Files of the folders and patterns that are of no known kind, or not of the split asked for.
+    pub ignored: Vec<PathBuf>,
 }
 
-/// Reads every file of `[data] path` up to `max_rows` records.
+/// Reads every source of `[data]` up to `max_rows` records.
 ///
 /// # Errors
 /// A file that cannot be read, is of an unknown kind or holds no record; a record that cannot be used, unless
 /// `on_bad_record = "skip"`. The message names file, record or line, column and what was expected.
 pub fn load(config: &Data) -> Result<Dataset> {
-    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None };
+    let sources = sources::open(config)?;
+    let ignored = sources.ignored().cloned().collect();
+    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None, ignored };
     let room = config.max_rows.unwrap_or(usize::MAX);
-    for file in read::files(config.path.as_slice())? {
-        if dataset.entries.len() >= room {
-            break;
-        }
-        let before = dataset.entries.len() + dataset.skipped;
-        let mut parser = formats::Parser::new(config.format);
-        read::records(&file, &mut |place, found| {
-            match found.and_then(|found| parser.record(found)) {
-                Ok(record) => dataset.entries.push(Entry { place, record }),
-                Err(fault) if config.on_bad_record == OnBadRecord::Skip => {
-                    dataset.skipped += 1;
-                    dataset.first_skipped.get_or_insert_with(|| format!("{place}: {fault}"));
-                }
-                Err(fault) => return Err(invalid!("{place}: {fault}")),
+    sources.stream(&mut |place, record| {
+        match record {
+            Ok(record) => dataset.entries.push(Entry { place, record }),
+            Err(fault) if config.on_bad_record == OnBadRecord::Skip => {
+                dataset.skipped += 1;
+                dataset.first_skipped.get_or_insert_with(|| format!("{place}: {fault}"));
             }
-            Ok(dataset.entries.len() < room)
-        })?;
-        if dataset.entries.len() + dataset.skipped == before {
-            return Err(invalid!("{}: holds no record; remove it from [data] path or fill it", file.display()));
+            Err(fault) => return Err(invalid!("{place}: {fault}")),
         }
-    }
+        Ok(dataset.entries.len() < room)
+    })?;
     if dataset.entries.is_empty() {
         let first = dataset.first_skipped.unwrap_or_default();
         return Err(invalid!("[data] path: none of {} records can be used; the first: {first}", dataset.skipped));

@@ -1,9 +1,9 @@
-//! Paths -> files -> raw records, one at a time: JSON arrays, JSON lines and plain text, each also gzipped.
-//! Knows no column. Read formats.rs next.
+//! A file -> raw records, one at a time, in constant memory: JSON arrays, JSON lines and plain text, each also gzipped;
+//! tables are in delimited.rs and parquet.rs. Knows no column. Read formats.rs next.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -12,10 +12,12 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::Value;
 
 use super::Place;
+use super::files::{Kind, kind};
+use super::{delimited, parquet};
 use crate::invalid;
 
-/// Longest line read: a file without line breaks must not become one allocation of its own size.
-const MAX_LINE_BYTES: u64 = 64 << 20;
+/// Longest record read: a file without line breaks must not become one allocation of its own size.
+pub(super) const MAX_RECORD_BYTES: u64 = 64 << 20;
 
 /// A record before its columns are looked at.
 pub(super) enum Found {
@@ -28,58 +30,13 @@ pub(super) enum Found {
 /// Takes a record, or what is wrong with its bytes; answers whether to go on.
 pub(super) type Take<'t> = dyn FnMut(Place, Result<Found, String>) -> Result<bool> + 't;
 
-#[derive(Clone, Copy, PartialEq)]
-enum Kind {
-    Json,
-    Text,
-}
-
-fn kind(path: &Path) -> Option<Kind> {
-    let name = path.file_name()?.to_str()?.to_lowercase();
-    let name = name.strip_suffix(".gz").unwrap_or(&name);
-    match name.rsplit_once('.')?.1 {
-        "json" | "jsonl" | "ndjson" => Some(Kind::Json),
-        "txt" => Some(Kind::Text),
-        _ => None,
-    }
-}
-
-const KINDS: &str = ".json, .jsonl, .ndjson or .txt, each also with .gz";
-
-/// The files behind `[data] path`: a folder stands for the readable files directly in it, in the order of their names.
-pub(super) fn files(paths: &[PathBuf]) -> Result<Vec<PathBuf>> {
-    let mut files = Vec::new();
-    for path in paths {
-        let shown = path.display();
-        let about = std::fs::metadata(path).map_err(|error| invalid!("[data] path {shown}: {error}"))?;
-        if about.is_dir() {
-            let listing = std::fs::read_dir(path).map_err(|error| invalid!("[data] path {shown}: {error}"))?;
-            let mut inside = Vec::new();
-            for item in listing {
-                let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?.path();
-                if item.is_file() && kind(&item).is_some() {
-                    inside.push(item);
-                }
-            }
-            if inside.is_empty() {
-                return Err(invalid!("[data] path {shown}: the folder has no file that ends in {KINDS}"));
-            }
-            inside.sort();
-            files.append(&mut inside);
-        } else if kind(path).is_none() {
-            return Err(invalid!(
-                "[data] path {shown}: the name must end in {KINDS}; convert other tables to JSON lines"
-            ));
-        } else {
-            files.push(path.clone());
-        }
-    }
-    Ok(files)
-}
-
 /// Hands every record of a file to `take` until it answers false.
 pub(super) fn records(path: &Path, take: &mut Take) -> Result<()> {
     let failed = |error: std::io::Error| invalid!("{}: {error}", path.display());
+    let kind = kind(path);
+    if kind == Some(Kind::Parquet) {
+        return parquet::rows(path, take);
+    }
     let mut raw = BufReader::new(File::open(path).map_err(failed)?);
     let is_gzip = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gz"));
     if is_gzip && !raw.fill_buf().map_err(failed)?.starts_with(&[0x1F, 0x8B]) {
@@ -94,7 +51,10 @@ pub(super) fn records(path: &Path, take: &mut Take) -> Result<()> {
     if start.starts_with("\u{FEFF}".as_bytes()) {
         input.consume(3);
     }
-    let is_text = kind(path) == Some(Kind::Text);
+    if let Some(Kind::Delimited(delimiter)) = kind {
+        return delimited::rows(path, input, delimiter, take);
+    }
+    let is_text = kind == Some(Kind::Text);
     // The content decides between array and lines: files of JSON lines are often named .json.
     if !is_text && first_byte(&mut input).map_err(failed)? == Some(b'[') {
         array(path, input, take)
@@ -115,13 +75,13 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Tak
     loop {
         bytes.clear();
         line += 1;
-        let length = input.by_ref().take(MAX_LINE_BYTES).read_until(b'\n', &mut bytes);
+        let length = input.by_ref().take(MAX_RECORD_BYTES).read_until(b'\n', &mut bytes);
         let length = length.map_err(|error| invalid!("{}, line {line}: {error}", path.display()))?;
         if length == 0 {
             return Ok(());
         }
-        if length as u64 == MAX_LINE_BYTES && bytes.last() != Some(&b'\n') {
-            return Err(invalid!("{}, line {line}: is longer than {} MiB", path.display(), MAX_LINE_BYTES >> 20));
+        if length as u64 == MAX_RECORD_BYTES && bytes.last() != Some(&b'\n') {
+            return Err(invalid!("{}, line {line}: is longer than {} MiB", path.display(), MAX_RECORD_BYTES >> 20));
         }
         if bytes.iter().all(u8::is_ascii_whitespace) {
             continue;

@@ -51,6 +51,9 @@ pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
 /// All records of `[data]`.
 fn records(config: &Config) -> Result<Vec<Entry>> {
     let dataset = data::load(config.data()?)?;
+    if let Some(first) = dataset.ignored.first() {
+        eprintln!("data: {} files are not read, {} is the first", dataset.ignored.len(), first.display());
+    }
     if dataset.skipped > 0 {
         eprintln!("data: {} records skipped; {}", dataset.skipped, dataset.first_skipped.unwrap_or_default());
     }

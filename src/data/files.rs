@@ -1,0 +1,151 @@
+//! `[data] path` -> the files behind it: a file, a pattern, a folder. Knows no record. Read read.rs next.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+
+use crate::config::Source;
+use crate::invalid;
+
+/// How a file's records are written.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) enum Kind {
+    Json,
+    Text,
+    /// Comma- or tab-separated.
+    Delimited(u8),
+    Parquet,
+}
+
+/// The kind that a file's name says.
+pub(super) fn kind(path: &Path) -> Option<Kind> {
+    let name = path.file_name()?.to_str()?.to_lowercase();
+    let plain = name.strip_suffix(".gz").unwrap_or(&name);
+    match plain.rsplit_once('.')?.1 {
+        "json" | "jsonl" | "ndjson" => Some(Kind::Json),
+        "txt" => Some(Kind::Text),
+        "csv" => Some(Kind::Delimited(b',')),
+        "tsv" => Some(Kind::Delimited(b'\t')),
+        "parquet" if plain == name => Some(Kind::Parquet),
+        _ => None,
+    }
+}
+
+const KINDS: &str = ".json, .jsonl, .ndjson, .csv, .tsv or .txt, each also with .gz, or .parquet";
+
+/// Folders deeper than this are links in a circle.
+const MAX_DEPTH: usize = 32;
+
+/// What a source's paths stand for.
+#[derive(Debug, Default, PartialEq)]
+pub(super) struct Files {
+    /// In the order of the paths, and of their names within one.
+    pub files: Vec<PathBuf>,
+    /// Files that a folder or pattern has and that are not read.
+    pub ignored: Vec<PathBuf>,
+}
+
+/// The files of a source. Of folders, those in them and in their folders, in the order of their names, that have a known
+/// ending and, with `split`, that word in their name or their folder's; names that begin with a dot or an underscore are
+/// passed over, as every tool does that writes marker files.
+///
+/// # Errors
+/// A path that is not there or stands for no readable file.
+pub(super) fn files(source: &Source) -> Result<Files> {
+    let mut all = Files::default();
+    for path in source.path.as_slice() {
+        let shown = path.display();
+        let before = all.files.len();
+        let failed = |error: std::io::Error| invalid!("[data] path {shown}: {error}");
+        match std::fs::metadata(path) {
+            Ok(about) if about.is_dir() => {
+                walk(path, path, source.split.as_deref(), 0, &mut all)?;
+                if all.files.len() == before {
+                    let of = source.split.as_ref().map(|name| format!(" of split {name:?}")).unwrap_or_default();
+                    return Err(invalid!("[data] path {shown}: the folder has no file{of} that ends in {KINDS}"));
+                }
+            }
+            Ok(_) if kind(path).is_none() => {
+                return Err(invalid!(
+                    "[data] path {shown}: the name must end in {KINDS}; convert other tables to JSON lines"
+                ));
+            }
+            Ok(_) => all.files.push(path.clone()),
+            Err(error) => match path.to_str() {
+                Some(text) if text.contains(['*', '?', '[']) => {
+                    let found = glob::glob(text)
+                        .map_err(|error| invalid!("[data] path {shown} is no pattern of paths: {error}"))?;
+                    for item in found {
+                        let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?;
+                        match item.is_file() && !is_hidden(&item) && kind(&item).is_some() {
+                            true => all.files.push(item),
+                            false => all.ignored.push(item),
+                        }
+                    }
+                    if all.files.len() == before {
+                        return Err(invalid!("[data] path {shown}: no file of that pattern ends in {KINDS}"));
+                    }
+                }
+                Some(text) if is_hub_id(text) => {
+                    let folder = from_hub(text, source)?;
+                    walk(&folder, &folder, source.split.as_deref(), 0, &mut all)?;
+                    if all.files.len() == before {
+                        return Err(invalid!("[data] path {shown}: the data set has no file that ends in {KINDS}"));
+                    }
+                }
+                _ => return Err(failed(error)),
+            },
+        }
+    }
+    Ok(all)
+}
+
+fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut Files) -> Result<()> {
+    let failed = |error: std::io::Error| invalid!("[data] path {}: {error}", folder.display());
+    if depth > MAX_DEPTH {
+        return Err(invalid!("[data] path {}: more than {MAX_DEPTH} folders deep", folder.display()));
+    }
+    let mut inside = Vec::new();
+    for item in std::fs::read_dir(folder).map_err(failed)? {
+        inside.push(item.map_err(failed)?.path());
+    }
+    inside.sort();
+    for item in inside {
+        let hidden = is_hidden(&item);
+        if item.is_dir() {
+            if !hidden {
+                walk(root, &item, split, depth + 1, all)?;
+            }
+        } else if !hidden && kind(&item).is_some() && split.is_none_or(|split| is_of(&item, root, split)) {
+            all.files.push(item);
+        } else {
+            all.ignored.push(item);
+        }
+    }
+    Ok(())
+}
+
+fn is_hidden(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(['.', '_']))
+}
+
+/// Is `split` a word of the path below the folder? `data/train-00000-of-00002.parquet` is of `train`.
+fn is_of(path: &Path, root: &Path, split: &str) -> bool {
+    let below = path.strip_prefix(root).unwrap_or(path).to_string_lossy();
+    below.split(|c: char| !c.is_alphanumeric()).any(|word| word == split)
+}
+
+/// `owner/name`, which is no path that is there.
+fn is_hub_id(text: &str) -> bool {
+    let part = |part: &str| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        !part.is_empty() && !part.starts_with('.') && part.chars().all(plain)
+    };
+    matches!(text.split_once('/'), Some((owner, name)) if part(owner) && part(name)) && kind(Path::new(text)).is_none()
+}
+
+fn from_hub(id: &str, _source: &Source) -> Result<PathBuf> {
+    Err(invalid!(
+        "[data] path {id}: there is no such file or folder; a data set of the hub needs a build with --features hub"
+    ))
+}

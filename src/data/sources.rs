@@ -1,0 +1,151 @@
+//! The sources of `[data]` as one stream of records: one after the other, or mixed by weight. Constant memory: nothing
+//! is held but what the readers have in hand. Knows no tokenizer. Read read.rs next.
+
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::Scope;
+
+use anyhow::Result;
+
+use super::files::{Files, files};
+use super::formats::{Parser, Record};
+use super::{Place, read};
+use crate::config::{Data, MixStrategy, Source};
+use crate::invalid;
+use crate::rng::{SplitMix64, derive};
+
+/// A record or what is wrong with it, where it stands; answers whether to go on.
+pub(super) type Take<'t> = dyn FnMut(Place, Result<Record, String>) -> Result<bool> + 't;
+
+/// Records that a mixed source reads ahead.
+const AHEAD: usize = 64;
+/// The stream of draws that mixes sources.
+const MIXING: u64 = 0x6d69_7869_6e67;
+
+/// Every source with its files found.
+pub(super) struct Sources {
+    sources: Vec<(Source, Files)>,
+    mix: MixStrategy,
+    seed: u64,
+}
+
+/// Finds the files of every source.
+///
+/// # Errors
+/// A path that is not there, or stands for no file that can be read.
+pub(super) fn open(config: &Data) -> Result<Sources> {
+    let mut sources = Vec::new();
+    for source in config.all_sources() {
+        let files = files(&source)?;
+        sources.push((source, files));
+    }
+    Ok(Sources { sources, mix: config.mix_strategy(), seed: config.seed })
+}
+
+impl Sources {
+    /// Files of the folders and patterns that are not read.
+    pub(super) fn ignored(&self) -> impl Iterator<Item = &PathBuf> {
+        self.sources.iter().flat_map(|(_, files)| &files.ignored)
+    }
+
+    /// Hands every record to `take` until it answers false. The order is the same for the same files and seed.
+    ///
+    /// # Errors
+    /// A file that cannot be read or holds no record; an error of `take`.
+    pub(super) fn stream(&self, take: &mut Take) -> Result<()> {
+        match self.mix {
+            MixStrategy::Concat => {
+                for (source, files) in &self.sources {
+                    if !read_source(source, &files.files, take)? {
+                        break;
+                    }
+                }
+                Ok(())
+            }
+            MixStrategy::InterleaveUnder | MixStrategy::InterleaveOver => self.interleave(take),
+        }
+    }
+
+    fn interleave(&self, take: &mut Take) -> Result<()> {
+        let weights: Vec<f64> = self.sources.iter().map(|(source, _)| source.weight.unwrap_or(1.0)).collect();
+        let mut rng = SplitMix64::new(derive(self.seed, &[MIXING]));
+        // Each reader pushes; a thread and a short channel make of it one that can be pulled from.
+        std::thread::scope(|scope| {
+            let mut readers: Vec<_> = self.sources.iter().map(|(source, files)| spawn(scope, source, files)).collect();
+            let mut ended = vec![false; readers.len()];
+            loop {
+                let drawn = draw(&weights, rng.uniform());
+                let (place, record) = match readers[drawn].recv() {
+                    Ok(item) => item?,
+                    Err(_) if self.mix == MixStrategy::InterleaveUnder => return Ok(()),
+                    Err(_) => {
+                        ended[drawn] = true;
+                        if ended.iter().all(|&ended| ended) {
+                            return Ok(());
+                        }
+                        readers[drawn] = spawn(scope, &self.sources[drawn].0, &self.sources[drawn].1);
+                        // A source gives at least one record, or an error.
+                        match readers[drawn].recv() {
+                            Ok(item) => item?,
+                            Err(_) => return Ok(()),
+                        }
+                    }
+                };
+                if !take(place, record)? {
+                    return Ok(());
+                }
+            }
+        })
+    }
+}
+
+type Item = Result<(Place, Result<Record, String>)>;
+
+/// A source read on a thread of its own, which ends when the receiver is dropped.
+fn spawn<'scope, 'env>(scope: &'scope Scope<'scope, 'env>, source: &'env Source, files: &'env Files) -> Receiver<Item> {
+    let (sender, receiver) = sync_channel(AHEAD);
+    scope.spawn(move || {
+        let read = read_source(source, &files.files, &mut |place, record| Ok(sender.send(Ok((place, record))).is_ok()));
+        if let Err(error) = read {
+            // The receiver may be gone by now: then nobody asks.
+            let _ = sender.send(Err(error));
+        }
+    });
+    receiver
+}
+
+/// The source whose share of [0, 1) holds `at`.
+fn draw(weights: &[f64], at: f64) -> usize {
+    let mut left = at * weights.iter().sum::<f64>();
+    for (index, weight) in weights.iter().enumerate() {
+        if left < *weight {
+            return index;
+        }
+        left -= weight;
+    }
+    weights.len() - 1
+}
+
+/// Reads one source; answers whether `take` wants more.
+fn read_source(source: &Source, files: &[PathBuf], take: &mut Take) -> Result<bool> {
+    let room = source.max_rows.unwrap_or(usize::MAX);
+    let (mut usable, mut more) = (0, true);
+    for file in files {
+        if usable >= room || !more {
+            break;
+        }
+        let mut parser = Parser::new(source);
+        let mut seen = false;
+        read::records(file, &mut |place, found| {
+            seen = true;
+            let record = found.and_then(|found| parser.record(found));
+            usable += usize::from(record.is_ok());
+            more = take(place, record)?;
+            Ok(more && usable < room)
+        })?;
+        if !seen {
+            return Err(invalid!("{}: holds no record; remove it from [data] path or fill it", file.display()));
+        }
+    }
+    Ok(more)
+}

@@ -1,0 +1,481 @@
+//! Tables, patterns, folders, several sources and named columns give the records their users mean; damaged tables are
+//! refused by name, and nothing panics. DeepSpeed-Chat's sets are read by their names.
+
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use fourfold::config::{self, Data, MixStrategy, OnBadRecord, Paths, Preset, Source};
+use fourfold::data::{self, Message, Record, Text};
+use fourfold::error::exit_code;
+use serde_json::{Value, json};
+
+fn golden(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/parquet").join(name)
+}
+
+fn text(text: &str) -> Text {
+    Text::Verbatim(text.to_owned())
+}
+
+fn turns(turns: &[(&str, &str)]) -> Text {
+    Text::Dialogue(turns.iter().map(|(role, content)| Message::new(*role, *content)).collect())
+}
+
+fn at(path: impl Into<PathBuf>) -> Data {
+    Data { path: Paths::One(path.into()), ..Data::default() }
+}
+
+fn records(data: &Data) -> Vec<Record> {
+    data::load(data).unwrap().entries.into_iter().map(|entry| entry.record).collect()
+}
+
+/// The texts of records that are one text each, in a row.
+fn texts(data: &Data) -> String {
+    let one = |record| match record {
+        Record::LanguageModeling(Text::Verbatim(text)) => text,
+        other => panic!("{other:?}"),
+    };
+    records(data).into_iter().map(one).collect::<Vec<_>>().join(" ")
+}
+
+#[track_caller]
+fn fault(data: &Data) -> String {
+    let error = data::load(data).expect_err("a fault");
+    assert_eq!(exit_code(&error), 2, "{error:#}");
+    format!("{error:#}")
+}
+
+struct Folder(tempfile::TempDir);
+
+impl Folder {
+    fn new(files: &[(&str, &[u8])]) -> Self {
+        let folder = Self(tempfile::tempdir().unwrap());
+        for (name, content) in files {
+            let path = folder.path(name);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        }
+        folder
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut gzip = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    gzip.write_all(bytes).unwrap();
+    gzip.finish().unwrap()
+}
+
+#[test]
+fn parquet_of_every_compression_gives_the_rows_with_their_nested_messages() {
+    let expected: Vec<Record> = (0..5)
+        .map(|i| Record::Ranked {
+            prompt: turns(&[("user", &format!("q{i} é"))]),
+            answers: vec![turns(&[("assistant", &format!("good {i}"))]), turns(&[("assistant", &format!("bad {i}"))])],
+        })
+        .collect();
+    for codec in ["snappy", "zstd", "gzip", "lz4", "none"] {
+        assert_eq!(records(&at(golden(&format!("messages-{codec}.parquet")))), expected, "{codec}");
+    }
+    let ranked = records(&at(golden("ranked.parquet")));
+    assert_eq!(ranked[0], Record::Ranked { prompt: text("first"), answers: vec![text("b"), text("a")] });
+    assert_eq!(ranked[1], Record::Ranked { prompt: text("second"), answers: vec![text("c"), text("e"), text("d")] });
+}
+
+#[test]
+fn parquet_faults_name_the_row_and_the_column() {
+    let found = fault(&at(golden("holes.parquet")));
+    assert!(found.contains("holes.parquet, record 2: column \"output\": expected a string"), "{found}");
+    let mut data = at(golden("bytes.parquet"));
+    assert!(fault(&data).contains("bytes.parquet, record 2: column \"text\": is not UTF-8"));
+    data.on_bad_record = OnBadRecord::Skip;
+    let set = data::load(&data).unwrap();
+    assert_eq!((set.entries.len(), set.skipped), (1, 1));
+
+    let whole = std::fs::read(golden("messages-snappy.parquet")).unwrap();
+    let (cut, empty) = (&whole[..whole.len() - 100], b"PAR1PAR1");
+    let folder = Folder::new(&[("cut.parquet", cut), ("none.parquet", b""), ("tiny.parquet", empty)]);
+    for name in ["cut.parquet", "none.parquet", "tiny.parquet"] {
+        let found = fault(&at(folder.path(name)));
+        assert!(found.contains(name) && found.contains("is no readable Parquet file"), "{found}");
+    }
+}
+
+#[test]
+fn a_damaged_parquet_file_is_read_or_refused_never_a_panic() {
+    let mut rng = fourfold::rng::SplitMix64::new(2);
+    let folder = Folder::new(&[]);
+    let path = folder.path("x.parquet");
+    let mut refused = 0;
+    for name in ["messages-snappy.parquet", "messages-zstd.parquet", "messages-gzip.parquet", "ranked.parquet"] {
+        let whole = std::fs::read(golden(name)).unwrap();
+        for _ in 0..250 {
+            let mut bytes = whole.clone();
+            for _ in 0..1 + rng.below(4) {
+                let place = rng.below(bytes.len());
+                bytes[place] = rng.below(256) as u8;
+            }
+            if rng.below(8) == 0 {
+                bytes.truncate(rng.below(whole.len()));
+            }
+            std::fs::write(&path, &bytes).unwrap();
+            let mut data = at(&path);
+            data.on_bad_record = OnBadRecord::Skip;
+            data.max_rows = Some(100);
+            if let Err(error) = data::load(&data) {
+                assert_eq!(exit_code(&error), 2, "{error:#}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(refused > 200, "the damage is felt: {refused} of 1000 refused");
+}
+
+#[test]
+fn comma_and_tab_separated_tables_are_read() {
+    let csv = "prompt,chosen,rejected,extra\n\"a, \"\"b\"\"\nc\",good,bad,\nq,\"[{\"\"role\"\": \"\"assistant\"\", \
+               \"\"content\"\": \"\"good\"\"}]\",bad,1\n";
+    let tsv = "prompt\tcompletion\tlabel\nq\tTrue\tTrue\nr\t[1] is cited\tfalse\n";
+    let folder =
+        Folder::new(&[("a.csv", csv.as_bytes()), ("b.tsv", tsv.as_bytes()), ("c.csv.gz", &gzip(csv.as_bytes()))]);
+    let expected = [
+        Record::Ranked { prompt: text("a, \"b\"\nc"), answers: vec![text("good"), text("bad")] },
+        Record::Ranked {
+            prompt: turns(&[("user", "q")]),
+            answers: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+        },
+    ];
+    assert_eq!(records(&at(folder.path("a.csv"))), expected);
+    assert_eq!(records(&at(folder.path("c.csv.gz"))), expected);
+    let judged = [
+        Record::Unpaired { prompt: text("q"), completion: text("True"), label: true },
+        Record::Unpaired { prompt: text("r"), completion: text("[1] is cited"), label: false },
+    ];
+    assert_eq!(records(&at(folder.path("b.tsv"))), judged);
+}
+
+#[test]
+fn faults_of_a_table_name_the_line_and_the_column() {
+    for (name, content, expected) in [
+        ("x.csv", &b"text\none\ntwo,three\n"[..], "x.csv, line 3: has 2 cells, but the first row names 1 columns"),
+        ("x.csv", b"text,b\none,1\n\xff,2\n", "x.csv, line 3: column \"text\": is not UTF-8"),
+        ("x.csv", b"prompt,completion\nq,\n", "x.csv, line 2: column \"completion\": expected a string"),
+        ("x.csv", b"text,text\na,b\n", "x.csv, line 1: two columns are called \"text\""),
+        ("x.csv", b"text\n", "x.csv: holds no record"),
+        ("x.csv", b"", "x.csv: holds no record"),
+        ("x.tsv", b"text\n\"a\nb\"\nc\td\n", "x.tsv, line 4: has 2 cells"),
+        ("x.csv", b"\xff\xfet\0", "x.csv: is UTF-16"),
+    ] {
+        let folder = Folder::new(&[(name, content)]);
+        let found = fault(&at(folder.path(name)));
+        assert!(found.contains(expected), "\nfound:    {found}\nexpected: {expected}");
+    }
+    let folder = Folder::new(&[("x.csv", b"text\na\nb,c\nd\n")]);
+    let data = Data { on_bad_record: OnBadRecord::Skip, ..at(folder.path("x.csv")) };
+    let set = data::load(&data).unwrap();
+    assert_eq!((set.entries.len(), set.skipped), (2, 1));
+}
+
+#[test]
+fn a_record_of_ten_megabytes_is_read_from_every_container() {
+    let long = "word ".repeat(2 << 20);
+    let line = json!({"text": long}).to_string();
+    let csv = format!("text\n\"{long}\"\n");
+    let folder = Folder::new(&[
+        ("a.jsonl", line.as_bytes()),
+        ("b.json", format!("[{line}]").as_bytes()),
+        ("c.csv", csv.as_bytes()),
+        ("d.jsonl.gz", &gzip(line.as_bytes())),
+        ("e.txt", long.as_bytes()),
+    ]);
+    for name in ["a.jsonl", "b.json", "c.csv", "d.jsonl.gz", "e.txt"] {
+        assert_eq!(texts(&at(folder.path(name))).trim_end().len(), long.len() - 1, "{name}");
+    }
+    // Past the limit: a quote that is never closed.
+    let open = format!("text\n\"{}", "x".repeat(65 << 20));
+    let folder = Folder::new(&[("open.csv", open.as_bytes())]);
+    assert!(fault(&at(folder.path("open.csv"))).contains("is a quote not closed?"));
+}
+
+#[test]
+fn folders_and_patterns_are_read_in_the_order_of_their_names_and_say_what_they_leave() {
+    let line = |text: &str| json!({"text": text}).to_string().into_bytes();
+    let folder = Folder::new(&[
+        ("b.jsonl", &line("b")),
+        ("a/train-00001.jsonl", &line("a1")),
+        ("a/train-00000.jsonl", &line("a0")),
+        ("a/test-00000.jsonl", &line("at")),
+        ("README.md", b"not data"),
+        (".hidden/x.jsonl", b"nonsense"),
+        ("_SUCCESS.json", b"nonsense"),
+    ]);
+    let mut data = at(folder.0.path());
+    assert_eq!(texts(&data), "at a0 a1 b");
+    let ignored = data::load(&data).unwrap().ignored;
+    assert_eq!(ignored, [folder.path("README.md"), folder.path("_SUCCESS.json")]);
+    data.split = Some("train".to_owned());
+    assert_eq!(texts(&data), "a0 a1");
+    data.split = Some("validation".to_owned());
+    assert!(fault(&data).contains("no file of split \"validation\""));
+    assert_eq!(texts(&at(folder.path("a/t*-0000[01].jsonl"))), "at a0 a1");
+    assert_eq!(texts(&at(folder.path("*"))), "b");
+    assert!(fault(&at(folder.path("*.md"))).contains("no file of that pattern"));
+    assert!(fault(&at("someone/some-set")).contains("--features hub"));
+}
+
+fn source(path: PathBuf, weight: Option<f64>) -> Source {
+    Source { path: Paths::One(path), weight, ..Source::default() }
+}
+
+#[test]
+fn sources_mix_by_weight_the_same_for_the_same_seed() {
+    let lines = |letter: &str, n: usize| {
+        (0..n).map(|i| json!({"text": format!("{letter}{i}")}).to_string() + "\n").collect::<String>().into_bytes()
+    };
+    let folder = Folder::new(&[("a.jsonl", &lines("a", 400)), ("b.jsonl", &lines("b", 20))]);
+    let (a, b) = (folder.path("a.jsonl"), folder.path("b.jsonl"));
+    let mut data = Data { sources: vec![source(a, None), source(b, None)], ..Data::default() };
+    let all = texts(&data);
+    assert!(all.starts_with("a0 a1 ") && all.ends_with("b18 b19"), "one after the other without weights");
+
+    data.sources[0].weight = Some(3.0);
+    let count = |all: &str, letter: char| all.split(' ').filter(|word| word.starts_with(letter)).count();
+    let under = texts(&data);
+    assert_eq!(under, texts(&data));
+    // 3 to 1 until the 20 of b are drawn: 60 of a, give or take three standard deviations (15 each).
+    let (of_a, of_b) = (count(&under, 'a'), count(&under, 'b'));
+    assert!(of_b == 20 && (30..=110).contains(&of_a), "{of_a} {of_b}");
+    let in_order: Vec<String> = under.split(' ').filter(|word| word.starts_with('a')).map(str::to_owned).collect();
+    assert_eq!(in_order, (0..of_a).map(|i| format!("a{i}")).collect::<Vec<_>>(), "each once, in its own order");
+    data.seed = 1;
+    assert_ne!(under, texts(&data));
+
+    data.mix_strategy = Some(MixStrategy::InterleaveOver);
+    let over = texts(&data);
+    let (of_a, of_b) = (count(&over, 'a'), count(&over, 'b'));
+    assert!(of_a == 400 && (90..=180).contains(&of_b), "{of_a} {of_b}");
+    assert_eq!(over.matches(" b7 ").count(), of_b / 20 + usize::from(of_b % 20 > 7));
+
+    data.sources[0].max_rows = Some(5);
+    data.mix_strategy = Some(MixStrategy::Concat);
+    assert_eq!(count(&texts(&data), 'a'), 5);
+    data.max_rows = Some(7);
+    assert_eq!(texts(&data), "a0 a1 a2 a3 a4 b0 b1");
+
+    // An error of one source ends all, and does not leave a reader waiting.
+    std::fs::write(folder.path("b.jsonl"), "{\"text\": \"b\"}\nnonsense\n").unwrap();
+    (data.max_rows, data.mix_strategy) = (None, Some(MixStrategy::InterleaveUnder));
+    assert!(fault(&data).contains("b.jsonl, line 2: "));
+    std::fs::write(folder.path("b.jsonl"), "").unwrap();
+    assert!(fault(&data).contains("b.jsonl: holds no record"));
+}
+
+#[test]
+fn sources_columns_and_tags_are_read_from_the_config_file() {
+    let folder = Folder::new(&[
+        ("chat.jsonl", br#"{"dialog": [{"who": "Q", "says": "hi"}, {"who": "A", "says": "yes"}], "persona": "s"}"#),
+        ("qa.csv", b"question,context,best,worst\nq,c,good,bad\n"),
+        ("run.toml", b""),
+    ]);
+    let toml = format!(
+        r#"
+        seed = 7
+        [base]
+        path = "base"
+        [data]
+        mix_strategy = "concat"
+        [[data.sources]]
+        path = "{}"
+        weight = 0.5
+        columns = {{ messages = "dialog", system = "persona" }}
+        tags = {{ role_tag = "who", content_tag = "says", user_tag = "Q", assistant_tag = "A" }}
+        [[data.sources]]
+        path = "{}"
+        columns = {{ prompt = "question", query = "context", chosen = "best", rejected = "worst" }}
+        "#,
+        folder.path("chat.jsonl").display(),
+        folder.path("qa.csv").display()
+    );
+    let load = |toml: &str| {
+        std::fs::write(folder.path("run.toml"), toml).unwrap();
+        config::load(&folder.path("run.toml"), &[])
+    };
+    let loaded = load(&toml).unwrap();
+    let data = loaded.data().unwrap();
+    assert_eq!(data.seed, 7);
+    let expected = [
+        Record::LanguageModeling(turns(&[("system", "s"), ("user", "hi"), ("assistant", "yes")])),
+        Record::Ranked {
+            prompt: turns(&[("user", "q\nc")]),
+            answers: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+        },
+    ];
+    assert_eq!(records(data), expected);
+    assert_eq!(load(&loaded.to_toml().unwrap()).unwrap(), loaded);
+    for (wrong, right, message) in [
+        ("weight = 0.5", "weight = 0.0", "[[data.sources]] number 1 weight = 0 is out of range"),
+        ("messages =", "message =", "did you mean \"messages\"?"),
+        ("role_tag", "roletag", "did you mean \"role_tag\"?"),
+        ("mix_strategy = \"concat\"", "path = \"x.json\"", "has both path and sources"),
+        ("weight = 0.5", "preset = \"openai/webgpt\"", "did you mean \"openai/webgpt_comparisons\"?"),
+        ("weight = 0.5", "preset = \"stanfordnlp/SHP\"", "has both a preset and columns"),
+        ("weight = 0.5", "max_rows = 0", "number 1 max_rows = 0 reads nothing"),
+    ] {
+        let error = format!("{:#}", load(&toml.replace(wrong, right)).expect_err(right));
+        assert!(error.contains(message), "\nfound:    {error}\nexpected: {message}");
+    }
+    let mut data = data.clone();
+    data.sources[1].columns.as_mut().unwrap().chosen = Some("top".to_owned());
+    let found = fault(&data);
+    assert!(
+        found.contains("qa.csv, line 2: column \"top\" ([data.columns] chosen) is missing; there are [\"question\""),
+        "{found}"
+    );
+}
+
+fn one(object: &Value, change: impl FnOnce(&mut Data)) -> anyhow::Result<Record> {
+    let folder = Folder::new(&[("x.jsonl", object.to_string().as_bytes())]);
+    let mut data = at(folder.path("x.jsonl"));
+    change(&mut data);
+    Ok(data::load(&data)?.entries.remove(0).record)
+}
+
+#[test]
+fn records_of_other_trainers_and_public_sets_are_read_as_they_are() {
+    let ranked = |prompt: &[(&str, &str)]| Record::Ranked {
+        prompt: turns(prompt),
+        answers: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+    };
+    let u = json!({"role": "user", "content": "q"});
+    let says = |word: &str| json!({"role": "assistant", "content": word});
+    for (object, expected) in [
+        // A prompt beside conversations that hold it too (ultrafeedback_binarized).
+        (json!({"prompt": "q", "chosen": [u, says("good")], "rejected": [u, says("bad")]}), ranked(&[("user", "q")])),
+        // LLaMA-Factory's alpaca: ranking of old, and of today with system and history.
+        (json!({"instruction": "q", "output": ["good", "bad"]}), ranked(&[("user", "q")])),
+        (
+            json!({"instruction": "q", "input": "n", "chosen": "good", "rejected": "bad", "system": "s",
+                   "history": [["u", "v"]]}),
+            ranked(&[("system", "s"), ("user", "u"), ("assistant", "v"), ("user", "q\nn")]),
+        ),
+        // A tool's call and answer.
+        (
+            json!({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"},
+                   {"from": "observation", "value": "1"}], "chosen": {"from": "gpt", "value": "good"},
+                   "rejected": {"from": "gpt", "value": "bad"}}),
+            ranked(&[("user", "q"), ("assistant", "f()"), ("tool", "1")]),
+        ),
+        // Score pairs, known by their columns.
+        (
+            json!({"question": {"full_text": "q"}, "answer_0": "bad", "answer_1": "good", "score_0": -1, "score_1": 1.0}),
+            ranked(&[("user", "q")]),
+        ),
+        (
+            json!({"history": "q", "human_ref_A": "good", "human_ref_B": "bad", "labels": 1, "score_A": 9}),
+            ranked(&[("user", "q")]),
+        ),
+    ] {
+        assert_eq!(one(&object, |_| {}).unwrap(), expected, "{object}");
+    }
+    let pair = json!({"prompt": "q", "completion": "a", "chosen": "good", "rejected": "bad"});
+    assert!(matches!(one(&pair, |_| {}).unwrap(), Record::Ranked { .. }));
+    let sft = one(&pair, |data| data.ranking = Some(false)).unwrap();
+    assert_eq!(sft, Record::PromptCompletion { prompt: text("q"), completion: text("a") });
+    let error = one(&json!({"prompt": "q", "completion": "a"}), |data| data.ranking = Some(true)).unwrap_err();
+    assert!(error.to_string().contains("column \"chosen\" is missing"), "{error}");
+    let kto = json!({"q": [u, says("a")], "good": false});
+    let judged = one(&kto, |data| {
+        data.columns.messages = Some("q".to_owned());
+        data.columns.kto_tag = Some("good".to_owned());
+    });
+    let expected =
+        Record::Unpaired { prompt: turns(&[("user", "q")]), completion: turns(&[("assistant", "a")]), label: false };
+    assert_eq!(judged.unwrap(), expected);
+    let twice = json!({"messages": [{"role": "system", "content": "s"}, u, says("a")], "system": "t"});
+    let error = one(&twice, |_| {}).unwrap_err().to_string();
+    assert!(error.contains("column \"system\": \"messages\" has a system turn of its own"), "{error}");
+}
+
+#[test]
+fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
+    let q = || turns(&[("user", "q")]);
+    let says = |word: &str| turns(&[("assistant", word)]);
+    let pair = |a: &str, b: &str| Record::Ranked { prompt: q(), answers: vec![says(a), says(b)] };
+    let completed = |a: &str| Record::PromptCompletion { prompt: q(), completion: says(a) };
+    let hh = json!({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"});
+    let passage = |text: &str| json!([{"docid": "1", "title": "t", "text": text}]);
+    let miracl = json!({"query": "q", "positive_passages": passage("good"), "negative_passages": passage("bad")});
+    let mkqa =
+        json!({"queries": {"zh_cn": "q", "ja": "q"}, "answers": {"zh_cn": [{"text": "z"}], "ja": [{"text": "j"}]}});
+    let cases = [
+        (Preset::RmStatic, "Dahoas/rm-static", hh.clone(), pair("good", "bad")),
+        (Preset::FullHhRlhf, "Dahoas/full-hh-rlhf", hh, pair("good", "bad")),
+        (
+            Preset::SyntheticInstruct,
+            "Dahoas/synthetic-instruct-gptj-pairwise",
+            json!({"prompt": "q", "chosen": "good", "rejected": "bad"}),
+            pair("good", "bad"),
+        ),
+        (
+            Preset::RlhfReward,
+            "yitingxie/rlhf-reward-datasets",
+            json!({"prompt": "Human: q\n\n", "chosen": "Assistant: good", "rejected": "x Assistant: y Assistant: bad"}),
+            pair("good", "bad"),
+        ),
+        (
+            Preset::Webgpt,
+            "openai/webgpt_comparisons",
+            json!({"question": {"full_text": "q"}, "answer_0": "bad (2)", "answer_1": "good [1][2] (see 3) end.",
+                   "score_0": "-0.5", "score_1": 0.5}),
+            // The pattern is not greedy and takes one space: what DeepSpeed-Chat's two substitutions leave.
+            pair("good end.", "bad"),
+        ),
+        (
+            Preset::Shp,
+            "stanfordnlp/SHP",
+            json!({"history": "q", "human_ref_A": "bad", "human_ref_B": "good", "labels": 0}),
+            pair("good", "bad"),
+        ),
+        (
+            Preset::SharegptVicuna,
+            "pvduy/sharegpt_alpaca_oa_vicuna_format",
+            json!({"prompt": "USER: q ASSISTANT:", "label": "a"}),
+            Record::PromptCompletion { prompt: text("Human: q Assistant:"), completion: text(" a") },
+        ),
+        (Preset::ZhihuKol, "wangrui6/Zhihu-KOL", json!({"INSTRUCTION": "q", "RESPONSE": "a"}), completed("a")),
+        (Preset::MiraclZh, "Cohere/miracl-zh-queries-22-12", miracl.clone(), pair("good", "bad")),
+        (Preset::MiraclJa, "Cohere/miracl-ja-queries-22-12", miracl, pair("good", "bad")),
+        (
+            Preset::Hc3Chinese,
+            "Hello-SimpleAI/HC3-Chinese",
+            json!({"question": "q", "human_answers": ["a", "b"], "chatgpt_answers": ["c"]}),
+            completed("a"),
+        ),
+        (Preset::MkqaChinese, "mkqa-Chinese", mkqa.clone(), completed("z")),
+        (Preset::MkqaJapanese, "mkqa-Japanese", mkqa, completed("j")),
+        (Preset::QgJaquad, "lmqg/qg_jaquad", json!({"question": "q", "sentence": "a"}), completed("a")),
+        (Preset::QagJaquad, "lmqg/qag_jaquad", json!({"questions": ["q", "r"], "paragraph": "a"}), completed("a")),
+        (
+            Preset::LocalJson,
+            "local/jsonfile",
+            json!({"prompt": "Human: q Assistant:", "chosen": "good", "rejected": "bad"}),
+            Record::Ranked { prompt: text(" Human: q Assistant:"), answers: vec![text(" good"), text(" bad")] },
+        ),
+    ];
+    assert_eq!(cases.len(), 16);
+    for (preset, name, object, expected) in cases {
+        assert_eq!(serde_json::to_value(preset).unwrap(), name);
+        assert_eq!(one(&object, |data| data.preset = Some(preset)).unwrap(), expected, "{name}");
+        let error = one(&json!({"other": 1}), |data| data.preset = Some(preset)).unwrap_err().to_string();
+        assert!(error.contains("is empty or missing") || error.contains("is missing"), "{name}: {error}");
+    }
+    // No wrong passage: still something to learn from.
+    let lonely = json!({"query": "q", "positive_passages": passage("good"), "negative_passages": []});
+    assert_eq!(one(&lonely, |data| data.preset = Some(Preset::MiraclJa)).unwrap(), completed("good"));
+    let (named, halved) = (data::presets::splits(Preset::MiraclZh), data::presets::splits(Preset::Webgpt));
+    assert_eq!(named, data::presets::Splits::Named { train: "train", eval: "dev" });
+    assert_eq!(halved, data::presets::Splits::NineToOne);
+}
