@@ -34,6 +34,8 @@ pub mod data;
 pub mod dpo;
 pub mod error;
 pub mod export;
+#[cfg(feature = "hub")]
+pub mod hub;
 pub mod inspect;
 pub mod memory;
 pub mod model;
@@ -45,4 +47,5 @@ pub mod reward;
 pub mod rng;
 pub mod run;
 pub mod sft;
+pub mod stats;
 pub mod train;

@@ -248,12 +248,12 @@ fn data_that_cannot_be_used_is_named_with_its_line() {
     p.write("empty.jsonl", "");
     p.write("broken.jsonl", "{\"prompt\": \"a\", \"completion\": \"b\"}\n{\"prompt\": \"a\n");
     p.write("wrong.jsonl", "{\"question\": \"a\"}\n");
-    p.write("table.csv", "a,b\n");
+    p.write("table.xlsx", "a,b\n");
     let sft = |data: &str| format!("sft run.toml --set data.path={data} --out o");
     p.refuses(&sft("empty.jsonl"), &["empty.jsonl", "holds no record"]);
     p.refuses(&sft("broken.jsonl"), &["broken.jsonl, line 2", "not a JSON object"]);
     p.refuses(&sft("wrong.jsonl"), &["wrong.jsonl, line 1", "question"]);
-    p.refuses(&sft("table.csv"), &["table.csv", ".jsonl"]);
+    p.refuses(&sft("table.xlsx"), &["table.xlsx", ".jsonl"]);
     p.refuses(&sft("nowhere.jsonl"), &["[data] path nowhere.jsonl"]);
     p.refuses("reward run.toml --out o", &["sft.jsonl, line 1", "chosen"]);
     let score = |data: &str| format!("score --base base --adapter out/reward/adapter --data {data} --json");
@@ -276,7 +276,7 @@ fn a_config_that_cannot_be_used_names_the_key() {
         ("kl_ceof = 0.1\n", ["[ppo] has no key \"kl_ceof\"", "did you mean \"kl_coef\"?"]),
         ("[quantum]\nr = 1\n", ["there is no section [quantum]", "\"lora\""]),
         ("top_k = \"many\"\n", ["[ppo] top_k must be a whole number", "the string \"many\""]),
-        ("kl_estimator = \"k2\"\n", ["[ppo] kl_estimator = \"k2\"", "\"k1\", \"k3\""]),
+        ("kl_estimator = \"k9\"\n", ["[ppo] kl_estimator = \"k9\"", "\"k1\", \"k2\", \"k3\", \"exact\""]),
         ("cliprange = 2.0\n", ["[ppo] cliprange = 2", "use a number between 0 and 1"]),
         ("num_mini_batches = 3\n", ["[ppo] batch_size = 4 is not a multiple of num_mini_batches = 3", "try 3 or 6"]),
     ] {

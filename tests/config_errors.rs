@@ -66,7 +66,7 @@ fn an_unknown_enum_value_lists_the_values_and_names_the_nearest() {
          did you mean \"cosine\"?"
     );
     refuses("[data]\npath = \"x\"\nformat = \"prefs\"", "did you mean \"preference\"?");
-    refuses("[ppo]\nkl_estimator = 1", "[ppo] kl_estimator must be one of \"k1\", \"k3\", not 1");
+    refuses("[ppo]\nkl_estimator = 1", "[ppo] kl_estimator must be one of \"k1\", \"k2\", \"k3\", \"exact\", not 1");
 }
 
 #[test]
@@ -116,6 +116,20 @@ fn values_out_of_range_come_with_a_remedy() {
         ("critic_learning_rate = 0", "critic_learning_rate = 0 is out of range"),
         ("adam_beta2 = 1.0", "adam_beta2 = 1 is out of range"),
         ("max_grad_norm = -1", "max_grad_norm = -1 is out of range"),
+        ("num_generations = 3", "batch_size = 8 is not a multiple of num_generations = 3; try 6 or 9"),
+        ("advantage_estimator = \"rloo\"", "num_generations = 1 leaves nothing to compare an answer with"),
+        (
+            "advantage_estimator = \"grpo\"\nnum_generations = 2\ncritic_warmup = 1",
+            "critic_warmup = 1 without a critic",
+        ),
+        ("kl_in = \"loss\"", "kl_in = \"loss\" with kl_estimator = \"k1\": its gradient is 0 on average"),
+        ("adap_kl_ctrl = true\nkl_coef = 0", "adap_kl_ctrl = true multiplies kl_coef"),
+        ("policy_loss = \"kl_penalty\"", "policy_loss = \"kl_penalty\" with a single step a rollout"),
+        ("overlong_buffer_len = 65", "overlong_buffer_len = 65 is more than response_length = 64"),
+        ("use_score_norm = true", "use_score_norm = true works with use_score_scaling = true only"),
+        ("dual_clip = 1.0", "dual_clip = 1 is out of range"),
+        ("ema_decay = 1.5", "ema_decay = 1.5 is out of range"),
+        ("target = 0.0", "target = 0 is out of range"),
     ] {
         refuses(&format!("{ppo}{lines}"), &format!("[ppo] {expected}"));
     }

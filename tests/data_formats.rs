@@ -5,7 +5,7 @@ use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use fourfold::config::{Data, Format, OnBadRecord, Paths, Template, Truncation};
+use fourfold::config::{Compat, Data, Format, OnBadRecord, Paths, Preset, Template, Truncation};
 use fourfold::data::phases::{Report, SftExample, TextEncoder, prompt_examples, ranked_examples, sft_examples};
 use fourfold::data::{self, Dataset, Message, Record, Text};
 use fourfold::error::exit_code;
@@ -410,7 +410,7 @@ fn the_sft_mask_is_exactly_the_assistants_text_and_end_tokens() {
         (BARE, None, "<b>s\nq1\nné 1\n\nq2\na2<e>", "né 1\na2<e>"),
         (
             CHAT,
-            Some(Template::HumanAssistant),
+            Some(Template::HhRlhf),
             "<b>s\n\nHuman: q1\n\nAssistant: né 1\n\n\nHuman: q2\n\nAssistant: a2<e>",
             " né 1\n a2<e>",
         ),
@@ -433,7 +433,8 @@ fn texts_are_verbatim_unless_a_template_is_asked_for() {
         (None, "<b>q: a<e>"),
         (Some(Template::Plain), "<b>q: a<e>"),
         (Some(Template::Chat), "[user]q:<e>\n[assistant] a<e>"),
-        (Some(Template::HumanAssistant), "<b>\n\nHuman: q:\n\nAssistant:  a<e>"),
+        (Some(Template::HumanAssistant), "<b> Human: q: Assistant:  a<e>"),
+        (Some(Template::HhRlhf), "<b>\n\nHuman: q:\n\nAssistant:  a<e>"),
     ] {
         let data = Data { template, ..Data::default() };
         let (examples, _) = sft_examples(&records.entries, &CHAT, &data, true).unwrap();
@@ -622,4 +623,109 @@ fn a_damaged_file_is_read_or_refused_never_a_panic() {
         }
     }
     assert!(refused > 300, "the damage is felt: {refused} of 1200 refused");
+}
+
+#[test]
+fn a_template_in_the_config_takes_the_place_of_the_tokenizers() {
+    let records = dataset(json!([{"messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"},
+        {"role": "assistant", "content": "b"},
+    ]}]));
+    let inline = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}\
+                  {% if add_generation_prompt %}<assistant>{% endif %}";
+    for encoder in [CHAT, BARE] {
+        let data = Data { chat_template: Some(inline.to_owned()), ..Data::default() };
+        let (examples, _) = sft_examples(&records.entries, &encoder, &data, true).unwrap();
+        assert_eq!(decode(&examples[0].tokens), "<user>q<e><assistant>a<e><user>r<e><assistant>b<e>");
+        assert_eq!(learnt(&examples[0]), "a<e>b<e>");
+    }
+    let data = Data { chat_template: Some("{% for".to_owned()), ..Data::default() };
+    let error = sft_examples(&records.entries, &BARE, &data, true).unwrap_err();
+    assert!(error.to_string().contains("the chat template has a mistake") && exit_code(&error) == 2, "{error}");
+}
+
+/// Ten comparisons under DeepSpeed-Chat's rules; numpy's rows of ten for seed 1234 are in tests/golden/dschat_split.json.
+fn as_deepspeed_chat() -> (Vec<fourfold::data::Entry>, Data) {
+    let records: Vec<Value> =
+        (0..10).map(|i| json!({"prompt": format!("q{i}"), "chosen": "yes", "rejected": "yet no"})).collect();
+    let lines: String = records.iter().map(|record| format!("{record}\n")).collect();
+    let (_folder, mut data) = config(&[("x.jsonl", lines.as_bytes())]);
+    data.preset = Some(Preset::SyntheticInstruct);
+    (data.compat, data.seed) = (Some(Compat::Dschat), 1234);
+    (data::load(&data).unwrap().entries, data)
+}
+
+#[test]
+fn deepspeed_chats_phases_have_its_rows_its_text_and_its_masks() {
+    let golden: Value = serde_json::from_str(include_str!("golden/dschat_split.json")).unwrap();
+    let case = &golden["splits"][0];
+    assert_eq!((&case["seed"], &case["size"], &case["split"]), (&json!(1234), &json!(10), &json!("2,4,4")));
+    let rows = |phase: usize| -> Vec<u64> { serde_json::from_value(case["phases"][phase].clone()).unwrap() };
+    let (entries, data) = as_deepspeed_chat();
+
+    let (sft, _) = sft_examples(&entries, &BARE, &data, true).unwrap();
+    let expected: Vec<String> = rows(0).iter().map(|i| format!("<b> Human: q{i} Assistant: yes<e>")).collect();
+    assert_eq!(sft.iter().map(|example| decode(&example.tokens)).collect::<Vec<_>>(), expected);
+    assert_eq!(learnt(&sft[0]), expected[0][3..], "the loss is on the prompt too");
+
+    let (pairs, _) = ranked_examples(&entries, &BARE, &data).unwrap();
+    let expected: Vec<String> = rows(1).iter().map(|i| format!("<b> Human: q{i} Assistant: ye")).collect();
+    assert_eq!(pairs.iter().map(|pair| decode(&pair.prompt)).collect::<Vec<_>>(), expected);
+    // Not the tokenizer's end token, but the text of another.
+    assert_eq!(decode(&pairs[0].answers[0]), "s<|endoftext|>");
+    assert_eq!(decode(&pairs[0].answers[1]), "t no<|endoftext|>");
+
+    let (prompts, _) = prompt_examples(&entries, &BARE, &data).unwrap();
+    let expected: Vec<String> = rows(2).iter().map(|i| format!("<b> Human: q{i} Assistant:")).collect();
+    assert_eq!(prompts.iter().map(|prompt| decode(&prompt.tokens)).collect::<Vec<_>>(), expected);
+
+    let halves = Data { data_split: Some("0,1,0".to_owned()), ..data };
+    assert_eq!(ranked_examples(&entries, &BARE, &halves).unwrap().0.len(), 10);
+}
+
+#[test]
+fn deepspeed_chat_cuts_long_answers_and_filters_long_prompts() {
+    let (entries, data) = as_deepspeed_chat();
+    let short = Data { max_length: 25, max_prompt_length: 20, ..data };
+    let (sft, report) = sft_examples(&entries, &BARE, &short, true).unwrap();
+    assert!(decode(&sft[0].tokens).ends_with("Assistant: ye"), "no end token is left");
+    assert_eq!(counted(&report), (2, 2, 2, 0));
+    let error = ranked_examples(&entries, &BARE, &short).unwrap_err().to_string();
+    assert!(error.contains("4 with answers that are the same tokens"), "cut before they differ: {error}");
+    let error = prompt_examples(&entries, &BARE, &short).unwrap_err().to_string();
+    assert!(error.contains("4 longer than max_prompt_length = 20 (filtered)"), "{error}");
+}
+
+#[test]
+fn files_of_the_demo_sets_shapes_load_in_every_phase_they_fit() {
+    let turn = |from: &str, value: &str| json!({"from": from, "value": value});
+    let pairs = json!([
+        {"conversations": [turn("human", "q")], "chosen": turn("gpt", "a"), "rejected": turn("gpt", "b")},
+        {"conversations": [turn("human", "問"), turn("gpt", "答"), turn("human", "又")],
+         "chosen": turn("gpt", "好"), "rejected": turn("gpt", "坏")},
+    ]);
+    let alpaca = json!([
+        {"instruction": "i", "input": "", "output": "o"}, {"instruction": "i", "input": "n", "output": "o"},
+        {"instruction": "问", "input": "", "output": "答"},
+    ]);
+    let judged = json!([
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": true},
+        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}], "label": false},
+        {"messages": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "c"}], "label": true},
+    ]);
+    let wiki = " = Heading = \n \n A line of text . \n Another . \n";
+    // (records, sequences of SFT, rankings, prompts); None = the records do not fit that phase.
+    for (name, content, expected) in [
+        ("pairs.json", pairs.to_string(), (2, Some(2), Some(2), Some(2))),
+        ("alpaca.json", alpaca.to_string(), (3, Some(3), None, Some(3))),
+        ("judged.json", judged.to_string(), (3, Some(2), None, Some(3))),
+        ("wiki.txt", wiki.to_owned(), (3, Some(3), None, None)),
+    ] {
+        let entries = load(name, content.as_bytes()).unwrap().entries;
+        let data = Data::default();
+        let sft = sft_examples(&entries, &CHAT, &data, true).ok().map(|found| found.0.len());
+        let ranked = ranked_examples(&entries, &CHAT, &data).ok().map(|found| found.0.len());
+        let prompts = prompt_examples(&entries, &CHAT, &data).ok().map(|found| found.0.len());
+        assert_eq!((entries.len(), sft, ranked, prompts), expected, "{name}");
+    }
 }

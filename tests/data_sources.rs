@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use fourfold::config::{self, Data, MixStrategy, OnBadRecord, Paths, Preset, Source};
+use fourfold::config::{self, Compat, Data, MixStrategy, OnBadRecord, Paths, Preset, Source};
 use fourfold::data::{self, Message, Record, Text};
 use fourfold::error::exit_code;
 use serde_json::{Value, json};
@@ -223,7 +223,9 @@ fn folders_and_patterns_are_read_in_the_order_of_their_names_and_say_what_they_l
     assert_eq!(texts(&at(folder.path("a/t*-0000[01].jsonl"))), "at a0 a1");
     assert_eq!(texts(&at(folder.path("*"))), "b");
     assert!(fault(&at(folder.path("*.md"))).contains("no file of that pattern"));
-    assert!(fault(&at("someone/some-set")).contains("--features hub"));
+    if cfg!(not(feature = "hub")) {
+        assert!(fault(&at("someone/some-set")).contains("--features hub"));
+    }
 }
 
 fn source(path: PathBuf, weight: Option<f64>) -> Source {
@@ -478,4 +480,37 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
     let (named, halved) = (data::presets::splits(Preset::MiraclZh), data::presets::splits(Preset::Webgpt));
     assert_eq!(named, data::presets::Splits::Named { train: "train", eval: "dev" });
     assert_eq!(halved, data::presets::Splits::NineToOne);
+}
+
+#[test]
+fn under_dschat_transcripts_stay_as_their_columns_have_them() {
+    let hh = json!({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"});
+    let verbatim =
+        Record::Ranked { prompt: text("\n\nHuman: q\n\nAssistant:"), answers: vec![text(" good"), text(" bad")] };
+    for preset in [None, Some(Preset::RmStatic)] {
+        let found = one(&hh, |data| (data.preset, data.compat) = (preset, Some(Compat::Dschat)));
+        assert_eq!(found.unwrap(), verbatim);
+    }
+}
+
+#[test]
+fn keys_of_deepspeed_chat_and_of_templates_that_do_nothing_are_refused() {
+    let folder = Folder::new(&[("run.toml", b"[base]\npath = \"base\"\n[data]\npath = \"x.json\"\n")]);
+    let load = |keys: &[&str]| {
+        let set: Vec<String> = keys.iter().map(|key| (*key).to_owned()).collect();
+        config::load(&folder.path("run.toml"), &set)
+    };
+    let data = load(&["data.compat=dschat", "data.data_split=1,0,3"]).unwrap();
+    assert_eq!(data.data().unwrap().compat, Some(Compat::Dschat));
+    assert!(load(&["data.template=chat", "data.chat_template={{ messages }}"]).is_ok());
+    for (keys, message) in [
+        (vec!["data.data_split=1,0,3"], "data_split is DeepSpeed-Chat's; add compat"),
+        (vec!["data.compat=dschat", "data.data_split=1,3"], "is not three shares of 0 or more"),
+        (vec!["data.compat=dschat", "data.data_split=0,0,0"], "is not three shares of 0 or more"),
+        (vec!["data.compat=deepspeed"], "compat"),
+        (vec!["data.template=plain", "data.chat_template=x"], "has a chat_template that template does not use"),
+    ] {
+        let error = format!("{:#}", load(&keys).expect_err(message));
+        assert!(error.contains(message), "\nfound:    {error}\nexpected: {message}");
+    }
 }

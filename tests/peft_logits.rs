@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 
 use fourfold::config::{Reward, Sft};
 use fourfold::data::phases::{RankedExample, SftExample};
-use fourfold::export::merge::{MergedType, merge};
+use fourfold::export::Source;
+use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
@@ -126,10 +127,12 @@ fn a_reward_adapter_from_peft_gives_its_classifiers_scores() {
 #[test]
 fn a_merged_directory_gives_the_logprobs_of_pefts_merge_and_unload() {
     let (model, golden, dir) = (model(), golden(), tempfile::tempdir().unwrap());
-    let (sides, out) = (model.checkpoint.side_files().unwrap(), dir.path().join("merged"));
-    let reopen = |dir: &Path| Ok(Model::open(dir)?.base);
+    let out = dir.path().join("merged");
     let lm = adapter(&model, "lm");
-    merge(&model.base, &lm, MergedType::F32, &sides, &golden.sequences, &out, reopen).unwrap();
+    let (checkpoint, base) = (&model.checkpoint, &model.base);
+    let source = Source { checkpoint, base, adapter: &lm, prompts: &golden.sequences, about: "" };
+    let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
+    merge(&source, how, &out).unwrap();
     let difference = furthest(&golden.logprobs(&Model::open(&out).unwrap().base, None), &golden.merged_logprobs);
     eprintln!("merged f32 within {difference:.1e} of PEFT's merge");
     assert!(difference < 1e-4, "{difference}");

@@ -1,6 +1,7 @@
 //! The commands. `--json` puts one object on stdout and nothing else there; people's text goes to stderr, except a
 //! generated text and a table that were asked for.
 
+mod merge;
 mod probe;
 mod text;
 
@@ -9,11 +10,10 @@ use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::config::{self, Stage};
-use crate::export::merge::{MergedType, merge};
-use crate::run::{self, Model};
+use crate::run;
 use crate::{inspect, quickstart};
 
 /// RLHF on one machine: actor, reference, critic and reward model as small adapters over one frozen base.
@@ -38,8 +38,9 @@ enum Command {
     Kto(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
-    /// Base + adapter -> one Hugging Face directory, compared with base + adapter before it gets its name.
-    Merge(Merge),
+    /// Base + adapter -> what other programs open: a merged model, a classifier, GGUF, GGUF-LoRA; compared with base +
+    /// adapter before it gets its name.
+    Merge(merge::Merge),
     /// Answers one prompt.
     Generate(text::Generate),
     /// Talks.
@@ -86,25 +87,6 @@ struct Training {
     json: bool,
 }
 
-#[derive(Args)]
-struct Merge {
-    /// Model directory or .gguf file.
-    #[arg(long)]
-    base: PathBuf,
-    /// PEFT adapter directory.
-    #[arg(long)]
-    adapter: PathBuf,
-    /// The new model directory; must not exist.
-    #[arg(long)]
-    out: PathBuf,
-    /// Type of the merged weights.
-    #[arg(long, value_enum, default_value = "bf16")]
-    dtype: MergedType,
-    /// One JSON object on stdout.
-    #[arg(long)]
-    json: bool,
-}
-
 /// Parses the arguments and runs the command.
 ///
 /// # Errors
@@ -123,7 +105,7 @@ pub fn run() -> Result<()> {
         Command::Dpo(args) => train(Stage::Dpo, &args),
         Command::Kto(args) => train(Stage::Kto, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
-        Command::Merge(args) => merge_command(&args),
+        Command::Merge(args) => merge::merge(&args),
         Command::Generate(args) => text::generate(&args),
         Command::Chat(args) => text::chat(&args),
         Command::Score(args) => probe::score(&args),
@@ -156,49 +138,5 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
         return print_json(&summary);
     }
     eprintln!("{}: done; everything is in {}", stage.name(), out.display());
-    Ok(())
-}
-
-/// Texts that a merged model is compared on: prose, code, figures, another script.
-const COMPARED_ON: [&str; 4] = [
-    "The old lighthouse keeper climbed the stairs every evening, and",
-    "fn main() {\n    let total: u32 = (1..=10).sum();\n    println!(",
-    "In 1969 the price was 3.50; by 2024 it had risen to 41.25, which is",
-    "La réponse à cette question est simple : 東京は日本の",
-];
-
-fn merge_command(args: &Merge) -> Result<()> {
-    let model = Model::open(&args.base)?;
-    let adapter = model.adapter(&args.adapter)?;
-    let tokenizer = model.checkpoint.tokenizer();
-    let prompts = COMPARED_ON
-        .iter()
-        .map(|text| tokenizer.encode(text, crate::model::tokenizer::SpecialTokens::Add))
-        .collect::<Result<Vec<_>>>()?;
-    let sides = model.checkpoint.side_files()?;
-    let reopen = |dir: &std::path::Path| Ok(Model::open(dir)?.base);
-    let comparison = merge(&model.base, &adapter, args.dtype, &sides, &prompts, &args.out, reopen)?;
-    if adapter.head().is_some() {
-        eprintln!("{}: its scalar head stays behind: a merged model is a language model", args.adapter.display());
-    }
-    if args.json {
-        return print_json(&json!({
-            "merged": args.out.display().to_string(),
-            "dtype": args.dtype.torch_name(),
-            "max_logit_difference": comparison.max_logit_difference,
-            "max_logit": comparison.max_logit,
-            "greedy_agreement": comparison.greedy_agreement,
-            "positions": comparison.positions,
-        }));
-    }
-    eprintln!(
-        "merged into {}: largest logit difference {:.2e} (largest logit {:.1}), greedy agreement {:.1}% over {} \
-         positions",
-        args.out.display(),
-        comparison.max_logit_difference,
-        comparison.max_logit,
-        100.0 * comparison.greedy_agreement,
-        comparison.positions
-    );
     Ok(())
 }

@@ -9,6 +9,7 @@ mod expand;
 mod located;
 mod overrides;
 mod ppo;
+mod rewards;
 mod schema;
 mod sources;
 mod stages;
@@ -24,9 +25,11 @@ use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
-pub use ppo::{KlEstimator, Ppo};
+pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
+pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
-    Base, ComputeDtype, Data, EvalSize, Format, Lora, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    Base, Compat, ComputeDtype, Data, EvalSize, Format, InitLoraWeights, Lora, OnBadRecord, Paths, Quantize,
+    TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
@@ -172,6 +175,8 @@ impl Config {
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
+            let parts = ppo.reward.iter_mut().chain(&mut ppo.gold);
+            paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
         }
         for (key, path) in paths {
             if let Some(text) = path.to_str() {

@@ -1,6 +1,7 @@
 //! The sections every stage shares: `[base]`, `[reward_base]`, `[lora]`, `[data]`. Knows no rule between keys
 //! (validate.rs) and no file. Read stages.rs next.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
@@ -93,6 +94,35 @@ pub struct Lora {
     /// Block numbers, from 0, that get adapters; absent = every block.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Ranks of single layers: `{ q_proj = 16 }`. A key is a name ending or a regular expression; where several match a
+    /// layer, the first in alphabetical order counts. Default none (PEFT).
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub rank_pattern: BTreeMap<String, usize>,
+    /// Alphas of single layers, likewise. Default none (PEFT).
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub alpha_pattern: BTreeMap<String, f64>,
+    /// How the two factors start. Default `"default"` (PEFT's `True`).
+    pub init_lora_weights: InitLoraWeights,
+    /// LoRA+, arXiv:2402.12354: the second factor learns with this many times the learning rate. Default 1, as without
+    /// (PEFT's `create_loraplus_optimizer`; the paper's advice is 16).
+    pub loraplus_lr_ratio: f64,
+}
+
+/// `init_lora_weights`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InitLoraWeights {
+    /// A kaiming-uniform, B zero.
+    #[default]
+    Default,
+    /// A normal of deviation 1/r, B zero.
+    Gaussian,
+    /// The principal singular directions of each weight (arXiv:2404.02948).
+    Pissa,
+    /// The first directions of each weight's QR decomposition (arXiv:2406.01775).
+    Olora,
+    /// DeepSpeed-Chat's: A uniform in ±1/sqrt(r), B zero; its scale of 1/r is `lora_alpha = 1`.
+    Dschat,
 }
 
 impl Default for Lora {
@@ -103,6 +133,10 @@ impl Default for Lora {
             target_modules: TargetModules::One("all-linear".to_owned()),
             use_rslora: false,
             layers_to_transform: None,
+            rank_pattern: BTreeMap::new(),
+            alpha_pattern: BTreeMap::new(),
+            init_lora_weights: InitLoraWeights::Default,
+            loraplus_lr_ratio: 1.0,
         }
     }
 }
@@ -152,9 +186,22 @@ pub struct Data {
     /// false reads such records as if they had neither.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ranking: Option<bool>,
-    /// How a dialogue becomes text. Default: `chat` where the tokenizer brings a chat template, else `plain`.
+    /// How a dialogue becomes text. Default: `chat` where the tokenizer brings a chat template or `chat_template` is
+    /// given, else `plain`; `human_assistant` under `compat = "dschat"`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<Template>,
+    /// A Jinja template to use instead of the tokenizer's own, as transformers reads it; TOML's `'''` holds one of
+    /// several lines.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub chat_template: Option<String>,
+    /// Whose behaviour to keep. `"dschat"`: rows by `data_split` and numpy's shuffle, prompt and answer tokenised in one
+    /// piece and cut at the right, SFT on every token, long prompts filtered. Absent = none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
+    /// Under `compat = "dschat"`: how much of the records SFT, reward model and PPO get. Default `"2,4,4"`
+    /// (DeepSpeed-Chat), that is 20%, 40% and 40%.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub data_split: Option<String>,
     /// Most tokens of a training sequence, prompt and answer with its end token. Default 512 (DeepSpeed-Chat's
     /// `max_seq_len`).
     pub max_length: usize,
@@ -202,6 +249,9 @@ impl Default for Data {
             path: Paths::default(),
             format: Format::Auto,
             template: None,
+            chat_template: None,
+            compat: None,
+            data_split: None,
             max_length: 512,
             max_prompt_length: 256,
             truncation: Truncation::Drop,
@@ -306,14 +356,24 @@ pub enum Format {
     HhRlhf,
 }
 
+/// Whose behaviour to keep.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compat {
+    /// DeepSpeed-Chat's.
+    Dschat,
+}
+
 /// How a dialogue becomes text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Template {
     /// The tokenizer's own chat template.
     Chat,
-    /// `\n\nHuman: …\n\nAssistant: …`, as in HH-RLHF and DeepSpeed-Chat.
+    /// ` Human: … Assistant: …`, as in DeepSpeed-Chat.
     HumanAssistant,
+    /// `\n\nHuman: …\n\nAssistant: …`, as in HH-RLHF.
+    HhRlhf,
     /// Turns joined by a line break and nothing added.
     Plain,
 }

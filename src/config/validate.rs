@@ -2,7 +2,10 @@
 
 use anyhow::Result;
 
-use super::{Base, Config, Data, Dpo, Kto, Lora, Paths, Ppo, Reward, Sft, Source, TargetModules};
+use super::{
+    Base, Compat, Config, Data, Dpo, KlEstimator, KlIn, Kto, Lora, Paths, PolicyLoss, Ppo, Reward, RewardPart, Sft,
+    Source, TargetModules, Template,
+};
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -74,6 +77,15 @@ fn lora(section: &Lora) -> Result<()> {
     let check = Section("lora");
     check.at_least_one("r", section.r)?;
     check.positive("lora_alpha", section.lora_alpha, "r or 2 r")?;
+    for (pattern, &r) in &section.rank_pattern {
+        if r == 0 {
+            return Err(invalid!("[lora] rank_pattern: {pattern} = 0 does nothing; use 1 or more"));
+        }
+    }
+    for &alpha in section.alpha_pattern.values() {
+        check.positive("alpha_pattern", alpha, "r or 2 r")?;
+    }
+    check.positive("loraplus_lr_ratio", section.loraplus_lr_ratio, "1 to 16")?;
     match &section.target_modules {
         TargetModules::List(names) if names.is_empty() || names.iter().any(String::is_empty) => Err(invalid!(
             "[lora] target_modules has no names or an empty one; use \"all-linear\" or names such as [\"q_proj\", \"v_proj\"]"
@@ -124,6 +136,30 @@ fn data(section: &Data) -> Result<()> {
             "[data] needs path = \"file.jsonl\", a folder or a list of them; --set data.path=… also does"
         ));
     }
+    if section.chat_template.is_some() && section.template.is_some_and(|template| template != Template::Chat) {
+        return Err(invalid!(
+            "[data] has a chat_template that template does not use; remove one of them, or set \"chat\""
+        ));
+    }
+    match (&section.data_split, section.compat) {
+        (Some(_), None) => {
+            return Err(invalid!(
+                "[data] data_split is DeepSpeed-Chat's; add compat = \"dschat\", or use eval_fraction"
+            ));
+        }
+        (Some(split), Some(Compat::Dschat)) => {
+            let parts: Vec<f64> = split.split(',').map(|part| part.trim().parse().unwrap_or(f64::NAN)).collect();
+            if parts.len() != 3
+                || !parts.iter().all(|part| part.is_finite() && *part >= 0.0)
+                || parts.iter().sum::<f64>() <= 0.0
+            {
+                return Err(invalid!(
+                    "[data] data_split = {split:?} is not three shares of 0 or more; use \"2,4,4\" for 20%, 40% and 40%"
+                ));
+            }
+        }
+        (None, _) => {}
+    }
     if section.max_length < 2 {
         return Err(invalid!(
             "[data] max_length = {} leaves no room for a prompt token and an answer token; use 2 or more, usually 512",
@@ -169,8 +205,19 @@ fn reward(section: &Reward) -> Result<()> {
 
 fn ppo(section: &Ppo) -> Result<()> {
     let check = Section("ppo");
-    if section.reward_adapter.as_os_str().is_empty() {
-        return Err(invalid!("[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote"));
+    if section.reward_adapter.as_os_str().is_empty() && section.reward.is_empty() {
+        return Err(invalid!(
+            "[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote, or a [[ppo.reward]]"
+        ));
+    }
+    section.reward.iter().chain(&section.gold).try_for_each(RewardPart::check)?;
+    let mut names: Vec<&str> = section.reward.iter().map(RewardPart::name).collect();
+    names.sort_unstable();
+    if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
+        return Err(invalid!("two [[ppo.reward]] are called {:?}; give each a name = \"…\" of its own", twice[0]));
+    }
+    if section.eval_every > 0 && section.eval_prompts == 0 {
+        return Err(invalid!("[ppo] eval_every = {} evaluates nothing; set eval_prompts", section.eval_every));
     }
     let betas = [section.adam_beta1, section.adam_beta2];
     let Ppo { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
@@ -181,12 +228,14 @@ fn ppo(section: &Ppo) -> Result<()> {
         ("batch_size", section.batch_size),
         ("num_mini_batches", section.num_mini_batches),
         ("num_ppo_epochs", section.num_ppo_epochs),
+        ("num_generations", section.num_generations),
         ("micro_batch_size", section.micro_batch_size),
         ("response_length", section.response_length),
     ] {
         check.at_least_one(key, value)?;
     }
     multiple("batch_size", section.batch_size, "num_mini_batches", section.num_mini_batches)?;
+    multiple("batch_size", section.batch_size, "num_generations", section.num_generations)?;
     multiple("total_episodes", section.total_episodes, "batch_size", section.batch_size)?;
     check.positive("temperature", section.temperature, "0.7 to 1.0")?;
     check.within(
@@ -200,9 +249,26 @@ fn ppo(section: &Ppo) -> Result<()> {
         ("vf_coef", section.vf_coef),
         ("score_clip", section.score_clip),
         ("missing_eos_penalty", section.missing_eos_penalty.unwrap_or(0.0)),
+        ("short_response_penalty", section.short_response_penalty),
+        ("overlong_penalty_factor", section.overlong_penalty_factor),
+        ("entropy_coef", section.entropy_coef),
     ] {
         check.not_negative(key, value)?;
     }
+    for (key, value) in [
+        ("cliprange_high", section.cliprange_high.unwrap_or(1.0)),
+        ("log_ratio_clamp", section.log_ratio_clamp.unwrap_or(1.0)),
+        ("target_kl", section.target_kl.unwrap_or(1.0)),
+        ("kl_penalty_coef", section.kl_penalty_coef),
+        ("kl_penalty_target", section.kl_penalty_target),
+    ] {
+        check.positive(key, value, "the default")?;
+    }
+    for (key, value) in [("dual_clip", section.dual_clip), ("ratio_threshold", section.ratio_threshold)] {
+        check.within(key, value.unwrap_or(2.0), |v| v > 1.0, "a number above 1, usually 3 to 10")?;
+    }
+    check.within("length_penalty", section.length_penalty, |_| true, "a number")?;
+    ppo_together(section)?;
     check.positive("target", section.target, "6 nats an answer")?;
     check.positive("horizon", section.horizon, "10000 answers")?;
     if section.use_score_norm && !section.use_score_scaling {
@@ -215,6 +281,42 @@ fn ppo(section: &Ppo) -> Result<()> {
     check.positive("cliprange_value", section.cliprange_value, "0.2")?;
     for (key, value) in [("gamma", section.gamma), ("lam", section.lam)] {
         check.within(key, value, |v| (0.0..=1.0).contains(&v), "a number from 0 to 1, usually 0.95 or 1")?;
+    }
+    Ok(())
+}
+
+/// Rules between the keys of `[ppo]`.
+fn ppo_together(section: &Ppo) -> Result<()> {
+    let estimator = section.advantage_estimator;
+    if estimator.has_groups() && section.num_generations < 2 {
+        return Err(invalid!(
+            "[ppo] num_generations = {} leaves nothing to compare an answer with; rloo and grpo need 2 or more",
+            section.num_generations
+        ));
+    }
+    if section.critic_warmup > 0 && !estimator.has_critic() {
+        return Err(invalid!("[ppo] critic_warmup = {} without a critic; use gae or a2c, or 0", section.critic_warmup));
+    }
+    if section.kl_in == KlIn::Loss && section.kl_estimator == KlEstimator::K1 {
+        return Err(invalid!(
+            "[ppo] kl_in = \"loss\" with kl_estimator = \"k1\": its gradient is 0 on average; use k2, k3 or exact"
+        ));
+    }
+    if section.adap_kl_ctrl && section.kl_coef == 0.0 {
+        return Err(invalid!("[ppo] adap_kl_ctrl = true multiplies kl_coef, and kl_coef = 0 stays 0; start with 0.05"));
+    }
+    if section.policy_loss == PolicyLoss::KlPenalty && section.num_ppo_epochs * section.num_mini_batches < 2 {
+        return Err(invalid!(
+            "[ppo] policy_loss = \"kl_penalty\" with a single step a rollout penalises nothing; use num_mini_batches or \
+             num_ppo_epochs = 2 or more"
+        ));
+    }
+    for (key, value) in
+        [("overlong_buffer_len", section.overlong_buffer_len), ("min_response_length", section.min_response_length)]
+    {
+        if value > section.response_length {
+            return Err(invalid!("[ppo] {key} = {value} is more than response_length = {}", section.response_length));
+        }
     }
     Ok(())
 }

@@ -13,6 +13,8 @@ use crate::config::{Format, Tags};
 pub(super) struct Columns<'a> {
     pub(super) object: &'a Object,
     pub(super) tags: &'a Tags,
+    /// Are transcripts kept as they stand, not cut into turns?
+    pub(super) verbatim: bool,
 }
 
 impl<'a> Columns<'a> {
@@ -232,6 +234,12 @@ impl<'a> Columns<'a> {
 
     fn hh_rlhf(&self) -> Parsed<Record> {
         let transcript = |key: &str| turns(self.string(key)?).map_err(|fault| column_fault(key, fault));
+        if self.get("prompt").is_some() && self.verbatim {
+            return ranked(
+                self.text("prompt")?,
+                vec![("chosen", self.text("chosen")?), ("rejected", self.text("rejected")?)],
+            );
+        }
         if self.get("prompt").is_some() {
             let mut prompt = transcript("prompt")?;
             // The prompt ends with the marker under which the answer stands.

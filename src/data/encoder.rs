@@ -13,6 +13,7 @@ pub struct ModelEncoder<'t> {
     tokenizer: &'t Tokenizer,
     eos_id: u32,
     eos_text: String,
+    bos_text: Option<String>,
 }
 
 impl<'t> ModelEncoder<'t> {
@@ -22,7 +23,8 @@ impl<'t> ModelEncoder<'t> {
         let eos_id = tokenizer.eos_id().ok_or_else(|| {
             invalid!("the base's tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json")
         })?;
-        Ok(Self { tokenizer, eos_id, eos_text: tokenizer.token(eos_id).unwrap_or_default() })
+        let eos_text = tokenizer.token(eos_id).unwrap_or_default();
+        Ok(Self { tokenizer, eos_id, eos_text, bos_text: tokenizer.bos_id().and_then(|bos| tokenizer.token(bos)) })
     }
 }
 
@@ -46,6 +48,10 @@ impl TextEncoder for ModelEncoder<'_> {
 
     fn eos_text(&self) -> &str {
         &self.eos_text
+    }
+
+    fn bos_text(&self) -> Option<&str> {
+        self.bos_text.as_deref()
     }
 
     fn bos_id(&self) -> Option<u32> {

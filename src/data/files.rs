@@ -144,7 +144,25 @@ fn is_hub_id(text: &str) -> bool {
     matches!(text.split_once('/'), Some((owner, name)) if part(owner) && part(name)) && kind(Path::new(text)).is_none()
 }
 
-fn from_hub(id: &str, _source: &Source) -> Result<PathBuf> {
+/// The folder of a data set's files, fetched where they are missing.
+#[cfg(feature = "hub")]
+fn from_hub(id: &str, source: &Source) -> Result<PathBuf> {
+    use crate::hub::{Hub, RepoKind};
+    let split = source.split.as_deref();
+    let wanted = |name: &str| {
+        let path = Path::new(name);
+        // Not the `dataset_infos.json` and the like that describe a set.
+        let describes = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("dataset_info"));
+        !describes
+            && !is_hidden(path)
+            && kind(path).is_some()
+            && split.is_none_or(|split| is_of(path, Path::new(""), split))
+    };
+    Hub::from_env()?.fetch(RepoKind::Dataset, id, source.revision.as_deref().unwrap_or("main"), &wanted)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(id: &str, _: &Source) -> Result<PathBuf> {
     Err(invalid!(
         "[data] path {id}: there is no such file or folder; a data set of the hub needs a build with --features hub"
     ))

@@ -10,7 +10,7 @@ use super::dialogue::kind_of;
 use super::read::Found;
 use super::transcript::is_transcript;
 use super::{mapping, presets};
-use crate::config::{Format, Preset, Source, Tags};
+use crate::config::{Compat, Format, Preset, Source, Tags};
 
 /// A text as given, or a dialogue that a template will make a text of.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -76,13 +76,21 @@ pub(super) struct Parser<'s> {
     tags: Tags,
     format: Format,
     preset: Option<Preset>,
+    /// Are transcripts kept as they stand, not cut into turns?
+    verbatim: bool,
 }
 
 impl<'s> Parser<'s> {
     /// `source` as [`crate::config::Data::all_sources`] gives it.
-    pub(super) fn new(source: &'s Source) -> Self {
+    pub(super) fn new(source: &'s Source, compat: Option<Compat>) -> Self {
         let tags = source.tags.clone().unwrap_or_default();
-        Self { source, tags, format: source.format.unwrap_or_default(), preset: source.preset }
+        Self {
+            source,
+            tags,
+            format: source.format.unwrap_or_default(),
+            preset: source.preset,
+            verbatim: compat.is_some(),
+        }
     }
 
     pub(super) fn record(&mut self, found: Found) -> Parsed<Record> {
@@ -94,7 +102,7 @@ impl<'s> Parser<'s> {
             }
         };
         if let Some(preset) = self.preset {
-            return presets::record(preset, &object);
+            return presets::record(preset, &object, self.verbatim);
         }
         if let Some(names) = &self.source.columns {
             object = mapping::renamed(object, names)?;
@@ -116,7 +124,7 @@ impl<'s> Parser<'s> {
                 }
             };
         }
-        Columns { object: &object, tags: &self.tags }.record(self.format)
+        Columns { object: &object, tags: &self.tags, verbatim: self.verbatim }.record(self.format)
     }
 }
 

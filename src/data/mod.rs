@@ -7,8 +7,10 @@
 //! Read formats.rs next.
 
 mod columns;
+mod compat;
 mod delimited;
 mod dialogue;
+pub mod dschat;
 mod encoder;
 pub mod examples;
 mod files;

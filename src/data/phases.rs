@@ -8,10 +8,12 @@ use std::fmt;
 
 use anyhow::{Result, bail, ensure};
 
+use super::compat::{self, Part};
 use super::render::{Renderer, Segment};
 use super::{Entry, Message, Record, Text};
-use crate::config::{Data, OnBadRecord, Truncation};
+use crate::config::{Compat, Data, OnBadRecord, Truncation};
 use crate::invalid;
+use crate::model::chat_template::{GenerationPrompt, TemplateTokens, render};
 
 /// What the data needs of a tokenizer.
 pub trait TextEncoder {
@@ -27,6 +29,21 @@ pub trait TextEncoder {
     /// # Errors
     /// The template's own, such as two user turns in a row.
     fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
+
+    /// A dialogue through a template that the config gives.
+    ///
+    /// # Errors
+    /// The template's own.
+    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
+        let eos = Some(self.eos_text()).filter(|text| !text.is_empty());
+        render(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
+    }
+
+    /// The token that opens a text, as templates write it.
+    fn bos_text(&self) -> Option<&str> {
+        None
+    }
 
     /// Does the tokenizer bring a chat template?
     fn has_chat_template(&self) -> bool;
@@ -79,6 +96,10 @@ pub struct PromptExample {
     pub tokens: Vec<u32>,
     /// The text they stand for.
     pub text: String,
+    /// The answer that the record gives, where it gives exactly one: for verifiers.
+    pub answer: Option<String>,
+    /// Which of the entries given it is of.
+    pub entry: usize,
 }
 
 /// What became of the records.
@@ -130,12 +151,27 @@ impl<T> Outcome<T> {
     }
 }
 
-/// Runs `make` over every record; an error of it is a bad record.
-fn over<T>(entries: &[Entry], data: &Data, make: impl Fn(&Record) -> Result<Outcome<T>>) -> Result<(Vec<T>, Report)> {
-    let mut report = Report { read: entries.len(), ..Report::default() };
+impl<T> From<compat::Made<T>> for Outcome<T> {
+    fn from(made: compat::Made<T>) -> Self {
+        match made {
+            Ok((example, truncated)) => Self::keep(example, truncated),
+            Err(reason) => Self::Drop(reason),
+        }
+    }
+}
+
+/// Runs `make` over the records of `rows`, in that order; an error of it is a bad record.
+fn over<T>(
+    entries: &[Entry],
+    rows: &[usize],
+    data: &Data,
+    make: impl Fn(usize, &Record) -> Result<Outcome<T>>,
+) -> Result<(Vec<T>, Report)> {
+    let mut report = Report { read: rows.len(), ..Report::default() };
     let mut all = Vec::new();
-    for Entry { place, record } in entries {
-        let reason = match make(record) {
+    for &row in rows {
+        let Entry { place, record } = &entries[row];
+        let reason = match make(row, record) {
             Ok(Outcome::Keep { mut examples, truncated }) => {
                 report.truncated += usize::from(truncated);
                 all.append(&mut examples);
@@ -151,7 +187,7 @@ fn over<T>(entries: &[Entry], data: &Data, make: impl Fn(&Record) -> Result<Outc
         *report.dropped.entry(reason).or_default() += 1;
     }
     report.kept = all.len();
-    if all.is_empty() && !entries.is_empty() {
+    if all.is_empty() && !rows.is_empty() {
         return Err(invalid!("[data] leaves no sequence: {report}; raise the limit, set truncation or use other data"));
     }
     Ok((all, report))
@@ -199,8 +235,12 @@ pub fn sft_examples(
     data: &Data,
     completion_only: bool,
 ) -> Result<(Vec<SftExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    over(entries, data, |record| {
+    let renderer = Renderer::new(encoder, data)?;
+    let rows = compat::rows_of(entries.len(), data, Part::Sft)?;
+    over(entries, &rows, data, |_, record| {
+        if data.compat.is_some() {
+            return compat::sft(record, &renderer, encoder, data).map(Outcome::from);
+        }
         let (start, segments) = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
                 let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
@@ -299,9 +339,13 @@ pub fn ranked_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<RankedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
+    let renderer = Renderer::new(encoder, data)?;
     let limit = data.max_length;
-    over(entries, data, |record| {
+    let rows = compat::rows_of(entries.len(), data, Part::Reward)?;
+    over(entries, &rows, data, |_, record| {
+        if data.compat.is_some() {
+            return compat::ranked(record, &renderer, encoder, data).map(Outcome::from);
+        }
         let Record::Ranked { prompt, answers } = record else {
             bail!(
                 "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
@@ -344,9 +388,10 @@ pub fn judged_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<JudgedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
+    let renderer = Renderer::new(encoder, data)?;
     let limit = data.max_length;
-    over(entries, data, |record| {
+    let rows: Vec<usize> = (0..entries.len()).collect();
+    over(entries, &rows, data, |_, record| {
         let (prompt, judged) = match record {
             Record::Unpaired { prompt, completion, label } => (prompt, vec![(completion, *label)]),
             Record::Ranked { prompt, answers } if answers.len() == 2 => {
@@ -391,8 +436,9 @@ pub fn prompt_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
-    let renderer = Renderer::new(encoder, data.template)?;
-    over(entries, data, |record| {
+    let renderer = Renderer::new(encoder, data)?;
+    let rows = compat::rows_of(entries.len(), data, Part::Ppo)?;
+    over(entries, &rows, data, |entry, record| {
         let opening;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
@@ -407,11 +453,26 @@ pub fn prompt_examples(
             }
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
-        let text = renderer.prompt(prompt)?;
-        let tokens = encode_prompt(&text, renderer.first_token(prompt), encoder)?;
+        let (tokens, text) = match data.compat {
+            Some(Compat::Dschat) => match compat::prompt(prompt, &renderer, encoder, data)? {
+                Ok(made) => made,
+                Err(reason) => return Ok(Outcome::Drop(reason)),
+            },
+            None => {
+                let text = renderer.prompt(prompt)?;
+                (encode_prompt(&text, renderer.first_token(prompt), encoder)?, text)
+            }
+        };
         if tokens.len() > data.max_prompt_length {
             return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
         }
-        Ok(Outcome::keep(PromptExample { tokens, text }, false))
+        let answer = match record {
+            Record::PromptCompletion { completion: Text::Verbatim(text), .. } => Some(text.trim().to_owned()),
+            Record::PromptCompletion { completion: Text::Dialogue(turns), .. } => {
+                turns.last().map(|turn| turn.content.trim().to_owned())
+            }
+            _ => None,
+        };
+        Ok(Outcome::keep(PromptExample { tokens, text, answer, entry }, false))
     })
 }

@@ -151,7 +151,8 @@ pub(super) fn recognised(object: &Object) -> Option<Preset> {
 }
 
 /// A record of the set: a comparison, or a prompt with its answer where it has no worse one.
-pub(super) fn record(preset: Preset, object: &Object) -> Parsed<Record> {
+/// With `verbatim`, texts that hold their markers are kept as they stand.
+pub(super) fn record(preset: Preset, object: &Object, verbatim: bool) -> Parsed<Record> {
     let recipe = of(preset);
     let text = |path: &str, edit: Edit| match at(object, path) {
         Some(Value::String(text)) if !text.trim().is_empty() => Ok(edited(text, edit)),
@@ -194,7 +195,9 @@ pub(super) fn record(preset: Preset, object: &Object) -> Parsed<Record> {
     };
     let prompt = match recipe.frame {
         Frame::Turns => Text::Dialogue(vec![Message::new("user", prompt)]),
-        Frame::Verbatim | Frame::Unmarked if is_transcript(&prompt) => Text::Dialogue(open_turns(&prompt)?),
+        Frame::Verbatim | Frame::Unmarked if !verbatim && is_transcript(&prompt) => {
+            Text::Dialogue(open_turns(&prompt)?)
+        }
         _ => Text::Verbatim(prompt),
     };
     let as_answer = |text: String| match (&prompt, recipe.frame) {

@@ -5,7 +5,7 @@ use anyhow::{Result, bail, ensure};
 
 use super::phases::TextEncoder;
 use super::{Message, Text};
-use crate::config::Template;
+use crate::config::{Compat, Data, Template};
 
 /// A piece of text; `target` = the assistant said it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,6 +20,8 @@ pub(super) struct Segment {
 pub(super) struct Renderer<'e> {
     encoder: &'e dyn TextEncoder,
     template: Template,
+    /// The template to use instead of the tokenizer's.
+    chat_template: Option<&'e str>,
     /// Was the template asked for, so that texts become turns too?
     turns_from_texts: bool,
 }
@@ -27,34 +29,53 @@ pub(super) struct Renderer<'e> {
 impl<'e> Renderer<'e> {
     /// # Errors
     /// `template = "chat"` with a tokenizer that has none.
-    pub(super) fn new(encoder: &'e dyn TextEncoder, template: Option<Template>) -> Result<Self> {
-        if template == Some(Template::Chat) && !encoder.has_chat_template() {
+    pub(super) fn new(encoder: &'e dyn TextEncoder, data: &'e Data) -> Result<Self> {
+        let chat_template = data.chat_template.as_deref();
+        let has_chat = chat_template.is_some() || encoder.has_chat_template();
+        if data.template == Some(Template::Chat) && !has_chat {
             return Err(crate::invalid!(
-                "[data] template = \"chat\": the tokenizer has no chat template; use \"human_assistant\" or \"plain\""
+                "[data] template = \"chat\": the tokenizer has no chat template; write one in chat_template, or use \
+                 \"human_assistant\", \"hh_rlhf\" or \"plain\""
             ));
         }
-        let default = if encoder.has_chat_template() { Template::Chat } else { Template::Plain };
-        let turns_from_texts = matches!(template, Some(Template::Chat | Template::HumanAssistant));
-        Ok(Self { encoder, template: template.unwrap_or(default), turns_from_texts })
+        let default = match data.compat {
+            Some(Compat::Dschat) => Template::HumanAssistant,
+            None if has_chat => Template::Chat,
+            None => Template::Plain,
+        };
+        let turns_from_texts =
+            matches!(data.template, Some(Template::Chat | Template::HumanAssistant | Template::HhRlhf));
+        Ok(Self { encoder, template: data.template.unwrap_or(default), chat_template, turns_from_texts })
+    }
+
+    /// All turns of a dialogue as they stand.
+    pub(super) fn whole(&self, messages: &[Message]) -> Result<String> {
+        self.dialogue(messages, false)
     }
 
     /// The text of a dialogue; `open` = up to where the assistant's next turn begins.
     fn dialogue(&self, messages: &[Message], open: bool) -> Result<String> {
         let mut text = String::new();
         match self.template {
-            Template::Chat => return self.encoder.chat(messages, open),
-            Template::HumanAssistant => {
+            Template::Chat => {
+                return match self.chat_template {
+                    Some(template) => self.encoder.chat_with(template, messages, open),
+                    None => self.encoder.chat(messages, open),
+                };
+            }
+            Template::HumanAssistant | Template::HhRlhf => {
+                let before = if self.template == Template::HhRlhf { "\n\n" } else { " " };
                 for Message { role, content } in messages {
                     match role.as_str() {
-                        "assistant" => text.push_str("\n\nAssistant: "),
-                        "user" => text.push_str("\n\nHuman: "),
+                        "assistant" => text += &format!("{before}Assistant: "),
+                        "user" => text += &format!("{before}Human: "),
                         "system" => {}
-                        other => bail!("template = \"human_assistant\" has no {other} turns"),
+                        other => bail!("the templates \"human_assistant\" and \"hh_rlhf\" have no {other} turns"),
                     }
                     text.push_str(content);
                 }
                 if open {
-                    text.push_str("\n\nAssistant:");
+                    text += &format!("{before}Assistant:");
                 }
             }
             Template::Plain => {

@@ -10,7 +10,7 @@ use anyhow::Result;
 use super::files::{Files, files};
 use super::formats::{Parser, Record};
 use super::{Place, read};
-use crate::config::{Data, MixStrategy, Source};
+use crate::config::{Compat, Data, MixStrategy, Source};
 use crate::invalid;
 use crate::rng::{SplitMix64, derive};
 
@@ -27,6 +27,7 @@ pub(super) struct Sources {
     sources: Vec<(Source, Files)>,
     mix: MixStrategy,
     seed: u64,
+    compat: Option<Compat>,
 }
 
 /// Finds the files of every source.
@@ -39,7 +40,7 @@ pub(super) fn open(config: &Data) -> Result<Sources> {
         let files = files(&source)?;
         sources.push((source, files));
     }
-    Ok(Sources { sources, mix: config.mix_strategy(), seed: config.seed })
+    Ok(Sources { sources, mix: config.mix_strategy(), seed: config.seed, compat: config.compat })
 }
 
 impl Sources {
@@ -56,7 +57,7 @@ impl Sources {
         match self.mix {
             MixStrategy::Concat => {
                 for (source, files) in &self.sources {
-                    if !read_source(source, &files.files, take)? {
+                    if !read_source(source, &files.files, self.compat, take)? {
                         break;
                     }
                 }
@@ -71,7 +72,8 @@ impl Sources {
         let mut rng = SplitMix64::new(derive(self.seed, &[MIXING]));
         // Each reader pushes; a thread and a short channel make of it one that can be pulled from.
         std::thread::scope(|scope| {
-            let mut readers: Vec<_> = self.sources.iter().map(|(source, files)| spawn(scope, source, files)).collect();
+            let mut readers: Vec<_> =
+                self.sources.iter().map(|(source, files)| spawn(scope, source, files, self.compat)).collect();
             let mut ended = vec![false; readers.len()];
             loop {
                 let drawn = draw(&weights, rng.uniform());
@@ -83,7 +85,7 @@ impl Sources {
                         if ended.iter().all(|&ended| ended) {
                             return Ok(());
                         }
-                        readers[drawn] = spawn(scope, &self.sources[drawn].0, &self.sources[drawn].1);
+                        readers[drawn] = spawn(scope, &self.sources[drawn].0, &self.sources[drawn].1, self.compat);
                         // A source gives at least one record, or an error.
                         match readers[drawn].recv() {
                             Ok(item) => item?,
@@ -102,10 +104,17 @@ impl Sources {
 type Item = Result<(Place, Result<Record, String>)>;
 
 /// A source read on a thread of its own, which ends when the receiver is dropped.
-fn spawn<'scope, 'env>(scope: &'scope Scope<'scope, 'env>, source: &'env Source, files: &'env Files) -> Receiver<Item> {
+fn spawn<'scope, 'env>(
+    scope: &'scope Scope<'scope, 'env>,
+    source: &'env Source,
+    files: &'env Files,
+    compat: Option<Compat>,
+) -> Receiver<Item> {
     let (sender, receiver) = sync_channel(AHEAD);
     scope.spawn(move || {
-        let read = read_source(source, &files.files, &mut |place, record| Ok(sender.send(Ok((place, record))).is_ok()));
+        let read = read_source(source, &files.files, compat, &mut |place, record| {
+            Ok(sender.send(Ok((place, record))).is_ok())
+        });
         if let Err(error) = read {
             // The receiver may be gone by now: then nobody asks.
             let _ = sender.send(Err(error));
@@ -127,14 +136,14 @@ fn draw(weights: &[f64], at: f64) -> usize {
 }
 
 /// Reads one source; answers whether `take` wants more.
-fn read_source(source: &Source, files: &[PathBuf], take: &mut Take) -> Result<bool> {
+fn read_source(source: &Source, files: &[PathBuf], compat: Option<Compat>, take: &mut Take) -> Result<bool> {
     let room = source.max_rows.unwrap_or(usize::MAX);
     let (mut usable, mut more) = (0, true);
     for file in files {
         if usable >= room || !more {
             break;
         }
-        let mut parser = Parser::new(source);
+        let mut parser = Parser::new(source, compat);
         let mut seen = false;
         read::records(file, &mut |place, found| {
             seen = true;

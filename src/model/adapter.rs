@@ -49,7 +49,7 @@ pub type LayerPairs = [Option<LoraPair>; MAX_LINEARS];
 /// # use fourfold::model::adapter::*;
 /// # let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
 /// # let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false,
-/// #     target_modules: TargetModules::AllLinear, layers_to_transform: None };
+/// #     target_modules: TargetModules::AllLinear, layers_to_transform: None, ..LoraConfig::default() };
 /// let adapter = Adapter::init(config, shapes, 7)?;
 /// let mut learner = adapter.to_trainable();
 /// let stepped = learner.parameters()?;
@@ -61,7 +61,7 @@ pub type LayerPairs = [Option<LoraPair>; MAX_LINEARS];
 /// # use fourfold::model::adapter::*;
 /// # let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
 /// # let config = LoraConfig { r: 2, lora_alpha: 4.0, use_rslora: false,
-/// #     target_modules: TargetModules::AllLinear, layers_to_transform: None };
+/// #     target_modules: TargetModules::AllLinear, layers_to_transform: None, ..LoraConfig::default() };
 /// let mut adapter = Adapter::init(config, shapes, 7)?;
 /// let stepped = adapter.to_trainable().parameters()?;
 /// adapter.replace(stepped)?;
@@ -74,27 +74,54 @@ pub struct Adapter {
     layers: Vec<LayerPairs>,
     head: Option<ScoreHead>,
     provenance: Provenance,
+    frozen_half: bool,
+}
+
+/// The start of a branch's A; B starts at zero, so that the adapted model starts as the base.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Init {
+    /// PEFT's default, kaiming-uniform with a = sqrt(5) over the inputs: U(±1/sqrt(in)).
+    #[default]
+    KaimingUniform,
+    /// PEFT's "gaussian": normal of standard deviation 1/r.
+    Gaussian,
+    /// DeepSpeed-Chat's, which draws the same over a matrix that lies the other way round: U(±1/sqrt(r)). Its scale is
+    /// `lora_alpha` = 1.
+    DeepSpeedChat,
 }
 
 /// Streams of [`Adapter::init`]'s random numbers.
 const HEAD_STREAM: u64 = u64::MAX;
 
 impl Adapter {
-    /// PEFT's initialisation: A is kaiming-uniform with a = sqrt(5), that is U(±1/sqrt(in)); B is zero, so the adapted
-    /// model starts as the base. Each matrix has its own random stream: adding a target leaves the others as they were.
+    /// [`Adapter::init_as`] with PEFT's default.
     ///
     /// # Errors
     /// Those of [`LoraConfig::select`].
     pub fn init(config: LoraConfig, shapes: LinearShapes, seed: u64) -> Result<Self> {
-        let (r, scale) = (config.r, config.scaling());
+        Self::init_as(config, shapes, seed, Init::default())
+    }
+
+    /// A fresh adapter. Each matrix has its own random stream: adding a target leaves the others as they were.
+    ///
+    /// # Errors
+    /// Those of [`LoraConfig::select`].
+    pub fn init_as(config: LoraConfig, shapes: LinearShapes, seed: u64, init: Init) -> Result<Self> {
         let mut layers = Vec::new();
         for (layer, selected) in config.select(&shapes)?.into_iter().enumerate() {
             let mut pairs: LayerPairs = Default::default();
             for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
                 let (inp, out) = shapes.dims(linear);
-                let bound = 1.0 / (inp as f64).sqrt();
+                let path = shapes.module_path(layer, linear);
+                let (r, scale) = (config.rank_of(&path), config.scaling_of(&path));
                 let mut rng = SplitMix64::new(derive(seed, &[layer as u64, linear as u64]));
-                let a: Vec<f32> = (0..r * inp).map(|_| (bound * (2.0 * rng.uniform() - 1.0)) as f32).collect();
+                let uniform = |rng: &mut SplitMix64, n: usize| (2.0 * rng.uniform() - 1.0) * (1.0 / (n as f64).sqrt());
+                let draw = |_| match init {
+                    Init::KaimingUniform => uniform(&mut rng, inp) as f32,
+                    Init::DeepSpeedChat => uniform(&mut rng, r) as f32,
+                    Init::Gaussian => (standard_normal(&mut rng) / r as f64) as f32,
+                };
+                let a: Vec<f32> = (0..r * inp).map(draw).collect();
                 pairs[linear] = Some(LoraPair {
                     a: Tensor::from_vec(a, (r, inp), &Device::Cpu)?,
                     b: Tensor::zeros((out, r), DType::F32, &Device::Cpu)?,
@@ -103,7 +130,7 @@ impl Adapter {
             }
             layers.push(pairs);
         }
-        Ok(Self { config, shapes, layers, head: None, provenance: Provenance::default() })
+        Ok(Self { config, shapes, layers, head: None, provenance: Provenance::default(), frozen_half: false })
     }
 
     /// From finished parts: a file's reader and tests.
@@ -130,8 +157,9 @@ impl Adapter {
                     (None, true) => return Err(invalid!("the config selects {path}, but it has no LoRA factors")),
                     (Some(_), false) => return Err(invalid!("{path} has LoRA factors, but the config leaves it out")),
                     (Some(pair), true) => {
-                        check_tensor(&pair.a, &[config.r, inp], &format!("{path}.lora_A"))?;
-                        check_tensor(&pair.b, &[out, config.r], &format!("{path}.lora_B"))?;
+                        let r = config.rank_of(&path);
+                        check_tensor(&pair.a, &[r, inp], &format!("{path}.lora_A"))?;
+                        check_tensor(&pair.b, &[out, r], &format!("{path}.lora_B"))?;
                     }
                 }
             }
@@ -139,7 +167,7 @@ impl Adapter {
         if let Some(head) = &head {
             check_tensor(&head.weight, &[1, shapes.hidden], "score.weight")?;
         }
-        Ok(Self { config, shapes, layers, head, provenance })
+        Ok(Self { config, shapes, layers, head, provenance, frozen_half: false })
     }
 
     /// With a fresh scalar head: normal weights of standard deviation 1/sqrt(D), bias 0. Replaces a head that is there.
@@ -165,6 +193,31 @@ impl Adapter {
         }
         self.head = head;
         Ok(self)
+    }
+
+    /// With the second half of every branch's rank frozen: what PiSSA and OLoRA take from the base at the start, kept as
+    /// a branch of its own since a base is never written. See init.rs.
+    ///
+    /// # Errors
+    /// If a rank is odd.
+    pub fn with_frozen_half(mut self) -> Result<Self> {
+        if let Some(pair) = self.layers.iter().flatten().flatten().find(|p| !p.a.dims()[0].is_multiple_of(2)) {
+            return Err(invalid!("a branch of rank {} has no half that could be frozen", pair.a.dims()[0]));
+        }
+        self.frozen_half = true;
+        Ok(self)
+    }
+
+    /// With this LoRA+ ratio; see [`LoraConfig::loraplus_lr_ratio`].
+    #[must_use]
+    pub fn with_loraplus_lr_ratio(mut self, ratio: f64) -> Self {
+        self.config.loraplus_lr_ratio = ratio;
+        self
+    }
+
+    /// Whether the second half of every branch's rank never trains.
+    pub fn frozen_half(&self) -> bool {
+        self.frozen_half
     }
 
     /// With this origin.
@@ -310,7 +363,11 @@ impl TrainableAdapter {
     /// # Errors
     /// Only if the bias's tensor cannot be made.
     pub fn parameters(&self) -> Result<Vec<Tensor>> {
-        let mut flat: Vec<Tensor> = self.adapter.named_tensors().into_iter().map(|(_, t)| t.clone()).collect();
+        let mut flat = Vec::new();
+        for pair in self.adapter.layers.iter().flatten().flatten() {
+            flat.extend([self.trained(&pair.a, 0)?, self.trained(&pair.b, 1)?]);
+        }
+        flat.extend(self.adapter.head.iter().map(|head| head.weight.clone()));
         if let Some(bias) = self.trained_bias() {
             let device = self.adapter.head.as_ref().map_or(&Device::Cpu, |h| h.weight.device());
             flat.push(Tensor::from_vec(vec![bias], 1, device)?);
@@ -339,14 +396,38 @@ impl TrainableAdapter {
         };
         let mut new = parameters.into_iter();
         let adapter = &mut self.adapter;
-        let slots = adapter.layers.iter_mut().flatten().flatten().flat_map(|pair| [&mut pair.a, &mut pair.b]);
-        for (slot, tensor) in slots.chain(adapter.head.iter_mut().map(|h| &mut h.weight)).zip(&mut new) {
+        let frozen = adapter.frozen_half;
+        let slots = adapter.layers.iter_mut().flatten().flatten().flat_map(|p| [(&mut p.a, 0), (&mut p.b, 1)]);
+        // All are made before any is put in its place.
+        let mut made = vec![];
+        for ((slot, dim), tensor) in slots.zip(&mut new) {
+            let tensor = match frozen {
+                true => {
+                    let half = slot.dims()[dim] / 2;
+                    Tensor::cat(&[&tensor, &slot.narrow(dim, half, half)?], dim)?
+                }
+                false => tensor,
+            };
+            made.push((slot, tensor));
+        }
+        for (slot, tensor) in made {
             *slot = tensor;
+        }
+        if let (Some(head), Some(weight)) = (&mut adapter.head, new.next()) {
+            head.weight = weight;
         }
         if let (Some(head), Some(bias)) = (&mut adapter.head, bias) {
             head.bias = bias;
         }
         Ok(())
+    }
+
+    /// The part of a factor, or of its gradient, that trains: all of it, or the first half of the rank.
+    pub(super) fn trained(&self, factor: &Tensor, rank_dim: usize) -> Result<Tensor> {
+        Ok(match self.adapter.frozen_half {
+            true => factor.narrow(rank_dim, 0, factor.dims()[rank_dim] / 2)?.contiguous()?,
+            false => factor.clone(),
+        })
     }
 
     pub(super) fn trained_bias(&self) -> Option<f32> {
@@ -384,6 +465,7 @@ mod tests {
             use_rslora: false,
             target_modules: TargetModules::AllLinear,
             layers_to_transform: None,
+            ..LoraConfig::default()
         }
     }
 

@@ -2,6 +2,7 @@
 //! Knows no token id. A template is somebody's program: it gets no file, a budget of steps and no deep recursion.
 //! Read tokenizer.rs next.
 
+use std::cell::RefCell;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
@@ -50,6 +51,11 @@ pub struct TemplateTokens<'a> {
 const FUEL: u64 = 2_000_000;
 const RECURSION: usize = 64;
 
+thread_local! {
+    /// The last template rendered on this thread, parsed: a data set renders one template for each of its records.
+    static PARSED: RefCell<Option<(String, Environment<'static>)>> = const { RefCell::new(None) };
+}
+
 /// Renders `messages` with `template`, in transformers' Jinja dialect: blocks trimmed, Python's methods on strings,
 /// `raise_exception`, `strftime_now` (UTC), `tojson`, `break` and `continue`, `{% generation %}` without effect.
 ///
@@ -61,6 +67,36 @@ pub fn render(
     prompt: GenerationPrompt,
     tokens: TemplateTokens<'_>,
 ) -> Result<String> {
+    PARSED.with_borrow_mut(|parsed| {
+        if parsed.as_ref().is_none_or(|(source, _)| source != template) {
+            *parsed = Some((template.to_owned(), environment(template).map_err(fault)?));
+        }
+        let Some((_, env)) = parsed else { unreachable!("set above") };
+        let mut values = vec![
+            ("messages", Value::from_serialize(messages)),
+            ("add_generation_prompt", Value::from(prompt == GenerationPrompt::Add)),
+            ("tools", Value::from(())),
+            ("documents", Value::from(())),
+        ];
+        values.extend(tokens.bos.map(|t| ("bos_token", Value::from(t))));
+        values.extend(tokens.eos.map(|t| ("eos_token", Value::from(t))));
+        let context = context! { ..Value::from_iter(values) };
+        env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
+    })
+}
+
+/// What templates are called in messages.
+const NAME: &str = "chat_template";
+
+fn fault(error: minijinja::Error) -> anyhow::Error {
+    match error.kind() {
+        ErrorKind::SyntaxError => invalid!("the chat template has a mistake: {error}"),
+        ErrorKind::OutOfFuel => invalid!("the chat template took more than {FUEL} steps on this dialogue"),
+        _ => invalid!("the chat template refuses this dialogue: {error}"),
+    }
+}
+
+fn environment(template: &str) -> Result<Environment<'static>, minijinja::Error> {
     let mut env = Environment::new();
     env.set_trim_blocks(true);
     env.set_lstrip_blocks(true);
@@ -78,22 +114,8 @@ pub fn render(
     });
     env.add_function("strftime_now", |format: &str| strftime(format, unix_seconds()));
     env.add_filter("tojson", tojson);
-
-    let source = without_generation_blocks(template);
-    let mut values = vec![
-        ("messages", Value::from_serialize(messages)),
-        ("add_generation_prompt", Value::from(prompt == GenerationPrompt::Add)),
-        ("tools", Value::from(())),
-        ("documents", Value::from(())),
-    ];
-    values.extend(tokens.bos.map(|t| ("bos_token", Value::from(t))));
-    values.extend(tokens.eos.map(|t| ("eos_token", Value::from(t))));
-    let context = context! { ..Value::from_iter(values) };
-    env.render_named_str("chat_template", &source, context).map_err(|e| match e.kind() {
-        ErrorKind::SyntaxError => invalid!("the model's chat template has a mistake: {e}"),
-        ErrorKind::OutOfFuel => invalid!("the model's chat template took more than {FUEL} steps on this dialogue"),
-        _ => invalid!("the model's chat template refuses this dialogue: {e}"),
-    })
+    env.add_template_owned(NAME, without_generation_blocks(template).into_owned())?;
+    Ok(env)
 }
 
 /// transformers marks the assistant's words with a block of its own; what is inside renders as if it were not there.
@@ -109,13 +131,19 @@ fn without_generation_blocks(template: &str) -> std::borrow::Cow<'_, str> {
     })
 }
 
-/// Python's `json.dumps(x, ensure_ascii=False, indent=..)`: `", "` and `": "` where nothing is indented.
+/// Python's `json.dumps(x, ensure_ascii=False, ..)` with the options transformers gives the filter. `separators` with
+/// `indent` are without effect.
 fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
+    let failed = |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
     let indent = options.get::<Option<usize>>("indent")?.map(|n| n.min(16));
-    // Accepted and without effect: templates write them for their defaults.
-    let _ = (options.get::<Option<bool>>("ensure_ascii")?, options.get::<Option<bool>>("sort_keys")?);
+    let escapes = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+    let sorts = options.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
+    let separators = options.get::<Option<Vec<String>>>("separators")?.unwrap_or_default();
     options.assert_all_used()?;
-    let failed = |e: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string());
+    let mut value = serde_json::to_value(value).map_err(failed)?;
+    if sorts {
+        value.sort_all_objects();
+    }
     let mut out = Vec::new();
     match indent {
         Some(n) => {
@@ -123,25 +151,47 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
             let formatter = serde_json::ser::PrettyFormatter::with_indent(&spaces);
             value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(failed)?;
         }
-        None => value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, Spaced)).map_err(failed)?,
+        None => {
+            let [item, key] = match &separators[..] {
+                [item, key] => [item.as_str(), key.as_str()],
+                _ => [", ", ": "],
+            };
+            let formatter = Separated { item, key };
+            value.serialize(&mut serde_json::Serializer::with_formatter(&mut out, formatter)).map_err(failed)?;
+        }
     }
-    String::from_utf8(out).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))
+    let text = String::from_utf8(out).map_err(|e| minijinja::Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    if !escapes {
+        return Ok(text);
+    }
+    let mut ascii = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c.is_ascii() {
+            true => ascii.push(c),
+            // Outside ASCII there are only characters of strings.
+            false => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| ascii += &format!("\\u{unit:04x}")),
+        }
+    }
+    Ok(ascii)
 }
 
-/// JSON on one line with Python's spaces.
-struct Spaced;
+/// JSON on one line with the separators given.
+struct Separated<'s> {
+    item: &'s str,
+    key: &'s str,
+}
 
-impl serde_json::ser::Formatter for Spaced {
+impl serde_json::ser::Formatter for Separated<'_> {
     fn begin_array_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+        if first { Ok(()) } else { out.write_all(self.item.as_bytes()) }
     }
 
     fn begin_object_key<W: std::io::Write + ?Sized>(&mut self, out: &mut W, first: bool) -> std::io::Result<()> {
-        if first { Ok(()) } else { out.write_all(b", ") }
+        if first { Ok(()) } else { out.write_all(self.item.as_bytes()) }
     }
 
     fn begin_object_value<W: std::io::Write + ?Sized>(&mut self, out: &mut W) -> std::io::Result<()> {
-        out.write_all(b": ")
+        out.write_all(self.key.as_bytes())
     }
 }
 
@@ -259,6 +309,12 @@ mod tests {
         assert_eq!(
             plain("{{ {'b': 1, 'a': [2]} | tojson(indent=2) }}").unwrap(),
             "{\n  \"b\": 1,\n  \"a\": [\n    2\n  ]\n}"
+        );
+        assert_eq!(
+            plain("{{ {'b': 1, 'a': 'é𝄞'} | tojson(sort_keys=true, ensure_ascii=true, separators=(',', ':')) }}")
+                .unwrap(),
+            r#"{"a":"\u00e9\ud834\udd1e","b":1}"#,
+            "as json.dumps prints it"
         );
         let generation = "{% for m in messages %}{%- generation %}{{ m.role }} {%- endgeneration %}{% endfor %}";
         assert_eq!(plain(generation).unwrap(), "user");

@@ -154,6 +154,14 @@ impl Checkpoint {
         }
     }
 
+    /// The container, where the model is a GGUF file.
+    pub fn gguf(&self) -> Option<&Gguf> {
+        match &self.contents.origin {
+            Origin::Gguf(_, gguf) => Some(gguf),
+            Origin::Directory(_) | Origin::Embedded(_) => None,
+        }
+    }
+
     /// The files that hold the weights.
     pub fn files(&self) -> &[PathBuf] {
         &self.contents.files
@@ -448,6 +456,12 @@ impl Tensors {
     /// configuration knows nothing of is refused: leaving it out would be another model.
     fn settle(&mut self, config: &DecoderConfig, name: &str) -> Result<()> {
         let names = config.names();
+        // transformers 5 has one name for every family's output table in memory, and tools may save what they see.
+        if !self.read.contains_key(names.output)
+            && let Some(output) = self.read.remove("lm_head.weight")
+        {
+            self.read.insert(names.output.to_string(), output);
+        }
         if !self.read.contains_key(names.embedding)
             && names.embedding.strip_prefix(names.prefix).is_some_and(|bare| self.read.contains_key(bare))
         {

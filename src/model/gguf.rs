@@ -47,6 +47,8 @@ pub struct Gguf {
     bytes: Bytes,
     version: u32,
     metadata: BTreeMap<String, Value>,
+    /// Where the type and value of each key are, in the file's order.
+    places: Vec<(String, Range<usize>)>,
     tensors: Vec<GgufTensor>,
 }
 
@@ -77,18 +79,20 @@ impl Gguf {
         cursor.expect_room(key_count, 13, "metadata keys")?;
         cursor.expect_room(tensor_count, 32, "tensors")?;
 
-        let mut metadata = BTreeMap::new();
+        let (mut metadata, mut places) = (BTreeMap::new(), Vec::new());
         for _ in 0..key_count {
             let key = cursor.string(MAX_NAME, "metadata key")?;
+            let start = cursor.at;
             let kind = cursor.u32(&key)?;
             let value = cursor.value(kind, &key)?;
+            places.push((key.clone(), start..cursor.at));
             if metadata.insert(key.clone(), value).is_some() {
                 return Err(invalid!("{name}: the metadata key {key} stands there twice"));
             }
         }
         let tensors = read_table(&mut cursor, tensor_count, &metadata)?;
         let name = name.to_owned();
-        Ok(Self { name, bytes, version, metadata, tensors })
+        Ok(Self { name, bytes, version, metadata, places, tensors })
     }
 
     /// What errors call this file.
@@ -119,6 +123,11 @@ impl Gguf {
     /// A metadata value as stored.
     pub fn get(&self, key: &str) -> Option<&Value> {
         self.metadata.get(key)
+    }
+
+    /// (key, its type and value as the file spells them), for a file that carries them on.
+    pub fn raw_values(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.places.iter().map(|(key, range)| (key.as_str(), &self.bytes.get()[range.clone()]))
     }
 
     fn wrong_kind(&self, key: &str, want: &str) -> anyhow::Error {

@@ -19,12 +19,12 @@ const USER_DEFINED: i64 = 4;
 const LONGEST_TOKEN: usize = 1024;
 
 /// How Llama 3 cuts text before merging: contractions, words, up to three digits, punctuation, white space.
-const LLAMA3_SPLIT: &str = concat!(
+pub(crate) const LLAMA3_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 /// Qwen 2's: the same with single digits.
-const QWEN2_SPLIT: &str = concat!(
+pub(crate) const QWEN2_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );

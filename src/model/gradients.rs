@@ -64,7 +64,20 @@ impl Gradients {
 }
 
 impl TrainableAdapter {
-    /// The gradients in flat order.
+    /// Leaves of every factor's gradient only what trains: for an adapter with a frozen half, the first half of the rank.
+    ///
+    /// # Errors
+    /// If a gradient is no matrix.
+    pub fn without_frozen(&self, mut gradients: Gradients) -> Result<Gradients> {
+        if self.view().frozen_half() {
+            for (a, b) in gradients.layers.iter_mut().flatten().flatten() {
+                (*a, *b) = (self.trained(a, 0)?, self.trained(b, 1)?);
+            }
+        }
+        Ok(gradients)
+    }
+
+    /// The gradients in flat order, after [`Self::without_frozen`].
     ///
     /// # Errors
     /// If a parameter has no gradient, a gradient has no parameter, or a shape differs; the message names the tensor.
@@ -78,10 +91,10 @@ impl TrainableAdapter {
             adapter.layers().len()
         );
         let mut flat = Vec::new();
-        let mut take = |parameter: &Tensor, gradient: Option<&'g Tensor>, name: String| -> Result<()> {
+        let mut take = |dims: &[usize], gradient: Option<&'g Tensor>, name: String| -> Result<()> {
             let gradient =
                 gradient.with_context(|| format!("{name} got no gradient: the backward pass left it out"))?;
-            check_tensor(gradient, parameter.dims(), &format!("the gradient of {name}"))?;
+            check_tensor(gradient, dims, &format!("the gradient of {name}"))?;
             flat.push(gradient);
             Ok(())
         };
@@ -89,15 +102,17 @@ impl TrainableAdapter {
             for (linear, (pair, grads)) in pairs.iter().zip(grads).enumerate() {
                 let (grads, shapes) = (grads.as_ref(), adapter.shapes());
                 if let Some(pair) = pair {
-                    take(&pair.a, grads.map(|g| &g.0), factor_name(shapes, layer, linear, 'A'))?;
-                    take(&pair.b, grads.map(|g| &g.1), factor_name(shapes, layer, linear, 'B'))?;
+                    let ((r, inp), (out, _)) = (pair.a.dims2()?, pair.b.dims2()?);
+                    let r = if adapter.frozen_half() { r / 2 } else { r };
+                    take(&[r, inp], grads.map(|g| &g.0), factor_name(shapes, layer, linear, 'A'))?;
+                    take(&[out, r], grads.map(|g| &g.1), factor_name(shapes, layer, linear, 'B'))?;
                 } else if grads.is_some() {
                     anyhow::bail!("a gradient for map {linear} of layer {layer}, which has no branch");
                 }
             }
         }
         match adapter.head() {
-            Some(head) => take(&head.weight, gradients.head_weight.as_ref(), HEAD_WEIGHT.to_string())?,
+            Some(head) => take(head.weight.dims(), gradients.head_weight.as_ref(), HEAD_WEIGHT.to_string())?,
             None => anyhow::ensure!(gradients.head_weight.is_none(), "a gradient for {HEAD_WEIGHT}: there is no head"),
         }
         if self.trained_bias().is_some() {
@@ -125,6 +140,7 @@ mod tests {
             use_rslora: false,
             target_modules: TargetModules::AllLinear,
             layers_to_transform: None,
+            ..LoraConfig::default()
         }
     }
 

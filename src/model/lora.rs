@@ -98,6 +98,14 @@ impl LinearShapes {
         self.linears().iter().map(|l| if shared(l.name()) { l.path } else { l.name() }).collect()
     }
 
+    /// (layer, slot) of the map whose matrix has this Hugging Face name: `model.layers.3.mlp.up_proj.weight`.
+    pub fn find(&self, weight_name: &str) -> Option<(usize, usize)> {
+        let path = weight_name.strip_suffix(".weight")?;
+        let (layer, inside) = path.strip_prefix(self.blocks)?.strip_prefix('.')?.split_once('.')?;
+        let layer = layer.parse().ok().filter(|&layer| layer < self.layers)?;
+        Some((layer, self.linears().iter().position(|l| l.path == inside)?))
+    }
+
     /// The slot of the map of this name or path inside the block.
     pub fn index_of(&self, name: &str) -> Option<usize> {
         self.linears().iter().position(|l| l.path == name || l.name() == name)
@@ -139,13 +147,60 @@ pub struct LoraConfig {
     pub target_modules: TargetModules,
     /// Only these blocks; `None` is all of them.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Ranks of single maps: (name ending or regular expression, rank); the first that matches a path counts.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Alphas of single maps, likewise.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// LoRA+: how many times the learning rate the B factors learn with. Of the training, not of what is saved.
+    pub loraplus_lr_ratio: f64,
+}
+
+impl Default for LoraConfig {
+    /// PEFT's: rank 8, alpha 8; over all linear maps.
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 8.0,
+            use_rslora: false,
+            target_modules: TargetModules::AllLinear,
+            layers_to_transform: None,
+            rank_pattern: vec![],
+            alpha_pattern: vec![],
+            loraplus_lr_ratio: 1.0,
+        }
+    }
 }
 
 impl LoraConfig {
-    /// alpha / r, or alpha / sqrt(r) with `use_rslora`.
+    /// alpha / r, or alpha / sqrt(r) with `use_rslora`, of a map that no pattern names.
     pub fn scaling(&self) -> f64 {
-        let r = self.r as f64;
-        self.lora_alpha / if self.use_rslora { r.sqrt() } else { r }
+        self.scale(self.lora_alpha, self.r)
+    }
+
+    fn scale(&self, alpha: f64, r: usize) -> f64 {
+        let r = r as f64;
+        alpha / if self.use_rslora { r.sqrt() } else { r }
+    }
+
+    /// The rank of the map at this path inside the model.
+    pub fn rank_of(&self, path: &str) -> usize {
+        pattern(&self.rank_pattern, path).unwrap_or(self.r)
+    }
+
+    /// The scale of the map at this path inside the model.
+    pub fn scaling_of(&self, path: &str) -> f64 {
+        self.scale(pattern(&self.alpha_pattern, path).unwrap_or(self.lora_alpha), self.rank_of(path))
+    }
+
+    /// The same scales for maps whose ranks are all `factor` times as large: (rank, alpha) and both patterns.
+    #[must_use]
+    pub fn with_ranks_times(mut self, factor: usize) -> Self {
+        let more = if self.use_rslora { (factor as f64).sqrt() } else { factor as f64 };
+        self.r *= factor;
+        self.lora_alpha *= more;
+        self.rank_pattern.iter_mut().for_each(|(_, r)| *r *= factor);
+        self.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha *= more);
+        self
     }
 
     /// For every block, which of its maps get a branch.
@@ -183,15 +238,22 @@ impl LoraConfig {
 
     fn check(&self, shapes: &LinearShapes) -> Result<()> {
         // The bound also keeps a number from a file from sizing an allocation.
-        if self.r == 0 || self.r > shapes.widest() {
+        let ranks = self.rank_pattern.iter().map(|(_, r)| *r);
+        if let Some(r) = ranks.chain([self.r]).find(|&r| r == 0 || r > shapes.widest()) {
             return Err(invalid!(
-                "LoRA rank r = {} cannot be used: it must be between 1 and {}, the widest map of this model",
-                self.r,
+                "LoRA rank r = {r} cannot be used: it must be between 1 and {}, the widest map of this model",
                 shapes.widest()
             ));
         }
-        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
-            return Err(invalid!("lora_alpha = {} cannot be used: it must be a positive number", self.lora_alpha));
+        let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
+        if let Some(alpha) = alphas.chain([self.lora_alpha]).find(|alpha| !(alpha.is_finite() && *alpha > 0.0)) {
+            return Err(invalid!("lora_alpha = {alpha} cannot be used: it must be a positive number"));
+        }
+        let keys = self.rank_pattern.iter().map(|(key, _)| key).chain(self.alpha_pattern.iter().map(|(key, _)| key));
+        for key in keys {
+            pattern_regex(key).map_err(|e| {
+                invalid!("rank_pattern, alpha_pattern: {key:?} is no regular expression that can be used: {e}")
+            })?;
         }
         if let Some(&layer) = self.layers_to_transform.iter().flatten().find(|&&layer| layer >= shapes.layers) {
             return Err(invalid!(
@@ -201,6 +263,17 @@ impl LoraConfig {
         }
         Ok(())
     }
+}
+
+/// Source: PEFT `get_pattern_key`: a key matches a whole path, or what follows a dot in it.
+fn pattern_regex(key: &str) -> Result<regex::Regex, regex::Error> {
+    regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
+}
+
+/// The value of the first key that matches `path`. Keys that are no regular expression were refused before.
+fn pattern<T: Copy>(pattern: &[(String, T)], path: &str) -> Option<T> {
+    let matches = |key: &str| pattern_regex(key).is_ok_and(|regex| regex.is_match(path));
+    pattern.iter().find(|(key, _)| matches(key)).map(|(_, value)| *value)
 }
 
 enum Matcher<'a> {
@@ -277,7 +350,7 @@ mod tests {
     const SHAPES: LinearShapes = LinearShapes::llama(12, 32, 48, 16, 64);
 
     fn config(target_modules: TargetModules) -> LoraConfig {
-        LoraConfig { r: 4, lora_alpha: 6.0, use_rslora: false, target_modules, layers_to_transform: None }
+        LoraConfig { r: 4, lora_alpha: 6.0, target_modules, ..LoraConfig::default() }
     }
 
     fn list(names: &[&str]) -> TargetModules {

@@ -16,8 +16,9 @@ pub mod gguf_tokenizer;
 pub mod gradients;
 pub mod lora;
 pub mod peft;
+pub mod principal;
 pub mod roles;
 pub mod tokenizer;
 
 #[cfg(test)]
-mod oracle;
+pub(crate) mod oracle;

@@ -179,6 +179,7 @@ pub(crate) fn adapter(base: &Base, layers: Option<Vec<usize>>, seed: u64) -> Ada
         use_rslora: false,
         target_modules: TargetModules::AllLinear,
         layers_to_transform: layers,
+        ..LoraConfig::default()
     };
     let adapter = Adapter::init(config, base.shapes(), seed).unwrap().with_head(seed).unwrap();
     let mut trainable = adapter.to_trainable();

@@ -25,8 +25,14 @@ use crate::invalid;
 pub const CONFIG_FILE: &str = "adapter_config.json";
 /// The tensors' file.
 pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-/// Our key in the tensor file's `__metadata__`.
+/// TRL's and LLaMA-Factory's file of a scalar head, beside an adapter of a language model.
+pub const VALUE_HEAD_FILE: &str = "value_head.safetensors";
+/// The head's names in [`VALUE_HEAD_FILE`].
+const VALUE_HEAD: [&str; 2] = ["v_head.summary.weight", "v_head.summary.bias"];
+/// Our keys in the tensor file's `__metadata__`.
 const FINGERPRINT_KEY: &str = "fourfold.base_fingerprint";
+/// There where the second half of every rank is what PiSSA or OLoRA took from the base at the start.
+const FROZEN_KEY: &str = "fourfold.frozen_half";
 
 impl Adapter {
     /// Reads a PEFT directory for a base of these shapes. Factors may be stored as f32, f16 or bf16; they become f32.
@@ -43,7 +49,15 @@ impl Adapter {
         };
         let (config_bytes, tensor_bytes) = (read(CONFIG_FILE)?, read(TENSORS_FILE)?);
         let config = parse_config(&config_bytes).with_context(|| dir.join(CONFIG_FILE).display().to_string())?;
-        read_tensors(&tensor_bytes, config, shapes).with_context(|| dir.join(TENSORS_FILE).display().to_string())
+        let adapter = read_tensors(&tensor_bytes, config, shapes)
+            .with_context(|| dir.join(TENSORS_FILE).display().to_string())?;
+        let path = dir.join(VALUE_HEAD_FILE);
+        if adapter.head().is_some() || !path.exists() {
+            return Ok(adapter);
+        }
+        let bytes = fs::read(&path).map_err(|e| invalid!("{}: {e}", path.display()))?;
+        let head = read_value_head(&bytes, shapes.hidden).with_context(|| path.display().to_string())?;
+        adapter.with_score_head(Some(head))
     }
 
     /// Writes a PEFT directory. The files appear together: they are written into a sibling directory that then takes
@@ -53,6 +67,27 @@ impl Adapter {
     /// Bad input if `dir` exists and is anything but an adapter's directory (other files in it would be lost);
     /// otherwise if the disk refuses.
     pub fn save(&self, dir: &Path) -> Result<()> {
+        self.save_as(dir, |new| self.write_into(new))
+    }
+
+    /// As [`Adapter::save`], with the scalar head, bias included, in TRL's and LLaMA-Factory's
+    /// `value_head.safetensors` beside an adapter of a language model.
+    ///
+    /// # Errors
+    /// As for [`Adapter::save`], and if there is no head.
+    pub fn save_with_value_head(&self, dir: &Path) -> Result<()> {
+        let head = self.head().ok_or_else(|| invalid!("the adapter has no scalar head to write as a value head"))?;
+        let bias = Tensor::new(&[head.bias], &Device::Cpu)?;
+        let tensors = BTreeMap::from([(VALUE_HEAD[0].to_string(), &head.weight), (VALUE_HEAD[1].to_string(), &bias)]);
+        let bytes = safetensors_bytes(&tensors, &BTreeMap::from([("format", "pt")]))?;
+        let bare = self.clone().with_score_head(None)?;
+        self.save_as(dir, |new| {
+            bare.write_into(new)?;
+            write_synced(&new.join(VALUE_HEAD_FILE), &bytes)
+        })
+    }
+
+    fn save_as(&self, dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
         check_replaceable(dir)?;
         let name = dir
             .file_name()
@@ -63,7 +98,7 @@ impl Adapter {
         if let Some(parent) = dir.parent() {
             fs::create_dir_all(parent).with_context(|| format!("making {}", parent.display()))?;
         }
-        let done = self.write_into(&new).and_then(|()| swap(&new, &old, dir));
+        let done = write(&new).and_then(|()| swap(&new, &old, dir));
         if done.is_err() {
             fs::remove_dir_all(&new).ok();
         }
@@ -96,9 +131,11 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
         let mut pairs: LayerPairs = Default::default();
         for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
             let (inp, out) = shapes.dims(linear);
-            let a = take(&factor_name(&shapes, layer, linear, 'A'), [lora.r, inp])?;
-            let b = take(&factor_name(&shapes, layer, linear, 'B'), [out, lora.r])?;
-            pairs[linear] = Some(LoraPair { a, b, scale: lora.scaling() });
+            let path = shapes.module_path(layer, linear);
+            let (r, scale) = (lora.rank_of(&path), lora.scaling_of(&path));
+            let a = take(&factor_name(&shapes, layer, linear, 'A'), [r, inp])?;
+            let b = take(&factor_name(&shapes, layer, linear, 'B'), [out, r])?;
+            pairs[linear] = Some(LoraPair { a, b, scale });
         }
         layers.push(pairs);
     }
@@ -120,8 +157,26 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
             unread.len()
         ));
     }
-    let fingerprint = header.metadata().as_ref().and_then(|m| m.get(FINGERPRINT_KEY).cloned());
-    Adapter::from_parts(lora, shapes, layers, head, Provenance { base_model, base_fingerprint: fingerprint })
+    let of_ours = |key: &str| header.metadata().as_ref().and_then(|m| m.get(key).cloned());
+    let (fingerprint, frozen) = (of_ours(FINGERPRINT_KEY), of_ours(FROZEN_KEY).is_some());
+    let provenance = Provenance { base_model, base_fingerprint: fingerprint };
+    let adapter = Adapter::from_parts(lora, shapes, layers, head, provenance)?;
+    if frozen { adapter.with_frozen_half() } else { Ok(adapter) }
+}
+
+/// The head of a [`VALUE_HEAD_FILE`]: TRL's linear map from hidden states to one number.
+fn read_value_head(bytes: &[u8], hidden: usize) -> Result<ScoreHead> {
+    let damaged = |e| invalid!("truncated or damaged ({e}); save or download it again");
+    let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
+    if let Some(name) = file.names().into_iter().find(|name| !VALUE_HEAD.contains(name)) {
+        return Err(invalid!("{name} is no part of a value head; {} and {} are", VALUE_HEAD[0], VALUE_HEAD[1]));
+    }
+    let weight = read_tensor(&file, VALUE_HEAD[0], &[1, hidden])?;
+    let bias = match file.names().contains(&VALUE_HEAD[1]) {
+        true => read_tensor(&file, VALUE_HEAD[1], &[1])?.to_vec1::<f32>()?[0],
+        false => 0.0,
+    };
+    Ok(ScoreHead { weight, bias })
 }
 
 fn read_tensor(file: &SafeTensors<'_>, name: &str, dims: &[usize]) -> Result<Tensor> {
@@ -155,13 +210,20 @@ fn tensors_bytes(adapter: &Adapter) -> Result<Vec<u8>> {
     if bias != 0.0 {
         tensors.insert(HEAD_BIAS.to_string(), &bias_tensor);
     }
-    let mut metadata = BTreeMap::from([("format", "pt")]); // PEFT refuses a file without it
+    let mut metadata: BTreeMap<&str, &str> = BTreeMap::from([("format", "pt")]); // PEFT refuses a file without it
     if let Some(fingerprint) = &adapter.provenance().base_fingerprint {
         metadata.insert(FINGERPRINT_KEY, fingerprint);
     }
+    if adapter.frozen_half() {
+        metadata.insert(FROZEN_KEY, "true");
+    }
+    safetensors_bytes(&tensors, &metadata)
+}
+
+fn safetensors_bytes(tensors: &BTreeMap<String, &Tensor>, metadata: &BTreeMap<&str, &str>) -> Result<Vec<u8>> {
     let mut header: BTreeMap<&str, Value> = BTreeMap::from([("__metadata__", json!(metadata))]);
     let mut offset = 0usize;
-    for (name, tensor) in &tensors {
+    for (name, tensor) in tensors {
         let end = offset + 4 * tensor.elem_count();
         header.insert(name, json!({"dtype": "F32", "shape": tensor.dims(), "data_offsets": [offset, end]}));
         offset = end;
@@ -184,7 +246,7 @@ fn check_replaceable(dir: &Path) -> Result<()> {
     };
     for entry in entries {
         let name = entry?.file_name();
-        if name != CONFIG_FILE && name != TENSORS_FILE {
+        if name != CONFIG_FILE && name != TENSORS_FILE && name != VALUE_HEAD_FILE {
             return Err(invalid!(
                 "{} holds {}, which is no part of an adapter and would be lost; choose a directory that is new, \
                  empty, or holds only {CONFIG_FILE} and {TENSORS_FILE}",
@@ -296,6 +358,7 @@ mod tests {
             use_rslora: true,
             target_modules: TargetModules::Regex(r".*\.(k|up)_proj".into()),
             layers_to_transform: Some(vec![1]),
+            ..LoraConfig::default()
         };
         let origin = Provenance { base_model: Some("a/base".into()), base_fingerprint: Some("sha256:ab".into()) };
         let start =
@@ -352,8 +415,9 @@ mod tests {
     fn settings_that_would_change_the_model_are_refused_by_name() {
         for (key, value) in [
             ("use_dora", json!(true)),
-            ("rank_pattern", json!({"q_proj": 4})),
-            ("alpha_pattern", json!({"q_proj": 4})),
+            ("rank_pattern", json!({"q_proj": "many"})),
+            ("alpha_pattern", json!({"q_proj": null})),
+            ("rank_pattern", json!(["q_proj"])),
             ("bias", json!("all")),
             ("modules_to_save", json!(["score", "embed_tokens"])),
             ("init_lora_weights", json!("pissa")),
@@ -470,6 +534,7 @@ mod tests {
                 use_rslora: true,
                 target_modules: targets,
                 layers_to_transform: layers,
+                ..LoraConfig::default()
             };
             let mut learner = Adapter::init(config, TINY, 11).unwrap().to_trainable();
             let moved = learner.parameters().unwrap().iter().map(|t| (t + 0.125).unwrap()).collect();

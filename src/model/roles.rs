@@ -10,7 +10,19 @@ use super::batch::{Batch, Targets};
 use super::block::Checkpointing;
 use crate::invalid;
 use crate::ops::cpu;
+use crate::ops::divergence;
 use crate::ops::head::{self, TokenStats};
+
+/// What a loss over tokens asks to be carried back: its derivatives, (R) each.
+#[derive(Clone, Debug, Default)]
+pub struct HeadGradients {
+    /// By the targets' log-probabilities.
+    pub logprobs: Vec<f32>,
+    /// By the entropies.
+    pub entropy: Vec<f32>,
+    /// By the exact KLs, where they count.
+    pub kl: Option<Vec<f32>>,
+}
 
 /// A language model: the base, or the base with an adapter's branches.
 #[derive(Clone, Copy)]
@@ -40,9 +52,32 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If the adapter is another base's, or a sequence is longer than the context.
     pub fn logprobs(&self, batch: &Batch, targets: &Targets, temperature: f64) -> Result<TokenStats> {
+        self.logprobs_of(&self.rows(batch, targets)?, targets, temperature)
+    }
+
+    /// Hidden states (R, D) that the targets are predicted from.
+    ///
+    /// # Errors
+    /// As for [`Policy::logprobs`].
+    pub fn rows(&self, batch: &Batch, targets: &Targets) -> Result<Tensor> {
         let hidden = self.base.hidden(batch, self.adapter)?;
-        let rows = select_rows(&hidden, &targets.rows)?;
-        Ok(head::forward(&rows, &self.base.table(), &targets.tokens, temperature)?)
+        Ok(select_rows(&hidden, &targets.rows)?)
+    }
+
+    /// [`Policy::logprobs`] of what [`Policy::rows`] gave.
+    ///
+    /// # Errors
+    /// If the rows are not those of the targets.
+    pub fn logprobs_of(&self, rows: &Tensor, targets: &Targets, temperature: f64) -> Result<TokenStats> {
+        Ok(head::forward(rows, &self.base.table(), &targets.tokens, temperature)?)
+    }
+
+    /// Exact KL (R), nats, from the policy with hidden states `rows` to the one with `other`, both (R, D) over this base.
+    ///
+    /// # Errors
+    /// If shapes differ.
+    pub fn divergence(&self, rows: &Tensor, other: &Tensor, temperature: f64) -> Result<Vec<f32>> {
+        Ok(divergence::forward(rows, other, &self.base.table(), temperature)?.kl)
     }
 
     /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
@@ -57,15 +92,40 @@ impl<'w> Policy<'w> {
         checkpoint: Checkpointing,
         loss: impl FnOnce(&TokenStats) -> Result<(Vec<f32>, Vec<f32>)>,
     ) -> Result<(TokenStats, Gradients)> {
+        self.gradients_against(batch, targets, None, temperature, checkpoint, |stats, _| {
+            let (logprobs, entropy) = loss(stats)?;
+            Ok(HeadGradients { logprobs, entropy, kl: None })
+        })
+    }
+
+    /// As [`Policy::gradients`], where the loss may read the exact KL (R) to another policy of this base, too, whose
+    /// hidden states `other` (R, D) are given; without them it sees none.
+    ///
+    /// # Errors
+    /// As for [`Policy::gradients`]; if there is a gradient by a KL and no other policy.
+    pub fn gradients_against(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        other: Option<&Tensor>,
+        temperature: f64,
+        checkpoint: Checkpointing,
+        loss: impl FnOnce(&TokenStats, &[f32]) -> Result<HeadGradients>,
+    ) -> Result<(TokenStats, Gradients)> {
         let adapter = self.adapter.context("a bare base has nothing to train")?;
         let (hidden, tape) = self.base.hidden_kept(batch, adapter, checkpoint)?;
         let rows = select_rows(&hidden, &targets.rows)?;
         let (n, _) = hidden.dims2()?;
         drop(hidden);
         let stats = head::forward(&rows, &self.base.table(), &targets.tokens, temperature)?;
-        let (dlogp, dentropy) = loss(&stats)?;
-        let d_rows =
-            head::backward(&rows, &self.base.table(), &targets.tokens, temperature, &stats, &dlogp, &dentropy)?;
+        let output = &self.base.table();
+        let kept = other.map(|other| divergence::forward(&rows, other, output, temperature)).transpose()?;
+        let d = loss(&stats, kept.as_ref().map_or(&[], |kept| &kept.kl))?;
+        let mut d_rows = head::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
+        if let Some(dkl) = &d.kl {
+            let (other, kept) = other.zip(kept.as_ref()).context("a KL's gradient needs the other policy")?;
+            d_rows = (d_rows + divergence::backward(&rows, other, output, temperature, kept, dkl)?)?;
+        }
         let dh = scatter_rows(&d_rows, &targets.rows, n)?;
         Ok((stats, self.base.backward(batch, adapter, tape, &dh)?))
     }

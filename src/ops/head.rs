@@ -41,7 +41,7 @@ impl<'a> Table<'a> {
     }
 
     /// What is left to multiply once the cap is applied.
-    fn inverse(&self, temperature: f64) -> f32 {
+    pub(super) fn inverse(&self, temperature: f64) -> f32 {
         let inverse = (1.0 / temperature) as f32;
         if self.soft_cap.is_some() { inverse } else { inverse * self.multiplier }
     }
@@ -49,7 +49,7 @@ impl<'a> Table<'a> {
 
 super::cpu::vectorised! {
     /// x -> cap tanh(inner x).
-    fn bend(logits: &mut [f32], inner: f32, cap: f32) {
+    pub(super) fn bend(logits: &mut [f32], inner: f32, cap: f32) {
         for l in logits {
             *l = cap * tanh(*l * inner);
         }
@@ -58,7 +58,7 @@ super::cpu::vectorised! {
 
 super::cpu::vectorised! {
     /// Gradients of bent logits -> gradients of the products: times m (1 - (l / c)^2).
-    fn unbend(bent: &[f32], gradient: &mut [f32], multiplier: f32, cap: f32) {
+    pub(super) fn unbend(bent: &[f32], gradient: &mut [f32], multiplier: f32, cap: f32) {
         for (g, &l) in gradient.iter_mut().zip(bent) {
             let t = l / cap;
             *g *= multiplier * (1.0 - t * t);
@@ -67,9 +67,9 @@ super::cpu::vectorised! {
 }
 
 /// Vocabulary rows whose logits exist at once, per thread.
-const STRIP: usize = 4 * NR;
+pub(super) const STRIP: usize = 4 * NR;
 /// The vocabulary is always cut into this many runs, whose sums meet in order: the same bits on any number of cores.
-const RUNS: usize = 8;
+pub(super) const RUNS: usize = 8;
 
 /// What is known of each position after one pass over the vocabulary. All (R).
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -269,21 +269,21 @@ pub fn backward(
 }
 
 /// Hidden states (r, d) in the numbers that products with the table take.
-struct Hidden<'a> {
+pub(super) struct Hidden<'a> {
     hs: &'a [f32],
     r: usize,
     rounded: Option<Left>,
 }
 
 impl<'a> Hidden<'a> {
-    fn of(hs: &'a [f32], r: usize, d: usize, table: &Weight) -> Self {
+    pub(super) fn of(hs: &'a [f32], r: usize, d: usize, table: &Weight) -> Self {
         let bf16 = table.compute() == Compute::Bf16 && d.is_multiple_of(2);
         Self { hs, r, rounded: bf16.then(|| Left::plain(hs, r, d, Cores::All)) }
     }
 }
 
 /// Calls `f(first id, width, logits (r, STRIP))` for each strip of run `run`, in order.
-fn strips(hidden: &Hidden<'_>, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
+pub(super) fn strips(hidden: &Hidden<'_>, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
     let (r, vocab, d, isa) = (hidden.r, weight.rows(), weight.cols(), Isa::detect());
     let all = vocab.div_ceil(STRIP);
     let (first, last) = (all * run / RUNS, all * (run + 1) / RUNS);

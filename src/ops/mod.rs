@@ -2,13 +2,14 @@
 //! no adapter, no configuration.
 //!
 //! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, columns, activation, attention,
-//! head.
+//! head, divergence.
 
 pub mod activation;
 pub mod attention;
 pub mod bf16;
 pub mod columns;
 pub mod cpu;
+pub mod divergence;
 pub mod head;
 pub mod linear;
 mod linear_bf16;

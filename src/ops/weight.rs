@@ -83,6 +83,33 @@ pub enum RowOrder {
     },
 }
 
+impl RowOrder {
+    /// Where row `row` of the matrix is stored.
+    pub const fn stored(self, row: usize) -> usize {
+        match self {
+            Self::AsStored => row,
+            Self::RopeInterleaved { head_dim } => {
+                let (head, r, half) = (row / head_dim, row % head_dim, head_dim / 2);
+                head * head_dim + 2 * (r % half) + r / half
+            }
+            Self::HeadsApart { head_dim, heads } => {
+                let (head, r) = (row / (3 * head_dim), row % (3 * head_dim));
+                (r / head_dim * heads + head) * head_dim + r % head_dim
+            }
+        }
+    }
+
+    /// `values`, rows of `cols` numbers in the matrix's order, as they are to be stored.
+    pub fn store(self, values: &[f32], cols: usize) -> Vec<f32> {
+        let mut out = vec![0f32; values.len()];
+        for (row, from) in values.chunks_exact(cols).enumerate() {
+            let at = self.stored(row) * cols;
+            out[at..at + cols].copy_from_slice(from);
+        }
+        out
+    }
+}
+
 /// What products with a frozen matrix are computed in. Sums are f32 in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Compute {
@@ -140,6 +167,11 @@ impl Weight {
         self
     }
 
+    /// How its rows are stored.
+    pub fn row_order(&self) -> RowOrder {
+        self.order
+    }
+
     /// The same matrix, computed in `compute`.
     #[must_use]
     pub fn with_compute(mut self, compute: Compute) -> Self {
@@ -179,18 +211,7 @@ impl Weight {
 
     /// Where the stored bytes of row `row` are.
     fn row_bytes(&self, row: usize) -> &[u8] {
-        let stored = match self.order {
-            RowOrder::AsStored => row,
-            RowOrder::RopeInterleaved { head_dim } => {
-                let (head, r) = (row / head_dim, row % head_dim);
-                let half = head_dim / 2;
-                head * head_dim + 2 * (r % half) + r / half
-            }
-            RowOrder::HeadsApart { head_dim, heads } => {
-                let (head, r) = (row / (3 * head_dim), row % (3 * head_dim));
-                (r / head_dim * heads + head) * head_dim + r % head_dim
-            }
-        };
+        let stored = self.order.stored(row);
         let (block, bytes) = self.dtype.block();
         let len = self.cols / block * bytes;
         &self.bytes.get()[stored * len..(stored + 1) * len]
@@ -286,7 +307,7 @@ impl Weight {
             return Err(error);
         }
         self.bytes.release();
-        Self::new(Bytes::new(Arc::new(bytes)), dtype, self.rows, self.cols)
+        Ok(Self::new(Bytes::new(Arc::new(bytes)), dtype, self.rows, self.cols)?.with_compute(self.compute))
     }
 
     /// The whole matrix as f32, for tests and exports: rows x cols numbers.

@@ -42,7 +42,14 @@ mod tests {
     fn adapter(seed: u64, r: usize) -> Adapter {
         let shapes = LinearShapes::llama(2, 8, 8, 4, 12);
         let target_modules = TargetModules::List(vec!["q_proj".into(), "down_proj".into()]);
-        let config = LoraConfig { r, lora_alpha: 4.0, use_rslora: false, target_modules, layers_to_transform: None };
+        let config = LoraConfig {
+            r,
+            lora_alpha: 4.0,
+            use_rslora: false,
+            target_modules,
+            layers_to_transform: None,
+            ..LoraConfig::default()
+        };
         Adapter::init(config, shapes, seed).unwrap()
     }
 

@@ -23,6 +23,18 @@ impl AdaptiveKl {
     }
 }
 
+/// The weight of the KL to the actor that sampled, after an iteration that ended at a distance of `kl` nats a token:
+/// doubled beyond `1.5 target`, halved below `target / 1.5`, and kept within [1e-4, 1e4]: a run that stays near for long
+/// must find back. Source: arXiv:1707.06347 section 4.
+pub fn lagrange(coef: f64, kl: f64, target: f64) -> f64 {
+    let next = match kl {
+        kl if kl > 1.5 * target => 2.0 * coef,
+        kl if kl < target / 1.5 => 0.5 * coef,
+        _ => coef,
+    };
+    next.clamp(1e-4, 1e4)
+}
+
 /// Mean and variance of all scores so far, by the parallel update of Chan, Golub and LeVeque (1979).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct RunningMoments {
@@ -74,6 +86,16 @@ mod tests {
         // By hand: error 0.1, a tenth of the horizon: 1 % up.
         assert!((control.next(0.1, 6.6, 100) - 0.101).abs() < 1e-12);
         assert!(AdaptiveKl { target: 6.0, horizon: 1.0 }.next(0.1, 0.0, 100) >= 0.0);
+    }
+
+    #[test]
+    fn the_lagrange_weight_doubles_when_far_halves_when_near_and_is_bounded() {
+        assert_eq!(
+            [0.1, 0.016, 0.015, 0.01, 0.007, 0.006].map(|kl| lagrange(1.0, kl, 0.01)),
+            [2.0, 2.0, 1.0, 1.0, 1.0, 0.5]
+        );
+        let many = |kl: f64| (0..100).fold(1.0, |coef, _| lagrange(coef, kl, 0.01));
+        assert_eq!((many(1.0), many(0.0)), (1e4, 1e-4));
     }
 
     #[test]

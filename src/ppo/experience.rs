@@ -1,14 +1,15 @@
 //! From a rollout to what the update trains on: per-token KL, shaped rewards, advantages and returns. Knows no model.
-//! Read rewards.rs, kl.rs and gae.rs for the formulas.
+//! Read rewards.rs, kl.rs, gae.rs and advantages.rs for the formulas.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::advantages::{discounted_returns, group_standardised, leave_one_out};
 use super::gae::gae;
-use super::kl;
-use super::rewards::{Ending, Shaping, scale_to_unit_variance, shape, whiten};
+use super::kl::{self, Estimator};
+use super::rewards::{Ending, Overlong, Shaping, scale_to_unit_variance, shape, whiten};
 use super::rollout::Rollout;
-use crate::config::{KlEstimator, Ppo};
+use crate::config::{AdvantageEstimator, KlEstimator, KlIn, Ppo, WhitenRewards};
 use crate::model::generate::Finish;
 
 /// Everything derived from a rollout that the update reads. Per-token vectors, one a sequence.
@@ -20,7 +21,7 @@ pub struct Experience {
     pub kl: Vec<Vec<f32>>,
     /// (B, R): the weight of each token's policy gradient.
     pub advantages: Vec<Vec<f32>>,
-    /// (B, R): the critic's targets.
+    /// (B, R): the critic's targets; none without one.
     pub returns: Vec<Vec<f32>>,
 }
 
@@ -41,33 +42,27 @@ impl Experience {
     /// # Errors
     /// If an answer is empty or a number is not finite.
     pub fn of(rollout: Rollout, scale: Scale, config: &Ppo) -> Result<Self> {
-        let estimator = match config.kl_estimator {
-            KlEstimator::K1 => kl::Estimator::K1,
-            KlEstimator::K3 => kl::Estimator::K3,
-        };
-        let shaping = Shaping {
-            kl_coef: scale.kl_coef,
-            score_clip: config.score_clip().unwrap_or(f64::INFINITY),
-            missing_eos_penalty: config.missing_eos_penalty.unwrap_or(0.0),
-        };
+        let shaping = shaping(scale.kl_coef, config);
         let (mut kls, mut rewards) = (vec![], vec![]);
         for (i, response) in rollout.responses.iter().enumerate() {
-            let kl = kl::per_token(estimator, &response.logprobs, &rollout.reference_logprobs[i])?;
+            let kl = match (rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
+                (Some(exact), _) => exact.clone(),
+                (None, e) => {
+                    kl::per_token(e.unwrap_or(Estimator::K1), &response.logprobs, &rollout.reference_logprobs[i])?
+                }
+            };
             let ending = if response.finish == Finish::Stop { Ending::Eos } else { Ending::CutOff };
             let score = (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation;
             rewards.push(shape(&kl, score, ending, &shaping)?);
             kls.push(kl);
         }
-        if config.whiten_rewards {
-            over_all(&mut rewards, scale_to_unit_variance);
+        match config.whiten_rewards {
+            WhitenRewards::No => {}
+            WhitenRewards::KeepMean => over_all(&mut rewards, scale_to_unit_variance),
+            WhitenRewards::RemoveMean => over_all(&mut rewards, whiten),
         }
-        let (mut advantages, mut returns) = (vec![], vec![]);
-        for (rewards, values) in rewards.iter().zip(&rollout.values) {
-            let estimate = gae(rewards, values, config.gamma, config.lam)?;
-            advantages.push(estimate.advantages);
-            returns.push(estimate.returns);
-        }
-        if config.whiten_advantages {
+        let (mut advantages, returns) = advantages(&rewards, &rollout.values, config)?;
+        if config.whiten_advantages() {
             over_all(&mut advantages, whiten);
         }
         Ok(Self { rollout, kl: kls, advantages, returns })
@@ -82,6 +77,57 @@ impl Experience {
     /// Response tokens of some sequences.
     pub fn tokens_of(&self, rows: &[usize]) -> usize {
         rows.iter().map(|&i| self.rollout.responses[i].tokens.len()).sum()
+    }
+}
+
+/// What is done to scores, by the settings.
+fn shaping(kl_coef: f64, config: &Ppo) -> Shaping {
+    let (limit, buffer) = (config.response_length, config.overlong_buffer_len);
+    let overlong = Overlong { limit, buffer, factor: config.overlong_penalty_factor };
+    Shaping {
+        kl_coef: if config.kl_in == KlIn::Reward { kl_coef } else { 0.0 },
+        score_clip: config.score_clip().unwrap_or(f64::INFINITY),
+        missing_eos_penalty: config.missing_eos_penalty.unwrap_or(0.0),
+        min_length: config.min_response_length,
+        short_penalty: config.short_response_penalty,
+        length_penalty: config.length_penalty,
+        overlong: (buffer > 0).then_some(overlong),
+    }
+}
+
+/// The estimator from sampled tokens, where it is one.
+pub fn estimator(kl: KlEstimator) -> Option<Estimator> {
+    match kl {
+        KlEstimator::K1 => Some(Estimator::K1),
+        KlEstimator::K2 => Some(Estimator::K2),
+        KlEstimator::K3 => Some(Estimator::K3),
+        KlEstimator::Exact => None,
+    }
+}
+
+/// (B, R) numbers of responses' tokens.
+type PerToken = Vec<Vec<f32>>;
+
+/// (advantages, returns), (B, R) each; without a critic there is nothing that returns would be the targets of.
+fn advantages(rewards: &[Vec<f32>], values: &[Vec<f32>], config: &Ppo) -> Result<(PerToken, PerToken)> {
+    let with_critic = |lam: f64| {
+        let both = rewards.iter().zip(values).map(|(rewards, values)| gae(rewards, values, config.gamma, lam));
+        let both = both.map(|both| both.map(|gae| (gae.advantages, gae.returns)));
+        both.collect::<Result<Vec<_>>>().map(|both| both.into_iter().unzip())
+    };
+    let by_group = |of: fn(&[f64]) -> Vec<f64>| {
+        let totals = rewards.iter().map(|r| r.iter().map(|&r| f64::from(r)).sum()).collect::<Vec<f64>>();
+        let each = totals.chunks(config.num_generations).flat_map(of);
+        each.zip(rewards).map(|(a, rewards)| vec![a as f32; rewards.len()]).collect::<Vec<_>>()
+    };
+    match config.advantage_estimator {
+        AdvantageEstimator::Gae => with_critic(config.lam),
+        AdvantageEstimator::A2c => with_critic(1.0),
+        AdvantageEstimator::Reinforce | AdvantageEstimator::ReinforcePlusPlus => {
+            Ok((rewards.iter().map(|rewards| discounted_returns(rewards, config.gamma)).collect(), vec![]))
+        }
+        AdvantageEstimator::Rloo => Ok((by_group(leave_one_out), vec![])),
+        AdvantageEstimator::Grpo => Ok((by_group(group_standardised), vec![])),
     }
 }
 
@@ -103,7 +149,7 @@ mod tests {
     use crate::model::generate::Response;
 
     fn ppo() -> Ppo {
-        Ppo { gamma: 1.0, lam: 1.0, kl_coef: 0.5, score_clip: 2.0, whiten_advantages: false, ..Ppo::default() }
+        Ppo { gamma: 1.0, lam: 1.0, kl_coef: 0.5, score_clip: 2.0, whiten_advantages: Some(false), ..Ppo::default() }
     }
 
     /// Two answers: one that ended, of 2 tokens, and one that was cut off, of 3.
@@ -119,6 +165,7 @@ mod tests {
             reference_logprobs: vec![vec![-1.5, -1.0], vec![-0.5, -1.5, -3.0]],
             values: vec![vec![0.25, 0.5], vec![0.0, 1.0, 2.0]],
             scores: vec![1.0, 5.0],
+            ..Rollout::default()
         }
     }
 
@@ -140,7 +187,7 @@ mod tests {
     #[test]
     fn whitening_is_over_the_whole_rollout_and_leaves_the_critics_targets_alone() {
         let plain = judged(&ppo());
-        let whitened = judged(&Ppo { whiten_advantages: true, ..ppo() });
+        let whitened = judged(&Ppo { whiten_advantages: Some(true), ..ppo() });
         assert_eq!(whitened.returns, plain.returns);
         let flat = whitened.advantages.concat();
         assert_eq!(whitened.advantages.iter().map(Vec::len).collect::<Vec<_>>(), [2, 3]);
@@ -149,8 +196,58 @@ mod tests {
         assert!(mean.abs() < 1e-6 && (variance - 1.0).abs() < 1e-6, "{mean} {variance}");
         let ends = [&whitened.advantages[0], &whitened.advantages[1]].map(|row| row.iter().sum::<f32>());
         assert!(ends[0].abs() > 0.1, "sequence by sequence, each would sum to 0: {ends:?}");
-        let scaled = judged(&Ppo { whiten_rewards: true, ..ppo() });
+        let scaled = judged(&Ppo { whiten_rewards: WhitenRewards::KeepMean, ..ppo() });
         assert_ne!(scaled.returns, plain.returns, "rewards are scaled before the returns");
+    }
+
+    #[test]
+    fn every_penalty_of_the_settings_reaches_the_score() {
+        let last = |config: Ppo| {
+            let returns = judged(&Ppo { kl_coef: 0.0, ..config }).returns;
+            [returns[0][1], returns[1][2]]
+        };
+        assert_eq!(last(ppo()), [1.0, 2.0]);
+        assert_eq!(last(Ppo { missing_eos_penalty: Some(0.5), ..ppo() }), [1.0, 1.5]);
+        assert_eq!(last(Ppo { min_response_length: 3, short_response_penalty: 0.25, ..ppo() }), [0.75, 2.0]);
+        assert_eq!(last(Ppo { length_penalty: 0.25, ..ppo() }), [0.5, 1.25]);
+        let overlong = Ppo { response_length: 3, overlong_buffer_len: 2, overlong_penalty_factor: 4.0, ..ppo() };
+        assert_eq!(last(overlong), [-1.0, -2.0]);
+    }
+
+    #[test]
+    fn advantages_of_a_group_are_its_answers_whole_rewards_compared() {
+        let of = |advantage_estimator, config: Ppo| {
+            judged(&Ppo { advantage_estimator, num_generations: 2, ..config }).advantages
+        };
+        // Whole rewards: 1 - 0.5 (0.5 - 1) = 1.25 and 2 - 0.5 = 1.5.
+        let unwhitened = Ppo { whiten_advantages: None, ..ppo() };
+        assert_eq!(of(AdvantageEstimator::Rloo, unwhitened.clone()), [vec![-0.25; 2], vec![0.25; 3]]);
+        let grpo = of(AdvantageEstimator::Grpo, unwhitened);
+        assert!((grpo[1][0] - 0.125 / (0.03125f32.sqrt() + 1e-4)).abs() < 1e-6, "{grpo:?}");
+        assert_eq!(of(AdvantageEstimator::Reinforce, ppo()), [vec![1.25, 1.5], vec![1.5, 1.5, 2.0]]);
+        let flat = of(AdvantageEstimator::ReinforcePlusPlus, ppo()).concat();
+        assert!(flat.iter().sum::<f32>().abs() < 1e-6, "standardised even where whitening is off: {flat:?}");
+        assert!(judged(&Ppo { advantage_estimator: AdvantageEstimator::Rloo, ..ppo() }).returns.is_empty());
+        assert_eq!(of(AdvantageEstimator::A2c, ppo())[0], [1.0, 1.0]);
+    }
+
+    #[test]
+    fn the_exact_kl_is_the_rewards_where_the_rollout_has_it_and_a_kl_in_the_loss_leaves_the_reward() {
+        let exact = Rollout { exact_kl: vec![vec![0.25, 0.5], vec![1.0, 0.0, 2.0]], ..rollout() };
+        let scale = Scale { kl_coef: 0.5, shift: 0.0, deviation: 1.0 };
+        let experience = Experience::of(exact, scale, &ppo()).unwrap();
+        assert_eq!(experience.kl[1], [1.0, 0.0, 2.0]);
+        assert_eq!(experience.returns[0], [1.0 - 0.375, 1.0 - 0.25]);
+        assert!((experience.mean_kl() - 3.75 / 2.0).abs() < 1e-12);
+        let in_loss = judged(&Ppo { kl_in: KlIn::Loss, kl_estimator: KlEstimator::K2, ..ppo() });
+        assert_eq!(in_loss.returns, [vec![1.0; 2], vec![2.0; 3]]);
+    }
+
+    #[test]
+    fn running_moments_shift_and_scale_scores_before_the_clip() {
+        let scale = Scale { kl_coef: 0.0, shift: 1.0, deviation: 8.0 };
+        let experience = Experience::of(rollout(), scale, &ppo()).unwrap();
+        assert_eq!((experience.returns[0][1], experience.returns[1][2]), (0.0, 0.5));
     }
 
     #[test]

@@ -6,6 +6,7 @@ use serde_json::json;
 use super::experience::Experience;
 use super::state::State;
 use super::train::Run;
+use crate::config::PolicyLoss;
 use crate::report::{Figures, Report, number};
 
 /// Of the iteration whose rollout is `experience` and whose updates are the state's sums.
@@ -23,26 +24,48 @@ pub fn of(experience: &Experience, state: &State, run: &Run<'_>) -> Figures {
     put("objective/non_score_reward", -state.kl_coef * kl);
     put("objective/rlhf_reward", scores - state.kl_coef * kl);
     put("objective/scores", scores);
+    if update.exact_answers > 0 {
+        put("objective/kl_exact", update.exact_kl / update.exact_answers as f64);
+    }
+    if run.config.num_generations > 1 {
+        let best = rollout
+            .scores
+            .chunks(run.config.num_generations)
+            .map(|group| group.iter().fold(f32::MIN, |a, &b| a.max(b)));
+        put("objective/best_of_n", best.map(f64::from).sum::<f64>() * run.config.num_generations as f64 / n);
+    }
     put("policy/approxkl_avg", update.policy.approx_kl());
     put("policy/clipfrac_avg", update.policy.clipfrac());
     put("policy/entropy_avg", update.entropy / minibatches);
     put("loss/policy_avg", update.policy_loss / minibatches);
-    put("loss/value_avg", update.value_loss / minibatches);
-    put("val/clipfrac_avg", update.value.clipfrac());
+    if update.critic_minibatches > 0 {
+        let minibatches = update.critic_minibatches as f64;
+        put("loss/value_avg", update.value_loss / minibatches);
+        put("val/clipfrac_avg", update.value.clipfrac());
+        put("val/explained_variance", update.value.explained_variance().unwrap_or(f64::NAN));
+        put("grad_norm/critic", update.critic_norm / minibatches);
+    }
     put("val/ratio", update.policy.mean_ratio());
     put("val/ratio_var", update.policy.ratio_variance());
     put("val/first_ratio", update.first_ratio.unwrap_or(f64::NAN));
-    put("val/explained_variance", update.value.explained_variance().unwrap_or(f64::NAN));
     put("grad_norm/actor", update.actor_norm / minibatches);
-    put("grad_norm/critic", update.critic_norm / minibatches);
     put("response_length", mean(rollout.response_tokens() as f64));
     if run.config.adap_kl_ctrl {
         put("objective/kl_coef", state.kl_coef);
     }
+    if run.config.policy_loss == PolicyLoss::KlPenalty {
+        put("policy/kl_to_old", update.last_policy.kl_to_old());
+        put("policy/kl_penalty_coef", state.kl_penalty);
+    }
+    if run.config.ratio_threshold.is_some() {
+        put("policy/skipped", update.skipped as f64);
+    }
     f.insert("val/num_eos_tokens".into(), rollout.stopped().into());
     f.insert("episode".into(), ((state.iteration + 1) * run.config.batch_size).into());
     f.insert("lr".into(), number(update.actor_lr));
-    f.insert("critic_lr".into(), number(update.critic_lr));
+    if state.critic.is_some() {
+        f.insert("critic_lr".into(), number(update.critic_lr));
+    }
     f
 }
 

@@ -28,6 +28,17 @@ impl Estimator {
             }
         }
     }
+
+    /// Its derivative by `logprob`.
+    pub fn slope(self, logprob: f64, reference: f64) -> f64 {
+        let d = logprob - reference;
+        match self {
+            Self::K1 => 1.0,
+            Self::K2 => d,
+            Self::K3 if d.abs() > 20.0 => 0.0, // where the estimate is held
+            Self::K3 => -(-d).exp_m1(),
+        }
+    }
 }
 
 /// Per-token estimates. `logprobs`, `reference`: (R,), of the sampled tokens under actor and reference.
@@ -69,6 +80,18 @@ mod tests {
         }
         let tiny = Estimator::K3.of(1e-5, 0.0);
         assert!((tiny / 5e-11 - 1.0).abs() < 1e-4, "d²/2 to first order: {tiny}");
+    }
+
+    #[test]
+    fn slopes_are_the_central_differences_of_the_estimates() {
+        for estimator in [Estimator::K1, Estimator::K2, Estimator::K3] {
+            for d in [-3.0f64, -0.5, 0.0, 1e-3, 2.0] {
+                let step = 1e-5;
+                let want = (estimator.of(d + step, 0.25) - estimator.of(d - step, 0.25)) / (2.0 * step);
+                let got = estimator.slope(d, 0.25);
+                assert!((got - want).abs() < 1e-7 * want.abs().max(1.0), "{estimator:?} {d}: {got} {want}");
+            }
+        }
     }
 
     #[test]

@@ -5,6 +5,8 @@
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::kl::Estimator;
+
 /// What the actor's loss reads: each (N,), over all response tokens of a micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyTokens<'a> {
@@ -14,6 +16,69 @@ pub struct PolicyTokens<'a> {
     pub old_logprobs: &'a [f32],
     /// From GAE, whitened or not.
     pub advantages: &'a [f32],
+    /// Of the same tokens under the reference.
+    pub reference: &'a [f32],
+}
+
+/// What the actor's loss is made of.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Objective {
+    /// The part that advantages drive.
+    pub surrogate: Surrogate,
+    /// log r is held within ± this, without gradient beyond; infinity for not.
+    pub log_ratio_clamp: f64,
+    /// A KL to the reference, estimated from the sampled tokens, and its weight.
+    pub kl: Option<(Estimator, f64)>,
+}
+
+/// How a token's ratio `r = exp(logp - old)` and advantage A make a loss.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Surrogate {
+    /// `max(-A r, -A clamp(r, 1 - low, 1 + high))`; with `dual`, no more than `-A dual` where A < 0.
+    /// Source: arXiv:1707.06347 eq. 7; arXiv:1912.09729 eq. 5.
+    Clip {
+        /// Below 1.
+        low: f64,
+        /// Above 1.
+        high: f64,
+        /// Above 1.
+        dual: Option<f64>,
+    },
+    /// `-A r + coef (r - 1 - log r)`: the bracket is an unbiased, never negative estimate of KL(old || now).
+    /// Source: arXiv:1707.06347 eq. 8.
+    KlPenalty {
+        /// Weight of the penalty.
+        coef: f64,
+    },
+    /// `-A logp`. Source: Williams (1992).
+    Gradient,
+}
+
+impl Objective {
+    /// The clipped surrogate alone.
+    pub fn clip(cliprange: f64) -> Self {
+        let surrogate = Surrogate::Clip { low: cliprange, high: cliprange, dual: None };
+        Self { surrogate, log_ratio_clamp: f64::INFINITY, kl: None }
+    }
+
+    /// A token's loss, its derivative by logp, and whether the clip holds it.
+    fn token(&self, logprob: f64, log_ratio: f64, advantage: f64) -> (f64, f64, bool) {
+        let ratio = log_ratio.exp();
+        let plain = -advantage * ratio;
+        match self.surrogate {
+            Surrogate::Clip { low, high, dual } => {
+                let clipped = -advantage * ratio.max(1.0 - low).min(1.0 + high);
+                let bound = dual.filter(|_| advantage < 0.0).map_or(f64::INFINITY, |dual| -advantage * dual);
+                // Where the clip holds, the ratio is outside and the loss does not depend on it.
+                let held = clipped > plain || plain > bound;
+                (plain.max(clipped).min(bound), if held { 0.0 } else { plain }, held)
+            }
+            Surrogate::KlPenalty { coef } => {
+                (plain + coef * (ratio - 1.0 - log_ratio), plain + coef * (ratio - 1.0), false)
+            }
+            Surrogate::Gradient => (-advantage * logprob, -advantage, false),
+        }
+    }
 }
 
 /// A loss, its derivative and what happened on the way.
@@ -27,31 +92,44 @@ pub struct Loss<S> {
     pub stats: S,
 }
 
-/// `sum_t max(-A_t r_t, -A_t clamp(r_t, 1 - clip, 1 + clip)) / normaliser`, `r_t = exp(logp_t - old_t)`.
-/// `normaliser`: the response tokens of the whole minibatch. Source: arXiv:1707.06347 eq. 7.
+/// `sum_t (surrogate_t + weight * kl_t) / normaliser`; see [`Surrogate`] and [`Objective`]. `normaliser`: the response
+/// tokens of the whole minibatch.
 ///
 /// # Errors
 /// If lengths differ, the normaliser is not positive, or the loss is not finite.
-pub fn policy_loss(tokens: PolicyTokens<'_>, clip: f64, normaliser: f64) -> Result<Loss<PolicyStats>> {
-    let PolicyTokens { logprobs, old_logprobs, advantages } = tokens;
-    let n = checked_len([logprobs.len(), old_logprobs.len(), advantages.len()], normaliser)?;
+pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: f64) -> Result<Loss<PolicyStats>> {
+    let PolicyTokens { logprobs, old_logprobs, advantages, reference } = tokens;
+    let n = checked_len([logprobs.len(), old_logprobs.len(), advantages.len(), reference.len()], normaliser)?;
     let mut out = Loss { loss: 0.0, grad: Vec::with_capacity(n), stats: PolicyStats::default() };
     let stats = &mut out.stats;
     stats.tokens = n as u64;
     for t in 0..n {
         let advantage = f64::from(advantages[t]);
-        let log_ratio = f64::from(logprobs[t]) - f64::from(old_logprobs[t]);
+        let logprob = f64::from(logprobs[t]);
+        let free = logprob - f64::from(old_logprobs[t]);
+        // Not f64::clamp, which panics where a configured limit is no number.
+        let log_ratio = free.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
+        let (mut loss, mut slope, held) = objective.token(logprob, log_ratio, advantage);
+        if log_ratio != free {
+            slope = 0.0;
+        }
+        if let Some((estimator, weight)) = objective.kl {
+            let reference = f64::from(reference[t]);
+            loss += weight * estimator.of(logprob, reference);
+            slope += weight * estimator.slope(logprob, reference);
+        }
         let ratio = log_ratio.exp();
-        let plain = -advantage * ratio;
-        let clipped = -advantage * ratio.max(1.0 - clip).min(1.0 + clip);
-        let held = clipped > plain; // then the ratio is outside and the loss does not depend on it
-        out.loss += plain.max(clipped);
-        out.grad.push(if held { 0.0 } else { (plain / normaliser) as f32 });
+        out.loss += loss;
+        out.grad.push((slope / normaliser) as f32);
+        stats.kl += ratio - 1.0 - log_ratio;
         stats.clipped += u64::from(held);
         stats.half_squares += 0.5 * log_ratio * log_ratio;
         stats.ratio_off += ratio - 1.0;
         stats.ratio_off_squares += (ratio - 1.0).powi(2);
-        ensure!(plain.is_finite(), "token {t}: ratio {ratio}, advantage {advantage}: the policy loss is not finite");
+        ensure!(
+            loss.is_finite() && ratio.is_finite(),
+            "token {t}: ratio {ratio}, advantage {advantage}: the policy loss is not finite"
+        );
     }
     out.loss /= normaliser;
     Ok(out)
@@ -63,6 +141,7 @@ pub struct PolicyStats {
     tokens: u64,
     clipped: u64,
     half_squares: f64,
+    kl: f64,
     ratio_off: f64,
     ratio_off_squares: f64,
 }
@@ -73,6 +152,7 @@ impl PolicyStats {
         self.tokens += other.tokens;
         self.clipped += other.clipped;
         self.half_squares += other.half_squares;
+        self.kl += other.kl;
         self.ratio_off += other.ratio_off;
         self.ratio_off_squares += other.ratio_off_squares;
     }
@@ -90,6 +170,11 @@ impl PolicyStats {
     /// `mean((logp - old)²) / 2`: the distance of the actor from the one that sampled, nats per token.
     pub fn approx_kl(&self) -> f64 {
         self.mean(self.half_squares)
+    }
+
+    /// `mean(r - 1 - log r)`: an estimate of KL(the one that sampled || now), nats per token, never negative.
+    pub fn kl_to_old(&self) -> f64 {
+        self.mean(self.kl)
     }
 
     /// Mean of r; 1 before the first step.
@@ -207,9 +292,9 @@ fn sample_variance(n: u64, sum: f64, squares: f64) -> f64 {
     if n < 2 { 0.0 } else { ((squares - sum * sum / n as f64) / (n - 1) as f64).max(0.0) }
 }
 
-fn checked_len(lengths: [usize; 3], normaliser: f64) -> Result<usize> {
-    let [n, ..] = lengths;
-    ensure!(lengths.iter().all(|&l| l == n), "three lists of the same tokens have lengths {lengths:?}");
+fn checked_len<const N: usize>(lengths: [usize; N], normaliser: f64) -> Result<usize> {
+    let n = lengths.first().copied().unwrap_or(0);
+    ensure!(lengths.iter().all(|&l| l == n), "lists of the same tokens have lengths {lengths:?}");
     ensure!(normaliser.is_finite() && normaliser > 0.0, "the loss is to be divided by {normaliser}");
     Ok(n)
 }
@@ -230,7 +315,7 @@ mod tests {
 
         fn policy(&self, range: std::ops::Range<usize>) -> PolicyTokens<'_> {
             let [logprobs, old_logprobs, advantages] = self.0.each_ref().map(|l| &l[range.clone()]);
-            PolicyTokens { logprobs, old_logprobs, advantages }
+            PolicyTokens { logprobs, old_logprobs, advantages, reference: old_logprobs }
         }
 
         fn value(&self, range: std::ops::Range<usize>) -> ValueTokens<'_> {
@@ -248,7 +333,7 @@ mod tests {
         let lists = Lists::of(&golden, POLICY);
         for case in golden["policy"].as_array().unwrap() {
             let (clip, normaliser) = (case["clip"].as_f64().unwrap(), case["normaliser"].as_f64().unwrap());
-            let out = policy_loss(lists.policy(0..18), clip, normaliser).unwrap();
+            let out = policy_loss(lists.policy(0..18), &Objective::clip(clip), normaliser).unwrap();
             assert_number(out.loss, &case["loss"], "loss");
             assert_close(&out.grad, &case["grad"], 1.0, "grad");
             assert_number(out.stats.clipfrac(), &case["clipfrac"], "clipfrac");
@@ -257,6 +342,58 @@ mod tests {
             assert_number(out.stats.ratio_variance(), &case["ratio_variance"], "ratio_variance");
             assert!(out.stats.clipfrac() > 0.1 && out.stats.clipfrac() < 0.9, "the golden reaches both branches");
         }
+    }
+
+    /// Of one token, at a ratio of e^log_ratio.
+    fn token(objective: Objective, log_ratio: f32, advantage: f32) -> (f64, f32) {
+        let one = PolicyTokens {
+            logprobs: &[log_ratio - 1.0],
+            old_logprobs: &[-1.0],
+            advantages: &[advantage],
+            reference: &[-1.5],
+        };
+        let out = policy_loss(one, &objective, 1.0).unwrap();
+        (out.loss, out.grad[0])
+    }
+
+    #[test]
+    fn guards_hold_the_loss_and_remove_the_gradient() {
+        let clip =
+            |low, high, dual| Objective { surrogate: Surrogate::Clip { low, high, dual }, ..Objective::clip(0.2) };
+        let (up, down) = (0.5f32, -0.5f32); // ratios 1.65 and 0.61
+        assert_eq!(token(clip(0.2, 0.3, None), up, 1.0), (-1.3, 0.0), "the upper side is its own");
+        assert_eq!(token(clip(0.3, 0.2, None), down, -1.0), (0.7, 0.0), "and the lower");
+        assert!(token(clip(0.2, 0.7, None), up, 1.0).1 < 0.0, "within it the gradient is there");
+        let (loss, grad) = token(clip(0.2, 0.2, Some(1.5)), up, -2.0);
+        assert_eq!((loss, grad), (3.0, 0.0), "a bad token counts no more than at 1.5");
+        assert!(token(clip(0.2, 0.2, Some(1.5)), up, 2.0).0 < 0.0, "a good one is not touched");
+        let clamped = Objective { log_ratio_clamp: 0.25, surrogate: Surrogate::KlPenalty { coef: 0.0 }, kl: None };
+        let (loss, grad) = token(clamped, up, 1.0);
+        assert!((loss + 0.25f64.exp()).abs() < 1e-7 && grad == 0.0, "{loss} {grad}");
+    }
+
+    #[test]
+    fn every_surrogate_has_the_slope_of_its_loss() {
+        let surrogates = [
+            Surrogate::Clip { low: 0.3, high: 0.4, dual: Some(3.0) },
+            Surrogate::KlPenalty { coef: 0.75 },
+            Surrogate::Gradient,
+        ];
+        for surrogate in surrogates {
+            for kl in [None, Some((Estimator::K2, 0.5)), Some((Estimator::K3, 0.5))] {
+                let objective = Objective { surrogate, log_ratio_clamp: f64::INFINITY, kl };
+                for (at, advantage) in [(0.125f32, 1.5f32), (-0.25, -1.5), (0.25, -0.5)] {
+                    let step = 1.0 / 1024.0;
+                    let rise = token(objective, at + step, advantage).0 - token(objective, at - step, advantage).0;
+                    let (want, got) = (rise / f64::from(2.0 * step), token(objective, at, advantage).1);
+                    // Third derivatives of magnitude 1 times step²/6.
+                    assert!((f64::from(got) - want).abs() < 2e-6, "{objective:?} {at} {advantage}: {got} {want}");
+                }
+            }
+        }
+        let penalty = Objective { surrogate: Surrogate::KlPenalty { coef: 2.0 }, ..Objective::clip(0.2) };
+        let (loss, _) = token(penalty, 0.5, 0.0);
+        assert!((loss - 2.0 * (0.5f64.exp() - 1.5)).abs() < 1e-7, "an estimate of KL(old || now)");
     }
 
     #[test]
@@ -283,9 +420,9 @@ mod tests {
     fn micro_batches_add_up_to_the_minibatch() {
         let golden = ppo();
         let (policy, value) = (Lists::of(&golden, POLICY), Lists::of(&golden, VALUE));
-        let whole = policy_loss(policy.policy(0..18), 0.2, 18.0).unwrap();
-        let mut parts = policy_loss(policy.policy(0..6), 0.2, 18.0).unwrap();
-        let rest = policy_loss(policy.policy(6..18), 0.2, 18.0).unwrap();
+        let whole = policy_loss(policy.policy(0..18), &Objective::clip(0.2), 18.0).unwrap();
+        let mut parts = policy_loss(policy.policy(0..6), &Objective::clip(0.2), 18.0).unwrap();
+        let rest = policy_loss(policy.policy(6..18), &Objective::clip(0.2), 18.0).unwrap();
         assert_eq!([&parts.grad[..], &rest.grad[..]].concat(), whole.grad);
         assert!((parts.loss + rest.loss - whole.loss).abs() < 1e-15);
         parts.stats.merge(&rest.stats);
@@ -307,7 +444,7 @@ mod tests {
     fn before_the_first_step_the_gradient_is_the_advantage_and_nothing_is_clipped() {
         let golden = ppo();
         let lists = Lists::of(&golden, ["old", "old", "advantages"]);
-        let out = policy_loss(lists.policy(0..18), 0.2, 1.0).unwrap();
+        let out = policy_loss(lists.policy(0..18), &Objective::clip(0.2), 1.0).unwrap();
         for (gradient, advantage) in out.grad.iter().zip(&lists.0[2]) {
             assert_eq!(*gradient, -advantage);
         }
@@ -317,11 +454,11 @@ mod tests {
 
     #[test]
     fn unequal_lists_empty_normalisers_and_infinite_losses_are_errors() {
-        let one = PolicyTokens { logprobs: &[0.0], old_logprobs: &[0.0], advantages: &[1.0] };
-        assert!(policy_loss(PolicyTokens { advantages: &[], ..one }, 0.2, 1.0).is_err());
-        assert!(policy_loss(one, 0.2, 0.0).is_err());
-        assert!(policy_loss(PolicyTokens { advantages: &[f32::NAN], ..one }, 0.2, 1.0).is_err());
-        assert!(policy_loss(PolicyTokens { logprobs: &[1e4], ..one }, 0.2, 1.0).is_err());
+        let one = PolicyTokens { logprobs: &[0.0], old_logprobs: &[0.0], advantages: &[1.0], reference: &[0.0] };
+        assert!(policy_loss(PolicyTokens { advantages: &[], ..one }, &Objective::clip(0.2), 1.0).is_err());
+        assert!(policy_loss(one, &Objective::clip(0.2), 0.0).is_err());
+        assert!(policy_loss(PolicyTokens { advantages: &[f32::NAN], ..one }, &Objective::clip(0.2), 1.0).is_err());
+        assert!(policy_loss(PolicyTokens { logprobs: &[1e4], ..one }, &Objective::clip(0.2), 1.0).is_err());
         let one = ValueTokens { values: &[f32::INFINITY], old_values: &[0.0], returns: &[1.0] };
         assert!(value_loss(one, 0.2, 1.0).is_err());
     }

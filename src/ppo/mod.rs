@@ -1,8 +1,11 @@
 //! PPO. The loop is in train, all that changes in state; a rollout becomes experience, experience becomes updates. The
-//! mathematics is in rewards, kl, gae, control and loss: functions of numbers that know no model.
+//! mathematics is in rewards, kl, gae, advantages, control and loss: functions of numbers that know no model.
 
+pub mod advantages;
 pub mod average;
 pub mod control;
+pub mod dschat;
+pub mod evaluate;
 pub mod experience;
 pub mod figures;
 pub mod gae;
@@ -13,6 +16,7 @@ pub mod rollout;
 pub mod state;
 pub mod train;
 pub mod update;
+pub mod warnings;
 
 #[cfg(test)]
 mod golden {

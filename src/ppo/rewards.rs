@@ -10,8 +10,56 @@ pub struct Shaping {
     pub kl_coef: f64,
     /// Scores are held within ± this; infinity for none.
     pub score_clip: f64,
-    /// Subtracted from the clipped score of an answer that was cut off, so that clipping cannot swallow it.
+    /// Subtracted from the clipped score of an answer that was cut off, so that clipping cannot swallow it. So are the
+    /// penalties below.
     pub missing_eos_penalty: f64,
+    /// Answers of fewer tokens...
+    pub min_length: usize,
+    /// ...pay this.
+    pub short_penalty: f64,
+    /// For every token of the answer.
+    pub length_penalty: f64,
+    /// Of long answers.
+    pub overlong: Option<Overlong>,
+}
+
+impl Default for Shaping {
+    /// Nothing is done.
+    fn default() -> Self {
+        Self {
+            kl_coef: 0.0,
+            score_clip: f64::INFINITY,
+            missing_eos_penalty: 0.0,
+            min_length: 0,
+            short_penalty: 0.0,
+            length_penalty: 0.0,
+            overlong: None,
+        }
+    }
+}
+
+/// A soft limit of the length: past `limit - buffer` tokens, each costs `factor / buffer`. Source: arXiv:2503.14476 eq. 13.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Overlong {
+    /// Most tokens of an answer.
+    pub limit: usize,
+    /// The last so many cost.
+    pub buffer: usize,
+    /// What an answer of `limit` tokens pays.
+    pub factor: f64,
+}
+
+impl Shaping {
+    /// What an answer of `length` tokens pays besides its KL.
+    fn penalty(&self, length: usize, ending: Ending) -> f64 {
+        let missing = if ending == Ending::CutOff { self.missing_eos_penalty } else { 0.0 };
+        let short = if length < self.min_length { self.short_penalty } else { 0.0 };
+        let overlong = self.overlong.map_or(0.0, |o| {
+            let over = (length + o.buffer).saturating_sub(o.limit);
+            o.factor * over as f64 / o.buffer.max(1) as f64
+        });
+        missing + short + self.length_penalty * length as f64 + overlong
+    }
 }
 
 /// How a sampled answer came to its end.
@@ -23,7 +71,7 @@ pub enum Ending {
     CutOff,
 }
 
-/// `r_t = -kl_coef * kl_t`, and on the last token `+ clamp(score, ±score_clip) - missing_eos_penalty if cut off`.
+/// `r_t = -kl_coef * kl_t`, and on the last token `+ clamp(score, ±score_clip) - penalties`.
 /// `kl`: (R,) nats. Returns (R,) in score units.
 ///
 /// # Errors
@@ -31,12 +79,8 @@ pub enum Ending {
 pub fn shape(kl: &[f32], score: f64, ending: Ending, shaping: &Shaping) -> Result<Vec<f32>> {
     ensure!(!kl.is_empty(), "an answer without tokens has no place for its score");
     ensure!(score.is_finite(), "an answer's score is {score}");
-    let penalty = match ending {
-        Ending::Eos => 0.0,
-        Ending::CutOff => shaping.missing_eos_penalty,
-    };
     // Not f64::clamp, which panics where a configured limit is negative or no number.
-    let score = score.min(shaping.score_clip).max(-shaping.score_clip) - penalty;
+    let score = score.min(shaping.score_clip).max(-shaping.score_clip) - shaping.penalty(kl.len(), ending);
     let last = kl.len() - 1;
     let reward = |(t, &kl): (usize, &f32)| {
         ensure!(kl.is_finite(), "the KL of token {t} is {kl}");
@@ -81,6 +125,7 @@ mod tests {
             kl_coef: number("kl_coef"),
             score_clip: number("score_clip"),
             missing_eos_penalty: number("missing_eos_penalty"),
+            ..Shaping::default()
         };
         let kl = per_token(Estimator::K1, &floats(&golden["logprobs"]), &floats(&golden["reference"])).unwrap();
         for (i, kl) in split(&kl, &golden["lengths"]).into_iter().enumerate() {
@@ -93,7 +138,7 @@ mod tests {
 
     #[test]
     fn the_penalty_is_not_swallowed_by_the_clip() {
-        let shaping = Shaping { kl_coef: 0.0, score_clip: 5.0, missing_eos_penalty: 1.0 };
+        let shaping = Shaping { score_clip: 5.0, missing_eos_penalty: 1.0, ..Shaping::default() };
         assert_eq!(shape(&[0.0, 0.0], -9.0, Ending::CutOff, &shaping).unwrap(), [0.0, -6.0]);
         assert_eq!(shape(&[0.0, 0.0], -9.0, Ending::Eos, &shaping).unwrap(), [0.0, -5.0]);
         let open = Shaping { score_clip: f64::INFINITY, ..shaping };
@@ -101,8 +146,24 @@ mod tests {
     }
 
     #[test]
+    fn short_long_and_overlong_answers_pay_after_the_clip() {
+        let score = |shaping: Shaping, length: usize| {
+            let rewards = shape(&vec![0.0; length], 1.0, Ending::Eos, &shaping).unwrap();
+            assert!(rewards[..length - 1].iter().all(|&r| r == 0.0));
+            rewards[length - 1]
+        };
+        let short = Shaping { min_length: 3, short_penalty: 0.75, ..Shaping::default() };
+        assert_eq!([2, 3, 4].map(|n| score(short, n)), [0.25, 1.0, 1.0]);
+        let long = Shaping { length_penalty: 0.125, ..Shaping::default() };
+        assert_eq!([1, 8].map(|n| score(long, n)), [0.875, 0.0]);
+        let overlong = Overlong { limit: 10, buffer: 4, factor: 2.0 };
+        let over = Shaping { overlong: Some(overlong), score_clip: 0.5, ..Shaping::default() };
+        assert_eq!([6, 7, 9, 10].map(|n| score(over, n)), [0.5, 0.0, -1.0, -1.5]);
+    }
+
+    #[test]
     fn empty_answers_and_numbers_that_are_none_are_errors() {
-        let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, missing_eos_penalty: 0.0 };
+        let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, ..Shaping::default() };
         assert!(shape(&[], 1.0, Ending::Eos, &shaping).is_err());
         assert!(shape(&[0.0], f64::NAN, Ending::Eos, &shaping).is_err());
         assert!(shape(&[f32::INFINITY], 1.0, Ending::Eos, &shaping).is_err());

@@ -8,6 +8,8 @@ use super::train::Task;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
+use crate::ops::cpu;
+use crate::report::Figures;
 use crate::reward::source::{Answers, RewardSource};
 
 /// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
@@ -22,10 +24,16 @@ pub struct Rollout {
     pub responses: Vec<Response>,
     /// (B, R) the reference's log-probabilities of the same tokens.
     pub reference_logprobs: Vec<Vec<f32>>,
-    /// (B, R) the critic's values: of the state before each token.
+    /// (B, R D) the reference's hidden states that those came from: what the exact KL of a later actor needs of it.
+    pub reference_rows: Vec<Vec<f32>>,
+    /// (B, R) the exact KL from the actor to the reference, nats; only where the reward is made of it.
+    pub exact_kl: Vec<Vec<f32>>,
+    /// (B, R) the critic's values: of the state before each token. None without a critic.
     pub values: Vec<Vec<f32>>,
     /// (B) the reward source's scores.
     pub scores: Vec<f32>,
+    /// What the source told besides.
+    pub told: Figures,
 }
 
 impl Rollout {
@@ -63,7 +71,9 @@ pub struct Readers<'w> {
     /// The frozen policy that the KL is against.
     pub reference: Policy<'w>,
     /// Values of states.
-    pub critic: Scorer<'w>,
+    pub critic: Option<Scorer<'w>>,
+    /// Whether the exact KL is wanted, which takes a forward pass of the actor.
+    pub exact_kl: bool,
     /// Scores of whole answers.
     pub source: &'w dyn RewardSource,
 }
@@ -87,18 +97,28 @@ pub fn collect(
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
         let (batch, targets) = rollout.batch(&rows)?;
-        let reference = readers.reference.logprobs(&batch, &targets, temperature)?.logprobs;
-        let values = readers.critic.values(&batch, &targets.rows)?;
+        let hidden = readers.reference.rows(&batch, &targets)?;
+        let reference = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
+        let values = readers.critic.map(|critic| critic.values(&batch, &targets.rows)).transpose()?;
+        let exact = match readers.exact_kl {
+            true => Some(actor.divergence(&actor.rows(&batch, &targets)?, &hidden, temperature)?),
+            false => None,
+        };
+        let (_, d) = hidden.dims2()?;
+        let hidden = cpu::view(&hidden)?;
         let mut at = 0;
         for &i in &rows {
             let next = at + rollout.responses[i].tokens.len();
             rollout.reference_logprobs.push(reference[at..next].to_vec());
-            rollout.values.push(values[at..next].to_vec());
+            rollout.reference_rows.push(hidden[at * d..next * d].to_vec());
+            rollout.values.extend(values.as_ref().map(|values| values[at..next].to_vec()));
+            rollout.exact_kl.extend(exact.as_ref().map(|exact| exact[at..next].to_vec()));
             at = next;
         }
     }
     let answers = Answers { prompts: &rollout.prompts, responses: &rollout.responses, decode: task.decode };
     rollout.scores = readers.source.scores(&answers)?;
+    rollout.told = readers.source.figures();
     let (scores, asked) = (rollout.scores.len(), rollout.prompts.len());
     ensure!(scores == asked, "the reward source gave {scores} scores for {asked} answers");
     Ok(rollout)

@@ -5,12 +5,14 @@
 use anyhow::{Context, Result};
 
 use super::average::towards;
-use super::control::{AdaptiveKl, RunningMoments};
+use super::control::{AdaptiveKl, RunningMoments, lagrange};
 use super::experience::{Experience, Scale};
 use super::figures;
 use super::rollout::{Readers, collect};
 use super::train::{Run, choose, sampling};
-use super::update::Update;
+use super::update::{Learners, Step, Update};
+use super::warnings::{Vitals, Watch};
+use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, Scorer};
 use crate::report::{Figures, Report};
@@ -23,8 +25,8 @@ use crate::train::settings;
 pub struct State {
     /// The policy under training.
     pub actor: Learner,
-    /// The value function under training.
-    pub critic: Learner,
+    /// The value function under training, where advantages need one.
+    pub critic: Option<Learner>,
     /// What the KL is measured against: the SFT adapter, until it is refreshed.
     pub reference: Adapter,
     /// The actor's moving average, where one is kept.
@@ -37,14 +39,18 @@ pub struct State {
     pub minibatch: usize,
     /// Optimizer steps of the actor so far.
     pub step: usize,
-    /// The weight of the KL penalty.
+    /// The weight of the KL to the reference.
     pub kl_coef: f64,
+    /// The weight of the KL to the actor that sampled, where the policy loss has one.
+    pub kl_penalty: f64,
     /// Mean and deviation of all scores so far.
     pub scores: RunningMoments,
     /// The rollout in hand with what was made of it; none between two iterations.
     pub experience: Option<Experience>,
     /// Running sums over this iteration's minibatches.
     pub update: Update,
+    /// What the figures are watched for.
+    pub watch: Watch,
     /// The figures of the last iteration that is over.
     pub last: Figures,
 }
@@ -57,11 +63,16 @@ impl State {
     pub fn new(run: &Run<'_>) -> Result<Self> {
         let (start, config) = (run.task.start, run.config);
         let adamw = settings::adamw_of_ppo(config);
-        let critic = start.reward.context("a critic starts as the reward model, and there is none")?;
-        let critic = critic.to_trainable().with_head_bias(HeadBias::Trained)?;
+        let critic = match config.advantage_estimator.has_critic() {
+            true => {
+                let weights = critic_start(run)?.to_trainable().with_head_bias(HeadBias::Trained)?;
+                Some(Learner::new(weights, adamw, config.max_grad_norm)?)
+            }
+            false => None,
+        };
         Ok(Self {
             actor: Learner::new(start.sft.to_trainable(), adamw, config.max_grad_norm)?,
-            critic: Learner::new(critic, adamw, config.max_grad_norm)?,
+            critic,
             reference: start.sft.clone(),
             ema: config.ema_decay.map(|_| start.sft.clone()),
             iteration: 0,
@@ -69,9 +80,11 @@ impl State {
             minibatch: 0,
             step: 0,
             kl_coef: config.kl_coef,
+            kl_penalty: config.kl_penalty_coef,
             scores: RunningMoments::default(),
             experience: None,
             update: Update::default(),
+            watch: Watch::default(),
             last: Figures::new(),
         })
     }
@@ -84,13 +97,16 @@ impl State {
     pub fn roll_out(&mut self, run: &Run<'_>) -> Result<()> {
         let (start, config) = (run.task.start, run.config);
         let iteration = self.iteration as u64;
-        let first = self.iteration * config.batch_size;
-        let prompts = choose(run.task.prompts, first, config.batch_size, run.seed)?;
+        let asked = config.batch_size / config.num_generations;
+        let prompts = choose(run.task.prompts, self.iteration * asked, asked, run.seed)?;
+        let prompts: Vec<Vec<u32>> =
+            prompts.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations)).collect();
         let seeds: Vec<u64> =
             (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
         let readers = Readers {
             reference: Policy::new(start.base, Some(&self.reference)),
-            critic: Scorer::new(start.reward_base, self.critic.weights().view())?,
+            critic: self.critic.as_ref().map(|c| Scorer::new(run.critic_base(), c.weights().view())).transpose()?,
+            exact_kl: config.kl_estimator == KlEstimator::Exact && config.kl_in == KlIn::Reward,
             source: run.task.source,
         };
         let actor = Policy::new(start.base, Some(self.actor.weights().view()));
@@ -110,26 +126,37 @@ impl State {
         self.experience.is_some() && self.epoch < run.config.num_ppo_epochs
     }
 
-    /// One minibatch: actor and critic step apart.
+    /// One minibatch: actor and critic step.
     ///
     /// # Errors
     /// If there is no rollout in hand, or a number is not finite.
     pub fn minibatch(&mut self, run: &Run<'_>) -> Result<()> {
-        let (start, config) = (run.task.start, run.config);
+        let config = run.config;
         let experience = self.experience.as_ref().context("a minibatch is of a rollout, and there is none in hand")?;
         let path = [settings::MINIBATCH_ORDER, self.iteration as u64, self.epoch as u64];
         let order = SplitMix64::new(derive(run.seed, &path)).permutation(config.batch_size);
         let rows = order.chunks(run.minibatch_size()).nth(self.minibatch).context("no such minibatch")?;
         let (actor_lr, critic_lr) = run.learning_rates(self);
-        self.update.actor(start.base, &mut self.actor, experience, rows, run, actor_lr)?;
-        self.update.critic(start.reward_base, &mut self.critic, experience, rows, run, critic_lr)?;
-        self.step += 1;
+        let step = Step {
+            actor_lr,
+            critic_lr,
+            kl_coef: self.kl_coef,
+            kl_penalty: self.kl_penalty,
+            first_pass: self.epoch == 0,
+        };
+        let learns = self.iteration >= config.critic_warmup;
+        let learners = Learners { actor: learns.then_some(&mut self.actor), critic: self.critic.as_mut() };
+        let stepped = self.update.minibatch(learners, experience, rows, run, &step)?;
+        self.step += usize::from(stepped && learns);
         if let (Some(decay), Some(ema)) = (config.ema_decay, &mut self.ema) {
             *ema = towards(ema, self.actor.weights().view(), 1.0 - decay)?;
         }
         self.minibatch += 1;
         if self.minibatch == config.num_mini_batches {
             (self.epoch, self.minibatch) = (self.epoch + 1, 0);
+        }
+        if config.target_kl.is_some_and(|target| self.update.last_policy.approx_kl() > 1.5 * target) {
+            (self.epoch, self.minibatch) = (config.num_ppo_epochs, 0);
         }
         Ok(())
     }
@@ -143,6 +170,21 @@ impl State {
         let config = run.config;
         let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
         self.last = figures::of(&experience, self, run);
+        self.last.extend(experience.rollout.told.clone());
+        let now = self.iteration + 1;
+        let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
+        if let Some(evaluation) = run.task.evaluation.filter(|_| due) {
+            let judged = evaluation.run(&now.into(), self.actor.weights().view(), report)?;
+            self.last.extend(evaluation.figures(&judged));
+        }
+        let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
+        let (holding, new) = self.watch.see(Vitals::of(&self.last, experience.rollout.prompts.len(), flat));
+        if !holding.is_empty() {
+            self.last.insert("warnings".into(), holding.iter().map(|w| w.name()).collect::<Vec<_>>().into());
+        }
+        for warning in new {
+            report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
+        }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
         report.step(self.iteration + 1, &self.last, &shown)?;
         figures::samples(&experience, self.iteration + 1, run, report)?;
@@ -151,9 +193,27 @@ impl State {
             let control = AdaptiveKl { target: config.target, horizon: config.horizon };
             self.kl_coef = control.next(self.kl_coef, experience.mean_kl(), config.batch_size);
         }
+        if config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0 {
+            let kl = self.update.last_policy.kl_to_old();
+            self.kl_penalty = lagrange(self.kl_penalty, kl, config.kl_penalty_target);
+        }
         if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
             self.reference = towards(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
         }
         Ok(())
+    }
+}
+
+/// What the critic starts as.
+fn critic_start(run: &Run<'_>) -> Result<Adapter> {
+    let start = run.task.start;
+    let head = derive(run.seed, &[settings::HEAD]);
+    match run.config.critic {
+        CriticStart::Reward => Ok(start.reward.context("checked before the run")?.clone()),
+        CriticStart::Actor => start.sft.clone().with_head(head),
+        CriticStart::Own => {
+            let fresh = derive(run.seed, &[settings::CRITIC_INIT]);
+            Adapter::init(start.sft.config().clone(), start.reward_base.shapes(), fresh)?.with_head(head)
+        }
     }
 }

@@ -5,8 +5,9 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
+use super::evaluate::Evaluation;
 use super::state::State;
-use crate::config::Ppo;
+use crate::config::{CriticStart, Ppo};
 use crate::data::examples::Examples;
 use crate::data::order::endless;
 use crate::invalid;
@@ -46,6 +47,8 @@ pub struct Task<'w> {
     pub source: &'w dyn RewardSource,
     /// Renders token ids for samples.jsonl and for sources that read text.
     pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// Asked every `eval_every` iterations, where there is one.
+    pub evaluation: Option<&'w Evaluation<'w>>,
 }
 
 /// The trained branches.
@@ -53,8 +56,8 @@ pub struct Task<'w> {
 pub struct Trained {
     /// The aligned policy.
     pub actor: Adapter,
-    /// The value function.
-    pub critic: Adapter,
+    /// The value function, where advantages needed one.
+    pub critic: Option<Adapter>,
     /// The actor's moving average, where `ema_decay` is set.
     pub ema: Option<Adapter>,
     /// The last iteration's figures.
@@ -82,6 +85,14 @@ impl<'w> Run<'w> {
         let longest = task.prompts.longest_sequence() + config.response_length;
         let checkpoint = settings::checkpoint(config.checkpoint, task.start.base, longest * config.micro_batch_size);
         Ok(Self { task, config, seed, checkpoint })
+    }
+
+    /// The base that the critic is over.
+    pub fn critic_base(&self) -> &'w Base {
+        match self.config.critic {
+            CriticStart::Actor => self.task.start.base,
+            CriticStart::Reward | CriticStart::Own => self.task.start.reward_base,
+        }
     }
 
     /// What log-probabilities are divided by; greedy decoding scores under 1, like `generate`.
@@ -118,7 +129,7 @@ pub fn train(task: Task<'_>, config: &Ppo, seed: u64, report: &mut Report) -> Re
     advance(&run, &mut state, report)?;
     Ok(Trained {
         actor: state.actor.weights().snapshot(),
-        critic: state.critic.weights().snapshot(),
+        critic: state.critic.map(|critic| critic.weights().snapshot()),
         ema: state.ema,
         last: state.last,
     })
@@ -178,6 +189,12 @@ pub fn check(start: Start<'_>, prompts: &dyn Examples<Vec<u32>>, config: &Ppo) -
         return Err(invalid!(
             "[reward_base] has a vocabulary of {scorer} and [base] one of {policy}: the reward model must share the \
              policy's tokenizer"
+        ));
+    }
+    if start.reward.is_none() && config.advantage_estimator.has_critic() && config.critic == CriticStart::Reward {
+        return Err(invalid!(
+            "[ppo] critic = \"reward\" starts as the reward adapter, and there is none over the policy's tokens; use critic = \
+             \"actor\" or \"own\", or an advantage_estimator without a critic"
         ));
     }
     start.reward.map_or(Ok(()), |reward| Scorer::new(start.reward_base, reward).map(drop))?;

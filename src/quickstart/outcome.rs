@@ -6,11 +6,12 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::gold::Gold;
-use crate::export::merge::Comparison;
+use crate::export::verify::Comparison;
 use crate::model::adapter::Adapter;
 use crate::report::number;
 use crate::reward::train::Evaluation;
 use crate::run::Model;
+use crate::stats::Share;
 
 /// One policy's answers to the held-out questions. All (questions).
 #[derive(Clone, Debug, Default)]
@@ -69,30 +70,10 @@ pub struct Example {
     pub after: String,
 }
 
-/// A share with its 95% interval.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct WinRate {
-    /// Wins plus half the ties, over all.
-    pub rate: f64,
-    /// Wilson's interval at z = 1.96.
-    pub low: f64,
-    /// Its upper end.
-    pub high: f64,
-}
-
 /// Of `after` against `before` by the gold score, question by question.
-pub fn win_rate(before: &Answers, after: &Answers) -> WinRate {
-    let n = before.gold.len() as f64;
-    let won = |(a, b): (&Gold, &Gold)| match a.total.total_cmp(&b.total) {
-        std::cmp::Ordering::Greater => 1.0,
-        std::cmp::Ordering::Equal => 0.5,
-        std::cmp::Ordering::Less => 0.0,
-    };
-    let rate = after.gold.iter().zip(&before.gold).map(won).sum::<f64>() / n;
-    let z2 = 1.96f64 * 1.96;
-    let middle = (rate + z2 / (2.0 * n)) / (1.0 + z2 / n);
-    let half = 1.96 / (1.0 + z2 / n) * (rate * (1.0 - rate) / n + z2 / (4.0 * n * n)).sqrt();
-    WinRate { rate, low: middle - half, high: middle + half }
+pub fn win_rate(before: &Answers, after: &Answers) -> Share {
+    let totals = |answers: &Answers| answers.gold.iter().map(|g| g.total).collect::<Vec<_>>();
+    Share::of_wins(&totals(after), &totals(before))
 }
 
 /// Bytes of weights, gradients and optimizer that a role holds of its own, here and as a full copy.
@@ -133,7 +114,7 @@ pub struct Outcome {
     /// PPO's.
     pub after: Answers,
     /// PPO against SFT.
-    pub win: WinRate,
+    pub win: Share,
     /// The merged model against base + adapter.
     pub comparison: Comparison,
     /// Three questions.
@@ -252,26 +233,5 @@ impl Outcome {
             self.out.display()
         );
         t
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn judged(totals: &[f64]) -> Answers {
-        let verdict = |&total| Gold { total, polarity: 0.0, aspect: 0, place: 0, form: 0, repeats: 0 };
-        Answers { gold: totals.iter().map(verdict).collect(), ..Answers::default() }
-    }
-
-    #[test]
-    fn a_win_rate_counts_ties_half_and_its_interval_is_wilsons() {
-        let w = win_rate(&judged(&[1.0, 2.0, 3.0, 4.0]), &judged(&[2.0, 2.0, 4.0, 1.0]));
-        assert_eq!(w.rate, 0.625);
-        // Wilson for p = 0.625, n = 4, z = 1.96, computed by hand in double precision.
-        let (n, p, z) = (4.0f64, 0.625f64, 1.96f64);
-        let centre = (p + z * z / (2.0 * n)) / (1.0 + z * z / n);
-        let half = z * ((p * (1.0 - p) + z * z / (4.0 * n)) / n).sqrt() / (1.0 + z * z / n);
-        assert!((w.low - (centre - half)).abs() < 1e-12 && (w.high - (centre + half)).abs() < 1e-12);
     }
 }

@@ -13,7 +13,8 @@ use super::outcome::{Answers, Example, Outcome, memory_rows, win_rate};
 use super::task::{Row, Split, pairs, prompts, sft_rows};
 use crate::config::{self, Config};
 use crate::data::phases::{RankedExample, SftExample};
-use crate::export::merge::{MergedType, merge};
+use crate::export::Source;
+use crate::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
 use crate::memory;
 use crate::model::adapter::Adapter;
 use crate::model::batch::{Batch, Targets};
@@ -136,10 +137,19 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: Some(&reward_adapter) };
     let source = RewardModel(Scorer::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let task = ppo::Task { start, prompts: &questions, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
+    let task = ppo::Task {
+        start,
+        prompts: &questions,
+        stop: tokenizer.eos_ids(),
+        source: &source,
+        decode: &decode,
+        evaluation: None,
+    };
     let trained = ppo::train(task, ppo_config, seed, &mut report)?;
     save(&model, &trained.actor, &out.join("actor"))?;
-    save(&model, &trained.critic, &out.join("critic"))?;
+    if let Some(critic) = &trained.critic {
+        save(&model, critic, &out.join("critic"))?;
+    }
     clock("ppo", &mut lap);
     // 6. The merged model, proven against base + adapter.
     let held = prompts(seed, QUESTIONS, Split::HeldOut);
@@ -148,9 +158,15 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     if merged.exists() {
         fs::remove_dir_all(&merged).with_context(|| format!("replacing {}", merged.display()))?;
     }
-    let sides = model.checkpoint.side_files()?;
-    let reopen = |dir: &Path| Ok(Model::open(dir)?.base);
-    let comparison = merge(base, &trained.actor, MergedType::Bf16, &sides, &asked[..8], &merged, reopen)?;
+    let source = Source {
+        checkpoint: &model.checkpoint,
+        base,
+        adapter: &trained.actor,
+        prompts: &asked[..8],
+        about: "`fourfold quickstart`: SFT, a reward model and PPO on the embedded task.",
+    };
+    let how = merged::Settings { dtype: MergedType::Bf16, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
+    let comparison = merged::merge(&source, how, &merged)?;
     clock("merge", &mut lap);
     // 7. The verdict: the gold rule on held-out questions, sampled as in training.
     let judge = |adapter: &Adapter| {

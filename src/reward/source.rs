@@ -1,11 +1,19 @@
 //! Where an answer's score comes from. PPO knows a source by what it does, token ids and texts in and scores out, and not
 //! by what is behind it. Knows no shaping of rewards: read ppo/rewards.rs for that.
 
+pub mod combine;
+pub mod command;
+pub mod http;
+pub mod patience;
+pub mod retokenised;
+pub mod verify;
+
 use anyhow::Result;
 
 use crate::model::batch::{Batch, chunks_by_tokens};
-use crate::model::generate::Response;
+use crate::model::generate::{Finish, Response};
 use crate::model::roles::Scorer;
+use crate::report::Figures;
 
 /// Answers to be scored, B of them.
 #[derive(Clone, Copy)]
@@ -18,6 +26,14 @@ pub struct Answers<'a> {
     pub decode: &'a dyn Fn(&[u32]) -> String,
 }
 
+impl Answers<'_> {
+    /// What a response says, its end token left off.
+    pub fn text(&self, response: &Response) -> String {
+        let end = response.tokens.len() - usize::from(response.finish == Finish::Stop);
+        (self.decode)(&response.tokens[..end])
+    }
+}
+
 /// Gives answers their scores.
 pub trait RewardSource {
     /// (B): one score an answer, in reward units.
@@ -25,6 +41,11 @@ pub trait RewardSource {
     /// # Errors
     /// If no score can be had, and the source has no way to go on without.
     fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>>;
+
+    /// What there is to tell besides: troubles so far, or the parts of the last scores.
+    fn figures(&self) -> Figures {
+        Figures::new()
+    }
 }
 
 /// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.

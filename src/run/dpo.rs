@@ -19,7 +19,7 @@ use crate::report::{Report, number};
 fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(Adapter, Option<Adapter>)> {
     match adapter {
         Some(path) => {
-            let sft = model.adapter(path)?;
+            let sft = model.adapter(path)?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio);
             Ok((sft.clone(), Some(sft)))
         }
         None => Ok((model.fresh_adapter(&config.lora, config.seed)?, None)),
@@ -29,7 +29,7 @@ fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(A
 /// `fourfold dpo`.
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.dpo();
-    let model = Model::open(&config.base.path)?;
+    let model = Model::of_section(&config.base)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
     let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);
@@ -58,7 +58,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
 /// `fourfold kto`.
 pub(super) fn run_kto(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.kto();
-    let model = Model::open(&config.base.path)?;
+    let model = Model::of_section(&config.base)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let examples = judged_examples(&records(config)?, &encoder, config.data()?)?;
     // The KL term puts answers after each other's prompts.

@@ -7,6 +7,7 @@ mod model;
 mod output;
 mod ppo;
 mod reward;
+mod rewards;
 mod sft;
 
 use std::path::{Path, PathBuf};
@@ -22,7 +23,7 @@ use crate::report::number;
 use crate::{invalid, memory};
 
 pub use model::Model;
-pub use output::{check_output, prepare_output};
+pub use output::{check_output, prepare_output, settings_beside};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
 ///

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::config::{self, Lora};
+use crate::config::{self, InitLoraWeights, Lora};
 use crate::invalid;
-use crate::model::adapter::{Adapter, LoraConfig, Provenance, TargetModules};
+use crate::model::adapter::{Adapter, Init, LoraConfig, Provenance, TargetModules};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::principal::{Principal, principal};
 use crate::ops::cpu;
 use crate::ops::weight::Compute;
 use crate::rng::derive;
@@ -111,7 +112,17 @@ impl Model {
     /// # Errors
     /// If `[lora]` selects nothing of this base.
     pub fn fresh_adapter(&self, lora: &Lora, seed: u64) -> Result<Adapter> {
-        Adapter::init(lora_config(lora), self.base.shapes(), derive(seed, &[settings::INIT]))
+        let init = match lora.init_lora_weights {
+            InitLoraWeights::Gaussian => Init::Gaussian,
+            InitLoraWeights::Dschat => Init::DeepSpeedChat,
+            InitLoraWeights::Default | InitLoraWeights::Pissa | InitLoraWeights::Olora => Init::KaimingUniform,
+        };
+        let fresh = Adapter::init_as(lora_config(lora), self.base.shapes(), derive(seed, &[settings::INIT]), init)?;
+        match lora.init_lora_weights {
+            InitLoraWeights::Pissa => principal(&fresh, &self.base, Principal::Pissa),
+            InitLoraWeights::Olora => principal(&fresh, &self.base, Principal::Olora),
+            _ => Ok(fresh),
+        }
     }
 }
 
@@ -126,5 +137,8 @@ fn lora_config(lora: &Lora) -> LoraConfig {
             config::TargetModules::List(names) => TargetModules::List(names.clone()),
         },
         layers_to_transform: lora.layers_to_transform.clone(),
+        rank_pattern: lora.rank_pattern.iter().map(|(key, &r)| (key.clone(), r)).collect(),
+        loraplus_lr_ratio: lora.loraplus_lr_ratio,
+        alpha_pattern: lora.alpha_pattern.iter().map(|(key, &alpha)| (key.clone(), alpha)).collect(),
     }
 }

@@ -50,3 +50,9 @@ pub fn prepare_output(out: &Path, by: &str, resolved: &str) -> Result<()> {
     fs::write(&path, format!("{}\n{resolved}", mark(by)))
         .map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))
 }
+
+/// The resolved settings of the run that an adapter's folder lies in, if it lies in one.
+pub fn settings_beside(adapter: &Path) -> Option<String> {
+    let settings = fs::read_to_string(adapter.parent()?.join(RESOLVED)).ok()?;
+    settings.starts_with("# fourfold ").then_some(settings)
+}

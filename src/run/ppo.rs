@@ -1,21 +1,20 @@
 //! `fourfold ppo`, with the evaluation on held-out prompts before and after. Read ../ppo/train.rs for the stage.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::rewards::{Adapters, Workshop};
 use super::{Model, held_out, prepare_output, records, save};
-use crate::config::{self, Config};
-use crate::data::ModelEncoder;
-use crate::data::phases::{PromptExample, prompt_examples};
+use crate::config::{Config, CriticStart, Data};
+use crate::data::phases::{PromptExample, TextEncoder, prompt_examples};
+use crate::data::{Entry, ModelEncoder};
 use crate::model::adapter::Adapter;
-use crate::model::generate::generate;
-use crate::model::roles::{Policy, Scorer};
-use crate::report::{Report, number};
-use crate::reward::source::{Answers, RewardModel, RewardSource};
-use crate::rng::derive;
-use crate::train::settings;
+use crate::ppo::evaluate::{Evaluation, Judges};
+use crate::report::Report;
+use crate::stats::mean_and_error;
 use crate::{invalid, ppo};
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
@@ -27,46 +26,81 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
-    check_same_tokens(&model, scorer)?;
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = prompt_examples(&records(config)?, &encoder, config.data()?)?;
+    let entries = records(config)?;
+    let examples = prompt_examples(&entries, &encoder, config.data()?)?;
+    let reward_encoder = ModelEncoder::new(scorer.checkpoint.tokenizer())?;
+    let translated = match first_difference(&model, scorer) {
+        None => None,
+        Some(difference) => {
+            eprintln!("ppo: {difference}: the reward model reads prompts and answers in its own tokens");
+            Some(translate(&entries, &examples.0, &reward_encoder, scorer, config)?)
+        }
+    };
     let (prompts, held_out) = held_out(config, examples)?;
     let sft = match &settings.adapter {
-        Some(path) => model.adapter(path).context("[ppo] adapter")?.with_score_head(None)?,
+        Some(path) => model
+            .adapter(path)
+            .context("[ppo] adapter")?
+            .with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+            .with_score_head(None)?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
-    let reward = scorer.adapter(&settings.reward_adapter).context("[ppo] reward_adapter")?;
-    let start = ppo::train::Start { base: &model.base, reward_base: &scorer.base, sft: &sft, reward: Some(&reward) };
-    let reward = Scorer::new(&scorer.base, &reward)
-        .with_context(|| format!("[ppo] reward_adapter = {}", settings.reward_adapter.display()))?;
+    let adapters = Adapters::open(settings, scorer)?;
+    let start = start(&model, scorer, &sft, adapters.main(), translated.is_some());
     let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
     let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
     let asked_ids: Vec<Vec<u32>> = asked.iter().map(|p| p.tokens.clone()).collect();
     ppo::train::check(start, &[&ids[..], &asked_ids].concat(), settings)?;
+    let workshop = Workshop {
+        scorer,
+        retokenise: translated.as_ref().map(|prompts| (&reward_encoder as &dyn TextEncoder, prompts)),
+        prompts: prompts.iter().chain(asked).collect(),
+    };
+    let source = workshop.source(settings, &adapters)?;
+    let gold = workshop.gold(settings, &adapters)?;
     prepare_output(out, "ppo", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
     let tokenizer = model.checkpoint.tokenizer();
-    let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let source = RewardModel(reward);
-    let task = ppo::train::Task { start, prompts: &ids, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
-    let evaluation =
-        Evaluation { start, source: &source, prompts: asked, stop: tokenizer.eos_ids(), settings, seed: config.seed };
-    let before = evaluation.run("before", &sft, &decode, &mut report)?;
+    let (stop, decode) = (tokenizer.eos_ids(), |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default());
+    let judges = Judges {
+        base: &model.base,
+        sft: &sft,
+        source: &*source,
+        gold: gold.as_deref(),
+        prompts: asked,
+        stop,
+        decode: &decode,
+    };
+    let evaluation = Evaluation::new(judges, settings, config.seed);
+    let before = evaluation.before(&mut report)?;
+    let evaluation = evaluation.with_baseline(before);
+    let task = ppo::train::Task {
+        start,
+        prompts: &ids,
+        stop,
+        source: &*source,
+        decode: &decode,
+        evaluation: Some(&evaluation).filter(|_| !asked.is_empty()),
+    };
     let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
-    let critic = save(trained.critic, scorer, &out.join("critic"))?;
+    let critic_model = if settings.critic == CriticStart::Actor || translated.is_some() { &model } else { scorer };
+    let critic = trained.critic.map(|critic| save(critic, critic_model, &out.join("critic"))).transpose()?;
     let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
-    let after = evaluation.run("after", &trained.actor, &decode, &mut report)?;
-    let gain: Vec<f64> = after.iter().zip(&before).map(|(a, b)| a - b).collect();
+    let after = evaluation.run(&"after".into(), &trained.actor, &mut report)?;
+    let before = evaluation.baseline();
+    let gain: Vec<f64> = after.scores.iter().zip(&before.scores).map(|(a, b)| a - b).collect();
     let last = trained.last;
     Ok(json!({
         "stage": "ppo",
         "kl": last.get("objective/kl"),
         "scores": last.get("objective/scores"),
-        "eval_score_before": mean_and_error(&before),
-        "eval_score_after": mean_and_error(&after),
+        "eval_score_before": mean_and_error(&before.scores),
+        "eval_score_after": mean_and_error(&after.scores),
         "eval_score_gain": mean_and_error(&gain),
         "eval_prompts": asked.len(),
+        "eval": evaluation.figures(&after),
         "last": last,
         "actor": actor,
         "critic": critic,
@@ -74,72 +108,44 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     }))
 }
 
-/// The reward model reads the policy's token ids, so both must mean the same texts by them.
-fn check_same_tokens(policy: &Model, scorer: &Model) -> Result<()> {
+/// Where PPO starts. Values stand on the policy's tokens: a critic beside a reward model over other tokens lives on the
+/// policy's base, and cannot start as that reward model.
+fn start<'w>(
+    model: &'w Model,
+    scorer: &'w Model,
+    sft: &'w Adapter,
+    reward: Option<&'w Adapter>,
+    other_tokens: bool,
+) -> ppo::train::Start<'w> {
+    let (reward_base, reward) = if other_tokens { (&model.base, None) } else { (&scorer.base, reward) };
+    ppo::train::Start { base: &model.base, reward_base, sft, reward }
+}
+
+/// How the reward base's tokens differ from the policy's, if they do.
+fn first_difference(policy: &Model, scorer: &Model) -> Option<String> {
     let (ours, theirs) = (policy.checkpoint.tokenizer(), scorer.checkpoint.tokenizer());
-    let differs = |id: &u32| ours.token(*id) != theirs.token(*id);
     let ids = policy.base.config().vocab_size.max(scorer.base.config().vocab_size) as u32;
-    match (0..ids).find(differs) {
-        Some(id) => Err(invalid!(
-            "[reward_base] has another tokenizer than [base]: token {id} is {:?} there and {:?} here; use a reward base \
-             with the policy's tokenizer",
-            theirs.token(id).unwrap_or_default(),
-            ours.token(id).unwrap_or_default()
-        )),
-        None => Ok(()),
+    let id = (0..ids).find(|&id| ours.token(id) != theirs.token(id))?;
+    let (theirs, ours) = (theirs.token(id).unwrap_or_default(), ours.token(id).unwrap_or_default());
+    Some(format!("token {id} is {theirs:?} in [reward_base] and {ours:?} in [base]"))
+}
+
+/// The policy's prompt ids -> the same records' prompts as the reward model's template and tokenizer make them.
+fn translate(
+    entries: &[Entry],
+    prompts: &[PromptExample],
+    encoder: &dyn TextEncoder,
+    scorer: &Model,
+    config: &Config,
+) -> Result<HashMap<Vec<u32>, Vec<u32>>> {
+    let kept: Vec<Entry> = prompts.iter().map(|prompt| entries[prompt.entry].clone()).collect();
+    // Room for one token of an answer.
+    let max_prompt_length = scorer.base.config().max_position_embeddings - 1;
+    // They are one phase's already: no second split.
+    let data = Data { max_prompt_length, compat: None, ..config.data()?.clone() };
+    let (theirs, report) = prompt_examples(&kept, encoder, &data)?;
+    if theirs.len() != prompts.len() {
+        return Err(invalid!("[reward_base] not every prompt fits the reward model: {report}"));
     }
-}
-
-/// Held-out prompts, answered by sampling and scored by the learned reward.
-struct Evaluation<'w> {
-    start: ppo::train::Start<'w>,
-    source: &'w dyn RewardSource,
-    prompts: &'w [PromptExample],
-    stop: &'w [u32],
-    settings: &'w config::Ppo,
-    seed: u64,
-}
-
-impl Evaluation<'_> {
-    /// The score of one answer to each prompt; the texts go to samples.jsonl, marked with `when`.
-    fn run(
-        &self,
-        when: &str,
-        adapter: &Adapter,
-        decode: &dyn Fn(&[u32]) -> String,
-        report: &mut Report,
-    ) -> Result<Vec<f64>> {
-        let sampling = ppo::train::sampling(self.settings, self.stop);
-        let policy = Policy::new(self.start.base, Some(adapter));
-        let mut scores: Vec<f64> = vec![];
-        for some in self.prompts.chunks(self.settings.batch_size) {
-            let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
-            let numbers = scores.len() as u64..(scores.len() + ids.len()) as u64;
-            let seeds: Vec<u64> = numbers.map(|i| derive(self.seed, &[settings::EVALUATION, i])).collect();
-            let responses = generate(policy, &ids, &seeds, &sampling, |_, _| {})?;
-            let answers = Answers { prompts: &ids, responses: &responses, decode };
-            for ((prompt, response), score) in some.iter().zip(&responses).zip(self.source.scores(&answers)?) {
-                report.sample(&json!({
-                    "evaluation": when,
-                    "prompt": prompt.text,
-                    "response": decode(&response.tokens),
-                    "score": number(f64::from(score)),
-                    "finish_reason": response.finish.name(),
-                }))?;
-                scores.push(f64::from(score));
-            }
-            let mean = scores.iter().sum::<f64>() / scores.len() as f64;
-            let all = self.prompts.len();
-            report.note(&format!("ppo: evaluation {when}: {} of {all} prompts, mean score {mean:.3}", scores.len()));
-        }
-        Ok(scores)
-    }
-}
-
-/// `{"mean", "standard_error"}`, nulls of nothing.
-fn mean_and_error(values: &[f64]) -> Value {
-    let n = values.len() as f64;
-    let mean = values.iter().sum::<f64>() / n;
-    let variance = values.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / (n - 1.0);
-    json!({ "mean": number(mean), "standard_error": number((variance / n).sqrt()) })
+    Ok(prompts.iter().zip(theirs).map(|(ours, theirs)| (ours.tokens.clone(), theirs.tokens)).collect())
 }

@@ -20,7 +20,9 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     check_context(&model, examples.0.iter().map(|e| e.tokens.len()))?;
     let (train, held_out) = held_out(config, examples)?;
     let start = match &settings.adapter {
-        Some(path) => model.adapter(path).context("[sft] adapter")?,
+        Some(path) => {
+            model.adapter(path).context("[sft] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+        }
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     prepare_output(out, "sft", &config.to_toml()?)?;

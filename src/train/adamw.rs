@@ -96,6 +96,19 @@ impl AdamW {
     /// If the lists do not match this optimizer's parameters one to one, a shape or type differs, the rate is no
     /// number, or a gradient is not finite; the message names the tensor.
     pub fn step(&mut self, parameters: Vec<&mut Tensor>, gradients: &[&Tensor], lr: f64) -> Result<()> {
+        self.step_with(parameters, gradients, |_| lr)
+    }
+
+    /// As [`AdamW::step`], with a rate for each parameter by its name.
+    ///
+    /// # Errors
+    /// As for [`AdamW::step`].
+    pub fn step_with(
+        &mut self,
+        parameters: Vec<&mut Tensor>,
+        gradients: &[&Tensor],
+        rate: impl Fn(&str) -> f64,
+    ) -> Result<()> {
         let known = self.state.moments.len();
         ensure!(
             parameters.len() == known && gradients.len() == known,
@@ -103,12 +116,16 @@ impl AdamW {
             parameters.len(),
             gradients.len()
         );
-        ensure!(lr.is_finite() && lr >= 0.0, "the learning rate is {lr}");
+        let rates: Vec<f64> = self.state.moments.iter().map(|m| rate(&m.name)).collect();
+        if let Some(lr) = rates.iter().find(|lr| !(lr.is_finite() && **lr >= 0.0)) {
+            bail!("the learning rate is {lr}");
+        }
         for ((parameter, gradient), moments) in parameters.iter().zip(gradients).zip(&self.state.moments) {
             check(moments, parameter, gradient)?;
         }
         self.state.step += 1;
-        for ((parameter, gradient), moments) in parameters.into_iter().zip(gradients).zip(&mut self.state.moments) {
+        let all = parameters.into_iter().zip(gradients).zip(&mut self.state.moments).zip(rates);
+        for (((parameter, gradient), moments), lr) in all {
             let mut values = row_major(parameter)?;
             update(&self.config, self.state.step, lr, &mut values, &row_major(gradient)?, moments);
             *parameter = Tensor::from_vec(values, parameter.shape(), parameter.device())?;
@@ -314,6 +331,7 @@ mod tests {
             use_rslora: false,
             target_modules: TargetModules::List(vec!["q_proj".into()]),
             layers_to_transform: None,
+            ..LoraConfig::default()
         };
         let mut learner = Adapter::init(config, shapes, 1).unwrap().with_head(2).unwrap().to_trainable();
         let before = learner.snapshot();

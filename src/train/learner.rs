@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use super::adamw::{AdamW, AdamWConfig, clip_grad_norm};
+use super::adamw::{AdamW, AdamWConfig, clip_factor, clip_grad_norm};
 use crate::model::adapter::{Gradients, TrainableAdapter};
 
 /// An adapter under training, with its optimizer.
@@ -28,17 +28,50 @@ impl Learner {
         &self.weights
     }
 
+    /// The largest norm that a gradient keeps.
+    fn max_norm(&self) -> f64 {
+        if self.max_grad_norm > 0.0 { self.max_grad_norm } else { f64::INFINITY }
+    }
+
     /// One clipped AdamW step; returns the gradient's norm before clipping. Nothing changes on an error.
     ///
     /// # Errors
     /// If a gradient is missing, misshapen or not finite; the message names the tensor.
-    pub fn step(&mut self, mut gradients: Gradients, lr: f64) -> Result<f64> {
-        let max_norm = if self.max_grad_norm > 0.0 { self.max_grad_norm } else { f64::INFINITY };
-        let norm = clip_grad_norm(&self.weights, &mut gradients, max_norm)?;
-        let mut parameters = self.weights.parameters()?;
-        let flat = self.weights.flat_gradients(&gradients)?;
-        self.optimizer.step(parameters.iter_mut().collect(), &flat, lr)?;
-        self.weights.replace(parameters)?;
+    pub fn step(&mut self, gradients: Gradients, lr: f64) -> Result<f64> {
+        let mut gradients = self.weights.without_frozen(gradients)?;
+        let norm = clip_grad_norm(&self.weights, &mut gradients, self.max_norm())?;
+        self.take(&gradients, lr)?;
         Ok(norm)
+    }
+
+    /// Steps two learners as one optimizer would that held the parameters of both: the norm over all of them is clipped, to
+    /// what the first allows. Returns each one's norm before clipping.
+    ///
+    /// # Errors
+    /// As for [`Learner::step`].
+    pub fn step_both(learners: [&mut Self; 2], gradients: [Gradients; 2], lr: f64) -> Result<[f64; 2]> {
+        let [first, second] = gradients;
+        let mut gradients = [learners[0].weights.without_frozen(first)?, learners[1].weights.without_frozen(second)?];
+        let mut norms = [0.0; 2];
+        for ((learner, gradients), norm) in learners.iter().zip(&mut gradients).zip(&mut norms) {
+            *norm = clip_grad_norm(&learner.weights, gradients, f64::INFINITY)?;
+        }
+        let factor = clip_factor(norms[0].hypot(norms[1]), learners[0].max_norm());
+        for (learner, mut gradients) in learners.into_iter().zip(gradients) {
+            if factor < 1.0 {
+                gradients.scale(factor)?;
+            }
+            learner.take(&gradients, lr)?;
+        }
+        Ok(norms)
+    }
+
+    fn take(&mut self, gradients: &Gradients, lr: f64) -> Result<()> {
+        let mut parameters = self.weights.parameters()?;
+        let flat = self.weights.flat_gradients(gradients)?;
+        let ratio = self.weights.view().config().loraplus_lr_ratio;
+        let rate = |name: &str| if name.ends_with(".lora_B.weight") { ratio * lr } else { lr };
+        self.optimizer.step_with(parameters.iter_mut().collect(), &flat, rate)?;
+        self.weights.replace(parameters)
     }
 }

@@ -24,6 +24,10 @@ pub const MINIBATCH_ORDER: u64 = 6;
 pub const EVALUATION: u64 = 7;
 /// The fresh score head.
 pub const HEAD: u64 = 8;
+/// A critic's fresh adapter.
+pub const CRITIC_INIT: u64 = 9;
+/// The order of PPO's ptx blocks.
+pub const PTX_ORDER: u64 = 10;
 /// The order of DPO's comparisons.
 pub const DPO_ORDER: u64 = 21;
 /// The order of KTO's answers.

@@ -32,7 +32,7 @@ fn pipeline(dir: &Path, seed: u64) {
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let trained = run_ppo(start, &model, &ppo_config(), seed, &mut report("ppo"));
     save(&trained.actor, "ppo/actor");
-    save(&trained.critic, "ppo/critic");
+    save(trained.critic.as_ref().unwrap(), "ppo/critic");
 }
 
 /// Every file under `dir` with its bytes.

@@ -116,7 +116,14 @@ pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report:
     let tokenizer = model.checkpoint.tokenizer();
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
     let (prompts, source) = (questions(model, 24), source_of(start));
-    let task = Task { start, prompts: &prompts, stop: tokenizer.eos_ids(), source: &source, decode: &decode };
+    let task = Task {
+        start,
+        prompts: &prompts,
+        stop: tokenizer.eos_ids(),
+        source: &source,
+        decode: &decode,
+        evaluation: None,
+    };
     ppo::train::train(task, config, seed, report).unwrap()
 }
 

@@ -201,6 +201,10 @@ PEFT_ADAPTERS = {
     "a regular expression, rslora": dict(
         r=2, lora_alpha=3, use_rslora=True, target_modules=r".*\.[12]\..*\.(k|up)_proj"
     ),
+    "rank and alpha patterns": dict(
+        r=2, lora_alpha=3, target_modules=["q_proj", "o_proj", "up_proj"],
+        rank_pattern={"layers.1.self_attn.q_proj": 4, "up_proj": 1}, alpha_pattern={r"layers\.[02]\..*o_proj": 7},
+    ),
 }
 
 
@@ -255,6 +259,11 @@ def to_peft(fourfold, name, base, work, tokens, sequences, records):
     some = "r = 3\nlora_alpha = 5\nlayers_to_transform = [1, 2]"
     fourfold("sft", config(work, "sft", base, some, keys, "sft.jsonl"), "--out", work / "sft_some")
     compare_policy("fourfold sft, all linear of two layers", work / "sft_some/adapter", 0.1)
+    for start in ("pissa", "olora", "gaussian", "dschat"):
+        variant = f'r = 3\nlora_alpha = 5\ninit_lora_weights = "{start}"\nloraplus_lr_ratio = 4.0\n'
+        variant += 'rank_pattern = { q_proj = 2, "layers.1.mlp.up_proj" = 4 }\nalpha_pattern = { o_proj = 2.5 }'
+        fourfold("sft", config(work, "sft", base, variant, keys, "sft.jsonl"), "--out", work / f"sft_{start}")
+        compare_policy(f"fourfold sft, {start}, patterns, LoRA+", work / f"sft_{start}/adapter", 0.1)
     continued = keys + f'adapter = "{work / "sft/adapter"}"\n'
     for center in (True, False):
         more = continued + f"center = {str(center).lower()}"
@@ -297,7 +306,70 @@ def merges(fourfold, name, base, work, tokens, sequences):
         same = transformers.AutoTokenizer.from_pretrained(out)("The tiger paints").input_ids
         original = transformers.AutoTokenizer.from_pretrained(base)("The tiger paints").input_ids
         report(f"{name}: merge --dtype {dtype} brings the tokenizer", same == original, f"{same}")
+    out = work / "shards"
+    fourfold(
+        "merge", "--base", base, "--adapter", adapter, "--dtype", "f32", "--max-shard-size", "60KB", "--out", out
+    )
+    shards = len(list(out.glob("model-*.safetensors")))
+    difference = furthest(logprobs(causal(out), sequences), want)
+    check(f"{name}: merge in {shards} shards -> transformers", difference if shards > 1 else float("nan"))
+    # Two adapters as one. The sum is made here: PEFT's "cat" takes only adapters over the same maps, and under rslora
+    # scales its result by the square root of the rank.
+    two = work / "sft_some/adapter"
+    mixed = peft.PeftModel.from_pretrained(causal(base), adapter)
+    mixed.load_adapter(two, "two")
+    with torch.no_grad():
+        for module in mixed.modules():
+            if isinstance(module, peft.tuners.lora.Linear):
+                for part, weight in [("default", 0.75), ("two", -0.5)]:
+                    if part in module.lora_A:
+                        module.base_layer.weight += weight * module.get_delta_weight(part)
+    mixed = mixed.unload()
+    weighted = ["--adapter", f"{adapter}=0.75", "--adapter", f"{two}=-0.5"]
+    fourfold("merge", "--base", base, *weighted, "--dtype", "f32", "--out", work / "mixed")
+    want = logprobs(mixed.eval(), sequences)
+    got = logprobs(causal(work / "mixed"), sequences)
+    check(f"{name}: merge of two adapters with weights", furthest(got, want))
+    fourfold("merge", "--base", base, *weighted, "--format", "peft", "--out", work / "mixed_peft")
+    again = logprobs(with_adapter(causal(base), work / "mixed_peft"), sequences)
+    check(f"{name}: two adapters as one PEFT adapter", furthest(again, want))
     return adapter, adapted
+
+
+def reward_exports(fourfold, name, base, work, records):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    for centered in (True, False):
+        adapter = work / f"reward_{centered}/adapter"
+        want = fourfold("score", "--base", base, "--adapter", adapter, "--data", work / "ranked.jsonl")["scores"]
+        out = work / f"classifier_{centered}"
+        fourfold("merge", "--base", base, "--adapter", adapter, "--format", "classifier", "--dtype", "f32", "--out", out)
+        # No num_labels: the model's own configuration must say it.
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(out, dtype=torch.float32).eval()
+        got, bias = scores(model, adapter, tokenizer, records)
+        check(f"{name}: reward model as a classifier -> transformers, scores (bias {bias:.3f})", furthest(got, want))
+        padded = tokenizer([r["prompt"] for r in records[:3]], return_tensors="pt", padding=True)
+        single = [model(torch.tensor([tokenizer(r["prompt"]).input_ids])).logits.item() for r in records[:3]]
+        with torch.no_grad():
+            batch = model(**{k: padded[k] for k in ("input_ids", "attention_mask")}).logits[:, 0].tolist()
+        check(f"{name}: the classifier's padded batch", furthest([batch], [single]))
+        out = work / f"value_head_{centered}"
+        fourfold("merge", "--base", base, "--adapter", adapter, "--format", "value-head", "--out", out)
+        head = torch.nn.Linear(tokens_width(base), 1)
+        stored = load_file(out / "value_head.safetensors")
+        head.load_state_dict({k.removeprefix("v_head.summary."): v for k, v in stored.items()})
+        lm = with_adapter(causal(base), out)
+        ids = tokenizer(records[0]["prompt"] + records[0]["chosen"]).input_ids
+        with torch.no_grad():
+            hidden = lm(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]
+            value = head(hidden).item()
+            plain = with_adapter(scorer(base), adapter)(torch.tensor([ids])).logits.item() + bias
+        check(f"{name}: value head over PEFT's hidden states, as TRL computes it", abs(value - plain))
+        read = fourfold("score", "--base", base, "--adapter", out, "--data", work / "ranked.jsonl")["scores"]
+        check(f"{name}: value head read back", furthest(read, want))
+
+
+def tokens_width(base):
+    return transformers.AutoConfig.from_pretrained(base).hidden_size
 
 
 def greedy_text(fourfold, name, base, work, adapter, adapted):
@@ -348,6 +420,7 @@ def main(binary):
             from_peft(fourfold, name, base, work, tokens, sequences, records)
             to_peft(fourfold, name, base, work, tokens, sequences, records)
             adapter, adapted = merges(fourfold, name, base, work, tokens, sequences)
+            reward_exports(fourfold, name, base, work, records)
             greedy_text(fourfold, name, base, work, adapter, adapted)
     print(f"{len(failures)} failed" if failures else "all checks passed")
     return 1 if failures else 0

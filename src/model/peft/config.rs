@@ -48,7 +48,14 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
     let mut wants_head = false;
     for (key, value) in map {
         let honoured = match key.as_str() {
-            "peft_type" | "r" | "lora_alpha" | "use_rslora" | "target_modules" | "layers_to_transform" => true,
+            "peft_type"
+            | "r"
+            | "lora_alpha"
+            | "use_rslora"
+            | "target_modules"
+            | "layers_to_transform"
+            | "rank_pattern"
+            | "alpha_pattern" => true,
             "bias" => value.is_null() || value == "none",
             "layers_pattern" => is_unset(value) || *value == json!("layers") || *value == json!(["layers"]),
             "init_lora_weights" => leaves_the_base_alone(value),
@@ -77,6 +84,9 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
         use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
         target_modules: parse_targets(get("target_modules"))?,
         layers_to_transform: parse_layers(get("layers_to_transform"))?,
+        rank_pattern: parse_pattern("rank_pattern", get("rank_pattern"), |v| usize::try_from(v.as_u64()?).ok())?,
+        alpha_pattern: parse_pattern("alpha_pattern", get("alpha_pattern"), Value::as_f64)?,
+        ..LoraConfig::default()
     };
     Ok(FileConfig {
         lora,
@@ -95,6 +105,17 @@ fn parse_targets(value: Option<&Value>) -> Result<TargetModules> {
         ),
         _ => return Err(bad()),
     })
+}
+
+fn parse_pattern<T>(key: &str, value: Option<&Value>, of: impl Fn(&Value) -> Option<T>) -> Result<Vec<(String, T)>> {
+    let bad = || invalid!("{key} = {} is no table from names to numbers", shown(value));
+    match value {
+        None => Ok(vec![]),
+        Some(Value::Object(table)) => {
+            table.iter().map(|(name, v)| of(v).map(|v| (name.clone(), v)).ok_or_else(bad)).collect()
+        }
+        Some(_) => Err(bad()),
+    }
 }
 
 fn parse_layers(value: Option<&Value>) -> Result<Option<Vec<usize>>> {
@@ -148,7 +169,12 @@ pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
     };
     let head = adapter.head().is_some();
     // PEFT annotates alpha as an integer; one that is none goes out as it is.
-    let alpha = config.lora_alpha;
+    let alpha = |alpha: f64| match alpha.fract() == 0.0 && alpha < 1e15 {
+        true => json!(alpha as i64),
+        false => json!(alpha),
+    };
+    let ranks: serde_json::Map<_, _> = config.rank_pattern.iter().map(|(k, r)| (k.clone(), json!(r))).collect();
+    let alphas: serde_json::Map<_, _> = config.alpha_pattern.iter().map(|(k, a)| (k.clone(), alpha(*a))).collect();
     let fields: BTreeMap<&str, Value> = BTreeMap::from([
         ("base_model_name_or_path", json!(adapter.provenance().base_model)),
         ("bias", json!("none")),
@@ -156,7 +182,9 @@ pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
         ("inference_mode", json!(true)),
         ("init_lora_weights", json!(true)),
         ("layers_to_transform", json!(config.layers_to_transform)),
-        ("lora_alpha", if alpha.fract() == 0.0 && alpha < 1e15 { json!(alpha as i64) } else { json!(alpha) }),
+        ("alpha_pattern", json!(alphas)),
+        ("lora_alpha", alpha(config.lora_alpha)),
+        ("rank_pattern", json!(ranks)),
         ("lora_dropout", json!(0.0)),
         ("modules_to_save", if head { json!(["score"]) } else { Value::Null }),
         ("peft_type", json!("LORA")),

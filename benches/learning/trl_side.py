@@ -1,0 +1,148 @@
+"""TRL's side of benches/learning: RLOO, GRPO and DPO on the base, SFT adapter, reward adapter, questions and pairs that
+the Rust side left in DIR/<seed>/, judged on the same 256 held-out questions by the same gold rule.
+
+usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods rloo,grpo,dpo]
+One JSON line a method and seed. Run with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0, datasets 4.8.4,
+pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). trl 1.16 has no PPO trainer any more.
+
+The SFT adapter is merged into the base first, so that TRL's reference (the adapter switched off) is the SFT model; a
+fresh adapter of the same shape (r 8, alpha 16, all linear maps) trains on it. Budget and rates are the Rust side's: 2560
+answers in 40 rollouts of 64, 4 to a question, KL weight 0.1, AdamW 2e-3 linear with 6 warm-up steps; DPO: one epoch over
+the 1280 pairs in batches of 32, AdamW 1e-3, beta 0.1.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+import tempfile
+
+import torch
+import transformers
+from datasets import Dataset
+from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts/quickstart"))
+import task  # noqa: E402  the gold rule, the very one that the Rust side equals on its golden
+
+NEW_TOKENS, CHUNK = 48, 64
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def sft_model(folder):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    return PeftModel.from_pretrained(base, folder / "sft").merge_and_unload()
+
+
+class Reward:
+    """The reward adapter over the base, read at each answer's last token."""
+
+    def __init__(self, folder):
+        base = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder / "base", num_labels=1, dtype=torch.float32
+        )
+        self.model = PeftModel.from_pretrained(base, folder / "reward").eval().base_model.model
+        bias = load_file(folder / "reward/adapter_model.safetensors").get("base_model.model.score.bias")
+        self.bias = 0.0 if bias is None else bias.item()
+
+    @torch.no_grad()
+    def __call__(self, sequences):
+        longest = max(map(len, sequences))
+        ids = torch.tensor([s + [0] * (longest - len(s)) for s in sequences])
+        mask = torch.tensor([[1] * len(s) + [0] * (longest - len(s)) for s in sequences])
+        hidden = self.model.model(input_ids=ids, attention_mask=mask).last_hidden_state
+        last = hidden[torch.arange(len(sequences)), torch.tensor([len(s) - 1 for s in sequences])]
+        return (self.model.score(last)[:, 0] + self.bias).tolist()
+
+
+@torch.no_grad()
+def answer_logprobs(model, prompt, answer):
+    logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    return torch.log_softmax(logits, -1).gather(1, torch.tensor(answer)[:, None]).sum().item()
+
+
+@torch.no_grad()
+def judge(model, reference, reward, tokenizer, held, seed):
+    """Sampled at temperature 1 from the whole vocabulary; KL is the sum of log-ratios over the sampled tokens."""
+    torch.manual_seed(1000 + seed)
+    model.eval()
+    end = tokenizer.eos_token_id
+    gold, kl, scores, lengths = [], [], [], []
+    for row in held:
+        prompt = tokenizer(row["prompt"], add_special_tokens=False).input_ids
+        out = model.generate(
+            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=True, temperature=1.0, top_k=0, top_p=1.0,
+            pad_token_id=end,
+        )[0, len(prompt) :].tolist()
+        answer = out[: out.index(end) + 1] if end in out else out
+        text = tokenizer.decode(answer, skip_special_tokens=True)
+        gold.append(task.gold(row, text, ended=answer[-1] == end)["total"])
+        kl.append(answer_logprobs(model, prompt, answer) - answer_logprobs(reference, prompt, answer))
+        scores.append(reward([prompt + answer])[0])
+        lengths.append(len(answer))
+    mean = lambda x: sum(x) / len(x)
+    spread = math.sqrt(sum((g - mean(gold)) ** 2 for g in gold) / (len(gold) - 1) / len(gold))
+    return dict(gold=mean(gold), gold_standard_error=spread, kl=mean(kl), score=mean(scores), length=mean(lengths))
+
+
+def train(method, folder, tokenizer, reward, seed, scratch):
+    common = dict(
+        output_dir=scratch, seed=seed, report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True,
+        bf16=False, lr_scheduler_type="linear", warmup_steps=6, gradient_checkpointing=False, disable_tqdm=True,
+    )
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = sft_model(folder)
+    if method == "dpo":
+        data = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in rows(folder / "pairs.jsonl")])
+        config = DPOConfig(**common, learning_rate=1e-3, per_device_train_batch_size=32, num_train_epochs=1, beta=0.1)
+        trainer = DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
+    else:
+        data = Dataset.from_list([{"prompt": row["prompt"]} for row in rows(folder / "questions.jsonl")])
+        of_config, of_trainer = dict(rloo=(RLOOConfig, RLOOTrainer), grpo=(GRPOConfig, GRPOTrainer))[method]
+        config = of_config(
+            **common, learning_rate=2e-3, per_device_train_batch_size=64, num_generations=4, max_steps=40, beta=0.1,
+            max_completion_length=NEW_TOKENS, temperature=1.0,
+        )
+
+        def scored(prompts, completion_ids, **_):
+            asked = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+            return reward([p + list(c) for p, c in zip(asked, completion_ids)])
+
+        trainer = of_trainer(
+            model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora,
+            reward_funcs=scored,
+        )
+    trainer.train()
+    return trainer.model
+
+
+def main():
+    arguments = argparse.ArgumentParser()
+    arguments.add_argument("--out", type=pathlib.Path, required=True)
+    arguments.add_argument("--seeds", default="0,1,2,3,4")
+    arguments.add_argument("--methods", default="rloo,grpo,dpo")
+    arguments = arguments.parse_args()
+    for seed in map(int, arguments.seeds.split(",")):
+        folder = arguments.out / str(seed)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        reward, held, reference = Reward(folder), rows(folder / "held_out.jsonl"), sft_model(folder).eval()
+        point = lambda method, samples, model: print(json.dumps(dict(
+            side="trl", seed=seed, method=method, samples=samples, last=True,
+            **judge(model, reference, reward, tokenizer, held, seed),
+        )), flush=True)
+        point("sft", 0, reference)
+        for method in arguments.methods.split(","):
+            with tempfile.TemporaryDirectory() as scratch:
+                samples = 2 * len(rows(folder / "pairs.jsonl")) if method == "dpo" else 2560
+                point(method, samples, train(method, folder, tokenizer, reward, seed, scratch))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+//! `merge`: what was trained -> files that other programs open. Knows no training.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+
+use crate::export::gguf::{self, GgufType};
+use crate::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
+use crate::export::verify::{Comparison, compare};
+use crate::export::{Source, combine::combine, staged};
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::model::tokenizer::SpecialTokens;
+use crate::run::{Model, settings_beside};
+
+#[derive(Args)]
+pub(super) struct Merge {
+    /// Model directory or .gguf file.
+    #[arg(long)]
+    base: PathBuf,
+    /// PEFT adapter directory, or DIR=WEIGHT. Several are added up: W + sum of weight x scale x B A.
+    #[arg(long, required = true, value_name = "DIR[=WEIGHT]")]
+    adapter: Vec<String>,
+    /// The new file or directory; must not exist.
+    #[arg(long)]
+    out: PathBuf,
+    /// What is written.
+    #[arg(long, value_enum, default_value = "safetensors")]
+    format: Format,
+    /// Type of the merged weights; bf16 unless given. q8_0 and q4_k_m are for GGUF.
+    #[arg(long, value_enum)]
+    dtype: Option<Type>,
+    /// Most bytes of weights in one safetensors file: 500MB, 5GB.
+    #[arg(long, value_parser = size, default_value_t = MAX_SHARD_SIZE)]
+    max_shard_size: usize,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// A Hugging Face directory with one set of weights.
+    Safetensors,
+    /// The same, as a sequence classifier with one label: the reward model.
+    Classifier,
+    /// One GGUF file for llama.cpp.
+    Gguf,
+    /// The adapter alone, for llama.cpp --lora over the base.
+    GgufLora,
+    /// The adapter alone, as PEFT reads it; for several adapters made one.
+    Peft,
+    /// As peft, with the scalar head in TRL's and LLaMA-Factory's value_head.safetensors.
+    ValueHead,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(non_camel_case_types)]
+enum Type {
+    F32,
+    Bf16,
+    F16,
+    #[value(name = "q8_0")]
+    Q8_0,
+    #[value(name = "q4_k_m")]
+    Q4_K_M,
+}
+
+impl Type {
+    fn gguf(self) -> GgufType {
+        match self {
+            Self::F32 => GgufType::Dense(MergedType::F32),
+            Self::Bf16 => GgufType::Dense(MergedType::Bf16),
+            Self::F16 => GgufType::Dense(MergedType::F16),
+            Self::Q8_0 => GgufType::Q8_0,
+            Self::Q4_K_M => GgufType::Q4KM,
+        }
+    }
+
+    fn merged(self) -> Result<MergedType> {
+        match self.gguf() {
+            GgufType::Dense(dense) => Ok(dense),
+            _ => Err(invalid!("--dtype {} is for --format gguf; safetensors hold f32, bf16 or f16", self.name())),
+        }
+    }
+
+    fn name(self) -> String {
+        self.to_possible_value().map(|v| v.get_name().to_string()).unwrap_or_default()
+    }
+}
+
+/// A number of bytes as transformers writes it: 5GB, 500MB, 1000.
+fn size(text: &str) -> Result<usize, String> {
+    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
+        "" => 1,
+        "KB" => 1000,
+        "MB" => 1_000_000,
+        "GB" => 1_000_000_000,
+        other => return Err(format!("{other} is none of KB, MB and GB")),
+    };
+    let number = digits.parse::<usize>().ok().filter(|&n| n > 0).and_then(|n| n.checked_mul(unit));
+    number.ok_or_else(|| format!("{text} is no number of bytes above 0"))
+}
+
+/// Texts that an export is compared on: prose, code, figures, another script.
+const COMPARED_ON: [&str; 4] = [
+    "The old lighthouse keeper climbed the stairs every evening, and",
+    "fn main() {\n    let total: u32 = (1..=10).sum();\n    println!(",
+    "In 1969 the price was 3.50; by 2024 it had risen to 41.25, which is",
+    "La réponse à cette question est simple : 東京は日本の",
+];
+
+/// DIR=WEIGHT, where WEIGHT is a number and no such directory is there; else DIR with a weight of 1.
+fn weighted(text: &str) -> (PathBuf, f64) {
+    match text.rsplit_once('=') {
+        Some((dir, weight)) if !Path::new(text).exists() => match weight.parse() {
+            Ok(weight) => (dir.into(), weight),
+            Err(_) => (text.into(), 1.0),
+        },
+        _ => (text.into(), 1.0),
+    }
+}
+
+pub(super) fn merge(args: &Merge) -> Result<()> {
+    let model = Model::open(&args.base)?;
+    let named: Vec<(PathBuf, f64)> = args.adapter.iter().map(|text| weighted(text)).collect();
+    let opened = named.iter().map(|(path, _)| model.adapter(path)).collect::<Result<Vec<_>>>()?;
+    let adapter = match (&opened[..], &named[..]) {
+        ([one], [(_, 1.0)]) => one.clone(),
+        _ => combine(&opened.iter().zip(&named).map(|(a, (_, weight))| (a, *weight)).collect::<Vec<_>>())?,
+    };
+    let tokenizer = model.checkpoint.tokenizer();
+    let prompts = COMPARED_ON
+        .iter()
+        .map(|text| {
+            let mut ids = tokenizer.encode(text, SpecialTokens::Add)?;
+            ids.truncate(model.base.config().max_position_embeddings);
+            Ok(ids)
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let about = about(&named);
+    let source = Source {
+        checkpoint: &model.checkpoint,
+        base: &model.base,
+        adapter: &adapter,
+        prompts: &prompts,
+        about: &about,
+    };
+    let dtype = args.dtype.unwrap_or(Type::Bf16);
+    let comparison = match args.format {
+        Format::Safetensors | Format::Classifier => {
+            let kind = if args.format == Format::Classifier { Kind::Classifier } else { Kind::LanguageModel };
+            let settings = merged::Settings { dtype: dtype.merged()?, kind, max_shard_size: args.max_shard_size };
+            merged::merge(&source, settings, &args.out)?
+        }
+        Format::Gguf => gguf::merge(&source, dtype.gguf(), &args.out)?,
+        Format::GgufLora | Format::Peft | Format::ValueHead => {
+            if args.dtype.is_some_and(|d| d != Type::F32) {
+                return Err(invalid!("--dtype {}: an adapter is written in f32; leave --dtype out", dtype.name()));
+            }
+            match args.format {
+                Format::GgufLora => gguf::lora(&source, &args.out)?,
+                _ => save(&source, args)?,
+            }
+        }
+    };
+    let drops_the_head = matches!(args.format, Format::Safetensors | Format::Gguf | Format::GgufLora);
+    if adapter.head().is_some() && drops_the_head {
+        eprintln!("the adapter's scalar head stays behind: this is a language model; --format classifier keeps it");
+    }
+    say(args, dtype, &comparison)
+}
+
+/// The adapter as a PEFT directory, read again and compared.
+fn save(source: &Source<'_>, args: &Merge) -> Result<Comparison> {
+    staged::staged(&args.out, |dir| {
+        match args.format {
+            Format::ValueHead => source.adapter.save_with_value_head(dir)?,
+            _ => source.adapter.save(dir)?,
+        }
+        let read = Adapter::load(dir, source.base.shapes()).context("reopening the adapter")?;
+        let comparison = compare((source.base, source.adapter), (source.base, Some(&read)), source.prompts)?;
+        comparison.check(MergedType::F32.tolerance())?;
+        let head = |a: &Adapter| -> Result<Option<(Vec<f32>, f32)>> {
+            a.head().map(|h| Ok((h.weight.flatten_all()?.to_vec1()?, h.bias))).transpose()
+        };
+        anyhow::ensure!(head(&read)? == head(source.adapter)?, "the scalar head came back changed; nothing was kept");
+        Ok(comparison)
+    })
+}
+
+/// What the run folders beside the adapters say of the training: their resolved settings.
+fn about(named: &[(PathBuf, f64)]) -> String {
+    let mut text = String::new();
+    for (path, weight) in named {
+        text.push_str(&format!("Adapter `{}`, weight {weight}.\n\n", path.display()));
+        if let Some(settings) = settings_beside(path) {
+            text.push_str(&format!("```toml\n{}\n```\n\n", settings.trim_end()));
+        }
+    }
+    text
+}
+
+fn say(args: &Merge, dtype: Type, c: &Comparison) -> Result<()> {
+    let adapter = matches!(args.format, Format::GgufLora | Format::Peft | Format::ValueHead);
+    let dtype = match dtype.gguf() {
+        _ if adapter => "float32".to_string(),
+        GgufType::Dense(dense) => dense.torch_name().to_string(),
+        _ => dtype.name(),
+    };
+    if args.json {
+        return super::print_json(&json!({
+            "merged": args.out.display().to_string(),
+            "dtype": dtype,
+            "max_logit_difference": c.max_logit_difference,
+            "max_logit": c.max_logit,
+            "mean_kl": c.mean_kl,
+            "greedy_agreement": c.greedy_agreement,
+            "positions": c.positions,
+        }));
+    }
+    eprintln!(
+        "{}: largest logit difference {:.2e} (largest logit {:.1}), mean KL {:.1e} nats, greedy agreement {:.1}% over \
+         {} positions",
+        args.out.display(),
+        c.max_logit_difference,
+        c.max_logit,
+        c.mean_kl,
+        100.0 * c.greedy_agreement,
+        c.positions
+    );
+    Ok(())
+}

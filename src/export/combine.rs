@@ -1,0 +1,76 @@
+//! Several adapters as one: W + sum_i w_i s_i B_i A_i. Exact, by laying the factors side by side. Knows no file.
+
+use anyhow::Result;
+use candle_core::{Device, Tensor};
+
+use crate::invalid;
+use crate::model::adapter::{Adapter, LayerPairs, LoraConfig, LoraPair, TargetModules};
+use crate::ops::cpu;
+
+/// The sum of adapters of one base, each times its weight: the A's over one another, the B's side by side, times weight
+/// and scale, so that the rank is the sum of the ranks and alpha / r is 1. What PEFT's
+/// `add_weighted_adapter(combination_type="cat")` gives. The scalar head is the last one that there is.
+///
+/// Stacking an SFT adapter and what PPO added over the merged SFT model is this with weights of 1; a weight between 0
+/// and 1 holds an adapter back, a negative one takes it away.
+///
+/// # Errors
+/// If the list is empty, a weight is not finite, or the adapters are of different bases.
+pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
+    let [(first, _), ..] = parts else { return Err(invalid!("no adapter to combine")) };
+    if let Some((_, weight)) = parts.iter().find(|(_, weight)| !weight.is_finite()) {
+        return Err(invalid!("the weight {weight} of an adapter is no finite number"));
+    }
+    let shapes = *first.shapes();
+    if let Some((other, _)) = parts.iter().find(|(other, _)| *other.shapes() != shapes) {
+        return Err(invalid!("the adapters are of different bases: {shapes:?} and {:?}", other.shapes()));
+    }
+    let prints = || parts.iter().filter_map(|(a, _)| a.provenance().base_fingerprint.as_deref());
+    if let Some(other) = prints().find(|p| Some(*p) != prints().next()) {
+        return Err(invalid!("the adapters were trained over different bases ({other} is one); merge them one by one"));
+    }
+    let rank_of = |a: &Adapter| a.layers().iter().flatten().flatten().map(|p| p.a.dims()[0]).max().unwrap_or(0);
+    let ranks: Vec<usize> = parts.iter().map(|(a, _)| rank_of(a)).collect();
+    let rank = ranks.iter().sum();
+    let mut layers: Vec<LayerPairs> = vec![];
+    let mut targets = vec![];
+    for layer in 0..shapes.layers {
+        let mut row = LayerPairs::default();
+        for (linear, slot) in row.iter_mut().enumerate().take(shapes.linears().len()) {
+            if parts.iter().all(|(a, _)| a.pair(layer, linear).is_none()) {
+                continue;
+            }
+            let (inp, out) = shapes.dims(linear);
+            // A map that one adapter leaves out gets zeros there: every branch has the same rank.
+            let (mut a, mut b) = (vec![0f32; rank * inp], vec![0f32; out * rank]);
+            let mut at = 0;
+            for ((adapter, weight), width) in parts.iter().zip(&ranks) {
+                if let Some(pair) = adapter.pair(layer, linear) {
+                    let r = pair.a.dims()[0];
+                    a[at * inp..(at + r) * inp].copy_from_slice(&cpu::view(&pair.a)?);
+                    let scale = weight * pair.scale;
+                    for (to, from) in b.chunks_exact_mut(rank).zip(cpu::view(&pair.b)?.chunks_exact(r)) {
+                        for (to, &from) in to[at..at + r].iter_mut().zip(from) {
+                            *to = (scale * f64::from(from)) as f32;
+                        }
+                    }
+                }
+                at += width;
+            }
+            let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
+            *slot = Some(LoraPair { a: tensor(a, (rank, inp))?, b: tensor(b, (out, rank))?, scale: 1.0 });
+            targets.push(shapes.module_path(layer, linear));
+        }
+        layers.push(row);
+    }
+    let config = LoraConfig {
+        r: rank,
+        lora_alpha: rank as f64,
+        use_rslora: false,
+        target_modules: TargetModules::List(targets),
+        layers_to_transform: None,
+        ..LoraConfig::default()
+    };
+    let head = parts.iter().rev().find_map(|(a, _)| a.head().cloned());
+    Adapter::from_parts(config, shapes, layers, head, first.provenance().clone())
+}

@@ -1,0 +1,257 @@
+//! What a GGUF file made from a Hugging Face model says of it: the llama architecture's keys and the tokenizer's, as
+//! llama.cpp's converter writes them. Knows no weights. Read gguf.rs for the file; `model::gguf_tokenizer` is the inverse.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use serde_json::Value;
+
+use super::gguf_container::KeyValue;
+use crate::invalid;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::config::{DecoderConfig, Family, RopeScaling};
+use crate::model::gguf_tokenizer::{LLAMA3_SPLIT, QWEN2_SPLIT};
+use crate::model::tokenizer::{SpecialTokens, Tokenizer};
+
+/// Keys in the order in which they are written.
+pub(super) type Keys = Vec<(String, KeyValue)>;
+
+fn put(keys: &mut Keys, key: &str, value: KeyValue) {
+    keys.push((key.to_string(), value));
+}
+
+fn number(value: usize) -> KeyValue {
+    KeyValue::U32(u32::try_from(value).unwrap_or(u32::MAX))
+}
+
+/// # Errors
+/// If a Hugging Face base is not of the llama architecture, the one whose names and row order are known here. A base that
+/// came as a GGUF brings its own.
+pub(super) fn refuse_other_families(config: &DecoderConfig) -> Result<()> {
+    if config.family != Family::Llama {
+        return Err(invalid!(
+            "a {} model in Hugging Face's form cannot be written as GGUF: of those, only llama can. Start from a GGUF of \
+             the model, or write safetensors and convert them with llama.cpp's convert_hf_to_gguf.py",
+            config.names().model_type
+        ));
+    }
+    if config.rope_scaling.attention_factor() != 1.0 {
+        return Err(invalid!(
+            "this model's rope scaling multiplies attention by a factor that cannot be written as GGUF here; write \
+             safetensors and convert them with llama.cpp's convert_hf_to_gguf.py"
+        ));
+    }
+    Ok(())
+}
+
+/// The keys of the architecture.
+///
+/// # Errors
+/// If the base is of another architecture than llama.
+pub(super) fn architecture(config: &DecoderConfig) -> Result<Keys> {
+    refuse_other_families(config)?;
+    let mut keys = vec![];
+    put(&mut keys, "general.architecture", KeyValue::String("llama".into()));
+    put(&mut keys, "general.type", KeyValue::String("model".into()));
+    put(&mut keys, "general.name", KeyValue::String(config.model_name.clone()));
+    for (key, value) in [
+        ("llama.block_count", config.num_hidden_layers),
+        ("llama.context_length", config.max_position_embeddings),
+        ("llama.embedding_length", config.hidden_size),
+        ("llama.feed_forward_length", config.intermediate_size),
+        ("llama.attention.head_count", config.num_attention_heads),
+        ("llama.attention.head_count_kv", config.num_key_value_heads),
+        ("llama.attention.key_length", config.head_dim),
+        ("llama.attention.value_length", config.head_dim),
+        ("llama.rope.dimension_count", config.head_dim),
+        ("llama.vocab_size", config.vocab_size),
+    ] {
+        put(&mut keys, key, number(value));
+    }
+    put(&mut keys, "llama.rope.freq_base", KeyValue::F32(config.rope_theta as f32));
+    put(&mut keys, "llama.attention.layer_norm_rms_epsilon", KeyValue::F32(config.norm_eps as f32));
+    if let RopeScaling::Linear { factor } = config.rope_scaling {
+        put(&mut keys, "llama.rope.scaling.type", KeyValue::String("linear".into()));
+        put(&mut keys, "llama.rope.scaling.factor", KeyValue::F32(factor as f32));
+    }
+    Ok(keys)
+}
+
+/// `rope_freqs.weight`: what each rotary frequency is divided by, (head_dim / 2); `None` where none is.
+pub(super) fn rope_divisors(config: &DecoderConfig) -> Option<Vec<f32>> {
+    if matches!(config.rope_scaling, RopeScaling::None | RopeScaling::Linear { .. }) {
+        return None;
+    }
+    let plain = |i: usize| config.rope_theta.powf(-((2 * i) as f64) / config.head_dim as f64);
+    Some(config.inv_freq().iter().enumerate().map(|(i, &f)| (plain(i) / f64::from(f)) as f32).collect())
+}
+
+/// `llama_token_type` in llama.cpp.
+const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
+
+/// The tokenizer's keys.
+///
+/// # Errors
+/// If the tokenizer is of a kind, or cuts text in a way, that llama.cpp has no name for.
+pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Keys> {
+    let files = checkpoint.side_files()?;
+    let file = |name: &str| files.iter().find(|(n, _)| n == name).map(|(_, bytes)| &bytes[..]);
+    let json = file("tokenizer.json").ok_or_else(|| invalid!("the model has no tokenizer.json"))?;
+    let json: Value = serde_json::from_slice(json).map_err(|e| invalid!("tokenizer.json: {e}"))?;
+    let tokenizer = checkpoint.tokenizer();
+    let model = &json["model"];
+    if model["type"] != "BPE" {
+        return Err(invalid!("a tokenizer of type {} cannot be written to a GGUF file; BPE can", model["type"]));
+    }
+    let sentence_piece = model["byte_fallback"] == true;
+    let mut vocabulary = Vocabulary::read(&json, checkpoint.config().vocab_size)?;
+    let merges = merges(model)?;
+    let mut keys = vec![];
+    if sentence_piece {
+        put(&mut keys, "tokenizer.ggml.model", KeyValue::String("llama".into()));
+        put(&mut keys, "tokenizer.ggml.pre", KeyValue::String("default".into()));
+        vocabulary.mark_bytes();
+        put(&mut keys, "tokenizer.ggml.scores", KeyValue::F32s(vocabulary.scores(&merges)));
+        put(&mut keys, "tokenizer.ggml.add_space_prefix", KeyValue::Bool(prefixes_a_space(&json)));
+    } else {
+        put(&mut keys, "tokenizer.ggml.model", KeyValue::String("gpt2".into()));
+        put(&mut keys, "tokenizer.ggml.pre", KeyValue::String(pre_tokenizer_name(&json)?.into()));
+        let merges = merges.iter().map(|(left, right)| format!("{left} {right}")).collect();
+        put(&mut keys, "tokenizer.ggml.merges", KeyValue::Strings(merges));
+    }
+    let unknown = model["unk_token"].as_str().and_then(|t| tokenizer.id(t));
+    if let Some(id) = unknown.filter(|_| sentence_piece) {
+        vocabulary.types[id as usize] = UNKNOWN;
+    }
+    put(&mut keys, "tokenizer.ggml.tokens", KeyValue::Strings(vocabulary.tokens));
+    put(&mut keys, "tokenizer.ggml.token_type", KeyValue::I32s(vocabulary.types));
+    for (name, id) in [
+        ("bos", tokenizer.bos_id().or(checkpoint.config().bos_token_id)),
+        ("eos", tokenizer.eos_id()),
+        ("unknown", unknown),
+        ("padding", tokenizer.pad_id()),
+    ] {
+        if let Some(id) = id {
+            put(&mut keys, &format!("tokenizer.ggml.{name}_token_id"), KeyValue::U32(id));
+        }
+    }
+    let (first, last) = adds(tokenizer)?;
+    put(&mut keys, "tokenizer.ggml.add_bos_token", KeyValue::Bool(first));
+    put(&mut keys, "tokenizer.ggml.add_eos_token", KeyValue::Bool(last));
+    if let Some(template) = tokenizer.chat_template() {
+        put(&mut keys, "tokenizer.chat_template", KeyValue::String(template.into()));
+    }
+    Ok(keys)
+}
+
+/// Whether the tokenizer puts (its beginning of text before, its end of text after) a text.
+fn adds(tokenizer: &Tokenizer) -> Result<(bool, bool)> {
+    let (with, without) = (tokenizer.encode("a", SpecialTokens::Add)?, tokenizer.encode("a", SpecialTokens::None)?);
+    let first = with.len() > without.len() && with.first().copied() == tokenizer.bos_id();
+    let last = with.len() > without.len() && with.last().copied() == tokenizer.eos_id();
+    Ok((first, last))
+}
+
+/// The name under which llama.cpp knows how this byte-level tokenizer cuts text before merging.
+fn pre_tokenizer_name(json: &Value) -> Result<&'static str> {
+    let pre = &json["pre_tokenizer"];
+    let parts: Vec<&Value> = match pre["pretokenizers"].as_array() {
+        Some(parts) => parts.iter().collect(),
+        None => vec![pre],
+    };
+    let name = match parts[..] {
+        [one] if one["type"] == "ByteLevel" && one["use_regex"] != false => Some("gpt-2"),
+        [digits, bytes]
+            if digits["type"] == "Digits" && digits["individual_digits"] == true && bytes["use_regex"] != false =>
+        {
+            Some("smollm")
+        }
+        [split, _] if split["pattern"]["Regex"] == LLAMA3_SPLIT => Some("llama-bpe"),
+        [split, _] if split["pattern"]["Regex"] == QWEN2_SPLIT => Some("qwen2"),
+        _ => None,
+    };
+    let prefix = parts.iter().any(|p| p["type"] == "ByteLevel" && p["add_prefix_space"] == true);
+    name.filter(|_| !prefix).ok_or_else(|| {
+        invalid!(
+            "the tokenizer cuts text in a way that has no name here ({pre}); smollm's, llama 3's, qwen 2's and gpt-2's \
+             can be written to a GGUF file. `--format safetensors` and llama.cpp's converter are the way round"
+        )
+    })
+}
+
+fn prefixes_a_space(json: &Value) -> bool {
+    let of =
+        |part: &Value| part["type"] == "Prepend" || (part["type"] == "Metaspace" && part["prepend_scheme"] != "never");
+    [("normalizer", "normalizers"), ("pre_tokenizer", "pretokenizers")]
+        .iter()
+        .any(|(one, many)| of(&json[*one]) || json[*one][*many].as_array().is_some_and(|parts| parts.iter().any(of)))
+}
+
+fn merges(model: &Value) -> Result<Vec<(&str, &str)>> {
+    let list = model["merges"].as_array().ok_or_else(|| invalid!("tokenizer.json: its model has no merges"))?;
+    list.iter()
+        .map(|merge| {
+            // "a b" in older releases, ["a", "b"] in newer ones.
+            let pair = match merge.as_str() {
+                Some(text) => text.split_once(' '),
+                None => merge.get(0).and_then(Value::as_str).zip(merge.get(1).and_then(Value::as_str)),
+            };
+            pair.ok_or_else(|| invalid!("tokenizer.json: the merge {merge} is not two tokens"))
+        })
+        .collect()
+}
+
+/// Token texts and types by id; ids that no token has are filled up, as the embedding has rows for them.
+struct Vocabulary {
+    tokens: Vec<String>,
+    types: Vec<i32>,
+}
+
+impl Vocabulary {
+    fn read(json: &Value, rows: usize) -> Result<Self> {
+        let mut tokens: Vec<String> = (0..rows).map(|id| format!("[PAD{id}]")).collect();
+        let mut types = vec![UNUSED; rows];
+        let vocab = json["model"]["vocab"].as_object().ok_or_else(|| invalid!("tokenizer.json: it has no vocab"))?;
+        let added = json["added_tokens"].as_array().into_iter().flatten().map(|token| {
+            let kind = if token["special"] == true { CONTROL } else { USER_DEFINED };
+            (token["content"].as_str().unwrap_or_default(), &token["id"], kind)
+        });
+        for (text, id, kind) in vocab.iter().map(|(text, id)| (text.as_str(), id, NORMAL)).chain(added) {
+            let slot = id.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|&id| id < rows);
+            let slot = slot.ok_or_else(|| {
+                invalid!("tokenizer.json: token {text:?} has the id {id}, and the model has {rows} embeddings")
+            })?;
+            text.clone_into(&mut tokens[slot]);
+            types[slot] = kind;
+        }
+        Ok(Self { tokens, types })
+    }
+
+    fn mark_bytes(&mut self) {
+        for (token, kind) in self.tokens.iter().zip(&mut self.types) {
+            if *kind == NORMAL && token.len() == 6 && token.starts_with("<0x") && token.ends_with('>') {
+                *kind = BYTE;
+            }
+        }
+    }
+
+    /// llama.cpp joins the pair whose joint token scores best, so a token's score is minus the place of the first merge
+    /// that makes it: what SentencePiece itself writes for BPE.
+    fn scores(&self, merges: &[(&str, &str)]) -> Vec<f32> {
+        let mut first: HashMap<String, usize> = HashMap::new();
+        for (place, (left, right)) in merges.iter().enumerate() {
+            first.entry(format!("{left}{right}")).or_insert(place);
+        }
+        let score = |(token, &kind): (&String, &i32)| match first.get(token) {
+            Some(&place) if kind == NORMAL => -(place as f32),
+            _ if kind == NORMAL => -(merges.len() as f32),
+            _ => 0.0,
+        };
+        self.tokens.iter().zip(&self.types).map(score).collect()
+    }
+}

@@ -1,0 +1,347 @@
+//! Merging: base + adapter -> a Hugging Face directory with one set of weights: a language model, or the reward model as
+//! a sequence classifier. Weights are made tensor by tensor and split into files by size. Knows no training.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{BufWriter, Write};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use half::f16;
+use safetensors::Dtype;
+use serde_json::{Value, json};
+
+use super::verify::{Comparison, Tolerance, compare, compare_through};
+use super::{Source, card, staged};
+use crate::invalid;
+use crate::model::adapter::{Adapter, LoraPair, MatrixLayout};
+use crate::model::base::Base;
+use crate::model::batch::Batch;
+use crate::model::checkpoint::Checkpoint;
+use crate::ops::cpu;
+use crate::ops::quantise::quantise;
+use crate::ops::weight::{StoredType, Weight};
+
+/// The numbers of a merged model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum MergedType {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl MergedType {
+    const fn dtype(self) -> Dtype {
+        match self {
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+        }
+    }
+
+    /// The stored type.
+    pub const fn stored(self) -> StoredType {
+        match self {
+            Self::F32 => StoredType::F32,
+            Self::Bf16 => StoredType::BF16,
+            Self::F16 => StoredType::F16,
+        }
+    }
+
+    /// `float32`, as config.json calls it.
+    pub const fn torch_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::Bf16 => "bfloat16",
+            Self::F16 => "float16",
+        }
+    }
+
+    /// What the type's own rounding explains: of some hundred rounded layers, with room.
+    pub const fn tolerance(self) -> Tolerance {
+        match self {
+            Self::F32 => Tolerance { logit: 1e-3, kl: 1e-4 },
+            Self::Bf16 => Tolerance { logit: 0.1, kl: 0.05 },
+            Self::F16 => Tolerance { logit: 0.02, kl: 0.01 },
+        }
+    }
+}
+
+/// What a merged directory is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// `AutoModelForCausalLM` opens it.
+    LanguageModel,
+    /// `AutoModelForSequenceClassification` opens it, with one label: the score of the last token.
+    Classifier,
+}
+
+/// What [`merge`] writes.
+#[derive(Clone, Copy, Debug)]
+pub struct Settings {
+    /// Type of the weights.
+    pub dtype: MergedType,
+    /// Language model or classifier.
+    pub kind: Kind,
+    /// Most bytes of weights in one file; a single tensor may be larger.
+    pub max_shard_size: usize,
+}
+
+/// transformers' `max_shard_size`.
+pub const MAX_SHARD_SIZE: usize = 5_000_000_000;
+
+/// W + scale B A, (out, in) f32, or W alone.
+///
+/// # Errors
+/// If the factors' storage cannot be read.
+pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraPair>) -> Result<Vec<f32>> {
+    let mut values = weight.to_f32();
+    if let Some(pair) = pair {
+        let (a, b) = (cpu::view(&pair.a)?, cpu::view(&pair.b)?);
+        let (r, k) = pair.a.dims2()?;
+        for (row, b) in values.chunks_exact_mut(k).zip(b.chunks_exact(r)) {
+            for (&b, a) in b.iter().zip(a.chunks_exact(k)) {
+                let factor = (f64::from(b) * pair.scale) as f32;
+                for (w, &a) in row.iter_mut().zip(a) {
+                    *w += factor * a;
+                }
+            }
+        }
+    }
+    Ok(values)
+}
+
+/// The branch of the matrix of this Hugging Face name, if it has one.
+pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a LoraPair> {
+    let (layer, linear) = adapter.shapes().find(weight_name)?;
+    adapter.pair(layer, linear)
+}
+
+fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
+    let top = values.iter().fold(0f32, |a, v| a.max(v.abs()));
+    if !values.iter().all(|v| v.is_finite()) || (dtype == MergedType::F16 && top > f16::MAX.to_f32()) {
+        return Err(invalid!("{name} does not fit {}: its largest number is {top}", dtype.torch_name()));
+    }
+    Ok(())
+}
+
+/// One tensor of the result, made when its file is written.
+enum Part<'a> {
+    /// A matrix, with the branch that goes into it.
+    Matrix(&'a Weight, Option<&'a LoraPair>, MatrixLayout),
+    /// A vector, or the head's (1, D).
+    Values(Vec<usize>, Cow<'a, [f32]>),
+}
+
+struct Planned<'a> {
+    name: String,
+    part: Part<'a>,
+}
+
+impl Planned<'_> {
+    fn bytes(&self, dtype: MergedType) -> Result<Vec<u8>> {
+        let values = match &self.part {
+            Part::Values(_, values) => Cow::Borrowed(&values[..]),
+            Part::Matrix(weight, pair, layout) => {
+                let values = merged_values(weight, *pair)?;
+                Cow::Owned(match layout {
+                    MatrixLayout::OutIn => values,
+                    MatrixLayout::InOut => transposed(&values, weight.rows(), weight.cols()),
+                })
+            }
+        };
+        check_range(&self.name, &values, dtype)?;
+        let mut bytes = Vec::with_capacity(self.size(dtype));
+        quantise(dtype.stored(), &values, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    fn dims(&self) -> Vec<usize> {
+        match &self.part {
+            Part::Values(shape, _) => shape.clone(),
+            Part::Matrix(w, _, MatrixLayout::OutIn) => vec![w.rows(), w.cols()],
+            Part::Matrix(w, _, MatrixLayout::InOut) => vec![w.cols(), w.rows()],
+        }
+    }
+
+    fn size(&self, dtype: MergedType) -> usize {
+        self.dims().iter().product::<usize>() * dtype.stored().block().1
+    }
+}
+
+fn transposed(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+    (0..cols).flat_map(|j| (0..rows).map(move |i| values[i * cols + j])).collect()
+}
+
+/// All tensors of the result, in the order of a decoder.
+fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
+    let Source { base, adapter, .. } = *source;
+    let mut all = vec![];
+    for (name, weight) in base.weights() {
+        if kind == Kind::Classifier && name == base.config().names().output {
+            continue;
+        }
+        let layout = adapter.shapes().find(&name).map_or(MatrixLayout::OutIn, |_| adapter.shapes().layout);
+        let part = Part::Matrix(weight, pair_of(adapter, &name), layout);
+        all.push(Planned { name, part });
+    }
+    for (name, values) in base.vectors() {
+        all.push(Planned { name, part: Part::Values(vec![values.len()], values) });
+    }
+    if kind == Kind::Classifier {
+        let head = adapter.head().ok_or_else(|| {
+            invalid!(
+                "the adapter has no scalar head, so it makes no classifier; give a reward adapter, or leave \
+                      `--format classifier` out"
+            )
+        })?;
+        let weight = Cow::Owned(cpu::view(&head.weight)?.to_vec());
+        all.push(Planned { name: SCORE.into(), part: Part::Values(vec![1, base.shapes().hidden], weight) });
+    }
+    Ok(all)
+}
+
+/// transformers' name of a sequence classifier's head.
+const SCORE: &str = "score.weight";
+
+/// Writes the tensors as `model.safetensors`, or as several files and an index where they are more than `most` bytes.
+fn write_shards(dir: &Path, tensors: &[Planned<'_>], dtype: MergedType, most: usize) -> Result<()> {
+    let mut shards: Vec<Vec<&Planned<'_>>> = vec![vec![]];
+    let mut filled = 0;
+    for tensor in tensors {
+        let size = tensor.size(dtype);
+        if filled + size > most && filled > 0 {
+            shards.push(vec![]);
+            filled = 0;
+        }
+        filled += size;
+        if let Some(last) = shards.last_mut() {
+            last.push(tensor);
+        }
+    }
+    if let [only] = &shards[..] {
+        return write_safetensors(&dir.join("model.safetensors"), only, dtype);
+    }
+    let mut map = BTreeMap::new();
+    for (i, shard) in shards.iter().enumerate() {
+        let file = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
+        write_safetensors(&dir.join(&file), shard, dtype)?;
+        map.extend(shard.iter().map(|t| (t.name.clone(), file.clone())));
+    }
+    let total: usize = tensors.iter().map(|t| t.size(dtype)).sum();
+    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+    let path = dir.join("model.safetensors.index.json");
+    fs::write(&path, serde_json::to_vec_pretty(&index)?).with_context(|| format!("writing {}", path.display()))
+}
+
+/// One safetensors file; each tensor is made when its turn comes, so that one at a time lies in memory.
+fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType) -> Result<()> {
+    let mut header = serde_json::Map::new();
+    header.insert("__metadata__".into(), json!({"format": "pt"}));
+    let mut at = 0;
+    for tensor in tensors {
+        let end = at + tensor.size(dtype);
+        let info = json!({"dtype": dtype.dtype(), "shape": tensor.dims(), "data_offsets": [at, end]});
+        header.insert(tensor.name.clone(), info);
+        at = end;
+    }
+    let mut text = serde_json::to_vec(&header)?;
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let write = || -> Result<()> {
+        let mut file = BufWriter::new(fs::File::create(path)?);
+        file.write_all(&(text.len() as u64).to_le_bytes())?;
+        file.write_all(&text)?;
+        for tensor in tensors {
+            file.write_all(&tensor.bytes(dtype)?)?;
+        }
+        Ok(file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?)
+    };
+    write().with_context(|| format!("writing {}", path.display()))
+}
+
+/// Writes the merged model to `out`, which must not exist, and proves it on the prompts before it takes that name.
+/// Beside the weights go the base's tokenizer and configuration files and a model card.
+///
+/// # Errors
+/// If `out` exists, a classifier is asked for and there is no head, a file cannot be written, or the reopened model is
+/// further from base + adapter than the type's rounding explains; `out` is not there then.
+pub fn merge(source: &Source<'_>, settings: Settings, out: &Path) -> Result<Comparison> {
+    let tensors = plan(source, settings.kind)?;
+    staged::staged(out, |dir| {
+        fs::create_dir(dir).with_context(|| format!("making {}", dir.display()))?;
+        for (name, content) in source.checkpoint.side_files()? {
+            let content = if name == "config.json" { config(&content, source, settings)? } else { content };
+            fs::write(dir.join(&name), content).with_context(|| format!("writing {name}"))?;
+        }
+        write_shards(dir, &tensors, settings.dtype, settings.max_shard_size)?;
+        let comparison = prove(source, settings, dir).context("reopening the merged model")?;
+        comparison.check(settings.dtype.tolerance())?;
+        fs::write(dir.join("README.md"), card::model(source, settings, &comparison)).context("writing README.md")?;
+        Ok(comparison)
+    })
+}
+
+fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
+    let checkpoint = Checkpoint::open(dir)?;
+    let merged = Base::load(&checkpoint)?;
+    let want = (source.base, source.adapter);
+    match settings.kind {
+        Kind::LanguageModel => compare(want, (&merged, None), source.prompts),
+        Kind::Classifier => {
+            prove_head(source, &checkpoint, &merged, settings.dtype)?;
+            compare_through(want, (&merged, None), source.base, source.prompts)
+        }
+    }
+}
+
+/// The scores of the prompts by the written head over the written weights, against base + adapter.
+fn prove_head(source: &Source<'_>, checkpoint: &Checkpoint, merged: &Base, dtype: MergedType) -> Result<()> {
+    let head = source.adapter.head().context("a classifier has a head")?;
+    let width = source.base.shapes().hidden;
+    let written = checkpoint.weight(SCORE, 1, width)?.to_f32();
+    let score = |w: &[f32], h: &[f32]| w.iter().zip(h).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+    let own = cpu::view(&head.weight)?;
+    let (mut furthest, mut largest) = (0f64, 1f64);
+    for prompt in source.prompts {
+        let batch = Batch::new(std::slice::from_ref(prompt))?;
+        let (want, got) = (source.base.hidden(&batch, Some(source.adapter))?, merged.hidden(&batch, None)?);
+        let (want, got) = (cpu::view(&want)?, cpu::view(&got)?);
+        for (want, got) in want.chunks_exact(width).zip(got.chunks_exact(width)) {
+            let (want, got) = (score(&own, want), score(&written, got));
+            furthest = furthest.max(if got.is_finite() { (want - got).abs() } else { f64::INFINITY });
+            largest = largest.max(want.abs());
+        }
+    }
+    let allowed = f64::from(dtype.tolerance().logit) * largest;
+    anyhow::ensure!(furthest <= allowed, "a score differs by {furthest}, more than {allowed}; nothing was kept");
+    Ok(())
+}
+
+/// config.json with the type of the weights; for a classifier, also with one label and the token that pads.
+fn config(config: &[u8], source: &Source<'_>, settings: Settings) -> Result<Vec<u8>> {
+    let mut value: Value = serde_json::from_slice(config).context("config.json of the base")?;
+    let object = value.as_object_mut().context("config.json of the base is no object")?;
+    object.remove("dtype");
+    object.insert("torch_dtype".into(), settings.dtype.torch_name().into());
+    object.remove("quantization_config");
+    if settings.kind == Kind::Classifier {
+        let architecture = object.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
+        let name = architecture.map_or("LlamaForSequenceClassification".into(), |a| {
+            let stem = a.strip_suffix("ForCausalLM").or_else(|| a.strip_suffix("LMHeadModel")).unwrap_or(a);
+            format!("{stem}ForSequenceClassification")
+        });
+        object.insert("architectures".into(), json!([name]));
+        object.insert("id2label".into(), json!({"0": "reward"}));
+        object.insert("label2id".into(), json!({"reward": 0}));
+        // There is no output table to tie; said so that this program, too, looks for none.
+        object.insert("tie_word_embeddings".into(), json!(true));
+        if object.get("pad_token_id").is_none_or(Value::is_null) {
+            // transformers finds the last token of a padded row by it.
+            let tokenizer = source.checkpoint.tokenizer();
+            object.insert("pad_token_id".into(), json!(tokenizer.pad_id().or(tokenizer.eos_id())));
+        }
+    }
+    Ok(serde_json::to_vec_pretty(&value)?)
+}

@@ -1,0 +1,164 @@
+//! DeepSpeed-Chat's reading of an answer, for `compat = "dschat"`. Its rows are padded, its masks come from `token != pad`,
+//! and its score lands one action past the last token that is no pad: on the end token where that is the pad token (OPT),
+//! and otherwise on the choice of the first pad after it. No loss sees that action. What is left of the formulas is
+//! rewards.rs, gae.rs and loss.rs. Source: microsoft/DeepSpeedExamples 83757d9, `dschat/rlhf/ppo_trainer.py`.
+
+use crate::model::generate::{Finish, Response};
+
+/// How many of an answer's actions count for what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Actions {
+    /// The first so many are trained on: the tokens that are no pad. The score is read at the last of them.
+    pub trained: usize,
+    /// The first so many have a reward and a value; the score is added to the last of them.
+    pub rewarded: usize,
+}
+
+/// Of an answer in a window of so many tokens.
+pub fn actions(answer: &[u32], pad: u32, window: usize) -> Actions {
+    let trained = answer.iter().filter(|&&token| token != pad).count();
+    Actions { trained, rewarded: (trained + 1).min(window) }
+}
+
+/// The answer as the chosen actions of [`Actions::rewarded`], with how many of them are trained on; `None` for one that is
+/// dropped, having one token or none. The log-probabilities of the answer stay; that of an added pad is not known yet
+/// and is NaN.
+pub fn padded(mut response: Response, pad: u32, window: usize) -> Option<(Response, usize)> {
+    let Actions { trained, rewarded } = actions(&response.tokens, pad, window);
+    if trained <= 1 {
+        return None;
+    }
+    // An answer cut off by the model's context has no room for a pad, and its window ends there.
+    if response.finish == Finish::Stop {
+        response.tokens.resize(rewarded, pad);
+        response.logprobs.resize(rewarded, f32::NAN);
+    }
+    Some((response, trained))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::Value;
+
+    use super::*;
+    use crate::ppo::gae::gae;
+    use crate::ppo::golden::{assert_close, assert_number, floats};
+    use crate::ppo::kl::{Estimator, per_token};
+    use crate::ppo::loss::{Objective, PolicyTokens, ValueTokens, policy_loss, value_loss};
+    use crate::ppo::rewards::{Ending, Shaping, shape};
+    use crate::reward::loss::{Scored, divergence_to_end_padded};
+
+    fn golden() -> Value {
+        serde_json::from_str(include_str!("../../tests/golden/dschat.json")).unwrap()
+    }
+
+    fn ids(value: &Value) -> Vec<u32> {
+        value.as_array().unwrap().iter().map(|x| x.as_u64().unwrap() as u32).collect()
+    }
+
+    fn number(value: &Value, key: &str) -> usize {
+        value[key].as_u64().unwrap() as usize
+    }
+
+    #[test]
+    fn rewards_advantages_returns_and_both_losses_match_dschat_golden() {
+        let mut extra = 0;
+        for case in golden()["ppo"].as_array().unwrap() {
+            let (pad, window, prompt) =
+                (case["pad"].as_u64().unwrap() as u32, number(case, "window"), number(case, "prompt"));
+            let end = 2;
+            let mut kept = vec![];
+            let [mut now, mut old, mut advantages] = [const { Vec::<f32>::new() }; 3];
+            let [mut values, mut old_values, mut returns] = [const { Vec::<f32>::new() }; 3];
+            let [mut actor_grad, mut critic_grad] = [const { Vec::<Value>::new() }; 2];
+            for (i, answer) in case["answers"].as_array().unwrap().iter().enumerate() {
+                let tokens = ids(answer);
+                let finish = if tokens.last() == Some(&end) { Finish::Stop } else { Finish::Length };
+                let response = Response { logprobs: vec![0.0; tokens.len()], tokens, finish };
+                let Some((response, trained)) = padded(response, pad, window) else { continue };
+                let (j, rewarded) = (kept.len(), response.tokens.len());
+                assert_eq!(response.tokens, ids(&case["rows"][i])[prompt..prompt + rewarded]);
+                assert_eq!(Value::from(prompt + trained - 1), case["scored_at"][j], "where the score is read");
+                extra += rewarded - trained;
+                let row = |key: &str, n: usize| floats(&case[key][j])[..n].to_vec();
+                let kl = per_token(Estimator::K1, &row("logprobs", rewarded), &row("reference", rewarded)).unwrap();
+                let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, ..Shaping::default() };
+                let score = case["scores"][j].as_f64().unwrap();
+                let rewards = shape(&kl, score, Ending::Eos, &shaping).unwrap();
+                let wanted = |key: &str, n: usize| Value::from(case[key][j].as_array().unwrap()[..n].to_vec());
+                // The KL is an f32 on the way.
+                assert_close(&rewards, &wanted("rewards", rewarded), 16.0, "rewards");
+                assert!(floats(&case["rewards"][j])[rewarded..].iter().all(|&r| r == 0.0), "nothing follows");
+                let out = gae(&rewards, &row("values", rewarded), 1.0, 0.95).unwrap();
+                assert_close(&out.advantages, &wanted("advantages", rewarded), 32.0, "advantages");
+                assert_close(&out.returns, &wanted("returns", rewarded), 32.0, "returns");
+                now.extend(row("new_logprobs", trained));
+                old.extend(row("logprobs", trained));
+                advantages.extend(row("advantages", trained));
+                values.extend(row("new_values", trained));
+                old_values.extend(row("values", trained));
+                returns.extend(row("returns", trained));
+                for (grads, key) in [(&mut actor_grad, "actor_grad"), (&mut critic_grad, "critic_grad")] {
+                    let row = case[key][j].as_array().unwrap();
+                    grads.extend_from_slice(&row[..trained]);
+                    assert!(
+                        row[trained..].iter().all(|g| g.as_f64() == Some(0.0)),
+                        "the action of the score is in no loss"
+                    );
+                }
+                kept.push(i);
+            }
+            assert_eq!(Value::from(kept), case["kept"]);
+            let n = now.len() as f64;
+            let given = PolicyTokens { logprobs: &now, old_logprobs: &old, advantages: &advantages, reference: &old };
+            let actor = policy_loss(given, &Objective::clip(0.2), n).unwrap();
+            assert_number(actor.loss, &case["actor_loss"], "actor loss");
+            assert_close(&actor.grad, &Value::from(actor_grad), 1.0, "actor gradient");
+            let given = ValueTokens { values: &values, old_values: &old_values, returns: &returns };
+            let critic = value_loss(given, 0.2, n).unwrap();
+            assert_number(critic.loss, &case["critic_loss"], "critic loss");
+            assert_close(&critic.grad, &Value::from(critic_grad), 1.0, "critic gradient");
+        }
+        assert!(extra > 4, "the golden must reach the quirk");
+    }
+
+    #[test]
+    fn a_batch_of_pairs_has_dschats_loss_and_accuracy() {
+        for case in golden()["reward"].as_array().unwrap() {
+            let (pad, leading) = (case["pad"].as_u64().unwrap() as u32, number(case, "leading"));
+            let pairs = case["pairs"].as_array().unwrap();
+            let (mut loss, mut right) = (0.0, 0);
+            for pair in pairs {
+                let (chosen, rejected) = (ids(&pair["chosen"]), ids(&pair["rejected"]));
+                let (c, r) = (floats(&pair["chosen_scores"]), floats(&pair["rejected_scores"]));
+                let (c, r) = (Scored { tokens: &chosen, scores: &c }, Scored { tokens: &rejected, scores: &r });
+                let out = divergence_to_end_padded(c, r, pad, leading).unwrap();
+                assert_eq!(Value::from(f64::from(out.chosen_end)), pair["chosen_end"]);
+                assert_eq!(Value::from(f64::from(out.rejected_end)), pair["rejected_end"]);
+                loss += out.loss / pairs.len() as f64;
+                right += usize::from(out.chosen_end > out.rejected_end);
+            }
+            assert_number(loss, &case["loss"], "loss");
+            assert_number(right as f64 / pairs.len() as f64, &case["accuracy"], "accuracy");
+        }
+    }
+
+    #[test]
+    fn an_opt_answer_keeps_its_end_as_the_action_of_the_score_and_others_get_a_pad() {
+        assert_eq!(actions(&[5, 6, 2], 2, 8), Actions { trained: 2, rewarded: 3 });
+        assert_eq!(actions(&[5, 6, 2], 1, 8), Actions { trained: 3, rewarded: 4 });
+        assert_eq!(actions(&[5, 6, 7], 1, 3), Actions { trained: 3, rewarded: 3 });
+        let stopped = |tokens: &[u32]| Response {
+            tokens: tokens.to_vec(),
+            logprobs: vec![-1.0; tokens.len()],
+            finish: Finish::Stop,
+        };
+        let (opt, trained) = padded(stopped(&[5, 6, 2]), 2, 8).unwrap();
+        assert_eq!((opt.tokens, trained), (vec![5, 6, 2], 2));
+        let (own, trained) = padded(stopped(&[5, 6, 2]), 1, 8).unwrap();
+        assert_eq!((own.tokens, trained), (vec![5, 6, 2, 1], 3));
+        assert!(own.logprobs[3].is_nan());
+        assert!(padded(stopped(&[5, 2]), 2, 8).is_none() && padded(stopped(&[2]), 1, 8).is_none());
+        assert!(padded(stopped(&[5, 2]), 1, 8).is_some());
+    }
+}

@@ -1,0 +1,147 @@
+//! `reward_adapter`, `[[ppo.reward]]` and `[ppo.gold]` to sources that can be asked. Read ../reward/source.rs for what
+//! they do.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use regex::Regex;
+
+use super::Model;
+use crate::config::{Ppo, RewardKind, RewardPart};
+use crate::data::phases::{PromptExample, TextEncoder};
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::model::roles::Scorer;
+use crate::reward::source::combine::{Ensemble, Part, WeightedSum};
+use crate::reward::source::command::CommandReward;
+use crate::reward::source::http::HttpReward;
+use crate::reward::source::patience::Patience;
+use crate::reward::source::retokenised::RetokenisedModel;
+use crate::reward::source::verify::{Solutions, Verifier};
+use crate::reward::source::{RewardModel, RewardSource};
+
+/// Wait before the first new try.
+const BACKOFF: Duration = Duration::from_millis(500);
+
+/// The reward models of a run, opened before the sources that borrow them. One list a part.
+pub(super) struct Adapters {
+    main: Option<Adapter>,
+    parts: Vec<Vec<Adapter>>,
+    gold: Vec<Adapter>,
+}
+
+impl Adapters {
+    /// Opens every reward adapter that the section names.
+    pub(super) fn open(settings: &Ppo, scorer: &Model) -> Result<Self> {
+        let open = |path: &std::path::PathBuf, key: &str| {
+            let adapter = scorer.adapter(path).with_context(|| key.to_owned())?;
+            Scorer::new(&scorer.base, &adapter).with_context(|| format!("{key} = {}", path.display()))?;
+            Ok(adapter)
+        };
+        let all = |part: &RewardPart| -> Result<Vec<Adapter>> {
+            part.adapters.iter().map(|path| open(path, "[[ppo.reward]] adapters")).collect()
+        };
+        let has_main = !settings.reward_adapter.as_os_str().is_empty();
+        Ok(Self {
+            main: has_main.then(|| open(&settings.reward_adapter, "[ppo] reward_adapter")).transpose()?,
+            parts: settings.reward.iter().map(all).collect::<Result<_>>()?,
+            gold: settings.gold.as_ref().map(all).transpose()?.unwrap_or_default(),
+        })
+    }
+
+    /// `reward_adapter`, where the critic may start.
+    pub(super) fn main(&self) -> Option<&Adapter> {
+        self.main.as_ref()
+    }
+}
+
+/// The reward model's tokenizer, and the policy's prompt ids -> the same prompts in its tokens.
+pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>);
+
+/// What sources are made over.
+pub(super) struct Workshop<'w> {
+    /// The reward models' base.
+    pub scorer: &'w Model,
+    /// Where its tokens are not the policy's.
+    pub retokenise: Option<Translation<'w>>,
+    /// Every prompt of the run, held-out ones included.
+    pub prompts: Vec<&'w PromptExample>,
+}
+
+type Boxed<'w> = Box<dyn RewardSource + 'w>;
+
+impl<'w> Workshop<'w> {
+    /// What the policy is trained on. One adapter alone is asked directly: its scores are the reward to the bit.
+    pub(super) fn source(&self, settings: &Ppo, adapters: &'w Adapters) -> Result<Boxed<'w>> {
+        let main = adapters.main.as_ref().map(|adapter| self.model(adapter)).transpose()?;
+        if settings.reward.is_empty() {
+            return main.context("[ppo] has no reward_adapter");
+        }
+        let mut parts: Vec<Part<'w>> =
+            main.into_iter().map(|source| Part { name: "reward_adapter".into(), weight: 1.0, source }).collect();
+        for (part, adapters) in settings.reward.iter().zip(&adapters.parts) {
+            parts.push(Part { name: part.name().into(), weight: part.weight, source: self.part(part, adapters)? });
+        }
+        Ok(Box::new(WeightedSum::new(parts)))
+    }
+
+    /// What it is judged by and never trained on.
+    pub(super) fn gold(&self, settings: &Ppo, adapters: &'w Adapters) -> Result<Option<Boxed<'w>>> {
+        settings.gold.as_ref().map(|part| self.part(part, &adapters.gold)).transpose()
+    }
+
+    fn model(&self, adapter: &'w Adapter) -> Result<Boxed<'w>> {
+        let scorer = Scorer::new(&self.scorer.base, adapter)?;
+        Ok(match self.retokenise {
+            None => Box::new(RewardModel(scorer)),
+            Some((encoder, prompts)) => {
+                let context = self.scorer.base.config().max_position_embeddings;
+                Box::new(RetokenisedModel { scorer, encoder, prompts, context })
+            }
+        })
+    }
+
+    fn part(&self, part: &RewardPart, adapters: &'w [Adapter]) -> Result<Boxed<'w>> {
+        let patience = Patience {
+            timeout: Duration::from_secs_f64(part.timeout_seconds),
+            retries: part.retries,
+            backoff: BACKOFF,
+            fallback: part.fallback_score.map(|score| score as f32),
+        };
+        let pattern = part.pattern.as_deref().map(Regex::new).transpose()?;
+        Ok(match part.kind {
+            RewardKind::Adapter => {
+                let mut members = adapters.iter().map(|a| self.model(a)).collect::<Result<Vec<_>>>()?;
+                match members.len() {
+                    1 => members.remove(0),
+                    _ => Box::new(Ensemble::new(members, part.std_coef)),
+                }
+            }
+            RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), patience)?),
+            RewardKind::Http => Box::new(HttpReward::new(part.url.clone(), patience)),
+            RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("checked with the config")?)),
+            RewardKind::JsonValid => Box::new(Verifier::JsonValid),
+            RewardKind::Length => {
+                Box::new(Verifier::Length { min: part.min_tokens, max: part.max_tokens.unwrap_or(usize::MAX) })
+            }
+            RewardKind::Exact => Box::new(Verifier::Exact { within: pattern, solutions: self.solutions()? }),
+        })
+    }
+
+    /// The records' own answers.
+    fn solutions(&self) -> Result<Solutions> {
+        let mut solutions = Solutions::new();
+        for prompt in &self.prompts {
+            let Some(answer) = &prompt.answer else {
+                return Err(invalid!(
+                    "[[ppo.reward]] of kind = \"exact\" compares with the answer that a record gives, and the prompt {:?} \
+                     has none; use records with \"prompt\" and \"completion\"",
+                    prompt.text.chars().take(60).collect::<String>()
+                ));
+            };
+            solutions.entry(prompt.tokens.clone()).or_default().insert(answer.clone());
+        }
+        Ok(solutions)
+    }
+}

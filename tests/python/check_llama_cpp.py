@@ -1,0 +1,244 @@
+"""Whether llama.cpp runs what `fourfold merge` writes for it: the same greedy tokens for 32 steps on five prompts, and
+the log-probabilities it gives of them.
+
+usage: check_llama_cpp.py path/to/fourfold [--base MODEL]...
+llama.cpp comes compiled, inside the xllamacpp wheel of requirements.txt. Over two tiny random
+Llamas made here (grouped queries with llama3 rope; a SentencePiece-like tokenizer), and over every MODEL given (a GGUF
+file or a Hugging Face directory), with an adapter that moves the logits by several nats: the merged model as GGUF in f32,
+bf16, q8_0 and q4_k_m; the adapter as GGUF-LoRA over the base's GGUF. One line a check; exit code 1 if any failed.
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+import numpy
+import torch
+import transformers
+import xllamacpp
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+
+import check_interop as interop
+from check_interop import Program, report
+
+SEED = 11
+STEPS = 32
+PROMPTS = [
+    "The river holds the letter and", "Once upon a time", "1, 2, 3 and then", "naïve 東京 🦙 says",
+    "def add(a, b):\n    return",
+]
+# llama.cpp on the CPU rounds activations (q8_0 blocks under quantised weights, f16 or bf16 under those) and accumulates
+# in its own order; f32 alone keeps them.
+WITHIN = {"f32": 1e-3, "bf16": 0.15, "q8_0": 0.3, "q4_k_m": 1.0}
+
+
+class Llama:
+    """llama.cpp's server inside of this process."""
+
+    def __init__(self, model, lora=None):
+        params = xllamacpp.CommonParams()
+        params.model.path = str(model)
+        params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 256, 1, 0, False
+        params.n_batch = params.n_ubatch = 128
+        params.cpuparams.n_threads = 2
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.verbosity = -1
+        if lora is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
+        self.server = xllamacpp.Server(params)
+
+    def next(self, ids):
+        """(most likely next token, its log-probability), or None where the server says nothing of a token."""
+        request = {"prompt": ids, "n_predict": 1, "temperature": 0.0, "n_probs": 1, "cache_prompt": True, "seed": 1}
+        answer = self.server.handle_completions(request)
+        answer = json.loads(answer) if isinstance(answer, (str, bytes)) else answer
+        if "choices" not in answer:
+            sys.exit(f"llama.cpp answers {answer}")
+        found = answer["choices"][0]["logprobs"]
+        if found is None:
+            return None  # a token that ends in the middle of a character
+        best = found["content"][0]["top_logprobs"][0]
+        return best["id"], best["logprob"]
+
+
+def write_adapter(fourfold, base, work):
+    """A LoRA over all maps whose factors are random, shaped by what `fourfold sft` makes of this base."""
+    data = work / "sft.jsonl"
+    data.write_text("".join(json.dumps({"prompt": "a", "completion": " b"}) + "\n" for _ in range(4)))
+    config = work / "sft.toml"
+    config.write_text(
+        f'[base]\npath = "{base}"\n[lora]\nr = 4\nlora_alpha = 6\nuse_rslora = true\n[data]\npath = "{data}"\n'
+        "max_rows = 3\neval_rows = 1\n[sft]\n"
+    )
+    fourfold("sft", config, "--out", work / "sft")
+    adapter = work / "sft/adapter"
+    path = adapter / "adapter_model.safetensors"
+    tensors = load_file(path)
+    generator = torch.Generator().manual_seed(SEED)
+    for name, tensor in tensors.items():
+        if "lora_B" in name:
+            rank = tensor.shape[1]
+            tensors[name] = torch.randn(tensor.shape, generator=generator) * (0.3 / rank)
+    save_file(tensors, path, metadata={"format": "pt"})
+    return adapter
+
+
+def ours(fourfold, arguments):
+    """Greedy tokens and their log-probabilities by fourfold: (prompt ids, tokens, logprobs) for every prompt."""
+    found = []
+    for prompt in PROMPTS:
+        how = ["--prompt", prompt, "--raw", "--temperature", "0", "--max-new-tokens", str(STEPS)]
+        got = fourfold("generate", *arguments, *how)
+        found.append((got["prompt_token_ids"], got["token_ids"]))
+    ids = pathlib.Path(tempfile.mkstemp(suffix=".json")[1])
+    ids.write_text(json.dumps({"input_ids": [p + t for p, t in found]}))
+    scored = fourfold("logprobs", *arguments, "--tokens", ids)["logprobs"]
+    ids.unlink()
+    return [(p, t, row[len(p) - 1 :]) for (p, t), row in zip(found, scored)]
+
+
+def compare(what, llama, want, within, all_tokens=True):
+    """Token by token along our greedy text, so that one difference does not hide the rest."""
+    same, tokens, unsaid, furthest = 0, 0, 0, 0.0
+    for prompt, ids, logprobs in want:
+        for step, (id, logprob) in enumerate(zip(ids, logprobs)):
+            found = llama.next(prompt + ids[:step])
+            if found is None:
+                unsaid += 1
+                continue
+            tokens += 1
+            if found[0] == id:
+                same += 1
+                furthest = max(furthest, abs(found[1] - logprob))
+    # Under rounded activations two tokens that are near each other may change places.
+    good = furthest <= within and tokens > 9 * unsaid and same >= (tokens if all_tokens else 0.9 * tokens)
+    report(what, good, f"{same} of {tokens} greedy tokens the same ({unsaid} not said), logprobs within {furthest:.1e}")
+
+
+def check(fourfold, name, base, work):
+    adapter = write_adapter(fourfold, base, work)
+    moved = furthest_move(fourfold, base, adapter)
+    report(f"{name}: the adapter matters", moved > 0.5, f"it moves the greedy log-probabilities by {moved:.1f}")
+    for dtype, within in WITHIN.items():
+        merged = work / f"merged-{dtype}.gguf"
+        fourfold("merge", "--base", base, "--adapter", adapter, "--format", "gguf", "--dtype", dtype, "--out", merged)
+        want = ours(fourfold, ["--base", merged])
+        compare(f"{name}: merged {dtype} GGUF in llama.cpp", Llama(merged), want, within, all_tokens=dtype == "f32")
+        if dtype == "f32":
+            compare(
+                f"{name}: merged f32 GGUF in llama.cpp, against base + adapter here", Llama(merged),
+                ours(fourfold, ["--base", base, "--adapter", adapter]), within,
+            )
+    lora = work / "adapter.gguf"
+    fourfold("merge", "--base", base, "--adapter", adapter, "--format", "gguf-lora", "--out", lora)
+    over = base
+    if pathlib.Path(base).is_dir():
+        over = work / "base.gguf"
+        zero = work / "zero"
+        shut(adapter, zero)
+        fourfold("merge", "--base", base, "--adapter", zero, "--format", "gguf", "--dtype", "f32", "--out", over)
+    quantised = not pathlib.Path(base).is_dir()
+    compare(
+        f"{name}: base GGUF + GGUF-LoRA in llama.cpp", Llama(over, lora),
+        ours(fourfold, ["--base", base, "--adapter", adapter]), 0.5 if quantised else 1e-3, all_tokens=not quantised,
+    )
+
+
+def shut(adapter, out):
+    """The adapter with B = 0: merging it gives the base itself."""
+    out.mkdir()
+    (out / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    zeros = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in tensors.items()}
+    save_file(zeros, out / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def furthest_move(fourfold, base, adapter):
+    want = ours(fourfold, ["--base", base, "--adapter", adapter])
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump({"input_ids": [p + t for p, t, _ in want]}, file)
+        file.flush()
+        bare = fourfold("logprobs", "--base", base, "--tokens", file.name)["logprobs"]
+    return max(abs(a - b) for (p, _, l), row in zip(want, bare) for a, b in zip(l, row[len(p) - 1 :]))
+
+
+def sentence_piece_base(path):
+    """A tiny Llama whose tokenizer is BPE in SentencePiece's manner: ▁ for spaces, bytes for what is not in the
+    vocabulary."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    special = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(vocab_size=420, special_tokens=special, show_progress=False, max_token_length=8)
+    tokenizer.train_from_iterator(interop.sentences(300), trainer)
+    # The bytes are part of the vocabulary, not tokens to look for in text.
+    state = json.loads(tokenizer.to_str())
+    state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < 3]
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, initializer_range=0.12, bos_token_id=1, eos_token_id=2,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).float().save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+def readable(path):
+    """The model at `path`, made never to choose a special token or a part of a character: such logits become 0."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    with torch.no_grad():
+        for id in range(len(tokenizer)):
+            if id in tokenizer.all_special_ids or "\ufffd" in tokenizer.decode([id]):
+                model.get_output_embeddings().weight[id] = 0.0
+    model.save_pretrained(path)
+    return path
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("fourfold")
+    parser.add_argument("--base", action="append", default=[])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    fourfold = Program(str(pathlib.Path(arguments.fourfold).resolve()))
+    print(f"xllamacpp {xllamacpp.__version__}, transformers {transformers.__version__}, numpy {numpy.__version__}")
+    rope = dict(
+        rope_type="llama3", rope_theta=5000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32,
+    )
+    with tempfile.TemporaryDirectory(prefix="fourfold-llama-cpp-") as folder:
+        work = pathlib.Path(folder)
+        torch.manual_seed(SEED)
+        bases = {
+            "grouped queries, llama3 rope": readable(interop.make_base(
+                work / "grouped", add_bos=True, num_attention_heads=4, num_key_value_heads=2,
+                tie_word_embeddings=False, rope_parameters=rope,
+            )),
+            "sentencepiece, tied": readable(sentence_piece_base(work / "spm")),
+        }
+        bases.update({pathlib.Path(base).name: pathlib.Path(base) for base in arguments.base})
+        for name, base in bases.items():
+            inside = work / f"check-{len(list(work.iterdir()))}"
+            inside.mkdir()
+            check(fourfold, name, base, inside)
+    print(f"{len(interop.failures)} failed" if interop.failures else "all checks passed")
+    return 1 if interop.failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,356 @@
+//! Reward sources outside the process, against real ones: a child process and a local server that are slow, dead, short
+//! of answers, or talk nonsense; and PPO over several sources from a config file.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use fourfold::config::{self, Stage};
+use fourfold::error::exit_code;
+use fourfold::model::generate::{Finish, Response};
+use fourfold::reward::source::command::CommandReward;
+use fourfold::reward::source::http::HttpReward;
+use fourfold::reward::source::patience::{Patience, Troubles};
+use fourfold::reward::source::{Answers, RewardSource};
+use fourfold::run;
+use serde_json::{Value, json};
+
+fn patience(retries: usize, fallback: Option<f32>) -> Patience {
+    Patience { timeout: Duration::from_millis(400), retries, backoff: Duration::from_millis(5), fallback }
+}
+
+/// Asks about `n` answers, whose texts are their numbers.
+fn ask(source: &dyn RewardSource, n: usize) -> anyhow::Result<Vec<f32>> {
+    let prompts: Vec<Vec<u32>> = (0..n as u32).map(|i| vec![100 + i]).collect();
+    let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: Finish::Stop };
+    let responses: Vec<Response> = (0..n as u32).map(response).collect();
+    let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
+    source.scores(&Answers { prompts: &prompts, responses: &responses, decode: &decode })
+}
+
+fn program(script: &str, patience: Patience) -> CommandReward {
+    CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into()], patience).unwrap()
+}
+
+/// The response's number, which `ask` makes its text, as the score.
+const HONEST: &str = r#"while read -r line; do
+    response=${line##*\"response\":\"}
+    echo "{\"score\": ${response%%\"*}.5}"
+done"#;
+
+#[test]
+fn a_command_stays_alive_over_rollouts_and_scores_each_answer_in_order() {
+    let counts = format!("n=$((n + 1)); echo $n >&2; {HONEST}");
+    let source = program(&counts, patience(0, None));
+    assert_eq!(ask(&source, 3).unwrap(), [0.5, 1.5, 2.5], "end tokens left off, prompts not mistaken for answers");
+    assert_eq!(ask(&source, 40).unwrap()[39], 39.5);
+    assert_eq!(source.troubles(), Troubles::default());
+}
+
+#[test]
+fn more_answers_than_a_pipe_holds_do_not_lock_up() {
+    // 4000 lines of 60 bytes and as many back: both pipes are fuller than the 64 KiB that a kernel keeps.
+    let source = program(
+        "while read -r line; do echo '{\"score\": 1, \"note\": \"0123456789012345\"}'; done",
+        patience(0, None),
+    );
+    assert_eq!(ask(&source, 4000).unwrap(), vec![1.0; 4000]);
+}
+
+#[test]
+fn a_slow_command_is_given_up_after_its_time_and_its_tries() {
+    let started = Instant::now();
+    let source = program("sleep 60", patience(1, None));
+    let message = ask(&source, 2).unwrap_err().to_string();
+    assert!(message.contains("no answer within 0.4 s") && message.contains("fallback_score"), "{message}");
+    assert!(started.elapsed() < Duration::from_secs(10));
+    assert_eq!(source.troubles().failed_tries, 2);
+}
+
+#[test]
+fn a_command_that_dies_is_started_again_and_a_dead_one_is_said_to_be() {
+    // The first one dies after one answer, its successor finds the mark and goes on.
+    let dir = tempfile::tempdir().unwrap();
+    let mark = dir.path().join("mark").display().to_string();
+    let script = format!(
+        "if [ -e {mark} ]; then {HONEST}; else touch {mark}; read -r line; echo '{{\"score\": 7}}'; exit 3; fi"
+    );
+    let source = program(&script, patience(2, None));
+    assert_eq!(ask(&source, 3).unwrap(), [0.5, 1.5, 2.5]);
+    assert_eq!(source.troubles().failed_tries, 1);
+    let dead = program("exit 1", patience(1, Some(-2.0)));
+    assert_eq!(ask(&dead, 2).unwrap(), [-2.0, -2.0]);
+    assert_eq!(dead.troubles(), Troubles { failed_tries: 2, bad_scores: 0, fallbacks: 2 });
+}
+
+#[test]
+fn nonsense_from_a_command_is_a_bad_score_that_is_counted() {
+    for nonsense in ["not json", "{\"score\": \"high\"}", "{\"score\": NaN}", "{}", "1e400", ""] {
+        let script = format!("while read -r line; do echo '{nonsense}'; done");
+        let source = program(&script, patience(1, None));
+        let message = ask(&source, 2).unwrap_err().to_string();
+        assert!(message.contains("2 of 2 scores are no finite numbers"), "{nonsense:?}: {message}");
+        let source = program(&script, patience(0, Some(0.25)));
+        assert_eq!(ask(&source, 2).unwrap(), [0.25, 0.25]);
+        assert_eq!(source.troubles(), Troubles { failed_tries: 0, bad_scores: 2, fallbacks: 2 });
+    }
+    // A bare number is as good as an object.
+    assert_eq!(ask(&program("while read -r l; do echo 3; done", patience(0, None)), 1).unwrap(), [3.0]);
+}
+
+#[test]
+fn too_many_answers_and_a_wrong_id_do_not_shift_the_scores_of_the_next_rollout() {
+    let source = program("while read -r line; do echo 1; echo 2; done", patience(0, None));
+    let first = ask(&source, 1).unwrap();
+    assert_eq!(first, [1.0]);
+    thread::sleep(Duration::from_millis(100));
+    assert!(ask(&source, 1).unwrap_err().to_string().contains("nobody asked for"));
+    let source = program("while read -r line; do echo '{\"id\": 99, \"score\": 1}'; done", patience(0, None));
+    assert!(ask(&source, 1).unwrap_err().to_string().contains("it answered 99 where 0 was"));
+}
+
+#[test]
+fn a_program_that_is_not_there_is_the_users_fault() {
+    let error = CommandReward::start(vec!["/no/such/judge".into()], patience(0, None)).err().unwrap();
+    assert_eq!(exit_code(&error), 2);
+    assert!(error.to_string().contains("/no/such/judge cannot be started"), "{error}");
+}
+
+/// A server on a free port that answers the n-th request by `answer(n, body)`, with whole HTTP text or silence.
+fn server(answer: impl Fn(usize, &Value) -> Option<String> + Send + Sync + 'static) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/score", listener.local_addr().unwrap());
+    let asked = Arc::new(AtomicUsize::new(0));
+    let (count, answer) = (asked.clone(), Arc::new(answer));
+    thread::spawn(move || {
+        for stream in listener.incoming().flatten() {
+            let (count, answer) = (count.clone(), answer.clone());
+            thread::spawn(move || serve(stream, &count, &*answer));
+        }
+    });
+    (url, asked)
+}
+
+fn serve(mut stream: TcpStream, count: &AtomicUsize, answer: &dyn Fn(usize, &Value) -> Option<String>) {
+    let mut reader = BufReader::new(stream.try_clone().unwrap());
+    let mut length = 0;
+    loop {
+        let mut line = String::new();
+        if reader.read_line(&mut line).unwrap_or(0) == 0 {
+            return;
+        }
+        if let Some(n) = line.to_lowercase().strip_prefix("content-length:") {
+            length = n.trim().parse().unwrap();
+        }
+        if line == "\r\n" {
+            break;
+        }
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    match answer(count.fetch_add(1, Ordering::SeqCst), &serde_json::from_slice(&body).unwrap()) {
+        Some(text) => {
+            let _ = stream.write_all(text.as_bytes());
+        }
+        None => thread::sleep(Duration::from_secs(5)),
+    }
+}
+
+fn ok(body: &str) -> Option<String> {
+    Some(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len()))
+}
+
+fn status(line: &str) -> Option<String> {
+    Some(format!("HTTP/1.1 {line}\r\nContent-Length: 4\r\nConnection: close\r\n\r\noops"))
+}
+
+#[test]
+fn an_endpoint_gets_prompts_and_responses_and_its_scores_are_taken_in_order() {
+    let (url, asked) = server(|_, body| {
+        let texts = body["responses"].as_array().unwrap();
+        assert_eq!(body["prompts"].as_array().unwrap().len(), texts.len());
+        let scores: Vec<f64> = texts.iter().map(|t| t.as_str().unwrap().parse::<f64>().unwrap() / 2.0).collect();
+        ok(&json!({ "scores": scores }).to_string())
+    });
+    let source = HttpReward::new(url, patience(0, None));
+    assert_eq!(ask(&source, 3).unwrap(), [0.0, 0.5, 1.0]);
+    assert_eq!(ask(&source, 1).unwrap(), [0.0]);
+    assert_eq!((asked.load(Ordering::SeqCst), source.troubles()), (2, Troubles::default()));
+}
+
+#[test]
+fn an_endpoint_that_recovers_is_asked_again() {
+    let (url, asked) = server(|n, _| match n {
+        0 => status("503 Service Unavailable"),
+        1 => None,
+        2 => ok("<html>"),
+        3 => ok("{\"scores\": [1]}"),
+        4 => ok("{\"score\": 1}"),
+        5 => ok("{\"scores\": [1, null]}"),
+        _ => ok("{\"scores\": [1, 2]}"),
+    });
+    let source = HttpReward::new(url, patience(9, None));
+    assert_eq!(ask(&source, 2).unwrap(), [1.0, 2.0]);
+    assert_eq!(asked.load(Ordering::SeqCst), 7);
+    assert_eq!(source.troubles(), Troubles { failed_tries: 5, bad_scores: 1, fallbacks: 0 });
+}
+
+#[test]
+fn a_dead_or_wrong_endpoint_stops_the_run_with_its_fault_or_costs_the_agreed_score() {
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port(); // closed again
+    let dead = format!("http://127.0.0.1:{port}/");
+    let message = ask(&HttpReward::new(dead.clone(), patience(1, None)), 1).unwrap_err().to_string();
+    assert!(message.contains(&dead), "{message}");
+    let source = HttpReward::new(dead, patience(1, Some(0.5)));
+    assert_eq!(ask(&source, 2).unwrap(), [0.5, 0.5]);
+    assert_eq!(source.troubles(), Troubles { failed_tries: 2, bad_scores: 0, fallbacks: 2 });
+    let (url, asked) = server(|_, _| status("404 Not Found"));
+    let message = ask(&HttpReward::new(url, patience(5, None)), 1).unwrap_err().to_string();
+    assert!(message.contains("404") && asked.load(Ordering::SeqCst) == 1, "no use in asking again: {message}");
+}
+
+fn here(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+/// A short PPO run on the quickstart's base with these keys of `[ppo]` and the sections after it.
+fn ppo(keys: &str) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
+    let dir = tempfile::tempdir()?;
+    let records: Vec<String> = (0..12)
+        .map(|i| json!({ "prompt": format!("How is dish {i}?"), "completion": "It is good." }).to_string())
+        .collect();
+    fs::write(dir.path().join("data.jsonl"), records.join("\n"))?;
+    let path = |p: PathBuf| format!("{:?}", p.display().to_string());
+    let text = format!(
+        "[base]\npath = {}\n[data]\npath = {}\neval_rows = 4\n[ppo]\nadapter = {}\nbatch_size = 4\ntotal_episodes = 8\n\
+         response_length = 12\n{}\n",
+        path(here("assets/quickstart/base")),
+        path(dir.path().join("data.jsonl")),
+        path(here("adapters/quickstart/sft")),
+        keys.replace("REWARD", &path(here("adapters/quickstart/reward"))),
+    );
+    let file = dir.path().join("run.toml");
+    fs::write(&file, text)?;
+    let out = dir.path().join("out");
+    let config = config::load(&file, &[])?;
+    let summary = run::stage(Stage::Ppo, &config, &out)?;
+    assert_eq!(config::load(&out.join("config.toml"), &[])?, config, "what a run writes is what it ran");
+    let lines = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(out.join(name)).unwrap();
+        text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+    };
+    Ok((summary, lines("metrics.jsonl"), lines("samples.jsonl")))
+}
+
+#[test]
+fn ppo_adds_up_an_adapter_a_command_and_rules_and_evaluates_by_gold() {
+    let keys = r#"reward_adapter = REWARD
+eval_prompts = 4
+eval_every = 1
+[[ppo.reward]]
+kind = "command"
+command = ["/bin/sh", "-c", "while read -r line; do echo 0.25; done"]
+weight = 2.0
+[[ppo.reward]]
+kind = "length"
+max_tokens = 5
+[[ppo.reward]]
+kind = "adapter"
+name = "pair"
+adapters = [REWARD, REWARD]
+[[ppo.reward]]
+kind = "exact"
+pattern = "(?s)^(.*)$"
+[ppo.gold]
+kind = "regex"
+pattern = "a"
+"#;
+    let (summary, metrics, samples) = ppo(keys).unwrap();
+    let last = metrics.last().unwrap();
+    let at = |key: &str| last[key].as_f64().unwrap_or_else(|| panic!("{key}: {last}"));
+    let parts = at("rewards/reward_adapter/mean") + 2.0 * at("rewards/command/mean") + at("rewards/length/mean");
+    let sum = parts + at("rewards/pair/mean") + at("rewards/exact/mean");
+    assert_eq!(at("rewards/command/mean"), 0.25);
+    // Evaluations ask the sources too, after the rollout: the parts told are those of the rollout itself.
+    assert!((at("objective/scores") - sum).abs() < 1e-4, "{last}");
+    // Two equal members never disagree.
+    assert!((at("rewards/pair/mean") - at("rewards/reward_adapter/mean")).abs() < 1e-5);
+    assert_eq!((at("rewards/pair/disagreement"), at("rewards/command/failed_tries")), (0.0, 0.0));
+    for key in ["score", "gold", "kl", "length", "ended", "distinct_1", "distinct_2", "win_rate", "win_rate_low"] {
+        assert!(last[format!("eval/{key}")].is_number(), "{key}: {last}");
+        assert!(summary["eval"][format!("eval/{key}")].is_number(), "{key}: {summary}");
+    }
+    let golden: Vec<&Value> = samples.iter().filter(|s| s.get("evaluation").is_some()).collect();
+    assert_eq!(golden.len(), 4 * 4, "before, after and after each of two iterations");
+    for sample in golden {
+        let found = sample["response"].as_str().unwrap().contains('a');
+        assert_eq!(sample["gold"].as_f64().unwrap(), f64::from(u8::from(found)), "{sample}");
+    }
+}
+
+/// The quickstart's base with a tokenizer that calls two frequent tokens by each other's ids.
+fn base_with_other_tokens(dir: &Path) {
+    for file in fs::read_dir(here("assets/quickstart/base")).unwrap() {
+        let file = file.unwrap();
+        fs::copy(file.path(), dir.join(file.file_name())).unwrap();
+    }
+    let path = dir.join("tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+    let vocab = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    let (one, other) = (vocab["e"].clone(), vocab["Ġthe"].clone());
+    vocab.insert("e".into(), other);
+    vocab.insert("Ġthe".into(), one);
+    fs::write(path, tokenizer.to_string()).unwrap();
+}
+
+#[test]
+fn a_reward_base_with_other_tokens_scores_and_the_critic_lives_on_the_policys_base() {
+    let dir = tempfile::tempdir().unwrap();
+    base_with_other_tokens(dir.path());
+    let keys = |more: &str| {
+        format!("reward_adapter = REWARD\n{more}\n[reward_base]\npath = {:?}\n", dir.path().display().to_string())
+    };
+    let error = ppo(&keys("")).unwrap_err();
+    assert_eq!(exit_code(&error), 2);
+    let message = format!("{error:#}");
+    assert!(message.contains("over the policy's tokens") && message.contains("critic = \"actor\""), "{message}");
+    let (_, same, _) = ppo("reward_adapter = REWARD\ncritic = \"actor\"\n").unwrap();
+    for more in ["critic = \"actor\"", "critic = \"own\"", "advantage_estimator = \"rloo\"\nnum_generations = 2"] {
+        let (_, metrics, _) = ppo(&keys(more)).unwrap();
+        let score = |lines: &[Value]| lines[0]["objective/scores"].as_f64().unwrap();
+        assert!(score(&metrics).is_finite() && score(&metrics) != score(&same), "{more}: read in other tokens");
+        let has_critic = metrics[0].get("loss/value_avg").is_some_and(Value::is_number);
+        assert_eq!(has_critic, more.starts_with("critic"), "{more}: {}", metrics[0]);
+    }
+}
+
+#[test]
+fn what_a_source_lacks_is_said_before_anything_runs() {
+    let refusal = |keys: &str| {
+        let error = ppo(keys).unwrap_err();
+        assert_eq!(exit_code(&error), 2, "{error:#}");
+        format!("{error:#}")
+    };
+    let with = |section: &str| refusal(&format!("reward_adapter = REWARD\n[[ppo.reward]]\n{section}"));
+    assert!(refusal("").contains("needs reward_adapter") && refusal("").contains("[[ppo.reward]]"));
+    assert!(with("kind = \"command\"").contains("needs command = ["));
+    assert!(with("kind = \"command\"\ncommand = [\"/no/such\"]").contains("cannot be started"));
+    assert!(with("kind = \"http\"\nurl = \"https://x\"").contains("only plain http"));
+    assert!(with("kind = \"http\"\nurl = \"ftp://x\"").contains("needs url"));
+    assert!(with("kind = \"regex\"").contains("needs pattern"));
+    assert!(with("kind = \"regex\"\npattern = \"(\"").contains("is no regular expression"));
+    assert!(with("kind = \"length\"\nmin_tokens = 4\nmax_tokens = 3").contains("less than min_tokens = 4"));
+    assert!(with("kind = \"adapter\"").contains("needs adapters"));
+    assert!(with("kind = \"adapter\"\nadapters = [\"/no/such\"]").contains("/no/such"));
+    assert!(with("kind = \"json_valid\"\nweight = nan").contains("weight = NaN is out of range"));
+    assert!(with("kind = \"json_valid\"\ntimeout_seconds = 0").contains("timeout_seconds = 0"));
+    assert!(with("kind = \"jsonvalid\"").contains("did you mean \"json_valid\"?"));
+    let twice = "kind = \"json_valid\"\n[[ppo.reward]]\nkind = \"json_valid\"";
+    assert!(with(twice).contains("two [[ppo.reward]] are called \"json_valid\""));
+    assert!(refusal("reward_adapter = REWARD\neval_every = 2").contains("eval_every = 2 evaluates nothing"));
+}
