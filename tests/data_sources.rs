@@ -158,6 +158,32 @@ fn comma_and_tab_separated_tables_are_read() {
 }
 
 #[test]
+fn a_damaged_table_is_read_or_refused_never_a_panic() {
+    let mut rng = fourfold::rng::SplitMix64::new(5);
+    let folder = Folder::new(&[]);
+    let path = folder.path("x.csv");
+    let row = |i: usize| format!("question {i}?,\"good, {i}\",\"[\"\"bad\"\",\n{i}]\"\n");
+    let whole: Vec<u8> = format!("prompt,chosen,rejected\n{}", (0..20).map(row).collect::<String>()).into();
+    let mut refused = 0;
+    for _ in 0..1000 {
+        let mut bytes = whole.clone();
+        for _ in 0..1 + rng.below(6) {
+            let place = rng.below(bytes.len());
+            bytes[place] = *b"\",\n\r\0\xff[{\\".get(rng.below(12)).unwrap_or(&(rng.below(256) as u8));
+        }
+        if rng.below(8) == 0 {
+            bytes.truncate(rng.below(whole.len()));
+        }
+        std::fs::write(&path, &bytes).unwrap();
+        if let Err(error) = data::load(&at(&path)) {
+            assert_eq!(exit_code(&error), 2, "{error:#}");
+            refused += 1;
+        }
+    }
+    assert!((200..1000).contains(&refused), "the damage is felt: {refused} of 1000 refused");
+}
+
+#[test]
 fn faults_of_a_table_name_the_line_and_the_column() {
     for (name, content, expected) in [
         ("x.csv", &b"text\none\ntwo,three\n"[..], "x.csv, line 3: has 2 cells, but the first row names 1 columns"),
@@ -220,6 +246,13 @@ fn folders_and_patterns_are_read_in_the_order_of_their_names_and_say_what_they_l
     assert_eq!(texts(&data), "a0 a1");
     data.split = Some("validation".to_owned());
     assert!(fault(&data).contains("no file of split \"validation\""));
+    // A set's name says which split is for training; a folder without one is read whole.
+    let pair = |text: &str| json!({"prompt": text, "chosen": "c", "rejected": "r"}).to_string().into_bytes();
+    let set = Folder::new(&[("data/test.jsonl", &pair("eval")), ("data/train.jsonl", &pair("learnt"))]);
+    let rm_static = |path: PathBuf| Data { preset: Some(Preset::RmStatic), ..at(path) };
+    assert!(matches!(&records(&rm_static(set.path("data")))[..], [only] if format!("{only:?}").contains("learnt")));
+    std::fs::rename(set.path("data/train.jsonl"), set.path("data/all.jsonl")).unwrap();
+    assert_eq!(records(&rm_static(set.path("data"))).len(), 2);
     assert_eq!(texts(&at(folder.path("a/t*-0000[01].jsonl"))), "at a0 a1");
     assert_eq!(texts(&at(folder.path("*"))), "b");
     assert!(fault(&at(folder.path("*.md"))).contains("no file of that pattern"));
@@ -506,6 +539,7 @@ fn keys_of_deepspeed_chat_and_of_templates_that_do_nothing_are_refused() {
     for (keys, message) in [
         (vec!["data.data_split=1,0,3"], "data_split is DeepSpeed-Chat's; add compat"),
         (vec!["data.compat=dschat", "data.data_split=1,3"], "is not three shares of 0 or more"),
+        (vec!["data.compat=dschat", "data.mix_strategy=interleave_under"], "takes its sources one after another"),
         (vec!["data.compat=dschat", "data.data_split=0,0,0"], "is not three shares of 0 or more"),
         (vec!["data.compat=deepspeed"], "compat"),
         (vec!["data.template=plain", "data.chat_template=x"], "has a chat_template that template does not use"),

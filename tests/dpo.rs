@@ -257,7 +257,9 @@ fn kto_learns_from_unpaired_messages_and_from_preferences() {
         assert_eq!(all, counts, "{summary}");
         let (first, last) = (&metrics[0], metrics.last().unwrap());
         assert!((first["loss"].as_f64().unwrap() - 0.5).abs() < 1e-4, "1 - sigmoid(0): {first}");
-        assert!(last["rewards/margins"].as_f64().unwrap() > 0.3 && last["kl"].as_f64().unwrap() >= 0.0, "{last}");
+        // A batch that drew one kind only has no margin.
+        let margin = metrics.iter().rev().find_map(|step| step["rewards/margins"].as_f64()).unwrap();
+        assert!(margin > 0.3 && last["kl"].as_f64().unwrap() >= 0.0, "{last}");
     }
 }
 

@@ -1,6 +1,7 @@
 //! The commands. `--json` puts one object on stdout and nothing else there; people's text goes to stderr, except a
 //! generated text and a table that were asked for.
 
+mod data;
 mod merge;
 mod probe;
 mod text;
@@ -38,6 +39,8 @@ enum Command {
     Kto(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
+    /// What a stage would train on: counts, lengths, what is dropped and why, examples with the loss mask in colour.
+    Data(data::Show),
     /// Base + adapter -> what other programs open: a merged model, a classifier, GGUF, GGUF-LoRA; compared with base +
     /// adapter before it gets its name.
     Merge(merge::Merge),
@@ -105,6 +108,7 @@ pub fn run() -> Result<()> {
         Command::Dpo(args) => train(Stage::Dpo, &args),
         Command::Kto(args) => train(Stage::Kto, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
+        Command::Data(args) => data::show(&args),
         Command::Merge(args) => merge::merge(&args),
         Command::Generate(args) => text::generate(&args),
         Command::Chat(args) => text::chat(&args),

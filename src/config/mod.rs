@@ -164,6 +164,7 @@ impl Config {
         paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
         if let Some(data) = &mut self.data {
             paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
+            paths.extend(data.cache_dir.as_mut().map(|path| ("[data] cache_dir", path)));
             for source in &mut data.sources {
                 paths.extend(source.path.as_mut_slice().iter_mut().map(|path| ("[[data.sources]] path", path)));
             }

@@ -222,6 +222,11 @@ pub struct Data {
     pub max_rows: Option<usize>,
     /// What a record that cannot be used does. Default `error`: stop and name it; `skip` drops and counts it.
     pub on_bad_record: OnBadRecord,
+    /// Folder of tokenised data, made once and mapped into memory by every run that wants the same. Default
+    /// `$XDG_CACHE_HOME/fourfold/tokens`, else `~/.cache/fourfold/tokens`, and only for files of 16 MiB or more in all:
+    /// smaller ones are tokenised in memory, unless this key is given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cache_dir: Option<PathBuf>,
     /// How several sources become one stream. Default: `concat`, or `interleave_under` where a source has a weight.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mix_strategy: Option<MixStrategy>,
@@ -259,6 +264,7 @@ impl Default for Data {
             eval_rows: None,
             max_rows: None,
             on_bad_record: OnBadRecord::Error,
+            cache_dir: None,
             preset: None,
             split: None,
             revision: None,
@@ -389,6 +395,9 @@ pub enum Truncation {
     Left,
     /// The end is cut off, with its end token; dropped where nothing of an answer is left.
     Right,
+    /// `"keep_end"`: as `right`, and the last token left of a cut answer becomes the end token.
+    #[serde(rename = "keep_end")]
+    KeepEnd,
 }
 
 /// What a record that cannot be used does.

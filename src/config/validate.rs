@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::{
-    Base, Compat, Config, Data, Dpo, KlEstimator, KlIn, Kto, Lora, Paths, PolicyLoss, Ppo, Reward, RewardPart, Sft,
-    Source, TargetModules, Template,
+    Base, Compat, Config, Data, Dpo, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths, PolicyLoss, Ppo, Reward,
+    RewardPart, Sft, Source, TargetModules, Template,
 };
 use crate::invalid;
 
@@ -159,6 +159,11 @@ fn data(section: &Data) -> Result<()> {
             }
         }
         (None, _) => {}
+    }
+    if section.compat.is_some() && section.mix_strategy() != MixStrategy::Concat {
+        return Err(invalid!(
+            "[data] compat = \"dschat\" takes its sources one after another and shuffles them; remove weight and mix_strategy"
+        ));
     }
     if section.max_length < 2 {
         return Err(invalid!(

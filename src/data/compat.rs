@@ -13,25 +13,41 @@ pub(super) const DEFAULT_SPLIT: &str = "2,4,4";
 
 /// A phase, in the order of `data_split`.
 #[derive(Clone, Copy)]
-pub(super) enum Part {
+pub enum Part {
+    /// Supervised fine-tuning.
     Sft = 0,
+    /// Reward modelling.
     Reward = 1,
+    /// Prompts to answer.
     Ppo = 2,
 }
 
 /// An example and whether it was cut, or why there is none.
 pub(super) type Made<T> = Result<(T, bool), String>;
 
-/// Which of `records` records a phase gets: all, or under `compat` those that DeepSpeed-Chat gives it, in its order.
+/// Which records a phase gets of sources of so many `records` each, as numbers over all sources: all, or under `compat`
+/// those that DeepSpeed-Chat gives it, in its order. It splits every set by itself, and shuffles what comes of several
+/// once more.
 ///
 /// # Errors
 /// Those of [`dschat::phase_rows`].
-pub(super) fn rows_of(records: usize, data: &Data, part: Part) -> Result<Vec<usize>> {
-    let Some(Compat::Dschat) = data.compat else { return Ok((0..records).collect()) };
+pub(super) fn rows_of(records: &[usize], data: &Data, part: Option<Part>) -> Result<Vec<usize>> {
+    let (Some(Compat::Dschat), Some(part)) = (data.compat, part) else {
+        return Ok((0..records.iter().sum()).collect());
+    };
     let shares = dschat::shares(data.data_split.as_deref().unwrap_or(DEFAULT_SPLIT))
         .map_err(|fault| crate::invalid!("[data] data_split: {fault}"))?;
-    let rows = dschat::phase_rows(data.seed, records, &shares, part as usize)?;
-    Ok(rows.into_iter().map(|row| row as usize).collect())
+    let (mut rows, mut first) = (vec![], 0);
+    for &records in records {
+        let of_set = dschat::phase_rows(data.seed, records, &shares, part as usize)?;
+        rows.extend(of_set.into_iter().map(|row| first + row as usize));
+        first += records;
+    }
+    if records.len() > 1 {
+        let order = dschat::shuffled_rows(data.seed, rows.len())?;
+        rows = order.into_iter().map(|at| rows[at as usize]).collect();
+    }
+    Ok(rows)
 }
 
 /// Prompt, answer and the tokenizer's end, learnt at every token: there is no mask of the prompt.

@@ -152,27 +152,6 @@ pub fn prompt(text: &str, max_prompt_length: usize, encoder: &dyn TextEncoder) -
     Ok((tokens.len() <= max_prompt_length).then_some(tokens))
 }
 
-/// Unsupervised text for the mixture with pretraining: each text's tokens after the opening token, end to end, in blocks
-/// of `length` (DeepSpeed-Chat: prompt and answer length together); the rest that fills no block is left out.
-///
-/// # Errors
-/// The tokenizer's; a length of 0.
-pub fn unsupervised_blocks<'t>(
-    texts: impl IntoIterator<Item = &'t str>,
-    length: usize,
-    encoder: &dyn TextEncoder,
-) -> Result<Vec<Vec<u32>>> {
-    ensure!(length > 0, "a block needs one token or more");
-    let (mut blocks, mut rest) = (Vec::new(), Vec::new());
-    for text in texts {
-        rest.extend(sequence(text, "", usize::MAX, encoder)?);
-        let whole = rest.len() / length * length;
-        blocks.extend(rest[..whole].chunks(length).map(<[u32]>::to_vec));
-        rest.drain(..whole);
-    }
-    Ok(blocks)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,12 +247,5 @@ mod tests {
             let (shared, rest) = diverge(tokens(a), tokens(b));
             assert_eq!((shared, rest), (tokens(prompt), answers.map(tokens)), "{a} / {b}");
         }
-    }
-
-    #[test]
-    fn unsupervised_text_runs_on_over_its_blocks_and_the_rest_is_left_out() {
-        let blocks = unsupervised_blocks(["abc", "d", "efghi"], 4, &Letters).unwrap();
-        assert_eq!(blocks, [tokens("^abc"), tokens("^d^e"), tokens("fghi")]);
-        assert!(unsupervised_blocks(["abc"], 5, &Letters).unwrap().is_empty());
     }
 }

@@ -1,16 +1,19 @@
 //! A model's tokenizer as the phases want it. Knows no record.
 
+use std::cell::RefCell;
+
 use anyhow::Result;
 
 use super::Message;
 use super::phases::TextEncoder;
 use crate::invalid;
 use crate::model::chat_template::GenerationPrompt;
-use crate::model::tokenizer::{SpecialTokens, Tokenizer};
+use crate::model::tokenizer::{Bulk, SpecialTokens, Tokenizer};
 
-/// A tokenizer with an end-of-text token.
+/// A tokenizer with an end-of-text token. Each thread makes its own.
 pub struct ModelEncoder<'t> {
     tokenizer: &'t Tokenizer,
+    bulk: RefCell<Bulk<'t>>,
     eos_id: u32,
     eos_text: String,
     bos_text: Option<String>,
@@ -24,13 +27,14 @@ impl<'t> ModelEncoder<'t> {
             invalid!("the base's tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json")
         })?;
         let eos_text = tokenizer.token(eos_id).unwrap_or_default();
-        Ok(Self { tokenizer, eos_id, eos_text, bos_text: tokenizer.bos_id().and_then(|bos| tokenizer.token(bos)) })
+        let bos_text = tokenizer.bos_id().and_then(|bos| tokenizer.token(bos));
+        Ok(Self { tokenizer, bulk: RefCell::new(tokenizer.bulk()), eos_id, eos_text, bos_text })
     }
 }
 
 impl TextEncoder for ModelEncoder<'_> {
     fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        self.tokenizer.encode(text, SpecialTokens::None)
+        self.bulk.borrow_mut().encode(text)
     }
 
     fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {

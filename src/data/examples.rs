@@ -5,7 +5,7 @@ use std::borrow::Cow;
 
 use anyhow::Result;
 
-use super::phases::{PromptExample, RankedExample, SftExample};
+use super::phases::{JudgedExample, PromptExample, RankedExample, SftExample};
 
 /// One example of a stage.
 pub trait Example: Clone {
@@ -34,6 +34,12 @@ impl Example for RankedExample {
     }
 }
 
+impl Example for JudgedExample {
+    fn tokens(&self) -> usize {
+        self.prompt.len() + self.answer.len()
+    }
+}
+
 impl Example for PromptExample {
     fn tokens(&self) -> usize {
         self.tokens.len()
@@ -44,6 +50,28 @@ impl Example for PromptExample {
 impl Example for Vec<u32> {
     fn tokens(&self) -> usize {
         self.len()
+    }
+}
+
+/// Prompts as their bare token ids.
+#[derive(Clone, Copy, Debug)]
+pub struct Ids<'e, E>(pub &'e E);
+
+impl<E: Examples<PromptExample>> Examples<Vec<u32>> for Ids<'_, E> {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn get(&self, index: usize) -> Result<Cow<'_, Vec<u32>>> {
+        Ok(Cow::Owned(self.0.get(index)?.into_owned().tokens))
+    }
+
+    fn tokens(&self, index: usize) -> usize {
+        self.0.tokens(index)
+    }
+
+    fn longest_sequence(&self) -> usize {
+        self.0.longest_sequence()
     }
 }
 

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
+use super::presets::train_split;
 use crate::config::Source;
 use crate::invalid;
 
@@ -47,7 +48,8 @@ pub(super) struct Files {
 
 /// The files of a source. Of folders, those in them and in their folders, in the order of their names, that have a known
 /// ending and, with `split`, that word in their name or their folder's; names that begin with a dot or an underscore are
-/// passed over, as every tool does that writes marker files.
+/// passed over, as every tool does that writes marker files. A `preset` without `split` means its training split, where the
+/// folder has one.
 ///
 /// # Errors
 /// A path that is not there or stands for no readable file.
@@ -59,7 +61,12 @@ pub(super) fn files(source: &Source) -> Result<Files> {
         let failed = |error: std::io::Error| invalid!("[data] path {shown}: {error}");
         match std::fs::metadata(path) {
             Ok(about) if about.is_dir() => {
-                walk(path, path, source.split.as_deref(), 0, &mut all)?;
+                let left = all.ignored.len();
+                walk(path, path, split_of(source), 0, &mut all)?;
+                if all.files.len() == before && source.split.is_none() {
+                    all.ignored.truncate(left);
+                    walk(path, path, None, 0, &mut all)?;
+                }
                 if all.files.len() == before {
                     let of = source.split.as_ref().map(|name| format!(" of split {name:?}")).unwrap_or_default();
                     return Err(invalid!("[data] path {shown}: the folder has no file{of} that ends in {KINDS}"));
@@ -88,7 +95,7 @@ pub(super) fn files(source: &Source) -> Result<Files> {
                 }
                 Some(text) if is_hub_id(text) => {
                     let folder = from_hub(text, source)?;
-                    walk(&folder, &folder, source.split.as_deref(), 0, &mut all)?;
+                    walk(&folder, &folder, split_of(source), 0, &mut all)?;
                     if all.files.len() == before {
                         return Err(invalid!("[data] path {shown}: the data set has no file that ends in {KINDS}"));
                     }
@@ -98,6 +105,11 @@ pub(super) fn files(source: &Source) -> Result<Files> {
         }
     }
     Ok(all)
+}
+
+/// The split asked for, or the one that a preset trains on.
+fn split_of(source: &Source) -> Option<&str> {
+    source.split.as_deref().or(source.preset.map(train_split))
 }
 
 fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut Files) -> Result<()> {
@@ -148,7 +160,7 @@ fn is_hub_id(text: &str) -> bool {
 #[cfg(feature = "hub")]
 fn from_hub(id: &str, source: &Source) -> Result<PathBuf> {
     use crate::hub::{Hub, RepoKind};
-    let split = source.split.as_deref();
+    let split = split_of(source);
     let wanted = |name: &str| {
         let path = Path::new(name);
         // Not the `dataset_infos.json` and the like that describe a set.

@@ -2,10 +2,12 @@
 //!
 //! sources.rs finds and mixes the files, read.rs, delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
 //! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
-//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on; split.rs holds some of them out,
-//! examples.rs is what a stage sees of them, order.rs says which comes when.
+//! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on, report.rs what became of the records; pipeline.rs runs all that over files
+//! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
+//! says which comes when.
 //! Read formats.rs next.
 
+pub mod cache;
 mod columns;
 mod compat;
 mod delimited;
@@ -19,9 +21,11 @@ mod mapping;
 pub mod order;
 mod parquet;
 pub mod phases;
+mod pipeline;
 pub mod presets;
 mod read;
 mod render;
+mod report;
 mod sources;
 mod split;
 mod transcript;
@@ -38,7 +42,7 @@ use crate::invalid;
 pub use crate::model::chat_template::Message;
 pub use encoder::ModelEncoder;
 pub use formats::{Record, Text};
-pub use split::split;
+pub use pipeline::{Part, Prepared, prepare, ptx_blocks};
 
 /// Where a record stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -69,6 +73,21 @@ pub struct Entry {
     pub record: Record,
 }
 
+/// A record that was passed over.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// Where it stands.
+    pub place: Place,
+    /// What is wrong with it.
+    pub fault: String,
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.fault)
+    }
+}
+
 /// All records of `[data] path`.
 #[derive(Clone, Debug)]
 pub struct Dataset {
@@ -82,26 +101,50 @@ pub struct Dataset {
     pub ignored: Vec<PathBuf>,
 }
 
-/// Reads every source of `[data]` up to `max_rows` records.
+/// Hands every record of `[data]`'s sources on, up to `max_rows`, in constant memory. `take` gets a record, or the place
+/// and the fault of one that `on_bad_record = "skip"` passes over, and answers whether to go on.
 ///
 /// # Errors
 /// A file that cannot be read, is of an unknown kind or holds no record; a record that cannot be used, unless
 /// `on_bad_record = "skip"`. The message names file, record or line, column and what was expected.
-pub fn load(config: &Data) -> Result<Dataset> {
-    let sources = sources::open(config)?;
-    let ignored = sources.ignored().cloned().collect();
-    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None, ignored };
+pub fn scan(config: &Data, take: &mut dyn FnMut(Result<Entry, Skipped>) -> Result<bool>) -> Result<()> {
     let room = config.max_rows.unwrap_or(usize::MAX);
-    sources.stream(&mut |place, record| {
-        match record {
-            Ok(record) => dataset.entries.push(Entry { place, record }),
-            Err(fault) if config.on_bad_record == OnBadRecord::Skip => {
-                dataset.skipped += 1;
-                dataset.first_skipped.get_or_insert_with(|| format!("{place}: {fault}"));
-            }
-            Err(fault) => return Err(invalid!("{place}: {fault}")),
+    let mut used = 0;
+    sources::open(config)?.stream(&mut |place, record| match record {
+        Ok(record) => {
+            used += 1;
+            Ok(take(Ok(Entry { place, record }))? && used < room)
         }
-        Ok(dataset.entries.len() < room)
+        Err(fault) if config.on_bad_record == OnBadRecord::Skip => take(Err(Skipped { place, fault })),
+        Err(fault) => Err(invalid!("{place}: {fault}")),
+    })
+}
+
+/// The files that [`scan`] reads, and those of its folders and patterns that it does not.
+///
+/// # Errors
+/// A path that is not there, or stands for no file that can be read.
+pub fn input_files(config: &Data) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
+    let sources = sources::open(config)?;
+    Ok((sources.files().cloned().collect(), sources.ignored().cloned().collect()))
+}
+
+/// Reads every record of [`scan`] into memory.
+///
+/// # Errors
+/// As for [`scan`], and where no record can be used.
+pub fn load(config: &Data) -> Result<Dataset> {
+    let ignored = input_files(config)?.1;
+    let mut dataset = Dataset { entries: Vec::new(), skipped: 0, first_skipped: None, ignored };
+    scan(config, &mut |found| {
+        match found {
+            Ok(entry) => dataset.entries.push(entry),
+            Err(skipped) => {
+                dataset.skipped += 1;
+                dataset.first_skipped.get_or_insert_with(|| skipped.to_string());
+            }
+        }
+        Ok(true)
     })?;
     if dataset.entries.is_empty() {
         let first = dataset.first_skipped.unwrap_or_default();

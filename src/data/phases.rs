@@ -1,18 +1,18 @@
 //! Records -> the token sequences of SFT, reward modelling and PPO, with every loss counted in a [`Report`].
 //!
 //! Prompt and answer are tokenised apart, so the mask of the answer is exact and the prompt's tokens are the very ones
-//! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read the stages next.
+//! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read pipeline.rs next.
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
+use std::collections::BTreeSet;
 
 use anyhow::{Result, bail, ensure};
 
 use super::compat::{self, Part};
+use super::examples::Example;
 use super::render::{Renderer, Segment};
-use super::{Entry, Message, Record, Text};
-use crate::config::{Compat, Data, OnBadRecord, Truncation};
-use crate::invalid;
+pub use super::report::{Outcome, Report};
+use super::{Entry, Message, Record, Text, dschat};
+use crate::config::{Compat, Data, Truncation};
 use crate::model::chat_template::{GenerationPrompt, TemplateTokens, render};
 
 /// What the data needs of a tokenizer.
@@ -78,6 +78,14 @@ pub struct RankedExample {
     pub answers: Vec<Vec<u32>>,
 }
 
+impl RankedExample {
+    /// The first position, counted from the prompt's start, at which answers `a` and `b` differ.
+    pub fn divergence(&self, a: usize, b: usize) -> usize {
+        let pairs = self.answers[a].iter().zip(&self.answers[b]);
+        self.prompt.len() + pairs.take_while(|(x, y)| x == y).count()
+    }
+}
+
 /// An answer that was judged by itself.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JudgedExample {
@@ -98,98 +106,71 @@ pub struct PromptExample {
     pub text: String,
     /// The answer that the record gives, where it gives exactly one: for verifiers.
     pub answer: Option<String>,
-    /// Which of the entries given it is of.
+    /// Number of its record, from 0, among all that could be read.
     pub entry: usize,
 }
 
-/// What became of the records.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Report {
-    /// Records given.
-    pub read: usize,
-    /// Sequences made. More than `read - dropped` only where a long raw text was cut into blocks.
-    pub kept: usize,
-    /// Kept sequences that lost tokens.
-    pub truncated: usize,
-    /// Records not used, by reason.
-    pub dropped: BTreeMap<String, usize>,
-    /// What was wrong with the first record dropped under `on_bad_record = "skip"`.
-    pub first_bad: Option<String>,
+/// How records become examples.
+pub struct Encoding<'e> {
+    encoder: &'e dyn TextEncoder,
+    renderer: Renderer<'e>,
+    data: &'e Data,
+    completion_only: bool,
 }
 
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} records, {} sequences", self.read, self.kept)?;
-        if self.truncated > 0 {
-            write!(f, " ({} truncated)", self.truncated)?;
-        }
-        let dropped: usize = self.dropped.values().sum();
-        if dropped > 0 {
-            let reasons: Vec<String> = self.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
-            write!(f, "; {dropped} dropped: {}", reasons.join(", "))?;
-        }
-        if let Some(first) = &self.first_bad {
-            write!(f, " (first: {first})")?;
-        }
-        Ok(())
+impl<'e> Encoding<'e> {
+    /// `completion_only` concerns SFT alone: is the loss on the answers, or on every token but the first?
+    ///
+    /// # Errors
+    /// A template that the tokenizer does not have.
+    pub fn new(encoder: &'e dyn TextEncoder, data: &'e Data, completion_only: bool) -> Result<Self> {
+        Ok(Self { encoder, renderer: Renderer::new(encoder, data)?, data, completion_only })
     }
 }
 
-/// What one record gives.
-enum Outcome<T> {
-    Keep { examples: Vec<T>, truncated: bool },
-    Drop(String),
-}
+/// A kind of example, and how a record becomes some.
+pub trait Phase: Example + Send + Sync + 'static {
+    /// Its name in a cache's key.
+    const NAME: &'static str;
+    /// Whose share of the records it gets under `compat = "dschat"`; None = all of them.
+    const PART: Option<Part> = None;
 
-impl<T> Outcome<T> {
-    fn keep(example: T, truncated: bool) -> Self {
-        Self::Keep { examples: vec![example], truncated }
-    }
+    /// What a record gives.
+    ///
+    /// # Errors
+    /// The record is not one for this phase, or its dialogue is one the template refuses.
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>>;
 
-    fn too_long(limit: &str, tokens: usize) -> Self {
-        Self::Drop(format!("longer than {limit} = {tokens}"))
-    }
-}
-
-impl<T> From<compat::Made<T>> for Outcome<T> {
-    fn from(made: compat::Made<T>) -> Self {
-        match made {
-            Ok((example, truncated)) => Self::keep(example, truncated),
-            Err(reason) => Self::Drop(reason),
-        }
+    /// Notes that it is of the record of this number, from 0, among all that could be read.
+    fn of_record(self, _number: usize) -> Self {
+        self
     }
 }
 
-/// Runs `make` over the records of `rows`, in that order; an error of it is a bad record.
-fn over<T>(
+/// Hands the examples of the phase's records to `sink`, each with its record; `sources` = how many records each has.
+pub(super) fn each<T: Phase>(
     entries: &[Entry],
-    rows: &[usize],
-    data: &Data,
-    make: impl Fn(usize, &Record) -> Result<Outcome<T>>,
-) -> Result<(Vec<T>, Report)> {
-    let mut report = Report { read: rows.len(), ..Report::default() };
-    let mut all = Vec::new();
-    for &row in rows {
+    sources: &[usize],
+    with: &Encoding,
+    report: &mut Report,
+    sink: &mut dyn FnMut(T, &Record) -> Result<()>,
+) -> Result<()> {
+    for row in compat::rows_of(sources, with.data, T::PART)? {
         let Entry { place, record } = &entries[row];
-        let reason = match make(row, record) {
-            Ok(Outcome::Keep { mut examples, truncated }) => {
-                report.truncated += usize::from(truncated);
-                all.append(&mut examples);
-                continue;
-            }
-            Ok(Outcome::Drop(reason)) => reason,
-            Err(error) if data.on_bad_record == OnBadRecord::Error => return Err(invalid!("{place}: {error:#}")),
-            Err(error) => {
-                report.first_bad.get_or_insert_with(|| format!("{place}: {error:#}"));
-                "bad".to_owned()
-            }
-        };
-        *report.dropped.entry(reason).or_default() += 1;
+        for example in report.take(place, T::of(record, with), with.data.on_bad_record)? {
+            sink(example.of_record(row), record)?;
+        }
     }
-    report.kept = all.len();
-    if all.is_empty() && !rows.is_empty() {
-        return Err(invalid!("[data] leaves no sequence: {report}; raise the limit, set truncation or use other data"));
-    }
+    report.check()
+}
+
+/// Runs a phase over records in memory.
+fn over<T: Phase>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, Report)> {
+    let (mut report, mut all) = (Report::default(), vec![]);
+    each(entries, &[entries.len()], with, &mut report, &mut |example, _| {
+        all.push(example);
+        Ok(())
+    })?;
     Ok((all, report))
 }
 
@@ -221,11 +202,7 @@ fn encode_prompt(text: &str, first: Option<u32>, encoder: &dyn TextEncoder) -> R
     Ok(tokens)
 }
 
-/// Sequences for supervised fine-tuning.
-///
-/// A dialogue is learnt at all its assistant turns with their end tokens, a ranking at its best answer, a judged answer
-/// where it was judged good; with `completion_only` false, at every token but the first. Raw text is learnt at every
-/// token, with an end token behind it, and cut into blocks of `max_length` where it is longer.
+/// Sequences for supervised fine-tuning; `completion_only` as for [`Encoding::new`].
 ///
 /// # Errors
 /// A record without answer or one the template refuses (unless `on_bad_record = "skip"`); no sequence left.
@@ -235,18 +212,24 @@ pub fn sft_examples(
     data: &Data,
     completion_only: bool,
 ) -> Result<(Vec<SftExample>, Report)> {
-    let renderer = Renderer::new(encoder, data)?;
-    let rows = compat::rows_of(entries.len(), data, Part::Sft)?;
-    over(entries, &rows, data, |_, record| {
+    over(entries, &Encoding::new(encoder, data, completion_only)?)
+}
+
+/// A dialogue is learnt at all its assistant turns with their end tokens, a ranking at its best answer, a judged answer
+/// where it was judged good; without `completion_only`, at every token but the first. Raw text is learnt at every token,
+/// with an end token behind it, and cut into blocks of `max_length` where it is longer.
+impl Phase for SftExample {
+    const NAME: &'static str = "sft";
+    const PART: Option<Part> = Some(Part::Sft);
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, completion_only } = with;
         if data.compat.is_some() {
-            return compat::sft(record, &renderer, encoder, data).map(Outcome::from);
+            return compat::sft(record, renderer, *encoder, data).map(Outcome::from);
         }
         let (start, segments) = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
-                let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
-                tokens.extend(encoder.encode(text)?);
-                tokens.push(encoder.eos_id());
-                return Ok(blocks(&tokens, data.max_length));
+                return Ok(blocks(&whole_text(text, *encoder)?, data.max_length));
             }
             Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
                 (renderer.first_token(dialogue), renderer.conversation(turns, 0)?)
@@ -261,7 +244,7 @@ pub fn sft_examples(
             Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
             Record::PromptOnly(_) => bail!("SFT needs an answer, and a prompt_only record has none"),
         };
-        let (mut tokens, mut mask) = encode(&segments, encoder)?;
+        let (mut tokens, mut mask) = encode(&segments, *encoder)?;
         if let Some(first) = start {
             tokens.insert(0, first);
             mask.insert(0, false);
@@ -269,8 +252,49 @@ pub fn sft_examples(
         if !completion_only {
             mask.fill(true);
         }
-        fit(tokens, mask, &segments, data, encoder)
-    })
+        fit(tokens, mask, &segments, data, *encoder)
+    }
+}
+
+/// A text in its tokenizer's frame: opening token where there is one, end token behind.
+fn whole_text(text: &str, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
+    let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
+    tokens.extend(encoder.encode(text)?);
+    tokens.push(encoder.eos_id());
+    Ok(tokens)
+}
+
+/// A raw text for the ptx mixture; pipeline.rs joins them and cuts the blocks.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct RawText(pub(super) Vec<u32>);
+
+impl Example for RawText {
+    fn tokens(&self) -> usize {
+        self.0.len()
+    }
+}
+
+impl Phase for RawText {
+    const NAME: &'static str = "ptx";
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, .. } = with;
+        Ok(Outcome::keep(
+            match record {
+                Record::LanguageModeling(Text::Verbatim(text)) => Self(match data.compat {
+                    Some(Compat::Dschat) => dschat::sequence(text, "", usize::MAX, *encoder)?,
+                    None => whole_text(text, *encoder)?,
+                }),
+                Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
+                    let mut tokens: Vec<u32> = renderer.first_token(dialogue).into_iter().collect();
+                    tokens.extend(encode(&renderer.conversation(turns, 0)?, *encoder)?.0);
+                    Self(tokens)
+                }
+                other => bail!("the ptx mixture needs texts, and this record is {}", other.kind()),
+            },
+            false,
+        ))
+    }
 }
 
 fn sequence((prompt, mut segments): (String, Vec<Segment>)) -> Vec<Segment> {
@@ -312,9 +336,12 @@ fn fit(
                 tokens.drain(..over);
                 mask.drain(..over);
             }
-            Truncation::Right => {
+            Truncation::Right | Truncation::KeepEnd => {
                 tokens.truncate(data.max_length);
                 mask.truncate(data.max_length);
+                if data.truncation == Truncation::KeepEnd && mask.last() == Some(&true) {
+                    tokens[data.max_length - 1] = encoder.eos_id();
+                }
             }
         }
     }
@@ -329,9 +356,6 @@ fn fit(
 
 /// Rankings for the reward model, from preferences and ranked answers.
 ///
-/// Under `truncation = "left"` the prompt loses its first tokens until the longest answer fits, under `"right"` the
-/// answers lose their last; the prompt is the same for all answers either way.
-///
 /// # Errors
 /// A record that compares nothing or one the template refuses (unless `on_bad_record = "skip"`); no sequence left.
 pub fn ranked_examples(
@@ -339,12 +363,20 @@ pub fn ranked_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<RankedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data)?;
-    let limit = data.max_length;
-    let rows = compat::rows_of(entries.len(), data, Part::Reward)?;
-    over(entries, &rows, data, |_, record| {
+    over(entries, &Encoding::new(encoder, data, true)?)
+}
+
+/// Under `truncation = "left"` the prompt loses its first tokens until the longest answer fits, under `"right"` and
+/// `"keep_end"` the answers lose their last; the prompt is the same for all answers either way.
+impl Phase for RankedExample {
+    const NAME: &'static str = "ranked";
+    const PART: Option<Part> = Some(Part::Reward);
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, .. } = with;
+        let limit = data.max_length;
         if data.compat.is_some() {
-            return compat::ranked(record, &renderer, encoder, data).map(Outcome::from);
+            return compat::ranked(record, renderer, *encoder, data).map(Outcome::from);
         }
         let Record::Ranked { prompt, answers } = record else {
             bail!(
@@ -352,10 +384,10 @@ pub fn ranked_examples(
                 record.kind()
             );
         };
-        let mut tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), encoder)?;
+        let mut tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
         let mut encoded = Vec::with_capacity(answers.len());
         for answer in answers {
-            encoded.push(encode(&renderer.answer(prompt, answer)?.1, encoder)?.0);
+            encoded.push(encode(&renderer.answer(prompt, answer)?.1, *encoder)?.0);
         }
         let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
         let over = (tokens.len() + longest).saturating_sub(limit);
@@ -364,21 +396,27 @@ pub fn ranked_examples(
             Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
             Truncation::Left if over < tokens.len() => drop(tokens.drain(..over)),
             Truncation::Left => return Ok(Outcome::Drop(format!("with an answer longer than max_length = {limit}"))),
-            Truncation::Right if tokens.len() >= limit => {
+            Truncation::Right | Truncation::KeepEnd if tokens.len() >= limit => {
                 return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
             }
             Truncation::Right => encoded.iter_mut().for_each(|answer| answer.truncate(limit - tokens.len())),
+            Truncation::KeepEnd => {
+                let room = limit - tokens.len();
+                for answer in encoded.iter_mut().filter(|answer| answer.len() > room) {
+                    answer.truncate(room);
+                    answer[room - 1] = encoder.eos_id();
+                }
+            }
         }
         if encoded.iter().collect::<BTreeSet<_>>().len() < encoded.len() {
             // Different texts: only a cut, or a tokenizer that normalises, makes them equal.
             return Ok(Outcome::Drop("with answers that are the same tokens".to_owned()));
         }
         Ok(Outcome::keep(RankedExample { prompt: tokens, answers: encoded }, over > 0))
-    })
+    }
 }
 
-/// Judged answers for KTO: from unpaired records, and from preferences, whose chosen answer counts as good and whose
-/// rejected one as bad (as in TRL).
+/// Judged answers for KTO.
 ///
 /// # Errors
 /// A record without a verdict, a ranking of more than two, one the template refuses (unless `on_bad_record = "skip"`); no
@@ -388,10 +426,17 @@ pub fn judged_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<JudgedExample>, Report)> {
-    let renderer = Renderer::new(encoder, data)?;
-    let limit = data.max_length;
-    let rows: Vec<usize> = (0..entries.len()).collect();
-    over(entries, &rows, data, |_, record| {
+    over(entries, &Encoding::new(encoder, data, true)?)
+}
+
+/// From unpaired records, and from preferences, whose chosen answer counts as good and whose rejected one as bad (as in
+/// TRL).
+impl Phase for JudgedExample {
+    const NAME: &'static str = "judged";
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, .. } = with;
+        let limit = data.max_length;
         let (prompt, judged) = match record {
             Record::Unpaired { prompt, completion, label } => (prompt, vec![(completion, *label)]),
             Record::Ranked { prompt, answers } if answers.len() == 2 => {
@@ -402,10 +447,10 @@ pub fn judged_examples(
                 record.kind()
             ),
         };
-        let tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), encoder)?;
+        let tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
         let (mut examples, mut truncated) = (Vec::new(), false);
         for (answer, good) in judged {
-            let (mut prompt, mut answer) = (tokens.clone(), encode(&renderer.answer(prompt, answer)?.1, encoder)?.0);
+            let (mut prompt, mut answer) = (tokens.clone(), encode(&renderer.answer(prompt, answer)?.1, *encoder)?.0);
             let over = (prompt.len() + answer.len()).saturating_sub(limit);
             match data.truncation {
                 _ if over == 0 => {}
@@ -414,20 +459,23 @@ pub fn judged_examples(
                 Truncation::Left => {
                     return Ok(Outcome::Drop(format!("with an answer longer than max_length = {limit}")));
                 }
-                Truncation::Right if prompt.len() >= limit => {
+                Truncation::Right | Truncation::KeepEnd if prompt.len() >= limit => {
                     return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
                 }
                 Truncation::Right => answer.truncate(limit - prompt.len()),
+                Truncation::KeepEnd => {
+                    answer.truncate(limit - prompt.len() - 1);
+                    answer.push(encoder.eos_id());
+                }
             }
             truncated |= over > 0;
             examples.push(JudgedExample { prompt, answer, good });
         }
         Ok(Outcome::Keep { examples, truncated })
-    })
+    }
 }
 
-/// Prompts for PPO, from any record that has one. A prompt longer than `max_prompt_length` is dropped and counted, never
-/// cut, as in DeepSpeed-Chat.
+/// Prompts for PPO, from any record that has one.
 ///
 /// # Errors
 /// A record without prompt or one the template refuses (unless `on_bad_record = "skip"`); no prompt left.
@@ -436,9 +484,20 @@ pub fn prompt_examples(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
-    let renderer = Renderer::new(encoder, data)?;
-    let rows = compat::rows_of(entries.len(), data, Part::Ppo)?;
-    over(entries, &rows, data, |entry, record| {
+    over(entries, &Encoding::new(encoder, data, true)?)
+}
+
+/// A prompt longer than `max_prompt_length` is dropped and counted, never cut, as in DeepSpeed-Chat.
+impl Phase for PromptExample {
+    const NAME: &'static str = "prompt";
+    const PART: Option<Part> = Some(Part::Ppo);
+
+    fn of_record(self, number: usize) -> Self {
+        Self { entry: number, ..self }
+    }
+
+    fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
+        let Encoding { encoder, renderer, data, .. } = with;
         let opening;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
@@ -454,13 +513,13 @@ pub fn prompt_examples(
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
         let (tokens, text) = match data.compat {
-            Some(Compat::Dschat) => match compat::prompt(prompt, &renderer, encoder, data)? {
+            Some(Compat::Dschat) => match compat::prompt(prompt, renderer, *encoder, data)? {
                 Ok(made) => made,
                 Err(reason) => return Ok(Outcome::Drop(reason)),
             },
             None => {
                 let text = renderer.prompt(prompt)?;
-                (encode_prompt(&text, renderer.first_token(prompt), encoder)?, text)
+                (encode_prompt(&text, renderer.first_token(prompt), *encoder)?, text)
             }
         };
         if tokens.len() > data.max_prompt_length {
@@ -473,6 +532,6 @@ pub fn prompt_examples(
             }
             _ => None,
         };
-        Ok(Outcome::keep(PromptExample { tokens, text, answer, entry }, false))
-    })
+        Ok(Outcome::keep(PromptExample { tokens, text, answer, entry: 0 }, false))
+    }
 }

@@ -138,6 +138,14 @@ pub fn splits(preset: Preset) -> Splits {
     of(preset).splits
 }
 
+/// The split of that set to train on.
+pub fn train_split(preset: Preset) -> &'static str {
+    match splits(preset) {
+        Splits::Named { train, .. } => train,
+        Splits::NineToOne => "train",
+    }
+}
+
 /// The presets whose columns no other format has, so that a record shows its origin.
 pub(super) fn recognised(object: &Object) -> Option<Preset> {
     [Preset::Webgpt, Preset::Shp].into_iter().find(|&preset| {

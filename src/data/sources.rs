@@ -44,6 +44,11 @@ pub(super) fn open(config: &Data) -> Result<Sources> {
 }
 
 impl Sources {
+    /// All files that are read.
+    pub(super) fn files(&self) -> impl Iterator<Item = &PathBuf> {
+        self.sources.iter().flat_map(|(_, files)| &files.files)
+    }
+
     /// Files of the folders and patterns that are not read.
     pub(super) fn ignored(&self) -> impl Iterator<Item = &PathBuf> {
         self.sources.iter().flat_map(|(_, files)| &files.ignored)

@@ -7,6 +7,7 @@ pub mod adapter;
 pub mod base;
 pub mod batch;
 pub mod block;
+mod byte_bpe;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;

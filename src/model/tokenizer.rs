@@ -3,12 +3,15 @@
 
 use std::fs;
 use std::path::Path;
+use std::sync::OnceLock;
 
 use anyhow::Result;
 use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
 use tokenizers::models::ModelWrapper;
 
 use crate::invalid;
+use crate::model::byte_bpe::{ByteBpe, Memory};
 use crate::model::chat_template::{self, GenerationPrompt, Message, TemplateTokens};
 use crate::model::gguf::Gguf;
 use crate::model::gguf_tokenizer;
@@ -47,6 +50,10 @@ pub struct Tokenizer {
     source: String,
     /// Rows of the embedding: an id past them would have no vector.
     rows: usize,
+    /// Of all its files.
+    hash: [u8; 32],
+    /// Made when a [`Bulk`] first asks.
+    fast: OnceLock<Option<ByteBpe>>,
 }
 
 impl Tokenizer {
@@ -81,6 +88,8 @@ impl Tokenizer {
             bos,
             eos,
             rows: usize::MAX,
+            hash: hash_of(&files),
+            fast: OnceLock::new(),
             source: source.to_owned(),
             inner,
         })
@@ -137,6 +146,16 @@ impl Tokenizer {
         self
     }
 
+    /// Differs between tokenizers that may give a text different ids or another end: SHA-256 of all the files' texts, the
+    /// ends of text and the number of embeddings.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut hash = Sha256::new_with_prefix(self.hash);
+        for number in self.eos_ids.iter().map(|&id| id as usize).chain([self.rows]) {
+            hash.update((number as u64).to_le_bytes());
+        }
+        hash.finalize().into()
+    }
+
     /// Token ids of `text`. Special tokens that are spelled out in the text become their ids. Within a run of about a
     /// million white-space characters the split pattern gives up backtracking, and the ids are not transformers'.
     ///
@@ -148,6 +167,17 @@ impl Tokenizer {
             .encode_fast(text, special_tokens == SpecialTokens::Add)
             .map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))?;
         let ids = encoding.get_ids().to_vec();
+        self.check(&ids)?;
+        Ok(ids)
+    }
+
+    /// For many texts: the ids of [`Tokenizer::encode`] with [`SpecialTokens::None`], as fast as can be.
+    pub fn bulk(&self) -> Bulk<'_> {
+        let fast = self.fast.get_or_init(|| ByteBpe::of(&self.inner)).as_ref();
+        Bulk { tokenizer: self, fast, memory: Memory::default() }
+    }
+
+    fn check(&self, ids: &[u32]) -> Result<()> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
             return Err(invalid!(
                 "{}: the tokenizer yields token {id} ({:?}) and the model has {} embeddings; the tokenizer is of \
@@ -157,7 +187,7 @@ impl Tokenizer {
                 self.rows
             ));
         }
-        Ok(ids)
+        Ok(())
     }
 
     /// The text of `ids` without special tokens.
@@ -254,6 +284,35 @@ impl Tokenizer {
     }
 }
 
+/// An encoder with a memory of the words it has met.
+pub struct Bulk<'t> {
+    tokenizer: &'t Tokenizer,
+    fast: Option<&'t ByteBpe>,
+    memory: Memory,
+}
+
+impl Bulk<'_> {
+    /// Token ids of `text` and nothing around them.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
+        if let Some(fast) = self.fast {
+            let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+            if fast.encode(&self.tokenizer.inner, text, &mut self.memory, &mut ids)? {
+                self.tokenizer.check(&ids)?;
+                return Ok(ids);
+            }
+        }
+        self.tokenizer.encode(text, SpecialTokens::None)
+    }
+
+    /// Is the tokenizer one that has a short way, or does every text go through the tokenizers crate?
+    pub fn is_fast(&self) -> bool {
+        self.fast.is_some()
+    }
+}
+
 /// Decodes token by token and holds back what is not yet whole characters.
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
@@ -297,6 +356,16 @@ impl TextStream<'_> {
         let whole = self.tokenizer.decode(&self.ids)?;
         Ok(whole.get(before.len()..).unwrap_or_default().to_owned())
     }
+}
+
+fn hash_of(files: &TokenizerFiles<'_>) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for text in [Some(files.tokenizer), files.config, files.special_tokens_map, files.chat_template] {
+        // Absent and empty differ, and no border can move.
+        hash.update(text.map_or(u64::MAX, |text| text.len() as u64).to_le_bytes());
+        hash.update(text.unwrap_or_default());
+    }
+    hash.finalize().into()
 }
 
 fn json_object(text: Option<&str>, source: &str, name: &str) -> Result<Map<String, Value>> {

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, check_context, held_out, prepare_output, records, save};
+use super::{Model, check_context, prepare_output, prepared, save};
 use crate::config::Config;
-use crate::data::ModelEncoder;
-use crate::data::phases::{RankedExample, judged_examples, ranked_examples};
+use crate::data::Prepared;
+use crate::data::examples::Examples;
+use crate::data::phases::{JudgedExample, RankedExample};
 use crate::dpo::{kto, pairs};
 use crate::model::adapter::Adapter;
 use crate::report::{Report, number};
@@ -30,11 +31,9 @@ fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(A
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.dpo();
     let model = Model::of_section(&config.base)?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
-    let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);
-    check_context(&model, examples.0.iter().map(lengths))?;
-    let (train, held_out) = held_out(config, examples)?;
+    let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    check_context(&model, data.train.longest_sequence())?;
+    let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[dpo] adapter")?;
     prepare_output(out, "dpo", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;
@@ -59,12 +58,11 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
 pub(super) fn run_kto(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.kto();
     let model = Model::of_section(&config.base)?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = judged_examples(&records(config)?, &encoder, config.data()?)?;
+    let data: Prepared<JudgedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     // The KL term puts answers after each other's prompts.
-    let longest = |of: fn(&crate::data::phases::JudgedExample) -> usize| examples.0.iter().map(of).max().unwrap_or(0);
-    check_context(&model, std::iter::once(longest(|e| e.prompt.len()) + longest(|e| e.answer.len())))?;
-    let (train, held_out) = held_out(config, examples)?;
+    let longest = |of: fn(&JudgedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
+    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.answer.len()))?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     prepare_output(out, "kto", &config.to_toml()?)?;
     let mut report = Report::to_dir(out)?;

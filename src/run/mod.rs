@@ -17,8 +17,11 @@ use anyhow::Result;
 use serde_json::Value;
 
 use crate::config::{Config, Stage};
-use crate::data::{self, Entry};
+use crate::data::cache::Stored;
+use crate::data::phases::Phase;
+use crate::data::{self, Prepared};
 use crate::model::adapter::Adapter;
+use crate::model::tokenizer::Tokenizer;
 use crate::report::number;
 use crate::{invalid, memory};
 
@@ -49,37 +52,30 @@ pub fn stage(stage: Stage, config: &Config, out: &Path) -> Result<Value> {
     Ok(object)
 }
 
-/// All records of `[data]`.
-fn records(config: &Config) -> Result<Vec<Entry>> {
-    let dataset = data::load(config.data()?)?;
-    if let Some(first) = dataset.ignored.first() {
-        eprintln!("data: {} files are not read, {} is the first", dataset.ignored.len(), first.display());
-    }
-    if dataset.skipped > 0 {
-        eprintln!("data: {} records skipped; {}", dataset.skipped, dataset.first_skipped.unwrap_or_default());
-    }
-    Ok(dataset.entries)
-}
-
 /// Refuses a sequence that the base cannot take, before anything is made or trained.
-fn check_context(model: &Model, lengths: impl Iterator<Item = usize>) -> Result<()> {
+fn check_context(model: &Model, longest: usize) -> Result<()> {
     let context = model.base.config().max_position_embeddings;
-    match lengths.max() {
-        Some(longest) if longest > context => Err(invalid!(
+    match longest > context {
+        true => Err(invalid!(
             "[data] a sequence of {longest} tokens is longer than the model's context of {context}; set max_length = \
              {context} or less"
         )),
-        _ => Ok(()),
+        false => Ok(()),
     }
 }
 
-/// Says what became of the records, refuses an empty phase, and holds some examples out: (training, held-out).
-fn held_out<T>(config: &Config, (examples, report): (Vec<T>, data::phases::Report)) -> Result<(Vec<T>, Vec<T>)> {
-    eprintln!("data: {report}");
-    if examples.is_empty() {
-        return Err(invalid!("[data] no record can be used ({report})"));
+/// The examples of `[data]` for a stage, with a word on what became of the records.
+fn prepared<T: Phase + Stored>(config: &Config, tokenizer: &Tokenizer, completion_only: bool) -> Result<Prepared<T>> {
+    let prepared: Prepared<T> = data::prepare(config.data()?, tokenizer, config.seed, completion_only)?;
+    if let Some(first) = prepared.ignored.first() {
+        eprintln!("data: {} files are not read, {} is the first", prepared.ignored.len(), first.display());
     }
-    data::split(examples, config.data()?.eval_size(), config.seed)
+    let report = &prepared.report;
+    match &prepared.cache {
+        Some(path) => eprintln!("data: {report}; tokens in {}", path.display()),
+        None => eprintln!("data: {report}"),
+    }
+    Ok(prepared)
 }
 
 /// Saves under its base's name; returns the path as text.

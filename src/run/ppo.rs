@@ -1,5 +1,6 @@
 //! `fourfold ppo`, with the evaluation on held-out prompts before and after. Read ../ppo/train.rs for the stage.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::path::Path;
 
@@ -7,10 +8,11 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::rewards::{Adapters, Workshop};
-use super::{Model, held_out, prepare_output, records, save};
+use super::{Model, prepare_output, prepared, save};
 use crate::config::{Config, CriticStart, Data};
+use crate::data::examples::{Examples, Ids};
 use crate::data::phases::{PromptExample, TextEncoder, prompt_examples};
-use crate::data::{Entry, ModelEncoder};
+use crate::data::{self, ModelEncoder, Prepared};
 use crate::model::adapter::Adapter;
 use crate::ppo::evaluate::{Evaluation, Judges};
 use crate::report::Report;
@@ -26,18 +28,18 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let entries = records(config)?;
-    let examples = prompt_examples(&entries, &encoder, config.data()?)?;
+    let Prepared { train: prompts, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let asked: Vec<PromptExample> = (0..held_out.len().min(settings.eval_prompts))
+        .map(|row| held_out.get(row).map(Cow::into_owned))
+        .collect::<Result<_>>()?;
     let reward_encoder = ModelEncoder::new(scorer.checkpoint.tokenizer())?;
     let translated = match first_difference(&model, scorer) {
         None => None,
         Some(difference) => {
             eprintln!("ppo: {difference}: the reward model reads prompts and answers in its own tokens");
-            Some(translate(&entries, &examples.0, &reward_encoder, scorer, config)?)
+            Some(translate(all_prompts(&prompts, &asked), &reward_encoder, scorer, config)?)
         }
     };
-    let (prompts, held_out) = held_out(config, examples)?;
     let sft = match &settings.adapter {
         Some(path) => model
             .adapter(path)
@@ -48,14 +50,13 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     };
     let adapters = Adapters::open(settings, scorer)?;
     let start = start(&model, scorer, &sft, adapters.main(), translated.is_some());
-    let ids: Vec<Vec<u32>> = prompts.iter().map(|p| p.tokens.clone()).collect();
-    let asked = &held_out[..held_out.len().min(settings.eval_prompts)];
-    let asked_ids: Vec<Vec<u32>> = asked.iter().map(|p| p.tokens.clone()).collect();
-    ppo::train::check(start, &[&ids[..], &asked_ids].concat(), settings)?;
+    let ids = Ids(&prompts);
+    ppo::train::check(start, &ids, settings)?;
     let workshop = Workshop {
         scorer,
         retokenise: translated.as_ref().map(|prompts| (&reward_encoder as &dyn TextEncoder, prompts)),
-        prompts: prompts.iter().chain(asked).collect(),
+        prompts: &prompts,
+        asked: &asked,
     };
     let source = workshop.source(settings, &adapters)?;
     let gold = workshop.gold(settings, &adapters)?;
@@ -68,7 +69,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         sft: &sft,
         source: &*source,
         gold: gold.as_deref(),
-        prompts: asked,
+        prompts: &asked,
         stop,
         decode: &decode,
     };
@@ -130,22 +131,44 @@ fn first_difference(policy: &Model, scorer: &Model) -> Option<String> {
     Some(format!("token {id} is {theirs:?} in [reward_base] and {ours:?} in [base]"))
 }
 
+/// Those to train on, then those held out.
+pub(super) fn all_prompts<'p>(
+    prompts: &'p dyn Examples<PromptExample>,
+    asked: &'p [PromptExample],
+) -> impl Iterator<Item = Result<Cow<'p, PromptExample>>> {
+    (0..prompts.len()).map(|row| prompts.get(row)).chain(asked.iter().map(|prompt| Ok(Cow::Borrowed(prompt))))
+}
+
 /// The policy's prompt ids -> the same records' prompts as the reward model's template and tokenizer make them.
-fn translate(
-    entries: &[Entry],
-    prompts: &[PromptExample],
+fn translate<'p>(
+    prompts: impl Iterator<Item = Result<Cow<'p, PromptExample>>>,
     encoder: &dyn TextEncoder,
     scorer: &Model,
     config: &Config,
 ) -> Result<HashMap<Vec<u32>, Vec<u32>>> {
-    let kept: Vec<Entry> = prompts.iter().map(|prompt| entries[prompt.entry].clone()).collect();
+    let mut asked_of = HashMap::new();
+    for prompt in prompts {
+        let prompt = prompt?;
+        asked_of.insert(prompt.entry, prompt.tokens.clone());
+    }
+    let (mut ours, mut entries, mut number) = (vec![], vec![], 0);
+    data::scan(config.data()?, &mut |found| {
+        if let Ok(entry) = found {
+            if let Some(tokens) = asked_of.remove(&number) {
+                ours.push(tokens);
+                entries.push(entry);
+            }
+            number += 1;
+        }
+        Ok(true)
+    })?;
     // Room for one token of an answer.
     let max_prompt_length = scorer.base.config().max_position_embeddings - 1;
     // They are one phase's already: no second split.
     let data = Data { max_prompt_length, compat: None, ..config.data()?.clone() };
-    let (theirs, report) = prompt_examples(&kept, encoder, &data)?;
-    if theirs.len() != prompts.len() {
+    let (theirs, report) = prompt_examples(&entries, encoder, &data)?;
+    if theirs.len() != ours.len() {
         return Err(invalid!("[reward_base] not every prompt fits the reward model: {report}"));
     }
-    Ok(prompts.iter().zip(theirs).map(|(ours, theirs)| (ours.tokens.clone(), theirs.tokens)).collect())
+    Ok(ours.into_iter().zip(theirs.into_iter().map(|prompt| prompt.tokens)).collect())
 }

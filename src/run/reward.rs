@@ -5,21 +5,18 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, check_context, held_out, prepare_output, records, save};
+use super::{Model, check_context, prepare_output, prepared, save};
 use crate::config::Config;
-use crate::data::ModelEncoder;
-use crate::data::phases::{RankedExample, ranked_examples};
+use crate::data::Prepared;
+use crate::data::examples::Examples;
 use crate::report::{Report, number};
 use crate::reward;
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.reward();
     let model = Model::of_section(config.reward_base())?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = ranked_examples(&records(config)?, &encoder, config.data()?)?;
-    let lengths = |e: &RankedExample| e.prompt.len() + e.answers.iter().map(Vec::len).max().unwrap_or(0);
-    check_context(&model, examples.0.iter().map(lengths))?;
-    let (train, held_out) = held_out(config, examples)?;
+    let Prepared { train, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
+    check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
         Some(path) => {
             model.adapter(path).context("[reward] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)

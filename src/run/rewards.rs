@@ -8,7 +8,9 @@ use anyhow::{Context, Result};
 use regex::Regex;
 
 use super::Model;
+use super::ppo::all_prompts;
 use crate::config::{Ppo, RewardKind, RewardPart};
+use crate::data::examples::Examples;
 use crate::data::phases::{PromptExample, TextEncoder};
 use crate::invalid;
 use crate::model::adapter::Adapter;
@@ -65,8 +67,10 @@ pub(super) struct Workshop<'w> {
     pub scorer: &'w Model,
     /// Where its tokens are not the policy's.
     pub retokenise: Option<Translation<'w>>,
-    /// Every prompt of the run, held-out ones included.
-    pub prompts: Vec<&'w PromptExample>,
+    /// The prompts to train on.
+    pub prompts: &'w dyn Examples<PromptExample>,
+    /// Those held out.
+    pub asked: &'w [PromptExample],
 }
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
@@ -132,7 +136,8 @@ impl<'w> Workshop<'w> {
     /// The records' own answers.
     fn solutions(&self) -> Result<Solutions> {
         let mut solutions = Solutions::new();
-        for prompt in &self.prompts {
+        for prompt in all_prompts(self.prompts, self.asked) {
+            let prompt = prompt?;
             let Some(answer) = &prompt.answer else {
                 return Err(invalid!(
                     "[[ppo.reward]] of kind = \"exact\" compares with the answer that a record gives, and the prompt {:?} \

@@ -5,20 +5,19 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, check_context, held_out, prepare_output, records, save};
+use super::{Model, check_context, prepare_output, prepared, save};
 use crate::config::Config;
-use crate::data::ModelEncoder;
-use crate::data::phases::sft_examples;
+use crate::data::Prepared;
+use crate::data::examples::Examples;
 use crate::report::{Report, number};
 use crate::sft;
 
 pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     let settings = config.sft();
     let model = Model::of_section(&config.base)?;
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let examples = sft_examples(&records(config)?, &encoder, config.data()?, settings.completion_only_loss)?;
-    check_context(&model, examples.0.iter().map(|e| e.tokens.len()))?;
-    let (train, held_out) = held_out(config, examples)?;
+    let data = prepared(config, model.checkpoint.tokenizer(), settings.completion_only_loss)?;
+    let Prepared { train, held_out, .. } = data;
+    check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
         Some(path) => {
             model.adapter(path).context("[sft] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)

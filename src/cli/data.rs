@@ -1,0 +1,299 @@
+//! `data`: what a stage would train on, before it does: counts, lengths, what was dropped and why, and examples with the
+//! loss mask in colour. Knows no training.
+
+use std::fmt::Write as _;
+use std::io::IsTerminal;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::config::{self, Config};
+use crate::data::cache::Stored;
+use crate::data::examples::Examples;
+use crate::data::phases::{JudgedExample, Phase, PromptExample, RankedExample, SftExample};
+use crate::data::{self, Prepared};
+use crate::invalid;
+use crate::memory::peak_rss_bytes;
+use crate::model::checkpoint::Checkpoint;
+use crate::model::tokenizer::Tokenizer;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    Sft,
+    Reward,
+    Dpo,
+    Kto,
+    Ppo,
+}
+
+#[derive(Args)]
+pub(super) struct Show {
+    /// The TOML file of a stage.
+    config: PathBuf,
+    /// For which stage; else the one whose section the file has.
+    #[arg(long, value_enum)]
+    phase: Option<Stage>,
+    /// So many training examples are shown.
+    #[arg(long, default_value_t = 3)]
+    head: usize,
+    /// Changes one key: --set data.max_length=256
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn show(args: &Show) -> Result<()> {
+    let config = config::load(&args.config, &args.set)?;
+    let stage = match args.phase {
+        Some(stage) => stage,
+        None => only_stage(&config)?,
+    };
+    let base = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+    let checkpoint = Checkpoint::open(&base.path)?;
+    let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args };
+    match stage {
+        Stage::Sft => look.at::<SftExample>("sft", config.sft().completion_only_loss, sft_pieces),
+        Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
+        Stage::Dpo => look.at::<RankedExample>("dpo", true, ranked_pieces),
+        Stage::Kto => {
+            look.at::<JudgedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.answer[..], true)]])
+        }
+        Stage::Ppo => look.at::<PromptExample>("ppo", true, |e| vec![vec![(&e.tokens[..], false)]]),
+    }
+}
+
+fn only_stage(config: &Config) -> Result<Stage> {
+    let sections = [
+        config.sft.is_some().then_some(Stage::Sft),
+        config.reward.is_some().then_some(Stage::Reward),
+        config.dpo.is_some().then_some(Stage::Dpo),
+        config.kto.is_some().then_some(Stage::Kto),
+        config.ppo.is_some().then_some(Stage::Ppo),
+    ];
+    let mut there = sections.into_iter().flatten();
+    match (there.next(), there.next()) {
+        (Some(stage), None) => Ok(stage),
+        _ => Err(invalid!("the file has not exactly one stage's section; say --phase sft, reward, dpo, kto or ppo")),
+    }
+}
+
+/// Token runs and whether the stage learns them, a list a sequence.
+type Pieces<'e> = Vec<Vec<(&'e [u32], bool)>>;
+
+fn sft_pieces(example: &SftExample) -> Pieces<'_> {
+    let mut from = 0;
+    let runs = example.loss_mask.chunk_by(|a, b| a == b).map(|run| {
+        let tokens = &example.tokens[from..from + run.len()];
+        from += run.len();
+        (tokens, run[0])
+    });
+    vec![runs.collect()]
+}
+
+/// Every answer after the prompt; what it shares with the best one (for the best, with the next) is not marked.
+fn ranked_pieces(example: &RankedExample) -> Pieces<'_> {
+    let answers = example.answers.iter().enumerate();
+    let pieces = answers.map(|(number, answer)| {
+        let shared = example.divergence(number, if number == 0 { 1 } else { 0 }) - example.prompt.len();
+        let (same, own) = answer.split_at(shared.min(answer.len()));
+        vec![(&example.prompt[..], false), (same, false), (own, true)]
+    });
+    pieces.collect()
+}
+
+struct Look<'a> {
+    tokenizer: &'a Tokenizer,
+    config: &'a Config,
+    args: &'a Show,
+}
+
+impl Look<'_> {
+    fn at<T: Phase + Stored>(&self, stage: &str, completion_only: bool, pieces: fn(&T) -> Pieces<'_>) -> Result<()> {
+        let found: Prepared<T> = data::prepare(self.config.data()?, self.tokenizer, self.config.seed, completion_only)?;
+        let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
+        lengths.sort_unstable();
+        let report = &found.report;
+        let mut samples = vec![];
+        for row in 0..self.args.head.min(found.train.len()) {
+            samples.push(self.sample(&pieces(&*found.train.get(row)?))?);
+        }
+        if self.args.json {
+            let sources = report.sources.iter().map(|(file, records)| json!({"file": file, "records": records}));
+            let histogram =
+                histogram(&lengths).into_iter().map(|(to, count)| json!({"tokens_below": to, "count": count}));
+            let samples = samples.iter().map(|sequences| {
+                let pieces = |s: &Vec<Piece>| {
+                    s.iter().map(|p| json!({"text": p.text, "learnt": p.learnt, "tokens": p.tokens})).collect::<Value>()
+                };
+                sequences.iter().map(pieces).collect::<Value>()
+            });
+            return super::print_json(&json!({
+                "phase": stage,
+                "sources": sources.collect::<Value>(),
+                "records": report.read,
+                "sequences": report.kept,
+                "truncated": report.truncated,
+                "dropped": report.dropped,
+                "first_bad": report.first_bad,
+                "train": found.train.len(),
+                "held_out": found.held_out.len(),
+                "tokens": {
+                    "total": lengths.iter().sum::<usize>(),
+                    "shortest": lengths.first(),
+                    "median": lengths.get(lengths.len() / 2),
+                    "p95": lengths.get(lengths.len() * 95 / 100),
+                    "longest": lengths.last(),
+                },
+                "histogram": histogram.collect::<Value>(),
+                "samples": samples.collect::<Value>(),
+                "cache": found.cache.as_ref().map(|path| path.display().to_string()),
+                "peak_rss_mib": peak_rss_bytes().map(|bytes| bytes >> 20),
+            }));
+        }
+        let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+        super::say(&text(stage, &found, &lengths, &samples, colour))
+    }
+
+    fn sample(&self, sequences: &Pieces<'_>) -> Result<Vec<Vec<Piece>>> {
+        let piece = |&(tokens, learnt): &(&[u32], bool)| {
+            let text = self.tokenizer.decode_with_special_tokens(tokens)?;
+            Ok(Piece { text, learnt, tokens: tokens.len() })
+        };
+        let sequence = |pieces: &Vec<(&[u32], bool)>| pieces.iter().filter(|p| !p.0.is_empty()).map(piece).collect();
+        sequences.iter().map(sequence).collect()
+    }
+}
+
+struct Piece {
+    text: String,
+    learnt: bool,
+    tokens: usize,
+}
+
+/// (end, count) of some ten equal spans of sorted lengths; an example of `end` tokens stands in the next.
+fn histogram(sorted: &[usize]) -> Vec<(usize, usize)> {
+    let Some(&longest) = sorted.last() else { return vec![] };
+    // Round ends are read more easily: 1, 2 or 5 with zeros.
+    let wanted = (longest + 1).div_ceil(10);
+    let steps = (0..20).flat_map(|zeros| [1, 2, 5].map(|digit| digit * 10usize.pow(zeros)));
+    let step = steps.into_iter().find(|&step| step >= wanted).unwrap_or(wanted);
+    let below = |end: usize| sorted.partition_point(|&length| length < end);
+    (1..=longest / step + 1).map(|bin| (bin * step, below(bin * step) - below((bin - 1) * step))).collect()
+}
+
+const BAR: usize = 40;
+
+fn text<T: Phase>(
+    stage: &str,
+    found: &Prepared<T>,
+    lengths: &[usize],
+    samples: &[Vec<Vec<Piece>>],
+    colour: bool,
+) -> String {
+    let report = &found.report;
+    let mut out = String::new();
+    for (file, records) in &report.sources {
+        let _ = writeln!(out, "{records:>9} records  {}", plain(file));
+    }
+    let _ = writeln!(
+        out,
+        "{:>9} sequences for {stage}: {} to train on, {} held out",
+        report.kept,
+        found.train.len(),
+        found.held_out.len()
+    );
+    if report.truncated > 0 {
+        let _ = writeln!(out, "{:>9} of them truncated", report.truncated);
+    }
+    for (reason, count) in &report.dropped {
+        let _ = writeln!(out, "{count:>9} dropped: {reason}");
+    }
+    if let Some(first) = &report.first_bad {
+        let _ = writeln!(out, "          the first bad one: {}", plain(first));
+    }
+    if let Some(path) = &found.cache {
+        let _ = writeln!(out, "          tokens in {}", path.display());
+    }
+    let total: usize = lengths.iter().sum();
+    let at = |percent: usize| lengths.get(lengths.len() * percent / 100).copied().unwrap_or(0);
+    let _ = writeln!(
+        out,
+        "\ntokens of a training example: {total} in all, median {}, 95% below {}, longest {}",
+        at(50),
+        at(95),
+        lengths.last().unwrap_or(&0)
+    );
+    let bins = histogram(lengths);
+    let most = bins.iter().map(|bin| bin.1).max().unwrap_or(0).max(1);
+    for (end, count) in &bins {
+        let bar = "█".repeat((count * BAR).div_ceil(most));
+        let _ = writeln!(out, "  below {end:>6} {bar:<BAR$} {count}");
+    }
+    let (open, close, quiet) = if colour { ("\x1b[32m", "\x1b[0m", "\x1b[2m") } else { ("⟦", "⟧", "") };
+    let meaning = match stage {
+        "sft" => "the loss is on",
+        "reward" => "the answers differ in",
+        _ => "",
+    };
+    for (number, sequences) in samples.iter().enumerate() {
+        let _ = writeln!(out, "\n── example {} ──", number + 1);
+        if number == 0 && !meaning.is_empty() {
+            let _ = writeln!(out, "({meaning} {open}this{close})");
+        }
+        for (rank, pieces) in sequences.iter().enumerate() {
+            if sequences.len() > 1 {
+                let _ = writeln!(out, "── answer {}{} ──", rank + 1, if rank == 0 { ", the best" } else { "" });
+            }
+            for piece in pieces {
+                let (before, after) = match piece.learnt {
+                    true => (open, close),
+                    false => (quiet, if colour { close } else { "" }),
+                };
+                let _ = write!(out, "{before}{}{after}", plain(&piece.text));
+            }
+            out.push('\n');
+        }
+    }
+    out
+}
+
+/// Data must not steer the terminal.
+fn plain(text: &str) -> String {
+    let shown =
+        |c: char| if c.is_control() && c != '\n' && c != '\t' { c.escape_unicode().to_string() } else { c.to_string() };
+    text.chars().map(shown).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_histogram_counts_every_example_once_in_about_ten_round_spans() {
+        for longest in [1, 9, 10, 11, 99, 100, 513, 4096] {
+            let lengths: Vec<usize> = (1..=longest).collect();
+            let bins = histogram(&lengths);
+            assert_eq!(bins.iter().map(|bin| bin.1).sum::<usize>(), longest, "{longest}");
+            assert!(bins.len() <= 11 && bins.last().unwrap().0 > longest, "{bins:?}");
+        }
+        assert!(histogram(&[]).is_empty());
+    }
+
+    #[test]
+    fn an_escape_sequence_in_the_data_is_shown_not_sent() {
+        assert_eq!(plain("a\x1b[2Jb\n\tc"), "a\\u{1b}[2Jb\n\tc");
+    }
+
+    #[test]
+    fn answers_are_marked_from_where_they_differ() {
+        let example = RankedExample { prompt: vec![1, 2], answers: vec![vec![5, 6], vec![5, 7, 8]] };
+        let marked: Vec<_> = ranked_pieces(&example).into_iter().map(|mut pieces| pieces.remove(2)).collect();
+        assert_eq!(marked, [(&[6u32][..], true), (&[7, 8][..], true)]);
+        let example = SftExample { tokens: vec![1, 2, 3, 4], loss_mask: vec![false, true, true, false] };
+        assert_eq!(sft_pieces(&example), [vec![(&[1u32][..], false), (&[2, 3], true), (&[4], false)]]);
+    }
+}

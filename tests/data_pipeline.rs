@@ -1,0 +1,537 @@
+//! Files -> tokens -> examples at any size: one result for any number of threads and any store, caches that are stale,
+//! damaged or made by two processes at once, masks that give the answers back, splits by prompt, blocks of raw text.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use fourfold::config::{Compat, Data, Paths, Source, Template, Truncation};
+use fourfold::data::examples::{Example, Examples};
+use fourfold::data::phases::{Phase, PromptExample, RankedExample, SftExample};
+use fourfold::data::{self, Message, ModelEncoder, Prepared, cache::Stored};
+use fourfold::model::checkpoint::Checkpoint;
+use fourfold::model::tokenizer::{SpecialTokens, Tokenizer};
+use fourfold::quickstart::base::BASE;
+use fourfold::rng::SplitMix64;
+use serde_json::{Value, json};
+
+fn checkpoint() -> Checkpoint {
+    Checkpoint::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights)
+        .unwrap()
+}
+
+const WORDS: [&str; 12] =
+    ["soup", "the", "Blue Door", "was", "don't", "42", "  ", "very", "Zürich", "東京", "cold.\n", "why?"];
+
+fn words(rng: &mut SplitMix64, most: usize) -> String {
+    let some: Vec<&str> = (0..1 + rng.below(most)).map(|_| WORDS[rng.below(WORDS.len())]).collect();
+    format!("x{}", some.join(" "))
+}
+
+/// Pairs as a script would write them; every third prompt is one of twenty.
+fn pair(rng: &mut SplitMix64, row: usize) -> Value {
+    let prompt =
+        if row.is_multiple_of(3) { format!("question {}?", rng.below(20)) } else { format!("{row} {}", words(rng, 9)) };
+    json!({"prompt": prompt, "chosen": format!("{} yes", words(rng, 30)), "rejected": words(rng, 30)})
+}
+
+fn write_pairs(path: &Path, rows: usize) {
+    let mut rng = SplitMix64::new(3);
+    let lines: Vec<String> = (0..rows).map(|row| pair(&mut rng, row).to_string()).collect();
+    fs::write(path, lines.join("\n")).unwrap();
+}
+
+fn config(path: &Path) -> Data {
+    Data { path: Paths::One(path.into()), max_length: 100, max_prompt_length: 100, ..Data::default() }
+}
+
+fn all<T: Example>(examples: &impl Examples<T>) -> Vec<T> {
+    (0..examples.len()).map(|row| examples.get(row).unwrap().into_owned()).collect()
+}
+
+fn prepared<T: Phase + Stored>(data: &Data, tokenizer: &Tokenizer) -> Prepared<T> {
+    data::prepare(data, tokenizer, 7, true).unwrap()
+}
+
+#[test]
+fn memory_cache_and_one_thread_give_the_same_examples() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 3000);
+    let data = Data { eval_rows: Some(0), ..config(&path) };
+    let encoder = ModelEncoder::new(tokenizer).unwrap();
+    let entries = data::load(&data).unwrap().entries;
+    let (plain, report) = data::phases::ranked_examples(&entries, &encoder, &data).unwrap();
+    assert!(report.dropped.values().sum::<usize>() > 0, "the lengths cross the limit: {report}");
+    let memory: Prepared<RankedExample> = prepared(&data, tokenizer);
+    assert_eq!((all(&memory.train), &memory.report, memory.cache.is_none()), (plain.clone(), &report, true));
+    let data = Data { cache_dir: Some(folder.path().join("cache")), ..data };
+    let cached: Prepared<RankedExample> = prepared(&data, tokenizer);
+    assert_eq!((all(&cached.train), &cached.report), (plain, &report));
+    assert!((0..cached.train.len()).all(|row| cached.train.tokens(row) == memory.train.tokens(row)));
+
+    let (memory, cached): (Prepared<SftExample>, Prepared<SftExample>) =
+        (prepared(&Data { cache_dir: None, ..data.clone() }, tokenizer), prepared(&data, tokenizer));
+    assert_eq!(all(&memory.train), all(&cached.train));
+    let (memory, cached): (Prepared<PromptExample>, Prepared<PromptExample>) =
+        (prepared(&Data { cache_dir: None, ..data.clone() }, tokenizer), prepared(&data, tokenizer));
+    assert_eq!(all(&memory.train), all(&cached.train));
+    let (prompts, _) = data::phases::prompt_examples(&entries, &encoder, &data).unwrap();
+    assert_eq!(all(&memory.train), prompts, "with the number of the record and its answer");
+}
+
+#[test]
+fn each_stage_gets_its_share_under_dschat_and_knows_its_records() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 100);
+    let data = Data { compat: Some(Compat::Dschat), eval_fraction: None, eval_rows: Some(0), ..config(&path) };
+    let entries = data::load(&data).unwrap().entries;
+    let encoder = ModelEncoder::new(tokenizer).unwrap();
+    let (ranked, _) = data::phases::ranked_examples(&entries, &encoder, &data).unwrap();
+    assert_eq!(all(&prepared::<RankedExample>(&data, tokenizer).train), ranked);
+    assert_eq!(ranked.len(), 40);
+    let (prompts, _) = data::phases::prompt_examples(&entries, &encoder, &data).unwrap();
+    let cached = Data { cache_dir: Some(folder.path().join("cache")), ..data.clone() };
+    assert_eq!(all(&prepared::<PromptExample>(&cached, tokenizer).train), prompts);
+    assert_eq!(prompts.len(), 40);
+}
+
+#[test]
+fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 60);
+    let cache_dir = Some(folder.path().join("cache"));
+    let data = Data { cache_dir: cache_dir.clone(), ..config(&path) };
+    let first: Prepared<SftExample> = prepared(&data, tokenizer);
+    let file = first.cache.clone().unwrap();
+    let made = |file: &Path| fs::metadata(file).unwrap().modified().unwrap();
+    let (time, bytes) = (made(&file), fs::read(&file).unwrap());
+    let again: Prepared<SftExample> = prepared(&data, tokenizer);
+    assert_eq!((made(again.cache.as_ref().unwrap()), all(&again.train)), (time, all(&first.train)));
+
+    // The split is not part of it: another one needs no new tokens.
+    let other: Prepared<SftExample> = prepared(&Data { eval_rows: Some(30), ..data.clone() }, tokenizer);
+    assert_eq!((other.cache.as_deref(), other.held_out.len(), made(&file)), (Some(&*file), 30, time));
+
+    let name = |data: &Data, seed, completion_only| {
+        let found: Prepared<SftExample> = data::prepare(data, tokenizer, seed, completion_only).unwrap();
+        found.cache.unwrap()
+    };
+    let mut names = vec![file.clone()];
+    names.push(name(&data, 8, true));
+    names.push(name(&data, 7, false));
+    names.push(name(&Data { max_length: 99, ..data.clone() }, 7, true));
+    names.push(name(&Data { truncation: Truncation::KeepEnd, ..data.clone() }, 7, true));
+    names.push(name(&Data { template: Some(Template::Chat), ..data.clone() }, 7, true));
+    names.push(name(&Data { max_rows: Some(50), ..data.clone() }, 7, true));
+    names.push(prepared::<PromptExample>(&data, tokenizer).cache.unwrap());
+    let tokenizer_of_another_end = checkpoint_with_another_end();
+    let found: Prepared<SftExample> = prepared(&data, tokenizer_of_another_end.tokenizer());
+    names.push(found.cache.unwrap());
+    write_pairs(&path, 61);
+    names.push(name(&data, 7, true));
+    let distinct: std::collections::BTreeSet<_> = names.iter().collect();
+    assert_eq!(distinct.len(), names.len(), "{names:#?}");
+
+    write_pairs(&path, 60);
+    let mut damaged = bytes.clone();
+    damaged[200] ^= 4;
+    // By a rename: what is mapped stays as it is.
+    let other = folder.path().join("damaged");
+    fs::write(&other, &damaged).unwrap();
+    fs::rename(&other, &file).unwrap();
+    let healed: Prepared<SftExample> = prepared(&data, tokenizer);
+    assert_eq!(all(&healed.train), all(&first.train));
+    assert_eq!(fs::read(&file).unwrap(), bytes, "the same bytes again");
+}
+
+fn checkpoint_with_another_end() -> Checkpoint {
+    let config: Value = serde_json::from_str(BASE.tokenizer_config).unwrap();
+    let mut config = config.as_object().unwrap().clone();
+    let tokenizer: Value = serde_json::from_str(BASE.tokenizer).unwrap();
+    let other = tokenizer["model"]["vocab"].as_object().unwrap().keys().next_back().unwrap().clone();
+    config.insert("eos_token".into(), other.into());
+    let config = Value::Object(config).to_string();
+    Checkpoint::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, &config, BASE.weights).unwrap()
+}
+
+#[test]
+fn comparisons_of_one_prompt_are_never_on_both_sides_of_the_split() {
+    let checkpoint = checkpoint();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 500);
+    let found: Prepared<RankedExample> =
+        prepared(&Data { eval_fraction: Some(0.2), ..config(&path) }, checkpoint.tokenizer());
+    let (train, held_out) = (all(&found.train), all(&found.held_out));
+    assert_eq!(train.len() + held_out.len(), found.report.kept);
+    assert!(held_out.len() * 10 >= found.report.kept, "{}", held_out.len());
+    let repeated = |e: &RankedExample| train.iter().filter(|other| other.prompt == e.prompt).count();
+    assert!(held_out.iter().all(|e| repeated(e) == 0));
+    assert!(train.iter().any(|e| repeated(e) > 1), "the data has such prompts");
+}
+
+/// The text between the roles' markers is known exactly, so what the mask marks must be it and nothing else.
+#[test]
+fn decoding_the_response_mask_gives_exactly_the_assistants_text() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let eos = tokenizer.token(tokenizer.eos_id().unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut rng = SplitMix64::new(11);
+    for template in [None, Some(Template::Chat), Some(Template::HumanAssistant), Some(Template::Plain)] {
+        let mut said = vec![];
+        let mut lines = vec![];
+        for _ in 0..120 {
+            let rounds = 1 + rng.below(4);
+            let mut turns = vec![];
+            let mut answers = vec![];
+            for _ in 0..rounds {
+                turns.push(Message::new("user", words(&mut rng, 6).trim()));
+                let answer = words(&mut rng, 12).trim().to_owned();
+                turns.push(Message::new("assistant", answer.as_str()));
+                answers.push(answer);
+            }
+            said.push(answers);
+            lines.push(json!({"messages": turns}).to_string());
+        }
+        let path = folder.path().join("dialogues.jsonl");
+        fs::write(&path, lines.join("\n")).unwrap();
+        let data = Data { template, max_length: 4000, eval_rows: Some(0), ..config(&path) };
+        let found: Prepared<SftExample> = prepared(&data, tokenizer);
+        assert_eq!(found.train.len(), said.len());
+        for (example, answers) in all(&found.train).iter().zip(&said) {
+            let mut from = 0;
+            let mut learnt = vec![];
+            for run in example.loss_mask.chunk_by(|a, b| a == b) {
+                let tokens = &example.tokens[from..from + run.len()];
+                from += run.len();
+                if run[0] {
+                    learnt.push(tokenizer.decode_with_special_tokens(tokens).unwrap());
+                }
+            }
+            let bare: Vec<&str> =
+                learnt.iter().map(|text| text.strip_suffix(&eos).unwrap_or(text).trim_start()).collect();
+            assert_eq!(bare, answers.iter().map(String::as_str).collect::<Vec<_>>(), "{template:?}");
+            assert!(learnt.last().unwrap().ends_with(&eos), "the last answer ends: {template:?}");
+        }
+    }
+}
+
+#[test]
+fn keep_end_cuts_answers_and_ends_them_and_every_cut_is_counted() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let eos = tokenizer.eos_id().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 300);
+    let whole = Data { max_length: 4000, eval_rows: Some(0), ..config(&path) };
+    let (limit, mut cut_somewhere) = (60, false);
+    let data = Data { truncation: Truncation::KeepEnd, max_length: limit, ..whole.clone() };
+    let pairs: Prepared<RankedExample> = prepared(&data, tokenizer);
+    for example in all(&pairs.train) {
+        assert!(example.longest_sequence() <= limit);
+        assert!(example.answers.iter().all(|answer| answer.last() == Some(&eos)));
+        assert!(example.answers.iter().all(|answer| answer.iter().filter(|&&token| token == eos).count() == 1));
+        cut_somewhere |= example.answers.iter().any(|answer| example.prompt.len() + answer.len() == limit);
+    }
+    let too_long = all(&prepared::<RankedExample>(&whole, tokenizer).train);
+    let too_long = too_long.iter().filter(|e| e.longest_sequence() > limit).count();
+    let dropped: usize = pairs.report.dropped.values().sum();
+    assert_eq!((cut_somewhere, pairs.report.truncated + dropped), (true, too_long), "{}", pairs.report);
+    let answers: Prepared<SftExample> = prepared(&data, tokenizer);
+    assert!(answers.report.truncated > 0);
+    assert!(all(&answers.train).iter().all(|e| e.tokens.len() <= limit && e.tokens.last() == Some(&eos)));
+}
+
+#[test]
+fn several_sets_are_split_apart_under_dschat_and_then_shuffled_together() {
+    let checkpoint = checkpoint();
+    let folder = tempfile::tempdir().unwrap();
+    let asked = |name: &str, rows: usize| {
+        let path = folder.path().join(name);
+        let lines = (0..rows).map(|row| json!({"prompt": format!("{name} {row}")}).to_string()).collect::<Vec<_>>();
+        fs::write(&path, lines.join("\n")).unwrap();
+        Source { path: Paths::One(path), ..Source::default() }
+    };
+    let sources = vec![asked("a.jsonl", 20), asked("b.jsonl", 10)];
+    let data = Data {
+        compat: Some(Compat::Dschat),
+        sources,
+        seed: 1234,
+        eval_rows: Some(0),
+        eval_fraction: None,
+        template: Some(Template::Plain),
+        ..Data::default()
+    };
+    let found: Prepared<PromptExample> = prepared(&data, checkpoint.tokenizer());
+    let rows = |size, first| {
+        let rows = data::dschat::phase_rows(1234, size, &[2.0, 4.0, 4.0], 2).unwrap();
+        rows.into_iter().map(move |row| first + row as usize)
+    };
+    let joined: Vec<usize> = rows(20, 0).chain(rows(10, 20)).collect();
+    let order = data::dschat::shuffled_rows(1234, joined.len()).unwrap();
+    let expected: Vec<usize> = order.into_iter().map(|at| joined[at as usize]).collect();
+    let prompts = all(&found.train);
+    assert_eq!(prompts.iter().map(|prompt| prompt.entry).collect::<Vec<_>>(), expected);
+    for prompt in prompts {
+        let (name, row) = if prompt.entry < 20 { ("a", prompt.entry) } else { ("b", prompt.entry - 20) };
+        assert_eq!(prompt.text.trim(), format!("{name}.jsonl {row}"));
+    }
+}
+
+#[test]
+fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let encoder = ModelEncoder::new(tokenizer).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("texts.jsonl");
+    let mut rng = SplitMix64::new(2);
+    let texts: Vec<String> = (0..200).map(|_| words(&mut rng, 50)).collect();
+    let lines: Vec<String> = texts.iter().map(|text| json!({"text": text}).to_string()).collect();
+    fs::write(&path, lines.join("\n")).unwrap();
+    let paths = Paths::One(path);
+    for (compat, length) in [(None, 16), (None, 64), (Some(Compat::Dschat), 16)] {
+        let mut stream = vec![];
+        for text in &texts {
+            use fourfold::data::phases::TextEncoder;
+            stream.extend(encoder.bos_id());
+            stream.extend(encoder.encode(text).unwrap());
+            // DeepSpeed-Chat puts none between its texts.
+            stream.extend(compat.is_none().then_some(encoder.eos_id()));
+        }
+        let data = Data { compat, ..Data::default() };
+        let found = data::ptx_blocks(&paths, &data, tokenizer, 0, length).unwrap();
+        let blocks = all(&found.train);
+        assert!(
+            blocks.iter().all(|b| b.tokens.len() == length && !b.loss_mask[0] && b.loss_mask[1..].iter().all(|&m| m))
+        );
+        let joined: Vec<u32> = blocks.into_iter().flat_map(|b| b.tokens).collect();
+        assert_eq!(joined, stream[..stream.len() / length * length]);
+        let rest: usize = found.report.dropped.values().sum();
+        assert_eq!((rest, found.report.kept), (stream.len() % length, stream.len() / length));
+        assert!(found.held_out.is_empty());
+    }
+    assert!(data::ptx_blocks(&paths, &Data::default(), tokenizer, 0, 1 << 20).is_err(), "not one block");
+}
+
+/// The embedded base as files, and a config over it.
+fn project(folder: &Path, rows: usize) -> std::path::PathBuf {
+    let base = folder.join("base");
+    fs::create_dir_all(&base).unwrap();
+    for (name, text) in [
+        ("config.json", BASE.config),
+        ("tokenizer.json", BASE.tokenizer),
+        ("tokenizer_config.json", BASE.tokenizer_config),
+    ] {
+        fs::write(base.join(name), text).unwrap();
+    }
+    fs::write(base.join("model.safetensors"), BASE.weights).unwrap();
+    write_pairs(&folder.join(format!("{rows}.jsonl")), rows);
+    let path = folder.join(format!("{rows}.toml"));
+    let [base, cache] = [base, folder.join("cache")].map(|path| path.display().to_string());
+    let data = folder.join(format!("{rows}.jsonl")).display().to_string();
+    let text = format!("[base]\npath = {base:?}\n[data]\npath = {data:?}\ncache_dir = {cache:?}\n[reward]\n");
+    fs::write(&path, text).unwrap();
+    path
+}
+
+fn data_command(config: &Path, more: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    command.arg("data").arg(config).args(more).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
+#[test]
+fn two_processes_that_need_one_cache_at_once_both_get_it_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = project(folder.path(), 4000);
+    let both = [0, 1].map(|_| data_command(&config, &["--json"]).spawn().unwrap());
+    let found = both.map(|process| {
+        let output = process.wait_with_output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let mut found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        found.as_object_mut().unwrap().remove("peak_rss_mib");
+        found
+    });
+    assert_eq!(found[0], found[1]);
+    assert_eq!(found[0]["records"], 4000);
+    let names = fs::read_dir(folder.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
+    let mut endings: Vec<_> = names.map(|path| path.extension().unwrap().to_owned()).collect();
+    endings.sort();
+    assert_eq!(endings, ["lock", "tokens"], "one file, and no remains");
+}
+
+#[test]
+fn a_file_ten_times_as_large_takes_no_more_memory() {
+    let folder = tempfile::tempdir().unwrap();
+    let peak = |rows: usize| {
+        let output = data_command(&project(folder.path(), rows), &["--json", "--head", "0"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(found["records"], rows);
+        found["peak_rss_mib"].as_u64().unwrap()
+    };
+    let (small, large) = (peak(20_000), peak(200_000));
+    let size = fs::metadata(folder.path().join("200000.jsonl")).unwrap().len() >> 20;
+    // 180,000 more records of some 240 bytes. Index and split take 40 bytes each, 7 MiB; what threads free for each other
+    // has an allocator come and go by some 20.
+    assert!(size >= 45 && large <= small + 32, "{small} MiB for a tenth, {large} MiB for {size} MiB of records");
+}
+
+#[test]
+fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_where_nobody_looks() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = project(folder.path(), 200);
+    let output = data_command(&config, &["--head", "2", "--set", "data.max_length=60"]).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success() && !text.contains('\x1b'), "{text}");
+    for wanted in [
+        "      200 records  ",
+        " sequences for reward: ",
+        " dropped: longer than max_length = 60",
+        "tokens of a training example: ",
+        "█",
+        "── example 2 ──",
+        "── answer 1, the best ──",
+        "⟦",
+    ] {
+        assert!(text.contains(wanted), "{wanted:?} in {text}");
+    }
+    let output = data_command(&config, &["--phase", "sft", "--head", "1", "--json"]).output().unwrap();
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let sample = &found["samples"][0][0];
+    assert_eq!((&sample[0]["learnt"], &sample[1]["learnt"]), (&json!(false), &json!(true)));
+    let counted: u64 = found["histogram"].as_array().unwrap().iter().map(|bin| bin["count"].as_u64().unwrap()).sum();
+    assert_eq!(found["train"].as_u64().unwrap(), counted);
+    assert_eq!(found["sequences"].as_u64().unwrap(), counted + found["held_out"].as_u64().unwrap());
+    let text = fs::read_to_string(&config).unwrap().replace("[reward]\n", "");
+    fs::write(&config, text).unwrap();
+    let output = data_command(&config, &[]).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(2) && message.contains("--phase"), "{message}");
+}
+
+/// Texts of everything that the two ways could see differently: contractions, white space of all kinds, digits of several
+/// scripts, marks, emoji, markup of the chat template, words longer than any token, raw control characters.
+fn mixed(rng: &mut SplitMix64, special: &[String]) -> String {
+    const PIECES: [&str; 44] = [
+        "the",
+        " quick",
+        " brown",
+        "fox",
+        "'s",
+        "'t",
+        "'re",
+        "'ll",
+        "'LL",
+        "'",
+        "don't",
+        " ",
+        "  ",
+        "   ",
+        "\n",
+        "\n\n",
+        "\t",
+        "\r\n",
+        "\u{a0}",
+        "\u{3000}",
+        "1",
+        "42",
+        "٣",
+        "½",
+        "Ⅷ",
+        "x²",
+        "é",
+        "e\u{301}",
+        "Zürich",
+        "東京都",
+        "नमस्ते",
+        "🙂",
+        "👩‍💻",
+        "\u{0}",
+        "\u{7f}",
+        "\u{200b}",
+        "--",
+        "...",
+        "!?",
+        "<|im_start|",
+        "_a",
+        "http://x.y/z?q=1",
+        "\u{feff}",
+        "Ω≈ç√",
+    ];
+    let mut text = String::new();
+    for _ in 0..1 + rng.below(25) {
+        match rng.below(14) {
+            0 if !special.is_empty() => text += &special[rng.below(special.len())],
+            1 => text += &"ab".repeat(1 + rng.below(60)),
+            2 => text.extend(char::from_u32(rng.below(0x3000) as u32)),
+            3 => text.extend(char::from_u32(rng.below(0x11_0000) as u32)),
+            4 => text += &" ".repeat(1 + rng.below(12)),
+            _ => text += PIECES[rng.below(PIECES.len())],
+        }
+    }
+    text
+}
+
+fn assert_same_ids(tokenizer: &Tokenizer, rounds: usize, more: &[&str]) {
+    let special: Vec<String> = (0..tokenizer.vocab_size() as u32)
+        .filter_map(|id| tokenizer.token(id))
+        .filter(|t| t.starts_with('<'))
+        .collect();
+    let mut bulk = tokenizer.bulk();
+    assert!(bulk.is_fast());
+    let mut rng = SplitMix64::new(17);
+    let texts = (0..rounds).map(|_| mixed(&mut rng, &special)).chain(more.iter().map(|text| text.to_string()));
+    for text in texts {
+        let expected = tokenizer.encode(&text, SpecialTokens::None).unwrap();
+        assert_eq!(bulk.encode(&text).unwrap(), expected, "{text:?}");
+    }
+}
+
+#[test]
+fn the_short_way_to_token_ids_is_the_tokenizers_crates_on_any_text() {
+    let endless = " ".repeat(5000);
+    assert_same_ids(checkpoint().tokenizer(), 4000, &["", " ", "'", &endless]);
+    let Some(path) = std::env::var_os("FOURFOLD_SMOLLM2_GGUF") else {
+        println!("SmolLM2's vocabulary: skipped, FOURFOLD_SMOLLM2_GGUF is not set");
+        return;
+    };
+    let corpus =
+        [include_str!("data_pipeline.rs"), include_str!("golden/tokenizer_smollm2.json"), include_str!("../README.md")];
+    assert_same_ids(Checkpoint::open(Path::new(&path)).unwrap().tokenizer(), 4000, &corpus);
+}
+
+#[test]
+fn a_fault_at_the_beginning_of_a_long_file_ends_the_reading_and_leaves_no_cache() {
+    let checkpoint = checkpoint();
+    let tokenizer = checkpoint.tokenizer();
+    let eos = tokenizer.token(tokenizer.eos_id().unwrap()).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("pairs.jsonl");
+    write_pairs(&path, 20_000);
+    // Only the tokenizer's thread can see this one.
+    let bad = json!({"prompt": "a", "chosen": format!("b{eos}c"), "rejected": "d"}).to_string();
+    fs::write(&path, format!("{bad}\n{}", fs::read_to_string(&path).unwrap())).unwrap();
+    let data = Data { cache_dir: Some(folder.path().join("cache")), ..config(&path) };
+    let Err(error) = data::prepare::<RankedExample>(&data, tokenizer, 0, true) else { panic!("the record is bad") };
+    let message = format!("{error:#}");
+    assert!(message.contains("pairs.jsonl, line 1: ") && message.contains("inside it"), "{message}");
+    let left = fs::read_dir(folder.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
+    assert!(left.into_iter().all(|path| path.extension().is_some_and(|end| end == "lock")));
+    let skipped = Data { on_bad_record: fourfold::config::OnBadRecord::Skip, ..data };
+    let found: Prepared<RankedExample> = prepared(&skipped, tokenizer);
+    assert_eq!((found.report.read, found.report.dropped["bad"]), (20_001, 1));
+    assert!(found.report.first_bad.unwrap().contains("line 1"));
+}
