@@ -143,8 +143,15 @@ fn main() -> Result<()> {
             let source = RewardModel(Scorer::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
-            let task =
-                ppo::Task { start, prompts: &prompts, stop: &[], source: &source, decode: &decode, evaluation: None };
+            let task = ppo::Task {
+                start,
+                prompts: &prompts,
+                stop: &[],
+                source: &source,
+                decode: &decode,
+                evaluation: None,
+                ptx: None,
+            };
             ppo::train(task, &config, rep as u64, &mut Report::silent()).map(drop)
         })?;
     }

@@ -112,7 +112,8 @@ pub fn train(
     Ok((trained, Summary { perplexity_before, perplexity_after, steps, tokens }))
 }
 
-fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)> {
+/// Examples as a batch, and the tokens that their masks mark.
+pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)> {
     let (mut sequences, mut mask) = (vec![], vec![]);
     for example in examples {
         sequences.push(&example.tokens[..]);

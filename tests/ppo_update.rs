@@ -108,6 +108,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         source: &source,
         decode: &|_| String::new(),
         evaluation: None,
+        ptx: None,
     };
     let run = Run::new(task, &config, 0).unwrap();
     let mut state = State::new(&run).unwrap();

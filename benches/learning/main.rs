@@ -177,8 +177,15 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
         let metrics = tempfile::tempdir()?;
         let mut report = Report::to_dir(metrics.path())?;
-        let task =
-            Task { start, prompts: &questions, stop, source: &source, decode: &decode, evaluation: Some(&evaluation) };
+        let task = Task {
+            start,
+            prompts: &questions,
+            stop,
+            source: &source,
+            decode: &decode,
+            evaluation: Some(&evaluation),
+            ptx: None,
+        };
         let trained = train(task, &Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings }, seed, &mut report)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {
             let line: Value = serde_json::from_str(line)?;

@@ -9,6 +9,7 @@ mod expand;
 mod located;
 mod overrides;
 mod ppo;
+mod ptx;
 mod rewards;
 mod schema;
 mod sources;
@@ -26,6 +27,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
+pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
     Base, Compat, ComputeDtype, Data, EvalSize, Format, InitLoraWeights, Lora, OnBadRecord, Paths, Quantize,
@@ -178,6 +180,8 @@ impl Config {
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
             let parts = ppo.reward.iter_mut().chain(&mut ppo.gold);
             paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
+            let texts = ppo.ptx.iter_mut().flat_map(|ptx| ptx.path.as_mut_slice());
+            paths.extend(texts.map(|path| ("[ppo.ptx] path", path)));
         }
         for (key, path) in paths {
             if let Some(text) = path.to_str() {

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::ptx::Ptx;
 use super::rewards::RewardPart;
 use super::stages::{Checkpoint, LrScheduler};
 
@@ -122,6 +123,9 @@ pub struct Ppo {
     /// `[ppo.gold]`: what the held-out answers are judged by besides, and the policy never trained on. Default none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub gold: Option<RewardPart>,
+    /// `[ppo.ptx]`: texts that the actor goes on learning from beside the reward. Default none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ptx: Option<Ptx>,
     /// Peak learning rate of the actor. Default 3e-5: ten times TRL's 3e-6, since only low-rank factors move.
     pub learning_rate: f64,
     /// Peak learning rate of the critic; absent = `learning_rate`.
@@ -276,6 +280,7 @@ impl Default for Ppo {
             reward_adapter: PathBuf::new(),
             reward: Vec::new(),
             gold: None,
+            ptx: None,
             learning_rate: 3e-5,
             critic_learning_rate: None,
             advantage_estimator: AdvantageEstimator::Gae,

@@ -3,7 +3,7 @@
 use anyhow::Result;
 
 use super::{
-    Base, Compat, Config, Data, Dpo, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths, PolicyLoss, Ppo, Reward,
+    Base, Compat, Config, Data, Dpo, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths, PolicyLoss, Ppo, Ptx, Reward,
     RewardPart, Sft, Source, TargetModules, Template,
 };
 use crate::invalid;
@@ -274,6 +274,7 @@ fn ppo(section: &Ppo) -> Result<()> {
     }
     check.within("length_penalty", section.length_penalty, |_| true, "a number")?;
     ppo_together(section)?;
+    section.ptx.as_ref().map_or(Ok(()), Ptx::check)?;
     check.positive("target", section.target, "6 nats an answer")?;
     check.positive("horizon", section.horizon, "10000 answers")?;
     if section.use_score_norm && !section.use_score_scaling {
@@ -292,6 +293,11 @@ fn ppo(section: &Ppo) -> Result<()> {
 
 /// Rules between the keys of `[ppo]`.
 fn ppo_together(section: &Ppo) -> Result<()> {
+    if section.shared_optimizer && section.ptx.as_ref().is_some_and(|ptx| ptx.separate_step) {
+        return Err(invalid!(
+            "[ppo.ptx] separate_step = true needs an actor with an optimizer of its own; remove shared_optimizer"
+        ));
+    }
     let estimator = section.advantage_estimator;
     if estimator.has_groups() && section.num_generations < 2 {
         return Err(invalid!(

@@ -38,6 +38,9 @@ pub fn of(experience: &Experience, state: &State, run: &Run<'_>) -> Figures {
     put("policy/clipfrac_avg", update.policy.clipfrac());
     put("policy/entropy_avg", update.entropy / minibatches);
     put("loss/policy_avg", update.policy_loss / minibatches);
+    if run.mixture().is_some() {
+        put("loss/ptx_avg", update.ptx_loss / minibatches);
+    }
     if update.critic_minibatches > 0 {
         let minibatches = update.critic_minibatches as f64;
         put("loss/value_avg", update.value_loss / minibatches);

@@ -11,6 +11,7 @@ pub mod figures;
 pub mod gae;
 pub mod kl;
 pub mod loss;
+pub mod ptx;
 pub mod rewards;
 pub mod rollout;
 pub mod state;

@@ -143,6 +143,7 @@ impl State {
             kl_coef: self.kl_coef,
             kl_penalty: self.kl_penalty,
             first_pass: self.epoch == 0,
+            number: self.step,
         };
         let learns = self.iteration >= config.critic_warmup;
         let learners = Learners { actor: learns.then_some(&mut self.actor), critic: self.critic.as_mut() };

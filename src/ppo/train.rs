@@ -7,9 +7,10 @@ use anyhow::Result;
 
 use super::evaluate::Evaluation;
 use super::state::State;
-use crate::config::{CriticStart, Ppo};
+use crate::config::{CriticStart, Ppo, Ptx};
 use crate::data::examples::Examples;
 use crate::data::order::endless;
+use crate::data::phases::SftExample;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
@@ -49,6 +50,8 @@ pub struct Task<'w> {
     pub decode: &'w dyn Fn(&[u32]) -> String,
     /// Asked every `eval_every` iterations, where there is one.
     pub evaluation: Option<&'w Evaluation<'w>>,
+    /// Blocks of text for the mixture with pretraining, where the settings have one.
+    pub ptx: Option<&'w dyn Examples<SftExample>>,
 }
 
 /// The trained branches.
@@ -78,6 +81,11 @@ pub struct Run<'w> {
 }
 
 impl<'w> Run<'w> {
+    /// The mixture with pretraining and its blocks, where there is one.
+    pub(super) fn mixture(&self) -> Option<(&'w Ptx, &'w dyn Examples<SftExample>)> {
+        self.config.ptx.as_ref().filter(|ptx| ptx.coef > 0.0).zip(self.task.ptx)
+    }
+
     /// # Errors
     /// Those of [`check`].
     pub fn new(task: Task<'w>, config: &'w Ppo, seed: u64) -> Result<Self> {

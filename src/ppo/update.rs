@@ -6,13 +6,18 @@ use serde::{Deserialize, Serialize};
 
 use super::experience::{Experience, estimator};
 use super::loss::{Objective, PolicyStats, PolicyTokens, Surrogate, ValueStats, ValueTokens, policy_loss, value_loss};
+use super::ptx;
 use super::train::Run;
-use crate::config::{KlIn, PolicyLoss};
+use crate::config::{KlIn, PolicyLoss, Ptx};
+use crate::data::examples::Examples;
+use crate::data::order::endless;
+use crate::data::phases::SftExample;
 use crate::model::adapter::Gradients;
 use crate::model::roles::{HeadGradients, Policy, Scorer};
 use crate::ops::cpu;
 use crate::ops::head::TokenStats;
 use crate::train::learner::Learner;
+use crate::train::settings;
 
 /// Running sums over an iteration's minibatches.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -27,6 +32,8 @@ pub struct Update {
     pub policy_loss: f64,
     /// Sum of value losses.
     pub value_loss: f64,
+    /// Sum of losses of the mixture with pretraining.
+    pub ptx_loss: f64,
     /// Sum of mean entropies, nats a token.
     pub entropy: f64,
     /// Exact KL from actor to reference in the first pass, nats, summed over tokens.
@@ -72,6 +79,8 @@ pub struct Step {
     pub kl_penalty: f64,
     /// Is this the first pass over the rollout?
     pub first_pass: bool,
+    /// Steps of the actor before: which blocks of text are next.
+    pub number: usize,
 }
 
 /// The tokens' numbers of some sequences, end to end.
@@ -120,6 +129,10 @@ impl Update {
             (actor, critic) => {
                 if let Some((gradients, learner)) = actor {
                     self.actor_norm += learner.step(gradients, step.actor_lr)?;
+                    if let Some((config, blocks)) = run.mixture().filter(|(config, _)| config.separate_step) {
+                        let gradients = self.ptx(learner, config, blocks, minibatch.len(), run, step)?;
+                        learner.step(gradients, step.actor_lr)?;
+                    }
                 }
                 if let Some((gradients, learner)) = critic {
                     self.critic_norm += learner.step(gradients, step.critic_lr)?;
@@ -186,11 +199,33 @@ impl Update {
                 policy.gradients_against(&batch, &targets, other.as_ref(), run.temperature(), run.checkpoint, loss)?;
             grads.add(g)?;
         }
+        if let Some((config, blocks)) = run.mixture().filter(|(config, _)| !config.separate_step) {
+            grads.add(self.ptx(actor, config, blocks, minibatch.len(), run, step)?)?;
+        }
         self.first_ratio.get_or_insert(seen.mean_ratio());
         self.policy.merge(&seen);
         self.last_policy = seen;
         self.minibatches += 1;
         Ok(grads)
+    }
+
+    /// The gradient of the next `count` blocks of text.
+    fn ptx(
+        &mut self,
+        actor: &Learner,
+        config: &Ptx,
+        blocks: &dyn Examples<SftExample>,
+        count: usize,
+        run: &Run<'_>,
+        step: &Step,
+    ) -> Result<Gradients> {
+        let rows = endless(run.seed, settings::PTX_ORDER, blocks.len(), step.number * count, count);
+        let policy = Policy::new(run.task.start.base, Some(actor.weights().view()));
+        let layers = run.task.start.base.shapes().layers;
+        let micro = run.config.micro_batch_size;
+        let (loss, gradients) = ptx::gradients(policy, layers, blocks, &rows, config, micro, run.checkpoint)?;
+        self.ptx_loss += loss;
+        Ok(gradients)
     }
 
     fn critic(

@@ -144,6 +144,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         source: &source,
         decode: &decode,
         evaluation: None,
+        ptx: None,
     };
     let trained = ppo::train(task, ppo_config, seed, &mut report)?;
     save(&model, &trained.actor, &out.join("actor"))?;

@@ -9,10 +9,10 @@ use serde_json::{Value, json};
 
 use super::rewards::{Adapters, Workshop};
 use super::{Model, prepare_output, prepared, save};
-use crate::config::{Config, CriticStart, Data};
+use crate::config::{Config, CriticStart, Data, Ppo, Ptx};
 use crate::data::examples::{Examples, Ids};
-use crate::data::phases::{PromptExample, TextEncoder, prompt_examples};
-use crate::data::{self, ModelEncoder, Prepared};
+use crate::data::phases::{PromptExample, SftExample, TextEncoder, prompt_examples};
+use crate::data::{self, ModelEncoder, Part, Prepared};
 use crate::model::adapter::Adapter;
 use crate::ppo::evaluate::{Evaluation, Judges};
 use crate::report::Report;
@@ -50,6 +50,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
     };
     let adapters = Adapters::open(settings, scorer)?;
     let start = start(&model, scorer, &sft, adapters.main(), translated.is_some());
+    let text = settings.ptx.as_ref().map(|ptx| text(ptx, settings, &model, config)).transpose()?;
     let ids = Ids(&prompts);
     ppo::train::check(start, &ids, settings)?;
     let workshop = Workshop {
@@ -83,6 +84,7 @@ pub(super) fn run(config: &Config, out: &Path) -> Result<Value> {
         source: &*source,
         decode: &decode,
         evaluation: Some(&evaluation).filter(|_| !asked.is_empty()),
+        ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
     };
     let trained = ppo::train::train(task, settings, config.seed, &mut report)?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
@@ -120,6 +122,22 @@ fn start<'w>(
 ) -> ppo::train::Start<'w> {
     let (reward_base, reward) = if other_tokens { (&model.base, None) } else { (&scorer.base, reward) };
     ppo::train::Start { base: &model.base, reward_base, sft, reward }
+}
+
+/// The blocks of `[ppo.ptx]`.
+fn text(ptx: &Ptx, settings: &Ppo, model: &Model, config: &Config) -> Result<Part<SftExample>> {
+    let (data, context) = (config.data()?, model.base.config().max_position_embeddings);
+    let size = ptx.block_size.unwrap_or(data.max_prompt_length + settings.response_length);
+    if size > context {
+        return Err(invalid!(
+            "[ppo.ptx] blocks of {size} tokens are longer than the model's context of {context}; set block_size = {context} \
+             or less"
+        ));
+    }
+    let found =
+        data::ptx_blocks(&ptx.path, data, model.checkpoint.tokenizer(), config.seed, size).context("[ppo.ptx]")?;
+    eprintln!("ppo: {} blocks of {size} tokens of text; {}", found.train.len(), found.report);
+    Ok(found.train)
 }
 
 /// How the reward base's tokens differ from the policy's, if they do.

@@ -55,6 +55,7 @@ fn every_algorithm_raises_the_gold_score() {
         source: &source,
         decode: &decode,
         evaluation: None,
+        ptx: None,
     };
     use AdvantageEstimator::*;
     for (estimator, policy_loss) in [

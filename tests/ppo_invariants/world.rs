@@ -123,6 +123,7 @@ pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report:
         source: &source,
         decode: &decode,
         evaluation: None,
+        ptx: None,
     };
     ppo::train::train(task, config, seed, report).unwrap()
 }

@@ -46,7 +46,15 @@ fn what_cannot_run_is_refused_before_a_token_is_sampled() {
     let source = RewardModel(Scorer::new(&base, &reward).unwrap());
     let config = Ppo { total_episodes: 8, batch_size: 8, response_length: 12, ..Ppo::default() };
     let refusal = |start, prompts: &Vec<Vec<u32>>, config: &Ppo| {
-        let task = Task { start, prompts, stop: &[0], source: &source, decode: &|_| String::new(), evaluation: None };
+        let task = Task {
+            start,
+            prompts,
+            stop: &[0],
+            source: &source,
+            decode: &|_| String::new(),
+            evaluation: None,
+            ptx: None,
+        };
         let error = train(task, config, 1, &mut Report::silent()).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");
         format!("{error:#}")

@@ -1,0 +1,68 @@
+//! The mixture with pretraining (arXiv:2203.02155): beside its policy loss the actor goes on learning raw text, so that it
+//! keeps what the reward does not ask for. Knows no loop. Read update.rs for where it is added.
+
+use anyhow::Result;
+
+use crate::config::Ptx;
+use crate::data::examples::{Examples, pick};
+use crate::data::phases::SftExample;
+use crate::model::adapter::Gradients;
+use crate::model::block::Checkpointing;
+use crate::model::roles::Policy;
+use crate::sft::pack;
+
+/// L = -coef · mean of `logprobs` where they are a part of `tokens` tokens in all; (L's part, dL/dlogp).
+pub fn loss(logprobs: &[f32], coef: f64, tokens: f64) -> (f64, Vec<f32>) {
+    let weight = coef / tokens;
+    let sum: f64 = logprobs.iter().map(|&l| f64::from(l)).sum();
+    (-weight * sum, vec![-weight as f32; logprobs.len()])
+}
+
+/// The loss of the blocks `rows` under `policy` and its gradient, `micro_batch_size` blocks a pass.
+///
+/// # Errors
+/// If the blocks cannot be read, or a tensor cannot be made.
+pub fn gradients(
+    policy: Policy<'_>,
+    layers: usize,
+    blocks: &dyn Examples<SftExample>,
+    rows: &[usize],
+    config: &Ptx,
+    micro_batch_size: usize,
+    checkpoint: Checkpointing,
+) -> Result<(f64, Gradients)> {
+    // Every token of a block but the first is learnt, and all blocks are of one size.
+    let tokens: usize = rows.iter().map(|&row| blocks.tokens(row) - 1).sum();
+    let (mut total, mut grads) = (0.0, Gradients::none(layers));
+    for rows in rows.chunks(micro_batch_size) {
+        let (batch, targets) = pack(&pick(blocks, rows.iter().copied())?)?;
+        let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
+            let (part, logprobs) = loss(&stats.logprobs, config.coef, tokens as f64);
+            total += part;
+            Ok((logprobs, vec![0.0; stats.logprobs.len()]))
+        })?;
+        grads.add(g)?;
+    }
+    Ok((total, grads))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    #[test]
+    fn the_loss_is_deepspeed_chats() {
+        // Printed by tests/golden/dschat.py.
+        let golden: Value = serde_json::from_str(include_str!("../../tests/golden/dschat.json")).unwrap();
+        let golden = &golden["ptx"];
+        let logprobs: Vec<f32> = serde_json::from_value(golden["logprobs"].clone()).unwrap();
+        let coef = golden["coefficient"].as_f64().unwrap();
+        let (whole, grad) = loss(&logprobs, coef, logprobs.len() as f64);
+        assert!((whole - golden["loss"].as_f64().unwrap()).abs() < 1e-5, "{whole}");
+        assert!(grad.iter().all(|&g| (f64::from(g) + coef / logprobs.len() as f64).abs() < 1e-6));
+        // Parts add up.
+        let parts: f64 = logprobs.chunks(2).map(|part| loss(part, coef, logprobs.len() as f64).0).sum();
+        assert!((whole - parts).abs() < 1e-9);
+    }
+}
