@@ -52,13 +52,14 @@ fn inspect_model(path: &Path) -> Result<Value> {
         RopeScaling::None => json!("none"),
         RopeScaling::Linear { factor } => json!(format!("linear, factor {factor}")),
         RopeScaling::Llama3 { factor, .. } => json!(format!("llama3, factor {factor}")),
-        RopeScaling::Divisors(_) => json!("divisors (rope_freqs.weight)"),
+        RopeScaling::Yarn { factor, .. } => json!(format!("yarn, factor {factor}")),
+        RopeScaling::Divisors { .. } => json!("divisors"),
     };
     Ok(json!({
         "path": path.display().to_string(),
         "kind": kind,
         "container": container,
-        "architecture": "llama",
+        "architecture": config.names().model_type,
         "name": config.model_name,
         "dimensions": {
             "vocab_size": config.vocab_size,

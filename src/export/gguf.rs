@@ -90,7 +90,7 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
     let (mut keys, plan) = match source.checkpoint.gguf() {
         Some(gguf) => (carried(gguf), plan_from_gguf(source, gguf, dtype)?),
         None => {
-            let mut keys = metadata::architecture(source.base.config());
+            let mut keys = metadata::architecture(source.base.config())?;
             keys.extend(metadata::tokenizer(source.checkpoint)?);
             (keys, plan_from_weights(source, dtype)?)
         }
@@ -135,13 +135,13 @@ fn carried(gguf: &Gguf) -> Keys {
 
 /// Every tensor of the base's file under its name: matrices of the decoder in the new type, all else as it is.
 fn plan_from_gguf<'a>(source: &Source<'a>, gguf: &Gguf, dtype: GgufType) -> Result<Vec<(Entry, Filling<'a>)>> {
-    let weights = source.base.weights();
+    let (weights, config) = (source.base.weights(), source.base.config());
     let tied = gguf.tensor("output.weight").is_none();
     let layers = source.base.shapes().layers;
     gguf.tensors()
         .iter()
         .map(|tensor| {
-            let found = gguf::hf_name(&tensor.name).and_then(|hf| weights.iter().find(|(name, _)| *name == hf));
+            let found = gguf::hf_name(config, &tensor.name).and_then(|hf| weights.iter().find(|(name, _)| *name == hf));
             let (dtype, filling) = match found {
                 Some((name, weight)) => (
                     dtype.of(&tensor.name, weight.cols(), layers, tied),
@@ -172,8 +172,8 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
         let order = stored_order(source, &name);
         plan.push((entry, Filling::Matrix(weight, pair_of(source.adapter, &name), order)));
     }
-    for (name, values) in source.base.norms() {
-        plan.push(vector(&llama_name(&name)?, Cow::Borrowed(values)));
+    for (name, values) in source.base.vectors() {
+        plan.push(vector(&llama_name(&name)?, values));
     }
     if let Some(divisors) = metadata::rope_divisors(config) {
         plan.push(vector("rope_freqs.weight", Cow::Owned(divisors)));
@@ -248,7 +248,10 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     let alpha = adapter.config().lora_alpha;
     let architecture = match source.checkpoint.gguf() {
         Some(gguf) => gguf.string("general.architecture")?.unwrap_or("llama").to_string(),
-        None => "llama".into(),
+        None => {
+            metadata::refuse_other_families(source.base.config())?;
+            "llama".into()
+        }
     };
     let keys: Keys = vec![
         ("general.architecture".into(), KeyValue::String(architecture)),
@@ -286,7 +289,7 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
 /// (ggml's name, order of the stored rows) of a matrix of the base.
 fn place(source: &Source<'_>, name: &str, weight: &Weight) -> Result<(String, RowOrder)> {
     let Some(gguf) = source.checkpoint.gguf() else { return Ok((llama_name(name)?, stored_order(source, name))) };
-    let tensor = gguf.tensors().iter().find(|t| gguf::hf_name(&t.name).as_deref() == Some(name));
+    let tensor = gguf.tensors().iter().find(|t| gguf::hf_name(source.base.config(), &t.name).as_deref() == Some(name));
     let tensor = tensor.with_context(|| format!("{name} is no tensor of {}", gguf.name()))?;
     Ok((tensor.name.clone(), weight.row_order()))
 }

@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::gguf_container::KeyValue;
 use crate::invalid;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::config::{DecoderConfig, RopeScaling};
+use crate::model::config::{DecoderConfig, Family, RopeScaling};
 use crate::model::gguf_tokenizer::{LLAMA3_SPLIT, QWEN2_SPLIT};
 use crate::model::tokenizer::{SpecialTokens, Tokenizer};
 
@@ -24,8 +24,32 @@ fn number(value: usize) -> KeyValue {
     KeyValue::U32(u32::try_from(value).unwrap_or(u32::MAX))
 }
 
+/// # Errors
+/// If a Hugging Face base is not of the llama architecture, the one whose names and row order are known here. A base that
+/// came as a GGUF brings its own.
+pub(super) fn refuse_other_families(config: &DecoderConfig) -> Result<()> {
+    if config.family != Family::Llama {
+        return Err(invalid!(
+            "a {} model in Hugging Face's form cannot be written as GGUF: of those, only llama can. Start from a GGUF of \
+             the model, or write safetensors and convert them with llama.cpp's convert_hf_to_gguf.py",
+            config.names().model_type
+        ));
+    }
+    if config.rope_scaling.attention_factor() != 1.0 {
+        return Err(invalid!(
+            "this model's rope scaling multiplies attention by a factor that cannot be written as GGUF here; write \
+             safetensors and convert them with llama.cpp's convert_hf_to_gguf.py"
+        ));
+    }
+    Ok(())
+}
+
 /// The keys of the architecture.
-pub(super) fn architecture(config: &DecoderConfig) -> Keys {
+///
+/// # Errors
+/// If the base is of another architecture than llama.
+pub(super) fn architecture(config: &DecoderConfig) -> Result<Keys> {
+    refuse_other_families(config)?;
     let mut keys = vec![];
     put(&mut keys, "general.architecture", KeyValue::String("llama".into()));
     put(&mut keys, "general.type", KeyValue::String("model".into()));
@@ -45,12 +69,12 @@ pub(super) fn architecture(config: &DecoderConfig) -> Keys {
         put(&mut keys, key, number(value));
     }
     put(&mut keys, "llama.rope.freq_base", KeyValue::F32(config.rope_theta as f32));
-    put(&mut keys, "llama.attention.layer_norm_rms_epsilon", KeyValue::F32(config.rms_norm_eps as f32));
+    put(&mut keys, "llama.attention.layer_norm_rms_epsilon", KeyValue::F32(config.norm_eps as f32));
     if let RopeScaling::Linear { factor } = config.rope_scaling {
         put(&mut keys, "llama.rope.scaling.type", KeyValue::String("linear".into()));
         put(&mut keys, "llama.rope.scaling.factor", KeyValue::F32(factor as f32));
     }
-    keys
+    Ok(keys)
 }
 
 /// `rope_freqs.weight`: what each rotary frequency is divided by, (head_dim / 2); `None` where none is.

@@ -180,15 +180,15 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
     let Source { base, adapter, .. } = *source;
     let mut all = vec![];
     for (name, weight) in base.weights() {
-        if kind == Kind::Classifier && name == "lm_head.weight" {
+        if kind == Kind::Classifier && name == base.config().names().output {
             continue;
         }
         let layout = adapter.shapes().find(&name).map_or(MatrixLayout::OutIn, |_| adapter.shapes().layout);
         let part = Part::Matrix(weight, pair_of(adapter, &name), layout);
         all.push(Planned { name, part });
     }
-    for (name, values) in base.norms() {
-        all.push(Planned { name, part: Part::Values(vec![values.len()], Cow::Borrowed(values)) });
+    for (name, values) in base.vectors() {
+        all.push(Planned { name, part: Part::Values(vec![values.len()], values) });
     }
     if kind == Kind::Classifier {
         let head = adapter.head().ok_or_else(|| {

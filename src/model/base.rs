@@ -4,34 +4,50 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::adapter::{Adapter, Gradients, LayerPairs, Linear, LinearShapes};
+use std::borrow::Cow;
+
+use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes};
 use super::batch::Batch;
-use super::block::{Block, Checkpointing, Geometry, Kept, Layout};
+use super::block::{Block, Checkpointing, FrozenLinear, Geometry, Kept, Layout, Norms};
 use super::checkpoint::Checkpoint;
-use super::config::DecoderConfig;
+use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement};
 use crate::invalid;
-use crate::ops::attention::{Cached, Heads};
+use crate::ops::attention::Cached;
+use crate::ops::head::Table;
 use crate::ops::linear::{self, InputGradient, Part};
+use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::Angles;
 use crate::ops::weight::{Compute, Weight};
-use crate::ops::{cpu, norm};
+use crate::ops::{columns, cpu};
 
 /// Frozen weights of one decoder.
 pub struct Base {
     config: DecoderConfig,
-    embedding: Weight,
-    blocks: Vec<Block>,
-    norm: Vec<f32>,
-    /// `None`: the embedding serves both ends.
-    output: Option<Weight>,
+    weights: Weights,
     geometry: Geometry,
     fingerprint: String,
+}
+
+/// All weights of a decoder.
+pub struct Weights {
+    /// The token table (vocab, E).
+    pub embedding: Weight,
+    /// The table of learned positions (positions, D).
+    pub positions: Option<Weight>,
+    /// (D, E) into the blocks and (E, D) out of them, where E is not D.
+    pub projections: Option<[Weight; 2]>,
+    /// The blocks.
+    pub blocks: Vec<Block>,
+    /// After the last block.
+    pub norm: Option<Norm>,
+    /// The table of the logits (vocab, E); `None`: the embedding serves both ends.
+    pub output: Option<Weight>,
 }
 
 /// What a training pass keeps between forward and backward.
 pub struct Tape {
     kept: Vec<Kept>,
-    /// Input of the final norm.
+    /// Output of the last block.
     last: Tensor,
     /// The first block that was kept: below it nothing trains.
     first: usize,
@@ -64,64 +80,130 @@ impl Base {
     /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked.
     pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
         let config = checkpoint.config().clone();
-        let shapes = shapes_of(&config);
-        let (d, vocab) = (config.hidden_size, config.vocab_size);
+        let (shapes, names, biases) = (config.shapes(), config.names(), config.has_bias());
+        let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
+        let vector = |name: &str, len: usize| checkpoint.vector(name, len);
+        let norm = |path: &str, len: usize| -> Result<Norm> {
+            let mut weight = vector(&format!("{path}.weight"), len)?;
+            let kind = match config.norm {
+                NormStyle::Rms => NormKind::Rms,
+                NormStyle::RmsPlusOne => {
+                    weight.iter_mut().for_each(|w| *w += 1.0);
+                    NormKind::Rms
+                }
+                NormStyle::Layer => NormKind::Layer { bias: vector(&format!("{path}.bias"), len)? },
+            };
+            Ok(Norm { weight, kind, eps: config.norm_eps })
+        };
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| {
-                let weight = |(i, map): (usize, &Linear)| {
-                    checkpoint.weight(&format!("{}.weight", shapes.module_path(layer, i)), map.out, map.inp)
+                let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
+                let linears = shapes.linears().iter().zip(&biases).map(|(map, &biased)| {
+                    let weight = checkpoint.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
+                    let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?;
+                    Ok(FrozenLinear { weight, bias })
+                });
+                let named = |i: usize| {
+                    let name = names.norms[i];
+                    (!name.is_empty()).then(|| norm(&path(name), d)).transpose()
                 };
-                let norm = |name: &str| checkpoint.vector(&format!("model.layers.{layer}.{name}.weight"), d);
+                let norms = |i: usize| -> Result<Norms> {
+                    let (first, inner) = (named(i)?, named(i + 1)?);
+                    Ok(match config.placement {
+                        Placement::AfterSum => Norms { before: None, inner, after: first },
+                        _ => Norms { before: first, inner, after: None },
+                    })
+                };
+                let widths = config.qk_norm_widths();
+                let qk_norms = widths
+                    .map(|[q, k]| {
+                        Ok::<_, anyhow::Error>([
+                            norm(&path("self_attn.q_norm"), q)?,
+                            norm(&path("self_attn.k_norm"), k)?,
+                        ])
+                    })
+                    .transpose()?;
                 Ok(Block {
-                    linears: shapes.linears().iter().enumerate().map(weight).collect::<Result<_>>()?,
-                    input_norm: norm("input_layernorm")?,
-                    post_attention_norm: norm("post_attention_layernorm")?,
+                    linears: linears.collect::<Result<_>>()?,
+                    attention_norms: norms(0)?,
+                    mlp_norms: norms(2)?,
+                    qk_norms,
+                    heads: config.heads(layer),
+                    rotation: config.rotation(layer),
                 })
             })
             .collect::<Result<Vec<_>>>()?;
-        let embedding = checkpoint.weight("model.embed_tokens.weight", vocab, d)?;
-        let output = match config.tie_word_embeddings {
-            true => None,
-            false => Some(checkpoint.weight("lm_head.weight", vocab, d)?),
+        let positions = config
+            .learned_positions
+            .map(|first| checkpoint.weight(names.positions, first + config.max_position_embeddings, d));
+        let projections = (d != e).then(|| {
+            Ok::<_, anyhow::Error>([checkpoint.weight(PROJECT_IN, d, e)?, checkpoint.weight(PROJECT_OUT, e, d)?])
+        });
+        let weights = Weights {
+            embedding: checkpoint.weight(names.embedding, vocab, e)?,
+            positions: positions.transpose()?,
+            projections: projections.transpose()?,
+            blocks,
+            norm: config.final_norm.then(|| norm(names.final_norm, d)).transpose()?,
+            output: match config.tie_word_embeddings {
+                true => None,
+                false => Some(checkpoint.weight(names.output, vocab, e)?),
+            },
         };
-        let norm = checkpoint.vector("model.norm.weight", d)?;
-        Self::from_parts(config, embedding, blocks, norm, output, checkpoint.fingerprint())
+        Self::from_parts(config, weights, checkpoint.fingerprint())
     }
 
     /// From finished parts.
     ///
     /// # Errors
     /// If a matrix or a norm is not of the shape that the config asks for.
-    pub fn from_parts(
-        config: DecoderConfig,
-        embedding: Weight,
-        blocks: Vec<Block>,
-        norm: Vec<f32>,
-        output: Option<Weight>,
-        fingerprint: String,
-    ) -> Result<Self> {
-        let heads = Heads { q: config.num_attention_heads, kv: config.num_key_value_heads, dim: config.head_dim };
-        let angles = Angles::new(&config.inv_freq(), config.max_position_embeddings);
-        let geometry = Geometry { heads, eps: config.rms_norm_eps, angles };
-        let base = Self { config, embedding, blocks, norm, output, geometry, fingerprint };
-        let (shapes, d) = (base.shapes(), base.config.hidden_size);
+    pub fn from_parts(config: DecoderConfig, weights: Weights, fingerprint: String) -> Result<Self> {
+        let factor = config.rope_scaling.attention_factor() as f32;
+        let turns = |inv_freq: &[f32], factor: f32| {
+            Angles::new(inv_freq, config.head_dim, config.max_position_embeddings, factor)
+        };
+        let mut angles = vec![];
+        if config.layers.iter().any(|l| l.rope != LayerRope::None) {
+            angles.push(turns(&config.inv_freq(), factor));
+        }
+        if config.layers.iter().any(|l| l.rope == LayerRope::Local) {
+            angles.push(turns(&config.local_inv_freq(), 1.0));
+        }
+        let geometry = Geometry {
+            qkv: config.qkv,
+            mlp: config.mlp,
+            activation: config.activation,
+            parallel: config.placement == Placement::Parallel,
+            residual_multiplier: config.residual_multiplier as f32,
+            angles,
+        };
+        let base = Self { config, weights, geometry, fingerprint };
+        let (shapes, d, e) = (base.shapes(), base.config.hidden_size, base.config.embedding_width);
         let check = |name: &str, have: [usize; 2], want: [usize; 2]| {
             anyhow::ensure!(have == want, "{name} is {have:?}, the config asks for {want:?}");
             Ok(())
         };
-        let table = [base.config.vocab_size, d];
-        check("the embedding", [base.embedding.rows(), base.embedding.cols()], table)?;
-        if let Some(output) = &base.output {
-            check("the output table", [output.rows(), output.cols()], table)?;
+        let size = |w: &Weight| [w.rows(), w.cols()];
+        let table = [base.config.vocab_size, e];
+        check("the embedding", size(&base.weights.embedding), table)?;
+        if let Some(output) = &base.weights.output {
+            check("the output table", size(output), table)?;
         }
-        check("the final norm", [1, base.norm.len()], [1, d])?;
-        check("the number of blocks", [1, base.blocks.len()], [1, base.config.num_hidden_layers])?;
-        for (layer, block) in base.blocks.iter().enumerate() {
+        if let Some([into, out]) = &base.weights.projections {
+            check("the map into the blocks", size(into), [d, e])?;
+            check("the map out of the blocks", size(out), [e, d])?;
+        }
+        anyhow::ensure!(base.weights.projections.is_some() == (d != e), "maps in and out of the blocks, or none");
+        check("the number of blocks", [1, base.weights.blocks.len()], [1, base.config.num_hidden_layers])?;
+        for (layer, block) in base.weights.blocks.iter().enumerate() {
             check("the number of linear maps", [1, block.linears.len()], [1, shapes.linears().len()])?;
-            for (i, (map, w)) in shapes.linears().iter().zip(&block.linears).enumerate() {
-                check(&shapes.module_path(layer, i), [w.rows(), w.cols()], [map.out, map.inp])?;
+            for (i, (map, linear)) in shapes.linears().iter().zip(&block.linears).enumerate() {
+                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out, map.inp])?;
             }
-            check("a norm", [block.input_norm.len(), block.post_attention_norm.len()], [d, d])?;
+            let norms = [&block.attention_norms, &block.mlp_norms];
+            for norm in norms.into_iter().flat_map(|n| [&n.before, &n.inner, &n.after]).flatten() {
+                check("a norm", [1, norm.width()], [1, d])?;
+            }
         }
         Ok(base)
     }
@@ -129,8 +211,10 @@ impl Base {
     /// The same base, its products computed in `compute`.
     #[must_use]
     pub fn computing_in(mut self, compute: Compute) -> Self {
-        let linears = self.blocks.iter_mut().flat_map(|b| &mut b.linears);
-        for weight in linears.chain([&mut self.embedding]).chain(&mut self.output) {
+        let w = &mut self.weights;
+        let linears = w.blocks.iter_mut().flat_map(|b| &mut b.linears).map(|l| &mut l.weight);
+        let projections = w.projections.iter_mut().flatten();
+        for weight in linears.chain([&mut w.embedding]).chain(projections).chain(&mut w.output) {
             *weight = weight.clone().with_compute(compute);
         }
         self
@@ -143,7 +227,7 @@ impl Base {
 
     /// The sizes that an adapter must fit.
     pub fn shapes(&self) -> LinearShapes {
-        shapes_of(&self.config)
+        self.config.shapes()
     }
 
     /// A digest of the stored weights: equal for equal bytes, wherever they lie.
@@ -151,39 +235,81 @@ impl Base {
         &self.fingerprint
     }
 
-    /// The (vocab, D) table that logits are taken with.
-    pub fn output(&self) -> &Weight {
-        self.output.as_ref().unwrap_or(&self.embedding)
+    /// The table that logits are taken with, and what is done to them.
+    pub fn table(&self) -> Table<'_> {
+        Table {
+            weight: self.weights.output.as_ref().unwrap_or(&self.weights.embedding),
+            multiplier: self.config.logits_multiplier as f32,
+            soft_cap: self.config.logits_soft_cap.map(|c| c as f32),
+        }
     }
 
-    /// All stored matrices under their Hugging Face names, in file order of a decoder.
+    /// All stored matrices under their Hugging Face names, (out, in) each, in file order of a decoder.
     pub fn weights(&self) -> Vec<(String, &Weight)> {
-        let mut all = vec![("model.embed_tokens.weight".to_string(), &self.embedding)];
-        for (layer, block) in self.blocks.iter().enumerate() {
-            for (i, weight) in block.linears.iter().enumerate() {
-                all.push((format!("{}.weight", self.shapes().module_path(layer, i)), weight));
+        let (w, names) = (&self.weights, self.config.names());
+        let mut all = vec![(names.embedding.to_string(), &w.embedding)];
+        all.extend(w.positions.iter().map(|p| (names.positions.to_string(), p)));
+        if let Some([into, out]) = &w.projections {
+            all.extend([(PROJECT_IN.to_string(), into), (PROJECT_OUT.to_string(), out)]);
+        }
+        let shapes = self.shapes();
+        for (layer, block) in w.blocks.iter().enumerate() {
+            for (i, linear) in block.linears.iter().enumerate() {
+                all.push((format!("{}.weight", shapes.module_path(layer, i)), &linear.weight));
             }
         }
-        all.extend(self.output.iter().map(|w| ("lm_head.weight".to_string(), w)));
+        all.extend(w.output.iter().map(|w| (names.output.to_string(), w)));
         all
     }
 
-    /// All norms under their Hugging Face names.
-    pub fn norms(&self) -> Vec<(String, &[f32])> {
+    /// Whether Hugging Face's files keep this matrix as (in, out).
+    pub fn lies_transposed(&self, name: &str) -> bool {
+        self.config.lies_transposed(name)
+    }
+
+    /// All norms and biases under their Hugging Face names, with the numbers of Hugging Face's files.
+    pub fn vectors(&self) -> Vec<(String, Cow<'_, [f32]>)> {
+        let (names, shapes) = (self.config.names(), self.shapes());
         let mut all = vec![];
-        for (layer, block) in self.blocks.iter().enumerate() {
-            all.push((format!("model.layers.{layer}.input_layernorm.weight"), &block.input_norm[..]));
-            let name = format!("model.layers.{layer}.post_attention_layernorm.weight");
-            all.push((name, &block.post_attention_norm[..]));
+        let plus_one = self.config.norm == NormStyle::RmsPlusOne;
+        fn put<'a>(all: &mut Vec<(String, Cow<'a, [f32]>)>, path: &str, norm: &'a Norm, plus_one: bool) {
+            let weight = match plus_one {
+                true => Cow::Owned(norm.weight.iter().map(|w| w - 1.0).collect()),
+                false => Cow::Borrowed(&norm.weight[..]),
+            };
+            all.push((format!("{path}.weight"), weight));
+            if let NormKind::Layer { bias } = &norm.kind {
+                all.push((format!("{path}.bias"), Cow::Borrowed(&bias[..])));
+            }
         }
-        all.push(("model.norm.weight".to_string(), &self.norm));
+        for (layer, block) in self.weights.blocks.iter().enumerate() {
+            for (i, linear) in block.linears.iter().enumerate() {
+                let name = || format!("{}.bias", shapes.module_path(layer, i));
+                all.extend(linear.bias.iter().map(|b| (name(), Cow::Borrowed(&b[..]))));
+            }
+            let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
+            for (half, name) in [(&block.attention_norms, 0), (&block.mlp_norms, 2)] {
+                for (norm, name) in [(&half.before, name), (&half.inner, name + 1), (&half.after, name)] {
+                    if let Some(norm) = norm {
+                        put(&mut all, &path(names.norms[name]), norm, plus_one);
+                    }
+                }
+            }
+            if let Some([q, k]) = &block.qk_norms {
+                put(&mut all, &path("self_attn.q_norm"), q, plus_one);
+                put(&mut all, &path("self_attn.k_norm"), k, plus_one);
+            }
+        }
+        if let Some(norm) = &self.weights.norm {
+            put(&mut all, names.final_norm, norm, plus_one);
+        }
         all
     }
 
-    /// Bytes of the base as it is held: matrices as stored, norms in f32.
+    /// Bytes of the base as it is held: matrices as stored, norms and biases in f32.
     pub fn size_in_bytes(&self) -> usize {
         self.weights().iter().map(|(_, w)| w.size_in_bytes()).sum::<usize>()
-            + self.norms().iter().map(|(_, n)| size_of_val(*n)).sum::<usize>()
+            + self.vectors().iter().map(|(_, v)| size_of_val(&v[..])).sum::<usize>()
     }
 
     fn check(&self, adapter: Option<&Adapter>, longest: usize) -> Result<()> {
@@ -212,11 +338,11 @@ impl Base {
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
         self.check(adapter, batch.longest())?;
         let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
-        let mut x = linear::embed(&self.embedding, batch.tokens())?;
-        for (layer, block) in self.blocks.iter().enumerate() {
+        let mut x = self.embed(batch.tokens(), batch.positions())?;
+        for (layer, block) in self.weights.blocks.iter().enumerate() {
             x = block.forward(pairs(adapter, layer), &self.geometry, layout, &x)?;
         }
-        Ok(norm::forward(&x, &self.norm, self.geometry.eps)?)
+        self.finish(x)
     }
 
     /// Hidden states (N, D) after the final norm, with what `backward` wants. Blocks below the adapter's first branch
@@ -227,10 +353,11 @@ impl Base {
     pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpointing) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
-        let first = adapter.layers().iter().position(|p| p.iter().any(Option::is_some)).unwrap_or(self.blocks.len());
-        let mut x = linear::embed(&self.embedding, batch.tokens())?;
-        let mut kept = Vec::with_capacity(self.blocks.len() - first);
-        for (layer, block) in self.blocks.iter().enumerate() {
+        let first =
+            adapter.layers().iter().position(|p| p.iter().any(Option::is_some)).unwrap_or(self.weights.blocks.len());
+        let mut x = self.embed(batch.tokens(), batch.positions())?;
+        let mut kept = Vec::with_capacity(self.weights.blocks.len() - first);
+        for (layer, block) in self.weights.blocks.iter().enumerate() {
             let pairs = pairs(Some(adapter), layer);
             if layer < first {
                 x = block.forward(pairs, &self.geometry, layout, &x)?;
@@ -240,7 +367,7 @@ impl Base {
                 x = y;
             }
         }
-        let h = norm::forward(&x, &self.norm, self.geometry.eps)?;
+        let h = self.finish(x.clone())?;
         Ok((h, Tape { kept, last: x, first }))
     }
 
@@ -250,15 +377,13 @@ impl Base {
     /// If shapes do not fit.
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: &Tensor) -> Result<Gradients> {
         let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
-        let mut grads = Gradients::none(self.blocks.len());
-        let zero = dh.zeros_like()?;
-        let mut dy = norm::backward(&tape.last, &self.norm, self.geometry.eps, dh, &zero)?;
-        drop(zero);
+        let mut grads = Gradients::none(self.weights.blocks.len());
+        let mut dy = self.finish_backward(&tape.last, dh)?;
         let kept = tape.kept.into_iter().enumerate().map(|(i, k)| (tape.first + i, k));
         for (layer, kept) in kept.collect::<Vec<_>>().into_iter().rev() {
             let wanted = if layer == tape.first { InputGradient::Unused } else { InputGradient::Wanted };
             let pairs = pairs(Some(adapter), layer);
-            let (dx, g) = self.blocks[layer].backward(pairs, &self.geometry, layout, kept, &dy, wanted)?;
+            let (dx, g) = self.weights.blocks[layer].backward(pairs, &self.geometry, layout, kept, &dy, wanted)?;
             grads.layers[layer] = g;
             match dx {
                 Some(dx) => dy = dx,
@@ -275,13 +400,13 @@ impl Base {
     pub fn prefill(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<(Tensor, Cache)> {
         self.check(adapter, batch.longest())?;
         let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
-        let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.blocks.len()] };
-        let mut x = linear::embed(&self.embedding, batch.tokens())?;
-        for ((layer, block), caches) in self.blocks.iter().enumerate().zip(&mut cache.layers) {
+        let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.weights.blocks.len()] };
+        let mut x = self.embed(batch.tokens(), batch.positions())?;
+        for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
             x = block.prefill(pairs(adapter, layer), &self.geometry, layout, &x, caches)?;
         }
         let last = select_rows(&x, &batch.last_rows())?;
-        Ok((norm::forward(&last, &self.norm, self.geometry.eps)?, cache))
+        Ok((self.finish(last)?, cache))
     }
 
     /// Hidden state (S, D) after one more token a sequence, at `positions` (S).
@@ -296,11 +421,11 @@ impl Base {
         cache: &mut Cache,
     ) -> Result<Tensor> {
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
-        let mut x = linear::embed(&self.embedding, tokens)?;
-        for ((layer, block), caches) in self.blocks.iter().enumerate().zip(&mut cache.layers) {
+        let mut x = self.embed(tokens, positions)?;
+        for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
             x = block.decode(pairs(adapter, layer), &self.geometry, positions, &x, caches)?;
         }
-        Ok(norm::forward(&x, &self.norm, self.geometry.eps)?)
+        self.finish(x)
     }
 
     /// Logits (S, vocab) of hidden states (S, D): for sampling, where S is small. Scoring goes through `ops::head`.
@@ -308,14 +433,67 @@ impl Base {
     /// # Errors
     /// If shapes do not fit.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let (mut logits, _) = linear::forward(hidden, &[Part { weight: self.output(), lora: None }], None)?;
-        logits.pop().context("a linear gives one output a part")
+        let table = self.table();
+        let logits = plain(hidden, table.weight)?;
+        if table.multiplier == 1.0 && table.soft_cap.is_none() {
+            return Ok(logits);
+        }
+        let mut shaped = cpu::view(&logits)?.to_vec();
+        table.shape(&mut shaped);
+        Ok(cpu::tensor(shaped, logits.dims2()?)?)
+    }
+
+    /// The first block's input (N, D) of tokens (N) at positions (N).
+    fn embed(&self, tokens: &[u32], positions: &[u32]) -> Result<Tensor> {
+        let mut x = linear::embed(&self.weights.embedding, tokens)?;
+        if self.config.embedding_multiplier != 1.0 {
+            x = columns::scale(&x, self.config.embedding_multiplier as f32)?;
+        }
+        if let Some([into, _]) = &self.weights.projections {
+            x = plain(&x, into)?;
+        }
+        if let (Some(table), Some(first)) = (&self.weights.positions, self.config.learned_positions) {
+            let rows: Vec<u32> = positions.iter().map(|p| p + first as u32).collect();
+            x = columns::add(&x, &linear::embed(table, &rows)?, 1.0)?;
+        }
+        Ok(x)
+    }
+
+    /// Hidden states (N, E) of the last block's output (N, D).
+    fn finish(&self, x: Tensor) -> Result<Tensor> {
+        let h = match &self.weights.norm {
+            Some(norm) => norm.forward(&x)?,
+            None => x,
+        };
+        match &self.weights.projections {
+            Some([_, out]) => plain(&h, out),
+            None => Ok(h),
+        }
+    }
+
+    /// dL/dx (N, D) of dL/dh (N, E); x is the last block's output.
+    fn finish_backward(&self, x: &Tensor, dh: &Tensor) -> Result<Tensor> {
+        let dh = match &self.weights.projections {
+            Some([_, out]) => {
+                let part = [Part { weight: out, bias: None, lora: None }];
+                // What the map read matters to its branch alone, and it has none.
+                let z = cpu::tensor(vec![], (dh.dims2()?.0, 0))?;
+                let g = linear::backward(x, &part, &z, &[dh], InputGradient::Wanted)?;
+                g.input.context("an input gradient was asked for and not made")?
+            }
+            None => dh.clone(),
+        };
+        Ok(match &self.weights.norm {
+            Some(norm) => norm.backward(x, &dh, None)?,
+            None => dh,
+        })
     }
 }
 
-fn shapes_of(c: &DecoderConfig) -> LinearShapes {
-    let (q_out, kv_out) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
-    LinearShapes::llama(c.num_hidden_layers, c.hidden_size, q_out, kv_out, c.intermediate_size)
+/// x W^T.
+fn plain(x: &Tensor, weight: &Weight) -> Result<Tensor> {
+    let (mut y, _) = linear::forward(x, &[Part { weight, bias: None, lora: None }], None)?;
+    y.pop().context("a linear gives one output a part")
 }
 
 fn pairs(adapter: Option<&Adapter>, layer: usize) -> Option<&LayerPairs> {

@@ -14,7 +14,7 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::invalid;
-use crate::model::config::DecoderConfig;
+use crate::model::config::{DecoderConfig, Family};
 use crate::model::gguf::{self, Gguf};
 use crate::model::gguf_tokenizer;
 use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
@@ -48,8 +48,21 @@ struct Stored {
     bytes: Bytes,
     dtype: StoredType,
     shape: Vec<usize>,
-    interleaved: bool,
+    form: Form,
     file: String,
+}
+
+/// What stands between a stored tensor and Hugging Face's numbers in (out, in) order.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// Nothing.
+    Plain,
+    /// Rows in another order.
+    Rows(RowOrder),
+    /// The matrix lies as (in, out): GPT-2 in Hugging Face's own files.
+    Transposed,
+    /// A norm's weight with 1 added already: Gemma in a GGUF.
+    PlusOne,
 }
 
 /// Files that belong to a model beside its weights, in the order they are listed.
@@ -95,8 +108,10 @@ impl Checkpoint {
             ("tokenizer.json", tokenizer),
             ("tokenizer_config.json", tokenizer_config),
         ];
+        let config_read = DecoderConfig::from_hf(config, Some(generation_config), name)?;
+        tensors.settle(&config_read, name)?;
         let contents = Contents {
-            config: DecoderConfig::from_hf(config, Some(generation_config), name)?,
+            config: config_read,
             tensors: tensors.read,
             unread: tensors.unread,
             files: Vec::new(),
@@ -178,7 +193,19 @@ impl Checkpoint {
     /// If it is missing, of another shape, or of a type that cannot be unpacked.
     pub fn vector(&self, hf_name: &str, len: usize) -> Result<Vec<f32>> {
         let stored = self.contents.stored(hf_name, &[len])?;
-        Ok(Weight::new(stored.bytes.clone(), stored.dtype, 1, len)?.to_f32())
+        Ok(match stored.form {
+            Form::Rows(order) => {
+                // One number a row, if the type's blocks allow it: vectors are stored dense.
+                Weight::new(stored.bytes.clone(), stored.dtype, len, 1)?.with_row_order(order).to_f32()
+            }
+            form => {
+                let mut values = Weight::new(stored.bytes.clone(), stored.dtype, 1, len)?.to_f32();
+                if form == Form::PlusOne {
+                    values.iter_mut().for_each(|v| *v -= 1.0);
+                }
+                values
+            }
+        })
     }
 
     /// All tensors by name: (Hugging Face name, shape, type).
@@ -244,16 +271,17 @@ impl Contents {
         let config = DecoderConfig::from_gguf(&gguf)?;
         let mut tensors = BTreeMap::new();
         for tensor in gguf.tensors() {
-            if tensor.name == "rope_freqs.weight" {
+            if ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"].contains(&&*tensor.name) {
                 continue; // in the configuration
             }
-            // Leaving one out would be another model: biases and experts come under names of their own.
-            let hf_name = gguf::hf_name(&tensor.name)
-                .ok_or_else(|| invalid!("{name}: the tensor {} is none of a llama decoder's", tensor.name))?;
+            // Leaving one out would be another model: experts come under names of their own.
+            let hf_name = gguf::hf_name(&config, &tensor.name).ok_or_else(|| {
+                invalid!("{name}: the tensor {} is none of a {} decoder's", tensor.name, config.names().model_type)
+            })?;
             let bytes = gguf.tensor_bytes(tensor).ok_or_else(|| invalid!("{name}: tensor {} is cut", tensor.name))?;
-            let interleaved = hf_name.ends_with("q_proj.weight") || hf_name.ends_with("k_proj.weight");
+            let form = gguf_form(&config, &hf_name);
             let (dtype, shape, file) = (tensor.dtype, tensor.shape.clone(), name.clone());
-            tensors.insert(hf_name, Stored { bytes, dtype, shape, interleaved, file });
+            tensors.insert(hf_name, Stored { bytes, dtype, shape, form, file });
         }
         let (files, unread) = (vec![path.to_owned()], BTreeMap::new());
         Ok(Self { config, tensors, unread, files, origin: Origin::Gguf(path.to_owned(), Box::new(gguf)), name })
@@ -295,6 +323,7 @@ impl Contents {
             tensors.add_safetensors(map(&path)?, &path.display().to_string(), None)?;
             files.push(path);
         }
+        tensors.settle(&config, &name)?;
         let Tensors { read, unread } = tensors;
         Ok(Self { config, tensors: read, unread, files, origin: Origin::Directory(dir.to_owned()), name })
     }
@@ -340,16 +369,18 @@ impl Contents {
     }
 
     fn weight(&self, hf_name: &str, rows: usize, cols: usize) -> Result<Weight> {
+        if self.tensors.get(hf_name).is_some_and(|s| s.form == Form::Transposed) {
+            let stored = self.stored(hf_name, &[cols, rows])?;
+            return Weight::new(stored.bytes.clone(), stored.dtype, cols, rows)?.transposed();
+        }
         let stored = self.stored(hf_name, &[rows, cols])?;
         let weight = Weight::new(stored.bytes.clone(), stored.dtype, rows, cols)?;
-        if !stored.interleaved {
-            return Ok(weight);
-        }
+        let Form::Rows(order) = stored.form else { return Ok(weight) };
         let head_dim = self.config.head_dim;
         if !rows.is_multiple_of(head_dim) {
             return Err(invalid!("{}: tensor {hf_name} has {rows} rows, not whole heads of {head_dim}", stored.file));
         }
-        Ok(weight.with_row_order(RowOrder::RopeInterleaved { head_dim }))
+        Ok(weight.with_row_order(order))
     }
 
     pub(crate) fn fingerprint(&self) -> String {
@@ -399,9 +430,6 @@ impl Tensors {
             if wanted.is_some_and(|w| !w.contains(&name)) {
                 continue;
             }
-            if name.ends_with(".bias") {
-                return Err(invalid!("{file}: tensor {name}: the decoder's linear layers have no bias"));
-            }
             let dtype = match info.dtype {
                 Dtype::F32 => StoredType::F32,
                 Dtype::F16 => StoredType::F16,
@@ -417,9 +445,56 @@ impl Tensors {
             let bytes = range.and_then(|range| bytes.slice(range));
             let bytes = bytes.ok_or_else(|| invalid!("{file}: tensor {name} lies outside of the file"))?;
             let (shape, file) = (info.shape.clone(), file.to_owned());
-            self.read.insert(name, Stored { bytes, dtype, shape, interleaved: false, file });
+            self.read.insert(name, Stored { bytes, dtype, shape, form: Form::Plain, file });
         }
         Ok(())
+    }
+}
+
+impl Tensors {
+    /// Names without the family's prefix get it, matrices that lie as (in, out) are marked, and a bias that the
+    /// configuration knows nothing of is refused: leaving it out would be another model.
+    fn settle(&mut self, config: &DecoderConfig, name: &str) -> Result<()> {
+        let names = config.names();
+        // transformers 5 has one name for every family's output table in memory, and tools may save what they see.
+        if !self.read.contains_key(names.output)
+            && let Some(output) = self.read.remove("lm_head.weight")
+        {
+            self.read.insert(names.output.to_string(), output);
+        }
+        if !self.read.contains_key(names.embedding)
+            && names.embedding.strip_prefix(names.prefix).is_some_and(|bare| self.read.contains_key(bare))
+        {
+            let bare = std::mem::take(&mut self.read);
+            let whole = |n: String| if n == names.output { n } else { format!("{}{n}", names.prefix) };
+            self.read = bare.into_iter().map(|(n, stored)| (whole(n), stored)).collect();
+        }
+        for (tensor, stored) in &mut self.read {
+            if config.lies_transposed(tensor) {
+                stored.form = Form::Transposed;
+            }
+            if tensor.ends_with(".bias") && !config.expects_bias(tensor) {
+                return Err(invalid!(
+                    "{name}: tensor {tensor}: by its configuration, this {} decoder has no bias there",
+                    names.model_type
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How a GGUF file keeps the tensor of this name (llama.cpp `convert_hf_to_gguf.py`).
+fn gguf_form(config: &DecoderConfig, hf_name: &str) -> Form {
+    let is = |path: &str| hf_name.contains(path);
+    let head_dim = config.head_dim;
+    match config.family {
+        Family::Llama if is(".q_proj.") || is(".k_proj.") => Form::Rows(RowOrder::RopeInterleaved { head_dim }),
+        Family::GptNeoX if is(".query_key_value.") => {
+            Form::Rows(RowOrder::HeadsApart { head_dim, heads: config.num_attention_heads })
+        }
+        Family::Gemma | Family::Gemma2 | Family::Gemma3 if hf_name.ends_with("norm.weight") => Form::PlusOne,
+        _ => Form::Plain,
     }
 }
 

@@ -1,5 +1,5 @@
 //! The GGUF container: header, metadata and tensor table, read over a mapped file with every number checked.
-//! Knows the names a llama file uses, but no tokenizer and no network. Read checkpoint.rs next: it hands tensors out.
+//! Knows what llama.cpp calls tensors, but no tokenizer and no network. Read checkpoint.rs next: it hands tensors out.
 //!
 //! Layout (versions 2 and 3, little-endian): magic, version, tensor count, key count; the keys; the tensor table;
 //! padding to `general.alignment`; the data. Source: ggml's docs/gguf.md.
@@ -10,6 +10,7 @@ use std::ops::Range;
 use anyhow::Result;
 
 use crate::invalid;
+use crate::model::config::{DecoderConfig, QkNorm};
 use crate::ops::weight::{Bytes, StoredType};
 
 /// One metadata value. Integers of every width become one of the two 64-bit kinds.
@@ -320,30 +321,52 @@ fn unread_type_name(kind: u32) -> &'static str {
     }
 }
 
-/// Hugging Face's name of a llama GGUF's tensor; `None` for one that a llama decoder does not have.
-pub fn hf_name(gguf_name: &str) -> Option<String> {
+/// Hugging Face's name of a GGUF's tensor in a decoder of this configuration; `None` for one that it does not have.
+pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
+    let names = config.names();
     match gguf_name {
-        "token_embd.weight" => return Some("model.embed_tokens.weight".into()),
-        "output_norm.weight" => return Some("model.norm.weight".into()),
-        "output.weight" => return Some("lm_head.weight".into()),
+        "token_embd.weight" => return Some(names.embedding.into()),
+        "output.weight" => return Some(names.output.into()),
+        "position_embd.weight" if config.learned_positions.is_some() => return Some(names.positions.into()),
         _ => {}
     }
-    let (layer, part) = gguf_name.strip_prefix("blk.")?.split_once('.')?;
-    // The number is parsed and printed again, so that `blk.007` cannot stand for layer 7 beside `blk.7`.
-    let layer = layer.parse::<u32>().ok().filter(|n| n.to_string() == layer)?;
-    let part = match part.strip_suffix(".weight")? {
-        "attn_norm" => "input_layernorm",
-        "ffn_norm" => "post_attention_layernorm",
-        "attn_q" => "self_attn.q_proj",
-        "attn_k" => "self_attn.k_proj",
-        "attn_v" => "self_attn.v_proj",
-        "attn_output" => "self_attn.o_proj",
-        "ffn_gate" => "mlp.gate_proj",
-        "ffn_up" => "mlp.up_proj",
-        "ffn_down" => "mlp.down_proj",
-        _ => return None,
+    let (path, kind) = gguf_name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+    let hf = match path {
+        "output_norm" => format!("{}.{kind}", names.final_norm),
+        _ => {
+            let (layer, part) = path.strip_prefix("blk.")?.split_once('.')?;
+            // The number is parsed and printed again, so that `blk.007` cannot stand for layer 7 beside `blk.7`.
+            let layer = layer.parse::<u32>().ok().filter(|n| n.to_string() == layer)?;
+            format!("{}.{layer}.{}.{kind}", names.blocks, block_part(config, part)?)
+        }
     };
-    Some(format!("model.layers.{layer}.{part}.weight"))
+    (kind == "weight" || config.expects_bias(&hf)).then_some(hf)
+}
+
+/// The path inside a block of one of its tensors.
+fn block_part(config: &DecoderConfig, part: &str) -> Option<&'static str> {
+    let names = config.names();
+    let of = |paths: &'static [&'static str], i: usize, fused: bool| {
+        (fused == (paths.len() == 1)).then(|| paths.get(i).copied()).flatten()
+    };
+    let norm = |i: usize| Some(names.norms[i]).filter(|n| !n.is_empty());
+    match part {
+        "attn_norm" => norm(0),
+        "post_attention_norm" => norm(1),
+        "ffn_norm" => norm(2),
+        "post_ffw_norm" => norm(3),
+        "attn_q" => of(names.qkv, 0, false),
+        "attn_k" => of(names.qkv, 1, false),
+        "attn_v" => of(names.qkv, 2, false),
+        "attn_qkv" => of(names.qkv, 0, true),
+        "attn_q_norm" if config.qk_norm != QkNorm::None => Some("self_attn.q_norm"),
+        "attn_k_norm" if config.qk_norm != QkNorm::None => Some("self_attn.k_norm"),
+        "attn_output" => Some(names.attention_out),
+        "ffn_gate" => of(names.mlp_in, 0, false),
+        "ffn_up" => of(names.mlp_in, 1, false).or(of(names.mlp_in, 0, true)),
+        "ffn_down" => Some(names.mlp_out),
+        _ => None,
+    }
 }
 
 /// Walks the file; every read is checked against its end.

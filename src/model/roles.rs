@@ -69,7 +69,7 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If the rows are not those of the targets.
     pub fn logprobs_of(&self, rows: &Tensor, targets: &Targets, temperature: f64) -> Result<TokenStats> {
-        Ok(head::forward(rows, self.base.output(), &targets.tokens, temperature)?)
+        Ok(head::forward(rows, &self.base.table(), &targets.tokens, temperature)?)
     }
 
     /// Exact KL (R), nats, from the policy with hidden states `rows` to the one with `other`, both (R, D) over this base.
@@ -77,7 +77,7 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If shapes differ.
     pub fn divergence(&self, rows: &Tensor, other: &Tensor, temperature: f64) -> Result<Vec<f32>> {
-        Ok(divergence::forward(rows, other, self.base.output(), temperature)?.kl)
+        Ok(divergence::forward(rows, other, &self.base.table(), temperature)?.kl)
     }
 
     /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
@@ -117,8 +117,8 @@ impl<'w> Policy<'w> {
         let rows = select_rows(&hidden, &targets.rows)?;
         let (n, _) = hidden.dims2()?;
         drop(hidden);
-        let stats = head::forward(&rows, self.base.output(), &targets.tokens, temperature)?;
-        let output = self.base.output();
+        let stats = head::forward(&rows, &self.base.table(), &targets.tokens, temperature)?;
+        let output = &self.base.table();
         let kept = other.map(|other| divergence::forward(&rows, other, output, temperature)).transpose()?;
         let d = loss(&stats, kept.as_ref().map_or(&[], |kept| &kept.kl))?;
         let mut d_rows = head::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;

@@ -1,19 +1,22 @@
 //! Causal attention over ragged batches, with grouped key/value heads; and one query a sequence over a cache.
 //!
-//! o_i = sum_{j <= i} p_ij v_j, p_i = softmax_j(q_i . k_j / sqrt(head_dim)), within each sequence and head. Scores live
-//! 48 queries at a time: never T x T for a long sequence. Kept for the backward: q, k, v alone. Read head.rs next.
+//! o_i = sum_{j <= i} p_ij v_j, p_i = softmax_j(s_ij), s_ij = scale q_i . k_j, within each sequence and head; with a window
+//! w only j > i - w is seen, with a soft cap c the scores are c tanh(s / c). Scores live 48 queries at a time: never
+//! T x T for a long sequence. Kept for the backward: q, k, v alone. Read head.rs next.
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::{Buffer, Isa, Out, dot_plain, exp, lane_sum, max, parallel, tensor, view};
+use std::ops::Range;
+
+use super::cpu::{Buffer, Isa, Out, dot_plain, exp, lane_sum, max, parallel, tanh, tensor, view};
 use super::pack::with_scratch;
 use super::tile::{Into, Mat, product};
 
 /// Queries whose scores are held at once.
 const QUERIES: usize = 48;
 
-/// Head counts of one attention layer.
-#[derive(Clone, Copy, Debug)]
+/// Heads of one attention layer, and what they see.
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Heads {
     /// Query heads.
     pub q: usize,
@@ -21,11 +24,28 @@ pub struct Heads {
     pub kv: usize,
     /// Width of one head.
     pub dim: usize,
+    /// What products of queries and keys are multiplied by.
+    pub scale: f32,
+    /// Each query sees so many keys at the most, its own included; `None` is all before it.
+    pub window: Option<usize>,
+    /// Scores are bent to stay within this (Gemma 2).
+    pub soft_cap: Option<f32>,
 }
 
 impl Heads {
-    fn scale(self) -> f32 {
-        1.0 / (self.dim as f32).sqrt()
+    /// Heads that see everything before them, scaled by 1 / sqrt(dim).
+    pub fn full(q: usize, kv: usize, dim: usize) -> Self {
+        Self { q, kv, dim, scale: 1.0 / (dim as f32).sqrt(), window: None, soft_cap: None }
+    }
+
+    /// The first key that query `i` sees.
+    fn first(self, i: usize) -> usize {
+        self.window.map_or(0, |w| (i + 1).saturating_sub(w))
+    }
+
+    /// The factor that the softmax itself applies: 1 where the cap has applied the scale.
+    fn softmax_scale(self) -> f32 {
+        if self.soft_cap.is_some() { 1.0 } else { self.scale }
     }
 
     fn check(self, q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize]) -> Result<usize> {
@@ -45,9 +65,31 @@ impl Heads {
 }
 
 super::cpu::vectorised! {
-    /// Softmax of scale * row over its first `len` numbers; zeros after them.
-    fn softmax(row: &mut [f32], len: usize, scale: f32) {
-        let (live, dead) = row.split_at_mut(len);
+    /// x -> cap tanh(scale x / cap).
+    fn bend(row: &mut [f32], scale: f32, cap: f32) {
+        let inner = scale / cap;
+        for x in row {
+            *x = cap * tanh(*x * inner);
+        }
+    }
+}
+
+super::cpu::vectorised! {
+    /// The bend's slope scale (1 - (s / cap)^2) of bent scores s.
+    fn unbend(bent: &[f32], d: &mut [f32], scale: f32, cap: f32) {
+        for (d, &s) in d.iter_mut().zip(bent) {
+            let t = s / cap;
+            *d *= scale * (1.0 - t * t);
+        }
+    }
+}
+
+super::cpu::vectorised! {
+    /// Softmax of scale * row over the numbers `seen`; zeros beside them.
+    fn softmax(row: &mut [f32], seen: Range<usize>, scale: f32) {
+        let (live, dead) = row.split_at_mut(seen.end);
+        let (before, live) = live.split_at_mut(seen.start);
+        before.fill(0.0);
         let top = max(live) * scale;
         let mut lanes = [0f32; 16];
         let (blocks, rest) = live.as_chunks_mut::<16>();
@@ -70,10 +112,13 @@ super::cpu::vectorised! {
 }
 
 super::cpu::vectorised! {
-    /// dS = scale * P (dP - sum_j P dP), in dP's place; zeros past `len`.
-    fn softmax_backward(p: &[f32], dp: &mut [f32], len: usize, scale: f32) {
-        let (live, dead) = dp.split_at_mut(len);
-        let sum = dot_plain(&p[..len], live);
+    /// dS = scale * P (dP - sum_j P dP), in dP's place; zeros beside `seen`.
+    fn softmax_backward(p: &[f32], dp: &mut [f32], seen: Range<usize>, scale: f32) {
+        let (live, dead) = dp.split_at_mut(seen.end);
+        let (before, live) = live.split_at_mut(seen.start);
+        before.fill(0.0);
+        let p = &p[seen];
+        let sum = dot_plain(p, live);
         for (p, d) in p.iter().zip(live) {
             *d = scale * p * (*d - sum);
         }
@@ -119,16 +164,22 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Hea
                 for h in g * heads.q / heads.kv..(g + 1) * heads.q / heads.kv {
                     for i0 in (0..t).step_by(QUERIES) {
                         let rows = QUERIES.min(t - i0);
-                        let seen = i0 + rows;
+                        // Keys that any of these queries sees; columns of the scores count from j0.
+                        let j0 = heads.first(i0);
+                        let seen = i0 + rows - j0;
                         // SAFETY: all blocks lie inside this sequence's rows and this head's columns, which this item
                         // alone writes.
                         unsafe {
-                            let q = Mat::rows(&qs, wq).from(start + i0, h * dim);
-                            product(isa, rows, seen, dim, q, Mat::rows(k_t, t), scores.as_mut_ptr(), t, Into::Fresh);
+                            let (q, k) = (Mat::rows(&qs, wq).from(start + i0, h * dim), Mat::rows(k_t, t).from(0, j0));
+                            product(isa, rows, seen, dim, q, k, scores.as_mut_ptr(), t, Into::Fresh);
                             for r in 0..rows {
-                                softmax(&mut scores[r * t..r * t + seen], i0 + r + 1, heads.scale());
+                                let row = &mut scores[r * t..r * t + seen];
+                                if let Some(cap) = heads.soft_cap {
+                                    bend(row, heads.scale, cap);
+                                }
+                                softmax(row, heads.first(i0 + r) - j0..i0 + r + 1 - j0, heads.softmax_scale());
                             }
-                            let v = Mat::rows(&vs, wkv).from(start, g * dim);
+                            let v = Mat::rows(&vs, wkv).from(start + j0, g * dim);
                             let to = out.at((start + i0) * wq + h * dim);
                             product(isa, rows, dim, seen, Mat::rows(scores, t), v, to, wq, Into::Fresh);
                         }
@@ -166,30 +217,47 @@ pub fn backward(
     parallel(items.len(), 3 * cost(offsets, heads), |range| {
         for &(s, g) in &items[range] {
             let (start, t) = (offsets[s], offsets[s + 1] - offsets[s]);
-            with_scratch(2 * dim * t + 2 * QUERIES * t, |scratch| {
+            let bent = if heads.soft_cap.is_some() { t } else { 0 };
+            with_scratch(2 * dim * t + 2 * QUERIES * t + bent, |scratch| {
                 let (k_t, rest) = scratch.split_at_mut(dim * t);
                 let (v_t, rest) = rest.split_at_mut(dim * t);
-                let (p, dp) = rest.split_at_mut(QUERIES * t);
+                let (p, rest) = rest.split_at_mut(QUERIES * t);
+                let (dp, bent) = rest.split_at_mut(QUERIES * t);
                 transposed(&ks[start * wkv..], wkv, g * dim, dim, t, k_t);
                 transposed(&vs[start * wkv..], wkv, g * dim, dim, t, v_t);
                 for h in g * heads.q / heads.kv..(g + 1) * heads.q / heads.kv {
                     for i0 in (0..t).step_by(QUERIES) {
                         let rows = QUERIES.min(t - i0);
-                        let seen = i0 + rows;
+                        let j0 = heads.first(i0);
+                        let seen = i0 + rows - j0;
                         // SAFETY: as in the forward; dk and dv of this sequence and group are this item's own.
                         unsafe {
                             let q = Mat::rows(&qs, wq).from(start + i0, h * dim);
                             let g_o = Mat::rows(&gs, wq).from(start + i0, h * dim);
-                            let k = Mat::rows(&ks, wkv).from(start, g * dim);
-                            product(isa, rows, seen, dim, q, Mat::rows(k_t, t), p.as_mut_ptr(), t, Into::Fresh);
-                            product(isa, rows, seen, dim, g_o, Mat::rows(v_t, t), dp.as_mut_ptr(), t, Into::Fresh);
+                            let k = Mat::rows(&ks, wkv).from(start + j0, g * dim);
+                            let (k_t, v_t) = (Mat::rows(k_t, t).from(0, j0), Mat::rows(v_t, t).from(0, j0));
+                            product(isa, rows, seen, dim, q, k_t, p.as_mut_ptr(), t, Into::Fresh);
+                            product(isa, rows, seen, dim, g_o, v_t, dp.as_mut_ptr(), t, Into::Fresh);
                             for r in 0..rows {
                                 let (p, dp) = (&mut p[r * t..r * t + seen], &mut dp[r * t..r * t + seen]);
-                                softmax(p, i0 + r + 1, heads.scale());
-                                softmax_backward(p, dp, i0 + r + 1, heads.scale());
+                                let live = heads.first(i0 + r) - j0..i0 + r + 1 - j0;
+                                match heads.soft_cap {
+                                    None => {
+                                        softmax(p, live.clone(), heads.scale);
+                                        softmax_backward(p, dp, live, heads.scale);
+                                    }
+                                    Some(cap) => {
+                                        bend(p, heads.scale, cap);
+                                        let bent = &mut bent[..seen];
+                                        bent.copy_from_slice(p);
+                                        softmax(p, live.clone(), 1.0);
+                                        softmax_backward(p, dp, live, 1.0);
+                                        unbend(bent, dp, heads.scale, cap);
+                                    }
+                                }
                             }
                             let (p, ds) = (Mat::rows(p, t), Mat::rows(dp, t));
-                            let at = start * wkv + g * dim;
+                            let at = (start + j0) * wkv + g * dim;
                             product(isa, rows, dim, seen, ds, k, oq.at((start + i0) * wq + h * dim), wq, Into::Fresh);
                             product(isa, seen, dim, rows, ds.t(), q, ok.at(at), wkv, Into::Add);
                             product(isa, seen, dim, rows, p.t(), g_o, ov.at(at), wkv, Into::Add);
@@ -216,13 +284,18 @@ pub struct Cached {
 super::cpu::vectorised! {
     fn attend_one(q: &[f32], cache: &Cached, heads: Heads, h: usize, scores: &mut [f32], o: &mut [f32]) {
         let (width, column) = (heads.kv * heads.dim, h * heads.kv / heads.q * heads.dim);
-        for (score, key) in scores.iter_mut().zip(cache.keys.chunks_exact(width)) {
+        // The last of all keys is the query's own.
+        let first = heads.first((cache.keys.len() / width).saturating_sub(1));
+        for (score, key) in scores.iter_mut().zip(cache.keys.chunks_exact(width).skip(first)) {
             *score = dot_plain(q, &key[column..column + heads.dim]);
         }
+        if let Some(cap) = heads.soft_cap {
+            bend(scores, heads.scale, cap);
+        }
         let len = scores.len();
-        softmax(scores, len, heads.scale());
+        softmax(scores, 0..len, heads.softmax_scale());
         o.fill(0.0);
-        for (&p, value) in scores.iter().zip(cache.values.chunks_exact(width)) {
+        for (&p, value) in scores.iter().zip(cache.values.chunks_exact(width).skip(first)) {
             for (o, &v) in o.iter_mut().zip(&value[column..column + heads.dim]) {
                 *o += p * v;
             }
@@ -247,7 +320,8 @@ pub fn decode(q: &Tensor, caches: &[&Cached], heads: Heads) -> Result<Tensor> {
     parallel(n * heads.q, cost, |range| {
         for i in range {
             let (s, h) = (i / heads.q, i % heads.q);
-            with_scratch(caches[s].keys.len() / kv, |scores| {
+            let keys = caches[s].keys.len() / kv;
+            with_scratch(keys - heads.first(keys.saturating_sub(1)), |scores| {
                 // SAFETY: head h of row s belongs to this item.
                 let o = unsafe { out.slice(i * heads.dim, heads.dim) };
                 attend_one(&qs[i * heads.dim..(i + 1) * heads.dim], caches[s], heads, h, scores, o);

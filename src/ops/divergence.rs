@@ -1,13 +1,13 @@
 //! The exact KL divergence between two distributions over the vocabulary, from two rows of hidden states and the output
 //! table, and its gradient by the first. Logits go by in strips, as in head.rs; nothing (N, vocab) is held.
 //!
-//! l = h W^T / T, m = g W^T / T; KL = sum_j p_j (log p_j - log q_j) = sum_j p_j (l_j - m_j) - lse(l) + lse(m).
+//! l = c tanh(k h W^T / c) / T, m = c tanh(k g W^T / c) / T (head.rs); KL = sum_j p_j (log p_j - log q_j) = sum_j p_j (l_j - m_j) - lse(l) + lse(m).
 //! Kept for the backward: KL and both lse. Knows no actor and no reference; read `model::roles` for those.
 
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tensor, view};
-use super::head::{Hidden, RUNS, STRIP, strips};
+use super::head::{Hidden, RUNS, STRIP, Table, bend, strips, unbend};
 use super::pack::with_scratch;
 use super::tile::{Into, Mat, product};
 use super::weight::Weight;
@@ -81,19 +81,23 @@ super::cpu::vectorised! {
     }
 }
 
-/// KL (R) from softmax(h W^T / T) to softmax(g W^T / T); h, g: (R, D), already normed.
+/// KL (R) from the distribution of h to that of g, both (R, D), already normed, at temperature T.
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn forward(h: &Tensor, g: &Tensor, weight: &Weight, temperature: f64) -> Result<Divergence> {
+pub fn forward(h: &Tensor, g: &Tensor, table: &Table<'_>, temperature: f64) -> Result<Divergence> {
+    let weight = table.weight;
     let (both, r, d) = stacked(h, g, weight)?;
-    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), (1.0 / temperature) as f32);
+    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), table.inverse(temperature));
     // (RUNS, R): each run its own sums, merged in order, so that the bits are the same on any number of cores.
     let sums: Vec<std::sync::Mutex<Vec<Sums>>> = (0..RUNS).map(|_| vec![Sums::EMPTY; r].into()).collect();
     parallel(RUNS, 2 * r * d * weight.rows(), |range| {
         for run in range {
             let mut mine = vec![Sums::EMPTY; r];
             strips(&hidden, weight, run, |_, width, logits| {
+                if let Some(cap) = table.soft_cap {
+                    bend(logits, table.multiplier / cap, cap);
+                }
                 let (p, q) = logits.split_at_mut(r * STRIP);
                 for ((p, q), sums) in p.chunks_exact_mut(STRIP).zip(q.chunks_exact_mut(STRIP)).zip(&mut mine) {
                     let (top_p, sum_p, gap, top_q, sum_q) = strip_sums(&mut p[..width], &mut q[..width], inverse);
@@ -121,7 +125,8 @@ pub fn forward(h: &Tensor, g: &Tensor, weight: &Weight, temperature: f64) -> Res
     Ok(out)
 }
 
-/// dL/dh (R, D) of dL/dKL (R): dKL/dl_j = p_j (log p_j - log q_j - KL) / T, dL/dh = dL/dl W. `divergence` is what
+/// dL/dh (R, D) of dL/dKL (R): dKL/dl_j = p_j (log p_j - log q_j - KL) / T, times the slope of multiplier and cap;
+/// dL/dh = dL/dl W. `divergence` is what
 /// `forward` gave for the same inputs; g is held fixed.
 ///
 /// # Errors
@@ -129,27 +134,36 @@ pub fn forward(h: &Tensor, g: &Tensor, weight: &Weight, temperature: f64) -> Res
 pub fn backward(
     h: &Tensor,
     g: &Tensor,
-    weight: &Weight,
+    table: &Table<'_>,
     temperature: f64,
     divergence: &Divergence,
     dkl: &[f32],
 ) -> Result<Tensor> {
+    let weight = table.weight;
     let (both, r, d) = stacked(h, g, weight)?;
     if [divergence.kl.len(), dkl.len()] != [r; 2] {
         candle_core::bail!("divergence backward: {r} positions, {} gradients", dkl.len());
     }
-    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), (1.0 / temperature) as f32);
+    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), table.inverse(temperature));
     let isa = Isa::detect();
     let mut partial = vec![0f32; RUNS * r * d];
     let out = Out::of(&mut partial);
     parallel(RUNS, 3 * r * d * weight.rows(), |range| {
         for run in range {
             strips(&hidden, weight, run, |v0, width, logits| {
+                let mut bent = [0f32; STRIP];
+                if let Some(cap) = table.soft_cap {
+                    bend(logits, table.multiplier / cap, cap);
+                }
                 let (p, q) = logits.split_at_mut(r * STRIP);
                 for (i, (p, q)) in p.chunks_exact_mut(STRIP).zip(q.chunks_exact(STRIP)).enumerate() {
                     let lse = (divergence.lse_p[i], divergence.lse_q[i]);
                     let (kl, scale) = (divergence.kl[i], dkl[i] * inverse);
+                    bent[..width].copy_from_slice(&p[..width]);
                     strip_gradient(&mut p[..width], &q[..width], inverse, lse, kl, scale);
+                    if let Some(cap) = table.soft_cap {
+                        unbend(&bent[..width], &mut p[..width], table.multiplier, cap);
+                    }
                 }
                 with_scratch(width * d, |rows| {
                     for (j, row) in rows.chunks_exact_mut(d).enumerate() {
@@ -208,11 +222,20 @@ mod tests {
         Weight::from_f32(table, V, D).unwrap()
     }
 
+    /// As most decoders', and as Granite's and Gemma 2's at once.
+    fn tables(weight: &Weight) -> [Table<'_>; 2] {
+        [Table::plain(weight), Table { weight, multiplier: 0.75, soft_cap: Some(1.5) }]
+    }
+
     /// The sum over the full softmax, in f64.
-    fn full(h: &[f32], g: &[f32], table: &[f32], temperature: f64) -> Vec<f64> {
+    fn full(h: &[f32], g: &[f32], table: &[f32], of: &Table<'_>, temperature: f64) -> Vec<f64> {
+        let shape = |l: f64| match of.soft_cap.map(f64::from) {
+            Some(cap) => cap * (l * f64::from(of.multiplier) / cap).tanh(),
+            None => l * f64::from(of.multiplier),
+        };
         let log_softmax = |h: &[f32]| -> Vec<f64> {
             let dot = |w: &[f32]| w.iter().zip(h).map(|(&w, &h)| f64::from(w) * f64::from(h)).sum::<f64>();
-            let logits: Vec<f64> = table.chunks(D).map(|w| dot(w) / temperature).collect();
+            let logits: Vec<f64> = table.chunks(D).map(|w| shape(dot(w)) / temperature).collect();
             let lse = logits.iter().map(|l| l.exp()).sum::<f64>().ln();
             logits.into_iter().map(|l| l - lse).collect()
         };
@@ -225,16 +248,16 @@ mod tests {
         let Case { h, g, table } = case();
         let weight = weight(&table);
         let tensors = |h: &[f32]| tensor(h.to_vec(), (R, D)).unwrap();
-        for temperature in [1.0, 0.7] {
-            let streamed = forward(&tensors(&h), &tensors(&g), &weight, temperature).unwrap().kl;
-            for (got, want) in streamed.iter().zip(full(&h, &g, &table, temperature)) {
+        for (of, temperature) in tables(&weight).into_iter().flat_map(|of| [(of, 1.0), (of, 0.7)]) {
+            let streamed = forward(&tensors(&h), &tensors(&g), &of, temperature).unwrap().kl;
+            for (got, want) in streamed.iter().zip(full(&h, &g, &table, &of, temperature)) {
                 // Sums of 1237 f32 terms of magnitude 1.
                 assert!((f64::from(*got) - want).abs() < 1e-5 * want.max(1.0) && *got > 0.0, "{got} {want}");
             }
-            let same = forward(&tensors(&h), &tensors(&h), &weight, temperature).unwrap().kl;
+            let same = forward(&tensors(&h), &tensors(&h), &of, temperature).unwrap().kl;
             assert_eq!(same, [0.0; R], "of a distribution to itself");
         }
-        assert!(forward(&tensors(&h), &tensor(vec![0.0; D], (1, D)).unwrap(), &weight, 1.0).is_err());
+        assert!(forward(&tensors(&h), &tensor(vec![0.0; D], (1, D)).unwrap(), &Table::plain(&weight), 1.0).is_err());
     }
 
     #[test]
@@ -243,18 +266,20 @@ mod tests {
         let weight = weight(&table);
         let tensors = |h: &[f32]| tensor(h.to_vec(), (R, D)).unwrap();
         let dkl = [0.5f32, -1.0, 2.0];
-        let kept = forward(&tensors(&h), &tensors(&g), &weight, 0.7).unwrap();
-        let grad = backward(&tensors(&h), &tensors(&g), &weight, 0.7, &kept, &dkl).unwrap();
-        let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        for at in 0..R * D {
-            let moved = |by: f32| {
-                let mut h = h.clone();
-                h[at] += by;
-                full(&h, &g, &table, 0.7).iter().zip(dkl).map(|(kl, d)| kl * f64::from(d)).sum::<f64>()
-            };
-            let step = 1.0 / 1024.0;
-            let want = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
-            assert!((f64::from(grad[at]) - want).abs() < 1e-4 * want.abs().max(1.0), "{at}: {} {want}", grad[at]);
+        for of in tables(&weight) {
+            let kept = forward(&tensors(&h), &tensors(&g), &of, 0.7).unwrap();
+            let grad = backward(&tensors(&h), &tensors(&g), &of, 0.7, &kept, &dkl).unwrap();
+            let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            for at in 0..R * D {
+                let moved = |by: f32| {
+                    let mut h = h.clone();
+                    h[at] += by;
+                    full(&h, &g, &table, &of, 0.7).iter().zip(dkl).map(|(kl, d)| kl * f64::from(d)).sum::<f64>()
+                };
+                let step = 1.0 / 1024.0;
+                let want = (moved(step) - moved(-step)) / (2.0 * f64::from(step));
+                assert!((f64::from(grad[at]) - want).abs() < 1e-4 * want.abs().max(1.0), "{at}: {} {want}", grad[at]);
+            }
         }
     }
 }

@@ -1,17 +1,70 @@
 //! Token log-probabilities and entropy from hidden states, and their gradient, without ever holding (N, vocab) logits:
 //! the vocabulary goes by in strips, and only running maxima and sums stay.
 //!
-//! l = h W^T / T; logp = l_target - lse(l); H = lse(l) - sum_j p_j l_j. Kept for the backward: the numbers returned.
+//! l = c tanh(m h W^T / c) / T (l = m h W^T / T where there is no cap c); logp = l_target - lse(l);
+//! H = lse(l) - sum_j p_j l_j. Kept for the backward: the numbers returned.
 //! Knows no sampling; read `model::generate` for that.
 
 use candle_core::{Result, Tensor};
 
 use super::bf16::Cores;
-use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tensor, view};
+use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tanh, tensor, view};
 use super::linear_bf16::Left;
 use super::pack::{rows_as_columns, with_scratch};
 use super::tile::{Into, Mat, NR, product};
 use super::weight::{Compute, Weight};
+
+/// The table that logits are taken with, and what is done to them before the softmax.
+#[derive(Clone, Copy)]
+pub struct Table<'a> {
+    /// W (vocab, D).
+    pub weight: &'a Weight,
+    /// m: logits are multiplied by it (Granite's 1 / logits_scaling).
+    pub multiplier: f32,
+    /// c: logits are bent to stay within it (Gemma 2).
+    pub soft_cap: Option<f32>,
+}
+
+impl<'a> Table<'a> {
+    /// Logits as they come out of the product.
+    pub fn plain(weight: &'a Weight) -> Self {
+        Self { weight, multiplier: 1.0, soft_cap: None }
+    }
+
+    /// Products h W^T -> logits at temperature 1, in place.
+    pub fn shape(&self, logits: &mut [f32]) {
+        match self.soft_cap {
+            Some(cap) => bend(logits, self.multiplier / cap, cap),
+            None if self.multiplier != 1.0 => logits.iter_mut().for_each(|l| *l *= self.multiplier),
+            None => {}
+        }
+    }
+
+    /// What is left to multiply once the cap is applied.
+    pub(super) fn inverse(&self, temperature: f64) -> f32 {
+        let inverse = (1.0 / temperature) as f32;
+        if self.soft_cap.is_some() { inverse } else { inverse * self.multiplier }
+    }
+}
+
+super::cpu::vectorised! {
+    /// x -> cap tanh(inner x).
+    pub(super) fn bend(logits: &mut [f32], inner: f32, cap: f32) {
+        for l in logits {
+            *l = cap * tanh(*l * inner);
+        }
+    }
+}
+
+super::cpu::vectorised! {
+    /// Gradients of bent logits -> gradients of the products: times m (1 - (l / c)^2).
+    pub(super) fn unbend(bent: &[f32], gradient: &mut [f32], multiplier: f32, cap: f32) {
+        for (g, &l) in gradient.iter_mut().zip(bent) {
+            let t = l / cap;
+            *g *= multiplier * (1.0 - t * t);
+        }
+    }
+}
 
 /// Vocabulary rows whose logits exist at once, per thread.
 pub(super) const STRIP: usize = 4 * NR;
@@ -95,14 +148,15 @@ super::cpu::vectorised! {
 }
 
 /// Log-probability of `targets` (R) and the entropy at each of the hidden states h (R, D), already normed.
-/// `temperature` divides the logits.
+/// `temperature` divides the logits, after the cap.
 ///
 /// # Errors
 /// If shapes do not fit or a target is past the vocabulary.
-pub fn forward(h: &Tensor, weight: &Weight, targets: &[u32], temperature: f64) -> Result<TokenStats> {
+pub fn forward(h: &Tensor, table: &Table<'_>, targets: &[u32], temperature: f64) -> Result<TokenStats> {
+    let weight = table.weight;
     let (r, d) = check(h, weight, targets)?;
     let hs = view(h)?;
-    let inverse = (1.0 / temperature) as f32;
+    let inverse = table.inverse(temperature);
     let hidden = Hidden::of(&hs, r, d, weight);
     let mut runs = vec![Run::EMPTY; RUNS * r];
     let out = RunsOut(runs.as_mut_ptr());
@@ -113,6 +167,9 @@ pub fn forward(h: &Tensor, weight: &Weight, targets: &[u32], temperature: f64) -
             strips(&hidden, weight, run, |v0, width, logits| {
                 for ((row, stat), &target) in logits.chunks_exact_mut(STRIP).zip(&mut *stats).zip(targets) {
                     let row = &mut row[..width];
+                    if let Some(cap) = table.soft_cap {
+                        bend(row, table.multiplier / cap, cap);
+                    }
                     let (top, sum, weighted) = strip_sums(row, inverse);
                     let best = row.iter().position(|&l| l == top).unwrap_or(0);
                     let target = (target as usize).checked_sub(v0).and_then(|t| row.get(t)).copied();
@@ -136,38 +193,48 @@ pub fn forward(h: &Tensor, weight: &Weight, targets: &[u32], temperature: f64) -
 
 /// dL/dh (R, D) of dL/dlogp (R) and dL/dH (R); `stats` is what `forward` gave for the same inputs.
 ///
-/// dL/dl_j = dlogp (1[j = target] - p_j) - dH p_j (log p_j + H), over T; dL/dh = dL/dl W.
+/// dL/dl_j = dlogp (1[j = target] - p_j) - dH p_j (log p_j + H), over T, times the slope of multiplier and cap;
+/// dL/dh = dL/dl W.
 ///
 /// # Errors
 /// If shapes do not fit.
 pub fn backward(
     h: &Tensor,
-    weight: &Weight,
+    table: &Table<'_>,
     targets: &[u32],
     temperature: f64,
     stats: &TokenStats,
     dlogprobs: &[f32],
     dentropy: &[f32],
 ) -> Result<Tensor> {
+    let weight = table.weight;
     let (r, d) = check(h, weight, targets)?;
     if [stats.lse.len(), stats.entropy.len(), dlogprobs.len(), dentropy.len()] != [r; 4] {
         candle_core::bail!("head backward: {r} positions, {} gradients", dlogprobs.len());
     }
     let hs = view(h)?;
-    let inverse = (1.0 / temperature) as f32;
+    let inverse = table.inverse(temperature);
     let isa = Isa::detect();
     let hidden = Hidden::of(&hs, r, d, weight);
     // A sum of its own for each run, added in order afterwards.
     let mut partial = vec![0f32; RUNS * r * d];
     let out = Out::of(&mut partial);
     parallel(RUNS, 2 * r * d * weight.rows(), |range| {
+        let mut bent = [0f32; STRIP];
         for run in range {
             strips(&hidden, weight, run, |v0, width, logits| {
                 for (i, row) in logits.chunks_exact_mut(STRIP).enumerate() {
                     let row = &mut row[..width];
+                    if let Some(cap) = table.soft_cap {
+                        bend(row, table.multiplier / cap, cap);
+                        bent[..width].copy_from_slice(row);
+                    }
                     strip_gradient(row, inverse, stats.lse[i], stats.entropy[i], dlogprobs[i], dentropy[i]);
                     if let Some(l) = (targets[i] as usize).checked_sub(v0).and_then(|t| row.get_mut(t)) {
                         *l += dlogprobs[i] * inverse;
+                    }
+                    if let Some(cap) = table.soft_cap {
+                        unbend(&bent, row, table.multiplier, cap);
                     }
                 }
                 if hidden.rounded.is_some() && width.is_multiple_of(2) {

@@ -1,6 +1,6 @@
 //! Frozen linear layers with their low-rank branches: several that read one input (q, k, v; gate, up) go together.
 //!
-//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ residual]. Kept for the backward: x and z = s x A^T. Knows no layer names.
+//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Kept for the backward: x and z = s x A^T. Knows no layer names.
 //! Read block.rs in `model` for the use.
 
 use candle_core::{Result, Tensor};
@@ -27,6 +27,8 @@ pub struct LowRank<'a> {
 pub struct Part<'a> {
     /// W, (out, in), as stored.
     pub weight: &'a Weight,
+    /// b, (out), where there is one. Frozen: the backward does not see it.
+    pub bias: Option<&'a [f32]>,
     /// Its branch, if the role's adapter has one here.
     pub lora: Option<LowRank<'a>>,
 }
@@ -80,15 +82,23 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
         for &(p, n0) in &panels[range] {
             let (part, n) = (&parts[p], parts[p].weight.rows());
             let width = NR.min(n - n0);
-            let into = match &start {
-                Some(s) => {
+            let into = match (&start, part.bias) {
+                (None, None) => Into::Fresh,
+                (start, bias) => {
                     for i in 0..m {
-                        // SAFETY: rows i < m and columns n0..n0+width belong to this panel alone.
-                        unsafe { outs[p].slice(i * n + n0, width) }.copy_from_slice(&s[i * n + n0..i * n + n0 + width]);
+                        // SAFETY: rows i < m and columns n0..n0+width belong to this panel alone; each is written here
+                        // before it is read.
+                        let y = unsafe { outs[p].slice(i * n + n0, width) };
+                        match start {
+                            Some(s) => y.copy_from_slice(&s[i * n + n0..i * n + n0 + width]),
+                            None => y.fill(0.0),
+                        }
+                        for (y, b) in y.iter_mut().zip(bias.into_iter().flat_map(|b| &b[n0..])) {
+                            *y += b;
+                        }
                     }
                     Into::Add
                 }
-                None => Into::Fresh,
             };
             let r = part.rank();
             let offset: usize = parts[..p].iter().map(Part::rank).sum();
@@ -139,6 +149,9 @@ fn check(k: usize, parts: &[Part<'_>]) -> Result<()> {
         let n = p.weight.rows();
         if p.weight.cols() != k {
             candle_core::bail!("an input of width {k} meets a ({n}, {}) matrix", p.weight.cols());
+        }
+        if let Some(bias) = p.bias.filter(|b| b.len() != n) {
+            candle_core::bail!("a bias of {} numbers for {n} outputs", bias.len());
         }
         if let Some(l) = p.lora {
             let r = l.a.dims()[0];

@@ -1,10 +1,13 @@
 //! One operation a file: formula, forward, what it keeps, backward. Knows tensors and stored weights; no layer,
 //! no adapter, no configuration.
 //!
-//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, attention, swiglu, head, divergence.
+//! Read `weight` (what is frozen), `tile` (the one multiply), `linear`, then norm, rope, columns, activation, attention,
+//! head, divergence.
 
+pub mod activation;
 pub mod attention;
 pub mod bf16;
+pub mod columns;
 pub mod cpu;
 pub mod divergence;
 pub mod head;
@@ -16,7 +19,6 @@ pub mod pool;
 pub mod quantise;
 pub mod rope;
 mod stored;
-pub mod swiglu;
 pub mod tile;
 pub mod weight;
 

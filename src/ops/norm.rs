@@ -1,12 +1,36 @@
-//! RMSNorm: y = x / sqrt(mean(x^2) + eps) * w, row by row. Kept for the backward: x. Source: arXiv:1910.07467.
+//! The norms of a decoder, row by row. RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (arXiv:1910.07467). LayerNorm:
+//! y = (x - mean(x)) / sqrt(var(x) + eps) * w + b (arXiv:1607.06450). Kept for the backward: x.
 //! Knows no layer. Read rope.rs next.
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::{Buffer, Out, dot_plain, parallel, tensor, view};
+use super::cpu::{Buffer, Out, dot_plain, lane_sum, parallel, tensor, view};
+
+/// A norm's frozen numbers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Norm {
+    /// w (D).
+    pub weight: Vec<f32>,
+    /// Which norm.
+    pub kind: NormKind,
+    /// Added under the root.
+    pub eps: f64,
+}
+
+/// Which norm.
+#[derive(Clone, Debug, PartialEq)]
+pub enum NormKind {
+    /// No mean is taken off.
+    Rms,
+    /// The mean is taken off.
+    Layer {
+        /// b (D).
+        bias: Vec<f32>,
+    },
+}
 
 super::cpu::vectorised! {
-    fn forward_rows(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
+    fn rms_rows(x: &[f32], w: &[f32], eps: f32, y: &mut [f32]) {
         let d = w.len();
         for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
             let inv = inverse_rms(x, eps);
@@ -18,7 +42,24 @@ super::cpu::vectorised! {
 }
 
 super::cpu::vectorised! {
-    fn backward_rows(x: &[f32], w: &[f32], eps: f32, dy: &[f32], skip: &[f32], dx: &mut [f32]) {
+    fn rms_backward_rows(x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        let d = w.len();
+        let rows = x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d));
+        for ((x, dy), dx) in rows {
+            let inv = inverse_rms(x, eps);
+            for ((dx, &g), &w) in dx.iter_mut().zip(dy).zip(w) {
+                *dx = g * w;
+            }
+            let c = dot_plain(x, dx) * inv * inv * inv / d as f32;
+            for (dx, &x) in dx.iter_mut().zip(x) {
+                *dx = *dx * inv - x * c;
+            }
+        }
+    }
+}
+
+super::cpu::vectorised! {
+    fn rms_backward_rows_past(x: &[f32], w: &[f32], eps: f32, dy: &[f32], skip: &[f32], dx: &mut [f32]) {
         let d = w.len();
         let rows = x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(skip.chunks_exact(d)).zip(dx.chunks_exact_mut(d));
         for (((x, dy), skip), dx) in rows {
@@ -34,49 +75,141 @@ super::cpu::vectorised! {
     }
 }
 
+super::cpu::vectorised! {
+    fn layer_rows(x: &[f32], w: &[f32], b: &[f32], eps: f32, y: &mut [f32]) {
+        let d = w.len();
+        for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
+            let inv = centre(x, eps, y);
+            for ((y, &w), &b) in y.iter_mut().zip(w).zip(b) {
+                *y = *y * inv * w + b;
+            }
+        }
+    }
+}
+
+super::cpu::vectorised! {
+    /// With xhat = (x - mean) inv and g = dy w: dx = inv (g - mean(g) - xhat mean(g xhat)).
+    fn layer_backward_rows(x: &[f32], w: &[f32], eps: f32, dy: &[f32], dx: &mut [f32]) {
+        let d = w.len();
+        let mut centred = vec![0f32; d];
+        for ((x, dy), dx) in x.chunks_exact(d).zip(dy.chunks_exact(d)).zip(dx.chunks_exact_mut(d)) {
+            let inv = centre(x, eps, &mut centred);
+            for ((dx, &g), &w) in dx.iter_mut().zip(dy).zip(w) {
+                *dx = g * w;
+            }
+            let mean = sum(dx) / d as f32;
+            let c = dot_plain(&centred, dx) * inv * inv / d as f32;
+            for (dx, &x) in dx.iter_mut().zip(&centred) {
+                *dx = inv * (*dx - mean - x * c);
+            }
+        }
+    }
+}
+
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     1.0 / (dot_plain(x, x) / x.len() as f32 + eps).sqrt()
 }
 
-/// y (N, D) of x (N, D) and weight (D).
-///
-/// # Errors
-/// If shapes do not fit.
-pub fn forward(x: &Tensor, weight: &[f32], eps: f64) -> Result<Tensor> {
-    let (n, d) = x.dims2()?;
-    if weight.len() != d {
-        candle_core::bail!("a norm of width {} meets an input of width {d}", weight.len());
+/// Writes x - mean(x) and returns 1 / sqrt(var(x) + eps).
+#[inline(always)]
+fn centre(x: &[f32], eps: f32, out: &mut [f32]) -> f32 {
+    let mean = sum(x) / x.len() as f32;
+    for (o, &x) in out.iter_mut().zip(x) {
+        *o = x - mean;
     }
-    let xs = view(x)?;
-    let mut y = Buffer::new(n * d);
-    let out = y.out();
-    parallel(n, 4 * n * d, |r| {
-        // SAFETY: rows r of the output belong to this part of the work, and are all written.
-        let y = unsafe { out.slice(r.start * d, r.len() * d) };
-        forward_rows(&xs[r.start * d..r.end * d], weight, eps as f32, y);
-    });
-    // SAFETY: all rows are written.
-    tensor(unsafe { y.finish() }, (n, d))
+    inverse_rms(out, eps)
 }
 
-/// dL/dx (N, D) = skip + the norm's own gradient: `skip` (N, D) is what the residual path past the norm brings.
-///
-/// # Errors
-/// If shapes do not fit.
-pub fn backward(x: &Tensor, weight: &[f32], eps: f64, dy: &Tensor, skip: &Tensor) -> Result<Tensor> {
-    let (n, d) = x.dims2()?;
-    if weight.len() != d || dy.dims() != [n, d] || skip.dims() != [n, d] {
-        candle_core::bail!("norm backward: x {:?}, dy {:?}, skip {:?}", x.dims(), dy.dims(), skip.dims());
+#[inline(always)]
+fn sum(values: &[f32]) -> f32 {
+    let mut lanes = [0f32; 16];
+    let (blocks, rest) = values.as_chunks::<16>();
+    for block in blocks {
+        for (lane, v) in lanes.iter_mut().zip(block) {
+            *lane += v;
+        }
     }
-    let (xs, dys, skips) = (view(x)?, view(dy)?, view(skip)?);
-    let mut dx = vec![0f32; n * d];
-    let out = Out::of(&mut dx);
-    parallel(n, 8 * n * d, |r| {
-        let part = r.start * d..r.end * d;
-        // SAFETY: rows r of the output belong to this part of the work.
-        let dx = unsafe { out.slice(part.start, part.len()) };
-        backward_rows(&xs[part.clone()], weight, eps as f32, &dys[part.clone()], &skips[part], dx);
-    });
-    tensor(dx, (n, d))
+    for (lane, v) in lanes.iter_mut().zip(rest) {
+        *lane += v;
+    }
+    lane_sum(&lanes)
+}
+
+impl Norm {
+    /// Without bias and mean.
+    pub fn rms(weight: Vec<f32>, eps: f64) -> Self {
+        Self { weight, kind: NormKind::Rms, eps }
+    }
+
+    /// Numbers a row, D.
+    pub fn width(&self) -> usize {
+        self.weight.len()
+    }
+
+    /// y of x (N, W), same shape: every run of D numbers is a row of its own, so that W = heads x D norms each head.
+    ///
+    /// # Errors
+    /// If W is not a multiple of D.
+    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (n, width) = self.check(x)?;
+        let xs = view(x)?;
+        let (w, eps) = (&self.weight[..], self.eps as f32);
+        let mut y = Buffer::new(n * width);
+        let out = y.out();
+        parallel(n, 4 * n * width, |r| {
+            // SAFETY: rows r of the output belong to this part of the work, and are all written.
+            let y = unsafe { out.slice(r.start * width, r.len() * width) };
+            let x = &xs[r.start * width..r.end * width];
+            match &self.kind {
+                NormKind::Rms => rms_rows(x, w, eps, y),
+                NormKind::Layer { bias } => layer_rows(x, w, bias, eps, y),
+            }
+        });
+        // SAFETY: all rows are written.
+        tensor(unsafe { y.finish() }, (n, width))
+    }
+
+    /// dL/dx (N, W), plus `skip` (N, W) where there is one: what the residual path past the norm brings.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn backward(&self, x: &Tensor, dy: &Tensor, skip: Option<&Tensor>) -> Result<Tensor> {
+        let (n, width) = self.check(x)?;
+        let fits = |t: &Tensor| t.dims() == [n, width];
+        if !fits(dy) || !skip.is_none_or(fits) {
+            candle_core::bail!("norm backward: x {:?}, dy {:?}, skip {skip:?}", x.dims(), dy.dims());
+        }
+        let (xs, dys, skips) = (view(x)?, view(dy)?, skip.map(view).transpose()?);
+        let (w, eps) = (&self.weight[..], self.eps as f32);
+        let mut dx = vec![0f32; n * width];
+        let out = Out::of(&mut dx);
+        parallel(n, 8 * n * width, |r| {
+            let part = r.start * width..r.end * width;
+            // SAFETY: rows r of the output belong to this part of the work.
+            let dx = unsafe { out.slice(part.start, part.len()) };
+            let (x, dy, skip) = (&xs[part.clone()], &dys[part.clone()], skips.as_ref().map(|s| &s[part.clone()]));
+            match (&self.kind, skip) {
+                (NormKind::Rms, Some(skip)) => return rms_backward_rows_past(x, w, eps, dy, skip, dx),
+                (NormKind::Rms, None) => return rms_backward_rows(x, w, eps, dy, dx),
+                (NormKind::Layer { .. }, _) => layer_backward_rows(x, w, eps, dy, dx),
+            }
+            for (dx, skip) in dx.iter_mut().zip(skip.into_iter().flatten()) {
+                *dx += skip;
+            }
+        });
+        tensor(dx, (n, width))
+    }
+
+    fn check(&self, x: &Tensor) -> Result<(usize, usize)> {
+        let (n, width) = x.dims2()?;
+        let bias = match &self.kind {
+            NormKind::Rms => self.width(),
+            NormKind::Layer { bias } => bias.len(),
+        };
+        if self.width() == 0 || width % self.width() != 0 || bias != self.width() {
+            candle_core::bail!("a norm of width {} meets an input of width {width}", self.width());
+        }
+        Ok((n, width))
+    }
 }

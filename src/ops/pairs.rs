@@ -3,11 +3,15 @@
 
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
 
+use super::activation::Activation;
 use super::attention::{self, Cached, Heads};
+use super::columns::{self, Fusion};
+use super::head::{self, Table};
 use super::linear::{self, InputGradient, LowRank, Part};
+use super::norm::{Norm, NormKind};
+use super::rope;
 use super::rope::{Angles, Turn};
 use super::weight::{Bytes, Compute, StoredType, Weight};
-use super::{head, norm, rope, swiglu};
 use crate::rng::SplitMix64;
 
 fn random(shape: &[usize], seed: u64) -> Tensor {
@@ -57,7 +61,7 @@ fn linear_in_bf16_of_bf16_factors_equals_f32() -> Result<()> {
     for (m, n, k) in [(3, 66, 130), (16, 64, 64), (17, 40, 800), (70, 34, 576)] {
         let (x, dy, d) = (exact(random(&[m, k], 1))?, exact(random(&[m, n], 2))?, exact(random(&[n, k], 3))?);
         let w = Weight::from_f32(&d.flatten_all()?.to_vec1::<f32>()?, n, k).unwrap().with_compute(Compute::Bf16);
-        let parts = [Part { weight: &w, lora: None }];
+        let parts = [Part { weight: &w, bias: None, lora: None }];
         let (y, z) = linear::forward(&x, &parts, None)?;
         assert_close("y", &y[0], &x.matmul(&d.t()?)?);
         let g = linear::backward(&x, &parts, &z, &[&dy], InputGradient::Wanted)?;
@@ -93,11 +97,17 @@ fn linear_group(compute: Compute, close: f32) -> Result<()> {
                 (a, b, 0.7 + i as f64)
             }));
         }
+        // The first part has a bias.
+        let biases: Vec<Option<Vec<f32>>> =
+            (0..dims.len()).map(|i| (i == 0).then(|| random(&[dims[0]], 55).to_vec1().unwrap())).collect();
         let residual = (dims.len() == 1).then(|| random(&[m, dims[0]], 77));
         let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
         let mut want = vec![];
         for (i, d) in dense.iter().enumerate() {
             let mut y = x.matmul(&d.t()?)?;
+            if let Some(bias) = &biases[i] {
+                y = y.broadcast_add(&Tensor::new(&bias[..], &Device::Cpu)?)?;
+            }
             if let Some((a, b, s)) = &loras[i] {
                 y = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *s)?)?;
             }
@@ -111,7 +121,12 @@ fn linear_group(compute: Compute, close: f32) -> Result<()> {
         let parts: Vec<Part> = weights
             .iter()
             .zip(&loras)
-            .map(|(weight, l)| Part { weight, lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale }) })
+            .zip(&biases)
+            .map(|((weight, l), bias)| Part {
+                weight,
+                bias: bias.as_deref(),
+                lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale }),
+            })
             .collect();
         let (ys, z) = linear::forward(&x, &parts, residual.as_ref())?;
         let dys: Vec<Tensor> = dims.iter().enumerate().map(|(i, &n)| random(&[m, n], 40 + i as u64)).collect();
@@ -155,7 +170,7 @@ fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result
         let w = w.with_compute(compute);
         for m in [3, 30] {
             let (x, dy) = (random(&[m, k], 6), random(&[m, n], 7));
-            let parts = [Part { weight: &w, lora: None }];
+            let parts = [Part { weight: &w, bias: None, lora: None }];
             let (y, z) = linear::forward(&x, &parts, None)?;
             assert_close("y", &y[0], &x.matmul(&dense.t()?)?);
             let g = linear::backward(&x, &parts, &z, &[&dy], InputGradient::Wanted)?;
@@ -166,54 +181,97 @@ fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result
 }
 
 #[test]
-fn norm_equals_autograd() -> Result<()> {
+fn every_norm_equals_autograd_over_rows_and_over_heads() -> Result<()> {
     let (n, d, eps) = (9, 53, 1e-2);
-    let (x, w) = (Var::from_tensor(&random(&[n, d], 1))?, random(&[d], 2));
-    let (dy, skip) = (random(&[n, d], 3), random(&[n, d], 4));
-    let want = x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?.broadcast_mul(&w)?;
-    let grads = ((&want * &dy)?.sum_all()? + (&*x * &skip)?.sum_all()?)?.backward()?;
-    let w: Vec<f32> = w.to_vec1()?;
-    assert_close("y", &norm::forward(&x, &w, eps)?, &want);
-    assert_close("dx", &norm::backward(&x, &w, eps, &dy, &skip)?, grads.get(&x).unwrap());
+    // Two heads a row: each is normed for itself.
+    let (x, w, b) = (Var::from_tensor(&random(&[n, 2 * d], 1))?, random(&[d], 2), random(&[d], 5));
+    let (dy, skip) = (random(&[n, 2 * d], 3), random(&[n, 2 * d], 4));
+    let rows = x.reshape((2 * n, d))?;
+    let rms = |x: &Tensor| x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?.broadcast_mul(&w);
+    let layer = rms(&rows.broadcast_sub(&rows.mean_keepdim(D::Minus1)?)?)?.broadcast_add(&b)?;
+    let values = |t: &Tensor| t.to_vec1::<f32>();
+    let kinds = [(NormKind::Rms, rms(&rows)?), (NormKind::Layer { bias: values(&b)? }, layer)];
+    for (kind, want) in kinds {
+        let want = want.reshape((n, 2 * d))?;
+        let norm = Norm { weight: values(&w)?, kind, eps };
+        assert_close("y", &norm.forward(&x)?, &want);
+        let grads = (&want * &dy)?.sum_all()?.backward()?;
+        assert_close("dx", &norm.backward(&x, &dy, None)?, grads.get(&x).unwrap());
+        let grads = ((&want * &dy)?.sum_all()? + (&*x * &skip)?.sum_all()?)?.backward()?;
+        assert_close("dx past a residual", &norm.backward(&x, &dy, Some(&skip))?, grads.get(&x).unwrap());
+    }
     Ok(())
 }
 
 #[test]
-fn swiglu_equals_autograd() -> Result<()> {
-    let (g, u) = (Var::from_tensor(&(random(&[5, 37], 1) * 9.0)?)?, Var::from_tensor(&random(&[5, 37], 2))?);
+fn every_activation_equals_autograd_gated_and_plain() -> Result<()> {
+    let (g, u) = (Var::from_tensor(&(random(&[5, 37], 1) * 6.0)?)?, Var::from_tensor(&random(&[5, 37], 2))?);
     let dm = random(&[5, 37], 3);
-    let want = (g.silu()? * &*u)?;
-    let grads = (&want * &dm)?.sum_all()?.backward()?;
-    assert_close("m", &swiglu::forward(&g, &u)?, &want);
-    let (dg, du) = swiglu::backward(&g, &u, &dm)?;
-    assert_close("dgate", &dg, grads.get(&g).unwrap());
-    assert_close("dup", &du, grads.get(&u).unwrap());
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let plain = match activation {
+            Activation::Silu => g.silu()?,
+            Activation::Gelu => g.gelu_erf()?,
+            Activation::GeluTanh => g.gelu()?,
+            Activation::Relu => g.relu()?,
+        };
+        let name = format!("{activation:?}");
+        assert_close(&name, &activation.forward(&g)?, &plain);
+        let grads = (&plain * &dm)?.sum_all()?.backward()?;
+        assert_close(&name, &activation.backward(&g, &dm)?, grads.get(&g).unwrap());
+        let want = (&plain * &*u)?;
+        let grads = (&want * &dm)?.sum_all()?.backward()?;
+        assert_close(&name, &activation.gated_forward(&g, &u)?, &want);
+        let (dg, du) = activation.gated_backward(&g, &u, &dm)?;
+        assert_close(&name, &dg, grads.get(&g).unwrap());
+        assert_close(&name, &du, grads.get(&u).unwrap());
+    }
     Ok(())
 }
 
-fn plain_rope(x: &Tensor, positions: &[u32], freqs: &[f32], head: usize) -> Result<Tensor> {
-    let (n, width) = x.dims2()?;
+#[test]
+fn fused_columns_are_cut_by_part_and_by_group_and_join_again() -> Result<()> {
+    let x = Tensor::from_vec((0..24).map(|i| i as f32).collect(), (2, 12), &Device::Cpu)?;
+    let parts = columns::split(&x, &[6, 3, 3], Fusion::EndToEnd)?;
+    assert_eq!(parts[1].to_vec2::<f32>()?, [[6., 7., 8.], [18., 19., 20.]]);
+    let heads = columns::split(&x, &[4, 4, 4], Fusion::Grouped { groups: 2 })?;
+    assert_eq!(heads[1].to_vec2::<f32>()?, [[2., 3., 8., 9.], [14., 15., 20., 21.]]);
+    for (parts, fusion) in [(parts, Fusion::EndToEnd), (heads, Fusion::Grouped { groups: 2 })] {
+        let joined = columns::join(&parts.iter().collect::<Vec<_>>(), fusion)?;
+        assert_eq!(joined.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
+    }
+    assert!(columns::split(&x, &[6, 3, 2], Fusion::EndToEnd).is_err());
+    assert!(columns::split(&x, &[5, 5, 2], Fusion::Grouped { groups: 2 }).is_err());
+    let sum = columns::add(&x, &columns::scale(&x, 2.0)?, 0.5)?;
+    assert_eq!(sum.to_vec2::<f32>()?, (&x * 2.0)?.to_vec2::<f32>()?);
+    Ok(())
+}
+
+fn plain_rope(x: &Tensor, positions: &[u32], freqs: &[f32], head: usize, factor: f64) -> Result<Tensor> {
+    let ((n, width), half) = (x.dims2()?, freqs.len());
     let angles: Vec<f32> = positions.iter().flat_map(|&p| freqs.iter().map(move |f| p as f32 * f)).collect();
-    let a = Tensor::from_vec(angles, (n, 1, head / 2), &Device::Cpu)?;
+    let a = Tensor::from_vec(angles, (n, 1, half), &Device::Cpu)?;
     let x = x.reshape((n, width / head, head))?;
-    let (x0, x1) = (x.narrow(2, 0, head / 2)?, x.narrow(2, head / 2, head / 2)?);
-    let (c, s) = (a.cos()?, a.sin()?);
+    let (x0, x1, rest) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?, x.narrow(2, 2 * half, head - 2 * half)?);
+    let (c, s) = ((a.cos()? * factor)?, (a.sin()? * factor)?);
     let y0 = (x0.broadcast_mul(&c)? - x1.broadcast_mul(&s)?)?;
     let y1 = (x1.broadcast_mul(&c)? + x0.broadcast_mul(&s)?)?;
-    Tensor::cat(&[y0, y1], 2)?.reshape((n, width))
+    Tensor::cat(&[y0, y1, rest], 2)?.reshape((n, width))
 }
 
 #[test]
-fn rope_equals_the_plain_rotation_and_its_backward_is_the_inverse() -> Result<()> {
+fn rope_equals_the_plain_rotation_and_its_backward_is_the_transpose() -> Result<()> {
     let (positions, freqs) = ([0u32, 1, 2, 0, 7, 31], [1.0f32, 0.3, 0.09, 0.01]);
-    let angles = Angles::new(&freqs, 32);
-    let x = Var::from_tensor(&random(&[6, 24], 1))?;
-    let dy = random(&[6, 24], 2);
-    let want = plain_rope(&x, &positions, &freqs, 8)?;
-    let grads = (&want * &dy)?.sum_all()?.backward()?;
-    assert_close("y", &rope::rotate(&x, &positions, &angles, Turn::Forward)?, &want);
-    assert_close("dx", &rope::rotate(&dy, &positions, &angles, Turn::Back)?, grads.get(&x).unwrap());
-    assert!(rope::rotate(&x, &[0, 0, 0, 0, 0, 32], &angles, Turn::Forward).is_err());
+    // Whole heads of 8, and heads of 12 of which 4 numbers stay, with cos and sin stretched.
+    for (head, factor) in [(8, 1.0), (12, 1.25)] {
+        let angles = Angles::new(&freqs, head, 32, factor as f32);
+        let x = Var::from_tensor(&random(&[6, 24], 1))?;
+        let dy = random(&[6, 24], 2);
+        let want = plain_rope(&x, &positions, &freqs, head, factor)?;
+        let grads = (&want * &dy)?.sum_all()?.backward()?;
+        assert_close("y", &rope::rotate(&x, &positions, &angles, Turn::Forward)?, &want);
+        assert_close("dx", &rope::rotate(&dy, &positions, &angles, Turn::Back)?, grads.get(&x).unwrap());
+        assert!(rope::rotate(&x, &[0, 0, 0, 0, 0, 32], &angles, Turn::Forward).is_err());
+    }
     Ok(())
 }
 
@@ -228,8 +286,12 @@ fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads:
             let g = heads.q / heads.kv;
             x.unsqueeze(1)?.broadcast_as((heads.kv, g, t, heads.dim))?.reshape((heads.q, t, heads.dim))
         };
-        let mask: Vec<f32> = (0..t * t).map(|i| if i % t > i / t { f32::NEG_INFINITY } else { 0.0 }).collect();
-        let s = (q.matmul(&repeat(&k)?.t()?)? * (1.0 / (heads.dim as f64).sqrt()))?;
+        let hidden = |i: usize, j: usize| j > i || heads.window.is_some_and(|w| j + w <= i);
+        let mask: Vec<f32> = (0..t * t).map(|i| if hidden(i / t, i % t) { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let mut s = (q.matmul(&repeat(&k)?.t()?)? * f64::from(heads.scale))?;
+        if let Some(cap) = heads.soft_cap.map(f64::from) {
+            s = ((s / cap)?.tanh()? * cap)?;
+        }
         let s = s.broadcast_add(&Tensor::from_vec(mask, (t, t), &Device::Cpu)?)?;
         let e = s.broadcast_sub(&s.max_keepdim(D::Minus1)?.detach())?.exp()?;
         let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
@@ -239,8 +301,18 @@ fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads:
 }
 
 #[test]
-fn ragged_grouped_attention_equals_autograd() -> Result<()> {
-    for heads in [Heads { q: 6, kv: 2, dim: 16 }, Heads { q: 2, kv: 2, dim: 20 }, Heads { q: 3, kv: 1, dim: 8 }] {
+fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()> {
+    let bent = Heads { soft_cap: Some(0.7), scale: 0.4, ..Heads::full(4, 2, 8) };
+    for heads in [
+        Heads::full(6, 2, 16),
+        Heads::full(2, 2, 20),
+        Heads::full(3, 1, 8),
+        Heads { window: Some(5), ..Heads::full(4, 2, 8) },
+        Heads { window: Some(60), ..Heads::full(2, 1, 8) },
+        Heads { window: Some(1), ..Heads::full(2, 2, 8) },
+        bent,
+        Heads { window: Some(50), ..bent },
+    ] {
         // Lengths of one, of a block of queries, and across two borders of blocks.
         let offsets = [0, 1, 49, 54, 164];
         let q = Var::from_tensor(&(random(&[164, heads.q * heads.dim], 1) * 2.0)?)?;
@@ -280,12 +352,24 @@ fn head_in_bf16_equals_f32_but_for_the_gradients_rounding() -> Result<()> {
 
 fn head_over(compute: Compute, close_gradient: f32) -> Result<()> {
     let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
-    for (r, d, v, temperature) in [(5, 24, 77, 1.0), (15, 40, 1500, 0.7), (1, 8, 5, 2.0), (40, 64, 300, 1.0)] {
+    for (r, d, v, temperature, multiplier, soft_cap) in [
+        (5, 24, 77, 1.0, 1.0, None),
+        (15, 40, 1500, 0.7, 1.0, None),
+        (1, 8, 5, 2.0, 0.25, None),
+        (40, 64, 300, 1.0, 1.0, None),
+        (9, 24, 700, 0.8, 1.0, Some(5.0)),
+        (3, 24, 77, 1.0, 0.5, Some(3.0)),
+    ] {
         let h = Var::from_tensor(&exact((random(&[r, d], 1) * 3.0)?)?)?;
         let dense = exact((random(&[v, d], 2) * 0.3)?)?;
         let w = Weight::from_f32(&dense.flatten_all()?.to_vec1::<f32>()?, v, d).unwrap().with_compute(compute);
         let targets: Vec<u32> = (0..r).map(|i| (i * 311 % v) as u32).collect();
-        let logits = (h.matmul(&dense.t()?)? / temperature)?;
+        let mut logits = (h.matmul(&dense.t()?)? * f64::from(multiplier))?;
+        if let Some(cap) = soft_cap.map(f64::from) {
+            logits = ((logits / cap)?.tanh()? * cap)?;
+        }
+        let logits = (logits / temperature)?;
+        let table = Table { weight: &w, multiplier, soft_cap };
         let logp = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
         let index = Tensor::from_vec(targets.clone(), (r, 1), &Device::Cpu)?;
         let chosen = logp.gather(&index, 1)?.squeeze(1)?;
@@ -293,12 +377,12 @@ fn head_over(compute: Compute, close_gradient: f32) -> Result<()> {
         let (dl, dh) = (random(&[r], 3), random(&[r], 4));
         let loss = ((&chosen * &dl)?.sum_all()? + (&entropy * &dh)?.sum_all()?)?;
         let grads = loss.backward()?;
-        let stats = head::forward(&h, &w, &targets, temperature)?;
+        let stats = head::forward(&h, &table, &targets, temperature)?;
         assert_close("logprobs", &Tensor::new(stats.logprobs.clone(), &Device::Cpu)?, &chosen);
         assert_close("entropy", &Tensor::new(stats.entropy.clone(), &Device::Cpu)?, &entropy);
         assert_eq!(stats.argmax, logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
         let (dl, dh): (Vec<f32>, Vec<f32>) = (dl.to_vec1()?, dh.to_vec1()?);
-        let got = head::backward(&h, &w, &targets, temperature, &stats, &dl, &dh)?;
+        let got = head::backward(&h, &table, &targets, temperature, &stats, &dl, &dh)?;
         let e = error(&got, grads.get(&h).unwrap());
         assert!(e < close_gradient, "dh: relative error {e:e}");
     }

@@ -1,6 +1,6 @@
-//! Rotary positions, in the half-split form of Hugging Face's llama: within each head, with angle = position * f_j,
-//! (x_j, x_{j+h/2}) -> (x_j cos - x_{j+h/2} sin, x_{j+h/2} cos + x_j sin). Keeps nothing: the backward is the inverse
-//! rotation. Source: arXiv:2104.09864. Read attention.rs next.
+//! Rotary positions, in the half-split form of Hugging Face's llama: within the first 2h numbers of each head, with
+//! angle = position * f_j, (x_j, x_{j+h}) -> (x_j cos - x_{j+h} sin, x_{j+h} cos + x_j sin); the rest of the head stays.
+//! Keeps nothing: the backward is the transposed rotation. Source: arXiv:2104.09864. Read attention.rs next.
 
 use candle_core::{Result, Tensor};
 
@@ -11,14 +11,17 @@ pub struct Angles {
     cos: Vec<f32>,
     sin: Vec<f32>,
     half: usize,
+    head: usize,
 }
 
 impl Angles {
-    /// `inverse_frequencies`: head_dim / 2 numbers f_j; `positions`: the context's length. Angles are taken in f64.
-    pub fn new(inverse_frequencies: &[f32], positions: usize) -> Self {
+    /// `inverse_frequencies`: h numbers f_j, for heads of `head` >= 2h numbers; `positions`: the context's length.
+    /// Angles are taken in f64; `factor` multiplies cos and sin (yarn's and longrope's attention factor, 1 elsewhere).
+    pub fn new(inverse_frequencies: &[f32], head: usize, positions: usize, factor: f32) -> Self {
         let angles = (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| p as f32 * f));
-        let (cos, sin) = angles.map(|a| (f64::from(a).cos() as f32, f64::from(a).sin() as f32)).unzip();
-        Self { cos, sin, half: inverse_frequencies.len() }
+        let of = |a: f32| (f64::from(a).cos() as f32 * factor, f64::from(a).sin() as f32 * factor);
+        let (cos, sin) = angles.map(of).unzip();
+        Self { cos, sin, half: inverse_frequencies.len(), head }
     }
 
     /// How many positions there are.
@@ -32,7 +35,7 @@ impl Angles {
 pub enum Turn {
     /// The forward rotation.
     Forward,
-    /// Its inverse, which is also its backward.
+    /// Its transpose: the backward.
     Back,
 }
 
@@ -42,8 +45,8 @@ pub enum Turn {
 /// If a position is past the context or shapes do not fit.
 pub fn rotate(x: &Tensor, positions: &[u32], angles: &Angles, turn: Turn) -> Result<Tensor> {
     let (n, width) = x.dims2()?;
-    let (half, head) = (angles.half, angles.half * 2);
-    if positions.len() != n || width % head != 0 {
+    let (half, head) = (angles.half, angles.head);
+    if positions.len() != n || head < 2 * half || width % head.max(1) != 0 {
         candle_core::bail!("{} positions and heads of {head} for an input {:?}", positions.len(), x.dims());
     }
     if let Some(p) = positions.iter().find(|&&p| p as usize >= angles.positions()) {
@@ -57,17 +60,19 @@ pub fn rotate(x: &Tensor, positions: &[u32], angles: &Angles, turn: Turn) -> Res
             let at = positions[i] as usize * half..(positions[i] as usize + 1) * half;
             // SAFETY: row i of the output belongs to this part of the work.
             let y = unsafe { out.slice(i * width, width) };
-            rotate_row(&xs[i * width..(i + 1) * width], &angles.cos[at.clone()], &angles.sin[at], turn, y);
+            rotate_row(&xs[i * width..(i + 1) * width], head, &angles.cos[at.clone()], &angles.sin[at], turn, y);
         }
     });
     tensor(y, (n, width))
 }
 
 super::cpu::vectorised! {
-    fn rotate_row(x: &[f32], cos: &[f32], sin: &[f32], turn: Turn, y: &mut [f32]) {
+    fn rotate_row(x: &[f32], head: usize, cos: &[f32], sin: &[f32], turn: Turn, y: &mut [f32]) {
         let half = cos.len();
         let sign = if turn == Turn::Forward { 1.0 } else { -1.0 };
-        for (x, y) in x.chunks_exact(2 * half).zip(y.chunks_exact_mut(2 * half)) {
+        for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
+            let ((x, x_rest), (y, y_rest)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
+            y_rest.copy_from_slice(x_rest);
             let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
             for j in 0..half {
                 let (c, s) = (cos[j], sign * sin[j]);

@@ -74,6 +74,13 @@ pub enum RowOrder {
         /// Rows of one head.
         head_dim: usize,
     },
+    /// GGUF's gptneox files keep all of q, then k, then v; Hugging Face has q, k and v of each head in turn.
+    HeadsApart {
+        /// Rows of one head of one of the three.
+        head_dim: usize,
+        /// Heads.
+        heads: usize,
+    },
 }
 
 impl RowOrder {
@@ -84,6 +91,10 @@ impl RowOrder {
             Self::RopeInterleaved { head_dim } => {
                 let (head, r, half) = (row / head_dim, row % head_dim, head_dim / 2);
                 head * head_dim + 2 * (r % half) + r / half
+            }
+            Self::HeadsApart { head_dim, heads } => {
+                let (head, r) = (row / (3 * head_dim), row % (3 * head_dim));
+                (r / head_dim * heads + head) * head_dim + r % head_dim
             }
         }
     }
@@ -244,6 +255,25 @@ impl Weight {
         unpack(self.dtype, &self.row_bytes(row)[cols.start / block * bytes..cols.end / block * bytes], out);
     }
 
+    /// The transpose, (cols, rows), in memory of its own and the same type.
+    ///
+    /// # Errors
+    /// If numbers are stored in blocks, which have no transpose.
+    pub fn transposed(&self) -> Result<Self> {
+        let (block, size) = self.dtype.block();
+        if block != 1 {
+            return Err(invalid!("a matrix stored as {} cannot be transposed", self.dtype.name()));
+        }
+        let mut bytes = vec![0u8; self.bytes.get().len()];
+        for row in 0..self.rows {
+            for (col, number) in self.row_bytes(row).chunks_exact(size).enumerate() {
+                bytes[(col * self.rows + row) * size..][..size].copy_from_slice(number);
+            }
+        }
+        let weight = Self::new(Bytes::new(Arc::new(bytes)), self.dtype, self.cols, self.rows)?;
+        Ok(weight.with_compute(self.compute))
+    }
+
     /// This matrix in another type, rows in their own order (not the file's), made some rows at a time: beside the
     /// result no more than those rows are ever dense, and pages of a mapped file are given back.
     ///
@@ -345,6 +375,18 @@ mod tests {
         }
         let w = Weight::from_f32(&stored, 8, 1).unwrap().with_row_order(RowOrder::RopeInterleaved { head_dim: 4 });
         assert_eq!(w.to_f32(), hf);
+    }
+
+    #[test]
+    fn a_gptneox_files_thirds_come_out_head_by_head_and_a_transpose_is_one() {
+        // Two heads of two rows: stored q0 q1 k0 k1 v0 v1, wanted q0 k0 v0 q1 k1 v1, a pair of rows each.
+        let stored: Vec<f32> = (0..12).map(|i| i as f32).collect();
+        let order = RowOrder::HeadsApart { head_dim: 2, heads: 2 };
+        let w = Weight::from_f32(&stored, 12, 1).unwrap().with_row_order(order);
+        assert_eq!(w.to_f32(), [0., 1., 4., 5., 8., 9., 2., 3., 6., 7., 10., 11.]);
+        let w = Weight::from_f32(&[1., 2., 3., 4., 5., 6.], 2, 3).unwrap().transposed().unwrap();
+        assert_eq!((w.rows(), w.cols(), w.to_f32()), (3, 2, vec![1., 4., 2., 5., 3., 6.]));
+        assert!(quantised(GgmlDType::Q8_0, StoredType::Q8_0, 512).0.transposed().is_err());
     }
 
     #[test]

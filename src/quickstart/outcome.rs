@@ -90,7 +90,7 @@ pub struct RoleMemory {
 /// The four roles, and the base that they share (as the row "base").
 pub fn memory_rows(model: &Model, sft: &Adapter, reward: &Adapter) -> Vec<RoleMemory> {
     let weights: usize = model.base.weights().iter().map(|(_, w)| w.rows() * w.cols()).sum();
-    let norms: usize = model.base.norms().iter().map(|(_, n)| n.len()).sum();
+    let norms: usize = model.base.vectors().iter().map(|(_, n)| n.len()).sum();
     let parameters = weights + norms;
     let (policy, scorer) = (sft.num_parameters(), reward.num_parameters());
     vec![

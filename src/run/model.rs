@@ -68,7 +68,7 @@ impl Model {
             return Ok(());
         }
         let is_bad = |values: &[f32]| values.iter().any(|v| !v.is_finite());
-        let norm = self.base.norms().into_iter().find(|(_, n)| is_bad(n)).map(|(name, _)| name);
+        let norm = self.base.vectors().into_iter().find(|(_, n)| is_bad(n)).map(|(name, _)| name);
         let name = norm.or_else(|| Some(self.base.weights().into_iter().find(|(_, w)| is_bad(&w.to_f32()))?.0));
         let model = self.checkpoint.path().map_or_else(|| "the embedded model".into(), |p| p.display().to_string());
         Err(match name {

@@ -147,7 +147,7 @@ pub fn bits(adapter: &Adapter) -> BTreeMap<String, Vec<u32>> {
 pub fn bytes_of(base: &Base) -> BTreeMap<String, Vec<u8>> {
     let mut all: BTreeMap<String, Vec<u8>> =
         base.weights().into_iter().map(|(name, w)| (name, w.bytes().to_vec())).collect();
-    all.extend(base.norms().into_iter().map(|(n, v)| (n, v.iter().flat_map(|x| x.to_le_bytes()).collect())));
+    all.extend(base.vectors().into_iter().map(|(n, v)| (n, v.iter().flat_map(|x| x.to_le_bytes()).collect())));
     all
 }
 

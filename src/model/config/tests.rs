@@ -1,8 +1,11 @@
 //! Configurations that read alike, and ones that must be refused.
 
+use super::hf::object;
 use super::*;
+use crate::model::gguf::Gguf;
 use crate::model::gguf::tests::Writer;
 use crate::ops::weight::Bytes;
+use serde_json::{Value, json};
 use std::sync::Arc;
 
 const SMOL: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
@@ -50,12 +53,12 @@ fn ends_of_text_are_gathered_from_both_files() {
 #[test]
 fn what_the_decoder_cannot_do_is_refused_by_name() {
     for (key, value, says) in [
-        ("model_type", json!("qwen2"), "qwen2"),
-        ("model_type", json!("mistral"), "sliding window"),
-        ("attention_bias", json!(true), "attention_bias"),
-        ("hidden_act", json!("gelu"), "gelu"),
+        ("model_type", json!("mamba"), "mamba"),
+        ("attention_bias", json!("yes"), "attention_bias"),
+        ("hidden_act", json!("quick_gelu"), "quick_gelu"),
         ("quantization_config", json!({"bits": 4}), "quantization_config"),
-        ("rope_scaling", json!({"type": "yarn", "factor": 2.0}), "yarn"),
+        ("rope_scaling", json!({"type": "yarn", "factor": 2.0, "mscale": 1.0}), "mscale"),
+        ("rope_scaling", json!({"type": "dynamic", "factor": 2.0}), "dynamic"),
         ("rope_scaling", json!({"type": "linear"}), "factor"),
         ("rope_scaling", json!({"type": "linear", "factor": 0.0}), "positive"),
         ("num_key_value_heads", json!(4), "evenly"),
@@ -63,12 +66,12 @@ fn what_the_decoder_cannot_do_is_refused_by_name() {
         ("num_attention_heads", json!(-1), "not a positive integer"),
         ("hidden_size", json!(577), "577"),
         ("hidden_size", json!(u64::MAX), "hidden size"),
-        ("head_dim", json!(63), "odd"),
+        ("head_dim", json!(63), "turn pairs"),
         ("num_hidden_layers", json!(1e9), "num_hidden_layers"),
         ("vocab_size", json!(0), "vocab_size"),
         ("eos_token_id", json!(49152), "49152"),
         ("eos_token_id", json!("x"), "token id"),
-        ("rms_norm_eps", json!(0), "rms_norm_eps"),
+        ("rms_norm_eps", json!(0), "epsilon"),
         ("rope_theta", json!("x"), "rope_theta"),
     ] {
         let message = refusal(&[(key, value.clone())]);
@@ -76,8 +79,11 @@ fn what_the_decoder_cannot_do_is_refused_by_name() {
     }
     assert!(DecoderConfig::from_hf("[1]", None, "m").is_err());
     assert!(DecoderConfig::from_hf("{", None, "m").is_err());
-    let mistral = edited(&[("model_type", json!("mistral")), ("sliding_window", Value::Null)]);
-    assert!(DecoderConfig::from_hf(&mistral, None, "m").is_ok());
+    // No window where the file says so; transformers' default where it says nothing.
+    for (edit, window) in [(vec![("sliding_window", Value::Null)], None), (vec![], Some(4096))] {
+        let mistral = edited(&[&[("model_type", json!("mistral"))][..], &edit[..]].concat());
+        assert_eq!(DecoderConfig::from_hf(&mistral, None, "m").unwrap().layers[0].window, window);
+    }
 }
 
 /// Printed by tests/golden/rope_inv_freq.py.
@@ -126,7 +132,7 @@ fn from_gguf(bytes: Vec<u8>) -> Result<DecoderConfig> {
 #[test]
 fn gguf_metadata_gives_the_same_config_and_divisors_become_llama3_again() {
     let plain = from_gguf(gguf_bytes(None)).unwrap();
-    assert_eq!((plain.vocab_size, plain.head_dim, plain.rms_norm_eps), (5, 64, 1e-5));
+    assert_eq!((plain.vocab_size, plain.head_dim, plain.norm_eps), (5, 64, 1e-5));
     assert!(plain.tie_word_embeddings && plain.rope_scaling == RopeScaling::None);
     let llama3 = DecoderConfig {
         rope_scaling: RopeScaling::Llama3 {

@@ -1,6 +1,7 @@
 //! GGUF bytes written by hand, whole and broken; the writer serves the other readers' tests too.
 
 use super::*;
+use crate::model::config::Sizes;
 use std::sync::Arc;
 
 /// Writes GGUF bytes by hand: the reader must not be tested with its own writer's habits.
@@ -192,6 +193,10 @@ fn tensors_outside_on_top_of_each_other_unaligned_or_overflowing_are_refused() {
 
 #[test]
 fn names_map_to_hugging_faces() {
+    let sizes =
+        Sizes { vocab: 8, hidden: 8, intermediate: 8, layers: 13, heads: 1, kv_heads: 1, head_dim: 8, positions: 8 };
+    let config = DecoderConfig::llama(sizes, "x").unwrap();
+    let hf_name = |name: &str| hf_name(&config, name);
     assert_eq!(hf_name("blk.12.attn_q.weight").unwrap(), "model.layers.12.self_attn.q_proj.weight");
     assert_eq!(hf_name("output.weight").unwrap(), "lm_head.weight");
     for unknown in ["blk.1.attn_q.bias", "blk.01.attn_q.weight", "blk.x.attn_q.weight", "blk.1.ffn_gate_exps.weight"] {

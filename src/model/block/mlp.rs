@@ -1,0 +1,86 @@
+//! The second half of a block: the MLP of the normed input, and its way back into the residual stream. Forward and
+//! reverse.
+
+use candle_core::{Result, Tensor};
+
+use super::residual::{JoinKept, before};
+use super::{BlockGradients, Mlp, Pass, columns, keep, linear, take};
+use crate::ops::columns::Fusion;
+use crate::ops::linear::InputGradient;
+
+pub(super) struct MlpKept {
+    /// Attention's sum: the residual that the MLP joins.
+    pub(super) x2: Tensor,
+    z_in: Tensor,
+    gate: Option<Tensor>,
+    up: Tensor,
+    z_out: Tensor,
+    join: JoinKept,
+}
+
+impl Pass<'_> {
+    /// act(gate) * up, or act(up).
+    fn activated(self, gate: Option<&Tensor>, up: &Tensor) -> Result<Tensor> {
+        match gate {
+            Some(gate) => self.geometry.activation.gated_forward(gate, up),
+            None => self.geometry.activation.forward(up),
+        }
+    }
+
+    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and what the reverse wants.
+    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor) -> Result<(Tensor, MlpKept)> {
+        let h = before(&self.block.mlp_norms.before, input)?;
+        let (outputs, z_in) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
+        let (gate, up) = match self.geometry.mlp {
+            Mlp::Gated => {
+                let [gate, up] = take(outputs);
+                (Some(gate), up)
+            }
+            Mlp::GatedFused => {
+                let [fused] = take(outputs);
+                let half = fused.dims2()?.1 / 2;
+                let [gate, up] = take(columns::split(&fused, &[half, half], Fusion::EndToEnd)?);
+                (Some(gate), up)
+            }
+            Mlp::Plain => {
+                let [up] = take(outputs);
+                (None, up)
+            }
+        };
+        let m = self.activated(gate.as_ref(), &up)?;
+        let end = self.join(&self.block.mlp_norms);
+        let (y, z_out, join) = end.forward(&m, self.part(self.mlp_out()), x2)?;
+        Ok((y, MlpKept { x2: x2.clone(), z_in, gate, up, z_out, join }))
+    }
+
+    /// (dL/dx2 past the MLP, dL/dh), h the MLP's normed input, of dL/dy (N, D).
+    pub(super) fn mlp_backward(
+        self,
+        input: &Tensor,
+        kept: &MlpKept,
+        dy: &Tensor,
+        grads: &mut BlockGradients,
+    ) -> Result<(Tensor, Tensor)> {
+        let (first, out) = (self.attention_out() + 1, self.mlp_out());
+        let (past, df) = self.join(&self.block.mlp_norms).backward(&kept.join, dy)?;
+        let m = self.activated(kept.gate.as_ref(), &kept.up)?;
+        let g = linear::backward(&m, &[self.part(out)], &kept.z_out, &[&df], InputGradient::Wanted)?;
+        drop(m);
+        let dm = keep(grads, out, g)?;
+        let activation = self.geometry.activation;
+        let d_in = match &kept.gate {
+            Some(gate) => {
+                let (dgate, dup) = activation.gated_backward(gate, &kept.up, &dm)?;
+                match self.geometry.mlp {
+                    Mlp::GatedFused => vec![columns::join(&[&dgate, &dup], Fusion::EndToEnd)?],
+                    Mlp::Gated | Mlp::Plain => vec![dgate, dup],
+                }
+            }
+            None => vec![activation.backward(&kept.up, &dm)?],
+        };
+        let h = before(&self.block.mlp_norms.before, input)?;
+        let d_in: Vec<&Tensor> = d_in.iter().collect();
+        let g = linear::backward(&h, &self.parts(first..out), &kept.z_in, &d_in, InputGradient::Wanted)?;
+        Ok((past, keep(grads, first, g)?))
+    }
+}

@@ -1,0 +1,284 @@
+//! One decoder block: the operations' pairs run forward, and in reverse. What it keeps for the reverse is
+//! `Checkpointing`'s choice; elementwise parts are always computed again. Knows its own weights and branches, no files
+//! and no family: where families differ, a field says how. Read attention.rs and mlp.rs beside, then base.rs.
+
+use candle_core::{Result, Tensor};
+
+use super::adapter::{LayerPairs, MAX_LINEARS};
+use super::config::{Mlp, Qkv};
+use crate::ops::activation::Activation;
+use crate::ops::attention::{Cached, Heads};
+use crate::ops::linear::{self, InputGradient, LowRank, Part};
+use crate::ops::norm::Norm;
+use crate::ops::rope::Angles;
+use crate::ops::weight::Weight;
+use crate::ops::{columns, cpu};
+
+mod attention;
+mod mlp;
+mod residual;
+
+use attention::AttentionKept;
+use mlp::MlpKept;
+use residual::Join;
+
+/// What a block keeps for its backward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Checkpointing {
+    /// All inputs of its linears and attention: most memory, least time.
+    Off,
+    /// Its input alone; the backward runs the block forward once more.
+    Block,
+}
+
+/// One frozen linear map.
+pub struct FrozenLinear {
+    /// W (out, in), as stored.
+    pub weight: Weight,
+    /// b (out).
+    pub bias: Option<Vec<f32>>,
+}
+
+/// The norms around one of a block's two halves f: x + inner(f(before(x))), then after(..) of the sum.
+#[derive(Default)]
+pub struct Norms {
+    /// Of f's input.
+    pub before: Option<Norm>,
+    /// Of f's output.
+    pub inner: Option<Norm>,
+    /// Of the sum.
+    pub after: Option<Norm>,
+}
+
+/// The frozen weights of one block.
+pub struct Block {
+    /// In the order of `LinearShapes::linears`.
+    pub linears: Vec<FrozenLinear>,
+    /// Around attention.
+    pub attention_norms: Norms,
+    /// Around the MLP.
+    pub mlp_norms: Norms,
+    /// Of q and of k, before they turn.
+    pub qk_norms: Option<[Norm; 2]>,
+    /// Heads, and what they see.
+    pub heads: Heads,
+    /// Which of the geometry's rotations, if any.
+    pub rotation: Option<usize>,
+}
+
+/// What all blocks of a base share.
+pub struct Geometry {
+    /// How q, k and v are stored.
+    pub qkv: Qkv,
+    /// The kind of MLP.
+    pub mlp: Mlp,
+    /// Its nonlinearity.
+    pub activation: Activation,
+    /// The MLP reads the block's input, beside attention and not after it.
+    pub parallel: bool,
+    /// Each half is multiplied by it before it joins the residual stream.
+    pub residual_multiplier: f32,
+    /// Rotations of every position, one set for each rope base.
+    pub angles: Vec<Angles>,
+}
+
+/// Where a batch's tokens stand.
+#[derive(Clone, Copy)]
+pub struct Layout<'a> {
+    /// (S + 1) row offsets of the sequences.
+    pub offsets: &'a [usize],
+    /// (N) positions.
+    pub positions: &'a [u32],
+}
+
+/// Inputs of the backward, (N, ..) each.
+pub struct Kept {
+    x: Tensor,
+    rest: Option<(AttentionKept, MlpKept)>,
+}
+
+/// (dA, dB) of each map that has a branch, in the order of `LinearShapes::linears`.
+pub type BlockGradients = [Option<(Tensor, Tensor)>; MAX_LINEARS];
+
+/// A block as one pass sees it: its weights, the adapter's branches, what all blocks share.
+#[derive(Clone, Copy)]
+struct Pass<'a> {
+    block: &'a Block,
+    pairs: Option<&'a LayerPairs>,
+    geometry: &'a Geometry,
+}
+
+impl<'a> Pass<'a> {
+    fn part(self, linear: usize) -> Part<'a> {
+        let frozen = &self.block.linears[linear];
+        let pair = self.pairs.and_then(|p| p[linear].as_ref());
+        Part {
+            weight: &frozen.weight,
+            bias: frozen.bias.as_deref(),
+            lora: pair.map(|p| LowRank { a: &p.a, b: &p.b, scale: p.scale }),
+        }
+    }
+
+    fn parts(self, linears: std::ops::Range<usize>) -> Vec<Part<'a>> {
+        linears.map(|i| self.part(i)).collect()
+    }
+
+    /// Index of attention's output map; the MLP's follow it.
+    fn attention_out(self) -> usize {
+        match self.geometry.qkv {
+            Qkv::Separate => 3,
+            Qkv::EndToEnd | Qkv::PerHead => 1,
+        }
+    }
+
+    /// Index of the MLP's last map.
+    fn mlp_out(self) -> usize {
+        self.block.linears.len() - 1
+    }
+
+    fn join(self, norms: &'a Norms) -> Join<'a> {
+        Join { norms, multiplier: self.geometry.residual_multiplier }
+    }
+
+    /// What the MLP reads of the block's input x and attention's sum x2.
+    fn mlp_input<'t>(self, x: &'t Tensor, x2: &'t Tensor) -> &'t Tensor {
+        if self.geometry.parallel { x } else { x2 }
+    }
+
+    /// y (N, D) of x (N, D), with everything between.
+    fn run(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionKept, MlpKept)> {
+        let (x2, attention) = self.attention(layout, x)?;
+        let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2)?;
+        Ok((y, attention, mlp))
+    }
+}
+
+impl Block {
+    fn pass<'a>(&'a self, pairs: Option<&'a LayerPairs>, geometry: &'a Geometry) -> Pass<'a> {
+        Pass { block: self, pairs, geometry }
+    }
+
+    /// y (N, D) of x (N, D), keeping nothing.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn forward(
+        &self,
+        pairs: Option<&LayerPairs>,
+        geometry: &Geometry,
+        layout: Layout<'_>,
+        x: &Tensor,
+    ) -> Result<Tensor> {
+        Ok(self.pass(pairs, geometry).run(layout, x)?.0)
+    }
+
+    /// y (N, D) of x (N, D), with what `backward` wants.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn forward_kept(
+        &self,
+        pairs: Option<&LayerPairs>,
+        geometry: &Geometry,
+        layout: Layout<'_>,
+        x: Tensor,
+        checkpoint: Checkpointing,
+    ) -> Result<(Tensor, Kept)> {
+        let (y, attention, mlp) = self.pass(pairs, geometry).run(layout, &x)?;
+        Ok((y, Kept { x, rest: (checkpoint == Checkpointing::Off).then_some((attention, mlp)) }))
+    }
+
+    /// y (N, D) of x (N, D) for the prompts of sequences, whose keys and values go into `caches` (S), empty before.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn prefill(
+        &self,
+        pairs: Option<&LayerPairs>,
+        geometry: &Geometry,
+        layout: Layout<'_>,
+        x: &Tensor,
+        caches: &mut [Cached],
+    ) -> Result<Tensor> {
+        let (y, attention, _) = self.pass(pairs, geometry).run(layout, x)?;
+        let (k, v) = (cpu::view(&attention.k)?, cpu::view(&attention.v)?);
+        let width = self.heads.kv * self.heads.dim;
+        for (cache, bounds) in caches.iter_mut().zip(layout.offsets.windows(2)) {
+            cache.keys.extend_from_slice(&k[bounds[0] * width..bounds[1] * width]);
+            cache.values.extend_from_slice(&v[bounds[0] * width..bounds[1] * width]);
+        }
+        Ok(y)
+    }
+
+    /// y (S, D) of x (S, D): one new token a sequence, at `positions` (S), over the caches, which grow by it.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn decode(
+        &self,
+        pairs: Option<&LayerPairs>,
+        geometry: &Geometry,
+        positions: &[u32],
+        x: &Tensor,
+        caches: &mut [Cached],
+    ) -> Result<Tensor> {
+        let pass = self.pass(pairs, geometry);
+        let x2 = pass.attention_step(positions, x, caches)?;
+        Ok(pass.mlp(pass.mlp_input(x, &x2), &x2)?.0)
+    }
+
+    /// dL/dx (N, D), `None` where unused, and the gradients of this block's branches, of dL/dy (N, D).
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn backward(
+        &self,
+        pairs: Option<&LayerPairs>,
+        geometry: &Geometry,
+        layout: Layout<'_>,
+        kept: Kept,
+        dy: &Tensor,
+        wanted: InputGradient,
+    ) -> Result<(Option<Tensor>, BlockGradients)> {
+        let pass = self.pass(pairs, geometry);
+        let Kept { x, rest } = kept;
+        let (attention, mlp) = match rest {
+            Some(rest) => rest,
+            None => {
+                let (_, attention, mlp) = pass.run(layout, &x)?;
+                (attention, mlp)
+            }
+        };
+        let mut grads = BlockGradients::default();
+        // y = x2 + mlp(its input), x2 = x + attention(x)
+        let (past, dh) = pass.mlp_backward(pass.mlp_input(&x, &mlp.x2), &mlp, dy, &mut grads)?;
+        let norm = &self.mlp_norms.before;
+        if geometry.parallel {
+            // dy reaches x through x2, and through the MLP's input, which is x itself.
+            let (dsum, da) = pass.join(&self.attention_norms).backward(&attention.join, &past)?;
+            let past = residual::before_backward(norm, &x, &dh, &dsum)?;
+            return Ok((pass.attention_backward(layout, &x, &attention, &da, &past, wanted, &mut grads)?, grads));
+        }
+        let dx2 = residual::before_backward(norm, &mlp.x2, &dh, &past)?;
+        drop(mlp);
+        let (dsum, da) = pass.join(&self.attention_norms).backward(&attention.join, &dx2)?;
+        Ok((pass.attention_backward(layout, &x, &attention, &da, &dsum, wanted, &mut grads)?, grads))
+    }
+}
+
+/// The N outputs of a group of N.
+fn take<const N: usize>(outputs: Vec<Tensor>) -> [Tensor; N] {
+    <[Tensor; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a group gives one output a part"))
+}
+
+fn store(grads: &mut BlockGradients, first: usize, lora: Vec<Option<(Tensor, Tensor)>>) {
+    for (i, pair) in lora.into_iter().enumerate() {
+        grads[first + i] = pair;
+    }
+}
+
+/// Stores the branches' gradients of the maps from `first` on, and gives the input's.
+fn keep(grads: &mut BlockGradients, first: usize, g: linear::Gradients) -> Result<Tensor> {
+    store(grads, first, g.lora);
+    g.input.ok_or_else(|| candle_core::Error::Msg("an input gradient was asked for and not made".into()))
+}

@@ -1,0 +1,222 @@
+//! A GGUF file's metadata -> [`DecoderConfig`]. What the format leaves to the reader (which layers have a window, the
+//! second rope base of Gemma 3) is as llama.cpp has it. Read hf.rs for the other container.
+
+use anyhow::Result;
+
+use super::{
+    Biases, DecoderConfig, Family, LayerRope, Mlp, NormStyle, Placement, QkNorm, Qkv, RopeScaling, Sizes, whole_heads,
+};
+use crate::invalid;
+use crate::model::gguf::Gguf;
+use crate::ops::activation::Activation;
+use crate::ops::weight::StoredType;
+
+/// The architectures that are read, by `general.architecture`.
+const ARCHITECTURES: [(&str, Family); 9] = [
+    ("llama", Family::Llama),
+    ("qwen2", Family::Qwen2),
+    ("qwen3", Family::Qwen3),
+    ("gemma", Family::Gemma),
+    ("gemma2", Family::Gemma2),
+    ("gemma3", Family::Gemma3),
+    ("phi3", Family::Phi3),
+    ("gpt2", Family::Gpt2),
+    ("gptneox", Family::GptNeoX),
+];
+
+/// Metadata of one architecture, with errors that name the key.
+struct Keys<'a> {
+    gguf: &'a Gguf,
+    architecture: &'a str,
+}
+
+impl Keys<'_> {
+    fn name(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture)
+    }
+
+    fn optional(&self, key: &str) -> Result<Option<usize>> {
+        let value = self.gguf.unsigned(&self.name(key))?;
+        Ok(value.map(|v| usize::try_from(v).unwrap_or(usize::MAX)))
+    }
+
+    fn required(&self, key: &str) -> Result<usize> {
+        self.optional(key)?
+            .ok_or_else(|| invalid!("{}: the metadata key {} is missing", self.gguf.name(), self.name(key)))
+    }
+
+    fn float(&self, key: &str) -> Result<Option<f64>> {
+        self.gguf.float(&self.name(key))
+    }
+
+    fn token(&self, key: &str) -> Result<Option<u32>> {
+        let id = self.gguf.unsigned(&format!("tokenizer.ggml.{key}"))?;
+        id.map(|id| {
+            u32::try_from(id).map_err(|_| invalid!("{}: tokenizer.ggml.{key} = {id} is no token", self.gguf.name()))
+        })
+        .transpose()
+    }
+}
+
+impl DecoderConfig {
+    /// Reads a GGUF file's metadata (`{architecture}.*`, `tokenizer.ggml.*_token_id`) and its factors of rotary
+    /// frequencies.
+    ///
+    /// # Errors
+    /// If the architecture is not known, or a number is missing or cannot be.
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let file = gguf.name();
+        let architecture = gguf.string("general.architecture")?.unwrap_or("(none)");
+        let family = ARCHITECTURES.iter().find(|(name, _)| *name == architecture).map(|(_, family)| *family);
+        let family = family.ok_or_else(|| {
+            let known = ARCHITECTURES.map(|(name, _)| name).join(", ");
+            invalid!("{file}: general.architecture = {architecture:?} is not supported; {known} are")
+        })?;
+        let keys = Keys { gguf, architecture };
+        if keys.optional("expert_count")?.unwrap_or(0) > 0 {
+            return Err(invalid!("{file}: a mixture of experts is not supported; dense models are"));
+        }
+        let (hidden, heads) = (keys.required("embedding_length")?, keys.required("attention.head_count")?);
+        let head_dim = match keys.optional("attention.key_length")? {
+            Some(dim) => dim,
+            None => whole_heads(hidden, heads, file)?,
+        };
+        let rotary_dim = keys.optional("rope.dimension_count")?.unwrap_or(head_dim);
+        let whole = !matches!(family, Family::GptNeoX | Family::Phi3);
+        for (key, dim) in [
+            ("attention.value_length", keys.optional("attention.value_length")?),
+            ("rope.dimension_count", whole.then_some(rotary_dim)),
+        ] {
+            if let Some(dim) = dim.filter(|&d| d != head_dim) {
+                let key = keys.name(key);
+                return Err(invalid!("{file}: {key} = {dim} differs from the head size {head_dim}: not supported"));
+            }
+        }
+        let embedding = gguf.tensor("token_embd.weight").filter(|t| t.shape.len() == 2);
+        let embedding = embedding.ok_or_else(|| invalid!("{file}: the tensor token_embd.weight is missing"))?;
+        let mut c = Self::llama(
+            Sizes {
+                vocab: embedding.shape[0],
+                hidden,
+                intermediate: keys.required("feed_forward_length")?,
+                layers: keys.required("block_count")?,
+                heads,
+                kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
+                head_dim,
+                positions: keys.required("context_length")?,
+            },
+            file,
+        )?;
+        c.family = family;
+        c.rotary_dim = rotary_dim;
+        let layered = matches!(family, Family::Gpt2 | Family::GptNeoX);
+        let eps = if layered { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
+        c.norm_eps = keys.float(eps)?.ok_or_else(|| invalid!("{file}: {} is missing", keys.name(eps)))?;
+        let theta = if family == Family::Gemma3 { 1e6 } else { 1e4 };
+        c.rope_theta = keys.float("rope.freq_base")?.unwrap_or(theta);
+        c.rope_scaling = keys.rope_scaling(&mut c.max_position_embeddings)?;
+        keys.depart(&mut c)?;
+        c.tie_word_embeddings = gguf.tensor("output.weight").is_none();
+        c.bos_token_id = keys.token("bos_token_id")?;
+        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+            if let Some(id) = keys.token(key)?.filter(|id| !c.eos_token_ids.contains(id)) {
+                c.eos_token_ids.push(id);
+            }
+        }
+        c.model_name = gguf.string("general.name")?.unwrap_or(architecture).to_owned();
+        c.checked(file)
+    }
+}
+
+impl Keys<'_> {
+    /// Where the family is no Llama.
+    fn depart(&self, c: &mut DecoderConfig) -> Result<()> {
+        match c.family {
+            Family::Qwen2 => c.biases.qkv = true,
+            Family::Qwen3 => c.qk_norm = QkNorm::PerHead,
+            Family::Gemma | Family::Gemma2 | Family::Gemma3 => {
+                (c.norm, c.activation) = (NormStyle::RmsPlusOne, Activation::GeluTanh);
+                c.embedding_multiplier = (c.hidden_size as f64).sqrt();
+            }
+            Family::Phi3 => {
+                (c.qkv, c.mlp) = (Qkv::EndToEnd, Mlp::GatedFused);
+                let window = self.optional("attention.sliding_window")?.filter(|&w| w > 0);
+                c.layers.iter_mut().for_each(|l| l.window = window);
+            }
+            Family::Gpt2 => {
+                (c.qkv, c.mlp, c.activation) = (Qkv::EndToEnd, Mlp::Plain, Activation::GeluTanh);
+                c.learned_positions = Some(0);
+                c.layers.iter_mut().for_each(|l| l.rope = LayerRope::None);
+            }
+            Family::GptNeoX => {
+                (c.qkv, c.mlp, c.activation) = (Qkv::PerHead, Mlp::Plain, Activation::Gelu);
+                if self.gguf.boolean(&self.name("use_parallel_residual"))?.unwrap_or(true) {
+                    c.placement = Placement::Parallel;
+                }
+            }
+            _ => {}
+        }
+        if matches!(c.family, Family::Gpt2 | Family::GptNeoX) {
+            c.norm = NormStyle::Layer;
+            c.biases = Biases { qkv: true, attention_out: true, mlp: true };
+        }
+        if matches!(c.family, Family::Gemma2 | Family::Gemma3) {
+            c.placement = Placement::Around;
+            // Only the largest of each takes the width of a head from the hidden size.
+            let largest = if c.family == Family::Gemma2 { 46 } else { 62 };
+            let scalar =
+                if c.num_hidden_layers == largest { c.hidden_size / c.num_attention_heads } else { c.head_dim };
+            c.attention_multiplier = 1.0 / (scalar as f64).sqrt();
+            let window = self.optional("attention.sliding_window")?.unwrap_or(4096);
+            let every = if c.family == Family::Gemma2 { 2 } else { 6 };
+            for (i, layer) in c.layers.iter_mut().enumerate() {
+                layer.window = (!(i + 1).is_multiple_of(every)).then_some(window);
+            }
+        }
+        if c.family == Family::Gemma2 {
+            c.attention_soft_cap = Some(self.float("attn_logit_softcapping")?.unwrap_or(50.0));
+            c.logits_soft_cap = Some(self.float("final_logit_softcapping")?.unwrap_or(30.0));
+        }
+        if c.family == Family::Gemma3 {
+            c.qk_norm = QkNorm::PerHead;
+            c.local_rope_theta = Some(self.float("rope.freq_base_swa")?.unwrap_or(1e4));
+            c.layers.iter_mut().filter(|l| l.window.is_some()).for_each(|l| l.rope = LayerRope::Local);
+        }
+        Ok(())
+    }
+
+    /// The scaling; factors that begin past the original context end `context` there.
+    fn rope_scaling(&self, context: &mut usize) -> Result<RopeScaling> {
+        let (gguf, file) = (self.gguf, self.gguf.name());
+        for (name, long) in [("rope_freqs.weight", false), ("rope_factors_short.weight", true)] {
+            let Some(tensor) = gguf.tensor(name) else { continue };
+            let bytes = gguf.tensor_bytes(tensor).filter(|_| tensor.dtype == StoredType::F32);
+            let bytes = bytes.ok_or_else(|| invalid!("{file}: {name} is not stored as f32"))?;
+            let divisors = bytes.get().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            if long {
+                let original = self.optional("rope.scaling.original_context_length")?.unwrap_or(*context);
+                *context = (*context).min(original);
+            }
+            let attention_factor = self.float("rope.scaling.attn_factor")?.unwrap_or(1.0);
+            return Ok(RopeScaling::Divisors { divisors, attention_factor });
+        }
+        let (kind, factor) = (self.name("rope.scaling.type"), self.float("rope.scaling.factor")?);
+        let need = || factor.ok_or_else(|| invalid!("{file}: {} is missing", self.name("rope.scaling.factor")));
+        match gguf.string(&kind)? {
+            None | Some("none") => Ok(RopeScaling::None),
+            Some("linear") => Ok(RopeScaling::Linear { factor: need()? }),
+            Some("yarn") => Ok(RopeScaling::Yarn {
+                factor: need()?,
+                attention_factor: super::rope::yarn_attention_factor(need()?)
+                    * self.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                truncate: true,
+                original_max_position_embeddings: self
+                    .optional("rope.scaling.original_context_length")?
+                    .unwrap_or(*context),
+            }),
+            Some(other) => Err(invalid!("{file}: {kind} = {other:?} is not supported; linear and yarn are")),
+        }
+    }
+}
