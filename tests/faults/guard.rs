@@ -3,7 +3,7 @@
 use std::cell::Cell;
 
 use anyhow::Result;
-use fourfold::config::{Guard as Limits, Lora, Ppo, TargetModules};
+use fourfold::config::{Guard as Limits, KlEstimator, Lora, Ppo, TargetModules};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::checkpoint::Checkpoint;
 use fourfold::ppo::train::{Start, Task, Trained, train};
@@ -48,6 +48,7 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         num_mini_batches: 2,
         response_length: 4,
         learning_rate: 1e-3,
+        kl_estimator: KlEstimator::K3, // never negative
         ..Ppo::default()
     };
     let source = Poisoned { rollout: Cell::new(0), is_poison, poison };

@@ -40,7 +40,10 @@ fn a_second_signal_ends_the_run_at_once() {
     // One micro-batch of many long sequences: seconds of work before the first signal could be heeded.
     let record = format!("{{\"prompt\": \"Say it.\", \"completion\": \"{}\"}}\n", "salty ".repeat(60));
     place.write("sft.jsonl", record.repeat(600));
-    let long = format!("{} --set sft.per_device_train_batch_size=512 --set data.eval_rows=0", line("sft"));
+    let long = format!(
+        "{} --set sft.per_device_train_batch_size=512 --set data.eval_rows=0 --set data.max_length=250",
+        line("sft")
+    );
     let child = start(&place, &long);
     let begun = Instant::now();
     while !place.path("out/sft/metrics.jsonl").exists() {
@@ -127,5 +130,7 @@ fn no_decision_is_made_by_the_time_of_day() {
             }
         }
     }
-    assert_eq!(users, ["lock.rs"], "the lock tells people when its owner began; nothing else may ask");
+    users.sort();
+    // The lock tells people when its owner began; chat templates may write today's date, which the cache's key then holds.
+    assert_eq!(users, ["chat_template.rs", "lock.rs", "pipeline.rs"], "nothing else may ask");
 }
