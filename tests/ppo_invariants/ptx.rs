@@ -4,16 +4,16 @@ use fourfold::config::{Ppo, Ptx};
 use fourfold::model::adapter::Adapter;
 use fourfold::ppo;
 use fourfold::ppo::train::{Start, Task, Trained};
-use fourfold::report::Report;
 use fourfold::sft::perplexity;
+use fourfold::train::session::Session;
 
 use super::world::*;
 
 #[test]
 fn text_is_kept_by_its_weight_and_a_weight_of_0_changes_nothing() {
     let model = model();
-    let sft = sft_adapter(&model, 3, &mut Report::silent());
-    let rm = reward_adapter(&model, &sft, 3, &mut Report::silent());
+    let sft = sft_adapter(&model, 3, &mut Session::silent());
+    let rm = reward_adapter(&model, &sft, 3, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let (prompts, source, text) = (questions(&model, 24), source_of(start), sft_examples(&model, 24));
     let run = |ptx: Option<Ptx>| -> Trained {
@@ -27,7 +27,7 @@ fn text_is_kept_by_its_weight_and_a_weight_of_0_changes_nothing() {
             evaluation: None,
             ptx: config.ptx.as_ref().map(|_| &text as _),
         };
-        ppo::train::train(task, &config, 3, &mut Report::silent()).unwrap()
+        ppo::train::train(task, &config, 3, &mut Session::silent()).unwrap()
     };
     let of = |coef: f64, separate_step: bool| run(Some(Ptx { coef, separate_step, ..Ptx::default() }));
     let surprise = |adapter: &Adapter| perplexity(&model.base, adapter, &text).unwrap();
