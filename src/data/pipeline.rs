@@ -276,16 +276,19 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
     }
     let (work, ended) = (Mutex::new(work), AtomicBool::new(false));
     std::thread::scope(|scope| {
-        let ended = &ended;
+        let (ended, leave) = (&ended, &leave);
         let reader = scope.spawn(move || read(data, to_workers, allowed, ended));
         for _ in 0..threads {
             let (work, to_sink) = (&work, to_sink.clone());
-            scope.spawn(move || tokenise::<T>(data, tokenizer, completion_only, work, to_sink));
+            scope.spawn(move || {
+                let _wakes = WakesReader { ended, leave };
+                tokenise::<T>(data, tokenizer, completion_only, work, to_sink);
+            });
         }
         drop(to_sink);
         let result = collect(data, made, leave, sink);
         // After a fault the workers are gone, and the reader may wait for room: it gets some, and reads no further.
-        ended.store(true, Ordering::Relaxed);
+        wake(ended, leave);
         let work = work.lock().unwrap_or_else(PoisonError::into_inner);
         while work.recv().is_ok() {}
         drop(work);
@@ -296,6 +299,26 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
         report.check()?;
         Ok(report)
     })
+}
+
+/// Has the reader end, which may wait for leave to read on.
+fn wake(ended: &AtomicBool, leave: &SyncSender<()>) {
+    ended.store(true, Ordering::SeqCst);
+    let _ = leave.try_send(()); // a full channel is leave enough
+}
+
+/// A thread that panics takes its batch with it: nobody would give leave again, and the panic would be a standstill.
+struct WakesReader<'s> {
+    ended: &'s AtomicBool,
+    leave: &'s SyncSender<()>,
+}
+
+impl Drop for WakesReader<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            wake(self.ended, self.leave);
+        }
+    }
 }
 
 /// The same where the phase gets a share of the records only: which one follows from how many there are.
@@ -337,7 +360,8 @@ fn read(
     let (mut number, mut batch, mut bytes) = (0, vec![], 0);
     let mut send = |batch: &mut Vec<Found>| {
         number += 1;
-        allowed.recv().is_ok() && to_workers.send((number - 1, std::mem::take(batch))).is_ok()
+        let ended = || ended.load(Ordering::SeqCst);
+        !ended() && allowed.recv().is_ok() && !ended() && to_workers.send((number - 1, std::mem::take(batch))).is_ok()
     };
     scan(data, &mut |found| {
         bytes += found.as_ref().map_or(0, |entry| text_bytes(&entry.record));
@@ -346,7 +370,7 @@ fn read(
             return Ok(true);
         }
         bytes = 0;
-        Ok(send(&mut batch) && !ended.load(Ordering::Relaxed))
+        Ok(send(&mut batch))
     })?;
     send(&mut batch);
     Ok(())
@@ -393,7 +417,7 @@ fn tokenise<T: Phase>(
 fn collect<T: Phase>(
     data: &Data,
     made: Receiver<Batch<T>>,
-    leave: SyncSender<()>,
+    leave: &SyncSender<()>,
     sink: &mut Sink<T>,
 ) -> Result<Report> {
     let mut report = Report::default();
@@ -417,4 +441,49 @@ fn collect<T: Phase>(
         }
     }
     Ok(report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::checkpoint::Checkpoint;
+    use crate::quickstart::base::BASE;
+
+    /// A phase that fails as no phase should.
+    #[derive(Clone)]
+    struct Panics;
+
+    impl Example for Panics {
+        fn tokens(&self) -> usize {
+            0
+        }
+
+        fn numbers(&self, _: &mut dyn FnMut(&[u32])) {}
+    }
+
+    impl Phase for Panics {
+        const NAME: &'static str = "panics";
+
+        fn of(_: &Record, _: &Encoding) -> Result<Outcome<Self>> {
+            panic!("a phase that fails as no phase should")
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_thread_ends_the_reading_however_long_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("texts.jsonl");
+        fs::write(&path, "{\"text\": \"a\"}\n".repeat(50_000)).unwrap();
+        let parts = (BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
+        let checkpoint = Checkpoint::from_embedded(parts.0, parts.1, parts.2, parts.3, parts.4).unwrap();
+        let data = Data { path: Paths::One(path), ..Data::default() };
+        let (told, ended) = sync_channel(1);
+        std::thread::spawn(move || {
+            let run = || encode::<Panics>(&data, checkpoint.tokenizer(), true, &mut |_, _| Ok(()));
+            let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err();
+            let _ = told.send(panicked);
+        });
+        let panicked = ended.recv_timeout(std::time::Duration::from_secs(20));
+        assert_eq!(panicked, Ok(true), "it is told, and nothing stands still");
+    }
 }
