@@ -2,7 +2,7 @@
 //! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: fourfold::allocator::Allocator = fourfold::allocator::Allocator;
 
 fn main() {
     fourfold::memory::keep_freed_memory();
@@ -10,7 +10,8 @@ fn main() {
         Ok(()) => 0,
         Err(error) => {
             let is_interrupted = error.is::<fourfold::error::Interrupted>();
-            eprintln!("{}{error:#}", if is_interrupted { "" } else { "error: " });
+            let text = fourfold::error::printable(&format!("{error:#}"));
+            eprintln!("{}{text}", if is_interrupted { "" } else { "error: " });
             fourfold::error::exit_code(&error)
         }
     };

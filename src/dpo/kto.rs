@@ -83,6 +83,7 @@ pub fn train(
     if let Some(snapshot) = session.resumed()? {
         progress.load(&snapshot)?;
     }
+    session.watch(&[("learner", &mut progress.learner)])?;
     let mut order = (None, vec![]);
     loop {
         session.checkpoint(progress.step, || progress.snapshot())?;

@@ -103,6 +103,7 @@ impl<'w> Evaluation<'w> {
         let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
         let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
         let mut found = Judged { gold: gold.map(|_| vec![]), ..Judged::default() };
+        let mut samples = vec![];
         for some in prompts.chunks(self.config.batch_size) {
             let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
             let numbers = found.scores.len() as u64..(found.scores.len() + ids.len()) as u64;
@@ -131,7 +132,7 @@ impl<'w> Evaluation<'w> {
                     sample["gold"] = number(f64::from(verdicts[i]));
                     all.push(f64::from(verdicts[i]));
                 }
-                report.sample(&sample)?;
+                samples.push(sample);
                 found.kl.push(kl);
                 found.scores.push(f64::from(scores[i]));
             }
@@ -144,6 +145,8 @@ impl<'w> Evaluation<'w> {
                 mean(&found.scores)
             ));
         }
+        // All or none: an evaluation that a dead source broke off is repeated when the run goes on.
+        samples.iter().try_for_each(|sample| report.sample(sample))?;
         Ok(found)
     }
 

@@ -266,11 +266,35 @@ impl State {
     /// iterations.
     ///
     /// # Errors
-    /// If there is no rollout in hand, or the report cannot be written.
+    /// If there is no rollout in hand, a source of the evaluation is dead, or the report cannot be written; the state is
+    /// then as it was, and the iteration can be ended again.
     pub fn end_iteration(&mut self, run: &Run<'_>, report: &mut Report) -> Result<()> {
         let config = run.config;
         let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
-        self.last = figures::of(&experience, self, run);
+        let (last, watch) = (self.last.clone(), self.watch.clone());
+        if let Err(error) = self.tell(&experience, run, report) {
+            (self.experience, self.last, self.watch) = (Some(experience), last, watch);
+            return Err(error);
+        }
+        self.iteration += 1;
+        if config.adap_kl_ctrl {
+            let control = AdaptiveKl { target: config.target, horizon: config.horizon };
+            self.kl_coef = control.next(self.kl_coef, experience.mean_kl(), config.batch_size);
+        }
+        if config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0 {
+            let kl = self.update.last_policy.kl_to_old();
+            self.kl_penalty = lagrange(self.kl_penalty, kl, config.kl_penalty_target);
+        }
+        if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
+            self.reference = towards(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
+        }
+        Ok(())
+    }
+
+    /// The iteration's figures and samples, its evaluation and its warnings.
+    fn tell(&mut self, experience: &Experience, run: &Run<'_>, report: &mut Report) -> Result<()> {
+        let config = run.config;
+        self.last = figures::of(experience, self, run);
         self.last.extend(experience.rollout.told.clone());
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
@@ -287,21 +311,8 @@ impl State {
             report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
         }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
-        report.step(self.iteration + 1, &self.last, &shown)?;
-        figures::samples(&experience, self.iteration + 1, run, report)?;
-        self.iteration += 1;
-        if config.adap_kl_ctrl {
-            let control = AdaptiveKl { target: config.target, horizon: config.horizon };
-            self.kl_coef = control.next(self.kl_coef, experience.mean_kl(), config.batch_size);
-        }
-        if config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0 {
-            let kl = self.update.last_policy.kl_to_old();
-            self.kl_penalty = lagrange(self.kl_penalty, kl, config.kl_penalty_target);
-        }
-        if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
-            self.reference = towards(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
-        }
-        Ok(())
+        report.step(now, &self.last, &shown)?;
+        figures::samples(experience, now, run, report)
     }
 }
 
