@@ -39,12 +39,15 @@ impl Specimen {
     }
 }
 
+/// Reads the folder whose file of that name is mutated.
+type Read = dyn Fn(&Path, &str) -> Result<()>;
+
 /// A reader of foreign bytes.
 pub struct Reader {
     /// Valid inputs.
     pub specimens: Vec<Specimen>,
     /// Reads the folder whose `name`d file is mutated, as far as the program would before it trains.
-    pub read: Box<dyn Fn(&Path, &str) -> Result<()>>,
+    pub read: Box<Read>,
     /// Brings sums and lengths in line with what was mutated, where the reader would otherwise see nothing but those.
     pub mend: Option<fn(&Path)>,
     /// Exit codes that an error may have.
@@ -204,10 +207,8 @@ impl<'n> Worker<'n> {
         let bytes = mutate(&mut rng, valid, &other.files[other.target].1, specimen.form);
         let path = dir.join(specimen.name());
         fs::write(&path, &bytes).unwrap();
-        if let Some(mend) = self.reader.mend {
-            if rng.below(4) > 0 {
-                mend(dir);
-            }
+        if let Some(mend) = self.reader.mend.filter(|_| rng.below(4) > 0) {
+            mend(dir);
         }
         let size: usize = bytes.len() + specimen.files.iter().map(|(_, content)| content.len()).sum::<usize>();
         let begun = processor_time();

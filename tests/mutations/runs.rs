@@ -147,8 +147,11 @@ fn answers_of_a_reward_command_are_scores_or_faults() {
     });
 }
 
+/// An answer that can be exchanged.
+type Shared = Arc<Mutex<Vec<u8>>>;
+
 /// Answers every request with what `answer` holds, and closes the connection.
-fn serve(answer: Arc<Mutex<Vec<u8>>>) -> String {
+fn serve(answer: Shared) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/score", listener.local_addr().unwrap());
     std::thread::spawn(move || {
@@ -187,11 +190,11 @@ fn answers_of_a_reward_service_are_scores_or_faults() {
         );
         let until_closed = format!("HTTP/1.0 200 OK\r\n\r\n{body}");
         let specimens = [plain, chunked, until_closed].map(|text| Specimen::file("answer", text, Form::Text));
-        thread_local! { static SERVED: RefCell<Option<(Arc<Mutex<Vec<u8>>>, String)>> = const { RefCell::new(None) } }
+        thread_local! { static SERVED: RefCell<Option<(Shared, String)>> = const { RefCell::new(None) } }
         let read = |dir: &Path, name: &str| {
             SERVED.with_borrow_mut(|served| {
                 let (answer, url) = served.get_or_insert_with(|| {
-                    let answer = Arc::<Mutex<Vec<u8>>>::default();
+                    let answer = Shared::default();
                     (answer.clone(), serve(answer))
                 });
                 *answer.lock().unwrap() = fs::read(dir.join(name))?;
