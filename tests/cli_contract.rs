@@ -112,8 +112,8 @@ fn dora_on_both_ends_trains_in_every_role_goes_on_after_a_stop_and_merges() {
         assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
     };
     run(&format!("sft run.toml {lora} --out out/sft"));
-    run(&format!("reward run.toml {lora} --out out/reward"));
-    run(&format!("ppo run.toml {lora} --set ppo.kl_estimator=exact --out out/ppo"));
+    run(&format!("reward run.toml {lora} --set data.path=pairs.jsonl --out out/reward"));
+    run(&format!("ppo run.toml {lora} --set data.path=prompts.jsonl --set ppo.kl_estimator=exact --out out/ppo"));
     let described = p.words("inspect out/reward/adapter");
     assert_eq!(described["use_dora"], json!(true), "{described}");
     // A checkpoint in the middle goes on to the same bytes, magnitudes and tables' branches included.

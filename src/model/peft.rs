@@ -13,9 +13,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use super::adapter::{
-    Adapter, Factor, HEAD_BIAS, LinearShapes, LoraPair, Outer, Provenance, ScoreHead, Slot, factor_name,
-};
+use super::adapter::{Adapter, Factor, HEAD_BIAS, LinearShapes, LoraPair, Provenance, ScoreHead, factor_name};
 mod config;
 mod tables;
 

@@ -16,11 +16,12 @@ use super::weight::Weight;
 
 /// Which matrix and factors norms were taken of.
 type Source = (u64, TensorId, TensorId);
+type Taken = (Source, Arc<Vec<f32>>);
 
 /// The norms of one branch, taken once for each matrix and pair of factors: a step makes new factors, and so new norms.
 /// Clones share them.
 #[derive(Clone, Debug, Default)]
-pub struct Norms(Arc<Mutex<Option<(Source, Arc<Vec<f32>>)>>>);
+pub struct Norms(Arc<Mutex<Option<Taken>>>);
 
 /// What DoRA adds to a branch.
 #[derive(Clone, Copy)]

@@ -11,6 +11,7 @@ pub mod columns;
 pub mod cpu;
 pub mod divergence;
 pub mod dora;
+mod few;
 pub mod head;
 mod head_branch;
 pub mod linear;

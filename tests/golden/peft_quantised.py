@@ -1,7 +1,7 @@
 """DoRA, PiSSA and OLoRA by PEFT over a base of four bits: numbers for tests/peft_variants.rs.
 
 usage: peft_quantised.py
-Every matrix of the quickstart's base goes through gguf's Q4_0 and back, so that PEFT works on the very numbers that a
+Every matrix of the quickstart's base goes through gguf's Q4_0 (its token table Q8_0) and back, so that PEFT works on the very numbers that a
 base opened with Q4_0 has. Writes peft_quantised/dora (as PEFT saves it) and peft_quantised/values.json:
 log-probabilities of the bare base, under the DoRA adapter, and after merge_and_unload; for PiSSA and OLoRA the product
 scale * B0 A0 of every map times a fixed vector.
@@ -23,10 +23,12 @@ OUT = HERE / "peft_quantised"
 
 def base():
     model = transformers.AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
-    kind = gguf.GGMLQuantizationType.Q4_0
+    types = gguf.GGMLQuantizationType
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.ndim == 2:
+                # The program keeps tables of the vocabulary in eight bits.
+                kind = types.Q8_0 if "embed_tokens" in name else types.Q4_0
                 stored = gguf.quants.quantize(parameter.numpy(), kind)
                 parameter.copy_(torch.from_numpy(gguf.quants.dequantize(stored, kind)))
     return model.eval()

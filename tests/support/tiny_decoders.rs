@@ -23,6 +23,7 @@ pub struct Golden {
     pub sequences: Vec<Vec<u32>>,
     /// What it went on with.
     #[serde(default)]
+    #[allow(dead_code, reason = "each test file compiles this module for itself")]
     pub greedy: Vec<Vec<u32>>,
     /// All numbers, by name.
     #[serde(skip)]
@@ -79,6 +80,7 @@ pub struct Opened {
     /// What a script printed.
     pub golden: Golden,
     /// Files and tokenizer.
+    #[allow(dead_code, reason = "each test file compiles this module for itself")]
     pub checkpoint: Checkpoint,
     /// Weights.
     pub base: Base,
