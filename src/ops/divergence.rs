@@ -183,6 +183,7 @@ pub fn backward(
         first.iter_mut().zip(run).for_each(|(a, b)| *a += b);
     }
     partial.truncate(r * d);
+    partial.shrink_to_fit();
     tensor(partial, (r, d))
 }
 

@@ -40,7 +40,7 @@ impl Part<'_> {
 }
 
 /// At most this many rows are multiplied weight row by weight row (decoding); more go through panels.
-const FEW_ROWS: usize = 12;
+pub(crate) const FEW_ROWS: usize = 12;
 
 /// Outputs (N, out_p) of each part, and z (N, sum of ranks), which `backward` wants.
 ///
@@ -352,6 +352,8 @@ pub fn backward(
         InputGradient::Wanted => Some(tensor(input_gradient(&dys, &dz, m, k, parts, rank, lefts.as_deref())?, (m, k))?),
         InputGradient::Unused => None,
     };
+
+    drop(lefts);
 
     let mut lora = Vec::with_capacity(parts.len());
     let mut offset = 0;

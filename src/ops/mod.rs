@@ -12,7 +12,7 @@ pub mod cpu;
 pub mod divergence;
 pub mod head;
 pub mod linear;
-mod linear_bf16;
+pub(crate) mod linear_bf16;
 pub mod norm;
 pub mod pack;
 pub mod pool;
