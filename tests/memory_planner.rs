@@ -23,7 +23,8 @@ fn place() -> Place {
     };
     p.write("pairs.jsonl", lines(&pair));
     p.write("prompts.jsonl", lines(&|i| json!({"prompt": prompt(i)})));
-    let judged = |i: usize| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 4)), "label": i % 2 == 0});
+    let judged =
+        |i: usize| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 4)), "label": i % 2 == 0});
     p.write("judged.jsonl", lines(&judged));
     p.write("run.toml", CONFIG);
     p
@@ -228,7 +229,11 @@ fn four_roles_of_a_7b_ppo_step_fit_8_gib_over_one_q4_k_base_by_its_config_alone(
     let of = |i: usize| plan["arrangements"][i]["bytes"]["total"].as_u64().unwrap();
     assert!(of(0) > of(1) && of(1) > of(2) && of(2) > of(3) && of(3) == total, "{plan}");
     let table = run(&p, "plan 7b.toml --memory 4GiB", &[]);
-    assert!(table.stdout.contains("it does not fit") && table.stdout.contains("what would take less"), "{}", table.stdout);
+    assert!(
+        table.stdout.contains("it does not fit") && table.stdout.contains("what would take less"),
+        "{}",
+        table.stdout
+    );
 }
 
 #[test]
@@ -243,7 +248,10 @@ fn shapes_that_cannot_be_are_one_error_with_code_2() {
         assert!(errors.len() == 1 && errors[0].contains(part), "{errors:?}");
     };
     refused(&LLAMA_7B.replace("\"hidden_size\": 4096", "\"hidden_size\": 0"), "hidden_size");
-    refused(&LLAMA_7B.replace("\"num_attention_heads\": 32", "\"num_attention_heads\": 32, \"num_key_value_heads\": 5"), "evenly");
+    refused(
+        &LLAMA_7B.replace("\"num_attention_heads\": 32", "\"num_attention_heads\": 32, \"num_key_value_heads\": 5"),
+        "evenly",
+    );
     refused(&LLAMA_7B.replace("32000", "99999999999"), "vocab_size");
     refused("{", "JSON");
     // A container whose header promises more than the file holds.

@@ -349,7 +349,8 @@ impl Shown<'_> {
         );
         let shown: Vec<Class> =
             Class::ALL.into_iter().filter(|&c| self.plan.phases.iter().any(|(_, b)| b.of(c) > 0)).collect();
-        let head: Vec<Cow<'_, str>> = shown.iter().map(|c| Cow::Borrowed(c.name())).chain([Cow::Borrowed("all")]).collect();
+        let head: Vec<Cow<'_, str>> =
+            shown.iter().map(|c| Cow::Borrowed(c.name())).chain([Cow::Borrowed("all")]).collect();
         let line = |out: &mut String, name: &str, cells: &[Cow<'_, str>]| {
             let _ = write!(out, "{name:<24}");
             for cell in cells {
@@ -381,7 +382,9 @@ impl Shown<'_> {
         if let Some(budget) = self.budget {
             let verdict = match (self.fits, budget.is_comfortable(&peak)) {
                 (true, true) => "it fits",
-                (true, false) => "it fits, but not with the whole base beside it, which is then read again in every pass",
+                (true, false) => {
+                    "it fits, but not with the whole base beside it, which is then read again in every pass"
+                }
                 (false, _) => "it does not fit",
             };
             let _ = writeln!(out, "room: {}; {verdict}", plan::text(budget.room));

@@ -66,7 +66,8 @@ pub fn train(
     let steps = steps_per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
+    let checkpoint =
+        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
     let good = examples.iter().filter(|e| e.good).count();
     session.report.stage("kto", steps);
     session.report.note(&format!(

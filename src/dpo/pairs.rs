@@ -65,7 +65,8 @@ pub fn train(
     let steps = steps_per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
+    let checkpoint =
+        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
     session.report.stage("dpo", steps);
     session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
     let stored = match config.precompute_ref_log_probs {

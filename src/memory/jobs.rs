@@ -266,7 +266,8 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
                     .chunks(c.micro_batch_size)
                     .map(|rows| rows.iter().map(|&i| lengths[i]).collect())
                     .collect();
-                let largest = |all: &[Vec<usize>]| all.iter().map(|m| tokens(m) + m.len() * response).max().unwrap_or(0);
+                let largest =
+                    |all: &[Vec<usize>]| all.iter().map(|m| tokens(m) + m.len() * response).max().unwrap_or(0);
                 if largest(&here) > largest(&micro) {
                     micro = here;
                 }
@@ -332,7 +333,11 @@ pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work
         }
         Stage::Dpo => {
             let c = config.dpo();
-            dpo(config, &vec![ranked(); count(c.per_device_train_batch_size * c.gradient_accumulation_steps)], &[ranked()])
+            dpo(
+                config,
+                &vec![ranked(); count(c.per_device_train_batch_size * c.gradient_accumulation_steps)],
+                &[ranked()],
+            )
         }
         Stage::Kto => {
             let c = config.kto();

@@ -69,9 +69,8 @@ fn group_room(membership: &str, root: &str) -> Option<usize> {
         let mut path = path.trim_end_matches('/');
         loop {
             let dir = format!("{base}{path}");
-            let bytes = |name: &str| -> Option<usize> {
-                fs::read_to_string(format!("{dir}/{name}")).ok()?.trim().parse().ok()
-            };
+            let bytes =
+                |name: &str| -> Option<usize> { fs::read_to_string(format!("{dir}/{name}")).ok()?.trim().parse().ok() };
             if let (Some(limit), Some(held)) = (bytes(files[0]), bytes(files[1])) {
                 let stat = fs::read_to_string(format!("{dir}/memory.stat")).unwrap_or_default();
                 let of = |key: &str| -> usize {

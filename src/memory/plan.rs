@@ -401,7 +401,8 @@ pub fn admit_base(net: &Network, budget: Budget, of: &str) -> Result<()> {
 
 fn refusal(stage: Stage, phase: Phase, peak: &Bytes, budget: Budget, change: Option<&(Change, Plan)>) -> anyhow::Error {
     let have = budget.text();
-    let most = Class::ALL.into_iter().filter(|&c| c != Class::Mapped).max_by_key(|&c| peak.of(c)).unwrap_or(Class::Base);
+    let most =
+        Class::ALL.into_iter().filter(|&c| c != Class::Mapped).max_by_key(|&c| peak.of(c)).unwrap_or(Class::Base);
     let what = format!(
         "{} does not fit: its {} would take {} of memory, {} of it for {}, and {have}",
         stage.name(),
@@ -417,7 +418,9 @@ fn refusal(stage: Stage, phase: Phase, peak: &Bytes, budget: Budget, change: Opt
             change.set.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(" --set "),
             change.costs
         ),
-        None => invalid!("{what}; no smaller batch, shorter sequence or quantised base fits either: take a smaller model"),
+        None => {
+            invalid!("{what}; no smaller batch, shorter sequence or quantised base fits either: take a smaller model")
+        }
     }
 }
 

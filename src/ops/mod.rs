@@ -10,6 +10,7 @@ pub mod bf16;
 pub mod columns;
 pub mod cpu;
 pub mod divergence;
+pub(crate) mod few;
 pub mod head;
 pub mod linear;
 pub(crate) mod linear_bf16;

@@ -65,8 +65,10 @@ impl Parts<'_> {
         let reward = self.reward.map_or_else(|| with_head(branches.clone()), Branches::of_adapter);
         // What the heap holds beside bases and adapters is tokenizer and examples.
         let (policy, scorer) = self.networks(config)?;
-        let mut known = branches.bytes(&policy) + self.reward.map_or(0, |_| reward.bytes(scorer.as_ref().unwrap_or(&policy)));
-        known += [Some(&policy), scorer.as_ref()].into_iter().flatten().map(|net| net.owned + net.vectors()).sum::<usize>();
+        let mut known =
+            branches.bytes(&policy) + self.reward.map_or(0, |_| reward.bytes(scorer.as_ref().unwrap_or(&policy)));
+        known +=
+            [Some(&policy), scorer.as_ref()].into_iter().flatten().map(|net| net.owned + net.vectors()).sum::<usize>();
         let data = meter::current().saturating_sub(known);
         let shapes = |config: &Config| {
             let (policy, scorer) = self.networks(config)?;

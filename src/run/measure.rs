@@ -42,7 +42,9 @@ const STEPS: usize = 2;
 /// Those of the stage; if this process's allocator does not count.
 pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
     if meter::current() == 0 {
-        return Err(invalid!("this program's allocator does not count; `fourfold bench memory` is of the fourfold binary"));
+        return Err(invalid!(
+            "this program's allocator does not count; `fourfold bench memory` is of the fourfold binary"
+        ));
     }
     let mut config = config.clone();
     config.checkpoint.save_steps = 1;
@@ -95,7 +97,8 @@ impl Bench<'_> {
         let mut c = config.sft();
         let checkpoint = Checkpoint::open(&config.base.path)?;
         let data: Prepared<SftExample> = prepared(config, checkpoint.tokenizer(), c.completion_only_loss)?;
-        let per_step = c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
+        let per_step =
+            c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * sft::EVAL_BATCH)?);
         drop(data);
         c.num_train_epochs = STEPS;
@@ -120,7 +123,8 @@ impl Bench<'_> {
         let mut c = config.reward();
         let checkpoint = Checkpoint::open(&config.reward_base().path)?;
         let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
-        let per_step = c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
+        let per_step =
+            c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
         let train = some(&data.train, per_step)?;
         let held_out = some(&data.held_out, 2 * reward::train::EVAL_BATCH)?;
         drop(data);
@@ -154,8 +158,7 @@ impl Bench<'_> {
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let (base, c, reference) = (&model.base, admission.config.dpo(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) =
-            pairs::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let (adapter, _) = pairs::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -196,14 +199,14 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
         let adapters = Adapters::open(&c, &model)?;
-        let start = ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
+        let start =
+            ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
         let workshop = Workshop { scorer: &model, retokenise: None, prompts: &train, asked: &asked };
         let source = workshop.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
         let facts = jobs::Asked { held_out: &lengths, context, other_tokens: false };
-        let parts =
-            Parts { stage: Stage::Ppo, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
+        let parts = Parts { stage: Stage::Ppo, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
         let admission = parts.admit(config, |config| jobs::ppo(config, &prompts, facts))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);

@@ -76,11 +76,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     }
     let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
     let contexts = [start.base, start.reward_base].map(|base| base.config().max_position_embeddings);
-    let facts = jobs::Asked {
-        held_out: &lengths,
-        context: contexts[0].min(contexts[1]),
-        other_tokens: translated.is_some(),
-    };
+    let facts =
+        jobs::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
     let parts =
         Parts { stage: Stage::Ppo, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
     let admission = parts.admit(config, |config| jobs::ppo(config, &ids, facts))?;

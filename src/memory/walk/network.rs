@@ -83,7 +83,12 @@ impl View<'_> {
         drop(hidden);
     }
 
-    fn hidden_kept(&self, lengths: &[usize], branches: &Branches, checkpoint: Checkpointing) -> (Tensor, Vec<Kept>, Tensor) {
+    fn hidden_kept(
+        &self,
+        lengths: &[usize],
+        branches: &Branches,
+        checkpoint: Checkpointing,
+    ) -> (Tensor, Vec<Kept>, Tensor) {
         let m = lengths.iter().sum();
         let layers = self.net.config.num_hidden_layers;
         let first = branches.ranks.iter().position(|row| row.iter().any(|&r| r > 0)).unwrap_or(layers);

@@ -9,7 +9,7 @@ use crate::ops::cpu::WORTH_A_THREAD;
 use crate::ops::head::{RUN_BYTES, RUNS, STRIP};
 use crate::ops::tile::NR;
 use crate::ops::weight::{Compute, StoredType};
-use crate::ops::{attention, bf16, linear, linear_bf16};
+use crate::ops::{attention, bf16, few, linear_bf16};
 
 const F32: usize = size_of::<f32>();
 /// What candle keeps of a tensor beside its numbers: the tensor, its storage's lock, two counts each, the shape's list.
@@ -46,9 +46,12 @@ pub struct Walk {
     pub threads: usize,
     /// What products with frozen matrices are computed in.
     pub compute: Compute,
-    /// Scratch buffers that threads keep, of the caller and of its helpers, by depth of nesting: (numbers, holder).
-    scratch: RefCell<[Vec<(usize, Option<Held>)>; 2]>,
+    /// Scratch buffers that threads keep, of the caller and of its helpers.
+    scratch: RefCell<[Vec<Scratch>; 2]>,
 }
+
+/// A scratch buffer at one depth of nesting: numbers, and who holds them.
+type Scratch = (usize, Option<Held>);
 
 /// Who works.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -104,7 +107,8 @@ impl Walk {
         let rank: usize = parts.iter().map(|p| p.rank).sum();
         let outputs: usize = parts.iter().map(|p| p.out).sum();
         let who = self.parallel(parts.iter().map(|p| p.out.div_ceil(NR)).sum(), m * k * outputs);
-        let is_bf16 = self.compute == Compute::Bf16 && k.is_multiple_of(2) && parts.iter().all(|p| p.out.is_multiple_of(2));
+        let is_bf16 =
+            self.compute == Compute::Bf16 && k.is_multiple_of(2) && parts.iter().all(|p| p.out.is_multiple_of(2));
         let (left, z) = match is_bf16 {
             true => {
                 let _stacked = self.list(Class::Blocks, rank * k);
@@ -122,7 +126,7 @@ impl Walk {
         match &left {
             Some(_) if m <= linear_bf16::FEW_ROWS => self.words(who, 0, 32 * words),
             Some(_) => self.words(who, 0, words * (NR + 16)),
-            None if m <= linear::FEW_ROWS => self.scratch(who, 0, k),
+            None if m <= few::FEW_ROWS => self.scratch(who, 0, few::TOGETHER * k),
             None => {
                 self.scratch(who, 0, k * NR);
                 self.scratch(who, 1, 16 * k);
@@ -151,7 +155,8 @@ impl Walk {
     /// `linear::backward`: dx where it is wanted, and the gradients of each branch.
     pub fn linear_backward(&self, m: usize, k: usize, parts: &[Part], wanted: bool) -> (Option<Tensor>, Vec<Tensor>) {
         let rank: usize = parts.iter().map(|p| p.rank).sum();
-        let is_bf16 = self.compute == Compute::Bf16 && k.is_multiple_of(2) && parts.iter().all(|p| p.out.is_multiple_of(2));
+        let is_bf16 =
+            self.compute == Compute::Bf16 && k.is_multiple_of(2) && parts.iter().all(|p| p.out.is_multiple_of(2));
         let _dz = self.list(Class::Blocks, m * rank);
         let mut lefts = vec![];
         for p in parts {

@@ -40,13 +40,17 @@ impl Network {
         let config = contents.config.clone();
         let find = |name: &str, rows: usize, cols: usize| -> Result<(StoredType, bool)> {
             let found = contents.tensors().find(|(n, ..)| *n == name);
-            let (_, shape, dtype) = found.ok_or_else(|| invalid!("{}: the tensor {name} is missing", contents.name()))?;
+            let (_, shape, dtype) =
+                found.ok_or_else(|| invalid!("{}: the tensor {name} is missing", contents.name()))?;
             // Conv1D's lie the other way round, and are turned as they are read.
             let turned = config.lies_transposed(name);
             let want = if turned { [cols, rows] } else { [rows, cols] };
             match *shape == want {
                 true => Ok((dtype, turned)),
-                false => Err(invalid!("{}: tensor {name} is {shape:?}, and the configuration asks for {want:?}", contents.name())),
+                false => Err(invalid!(
+                    "{}: tensor {name} is {shape:?}, and the configuration asks for {want:?}",
+                    contents.name()
+                )),
             }
         };
         Self::made(config.clone(), quantise, compute, contents.is_mapped(), find)
@@ -155,7 +159,8 @@ impl Network {
             QkNorm::PerHead => 2 * c.head_dim,
             QkNorm::Whole => (c.num_attention_heads + c.num_key_value_heads) * c.head_dim,
         };
-        let biases: usize = c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out } else { 0 }).sum();
+        let biases: usize =
+            c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out } else { 0 }).sum();
         let blocks = c.num_hidden_layers * (norms * norm(d) + qk + biases);
         let turning = usize::from(c.layers.iter().any(|l| l.rope != LayerRope::None))
             + usize::from(c.layers.iter().any(|l| l.rope == LayerRope::Local));
