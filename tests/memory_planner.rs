@@ -116,7 +116,7 @@ fn ppo_is_predicted_within_5_percent_in_every_phase_of_three_shapes() {
     for shape in [
         "",
         "--set ppo.micro_batch_size=4 --set ppo.checkpoint=\"block\" --set ppo.response_length=24",
-        "--set base.quantize=\"q8_0\" --set base.compute_dtype=\"bf16\" --set ppo.num_mini_batches=2",
+        "--set base.quantize=\"q8_0\" --set ppo.num_mini_batches=2",
     ] {
         agrees(&p, &format!("--phase ppo --set data.path=prompts.jsonl {shape}"), &phases);
     }

@@ -38,6 +38,7 @@ impl Layer<'_> {
         let part = |i: usize| Part {
             out: self.net.maps.dims(i).1,
             rank: self.branches.map_or(0, |b| b.ranks[self.index][i]),
+            dora: self.branches.is_some_and(|b| b.dora),
             stored: self.net.stored[self.index][i],
         };
         range.map(part).collect()
@@ -84,7 +85,7 @@ impl Layer<'_> {
             drop(fused);
         }
         let v = outputs.pop();
-        let (mut kept, mut turned) = (vec![z], vec![]);
+        let (mut kept, mut turned) = (z, vec![]);
         if self.net.config.qk_norm != QkNorm::None {
             let normed = [heads.q, heads.kv].map(|n| self.rows(m, n * heads.dim));
             kept.extend(std::mem::replace(&mut outputs, normed.to_vec()));
@@ -101,7 +102,7 @@ impl Layer<'_> {
     fn join(&self, m: usize, k: usize, map: usize) -> (Tensor, Vec<Tensor>) {
         let (mut out, z) = self.walk.linear(m, k, &self.parts(map..map + 1));
         let f = out.swap_remove(0);
-        let mut kept = vec![z];
+        let mut kept = z;
         let c = &self.net.config;
         let mut sum = f.clone();
         if self.has_inner() || c.residual_multiplier != 1.0 {
@@ -157,7 +158,7 @@ impl Layer<'_> {
         drop(activated);
         let mut kept = vec![];
         if keep {
-            kept.push(z);
+            kept.extend(z);
             kept.extend(outputs);
             kept.extend(ends);
         }

@@ -205,7 +205,7 @@ impl View<'_> {
 
     /// `Base::logits`.
     fn logits(&self, s: usize, e: usize, vocab: usize) -> Tensor {
-        let part = super::ops::Part { out: vocab, rank: 0, stored: self.net.table };
+        let part = super::ops::Part { out: vocab, rank: 0, dora: false, stored: self.net.table };
         let (mut out, _) = self.walk.linear(s, e, &[part]);
         let logits = out.swap_remove(0).becomes(Class::Head);
         let c = &self.net.config;

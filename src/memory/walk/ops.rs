@@ -34,6 +34,8 @@ pub struct Part {
     pub out: usize,
     /// Rank of its branch; 0 is none.
     pub rank: usize,
+    /// Its branch is DoRA's: what is multiplied is kept beside the scaled output.
+    pub dora: bool,
     /// How its matrix is stored.
     pub stored: StoredType,
 }
@@ -102,8 +104,8 @@ impl Walk {
         self.scratch(who, depth, words + 16);
     }
 
-    /// `linear::forward`: outputs of each part, and z.
-    pub fn linear(&self, m: usize, k: usize, parts: &[Part]) -> (Vec<Tensor>, Tensor) {
+    /// `linear::forward`: outputs of each part, and what is kept: z, and the directions of parts with DoRA.
+    pub fn linear(&self, m: usize, k: usize, parts: &[Part]) -> (Vec<Tensor>, Vec<Tensor>) {
         let rank: usize = parts.iter().map(|p| p.rank).sum();
         let outputs: usize = parts.iter().map(|p| p.out).sum();
         let who = self.parallel(parts.iter().map(|p| p.out.div_ceil(NR)).sum(), m * k * outputs);
@@ -137,7 +139,13 @@ impl Walk {
         }
         drop(left);
         let owned = |held: Held| Tensor(Rc::new(RefCell::new(held)));
-        (ys.into_iter().map(owned).collect(), owned(z))
+        let mut kept = vec![owned(z)];
+        let mut outputs: Vec<Tensor> = ys.into_iter().map(owned).collect();
+        for (y, part) in outputs.iter_mut().zip(parts).filter(|(_, part)| part.dora && part.rank > 0) {
+            let scaled = self.tensor(Class::Blocks, m * part.out);
+            kept.push(std::mem::replace(y, scaled));
+        }
+        (outputs, kept)
     }
 
     /// `linear_bf16::Left::of`: the rounded rows with their low-rank columns, and z.

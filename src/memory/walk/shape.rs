@@ -3,10 +3,11 @@
 
 use anyhow::Result;
 
-use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, MAX_LINEARS};
+use crate::model::adapter::{Adapter, LayerPairs, LinearShapes, LoraConfig, LoraPair, MAX_LINEARS, Outer};
 use crate::model::base::Base;
 use crate::model::checkpoint::{Checkpoint, Contents};
 use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNorm, Qkv};
+use crate::model::lora::Slot;
 use crate::ops::weight::{Compute, StoredType};
 use crate::{config, invalid};
 
@@ -71,7 +72,7 @@ impl Network {
     /// None in practice: a base has all its matrices.
     pub fn of_base(base: &Base) -> Result<Self> {
         let all = base.weights();
-        let compute = base.table().weight.compute();
+        let compute = base.table(None).weight.compute();
         let find = |name: &str, _: usize, _: usize| {
             let found = all.iter().find(|(n, _)| n == name).ok_or_else(|| invalid!("the base has no {name}"))?;
             Ok((found.1.dtype(), false))
@@ -192,12 +193,16 @@ pub struct Branches {
     pub ranks: Vec<[usize; MAX_LINEARS]>,
     /// Whether it has a scalar head.
     pub head: bool,
+    /// Whether its branches in blocks are DoRA's.
+    pub dora: bool,
+    /// Bytes of each tensor beside the blocks' factors: magnitudes, and branches outside of the blocks.
+    pub more: Vec<usize>,
 }
 
 impl Branches {
     /// No branch at all: the bare base.
     pub fn none(network: &Network) -> Self {
-        Self { ranks: vec![[0; MAX_LINEARS]; network.config.num_hidden_layers], head: false }
+        Self { ranks: vec![[0; MAX_LINEARS]; network.config.num_hidden_layers], head: false, dora: false, more: vec![] }
     }
 
     /// As `config` selects them.
@@ -205,19 +210,39 @@ impl Branches {
     /// # Errors
     /// If it selects nothing of this network.
     pub fn of(config: &LoraConfig, network: &Network) -> Result<Self> {
-        let rank = |layer: usize, i: usize| config.rank_of(&network.maps.module_path(layer, i));
-        let selected = config.select(&network.maps)?;
-        let row = |(layer, row): (usize, [bool; MAX_LINEARS])| {
-            std::array::from_fn(|i| if row[i] { rank(layer, i) } else { 0 })
-        };
-        Ok(Self { ranks: selected.into_iter().enumerate().map(row).collect(), head: false })
+        let mut branches = Self::none(network);
+        for slot in config.select(&network.maps)? {
+            let r = config.rank_of(&network.maps.path(slot));
+            match slot {
+                Slot::Block { layer, linear } => {
+                    branches.ranks[layer][linear] = r;
+                    if config.use_dora {
+                        branches.more.push(network.maps.dims(linear).1 * size_of::<f32>());
+                    }
+                }
+                Slot::Outer(outer) => {
+                    let Some(map) = network.maps.outer(outer) else { continue };
+                    branches.more.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
+                    branches.more.extend(config.use_dora.then_some(map.out * size_of::<f32>()));
+                }
+            }
+        }
+        branches.dora = config.use_dora;
+        Ok(branches)
     }
 
     /// Those of an adapter.
     pub fn of_adapter(adapter: &Adapter) -> Self {
-        let rank = |pair: &Option<crate::model::adapter::LoraPair>| pair.as_ref().map_or(0, |pair| pair.a.dims()[0]);
-        let row = |pairs: &crate::model::adapter::LayerPairs| std::array::from_fn(|i| rank(&pairs[i]));
-        Self { ranks: adapter.layers().iter().map(row).collect(), head: adapter.head().is_some() }
+        let rank = |pair: &Option<LoraPair>| pair.as_ref().map_or(0, |pair| pair.a.dims()[0]);
+        let row = |pairs: &LayerPairs| std::array::from_fn(|i| rank(&pairs[i]));
+        let bytes = |tensor: &candle_core::Tensor| tensor.elem_count() * size_of::<f32>();
+        let pairs = adapter.layers().iter().flatten().flatten();
+        let mut more: Vec<usize> = pairs.filter_map(|pair| pair.magnitude.as_ref()).map(bytes).collect();
+        let dora = !more.is_empty();
+        for pair in Outer::ALL.into_iter().filter_map(|outer| adapter.outer(outer)) {
+            more.extend([&pair.a, &pair.b].into_iter().chain(&pair.magnitude).map(bytes));
+        }
+        Self { ranks: adapter.layers().iter().map(row).collect(), head: adapter.head().is_some(), dora, more }
     }
 
     /// With a scalar head.
@@ -234,6 +259,7 @@ impl Branches {
         for (map, &r) in self.ranks.iter().flat_map(|row| maps.iter().zip(row)).filter(|(_, r)| **r > 0) {
             all.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
         }
+        all.extend(&self.more);
         if self.head {
             all.push(network.config.embedding_width * size_of::<f32>());
         }

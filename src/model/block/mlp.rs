@@ -11,10 +11,10 @@ use crate::ops::linear::InputGradient;
 pub(super) struct MlpKept {
     /// Attention's sum: the residual that the MLP joins.
     pub(super) x2: Tensor,
-    z_in: Tensor,
+    z_in: linear::Kept,
     gate: Option<Tensor>,
     up: Tensor,
-    z_out: Tensor,
+    z_out: linear::Kept,
     join: JoinKept,
 }
 
@@ -27,8 +27,8 @@ impl Pass<'_> {
         }
     }
 
-    /// (gate, up) of the MLP's input, where it has a gate, and z of their linear.
-    fn widened(self, input: &Tensor) -> Result<(Option<Tensor>, Tensor, Tensor)> {
+    /// (gate, up) of the MLP's input, where it has a gate, and what their linear kept.
+    fn widened(self, input: &Tensor) -> Result<(Option<Tensor>, Tensor, linear::Kept)> {
         let h = before(&self.block.mlp_norms.before, input)?;
         let (outputs, z_in) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
         let (gate, up) = match self.geometry.mlp {
