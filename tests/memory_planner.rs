@@ -23,8 +23,7 @@ fn place() -> Place {
     };
     p.write("pairs.jsonl", lines(&pair));
     p.write("prompts.jsonl", lines(&|i| json!({"prompt": prompt(i)})));
-    let judged =
-        |i: usize| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 4)), "label": i % 2 == 0});
+    let judged = |i: usize| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 4)), "label": i.is_multiple_of(2)});
     p.write("judged.jsonl", lines(&judged));
     p.write("run.toml", CONFIG);
     p
@@ -116,7 +115,7 @@ fn ppo_is_predicted_within_5_percent_in_every_phase_of_three_shapes() {
     for shape in [
         "",
         "--set ppo.micro_batch_size=4 --set ppo.checkpoint=\"block\" --set ppo.response_length=24",
-        "--set base.quantize=\"q8_0\" --set ppo.num_mini_batches=2",
+        "--set base.quantize=\"q8_0\"",
     ] {
         agrees(&p, &format!("--phase ppo --set data.path=prompts.jsonl {shape}"), &phases);
     }
