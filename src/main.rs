@@ -2,7 +2,8 @@
 //! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
-static ALLOCATOR: fourfold::allocator::Allocator = fourfold::allocator::Allocator;
+static ALLOCATOR: fourfold::memory::meter::Counting<fourfold::allocator::Allocator> =
+    fourfold::memory::meter::Counting(fourfold::allocator::Allocator);
 
 fn main() {
     fourfold::memory::keep_freed_memory();

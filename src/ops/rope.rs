@@ -44,9 +44,12 @@ impl Angles {
         let block = self.blocks[position / BLOCK].get_or_init(|| {
             let first = position / BLOCK * BLOCK;
             let all = first..self.positions.min(first + BLOCK);
-            let angles = all.flat_map(|p| self.inverse_frequencies.iter().map(move |&f| p as f32 * f));
-            let of = |a: f32| (f64::from(a).cos() as f32 * self.factor, f64::from(a).sin() as f32 * self.factor);
-            let (cos, sin) = angles.map(of).unzip();
+            let numbers = all.len() * half;
+            let (mut cos, mut sin) = (Vec::with_capacity(numbers), Vec::with_capacity(numbers));
+            for angle in all.flat_map(|p| self.inverse_frequencies.iter().map(move |&f| p as f32 * f)) {
+                cos.push(f64::from(angle).cos() as f32 * self.factor);
+                sin.push(f64::from(angle).sin() as f32 * self.factor);
+            }
             Block { cos, sin }
         });
         let at = position % BLOCK * half..(position % BLOCK + 1) * half;
