@@ -61,6 +61,8 @@ pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Keys> {
     for (name, id) in [
         ("bos", tokenizer.bos_id().or(checkpoint.config().bos_token_id)),
         ("eos", tokenizer.eos_id()),
+        // What else ends a response: a turn's mark, in models that talk.
+        ("eot", checkpoint.config().eos_token_ids.iter().copied().find(|&id| Some(id) != tokenizer.eos_id())),
         ("unknown", unknown),
         ("padding", tokenizer.pad_id()),
     ] {

@@ -45,7 +45,9 @@ class Llama:
         params.model.path = str(model)
         params.n_ctx, params.n_parallel, params.n_gpu_layers, params.warmup = 256, 1, 0, False
         params.n_batch = params.n_ubatch = 128
-        params.cpuparams.n_threads = 2
+        # Its threads wait for one another by spinning, which tiny products are not worth.
+        params.cpuparams.n_threads = 1
+        params.cpuparams_batch.n_threads = 1
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.verbosity = -1
@@ -213,6 +215,9 @@ def sentence_piece(prefix=True, more=()):
     state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < 3 + len(more)]
     for token in state["added_tokens"][3:]:
         token["special"] = False
+    # As in Gemma's file: such a piece is a token to look for, and merges lead to it as well.
+    own = [[piece[:-1], piece[-1]] for piece in more if len(piece) > 1]
+    state["model"]["merges"] = own + state["model"]["merges"]
     return Tokenizer.from_str(json.dumps(state))
 
 
@@ -234,7 +239,8 @@ def sentence_piece_base(path):
 
 def readable(path):
     """The model at `path`, made never to choose a special token or a part of a character: such logits become 0."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    # Not AutoTokenizer: it goes by the model's family, and some families add tokens of their own.
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(path)
     model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     with torch.no_grad():
         for id in range(len(tokenizer)):

@@ -26,7 +26,7 @@ LLAMA3_SPLIT = (
 )
 QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 # llama.cpp's gelu is a table of f16 numbers, and of the tanh approximation for every family.
-GELU = 5e-2
+GELU = 5e-3
 
 
 def byte_level(path, split=None, normalizer=None, digits=False):
@@ -112,7 +112,11 @@ FAMILIES = {
     ),
     "phi3": (t.Phi3Config, dict(SPECIAL, **SMALL), prefixed, 1e-3),
     "phi3 with longrope": (
-        t.Phi3Config, dict(SPECIAL, **SMALL, rope_parameters=LONG, original_max_position_embeddings=128), prefixed, 1e-3,
+        # llama.cpp takes the factors for long contexts where its context is longer than the original one; it is 256 here.
+        t.Phi3Config,
+        dict(SPECIAL | dict(max_position_embeddings=512), **SMALL, rope_parameters=LONG,
+             original_max_position_embeddings=256),
+        prefixed, 1e-3,
     ),
     "olmo2": (t.Olmo2Config, dict(SPECIAL, **SMALL), lambda p: byte_level(p, LLAMA3_SPLIT), 1e-3),
     "granite": (
