@@ -6,6 +6,7 @@
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Buffer, Isa, Out, parallel, tensor, view};
+use super::few::{FEW_ROWS, few_rows};
 use super::linear_bf16::{self, Left};
 use super::pack::{columns, rows_as_columns, with_scratch};
 use super::tile::{Into, MR, Mat, NR, product};
@@ -38,9 +39,6 @@ impl Part<'_> {
         self.lora.map_or(0, |l| l.a.dims()[0])
     }
 }
-
-/// At most this many rows are multiplied weight row by weight row (decoding); more go through panels.
-const FEW_ROWS: usize = 12;
 
 /// Outputs (N, out_p) of each part, and z (N, sum of ranks), which `backward` wants.
 ///
@@ -109,7 +107,7 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
                 continue;
             }
             if m <= FEW_ROWS {
-                few_rows(&xs, m, part.weight, n0, width, outs[p], into);
+                few_rows(isa, &xs, m, part.weight, n0..n0 + width, outs[p], into);
             } else {
                 with_scratch(k * NR, |panel| {
                     rows_as_columns(part.weight, n0..n0 + width, panel);
@@ -201,100 +199,6 @@ fn low_rank_inputs(xs: &[f32], m: usize, k: usize, parts: &[Part<'_>], rank: usi
         }
     });
     Ok(z)
-}
-
-/// Decoding: each weight row is unpacked once and meets all `m` inputs, with no panel in between.
-fn few_rows(xs: &[f32], m: usize, weight: &Weight, n0: usize, width: usize, out: Out, into: Into) {
-    let (n, k) = (weight.rows(), weight.cols());
-    with_scratch(k, |scratch| {
-        let mut sums = [0f32; FEW_ROWS];
-        for j in n0..n0 + width {
-            let row = match weight.rows_f32(j..j + 1) {
-                Some(row) => row,
-                None => {
-                    weight.row(j, scratch);
-                    &*scratch
-                }
-            };
-            dots(row, xs, m, &mut sums);
-            for (i, &sum) in sums.iter().enumerate().take(m) {
-                // SAFETY: column j belongs to this panel, row i is below m.
-                unsafe {
-                    let y = out.at(i * n + j);
-                    *y = if into == Into::Add { *y + sum } else { sum };
-                }
-            }
-        }
-    });
-}
-
-/// sums[i] = row . x_i for the m rows of x, each in the same order whatever m is.
-fn dots(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
-    let k = row.len();
-    #[cfg(target_arch = "x86_64")]
-    if Isa::detect() == Isa::Avx512 {
-        let mut i = 0;
-        while i < m {
-            // SAFETY: AVX-512 was detected; rows i..i+4 (or i+1) of xs exist.
-            unsafe {
-                let x = xs.as_ptr().add(i * k);
-                if m - i >= 4 {
-                    sums[i..i + 4].copy_from_slice(&dots_avx512::<4>(row, x));
-                    i += 4;
-                } else {
-                    sums[i..=i].copy_from_slice(&dots_avx512::<1>(row, x));
-                    i += 1;
-                }
-            }
-        }
-        return;
-    }
-    dots_plain(row, xs, m, sums);
-}
-
-super::cpu::vectorised! {
-    fn dots_plain(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
-        for (x, sum) in xs.chunks_exact(row.len()).zip(sums.iter_mut()).take(m) {
-            *sum = super::cpu::dot_plain(row, x);
-        }
-    }
-}
-
-/// Four chains of sixteen lanes a row, so that the adds overlap.
-///
-/// # Safety
-/// The machine has AVX-512 F; `x` holds M rows as long as `row`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn dots_avx512<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
-    use std::arch::x86_64::*;
-    let k = row.len();
-    let mut acc = [[_mm512_setzero_ps(); 4]; M];
-    let mut j = 0;
-    // SAFETY: every access is below k, or masked to it.
-    unsafe {
-        while j + 64 <= k {
-            for c in 0..4 {
-                let w = _mm512_loadu_ps(row.as_ptr().add(j + c * 16));
-                for (i, a) in acc.iter_mut().enumerate() {
-                    a[c] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x.add(i * k + j + c * 16)), a[c]);
-                }
-            }
-            j += 64;
-        }
-        while j < k {
-            let mask: __mmask16 = if k - j >= 16 { !0 } else { (1u32 << (k - j)).wrapping_sub(1) as u16 };
-            let w = _mm512_maskz_loadu_ps(mask, row.as_ptr().add(j));
-            for (i, a) in acc.iter_mut().enumerate() {
-                a[0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x.add(i * k + j)), a[0]);
-            }
-            j += 16;
-        }
-    }
-    std::array::from_fn(|i| {
-        let [a, b, c, d] = acc[i];
-        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
-    })
 }
 
 /// Gradients of a group: of its input, and of each part's A and B.

@@ -10,6 +10,7 @@ pub mod bf16;
 pub mod columns;
 pub mod cpu;
 pub mod divergence;
+mod few;
 pub mod head;
 pub mod linear;
 mod linear_bf16;
