@@ -256,7 +256,7 @@ fn a_gguf_file_of_the_hub_is_named_by_its_file() {
     let place = support::Place::new();
     place.train_sft_and_reward();
     let ran = place.run("merge --base base --adapter out/sft/adapter --format gguf --dtype q8_0 --out q8.gguf");
-    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
     let files = ["q8.gguf", "q4.gguf"].map(|n| (n.to_owned(), std::fs::read(place.path("q8.gguf")).unwrap()));
     let server = Server::serving("models", "", "me/ggufs", files.to_vec());
     let (code, out, err) = fourfold(&place, &server, false, "inspect hf://me/ggufs/q8.gguf --json");
