@@ -40,7 +40,7 @@ pub(super) fn name(config: &DecoderConfig) -> Result<&'static str> {
         Family::SmolLm3 => "smollm3",
         Family::Gpt2 => "gpt2",
         Family::GptNeoX => "gptneox",
-        Family::Opt => {
+        Family::Opt | Family::GptNeo => {
             return Err(invalid!(
                 "{}: llama.cpp has no {} architecture, so there is no GGUF of it; use `--format safetensors`",
                 config.model_name,
