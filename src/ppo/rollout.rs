@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use super::train::Task;
 use crate::diverged;
+use crate::memory::meter::{Phase, within};
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
@@ -93,7 +94,10 @@ pub fn collect(
     seeds: &[u64],
     sampling: &Sampling,
 ) -> Result<Rollout> {
+    let rolling = within(Phase::Rollout);
     let responses = generate(actor, &prompts, seeds, sampling, |_, _| {})?;
+    drop(rolling);
+    let _scoring = within(Phase::Scoring);
     // Greedy decoding scores under temperature 1, like `generate`.
     let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
     let mut rollout = Rollout { prompts, responses, ..Rollout::default() };

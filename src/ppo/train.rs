@@ -93,7 +93,8 @@ impl<'w> Run<'w> {
     pub fn new(task: Task<'w>, config: &'w Ppo, seed: u64) -> Result<Self> {
         check(task.start, task.prompts, config)?;
         let longest = task.prompts.longest_sequence() + config.response_length;
-        let checkpoint = settings::checkpoint(config.checkpoint, task.start.base, longest * config.micro_batch_size);
+        let checkpoint =
+            settings::checkpoint(config.checkpoint, task.start.base, task.start.sft, longest * config.micro_batch_size);
         Ok(Self { task, config, seed, checkpoint })
     }
 
