@@ -1,7 +1,6 @@
 //! What a run of many iterations takes of the machine at its end is what it took at its beginning.
 //!
-//! The long run: `FOURFOLD_SOAK=2000 cargo test --release --test faults soak -- --nocapture`. What it said last is in
-//! benches/records/soak.md.
+//! The long run: `FOURFOLD_SOAK=2000 cargo test --release --test faults soak -- --nocapture`.
 #![cfg(target_os = "linux")]
 
 use std::fs;

@@ -8,8 +8,8 @@
 //! FOURFOLD_MUTATIONS=100000 cargo test --release --test mutations -- --nocapture --test-threads=1
 //! ```
 //!
-//! `FOURFOLD_MUTATION_SEED` (1) chooses other inputs, `FOURFOLD_MUTATION_CASE` one of them. What the long run said last is
-//! in benches/records/mutations.md.
+//! `FOURFOLD_MUTATION_SEED` (1) chooses other inputs, `FOURFOLD_MUTATION_CASE` one of them; an input that is at fault is
+//! kept in the system's temporary folder and named.
 #![cfg(unix)]
 
 mod allocation;
