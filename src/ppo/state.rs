@@ -124,7 +124,8 @@ impl State {
             source: run.task.source,
         };
         let actor = Policy::new(start.base, Some(self.actor.weights().view()));
-        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling(config, run.task.stop))?;
+        let sampling = sampling(config, run.task.stop);
+        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling, config.at_once())?;
         if config.use_score_scaling {
             self.scores.add(&rollout.scores);
         }
