@@ -3,6 +3,7 @@
 //! diagnosis. Knows no stage and no loss. Read session.rs for who asks it.
 
 use anyhow::{Result, anyhow};
+use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
 use super::learner::Learner;
@@ -41,10 +42,10 @@ struct Counts {
 pub struct Guard {
     config: config::Guard,
     counts: Counts,
-    /// Weights that a good step began with.
+    /// Weights that a good step began with, and the optimizer's state.
     last_good: Option<Snapshot>,
-    /// Those that a good step led to: good only if the next step is.
-    unproven: Option<Snapshot>,
+    /// The weights that the next step begins with, a list a learner: the learners' own storage until they step.
+    before: Vec<Vec<Tensor>>,
 }
 
 impl Guard {
@@ -63,14 +64,12 @@ impl Guard {
         self.counts.skipped
     }
 
-    /// Takes what the learners start as for good, where nothing better is known.
+    /// Remembers what the learners start as.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
-        if self.last_good.is_none() {
-            self.last_good = Some(copy(learners)?);
-        }
+        self.before = learners.iter().map(|(_, learner)| Ok(learner.weights().parameters()?)).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -82,13 +81,10 @@ impl Guard {
         let error = match outcome {
             Ok(value) => {
                 self.counts.in_a_row = 0;
-                // A loss is a number although the step after it is the one too far.
-                if let Some(proven) = self.unproven.take() {
-                    self.last_good = Some(proven);
-                }
                 if self.last_good.is_none() || self.counts.good >= self.config.snapshot_steps {
-                    (self.unproven, self.counts.good) = (Some(copy(learners)?), 0);
+                    (self.last_good, self.counts.good) = (Some(self.proven(learners)?), 0);
                 }
+                self.watch(learners)?;
                 self.counts.good += 1;
                 return Ok(Verdict::Good(value));
             }
@@ -115,11 +111,22 @@ impl Guard {
         }
         self.counts.rollbacks += 1;
         self.counts.in_a_row = 0;
-        self.unproven = None;
         if let Some(good) = &self.last_good {
             learners.iter_mut().try_for_each(|(name, learner)| good.restore_learner(name, learner))?;
         }
+        self.watch(learners)?;
         Ok(Verdict::RolledBack(reason))
+    }
+
+    /// What can be gone back to after a good step: the weights that it began with, whose loss was a number. Those that it
+    /// led to may be the step too far.
+    fn proven(&self, learners: &[(&str, &mut Learner)]) -> Result<Snapshot> {
+        let mut snapshot = Snapshot::default();
+        for (i, (name, learner)) in learners.iter().enumerate() {
+            let weights = self.before.get(i).cloned().map_or_else(|| learner.weights().parameters(), Ok)?;
+            snapshot.put_learner_at(name, learner, weights)?;
+        }
+        Ok(snapshot)
     }
 
     /// Is a rollout within `max_kl` and `max_length_ratio`? `kl`: mean over its answers, nats; `length`: mean, tokens.
@@ -146,8 +153,8 @@ impl Guard {
     /// None in practice.
     pub fn save(&self, into: &mut Snapshot) -> Result<()> {
         into.put("guard", &self.counts)?;
-        for (name, kept) in [("last_good", &self.last_good), ("unproven", &self.unproven)] {
-            kept.iter().for_each(|snapshot| into.put_all(name, snapshot));
+        if let Some(good) = &self.last_good {
+            into.put_all("last_good", good);
         }
         Ok(())
     }
@@ -158,15 +165,9 @@ impl Guard {
     /// If they are not there.
     pub fn load(&mut self, from: &Snapshot) -> Result<()> {
         self.counts = from.get("guard")?;
-        (self.last_good, self.unproven) = (from.all("last_good"), from.all("unproven"));
+        self.last_good = from.all("last_good");
         Ok(())
     }
-}
-
-fn copy(learners: &[(&str, &mut Learner)]) -> Result<Snapshot> {
-    let mut snapshot = Snapshot::default();
-    learners.iter().try_for_each(|(name, learner)| snapshot.put_learner(name, learner))?;
-    Ok(snapshot)
 }
 
 #[cfg(test)]

@@ -52,7 +52,15 @@ impl Snapshot {
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn put_learner(&mut self, name: &str, learner: &Learner) -> Result<()> {
-        self.put_parameters(name, learner.weights().names(), learner.weights().parameters()?);
+        self.put_learner_at(name, learner, learner.weights().parameters()?)
+    }
+
+    /// The same with other weights of its, those before a step for one.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn put_learner_at(&mut self, name: &str, learner: &Learner, weights: Vec<Tensor>) -> Result<()> {
+        self.put_parameters(name, learner.weights().names(), weights);
         let state = learner.optimizer_state();
         self.put(&format!("{name}.step"), &state.step)?;
         for Moments { name: of, m, v } in &state.moments {

@@ -105,8 +105,8 @@ pub struct Job {
     pub threads: usize,
 }
 
-/// From the third step on nothing more is added: weights of the start, the guard's of the first step, those that are stepped
-/// from and those that are made.
+/// From the third step on nothing more is added: weights of the start, which the guard holds too, those that are stepped from
+/// and those that are made.
 const STEPS: usize = 3;
 
 /// Tokens of one scoring pass in `ppo::rollout` and in `reward::source`.
@@ -132,13 +132,15 @@ struct Learner {
     sizes: Vec<usize>,
     means: Option<Held>,
     guarded: Option<(Held, Vec<Tensor>)>,
+    /// The weights before the first step, which the guard holds.
+    start: Vec<Tensor>,
 }
 
 impl Learner {
     fn new(walk: &Walk, weights: Vec<Tensor>, branches: &Branches, net: &Network) -> Self {
         let sizes = branches.tensors(net);
         let means = walk.ledger.take(Class::Optimizer, 2 * sizes.iter().sum::<usize>());
-        Self { weights, sizes, means: Some(means), guarded: None }
+        Self { weights, sizes, means: Some(means), guarded: None, start: vec![] }
     }
 
     /// `Learner::step`: new tensors beside the old until all are made.
@@ -148,14 +150,17 @@ impl Learner {
             new.push(walk.tensor(Class::Adapters, bytes / 4));
             drop(walk.ledger.take(Class::Gradients, *bytes));
         }
-        self.weights = new;
+        let old = std::mem::replace(&mut self.weights, new);
+        if self.guarded.is_none() {
+            self.start = old;
+        }
         drop(gradients);
     }
 
-    /// The guard's copy after a good step: the means copied, the weights held.
+    /// The guard's copy after a good step: the means copied, the weights before it held.
     fn guard(&mut self, walk: &Walk) {
         let means = walk.ledger.take(Class::Optimizer, 2 * self.sizes.iter().sum::<usize>());
-        self.guarded = Some((means, self.weights.clone()));
+        self.guarded = Some((means, std::mem::take(&mut self.start)));
     }
 
     /// The stage is over: the weights stay, the optimizer goes, what the guard has stays with the session.
