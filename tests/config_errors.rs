@@ -109,7 +109,7 @@ fn values_out_of_range_come_with_a_remedy() {
         ("batch_size = 0", "batch_size = 0 does nothing; use 1 or more"),
         ("cliprange = 1.5", "cliprange = 1.5 is out of range; use a number between 0 and 1, usually 0.2"),
         ("gamma = 1.01", "gamma = 1.01 is out of range"),
-        ("temperature = 0.0", "temperature = 0 is out of range"),
+        ("temperature = -0.5", "temperature = -0.5 is out of range"),
         ("top_p = 0", "top_p = 0 is out of range"),
         ("kl_coef = nan", "kl_coef = NaN is out of range"),
         ("learning_rate = 3", "learning_rate = 3 diverges"),

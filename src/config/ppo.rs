@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Compat;
 use super::ptx::Ptx;
 use super::rewards::RewardPart;
 use super::stages::{Checkpoint, LrScheduler};
@@ -109,6 +110,11 @@ pub enum CriticStart {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ppo {
+    /// Whose behaviour to keep. `"dschat"`: DeepSpeed-Chat's padded rows: answers of one token or none are dropped, the
+    /// score is read at the last token that is no pad and rewarded one action later, and no loss sees that action; and
+    /// its values for the keys that the file leaves open, which the run's config.toml then shows. Absent = none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
     /// The SFT adapter (folder, PEFT layout): the actor starts from it and the reference stays it. Absent = the bare base
     /// is the reference and the actor starts from a fresh adapter shaped by `[lora]`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -152,7 +158,8 @@ pub struct Ppo {
     pub micro_batch_size: usize,
     /// Most tokens of a sampled response. Default 64 (TRL: 53, DeepSpeed-Chat: 256).
     pub response_length: usize,
-    /// Divides the logits before sampling; the logprobs of training use it too. Default 1.0 (TRL: 0.7).
+    /// Divides the logits before sampling; the logprobs of training use it too. 0 = the likeliest token, whose logprobs are
+    /// those of 1. Default 1.0 (TRL: 0.7; DeepSpeed-Chat: 0, and logprobs of 1 at any).
     pub temperature: f64,
     /// Samples from the k likeliest tokens only; 0 = from all. Default 0: a truncated sampling distribution is not the one
     /// the loss assumes and makes the measured KL negative.
@@ -276,6 +283,7 @@ fn is_empty(path: &Path) -> bool {
 impl Default for Ppo {
     fn default() -> Self {
         Self {
+            compat: None,
             adapter: None,
             reward_adapter: PathBuf::new(),
             reward: Vec::new(),

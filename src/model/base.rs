@@ -337,7 +337,7 @@ impl Base {
     /// If the adapter is another base's, or a sequence is longer than the context.
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
         self.check(adapter, batch.longest())?;
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let mut x = self.embed(batch.tokens(), batch.positions())?;
         for (layer, block) in self.weights.blocks.iter().enumerate() {
             x = block.forward(pairs(adapter, layer), &self.geometry, layout, &x)?;
@@ -352,7 +352,7 @@ impl Base {
     /// As for [`Base::hidden`].
     pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpointing) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let first =
             adapter.layers().iter().position(|p| p.iter().any(Option::is_some)).unwrap_or(self.weights.blocks.len());
         let mut x = self.embed(batch.tokens(), batch.positions())?;
@@ -376,7 +376,7 @@ impl Base {
     /// # Errors
     /// If shapes do not fit.
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: &Tensor) -> Result<Gradients> {
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
         let mut dy = self.finish_backward(&tape.last, dh)?;
         let kept = tape.kept.into_iter().enumerate().map(|(i, k)| (tape.first + i, k));
@@ -399,7 +399,7 @@ impl Base {
     /// As for [`Base::hidden`].
     pub fn prefill(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<(Tensor, Cache)> {
         self.check(adapter, batch.longest())?;
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.weights.blocks.len()] };
         let mut x = self.embed(batch.tokens(), batch.positions())?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {

@@ -93,7 +93,7 @@ impl<'w> Evaluation<'w> {
         &self.baseline
     }
 
-    /// Answers of the policy `adapter`; the texts go to samples.jsonl, marked with `when`.
+    /// Answers of the policy `adapter`; the texts go to samples.jsonl, marked with `when`, once all are judged.
     ///
     /// # Errors
     /// Those of generation and of the sources; if the report cannot be written.
@@ -102,6 +102,7 @@ impl<'w> Evaluation<'w> {
         let sampling = sampling(self.config, stop);
         let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
         let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
+        let mut samples = vec![];
         let mut found = Judged { gold: gold.map(|_| vec![]), ..Judged::default() };
         for some in prompts.chunks(self.config.batch_size) {
             let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
@@ -131,7 +132,7 @@ impl<'w> Evaluation<'w> {
                     sample["gold"] = number(f64::from(verdicts[i]));
                     all.push(f64::from(verdicts[i]));
                 }
-                report.sample(&sample)?;
+                samples.push(sample);
                 found.kl.push(kl);
                 found.scores.push(f64::from(scores[i]));
             }
@@ -144,6 +145,7 @@ impl<'w> Evaluation<'w> {
                 mean(&found.scores)
             ));
         }
+        samples.iter().try_for_each(|sample| report.sample(sample))?;
         Ok(found)
     }
 

@@ -7,7 +7,8 @@ use candle_core::{Result, Tensor};
 use super::adapter::{LayerPairs, MAX_LINEARS};
 use super::config::{Mlp, Qkv};
 use crate::ops::activation::Activation;
-use crate::ops::attention::{Cached, Heads};
+use super::batch::Batch;
+use crate::ops::attention::{Cached, Heads, Spans};
 use crate::ops::linear::{self, InputGradient, LowRank, Part};
 use crate::ops::norm::Norm;
 use crate::ops::rope::Angles;
@@ -85,10 +86,18 @@ pub struct Geometry {
 /// Where a batch's tokens stand.
 #[derive(Clone, Copy)]
 pub struct Layout<'a> {
-    /// (S + 1) row offsets of the sequences.
-    pub offsets: &'a [usize],
+    /// Rows of the sequences.
+    pub spans: Spans<'a>,
     /// (N) positions.
     pub positions: &'a [u32],
+}
+
+impl<'a> Layout<'a> {
+    /// Of a batch.
+    pub fn of(batch: &'a Batch) -> Self {
+        let spans = Spans { offsets: batch.offsets(), readable: batch.readable() };
+        Self { spans, positions: batch.positions() }
+    }
 }
 
 /// Inputs of the backward, (N, ..) each.
@@ -203,7 +212,7 @@ impl Block {
         let (y, attention, _) = self.pass(pairs, geometry).run(layout, x)?;
         let (k, v) = (cpu::view(&attention.k)?, cpu::view(&attention.v)?);
         let width = self.heads.kv * self.heads.dim;
-        for (cache, bounds) in caches.iter_mut().zip(layout.offsets.windows(2)) {
+        for (cache, bounds) in caches.iter_mut().zip(layout.spans.offsets.windows(2)) {
             cache.keys.extend_from_slice(&k[bounds[0] * width..bounds[1] * width]);
             cache.values.extend_from_slice(&v[bounds[0] * width..bounds[1] * width]);
         }
