@@ -249,6 +249,24 @@ fn dots(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
         }
         return;
     }
+    #[cfg(target_arch = "x86_64")]
+    if Isa::detect() == Isa::Avx2 {
+        let mut i = 0;
+        while i < m {
+            // SAFETY: AVX2 and FMA were detected; rows i..i+4 (or i+1) of xs exist.
+            unsafe {
+                let x = xs.as_ptr().add(i * k);
+                if m - i >= 4 {
+                    sums[i..i + 4].copy_from_slice(&dots_avx2::<4>(row, x));
+                    i += 4;
+                } else {
+                    sums[i..=i].copy_from_slice(&dots_avx2::<1>(row, x));
+                    i += 1;
+                }
+            }
+        }
+        return;
+    }
     dots_plain(row, xs, m, sums);
 }
 
@@ -295,6 +313,39 @@ unsafe fn dots_avx512<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
         let [a, b, c, d] = acc[i];
         _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
     })
+}
+
+/// Two chains of eight lanes a row: with four rows eight sums, which overlap.
+///
+/// # Safety
+/// The machine has AVX2 and FMA; `x` holds M rows as long as `row`.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn dots_avx2<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
+    use std::arch::x86_64::*;
+    let k = row.len();
+    let whole = k / 16 * 16;
+    let mut acc = [[_mm256_setzero_ps(); 2]; M];
+    // SAFETY: every access is below k.
+    unsafe {
+        for j in (0..whole).step_by(16) {
+            let (w0, w1) = (_mm256_loadu_ps(row.as_ptr().add(j)), _mm256_loadu_ps(row.as_ptr().add(j + 8)));
+            for (i, a) in acc.iter_mut().enumerate() {
+                a[0] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x.add(i * k + j)), a[0]);
+                a[1] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x.add(i * k + j + 8)), a[1]);
+            }
+        }
+        std::array::from_fn(|i| {
+            let mut lanes = [0f32; 8];
+            _mm256_storeu_ps(lanes.as_mut_ptr(), _mm256_add_ps(acc[i][0], acc[i][1]));
+            for width in [4, 2, 1] {
+                for l in 0..width {
+                    lanes[l] += lanes[l + width];
+                }
+            }
+            (whole..k).fold(lanes[0], |sum, j| sum + row[j] * *x.add(i * k + j))
+        })
+    }
 }
 
 /// Gradients of a group: of its input, and of each part's A and B.

@@ -128,7 +128,7 @@ impl Tile {
                 Isa::Avx512 => by_rows!(avx512_narrow: 1 2 3 4 5 6 7 8 9 10 11 12),
                 #[cfg(target_arch = "x86_64")]
                 Isa::Avx2 => self.avx2(m),
-                _ => self.plain::<false>(m),
+                _ => self.plain(m),
             }
         }
     }
@@ -199,21 +199,114 @@ impl Tile {
         }
     }
 
+    /// Sub-tiles of 6 x 16: twelve sums, two columns and one row value fill the sixteen 256-bit registers.
+    ///
     /// # Safety
     /// As for [`product`]; the machine has AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2(self, m: usize) {
-        // SAFETY: the same memory.
-        unsafe { self.plain::<true>(m) }
+        macro_rules! by_rows {
+            ($f:ident $arguments:tt $rows:expr; $($m:literal)*) => {
+                match $rows { $($m => self.$f::<$m> $arguments,)* _ => unreachable!("a sub-tile has 1 to 6 rows") }
+            };
+        }
+        for j in (0..self.n).step_by(16) {
+            let n = 16.min(self.n - j);
+            for i in (0..m).step_by(6) {
+                // SAFETY: rows i..i + 6 end at m, columns j..j + n at self.n.
+                unsafe {
+                    if n == 16 {
+                        by_rows!(avx2_wide (i, j) 6.min(m - i); 1 2 3 4 5 6);
+                    } else {
+                        by_rows!(avx2_edge (i, j, n) 6.min(m - i); 1 2 3 4 5 6);
+                    }
+                }
+            }
+        }
     }
 
-    /// Plain loops over 4 x 16 sub-tiles, which fit sixteen 256-bit registers.
+    /// # Safety
+    /// As for [`product`]; the machine has AVX2 and FMA; rows i..i + M and columns j..j + 16 are the tile's.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2_wide<const M: usize>(self, i: usize, j: usize) {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's duty.
+        unsafe {
+            let c = self.c.add(i * self.ldc + j);
+            let mut acc = [[_mm256_setzero_ps(); 2]; M];
+            if self.add {
+                for (r, row) in acc.iter_mut().enumerate() {
+                    row[0] = _mm256_loadu_ps(c.add(r * self.ldc));
+                    row[1] = _mm256_loadu_ps(c.add(r * self.ldc + 8));
+                }
+            }
+            let (mut a, mut b) = (self.a.ptr.add(i * self.a.rows), self.b.add(j));
+            let (ars, aks) = (self.a.rows, self.a.cols);
+            for _ in 0..self.k {
+                let (b0, b1) = (_mm256_loadu_ps(b), _mm256_loadu_ps(b.add(8)));
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let x = _mm256_set1_ps(*a.add(r * ars));
+                    row[0] = _mm256_fmadd_ps(x, b0, row[0]);
+                    row[1] = _mm256_fmadd_ps(x, b1, row[1]);
+                }
+                // Past the last term the addresses are only formed, never read.
+                a = a.wrapping_add(aks);
+                b = b.wrapping_add(self.b_rows);
+            }
+            for (r, row) in acc.iter().enumerate() {
+                _mm256_storeu_ps(c.add(r * self.ldc), row[0]);
+                _mm256_storeu_ps(c.add(r * self.ldc + 8), row[1]);
+            }
+        }
+    }
+
+    /// The same for n < 16 columns: those past them are masked out of every access.
+    ///
+    /// # Safety
+    /// As for [`product`]; the machine has AVX2 and FMA; rows i..i + M and columns j..j + n are the tile's.
+    #[cfg(target_arch = "x86_64")]
+    #[target_feature(enable = "avx2,fma")]
+    unsafe fn avx2_edge<const M: usize>(self, i: usize, j: usize, n: usize) {
+        use std::arch::x86_64::*;
+        // SAFETY: the caller's duty; a masked lane is neither read nor written.
+        unsafe {
+            let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let live = |n: usize| _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes);
+            let (low, high) = (live(n.min(8)), live(n.saturating_sub(8)));
+            let c = self.c.add(i * self.ldc + j);
+            let mut acc = [[_mm256_setzero_ps(); 2]; M];
+            if self.add {
+                for (r, row) in acc.iter_mut().enumerate() {
+                    row[0] = _mm256_maskload_ps(c.add(r * self.ldc), low);
+                    row[1] = _mm256_maskload_ps(c.add(r * self.ldc).wrapping_add(8), high);
+                }
+            }
+            let (mut a, mut b) = (self.a.ptr.add(i * self.a.rows), self.b.add(j));
+            for _ in 0..self.k {
+                let (b0, b1) = (_mm256_maskload_ps(b, low), _mm256_maskload_ps(b.wrapping_add(8), high));
+                for (r, row) in acc.iter_mut().enumerate() {
+                    let x = _mm256_set1_ps(*a.add(r * self.a.rows));
+                    row[0] = _mm256_fmadd_ps(x, b0, row[0]);
+                    row[1] = _mm256_fmadd_ps(x, b1, row[1]);
+                }
+                a = a.wrapping_add(self.a.cols);
+                b = b.wrapping_add(self.b_rows);
+            }
+            for (r, row) in acc.iter().enumerate() {
+                _mm256_maskstore_ps(c.add(r * self.ldc), low, row[0]);
+                _mm256_maskstore_ps(c.add(r * self.ldc).wrapping_add(8), high, row[1]);
+            }
+        }
+    }
+
+    /// Plain loops over 4 x 16 sub-tiles.
     ///
     /// # Safety
     /// As for [`product`].
     #[inline(always)]
-    unsafe fn plain<const FMA: bool>(self, m: usize) {
+    unsafe fn plain(self, m: usize) {
         for j in (0..self.n).step_by(16) {
             let n = 16.min(self.n - j);
             for i in (0..m).step_by(4) {
@@ -234,7 +327,7 @@ impl Tile {
                             let row_of_a = if r < rows { i + r } else { 0 };
                             let x = *self.a.ptr.add(row_of_a * self.a.rows + k * self.a.cols);
                             for (o, &v) in row.iter_mut().zip(&b) {
-                                *o = if FMA { x.mul_add(v, *o) } else { x * v + *o };
+                                *o += x * v;
                             }
                         }
                     }
