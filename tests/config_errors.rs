@@ -130,6 +130,9 @@ fn values_out_of_range_come_with_a_remedy() {
         ("dual_clip = 1.0", "dual_clip = 1 is out of range"),
         ("ema_decay = 1.5", "ema_decay = 1.5 is out of range"),
         ("target = 0.0", "target = 0 is out of range"),
+        ("temperature = 0\nnum_generations = 2", "temperature = 0 gives a prompt the same answer"),
+        ("compat = \"dschat\"\ntemperature = 1\nnum_generations = 2", "compat = \"dschat\" drops answers"),
+        ("compat = \"dschat\"\nadvantage_estimator = \"a2c\"", "compat = \"dschat\" drops answers"),
     ] {
         refuses(&format!("{ppo}{lines}"), &format!("[ppo] {expected}"));
     }
@@ -146,6 +149,8 @@ fn values_out_of_range_come_with_a_remedy() {
         ("[sft]\nlogging_steps = 0", "[sft] logging_steps = 0 does nothing"),
         ("[sft]\nmax_tokens_per_batch = 0", "[sft] max_tokens_per_batch = 0 does nothing"),
         ("[reward]\nmax_tokens_per_batch = 0", "[reward] max_tokens_per_batch = 0 does nothing"),
+        ("[reward]\ncompat = \"dschat\"\nloss = \"last_token\"", "has the loss \"divergence_to_end\" only"),
+        ("[reward]\nnum_padding_at_beginning = 1", "counts pads, and rows have none"),
         ("[reward]\nlearning_rate = 0.0", "[reward] learning_rate = 0 is out of range"),
     ] {
         refuses(section, expected);

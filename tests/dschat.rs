@@ -192,7 +192,8 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
         }
         // 2. Rewards, advantages, returns.
         let scale = Scale { kl_coef: golden.kl_coef, shift: 0.0, deviation: 1.0 };
-        let as_rewards = Experience::of(rollout.clone(), scale, &Ppo { gamma: 0.0, lam: 0.0, ..config.clone() }).unwrap();
+        let as_rewards =
+            Experience::of(rollout.clone(), scale, &Ppo { gamma: 0.0, lam: 0.0, ..config.clone() }).unwrap();
         let trained: Vec<f32> = recorded
             .rewards
             .iter()
@@ -263,8 +264,7 @@ fn comparisons_on_padded_rows_have_the_loss_gradient_and_accuracy_of_float64() {
             RankedExample { prompt: chosen[..shared].to_vec(), answers }
         };
         let examples: Vec<RankedExample> = case.pairs.iter().map(example).collect();
-        let padding =
-            Padding { pad: case.pad, num_padding_at_beginning: case.leading, max_length: case.length };
+        let padding = Padding { pad: case.pad, num_padding_at_beginning: case.leading, max_length: case.length };
         let found = Padding::of(case.pad, case.length, &examples).unwrap();
         assert_eq!(found.num_padding_at_beginning, usize::from(case.pad == END), "counted in the rows themselves");
         let config = Reward {
@@ -292,10 +292,8 @@ fn comparisons_on_padded_rows_have_the_loss_gradient_and_accuracy_of_float64() {
 #[test]
 fn sft_learns_every_token_of_every_row() {
     let (golden, (model, lm, _)) = (golden(), world());
-    let example = |row: &Vec<u32>| SftExample {
-        tokens: row.clone(),
-        loss_mask: (0..row.len()).map(|place| place > 0).collect(),
-    };
+    let example =
+        |row: &Vec<u32>| SftExample { tokens: row.clone(), loss_mask: (0..row.len()).map(|place| place > 0).collect() };
     let examples: Vec<SftExample> = golden.sft.rows.iter().map(example).collect();
     let dir = tempfile::tempdir().unwrap();
     let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
@@ -375,7 +373,8 @@ fn the_program_runs_dschats_three_stages_from_one_key() {
         assert!(line["loss/ptx_avg"].as_f64().unwrap() > 0.0 && line["loss/value_avg"].is_number());
     }
     // Greedy: a prompt has one answer under one actor, whatever the seed. The first rollout's is the SFT adapter.
-    let other = ["ppo", "run.toml", "--json", "--out", "other", "--set", "seed=1", "--set", "data.data_split=\"0,0,1\""];
+    let other =
+        ["ppo", "run.toml", "--json", "--out", "other", "--set", "seed=1", "--set", "data.data_split=\"0,0,1\""];
     let same = ["ppo", "run.toml", "--json", "--out", "same", "--set", "data.data_split=\"0,0,1\""];
     let answers = |arguments: &[&str], out: &str| {
         fourfold(dir.path(), arguments);

@@ -51,6 +51,23 @@ const KTO: &[Row] = &[
     ("precompute_ref_log_probs", "", "SAME true"),
 ];
 
+const LORA: &[Row] = &[
+    ("r", "", "4"),
+    ("lora_alpha", "", "4.0"),
+    ("target_modules", "", "['q_proj']"),
+    ("use_rslora", "", "true"),
+    ("layers_to_transform", "", "[0]"),
+    ("rank_pattern", "", "{ q_proj = 4 }"),
+    ("alpha_pattern", "", "{ q_proj = 4.0 }"),
+    ("init_lora_weights", "", "'gaussian'"),
+    ("init_lora_weights", "", "'pissa'"),
+    ("init_lora_weights", "", "'olora'"),
+    ("init_lora_weights", "", "'dschat'"),
+    ("loraplus_lr_ratio", "", "4.0"),
+];
+
+const BASE: &[Row] = &[("path", "", "SAME 'WORLD/copy'"), ("quantize", "", "'q8_0'"), ("compute_dtype", "", "'bf16'")];
+
 /// Of the stages with one learner.
 const OF_ALL: &[Row] = &[
     ("num_train_epochs", "", "2"),
@@ -158,7 +175,7 @@ const PAIR: &str = "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD
 const PART: &[Row] = &[
     ("kind", "kind = 'length'", "'json_valid'"),
     ("name", "kind = 'length'\nmax_tokens = 4", "'brevity'"),
-    ("weight", "kind = 'length'\nmax_tokens = 8", "3.0"),
+    ("weight", "kind = 'length'", "3.0"),
     ("adapters", "kind = 'adapter'\nadapters = ['WORLD/reward/adapter']", "['WORLD/reward/adapter_of_sft']"),
     ("std_coef", PAIR, "5.0"),
     ("command", DEAD, "['/bin/sh', '-c', 'while read -r line; do echo 2; done']"),
@@ -166,7 +183,11 @@ const PART: &[Row] = &[
     ("pattern", "kind = 'regex'\npattern = 'a'", "'zzz'"),
     ("min_tokens", "kind = 'length'", "9"),
     ("max_tokens", "kind = 'length'", "4"),
-    ("timeout_seconds", "kind = 'command'\ncommand = ['/bin/sh', '-c', 'read -r line; sleep 1; echo 2; while read -r line; do echo 2; done']\nfallback_score = 0.5\nretries = 0", "0.2"),
+    (
+        "timeout_seconds",
+        "kind = 'command'\ncommand = ['/bin/sh', '-c', 'read -r line; sleep 1; echo 2; while read -r line; do echo 2; done']\nfallback_score = 0.5\nretries = 0",
+        "0.2",
+    ),
     ("retries", DEAD, "1"),
     ("fallback_score", DEAD, "-4.0"),
 ];
@@ -188,6 +209,11 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     };
     let lines: Vec<String> = (0..20).map(|i| record(i).to_string()).collect();
     fs::write(dir.path().join("data.jsonl"), lines.join("\n")).unwrap();
+    fs::create_dir(dir.path().join("copy")).unwrap();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/base")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, dir.path().join("copy").join(path.file_name().unwrap())).unwrap();
+    }
     fs::write(dir.path().join("text.txt"), "The soup at the Blue Door was lovely and warm. ".repeat(20)).unwrap();
     fs::write(dir.path().join("other.txt"), "Nobody names a place where the coffee was cold. ".repeat(20)).unwrap();
     let world = World { dir, server: server() };
@@ -238,7 +264,7 @@ fn server() -> String {
 
 fn stage_of(section: &str) -> Stage {
     match section {
-        "sft" => Stage::Sft,
+        "sft" | "lora" | "base" => Stage::Sft,
         "reward" => Stage::Reward,
         "dpo" => Stage::Dpo,
         "kto" => Stage::Kto,
@@ -251,7 +277,7 @@ impl World {
         let dir = self.dir.path().display().to_string();
         let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/base");
         let head = format!(
-            "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\n",
+            "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\nmax_prompt_length = 64\n",
             base.display()
         );
         let text = format!("{head}{text}").replace("WORLD", &dir).replace("SERVER", &self.server);
@@ -316,9 +342,9 @@ fn check(section: &str, rows: &[&[Row]]) {
     let mut tried = BTreeSet::new();
     for &(key, given, value) in rows.iter().flat_map(|rows| rows.iter()) {
         tried.insert(key);
-        let mut table = world.table(&format!("[{root}]\n{}", before(section)));
+        let mut table = world.table(&format!("[{}]\n{}", stage_of(root).name(), before(section)));
         // What a row sets stands in place of what all have.
-        let given = world.table(&format!("[{root}]\n[given]\n{given}")).remove("given").unwrap();
+        let given = world.table(&format!("[given]\n{given}")).remove("given").unwrap();
         let outer = table[root].as_table_mut().unwrap();
         match inner {
             "" => outer.extend(given.as_table().unwrap().clone()),
@@ -352,6 +378,12 @@ fn check(section: &str, rows: &[&[Row]]) {
 #[test]
 fn every_key_of_sft_is_felt() {
     check("sft", &[SFT, OF_ALL, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_lora_and_base_is_felt() {
+    check("lora", &[LORA]);
+    check("base", &[BASE]);
 }
 
 #[test]

@@ -3,8 +3,8 @@
 use anyhow::Result;
 
 use super::{
-    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths, PolicyLoss, Ppo, Ptx,
-    Reward, RewardLoss, RewardPart, Saving, Sft, Source, TargetModules, Template,
+    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths,
+    PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Saving, Sft, Source, TargetModules, Template,
 };
 use crate::invalid;
 
@@ -319,7 +319,9 @@ fn ppo_together(section: &Ppo) -> Result<()> {
             section.num_generations
         ));
     }
-    if section.compat.is_some() && (section.num_generations > 1 || section.advantage_estimator != AdvantageEstimator::Gae) {
+    if section.compat.is_some()
+        && (section.num_generations > 1 || section.advantage_estimator != AdvantageEstimator::Gae)
+    {
         return Err(invalid!(
             "[ppo] compat = \"dschat\" drops answers and has no other advantages than gae with num_generations = 1; remove \
              compat, or these keys"

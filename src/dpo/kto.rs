@@ -60,7 +60,8 @@ pub fn train(
     let start = start.clone().with_score_head(None)?;
     let learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
     let mut progress = Progress::new(learner);
-    let (batch, accumulate) = (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
+    let (batch, accumulate) =
+        (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
     let plan = Plan { seed, stream: settings::KTO_ORDER, batch, accumulate, shard: Default::default() };
     let per_epoch = plan.steps(examples, 1);
     let steps = per_epoch * config.num_train_epochs;

@@ -59,7 +59,8 @@ pub fn train(
     let start = start.clone().with_score_head(None)?;
     let learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
     let mut progress = Progress::new(learner);
-    let (batch, accumulate) = (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
+    let (batch, accumulate) =
+        (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
     let plan = Plan { seed, stream: settings::DPO_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);

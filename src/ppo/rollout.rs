@@ -118,7 +118,8 @@ pub fn read(
     let (mut rollout, scored) = match task.pad {
         None => (Rollout { prompts, responses, ..Rollout::default() }, None),
         Some(pad) => {
-            let dschat::Kept { rows, prompts: read, responses, trained, scored } = dschat::keep(&prompts, responses, pad);
+            let dschat::Kept { rows, prompts: read, responses, trained, scored } =
+                dschat::keep(&prompts, responses, pad);
             let asked: Vec<Vec<u32>> = rows.into_iter().map(|row| prompts[row].clone()).collect();
             (Rollout { prompts: read, responses, trained, ..Rollout::default() }, Some((asked, scored)))
         }

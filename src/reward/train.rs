@@ -391,13 +391,9 @@ pub fn summarise(comparisons: &[Vec<f32>]) -> Result<Evaluation> {
 }
 
 /// The same comparisons with scores of mean 0 and deviation 1 over the answers of `examples`: w / sd, (b - mean) / sd.
-fn centered(
-    base: &Base,
-    adapter: Adapter,
-    examples: &[RankedExample],
-    padding: Option<Padding>,
-) -> Result<Adapter> {
-    let scores: Vec<f64> = scores_of_rows(base, &adapter, examples, padding)?.into_iter().flatten().map(f64::from).collect();
+fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample], padding: Option<Padding>) -> Result<Adapter> {
+    let scores: Vec<f64> =
+        scores_of_rows(base, &adapter, examples, padding)?.into_iter().flatten().map(f64::from).collect();
     let n = scores.len() as f64;
     let mean = scores.iter().sum::<f64>() / n;
     let deviation = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt();

@@ -120,7 +120,9 @@ impl Model {
         }
         let own = tokenizer.pad_id().filter(|_| self.base.config().family == Family::Llama);
         own.or(tokenizer.eos_id()).ok_or_else(|| {
-            invalid!("compat = \"dschat\" pads rows, and this tokenizer has neither pad nor end token; set [data] pad_token")
+            invalid!(
+                "compat = \"dschat\" pads rows, and this tokenizer has neither pad nor end token; set [data] pad_token"
+            )
         })
     }
 

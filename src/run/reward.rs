@@ -32,16 +32,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let padding = settings.compat.map(|_| padding(config, &model, &settings, &train)).transpose()?;
     let mut session = inputs.begin(out, launch)?;
     let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) = reward::train::train_on_rows(
-        base,
-        &start,
-        &train,
-        &held_out,
-        &settings,
-        padding,
-        seed,
-        &mut session,
-    )?;
+    let (adapter, summary) =
+        reward::train::train_on_rows(base, &start, &train, &held_out, &settings, padding, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "reward",

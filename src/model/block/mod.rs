@@ -5,9 +5,9 @@
 use candle_core::{Result, Tensor};
 
 use super::adapter::{LayerPairs, MAX_LINEARS};
+use super::batch::Batch;
 use super::config::{Mlp, Qkv};
 use crate::ops::activation::Activation;
-use super::batch::Batch;
 use crate::ops::attention::{Cached, Heads, Spans};
 use crate::ops::linear::{self, InputGradient, LowRank, Part};
 use crate::ops::norm::Norm;
