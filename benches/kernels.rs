@@ -52,8 +52,11 @@ fn main() -> anyhow::Result<()> {
                         }
                     };
                     let weight = weight.with_compute(compute);
-                    let parts =
-                        [Part { weight: &weight, bias: None, lora: Some(LowRank { a: &a, b: &b, scale: 2.0 }) }];
+                    let parts = [Part {
+                        weight: &weight,
+                        bias: None,
+                        lora: Some(LowRank { a: &a, b: &b, scale: 2.0, dora: None }),
+                    }];
                     let (_, z) = forward(&x, &parts, None)?;
                     let f = median(|| drop(forward(&x, &parts, None).unwrap()));
                     let g = median(|| drop(backward(&x, &parts, &z, &[&dy], InputGradient::Wanted).unwrap()));

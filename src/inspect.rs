@@ -106,6 +106,10 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
     let mut head = Vec::new();
     let mut layers = std::collections::BTreeSet::new();
     for (name, view) in file.iter() {
+        // A table of the base, which PEFT saves below a branch on it.
+        if name.contains(".base_layer.") {
+            continue;
+        }
         let parameters: usize = view.shape().iter().product();
         by_type.entry(format!("{:?}", view.dtype()).to_lowercase()).or_default().add(parameters, view.data().len());
         total.add(parameters, view.data().len());
@@ -127,6 +131,7 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
         "base_model": get("base_model_name_or_path"),
         "r": get("r"),
         "lora_alpha": get("lora_alpha"),
+        "use_dora": get("use_dora"),
         "target_modules": get("target_modules"),
         "modules_to_save": get("modules_to_save"),
         "layers": layers.len(),

@@ -104,6 +104,43 @@ fn sft_reward_ppo_and_merge_make_a_model_that_every_reading_command_takes() {
 }
 
 #[test]
+fn dora_on_both_ends_trains_in_every_role_goes_on_after_a_stop_and_merges() {
+    let p = Place::new();
+    let lora = "--set lora.use_dora=true --set lora.target_modules=[\"embed_tokens\",\"lm_head\",\"up_proj\"]";
+    let run = |line: &str| {
+        let ran = p.run(line);
+        assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    };
+    run(&format!("sft run.toml {lora} --out out/sft"));
+    run(&format!("reward run.toml {lora} --set data.path=pairs.jsonl --out out/reward"));
+    run(&format!("ppo run.toml {lora} --set data.path=prompts.jsonl --set ppo.kl_estimator=exact --out out/ppo"));
+    let described = p.words("inspect out/reward/adapter");
+    assert_eq!(described["use_dora"], json!(true), "{described}");
+    // A checkpoint in the middle goes on to the same bytes, magnitudes and tables' branches included.
+    let file = |out: &str| fs::read(p.path(out).join("adapter/adapter_model.safetensors")).unwrap();
+    let every = "--set checkpoint.save_steps=1 --set checkpoint.save_total_limit=9";
+    run(&format!("sft run.toml {lora} {every} --set sft.num_train_epochs=2 --out out/whole"));
+    let whole = file("out/whole");
+    let epochs = "--set sft.num_train_epochs=2 --out out/whole";
+    run(&format!("sft run.toml {lora} {every} {epochs} --resume out/whole/checkpoints/checkpoint-1"));
+    assert_eq!(file("out/whole"), whole);
+    // The base has one table for both ends, the merged model two.
+    p.words("merge --base base --adapter out/ppo/actor --out merged --dtype f32");
+    p.write("ids.json", json!({"input_ids": [[5, 6, 7, 8, 300, 20]]}).to_string());
+    let by_adapter = p.words("logprobs --base base --adapter out/ppo/actor --tokens ids.json");
+    let by_merged = p.words("logprobs --base merged --tokens ids.json");
+    for (a, m) in floats(&by_adapter["logprobs"][0]).iter().zip(floats(&by_merged["logprobs"][0])) {
+        assert!((a - m).abs() < 1e-3, "{a} by the adapter, {m} merged");
+    }
+    let config: Value = serde_json::from_slice(&fs::read(p.path("merged/config.json")).unwrap()).unwrap();
+    assert_eq!(config["tie_word_embeddings"], json!(false));
+    for format in ["gguf", "gguf-lora"] {
+        let ran = p.run(&format!("merge --base base --adapter out/ppo/actor --out x.gguf --format {format}"));
+        assert!(ran.code == 2 && ran.stderr.contains("safetensors"), "{format}: {}", ran.stderr);
+    }
+}
+
+#[test]
 fn logprobs_of_generated_tokens_are_those_that_generate_reported() {
     let p = Place::new();
     assert_eq!(p.run("sft run.toml --out out/sft").code, 0);

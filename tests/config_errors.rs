@@ -43,6 +43,27 @@ fn an_unknown_key_names_file_section_key_and_the_nearest_key() {
 }
 
 #[test]
+fn deepspeed_chats_lora_has_no_place_for_other_scales_and_starts() {
+    let dschat = |more: &str| format!("[lora]\ncompat = \"dschat\"\n{more}");
+    for (more, key) in [
+        ("lora_alpha = 32", "lora_alpha"),
+        ("init_lora_weights = \"pissa\"", "init_lora_weights"),
+        ("use_rslora = true", "use_rslora"),
+        ("use_dora = true", "use_dora"),
+        ("alpha_pattern = { q_proj = 4.0 }", "alpha_pattern"),
+    ] {
+        refuses(
+            &dschat(more),
+            &format!("[lora] compat = \"dschat\" means a scale of 1/r and DeepSpeed-Chat's start, beside which {key}"),
+        );
+    }
+    for fine in ["r = 4", "lora_alpha = 1", "init_lora_weights = \"dschat\""] {
+        let config = load(&format!("{BASE}{}", dschat(fine)), &[]).unwrap();
+        assert_eq!(config.lora.alpha(), 1.0, "{fine}");
+    }
+}
+
+#[test]
 fn an_unknown_section_names_the_nearest_section() {
     refuses("[rewards]\ncenter = true", "there is no section [rewards]; did you mean \"reward\"?");
     refuses("[zzz]\na = 1", "there is no section [zzz]; there are \"base\", ");

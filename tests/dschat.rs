@@ -354,7 +354,7 @@ fn the_program_runs_dschats_three_stages_from_one_key() {
         ("ppo", "warmup_steps", 0.into()),
         ("reward", "loss", "divergence_to_end".into()),
         ("sft", "completion_only_loss", false.into()),
-        ("lora", "lora_alpha", 1.0.into()),
+        ("lora", "compat", "dschat".into()),
         ("data", "compat", "dschat".into()),
     ] {
         assert_eq!(config[section][key], value, "{section}.{key}");

@@ -2,23 +2,25 @@
 //! gradients of every LoRA factor. tests/golden/families.py printed the numbers; weights are made on both sides from the
 //! tensors' names.
 
-use std::collections::BTreeMap;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use fourfold::model::adapter::Adapter;
-use fourfold::model::base::Base;
+use fourfold::model::adapter::{Adapter, Outer, Slot};
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Checkpointing;
-use fourfold::model::checkpoint::Checkpoint;
 use fourfold::model::generate::{Sampling, generate};
 use fourfold::model::roles::Policy;
-use safetensors::tensor::TensorView;
-use safetensors::{Dtype, SafeTensors};
-use serde::Deserialize;
-use serde_json::{Value, json};
+use serde_json::json;
 
-const CASES: [&str; 18] = [
+#[path = "support/tiny_decoders.rs"]
+mod tiny_decoders;
+
+use tiny_decoders::{Opened, furthest, open, save};
+
+const CASES: [&str; 22] = [
+    "llama",
+    "llama_linear_tied",
+    "llama3",
     "llama_yarn_bias",
     "mistral_window",
     "qwen2",
@@ -33,121 +35,43 @@ const CASES: [&str; 18] = [
     "granite",
     "smollm3",
     "gpt2",
+    "gpt_neo",
     "gpt_neox",
     "gpt_neox_sequential",
     "opt",
     "opt_350m",
 ];
 
-#[derive(Deserialize)]
-struct Golden {
-    config: Value,
-    shapes: BTreeMap<String, Vec<usize>>,
-    sequences: Vec<Vec<u32>>,
-    greedy: Vec<Vec<u32>>,
-    #[serde(skip)]
-    numbers: BTreeMap<String, Vec<f32>>,
+fn decoder(name: &str) -> Opened {
+    open(&format!("families/{name}.safetensors"))
 }
 
-fn golden(name: &str) -> Golden {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("tests/golden/families/{name}.safetensors"));
-    let bytes = fs::read(path).unwrap();
-    let (_, header) = SafeTensors::read_metadata(&bytes).unwrap();
-    let text = header.metadata().as_ref().unwrap()["golden"].clone();
-    let mut golden: Golden = serde_json::from_str(&text).unwrap();
-    for (key, view) in SafeTensors::deserialize(&bytes).unwrap().tensors() {
-        let numbers = view.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-        golden.numbers.insert(key, numbers);
-    }
-    golden
-}
-
-/// Uniform in [-1, 1): SplitMix64's finaliser of FNV-1a(name) + index; the other half is in families.py.
-fn values(name: &str, count: usize) -> Vec<f32> {
-    let fnv = |h: u64, b: u8| (h ^ u64::from(b)).wrapping_mul(0x100_0000_01B3);
-    let start = name.bytes().fold(0xCBF2_9CE4_8422_2325, fnv);
-    (0..count as u64)
-        .map(|i| {
-            let mut z = start.wrapping_add(i.wrapping_mul(0x9E37_79B9_7F4A_7C15));
-            z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-            z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-            z ^= z >> 31;
-            ((z >> 40) as f64 / f64::from(1 << 23) - 1.0) as f32
+/// PEFT's adapter over every linear map, its factors from their names.
+fn adapter(opened: &Opened) -> Adapter {
+    let at: PathBuf = opened.dir.path().join("adapter");
+    fs::create_dir_all(&at).unwrap();
+    let config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 5,
+        "target_modules": "all-linear", "fan_in_fan_out": opened.golden.config["model_type"] == "gpt2"});
+    fs::write(at.join("adapter_config.json"), config.to_string()).unwrap();
+    let shapes = opened.base.shapes();
+    let places = shapes.slots().filter(|s| !matches!(s, Slot::Outer(Outer::Embedding | Outer::Head)));
+    let factors = places
+        .flat_map(|slot| {
+            let ((inp, out), path) = (shapes.dims_of(slot), shapes.path(slot));
+            let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
+            [(name('A'), vec![2, inp]), (name('B'), vec![out, 2])]
         })
-        .collect()
-}
-
-fn weight(name: &str, shape: &[usize]) -> Vec<f32> {
-    let shift = if shape.len() == 1 && name.ends_with(".weight") { 1.0 } else { 0.0 };
-    values(name, shape.iter().product()).iter().map(|u| shift + 0.25 * u).collect()
-}
-
-fn save(path: &Path, tensors: &BTreeMap<String, Vec<usize>>) {
-    let bytes: Vec<(String, Vec<usize>, Vec<u8>)> = tensors
-        .iter()
-        .map(|(n, s)| (n.clone(), s.clone(), weight(n, s).iter().flat_map(|v| v.to_le_bytes()).collect()))
         .collect();
-    let views = bytes.iter().map(|(n, s, b)| (n, TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
-    let metadata = [("format".to_string(), "pt".to_string())].into();
-    safetensors::serialize_to_file(views, Some(metadata), path).unwrap();
-}
-
-struct Opened {
-    golden: Golden,
-    base: Base,
-    dir: tempfile::TempDir,
-}
-
-fn open(name: &str) -> Opened {
-    let (golden, dir) = (golden(name), tempfile::tempdir().unwrap());
-    let write = |file: &str, text: String| fs::write(dir.path().join(file), text).unwrap();
-    write("config.json", golden.config.to_string());
-    let vocab: serde_json::Map<String, Value> = (0..64).map(|i| (format!("t{i}"), json!(i))).collect();
-    let model = json!({"type": "WordLevel", "vocab": vocab, "unk_token": "t0"});
-    write(
-        "tokenizer.json",
-        json!({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model}).to_string(),
-    );
-    save(&dir.path().join("model.safetensors"), &golden.shapes);
-    let checkpoint = Checkpoint::open(dir.path()).unwrap_or_else(|e| panic!("{name}: {e:#}"));
-    let base = Base::load(&checkpoint).unwrap_or_else(|e| panic!("{name}: {e:#}"));
-    Opened { golden, base, dir }
-}
-
-impl Opened {
-    /// PEFT's adapter over every linear map, its factors from their names.
-    fn adapter(&self) -> Adapter {
-        let at: PathBuf = self.dir.path().join("adapter");
-        fs::create_dir_all(&at).unwrap();
-        let config = json!({"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 5,
-            "target_modules": "all-linear", "fan_in_fan_out": self.golden.config["model_type"] == "gpt2"});
-        fs::write(at.join("adapter_config.json"), config.to_string()).unwrap();
-        let shapes = self.base.shapes();
-        let factors = (0..shapes.layers)
-            .flat_map(|layer| (0..shapes.linears().len()).map(move |i| (layer, i)))
-            .flat_map(|(layer, i)| {
-                let ((inp, out), path) = (shapes.dims(i), shapes.module_path(layer, i));
-                let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
-                [(name('A'), vec![2, inp]), (name('B'), vec![out, 2])]
-            })
-            .collect();
-        save(&at.join("adapter_model.safetensors"), &factors);
-        Adapter::load(&at, shapes).unwrap()
-    }
-}
-
-fn furthest(got: &[f32], want: &[f32]) -> f32 {
-    assert_eq!(got.len(), want.len());
-    // NaN must not pass as the smaller one.
-    got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, |m, d| if d <= m { m } else { d })
+    save(&at.join("adapter_model.safetensors"), &factors);
+    Adapter::load(&at, shapes).unwrap()
 }
 
 #[test]
 fn logits_of_a_ragged_batch_are_transformers_for_every_family() {
     for name in CASES {
-        let Opened { golden, base, dir: _dir } = open(name);
+        let Opened { golden, base, .. } = decoder(name);
         let hidden = base.hidden(&Batch::new(&golden.sequences).unwrap(), None).unwrap();
-        let got = base.logits(&hidden).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let got = base.logits(&hidden, None).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let want: Vec<f32> = (0..2).flat_map(|i| golden.numbers[&format!("logits.{i}")].clone()).collect();
         let e = furthest(&got, &want);
         // Logits of size 1 to 10 through a few blocks of f32; a wrong choice anywhere is off by a tenth and more.
@@ -157,9 +81,17 @@ fn logits_of_a_ragged_batch_are_transformers_for_every_family() {
 }
 
 #[test]
+fn a_sequence_past_longropes_first_context_is_refused_with_the_reason() {
+    let Opened { base, .. } = decoder("phi3_longrope");
+    assert_eq!(base.config().max_position_embeddings, 32, "the original context, of 64");
+    let error = base.hidden(&Batch::new(&[vec![3; 33]]).unwrap(), None).unwrap_err().to_string();
+    assert!(error.contains("context of 32") && error.contains("longrope"), "{error}");
+}
+
+#[test]
 fn greedy_decoding_over_the_cache_is_transformers_for_every_family() {
     for name in CASES {
-        let Opened { golden, base, dir: _dir } = open(name);
+        let Opened { golden, base, .. } = decoder(name);
         let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 8, stop: vec![] };
         let got = generate(Policy::new(&base, None), &golden.sequences, &[0, 0], &sampling, |_, _| {}).unwrap();
         for (i, response) in got.iter().enumerate() {
@@ -173,8 +105,8 @@ fn greedy_decoding_over_the_cache_is_transformers_for_every_family() {
 #[test]
 fn gradients_of_every_lora_factor_are_pefts_for_every_family() {
     for name in CASES {
-        let opened = open(name);
-        let (golden, adapter) = (&opened.golden, opened.adapter());
+        let opened = decoder(name);
+        let (golden, adapter) = (&opened.golden, adapter(&opened));
         let batch = Batch::new(&golden.sequences).unwrap();
         let lengths: Vec<usize> = golden.sequences.iter().map(|s| s.len() - 1).collect();
         let targets = Targets::responses(&batch, &lengths).unwrap();

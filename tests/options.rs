@@ -52,6 +52,8 @@ const KTO: &[Row] = &[
 ];
 
 const LORA: &[Row] = &[
+    ("compat", "", "'dschat'"),
+    ("use_dora", "", "true"),
     ("r", "", "4"),
     ("lora_alpha", "", "4.0"),
     ("target_modules", "", "['q_proj']"),
@@ -192,6 +194,9 @@ const PART: &[Row] = &[
     ("fallback_score", DEAD, "-4.0"),
 ];
 
+/// What a run leaves: files and their bytes.
+type Left = BTreeMap<PathBuf, Vec<u8>>;
+
 /// Records, texts and adapters that every run starts from.
 struct World {
     dir: tempfile::TempDir,
@@ -285,7 +290,7 @@ impl World {
     }
 
     /// What the stage leaves in `out`: every file's bytes, without those that hold paths and times.
-    fn run(&self, stage: Stage, table: &Table, out: &Path) -> anyhow::Result<BTreeMap<PathBuf, Vec<u8>>> {
+    fn run(&self, stage: Stage, table: &Table, out: &Path) -> anyhow::Result<Left> {
         let file = tempfile::NamedTempFile::new()?;
         fs::write(file.path(), table.to_string())?;
         let config = config::load(file.path(), &[])?;
@@ -310,8 +315,8 @@ impl World {
     }
 
     /// As [`World::run`] in a folder of its own, once for each config.
-    fn result(&self, stage: Stage, table: &Table) -> BTreeMap<PathBuf, Vec<u8>> {
-        static KNOWN: LazyLock<Mutex<HashMap<String, BTreeMap<PathBuf, Vec<u8>>>>> = LazyLock::new(Mutex::default);
+    fn result(&self, stage: Stage, table: &Table) -> Left {
+        static KNOWN: LazyLock<Mutex<HashMap<String, Left>>> = LazyLock::new(Mutex::default);
         let key = format!("{} {table}", stage.name());
         if let Some(known) = KNOWN.lock().unwrap().get(&key) {
             return known.clone();

@@ -3,13 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use candle_core::{Device, Tensor};
+use fourfold::config::{Compat, InitLoraWeights, Lora};
 use fourfold::export::Source;
 use fourfold::export::combine::combine;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge};
 use fourfold::model::adapter::{Adapter, Gradients, Init, LoraConfig, TargetModules};
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::checkpoint::Checkpoint;
+use fourfold::model::dora::with_magnitudes;
 use fourfold::model::principal::{Principal, principal};
 use fourfold::model::roles::Policy;
+use fourfold::ops::weight::{Compute, StoredType};
 use fourfold::run::Model;
 use fourfold::train::adamw::AdamWConfig;
 use fourfold::train::learner::Learner;
@@ -32,7 +36,12 @@ fn saved(model: &Model, name: &str) -> Adapter {
 }
 
 fn logprobs(model: &Model, adapter: Option<&Adapter>) -> Vec<f32> {
-    let ids: Vec<u32> = golden()["ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
+    logprobs_of(&golden(), model, adapter)
+}
+
+/// Of the golden's tokens.
+fn logprobs_of(golden: &Value, model: &Model, adapter: Option<&Adapter>) -> Vec<f32> {
+    let ids: Vec<u32> = golden["ids"].as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect();
     let batch = Batch::new(&[ids]).unwrap();
     let targets = Targets::responses(&batch, &[batch.tokens().len() - 1]).unwrap();
     Policy::new(&model.base, adapter).logprobs(&batch, &targets, 1.0).unwrap().logprobs
@@ -47,12 +56,16 @@ fn assert_near(got: &[f32], want: &Value, what: &str) {
 }
 
 fn merged(model: &Model, adapter: &Adapter) -> Vec<f32> {
+    merged_of(&golden(), model, adapter)
+}
+
+fn merged_of(golden: &Value, model: &Model, adapter: &Adapter) -> Vec<f32> {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, base, out) = (&model.checkpoint, &model.base, dir.path().join("merged"));
     let source = Source { checkpoint, base, adapter, prompts: &[vec![5, 6, 7, 8]], about: "" };
     let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
     merge(&source, how, &out).unwrap();
-    logprobs(&Model::open(&out).unwrap(), None)
+    logprobs_of(golden, &Model::open(&out).unwrap(), None)
 }
 
 #[test]
@@ -83,6 +96,90 @@ fn started(model: &Model, how: Principal) -> Adapter {
     principal(&Adapter::init(config, model.base.shapes(), 1).unwrap(), &model.base, how).unwrap()
 }
 
+/// scale * B0 A0 of every map, times a fixed vector.
+fn assert_products(model: &Model, adapter: &Adapter, probes: &Value) {
+    for (path, want) in probes.as_object().unwrap() {
+        let (layer, linear) = model.base.shapes().find(&format!("{path}.weight")).unwrap();
+        let pair = adapter.pair(layer, linear).unwrap();
+        let (r, n) = (pair.a.dims()[0] / 2, pair.a.dims()[1]);
+        let probe: Vec<f32> = (0..n).map(|i| (i as f32).cos()).collect();
+        let probe = Tensor::from_vec(probe, (n, 1), &Device::Cpu).unwrap();
+        let (a, b) = (pair.a.narrow(0, 0, r).unwrap(), pair.b.narrow(1, 0, r).unwrap().contiguous().unwrap());
+        let product = (b.matmul(&a.matmul(&probe).unwrap()).unwrap() * pair.scale).unwrap();
+        let product: Vec<f32> = product.flatten_all().unwrap().to_vec1().unwrap();
+        assert_near(&product[..6], want, path);
+    }
+}
+
+/// The quickstart's base in Q4_0, which is what PEFT had the numbers of.
+fn four_bits() -> (Model, Value) {
+    let checkpoint = Checkpoint::open(&here("assets/quickstart/base")).unwrap().quantised(Some(StoredType::Q4_0));
+    let model = Model::of(checkpoint).unwrap();
+    let stored = |name: &str| if name.contains("embed") { StoredType::Q8_0 } else { StoredType::Q4_0 };
+    assert!(model.base.weights().iter().all(|(name, w)| w.dtype() == stored(name)));
+    (model, serde_json::from_str(include_str!("golden/peft_quantised/values.json")).unwrap())
+}
+
+#[test]
+fn dora_over_four_bits_is_pefts_over_the_dequantised_numbers_merged_and_unmerged() {
+    let (model, golden) = four_bits();
+    assert_near(&logprobs_of(&golden, &model, None), &golden["bare"], "bare");
+    let adapter = model.adapter(&here("tests/golden/peft_quantised/dora")).unwrap();
+    assert!(adapter.config().use_dora && adapter.pairs().all(|(_, pair)| pair.magnitude.is_some()));
+    assert_near(&logprobs_of(&golden, &model, Some(&adapter)), &golden["dora"], "dora");
+    assert_near(&merged_of(&golden, &model, &adapter), &golden["dora_merged"], "merged");
+    let rounded = logprobs_of(&golden, &model.computing_in(Compute::Bf16), Some(&adapter));
+    let apart = rounded
+        .iter()
+        .zip(golden["dora"].as_array().unwrap())
+        .map(|(a, b)| (f64::from(*a) - b.as_f64().unwrap()).abs());
+    // Four blocks of products rounded to 2^-9; without its magnitudes the model is nats away.
+    assert!(apart.fold(0.0, f64::max) < 0.2);
+}
+
+#[test]
+fn pissa_and_olora_start_from_four_bits_as_pefts_do_from_the_dequantised_numbers() {
+    let (model, golden) = four_bits();
+    for (name, how) in [("pissa", Principal::Pissa), ("olora", Principal::Olora)] {
+        let adapter = started(&model, how);
+        assert_products(&model, &adapter, &golden[name]["probes"]);
+        assert_near(&logprobs_of(&golden, &model, Some(&adapter)), &golden[name]["start"], "start");
+    }
+}
+
+#[test]
+fn pissa_and_dora_go_together() {
+    let model = model();
+    let plain = started(&model, Principal::Pissa);
+    let adapter = with_magnitudes(&plain, &model.base).unwrap();
+    assert!(adapter.frozen_half() && adapter.config().use_dora);
+    let (with, without) = (logprobs(&model, Some(&adapter)), logprobs(&model, None));
+    let apart = with.iter().zip(&without).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+    assert!(apart < 1e-4, "the start is the base: {apart}");
+    let (learner, halves) = (adapter.to_trainable(), plain.to_trainable());
+    let magnitudes = adapter.pairs().count();
+    assert_eq!(learner.parameters().unwrap().len(), halves.parameters().unwrap().len() + magnitudes);
+}
+
+#[test]
+fn lora_compat_dschat_is_deepspeed_chats_scale_and_start() {
+    let model = model();
+    let lora = Lora { r: 4, compat: Some(Compat::Dschat), ..Lora::default() };
+    let adapter = model.fresh_adapter(&lora, 1).unwrap();
+    for (_, pair) in adapter.pairs() {
+        assert_eq!(pair.scale, 0.25, "1 / r whatever lora_alpha");
+        let a: Vec<f32> = pair.a.flatten_all().unwrap().to_vec1().unwrap();
+        let top = a.iter().fold(0f32, |m, v| m.max(v.abs()));
+        assert!(top <= 0.5 && top > 0.49, "uniform within 1 / sqrt(r): {top}");
+    }
+    let explicit = Lora { compat: None, lora_alpha: 1.0, init_lora_weights: InitLoraWeights::Dschat, ..lora };
+    let same = model.fresh_adapter(&explicit, 1).unwrap();
+    for ((name, a), (_, b)) in adapter.named_tensors().into_iter().zip(same.named_tensors()) {
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        assert_eq!(values(a), values(b), "{name}");
+    }
+}
+
 #[test]
 fn pissa_and_olora_start_where_pefts_do_and_train_and_save_as_its_conversion_does() {
     let (model, golden) = (model(), golden());
@@ -90,17 +187,7 @@ fn pissa_and_olora_start_where_pefts_do_and_train_and_save_as_its_conversion_doe
         let golden = &golden[name];
         let adapter = started(&model, how);
         // 1. The same product scale * B0 A0 in every map.
-        for (path, want) in golden["probes"].as_object().unwrap() {
-            let (layer, linear) = model.base.shapes().find(&format!("{path}.weight")).unwrap();
-            let pair = adapter.pair(layer, linear).unwrap();
-            let (r, n) = (pair.a.dims()[0] / 2, pair.a.dims()[1]);
-            let probe: Vec<f32> = (0..n).map(|i| (i as f32).cos()).collect();
-            let probe = Tensor::from_vec(probe, (n, 1), &Device::Cpu).unwrap();
-            let (a, b) = (pair.a.narrow(0, 0, r).unwrap(), pair.b.narrow(1, 0, r).unwrap().contiguous().unwrap());
-            let product = (b.matmul(&a.matmul(&probe).unwrap()).unwrap() * pair.scale).unwrap();
-            let product: Vec<f32> = product.flatten_all().unwrap().to_vec1().unwrap();
-            assert_near(&product[..6], want, path);
-        }
+        assert_products(&model, &adapter, &golden["probes"]);
         // 2. The adapted model starts as the base.
         assert_near(&logprobs(&model, Some(&adapter)), &golden["start"], "start");
         // 3. A changed B and A: PEFT's model, its merge and its conversion, and ours alike.
@@ -130,7 +217,7 @@ fn a_step_moves_the_half_that_trains_and_leaves_the_frozen_one() {
     let ones = |t: &Tensor| t.ones_like().unwrap();
     let mut gradients = Gradients::none(start.layers().len());
     for (to, from) in gradients.layers.iter_mut().flatten().zip(start.layers().iter().flatten()) {
-        *to = from.as_ref().map(|p| (ones(&p.a), ones(&p.b)));
+        *to = from.as_ref().map(|p| (ones(&p.a), ones(&p.b)).into());
     }
     learner.step(gradients, 0.01).unwrap();
     for (before, after) in start.layers().iter().flatten().zip(learner.weights().view().layers().iter().flatten()) {
@@ -155,7 +242,7 @@ fn a_loraplus_ratio_makes_b_step_further_and_nothing_else() {
     let ones = |t: &Tensor| t.ones_like().unwrap();
     let mut gradients = Gradients::none(start.layers().len());
     for (to, from) in gradients.layers.iter_mut().flatten().zip(start.layers().iter().flatten()) {
-        *to = from.as_ref().map(|p| (ones(&p.a), ones(&p.b)));
+        *to = from.as_ref().map(|p| (ones(&p.a), ones(&p.b)).into());
     }
     gradients.head_weight = start.head().map(|h| ones(&h.weight));
     learner.step(gradients, 1e-3).unwrap();

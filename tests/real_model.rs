@@ -159,7 +159,7 @@ fn full_adapter(model: &Model) -> Adapter {
             let numbers = other.pair(layer, linear).unwrap().a.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let b: Vec<f32> = (0..out * r).map(|i| 0.6 * numbers[i % numbers.len()]).collect();
             let b = candle_core::Tensor::from_vec(b, (out, r), &candle_core::Device::Cpu).unwrap();
-            *slot = Some(LoraPair { b, ..pair });
+            *slot = Some(LoraPair::new(pair.a, b, pair.scale));
         }
     }
     let parts = (zero.config().clone(), *zero.shapes(), zero.provenance().clone());

@@ -9,11 +9,7 @@ const COMPAT: &str = "compat";
 const DSCHAT: &str = "dschat";
 
 /// Sections that know the key. `true`: it stands for settings that a file need not have a section for.
-const SECTIONS: &[(&str, bool)] = &[("data", false), ("sft", true), ("reward", true), ("ppo", false)];
-
-/// Scale 1/r.
-const LORA: &str = "init_lora_weights = 'dschat'
-lora_alpha = 1";
+const SECTIONS: &[(&str, bool)] = &[("lora", true), ("data", false), ("sft", true), ("reward", true), ("ppo", false)];
 
 const SFT: &str = "learning_rate = 5e-4
 per_device_train_batch_size = 16
@@ -64,8 +60,6 @@ pub(super) fn fill(table: &mut Table) {
                 section.entry(COMPAT).or_insert_with(|| DSCHAT.into());
             }
         }
-        let lora = table.entry("lora").or_insert_with(|| Table::new().into());
-        lora.as_table_mut().into_iter().for_each(|lora| add(lora, LORA));
     }
     for (name, values) in [("sft", SFT), ("reward", REWARD), ("ppo", PPO)] {
         let Some(section) = table.get_mut(name).and_then(Value::as_table_mut).filter(|section| wanted(section)) else {
@@ -103,8 +97,8 @@ mod tests {
             "compat = 'dschat'\n[base]\npath = 'b'\n[lora]\nr = 4\n[data]\npath = 'd'\n[ppo]\nkl_coef = 0.3\n\
              [ppo.ptx]\npath = 't'",
         );
-        assert_eq!((config.lora.lora_alpha, config.lora.r), (1.0, 4));
-        assert_eq!(config.lora.init_lora_weights, InitLoraWeights::Dschat);
+        assert_eq!((config.lora.alpha(), config.lora.r), (1.0, 4));
+        assert_eq!(config.lora.init(), InitLoraWeights::Dschat);
         let (sft, reward) = (config.sft.unwrap(), config.reward.unwrap());
         assert!(!sft.completion_only_loss && !reward.center && reward.loss == RewardLoss::DivergenceToEnd);
         assert!(reward.compat.is_some() && config.data.unwrap().compat.is_some());
@@ -117,11 +111,11 @@ mod tests {
     #[test]
     fn every_value_is_a_key_of_its_section_and_without_the_key_nothing_is_filled_in() {
         let count = |values: &str| values.parse::<Table>().unwrap().len();
-        assert_eq!([SFT, REWARD, PPO, PTX, LORA].map(count), [5, 6, 20, 2, 2]);
+        assert_eq!([SFT, REWARD, PPO, PTX].map(count), [5, 6, 20, 2]);
         // The structs refuse unknown keys; and a section's own key is for that section.
         let config = read("[base]\npath = 'b'\n[ppo]\ncompat = 'dschat'\n[sft]\n");
         assert_eq!(config.ppo.unwrap().kl_coef, 0.1);
-        assert!(config.sft.unwrap().completion_only_loss && config.lora.lora_alpha == 16.0);
+        assert!(config.sft.unwrap().completion_only_loss && config.lora.alpha() == 16.0);
         let config = read("[base]\npath = 'b'\n[ppo]\n");
         assert_eq!(config.ppo.unwrap(), Ppo::default());
     }

@@ -85,8 +85,9 @@ pub struct Lora {
     /// Scale: the branch is multiplied by `lora_alpha / r`, with rsLoRA by `lora_alpha / sqrt(r)`. Default 16 (twice the
     /// rank, LLaMA-Factory's rule).
     pub lora_alpha: f64,
-    /// Which linear layers get a branch: `"all-linear"` (all of a block's, not the output head), a list of name endings
-    /// such as `["q_proj", "v_proj"]`, or another string: a regular expression over the whole module name.
+    /// Which layers get a branch: `"all-linear"` (all linear ones but the output head), a list of name endings such as
+    /// `["q_proj", "v_proj"]`, among them `embed_tokens` and `lm_head` (by the family's names), or another string: a
+    /// regular expression over the whole module name.
     /// Default `"all-linear"` (QLoRA's finding, arXiv:2305.14314 section 4).
     pub target_modules: TargetModules,
     /// Rank-stabilised scale, arXiv:2312.03732. Default false (PEFT).
@@ -101,8 +102,14 @@ pub struct Lora {
     /// Alphas of single layers, likewise. Default none (PEFT).
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub alpha_pattern: BTreeMap<String, f64>,
+    /// Whose behaviour to keep. `"dschat"`: DeepSpeed-Chat's scale of 1/r and its start, uniform in ±1/sqrt(r), whatever
+    /// `lora_alpha` would be. Absent = PEFT's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
     /// How the two factors start. Default `"default"` (PEFT's `True`).
     pub init_lora_weights: InitLoraWeights,
+    /// DoRA, arXiv:2402.09353: each row's length is a trained number of its own. Default false (PEFT).
+    pub use_dora: bool,
     /// LoRA+, arXiv:2402.12354: the second factor learns with this many times the learning rate. Default 1, as without
     /// (PEFT's `create_loraplus_optimizer`; the paper's advice is 16).
     pub loraplus_lr_ratio: f64,
@@ -135,8 +142,28 @@ impl Default for Lora {
             layers_to_transform: None,
             rank_pattern: BTreeMap::new(),
             alpha_pattern: BTreeMap::new(),
+            compat: None,
             init_lora_weights: InitLoraWeights::Default,
+            use_dora: false,
             loraplus_lr_ratio: 1.0,
+        }
+    }
+}
+
+impl Lora {
+    /// Numerator of the scale: `lora_alpha`, or 1 as DeepSpeed-Chat has it.
+    pub fn alpha(&self) -> f64 {
+        match self.compat {
+            Some(Compat::Dschat) => 1.0,
+            None => self.lora_alpha,
+        }
+    }
+
+    /// The start of the factors: `init_lora_weights`, or DeepSpeed-Chat's.
+    pub fn init(&self) -> InitLoraWeights {
+        match self.compat {
+            Some(Compat::Dschat) => InitLoraWeights::Dschat,
+            None => self.init_lora_weights,
         }
     }
 }

@@ -3,8 +3,9 @@
 use anyhow::Result;
 
 use super::{
-    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths,
-    PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Saving, Sft, Source, TargetModules, Template,
+    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, InitLoraWeights, KlEstimator, KlIn, Kto, Lora,
+    MixStrategy, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Saving, Sft, Source, TargetModules,
+    Template,
 };
 use crate::invalid;
 
@@ -87,6 +88,25 @@ fn lora(section: &Lora) -> Result<()> {
         check.positive("alpha_pattern", alpha, "r or 2 r")?;
     }
     check.positive("loraplus_lr_ratio", section.loraplus_lr_ratio, "1 to 16")?;
+    if section.compat.is_some() {
+        let usual = Lora::default();
+        let more = [
+            ("lora_alpha", ![usual.lora_alpha, 1.0].contains(&section.lora_alpha)),
+            (
+                "init_lora_weights",
+                !matches!(section.init_lora_weights, InitLoraWeights::Default | InitLoraWeights::Dschat),
+            ),
+            ("use_rslora", section.use_rslora),
+            ("use_dora", section.use_dora),
+            ("alpha_pattern", !section.alpha_pattern.is_empty()),
+        ];
+        if let Some((key, _)) = more.into_iter().find(|(_, set)| *set) {
+            return Err(invalid!(
+                "[lora] compat = \"dschat\" means a scale of 1/r and DeepSpeed-Chat's start, beside which {key} has no \
+                 place; remove one of them"
+            ));
+        }
+    }
     match &section.target_modules {
         TargetModules::List(names) if names.is_empty() || names.iter().any(String::is_empty) => Err(invalid!(
             "[lora] target_modules has no names or an empty one; use \"all-linear\" or names such as [\"q_proj\", \"v_proj\"]"

@@ -87,6 +87,7 @@ enum Filling<'a> {
 /// If the base is of a family that cannot be written, its tokenizer has no name in llama.cpp, a number does not fit, or
 /// the reopened file is further from base + adapter than its type explains; `out` is not there then.
 pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Comparison> {
+    source.check_gguf_model()?;
     let (mut keys, plan) = match source.checkpoint.gguf() {
         Some(gguf) => (carried(gguf), plan_from_gguf(source, gguf, dtype)?),
         None => {
@@ -244,6 +245,7 @@ fn same_tokens(ours: &Checkpoint, written: &Checkpoint) -> Result<()> {
 /// If the base is of a family whose tensors have no names there, the file cannot be written, or its factors do not come
 /// back equal; `out` is not there then.
 pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
+    source.check_gguf_lora()?;
     let adapter = source.adapter;
     let alpha = adapter.config().lora_alpha;
     let architecture = match source.checkpoint.gguf() {
@@ -314,11 +316,8 @@ fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
         let r = a.len() / weight.cols();
         let b = (0..weight.rows()).flat_map(|row| stored[order.stored(row) * r..(order.stored(row) + 1) * r].to_vec());
         let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
-        layers[layer][linear] = Some(LoraPair {
-            a: tensor(a, (r, weight.cols()))?,
-            b: tensor(b.collect(), (weight.rows(), r))?,
-            scale: alpha / r as f64,
-        });
+        let (a, b) = (tensor(a, (r, weight.cols()))?, tensor(b.collect(), (weight.rows(), r))?);
+        layers[layer][linear] = Some(LoraPair::new(a, b, alpha / r as f64));
         targets.push(shapes.module_path(layer, linear));
     }
     let config = LoraConfig {

@@ -15,11 +15,12 @@ use serde_json::{Value, json};
 use super::verify::{Comparison, Tolerance, compare, compare_through};
 use super::{Source, card, staged};
 use crate::invalid;
-use crate::model::adapter::{Adapter, LoraPair, MatrixLayout};
+use crate::model::adapter::{Adapter, LoraPair, MatrixLayout, Outer, Slot};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
 use crate::ops::cpu;
+use crate::ops::dora::Lines;
 use crate::ops::quantise::quantise;
 use crate::ops::weight::{StoredType, Weight};
 
@@ -92,7 +93,7 @@ pub struct Settings {
 /// transformers' `max_shard_size`.
 pub const MAX_SHARD_SIZE: usize = 5_000_000_000;
 
-/// W + scale B A, (out, in) f32, or W alone.
+/// W + scale B A, (out, in) f32, or W alone; with DoRA, each row times m / ||row||.
 ///
 /// # Errors
 /// If the factors' storage cannot be read.
@@ -109,14 +110,45 @@ pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraPair>) -> Result<
                 }
             }
         }
+        if let Some(dora) = pair.low_rank().dora {
+            let (g, _) = dora.scales(weight, pair.low_rank(), Lines::Rows)?;
+            values.chunks_exact_mut(k).zip(g).for_each(|(row, g)| row.iter_mut().for_each(|w| *w *= g));
+        }
     }
     Ok(values)
 }
 
-/// The branch of the matrix of this Hugging Face name, if it has one.
+/// A token table W + scale (B A)^T, (vocab, D) f32; with DoRA, each column times m / ||column||.
+fn merged_table(table: &Weight, pair: &LoraPair) -> Result<Vec<f32>> {
+    let mut values = table.to_f32();
+    let (a, b) = (cpu::view(&pair.a)?, cpu::view(&pair.b)?);
+    let ((r, vocab), d) = (pair.a.dims2()?, table.cols());
+    for (id, row) in values.chunks_exact_mut(d).enumerate() {
+        for j in 0..r {
+            let factor = (f64::from(a[j * vocab + id]) * pair.scale) as f32;
+            for (w, b) in row.iter_mut().zip(b.chunks_exact(r)) {
+                *w += factor * b[j];
+            }
+        }
+    }
+    if let Some(dora) = pair.low_rank().dora {
+        let (g, _) = dora.scales(table, pair.low_rank(), Lines::Columns)?;
+        values.chunks_exact_mut(d).for_each(|row| row.iter_mut().zip(&g).for_each(|(w, g)| *w *= g));
+    }
+    Ok(values)
+}
+
+/// The branch of the linear map of this Hugging Face name, if it has one; a token table's is no linear map's.
 pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a LoraPair> {
-    let (layer, linear) = adapter.shapes().find(weight_name)?;
-    adapter.pair(layer, linear)
+    let slot = adapter.shapes().slot_of(weight_name).filter(|&slot| slot != Slot::Outer(Outer::Embedding))?;
+    adapter.at(slot)
+}
+
+/// Whether merging takes the two ends of a decoder apart that share one table: a branch is on one end alone, or on each
+/// end its own. (PEFT's `merge_and_unload` writes into the shared table, changes both ends, and warns of it.)
+pub(super) fn parts_the_ends(base: &Base, adapter: &Adapter) -> bool {
+    let on = |outer| adapter.outer(outer).is_some();
+    base.config().tie_word_embeddings && (on(Outer::Embedding) || on(Outer::Head))
 }
 
 fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
@@ -131,6 +163,8 @@ fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
 enum Part<'a> {
     /// A matrix, with the branch that goes into it.
     Matrix(&'a Weight, Option<&'a LoraPair>, MatrixLayout),
+    /// The token table, likewise.
+    Table(&'a Weight, &'a LoraPair),
     /// A vector, or the head's (1, D).
     Values(Vec<usize>, Cow<'a, [f32]>),
 }
@@ -144,6 +178,7 @@ impl Planned<'_> {
     fn bytes(&self, dtype: MergedType) -> Result<Vec<u8>> {
         let values = match &self.part {
             Part::Values(_, values) => Cow::Borrowed(&values[..]),
+            Part::Table(table, pair) => Cow::Owned(merged_table(table, pair)?),
             Part::Matrix(weight, pair, layout) => {
                 let values = merged_values(weight, *pair)?;
                 Cow::Owned(match layout {
@@ -161,7 +196,7 @@ impl Planned<'_> {
     fn dims(&self) -> Vec<usize> {
         match &self.part {
             Part::Values(shape, _) => shape.clone(),
-            Part::Matrix(w, _, MatrixLayout::OutIn) => vec![w.rows(), w.cols()],
+            Part::Matrix(w, _, MatrixLayout::OutIn) | Part::Table(w, _) => vec![w.rows(), w.cols()],
             Part::Matrix(w, _, MatrixLayout::InOut) => vec![w.cols(), w.rows()],
         }
     }
@@ -184,8 +219,16 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
             continue;
         }
         let layout = adapter.shapes().find(&name).map_or(MatrixLayout::OutIn, |_| adapter.shapes().layout);
-        let part = Part::Matrix(weight, pair_of(adapter, &name), layout);
+        let part = match adapter.outer(Outer::Embedding).filter(|_| name == base.config().names().embedding) {
+            Some(pair) => Part::Table(weight, pair),
+            None => Part::Matrix(weight, pair_of(adapter, &name), layout),
+        };
         all.push(Planned { name, part });
+    }
+    if kind == Kind::LanguageModel && parts_the_ends(base, adapter) {
+        let (weight, pair) = (base.table(None).weight, adapter.outer(Outer::Head));
+        let name = base.config().names().output.to_string();
+        all.push(Planned { name, part: Part::Matrix(weight, pair, MatrixLayout::OutIn) });
     }
     for (name, values) in base.vectors() {
         all.push(Planned { name, part: Part::Values(vec![values.len()], values) });
@@ -262,7 +305,8 @@ fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType) -
 }
 
 /// Writes the merged model to `out`, which must not exist, and proves it on the prompts before it takes that name.
-/// Beside the weights go the base's tokenizer and configuration files and a model card.
+/// Beside the weights go the base's tokenizer and configuration files and a model card. Where the base has one table for
+/// both ends and the adapter a branch on either, the merged model has two.
 ///
 /// # Errors
 /// If `out` exists, a classifier is asked for and there is no head, a file cannot be written, or the reopened model is
@@ -326,6 +370,9 @@ fn config(config: &[u8], source: &Source<'_>, settings: Settings) -> Result<Vec<
     object.remove("dtype");
     object.insert("torch_dtype".into(), settings.dtype.torch_name().into());
     object.remove("quantization_config");
+    if parts_the_ends(source.base, source.adapter) {
+        object.insert("tie_word_embeddings".into(), json!(false));
+    }
     if settings.kind == Kind::Classifier {
         let architecture = object.get("architectures").and_then(|a| a.get(0)).and_then(Value::as_str);
         let name = architecture.map_or("LlamaForSequenceClassification".into(), |a| {

@@ -13,7 +13,10 @@ pub mod merged;
 pub mod staged;
 pub mod verify;
 
-use crate::model::adapter::Adapter;
+use anyhow::Result;
+
+use crate::invalid;
+use crate::model::adapter::{Adapter, Outer};
 use crate::model::base::Base;
 use crate::model::checkpoint::Checkpoint;
 
@@ -30,4 +33,37 @@ pub struct Source<'a> {
     pub prompts: &'a [Vec<u32>],
     /// What the model card says of the training, in Markdown; may be empty.
     pub about: &'a str,
+}
+
+impl Source<'_> {
+    /// # Errors
+    /// If a GGUF file could not hold the merged model: one table for both ends, of which the adapter changes one.
+    fn check_gguf_model(&self) -> Result<()> {
+        if merged::parts_the_ends(self.base, self.adapter) {
+            return Err(invalid!(
+                "the base has one table for both ends and the adapter a branch on it, so the merged model has two tables; \
+                 merge with `--format safetensors` and convert the result"
+            ));
+        }
+        if self.adapter.outer(Outer::Embedding).is_some() {
+            return Err(invalid!(
+                "a branch on the token table goes into `--format safetensors` only; convert the result"
+            ));
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// If a GGUF-LoRA file cannot say what the adapter does.
+    fn check_gguf_lora(&self) -> Result<()> {
+        let tables = [Outer::Embedding, Outer::Head];
+        let what = if self.adapter.config().use_dora {
+            "a DoRA adapter's magnitudes have no place in a GGUF-LoRA file"
+        } else if tables.into_iter().any(|outer| self.adapter.outer(outer).is_some()) {
+            "branches on the token table or the output table are not written into GGUF-LoRA files"
+        } else {
+            return Ok(());
+        };
+        Err(invalid!("{what}; merge the adapter into the base instead: `--format gguf` or `--format safetensors`"))
+    }
 }

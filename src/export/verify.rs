@@ -74,8 +74,8 @@ pub fn compare_through(
     let mut agreed = 0u32;
     for prompt in prompts {
         let batch = Batch::new(std::slice::from_ref(prompt))?;
-        let ours = want.0.logits(&want.0.hidden(&batch, Some(want.1))?)?;
-        let theirs = table.logits(&got.0.hidden(&batch, got.1)?)?;
+        let ours = want.0.logits(&want.0.hidden(&batch, Some(want.1))?, Some(want.1))?;
+        let theirs = table.logits(&got.0.hidden(&batch, got.1)?, got.1)?;
         let vocab = want.0.config().vocab_size;
         for (want, got) in cpu::view(&ours)?.chunks_exact(vocab).zip(cpu::view(&theirs)?.chunks_exact(vocab)) {
             let best = |row: &[f32]| row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map(|(i, _)| i);

@@ -5,21 +5,12 @@
 use anyhow::Result;
 use candle_core::{DType, Device, Tensor};
 
+pub use super::branch::{Factor, HEAD_BIAS, HEAD_WEIGHT, LoraPair, factor_name};
 pub use super::gradients::Gradients;
-pub use super::lora::{Linear, LinearShapes, LoraConfig, MAX_LINEARS, MatrixLayout, TargetModules};
+pub use super::lora::{Linear, LinearShapes, LoraConfig, MAX_LINEARS, MatrixLayout, Outer, Slot, TargetModules};
+pub use super::trainable::{HeadBias, TrainableAdapter};
 use crate::invalid;
 use crate::rng::{SplitMix64, derive};
-
-/// One low-rank branch: `y += scale * (x Aᵀ) Bᵀ`.
-#[derive(Clone, Debug)]
-pub struct LoraPair {
-    /// (r, in) f32.
-    pub a: Tensor,
-    /// (out, r) f32.
-    pub b: Tensor,
-    /// alpha / r, or alpha / sqrt(r).
-    pub scale: f64,
-}
 
 /// The scalar head of a reward model or critic: `score = weight · hidden + bias`, hidden after the final norm.
 #[derive(Clone, Debug)]
@@ -41,6 +32,9 @@ pub struct Provenance {
 
 /// The branches of one block, in the order of [`LinearShapes::linears`].
 pub type LayerPairs = [Option<LoraPair>; MAX_LINEARS];
+
+/// The branches outside of the blocks, in the order of [`Outer::ALL`].
+pub type OuterPairs = [Option<LoraPair>; 4];
 
 /// Read-only adapter. A tensor's storage is never written here (an optimizer makes new tensors), so a clone is a
 /// frozen deep copy in effect and costs nothing.
@@ -72,12 +66,14 @@ pub struct Adapter {
     config: LoraConfig,
     shapes: LinearShapes,
     layers: Vec<LayerPairs>,
-    head: Option<ScoreHead>,
+    outer: OuterPairs,
+    pub(super) head: Option<ScoreHead>,
     provenance: Provenance,
-    frozen_half: bool,
+    pub(super) frozen_half: bool,
 }
 
-/// The start of a branch's A; B starts at zero, so that the adapted model starts as the base.
+/// The start of a branch's A; B starts at zero, so that the adapted model starts as the base. A token table's branch
+/// starts the other way round whatever the choice, as in PEFT: A at zero, B standard normal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Init {
     /// PEFT's default, kaiming-uniform with a = sqrt(5) over the inputs: U(±1/sqrt(in)).
@@ -92,6 +88,8 @@ pub enum Init {
 
 /// Streams of [`Adapter::init`]'s random numbers.
 const HEAD_STREAM: u64 = u64::MAX;
+/// Of the maps outside of the blocks; no layer has this number.
+const OUTER_STREAM: u64 = u64::MAX - 1;
 
 impl Adapter {
     /// [`Adapter::init_as`] with PEFT's default.
@@ -102,41 +100,43 @@ impl Adapter {
         Self::init_as(config, shapes, seed, Init::default())
     }
 
-    /// A fresh adapter. Each matrix has its own random stream: adding a target leaves the others as they were.
+    /// A fresh adapter. Each matrix has its own random stream: adding a target leaves the others as they were. With
+    /// `use_dora` the magnitudes are the base's to give: [`super::dora::with_magnitudes`].
     ///
     /// # Errors
-    /// Those of [`LoraConfig::select`].
+    /// Those of [`LoraConfig::select`]; if the config wants DoRA.
     pub fn init_as(config: LoraConfig, shapes: LinearShapes, seed: u64, init: Init) -> Result<Self> {
-        let mut layers = Vec::new();
-        for (layer, selected) in config.select(&shapes)?.into_iter().enumerate() {
-            let mut pairs: LayerPairs = Default::default();
-            for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
-                let (inp, out) = shapes.dims(linear);
-                let path = shapes.module_path(layer, linear);
-                let (r, scale) = (config.rank_of(&path), config.scaling_of(&path));
-                let mut rng = SplitMix64::new(derive(seed, &[layer as u64, linear as u64]));
+        let mut pairs = vec![];
+        for slot in config.select(&shapes)? {
+            let (inp, out) = shapes.dims_of(slot);
+            let path = shapes.path(slot);
+            let (r, scale) = (config.rank_of(&path), config.scaling_of(&path));
+            let stream = match slot {
+                Slot::Block { layer, linear } => [layer as u64, linear as u64],
+                Slot::Outer(outer) => [OUTER_STREAM, outer as u64],
+            };
+            let mut rng = SplitMix64::new(derive(seed, &stream));
+            let (a, b) = if slot == Slot::Outer(Outer::Embedding) {
+                (vec![0f32; r * inp], (0..out * r).map(|_| standard_normal(&mut rng) as f32).collect())
+            } else {
                 let uniform = |rng: &mut SplitMix64, n: usize| (2.0 * rng.uniform() - 1.0) * (1.0 / (n as f64).sqrt());
                 let draw = |_| match init {
                     Init::KaimingUniform => uniform(&mut rng, inp) as f32,
                     Init::DeepSpeedChat => uniform(&mut rng, r) as f32,
                     Init::Gaussian => (standard_normal(&mut rng) / r as f64) as f32,
                 };
-                let a: Vec<f32> = (0..r * inp).map(draw).collect();
-                pairs[linear] = Some(LoraPair {
-                    a: Tensor::from_vec(a, (r, inp), &Device::Cpu)?,
-                    b: Tensor::zeros((out, r), DType::F32, &Device::Cpu)?,
-                    scale,
-                });
-            }
-            layers.push(pairs);
+                ((0..r * inp).map(draw).collect::<Vec<f32>>(), vec![0f32; out * r])
+            };
+            let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
+            pairs.push((slot, LoraPair::new(tensor(a, (r, inp))?, tensor(b, (out, r))?, scale)));
         }
-        Ok(Self { config, shapes, layers, head: None, provenance: Provenance::default(), frozen_half: false })
+        Self::from_pairs(config, shapes, pairs, None, Provenance::default())
     }
 
-    /// From finished parts: a file's reader and tests.
+    /// From finished branches of the blocks: [`Adapter::from_pairs`] has those outside, too.
     ///
     /// # Errors
-    /// If a branch is missing or too many for the config, or a tensor is not f32 of the shape that the base asks for.
+    /// As for [`Adapter::from_pairs`]; if there are too many or too few blocks.
     pub fn from_parts(
         config: LoraConfig,
         shapes: LinearShapes,
@@ -144,43 +144,90 @@ impl Adapter {
         head: Option<ScoreHead>,
         provenance: Provenance,
     ) -> Result<Self> {
-        let selected = config.select(&shapes)?;
         if layers.len() != shapes.layers {
             return Err(invalid!("the adapter has {} layers, the base {}", layers.len(), shapes.layers));
         }
-        for (layer, (pairs, selected)) in layers.iter().zip(&selected).enumerate() {
-            for linear in 0..shapes.linears().len() {
-                let path = shapes.module_path(layer, linear);
-                let (inp, out) = shapes.dims(linear);
-                match (&pairs[linear], selected[linear]) {
-                    (None, false) => {}
-                    (None, true) => return Err(invalid!("the config selects {path}, but it has no LoRA factors")),
-                    (Some(_), false) => return Err(invalid!("{path} has LoRA factors, but the config leaves it out")),
-                    (Some(pair), true) => {
-                        let r = config.rank_of(&path);
-                        check_tensor(&pair.a, &[r, inp], &format!("{path}.lora_A"))?;
-                        check_tensor(&pair.b, &[out, r], &format!("{path}.lora_B"))?;
-                    }
-                }
+        let slots =
+            |layer| move |(linear, pair): (usize, Option<LoraPair>)| Some((Slot::Block { layer, linear }, pair?));
+        let rows = layers.into_iter().enumerate();
+        let pairs = rows.flat_map(|(layer, row)| row.into_iter().enumerate().filter_map(slots(layer))).collect();
+        Self::from_pairs(config, shapes, pairs, head, provenance)
+    }
+
+    /// From finished parts: a file's reader and tests.
+    ///
+    /// # Errors
+    /// If a branch is missing or too many for the config, or a tensor is not f32 of the shape that the base asks for.
+    pub fn from_pairs(
+        config: LoraConfig,
+        shapes: LinearShapes,
+        pairs: Vec<(Slot, LoraPair)>,
+        head: Option<ScoreHead>,
+        provenance: Provenance,
+    ) -> Result<Self> {
+        let selected = config.select(&shapes)?;
+        let mut layers: Vec<LayerPairs> = (0..shapes.layers).map(|_| Default::default()).collect();
+        let mut outer = OuterPairs::default();
+        for (slot, pair) in pairs {
+            let path = shapes.path(slot);
+            if !selected.contains(&slot) {
+                return Err(invalid!("{path} has LoRA factors, but the config leaves it out"));
+            }
+            let ((inp, out), r) = (shapes.dims_of(slot), config.rank_of(&path));
+            check_tensor(&pair.a, &[r, inp], &format!("{path}.lora_A"))?;
+            check_tensor(&pair.b, &[out, r], &format!("{path}.lora_B"))?;
+            match (&pair.magnitude, config.use_dora) {
+                (Some(m), true) => check_tensor(m, &[out], &format!("{path}.lora_magnitude_vector"))?,
+                (None, false) => {}
+                (None, true) => return Err(invalid!("use_dora: {path} has no magnitude")),
+                (Some(_), false) => return Err(invalid!("{path} has a magnitude, but the config is not of DoRA")),
+            }
+            match slot {
+                Slot::Block { layer, linear } => layers[layer][linear] = Some(pair),
+                Slot::Outer(at) => outer[at as usize] = Some(pair),
             }
         }
         if let Some(head) = &head {
             check_tensor(&head.weight, &[1, shapes.hidden], "score.weight")?;
         }
-        Ok(Self { config, shapes, layers, head, provenance, frozen_half: false })
+        let adapter = Self { config, shapes, layers, outer, head, provenance, frozen_half: false };
+        if let Some(&slot) = selected.iter().find(|&&slot| adapter.at(slot).is_none()) {
+            return Err(invalid!("the config selects {}, but it has no LoRA factors", shapes.path(slot)));
+        }
+        Ok(adapter)
     }
 
-    /// With a fresh scalar head: normal weights of standard deviation 1/sqrt(D), bias 0. Replaces a head that is there.
+    /// With a fresh scalar head: normal weights of standard deviation 1/sqrt(D), bias 0. Replaces a head that is there. A
+    /// branch on the output table stays behind: a score does not read it.
     ///
     /// # Errors
-    /// Only if the tensor cannot be made.
-    pub fn with_head(mut self, seed: u64) -> Result<Self> {
-        let d = self.shapes.hidden;
+    /// If there is no other branch.
+    pub fn with_head(self, seed: u64) -> Result<Self> {
+        let mut scorer = self.without_output_branch()?;
+        let d = scorer.shapes.hidden;
         let mut rng = SplitMix64::new(derive(seed, &[HEAD_STREAM]));
         let std = 1.0 / (d as f64).sqrt();
         let weight: Vec<f32> = (0..d).map(|_| (std * standard_normal(&mut rng)) as f32).collect();
-        self.head = Some(ScoreHead { weight: Tensor::from_vec(weight, (1, d), &Device::Cpu)?, bias: 0.0 });
-        Ok(self)
+        scorer.head = Some(ScoreHead { weight: Tensor::from_vec(weight, (1, d), &Device::Cpu)?, bias: 0.0 });
+        Ok(scorer)
+    }
+
+    fn without_output_branch(self) -> Result<Self> {
+        if self.outer(Outer::Head).is_none() {
+            return Ok(self);
+        }
+        let kept = |slot: &Slot| *slot != Slot::Outer(Outer::Head);
+        let paths: Vec<String> = self.pairs().map(|(slot, _)| slot).filter(kept).map(|s| self.shapes.path(s)).collect();
+        if paths.is_empty() {
+            return Err(invalid!(
+                "the only branch is on {}, which a score does not read; add others to target_modules",
+                self.shapes.path(Slot::Outer(Outer::Head))
+            ));
+        }
+        let config = LoraConfig { target_modules: TargetModules::List(paths), ..self.config.clone() };
+        let mut outer = self.outer.clone();
+        outer[Outer::Head as usize] = None;
+        Ok(Self { config, outer, ..self })
     }
 
     /// With this head, or none.
@@ -201,8 +248,8 @@ impl Adapter {
     /// # Errors
     /// If a rank is odd.
     pub fn with_frozen_half(mut self) -> Result<Self> {
-        if let Some(pair) = self.layers.iter().flatten().flatten().find(|p| !p.a.dims()[0].is_multiple_of(2)) {
-            return Err(invalid!("a branch of rank {} has no half that could be frozen", pair.a.dims()[0]));
+        if let Some((_, pair)) = self.pairs().find(|(_, pair)| !pair.rank().is_multiple_of(2)) {
+            return Err(invalid!("a branch of rank {} has no half that could be frozen", pair.rank()));
         }
         self.frozen_half = true;
         Ok(self)
@@ -233,9 +280,8 @@ impl Adapter {
     /// If the device has no room.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let mut moved = self.clone();
-        for pair in moved.layers.iter_mut().flatten().flatten() {
-            pair.a = pair.a.to_device(device)?;
-            pair.b = pair.b.to_device(device)?;
+        for pair in moved.pairs_mut() {
+            *pair = pair.to_device(device)?;
         }
         if let Some(head) = &mut moved.head {
             head.weight = head.weight.to_device(device)?;
@@ -263,6 +309,29 @@ impl Adapter {
         self.layers.get(layer)?.get(linear)?.as_ref()
     }
 
+    /// The branches outside of the blocks.
+    pub fn outer(&self, outer: Outer) -> Option<&LoraPair> {
+        self.outer[outer as usize].as_ref()
+    }
+
+    /// The branch at a place, if there is one.
+    pub fn at(&self, slot: Slot) -> Option<&LoraPair> {
+        match slot {
+            Slot::Block { layer, linear } => self.pair(layer, linear),
+            Slot::Outer(outer) => self.outer(outer),
+        }
+    }
+
+    /// All branches, in the order of [`LinearShapes::slots`].
+    pub fn pairs(&self) -> impl Iterator<Item = (Slot, &LoraPair)> {
+        self.shapes.slots().filter_map(|slot| Some((slot, self.at(slot)?)))
+    }
+
+    /// The same, to be changed.
+    pub(super) fn pairs_mut(&mut self) -> impl Iterator<Item = &mut LoraPair> {
+        self.layers.iter_mut().flatten().chain(&mut self.outer).flatten()
+    }
+
     /// The scalar head of a scorer.
     pub fn head(&self) -> Option<&ScoreHead> {
         self.head.as_ref()
@@ -273,17 +342,15 @@ impl Adapter {
         &self.provenance
     }
 
-    /// Every tensor under the name that PEFT's file gives it: by layer, then by [`LinearShapes::linears`], A before B, the
-    /// head's weight last. The head's bias is a number, not a tensor, and is not in this list.
+    /// Every tensor under the name that PEFT's file gives it: by layer, then by [`LinearShapes::linears`], those outside of
+    /// the blocks after them, A before B before a magnitude, the head's weight last. The head's bias is a number, not a
+    /// tensor, and is not in this list.
     pub fn named_tensors(&self) -> Vec<(String, &Tensor)> {
         let mut named = Vec::new();
-        for (layer, pairs) in self.layers.iter().enumerate() {
-            for (linear, pair) in pairs.iter().enumerate() {
-                if let Some(pair) = pair {
-                    named.push((factor_name(&self.shapes, layer, linear, 'A'), &pair.a));
-                    named.push((factor_name(&self.shapes, layer, linear, 'B'), &pair.b));
-                }
-            }
+        for (slot, pair) in self.pairs() {
+            let name = |factor| factor_name(&self.shapes, slot, factor);
+            named.extend([(name(Factor::A), &pair.a), (name(Factor::B), &pair.b)]);
+            named.extend(pair.magnitude.iter().map(|m| (name(Factor::Magnitude), m)));
         }
         named.extend(self.head.iter().map(|head| (HEAD_WEIGHT.to_string(), &head.weight)));
         named
@@ -297,141 +364,7 @@ impl Adapter {
 
     /// A trainable copy; this adapter stays as it is. The head's bias does not train (see [`HeadBias`]).
     pub fn to_trainable(&self) -> TrainableAdapter {
-        TrainableAdapter { adapter: self.clone(), head_bias: HeadBias::Fixed }
-    }
-}
-
-/// The name in PEFT's file of factor `A` or `B`.
-pub fn factor_name(shapes: &LinearShapes, layer: usize, linear: usize, factor: char) -> String {
-    format!("base_model.model.{}.lora_{factor}.weight", shapes.module_path(layer, linear))
-}
-
-/// The head's weight in PEFT's file.
-pub const HEAD_WEIGHT: &str = "base_model.model.score.weight";
-/// The head's bias; ours, not PEFT's.
-pub const HEAD_BIAS: &str = "base_model.model.score.bias";
-
-/// Whether the scalar head's bias is a parameter. Fixed is the default: a pairwise loss is blind to it, so what
-/// reaches it is rounding noise, and Adam would scale that noise up to full steps.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum HeadBias {
-    /// It keeps its value.
-    Fixed,
-    /// It is the last parameter, of shape (1,). For a critic.
-    Trained,
-}
-
-/// An adapter under training: the only weights that can change.
-#[derive(Debug)]
-pub struct TrainableAdapter {
-    adapter: Adapter,
-    head_bias: HeadBias,
-}
-
-impl TrainableAdapter {
-    /// With the head's bias trained or not.
-    ///
-    /// # Errors
-    /// If it shall train and there is no head.
-    pub fn with_head_bias(mut self, head_bias: HeadBias) -> Result<Self> {
-        if head_bias == HeadBias::Trained && self.adapter.head.is_none() {
-            return Err(invalid!("this adapter has no scalar head whose bias could train; make one with with_head"));
-        }
-        self.head_bias = head_bias;
-        Ok(self)
-    }
-
-    /// The weights as they are now. The borrow ends before the next [`Self::replace`].
-    pub fn view(&self) -> &Adapter {
-        &self.adapter
-    }
-
-    /// The weights as they are now, frozen.
-    pub fn snapshot(&self) -> Adapter {
-        self.adapter.clone()
-    }
-
-    /// The parameters' names in flat order: [`Adapter::named_tensors`], then the head's bias where it trains.
-    pub fn names(&self) -> Vec<String> {
-        let mut names: Vec<String> = self.adapter.named_tensors().into_iter().map(|(name, _)| name).collect();
-        names.extend(self.trained_bias().map(|_| HEAD_BIAS.to_string()));
-        names
-    }
-
-    /// The parameters in flat order, for an optimizer to replace.
-    ///
-    /// # Errors
-    /// Only if the bias's tensor cannot be made.
-    pub fn parameters(&self) -> Result<Vec<Tensor>> {
-        let mut flat = Vec::new();
-        for pair in self.adapter.layers.iter().flatten().flatten() {
-            flat.extend([self.trained(&pair.a, 0)?, self.trained(&pair.b, 1)?]);
-        }
-        flat.extend(self.adapter.head.iter().map(|head| head.weight.clone()));
-        if let Some(bias) = self.trained_bias() {
-            let device = self.adapter.head.as_ref().map_or(&Device::Cpu, |h| h.weight.device());
-            flat.push(Tensor::from_vec(vec![bias], 1, device)?);
-        }
-        Ok(flat)
-    }
-
-    /// Takes stepped parameters in flat order. All or nothing.
-    ///
-    /// # Errors
-    /// If their number, a shape or a type differs from [`Self::parameters`].
-    pub fn replace(&mut self, parameters: Vec<Tensor>) -> Result<()> {
-        let names = self.names();
-        anyhow::ensure!(
-            parameters.len() == names.len(),
-            "{} parameters given, this adapter has {}",
-            parameters.len(),
-            names.len()
-        );
-        for ((new, old), name) in parameters.iter().zip(self.parameters()?).zip(&names) {
-            check_tensor(new, old.dims(), name)?;
-        }
-        let bias = match self.trained_bias() {
-            Some(_) => Some(parameters[names.len() - 1].to_vec1::<f32>()?[0]),
-            None => None,
-        };
-        let mut new = parameters.into_iter();
-        let adapter = &mut self.adapter;
-        let frozen = adapter.frozen_half;
-        let slots = adapter.layers.iter_mut().flatten().flatten().flat_map(|p| [(&mut p.a, 0), (&mut p.b, 1)]);
-        // All are made before any is put in its place.
-        let mut made = vec![];
-        for ((slot, dim), tensor) in slots.zip(&mut new) {
-            let tensor = match frozen {
-                true => {
-                    let half = slot.dims()[dim] / 2;
-                    Tensor::cat(&[&tensor, &slot.narrow(dim, half, half)?], dim)?
-                }
-                false => tensor,
-            };
-            made.push((slot, tensor));
-        }
-        for (slot, tensor) in made {
-            *slot = tensor;
-        }
-        if let (Some(head), Some(weight)) = (&mut adapter.head, new.next()) {
-            head.weight = weight;
-        }
-        if let (Some(head), Some(bias)) = (&mut adapter.head, bias) {
-            head.bias = bias;
-        }
-        Ok(())
-    }
-
-    /// The part of a factor, or of its gradient, that trains: all of it, or the first half of the rank.
-    pub(super) fn trained(&self, factor: &Tensor, rank_dim: usize) -> Result<Tensor> {
-        Ok(match self.adapter.frozen_half {
-            true => factor.narrow(rank_dim, 0, factor.dims()[rank_dim] / 2)?.contiguous()?,
-            false => factor.clone(),
-        })
-    }
-
-    pub(super) fn trained_bias(&self) -> Option<f32> {
-        self.adapter.head.as_ref().filter(|_| self.head_bias == HeadBias::Trained).map(|head| head.bias)
+        TrainableAdapter::of(self.clone())
     }
 }
 

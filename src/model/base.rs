@@ -1,24 +1,25 @@
 //! The frozen base: embedding, blocks, final norm, output table, exactly as their file stores them. It is never
 //! written and cannot be cloned; adapters are lent to each pass. Knows no role. Read roles.rs next.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use candle_core::Tensor;
 
 use std::borrow::Cow;
 
-use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes};
+use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes, LoraPair, Outer, Slot};
 use super::batch::Batch;
 use super::block::{Block, Checkpointing, FrozenLinear, Geometry, Kept, Layout, Norms};
 use super::checkpoint::Checkpoint;
-use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement};
+use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
+use super::ends::{self, Ends};
 use crate::invalid;
 use crate::ops::attention::Cached;
+use crate::ops::cpu;
 use crate::ops::head::Table;
-use crate::ops::linear::{self, InputGradient, Part};
+use crate::ops::linear::{InputGradient, Part};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::Angles;
 use crate::ops::weight::{Compute, Weight};
-use crate::ops::{columns, cpu};
 
 /// Frozen weights of one decoder.
 pub struct Base {
@@ -49,8 +50,9 @@ pub struct Tape {
     kept: Vec<Kept>,
     /// Output of the last block.
     last: Tensor,
-    /// The first block that was kept: below it nothing trains.
+    /// The first block that was kept: below it no block has a branch, nor the way into it.
     first: usize,
+    ends: ends::Kept,
 }
 
 /// Keys and values of a batch under generation, layer by layer, sequence by sequence.
@@ -235,13 +237,30 @@ impl Base {
         &self.fingerprint
     }
 
-    /// The table that logits are taken with, and what is done to them.
-    pub fn table(&self) -> Table<'_> {
+    /// The table that logits are taken with, the adapter's branch on it, and what is done to them.
+    pub fn table<'a>(&'a self, adapter: Option<&'a Adapter>) -> Table<'a> {
         Table {
             weight: self.weights.output.as_ref().unwrap_or(&self.weights.embedding),
             multiplier: self.config.logits_multiplier as f32,
             soft_cap: self.config.logits_soft_cap.map(|c| c as f32),
+            lora: adapter.and_then(|a| a.outer(Outer::Head)).map(LoraPair::low_rank),
         }
+    }
+
+    /// The matrix at a place that can carry a branch, (out, in); the token table as it is, (vocab, E).
+    pub fn matrix(&self, slot: Slot) -> Option<&Weight> {
+        let w = &self.weights;
+        match slot {
+            Slot::Block { layer, linear } => w.blocks.get(layer)?.linears.get(linear).map(|l| &l.weight),
+            Slot::Outer(Outer::Embedding) => Some(&w.embedding),
+            Slot::Outer(Outer::ProjectIn) => w.projections.as_ref().map(|p| &p[0]),
+            Slot::Outer(Outer::ProjectOut) => w.projections.as_ref().map(|p| &p[1]),
+            Slot::Outer(Outer::Head) => Some(w.output.as_ref().unwrap_or(&w.embedding)),
+        }
+    }
+
+    pub(super) fn parts(&self) -> &Weights {
+        &self.weights
     }
 
     /// All stored matrices under their Hugging Face names, (out, in) each, in file order of a decoder.
@@ -323,8 +342,13 @@ impl Base {
             ));
         }
         if longest > self.config.max_position_embeddings {
+            let why = match self.config.rope_scaling {
+                RopeScaling::Divisors { .. } => " (longrope's long factors, for more, are not supported)",
+                _ => "",
+            };
             return Err(invalid!(
-                "a sequence of {longest} tokens is longer than the model's context of {}; shorten prompts or responses",
+                "a sequence of {longest} tokens is longer than the model's context of {}{why}; shorten prompts or \
+                 responses",
                 self.config.max_position_embeddings
             ));
         }
@@ -338,11 +362,12 @@ impl Base {
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
-        let mut x = self.embed(batch.tokens(), batch.positions())?;
+        let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
+        let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for (layer, block) in self.weights.blocks.iter().enumerate() {
             x = block.forward(pairs(adapter, layer), &self.geometry, layout, &x)?;
         }
-        self.finish(x)
+        ends.finish(x, &mut unused)
     }
 
     /// Hidden states (N, D) after the final norm, with what `backward` wants. Blocks below the adapter's first branch
@@ -353,9 +378,13 @@ impl Base {
     pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpointing) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout::of(batch);
-        let first =
-            adapter.layers().iter().position(|p| p.iter().any(Option::is_some)).unwrap_or(self.weights.blocks.len());
-        let mut x = self.embed(batch.tokens(), batch.positions())?;
+        let (ends, mut kept_ends) = (Ends::of(self, Some(adapter)), ends::Kept::default());
+        let lowest = adapter.layers().iter().position(|p| p.iter().any(Option::is_some));
+        let first = match ends.trains_before() {
+            true => 0,
+            false => lowest.unwrap_or(self.weights.blocks.len()),
+        };
+        let mut x = ends.start(batch.tokens(), batch.positions(), &mut kept_ends)?;
         let mut kept = Vec::with_capacity(self.weights.blocks.len() - first);
         for (layer, block) in self.weights.blocks.iter().enumerate() {
             let pairs = pairs(Some(adapter), layer);
@@ -367,28 +396,34 @@ impl Base {
                 x = y;
             }
         }
-        let h = self.finish(x.clone())?;
-        Ok((h, Tape { kept, last: x, first }))
+        let h = ends.finish(x.clone(), &mut kept_ends)?;
+        Ok((h, Tape { kept, last: x, first, ends: kept_ends }))
     }
 
-    /// Gradients of the adapter's branches, of dL/dh (N, D). The blocks' activations are given back as it goes.
+    /// Gradients of the adapter's branches but the output table's, which is the head's to give, of dL/dh (N, D). The
+    /// blocks' activations are given back as it goes.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: &Tensor) -> Result<Gradients> {
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
-        let mut dy = self.finish_backward(&tape.last, dh)?;
+        let ends = Ends::of(self, Some(adapter));
+        let mut dy = ends.finish_backward(&tape.last, &tape.ends, dh, &mut grads)?;
         let kept = tape.kept.into_iter().enumerate().map(|(i, k)| (tape.first + i, k));
         for (layer, kept) in kept.collect::<Vec<_>>().into_iter().rev() {
-            let wanted = if layer == tape.first { InputGradient::Unused } else { InputGradient::Wanted };
+            let unused = layer == tape.first && !ends.trains_before();
+            let wanted = if unused { InputGradient::Unused } else { InputGradient::Wanted };
             let pairs = pairs(Some(adapter), layer);
             let (dx, g) = self.weights.blocks[layer].backward(pairs, &self.geometry, layout, kept, &dy, wanted)?;
             grads.layers[layer] = g;
             match dx {
                 Some(dx) => dy = dx,
-                None => break,
+                None => return Ok(grads),
             }
+        }
+        if ends.trains_before() {
+            ends.start_backward(batch.tokens(), &tape.ends, &dy, &mut grads)?;
         }
         Ok(grads)
     }
@@ -401,12 +436,13 @@ impl Base {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
         let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.weights.blocks.len()] };
-        let mut x = self.embed(batch.tokens(), batch.positions())?;
+        let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
+        let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
             x = block.prefill(pairs(adapter, layer), &self.geometry, layout, &x, caches)?;
         }
         let last = select_rows(&x, &batch.last_rows())?;
-        Ok((self.finish(last)?, cache))
+        Ok((ends.finish(last, &mut unused)?, cache))
     }
 
     /// Hidden state (S, D) after one more token a sequence, at `positions` (S).
@@ -421,20 +457,22 @@ impl Base {
         cache: &mut Cache,
     ) -> Result<Tensor> {
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
-        let mut x = self.embed(tokens, positions)?;
+        let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
+        let mut x = ends.start(tokens, positions, &mut unused)?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
             x = block.decode(pairs(adapter, layer), &self.geometry, positions, &x, caches)?;
         }
-        self.finish(x)
+        ends.finish(x, &mut unused)
     }
 
-    /// Logits (S, vocab) of hidden states (S, D): for sampling, where S is small. Scoring goes through `ops::head`.
+    /// Logits (S, vocab) of hidden states (S, D), with the adapter's branch on the output table: for sampling, where S
+    /// is small. Scoring goes through `ops::head`.
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
-        let table = self.table();
-        let logits = plain(hidden, table.weight)?;
+    pub fn logits(&self, hidden: &Tensor, adapter: Option<&Adapter>) -> Result<Tensor> {
+        let table = self.table(adapter);
+        let (logits, _) = ends::one(hidden, Part { weight: table.weight, bias: None, lora: table.lora })?;
         if table.multiplier == 1.0 && table.soft_cap.is_none() {
             return Ok(logits);
         }
@@ -442,58 +480,6 @@ impl Base {
         table.shape(&mut shaped);
         Ok(cpu::tensor(shaped, logits.dims2()?)?)
     }
-
-    /// The first block's input (N, D) of tokens (N) at positions (N).
-    fn embed(&self, tokens: &[u32], positions: &[u32]) -> Result<Tensor> {
-        let mut x = linear::embed(&self.weights.embedding, tokens)?;
-        if self.config.embedding_multiplier != 1.0 {
-            x = columns::scale(&x, self.config.embedding_multiplier as f32)?;
-        }
-        if let Some([into, _]) = &self.weights.projections {
-            x = plain(&x, into)?;
-        }
-        if let (Some(table), Some(first)) = (&self.weights.positions, self.config.learned_positions) {
-            let rows: Vec<u32> = positions.iter().map(|p| p + first as u32).collect();
-            x = columns::add(&x, &linear::embed(table, &rows)?, 1.0)?;
-        }
-        Ok(x)
-    }
-
-    /// Hidden states (N, E) of the last block's output (N, D).
-    fn finish(&self, x: Tensor) -> Result<Tensor> {
-        let h = match &self.weights.norm {
-            Some(norm) => norm.forward(&x)?,
-            None => x,
-        };
-        match &self.weights.projections {
-            Some([_, out]) => plain(&h, out),
-            None => Ok(h),
-        }
-    }
-
-    /// dL/dx (N, D) of dL/dh (N, E); x is the last block's output.
-    fn finish_backward(&self, x: &Tensor, dh: &Tensor) -> Result<Tensor> {
-        let dh = match &self.weights.projections {
-            Some([_, out]) => {
-                let part = [Part { weight: out, bias: None, lora: None }];
-                // What the map read matters to its branch alone, and it has none.
-                let z = cpu::tensor(vec![], (dh.dims2()?.0, 0))?;
-                let g = linear::backward(x, &part, &z, &[dh], InputGradient::Wanted)?;
-                g.input.context("an input gradient was asked for and not made")?
-            }
-            None => dh.clone(),
-        };
-        Ok(match &self.weights.norm {
-            Some(norm) => norm.backward(x, &dh, None)?,
-            None => dh,
-        })
-    }
-}
-
-/// x W^T.
-fn plain(x: &Tensor, weight: &Weight) -> Result<Tensor> {
-    let (mut y, _) = linear::forward(x, &[Part { weight, bias: None, lora: None }], None)?;
-    y.pop().context("a linear gives one output a part")
 }
 
 fn pairs(adapter: Option<&Adapter>, layer: usize) -> Option<&LayerPairs> {

@@ -86,7 +86,7 @@ pub fn generate(
     let mut chooser = Chooser::default();
     loop {
         // 2. A token for each live sequence.
-        let logits = policy.base().logits(&hidden)?;
+        let logits = policy.base().logits(&hidden, policy.adapter())?;
         let mut keep = vec![true; live.len()];
         {
             let logits = cpu::view(&logits)?;

@@ -4,15 +4,18 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::adapter::{HEAD_BIAS, HEAD_WEIGHT, TrainableAdapter, check_tensor, factor_name};
+use super::adapter::{Factor, HEAD_BIAS, HEAD_WEIGHT, Outer, Slot, TrainableAdapter, check_tensor, factor_name};
 use super::lora::MAX_LINEARS;
+pub use crate::ops::linear::BranchGradient;
 
 /// Gradients in an adapter's layout. What is `None` counts as zero in a sum; [`TrainableAdapter::flat_gradients`]
 /// refuses it when it comes to the step.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    /// (dA (r, in), dB (out, r)) f32, indexed like `Adapter::layers`.
-    pub layers: Vec<[Option<(Tensor, Tensor)>; MAX_LINEARS]>,
+    /// Of each branch, indexed like `Adapter::layers`.
+    pub layers: Vec<[Option<BranchGradient>; MAX_LINEARS]>,
+    /// Of those outside of the blocks, by [`Outer`].
+    pub outer: [Option<BranchGradient>; 4],
     /// (1, D) f32.
     pub head_weight: Option<Tensor>,
     /// (1,) f32.
@@ -22,7 +25,7 @@ pub struct Gradients {
 impl Gradients {
     /// Nothing yet, for `layers` blocks.
     pub fn none(layers: usize) -> Self {
-        Self { layers: (0..layers).map(|_| Default::default()).collect(), head_weight: None, head_bias: None }
+        Self { layers: (0..layers).map(|_| Default::default()).collect(), ..Self::default() }
     }
 
     /// Adds another micro-batch's gradients.
@@ -32,11 +35,9 @@ impl Gradients {
     pub fn add(&mut self, other: Self) -> Result<()> {
         let (have, more) = (self.layers.len(), other.layers.len());
         anyhow::ensure!(have == more, "gradients of {have} and of {more} layers cannot be added");
-        for (mine, theirs) in self.layers.iter_mut().flatten().zip(other.layers.into_iter().flatten()) {
-            *mine = match (mine.take(), theirs) {
-                (Some((a, b)), Some((more_a, more_b))) => Some(((a + more_a)?, (b + more_b)?)),
-                (one, other) => one.or(other),
-            };
+        let theirs = other.layers.into_iter().flatten().chain(other.outer);
+        for (mine, theirs) in self.layers.iter_mut().flatten().chain(&mut self.outer).zip(theirs) {
+            *mine = sum(mine.take(), theirs)?;
         }
         for (mine, theirs) in [(&mut self.head_weight, other.head_weight), (&mut self.head_bias, other.head_bias)] {
             *mine = match (mine.take(), theirs) {
@@ -52,15 +53,36 @@ impl Gradients {
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn scale(&mut self, factor: f64) -> Result<()> {
-        for (a, b) in self.layers.iter_mut().flatten().flatten() {
-            *a = (&*a * factor)?;
-            *b = (&*b * factor)?;
-        }
-        for gradient in [&mut self.head_weight, &mut self.head_bias].into_iter().flatten() {
+        let branches = self.layers.iter_mut().flatten().chain(&mut self.outer).flatten();
+        let tensors = branches.flat_map(|g| [Some(&mut g.a), Some(&mut g.b), g.magnitude.as_mut()]).flatten();
+        for gradient in tensors.chain(&mut self.head_weight).chain(&mut self.head_bias) {
             *gradient = (&*gradient * factor)?;
         }
         Ok(())
     }
+
+    /// That of the branch at a place.
+    pub fn at(&self, slot: Slot) -> Option<&BranchGradient> {
+        match slot {
+            Slot::Block { layer, linear } => self.layers.get(layer)?.get(linear)?.as_ref(),
+            Slot::Outer(outer) => self.outer[outer as usize].as_ref(),
+        }
+    }
+}
+
+/// What is `None` counts as zero.
+pub(super) fn sum(one: Option<BranchGradient>, other: Option<BranchGradient>) -> Result<Option<BranchGradient>> {
+    Ok(match (one, other) {
+        (Some(one), Some(other)) => Some(BranchGradient {
+            a: (one.a + other.a)?,
+            b: (one.b + other.b)?,
+            magnitude: match (one.magnitude, other.magnitude) {
+                (Some(m), Some(more)) => Some((m + more)?),
+                (one, other) => one.or(other),
+            },
+        }),
+        (one, other) => one.or(other),
+    })
 }
 
 impl TrainableAdapter {
@@ -70,8 +92,8 @@ impl TrainableAdapter {
     /// If a gradient is no matrix.
     pub fn without_frozen(&self, mut gradients: Gradients) -> Result<Gradients> {
         if self.view().frozen_half() {
-            for (a, b) in gradients.layers.iter_mut().flatten().flatten() {
-                (*a, *b) = (self.trained(a, 0)?, self.trained(b, 1)?);
+            for g in gradients.layers.iter_mut().flatten().chain(&mut gradients.outer).flatten() {
+                (g.a, g.b) = (self.trained(&g.a, 0)?, self.trained(&g.b, 1)?);
             }
         }
         Ok(gradients)
@@ -98,17 +120,22 @@ impl TrainableAdapter {
             flat.push(gradient);
             Ok(())
         };
-        for (layer, (pairs, grads)) in adapter.layers().iter().zip(&gradients.layers).enumerate() {
-            for (linear, (pair, grads)) in pairs.iter().zip(grads).enumerate() {
-                let (grads, shapes) = (grads.as_ref(), adapter.shapes());
-                if let Some(pair) = pair {
-                    let ((r, inp), (out, _)) = (pair.a.dims2()?, pair.b.dims2()?);
-                    let r = if adapter.frozen_half() { r / 2 } else { r };
-                    take(&[r, inp], grads.map(|g| &g.0), factor_name(shapes, layer, linear, 'A'))?;
-                    take(&[out, r], grads.map(|g| &g.1), factor_name(shapes, layer, linear, 'B'))?;
-                } else if grads.is_some() {
-                    anyhow::bail!("a gradient for map {linear} of layer {layer}, which has no branch");
-                }
+        let shapes = adapter.shapes();
+        let places =
+            (0..shapes.layers).flat_map(|layer| (0..MAX_LINEARS).map(move |linear| Slot::Block { layer, linear }));
+        for slot in places.chain(Outer::ALL.map(Slot::Outer)) {
+            let grads = gradients.at(slot);
+            let Some(pair) = adapter.at(slot) else {
+                anyhow::ensure!(grads.is_none(), "a gradient for {slot:?}, which has no branch");
+                continue;
+            };
+            let ((r, inp), (out, _)) = (pair.a.dims2()?, pair.b.dims2()?);
+            let r = if adapter.frozen_half() { r / 2 } else { r };
+            let name = |factor| factor_name(shapes, slot, factor);
+            take(&[r, inp], grads.map(|g| &g.a), name(Factor::A))?;
+            take(&[out, r], grads.map(|g| &g.b), name(Factor::B))?;
+            if pair.magnitude.is_some() {
+                take(&[out], grads.and_then(|g| g.magnitude.as_ref()), name(Factor::Magnitude))?;
             }
         }
         match adapter.head() {
@@ -154,8 +181,9 @@ mod tests {
             layers: adapter
                 .layers()
                 .iter()
-                .map(|row| std::array::from_fn(|i| row[i].as_ref().map(|p| (like(&p.a), like(&p.b)))))
+                .map(|row| std::array::from_fn(|i| row[i].as_ref().map(|p| (like(&p.a), like(&p.b)).into())))
                 .collect(),
+            outer: Default::default(),
             head_weight: adapter.head().map(|h| like(&h.weight)),
             head_bias: adapter.head().map(|_| Tensor::new(&[factor as f32], &Device::Cpu).unwrap()),
         }
@@ -191,8 +219,8 @@ mod tests {
         g.head_weight = None;
         assert!(refusal(&g).contains("score.weight"));
         let mut g = ones(&adapter, 1.0);
-        let (a, b) = g.layers[0][0].take().unwrap();
-        g.layers[0][0] = Some((b, a));
+        let BranchGradient { a, b, .. } = g.layers[0][0].take().unwrap();
+        g.layers[0][0] = Some((b, a).into());
         assert!(refusal(&g).contains("layers.0.self_attn.q_proj.lora_A"));
         let headless = Adapter::init(config(), SHAPES, 3).unwrap().to_trainable();
         assert!(headless.flat_gradients(&ones(&adapter, 1.0)).is_err());

@@ -5,7 +5,7 @@ use anyhow::Result;
 
 use crate::invalid;
 
-/// No supported block has more linear maps than this; adapters and gradients keep one slot for each.
+/// No supported block has more linear maps than this; adapters and gradients keep one place for each.
 pub const MAX_LINEARS: usize = 7;
 
 /// One linear map of a decoder block.
@@ -24,6 +24,38 @@ impl Linear {
     pub fn name(&self) -> &'static str {
         self.path.rsplit('.').next().unwrap_or(self.path)
     }
+}
+
+/// A map outside of the blocks that can carry a branch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outer {
+    /// The token table: its "inputs" are the vocabulary.
+    Embedding,
+    /// From a narrower token table into the blocks (OPT-350M).
+    ProjectIn,
+    /// Out of the blocks to the width of the table.
+    ProjectOut,
+    /// The table of the logits, which may be the token table itself: a branch is on one end alone.
+    Head,
+}
+
+impl Outer {
+    /// All of them, in the order in which adapters list them.
+    pub const ALL: [Self; 4] = [Self::Embedding, Self::ProjectIn, Self::ProjectOut, Self::Head];
+}
+
+/// Where a branch sits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Slot {
+    /// Map `linear` of a block, in the order of [`LinearShapes::linears`].
+    Block {
+        /// Which block.
+        layer: usize,
+        /// Which map.
+        linear: usize,
+    },
+    /// Outside of the blocks.
+    Outer(Outer),
 }
 
 /// How the matrices of a block's linear maps lie in a Hugging Face file.
@@ -49,6 +81,8 @@ pub struct LinearShapes {
     pub layout: MatrixLayout,
     linears: [Linear; MAX_LINEARS],
     count: usize,
+    /// By [`Outer`]; paths are whole.
+    outer: [Option<Linear>; 4],
 }
 
 impl LinearShapes {
@@ -59,7 +93,14 @@ impl LinearShapes {
         for (slot, map) in linears.iter_mut().zip(maps) {
             *slot = *map;
         }
-        Self { layers, hidden, blocks, layout, linears, count: maps.len().min(MAX_LINEARS) }
+        Self { layers, hidden, blocks, layout, linears, count: maps.len().min(MAX_LINEARS), outer: [None; 4] }
+    }
+
+    /// With a map outside of the blocks, its path whole: `model.embed_tokens`.
+    #[must_use]
+    pub const fn with_outer(mut self, outer: Outer, map: Linear) -> Self {
+        self.outer[outer as usize] = Some(map);
+        self
     }
 
     /// The seven maps of a Llama: q, k, v, o, gate, up, down. `q_out`: heads x head size, `kv_out`: key-value heads x
@@ -74,7 +115,8 @@ impl LinearShapes {
             Linear { path: "mlp.up_proj", inp: hidden, out: intermediate },
             Linear { path: "mlp.down_proj", inp: intermediate, out: hidden },
         ];
-        Self { layers, hidden, blocks: "model.layers", layout: MatrixLayout::OutIn, linears, count: 7 }
+        let layout = MatrixLayout::OutIn;
+        Self { layers, hidden, blocks: "model.layers", layout, linears, count: 7, outer: [None; 4] }
     }
 
     /// The maps of one block, in order.
@@ -92,7 +134,41 @@ impl LinearShapes {
         format!("{}.{layer}.{}", self.blocks, self.linears[linear].path)
     }
 
-    /// The maps' own names: `q_proj` and so on. The path inside the block where two maps share a name.
+    /// A map outside of the blocks, if this decoder has it.
+    pub fn outer(&self, outer: Outer) -> Option<&Linear> {
+        self.outer[outer as usize].as_ref()
+    }
+
+    /// Every place that can carry a branch, in the order in which adapters list them: block by block, then outside.
+    pub fn slots(&self) -> impl Iterator<Item = Slot> + '_ {
+        let blocks =
+            (0..self.layers).flat_map(|layer| (0..self.count).map(move |linear| Slot::Block { layer, linear }));
+        blocks.chain(Outer::ALL.into_iter().filter(|&o| self.outer(o).is_some()).map(Slot::Outer))
+    }
+
+    /// Path inside the model, the string that PEFT's rules are matched against; empty for a place that is not there.
+    pub fn path(&self, slot: Slot) -> String {
+        match slot {
+            Slot::Block { layer, linear } => self.module_path(layer, linear),
+            Slot::Outer(outer) => self.outer(outer).map_or("", |map| map.path).to_string(),
+        }
+    }
+
+    /// (input features, output features) of a place.
+    pub fn dims_of(&self, slot: Slot) -> (usize, usize) {
+        match slot {
+            Slot::Block { linear, .. } => self.dims(linear),
+            Slot::Outer(outer) => self.outer(outer).map_or((0, 0), |map| (map.inp, map.out)),
+        }
+    }
+
+    /// Of what PEFT's `"all-linear"` comes to, the names: all linear maps but the output table's.
+    pub fn all_linear(&self) -> Vec<&'static str> {
+        let outer = [Outer::ProjectIn, Outer::ProjectOut].into_iter().filter_map(|o| self.outer(o));
+        self.names().into_iter().chain(outer.map(Linear::name)).collect()
+    }
+
+    /// The names of the blocks' maps: `q_proj` and so on. The path inside the block where two maps share a name.
     pub fn names(&self) -> Vec<&'static str> {
         let shared = |name: &str| self.linears().iter().filter(|l| l.name() == name).count() > 1;
         self.linears().iter().map(|l| if shared(l.name()) { l.path } else { l.name() }).collect()
@@ -104,6 +180,16 @@ impl LinearShapes {
         let (layer, inside) = path.strip_prefix(self.blocks)?.strip_prefix('.')?.split_once('.')?;
         let layer = layer.parse().ok().filter(|&layer| layer < self.layers)?;
         Some((layer, self.linears().iter().position(|l| l.path == inside)?))
+    }
+
+    /// The place whose matrix has this Hugging Face name, outside of the blocks too.
+    pub fn slot_of(&self, weight_name: &str) -> Option<Slot> {
+        if let Some((layer, linear)) = self.find(weight_name) {
+            return Some(Slot::Block { layer, linear });
+        }
+        // GPT-NeoX's files have another name for the matrix of its `lm_head`.
+        let path = if weight_name == "embed_out.weight" { "lm_head" } else { weight_name.strip_suffix(".weight")? };
+        Outer::ALL.into_iter().find(|&o| self.outer(o).is_some_and(|map| map.path == path)).map(Slot::Outer)
     }
 
     /// The slot of the map of this name or path inside the block.
@@ -119,14 +205,14 @@ impl LinearShapes {
     }
 
     fn widest(&self) -> usize {
-        self.linears().iter().flat_map(|l| [l.inp, l.out]).max().unwrap_or(0)
+        self.linears().iter().chain(self.outer.iter().flatten()).flat_map(|l| [l.inp, l.out]).max().unwrap_or(0)
     }
 }
 
 /// Which maps get a branch. Source: PEFT `tuners_utils.check_target_module_exists`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TargetModules {
-    /// All of every block (PEFT's `"all-linear"`; the output layer and the score head stay out).
+    /// All linear maps (PEFT's `"all-linear"`; the token table, the output layer and the score head stay out).
     AllLinear,
     /// A module matches if its path is an entry or ends with `.` and an entry.
     List(Vec<String>),
@@ -151,7 +237,10 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Alphas of single maps, likewise.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// LoRA+: how many times the learning rate the B factors learn with. Of the training, not of what is saved.
+    /// DoRA (arXiv:2402.09353): every branch has a magnitude.
+    pub use_dora: bool,
+    /// LoRA+: how many times the learning rate B factors and magnitudes learn with; the token table's branch is left out.
+    /// Of the training, not of what is saved.
     pub loraplus_lr_ratio: f64,
 }
 
@@ -166,6 +255,7 @@ impl Default for LoraConfig {
             layers_to_transform: None,
             rank_pattern: vec![],
             alpha_pattern: vec![],
+            use_dora: false,
             loraplus_lr_ratio: 1.0,
         }
     }
@@ -203,34 +293,34 @@ impl LoraConfig {
         self
     }
 
-    /// For every block, which of its maps get a branch.
+    /// The places that get a branch, in the order of [`LinearShapes::slots`]. With `layers_to_transform` only maps of
+    /// those blocks (as in PEFT, which finds no layer's number outside).
     ///
     /// # Errors
     /// If the rank or alpha cannot be used with these shapes, a layer does not exist, or a target matches nothing.
-    pub fn select(&self, shapes: &LinearShapes) -> Result<Vec<[bool; MAX_LINEARS]>> {
+    pub fn select(&self, shapes: &LinearShapes) -> Result<Vec<Slot>> {
         self.check(shapes)?;
-        let in_layers = |layer: usize| match self.layers_to_transform.as_deref() {
-            None | Some([]) => true, // PEFT reads an empty list as "all"
-            Some(layers) => layers.contains(&layer),
+        // PEFT reads an empty list as "all".
+        let only = self.layers_to_transform.as_deref().filter(|layers| !layers.is_empty());
+        let within = |slot: Slot| match slot {
+            Slot::Block { layer, .. } => only.is_none_or(|layers| layers.contains(&layer)),
+            Slot::Outer(_) => only.is_none(),
         };
         let matcher = Matcher::new(&self.target_modules, shapes)?;
         let mut hits = vec![0usize; matcher.targets()];
-        let selected = (0..shapes.layers)
-            .map(|layer| {
-                std::array::from_fn(|i| {
-                    i < shapes.count && in_layers(layer) && matcher.matches(&shapes.module_path(layer, i), &mut hits)
-                })
-            })
-            .collect();
+        let picked = |&slot: &Slot| within(slot) && matcher.matches(slot, &shapes.path(slot), &mut hits);
+        let selected: Vec<Slot> = shapes.slots().filter(picked).collect();
         if let Some(miss) = hits.iter().position(|&h| h == 0) {
+            let outer: Vec<&str> = shapes.outer.iter().flatten().map(Linear::name).collect();
             return Err(invalid!(
                 "target_modules: {} matches no linear map of this model; there are {} in layers 0 to {} \
-                 (as in {}){}",
+                 (as in {}){}{}",
                 matcher.describe(miss),
                 shapes.names().join(", "),
                 shapes.layers.saturating_sub(1),
                 shapes.module_path(0, 0),
-                if self.layers_to_transform.is_some() { "; layers_to_transform leaves only some of them" } else { "" },
+                if outer.is_empty() { String::new() } else { format!(", and outside of them {}", outer.join(", ")) },
+                if only.is_some() { "; layers_to_transform leaves only some of them" } else { "" },
             ));
         }
         Ok(selected)
@@ -317,11 +407,11 @@ impl<'a> Matcher<'a> {
     }
 
     /// Counts every target that matches, so that one that never does can be named.
-    fn matches(&self, path: &str, hits: &mut [usize]) -> bool {
+    fn matches(&self, slot: Slot, path: &str, hits: &mut [usize]) -> bool {
         match self {
             Self::All => {
                 hits[0] += 1;
-                true
+                !matches!(slot, Slot::Outer(Outer::Embedding | Outer::Head))
             }
             Self::List(list) => {
                 let mut any = false;
@@ -358,9 +448,12 @@ mod tests {
     }
 
     fn picked(config: &LoraConfig) -> Vec<(usize, &'static str)> {
-        let rows = config.select(&SHAPES).unwrap();
-        let pairs = rows.iter().enumerate().flat_map(|(layer, row)| (0..7).map(move |i| (layer, i, row[i])));
-        pairs.filter(|x| x.2).map(|x| (x.0, SHAPES.linears()[x.1].name())).collect()
+        let slots = config.select(&SHAPES).unwrap().into_iter();
+        let named = slots.filter_map(|slot| match slot {
+            Slot::Block { layer, linear } => Some((layer, SHAPES.linears()[linear].name())),
+            Slot::Outer(_) => None,
+        });
+        named.collect()
     }
 
     #[test]
@@ -388,6 +481,30 @@ mod tests {
         assert!(config(TargetModules::Regex("(".into())).select(&SHAPES).is_err());
         // An alternation must not escape the anchors.
         assert!(config(TargetModules::Regex("model|q_proj".into())).select(&SHAPES).is_err());
+    }
+
+    #[test]
+    fn both_ends_are_targets_by_name_alone_and_the_projections_by_all_linear_too() {
+        let map = |path, inp, out| Linear { path, inp, out };
+        let shapes = SHAPES
+            .with_outer(Outer::Embedding, map("model.embed_tokens", 100, 24))
+            .with_outer(Outer::ProjectIn, map("model.project_in", 24, 32))
+            .with_outer(Outer::Head, map("lm_head", 24, 100));
+        let outer = |c: &LoraConfig| -> Vec<Outer> {
+            let slots = c.select(&shapes).unwrap().into_iter();
+            slots.filter_map(|s| if let Slot::Outer(o) = s { Some(o) } else { None }).collect()
+        };
+        assert_eq!(outer(&config(TargetModules::AllLinear)), [Outer::ProjectIn]);
+        assert_eq!(outer(&config(list(&["lm_head", "q_proj", "embed_tokens"]))), [Outer::Embedding, Outer::Head]);
+        assert_eq!(outer(&config(TargetModules::Regex(".*(q_proj|head)".into()))), [Outer::Head]);
+        let mut c = config(list(&["q_proj", "lm_head"]));
+        c.layers_to_transform = Some(vec![1]);
+        assert!(
+            c.select(&shapes).unwrap_err().to_string().contains("layers_to_transform"),
+            "as PEFT finds nothing there"
+        );
+        assert_eq!(shapes.slot_of("lm_head.weight"), Some(Slot::Outer(Outer::Head)));
+        assert_eq!(shapes.all_linear().last(), Some(&"project_in"));
     }
 
     #[test]

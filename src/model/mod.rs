@@ -7,10 +7,13 @@ pub mod adapter;
 pub mod base;
 pub mod batch;
 pub mod block;
+pub mod branch;
 mod byte_bpe;
 pub mod chat_template;
 pub mod checkpoint;
 pub mod config;
+pub mod dora;
+mod ends;
 pub mod generate;
 pub mod gguf;
 pub mod gguf_tokenizer;
@@ -20,6 +23,7 @@ pub mod peft;
 pub mod principal;
 pub mod roles;
 pub mod tokenizer;
+mod trainable;
 
 #[cfg(test)]
 pub(crate) mod oracle;

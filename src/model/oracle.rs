@@ -233,15 +233,25 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
         Activation::GeluTanh => x.gelu(),
         Activation::Relu => x.relu(),
     };
+    let with_branch = |x: &Tensor, y: Tensor, path: &str| -> candle_core::Result<Tensor> {
+        let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
+        match (vars.get(&name('A')), vars.get(&name('B'))) {
+            (Some(a), Some(b)) => y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?,
+            _ => Ok(y),
+        }
+    };
+    // OPT-350M's maps in and out of the blocks; where there is none, x.
+    let project = |x: Tensor, name: &str| match weights.get(name) {
+        Some(w) => with_branch(&x, x.matmul(&w.t()?)?, name.trim_end_matches(".weight")),
+        None => Ok(x),
+    };
     let (hd, nq, nkv) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
     let mut states = vec![];
     for bounds in batch.offsets().windows(2) {
         let t = bounds[1] - bounds[0];
         let ids = Tensor::new(&batch.tokens()[bounds[0]..bounds[1]], dev)?;
         let mut x = (weights[names.embedding].index_select(&ids, 0)? * c.embedding_multiplier)?;
-        if let Some(into) = weights.get(crate::model::config::PROJECT_IN) {
-            x = x.matmul(&into.t()?)?;
-        }
+        x = project(x, crate::model::config::PROJECT_IN)?;
         if let Some(first) = c.learned_positions {
             x = (x + weights[names.positions].narrow(0, first, t)?)?;
         }
@@ -258,11 +268,7 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
                 if let Some(bias) = vectors.get(&format!("{path}.bias")) {
                     y = y.broadcast_add(bias)?;
                 }
-                let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
-                match (vars.get(&name('A')), vars.get(&name('B'))) {
-                    (Some(a), Some(b)) => y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?,
-                    _ => Ok(y),
-                }
+                with_branch(x, y, &path)
             };
             let (freqs, factor) = match kind.rope {
                 LayerRope::Local => (c.local_inv_freq(), 1.0),
@@ -335,10 +341,7 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
             x = after((x2 + (f * c.residual_multiplier)?)?, 2)?;
         }
         let h = norm(&x, names.final_norm)?;
-        states.push(match weights.get(crate::model::config::PROJECT_OUT) {
-            Some(out) => h.matmul(&out.t()?)?,
-            None => h,
-        });
+        states.push(project(h, crate::model::config::PROJECT_OUT)?);
     }
     assert_eq!(shapes.hidden, c.embedding_width);
     Tensor::cat(&states, 0)
@@ -375,7 +378,7 @@ fn every_policy_gradient_is_autograds_for_every_choice_and_both_checkpoints() ->
     let r = targets.rows.len();
     let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
     for base in choices().into_iter().map(random_base) {
-        let table = base.table();
+        let table = base.table(None);
         for (layers, checkpoint) in
             [(None, Checkpointing::Off), (None, Checkpointing::Block), (Some(vec![1]), Checkpointing::Off)]
         {

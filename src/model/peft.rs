@@ -13,12 +13,13 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 
-use super::adapter::{
-    Adapter, HEAD_BIAS, HEAD_WEIGHT, LayerPairs, LinearShapes, LoraPair, Provenance, ScoreHead, factor_name,
-};
+use super::adapter::{Adapter, Factor, HEAD_BIAS, LinearShapes, LoraPair, Provenance, ScoreHead, factor_name};
 mod config;
+mod tables;
 
 use self::config::{FileConfig, config_json, parse_config};
+pub use self::tables::base_tables;
+use self::tables::table_name;
 use crate::invalid;
 
 /// The hyperparameters' file.
@@ -117,38 +118,46 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     let damaged = |e| invalid!("truncated or damaged ({e}); save or download it again");
     let (_, header) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
     let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
-    let FileConfig { lora, wants_head, base_model } = config;
+    let FileConfig { lora, heads, base_model } = config;
 
     let mut unread: BTreeSet<&str> = file.names().into_iter().collect();
-    let mut take = |name: &str, dims: [usize; 2]| -> Result<Tensor> {
+    let mut take = |name: &str, dims: &[usize]| -> Result<Tensor> {
         if !unread.remove(name) {
             return Err(invalid!("{name} is missing, and {CONFIG_FILE} promises it; the adapter is incomplete"));
         }
-        read_tensor(&file, name, &dims)
+        read_tensor(&file, name, dims)
     };
-    let mut layers = Vec::new();
-    for (layer, selected) in lora.select(&shapes)?.into_iter().enumerate() {
-        let mut pairs: LayerPairs = Default::default();
-        for linear in (0..shapes.linears().len()).filter(|&i| selected[i]) {
-            let (inp, out) = shapes.dims(linear);
-            let path = shapes.module_path(layer, linear);
-            let (r, scale) = (lora.rank_of(&path), lora.scaling_of(&path));
-            let a = take(&factor_name(&shapes, layer, linear, 'A'), [r, inp])?;
-            let b = take(&factor_name(&shapes, layer, linear, 'B'), [out, r])?;
-            pairs[linear] = Some(LoraPair { a, b, scale });
-        }
-        layers.push(pairs);
+    let mut pairs = vec![];
+    for slot in lora.select(&shapes)? {
+        let (inp, out) = shapes.dims_of(slot);
+        let path = shapes.path(slot);
+        let (r, scale) = (lora.rank_of(&path), lora.scaling_of(&path));
+        let name = |factor| factor_name(&shapes, slot, factor);
+        let (a, b) = (take(&name(Factor::A), &[r, inp])?, take(&name(Factor::B), &[out, r])?);
+        let magnitude = lora.use_dora.then(|| take(&name(Factor::Magnitude), &[out])).transpose()?;
+        pairs.push((slot, LoraPair::new(a, b, scale).with_magnitude(magnitude)));
     }
-    let head = match wants_head {
-        true => Some(ScoreHead { weight: take(HEAD_WEIGHT, [1, shapes.hidden])?, bias: 0.0 }),
-        false => None,
-    };
-    let head = match head {
-        Some(head) if unread.remove(HEAD_BIAS) => {
-            Some(ScoreHead { bias: read_tensor(&file, HEAD_BIAS, &[1])?.to_vec1::<f32>()?[0], ..head })
+    let head = match &heads[..] {
+        [] => None,
+        heads => {
+            let places =
+                heads.iter().flat_map(|head| ["", ".summary"].map(|of| format!("base_model.model.{head}{of}")));
+            let there = |place: &String| file.names().contains(&format!("{place}.weight").as_str());
+            // Of a head that is not there, the first name is what an error calls missing.
+            let place = places.clone().find(there).or(places.clone().next()).unwrap_or_default();
+            let (weight, bias) = (format!("{place}.weight"), format!("{place}.bias"));
+            let weight = take(&weight, &[1, shapes.hidden])?;
+            let bias = match unread.remove(bias.as_str()) {
+                true => read_tensor(&file, &bias, &[1])?.to_vec1::<f32>()?[0],
+                false => 0.0,
+            };
+            Some(ScoreHead { weight, bias })
         }
-        head => head,
     };
+    // PEFT puts the tables themselves beside branches on them; `base_tables` has them compared.
+    for (slot, _) in &pairs {
+        unread.remove(table_name(&shapes, *slot).as_str());
+    }
     if let Some(name) = unread.first() {
         return Err(invalid!(
             "{name}: nothing in {CONFIG_FILE} and in a base of {} layers asks for this tensor ({} such); \
@@ -160,7 +169,7 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     let of_ours = |key: &str| header.metadata().as_ref().and_then(|m| m.get(key).cloned());
     let (fingerprint, frozen) = (of_ours(FINGERPRINT_KEY), of_ours(FROZEN_KEY).is_some());
     let provenance = Provenance { base_model, base_fingerprint: fingerprint };
-    let adapter = Adapter::from_parts(lora, shapes, layers, head, provenance)?;
+    let adapter = Adapter::from_pairs(lora, shapes, pairs, head, provenance)?;
     if frozen { adapter.with_frozen_half() } else { Ok(adapter) }
 }
 
@@ -281,6 +290,7 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 mod tests {
     use super::*;
     use crate::error::exit_code;
+    use crate::model::branch::HEAD_WEIGHT;
     use crate::model::lora::{LoraConfig, TargetModules};
 
     /// The shapes of tests/golden/peft_tiny.py.
@@ -414,7 +424,7 @@ mod tests {
     #[test]
     fn settings_that_would_change_the_model_are_refused_by_name() {
         for (key, value) in [
-            ("use_dora", json!(true)),
+            ("use_dora", json!("yes")),
             ("rank_pattern", json!({"q_proj": "many"})),
             ("alpha_pattern", json!({"q_proj": null})),
             ("rank_pattern", json!(["q_proj"])),
@@ -451,6 +461,34 @@ mod tests {
         assert!(message.contains("layers.1.") && message.contains("another base"), "{message}");
         let message = Spoilt::new().with("target_modules", list).refusal(LinearShapes::llama(3, 32, 32, 16, 48));
         assert!(message.contains("layers.2.") && message.contains("missing"), "{message}");
+    }
+
+    #[test]
+    fn a_head_is_read_under_every_name_that_peft_and_trl_give_it() {
+        let source = fs::read(golden().join("rm").join(TENSORS_FILE)).unwrap();
+        let file = SafeTensors::deserialize(&source).unwrap();
+        let want = values(&Adapter::load(&golden().join("rm"), TINY).unwrap().head().unwrap().weight);
+        for (listed, name) in [
+            (json!(["score"]), "score"),
+            (json!(["classifier", "score"]), "score"),
+            (json!(["classifier", "score"]), "classifier"),
+            (json!(["classifier"]), "classifier"),
+            (json!(["v_head"]), "v_head.summary"),
+            (json!(["v_head"]), "v_head"),
+        ] {
+            let spoilt = Spoilt::new().with("modules_to_save", listed);
+            let renamed: Vec<(String, _)> = file
+                .tensors()
+                .into_iter()
+                .map(|(key, view)| (key.replace("model.score.", &format!("model.{name}.")), view))
+                .collect();
+            let bytes = safetensors::serialize(renamed, None).unwrap();
+            fs::write(spoilt.0.path().join(TENSORS_FILE), bytes).unwrap();
+            let adapter = Adapter::load(spoilt.0.path(), TINY).unwrap();
+            assert_eq!(values(&adapter.head().unwrap().weight), want, "{name}");
+        }
+        let message = Spoilt::new().with("modules_to_save", json!(["lm_head"])).refusal(TINY);
+        assert!(message.contains("target_modules") && message.contains("score, classifier"), "{message}");
     }
 
     #[test]

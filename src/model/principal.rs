@@ -5,11 +5,12 @@
 //! branch of opposite sign beside the one that trains: A = [A; A0], B = [B, -B0]. That is the plain LoRA of twice the
 //! rank into which PEFT converts such an adapter for use over the unchanged base, and how it is saved.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::adapter::{Adapter, LoraPair};
+use super::adapter::{Adapter, LoraPair, Outer, Slot};
 use super::base::Base;
+use crate::invalid;
 use crate::ops::cpu::parallel;
 use crate::rng::SplitMix64;
 
@@ -25,14 +26,21 @@ pub enum Principal {
 /// `adapter`'s branches started at the base's principal parts, each with its frozen opposite.
 ///
 /// # Errors
-/// If a rank is larger than its matrix.
+/// If a rank is larger than its matrix, or a branch is on one of the tables, whose start PEFT leaves alone or takes out of
+/// a matrix that both ends may share.
 pub fn principal(adapter: &Adapter, base: &Base, how: Principal) -> Result<Adapter> {
     let shapes = *adapter.shapes();
-    let mut layers = adapter.layers().to_vec();
-    for (name, weight) in base.weights() {
-        let Some((layer, linear)) = shapes.find(&name) else { continue };
-        let Some(pair) = layers[layer][linear].take() else { continue };
-        let (m, n, r) = (weight.rows(), weight.cols(), pair.a.dims()[0]);
+    let mut pairs = vec![];
+    for (slot, pair) in adapter.pairs() {
+        let name = shapes.path(slot);
+        if matches!(slot, Slot::Outer(Outer::Embedding | Outer::Head)) {
+            return Err(invalid!(
+                "init_lora_weights: PiSSA and OLoRA start from linear maps; leave {name} out of target_modules, or use \
+                 the default start"
+            ));
+        }
+        let weight = base.matrix(slot).with_context(|| format!("this base has no {name}"))?;
+        let (m, n, r) = (weight.rows(), weight.cols(), pair.rank());
         anyhow::ensure!(r <= m.min(n), "{name} is {m} x {n} and has no {r} principal directions");
         let w = Matrix { rows: m, cols: n, values: weight.to_f32().into_iter().map(f64::from).collect() };
         let (a, b) = match how {
@@ -42,11 +50,10 @@ pub fn principal(adapter: &Adapter, base: &Base, how: Principal) -> Result<Adapt
         let f32s = |m: &Matrix| m.values.iter().map(|&v| v as f32).collect::<Vec<f32>>();
         let a = Tensor::from_vec(f32s(&a), (r, n), &Device::Cpu)?;
         let b = Tensor::from_vec(f32s(&b), (m, r), &Device::Cpu)?;
-        layers[layer][linear] =
-            Some(LoraPair { a: Tensor::cat(&[&a, &a], 0)?, b: Tensor::cat(&[&b, &b.neg()?], 1)?, scale: pair.scale });
+        pairs.push((slot, LoraPair::new(Tensor::cat(&[&a, &a], 0)?, Tensor::cat(&[&b, &b.neg()?], 1)?, pair.scale)));
     }
     let config = adapter.config().clone().with_ranks_times(2);
-    Adapter::from_parts(config, shapes, layers, adapter.head().cloned(), adapter.provenance().clone())?
+    Adapter::from_pairs(config, shapes, pairs, adapter.head().cloned(), adapter.provenance().clone())?
         .with_frozen_half()
 }
 

@@ -4,13 +4,14 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::adapter::{Adapter, Gradients};
+use super::adapter::{Adapter, Gradients, Outer};
 use super::base::{Base, scatter_rows, select_rows};
 use super::batch::{Batch, Targets};
 use super::block::Checkpointing;
+use super::gradients::sum;
 use crate::invalid;
 use crate::ops::cpu;
-use crate::ops::divergence;
+use crate::ops::divergence::{self, Side};
 use crate::ops::head::{self, TokenStats};
 
 /// What a loss over tokens asks to be carried back: its derivatives, (R) each.
@@ -69,15 +70,19 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If the rows are not those of the targets.
     pub fn logprobs_of(&self, rows: &Tensor, targets: &Targets, temperature: f64) -> Result<TokenStats> {
-        Ok(head::forward(rows, &self.base.table(), &targets.tokens, temperature)?)
+        Ok(head::forward(rows, &self.base.table(self.adapter), &targets.tokens, temperature)?)
     }
 
-    /// Exact KL (R), nats, from the policy with hidden states `rows` to the one with `other`, both (R, D) over this base.
+    fn side<'a>(&'a self, hidden: &'a Tensor) -> Side<'a> {
+        Side { hidden, table: self.base.table(self.adapter) }
+    }
+
+    /// Exact KL (R), nats, from this policy with hidden states `rows` (R, D) to `other` with its own, over the same base.
     ///
     /// # Errors
-    /// If shapes differ.
-    pub fn divergence(&self, rows: &Tensor, other: &Tensor, temperature: f64) -> Result<Vec<f32>> {
-        Ok(divergence::forward(rows, other, &self.base.table(), temperature)?.kl)
+    /// If shapes differ, or the bases.
+    pub fn divergence(&self, rows: &Tensor, other: (Policy<'_>, &Tensor), temperature: f64) -> Result<Vec<f32>> {
+        Ok(divergence::forward(self.side(rows), other.0.side(other.1), temperature)?.kl)
     }
 
     /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
@@ -98,8 +103,8 @@ impl<'w> Policy<'w> {
         })
     }
 
-    /// As [`Policy::gradients`], where the loss may read the exact KL (R) to another policy of this base, too, whose
-    /// hidden states `other` (R, D) are given; without them it sees none.
+    /// As [`Policy::gradients`], where the loss may read the exact KL (R) to another policy of this base, too, which is
+    /// given with its hidden states (R, D); without it it sees none.
     ///
     /// # Errors
     /// As for [`Policy::gradients`]; if there is a gradient by a KL and no other policy.
@@ -107,7 +112,7 @@ impl<'w> Policy<'w> {
         &self,
         batch: &Batch,
         targets: &Targets,
-        other: Option<&Tensor>,
+        other: Option<(Policy<'_>, &Tensor)>,
         temperature: f64,
         checkpoint: Checkpointing,
         loss: impl FnOnce(&TokenStats, &[f32]) -> Result<HeadGradients>,
@@ -117,17 +122,26 @@ impl<'w> Policy<'w> {
         let rows = select_rows(&hidden, &targets.rows)?;
         let (n, _) = hidden.dims2()?;
         drop(hidden);
-        let stats = head::forward(&rows, &self.base.table(), &targets.tokens, temperature)?;
-        let output = &self.base.table();
-        let kept = other.map(|other| divergence::forward(&rows, other, output, temperature)).transpose()?;
+        let output = &self.base.table(self.adapter);
+        let stats = head::forward(&rows, output, &targets.tokens, temperature)?;
+        let kept = match &other {
+            Some((policy, theirs)) => Some(divergence::forward(self.side(&rows), policy.side(theirs), temperature)?),
+            None => None,
+        };
         let d = loss(&stats, kept.as_ref().map_or(&[], |kept| &kept.kl))?;
-        let mut d_rows = head::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
+        let head::Gradients { hidden: mut d_rows, mut branch } =
+            head::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
         if let Some(dkl) = &d.kl {
-            let (other, kept) = other.zip(kept.as_ref()).context("a KL's gradient needs the other policy")?;
-            d_rows = (d_rows + divergence::backward(&rows, other, output, temperature, kept, dkl)?)?;
+            let ((policy, theirs), kept) =
+                other.as_ref().zip(kept.as_ref()).context("a KL's gradient needs the other policy")?;
+            let more = divergence::backward(self.side(&rows), policy.side(theirs), temperature, kept, dkl)?;
+            d_rows = (d_rows + more.hidden)?;
+            branch = sum(branch, more.branch)?;
         }
         let dh = scatter_rows(&d_rows, &targets.rows, n)?;
-        Ok((stats, self.base.backward(batch, adapter, tape, &dh)?))
+        let mut grads = self.base.backward(batch, adapter, tape, &dh)?;
+        grads.outer[Outer::Head as usize] = branch;
+        Ok((stats, grads))
     }
 }
 
@@ -187,6 +201,13 @@ impl<'w> Scorer<'w> {
         loss: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
     ) -> Result<(Vec<f32>, Gradients)> {
         let head = self.adapter.head().context("checked in new")?;
+        if self.adapter.outer(Outer::Head).is_some() {
+            return Err(invalid!(
+                "this adapter has a branch on the output table, which a score does not read, so it cannot train here; \
+                 leave {} out of target_modules",
+                self.base.shapes().outer(Outer::Head).map_or("lm_head", |map| map.path)
+            ));
+        }
         let (hidden, tape) = self.base.hidden_kept(batch, self.adapter, checkpoint)?;
         let (n, d) = hidden.dims2()?;
         let picked = select_rows(&hidden, rows)?;

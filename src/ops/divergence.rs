@@ -2,15 +2,16 @@
 //! table, and its gradient by the first. Logits go by in strips, as in head.rs; nothing (N, vocab) is held.
 //!
 //! l = c tanh(k h W^T / c) / T, m = c tanh(k g W^T / c) / T (head.rs); KL = sum_j p_j (log p_j - log q_j) = sum_j p_j (l_j - m_j) - lse(l) + lse(m).
-//! Kept for the backward: KL and both lse. Knows no actor and no reference; read `model::roles` for those.
+//! Each side may have its own branch on W. Kept for the backward: KL and both lse. Knows no actor and no reference; read
+//! `model::roles` for those.
 
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tensor, view};
-use super::head::{Hidden, RUNS, STRIP, Table, bend, strips, unbend};
+use super::head::{Gradients, Hidden, RUNS, STRIP, Table, bend, strips, strips_and_products, unbend};
+use super::head_branch::{BranchSums, HeadBranch};
 use super::pack::with_scratch;
 use super::tile::{Into, Mat, product};
-use super::weight::Weight;
 
 /// Of each position. All (R).
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -81,14 +82,24 @@ super::cpu::vectorised! {
     }
 }
 
-/// KL (R) from the distribution of h to that of g, both (R, D), already normed, at temperature T.
+/// Hidden states (R, D), already normed, and the table that they meet.
+#[derive(Clone, Copy)]
+pub struct Side<'a> {
+    /// (R, D).
+    pub hidden: &'a Tensor,
+    /// The same matrix, multiplier and cap on both sides; each with its own branch.
+    pub table: Table<'a>,
+}
+
+/// KL (R) from the distribution of p to that of q, at temperature T.
 ///
 /// # Errors
-/// If shapes do not fit.
-pub fn forward(h: &Tensor, g: &Tensor, table: &Table<'_>, temperature: f64) -> Result<Divergence> {
-    let weight = table.weight;
-    let (both, r, d) = stacked(h, g, weight)?;
-    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), table.inverse(temperature));
+/// If shapes do not fit, or the tables are not of one matrix.
+pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<Divergence> {
+    let (table, weight) = (&p.table, p.table.weight);
+    let (both, r, d) = stacked(p, q)?;
+    let branches = branches(&p, &q, &both, r, d)?;
+    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight, &branches), table.inverse(temperature));
     // (RUNS, R): each run its own sums, merged in order, so that the bits are the same on any number of cores.
     let sums: Vec<std::sync::Mutex<Vec<Sums>>> = (0..RUNS).map(|_| vec![Sums::EMPTY; r].into()).collect();
     parallel(RUNS, 2 * r * d * weight.rows(), |range| {
@@ -125,32 +136,30 @@ pub fn forward(h: &Tensor, g: &Tensor, table: &Table<'_>, temperature: f64) -> R
     Ok(out)
 }
 
-/// dL/dh (R, D) of dL/dKL (R): dKL/dl_j = p_j (log p_j - log q_j - KL) / T, times the slope of multiplier and cap;
-/// dL/dh = dL/dl W. `divergence` is what
-/// `forward` gave for the same inputs; g is held fixed.
+/// dL/dh (R, D), h p's hidden states, and the gradients of its branch, of dL/dKL (R): dKL/dl_j = p_j (log p_j - log q_j -
+/// KL) / T, times the slope of multiplier and cap; dL/dh = dL/dl W. `divergence` is what `forward` gave for the same
+/// inputs; q is held fixed.
 ///
 /// # Errors
-/// If shapes do not fit.
-pub fn backward(
-    h: &Tensor,
-    g: &Tensor,
-    table: &Table<'_>,
-    temperature: f64,
-    divergence: &Divergence,
-    dkl: &[f32],
-) -> Result<Tensor> {
-    let weight = table.weight;
-    let (both, r, d) = stacked(h, g, weight)?;
+/// As for [`forward`].
+pub fn backward(p: Side<'_>, q: Side<'_>, temperature: f64, divergence: &Divergence, dkl: &[f32]) -> Result<Gradients> {
+    let (table, weight) = (&p.table, p.table.weight);
+    let (both, r, d) = stacked(p, q)?;
     if [divergence.kl.len(), dkl.len()] != [r; 2] {
         candle_core::bail!("divergence backward: {r} positions, {} gradients", dkl.len());
     }
-    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight), table.inverse(temperature));
+    let branches = branches(&p, &q, &both, r, d)?;
+    let own = branches.first().filter(|_| table.lora.is_some());
+    let mut sums = own.map(BranchSums::new);
+    let sums_out = sums.as_mut().map(BranchSums::out);
+    let (hidden, inverse) = (Hidden::of(&both, 2 * r, d, weight, &branches), table.inverse(temperature));
     let isa = Isa::detect();
     let mut partial = vec![0f32; RUNS * r * d];
     let out = Out::of(&mut partial);
     parallel(RUNS, 3 * r * d * weight.rows(), |range| {
         for run in range {
-            strips(&hidden, weight, run, |v0, width, logits| {
+            let mut products = hidden.products();
+            strips_and_products(&hidden, weight, run, &mut products, |v0, width, logits, products| {
                 let mut bent = [0f32; STRIP];
                 if let Some(cap) = table.soft_cap {
                     bend(logits, table.multiplier / cap, cap);
@@ -164,6 +173,10 @@ pub fn backward(
                     if let Some(cap) = table.soft_cap {
                         unbend(&bent[..width], &mut p[..width], table.multiplier, cap);
                     }
+                }
+                if let (Some(branch), Some(sums)) = (own, sums_out) {
+                    // SAFETY: each strip and each run is one thread's.
+                    unsafe { sums.add(branch, run, (v0, width), p, products) };
                 }
                 with_scratch(width * d, |rows| {
                     for (j, row) in rows.chunks_exact_mut(d).enumerate() {
@@ -183,21 +196,34 @@ pub fn backward(
         first.iter_mut().zip(run).for_each(|(a, b)| *a += b);
     }
     partial.truncate(r * d);
-    tensor(partial, (r, d))
+    let branch = sums.map(|sums| sums.finish(&both, &mut partial)).transpose()?;
+    Ok(Gradients { hidden: tensor(partial, (r, d))?, branch })
 }
 
-/// Both rows of hidden states as one list, h before g.
-fn stacked(h: &Tensor, g: &Tensor, weight: &Weight) -> Result<(Vec<f32>, usize, usize)> {
-    let (r, d) = h.dims2()?;
-    if g.dims2()? != (r, d) || weight.cols() != d {
-        candle_core::bail!("divergence: h {:?}, g {:?}, table width {}", h.dims(), g.dims(), weight.cols());
+/// Both rows of hidden states as one list, p's before q's.
+fn stacked(p: Side<'_>, q: Side<'_>) -> Result<(Vec<f32>, usize, usize)> {
+    let ((r, d), weight) = (p.hidden.dims2()?, p.table.weight);
+    if q.hidden.dims2()? != (r, d) || weight.cols() != d || q.table.weight.id() != weight.id() {
+        candle_core::bail!(
+            "divergence: {:?}, {:?}, table width {}, or two tables",
+            p.hidden.dims(),
+            q.hidden.dims(),
+            weight.cols()
+        );
     }
-    Ok(([&view(h)?[..], &view(g)?[..]].concat(), r, d))
+    Ok(([&view(p.hidden)?[..], &view(q.hidden)?[..]].concat(), r, d))
+}
+
+/// The sides' branches, p's first.
+fn branches<'a>(p: &Side<'a>, q: &Side<'a>, both: &[f32], r: usize, d: usize) -> Result<Vec<HeadBranch<'a>>> {
+    let sides = [HeadBranch::of(&p.table, both, d, 0..r)?, HeadBranch::of(&q.table, both, d, r..2 * r)?];
+    Ok(sides.into_iter().flatten().collect())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::weight::Weight;
     use crate::rng::SplitMix64;
 
     const R: usize = 3;
@@ -224,7 +250,7 @@ mod tests {
 
     /// As most decoders', and as Granite's and Gemma 2's at once.
     fn tables(weight: &Weight) -> [Table<'_>; 2] {
-        [Table::plain(weight), Table { weight, multiplier: 0.75, soft_cap: Some(1.5) }]
+        [Table::plain(weight), Table { multiplier: 0.75, soft_cap: Some(1.5), ..Table::plain(weight) }]
     }
 
     /// The sum over the full softmax, in f64.
@@ -243,21 +269,27 @@ mod tests {
         rows.map(|(h, g)| log_softmax(h).iter().zip(log_softmax(g)).map(|(p, q)| p.exp() * (p - q)).sum()).collect()
     }
 
+    fn side<'a>(hidden: &'a Tensor, table: &Table<'a>) -> Side<'a> {
+        Side { hidden, table: *table }
+    }
+
     #[test]
     fn the_streamed_kl_is_the_sum_over_the_full_softmax_and_never_negative() {
         let Case { h, g, table } = case();
         let weight = weight(&table);
         let tensors = |h: &[f32]| tensor(h.to_vec(), (R, D)).unwrap();
         for (of, temperature) in tables(&weight).into_iter().flat_map(|of| [(of, 1.0), (of, 0.7)]) {
-            let streamed = forward(&tensors(&h), &tensors(&g), &of, temperature).unwrap().kl;
+            let (h_rows, g_rows) = (tensors(&h), tensors(&g));
+            let streamed = forward(side(&h_rows, &of), side(&g_rows, &of), temperature).unwrap().kl;
             for (got, want) in streamed.iter().zip(full(&h, &g, &table, &of, temperature)) {
                 // Sums of 1237 f32 terms of magnitude 1.
                 assert!((f64::from(*got) - want).abs() < 1e-5 * want.max(1.0) && *got > 0.0, "{got} {want}");
             }
-            let same = forward(&tensors(&h), &tensors(&h), &of, temperature).unwrap().kl;
+            let same = forward(side(&h_rows, &of), side(&h_rows, &of), temperature).unwrap().kl;
             assert_eq!(same, [0.0; R], "of a distribution to itself");
         }
-        assert!(forward(&tensors(&h), &tensor(vec![0.0; D], (1, D)).unwrap(), &Table::plain(&weight), 1.0).is_err());
+        let (plain, short, h) = (Table::plain(&weight), tensor(vec![0.0; D], (1, D)).unwrap(), tensors(&h));
+        assert!(forward(side(&h, &plain), side(&short, &plain), 1.0).is_err());
     }
 
     #[test]
@@ -267,9 +299,10 @@ mod tests {
         let tensors = |h: &[f32]| tensor(h.to_vec(), (R, D)).unwrap();
         let dkl = [0.5f32, -1.0, 2.0];
         for of in tables(&weight) {
-            let kept = forward(&tensors(&h), &tensors(&g), &of, 0.7).unwrap();
-            let grad = backward(&tensors(&h), &tensors(&g), &of, 0.7, &kept, &dkl).unwrap();
-            let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let (h_rows, g_rows) = (tensors(&h), tensors(&g));
+            let kept = forward(side(&h_rows, &of), side(&g_rows, &of), 0.7).unwrap();
+            let grad = backward(side(&h_rows, &of), side(&g_rows, &of), 0.7, &kept, &dkl).unwrap();
+            let grad = grad.hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             for at in 0..R * D {
                 let moved = |by: f32| {
                     let mut h = h.clone();

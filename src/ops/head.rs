@@ -3,12 +3,14 @@
 //!
 //! l = c tanh(m h W^T / c) / T (l = m h W^T / T where there is no cap c); logp = l_target - lse(l);
 //! H = lse(l) - sum_j p_j l_j. Kept for the backward: the numbers returned.
-//! Knows no sampling; read `model::generate` for that.
+//! W may have a low-rank branch (head_branch.rs). Knows no sampling; read `model::generate` for that.
 
 use candle_core::{Result, Tensor};
 
 use super::bf16::Cores;
 use super::cpu::{Isa, Out, exp, lane_sum, max, parallel, tanh, tensor, view};
+use super::head_branch::{BranchSums, HeadBranch};
+use super::linear::{BranchGradient, LowRank};
 use super::linear_bf16::Left;
 use super::pack::{rows_as_columns, with_scratch};
 use super::tile::{Into, Mat, NR, product};
@@ -23,12 +25,22 @@ pub struct Table<'a> {
     pub multiplier: f32,
     /// c: logits are bent to stay within it (Gemma 2).
     pub soft_cap: Option<f32>,
+    /// The table's branch, if the role's adapter has one there.
+    pub lora: Option<LowRank<'a>>,
+}
+
+/// Gradients of the head.
+pub struct Gradients {
+    /// dL/dh (R, D).
+    pub hidden: Tensor,
+    /// Of the table's branch, where it has one.
+    pub branch: Option<BranchGradient>,
 }
 
 impl<'a> Table<'a> {
     /// Logits as they come out of the product.
     pub fn plain(weight: &'a Weight) -> Self {
-        Self { weight, multiplier: 1.0, soft_cap: None }
+        Self { weight, multiplier: 1.0, soft_cap: None, lora: None }
     }
 
     /// Products h W^T -> logits at temperature 1, in place.
@@ -157,7 +169,8 @@ pub fn forward(h: &Tensor, table: &Table<'_>, targets: &[u32], temperature: f64)
     let (r, d) = check(h, weight, targets)?;
     let hs = view(h)?;
     let inverse = table.inverse(temperature);
-    let hidden = Hidden::of(&hs, r, d, weight);
+    let branch = HeadBranch::of(table, &hs, d, 0..r)?;
+    let hidden = Hidden::of(&hs, r, d, weight, branch.as_slice());
     let mut runs = vec![Run::EMPTY; RUNS * r];
     let out = RunsOut(runs.as_mut_ptr());
     parallel(RUNS, r * d * weight.rows(), |range| {
@@ -191,7 +204,8 @@ pub fn forward(h: &Tensor, table: &Table<'_>, targets: &[u32], temperature: f64)
     Ok(stats)
 }
 
-/// dL/dh (R, D) of dL/dlogp (R) and dL/dH (R); `stats` is what `forward` gave for the same inputs.
+/// dL/dh (R, D), and the branch's gradients, of dL/dlogp (R) and dL/dH (R); `stats` is what `forward` gave for the same
+/// inputs.
 ///
 /// dL/dl_j = dlogp (1[j = target] - p_j) - dH p_j (log p_j + H), over T, times the slope of multiplier and cap;
 /// dL/dh = dL/dl W.
@@ -206,7 +220,7 @@ pub fn backward(
     stats: &TokenStats,
     dlogprobs: &[f32],
     dentropy: &[f32],
-) -> Result<Tensor> {
+) -> Result<Gradients> {
     let weight = table.weight;
     let (r, d) = check(h, weight, targets)?;
     if [stats.lse.len(), stats.entropy.len(), dlogprobs.len(), dentropy.len()] != [r; 4] {
@@ -215,14 +229,18 @@ pub fn backward(
     let hs = view(h)?;
     let inverse = table.inverse(temperature);
     let isa = Isa::detect();
-    let hidden = Hidden::of(&hs, r, d, weight);
+    let branch = HeadBranch::of(table, &hs, d, 0..r)?;
+    let hidden = Hidden::of(&hs, r, d, weight, branch.as_slice());
+    let mut sums = branch.as_ref().map(BranchSums::new);
+    let sums_out = sums.as_mut().map(BranchSums::out);
     // A sum of its own for each run, added in order afterwards.
     let mut partial = vec![0f32; RUNS * r * d];
     let out = Out::of(&mut partial);
     parallel(RUNS, 2 * r * d * weight.rows(), |range| {
         let mut bent = [0f32; STRIP];
         for run in range {
-            strips(&hidden, weight, run, |v0, width, logits| {
+            let mut products = hidden.products();
+            strips_and_products(&hidden, weight, run, &mut products, |v0, width, logits, products| {
                 for (i, row) in logits.chunks_exact_mut(STRIP).enumerate() {
                     let row = &mut row[..width];
                     if let Some(cap) = table.soft_cap {
@@ -236,6 +254,10 @@ pub fn backward(
                     if let Some(cap) = table.soft_cap {
                         unbend(&bent, row, table.multiplier, cap);
                     }
+                }
+                if let (Some(branch), Some(sums)) = (&branch, sums_out) {
+                    // SAFETY: each strip and each run is one thread's.
+                    unsafe { sums.add(branch, run, (v0, width), logits, products) };
                 }
                 if hidden.rounded.is_some() && width.is_multiple_of(2) {
                     // What stands past the last of fewer columns is another strip's.
@@ -265,7 +287,8 @@ pub fn backward(
         }
     }
     partial.truncate(r * d);
-    tensor(partial, (r, d))
+    let branch = sums.map(|sums| sums.finish(&hs, &mut partial)).transpose()?;
+    Ok(Gradients { hidden: tensor(partial, (r, d))?, branch })
 }
 
 /// Hidden states (r, d) in the numbers that products with the table take.
@@ -273,17 +296,36 @@ pub(super) struct Hidden<'a> {
     hs: &'a [f32],
     r: usize,
     rounded: Option<Left>,
+    branches: &'a [HeadBranch<'a>],
 }
 
 impl<'a> Hidden<'a> {
-    pub(super) fn of(hs: &'a [f32], r: usize, d: usize, table: &Weight) -> Self {
+    /// `branches`: over some of the rows each.
+    pub(super) fn of(hs: &'a [f32], r: usize, d: usize, table: &Weight, branches: &'a [HeadBranch<'a>]) -> Self {
         let bf16 = table.compute() == Compute::Bf16 && d.is_multiple_of(2);
-        Self { hs, r, rounded: bf16.then(|| Left::plain(hs, r, d, Cores::All)) }
+        Self { hs, r, rounded: bf16.then(|| Left::plain(hs, r, d, Cores::All)), branches }
+    }
+
+    /// Room for a strip's products before their scale, where a branch wants them.
+    pub(super) fn products(&self) -> Vec<f32> {
+        let wanted = self.branches.iter().any(HeadBranch::wants_products);
+        vec![0.0; if wanted { self.r * STRIP } else { 0 }]
     }
 }
 
 /// Calls `f(first id, width, logits (r, STRIP))` for each strip of run `run`, in order.
 pub(super) fn strips(hidden: &Hidden<'_>, weight: &Weight, run: usize, mut f: impl FnMut(usize, usize, &mut [f32])) {
+    strips_and_products(hidden, weight, run, &mut [], |v0, width, logits, _| f(v0, width, logits));
+}
+
+/// As [`strips`]; `f` sees in `products` (r, STRIP) what the logits were before DoRA's scale, unless it is empty.
+pub(super) fn strips_and_products(
+    hidden: &Hidden<'_>,
+    weight: &Weight,
+    run: usize,
+    products: &mut [f32],
+    mut f: impl FnMut(usize, usize, &mut [f32], &[f32]),
+) {
     let (r, vocab, d, isa) = (hidden.r, weight.rows(), weight.cols(), Isa::detect());
     let all = vocab.div_ceil(STRIP);
     let (first, last) = (all * run / RUNS, all * (run + 1) / RUNS);
@@ -304,9 +346,18 @@ pub(super) fn strips(hidden: &Hidden<'_>, weight: &Weight, run: usize, mut f: im
                             product(isa, r, columns, d, h, b, c, STRIP, Into::Fresh);
                         }
                     }
+                    for branch in hidden.branches {
+                        branch.add(v0, from, columns, logits.as_mut_ptr());
+                    }
                 }
             }
-            f(v0, width, logits);
+            if !products.is_empty() {
+                products.copy_from_slice(logits);
+            }
+            for branch in hidden.branches {
+                branch.scale(v0, width, logits);
+            }
+            f(v0, width, logits, products);
         }
     });
 }

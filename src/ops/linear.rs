@@ -1,11 +1,14 @@
 //! Frozen linear layers with their low-rank branches: several that read one input (q, k, v; gate, up) go together.
 //!
-//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Kept for the backward: x and z = s x A^T. Knows no layer names.
+//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Kept for the backward: x and z = s x A^T. With DoRA the
+//! two products together are scaled before bias and residual join; see dora.rs. Knows no layer names.
 //! Read block.rs in `model` for the use.
 
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Buffer, Isa, Out, parallel, tensor, view};
+use super::dora::{self, Dora, Lines};
+use super::few::{FEW_ROWS, few_rows};
 use super::linear_bf16::{self, Left};
 use super::pack::{columns, rows_as_columns, with_scratch};
 use super::tile::{Into, MR, Mat, NR, product};
@@ -20,6 +23,8 @@ pub struct LowRank<'a> {
     pub b: &'a Tensor,
     /// lora_alpha / r, or lora_alpha / sqrt(r).
     pub scale: f64,
+    /// The magnitudes, where it is DoRA.
+    pub dora: Option<Dora<'a>>,
 }
 
 /// One frozen linear of a group that shares its input.
@@ -33,22 +38,31 @@ pub struct Part<'a> {
     pub lora: Option<LowRank<'a>>,
 }
 
-impl Part<'_> {
+impl<'a> Part<'a> {
     fn rank(&self) -> usize {
         self.lora.map_or(0, |l| l.a.dims()[0])
     }
+
+    fn dora(&self) -> Option<(LowRank<'a>, Dora<'a>)> {
+        self.lora.and_then(|l| l.dora.map(|d| (l, d)))
+    }
 }
 
-/// At most this many rows are multiplied weight row by weight row (decoding); more go through panels.
-const FEW_ROWS: usize = 12;
+/// What `backward` wants of `forward`, beside x.
+pub struct Kept {
+    /// (N, sum of ranks): s x A^T of all parts side by side.
+    z: Tensor,
+    /// Of each part with DoRA, the output before its scale: (N, out).
+    directions: Vec<Option<Tensor>>,
+}
 
-/// Outputs (N, out_p) of each part, and z (N, sum of ranks), which `backward` wants.
+/// Outputs (N, out_p) of each part, and what `backward` wants.
 ///
 /// x: (N, in). With `residual` (N, out), which is for a single part: y = residual + ...
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, Tensor)> {
+pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, Kept)> {
     let (m, k) = x.dims2()?;
     check(k, parts)?;
     let rank: usize = parts.iter().map(Part::rank).sum();
@@ -83,6 +97,7 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
             let (part, n) = (&parts[p], parts[p].weight.rows());
             let width = NR.min(n - n0);
             let into = match (&start, part.bias) {
+                _ if part.dora().is_some() => Into::Fresh,
                 (None, None) => Into::Fresh,
                 (start, bias) => {
                     for i in 0..m {
@@ -109,7 +124,7 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
                 continue;
             }
             if m <= FEW_ROWS {
-                few_rows(&xs, m, part.weight, n0, width, outs[p], into);
+                few_rows(isa, &xs, m, part.weight, n0..n0 + width, outs[p], into);
             } else {
                 with_scratch(k * NR, |panel| {
                     rows_as_columns(part.weight, n0..n0 + width, panel);
@@ -141,7 +156,36 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
         // SAFETY: the panels cover every row and column of each output.
         .map(|(y, p)| tensor(unsafe { y.finish() }, (m, p.weight.rows())))
         .collect::<Result<Vec<_>>>()?;
-    Ok((ys, tensor(z, (m, rank))?))
+    let mut kept = Kept { z: tensor(z, (m, rank))?, directions: vec![] };
+    let mut done = Vec::with_capacity(parts.len());
+    for (y, part) in ys.into_iter().zip(parts) {
+        let (y, direction) = match part.dora() {
+            Some((lora, dora)) => {
+                let (g, _) = dora.scales(part.weight, lora, Lines::Rows)?;
+                (finished(&y, &g, part.bias, start.as_deref())?, Some(y))
+            }
+            None => (y, None),
+        };
+        done.push(y);
+        kept.directions.push(direction);
+    }
+    Ok((done, kept))
+}
+
+/// g u + bias + residual, of u (N, out).
+fn finished(u: &Tensor, g: &[f32], bias: Option<&[f32]>, residual: Option<&[f32]>) -> Result<Tensor> {
+    let y = dora::scaled(u, g)?;
+    if bias.is_none() && residual.is_none() {
+        return Ok(y);
+    }
+    let (n, mut all) = (g.len().max(1), view(&y)?.to_vec());
+    if let Some(bias) = bias {
+        all.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+    }
+    if let Some(residual) = residual {
+        all.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
+    }
+    tensor(all, u.dims2()?)
 }
 
 fn check(k: usize, parts: &[Part<'_>]) -> Result<()> {
@@ -203,157 +247,29 @@ fn low_rank_inputs(xs: &[f32], m: usize, k: usize, parts: &[Part<'_>], rank: usi
     Ok(z)
 }
 
-/// Decoding: each weight row is unpacked once and meets all `m` inputs, with no panel in between.
-fn few_rows(xs: &[f32], m: usize, weight: &Weight, n0: usize, width: usize, out: Out, into: Into) {
-    let (n, k) = (weight.rows(), weight.cols());
-    with_scratch(k, |scratch| {
-        let mut sums = [0f32; FEW_ROWS];
-        for j in n0..n0 + width {
-            let row = match weight.rows_f32(j..j + 1) {
-                Some(row) => row,
-                None => {
-                    weight.row(j, scratch);
-                    &*scratch
-                }
-            };
-            dots(row, xs, m, &mut sums);
-            for (i, &sum) in sums.iter().enumerate().take(m) {
-                // SAFETY: column j belongs to this panel, row i is below m.
-                unsafe {
-                    let y = out.at(i * n + j);
-                    *y = if into == Into::Add { *y + sum } else { sum };
-                }
-            }
-        }
-    });
+/// The gradients of one branch.
+#[derive(Clone, Debug)]
+pub struct BranchGradient {
+    /// dL/dA (r, in) f32.
+    pub a: Tensor,
+    /// dL/dB (out, r) f32.
+    pub b: Tensor,
+    /// dL/dm (out) f32, where it is DoRA.
+    pub magnitude: Option<Tensor>,
 }
 
-/// sums[i] = row . x_i for the m rows of x, each in the same order whatever m is.
-fn dots(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
-    let k = row.len();
-    #[cfg(target_arch = "x86_64")]
-    if Isa::detect() == Isa::Avx512 {
-        let mut i = 0;
-        while i < m {
-            // SAFETY: AVX-512 was detected; rows i..i+4 (or i+1) of xs exist.
-            unsafe {
-                let x = xs.as_ptr().add(i * k);
-                if m - i >= 4 {
-                    sums[i..i + 4].copy_from_slice(&dots_avx512::<4>(row, x));
-                    i += 4;
-                } else {
-                    sums[i..=i].copy_from_slice(&dots_avx512::<1>(row, x));
-                    i += 1;
-                }
-            }
-        }
-        return;
-    }
-    #[cfg(target_arch = "x86_64")]
-    if Isa::detect() == Isa::Avx2 {
-        let mut i = 0;
-        while i < m {
-            // SAFETY: AVX2 and FMA were detected; rows i..i+4 (or i+1) of xs exist.
-            unsafe {
-                let x = xs.as_ptr().add(i * k);
-                if m - i >= 4 {
-                    sums[i..i + 4].copy_from_slice(&dots_avx2::<4>(row, x));
-                    i += 4;
-                } else {
-                    sums[i..=i].copy_from_slice(&dots_avx2::<1>(row, x));
-                    i += 1;
-                }
-            }
-        }
-        return;
-    }
-    dots_plain(row, xs, m, sums);
-}
-
-super::cpu::vectorised! {
-    fn dots_plain(row: &[f32], xs: &[f32], m: usize, sums: &mut [f32; FEW_ROWS]) {
-        for (x, sum) in xs.chunks_exact(row.len()).zip(sums.iter_mut()).take(m) {
-            *sum = super::cpu::dot_plain(row, x);
-        }
+impl From<(Tensor, Tensor)> for BranchGradient {
+    fn from((a, b): (Tensor, Tensor)) -> Self {
+        Self { a, b, magnitude: None }
     }
 }
 
-/// Four chains of sixteen lanes a row, so that the adds overlap.
-///
-/// # Safety
-/// The machine has AVX-512 F; `x` holds M rows as long as `row`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f")]
-unsafe fn dots_avx512<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
-    use std::arch::x86_64::*;
-    let k = row.len();
-    let mut acc = [[_mm512_setzero_ps(); 4]; M];
-    let mut j = 0;
-    // SAFETY: every access is below k, or masked to it.
-    unsafe {
-        while j + 64 <= k {
-            for c in 0..4 {
-                let w = _mm512_loadu_ps(row.as_ptr().add(j + c * 16));
-                for (i, a) in acc.iter_mut().enumerate() {
-                    a[c] = _mm512_fmadd_ps(w, _mm512_loadu_ps(x.add(i * k + j + c * 16)), a[c]);
-                }
-            }
-            j += 64;
-        }
-        while j < k {
-            let mask: __mmask16 = if k - j >= 16 { !0 } else { (1u32 << (k - j)).wrapping_sub(1) as u16 };
-            let w = _mm512_maskz_loadu_ps(mask, row.as_ptr().add(j));
-            for (i, a) in acc.iter_mut().enumerate() {
-                a[0] = _mm512_fmadd_ps(w, _mm512_maskz_loadu_ps(mask, x.add(i * k + j)), a[0]);
-            }
-            j += 16;
-        }
-    }
-    std::array::from_fn(|i| {
-        let [a, b, c, d] = acc[i];
-        _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d)))
-    })
-}
-
-/// Two chains of eight lanes a row: with four rows eight sums, which overlap.
-///
-/// # Safety
-/// The machine has AVX2 and FMA; `x` holds M rows as long as `row`.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-unsafe fn dots_avx2<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
-    use std::arch::x86_64::*;
-    let k = row.len();
-    let whole = k / 16 * 16;
-    let mut acc = [[_mm256_setzero_ps(); 2]; M];
-    // SAFETY: every access is below k.
-    unsafe {
-        for j in (0..whole).step_by(16) {
-            let (w0, w1) = (_mm256_loadu_ps(row.as_ptr().add(j)), _mm256_loadu_ps(row.as_ptr().add(j + 8)));
-            for (i, a) in acc.iter_mut().enumerate() {
-                a[0] = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x.add(i * k + j)), a[0]);
-                a[1] = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x.add(i * k + j + 8)), a[1]);
-            }
-        }
-        std::array::from_fn(|i| {
-            let mut lanes = [0f32; 8];
-            _mm256_storeu_ps(lanes.as_mut_ptr(), _mm256_add_ps(acc[i][0], acc[i][1]));
-            for width in [4, 2, 1] {
-                for l in 0..width {
-                    lanes[l] += lanes[l + width];
-                }
-            }
-            (whole..k).fold(lanes[0], |sum, j| sum + row[j] * *x.add(i * k + j))
-        })
-    }
-}
-
-/// Gradients of a group: of its input, and of each part's A and B.
+/// Gradients of a group: of its input, and of each part that has a branch.
 pub struct Gradients {
     /// dL/dx (N, in); `None` where it was not asked for.
     pub input: Option<Tensor>,
-    /// dL/dA (r, in) and dL/dB (out, r) of each part that has a branch.
-    pub lora: Vec<Option<(Tensor, Tensor)>>,
+    /// One a part.
+    pub lora: Vec<Option<BranchGradient>>,
 }
 
 /// Whether anything below the group still needs a gradient.
@@ -367,21 +283,22 @@ pub enum InputGradient {
 
 /// dx = sum_p dy_p W_p + s (dy_p B_p) A_p;  dB_p = dy_p^T z_p;  dA_p = (s dy_p B_p)^T x.
 ///
-/// x: (N, in) and z as `forward` had and gave them; dys: (N, out_p) each.
+/// x: (N, in) and `kept` as `forward` had and gave them; dys: (N, out_p) each. With DoRA, dy is first scaled as y was.
 ///
 /// # Errors
 /// If shapes do not fit.
 pub fn backward(
     x: &Tensor,
     parts: &[Part<'_>],
-    z: &Tensor,
+    kept: &Kept,
     dys: &[&Tensor],
     wanted: InputGradient,
 ) -> Result<Gradients> {
     let (m, k) = x.dims2()?;
     check(k, parts)?;
     let rank: usize = parts.iter().map(Part::rank).sum();
-    if z.dims() != [m, rank] || dys.len() != parts.len() {
+    let z = &kept.z;
+    if z.dims() != [m, rank] || dys.len() != parts.len() || kept.directions.len() != parts.len() {
         candle_core::bail!("z {:?} and {} gradients for {} parts of rank {rank}", z.dims(), dys.len(), parts.len());
     }
     for (p, dy) in parts.iter().zip(dys) {
@@ -390,7 +307,19 @@ pub fn backward(
         }
     }
     let (xs, zs) = (view(x)?, view(z)?);
-    let dys = dys.iter().map(|d| view(d)).collect::<Result<Vec<_>>>()?;
+    let mut magnitudes = Vec::with_capacity(parts.len());
+    let mut behind = Vec::with_capacity(parts.len());
+    for ((part, dy), direction) in parts.iter().zip(dys).zip(&kept.directions) {
+        let (Some((lora, dora)), Some(u)) = (part.dora(), direction) else {
+            magnitudes.push(None);
+            behind.push((*dy).clone());
+            continue;
+        };
+        let (g, norms) = dora.scales(part.weight, lora, Lines::Rows)?;
+        magnitudes.push(Some(dora::magnitude_gradient(&view(dy)?, &view(u)?, &norms)?));
+        behind.push(dora::scaled(dy, &g)?);
+    }
+    let dys = behind.iter().map(view).collect::<Result<Vec<_>>>()?;
     let isa = Isa::detect();
     let (dz, lefts) = if linear_bf16::applies(k, parts) {
         let (dz, lefts) = rounded_gradients(&dys, m, parts, rank)?;
@@ -406,7 +335,7 @@ pub fn backward(
 
     let mut lora = Vec::with_capacity(parts.len());
     let mut offset = 0;
-    for (part, dy) in parts.iter().zip(&dys) {
+    for ((part, dy), magnitude) in parts.iter().zip(&dys).zip(magnitudes) {
         let (n, r) = (part.weight.rows(), part.rank());
         if r == 0 {
             lora.push(None);
@@ -433,7 +362,7 @@ pub fn backward(
                 db[j * r + i] = v;
             }
         }
-        lora.push(Some((tensor(da, (r, k))?, tensor(db, (n, r))?)));
+        lora.push(Some(BranchGradient { a: tensor(da, (r, k))?, b: tensor(db, (n, r))?, magnitude }));
         offset += r;
     }
     Ok(Gradients { input, lora })
@@ -546,20 +475,4 @@ fn input_gradient(
     });
     // SAFETY: the groups cover all columns of all rows.
     Ok(unsafe { dx.finish() })
-}
-
-/// Rows `ids` of an embedding table as (N, D).
-///
-/// # Errors
-/// If an id is past the table.
-pub fn embed(table: &Weight, ids: &[u32]) -> Result<Tensor> {
-    let d = table.cols();
-    if let Some(id) = ids.iter().find(|&&id| id as usize >= table.rows()) {
-        candle_core::bail!("token id {id} is past the vocabulary of {}", table.rows());
-    }
-    let mut out = vec![0f32; ids.len() * d];
-    for (row, &id) in out.chunks_exact_mut(d).zip(ids) {
-        table.row(id as usize, row);
-    }
-    tensor(out, (ids.len(), d))
 }

@@ -2,6 +2,7 @@
 //! arithmetic. Read stored.rs for the types, then linear.rs: it asks for rows as f32.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
@@ -130,6 +131,13 @@ pub struct Weight {
     cols: usize,
     order: RowOrder,
     compute: Compute,
+    id: u64,
+}
+
+/// A number that no other matrix of this process has.
+fn fresh_id() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(0);
+    NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Weight {
@@ -148,7 +156,8 @@ impl Weight {
                 ),
             ));
         }
-        Ok(Self { bytes, dtype, rows, cols, order: RowOrder::AsStored, compute: Compute::F32 })
+        let (order, compute) = (RowOrder::AsStored, Compute::F32);
+        Ok(Self { bytes, dtype, rows, cols, order, compute, id: fresh_id() })
     }
 
     /// A dense f32 matrix of one's own: tests and made-up bases.
@@ -164,7 +173,13 @@ impl Weight {
     #[must_use]
     pub fn with_row_order(mut self, order: RowOrder) -> Self {
         self.order = order;
+        self.id = fresh_id();
         self
+    }
+
+    /// Equal for clones, and for nothing else: what was computed of a matrix is known by it.
+    pub fn id(&self) -> u64 {
+        self.id
     }
 
     /// How its rows are stored.

@@ -179,7 +179,11 @@ impl State {
             number: self.step,
         };
         let learns = self.iteration >= config.critic_warmup;
-        let learners = Learners { actor: learns.then_some(&mut self.actor), critic: self.critic.as_mut() };
+        let learners = Learners {
+            actor: learns.then_some(&mut self.actor),
+            critic: self.critic.as_mut(),
+            reference: &self.reference,
+        };
         let mut update = self.update.clone();
         let stepped = update.minibatch(learners, experience, rows, run, &step)?;
         self.update = match stepped {

@@ -12,7 +12,7 @@ use crate::config::{KlIn, PolicyLoss, Ptx};
 use crate::data::examples::Examples;
 use crate::data::order::endless;
 use crate::data::phases::SftExample;
-use crate::model::adapter::Gradients;
+use crate::model::adapter::{Adapter, Gradients};
 use crate::model::roles::{HeadGradients, Policy, Scorer};
 use crate::ops::cpu;
 use crate::ops::head::TokenStats;
@@ -59,12 +59,14 @@ pub struct Update {
     pub critic_lr: f64,
 }
 
-/// Who is to learn.
+/// Who is to learn, and from whom the actor is kept.
 pub struct Learners<'s> {
     /// None in the critic's warm-up.
     pub actor: Option<&'s mut Learner>,
     /// None where advantages need no critic.
     pub critic: Option<&'s mut Learner>,
+    /// The frozen policy that the rollout's `reference_rows` are of.
+    pub reference: &'s Adapter,
 }
 
 /// What a minibatch is done with.
@@ -103,10 +105,10 @@ impl Update {
         run: &Run<'_>,
         step: &Step,
     ) -> Result<Option<bool>> {
-        let Learners { actor, critic } = learners;
+        let Learners { actor, critic, reference } = learners;
         // 1. The actor's gradient, and whether it can be trusted.
         let actor = match actor {
-            Some(learner) => match self.actor(learner, experience, minibatch, run, step)? {
+            Some(learner) => match self.actor(learner, reference, experience, minibatch, run, step)? {
                 Some(gradients) => Some((gradients, learner)),
                 None => return Ok(None),
             },
@@ -163,6 +165,7 @@ impl Update {
     fn actor(
         &mut self,
         actor: &Learner,
+        frozen: &Adapter,
         experience: &Experience,
         minibatch: &[usize],
         run: &Run<'_>,
@@ -216,8 +219,8 @@ impl Update {
                 let (entropy, kl) = (each(-config.entropy_coef), exact_weight.map(each));
                 Ok(HeadGradients { logprobs: loss.grad, entropy, kl })
             };
-            let (_, g) =
-                policy.gradients_against(&batch, &targets, other.as_ref(), run.temperature(), run.checkpoint, loss)?;
+            let other = other.as_ref().map(|rows| (Policy::new(base, Some(frozen)), rows));
+            let (_, g) = policy.gradients_against(&batch, &targets, other, run.temperature(), run.checkpoint, loss)?;
             grads.add(g)?;
         }
         if let Some((config, blocks)) = run.mixture().filter(|(config, _)| !config.separate_step) {

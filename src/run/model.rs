@@ -12,6 +12,8 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
 use crate::model::config::Family;
+use crate::model::dora::with_magnitudes;
+use crate::model::peft::base_tables;
 use crate::model::principal::{Principal, principal};
 use crate::ops::cpu;
 use crate::ops::weight::Compute;
@@ -64,7 +66,7 @@ impl Model {
     /// One token goes through the network: a NaN in any matrix or norm reaches the logits. Only then are the tensors
     /// read one by one to name it, so that opening stays a matter of mapping.
     fn check_finite(&self) -> Result<()> {
-        let logits = self.base.logits(&self.base.hidden(&Batch::new(&[[0u32]])?, None)?)?;
+        let logits = self.base.logits(&self.base.hidden(&Batch::new(&[[0u32]])?, None)?, None)?;
         if cpu::view(&logits)?.iter().all(|l| l.is_finite()) {
             return Ok(());
         }
@@ -86,6 +88,7 @@ impl Model {
     /// If it does not, or was trained over other weights of the same shape.
     pub fn adapter(&self, path: &Path) -> Result<Adapter> {
         let adapter = Adapter::load(path, self.base.shapes())?;
+        self.check_tables(path, &adapter)?;
         match &adapter.provenance().base_fingerprint {
             Some(theirs) if theirs != self.base.fingerprint() => Err(invalid!(
                 "{}: this adapter was trained over another base ({}): the shapes agree, the weights do not; give that \
@@ -131,24 +134,52 @@ impl Model {
     /// # Errors
     /// If `[lora]` selects nothing of this base.
     pub fn fresh_adapter(&self, lora: &Lora, seed: u64) -> Result<Adapter> {
-        let init = match lora.init_lora_weights {
+        let init = match lora.init() {
             InitLoraWeights::Gaussian => Init::Gaussian,
             InitLoraWeights::Dschat => Init::DeepSpeedChat,
             InitLoraWeights::Default | InitLoraWeights::Pissa | InitLoraWeights::Olora => Init::KaimingUniform,
         };
         let fresh = Adapter::init_as(lora_config(lora), self.base.shapes(), derive(seed, &[settings::INIT]), init)?;
-        match lora.init_lora_weights {
-            InitLoraWeights::Pissa => principal(&fresh, &self.base, Principal::Pissa),
-            InitLoraWeights::Olora => principal(&fresh, &self.base, Principal::Olora),
-            _ => Ok(fresh),
+        let started = match lora.init() {
+            InitLoraWeights::Pissa => principal(&fresh, &self.base, Principal::Pissa)?,
+            InitLoraWeights::Olora => principal(&fresh, &self.base, Principal::Olora)?,
+            _ => fresh,
+        };
+        if lora.use_dora { with_magnitudes(&started, &self.base) } else { Ok(started) }
+    }
+
+    /// # Errors
+    /// If a table that PEFT saved below the adapter's branches is not this base's.
+    fn check_tables(&self, path: &Path, adapter: &Adapter) -> Result<()> {
+        for (slot, theirs) in base_tables(path, adapter)? {
+            let Some(ours) = self.base.matrix(slot) else { continue };
+            let theirs = cpu::view(&theirs)?;
+            let (mut apart, mut size, mut row) = (0f64, 0f64, vec![0f32; ours.cols()]);
+            for (i, theirs) in theirs.chunks_exact(ours.cols()).enumerate() {
+                ours.row(i, &mut row);
+                for (a, b) in row.iter().zip(theirs) {
+                    apart += f64::from(a - b).powi(2);
+                    size += f64::from(*b).powi(2);
+                }
+            }
+            // A table that was rounded, to bfloat16 or to blocks of four bits, is still the same one.
+            let allowed = if ours.dtype().block().0 == 1 { 0.01 } else { 0.25 };
+            if apart.sqrt() > allowed * size.sqrt() {
+                return Err(invalid!(
+                    "{}: it was trained over another base: the {} saved with it is not this one's; give that base",
+                    path.display(),
+                    self.base.shapes().path(slot)
+                ));
+            }
         }
+        Ok(())
     }
 }
 
 fn lora_config(lora: &Lora) -> LoraConfig {
     LoraConfig {
         r: lora.r,
-        lora_alpha: lora.lora_alpha,
+        lora_alpha: lora.alpha(),
         use_rslora: lora.use_rslora,
         target_modules: match &lora.target_modules {
             all if all.is_all_linear() => TargetModules::AllLinear,
@@ -157,6 +188,8 @@ fn lora_config(lora: &Lora) -> LoraConfig {
         },
         layers_to_transform: lora.layers_to_transform.clone(),
         rank_pattern: lora.rank_pattern.iter().map(|(key, &r)| (key.clone(), r)).collect(),
+        // The magnitudes are the base's to give.
+        use_dora: false,
         loraplus_lr_ratio: lora.loraplus_lr_ratio,
         alpha_pattern: lora.alpha_pattern.iter().map(|(key, &alpha)| (key.clone(), alpha)).collect(),
     }

@@ -347,7 +347,7 @@ mod tests {
                 Tensor::from_vec(floats(&case[key][i]), dims, &Device::Cpu).unwrap()
             };
             let mut gradients = Gradients::none(1);
-            gradients.layers[0][0] = Some((tensor("grads", 0, (2, 4)), tensor("grads", 1, (4, 2))));
+            gradients.layers[0][0] = Some((tensor("grads", 0, (2, 4)), tensor("grads", 1, (4, 2))).into());
             gradients.head_weight = Some(tensor("grads", 2, (1, 4)));
             gradients.head_bias = Some(Tensor::new(&[1e6f32], &Device::Cpu).unwrap()); // fixed: must not count
             let norm = clip_grad_norm(&learner, &mut gradients, case["max_norm"].as_f64().unwrap()).unwrap();

@@ -165,7 +165,7 @@ mod tests {
         let weights = learner.weights().parameters().unwrap();
         let mut gradients = Gradients::none(1);
         let filled = |i: usize| (weights[i].zeros_like().unwrap() + gradient).unwrap();
-        gradients.layers[0][0] = Some((filled(0), filled(1)));
+        gradients.layers[0][0] = Some((filled(0), filled(1)).into());
         learner.step(gradients, 0.1)
     }
 

@@ -1,11 +1,13 @@
 //! A learner owns the only weights that change, and the optimizer that changes them. Views of its weights are borrowed,
 //! so none survives a step. Knows no loss and no role.
 
+use std::collections::HashSet;
+
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
 use super::adamw::{AdamW, AdamWConfig, AdamWState, clip_factor, clip_grad_norm};
-use crate::model::adapter::{Gradients, TrainableAdapter};
+use crate::model::adapter::{Factor, Gradients, Outer, Slot, TrainableAdapter, factor_name};
 
 /// An adapter under training, with its optimizer.
 #[derive(Debug)]
@@ -113,7 +115,14 @@ impl Learner {
         let mut parameters = self.weights.parameters()?;
         let flat = self.weights.flat_gradients(gradients)?;
         let ratio = self.weights.view().config().loraplus_lr_ratio;
-        let rate = |name: &str| if name.ends_with(".lora_B.weight") { ratio * lr } else { lr };
+        // As in PEFT's `create_loraplus_optimizer`, B and the magnitudes; a token table's branch is left out.
+        let view = self.weights.view();
+        let further: HashSet<String> = view
+            .pairs()
+            .filter(|(slot, _)| *slot != Slot::Outer(Outer::Embedding))
+            .flat_map(|(slot, _)| [Factor::B, Factor::Magnitude].map(|f| factor_name(view.shapes(), slot, f)))
+            .collect();
+        let rate = |name: &str| if further.contains(name) { ratio * lr } else { lr };
         self.optimizer.step_with(parameters.iter_mut().collect(), &flat, rate)?;
         self.weights.replace(parameters)
     }

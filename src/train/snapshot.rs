@@ -249,7 +249,7 @@ mod tests {
         let weights = learner.weights().parameters().unwrap();
         let mut gradients = Gradients::none(1);
         let like = |t: &Tensor| ((t * 0.5).unwrap() + by).unwrap();
-        gradients.layers[0][0] = Some((like(&weights[0]), like(&weights[1])));
+        gradients.layers[0][0] = Some((like(&weights[0]), like(&weights[1])).into());
         gradients.head_weight = Some(like(&weights[2]));
         learner.step(gradients, 0.01).unwrap();
     }

@@ -27,7 +27,15 @@ WIDE = SMALL | dict(head_dim=8)
 FOUR = WIDE | dict(num_hidden_layers=4)
 YARN = dict(rope_type="yarn", rope_theta=10000.0, factor=4.0, original_max_position_embeddings=16)
 LONG = dict(rope_type="longrope", rope_theta=10000.0, short_factor=[1.0, 1.5], long_factor=[2.0, 4.0])
+LLAMA3 = dict(rope_type="llama3", rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=16)
 CASES = {
+    "llama": t.LlamaConfig(**COMMON, **SMALL),
+    "llama_linear_tied": t.LlamaConfig(
+        **COMMON, **SMALL, tie_word_embeddings=True,
+        rope_parameters=dict(rope_type="linear", rope_theta=10000.0, factor=4.0),
+    ),
+    "llama3": t.LlamaConfig(**COMMON, **SMALL, rope_parameters=LLAMA3),
     "llama_yarn_bias": t.LlamaConfig(**COMMON, **SMALL, rope_parameters=YARN, attention_bias=True, mlp_bias=True),
     "mistral_window": t.MistralConfig(**COMMON, **SMALL, sliding_window=4),
     "qwen2": t.Qwen2Config(**COMMON, **SMALL),
@@ -58,6 +66,11 @@ CASES = {
     "gpt2": t.GPT2Config(
         vocab_size=64, n_positions=40, n_embd=16, n_layer=2, n_head=4, bos_token_id=1, eos_token_id=2,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    ),
+    "gpt_neo": t.GPTNeoConfig(
+        vocab_size=64, max_position_embeddings=40, hidden_size=16, num_layers=4, num_heads=4, window_size=3,
+        attention_types=[[["global", "local"], 1], [["local"], 2]], bos_token_id=1, eos_token_id=2,
+        resid_dropout=0.0, embed_dropout=0.0, attention_dropout=0.0,
     ),
     "gpt_neox": t.GPTNeoXConfig(**COMMON, **{k: v for k, v in (MHA | dict(hidden_size=32)).items() if k != "num_key_value_heads"},
                                 rotary_pct=0.5),
@@ -115,9 +128,7 @@ def case(name, config, out):
                 answer.append(fed.item())
             greedy.append(answer)
             tensors[f"greedy.{i}"] = np.array(steps, dtype=np.float32)
-    # OPT-350M's maps in and out of the blocks carry no branch in this program; "all-linear" would give them one.
-    lora = get_peft_model(model, LoraConfig(r=2, lora_alpha=5, target_modules="all-linear", lora_dropout=0.0,
-                                            exclude_modules=["project_in", "project_out"]))
+    lora = get_peft_model(model, LoraConfig(r=2, lora_alpha=5, target_modules="all-linear", lora_dropout=0.0))
     factors = {k: p for k, p in lora.named_parameters() if "lora_" in k}
     key = lambda k: re.sub(r"\.default\b", "", k)
     with torch.no_grad():

@@ -129,6 +129,8 @@ def with_adapter(model, adapter):
     complaints = [str(w.message) for w in caught if "key" in str(w.message).lower()]
     assert not complaints, complaints
     theirs = peft.get_peft_model_state_dict(model)
+    # The tables of the base that PEFT would save below a branch on them.
+    theirs = {k: v for k, v in theirs.items() if ".base_layer." not in k}
     ours = load_file(pathlib.Path(adapter) / "adapter_model.safetensors")
     ours.pop(BIAS, None)
     assert theirs.keys() == ours.keys(), theirs.keys() ^ ours.keys()
@@ -205,16 +207,23 @@ PEFT_ADAPTERS = {
         r=2, lora_alpha=3, target_modules=["q_proj", "o_proj", "up_proj"],
         rank_pattern={"layers.1.self_attn.q_proj": 4, "up_proj": 1}, alpha_pattern={r"layers\.[02]\..*o_proj": 7},
     ),
+    "DoRA over all linear maps": dict(r=3, lora_alpha=4, target_modules="all-linear", use_dora=True),
+    "both ends": dict(r=2, lora_alpha=3, target_modules=["embed_tokens", "lm_head", "v_proj"]),
+    "DoRA on both ends, rslora": dict(
+        r=2, lora_alpha=3, use_rslora=True, use_dora=True, target_modules=["embed_tokens", "lm_head", "down_proj"]
+    ),
 }
 
 
 def save_peft(model, out, task, **lora):
-    """A PEFT adapter with B away from zero."""
+    """A PEFT adapter away from its start."""
     model = peft.get_peft_model(model, peft.LoraConfig(task_type=task, lora_dropout=0.1, **lora)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:
+            if "lora_B" in name or "lora_embedding" in name:
                 parameter.normal_(std=0.15)
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.rand_like(parameter))
     model.save_pretrained(out)
     return model
 
@@ -264,6 +273,11 @@ def to_peft(fourfold, name, base, work, tokens, sequences, records):
         variant += 'rank_pattern = { q_proj = 2, "layers.1.mlp.up_proj" = 4 }\nalpha_pattern = { o_proj = 2.5 }'
         fourfold("sft", config(work, "sft", base, variant, keys, "sft.jsonl"), "--out", work / f"sft_{start}")
         compare_policy(f"fourfold sft, {start}, patterns, LoRA+", work / f"sft_{start}/adapter", 0.1)
+    ends = 'r = 3\nlora_alpha = 5\nuse_dora = true\ntarget_modules = ["embed_tokens", "lm_head", "gate_proj"]'
+    fourfold("sft", config(work, "sft", base, ends, keys, "sft.jsonl"), "--out", work / "sft_ends")
+    compare_policy("fourfold sft, DoRA on both ends", work / "sft_ends/adapter", 0.1)
+    fourfold("sft", config(work, "sft", base, "r = 3\nuse_dora = true", keys, "sft.jsonl"), "--out", work / "sft_dora")
+    compare_policy("fourfold sft, DoRA over all linear maps", work / "sft_dora/adapter", 0.1)
     continued = keys + f'adapter = "{work / "sft/adapter"}"\n'
     for center in (True, False):
         more = continued + f"center = {str(center).lower()}"
@@ -313,6 +327,17 @@ def merges(fourfold, name, base, work, tokens, sequences):
     shards = len(list(out.glob("model-*.safetensors")))
     difference = furthest(logprobs(causal(out), sequences), want)
     check(f"{name}: merge in {shards} shards -> transformers", difference if shards > 1 else float("nan"))
+    for what in ("ends", "dora"):
+        out = work / f"merged_{what}"
+        fourfold("merge", "--base", base, "--adapter", work / f"sft_{what}/adapter", "--dtype", "f32", "--out", out)
+        theirs, ours = with_adapter(causal(base), work / f"sft_{what}/adapter"), causal(out)
+        with torch.no_grad():
+            inputs = [torch.tensor([ids]) for ids in sequences]
+            logits = max((ours(x).logits - theirs(x).logits).abs().max().item() for x in inputs)
+        check(f"{name}: merge of {what} -> transformers, logits of base + adapter", logits)
+        tied = ours.config.tie_word_embeddings
+        expected = False if what == "ends" else causal(base).config.tie_word_embeddings
+        report(f"{name}: merge of {what}: one table for both ends: {expected}", tied == expected, str(tied))
     # Two adapters as one. The sum is made here: PEFT's "cat" takes only adapters over the same maps, and under rslora
     # scales its result by the square root of the rank.
     two = work / "sft_some/adapter"

@@ -11,7 +11,7 @@ use crate::ops::linear::InputGradient;
 use crate::ops::rope::{self, Turn};
 
 pub(super) struct AttentionKept {
-    z_qkv: Tensor,
+    z_qkv: linear::Kept,
     /// q and k before their norms, where they have any.
     raw: Option<[Tensor; 2]>,
     /// q and k as attention sees them.
@@ -19,12 +19,12 @@ pub(super) struct AttentionKept {
     pub(super) k: Tensor,
     pub(super) v: Tensor,
     o: Tensor,
-    z_o: Tensor,
+    z_o: linear::Kept,
     pub(super) join: JoinKept,
 }
 
 struct Projected {
-    z: Tensor,
+    z: linear::Kept,
     raw: Option<[Tensor; 2]>,
     q: Tensor,
     k: Tensor,

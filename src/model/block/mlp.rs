@@ -11,10 +11,10 @@ use crate::ops::linear::InputGradient;
 pub(super) struct MlpKept {
     /// Attention's sum: the residual that the MLP joins.
     pub(super) x2: Tensor,
-    z_in: Tensor,
+    z_in: linear::Kept,
     gate: Option<Tensor>,
     up: Tensor,
-    z_out: Tensor,
+    z_out: linear::Kept,
     join: JoinKept,
 }
 

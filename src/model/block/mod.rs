@@ -4,12 +4,12 @@
 
 use candle_core::{Result, Tensor};
 
-use super::adapter::{LayerPairs, MAX_LINEARS};
+use super::adapter::{LayerPairs, LoraPair, MAX_LINEARS};
 use super::batch::Batch;
 use super::config::{Mlp, Qkv};
 use crate::ops::activation::Activation;
 use crate::ops::attention::{Cached, Heads, Spans};
-use crate::ops::linear::{self, InputGradient, LowRank, Part};
+use crate::ops::linear::{self, BranchGradient, InputGradient, Part};
 use crate::ops::norm::Norm;
 use crate::ops::rope::Angles;
 use crate::ops::weight::Weight;
@@ -106,8 +106,8 @@ pub struct Kept {
     rest: Option<(AttentionKept, MlpKept)>,
 }
 
-/// (dA, dB) of each map that has a branch, in the order of `LinearShapes::linears`.
-pub type BlockGradients = [Option<(Tensor, Tensor)>; MAX_LINEARS];
+/// Of each map that has a branch, in the order of `LinearShapes::linears`.
+pub type BlockGradients = [Option<BranchGradient>; MAX_LINEARS];
 
 /// A block as one pass sees it: its weights, the adapter's branches, what all blocks share.
 #[derive(Clone, Copy)]
@@ -121,11 +121,7 @@ impl<'a> Pass<'a> {
     fn part(self, linear: usize) -> Part<'a> {
         let frozen = &self.block.linears[linear];
         let pair = self.pairs.and_then(|p| p[linear].as_ref());
-        Part {
-            weight: &frozen.weight,
-            bias: frozen.bias.as_deref(),
-            lora: pair.map(|p| LowRank { a: &p.a, b: &p.b, scale: p.scale }),
-        }
+        Part { weight: &frozen.weight, bias: frozen.bias.as_deref(), lora: pair.map(LoraPair::low_rank) }
     }
 
     fn parts(self, linears: std::ops::Range<usize>) -> Vec<Part<'a>> {
@@ -280,7 +276,7 @@ fn take<const N: usize>(outputs: Vec<Tensor>) -> [Tensor; N] {
     <[Tensor; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a group gives one output a part"))
 }
 
-fn store(grads: &mut BlockGradients, first: usize, lora: Vec<Option<(Tensor, Tensor)>>) {
+fn store(grads: &mut BlockGradients, first: usize, lora: Vec<Option<BranchGradient>>) {
     for (i, pair) in lora.into_iter().enumerate() {
         grads[first + i] = pair;
     }

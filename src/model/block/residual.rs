@@ -22,8 +22,13 @@ pub(super) struct JoinKept {
 }
 
 impl Join<'_> {
-    /// y of the residual x and of f = linear(input), with the linear's z.
-    pub(super) fn forward(&self, input: &Tensor, part: Part<'_>, x: &Tensor) -> Result<(Tensor, Tensor, JoinKept)> {
+    /// y of the residual x and of f = linear(input), with what the linear kept.
+    pub(super) fn forward(
+        &self,
+        input: &Tensor,
+        part: Part<'_>,
+        x: &Tensor,
+    ) -> Result<(Tensor, linear::Kept, JoinKept)> {
         let mut kept = JoinKept::default();
         let (sum, z) = if self.norms.inner.is_none() && self.multiplier == 1.0 {
             let (sum, z) = linear::forward(input, &[part], Some(x))?;

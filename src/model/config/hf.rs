@@ -128,7 +128,13 @@ impl<'a> Reader<'a> {
             "tie_word_embeddings",
             matches!(
                 family,
-                Family::Gemma | Family::Gemma2 | Family::Gemma3 | Family::SmolLm3 | Family::Gpt2 | Family::Opt
+                Family::Gemma
+                    | Family::Gemma2
+                    | Family::Gemma3
+                    | Family::SmolLm3
+                    | Family::Gpt2
+                    | Family::GptNeo
+                    | Family::Opt
             ),
         )?;
         match family {
@@ -191,6 +197,14 @@ impl<'a> Reader<'a> {
                 (c.qkv, c.mlp) = (Qkv::EndToEnd, Mlp::Plain);
                 c.learned_positions = Some(0);
             }
+            Family::GptNeo => {
+                c.mlp = Mlp::Plain;
+                c.biases = Biases { qkv: false, attention_out: true, mlp: true };
+                c.learned_positions = Some(0);
+                // Scores are not divided by anything.
+                c.attention_multiplier = 1.0;
+                self.global_and_local(&mut c)?;
+            }
             Family::GptNeoX => {
                 (c.qkv, c.mlp) = (Qkv::PerHead, Mlp::Plain);
                 if self.flag("use_parallel_residual", true)? {
@@ -213,7 +227,7 @@ impl<'a> Reader<'a> {
                 c.embedding_width = self.optional_size("word_embed_proj_dim")?.unwrap_or(c.hidden_size);
             }
         }
-        if matches!(family, Family::Gpt2 | Family::GptNeoX | Family::Opt) {
+        if matches!(family, Family::Gpt2 | Family::GptNeo | Family::GptNeoX | Family::Opt) {
             c.norm = NormStyle::Layer;
         }
         if matches!(family, Family::Gpt2) {
@@ -230,9 +244,11 @@ impl<'a> Reader<'a> {
         let classic = family == Family::Gpt2;
         let key = |usual: &'static str, gpt2: &'static str| if classic { gpt2 } else { usual };
         let hidden = self.size(key("hidden_size", "n_embd"))?;
-        let heads = self.size(key("num_attention_heads", "n_head"))?;
+        let neo = |usual: &'static str, own: &'static str| if family == Family::GptNeo { own } else { usual };
+        let heads = self.size(neo(key("num_attention_heads", "n_head"), "num_heads"))?;
         let intermediate = match family {
             Family::Gpt2 => self.optional_size("n_inner")?.unwrap_or(hidden.saturating_mul(4)),
+            Family::GptNeo => self.optional_size("intermediate_size")?.unwrap_or(hidden.saturating_mul(4)),
             Family::Opt => self.size("ffn_dim")?,
             _ => self.size("intermediate_size")?,
         };
@@ -246,10 +262,10 @@ impl<'a> Reader<'a> {
             vocab: self.size("vocab_size")?,
             hidden,
             intermediate,
-            layers: self.size(key("num_hidden_layers", "n_layer"))?,
+            layers: self.size(neo(key("num_hidden_layers", "n_layer"), "num_layers"))?,
             heads,
             kv_heads: match family {
-                Family::Gpt2 | Family::GptNeoX | Family::Opt => heads,
+                Family::Gpt2 | Family::GptNeo | Family::GptNeoX | Family::Opt => heads,
                 _ => self.optional_size("num_key_value_heads")?.unwrap_or(heads),
             },
             head_dim,
@@ -261,7 +277,7 @@ impl<'a> Reader<'a> {
         };
         let mut c = DecoderConfig::llama(sizes, self.file)?;
         let (eps, default) = match family {
-            Family::Gpt2 => ("layer_norm_epsilon", 1e-5),
+            Family::Gpt2 | Family::GptNeo => ("layer_norm_epsilon", 1e-5),
             Family::GptNeoX => ("layer_norm_eps", 1e-5),
             Family::Opt => ("", 1e-5),
             Family::Phi3 | Family::Olmo2 => ("rms_norm_eps", 1e-5),
@@ -269,13 +285,13 @@ impl<'a> Reader<'a> {
         };
         c.norm_eps = self.float(eps)?.unwrap_or(default);
         c.activation = match family {
-            Family::Gpt2 => self.activation("activation_function", Activation::GeluTanh)?,
+            Family::Gpt2 | Family::GptNeo => self.activation("activation_function", Activation::GeluTanh)?,
             Family::Opt => self.activation("activation_function", Activation::Relu)?,
             Family::GptNeoX => self.activation("hidden_act", Activation::Gelu)?,
             Family::Gemma | Family::Gemma2 | Family::Gemma3 => Activation::GeluTanh,
             _ => self.activation("hidden_act", Activation::Silu)?,
         };
-        if !matches!(family, Family::Gpt2 | Family::Opt) {
+        if !matches!(family, Family::Gpt2 | Family::GptNeo | Family::Opt) {
             self.rope(family, &mut c)?;
         }
         Ok(c)
@@ -343,6 +359,37 @@ impl<'a> Reader<'a> {
         }
         let first = self.optional_size("max_window_layers")?.unwrap_or(28);
         self.windows(c, Some(4096), |i| i >= first)
+    }
+
+    /// GPT-Neo's `attention_types`: lists of kinds, each so many times over; a local layer sees `window_size` keys.
+    fn global_and_local(&self, c: &mut DecoderConfig) -> Result<()> {
+        let window = self.optional_size("window_size")?.unwrap_or(256);
+        let mut kinds: Vec<&str> = vec![];
+        match self.get("attention_types").and_then(Value::as_array) {
+            None => kinds.extend(["global", "local"].repeat(12)),
+            Some(runs) => {
+                for run in runs {
+                    let names = run.get(0).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
+                    let names: Vec<&str> = names.collect();
+                    let times = run.get(1).and_then(Value::as_u64).unwrap_or(0);
+                    // No list is longer than the layers it is for.
+                    for _ in 0..times.min(c.layers.len() as u64) {
+                        kinds.extend(&names);
+                    }
+                }
+            }
+        }
+        if kinds.len() != c.layers.len() || kinds.iter().any(|k| !["global", "local"].contains(k)) {
+            return Err(invalid!(
+                "{}: attention_types does not say global or local for each of {} layers",
+                self.file,
+                c.layers.len()
+            ));
+        }
+        for (layer, kind) in c.layers.iter_mut().zip(kinds) {
+            layer.window = (kind == "local").then_some(window);
+        }
+        Ok(())
     }
 
     /// SmolLM 3's: 0 in `no_rope_layers` is a layer without rotation.

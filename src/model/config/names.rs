@@ -2,7 +2,7 @@
 //! is in the fields of [`super::DecoderConfig`]. Knows no file. Read hf.rs and gguf.rs next: they fill the fields.
 
 use super::{DecoderConfig, LayerRope, Mlp, QkNorm, Qkv};
-use crate::model::lora::{Linear, LinearShapes, MatrixLayout};
+use crate::model::lora::{Linear, LinearShapes, MatrixLayout, Outer};
 use crate::ops::attention::Heads;
 
 /// A model family, which decides names alone.
@@ -21,6 +21,7 @@ pub enum Family {
     Granite,
     SmolLm3,
     Gpt2,
+    GptNeo,
     GptNeoX,
     Opt,
 }
@@ -74,7 +75,7 @@ const LLAMA: Names = Names {
 const AROUND: [&str; 4] =
     ["input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"];
 
-static NAMES: [(Family, Names); 14] = [
+static NAMES: [(Family, Names); 15] = [
     (Family::Llama, LLAMA),
     (Family::Mistral, Names { model_type: "mistral", architecture: "MistralForCausalLM", ..LLAMA }),
     (Family::Qwen2, Names { model_type: "qwen2", architecture: "Qwen2ForCausalLM", ..LLAMA }),
@@ -122,6 +123,24 @@ static NAMES: [(Family, Names); 14] = [
         },
     ),
     (
+        Family::GptNeo,
+        Names {
+            model_type: "gpt_neo",
+            architecture: "GPTNeoForCausalLM",
+            prefix: "transformer.",
+            blocks: "transformer.h",
+            embedding: "transformer.wte.weight",
+            positions: "transformer.wpe.weight",
+            final_norm: "transformer.ln_f",
+            output: "lm_head.weight",
+            norms: ["ln_1", "", "ln_2", ""],
+            qkv: &["attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"],
+            attention_out: "attn.attention.out_proj",
+            mlp_in: &["mlp.c_fc"],
+            mlp_out: "mlp.c_proj",
+        },
+    ),
+    (
         Family::GptNeoX,
         Names {
             model_type: "gpt_neox",
@@ -164,6 +183,12 @@ pub const PROJECT_IN: &str = "model.decoder.project_in.weight";
 /// And back.
 pub const PROJECT_OUT: &str = "model.decoder.project_out.weight";
 
+/// The module that a weight belongs to. Every family's output layer is `lm_head` in transformers 5, GPT-NeoX's too, whose
+/// files go on to call it `embed_out`.
+fn module(weight: &'static str) -> &'static str {
+    weight.strip_suffix(".weight").unwrap_or(weight)
+}
+
 impl Family {
     /// Its names.
     pub fn names(self) -> &'static Names {
@@ -188,7 +213,7 @@ impl DecoderConfig {
         self.family.names()
     }
 
-    /// The linear maps of a block, by name and size.
+    /// The linear maps of a block and those outside of the blocks, by name and size.
     pub fn shapes(&self) -> LinearShapes {
         let (d, f, names) = (self.hidden_size, self.intermediate_size, self.names());
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
@@ -207,7 +232,17 @@ impl DecoderConfig {
         maps.extend(names.mlp_in.iter().zip(mlp).map(|(path, &out)| Linear { path, inp: d, out }));
         maps.push(Linear { path: names.mlp_out, inp: f, out: d });
         let layout = if self.family == Family::Gpt2 { MatrixLayout::InOut } else { MatrixLayout::OutIn };
-        LinearShapes::new(self.num_hidden_layers, self.embedding_width, names.blocks, layout, &maps)
+        let (v, e) = (self.vocab_size, self.embedding_width);
+        let outer = |weight: &'static str, inp, out| Linear { path: module(weight), inp, out };
+        let shapes = LinearShapes::new(self.num_hidden_layers, e, names.blocks, layout, &maps)
+            .with_outer(Outer::Embedding, outer(names.embedding, v, e))
+            .with_outer(Outer::Head, outer("lm_head.weight", e, v));
+        if d == e {
+            return shapes;
+        }
+        shapes
+            .with_outer(Outer::ProjectIn, outer(PROJECT_IN, e, d))
+            .with_outer(Outer::ProjectOut, outer(PROJECT_OUT, d, e))
     }
 
     /// For each map of [`DecoderConfig::shapes`], in order, whether it has a bias.
@@ -265,7 +300,7 @@ impl DecoderConfig {
             .iter()
             .any(|m| name.ends_with(m))
         {
-            return matches!(self.family, Family::Gpt2 | Family::GptNeoX);
+            return matches!(self.family, Family::Gpt2 | Family::GptNeo | Family::GptNeoX);
         }
         let Some(path) = name.strip_suffix(".bias") else { return false };
         if path == names.final_norm {

@@ -42,6 +42,24 @@ fn old_and_new_rope_keys_read_alike_and_survive_a_round_trip() {
 }
 
 #[test]
+fn gpt_neos_kinds_of_attention_are_read_and_survive_a_round_trip_and_wrong_ones_are_refused() {
+    let neo = |types: Value| {
+        json!({"model_type": "gpt_neo", "vocab_size": 64, "hidden_size": 16, "num_layers": 3, "num_heads": 4,
+            "max_position_embeddings": 40, "window_size": 5, "attention_types": types})
+        .to_string()
+    };
+    let c = DecoderConfig::from_hf(&neo(json!([[["local", "global"], 1], [["local"], 1]])), None, "m").unwrap();
+    assert_eq!(c.layers.iter().map(|l| l.window).collect::<Vec<_>>(), [Some(5), None, Some(5)]);
+    assert_eq!((c.attention_multiplier, c.intermediate_size, c.tie_word_embeddings), (1.0, 64, true));
+    let again = DecoderConfig::from_hf(&c.to_hf_json().unwrap(), None, "m").unwrap();
+    assert_eq!((again.layers, again.biases, again.norm_eps), (c.layers, c.biases, c.norm_eps));
+    for wrong in [json!([[["global"], 2]]), json!([[["global", "far"], 1], [["local"], 1]]), json!("local")] {
+        let error = DecoderConfig::from_hf(&neo(wrong), None, "m").unwrap_err().to_string();
+        assert!(error.contains("attention_types") && error.contains("3 layers"), "{error}");
+    }
+}
+
+#[test]
 fn ends_of_text_are_gathered_from_both_files() {
     let both =
         DecoderConfig::from_hf(&edited(&[("eos_token_id", json!([2, 7]))]), Some(r#"{"eos_token_id": [9, 2]}"#), "m");

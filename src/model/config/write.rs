@@ -50,6 +50,19 @@ impl DecoderConfig {
                 put("activation_function", json!("gelu_new"));
                 return Ok(serde_json::to_string_pretty(&keys)?);
             }
+            Family::GptNeo => {
+                let kinds = self.layers.iter().map(|l| if sliding(l) { "local" } else { "global" });
+                put("hidden_size", json!(self.hidden_size));
+                put("intermediate_size", json!(self.intermediate_size));
+                put("num_layers", json!(self.num_hidden_layers));
+                put("num_heads", json!(self.num_attention_heads));
+                put("attention_types", json!([[kinds.collect::<Vec<_>>(), 1]]));
+                put("window_size", json!(window.unwrap_or(256)));
+                put("max_position_embeddings", json!(self.max_position_embeddings));
+                put("layer_norm_epsilon", json!(self.norm_eps));
+                put("activation_function", json!("gelu_new"));
+                return Ok(serde_json::to_string_pretty(&keys)?);
+            }
             Family::Opt => put("ffn_dim", json!(self.intermediate_size)),
             _ => put("intermediate_size", json!(self.intermediate_size)),
         }

@@ -28,10 +28,14 @@ const HARMLESS: [&str; 13] = [
     "task_type",
 ];
 
+/// The names of a scalar head: transformers' classifiers have the first two, TRL's value models the third.
+const HEADS: [&str; 3] = ["score", "classifier", "v_head"];
+
 /// What `adapter_config.json` says, as far as it matters here.
 pub(super) struct FileConfig {
     pub(super) lora: LoraConfig,
-    pub(super) wants_head: bool,
+    /// What `modules_to_save` calls the scalar head; empty where there is none.
+    pub(super) heads: Vec<String>,
     pub(super) base_model: Option<String>,
 }
 
@@ -45,7 +49,7 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
     if !matches!(get("task_type").and_then(Value::as_str), None | Some("CAUSAL_LM" | "SEQ_CLS")) {
         return Err(invalid!("task_type = {} is neither CAUSAL_LM nor SEQ_CLS", shown(get("task_type"))));
     }
-    let mut wants_head = false;
+    let mut heads = vec![];
     for (key, value) in map {
         let honoured = match key.as_str() {
             "peft_type"
@@ -56,14 +60,22 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
             | "layers_to_transform"
             | "rank_pattern"
             | "alpha_pattern" => true,
+            "use_dora" => value.is_null() || value.is_boolean(),
             "bias" => value.is_null() || value == "none",
             "layers_pattern" => is_unset(value) || *value == json!("layers") || *value == json!(["layers"]),
             "init_lora_weights" => leaves_the_base_alone(value),
             "modules_to_save" => {
                 // PEFT lists both names that a classifier's head may have, whichever the model uses.
                 let names: Vec<&str> = value.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-                wants_head = names.contains(&"score");
-                value.is_null() || names.iter().all(|n| ["score", "classifier"].contains(n))
+                if let Some(other) = names.iter().find(|n| !HEADS.contains(n)) {
+                    return Err(invalid!(
+                        "modules_to_save = {value}: {other} would be a trained copy of a whole layer, and only a scalar \
+                         head ({}) can be one; a LoRA branch there is a name in target_modules",
+                        HEADS.join(", ")
+                    ));
+                }
+                heads = names.into_iter().map(String::from).collect();
+                is_unset(value) || value.is_array()
             }
             key if HARMLESS.contains(&key) => true,
             _ => is_unset(value),
@@ -71,7 +83,7 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
         if !honoured {
             return Err(invalid!(
                 "{key} = {value} asks for something that is not supported, and ignoring it would change the model; \
-                 only plain LoRA on the decoder's linear maps, with or without a score head, can be used"
+                 only LoRA and DoRA on linear maps and token tables, with or without a score head, can be used"
             ));
         }
     }
@@ -86,13 +98,10 @@ pub(super) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
         layers_to_transform: parse_layers(get("layers_to_transform"))?,
         rank_pattern: parse_pattern("rank_pattern", get("rank_pattern"), |v| usize::try_from(v.as_u64()?).ok())?,
         alpha_pattern: parse_pattern("alpha_pattern", get("alpha_pattern"), Value::as_f64)?,
+        use_dora: get("use_dora").and_then(Value::as_bool).unwrap_or(false),
         ..LoraConfig::default()
     };
-    Ok(FileConfig {
-        lora,
-        wants_head,
-        base_model: get("base_model_name_or_path").and_then(Value::as_str).map(Into::into),
-    })
+    Ok(FileConfig { lora, heads, base_model: get("base_model_name_or_path").and_then(Value::as_str).map(Into::into) })
 }
 
 fn parse_targets(value: Option<&Value>) -> Result<TargetModules> {
@@ -155,16 +164,12 @@ pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
     let config = adapter.config();
     let targets: Value = match (&config.target_modules, &config.layers_to_transform) {
         // PEFT, too, writes what "all-linear" came to; and it takes no layer list beside a string.
-        (TargetModules::AllLinear, _) => json!(adapter.shapes().names()),
+        (TargetModules::AllLinear, _) => json!(adapter.shapes().all_linear()),
         (TargetModules::List(list), _) => json!(list),
         (TargetModules::Regex(pattern), None) => json!(pattern),
         (TargetModules::Regex(_), Some(_)) => {
             let selected = config.select(adapter.shapes())?;
-            let paths = selected.iter().enumerate().flat_map(|(layer, row)| {
-                let chosen = (0..row.len()).filter(|&i| row[i]);
-                chosen.map(|i| adapter.shapes().module_path(layer, i)).collect::<Vec<_>>()
-            });
-            json!(paths.collect::<Vec<_>>())
+            json!(selected.into_iter().map(|slot| adapter.shapes().path(slot)).collect::<Vec<_>>())
         }
     };
     let head = adapter.head().is_some();
@@ -191,7 +196,7 @@ pub(super) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
         ("r", json!(config.r)),
         ("target_modules", targets),
         ("task_type", json!(if head { "SEQ_CLS" } else { "CAUSAL_LM" })),
-        ("use_dora", json!(false)),
+        ("use_dora", json!(config.use_dora)),
         ("use_rslora", json!(config.use_rslora)),
     ]);
     let mut text = serde_json::to_vec_pretty(&fields)?;
