@@ -122,7 +122,7 @@ const PPO: &[Row] = &[
     ("top_p", "", "0.5"),
     ("kl_coef", "", "0.5"),
     ("adap_kl_ctrl", "", "true"),
-    ("target", "adap_kl_ctrl = true", "0.001"),
+    ("target", "adap_kl_ctrl = true\ntotal_episodes = 24", "0.001"),
     ("horizon", "adap_kl_ctrl = true", "100.0"),
     ("kl_estimator", "", "'k2'"),
     ("kl_estimator", "", "'k3'"),
