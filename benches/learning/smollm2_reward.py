@@ -9,7 +9,8 @@ pairs, AdamW 1e-3 linear with 2 warm-up steps, no decay, gradient norm 1; LoRA r
 upper 10 of 30 blocks, and a fresh score head; f32, one thread. TRL gets token ids that its own collator pads; the ids are
 those that our side makes of the texts (its chat template and end token).
 One JSON line a side and seed, then the paired summary: the interval is Student's t over the seeds' gaps.
-Run with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.12.0, datasets 5.2.0.
+Made for torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.12.0, datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0.
+results.jsonl has no figures of it yet.
 """
 
 import argparse
