@@ -21,7 +21,8 @@ use fourfold::train::session::Session;
 use fourfold::{reward, sft};
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: fourfold::memory::meter::Counting<mimalloc::MiMalloc> =
+    fourfold::memory::meter::Counting(mimalloc::MiMalloc);
 
 fn ids(rows: usize, columns: usize, salt: usize) -> Vec<Vec<u32>> {
     let id = |i: usize, j: usize| (100 + ((i + salt) * 104_729 + j * 7919 + i * j * 31) % 48_000) as u32;

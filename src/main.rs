@@ -2,7 +2,8 @@
 //! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: fourfold::memory::meter::Counting<mimalloc::MiMalloc> =
+    fourfold::memory::meter::Counting(mimalloc::MiMalloc);
 
 fn main() {
     fourfold::memory::keep_freed_memory();

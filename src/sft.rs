@@ -9,6 +9,7 @@ use crate::config::Sft;
 use crate::data::examples::{Examples, chunks, pick};
 use crate::data::order::Plan;
 use crate::data::phases::SftExample;
+use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
@@ -22,7 +23,7 @@ use crate::train::{settings, stop};
 use crate::{diverged, invalid};
 
 /// Sequences of one scoring pass.
-const EVAL_BATCH: usize = 16;
+pub(crate) const EVAL_BATCH: usize = 16;
 
 /// The stage's figures.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,7 +64,7 @@ pub fn train(
     let plan = Plan { seed, stream: settings::SFT_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, settings::largest_batch(batch, examples));
+    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
     session.report.stage("sft", steps);
     // NaN has no form in JSON, where what is found once is kept.
     let found = session.once("perplexity_before", |_| perplexity(base, &start, held_out).map(Some))?;
@@ -82,9 +83,12 @@ pub fn train(
         let batches = rows.batches.iter().map(|rows| pack(&pick(examples, rows.iter().copied())?));
         let batches = batches.collect::<Result<Vec<_>>>()?;
         // 1. Forward and backward.
+        let update = within(Phase::Update);
         let gradients = gradients(base, progress.learner.weights().view(), &batches, checkpoint);
         let Some(gradients) = gradients.transpose() else { continue };
         // 2. Step.
+        drop(update);
+        let _step = within(Phase::Step);
         let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
         let outcome = gradients.and_then(|(g, loss)| Ok((loss, progress.learner.step(g, lr)?)));
         progress.cursor = order.cursor();
@@ -159,6 +163,7 @@ pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)>
 /// # Errors
 /// If a sequence is longer than the context.
 pub fn perplexity(base: &Base, adapter: &Adapter, examples: &(impl Examples<SftExample> + ?Sized)) -> Result<f64> {
+    let _phase = within(Phase::Evaluation);
     let (mut sum, mut count) = (0f64, 0usize);
     for rows in chunks(examples.len(), EVAL_BATCH) {
         let (batch, targets) = pack(&pick(examples, rows)?)?;

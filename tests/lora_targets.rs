@@ -222,6 +222,24 @@ fn products_in_bf16_stay_within_their_rounding() {
         // 2^-9 a factor, through two to four blocks; without its branch or magnitude a model is off by far more.
         let e = furthest(&got, want) / top;
         assert!(e < 0.03, "{name}: {e}");
+        // The gradients likewise, head's and tables' included.
+        let (batch, targets) = read(&golden);
+        let bare = Policy::new(&base, None);
+        let theirs = bare.rows(&batch, &targets).unwrap();
+        let each = |v: f32| vec![v; targets.rows.len()];
+        let loss =
+            |_: &_, _: &[f32]| Ok(HeadGradients { logprobs: each(1.0), entropy: each(0.5), kl: Some(each(0.7)) });
+        let (_, gradients) = Policy::new(&base, Some(&adapter))
+            .gradients_against(&batch, &targets, Some((bare, &theirs)), 1.0, Checkpointing::Off, loss)
+            .unwrap();
+        let learner = adapter.to_trainable();
+        for (factor, got) in learner.names().iter().zip(learner.flat_gradients(&gradients).unwrap()) {
+            let want = &golden.numbers[&format!("grad.{factor}")];
+            let norm = |v: &[f32]| v.iter().map(|x| x * x).sum::<f32>().sqrt();
+            let apart: Vec<f32> = values(got).iter().zip(want).map(|(a, b)| a - b).collect();
+            let e = norm(&apart) / norm(want);
+            assert!(e < 0.1, "{name}: {factor}: {e}");
+        }
     }
 }
 

@@ -20,7 +20,7 @@ use crate::model::checkpoint::Checkpoint;
 use crate::model::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Stage {
+pub(super) enum Stage {
     Sft,
     Reward,
     Dpo,
@@ -66,7 +66,21 @@ pub(super) fn show(args: &Show) -> Result<()> {
     }
 }
 
-fn only_stage(config: &Config) -> Result<Stage> {
+impl Stage {
+    /// As the config knows it.
+    pub(super) fn of_config(self) -> config::Stage {
+        match self {
+            Self::Sft => config::Stage::Sft,
+            Self::Reward => config::Stage::Reward,
+            Self::Dpo => config::Stage::Dpo,
+            Self::Kto => config::Stage::Kto,
+            Self::Ppo => config::Stage::Ppo,
+        }
+    }
+}
+
+/// The stage whose section the file has.
+pub(super) fn only_stage(config: &Config) -> Result<Stage> {
     let sections = [
         config.sft.is_some().then_some(Stage::Sft),
         config.reward.is_some().then_some(Stage::Reward),

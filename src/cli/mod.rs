@@ -1,8 +1,10 @@
 //! The commands. `--json` puts one object on stdout and nothing else there; people's text goes to stderr, except a
 //! generated text and a table that were asked for.
 
+mod bench;
 mod data;
 mod merge;
+mod plan;
 mod probe;
 mod text;
 
@@ -41,6 +43,11 @@ enum Command {
     Ppo(Training),
     /// What a stage would train on: counts, lengths, what is dropped and why, examples with the loss mask in colour.
     Data(data::Show),
+    /// What a stage would take of memory, phase by phase, told from shapes without loading weights; and what makes it fit.
+    Plan(plan::Arguments),
+    /// Measures this program on this machine.
+    #[command(subcommand)]
+    Bench(bench::Bench),
     /// Base + adapter -> what other programs open: a merged model, a classifier, GGUF, GGUF-LoRA; compared with base +
     /// adapter before it gets its name.
     Merge(merge::Merge),
@@ -118,6 +125,8 @@ pub fn run() -> Result<()> {
         Command::Kto(args) => train(Stage::Kto, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
         Command::Data(args) => data::show(&args),
+        Command::Plan(args) => plan::run(&args),
+        Command::Bench(args) => bench::run(&args),
         Command::Merge(args) => merge::merge(&args),
         Command::Generate(args) => text::generate(&args),
         Command::Chat(args) => text::chat(&args),

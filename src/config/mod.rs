@@ -9,6 +9,7 @@ mod dschat;
 mod expand;
 mod keeping;
 mod located;
+mod memory;
 mod overrides;
 mod ppo;
 mod ptx;
@@ -29,6 +30,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use keeping::{Guard, Saving};
+pub use memory::{ByteSize, Memory};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
@@ -67,6 +69,9 @@ pub struct Config {
     /// What is done about steps that go wrong.
     #[serde(default)]
     pub guard: Guard,
+    /// How much memory a run may take.
+    #[serde(default)]
+    pub memory: Memory,
     /// The records; read it with [`Config::data`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub data: Option<Data>,
@@ -244,13 +249,14 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
 }
 
 /// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 11] {
+fn sections() -> [(&'static str, &'static [&'static str]); 12] {
     [
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
         ("lora", keys_of::<Lora>()),
         ("checkpoint", keys_of::<Saving>()),
         ("guard", keys_of::<Guard>()),
+        ("memory", keys_of::<Memory>()),
         ("data", keys_of::<Data>()),
         ("sft", keys_of::<Sft>()),
         ("reward", keys_of::<Reward>()),

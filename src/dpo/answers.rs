@@ -8,7 +8,7 @@ use crate::ops::head::TokenStats;
 use crate::report::{Figures, number};
 
 /// Tokens of one scoring pass.
-const SCORING_TOKENS: usize = 4096;
+pub(crate) const SCORING_TOKENS: usize = 4096;
 
 /// An answer after its prompt.
 #[derive(Clone, Copy)]

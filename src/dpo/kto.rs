@@ -9,6 +9,7 @@ use crate::config::Kto;
 use crate::data::order::{BatchSize, Plan};
 use crate::data::phases::JudgedExample;
 use crate::invalid;
+use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
@@ -67,7 +68,8 @@ pub fn train(
     let steps = per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    let checkpoint =
+        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
     let good = examples.iter().filter(|e| e.good).count();
     session.report.stage("kto", steps);
     session.report.note(&format!(
@@ -130,8 +132,11 @@ pub fn train(
             Ok(Some((grads, tally, kl, tokens)))
         };
         // Asked to stop: the checkpoint at the top of the loop ends it.
+        let update = within(Phase::Update);
         let Some(gradients) = gradients().transpose() else { continue };
         // 3. Step.
+        drop(update);
+        let _step = within(Phase::Step);
         let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
         let outcome = gradients.and_then(|(g, tally, kl, tokens)| {
             let grad_norm = progress.learner.step(g, lr)?;
@@ -223,6 +228,7 @@ impl Judge<'_> {
 
     /// Over all of them as one step.
     fn evaluate(&self, policy: Policy<'_>, examples: &[&JudgedExample], references: &[f64]) -> Result<Tally> {
+        let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
         if let Some(last) = examples.last().filter(|_| examples.len() > 1) {
             let kl = self.kl(policy, examples, last)?;

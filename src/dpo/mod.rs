@@ -6,3 +6,6 @@ mod answers;
 pub mod kto;
 pub mod loss;
 pub mod pairs;
+
+pub(crate) use answers::SCORING_TOKENS;
+pub(crate) use pairs::EVAL_BATCH;

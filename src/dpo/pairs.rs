@@ -9,6 +9,7 @@ use crate::config::{Dpo, DpoLoss};
 use crate::data::order::{BatchSize, Plan};
 use crate::data::phases::RankedExample;
 use crate::invalid;
+use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
@@ -19,7 +20,7 @@ use crate::train::session::Session;
 use crate::train::{settings, stop};
 
 /// Comparisons of one scoring pass.
-const EVAL_BATCH: usize = 8;
+pub(crate) const EVAL_BATCH: usize = 8;
 
 /// The stage's figures.
 #[derive(Clone, Debug, PartialEq)]
@@ -65,7 +66,8 @@ pub fn train(
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, longest * config.per_device_train_batch_size);
+    let checkpoint =
+        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
     session.report.stage("dpo", steps);
     session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
@@ -111,8 +113,11 @@ pub fn train(
             Ok(Some((grads, tally, tokens)))
         };
         // Asked to stop: the checkpoint at the top of the loop ends it.
+        let update = within(Phase::Update);
         let Some(gradients) = gradients().transpose() else { continue };
         // 3. Step.
+        drop(update);
+        let _step = within(Phase::Step);
         let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
         let outcome = gradients.and_then(|(g, tally, tokens)| {
             let grad_norm = progress.learner.step(g, lr)?;
@@ -217,6 +222,7 @@ impl Judge<'_> {
     }
 
     fn evaluate(&self, policy: Policy<'_>, examples: &[RankedExample], references: &[Vec<f64>]) -> Result<Tally> {
+        let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
         for (some, references) in examples.chunks(EVAL_BATCH).zip(references.chunks(EVAL_BATCH)) {
             let some: Vec<&RankedExample> = some.iter().collect();

@@ -405,17 +405,18 @@ impl Base {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: &Tensor) -> Result<Gradients> {
+    pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Tensor) -> Result<Gradients> {
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
         let ends = Ends::of(self, Some(adapter));
-        let mut dy = ends.finish_backward(&tape.last, &tape.ends, dh, &mut grads)?;
+        let mut dy = ends.finish_backward(&tape.last, &tape.ends, &dh, &mut grads)?;
+        drop((tape.last, dh));
         let kept = tape.kept.into_iter().enumerate().map(|(i, k)| (tape.first + i, k));
         for (layer, kept) in kept.collect::<Vec<_>>().into_iter().rev() {
             let unused = layer == tape.first && !ends.trains_before();
             let wanted = if unused { InputGradient::Unused } else { InputGradient::Wanted };
             let pairs = pairs(Some(adapter), layer);
-            let (dx, g) = self.weights.blocks[layer].backward(pairs, &self.geometry, layout, kept, &dy, wanted)?;
+            let (dx, g) = self.weights.blocks[layer].backward(pairs, &self.geometry, layout, kept, dy, wanted)?;
             grads.layers[layer] = g;
             match dx {
                 Some(dx) => dy = dx,
@@ -428,20 +429,22 @@ impl Base {
         Ok(grads)
     }
 
-    /// Starts generation: runs the prompts, fills a cache, and returns the hidden state (S, D) of each last token.
+    /// Starts generation: runs the prompts, fills a cache with room for `room` tokens more of each, and returns the hidden
+    /// state (S, D) of each last token.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
-    pub fn prefill(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<(Tensor, Cache)> {
+    pub fn prefill(&self, batch: &Batch, adapter: Option<&Adapter>, room: usize) -> Result<(Tensor, Cache)> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
         let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.weights.blocks.len()] };
         let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
         let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
-            x = block.prefill(pairs(adapter, layer), &self.geometry, layout, &x, caches)?;
+            x = block.prefill(pairs(adapter, layer), &self.geometry, layout, &x, room, caches)?;
         }
         let last = select_rows(&x, &batch.last_rows())?;
+        drop(x);
         Ok((ends.finish(last, &mut unused)?, cache))
     }
 

@@ -136,6 +136,11 @@ impl Checkpoint {
         self
     }
 
+    /// All but the tokenizer.
+    pub(crate) fn contents(&self) -> &Contents {
+        &self.contents
+    }
+
     /// The decoder's shape.
     pub fn config(&self) -> &DecoderConfig {
         &self.contents.config
@@ -342,6 +347,16 @@ impl Contents {
                 Tokenizer::from_files(files, &self.name)
             }
         }
+    }
+
+    /// What was opened, for messages.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Whether the weights lie in mapped files: they are compiled in otherwise.
+    pub(crate) fn is_mapped(&self) -> bool {
+        !self.files.is_empty()
     }
 
     pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, &[usize], StoredType)> {

@@ -56,6 +56,9 @@ pub struct Response {
     pub finish: Finish,
 }
 
+/// Tokens that the cache is made for at first; it grows where answers are longer.
+pub(crate) const MOST_ROOM: usize = 1024;
+
 /// Samples one response to each prompt. `seeds` (S): the draws of sequence s depend on `seeds[s]` alone, not on what
 /// else is in the batch. `on_token(s, token)` is told each token as it comes.
 ///
@@ -81,7 +84,9 @@ pub fn generate(
         return Ok(responses);
     }
     // 1. The prompts, all at once.
-    let (mut hidden, mut cache) = policy.base().prefill(&Batch::new(prompts)?, policy.adapter())?;
+    let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
+    let room = sampling.max_new_tokens.min(context - longest).min(MOST_ROOM);
+    let (mut hidden, mut cache) = policy.base().prefill(&Batch::new(prompts)?, policy.adapter(), room)?;
     let mut live: Vec<usize> = (0..prompts.len()).collect();
     let mut chooser = Chooser::default();
     loop {
@@ -99,6 +104,7 @@ pub fn generate(
                 on_token(s, token);
             }
         }
+        drop(logits);
         // 3. Finished sequences leave.
         for (keep, &s) in keep.iter_mut().zip(&live) {
             let response = &mut responses[s];

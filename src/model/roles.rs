@@ -138,8 +138,10 @@ impl<'w> Policy<'w> {
             d_rows = (d_rows + more.hidden)?;
             branch = sum(branch, more.branch)?;
         }
+        drop((rows, kept));
         let dh = scatter_rows(&d_rows, &targets.rows, n)?;
-        let mut grads = self.base.backward(batch, adapter, tape, &dh)?;
+        drop(d_rows);
+        let mut grads = self.base.backward(batch, adapter, tape, dh)?;
         grads.outer[Outer::Head as usize] = branch;
         Ok((stats, grads))
     }
@@ -228,8 +230,9 @@ impl<'w> Scorer<'w> {
                 d_rows.extend(w.iter().map(|w| w * dv));
             }
         }
+        drop(picked);
         let dh = scatter_rows(&cpu::tensor(d_rows, (rows.len(), d))?, rows, n)?;
-        let mut grads = self.base.backward(batch, self.adapter, tape, &dh)?;
+        let mut grads = self.base.backward(batch, self.adapter, tape, dh)?;
         grads.head_weight = Some(cpu::tensor(dw.into_iter().map(|v| v as f32).collect(), (1, d))?);
         grads.head_bias = Some(cpu::tensor(vec![db as f32], 1)?);
         Ok((values, grads))

@@ -13,7 +13,7 @@ use super::pack::with_scratch;
 use super::tile::{Into, Mat, product};
 
 /// Queries whose scores are held at once.
-const QUERIES: usize = 48;
+pub(crate) const QUERIES: usize = 48;
 
 /// Heads of one attention layer, and what they see.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -309,6 +309,26 @@ pub struct Cached {
     pub keys: Vec<f32>,
     /// (tokens, kv * dim).
     pub values: Vec<f32>,
+}
+
+/// A list grows by so many numbers at least: doubling would leave half of a long one unused.
+const GROWTH: usize = 1 << 14;
+
+impl Cached {
+    /// Empty, with room for so many numbers in each list.
+    pub fn with_room(numbers: usize) -> Self {
+        Self { keys: Vec::with_capacity(numbers), values: Vec::with_capacity(numbers) }
+    }
+
+    /// Adds the keys and values of some tokens, as many numbers of each.
+    pub fn extend(&mut self, keys: &[f32], values: &[f32]) {
+        for (list, more) in [(&mut self.keys, keys), (&mut self.values, values)] {
+            if list.capacity() - list.len() < more.len() {
+                list.reserve_exact(more.len().max(GROWTH));
+            }
+            list.extend_from_slice(more);
+        }
+    }
 }
 
 super::cpu::vectorised! {

@@ -110,7 +110,7 @@ impl Buffer {
 }
 
 /// Below this many multiply-adds a second core costs more than it brings (a barrier takes under a microsecond).
-const WORTH_A_THREAD: usize = 40_000;
+pub(crate) const WORTH_A_THREAD: usize = 40_000;
 
 /// Runs `f` over parts of 0..items on all cores. `cost` is the number of multiply-adds in all. Each item is done by
 /// one thread, whichever is free, so results never depend on the number of threads as long as items are independent.

@@ -196,6 +196,7 @@ pub fn backward(p: Side<'_>, q: Side<'_>, temperature: f64, divergence: &Diverge
         first.iter_mut().zip(run).for_each(|(a, b)| *a += b);
     }
     partial.truncate(r * d);
+    partial.shrink_to_fit();
     let branch = sums.map(|sums| sums.finish(&both, &mut partial)).transpose()?;
     Ok(Gradients { hidden: tensor(partial, (r, d))?, branch })
 }

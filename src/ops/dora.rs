@@ -235,3 +235,100 @@ pub fn magnitude_gradient(dy: &[f32], u: &[f32], norms: &[f32]) -> Result<Tensor
 pub(super) fn finished(sums: Vec<f64>, norms: &[f32]) -> Vec<f32> {
     sums.into_iter().zip(norms).map(|(s, &n)| if n > 0.0 { (s / f64::from(n)) as f32 } else { 0.0 }).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::linear::{self, InputGradient, Part};
+    use super::super::lookup;
+    use super::super::weight::StoredType;
+    use super::*;
+    use crate::rng::SplitMix64;
+
+    fn random(n: usize, seed: u64) -> Vec<f32> {
+        let mut rng = SplitMix64::new(seed);
+        (0..n).map(|_| rng.uniform() as f32 - 0.5).collect()
+    }
+
+    fn matrix(rows: usize, cols: usize, seed: u64) -> Tensor {
+        tensor(random(rows * cols, seed), (rows, cols)).unwrap()
+    }
+
+    fn plain<'a>(a: &'a Tensor, b: &'a Tensor) -> LowRank<'a> {
+        LowRank { a, b, scale: 1.5, dora: None }
+    }
+
+    #[test]
+    fn norms_of_rows_and_of_columns_are_the_sums_in_f64_over_every_kind_of_storage() {
+        let (n, k, r) = (45, 256, 3);
+        let dense = Weight::from_f32(&random(n * k, 1), n, k).unwrap();
+        for dtype in [None, Some(StoredType::Q4K), Some(StoredType::Q8_0), Some(StoredType::BF16)] {
+            let weight = dtype.map_or(dense.clone(), |dtype| dense.quantised(dtype).unwrap());
+            let sums = |a: &Tensor, b: &Tensor, of_rows: bool| -> Vec<f64> {
+                let (a, b) = (a.to_vec2::<f32>().unwrap(), b.to_vec2::<f32>().unwrap());
+                let mut sums = vec![0f64; if of_rows { n } else { k }];
+                for (i, row) in weight.to_f32().chunks(k).enumerate() {
+                    for (j, &w) in row.iter().enumerate() {
+                        // A linear map's branch is B A; a table's, whose outputs are its columns, (B A)^T.
+                        let (out, inp) = if of_rows { (i, j) } else { (j, i) };
+                        let branch: f64 = (0..r).map(|q| f64::from(b[out][q]) * f64::from(a[q][inp])).sum();
+                        sums[out] += (f64::from(w) + 1.5 * branch).powi(2);
+                    }
+                }
+                sums.into_iter().map(f64::sqrt).collect()
+            };
+            let (a, b) = (matrix(r, k, 2), matrix(n, r, 3));
+            let (a_table, b_table) = (matrix(r, n, 4), matrix(k, r, 5));
+            for (got, want) in [
+                (row_norms(&weight, plain(&a, &b)).unwrap(), sums(&a, &b, true)),
+                (column_norms(&weight, plain(&a_table, &b_table)).unwrap(), sums(&a_table, &b_table, false)),
+            ] {
+                for (got, want) in got.iter().zip(want) {
+                    assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{got} {want}");
+                }
+            }
+            assert!(
+                row_norms(&weight, plain(&a_table, &b_table)).is_err() && column_norms(&weight, plain(&a, &b)).is_err()
+            );
+        }
+    }
+
+    #[test]
+    fn a_row_of_zeros_gives_zero_and_no_gradient_that_is_no_number() {
+        let (n, k, r) = (4, 6, 2);
+        let mut values = random(n * k, 1);
+        values[k..2 * k].fill(0.0);
+        let weight = Weight::from_f32(&values, n, k).unwrap();
+        let (a, b) = (matrix(r, k, 2), tensor(vec![0.0; n * r], (n, r)).unwrap());
+        let (magnitude, norms) = (tensor(vec![0.7; n], n).unwrap(), Norms::default());
+        let lora = LowRank { dora: Some(Dora { magnitude: &magnitude, norms: &norms }), ..plain(&a, &b) };
+        let (x, dy) = (matrix(5, k, 3), matrix(5, n, 4));
+        let part = [Part { weight: &weight, bias: None, lora: Some(lora) }];
+        let (y, kept) = linear::forward(&x, &part, None).unwrap();
+        let g = linear::backward(&x, &part, &kept, &[&dy], InputGradient::Wanted).unwrap();
+        assert!(y[0].to_vec2::<f32>().unwrap().iter().all(|row| row[1] == 0.0 && row[0] != 0.0));
+        let branch = g.lora[0].as_ref().unwrap();
+        let magnitudes: Vec<f32> = branch.magnitude.as_ref().unwrap().to_vec1().unwrap();
+        assert!(magnitudes[1] == 0.0 && magnitudes[0] != 0.0);
+        for t in [&branch.a, &branch.b, g.input.as_ref().unwrap()] {
+            assert!(t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()));
+        }
+    }
+
+    #[test]
+    fn a_token_that_stands_twice_gets_both_gradients_and_one_past_the_table_is_named() {
+        let (v, d, r) = (7, 4, 2);
+        let table = Weight::from_f32(&random(v * d, 1), v, d).unwrap();
+        let (a, b) = (matrix(r, v, 2), matrix(d, r, 3));
+        let gradient = |ids: &[u32], dx: &Tensor| {
+            let (_, kept) = lookup::forward(&table, ids, Some(plain(&a, &b))).unwrap();
+            lookup::backward(&table, ids, plain(&a, &b), &kept.unwrap(), dx).unwrap().a.to_vec2::<f32>().unwrap()
+        };
+        let (one, two) = (matrix(1, d, 4), matrix(1, d, 5));
+        let (first, second) = (gradient(&[3], &one), gradient(&[3], &two));
+        let both = gradient(&[3, 3], &Tensor::cat(&[&one, &two], 0).unwrap());
+        for (j, row) in both.iter().enumerate() {
+            assert!((row[3] - first[j][3] - second[j][3]).abs() < 1e-6 && row[2] == 0.0);
+        }
+        assert!(lookup::forward(&table, &[7], None).err().unwrap().to_string().contains("vocabulary of 7"));
+    }
+}

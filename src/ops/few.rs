@@ -13,7 +13,7 @@ use super::weight::Weight;
 pub const FEW_ROWS: usize = 12;
 
 /// Rows of the weight that go together.
-const TOGETHER: usize = 3;
+pub const TOGETHER: usize = 3;
 
 /// sums[w][i] = weight row w . x_i.
 type Sums = [[f32; FEW_ROWS]; TOGETHER];

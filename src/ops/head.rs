@@ -79,9 +79,9 @@ super::cpu::vectorised! {
 }
 
 /// Vocabulary rows whose logits exist at once, per thread.
-pub(super) const STRIP: usize = 4 * NR;
+pub(crate) const STRIP: usize = 4 * NR;
 /// The vocabulary is always cut into this many runs, whose sums meet in order: the same bits on any number of cores.
-pub(super) const RUNS: usize = 8;
+pub(crate) const RUNS: usize = 8;
 
 /// What is known of each position after one pass over the vocabulary. All (R).
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -105,6 +105,9 @@ struct Run {
     best: u32,
     target: f32,
 }
+
+/// Of one position's sums in one run.
+pub(crate) const RUN_BYTES: usize = size_of::<Run>();
 
 impl Run {
     const EMPTY: Self = Self { top: f32::NEG_INFINITY, sum: 0.0, weighted: 0.0, best: 0, target: f32::NAN };
@@ -286,7 +289,9 @@ pub fn backward(
             *a += b;
         }
     }
+    // The sums of the other runs are given back: what is returned lives through the whole backward.
     partial.truncate(r * d);
+    partial.shrink_to_fit();
     let branch = sums.map(|sums| sums.finish(&hs, &mut partial)).transpose()?;
     Ok(Gradients { hidden: tensor(partial, (r, d))?, branch })
 }

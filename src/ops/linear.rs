@@ -333,6 +333,8 @@ pub fn backward(
         InputGradient::Unused => None,
     };
 
+    drop(lefts);
+
     let mut lora = Vec::with_capacity(parts.len());
     let mut offset = 0;
     for ((part, dy), magnitude) in parts.iter().zip(&dys).zip(magnitudes) {

@@ -12,7 +12,7 @@ use super::tile::{Into, NR};
 use super::weight::{Compute, Weight};
 
 /// At most this many rows of x make the weight's rows the tile's rows (decoding): nothing is transposed then.
-const FEW_ROWS: usize = 16;
+pub(crate) const FEW_ROWS: usize = 16;
 
 /// Whether this group computes in bf16: pairs want even sizes, which all real models have.
 pub fn applies(k: usize, parts: &[Part<'_>]) -> bool {

@@ -15,6 +15,8 @@ thread_local! {
 pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
     let mut buffer = SCRATCH.with_borrow_mut(Vec::pop).unwrap_or_default();
     if buffer.len() < len {
+        // To the number: growth by doubling would hold up to twice as much for good.
+        buffer.reserve_exact(len - buffer.len());
         buffer.resize(len, 0.0);
     }
     let result = f(&mut buffer[..len]);

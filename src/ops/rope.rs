@@ -18,9 +18,12 @@ impl Angles {
     /// `inverse_frequencies`: h numbers f_j, for heads of `head` >= 2h numbers; `positions`: the context's length.
     /// Angles are taken in f64; `factor` multiplies cos and sin (yarn's and longrope's attention factor, 1 elsewhere).
     pub fn new(inverse_frequencies: &[f32], head: usize, positions: usize, factor: f32) -> Self {
-        let angles = (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| p as f32 * f));
-        let of = |a: f32| (f64::from(a).cos() as f32 * factor, f64::from(a).sin() as f32 * factor);
-        let (cos, sin) = angles.map(of).unzip();
+        let numbers = positions * inverse_frequencies.len();
+        let (mut cos, mut sin) = (Vec::with_capacity(numbers), Vec::with_capacity(numbers));
+        for angle in (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| p as f32 * f)) {
+            cos.push(f64::from(angle).cos() as f32 * factor);
+            sin.push(f64::from(angle).sin() as f32 * factor);
+        }
         Self { cos, sin, half: inverse_frequencies.len(), head }
     }
 

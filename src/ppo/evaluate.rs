@@ -9,6 +9,7 @@ use serde_json::{Value, json};
 use super::train::sampling;
 use crate::config::Ppo;
 use crate::data::phases::PromptExample;
+use crate::memory::meter::{Phase, within};
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
@@ -98,6 +99,7 @@ impl<'w> Evaluation<'w> {
     /// # Errors
     /// Those of generation and of the sources; if the report cannot be written.
     pub fn run(&self, when: &Value, adapter: &Adapter, report: &mut Report) -> Result<Judged> {
+        let _phase = within(Phase::Evaluation);
         let Judges { base, sft, source, gold, prompts, stop, decode } = self.judges;
         let sampling = sampling(self.config, stop);
         let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::dschat;
 use super::train::Task;
 use crate::diverged;
+use crate::memory::meter::{Phase, within};
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{Finish, Response, Sampling, generate};
 use crate::model::roles::{Policy, Scorer};
@@ -96,7 +97,9 @@ pub fn collect(
     seeds: &[u64],
     sampling: &Sampling,
 ) -> Result<Rollout> {
+    let rolling = within(Phase::Rollout);
     let responses = generate(actor, &prompts, seeds, sampling, |_, _| {})?;
+    drop(rolling);
     // Greedy decoding scores under temperature 1, like `generate`; DeepSpeed-Chat always does.
     let temperature = if sampling.temperature > 0.0 && task.pad.is_none() { sampling.temperature } else { 1.0 };
     read(actor, readers, task, prompts, responses, temperature)
@@ -115,6 +118,7 @@ pub fn read(
     responses: Vec<Response>,
     temperature: f64,
 ) -> Result<Rollout> {
+    let _scoring = within(Phase::Scoring);
     let (mut rollout, scored) = match task.pad {
         None => (Rollout { prompts, responses, ..Rollout::default() }, None),
         Some(pad) => {

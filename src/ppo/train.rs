@@ -99,7 +99,8 @@ impl<'w> Run<'w> {
             "a task has a pad token where [ppo] has compat, and only there"
         );
         let longest = task.prompts.longest_sequence() + config.response_length;
-        let checkpoint = settings::checkpoint(config.checkpoint, task.start.base, longest * config.micro_batch_size);
+        let checkpoint =
+            settings::checkpoint(config.checkpoint, task.start.base, task.start.sft, longest * config.micro_batch_size);
         Ok(Self { task, config, seed, checkpoint })
     }
 

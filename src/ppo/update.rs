@@ -12,6 +12,7 @@ use crate::config::{KlIn, PolicyLoss, Ptx};
 use crate::data::examples::Examples;
 use crate::data::order::endless;
 use crate::data::phases::SftExample;
+use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::roles::{HeadGradients, Policy, Scorer};
 use crate::ops::cpu;
@@ -106,6 +107,7 @@ impl Update {
         step: &Step,
     ) -> Result<Option<bool>> {
         let Learners { actor, critic, reference } = learners;
+        let update = within(Phase::Update);
         // 1. The actor's gradient, and whether it can be trusted.
         let actor = match actor {
             Some(learner) => match self.actor(learner, reference, experience, minibatch, run, step)? {
@@ -128,6 +130,8 @@ impl Update {
             None => None,
         };
         // 3. The steps, apart or together.
+        drop(update);
+        let _step = within(Phase::Step);
         (self.actor_lr, self.critic_lr) = (step.actor_lr, step.critic_lr);
         match (actor, critic) {
             (Some((a, actor)), Some((c, critic))) if run.config.shared_optimizer => {

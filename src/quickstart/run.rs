@@ -51,6 +51,7 @@ pub fn config(seed: u64) -> Config {
         reward_base: None,
         checkpoint: config::Saving::default(),
         guard: config::Guard::default(),
+        memory: config::Memory::default(),
         lora: config::Lora::default(),
         data: None,
         sft: Some(config::Sft {

@@ -11,6 +11,7 @@ use crate::config::{Reward, RewardLoss};
 use crate::data::examples::{Example, Examples, chunks, pick};
 use crate::data::order::Plan;
 use crate::data::phases::RankedExample;
+use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients, ScoreHead};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
@@ -25,9 +26,9 @@ use crate::train::{settings, stop};
 use crate::{diverged, invalid};
 
 /// Comparisons of one scoring pass.
-const EVAL_BATCH: usize = 8;
+pub(crate) const EVAL_BATCH: usize = 8;
 /// Training comparisons that `center` takes its mean and deviation from.
-const CENTER_ON: usize = 256;
+pub(crate) const CENTER_ON: usize = 256;
 
 /// How a reward model does on comparisons. Scores are those of the last tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -116,7 +117,7 @@ pub fn train_on_rows(
     let plan = Plan { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, settings::largest_batch(batch, examples));
+    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
     session.report.stage("reward", steps);
     let before = session.once("before", |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
     let before = Evaluation::from_json(before);
@@ -134,10 +135,13 @@ pub fn train_on_rows(
         let batches = rows.batches.iter().map(|rows| pick(examples, rows.iter().copied()));
         let batches = batches.collect::<Result<Vec<_>>>()?;
         // 1. Forward and backward.
+        let update = within(Phase::Update);
         let view = progress.learner.weights().view();
         let gradients = gradients(base, view, &batches, config.loss, padding, checkpoint);
         let Some(gradients) = gradients.transpose() else { continue };
         // 2. Step.
+        drop(update);
+        let _step = within(Phase::Step);
         let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
         let outcome = gradients.and_then(|(g, sums)| Ok((sums, progress.learner.step(g, lr)?)));
         progress.cursor = order.cursor();
@@ -323,6 +327,7 @@ fn scores_of_rows(
     examples: &(impl Examples<RankedExample> + ?Sized),
     padding: Option<Padding>,
 ) -> Result<Vec<Vec<f32>>> {
+    let _phase = within(Phase::Evaluation);
     let scorer = Scorer::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
     for rows in chunks(examples.len(), EVAL_BATCH) {

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::admission::Parts;
 use super::launch::Inputs;
 use super::{Launch, Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
@@ -13,6 +14,7 @@ use crate::data::Prepared;
 use crate::data::examples::Examples;
 use crate::data::phases::{JudgedExample, RankedExample};
 use crate::dpo::{kto, pairs};
+use crate::memory::jobs;
 use crate::model::adapter::Adapter;
 use crate::report::number;
 
@@ -38,13 +40,18 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[dpo] adapter")?;
     let inputs = Inputs::new(Stage::Dpo, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
+    let admission = parts.admit(config, |config| jobs::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
+    let memory = admission.tell(&session);
+    let settings = admission.config.dpo();
     let (base, seed) = (&model.base, config.seed);
     let (adapter, summary) =
         pairs::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "dpo",
+        "memory": memory,
         "eval_rewards/accuracies": number(summary.accuracy),
         "eval_rewards/margins": number(summary.margin),
         "eval_loss": number(summary.loss),
@@ -68,13 +75,18 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &Launch) -> Result<Va
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };
+    let admission = parts.admit(config, |config| jobs::kto(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
+    let memory = admission.tell(&session);
+    let settings = admission.config.kto();
     let (base, seed) = (&model.base, config.seed);
     let (adapter, summary) =
         kto::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "kto",
+        "memory": memory,
         "eval_rewards/margins": number(summary.margin),
         "eval_loss": number(summary.loss),
         "desirable": summary.counts[0],

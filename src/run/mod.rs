@@ -2,8 +2,10 @@
 //! where configuration, data, model and stages meet. One file a stage here; read sft.rs first, then the stages
 //! themselves: ../sft.rs, ../reward/train.rs, ../dpo/, ../ppo/train.rs.
 
+mod admission;
 mod dpo;
 mod launch;
+mod measure;
 mod model;
 mod output;
 mod ppo;
@@ -22,6 +24,7 @@ use crate::config::{Config, Stage};
 use crate::data::cache::Stored;
 use crate::data::phases::Phase;
 use crate::data::{self, Prepared};
+use crate::memory::meter;
 use crate::model::adapter::Adapter;
 use crate::model::tokenizer::Tokenizer;
 use crate::report::number;
@@ -29,7 +32,8 @@ use crate::train::stop;
 use crate::{invalid, memory};
 
 pub use launch::{Launch, resuming_command};
-pub use model::Model;
+pub use measure::{Measured, measure};
+pub use model::{Model, lora_config};
 pub use output::{check_output, prepare_output, settings_beside};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
@@ -47,6 +51,8 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &Launch) -> Resu
         output::check_unfinished(out)?;
     }
     stop::listen()?;
+    admission::check_base(&config.base, config, "base")?;
+    config.reward_base.as_ref().map_or(Ok(()), |base| admission::check_base(base, config, "reward_base"))?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let mut object = match stage {
         Stage::Sft => sft::run(config, out, launch)?,
@@ -94,6 +100,7 @@ fn prepared<T: Phase + Stored>(config: &Config, tokenizer: &Tokenizer, completio
 
 /// Saves under its base's name; returns the path as text.
 fn save(adapter: Adapter, model: &Model, path: &Path) -> Result<String> {
+    let _phase = meter::within(meter::Phase::Save);
     adapter.with_provenance(model.provenance()).save(path)?;
     Ok(PathBuf::from(path).display().to_string())
 }

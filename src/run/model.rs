@@ -42,7 +42,15 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of_section(base: &config::Base) -> Result<Self> {
-        let model = Self::of(Checkpoint::open(&base.path)?.quantised(base.quantize.map(config::Quantize::stored)))?;
+        Self::of_opened(Checkpoint::open(&base.path)?, base)
+    }
+
+    /// The same, of files that are open.
+    ///
+    /// # Errors
+    /// As for [`Model::open`].
+    pub fn of_opened(checkpoint: Checkpoint, base: &config::Base) -> Result<Self> {
+        let model = Self::of(checkpoint.quantised(base.quantize.map(config::Quantize::stored)))?;
         Ok(model.computing_in(base.compute_dtype.compute()))
     }
 
@@ -176,7 +184,8 @@ impl Model {
     }
 }
 
-fn lora_config(lora: &Lora) -> LoraConfig {
+/// `[lora]` as the model has it.
+pub fn lora_config(lora: &Lora) -> LoraConfig {
     LoraConfig {
         r: lora.r,
         lora_alpha: lora.alpha(),

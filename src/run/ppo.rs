@@ -7,6 +7,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::admission::Parts;
 use super::launch::Inputs;
 use super::rewards::{Adapters, Workshop};
 use super::{Launch, Model, prepared, save};
@@ -14,6 +15,7 @@ use crate::config::{Config, CriticStart, Data, Ppo, Ptx, RewardKind, Stage};
 use crate::data::examples::{Examples, Ids};
 use crate::data::phases::{PromptExample, SftExample, TextEncoder, prompt_examples};
 use crate::data::{self, ModelEncoder, Part, Prepared};
+use crate::memory::jobs;
 use crate::model::adapter::Adapter;
 use crate::ppo::evaluate::{Evaluation, Judges};
 use crate::stats::mean_and_error;
@@ -84,11 +86,20 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
             .collect::<Result<_>>()?;
         inputs = inputs.examples("prompts for the reward model", &theirs)?;
     }
+    let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
+    let contexts = [start.base, start.reward_base].map(|base| base.config().max_position_embeddings);
+    let facts =
+        jobs::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
+    let parts =
+        Parts { stage: Stage::Ppo, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
+    let admission = parts.admit(config, |config| jobs::ppo(config, &ids, facts))?;
+    let mut session = inputs.begin(out, launch)?;
+    let memory = admission.tell(&session);
+    let settings = admission.config.ppo()?;
     let tokenizer = model.checkpoint.tokenizer();
     let mut stop = tokenizer.eos_ids().to_vec();
     stop.extend(pad.filter(|pad| !tokenizer.eos_ids().contains(pad)));
     let (stop, decode) = (&stop[..], |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default());
-    let mut session = inputs.begin(out, launch)?;
     let judges = Judges {
         base: &model.base,
         sft: &sft,
@@ -123,6 +134,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let last = trained.last;
     Ok(json!({
         "stage": "ppo",
+        "memory": memory,
         "kl": last.get("objective/kl"),
         "scores": last.get("objective/scores"),
         "eval_score_before": mean_and_error(&before.scores),

@@ -5,12 +5,14 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::admission::Parts;
 use super::launch::Inputs;
 use super::{Launch, Model, check_context, prepared, save};
 use crate::config::{Config, Reward, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
 use crate::data::phases::RankedExample;
+use crate::memory::jobs;
 use crate::report::number;
 use crate::reward;
 use crate::reward::dschat::Padding;
@@ -30,13 +32,18 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let inputs = Inputs::new(Stage::Reward, config)?.model("", &model)?.adapter("adapter", given)?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let padding = settings.compat.map(|_| padding(config, &model, &settings, &train)).transpose()?;
+    let parts = Parts { stage: Stage::Reward, policy: &model, scorer: None, start: &start, reward: None };
+    let admission = parts.admit(config, |config| jobs::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
+    let memory = admission.tell(&session);
+    let settings = admission.config.reward();
     let (base, seed) = (&model.base, config.seed);
     let (adapter, summary) =
         reward::train::train_on_rows(base, &start, &train, &held_out, &settings, padding, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "reward",
+        "memory": memory,
         "accuracy_before": number(summary.before.accuracy),
         "accuracy": number(summary.after.accuracy),
         "mean_chosen_score": number(summary.after.mean_chosen),

@@ -5,11 +5,13 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::admission::Parts;
 use super::launch::Inputs;
 use super::{Launch, Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
+use crate::memory::jobs;
 use crate::report::number;
 use crate::sft;
 
@@ -28,11 +30,16 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let given = settings.adapter.as_ref().map(|_| &start);
     let inputs = Inputs::new(Stage::Sft, config)?.model("", &model)?.adapter("adapter", given)?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let parts = Parts { stage: Stage::Sft, policy: &model, scorer: None, start: &start, reward: None };
+    let admission = parts.admit(config, |config| jobs::sft(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
+    let memory = admission.tell(&session);
+    let settings = admission.config.sft();
     let (adapter, summary) = sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "sft",
+        "memory": memory,
         "perplexity_before": number(summary.perplexity_before),
         "perplexity_after": number(summary.perplexity_after),
         "steps": summary.steps,

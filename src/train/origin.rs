@@ -28,6 +28,7 @@ const HARMLESS: &[&str] = &[
     "*.checkpoint",
     "*.eval_steps",
     "checkpoint.*",
+    "memory.*",
 ];
 
 /// A run's settings and digests.

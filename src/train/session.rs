@@ -11,6 +11,7 @@ use super::learner::Learner;
 use super::snapshot::Snapshot;
 use super::stop;
 use crate::error::Interrupted;
+use crate::memory::meter::{Phase, within};
 use crate::report::{Figures, Report, number};
 
 const FINDINGS: &str = "findings";
@@ -91,6 +92,7 @@ impl Session {
         if !stop && !keeper.is_due(step) {
             return Ok(());
         }
+        let _phase = within(Phase::Save);
         let mut snapshot = state()?;
         self.guard.save(&mut snapshot)?;
         snapshot.put_all(FINDINGS, &self.findings);

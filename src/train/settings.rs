@@ -5,6 +5,8 @@ use super::schedule::{Decay, Schedule};
 use crate::config::{self, LrScheduler};
 use crate::data::examples::{Example, Examples};
 use crate::data::order::BatchSize;
+use crate::memory::plan;
+use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::block::Checkpointing;
 
@@ -93,20 +95,13 @@ pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> 
     }
 }
 
-/// What blocks keep: as asked, or by memory: activations where they take at most half of what the machine has free.
-/// `tokens` are those of the largest micro-batch. Both choices give the same bits.
-pub fn checkpoint(asked: config::Checkpoint, base: &Base, tokens: usize) -> Checkpointing {
+/// What blocks keep: as asked, or as the planner finds it for a pass of `tokens` tokens, those of the largest micro-batch,
+/// in what the machine has free. A stage that is run from a config has asked it before, of the whole run, and asks here
+/// for what it was told. Both choices give the same bits.
+pub fn checkpoint(asked: config::Checkpoint, base: &Base, start: &Adapter, tokens: usize) -> Checkpointing {
     match asked {
         config::Checkpoint::None => Checkpointing::Off,
         config::Checkpoint::Block => Checkpointing::Block,
-        config::Checkpoint::Auto => {
-            let s = base.shapes();
-            let per_token = s.linears().iter().map(|l| l.out).sum::<usize>() + s.attention_width();
-            let bytes = tokens * per_token * s.layers * size_of::<f32>();
-            match crate::memory::available_bytes() {
-                Some(free) if bytes > free / 2 => Checkpointing::Block,
-                _ => Checkpointing::Off,
-            }
-        }
+        config::Checkpoint::Auto => plan::of_pass(base, start, tokens),
     }
 }

@@ -1,11 +1,12 @@
 //! All that changes in a run, copied at one moment: arrays by name, and small things as JSON. A checkpoint is one on disk
 //! (store.rs), the guard keeps one in memory. Knows no stage: each puts in and takes out what it has.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
-use safetensors::tensor::{Dtype, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value};
@@ -170,17 +171,14 @@ impl Snapshot {
     /// # Errors
     /// If an array is not f32.
     pub fn arrays_bytes(&self) -> Result<Vec<u8>> {
-        let mut bytes = Vec::with_capacity(self.arrays.len());
+        let mut arrays = Vec::with_capacity(self.arrays.len());
         for (name, tensor) in &self.arrays {
             ensure!(tensor.dtype() == DType::F32, "{name} is {:?}, not F32", tensor.dtype());
             let values = tensor.contiguous()?;
-            bytes.push(cpu::view(&values)?.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>());
+            cpu::view(&values)?;
+            arrays.push((name.as_str(), Array(values)));
         }
-        let views = self.arrays.iter().zip(&bytes).map(|((name, tensor), bytes)| {
-            Ok((name.as_str(), TensorView::new(Dtype::F32, tensor.dims().to_vec(), bytes)?))
-        });
-        let views = views.collect::<Result<Vec<_>>>()?;
-        Ok(safetensors::serialize(views, None)?)
+        Ok(safetensors::serialize(arrays, None)?)
     }
 
     /// Reads both back.
@@ -198,6 +196,30 @@ impl Snapshot {
             arrays.insert(name, Tensor::from_vec::<_, f32>(values, view.shape(), &Device::Cpu)?);
         }
         Ok(Self { facts, arrays })
+    }
+}
+
+/// A contiguous f32 array, whose bytes are made when they are written, one array at a time.
+struct Array(Tensor);
+
+impl safetensors::View for Array {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+
+    fn shape(&self) -> &[usize] {
+        self.0.dims()
+    }
+
+    fn data(&self) -> Cow<'_, [u8]> {
+        let values = cpu::view(&self.0).map(|values| values.to_vec()).unwrap_or_default();
+        let mut bytes = Vec::with_capacity(values.len() * size_of::<f32>());
+        values.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
+        bytes.into()
+    }
+
+    fn data_len(&self) -> usize {
+        self.0.elem_count() * size_of::<f32>()
     }
 }
 

@@ -109,6 +109,8 @@ def make_base(path, add_bos, **more):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+        # The padding token's row starts at zero, a direction of no length, of which PEFT's DoRA makes NaN.
+        model.get_input_embeddings().weight[0].normal_(std=0.12)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path

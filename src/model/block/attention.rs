@@ -51,6 +51,7 @@ impl Pass<'_> {
     fn project(self, positions: &[u32], x: &Tensor) -> Result<Projected> {
         let h = before(&self.block.attention_norms.before, x)?;
         let (outputs, z) = linear::forward(&h, &self.parts(0..self.attention_out()), None)?;
+        drop(h);
         let heads = self.block.heads;
         let [q, k, v] = match self.fusion() {
             None => take(outputs),
@@ -76,6 +77,20 @@ impl Pass<'_> {
         Ok((x2, AttentionKept { z_qkv, raw, q, k, v, o, z_o, join }))
     }
 
+    /// x2 (N, D) of x (N, D), keeping nothing; `seen` is shown the keys and values, (N, kv * dim) each.
+    pub(super) fn attention_only(
+        self,
+        layout: Layout<'_>,
+        x: &Tensor,
+        seen: impl FnOnce(&[f32], &[f32]),
+    ) -> Result<Tensor> {
+        let Projected { q, k, v, .. } = self.project(layout.positions, x)?;
+        let o = attention::forward(&q, &k, &v, layout.spans, self.block.heads)?;
+        seen(&cpu::view(&k)?, &cpu::view(&v)?);
+        drop((q, k, v));
+        Ok(self.join(&self.block.attention_norms).forward(&o, self.part(self.attention_out()), x)?.0)
+    }
+
     /// x2 (S, D) of x (S, D): one new token a sequence, over the caches, which grow by it.
     pub(super) fn attention_step(self, positions: &[u32], x: &Tensor, caches: &mut [Cached]) -> Result<Tensor> {
         let Projected { q, k, v, .. } = self.project(positions, x)?;
@@ -83,11 +98,11 @@ impl Pass<'_> {
         {
             let (k, v) = (cpu::view(&k)?, cpu::view(&v)?);
             for ((cache, k), v) in caches.iter_mut().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
-                cache.keys.extend_from_slice(k);
-                cache.values.extend_from_slice(v);
+                cache.extend(k, v);
             }
         }
         let o = attention::decode(&q, &caches.iter().collect::<Vec<_>>(), self.block.heads)?;
+        drop((q, k, v));
         Ok(self.join(&self.block.attention_norms).forward(&o, self.part(self.attention_out()), x)?.0)
     }
 
@@ -127,6 +142,7 @@ impl Pass<'_> {
             return Ok(None);
         }
         let dh = keep(grads, 0, g)?;
+        drop(h);
         before_backward(&self.block.attention_norms.before, x, &dh, past).map(Some)
     }
 }

@@ -27,8 +27,8 @@ impl Pass<'_> {
         }
     }
 
-    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and what the reverse wants.
-    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor) -> Result<(Tensor, MlpKept)> {
+    /// (gate, up) of the MLP's input, where it has a gate, and what their linear kept.
+    fn widened(self, input: &Tensor) -> Result<(Option<Tensor>, Tensor, linear::Kept)> {
         let h = before(&self.block.mlp_norms.before, input)?;
         let (outputs, z_in) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
         let (gate, up) = match self.geometry.mlp {
@@ -47,6 +47,21 @@ impl Pass<'_> {
                 (None, up)
             }
         };
+        Ok((gate, up, z_in))
+    }
+
+    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, keeping nothing.
+    pub(super) fn mlp_only(self, input: &Tensor, x2: &Tensor) -> Result<Tensor> {
+        let m = {
+            let (gate, up, _) = self.widened(input)?;
+            self.activated(gate.as_ref(), &up)?
+        };
+        Ok(self.join(&self.block.mlp_norms).forward(&m, self.part(self.mlp_out()), x2)?.0)
+    }
+
+    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and what the reverse wants.
+    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor) -> Result<(Tensor, MlpKept)> {
+        let (gate, up, z_in) = self.widened(input)?;
         let m = self.activated(gate.as_ref(), &up)?;
         let end = self.join(&self.block.mlp_norms);
         let (y, z_out, join) = end.forward(&m, self.part(self.mlp_out()), x2)?;
@@ -78,6 +93,7 @@ impl Pass<'_> {
             }
             None => vec![activation.backward(&kept.up, &dm)?],
         };
+        drop(dm);
         let h = before(&self.block.mlp_norms.before, input)?;
         let d_in: Vec<&Tensor> = d_in.iter().collect();
         let g = linear::backward(&h, &self.parts(first..out), &kept.z_in, &d_in, InputGradient::Wanted)?;

@@ -150,6 +150,12 @@ impl<'a> Pass<'a> {
         if self.geometry.parallel { x } else { x2 }
     }
 
+    /// y (N, D) of x (N, D), keeping nothing; `seen` is shown the keys and values.
+    fn forward(self, layout: Layout<'_>, x: &Tensor, seen: impl FnOnce(&[f32], &[f32])) -> Result<Tensor> {
+        let x2 = self.attention_only(layout, x, seen)?;
+        self.mlp_only(self.mlp_input(x, &x2), &x2)
+    }
+
     /// y (N, D) of x (N, D), with everything between.
     fn run(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionKept, MlpKept)> {
         let (x2, attention) = self.attention(layout, x)?;
@@ -174,7 +180,7 @@ impl Block {
         layout: Layout<'_>,
         x: &Tensor,
     ) -> Result<Tensor> {
-        Ok(self.pass(pairs, geometry).run(layout, x)?.0)
+        self.pass(pairs, geometry).forward(layout, x, |_, _| {})
     }
 
     /// y (N, D) of x (N, D), with what `backward` wants.
@@ -189,11 +195,17 @@ impl Block {
         x: Tensor,
         checkpoint: Checkpointing,
     ) -> Result<(Tensor, Kept)> {
-        let (y, attention, mlp) = self.pass(pairs, geometry).run(layout, &x)?;
-        Ok((y, Kept { x, rest: (checkpoint == Checkpointing::Off).then_some((attention, mlp)) }))
+        let pass = self.pass(pairs, geometry);
+        if checkpoint == Checkpointing::Block {
+            let y = pass.forward(layout, &x, |_, _| {})?;
+            return Ok((y, Kept { x, rest: None }));
+        }
+        let (y, attention, mlp) = pass.run(layout, &x)?;
+        Ok((y, Kept { x, rest: Some((attention, mlp)) }))
     }
 
-    /// y (N, D) of x (N, D) for the prompts of sequences, whose keys and values go into `caches` (S), empty before.
+    /// y (N, D) of x (N, D) for the prompts of sequences, whose keys and values go into `caches` (S), empty before, with
+    /// room for `room` tokens more.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -203,16 +215,17 @@ impl Block {
         geometry: &Geometry,
         layout: Layout<'_>,
         x: &Tensor,
+        room: usize,
         caches: &mut [Cached],
     ) -> Result<Tensor> {
-        let (y, attention, _) = self.pass(pairs, geometry).run(layout, x)?;
-        let (k, v) = (cpu::view(&attention.k)?, cpu::view(&attention.v)?);
         let width = self.heads.kv * self.heads.dim;
-        for (cache, bounds) in caches.iter_mut().zip(layout.spans.offsets.windows(2)) {
-            cache.keys.extend_from_slice(&k[bounds[0] * width..bounds[1] * width]);
-            cache.values.extend_from_slice(&v[bounds[0] * width..bounds[1] * width]);
-        }
-        Ok(y)
+        self.pass(pairs, geometry).forward(layout, x, |k, v| {
+            for (cache, bounds) in caches.iter_mut().zip(layout.spans.offsets.windows(2)) {
+                let rows = bounds[0] * width..bounds[1] * width;
+                *cache = Cached::with_room(rows.len() + room * width);
+                cache.extend(&k[rows.clone()], &v[rows]);
+            }
+        })
     }
 
     /// y (S, D) of x (S, D): one new token a sequence, at `positions` (S), over the caches, which grow by it.
@@ -229,7 +242,7 @@ impl Block {
     ) -> Result<Tensor> {
         let pass = self.pass(pairs, geometry);
         let x2 = pass.attention_step(positions, x, caches)?;
-        Ok(pass.mlp(pass.mlp_input(x, &x2), &x2)?.0)
+        pass.mlp_only(pass.mlp_input(x, &x2), &x2)
     }
 
     /// dL/dx (N, D), `None` where unused, and the gradients of this block's branches, of dL/dy (N, D).
@@ -242,7 +255,7 @@ impl Block {
         geometry: &Geometry,
         layout: Layout<'_>,
         kept: Kept,
-        dy: &Tensor,
+        dy: Tensor,
         wanted: InputGradient,
     ) -> Result<(Option<Tensor>, BlockGradients)> {
         let pass = self.pass(pairs, geometry);
@@ -256,7 +269,8 @@ impl Block {
         };
         let mut grads = BlockGradients::default();
         // y = x2 + mlp(its input), x2 = x + attention(x)
-        let (past, dh) = pass.mlp_backward(pass.mlp_input(&x, &mlp.x2), &mlp, dy, &mut grads)?;
+        let (past, dh) = pass.mlp_backward(pass.mlp_input(&x, &mlp.x2), &mlp, &dy, &mut grads)?;
+        drop(dy);
         let norm = &self.mlp_norms.before;
         if geometry.parallel {
             // dy reaches x through x2, and through the MLP's input, which is x itself.
@@ -265,7 +279,7 @@ impl Block {
             return Ok((pass.attention_backward(layout, &x, &attention, &da, &past, wanted, &mut grads)?, grads));
         }
         let dx2 = residual::before_backward(norm, &mlp.x2, &dh, &past)?;
-        drop(mlp);
+        drop((mlp, dh, past));
         let (dsum, da) = pass.join(&self.attention_norms).backward(&attention.join, &dx2)?;
         Ok((pass.attention_backward(layout, &x, &attention, &da, &dsum, wanted, &mut grads)?, grads))
     }

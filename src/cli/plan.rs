@@ -1,0 +1,404 @@
+//! `plan`: what a stage would take of memory, phase by phase and by what it is for, told from headers and shapes alone; the
+//! same training with other arrangements of the roles; what would make it smaller, and what that costs. Loads no weights.
+//! Read ../memory/plan.rs for the figures.
+
+use std::borrow::Cow;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use anyhow::Result;
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use super::data::{self, only_stage};
+use super::{print_json, say};
+use crate::config::{self, ByteSize, Config, Stage};
+use crate::data::cache::Stored;
+use crate::data::examples::{Examples, Ids};
+use crate::data::phases::{JudgedExample, Phase as Kind, PromptExample, RankedExample, SftExample};
+use crate::data::{Part, Prepared, prepare};
+use crate::invalid;
+use crate::memory::ledger::{Bytes, Class};
+use crate::memory::meter::{self, Phase};
+use crate::memory::plan::{self, Arrangement, Budget, Plan};
+use crate::memory::walk::shape::{Branches, Network};
+use crate::memory::walk::stages::{Job, Work};
+use crate::memory::{beside_heap_bytes, jobs};
+use crate::model::adapter::Adapter;
+use crate::model::block::Checkpointing;
+use crate::model::checkpoint::Contents;
+use crate::model::config::DecoderConfig;
+use crate::model::tokenizer::Tokenizer;
+use crate::ops::weight::StoredType;
+
+/// Where the run's memory would be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Device {
+    /// The machine's memory: mapped files can be dropped and read again.
+    Cpu,
+    /// A GPU's: everything has to lie there.
+    Cuda,
+}
+
+#[derive(Args)]
+pub(super) struct Arguments {
+    /// The TOML file of a stage.
+    config: PathBuf,
+    /// For which stage; else the one whose section the file has.
+    #[arg(long, value_enum)]
+    phase: Option<data::Stage>,
+    /// Changes one key: --set ppo.micro_batch_size=2
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// Where the run would be.
+    #[arg(long, value_enum, default_value_t = Device::Cpu)]
+    device: Device,
+    /// What it may take, such as 8GiB; else [memory] limit, else what is free.
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>())]
+    memory: Option<ByteSize>,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Arguments) -> Result<()> {
+    let config = config::load(&args.config, &args.set)?;
+    let stage = match args.phase {
+        Some(stage) => stage.of_config(),
+        None => only_stage(&config)?.of_config(),
+    };
+    let source = Source::open(stage, &config)?;
+    let limit = args.memory.or(config.memory.limit).map(|limit| limit.0);
+    let budget = match args.device {
+        Device::Cpu => Budget::of(limit),
+        Device::Cuda => limit.map(|room| Budget { room, is_limit: true }),
+    };
+    let shapes = |config: &Config| source.job(stage, config, args.device);
+    let plan = plan::plan(stage, &config, budget, &shapes)?;
+    let fits = budget.is_none_or(|budget| budget.fits(&plan.peak().1));
+    let change = match budget.filter(|_| !fits) {
+        Some(budget) => plan::smallest_change(stage, &config, budget, &shapes)?,
+        None => None,
+    };
+    let choices = plan::choices(stage, &config, &shapes)?;
+    let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices };
+    if args.json { print_json(&shown.json()) } else { say(&shown.table()) }
+}
+
+/// Examples at hand, or none.
+enum Data {
+    Sft(Prepared<SftExample>),
+    Ranked(Prepared<RankedExample>),
+    Judged(Prepared<JudgedExample>),
+    Prompts(Prepared<PromptExample>),
+    /// Lengths are the longest that the config allows.
+    Full,
+}
+
+/// What lies behind a base section: a checkpoint's headers, or a configuration alone.
+enum Headers {
+    Whole(Box<Contents>),
+    Bare(Box<DecoderConfig>, StoredType),
+}
+
+impl Headers {
+    fn open(path: &Path) -> Result<Self> {
+        let bare = |file: &Path| -> Result<Self> {
+            let name = file.display().to_string();
+            let text = std::fs::read_to_string(file).map_err(|e| invalid!("{name} cannot be read: {e}"))?;
+            let config = DecoderConfig::from_hf(&text, None, &name)?;
+            let json: Value = serde_json::from_str(&text).map_err(|e| invalid!("{name} is not JSON: {e}"))?;
+            let dtype = json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str);
+            let stored = match dtype {
+                Some("bfloat16") => StoredType::BF16,
+                Some("float16") => StoredType::F16,
+                _ => StoredType::F32,
+            };
+            Ok(Self::Bare(Box::new(config), stored))
+        };
+        if path.extension().is_some_and(|e| e == "json") {
+            return bare(path);
+        }
+        let weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
+        if path.join("config.json").is_file() && !weights.iter().any(|file| path.join(file).exists()) {
+            return bare(&path.join("config.json"));
+        }
+        Ok(Self::Whole(Box::new(Contents::open(path)?)))
+    }
+
+    fn network(&self, section: &config::Base) -> Result<Network> {
+        let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype.compute());
+        match self {
+            Self::Whole(contents) => Network::of(contents, quantise, compute),
+            Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
+        }
+    }
+
+    fn config(&self) -> &DecoderConfig {
+        match self {
+            Self::Whole(contents) => &contents.config,
+            Self::Bare(config, _) => config,
+        }
+    }
+
+    fn tokenizer(&self) -> Result<Option<Tokenizer>> {
+        match self {
+            Self::Whole(contents) => contents.read_tokenizer().map(Some),
+            Self::Bare(..) => Ok(None),
+        }
+    }
+}
+
+/// Everything a plan reads.
+struct Source {
+    policy: Headers,
+    scorer: Option<Headers>,
+    data: Data,
+    /// The trained adapter's branches and the reward model's, where they are there to be read.
+    adapters: [Option<Branches>; 2],
+    held: usize,
+    _tokenizer: Option<Tokenizer>,
+}
+
+impl Source {
+    fn open(stage: Stage, config: &Config) -> Result<Self> {
+        let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+        let policy = Headers::open(&section.path)?;
+        let other = config.reward_base.as_ref().filter(|base| stage == Stage::Ppo && **base != config.base);
+        let scorer = other.map(|base| Headers::open(&base.path)).transpose()?;
+        let tokenizer = policy.tokenizer()?;
+        let data = match &tokenizer {
+            Some(tokenizer) if has_data(config) => read(stage, config, tokenizer)?,
+            _ => Data::Full,
+        };
+        let start = match stage {
+            Stage::Sft => config.sft().adapter,
+            Stage::Reward => config.reward().adapter,
+            Stage::Dpo => config.dpo().adapter,
+            Stage::Kto => config.kto().adapter,
+            Stage::Ppo => config.ppo()?.adapter.clone(),
+        };
+        let reward = if stage == Stage::Ppo { Some(config.ppo()?.reward_adapter.clone()) } else { None };
+        let branches = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Branches>> {
+            let there = path.filter(|path| path.join("adapter_config.json").is_file());
+            there.map(|path| Ok(Branches::of_adapter(&Adapter::load(&path, of.config().shapes())?))).transpose()
+        };
+        let adapters = [branches(start, &policy)?, branches(reward, scorer.as_ref().unwrap_or(&policy))?];
+        Ok(Self { policy, scorer, data, adapters, held: meter::current(), _tokenizer: tokenizer })
+    }
+
+    fn job(&self, stage: Stage, config: &Config, device: Device) -> Result<Job> {
+        let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+        let mut policy = self.policy.network(section)?;
+        let mut scorer = self.scorer.as_ref().map(|headers| headers.network(config.reward_base())).transpose()?;
+        if device == Device::Cuda {
+            for net in [Some(&mut policy), scorer.as_mut()].into_iter().flatten() {
+                net.owned += std::mem::take(&mut net.mapped);
+            }
+        }
+        let [start, reward] = &self.adapters;
+        let fresh = |net: &Network| Branches::of(&crate::run::lora_config(&config.lora), net);
+        let branches = start.clone().map_or_else(|| fresh(&policy), Ok)?;
+        let reward = match reward {
+            Some(reward) => reward.clone(),
+            None if scorer.is_none() => branches.clone(),
+            None => fresh(scorer.as_ref().unwrap_or(&policy))?,
+        };
+        Ok(Job {
+            work: self.work(stage, config)?,
+            branches,
+            reward: reward.with_head(),
+            checkpoint: Checkpointing::Off,
+            data: self.held,
+            process: if device == Device::Cpu { beside_heap_bytes() } else { 0 },
+            threads: crate::ops::pool::threads(),
+            policy,
+            scorer,
+        })
+    }
+
+    fn context(&self) -> usize {
+        let of = |headers: &Headers| headers.config().max_position_embeddings;
+        self.scorer.as_ref().map_or(usize::MAX, of).min(of(&self.policy))
+    }
+
+    fn work(&self, stage: Stage, config: &Config) -> Result<Work> {
+        match (&self.data, stage) {
+            (Data::Sft(data), _) => jobs::sft(config, &data.train, &data.held_out),
+            (Data::Ranked(data), Stage::Reward) => jobs::reward(config, &data.train, &data.held_out),
+            (Data::Ranked(data), _) => jobs::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
+            (Data::Judged(data), _) => jobs::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
+            (Data::Prompts(data), _) => {
+                let count = data.held_out.len().min(config.ppo()?.eval_prompts);
+                let held_out: Vec<usize> = (0..count).map(|row| data.held_out.tokens(row)).collect();
+                let asked = jobs::Asked { held_out: &held_out, context: self.context(), other_tokens: false };
+                jobs::ppo(config, &Ids(&data.train), asked)
+            }
+            (Data::Full, stage) => jobs::full_length(stage, config, self.context()),
+        }
+    }
+
+    /// How many examples the lengths are of.
+    fn examples(&self) -> Option<usize> {
+        fn of<T: crate::data::examples::Example>(train: &Part<T>) -> Option<usize> {
+            Some(train.len())
+        }
+        match &self.data {
+            Data::Sft(data) => of(&data.train),
+            Data::Ranked(data) => of(&data.train),
+            Data::Judged(data) => of(&data.train),
+            Data::Prompts(data) => of(&data.train),
+            Data::Full => None,
+        }
+    }
+}
+
+fn has_data(config: &Config) -> bool {
+    config.data.as_ref().is_some_and(|data| !data.path.as_slice().is_empty() || !data.sources.is_empty())
+}
+
+fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
+    fn of<T: Kind + Stored>(config: &Config, tokenizer: &Tokenizer, completion_only: bool) -> Result<Prepared<T>> {
+        prepare(config.data()?, tokenizer, config.seed, completion_only)
+    }
+    Ok(match stage {
+        Stage::Sft => Data::Sft(of(config, tokenizer, config.sft().completion_only_loss)?),
+        Stage::Reward | Stage::Dpo => Data::Ranked(of(config, tokenizer, true)?),
+        Stage::Kto => Data::Judged(of(config, tokenizer, true)?),
+        Stage::Ppo => Data::Prompts(of(config, tokenizer, true)?),
+    })
+}
+
+/// All that is told.
+struct Shown<'s> {
+    stage: Stage,
+    config: &'s Config,
+    source: &'s Source,
+    plan: &'s Plan,
+    budget: Option<Budget>,
+    fits: bool,
+    change: Option<(plan::Change, Plan)>,
+    choices: Vec<(plan::Change, Plan)>,
+}
+
+/// Bytes of each class, of all, and of what cannot be dropped, in JSON.
+fn classes(bytes: &Bytes) -> Value {
+    let mut all: serde_json::Map<String, Value> =
+        Class::ALL.iter().map(|&class| (class.name().replace(' ', "_"), bytes.of(class).into())).collect();
+    all.insert("own".into(), bytes.own().into());
+    all.insert("total".into(), bytes.total().into());
+    Value::Object(all)
+}
+
+fn checkpoint_name(checkpoint: Checkpointing) -> &'static str {
+    match checkpoint {
+        Checkpointing::Off => "none",
+        Checkpointing::Block => "block",
+    }
+}
+
+impl Shown<'_> {
+    fn micro_batch(&self) -> usize {
+        match self.stage {
+            Stage::Sft => self.config.sft().per_device_train_batch_size,
+            Stage::Reward => self.config.reward().per_device_train_batch_size,
+            Stage::Dpo => self.config.dpo().per_device_train_batch_size,
+            Stage::Kto => self.config.kto().per_device_train_batch_size,
+            Stage::Ppo => self.config.ppo().map_or(0, |ppo| ppo.micro_batch_size),
+        }
+    }
+
+    fn json(&self) -> Value {
+        let (phase, peak) = self.plan.peak();
+        let ran = self.plan.phases.iter().filter(|(_, bytes)| bytes.total() > 0);
+        let change = |(change, plan): &(plan::Change, Plan)| {
+            let set: serde_json::Map<String, Value> =
+                change.set.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
+            json!({"set": set, "costs": change.costs, "own": plan.peak().1.own(), "total": plan.peak().1.total()})
+        };
+        json!({
+            "stage": self.stage.name(),
+            "checkpoint": checkpoint_name(self.plan.checkpoint),
+            "micro_batch_size": self.micro_batch(),
+            "lengths": if self.source.examples().is_some() { "data" } else { "longest" },
+            "phases": ran.map(|(phase, bytes)| (phase.name().to_owned(), classes(bytes))).collect::<serde_json::Map<_, _>>(),
+            "peak": {"phase": phase.name(), "own": peak.own(), "total": peak.total()},
+            "room": self.budget.map(|budget| budget.room),
+            "fits": self.fits,
+            "smallest_change": self.change.as_ref().map(change),
+            "choices": self.choices.iter().map(change).collect::<Vec<_>>(),
+            "arrangements": Arrangement::ALL.map(|of| {
+                let (phase, bytes) = of.peak(self.plan);
+                json!({"name": of.name(), "phase": phase.name(), "bytes": classes(&bytes)})
+            }),
+        })
+    }
+
+    fn table(&self) -> String {
+        let mut out = String::new();
+        let lengths = match self.source.examples() {
+            Some(n) => format!("lengths of {n} examples"),
+            None => "every sequence as long as [data] allows".into(),
+        };
+        let _ = writeln!(
+            out,
+            "{}: MiB by phase, {lengths}; checkpoint = {}, {} sequences or examples a pass\n",
+            self.stage.name(),
+            checkpoint_name(self.plan.checkpoint),
+            self.micro_batch()
+        );
+        let shown: Vec<Class> =
+            Class::ALL.into_iter().filter(|&c| self.plan.phases.iter().any(|(_, b)| b.of(c) > 0)).collect();
+        let head: Vec<Cow<'_, str>> =
+            shown.iter().map(|c| Cow::Borrowed(c.name())).chain([Cow::Borrowed("all")]).collect();
+        let line = |out: &mut String, name: &str, cells: &[Cow<'_, str>]| {
+            let _ = write!(out, "{name:<24}");
+            for cell in cells {
+                let _ = write!(out, "{cell:>11}");
+            }
+            out.push('\n');
+        };
+        let cells = |bytes: &Bytes| -> Vec<Cow<'_, str>> {
+            let all = shown.iter().map(|&c| bytes.of(c)).chain([bytes.total()]);
+            all.map(|b| Cow::Owned(format!("{:.1}", b as f64 / f64::from(1 << 20)))).collect()
+        };
+        line(&mut out, "phase", &head);
+        for (phase, bytes) in self.plan.phases.iter().filter(|(_, bytes)| bytes.total() > 0) {
+            line(&mut out, Phase::name(*phase), &cells(bytes));
+        }
+        out.push('\n');
+        line(&mut out, "roles, at the peak", &head);
+        for of in Arrangement::ALL {
+            line(&mut out, of.name(), &cells(&of.peak(self.plan).1));
+        }
+        let (phase, peak) = self.plan.peak();
+        let _ = writeln!(
+            out,
+            "\npeak: {} in {}, of which {} are mapped files that the system can drop",
+            plan::text(peak.total()),
+            phase.name(),
+            plan::text(peak.of(Class::Mapped))
+        );
+        if let Some(budget) = self.budget {
+            let verdict = match (self.fits, budget.is_comfortable(&peak)) {
+                (true, true) => "it fits",
+                (true, false) => {
+                    "it fits, but not with the whole base beside it, which is then read again in every pass"
+                }
+                (false, _) => "it does not fit",
+            };
+            let _ = writeln!(out, "room: {}; {verdict}", plan::text(budget.room));
+        }
+        if let Some((change, plan)) = &self.change {
+            let own = plan::text(plan.peak().1.own());
+            let _ = writeln!(out, "the smallest change that fits, in {own}: {} ({})", change.text(), change.costs);
+        } else if !self.fits {
+            let _ = writeln!(out, "no smaller batch, shorter sequence or quantised base fits");
+        }
+        let _ = writeln!(out, "\nwhat would take less:");
+        for (change, plan) in &self.choices {
+            let _ = writeln!(out, "{:>10}  {}  ({})", plan::text(plan.peak().1.total()), change.text(), change.costs);
+        }
+        out
+    }
+}

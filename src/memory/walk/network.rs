@@ -1,0 +1,225 @@
+//! `model::base` and `model::roles`: passes over all blocks, the head, gradients of policy and scorer, generation.
+//! Read stages.rs next.
+
+use super::block::{Kept, Layer};
+use super::ops::{Tensor, Walk};
+use super::shape::{Branches, Network};
+use crate::memory::ledger::{Class, Held};
+use crate::model::block::Checkpointing;
+
+/// A network through an adapter, as a role sees it.
+#[derive(Clone, Copy)]
+pub struct View<'a> {
+    /// Where memory is taken.
+    pub walk: &'a Walk,
+    /// The network.
+    pub net: &'a Network,
+    /// The branches; `None` is the bare base.
+    pub branches: Option<&'a Branches>,
+}
+
+/// Gradients of an adapter: one tensor a factor.
+pub type Gradients = Vec<Tensor>;
+
+impl View<'_> {
+    fn layer(&self, index: usize) -> Layer<'_> {
+        Layer { walk: self.walk, net: self.net, branches: self.branches, index }
+    }
+
+    fn sizes(&self) -> (usize, usize, usize) {
+        let c = &self.net.config;
+        (c.hidden_size, c.embedding_width, c.vocab_size)
+    }
+
+    /// `Base::embed`.
+    fn embed(&self, m: usize) -> Tensor {
+        let (d, e, _) = self.sizes();
+        let rows = |width: usize| self.walk.rows(Class::Blocks, m, width);
+        let mut x = rows(e);
+        if self.net.config.embedding_multiplier != 1.0 {
+            x = rows(e);
+        }
+        if d != e {
+            x = rows(d);
+        }
+        if self.net.config.learned_positions.is_some() {
+            let _table = rows(d);
+            x = rows(d);
+        }
+        x
+    }
+
+    /// `Base::finish`.
+    fn finish(&self, m: usize, x: Tensor) -> Tensor {
+        let (d, e, _) = self.sizes();
+        let h = if self.net.config.final_norm { self.walk.rows(Class::Head, m, d) } else { x };
+        if d != e { self.walk.rows(Class::Head, m, e) } else { h }
+    }
+
+    /// `Base::hidden`: keeps nothing.
+    pub fn hidden(&self, lengths: &[usize]) -> Tensor {
+        let m = lengths.iter().sum();
+        let mut x = self.embed(m);
+        for layer in 0..self.net.config.num_hidden_layers {
+            x = self.layer(layer).forward(lengths, &x);
+        }
+        self.finish(m, x)
+    }
+
+    /// Log-probabilities of r targets: `Policy::rows` and `logprobs_of`.
+    pub fn logprobs(&self, lengths: &[usize], r: usize) -> (Tensor, Held) {
+        let (_, e, vocab) = self.sizes();
+        let hidden = self.hidden(lengths);
+        let rows = self.walk.rows(Class::Head, r, e);
+        drop(hidden);
+        let stats = self.walk.head(r, e, vocab);
+        (rows, stats)
+    }
+
+    /// `Scorer::values` at r rows.
+    pub fn values(&self, lengths: &[usize], r: usize) {
+        let hidden = self.hidden(lengths);
+        let _rows = self.walk.rows(Class::Head, r, self.sizes().1);
+        drop(hidden);
+    }
+
+    fn hidden_kept(
+        &self,
+        lengths: &[usize],
+        branches: &Branches,
+        checkpoint: Checkpointing,
+    ) -> (Tensor, Vec<Kept>, Tensor) {
+        let m = lengths.iter().sum();
+        let layers = self.net.config.num_hidden_layers;
+        let first = branches.ranks.iter().position(|row| row.iter().any(|&r| r > 0)).unwrap_or(layers);
+        let (mut x, mut kept) = (self.embed(m), vec![]);
+        for layer in 0..layers {
+            if layer < first {
+                x = self.layer(layer).forward(lengths, &x);
+            } else {
+                let (y, k) = self.layer(layer).forward_kept(lengths, x, checkpoint);
+                kept.push(k);
+                x = y;
+            }
+        }
+        let h = self.finish(m, x.clone());
+        (h, kept, x)
+    }
+
+    /// `Base::backward` of dh.
+    fn backward(&self, lengths: &[usize], kept: Vec<Kept>, last: Tensor, dh: Tensor) -> Gradients {
+        let (d, e, _) = self.sizes();
+        let m: usize = lengths.iter().sum();
+        let mut grads = vec![];
+        let mut dy = dh;
+        if d != e {
+            dy = self.walk.rows(Class::Blocks, m, d);
+        }
+        if self.net.config.final_norm {
+            dy = self.walk.rows(Class::Blocks, m, d);
+        }
+        drop(last);
+        let first = self.net.config.num_hidden_layers - kept.len();
+        for (i, kept) in kept.into_iter().enumerate().rev() {
+            match self.layer(first + i).backward(lengths, kept, dy, i > 0, &mut grads) {
+                Some(dx) => dy = dx,
+                None => break,
+            }
+        }
+        grads
+    }
+
+    /// `Policy::gradients_against`: r targets; `against` another policy's hidden states, and whether their divergence is
+    /// trained on.
+    pub fn policy_gradients(
+        &self,
+        lengths: &[usize],
+        r: usize,
+        against: Option<bool>,
+        checkpoint: Checkpointing,
+    ) -> Gradients {
+        let (Some(branches), (_, e, vocab)) = (self.branches, self.sizes()) else { return vec![] };
+        let m: usize = lengths.iter().sum();
+        let (hidden, kept, last) = self.hidden_kept(lengths, branches, checkpoint);
+        let rows = self.walk.rows(Class::Head, r, e);
+        drop(hidden);
+        let stats = self.walk.head(r, e, vocab);
+        let divergence = against.map(|_| self.walk.divergence(r, e, vocab));
+        let mut d_rows = self.walk.head_backward(r, e, vocab);
+        if against == Some(true) {
+            let more = self.walk.divergence_backward(r, e, vocab);
+            d_rows = self.walk.rows(Class::Head, r, e);
+            drop(more);
+        }
+        drop((rows, divergence));
+        let dh = self.walk.rows(Class::Head, m, e);
+        drop(d_rows);
+        let grads = self.backward(lengths, kept, last, dh);
+        drop(stats);
+        grads
+    }
+
+    /// `Scorer::gradients` at r rows.
+    pub fn scorer_gradients(&self, lengths: &[usize], r: usize, checkpoint: Checkpointing) -> Gradients {
+        let (Some(branches), (_, e, _)) = (self.branches, self.sizes()) else { return vec![] };
+        let m: usize = lengths.iter().sum();
+        let (hidden, kept, last) = self.hidden_kept(lengths, branches, checkpoint);
+        let picked = self.walk.rows(Class::Head, r, e);
+        drop(hidden);
+        let d_rows = self.walk.rows(Class::Head, r, e);
+        drop(picked);
+        let dh = self.walk.rows(Class::Head, m, e);
+        drop(d_rows);
+        let mut grads = self.backward(lengths, kept, last, dh);
+        grads.push(self.walk.rows(Class::Gradients, 1, e));
+        grads
+    }
+
+    /// `generate`: prompts of these lengths, `new` tokens each. The last step is the largest; those before it take as much
+    /// in their scratch and less in nothing.
+    pub fn generate(&self, lengths: &[usize], new: usize) {
+        let (d, e, vocab) = self.sizes();
+        let (m, s): (usize, usize) = (lengths.iter().sum(), lengths.len());
+        let mut cache = vec![];
+        let mut x = self.embed(m);
+        for layer in 0..self.net.config.num_hidden_layers {
+            x = self.layer(layer).prefill(lengths, &x, new, &mut cache);
+        }
+        let last = self.walk.rows(Class::Head, s, d);
+        drop(x);
+        let mut hidden = self.finish(s, last);
+        // One row's weights are drawn from at a time.
+        let chooser = self.walk.rows(Class::Head, 1, vocab);
+        for step in [1, new.max(2) - 1] {
+            let logits = self.logits(s, e, vocab);
+            drop(logits);
+            let tokens: Vec<usize> = lengths.iter().map(|t| t + step).collect();
+            let mut x = self.embed(s);
+            for layer in 0..self.net.config.num_hidden_layers {
+                x = self.layer(layer).decode(&tokens, &x);
+            }
+            hidden = self.finish(s, x);
+        }
+        drop((hidden, chooser, cache));
+    }
+
+    /// `Base::logits`.
+    fn logits(&self, s: usize, e: usize, vocab: usize) -> Tensor {
+        let part = super::ops::Part { out: vocab, rank: 0, dora: false, stored: self.net.table };
+        let (mut out, _) = self.walk.linear(s, e, &[part]);
+        let logits = out.swap_remove(0).becomes(Class::Head);
+        let c = &self.net.config;
+        if c.logits_multiplier == 1.0 && c.logits_soft_cap.is_none() {
+            return logits;
+        }
+        self.walk.rows(Class::Head, s, vocab)
+    }
+
+    /// One token through everything: what `Model::of` does to find numbers that are none.
+    pub fn look(&self) {
+        let (_, e, vocab) = self.sizes();
+        let h = self.hidden(&[1]);
+        let _logits = self.logits(1, e, vocab);
+        drop(h);
+    }
+}

@@ -1,0 +1,244 @@
+//! `fourfold bench memory`: two steps of a stage as it runs, over as much of its data, under the meter, beside the planner's
+//! figures for the very same passes. Read ../memory/meter.rs for the meter, admission.rs for the plan.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+
+use super::admission::{Admission, Parts};
+use super::launch::Inputs;
+use super::rewards::{Adapters, Workshop};
+use super::{Launch, Model, check_context, prepared, save};
+use crate::config::{Config, Stage};
+use crate::data::Prepared;
+use crate::data::examples::{Example, Examples};
+use crate::data::phases::{JudgedExample, PromptExample, RankedExample, SftExample};
+use crate::dpo::{kto, pairs};
+use crate::memory::meter::{self, Phase};
+use crate::memory::plan::Plan;
+use crate::memory::{jobs, peak_rss_bytes};
+use crate::model::adapter::Adapter;
+use crate::model::checkpoint::Checkpoint;
+use crate::train::session::Session;
+use crate::{invalid, ppo, reward, sft};
+
+/// What was predicted and what was found.
+pub struct Measured {
+    /// The planner's.
+    pub plan: Plan,
+    /// The meter's, bytes.
+    pub peaks: [(Phase, usize); Phase::ALL.len()],
+    /// As the system saw it.
+    pub peak_rss: Option<usize>,
+}
+
+/// Optimizer steps that are measured, over the same examples: the second finds what the first has left.
+const STEPS: usize = 2;
+
+/// Runs two steps of a stage in `out` and measures every phase. Answers of PPO end at their full length.
+///
+/// # Errors
+/// Those of the stage; if this process's allocator does not count.
+pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
+    if meter::current() == 0 {
+        return Err(invalid!(
+            "this program's allocator does not count; `fourfold bench memory` is of the fourfold binary"
+        ));
+    }
+    let mut config = config.clone();
+    config.checkpoint.save_steps = 1;
+    config.checkpoint.save_total_limit = 1;
+    let bench = Bench { stage, out, launch: Launch { overwrite: true, ..Launch::default() } };
+    match stage {
+        Stage::Sft => bench.sft(&mut config),
+        Stage::Reward => bench.reward(&mut config),
+        Stage::Dpo => bench.dpo(&mut config),
+        Stage::Kto => bench.kto(&mut config),
+        Stage::Ppo => bench.ppo(&mut config),
+    }
+}
+
+struct Bench<'b> {
+    stage: Stage,
+    out: &'b Path,
+    launch: Launch,
+}
+
+/// So many of them in order, from the beginning.
+fn some<T: Example>(of: &impl Examples<T>, count: usize) -> Result<Vec<T>> {
+    (0..count.min(of.len())).map(|row| of.get(row).map(Cow::into_owned)).collect()
+}
+
+impl Bench<'_> {
+    /// Opens the base, with the tokenizer and the data there already, and nothing else counted yet.
+    fn model(&self, checkpoint: Checkpoint, config: &Config) -> Result<Model> {
+        let section = if self.stage == Stage::Reward { config.reward_base() } else { &config.base };
+        meter::restart();
+        Model::of_opened(checkpoint, section)
+    }
+
+    fn start(&self, model: &Model, path: Option<&std::path::PathBuf>, config: &Config) -> Result<Adapter> {
+        match path {
+            Some(path) => model.adapter(path).with_context(|| format!("[{}] adapter", self.stage.name())),
+            None => model.fresh_adapter(&config.lora, config.seed),
+        }
+    }
+
+    fn session(&self, model: &Model, config: &Config) -> Result<Session> {
+        Inputs::new(self.stage, config)?.model("", model)?.begin(self.out, &self.launch)
+    }
+
+    fn found(&self, admission: Admission) -> Measured {
+        Measured { plan: admission.plan, peaks: meter::peaks(), peak_rss: peak_rss_bytes() }
+    }
+
+    fn sft(&self, config: &mut Config) -> Result<Measured> {
+        let mut c = config.sft();
+        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let data: Prepared<SftExample> = prepared(config, checkpoint.tokenizer(), c.completion_only_loss)?;
+        let per_step =
+            c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * sft::EVAL_BATCH)?);
+        drop(data);
+        c.num_train_epochs = STEPS;
+        config.sft = Some(c.clone());
+        let model = self.model(checkpoint, config)?;
+        check_context(&model, train.longest_sequence())?;
+        let start = self.start(&model, c.adapter.as_ref(), config)?;
+        let admission = self.parts(&model, &start).admit(config, |config| jobs::sft(config, &train, &held_out))?;
+        let mut session = self.session(&model, config)?;
+        let _step = meter::within(Phase::Step);
+        let c = admission.config.sft();
+        let (adapter, _) = sft::train(&model.base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        save(adapter, &model, &self.out.join("adapter"))?;
+        Ok(self.found(admission))
+    }
+
+    fn parts<'p>(&self, model: &'p Model, start: &'p Adapter) -> Parts<'p> {
+        Parts { stage: self.stage, policy: model, scorer: None, start, reward: None }
+    }
+
+    fn reward(&self, config: &mut Config) -> Result<Measured> {
+        let mut c = config.reward();
+        c.compat = None; // pads are few, and read no memory of their own
+        let checkpoint = Checkpoint::open(&config.reward_base().path)?;
+        let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
+        let per_step =
+            c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
+        let train = some(&data.train, per_step)?;
+        let held_out = some(&data.held_out, 2 * reward::train::EVAL_BATCH)?;
+        drop(data);
+        c.num_train_epochs = STEPS;
+        config.reward = Some(c.clone());
+        let model = self.model(checkpoint, config)?;
+        check_context(&model, train.longest_sequence())?;
+        let start = self.start(&model, c.adapter.as_ref(), config)?;
+        let admission = self.parts(&model, &start).admit(config, |config| jobs::reward(config, &train, &held_out))?;
+        let mut session = self.session(&model, config)?;
+        let _step = meter::within(Phase::Step);
+        let (base, c) = (&model.base, admission.config.reward());
+        let (adapter, _) = reward::train::train(base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        save(adapter, &model, &self.out.join("adapter"))?;
+        Ok(self.found(admission))
+    }
+
+    fn dpo(&self, config: &mut Config) -> Result<Measured> {
+        let mut c = config.dpo();
+        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
+        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
+        drop(data);
+        c.num_train_epochs = STEPS;
+        config.dpo = Some(c.clone());
+        let model = self.model(checkpoint, config)?;
+        check_context(&model, train.longest_sequence())?;
+        let start = self.start(&model, c.adapter.as_ref(), config)?;
+        let admission = self.parts(&model, &start).admit(config, |config| jobs::dpo(config, &train, &held_out))?;
+        let mut session = self.session(&model, config)?;
+        let _step = meter::within(Phase::Step);
+        let (base, c, reference) = (&model.base, admission.config.dpo(), c.adapter.as_ref().map(|_| &start));
+        let (adapter, _) = pairs::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        save(adapter, &model, &self.out.join("adapter"))?;
+        Ok(self.found(admission))
+    }
+
+    fn kto(&self, config: &mut Config) -> Result<Measured> {
+        let mut c = config.kto();
+        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let data: Prepared<JudgedExample> = prepared(config, checkpoint.tokenizer(), true)?;
+        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
+        drop(data);
+        c.num_train_epochs = STEPS;
+        config.kto = Some(c.clone());
+        let model = self.model(checkpoint, config)?;
+        let start = self.start(&model, c.adapter.as_ref(), config)?;
+        let admission = self.parts(&model, &start).admit(config, |config| jobs::kto(config, &train, &held_out))?;
+        let mut session = self.session(&model, config)?;
+        let _step = meter::within(Phase::Step);
+        let (base, c, reference) = (&model.base, admission.config.kto(), c.adapter.as_ref().map(|_| &start));
+        let (adapter, _) = kto::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        save(adapter, &model, &self.out.join("adapter"))?;
+        Ok(self.found(admission))
+    }
+
+    fn ppo(&self, config: &mut Config) -> Result<Measured> {
+        let mut c = config.ppo()?.clone();
+        c.compat = None; // which answers are kept is no matter here
+        if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
+            return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
+        }
+        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let data: Prepared<PromptExample> = prepared(config, checkpoint.tokenizer(), true)?;
+        let train = some(&data.train, STEPS * c.batch_size)?;
+        let asked = some(&data.held_out, c.eval_prompts)?;
+        drop(data);
+        c.total_episodes = STEPS * c.batch_size;
+        config.ppo = Some(c.clone());
+        let prompts: Vec<Vec<u32>> = train.iter().map(|prompt| prompt.tokens.clone()).collect();
+        let model = self.model(checkpoint, config)?;
+        let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
+        let adapters = Adapters::open(&c, &model)?;
+        let start =
+            ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
+        let workshop = Workshop { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
+        let source = workshop.source(&c, &adapters)?;
+        let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
+        let context = model.base.config().max_position_embeddings;
+        let facts = jobs::Asked { held_out: &lengths, context, other_tokens: false };
+        let parts = Parts { stage: Stage::Ppo, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
+        let admission = parts.admit(config, |config| jobs::ppo(config, &prompts, facts))?;
+        let mut session = self.session(&model, config)?;
+        let _step = meter::within(Phase::Step);
+        let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
+        let c = admission.config.ppo()?;
+        let judges = ppo::evaluate::Judges {
+            base: &model.base,
+            sft: &sft,
+            source: &*source,
+            gold: None,
+            prompts: &asked,
+            stop: &[],
+            decode: &decode,
+        };
+        let evaluation = ppo::evaluate::Evaluation::new(judges, c, config.seed);
+        let before = evaluation.before(&mut session.report)?;
+        let evaluation = evaluation.with_baseline(before);
+        let task = ppo::train::Task {
+            start,
+            prompts: &prompts,
+            stop: &[],
+            source: &*source,
+            decode: &decode,
+            evaluation: None,
+            ptx: None,
+            pad: None,
+        };
+        let trained = ppo::train::train(task, c, config.seed, &mut session)?;
+        save(trained.actor.clone(), &model, &self.out.join("actor"))?;
+        evaluation.run(&"after".into(), &trained.actor, &mut session.report)?;
+        Ok(self.found(admission))
+    }
+}
