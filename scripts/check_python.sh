@@ -1,6 +1,6 @@
 #!/bin/sh
 # Checks the program against Python's transformers and PEFT, in both directions, and what it exports in llama.cpp; see
-# tests/python/check_interop.py and check_llama_cpp.py.
+# tests/python/check_interop.py, check_llama_cpp.py and check_llama_cpp_families.py.
 # Prints one line a check and fails if any failed. Needs no model: it makes tiny ones.
 # Usage: check_python.sh
 #   FOURFOLD_PYTHON   an interpreter that has the packages of tests/python/requirements.txt (other versions may do);
@@ -48,7 +48,8 @@ fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONDONTWRITEBYTECODE=1
 "$python" "$root/tests/python/check_interop.py" "$binary"
 if "$python" -c 'import xllamacpp' 2>/dev/null; then
-    exec "$python" "$root/tests/python/check_llama_cpp.py" "$binary"
+    "$python" "$root/tests/python/check_llama_cpp.py" "$binary"
+    exec "$python" "$root/tests/python/check_llama_cpp_families.py" "$binary"
 fi
 [ -n "${FOURFOLD_PYTHON:-}" ] || fail "$python misses xllamacpp, which tests/python/requirements.txt names"
 echo "check_python: llama.cpp's side is left out: $python has no xllamacpp" >&2

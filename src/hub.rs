@@ -189,7 +189,8 @@ impl Hub {
         }
         let answer = answer?;
         let length = answer.headers().get("content-length").and_then(|text| text.to_str().ok()?.parse::<u64>().ok());
-        let copied = std::io::copy(&mut answer.into_body().into_reader(), &mut file)?;
+        let copied = std::io::copy(&mut answer.into_body().into_reader(), &mut file);
+        let copied = copied.map_err(|e| anyhow::anyhow!("the connection broke off ({e}); start again to go on"))?;
         file.flush()?;
         file.sync_all()?;
         if let Some(length) = length.filter(|&length| length != copied) {

@@ -186,3 +186,61 @@ fn an_export_that_cannot_be_leaves_nothing_behind() {
     let left = fs::read_dir(p.path("")).unwrap().map(|e| e.unwrap().file_name().to_string_lossy().into_owned());
     assert!(left.into_iter().all(|name| !name.contains("partial")));
 }
+
+/// Every format with the file that must hold its card.
+const FORMATS: [(&str, &str); 7] = [
+    ("safetensors --dtype f32", "new/README.md"),
+    ("safetensors --dtype f16", "new/README.md"),
+    ("classifier --dtype f32", "new/README.md"),
+    ("gguf --dtype f32", "new.md"),
+    ("gguf-lora", "new.md"),
+    ("peft", "new/README.md"),
+    ("value-head", "new/README.md"),
+];
+
+#[test]
+fn every_export_is_verified_and_its_card_says_how_close_it_came() {
+    let p = trained();
+    for (format, card) in FORMATS {
+        let told = p.merge(&format!("--adapter out/reward/adapter --format {format} --out new"));
+        let card = fs::read_to_string(p.path(card)).unwrap();
+        let row = format!(
+            "| {} | {:.2e} | {:.2} | {:.2e} | {:.2}% |",
+            told["positions"],
+            told["max_logit_difference"].as_f64().unwrap(),
+            told["max_logit"].as_f64().unwrap(),
+            told["mean_kl"].as_f64().unwrap(),
+            100.0 * told["greedy_agreement"].as_f64().unwrap()
+        );
+        assert!(card.contains(&row) && card.contains("fingerprint") && told["positions"].as_u64() > Some(30), "{card}");
+        for left in ["new", "new.md"] {
+            let path = p.path(left);
+            if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.ok();
+        }
+    }
+}
+
+/// Numbers that are finite in the file and no longer in the network: whatever is written, it cannot be proven.
+#[test]
+fn an_export_that_fails_its_verification_leaves_nothing_in_any_format() {
+    let p = trained();
+    let good = p.adapter("out/reward/adapter");
+    let mut layers = good.layers().to_vec();
+    for pair in layers.iter_mut().flatten().flatten() {
+        pair.b = pair.b.affine(1e30, 0.0).unwrap();
+    }
+    let (config, head) = (good.config().clone(), good.head().cloned());
+    let wild = Adapter::from_parts(config, *good.shapes(), layers, head, good.provenance().clone()).unwrap();
+    wild.save(&p.path("wild")).unwrap();
+    let names = || -> std::collections::BTreeSet<_> {
+        fs::read_dir(p.path("")).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+    };
+    let before = names();
+    for (format, _) in FORMATS {
+        let ran = p.run(&format!("merge --base base --adapter wild --format {format} --out new"));
+        assert!(ran.code != 0, "{format}: {}", ran.stdout);
+        let says = if format.contains("f16") { "does not fit float16" } else { "nothing was kept" };
+        assert!(ran.stderr.contains(says), "{format}: {}", ran.stderr);
+        assert_eq!(names(), before, "{format}");
+    }
+}

@@ -1,13 +1,18 @@
 //! A tiny random decoder of every family against transformers and PEFT: logits of ragged batches, decoding over a cache,
-//! gradients of every LoRA factor. tests/golden/families.py printed the numbers; weights are made on both sides from the
+//! gradients of every LoRA factor, and what leaves as GGUF. tests/golden/families.py printed the numbers; weights are made on both sides from the
 //! tensors' names.
 
 use std::fs;
 use std::path::PathBuf;
 
+use fourfold::export::Source;
+use fourfold::export::gguf::{self, GgufType};
+use fourfold::export::merged::MergedType;
 use fourfold::model::adapter::{Adapter, Outer, Slot};
+use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Checkpointing;
+use fourfold::model::checkpoint::Checkpoint;
 use fourfold::model::generate::{Sampling, generate};
 use fourfold::model::roles::Policy;
 use serde_json::json;
@@ -131,5 +136,47 @@ fn gradients_of_every_lora_factor_are_pefts_for_every_family() {
             worst = worst.max(e);
         }
         eprintln!("{name}: gradients within {worst:.1e} of their tensor's largest");
+    }
+}
+
+/// What a family's GGUF cannot say; all others are written.
+const NO_GGUF: [(&str, &str); 6] = [
+    ("gpt_neo", "no gpt_neo architecture"),
+    ("gemma2", "what it multiplies attention by"),
+    ("gemma3", "what it multiplies attention by"),
+    ("smollm3", "which layers have a window and which turn"),
+    ("opt", "no opt architecture"),
+    ("opt_350m", "no opt architecture"),
+];
+
+#[test]
+fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
+    for name in CASES {
+        let opened = decoder(name);
+        let (golden, adapter) = (&opened.golden, adapter(&opened));
+        let (checkpoint, base, prompts) = (&opened.checkpoint, &opened.base, &golden.sequences);
+        let source = Source { checkpoint, base, adapter: &adapter, prompts, about: "" };
+        let out = opened.dir.path().join("merged.gguf");
+        let made = gguf::merge(&source, GgufType::Dense(MergedType::F32), &out);
+        if let Some((_, says)) = NO_GGUF.iter().find(|(refused, _)| *refused == name) {
+            let said = format!("{:#}", made.unwrap_err());
+            assert!(said.contains(says) && said.contains("--format safetensors") && !out.exists(), "{name}: {said}");
+            continue;
+        }
+        made.unwrap_or_else(|e| panic!("{name}: {e:#}"));
+        let written = Checkpoint::open(&out).unwrap();
+        // Where llama.cpp has no windows, the file ends at the window's length.
+        let context = written.config().max_position_embeddings;
+        let merged = Base::load(&written).unwrap();
+        for (i, sequence) in golden.sequences.iter().enumerate() {
+            let sequence = &sequence[..sequence.len().min(context)];
+            let batch = Batch::new(&[sequence]).unwrap();
+            let targets = Targets::responses(&batch, &[sequence.len() - 1]).unwrap();
+            let got = Policy::new(&merged, None).logprobs(&batch, &targets, 1.0).unwrap().logprobs;
+            let e = furthest(&got, &golden.numbers[&format!("lora_logprobs.{i}")][..got.len()]);
+            assert!(e < 1e-4, "{name}, sequence {i}: {e}");
+        }
+        // It checks itself: read again, it is the adapter.
+        gguf::lora(&source, &opened.dir.path().join("lora.gguf")).unwrap_or_else(|e| panic!("{name}: {e:#}"));
     }
 }

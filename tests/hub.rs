@@ -1,5 +1,7 @@
-//! A data set of the hub is fetched, kept, resumed and read, from a server in this file that plays the hub.
+//! Data sets and bases of the hub are fetched, kept, resumed and read, from a server in this file that plays the hub.
 #![cfg(feature = "hub")]
+
+mod support;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -22,12 +24,19 @@ struct Server {
 
 impl Server {
     fn new(names: &[&str]) -> Self {
-        let siblings: Vec<_> = names.iter().map(|name| serde_json::json!({"rfilename": name})).collect();
-        let listing = serde_json::json!({"id": "me/set", "sha": COMMIT, "siblings": siblings}).to_string();
-        let mut files = HashMap::from([("/api/datasets/me/set/revision/main".to_owned(), listing)]);
-        for name in names {
-            let lines: String = (0..200).map(|i| format!("{{\"text\": \"{name} {i}\"}}\n")).collect();
-            files.insert(format!("/datasets/me/set/resolve/{COMMIT}/{name}"), lines);
+        let lines = |name: &str| -> String { (0..200).map(|i| format!("{{\"text\": \"{name} {i}\"}}\n")).collect() };
+        let files = names.iter().map(|name| (name.to_string(), lines(name).into_bytes())).collect();
+        Self::serving("datasets", "/datasets", "me/set", files)
+    }
+
+    /// A repository of a kind with its files; `prefix` is what stands before a file's address.
+    fn serving(kind: &str, prefix: &str, id: &str, contents: Vec<(String, Vec<u8>)>) -> Self {
+        let siblings: Vec<_> = contents.iter().map(|(name, _)| serde_json::json!({"rfilename": name})).collect();
+        let listing = serde_json::json!({"id": id, "sha": COMMIT, "siblings": siblings}).to_string().into_bytes();
+        let list = |revision: &str| (format!("/api/{kind}/{id}/revision/{revision}"), listing.clone());
+        let mut files = HashMap::from([list("main"), list("v1")]);
+        for (name, bytes) in contents {
+            files.insert(format!("{prefix}/{id}/resolve/{COMMIT}/{name}"), bytes);
         }
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let endpoint = format!("http://{}", listener.local_addr().unwrap());
@@ -52,7 +61,7 @@ impl Server {
 
 fn answer(
     mut stream: TcpStream,
-    files: &HashMap<String, String>,
+    files: &HashMap<String, Vec<u8>>,
     asked: &Mutex<Vec<String>>,
     cut: &Mutex<Vec<String>>,
 ) {
@@ -70,8 +79,8 @@ fn answer(
         format!("HTTP/1.1 {status}\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")
     };
     let reply = match files.get(&path) {
-        _ if path.contains("/private/") && who != "Bearer s3cret" => head("401 Unauthorized", 0),
-        None => head("404 Not Found", 0),
+        _ if path.contains("/private/") && who != "Bearer s3cret" => head("401 Unauthorized", 0).into_bytes(),
+        None => head("404 Not Found", 0).into_bytes(),
         Some(body) => {
             let from: usize = range.strip_prefix("bytes=").and_then(|r| r.strip_suffix('-')?.parse().ok()).unwrap_or(0);
             let status = if from > 0 { "206 Partial Content" } else { "200 OK" };
@@ -84,10 +93,10 @@ fn answer(
                 }
                 None => rest,
             };
-            head(status, rest.len()) + sent
+            [head(status, rest.len()).as_bytes(), sent].concat()
         }
     };
-    let _ = stream.write_all(reply.as_bytes());
+    let _ = stream.write_all(&reply);
 }
 
 fn is_lines(name: &str) -> bool {
@@ -172,4 +181,88 @@ fn in_a_process_of_its_own() {
     let split = Some("train".to_owned());
     let data = Data { path: Paths::One("me/set".into()), split, ..Data::default() };
     assert_eq!(fourfold::data::load(&data).unwrap().entries.len(), 200);
+}
+
+/// The embedded base's files, beside some that nobody asked for.
+fn base_files(place: &support::Place) -> Vec<(String, Vec<u8>)> {
+    let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(place.path("base"))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .map(|path| (path.file_name().unwrap().to_string_lossy().into_owned(), std::fs::read(&path).unwrap()))
+        .collect();
+    for name in ["README.md", "pytorch_model.bin", "onnx/model.safetensors", "consolidated.safetensors"] {
+        files.push((name.to_owned(), b"nobody wants this".to_vec()));
+    }
+    files
+}
+
+/// The program in the place's folder, with a hub of its own.
+fn fourfold(place: &support::Place, server: &Server, offline: bool, line: &str) -> (i32, String, String) {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    command.current_dir(place.path("")).env("HF_ENDPOINT", &server.endpoint).env("HF_HUB_CACHE", place.path("cache"));
+    command.env_remove("HF_TOKEN").env("HF_HUB_OFFLINE", if offline { "1" } else { "0" });
+    let output = command.args(line.split_whitespace()).output().unwrap();
+    let text = |bytes| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap_or(-1), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_base_of_the_hub_is_trained_over_merged_and_scored_by_its_id() {
+    let place = support::Place::new();
+    let server = Server::serving("models", "", "me/model", base_files(&place));
+    let run = |offline: bool, line: &str| fourfold(&place, &server, offline, line);
+    let good = |offline: bool, line: &str| -> serde_json::Value {
+        let (code, out, err) = run(offline, line);
+        assert_eq!(code, 0, "{line}: {err}");
+        serde_json::from_str(&out).unwrap()
+    };
+    // Breaks off in the middle of the weights; the next goes on there.
+    server.cut.lock().unwrap().push("model.safetensors".to_owned());
+    let (code, _, err) = run(false, "inspect hf://me/model");
+    assert!(code != 0 && err.contains("start again to go on"), "{err}");
+    server.asked();
+    good(false, "inspect hf://me/model --json");
+    let asked = server.asked();
+    assert!(asked.iter().any(|a| a.contains("/model.safetensors bytes=")), "{asked:?}");
+    assert!(!asked.iter().any(|a| ["README", "pytorch", "onnx", "consolidated"].iter().any(|n| a.contains(n))));
+    // By its bare id, and of a revision; what is there is not fetched again.
+    good(false, "generate --base me/model --prompt x --raw --max-new-tokens 2 --temperature 0 --json");
+    good(false, "generate --base hf://me/model@v1 --prompt x --raw --max-new-tokens 2 --temperature 0 --json");
+    let asked = server.asked();
+    assert_eq!(asked, ["/api/models/me/model/revision/main", "/api/models/me/model/revision/v1"]);
+    // Offline from here on: every stage and command that opens a base.
+    good(true, "sft run.toml --set base.path=me/model --out out/sft --json");
+    let pairs = "--set data.path=pairs.jsonl";
+    good(true, &format!("reward run.toml {pairs} --set base.path=hf://me/model --out out/reward --json"));
+    let ppo = "ppo run.toml --set data.path=prompts.jsonl --set base.path=me/model --set reward_base.path=me/model";
+    good(true, &format!("{ppo} --out out/ppo --json"));
+    good(true, "merge --base me/model --adapter out/sft/adapter --out merged --json");
+    good(true, "score --base me/model --adapter out/reward/adapter --data pairs.jsonl --json");
+    place.write("ids.json", "{\"input_ids\": [[5, 6, 7]]}");
+    let hub = good(true, "logprobs --base me/model --tokens ids.json --json");
+    assert_eq!(hub, good(true, "logprobs --base base --tokens ids.json --json"));
+    assert!(server.asked().is_empty());
+    let config = std::fs::read_to_string(place.path("out/sft/adapter/adapter_config.json")).unwrap();
+    assert!(config.contains("\"base_model_name_or_path\": \"me/model\""), "{config}");
+    // What cannot be had says why.
+    let (code, _, err) = run(true, "inspect me/other");
+    assert!(code == 2 && err.contains("HF_HUB_OFFLINE"), "{err}");
+    let (code, _, err) = run(false, "inspect me/other");
+    assert!(code == 2 && err.contains("no such repository"), "{err}");
+}
+
+#[test]
+fn a_gguf_file_of_the_hub_is_named_by_its_file() {
+    let place = support::Place::new();
+    place.train_sft_and_reward();
+    let ran = place.run("merge --base base --adapter out/sft/adapter --format gguf --dtype q8_0 --out q8.gguf");
+    assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);
+    let files = ["q8.gguf", "q4.gguf"].map(|n| (n.to_owned(), std::fs::read(place.path("q8.gguf")).unwrap()));
+    let server = Server::serving("models", "", "me/ggufs", files.to_vec());
+    let (code, out, err) = fourfold(&place, &server, false, "inspect hf://me/ggufs/q8.gguf --json");
+    assert_eq!(code, 0, "{err}");
+    assert!(out.contains("GGUF version 3"));
+    assert!(!server.asked().iter().any(|a| a.contains("q4.gguf")), "only the file that was named");
+    let (code, _, err) = fourfold(&place, &server, false, "inspect hf://me/ggufs");
+    assert!(code == 2 && err.contains("none of the files wanted") && err.contains("/FILE.gguf"), "{err}");
 }

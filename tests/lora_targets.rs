@@ -273,7 +273,8 @@ fn every_tensor_learns_and_a_snapshot_goes_on_to_the_same_bits() {
         let last = (0..20).map(|_| step(&mut whole)).last().unwrap();
         assert!(last < first - 0.2, "{name}: {first} -> {last}");
         let mut other = learner(&adapter);
-        let (facts, arrays) = (snapshot.facts_bytes().unwrap(), snapshot.arrays_bytes().unwrap());
+        let (facts, mut arrays) = (snapshot.facts_bytes().unwrap(), vec![]);
+        snapshot.write_arrays(&mut arrays).unwrap();
         Snapshot::from_bytes(&facts, &arrays).unwrap().restore_learner("x", &mut other).unwrap();
         (0..20).for_each(|_| {
             step(&mut other);

@@ -94,6 +94,7 @@ const OPTIMIZER: &[Row] = &[
 ];
 
 const PPO: &[Row] = &[
+    ("local_rollout_forward_batch_size", "", "SAME 3"),
     ("kl_penalty_target", "policy_loss = 'kl_penalty'", "1e3"),
     ("target_kl", "", "1e-9"),
     ("entropy_coef", "", "0.1"),

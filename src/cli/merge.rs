@@ -1,11 +1,13 @@
 //! `merge`: what was trained -> files that other programs open. Knows no training.
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use crate::export::card::{BY, Card};
 use crate::export::gguf::{self, GgufType};
 use crate::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
 use crate::export::verify::{Comparison, compare};
@@ -17,7 +19,7 @@ use crate::run::{Model, settings_beside};
 
 #[derive(Args)]
 pub(super) struct Merge {
-    /// Model directory or .gguf file.
+    /// Model directory, .gguf file or, with the feature hub, owner/name.
     #[arg(long)]
     base: PathBuf,
     /// PEFT adapter directory, or DIR=WEIGHT. Several are added up: W + sum of weight x scale x B A.
@@ -188,6 +190,19 @@ fn save(source: &Source<'_>, args: &Merge) -> Result<Comparison> {
             a.head().map(|h| Ok((h.weight.flatten_all()?.to_vec1()?, h.bias))).transpose()
         };
         anyhow::ensure!(head(&read)? == head(source.adapter)?, "the scalar head came back changed; nothing was kept");
+        let card = Card {
+            front: "library_name: peft",
+            made: format!(
+                "A LoRA adapter for {} from {BY}; `peft.PeftModel.from_pretrained(base, this_folder)` opens it.",
+                source.base.config().model_name
+            ),
+            weights: "float32",
+            notes: match args.format {
+                Format::ValueHead => vec!["the scalar head is in value_head.safetensors, as TRL keeps it".into()],
+                _ => vec![],
+            },
+        };
+        fs::write(dir.join("README.md"), card.text(source, &comparison)).context("writing README.md")?;
         Ok(comparison)
     })
 }

@@ -156,6 +156,10 @@ pub struct Ppo {
     pub num_ppo_epochs: usize,
     /// Sequences of one forward and backward pass: bounds the memory, changes no result. Default 4.
     pub micro_batch_size: usize,
+    /// Prompts that are answered at once: the cache of keys and values is of so many. Each answer is the same, whatever
+    /// else is sampled beside it. Absent = all of `batch_size` (TRL: 64).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub local_rollout_forward_batch_size: Option<usize>,
     /// Most tokens of a sampled response. Default 64 (TRL: 53, DeepSpeed-Chat: 256).
     pub response_length: usize,
     /// Divides the logits before sampling; the logprobs of training use it too. 0 = the likeliest token, whose logprobs are
@@ -304,6 +308,7 @@ impl Default for Ppo {
             num_mini_batches: 1,
             num_ppo_epochs: 1,
             micro_batch_size: 4,
+            local_rollout_forward_batch_size: None,
             response_length: 64,
             temperature: 1.0,
             top_k: 0,
@@ -359,6 +364,11 @@ impl Default for Ppo {
 }
 
 impl Ppo {
+    /// Prompts that are answered at once.
+    pub fn at_once(&self) -> usize {
+        self.local_rollout_forward_batch_size.unwrap_or(self.batch_size).clamp(1, self.batch_size.max(1))
+    }
+
     /// The critic's peak learning rate: its own, or the actor's.
     pub fn critic_learning_rate(&self) -> f64 {
         self.critic_learning_rate.unwrap_or(self.learning_rate)

@@ -13,7 +13,8 @@ use crate::ops::weight::{Compute, StoredType};
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
-    /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file. Required.
+    /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file; in a build with the
+    /// feature `hub` also a model of the hub, `owner/name` or `hf://owner/name[@revision][/file.gguf]`. Required.
     pub path: PathBuf,
     /// Quantises a dense checkpoint as it is opened, matrix by matrix, so that it never lies dense in memory: `"q8_0"`,
     /// `"q4_k"` (ggml's blocks) or `"nf4"` (QLoRA's). The vocabulary's tables become q8_0. Absent = as stored; a file

@@ -275,6 +275,7 @@ fn ppo(section: &Ppo) -> Result<()> {
         ("num_ppo_epochs", section.num_ppo_epochs),
         ("num_generations", section.num_generations),
         ("micro_batch_size", section.micro_batch_size),
+        ("local_rollout_forward_batch_size", section.local_rollout_forward_batch_size.unwrap_or(1)),
         ("response_length", section.response_length),
     ] {
         check.at_least_one(key, value)?;

@@ -1,61 +1,71 @@
-//! The model card: README.md of a merged model. Says what was trained over what, and how the file was proven. Knows
-//! nothing that base and adapter do not say themselves.
+//! The model card of an export: what was trained over what, and how the files were proven. README.md in a folder; beside a
+//! GGUF file, NAME.gguf.md. Knows nothing that base and adapter do not say themselves.
 
 use std::fmt::Write;
+use std::path::{Path, PathBuf};
 
 use super::Source;
-use super::merged::{Kind, Settings};
 use super::verify::Comparison;
 
-/// The card of a merged directory.
-pub(super) fn model(source: &Source<'_>, settings: Settings, comparison: &Comparison) -> String {
-    let name = &source.base.config().model_name;
-    let config = source.adapter.config();
-    let (task, loads) = match settings.kind {
-        Kind::LanguageModel => ("text-generation", "AutoModelForCausalLM"),
-        Kind::Classifier => ("text-classification", "AutoModelForSequenceClassification"),
-    };
-    let mut card = format!("---\nlibrary_name: transformers\npipeline_tag: {task}\ntags: [fourfold, lora]\n---\n\n");
-    // Writing to a string cannot fail.
-    let mut line = |text: String| writeln!(card, "{text}").is_ok();
-    line(format!("# {name}, fine-tuned\n"));
-    line(format!(
-        "A LoRA adapter merged into {name} with fourfold {}; `{loads}.from_pretrained` opens this folder.\n",
-        env!("CARGO_PKG_VERSION")
-    ));
-    let origin = source.adapter.provenance().base_model.as_deref();
-    line(format!("- base: {}", origin.unwrap_or(name)));
-    line(format!("- fingerprint of the base's weights: {}", source.base.fingerprint()));
-    let (r, alpha, scale) = (config.r, config.lora_alpha, config.scaling());
-    line(format!(
-        "- adapter: r = {r}, lora_alpha = {alpha}, scale {scale}, {} numbers",
-        source.adapter.num_parameters()
-    ));
-    line(format!("- weights: {}", settings.dtype.torch_name()));
-    if let (Kind::Classifier, Some(head)) = (settings.kind, source.adapter.head()) {
-        line("- score: one label, the score of a sequence's last token".into());
-        if head.bias != 0.0 {
-            line(format!(
-                "- the head was trained with a bias of {}, which transformers has no place for: scores here are lower \
-                 by it; differences of scores are the same",
-                head.bias
-            ));
+/// What a card is of.
+pub struct Card<'a> {
+    /// The lines between `---`: `library_name: transformers` and the like.
+    pub front: &'a str,
+    /// One sentence: what was made, and what opens it.
+    pub made: String,
+    /// Type of the weights.
+    pub weights: &'a str,
+    /// What else is to be known, a line each.
+    pub notes: Vec<String>,
+}
+
+impl Card<'_> {
+    /// The card's Markdown.
+    pub fn text(&self, source: &Source<'_>, comparison: &Comparison) -> String {
+        let name = &source.base.config().model_name;
+        let config = source.adapter.config();
+        let mut card = format!("---\n{}\ntags: [fourfold, lora]\n---\n\n", self.front);
+        // Writing to a string cannot fail.
+        let mut line = |text: String| writeln!(card, "{text}").is_ok();
+        line(format!("# {name}, fine-tuned\n"));
+        line(format!("{}\n", self.made));
+        let origin = source.adapter.provenance().base_model.as_deref();
+        line(format!("- base: {}", origin.unwrap_or(name)));
+        line(format!("- fingerprint of the base's weights: {}", source.base.fingerprint()));
+        let (r, alpha, scale) = (config.r, config.lora_alpha, config.scaling());
+        line(format!(
+            "- adapter: r = {r}, lora_alpha = {alpha}, scale {scale}, {} numbers",
+            source.adapter.num_parameters()
+        ));
+        line(format!("- weights: {}", self.weights));
+        for note in &self.notes {
+            line(format!("- {note}"));
         }
+        line("\n## Verification\n".into());
+        line("The written files were reopened and replayed against base + adapter:\n".into());
+        line("| positions | largest logit difference | largest logit | mean KL, nats | greedy agreement |".into());
+        line("|---|---|---|---|---|".into());
+        line(format!(
+            "| {} | {:.2e} | {:.2} | {:.2e} | {:.2}% |",
+            comparison.positions,
+            comparison.max_logit_difference,
+            comparison.max_logit,
+            comparison.mean_kl,
+            100.0 * comparison.greedy_agreement
+        ));
+        if !source.about.is_empty() {
+            line(format!("\n## Training\n\n{}", source.about.trim_end()));
+        }
+        card
     }
-    line("\n## Verification\n".into());
-    line("The written files were reopened and replayed against base + adapter:\n".into());
-    line("| positions | largest logit difference | largest logit | mean KL, nats | greedy agreement |".into());
-    line("|---|---|---|---|---|".into());
-    line(format!(
-        "| {} | {:.2e} | {:.2} | {:.2e} | {:.2}% |",
-        comparison.positions,
-        comparison.max_logit_difference,
-        comparison.max_logit,
-        comparison.mean_kl,
-        100.0 * comparison.greedy_agreement
-    ));
-    if !source.about.is_empty() {
-        line(format!("\n## Training\n\n{}", source.about.trim_end()));
-    }
-    card
+}
+
+/// The program and its version, for a card's first sentence.
+pub const BY: &str = concat!("fourfold ", env!("CARGO_PKG_VERSION"));
+
+/// Where the card of a file lies.
+pub fn beside(file: &Path) -> PathBuf {
+    let mut name = file.as_os_str().to_owned();
+    name.push(".md");
+    name.into()
 }

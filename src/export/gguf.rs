@@ -1,23 +1,26 @@
 //! GGUF for llama.cpp: a merged model, or the adapter alone as a GGUF-LoRA that `--lora` runs over the very file it was
-//! trained on. From a GGUF base, metadata and tokenizer are carried along as they are; from a Hugging Face base of the
-//! Llama family they are made. Written, reopened and compared before the name is given. Read gguf_container.rs for the
+//! trained on. From a GGUF base, metadata and tokenizer are carried along as they are; from a Hugging Face base they are
+//! made. Written, reopened and compared before the name is given. Read gguf_container.rs for the
 //! file's form.
 
 use std::borrow::Cow;
+use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
+use super::card::{self, BY, Card};
+use super::gguf_architecture::{self as architecture, Keys};
 use super::gguf_container::{Entry, KeyValue, write};
-use super::gguf_metadata::{self as metadata, Keys};
 use super::merged::{MergedType, merged_values, pair_of};
 use super::verify::{Comparison, Tolerance, compare};
-use super::{Source, staged};
+use super::{Source, gguf_vocabulary as vocabulary, staged};
 use crate::invalid;
 use crate::model::adapter::{Adapter, LayerPairs, LoraConfig, LoraPair, TargetModules};
 use crate::model::base::Base;
 use crate::model::checkpoint::{Checkpoint, map};
+use crate::model::config::{DecoderConfig, Family};
 use crate::model::gguf::{self, Gguf};
 use crate::model::tokenizer::SpecialTokens;
 use crate::ops::cpu;
@@ -34,6 +37,17 @@ pub enum GgufType {
 }
 
 impl GgufType {
+    /// As files of llama.cpp are called.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Dense(MergedType::F32) => "f32",
+            Self::Dense(MergedType::F16) => "f16",
+            Self::Dense(MergedType::Bf16) => "bf16",
+            Self::Q8_0 => "q8_0",
+            Self::Q4KM => "q4_k_m",
+        }
+    }
+
     /// `llama_ftype` in llama.cpp.
     const fn file_type(self) -> u32 {
         match self {
@@ -91,23 +105,51 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
     let (mut keys, plan) = match source.checkpoint.gguf() {
         Some(gguf) => (carried(gguf), plan_from_gguf(source, gguf, dtype)?),
         None => {
-            let mut keys = metadata::architecture(source.base.config())?;
-            keys.extend(metadata::tokenizer(source.checkpoint)?);
+            let mut keys = architecture::keys(source.base.config())?;
+            keys.extend(vocabulary::tokenizer(source.checkpoint)?);
             (keys, plan_from_weights(source, dtype)?)
         }
     };
     keys.push(("general.file_type".into(), KeyValue::U32(dtype.file_type())));
     keys.push(("general.quantization_version".into(), KeyValue::U32(2)));
     let (table, fillings): (Vec<Entry>, Vec<Filling<'_>>) = plan.into_iter().unzip();
-    staged::staged(out, |path| {
+    let card = Card {
+        front: "library_name: gguf\npipeline_tag: text-generation",
+        made: format!(
+            "A LoRA adapter merged into {} with {BY}; llama.cpp and what is built on it open this file.",
+            source.base.config().model_name
+        ),
+        weights: dtype.name(),
+        notes: vec![],
+    };
+    with_card(source, &card, out, |path| {
         write(path, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
         let reopened = Checkpoint::open(path).context("reopening the GGUF file")?;
+        architecture::same_decoder(source.base.config(), reopened.config())?;
         same_tokens(source.checkpoint, &reopened)?;
         let merged = Base::load(&reopened)?;
-        let comparison = compare((source.base, source.adapter), (&merged, None), source.prompts)?;
+        let shorter = |p: &Vec<u32>| p.iter().take(reopened.config().max_position_embeddings).copied().collect();
+        let prompts: Vec<Vec<u32>> = source.prompts.iter().map(shorter).collect();
+        let comparison = compare((source.base, source.adapter), (&merged, None), &prompts)?;
         comparison.check(dtype.tolerance())?;
         Ok(comparison)
     })
+}
+
+/// As [`staged::staged`], and the card beside the file.
+fn with_card(
+    source: &Source<'_>,
+    card: &Card<'_>,
+    out: &Path,
+    make: impl FnOnce(&Path) -> Result<Comparison>,
+) -> Result<Comparison> {
+    let beside = card::beside(out);
+    if beside.exists() {
+        return Err(invalid!("{} is there already; remove it or name another --out", beside.display()));
+    }
+    let comparison = staged::staged(out, make)?;
+    fs::write(&beside, card.text(source, &comparison)).with_context(|| format!("writing {}", beside.display()))?;
+    Ok(comparison)
 }
 
 fn fill(filling: &Filling<'_>, dtype: StoredType) -> Result<Vec<u8>> {
@@ -158,7 +200,7 @@ fn plan_from_gguf<'a>(source: &Source<'a>, gguf: &Gguf, dtype: GgufType) -> Resu
         .collect()
 }
 
-/// The tensors of a Hugging Face base of the Llama family under llama.cpp's names.
+/// The tensors of a Hugging Face base under llama.cpp's names.
 fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(Entry, Filling<'a>)>> {
     let config = source.base.config();
     let mut plan = vec![];
@@ -166,63 +208,41 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
         let entry = Entry { name: name.to_string(), shape: vec![values.len()], dtype: StoredType::F32 };
         (entry, Filling::Values(values))
     };
-    for (name, weight) in source.base.weights() {
-        let ggml = llama_name(&name)?;
-        let dtype = dtype.of(&ggml, weight.cols(), config.num_hidden_layers, config.tie_word_embeddings);
+    let mut weights = source.base.weights();
+    let mut tied = config.tie_word_embeddings;
+    if tied && matches!(config.family, Family::Olmo2 | Family::GptNeoX) {
+        // These architectures have no tied output in llama.cpp.
+        weights.extend(weights.first().map(|(_, table)| (config.names().output.to_string(), *table)));
+        tied = false;
+    }
+    for (name, weight) in weights {
+        let ggml = ggml_name(config, &name)?;
+        let dtype = match ggml.starts_with("position_embd") {
+            true => StoredType::F32,
+            false => dtype.of(&ggml, weight.cols(), config.num_hidden_layers, tied),
+        };
         let entry = Entry { name: ggml, shape: vec![weight.rows(), weight.cols()], dtype };
-        let order = stored_order(source, &name);
-        plan.push((entry, Filling::Matrix(weight, pair_of(source.adapter, &name), order)));
+        plan.push((entry, Filling::Matrix(weight, pair_of(source.adapter, &name), gguf::row_order(config, &name))));
     }
     for (name, values) in source.base.vectors() {
-        plan.push(vector(&llama_name(&name)?, values));
+        let mut values = match gguf::row_order(config, &name) {
+            RowOrder::AsStored => values,
+            order => Cow::Owned(order.store(&values, 1)),
+        };
+        if gguf::adds_one(config, &name) {
+            values.to_mut().iter_mut().for_each(|v| *v += 1.0);
+        }
+        plan.push(vector(&ggml_name(config, &name)?, values));
     }
-    if let Some(divisors) = metadata::rope_divisors(config) {
-        plan.push(vector("rope_freqs.weight", Cow::Owned(divisors)));
+    for (name, factors) in architecture::rope_factors(source.checkpoint)? {
+        plan.push(vector(name, Cow::Owned(factors)));
     }
     Ok(plan)
 }
 
-/// How llama.cpp's llama architecture stores the rows of a Hugging Face matrix.
-fn stored_order(source: &Source<'_>, name: &str) -> RowOrder {
-    let turned = name.ends_with("q_proj.weight") || name.ends_with("k_proj.weight");
-    match turned {
-        true => RowOrder::RopeInterleaved { head_dim: source.base.config().head_dim },
-        false => RowOrder::AsStored,
-    }
-}
-
-/// llama.cpp's name of a tensor of a Hugging Face Llama.
-fn llama_name(hf: &str) -> Result<String> {
-    let name = match hf.strip_prefix("model.layers.").and_then(|rest| rest.split_once('.')) {
-        Some((layer, inside)) => part_name(inside).map(|part| format!("blk.{layer}.{part}")),
-        None => top_name(hf).map(String::from),
-    };
-    name.ok_or_else(|| {
-        invalid!("{hf} has no name in a GGUF file of the llama architecture; use `--format safetensors`")
-    })
-}
-
-fn top_name(hf: &str) -> Option<&'static str> {
-    Some(match hf {
-        "model.embed_tokens.weight" => "token_embd.weight",
-        "model.norm.weight" => "output_norm.weight",
-        "lm_head.weight" => "output.weight",
-        _ => return None,
-    })
-}
-
-fn part_name(hf: &str) -> Option<&'static str> {
-    Some(match hf {
-        "input_layernorm.weight" => "attn_norm.weight",
-        "post_attention_layernorm.weight" => "ffn_norm.weight",
-        "self_attn.q_proj.weight" => "attn_q.weight",
-        "self_attn.k_proj.weight" => "attn_k.weight",
-        "self_attn.v_proj.weight" => "attn_v.weight",
-        "self_attn.o_proj.weight" => "attn_output.weight",
-        "mlp.gate_proj.weight" => "ffn_gate.weight",
-        "mlp.up_proj.weight" => "ffn_up.weight",
-        "mlp.down_proj.weight" => "ffn_down.weight",
-        _ => return None,
+fn ggml_name(config: &DecoderConfig, hf: &str) -> Result<String> {
+    gguf::gguf_name(config, hf).ok_or_else(|| {
+        invalid!("{hf} has no name in a GGUF file of a {} model; use `--format safetensors`", config.names().model_type)
     })
 }
 
@@ -242,7 +262,7 @@ fn same_tokens(ours: &Checkpoint, written: &Checkpoint) -> Result<()> {
 /// very file where that is a GGUF, over its conversion where it is a Hugging Face model.
 ///
 /// # Errors
-/// If the base is of a family whose tensors have no names there, the file cannot be written, or its factors do not come
+/// If llama.cpp has no architecture of the base's family, the file cannot be written, or its factors do not come
 /// back equal; `out` is not there then.
 pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     source.check_gguf_lora()?;
@@ -250,10 +270,7 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     let alpha = adapter.config().lora_alpha;
     let architecture = match source.checkpoint.gguf() {
         Some(gguf) => gguf.string("general.architecture")?.unwrap_or("llama").to_string(),
-        None => {
-            metadata::refuse_other_families(source.base.config())?;
-            "llama".into()
-        }
+        None => architecture::name(source.base.config())?.to_string(),
     };
     let keys: Keys = vec![
         ("general.architecture".into(), KeyValue::String(architecture)),
@@ -279,7 +296,16 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
             fillings.push(values);
         }
     }
-    staged::staged(out, |path| {
+    let card = Card {
+        front: "library_name: gguf\nbase_model_relation: adapter",
+        made: format!(
+            "A LoRA adapter for {} from {BY}; llama.cpp runs it over the base's GGUF file with `--lora`.",
+            source.base.config().model_name
+        ),
+        weights: "f32",
+        notes: vec![],
+    };
+    with_card(source, &card, out, |path| {
         write(path, &keys, &table, |i| Ok(fillings[i].iter().flat_map(|v| v.to_le_bytes()).collect()))?;
         let read = read_lora(source, path).context("reopening the GGUF-LoRA file")?;
         let comparison = compare((source.base, adapter), (source.base, Some(&read)), source.prompts)?;
@@ -290,8 +316,11 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
 
 /// (ggml's name, order of the stored rows) of a matrix of the base.
 fn place(source: &Source<'_>, name: &str, weight: &Weight) -> Result<(String, RowOrder)> {
-    let Some(gguf) = source.checkpoint.gguf() else { return Ok((llama_name(name)?, stored_order(source, name))) };
-    let tensor = gguf.tensors().iter().find(|t| gguf::hf_name(source.base.config(), &t.name).as_deref() == Some(name));
+    let config = source.base.config();
+    let Some(gguf) = source.checkpoint.gguf() else {
+        return Ok((ggml_name(config, name)?, gguf::row_order(config, name)));
+    };
+    let tensor = gguf.tensors().iter().find(|t| gguf::hf_name(config, &t.name).as_deref() == Some(name));
     let tensor = tensor.with_context(|| format!("{name} is no tensor of {}", gguf.name()))?;
     Ok((tensor.name.clone(), weight.row_order()))
 }

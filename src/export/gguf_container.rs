@@ -19,6 +19,7 @@ pub enum KeyValue {
     Bool(bool),
     String(String),
     Strings(Vec<String>),
+    Bools(Vec<bool>),
     I32s(Vec<i32>),
     F32s(Vec<f32>),
     /// Type and value as another file has them.
@@ -53,6 +54,10 @@ impl KeyValue {
             Self::Strings(texts) => {
                 list(out, 8, texts.len());
                 texts.iter().for_each(|text| string(out, text));
+            }
+            Self::Bools(values) => {
+                list(out, 7, values.len());
+                out.extend(values.iter().map(|&v| u8::from(v)));
             }
             Self::I32s(values) => {
                 list(out, 5, values.len());
@@ -156,6 +161,7 @@ mod tests {
             ("a.f32", KeyValue::F32(0.5)),
             ("a.bool", KeyValue::Bool(true)),
             ("a.strings", KeyValue::Strings(vec!["é".into(), String::new()])),
+            ("a.bools", KeyValue::Bools(vec![true, false])),
             ("a.i32s", KeyValue::I32s(vec![-1, 2])),
             ("a.f32s", KeyValue::F32s(vec![1.5])),
         ];
@@ -168,6 +174,7 @@ mod tests {
         assert_eq!(read.unsigned("a.u32").unwrap(), Some(7));
         assert_eq!(read.float("a.f32").unwrap(), Some(0.5));
         assert_eq!(read.get("a.bool"), Some(&Value::Bool(true)));
+        assert_eq!(read.get("a.bools"), Some(&Value::Bools(vec![true, false])));
         assert_eq!(read.strings("a.strings").unwrap().unwrap(), ["é", ""]);
         assert_eq!(read.integers("a.i32s").unwrap().unwrap(), [-1, 2]);
         assert_eq!(read.floats("a.f32s").unwrap().unwrap(), [1.5]);

@@ -12,8 +12,9 @@ use half::f16;
 use safetensors::Dtype;
 use serde_json::{Value, json};
 
+use super::card::{BY, Card};
 use super::verify::{Comparison, Tolerance, compare, compare_through};
-use super::{Source, card, staged};
+use super::{Source, staged};
 use crate::invalid;
 use crate::model::adapter::{Adapter, LoraPair, MatrixLayout, Outer, Slot};
 use crate::model::base::Base;
@@ -322,9 +323,33 @@ pub fn merge(source: &Source<'_>, settings: Settings, out: &Path) -> Result<Comp
         write_shards(dir, &tensors, settings.dtype, settings.max_shard_size)?;
         let comparison = prove(source, settings, dir).context("reopening the merged model")?;
         comparison.check(settings.dtype.tolerance())?;
-        fs::write(dir.join("README.md"), card::model(source, settings, &comparison)).context("writing README.md")?;
+        fs::write(dir.join("README.md"), card(source, settings).text(source, &comparison))
+            .context("writing README.md")?;
         Ok(comparison)
     })
+}
+
+fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
+    let name = &source.base.config().model_name;
+    let (front, loads) = match settings.kind {
+        Kind::LanguageModel => ("library_name: transformers\npipeline_tag: text-generation", "AutoModelForCausalLM"),
+        Kind::Classifier => {
+            ("library_name: transformers\npipeline_tag: text-classification", "AutoModelForSequenceClassification")
+        }
+    };
+    let made = format!("A LoRA adapter merged into {name} with {BY}; `{loads}.from_pretrained` opens this folder.");
+    let mut notes = vec![];
+    if let (Kind::Classifier, Some(head)) = (settings.kind, source.adapter.head()) {
+        notes.push("score: one label, the score of a sequence's last token".to_string());
+        if head.bias != 0.0 {
+            notes.push(format!(
+                "the head was trained with a bias of {}, which transformers has no place for: scores here are lower by \
+                 it; differences of scores are the same",
+                head.bias
+            ));
+        }
+    }
+    Card { front, made, weights: settings.dtype.torch_name(), notes }
 }
 
 fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {

@@ -2,13 +2,14 @@
 //! compared before it gets its name.
 //!
 //! Read `verify` (the comparison) and `staged` (the name), then `merged` (Hugging Face directories), `gguf` (llama.cpp's
-//! files, with `gguf_container` and `gguf_metadata` beneath), `combine` (several adapters as one), `card`.
+//! files, with `gguf_container`, `gguf_architecture` and `gguf_vocabulary` beneath), `combine` (several adapters as one), `card`.
 
 pub mod card;
 pub mod combine;
 pub mod gguf;
+mod gguf_architecture;
 pub mod gguf_container;
-mod gguf_metadata;
+mod gguf_vocabulary;
 pub mod merged;
 pub mod staged;
 pub mod verify;

@@ -121,6 +121,7 @@ pub fn sft(
         reference: vec![],
         evaluation: (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?,
         scorer: false,
+        steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
@@ -169,6 +170,7 @@ pub fn reward(
         reference: vec![],
         evaluation,
         scorer: true,
+        steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
@@ -204,6 +206,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
         evaluation,
         scorer: false,
+        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
     }))
 }
 
@@ -225,6 +228,7 @@ pub fn kto(config: &Config, examples: &[JudgedExample], held_out: &[JudgedExampl
         reference: vec![reference],
         evaluation: (held.len() > 1).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p)),
         scorer: false,
+        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
     }))
 }
 
@@ -286,11 +290,13 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     });
     let mut evaluation = asked.held_out.to_vec();
     evaluation.truncate(c.eval_prompts);
-    let largest = evaluation.chunks(c.batch_size.max(1)).max_by_key(|chunk| tokens(chunk));
+    let largest = evaluation.chunks(c.at_once()).max_by_key(|chunk| tokens(chunk));
     let evaluation = largest.map(|chunk| chunk.iter().map(|&t| t.min(most)).collect()).unwrap_or_default();
     Ok(Work::Rollouts(Rollouts {
         prompts: rollout,
         response,
+        at_once: c.at_once(),
+        steps: c.iterations() * c.num_ppo_epochs * c.num_mini_batches,
         micro: micro.iter().map(|rows| rows.iter().map(|&p| (p, full(p))).collect()).collect(),
         text,
         evaluation,

@@ -153,7 +153,7 @@ pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shap
 pub fn of_pass(base: &Base, start: &Adapter, tokens: usize) -> Checkpointing {
     let (Ok(policy), Some(free)) = (Network::of_base(base), available_bytes()) else { return Checkpointing::Off };
     let pass = Pass { lengths: vec![tokens], targets: tokens };
-    let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false };
+    let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false, steps: 3 };
     let standing = policy.owned + policy.mapped + policy.vectors();
     let job = Job {
         policy,
@@ -191,17 +191,23 @@ pub fn smallest_change(
     Ok(None)
 }
 
-/// What there is to choose from, the cheapest first, with the plan of each: smaller micro-batches, recomputation, both.
+/// What there is to choose from, the cheapest first, with the plan of each: smaller micro-batches, recomputation, fewer
+/// answers at once, and so on; what takes no less than something cheaper is left out.
 ///
 /// # Errors
 /// Those of `shapes`.
 pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec<(Change, Plan)>> {
-    let mut all = vec![];
     let auto = asked(stage, config) == Checkpoint::Auto;
     let kept = if auto { with_checkpoint(stage, config, Checkpoint::None) } else { config.clone() };
+    let mut all = vec![];
+    let mut least = plan(stage, &kept, None, shapes)?.peak().1.total();
     for change in changes(stage, &kept) {
         let plan = plan(stage, &change.config, None, shapes)?;
-        all.push((change, plan));
+        // A change of under a hundredth is none.
+        if plan.peak().1.total() < least - least / 100 {
+            least = plan.peak().1.total();
+            all.push((change, plan));
+        }
     }
     Ok(all)
 }
@@ -274,25 +280,16 @@ fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
 /// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation a forward more,
 /// a quantised base some accuracy, shorter or fewer sequences another training.
 fn changes(stage: Stage, config: &Config) -> Vec<Change> {
-    let mut ladder: Vec<(f64, Change)> = vec![];
     let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
-    let micro = micro_batch(stage, config);
     let recomputes = asked(stage, config) == Checkpoint::None;
-    let mut cuts = vec![(0.0, blank)];
-    if let Some(knob) = micro {
-        let mut size = knob.value;
-        for halvings in 1.. {
-            if size <= 1 || halvings > 24 {
-                break;
-            }
-            size = size.div_ceil(2);
-            let mut config = config.clone();
-            let set = (knob.set)(&mut config, size);
-            let costs = format!("frozen weights are unpacked {} times as often in updates", 1u32 << halvings.min(24));
-            cuts.push((0.03 * f64::from(halvings), Change { set, costs, config }));
-        }
+    let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
+        format!("frozen weights are unpacked {times} times as often in updates")
+    });
+    if stage == Stage::Ppo {
+        cuts = halved(0.05, cuts, at_once(config), |times| format!("answers are sampled in {times} turns"));
     }
     let least = cuts.last().map(|(_, change)| change.clone());
+    let mut ladder: Vec<(f64, Change)> = vec![];
     for (price, cut) in cuts {
         if !cut.set.is_empty() {
             ladder.push((price, cut.clone()));
@@ -342,6 +339,42 @@ fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         all.push(shorter);
     }
     all
+}
+
+/// Each of `from` with the knob at its value, half of it, a quarter, down to 1; `price` is what a halving costs.
+fn halved(
+    price: f64,
+    from: Vec<(f64, Change)>,
+    knob: Option<Knob>,
+    costs: impl Fn(u32) -> String,
+) -> Vec<(f64, Change)> {
+    let Some(knob) = knob else { return from };
+    let mut all = from.clone();
+    let (mut size, mut halvings) = (knob.value, 0);
+    while size > 1 && halvings < 24 {
+        (size, halvings) = (size.div_ceil(2), halvings + 1);
+        for (before, change) in &from {
+            let mut change = change.clone();
+            let set = (knob.set)(&mut change.config, size);
+            change.set.extend(set);
+            change.costs = join(&change.costs, &costs(1 << halvings));
+            all.push((before + price * f64::from(halvings), change));
+        }
+    }
+    all
+}
+
+/// The key that says how many prompts are answered at once.
+fn at_once(config: &Config) -> Option<Knob> {
+    Some(Knob {
+        value: config.ppo().ok()?.at_once(),
+        set: |config, size| {
+            if let Some(ppo) = &mut config.ppo {
+                ppo.local_rollout_forward_batch_size = Some(size);
+            }
+            vec![pair("ppo.local_rollout_forward_batch_size", size)]
+        },
+    })
 }
 
 fn recomputing(stage: Stage, change: Change) -> Change {

@@ -14,9 +14,10 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::invalid;
-use crate::model::config::{DecoderConfig, Family};
+use crate::model::config::DecoderConfig;
 use crate::model::gguf::{self, Gguf};
 use crate::model::gguf_tokenizer;
+use crate::model::locate::{Located, locate};
 use crate::model::tokenizer::{Tokenizer, TokenizerFiles};
 use crate::ops::weight::{Bytes, RowOrder, StoredType, Weight};
 
@@ -36,6 +37,8 @@ pub(crate) struct Contents {
     pub(crate) files: Vec<PathBuf>,
     pub(crate) origin: Origin,
     name: String,
+    /// `owner/name`, where it came from the hub.
+    id: Option<String>,
 }
 
 pub(crate) enum Origin {
@@ -66,7 +69,7 @@ enum Form {
 }
 
 /// Files that belong to a model beside its weights, in the order they are listed.
-const SIDE_FILES: [&str; 7] = [
+pub(super) const SIDE_FILES: [&str; 7] = [
     "config.json",
     "generation_config.json",
     "tokenizer.json",
@@ -78,7 +81,7 @@ const SIDE_FILES: [&str; 7] = [
 
 impl Checkpoint {
     /// Opens a Hugging Face directory (config.json, model.safetensors or model.safetensors.index.json with its
-    /// shards, tokenizer.json) or a `.gguf` file. Weights are memory-mapped: the files must not change while in use.
+    /// shards, tokenizer.json) or a `.gguf` file; or a model of the hub by its id, see [`locate`]. Weights are memory-mapped: the files must not change while in use.
     ///
     /// # Errors
     /// If a file is missing, cut off or damaged, or the model is of a kind that is not supported.
@@ -117,6 +120,7 @@ impl Checkpoint {
             files: Vec::new(),
             origin: Origin::Embedded(side.map(|(file, text)| (file, text.to_owned())).to_vec()),
             name: name.to_owned(),
+            id: None,
         };
         let tokenizer = contents.read_tokenizer()?;
         Ok(Self::joined(contents, tokenizer))
@@ -149,6 +153,11 @@ impl Checkpoint {
     /// The tokenizer; its ends of text include the configuration's.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
+    }
+
+    /// What the model is called on the hub, where it was opened by that name.
+    pub fn id(&self) -> Option<&str> {
+        self.contents.id.as_deref()
     }
 
     /// What was opened; `None` for an embedded model.
@@ -257,6 +266,11 @@ impl Checkpoint {
 
 impl Contents {
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let Located { path, id } = locate(path)?;
+        Ok(Self { id, ..Self::open_located(&path)? })
+    }
+
+    fn open_located(path: &Path) -> Result<Self> {
         let name = path.display();
         let kind = fs::metadata(path).map_err(|e| {
             invalid!("the model {name} cannot be opened: {e}; give a Hugging Face directory or a .gguf file")
@@ -289,7 +303,15 @@ impl Contents {
             tensors.insert(hf_name, Stored { bytes, dtype, shape, form, file });
         }
         let (files, unread) = (vec![path.to_owned()], BTreeMap::new());
-        Ok(Self { config, tensors, unread, files, origin: Origin::Gguf(path.to_owned(), Box::new(gguf)), name })
+        Ok(Self {
+            config,
+            tensors,
+            unread,
+            files,
+            origin: Origin::Gguf(path.to_owned(), Box::new(gguf)),
+            name,
+            id: None,
+        })
     }
 
     fn open_directory(dir: &Path) -> Result<Self> {
@@ -330,7 +352,7 @@ impl Contents {
         }
         tensors.settle(&config, &name)?;
         let Tensors { read, unread } = tensors;
-        Ok(Self { config, tensors: read, unread, files, origin: Origin::Directory(dir.to_owned()), name })
+        Ok(Self { config, tensors: read, unread, files, origin: Origin::Directory(dir.to_owned()), name, id: None })
     }
 
     pub(crate) fn read_tokenizer(&self) -> Result<Tokenizer> {
@@ -499,17 +521,12 @@ impl Tensors {
     }
 }
 
-/// How a GGUF file keeps the tensor of this name (llama.cpp `convert_hf_to_gguf.py`).
+/// How a GGUF file keeps the tensor of this name.
 fn gguf_form(config: &DecoderConfig, hf_name: &str) -> Form {
-    let is = |path: &str| hf_name.contains(path);
-    let head_dim = config.head_dim;
-    match config.family {
-        Family::Llama if is(".q_proj.") || is(".k_proj.") => Form::Rows(RowOrder::RopeInterleaved { head_dim }),
-        Family::GptNeoX if is(".query_key_value.") => {
-            Form::Rows(RowOrder::HeadsApart { head_dim, heads: config.num_attention_heads })
-        }
-        Family::Gemma | Family::Gemma2 | Family::Gemma3 if hf_name.ends_with("norm.weight") => Form::PlusOne,
-        _ => Form::Plain,
+    match gguf::row_order(config, hf_name) {
+        RowOrder::AsStored if gguf::adds_one(config, hf_name) => Form::PlusOne,
+        RowOrder::AsStored => Form::Plain,
+        order => Form::Rows(order),
     }
 }
 

@@ -10,8 +10,8 @@ use std::ops::Range;
 use anyhow::Result;
 
 use crate::invalid;
-use crate::model::config::{DecoderConfig, QkNorm};
-use crate::ops::weight::{Bytes, StoredType};
+use crate::model::config::{DecoderConfig, Family, NormStyle, QkNorm};
+use crate::ops::weight::{Bytes, RowOrder, StoredType};
 
 /// One metadata value. Integers of every width become one of the two 64-bit kinds.
 #[derive(Clone, Debug, PartialEq)]
@@ -342,6 +342,64 @@ pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
     };
     (kind == "weight" || config.expects_bias(&hf)).then_some(hf)
 }
+
+/// What llama.cpp calls the tensor of this Hugging Face name: the inverse of [`hf_name`].
+pub fn gguf_name(config: &DecoderConfig, hf: &str) -> Option<String> {
+    let names = config.names();
+    let (path, kind) = hf.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+    let inside = path.strip_prefix(names.blocks).and_then(|rest| rest.strip_prefix('.')?.split_once('.'));
+    let found = match inside {
+        Some((layer, part)) => {
+            let part = BLOCK_PARTS.into_iter().find(|known| block_part(config, known) == Some(part))?;
+            format!("blk.{layer}.{part}.{kind}")
+        }
+        None if path == names.final_norm => format!("output_norm.{kind}"),
+        None => ["token_embd.weight", "output.weight", "position_embd.weight"]
+            .into_iter()
+            .find(|known| hf_name(config, known).as_deref() == Some(hf))?
+            .to_owned(),
+    };
+    (kind == "weight" || config.expects_bias(hf)).then_some(found)
+}
+
+/// How a GGUF file keeps the rows of the tensor of this Hugging Face name (llama.cpp `convert_hf_to_gguf.py`).
+pub(crate) fn row_order(config: &DecoderConfig, hf_name: &str) -> RowOrder {
+    let is = |path: &str| hf_name.contains(path);
+    let head_dim = config.head_dim;
+    match config.family {
+        // The architectures whose rotation turns neighbours.
+        Family::Llama | Family::Mistral | Family::Granite | Family::SmolLm3 if is(".q_proj.") || is(".k_proj.") => {
+            RowOrder::RopeInterleaved { head_dim }
+        }
+        Family::GptNeoX if is(".query_key_value.") => {
+            RowOrder::HeadsApart { head_dim, heads: config.num_attention_heads }
+        }
+        _ => RowOrder::AsStored,
+    }
+}
+
+/// Whether a GGUF file keeps this tensor with 1 added: the norms of Gemma.
+pub(crate) fn adds_one(config: &DecoderConfig, hf_name: &str) -> bool {
+    config.norm == NormStyle::RmsPlusOne && hf_name.ends_with("norm.weight")
+}
+
+/// llama.cpp's names of the tensors of a block.
+const BLOCK_PARTS: [&str; 14] = [
+    "attn_norm",
+    "post_attention_norm",
+    "ffn_norm",
+    "post_ffw_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_q_norm",
+    "attn_k_norm",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+];
 
 /// The path inside a block of one of its tensors.
 fn block_part(config: &DecoderConfig, part: &str) -> Option<&'static str> {

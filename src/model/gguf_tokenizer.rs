@@ -140,14 +140,17 @@ impl<'a> Parts<'a> {
         };
         let sequence = |first: Value, then: Value| json!({"type": "Sequence", "pretokenizers": [first, then]});
         let pre_tokenizer = match self.pre {
-            "default" | "gpt-2" => bytes(true),
-            "smollm" => sequence(json!({"type": "Digits", "individual_digits": true}), bytes(true)),
-            "qwen2" => sequence(split(QWEN2_SPLIT), bytes(false)),
+            "default" | "gpt-2" | "olmo" | "mpt" => bytes(true),
+            "smollm" | "refact" | "starcoder" | "command-r" => {
+                sequence(json!({"type": "Digits", "individual_digits": true}), bytes(true))
+            }
+            "qwen2" | "stablelm2" => sequence(split(QWEN2_SPLIT), bytes(false)),
+            "dbrx" | "smaug-bpe" => sequence(split(LLAMA3_SPLIT), bytes(false)),
             pre if is_llama3(pre) => sequence(split(LLAMA3_SPLIT), bytes(false)),
             other => {
                 return Err(invalid!(
-                    "{file}: tokenizer.ggml.pre = {other:?} is not supported; smollm, llama-bpe, qwen2, gpt-2 and \
-                     default are"
+                    "{file}: tokenizer.ggml.pre = {other:?} is not supported; smollm, starcoder, refact, command-r, \
+                     llama-bpe, dbrx, smaug-bpe, qwen2, stablelm2, olmo, mpt, gpt-2 and default are"
                 ));
             }
         };

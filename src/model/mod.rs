@@ -1,7 +1,7 @@
 //! The network: one frozen base, and small adapters over it. Knows no config file, no data, no stage.
 //!
 //! Read `base` (what is frozen), `adapter` (what trains), `block` (the pairs in order), `roles` (policy and scorer as
-//! views), `generate`; then what opens files: `checkpoint`, `config`, `gguf`, `tokenizer`, `peft`.
+//! views), `generate`; then what opens files: `locate`, `checkpoint`, `config`, `gguf`, `tokenizer`, `peft`.
 
 pub mod adapter;
 pub mod base;
@@ -18,6 +18,7 @@ pub mod generate;
 pub mod gguf;
 pub mod gguf_tokenizer;
 pub mod gradients;
+pub mod locate;
 pub mod lora;
 pub mod peft;
 pub mod principal;

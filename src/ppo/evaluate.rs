@@ -106,7 +106,7 @@ impl<'w> Evaluation<'w> {
         let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
         let mut samples = vec![];
         let mut found = Judged { gold: gold.map(|_| vec![]), ..Judged::default() };
-        for some in prompts.chunks(self.config.batch_size) {
+        for some in prompts.chunks(self.config.at_once()) {
             let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
             let numbers = found.scores.len() as u64..(found.scores.len() + ids.len()) as u64;
             let seeds: Vec<u64> = numbers.map(|i| derive(self.seed, &[settings::EVALUATION, i])).collect();

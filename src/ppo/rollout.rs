@@ -86,6 +86,7 @@ pub struct Readers<'w> {
 }
 
 /// Answers `prompts`, which are some of the task's, with the actor and has the others read. `seeds` (B): one a sequence.
+/// So many are answered `at_once`: an answer is the same whatever is sampled beside it.
 ///
 /// # Errors
 /// Those of generation and of [`read`].
@@ -96,9 +97,13 @@ pub fn collect(
     prompts: Vec<Vec<u32>>,
     seeds: &[u64],
     sampling: &Sampling,
+    at_once: usize,
 ) -> Result<Rollout> {
     let rolling = within(Phase::Rollout);
-    let responses = generate(actor, &prompts, seeds, sampling, |_, _| {})?;
+    let mut responses = Vec::with_capacity(prompts.len());
+    for (prompts, seeds) in prompts.chunks(at_once).zip(seeds.chunks(at_once)) {
+        responses.extend(generate(actor, prompts, seeds, sampling, |_, _| {})?);
+    }
     drop(rolling);
     // Greedy decoding scores under temperature 1, like `generate`; DeepSpeed-Chat always does.
     let temperature = if sampling.temperature > 0.0 && task.pad.is_none() { sampling.temperature } else { 1.0 };

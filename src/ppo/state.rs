@@ -130,7 +130,8 @@ impl State {
             source: run.task.source,
         };
         let actor = Policy::new(start.base, Some(self.actor.weights().view()));
-        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling(config, run.task.stop))?;
+        let sampling = sampling(config, run.task.stop);
+        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling, config.at_once())?;
         if rollout.prompts.is_empty() {
             let previous = self.previous.clone().ok_or_else(|| {
                 invalid!(

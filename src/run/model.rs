@@ -29,7 +29,7 @@ pub struct Model {
 }
 
 impl Model {
-    /// Opens a Hugging Face directory or a GGUF file.
+    /// Opens a Hugging Face directory, a GGUF file or, by its id, a model of the hub.
     ///
     /// # Errors
     /// If it is no model that can be used; the message names file and tensor.
@@ -111,9 +111,10 @@ impl Model {
     /// What an adapter of this base says of its origin.
     pub fn provenance(&self) -> Provenance {
         Provenance {
-            base_model: Some(match self.checkpoint.path() {
-                Some(path) => path.display().to_string(),
-                None => self.base.config().model_name.clone(),
+            base_model: Some(match (self.checkpoint.id(), self.checkpoint.path()) {
+                (Some(id), _) => id.to_owned(),
+                (None, Some(path)) => path.display().to_string(),
+                (None, None) => self.base.config().model_name.clone(),
             }),
             base_fingerprint: Some(self.base.fingerprint().to_string()),
         }

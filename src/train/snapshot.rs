@@ -1,15 +1,15 @@
 //! All that changes in a run, copied at one moment: arrays by name, and small things as JSON. A checkpoint is one on disk
 //! (store.rs), the guard keeps one in memory. Knows no stage: each puts in and takes out what it has.
 
-use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::io::Write;
 
 use anyhow::{Context, Result, ensure};
 use candle_core::{DType, Device, Tensor};
 use safetensors::tensor::{Dtype, SafeTensors};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::adamw::{AdamWState, Moments};
 use super::learner::Learner;
@@ -166,19 +166,30 @@ impl Snapshot {
         Ok(serde_json::to_vec_pretty(&facts)?)
     }
 
-    /// The arrays as a safetensors file.
+    /// Writes the arrays as a safetensors file, one at a time: no second copy of all of them is ever held.
     ///
     /// # Errors
-    /// If an array is not f32.
-    pub fn arrays_bytes(&self) -> Result<Vec<u8>> {
-        let mut arrays = Vec::with_capacity(self.arrays.len());
+    /// If an array is not f32, or `to` refuses.
+    pub fn write_arrays(&self, to: &mut impl Write) -> Result<()> {
+        let (mut header, mut end) = (Map::new(), 0);
         for (name, tensor) in &self.arrays {
             ensure!(tensor.dtype() == DType::F32, "{name} is {:?}, not F32", tensor.dtype());
-            let values = tensor.contiguous()?;
-            cpu::view(&values)?;
-            arrays.push((name.as_str(), Array(values)));
+            let start = end;
+            end += tensor.elem_count() * size_of::<f32>();
+            header.insert(name.clone(), json!({"dtype": "F32", "shape": tensor.dims(), "data_offsets": [start, end]}));
         }
-        Ok(safetensors::serialize(arrays, None)?)
+        let mut header = serde_json::to_vec(&header)?;
+        header.resize(header.len().next_multiple_of(8), b' ');
+        to.write_all(&(header.len() as u64).to_le_bytes())?;
+        to.write_all(&header)?;
+        for tensor in self.arrays.values() {
+            let tensor = tensor.contiguous()?;
+            let values = cpu::view(&tensor)?;
+            let mut bytes = Vec::with_capacity(size_of_val(&values[..]));
+            values.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
+            to.write_all(&bytes)?;
+        }
+        Ok(())
     }
 
     /// Reads both back.
@@ -196,30 +207,6 @@ impl Snapshot {
             arrays.insert(name, Tensor::from_vec::<_, f32>(values, view.shape(), &Device::Cpu)?);
         }
         Ok(Self { facts, arrays })
-    }
-}
-
-/// A contiguous f32 array, whose bytes are made when they are written, one array at a time.
-struct Array(Tensor);
-
-impl safetensors::View for Array {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-
-    fn shape(&self) -> &[usize] {
-        self.0.dims()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = cpu::view(&self.0).map(|values| values.to_vec()).unwrap_or_default();
-        let mut bytes = Vec::with_capacity(values.len() * size_of::<f32>());
-        values.iter().for_each(|x| bytes.extend_from_slice(&x.to_le_bytes()));
-        bytes.into()
-    }
-
-    fn data_len(&self) -> usize {
-        self.0.elem_count() * size_of::<f32>()
     }
 }
 
@@ -259,6 +246,12 @@ mod tests {
     use crate::model::adapter::{Gradients, LinearShapes, LoraConfig, TargetModules};
     use crate::train::adamw::AdamWConfig;
 
+    fn arrays(snapshot: &Snapshot) -> Vec<u8> {
+        let mut bytes = vec![];
+        snapshot.write_arrays(&mut bytes).unwrap();
+        bytes
+    }
+
     fn learner(seed: u64) -> Learner {
         let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
         let target_modules = TargetModules::List(vec!["q_proj".into()]);
@@ -279,7 +272,7 @@ mod tests {
     fn bytes(learner: &Learner) -> Vec<u8> {
         let mut all = Snapshot::default();
         all.put_learner("x", learner).unwrap();
-        [all.facts_bytes().unwrap(), all.arrays_bytes().unwrap()].concat()
+        [all.facts_bytes().unwrap(), arrays(&all)].concat()
     }
 
     #[test]
@@ -288,7 +281,7 @@ mod tests {
         step(&mut whole, 0.25);
         let mut snapshot = Snapshot::default();
         snapshot.put_learner("actor", &whole).unwrap();
-        let (facts, arrays) = (snapshot.facts_bytes().unwrap(), snapshot.arrays_bytes().unwrap());
+        let (facts, arrays) = (snapshot.facts_bytes().unwrap(), arrays(&snapshot));
         step(&mut whole, 0.75);
         let mut other = learner(2);
         Snapshot::from_bytes(&facts, &arrays).unwrap().restore_learner("actor", &mut other).unwrap();
@@ -316,7 +309,7 @@ mod tests {
         let values: Vec<f64> = (1..2000).map(|i| (f64::from(i) * 0.737).sin() * 10f64.powi(i % 60 - 30)).collect();
         snapshot.put("values", &values).unwrap();
         snapshot.put("texts", &["~", "~~x", "", "~3ff0000000000000"]).unwrap();
-        let read = Snapshot::from_bytes(&snapshot.facts_bytes().unwrap(), &snapshot.arrays_bytes().unwrap()).unwrap();
+        let read = Snapshot::from_bytes(&snapshot.facts_bytes().unwrap(), &arrays(&snapshot)).unwrap();
         let back: Vec<f64> = read.get("values").unwrap();
         assert!(values.iter().zip(&back).all(|(a, b)| a.to_bits() == b.to_bits()));
         assert_eq!(read.get::<Vec<String>>("texts").unwrap(), ["~", "~~x", "", "~3ff0000000000000"]);

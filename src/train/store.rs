@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
@@ -73,20 +73,20 @@ impl Store {
     /// # Errors
     /// If the disk refuses.
     pub fn write(&self, step: usize, snapshot: &Snapshot, positions: Positions, origin: &Origin) -> Result<PathBuf> {
-        let files = [(FACTS, snapshot.facts_bytes()?), (ARRAYS, snapshot.arrays_bytes()?)];
-        let entries = files.iter().map(|(name, bytes)| (name.to_string(), entry(bytes)));
-        let files_by_name = entries.collect();
-        let manifest = Manifest { format: FORMAT, step, positions, origin: origin.clone(), files: files_by_name };
-        let manifest = serde_json::to_vec_pretty(&manifest)?;
+        let facts = snapshot.facts_bytes()?;
         fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
         let unfinished = self.dir.join(format!("checkpoint-{step}{UNFINISHED}"));
         remove(&unfinished)?;
         let target = self.free_name(step)?;
         let written = (|| {
             fs::create_dir(&unfinished)?;
-            for (name, bytes) in files.iter().map(|(n, b)| (*n, b)).chain([(MANIFEST, &manifest)]) {
-                write_synced(&unfinished.join(name), bytes)?;
-            }
+            let mut files = BTreeMap::new();
+            files.insert(FACTS.to_owned(), write_synced(&unfinished.join(FACTS), |to| Ok(to.write_all(&facts)?))?);
+            let arrays = write_synced(&unfinished.join(ARRAYS), |to| snapshot.write_arrays(to))?;
+            files.insert(ARRAYS.to_owned(), arrays);
+            let manifest = Manifest { format: FORMAT, step, positions, origin: origin.clone(), files };
+            let manifest = serde_json::to_vec_pretty(&manifest)?;
+            write_synced(&unfinished.join(MANIFEST), |to| Ok(to.write_all(&manifest)?))?;
             sync_dir(&unfinished)?;
             fs::rename(&unfinished, &target)?;
             sync_dir(&self.dir)
@@ -212,10 +212,34 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut file = File::create_new(path)?;
-    file.write_all(bytes)?;
-    Ok(file.sync_all()?)
+/// A file under way: its digest is taken of what is handed to it, not of what the disk gives back.
+struct Digested {
+    file: BufWriter<File>,
+    digest: Sha256,
+    bytes: u64,
+}
+
+impl Write for Digested {
+    fn write(&mut self, part: &[u8]) -> std::io::Result<usize> {
+        let taken = self.file.write(part)?;
+        self.digest.update(&part[..taken]);
+        self.bytes += taken as u64;
+        Ok(taken)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.file.flush()
+    }
+}
+
+/// Writes a new file as `content` does, and has it reach the disk.
+fn write_synced(path: &Path, content: impl FnOnce(&mut Digested) -> Result<()>) -> Result<FileEntry> {
+    let file = BufWriter::new(File::create_new(path)?);
+    let mut to = Digested { file, digest: Sha256::new(), bytes: 0 };
+    content(&mut to)?;
+    to.flush()?;
+    to.file.get_ref().sync_all()?;
+    Ok(FileEntry { bytes: to.bytes, sha256: format!("{:x}", to.digest.finalize()) })
 }
 
 /// Makes names in a directory last. Where directories cannot be opened as files, the system sees to it.

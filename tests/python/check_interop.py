@@ -3,7 +3,7 @@
 usage: check_interop.py path/to/fourfold
 Over two tiny random Llamas with tokenizers made here: adapters that PEFT saved through `fourfold logprobs` and `score`;
 adapters that `fourfold sft`, `reward` and `ppo` trained through PeftModel; `fourfold merge` through from_pretrained;
-greedy text on both sides. One line a check, with the largest difference found; exit code 1 if any failed.
+greedy text on both sides; a value head as TRL writes it; tokenizers of two other kinds. One line a check, with the largest difference found; exit code 1 if any failed.
 
 A PEFT head has no bias. Where `[reward] center = true` gave ours one, it stands in adapter_model.safetensors as
 base_model.model.score.bias, which PEFT leaves out: Python's score is ours less that number, and the check adds it.
@@ -13,6 +13,7 @@ Checked with the versions in requirements.txt; the seed is below.
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -22,8 +23,8 @@ import peft
 import tokenizers
 import torch
 import transformers
-from safetensors.torch import load_file
-from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 SEED = 11
 # Two f32 orders of summation through three blocks differ by some 1e-6; a wrong scale, layer or row by 1e-2 and more.
@@ -66,6 +67,11 @@ class Program:
         if done.returncode != 0:
             sys.exit(f"fourfold {' '.join(map(str, arguments))}: exit code {done.returncode}\n{done.stderr}")
         return json.loads(done.stdout)
+
+    def refused(self, *arguments):
+        """(exit code, what it said)"""
+        done = subprocess.run([self.binary, *map(str, arguments), "--json"], capture_output=True, text=True)
+        return done.returncode, done.stderr.strip()
 
 
 # ---- the tiny models -------------------------------------------------------------------------------------------------
@@ -322,6 +328,10 @@ def merges(fourfold, name, base, work, tokens, sequences):
         same = transformers.AutoTokenizer.from_pretrained(out)("The tiger paints").input_ids
         original = transformers.AutoTokenizer.from_pretrained(base)("The tiger paints").input_ids
         report(f"{name}: merge --dtype {dtype} brings the tokenizer", same == original, f"{same}")
+        ends = [transformers.GenerationConfig.from_pretrained(at).to_diff_dict() for at in (base, out)]
+        own = [{k: v for k, v in e.items() if not k.startswith(("_", "transformers"))} for e in ends]
+        good = own[0] == own[1] and (out / "generation_config.json").is_file() and own[0]["eos_token_id"] == 2
+        report(f"{name}: merge --dtype {dtype} brings the generation config", good, str(own[1]))
     out = work / "shards"
     fourfold(
         "merge", "--base", base, "--adapter", adapter, "--dtype", "f32", "--max-shard-size", "60KB", "--out", out
@@ -395,6 +405,64 @@ def reward_exports(fourfold, name, base, work, records):
         check(f"{name}: value head read back", furthest(read, want))
 
 
+def foreign_value_head(fourfold, name, base, work, records):
+    """What TRL and LLaMA-Factory leave: a PEFT adapter of a language model, and the head in a file of its own, with the
+    names of TRL's ValueHead. Scored by the head over PEFT's hidden states."""
+    out = work / "trl"
+    model = save_peft(causal(base), out, "CAUSAL_LM", r=4, lora_alpha=6, target_modules="all-linear")
+    head = torch.nn.Linear(tokens_width(base), 1)
+    save_file({f"v_head.summary.{k}": v.detach() for k, v in head.state_dict().items()}, out / "value_head.safetensors")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+
+    @torch.no_grad()
+    def value(prompt, answer):
+        ids = tokenizer(prompt).input_ids + tokenizer(answer, add_special_tokens=False).input_ids
+        ids.append(tokenizer.eos_token_id)
+        return head(model(torch.tensor([ids]), output_hidden_states=True).hidden_states[-1][0, -1]).item()
+
+    want = [[value(r["prompt"], r[key]) for key in ("chosen", "rejected")] for r in records]
+    got = fourfold("score", "--base", base, "--adapter", out, "--data", work / "ranked.jsonl")["scores"]
+    check(f"{name}: TRL's value head -> fourfold, scores", furthest(got, want))
+
+
+def other_tokenizers(fourfold, base, work):
+    """Unigram and WordPiece, as transformers applies them: special tokens around, normalisation, unknown characters."""
+    cls = [("[CLS]", 1), ("[SEP]", 2)]
+    wordpiece = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    wordpiece.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    wordpiece.train_from_iterator(sentences(300), trainer)
+    wordpiece.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=cls)
+    unigram = tokenizers.Tokenizer(models.Unigram())
+    unigram.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(tokenizers.Regex(" {2,}"), " ")])
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    unigram.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="[UNK]", show_progress=False)
+    unigram.train_from_iterator(sentences(300), trainer)
+    unigram.post_processor = processors.TemplateProcessing(single="[CLS] $A", special_tokens=cls[:1])
+    texts = ["The river holds a letter.", "  THE Tiger  paints, Ünïcode ﬁ!", "東京 🦙 river", "a [SEP] b", "x" * 120, " "]
+    for kind, made in [("WordPiece", wordpiece), ("Unigram", unigram)]:
+        path = work / kind
+        shutil.copytree(base, path)
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=made, unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", eos_token="[SEP]"
+        )
+        tokenizer.save_pretrained(path)
+        said = fourfold("inspect", path)["tokenizer"]["kind"]
+        different = []
+        for text in texts:
+            # A prompt of nothing is refused, and these end in an end token of their own.
+            want = tokenizer(text).input_ids
+            got = fourfold("generate", "--base", path, "--prompt", text, "--raw", "--temperature", "0", "--max-new-tokens", "4")
+            tail = tokenizer.decode(got["token_ids"], skip_special_tokens=True)
+            if got["prompt_token_ids"] != want or got["text"].strip() != tail.strip():
+                different.append((text, got["prompt_token_ids"], want, got["text"], tail))
+        report(f"{kind} tokenizer -> fourfold", said == kind and not different, str(different or f"{len(texts)} texts"))
+
+
 def tokens_width(base):
     return transformers.AutoConfig.from_pretrained(base).hidden_size
 
@@ -448,7 +516,10 @@ def main(binary):
             to_peft(fourfold, name, base, work, tokens, sequences, records)
             adapter, adapted = merges(fourfold, name, base, work, tokens, sequences)
             reward_exports(fourfold, name, base, work, records)
+            foreign_value_head(fourfold, name, base, work, records)
             greedy_text(fourfold, name, base, work, adapter, adapted)
+            if shape["add_bos"]:
+                other_tokenizers(fourfold, base, work)
     print(f"{len(failures)} failed" if failures else "all checks passed")
     return 1 if failures else 0
 

@@ -93,11 +93,13 @@ pub fn open(path: &str) -> Opened {
     let (golden, dir) = (golden(path), tempfile::tempdir().unwrap());
     let write = |file: &str, text: String| fs::write(dir.path().join(file), text).unwrap();
     write("config.json", golden.config.to_string());
-    let vocab: serde_json::Map<String, Value> = (0..64).map(|i| (format!("t{i}"), json!(i))).collect();
-    let model = json!({"type": "WordLevel", "vocab": vocab, "unk_token": "t0"});
+    // Bytes without a merge, of a kind that a GGUF file has a name for.
+    let vocab: serde_json::Map<String, Value> = ('!'..='`').zip(0..).map(|(c, i)| (c.to_string(), json!(i))).collect();
+    let bytes = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let model = json!({"type": "BPE", "vocab": vocab, "merges": []});
     write(
         "tokenizer.json",
-        json!({"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model}).to_string(),
+        json!({"version": "1.0", "pre_tokenizer": bytes, "decoder": bytes, "model": model}).to_string(),
     );
     save(&dir.path().join("model.safetensors"), &golden.shapes);
     let checkpoint = Checkpoint::open(dir.path()).unwrap_or_else(|e| panic!("{path}: {e:#}"));

@@ -1,5 +1,5 @@
-//! The stages, phase by phase: what stands, what each phase takes on top. Two optimizer steps are walked, since the second
-//! finds more there than the first: weights of its own, the guard's copy. Read plan.rs for what is made of it.
+//! The stages, phase by phase: what stands, what each phase takes on top. Three optimizer steps are walked, since each
+//! finds more there than the one before: weights of its own, the guard's copy. Read plan.rs for what is made of it.
 
 use super::network::{Gradients, View};
 use super::ops::{Tensor, Walk};
@@ -36,6 +36,8 @@ pub struct Supervised {
     pub evaluation: Option<Pass>,
     /// A scalar head, where rewards are learnt.
     pub scorer: bool,
+    /// Optimizer steps of the run.
+    pub steps: usize,
 }
 
 /// What PPO goes over.
@@ -45,6 +47,10 @@ pub struct Rollouts {
     pub prompts: Vec<usize>,
     /// Tokens of a response.
     pub response: usize,
+    /// So many are answered at once.
+    pub at_once: usize,
+    /// Minibatches of the run.
+    pub steps: usize,
     /// The micro-batches of the largest minibatch, as (prompt, response) lengths.
     pub micro: Vec<Vec<(usize, usize)>>,
     /// Blocks of text beside each minibatch: (blocks, tokens each, blocks a pass).
@@ -99,6 +105,10 @@ pub struct Job {
     pub threads: usize,
 }
 
+/// From the third step on nothing more is added: weights of the start, the guard's of the first step, those that are stepped
+/// from and those that are made.
+const STEPS: usize = 3;
+
 /// Tokens of one scoring pass in `ppo::rollout` and in `reward::source`.
 const SCORING_TOKENS: usize = 2048;
 /// What a batch keeps of a token: its id, its position; and of a target: its row and its id.
@@ -112,9 +122,9 @@ const OF_ANSWER_TOKEN: usize = 40;
 /// text that grew by doubling).
 const OF_FACT: usize = 160;
 
-/// An array of a checkpoint beside its numbers: its name in the list and twice in the file's index (some 90 letters), the
-/// index's entry (100), its line in the header (170, in a text that grew by doubling), for two of three a tensor (320).
-const OF_ARRAY: usize = 750;
+/// An array of a checkpoint beside its numbers: its name in the list (90 letters) and in the header's (90), the header's
+/// entry as JSON values (300), its line (170, in a text that grew by doubling), for two of three a tensor (320).
+const OF_ARRAY: usize = 950;
 
 /// A learner: its weights, its means, what the guard keeps.
 struct Learner {
@@ -198,18 +208,15 @@ impl Job {
     /// A checkpoint: `facts` numbers go into JSON beside the learners' arrays, `rows` numbers are an array of their own.
     fn save(&self, walk: &Walk, learners: &[&Learner], facts: usize, rows: usize) {
         walk.ledger.enter(Phase::Save);
-        // The rows are joined, and written.
-        let _facts = walk.ledger.take(Class::Data, facts * OF_FACT + 2 * rows * size_of::<f32>());
-        // The means are copied, and all of it and of the guard's is written into one list.
+        let _facts = walk.ledger.take(Class::Data, facts * OF_FACT + rows * size_of::<f32>());
+        // The means are copied; all is written array by array, the guard's too.
         let weights: usize = learners.iter().map(|learner| learner.bytes()).sum();
         let _means = walk.ledger.take(Class::Optimizer, 2 * weights);
         let guarded = learners.iter().any(|learner| learner.guarded.is_some());
-        let _file = walk.ledger.take(Class::Optimizer, 3 * weights * if guarded { 2 } else { 1 });
         let arrays: usize = learners.iter().map(|learner| learner.sizes.len()).sum();
         let _names = walk.ledger.take(Class::Optimizer, 3 * arrays * if guarded { 2 } else { 1 } * OF_ARRAY);
-        // One array at a time is copied, and its bytes made.
         let largest = learners.iter().flat_map(|learner| &learner.sizes).max().copied().unwrap_or(0);
-        let _array = walk.ledger.take(Class::Optimizer, 2 * largest);
+        let _array = walk.ledger.take(Class::Optimizer, largest.max(rows * size_of::<f32>()));
     }
 
     fn supervised(&self, walk: &Walk, work: &Supervised) {
@@ -231,7 +238,7 @@ impl Job {
         ledger.enter(Phase::Step);
         let mut learner = Learner::new(walk, start.clone(), branches, net);
         evaluate();
-        for number in 0..2 {
+        for number in 0..work.steps.clamp(1, STEPS) {
             ledger.enter(Phase::Update);
             let batches = work.step.iter().map(|p| p.tokens() * OF_TOKEN + p.targets * OF_TARGET).sum();
             let _batches = ledger.take(Class::Data, batches);
@@ -295,11 +302,13 @@ impl Job {
             }
         };
         evaluate();
-        for number in 0..2 {
+        for number in 0..work.steps.clamp(1, STEPS) {
             ledger.enter(Phase::Rollout);
             let answers = work.prompts.len() * work.response;
             let _tokens = ledger.take(Class::Data, answers * OF_ANSWER_TOKEN);
-            actor_view.generate(&work.prompts, work.response);
+            for prompts in work.prompts.chunks(work.at_once.max(1)) {
+                actor_view.generate(prompts, work.response);
+            }
             ledger.enter(Phase::Scoring);
             let mut rows = vec![];
             in_chunks(&whole(&work.prompts), &mut |chunk| {
@@ -342,7 +351,7 @@ impl Job {
                 critic.iter_mut().for_each(|critic| critic.guard(walk));
             }
             let learners: Vec<&Learner> = [&actor].into_iter().chain(&critic).collect();
-            if number == 1 {
+            if number + 1 == work.steps.clamp(1, STEPS) {
                 self.save(walk, &learners, 7 * answers + work.prompts.iter().sum::<usize>(), answers * e);
             }
         }

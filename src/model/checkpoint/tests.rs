@@ -170,6 +170,39 @@ fn safetensors_cut_anywhere_or_damaged_are_refused_or_read_without_a_panic() {
     }
 }
 
+/// Headers that the safetensors library would never write.
+#[test]
+fn safetensors_whose_header_lies_are_refused() {
+    let dir = directory();
+    let path = dir.path().join("model.safetensors");
+    let file = |length: Option<u64>, header: &str, data: usize| {
+        let length = length.unwrap_or(header.len() as u64).to_le_bytes();
+        fs::write(&path, [&length[..], header.as_bytes(), &vec![0; data]].concat()).unwrap();
+        refusal(&dir)
+    };
+    let of = |name: &str, shape: &str, start: u64, end: u64| {
+        format!(r#""{name}":{{"dtype":"F32","shape":{shape},"data_offsets":[{start},{end}]}}"#)
+    };
+    let one = |text: String| format!("{{{text}}}");
+    let all = |header: &str, data: usize| file(None, header, data);
+    for said in [
+        file(Some(1 << 40), "{}", 0),
+        file(Some(u64::MAX), "{}", 0),
+        file(Some(400), &one(of("a", "[1]", 0, 4)), 4),
+        all(&format!("{{{},{}}}", of("a", "[2]", 0, 8), of("b", "[2]", 4, 12)), 12),
+        all(&one(of("a", "[2]", 8, 0)), 8),
+        all(&one(of("a", "[2]", 0, 8)), 4),
+        all(&one(of("a", "[2]", 4, 12)), 12),
+        all(&one(of("a", "[4294967296,4294967296,4294967296]", 0, 8)), 8),
+        all(&one(of("a", "[18446744073709551615,2]", 0, 8)), 8),
+        all(&one(of("a", "[3]", 0, 8)), 8),
+        all("[]", 0),
+        all("\u{0}\u{1}", 0),
+    ] {
+        assert!(said.contains("model.safetensors") && said.contains("fetch it again"), "{said}");
+    }
+}
+
 #[test]
 fn a_gguf_cut_anywhere_is_refused() {
     let dir = tempfile::tempdir().unwrap();

@@ -7,12 +7,12 @@ use super::{
     Biases, DecoderConfig, Family, LayerRope, Mlp, NormStyle, Placement, QkNorm, Qkv, RopeScaling, Sizes, whole_heads,
 };
 use crate::invalid;
-use crate::model::gguf::Gguf;
+use crate::model::gguf::{Gguf, Value};
 use crate::ops::activation::Activation;
 use crate::ops::weight::StoredType;
 
 /// The architectures that are read, by `general.architecture`.
-const ARCHITECTURES: [(&str, Family); 9] = [
+const ARCHITECTURES: [(&str, Family); 12] = [
     ("llama", Family::Llama),
     ("qwen2", Family::Qwen2),
     ("qwen3", Family::Qwen3),
@@ -22,6 +22,9 @@ const ARCHITECTURES: [(&str, Family); 9] = [
     ("phi3", Family::Phi3),
     ("gpt2", Family::Gpt2),
     ("gptneox", Family::GptNeoX),
+    ("olmo2", Family::Olmo2),
+    ("granite", Family::Granite),
+    ("smollm3", Family::SmolLm3),
 ];
 
 /// Metadata of one architecture, with errors that name the key.
@@ -132,7 +135,21 @@ impl Keys<'_> {
     /// Where the family is no Llama.
     fn depart(&self, c: &mut DecoderConfig) -> Result<()> {
         match c.family {
+            Family::Llama => self.biases(c),
             Family::Qwen2 => c.biases.qkv = true,
+            Family::Olmo2 => (c.placement, c.qk_norm) = (Placement::Inner, QkNorm::Whole),
+            Family::Granite => {
+                self.biases(c);
+                c.embedding_multiplier = self.float("embedding_scale")?.unwrap_or(1.0);
+                c.residual_multiplier = self.float("residual_scale")?.unwrap_or(1.0);
+                c.attention_multiplier = self.float("attention.scale")?.unwrap_or(c.attention_multiplier);
+                c.logits_multiplier = 1.0 / self.float("logit_scale")?.unwrap_or(1.0);
+            }
+            Family::SmolLm3 => {
+                self.biases(c);
+                // The file does not say which layers do not turn: every fourth.
+                c.layers.iter_mut().skip(3).step_by(4).for_each(|l| l.rope = LayerRope::None);
+            }
             Family::Qwen3 => c.qk_norm = QkNorm::PerHead,
             Family::Gemma | Family::Gemma2 | Family::Gemma3 => {
                 (c.norm, c.activation) = (NormStyle::RmsPlusOne, Activation::GeluTanh);
@@ -169,9 +186,7 @@ impl Keys<'_> {
             c.attention_multiplier = 1.0 / (scalar as f64).sqrt();
             let window = self.optional("attention.sliding_window")?.unwrap_or(4096);
             let every = if c.family == Family::Gemma2 { 2 } else { 6 };
-            for (i, layer) in c.layers.iter_mut().enumerate() {
-                layer.window = (!(i + 1).is_multiple_of(every)).then_some(window);
-            }
+            self.windows(c, window, every)?;
         }
         if c.family == Family::Gemma2 {
             c.attention_soft_cap = Some(self.float("attn_logit_softcapping")?.unwrap_or(50.0));
@@ -181,6 +196,32 @@ impl Keys<'_> {
             c.qk_norm = QkNorm::PerHead;
             c.local_rope_theta = Some(self.float("rope.freq_base_swa")?.unwrap_or(1e4));
             c.layers.iter_mut().filter(|l| l.window.is_some()).for_each(|l| l.rope = LayerRope::Local);
+        }
+        Ok(())
+    }
+
+    /// Which maps have a bias, where files of the same architecture differ: what is there says.
+    fn biases(&self, c: &mut DecoderConfig) {
+        let there = |part: &str| self.gguf.tensor(&format!("blk.0.{part}.bias")).is_some();
+        c.biases = Biases { qkv: there("attn_q"), attention_out: there("attn_output"), mlp: there("ffn_up") };
+    }
+
+    /// Windows on the layers that `sliding_window_pattern` names, one by one or as all but every n-th; on all but every
+    /// `usual`-th where it is missing.
+    fn windows(&self, c: &mut DecoderConfig, window: usize, usual: usize) -> Result<()> {
+        let key = self.name("attention.sliding_window_pattern");
+        let listed: Vec<bool> = match self.gguf.get(&key) {
+            Some(Value::Bools(list)) => list.clone(),
+            other => {
+                let every = if other.is_some() { self.required("attention.sliding_window_pattern")? } else { usual };
+                (1..=c.layers.len()).map(|i| every > 0 && !i.is_multiple_of(every)).collect()
+            }
+        };
+        if listed.len() != c.layers.len() {
+            return Err(invalid!("{}: {key} names {} of {} layers", self.gguf.name(), listed.len(), c.layers.len()));
+        }
+        for (layer, slides) in c.layers.iter_mut().zip(listed) {
+            layer.window = slides.then_some(window);
         }
         Ok(())
     }
@@ -209,8 +250,8 @@ impl Keys<'_> {
                 factor: need()?,
                 attention_factor: super::rope::yarn_attention_factor(need()?)
                     * self.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
-                beta_fast: 32.0,
-                beta_slow: 1.0,
+                beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
+                beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
                 truncate: true,
                 original_max_position_embeddings: self
                     .optional("rope.scaling.original_context_length")?

@@ -132,6 +132,19 @@ fn metadata_and_tensors_come_back_as_written() {
 }
 
 #[test]
+fn version_2_is_read_as_version_3_is() {
+    let mut bytes = small().finish();
+    bytes[4] = 2;
+    let (two, three) = (parse(bytes).unwrap(), parse(small().finish()).unwrap());
+    assert_eq!((two.version(), three.version()), (2, 3));
+    assert!(two.raw_values().eq(three.raw_values()) && two.raw_values().count() == 7);
+    let tensors = |g: &Gguf| -> Vec<_> {
+        g.tensors().iter().map(|t| (t.name.clone(), g.tensor_bytes(t).unwrap().get().to_vec())).collect()
+    };
+    assert_eq!(tensors(&two), tensors(&three));
+}
+
+#[test]
 fn a_file_cut_at_any_byte_is_refused() {
     let whole = small().finish();
     for len in 0..whole.len() {
@@ -202,4 +215,9 @@ fn names_map_to_hugging_faces() {
     for unknown in ["blk.1.attn_q.bias", "blk.01.attn_q.weight", "blk.x.attn_q.weight", "blk.1.ffn_gate_exps.weight"] {
         assert_eq!(hf_name(unknown), None);
     }
+    for name in ["blk.12.attn_q.weight", "blk.0.attn_norm.weight", "token_embd.weight", "output_norm.weight"] {
+        assert_eq!(gguf_name(&config, &hf_name(name).unwrap()).unwrap(), name);
+    }
+    assert_eq!(gguf_name(&config, "model.layers.1.self_attn.q_proj.bias"), None);
+    assert_eq!(gguf_name(&config, "model.layers.1.self_attn.rotary.weight"), None);
 }

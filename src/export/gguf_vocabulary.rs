@@ -1,90 +1,17 @@
-//! What a GGUF file made from a Hugging Face model says of it: the llama architecture's keys and the tokenizer's, as
-//! llama.cpp's converter writes them. Knows no weights. Read gguf.rs for the file; `model::gguf_tokenizer` is the inverse.
+//! What a GGUF file made from a Hugging Face model says of its tokenizer, as llama.cpp's converter writes it. Knows no
+//! weights. Read gguf.rs for the file; `model::gguf_tokenizer` is the inverse.
 
 use std::collections::HashMap;
 
 use anyhow::Result;
 use serde_json::Value;
 
+use super::gguf_architecture::{Keys, put};
 use super::gguf_container::KeyValue;
 use crate::invalid;
 use crate::model::checkpoint::Checkpoint;
-use crate::model::config::{DecoderConfig, Family, RopeScaling};
 use crate::model::gguf_tokenizer::{LLAMA3_SPLIT, QWEN2_SPLIT};
 use crate::model::tokenizer::{SpecialTokens, Tokenizer};
-
-/// Keys in the order in which they are written.
-pub(super) type Keys = Vec<(String, KeyValue)>;
-
-fn put(keys: &mut Keys, key: &str, value: KeyValue) {
-    keys.push((key.to_string(), value));
-}
-
-fn number(value: usize) -> KeyValue {
-    KeyValue::U32(u32::try_from(value).unwrap_or(u32::MAX))
-}
-
-/// # Errors
-/// If a Hugging Face base is not of the llama architecture, the one whose names and row order are known here. A base that
-/// came as a GGUF brings its own.
-pub(super) fn refuse_other_families(config: &DecoderConfig) -> Result<()> {
-    if config.family != Family::Llama {
-        return Err(invalid!(
-            "a {} model in Hugging Face's form cannot be written as GGUF: of those, only llama can. Start from a GGUF of \
-             the model, or write safetensors and convert them with llama.cpp's convert_hf_to_gguf.py",
-            config.names().model_type
-        ));
-    }
-    if config.rope_scaling.attention_factor() != 1.0 {
-        return Err(invalid!(
-            "this model's rope scaling multiplies attention by a factor that cannot be written as GGUF here; write \
-             safetensors and convert them with llama.cpp's convert_hf_to_gguf.py"
-        ));
-    }
-    Ok(())
-}
-
-/// The keys of the architecture.
-///
-/// # Errors
-/// If the base is of another architecture than llama.
-pub(super) fn architecture(config: &DecoderConfig) -> Result<Keys> {
-    refuse_other_families(config)?;
-    let mut keys = vec![];
-    put(&mut keys, "general.architecture", KeyValue::String("llama".into()));
-    put(&mut keys, "general.type", KeyValue::String("model".into()));
-    put(&mut keys, "general.name", KeyValue::String(config.model_name.clone()));
-    for (key, value) in [
-        ("llama.block_count", config.num_hidden_layers),
-        ("llama.context_length", config.max_position_embeddings),
-        ("llama.embedding_length", config.hidden_size),
-        ("llama.feed_forward_length", config.intermediate_size),
-        ("llama.attention.head_count", config.num_attention_heads),
-        ("llama.attention.head_count_kv", config.num_key_value_heads),
-        ("llama.attention.key_length", config.head_dim),
-        ("llama.attention.value_length", config.head_dim),
-        ("llama.rope.dimension_count", config.head_dim),
-        ("llama.vocab_size", config.vocab_size),
-    ] {
-        put(&mut keys, key, number(value));
-    }
-    put(&mut keys, "llama.rope.freq_base", KeyValue::F32(config.rope_theta as f32));
-    put(&mut keys, "llama.attention.layer_norm_rms_epsilon", KeyValue::F32(config.norm_eps as f32));
-    if let RopeScaling::Linear { factor } = config.rope_scaling {
-        put(&mut keys, "llama.rope.scaling.type", KeyValue::String("linear".into()));
-        put(&mut keys, "llama.rope.scaling.factor", KeyValue::F32(factor as f32));
-    }
-    Ok(keys)
-}
-
-/// `rope_freqs.weight`: what each rotary frequency is divided by, (head_dim / 2); `None` where none is.
-pub(super) fn rope_divisors(config: &DecoderConfig) -> Option<Vec<f32>> {
-    if matches!(config.rope_scaling, RopeScaling::None | RopeScaling::Linear { .. }) {
-        return None;
-    }
-    let plain = |i: usize| config.rope_theta.powf(-((2 * i) as f64) / config.head_dim as f64);
-    Some(config.inv_freq().iter().enumerate().map(|(i, &f)| (plain(i) / f64::from(f)) as f32).collect())
-}
 
 /// `llama_token_type` in llama.cpp.
 const NORMAL: i32 = 1;
@@ -116,6 +43,7 @@ pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Keys> {
         put(&mut keys, "tokenizer.ggml.model", KeyValue::String("llama".into()));
         put(&mut keys, "tokenizer.ggml.pre", KeyValue::String("default".into()));
         vocabulary.mark_bytes();
+        vocabulary.write_spaces_out();
         put(&mut keys, "tokenizer.ggml.scores", KeyValue::F32s(vocabulary.scores(&merges)));
         put(&mut keys, "tokenizer.ggml.add_space_prefix", KeyValue::Bool(prefixes_a_space(&json)));
     } else {
@@ -133,6 +61,8 @@ pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Keys> {
     for (name, id) in [
         ("bos", tokenizer.bos_id().or(checkpoint.config().bos_token_id)),
         ("eos", tokenizer.eos_id()),
+        // What else ends a response: a turn's mark, in models that talk.
+        ("eot", checkpoint.config().eos_token_ids.iter().copied().find(|&id| Some(id) != tokenizer.eos_id())),
         ("unknown", unknown),
         ("padding", tokenizer.pad_id()),
     ] {
@@ -171,7 +101,11 @@ fn pre_tokenizer_name(json: &Value) -> Result<&'static str> {
         {
             Some("smollm")
         }
-        [split, _] if split["pattern"]["Regex"] == LLAMA3_SPLIT => Some("llama-bpe"),
+        // The same cuts; the one keeps a word whole that is a token, the other merges it.
+        [split, _] if split["pattern"]["Regex"] == LLAMA3_SPLIT => match json["model"]["ignore_merges"] == true {
+            true => Some("llama-bpe"),
+            false => Some("dbrx"),
+        },
         [split, _] if split["pattern"]["Regex"] == QWEN2_SPLIT => Some("qwen2"),
         _ => None,
     };
@@ -236,6 +170,15 @@ impl Vocabulary {
         for (token, kind) in self.tokens.iter().zip(&mut self.types) {
             if *kind == NORMAL && token.len() == 6 && token.starts_with("<0x") && token.ends_with('>') {
                 *kind = BYTE;
+            }
+        }
+    }
+
+    /// llama.cpp looks for user-defined pieces in the text before it writes ▁ for spaces.
+    fn write_spaces_out(&mut self) {
+        for (token, kind) in self.tokens.iter_mut().zip(&self.types) {
+            if *kind == USER_DEFINED {
+                *token = token.replace('▁', " ");
             }
         }
     }
