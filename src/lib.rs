@@ -8,6 +8,7 @@
 //! - [`data`] records of many formats -> token sequences; [`config`] TOML -> checked settings
 //! - [`sft`], [`reward`], [`dpo`], [`ppo`] the stages. The loop is [`ppo::train`], the PPO loss [`ppo::loss::policy_loss`]
 //! - [`train`] learner, AdamW, schedules; [`export`] merged models; [`report`] metrics and progress; [`memory`]
+//! - [`error`] bad input against failure; [`allocator`] what happens when memory runs out
 //! - [`run`] a stage from its config to its folder; [`quickstart`] all stages on a tiny embedded base; [`cli`]
 //!
 //! ```
@@ -28,6 +29,7 @@
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 
+pub mod allocator;
 pub mod cli;
 pub mod config;
 pub mod data;

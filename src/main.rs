@@ -2,8 +2,8 @@
 //! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
-static ALLOCATOR: fourfold::memory::meter::Counting<mimalloc::MiMalloc> =
-    fourfold::memory::meter::Counting(mimalloc::MiMalloc);
+static ALLOCATOR: fourfold::memory::meter::Counting<fourfold::allocator::Allocator> =
+    fourfold::memory::meter::Counting(fourfold::allocator::Allocator);
 
 fn main() {
     fourfold::memory::keep_freed_memory();
@@ -11,7 +11,8 @@ fn main() {
         Ok(()) => 0,
         Err(error) => {
             let is_interrupted = error.is::<fourfold::error::Interrupted>();
-            eprintln!("{}{error:#}", if is_interrupted { "" } else { "error: " });
+            let text = fourfold::error::printable(&format!("{error:#}"));
+            eprintln!("{}{text}", if is_interrupted { "" } else { "error: " });
             fourfold::error::exit_code(&error)
         }
     };

@@ -72,6 +72,7 @@ pub fn train(
     if let Some(snapshot) = session.resumed()? {
         progress.load(&snapshot)?;
     }
+    session.watch(&[("learner", &mut progress.learner)])?;
     session.report.note(&match held_out.len() {
         0 => format!("sft: {} records, none held out", examples.len()),
         _ => format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()),

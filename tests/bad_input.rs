@@ -285,7 +285,7 @@ fn a_config_that_cannot_be_used_names_the_key() {
     }
     p.refuses("sft run.toml --set lora.r=x --out o", &["--set lora.r=x", "whole number"]);
     p.refuses("sft run.toml --set lora --out o", &["--set lora", "section.key=value"]);
-    p.refuses("sft run.toml --set lora.r=100000 --out o", &["r = 100000", "384"]);
+    p.refuses("sft run.toml --set lora.r=100000 --out o", &["r = 100000", "1024"]);
     p.refuses("sft run.toml --set data.eval_rows=6 --out o", &["eval_rows = 6", "use fewer"]);
     p.refuses("sft run.toml --set lora.layers_to_transform=[9] --out o", &["9"]);
 }

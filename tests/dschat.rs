@@ -438,7 +438,7 @@ fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_f
     let mut state = State::new(&run).unwrap();
     state.roll_out(&run).unwrap();
     let first = state.experience.clone().unwrap();
-    state.end_iteration(&run, Default::default(), &mut Report::silent()).unwrap();
+    state.end_iteration(&run, &mut Report::silent()).unwrap();
     // It goes on from a checkpoint, too.
     let snapshot = state.snapshot(&run).unwrap();
     let mut resumed = State::new(&all_end).unwrap();

@@ -296,7 +296,7 @@ impl World {
         fs::write(file.path(), table.to_string())?;
         let config = config::load(file.path(), &[])?;
         let mut summary = run::stage(stage, &config, out, &Launch::default())?;
-        for untold in ["wall_s", "peak_rss_mib", "output_dir", "adapter", "actor", "critic", "actor_ema"] {
+        for untold in ["wall_s", "peak_rss_mib", "memory", "output_dir", "adapter", "actor", "critic", "actor_ema"] {
             summary.as_object_mut().unwrap().remove(untold);
         }
         let mut found = BTreeMap::from([("summary".into(), summary.to_string().into_bytes())]);

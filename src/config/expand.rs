@@ -11,6 +11,10 @@ use crate::invalid;
 /// A variable that is not set, or a `${` without its `}`; the message names it.
 pub(super) fn expand(text: &str, variable: impl Fn(&str) -> Option<String>) -> Result<String> {
     let lookup = |name: &str| {
+        // The expanded path goes into a run's config.toml and into messages.
+        if ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"].contains(&name) {
+            return Err(invalid!("a path uses ${name}, which is a secret; it reaches the hub by itself"));
+        }
         variable(name).filter(|value| !value.is_empty()).ok_or_else(|| {
             invalid!("the path {text:?} uses ${name}, which is not set; `export {name}=…` first, or write the path out")
         })
@@ -81,6 +85,10 @@ mod tests {
             assert!(message.contains("$NOPE") && message.contains("not set"), "{message}");
         }
         assert!(expand("$EMPTY/x", env).unwrap_err().to_string().contains("EMPTY"));
+        for text in ["$HF_TOKEN/x", "a/${HF_TOKEN}"] {
+            let message = expand(text, |_| Some("s3cret".into())).unwrap_err().to_string();
+            assert!(message.contains("HF_TOKEN") && !message.contains("s3cret"), "{message}");
+        }
         assert!(expand("${A_1", env).unwrap_err().to_string().contains("without"));
     }
 }

@@ -4,37 +4,17 @@
 //! `true`/`True`/`false`/`False` in a column called `label` or `kto_tag` is the judgement, and an empty cell is null.
 //! Knows no format. Read formats.rs next.
 
-use std::cell::Cell;
-use std::io::{BufRead, Read};
+use std::io::BufRead;
 use std::path::Path;
-use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Result;
 use serde_json::{Map, Value};
 
 use super::Place;
-use super::read::{Found, MAX_RECORD_BYTES, Take};
+use super::bounded::{self, Allowance, MAX_RECORD_BYTES};
+use super::read::{Found, Take};
 use crate::invalid;
-
-/// A reader with an allowance, so that a quote that is never closed does not become one cell of the file's size.
-struct Allowance {
-    input: Box<dyn BufRead>,
-    left: Rc<Cell<u64>>,
-}
-
-impl Read for Allowance {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if self.left.get() == 0 {
-            let limit = MAX_RECORD_BYTES >> 20;
-            return Err(std::io::Error::other(format!("a row is longer than {limit} MiB; is a quote not closed?")));
-        }
-        let room = buffer.len().min(usize::try_from(self.left.get()).unwrap_or(usize::MAX));
-        let read = self.input.read(&mut buffer[..room])?;
-        self.left.set(self.left.get() - read as u64);
-        Ok(read)
-    }
-}
 
 /// Hands every row to `take` until it answers false.
 ///
@@ -43,11 +23,8 @@ impl Read for Allowance {
 pub(super) fn rows(path: &Path, input: Box<dyn BufRead>, delimiter: u8, take: &mut Take) -> Result<()> {
     let file: Arc<Path> = path.into();
     let shown = path.display();
-    let left = Rc::new(Cell::new(MAX_RECORD_BYTES));
-    let mut table = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .flexible(true)
-        .from_reader(Allowance { input, left: left.clone() });
+    let (input, left) = Allowance::new(input);
+    let mut table = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(input);
     let header = table.byte_headers().map_err(|error| invalid!("{shown}: {error}"))?;
     let mut names = Vec::with_capacity(header.len());
     for name in header {
@@ -102,7 +79,7 @@ fn value(name: &str, text: &str) -> Result<Value, String> {
         "false" | "False" | "FALSE" if is_judgement => Value::Bool(false),
         _ if text.starts_with(['[', '{']) => {
             // Text may begin with a bracket too: only what is JSON to its end is taken for it.
-            serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
+            bounded::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
         }
         _ => Value::String(text.to_owned()),
     })

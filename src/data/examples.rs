@@ -64,8 +64,10 @@ impl Example for PromptExample {
         self.tokens.len()
     }
 
+    /// With the record's answer, which verifiers judge by.
     fn numbers(&self, to: &mut dyn FnMut(&[u32])) {
         to(&self.tokens);
+        self.answer.iter().for_each(|answer| to(&answer.bytes().map(u32::from).collect::<Vec<_>>()));
     }
 }
 

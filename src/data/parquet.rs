@@ -4,12 +4,10 @@
 //! The file is somebody's bytes and the reader a library that panics on some damaged ones: sizes are checked before they
 //! are allocated, and a panic becomes an error.
 
-use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::{Arc, Once};
+use std::sync::Arc;
 
 use anyhow::Result;
 use parquet::errors::ParquetError;
@@ -21,7 +19,9 @@ use parquet::schema::types::Type;
 use serde_json::{Map, Number, Value};
 
 use super::Place;
-use super::read::{Found, MAX_RECORD_BYTES, Take};
+use super::bounded::MAX_RECORD_BYTES;
+use super::read::{Found, Take};
+use crate::error::unless_it_panics;
 use crate::invalid;
 
 /// Rows decoded ahead, a column: enough to pay for the call, few enough to be small.
@@ -188,18 +188,5 @@ fn page_size(head: &[u8]) -> Option<u64> {
 
 /// Runs what may panic on damaged bytes; the panic is an error then and prints nothing.
 fn guarded<T>(run: impl FnOnce() -> parquet::errors::Result<T>) -> parquet::errors::Result<T> {
-    thread_local! { static GUARDED: Cell<bool> = const { Cell::new(false) } }
-    static HOOK: Once = Once::new();
-    HOOK.call_once(|| {
-        let usual = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            if !GUARDED.get() {
-                usual(info);
-            }
-        }));
-    });
-    GUARDED.set(true);
-    let result = catch_unwind(AssertUnwindSafe(run));
-    GUARDED.set(false);
-    result.unwrap_or_else(|_| Err(ParquetError::General("its pages are damaged".to_owned())))
+    unless_it_panics(run).unwrap_or_else(|| Err(ParquetError::General("its pages are damaged".to_owned())))
 }

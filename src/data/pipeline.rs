@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::Builder;
 use std::time::SystemTime;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 
 use super::cache::{Cache, Key, Stored, Writer};
@@ -257,6 +258,10 @@ const AHEAD: usize = 4;
 const BATCH_BYTES: usize = 128 << 10;
 const BATCH_RECORDS: usize = 256;
 
+/// Why a thread cannot be started.
+pub(super) const NO_THREAD: &str =
+    "no thread can be started: memory or the number of processes is limited too narrowly";
+
 type Found = Result<Entry, Skipped>;
 /// What a record gives, with its group.
 type Given<T> = (Place, u64, Result<Outcome<T>>);
@@ -277,13 +282,22 @@ fn encode<T: Phase>(data: &Data, tokenizer: &Tokenizer, completion_only: bool, s
     let (work, ended) = (Mutex::new(work), AtomicBool::new(false));
     std::thread::scope(|scope| {
         let (ended, leave) = (&ended, &leave);
-        let reader = scope.spawn(move || read(data, to_workers, allowed, ended));
-        for _ in 0..threads {
+        // A system without room for a thread says so here; `Scope::spawn` would panic.
+        let reader =
+            Builder::new().spawn_scoped(scope, move || read(data, to_workers, allowed, ended)).context(NO_THREAD)?;
+        for started in 0..threads {
             let (work, to_sink) = (&work, to_sink.clone());
-            scope.spawn(move || {
+            let thread = Builder::new().spawn_scoped(scope, move || {
                 let _wakes = WakesReader { ended, leave };
                 tokenise::<T>(data, tokenizer, completion_only, work, to_sink);
             });
+            if let Err(error) = thread {
+                if started > 0 {
+                    break; // those that there are do it all
+                }
+                wake(ended, leave);
+                return Err(error).context(NO_THREAD);
+            }
         }
         drop(to_sink);
         let result = collect(data, made, leave, sink);

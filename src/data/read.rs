@@ -1,9 +1,11 @@
 //! A file -> raw records, one at a time, in constant memory: JSON arrays, JSON lines and plain text, each also gzipped;
 //! tables are in delimited.rs and parquet.rs. Knows no column. Read formats.rs next.
 
+use std::cell::Cell;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use anyhow::Result;
@@ -12,12 +14,10 @@ use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
 use serde_json::Value;
 
 use super::Place;
+use super::bounded::{self, Allowance, Bounded, MAX_RECORD_BYTES};
 use super::files::{Kind, kind};
 use super::{delimited, parquet};
 use crate::invalid;
-
-/// Longest record read: a file without line breaks must not become one allocation of its own size.
-pub(super) const MAX_RECORD_BYTES: u64 = 64 << 20;
 
 /// A record before its columns are looked at.
 pub(super) enum Found {
@@ -90,7 +90,7 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Tak
         let found = match std::str::from_utf8(&bytes) {
             Err(error) => Err(format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1)),
             Ok(text) if is_text => Ok(Found::Line(text.trim_end_matches(['\r', '\n']).to_owned())),
-            Ok(text) => serde_json::from_str(text.trim_end()).map(Found::Json).map_err(|error| {
+            Ok(text) => bounded::from_str(text.trim_end()).map(Found::Json).map_err(|error| {
                 let what = error.to_string();
                 // serde_json counts lines within this one line.
                 let what = what.split(" at line ").next().unwrap_or_default();
@@ -107,6 +107,8 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Tak
 struct Elements<'a, 't> {
     file: Arc<Path>,
     take: &'a mut Take<'t>,
+    /// Bytes that may still be read for the element at hand.
+    left: Rc<Cell<u64>>,
     /// How `take` ended the reading, which serde can only see as an error of its own.
     ended: &'a mut Option<Result<()>>,
 }
@@ -128,8 +130,9 @@ impl<'de> Visitor<'de> for Elements<'_, '_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
         let mut record = 0;
-        while let Some(value) = elements.next_element::<Value>()? {
+        while let Some(value) = elements.next_element_seed(Bounded::default())? {
             record += 1;
+            self.left.set(MAX_RECORD_BYTES);
             let place = Place { file: self.file.clone(), record, line: None };
             let end = match (self.take)(place, Ok(Found::Json(value))) {
                 Ok(true) => continue,
@@ -145,8 +148,10 @@ impl<'de> Visitor<'de> for Elements<'_, '_> {
 
 fn array(path: &Path, input: Box<dyn BufRead>, take: &mut Take) -> Result<()> {
     let mut ended = None;
-    let mut json = serde_json::Deserializer::from_reader(input);
-    let read = Elements { file: path.into(), take, ended: &mut ended }.deserialize(&mut json).and_then(|()| json.end());
+    let (input, left) = Allowance::new(input);
+    let mut json = serde_json::Deserializer::from_reader(BufReader::new(input));
+    let elements = Elements { file: path.into(), take, left, ended: &mut ended };
+    let read = elements.deserialize(&mut json).and_then(|()| json.end());
     match (ended, read) {
         (Some(end), _) => end,
         (None, Ok(())) => Ok(()),

@@ -3,9 +3,9 @@
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::thread::Scope;
+use std::thread::{Builder, Scope};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::files::{Files, files};
 use super::formats::{Parser, Record};
@@ -77,8 +77,8 @@ impl Sources {
         let mut rng = SplitMix64::new(derive(self.seed, &[MIXING]));
         // Each reader pushes; a thread and a short channel make of it one that can be pulled from.
         std::thread::scope(|scope| {
-            let mut readers: Vec<_> =
-                self.sources.iter().map(|(source, files)| spawn(scope, source, files, self.compat)).collect();
+            let start = |(source, files)| spawn(scope, source, files, self.compat);
+            let mut readers = self.sources.iter().map(|(s, f)| start((s, f))).collect::<Result<Vec<_>>>()?;
             let mut ended = vec![false; readers.len()];
             loop {
                 let drawn = draw(&weights, rng.uniform());
@@ -90,7 +90,7 @@ impl Sources {
                         if ended.iter().all(|&ended| ended) {
                             return Ok(());
                         }
-                        readers[drawn] = spawn(scope, &self.sources[drawn].0, &self.sources[drawn].1, self.compat);
+                        readers[drawn] = start((&self.sources[drawn].0, &self.sources[drawn].1))?;
                         // A source gives at least one record, or an error.
                         match readers[drawn].recv() {
                             Ok(item) => item?,
@@ -114,9 +114,9 @@ fn spawn<'scope, 'env>(
     source: &'env Source,
     files: &'env Files,
     compat: Option<Compat>,
-) -> Receiver<Item> {
+) -> Result<Receiver<Item>> {
     let (sender, receiver) = sync_channel(AHEAD);
-    scope.spawn(move || {
+    let thread = Builder::new().spawn_scoped(scope, move || {
         let read = read_source(source, &files.files, compat, &mut |place, record| {
             Ok(sender.send(Ok((place, record))).is_ok())
         });
@@ -125,7 +125,8 @@ fn spawn<'scope, 'env>(
             let _ = sender.send(Err(error));
         }
     });
-    receiver
+    thread.context(super::pipeline::NO_THREAD)?;
+    Ok(receiver)
 }
 
 /// The source whose share of [0, 1) holds `at`.

@@ -78,6 +78,7 @@ pub fn train(
     if let Some(snapshot) = session.resumed()? {
         progress.load(&snapshot)?;
     }
+    session.watch(&[("learner", &mut progress.learner)])?;
     let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
     loop {
         session.checkpoint(progress.step, || progress.snapshot())?;

@@ -1,5 +1,6 @@
 //! Dialogue -> text through the Jinja template that a model brings along, as transformers renders it.
-//! Knows no token id. A template is somebody's program: it gets no file, a budget of steps and no deep recursion.
+//! Knows no token id. A template is somebody's program: it gets no file, a budget of steps and of memory,
+//! and no deep recursion.
 //! Read tokenizer.rs next.
 
 use std::cell::RefCell;
@@ -11,6 +12,7 @@ use minijinja::{Environment, ErrorKind, context};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 
+use crate::allocator::within;
 use crate::invalid;
 
 /// One turn of a dialogue.
@@ -50,6 +52,8 @@ pub struct TemplateTokens<'a> {
 /// Steps a template may take: some hundred for every message of the longest dialogues.
 const FUEL: u64 = 2_000_000;
 const RECURSION: usize = 64;
+/// Bytes a template may hold beside the dialogue, of which it makes some copies.
+const MEMORY: usize = 64 << 20;
 
 thread_local! {
     /// The last template rendered on this thread, parsed: a data set renders one template for each of its records.
@@ -81,7 +85,11 @@ pub fn render(
         values.extend(tokens.bos.map(|t| ("bos_token", Value::from(t))));
         values.extend(tokens.eos.map(|t| ("eos_token", Value::from(t))));
         let context = context! { ..Value::from_iter(values) };
-        env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
+        // Steps alone do not bound a text that is joined with itself.
+        let said: usize = messages.iter().map(|message| message.content.len()).sum();
+        within(MEMORY + 16 * said, || {
+            env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
+        })
     })
 }
 

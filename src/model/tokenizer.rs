@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokenizers::models::ModelWrapper;
 
+use crate::error::unless_it_panics;
 use crate::invalid;
 use crate::model::byte_bpe::{ByteBpe, Memory};
 use crate::model::chat_template::{self, GenerationPrompt, Message, TemplateTokens};
@@ -62,7 +63,9 @@ impl Tokenizer {
     /// # Errors
     /// If a file cannot be read as what it is, or names a special token that is not in the vocabulary.
     pub fn from_files(files: TokenizerFiles<'_>, source: &str) -> Result<Self> {
-        let mut inner = tokenizers::Tokenizer::from_bytes(files.tokenizer.as_bytes())
+        // The crate panics on some mistakes in JSON.
+        let mut inner = unless_it_panics(|| tokenizers::Tokenizer::from_bytes(files.tokenizer.as_bytes()))
+            .ok_or_else(|| invalid!("{source}/tokenizer.json cannot be read: it is damaged; fetch it again"))?
             .map_err(|e| invalid!("{source}/tokenizer.json cannot be read: {e}"))?;
         // Some files carry the truncation of somebody's training run.
         inner.with_padding(None).with_truncation(None).map_err(|e| invalid!("{source}/tokenizer.json: {e}"))?;

@@ -2,34 +2,58 @@
 //! angle = position * f_j, (x_j, x_{j+h}) -> (x_j cos - x_{j+h} sin, x_{j+h} cos + x_j sin); the rest of the head stays.
 //! Keeps nothing: the backward is the transposed rotation. Source: arXiv:2104.09864. Read attention.rs next.
 
+use std::sync::OnceLock;
+
 use candle_core::{Result, Tensor};
 
 use super::cpu::{Out, parallel, tensor, view};
 
-/// cos and sin of every (position, frequency), made once for a model's context.
+/// cos and sin of every (position, frequency), made as positions are met: a context may be far longer than any text.
 pub struct Angles {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    half: usize,
+    inverse_frequencies: Vec<f32>,
+    factor: f32,
+    positions: usize,
+    blocks: Vec<OnceLock<Block>>,
     head: usize,
 }
+
+/// Of [`BLOCK`] positions, (BLOCK, h) each.
+struct Block {
+    cos: Vec<f32>,
+    sin: Vec<f32>,
+}
+
+const BLOCK: usize = 1 << 13;
 
 impl Angles {
     /// `inverse_frequencies`: h numbers f_j, for heads of `head` >= 2h numbers; `positions`: the context's length.
     /// Angles are taken in f64; `factor` multiplies cos and sin (yarn's and longrope's attention factor, 1 elsewhere).
     pub fn new(inverse_frequencies: &[f32], head: usize, positions: usize, factor: f32) -> Self {
-        let numbers = positions * inverse_frequencies.len();
-        let (mut cos, mut sin) = (Vec::with_capacity(numbers), Vec::with_capacity(numbers));
-        for angle in (0..positions).flat_map(|p| inverse_frequencies.iter().map(move |&f| p as f32 * f)) {
-            cos.push(f64::from(angle).cos() as f32 * factor);
-            sin.push(f64::from(angle).sin() as f32 * factor);
-        }
-        Self { cos, sin, half: inverse_frequencies.len(), head }
+        let blocks = (0..positions.div_ceil(BLOCK)).map(|_| OnceLock::new()).collect();
+        Self { inverse_frequencies: inverse_frequencies.to_vec(), factor, positions, blocks, head }
     }
 
     /// How many positions there are.
     pub fn positions(&self) -> usize {
-        self.cos.len() / self.half.max(1)
+        self.positions
+    }
+
+    /// cos and sin (h) of a position.
+    fn row(&self, position: usize) -> (&[f32], &[f32]) {
+        let half = self.inverse_frequencies.len();
+        let block = self.blocks[position / BLOCK].get_or_init(|| {
+            let first = position / BLOCK * BLOCK;
+            let all = first..self.positions.min(first + BLOCK);
+            let numbers = all.len() * half;
+            let (mut cos, mut sin) = (Vec::with_capacity(numbers), Vec::with_capacity(numbers));
+            for angle in all.flat_map(|p| self.inverse_frequencies.iter().map(move |&f| p as f32 * f)) {
+                cos.push(f64::from(angle).cos() as f32 * self.factor);
+                sin.push(f64::from(angle).sin() as f32 * self.factor);
+            }
+            Block { cos, sin }
+        });
+        let at = position % BLOCK * half..(position % BLOCK + 1) * half;
+        (&block.cos[at.clone()], &block.sin[at])
     }
 }
 
@@ -48,7 +72,7 @@ pub enum Turn {
 /// If a position is past the context or shapes do not fit.
 pub fn rotate(x: &Tensor, positions: &[u32], angles: &Angles, turn: Turn) -> Result<Tensor> {
     let (n, width) = x.dims2()?;
-    let (half, head) = (angles.half, angles.head);
+    let (half, head) = (angles.inverse_frequencies.len(), angles.head);
     if positions.len() != n || head < 2 * half || width % head.max(1) != 0 {
         candle_core::bail!("{} positions and heads of {head} for an input {:?}", positions.len(), x.dims());
     }
@@ -60,10 +84,10 @@ pub fn rotate(x: &Tensor, positions: &[u32], angles: &Angles, turn: Turn) -> Res
     let out = Out::of(&mut y);
     parallel(n, 4 * n * width, |r| {
         for i in r {
-            let at = positions[i] as usize * half..(positions[i] as usize + 1) * half;
+            let (cos, sin) = angles.row(positions[i] as usize);
             // SAFETY: row i of the output belongs to this part of the work.
             let y = unsafe { out.slice(i * width, width) };
-            rotate_row(&xs[i * width..(i + 1) * width], head, &angles.cos[at.clone()], &angles.sin[at], turn, y);
+            rotate_row(&xs[i * width..(i + 1) * width], head, cos, sin, turn, y);
         }
     });
     tensor(y, (n, width))

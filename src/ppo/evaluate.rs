@@ -104,8 +104,8 @@ impl<'w> Evaluation<'w> {
         let sampling = sampling(self.config, stop);
         let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
         let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
-        let mut samples = vec![];
         let mut found = Judged { gold: gold.map(|_| vec![]), ..Judged::default() };
+        let mut samples = vec![];
         for some in prompts.chunks(self.config.at_once()) {
             let ids: Vec<Vec<u32>> = some.iter().map(|p| p.tokens.clone()).collect();
             let numbers = found.scores.len() as u64..(found.scores.len() + ids.len()) as u64;
@@ -147,6 +147,7 @@ impl<'w> Evaluation<'w> {
                 mean(&found.scores)
             ));
         }
+        // All or none: an evaluation that a dead source broke off is repeated when the run goes on.
         samples.iter().try_for_each(|sample| report.sample(sample))?;
         Ok(found)
     }

@@ -293,43 +293,21 @@ impl State {
         Ok(())
     }
 
-    /// The evaluation of this iteration's actor, where one is due. Changes nothing.
+    /// Figures and samples of the iteration, under the names that TRL's users know; then what is adapted between two
+    /// iterations.
     ///
     /// # Errors
-    /// If a source cannot judge, or the report cannot be written.
-    pub fn evaluate(&self, run: &Run<'_>, report: &mut Report) -> Result<Figures> {
-        let (now, every) = (self.iteration + 1, run.config.eval_every);
-        match run.task.evaluation.filter(|_| every > 0 && now.is_multiple_of(every)) {
-            Some(evaluation) => {
-                Ok(evaluation.figures(&evaluation.run(&now.into(), self.actor.weights().view(), report)?))
-            }
-            None => Ok(Figures::new()),
-        }
-    }
-
-    /// Figures and samples of the iteration, under the names that TRL's users know, with those of its evaluation; then what
-    /// is adapted between two iterations.
-    ///
-    /// # Errors
-    /// If there is no rollout in hand, or the report cannot be written.
-    pub fn end_iteration(&mut self, run: &Run<'_>, evaluated: Figures, report: &mut Report) -> Result<()> {
-        let (config, now) = (run.config, self.iteration + 1);
+    /// If there is no rollout in hand, a source of the evaluation is dead, or the report cannot be written; the state is
+    /// then as it was, and the iteration can be ended again.
+    pub fn end_iteration(&mut self, run: &Run<'_>, report: &mut Report) -> Result<()> {
+        let config = run.config;
         let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
-        self.last = figures::of(&experience, self, run);
+        let (last, watch) = (self.last.clone(), self.watch.clone());
+        if let Err(error) = self.tell(&experience, run, report) {
+            (self.experience, self.last, self.watch) = (Some(experience), last, watch);
+            return Err(error);
+        }
         self.previous = config.compat.map(|_| experience.clone());
-        self.last.extend(experience.rollout.told.clone());
-        self.last.extend(evaluated);
-        let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
-        let (holding, new) = self.watch.see(Vitals::of(&self.last, experience.rollout.prompts.len(), flat));
-        if !holding.is_empty() {
-            self.last.insert("warnings".into(), holding.iter().map(|w| w.name()).collect::<Vec<_>>().into());
-        }
-        for warning in new {
-            report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
-        }
-        let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
-        report.step(self.iteration + 1, &self.last, &shown)?;
-        figures::samples(&experience, self.iteration + 1, run, report)?;
         self.iteration += 1;
         if config.adap_kl_ctrl {
             let control = AdaptiveKl { target: config.target, horizon: config.horizon };
@@ -343,6 +321,30 @@ impl State {
             self.reference = towards(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
         }
         Ok(())
+    }
+
+    /// The iteration's figures and samples, its evaluation and its warnings.
+    fn tell(&mut self, experience: &Experience, run: &Run<'_>, report: &mut Report) -> Result<()> {
+        let config = run.config;
+        self.last = figures::of(experience, self, run);
+        self.last.extend(experience.rollout.told.clone());
+        let now = self.iteration + 1;
+        let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
+        if let Some(evaluation) = run.task.evaluation.filter(|_| due) {
+            let judged = evaluation.run(&now.into(), self.actor.weights().view(), report)?;
+            self.last.extend(evaluation.figures(&judged));
+        }
+        let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
+        let (holding, new) = self.watch.see(Vitals::of(&self.last, experience.rollout.prompts.len(), flat));
+        if !holding.is_empty() {
+            self.last.insert("warnings".into(), holding.iter().map(|w| w.name()).collect::<Vec<_>>().into());
+        }
+        for warning in new {
+            report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
+        }
+        let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
+        report.step(now, &self.last, &shown)?;
+        figures::samples(experience, now, run, report)
     }
 }
 

@@ -181,6 +181,7 @@ pub fn train_then<T>(
 pub fn advance(run: &Run<'_>, state: &mut State, session: &mut Session) -> Result<()> {
     let iterations = run.config.iterations();
     session.report.stage("ppo", iterations);
+    session.watch(&state.learners())?;
     while state.iteration < iterations {
         session.checkpoint(state.turns, || state.snapshot(run))?;
         let number = state.iteration + 1;
@@ -208,13 +209,14 @@ pub fn advance(run: &Run<'_>, state: &mut State, session: &mut Session) -> Resul
             }
         } else {
             // 3. Figures, and what is adapted between two iterations.
-            match state.evaluate(run, &mut session.report) {
-                Ok(evaluated) => state.end_iteration(run, evaluated, &mut session.report)?,
-                Err(error) => return Err(session.failed(error, state.turns, || state.snapshot(run))),
+            if let Err(error) = state.end_iteration(run, &mut session.report) {
+                // The rollout is still in hand: an evaluation whose source was dead is asked for again.
+                return Err(session.failed(error, state.turns, || state.snapshot(run)));
             }
         }
     }
-    session.checkpoint(state.turns, || state.snapshot(run))?;
+    // What is left, an evaluation, may ask sources that are dead.
+    session.last_checkpoint(state.turns, || state.snapshot(run))?;
     session.report.done();
     Ok(())
 }

@@ -124,6 +124,7 @@ pub fn train_on_rows(
     if let Some(snapshot) = session.resumed()? {
         progress.load(&snapshot)?;
     }
+    session.watch(&[("learner", &mut progress.learner)])?;
     session.report.note(&match held_out.len() {
         0 => format!("reward: {} comparisons, none held out", examples.len()),
         _ => format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy),

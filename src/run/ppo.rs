@@ -71,8 +71,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     for (name, adapter) in adapters.all() {
         inputs = inputs.adapter(&name, Some(adapter))?;
     }
-    let asked_ids: Vec<Vec<u32>> = asked.iter().map(|prompt| prompt.tokens.clone()).collect();
-    inputs = inputs.examples("prompts", &ids)?.examples("held-out prompts", &asked_ids)?;
+    inputs = inputs.examples("prompts", &prompts)?.examples("held-out prompts", &asked)?;
     if let Some(text) = &text {
         inputs = inputs.examples("text", text)?;
     }

@@ -41,7 +41,10 @@ struct Counts {
 pub struct Guard {
     config: config::Guard,
     counts: Counts,
+    /// Weights that a good step began with.
     last_good: Option<Snapshot>,
+    /// Those that a good step led to: good only if the next step is.
+    unproven: Option<Snapshot>,
 }
 
 impl Guard {
@@ -60,6 +63,17 @@ impl Guard {
         self.counts.skipped
     }
 
+    /// Takes what the learners start as for good, where nothing better is known.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
+        if self.last_good.is_none() {
+            self.last_good = Some(copy(learners)?);
+        }
+        Ok(())
+    }
+
     /// Takes a step's outcome and does what it calls for. Errors that are no divergence pass through.
     ///
     /// # Errors
@@ -68,10 +82,12 @@ impl Guard {
         let error = match outcome {
             Ok(value) => {
                 self.counts.in_a_row = 0;
+                // A loss is a number although the step after it is the one too far.
+                if let Some(proven) = self.unproven.take() {
+                    self.last_good = Some(proven);
+                }
                 if self.last_good.is_none() || self.counts.good >= self.config.snapshot_steps {
-                    let mut snapshot = Snapshot::default();
-                    learners.iter().try_for_each(|(name, learner)| snapshot.put_learner(name, learner))?;
-                    (self.last_good, self.counts.good) = (Some(snapshot), 0);
+                    (self.unproven, self.counts.good) = (Some(copy(learners)?), 0);
                 }
                 self.counts.good += 1;
                 return Ok(Verdict::Good(value));
@@ -99,7 +115,7 @@ impl Guard {
         }
         self.counts.rollbacks += 1;
         self.counts.in_a_row = 0;
-        // Without a good step so far the learners have not moved.
+        self.unproven = None;
         if let Some(good) = &self.last_good {
             learners.iter_mut().try_for_each(|(name, learner)| good.restore_learner(name, learner))?;
         }
@@ -130,8 +146,8 @@ impl Guard {
     /// None in practice.
     pub fn save(&self, into: &mut Snapshot) -> Result<()> {
         into.put("guard", &self.counts)?;
-        if let Some(good) = &self.last_good {
-            into.put_all("last_good", good);
+        for (name, kept) in [("last_good", &self.last_good), ("unproven", &self.unproven)] {
+            kept.iter().for_each(|snapshot| into.put_all(name, snapshot));
         }
         Ok(())
     }
@@ -142,9 +158,15 @@ impl Guard {
     /// If they are not there.
     pub fn load(&mut self, from: &Snapshot) -> Result<()> {
         self.counts = from.get("guard")?;
-        self.last_good = from.all("last_good");
+        (self.last_good, self.unproven) = (from.all("last_good"), from.all("unproven"));
         Ok(())
     }
+}
+
+fn copy(learners: &[(&str, &mut Learner)]) -> Result<Snapshot> {
+    let mut snapshot = Snapshot::default();
+    learners.iter().try_for_each(|(name, learner)| snapshot.put_learner(name, learner))?;
+    Ok(snapshot)
 }
 
 #[cfg(test)]
@@ -218,6 +240,22 @@ mod tests {
             let error = go(guard, &mut learner, f64::NAN).unwrap_err().to_string();
             assert!(error.contains("6 steps were skipped") && error.contains("the last trouble"), "{error}");
         }
+    }
+
+    /// A step's loss is that of the weights before it: what the step led to is known to be good only after the next.
+    #[test]
+    fn weights_that_no_good_step_began_with_are_never_gone_back_to() {
+        let (mut guard, mut learner) = (guard(), learner());
+        guard.watch(&[("actor", &mut learner)]).unwrap();
+        let start = weights(&learner);
+        go(&mut guard, &mut learner, 1.0).unwrap(); // the step too far
+        assert_ne!(weights(&learner), start);
+        let mut snapshot = Snapshot::default();
+        guard.save(&mut snapshot).unwrap();
+        guard.load(&snapshot).unwrap();
+        let verdicts: Vec<_> = (0..3).map(|_| go(&mut guard, &mut learner, f64::NAN).unwrap()).collect();
+        assert!(matches!(verdicts[2], Verdict::RolledBack(_)));
+        assert_eq!(weights(&learner), start);
     }
 
     #[test]

@@ -37,7 +37,12 @@ impl Keeper {
     /// Is a checkpoint to be written after `step` steps?
     pub fn is_due(&self, step: usize) -> bool {
         let every = self.saving.save_steps;
-        every > 0 && step > 0 && step.is_multiple_of(every) && self.last.as_ref().is_none_or(|(last, _)| *last != step)
+        every > 0 && step > 0 && step.is_multiple_of(every) && !self.has(step)
+    }
+
+    /// Is the last checkpoint the one after `step` steps?
+    pub fn has(&self, step: usize) -> bool {
+        self.last.as_ref().is_some_and(|(last, _)| *last == step)
     }
 
     /// Writes one and deletes those beyond `save_total_limit`.

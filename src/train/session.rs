@@ -78,18 +78,40 @@ impl Session {
         Ok(resumed)
     }
 
+    /// Has the guard know what the learners start as; once, before a stage's loop.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
+        self.guard.watch(learners)
+    }
+
     /// Between two steps, after `step` of them: writes a checkpoint where one is due, and where the process was asked to
     /// stop, writes one and ends the stage. A checkpoint that fails while nobody asked to stop is told and forgotten.
     ///
     /// # Errors
     /// [`Interrupted`]; whatever `state` returns; a base that was changed under the run.
     pub fn checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
+        let due = self.keeper.as_ref().is_some_and(|keeper| keeper.is_due(step));
+        self.keep(step, due, state)
+    }
+
+    /// After the last step, where something outside can still fail: the same, due or not.
+    ///
+    /// # Errors
+    /// As for [`Session::checkpoint`].
+    pub fn last_checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
+        let due = self.keeper.as_ref().is_some_and(|keeper| !keeper.has(step));
+        self.keep(step, due, state)
+    }
+
+    fn keep(&mut self, step: usize, due: bool, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
         let stop = stop::requested();
         let Some(keeper) = &mut self.keeper else {
             anyhow::ensure!(!stop, Interrupted(format!("stopped after {step} steps; nothing was kept")));
             return Ok(());
         };
-        if !stop && !keeper.is_due(step) {
+        if !stop && !due {
             return Ok(());
         }
         let _phase = within(Phase::Save);

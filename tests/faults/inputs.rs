@@ -111,3 +111,25 @@ fn a_base_that_changes_during_a_run_is_noticed_at_the_next_checkpoint() {
         }
     }
 }
+
+/// A verifier judges by the answers in the records: other answers are other data, though the prompts are the same.
+#[test]
+fn resuming_ppo_on_records_with_other_answers_is_refused() {
+    let place = place();
+    crate::world::run_all(&place, &["sft", "reward"]);
+    let config = fs::read_to_string(place.path("run.toml")).unwrap();
+    place.write("run.toml", config + "\n[[ppo.reward]]\nkind = \"exact\"\n");
+    let records = |answer: &str| -> String {
+        let record = |i: usize| serde_json::json!({"prompt": format!("\n\nHuman: How is number {i}?\n\nAssistant:"), "completion": answer});
+        (0..12).map(|i| format!("{}\n", record(i))).collect()
+    };
+    place.write("prompts.jsonl", records(" Yes."));
+    let ran = interrupted(&place, "ppo", 1, libc::SIGTERM);
+    assert_eq!(ran.code, 130, "{}", ran.stderr);
+    place.write("prompts.jsonl", records(" No."));
+    let ran = place.run(&format!("{} --resume", line("ppo")));
+    assert!(ran.code == 2 && ran.stderr.contains("prompts was"), "{}", ran.stderr);
+    place.write("prompts.jsonl", records(" Yes."));
+    let ran = place.run(&format!("{} --resume", line("ppo")));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+}

@@ -1,9 +1,11 @@
-//! A reward program that dies in the middle of a run.
+//! Reward sources that die in the middle of a run: programs, services, and the judges of evaluations.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
 
 use crate::support::Place;
-use crate::world::{line, place, results, run_all};
+use crate::world::{assert_same, line, place, results, run_all};
 
 /// Scores by the text; dies after LAST answers, for good, unless there is a file `mended`. Six are the two of the evaluation
 /// before training and the first rollout.
@@ -96,4 +98,93 @@ fn a_reward_program_that_dies_in_an_evaluation_loses_nothing_either() {
         }
         assert_eq!(told(), 3);
     }
+}
+
+/// What is judged by besides, during the run: dead, it ends the run as a dead reward does, the iteration's rollout in hand.
+const GOLD: &str = r#"
+[ppo.gold]
+kind = "command"
+retries = 0
+command = ["sh", "-c", '''
+n=0
+while read -r line; do
+  n=$((n+1))
+  if [ $n -gt 2 ] && [ ! -e mended ]; then exit 1; fi
+  printf '%s' "$line" | tr -dc a-m | wc -c
+done
+''']
+"#;
+
+#[test]
+fn a_judge_that_dies_in_an_evaluation_loses_no_iteration() {
+    let (whole, broken) = (place(), place());
+    for place in [&whole, &broken] {
+        run_all(place, &["sft", "reward"]);
+        // No checkpoint of its own accord: what is kept is kept for the dead judge.
+        let config = fs::read_to_string(place.path("run.toml")).unwrap().replace("save_steps = 1", "save_steps = 0");
+        place.write("run.toml", config + GOLD);
+    }
+    whole.write("mended", "");
+    run_all(&whole, &["ppo"]);
+    let ran = broken.run(&line("ppo"));
+    assert!(ran.code == 1 && ran.stderr.contains("all before it is kept in"), "{}", ran.stderr);
+    let metrics = || fs::read_to_string(broken.path("out/ppo/metrics.jsonl")).unwrap().lines().count();
+    assert_eq!(metrics(), 1, "it died in the second iteration");
+    broken.write("mended", "");
+    let ran = broken.run(&format!("{} --resume", line("ppo")));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert_same(&whole, &broken, "ppo", "after the judge came back");
+}
+
+/// Answers every question with the same scores, once it is there.
+fn serve(listener: TcpListener) {
+    for stream in listener.incoming() {
+        let mut stream = stream.unwrap();
+        let mut reader = BufReader::new(stream.try_clone().unwrap());
+        let (mut length, mut line) = (0, String::new());
+        while reader.read_line(&mut line).unwrap() > 2 {
+            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                length = value.trim().parse().unwrap();
+            }
+            line.clear();
+        }
+        let mut body = vec![0; length];
+        reader.read_exact(&mut body).unwrap();
+        let asked: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        let lengths = asked["responses"].as_array().unwrap().iter().map(|r| r.as_str().unwrap().len() % 7);
+        let body = serde_json::json!({"scores": lengths.collect::<Vec<_>>()}).to_string();
+        write!(stream, "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
+    }
+}
+
+#[test]
+fn a_reward_service_that_is_not_there_stops_the_run_before_anything_is_lost_and_back_again_it_goes_on() {
+    let place = place();
+    run_all(&place, &["sft", "reward"]);
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    drop(listener);
+    let config = fs::read_to_string(place.path("run.toml")).unwrap();
+    let part = format!("\n[[ppo.reward]]\nkind = \"http\"\nurl = \"http://{address}/score\"\nretries = 1\n");
+    place.write(
+        "run.toml",
+        config.replace("eval_every = 2", "eval_every = 0").replace("eval_prompts = 2", "eval_prompts = 0") + &part,
+    );
+    let ran = place.run(&line("ppo"));
+    assert_eq!(ran.code, 1, "{}", ran.stderr);
+    for said in
+        ["stopped after 0 steps", "all before it is kept in", &format!("reward endpoint http://{address}/score")]
+    {
+        assert!(ran.stderr.contains(said), "{said}: {}", ran.stderr);
+    }
+    let listener = TcpListener::bind(address).unwrap();
+    std::thread::spawn(move || serve(listener));
+    let ran = place.run(&format!("{} --resume", line("ppo")));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let metrics = fs::read_to_string(place.path("out/ppo/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.lines().count(), 3);
+    assert!(
+        metrics.lines().last().unwrap().contains("/failed_tries\":2"),
+        "the tries before it came back are counted: {metrics}"
+    );
 }

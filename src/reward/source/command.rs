@@ -112,10 +112,12 @@ impl Running {
             return Err(format!("{program} has no pipes"));
         };
         let (to, lines) = channel();
-        thread::spawn(move || write_lines(stdin, &lines));
         let (answers, from) = channel();
-        thread::spawn(move || read_lines(stdout, &answers));
-        Ok(Self { child, to: Some(to), from })
+        let running = Self { child, to: Some(to), from };
+        let starting = |error| format!("a thread for its pipes cannot be started: {error}");
+        thread::Builder::new().spawn(move || write_lines(stdin, &lines)).map_err(starting)?;
+        thread::Builder::new().spawn(move || read_lines(stdout, &answers)).map_err(starting)?;
+        Ok(running)
     }
 
     /// One line out and one line in for each answer. `wait`: the longest for each line in.

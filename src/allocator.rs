@@ -1,0 +1,151 @@
+//! The binary's allocator: mimalloc, with a clear end where the system has no more memory to give (Rust's own is an abort
+//! without advice), and an allowance for what somebody else's program, a chat template, may take. Knows nothing else.
+
+use std::alloc::{GlobalAlloc, Layout};
+use std::cell::Cell;
+
+use mimalloc::MiMalloc;
+
+thread_local! {
+    /// Bytes that this thread may still take, while it runs under an allowance.
+    static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+}
+
+/// The global allocator of `fourfold`.
+pub struct Allocator;
+
+/// Runs something that may hold `bytes` at the most. With [`Allocator`] as the global allocator the process ends, with a
+/// message and exit code 2, where it asks for more; with another one nothing is limited.
+pub fn within<T>(bytes: usize, run: impl FnOnce() -> T) -> T {
+    /// Ends the allowance on a panic's way out, too.
+    struct Ends(Option<usize>);
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            LEFT.set(self.0);
+        }
+    }
+    let _ends = Ends(LEFT.replace(Some(bytes)));
+    run()
+}
+
+fn take(bytes: usize) {
+    // A thread that is ending has no allowance any more.
+    let Ok(Some(left)) = LEFT.try_with(Cell::get) else { return };
+    match left.checked_sub(bytes) {
+        Some(left) => LEFT.set(Some(left)),
+        None => end(
+            2,
+            &[b"error: the chat template asks for more memory than a dialogue needs; look at the model's chat_template"],
+        ),
+    }
+}
+
+fn give(bytes: usize) {
+    if let Ok(Some(left)) = LEFT.try_with(Cell::get) {
+        LEFT.set(Some(left.saturating_add(bytes)));
+    }
+}
+
+/// Nothing is left: says so without allocating.
+#[cold]
+fn exhausted(bytes: usize) -> ! {
+    let mut digits = [0; 20];
+    let mut at = digits.len();
+    let mut rest = bytes;
+    loop {
+        at -= 1;
+        digits[at] = b'0' + (rest % 10) as u8;
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    end(
+        1,
+        &[
+            b"error: out of memory: the system refused ",
+            &digits[at..],
+            b" bytes more; free some, raise the limit (ulimit -v), or let the run take less: smaller micro-batches, \
+              shorter sequences, checkpoint = \"block\", a quantised base. A run that has checkpoints goes on with --resume",
+        ],
+    )
+}
+
+#[cold]
+fn end(code: i32, parts: &[&[u8]]) -> ! {
+    use std::io::Write;
+    // Not through std's handle, whose lock this thread may hold.
+    #[cfg(unix)]
+    {
+        use std::os::fd::FromRawFd;
+        // SAFETY: descriptor 2 is stderr; ManuallyDrop leaves it open.
+        let mut stderr = std::mem::ManuallyDrop::new(unsafe { std::fs::File::from_raw_fd(2) });
+        for part in parts.iter().copied().chain([&b"\n"[..]]) {
+            let _ = stderr.write_all(part);
+        }
+        // SAFETY: ends the process at once, without the handlers that might allocate.
+        unsafe { libc::_exit(code) }
+    }
+    #[cfg(not(unix))]
+    {
+        let mut stderr = std::io::stderr();
+        for part in parts.iter().copied().chain([&b"\n"[..]]) {
+            let _ = stderr.write_all(part);
+        }
+        std::process::exit(code)
+    }
+}
+
+fn checked(at: *mut u8, bytes: usize) -> *mut u8 {
+    if at.is_null() {
+        exhausted(bytes);
+    }
+    at
+}
+
+// SAFETY: every call goes to mimalloc as it came; a null never reaches the caller, and nothing here unwinds.
+unsafe impl GlobalAlloc for Allocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: the caller's promise is ours.
+        checked(unsafe { MiMalloc.alloc(layout) }, layout.size())
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        take(layout.size());
+        // SAFETY: the caller's promise is ours.
+        checked(unsafe { MiMalloc.alloc_zeroed(layout) }, layout.size())
+    }
+
+    unsafe fn realloc(&self, at: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        take(size);
+        // SAFETY: the caller's promise is ours.
+        let new = checked(unsafe { MiMalloc.realloc(at, layout, size) }, size);
+        give(layout.size());
+        new
+    }
+
+    unsafe fn dealloc(&self, at: *mut u8, layout: Layout) {
+        give(layout.size());
+        // SAFETY: the caller's promise is ours.
+        unsafe { MiMalloc.dealloc(at, layout) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_allowance_ends_with_its_work() {
+        assert_eq!(LEFT.get(), None);
+        let inside = within(100, || {
+            take(60);
+            give(20);
+            LEFT.get()
+        });
+        assert_eq!((inside, LEFT.get()), (Some(60), None));
+        let panicked = std::panic::catch_unwind(|| within(100, || panic!("on purpose")));
+        assert!(panicked.is_err() && LEFT.get().is_none());
+    }
+}

@@ -1,0 +1,116 @@
+//! What a run of many iterations takes of the machine at its end is what it took at its beginning.
+//!
+//! The long run: `FOURFOLD_SOAK=2000 cargo test --release --test faults soak -- --nocapture`.
+#![cfg(target_os = "linux")]
+
+use std::fs;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use crate::world::{finish, line, place, run_all, start};
+
+/// A moment of a process.
+#[derive(Clone, Copy, Debug)]
+struct Moment {
+    iterations: usize,
+    resident: f64,
+    handles: usize,
+    /// Processor time so far, all threads, seconds.
+    busy: f64,
+}
+
+/// Follows a process and the lines of its metrics.
+struct Watcher {
+    process: PathBuf,
+    metrics: PathBuf,
+    read: u64,
+    lines: usize,
+}
+
+impl Watcher {
+    /// `None` where the process has ended.
+    fn look(&mut self) -> Option<Moment> {
+        let mut new = vec![];
+        if let Ok(mut file) = fs::File::open(&self.metrics) {
+            file.seek(SeekFrom::Start(self.read)).ok()?;
+            self.read += file.read_to_end(&mut new).ok()? as u64;
+            self.lines += new.iter().filter(|&&b| b == b'\n').count();
+        }
+        let text = |name: &str| fs::read_to_string(self.process.join(name)).ok();
+        let numbers = |text: &str| text.split_whitespace().filter_map(|n| n.parse::<f64>().ok()).collect::<Vec<_>>();
+        let resident = *numbers(&text("statm")?).get(1)? * 4096.0;
+        // The name in brackets may hold spaces; utime and stime are fields 14 and 15.
+        let stat = text("stat")?;
+        let after: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
+        let busy = after.get(11)?.parse::<f64>().ok()? + after.get(12)?.parse::<f64>().ok()?;
+        let handles = fs::read_dir(self.process.join("fd")).ok()?.count();
+        Some(Moment { iterations: self.lines, resident, handles, busy: busy / 100.0 }).filter(|_| resident > 0.0)
+    }
+}
+
+/// The moments of one long PPO run, a learning rate so small that every iteration has the same work.
+fn run(iterations: usize) -> Vec<Moment> {
+    let place = place();
+    run_all(&place, &["sft", "reward"]);
+    let more = format!(
+        "--set ppo.total_episodes={} --set ppo.learning_rate=1e-7 --set checkpoint.save_steps=100 --set ppo.eval_every=20",
+        4 * iterations
+    );
+    let mut child = start(&place, &format!("{} {more}", line("ppo")));
+    let process = Path::new("/proc").join(child.id().to_string());
+    let mut watcher = Watcher { process, metrics: place.path("out/ppo/metrics.jsonl"), read: 0, lines: 0 };
+    let mut moments = vec![];
+    // Its stderr is a pipe that somebody must empty.
+    let mut stderr = child.stderr.take().unwrap();
+    let told = std::thread::spawn(move || {
+        let mut text = String::new();
+        stderr.read_to_string(&mut text).ok();
+        text
+    });
+    while child.try_wait().unwrap().is_none() {
+        moments.extend(watcher.look());
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+    let ran = finish(child);
+    assert_eq!(ran.code, 0, "{}", told.join().unwrap());
+    moments
+}
+
+/// The first moment after so many iterations.
+fn at(moments: &[Moment], iterations: usize) -> Moment {
+    *moments.iter().find(|m| m.iterations >= iterations).expect("the run was watched to its end")
+}
+
+#[test]
+fn soak_memory_handles_and_speed_at_the_end_are_those_of_the_beginning() {
+    let asked: Option<usize> = std::env::var("FOURFOLD_SOAK").ok().and_then(|n| n.parse().ok());
+    // Clocks of processes tick a hundred times a second, so that a short run's speed is known to some percent only.
+    let (iterations, from, growth, change) = match asked {
+        Some(n) => (n, 100, 0.02, 0.05),
+        None => (160, 60, 0.05, 0.5),
+    };
+    assert!(iterations >= from + 100);
+    let moments = run(iterations);
+    let (early, late) = (at(&moments, from), *moments.last().unwrap());
+    // The last tenth or so against as many iterations from `from` on.
+    let span = ((iterations - from) / 4).min(500);
+    let speed = |first: usize| {
+        let (a, b) = (at(&moments, first), at(&moments, first + span));
+        (b.busy - a.busy) / (b.iterations - a.iterations) as f64 * 1e3
+    };
+    let (first, last) = (speed(from), speed(iterations - 1 - span));
+    let most = |of: fn(&Moment) -> usize| moments.iter().filter(|m| m.iterations >= from).map(of).max().unwrap();
+    println!(
+        "{iterations} iterations: resident {:.2} MiB after {from}, {:.2} MiB at the end; {} handles after {from}, {} at most \
+         later; {first:.2} ms of processor time an iteration from {from} on, {last:.2} ms at the end",
+        early.resident / f64::from(1 << 20),
+        late.resident / f64::from(1 << 20),
+        early.handles,
+        most(|m| m.handles),
+    );
+    let grown = late.resident / early.resident - 1.0;
+    assert!(grown.abs() < growth, "resident memory changed by {:.1}%", grown * 100.0);
+    // While a checkpoint is written one more file is open.
+    assert!(most(|m| m.handles) <= early.handles + 2, "handles grow: {early:?}");
+    assert!((last / first - 1.0).abs() < change, "{first:.2} ms an iteration became {last:.2}");
+}
