@@ -152,6 +152,7 @@ fn main() -> Result<()> {
                 decode: &decode,
                 evaluation: None,
                 ptx: None,
+                pad: None,
             };
             ppo::train(task, &config, rep as u64, &mut Session::silent()).map(drop)
         })?;

@@ -130,7 +130,7 @@ fn values_out_of_range_come_with_a_remedy() {
         ("batch_size = 0", "batch_size = 0 does nothing; use 1 or more"),
         ("cliprange = 1.5", "cliprange = 1.5 is out of range; use a number between 0 and 1, usually 0.2"),
         ("gamma = 1.01", "gamma = 1.01 is out of range"),
-        ("temperature = 0.0", "temperature = 0 is out of range"),
+        ("temperature = -0.5", "temperature = -0.5 is out of range"),
         ("top_p = 0", "top_p = 0 is out of range"),
         ("kl_coef = nan", "kl_coef = NaN is out of range"),
         ("learning_rate = 3", "learning_rate = 3 diverges"),
@@ -151,6 +151,9 @@ fn values_out_of_range_come_with_a_remedy() {
         ("dual_clip = 1.0", "dual_clip = 1 is out of range"),
         ("ema_decay = 1.5", "ema_decay = 1.5 is out of range"),
         ("target = 0.0", "target = 0 is out of range"),
+        ("temperature = 0\nnum_generations = 2", "temperature = 0 gives a prompt the same answer"),
+        ("compat = \"dschat\"\ntemperature = 1\nnum_generations = 2", "compat = \"dschat\" drops answers"),
+        ("compat = \"dschat\"\nadvantage_estimator = \"a2c\"", "compat = \"dschat\" drops answers"),
     ] {
         refuses(&format!("{ppo}{lines}"), &format!("[ppo] {expected}"));
     }
@@ -167,6 +170,8 @@ fn values_out_of_range_come_with_a_remedy() {
         ("[sft]\nlogging_steps = 0", "[sft] logging_steps = 0 does nothing"),
         ("[sft]\nmax_tokens_per_batch = 0", "[sft] max_tokens_per_batch = 0 does nothing"),
         ("[reward]\nmax_tokens_per_batch = 0", "[reward] max_tokens_per_batch = 0 does nothing"),
+        ("[reward]\ncompat = \"dschat\"\nloss = \"last_token\"", "has the loss \"divergence_to_end\" only"),
+        ("[reward]\nnum_padding_at_beginning = 1", "counts pads, and rows have none"),
         ("[reward]\nlearning_rate = 0.0", "[reward] learning_rate = 0 is out of range"),
     ] {
         refuses(section, expected);

@@ -39,7 +39,16 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
     };
     let source = RewardModel(Scorer::new(&model.base, &reward)?);
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task { start, prompts, stop, source: &source, decode: &|_| String::new(), evaluation: None, ptx: None };
+    let task = Task {
+        start,
+        prompts,
+        stop,
+        source: &source,
+        decode: &|_| String::new(),
+        evaluation: None,
+        ptx: None,
+        pad: None,
+    };
     train(task, &config, 1, &mut Session::silent())
 }
 

@@ -109,6 +109,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         decode: &|_| String::new(),
         evaluation: None,
         ptx: None,
+        pad: None,
     };
     let run = Run::new(task, &config, 0).unwrap();
     let mut state = State::new(&run).unwrap();

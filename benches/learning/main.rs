@@ -186,6 +186,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             decode: &decode,
             evaluation: Some(&evaluation),
             ptx: None,
+            pad: None,
         };
         let trained = train(task, &Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings }, seed, &mut session)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {

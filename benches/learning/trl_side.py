@@ -1,14 +1,17 @@
-"""TRL's side of benches/learning: RLOO, GRPO and DPO on the base, SFT adapter, reward adapter, questions and pairs that
-the Rust side left in DIR/<seed>/, judged on the same 256 held-out questions by the same gold rule.
+"""TRL's side of benches/learning: PPO, RLOO, GRPO and DPO on the base, SFT adapter, reward adapter, questions and pairs
+that the Rust side left in DIR/<seed>/, judged on the same 256 held-out questions by the same gold rule.
 
-usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods rloo,grpo,dpo]
-One JSON line a method and seed. Run with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0, datasets 4.8.4,
-pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). trl 1.16 has no PPO trainer any more.
+usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods ppo,rloo,grpo,dpo]
+One JSON line a method and seed. RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0,
+datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO wants trl 1.12.0, the last
+that has a PPO trainer (`trl.experimental.ppo`), and the same others; results.jsonl has no figures of it yet.
 
 The SFT adapter is merged into the base first, so that TRL's reference (the adapter switched off) is the SFT model; a
 fresh adapter of the same shape (r 8, alpha 16, all linear maps) trains on it. Budget and rates are the Rust side's: 2560
 answers in 40 rollouts of 64, 4 to a question, KL weight 0.1, AdamW 2e-3 linear with 6 warm-up steps; DPO: one epoch over
-the 1280 pairs in batches of 32, AdamW 1e-3, beta 0.1.
+the 1280 pairs in batches of 32, AdamW 1e-3, beta 0.1. PPO: the Rust side's two minibatches, KL 0.1 (k1) in the reward, gamma
+1, lambda 0.95, both clips 0.2; its value model starts as the reward model, with a LoRA of the
+same shape and a trained head, and shares the one optimizer (vf_coef 0.1, TRL's default).
 """
 
 import argparse
@@ -23,7 +26,6 @@ import transformers
 from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts/quickstart"))
 import task  # noqa: E402  the gold rule, the very one that the Rust side equals on its golden
@@ -91,12 +93,59 @@ def judge(model, reference, reward, tokenizer, held, seed):
     return dict(gold=mean(gold), gold_standard_error=spread, kl=mean(kl), score=mean(scores), length=mean(lengths))
 
 
+def scorer(folder):
+    """The reward model as one module: its adapter merged, its head with the bias."""
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder / "base", num_labels=1, dtype=torch.float32
+    )
+    model = PeftModel.from_pretrained(base, folder / "reward").merge_and_unload()
+    bias = load_file(folder / "reward/adapter_model.safetensors").get("base_model.model.score.bias")
+    head = torch.nn.Linear(model.config.hidden_size, 1)
+    with torch.no_grad():
+        head.weight.copy_(model.score.weight)
+        head.bias.copy_(torch.zeros(1) if bias is None else bias.reshape(1))
+    model.score = head
+    return model
+
+
+def ppo(folder, tokenizer, lora, common, questions):
+    """The policy that TRL's last PPO trainer makes of the SFT model."""
+    import peft
+    from trl.experimental.ppo import PPOConfig, PPOTrainer
+
+    policy, judge = sft_model(folder), scorer(folder).requires_grad_(False).eval()
+    value = peft.inject_adapter_in_model(
+        LoraConfig(r=8, lora_alpha=16, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]),
+        scorer(folder),
+    )
+    value.score.requires_grad_(True)
+    tokenizer.padding_side = "left"
+    data = Dataset.from_list([dict(tokenizer(q["prompt"], add_special_tokens=False)) for q in questions])
+    config = PPOConfig(
+        # TRL's schedule counts rollouts, of two steps each.
+        **{**common, "warmup_steps": 3}, learning_rate=2e-3, per_device_train_batch_size=32, num_mini_batches=2,
+        num_ppo_epochs=1, total_episodes=2560, response_length=NEW_TOKENS, temperature=1.0, kl_coef=0.1, vf_coef=0.1,
+        stop_token="eos", num_sample_generations=0, eval_strategy="no",
+        local_rollout_forward_batch_size=CHUNK,
+    )
+    trainer = PPOTrainer(
+        args=config, processing_class=tokenizer, model=policy, ref_model=None, reward_model=judge, value_model=value,
+        train_dataset=data, eval_dataset=data.select(range(8)), peft_config=lora,
+    )
+    trainer.train()
+    return trainer.accelerator.unwrap_model(trainer.model).policy
+
+
 def train(method, folder, tokenizer, reward, seed, scratch):
     common = dict(
         output_dir=scratch, seed=seed, report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True,
         bf16=False, lr_scheduler_type="linear", warmup_steps=6, gradient_checkpointing=False, disable_tqdm=True,
     )
     lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    if method == "ppo":
+        return ppo(folder, tokenizer, lora, common, rows(folder / "questions.jsonl"))
+    from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
     model = sft_model(folder)
     if method == "dpo":
         data = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in rows(folder / "pairs.jsonl")])
@@ -126,7 +175,7 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--out", type=pathlib.Path, required=True)
     arguments.add_argument("--seeds", default="0,1,2,3,4")
-    arguments.add_argument("--methods", default="rloo,grpo,dpo")
+    arguments.add_argument("--methods", default="ppo,rloo,grpo,dpo")
     arguments = arguments.parse_args()
     for seed in map(int, arguments.seeds.split(",")):
         folder = arguments.out / str(seed)

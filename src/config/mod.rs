@@ -5,6 +5,7 @@
 //! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
 
 mod dpo;
+mod dschat;
 mod expand;
 mod keeping;
 mod located;
@@ -47,6 +48,10 @@ pub struct Config {
     /// Seed of every random number: initial adapters, shuffles, sampling. Default 0.
     #[serde(default)]
     pub seed: u64,
+    /// `"dschat"`: DeepSpeed-Chat's behaviour in every section that can have it, its LoRA (scale 1/r, its first factors)
+    /// and its values for the keys that the file leaves open. Absent = none; a section's own `compat` is for that section.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
     /// Folder a run writes to. Default `runs/<stage>`; read it with [`Config::output_dir`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_dir: Option<PathBuf>,
@@ -221,6 +226,7 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     for text in set {
         changed.push((overrides::apply(&mut table, text)?, text));
     }
+    dschat::fill(&mut table);
     let mut config: Config = located::from_table(table.clone()).map_err(|error| {
         let mut at = error.path.clone();
         let is_unknown = matches!(&error.fault, Fault::UnknownKey { .. });
@@ -258,6 +264,12 @@ fn sections() -> [(&'static str, &'static [&'static str]); 12] {
         ("kto", keys_of::<Kto>()),
         ("ppo", keys_of::<Ppo>()),
     ]
+}
+
+/// Every section with the keys that it knows, those inside `[ppo]` by their own path.
+pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
+    let inside = [("ppo.reward", keys_of::<RewardPart>()), ("ppo.ptx", keys_of::<Ptx>())];
+    sections().into_iter().chain(inside).collect()
 }
 
 /// What other trainers call our keys: (their name, our section and key).

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use super::Compat;
 use super::ptx::Ptx;
 use super::rewards::RewardPart;
 use super::stages::{Checkpoint, LrScheduler};
@@ -109,6 +110,11 @@ pub enum CriticStart {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Ppo {
+    /// Whose behaviour to keep. `"dschat"`: DeepSpeed-Chat's padded rows: answers of one token or none are dropped, the
+    /// score is read at the last token that is no pad and rewarded one action later, and no loss sees that action; and
+    /// its values for the keys that the file leaves open, which the run's config.toml then shows. Absent = none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
     /// The SFT adapter (folder, PEFT layout): the actor starts from it and the reference stays it. Absent = the bare base
     /// is the reference and the actor starts from a fresh adapter shaped by `[lora]`.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -135,7 +141,7 @@ pub struct Ppo {
     pub advantage_estimator: AdvantageEstimator,
     /// What the critic starts as, where the estimator has one. Default `reward`.
     pub critic: CriticStart,
-    /// First iterations in which only the critic trains. Default 0.
+    /// First iterations in which only the critic trains. Default 0 (verl: `critic_warmup`).
     pub critic_warmup: usize,
     /// Answers sampled in all, `total_episodes / batch_size` iterations. Default 256.
     pub total_episodes: usize,
@@ -156,7 +162,8 @@ pub struct Ppo {
     pub local_rollout_forward_batch_size: Option<usize>,
     /// Most tokens of a sampled response. Default 64 (TRL: 53, DeepSpeed-Chat: 256).
     pub response_length: usize,
-    /// Divides the logits before sampling; the logprobs of training use it too. Default 1.0 (TRL: 0.7).
+    /// Divides the logits before sampling; the logprobs of training use it too. 0 = the likeliest token, whose logprobs are
+    /// those of 1. Default 1.0 (TRL: 0.7; DeepSpeed-Chat: 0, and logprobs of 1 at any).
     pub temperature: f64,
     /// Samples from the k likeliest tokens only; 0 = from all. Default 0: a truncated sampling distribution is not the one
     /// the loss assumes and makes the measured KL negative.
@@ -190,7 +197,8 @@ pub struct Ppo {
     /// A minibatch whose mean ratio exceeds this is skipped and counted; absent = none is. (TRL's first PPO trainer: 10.)
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ratio_threshold: Option<f64>,
-    /// The logarithm of the ratio is held within ± this; absent = not.
+    /// The logarithm of the ratio is held within ± this, nats, with no gradient beyond; absent = not. (A guard against
+    /// overflow: verl holds it within 20.)
     #[serde(skip_serializing_if = "Option::is_none")]
     pub log_ratio_clamp: Option<f64>,
     /// With `policy_loss = "kl_penalty"`: the penalty's first weight. Default 1.0 (openai/baselines ppo1).
@@ -199,20 +207,23 @@ pub struct Ppo {
     /// with more than 1.5 times this it is doubled, with less than this / 1.5 halved. Default 0.01 (arXiv:1707.06347).
     pub kl_penalty_target: f64,
     /// Stops the passes over a rollout at a minibatch whose `approxkl` exceeds 1.5 times this, nats a token; absent = never.
+    /// (OpenAI's Spinning Up: 0.01.)
     #[serde(skip_serializing_if = "Option::is_none")]
     pub target_kl: Option<f64>,
-    /// Weight of the entropy bonus, reward units a nat. Default 0.
+    /// Weight of the entropy bonus, reward units a nat. Default 0 (arXiv:1707.06347 eq. 9 has 0.01 for games; TRL and
+    /// DeepSpeed-Chat have none).
     pub entropy_coef: f64,
-    /// A value moves no further than this from the rollout's value before it is clipped, reward units. Default 0.2.
+    /// A value moves no further than this from the rollout's value before it is clipped, reward units. Default 0.2 (TRL and
+    /// DeepSpeed-Chat, from openai/baselines ppo2).
     pub cliprange_value: f64,
     /// Weight of the value loss. Default 1.0: actor and critic have optimizers of their own (TRL, one optimizer: 0.1).
     pub vf_coef: f64,
     /// One optimizer for actor and critic: the gradient's norm is clipped over both, and `critic_learning_rate` is not
     /// used. Default false (TRL: true).
     pub shared_optimizer: bool,
-    /// Discount. Default 1.0.
+    /// Discount of a later token's reward. Default 1.0 (TRL and DeepSpeed-Chat).
     pub gamma: f64,
-    /// GAE's lambda. Default 0.95.
+    /// GAE's lambda, arXiv:1506.02438. Default 0.95 (TRL and DeepSpeed-Chat).
     pub lam: f64,
     /// Scaling of the per-token rewards over the rollout. Default `no`.
     pub whiten_rewards: WhitenRewards,
@@ -229,7 +240,7 @@ pub struct Ppo {
     /// Taken from the score of a response without end token, reward units; absent = nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing_eos_penalty: Option<f64>,
-    /// Answers of fewer tokens pay `short_response_penalty`. Default 0 = none is too short.
+    /// Answers of fewer tokens, end token included, pay `short_response_penalty`. Default 0 = none is too short.
     pub min_response_length: usize,
     /// What they pay, reward units. Default 1.0.
     pub short_response_penalty: f64,
@@ -280,6 +291,7 @@ fn is_empty(path: &Path) -> bool {
 impl Default for Ppo {
     fn default() -> Self {
         Self {
+            compat: None,
             adapter: None,
             reward_adapter: PathBuf::new(),
             reward: Vec::new(),

@@ -21,7 +21,8 @@ pub struct Ptx {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub block_size: Option<usize>,
     /// An optimizer step of its own, behind the policy's (DeepSpeed-Chat), instead of one step on the sum of both losses.
-    /// Default false.
+    /// Default false. (DeepSpeed-Chat's script doubles the actor's gradient accumulation with it, so that DeepSpeed itself,
+    /// where that was 1, steps once by the mean of both gradients: that is false with twice the `max_grad_norm`.)
     pub separate_step: bool,
 }
 

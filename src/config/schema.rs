@@ -226,6 +226,10 @@ pub struct Data {
     /// piece and cut at the right, SFT on every token, long prompts filtered. Absent = none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
+    /// Under `compat = "dschat"`, here or in `[reward]` or `[ppo]`: the token that rows are padded with. Absent = a Llama's
+    /// own pad token, and the end token of all others (DeepSpeed-Chat).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pad_token: Option<String>,
     /// Under `compat = "dschat"`: how much of the records SFT, reward model and PPO get. Default `"2,4,4"`
     /// (DeepSpeed-Chat), that is 20%, 40% and 40%.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -284,6 +288,7 @@ impl Default for Data {
             template: None,
             chat_template: None,
             compat: None,
+            pad_token: None,
             data_split: None,
             max_length: 512,
             max_prompt_length: 256,

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::Compat;
+
 /// Course of the learning rate after the warm-up, over the optimizer steps of the whole run.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -36,6 +38,9 @@ pub enum Checkpoint {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sft {
+    /// `"dschat"`: DeepSpeed-Chat's values for the keys that the file leaves open. Absent = none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
     /// Adapter folder (PEFT layout) to continue from; absent = a fresh one shaped by `[lora]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
@@ -79,6 +84,7 @@ pub struct Sft {
 impl Default for Sft {
     fn default() -> Self {
         Self {
+            compat: None,
             adapter: None,
             learning_rate: 2e-4,
             num_train_epochs: 1,
@@ -115,6 +121,14 @@ pub enum RewardLoss {
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Reward {
+    /// Whose behaviour to keep. `"dschat"`: rows are padded, and the pads of the shorter answer count in the loss and are
+    /// read from, never attended to; and DeepSpeed-Chat's values for the keys that the file leaves open. Absent = none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compat: Option<Compat>,
+    /// Under `compat`: how many pad tokens stand in a row before the one that ends its answer. Absent = 1 where every row
+    /// begins with the pad token (OPT), else 0 (DeepSpeed-Chat: always 1 unless it is told).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub num_padding_at_beginning: Option<usize>,
     /// Adapter folder (PEFT layout) to start from, for example the SFT one; absent = a fresh one shaped by `[lora]`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter: Option<PathBuf>,
@@ -160,6 +174,8 @@ pub struct Reward {
 impl Default for Reward {
     fn default() -> Self {
         Self {
+            compat: None,
+            num_padding_at_beginning: None,
             adapter: None,
             loss: RewardLoss::LastToken,
             center: true,

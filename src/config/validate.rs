@@ -3,8 +3,9 @@
 use anyhow::Result;
 
 use super::{
-    Base, Compat, Config, Data, Dpo, Guard, InitLoraWeights, KlEstimator, KlIn, Kto, Lora, MixStrategy, Paths,
-    PolicyLoss, Ppo, Ptx, Reward, RewardPart, Saving, Sft, Source, TargetModules, Template,
+    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, InitLoraWeights, KlEstimator, KlIn, Kto, Lora,
+    MixStrategy, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Saving, Sft, Source, TargetModules,
+    Template,
 };
 use crate::invalid;
 
@@ -227,6 +228,16 @@ fn sft(section: &Sft) -> Result<()> {
 
 fn reward(section: &Reward) -> Result<()> {
     let check = Section("reward");
+    if section.compat.is_some() && section.loss != RewardLoss::DivergenceToEnd {
+        return Err(invalid!(
+            "[reward] compat = \"dschat\" has the loss \"divergence_to_end\" only; remove loss, or compat"
+        ));
+    }
+    if let (Some(leading), None) = (section.num_padding_at_beginning, section.compat) {
+        return Err(invalid!(
+            "[reward] num_padding_at_beginning = {leading} counts pads, and rows have none; add compat = \"dschat\""
+        ));
+    }
     let betas = [section.adam_beta1, section.adam_beta2];
     let Reward { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
     check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
@@ -272,7 +283,7 @@ fn ppo(section: &Ppo) -> Result<()> {
     multiple("batch_size", section.batch_size, "num_mini_batches", section.num_mini_batches)?;
     multiple("batch_size", section.batch_size, "num_generations", section.num_generations)?;
     multiple("total_episodes", section.total_episodes, "batch_size", section.batch_size)?;
-    check.positive("temperature", section.temperature, "0.7 to 1.0")?;
+    check.not_negative("temperature", section.temperature)?;
     check.within(
         "top_p",
         section.top_p,
@@ -323,6 +334,20 @@ fn ppo(section: &Ppo) -> Result<()> {
 
 /// Rules between the keys of `[ppo]`.
 fn ppo_together(section: &Ppo) -> Result<()> {
+    if section.temperature == 0.0 && section.num_generations > 1 {
+        return Err(invalid!(
+            "[ppo] temperature = 0 gives a prompt the same answer num_generations = {} times; use 0.7 to 1.0",
+            section.num_generations
+        ));
+    }
+    if section.compat.is_some()
+        && (section.num_generations > 1 || section.advantage_estimator != AdvantageEstimator::Gae)
+    {
+        return Err(invalid!(
+            "[ppo] compat = \"dschat\" drops answers and has no other advantages than gae with num_generations = 1; remove \
+             compat, or these keys"
+        ));
+    }
     if section.shared_optimizer && section.ptx.as_ref().is_some_and(|ptx| ptx.separate_step) {
         return Err(invalid!(
             "[ppo.ptx] separate_step = true needs an actor with an optimizer of its own; remove shared_optimizer"

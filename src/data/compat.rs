@@ -96,10 +96,7 @@ pub(super) fn ranked(
     };
     // DeepSpeed-Chat compares two: of a longer ranking the best and the worst.
     let (chosen, rejected) = (sequence(&answers[0])?, sequence(&answers[answers.len() - 1])?);
-    if chosen == rejected {
-        // There, a constant loss without gradient.
-        return Ok(Err("with answers that are the same tokens".to_owned()));
-    }
+    // Equal ones stay: a constant loss without gradient, which counts among its batch's and is never right.
     let (prompt, answers) = dschat::diverge(chosen, rejected);
     match prompt.is_empty() {
         true => Ok(Err("with answers that share no first token".to_owned())),

@@ -1,11 +1,12 @@
 //! Kahneman-Tversky optimisation: one adapter trained on answers that were judged one by one, against the reference
 //! that it started as. Knows no file and no other stage. Read loss.rs before.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
 use super::loss::{KtoLoss, mismatched_kl};
 use crate::config::Kto;
+use crate::data::order::{BatchSize, Plan};
 use crate::data::phases::JudgedExample;
 use crate::invalid;
 use crate::memory::meter::{Phase, within};
@@ -13,7 +14,6 @@ use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
 use crate::report::number;
-use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
@@ -61,9 +61,11 @@ pub fn train(
     let start = start.clone().with_score_head(None)?;
     let learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
     let mut progress = Progress::new(learner);
-    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps_per_epoch = examples.len().div_ceil(per_step);
-    let steps = steps_per_epoch * config.num_train_epochs;
+    let (batch, accumulate) =
+        (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
+    let plan = Plan { seed, stream: settings::KTO_ORDER, batch, accumulate, shard: Default::default() };
+    let per_epoch = plan.steps(examples, 1);
+    let steps = per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
     let checkpoint =
@@ -86,33 +88,27 @@ pub fn train(
         progress.load(&snapshot)?;
     }
     session.watch(&[("learner", &mut progress.learner)])?;
-    let mut order = (None, vec![]);
+    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
     loop {
         session.checkpoint(progress.step, || progress.snapshot())?;
-        if progress.step == steps {
-            break;
-        }
-        let (epoch, number_in_epoch) = (progress.step / steps_per_epoch, progress.step % steps_per_epoch);
-        if order.0 != Some(epoch) {
-            let mut rng = SplitMix64::new(derive(seed, &[settings::KTO_ORDER, epoch as u64]));
-            order = (Some(epoch), rng.permutation(examples.len()));
-        }
-        let order = &order.1;
-        let rows = &order[number_in_epoch * per_step..order.len().min((number_in_epoch + 1) * per_step)];
+        let Some(rows) = order.next_step() else { break };
         let gradients = || -> Result<Option<_>> {
             // 1. The KL term: answers after prompts that they were not given to. A lone last record takes its prompt's
             //    answer from the step before.
-            let first = number_in_epoch * per_step;
-            let before =
-                if rows.len() > 1 { rows[rows.len() - 1] } else { order[(first + order.len() - 1) % order.len()] };
-            let step_rows: Vec<&JudgedExample> = rows.iter().map(|&i| &examples[i]).collect();
+            let step_rows: Vec<&JudgedExample> = rows.rows().map(|i| &examples[i]).collect();
+            let (epoch, number) = (progress.step / per_epoch, progress.step % per_epoch);
+            let before = match step_rows.len() {
+                1 => plan.epoch(examples, epoch).step(number.saturating_sub(1)).rows().last(),
+                _ => rows.rows().last(),
+            };
+            let before = before.context("a step has a record")?;
             let view = Policy::new(base, Some(progress.learner.weights().view()));
             let kl = judge.kl(view, &step_rows, &examples[before])?;
             // 2. Forward, loss and backward; the step's answers divide every micro-batch's loss.
             let mut grads = Gradients::none(base.shapes().layers);
             let mut tally = Tally::default();
             let mut tokens = 0;
-            for micro in rows.chunks(config.per_device_train_batch_size) {
+            for &micro in &rows.batches {
                 if stop::requested() {
                     return Ok(None);
                 }
@@ -148,6 +144,7 @@ pub fn train(
             progress.tokens += tokens;
             Ok((tally, kl, grad_norm))
         });
+        progress.cursor = order.cursor();
         progress.step += 1;
         let step = progress.step;
         let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;

@@ -6,6 +6,7 @@ use anyhow::{Result, ensure};
 use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
 use super::loss::{Answer, PairLoss};
 use crate::config::{Dpo, DpoLoss};
+use crate::data::order::{BatchSize, Plan};
 use crate::data::phases::RankedExample;
 use crate::invalid;
 use crate::memory::meter::{Phase, within};
@@ -13,7 +14,6 @@ use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
 use crate::report::number;
-use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
@@ -60,9 +60,10 @@ pub fn train(
     let start = start.clone().with_score_head(None)?;
     let learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
     let mut progress = Progress::new(learner);
-    let per_step = config.per_device_train_batch_size * config.gradient_accumulation_steps;
-    let steps_per_epoch = examples.len().div_ceil(per_step);
-    let steps = steps_per_epoch * config.num_train_epochs;
+    let (batch, accumulate) =
+        (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
+    let plan = Plan { seed, stream: settings::DPO_ORDER, batch, accumulate, shard: Default::default() };
+    let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
     let checkpoint =
@@ -78,24 +79,15 @@ pub fn train(
         progress.load(&snapshot)?;
     }
     session.watch(&[("learner", &mut progress.learner)])?;
-    let mut order = (None, vec![]);
+    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
     loop {
         session.checkpoint(progress.step, || progress.snapshot())?;
-        if progress.step == steps {
-            break;
-        }
-        let (epoch, number_in_epoch) = (progress.step / steps_per_epoch, progress.step % steps_per_epoch);
-        if order.0 != Some(epoch) {
-            let mut rng = SplitMix64::new(derive(seed, &[settings::DPO_ORDER, epoch as u64]));
-            order = (Some(epoch), rng.permutation(examples.len()));
-        }
-        let order = &order.1;
-        let rows = &order[number_in_epoch * per_step..order.len().min((number_in_epoch + 1) * per_step)];
+        let Some(rows) = order.next_step() else { break };
         let gradients = || -> Result<Option<_>> {
             let mut grads = Gradients::none(base.shapes().layers);
             let mut tally = Tally::default();
             let mut tokens = 0;
-            for numbers in rows.chunks(config.per_device_train_batch_size) {
+            for &numbers in &rows.batches {
                 if stop::requested() {
                     return Ok(None);
                 }
@@ -133,6 +125,7 @@ pub fn train(
             progress.tokens += tokens;
             Ok((tally, grad_norm))
         });
+        progress.cursor = order.cursor();
         progress.step += 1;
         let step = progress.step;
         let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;

@@ -361,7 +361,7 @@ impl Base {
     /// If the adapter is another base's, or a sequence is longer than the context.
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
         self.check(adapter, batch.longest())?;
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
         let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for (layer, block) in self.weights.blocks.iter().enumerate() {
@@ -377,7 +377,7 @@ impl Base {
     /// As for [`Base::hidden`].
     pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpointing) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let (ends, mut kept_ends) = (Ends::of(self, Some(adapter)), ends::Kept::default());
         let lowest = adapter.layers().iter().position(|p| p.iter().any(Option::is_some));
         let first = match ends.trains_before() {
@@ -406,7 +406,7 @@ impl Base {
     /// # Errors
     /// If shapes do not fit.
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Tensor) -> Result<Gradients> {
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
         let ends = Ends::of(self, Some(adapter));
         let mut dy = ends.finish_backward(&tape.last, &tape.ends, &dh, &mut grads)?;
@@ -436,7 +436,7 @@ impl Base {
     /// As for [`Base::hidden`].
     pub fn prefill(&self, batch: &Batch, adapter: Option<&Adapter>, room: usize) -> Result<(Tensor, Cache)> {
         self.check(adapter, batch.longest())?;
-        let layout = Layout { offsets: batch.offsets(), positions: batch.positions() };
+        let layout = Layout::of(batch);
         let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.weights.blocks.len()] };
         let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
         let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;

@@ -9,6 +9,7 @@ pub struct Batch {
     tokens: Vec<u32>,
     offsets: Vec<usize>,
     positions: Vec<u32>,
+    readable: Option<Vec<usize>>,
 }
 
 impl Batch {
@@ -17,7 +18,7 @@ impl Batch {
     /// # Errors
     /// If there is none, or one is empty: it has no last token to read anything from.
     pub fn new<S: AsRef<[u32]>>(sequences: &[S]) -> Result<Self> {
-        let mut batch = Self { tokens: vec![], offsets: vec![0], positions: vec![] };
+        let mut batch = Self { tokens: vec![], offsets: vec![0], positions: vec![], readable: None };
         for (i, sequence) in sequences.iter().enumerate() {
             let sequence = sequence.as_ref();
             anyhow::ensure!(!sequence.is_empty(), "sequence {i} of a batch is empty");
@@ -27,6 +28,23 @@ impl Batch {
         }
         anyhow::ensure!(!batch.is_empty(), "a batch of no sequences");
         Ok(batch)
+    }
+
+    /// Packs rows that end in pads: of row s only the first `readable[s]` tokens are attended to, by those behind them,
+    /// too. Such a pad reads what stands before the pads, and neither itself nor another.
+    ///
+    /// # Errors
+    /// As for [`Batch::new`]; if a row has no token to read, or fewer than that.
+    pub fn padded<S: AsRef<[u32]>>(rows: &[S], readable: Vec<usize>) -> Result<Self> {
+        let batch = Self::new(rows)?;
+        let fits = |(row, n): (&S, &usize)| (1..=row.as_ref().len()).contains(n);
+        anyhow::ensure!(rows.len() == readable.len() && rows.iter().zip(&readable).all(fits), "pads beyond their rows");
+        Ok(Self { readable: Some(readable), ..batch })
+    }
+
+    /// (S) how many tokens of each sequence are attended to; `None` is all.
+    pub fn readable(&self) -> Option<&[usize]> {
+        self.readable.as_deref()
     }
 
     /// S.

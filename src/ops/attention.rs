@@ -43,6 +43,12 @@ impl Heads {
         self.window.map_or(0, |w| (i + 1).saturating_sub(w))
     }
 
+    /// The keys that query `i` sees where only the first `readable` may be seen: one at least.
+    fn seen(self, i: usize, readable: usize) -> Range<usize> {
+        let end = readable.min(i + 1);
+        self.first(i).min(end - 1)..end
+    }
+
     /// The factor that the softmax itself applies: 1 where the cap has applied the scale.
     fn softmax_scale(self) -> f32 {
         if self.soft_cap.is_some() { 1.0 } else { self.scale }
@@ -61,6 +67,26 @@ impl Heads {
             );
         }
         Ok(n)
+    }
+}
+
+/// Where the sequences of a batch lie, and what of them may be seen.
+#[derive(Clone, Copy, Debug)]
+pub struct Spans<'a> {
+    /// (S + 1): sequence s is rows offsets[s]..offsets[s + 1].
+    pub offsets: &'a [usize],
+    /// (S): only so many of a sequence's first tokens are keys, one or more; `None` is all.
+    pub readable: Option<&'a [usize]>,
+}
+
+impl<'a> Spans<'a> {
+    /// Whole sequences.
+    pub fn whole(offsets: &'a [usize]) -> Self {
+        Self { offsets, readable: None }
+    }
+
+    fn readable(self, s: usize) -> usize {
+        self.readable.map_or(usize::MAX, |readable| readable[s])
     }
 }
 
@@ -144,11 +170,12 @@ fn cost(offsets: &[usize], heads: Heads) -> usize {
     offsets.windows(2).map(|w| (w[1] - w[0]).pow(2) * heads.q * heads.dim).sum()
 }
 
-/// o (N, q * dim) of q (N, q * dim), k and v (N, kv * dim). `offsets` (S + 1): sequence s is rows offsets[s]..offsets[s+1].
+/// o (N, q * dim) of q (N, q * dim), k and v (N, kv * dim).
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Heads) -> Result<Tensor> {
+pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, spans: Spans<'_>, heads: Heads) -> Result<Tensor> {
+    let offsets = spans.offsets;
     let n = heads.check(q, k, v, offsets)?;
     let (qs, ks, vs) = (view(q)?, view(k)?, view(v)?);
     let (wq, wkv, dim, isa) = (heads.q * heads.dim, heads.kv * heads.dim, heads.dim, Isa::detect());
@@ -157,7 +184,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Hea
     let items = items(offsets, heads.kv);
     parallel(items.len(), cost(offsets, heads), |range| {
         for &(s, g) in &items[range] {
-            let (start, t) = (offsets[s], offsets[s + 1] - offsets[s]);
+            let (start, t, readable) = (offsets[s], offsets[s + 1] - offsets[s], spans.readable(s));
             with_scratch(dim * t + QUERIES * t, |scratch| {
                 let (k_t, scores) = scratch.split_at_mut(dim * t);
                 transposed(&ks[start * wkv..], wkv, g * dim, dim, t, k_t);
@@ -165,7 +192,7 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Hea
                     for i0 in (0..t).step_by(QUERIES) {
                         let rows = QUERIES.min(t - i0);
                         // Keys that any of these queries sees; columns of the scores count from j0.
-                        let j0 = heads.first(i0);
+                        let j0 = heads.seen(i0, readable).start;
                         let seen = i0 + rows - j0;
                         // SAFETY: all blocks lie inside this sequence's rows and this head's columns, which this item
                         // alone writes.
@@ -177,7 +204,8 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Hea
                                 if let Some(cap) = heads.soft_cap {
                                     bend(row, heads.scale, cap);
                                 }
-                                softmax(row, heads.first(i0 + r) - j0..i0 + r + 1 - j0, heads.softmax_scale());
+                                let live = heads.seen(i0 + r, readable);
+                                softmax(row, live.start - j0..live.end - j0, heads.softmax_scale());
                             }
                             let v = Mat::rows(&vs, wkv).from(start + j0, g * dim);
                             let to = out.at((start + i0) * wq + h * dim);
@@ -200,10 +228,11 @@ pub fn backward(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    offsets: &[usize],
+    spans: Spans<'_>,
     heads: Heads,
     d_o: &Tensor,
 ) -> Result<(Tensor, Tensor, Tensor)> {
+    let offsets = spans.offsets;
     let n = heads.check(q, k, v, offsets)?;
     let (wq, wkv, dim, isa) = (heads.q * heads.dim, heads.kv * heads.dim, heads.dim, Isa::detect());
     if d_o.dims() != [n, wq] {
@@ -216,7 +245,7 @@ pub fn backward(
     let items = items(offsets, heads.kv);
     parallel(items.len(), 3 * cost(offsets, heads), |range| {
         for &(s, g) in &items[range] {
-            let (start, t) = (offsets[s], offsets[s + 1] - offsets[s]);
+            let (start, t, readable) = (offsets[s], offsets[s + 1] - offsets[s], spans.readable(s));
             let bent = if heads.soft_cap.is_some() { t } else { 0 };
             with_scratch(2 * dim * t + 2 * QUERIES * t + bent, |scratch| {
                 let (k_t, rest) = scratch.split_at_mut(dim * t);
@@ -228,7 +257,7 @@ pub fn backward(
                 for h in g * heads.q / heads.kv..(g + 1) * heads.q / heads.kv {
                     for i0 in (0..t).step_by(QUERIES) {
                         let rows = QUERIES.min(t - i0);
-                        let j0 = heads.first(i0);
+                        let j0 = heads.seen(i0, readable).start;
                         let seen = i0 + rows - j0;
                         // SAFETY: as in the forward; dk and dv of this sequence and group are this item's own.
                         unsafe {
@@ -240,7 +269,8 @@ pub fn backward(
                             product(isa, rows, seen, dim, g_o, v_t, dp.as_mut_ptr(), t, Into::Fresh);
                             for r in 0..rows {
                                 let (p, dp) = (&mut p[r * t..r * t + seen], &mut dp[r * t..r * t + seen]);
-                                let live = heads.first(i0 + r) - j0..i0 + r + 1 - j0;
+                                let live = heads.seen(i0 + r, readable);
+                                let live = live.start - j0..live.end - j0;
                                 match heads.soft_cap {
                                     None => {
                                         softmax(p, live.clone(), heads.scale);

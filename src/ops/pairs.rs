@@ -321,8 +321,9 @@ fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()
         let d_o = random(&[164, heads.q * heads.dim], 4);
         let want = plain_attention(&q, &k, &v, &offsets, heads)?;
         let grads = (&want * &d_o)?.sum_all()?.backward()?;
-        assert_close("o", &attention::forward(&q, &k, &v, &offsets, heads)?, &want);
-        let (dq, dk, dv) = attention::backward(&q, &k, &v, &offsets, heads, &d_o)?;
+        let spans = attention::Spans::whole(&offsets);
+        assert_close("o", &attention::forward(&q, &k, &v, spans, heads)?, &want);
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, spans, heads, &d_o)?;
         assert_close("dq", &dq, grads.get(&q).unwrap());
         assert_close("dk", &dk, grads.get(&k).unwrap());
         assert_close("dv", &dv, grads.get(&v).unwrap());
@@ -336,6 +337,39 @@ fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()
         let decoded = attention::decode(&last, &[&a, &b], heads)?;
         assert_close("decode", &decoded, &Tensor::cat(&[want.i(48..49)?, want.i(163..164)?], 0)?);
     }
+    Ok(())
+}
+
+#[test]
+fn pads_are_seen_by_nobody_and_see_what_stands_before_them() -> Result<()> {
+    let heads = Heads { window: Some(60), ..Heads::full(4, 2, 8) };
+    // One real token and two pads; 51 real ones and 8 pads, across a border of blocks.
+    let (offsets, readable) = ([0, 3, 62], [1, 51]);
+    let q = Var::from_tensor(&(random(&[62, 32], 1) * 2.0)?)?;
+    let [k, v] = [2, 3].map(|seed| Var::from_tensor(&random(&[62, 16], seed)).unwrap());
+    let d_o = random(&[62, 32], 4);
+    // Each pad alone behind the real tokens, without a key of its own: the last row of a query that sees one key more.
+    let mut rows = vec![];
+    for s in 0..2 {
+        let (from, to) = (offsets[s], offsets[s] + readable[s]);
+        rows.push(plain_attention(&q.i(from..to)?, &k.i(from..to)?, &v.i(from..to)?, &[0, readable[s]], heads)?);
+        for pad in to..offsets[s + 1] {
+            // Queries of the others do not matter to it.
+            let q = q.i(pad..pad + 1)?.broadcast_as((readable[s], 32))?.contiguous()?;
+            let seen = plain_attention(&q, &k.i(from..to)?, &v.i(from..to)?, &[0, readable[s]], heads)?;
+            rows.push(seen.i(readable[s] - 1..)?);
+        }
+    }
+    let want = Tensor::cat(&rows, 0)?;
+    let grads = (&want * &d_o)?.sum_all()?.backward()?;
+    let spans = attention::Spans { offsets: &offsets, readable: Some(&readable) };
+    assert_close("o", &attention::forward(&q, &k, &v, spans, heads)?, &want);
+    let (dq, dk, dv) = attention::backward(&q, &k, &v, spans, heads, &d_o)?;
+    assert_close("dq", &dq, grads.get(&q).unwrap());
+    assert_close("dk", &dk, grads.get(&k).unwrap());
+    assert_close("dv", &dv, grads.get(&v).unwrap());
+    let zero = |x: &Tensor| x.i(1..3).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() == 0.0;
+    assert!(zero(&dk) && zero(&dv), "nobody reads a pad");
     Ok(())
 }
 

@@ -1,9 +1,14 @@
-//! DeepSpeed-Chat's reading of an answer, for `compat = "dschat"`. Its rows are padded, its masks come from `token != pad`,
+//! DeepSpeed-Chat's reading of a rollout, for `compat = "dschat"`. Its rows are padded, its masks come from `token != pad`,
 //! and its score lands one action past the last token that is no pad: on the end token where that is the pad token (OPT),
 //! and otherwise on the choice of the first pad after it. No loss sees that action. What is left of the formulas is
 //! rewards.rs, gae.rs and loss.rs. Source: microsoft/DeepSpeedExamples 83757d9, `dschat/rlhf/ppo_trainer.py`.
+//!
+//! Only real tokens are ever read here, and the one pad after them is chosen and never read: the numbers are those of padded
+//! rows under their mask. A pad inside a prompt, which that mask hides, too, is left in place; one in front is taken off.
+//! Sampling a pad ends an answer (there, the row goes on and hides it).
 
 use crate::model::generate::{Finish, Response};
+use crate::reward::source::without_leading;
 
 /// How many of an answer's actions count for what.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +39,42 @@ pub fn padded(mut response: Response, pad: u32, window: usize) -> Option<(Respon
         response.logprobs.resize(rewarded, f32::NAN);
     }
     Some((response, trained))
+}
+
+/// What is read of a rollout: everything about the answers that are kept.
+#[derive(Clone, Debug, Default)]
+pub struct Kept {
+    /// (K) their numbers in the rollout.
+    pub rows: Vec<usize>,
+    /// (K) their prompts without the pads in front: what actor, reference and critic read.
+    pub prompts: Vec<Vec<u32>>,
+    /// (K) their rewarded actions; see [`padded`].
+    pub responses: Vec<Response>,
+    /// (K) how many of those are trained on.
+    pub trained: Vec<usize>,
+    /// (K) the answers up to where their scores are read, for the reward source.
+    pub scored: Vec<Response>,
+}
+
+/// Reads a rollout. Its rows are as wide as its longest answer: that one has no pad behind it.
+pub fn keep(prompts: &[Vec<u32>], responses: Vec<Response>, pad: u32) -> Kept {
+    let window = responses.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
+    let mut kept = Kept::default();
+    for (row, (prompt, response)) in prompts.iter().zip(responses).enumerate() {
+        let whole = response.clone();
+        let Some((response, trained)) = padded(response, pad, window) else { continue };
+        kept.rows.push(row);
+        kept.prompts.push(without_leading(prompt, pad).to_vec());
+        kept.scored.push(Response {
+            tokens: whole.tokens[..trained].to_vec(),
+            logprobs: whole.logprobs[..trained].to_vec(),
+            // The end token is scored where it is no pad; without it, the answer's text has no end.
+            finish: if trained == whole.tokens.len() { whole.finish } else { Finish::Length },
+        });
+        kept.responses.push(response);
+        kept.trained.push(trained);
+    }
+    kept
 }
 
 #[cfg(test)]
@@ -160,5 +201,26 @@ mod tests {
         assert!(own.logprobs[3].is_nan());
         assert!(padded(stopped(&[5, 2]), 2, 8).is_none() && padded(stopped(&[2]), 1, 8).is_none());
         assert!(padded(stopped(&[5, 2]), 1, 8).is_some());
+    }
+
+    #[test]
+    fn of_a_rollout_empty_answers_are_dropped_and_the_longest_has_no_pad_behind_it() {
+        let stopped = |tokens: &[u32]| Response {
+            tokens: tokens.to_vec(),
+            logprobs: vec![-1.0; tokens.len()],
+            finish: Finish::Stop,
+        };
+        let prompts = [vec![2, 9], vec![9, 2], vec![2, 2], vec![9]];
+        let answers = [&[5, 2][..], &[5, 6, 2], &[2], &[5, 6, 7, 2]].map(stopped).to_vec();
+        let own = keep(&prompts, answers.clone(), 1);
+        assert_eq!((own.rows, own.trained), (vec![0, 1, 3], vec![2, 3, 4]));
+        assert_eq!(own.responses[1].tokens, [5, 6, 2, 1]);
+        assert_eq!(own.responses[2].tokens, [5, 6, 7, 2], "the row ends there: the score is rewarded at the end token");
+        assert_eq!((own.scored[1].tokens.clone(), own.scored[1].finish), (vec![5, 6, 2], Finish::Stop));
+        let opt = keep(&prompts, answers, 2);
+        assert_eq!((opt.rows, opt.trained), (vec![1, 3], vec![2, 3]));
+        assert_eq!((opt.scored[0].tokens.clone(), opt.scored[0].finish), (vec![5, 6], Finish::Length));
+        assert_eq!(opt.prompts, [vec![9, 2], vec![9]]);
+        assert_eq!([without_leading(&[2, 9], 2), without_leading(&[2, 2], 2)], [&[9][..], &[2]]);
     }
 }

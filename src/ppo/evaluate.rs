@@ -94,7 +94,7 @@ impl<'w> Evaluation<'w> {
         &self.baseline
     }
 
-    /// Answers of the policy `adapter`; the texts go to samples.jsonl, marked with `when`.
+    /// Answers of the policy `adapter`; the texts go to samples.jsonl, marked with `when`, once all are judged.
     ///
     /// # Errors
     /// Those of generation and of the sources; if the report cannot be written.

@@ -17,7 +17,7 @@ use crate::model::generate::Finish;
 pub struct Experience {
     /// What the roles said.
     pub rollout: Rollout,
-    /// (B, R) estimates of KL(actor || reference), nats.
+    /// (B, R) estimates of KL(actor || reference), nats; of every rewarded action.
     pub kl: Vec<Vec<f32>>,
     /// (B, R): the weight of each token's policy gradient.
     pub advantages: Vec<Vec<f32>>,
@@ -61,7 +61,9 @@ impl Experience {
             WhitenRewards::KeepMean => over_all(&mut rewards, scale_to_unit_variance),
             WhitenRewards::RemoveMean => over_all(&mut rewards, whiten),
         }
-        let (mut advantages, returns) = advantages(&rewards, &rollout.values, config)?;
+        let (mut advantages, mut returns) = advantages(&rewards, &rollout.values, config)?;
+        let mut rollout = rollout;
+        leave_trained(&mut rollout, &mut advantages, &mut returns);
         if config.whiten_advantages() {
             over_all(&mut advantages, whiten);
         }
@@ -77,6 +79,19 @@ impl Experience {
     /// Response tokens of some sequences.
     pub fn tokens_of(&self, rows: &[usize]) -> usize {
         rows.iter().map(|&i| self.rollout.responses[i].tokens.len()).sum()
+    }
+}
+
+/// Takes off the actions that are rewarded and not trained on: from here on every list is of what is.
+fn leave_trained(rollout: &mut Rollout, advantages: &mut [Vec<f32>], returns: &mut [Vec<f32>]) {
+    for (i, &trained) in std::mem::take(&mut rollout.trained).iter().enumerate() {
+        let response = &mut rollout.responses[i];
+        let d = rollout.reference_rows[i].len() / response.tokens.len().max(1);
+        response.tokens.truncate(trained);
+        rollout.reference_rows[i].truncate(trained * d);
+        let lists = [&mut response.logprobs, &mut rollout.reference_logprobs[i], &mut advantages[i]];
+        let more = rollout.values.get_mut(i).into_iter().chain(returns.get_mut(i));
+        lists.into_iter().chain(more).for_each(|list| list.truncate(trained));
     }
 }
 

@@ -63,6 +63,9 @@ pub fn of(experience: &Experience, state: &State, run: &Run<'_>) -> Figures {
     if run.config.ratio_threshold.is_some() {
         put("policy/skipped", update.skipped as f64);
     }
+    if run.config.compat.is_some() {
+        f.insert("val/dropped".into(), (run.config.batch_size - rollout.prompts.len()).into());
+    }
     f.insert("val/num_eos_tokens".into(), rollout.stopped().into());
     f.insert("episode".into(), ((state.iteration + 1) * run.config.batch_size).into());
     f.insert("lr".into(), number(update.actor_lr));

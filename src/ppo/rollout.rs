@@ -4,6 +4,7 @@
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
+use super::dschat;
 use super::train::Task;
 use crate::diverged;
 use crate::memory::meter::{Phase, within};
@@ -36,6 +37,8 @@ pub struct Rollout {
     pub values: Vec<Vec<f32>>,
     /// (B) the reward source's scores.
     pub scores: Vec<f32>,
+    /// (B) how many of each response's actions are trained on, under `compat = "dschat"`; empty where all are.
+    pub trained: Vec<usize>,
     /// What the source told besides.
     pub told: Figures,
 }
@@ -86,7 +89,7 @@ pub struct Readers<'w> {
 /// So many are answered `at_once`: an answer is the same whatever is sampled beside it.
 ///
 /// # Errors
-/// Those of generation, of the views and of the reward source.
+/// Those of generation and of [`read`].
 pub fn collect(
     actor: Policy<'_>,
     readers: Readers<'_>,
@@ -102,13 +105,39 @@ pub fn collect(
         responses.extend(generate(actor, prompts, seeds, sampling, |_, _| {})?);
     }
     drop(rolling);
+    // Greedy decoding scores under temperature 1, like `generate`; DeepSpeed-Chat always does.
+    let temperature = if sampling.temperature > 0.0 && task.pad.is_none() { sampling.temperature } else { 1.0 };
+    read(actor, readers, task, prompts, responses, temperature)
+}
+
+/// Has actor, reference, critic and reward source read answers that are there. Where the task has a pad token, answers are
+/// kept and read as DeepSpeed-Chat does: there may be none left.
+///
+/// # Errors
+/// Those of the views and of the reward source.
+pub fn read(
+    actor: Policy<'_>,
+    readers: Readers<'_>,
+    task: &Task<'_>,
+    prompts: Vec<Vec<u32>>,
+    responses: Vec<Response>,
+    temperature: f64,
+) -> Result<Rollout> {
     let _scoring = within(Phase::Scoring);
-    // Greedy decoding scores under temperature 1, like `generate`.
-    let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
-    let mut rollout = Rollout { prompts, responses, ..Rollout::default() };
+    let (mut rollout, scored) = match task.pad {
+        None => (Rollout { prompts, responses, ..Rollout::default() }, None),
+        Some(pad) => {
+            let dschat::Kept { rows, prompts: read, responses, trained, scored } =
+                dschat::keep(&prompts, responses, pad);
+            let asked: Vec<Vec<u32>> = rows.into_iter().map(|row| prompts[row].clone()).collect();
+            (Rollout { prompts: read, responses, trained, ..Rollout::default() }, Some((asked, scored)))
+        }
+    };
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
         let (batch, targets) = rollout.batch(&rows)?;
+        // The pads' log-probabilities are not known yet, nor those of an actor that reads another prompt than it answered.
+        let read = scored.is_some().then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
         let hidden = readers.reference.rows(&batch, &targets)?;
         let reference = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
         let values = readers.critic.map(|critic| critic.values(&batch, &targets.rows)).transpose()?;
@@ -123,6 +152,9 @@ pub fn collect(
         let mut at = 0;
         for &i in &rows {
             let next = at + rollout.responses[i].tokens.len();
+            if let Some(read) = &read {
+                rollout.responses[i].logprobs = read.logprobs[at..next].to_vec();
+            }
             rollout.reference_logprobs.push(reference[at..next].to_vec());
             rollout.reference_rows.push(hidden[at * d..next * d].to_vec());
             rollout.values.extend(values.as_ref().map(|values| values[at..next].to_vec()));
@@ -130,7 +162,14 @@ pub fn collect(
             at = next;
         }
     }
-    let answers = Answers { prompts: &rollout.prompts, responses: &rollout.responses, decode: task.decode };
+    if rollout.prompts.is_empty() {
+        return Ok(rollout);
+    }
+    let (prompts, responses) = match &scored {
+        None => (&rollout.prompts, &rollout.responses),
+        Some((prompts, responses)) => (prompts, responses),
+    };
+    let answers = Answers { prompts, responses, decode: task.decode };
     rollout.scores = readers.source.scores(&answers)?;
     if let Some(bad) = rollout.scores.iter().find(|score| !score.is_finite()) {
         return Err(diverged!("an answer's score is {bad}"));

@@ -13,6 +13,7 @@ use super::train::{Run, choose, sampling};
 use super::update::{Learners, Step, Update};
 use super::warnings::{Vitals, Watch};
 use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
+use crate::invalid;
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, Scorer};
 use crate::report::{Figures, Report};
@@ -60,6 +61,8 @@ pub struct State {
     pub scores: RunningMoments,
     /// The rollout in hand with what was made of it; none between two iterations.
     pub experience: Option<Experience>,
+    /// The one before, under `compat`: what is learnt from where every answer of a rollout is dropped.
+    pub previous: Option<Experience>,
     /// Running sums over this iteration's minibatches.
     pub update: Update,
     /// What the figures are watched for.
@@ -78,7 +81,9 @@ impl State {
         let adamw = settings::adamw_of_ppo(config);
         let critic = match config.advantage_estimator.has_critic() {
             true => {
-                let weights = critic_start(run)?.to_trainable().with_head_bias(HeadBias::Trained)?;
+                // DeepSpeed-Chat's head has no bias.
+                let bias = if config.compat.is_some() { HeadBias::Fixed } else { HeadBias::Trained };
+                let weights = critic_start(run)?.to_trainable().with_head_bias(bias)?;
                 Some(Learner::new(weights, adamw, config.max_grad_norm)?)
             }
             false => None,
@@ -97,6 +102,7 @@ impl State {
             kl_penalty: config.kl_penalty_coef,
             scores: RunningMoments::default(),
             experience: None,
+            previous: None,
             update: Update::default(),
             watch: Watch::default(),
             last: Figures::new(),
@@ -126,6 +132,17 @@ impl State {
         let actor = Policy::new(start.base, Some(self.actor.weights().view()));
         let sampling = sampling(config, run.task.stop);
         let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling, config.at_once())?;
+        if rollout.prompts.is_empty() {
+            let previous = self.previous.clone().ok_or_else(|| {
+                invalid!(
+                    "[ppo] compat = \"dschat\" drops answers of one token or none, and so all of the first rollout's; start \
+                     from an SFT adapter that answers, or sample at temperature = 1"
+                )
+            })?;
+            self.experience = Some(previous);
+            (self.epoch, self.minibatch, self.update) = (0, 0, Update::default());
+            return Ok(());
+        }
         if config.use_score_scaling {
             self.scores.add(&rollout.scores);
         }
@@ -150,8 +167,9 @@ impl State {
         let config = run.config;
         let experience = self.experience.as_ref().context("a minibatch is of a rollout, and there is none in hand")?;
         let path = [settings::MINIBATCH_ORDER, self.iteration as u64, self.epoch as u64];
-        let order = SplitMix64::new(derive(run.seed, &path)).permutation(config.batch_size);
-        let rows = order.chunks(run.minibatch_size()).nth(self.minibatch).context("no such minibatch")?;
+        let order = SplitMix64::new(derive(run.seed, &path)).permutation(experience.rollout.prompts.len());
+        // Where answers were dropped, the last minibatches may have none.
+        let Some(rows) = order.chunks(run.minibatch_size()).nth(self.minibatch) else { return Ok(Minibatch::Done) };
         let (actor_lr, critic_lr) = run.learning_rates(self);
         let step = Step {
             actor_lr: actor_lr * factor,
@@ -230,9 +248,13 @@ impl State {
         into.put("place", &(self.iteration, self.epoch, self.minibatch, self.step, self.turns))?;
         into.put("kl", &(self.kl_coef, self.kl_penalty))?;
         into.put("scores", &self.scores)?;
-        into.put("experience", &self.experience)?;
-        if let Some(experience) = &self.experience {
-            into.put_rows("reference_rows", &experience.rollout.reference_rows)?;
+        for (name, rows, experience) in
+            [("experience", "reference_rows", &self.experience), ("previous", "previous_rows", &self.previous)]
+        {
+            into.put(name, experience)?;
+            if let Some(experience) = experience {
+                into.put_rows(rows, &experience.rollout.reference_rows)?;
+            }
         }
         into.put("update", &self.update)?;
         into.put("watch", &self.watch)?;
@@ -256,9 +278,13 @@ impl State {
         (self.iteration, self.epoch, self.minibatch, self.step, self.turns) = from.get("place")?;
         (self.kl_coef, self.kl_penalty) = from.get("kl")?;
         self.scores = from.get("scores")?;
-        self.experience = from.get("experience")?;
-        if let Some(experience) = &mut self.experience {
-            experience.rollout.reference_rows = from.rows("reference_rows")?;
+        for (name, rows, experience) in
+            [("experience", "reference_rows", &mut self.experience), ("previous", "previous_rows", &mut self.previous)]
+        {
+            *experience = from.get(name)?;
+            if let Some(experience) = experience {
+                experience.rollout.reference_rows = from.rows(rows)?;
+            }
         }
         self.update = from.get("update")?;
         self.watch = from.get("watch")?;
@@ -281,6 +307,7 @@ impl State {
             (self.experience, self.last, self.watch) = (Some(experience), last, watch);
             return Err(error);
         }
+        self.previous = config.compat.map(|_| experience.clone());
         self.iteration += 1;
         if config.adap_kl_ctrl {
             let control = AdaptiveKl { target: config.target, horizon: config.horizon };

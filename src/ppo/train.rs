@@ -18,7 +18,7 @@ use crate::model::base::Base;
 use crate::model::block::Checkpointing;
 use crate::model::generate::Sampling;
 use crate::model::roles::Scorer;
-use crate::report::Figures;
+use crate::report::{Figures, Report};
 use crate::reward::source::RewardSource;
 use crate::train::schedule::Schedule;
 use crate::train::session::Session;
@@ -54,6 +54,8 @@ pub struct Task<'w> {
     pub evaluation: Option<&'w Evaluation<'w>>,
     /// Blocks of text for the mixture with pretraining, where the settings have one.
     pub ptx: Option<&'w dyn Examples<SftExample>>,
+    /// The pad token, where `compat` asks for DeepSpeed-Chat's rows. It is one of `stop`.
+    pub pad: Option<u32>,
 }
 
 /// The trained branches.
@@ -92,6 +94,10 @@ impl<'w> Run<'w> {
     /// Those of [`check`].
     pub fn new(task: Task<'w>, config: &'w Ppo, seed: u64) -> Result<Self> {
         check(task.start, task.prompts, config)?;
+        anyhow::ensure!(
+            task.pad.is_some() == config.compat.is_some(),
+            "a task has a pad token where [ppo] has compat, and only there"
+        );
         let longest = task.prompts.longest_sequence() + config.response_length;
         let checkpoint =
             settings::checkpoint(config.checkpoint, task.start.base, task.start.sft, longest * config.micro_batch_size);
@@ -106,9 +112,10 @@ impl<'w> Run<'w> {
         }
     }
 
-    /// What log-probabilities are divided by; greedy decoding scores under 1, like `generate`.
+    /// What logits are divided by before log-probabilities are taken; greedy decoding scores under 1, like `generate`, and
+    /// DeepSpeed-Chat always does.
     pub fn temperature(&self) -> f64 {
-        if self.config.temperature > 0.0 { self.config.temperature } else { 1.0 }
+        if self.config.temperature > 0.0 && self.task.pad.is_none() { self.config.temperature } else { 1.0 }
     }
 
     /// Sequences of one optimizer step.
@@ -135,18 +142,36 @@ impl<'w> Run<'w> {
 /// If there is no prompt, the two bases' vocabularies differ, a response runs past the context, the guard gives up, or the
 /// process was asked to stop.
 pub fn train(task: Task<'_>, config: &Ppo, seed: u64, session: &mut Session) -> Result<Trained> {
+    train_then(task, config, seed, session, |_, _| Ok(())).map(|(trained, ())| trained)
+}
+
+/// As [`train`], and then `last` with what was trained: where it fails, the run's state is kept all the same.
+///
+/// # Errors
+/// Those of [`train`] and of `last`.
+pub fn train_then<T>(
+    task: Task<'_>,
+    config: &Ppo,
+    seed: u64,
+    session: &mut Session,
+    last: impl FnOnce(&Trained, &mut Report) -> Result<T>,
+) -> Result<(Trained, T)> {
     let run = Run::new(task, config, seed)?;
     let mut state = State::new(&run)?;
     if let Some(snapshot) = session.resumed()? {
         state.load(&snapshot, &run)?;
     }
     advance(&run, &mut state, session)?;
-    Ok(Trained {
+    let trained = Trained {
         actor: state.actor.weights().snapshot(),
-        critic: state.critic.map(|critic| critic.weights().snapshot()),
-        ema: state.ema,
-        last: state.last,
-    })
+        critic: state.critic.as_ref().map(|critic| critic.weights().snapshot()),
+        ema: state.ema.clone(),
+        last: state.last.clone(),
+    };
+    match last(&trained, &mut session.report) {
+        Ok(found) => Ok((trained, found)),
+        Err(error) => Err(session.failed(error, state.turns, || state.snapshot(&run))),
+    }
 }
 
 /// Brings a run from where it stands to its end. Between any two turns of the loop it can be stopped and gone on with.

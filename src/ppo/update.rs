@@ -18,6 +18,7 @@ use crate::model::roles::{HeadGradients, Policy, Scorer};
 use crate::ops::cpu;
 use crate::ops::head::TokenStats;
 use crate::train::learner::Learner;
+use crate::train::snapshot::Snapshot;
 use crate::train::{settings, stop};
 
 /// Running sums over an iteration's minibatches.
@@ -97,9 +98,9 @@ impl Update {
     ///
     /// # Errors
     /// If a number is not finite.
-    pub fn minibatch(
+    pub fn minibatch<'l>(
         &mut self,
-        learners: Learners<'_>,
+        learners: Learners<'l>,
         experience: &Experience,
         minibatch: &[usize],
         run: &Run<'_>,
@@ -140,15 +141,25 @@ impl Update {
                 self.critic_norm += critic_norm;
             }
             (actor, critic) => {
+                // Both gradients are looked at before either is stepped by.
+                let checked = |both: Option<(Gradients, &'l mut Learner)>| -> Result<Option<_>> {
+                    both.map(|(gradients, learner)| Ok((learner.checked(gradients)?, learner))).transpose()
+                };
+                let (actor, critic) = (checked(actor)?, checked(critic)?);
                 if let Some((gradients, learner)) = actor {
-                    self.actor_norm += learner.step(gradients, step.actor_lr)?;
-                    if let Some((config, blocks)) = run.mixture().filter(|(config, _)| config.separate_step) {
-                        let gradients = self.ptx(learner, config, blocks, minibatch.len(), run, step)?;
-                        learner.step(gradients, step.actor_lr)?;
+                    let mixture = run.mixture().filter(|(config, _)| config.separate_step);
+                    let before = mixture.map(|_| snapshot(learner)).transpose()?;
+                    self.actor_norm += learner.step_by(gradients, step.actor_lr)?;
+                    if let Some(((config, blocks), before)) = mixture.zip(before) {
+                        let gradients = self.ptx(learner, config, blocks, minibatch.len(), run, step);
+                        if let Err(error) = gradients.and_then(|g| learner.step(g, step.actor_lr)) {
+                            before.restore_learner(ACTOR, learner)?;
+                            return Err(error);
+                        }
                     }
                 }
                 if let Some((gradients, learner)) = critic {
-                    self.critic_norm += learner.step(gradients, step.critic_lr)?;
+                    self.critic_norm += learner.step_by(gradients, step.critic_lr)?;
                 }
             }
         }
@@ -275,6 +286,15 @@ impl Update {
         self.critic_minibatches += 1;
         Ok(Some(grads))
     }
+}
+
+const ACTOR: &str = "actor";
+
+/// What a step that needs two is undone by.
+fn snapshot(learner: &Learner) -> Result<Snapshot> {
+    let mut snapshot = Snapshot::default();
+    snapshot.put_learner(ACTOR, learner)?;
+    Ok(snapshot)
 }
 
 /// The policy loss by the settings.

@@ -44,6 +44,7 @@ const BATCH: usize = 64;
 /// The settings of all three stages, as a config file would hold them.
 pub fn config(seed: u64) -> Config {
     Config {
+        compat: None,
         seed,
         output_dir: None,
         base: config::Base { path: "embedded".into(), quantize: None, compute_dtype: config::ComputeDtype::F32 },
@@ -150,6 +151,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         decode: &decode,
         evaluation: None,
         ptx: None,
+        pad: None,
     };
     let trained = ppo::train(task, ppo_config, seed, &mut session)?;
     save(&model, &trained.actor, &out.join("actor"))?;

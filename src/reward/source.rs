@@ -57,6 +57,12 @@ pub trait RewardSource {
     fn restore(&self, _state: &Value) {}
 }
 
+/// A prompt without the pads in front of it; of nothing but pads, the last one stays.
+pub fn without_leading(prompt: &[u32], pad: u32) -> &[u32] {
+    let pads = prompt.iter().take_while(|&&token| token == pad).count();
+    &prompt[pads.min(prompt.len().saturating_sub(1))..]
+}
+
 /// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
 const SCORING_TOKENS: usize = 2048;
 
@@ -75,5 +81,21 @@ impl RewardSource for RewardModel<'_> {
             scores.extend(self.0.scores(&Batch::new(&chunk)?)?);
         }
         Ok(scores)
+    }
+}
+
+/// A learned reward that reads prompts without the pads in front of them, as DeepSpeed-Chat's mask hides them.
+#[derive(Clone, Copy)]
+pub struct Unpadded<'w> {
+    /// Reads what is left.
+    pub model: RewardModel<'w>,
+    /// The pad token.
+    pub pad: u32,
+}
+
+impl RewardSource for Unpadded<'_> {
+    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
+        let prompts: Vec<Vec<u32>> = answers.prompts.iter().map(|p| without_leading(p, self.pad).to_vec()).collect();
+        self.model.scores(&Answers { prompts: &prompts, ..*answers })
     }
 }

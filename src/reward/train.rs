@@ -5,7 +5,8 @@ use std::borrow::Cow;
 
 use anyhow::{Result, ensure};
 
-use super::loss::{Scored, divergence_to_end, ranked};
+use super::dschat::{Padding, Rows};
+use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
 use crate::config::{Reward, RewardLoss};
 use crate::data::examples::{Example, Examples, chunks, pick};
 use crate::data::order::Plan;
@@ -83,6 +84,25 @@ pub fn train(
     seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
+    train_on_rows(base, start, examples, held_out, config, None, seed, session)
+}
+
+/// As [`train`], on rows with pads where there is a `padding`: DeepSpeed-Chat's loss, and scores read where it reads them.
+///
+/// # Errors
+/// Those of [`train`]; if a comparison is not of two answers.
+#[allow(clippy::too_many_arguments)]
+pub fn train_on_rows(
+    base: &Base,
+    start: &Adapter,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+    held_out: &(impl Examples<RankedExample> + ?Sized),
+    config: &Reward,
+    padding: Option<Padding>,
+    seed: u64,
+    session: &mut Session,
+) -> Result<(Adapter, Summary)> {
+    ensure!(padding.is_some() == config.compat.is_some(), "rows have pads where [reward] has compat, and only there");
     if examples.is_empty() {
         return Err(invalid!("[reward] there is no comparison to train on"));
     }
@@ -99,7 +119,7 @@ pub fn train(
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
     session.report.stage("reward", steps);
-    let before = session.once("before", |_| Ok(evaluate(base, &start, held_out)?.to_json()))?;
+    let before = session.once("before", |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
     let before = Evaluation::from_json(before);
     if let Some(snapshot) = session.resumed()? {
         progress.load(&snapshot)?;
@@ -117,7 +137,8 @@ pub fn train(
         let batches = batches.collect::<Result<Vec<_>>>()?;
         // 1. Forward and backward.
         let update = within(Phase::Update);
-        let gradients = gradients(base, progress.learner.weights().view(), &batches, config.loss, checkpoint);
+        let view = progress.learner.weights().view();
+        let gradients = gradients(base, view, &batches, config.loss, padding, checkpoint);
         let Some(gradients) = gradients.transpose() else { continue };
         // 2. Step.
         drop(update);
@@ -139,7 +160,7 @@ pub fn train(
             figures.insert("lr".into(), number(lr));
             figures.insert("tokens".into(), progress.tokens.into());
             if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
-                let eval = evaluate(base, progress.learner.weights().view(), held_out)?;
+                let eval = evaluate_rows(base, progress.learner.weights().view(), held_out, padding)?;
                 figures.insert("eval_accuracy".into(), number(eval.accuracy));
             }
             session.report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
@@ -149,9 +170,9 @@ pub fn train(
     if config.center {
         let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
         let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
-        trained = centered(base, trained, &some)?;
+        trained = centered(base, trained, &some, padding)?;
     }
-    let after = evaluate(base, &trained, held_out)?;
+    let after = evaluate_rows(base, &trained, held_out, padding)?;
     session.report.done();
     if !held_out.is_empty() {
         session.report.note(&format!(
@@ -168,6 +189,7 @@ fn gradients(
     adapter: &Adapter,
     batches: &[Vec<Cow<'_, RankedExample>>],
     loss: RewardLoss,
+    padding: Option<Padding>,
     checkpoint: Checkpointing,
 ) -> Result<Option<(Gradients, StepSums)>> {
     let weight = 1.0 / batches.iter().map(Vec::len).sum::<usize>() as f64;
@@ -176,6 +198,15 @@ fn gradients(
     for examples in batches {
         if stop::requested() {
             return Ok(None);
+        }
+        if let Some(padding) = padding {
+            let rows = padding.rows(examples)?;
+            let all: Vec<usize> = (0..rows.batch.tokens().len()).collect();
+            let (_, g) = Scorer::new(base, adapter)?.gradients(&rows.batch, &all, checkpoint, |scores| {
+                padded(&rows, scores, &padding, weight, &mut sums)
+            })?;
+            grads.add(g)?;
+            continue;
         }
         let batch = pack(examples)?;
         let rows = match loss {
@@ -205,6 +236,25 @@ struct StepSums {
     loss: f64,
     right: usize,
     pairs: usize,
+}
+
+impl StepSums {
+    fn window(&mut self, loss: &WindowLoss, share: f64) {
+        self.loss += loss.loss * share;
+        self.right += usize::from(loss.chosen_end > loss.rejected_end);
+        self.pairs += 1;
+    }
+}
+
+/// dL/dscore at every token and pad of [`Padding::rows`].
+fn padded(rows: &Rows, scores: &[f32], padding: &Padding, weight: f64, sums: &mut StepSums) -> Result<Vec<f32>> {
+    let mut grads = Vec::with_capacity(scores.len());
+    for pair in 0..rows.ends.len() / 2 {
+        let loss = rows.loss(pair, scores, padding)?;
+        sums.window(&loss, weight);
+        grads.extend(loss.chosen_grad.iter().chain(&loss.rejected_grad).map(|&g| (f64::from(g) * weight) as f32));
+    }
+    Ok(grads)
 }
 
 /// dL/dscore at the last tokens; `weight` divides by the examples of the step.
@@ -247,9 +297,7 @@ fn divergence(
         for better in 0..k {
             for worse in better + 1..k {
                 let loss = divergence_to_end(scored(better), scored(worse))?;
-                sums.loss += loss.loss * share;
-                sums.right += usize::from(loss.chosen_end > loss.rejected_end);
-                sums.pairs += 1;
+                sums.window(&loss, share);
                 for (i, g) in [(better, &loss.chosen_grad), (worse, &loss.rejected_grad)] {
                     for (sum, &g) in grads[rows(i)].iter_mut().zip(g) {
                         *sum += (f64::from(g) * share) as f32;
@@ -271,12 +319,27 @@ pub fn scores(
     adapter: &Adapter,
     examples: &(impl Examples<RankedExample> + ?Sized),
 ) -> Result<Vec<Vec<f32>>> {
+    scores_of_rows(base, adapter, examples, None)
+}
+
+fn scores_of_rows(
+    base: &Base,
+    adapter: &Adapter,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+    padding: Option<Padding>,
+) -> Result<Vec<Vec<f32>>> {
     let _phase = within(Phase::Evaluation);
     let scorer = Scorer::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
     for rows in chunks(examples.len(), EVAL_BATCH) {
         let some = pick(examples, rows)?;
-        let scores = scorer.scores(&pack(&some)?)?;
+        let scores = match padding {
+            None => scorer.scores(&pack(&some)?)?,
+            Some(padding) => {
+                let rows = padding.rows(&some)?;
+                scorer.values(&rows.batch, &rows.last_rows())?
+            }
+        };
         let mut at = 0;
         for example in some {
             all.push(scores[at..at + example.answers.len()].to_vec());
@@ -295,7 +358,20 @@ pub fn evaluate(
     adapter: &Adapter,
     examples: &(impl Examples<RankedExample> + ?Sized),
 ) -> Result<Evaluation> {
-    summarise(&scores(base, adapter, examples)?)
+    evaluate_rows(base, adapter, examples, None)
+}
+
+/// As [`evaluate`], with scores read as [`train_on_rows`] reads them.
+///
+/// # Errors
+/// As for [`scores`]; if a comparison on padded rows is not of two answers.
+pub fn evaluate_rows(
+    base: &Base,
+    adapter: &Adapter,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+    padding: Option<Padding>,
+) -> Result<Evaluation> {
+    summarise(&scores_of_rows(base, adapter, examples, padding)?)
 }
 
 /// Accuracy and means of scores, one list a comparison, best answer first.
@@ -321,8 +397,9 @@ pub fn summarise(comparisons: &[Vec<f32>]) -> Result<Evaluation> {
 }
 
 /// The same comparisons with scores of mean 0 and deviation 1 over the answers of `examples`: w / sd, (b - mean) / sd.
-fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample]) -> Result<Adapter> {
-    let scores: Vec<f64> = scores(base, &adapter, examples)?.into_iter().flatten().map(f64::from).collect();
+fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample], padding: Option<Padding>) -> Result<Adapter> {
+    let scores: Vec<f64> =
+        scores_of_rows(base, &adapter, examples, padding)?.into_iter().flatten().map(f64::from).collect();
     let n = scores.len() as f64;
     let mean = scores.iter().sum::<f64>() / n;
     let deviation = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt();

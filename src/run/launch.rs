@@ -16,7 +16,7 @@ use crate::report::Report;
 use crate::train::guard::Guard;
 use crate::train::keeper::{BaseFiles, Keeper};
 use crate::train::lock;
-use crate::train::origin::{Origin, digest_of_adapter, digest_of_examples, digest_of_tokenizer};
+use crate::train::origin::{Origin, digest_of_adapter, digest_of_examples, digest_of_texts, digest_of_tokenizer};
 use crate::train::session::Session;
 use crate::train::store::{self, Found, Store};
 
@@ -59,6 +59,11 @@ impl Inputs {
     pub(super) fn examples<T: Example>(mut self, name: &str, of: &(impl Examples<T> + ?Sized)) -> Result<Self> {
         self.origin.add(name, digest_of_examples(of)?);
         Ok(self)
+    }
+
+    pub(super) fn texts<'t>(mut self, name: &str, of: impl IntoIterator<Item = Option<&'t str>>) -> Self {
+        self.origin.add(name, digest_of_texts(of));
+        self
     }
 
     pub(super) fn adapter(mut self, name: &str, adapter: Option<&Adapter>) -> Result<Self> {

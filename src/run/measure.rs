@@ -121,6 +121,7 @@ impl Bench<'_> {
 
     fn reward(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.reward();
+        c.compat = None; // pads are few, and read no memory of their own
         let checkpoint = Checkpoint::open(&config.reward_base().path)?;
         let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let per_step =
@@ -185,6 +186,7 @@ impl Bench<'_> {
 
     fn ppo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.ppo()?.clone();
+        c.compat = None; // which answers are kept is no matter here
         if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
         }
@@ -201,7 +203,7 @@ impl Bench<'_> {
         let adapters = Adapters::open(&c, &model)?;
         let start =
             ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
-        let workshop = Workshop { scorer: &model, retokenise: None, prompts: &train, asked: &asked };
+        let workshop = Workshop { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
         let source = workshop.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
@@ -232,6 +234,7 @@ impl Bench<'_> {
             decode: &decode,
             evaluation: None,
             ptx: None,
+            pad: None,
         };
         let trained = ppo::train::train(task, c, config.seed, &mut session)?;
         save(trained.actor.clone(), &model, &self.out.join("actor"))?;

@@ -5,12 +5,13 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::config::{self, InitLoraWeights, Lora};
+use crate::config::{self, Data, InitLoraWeights, Lora};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Init, LoraConfig, Provenance, TargetModules};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::checkpoint::Checkpoint;
+use crate::model::config::Family;
 use crate::model::dora::with_magnitudes;
 use crate::model::peft::base_tables;
 use crate::model::principal::{Principal, principal};
@@ -117,6 +118,24 @@ impl Model {
             }),
             base_fingerprint: Some(self.base.fingerprint().to_string()),
         }
+    }
+
+    /// The token that DeepSpeed-Chat pads rows with: the one that `[data]` names, a Llama's own, or the end token.
+    ///
+    /// # Errors
+    /// If the tokenizer knows no such token, or none that ends an answer.
+    pub fn pad_id(&self, data: &Data) -> Result<u32> {
+        let tokenizer = self.checkpoint.tokenizer();
+        if let Some(token) = &data.pad_token {
+            let named = tokenizer.id(token);
+            return named.ok_or_else(|| invalid!("[data] pad_token = {token:?} is no token of this model's tokenizer"));
+        }
+        let own = tokenizer.pad_id().filter(|_| self.base.config().family == Family::Llama);
+        own.or(tokenizer.eos_id()).ok_or_else(|| {
+            invalid!(
+                "compat = \"dschat\" pads rows, and this tokenizer has neither pad nor end token; set [data] pad_token"
+            )
+        })
     }
 
     /// A fresh adapter shaped by `[lora]`.

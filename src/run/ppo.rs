@@ -11,7 +11,7 @@ use super::admission::Parts;
 use super::launch::Inputs;
 use super::rewards::{Adapters, Workshop};
 use super::{Launch, Model, prepared, save};
-use crate::config::{Config, CriticStart, Data, Ppo, Ptx, Stage};
+use crate::config::{Config, CriticStart, Data, Ppo, Ptx, RewardKind, Stage};
 use crate::data::examples::{Examples, Ids};
 use crate::data::phases::{PromptExample, SftExample, TextEncoder, prompt_examples};
 use crate::data::{self, ModelEncoder, Part, Prepared};
@@ -55,11 +55,13 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let text = settings.ptx.as_ref().map(|ptx| text(ptx, settings, &model, config)).transpose()?;
     let ids = Ids(&prompts);
     ppo::train::check(start, &ids, settings)?;
+    let pad = settings.compat.map(|_| model.pad_id(config.data()?)).transpose()?;
     let workshop = Workshop {
         scorer,
         retokenise: translated.as_ref().map(|prompts| (&reward_encoder as &dyn TextEncoder, prompts)),
         prompts: &prompts,
         asked: &asked,
+        pad,
     };
     let source = workshop.source(settings, &adapters)?;
     let gold = workshop.gold(settings, &adapters)?;
@@ -73,6 +75,16 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     if let Some(text) = &text {
         inputs = inputs.examples("text", text)?;
     }
+    if settings.reward.iter().chain(&settings.gold).any(|part| part.kind == RewardKind::Exact) {
+        let all: Vec<_> = all_prompts(&prompts, &asked).collect::<Result<_>>()?;
+        inputs = inputs.texts("answers", all.iter().map(|prompt| prompt.answer.as_deref()));
+    }
+    if let Some(translated) = &translated {
+        let theirs: Vec<Vec<u32>> = all_prompts(&prompts, &asked)
+            .map(|prompt| Ok(translated.get(&prompt?.tokens).cloned().unwrap_or_default()))
+            .collect::<Result<_>>()?;
+        inputs = inputs.examples("prompts for the reward model", &theirs)?;
+    }
     let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
     let contexts = [start.base, start.reward_base].map(|base| base.config().max_position_embeddings);
     let facts =
@@ -84,7 +96,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let memory = admission.tell(&session);
     let settings = admission.config.ppo()?;
     let tokenizer = model.checkpoint.tokenizer();
-    let (stop, decode) = (tokenizer.eos_ids(), |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default());
+    let mut stop = tokenizer.eos_ids().to_vec();
+    stop.extend(pad.filter(|pad| !tokenizer.eos_ids().contains(pad)));
+    let (stop, decode) = (&stop[..], |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default());
     let judges = Judges {
         base: &model.base,
         sft: &sft,
@@ -105,13 +119,15 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
         decode: &decode,
         evaluation: Some(&evaluation).filter(|_| !asked.is_empty()),
         ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
+        pad,
     };
-    let trained = ppo::train::train(task, settings, config.seed, &mut session)?;
+    let (trained, after) = ppo::train::train_then(task, settings, config.seed, &mut session, |trained, report| {
+        evaluation.run(&"after".into(), &trained.actor, report)
+    })?;
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
     let critic_model = if settings.critic == CriticStart::Actor || translated.is_some() { &model } else { scorer };
     let critic = trained.critic.map(|critic| save(critic, critic_model, &out.join("critic"))).transpose()?;
     let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
-    let after = evaluation.run(&"after".into(), &trained.actor, &mut session.report)?;
     let before = evaluation.baseline();
     let gain: Vec<f64> = after.scores.iter().zip(&before.scores).map(|(a, b)| a - b).collect();
     let last = trained.last;

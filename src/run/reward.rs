@@ -8,12 +8,14 @@ use serde_json::{Value, json};
 use super::admission::Parts;
 use super::launch::Inputs;
 use super::{Launch, Model, check_context, prepared, save};
-use crate::config::{Config, Stage};
+use crate::config::{Config, Reward, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
+use crate::data::phases::RankedExample;
 use crate::memory::jobs;
 use crate::report::number;
 use crate::reward;
+use crate::reward::dschat::Padding;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
     let settings = config.reward();
@@ -29,13 +31,15 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let given = settings.adapter.as_ref().map(|_| &start);
     let inputs = Inputs::new(Stage::Reward, config)?.model("", &model)?.adapter("adapter", given)?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
+    let padding = settings.compat.map(|_| padding(config, &model, &settings, &train)).transpose()?;
     let parts = Parts { stage: Stage::Reward, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| jobs::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
     let settings = admission.config.reward();
+    let (base, seed) = (&model.base, config.seed);
     let (adapter, summary) =
-        reward::train::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut session)?;
+        reward::train::train_on_rows(base, &start, &train, &held_out, &settings, padding, seed, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "reward",
@@ -50,4 +54,17 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
         "train_records": train.len(),
         "adapter": path,
     }))
+}
+
+/// DeepSpeed-Chat's rows by the settings.
+fn padding(
+    config: &Config,
+    model: &Model,
+    settings: &Reward,
+    examples: &impl Examples<RankedExample>,
+) -> Result<Padding> {
+    let data = config.data()?;
+    let found = Padding::of(model.pad_id(data)?, data.max_length, examples)?;
+    let given = settings.num_padding_at_beginning.unwrap_or(found.num_padding_at_beginning);
+    Ok(Padding { num_padding_at_beginning: given, ..found })
 }

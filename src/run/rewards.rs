@@ -21,7 +21,7 @@ use crate::reward::source::http::HttpReward;
 use crate::reward::source::patience::Patience;
 use crate::reward::source::retokenised::RetokenisedModel;
 use crate::reward::source::verify::{Solutions, Verifier};
-use crate::reward::source::{RewardModel, RewardSource};
+use crate::reward::source::{RewardModel, RewardSource, Unpadded};
 
 /// Wait before the first new try.
 const BACKOFF: Duration = Duration::from_millis(500);
@@ -80,6 +80,8 @@ pub(super) struct Workshop<'w> {
     pub prompts: &'w dyn Examples<PromptExample>,
     /// Those held out.
     pub asked: &'w [PromptExample],
+    /// The pad token, where `compat` has prompts read without those in front.
+    pub pad: Option<u32>,
 }
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
@@ -107,7 +109,10 @@ impl<'w> Workshop<'w> {
     fn model(&self, adapter: &'w Adapter) -> Result<Boxed<'w>> {
         let scorer = Scorer::new(&self.scorer.base, adapter)?;
         Ok(match self.retokenise {
-            None => Box::new(RewardModel(scorer)),
+            None => match self.pad {
+                None => Box::new(RewardModel(scorer)),
+                Some(pad) => Box::new(Unpadded { model: RewardModel(scorer), pad }),
+            },
             Some((encoder, prompts)) => {
                 let context = self.scorer.base.config().max_position_embeddings;
                 Box::new(RetokenisedModel { scorer, encoder, prompts, context })

@@ -17,6 +17,13 @@ pub struct Learner {
     max_grad_norm: f64,
 }
 
+/// Gradients that are there, finite and clipped.
+#[derive(Debug)]
+pub struct Checked {
+    gradients: Gradients,
+    norm: f64,
+}
+
 impl Learner {
     /// `max_grad_norm`: gradients of a larger norm are scaled down to it; 0 leaves them.
     ///
@@ -59,10 +66,27 @@ impl Learner {
     /// # Errors
     /// If a gradient is missing, misshapen or not finite; the message names the tensor.
     pub fn step(&mut self, gradients: Gradients, lr: f64) -> Result<f64> {
+        let checked = self.checked(gradients)?;
+        self.step_by(checked, lr)
+    }
+
+    /// Looks at gradients and clips them, so that several learners step only where all can.
+    ///
+    /// # Errors
+    /// As for [`Learner::step`].
+    pub fn checked(&self, gradients: Gradients) -> Result<Checked> {
         let mut gradients = self.weights.without_frozen(gradients)?;
         let norm = clip_grad_norm(&self.weights, &mut gradients, self.max_norm())?;
-        self.take(&gradients, lr)?;
-        Ok(norm)
+        Ok(Checked { gradients, norm })
+    }
+
+    /// One AdamW step by gradients that this learner has checked; returns their norm before clipping.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn step_by(&mut self, checked: Checked, lr: f64) -> Result<f64> {
+        self.take(&checked.gradients, lr)?;
+        Ok(checked.norm)
     }
 
     /// Steps two learners as one optimizer would that held the parameters of both: the norm over all of them is clipped, to

@@ -164,6 +164,17 @@ pub fn digest_of_examples<T: Example>(examples: &(impl Examples<T> + ?Sized)) ->
     Ok(format!("{} examples, sha256:{:.16}", examples.len(), format!("{:x}", hash.finalize())))
 }
 
+/// A digest of texts, each of which may be absent.
+pub fn digest_of_texts<'t>(texts: impl IntoIterator<Item = Option<&'t str>>) -> String {
+    let mut hash = Sha256::new();
+    for text in texts {
+        // No text is this long: an absent one is told from an empty one.
+        hash.update(text.map_or(u64::MAX, |text| text.len() as u64).to_le_bytes());
+        hash.update(text.unwrap_or_default());
+    }
+    format!("sha256:{:.16}", format!("{:x}", hash.finalize()))
+}
+
 /// A digest of an adapter's numbers.
 ///
 /// # Errors
@@ -210,6 +221,18 @@ mod tests {
         now.add("reward base", "C".into());
         let message = now.check_inputs(&then).unwrap_err().to_string();
         assert!(message.contains("base was A, now B") && message.contains("reward base was none, now C"), "{message}");
+    }
+
+    #[test]
+    fn a_digest_of_texts_tells_an_absent_one_from_an_empty_one_and_where_one_ends() {
+        let all = [
+            digest_of_texts([Some("ab"), Some("c")]),
+            digest_of_texts([Some("a"), Some("bc")]),
+            digest_of_texts([Some(""), Some("abc")]),
+            digest_of_texts([None, Some("abc")]),
+        ];
+        assert!((0..4).all(|i| (0..i).all(|j| all[i] != all[j])), "{all:?}");
+        assert_eq!(all[0], digest_of_texts([Some("ab"), Some("c")]));
     }
 
     #[test]

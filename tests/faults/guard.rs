@@ -61,6 +61,7 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         decode: &|_| String::new(),
         evaluation: None,
         ptx: None,
+        pad: None,
     };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
     train(task, &config, 1, &mut session)

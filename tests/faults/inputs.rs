@@ -3,7 +3,7 @@
 use std::fs;
 
 use crate::support::Place;
-use crate::world::{interrupted, line, place, signal, start, wait_for_lines};
+use crate::world::{interrupted, line, place, run_all, signal, start, wait_for_lines};
 
 fn stopped() -> Place {
     let place = place();
@@ -44,6 +44,24 @@ fn resuming_on_another_base_tokenizer_or_data_is_refused_with_the_difference_nam
     place.write(&data.0, &data.1);
     let ran = place.run(&format!("{} --resume", line("sft")));
     assert_eq!(ran.code, 0, "{}", ran.stderr);
+}
+
+#[test]
+fn the_answers_that_records_give_are_inputs_where_a_reward_compares_with_them() {
+    let place = place();
+    run_all(&place, &["sft", "reward"]);
+    let config = fs::read_to_string(place.path("run.toml")).unwrap();
+    place.write("run.toml", config + "[[ppo.reward]]\nkind = \"exact\"\n");
+    let line = line("ppo").replace("prompts.jsonl", "sft.jsonl");
+    let ran = place.run(&line);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let data = fs::read_to_string(place.path("sft.jsonl")).unwrap();
+    place.write("sft.jsonl", data.replace("salty", "sweet"));
+    let again = format!("{line} --resume out/ppo/checkpoints/checkpoint-12");
+    let ran = place.run(&again);
+    assert!(ran.code == 2 && ran.stderr.contains("answers was"), "{}", ran.stderr);
+    place.write("sft.jsonl", data);
+    assert_eq!(place.run(&again).code, 0);
 }
 
 #[test]

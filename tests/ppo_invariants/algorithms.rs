@@ -56,6 +56,7 @@ fn every_algorithm_raises_the_gold_score() {
         decode: &decode,
         evaluation: None,
         ptx: None,
+        pad: None,
     };
     use AdvantageEstimator::*;
     for (estimator, policy_loss) in [

@@ -101,7 +101,16 @@ fn told_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64) -> (Vec<Va
     let stop = model.checkpoint.tokenizer().eos_ids();
     let prompts = questions(model, 24);
     let source = source_of(start);
-    let task = Task { start, prompts: &prompts, stop, source: &source, decode: &decode, evaluation: None, ptx: None };
+    let task = Task {
+        start,
+        prompts: &prompts,
+        stop,
+        source: &source,
+        decode: &decode,
+        evaluation: None,
+        ptx: None,
+        pad: None,
+    };
     let trained = ppo::train::train(task, &config, seed, &mut report).unwrap();
     let text = fs::read_to_string(dir.path().join("samples.jsonl")).unwrap();
     (metrics(dir.path()), text.lines().map(|l| serde_json::from_str::<Told>(l).unwrap().into()).collect(), trained)

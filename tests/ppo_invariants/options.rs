@@ -7,10 +7,12 @@ use std::sync::OnceLock;
 
 use fourfold::config::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, LrScheduler, PolicyLoss, Ppo};
 use fourfold::model::adapter::Adapter;
-use fourfold::ppo::train::{Start, Trained};
+use fourfold::ppo::state::State;
+use fourfold::ppo::train::{Run, Start, Task, Trained};
 use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::snapshot::Snapshot;
 use serde_json::Value;
 
 use super::world::*;
@@ -67,6 +69,54 @@ fn estimators_without_a_critic_hold_none_and_say_nothing_of_values() {
         assert_ne!(bits(&trained.actor), bits(&world().sft), "{advantage_estimator:?}");
         let (best, mean) = (column(&lines, "objective/best_of_n"), column(&lines, "objective/scores"));
         assert!(best.iter().zip(&mean).all(|(best, mean)| best > mean), "the best of four: {best:?} {mean:?}");
+    }
+}
+
+fn arrays(of: &Snapshot) -> Vec<u8> {
+    let mut bytes = vec![];
+    of.write_arrays(&mut bytes).unwrap();
+    bytes
+}
+
+#[test]
+fn without_a_critic_a_run_needs_no_reward_adapter_and_allocates_nothing_for_one() {
+    let world = world();
+    let base = &world.model.base;
+    let source = source_of(Start { base, reward_base: base, sft: &world.sft, reward: Some(&world.rm) });
+    let prompts = questions(&world.model, 8);
+    let state_bytes = |advantage_estimator, reward| {
+        let config = Ppo { advantage_estimator, num_generations: 4, ..self::base() };
+        let start = Start { base, reward_base: base, sft: &world.sft, reward };
+        let task = Task {
+            start,
+            prompts: &prompts,
+            stop: &[0],
+            source: &source,
+            decode: &|_| String::new(),
+            evaluation: None,
+            ptx: None,
+            pad: None,
+        };
+        let run = Run::new(task, &config, 1).unwrap();
+        let mut state = State::new(&run).unwrap();
+        let who: Vec<&str> = state.learners().into_iter().map(|(name, _)| name).collect();
+        state.roll_out(&run).unwrap();
+        assert_eq!(state.experience.as_ref().unwrap().rollout.values.is_empty(), who == ["actor"]);
+        (who, arrays(&state.snapshot(&run).unwrap()).len())
+    };
+    let (who, with) = state_bytes(AdvantageEstimator::Gae, Some(&world.rm));
+    assert_eq!(who, ["actor", "critic"]);
+    let numbers: usize = bits(&world.rm).values().map(Vec::len).sum();
+    for estimator in [
+        AdvantageEstimator::Reinforce,
+        AdvantageEstimator::ReinforcePlusPlus,
+        AdvantageEstimator::Rloo,
+        AdvantageEstimator::Grpo,
+    ] {
+        let (who, without) = state_bytes(estimator, None);
+        assert_eq!(who, ["actor"], "{estimator:?}");
+        // Weights and both moments of the critic, each four bytes, and the file's names for them.
+        assert!(with - without >= 3 * 4 * numbers, "{estimator:?}: {with} {without}");
     }
 }
 
@@ -228,6 +278,37 @@ fn the_average_of_the_actor_follows_it_and_the_reference_can() {
     let (never, copied, mixed) = (kl(0, 1.0), kl(1, 1.0), kl(1, 0.5));
     assert!(copied < 1e-4 && never > 1e-3, "the reference is the actor again: {copied}, without {never}");
     assert!(mixed > copied, "{mixed}");
+}
+
+#[test]
+fn where_the_critics_gradient_is_no_number_neither_of_the_two_has_stepped() {
+    let world = world();
+    let start =
+        Start { base: &world.model.base, reward_base: &world.model.base, sft: &world.sft, reward: Some(&world.rm) };
+    let (source, prompts) = (source_of(start), questions(&world.model, 24));
+    for shared_optimizer in [false, true] {
+        // The value loss is finite, its gradient beyond f32.
+        let config = Ppo { vf_coef: 1e300, shared_optimizer, ..base() };
+        let stop = world.model.checkpoint.tokenizer().eos_ids();
+        let task = Task {
+            start,
+            prompts: &prompts,
+            stop,
+            source: &source,
+            decode: &|_| String::new(),
+            evaluation: None,
+            ptx: None,
+            pad: None,
+        };
+        let run = Run::new(task, &config, 1).unwrap();
+        let mut state = State::new(&run).unwrap();
+        state.roll_out(&run).unwrap();
+        let before = arrays(&state.snapshot(&run).unwrap());
+        let error = state.minibatch(&run, 1.0).unwrap_err();
+        assert!(error.to_string().contains("gradient"), "{error:#}");
+        assert!(arrays(&state.snapshot(&run).unwrap()) == before, "something moved");
+        assert_eq!(state.actor.optimizer_state().step, 0);
+    }
 }
 
 #[test]

@@ -26,6 +26,7 @@ fn text_is_kept_by_its_weight_and_a_weight_of_0_changes_nothing() {
             decode: &|_| String::new(),
             evaluation: None,
             ptx: config.ptx.as_ref().map(|_| &text as _),
+            pad: None,
         };
         ppo::train::train(task, &config, 3, &mut Session::silent()).unwrap()
     };

@@ -124,6 +124,7 @@ pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report:
         decode: &decode,
         evaluation: None,
         ptx: None,
+        pad: None,
     };
     ppo::train::train(task, config, seed, report).unwrap()
 }

@@ -71,7 +71,7 @@ impl Pass<'_> {
     /// x2 (N, D) of x (N, D), and what the reverse wants.
     pub(super) fn attention(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionKept)> {
         let Projected { z: z_qkv, raw, q, k, v } = self.project(layout.positions, x)?;
-        let o = attention::forward(&q, &k, &v, layout.offsets, self.block.heads)?;
+        let o = attention::forward(&q, &k, &v, layout.spans, self.block.heads)?;
         let end = self.join(&self.block.attention_norms);
         let (x2, z_o, join) = end.forward(&o, self.part(self.attention_out()), x)?;
         Ok((x2, AttentionKept { z_qkv, raw, q, k, v, o, z_o, join }))
@@ -85,7 +85,7 @@ impl Pass<'_> {
         seen: impl FnOnce(&[f32], &[f32]),
     ) -> Result<Tensor> {
         let Projected { q, k, v, .. } = self.project(layout.positions, x)?;
-        let o = attention::forward(&q, &k, &v, layout.offsets, self.block.heads)?;
+        let o = attention::forward(&q, &k, &v, layout.spans, self.block.heads)?;
         seen(&cpu::view(&k)?, &cpu::view(&v)?);
         drop((q, k, v));
         Ok(self.join(&self.block.attention_norms).forward(&o, self.part(self.attention_out()), x)?.0)
@@ -121,7 +121,7 @@ impl Pass<'_> {
         let out = self.attention_out();
         let g = linear::backward(&kept.o, &[self.part(out)], &kept.z_o, &[df], InputGradient::Wanted)?;
         let d_o = keep(grads, out, g)?;
-        let (dq, dk, dv) = attention::backward(&kept.q, &kept.k, &kept.v, layout.offsets, self.block.heads, &d_o)?;
+        let (dq, dk, dv) = attention::backward(&kept.q, &kept.k, &kept.v, layout.spans, self.block.heads, &d_o)?;
         let dq = self.turned(dq, layout.positions, Turn::Back)?;
         let dk = self.turned(dk, layout.positions, Turn::Back)?;
         let (dq, dk) = match (&self.block.qk_norms, &kept.raw) {

@@ -5,9 +5,10 @@
 use candle_core::{Result, Tensor};
 
 use super::adapter::{LayerPairs, LoraPair, MAX_LINEARS};
+use super::batch::Batch;
 use super::config::{Mlp, Qkv};
 use crate::ops::activation::Activation;
-use crate::ops::attention::{Cached, Heads};
+use crate::ops::attention::{Cached, Heads, Spans};
 use crate::ops::linear::{self, BranchGradient, InputGradient, Part};
 use crate::ops::norm::Norm;
 use crate::ops::rope::Angles;
@@ -85,10 +86,18 @@ pub struct Geometry {
 /// Where a batch's tokens stand.
 #[derive(Clone, Copy)]
 pub struct Layout<'a> {
-    /// (S + 1) row offsets of the sequences.
-    pub offsets: &'a [usize],
+    /// Rows of the sequences.
+    pub spans: Spans<'a>,
     /// (N) positions.
     pub positions: &'a [u32],
+}
+
+impl<'a> Layout<'a> {
+    /// Of a batch.
+    pub fn of(batch: &'a Batch) -> Self {
+        let spans = Spans { offsets: batch.offsets(), readable: batch.readable() };
+        Self { spans, positions: batch.positions() }
+    }
 }
 
 /// Inputs of the backward, (N, ..) each.
@@ -211,7 +220,7 @@ impl Block {
     ) -> Result<Tensor> {
         let width = self.heads.kv * self.heads.dim;
         self.pass(pairs, geometry).forward(layout, x, |k, v| {
-            for (cache, bounds) in caches.iter_mut().zip(layout.offsets.windows(2)) {
+            for (cache, bounds) in caches.iter_mut().zip(layout.spans.offsets.windows(2)) {
                 let rows = bounds[0] * width..bounds[1] * width;
                 *cache = Cached::with_room(rows.len() + room * width);
                 cache.extend(&k[rows.clone()], &v[rows]);

@@ -54,6 +54,7 @@ fn what_cannot_run_is_refused_before_a_token_is_sampled() {
             decode: &|_| String::new(),
             evaluation: None,
             ptx: None,
+            pad: None,
         };
         let error = train(task, config, 1, &mut Session::silent()).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");

@@ -1,0 +1,140 @@
+//! Comparisons as rows padded at the right, for `compat = "dschat"`: where an answer ends, and what a batch of such rows
+//! is. Knows no loss: read loss.rs for `divergence_to_end_padded`. Source: microsoft/DeepSpeedExamples 83757d9,
+//! `dschat/utils/model/reward_model.py`.
+//!
+//! There every row is padded to the longest length. Only pads up to the later of the two ends are in the loss, so no more
+//! are made here. Pads are read from and never attended to, and their positions go on counting.
+
+use std::borrow::Cow;
+
+use anyhow::Result;
+
+use super::loss::{Scored, WindowLoss, divergence_to_end_padded};
+use crate::data::examples::Examples;
+use crate::data::phases::RankedExample;
+use crate::invalid;
+use crate::model::batch::Batch;
+
+/// How rows are padded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Padding {
+    /// The pad token.
+    pub pad: u32,
+    /// Pad tokens of a row before the one that ends its answer.
+    pub num_padding_at_beginning: usize,
+    /// Tokens of a whole row.
+    pub max_length: usize,
+}
+
+/// Comparisons of two answers as one batch: chosen, rejected, chosen, rejected.
+pub struct Rows {
+    /// The rows of a comparison are of one length.
+    pub batch: Batch,
+    /// (S): one past each answer.
+    pub ends: Vec<usize>,
+}
+
+impl Padding {
+    /// With as many pads in front as every row has: 1 where all begin with the pad token, else 0.
+    ///
+    /// # Errors
+    /// If the examples cannot be read.
+    pub fn of(pad: u32, max_length: usize, examples: &(impl Examples<RankedExample> + ?Sized)) -> Result<Self> {
+        let begins = |row: usize| Ok(examples.get(row)?.prompt.first() == Some(&pad));
+        let all = (0..examples.len()).map(begins).collect::<Result<Vec<bool>>>()?;
+        let num_padding_at_beginning = usize::from(!all.is_empty() && all.iter().all(|&begins| begins));
+        Ok(Self { pad, num_padding_at_beginning, max_length })
+    }
+
+    /// One past the answer: the place of the pad that ends it in the padded row, or the row's length.
+    fn end(&self, tokens: &[u32]) -> usize {
+        let pads = tokens.iter().enumerate().filter(|&(_, &token)| token == self.pad).map(|(place, _)| place);
+        let place = pads.chain(tokens.len()..).nth(self.num_padding_at_beginning);
+        place.unwrap_or(self.max_length).min(self.max_length)
+    }
+
+    /// Packs comparisons of two answers.
+    ///
+    /// # Errors
+    /// If one has more answers.
+    pub fn rows(&self, examples: &[Cow<'_, RankedExample>]) -> Result<Rows> {
+        let (mut rows, mut readable, mut ends) = (vec![], vec![], vec![]);
+        for example in examples {
+            let [chosen, rejected] = &example.answers[..] else {
+                return Err(invalid!(
+                    "[reward] compat = \"dschat\" compares two answers, and a record has {}; add [data] compat = \"dschat\", \
+                     which takes the best and the worst",
+                    example.answers.len()
+                ));
+            };
+            let pair = [chosen, rejected].map(|answer| [&example.prompt[..], answer].concat());
+            let of = [self.end(&pair[0]), self.end(&pair[1])];
+            let longest = pair.iter().map(Vec::len).chain(of).max().unwrap_or(0);
+            for (mut row, end) in pair.into_iter().zip(of) {
+                readable.push(row.len());
+                row.resize(longest, self.pad);
+                rows.push(row);
+                ends.push(end);
+            }
+        }
+        Ok(Rows { batch: Batch::padded(&rows, readable)?, ends })
+    }
+}
+
+impl Rows {
+    /// The rows of the batch's hidden states at which scores are read: every answer's last token. A row that begins with
+    /// its end is read at its last place, as index -1 does.
+    pub fn last_rows(&self) -> Vec<usize> {
+        let bounds = self.batch.offsets().windows(2);
+        bounds.zip(&self.ends).map(|(b, &end)| end.checked_sub(1).map_or(b[1] - 1, |at| b[0] + at)).collect()
+    }
+
+    /// Loss and derivatives of comparison `pair`, of the scores (N) of all tokens.
+    ///
+    /// # Errors
+    /// Those of [`divergence_to_end_padded`].
+    pub fn loss(&self, pair: usize, scores: &[f32], padding: &Padding) -> Result<WindowLoss> {
+        let [chosen, rejected] = [2 * pair, 2 * pair + 1].map(|s| {
+            let rows = self.batch.offsets()[s]..self.batch.offsets()[s + 1];
+            Scored { tokens: &self.batch.tokens()[rows.clone()], scores: &scores[rows] }
+        });
+        divergence_to_end_padded(chosen, rejected, padding.pad, padding.num_padding_at_beginning)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn example(prompt: &[u32], answers: &[&[u32]]) -> Cow<'static, RankedExample> {
+        let answers = answers.iter().map(|answer| answer.to_vec()).collect();
+        Cow::Owned(RankedExample { prompt: prompt.to_vec(), answers })
+    }
+
+    #[test]
+    fn rows_are_padded_to_the_longer_of_two_and_end_at_the_pad_of_their_number() {
+        let own = Padding { pad: 1, num_padding_at_beginning: 0, max_length: 9 };
+        let rows = own.rows(&[example(&[5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
+        assert_eq!(rows.batch.tokens(), [5, 6, 7, 2, 5, 8, 2, 1]);
+        assert_eq!((rows.ends.clone(), rows.last_rows()), (vec![4, 3], vec![3, 6]));
+        assert_eq!(rows.batch.readable().unwrap(), [4, 3]);
+        // OPT: the first token is a pad, and the end token is one.
+        let opt = Padding { pad: 2, num_padding_at_beginning: 1, max_length: 9 };
+        let rows = opt.rows(&[example(&[2, 5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
+        assert_eq!((rows.ends.clone(), rows.last_rows()), (vec![4, 3], vec![3, 7]));
+        // One pad too many is looked for: each answer's end moves into its pads, as far as the row goes.
+        let wrong = Padding { num_padding_at_beginning: 1, max_length: 4, ..own };
+        let rows = wrong.rows(&[example(&[5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
+        assert_eq!(rows.ends, [4, 4]);
+        assert!(own.rows(&[example(&[5], &[&[6], &[7], &[8]])]).is_err());
+    }
+
+    #[test]
+    fn pads_in_front_are_counted_only_where_every_row_has_one() {
+        let examples = [example(&[2, 5], &[&[6], &[7]]).into_owned(), example(&[2, 8], &[&[6], &[7]]).into_owned()];
+        let leading = |examples: &[RankedExample], pad| Padding::of(pad, 9, examples).unwrap().num_padding_at_beginning;
+        assert_eq!([leading(&examples, 2), leading(&examples, 1), leading(&[], 2)], [1, 0, 0]);
+        let mixed = [examples[0].clone(), example(&[5], &[&[6], &[7]]).into_owned()];
+        assert_eq!(leading(&mixed, 2), 0);
+    }
+}
