@@ -62,13 +62,17 @@ fn write_wide_base(place: &Place) -> f64 {
 fn a_base_quantised_at_load_never_lies_dense_in_memory() {
     let place = Place::new();
     let dense = write_wide_base(&place);
-    let peak = |more: &str| {
-        let line = format!("sft run.toml --set base.path=wide --set data.max_rows=4 --json --out out/w{more}");
+    let once = |more: &str| {
+        let line =
+            format!("sft run.toml --set base.path=wide --set data.max_rows=4 --json --overwrite --out out/w{more}");
         let line = if more.is_empty() { line } else { format!("{line} --set base.quantize=\"{more}\"") };
         let ran = place.run(&line);
         assert_eq!(ran.code, 0, "{}", ran.stderr);
         serde_json::from_str::<Value>(&ran.stdout).unwrap()["peak_rss_mib"].as_f64().unwrap()
     };
+    // How many pages around the one that is read the system maps, and when it takes them back, differs from run to run; what
+    // a run needs does not.
+    let peak = |more: &str| (0..3).map(|_| once(more)).fold(f64::INFINITY, f64::min);
     let as_stored = peak("");
     assert!(as_stored > dense, "the comparison is of mapped pages that were read: {as_stored} of {dense} MiB");
     for (name, bits) in [("q8_0", 8.5), ("q4_k", 4.5), ("nf4", 4.5)] {

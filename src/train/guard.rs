@@ -69,7 +69,7 @@ impl Guard {
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
-        self.before = learners.iter().map(|(_, learner)| Ok(learner.weights().parameters()?)).collect::<Result<_>>()?;
+        self.before = learners.iter().map(|(_, learner)| learner.weights().parameters()).collect::<Result<_>>()?;
         Ok(())
     }
 
