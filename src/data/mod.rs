@@ -1,6 +1,7 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
-//! sources.rs finds and mixes the files, read.rs (with bounded.rs beneath), delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
+//! sources.rs finds and mixes the files, read.rs (with bounded.rs beneath), delimited.rs and
+//! parquet.rs (with parquet_footer.rs beneath) open them; formats.rs, mapping.rs, columns.rs,
 //! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
 //! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on, report.rs what became of the records; pipeline.rs runs all that over files
 //! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
@@ -21,6 +22,7 @@ mod formats;
 mod mapping;
 pub mod order;
 mod parquet;
+mod parquet_footer;
 pub mod phases;
 mod pipeline;
 pub mod presets;
