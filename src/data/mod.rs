@@ -6,6 +6,7 @@
 //! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on, report.rs what became of the records; pipeline.rs runs all that over files
 //! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
 //! says which comes when.
+//! ids.rs reads sequences that are token ids already.
 //! Read formats.rs next.
 
 mod bounded;
@@ -19,6 +20,7 @@ mod encoder;
 pub mod examples;
 mod files;
 mod formats;
+pub mod ids;
 mod mapping;
 pub mod order;
 mod parquet;

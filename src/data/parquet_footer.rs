@@ -224,7 +224,8 @@ mod tests {
 
     /// A footer whose schema has these numbers of children, and which has so many row groups of so many chunks.
     fn footer(children: &[u64], groups: usize, chunks: usize) -> Vec<u8> {
-        let list = |length: usize, element: &[u8]| [&[0xFC], &varint(length as u64)[..], &element.repeat(length)].concat();
+        let list =
+            |length: usize, element: &[u8]| [&[0xFC], &varint(length as u64)[..], &element.repeat(length)].concat();
         let mut out = vec![0x15, 2, 0x19, 0xFC]; // version = 1, schema
         out.extend(varint(children.len() as u64));
         for &n in children {

@@ -235,9 +235,10 @@ mod tests {
     #[test]
     fn a_row_past_f32_is_nan_forward_and_backward_and_the_others_are_untouched() {
         const D: usize = 20;
-        for (norm, bad) in norms(D).into_iter().flat_map(|n| {
-            [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e20, -3e38].map(|bad| (n.clone(), bad))
-        }) {
+        for (norm, bad) in norms(D)
+            .into_iter()
+            .flat_map(|n| [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e20, -3e38].map(|bad| (n.clone(), bad)))
+        {
             let good: Vec<f32> = (0..3 * D).map(|i| (i as f32 * 0.7).sin()).collect();
             let mut spoilt = good.clone();
             spoilt[D + 3] = bad;
