@@ -163,7 +163,7 @@ fn activations_past_f32_come_out_as_nan_in_every_family() {
             let mut weights = learner.parameters().unwrap();
             let grown = names.iter().position(|n| n.contains("lora_B") && alike.iter().any(|a| n.contains(a)));
             let grown = grown.unwrap_or_else(|| panic!("{name} has no {part}: {names:?}"));
-            weights[grown] = (weights[grown].zeros_like().unwrap() + scale).unwrap();
+            weights[grown] = (&weights[grown] * scale).unwrap();
             let mut spoilt = adapter.to_trainable();
             spoilt.replace(weights).unwrap();
             let got = logprobs(spoilt.view());

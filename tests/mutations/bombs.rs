@@ -10,7 +10,7 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use fourfold::error::exit_code;
 use fourfold::ops::weight::StoredType;
-use parquet::basic::{Compression, ZstdLevel};
+use parquet::basic::{Compression as Codec, ZstdLevel};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::properties::WriterProperties;
 use parquet::file::writer::SerializedFileWriter;
@@ -118,7 +118,7 @@ fn a_data_file_that_nests_without_end_is_refused() {
 fn parquet(path: &Path, columns: &str, text: &[u8], times: usize) -> usize {
     let schema = Arc::new(parse_message_type(&format!("message records {{ {columns} }}")).unwrap());
     let properties = WriterProperties::builder()
-        .set_compression(Compression::ZSTD(ZstdLevel::default()))
+        .set_compression(Codec::ZSTD(ZstdLevel::default()))
         .set_dictionary_enabled(times > 1)
         .set_dictionary_page_size_limit(64 << 20)
         .set_data_page_size_limit(64 << 20)

@@ -8,7 +8,7 @@
 //! FOURFOLD_MUTATIONS=100000 cargo test --release --test mutations -- --nocapture --test-threads=1
 //! ```
 //!
-//! With `--features hub` the hub's answers are among them. `FOURFOLD_MUTATION_SEED` (1) chooses other inputs, `FOURFOLD_MUTATION_CASE` one of them; an input that is at fault is
+//! `FOURFOLD_MUTATION_SEED` (1) chooses other inputs, `FOURFOLD_MUTATION_CASE` one of them; an input that is at fault is
 //! kept in the system's temporary folder and named.
 #![cfg(unix)]
 
@@ -16,8 +16,6 @@ mod allocation;
 mod bombs;
 mod campaign;
 mod data;
-#[cfg(feature = "hub")]
-mod hub;
 mod models;
 mod mutate;
 mod runs;
