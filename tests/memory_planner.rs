@@ -86,12 +86,17 @@ const ALL: [&str; 5] = ["load", "update", "step", "evaluation", "save"];
 #[test]
 fn sft_and_reward_are_predicted_within_5_percent_in_every_phase_of_three_shapes() {
     let p = place();
-    for shape in ["", "--set sft.per_device_train_batch_size=3 --set lora.r=16", "--set sft.checkpoint=\"block\""] {
+    for shape in [
+        "",
+        "--set sft.per_device_train_batch_size=3 --set lora.r=16 --set sft.checkpoint=\"mlp\"",
+        "--set sft.checkpoint=\"block\" --set base.compute_dtype=\"bf16\"",
+        "--set lora.target_modules=[\"q_proj\",\"embed_tokens\",\"lm_head\"]",
+    ] {
         agrees(&p, &format!("--phase sft {shape}"), &ALL);
     }
     for shape in [
         "",
-        "--set reward.per_device_train_batch_size=2 --set reward.gradient_accumulation_steps=3",
+        "--set reward.per_device_train_batch_size=2 --set reward.gradient_accumulation_steps=3 --set reward.checkpoint=\"mlp\"",
         "--set reward.checkpoint=\"block\" --set reward.loss=\"divergence_to_end\"",
     ] {
         agrees(&p, &format!("--phase reward --set data.path=pairs.jsonl {shape}"), &ALL);
@@ -114,8 +119,10 @@ fn ppo_is_predicted_within_5_percent_in_every_phase_of_three_shapes() {
     let phases = ["load", "rollout", "scoring", "update", "step", "evaluation", "save"];
     for shape in [
         "",
-        "--set ppo.micro_batch_size=4 --set ppo.checkpoint=\"block\" --set ppo.response_length=24",
-        "--set base.quantize=\"q8_0\" --set ppo.num_mini_batches=2 --set ppo.local_rollout_forward_batch_size=4",
+        "--set ppo.micro_batch_size=4 --set ppo.checkpoint=\"block\" --set ppo.response_length=24 \
+         --set base.compute_dtype=\"bf16\"",
+        "--set base.quantize=\"q8_0\" --set ppo.num_mini_batches=2 --set ppo.local_rollout_forward_batch_size=4 \
+         --set ppo.checkpoint=\"mlp\"",
     ] {
         agrees(&p, &format!("--phase ppo --set data.path=prompts.jsonl {shape}"), &phases);
     }
@@ -174,18 +181,23 @@ fn a_stage_that_would_not_fit_refuses_with_code_2_and_the_change_it_names_fits()
 }
 
 #[test]
-fn auto_recomputes_where_the_limit_asks_for_it_and_both_ways_end_in_the_same_bytes() {
+fn auto_recomputes_as_much_as_the_limit_asks_for_and_all_ways_end_in_the_same_bytes() {
     let p = place();
     let plan = |checkpoint: &str| {
         let set = format!("sft.checkpoint=\"{checkpoint}\"");
         object(&p, "plan run.toml --phase sft --json --set", &[&set])["peak"]["total"].as_u64().unwrap()
     };
-    let between = format!("memory.limit={}", (plan("none") + plan("block")) / 2);
-    let with = object(&p, "sft run.toml --json --out a --set data.max_rows=24 --set", &[&between]);
-    let without = object(&p, "sft run.toml --json --out b --set data.max_rows=24", &[]);
-    assert_eq!((&with["memory"]["checkpoint"], &without["memory"]["checkpoint"]), (&json!("block"), &json!("none")));
+    let (none, mlp, block) = (plan("none"), plan("mlp"), plan("block"));
     let bytes = |out: &str| fs::read(p.path(out).join("adapter/adapter_model.safetensors")).unwrap();
-    assert_eq!(bytes("a"), bytes("b"));
+    let unlimited = object(&p, "sft run.toml --json --out none --set data.max_rows=24", &[]);
+    assert_eq!(unlimited["memory"]["checkpoint"], "none");
+    for (checkpoint, limit) in [("mlp", (none + mlp) / 2), ("block", (mlp + block) / 2)] {
+        let limit = format!("memory.limit={limit}");
+        let words = format!("sft run.toml --json --out {checkpoint} --set data.max_rows=24 --set");
+        let with = object(&p, &words, &[&limit]);
+        assert_eq!(with["memory"]["checkpoint"], checkpoint, "{with}");
+        assert_eq!(bytes(checkpoint), bytes("none"), "{checkpoint}");
+    }
 }
 
 const LLAMA_7B: &str = r#"{"model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
