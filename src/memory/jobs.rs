@@ -295,6 +295,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     Ok(Work::Rollouts(Rollouts {
         prompts: rollout,
         response,
+        generations: c.num_generations,
         at_once: c.at_once(),
         steps: c.iterations() * c.num_ppo_epochs * c.num_mini_batches,
         micro: micro.iter().map(|rows| rows.iter().map(|&p| (p, full(p))).collect()).collect(),

@@ -429,21 +429,28 @@ impl Base {
         Ok(grads)
     }
 
-    /// Starts generation: runs the prompts, fills a cache with room for `room` tokens more of each, and returns the hidden
-    /// state (S, D) of each last token.
+    /// Starts generation: runs the prompts, fills a cache with room for `room` tokens more of each answer, and returns the
+    /// hidden state (S, D) of each one's last prompt token. `sources` (S): which prompt of the batch an answer is to.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
-    pub fn prefill(&self, batch: &Batch, adapter: Option<&Adapter>, room: usize) -> Result<(Tensor, Cache)> {
+    pub fn prefill(
+        &self,
+        batch: &Batch,
+        sources: &[usize],
+        adapter: Option<&Adapter>,
+        room: usize,
+    ) -> Result<(Tensor, Cache)> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
-        let mut cache = Cache { layers: vec![vec![Cached::default(); batch.len()]; self.weights.blocks.len()] };
+        let mut cache = Cache { layers: vec![vec![Cached::default(); sources.len()]; self.weights.blocks.len()] };
         let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
         let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
-            x = block.prefill(pairs(adapter, layer), &self.geometry, layout, &x, room, caches)?;
+            x = block.prefill(pairs(adapter, layer), &self.geometry, (layout, sources), &x, room, caches)?;
         }
-        let last = select_rows(&x, &batch.last_rows())?;
+        let last = batch.last_rows();
+        let last = select_rows(&x, &sources.iter().map(|&i| last[i]).collect::<Vec<_>>())?;
         drop(x);
         Ok((ends.finish(last, &mut unused)?, cache))
     }

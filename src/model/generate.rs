@@ -1,6 +1,8 @@
 //! Batched sampling with a cache: finished sequences leave the batch, each sequence has its own random numbers, and the
 //! log-probability of every sampled token comes with it. Knows no text; read `tokenizer.rs` for that.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
@@ -83,10 +85,18 @@ pub fn generate(
     if sampling.max_new_tokens == 0 {
         return Ok(responses);
     }
-    // 1. The prompts, all at once.
+    // 1. The prompts, all at once; one that several answers share is run once.
+    let (mut places, mut distinct) = (HashMap::new(), vec![]);
+    let mut place = |prompt| {
+        *places.entry(prompt).or_insert_with(|| {
+            distinct.push(Vec::clone(prompt));
+            distinct.len() - 1
+        })
+    };
+    let sources: Vec<usize> = prompts.iter().map(&mut place).collect();
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let room = sampling.max_new_tokens.min(context - longest).min(MOST_ROOM);
-    let (mut hidden, mut cache) = policy.base().prefill(&Batch::new(prompts)?, policy.adapter(), room)?;
+    let (mut hidden, mut cache) = policy.base().prefill(&Batch::new(&distinct)?, &sources, policy.adapter(), room)?;
     let mut live: Vec<usize> = (0..prompts.len()).collect();
     let mut chooser = Chooser::default();
     loop {

@@ -495,11 +495,13 @@ fn sampled_logprobs_equal_a_teacher_forced_pass_and_do_not_depend_on_the_batch()
     let base = tiny_base();
     let actor = adapter(&base, None, 3);
     let policy = Policy::new(&base, Some(&actor));
-    let prompts = vec![vec![3, 4, 5], vec![7], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9, 9]];
-    let seeds = [11, 12, 13, 14];
+    // Two of them are asked twice, and run once.
+    let prompts = vec![vec![3, 4, 5], vec![7], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9, 9], vec![3, 4, 5], vec![7]];
+    let seeds = [11, 12, 13, 14, 15, 16];
     let sampling = Sampling { temperature: 0.9, top_k: 0, top_p: 1.0, max_new_tokens: 17, stop: vec![0, 1, 2, 3] };
     let got = generate(policy, &prompts, &seeds, &sampling, |_, _| {})?;
     assert!(got.iter().any(|r| r.finish == Finish::Stop) && got.iter().any(|r| r.tokens.len() > 4));
+    assert!(got[0].tokens != got[4].tokens && got[1].tokens != got[5].tokens, "each answer has its own draws");
     for (s, (prompt, response)) in prompts.iter().zip(&got).enumerate() {
         assert_eq!(response.finish == Finish::Stop, sampling.stop.contains(response.tokens.last().unwrap()));
         let full: Vec<u32> = prompt.iter().chain(&response.tokens).copied().collect();

@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 
 use std::ops::Range;
 
-use super::cpu::{Buffer, Isa, Out, dot_plain, exp, lane_sum, max, parallel, tanh, tensor, view};
+use super::cpu::{Buffer, Isa, Out, dot_plain, exp, four_dots, lane_sum, max, parallel, tanh, tensor, view};
 use super::pack::with_scratch;
 use super::tile::{Into, Mat, product};
 
@@ -336,17 +336,38 @@ super::cpu::vectorised! {
         let (width, column) = (heads.kv * heads.dim, h * heads.kv / heads.q * heads.dim);
         // The last of all keys is the query's own.
         let first = heads.first((cache.keys.len() / width).saturating_sub(1));
-        for (score, key) in scores.iter_mut().zip(cache.keys.chunks_exact(width).skip(first)) {
-            *score = dot_plain(q, &key[column..column + heads.dim]);
+        let own = column..column + heads.dim;
+        let keys = &cache.keys[first * width..];
+        let (fours, rest) = scores.as_chunks_mut::<4>();
+        for (four, keys) in fours.iter_mut().zip(keys.chunks_exact(4 * width)) {
+            *four = four_dots(q, std::array::from_fn(|i| &keys[i * width..][own.clone()]));
+        }
+        let done = 4 * fours.len() * width;
+        for (score, key) in rest.iter_mut().zip(keys[done..].chunks_exact(width)) {
+            *score = dot_plain(q, &key[own.clone()]);
         }
         if let Some(cap) = heads.soft_cap {
             bend(scores, heads.scale, cap);
         }
         let len = scores.len();
         softmax(scores, 0..len, heads.softmax_scale());
-        o.fill(0.0);
-        for (&p, value) in scores.iter().zip(cache.values.chunks_exact(width).skip(first)) {
-            for (o, &v) in o.iter_mut().zip(&value[column..column + heads.dim]) {
+        let values = &cache.values[first * width..];
+        // So many columns stay in registers over all values.
+        let (blocks, rest) = o.as_chunks_mut::<32>();
+        for (b, block) in blocks.iter_mut().enumerate() {
+            let mut sum = [0f32; 32];
+            for (&p, value) in scores.iter().zip(values.chunks_exact(width)) {
+                let value = &value[column + 32 * b..][..32];
+                for (sum, &v) in sum.iter_mut().zip(value) {
+                    *sum += p * v;
+                }
+            }
+            *block = sum;
+        }
+        let past = column + 32 * blocks.len();
+        rest.fill(0.0);
+        for (&p, value) in scores.iter().zip(values.chunks_exact(width)) {
+            for (o, &v) in rest.iter_mut().zip(&value[past..]) {
                 *o += p * v;
             }
         }

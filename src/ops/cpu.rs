@@ -254,6 +254,57 @@ pub fn dot_plain(a: &[f32], b: &[f32]) -> f32 {
     lane_sum(&lanes)
 }
 
+/// [`dot_plain`] of one row with each of four, bit for bit.
+pub fn four_dots(a: &[f32], rows: [&[f32]; 4]) -> [f32; 4] {
+    #[cfg(target_arch = "x86_64")]
+    if Isa::detect() != Isa::Portable && a.len().is_multiple_of(16) && rows.iter().all(|row| row.len() == a.len()) {
+        // SAFETY: detect() found the instructions; the rows are as long as `a`, in whole sixteens.
+        return unsafe { four_dots_avx2(a, rows) };
+    }
+    rows.map(|row| dot_plain(a, row))
+}
+
+/// The sixteen lanes of [`dot_plain`] are two registers here; the last sums of all four rows are taken side by side.
+///
+/// # Safety
+/// The machine has AVX2; all five are of one length, a multiple of 16.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn four_dots_avx2(a: &[f32], rows: [&[f32]; 4]) -> [f32; 4] {
+    use std::arch::x86_64::*;
+    let mut lanes = [[_mm256_setzero_ps(); 2]; 4];
+    for j in (0..a.len()).step_by(16) {
+        for half in 0..2 {
+            // SAFETY: j + 16 is at most the length of all five.
+            unsafe {
+                let x = _mm256_loadu_ps(a.as_ptr().add(j + 8 * half));
+                for (lanes, row) in lanes.iter_mut().zip(rows) {
+                    let product = _mm256_mul_ps(x, _mm256_loadu_ps(row.as_ptr().add(j + 8 * half)));
+                    lanes[half] = _mm256_add_ps(lanes[half], product);
+                }
+            }
+        }
+    }
+    let mut sums = [0f32; 4];
+    let four = lane_sums(lanes.map(|[low, high]| _mm256_add_ps(low, high)));
+    // SAFETY: room for four.
+    unsafe { _mm_storeu_ps(sums.as_mut_ptr(), four) };
+    sums
+}
+
+/// The sums of the lanes of four registers, each taken in halves: lane l with lane l + 4, then l + 2, then l + 1.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,fma")]
+pub(super) fn lane_sums(registers: [std::arch::x86_64::__m256; 4]) -> std::arch::x86_64::__m128 {
+    use std::arch::x86_64::*;
+    let [a, b, c, d] = registers.map(|r| _mm_add_ps(_mm256_castps256_ps128(r), _mm256_extractf128_ps::<1>(r)));
+    // Columns of the four, so that one add serves all: ab = a0 b0 a1 b1, and so on.
+    let (ab_low, ab_high) = (_mm_unpacklo_ps(a, b), _mm_unpackhi_ps(a, b));
+    let (cd_low, cd_high) = (_mm_unpacklo_ps(c, d), _mm_unpackhi_ps(c, d));
+    let (ab, cd) = (_mm_add_ps(ab_low, ab_high), _mm_add_ps(cd_low, cd_high));
+    _mm_add_ps(_mm_movelh_ps(ab, cd), _mm_movehl_ps(cd, ab))
+}
+
 /// The largest number, minus infinity of none; NaN is passed over.
 #[inline(always)]
 pub fn max(values: &[f32]) -> f32 {
@@ -294,6 +345,18 @@ mod tests {
         assert!(worst < 2.4e-7, "relative error {worst:e}");
         assert_eq!(exp(0.0), 1.0);
         assert!(exp(-1000.0) < 1e-37 && exp(1000.0).is_finite() && exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn four_dots_have_the_bits_of_one() {
+        let mut rng = crate::rng::SplitMix64::new(5);
+        for n in [0, 3, 16, 37, 64, 128] {
+            let rows: Vec<Vec<f32>> = (0..5).map(|_| (0..n).map(|_| rng.uniform() as f32 - 0.5).collect()).collect();
+            let got = four_dots(&rows[4], std::array::from_fn(|i| &rows[i][..]));
+            for i in 0..4 {
+                assert_eq!(got[i].to_bits(), dot_plain(&rows[4], &rows[i]).to_bits(), "{n}");
+            }
+        }
     }
 
     #[test]

@@ -8,7 +8,7 @@ use candle_core::{Result, Tensor};
 
 use super::cpu::{Buffer, Isa, Out, parallel, tensor, view};
 use super::dora::{self, Dora, Lines};
-use super::few::{FEW_ROWS, few_rows};
+use super::few::{self, FEW_ROWS, few_rows};
 use super::linear_bf16::{self, Left};
 use super::pack::{columns, rows_as_columns, with_scratch};
 use super::tile::{Into, MR, Mat, NR, product};
@@ -84,18 +84,19 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
     let outs: Vec<Out> = ys.iter_mut().map(Buffer::out).collect();
     let bs = parts.iter().map(|p| p.lora.map(|l| view(l.b)).transpose()).collect::<Result<Vec<_>>>()?;
 
-    // Work items are panels of NR outputs, counted through all parts.
+    // Work items are panels of so many outputs, counted through all parts.
+    let wide = if m <= FEW_ROWS && left.is_none() { few::PANEL } else { NR };
     let panels: Vec<(usize, usize)> = parts
         .iter()
         .enumerate()
-        .flat_map(|(p, part)| (0..part.weight.rows()).step_by(NR).map(move |n| (p, n)))
+        .flat_map(|(p, part)| (0..part.weight.rows()).step_by(wide).map(move |n| (p, n)))
         .collect();
     let cost = m * k * parts.iter().map(|p| p.weight.rows()).sum::<usize>();
     let isa = Isa::detect();
     parallel(panels.len(), cost, |range| {
         for &(p, n0) in &panels[range] {
             let (part, n) = (&parts[p], parts[p].weight.rows());
-            let width = NR.min(n - n0);
+            let width = wide.min(n - n0);
             let into = match (&start, part.bias) {
                 _ if part.dora().is_some() => Into::Fresh,
                 (None, None) => Into::Fresh,
@@ -135,16 +136,16 @@ pub fn forward(x: &Tensor, parts: &[Part<'_>], residual: Option<&Tensor>) -> Res
                 });
             }
             if let Some(b) = &bs[p] {
-                with_scratch(r * NR, |panel| {
+                with_scratch(r * wide, |panel| {
                     for (i, row) in b[n0 * r..(n0 + width) * r].chunks_exact(r).enumerate() {
                         for (j, &v) in row.iter().enumerate() {
-                            panel[j * NR + i] = v;
+                            panel[j * wide + i] = v;
                         }
                     }
                     // SAFETY: z is m x rank with this part's r columns at offset; the output as above.
                     unsafe {
                         let z = Mat::rows(&z, rank).from(0, offset);
-                        product(isa, m, width, r, z, Mat::rows(panel, NR), outs[p].at(n0), n, Into::Add);
+                        product(isa, m, width, r, z, Mat::rows(panel, wide), outs[p].at(n0), n, Into::Add);
                     }
                 });
             }

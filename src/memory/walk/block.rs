@@ -191,13 +191,21 @@ impl Layer<'_> {
         (y, Kept { _x: x.becomes(Class::Inputs), rest: Some(inside) })
     }
 
-    /// y of the prompts, whose keys and values go into `cache`, with room for `room` tokens more.
-    pub fn prefill(&self, lengths: &[usize], x: &Tensor, room: usize, cache: &mut Vec<Held>) -> Tensor {
+    /// y of the prompts; keys and values of the answers' prompts, of `answers` lengths, go into `cache`, with room for `room`
+    /// tokens more.
+    pub fn prefill(
+        &self,
+        lengths: &[usize],
+        answers: &[usize],
+        x: &Tensor,
+        room: usize,
+        cache: &mut Vec<Held>,
+    ) -> Tensor {
         let m = lengths.iter().sum();
         let heads = self.net.config.heads(self.index);
         let kept = self.project(m, x);
         let o = self.walk.attention(lengths, heads);
-        for t in lengths {
+        for t in answers {
             let bytes = (t + room) * heads.kv * heads.dim * size_of::<f32>();
             cache.extend([self.walk.ledger.take(Class::Cache, bytes), self.walk.ledger.take(Class::Cache, bytes)]);
         }

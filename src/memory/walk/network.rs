@@ -201,15 +201,16 @@ impl View<'_> {
         grads
     }
 
-    /// `generate`: prompts of these lengths, `new` tokens each. The last step is the largest; those before it take as much
+    /// `generate`: prompts of these lengths, of which each `shared` in a row are one, `new` tokens each. The last step is the largest; those before it take as much
     /// in their scratch and less in nothing.
-    pub fn generate(&self, lengths: &[usize], new: usize) {
+    pub fn generate(&self, lengths: &[usize], shared: usize, new: usize) {
         let (d, e, vocab) = self.sizes();
-        let (m, s): (usize, usize) = (lengths.iter().sum(), lengths.len());
+        let s = lengths.len();
+        let prompts: Vec<usize> = lengths.iter().copied().step_by(shared.max(1)).collect();
         let mut cache = vec![];
-        let mut x = self.embed(m);
+        let mut x = self.embed(prompts.iter().sum());
         for layer in 0..self.net.config.num_hidden_layers {
-            x = self.layer(layer).prefill(lengths, &x, new, &mut cache);
+            x = self.layer(layer).prefill(&prompts, lengths, &x, new, &mut cache);
         }
         let last = self.walk.rows(Class::Head, s, d);
         drop(x);

@@ -45,6 +45,8 @@ pub struct Supervised {
 pub struct Rollouts {
     /// Prompts of the largest rollout.
     pub prompts: Vec<usize>,
+    /// Answers to each of them, which stand in a row in `prompts`.
+    pub generations: usize,
     /// Tokens of a response.
     pub response: usize,
     /// So many are answered at once.
@@ -319,7 +321,7 @@ impl Job {
                 return;
             }
             ledger.enter(Phase::Evaluation);
-            actor_view.generate(&work.evaluation, work.response);
+            actor_view.generate(&work.evaluation, 1, work.response);
             let lengths = whole(&work.evaluation);
             drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
             if work.reward_model {
@@ -332,7 +334,7 @@ impl Job {
             let answers = work.prompts.len() * work.response;
             let _tokens = ledger.take(Class::Data, answers * OF_ANSWER_TOKEN);
             for prompts in work.prompts.chunks(work.at_once.max(1)) {
-                actor_view.generate(prompts, work.response);
+                actor_view.generate(prompts, work.generations, work.response);
             }
             ledger.enter(Phase::Scoring);
             let mut rows = vec![];

@@ -224,7 +224,7 @@ impl Block {
         Ok((y, Kept { x, rest: Some((attention, mlp)) }))
     }
 
-    /// y (N, D) of x (N, D) for the prompts of sequences, whose keys and values go into `caches` (S), empty before, with
+    /// y (N, D) of x (N, D) for prompts. Keys and values of prompt `sources[s]` go into `caches[s]` (S), empty before, with
     /// room for `room` tokens more.
     ///
     /// # Errors
@@ -233,15 +233,16 @@ impl Block {
         &self,
         pairs: Option<&LayerPairs>,
         geometry: &Geometry,
-        layout: Layout<'_>,
+        (layout, sources): (Layout<'_>, &[usize]),
         x: &Tensor,
         room: usize,
         caches: &mut [Cached],
     ) -> Result<Tensor> {
         let width = self.heads.kv * self.heads.dim;
         self.pass(pairs, geometry).forward(layout, x, |k, v| {
-            for (cache, bounds) in caches.iter_mut().zip(layout.spans.offsets.windows(2)) {
-                let rows = bounds[0] * width..bounds[1] * width;
+            for (cache, &source) in caches.iter_mut().zip(sources) {
+                let [start, end] = [source, source + 1].map(|i| layout.spans.offsets[i] * width);
+                let rows = start..end;
                 *cache = Cached::with_room(rows.len() + room * width);
                 cache.extend(&k[rows.clone()], &v[rows]);
             }
