@@ -15,7 +15,8 @@ fn place() -> Place {
     let words = ["the hotel is clean", "the food was cold and salty", "nobody answered", "we would come again"];
     let text = |from: usize, n: usize| (0..n).map(|i| words[(from + i * 7) % 4]).collect::<Vec<_>>().join(", ");
     let lines = |of: &dyn Fn(usize) -> Value| (0..64).map(|i| format!("{}\n", of(i))).collect::<String>();
-    let prompt = |i: usize| format!("\n\nHuman: {}?\n\nAssistant:", text(i, 2 + i % 3));
+    // No two alike: equal prompts are prefilled once.
+    let prompt = |i: usize| format!("\n\nHuman: {}, {i}?\n\nAssistant:", text(i, 2 + i % 3));
     p.write("sft.jsonl", lines(&|i| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 3 + i % 4))})));
     let pair = |i: usize| {
         let answers = [3, 5].map(|n| format!(" {}.", text(i + n, n + i % 2)));

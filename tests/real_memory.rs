@@ -37,9 +37,6 @@ fn every_phase_of_a_real_base_is_predicted_within_5_percent() {
             let ratio = of["ratio"].as_f64().unwrap();
             assert!((ratio - 1.0).abs() <= 0.05, "{words}, {phase}: {of}");
         }
-        // What the system sees holds the allocator's slack, and of the mapped base what was touched.
-        let (predicted, rss) = (found["predicted_total"].as_f64().unwrap(), found["peak_rss"].as_f64().unwrap());
-        assert!((predicted / rss - 1.0).abs() <= 0.15, "{words}: {predicted} planned, {rss} resident");
     }
 }
 

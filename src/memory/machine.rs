@@ -27,9 +27,9 @@ pub fn keep_freed_memory() {
 /// size, so that what one leaves would lie unused beside what the other takes.
 pub fn give_back_freed() {
     /// Held beyond what is in use, in bytes.
-    const MUCH: usize = 16 << 20;
+    const MUCH: usize = 8 << 20;
     let heap = meter::current();
-    if heap > 0 && own_rss_bytes().is_some_and(|own| own > heap + heap / 16 + MUCH) {
+    if heap > 0 && own_rss_bytes().is_some_and(|own| own > heap + heap / 32 + MUCH) {
         // SAFETY: callable at any time; touches free memory alone.
         unsafe { libmimalloc_sys::mi_collect(true) };
     }
