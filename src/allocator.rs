@@ -1,5 +1,5 @@
 //! The binary's allocator: mimalloc, with a clear end where the system has no more memory to give (Rust's own is an abort
-//! without advice), and an allowance for what somebody else's program, a chat template, may take. Knows nothing else.
+//! without advice), and an allowance for what somebody else's bytes, a chat template most of all, may take. Knows nothing else.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
@@ -7,42 +7,39 @@ use std::cell::Cell;
 use mimalloc::MiMalloc;
 
 thread_local! {
-    /// Bytes that this thread may still take, while it runs under an allowance.
-    static LEFT: Cell<Option<usize>> = const { Cell::new(None) };
+    /// Bytes that this thread may still take, while it runs under an allowance, and what is said where it takes more.
+    static LEFT: Cell<Option<(usize, &'static str)>> = const { Cell::new(None) };
 }
 
 /// The global allocator of `fourfold`.
 pub struct Allocator;
 
-/// Runs something that may hold `bytes` at the most. With [`Allocator`] as the global allocator the process ends, with a
-/// message and exit code 2, where it asks for more; with another one nothing is limited.
-pub fn within<T>(bytes: usize, run: impl FnOnce() -> T) -> T {
+/// Runs something that may hold `bytes` at the most. With [`Allocator`] as the global allocator the process ends, with
+/// `said` as its message and exit code 2, where it asks for more; with another one nothing is limited.
+pub fn within<T>(bytes: usize, said: &'static str, run: impl FnOnce() -> T) -> T {
     /// Ends the allowance on a panic's way out, too.
-    struct Ends(Option<usize>);
+    struct Ends(Option<(usize, &'static str)>);
     impl Drop for Ends {
         fn drop(&mut self) {
             LEFT.set(self.0);
         }
     }
-    let _ends = Ends(LEFT.replace(Some(bytes)));
+    let _ends = Ends(LEFT.replace(Some((bytes, said))));
     run()
 }
 
 fn take(bytes: usize) {
     // A thread that is ending has no allowance any more.
-    let Ok(Some(left)) = LEFT.try_with(Cell::get) else { return };
+    let Ok(Some((left, said))) = LEFT.try_with(Cell::get) else { return };
     match left.checked_sub(bytes) {
-        Some(left) => LEFT.set(Some(left)),
-        None => end(
-            2,
-            &[b"error: the chat template asks for more memory than a dialogue needs; look at the model's chat_template"],
-        ),
+        Some(left) => LEFT.set(Some((left, said))),
+        None => end(2, &[b"error: ", said.as_bytes()]),
     }
 }
 
 fn give(bytes: usize) {
-    if let Ok(Some(left)) = LEFT.try_with(Cell::get) {
-        LEFT.set(Some(left.saturating_add(bytes)));
+    if let Ok(Some((left, said))) = LEFT.try_with(Cell::get) {
+        LEFT.set(Some((left.saturating_add(bytes), said)));
     }
 }
 
@@ -139,13 +136,13 @@ mod tests {
     #[test]
     fn an_allowance_ends_with_its_work() {
         assert_eq!(LEFT.get(), None);
-        let inside = within(100, || {
+        let inside = within(100, "too much", || {
             take(60);
             give(20);
             LEFT.get()
         });
-        assert_eq!((inside, LEFT.get()), (Some(60), None));
-        let panicked = std::panic::catch_unwind(|| within(100, || panic!("on purpose")));
+        assert_eq!((inside, LEFT.get()), (Some((60, "too much")), None));
+        let panicked = std::panic::catch_unwind(|| within(100, "too much", || panic!("on purpose")));
         assert!(panicked.is_err() && LEFT.get().is_none());
     }
 }

@@ -5,7 +5,19 @@
 static ALLOCATOR: fourfold::memory::meter::Counting<fourfold::allocator::Allocator> =
     fourfold::memory::meter::Counting(fourfold::allocator::Allocator);
 
+/// The allocator is told before the runtime's first allocation, which reserves address space already.
+#[cfg(target_os = "linux")]
+#[used]
+#[unsafe(link_section = ".init_array")]
+static BEFORE_MAIN: extern "C" fn() = {
+    extern "C" fn before_main() {
+        fourfold::memory::keep_freed_memory();
+    }
+    before_main
+};
+
 fn main() {
+    #[cfg(not(target_os = "linux"))]
     fourfold::memory::keep_freed_memory();
     let code = match fourfold::cli::run() {
         Ok(()) => 0,

@@ -139,6 +139,39 @@ fn gradients_of_every_lora_factor_are_pefts_for_every_family() {
     }
 }
 
+/// Where weights blow up, what comes out is no number: no norm, cap or activation makes one of what is past f32, which a
+/// guard would take for good.
+#[test]
+fn activations_past_f32_come_out_as_nan_in_every_family() {
+    for name in CASES {
+        let opened = decoder(name);
+        let adapter = adapter(&opened);
+        let batch = Batch::new(&opened.golden.sequences).unwrap();
+        let lengths: Vec<usize> = opened.golden.sequences.iter().map(|s| s.len() - 1).collect();
+        let targets = Targets::responses(&batch, &lengths).unwrap();
+        let logprobs = |adapter: &Adapter| {
+            Policy::new(&opened.base, Some(adapter)).logprobs(&batch, &targets, 1.0).unwrap().logprobs
+        };
+        let learner = adapter.to_trainable();
+        let names = learner.names();
+        // 1e25: finite, and its square is not.
+        for (scale, part) in [1e25, f64::INFINITY].into_iter().flat_map(|s| ["v_proj", "down"].map(|p| (s, p))) {
+            let alike: &[&str] = match part {
+                "v_proj" => &["v_proj", "qkv", "c_attn", "query_key_value"],
+                _ => &["down_proj", "mlp.c_proj", "dense_4h_to_h", "fc2"],
+            };
+            let mut weights = learner.parameters().unwrap();
+            let grown = names.iter().position(|n| n.contains("lora_B") && alike.iter().any(|a| n.contains(a)));
+            let grown = grown.unwrap_or_else(|| panic!("{name} has no {part}: {names:?}"));
+            weights[grown] = (&weights[grown] * scale).unwrap();
+            let mut spoilt = adapter.to_trainable();
+            spoilt.replace(weights).unwrap();
+            let got = logprobs(spoilt.view());
+            assert!(got.iter().all(|l| l.is_nan()), "{name}, {part} times {scale}: {got:?}");
+        }
+    }
+}
+
 /// What a family's GGUF cannot say; all others are written.
 const NO_GGUF: [(&str, &str); 6] = [
     ("gpt_neo", "no gpt_neo architecture"),

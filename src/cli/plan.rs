@@ -23,7 +23,7 @@ use crate::memory::meter::{self, Phase};
 use crate::memory::plan::{self, Arrangement, Budget, Plan};
 use crate::memory::walk::shape::{Branches, Network};
 use crate::memory::walk::stages::{Job, Work};
-use crate::memory::{beside_heap_bytes, jobs};
+use crate::memory::{Bound, beside_heap_bytes, jobs};
 use crate::model::adapter::Adapter;
 use crate::model::block::Checkpointing;
 use crate::model::checkpoint::Contents;
@@ -71,7 +71,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let limit = args.memory.or(config.memory.limit).map(|limit| limit.0);
     let budget = match args.device {
         Device::Cpu => Budget::of(limit),
-        Device::Cuda => limit.map(|room| Budget { room, is_limit: true }),
+        Device::Cuda => limit.map(|room| Budget { room, bound: Bound::Asked }),
     };
     let shapes = |config: &Config| source.job(stage, config, args.device);
     let plan = plan::plan(stage, &config, budget, &shapes)?;

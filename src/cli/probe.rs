@@ -1,16 +1,14 @@
 //! `score` and `logprobs`: what a reward adapter and a policy say of given text. Knows no training.
 
-use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
-use serde::Deserialize;
 use serde_json::json;
 
 use super::text::Weights;
 use crate::config::{Data, OnBadRecord, Paths, Truncation};
-use crate::data::{self, ModelEncoder, phases::ranked_examples};
+use crate::data::{self, ModelEncoder, ids, phases::ranked_examples};
 use crate::invalid;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;
@@ -88,36 +86,14 @@ pub(super) struct Logprobs {
     json: bool,
 }
 
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Tokens {
-    input_ids: Vec<Vec<u32>>,
-}
-
 /// Tokens of one scoring pass.
 const PASS: usize = 2048;
 
 pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
-    let file = args.tokens.display();
-    let text = fs::read_to_string(&args.tokens).map_err(|e| invalid!("{file}: {e}"))?;
-    let Tokens { input_ids } = serde_json::from_str(&text)
-        .map_err(|e| invalid!("{file}: {e}; expected {{\"input_ids\": [[1, 2, ...], ...]}}"))?;
-    if input_ids.is_empty() || input_ids.iter().any(|ids| ids.len() < 2) {
-        return Err(invalid!("{file}: input_ids must hold sequences of at least two tokens"));
-    }
+    let input_ids = ids::read(&args.tokens)?;
     let (model, adapter) = args.weights.open()?;
-    let (vocab, context) = (model.base.config().vocab_size, model.base.config().max_position_embeddings);
-    if let Some((row, ids)) = input_ids.iter().enumerate().find(|(_, ids)| ids.len() > context) {
-        let n = ids.len();
-        return Err(invalid!("{file}: input_ids[{row}] has {n} tokens, and the model's context is {context}; cut it"));
-    }
-    if let Some((row, id)) =
-        input_ids.iter().enumerate().find_map(|(i, ids)| Some((i, ids.iter().find(|&&id| id as usize >= vocab)?)))
-    {
-        return Err(invalid!(
-            "{file}: input_ids[{row}] holds {id}, past the vocabulary of {vocab}; encode with this model's tokenizer"
-        ));
-    }
+    let config = model.base.config();
+    ids::check(&args.tokens, &input_ids, config.vocab_size, config.max_position_embeddings)?;
     let policy = Policy::new(&model.base, adapter.as_ref());
     let lengths: Vec<usize> = input_ids.iter().map(Vec::len).collect();
     let (mut logprobs, mut argmax) = (vec![], vec![]);

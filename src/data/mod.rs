@@ -1,10 +1,12 @@
 //! Files of records -> records -> token sequences. Knows no model; the tokenizer is behind `phases::TextEncoder`.
 //!
-//! sources.rs finds and mixes the files, read.rs (with bounded.rs beneath), delimited.rs and parquet.rs open them; formats.rs, mapping.rs, columns.rs,
+//! sources.rs finds and mixes the files, read.rs (with bounded.rs beneath), delimited.rs and
+//! parquet.rs (with parquet_footer.rs beneath) open them; formats.rs, mapping.rs, columns.rs,
 //! dialogue.rs, transcript.rs and presets.rs turn each JSON object into a [`Record`];
 //! render.rs makes text of a dialogue, phases.rs the sequences each stage trains on, report.rs what became of the records; pipeline.rs runs all that over files
 //! of any size, into memory or cache.rs; split.rs holds some out, examples.rs is what a stage sees of the result, order.rs
 //! says which comes when.
+//! ids.rs reads sequences that are token ids already.
 //! Read formats.rs next.
 
 mod bounded;
@@ -18,9 +20,11 @@ mod encoder;
 pub mod examples;
 mod files;
 mod formats;
+pub mod ids;
 mod mapping;
 pub mod order;
 mod parquet;
+mod parquet_footer;
 pub mod phases;
 mod pipeline;
 pub mod presets;

@@ -7,27 +7,32 @@
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
 use std::path::Path;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use parquet::errors::ParquetError;
+use parquet::file::metadata::{ColumnChunkMetaData, ParquetMetaData};
 use parquet::file::reader::{ChunkReader, FileReader, Length};
 use parquet::file::serialized_reader::SerializedFileReader;
 use parquet::record::Field;
 use parquet::record::reader::RowIter;
-use parquet::schema::types::Type;
 use serde_json::{Map, Number, Value};
 
 use super::Place;
 use super::bounded::MAX_RECORD_BYTES;
+use super::parquet_footer;
 use super::read::{Found, Take};
+use crate::allocator::within;
 use crate::error::unless_it_panics;
 use crate::invalid;
 
 /// Rows decoded ahead, a column: enough to pay for the call, few enough to be small.
 const ROWS_AHEAD: usize = 64;
-/// Lists in structs in lists: nobody's data is deeper.
-const MAX_DEPTH: usize = 24;
+/// Bytes of pages that may be unpacked at once, beside as many as the file has: one or two a column. A page of zeros is a
+/// thousandth of its size while it is packed.
+const MAX_PAGES: u64 = 32 << 20;
+/// Bytes that one row may take beside that: a long text that a dictionary holds once can stand in it any number of times.
+const MAX_ROW: usize = 48 << 20;
 
 /// Hands every row to `take` until it answers false.
 ///
@@ -38,29 +43,25 @@ pub(super) fn rows(path: &Path, take: &mut Take) -> Result<()> {
     let damaged = |error: ParquetError| invalid!("{shown}: is no readable Parquet file: {error}");
     let file: Arc<Path> = path.into();
     let source = Checked::open(path).map_err(|error| invalid!("{shown}: {error}"))?;
-    let reader = guarded(|| SerializedFileReader::new(source)).map_err(damaged)?;
-    let schema = reader.metadata().file_metadata().schema_descr().root_schema();
-    if depth(schema, MAX_DEPTH) > MAX_DEPTH {
-        return Err(invalid!("{shown}: columns are nested more than {MAX_DEPTH} deep"));
+    let (length, pages) = (source.length, source.pages.clone());
+    if let Some(footer) = source.footer().map_err(|error| invalid!("{shown}: {error}"))? {
+        parquet_footer::check(&footer).map_err(|fault| invalid!("{shown}: is no readable Parquet file: {fault}"))?;
     }
+    let allowance = usize::try_from(length).unwrap_or(usize::MAX).saturating_mul(2).saturating_add(MAX_ROW);
+    let reader = guarded(|| SerializedFileReader::new(source)).map_err(damaged)?;
+    pages.lock().unwrap_or_else(PoisonError::into_inner).know(reader.metadata());
     let mut rows =
         guarded(|| Ok(RowIter::from_file_into(Box::new(reader)).with_batch_size(ROWS_AHEAD))).map_err(damaged)?;
     let mut record = 0;
     loop {
         let at = |error: ParquetError| invalid!("{shown}, row {}: is no readable Parquet file: {error}", record + 1);
-        let Some(row) = guarded(|| rows.next().transpose()).map_err(at)? else { return Ok(()) };
+        let row = within(allowance, TOO_MUCH, || guarded(|| rows.next().transpose())).map_err(at)?;
+        let Some(row) = row else { return Ok(()) };
         record += 1;
         let place = Place { file: file.clone(), record, line: None };
         if !take(place, object(row.into_columns()).map(|object| Found::Json(Value::Object(object))))? {
             return Ok(());
         }
-    }
-}
-
-fn depth(schema: &Type, limit: usize) -> usize {
-    match schema.is_group() && limit > 0 {
-        true => 1 + schema.get_fields().iter().map(|field| depth(field, limit - 1)).max().unwrap_or(0),
-        false => 1,
     }
 }
 
@@ -113,17 +114,73 @@ fn value(field: Field) -> Result<Value, String> {
     })
 }
 
-/// A file that refuses to be read past its end, or to give a page that says it is larger than any record may be.
+/// The process's last words where a row is too much.
+const TOO_MUCH: &str = "a row of a Parquet file takes more memory than a record may; look at the files of [data] path, and \
+    write those with repeated texts again without a dictionary";
+
+/// A file that refuses to be read past its end, or to give a page that says it is larger than any record may be, or more of
+/// them at once than there should be.
 struct Checked {
     file: File,
     length: u64,
+    pages: Arc<Mutex<Pages>>,
+}
+
+/// The pages that are unpacked now: of every column the last two, of which the first may be its dictionary.
+#[derive(Default)]
+struct Pages {
+    /// Where each column chunk begins, and its column; by the beginning.
+    chunks: Vec<(u64, usize)>,
+    /// Of each column: the chunk that is read, its dictionary's bytes, its page's bytes.
+    held: Vec<(usize, [u64; 2])>,
+}
+
+impl Pages {
+    fn know(&mut self, metadata: &ParquetMetaData) {
+        let groups = metadata.row_groups().iter();
+        // byte_range() asserts that they are not negative; what is wrong about them is found where they are read.
+        let start = |chunk: &ColumnChunkMetaData| chunk.dictionary_page_offset().unwrap_or(chunk.data_page_offset());
+        let starts = groups.flat_map(|group| group.columns().iter().map(start).enumerate());
+        self.chunks = starts.map(|(column, start)| (start.max(0) as u64, column)).collect();
+        self.chunks.sort_unstable();
+        self.held = vec![(usize::MAX, [0; 2]); metadata.file_metadata().schema_descr().num_columns()];
+    }
+
+    /// Counts a page that begins at `start`; the bytes that all of them have then.
+    fn take(&mut self, start: u64, (kind, size): (u64, u64)) -> u64 {
+        const DICTIONARY: u64 = 2;
+        let chunk = self.chunks.partition_point(|&(begin, _)| begin <= start);
+        let Some(&(_, column)) = chunk.checked_sub(1).and_then(|chunk| self.chunks.get(chunk)) else { return 0 };
+        let Some((current, sizes)) = self.held.get_mut(column) else { return 0 };
+        if *current != chunk {
+            (*current, *sizes) = (chunk, [0; 2]);
+        }
+        sizes[usize::from(kind != DICTIONARY)] = size;
+        self.held.iter().map(|(_, sizes)| sizes[0].saturating_add(sizes[1])).fold(0, u64::saturating_add)
+    }
 }
 
 impl Checked {
     fn open(path: &Path) -> std::io::Result<Self> {
         let file = File::open(path)?;
         let length = file.metadata()?.len();
-        Ok(Self { file, length })
+        Ok(Self { file, length, pages: Arc::default() })
+    }
+
+    /// The footer's bytes, where the file's end says where they are and they are not encrypted; what else is wrong with it
+    /// the library says.
+    fn footer(&self) -> std::io::Result<Option<Vec<u8>>> {
+        /// The footer's length and a word.
+        const END: u64 = 8;
+        let Some(before) = self.length.checked_sub(END) else { return Ok(None) };
+        let mut end = [0; END as usize];
+        self.at(before)?.read_exact(&mut end)?;
+        let (length, word) = end.split_at(4);
+        let length = u64::from(length.iter().rev().fold(0u32, |n, &byte| n << 8 | u32::from(byte)));
+        let Some(start) = before.checked_sub(length).filter(|_| word == b"PAR1") else { return Ok(None) };
+        let mut footer = vec![0; length as usize];
+        self.at(start)?.read_exact(&mut footer)?;
+        Ok(Some(footer))
     }
 
     fn at(&self, start: u64) -> std::io::Result<BufReader<File>> {
@@ -146,11 +203,20 @@ impl ChunkReader for Checked {
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
         let mut head = Vec::with_capacity(16);
         self.at(start)?.take(16).read_to_end(&mut head)?;
-        if let Some(size) = page_size(&head).filter(|&size| size > MAX_RECORD_BYTES) {
-            return Err(ParquetError::General(format!(
-                "a page says it has {size} bytes, and {} MiB are the most",
-                MAX_RECORD_BYTES >> 20
-            )));
+        if let Some((kind, size)) = page_head(&head) {
+            if size > MAX_RECORD_BYTES {
+                return Err(ParquetError::General(format!(
+                    "a page says it has {size} bytes, and {} MiB are the most",
+                    MAX_RECORD_BYTES >> 20
+                )));
+            }
+            let held = self.pages.lock().unwrap_or_else(PoisonError::into_inner).take(start, (kind, size));
+            if held > MAX_PAGES.saturating_add(self.length) {
+                return Err(ParquetError::General(format!(
+                    "the pages of its columns would take {} MiB at once; write it again with smaller pages or fewer columns",
+                    held >> 20
+                )));
+            }
         }
         Ok(self.at(start)?)
     }
@@ -165,8 +231,8 @@ impl ChunkReader for Checked {
     }
 }
 
-/// The uncompressed size in a page's header: in Thrift's compact encoding its second field, after the page's type.
-fn page_size(head: &[u8]) -> Option<u64> {
+/// A page's type and its uncompressed size: in Thrift's compact encoding its header's first two fields.
+fn page_head(head: &[u8]) -> Option<(u64, u64)> {
     const INT32_NEXT_FIELD: u8 = 0x15;
     let mut bytes = head.iter().copied();
     let mut field = || {
@@ -181,9 +247,8 @@ fn page_size(head: &[u8]) -> Option<u64> {
         }
         None
     };
-    field()?;
     // Zigzag: what is negative there is refused by the library.
-    field().map(|size| size >> 1)
+    Some((field()? >> 1, field()? >> 1))
 }
 
 /// Runs what may panic on damaged bytes; the panic is an error then and prints nothing.

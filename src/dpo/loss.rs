@@ -82,9 +82,10 @@ impl PairLoss {
                 PairGradient { loss: off * off, chosen: 2.0 * off / c, rejected: -2.0 * off / r }
             }
         };
+        // The hinge of NaN would be 0.
         ensure!(
-            found.loss.is_finite(),
-            diverged!("log-ratios {} and {}: the loss is not finite", chosen.log_ratio(), h)
+            found.loss.is_finite() && h.is_finite(),
+            diverged!("log-ratios {} and {}: the loss is not finite", chosen.log_ratio(), rejected.log_ratio())
         );
         Ok(found)
     }
@@ -212,7 +213,10 @@ mod tests {
             let got = plain.of(1.0, at(far), at(-far)).unwrap();
             assert!(got.loss.is_finite() && got.chosen <= 0.0 && got.rejected >= 0.0, "{got:?}");
         }
-        assert!(plain.of(0.1, at(f64::NAN), at(-30.0)).is_err());
+        let ratios = [plain, PairLoss::Robust { label_smoothing: 0.1 }, PairLoss::Hinge, PairLoss::Ipo];
+        for (loss, bad) in ratios.into_iter().flat_map(|l| [f64::NAN, f64::NEG_INFINITY].map(|bad| (l, bad))) {
+            assert!(loss.of(0.1, at(bad), at(-30.0)).is_err() && loss.of(0.1, at(-30.0), at(bad)).is_err(), "{loss:?}");
+        }
         assert!(plain.of(0.1, Answer { tokens: 0, ..at(-30.0) }, at(-30.0)).is_err());
     }
 

@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use super::ledger::{Bytes, Class};
-use super::machine::{available_bytes, own_rss_bytes};
+use super::machine::{Bound, available, available_bytes, own_rss_bytes};
 use super::meter::Phase;
 use super::walk::shape::{Branches, Network};
 use super::walk::stages::{Job, Pass, Supervised, Work};
@@ -22,18 +22,18 @@ pub type Shapes<'a> = dyn Fn(&Config) -> Result<Job> + 'a;
 pub struct Budget {
     /// Bytes that are the process's own: all but mapped files.
     pub room: usize,
-    /// The user's, or the machine's.
-    pub is_limit: bool,
+    /// Who says so.
+    pub bound: Bound,
 }
 
 impl Budget {
-    /// `limit`, or what the machine has free beside what this process has already; `None` where nobody says.
+    /// `limit`, or what there is beside what this process has already; `None` where nobody says.
     pub fn of(limit: Option<usize>) -> Option<Self> {
         match limit {
-            Some(room) => Some(Self { room, is_limit: true }),
+            Some(room) => Some(Self { room, bound: Bound::Asked }),
             None => {
-                let room = available_bytes()? + own_rss_bytes().unwrap_or(0);
-                Some(Self { room, is_limit: false })
+                let (free, bound) = available()?;
+                Some(Self { room: free + own_rss_bytes().unwrap_or(0), bound })
             }
         }
     }
@@ -42,19 +42,25 @@ impl Budget {
     /// What the machine has free is a moment's figure and a plan is within 5%, so only what surely does not fit does not.
     pub fn fits(&self, peak: &Bytes) -> bool {
         let own = peak.own();
-        if self.is_limit { own <= self.room } else { own - own / 20 <= self.room }
+        if self.bound == Bound::Asked { own <= self.room } else { own - own / 20 <= self.room }
     }
 
     fn text(&self) -> String {
-        match self.is_limit {
-            true => format!("[memory] limit is {}", text(self.room)),
-            false => format!("there are {} for it", text(self.room)),
+        let room = text(self.room);
+        match self.bound {
+            Bound::Asked => format!("[memory] limit is {room}"),
+            Bound::Machine => format!("there are {room} for it"),
+            Bound::Group => format!("the control group (cgroup) around it leaves {room} for it"),
+            Bound::Addresses => format!("the limit on address space (ulimit -v) leaves {room} for it"),
+            Bound::Private => format!("the limit on private memory (ulimit -d) leaves {room} for it"),
         }
     }
 
     /// Whether the mapped files stay in memory beside it, too: else the base is read from the disk again in every pass.
     pub fn is_comfortable(&self, peak: &Bytes) -> bool {
-        peak.total() <= self.room
+        // Of an address space the mapped files have taken their part, in memory or not.
+        let needed = if self.bound == Bound::Addresses { peak.own() } else { peak.total() };
+        needed <= self.room
     }
 }
 

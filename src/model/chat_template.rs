@@ -87,11 +87,15 @@ pub fn render(
         let context = context! { ..Value::from_iter(values) };
         // Steps alone do not bound a text that is joined with itself.
         let said: usize = messages.iter().map(|message| message.content.len()).sum();
-        within(MEMORY + 16 * said, || {
+        within(MEMORY + 16 * said, TOO_MUCH, || {
             env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
         })
     })
 }
+
+/// The process's last words where a template takes more memory than that.
+const TOO_MUCH: &str =
+    "the chat template asks for more memory than a dialogue needs; look at the model's chat_template";
 
 /// What templates are called in messages.
 const NAME: &str = "chat_template";

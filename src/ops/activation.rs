@@ -31,11 +31,12 @@ fn value<const KIND: u8>(x: f32) -> f32 {
         0 => x / (1.0 + exp(-x)),
         1 => 0.5 * x * (1.0 + erf(x * INV_SQRT_2)),
         2 => 0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x))),
+        // In this order NaN passes through.
         _ => {
-            if x > 0.0 {
-                x
-            } else {
+            if x <= 0.0 {
                 0.0
+            } else {
+                x
             }
         }
     }
@@ -219,5 +220,24 @@ impl Activation {
         });
         // SAFETY: all rows of both are written.
         Ok((tensor(unsafe { dgate.finish() }, (n, f))?, tensor(unsafe { dup.finish() }, (n, f))?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_no_number_stays_none_in_every_kind() {
+        for kind in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let row = |x: f32| tensor(vec![0.5, x, -0.5, 2.0], (1, 4)).unwrap();
+            let numbers = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let (up, nan) = (row(1.0), row(f32::NAN));
+            for m in [kind.forward(&nan).unwrap(), kind.gated_forward(&nan, &up).unwrap()] {
+                let m = numbers(m);
+                assert!(m[1].is_nan() && m.iter().filter(|v| v.is_nan()).count() == 1, "{kind:?}: {m:?}");
+            }
+            assert_eq!(numbers(kind.forward(&row(f32::INFINITY)).unwrap())[1], f32::INFINITY, "{kind:?}");
+        }
     }
 }

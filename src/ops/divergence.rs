@@ -128,8 +128,9 @@ pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<Divergence>
     let mut out = Divergence::default();
     for s in all {
         let (lse_p, lse_q) = (s.top_p + s.sum_p.ln(), s.top_q + s.sum_q.ln());
-        // Rounding may leave a zero a hair below.
-        out.kl.push((s.gap / s.sum_p - (lse_p - lse_q)).max(0.0));
+        // Rounding may leave a zero a hair below. Not f32::max, which would make a zero of NaN.
+        let kl = s.gap / s.sum_p - (lse_p - lse_q);
+        out.kl.push(if kl < 0.0 { 0.0 } else { kl });
         out.lse_p.push(lse_p);
         out.lse_q.push(lse_q);
     }
@@ -291,6 +292,24 @@ mod tests {
         }
         let (plain, short, h) = (Table::plain(&weight), tensor(vec![0.0; D], (1, D)).unwrap(), tensors(&h));
         assert!(forward(side(&h, &plain), side(&short, &plain), 1.0).is_err());
+    }
+
+    #[test]
+    fn the_kl_of_what_is_no_number_is_none() {
+        let Case { h, g, table } = case();
+        let weight = weight(&table);
+        let plain = Table::plain(&weight);
+        for at in [0, R * D - 1] {
+            let mut spoilt = h.clone();
+            spoilt[at] = f32::NAN;
+            let (spoilt, g) = (tensor(spoilt, (R, D)).unwrap(), tensor(g.clone(), (R, D)).unwrap());
+            for (p, q) in [(&spoilt, &g), (&g, &spoilt)] {
+                let kl = forward(side(p, &plain), side(q, &plain), 1.0).unwrap().kl;
+                for (row, kl) in kl.iter().enumerate() {
+                    assert_eq!(kl.is_nan(), row == at / D, "row {row}: {kl}");
+                }
+            }
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! The norms of a decoder, row by row. RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (arXiv:1910.07467). LayerNorm:
-//! y = (x - mean(x)) / sqrt(var(x) + eps) * w + b (arXiv:1607.06450). Kept for the backward: x.
-//! Knows no layer. Read rope.rs next.
+//! y = (x - mean(x)) / sqrt(var(x) + eps) * w + b (arXiv:1607.06450). A row whose squares are past f32 is NaN. Kept for
+//! the backward: x. Knows no layer. Read rope.rs next.
 
 use candle_core::{Result, Tensor};
 
@@ -106,9 +106,12 @@ super::cpu::vectorised! {
     }
 }
 
+/// 1 / sqrt(mean(x^2) + eps); NaN where the mean is no finite number. 1 / sqrt(inf) is 0, which would make a row that has
+/// grown past f32 a row of zeros: a number again, and the wrong one. torch gives NaN at an infinite x and zeros for the rest.
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
-    1.0 / (dot_plain(x, x) / x.len() as f32 + eps).sqrt()
+    let mean = dot_plain(x, x) / x.len() as f32;
+    if mean < f32::INFINITY { 1.0 / (mean + eps).sqrt() } else { f32::NAN }
 }
 
 /// Writes x - mean(x) and returns 1 / sqrt(var(x) + eps).
@@ -211,5 +214,54 @@ impl Norm {
             candle_core::bail!("a norm of width {} meets an input of width {width}", self.width());
         }
         Ok((n, width))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn norms(d: usize) -> [Norm; 2] {
+        let weight: Vec<f32> = (0..d).map(|i| 0.5 + i as f32).collect();
+        let layer = NormKind::Layer { bias: vec![1.0; d] };
+        [Norm::rms(weight.clone(), 1e-6), Norm { weight, kind: layer, eps: 1e-6 }]
+    }
+
+    fn numbers(t: &Tensor) -> Vec<f32> {
+        t.flatten_all().unwrap().to_vec1().unwrap()
+    }
+
+    /// Of three rows the middle one is past f32: an infinite number, NaN, or finite ones whose squares are infinite.
+    #[test]
+    fn a_row_past_f32_is_nan_forward_and_backward_and_the_others_are_untouched() {
+        const D: usize = 20;
+        for (norm, bad) in norms(D)
+            .into_iter()
+            .flat_map(|n| [f32::INFINITY, f32::NEG_INFINITY, f32::NAN, 1e20, -3e38].map(|bad| (n.clone(), bad)))
+        {
+            let good: Vec<f32> = (0..3 * D).map(|i| (i as f32 * 0.7).sin()).collect();
+            let mut spoilt = good.clone();
+            spoilt[D + 3] = bad;
+            let (good, spoilt) = (tensor(good, (3, D)).unwrap(), tensor(spoilt, (3, D)).unwrap());
+            let dy = tensor((0..3 * D).map(|i| (i as f32 * 0.3).cos()).collect(), (3, D)).unwrap();
+            let skip = tensor(vec![0.5; 3 * D], (3, D)).unwrap();
+            let results = |x: &Tensor| {
+                let backward = |skip| numbers(&norm.backward(x, &dy, skip).unwrap());
+                [numbers(&norm.forward(x).unwrap()), backward(None), backward(Some(&skip))]
+            };
+            for (want, got) in results(&good).into_iter().zip(results(&spoilt)) {
+                assert!(got[D..2 * D].iter().all(|v| v.is_nan()), "{:?} of {bad}: {got:?}", norm.kind);
+                assert_eq!((&got[..D], &got[2 * D..]), (&want[..D], &want[2 * D..]));
+            }
+        }
+    }
+
+    #[test]
+    fn rows_as_large_as_their_squares_allow_are_normed() {
+        for norm in norms(4) {
+            let x = |scale: f32| tensor([1.0, -2.0, 3.0, 0.5].map(|v: f32| v * scale).to_vec(), (1, 4)).unwrap();
+            let (small, large) = (numbers(&norm.forward(&x(1e3)).unwrap()), numbers(&norm.forward(&x(4e18)).unwrap()));
+            assert!(small.iter().zip(&large).all(|(s, l)| (s - l).abs() < 1e-5 * s.abs()), "{small:?} {large:?}");
+        }
     }
 }

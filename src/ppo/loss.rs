@@ -128,9 +128,10 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: 
         stats.half_squares += 0.5 * log_ratio * log_ratio;
         stats.ratio_off += ratio - 1.0;
         stats.ratio_off_squares += (ratio - 1.0).powi(2);
+        // What is clamped is finite again, whatever it was.
         ensure!(
-            loss.is_finite() && ratio.is_finite(),
-            diverged!("token {t}: ratio {ratio}, advantage {advantage}: the policy loss is not finite")
+            loss.is_finite() && ratio.is_finite() && free.is_finite(),
+            diverged!("token {t}: log-ratio {free}, advantage {advantage}: the policy loss is not finite")
         );
     }
     out.loss /= normaliser;
@@ -373,6 +374,11 @@ mod tests {
         assert_eq!((loss, grad), (3.0, 0.0), "a bad token counts no more than at 1.5");
         assert!(token(clip(0.2, 0.2, Some(1.5)), up, 2.0).0 < 0.0, "a good one is not touched");
         let clamped = Objective { log_ratio_clamp: 0.25, surrogate: Surrogate::KlPenalty { coef: 0.0 }, kl: None };
+        for bad in [f32::NAN, f32::NEG_INFINITY] {
+            let tokens =
+                PolicyTokens { logprobs: &[bad], old_logprobs: &[-1.0], advantages: &[1.0], reference: &[-1.0] };
+            assert!(policy_loss(tokens, &clamped, 1.0).is_err(), "a clamp makes no number of {bad}");
+        }
         let (loss, grad) = token(clamped, up, 1.0);
         assert!((loss + 0.25f64.exp()).abs() < 1e-7 && grad == 0.0, "{loss} {grad}");
     }

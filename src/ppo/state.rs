@@ -13,6 +13,7 @@ use super::train::{Run, choose, sampling};
 use super::update::{Learners, Step, Update};
 use super::warnings::{Vitals, Watch};
 use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
+use crate::error::Diverged;
 use crate::invalid;
 use crate::memory::give_back_freed;
 use crate::model::adapter::{Adapter, HeadBias};
@@ -334,8 +335,12 @@ impl State {
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
         if let Some(evaluation) = run.task.evaluation.filter(|_| due) {
-            let judged = evaluation.run(&now.into(), self.actor.weights().view(), report)?;
-            self.last.extend(evaluation.figures(&judged));
+            match evaluation.run(&now.into(), self.actor.weights().view(), report) {
+                Ok(judged) => self.last.extend(evaluation.figures(&judged)),
+                // The next rollout is by the same weights, and the guard judges that.
+                Err(error) if error.is::<Diverged>() => report.note(&format!("ppo: no evaluation {now}: {error}")),
+                Err(error) => return Err(error),
+            }
         }
         let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
         let (holding, new) = self.watch.see(Vitals::of(&self.last, experience.rollout.prompts.len(), flat));

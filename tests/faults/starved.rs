@@ -61,9 +61,14 @@ fn an_output_folder_that_cannot_be_written_is_refused_before_training() {
 /// Runs a script of the shell in which `out` is a disk of its own; `None` where the system lets nobody mount one.
 #[cfg(target_os = "linux")]
 fn on_a_disk(place: &Place, kib: u64, script: &str) -> Option<Ran> {
-    let script = format!("mkdir -p out && mount -t tmpfs -o size={kib}k none out || exit 77\n{script}");
+    mounted(place, &format!("mkdir -p out && mount -t tmpfs -o size={kib}k none out || exit 77\n{script}"))
+}
+
+/// Runs a script of the shell that mounts; `None` where the system lets nobody.
+#[cfg(target_os = "linux")]
+fn mounted(place: &Place, script: &str) -> Option<Ran> {
     let output = Command::new("unshare")
-        .args(["-rm", "sh", "-c", &script, env!("CARGO_BIN_EXE_fourfold")])
+        .args(["-rm", "sh", "-c", script, env!("CARGO_BIN_EXE_fourfold")])
         .current_dir(place.path(""))
         .stdin(Stdio::null())
         .output()
@@ -71,7 +76,7 @@ fn on_a_disk(place: &Place, kib: u64, script: &str) -> Option<Ran> {
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     let code = output.status.code().unwrap_or(-1);
     if code == 77 || stderr.contains("unshare failed") || stderr.contains("unshare: ") {
-        println!("no disk can be mounted here, the limit on file sizes must do: {stderr}");
+        println!("nothing can be mounted here, the shell's limits must do: {stderr}");
         return None;
     }
     Some(Ran { code, stdout: String::from_utf8_lossy(&output.stdout).into_owned(), stderr })
@@ -156,4 +161,71 @@ fn too_little_memory_ends_with_a_message_and_not_with_silence() {
         }
     }
     assert!(short > 0 && worked > 0, "{short} limits were too narrow and {worked} wide enough");
+}
+
+/// The plan of a stage of large batches, and the command that would run it.
+#[cfg(target_os = "linux")]
+fn large_batches(place: &Place) -> (u64, u64, String) {
+    let record = |i: usize| {
+        let answer = "the food was cold and salty, ".repeat(2 + i % 3);
+        serde_json::json!({"prompt": format!("\n\nHuman: {i}?\n\nAssistant:"), "completion": format!(" {answer}")})
+    };
+    place.write("sft.jsonl", (0..192).map(|i| format!("{}\n", record(i))).collect::<String>());
+    let words = "run.toml --set data.path=sft.jsonl --set sft.per_device_train_batch_size=160 \
+                 --set sft.gradient_accumulation_steps=1 --set sft.num_train_epochs=1 --set sft.checkpoint=\"none\"";
+    let ran = place.run(&format!("plan {words} --phase sft --json"));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let plan: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    let bytes = |of: &serde_json::Value| of["own"].as_u64().unwrap();
+    let least = plan["choices"].as_array().unwrap().iter().map(bytes).min().unwrap();
+    (bytes(&plan["peak"]), least, format!("sft {words} --out out/sft"))
+}
+
+/// `--set KEY=VALUE ...` of a refusal's smallest change, in the form that a command line takes.
+#[cfg(target_os = "linux")]
+fn named_change(told: &str) -> String {
+    let (_, change) = told.split_once(": --set ").unwrap_or_else(|| panic!("no change is named: {told}"));
+    let changes = change.split_once(" (").unwrap().0.split(" --set ").map(|change| {
+        let (key, value) = change.split_once('=').unwrap();
+        let is_number = value.parse::<f64>().is_ok();
+        format!(" --set {}", if is_number { change.to_owned() } else { format!("'{key}=\"{value}\"'") })
+    });
+    changes.collect()
+}
+
+/// A limit that the system has set counts as one that the user asks for: what does not fit never begins, what is said to fit
+/// does, and it ends.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_plan_beyond_the_systems_limits_is_refused_before_anything_is_written_and_the_change_it_names_runs() {
+    let place = place();
+    let (own, least, line) = large_batches(&place);
+    assert!(least * 2 < own && own > 200 << 20, "{least} {own}");
+    let between = (own + least) / 2;
+    // Program and libraries take of the address space, too, and so do gaps between blocks.
+    let bytes = between * 4 / 3 + (32 << 20);
+    let quoted = |line: &str| line.replace("\"none\"", "'\"none\"'");
+    for (flag, said) in [("-v", "(ulimit -v)"), ("-d", "(ulimit -d)")] {
+        let under = |line: &str| limited(&place, &format!("{flag} {}", bytes / 1024), line);
+        let refused = under(&quoted(&line));
+        let told = &refused.stderr;
+        assert!(refused.code == 2 && told.contains("sft does not fit") && told.contains(said), "{flag}: {told}");
+        assert!(!place.path("out").exists(), "{flag}: nothing was touched");
+        let again = under(&(quoted(&line) + &named_change(told)));
+        assert_eq!(again.code, 0, "{flag}: {}", again.stderr);
+        fs::remove_dir_all(place.path("out")).unwrap();
+    }
+    // Control groups as the system shows them, of both versions; what enforces them is not what is tested.
+    let group = format!(
+        "mount -t tmpfs none /sys/fs/cgroup || exit 77\nmkdir /sys/fs/cgroup/memory\ncd /sys/fs/cgroup\n\
+         echo {between} | tee memory.max memory/memory.limit_in_bytes >/dev/null\n\
+         echo 0 | tee memory.current memory/memory.usage_in_bytes >/dev/null\ncd - >/dev/null\n"
+    );
+    let Some(refused) = mounted(&place, &format!("{group}exec \"$0\" {}", quoted(&line))) else { return };
+    let told = &refused.stderr;
+    assert!(refused.code == 2 && told.contains("sft does not fit") && told.contains("(cgroup)"), "{told}");
+    assert!(!place.path("out").exists(), "nothing was touched");
+    let again = format!("{group}exec \"$0\" {}{}", quoted(&line), named_change(told));
+    let again = mounted(&place, &again).unwrap();
+    assert_eq!(again.code, 0, "{}", again.stderr);
 }

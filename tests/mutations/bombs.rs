@@ -4,11 +4,17 @@ use std::fs;
 use std::io::Write;
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use fourfold::error::exit_code;
 use fourfold::ops::weight::StoredType;
+use parquet::basic::{Compression as Codec, ZstdLevel};
+use parquet::data_type::{ByteArray, ByteArrayType};
+use parquet::file::properties::WriterProperties;
+use parquet::file::writer::SerializedFileWriter;
+use parquet::schema::parser::parse_message_type;
 use serde_json::json;
 
 use crate::allocation::most_held;
@@ -106,4 +112,89 @@ fn a_data_file_that_nests_without_end_is_refused() {
             Ok(()) => assert_eq!(name, "sft-c.csv"),
         }
     }
+}
+
+/// A Parquet file of one row, each of its columns filled with the same texts: one a column, or `times` of a repeated one.
+fn parquet(path: &Path, columns: &str, text: &[u8], times: usize) -> usize {
+    let schema = Arc::new(parse_message_type(&format!("message records {{ {columns} }}")).unwrap());
+    let properties = WriterProperties::builder()
+        .set_compression(Codec::ZSTD(ZstdLevel::default()))
+        .set_dictionary_enabled(times > 1)
+        .set_dictionary_page_size_limit(64 << 20)
+        .set_data_page_size_limit(64 << 20)
+        .build();
+    let file = fs::File::create(path).unwrap();
+    let mut writer = SerializedFileWriter::new(file, schema, Arc::new(properties)).unwrap();
+    let mut group = writer.next_row_group().unwrap();
+    let values = vec![ByteArray::from(text.to_vec()); times];
+    let levels = |first: i16| -> Vec<i16> { (0..times).map(|i| if i == 0 { first } else { 1 }).collect() };
+    while let Some(mut column) = group.next_column().unwrap() {
+        let (defined, repeated) = (levels(1), levels(0));
+        let typed = column.typed::<ByteArrayType>();
+        match times {
+            1 => typed.write_batch(&values, None, None),
+            _ => typed.write_batch(&values, Some(&defined), Some(&repeated)),
+        }
+        .unwrap();
+        column.close().unwrap();
+    }
+    group.close().unwrap();
+    writer.close().unwrap();
+    fs::metadata(path).unwrap().len() as usize
+}
+
+/// Two thousand columns are read; what would be large in memory, deep on the stack or without end is not.
+#[test]
+fn a_parquet_file_that_is_wide_deep_or_made_of_zeros_is_read_in_bounds_or_refused() {
+    let wide = |n: usize| -> String { (0..n).map(|i| format!("required binary c{i} (UTF8);")).collect() };
+    let deep = |n: usize| -> String {
+        let open: String = (0..n).map(|i| format!("required group g{i} {{ ")).collect();
+        format!("{open} required binary x (UTF8); {}", "} ".repeat(n))
+    };
+    let text = |more: String| format!("required binary text (UTF8); {more}");
+    let cases = [
+        ("two thousand columns", text(wide(2000)), b"It is good.".to_vec(), Ok(())),
+        ("twelve thousand", text(wide(12_000)), b"x".to_vec(), Err("10000 are the most")),
+        ("groups in groups", text(deep(30)), b"x".to_vec(), Err("nested more than 24 deep")),
+        ("a page", text(wide(1)), vec![b'0'; 20 << 20], Err("16 MiB are the most")),
+        ("pages beside each other", text(wide(20)), vec![b'0'; 8 << 20], Err("MiB at once")),
+    ];
+    for (what, columns, value, wanted) in cases {
+        let dir = tempfile::tempdir().unwrap();
+        let size = parquet(&dir.path().join("sft-x.parquet"), &columns, &value, 1);
+        let (result, most) = most_held(|| prepared(dir.path(), "sft-x.parquet"));
+        match (&result, wanted) {
+            (Ok(()), Ok(())) => {}
+            (Err(error), Err(said)) => {
+                assert!(exit_code(error) == 2 && format!("{error:#}").contains(said), "{what}: {error:#}");
+            }
+            _ => panic!("{what}: {result:?}"),
+        }
+        println!("{what}: {:.1} MiB for {size} bytes", most as f64 / f64::from(1 << 20));
+        assert!(most <= 2 * size + (64 << 20), "{what}: {} MiB for {size} bytes", most >> 20);
+    }
+    // As deep as no writer goes: the library would walk it on the stack.
+    let dir = tempfile::tempdir().unwrap();
+    let group = [0x48, 1, b'x', 0x15, 2, 0]; // name, num_children = 1
+    let count = [0xC0, 0x9A, 0x0C]; // 200,000
+    let footer = [&[0x15, 2, 0x19, 0xFC][..], &count, &group.repeat(200_000), &[0]].concat();
+    let file = [&b"PAR1"[..], &footer, &(footer.len() as u32).to_le_bytes(), b"PAR1"].concat();
+    fs::write(dir.path().join("sft-x.parquet"), file).unwrap();
+    let error = prepared(dir.path(), "sft-x.parquet").unwrap_err();
+    assert!(exit_code(&error) == 2 && format!("{error:#}").contains("200000 columns"), "{error:#}");
+}
+
+/// A dictionary holds a text once, and a row can name it any number of times: the process's own allocator sees it.
+#[test]
+fn a_row_that_repeats_a_text_without_end_ends_with_a_message_and_not_with_the_memory() {
+    let dir = tempfile::tempdir().unwrap();
+    fs::write(dir.path().join("m.gguf"), gguf("llama-bpe", StoredType::F32, false, "")).unwrap();
+    parquet(&dir.path().join("x.parquet"), "repeated binary text (UTF8);", &[b'x'; 1 << 20], 2000);
+    fs::write(dir.path().join("run.toml"), "[base]\npath = \"m.gguf\"\n[data]\npath = \"x.parquet\"\n").unwrap();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    let ran = command.current_dir(dir.path()).args(["sft", "run.toml", "--out", "out"]).output().unwrap();
+    let told = String::from_utf8_lossy(&ran.stderr);
+    assert_eq!(ran.status.code(), Some(2), "{told}");
+    assert!(told.contains("error: a row of a Parquet file takes more memory"), "{told}");
+    assert!(!dir.path().join("out").exists());
 }

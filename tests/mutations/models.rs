@@ -4,10 +4,18 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use fourfold::model::adapter::Adapter;
+use fourfold::config::{self, Stage};
+use fourfold::data::ids;
+use fourfold::memory::jobs;
+use fourfold::memory::plan::Plan;
+use fourfold::memory::walk::shape::{Branches, Network};
+use fourfold::memory::walk::stages::Job;
+use fourfold::model::adapter::{Adapter, LoraConfig, TargetModules};
+use fourfold::model::block::Checkpointing;
 use fourfold::model::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
+use fourfold::model::config::DecoderConfig;
 use fourfold::model::tokenizer::{SpecialTokens, Tokenizer};
-use fourfold::ops::weight::StoredType;
+use fourfold::ops::weight::{Compute, StoredType};
 use fourfold::run::Model;
 use fourfold::{inspect, model::adapter::LinearShapes};
 
@@ -66,6 +74,54 @@ fn an_index_of_shards_is_read_or_refused() {
 fn configurations_of_every_family_are_read_or_refused() {
     campaign("models::configurations_of_every_family_are_read_or_refused", || {
         Reader::new(families(&FAMILIES, "config.json", Form::Json, false), open)
+    });
+}
+
+/// A bare config.json, as `plan` takes it: every size in it goes through the walk's sums.
+#[test]
+fn configurations_without_weights_are_planned_or_refused() {
+    campaign("models::configurations_without_weights_are_planned_or_refused", || {
+        let specimens = FAMILIES.iter().map(|name| {
+            let files = model(name, false).into_iter().filter(|(file, _)| file == "config.json").collect();
+            of(files, "config.json", Form::Json)
+        });
+        Reader::new(specimens.collect(), |dir, name| {
+            let text = fs::read_to_string(dir.join(name)).map_err(|e| fourfold::invalid!("{name}: {e}"))?;
+            let decoder = DecoderConfig::from_hf(&text, None, name)?;
+            let context = decoder.max_position_embeddings;
+            let policy = Network::planned(decoder, StoredType::F32, None, Compute::F32)?;
+            let lora = LoraConfig { target_modules: TargetModules::AllLinear, ..LoraConfig::default() };
+            let branches = Branches::of(&lora, &policy)?;
+            let settings = dir.join("run.toml");
+            fs::write(&settings, "[base]\npath = \"b\"\n")?;
+            let settings = config::load(&settings, &[])?;
+            let job = Job {
+                work: jobs::full_length(Stage::Sft, &settings, context)?,
+                reward: branches.clone().with_head(),
+                branches,
+                policy,
+                scorer: None,
+                checkpoint: Checkpointing::Off,
+                data: 0,
+                process: 0,
+                threads: 2,
+            };
+            let (_, peak) = Plan::of(job).peak();
+            assert!(peak.own() > 0, "nothing at all is held");
+            Ok(())
+        })
+    });
+}
+
+#[test]
+fn token_ids_are_read_or_refused() {
+    campaign("models::token_ids_are_read_or_refused", || {
+        let texts = [r#"{"input_ids": [[1, 2, 3], [63, 0]]}"#, "{\n \"input_ids\" : [ [5,6] ] }\n"];
+        let specimens = texts.map(|text| Specimen::file("ids.json", text, Form::Json));
+        Reader::new(specimens.into(), |dir, name| {
+            let path = dir.join(name);
+            ids::check(&path, &ids::read(&path)?, 64, 32)
+        })
     });
 }
 
@@ -169,6 +225,21 @@ fn adapters(target: &str, form: Form) -> Vec<Specimen> {
     all
 }
 
+/// The first adapter by patterns, which its own config does without.
+fn by_patterns() -> Specimen {
+    let mut specimen = adapters("adapter_config.json", Form::Json).remove(0);
+    let config = &mut specimen.files[specimen.target].1;
+    let mut value: serde_json::Value = serde_json::from_slice(config).unwrap();
+    let names: Vec<&str> = value["target_modules"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    let pattern = format!(r".*\.(layers\.\d+)\..*({})", names.join("|"));
+    let (r, alpha) = (value["r"].clone(), value["lora_alpha"].clone());
+    value["target_modules"] = pattern.into();
+    value["rank_pattern"] = serde_json::json!({r"layers\.[01]\..*": r});
+    value["alpha_pattern"] = serde_json::json!({r"^.*layers\.1\..*(q|v)_proj$": alpha});
+    *config = value.to_string().into_bytes();
+    specimen
+}
+
 fn adapter(dir: &Path, _: &str) -> Result<()> {
     /// The shapes of tests/golden/peft_tiny.py.
     const TINY: LinearShapes = LinearShapes::llama(2, 32, 32, 16, 48);
@@ -179,7 +250,9 @@ fn adapter(dir: &Path, _: &str) -> Result<()> {
 #[test]
 fn adapter_configurations_are_read_or_refused() {
     campaign("models::adapter_configurations_are_read_or_refused", || {
-        Reader::new(adapters("adapter_config.json", Form::Json), adapter)
+        let mut specimens = adapters("adapter_config.json", Form::Json);
+        specimens.push(by_patterns());
+        Reader::new(specimens, adapter)
     });
 }
 

@@ -1,0 +1,49 @@
+//! Token ids from a JSON file, for `logprobs`. Knows no text and no model but its sizes.
+
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use serde::Deserialize;
+
+use crate::invalid;
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tokens {
+    input_ids: Vec<Vec<u32>>,
+}
+
+/// The sequences of `{"input_ids": [[1, 2, ...], ...]}`.
+///
+/// # Errors
+/// If the file is something else, or a sequence has fewer than two tokens.
+pub fn read(path: &Path) -> Result<Vec<Vec<u32>>> {
+    let file = path.display();
+    let text = fs::read_to_string(path).map_err(|e| invalid!("{file}: {e}"))?;
+    let Tokens { input_ids } = serde_json::from_str(&text)
+        .map_err(|e| invalid!("{file}: {e}; expected {{\"input_ids\": [[1, 2, ...], ...]}}"))?;
+    if input_ids.is_empty() || input_ids.iter().any(|ids| ids.len() < 2) {
+        return Err(invalid!("{file}: input_ids must hold sequences of at least two tokens"));
+    }
+    Ok(input_ids)
+}
+
+/// Checks that a model of so many tokens and such a context can take them.
+///
+/// # Errors
+/// If a sequence is longer than the context, or an id past the vocabulary.
+pub fn check(path: &Path, input_ids: &[Vec<u32>], vocab: usize, context: usize) -> Result<()> {
+    let file = path.display();
+    if let Some((row, ids)) = input_ids.iter().enumerate().find(|(_, ids)| ids.len() > context) {
+        let n = ids.len();
+        return Err(invalid!("{file}: input_ids[{row}] has {n} tokens, and the model's context is {context}; cut it"));
+    }
+    let past = |ids: &[u32]| ids.iter().copied().find(|&id| id as usize >= vocab);
+    match input_ids.iter().enumerate().find_map(|(row, ids)| Some((row, past(ids)?))) {
+        Some((row, id)) => Err(invalid!(
+            "{file}: input_ids[{row}] holds {id}, past the vocabulary of {vocab}; encode with this model's tokenizer"
+        )),
+        None => Ok(()),
+    }
+}
