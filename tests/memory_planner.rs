@@ -77,8 +77,12 @@ fn agrees(p: &Place, words: &str, phases: &[&str]) {
     let ran: Vec<&str> = all.keys().map(String::as_str).collect();
     assert_eq!(ran, phases, "{words}");
     for (phase, of) in all {
-        let ratio = of["ratio"].as_f64().unwrap();
-        assert!((ratio - 1.0).abs() <= 0.05, "{words}, {phase}: {of}");
+        let (ratio, bytes) = (of["ratio"].as_f64().unwrap(), |key: &str| of[key].as_f64().unwrap());
+        // A helper thread's buffers grow to the largest item that it was in time for; the plan counts the largest of all,
+        // which is more than a twentieth of these few megabytes.
+        let late = if phase == "load" { 0.0 } else { f64::from(384 << 10) };
+        let over = bytes("predicted") - bytes("measured");
+        assert!((ratio - 1.0).abs() <= 0.05 || (0.0..=late).contains(&over), "{words}, {phase}: {of}");
     }
 }
 
