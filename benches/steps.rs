@@ -2,6 +2,7 @@
 //! PyTorch. One JSON line each; medians of --reps (default 5) after one warm-up, peak resident memory of the process.
 //!
 //! FOURFOLD_BENCH_BASE=model-dir-or-gguf cargo bench --bench steps -- [ppo_step] [generate] [sft_step] [reward_step]
+//!     [--reps N] [--checkpoint none|mlp|block] [--set quantize=q8_0] [--set compute_dtype=bf16]
 //!
 //! Inputs: ids[i][j] = 100 + ((i + salt) 104729 + j 7919 + i j 31) mod 48000, all full length. LoRA r = 8, alpha = 16 on all
 //! seven linear maps, B = 0. ppo_step: 8 x 64 + 64 tokens, one epoch, one minibatch, micro-batch 4, AdamW 1e-4, KL 0.05.
@@ -117,9 +118,14 @@ fn main() -> Result<()> {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,
         None => 5,
     };
-    let checkpoint = match arguments.iter().any(|a| a == "--checkpoint") {
-        true => Checkpoint::Block,
-        false => Checkpoint::None,
+    let checkpoint = match arguments.iter().position(|a| a == "--checkpoint") {
+        None => Checkpoint::None,
+        Some(i) => match arguments.get(i + 1).map(String::as_str) {
+            Some("none") => Checkpoint::None,
+            Some("mlp") => Checkpoint::Mlp,
+            Some("block") => Checkpoint::Block,
+            _ => anyhow::bail!("--checkpoint none|mlp|block"),
+        },
     };
     let wanted = |name: &str| {
         let named = arguments.iter().any(|a| ["ppo_step", "generate", "sft_step", "reward_step"].contains(&a.as_str()));

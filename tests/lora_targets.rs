@@ -97,7 +97,7 @@ fn logits_log_probabilities_entropies_and_the_exact_kl_are_pefts() {
 #[test]
 fn gradients_of_every_factor_and_magnitude_are_pefts_with_entropy_and_exact_kl() {
     for name in CASES {
-        for checkpoint in [Checkpointing::Off, Checkpointing::Block] {
+        for checkpoint in Checkpointing::ALL {
             let (Opened { golden, base, .. }, adapter) = decoder(name);
             let (batch, targets) = read(&golden);
             let bare = Policy::new(&base, None);

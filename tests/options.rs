@@ -90,6 +90,7 @@ const OPTIMIZER: &[Row] = &[
     ("adam_beta2", "", "0.9"),
     ("adam_epsilon", "", "1e-2"),
     ("max_grad_norm", "", "0.01"),
+    ("checkpoint", "checkpoint = 'none'", "SAME 'mlp'"),
     ("checkpoint", "checkpoint = 'none'", "SAME 'block'"),
 ];
 

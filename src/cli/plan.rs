@@ -290,13 +290,6 @@ fn classes(bytes: &Bytes) -> Value {
     Value::Object(all)
 }
 
-fn checkpoint_name(checkpoint: Checkpointing) -> &'static str {
-    match checkpoint {
-        Checkpointing::Off => "none",
-        Checkpointing::Block => "block",
-    }
-}
-
 impl Shown<'_> {
     fn micro_batch(&self) -> usize {
         match self.stage {
@@ -318,7 +311,7 @@ impl Shown<'_> {
         };
         json!({
             "stage": self.stage.name(),
-            "checkpoint": checkpoint_name(self.plan.checkpoint),
+            "checkpoint": self.plan.checkpoint.name(),
             "micro_batch_size": self.micro_batch(),
             "lengths": if self.source.examples().is_some() { "data" } else { "longest" },
             "phases": ran.map(|(phase, bytes)| (phase.name().to_owned(), classes(bytes))).collect::<serde_json::Map<_, _>>(),
@@ -344,7 +337,7 @@ impl Shown<'_> {
             out,
             "{}: MiB by phase, {lengths}; checkpoint = {}, {} sequences or examples a pass\n",
             self.stage.name(),
-            checkpoint_name(self.plan.checkpoint),
+            self.plan.checkpoint.name(),
             self.micro_batch()
         );
         let shown: Vec<Class> =

@@ -4,15 +4,25 @@ use std::fs;
 
 use super::meter;
 
-/// Has mimalloc keep freed memory instead of giving it back and asking again: a training step frees and takes the same
-/// buffers thousands of times a second. On SmolLM2-135M's SFT step the system's share of the processor time falls from
-/// 25% to 11%. Where the address space is limited it reserves that in smaller pieces than its GiB, so that files and stacks
-/// find room beside them. For programs whose global allocator is mimalloc; without effect in others.
+/// Has mimalloc keep freed memory until [`give_back_freed`] instead of giving it back and asking again: a training step
+/// frees and takes the same buffers thousands of times a second. On SmolLM2-135M's SFT step the system's share of the
+/// processor time falls from 25% to 11%. For programs whose global allocator is mimalloc; without effect in others.
+/// Huge pages are off, as one that is touched anywhere is in memory as a whole: with them a training pass of SmolLM2-135M
+/// that keeps 163 MiB took 206, without them 192, in no less processor time.
+/// Where the address space is limited it reserves that in smaller pieces than its GiB, so that files and stacks find room
+/// beside them.
 pub fn keep_freed_memory() {
-    /// `mi_option_purge_delay` in mimalloc.h of versions 2 and 3, in milliseconds; -1 is never.
+    /// `mi_option_purge_delay` in mimalloc.h of versions 2 and 3, in milliseconds.
     const PURGE_DELAY: i32 = 15;
+    /// Not -1, which is never: nothing could be given back then.
+    const A_DAY: libc::c_long = 24 * 3600 * 1000;
+    #[cfg(target_os = "linux")]
+    // SAFETY: sets a flag of this process.
+    unsafe {
+        libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0)
+    };
     // SAFETY: sets one integer option; callable at any time.
-    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, -1) };
+    unsafe { libmimalloc_sys::mi_option_set(PURGE_DELAY, A_DAY) };
     #[cfg(target_os = "linux")]
     if let Some(limit) = [libc::RLIMIT_AS, libc::RLIMIT_DATA].into_iter().filter_map(soft_limit).min() {
         /// `mi_option_arena_reserve`, in KiB; 1 GiB by default.
@@ -26,6 +36,18 @@ pub fn keep_freed_memory() {
         unsafe {
             libc::mallopt(libc::M_ARENA_MAX, 1);
         }
+    }
+}
+
+/// Gives freed memory back to the system where much of it is held: between two phases of a run, whose buffers differ in
+/// size, so that what one leaves would lie unused beside what the other takes.
+pub fn give_back_freed() {
+    /// Held beyond what is in use, in bytes.
+    const MUCH: usize = 8 << 20;
+    let heap = meter::current();
+    if heap > 0 && own_rss_bytes().is_some_and(|own| own > heap + heap / 32 + MUCH) {
+        // SAFETY: callable at any time; touches free memory alone.
+        unsafe { libmimalloc_sys::mi_collect(true) };
     }
 }
 

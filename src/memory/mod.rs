@@ -9,4 +9,4 @@ pub mod meter;
 pub mod plan;
 pub mod walk;
 
-pub use machine::{Bound, available_bytes, beside_heap_bytes, keep_freed_memory, peak_rss_bytes};
+pub use machine::{Bound, available_bytes, beside_heap_bytes, give_back_freed, keep_freed_memory, peak_rss_bytes};

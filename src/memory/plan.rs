@@ -134,8 +134,8 @@ pub fn with_checkpoint(stage: Stage, config: &Config, checkpoint: Checkpoint) ->
     config
 }
 
-/// The plan of a config. `checkpoint = "auto"` keeps activations where the whole stays in memory with them, mapped base
-/// included, and recomputes them otherwise.
+/// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory, mapped
+/// base included, and recomputes the rest.
 ///
 /// # Errors
 /// Those of `shapes`.
@@ -144,18 +144,17 @@ pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shap
     let with = |checkpoint| Plan::of(Job { checkpoint, ..job.clone() });
     Ok(match asked(stage, config) {
         Checkpoint::None => with(Checkpointing::Off),
+        Checkpoint::Mlp => with(Checkpointing::Mlp),
         Checkpoint::Block => with(Checkpointing::Block),
         Checkpoint::Auto => {
-            let all = with(Checkpointing::Off);
-            match budget {
-                Some(budget) if !budget.is_comfortable(&all.peak().1) => with(Checkpointing::Block),
-                _ => all,
-            }
+            let is_comfortable = |plan: &Plan| budget.is_none_or(|budget| budget.is_comfortable(&plan.peak().1));
+            let some = [Checkpointing::Off, Checkpointing::Mlp].into_iter().map(with).find(is_comfortable);
+            some.unwrap_or_else(|| with(Checkpointing::Block))
         }
     })
 }
 
-/// What blocks keep in a training pass of `tokens` tokens over an open base: everything, where the machine has room for it.
+/// What blocks keep in a training pass of `tokens` tokens over an open base: as much as the machine has room for.
 pub fn of_pass(base: &Base, start: &Adapter, tokens: usize) -> Checkpointing {
     let (Ok(policy), Some(free)) = (Network::of_base(base), available_bytes()) else { return Checkpointing::Off };
     let pass = Pass { lengths: vec![tokens], targets: tokens };
@@ -172,10 +171,9 @@ pub fn of_pass(base: &Base, start: &Adapter, tokens: usize) -> Checkpointing {
         process: 0,
         threads: crate::ops::pool::threads(),
     };
-    match Plan::of(job).peak().1.total() - standing > free {
-        true => Checkpointing::Block,
-        false => Checkpointing::Off,
-    }
+    let fits =
+        |&checkpoint: &Checkpointing| Plan::of(Job { checkpoint, ..job.clone() }).peak().1.total() - standing <= free;
+    Checkpointing::ALL.into_iter().find(fits).unwrap_or(Checkpointing::Block)
 }
 
 /// The smallest change with which the stage fits, tried from the cheapest on; `None` where none does.
@@ -190,7 +188,9 @@ pub fn smallest_change(
 ) -> Result<Option<(Change, Plan)>> {
     for change in changes(stage, config) {
         let plan = plan(stage, &change.config, Some(budget), shapes)?;
-        if budget.fits(&plan.peak().1) {
+        // With some to spare: what the process has beside its heap is not the same in every run.
+        let spare = Budget { room: budget.room - budget.room / 32, ..budget };
+        if spare.fits(&plan.peak().1) {
             return Ok(Some((change, plan)));
         }
     }
@@ -283,11 +283,15 @@ fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
     })
 }
 
-/// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation a forward more,
-/// a quantised base some accuracy, shorter or fewer sequences another training.
+/// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a forward
+/// or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
 fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
-    let recomputes = asked(stage, config) == Checkpoint::None;
+    let recomputes: &[Recomputed] = match asked(stage, config) {
+        Checkpoint::None => &RECOMPUTED,
+        Checkpoint::Mlp => &RECOMPUTED[1..],
+        Checkpoint::Block | Checkpoint::Auto => &[],
+    };
     let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
         format!("frozen weights are unpacked {times} times as often in updates")
     });
@@ -300,12 +304,15 @@ fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         if !cut.set.is_empty() {
             ladder.push((price, cut.clone()));
         }
-        if recomputes {
-            ladder.push((0.4 + price, recomputing(stage, cut)));
+        for recomputed in recomputes {
+            ladder.push((recomputed.price + price, recomputing(stage, cut.clone(), recomputed)));
         }
     }
     ladder.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    let least = least.map(|least| if recomputes { recomputing(stage, least) } else { least });
+    let least = least.map(|least| match recomputes.last() {
+        Some(recomputed) => recomputing(stage, least, recomputed),
+        None => least,
+    });
     let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
     // With all of that, what changes more than time.
     let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
@@ -383,11 +390,35 @@ fn at_once(config: &Config) -> Option<Knob> {
     })
 }
 
-fn recomputing(stage: Stage, change: Change) -> Change {
+/// A way to keep less between forward and backward.
+struct Recomputed {
+    checkpoint: Checkpoint,
+    name: &'static str,
+    costs: &'static str,
+    price: f64,
+}
+
+/// All, the cheapest first.
+const RECOMPUTED: [Recomputed; 2] = [
+    Recomputed {
+        checkpoint: Checkpoint::Mlp,
+        name: Checkpointing::Mlp.name(),
+        costs: "half a forward more in every update",
+        price: 0.2,
+    },
+    Recomputed {
+        checkpoint: Checkpoint::Block,
+        name: Checkpointing::Block.name(),
+        costs: "one more forward in every update",
+        price: 0.4,
+    },
+];
+
+fn recomputing(stage: Stage, change: Change, by: &Recomputed) -> Change {
     let mut set = change.set;
-    set.push(pair(&format!("{}.checkpoint", stage.name()), "block"));
-    let costs = join(&change.costs, "one more forward in every update");
-    Change { set, costs, config: with_checkpoint(stage, &change.config, Checkpoint::Block) }
+    set.push(pair(&format!("{}.checkpoint", stage.name()), by.name));
+    let costs = join(&change.costs, by.costs);
+    Change { set, costs, config: with_checkpoint(stage, &change.config, by.checkpoint) }
 }
 
 fn join(one: &str, other: &str) -> String {

@@ -373,15 +373,14 @@ fn assert_gradients(adapter: &Adapter, grads: &Gradients, want: impl Fn(&str) ->
 }
 
 #[test]
-fn every_policy_gradient_is_autograds_for_every_choice_and_both_checkpoints() -> Result<()> {
+fn every_policy_gradient_is_autograds_for_every_choice_and_every_checkpointing() -> Result<()> {
     let (batch, targets) = batch();
     let r = targets.rows.len();
     let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
     for base in choices().into_iter().map(random_base) {
         let table = base.table(None);
-        for (layers, checkpoint) in
-            [(None, Checkpointing::Off), (None, Checkpointing::Block), (Some(vec![1]), Checkpointing::Off)]
-        {
+        let whole = Checkpointing::ALL.map(|checkpoint| (None, checkpoint));
+        for (layers, checkpoint) in whole.into_iter().chain([(Some(vec![1]), Checkpointing::Off)]) {
             let mut actor = adapter(&base, layers, 3);
             actor = actor.with_score_head(None)?;
             let vars = vars(&actor);

@@ -23,7 +23,8 @@ struct Block {
     sin: Vec<f32>,
 }
 
-const BLOCK: usize = 1 << 13;
+/// Positions that are made together.
+pub(crate) const BLOCK: usize = 1 << 13;
 
 impl Angles {
     /// `inverse_frequencies`: h numbers f_j, for heads of `head` >= 2h numbers; `positions`: the context's length.

@@ -15,6 +15,7 @@ use super::warnings::{Vitals, Watch};
 use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
 use crate::error::Diverged;
 use crate::invalid;
+use crate::memory::give_back_freed;
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, Scorer};
 use crate::report::{Figures, Report};
@@ -133,6 +134,8 @@ impl State {
         let actor = Policy::new(start.base, Some(self.actor.weights().view()));
         let sampling = sampling(config, run.task.stop);
         let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling, config.at_once())?;
+        // Caches and passes of other sizes than those that the updates take.
+        give_back_freed();
         if rollout.prompts.is_empty() {
             let previous = self.previous.clone().ok_or_else(|| {
                 invalid!(

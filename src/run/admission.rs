@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::Model;
 use crate::config::{self, Checkpoint, Config, Stage};
+use crate::memory::give_back_freed;
 use crate::memory::ledger::Class;
 use crate::memory::meter;
 use crate::memory::plan::{self, Plan};
@@ -63,6 +64,7 @@ impl Parts<'_> {
         let branches = Branches::of_adapter(self.start);
         let with_head = |branches: Branches| branches.with_head();
         let reward = self.reward.map_or_else(|| with_head(branches.clone()), Branches::of_adapter);
+        give_back_freed();
         // What the heap holds beside bases and adapters is tokenizer and examples.
         let (policy, scorer) = self.networks(config)?;
         let mut known =
@@ -93,6 +95,7 @@ impl Parts<'_> {
 fn decided(stage: Stage, config: &Config, plan: &Plan) -> Config {
     let checkpoint = match plan.checkpoint {
         Checkpointing::Off => Checkpoint::None,
+        Checkpointing::Mlp => Checkpoint::Mlp,
         Checkpointing::Block => Checkpoint::Block,
     };
     plan::with_checkpoint(stage, config, checkpoint)
@@ -111,10 +114,7 @@ impl Admission {
     /// Says what was decided, for people now and for the summary.
     pub fn tell(&self, session: &Session) -> Value {
         let (phase, peak) = self.plan.peak();
-        let checkpoint = match self.plan.checkpoint {
-            Checkpointing::Off => "none",
-            Checkpointing::Block => "block",
-        };
+        let checkpoint = self.plan.checkpoint.name();
         let auto = if self.asked == Checkpoint::Auto { " (by memory)" } else { "" };
         let mapped = match peak.of(Class::Mapped) {
             0 => String::new(),

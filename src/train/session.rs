@@ -11,6 +11,7 @@ use super::learner::Learner;
 use super::snapshot::Snapshot;
 use super::stop;
 use crate::error::Interrupted;
+use crate::memory::give_back_freed;
 use crate::memory::meter::{Phase, within};
 use crate::report::{Figures, Report, number};
 
@@ -78,11 +79,13 @@ impl Session {
         Ok(resumed)
     }
 
-    /// Has the guard know what the learners start as; once, before a stage's loop.
+    /// Has the guard know what the learners start as; once, before a stage's loop. Memory that opening files has freed is
+    /// given back.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
+        give_back_freed();
         self.guard.watch(learners)
     }
 

@@ -97,10 +97,11 @@ pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> 
 
 /// What blocks keep: as asked, or as the planner finds it for a pass of `tokens` tokens, those of the largest micro-batch,
 /// in what the machine has free. A stage that is run from a config has asked it before, of the whole run, and asks here
-/// for what it was told. Both choices give the same bits.
+/// for what it was told. All choices give the same bits.
 pub fn checkpoint(asked: config::Checkpoint, base: &Base, start: &Adapter, tokens: usize) -> Checkpointing {
     match asked {
         config::Checkpoint::None => Checkpointing::Off,
+        config::Checkpoint::Mlp => Checkpointing::Mlp,
         config::Checkpoint::Block => Checkpointing::Block,
         config::Checkpoint::Auto => plan::of_pass(base, start, tokens),
     }

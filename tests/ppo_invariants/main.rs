@@ -202,12 +202,15 @@ fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let run = |config: Ppo| told_ppo(start, &model, &config, 13);
     let (lines, _, trained) = run(Ppo { checkpoint: Checkpoint::None, ..ppo_config() });
-    let (block_lines, _, block) = run(Ppo { checkpoint: Checkpoint::Block, ..ppo_config() });
-    assert_eq!(lines, block_lines);
-    assert!(
-        bits(&trained.actor) == bits(&block.actor)
-            && bits(trained.critic.as_ref().unwrap()) == bits(block.critic.as_ref().unwrap())
-    );
+    for checkpoint in [Checkpoint::Mlp, Checkpoint::Block] {
+        let (other_lines, _, other) = run(Ppo { checkpoint, ..ppo_config() });
+        assert_eq!(lines, other_lines, "{checkpoint:?}");
+        assert!(
+            bits(&trained.actor) == bits(&other.actor)
+                && bits(trained.critic.as_ref().unwrap()) == bits(other.critic.as_ref().unwrap()),
+            "{checkpoint:?}"
+        );
+    }
     let (one, _, _) = run(Ppo { micro_batch_size: 1, ..ppo_config() });
     let (all, _, _) = run(Ppo { micro_batch_size: 8, ..ppo_config() });
     for key in ["loss/policy_avg", "loss/value_avg", "policy/entropy_avg", "grad_norm/actor", "grad_norm/critic"] {

@@ -12,6 +12,8 @@ pub struct Inside {
     attention: Vec<Tensor>,
     x2: Tensor,
     mlp: Vec<Tensor>,
+    /// Gate and up with their z; `None` where they are made again.
+    wide: Option<Vec<Tensor>>,
 }
 
 /// Inputs of the reverse.
@@ -138,8 +140,8 @@ impl Layer<'_> {
         (x2, kept)
     }
 
-    /// The MLP half: y, and what the reverse wants.
-    fn mlp(&self, m: usize, x: &Tensor, keep: bool) -> (Tensor, Vec<Tensor>) {
+    /// `mlp::widened`.
+    fn widened(&self, m: usize, x: &Tensor) -> Vec<Tensor> {
         let f = self.net.config.intermediate_size;
         let h = self.before(m, x);
         let first = self.net.attention_out() + 1;
@@ -150,19 +152,19 @@ impl Layer<'_> {
             outputs = vec![self.rows(m, f), self.rows(m, f)];
             drop(fused);
         }
+        outputs.extend(z);
+        outputs
+    }
+
+    /// The MLP half: y, what its end keeps, and what it was widened to, where `keep` says so.
+    fn mlp(&self, m: usize, x: &Tensor, keep: bool) -> (Tensor, Vec<Tensor>, Option<Vec<Tensor>>) {
+        let f = self.net.config.intermediate_size;
+        let wide = self.widened(m, x);
         let activated = self.rows(m, f);
-        if !keep {
-            outputs.clear();
-        }
+        let wide = Some(wide).filter(|_| keep);
         let (y, ends) = self.join(m, f, self.last_map());
         drop(activated);
-        let mut kept = vec![];
-        if keep {
-            kept.extend(z);
-            kept.extend(outputs);
-            kept.extend(ends);
-        }
-        (y, kept)
+        (y, ends, wide)
     }
 
     /// y of x, keeping nothing.
@@ -172,11 +174,11 @@ impl Layer<'_> {
         self.mlp(m, if self.net.config.placement == Placement::Parallel { x } else { &x2 }, false).0
     }
 
-    fn run(&self, lengths: &[usize], x: &Tensor) -> (Tensor, Inside) {
+    fn run(&self, lengths: &[usize], x: &Tensor, keep_wide: bool) -> (Tensor, Inside) {
         let m = lengths.iter().sum();
         let (x2, attention) = self.attention(lengths, x, true);
-        let (y, mlp) = self.mlp(m, &x2, true);
-        (y, Inside { attention, x2, mlp })
+        let (y, mlp, wide) = self.mlp(m, &x2, keep_wide);
+        (y, Inside { attention, x2, mlp, wide })
     }
 
     /// y of x, with what the reverse wants.
@@ -185,7 +187,7 @@ impl Layer<'_> {
             let y = self.forward(lengths, &x);
             return (y, Kept { _x: x.becomes(Class::Inputs), rest: None });
         }
-        let (y, inside) = self.run(lengths, &x);
+        let (y, inside) = self.run(lengths, &x, checkpoint == Checkpointing::Off);
         (y, Kept { _x: x.becomes(Class::Inputs), rest: Some(inside) })
     }
 
@@ -238,11 +240,12 @@ impl Layer<'_> {
         let (f, heads) = (c.intermediate_size, c.heads(self.index));
         let width = heads.q * heads.dim;
         let Kept { _x: x, rest } = kept;
-        let Inside { attention, x2, mlp } = rest.unwrap_or_else(|| self.run(lengths, &x).1);
+        let Inside { attention, x2, mlp, wide } = rest.unwrap_or_else(|| self.run(lengths, &x, true).1);
         let (first, last) = (self.net.attention_out() + 1, self.last_map());
         let is_parallel = c.placement == Placement::Parallel;
         // The MLP's reverse.
         let (past, df) = self.join_backward(m, dy);
+        let made = wide.is_none().then(|| self.widened(m, &x2));
         let activated = self.rows(m, f);
         let (dm, lora) = self.walk.linear_backward(m, f, &self.parts(last..last + 1), true);
         drop((activated, df));
@@ -257,11 +260,11 @@ impl Layer<'_> {
         drop(dm);
         let h = self.before(m, &x2);
         let (dh, lora) = self.walk.linear_backward(m, d, &self.parts(first..last), true);
-        drop((h, d_in));
+        drop((h, d_in, made));
         grads.extend(lora);
         // Into the residual stream, and through attention.
         let dx2 = if is_parallel { None } else { Some(self.rows(m, d)) };
-        drop((dh, mlp));
+        drop((dh, mlp, wide));
         let (past, df) = match dx2 {
             Some(dx2) => {
                 drop(past);

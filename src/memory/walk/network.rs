@@ -2,7 +2,7 @@
 //! Read stages.rs next.
 
 use super::block::{Kept, Layer};
-use super::ops::{Tensor, Walk};
+use super::ops::{TableBranch, Tensor, Walk};
 use super::shape::{Branches, Network};
 use crate::memory::ledger::{Class, Held};
 use crate::model::block::Checkpointing;
@@ -18,12 +18,37 @@ pub struct View<'a> {
     pub branches: Option<&'a Branches>,
 }
 
+/// What a training pass keeps between forward and backward.
+struct Tape {
+    kept: Vec<Kept>,
+    /// Output of the last block.
+    last: Tensor,
+    /// Of the branch on the token table.
+    lookup: Vec<Tensor>,
+}
+
 /// Gradients of an adapter: one tensor a factor.
 pub type Gradients = Vec<Tensor>;
 
 impl View<'_> {
     fn layer(&self, index: usize) -> Layer<'_> {
         Layer { walk: self.walk, net: self.net, branches: self.branches, index }
+    }
+
+    /// The branch on the output table.
+    fn table(&self) -> TableBranch {
+        self.branches.map_or_else(TableBranch::default, |b| TableBranch { rank: b.table, dora: b.dora })
+    }
+
+    /// The branch on the token table.
+    fn tokens(&self) -> TableBranch {
+        self.branches.map_or_else(TableBranch::default, |b| TableBranch { rank: b.tokens, dora: b.dora })
+    }
+
+    /// The exact KL of r rows to another policy's.
+    pub fn divergence(&self, r: usize) -> Held {
+        let (_, e, vocab) = self.sizes();
+        self.walk.divergence(r, e, vocab, self.table())
     }
 
     fn sizes(&self) -> (usize, usize, usize) {
@@ -72,7 +97,7 @@ impl View<'_> {
         let hidden = self.hidden(lengths);
         let rows = self.walk.rows(Class::Head, r, e);
         drop(hidden);
-        let stats = self.walk.head(r, e, vocab);
+        let stats = self.walk.head(r, e, vocab, self.table());
         (rows, stats)
     }
 
@@ -83,16 +108,13 @@ impl View<'_> {
         drop(hidden);
     }
 
-    fn hidden_kept(
-        &self,
-        lengths: &[usize],
-        branches: &Branches,
-        checkpoint: Checkpointing,
-    ) -> (Tensor, Vec<Kept>, Tensor) {
+    fn hidden_kept(&self, lengths: &[usize], branches: &Branches, checkpoint: Checkpointing) -> (Tensor, Tape) {
         let m = lengths.iter().sum();
         let layers = self.net.config.num_hidden_layers;
-        let first = branches.ranks.iter().position(|row| row.iter().any(|&r| r > 0)).unwrap_or(layers);
+        let lowest = branches.ranks.iter().position(|row| row.iter().any(|&r| r > 0)).unwrap_or(layers);
+        let first = if branches.tokens > 0 { 0 } else { lowest };
         let (mut x, mut kept) = (self.embed(m), vec![]);
+        let lookup = self.walk.lookup_branch(m, self.net.config.embedding_width, self.tokens());
         for layer in 0..layers {
             if layer < first {
                 x = self.layer(layer).forward(lengths, &x);
@@ -103,12 +125,13 @@ impl View<'_> {
             }
         }
         let h = self.finish(m, x.clone());
-        (h, kept, x)
+        (h, Tape { kept, last: x, lookup })
     }
 
     /// `Base::backward` of dh.
-    fn backward(&self, lengths: &[usize], kept: Vec<Kept>, last: Tensor, dh: Tensor) -> Gradients {
-        let (d, e, _) = self.sizes();
+    fn backward(&self, lengths: &[usize], tape: Tape, dh: Tensor) -> Gradients {
+        let (d, e, vocab) = self.sizes();
+        let Tape { kept, last, lookup } = tape;
         let m: usize = lengths.iter().sum();
         let mut grads = vec![];
         let mut dy = dh;
@@ -121,11 +144,13 @@ impl View<'_> {
         drop(last);
         let first = self.net.config.num_hidden_layers - kept.len();
         for (i, kept) in kept.into_iter().enumerate().rev() {
-            match self.layer(first + i).backward(lengths, kept, dy, i > 0, &mut grads) {
+            match self.layer(first + i).backward(lengths, kept, dy, i > 0 || self.tokens().rank > 0, &mut grads) {
                 Some(dx) => dy = dx,
                 None => break,
             }
         }
+        grads.extend(self.walk.lookup_backward(m, e, vocab, self.tokens()));
+        drop(lookup);
         grads
     }
 
@@ -140,22 +165,23 @@ impl View<'_> {
     ) -> Gradients {
         let (Some(branches), (_, e, vocab)) = (self.branches, self.sizes()) else { return vec![] };
         let m: usize = lengths.iter().sum();
-        let (hidden, kept, last) = self.hidden_kept(lengths, branches, checkpoint);
+        let (hidden, tape) = self.hidden_kept(lengths, branches, checkpoint);
         let rows = self.walk.rows(Class::Head, r, e);
         drop(hidden);
-        let stats = self.walk.head(r, e, vocab);
-        let divergence = against.map(|_| self.walk.divergence(r, e, vocab));
-        let mut d_rows = self.walk.head_backward(r, e, vocab);
+        let stats = self.walk.head(r, e, vocab, self.table());
+        let divergence = against.map(|_| self.divergence(r));
+        let (mut d_rows, of_table) = self.walk.head_backward(r, e, vocab, self.table());
         if against == Some(true) {
-            let more = self.walk.divergence_backward(r, e, vocab);
+            let more = self.walk.divergence_backward(r, e, vocab, self.table());
             d_rows = self.walk.rows(Class::Head, r, e);
             drop(more);
         }
         drop((rows, divergence));
         let dh = self.walk.rows(Class::Head, m, e);
         drop(d_rows);
-        let grads = self.backward(lengths, kept, last, dh);
+        let mut grads = self.backward(lengths, tape, dh);
         drop(stats);
+        grads.extend(of_table);
         grads
     }
 
@@ -163,14 +189,14 @@ impl View<'_> {
     pub fn scorer_gradients(&self, lengths: &[usize], r: usize, checkpoint: Checkpointing) -> Gradients {
         let (Some(branches), (_, e, _)) = (self.branches, self.sizes()) else { return vec![] };
         let m: usize = lengths.iter().sum();
-        let (hidden, kept, last) = self.hidden_kept(lengths, branches, checkpoint);
+        let (hidden, tape) = self.hidden_kept(lengths, branches, checkpoint);
         let picked = self.walk.rows(Class::Head, r, e);
         drop(hidden);
         let d_rows = self.walk.rows(Class::Head, r, e);
         drop(picked);
         let dh = self.walk.rows(Class::Head, m, e);
         drop(d_rows);
-        let mut grads = self.backward(lengths, kept, last, dh);
+        let mut grads = self.backward(lengths, tape, dh);
         grads.push(self.walk.rows(Class::Gradients, 1, e));
         grads
     }
@@ -206,7 +232,8 @@ impl View<'_> {
 
     /// `Base::logits`.
     fn logits(&self, s: usize, e: usize, vocab: usize) -> Tensor {
-        let part = super::ops::Part { out: vocab, rank: 0, dora: false, stored: self.net.table };
+        let table = self.table();
+        let part = super::ops::Part { out: vocab, rank: table.rank, dora: table.dora, stored: self.net.table };
         let (mut out, _) = self.walk.linear(s, e, &[part]);
         let logits = out.swap_remove(0).becomes(Class::Head);
         let c = &self.net.config;

@@ -40,6 +40,15 @@ pub struct Part {
     pub stored: StoredType,
 }
 
+/// The branch on a table of the vocabulary.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct TableBranch {
+    /// Its rank; 0 is none.
+    pub rank: usize,
+    /// It is DoRA's.
+    pub dora: bool,
+}
+
 /// Where operations take their memory.
 pub struct Walk {
     /// The account.
@@ -242,8 +251,50 @@ impl Walk {
         o
     }
 
+    /// `HeadBranch::of` for r rows: z, and with DoRA the scales of every row of the table.
+    fn head_branch(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> [Held; 2] {
+        let z = self.list(Class::Head, r * branch.rank);
+        drop(self.list(Class::Head, d * branch.rank));
+        [z, self.list(Class::Head, if branch.dora { vocab } else { 0 })]
+    }
+
+    /// `BranchSums`, and what `finish` makes of them: the branch's gradients.
+    fn branch_gradients(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Vec<Tensor> {
+        if branch.rank == 0 {
+            return vec![];
+        }
+        let _dz = self.list(Class::Head, RUNS * r * branch.rank);
+        let db = self.tensor(Class::Gradients, vocab * branch.rank);
+        let _products = self.list(Class::Head, if branch.dora { self.threads.min(RUNS) * r * STRIP } else { 0 });
+        let dm = branch.dora.then(|| self.tensor(Class::Gradients, vocab));
+        let da = self.tensor(Class::Gradients, branch.rank * d);
+        [da, db].into_iter().chain(dm).collect()
+    }
+
+    /// `lookup::forward` of m tokens beside the rows themselves: what is kept for its reverse.
+    pub fn lookup_branch(&self, m: usize, d: usize, branch: TableBranch) -> Vec<Tensor> {
+        if branch.rank == 0 {
+            return vec![];
+        }
+        drop(self.list(Class::Blocks, d * branch.rank));
+        let z = self.tensor(Class::Blocks, m * branch.rank);
+        [z].into_iter().chain(branch.dora.then(|| self.tensor(Class::Blocks, m * d))).collect()
+    }
+
+    /// `lookup::backward`: the branch's gradients.
+    pub fn lookup_backward(&self, m: usize, d: usize, vocab: usize, branch: TableBranch) -> Vec<Tensor> {
+        if branch.rank == 0 {
+            return vec![];
+        }
+        let _scaled = branch.dora.then(|| self.tensor(Class::Blocks, m * d));
+        let _sums = [m * branch.rank, branch.rank * d].map(|numbers| self.list(Class::Blocks, numbers));
+        let sizes = [branch.rank * vocab, d * branch.rank];
+        let factors = sizes.map(|numbers| self.tensor(Class::Gradients, numbers));
+        factors.into_iter().chain(branch.dora.then(|| self.tensor(Class::Gradients, d))).collect()
+    }
+
     /// The buffers of `head::strips` and of what its caller does with each strip.
-    fn strips(&self, r: usize, d: usize, vocab: usize, backward: bool) {
+    fn strips(&self, r: usize, d: usize, vocab: usize, backward: bool, rounds: bool) {
         let who = self.parallel(RUNS, if backward { 2 } else { 1 } * r * d * vocab);
         self.scratch(who, 0, r * STRIP + d * NR);
         let is_bf16 = self.compute == Compute::Bf16 && d.is_multiple_of(2);
@@ -253,7 +304,7 @@ impl Walk {
         } else {
             self.scratch(who, 1, 16 * d);
         }
-        if backward && is_bf16 {
+        if backward && is_bf16 && rounds {
             // Each thread rounds its strip's gradients.
             let threads = if who == Who::All { self.threads.min(RUNS) } else { 1 };
             let _left = self.list(Class::Head, threads * r.div_ceil(32) * 32 * bf16::words(STRIP));
@@ -272,42 +323,48 @@ impl Walk {
     }
 
     /// `head::forward`: the statistics of r targets.
-    pub fn head(&self, r: usize, d: usize, vocab: usize) -> Held {
+    pub fn head(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Held {
+        let _branch = self.head_branch(r, d, vocab, branch);
         let _hidden = self.hidden(r, d);
         let runs = self.ledger.take(Class::Head, RUNS * r * RUN_BYTES);
-        self.strips(r, d, vocab, false);
+        self.strips(r, d, vocab, false, true);
         // Four lists that grow by doubling.
         let stats = self.list(Class::Head, 4 * r.next_power_of_two().max(4));
         drop(runs);
         stats
     }
 
-    /// `head::backward`: dL/dh of r rows, out of one sum a run.
-    pub fn head_backward(&self, r: usize, d: usize, vocab: usize) -> Tensor {
+    /// `head::backward`: dL/dh of r rows, out of one sum a run, and the branch's gradients.
+    pub fn head_backward(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> (Tensor, Vec<Tensor>) {
+        let _branch = self.head_branch(r, d, vocab, branch);
         let _hidden = self.hidden(r, d);
         let partial = self.list(Class::Head, RUNS * r * d);
-        self.strips(r, d, vocab, true);
+        let gradients = self.branch_gradients(r, d, vocab, branch);
+        self.strips(r, d, vocab, true, true);
         let result = self.tensor(Class::Head, r * d);
         drop(partial);
-        result
+        (result, gradients)
     }
 
     /// `divergence::forward` of r rows against r others.
-    pub fn divergence(&self, r: usize, d: usize, vocab: usize) -> Held {
+    pub fn divergence(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Held {
+        let _branches = [(); 2].map(|()| self.head_branch(r, d, vocab, branch));
         let _both = (self.list(Class::Head, 2 * r * d), self.hidden(2 * r, d));
         // Eight runs' sums of five numbers a position, and each thread's own.
         let sums = self.list(Class::Head, (RUNS + 1) * r * 5);
-        self.strips(2 * r, d, vocab, false);
+        self.strips(2 * r, d, vocab, false, true);
         let kept = self.list(Class::Head, 3 * r.next_power_of_two().max(4));
         drop(sums);
         kept
     }
 
     /// `divergence::backward`.
-    pub fn divergence_backward(&self, r: usize, d: usize, vocab: usize) -> Tensor {
+    pub fn divergence_backward(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Tensor {
+        let _branches = [(); 2].map(|()| self.head_branch(r, d, vocab, branch));
         let _both = (self.list(Class::Head, 2 * r * d), self.hidden(2 * r, d));
         let partial = self.list(Class::Head, RUNS * r * d);
-        self.strips(2 * r, d, vocab, true);
+        let _gradients = self.branch_gradients(r, d, vocab, branch);
+        self.strips(2 * r, d, vocab, true, false);
         let result = self.tensor(Class::Head, r * d);
         drop(partial);
         result

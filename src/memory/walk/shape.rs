@@ -8,6 +8,7 @@ use crate::model::base::Base;
 use crate::model::checkpoint::{Checkpoint, Contents};
 use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNorm, Qkv};
 use crate::model::lora::Slot;
+use crate::ops::rope;
 use crate::ops::weight::{Compute, StoredType};
 use crate::{config, invalid};
 
@@ -149,7 +150,7 @@ impl Network {
         Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols })
     }
 
-    /// Bytes of norms, biases and the rotations of every position.
+    /// Bytes of norms, biases and the rotations of the first positions, which are made together.
     pub fn vectors(&self) -> usize {
         let c = &self.config;
         let d = c.hidden_size;
@@ -163,10 +164,16 @@ impl Network {
         let biases: usize =
             c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out } else { 0 }).sum();
         let blocks = c.num_hidden_layers * (norms * norm(d) + qk + biases);
+        (blocks + if c.final_norm { norm(d) } else { 0 }) * size_of::<f32>() + self.rotations(1)
+    }
+
+    /// Bytes of the rotations that are there once a sequence of `longest` tokens was seen.
+    pub fn rotations(&self, longest: usize) -> usize {
+        let c = &self.config;
         let turning = usize::from(c.layers.iter().any(|l| l.rope != LayerRope::None))
             + usize::from(c.layers.iter().any(|l| l.rope == LayerRope::Local));
-        let angles = turning * c.max_position_embeddings * c.rotary_dim;
-        (blocks + if c.final_norm { norm(d) } else { 0 } + angles) * size_of::<f32>()
+        let positions = longest.next_multiple_of(rope::BLOCK).min(c.max_position_embeddings);
+        turning * positions * c.rotary_dim * size_of::<f32>()
     }
 
     /// Numbers in all matrices and vectors.
@@ -197,12 +204,23 @@ pub struct Branches {
     pub dora: bool,
     /// Bytes of each tensor beside the blocks' factors: magnitudes, and branches outside of the blocks.
     pub more: Vec<usize>,
+    /// Rank of the branch on the output table; 0 is none.
+    pub table: usize,
+    /// Rank of the branch on the token table.
+    pub tokens: usize,
 }
 
 impl Branches {
     /// No branch at all: the bare base.
     pub fn none(network: &Network) -> Self {
-        Self { ranks: vec![[0; MAX_LINEARS]; network.config.num_hidden_layers], head: false, dora: false, more: vec![] }
+        Self {
+            ranks: vec![[0; MAX_LINEARS]; network.config.num_hidden_layers],
+            head: false,
+            dora: false,
+            more: vec![],
+            table: 0,
+            tokens: 0,
+        }
     }
 
     /// As `config` selects them.
@@ -222,6 +240,11 @@ impl Branches {
                 }
                 Slot::Outer(outer) => {
                     let Some(map) = network.maps.outer(outer) else { continue };
+                    match outer {
+                        Outer::Head => branches.table = r,
+                        Outer::Embedding => branches.tokens = r,
+                        Outer::ProjectIn | Outer::ProjectOut => {}
+                    }
                     branches.more.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
                     branches.more.extend(config.use_dora.then_some(map.out * size_of::<f32>()));
                 }
@@ -242,7 +265,15 @@ impl Branches {
         for pair in Outer::ALL.into_iter().filter_map(|outer| adapter.outer(outer)) {
             more.extend([&pair.a, &pair.b].into_iter().chain(&pair.magnitude).map(bytes));
         }
-        Self { ranks: adapter.layers().iter().map(row).collect(), head: adapter.head().is_some(), dora, more }
+        let outer = |outer: Outer| adapter.outer(outer).map_or(0, |pair| pair.a.dims()[0]);
+        Self {
+            ranks: adapter.layers().iter().map(row).collect(),
+            head: adapter.head().is_some(),
+            dora,
+            more,
+            table: outer(Outer::Head),
+            tokens: outer(Outer::Embedding),
+        }
     }
 
     /// With a scalar head.

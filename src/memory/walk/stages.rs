@@ -84,6 +84,23 @@ pub enum Work {
     Rollouts(Rollouts),
 }
 
+impl Work {
+    /// Tokens of the longest sequence.
+    fn longest(&self) -> usize {
+        match self {
+            Self::Supervised(work) => {
+                let passes = work.step.iter().chain(&work.reference).chain(&work.evaluation);
+                passes.flat_map(|pass| &pass.lengths).copied().max().unwrap_or(1)
+            }
+            Self::Rollouts(work) => {
+                let asked =
+                    work.prompts.iter().chain(&work.evaluation).max().map_or(1, |prompt| prompt + work.response);
+                asked.max(work.text.map_or(1, |(_, tokens, _)| tokens))
+            }
+        }
+    }
+}
+
 /// Everything that a walk is of.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -204,6 +221,9 @@ impl Job {
             }
             View { walk: &walk, net, branches: None }.look();
         }
+        let longest = self.work.longest();
+        let further = nets.into_iter().flatten().map(|net| net.rotations(longest) - net.rotations(1)).sum();
+        let _rotations = ledger.take(Class::Base, further);
         let walk = Walk::new(ledger.clone(), self.threads, self.policy.compute);
         match &self.work {
             Work::Supervised(work) => self.supervised(&walk, work),
@@ -328,7 +348,7 @@ impl Job {
                 if work.exact.0 {
                     let (mine, stats) = actor_view.logprobs(chunk, r);
                     drop(stats);
-                    drop(walk.divergence(r, e, net.config.vocab_size));
+                    drop(actor_view.divergence(r));
                     drop(mine);
                 }
                 rows.push(ledger.take(Class::Data, r * e * size_of::<f32>()));

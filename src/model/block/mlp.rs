@@ -11,26 +11,38 @@ use crate::ops::linear::InputGradient;
 pub(super) struct MlpKept {
     /// Attention's sum: the residual that the MLP joins.
     pub(super) x2: Tensor,
-    z_in: linear::Kept,
-    gate: Option<Tensor>,
-    up: Tensor,
+    wide: Option<Wide>,
     z_out: linear::Kept,
     join: JoinKept,
 }
 
+/// What the MLP's input is widened to, and what that linear kept.
+struct Wide {
+    gate: Option<Tensor>,
+    up: Tensor,
+    z: linear::Kept,
+}
+
+/// Whether the reverse finds that or makes it again.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Widened {
+    Kept,
+    MadeAgain,
+}
+
 impl Pass<'_> {
     /// act(gate) * up, or act(up).
-    fn activated(self, gate: Option<&Tensor>, up: &Tensor) -> Result<Tensor> {
+    fn activated(self, Wide { gate, up, .. }: &Wide) -> Result<Tensor> {
         match gate {
             Some(gate) => self.geometry.activation.gated_forward(gate, up),
             None => self.geometry.activation.forward(up),
         }
     }
 
-    /// (gate, up) of the MLP's input, where it has a gate, and what their linear kept.
-    fn widened(self, input: &Tensor) -> Result<(Option<Tensor>, Tensor, linear::Kept)> {
+    /// Gate, where there is one, and up of the MLP's input.
+    fn widened(self, input: &Tensor) -> Result<Wide> {
         let h = before(&self.block.mlp_norms.before, input)?;
-        let (outputs, z_in) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
+        let (outputs, z) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
         let (gate, up) = match self.geometry.mlp {
             Mlp::Gated => {
                 let [gate, up] = take(outputs);
@@ -47,25 +59,23 @@ impl Pass<'_> {
                 (None, up)
             }
         };
-        Ok((gate, up, z_in))
+        Ok(Wide { gate, up, z })
     }
 
     /// y (N, D) of the MLP's input and the residual x2, (N, D) each, keeping nothing.
     pub(super) fn mlp_only(self, input: &Tensor, x2: &Tensor) -> Result<Tensor> {
-        let m = {
-            let (gate, up, _) = self.widened(input)?;
-            self.activated(gate.as_ref(), &up)?
-        };
+        let m = self.activated(&self.widened(input)?)?;
         Ok(self.join(&self.block.mlp_norms).forward(&m, self.part(self.mlp_out()), x2)?.0)
     }
 
     /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and what the reverse wants.
-    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor) -> Result<(Tensor, MlpKept)> {
-        let (gate, up, z_in) = self.widened(input)?;
-        let m = self.activated(gate.as_ref(), &up)?;
+    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor, widened: Widened) -> Result<(Tensor, MlpKept)> {
+        let wide = self.widened(input)?;
+        let m = self.activated(&wide)?;
+        let wide = Some(wide).filter(|_| widened == Widened::Kept);
         let end = self.join(&self.block.mlp_norms);
         let (y, z_out, join) = end.forward(&m, self.part(self.mlp_out()), x2)?;
-        Ok((y, MlpKept { x2: x2.clone(), z_in, gate, up, z_out, join }))
+        Ok((y, MlpKept { x2: x2.clone(), wide, z_out, join }))
     }
 
     /// (dL/dx2 past the MLP, dL/dh), h the MLP's normed input, of dL/dy (N, D).
@@ -78,25 +88,33 @@ impl Pass<'_> {
     ) -> Result<(Tensor, Tensor)> {
         let (first, out) = (self.attention_out() + 1, self.mlp_out());
         let (past, df) = self.join(&self.block.mlp_norms).backward(&kept.join, dy)?;
-        let m = self.activated(kept.gate.as_ref(), &kept.up)?;
+        let made;
+        let wide = match &kept.wide {
+            Some(wide) => wide,
+            None => {
+                made = self.widened(input)?;
+                &made
+            }
+        };
+        let m = self.activated(wide)?;
         let g = linear::backward(&m, &[self.part(out)], &kept.z_out, &[&df], InputGradient::Wanted)?;
         drop(m);
         let dm = keep(grads, out, g)?;
         let activation = self.geometry.activation;
-        let d_in = match &kept.gate {
+        let d_in = match &wide.gate {
             Some(gate) => {
-                let (dgate, dup) = activation.gated_backward(gate, &kept.up, &dm)?;
+                let (dgate, dup) = activation.gated_backward(gate, &wide.up, &dm)?;
                 match self.geometry.mlp {
                     Mlp::GatedFused => vec![columns::join(&[&dgate, &dup], Fusion::EndToEnd)?],
                     Mlp::Gated | Mlp::Plain => vec![dgate, dup],
                 }
             }
-            None => vec![activation.backward(&kept.up, &dm)?],
+            None => vec![activation.backward(&wide.up, &dm)?],
         };
         drop(dm);
         let h = before(&self.block.mlp_norms.before, input)?;
         let d_in: Vec<&Tensor> = d_in.iter().collect();
-        let g = linear::backward(&h, &self.parts(first..out), &kept.z_in, &d_in, InputGradient::Wanted)?;
+        let g = linear::backward(&h, &self.parts(first..out), &wide.z, &d_in, InputGradient::Wanted)?;
         Ok((past, keep(grads, first, g)?))
     }
 }

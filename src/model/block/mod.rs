@@ -20,7 +20,7 @@ mod mlp;
 mod residual;
 
 use attention::AttentionKept;
-use mlp::MlpKept;
+use mlp::{MlpKept, Widened};
 use residual::Join;
 
 /// What a block keeps for its backward.
@@ -28,8 +28,24 @@ use residual::Join;
 pub enum Checkpointing {
     /// All inputs of its linears and attention: most memory, least time.
     Off,
+    /// All of that but the MLP's widened products, gate and up, which the backward computes again.
+    Mlp,
     /// Its input alone; the backward runs the block forward once more.
     Block,
+}
+
+impl Checkpointing {
+    /// All, the one that keeps most first.
+    pub const ALL: [Self; 3] = [Self::Off, Self::Mlp, Self::Block];
+
+    /// As the `checkpoint` key has it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Off => "none",
+            Self::Mlp => "mlp",
+            Self::Block => "block",
+        }
+    }
 }
 
 /// One frozen linear map.
@@ -156,10 +172,10 @@ impl<'a> Pass<'a> {
         self.mlp_only(self.mlp_input(x, &x2), &x2)
     }
 
-    /// y (N, D) of x (N, D), with everything between.
-    fn run(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionKept, MlpKept)> {
+    /// y (N, D) of x (N, D), with everything between, or all but what the MLP is widened to.
+    fn run(self, layout: Layout<'_>, x: &Tensor, widened: Widened) -> Result<(Tensor, AttentionKept, MlpKept)> {
         let (x2, attention) = self.attention(layout, x)?;
-        let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2)?;
+        let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2, widened)?;
         Ok((y, attention, mlp))
     }
 }
@@ -196,11 +212,15 @@ impl Block {
         checkpoint: Checkpointing,
     ) -> Result<(Tensor, Kept)> {
         let pass = self.pass(pairs, geometry);
-        if checkpoint == Checkpointing::Block {
-            let y = pass.forward(layout, &x, |_, _| {})?;
-            return Ok((y, Kept { x, rest: None }));
-        }
-        let (y, attention, mlp) = pass.run(layout, &x)?;
+        let widened = match checkpoint {
+            Checkpointing::Off => Widened::Kept,
+            Checkpointing::Mlp => Widened::MadeAgain,
+            Checkpointing::Block => {
+                let y = pass.forward(layout, &x, |_, _| {})?;
+                return Ok((y, Kept { x, rest: None }));
+            }
+        };
+        let (y, attention, mlp) = pass.run(layout, &x, widened)?;
         Ok((y, Kept { x, rest: Some((attention, mlp)) }))
     }
 
@@ -264,7 +284,7 @@ impl Block {
         let (attention, mlp) = match rest {
             Some(rest) => rest,
             None => {
-                let (_, attention, mlp) = pass.run(layout, &x)?;
+                let (_, attention, mlp) = pass.run(layout, &x, Widened::Kept)?;
                 (attention, mlp)
             }
         };
