@@ -56,15 +56,7 @@ fn run(iterations: usize) -> Vec<Moment> {
         "--set ppo.total_episodes={} --set ppo.learning_rate=1e-7 --set checkpoint.save_steps=100 --set ppo.eval_every=20",
         4 * iterations
     );
-    // Huge pages come and go two megabytes at a time, a twentieth of what this process holds: without them resident memory
-    // is what was touched. A child inherits the setting.
-    let huge_pages = |off: libc::c_ulong| {
-        // SAFETY: sets one flag of this process.
-        assert_eq!(unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, off, 0, 0, 0) }, 0);
-    };
-    huge_pages(1);
     let mut child = start(&place, &format!("{} {more}", line("ppo")));
-    huge_pages(0);
     let process = Path::new("/proc").join(child.id().to_string());
     let mut watcher = Watcher { process, metrics: place.path("out/ppo/metrics.jsonl"), read: 0, lines: 0 };
     let mut moments = vec![];
