@@ -133,6 +133,8 @@ struct Pages {
     chunks: Vec<(u64, usize)>,
     /// Of each column: the chunk that is read, its dictionary's bytes, its page's bytes.
     held: Vec<(usize, [u64; 2])>,
+    /// How many were begun.
+    begun: u64,
 }
 
 impl Pages {
@@ -199,8 +201,17 @@ impl Length for Checked {
 impl ChunkReader for Checked {
     type T = BufReader<File>;
 
-    /// The library calls this where a page begins.
+    /// The library calls this where a page begins, at most twice a page. Of damaged counts it can look for values in the same
+    /// pages without end.
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
+        {
+            let mut pages = self.pages.lock().unwrap_or_else(PoisonError::into_inner);
+            pages.begun += 1;
+            // The header of a page takes more than a byte.
+            if pages.begun > self.length.saturating_mul(2) {
+                return Err(ParquetError::General("its pages do not hold as many values as it says".to_owned()));
+            }
+        }
         let mut head = Vec::with_capacity(16);
         self.at(start)?.take(16).read_to_end(&mut head)?;
         if let Some((kind, size)) = page_head(&head) {

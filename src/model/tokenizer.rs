@@ -17,6 +17,8 @@ use crate::model::chat_template::{self, GenerationPrompt, Message, TemplateToken
 use crate::model::gguf::Gguf;
 use crate::model::gguf_tokenizer;
 
+mod pieces;
+
 /// Whether the tokenizer's own frame (a beginning-of-text token, for most) is put around the ids.
 /// A rendered chat template carries its own frame already.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,6 +65,14 @@ impl Tokenizer {
     /// # Errors
     /// If a file cannot be read as what it is, or names a special token that is not in the vocabulary.
     pub fn from_files(files: TokenizerFiles<'_>, source: &str) -> Result<Self> {
+        let longest = pieces::longest(files.tokenizer);
+        if longest > pieces::LONGEST {
+            return Err(invalid!(
+                "{source}/tokenizer.json has a piece of {longest} bytes in its vocabulary, {} are the most: it is damaged; \
+                 fetch it again",
+                pieces::LONGEST
+            ));
+        }
         // The crate panics on some mistakes in JSON.
         let mut inner = unless_it_panics(|| tokenizers::Tokenizer::from_bytes(files.tokenizer.as_bytes()))
             .ok_or_else(|| invalid!("{source}/tokenizer.json cannot be read: it is damaged; fetch it again"))?
@@ -165,9 +175,14 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails, or yields an id that the model has no embedding for.
     pub fn encode(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>> {
-        let encoding = self
-            .inner
-            .encode_fast(text, special_tokens == SpecialTokens::Add)
+        let encoding = unless_it_panics(|| self.inner.encode_fast(text, special_tokens == SpecialTokens::Add))
+            .ok_or_else(|| {
+                invalid!(
+                    "{}: a text cannot be tokenised: tokenizer.json is damaged (it may use a special token that it does \
+                     not describe); fetch it again",
+                    self.source
+                )
+            })?
             .map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))?;
         let ids = encoding.get_ids().to_vec();
         self.check(&ids)?;
