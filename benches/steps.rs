@@ -6,15 +6,25 @@
 //!
 //! Inputs: ids[i][j] = 100 + ((i + salt) 104729 + j 7919 + i j 31) mod 48000, all full length. LoRA r = 8, alpha = 16 on all
 //! seven linear maps, B = 0. ppo_step: 8 x 64 + 64 tokens, one epoch, one minibatch, micro-batch 4, AdamW 1e-4, KL 0.05.
+//!
+//! A last line, `of_machine`, holds each phase against what the machine gives in the same run: the products with the frozen
+//! matrices that a phase has to do, per second, over a plain 1024 x 1024 x 1024 product of the gemm crate in f32 on all
+//! threads; for decoding also the base's bytes read per second, over plain reading of the same bytes. Branches, attention,
+//! norms and the optimizer count as no work, only as time.
 
+use std::collections::HashMap;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use candle_core::{Device, Tensor};
 use fourfold::config::{Checkpoint, ComputeDtype, Lora, LrScheduler, Ppo, Reward, Sft};
 use fourfold::data::phases::{RankedExample, SftExample};
+use fourfold::memory::meter::{self, Phase};
 use fourfold::memory::peak_rss_bytes;
+use fourfold::model::base::Base;
 use fourfold::model::generate::{Sampling, generate};
 use fourfold::model::roles::{Policy, Scorer};
+use fourfold::ops::weight::Weight;
 use fourfold::ppo::train as ppo;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
@@ -30,9 +40,16 @@ fn ids(rows: usize, columns: usize, salt: usize) -> Vec<Vec<u32>> {
     (0..rows).map(|i| (0..columns).map(|j| id(i, j)).collect()).collect()
 }
 
-fn measure(id: &str, reps: usize, tokens: usize, mut run: impl FnMut(usize) -> Result<()>) -> Result<()> {
+/// Runs `run` once to warm up and `reps` times; prints the median. Returns each phase's mean seconds.
+fn measure(
+    id: &str,
+    reps: usize,
+    tokens: usize,
+    mut run: impl FnMut(usize) -> Result<()>,
+) -> Result<HashMap<Phase, f64>> {
     run(0)?;
     let mut seconds = vec![];
+    meter::restart();
     for rep in 1..=reps {
         let start = Instant::now();
         run(rep)?;
@@ -47,7 +64,51 @@ fn measure(id: &str, reps: usize, tokens: usize, mut run: impl FnMut(usize) -> R
         seconds[reps - 1],
         tokens as f64 / median
     );
-    Ok(())
+    let each = meter::spent().into_iter().map(|(phase, spent)| (phase, spent.as_secs_f64() / reps as f64));
+    Ok(each.collect())
+}
+
+/// What phases did and how long it took: (name, giga multiply-adds times two, seconds).
+type Done = Vec<(String, f64, f64)>;
+
+/// A plain f32 product on all threads, GFLOP/s: the best of five.
+fn plain_product() -> Result<f64> {
+    const N: usize = 1024;
+    let [a, b] = [1f32, 2f32].map(|v| Tensor::full(v, (N, N), &Device::Cpu));
+    let (a, b) = (a?, b?);
+    let mut best = f64::INFINITY;
+    for _ in 0..6 {
+        let start = Instant::now();
+        std::hint::black_box(a.matmul(&b)?);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok(2.0 * (N * N * N) as f64 / best / 1e9)
+}
+
+/// Plain reading of a base's matrices on all threads, GB/s: the best of three.
+fn plain_reading(base: &Base) -> f64 {
+    let (weights, threads) = (base.weights(), candle_core::utils::get_num_threads());
+    let bytes: usize = weights.iter().map(|(_, w)| w.bytes().len()).sum();
+    let mut best = f64::INFINITY;
+    for _ in 0..3 {
+        let start = Instant::now();
+        std::thread::scope(|scope| {
+            for t in 0..threads {
+                let weights = &weights;
+                scope.spawn(move || {
+                    for (_, w) in weights {
+                        let all = w.bytes();
+                        let own = &all[all.len() * t / threads..all.len() * (t + 1) / threads];
+                        let sum =
+                            own.as_chunks::<8>().0.iter().fold(0u64, |s, &b| s.wrapping_add(u64::from_le_bytes(b)));
+                        std::hint::black_box(sum);
+                    }
+                });
+            }
+        });
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    bytes as f64 / best / 1e9
 }
 
 fn main() -> Result<()> {
@@ -91,13 +152,31 @@ fn main() -> Result<()> {
     let fresh = model.fresh_adapter(&Lora::default(), 0)?;
     let scorer = fresh.clone().with_head(1)?;
 
+    // Giga-FLOPs of one token through the blocks' matrices, and of one position against the output table.
+    let giga = |weight: &Weight| 2e-9 * (weight.rows() * weight.cols()) as f64;
+    let (all, table) = (base.weights().iter().map(|(_, w)| giga(w)).sum::<f64>(), giga(base.weights()[0].1));
+    let blocks = all - table;
+    let mut done: Done = vec![];
+
     if wanted("generate") {
         let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop: vec![] };
         let prompts = ids(8, 64, 0);
+        // The first token comes out of the prompts' pass.
+        let (mut first, mut whole) = (f64::INFINITY, f64::INFINITY);
         measure(&format!("generate/{name}/b8_p64_r64"), reps, 512, |rep| {
             let seeds: Vec<u64> = (0..8).map(|i| (rep * 8 + i) as u64).collect();
-            generate(Policy::new(base, Some(&fresh)), &prompts, &seeds, &sampling, |_, _| {}).map(drop)
+            let (start, mut told) = (Instant::now(), 0);
+            let ran = generate(Policy::new(base, Some(&fresh)), &prompts, &seeds, &sampling, |_, _| {
+                told += 1;
+                if told == 8 {
+                    first = first.min(start.elapsed().as_secs_f64());
+                }
+            });
+            whole = whole.min(start.elapsed().as_secs_f64());
+            ran.map(drop)
         })?;
+        done.push(("generate.prompts".into(), 512.0 * blocks + 8.0 * table, first));
+        done.push(("generate.decoding".into(), 63.0 * 8.0 * all, whole - first));
     }
     if wanted("sft_step") {
         let config = Sft {
@@ -107,12 +186,15 @@ fn main() -> Result<()> {
             checkpoint,
             ..Sft::default()
         };
-        measure(&format!("sft_step/{name}/b4_t256"), reps, 1024, |rep| {
+        // Forward and dx of every matrix; the head's logits are made twice.
+        let work = 1024.0 * 2.0 * blocks + 1020.0 * 3.0 * table;
+        let spent = measure(&format!("sft_step/{name}/b4_t256"), reps, 1024, |rep| {
             let rows = ids(4, 256, 4 * rep);
             let example = |tokens: Vec<u32>| SftExample { loss_mask: (0..256).map(|i| i > 0).collect(), tokens };
             let examples: Vec<SftExample> = rows.into_iter().map(example).collect();
             sft::train(base, &fresh, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
         })?;
+        done.push(("sft_step.update".into(), work, spent[&Phase::Update]));
     }
     if wanted("reward_step") {
         let config = Reward {
@@ -123,7 +205,7 @@ fn main() -> Result<()> {
             checkpoint,
             ..Reward::default()
         };
-        measure(&format!("reward_step/{name}/pairs4_t256"), reps, 2048, |rep| {
+        let spent = measure(&format!("reward_step/{name}/pairs4_t256"), reps, 2048, |rep| {
             let rows = ids(8, 256, 8 * rep);
             // One shared token stands for the prompt; lengths are those of the peers.
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
@@ -131,6 +213,7 @@ fn main() -> Result<()> {
                 (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), answers: answers(i) }).collect();
             reward::train::train(base, &scorer, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
         })?;
+        done.push(("reward_step.update".into(), 2048.0 * 2.0 * blocks, spent[&Phase::Update]));
     }
     if wanted("ppo_step") {
         let config = Ppo {
@@ -145,7 +228,7 @@ fn main() -> Result<()> {
             checkpoint,
             ..Ppo::default()
         };
-        measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
+        let spent = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
             let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: Some(&scorer) };
             let source = RewardModel(Scorer::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
@@ -162,6 +245,29 @@ fn main() -> Result<()> {
             };
             ppo::train(task, &config, rep as u64, &mut Session::silent()).map(drop)
         })?;
+        done.push(("ppo_step.rollout".into(), 1016.0 * blocks + 512.0 * table, spent[&Phase::Rollout]));
+        // Reference, critic and reward model read 8 x 128 tokens, the first with its head.
+        done.push(("ppo_step.scoring".into(), 3.0 * 1024.0 * blocks + 512.0 * table, spent[&Phase::Scoring]));
+        // Actor and critic, forward and dx; of the actor's head logits twice and dh, for the exact KL two more.
+        let update = 4.0 * 1024.0 * blocks + 5.0 * 512.0 * table;
+        done.push(("ppo_step.update".into(), update, spent[&Phase::Update]));
     }
+    let (product, reading) = (plain_product()?, plain_reading(base));
+    let bytes = base.weights().iter().map(|(_, w)| w.bytes().len()).sum::<usize>() as f64;
+    let mut phases = serde_json::Map::new();
+    for (phase, work, seconds) in done {
+        let rate = work / seconds;
+        let mut of = serde_json::json!({"seconds": seconds, "gflop_per_s": rate, "of_product": rate / product});
+        if phase == "generate.decoding" {
+            let read = 63.0 * bytes / seconds / 1e9;
+            of["gb_per_s"] = read.into();
+            of["of_reading"] = (read / reading).into();
+        }
+        phases.insert(phase, of);
+    }
+    let line = serde_json::json!({
+        "bench": format!("of_machine/{name}"), "product_gflop_per_s": product, "reading_gb_per_s": reading, "phases": phases,
+    });
+    println!("{line}");
     Ok(())
 }

@@ -4,7 +4,7 @@ that the Rust side left in DIR/<seed>/, judged on the same 256 held-out question
 usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods ppo,rloo,grpo,dpo]
 One JSON line a method and seed. RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0,
 datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO wants trl 1.12.0, the last
-that has a PPO trainer (`trl.experimental.ppo`), and the same others; results.jsonl has no figures of it yet.
+that has a PPO trainer (`trl.experimental.ppo`), and the same others; it ran on an AVX2 machine, beside our PPO there.
 
 The SFT adapter is merged into the base first, so that TRL's reference (the adapter switched off) is the SFT model; a
 fresh adapter of the same shape (r 8, alpha 16, all linear maps) trains on it. Budget and rates are the Rust side's: 2560

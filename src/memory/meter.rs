@@ -1,10 +1,11 @@
 //! What the program holds, counted where it is asked for: an allocator that wraps another and keeps the sum, the peak, and
-//! the peak of each phase of a run. Knows no model. Two atomic operations an allocation; a training step of SmolLM2-135M
+//! the peak and the time of each phase of a run. Knows no model. Two atomic operations an allocation; a training step of SmolLM2-135M
 //! makes some ten thousand. Read plan.rs for what is compared with it.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
@@ -100,10 +101,17 @@ impl Phase {
 
 struct Peaks {
     now: Phase,
+    since: Option<Instant>,
     peaks: [usize; Phase::ALL.len()],
+    spent: [Duration; Phase::ALL.len()],
 }
 
-static PEAKS: Mutex<Peaks> = Mutex::new(Peaks { now: Phase::Load, peaks: [0; Phase::ALL.len()] });
+static PEAKS: Mutex<Peaks> = Mutex::new(Peaks {
+    now: Phase::Load,
+    since: None,
+    peaks: [0; Phase::ALL.len()],
+    spent: [Duration::ZERO; Phase::ALL.len()],
+});
 
 /// Ends the running phase's count and begins `next`'s; returns the phase that ran.
 fn turn(next: Phase) -> Phase {
@@ -112,7 +120,10 @@ fn turn(next: Phase) -> Phase {
     let peak = &mut peaks.peaks[now as usize];
     *peak = (*peak).max(PEAK.load(Relaxed));
     PEAK.store(CURRENT.load(Relaxed), Relaxed);
-    peaks.now = next;
+    let time = Instant::now();
+    let ran = peaks.since.map_or(Duration::ZERO, |since| time - since);
+    peaks.spent[now as usize] += ran;
+    (peaks.now, peaks.since) = (next, Some(time));
     now
 }
 
@@ -139,9 +150,17 @@ pub fn peaks() -> [(Phase, usize); Phase::ALL.len()] {
     Phase::ALL.map(|phase| (phase, peaks[phase as usize]))
 }
 
-/// Forgets all peaks: what is held now is each count's start.
+/// How long each phase ran since [`restart`], those within it left out.
+pub fn spent() -> [(Phase, Duration); Phase::ALL.len()] {
+    let now = PEAKS.lock().unwrap_or_else(PoisonError::into_inner).now;
+    turn(now);
+    let spent = PEAKS.lock().unwrap_or_else(PoisonError::into_inner).spent;
+    Phase::ALL.map(|phase| (phase, spent[phase as usize]))
+}
+
+/// Forgets all peaks and times: what is held now is each count's start.
 pub fn restart() {
     let mut peaks = PEAKS.lock().unwrap_or_else(PoisonError::into_inner);
-    peaks.peaks = Default::default();
+    (peaks.peaks, peaks.spent, peaks.since) = (Default::default(), Default::default(), Some(Instant::now()));
     PEAK.store(CURRENT.load(Relaxed), Relaxed);
 }

@@ -16,6 +16,8 @@ mod allocation;
 mod bombs;
 mod campaign;
 mod data;
+#[cfg(feature = "hub")]
+mod hub;
 mod models;
 mod mutate;
 mod runs;
