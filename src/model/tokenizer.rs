@@ -17,7 +17,7 @@ use crate::model::chat_template::{self, GenerationPrompt, Message, TemplateToken
 use crate::model::gguf::Gguf;
 use crate::model::gguf_tokenizer;
 
-mod pieces;
+mod strings;
 
 /// Whether the tokenizer's own frame (a beginning-of-text token, for most) is put around the ids.
 /// A rendered chat template carries its own frame already.
@@ -65,12 +65,13 @@ impl Tokenizer {
     /// # Errors
     /// If a file cannot be read as what it is, or names a special token that is not in the vocabulary.
     pub fn from_files(files: TokenizerFiles<'_>, source: &str) -> Result<Self> {
-        let longest = pieces::longest(files.tokenizer);
-        if longest > pieces::LONGEST {
+        let strings::Seen { longest, patterns } = strings::seen(files.tokenizer);
+        if longest > strings::LONGEST || patterns > strings::PATTERNS {
             return Err(invalid!(
-                "{source}/tokenizer.json has a piece of {longest} bytes in its vocabulary, {} are the most: it is damaged; \
-                 fetch it again",
-                pieces::LONGEST
+                "{source}/tokenizer.json has a text of {longest} bytes and {patterns} patterns in it, {} and {} are the most: \
+                 it is damaged; fetch it again",
+                strings::LONGEST,
+                strings::PATTERNS
             ));
         }
         // The crate panics on some mistakes in JSON.
