@@ -15,15 +15,16 @@ fn place() -> Place {
     let words = ["the hotel is clean", "the food was cold and salty", "nobody answered", "we would come again"];
     let text = |from: usize, n: usize| (0..n).map(|i| words[(from + i * 7) % 4]).collect::<Vec<_>>().join(", ");
     let lines = |of: &dyn Fn(usize) -> Value| (0..64).map(|i| format!("{}\n", of(i))).collect::<String>();
-    // No two alike: equal prompts are prefilled once.
-    let prompt = |i: usize| format!("\n\nHuman: {}, {i}?\n\nAssistant:", text(i, 2 + i % 3));
+    let prompt = |i: usize| format!("\n\nHuman: {}?\n\nAssistant:", text(i, 2 + i % 3));
     p.write("sft.jsonl", lines(&|i| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 3 + i % 4))})));
     let pair = |i: usize| {
         let answers = [3, 5].map(|n| format!(" {}.", text(i + n, n + i % 2)));
         json!({"prompt": prompt(i), "chosen": answers[0], "rejected": answers[1]})
     };
     p.write("pairs.jsonl", lines(&pair));
-    p.write("prompts.jsonl", lines(&|i| json!({"prompt": prompt(i)})));
+    // No two alike: equal prompts are prefilled once.
+    let asked = |i: usize| format!("\n\nHuman: {}, {i}?\n\nAssistant:", text(i, 2 + i % 3));
+    p.write("prompts.jsonl", lines(&|i| json!({"prompt": asked(i)})));
     let judged = |i: usize| json!({"prompt": prompt(i), "completion": format!(" {}.", text(i, 4)), "label": i.is_multiple_of(2)});
     p.write("judged.jsonl", lines(&judged));
     p.write("run.toml", CONFIG);
@@ -71,19 +72,28 @@ fn with_reward_adapter(p: &Place) {
     assert_eq!(ran.code, 0, "{}", ran.stderr);
 }
 
+/// A helper thread's buffers grow to the largest item that it was in time for, and the plan counts the largest of all: of up
+/// to three runs, as another process may have kept a thread away, each phase's highest is what it takes.
 fn agrees(p: &Place, words: &str, phases: &[&str]) {
-    let found = object(p, &format!("bench memory run.toml {words} --json"), &[]);
-    let all = found["phases"].as_object().unwrap();
-    let ran: Vec<&str> = all.keys().map(String::as_str).collect();
-    assert_eq!(ran, phases, "{words}");
-    for (phase, of) in all {
-        let (ratio, bytes) = (of["ratio"].as_f64().unwrap(), |key: &str| of[key].as_f64().unwrap());
-        // A helper thread's buffers grow to the largest item that it was in time for; the plan counts the largest of all,
-        // which is more than a twentieth of these few megabytes.
-        let late = if phase == "load" { 0.0 } else { f64::from(384 << 10) };
-        let over = bytes("predicted") - bytes("measured");
-        assert!((ratio - 1.0).abs() <= 0.05 || (0.0..=late).contains(&over), "{words}, {phase}: {of}");
+    let mut highest = vec![0f64; phases.len()];
+    let mut off = vec![];
+    for _ in 0..3 {
+        let found = object(p, &format!("bench memory run.toml {words} --json"), &[]);
+        let all = found["phases"].as_object().unwrap();
+        let ran: Vec<&str> = all.keys().map(String::as_str).collect();
+        assert_eq!(ran, phases, "{words}");
+        off.clear();
+        for ((phase, of), highest) in all.iter().zip(&mut highest) {
+            *highest = highest.max(of["measured"].as_f64().unwrap());
+            if (of["predicted"].as_f64().unwrap() / *highest - 1.0).abs() > 0.05 {
+                off.push(format!("{phase}: {of}"));
+            }
+        }
+        if off.is_empty() {
+            return;
+        }
     }
+    panic!("{words}: {off:?}");
 }
 
 const ALL: [&str; 5] = ["load", "update", "step", "evaluation", "save"];

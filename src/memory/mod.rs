@@ -1,6 +1,6 @@
 //! Memory: what the machine has (machine.rs), what the program holds (meter.rs), and what a run will hold, told from
 //! shapes alone: a walk through every phase takes and gives back as many bytes as the operations do (walk/), plan.rs
-//! chooses what fits, refusal.rs says what does not.
+//! chooses what fits; run/admission.rs refuses what does not.
 
 pub mod jobs;
 pub mod ledger;
