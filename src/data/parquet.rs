@@ -224,8 +224,10 @@ impl ChunkReader for Checked {
 
     /// The library calls this where a page begins.
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        let mut head = Vec::with_capacity(16);
-        self.at(start)?.take(16).read_to_end(&mut head)?;
+        /// Two fields take at most twelve; the rest is for a writer that is less brief.
+        const HEAD: u64 = 64;
+        let mut head = Vec::with_capacity(HEAD as usize);
+        self.at(start)?.take(HEAD).read_to_end(&mut head)?;
         if let Some((kind, size)) = page_head(&head) {
             if size > MAX_RECORD_BYTES {
                 return Err(ParquetError::General(format!(
@@ -254,24 +256,42 @@ impl ChunkReader for Checked {
     }
 }
 
-/// A page's type and its uncompressed size: in Thrift's compact encoding its header's first two fields.
+/// A page's type and its uncompressed size: the 32-bit fields 1 and 2 of its header, in Thrift's compact encoding. A field
+/// names its number as a step of 1 to 15 from the one before, or in full after a zero step; the order is free, and of two
+/// that claim one number the later counts, as for the library. What is negative there is refused by the library.
 fn page_head(head: &[u8]) -> Option<(u64, u64)> {
-    const INT32_NEXT_FIELD: u8 = 0x15;
+    const INT32: u8 = 5;
     let mut bytes = head.iter().copied();
-    let mut field = || {
-        (bytes.next()? == INT32_NEXT_FIELD).then_some(())?;
-        let mut number = 0u64;
-        for shift in (0..35).step_by(7) {
-            let byte = bytes.next()?;
-            number |= u64::from(byte & 0x7F) << shift;
-            if byte & 0x80 == 0 {
-                return Some(number);
-            }
+    let (mut number, mut kind, mut size) = (0i16, None, None);
+    // A header that goes on with another type of field, or past these bytes, has said what is known so far.
+    while let Some(byte) = bytes.next().filter(|b| b & 0x0F == INT32) {
+        let named = match byte >> 4 {
+            0 => zigzag(&mut bytes).map(|full| full as i16),
+            step => number.checked_add(step.into()),
+        };
+        let (Some(named), Some(value)) = (named, zigzag(&mut bytes)) else { break };
+        let value = u64::from(value as u32);
+        match named {
+            1 => kind = Some(value),
+            2 => size = Some(value),
+            _ => {}
         }
-        None
-    };
-    // Zigzag: what is negative there is refused by the library.
-    Some((field()? >> 1, field()? >> 1))
+        number = named;
+    }
+    Some((kind?, size?))
+}
+
+/// Seven bits a byte, the low ones first, up to a byte without its highest bit; the lowest of all is the sign.
+fn zigzag(bytes: &mut impl Iterator<Item = u8>) -> Option<i64> {
+    let mut number = 0u64;
+    for shift in (0u32..).step_by(7) {
+        let byte = bytes.next()?;
+        number |= u64::from(byte & 0x7F).wrapping_shl(shift);
+        if byte & 0x80 == 0 {
+            break;
+        }
+    }
+    Some((number >> 1) as i64 ^ -((number & 1) as i64))
 }
 
 /// Runs what may panic on damaged bytes; the panic is an error then and prints nothing.
