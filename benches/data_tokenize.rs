@@ -13,12 +13,13 @@ use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use fourfold::config::{Data, Paths};
+use fourfold::data;
 use fourfold::data::examples::Examples;
-use fourfold::data::phases::RankedExample;
-use fourfold::data::{self, Prepared, Record, Text};
-use fourfold::memory::peak_rss_bytes;
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::tokenizer::SpecialTokens;
+use fourfold::data::examples::objectives::RankedExample;
+use fourfold::data::{Prepared, Record, Text};
+use fourfold::host::peak_rss_bytes;
+use fourfold::model_files::ModelFiles;
+use fourfold::tokenizer::SpecialTokens;
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -70,7 +71,7 @@ fn main() -> Result<()> {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,
         None => 3,
     };
-    let checkpoint = Checkpoint::open(&base)?;
+    let checkpoint = ModelFiles::open(&base)?;
     let tokenizer = checkpoint.tokenizer();
     let folder = std::env::temp_dir().join(format!("fourfold-data-tokenize-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;

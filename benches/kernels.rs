@@ -6,8 +6,8 @@ use std::time::Instant;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use fourfold::ops::linear::{InputGradient, LowRank, Part, backward, forward};
-use fourfold::ops::weight::{Bytes, Compute, StoredType, Weight};
+use fourfold::ops::linear::{InputGradient, LinearWithLora, LowRank, backward, forward};
+use fourfold::ops::weight::{Bytes, ComputeDtype, StorageDType, Weight};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
@@ -26,7 +26,7 @@ fn median(mut run: impl FnMut()) -> f64 {
 }
 
 fn main() -> anyhow::Result<()> {
-    fourfold::memory::keep_freed_memory();
+    fourfold::host::keep_freed_memory();
     let args: Vec<usize> = std::env::args().filter_map(|a| a.parse().ok()).collect();
     let ms = if args.is_empty() { vec![1, 8, 64, 512, 1024] } else { args };
     let dev = &Device::Cpu;
@@ -40,11 +40,11 @@ fn main() -> anyhow::Result<()> {
             let plain = median(|| drop(x.matmul(&w.t().unwrap()).unwrap()));
             let f32_bytes = w.flatten_all()?.to_vec1::<f32>()?;
             for (ggml, stored) in [
-                (None, StoredType::F32),
-                (Some(GgmlDType::Q8_0), StoredType::Q8_0),
-                (Some(GgmlDType::Q4_1), StoredType::Q4_1),
+                (None, StorageDType::F32),
+                (Some(GgmlDType::Q8_0), StorageDType::Q8_0),
+                (Some(GgmlDType::Q4_1), StorageDType::Q4_1),
             ] {
-                for compute in [Compute::F32, Compute::Bf16] {
+                for compute in [ComputeDtype::F32, ComputeDtype::Bf16] {
                     let weight = match ggml {
                         None => Weight::from_f32(&f32_bytes, n, k)?,
                         Some(t) => {
@@ -52,7 +52,7 @@ fn main() -> anyhow::Result<()> {
                         }
                     };
                     let weight = weight.with_compute(compute);
-                    let parts = [Part {
+                    let parts = [LinearWithLora {
                         weight: &weight,
                         bias: None,
                         lora: Some(LowRank { a: &a, b: &b, scale: 2.0, dora: None }),
@@ -63,7 +63,7 @@ fn main() -> anyhow::Result<()> {
                     println!(
                         "{{\"bench\":\"linear/{}_{}/m{m}_k{k}_n{n}_r8_cpu\",\"forward_gflops\":{:.0},\"backward_gflops\":{:.0},\"plain_f32_gflops\":{:.0}}}",
                         stored.name(),
-                        if compute == Compute::F32 { "f32" } else { "bf16" },
+                        if compute == ComputeDtype::F32 { "f32" } else { "bf16" },
                         flops / f / 1e9,
                         flops / g / 1e9,
                         flops / plain / 1e9

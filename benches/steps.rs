@@ -17,13 +17,14 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use fourfold::config::{Checkpoint, ComputeDtype, Lora, LrScheduler, Ppo, Reward, Sft};
-use fourfold::data::phases::{RankedExample, SftExample};
-use fourfold::memory::meter::{self, Phase};
-use fourfold::memory::peak_rss_bytes;
+use fourfold::config::{ComputeDtype, Lora, LrScheduler, Ppo, RecomputeSetting, Reward, Sft};
+use fourfold::data::examples::objectives::{RankedExample, SftExample};
+use fourfold::host::meter;
+use fourfold::host::meter::Phase;
+use fourfold::host::peak_rss_bytes;
 use fourfold::model::base::Base;
-use fourfold::model::generate::{Sampling, generate};
-use fourfold::model::roles::{Policy, Scorer};
+use fourfold::model::generate::{SamplingParams, generate};
+use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ops::weight::Weight;
 use fourfold::ppo::train as ppo;
 use fourfold::reward::source::RewardModel;
@@ -32,8 +33,8 @@ use fourfold::train::session::Session;
 use fourfold::{reward, sft};
 
 #[global_allocator]
-static ALLOCATOR: fourfold::memory::meter::Counting<mimalloc::MiMalloc> =
-    fourfold::memory::meter::Counting(mimalloc::MiMalloc);
+static ALLOCATOR: fourfold::host::meter::Counting<mimalloc::MiMalloc> =
+    fourfold::host::meter::Counting(mimalloc::MiMalloc);
 
 fn ids(rows: usize, columns: usize, salt: usize) -> Vec<Vec<u32>> {
     let id = |i: usize, j: usize| (100 + ((i + salt) * 104_729 + j * 7919 + i * j * 31) % 48_000) as u32;
@@ -112,18 +113,18 @@ fn plain_reading(base: &Base) -> f64 {
 }
 
 fn main() -> Result<()> {
-    fourfold::memory::keep_freed_memory();
+    fourfold::host::keep_freed_memory();
     let arguments: Vec<String> = std::env::args().skip(1).filter(|a| a != "--bench").collect();
     let reps = match arguments.iter().position(|a| a == "--reps") {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,
         None => 5,
     };
     let checkpoint = match arguments.iter().position(|a| a == "--checkpoint") {
-        None => Checkpoint::None,
+        None => RecomputeSetting::None,
         Some(i) => match arguments.get(i + 1).map(String::as_str) {
-            Some("none") => Checkpoint::None,
-            Some("mlp") => Checkpoint::Mlp,
-            Some("block") => Checkpoint::Block,
+            Some("none") => RecomputeSetting::None,
+            Some("mlp") => RecomputeSetting::Mlp,
+            Some("block") => RecomputeSetting::Block,
             _ => anyhow::bail!("--checkpoint none|mlp|block"),
         },
     };
@@ -159,7 +160,7 @@ fn main() -> Result<()> {
     let mut done: Done = vec![];
 
     if wanted("generate") {
-        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop: vec![] };
+        let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 64, stop: vec![] };
         let prompts = ids(8, 64, 0);
         // The first token comes out of the prompts' pass.
         let (mut first, mut whole) = (f64::INFINITY, f64::INFINITY);
@@ -230,7 +231,7 @@ fn main() -> Result<()> {
         };
         let spent = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
             let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: Some(&scorer) };
-            let source = RewardModel(Scorer::new(base, &scorer)?);
+            let source = RewardModel(ValueModel::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
             let task = ppo::Task {

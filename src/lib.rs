@@ -12,7 +12,7 @@
 //! - [`run`] a stage from its config to its folder; [`quickstart`] all stages on a tiny embedded base; [`cli`]
 //!
 //! ```
-//! use fourfold::model::roles::{Policy, Scorer};
+//! use fourfold::model::roles::{Policy, ValueModel};
 //! use fourfold::quickstart::base::BASE;
 //! use fourfold::{model::batch::Batch, model::checkpoint::Checkpoint, run::Model};
 //!
@@ -23,25 +23,23 @@
 //! let adapter = model.fresh_adapter(&Default::default(), 0)?.with_head(0)?;
 //! let reference = Policy::new(&model.base, None); // the bare base
 //! let actor = Policy::new(&model.base, Some(&adapter)); // the same base through an adapter
-//! let reward = Scorer::new(&model.base, &adapter)?; // and through an adapter with a scalar head
+//! let reward = ValueModel::new(&model.base, &adapter)?; // and through an adapter with a scalar head
 //! assert_eq!(reward.scores(&Batch::new(&[[5, 6, 7]])?)?.len(), 1);
 //! # let _ = (reference, actor);
 //! # Ok::<(), anyhow::Error>(())
 //! ```
 
-pub mod allocator;
 pub mod cli;
 pub mod config;
 pub mod data;
 pub mod dpo;
 pub mod error;
 pub mod export;
-#[cfg(feature = "hub")]
-pub mod hub;
-pub mod inspect;
-pub mod memory;
+pub mod host;
 pub mod model;
+pub mod model_files;
 pub mod ops;
+pub mod planner;
 pub mod ppo;
 pub mod quickstart;
 pub mod report;
@@ -50,4 +48,5 @@ pub mod rng;
 pub mod run;
 pub mod sft;
 pub mod stats;
+pub mod tokenizer;
 pub mod train;

@@ -2,8 +2,8 @@
 //! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
 
 #[global_allocator]
-static ALLOCATOR: fourfold::memory::meter::Counting<fourfold::allocator::Allocator> =
-    fourfold::memory::meter::Counting(fourfold::allocator::Allocator);
+static ALLOCATOR: fourfold::host::meter::Counting<fourfold::host::allocator::Allocator> =
+    fourfold::host::meter::Counting(fourfold::host::allocator::Allocator);
 
 /// The allocator is told before the runtime's first allocation, which reserves address space already.
 #[cfg(target_os = "linux")]
@@ -11,14 +11,14 @@ static ALLOCATOR: fourfold::memory::meter::Counting<fourfold::allocator::Allocat
 #[unsafe(link_section = ".init_array")]
 static BEFORE_MAIN: extern "C" fn() = {
     extern "C" fn before_main() {
-        fourfold::memory::keep_freed_memory();
+        fourfold::host::keep_freed_memory();
     }
     before_main
 };
 
 fn main() {
     #[cfg(not(target_os = "linux"))]
-    fourfold::memory::keep_freed_memory();
+    fourfold::host::keep_freed_memory();
     let code = match fourfold::cli::run() {
         Ok(()) => 0,
         Err(error) => {

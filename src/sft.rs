@@ -6,14 +6,14 @@ use std::borrow::Cow;
 use anyhow::{Result, ensure};
 
 use crate::config::Sft;
+use crate::data::examples::batch_sampler::BatchSampler;
+use crate::data::examples::objectives::SftExample;
 use crate::data::examples::{Examples, chunks, pick};
-use crate::data::order::Plan;
-use crate::data::phases::SftExample;
-use crate::memory::meter::{Phase, within};
+use crate::host::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
-use crate::model::block::Checkpointing;
+use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::report::{Figures, number};
 use crate::train::learner::Learner;
@@ -61,7 +61,7 @@ pub fn train(
     let mut progress = Progress::new(learner);
     let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
     let accumulate = config.gradient_accumulation_steps;
-    let plan = Plan { seed, stream: settings::SFT_ORDER, batch, accumulate, shard: Default::default() };
+    let plan = BatchSampler { seed, stream: settings::SFT_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
@@ -127,7 +127,7 @@ fn gradients(
     base: &Base,
     adapter: &Adapter,
     batches: &[(Batch, Targets)],
-    checkpoint: Checkpointing,
+    checkpoint: Recompute,
 ) -> Result<Option<(Gradients, f64)>> {
     let count: usize = batches.iter().map(|(_, targets)| targets.rows.len()).sum();
     let weight = 1.0 / count as f64;

@@ -1,6 +1,6 @@
 //! Chat templates in the manner of twelve model families render as transformers renders them, refusals included.
 
-use fourfold::model::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
+use fourfold::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
 use serde_json::Value;
 
 #[test]

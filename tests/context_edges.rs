@@ -6,8 +6,8 @@
 use anyhow::Result;
 use fourfold::config::{Lora, Ppo};
 use fourfold::model::adapter::Adapter;
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::roles::Scorer;
+use fourfold::model::roles::ValueModel;
+use fourfold::model_files::ModelFiles;
 use fourfold::ppo::rewards::{Ending, Shaping, shape};
 use fourfold::ppo::train::{Start, Task, Trained, train};
 use fourfold::quickstart::base::BASE;
@@ -19,7 +19,7 @@ use safetensors::tensor::{Dtype, TensorView};
 fn embedded() -> Model {
     let b = BASE;
     Model::of(
-        Checkpoint::from_embedded(b.config, b.generation_config, b.tokenizer, b.tokenizer_config, b.weights).unwrap(),
+        ModelFiles::from_embedded(b.config, b.generation_config, b.tokenizer, b.tokenizer_config, b.weights).unwrap(),
     )
     .unwrap()
 }
@@ -37,7 +37,7 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
         learning_rate: 1e-3,
         ..Ppo::default()
     };
-    let source = RewardModel(Scorer::new(&model.base, &reward)?);
+    let source = RewardModel(ValueModel::new(&model.base, &reward)?);
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
     let task = Task {
         start,

@@ -6,17 +6,19 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use fourfold::config::{Compat, Data, Paths, Source, Template, Truncation};
+use fourfold::data;
+use fourfold::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample};
 use fourfold::data::examples::{Example, Examples};
-use fourfold::data::phases::{Phase, PromptExample, RankedExample, SftExample};
-use fourfold::data::{self, Message, ModelEncoder, Prepared, cache::Stored};
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::tokenizer::{SpecialTokens, Tokenizer};
+use fourfold::data::stream::cache::Stored;
+use fourfold::data::{Message, ModelEncoder, Prepared};
+use fourfold::model_files::ModelFiles;
 use fourfold::quickstart::base::BASE;
 use fourfold::rng::SplitMix64;
+use fourfold::tokenizer::{SpecialTokens, Tokenizer};
 use serde_json::{Value, json};
 
-fn checkpoint() -> Checkpoint {
-    Checkpoint::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights)
+fn checkpoint() -> ModelFiles {
+    ModelFiles::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights)
         .unwrap()
 }
 
@@ -49,7 +51,7 @@ fn all<T: Example>(examples: &impl Examples<T>) -> Vec<T> {
     (0..examples.len()).map(|row| examples.get(row).unwrap().into_owned()).collect()
 }
 
-fn prepared<T: Phase + Stored>(data: &Data, tokenizer: &Tokenizer) -> Prepared<T> {
+fn prepared<T: Objective + Stored>(data: &Data, tokenizer: &Tokenizer) -> Prepared<T> {
     data::prepare(data, tokenizer, 7, true).unwrap()
 }
 
@@ -63,7 +65,7 @@ fn memory_cache_and_one_thread_give_the_same_examples() {
     let data = Data { eval_rows: Some(0), ..config(&path) };
     let encoder = ModelEncoder::new(tokenizer).unwrap();
     let entries = data::load(&data).unwrap().entries;
-    let (plain, report) = data::phases::ranked_examples(&entries, &encoder, &data).unwrap();
+    let (plain, report) = data::examples::objectives::ranked_examples(&entries, &encoder, &data).unwrap();
     assert!(report.dropped.values().sum::<usize>() > 0, "the lengths cross the limit: {report}");
     let memory: Prepared<RankedExample> = prepared(&data, tokenizer);
     assert_eq!((all(&memory.train), &memory.report, memory.cache.is_none()), (plain.clone(), &report, true));
@@ -78,7 +80,7 @@ fn memory_cache_and_one_thread_give_the_same_examples() {
     let (memory, cached): (Prepared<PromptExample>, Prepared<PromptExample>) =
         (prepared(&Data { cache_dir: None, ..data.clone() }, tokenizer), prepared(&data, tokenizer));
     assert_eq!(all(&memory.train), all(&cached.train));
-    let (prompts, _) = data::phases::prompt_examples(&entries, &encoder, &data).unwrap();
+    let (prompts, _) = data::examples::objectives::prompt_examples(&entries, &encoder, &data).unwrap();
     assert_eq!(all(&memory.train), prompts, "with the number of the record and its answer");
 }
 
@@ -92,10 +94,10 @@ fn each_stage_gets_its_share_under_dschat_and_knows_its_records() {
     let data = Data { compat: Some(Compat::Dschat), eval_fraction: None, eval_rows: Some(0), ..config(&path) };
     let entries = data::load(&data).unwrap().entries;
     let encoder = ModelEncoder::new(tokenizer).unwrap();
-    let (ranked, _) = data::phases::ranked_examples(&entries, &encoder, &data).unwrap();
+    let (ranked, _) = data::examples::objectives::ranked_examples(&entries, &encoder, &data).unwrap();
     assert_eq!(all(&prepared::<RankedExample>(&data, tokenizer).train), ranked);
     assert_eq!(ranked.len(), 40);
-    let (prompts, _) = data::phases::prompt_examples(&entries, &encoder, &data).unwrap();
+    let (prompts, _) = data::examples::objectives::prompt_examples(&entries, &encoder, &data).unwrap();
     let cached = Data { cache_dir: Some(folder.path().join("cache")), ..data.clone() };
     assert_eq!(all(&prepared::<PromptExample>(&cached, tokenizer).train), prompts);
     assert_eq!(prompts.len(), 40);
@@ -153,14 +155,14 @@ fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged()
     assert_eq!(fs::read(&file).unwrap(), bytes, "the same bytes again");
 }
 
-fn checkpoint_with_another_end() -> Checkpoint {
+fn checkpoint_with_another_end() -> ModelFiles {
     let config: Value = serde_json::from_str(BASE.tokenizer_config).unwrap();
     let mut config = config.as_object().unwrap().clone();
     let tokenizer: Value = serde_json::from_str(BASE.tokenizer).unwrap();
     let other = tokenizer["model"]["vocab"].as_object().unwrap().keys().next_back().unwrap().clone();
     config.insert("eos_token".into(), other.into());
     let config = Value::Object(config).to_string();
-    Checkpoint::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, &config, BASE.weights).unwrap()
+    ModelFiles::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, &config, BASE.weights).unwrap()
 }
 
 #[test]
@@ -275,11 +277,11 @@ fn several_sets_are_split_apart_under_dschat_and_then_shuffled_together() {
     };
     let found: Prepared<PromptExample> = prepared(&data, checkpoint.tokenizer());
     let rows = |size, first| {
-        let rows = data::dschat::phase_rows(1234, size, &[2.0, 4.0, 4.0], 2).unwrap();
+        let rows = data::examples::dschat::phase_rows(1234, size, &[2.0, 4.0, 4.0], 2).unwrap();
         rows.into_iter().map(move |row| first + row as usize)
     };
     let joined: Vec<usize> = rows(20, 0).chain(rows(10, 20)).collect();
-    let order = data::dschat::shuffled_rows(1234, joined.len()).unwrap();
+    let order = data::examples::dschat::shuffled_rows(1234, joined.len()).unwrap();
     let expected: Vec<usize> = order.into_iter().map(|at| joined[at as usize]).collect();
     let prompts = all(&found.train);
     assert_eq!(prompts.iter().map(|prompt| prompt.entry).collect::<Vec<_>>(), expected);
@@ -304,7 +306,7 @@ fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
     for (compat, length) in [(None, 16), (None, 64), (Some(Compat::Dschat), 16)] {
         let mut stream = vec![];
         for text in &texts {
-            use fourfold::data::phases::TextEncoder;
+            use fourfold::data::examples::objectives::TextEncoder;
             stream.extend(encoder.bos_id());
             stream.extend(encoder.encode(text).unwrap());
             // DeepSpeed-Chat puts none between its texts.
@@ -510,7 +512,7 @@ fn the_short_way_to_token_ids_is_the_tokenizers_crates_on_any_text() {
     };
     let corpus =
         [include_str!("data_pipeline.rs"), include_str!("golden/tokenizer_smollm2.json"), include_str!("../README.md")];
-    assert_same_ids(Checkpoint::open(Path::new(&path)).unwrap().tokenizer(), 4000, &corpus);
+    assert_same_ids(ModelFiles::open(Path::new(&path)).unwrap().tokenizer(), 4000, &corpus);
 }
 
 #[test]

@@ -4,8 +4,10 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use fourfold::config::{self, Compat, Data, MixStrategy, OnBadRecord, Paths, Preset, Source};
-use fourfold::data::{self, Message, Record, Text};
+use fourfold::config;
+use fourfold::config::{Compat, Data, MixStrategy, OnBadRecord, Paths, Preset, Source};
+use fourfold::data;
+use fourfold::data::{Message, Record, Text};
 use fourfold::error::exit_code;
 use serde_json::{Value, json};
 
@@ -510,9 +512,9 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
     // No wrong passage: still something to learn from.
     let lonely = json!({"query": "q", "positive_passages": passage("good"), "negative_passages": []});
     assert_eq!(one(&lonely, |data| data.preset = Some(Preset::MiraclJa)).unwrap(), completed("good"));
-    let (named, halved) = (data::presets::splits(Preset::MiraclZh), data::presets::splits(Preset::Webgpt));
-    assert_eq!(named, data::presets::Splits::Named { train: "train", eval: "dev" });
-    assert_eq!(halved, data::presets::Splits::NineToOne);
+    let (named, halved) = (data::formats::presets::splits(Preset::MiraclZh), data::formats::presets::splits(Preset::Webgpt));
+    assert_eq!(named, data::formats::presets::Splits::Named { train: "train", eval: "dev" });
+    assert_eq!(halved, data::formats::presets::Splits::NineToOne);
 }
 
 #[test]

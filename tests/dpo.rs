@@ -4,15 +4,17 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use fourfold::config::{self, Dpo, DpoLoss, Kto, Stage};
-use fourfold::data::phases::{JudgedExample, RankedExample};
+use fourfold::config;
+use fourfold::config::{Dpo, DpoLoss, Kto, Stage};
+use fourfold::data::examples::objectives::{RankedExample, UnpairedExample};
 use fourfold::dpo::{kto, pairs};
 use fourfold::error::exit_code;
 use fourfold::model::adapter::Adapter;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
-use fourfold::run::{self, Model};
+use fourfold::run;
+use fourfold::run::Model;
 use fourfold::train::session::Session;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
@@ -72,8 +74,9 @@ impl World {
         self.golden.compared.iter().map(example).collect()
     }
 
-    fn judged(&self) -> Vec<JudgedExample> {
-        let example = |j: &Judged| JudgedExample { prompt: j.prompt.clone(), answer: j.answer.clone(), good: j.label };
+    fn judged(&self) -> Vec<UnpairedExample> {
+        let example =
+            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), answer: j.answer.clone(), good: j.label };
         self.golden.judged.iter().map(example).collect()
     }
 
@@ -201,7 +204,7 @@ fn from_files(stage: Stage, records: &[Value], section: &str) -> anyhow::Result<
     fs::write(&file, text)?;
     let config = config::load(&file, &[])?;
     let out = dir.path().join("out");
-    let summary = run::stage(stage, &config, &out, &run::Launch::default())?;
+    let summary = run::stage(stage, &config, &out, &run::RunOptions::default())?;
     Model::open(&base)?.adapter(&out.join("adapter"))?;
     let metrics = fs::read_to_string(out.join("metrics.jsonl"))?;
     Ok((summary, metrics.lines().map(|l| serde_json::from_str(l).unwrap()).collect()))

@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fourfold::config::{Compat, LrScheduler, Ppo, Ptx, Reward, RewardLoss, Sft};
-use fourfold::data::phases::{RankedExample, SftExample};
+use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::{Adapter, ScoreHead};
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::generate::{Finish, Response};
-use fourfold::model::roles::{Policy, Scorer};
+use fourfold::model::generate::{FinishReason, Response};
+use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::{Readers, Rollout, read};
 use fourfold::ppo::state::State;
@@ -157,7 +157,7 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             loss_mask: (0..text.len()).map(|place| place > 0).collect(),
         };
         let texts: Vec<SftExample> = recorded.texts.iter().map(block).collect();
-        let source = Unpadded { model: RewardModel(Scorer::new(base, &judge).unwrap()), pad: recorded.pad };
+        let source = Unpadded { model: RewardModel(ValueModel::new(base, &judge).unwrap()), pad: recorded.pad };
         let task = Task {
             start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
             prompts: &recorded.prompts,
@@ -172,12 +172,12 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
         let response = |tokens: &Vec<u32>| Response {
             tokens: tokens.clone(),
             logprobs: vec![f32::NAN; tokens.len()],
-            finish: if tokens.last() == Some(&END) { Finish::Stop } else { Finish::Length },
+            finish: if tokens.last() == Some(&END) { FinishReason::Stop } else { FinishReason::Length },
         };
         let responses = recorded.answers.iter().map(response).collect();
         let readers = Readers {
             reference: Policy::new(base, None),
-            critic: Some(Scorer::new(base, &rm).unwrap()),
+            critic: Some(ValueModel::new(base, &rm).unwrap()),
             exact_kl: false,
             source: &source,
         };
@@ -238,7 +238,7 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
         let critic = state.critic.as_ref().unwrap().weights().view();
         assert_eq!(critic.head().unwrap().bias, 0.0, "DeepSpeed-Chat's head has no bias");
         let values = of_rows(recorded, &rollout, |batch, targets| {
-            Scorer::new(base, critic).unwrap().values(batch, &targets.rows).unwrap()
+            ValueModel::new(base, critic).unwrap().values(batch, &targets.rows).unwrap()
         });
         let close = |got: &[f32], want: &[f32], what: &str| {
             let apart = got.iter().zip(want).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
@@ -410,7 +410,7 @@ fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_f
     let prompts: Vec<Vec<u32>> = (0..4).map(|i| vec![5, 6, 7 + i]).collect();
     // Whatever token it answers with ends an answer: each has one.
     let every: Vec<u32> = (0..base.config().vocab_size as u32).collect();
-    let source = RewardModel(Scorer::new(base, &rm).unwrap());
+    let source = RewardModel(ValueModel::new(base, &rm).unwrap());
     let config = Ppo {
         compat: Some(Compat::Dschat),
         total_episodes: 8,

@@ -7,7 +7,7 @@ use std::fs;
 
 use fourfold::model::adapter::Adapter;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::roles::{Policy, Scorer};
+use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::run::Model;
 use serde_json::Value;
 use support::Place;
@@ -60,7 +60,7 @@ fn a_merged_gguf_says_what_base_and_adapter_say_from_either_kind_of_base() {
         assert!(difference < bound, "{dtype}: {difference}");
         let text = "It's 3.14\n\n  naïve 東京 🦙";
         let encode =
-            |m: &Model| m.checkpoint.tokenizer().encode(text, fourfold::model::tokenizer::SpecialTokens::Add).unwrap();
+            |m: &Model| m.checkpoint.tokenizer().encode(text, fourfold::tokenizer::SpecialTokens::Add).unwrap();
         assert_eq!(encode(&model), encode(&p.model("base")));
         assert_eq!(
             model.checkpoint.tokenizer().chat_template(),
@@ -134,7 +134,7 @@ fn a_reward_model_leaves_as_a_classifier_and_its_head_as_a_value_head() {
     assert_eq!((&config["task_type"], &config["modules_to_save"]), (&"CAUSAL_LM".into(), &Value::Null));
     let back = p.adapter("vh");
     let batch = Batch::new(&[(3..40).collect::<Vec<u32>>()]).unwrap();
-    let score = |a: &Adapter| Scorer::new(&base.base, a).unwrap().scores(&batch).unwrap();
+    let score = |a: &Adapter| ValueModel::new(&base.base, a).unwrap().scores(&batch).unwrap();
     assert_eq!(score(&reward), score(&back));
     // A value head that is damaged or of another width is one clear error.
     let good = fs::read(p.path("vh/value_head.safetensors")).unwrap();

@@ -6,15 +6,16 @@ use std::fs;
 use std::path::PathBuf;
 
 use fourfold::export::Source;
-use fourfold::export::gguf::{self, GgufType};
+use fourfold::export::gguf;
+use fourfold::export::gguf::GgufType;
 use fourfold::export::merged::MergedType;
-use fourfold::model::adapter::{Adapter, Outer, Slot};
+use fourfold::model::adapter::{Adapter, NonBlockModule, TargetModule};
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::block::Checkpointing;
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::generate::{Sampling, generate};
+use fourfold::model::block::Recompute;
+use fourfold::model::generate::{SamplingParams, generate};
 use fourfold::model::roles::Policy;
+use fourfold::model_files::ModelFiles;
 use serde_json::json;
 
 #[path = "support/tiny_decoders.rs"]
@@ -59,7 +60,9 @@ fn adapter(opened: &Opened) -> Adapter {
         "target_modules": "all-linear", "fan_in_fan_out": opened.golden.config["model_type"] == "gpt2"});
     fs::write(at.join("adapter_config.json"), config.to_string()).unwrap();
     let shapes = opened.base.shapes();
-    let places = shapes.slots().filter(|s| !matches!(s, Slot::Outer(Outer::Embedding | Outer::Head)));
+    let places = shapes
+        .slots()
+        .filter(|s| !matches!(s, TargetModule::NonBlockModule(NonBlockModule::Embedding | NonBlockModule::Head)));
     let factors = places
         .flat_map(|slot| {
             let ((inp, out), path) = (shapes.dims_of(slot), shapes.path(slot));
@@ -97,7 +100,7 @@ fn a_sequence_past_longropes_first_context_is_refused_with_the_reason() {
 fn greedy_decoding_over_the_cache_is_transformers_for_every_family() {
     for name in CASES {
         let Opened { golden, base, .. } = decoder(name);
-        let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 8, stop: vec![] };
+        let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 8, stop: vec![] };
         let got = generate(Policy::new(&base, None), &golden.sequences, &[0, 0], &sampling, |_, _| {}).unwrap();
         for (i, response) in got.iter().enumerate() {
             assert_eq!(response.tokens, golden.greedy[i], "{name}, prompt {i}");
@@ -119,7 +122,7 @@ fn gradients_of_every_lora_factor_are_pefts_for_every_family() {
         let zeros = vec![0f32; targets.rows.len()];
         let policy = Policy::new(&opened.base, Some(&adapter));
         let (stats, gradients) =
-            policy.gradients(&batch, &targets, 1.0, Checkpointing::Off, |_| Ok((ones, zeros))).unwrap();
+            policy.gradients(&batch, &targets, 1.0, Recompute::Off, |_| Ok((ones, zeros))).unwrap();
         let want: Vec<f32> = (0..2).flat_map(|i| golden.numbers[&format!("lora_logprobs.{i}")].clone()).collect();
         let e = furthest(&stats.logprobs, &want);
         assert!(e < 1e-4, "{name}: log-probabilities with the adapter: {e}");
@@ -197,7 +200,7 @@ fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
             continue;
         }
         made.unwrap_or_else(|e| panic!("{name}: {e:#}"));
-        let written = Checkpoint::open(&out).unwrap();
+        let written = ModelFiles::open(&out).unwrap();
         // Where llama.cpp has no windows, the file ends at the window's length.
         let context = written.config().max_position_embeddings;
         let merged = Base::load(&written).unwrap();

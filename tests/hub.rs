@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex};
 
 use fourfold::config::{Data, Paths};
 use fourfold::error::exit_code;
-use fourfold::hub::{Hub, RepoKind, Token};
+use fourfold::model_files::hub::{Hub, RepoKind, Token};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 

@@ -9,15 +9,15 @@ use candle_core::Tensor;
 use fourfold::export::Source;
 use fourfold::export::gguf;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge};
-use fourfold::model::adapter::{Adapter, Factor, LoraConfig, Outer, Provenance, Slot, factor_name};
+use fourfold::model::adapter::{Adapter, Factor, LoraConfig, NonBlockModule, Provenance, TargetModule, factor_name};
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::block::Checkpointing;
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::dora::with_magnitudes;
-use fourfold::model::generate::{Sampling, generate};
-use fourfold::model::roles::{HeadGradients, Policy, Scorer};
-use fourfold::ops::weight::Compute;
+use fourfold::model::block::Recompute;
+use fourfold::model::generate::{SamplingParams, generate};
+use fourfold::model::init::dora::with_magnitudes;
+use fourfold::model::roles::{HeadGradients, Policy, ValueModel};
+use fourfold::model_files::ModelFiles;
+use fourfold::ops::weight::ComputeDtype;
 use fourfold::run::Model;
 use fourfold::train::adamw::AdamWConfig;
 use fourfold::train::learner::Learner;
@@ -97,7 +97,7 @@ fn logits_log_probabilities_entropies_and_the_exact_kl_are_pefts() {
 #[test]
 fn gradients_of_every_factor_and_magnitude_are_pefts_with_entropy_and_exact_kl() {
     for name in CASES {
-        for checkpoint in Checkpointing::ALL {
+        for checkpoint in Recompute::ALL {
             let (Opened { golden, base, .. }, adapter) = decoder(name);
             let (batch, targets) = read(&golden);
             let bare = Policy::new(&base, None);
@@ -134,11 +134,11 @@ fn the_merged_model_is_pefts_with_parted_ends_where_one_table_served_both() {
         let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
         let comparison = merge(&source, how, &out).unwrap_or_else(|e| panic!("{name}: {e:#}"));
         assert!(comparison.max_logit_difference < 1e-4, "{name}: {comparison:?}");
-        let reopened = Base::load(&Checkpoint::open(&out).unwrap()).unwrap();
+        let reopened = Base::load(&ModelFiles::open(&out).unwrap()).unwrap();
         let e = furthest(&logits(&reopened, None, &golden), &golden.numbers["merged"]);
         assert!(e < 1e-4, "{name}: {e}");
         let on = |outer| adapter.outer(outer).is_some();
-        let parted = on(Outer::Embedding) || on(Outer::Head);
+        let parted = on(NonBlockModule::Embedding) || on(NonBlockModule::Head);
         assert_eq!(reopened.config().tie_word_embeddings, base.config().tie_word_embeddings && !parted, "{name}");
     }
 }
@@ -164,7 +164,8 @@ fn started(name: &str) -> (Opened, Adapter) {
     let (opened, trained) = decoder(name);
     let zeroed = trained.pairs().map(|(slot, pair)| {
         let mut pair = pair.clone().with_magnitude(None);
-        let factor = if slot == Slot::Outer(Outer::Embedding) { &mut pair.a } else { &mut pair.b };
+        let factor =
+            if slot == TargetModule::NonBlockModule(NonBlockModule::Embedding) { &mut pair.a } else { &mut pair.b };
         *factor = factor.zeros_like().unwrap();
         (slot, pair)
     });
@@ -195,7 +196,7 @@ fn decoding_over_the_cache_samples_with_the_branches_on_both_ends() {
     for name in CASES {
         let (Opened { golden, base, .. }, adapter) = decoder(name);
         let policy = Policy::new(&base, Some(&adapter));
-        let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 8, stop: vec![] };
+        let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 8, stop: vec![] };
         let responses = generate(policy, &golden.sequences, &[1, 2], &sampling, |_, _| {}).unwrap();
         let sequences: Vec<Vec<u32>> = golden
             .sequences
@@ -215,7 +216,7 @@ fn decoding_over_the_cache_samples_with_the_branches_on_both_ends() {
 fn products_in_bf16_stay_within_their_rounding() {
     for name in CASES {
         let (Opened { golden, base, .. }, adapter) = decoder(name);
-        let base = base.computing_in(Compute::Bf16);
+        let base = base.computing_in(ComputeDtype::Bf16);
         let got = logits(&base, Some(&adapter), &golden);
         let want = &golden.numbers["logits"];
         let top = want.iter().fold(0f32, |m, v| m.max(v.abs()));
@@ -230,7 +231,7 @@ fn products_in_bf16_stay_within_their_rounding() {
         let loss =
             |_: &_, _: &[f32]| Ok(HeadGradients { logprobs: each(1.0), entropy: each(0.5), kl: Some(each(0.7)) });
         let (_, gradients) = Policy::new(&base, Some(&adapter))
-            .gradients_against(&batch, &targets, Some((bare, &theirs)), 1.0, Checkpointing::Off, loss)
+            .gradients_against(&batch, &targets, Some((bare, &theirs)), 1.0, Recompute::Off, loss)
             .unwrap();
         let learner = adapter.to_trainable();
         for (factor, got) in learner.names().iter().zip(learner.flat_gradients(&gradients).unwrap()) {
@@ -256,7 +257,7 @@ fn every_tensor_learns_and_a_snapshot_goes_on_to_the_same_bits() {
             let policy = Policy::new(&base, Some(learner.weights().view()));
             let n = targets.rows.len();
             let (stats, gradients) = policy
-                .gradients(&batch, &targets, 1.0, Checkpointing::Off, |_| Ok((vec![-1.0 / n as f32; n], vec![0.0; n])))
+                .gradients(&batch, &targets, 1.0, Recompute::Off, |_| Ok((vec![-1.0 / n as f32; n], vec![0.0; n])))
                 .unwrap();
             learner.step(gradients, 0.01).unwrap();
             -stats.logprobs.iter().sum::<f32>() / n as f32
@@ -297,7 +298,7 @@ fn norms_follow_the_base_that_an_adapter_is_lent_to() {
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[start..].chunks_exact_mut(64).for_each(|chunk| chunk[3] ^= 0x80);
     fs::write(dir.path().join("model.safetensors"), &bytes).unwrap();
-    let second = Base::load(&Checkpoint::open(dir.path()).unwrap()).unwrap();
+    let second = Base::load(&ModelFiles::open(dir.path()).unwrap()).unwrap();
     let apart = logits(&second, Some(&adapter), &golden);
     let fresh = Adapter::load(&folder("dora_ends_llama"), second.shapes()).unwrap();
     assert_eq!(apart, logits(&second, Some(&fresh), &golden), "norms of the first base were kept");
@@ -320,15 +321,15 @@ fn what_cannot_be_is_refused_with_what_can() {
     let (Opened { golden, base, .. }, adapter) = decoder("ends_llama");
     let fresh = adapter.clone().with_head(1).unwrap();
     assert_eq!(fresh.pairs().count() + 1, adapter.pairs().count());
-    assert!(fresh.outer(Outer::Head).is_none() && fresh.outer(Outer::Embedding).is_some());
+    assert!(fresh.outer(NonBlockModule::Head).is_none() && fresh.outer(NonBlockModule::Embedding).is_some());
     let adapter = adapter.with_score_head(fresh.head().cloned()).unwrap();
     let (batch, targets) = read(&golden);
-    let scorer = Scorer::new(&base, &fresh).unwrap();
-    let (_, gradients) = scorer.gradients(&batch, &targets.rows, Checkpointing::Off, |v| Ok(v.to_vec())).unwrap();
+    let scorer = ValueModel::new(&base, &fresh).unwrap();
+    let (_, gradients) = scorer.gradients(&batch, &targets.rows, Recompute::Off, |v| Ok(v.to_vec())).unwrap();
     fresh.to_trainable().flat_gradients(&gradients).unwrap();
-    let scorer = Scorer::new(&base, &adapter).unwrap();
+    let scorer = ValueModel::new(&base, &adapter).unwrap();
     let wanted = |v: &[f32]| Ok(v.to_vec());
-    let message = refusal(scorer.gradients(&batch, &targets.rows, Checkpointing::Off, wanted).map(|_| ()));
+    let message = refusal(scorer.gradients(&batch, &targets.rows, Recompute::Off, wanted).map(|_| ()));
     assert!(message.contains("lm_head") && message.contains("target_modules"), "{message}");
     // A magnitude that is missing from the file.
     let dir = tempfile::tempdir().unwrap();

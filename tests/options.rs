@@ -9,8 +9,10 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex};
 
-use fourfold::config::{self, Stage, known_keys};
-use fourfold::run::{self, Launch};
+use fourfold::config;
+use fourfold::config::{Stage, known_keys};
+use fourfold::run;
+use fourfold::run::RunOptions;
 use serde_json::{Value, json};
 use toml::Table;
 
@@ -296,7 +298,7 @@ impl World {
         let file = tempfile::NamedTempFile::new()?;
         fs::write(file.path(), table.to_string())?;
         let config = config::load(file.path(), &[])?;
-        let mut summary = run::stage(stage, &config, out, &Launch::default())?;
+        let mut summary = run::stage(stage, &config, out, &RunOptions::default())?;
         for untold in ["wall_s", "peak_rss_mib", "memory", "output_dir", "adapter", "actor", "critic", "actor_ema"] {
             summary.as_object_mut().unwrap().remove(untold);
         }

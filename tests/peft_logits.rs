@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 
 use fourfold::config::{Reward, Sft};
-use fourfold::data::phases::{RankedExample, SftExample};
+use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::export::Source;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge};
 use fourfold::model::adapter::Adapter;

@@ -9,11 +9,11 @@ use fourfold::export::combine::combine;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge};
 use fourfold::model::adapter::{Adapter, Gradients, Init, LoraConfig, TargetModules};
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::dora::with_magnitudes;
-use fourfold::model::principal::{Principal, principal};
+use fourfold::model::init::dora::with_magnitudes;
+use fourfold::model::init::pissa_olora::{Principal, principal};
 use fourfold::model::roles::Policy;
-use fourfold::ops::weight::{Compute, StoredType};
+use fourfold::model_files::ModelFiles;
+use fourfold::ops::weight::{ComputeDtype, StorageDType};
 use fourfold::run::Model;
 use fourfold::train::adamw::AdamWConfig;
 use fourfold::train::learner::Learner;
@@ -113,9 +113,9 @@ fn assert_products(model: &Model, adapter: &Adapter, probes: &Value) {
 
 /// The quickstart's base in Q4_0, which is what PEFT had the numbers of.
 fn four_bits() -> (Model, Value) {
-    let checkpoint = Checkpoint::open(&here("assets/quickstart/base")).unwrap().quantised(Some(StoredType::Q4_0));
+    let checkpoint = ModelFiles::open(&here("assets/quickstart/base")).unwrap().quantised(Some(StorageDType::Q4_0));
     let model = Model::of(checkpoint).unwrap();
-    let stored = |name: &str| if name.contains("embed") { StoredType::Q8_0 } else { StoredType::Q4_0 };
+    let stored = |name: &str| if name.contains("embed") { StorageDType::Q8_0 } else { StorageDType::Q4_0 };
     assert!(model.base.weights().iter().all(|(name, w)| w.dtype() == stored(name)));
     (model, serde_json::from_str(include_str!("golden/peft_quantised/values.json")).unwrap())
 }
@@ -128,7 +128,7 @@ fn dora_over_four_bits_is_pefts_over_the_dequantised_numbers_merged_and_unmerged
     assert!(adapter.config().use_dora && adapter.pairs().all(|(_, pair)| pair.magnitude.is_some()));
     assert_near(&logprobs_of(&golden, &model, Some(&adapter)), &golden["dora"], "dora");
     assert_near(&merged_of(&golden, &model, &adapter), &golden["dora_merged"], "merged");
-    let rounded = logprobs_of(&golden, &model.computing_in(Compute::Bf16), Some(&adapter));
+    let rounded = logprobs_of(&golden, &model.computing_in(ComputeDtype::Bf16), Some(&adapter));
     let apart = rounded
         .iter()
         .zip(golden["dora"].as_array().unwrap())

@@ -7,11 +7,11 @@
 use std::path::PathBuf;
 
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::generate::{Sampling, generate};
+use fourfold::model::generate::{SamplingParams, generate};
 use fourfold::model::roles::Policy;
-use fourfold::model::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
+use fourfold::model_files::ModelFiles;
 use fourfold::run::Model;
+use fourfold::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -102,7 +102,7 @@ fn gemma3s_perplexity_and_greedy_text_are_transformers() {
     assert!(golden.article.input_ids.len() > 600);
     reads_as_transformers_does(&model, &golden.article);
     let prompts: Vec<Vec<u32>> = golden.greedy.iter().map(|g| g.prompt_ids.clone()).collect();
-    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: vec![] };
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: vec![] };
     let seeds = vec![0; prompts.len()];
     let got = generate(Policy::new(&model.base, None), &prompts, &seeds, &sampling, |_, _| {}).unwrap();
     for (response, want) in got.iter().zip(&golden.greedy) {
@@ -125,7 +125,7 @@ fn is_sentencepieces(tokenizer: &Tokenizer, cases: &[Case]) {
 fn gemma3s_token_ids_are_sentencepieces_from_the_gguf_and_from_the_files_made_of_it() {
     let test = "gemma3s_token_ids_are_sentencepieces_from_the_gguf_and_from_the_files_made_of_it";
     let Some(path) = file("FOURFOLD_GEMMA3_GGUF", test) else { return };
-    let (checkpoint, golden) = (Checkpoint::open(&path).unwrap(), golden().gemma3);
+    let (checkpoint, golden) = (ModelFiles::open(&path).unwrap(), golden().gemma3);
     is_sentencepieces(checkpoint.tokenizer(), &golden.cases);
     // A turn's marks are one token each where they are spelled out.
     let turn = checkpoint.tokenizer().encode("<start_of_turn>user\n", SpecialTokens::None).unwrap();

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use fourfold::config::Ppo;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::generate::{Finish, Response};
-use fourfold::model::roles::{Policy, Scorer};
+use fourfold::model::generate::{FinishReason, Response};
+use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::Rollout;
 use fourfold::ppo::state::State;
@@ -64,8 +64,8 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
     let old = cut(logprobs(Some(&lm)), 1);
     let responses = golden.answers.iter().zip(old);
     let responses =
-        responses.map(|(tokens, logprobs)| Response { tokens: tokens.clone(), logprobs, finish: Finish::Stop });
-    let scorer = Scorer::new(base, &rm).unwrap();
+        responses.map(|(tokens, logprobs)| Response { tokens: tokens.clone(), logprobs, finish: FinishReason::Stop });
+    let scorer = ValueModel::new(base, &rm).unwrap();
     let rollout = Rollout {
         prompts: golden.prompts.clone(),
         responses: responses.collect(),
@@ -136,7 +136,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
     // 3. What they come to.
     let actor = logprobs(Some(state.actor.weights().view()));
     let critic = state.critic.as_ref().unwrap().weights().view();
-    let values = Scorer::new(base, critic).unwrap().values(&batch, &targets.rows).unwrap();
+    let values = ValueModel::new(base, critic).unwrap().values(&batch, &targets.rows).unwrap();
     let apart = (furthest(&actor, &golden.logprobs_after), furthest(&values, &golden.values_after));
     eprintln!("afterwards log-probabilities and values within {apart:?}");
     assert!(apart.0 < 2e-3 && apart.1 < 2e-3, "{apart:?}");

@@ -7,8 +7,8 @@ use std::io::{BufWriter, Write};
 
 use fourfold::config::Quantize;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::checkpoint::Checkpoint;
 use fourfold::model::roles::Policy;
+use fourfold::model_files::ModelFiles;
 use fourfold::run::Model;
 use serde_json::{Value, json};
 use support::Place;
@@ -93,7 +93,7 @@ fn logprobs_of_a_quantised_base_are_near_the_dense_ones_and_the_adapter_fits_bot
     let batch = Batch::new(&[(3..60).collect::<Vec<u32>>(), (100..131).collect()])?;
     let targets = Targets::responses(&batch, &[56, 30])?;
     let open =
-        |how: Option<Quantize>| Model::of(Checkpoint::open(&place.path("base"))?.quantised(how.map(Quantize::stored)));
+        |how: Option<Quantize>| Model::of(ModelFiles::open(&place.path("base"))?.quantised(how.map(Quantize::stored)));
     let logprobs = |model: &Model| {
         Ok::<_, anyhow::Error>(Policy::new(&model.base, None).logprobs(&batch, &targets, 1.0)?.logprobs)
     };

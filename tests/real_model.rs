@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fourfold::config::Lora;
-use fourfold::model::adapter::{Adapter, LoraPair};
+use fourfold::model::adapter::{Adapter, LoraLayer};
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::generate::{Finish, Response, Sampling, generate};
+use fourfold::model::generate::{FinishReason, Response, SamplingParams, generate};
 use fourfold::model::roles::Policy;
-use fourfold::ops::weight::Compute;
+use fourfold::ops::weight::ComputeDtype;
 use fourfold::run::Model;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -86,7 +86,7 @@ fn logprobs_of_the_quantised_base_match_transformers_on_the_dequantised_weights(
 fn logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree() {
     let name = "logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree";
     let Some(path) = gguf(name) else { return };
-    let (model, golden) = (Model::open(&path).unwrap().computing_in(Compute::Bf16), golden());
+    let (model, golden) = (Model::open(&path).unwrap().computing_in(ComputeDtype::Bf16), golden());
     let want = golden.sequences.iter().flat_map(|s| s.logprobs.iter().copied());
     let got = logprobs(&model.base, None, &golden);
     let differences: Vec<f32> = got.iter().zip(want).map(|(a, b)| (a - b).abs()).collect();
@@ -94,7 +94,7 @@ fn logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree() {
     let most = differences.iter().copied().fold(0.0, f32::max);
     // One numeric everywhere: what sampling said of a token is what training starts from.
     let prompts: Vec<Vec<u32>> = golden.greedy.iter().map(|c| c.prompt_ids.clone()).collect();
-    let sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: vec![] };
+    let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: vec![] };
     let policy = Policy::new(&model.base, None);
     let seeds: Vec<u64> = (0..prompts.len() as u64).collect();
     let responses = generate(policy, &prompts, &seeds, &sampling, |_, _| {}).unwrap();
@@ -111,7 +111,7 @@ fn logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree() {
 }
 
 fn continuations(policy: Policy<'_>, prompts: &[Vec<u32>], stop: &[u32]) -> Vec<Response> {
-    let sampling = Sampling { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: stop.to_vec() };
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 32, stop: stop.to_vec() };
     generate(policy, prompts, &vec![0; prompts.len()], &sampling, |_, _| {}).unwrap()
 }
 
@@ -125,12 +125,15 @@ fn greedy_continuations_match_transformers_in_a_batch_and_one_by_one() {
     for (i, (response, want)) in together.iter().zip(&golden.greedy).enumerate() {
         assert_eq!(response.tokens, want.token_ids, "prompt {i}");
         let ended = want.token_ids.last().is_some_and(|t| stop.contains(t));
-        assert_eq!(response.finish, if ended { Finish::Stop } else { Finish::Length }, "prompt {i}");
+        assert_eq!(response.finish, if ended { FinishReason::Stop } else { FinishReason::Length }, "prompt {i}");
         assert!(ended || want.token_ids.len() == 32);
         let alone = continuations(policy, &prompts[i..=i], stop);
         assert_eq!(alone[0].tokens, want.token_ids, "prompt {i} alone");
     }
-    assert!(together.iter().any(|r| r.finish == Finish::Stop) && together.iter().any(|r| r.finish == Finish::Length));
+    assert!(
+        together.iter().any(|r| r.finish == FinishReason::Stop)
+            && together.iter().any(|r| r.finish == FinishReason::Length)
+    );
 }
 
 /// One command of the program; its JSON.
@@ -159,7 +162,7 @@ fn full_adapter(model: &Model) -> Adapter {
             let numbers = other.pair(layer, linear).unwrap().a.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let b: Vec<f32> = (0..out * r).map(|i| 0.6 * numbers[i % numbers.len()]).collect();
             let b = candle_core::Tensor::from_vec(b, (out, r), &candle_core::Device::Cpu).unwrap();
-            *slot = Some(LoraPair::new(pair.a, b, pair.scale));
+            *slot = Some(LoraLayer::new(pair.a, b, pair.scale));
         }
     }
     let parts = (zero.config().clone(), *zero.shapes(), zero.provenance().clone());

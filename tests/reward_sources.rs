@@ -10,12 +10,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fourfold::config::{self, Stage};
+use fourfold::config;
+use fourfold::config::Stage;
 use fourfold::error::exit_code;
-use fourfold::model::generate::{Finish, Response};
+use fourfold::model::generate::{FinishReason, Response};
 use fourfold::reward::source::command::CommandReward;
 use fourfold::reward::source::http::HttpReward;
-use fourfold::reward::source::patience::{Patience, Troubles};
+use fourfold::reward::source::retry::{Patience, Troubles};
 use fourfold::reward::source::{Answers, RewardSource};
 use fourfold::run;
 use serde_json::{Value, json};
@@ -27,7 +28,7 @@ fn patience(retries: usize, fallback: Option<f32>) -> Patience {
 /// Asks about `n` answers, whose texts are their numbers.
 fn ask(source: &dyn RewardSource, n: usize) -> anyhow::Result<Vec<f32>> {
     let prompts: Vec<Vec<u32>> = (0..n as u32).map(|i| vec![100 + i]).collect();
-    let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: Finish::Stop };
+    let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: FinishReason::Stop };
     let responses: Vec<Response> = (0..n as u32).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
     source.scores(&Answers { prompts: &prompts, responses: &responses, decode: &decode })
@@ -238,7 +239,7 @@ fn ppo(keys: &str) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
     fs::write(&file, text)?;
     let out = dir.path().join("out");
     let config = config::load(&file, &[])?;
-    let summary = run::stage(Stage::Ppo, &config, &out, &run::Launch::default())?;
+    let summary = run::stage(Stage::Ppo, &config, &out, &run::RunOptions::default())?;
     assert_eq!(config::load(&out.join("config.toml"), &[])?, config, "what a run writes is what it ran");
     let lines = |name: &str| -> Vec<Value> {
         let text = fs::read_to_string(out.join(name)).unwrap();

@@ -2,32 +2,37 @@
 
 use std::path::Path;
 
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::generate::{Finish, Sampling, generate};
-use fourfold::model::roles::{Policy, Scorer};
-use fourfold::model::tokenizer::SpecialTokens;
+use fourfold::model::generate::{FinishReason, SamplingParams, generate};
+use fourfold::model::roles::{Policy, ValueModel};
+use fourfold::model_files::ModelFiles;
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::gold::gold;
 use fourfold::quickstart::task::{Split, prompts};
 use fourfold::run::Model;
+use fourfold::tokenizer::SpecialTokens;
 
 #[test]
 fn shipped_actor_wins_against_shipped_sft_and_shipped_scorers_score() {
     let (config, generation) = (BASE.config, BASE.generation_config);
     let checkpoint =
-        Checkpoint::from_embedded(config, generation, BASE.tokenizer, BASE.tokenizer_config, BASE.weights).unwrap();
+        ModelFiles::from_embedded(config, generation, BASE.tokenizer, BASE.tokenizer_config, BASE.weights).unwrap();
     let model = Model::of(checkpoint).unwrap();
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters/quickstart");
     let [sft, reward, actor, critic] =
         ["sft", "reward", "actor", "critic"].map(|role| model.adapter(&dir.join(role)).unwrap());
-    assert!(Scorer::new(&model.base, &reward).is_ok() && Scorer::new(&model.base, &critic).is_ok());
-    assert!(Scorer::new(&model.base, &sft).is_err() && Scorer::new(&model.base, &actor).is_err());
+    assert!(ValueModel::new(&model.base, &reward).is_ok() && ValueModel::new(&model.base, &critic).is_ok());
+    assert!(ValueModel::new(&model.base, &sft).is_err() && ValueModel::new(&model.base, &actor).is_err());
 
     let tokenizer = model.checkpoint.tokenizer();
     let rows = prompts(123, 96, Split::HeldOut);
     let asked: Vec<Vec<u32>> = rows.iter().map(|r| tokenizer.encode(&r.prompt, SpecialTokens::None).unwrap()).collect();
-    let sampling =
-        Sampling { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 48, stop: tokenizer.eos_ids().to_vec() };
+    let sampling = SamplingParams {
+        temperature: 1.0,
+        top_k: 0,
+        top_p: 1.0,
+        max_new_tokens: 48,
+        stop: tokenizer.eos_ids().to_vec(),
+    };
     let seeds: Vec<u64> = (0..96).collect();
     let verdicts = |adapter| -> Vec<f64> {
         let responses = generate(Policy::new(&model.base, Some(adapter)), &asked, &seeds, &sampling, |_, _| {});
@@ -35,7 +40,7 @@ fn shipped_actor_wins_against_shipped_sft_and_shipped_scorers_score() {
             .unwrap()
             .into_iter()
             .zip(&rows)
-            .map(|(r, row)| gold(row, &tokenizer.decode(&r.tokens).unwrap(), r.finish == Finish::Stop).total);
+            .map(|(r, row)| gold(row, &tokenizer.decode(&r.tokens).unwrap(), r.finish == FinishReason::Stop).total);
         judged.collect()
     };
     let wins: f64 =

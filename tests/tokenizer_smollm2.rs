@@ -3,18 +3,18 @@
 
 use std::path::Path;
 
-use fourfold::model::chat_template::{GenerationPrompt, Message};
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
-use fourfold::ops::weight::StoredType;
+use fourfold::model_files::ModelFiles;
+use fourfold::ops::weight::StorageDType;
+use fourfold::tokenizer::chat_template::{GenerationPrompt, Message};
+use fourfold::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
 use serde_json::Value;
 
-fn smollm2(test: &str) -> Option<Checkpoint> {
+fn smollm2(test: &str) -> Option<ModelFiles> {
     let Some(path) = std::env::var_os("FOURFOLD_SMOLLM2_GGUF") else {
         println!("{test}: skipped, FOURFOLD_SMOLLM2_GGUF is not set");
         return None;
     };
-    Some(Checkpoint::open(Path::new(&path)).unwrap())
+    Some(ModelFiles::open(Path::new(&path)).unwrap())
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -75,11 +75,11 @@ fn smollm2s_tensors_open_in_their_stored_types() {
     assert_eq!((c.num_hidden_layers, c.hidden_size, c.head_dim, c.tie_word_embeddings), (30, 576, 64, true));
     assert_eq!(checkpoint.tensors().count(), 272);
     let embed = checkpoint.weight("model.embed_tokens.weight", c.vocab_size, c.hidden_size).unwrap();
-    assert_eq!(embed.dtype(), StoredType::Q8_0);
+    assert_eq!(embed.dtype(), StorageDType::Q8_0);
     let kv = c.num_key_value_heads * c.head_dim;
     assert_eq!(
         checkpoint.weight("model.layers.29.self_attn.k_proj.weight", kv, 576).unwrap().dtype(),
-        StoredType::Q4_1
+        StorageDType::Q4_1
     );
     assert!(checkpoint.vector("model.norm.weight", 576).unwrap().iter().all(|v| v.is_finite()));
     assert_eq!(checkpoint.fingerprint().len(), 64);
@@ -109,9 +109,9 @@ fn smollm2s_rows_match_transformers_golden_q_and_k_reordered() {
 #[test]
 fn smollm2_is_described_by_inspect() {
     let Some(checkpoint) = smollm2("smollm2_is_described_by_inspect") else { return };
-    let described = fourfold::inspect::inspect(checkpoint.path().unwrap()).unwrap();
+    let described = fourfold::model_files::inspect::inspect(checkpoint.path().unwrap()).unwrap();
     assert_eq!(described["parameters"], 134_515_008);
     assert_eq!(described["types"]["q4_1"]["tensors"], 210);
     assert_eq!(described["tokenizer"]["chat_template"], true);
-    println!("{}", fourfold::inspect::render(&described));
+    println!("{}", fourfold::model_files::inspect::render(&described));
 }

@@ -16,14 +16,14 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use fourfold::config::{Dpo, Ppo};
-use fourfold::data::phases::{PromptExample, RankedExample};
+use fourfold::data::examples::objectives::{PromptExample, RankedExample};
 use fourfold::dpo::pairs;
 use fourfold::export::Source;
-use fourfold::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
+use fourfold::export::merged;
+use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
 use fourfold::model::adapter::Adapter;
-use fourfold::model::generate::{Finish, generate};
-use fourfold::model::roles::{Policy, Scorer};
-use fourfold::model::tokenizer::SpecialTokens;
+use fourfold::model::generate::{FinishReason, generate};
+use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::evaluate::{Evaluation, Judged, Judges};
 use fourfold::ppo::train::{Start, Task, sampling, train};
 use fourfold::quickstart::gold::gold;
@@ -34,6 +34,7 @@ use fourfold::reward::source::{Answers, RewardModel, RewardSource};
 use fourfold::rng::derive;
 use fourfold::run::Model;
 use fourfold::stats::standard_error;
+use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
 use serde_json::{Value, json};
 
@@ -62,7 +63,7 @@ impl RewardSource for Gold {
         let judge = |(prompt, response): (&Vec<u32>, &fourfold::model::generate::Response)| {
             let row = self.0.get(prompt).context("a question that was not asked")?;
             let text = (answers.decode)(&response.tokens);
-            Ok(gold(row, &text, response.finish == Finish::Stop).total as f32)
+            Ok(gold(row, &text, response.finish == FinishReason::Stop).total as f32)
         };
         answers.prompts.iter().zip(answers.responses).map(judge).collect()
     }
@@ -133,7 +134,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         examples.push(PromptExample { tokens: encode(row)?, text: row.prompt.clone(), answer: None, entry });
     }
     let rule = Gold(examples.iter().map(|e| e.tokens.clone()).zip(held.iter().cloned()).collect());
-    let source = RewardModel(Scorer::new(&model.base, &reward)?);
+    let source = RewardModel(ValueModel::new(&model.base, &reward)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let stop = tokenizer.eos_ids();
     let judges = Judges {

@@ -7,10 +7,11 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::data::{self, only_stage};
+use super::data::only_stage;
 use super::{print_json, say};
+use crate::cli::data;
 use crate::config;
-use crate::memory::ledger::Class;
+use crate::planner::sim_allocator::MemoryCategory;
 use crate::run::{Measured, measure};
 
 #[derive(Subcommand)]
@@ -69,8 +70,8 @@ fn to_json(stage: &str, measured: &Measured) -> Value {
     json!({
         "bench": format!("memory/{stage}"),
         "phases": rows(measured).into_iter().map(phase).collect::<serde_json::Map<_, _>>(),
-        "mapped": peak.of(Class::Mapped),
-        "process": peak.of(Class::Process),
+        "mapped": peak.of(MemoryCategory::Mapped),
+        "process": peak.of(MemoryCategory::Process),
         "predicted_total": peak.total(),
         "peak_rss": measured.peak_rss,
     })
@@ -87,8 +88,8 @@ fn table(stage: &str, measured: &Measured) -> String {
     let _ = writeln!(
         out,
         "\nwith the mapped base ({:.1}) and the process beside its heap ({:.1}): {:.1}; peak resident: {:.1}",
-        mib(peak.of(Class::Mapped)),
-        mib(peak.of(Class::Process)),
+        mib(peak.of(MemoryCategory::Mapped)),
+        mib(peak.of(MemoryCategory::Process)),
         mib(peak.total()),
         mib(measured.peak_rss.unwrap_or(0))
     );

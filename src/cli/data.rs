@@ -9,15 +9,17 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use crate::config::{self, Config};
-use crate::data::cache::Stored;
+use crate::config;
+use crate::config::Config;
+use crate::data;
+use crate::data::Prepared;
 use crate::data::examples::Examples;
-use crate::data::phases::{JudgedExample, Phase, PromptExample, RankedExample, SftExample};
-use crate::data::{self, Prepared};
+use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
+use crate::data::stream::cache::Stored;
+use crate::host::peak_rss_bytes;
 use crate::invalid;
-use crate::memory::peak_rss_bytes;
-use crate::model::checkpoint::Checkpoint;
-use crate::model::tokenizer::Tokenizer;
+use crate::model_files::ModelFiles;
+use crate::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(super) enum Stage {
@@ -53,14 +55,14 @@ pub(super) fn show(args: &Show) -> Result<()> {
         None => only_stage(&config)?,
     };
     let base = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-    let checkpoint = Checkpoint::open(&base.path)?;
+    let checkpoint = ModelFiles::open(&base.path)?;
     let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args };
     match stage {
         Stage::Sft => look.at::<SftExample>("sft", config.sft().completion_only_loss, sft_pieces),
         Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
         Stage::Dpo => look.at::<RankedExample>("dpo", true, ranked_pieces),
         Stage::Kto => {
-            look.at::<JudgedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.answer[..], true)]])
+            look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.answer[..], true)]])
         }
         Stage::Ppo => look.at::<PromptExample>("ppo", true, |e| vec![vec![(&e.tokens[..], false)]]),
     }
@@ -126,7 +128,12 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
-    fn at<T: Phase + Stored>(&self, stage: &str, completion_only: bool, pieces: fn(&T) -> Pieces<'_>) -> Result<()> {
+    fn at<T: Objective + Stored>(
+        &self,
+        stage: &str,
+        completion_only: bool,
+        pieces: fn(&T) -> Pieces<'_>,
+    ) -> Result<()> {
         let found: Prepared<T> = data::prepare(self.config.data()?, self.tokenizer, self.config.seed, completion_only)?;
         let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
         lengths.sort_unstable();
@@ -201,7 +208,7 @@ fn histogram(sorted: &[usize]) -> Vec<(usize, usize)> {
 
 const BAR: usize = 40;
 
-fn text<T: Phase>(
+fn text<T: Objective>(
     stage: &str,
     found: &Prepared<T>,
     lengths: &[usize],

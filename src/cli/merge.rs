@@ -8,14 +8,17 @@ use clap::{Args, ValueEnum};
 use serde_json::json;
 
 use crate::export::card::{BY, Card};
-use crate::export::gguf::{self, GgufType};
-use crate::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
+use crate::export::combine::combine;
+use crate::export::gguf;
+use crate::export::gguf::GgufType;
+use crate::export::merged;
+use crate::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
 use crate::export::verify::{Comparison, compare};
-use crate::export::{Source, combine::combine, staged};
+use crate::export::{Source, staged};
 use crate::invalid;
 use crate::model::adapter::Adapter;
-use crate::model::tokenizer::SpecialTokens;
 use crate::run::{Model, settings_beside};
+use crate::tokenizer::SpecialTokens;
 
 #[derive(Args)]
 pub(super) struct Merge {

@@ -15,9 +15,12 @@ use anyhow::{Context, Result};
 use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 
-use crate::config::{self, Stage};
-use crate::run::{self, Launch};
-use crate::{inspect, quickstart};
+use crate::config;
+use crate::config::Stage;
+use crate::model_files::inspect;
+use crate::quickstart;
+use crate::run;
+use crate::run::RunOptions;
 
 /// RLHF on one machine: actor, reference, critic and reward model as small adapters over one frozen base.
 #[derive(Parser)]
@@ -155,7 +158,7 @@ fn print_json(value: &Value) -> Result<()> {
 fn train(stage: Stage, args: &Training) -> Result<()> {
     let config = config::load(&args.config, &args.set)?;
     let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
-    let launch = Launch {
+    let launch = RunOptions {
         resume: args.resume.clone(),
         force: args.force,
         overwrite: args.overwrite,

@@ -10,26 +10,31 @@ use anyhow::Result;
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::data::{self, only_stage};
+use super::data::only_stage;
 use super::{print_json, say};
-use crate::config::{self, ByteSize, Config, Stage};
-use crate::data::cache::Stored;
+use crate::cli::data;
+use crate::config;
+use crate::config::{ByteSize, Config, Stage};
+use crate::data::examples::objectives::{Objective as Kind, PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Examples, Ids};
-use crate::data::phases::{JudgedExample, Phase as Kind, PromptExample, RankedExample, SftExample};
+use crate::data::stream::cache::Stored;
 use crate::data::{Part, Prepared, prepare};
+use crate::host::meter;
+use crate::host::meter::Phase;
+use crate::host::{LimitSource, beside_heap_bytes};
 use crate::invalid;
-use crate::memory::ledger::{Bytes, Class};
-use crate::memory::meter::{self, Phase};
-use crate::memory::plan::{self, Arrangement, Budget, Plan};
-use crate::memory::walk::shape::{Branches, Network};
-use crate::memory::walk::stages::{Job, Work};
-use crate::memory::{Bound, beside_heap_bytes, jobs};
 use crate::model::adapter::Adapter;
-use crate::model::block::Checkpointing;
-use crate::model::checkpoint::Contents;
+use crate::model::block::Recompute;
 use crate::model::config::DecoderConfig;
-use crate::model::tokenizer::Tokenizer;
-use crate::ops::weight::StoredType;
+use crate::model_files::FileContents;
+use crate::ops::weight::StorageDType;
+use crate::planner::passes;
+use crate::planner::plan;
+use crate::planner::plan::{Arrangement, Budget, Plan};
+use crate::planner::sim_allocator::{Bytes, MemoryCategory};
+use crate::planner::simulate::shape::{Branches, Network};
+use crate::planner::simulate::stages::{StageShape, Work};
+use crate::tokenizer::Tokenizer;
 
 /// Where the run's memory would be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -71,7 +76,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let limit = args.memory.or(config.memory.limit).map(|limit| limit.0);
     let budget = match args.device {
         Device::Cpu => Budget::of(limit),
-        Device::Cuda => limit.map(|room| Budget { room, bound: Bound::Asked }),
+        Device::Cuda => limit.map(|room| Budget { room, bound: LimitSource::Asked }),
     };
     let shapes = |config: &Config| source.job(stage, config, args.device);
     let plan = plan::plan(stage, &config, budget, &shapes)?;
@@ -89,7 +94,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
 enum Data {
     Sft(Prepared<SftExample>),
     Ranked(Prepared<RankedExample>),
-    Judged(Prepared<JudgedExample>),
+    Judged(Prepared<UnpairedExample>),
     Prompts(Prepared<PromptExample>),
     /// Lengths are the longest that the config allows.
     Full,
@@ -97,8 +102,8 @@ enum Data {
 
 /// What lies behind a base section: a checkpoint's headers, or a configuration alone.
 enum Headers {
-    Whole(Box<Contents>),
-    Bare(Box<DecoderConfig>, StoredType),
+    Whole(Box<FileContents>),
+    Bare(Box<DecoderConfig>, StorageDType),
 }
 
 impl Headers {
@@ -110,9 +115,9 @@ impl Headers {
             let json: Value = serde_json::from_str(&text).map_err(|e| invalid!("{name} is not JSON: {e}"))?;
             let dtype = json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str);
             let stored = match dtype {
-                Some("bfloat16") => StoredType::BF16,
-                Some("float16") => StoredType::F16,
-                _ => StoredType::F32,
+                Some("bfloat16") => StorageDType::BF16,
+                Some("float16") => StorageDType::F16,
+                _ => StorageDType::F32,
             };
             Ok(Self::Bare(Box::new(config), stored))
         };
@@ -123,11 +128,11 @@ impl Headers {
         if path.join("config.json").is_file() && !weights.iter().any(|file| path.join(file).exists()) {
             return bare(&path.join("config.json"));
         }
-        Ok(Self::Whole(Box::new(Contents::open(path)?)))
+        Ok(Self::Whole(Box::new(FileContents::open(path)?)))
     }
 
     fn network(&self, section: &config::Base) -> Result<Network> {
-        let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype.compute());
+        let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype);
         match self {
             Self::Whole(contents) => Network::of(contents, quantise, compute),
             Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
@@ -187,7 +192,7 @@ impl Source {
         Ok(Self { policy, scorer, data, adapters, held: meter::current(), _tokenizer: tokenizer })
     }
 
-    fn job(&self, stage: Stage, config: &Config, device: Device) -> Result<Job> {
+    fn job(&self, stage: Stage, config: &Config, device: Device) -> Result<StageShape> {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
         let mut policy = self.policy.network(section)?;
         let mut scorer = self.scorer.as_ref().map(|headers| headers.network(config.reward_base())).transpose()?;
@@ -204,14 +209,14 @@ impl Source {
             None if scorer.is_none() => branches.clone(),
             None => fresh(scorer.as_ref().unwrap_or(&policy))?,
         };
-        Ok(Job {
+        Ok(StageShape {
             work: self.work(stage, config)?,
             branches,
             reward: reward.with_head(),
-            checkpoint: Checkpointing::Off,
+            checkpoint: Recompute::Off,
             data: self.held,
             process: if device == Device::Cpu { beside_heap_bytes() } else { 0 },
-            threads: crate::ops::pool::threads(),
+            threads: crate::ops::cpu::pool::threads(),
             policy,
             scorer,
         })
@@ -224,17 +229,17 @@ impl Source {
 
     fn work(&self, stage: Stage, config: &Config) -> Result<Work> {
         match (&self.data, stage) {
-            (Data::Sft(data), _) => jobs::sft(config, &data.train, &data.held_out),
-            (Data::Ranked(data), Stage::Reward) => jobs::reward(config, &data.train, &data.held_out),
-            (Data::Ranked(data), _) => jobs::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
-            (Data::Judged(data), _) => jobs::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
+            (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out),
+            (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out),
+            (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
+            (Data::Judged(data), _) => passes::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
             (Data::Prompts(data), _) => {
                 let count = data.held_out.len().min(config.ppo()?.eval_prompts);
                 let held_out: Vec<usize> = (0..count).map(|row| data.held_out.tokens(row)).collect();
-                let asked = jobs::Asked { held_out: &held_out, context: self.context(), other_tokens: false };
-                jobs::ppo(config, &Ids(&data.train), asked)
+                let asked = passes::Asked { held_out: &held_out, context: self.context(), other_tokens: false };
+                passes::ppo(config, &Ids(&data.train), asked)
             }
-            (Data::Full, stage) => jobs::full_length(stage, config, self.context()),
+            (Data::Full, stage) => passes::full_length(stage, config, self.context()),
         }
     }
 
@@ -284,7 +289,7 @@ struct Shown<'s> {
 /// Bytes of each class, of all, and of what cannot be dropped, in JSON.
 fn classes(bytes: &Bytes) -> Value {
     let mut all: serde_json::Map<String, Value> =
-        Class::ALL.iter().map(|&class| (class.name().replace(' ', "_"), bytes.of(class).into())).collect();
+        MemoryCategory::ALL.iter().map(|&class| (class.name().replace(' ', "_"), bytes.of(class).into())).collect();
     all.insert("own".into(), bytes.own().into());
     all.insert("total".into(), bytes.total().into());
     Value::Object(all)
@@ -340,8 +345,8 @@ impl Shown<'_> {
             self.plan.checkpoint.name(),
             self.micro_batch()
         );
-        let shown: Vec<Class> =
-            Class::ALL.into_iter().filter(|&c| self.plan.phases.iter().any(|(_, b)| b.of(c) > 0)).collect();
+        let shown: Vec<MemoryCategory> =
+            MemoryCategory::ALL.into_iter().filter(|&c| self.plan.phases.iter().any(|(_, b)| b.of(c) > 0)).collect();
         let head: Vec<Cow<'_, str>> =
             shown.iter().map(|c| Cow::Borrowed(c.name())).chain([Cow::Borrowed("all")]).collect();
         let line = |out: &mut String, name: &str, cells: &[Cow<'_, str>]| {
@@ -370,7 +375,7 @@ impl Shown<'_> {
             "\npeak: {} in {}, of which {} are mapped files that the system can drop",
             plan::text(peak.total()),
             phase.name(),
-            plan::text(peak.of(Class::Mapped))
+            plan::text(peak.of(MemoryCategory::Mapped))
         );
         if let Some(budget) = self.budget {
             let verdict = match (self.fits, budget.is_comfortable(&peak)) {

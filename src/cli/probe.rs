@@ -8,7 +8,10 @@ use serde_json::json;
 
 use super::text::Weights;
 use crate::config::{Data, OnBadRecord, Paths, Truncation};
-use crate::data::{self, ModelEncoder, ids, phases::ranked_examples};
+use crate::data;
+use crate::data::ModelEncoder;
+use crate::data::examples::objectives::ranked_examples;
+use crate::data::stream::ids;
 use crate::invalid;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;

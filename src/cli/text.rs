@@ -9,11 +9,11 @@ use serde_json::json;
 
 use crate::invalid;
 use crate::model::adapter::Adapter;
-use crate::model::chat_template::{GenerationPrompt, Message};
-use crate::model::generate::{Response, Sampling, generate as sample};
+use crate::model::generate::{Response, SamplingParams, generate as sample};
 use crate::model::roles::Policy;
-use crate::model::tokenizer::{SpecialTokens, TextStream};
 use crate::run::Model;
+use crate::tokenizer::chat_template::{GenerationPrompt, Message};
+use crate::tokenizer::{SpecialTokens, TextStream};
 
 #[derive(Args)]
 pub(super) struct Weights {
@@ -53,7 +53,7 @@ struct How {
 }
 
 impl How {
-    fn sampling(&self, stop: &[u32]) -> Result<Sampling> {
+    fn sampling(&self, stop: &[u32]) -> Result<SamplingParams> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(invalid!("--temperature = {} must be 0 or a positive number", self.temperature));
         }
@@ -63,7 +63,7 @@ impl How {
         if self.max_new_tokens == 0 {
             return Err(invalid!("--max-new-tokens = 0 leaves nothing to generate"));
         }
-        Ok(Sampling {
+        Ok(SamplingParams {
             temperature: self.temperature,
             top_k: self.top_k,
             top_p: self.top_p,
@@ -156,7 +156,7 @@ fn answer(
     adapter: Option<&Adapter>,
     ids: &[u32],
     seed: u64,
-    sampling: &Sampling,
+    sampling: &SamplingParams,
     printer: &mut Printer<'_>,
 ) -> Result<Response> {
     let mut printed = Ok(());

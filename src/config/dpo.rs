@@ -6,8 +6,9 @@ use std::path::PathBuf;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
+use super::LrScheduler;
 use super::validate::Section;
-use super::{Checkpoint, LrScheduler};
+use crate::config::RecomputeSetting;
 use crate::invalid;
 
 /// How a pair of answers is compared. With h = the log-ratio to the reference of the chosen answer less that of the
@@ -67,7 +68,7 @@ pub struct Dpo {
     /// Largest norm of an optimizer step's gradient; 0 = no clipping. Default 1.0.
     pub max_grad_norm: f64,
     /// What a block keeps for the backward pass. Default `auto`.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: RecomputeSetting,
     /// Optimizer steps between two log lines. Default 1.
     pub logging_steps: usize,
     /// Optimizer steps between two evaluations; 0 = only after training. Default 0.
@@ -93,7 +94,7 @@ impl Default for Dpo {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
-            checkpoint: Checkpoint::Auto,
+            checkpoint: RecomputeSetting::Auto,
             logging_steps: 1,
             eval_steps: 0,
         }
@@ -165,7 +166,7 @@ pub struct Kto {
     /// Largest norm of an optimizer step's gradient; 0 = no clipping. Default 1.0.
     pub max_grad_norm: f64,
     /// What a block keeps for the backward pass. Default `auto`.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: RecomputeSetting,
     /// Optimizer steps between two log lines. Default 1.
     pub logging_steps: usize,
     /// Optimizer steps between two evaluations; 0 = only after training. Default 0.
@@ -191,7 +192,7 @@ impl Default for Kto {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
-            checkpoint: Checkpoint::Auto,
+            checkpoint: RecomputeSetting::Auto,
             logging_steps: 1,
             eval_steps: 0,
         }

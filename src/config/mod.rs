@@ -4,10 +4,10 @@
 //! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
 //! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
 
+mod checkpoint;
 mod dpo;
 mod dschat;
 mod expand;
-mod keeping;
 mod located;
 mod memory;
 mod overrides;
@@ -28,8 +28,8 @@ use toml::{Table, Value};
 use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
+pub use checkpoint::{CheckpointConfig, Guard};
 pub use dpo::{Dpo, DpoLoss, Kto};
-pub use keeping::{Guard, Saving};
 pub use memory::{ByteSize, Memory};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
 pub use ptx::Ptx;
@@ -39,7 +39,7 @@ pub use schema::{
     TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
-pub use stages::{Checkpoint, LrScheduler, Reward, RewardLoss, Sft};
+pub use stages::{LrScheduler, RecomputeSetting, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -65,7 +65,7 @@ pub struct Config {
     pub lora: Lora,
     /// When the state of a run is saved.
     #[serde(default)]
-    pub checkpoint: Saving,
+    pub checkpoint: CheckpointConfig,
     /// What is done about steps that go wrong.
     #[serde(default)]
     pub guard: Guard,
@@ -254,7 +254,7 @@ fn sections() -> [(&'static str, &'static [&'static str]); 12] {
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
         ("lora", keys_of::<Lora>()),
-        ("checkpoint", keys_of::<Saving>()),
+        ("checkpoint", keys_of::<CheckpointConfig>()),
         ("guard", keys_of::<Guard>()),
         ("memory", keys_of::<Memory>()),
         ("data", keys_of::<Data>()),

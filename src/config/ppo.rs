@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::Compat;
 use super::ptx::Ptx;
 use super::rewards::RewardPart;
-use super::stages::{Checkpoint, LrScheduler};
+use super::stages::{LrScheduler, RecomputeSetting};
 
 /// How rewards become the weights of the policy gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
@@ -275,7 +275,7 @@ pub struct Ppo {
     /// How far it then goes: 1 copies the actor, less mixes the factors. Default 1.0 (TRL: 0.6).
     pub ref_model_mixup_alpha: f64,
     /// What a block keeps for the backward pass. Default `auto`.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: RecomputeSetting,
     /// Held-out prompts answered and scored before and after training; 0 = none. Default 0.
     pub eval_prompts: usize,
     /// Iterations between two evaluations on those prompts during training; 0 = none. Default 0.
@@ -355,7 +355,7 @@ impl Default for Ppo {
             ema_decay: None,
             ref_model_sync_iterations: 0,
             ref_model_mixup_alpha: 1.0,
-            checkpoint: Checkpoint::Auto,
+            checkpoint: RecomputeSetting::Auto,
             eval_prompts: 0,
             eval_every: 0,
             save_samples: 2,

@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
-use crate::ops::weight::{Compute, StoredType};
+pub use crate::ops::weight::ComputeDtype;
+use crate::ops::weight::StorageDType;
 
 /// `[base]`, `[reward_base]`: a frozen checkpoint.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
@@ -28,28 +29,6 @@ pub struct Base {
     pub compute_dtype: ComputeDtype,
 }
 
-/// What `compute_dtype` names.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
-pub enum ComputeDtype {
-    /// Single precision.
-    #[default]
-    #[serde(rename = "f32")]
-    F32,
-    /// bfloat16 factors, f32 sums.
-    #[serde(rename = "bf16")]
-    Bf16,
-}
-
-impl ComputeDtype {
-    /// As the operations take it.
-    pub const fn compute(self) -> Compute {
-        match self {
-            Self::F32 => Compute::F32,
-            Self::Bf16 => Compute::Bf16,
-        }
-    }
-}
-
 /// What `quantize` makes of dense weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[allow(non_camel_case_types)]
@@ -67,11 +46,11 @@ pub enum Quantize {
 
 impl Quantize {
     /// The stored type.
-    pub const fn stored(self) -> StoredType {
+    pub const fn stored(self) -> StorageDType {
         match self {
-            Self::Q8_0 => StoredType::Q8_0,
-            Self::Q4K => StoredType::Q4K,
-            Self::Nf4 => StoredType::NF4,
+            Self::Q8_0 => StorageDType::Q8_0,
+            Self::Q4K => StorageDType::Q4K,
+            Self::Nf4 => StorageDType::NF4,
         }
     }
 }

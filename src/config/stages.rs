@@ -24,7 +24,7 @@ pub enum LrScheduler {
 /// What a block keeps of its forward pass for the backward pass.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Checkpoint {
+pub enum RecomputeSetting {
     /// `none` where the memory allows it, else `mlp`, else `block`.
     #[default]
     Auto,
@@ -77,7 +77,7 @@ pub struct Sft {
     /// the prompt too).
     pub completion_only_loss: bool,
     /// What a block keeps for the backward pass. Default `auto`.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: RecomputeSetting,
     /// Optimizer steps between two log lines. Default 1.
     pub logging_steps: usize,
     /// Optimizer steps between two evaluations; 0 = only before and after training. Default 0.
@@ -102,7 +102,7 @@ impl Default for Sft {
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
             completion_only_loss: true,
-            checkpoint: Checkpoint::Auto,
+            checkpoint: RecomputeSetting::Auto,
             logging_steps: 1,
             eval_steps: 0,
         }
@@ -167,7 +167,7 @@ pub struct Reward {
     /// Largest norm of an optimizer step's gradient; 0 = no clipping. Default 1.0 (transformers).
     pub max_grad_norm: f64,
     /// What a block keeps for the backward pass. Default `auto`.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: RecomputeSetting,
     /// Optimizer steps between two log lines. Default 1.
     pub logging_steps: usize,
     /// Optimizer steps between two evaluations; 0 = only before and after training. Default 0.
@@ -194,7 +194,7 @@ impl Default for Reward {
             adam_beta2: 0.999,
             adam_epsilon: 1e-8,
             max_grad_norm: 1.0,
-            checkpoint: Checkpoint::Auto,
+            checkpoint: RecomputeSetting::Auto,
             logging_steps: 1,
             eval_steps: 0,
         }

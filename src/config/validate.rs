@@ -4,9 +4,9 @@ use anyhow::Result;
 
 use super::{
     AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, InitLoraWeights, KlEstimator, KlIn, Kto, Lora,
-    MixStrategy, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Saving, Sft, Source, TargetModules,
-    Template,
+    MixStrategy, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Sft, Source, TargetModules, Template,
 };
+use crate::config::CheckpointConfig;
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
@@ -125,7 +125,7 @@ fn lora(section: &Lora) -> Result<()> {
     Ok(())
 }
 
-fn keeping(checkpoint: &Saving, guard: &Guard) -> Result<()> {
+fn keeping(checkpoint: &CheckpointConfig, guard: &Guard) -> Result<()> {
     Section("checkpoint").at_least_one("save_total_limit", checkpoint.save_total_limit)?;
     let check = Section("guard");
     check.at_least_one("snapshot_steps", guard.snapshot_steps)?;

@@ -9,31 +9,10 @@
 //! ids.rs reads sequences that are token ids already.
 //! Read formats.rs next.
 
-mod bounded;
-pub mod cache;
-mod columns;
-mod compat;
-mod delimited;
-mod dialogue;
-pub mod dschat;
-mod encoder;
 pub mod examples;
 mod files;
-mod formats;
-pub mod ids;
-mod mapping;
-pub mod order;
-mod parquet;
-mod parquet_footer;
-pub mod phases;
-mod pipeline;
-pub mod presets;
-mod read;
-mod render;
-mod report;
-mod sources;
-mod split;
-mod transcript;
+pub mod formats;
+pub mod stream;
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -44,10 +23,10 @@ use anyhow::Result;
 use crate::config::{Data, OnBadRecord};
 use crate::invalid;
 
-pub use crate::model::chat_template::Message;
-pub use encoder::ModelEncoder;
+pub use crate::tokenizer::chat_template::Message;
+pub use examples::encoder::ModelEncoder;
 pub use formats::{Record, Text};
-pub use pipeline::{Part, Prepared, prepare, ptx_blocks};
+pub use stream::pipeline::{Part, Prepared, prepare, ptx_blocks};
 
 /// Where a record stands.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -115,7 +94,7 @@ pub struct Dataset {
 pub fn scan(config: &Data, take: &mut dyn FnMut(Result<Entry, Skipped>) -> Result<bool>) -> Result<()> {
     let room = config.max_rows.unwrap_or(usize::MAX);
     let mut used = 0;
-    sources::open(config)?.stream(&mut |place, record| match record {
+    stream::sources::open(config)?.stream(&mut |place, record| match record {
         Ok(record) => {
             used += 1;
             Ok(take(Ok(Entry { place, record }))? && used < room)
@@ -130,7 +109,7 @@ pub fn scan(config: &Data, take: &mut dyn FnMut(Result<Entry, Skipped>) -> Resul
 /// # Errors
 /// A path that is not there, or stands for no file that can be read.
 pub fn input_files(config: &Data) -> Result<(Vec<PathBuf>, Vec<PathBuf>)> {
-    let sources = sources::open(config)?;
+    let sources = stream::sources::open(config)?;
     Ok((sources.files().cloned().collect(), sources.ignored().cloned().collect()))
 }
 

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;
-use crate::ops::head::TokenStats;
+use crate::ops::logprobs::TokenStats;
 use crate::report::{Figures, number};
 
 /// Tokens of one scoring pass.

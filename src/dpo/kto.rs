@@ -6,10 +6,10 @@ use anyhow::{Context, Result};
 use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
 use super::loss::{KtoLoss, mismatched_kl};
 use crate::config::Kto;
-use crate::data::order::{BatchSize, Plan};
-use crate::data::phases::JudgedExample;
+use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
+use crate::data::examples::objectives::UnpairedExample;
+use crate::host::meter::{Phase, within};
 use crate::invalid;
-use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
@@ -46,8 +46,8 @@ pub fn train(
     base: &Base,
     start: &Adapter,
     reference: Option<&Adapter>,
-    examples: &[JudgedExample],
-    held_out: &[JudgedExample],
+    examples: &[UnpairedExample],
+    held_out: &[UnpairedExample],
     config: &Kto,
     seed: u64,
     session: &mut Session,
@@ -63,7 +63,7 @@ pub fn train(
     let mut progress = Progress::new(learner);
     let (batch, accumulate) =
         (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
-    let plan = Plan { seed, stream: settings::KTO_ORDER, batch, accumulate, shard: Default::default() };
+    let plan = BatchSampler { seed, stream: settings::KTO_ORDER, batch, accumulate, shard: Default::default() };
     let per_epoch = plan.steps(examples, 1);
     let steps = per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
@@ -77,12 +77,12 @@ pub fn train(
         examples.len() - good,
         held_out.len()
     ));
-    let all: Vec<&JudgedExample> = examples.iter().collect();
+    let all: Vec<&UnpairedExample> = examples.iter().collect();
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.reference_of(&all)?),
         false => None,
     };
-    let held: Vec<&JudgedExample> = held_out.iter().collect();
+    let held: Vec<&UnpairedExample> = held_out.iter().collect();
     let held_reference = judge.reference_of(&held)?;
     if let Some(snapshot) = session.resumed()? {
         progress.load(&snapshot)?;
@@ -95,7 +95,7 @@ pub fn train(
         let gradients = || -> Result<Option<_>> {
             // 1. The KL term: answers after prompts that they were not given to. A lone last record takes its prompt's
             //    answer from the step before.
-            let step_rows: Vec<&JudgedExample> = rows.rows().map(|i| &examples[i]).collect();
+            let step_rows: Vec<&UnpairedExample> = rows.rows().map(|i| &examples[i]).collect();
             let (epoch, number) = (progress.step / per_epoch, progress.step % per_epoch);
             let before = match step_rows.len() {
                 1 => plan.epoch(examples, epoch).step(number.saturating_sub(1)).rows().last(),
@@ -112,7 +112,7 @@ pub fn train(
                 if stop::requested() {
                     return Ok(None);
                 }
-                let some: Vec<&JudgedExample> = micro.iter().map(|&i| &examples[i]).collect();
+                let some: Vec<&UnpairedExample> = micro.iter().map(|&i| &examples[i]).collect();
                 let references = match &stored {
                     Some(all) => micro.iter().map(|&i| all[i]).collect(),
                     None => judge.reference_of(&some)?,
@@ -175,7 +175,7 @@ pub fn train(
     ))
 }
 
-fn sequences<'e>(examples: &[&'e JudgedExample]) -> Vec<Sequence<'e>> {
+fn sequences<'e>(examples: &[&'e UnpairedExample]) -> Vec<Sequence<'e>> {
     examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.answer }).collect()
 }
 
@@ -187,7 +187,7 @@ struct Judge<'w> {
 
 impl Judge<'_> {
     /// Answers under the reference, one a pass: the same bits whether computed once or in every step.
-    fn reference_of(&self, examples: &[&JudgedExample]) -> Result<Vec<f64>> {
+    fn reference_of(&self, examples: &[&UnpairedExample]) -> Result<Vec<f64>> {
         let mut all = Vec::with_capacity(examples.len());
         for sequence in sequences(examples) {
             all.extend(summed_logprobs(self.reference, &[sequence])?);
@@ -196,7 +196,7 @@ impl Judge<'_> {
     }
 
     /// The KL term of `examples`: each prompt with the answer of the example in front of it; before the first, `before`.
-    fn kl(&self, policy: Policy<'_>, examples: &[&JudgedExample], before: &JudgedExample) -> Result<f64> {
+    fn kl(&self, policy: Policy<'_>, examples: &[&UnpairedExample], before: &UnpairedExample) -> Result<f64> {
         let answers = std::iter::once(before).chain(examples.iter().copied());
         let mixed: Vec<Sequence<'_>> = examples
             .iter()
@@ -210,7 +210,7 @@ impl Judge<'_> {
     /// dL/dlogp of every answer; `weight` divides by the answers of the step.
     fn weigh(
         &self,
-        examples: &[&JudgedExample],
+        examples: &[&UnpairedExample],
         logps: &[f64],
         references: &[f64],
         kl: f64,
@@ -228,7 +228,7 @@ impl Judge<'_> {
     }
 
     /// Over all of them as one step.
-    fn evaluate(&self, policy: Policy<'_>, examples: &[&JudgedExample], references: &[f64]) -> Result<Tally> {
+    fn evaluate(&self, policy: Policy<'_>, examples: &[&UnpairedExample], references: &[f64]) -> Result<Tally> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
         if let Some(last) = examples.last().filter(|_| examples.len() > 1) {

@@ -6,10 +6,10 @@ use anyhow::{Result, ensure};
 use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
 use super::loss::{Answer, PairLoss};
 use crate::config::{Dpo, DpoLoss};
-use crate::data::order::{BatchSize, Plan};
-use crate::data::phases::RankedExample;
+use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
+use crate::data::examples::objectives::RankedExample;
+use crate::host::meter::{Phase, within};
 use crate::invalid;
-use crate::memory::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::roles::Policy;
@@ -62,7 +62,7 @@ pub fn train(
     let mut progress = Progress::new(learner);
     let (batch, accumulate) =
         (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
-    let plan = Plan { seed, stream: settings::DPO_ORDER, batch, accumulate, shard: Default::default() };
+    let plan = BatchSampler { seed, stream: settings::DPO_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let longest = examples.iter().map(tokens_in).max().unwrap_or(0);

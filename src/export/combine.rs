@@ -4,7 +4,7 @@ use anyhow::Result;
 use candle_core::{Device, Tensor};
 
 use crate::invalid;
-use crate::model::adapter::{Adapter, LoraConfig, LoraPair, TargetModules};
+use crate::model::adapter::{Adapter, LoraConfig, LoraLayer, TargetModules};
 use crate::ops::cpu;
 
 /// The sum of adapters of one base, each times its weight: the A's over one another, the B's side by side, times weight
@@ -62,7 +62,7 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
             at += width;
         }
         let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
-        pairs.push((slot, LoraPair::new(tensor(a, (rank, inp))?, tensor(b, (out, rank))?, 1.0)));
+        pairs.push((slot, LoraLayer::new(tensor(a, (rank, inp))?, tensor(b, (out, rank))?, 1.0)));
         targets.push(shapes.path(slot));
     }
     let config = LoraConfig {

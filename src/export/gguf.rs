@@ -10,21 +10,24 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
-use super::card::{self, BY, Card};
-use super::gguf_architecture::{self as architecture, Keys};
+use super::card::{BY, Card};
+use super::gguf_architecture::Keys;
 use super::gguf_container::{Entry, KeyValue, write};
 use super::merged::{MergedType, merged_values, pair_of};
 use super::verify::{Comparison, Tolerance, compare};
 use super::{Source, gguf_vocabulary as vocabulary, staged};
+use crate::export::card;
+use crate::export::gguf_architecture as architecture;
 use crate::invalid;
-use crate::model::adapter::{Adapter, LayerPairs, LoraConfig, LoraPair, TargetModules};
+use crate::model::adapter::{Adapter, LoraConfig, LoraLayer, LoraLayers, TargetModules};
 use crate::model::base::Base;
-use crate::model::checkpoint::{Checkpoint, map};
 use crate::model::config::{DecoderConfig, Family};
-use crate::model::gguf::{self, Gguf};
-use crate::model::tokenizer::SpecialTokens;
+use crate::model_files::gguf;
+use crate::model_files::gguf::Gguf;
+use crate::model_files::{ModelFiles, map};
 use crate::ops::cpu;
-use crate::ops::weight::{Bytes, RowOrder, StoredType, Weight};
+use crate::ops::weight::{Bytes, RowOrder, StorageDType, Weight};
+use crate::tokenizer::SpecialTokens;
 
 /// The numbers of a merged GGUF file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -69,26 +72,26 @@ impl GgufType {
     }
 
     /// The type of one matrix. Source: llama.cpp `llama_tensor_get_type`.
-    fn of(self, name: &str, cols: usize, layers: usize, tied: bool) -> StoredType {
+    fn of(self, name: &str, cols: usize, layers: usize, tied: bool) -> StorageDType {
         let wanted = match self {
             Self::Dense(dense) => dense.stored(),
-            Self::Q8_0 => StoredType::Q8_0,
+            Self::Q8_0 => StorageDType::Q8_0,
             Self::Q4KM => {
                 let layer = name.strip_prefix("blk.").and_then(|rest| rest.split('.').next()?.parse::<usize>().ok());
                 let more = layer.is_some_and(|i| i < layers / 8 || i >= 7 * layers / 8 || (i - layers / 8) % 3 == 2);
                 let half = name.ends_with("attn_v.weight") || name.ends_with("ffn_down.weight");
                 let output = name == "output.weight" || (tied && name == "token_embd.weight");
-                if output || (half && more) { StoredType::Q6K } else { StoredType::Q4K }
+                if output || (half && more) { StorageDType::Q6K } else { StorageDType::Q4K }
             }
         };
-        wanted.for_width(cols).unwrap_or(StoredType::F16)
+        wanted.for_width(cols).unwrap_or(StorageDType::F16)
     }
 }
 
 /// What a place of the table is filled with.
 enum Filling<'a> {
     /// A matrix with its branch, rows stored in this order.
-    Matrix(&'a Weight, Option<&'a LoraPair>, RowOrder),
+    Matrix(&'a Weight, Option<&'a LoraLayer>, RowOrder),
     /// A tensor of the base's file, as it is there.
     Copied(Bytes),
     /// f32 numbers.
@@ -124,7 +127,7 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
     };
     with_card(source, &card, out, |path| {
         write(path, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
-        let reopened = Checkpoint::open(path).context("reopening the GGUF file")?;
+        let reopened = ModelFiles::open(path).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
         same_tokens(source.checkpoint, &reopened)?;
         let merged = Base::load(&reopened)?;
@@ -152,7 +155,7 @@ fn with_card(
     Ok(comparison)
 }
 
-fn fill(filling: &Filling<'_>, dtype: StoredType) -> Result<Vec<u8>> {
+fn fill(filling: &Filling<'_>, dtype: StorageDType) -> Result<Vec<u8>> {
     Ok(match filling {
         Filling::Copied(bytes) => bytes.get().to_vec(),
         Filling::Values(values) => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
@@ -205,7 +208,7 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
     let config = source.base.config();
     let mut plan = vec![];
     let vector = |name: &str, values: Cow<'a, [f32]>| {
-        let entry = Entry { name: name.to_string(), shape: vec![values.len()], dtype: StoredType::F32 };
+        let entry = Entry { name: name.to_string(), shape: vec![values.len()], dtype: StorageDType::F32 };
         (entry, Filling::Values(values))
     };
     let mut weights = source.base.weights();
@@ -218,7 +221,7 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
     for (name, weight) in weights {
         let ggml = ggml_name(config, &name)?;
         let dtype = match ggml.starts_with("position_embd") {
-            true => StoredType::F32,
+            true => StorageDType::F32,
             false => dtype.of(&ggml, weight.cols(), config.num_hidden_layers, tied),
         };
         let entry = Entry { name: ggml, shape: vec![weight.rows(), weight.cols()], dtype };
@@ -249,8 +252,8 @@ fn ggml_name(config: &DecoderConfig, hf: &str) -> Result<String> {
 /// Texts that both tokenizers must read alike: words, figures, white space, two scripts, an emoji.
 const PROBE: &str = "It's 3.14 and 1,000 more\n\n  indented\tcode(x); naïve 東京 Привет 🦙!  ";
 
-fn same_tokens(ours: &Checkpoint, written: &Checkpoint) -> Result<()> {
-    let encode = |c: &Checkpoint| c.tokenizer().encode(PROBE, SpecialTokens::Add);
+fn same_tokens(ours: &ModelFiles, written: &ModelFiles) -> Result<()> {
+    let encode = |c: &ModelFiles| c.tokenizer().encode(PROBE, SpecialTokens::Add);
     anyhow::ensure!(
         encode(ours)? == encode(written)?,
         "the tokenizer in the GGUF file reads text differently from the base's; nothing was kept"
@@ -292,7 +295,7 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
         for (factor, shape, values) in
             [("a", vec![r, inp], cpu::view(&pair.a)?.to_vec()), ("b", vec![weight.rows(), r], order.store(&b, r))]
         {
-            table.push(Entry { name: format!("{ggml}.lora_{factor}"), shape, dtype: StoredType::F32 });
+            table.push(Entry { name: format!("{ggml}.lora_{factor}"), shape, dtype: StorageDType::F32 });
             fillings.push(values);
         }
     }
@@ -330,7 +333,7 @@ fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
     let file = Gguf::parse(map(path)?, &path.display().to_string())?;
     let alpha = file.float("adapter.lora.alpha")?.context("adapter.lora.alpha is missing")?;
     let shapes = source.base.shapes();
-    let mut layers = vec![LayerPairs::default(); shapes.layers];
+    let mut layers = vec![LoraLayers::default(); shapes.layers];
     let mut targets = vec![];
     for (name, weight) in source.base.weights() {
         let Some((layer, linear)) = source.adapter.shapes().find(&name) else { continue };
@@ -346,7 +349,7 @@ fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
         let b = (0..weight.rows()).flat_map(|row| stored[order.stored(row) * r..(order.stored(row) + 1) * r].to_vec());
         let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
         let (a, b) = (tensor(a, (r, weight.cols()))?, tensor(b.collect(), (weight.rows(), r))?);
-        layers[layer][linear] = Some(LoraPair::new(a, b, alpha / r as f64));
+        layers[layer][linear] = Some(LoraLayer::new(a, b, alpha / r as f64));
         targets.push(shapes.module_path(layer, linear));
     }
     let config = LoraConfig {

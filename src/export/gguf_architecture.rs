@@ -7,8 +7,8 @@ use serde_json::Value;
 
 use super::gguf_container::KeyValue;
 use crate::invalid;
-use crate::model::checkpoint::Checkpoint;
 use crate::model::config::{DecoderConfig, Family, LayerAttention, Placement, RopeScaling};
+use crate::model_files::ModelFiles;
 
 /// Keys in the order in which they are written.
 pub(super) type Keys = Vec<(String, KeyValue)>;
@@ -156,7 +156,7 @@ pub(super) fn keys(config: &DecoderConfig) -> Result<Keys> {
 ///
 /// # Errors
 /// If llama.cpp's architecture of this family reads none, or Phi-3's factors for long contexts are gone.
-pub(super) fn rope_factors(checkpoint: &Checkpoint) -> Result<Vec<(&'static str, Vec<f32>)>> {
+pub(super) fn rope_factors(checkpoint: &ModelFiles) -> Result<Vec<(&'static str, Vec<f32>)>> {
     let config = checkpoint.config();
     match (&config.rope_scaling, config.family) {
         (RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn { .. }, _) => Ok(vec![]),
@@ -174,7 +174,7 @@ pub(super) fn rope_factors(checkpoint: &Checkpoint) -> Result<Vec<(&'static str,
 }
 
 /// What Phi-3 divides by past its original context: this program ends there, and does not keep them.
-fn long_factors(checkpoint: &Checkpoint) -> Result<Vec<f32>> {
+fn long_factors(checkpoint: &ModelFiles) -> Result<Vec<f32>> {
     let files = checkpoint.side_files()?;
     let json = files.iter().find(|(name, _)| name == "config.json").map(|(_, bytes)| &bytes[..]);
     let json: Value = json.and_then(|bytes| serde_json::from_slice(bytes).ok()).unwrap_or_default();

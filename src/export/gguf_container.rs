@@ -8,7 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 
 use crate::invalid;
-use crate::ops::weight::StoredType;
+use crate::ops::weight::StorageDType;
 
 /// A metadata value in the type that llama.cpp expects of the key.
 #[derive(Clone, Debug)]
@@ -85,7 +85,7 @@ pub struct Entry {
     /// Outermost dimension first, as Hugging Face writes it.
     pub shape: Vec<usize>,
     /// How its numbers are stored.
-    pub dtype: StoredType,
+    pub dtype: StorageDType,
 }
 
 impl Entry {
@@ -148,7 +148,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::model::gguf::{Gguf, Value};
+    use crate::model_files::gguf::{Gguf, Value};
     use crate::ops::weight::Bytes;
 
     #[test]
@@ -167,7 +167,7 @@ mod tests {
         ];
         let keys: Vec<_> = keys.into_iter().map(|(k, v)| (k.to_string(), v)).collect();
         let entry = |name: &str, shape: &[usize], dtype| Entry { name: name.into(), shape: shape.to_vec(), dtype };
-        let table = [entry("one", &[3], StoredType::F32), entry("two", &[2, 32], StoredType::Q8_0)];
+        let table = [entry("one", &[3], StorageDType::F32), entry("two", &[2, 32], StorageDType::Q8_0)];
         write(&path, &keys, &table, |i| Ok(vec![i as u8 + 1; [12, 68][i]])).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let read = Gguf::parse(Bytes::new(Arc::new(bytes)), "a.gguf").unwrap();
@@ -196,8 +196,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.gguf");
         let table = |shape: &[usize], dtype| [Entry { name: "t".into(), shape: shape.to_vec(), dtype }];
-        assert!(write(&path, &[], &table(&[2, 33], StoredType::Q8_0), |_| Ok(vec![])).is_err());
-        assert!(write(&path, &[], &table(&[64], StoredType::NF4), |_| Ok(vec![0; 36])).is_err());
-        assert!(write(&path, &[], &table(&[2], StoredType::F32), |_| Ok(vec![0; 7])).is_err());
+        assert!(write(&path, &[], &table(&[2, 33], StorageDType::Q8_0), |_| Ok(vec![])).is_err());
+        assert!(write(&path, &[], &table(&[64], StorageDType::NF4), |_| Ok(vec![0; 36])).is_err());
+        assert!(write(&path, &[], &table(&[2], StorageDType::F32), |_| Ok(vec![0; 7])).is_err());
     }
 }

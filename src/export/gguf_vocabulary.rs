@@ -9,9 +9,9 @@ use serde_json::Value;
 use super::gguf_architecture::{Keys, put};
 use super::gguf_container::KeyValue;
 use crate::invalid;
-use crate::model::checkpoint::Checkpoint;
-use crate::model::gguf_tokenizer::{LLAMA3_SPLIT, QWEN2_SPLIT};
-use crate::model::tokenizer::{SpecialTokens, Tokenizer};
+use crate::model_files::ModelFiles;
+use crate::model_files::gguf_tokenizer::{LLAMA3_SPLIT, QWEN2_SPLIT};
+use crate::tokenizer::{SpecialTokens, Tokenizer};
 
 /// `llama_token_type` in llama.cpp.
 const NORMAL: i32 = 1;
@@ -25,7 +25,7 @@ const BYTE: i32 = 6;
 ///
 /// # Errors
 /// If the tokenizer is of a kind, or cuts text in a way, that llama.cpp has no name for.
-pub(super) fn tokenizer(checkpoint: &Checkpoint) -> Result<Keys> {
+pub(super) fn tokenizer(checkpoint: &ModelFiles) -> Result<Keys> {
     let files = checkpoint.side_files()?;
     let file = |name: &str| files.iter().find(|(n, _)| n == name).map(|(_, bytes)| &bytes[..]);
     let json = file("tokenizer.json").ok_or_else(|| invalid!("the model has no tokenizer.json"))?;

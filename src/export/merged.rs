@@ -16,14 +16,14 @@ use super::card::{BY, Card};
 use super::verify::{Comparison, Tolerance, compare, compare_through};
 use super::{Source, staged};
 use crate::invalid;
-use crate::model::adapter::{Adapter, LoraPair, MatrixLayout, Outer, Slot};
+use crate::model::adapter::{Adapter, LoraLayer, MatrixLayout, NonBlockModule, TargetModule};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
-use crate::model::checkpoint::Checkpoint;
+use crate::model_files::ModelFiles;
 use crate::ops::cpu;
-use crate::ops::dora::Lines;
-use crate::ops::quantise::quantise;
-use crate::ops::weight::{StoredType, Weight};
+use crate::ops::linear::low_rank::Lines;
+use crate::ops::storage::quantise::quantise;
+use crate::ops::weight::{StorageDType, Weight};
 
 /// The numbers of a merged model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,11 +44,11 @@ impl MergedType {
     }
 
     /// The stored type.
-    pub const fn stored(self) -> StoredType {
+    pub const fn stored(self) -> StorageDType {
         match self {
-            Self::F32 => StoredType::F32,
-            Self::Bf16 => StoredType::BF16,
-            Self::F16 => StoredType::F16,
+            Self::F32 => StorageDType::F32,
+            Self::Bf16 => StorageDType::BF16,
+            Self::F16 => StorageDType::F16,
         }
     }
 
@@ -98,7 +98,7 @@ pub const MAX_SHARD_SIZE: usize = 5_000_000_000;
 ///
 /// # Errors
 /// If the factors' storage cannot be read.
-pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraPair>) -> Result<Vec<f32>> {
+pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraLayer>) -> Result<Vec<f32>> {
     let mut values = weight.to_f32();
     if let Some(pair) = pair {
         let (a, b) = (cpu::view(&pair.a)?, cpu::view(&pair.b)?);
@@ -120,7 +120,7 @@ pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraPair>) -> Result<
 }
 
 /// A token table W + scale (B A)^T, (vocab, D) f32; with DoRA, each column times m / ||column||.
-fn merged_table(table: &Weight, pair: &LoraPair) -> Result<Vec<f32>> {
+fn merged_table(table: &Weight, pair: &LoraLayer) -> Result<Vec<f32>> {
     let mut values = table.to_f32();
     let (a, b) = (cpu::view(&pair.a)?, cpu::view(&pair.b)?);
     let ((r, vocab), d) = (pair.a.dims2()?, table.cols());
@@ -140,8 +140,11 @@ fn merged_table(table: &Weight, pair: &LoraPair) -> Result<Vec<f32>> {
 }
 
 /// The branch of the linear map of this Hugging Face name, if it has one; a token table's is no linear map's.
-pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a LoraPair> {
-    let slot = adapter.shapes().slot_of(weight_name).filter(|&slot| slot != Slot::Outer(Outer::Embedding))?;
+pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a LoraLayer> {
+    let slot = adapter
+        .shapes()
+        .slot_of(weight_name)
+        .filter(|&slot| slot != TargetModule::NonBlockModule(NonBlockModule::Embedding))?;
     adapter.at(slot)
 }
 
@@ -149,7 +152,7 @@ pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a
 /// end its own. (PEFT's `merge_and_unload` writes into the shared table, changes both ends, and warns of it.)
 pub(super) fn parts_the_ends(base: &Base, adapter: &Adapter) -> bool {
     let on = |outer| adapter.outer(outer).is_some();
-    base.config().tie_word_embeddings && (on(Outer::Embedding) || on(Outer::Head))
+    base.config().tie_word_embeddings && (on(NonBlockModule::Embedding) || on(NonBlockModule::Head))
 }
 
 fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
@@ -163,9 +166,9 @@ fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
 /// One tensor of the result, made when its file is written.
 enum Part<'a> {
     /// A matrix, with the branch that goes into it.
-    Matrix(&'a Weight, Option<&'a LoraPair>, MatrixLayout),
+    Matrix(&'a Weight, Option<&'a LoraLayer>, MatrixLayout),
     /// The token table, likewise.
-    Table(&'a Weight, &'a LoraPair),
+    Table(&'a Weight, &'a LoraLayer),
     /// A vector, or the head's (1, D).
     Values(Vec<usize>, Cow<'a, [f32]>),
 }
@@ -220,14 +223,14 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
             continue;
         }
         let layout = adapter.shapes().find(&name).map_or(MatrixLayout::OutIn, |_| adapter.shapes().layout);
-        let part = match adapter.outer(Outer::Embedding).filter(|_| name == base.config().names().embedding) {
+        let part = match adapter.outer(NonBlockModule::Embedding).filter(|_| name == base.config().names().embedding) {
             Some(pair) => Part::Table(weight, pair),
             None => Part::Matrix(weight, pair_of(adapter, &name), layout),
         };
         all.push(Planned { name, part });
     }
     if kind == Kind::LanguageModel && parts_the_ends(base, adapter) {
-        let (weight, pair) = (base.table(None).weight, adapter.outer(Outer::Head));
+        let (weight, pair) = (base.table(None).weight, adapter.outer(NonBlockModule::Head));
         let name = base.config().names().output.to_string();
         all.push(Planned { name, part: Part::Matrix(weight, pair, MatrixLayout::OutIn) });
     }
@@ -353,7 +356,7 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
 }
 
 fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
-    let checkpoint = Checkpoint::open(dir)?;
+    let checkpoint = ModelFiles::open(dir)?;
     let merged = Base::load(&checkpoint)?;
     let want = (source.base, source.adapter);
     match settings.kind {
@@ -366,7 +369,7 @@ fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparis
 }
 
 /// The scores of the prompts by the written head over the written weights, against base + adapter.
-fn prove_head(source: &Source<'_>, checkpoint: &Checkpoint, merged: &Base, dtype: MergedType) -> Result<()> {
+fn prove_head(source: &Source<'_>, checkpoint: &ModelFiles, merged: &Base, dtype: MergedType) -> Result<()> {
     let head = source.adapter.head().context("a classifier has a head")?;
     let width = source.base.shapes().hidden;
     let written = checkpoint.weight(SCORE, 1, width)?.to_f32();

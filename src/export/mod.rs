@@ -17,15 +17,15 @@ pub mod verify;
 use anyhow::Result;
 
 use crate::invalid;
-use crate::model::adapter::{Adapter, Outer};
+use crate::model::adapter::{Adapter, NonBlockModule};
 use crate::model::base::Base;
-use crate::model::checkpoint::Checkpoint;
+use crate::model_files::ModelFiles;
 
 /// What is exported, and what the result is compared on.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     /// The base's files and tokenizer.
-    pub checkpoint: &'a Checkpoint,
+    pub checkpoint: &'a ModelFiles,
     /// Its weights.
     pub base: &'a Base,
     /// What was trained over it.
@@ -46,7 +46,7 @@ impl Source<'_> {
                  merge with `--format safetensors` and convert the result"
             ));
         }
-        if self.adapter.outer(Outer::Embedding).is_some() {
+        if self.adapter.outer(NonBlockModule::Embedding).is_some() {
             return Err(invalid!(
                 "a branch on the token table goes into `--format safetensors` only; convert the result"
             ));
@@ -57,7 +57,7 @@ impl Source<'_> {
     /// # Errors
     /// If a GGUF-LoRA file cannot say what the adapter does.
     fn check_gguf_lora(&self) -> Result<()> {
-        let tables = [Outer::Embedding, Outer::Head];
+        let tables = [NonBlockModule::Embedding, NonBlockModule::Head];
         let what = if self.adapter.config().use_dora {
             "a DoRA adapter's magnitudes have no place in a GGUF-LoRA file"
         } else if tables.into_iter().any(|outer| self.adapter.outer(outer).is_some()) {

@@ -6,20 +6,23 @@ use candle_core::Tensor;
 
 use std::borrow::Cow;
 
-use super::adapter::{Adapter, Gradients, LayerPairs, LinearShapes, LoraPair, Outer, Slot};
+use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
-use super::block::{Block, Checkpointing, FrozenLinear, Geometry, Kept, Layout, Norms};
-use super::checkpoint::Checkpoint;
+use super::block::{Block, FrozenLinear, Geometry, Layout, Norms};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
-use super::ends::{self, Ends};
 use crate::invalid;
+use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
+use crate::model::block::{Recompute, Saved};
+use crate::model::embeddings;
+use crate::model::embeddings::Embeddings;
+use crate::model_files::ModelFiles;
 use crate::ops::attention::Cached;
 use crate::ops::cpu;
-use crate::ops::head::Table;
-use crate::ops::linear::{InputGradient, Part};
+use crate::ops::linear::{InputGradient, LinearWithLora};
+use crate::ops::logprobs::LmHead;
 use crate::ops::norm::{Norm, NormKind};
-use crate::ops::rope::Angles;
-use crate::ops::weight::{Compute, Weight};
+use crate::ops::rope::RopeTable;
+use crate::ops::weight::{ComputeDtype, Weight};
 
 /// Frozen weights of one decoder.
 pub struct Base {
@@ -47,20 +50,20 @@ pub struct Weights {
 
 /// What a training pass keeps between forward and backward.
 pub struct Tape {
-    kept: Vec<Kept>,
+    kept: Vec<Saved>,
     /// Output of the last block.
     last: Tensor,
     /// The first block that was kept: below it no block has a branch, nor the way into it.
     first: usize,
-    ends: ends::Kept,
+    ends: embeddings::Saved,
 }
 
 /// Keys and values of a batch under generation, layer by layer, sequence by sequence.
-pub struct Cache {
+pub struct KvCache {
     layers: Vec<Vec<Cached>>,
 }
 
-impl Cache {
+impl KvCache {
     /// Keeps the sequences for which `keep` holds; the others' memory is given back.
     pub fn retain(&mut self, keep: &[bool]) {
         for layer in &mut self.layers {
@@ -80,7 +83,7 @@ impl Base {
     ///
     /// # Errors
     /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked.
-    pub fn load(checkpoint: &Checkpoint) -> Result<Self> {
+    pub fn load(checkpoint: &ModelFiles) -> Result<Self> {
         let config = checkpoint.config().clone();
         let (shapes, names, biases) = (config.shapes(), config.names(), config.has_bias());
         let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
@@ -162,7 +165,7 @@ impl Base {
     pub fn from_parts(config: DecoderConfig, weights: Weights, fingerprint: String) -> Result<Self> {
         let factor = config.rope_scaling.attention_factor() as f32;
         let turns = |inv_freq: &[f32], factor: f32| {
-            Angles::new(inv_freq, config.head_dim, config.max_position_embeddings, factor)
+            RopeTable::new(inv_freq, config.head_dim, config.max_position_embeddings, factor)
         };
         let mut angles = vec![];
         if config.layers.iter().any(|l| l.rope != LayerRope::None) {
@@ -212,7 +215,7 @@ impl Base {
 
     /// The same base, its products computed in `compute`.
     #[must_use]
-    pub fn computing_in(mut self, compute: Compute) -> Self {
+    pub fn computing_in(mut self, compute: ComputeDtype) -> Self {
         let w = &mut self.weights;
         let linears = w.blocks.iter_mut().flat_map(|b| &mut b.linears).map(|l| &mut l.weight);
         let projections = w.projections.iter_mut().flatten();
@@ -238,24 +241,24 @@ impl Base {
     }
 
     /// The table that logits are taken with, the adapter's branch on it, and what is done to them.
-    pub fn table<'a>(&'a self, adapter: Option<&'a Adapter>) -> Table<'a> {
-        Table {
+    pub fn table<'a>(&'a self, adapter: Option<&'a Adapter>) -> LmHead<'a> {
+        LmHead {
             weight: self.weights.output.as_ref().unwrap_or(&self.weights.embedding),
             multiplier: self.config.logits_multiplier as f32,
             soft_cap: self.config.logits_soft_cap.map(|c| c as f32),
-            lora: adapter.and_then(|a| a.outer(Outer::Head)).map(LoraPair::low_rank),
+            lora: adapter.and_then(|a| a.outer(NonBlockModule::Head)).map(LoraLayer::low_rank),
         }
     }
 
     /// The matrix at a place that can carry a branch, (out, in); the token table as it is, (vocab, E).
-    pub fn matrix(&self, slot: Slot) -> Option<&Weight> {
+    pub fn matrix(&self, slot: TargetModule) -> Option<&Weight> {
         let w = &self.weights;
         match slot {
-            Slot::Block { layer, linear } => w.blocks.get(layer)?.linears.get(linear).map(|l| &l.weight),
-            Slot::Outer(Outer::Embedding) => Some(&w.embedding),
-            Slot::Outer(Outer::ProjectIn) => w.projections.as_ref().map(|p| &p[0]),
-            Slot::Outer(Outer::ProjectOut) => w.projections.as_ref().map(|p| &p[1]),
-            Slot::Outer(Outer::Head) => Some(w.output.as_ref().unwrap_or(&w.embedding)),
+            TargetModule::Block { layer, linear } => w.blocks.get(layer)?.linears.get(linear).map(|l| &l.weight),
+            TargetModule::NonBlockModule(NonBlockModule::Embedding) => Some(&w.embedding),
+            TargetModule::NonBlockModule(NonBlockModule::ProjectIn) => w.projections.as_ref().map(|p| &p[0]),
+            TargetModule::NonBlockModule(NonBlockModule::ProjectOut) => w.projections.as_ref().map(|p| &p[1]),
+            TargetModule::NonBlockModule(NonBlockModule::Head) => Some(w.output.as_ref().unwrap_or(&w.embedding)),
         }
     }
 
@@ -362,7 +365,7 @@ impl Base {
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
-        let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
+        let (ends, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for (layer, block) in self.weights.blocks.iter().enumerate() {
             x = block.forward(pairs(adapter, layer), &self.geometry, layout, &x)?;
@@ -375,10 +378,10 @@ impl Base {
     ///
     /// # Errors
     /// As for [`Base::hidden`].
-    pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Checkpointing) -> Result<(Tensor, Tape)> {
+    pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Recompute) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout::of(batch);
-        let (ends, mut kept_ends) = (Ends::of(self, Some(adapter)), ends::Kept::default());
+        let (ends, mut kept_ends) = (Embeddings::of(self, Some(adapter)), embeddings::Saved::default());
         let lowest = adapter.layers().iter().position(|p| p.iter().any(Option::is_some));
         let first = match ends.trains_before() {
             true => 0,
@@ -408,7 +411,7 @@ impl Base {
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Tensor) -> Result<Gradients> {
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
-        let ends = Ends::of(self, Some(adapter));
+        let ends = Embeddings::of(self, Some(adapter));
         let mut dy = ends.finish_backward(&tape.last, &tape.ends, &dh, &mut grads)?;
         drop((tape.last, dh));
         let kept = tape.kept.into_iter().enumerate().map(|(i, k)| (tape.first + i, k));
@@ -440,11 +443,11 @@ impl Base {
         sources: &[usize],
         adapter: Option<&Adapter>,
         room: usize,
-    ) -> Result<(Tensor, Cache)> {
+    ) -> Result<(Tensor, KvCache)> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
-        let mut cache = Cache { layers: vec![vec![Cached::default(); sources.len()]; self.weights.blocks.len()] };
-        let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
+        let mut cache = KvCache { layers: vec![vec![Cached::default(); sources.len()]; self.weights.blocks.len()] };
+        let (ends, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
             x = block.prefill(pairs(adapter, layer), &self.geometry, (layout, sources), &x, room, caches)?;
@@ -464,10 +467,10 @@ impl Base {
         tokens: &[u32],
         positions: &[u32],
         adapter: Option<&Adapter>,
-        cache: &mut Cache,
+        cache: &mut KvCache,
     ) -> Result<Tensor> {
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
-        let (ends, mut unused) = (Ends::of(self, adapter), ends::Kept::default());
+        let (ends, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = ends.start(tokens, positions, &mut unused)?;
         for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
             x = block.decode(pairs(adapter, layer), &self.geometry, positions, &x, caches)?;
@@ -482,7 +485,8 @@ impl Base {
     /// If shapes do not fit.
     pub fn logits(&self, hidden: &Tensor, adapter: Option<&Adapter>) -> Result<Tensor> {
         let table = self.table(adapter);
-        let (logits, _) = ends::one(hidden, Part { weight: table.weight, bias: None, lora: table.lora })?;
+        let (logits, _) =
+            embeddings::one(hidden, LinearWithLora { weight: table.weight, bias: None, lora: table.lora })?;
         if table.multiplier == 1.0 && table.soft_cap.is_none() {
             return Ok(logits);
         }
@@ -492,7 +496,7 @@ impl Base {
     }
 }
 
-fn pairs(adapter: Option<&Adapter>, layer: usize) -> Option<&LayerPairs> {
+fn pairs(adapter: Option<&Adapter>, layer: usize) -> Option<&LoraLayers> {
     adapter.and_then(|a| a.layers().get(layer))
 }
 

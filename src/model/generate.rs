@@ -14,7 +14,7 @@ use crate::{diverged, invalid};
 
 /// How the next token is chosen.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Sampling {
+pub struct SamplingParams {
     /// Divides the logits; 0 takes the most likely token.
     pub temperature: f64,
     /// Only the k most likely tokens; 0 is all.
@@ -29,14 +29,14 @@ pub struct Sampling {
 
 /// Why a response ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub enum Finish {
+pub enum FinishReason {
     /// A stop token was sampled.
     Stop,
     /// `max_new_tokens`, or the model's context, was reached.
     Length,
 }
 
-impl Finish {
+impl FinishReason {
     /// As other tools' JSON calls it.
     pub const fn name(self) -> &'static str {
         match self {
@@ -55,7 +55,7 @@ pub struct Response {
     /// is the distribution that PPO trains; top-k and top-p only restrict what is drawn.
     pub logprobs: Vec<f32>,
     /// Why it ended.
-    pub finish: Finish,
+    pub finish: FinishReason,
 }
 
 /// Tokens that the cache is made for at first; it grows where answers are longer.
@@ -70,7 +70,7 @@ pub fn generate(
     policy: Policy<'_>,
     prompts: &[Vec<u32>],
     seeds: &[u64],
-    sampling: &Sampling,
+    sampling: &SamplingParams,
     mut on_token: impl FnMut(usize, u32),
 ) -> Result<Vec<Response>> {
     anyhow::ensure!(prompts.len() == seeds.len(), "{} seeds for {} prompts", seeds.len(), prompts.len());
@@ -80,7 +80,7 @@ pub fn generate(
             "a prompt of {long} tokens leaves no room in the model's context of {context}; shorten it"
         ));
     }
-    let empty = || Response { tokens: vec![], logprobs: vec![], finish: Finish::Length };
+    let empty = || Response { tokens: vec![], logprobs: vec![], finish: FinishReason::Length };
     let mut responses: Vec<Response> = prompts.iter().map(|_| empty()).collect();
     if sampling.max_new_tokens == 0 {
         return Ok(responses);
@@ -98,7 +98,7 @@ pub fn generate(
     let room = sampling.max_new_tokens.min(context - longest).min(MOST_ROOM);
     let (mut hidden, mut cache) = policy.base().prefill(&Batch::new(&distinct)?, &sources, policy.adapter(), room)?;
     let mut live: Vec<usize> = (0..prompts.len()).collect();
-    let mut chooser = Chooser::default();
+    let mut chooser = Sampler::default();
     loop {
         // 2. A token for each live sequence.
         let logits = policy.base().logits(&hidden, policy.adapter())?;
@@ -119,7 +119,7 @@ pub fn generate(
         for (keep, &s) in keep.iter_mut().zip(&live) {
             let response = &mut responses[s];
             let stopped = response.tokens.last().is_some_and(|t| sampling.stop.contains(t));
-            response.finish = if stopped { Finish::Stop } else { Finish::Length };
+            response.finish = if stopped { FinishReason::Stop } else { FinishReason::Length };
             let full =
                 response.tokens.len() == sampling.max_new_tokens || prompts[s].len() + response.tokens.len() >= context;
             *keep = !stopped && !full;
@@ -142,7 +142,7 @@ pub fn generate(
 
 /// Draws from one row of logits; keeps its buffers for the next.
 #[derive(Default)]
-struct Chooser {
+struct Sampler {
     weights: Vec<f32>,
     order: Vec<u32>,
 }
@@ -167,9 +167,9 @@ cpu::vectorised! {
     }
 }
 
-impl Chooser {
+impl Sampler {
     /// The token for a uniform `draw` in [0, 1), and its log-probability.
-    fn choose(&mut self, logits: &[f32], sampling: &Sampling, draw: f64) -> Result<(u32, f32)> {
+    fn choose(&mut self, logits: &[f32], sampling: &SamplingParams, draw: f64) -> Result<(u32, f32)> {
         let (best, top) = logits.iter().enumerate().fold(
             (0, f32::NEG_INFINITY),
             |(b, t), (i, &l)| {

@@ -1,30 +1,18 @@
-//! The network: one frozen base, and small adapters over it. Knows no config file, no data, no stage.
+//! The network: one frozen base, and small adapters over it. It does not depend on files, configuration of runs, data or
+//! stages.
 //!
-//! Read `base` (what is frozen), `adapter` (what trains), `block` (the pairs in order), `roles` (policy and scorer as
-//! views), `generate`; then what opens files: `locate`, `checkpoint`, `config`, `gguf`, `tokenizer`, `peft`.
+//! Read `base` (frozen weights), `adapter` (trained weights), `block` (forward and backward of one layer), `roles` (policy
+//! and value model as views), `generate`.
 
 pub mod adapter;
 pub mod base;
 pub mod batch;
 pub mod block;
-pub mod branch;
-mod byte_bpe;
-pub mod chat_template;
-pub mod checkpoint;
 pub mod config;
-pub mod dora;
-mod ends;
+mod embeddings;
 pub mod generate;
-pub mod gguf;
-pub mod gguf_tokenizer;
-pub mod gradients;
-pub mod locate;
-pub mod lora;
-pub mod peft;
-pub mod principal;
+pub mod init;
 pub mod roles;
-pub mod tokenizer;
-mod trainable;
 
 #[cfg(test)]
-pub(crate) mod oracle;
+pub(crate) mod gradcheck;

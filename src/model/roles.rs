@@ -4,15 +4,18 @@
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
-use super::adapter::{Adapter, Gradients, Outer};
+use super::adapter::{Adapter, Gradients};
 use super::base::{Base, scatter_rows, select_rows};
 use super::batch::{Batch, Targets};
-use super::block::Checkpointing;
-use super::gradients::sum;
 use crate::invalid;
+use crate::model::adapter::NonBlockModule;
+use crate::model::adapter::gradients::sum;
+use crate::model::block::Recompute;
 use crate::ops::cpu;
-use crate::ops::divergence::{self, Side};
-use crate::ops::head::{self, TokenStats};
+use crate::ops::kl;
+use crate::ops::kl::Side;
+use crate::ops::logprobs;
+use crate::ops::logprobs::TokenStats;
 
 /// What a loss over tokens asks to be carried back: its derivatives, (R) each.
 #[derive(Clone, Debug, Default)]
@@ -70,7 +73,7 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If the rows are not those of the targets.
     pub fn logprobs_of(&self, rows: &Tensor, targets: &Targets, temperature: f64) -> Result<TokenStats> {
-        Ok(head::forward(rows, &self.base.table(self.adapter), &targets.tokens, temperature)?)
+        Ok(logprobs::forward(rows, &self.base.table(self.adapter), &targets.tokens, temperature)?)
     }
 
     fn side<'a>(&'a self, hidden: &'a Tensor) -> Side<'a> {
@@ -82,7 +85,7 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If shapes differ, or the bases.
     pub fn divergence(&self, rows: &Tensor, other: (Policy<'_>, &Tensor), temperature: f64) -> Result<Vec<f32>> {
-        Ok(divergence::forward(self.side(rows), other.0.side(other.1), temperature)?.kl)
+        Ok(kl::forward(self.side(rows), other.0.side(other.1), temperature)?.kl)
     }
 
     /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
@@ -94,7 +97,7 @@ impl<'w> Policy<'w> {
         batch: &Batch,
         targets: &Targets,
         temperature: f64,
-        checkpoint: Checkpointing,
+        checkpoint: Recompute,
         loss: impl FnOnce(&TokenStats) -> Result<(Vec<f32>, Vec<f32>)>,
     ) -> Result<(TokenStats, Gradients)> {
         self.gradients_against(batch, targets, None, temperature, checkpoint, |stats, _| {
@@ -114,7 +117,7 @@ impl<'w> Policy<'w> {
         targets: &Targets,
         other: Option<(Policy<'_>, &Tensor)>,
         temperature: f64,
-        checkpoint: Checkpointing,
+        checkpoint: Recompute,
         loss: impl FnOnce(&TokenStats, &[f32]) -> Result<HeadGradients>,
     ) -> Result<(TokenStats, Gradients)> {
         let adapter = self.adapter.context("a bare base has nothing to train")?;
@@ -123,18 +126,18 @@ impl<'w> Policy<'w> {
         let (n, _) = hidden.dims2()?;
         drop(hidden);
         let output = &self.base.table(self.adapter);
-        let stats = head::forward(&rows, output, &targets.tokens, temperature)?;
+        let stats = logprobs::forward(&rows, output, &targets.tokens, temperature)?;
         let kept = match &other {
-            Some((policy, theirs)) => Some(divergence::forward(self.side(&rows), policy.side(theirs), temperature)?),
+            Some((policy, theirs)) => Some(kl::forward(self.side(&rows), policy.side(theirs), temperature)?),
             None => None,
         };
         let d = loss(&stats, kept.as_ref().map_or(&[], |kept| &kept.kl))?;
-        let head::Gradients { hidden: mut d_rows, mut branch } =
-            head::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
+        let logprobs::Gradients { hidden: mut d_rows, mut branch } =
+            logprobs::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
         if let Some(dkl) = &d.kl {
             let ((policy, theirs), kept) =
                 other.as_ref().zip(kept.as_ref()).context("a KL's gradient needs the other policy")?;
-            let more = divergence::backward(self.side(&rows), policy.side(theirs), temperature, kept, dkl)?;
+            let more = kl::backward(self.side(&rows), policy.side(theirs), temperature, kept, dkl)?;
             d_rows = (d_rows + more.hidden)?;
             branch = sum(branch, more.branch)?;
         }
@@ -142,19 +145,19 @@ impl<'w> Policy<'w> {
         let dh = scatter_rows(&d_rows, &targets.rows, n)?;
         drop(d_rows);
         let mut grads = self.base.backward(batch, adapter, tape, dh)?;
-        grads.outer[Outer::Head as usize] = branch;
+        grads.outer[NonBlockModule::Head as usize] = branch;
         Ok((stats, grads))
     }
 }
 
 /// A base with an adapter and its scalar head: value(row) = w . h + b.
 #[derive(Clone, Copy)]
-pub struct Scorer<'w> {
+pub struct ValueModel<'w> {
     base: &'w Base,
     adapter: &'w Adapter,
 }
 
-impl<'w> Scorer<'w> {
+impl<'w> ValueModel<'w> {
     /// # Errors
     /// If the adapter has no scalar head.
     pub fn new(base: &'w Base, adapter: &'w Adapter) -> Result<Self> {
@@ -186,7 +189,7 @@ impl<'w> Scorer<'w> {
     /// Scores (S): the value at each sequence's last token.
     ///
     /// # Errors
-    /// As for [`Scorer::values`].
+    /// As for [`ValueModel::values`].
     pub fn scores(&self, batch: &Batch) -> Result<Vec<f32>> {
         self.values(batch, &batch.last_rows())
     }
@@ -194,20 +197,20 @@ impl<'w> Scorer<'w> {
     /// One forward and backward: `loss` sees the values (R) at `rows` and returns dL/dvalue (R).
     ///
     /// # Errors
-    /// As for [`Scorer::values`]; what `loss` returns.
+    /// As for [`ValueModel::values`]; what `loss` returns.
     pub fn gradients(
         &self,
         batch: &Batch,
         rows: &[usize],
-        checkpoint: Checkpointing,
+        checkpoint: Recompute,
         loss: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
     ) -> Result<(Vec<f32>, Gradients)> {
         let head = self.adapter.head().context("checked in new")?;
-        if self.adapter.outer(Outer::Head).is_some() {
+        if self.adapter.outer(NonBlockModule::Head).is_some() {
             return Err(invalid!(
                 "this adapter has a branch on the output table, which a score does not read, so it cannot train here; \
                  leave {} out of target_modules",
-                self.base.shapes().outer(Outer::Head).map_or("lm_head", |map| map.path)
+                self.base.shapes().outer(NonBlockModule::Head).map_or("lm_head", |map| map.path)
             ));
         }
         let (hidden, tape) = self.base.hidden_kept(batch, self.adapter, checkpoint)?;

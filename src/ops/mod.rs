@@ -1,30 +1,21 @@
-//! One operation a file: formula, forward, what it keeps, backward. Knows tensors and stored weights; no layer,
-//! no adapter, no configuration.
+//! One operation per folder: formula, checks, forward, tensors saved for backward, backward. The operations depend on
+//! tensors and stored weights; they do not depend on layers, adapters or configuration.
 //!
-//! Read `weight` (what is frozen), `tile` (the one multiply), `linear` (with `dora`), `lookup`, then norm, rope, columns,
-//! activation, attention, head, divergence.
+//! Read `weight` (frozen matrices), `linear` (with LoRA and DoRA), `embedding`, then `norm`, `rope`, `columns`, `activation`,
+//! `attention`, `logprobs`, `kl`. `storage` holds the stored types, `cpu` the machinery that all CPU kernels share.
 
 pub mod activation;
 pub mod attention;
-pub mod bf16;
 pub mod columns;
 pub mod cpu;
-pub mod divergence;
-pub mod dora;
-pub(crate) mod few;
-pub mod head;
-mod head_branch;
+pub mod embedding;
+pub mod kl;
 pub mod linear;
-pub(crate) mod linear_bf16;
-pub mod lookup;
+pub mod logprobs;
 pub mod norm;
-pub mod pack;
-pub mod pool;
-pub mod quantise;
 pub mod rope;
-mod stored;
-pub mod tile;
+pub mod storage;
 pub mod weight;
 
 #[cfg(test)]
-mod pairs;
+mod gradcheck;

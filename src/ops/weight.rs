@@ -7,12 +7,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use memmap2::Mmap;
+use serde::{Deserialize, Serialize};
 
 use super::cpu::parallel;
-use super::quantise::quantise;
-pub use super::stored::StoredType;
-use super::stored::unpack;
 use crate::invalid;
+pub use crate::ops::storage::dtype::StorageDType;
+use crate::ops::storage::dtype::unpack;
+use crate::ops::storage::quantise::quantise;
 
 /// A range of somebody's bytes: a memory-mapped file, or a slice that is compiled in.
 #[derive(Clone)]
@@ -112,13 +113,15 @@ impl RowOrder {
 }
 
 /// What products with a frozen matrix are computed in. Sums are f32 in both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Compute {
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum ComputeDtype {
     /// Exact values of the stored type, f32 factors.
     #[default]
+    #[serde(rename = "f32")]
     F32,
     /// Both factors rounded to bfloat16: a relative error of 2^-9 in each, for several times the speed where the
     /// machine has AMX or AVX-512 BF16.
+    #[serde(rename = "bf16")]
     Bf16,
 }
 
@@ -126,11 +129,11 @@ pub enum Compute {
 #[derive(Clone)]
 pub struct Weight {
     bytes: Bytes,
-    dtype: StoredType,
+    dtype: StorageDType,
     rows: usize,
     cols: usize,
     order: RowOrder,
-    compute: Compute,
+    compute: ComputeDtype,
     id: u64,
 }
 
@@ -143,7 +146,7 @@ fn fresh_id() -> u64 {
 impl Weight {
     /// # Errors
     /// If a row is no whole number of blocks, or the bytes are not exactly rows x cols numbers.
-    pub fn new(bytes: Bytes, dtype: StoredType, rows: usize, cols: usize) -> Result<Self> {
+    pub fn new(bytes: Bytes, dtype: StorageDType, rows: usize, cols: usize) -> Result<Self> {
         let want = dtype.bytes_for(cols).and_then(|row| row.checked_mul(rows));
         let have = bytes.get().len();
         if want != Some(have) {
@@ -156,7 +159,7 @@ impl Weight {
                 ),
             ));
         }
-        let (order, compute) = (RowOrder::AsStored, Compute::F32);
+        let (order, compute) = (RowOrder::AsStored, ComputeDtype::F32);
         Ok(Self { bytes, dtype, rows, cols, order, compute, id: fresh_id() })
     }
 
@@ -166,7 +169,7 @@ impl Weight {
     /// If `values` is not rows x cols long.
     pub fn from_f32(values: &[f32], rows: usize, cols: usize) -> Result<Self> {
         let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
-        Self::new(Bytes::new(Arc::new(bytes)), StoredType::F32, rows, cols)
+        Self::new(Bytes::new(Arc::new(bytes)), StorageDType::F32, rows, cols)
     }
 
     /// The same bytes read in another row order.
@@ -189,13 +192,13 @@ impl Weight {
 
     /// The same matrix, computed in `compute`.
     #[must_use]
-    pub fn with_compute(mut self, compute: Compute) -> Self {
+    pub fn with_compute(mut self, compute: ComputeDtype) -> Self {
         self.compute = compute;
         self
     }
 
     /// What products with it are computed in.
-    pub fn compute(&self) -> Compute {
+    pub fn compute(&self) -> ComputeDtype {
         self.compute
     }
 
@@ -210,7 +213,7 @@ impl Weight {
     }
 
     /// The stored type.
-    pub fn dtype(&self) -> StoredType {
+    pub fn dtype(&self) -> StorageDType {
         self.dtype
     }
 
@@ -240,13 +243,13 @@ impl Weight {
     /// Row `row` rounded to bfloat16 pairs; words past the last are zero.
     pub fn row_words(&self, row: usize, out: &mut [u32]) {
         match self.dtype {
-            StoredType::Q8_0 => super::bf16::round_q8_0(self.row_bytes(row), out),
-            StoredType::BF16 => super::bf16::copy(self.row_bytes(row), out),
+            StorageDType::Q8_0 => crate::ops::cpu::bf16::round_q8_0(self.row_bytes(row), out),
+            StorageDType::BF16 => crate::ops::cpu::bf16::copy(self.row_bytes(row), out),
             _ => match self.rows_f32(row..row + 1) {
-                Some(values) => super::bf16::round(values, out),
-                None => super::pack::with_scratch(self.cols, |values| {
+                Some(values) => crate::ops::cpu::bf16::round(values, out),
+                None => crate::ops::cpu::pack::with_scratch(self.cols, |values| {
                     self.row(row, values);
-                    super::bf16::round(values, out);
+                    crate::ops::cpu::bf16::round(values, out);
                 }),
             },
         }
@@ -254,7 +257,7 @@ impl Weight {
 
     /// Rows `rows` in place, where they are stored in order as aligned f32: nothing to unpack then.
     pub fn rows_f32(&self, rows: Range<usize>) -> Option<&[f32]> {
-        if self.dtype != StoredType::F32 || self.order != RowOrder::AsStored || cfg!(target_endian = "big") {
+        if self.dtype != StorageDType::F32 || self.order != RowOrder::AsStored || cfg!(target_endian = "big") {
             return None;
         }
         let bytes = &self.bytes.get()[rows.start * self.cols * 4..rows.end * self.cols * 4];
@@ -294,7 +297,7 @@ impl Weight {
     ///
     /// # Errors
     /// If a row is no whole number of blocks of `dtype`, or a number does not fit it.
-    pub fn quantised(&self, dtype: StoredType) -> Result<Self> {
+    pub fn quantised(&self, dtype: StorageDType) -> Result<Self> {
         const ROWS: usize = 64;
         let Some(row) = dtype.bytes_for(self.cols) else {
             let (block, name) = (dtype.block().0, dtype.name());
@@ -342,7 +345,7 @@ mod tests {
     use candle_core::quantized::{GgmlDType, QTensor};
     use candle_core::{Device, Tensor};
 
-    fn quantised(dtype: GgmlDType, stored: StoredType, cols: usize) -> (Weight, Vec<f32>) {
+    fn quantised(dtype: GgmlDType, stored: StorageDType, cols: usize) -> (Weight, Vec<f32>) {
         let mut rng = SplitMix64::new(3);
         let values: Vec<f32> = (0..4 * cols).map(|_| rng.uniform() as f32 - 0.5).collect();
         let q = QTensor::quantize(&Tensor::from_vec(values, (4, cols), &Device::Cpu).unwrap(), dtype).unwrap();
@@ -354,18 +357,18 @@ mod tests {
     #[test]
     fn every_quantised_type_unpacks_to_the_values_candle_reads() {
         for (dtype, stored) in [
-            (GgmlDType::F16, StoredType::F16),
-            (GgmlDType::BF16, StoredType::BF16),
-            (GgmlDType::Q4_0, StoredType::Q4_0),
-            (GgmlDType::Q4_1, StoredType::Q4_1),
-            (GgmlDType::Q5_0, StoredType::Q5_0),
-            (GgmlDType::Q5_1, StoredType::Q5_1),
-            (GgmlDType::Q8_0, StoredType::Q8_0),
-            (GgmlDType::Q2K, StoredType::Q2K),
-            (GgmlDType::Q3K, StoredType::Q3K),
-            (GgmlDType::Q4K, StoredType::Q4K),
-            (GgmlDType::Q5K, StoredType::Q5K),
-            (GgmlDType::Q6K, StoredType::Q6K),
+            (GgmlDType::F16, StorageDType::F16),
+            (GgmlDType::BF16, StorageDType::BF16),
+            (GgmlDType::Q4_0, StorageDType::Q4_0),
+            (GgmlDType::Q4_1, StorageDType::Q4_1),
+            (GgmlDType::Q5_0, StorageDType::Q5_0),
+            (GgmlDType::Q5_1, StorageDType::Q5_1),
+            (GgmlDType::Q8_0, StorageDType::Q8_0),
+            (GgmlDType::Q2K, StorageDType::Q2K),
+            (GgmlDType::Q3K, StorageDType::Q3K),
+            (GgmlDType::Q4K, StorageDType::Q4K),
+            (GgmlDType::Q5K, StorageDType::Q5K),
+            (GgmlDType::Q6K, StorageDType::Q6K),
         ] {
             let (weight, want) = quantised(dtype, stored, 512);
             assert_eq!(weight.to_f32(), want, "{}", stored.name());
@@ -401,15 +404,15 @@ mod tests {
         assert_eq!(w.to_f32(), [0., 1., 4., 5., 8., 9., 2., 3., 6., 7., 10., 11.]);
         let w = Weight::from_f32(&[1., 2., 3., 4., 5., 6.], 2, 3).unwrap().transposed().unwrap();
         assert_eq!((w.rows(), w.cols(), w.to_f32()), (3, 2, vec![1., 4., 2., 5., 3., 6.]));
-        assert!(quantised(GgmlDType::Q8_0, StoredType::Q8_0, 512).0.transposed().is_err());
+        assert!(quantised(GgmlDType::Q8_0, StorageDType::Q8_0, 512).0.transposed().is_err());
     }
 
     #[test]
     fn a_short_or_ragged_matrix_is_refused_with_its_sizes() {
         let bytes = Bytes::new(Arc::new(vec![0u8; 34]));
-        let message = Weight::new(bytes.clone(), StoredType::Q8_0, 2, 32).err().unwrap().to_string();
+        let message = Weight::new(bytes.clone(), StorageDType::Q8_0, 2, 32).err().unwrap().to_string();
         assert!(message.contains("68") && message.contains("34"), "{message}");
-        assert!(Weight::new(bytes.clone(), StoredType::Q8_0, 1, 33).is_err());
+        assert!(Weight::new(bytes.clone(), StorageDType::Q8_0, 1, 33).is_err());
         assert!(bytes.slice(30..40).is_none() && bytes.slice(2..34).is_some());
     }
 }

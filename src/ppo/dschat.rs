@@ -7,7 +7,7 @@
 //! rows under their mask. A pad inside a prompt, which that mask hides, too, is left in place; one in front is taken off.
 //! Sampling a pad ends an answer (there, the row goes on and hides it).
 
-use crate::model::generate::{Finish, Response};
+use crate::model::generate::{FinishReason, Response};
 use crate::reward::source::without_leading;
 
 /// How many of an answer's actions count for what.
@@ -34,7 +34,7 @@ pub fn padded(mut response: Response, pad: u32, window: usize) -> Option<(Respon
         return None;
     }
     // An answer cut off by the model's context has no room for a pad, and its window ends there.
-    if response.finish == Finish::Stop {
+    if response.finish == FinishReason::Stop {
         response.tokens.resize(rewarded, pad);
         response.logprobs.resize(rewarded, f32::NAN);
     }
@@ -69,7 +69,7 @@ pub fn keep(prompts: &[Vec<u32>], responses: Vec<Response>, pad: u32) -> Kept {
             tokens: whole.tokens[..trained].to_vec(),
             logprobs: whole.logprobs[..trained].to_vec(),
             // The end token is scored where it is no pad; without it, the answer's text has no end.
-            finish: if trained == whole.tokens.len() { whole.finish } else { Finish::Length },
+            finish: if trained == whole.tokens.len() { whole.finish } else { FinishReason::Length },
         });
         kept.responses.push(response);
         kept.trained.push(trained);
@@ -114,7 +114,7 @@ mod tests {
             let [mut actor_grad, mut critic_grad] = [const { Vec::<Value>::new() }; 2];
             for (i, answer) in case["answers"].as_array().unwrap().iter().enumerate() {
                 let tokens = ids(answer);
-                let finish = if tokens.last() == Some(&end) { Finish::Stop } else { Finish::Length };
+                let finish = if tokens.last() == Some(&end) { FinishReason::Stop } else { FinishReason::Length };
                 let response = Response { logprobs: vec![0.0; tokens.len()], tokens, finish };
                 let Some((response, trained)) = padded(response, pad, window) else { continue };
                 let (j, rewarded) = (kept.len(), response.tokens.len());
@@ -192,7 +192,7 @@ mod tests {
         let stopped = |tokens: &[u32]| Response {
             tokens: tokens.to_vec(),
             logprobs: vec![-1.0; tokens.len()],
-            finish: Finish::Stop,
+            finish: FinishReason::Stop,
         };
         let (opt, trained) = padded(stopped(&[5, 6, 2]), 2, 8).unwrap();
         assert_eq!((opt.tokens, trained), (vec![5, 6, 2], 2));
@@ -208,7 +208,7 @@ mod tests {
         let stopped = |tokens: &[u32]| Response {
             tokens: tokens.to_vec(),
             logprobs: vec![-1.0; tokens.len()],
-            finish: Finish::Stop,
+            finish: FinishReason::Stop,
         };
         let prompts = [vec![2, 9], vec![9, 2], vec![2, 2], vec![9]];
         let answers = [&[5, 2][..], &[5, 6, 2], &[2], &[5, 6, 7, 2]].map(stopped).to_vec();
@@ -216,10 +216,10 @@ mod tests {
         assert_eq!((own.rows, own.trained), (vec![0, 1, 3], vec![2, 3, 4]));
         assert_eq!(own.responses[1].tokens, [5, 6, 2, 1]);
         assert_eq!(own.responses[2].tokens, [5, 6, 7, 2], "the row ends there: the score is rewarded at the end token");
-        assert_eq!((own.scored[1].tokens.clone(), own.scored[1].finish), (vec![5, 6, 2], Finish::Stop));
+        assert_eq!((own.scored[1].tokens.clone(), own.scored[1].finish), (vec![5, 6, 2], FinishReason::Stop));
         let opt = keep(&prompts, answers, 2);
         assert_eq!((opt.rows, opt.trained), (vec![1, 3], vec![2, 3]));
-        assert_eq!((opt.scored[0].tokens.clone(), opt.scored[0].finish), (vec![5, 6], Finish::Length));
+        assert_eq!((opt.scored[0].tokens.clone(), opt.scored[0].finish), (vec![5, 6], FinishReason::Length));
         assert_eq!(opt.prompts, [vec![9, 2], vec![9]]);
         assert_eq!([without_leading(&[2, 9], 2), without_leading(&[2, 2], 2)], [&[9][..], &[2]]);
     }

@@ -8,12 +8,12 @@ use serde_json::{Value, json};
 
 use super::train::sampling;
 use crate::config::Ppo;
-use crate::data::phases::PromptExample;
-use crate::memory::meter::{Phase, within};
+use crate::data::examples::objectives::PromptExample;
+use crate::host::meter::{Phase, within};
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
-use crate::model::generate::{Finish, Response, generate};
+use crate::model::generate::{FinishReason, Response, generate};
 use crate::model::roles::Policy;
 use crate::report::{Figures, Report, number};
 use crate::reward::source::{Answers, RewardSource};
@@ -156,7 +156,7 @@ impl<'w> Evaluation<'w> {
     pub fn figures(&self, judged: &Judged) -> Figures {
         let texts: Vec<&[u32]> = judged.responses.iter().map(|r| &r.tokens[..]).collect();
         let lengths: Vec<f64> = texts.iter().map(|t| t.len() as f64).collect();
-        let ended = judged.responses.iter().filter(|r| r.finish == Finish::Stop).count();
+        let ended = judged.responses.iter().filter(|r| r.finish == FinishReason::Stop).count();
         let wins = Share::of_wins(judged.verdicts(), self.baseline.verdicts());
         let mut figures = Figures::new();
         let mut put = |name: &str, value: f64| figures.insert(format!("eval/{name}"), number(value));

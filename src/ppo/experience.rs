@@ -6,11 +6,12 @@ use serde::{Deserialize, Serialize};
 
 use super::advantages::{discounted_returns, group_standardised, leave_one_out};
 use super::gae::gae;
-use super::kl::{self, Estimator};
+use super::kl::Estimator;
 use super::rewards::{Ending, Overlong, Shaping, scale_to_unit_variance, shape, whiten};
 use super::rollout::Rollout;
 use crate::config::{AdvantageEstimator, KlEstimator, KlIn, Ppo, WhitenRewards};
-use crate::model::generate::Finish;
+use crate::model::generate::FinishReason;
+use crate::ppo::kl;
 
 /// Everything derived from a rollout that the update reads. Per-token vectors, one a sequence.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -51,7 +52,7 @@ impl Experience {
                     kl::per_token(e.unwrap_or(Estimator::K1), &response.logprobs, &rollout.reference_logprobs[i])?
                 }
             };
-            let ending = if response.finish == Finish::Stop { Ending::Eos } else { Ending::CutOff };
+            let ending = if response.finish == FinishReason::Stop { Ending::Eos } else { Ending::CutOff };
             let score = (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation;
             rewards.push(shape(&kl, score, ending, &shaping)?);
             kls.push(kl);
@@ -176,7 +177,10 @@ mod tests {
         };
         Rollout {
             prompts: vec![vec![1], vec![1, 2]],
-            responses: vec![response(&[-1.0, -2.0], Finish::Stop), response(&[-0.5, -0.5, -3.0], Finish::Length)],
+            responses: vec![
+                response(&[-1.0, -2.0], FinishReason::Stop),
+                response(&[-0.5, -0.5, -3.0], FinishReason::Length),
+            ],
             reference_logprobs: vec![vec![-1.5, -1.0], vec![-0.5, -1.5, -3.0]],
             values: vec![vec![0.25, 0.5], vec![0.0, 1.0, 2.0]],
             scores: vec![1.0, 5.0],

@@ -2,15 +2,15 @@
 //! mathematics is in rewards, kl, gae, advantages, control and loss: functions of numbers that know no model.
 
 pub mod advantages;
-pub mod average;
-pub mod control;
 pub mod dschat;
+pub mod ema;
 pub mod evaluate;
 pub mod experience;
-pub mod figures;
 pub mod gae;
 pub mod kl;
+pub mod kl_controller;
 pub mod loss;
+pub mod metrics;
 pub mod ptx;
 pub mod rewards;
 pub mod rollout;

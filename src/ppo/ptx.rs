@@ -4,10 +4,10 @@
 use anyhow::Result;
 
 use crate::config::Ptx;
+use crate::data::examples::objectives::SftExample;
 use crate::data::examples::{Examples, pick};
-use crate::data::phases::SftExample;
 use crate::model::adapter::Gradients;
-use crate::model::block::Checkpointing;
+use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::sft::pack;
 
@@ -29,7 +29,7 @@ pub fn gradients(
     rows: &[usize],
     config: &Ptx,
     micro_batch_size: usize,
-    checkpoint: Checkpointing,
+    checkpoint: Recompute,
 ) -> Result<(f64, Gradients)> {
     // Every token of a block but the first is learnt, and all blocks are of one size.
     let tokens: usize = rows.iter().map(|&row| blocks.tokens(row) - 1).sum();

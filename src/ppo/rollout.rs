@@ -7,10 +7,10 @@ use serde::{Deserialize, Serialize};
 use super::dschat;
 use super::train::Task;
 use crate::diverged;
-use crate::memory::meter::{Phase, within};
+use crate::host::meter::{Phase, within};
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
-use crate::model::generate::{Finish, Response, Sampling, generate};
-use crate::model::roles::{Policy, Scorer};
+use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
+use crate::model::roles::{Policy, ValueModel};
 use crate::ops::cpu;
 use crate::report::Figures;
 use crate::reward::source::{Answers, RewardSource};
@@ -63,7 +63,7 @@ impl Rollout {
 
     /// How many responses ended by a stop token.
     pub fn stopped(&self) -> usize {
-        self.responses.iter().filter(|r| r.finish == Finish::Stop).count()
+        self.responses.iter().filter(|r| r.finish == FinishReason::Stop).count()
     }
 
     /// Tokens of all responses.
@@ -78,7 +78,7 @@ pub struct Readers<'w> {
     /// The frozen policy that the KL is against.
     pub reference: Policy<'w>,
     /// Values of states.
-    pub critic: Option<Scorer<'w>>,
+    pub critic: Option<ValueModel<'w>>,
     /// Whether the exact KL is wanted, which takes a forward pass of the actor.
     pub exact_kl: bool,
     /// Scores of whole answers.
@@ -96,7 +96,7 @@ pub fn collect(
     task: &Task<'_>,
     prompts: Vec<Vec<u32>>,
     seeds: &[u64],
-    sampling: &Sampling,
+    sampling: &SamplingParams,
     at_once: usize,
 ) -> Result<Rollout> {
     let rolling = within(Phase::Rollout);

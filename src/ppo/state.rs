@@ -4,20 +4,20 @@
 
 use anyhow::{Context, Result};
 
-use super::average::towards;
-use super::control::{AdaptiveKl, RunningMoments, lagrange};
 use super::experience::{Experience, Scale};
-use super::figures;
 use super::rollout::{Readers, collect};
 use super::train::{Run, choose, sampling};
 use super::update::{Learners, Step, Update};
 use super::warnings::{Vitals, Watch};
 use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
 use crate::error::Diverged;
+use crate::host::give_back_freed;
 use crate::invalid;
-use crate::memory::give_back_freed;
 use crate::model::adapter::{Adapter, HeadBias};
-use crate::model::roles::{Policy, Scorer};
+use crate::model::roles::{Policy, ValueModel};
+use crate::ppo::ema::towards;
+use crate::ppo::kl_controller::{AdaptiveKl, RunningMoments, lagrange};
+use crate::ppo::metrics;
 use crate::report::{Figures, Report};
 use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
@@ -127,7 +127,7 @@ impl State {
             (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
         let readers = Readers {
             reference: Policy::new(start.base, Some(&self.reference)),
-            critic: self.critic.as_ref().map(|c| Scorer::new(run.critic_base(), c.weights().view())).transpose()?,
+            critic: self.critic.as_ref().map(|c| ValueModel::new(run.critic_base(), c.weights().view())).transpose()?,
             exact_kl: config.kl_estimator == KlEstimator::Exact && config.kl_in == KlIn::Reward,
             source: run.task.source,
         };
@@ -330,7 +330,7 @@ impl State {
     /// The iteration's figures and samples, its evaluation and its warnings.
     fn tell(&mut self, experience: &Experience, run: &Run<'_>, report: &mut Report) -> Result<()> {
         let config = run.config;
-        self.last = figures::of(experience, self, run);
+        self.last = metrics::of(experience, self, run);
         self.last.extend(experience.rollout.told.clone());
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
@@ -352,7 +352,7 @@ impl State {
         }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
         report.step(now, &self.last, &shown)?;
-        figures::samples(experience, now, run, report)
+        metrics::samples(experience, now, run, report)
     }
 }
 

@@ -9,15 +9,15 @@ use super::evaluate::Evaluation;
 use super::state::{Minibatch, State};
 use crate::config::{CriticStart, Ppo, Ptx};
 use crate::data::examples::Examples;
-use crate::data::order::endless;
-use crate::data::phases::SftExample;
+use crate::data::examples::batch_sampler::endless;
+use crate::data::examples::objectives::SftExample;
 use crate::error::Diverged;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
-use crate::model::block::Checkpointing;
-use crate::model::generate::Sampling;
-use crate::model::roles::Scorer;
+use crate::model::block::Recompute;
+use crate::model::generate::SamplingParams;
+use crate::model::roles::ValueModel;
 use crate::report::{Figures, Report};
 use crate::reward::source::RewardSource;
 use crate::train::schedule::Schedule;
@@ -81,7 +81,7 @@ pub struct Run<'w> {
     /// Of every random choice.
     pub seed: u64,
     /// What blocks keep for the backward pass.
-    pub checkpoint: Checkpointing,
+    pub checkpoint: Recompute,
 }
 
 impl<'w> Run<'w> {
@@ -222,8 +222,8 @@ pub fn advance(run: &Run<'_>, state: &mut State, session: &mut Session) -> Resul
 }
 
 /// How the actor is sampled, in rollouts and evaluations alike.
-pub fn sampling(config: &Ppo, stop: &[u32]) -> Sampling {
-    Sampling {
+pub fn sampling(config: &Ppo, stop: &[u32]) -> SamplingParams {
+    SamplingParams {
         temperature: config.temperature,
         top_k: config.top_k,
         top_p: config.top_p,
@@ -260,7 +260,7 @@ pub fn check(start: Start<'_>, prompts: &dyn Examples<Vec<u32>>, config: &Ppo) -
              \"actor\" or \"own\", or an advantage_estimator without a critic"
         ));
     }
-    start.reward.map_or(Ok(()), |reward| Scorer::new(start.reward_base, reward).map(drop))?;
+    start.reward.map_or(Ok(()), |reward| ValueModel::new(start.reward_base, reward).map(drop))?;
     let context = start.base.config().max_position_embeddings.min(start.reward_base.config().max_position_embeddings);
     let longest = prompts.longest_sequence();
     if longest + config.response_length > context {

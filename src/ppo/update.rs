@@ -10,13 +10,13 @@ use super::ptx;
 use super::train::Run;
 use crate::config::{KlIn, PolicyLoss, Ptx};
 use crate::data::examples::Examples;
-use crate::data::order::endless;
-use crate::data::phases::SftExample;
-use crate::memory::meter::{Phase, within};
+use crate::data::examples::batch_sampler::endless;
+use crate::data::examples::objectives::SftExample;
+use crate::host::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
-use crate::model::roles::{HeadGradients, Policy, Scorer};
+use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::ops::cpu;
-use crate::ops::head::TokenStats;
+use crate::ops::logprobs::TokenStats;
 use crate::train::learner::Learner;
 use crate::train::snapshot::Snapshot;
 use crate::train::{settings, stop};
@@ -273,7 +273,7 @@ impl Update {
             let (batch, targets) = experience.rollout.batch(rows)?;
             let old = pick(rows, |i| &experience.rollout.values[i]);
             let returns = pick(rows, |i| &experience.returns[i]);
-            let scorer = Scorer::new(base, critic.weights().view())?;
+            let scorer = ValueModel::new(base, critic.weights().view())?;
             let (_, g) = scorer.gradients(&batch, &targets.rows, run.checkpoint, |values| {
                 let tokens_of_loss = ValueTokens { values, old_values: &old, returns: &returns };
                 let loss = value_loss(tokens_of_loss, config.cliprange_value, tokens)?;

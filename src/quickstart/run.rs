@@ -11,22 +11,24 @@ use super::base::BASE;
 use super::gold::{Gold, gold};
 use super::outcome::{Answers, Example, Outcome, memory_rows, win_rate};
 use super::task::{Row, Split, pairs, prompts, sft_rows};
-use crate::config::{self, Config};
-use crate::data::phases::{RankedExample, SftExample};
+use crate::config;
+use crate::config::Config;
+use crate::data::examples::objectives::{RankedExample, SftExample};
 use crate::export::Source;
-use crate::export::merged::{self, Kind, MAX_SHARD_SIZE, MergedType};
-use crate::memory;
+use crate::export::merged;
+use crate::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
+use crate::host;
 use crate::model::adapter::Adapter;
 use crate::model::batch::{Batch, Targets};
-use crate::model::checkpoint::Checkpoint;
-use crate::model::generate::{Finish, Sampling, generate};
-use crate::model::roles::{Policy, Scorer};
-use crate::model::tokenizer::{SpecialTokens, Tokenizer};
+use crate::model::generate::{FinishReason, SamplingParams, generate};
+use crate::model::roles::{Policy, ValueModel};
+use crate::model_files::ModelFiles;
 use crate::ppo::train as ppo;
 use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
 use crate::run::{Model, prepare_output};
+use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::{reward, sft};
@@ -49,7 +51,7 @@ pub fn config(seed: u64) -> Config {
         output_dir: None,
         base: config::Base { path: "embedded".into(), quantize: None, compute_dtype: config::ComputeDtype::F32 },
         reward_base: None,
-        checkpoint: config::Saving::default(),
+        checkpoint: config::CheckpointConfig::default(),
         guard: config::Guard::default(),
         memory: config::Memory::default(),
         lora: config::Lora::default(),
@@ -107,7 +109,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     };
     // 1. The base: once, for all four roles.
     let embedded = (BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config);
-    let checkpoint = Checkpoint::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
+    let checkpoint = ModelFiles::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
     let model = Model::of(checkpoint)?;
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     prepare_output(out, "quickstart", &config.to_toml()?)?;
@@ -141,7 +143,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let questions = prompts(seed, ppo_config.total_episodes, Split::Train);
     let questions = questions.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
     let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: Some(&reward_adapter) };
-    let source = RewardModel(Scorer::new(base, &reward_adapter)?);
+    let source = RewardModel(ValueModel::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let task = ppo::Task {
         start,
@@ -203,7 +205,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         examples,
         seconds,
         wall_s: whole.elapsed().as_secs_f64(),
-        peak_rss_bytes: memory::peak_rss_bytes(),
+        peak_rss_bytes: host::peak_rss_bytes(),
         out: out.to_path_buf(),
         seed,
     })
@@ -262,12 +264,12 @@ fn answers(
     [sft, reward]: [&Adapter; 2],
     held: &[Row],
     asked: &[Vec<u32>],
-    sampling: &Sampling,
+    sampling: &SamplingParams,
     seed: u64,
 ) -> Result<Answers> {
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
-    let reward = Scorer::new(base, reward)?;
+    let reward = ValueModel::new(base, reward)?;
     let mut found = Answers::default();
     for (chunk, (rows, ids)) in held.chunks(BATCH).zip(asked.chunks(BATCH)).enumerate() {
         let first = (chunk * BATCH) as u64;
@@ -283,7 +285,7 @@ fn answers(
         for (row, response) in rows.iter().zip(&responses) {
             let kl = response.logprobs.iter().zip(&mut theirs).map(|(a, b)| f64::from(a - b)).sum();
             let text = tokenizer.decode(&response.tokens)?;
-            let ended = response.finish == Finish::Stop;
+            let ended = response.finish == FinishReason::Stop;
             let verdict: Gold = gold(row, &text, ended);
             found.gold.push(verdict);
             found.kl.push(kl);

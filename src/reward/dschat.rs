@@ -11,7 +11,7 @@ use anyhow::Result;
 
 use super::loss::{Scored, WindowLoss, divergence_to_end_padded};
 use crate::data::examples::Examples;
-use crate::data::phases::RankedExample;
+use crate::data::examples::objectives::RankedExample;
 use crate::invalid;
 use crate::model::batch::Batch;
 

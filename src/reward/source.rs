@@ -4,16 +4,16 @@
 pub mod combine;
 pub mod command;
 pub mod http;
-pub mod patience;
 pub mod retokenised;
+pub mod retry;
 pub mod verify;
 
 use anyhow::Result;
 use serde_json::Value;
 
 use crate::model::batch::{Batch, chunks_by_tokens};
-use crate::model::generate::{Finish, Response};
-use crate::model::roles::Scorer;
+use crate::model::generate::{FinishReason, Response};
+use crate::model::roles::ValueModel;
 use crate::report::Figures;
 
 /// Answers to be scored, B of them.
@@ -30,7 +30,7 @@ pub struct Answers<'a> {
 impl Answers<'_> {
     /// What a response says, its end token left off.
     pub fn text(&self, response: &Response) -> String {
-        let end = response.tokens.len() - usize::from(response.finish == Finish::Stop);
+        let end = response.tokens.len() - usize::from(response.finish == FinishReason::Stop);
         (self.decode)(&response.tokens[..end])
     }
 }
@@ -68,7 +68,7 @@ const SCORING_TOKENS: usize = 2048;
 
 /// A learned reward: the value at an answer's last token.
 #[derive(Clone, Copy)]
-pub struct RewardModel<'w>(pub Scorer<'w>);
+pub struct RewardModel<'w>(pub ValueModel<'w>);
 
 impl RewardSource for RewardModel<'_> {
     fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {

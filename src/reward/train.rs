@@ -8,15 +8,15 @@ use anyhow::{Result, ensure};
 use super::dschat::{Padding, Rows};
 use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
 use crate::config::{Reward, RewardLoss};
+use crate::data::examples::batch_sampler::BatchSampler;
+use crate::data::examples::objectives::RankedExample;
 use crate::data::examples::{Example, Examples, chunks, pick};
-use crate::data::order::Plan;
-use crate::data::phases::RankedExample;
-use crate::memory::meter::{Phase, within};
+use crate::host::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients, ScoreHead};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
-use crate::model::block::Checkpointing;
-use crate::model::roles::Scorer;
+use crate::model::block::Recompute;
+use crate::model::roles::ValueModel;
 use crate::report::{Figures, number};
 use crate::rng::derive;
 use crate::train::learner::Learner;
@@ -114,7 +114,7 @@ pub fn train_on_rows(
     let mut progress = Progress::new(learner);
     let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
     let accumulate = config.gradient_accumulation_steps;
-    let plan = Plan { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
+    let plan = BatchSampler { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
     let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
@@ -190,7 +190,7 @@ fn gradients(
     batches: &[Vec<Cow<'_, RankedExample>>],
     loss: RewardLoss,
     padding: Option<Padding>,
-    checkpoint: Checkpointing,
+    checkpoint: Recompute,
 ) -> Result<Option<(Gradients, StepSums)>> {
     let weight = 1.0 / batches.iter().map(Vec::len).sum::<usize>() as f64;
     let mut grads = Gradients::none(base.shapes().layers);
@@ -202,7 +202,7 @@ fn gradients(
         if let Some(padding) = padding {
             let rows = padding.rows(examples)?;
             let all: Vec<usize> = (0..rows.batch.tokens().len()).collect();
-            let (_, g) = Scorer::new(base, adapter)?.gradients(&rows.batch, &all, checkpoint, |scores| {
+            let (_, g) = ValueModel::new(base, adapter)?.gradients(&rows.batch, &all, checkpoint, |scores| {
                 padded(&rows, scores, &padding, weight, &mut sums)
             })?;
             grads.add(g)?;
@@ -213,7 +213,7 @@ fn gradients(
             RewardLoss::LastToken => batch.last_rows(),
             RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
         };
-        let (_, g) = Scorer::new(base, adapter)?.gradients(&batch, &rows, checkpoint, |scores| match loss {
+        let (_, g) = ValueModel::new(base, adapter)?.gradients(&batch, &rows, checkpoint, |scores| match loss {
             RewardLoss::LastToken => last_token(examples, scores, weight, &mut sums),
             RewardLoss::DivergenceToEnd => divergence(examples, &batch, scores, weight, &mut sums),
         })?;
@@ -329,7 +329,7 @@ fn scores_of_rows(
     padding: Option<Padding>,
 ) -> Result<Vec<Vec<f32>>> {
     let _phase = within(Phase::Evaluation);
-    let scorer = Scorer::new(base, adapter)?;
+    let scorer = ValueModel::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
     for rows in chunks(examples.len(), EVAL_BATCH) {
         let some = pick(examples, rows)?;

@@ -6,17 +6,18 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::admission::Parts;
-use super::launch::Inputs;
-use super::{Launch, Model, check_context, prepared, save};
+use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
-use crate::data::phases::{JudgedExample, RankedExample};
+use crate::data::examples::objectives::{RankedExample, UnpairedExample};
 use crate::dpo::{kto, pairs};
-use crate::memory::jobs;
 use crate::model::adapter::Adapter;
+use crate::planner::passes;
 use crate::report::number;
+use crate::run::RunOptions;
+use crate::run::memory_preflight::Parts;
+use crate::run::options::Inputs;
 
 /// Where training starts, and the reference: the SFT adapter is both; without one a fresh adapter starts, and the bare
 /// base is the reference.
@@ -31,7 +32,7 @@ fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(A
 }
 
 /// `fourfold dpo`.
-pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.dpo();
     let model = Model::of_section(&config.base)?;
     let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
@@ -41,7 +42,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let inputs = Inputs::new(Stage::Dpo, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| jobs::dpo(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
     let settings = admission.config.dpo();
@@ -64,19 +65,19 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
 }
 
 /// `fourfold kto`.
-pub(super) fn run_kto(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
+pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.kto();
     let model = Model::of_section(&config.base)?;
-    let data: Prepared<JudgedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let data: Prepared<UnpairedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     // The KL term puts answers after each other's prompts.
-    let longest = |of: fn(&JudgedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
+    let longest = |of: fn(&UnpairedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
     check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.answer.len()))?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| jobs::kto(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
     let settings = admission.config.kto();

@@ -6,20 +6,24 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
-use super::admission::{Admission, Parts};
-use super::launch::Inputs;
-use super::rewards::{Adapters, Workshop};
-use super::{Launch, Model, check_context, prepared, save};
+use super::rewards::Adapters;
+use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
+use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples};
-use crate::data::phases::{JudgedExample, PromptExample, RankedExample, SftExample};
 use crate::dpo::{kto, pairs};
-use crate::memory::meter::{self, Phase};
-use crate::memory::plan::Plan;
-use crate::memory::{jobs, peak_rss_bytes};
+use crate::host::meter;
+use crate::host::meter::Phase;
+use crate::host::peak_rss_bytes;
 use crate::model::adapter::Adapter;
-use crate::model::checkpoint::Checkpoint;
+use crate::model_files::ModelFiles;
+use crate::planner::passes;
+use crate::planner::plan::Plan;
+use crate::run::RunOptions;
+use crate::run::memory_preflight::{MemoryPreflight, Parts};
+use crate::run::options::Inputs;
+use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
 use crate::{invalid, ppo, reward, sft};
 
@@ -49,7 +53,7 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
     let mut config = config.clone();
     config.checkpoint.save_steps = 1;
     config.checkpoint.save_total_limit = 1;
-    let bench = Bench { stage, out, launch: Launch { overwrite: true, ..Launch::default() } };
+    let bench = Bench { stage, out, launch: RunOptions { overwrite: true, ..RunOptions::default() } };
     match stage {
         Stage::Sft => bench.sft(&mut config),
         Stage::Reward => bench.reward(&mut config),
@@ -62,7 +66,7 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
 struct Bench<'b> {
     stage: Stage,
     out: &'b Path,
-    launch: Launch,
+    launch: RunOptions,
 }
 
 /// So many of them in order, from the beginning.
@@ -72,7 +76,7 @@ fn some<T: Example>(of: &impl Examples<T>, count: usize) -> Result<Vec<T>> {
 
 impl Bench<'_> {
     /// Opens the base, with the tokenizer and the data there already, and nothing else counted yet.
-    fn model(&self, checkpoint: Checkpoint, config: &Config) -> Result<Model> {
+    fn model(&self, checkpoint: ModelFiles, config: &Config) -> Result<Model> {
         let section = if self.stage == Stage::Reward { config.reward_base() } else { &config.base };
         meter::restart();
         Model::of_opened(checkpoint, section)
@@ -89,13 +93,13 @@ impl Bench<'_> {
         Inputs::new(self.stage, config)?.model("", model)?.begin(self.out, &self.launch)
     }
 
-    fn found(&self, admission: Admission) -> Measured {
+    fn found(&self, admission: MemoryPreflight) -> Measured {
         Measured { plan: admission.plan, peaks: meter::peaks(), peak_rss: peak_rss_bytes() }
     }
 
     fn sft(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.sft();
-        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let checkpoint = ModelFiles::open(&config.base.path)?;
         let data: Prepared<SftExample> = prepared(config, checkpoint.tokenizer(), c.completion_only_loss)?;
         let per_step =
             c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
@@ -106,7 +110,7 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         check_context(&model, train.longest_sequence())?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| jobs::sft(config, &train, &held_out))?;
+        let admission = self.parts(&model, &start).admit(config, |config| passes::sft(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let c = admission.config.sft();
@@ -122,7 +126,7 @@ impl Bench<'_> {
     fn reward(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.reward();
         c.compat = None; // pads are few, and read no memory of their own
-        let checkpoint = Checkpoint::open(&config.reward_base().path)?;
+        let checkpoint = ModelFiles::open(&config.reward_base().path)?;
         let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let per_step =
             c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
@@ -134,7 +138,7 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         check_context(&model, train.longest_sequence())?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| jobs::reward(config, &train, &held_out))?;
+        let admission = self.parts(&model, &start).admit(config, |config| passes::reward(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let (base, c) = (&model.base, admission.config.reward());
@@ -145,7 +149,7 @@ impl Bench<'_> {
 
     fn dpo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.dpo();
-        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let checkpoint = ModelFiles::open(&config.base.path)?;
         let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
@@ -155,7 +159,7 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         check_context(&model, train.longest_sequence())?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| jobs::dpo(config, &train, &held_out))?;
+        let admission = self.parts(&model, &start).admit(config, |config| passes::dpo(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let (base, c, reference) = (&model.base, admission.config.dpo(), c.adapter.as_ref().map(|_| &start));
@@ -166,8 +170,8 @@ impl Bench<'_> {
 
     fn kto(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.kto();
-        let checkpoint = Checkpoint::open(&config.base.path)?;
-        let data: Prepared<JudgedExample> = prepared(config, checkpoint.tokenizer(), true)?;
+        let checkpoint = ModelFiles::open(&config.base.path)?;
+        let data: Prepared<UnpairedExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
         drop(data);
@@ -175,7 +179,7 @@ impl Bench<'_> {
         config.kto = Some(c.clone());
         let model = self.model(checkpoint, config)?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| jobs::kto(config, &train, &held_out))?;
+        let admission = self.parts(&model, &start).admit(config, |config| passes::kto(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let (base, c, reference) = (&model.base, admission.config.kto(), c.adapter.as_ref().map(|_| &start));
@@ -190,7 +194,7 @@ impl Bench<'_> {
         if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
         }
-        let checkpoint = Checkpoint::open(&config.base.path)?;
+        let checkpoint = ModelFiles::open(&config.base.path)?;
         let data: Prepared<PromptExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let train = some(&data.train, STEPS * c.batch_size)?;
         let asked = some(&data.held_out, c.eval_prompts)?;
@@ -203,13 +207,14 @@ impl Bench<'_> {
         let adapters = Adapters::open(&c, &model)?;
         let start =
             ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
-        let workshop = Workshop { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
+        let workshop =
+            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
         let source = workshop.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
-        let facts = jobs::Asked { held_out: &lengths, context, other_tokens: false };
+        let facts = passes::Asked { held_out: &lengths, context, other_tokens: false };
         let parts = Parts { stage: Stage::Ppo, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
-        let admission = parts.admit(config, |config| jobs::ppo(config, &prompts, facts))?;
+        let admission = parts.admit(config, |config| passes::ppo(config, &prompts, facts))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();

@@ -2,11 +2,11 @@
 //! where configuration, data, model and stages meet. One file a stage here; read sft.rs first, then the stages
 //! themselves: ../sft.rs, ../reward/train.rs, ../dpo/, ../ppo/train.rs.
 
-mod admission;
 mod dpo;
-mod launch;
 mod measure;
+mod memory_preflight;
 mod model;
+mod options;
 mod output;
 mod ppo;
 mod reward;
@@ -21,19 +21,20 @@ use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::config::{Config, Stage};
-use crate::data::cache::Stored;
-use crate::data::phases::Phase;
-use crate::data::{self, Prepared};
-use crate::memory::meter;
+use crate::data;
+use crate::data::Prepared;
+use crate::data::examples::objectives::Objective;
+use crate::data::stream::cache::Stored;
+use crate::host::meter;
 use crate::model::adapter::Adapter;
-use crate::model::tokenizer::Tokenizer;
 use crate::report::number;
+use crate::tokenizer::Tokenizer;
 use crate::train::stop;
-use crate::{invalid, memory};
+use crate::{host, invalid};
 
-pub use launch::{Launch, resuming_command};
 pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
+pub use options::{RunOptions, resuming_command};
 pub use output::{check_output, prepare_output, settings_beside};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
@@ -41,18 +42,18 @@ pub use output::{check_output, prepare_output, settings_beside};
 /// # Errors
 /// If the configuration, the base or the data cannot be used, the folder is another's or in use, training fails, or the
 /// process was asked to stop.
-pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
+pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let started = Instant::now();
     check_output(out, stage.name())?;
-    if let Some(summary) = launch::finished(stage, config, out, launch)? {
+    if let Some(summary) = options::finished(stage, config, out, launch)? {
         return Ok(summary);
     }
     if launch.resume.is_none() && !launch.overwrite {
         output::check_unfinished(out)?;
     }
     stop::listen()?;
-    admission::check_base(&config.base, config, "base")?;
-    config.reward_base.as_ref().map_or(Ok(()), |base| admission::check_base(base, config, "reward_base"))?;
+    memory_preflight::check_base(&config.base, config, "base")?;
+    config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let mut object = match stage {
         Stage::Sft => sft::run(config, out, launch)?,
@@ -63,7 +64,7 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &Launch) -> Resu
     };
     if let Some(object) = object.as_object_mut() {
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
-        let peak = memory::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
+        let peak = host::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
         object.insert("peak_rss_mib".into(), peak.map_or(Value::Null, number));
         object.insert("output_dir".into(), out.display().to_string().into());
     }
@@ -85,7 +86,11 @@ fn check_context(model: &Model, longest: usize) -> Result<()> {
 }
 
 /// The examples of `[data]` for a stage, with a word on what became of the records.
-fn prepared<T: Phase + Stored>(config: &Config, tokenizer: &Tokenizer, completion_only: bool) -> Result<Prepared<T>> {
+fn prepared<T: Objective + Stored>(
+    config: &Config,
+    tokenizer: &Tokenizer,
+    completion_only: bool,
+) -> Result<Prepared<T>> {
     let prepared: Prepared<T> = data::prepare(config.data()?, tokenizer, config.seed, completion_only)?;
     if let Some(first) = prepared.ignored.first() {
         eprintln!("data: {} files are not read, {} is the first", prepared.ignored.len(), first.display());

@@ -5,25 +5,26 @@ use std::path::Path;
 
 use anyhow::Result;
 
-use crate::config::{self, Data, InitLoraWeights, Lora};
+use crate::config;
+use crate::config::{Data, InitLoraWeights, Lora};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Init, LoraConfig, Provenance, TargetModules};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
-use crate::model::checkpoint::Checkpoint;
 use crate::model::config::Family;
-use crate::model::dora::with_magnitudes;
-use crate::model::peft::base_tables;
-use crate::model::principal::{Principal, principal};
+use crate::model::init::dora::with_magnitudes;
+use crate::model::init::pissa_olora::{Principal, principal};
+use crate::model_files::ModelFiles;
+use crate::model_files::peft::base_tables;
 use crate::ops::cpu;
-use crate::ops::weight::Compute;
+use crate::ops::weight::ComputeDtype;
 use crate::rng::derive;
 use crate::train::settings;
 
 /// An opened base with its tokenizer.
 pub struct Model {
     /// Files, tokenizer, configuration.
-    pub checkpoint: Checkpoint,
+    pub checkpoint: ModelFiles,
     /// The frozen weights.
     pub base: Base,
 }
@@ -34,7 +35,7 @@ impl Model {
     /// # Errors
     /// If it is no model that can be used; the message names file and tensor.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::of(Checkpoint::open(path)?)
+        Self::of(ModelFiles::open(path)?)
     }
 
     /// Opens what `[base]` or `[reward_base]` names, as it says.
@@ -42,21 +43,21 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of_section(base: &config::Base) -> Result<Self> {
-        Self::of_opened(Checkpoint::open(&base.path)?, base)
+        Self::of_opened(ModelFiles::open(&base.path)?, base)
     }
 
     /// The same, of files that are open.
     ///
     /// # Errors
     /// As for [`Model::open`].
-    pub fn of_opened(checkpoint: Checkpoint, base: &config::Base) -> Result<Self> {
+    pub fn of_opened(checkpoint: ModelFiles, base: &config::Base) -> Result<Self> {
         let model = Self::of(checkpoint.quantised(base.quantize.map(config::Quantize::stored)))?;
-        Ok(model.computing_in(base.compute_dtype.compute()))
+        Ok(model.computing_in(base.compute_dtype))
     }
 
     /// The same model, its products with frozen matrices computed in `compute`.
     #[must_use]
-    pub fn computing_in(self, compute: Compute) -> Self {
+    pub fn computing_in(self, compute: ComputeDtype) -> Self {
         Self { base: self.base.computing_in(compute), ..self }
     }
 
@@ -64,7 +65,7 @@ impl Model {
     ///
     /// # Errors
     /// As for [`Model::open`].
-    pub fn of(checkpoint: Checkpoint) -> Result<Self> {
+    pub fn of(checkpoint: ModelFiles) -> Result<Self> {
         let base = Base::load(&checkpoint)?;
         let model = Self { checkpoint, base };
         model.check_finite()?;

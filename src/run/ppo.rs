@@ -7,21 +7,24 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::admission::Parts;
-use super::launch::Inputs;
-use super::rewards::{Adapters, Workshop};
-use super::{Launch, Model, prepared, save};
+use super::rewards::Adapters;
+use super::{Model, prepared, save};
 use crate::config::{Config, CriticStart, Data, Ppo, Ptx, RewardKind, Stage};
+use crate::data;
+use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, prompt_examples};
 use crate::data::examples::{Examples, Ids};
-use crate::data::phases::{PromptExample, SftExample, TextEncoder, prompt_examples};
-use crate::data::{self, ModelEncoder, Part, Prepared};
-use crate::memory::jobs;
+use crate::data::{ModelEncoder, Part, Prepared};
 use crate::model::adapter::Adapter;
+use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, Judges};
+use crate::run::RunOptions;
+use crate::run::memory_preflight::Parts;
+use crate::run::options::Inputs;
+use crate::run::rewards::RewardSourceBuilder;
 use crate::stats::mean_and_error;
 use crate::{invalid, ppo};
 
-pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.ppo()?;
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles where both sections name the same files, opened alike.
@@ -56,7 +59,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let ids = Ids(&prompts);
     ppo::train::check(start, &ids, settings)?;
     let pad = settings.compat.map(|_| model.pad_id(config.data()?)).transpose()?;
-    let workshop = Workshop {
+    let workshop = RewardSourceBuilder {
         scorer,
         retokenise: translated.as_ref().map(|prompts| (&reward_encoder as &dyn TextEncoder, prompts)),
         prompts: &prompts,
@@ -88,10 +91,10 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
     let contexts = [start.base, start.reward_base].map(|base| base.config().max_position_embeddings);
     let facts =
-        jobs::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
+        passes::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
     let parts =
         Parts { stage: Stage::Ppo, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
-    let admission = parts.admit(config, |config| jobs::ppo(config, &ids, facts))?;
+    let admission = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
     let settings = admission.config.ppo()?;

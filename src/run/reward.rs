@@ -5,19 +5,20 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::admission::Parts;
-use super::launch::Inputs;
-use super::{Launch, Model, check_context, prepared, save};
+use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Reward, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
-use crate::data::phases::RankedExample;
-use crate::memory::jobs;
+use crate::data::examples::objectives::RankedExample;
+use crate::planner::passes;
 use crate::report::number;
 use crate::reward;
 use crate::reward::dschat::Padding;
+use crate::run::RunOptions;
+use crate::run::memory_preflight::Parts;
+use crate::run::options::Inputs;
 
-pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.reward();
     let model = Model::of_section(config.reward_base())?;
     let Prepared { train, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
@@ -33,7 +34,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let padding = settings.compat.map(|_| padding(config, &model, &settings, &train)).transpose()?;
     let parts = Parts { stage: Stage::Reward, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| jobs::reward(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
     let settings = admission.config.reward();

@@ -11,15 +11,15 @@ use super::Model;
 use super::ppo::all_prompts;
 use crate::config::{Ppo, RewardKind, RewardPart};
 use crate::data::examples::Examples;
-use crate::data::phases::{PromptExample, TextEncoder};
+use crate::data::examples::objectives::{PromptExample, TextEncoder};
 use crate::invalid;
 use crate::model::adapter::Adapter;
-use crate::model::roles::Scorer;
+use crate::model::roles::ValueModel;
 use crate::reward::source::combine::{Ensemble, Part, WeightedSum};
 use crate::reward::source::command::CommandReward;
 use crate::reward::source::http::HttpReward;
-use crate::reward::source::patience::Patience;
 use crate::reward::source::retokenised::RetokenisedModel;
+use crate::reward::source::retry::Patience;
 use crate::reward::source::verify::{Solutions, Verifier};
 use crate::reward::source::{RewardModel, RewardSource, Unpadded};
 
@@ -38,7 +38,7 @@ impl Adapters {
     pub(super) fn open(settings: &Ppo, scorer: &Model) -> Result<Self> {
         let open = |path: &std::path::PathBuf, key: &str| {
             let adapter = scorer.adapter(path).with_context(|| key.to_owned())?;
-            Scorer::new(&scorer.base, &adapter).with_context(|| format!("{key} = {}", path.display()))?;
+            ValueModel::new(&scorer.base, &adapter).with_context(|| format!("{key} = {}", path.display()))?;
             Ok(adapter)
         };
         let all = |part: &RewardPart| -> Result<Vec<Adapter>> {
@@ -71,7 +71,7 @@ impl Adapters {
 pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>);
 
 /// What sources are made over.
-pub(super) struct Workshop<'w> {
+pub(super) struct RewardSourceBuilder<'w> {
     /// The reward models' base.
     pub scorer: &'w Model,
     /// Where its tokens are not the policy's.
@@ -86,7 +86,7 @@ pub(super) struct Workshop<'w> {
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
 
-impl<'w> Workshop<'w> {
+impl<'w> RewardSourceBuilder<'w> {
     /// What the policy is trained on. One adapter alone is asked directly: its scores are the reward to the bit.
     pub(super) fn source(&self, settings: &Ppo, adapters: &'w Adapters) -> Result<Boxed<'w>> {
         let main = adapters.main.as_ref().map(|adapter| self.model(adapter)).transpose()?;
@@ -107,7 +107,7 @@ impl<'w> Workshop<'w> {
     }
 
     fn model(&self, adapter: &'w Adapter) -> Result<Boxed<'w>> {
-        let scorer = Scorer::new(&self.scorer.base, adapter)?;
+        let scorer = ValueModel::new(&self.scorer.base, adapter)?;
         Ok(match self.retokenise {
             None => match self.pad {
                 None => Box::new(RewardModel(scorer)),

@@ -5,17 +5,18 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::admission::Parts;
-use super::launch::Inputs;
-use super::{Launch, Model, check_context, prepared, save};
+use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
-use crate::memory::jobs;
+use crate::planner::passes;
 use crate::report::number;
+use crate::run::RunOptions;
+use crate::run::memory_preflight::Parts;
+use crate::run::options::Inputs;
 use crate::sft;
 
-pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value> {
+pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.sft();
     let model = Model::of_section(&config.base)?;
     let data = prepared(config, model.checkpoint.tokenizer(), settings.completion_only_loss)?;
@@ -31,7 +32,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &Launch) -> Result<Value>
     let inputs = Inputs::new(Stage::Sft, config)?.model("", &model)?.adapter("adapter", given)?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Sft, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| jobs::sft(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
     let settings = admission.config.sft();

@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
 use super::adamw::{AdamW, AdamWConfig, AdamWState, clip_factor, clip_grad_norm};
-use crate::model::adapter::{Factor, Gradients, Outer, Slot, TrainableAdapter, factor_name};
+use crate::model::adapter::{Factor, Gradients, NonBlockModule, TargetModule, TrainableAdapter, factor_name};
 
 /// An adapter under training, with its optimizer.
 #[derive(Debug)]
@@ -119,7 +119,7 @@ impl Learner {
         let view = self.weights.view();
         let further: HashSet<String> = view
             .pairs()
-            .filter(|(slot, _)| *slot != Slot::Outer(Outer::Embedding))
+            .filter(|(slot, _)| *slot != TargetModule::NonBlockModule(NonBlockModule::Embedding))
             .flat_map(|(slot, _)| [Factor::B, Factor::Magnitude].map(|f| factor_name(view.shapes(), slot, f)))
             .collect();
         let rate = |name: &str| if further.contains(name) { ratio * lr } else { lr };

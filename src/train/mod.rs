@@ -1,11 +1,11 @@
 //! What turns gradients into new weights, and what keeps a run from losing them.
 
 pub mod adamw;
+pub mod checkpoint_manager;
+pub mod fingerprint;
 pub mod guard;
-pub mod keeper;
 pub mod learner;
 pub mod lock;
-pub mod origin;
 pub mod progress;
 pub mod schedule;
 pub mod session;

@@ -4,7 +4,7 @@ use anyhow::Result;
 
 use super::learner::Learner;
 use super::snapshot::Snapshot;
-use crate::data::order::Cursor;
+use crate::data::examples::batch_sampler::Cursor;
 
 const LEARNER: &str = "learner";
 

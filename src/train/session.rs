@@ -6,14 +6,14 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::guard::{Guard, Verdict};
-use super::keeper::Keeper;
 use super::learner::Learner;
 use super::snapshot::Snapshot;
 use super::stop;
 use crate::error::Interrupted;
-use crate::memory::give_back_freed;
-use crate::memory::meter::{Phase, within};
+use crate::host::give_back_freed;
+use crate::host::meter::{Phase, within};
 use crate::report::{Figures, Report, number};
+use crate::train::checkpoint_manager::CheckpointManager;
 
 const FINDINGS: &str = "findings";
 
@@ -22,7 +22,7 @@ pub struct Session {
     /// Where figures go.
     pub report: Report,
     guard: Guard,
-    keeper: Option<Keeper>,
+    keeper: Option<CheckpointManager>,
     resumed: Option<Snapshot>,
     /// What was found out once, before the first step.
     findings: Snapshot,
@@ -46,7 +46,7 @@ impl Session {
     }
 
     /// With checkpoints, going on from `resumed`.
-    pub fn kept(mut self, keeper: Keeper, resumed: Option<Snapshot>) -> Self {
+    pub fn kept(mut self, keeper: CheckpointManager, resumed: Option<Snapshot>) -> Self {
         self.findings = resumed.as_ref().and_then(|snapshot| snapshot.all(FINDINGS)).unwrap_or_default();
         (self.keeper, self.resumed) = (Some(keeper), resumed);
         self

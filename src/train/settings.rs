@@ -2,13 +2,14 @@
 
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
-use crate::config::{self, LrScheduler};
+use crate::config;
+use crate::config::LrScheduler;
+use crate::data::examples::batch_sampler::BatchSize;
 use crate::data::examples::{Example, Examples};
-use crate::data::order::BatchSize;
-use crate::memory::plan;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
-use crate::model::block::Checkpointing;
+use crate::model::block::Recompute;
+use crate::planner::plan;
 
 /// Streams of the seed: every random choice of a run has its own.
 pub const INIT: u64 = 1;
@@ -98,11 +99,11 @@ pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> 
 /// What blocks keep: as asked, or as the planner finds it for a pass of `tokens` tokens, those of the largest micro-batch,
 /// in what the machine has free. A stage that is run from a config has asked it before, of the whole run, and asks here
 /// for what it was told. All choices give the same bits.
-pub fn checkpoint(asked: config::Checkpoint, base: &Base, start: &Adapter, tokens: usize) -> Checkpointing {
+pub fn checkpoint(asked: config::RecomputeSetting, base: &Base, start: &Adapter, tokens: usize) -> Recompute {
     match asked {
-        config::Checkpoint::None => Checkpointing::Off,
-        config::Checkpoint::Mlp => Checkpointing::Mlp,
-        config::Checkpoint::Block => Checkpointing::Block,
-        config::Checkpoint::Auto => plan::of_pass(base, start, tokens),
+        config::RecomputeSetting::None => Recompute::Off,
+        config::RecomputeSetting::Mlp => Recompute::Mlp,
+        config::RecomputeSetting::Block => Recompute::Block,
+        config::RecomputeSetting::Auto => plan::of_pass(base, start, tokens),
     }
 }

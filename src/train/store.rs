@@ -14,9 +14,9 @@ use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::origin::Origin;
 use super::snapshot::Snapshot;
 use crate::report::Positions;
+use crate::train::fingerprint::RunFingerprint;
 
 const MANIFEST: &str = "manifest.json";
 const FACTS: &str = "state.json";
@@ -41,7 +41,7 @@ pub struct Manifest {
     /// How far the run's files went.
     pub positions: Positions,
     /// What the run was made of.
-    pub origin: Origin,
+    pub origin: RunFingerprint,
     files: BTreeMap<String, FileEntry>,
 }
 
@@ -72,7 +72,13 @@ impl Store {
     ///
     /// # Errors
     /// If the disk refuses.
-    pub fn write(&self, step: usize, snapshot: &Snapshot, positions: Positions, origin: &Origin) -> Result<PathBuf> {
+    pub fn write(
+        &self,
+        step: usize,
+        snapshot: &Snapshot,
+        positions: Positions,
+        origin: &RunFingerprint,
+    ) -> Result<PathBuf> {
         let facts = snapshot.facts_bytes()?;
         fs::create_dir_all(&self.dir).with_context(|| format!("making {}", self.dir.display()))?;
         let unfinished = self.dir.join(format!("checkpoint-{step}{UNFINISHED}"));
@@ -263,7 +269,7 @@ mod tests {
     fn write(store: &Store, step: usize) -> PathBuf {
         let mut snapshot = Snapshot::default();
         snapshot.put("at", &step).unwrap();
-        store.write(step, &snapshot, Positions::default(), &Origin::default()).unwrap()
+        store.write(step, &snapshot, Positions::default(), &RunFingerprint::default()).unwrap()
     }
 
     fn newest(store: &Store) -> (Option<usize>, Vec<String>) {

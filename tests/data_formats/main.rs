@@ -9,8 +9,11 @@ use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 use fourfold::config::{Compat, Data, Format, OnBadRecord, Paths, Preset, Template, Truncation};
-use fourfold::data::phases::{Report, SftExample, TextEncoder, prompt_examples, ranked_examples, sft_examples};
-use fourfold::data::{self, Dataset, Message, Record, Text};
+use fourfold::data;
+use fourfold::data::examples::objectives::{
+    Report, SftExample, TextEncoder, prompt_examples, ranked_examples, sft_examples,
+};
+use fourfold::data::{Dataset, Message, Record, Text};
 use fourfold::error::exit_code;
 use serde_json::{Value, json};
 

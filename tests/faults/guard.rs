@@ -5,7 +5,7 @@ use std::cell::Cell;
 use anyhow::Result;
 use fourfold::config::{Guard as Limits, KlEstimator, Lora, Ppo, TargetModules};
 use fourfold::model::adapter::Adapter;
-use fourfold::model::checkpoint::Checkpoint;
+use fourfold::model_files::ModelFiles;
 use fourfold::ppo::train::{Start, Task, Trained, train};
 use fourfold::quickstart::base::BASE;
 use fourfold::report::Report;
@@ -30,7 +30,7 @@ impl<F: Fn(usize) -> bool> RewardSource for Poisoned<F> {
 }
 
 fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: &std::path::Path) -> Result<Trained> {
-    let checkpoint = Checkpoint::from_embedded(
+    let checkpoint = ModelFiles::from_embedded(
         BASE.config,
         BASE.generation_config,
         BASE.tokenizer,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use fourfold::error::exit_code;
-use fourfold::ops::weight::StoredType;
+use fourfold::ops::weight::StorageDType;
 use parquet::basic::{Compression as Codec, ZstdLevel};
 use parquet::data_type::{ByteArray, ByteArrayType};
 use parquet::file::properties::WriterProperties;
@@ -74,7 +74,7 @@ fn a_chat_template_that_doubles_its_text_ends_with_a_message_and_not_with_the_me
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("m.gguf");
     let generate = |template: &str| {
-        fs::write(&path, gguf("llama-bpe", StoredType::F32, false, template)).unwrap();
+        fs::write(&path, gguf("llama-bpe", StorageDType::F32, false, template)).unwrap();
         let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
         command.args(["generate", "--prompt", "x", "--base"]).arg(&path).output().unwrap()
     };
@@ -188,7 +188,7 @@ fn a_parquet_file_that_is_wide_deep_or_made_of_zeros_is_read_in_bounds_or_refuse
 #[test]
 fn a_row_that_repeats_a_text_without_end_ends_with_a_message_and_not_with_the_memory() {
     let dir = tempfile::tempdir().unwrap();
-    fs::write(dir.path().join("m.gguf"), gguf("llama-bpe", StoredType::F32, false, "")).unwrap();
+    fs::write(dir.path().join("m.gguf"), gguf("llama-bpe", StorageDType::F32, false, "")).unwrap();
     parquet(&dir.path().join("x.parquet"), "repeated binary text (UTF8);", &[b'x'; 1 << 20], 2000);
     fs::write(dir.path().join("run.toml"), "[base]\npath = \"m.gguf\"\n[data]\npath = \"x.parquet\"\n").unwrap();
     let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));

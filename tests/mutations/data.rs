@@ -5,13 +5,16 @@ use std::path::Path;
 use std::sync::OnceLock;
 
 use anyhow::Result;
-use fourfold::config::{self, Stage};
-use fourfold::data::cache::{Cache, Stored, Writer};
+use fourfold::config;
+use fourfold::config::Stage;
+use fourfold::data::examples::objectives::{
+    Objective, PromptExample, RankedExample, Report, SftExample, UnpairedExample,
+};
 use fourfold::data::examples::{Example, Examples};
-use fourfold::data::phases::{JudgedExample, Phase, PromptExample, RankedExample, Report, SftExample};
 use fourfold::data::prepare;
-use fourfold::model::tokenizer::{Tokenizer, TokenizerFiles};
+use fourfold::data::stream::cache::{Cache, Stored, Writer};
 use fourfold::quickstart::base::BASE;
+use fourfold::tokenizer::{Tokenizer, TokenizerFiles};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
@@ -33,7 +36,7 @@ fn tokenizer() -> &'static Tokenizer {
 
 /// Every example of a data file, as a stage takes them; the file's name begins with the stage's.
 pub fn prepared(dir: &Path, name: &str) -> Result<()> {
-    fn all<T: Phase + Stored>(config: &config::Config) -> Result<()> {
+    fn all<T: Objective + Stored>(config: &config::Config) -> Result<()> {
         let prepared = prepare::<T>(config.data()?, tokenizer(), 1, true)?;
         prepared.train.to_vec().map(drop)
     }
@@ -49,7 +52,7 @@ pub fn prepared(dir: &Path, name: &str) -> Result<()> {
     match name.split('-').next() {
         Some("sft") => all::<SftExample>(&config),
         Some("reward") => all::<RankedExample>(&config),
-        Some("kto") => all::<JudgedExample>(&config),
+        Some("kto") => all::<UnpairedExample>(&config),
         _ => all::<PromptExample>(&config),
     }
 }
@@ -203,7 +206,7 @@ fn token_caches_are_read_or_refused() {
         let sft =
             |n: u32| SftExample { tokens: (0..n).collect(), loss_mask: (0..n).map(|t| t > 1 && t % 5 != 0).collect() };
         let ranked = |n: u32| RankedExample { prompt: vec![n, 5], answers: vec![vec![1, n, 0], vec![2, 0]] };
-        let judged = |n: u32| JudgedExample { prompt: vec![n], answer: vec![n, 0], good: n.is_multiple_of(2) };
+        let judged = |n: u32| UnpairedExample { prompt: vec![n], answer: vec![n, 0], good: n.is_multiple_of(2) };
         let prompt = |n: u32| PromptExample {
             tokens: vec![n; 3],
             text: "où?".into(),
@@ -219,7 +222,7 @@ fn token_caches_are_read_or_refused() {
         let read = |dir: &Path, name: &str| match name.split('-').next() {
             Some("sft") => all::<SftExample>(&dir.join(name)),
             Some("reward") => all::<RankedExample>(&dir.join(name)),
-            Some("kto") => all::<JudgedExample>(&dir.join(name)),
+            Some("kto") => all::<UnpairedExample>(&dir.join(name)),
             _ => all::<PromptExample>(&dir.join(name)),
         };
         // A cache that cannot be used is made anew: no error of the user's.

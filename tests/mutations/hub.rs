@@ -7,7 +7,7 @@ use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
-use fourfold::hub::{Hub, RepoKind};
+use fourfold::model_files::hub::{Hub, RepoKind};
 use serde_json::json;
 
 use crate::campaign::{Reader, Specimen, campaign};

@@ -4,20 +4,22 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use fourfold::config::{self, Stage};
-use fourfold::data::ids;
-use fourfold::memory::jobs;
-use fourfold::memory::plan::Plan;
-use fourfold::memory::walk::shape::{Branches, Network};
-use fourfold::memory::walk::stages::Job;
+use fourfold::config;
+use fourfold::config::Stage;
+use fourfold::data::stream::ids;
+use fourfold::model::adapter::LinearShapes;
 use fourfold::model::adapter::{Adapter, LoraConfig, TargetModules};
-use fourfold::model::block::Checkpointing;
-use fourfold::model::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
+use fourfold::model::block::Recompute;
 use fourfold::model::config::DecoderConfig;
-use fourfold::model::tokenizer::{SpecialTokens, Tokenizer};
-use fourfold::ops::weight::{Compute, StoredType};
+use fourfold::model_files::inspect;
+use fourfold::ops::weight::{ComputeDtype, StorageDType};
+use fourfold::planner::passes;
+use fourfold::planner::plan::Plan;
+use fourfold::planner::simulate::shape::{Branches, Network};
+use fourfold::planner::simulate::stages::StageShape;
 use fourfold::run::Model;
-use fourfold::{inspect, model::adapter::LinearShapes};
+use fourfold::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
+use fourfold::tokenizer::{SpecialTokens, Tokenizer};
 
 use crate::campaign::{Reader, Specimen, campaign};
 use crate::mutate::Form;
@@ -89,19 +91,19 @@ fn configurations_without_weights_are_planned_or_refused() {
             let text = fs::read_to_string(dir.join(name)).map_err(|e| fourfold::invalid!("{name}: {e}"))?;
             let decoder = DecoderConfig::from_hf(&text, None, name)?;
             let context = decoder.max_position_embeddings;
-            let policy = Network::planned(decoder, StoredType::F32, None, Compute::F32)?;
+            let policy = Network::planned(decoder, StorageDType::F32, None, ComputeDtype::F32)?;
             let lora = LoraConfig { target_modules: TargetModules::AllLinear, ..LoraConfig::default() };
             let branches = Branches::of(&lora, &policy)?;
             let settings = dir.join("run.toml");
             fs::write(&settings, "[base]\npath = \"b\"\n")?;
             let settings = config::load(&settings, &[])?;
-            let job = Job {
-                work: jobs::full_length(Stage::Sft, &settings, context)?,
+            let job = StageShape {
+                work: passes::full_length(Stage::Sft, &settings, context)?,
                 reward: branches.clone().with_head(),
                 branches,
                 policy,
                 scorer: None,
-                checkpoint: Checkpointing::Off,
+                checkpoint: Recompute::Off,
                 data: 0,
                 process: 0,
                 threads: 2,
@@ -136,10 +138,10 @@ fn generation_configurations_are_read_or_refused() {
 fn gguf_files_are_read_or_refused() {
     campaign("models::gguf_files_are_read_or_refused", || {
         let kinds = [
-            ("llama-bpe", StoredType::F32, true),
-            ("qwen2", StoredType::Q8_0, false),
-            ("spm", StoredType::Q4_1, false),
-            ("llama-bpe", StoredType::BF16, false),
+            ("llama-bpe", StorageDType::F32, true),
+            ("qwen2", StorageDType::Q8_0, false),
+            ("spm", StorageDType::Q4_1, false),
+            ("llama-bpe", StorageDType::BF16, false),
         ];
         let file =
             |(tokenizer, dtype, rope)| Specimen::file("m.gguf", gguf(tokenizer, dtype, rope, TEMPLATE), Form::Binary);

@@ -10,19 +10,20 @@ use std::time::Duration;
 
 use anyhow::Result;
 use fourfold::model::adapter::{Adapter, LinearShapes, LoraConfig};
-use fourfold::model::generate::{Finish, Response};
+use fourfold::model::generate::{FinishReason, Response};
 use fourfold::report::{Figures, Positions, Report};
 use fourfold::reward::source::command::CommandReward;
 use fourfold::reward::source::http::HttpReward;
-use fourfold::reward::source::patience::Patience;
+use fourfold::reward::source::retry::Patience;
 use fourfold::reward::source::{Answers, RewardSource};
 use fourfold::train::adamw::AdamWConfig;
+use fourfold::train::fingerprint::RunFingerprint;
 use fourfold::train::guard::Guard;
 use fourfold::train::learner::Learner;
 use fourfold::train::lock;
-use fourfold::train::origin::Origin;
 use fourfold::train::progress::Progress;
-use fourfold::train::store::{self, Store};
+use fourfold::train::store;
+use fourfold::train::store::Store;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -34,9 +35,12 @@ fn progress() -> Progress {
     Progress::new(Learner::new(adapter.unwrap().to_trainable(), AdamWConfig::default(), 0.0).unwrap())
 }
 
-fn origin() -> Origin {
-    let mut origin =
-        Origin { stage: "sft".into(), config: "seed = 1\n[sft]\nlearning_rate = 0.1\n".into(), ..Origin::default() };
+fn origin() -> RunFingerprint {
+    let mut origin = RunFingerprint {
+        stage: "sft".into(),
+        config: "seed = 1\n[sft]\nlearning_rate = 0.1\n".into(),
+        ..RunFingerprint::default()
+    };
     origin.add("base", "A".into());
     origin
 }
@@ -119,7 +123,7 @@ fn patience() -> Patience {
 /// Three answers to judge.
 fn ask(source: &dyn RewardSource) -> Result<()> {
     let prompts: Vec<Vec<u32>> = (0..3).map(|i| vec![100 + i]).collect();
-    let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: Finish::Stop };
+    let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: FinishReason::Stop };
     let responses: Vec<Response> = (0..3).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
     let scores = source.scores(&Answers { prompts: &prompts, responses: &responses, decode: &decode })?;

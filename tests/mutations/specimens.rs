@@ -8,8 +8,8 @@ use std::path::{Path, PathBuf};
 use flate2::Compression;
 use flate2::write::GzEncoder;
 use fourfold::export::gguf_container::{Entry, KeyValue, write};
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::ops::weight::StoredType;
+use fourfold::model_files::ModelFiles;
+use fourfold::ops::weight::StorageDType;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
@@ -136,7 +136,7 @@ pub const TEMPLATE: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ 
     {% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
 
 /// A Llama of one block in a GGUF file.
-pub fn gguf(tokenizer: &str, dtype: StoredType, rope_factors: bool, template: &str) -> Vec<u8> {
+pub fn gguf(tokenizer: &str, dtype: StorageDType, rope_factors: bool, template: &str) -> Vec<u8> {
     let (mut keys, vocabulary) = tokenizer_keys(tokenizer, 300, template);
     let of = |key: &str, value| (format!("llama.{key}"), value);
     keys.extend([
@@ -153,9 +153,9 @@ pub fn gguf(tokenizer: &str, dtype: StoredType, rope_factors: bool, template: &s
     ]);
     let mut table = vec![
         ("token_embd.weight", vec![vocabulary, 32], dtype),
-        ("output_norm.weight", vec![32], StoredType::F32),
-        ("blk.0.attn_norm.weight", vec![32], StoredType::F32),
-        ("blk.0.ffn_norm.weight", vec![32], StoredType::F32),
+        ("output_norm.weight", vec![32], StorageDType::F32),
+        ("blk.0.attn_norm.weight", vec![32], StorageDType::F32),
+        ("blk.0.ffn_norm.weight", vec![32], StorageDType::F32),
         ("blk.0.attn_q.weight", vec![32, 32], dtype),
         ("blk.0.attn_k.weight", vec![16, 32], dtype),
         ("blk.0.attn_v.weight", vec![16, 32], dtype),
@@ -165,7 +165,7 @@ pub fn gguf(tokenizer: &str, dtype: StoredType, rope_factors: bool, template: &s
         ("blk.0.ffn_down.weight", vec![32, 32], dtype),
     ];
     if rope_factors {
-        table.push(("rope_freqs.weight", vec![4], StoredType::F32));
+        table.push(("rope_freqs.weight", vec![4], StorageDType::F32));
     }
     let table: Vec<Entry> =
         table.into_iter().map(|(name, shape, dtype)| Entry { name: name.into(), shape, dtype }).collect();
@@ -177,7 +177,7 @@ pub fn gguf(tokenizer: &str, dtype: StoredType, rope_factors: bool, template: &s
         let cols = *table[i].shape.last().unwrap();
         let weight = fourfold::ops::weight::Weight::from_f32(&values, count / cols, cols)?;
         Ok(match table[i].dtype {
-            StoredType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
+            StorageDType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
             dtype => weight.quantised(dtype)?.bytes().to_vec(),
         })
     };
@@ -191,8 +191,8 @@ pub fn tokenizers() -> Vec<Files> {
     for name in ["llama-bpe", "qwen2", "spm"] {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("m.gguf");
-        fs::write(&path, gguf(name, StoredType::F32, false, TEMPLATE)).unwrap();
-        let side = Checkpoint::open(&path).unwrap().side_files().unwrap();
+        fs::write(&path, gguf(name, StorageDType::F32, false, TEMPLATE)).unwrap();
+        let side = ModelFiles::open(&path).unwrap().side_files().unwrap();
         all.push(side.into_iter().filter(|(name, _)| name.starts_with("tokenizer")).collect::<Files>());
     }
     let config = json!({"eos_token": "<e>", "bos_token": {"content": "<s>"}, "pad_token": null,

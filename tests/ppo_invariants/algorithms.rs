@@ -5,7 +5,7 @@ use std::path::Path;
 
 use fourfold::config::{AdvantageEstimator, PolicyLoss, Ppo};
 use fourfold::model::adapter::Adapter;
-use fourfold::model::generate::{Finish, generate};
+use fourfold::model::generate::{FinishReason, generate};
 use fourfold::model::roles::Policy;
 use fourfold::ppo;
 use fourfold::ppo::train::{Start, Task};
@@ -42,8 +42,8 @@ fn every_algorithm_raises_the_gold_score() {
         let policy = Policy::new(&model.base, Some(adapter));
         let responses = generate(policy, &questions, &seeds, &sampling, |_, _| {}).unwrap();
         let judged = responses.into_iter().zip(&held_out);
-        let of =
-            judged.map(|(r, row)| gold(row, &tokenizer.decode(&r.tokens).unwrap(), r.finish == Finish::Stop).total);
+        let of = judged
+            .map(|(r, row)| gold(row, &tokenizer.decode(&r.tokens).unwrap(), r.finish == FinishReason::Stop).total);
         of.sum::<f64>() / 128.0
     };
     let before = mean_gold(&sft);

@@ -11,11 +11,11 @@ mod world;
 
 use std::fs;
 
-use fourfold::config::{Checkpoint, Lora, LrScheduler, Ppo, TargetModules};
+use fourfold::config::{Lora, LrScheduler, Ppo, Recompute, TargetModules};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::roles::Scorer;
+use fourfold::model::roles::ValueModel;
 use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::report::Report;
 use fourfold::run::Model;
@@ -32,7 +32,7 @@ fn reference_is_unchanged_after_ten_ppo_steps() {
     let sft = sft_adapter(&model, 1, &mut Session::silent());
     let rm = reward_adapter(&model, &sft, 1, &mut Session::silent());
     let fixed = fixed_sequences(&model);
-    let score = |adapter: &Adapter| Scorer::new(&model.base, adapter).unwrap().scores(&fixed.0).unwrap();
+    let score = |adapter: &Adapter| ValueModel::new(&model.base, adapter).unwrap().scores(&fixed.0).unwrap();
     let look = || {
         let reference = to_bits(&logprobs(&model.base, Some(&sft), &fixed));
         (bytes_of(&model.base), bits(&sft), bits(&rm), reference, to_bits(&score(&rm)))
@@ -157,7 +157,7 @@ fn the_frozen_reward_model_scores_every_rollout_and_the_kl_is_from_the_newest_ac
         let whole: Vec<u32> = sample.prompt.iter().chain(&sample.response).copied().collect();
         let batch = Batch::new(&[whole]).unwrap();
         let targets = Targets::responses(&batch, &[sample.response.len()]).unwrap();
-        let frozen = Scorer::new(&model.base, &rm).unwrap().scores(&batch).unwrap()[0];
+        let frozen = ValueModel::new(&model.base, &rm).unwrap().scores(&batch).unwrap()[0];
         score = score.max((f64::from(frozen) - sample.score).abs());
         let actor = if sample.iteration == 1 { &sft } else { &after_first.actor };
         let alone = (batch, targets);
@@ -201,8 +201,8 @@ fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
     let rm = reward_adapter(&model, &sft, 13, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let run = |config: Ppo| told_ppo(start, &model, &config, 13);
-    let (lines, _, trained) = run(Ppo { checkpoint: Checkpoint::None, ..ppo_config() });
-    for checkpoint in [Checkpoint::Mlp, Checkpoint::Block] {
+    let (lines, _, trained) = run(Ppo { checkpoint: Recompute::None, ..ppo_config() });
+    for checkpoint in [Recompute::Mlp, Recompute::Block] {
         let (other_lines, _, other) = run(Ppo { checkpoint, ..ppo_config() });
         assert_eq!(lines, other_lines, "{checkpoint:?}");
         assert!(

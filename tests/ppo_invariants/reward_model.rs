@@ -2,7 +2,7 @@
 //! Knows no PPO; the formulas' goldens are in src/reward/loss.rs.
 
 use fourfold::config::{Reward, RewardLoss};
-use fourfold::data::phases::RankedExample;
+use fourfold::data::examples::objectives::RankedExample;
 use fourfold::model::adapter::Adapter;
 use fourfold::report::Report;
 use fourfold::reward;

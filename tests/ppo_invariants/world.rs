@@ -6,18 +6,18 @@ use std::fs;
 use std::path::Path;
 
 use fourfold::config::{Lora, Ppo, Reward, Sft};
-use fourfold::data::phases::{RankedExample, SftExample};
+use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
-use fourfold::model::checkpoint::Checkpoint;
-use fourfold::model::roles::{Policy, Scorer};
-use fourfold::model::tokenizer::SpecialTokens;
+use fourfold::model::roles::{Policy, ValueModel};
+use fourfold::model_files::ModelFiles;
 use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, prompts, sft_rows};
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
+use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
 use fourfold::{ppo, reward, sft};
 use serde_json::Value;
@@ -26,7 +26,7 @@ use serde_json::Value;
 pub fn model_of(layers: usize) -> Model {
     let config = BASE.config.replace("\"num_hidden_layers\": 4", &format!("\"num_hidden_layers\": {layers}"));
     let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
-    let model = Model::of(Checkpoint::from_embedded(&config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap();
+    let model = Model::of(ModelFiles::from_embedded(&config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap();
     assert_eq!(model.base.config().num_hidden_layers, layers);
     model
 }
@@ -131,7 +131,7 @@ pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report:
 
 /// The reward model that a run starts with, as the source of its scores.
 pub fn source_of(start: Start<'_>) -> RewardModel<'_> {
-    RewardModel(Scorer::new(start.reward_base, start.reward.unwrap()).unwrap())
+    RewardModel(ValueModel::new(start.reward_base, start.reward.unwrap()).unwrap())
 }
 
 /// Every tensor of an adapter as the bits of its numbers, the head's bias last.

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 
 use fourfold::model::base::Base;
-use fourfold::model::checkpoint::Checkpoint;
+use fourfold::model_files::ModelFiles;
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
@@ -81,7 +81,7 @@ pub struct Opened {
     pub golden: Golden,
     /// Files and tokenizer.
     #[allow(dead_code, reason = "each test file compiles this module for itself")]
-    pub checkpoint: Checkpoint,
+    pub checkpoint: ModelFiles,
     /// Weights.
     pub base: Base,
     /// The folder.
@@ -102,7 +102,7 @@ pub fn open(path: &str) -> Opened {
         json!({"version": "1.0", "pre_tokenizer": bytes, "decoder": bytes, "model": model}).to_string(),
     );
     save(&dir.path().join("model.safetensors"), &golden.shapes);
-    let checkpoint = Checkpoint::open(dir.path()).unwrap_or_else(|e| panic!("{path}: {e:#}"));
+    let checkpoint = ModelFiles::open(dir.path()).unwrap_or_else(|e| panic!("{path}: {e:#}"));
     let base = Base::load(&checkpoint).unwrap_or_else(|e| panic!("{path}: {e:#}"));
     Opened { golden, checkpoint, base, dir }
 }

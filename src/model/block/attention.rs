@@ -3,15 +3,18 @@
 
 use candle_core::{Result, Tensor};
 
-use super::residual::{JoinKept, before, before_backward};
+use super::residual::{before, before_backward};
 use super::{BlockGradients, Layout, Pass, Qkv, columns, cpu, keep, linear, store, take};
-use crate::ops::attention::{self, Cached};
+use crate::model::block::residual::JoinSaved;
+use crate::ops::attention;
+use crate::ops::attention::Cached;
 use crate::ops::columns::Fusion;
 use crate::ops::linear::InputGradient;
-use crate::ops::rope::{self, Turn};
+use crate::ops::rope;
+use crate::ops::rope::Direction;
 
-pub(super) struct AttentionKept {
-    z_qkv: linear::Kept,
+pub(super) struct AttentionSaved {
+    z_qkv: linear::Saved,
     /// q and k before their norms, where they have any.
     raw: Option<[Tensor; 2]>,
     /// q and k as attention sees them.
@@ -19,12 +22,12 @@ pub(super) struct AttentionKept {
     pub(super) k: Tensor,
     pub(super) v: Tensor,
     o: Tensor,
-    z_o: linear::Kept,
-    pub(super) join: JoinKept,
+    z_o: linear::Saved,
+    pub(super) join: JoinSaved,
 }
 
 struct Projected {
-    z: linear::Kept,
+    z: linear::Saved,
     raw: Option<[Tensor; 2]>,
     q: Tensor,
     k: Tensor,
@@ -41,7 +44,7 @@ impl Pass<'_> {
     }
 
     /// x (N, W) turned by its positions, where this layer turns at all.
-    fn turned(self, x: Tensor, positions: &[u32], turn: Turn) -> Result<Tensor> {
+    fn turned(self, x: Tensor, positions: &[u32], turn: Direction) -> Result<Tensor> {
         match self.block.rotation {
             Some(i) => rope::rotate(&x, positions, &self.geometry.angles[i], turn),
             None => Ok(x),
@@ -64,17 +67,17 @@ impl Pass<'_> {
             None => (q, k, None),
             Some([q_norm, k_norm]) => (q_norm.forward(&q)?, k_norm.forward(&k)?, Some([q, k])),
         };
-        let (q, k) = (self.turned(q, positions, Turn::Forward)?, self.turned(k, positions, Turn::Forward)?);
+        let (q, k) = (self.turned(q, positions, Direction::Forward)?, self.turned(k, positions, Direction::Forward)?);
         Ok(Projected { z, raw, q, k, v })
     }
 
     /// x2 (N, D) of x (N, D), and what the reverse wants.
-    pub(super) fn attention(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionKept)> {
+    pub(super) fn attention(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionSaved)> {
         let Projected { z: z_qkv, raw, q, k, v } = self.project(layout.positions, x)?;
         let o = attention::forward(&q, &k, &v, layout.spans, self.block.heads)?;
         let end = self.join(&self.block.attention_norms);
         let (x2, z_o, join) = end.forward(&o, self.part(self.attention_out()), x)?;
-        Ok((x2, AttentionKept { z_qkv, raw, q, k, v, o, z_o, join }))
+        Ok((x2, AttentionSaved { z_qkv, raw, q, k, v, o, z_o, join }))
     }
 
     /// x2 (N, D) of x (N, D), keeping nothing; `seen` is shown the keys and values, (N, kv * dim) each.
@@ -112,7 +115,7 @@ impl Pass<'_> {
         self,
         layout: Layout<'_>,
         x: &Tensor,
-        kept: &AttentionKept,
+        kept: &AttentionSaved,
         df: &Tensor,
         past: &Tensor,
         wanted: InputGradient,
@@ -122,8 +125,8 @@ impl Pass<'_> {
         let g = linear::backward(&kept.o, &[self.part(out)], &kept.z_o, &[df], InputGradient::Wanted)?;
         let d_o = keep(grads, out, g)?;
         let (dq, dk, dv) = attention::backward(&kept.q, &kept.k, &kept.v, layout.spans, self.block.heads, &d_o)?;
-        let dq = self.turned(dq, layout.positions, Turn::Back)?;
-        let dk = self.turned(dk, layout.positions, Turn::Back)?;
+        let dq = self.turned(dq, layout.positions, Direction::Back)?;
+        let dk = self.turned(dk, layout.positions, Direction::Back)?;
         let (dq, dk) = match (&self.block.qk_norms, &kept.raw) {
             (Some([q_norm, k_norm]), Some([q, k])) => (q_norm.backward(q, &dq, None)?, k_norm.backward(k, &dk, None)?),
             _ => (dq, dk),

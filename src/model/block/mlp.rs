@@ -3,31 +3,32 @@
 
 use candle_core::{Result, Tensor};
 
-use super::residual::{JoinKept, before};
+use super::residual::before;
 use super::{BlockGradients, Mlp, Pass, columns, keep, linear, take};
+use crate::model::block::residual::JoinSaved;
 use crate::ops::columns::Fusion;
 use crate::ops::linear::InputGradient;
 
-pub(super) struct MlpKept {
+pub(super) struct MlpSaved {
     /// Attention's sum: the residual that the MLP joins.
     pub(super) x2: Tensor,
     wide: Option<Wide>,
-    z_out: linear::Kept,
-    join: JoinKept,
+    z_out: linear::Saved,
+    join: JoinSaved,
 }
 
 /// What the MLP's input is widened to, and what that linear kept.
 struct Wide {
     gate: Option<Tensor>,
     up: Tensor,
-    z: linear::Kept,
+    z: linear::Saved,
 }
 
 /// Whether the reverse finds that or makes it again.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(super) enum Widened {
-    Kept,
-    MadeAgain,
+pub(super) enum GateUp {
+    Saved,
+    Recomputed,
 }
 
 impl Pass<'_> {
@@ -69,20 +70,20 @@ impl Pass<'_> {
     }
 
     /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and what the reverse wants.
-    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor, widened: Widened) -> Result<(Tensor, MlpKept)> {
+    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor, widened: GateUp) -> Result<(Tensor, MlpSaved)> {
         let wide = self.widened(input)?;
         let m = self.activated(&wide)?;
-        let wide = Some(wide).filter(|_| widened == Widened::Kept);
+        let wide = Some(wide).filter(|_| widened == GateUp::Saved);
         let end = self.join(&self.block.mlp_norms);
         let (y, z_out, join) = end.forward(&m, self.part(self.mlp_out()), x2)?;
-        Ok((y, MlpKept { x2: x2.clone(), wide, z_out, join }))
+        Ok((y, MlpSaved { x2: x2.clone(), wide, z_out, join }))
     }
 
     /// (dL/dx2 past the MLP, dL/dh), h the MLP's normed input, of dL/dy (N, D).
     pub(super) fn mlp_backward(
         self,
         input: &Tensor,
-        kept: &MlpKept,
+        kept: &MlpSaved,
         dy: &Tensor,
         grads: &mut BlockGradients,
     ) -> Result<(Tensor, Tensor)> {

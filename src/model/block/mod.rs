@@ -1,17 +1,19 @@
 //! One decoder block: the operations' pairs run forward, and in reverse. What it keeps for the reverse is
-//! `Checkpointing`'s choice; elementwise parts are always computed again. Knows its own weights and branches, no files
+//! `Recompute`'s choice; elementwise parts are always computed again. Knows its own weights and branches, no files
 //! and no family: where families differ, a field says how. Read attention.rs and mlp.rs beside, then base.rs.
 
 use candle_core::{Result, Tensor};
 
-use super::adapter::{LayerPairs, LoraPair, MAX_LINEARS};
+use super::adapter::MAX_LINEARS;
 use super::batch::Batch;
 use super::config::{Mlp, Qkv};
+use crate::model::adapter::{LoraLayer, LoraLayers};
 use crate::ops::activation::Activation;
-use crate::ops::attention::{Cached, Heads, Spans};
-use crate::ops::linear::{self, BranchGradient, InputGradient, Part};
+use crate::ops::attention::{Cached, Heads, Sequences};
+use crate::ops::linear;
+use crate::ops::linear::{BranchGradient, InputGradient, LinearWithLora};
 use crate::ops::norm::Norm;
-use crate::ops::rope::Angles;
+use crate::ops::rope::RopeTable;
 use crate::ops::weight::Weight;
 use crate::ops::{columns, cpu};
 
@@ -19,13 +21,13 @@ mod attention;
 mod mlp;
 mod residual;
 
-use attention::AttentionKept;
-use mlp::{MlpKept, Widened};
+use attention::AttentionSaved;
+use mlp::{GateUp, MlpSaved};
 use residual::Join;
 
 /// What a block keeps for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Checkpointing {
+pub enum Recompute {
     /// All inputs of its linears and attention: most memory, least time.
     Off,
     /// All of that but the MLP's widened products, gate and up, which the backward computes again.
@@ -34,7 +36,7 @@ pub enum Checkpointing {
     Block,
 }
 
-impl Checkpointing {
+impl Recompute {
     /// All, the one that keeps most first.
     pub const ALL: [Self; 3] = [Self::Off, Self::Mlp, Self::Block];
 
@@ -96,14 +98,14 @@ pub struct Geometry {
     /// Each half is multiplied by it before it joins the residual stream.
     pub residual_multiplier: f32,
     /// Rotations of every position, one set for each rope base.
-    pub angles: Vec<Angles>,
+    pub angles: Vec<RopeTable>,
 }
 
 /// Where a batch's tokens stand.
 #[derive(Clone, Copy)]
 pub struct Layout<'a> {
     /// Rows of the sequences.
-    pub spans: Spans<'a>,
+    pub spans: Sequences<'a>,
     /// (N) positions.
     pub positions: &'a [u32],
 }
@@ -111,15 +113,15 @@ pub struct Layout<'a> {
 impl<'a> Layout<'a> {
     /// Of a batch.
     pub fn of(batch: &'a Batch) -> Self {
-        let spans = Spans { offsets: batch.offsets(), readable: batch.readable() };
+        let spans = Sequences { offsets: batch.offsets(), readable: batch.readable() };
         Self { spans, positions: batch.positions() }
     }
 }
 
 /// Inputs of the backward, (N, ..) each.
-pub struct Kept {
+pub struct Saved {
     x: Tensor,
-    rest: Option<(AttentionKept, MlpKept)>,
+    rest: Option<(AttentionSaved, MlpSaved)>,
 }
 
 /// Of each map that has a branch, in the order of `LinearShapes::linears`.
@@ -129,18 +131,18 @@ pub type BlockGradients = [Option<BranchGradient>; MAX_LINEARS];
 #[derive(Clone, Copy)]
 struct Pass<'a> {
     block: &'a Block,
-    pairs: Option<&'a LayerPairs>,
+    pairs: Option<&'a LoraLayers>,
     geometry: &'a Geometry,
 }
 
 impl<'a> Pass<'a> {
-    fn part(self, linear: usize) -> Part<'a> {
+    fn part(self, linear: usize) -> LinearWithLora<'a> {
         let frozen = &self.block.linears[linear];
         let pair = self.pairs.and_then(|p| p[linear].as_ref());
-        Part { weight: &frozen.weight, bias: frozen.bias.as_deref(), lora: pair.map(LoraPair::low_rank) }
+        LinearWithLora { weight: &frozen.weight, bias: frozen.bias.as_deref(), lora: pair.map(LoraLayer::low_rank) }
     }
 
-    fn parts(self, linears: std::ops::Range<usize>) -> Vec<Part<'a>> {
+    fn parts(self, linears: std::ops::Range<usize>) -> Vec<LinearWithLora<'a>> {
         linears.map(|i| self.part(i)).collect()
     }
 
@@ -173,7 +175,7 @@ impl<'a> Pass<'a> {
     }
 
     /// y (N, D) of x (N, D), with everything between, or all but what the MLP is widened to.
-    fn run(self, layout: Layout<'_>, x: &Tensor, widened: Widened) -> Result<(Tensor, AttentionKept, MlpKept)> {
+    fn run(self, layout: Layout<'_>, x: &Tensor, widened: GateUp) -> Result<(Tensor, AttentionSaved, MlpSaved)> {
         let (x2, attention) = self.attention(layout, x)?;
         let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2, widened)?;
         Ok((y, attention, mlp))
@@ -181,7 +183,7 @@ impl<'a> Pass<'a> {
 }
 
 impl Block {
-    fn pass<'a>(&'a self, pairs: Option<&'a LayerPairs>, geometry: &'a Geometry) -> Pass<'a> {
+    fn pass<'a>(&'a self, pairs: Option<&'a LoraLayers>, geometry: &'a Geometry) -> Pass<'a> {
         Pass { block: self, pairs, geometry }
     }
 
@@ -191,7 +193,7 @@ impl Block {
     /// If shapes do not fit.
     pub fn forward(
         &self,
-        pairs: Option<&LayerPairs>,
+        pairs: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
         x: &Tensor,
@@ -205,23 +207,23 @@ impl Block {
     /// If shapes do not fit.
     pub fn forward_kept(
         &self,
-        pairs: Option<&LayerPairs>,
+        pairs: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
         x: Tensor,
-        checkpoint: Checkpointing,
-    ) -> Result<(Tensor, Kept)> {
+        checkpoint: Recompute,
+    ) -> Result<(Tensor, Saved)> {
         let pass = self.pass(pairs, geometry);
         let widened = match checkpoint {
-            Checkpointing::Off => Widened::Kept,
-            Checkpointing::Mlp => Widened::MadeAgain,
-            Checkpointing::Block => {
+            Recompute::Off => GateUp::Saved,
+            Recompute::Mlp => GateUp::Recomputed,
+            Recompute::Block => {
                 let y = pass.forward(layout, &x, |_, _| {})?;
-                return Ok((y, Kept { x, rest: None }));
+                return Ok((y, Saved { x, rest: None }));
             }
         };
         let (y, attention, mlp) = pass.run(layout, &x, widened)?;
-        Ok((y, Kept { x, rest: Some((attention, mlp)) }))
+        Ok((y, Saved { x, rest: Some((attention, mlp)) }))
     }
 
     /// y (N, D) of x (N, D) for prompts. Keys and values of prompt `sources[s]` go into `caches[s]` (S), empty before, with
@@ -231,7 +233,7 @@ impl Block {
     /// If shapes do not fit.
     pub fn prefill(
         &self,
-        pairs: Option<&LayerPairs>,
+        pairs: Option<&LoraLayers>,
         geometry: &Geometry,
         (layout, sources): (Layout<'_>, &[usize]),
         x: &Tensor,
@@ -255,7 +257,7 @@ impl Block {
     /// If shapes do not fit.
     pub fn decode(
         &self,
-        pairs: Option<&LayerPairs>,
+        pairs: Option<&LoraLayers>,
         geometry: &Geometry,
         positions: &[u32],
         x: &Tensor,
@@ -272,19 +274,19 @@ impl Block {
     /// If shapes do not fit.
     pub fn backward(
         &self,
-        pairs: Option<&LayerPairs>,
+        pairs: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
-        kept: Kept,
+        kept: Saved,
         dy: Tensor,
         wanted: InputGradient,
     ) -> Result<(Option<Tensor>, BlockGradients)> {
         let pass = self.pass(pairs, geometry);
-        let Kept { x, rest } = kept;
+        let Saved { x, rest } = kept;
         let (attention, mlp) = match rest {
             Some(rest) => rest,
             None => {
-                let (_, attention, mlp) = pass.run(layout, &x, Widened::Kept)?;
+                let (_, attention, mlp) = pass.run(layout, &x, GateUp::Saved)?;
                 (attention, mlp)
             }
         };

@@ -5,7 +5,8 @@ use candle_core::{Result, Tensor};
 
 use super::{Norms, take};
 use crate::ops::columns;
-use crate::ops::linear::{self, Part};
+use crate::ops::linear;
+use crate::ops::linear::LinearWithLora;
 use crate::ops::norm::Norm;
 
 /// The end of one half.
@@ -16,7 +17,7 @@ pub(super) struct Join<'a> {
 
 /// What the end's backward wants: inputs of its norms, where it has them.
 #[derive(Default)]
-pub(super) struct JoinKept {
+pub(super) struct JoinSaved {
     f: Option<Tensor>,
     sum: Option<Tensor>,
 }
@@ -26,10 +27,10 @@ impl Join<'_> {
     pub(super) fn forward(
         &self,
         input: &Tensor,
-        part: Part<'_>,
+        part: LinearWithLora<'_>,
         x: &Tensor,
-    ) -> Result<(Tensor, linear::Kept, JoinKept)> {
-        let mut kept = JoinKept::default();
+    ) -> Result<(Tensor, linear::Saved, JoinSaved)> {
+        let mut kept = JoinSaved::default();
         let (sum, z) = if self.norms.inner.is_none() && self.multiplier == 1.0 {
             let (sum, z) = linear::forward(input, &[part], Some(x))?;
             let [sum] = take(sum);
@@ -54,7 +55,7 @@ impl Join<'_> {
     }
 
     /// (dL/dx past the half, dL/df).
-    pub(super) fn backward(&self, kept: &JoinKept, dy: &Tensor) -> Result<(Tensor, Tensor)> {
+    pub(super) fn backward(&self, kept: &JoinSaved, dy: &Tensor) -> Result<(Tensor, Tensor)> {
         let missing = || candle_core::Error::Msg("a norm's input was not kept".into());
         let dsum = match &self.norms.after {
             Some(norm) => norm.backward(kept.sum.as_ref().ok_or_else(missing)?, dy, None)?,

@@ -7,9 +7,9 @@ use super::{
     Biases, DecoderConfig, Family, LayerRope, Mlp, NormStyle, Placement, QkNorm, Qkv, RopeScaling, Sizes, whole_heads,
 };
 use crate::invalid;
-use crate::model::gguf::{Gguf, Value};
+use crate::model_files::gguf::{Gguf, Value};
 use crate::ops::activation::Activation;
-use crate::ops::weight::StoredType;
+use crate::ops::weight::StorageDType;
 
 /// The architectures that are read, by `general.architecture`.
 const ARCHITECTURES: [(&str, Family); 12] = [
@@ -231,7 +231,7 @@ impl Keys<'_> {
         let (gguf, file) = (self.gguf, self.gguf.name());
         for (name, long) in [("rope_freqs.weight", false), ("rope_factors_short.weight", true)] {
             let Some(tensor) = gguf.tensor(name) else { continue };
-            let bytes = gguf.tensor_bytes(tensor).filter(|_| tensor.dtype == StoredType::F32);
+            let bytes = gguf.tensor_bytes(tensor).filter(|_| tensor.dtype == StorageDType::F32);
             let bytes = bytes.ok_or_else(|| invalid!("{file}: {name} is not stored as f32"))?;
             let divisors = bytes.get().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             if long {

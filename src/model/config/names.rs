@@ -2,7 +2,7 @@
 //! is in the fields of [`super::DecoderConfig`]. Knows no file. Read hf.rs and gguf.rs next: they fill the fields.
 
 use super::{DecoderConfig, LayerRope, Mlp, QkNorm, Qkv};
-use crate::model::lora::{Linear, LinearShapes, MatrixLayout, Outer};
+use crate::model::adapter::targets::{Linear, LinearShapes, MatrixLayout, NonBlockModule};
 use crate::ops::attention::Heads;
 
 /// A model family, which decides names alone.
@@ -235,14 +235,14 @@ impl DecoderConfig {
         let (v, e) = (self.vocab_size, self.embedding_width);
         let outer = |weight: &'static str, inp, out| Linear { path: module(weight), inp, out };
         let shapes = LinearShapes::new(self.num_hidden_layers, e, names.blocks, layout, &maps)
-            .with_outer(Outer::Embedding, outer(names.embedding, v, e))
-            .with_outer(Outer::Head, outer("lm_head.weight", e, v));
+            .with_outer(NonBlockModule::Embedding, outer(names.embedding, v, e))
+            .with_outer(NonBlockModule::Head, outer("lm_head.weight", e, v));
         if d == e {
             return shapes;
         }
         shapes
-            .with_outer(Outer::ProjectIn, outer(PROJECT_IN, e, d))
-            .with_outer(Outer::ProjectOut, outer(PROJECT_OUT, d, e))
+            .with_outer(NonBlockModule::ProjectIn, outer(PROJECT_IN, e, d))
+            .with_outer(NonBlockModule::ProjectOut, outer(PROJECT_OUT, d, e))
     }
 
     /// For each map of [`DecoderConfig::shapes`], in order, whether it has a bias.

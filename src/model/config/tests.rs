@@ -2,8 +2,8 @@
 
 use super::hf::object;
 use super::*;
-use crate::model::gguf::Gguf;
-use crate::model::gguf::tests::Writer;
+use crate::model_files::gguf::Gguf;
+use crate::model_files::gguf::tests::Writer;
 use crate::ops::weight::Bytes;
 use serde_json::{Value, json};
 use std::sync::Arc;

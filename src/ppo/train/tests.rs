@@ -4,7 +4,7 @@
 use super::*;
 use crate::error::exit_code;
 use crate::model::adapter::{LoraConfig, TargetModules};
-use crate::model::checkpoint::Checkpoint;
+use crate::model_files::ModelFiles;
 use crate::quickstart::base::BASE;
 use crate::reward::source::RewardModel;
 
@@ -28,7 +28,7 @@ fn every_prompt_is_asked_once_a_pass_in_an_order_of_the_passes_own() {
 fn what_cannot_run_is_refused_before_a_token_is_sampled() {
     let open = |config: &str| {
         let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
-        Base::load(&Checkpoint::from_embedded(config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap()
+        Base::load(&ModelFiles::from_embedded(config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap()
     };
     let base = open(BASE.config);
     let short = open(&BASE.config.replace("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 16"));
@@ -43,7 +43,7 @@ fn what_cannot_run_is_refused_before_a_token_is_sampled() {
     let sft = Adapter::init(lora, base.shapes(), 1).unwrap();
     let reward = sft.clone().with_head(1).unwrap();
     let start = Start { base: &base, reward_base: &base, sft: &sft, reward: Some(&reward) };
-    let source = RewardModel(Scorer::new(&base, &reward).unwrap());
+    let source = RewardModel(ValueModel::new(&base, &reward).unwrap());
     let config = Ppo { total_episodes: 8, batch_size: 8, response_length: 12, ..Ppo::default() };
     let refusal = |start, prompts: &Vec<Vec<u32>>, config: &Ppo| {
         let task = Task {

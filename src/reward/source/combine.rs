@@ -111,9 +111,9 @@ fn mean_and_deviation(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::model::generate::{Finish, Response};
-    use crate::model::oracle::{adapter, tiny_base};
-    use crate::model::roles::Scorer;
+    use crate::model::generate::{FinishReason, Response};
+    use crate::model::gradcheck::{adapter, tiny_base};
+    use crate::model::roles::ValueModel;
     use crate::reward::source::RewardModel;
 
     struct Fixed(Vec<f32>);
@@ -132,7 +132,7 @@ mod tests {
         let response = |tokens: &[u32]| Response {
             tokens: tokens.to_vec(),
             logprobs: vec![0.0; tokens.len()],
-            finish: Finish::Length,
+            finish: FinishReason::Length,
         };
         (vec![vec![1, 2], vec![3]], vec![response(&[4, 5]), response(&[6])])
     }
@@ -159,7 +159,7 @@ mod tests {
     fn an_ensemble_is_its_members_mean_less_their_deviation() {
         let base = tiny_base();
         let adapters = [adapter(&base, None, 3), adapter(&base, None, 4), adapter(&base, None, 5)];
-        let members: Vec<_> = adapters.iter().map(|a| RewardModel(Scorer::new(&base, a).unwrap())).collect();
+        let members: Vec<_> = adapters.iter().map(|a| RewardModel(ValueModel::new(&base, a).unwrap())).collect();
         let (prompts, responses) = asked();
         let answers = Answers { prompts: &prompts, responses: &responses, decode: &|_| String::new() };
         let alone: Vec<Vec<f32>> = members.iter().map(|m| m.scores(&answers).unwrap()).collect();

@@ -14,10 +14,10 @@ use std::time::{Duration, Instant};
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::patience::{Failure, Patience, Troubles, excerpt, score_of};
 use super::{Answers, RewardSource};
 use crate::invalid;
 use crate::report::Figures;
+use crate::reward::source::retry::{Failure, Patience, Troubles, excerpt, score_of};
 
 /// No line that a program writes is longer; past it the program is taken to be broken.
 const LONGEST_LINE: u64 = 1 << 20;

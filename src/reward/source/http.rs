@@ -8,9 +8,9 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use ureq::Agent;
 
-use super::patience::{Failure, Patience, Troubles, excerpt, score_of};
 use super::{Answers, RewardSource};
 use crate::report::Figures;
+use crate::reward::source::retry::{Failure, Patience, Troubles, excerpt, score_of};
 
 /// No body is read further than this.
 const LONGEST_BODY: u64 = 16 << 20;

@@ -7,10 +7,10 @@ use std::collections::HashMap;
 use anyhow::{Context, Result};
 
 use super::{Answers, RewardSource};
-use crate::data::phases::TextEncoder;
+use crate::data::examples::objectives::TextEncoder;
 use crate::model::batch::{Batch, chunks_by_tokens};
-use crate::model::generate::Finish;
-use crate::model::roles::Scorer;
+use crate::model::generate::FinishReason;
+use crate::model::roles::ValueModel;
 
 /// Tokens of one scoring pass.
 const SCORING_TOKENS: usize = 2048;
@@ -18,7 +18,7 @@ const SCORING_TOKENS: usize = 2048;
 /// A learned reward over another vocabulary.
 pub struct RetokenisedModel<'w> {
     /// The reward model.
-    pub scorer: Scorer<'w>,
+    pub scorer: ValueModel<'w>,
     /// Its tokenizer.
     pub encoder: &'w dyn TextEncoder,
     /// The policy's prompt ids -> the reward model's ids of the same prompt.
@@ -37,7 +37,7 @@ impl RetokenisedModel<'_> {
             let known = self.prompts.get(prompt).context("a prompt that the reward model's tokenizer was not shown")?;
             let mut ids = known.clone();
             ids.extend(self.encoder.encode(&answers.text(response))?);
-            if response.finish == Finish::Stop {
+            if response.finish == FinishReason::Stop {
                 ids.push(self.encoder.eos_id());
             }
             ids.truncate(self.context);
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
     use crate::data::Message;
     use crate::model::generate::Response;
-    use crate::model::oracle::{adapter, tiny_base};
+    use crate::model::gradcheck::{adapter, tiny_base};
 
     /// A token a letter, 10 for `a`; 0 ends.
     struct Letters;
@@ -92,7 +92,7 @@ mod tests {
         }
     }
 
-    fn response(tokens: &[u32], finish: Finish) -> Response {
+    fn response(tokens: &[u32], finish: FinishReason) -> Response {
         Response { tokens: tokens.to_vec(), logprobs: vec![0.0; tokens.len()], finish }
     }
 
@@ -100,16 +100,16 @@ mod tests {
     fn an_answers_text_is_scored_in_the_reward_models_own_tokens_with_its_own_end() {
         let base = tiny_base();
         let rm = adapter(&base, None, 4);
-        let scorer = Scorer::new(&base, &rm).unwrap();
+        let scorer = ValueModel::new(&base, &rm).unwrap();
         let known = HashMap::from([(vec![900, 901], vec![40, 41, 42]), (vec![902], vec![43])]);
         let model = RetokenisedModel { scorer, encoder: &Letters, prompts: &known, context: 6 };
         // The policy's token 7000 + n is n + 1 times the letter c: other tokens, other lengths.
         let decode = |ids: &[u32]| ids.iter().map(|id| "c".repeat((id - 7000) as usize + 1)).collect::<String>();
         let prompts = vec![vec![900, 901], vec![902], vec![900, 901]];
         let responses = vec![
-            response(&[7001, 65_000], Finish::Stop),
-            response(&[7000, 7001], Finish::Length),
-            response(&[7002, 7002], Finish::Length),
+            response(&[7001, 65_000], FinishReason::Stop),
+            response(&[7000, 7001], FinishReason::Length),
+            response(&[7002, 7002], FinishReason::Length),
         ];
         let answers = Answers { prompts: &prompts, responses: &responses, decode: &decode };
         // Two letters and the end; three letters that were cut off; six letters, read as far as the context goes.

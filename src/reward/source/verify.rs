@@ -8,7 +8,7 @@ use regex::Regex;
 use serde::de::IgnoredAny;
 
 use super::{Answers, RewardSource};
-use crate::model::generate::{Finish, Response};
+use crate::model::generate::{FinishReason, Response};
 
 /// The right answers of each prompt, by its token ids.
 pub type Solutions = HashMap<Vec<u32>, BTreeSet<String>>;
@@ -43,7 +43,7 @@ impl Verifier {
             Self::Regex(pattern) => pattern.is_match(text),
             Self::JsonValid => serde_json::from_str::<IgnoredAny>(text).is_ok(),
             Self::Length { min, max } => {
-                let tokens = response.tokens.len() - usize::from(response.finish == Finish::Stop);
+                let tokens = response.tokens.len() - usize::from(response.finish == FinishReason::Stop);
                 (*min..=*max).contains(&tokens)
             }
             Self::Exact { within, solutions } => {
@@ -74,7 +74,7 @@ mod tests {
     use super::*;
 
     fn passes(verifier: &Verifier, text: &str) -> bool {
-        let response = Response { tokens: vec![5, 6, 7, 0], logprobs: vec![0.0; 4], finish: Finish::Stop };
+        let response = Response { tokens: vec![5, 6, 7, 0], logprobs: vec![0.0; 4], finish: FinishReason::Stop };
         verifier.passes(&[1, 2], &response, text)
     }
 
@@ -99,7 +99,7 @@ mod tests {
     fn length_does_not_count_the_end_token() {
         let three = Verifier::Length { min: 3, max: 3 };
         assert!(passes(&three, "x") && !passes(&Verifier::Length { min: 4, max: 9 }, "x"));
-        let cut = Response { tokens: vec![5, 6, 7], logprobs: vec![0.0; 3], finish: Finish::Length };
+        let cut = Response { tokens: vec![5, 6, 7], logprobs: vec![0.0; 3], finish: FinishReason::Length };
         assert!(three.passes(&[], &cut, "x"));
         assert!(!Verifier::Length { min: 0, max: 2 }.passes(&[], &cut, "x"));
     }
@@ -114,7 +114,7 @@ mod tests {
         let marked = Verifier::Exact { within: Some(Regex::new(r"#### *(\S+)").unwrap()), solutions };
         assert!(passes(&marked, "#### 41\nno, #### 42"));
         assert!(!passes(&marked, "#### 42, no, #### 41") && !passes(&marked, "42"));
-        let response = Response { tokens: vec![5], logprobs: vec![0.0], finish: Finish::Length };
+        let response = Response { tokens: vec![5], logprobs: vec![0.0], finish: FinishReason::Length };
         assert!(!whole.passes(&[9], &response, "42"), "a prompt that nothing is known of");
     }
 }

@@ -1,0 +1,158 @@
+//! JSON values of foreign files, bounded: a megabyte of `[],[],[]` is thirty in memory, and a gzipped file can hold any
+//! number of them. Knows no record. Read read.rs next.
+
+use std::cell::Cell;
+use std::fmt;
+use std::io::{BufRead, Read};
+use std::rc::Rc;
+
+use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
+use serde_json::{Map, Number, Value};
+
+/// Longest record read: a file without line breaks must not become one allocation of its own size.
+pub(crate) const MAX_RECORD_BYTES: u64 = 16 << 20;
+/// Most values in one record, those in lists and objects included: a long dialogue has thousands.
+const MAX_VALUES: usize = 200_000;
+
+/// Reads one JSON value from a text.
+///
+/// # Errors
+/// serde_json's own; more values than a record has.
+pub(crate) fn from_str(text: &str) -> serde_json::Result<Value> {
+    let mut json = serde_json::Deserializer::from_str(text);
+    let value = Bounded::default().deserialize(&mut json)?;
+    json.end().map(|()| value)
+}
+
+/// A JSON value with at most [`MAX_VALUES`] in it.
+#[derive(Default)]
+pub(crate) struct Bounded(Rc<Cell<usize>>);
+
+impl Bounded {
+    fn inner(&self) -> Self {
+        Self(self.0.clone())
+    }
+}
+
+impl<'de> DeserializeSeed<'de> for Bounded {
+    type Value = Value;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
+        self.0.set(self.0.get() + 1);
+        if self.0.get() > MAX_VALUES {
+            return Err(D::Error::custom(format!("one record holds more than {MAX_VALUES} values")));
+        }
+        deserializer.deserialize_any(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Bounded {
+    type Value = Value;
+
+    fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("any valid JSON value")
+    }
+
+    fn visit_bool<E: Error>(self, value: bool) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_i64<E: Error>(self, value: i64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_u64<E: Error>(self, value: u64) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_f64<E: Error>(self, value: f64) -> Result<Value, E> {
+        Ok(Number::from_f64(value).map_or(Value::Null, Value::Number))
+    }
+
+    fn visit_str<E: Error>(self, value: &str) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_string<E: Error>(self, value: String) -> Result<Value, E> {
+        Ok(value.into())
+    }
+
+    fn visit_unit<E: Error>(self) -> Result<Value, E> {
+        Ok(Value::Null)
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(self, mut items: A) -> Result<Value, A::Error> {
+        let mut all = vec![];
+        while let Some(item) = items.next_element_seed(self.inner())? {
+            all.push(item);
+        }
+        Ok(Value::Array(all))
+    }
+
+    fn visit_map<A: MapAccess<'de>>(self, mut entries: A) -> Result<Value, A::Error> {
+        let mut all = Map::new();
+        while let Some(key) = entries.next_key::<String>()? {
+            let value = entries.next_value_seed(self.inner())?;
+            all.insert(key, value);
+        }
+        Ok(Value::Object(all))
+    }
+}
+
+/// A reader with an allowance that is set anew for each record, so that a quote that is never closed does not become one
+/// cell or text of the file's size.
+pub(crate) struct Allowance {
+    input: Box<dyn BufRead>,
+    left: Rc<Cell<u64>>,
+}
+
+impl Allowance {
+    /// The reader and its allowance, which is that of one record.
+    pub(crate) fn new(input: Box<dyn BufRead>) -> (Self, Rc<Cell<u64>>) {
+        let left = Rc::new(Cell::new(MAX_RECORD_BYTES));
+        (Self { input, left: left.clone() }, left)
+    }
+}
+
+impl Read for Allowance {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        if self.left.get() == 0 {
+            let limit = MAX_RECORD_BYTES >> 20;
+            return Err(std::io::Error::other(format!("a record is longer than {limit} MiB; is a quote not closed?")));
+        }
+        let room = buffer.len().min(usize::try_from(self.left.get()).unwrap_or(usize::MAX));
+        let read = self.input.read(&mut buffer[..room])?;
+        self.left.set(self.left.get() - read as u64);
+        Ok(read)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_value_is_serde_jsons() {
+        for text in [
+            r#"{"a": [1, -2, 0.1, 1e300, true, null, "é\n"], "b": {"c": {}}, "a": 2}"#,
+            "18446744073709551615",
+            "-9223372036854775808",
+            r#""x""#,
+        ] {
+            assert_eq!(from_str(text).unwrap(), serde_json::from_str::<Value>(text).unwrap(), "{text}");
+        }
+        for text in ["", "{", "1 2", "nul", "1e999", r#""\ud800""#] {
+            let (ours, theirs) = (from_str(text).unwrap_err(), serde_json::from_str::<Value>(text).unwrap_err());
+            assert_eq!(ours.to_string(), theirs.to_string(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_record_of_too_many_values_is_refused_before_it_is_large() {
+        let many = |n: usize| format!("[{}[]]", "[],".repeat(n));
+        assert!(from_str(&many(MAX_VALUES - 2)).is_ok());
+        let message = from_str(&many(MAX_VALUES)).unwrap_err().to_string();
+        assert!(message.contains("more than 200000 values"), "{message}");
+        assert!(from_str(&format!("{}{}", "[".repeat(500), "]".repeat(500))).is_err(), "no deep recursion");
+    }
+}

@@ -1,0 +1,258 @@
+//! The columns of one JSON object, format by format. Knows which column holds what, not how turns look inside.
+//! Read dialogue.rs next.
+
+use serde_json::Value;
+
+use crate::config::{Format, Tags};
+use crate::data::Message;
+use crate::data::formats::dialogue::{check_prompt, column_fault, implicit_prompt, kind_of, paired, ranked, text_of};
+use crate::data::formats::transcript::turns;
+use crate::data::formats::{Object, Parsed, Record, Text, detect};
+
+/// The columns of one record, under our names for them.
+pub(crate) struct Columns<'a> {
+    pub(crate) object: &'a Object,
+    pub(crate) tags: &'a Tags,
+    /// Are transcripts kept as they stand, not cut into turns?
+    pub(crate) verbatim: bool,
+}
+
+impl<'a> Columns<'a> {
+    pub(crate) fn record(&self, format: Format) -> Parsed<Record> {
+        match format {
+            Format::Auto => self.record(detect(self.object)?),
+            Format::LanguageModeling => match self.get("messages") {
+                Some(_) => Ok(Record::LanguageModeling(Text::Dialogue(self.conversation("messages")?))),
+                None => self.string("text").and_then(|text| match text.trim().is_empty() {
+                    true => Err(column_fault("text", "is empty")),
+                    false => Ok(Record::LanguageModeling(Text::Verbatim(text.to_owned()))),
+                }),
+            },
+            Format::Sharegpt if self.get("chosen").is_some() => self.record(Format::Preference),
+            Format::Sharegpt => Ok(Record::LanguageModeling(Text::Dialogue(self.conversation("conversations")?))),
+            Format::PromptCompletion => {
+                self.prompt_completion().map(|(prompt, completion)| Record::PromptCompletion { prompt, completion })
+            }
+            Format::Alpaca => {
+                let prompt = self.instruction()?;
+                // LLaMA-Factory's ranking of old: the better and the worse answer in one list.
+                if let Some(Value::Array(outputs)) = self.get("output") {
+                    let text = |output| text_of(output, self.tags).map_err(|fault| column_fault("output", fault));
+                    let outputs = outputs.iter().map(|output| Ok(("output", text(output)?)));
+                    return ranked(prompt, outputs.collect::<Parsed<_>>()?);
+                }
+                let keys = ["output", "response", "completion"];
+                let key = keys.into_iter().find(|key| self.get(key).is_some()).unwrap_or("output");
+                let (prompt, mut answers) = paired(prompt, vec![(key, self.text(key)?)])?;
+                Ok(Record::PromptCompletion { prompt, completion: answers.remove(0) })
+            }
+            Format::Preference => {
+                let answers = vec![("chosen", self.text("chosen")?), ("rejected", self.text("rejected")?)];
+                let whole = |text: &Text| matches!(text, Text::Dialogue(turns) if turns[0].role != "assistant");
+                match self.prompt() {
+                    // Conversations that bring their prompt along, beside a column that repeats it.
+                    _ if answers.iter().all(|(_, answer)| whole(answer)) => implicit_prompt(answers),
+                    Some(prompt) => ranked(prompt?, answers),
+                    None => implicit_prompt(answers),
+                }
+            }
+            Format::Ranked => self.ranked(),
+            Format::Unpaired => {
+                let label = match self.get("label") {
+                    Some(Value::Bool(label)) => *label,
+                    other => return Err(self.expected("label", "true or false", other)),
+                };
+                let (prompt, completion) = match ["completion", "response"].iter().any(|key| self.get(key).is_some()) {
+                    true => self.prompt_completion()?,
+                    false => self.last_answer()?,
+                };
+                Ok(Record::Unpaired { prompt, completion, label })
+            }
+            Format::PromptOnly => {
+                let prompt = self
+                    .prompt()
+                    .unwrap_or_else(|| Err(self.expected("prompt", "a string or a list of messages", None)))?;
+                check_prompt(&prompt)?;
+                Ok(Record::PromptOnly(prompt))
+            }
+            Format::HhRlhf => self.hh_rlhf(),
+        }
+    }
+
+    /// A column that is there and not null: tables write null for "absent".
+    fn get(&self, key: &str) -> Option<&'a Value> {
+        self.object.get(key).filter(|value| !value.is_null())
+    }
+
+    fn expected(&self, key: &str, what: &str, found: Option<&Value>) -> String {
+        match found.or(self.object.get(key)) {
+            Some(value) => column_fault(key, format!("expected {what}, found {}", kind_of(value))),
+            None => {
+                let keys: Vec<&str> = self.object.keys().take(12).map(String::as_str).collect();
+                format!("column {key:?} is missing (expected {what}); there are {keys:?}")
+            }
+        }
+    }
+
+    fn string(&self, key: &str) -> Parsed<&'a str> {
+        match self.get(key) {
+            Some(Value::String(text)) => Ok(text),
+            other => Err(self.expected(key, "a string", other)),
+        }
+    }
+
+    fn text(&self, key: &str) -> Parsed<Text> {
+        match self.get(key) {
+            Some(value) => text_of(value, self.tags).map_err(|fault| column_fault(key, fault)),
+            None => Err(self.expected(key, "a string or a list of messages", None)),
+        }
+    }
+
+    /// A list of turns, with the `system` column in front where there is one.
+    fn conversation(&self, key: &str) -> Parsed<Vec<Message>> {
+        let mut turns = match self.text(key)? {
+            Text::Dialogue(turns) => turns,
+            Text::Verbatim(_) => return Err(column_fault(key, "expected a list of messages, found a string")),
+        };
+        match self.get("system") {
+            Some(Value::String(system)) if system.is_empty() || turns[0].content == *system => {}
+            Some(Value::String(_)) if turns[0].role == "system" => {
+                return Err(column_fault("system", format!("{key:?} has a system turn of its own; keep one of them")));
+            }
+            Some(Value::String(system)) => turns.insert(0, Message::new("system", system.as_str())),
+            None => {}
+            other => return Err(self.expected("system", "a string", other)),
+        }
+        Ok(turns)
+    }
+
+    /// Alpaca's columns before the output; the instruction may be called `prompt`.
+    fn instruction(&self) -> Parsed<Text> {
+        let named_prompt = self.get("instruction").is_none() && self.get("prompt").is_some();
+        let mut question = self.string(if named_prompt { "prompt" } else { "instruction" })?.to_owned();
+        match self.get("input") {
+            Some(Value::String(input)) if !input.is_empty() => question = format!("{question}\n{input}"),
+            None | Some(Value::String(_)) => {}
+            other => return Err(self.expected("input", "a string", other)),
+        }
+        let mut dialogue = Vec::new();
+        match self.get("system") {
+            Some(Value::String(system)) if !system.is_empty() => dialogue.push(Message::new("system", system.as_str())),
+            None | Some(Value::String(_)) => {}
+            other => return Err(self.expected("system", "a string", other)),
+        }
+        match self.get("history") {
+            None => {}
+            Some(Value::Array(rounds)) => {
+                for (number, round) in rounds.iter().enumerate() {
+                    let pair = round.as_array().map(Vec::as_slice);
+                    let Some([Value::String(user), Value::String(assistant)]) = pair else {
+                        return Err(column_fault(
+                            "history",
+                            format!("round {} is no [user, assistant] pair of strings", number + 1),
+                        ));
+                    };
+                    dialogue.push(Message::new("user", user.as_str()));
+                    dialogue.push(Message::new("assistant", assistant.as_str()));
+                }
+            }
+            other => return Err(self.expected("history", "a list of [user, assistant] pairs", other)),
+        }
+        dialogue.push(Message::new("user", question));
+        Ok(Text::Dialogue(dialogue))
+    }
+
+    /// The prompt from whichever column holds one.
+    fn prompt(&self) -> Option<Parsed<Text>> {
+        let is_question = matches!(self.get("prompt"), Some(Value::String(_)));
+        if is_question && ["input", "system", "history"].iter().any(|key| self.get(key).is_some()) {
+            Some(self.instruction())
+        } else if self.get("prompt").is_some() {
+            Some(self.text("prompt"))
+        } else if self.get("conversations").is_some() {
+            Some(self.conversation("conversations").map(Text::Dialogue))
+        } else if self.get("messages").is_some() {
+            Some(self.conversation("messages").map(Text::Dialogue))
+        } else {
+            self.get("instruction").map(|_| self.instruction())
+        }
+    }
+
+    fn prompt_completion(&self) -> Parsed<(Text, Text)> {
+        let prompt =
+            self.prompt().unwrap_or_else(|| Err(self.expected("prompt", "a string or a list of messages", None)))?;
+        let keys = ["completion", "response", "output"];
+        let key = keys.into_iter().find(|key| self.get(key).is_some()).unwrap_or("completion");
+        let (prompt, mut answers) = paired(prompt, vec![(key, self.text(key)?)])?;
+        Ok((prompt, answers.remove(0)))
+    }
+
+    /// A conversation cut before its last turn, which must be the assistant's.
+    fn last_answer(&self) -> Parsed<(Text, Text)> {
+        let key = if self.get("conversations").is_some() { "conversations" } else { "messages" };
+        let mut turns = self.conversation(key)?;
+        let last = turns.pop().filter(|turn| turn.role == "assistant" && !turns.is_empty());
+        let last = last.ok_or_else(|| column_fault(key, "expected a conversation that ends with an assistant turn"))?;
+        let (prompt, mut answers) = paired(Text::Dialogue(turns), vec![(key, Text::Dialogue(vec![last]))])?;
+        Ok((prompt, answers.remove(0)))
+    }
+
+    fn ranked(&self) -> Parsed<Record> {
+        let prompt =
+            self.prompt().unwrap_or_else(|| Err(self.expected("prompt", "a string or a list of messages", None)))?;
+        let Some(Value::Array(responses)) = self.get("responses") else {
+            return Err(self.expected("responses", "a list of answers", None));
+        };
+        let mut answers = Vec::new();
+        for (number, response) in responses.iter().enumerate() {
+            let fault = |fault| column_fault("responses", format!("answer {}: {fault}", number + 1));
+            answers.push(("responses", text_of(response, self.tags).map_err(fault)?));
+        }
+        match self.get("scores") {
+            None => {}
+            Some(Value::Array(scores)) if scores.len() == answers.len() => {
+                let scores: Option<Vec<f64>> = scores.iter().map(Value::as_f64).collect();
+                let scores = scores.ok_or_else(|| column_fault("scores", "expected a list of numbers"))?;
+                let mut order: Vec<usize> = (0..answers.len()).collect();
+                order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+                if let Some(tie) = order.windows(2).find(|pair| scores[pair[0]] == scores[pair[1]]) {
+                    let (a, b) = (tie[0] + 1, tie[1] + 1);
+                    return Err(column_fault(
+                        "scores",
+                        format!("answers {a} and {b} have the same score, so neither is better"),
+                    ));
+                }
+                answers = order.into_iter().map(|index| answers[index].clone()).collect();
+            }
+            Some(Value::Array(scores)) => {
+                return Err(column_fault("scores", format!("{} scores for {} responses", scores.len(), answers.len())));
+            }
+            other => return Err(self.expected("scores", "a list of numbers", other)),
+        }
+        ranked(prompt, answers)
+    }
+
+    fn hh_rlhf(&self) -> Parsed<Record> {
+        let transcript = |key: &str| turns(self.string(key)?).map_err(|fault| column_fault(key, fault));
+        if self.get("prompt").is_some() && self.verbatim {
+            return ranked(
+                self.text("prompt")?,
+                vec![("chosen", self.text("chosen")?), ("rejected", self.text("rejected")?)],
+            );
+        }
+        if self.get("prompt").is_some() {
+            let mut prompt = transcript("prompt")?;
+            // The prompt ends with the marker under which the answer stands.
+            if prompt.last().is_some_and(|turn| turn.role == "assistant" && turn.content.is_empty()) {
+                prompt.pop();
+            }
+            let answer = |key| Ok::<_, String>((key, Text::Verbatim(self.string(key)?.trim().to_owned())));
+            return ranked(Text::Dialogue(prompt), vec![answer("chosen")?, answer("rejected")?]);
+        }
+        let answers = vec![
+            ("chosen", Text::Dialogue(transcript("chosen")?)),
+            ("rejected", Text::Dialogue(transcript("rejected")?)),
+        ];
+        implicit_prompt(answers)
+    }
+}

@@ -1,0 +1,556 @@
+//! The first test of the project: every adapter tensor of every role gets a finite, non-zero gradient, equal to candle's
+//! autograd over a plain composition of the whole network and to a central difference.
+
+use std::collections::HashMap;
+
+use anyhow::Result;
+use candle_core::{D, Device, Tensor, Var};
+
+use crate::model::adapter::{Adapter, Gradients, LoraConfig, TargetModules};
+use crate::model::base::{Base, Weights};
+use crate::model::batch::{Batch, Targets};
+use crate::model::block::{Block, FrozenLinear, Norms, Recompute};
+use crate::model::config::{
+    Biases, DecoderConfig, Family, LayerAttention, LayerRope, Mlp, NormStyle, Placement, QkNorm, Qkv, RopeScaling,
+    Sizes,
+};
+use crate::model::generate::{FinishReason, SamplingParams, generate};
+use crate::model::roles::{Policy, ValueModel};
+use crate::ops::activation::Activation;
+use crate::ops::norm::{Norm, NormKind};
+use crate::ops::weight::Weight;
+use crate::rng::SplitMix64;
+
+fn random(n: usize, scale: f32, shift: f32, seed: u64) -> Vec<f32> {
+    let mut rng = SplitMix64::new(seed);
+    (0..n).map(|_| (rng.uniform() as f32 * 2.0 - 1.0) * scale + shift).collect()
+}
+
+fn config() -> DecoderConfig {
+    let sizes =
+        Sizes { vocab: 50, hidden: 32, intermediate: 48, layers: 3, heads: 4, kv_heads: 2, head_dim: 8, positions: 40 };
+    let config = DecoderConfig::llama(sizes, "tiny").unwrap();
+    DecoderConfig { norm_eps: 1e-5, eos_token_ids: vec![0], model_name: "tiny".into(), ..config }
+}
+
+/// Decoders that between them take every choice that the configuration has.
+fn choices() -> Vec<DecoderConfig> {
+    let c = config();
+    let full = LayerAttention { window: None, rope: LayerRope::Global };
+    let all = Biases { qkv: true, attention_out: true, mlp: true };
+    let learned = vec![LayerAttention { rope: LayerRope::None, ..full }; 3];
+    let choices = vec![
+        c.clone(),
+        // Gemma 2 and 3 in one: every layer of another kind.
+        DecoderConfig {
+            family: Family::Gemma3,
+            norm: NormStyle::RmsPlusOne,
+            placement: Placement::Around,
+            qk_norm: QkNorm::PerHead,
+            activation: Activation::GeluTanh,
+            layers: vec![
+                LayerAttention { window: Some(3), rope: LayerRope::Local },
+                full,
+                LayerAttention { window: Some(5), rope: LayerRope::None },
+            ],
+            local_rope_theta: Some(500.0),
+            embedding_multiplier: 32f64.sqrt(),
+            attention_multiplier: 0.3,
+            attention_soft_cap: Some(1.2),
+            logits_soft_cap: Some(3.0),
+            tie_word_embeddings: true,
+            ..c.clone()
+        },
+        DecoderConfig {
+            family: Family::Olmo2,
+            placement: Placement::Inner,
+            qk_norm: QkNorm::Whole,
+            residual_multiplier: 0.7,
+            logits_multiplier: 0.4,
+            ..c.clone()
+        },
+        // OPT-350M: norms after the sums, a narrow token table, no last norm.
+        DecoderConfig {
+            family: Family::Opt,
+            norm: NormStyle::Layer,
+            placement: Placement::AfterSum,
+            final_norm: false,
+            biases: all,
+            mlp: Mlp::Plain,
+            activation: Activation::Relu,
+            num_key_value_heads: 4,
+            layers: learned.clone(),
+            learned_positions: Some(2),
+            embedding_width: 24,
+            tie_word_embeddings: true,
+            ..c.clone()
+        },
+        DecoderConfig {
+            family: Family::GptNeoX,
+            norm: NormStyle::Layer,
+            placement: Placement::Parallel,
+            biases: all,
+            qkv: Qkv::PerHead,
+            mlp: Mlp::Plain,
+            activation: Activation::Gelu,
+            num_key_value_heads: 4,
+            rotary_dim: 4,
+            ..c.clone()
+        },
+        DecoderConfig {
+            family: Family::Phi3,
+            qkv: Qkv::EndToEnd,
+            mlp: Mlp::GatedFused,
+            rope_scaling: RopeScaling::Divisors { divisors: vec![1.0, 1.5, 2.0, 4.0], attention_factor: 1.2 },
+            residual_multiplier: 1.3,
+            ..c
+        },
+    ];
+    choices.into_iter().map(|c| c.checked("choice").unwrap()).collect()
+}
+
+/// A base of random weights; untied, so that both tables are exercised.
+pub(crate) fn tiny_base() -> Base {
+    random_base(config())
+}
+
+fn random_base(c: DecoderConfig) -> Base {
+    let mut seed = 100;
+    let mut next = || {
+        seed += 1;
+        seed
+    };
+    let mut w = |n: usize, k: usize| Weight::from_f32(&random(n * k, 0.4, 0.0, next()), n, k).unwrap();
+    let (d, e, shapes, biases) = (c.hidden_size, c.embedding_width, c.shapes(), c.has_bias());
+    let norm = |n: usize, seed: u64| {
+        let kind = match c.norm {
+            NormStyle::Layer => NormKind::Layer { bias: random(n, 0.3, 0.0, 5000 + seed) },
+            NormStyle::Rms | NormStyle::RmsPlusOne => NormKind::Rms,
+        };
+        Norm { weight: random(n, 0.3, 1.0, seed), kind, eps: c.norm_eps }
+    };
+    let names = c.names();
+    let blocks = (0..c.num_hidden_layers)
+        .map(|layer| {
+            let seed = 900 + 10 * layer as u64;
+            let half = |i: usize| {
+                let norm = |i: usize| (!names.norms[i].is_empty()).then(|| norm(d, seed + i as u64));
+                match c.placement {
+                    Placement::AfterSum => Norms { before: None, inner: norm(i + 1), after: norm(i) },
+                    _ => Norms { before: norm(i), inner: norm(i + 1), after: None },
+                }
+            };
+            Block {
+                linears: shapes
+                    .linears()
+                    .iter()
+                    .zip(&biases)
+                    .enumerate()
+                    .map(|(i, (map, &biased))| FrozenLinear {
+                        weight: w(map.out, map.inp),
+                        bias: biased.then(|| random(map.out, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
+                    })
+                    .collect(),
+                attention_norms: half(0),
+                mlp_norms: half(2),
+                qk_norms: c.qk_norm_widths().map(|[q, k]| [norm(q, seed + 6), norm(k, seed + 7)]),
+                heads: c.heads(layer),
+                rotation: c.rotation(layer),
+            }
+        })
+        .collect();
+    let first = c.learned_positions;
+    let weights = Weights {
+        embedding: w(c.vocab_size, e),
+        positions: first.map(|first| w(first + c.max_position_embeddings, d)),
+        projections: (d != e).then(|| [w(d, e), w(e, d)]),
+        blocks,
+        norm: c.final_norm.then(|| norm(d, 1002)),
+        output: (!c.tie_word_embeddings).then(|| w(c.vocab_size, e)),
+    };
+    Base::from_parts(c, weights, "tiny".into()).unwrap()
+}
+
+/// An adapter whose B is not zero and whose alpha is not its rank.
+pub(crate) fn adapter(base: &Base, layers: Option<Vec<usize>>, seed: u64) -> Adapter {
+    let config = LoraConfig {
+        r: 3,
+        lora_alpha: 5.0,
+        use_rslora: false,
+        target_modules: TargetModules::AllLinear,
+        layers_to_transform: layers,
+        ..LoraConfig::default()
+    };
+    let adapter = Adapter::init(config, base.shapes(), seed).unwrap().with_head(seed).unwrap();
+    let mut trainable = adapter.to_trainable();
+    let stepped = trainable
+        .parameters()
+        .unwrap()
+        .iter()
+        .enumerate()
+        .map(|(i, t)| {
+            let noise = random(t.elem_count(), 0.3, 0.0, seed * 1000 + i as u64);
+            (t + Tensor::from_vec(noise, t.dims(), &Device::Cpu).unwrap()).unwrap()
+        })
+        .collect();
+    trainable.replace(stepped).unwrap();
+    trainable.snapshot()
+}
+
+fn batch() -> (Batch, Targets) {
+    let mut rng = SplitMix64::new(5);
+    let sequences: Vec<Vec<u32>> = [7, 2, 12].iter().map(|&n| (0..n).map(|_| rng.below(50) as u32).collect()).collect();
+    let batch = Batch::new(&sequences).unwrap();
+    let targets = Targets::responses(&batch, &[4, 1, 9]).unwrap();
+    (batch, targets)
+}
+
+fn dense(w: &Weight) -> Tensor {
+    Tensor::from_vec(w.to_f32(), (w.rows(), w.cols()), &Device::Cpu).unwrap()
+}
+
+/// The whole network out of candle's plain operations: hidden states (N, E) as the head reads them.
+fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: f64) -> candle_core::Result<Tensor> {
+    let (c, dev, names, shapes) = (base.config(), &Device::Cpu, base.config().names(), base.shapes());
+    let weights: HashMap<String, Tensor> = base.weights().into_iter().map(|(n, w)| (n, dense(w))).collect();
+    let vectors: HashMap<String, Tensor> =
+        base.vectors().into_iter().map(|(n, v)| (n, Tensor::new(&v[..], dev).unwrap())).collect();
+    // No such tensor: no such norm.
+    let norm = |x: &Tensor, path: &str| -> candle_core::Result<Tensor> {
+        let Some(weight) = vectors.get(&format!("{path}.weight")) else { return Ok(x.clone()) };
+        let x = match c.norm {
+            NormStyle::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+            NormStyle::Rms | NormStyle::RmsPlusOne => x.clone(),
+        };
+        let weight = if c.norm == NormStyle::RmsPlusOne { (weight + 1.0)? } else { weight.clone() };
+        let rms = (x.sqr()?.mean_keepdim(D::Minus1)? + c.norm_eps)?.sqrt()?;
+        let y = x.broadcast_div(&rms)?.broadcast_mul(&weight)?;
+        vectors.get(&format!("{path}.bias")).map_or(Ok(y.clone()), |b| y.broadcast_add(b))
+    };
+    let act = |x: &Tensor| match c.activation {
+        Activation::Silu => x.silu(),
+        Activation::Gelu => x.gelu_erf(),
+        Activation::GeluTanh => x.gelu(),
+        Activation::Relu => x.relu(),
+    };
+    let with_branch = |x: &Tensor, y: Tensor, path: &str| -> candle_core::Result<Tensor> {
+        let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
+        match (vars.get(&name('A')), vars.get(&name('B'))) {
+            (Some(a), Some(b)) => y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?,
+            _ => Ok(y),
+        }
+    };
+    // OPT-350M's maps in and out of the blocks; where there is none, x.
+    let project = |x: Tensor, name: &str| match weights.get(name) {
+        Some(w) => with_branch(&x, x.matmul(&w.t()?)?, name.trim_end_matches(".weight")),
+        None => Ok(x),
+    };
+    let (hd, nq, nkv) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
+    let mut states = vec![];
+    for bounds in batch.offsets().windows(2) {
+        let t = bounds[1] - bounds[0];
+        let ids = Tensor::new(&batch.tokens()[bounds[0]..bounds[1]], dev)?;
+        let mut x = (weights[names.embedding].index_select(&ids, 0)? * c.embedding_multiplier)?;
+        x = project(x, crate::model::config::PROJECT_IN)?;
+        if let Some(first) = c.learned_positions {
+            x = (x + weights[names.positions].narrow(0, first, t)?)?;
+        }
+        for layer in 0..c.num_hidden_layers {
+            let kind = c.layers[layer];
+            let hidden = |i: usize, j: usize| j > i || kind.window.is_some_and(|w| j + w <= i);
+            let mask: Vec<f32> =
+                (0..t * t).map(|i| if hidden(i / t, i % t) { f32::NEG_INFINITY } else { 0.0 }).collect();
+            let mask = Tensor::from_vec(mask, (t, t), dev)?;
+            let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
+            let linear = |x: &Tensor, part: &str| -> candle_core::Result<Tensor> {
+                let path = path(part);
+                let mut y = x.matmul(&weights[&format!("{path}.weight")].t()?)?;
+                if let Some(bias) = vectors.get(&format!("{path}.bias")) {
+                    y = y.broadcast_add(bias)?;
+                }
+                with_branch(x, y, &path)
+            };
+            let (freqs, factor) = match kind.rope {
+                LayerRope::Local => (c.local_inv_freq(), 1.0),
+                LayerRope::Global | LayerRope::None => (c.inv_freq(), c.rope_scaling.attention_factor()),
+            };
+            let half = freqs.len();
+            let angles: Vec<f32> = (0..t).flat_map(|p| freqs.iter().map(move |f| p as f32 * f)).collect();
+            let angles = Tensor::from_vec(angles, (t, half), dev)?;
+            let (cos, sin) = ((angles.cos()? * factor)?, (angles.sin()? * factor)?);
+            let turn = |x: Tensor| {
+                if kind.rope == LayerRope::None {
+                    return Ok(x);
+                }
+                let (x0, x1) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+                let y0 = (x0.broadcast_mul(&cos)? - x1.broadcast_mul(&sin)?)?;
+                let y1 = (x1.broadcast_mul(&cos)? + x0.broadcast_mul(&sin)?)?;
+                Tensor::cat(&[y0, y1, x.narrow(2, 2 * half, hd - 2 * half)?], 2)
+            };
+            // Attention.
+            let norms = names.norms.map(path);
+            let before = |x: &Tensor, i: usize| {
+                if c.placement == Placement::AfterSum { Ok(x.clone()) } else { norm(x, &norms[i]) }
+            };
+            let after =
+                |x: Tensor, i: usize| if c.placement == Placement::AfterSum { norm(&x, &norms[i]) } else { Ok(x) };
+            let h = before(&x, 0)?;
+            let (wq, wkv) = (nq * hd, nkv * hd);
+            let (q, k, v) = match c.qkv {
+                Qkv::Separate => (linear(&h, names.qkv[0])?, linear(&h, names.qkv[1])?, linear(&h, names.qkv[2])?),
+                Qkv::EndToEnd => {
+                    let all = linear(&h, names.qkv[0])?;
+                    (all.narrow(1, 0, wq)?, all.narrow(1, wq, wkv)?, all.narrow(1, wq + wkv, wkv)?)
+                }
+                Qkv::PerHead => {
+                    let all = linear(&h, names.qkv[0])?.reshape((t, nq, 3, hd))?;
+                    let part = |i: usize| all.narrow(2, i, 1)?.reshape((t, wq));
+                    (part(0)?, part(1)?, part(2)?)
+                }
+            };
+            let heads = |x: Tensor, n: usize| x.reshape((t, n, hd))?.transpose(0, 1)?.contiguous();
+            let normed = |x: Tensor, n: usize, name: &str| -> candle_core::Result<Tensor> {
+                match c.qk_norm {
+                    QkNorm::PerHead => norm(&heads(x, n)?, &path(name)),
+                    QkNorm::Whole | QkNorm::None => heads(norm(&x, &path(name))?, n),
+                }
+            };
+            let q = turn(normed(q.contiguous()?, nq, "self_attn.q_norm")?)?;
+            let k = turn(normed(k.contiguous()?, nkv, "self_attn.k_norm")?)?;
+            let v = heads(v.contiguous()?, nkv)?;
+            let repeat = |x: Tensor| x.unsqueeze(1)?.broadcast_as((nkv, nq / nkv, t, hd))?.reshape((nq, t, hd));
+            let mut s = (q.matmul(&repeat(k)?.t()?)? * c.attention_multiplier)?;
+            if let Some(cap) = c.attention_soft_cap {
+                s = ((s / cap)?.tanh()? * cap)?;
+            }
+            let p = candle_nn::ops::softmax(&s.broadcast_add(&mask)?, D::Minus1)?;
+            let o = p.matmul(&repeat(v)?)?.transpose(0, 1)?.reshape((t, wq))?;
+            let f = norm(&linear(&o, names.attention_out)?, &norms[1])?;
+            let x2 = after((&x + (f * c.residual_multiplier)?)?, 0)?;
+            // MLP.
+            let h = before(if c.placement == Placement::Parallel { &x } else { &x2 }, 2)?;
+            let m = match c.mlp {
+                Mlp::Gated => (act(&linear(&h, names.mlp_in[0])?)? * linear(&h, names.mlp_in[1])?)?,
+                Mlp::GatedFused => {
+                    let (all, f) = (linear(&h, names.mlp_in[0])?, c.intermediate_size);
+                    (act(&all.narrow(1, 0, f)?.contiguous()?)? * all.narrow(1, f, f)?)?
+                }
+                Mlp::Plain => act(&linear(&h, names.mlp_in[0])?)?,
+            };
+            let f = norm(&linear(&m, names.mlp_out)?, &norms[3])?;
+            x = after((x2 + (f * c.residual_multiplier)?)?, 2)?;
+        }
+        let h = norm(&x, names.final_norm)?;
+        states.push(project(h, crate::model::config::PROJECT_OUT)?);
+    }
+    assert_eq!(shapes.hidden, c.embedding_width);
+    Tensor::cat(&states, 0)
+}
+
+fn vars(adapter: &Adapter) -> HashMap<String, Var> {
+    adapter.named_tensors().into_iter().map(|(n, t)| (n, Var::from_tensor(&t.copy().unwrap()).unwrap())).collect()
+}
+
+fn relative_error(got: &Tensor, want: &Tensor) -> f32 {
+    let top = |t: &Tensor| t.abs().unwrap().flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    top(&(got - want).unwrap()) / top(want)
+}
+
+/// Every tensor's gradient: there, finite, not zero, and candle's.
+fn assert_gradients(adapter: &Adapter, grads: &Gradients, want: impl Fn(&str) -> Option<Tensor>) {
+    let trainable = adapter.to_trainable();
+    let flat = trainable.flat_gradients(grads).unwrap();
+    let names = trainable.names();
+    assert_eq!(flat.len(), names.len());
+    for (name, got) in names.iter().zip(flat) {
+        let values: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
+        assert!(values.iter().all(|v| v.is_finite()), "{name}");
+        assert!(values.iter().any(|&v| v != 0.0), "{name}: the gradient is zero");
+        // f32 through three blocks both ways; one wrong term anywhere is orders above.
+        let e = relative_error(got, &want(name).unwrap_or_else(|| panic!("{name}: candle has none")));
+        assert!(e < 1e-4, "{name}: relative error {e:e}");
+    }
+}
+
+#[test]
+fn every_policy_gradient_is_autograds_for_every_choice_and_every_checkpointing() -> Result<()> {
+    let (batch, targets) = batch();
+    let r = targets.rows.len();
+    let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
+    for base in choices().into_iter().map(random_base) {
+        let table = base.table(None);
+        let whole = Recompute::ALL.map(|checkpoint| (None, checkpoint));
+        for (layers, checkpoint) in whole.into_iter().chain([(Some(vec![1]), Recompute::Off)]) {
+            let mut actor = adapter(&base, layers, 3);
+            actor = actor.with_score_head(None)?;
+            let vars = vars(&actor);
+            let hidden = plain_hidden(&base, &batch, &vars, 5.0 / 3.0)?;
+            let rows = Tensor::new(targets.rows.iter().map(|&i| i as u32).collect::<Vec<_>>(), &Device::Cpu)?;
+            let products = hidden.index_select(&rows, 0)?.matmul(&dense(table.weight).t()?)?;
+            let mut logits = (products * f64::from(table.multiplier))?;
+            if let Some(cap) = table.soft_cap.map(f64::from) {
+                logits = ((logits / cap)?.tanh()? * cap)?;
+            }
+            let logp = candle_nn::ops::log_softmax(&(logits / 0.8)?, D::Minus1)?;
+            let ids = Tensor::from_vec(targets.tokens.clone(), (r, 1), &Device::Cpu)?;
+            let chosen = logp.gather(&ids, 1)?.squeeze(1)?;
+            let entropy = (logp.exp()? * &logp)?.sum(D::Minus1)?.neg()?;
+            let loss = ((&chosen * Tensor::new(&dlogp[..], &Device::Cpu)?)?.sum_all()?
+                + (&entropy * Tensor::new(&dentropy[..], &Device::Cpu)?)?.sum_all()?)?;
+            let want = loss.backward()?;
+            let policy = Policy::new(&base, Some(&actor));
+            let (stats, grads) =
+                policy.gradients(&batch, &targets, 0.8, checkpoint, |_| Ok((dlogp.clone(), dentropy.clone())))?;
+            let family = base.config().family;
+            for (name, got, want) in [("logprobs", stats.logprobs, &chosen), ("entropy", stats.entropy, &entropy)] {
+                let e = relative_error(&Tensor::new(got, &Device::Cpu)?, want);
+                assert!(e < 1e-5, "{family:?} {name}: {e:e}");
+            }
+            assert_gradients(&actor, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn cached_decoding_equals_a_teacher_forced_pass_for_every_choice() -> Result<()> {
+    for base in choices().into_iter().map(random_base) {
+        let actor = adapter(&base, None, 3);
+        let policy = Policy::new(&base, Some(&actor));
+        let prompts = vec![vec![3, 4, 5], vec![7], vec![1, 2, 3, 4, 5, 6, 7, 8]];
+        let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 12, stop: vec![] };
+        let responses = generate(policy, &prompts, &[1, 2, 3], &sampling, |_, _| {})?;
+        let sequences: Vec<Vec<u32>> =
+            prompts.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
+        let batch = Batch::new(&sequences)?;
+        let targets = Targets::responses(&batch, &[12, 12, 12])?;
+        let scored = policy.logprobs(&batch, &targets, 1.0)?.logprobs;
+        for (got, want) in responses.iter().flat_map(|r| &r.logprobs).zip(&scored) {
+            assert!((got - want).abs() < 1e-4, "{:?}: {got} {want}", base.config().family);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_scorer_gradient_is_autograds_and_the_heads_too() -> Result<()> {
+    let (batch, targets) = batch();
+    for base in choices().into_iter().map(random_base) {
+        let critic = adapter(&base, None, 4);
+        let vars = vars(&critic);
+        let rows: Vec<u32> = targets.rows.iter().map(|&i| i as u32).collect();
+        let dvalues = random(rows.len(), 1.0, 0.2, 8);
+        let hidden =
+            plain_hidden(&base, &batch, &vars, 5.0 / 3.0)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
+        let values = hidden.matmul(&vars["base_model.model.score.weight"].t()?)?.squeeze(1)?;
+        let want = (&values * Tensor::new(&dvalues[..], &Device::Cpu)?)?.sum_all()?.backward()?;
+        let scorer = ValueModel::new(&base, &critic)?;
+        let (got, grads) = scorer.gradients(&batch, &targets.rows, Recompute::Off, |_| Ok(dvalues.clone()))?;
+        assert!(relative_error(&Tensor::new(got, &Device::Cpu)?, &values) < 1e-5);
+        assert_gradients(&critic, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
+        let bias: Vec<f32> = grads.head_bias.as_ref().unwrap().to_vec1()?;
+        assert!((bias[0] - dvalues.iter().sum::<f32>()).abs() < 1e-5);
+    }
+    Ok(())
+}
+
+#[test]
+fn gradients_equal_central_differences_along_themselves() -> Result<()> {
+    let base = tiny_base();
+    let (batch, targets) = batch();
+    let actor = adapter(&base, None, 3).with_score_head(None)?;
+    let loss = |a: &Adapter| -> Result<f64> {
+        let stats = Policy::new(&base, Some(a)).logprobs(&batch, &targets, 1.0)?;
+        Ok(stats.logprobs.iter().map(|&l| f64::from(l)).sum())
+    };
+    let ones = vec![1f32; targets.rows.len()];
+    let zeros = vec![0f32; targets.rows.len()];
+    let (_, grads) =
+        Policy::new(&base, Some(&actor)).gradients(&batch, &targets, 1.0, Recompute::Off, |_| Ok((ones, zeros)))?;
+    let trainable = actor.to_trainable();
+    let flat = trainable.flat_gradients(&grads)?;
+    for (i, g) in flat.iter().enumerate() {
+        let g: Vec<f32> = g.flatten_all()?.to_vec1()?;
+        let norm = g.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
+        // Moving this one tensor by eps along its gradient changes the loss by eps * |g|.
+        let eps = 2e-3;
+        let mut sides = vec![];
+        for sign in [1.0, -1.0] {
+            let mut moved = actor.to_trainable();
+            let mut tensors = moved.parameters()?;
+            let step = g.iter().map(|&v| (sign * eps * f64::from(v) / norm) as f32).collect::<Vec<_>>();
+            tensors[i] = (&tensors[i] + Tensor::from_vec(step, tensors[i].dims(), &Device::Cpu)?)?;
+            moved.replace(tensors)?;
+            sides.push(loss(moved.view())?);
+        }
+        let numeric = (sides[0] - sides[1]) / (2.0 * eps);
+        // f32 rounding of a sum of 14 terms over 4e-3, and the cubic term of the loss.
+        assert!((numeric - norm).abs() < 0.02 * norm + 0.02, "{}: {numeric} {norm}", trainable.names()[i]);
+    }
+    Ok(())
+}
+
+#[test]
+fn sampled_logprobs_equal_a_teacher_forced_pass_and_do_not_depend_on_the_batch() -> Result<()> {
+    let base = tiny_base();
+    let actor = adapter(&base, None, 3);
+    let policy = Policy::new(&base, Some(&actor));
+    // Two of them are asked twice, and run once.
+    let prompts = vec![vec![3, 4, 5], vec![7], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9, 9], vec![3, 4, 5], vec![7]];
+    let seeds = [11, 12, 13, 14, 15, 16];
+    let sampling =
+        SamplingParams { temperature: 0.9, top_k: 0, top_p: 1.0, max_new_tokens: 17, stop: vec![0, 1, 2, 3] };
+    let got = generate(policy, &prompts, &seeds, &sampling, |_, _| {})?;
+    assert!(got.iter().any(|r| r.finish == FinishReason::Stop) && got.iter().any(|r| r.tokens.len() > 4));
+    assert!(got[0].tokens != got[4].tokens && got[1].tokens != got[5].tokens, "each answer has its own draws");
+    for (s, (prompt, response)) in prompts.iter().zip(&got).enumerate() {
+        assert_eq!(response.finish == FinishReason::Stop, sampling.stop.contains(response.tokens.last().unwrap()));
+        let full: Vec<u32> = prompt.iter().chain(&response.tokens).copied().collect();
+        let batch = Batch::new(&[full])?;
+        let targets = Targets::responses(&batch, &[response.tokens.len()])?;
+        let scored = policy.logprobs(&batch, &targets, 0.9)?;
+        for (a, b) in response.logprobs.iter().zip(&scored.logprobs) {
+            assert!((a - b).abs() < 1e-4, "{a} {b}");
+        }
+        let alone = generate(policy, &prompts[s..=s], &seeds[s..=s], &sampling, |_, _| {})?;
+        assert_eq!(alone[0].tokens, response.tokens);
+    }
+    // Greedy takes the argmax of a scored pass; top-k 1 and a tiny top-p are greedy too.
+    let greedy = SamplingParams { temperature: 0.0, stop: vec![], ..sampling.clone() };
+    let want = generate(policy, &prompts, &seeds, &greedy, |_, _| {})?;
+    for (k, p) in [(1, 1.0), (0, 1e-9)] {
+        let narrow = SamplingParams { temperature: 1.0, top_k: k, top_p: p, ..greedy.clone() };
+        let got = generate(policy, &prompts, &seeds, &narrow, |_, _| {})?;
+        assert_eq!(
+            got.iter().map(|r| &r.tokens).collect::<Vec<_>>(),
+            want.iter().map(|r| &r.tokens).collect::<Vec<_>>()
+        );
+    }
+    let full: Vec<u32> = prompts[0].iter().chain(&want[0].tokens).copied().collect();
+    let batch = Batch::new(&[full])?;
+    let targets = Targets::responses(&batch, &[want[0].tokens.len()])?;
+    assert_eq!(policy.logprobs(&batch, &targets, 1.0)?.argmax, want[0].tokens);
+    Ok(())
+}
+
+#[test]
+fn sampling_follows_the_softmax() -> Result<()> {
+    let base = tiny_base();
+    let policy = Policy::new(&base, None);
+    let n = 4000;
+    let sampling = SamplingParams { temperature: 1.5, top_k: 0, top_p: 1.0, max_new_tokens: 1, stop: vec![] };
+    let prompts = vec![vec![3u32, 4]; n];
+    let seeds: Vec<u64> = (0..n as u64).collect();
+    let mut counts = HashMap::<u32, (usize, f32)>::new();
+    for r in generate(policy, &prompts, &seeds, &sampling, |_, _| {})? {
+        let entry = counts.entry(r.tokens[0]).or_insert((0, r.logprobs[0]));
+        entry.0 += 1;
+    }
+    for (token, (count, logprob)) in counts {
+        let p = f64::from(logprob.exp());
+        let sd = (n as f64 * p * (1.0 - p)).sqrt();
+        // Five standard deviations over fifty tokens: a false alarm in 35,000 seeds, and the seed is fixed.
+        assert!((count as f64 - n as f64 * p).abs() < 5.0 * sd + 1.0, "token {token}: {count} of {n}, p = {p}");
+    }
+    Ok(())
+}

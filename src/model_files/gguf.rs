@@ -1,0 +1,544 @@
+//! The GGUF container: header, metadata and tensor table, read over a mapped file with every number checked.
+//! Knows what llama.cpp calls tensors, but no tokenizer and no network. Read checkpoint.rs next: it hands tensors out.
+//!
+//! Layout (versions 2 and 3, little-endian): magic, version, tensor count, key count; the keys; the tensor table;
+//! padding to `general.alignment`; the data. Source: ggml's docs/gguf.md.
+
+use std::collections::{BTreeMap, HashSet};
+use std::ops::Range;
+
+use anyhow::Result;
+
+use crate::invalid;
+use crate::model::config::{DecoderConfig, Family, NormStyle, QkNorm};
+use crate::ops::weight::{Bytes, RowOrder, StorageDType};
+
+/// One metadata value. Integers of every width become one of the two 64-bit kinds.
+#[derive(Clone, Debug, PartialEq)]
+#[allow(missing_docs)]
+pub enum Value {
+    Unsigned(u64),
+    Signed(i64),
+    Float(f64),
+    Bool(bool),
+    String(String),
+    Strings(Vec<String>),
+    Integers(Vec<i64>),
+    Floats(Vec<f32>),
+    Bools(Vec<bool>),
+}
+
+/// One row of the tensor table.
+#[derive(Clone, Debug)]
+pub struct GgufTensor {
+    /// The name in the file: `blk.0.attn_q.weight`.
+    pub name: String,
+    /// Outermost dimension first, as Hugging Face writes it (the file has it the other way round).
+    pub shape: Vec<usize>,
+    /// How the numbers are stored.
+    pub dtype: StorageDType,
+    /// Where the bytes are, from the start of the file.
+    pub range: Range<usize>,
+}
+
+/// A parsed file. Tensor bytes stay where they are mapped.
+pub struct Gguf {
+    name: String,
+    bytes: Bytes,
+    version: u32,
+    metadata: BTreeMap<String, Value>,
+    /// Where the type and value of each key are, in the file's order.
+    places: Vec<(String, Range<usize>)>,
+    tensors: Vec<GgufTensor>,
+}
+
+/// ggml allows four dimensions.
+const MAX_DIMS: u32 = 4;
+/// The format allows keys of 65535 bytes; names of tensors are far shorter.
+const MAX_NAME: usize = 65_535;
+
+impl Gguf {
+    /// Reads header, metadata and tensor table of `bytes`; `name` is what errors call the file.
+    ///
+    /// # Errors
+    /// If it is no GGUF of version 2 or 3, is cut off, holds a type this program cannot unpack, or names bytes
+    /// outside of itself or the same bytes twice.
+    pub fn parse(bytes: Bytes, name: &str) -> Result<Self> {
+        let mut cursor = Cursor { data: bytes.get(), at: 0, file: name };
+        if cursor.take(4, "magic")? != b"GGUF" {
+            return Err(invalid!("{name} is not a GGUF file: it does not begin with the four letters GGUF"));
+        }
+        let version = cursor.u32("version")?;
+        if !(2..=3).contains(&version) {
+            let hint = if (2..=3).contains(&version.swap_bytes()) { " (the file is big-endian)" } else { "" };
+            return Err(invalid!("{name} is GGUF version {version}{hint}; versions 2 and 3, little-endian, are read"));
+        }
+        let tensor_count = cursor.u64("tensor count")?;
+        let key_count = cursor.u64("key count")?;
+        // Smallest possible entries: a key is 8 + 4 + 1 bytes, a table row 8 + 4 + 8 + 4 + 8.
+        cursor.expect_room(key_count, 13, "metadata keys")?;
+        cursor.expect_room(tensor_count, 32, "tensors")?;
+
+        let (mut metadata, mut places) = (BTreeMap::new(), Vec::new());
+        for _ in 0..key_count {
+            let key = cursor.string(MAX_NAME, "metadata key")?;
+            let start = cursor.at;
+            let kind = cursor.u32(&key)?;
+            let value = cursor.value(kind, &key)?;
+            places.push((key.clone(), start..cursor.at));
+            if metadata.insert(key.clone(), value).is_some() {
+                return Err(invalid!("{name}: the metadata key {key} stands there twice"));
+            }
+        }
+        let tensors = read_table(&mut cursor, tensor_count, &metadata)?;
+        let name = name.to_owned();
+        Ok(Self { name, bytes, version, metadata, places, tensors })
+    }
+
+    /// What errors call this file.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The container's version, 2 or 3.
+    pub fn version(&self) -> u32 {
+        self.version
+    }
+
+    /// All tensors in the order of the table.
+    pub fn tensors(&self) -> &[GgufTensor] {
+        &self.tensors
+    }
+
+    /// The bytes of one tensor of this file.
+    pub fn tensor_bytes(&self, tensor: &GgufTensor) -> Option<Bytes> {
+        self.bytes.slice(tensor.range.clone())
+    }
+
+    /// The tensor of this (file's own) name.
+    pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
+        self.tensors.iter().find(|t| t.name == name)
+    }
+
+    /// A metadata value as stored.
+    pub fn get(&self, key: &str) -> Option<&Value> {
+        self.metadata.get(key)
+    }
+
+    /// (key, its type and value as the file spells them), for a file that carries them on.
+    pub fn raw_values(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.places.iter().map(|(key, range)| (key.as_str(), &self.bytes.get()[range.clone()]))
+    }
+
+    fn wrong_kind(&self, key: &str, want: &str) -> anyhow::Error {
+        invalid!("{}: the metadata key {key} is not {want}", self.name)
+    }
+
+    /// A string, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn string(&self, key: &str) -> Result<Option<&str>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::String(s)) => Ok(Some(s)),
+            Some(_) => Err(self.wrong_kind(key, "a string")),
+        }
+    }
+
+    /// A non-negative integer, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn unsigned(&self, key: &str) -> Result<Option<u64>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Unsigned(v)) => Ok(Some(*v)),
+            Some(Value::Signed(v)) if *v >= 0 => Ok(Some(v.unsigned_abs())),
+            Some(_) => Err(self.wrong_kind(key, "a non-negative integer")),
+        }
+    }
+
+    /// A floating-point number, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn float(&self, key: &str) -> Result<Option<f64>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Float(v)) => Ok(Some(*v)),
+            Some(_) => Err(self.wrong_kind(key, "a floating-point number")),
+        }
+    }
+
+    /// A truth value, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn boolean(&self, key: &str) -> Result<Option<bool>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Bool(v)) => Ok(Some(*v)),
+            Some(_) => Err(self.wrong_kind(key, "true or false")),
+        }
+    }
+
+    /// A list of strings, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn strings(&self, key: &str) -> Result<Option<&[String]>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Strings(v)) => Ok(Some(v)),
+            Some(_) => Err(self.wrong_kind(key, "a list of strings")),
+        }
+    }
+
+    /// A list of integers, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn integers(&self, key: &str) -> Result<Option<&[i64]>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Integers(v)) => Ok(Some(v)),
+            Some(_) => Err(self.wrong_kind(key, "a list of integers")),
+        }
+    }
+
+    /// A list of floating-point numbers, if the key is there.
+    ///
+    /// # Errors
+    /// If the key holds something else.
+    pub fn floats(&self, key: &str) -> Result<Option<&[f32]>> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(Value::Floats(v)) => Ok(Some(v)),
+            Some(_) => Err(self.wrong_kind(key, "a list of floating-point numbers")),
+        }
+    }
+}
+
+/// Reads the tensor table and checks that every tensor lies inside the file, aligned, on bytes of its own.
+fn read_table(cursor: &mut Cursor<'_>, count: u64, metadata: &BTreeMap<String, Value>) -> Result<Vec<GgufTensor>> {
+    let file = cursor.file;
+    let alignment = match metadata.get("general.alignment") {
+        None => 32,
+        Some(Value::Unsigned(a)) if a.is_power_of_two() && (1..=1 << 20).contains(a) => *a as usize,
+        Some(other) => return Err(invalid!("{file}: general.alignment = {other:?} is no power of two up to 1048576")),
+    };
+    let mut tensors = Vec::new();
+    let mut names = HashSet::new();
+    for _ in 0..count {
+        let name = cursor.string(MAX_NAME, "tensor name")?;
+        let dims = cursor.u32(&name)?;
+        if dims == 0 || dims > MAX_DIMS {
+            return Err(invalid!("{file}: tensor {name} has {dims} dimensions; 1 to {MAX_DIMS} are possible"));
+        }
+        let mut shape = Vec::with_capacity(dims as usize);
+        for _ in 0..dims {
+            let dim = usize::try_from(cursor.u64(&name)?).unwrap_or(0);
+            if dim == 0 {
+                return Err(invalid!("{file}: tensor {name} has a dimension that is 0 or too large"));
+            }
+            shape.push(dim);
+        }
+        let (kind, offset) = (cursor.u32(&name)?, cursor.u64(&name)?);
+        let dtype = StorageDType::from_ggml(kind).ok_or_else(|| {
+            invalid!(
+                "{file}: tensor {name} is stored as ggml type {kind}{}, which is not read here; requantise the model \
+                 to one of q8_0, q6_k, q5_k, q4_k, q4_1, q4_0, bf16, f16 or f32",
+                unread_type_name(kind)
+            )
+        })?;
+        let size = shape[1..]
+            .iter()
+            .try_fold(dtype.bytes_for(shape[0]), |row, &dim| Some(row?.checked_mul(dim)))
+            .flatten()
+            .ok_or_else(|| {
+                let block = dtype.block().0;
+                invalid!(
+                    "{file}: tensor {name} of shape {shape:?} has a size that overflows or rows that are no multiple \
+                     of {}'s block of {block}",
+                    dtype.name()
+                )
+            })?;
+        shape.reverse();
+        if !names.insert(name.clone()) {
+            return Err(invalid!("{file}: tensor {name} stands twice in the table"));
+        }
+        let start = usize::try_from(offset).ok().filter(|o| o % alignment == 0).ok_or_else(|| {
+            invalid!("{file}: tensor {name} begins at {offset}, which is no multiple of the alignment {alignment}")
+        })?;
+        // From the start of the data for now: where that is, is known after the last row of the table.
+        tensors.push((GgufTensor { name, shape, dtype, range: 0..0 }, start, size));
+    }
+    let data = cursor.at.next_multiple_of(alignment);
+    let mut tensors: Vec<GgufTensor> = tensors
+        .into_iter()
+        .map(|(mut tensor, start, size)| {
+            let range = data.checked_add(start).and_then(|start| Some(start..start.checked_add(size)?));
+            tensor.range = range.filter(|r| r.end <= cursor.data.len()).ok_or_else(|| {
+                invalid!(
+                    "{file}: tensor {} needs {size} bytes from {start} on, and the file ends before that; it is \
+                     truncated, fetch it again",
+                    tensor.name
+                )
+            })?;
+            Ok(tensor)
+        })
+        .collect::<Result<_>>()?;
+    tensors.sort_by_key(|t| (t.range.start, t.range.end));
+    for pair in tensors.windows(2) {
+        if pair[1].range.start < pair[0].range.end {
+            return Err(invalid!("{file}: tensors {} and {} share bytes", pair[0].name, pair[1].name));
+        }
+    }
+    Ok(tensors)
+}
+
+/// Names of ggml types that exist and are not unpacked here, so that the error is in the user's words.
+fn unread_type_name(kind: u32) -> &'static str {
+    match kind {
+        9 => " (q8_1)",
+        15 => " (q8_k)",
+        16 => " (iq2_xxs)",
+        17 => " (iq2_xs)",
+        18 => " (iq3_xxs)",
+        19 => " (iq1_s)",
+        20 => " (iq4_nl)",
+        21 => " (iq3_s)",
+        22 => " (iq2_s)",
+        23 => " (iq4_xs)",
+        24..=27 => " (an integer type)",
+        28 => " (f64)",
+        29 => " (iq1_m)",
+        34 => " (tq1_0)",
+        35 => " (tq2_0)",
+        39 => " (mxfp4)",
+        _ => "",
+    }
+}
+
+/// Hugging Face's name of a GGUF's tensor in a decoder of this configuration; `None` for one that it does not have.
+pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
+    let names = config.names();
+    match gguf_name {
+        "token_embd.weight" => return Some(names.embedding.into()),
+        "output.weight" => return Some(names.output.into()),
+        "position_embd.weight" if config.learned_positions.is_some() => return Some(names.positions.into()),
+        _ => {}
+    }
+    let (path, kind) = gguf_name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+    let hf = match path {
+        "output_norm" => format!("{}.{kind}", names.final_norm),
+        _ => {
+            let (layer, part) = path.strip_prefix("blk.")?.split_once('.')?;
+            // The number is parsed and printed again, so that `blk.007` cannot stand for layer 7 beside `blk.7`.
+            let layer = layer.parse::<u32>().ok().filter(|n| n.to_string() == layer)?;
+            format!("{}.{layer}.{}.{kind}", names.blocks, block_part(config, part)?)
+        }
+    };
+    (kind == "weight" || config.expects_bias(&hf)).then_some(hf)
+}
+
+/// What llama.cpp calls the tensor of this Hugging Face name: the inverse of [`hf_name`].
+pub fn gguf_name(config: &DecoderConfig, hf: &str) -> Option<String> {
+    let names = config.names();
+    let (path, kind) = hf.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
+    let inside = path.strip_prefix(names.blocks).and_then(|rest| rest.strip_prefix('.')?.split_once('.'));
+    let found = match inside {
+        Some((layer, part)) => {
+            let part = BLOCK_PARTS.into_iter().find(|known| block_part(config, known) == Some(part))?;
+            format!("blk.{layer}.{part}.{kind}")
+        }
+        None if path == names.final_norm => format!("output_norm.{kind}"),
+        None => ["token_embd.weight", "output.weight", "position_embd.weight"]
+            .into_iter()
+            .find(|known| hf_name(config, known).as_deref() == Some(hf))?
+            .to_owned(),
+    };
+    (kind == "weight" || config.expects_bias(hf)).then_some(found)
+}
+
+/// How a GGUF file keeps the rows of the tensor of this Hugging Face name (llama.cpp `convert_hf_to_gguf.py`).
+pub(crate) fn row_order(config: &DecoderConfig, hf_name: &str) -> RowOrder {
+    let is = |path: &str| hf_name.contains(path);
+    let head_dim = config.head_dim;
+    match config.family {
+        // The architectures whose rotation turns neighbours.
+        Family::Llama | Family::Mistral | Family::Granite | Family::SmolLm3 if is(".q_proj.") || is(".k_proj.") => {
+            RowOrder::RopeInterleaved { head_dim }
+        }
+        Family::GptNeoX if is(".query_key_value.") => {
+            RowOrder::HeadsApart { head_dim, heads: config.num_attention_heads }
+        }
+        _ => RowOrder::AsStored,
+    }
+}
+
+/// Whether a GGUF file keeps this tensor with 1 added: the norms of Gemma.
+pub(crate) fn adds_one(config: &DecoderConfig, hf_name: &str) -> bool {
+    config.norm == NormStyle::RmsPlusOne && hf_name.ends_with("norm.weight")
+}
+
+/// llama.cpp's names of the tensors of a block.
+const BLOCK_PARTS: [&str; 14] = [
+    "attn_norm",
+    "post_attention_norm",
+    "ffn_norm",
+    "post_ffw_norm",
+    "attn_q",
+    "attn_k",
+    "attn_v",
+    "attn_qkv",
+    "attn_q_norm",
+    "attn_k_norm",
+    "attn_output",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_down",
+];
+
+/// The path inside a block of one of its tensors.
+fn block_part(config: &DecoderConfig, part: &str) -> Option<&'static str> {
+    let names = config.names();
+    let of = |paths: &'static [&'static str], i: usize, fused: bool| {
+        (fused == (paths.len() == 1)).then(|| paths.get(i).copied()).flatten()
+    };
+    let norm = |i: usize| Some(names.norms[i]).filter(|n| !n.is_empty());
+    match part {
+        "attn_norm" => norm(0),
+        "post_attention_norm" => norm(1),
+        "ffn_norm" => norm(2),
+        "post_ffw_norm" => norm(3),
+        "attn_q" => of(names.qkv, 0, false),
+        "attn_k" => of(names.qkv, 1, false),
+        "attn_v" => of(names.qkv, 2, false),
+        "attn_qkv" => of(names.qkv, 0, true),
+        "attn_q_norm" if config.qk_norm != QkNorm::None => Some("self_attn.q_norm"),
+        "attn_k_norm" if config.qk_norm != QkNorm::None => Some("self_attn.k_norm"),
+        "attn_output" => Some(names.attention_out),
+        "ffn_gate" => of(names.mlp_in, 0, false),
+        "ffn_up" => of(names.mlp_in, 1, false).or(of(names.mlp_in, 0, true)),
+        "ffn_down" => Some(names.mlp_out),
+        _ => None,
+    }
+}
+
+/// Walks the file; every read is checked against its end.
+struct Cursor<'a> {
+    data: &'a [u8],
+    at: usize,
+    file: &'a str,
+}
+
+impl<'a> Cursor<'a> {
+    fn take(&mut self, len: usize, what: &str) -> Result<&'a [u8]> {
+        let end = self.at.checked_add(len).filter(|&end| end <= self.data.len()).ok_or_else(|| {
+            invalid!("{}: the file ends inside its header, at {what}; it is truncated, fetch it again", self.file)
+        })?;
+        let taken = &self.data[self.at..end];
+        self.at = end;
+        Ok(taken)
+    }
+
+    fn array<const N: usize>(&mut self, what: &str) -> Result<[u8; N]> {
+        let mut out = [0; N];
+        out.copy_from_slice(self.take(N, what)?);
+        Ok(out)
+    }
+
+    fn u32(&mut self, what: &str) -> Result<u32> {
+        Ok(u32::from_le_bytes(self.array(what)?))
+    }
+
+    fn u64(&mut self, what: &str) -> Result<u64> {
+        Ok(u64::from_le_bytes(self.array(what)?))
+    }
+
+    /// Refuses a count whose entries, each of at least `least` bytes, cannot fit into the rest of the file.
+    fn expect_room(&self, count: u64, least: u64, what: &str) -> Result<()> {
+        let room = (self.data.len() - self.at) as u64 / least;
+        if count > room {
+            return Err(invalid!("{}: it announces {count} {what}, and has room for {room} at most", self.file));
+        }
+        Ok(())
+    }
+
+    fn string(&mut self, longest: usize, what: &str) -> Result<String> {
+        let len = usize::try_from(self.u64(what)?).unwrap_or(usize::MAX);
+        if len > longest {
+            return Err(invalid!("{}: {what} is {len} bytes long; {longest} is the most", self.file));
+        }
+        let text = std::str::from_utf8(self.take(len, what)?);
+        text.map(str::to_owned).map_err(|_| invalid!("{}: {what} is not UTF-8", self.file))
+    }
+
+    /// A value of GGUF type `kind` (`enum gguf_type`).
+    fn value(&mut self, kind: u32, key: &str) -> Result<Value> {
+        Ok(match kind {
+            0 | 2 | 4 | 10 => Value::Unsigned(self.integer(kind, key)? as u64),
+            1 | 3 | 5 | 11 => Value::Signed(self.integer(kind, key)?),
+            6 | 12 => Value::Float(self.number(kind, key)?),
+            7 => Value::Bool(self.boolean(key)?),
+            8 => Value::String(self.string(usize::MAX, key)?),
+            9 => self.list(key)?,
+            _ => return Err(invalid!("{}: the metadata key {key} has the unknown type {kind}", self.file)),
+        })
+    }
+
+    fn list(&mut self, key: &str) -> Result<Value> {
+        let (kind, count) = (self.u32(key)?, self.u64(key)?);
+        let least = match kind {
+            0 | 1 | 7 => 1,
+            2 | 3 => 2,
+            4..=6 => 4,
+            8 | 10..=12 => 8,
+            _ => return Err(invalid!("{}: the list {key} has elements of the unread type {kind}", self.file)),
+        };
+        self.expect_room(count, least, &format!("elements of {key}"))?;
+        // Collecting from a range of u64 reserves nothing that `expect_room` has not seen bytes for.
+        Ok(match kind {
+            6 | 12 => Value::Floats((0..count).map(|_| Ok(self.number(kind, key)? as f32)).collect::<Result<_>>()?),
+            7 => Value::Bools((0..count).map(|_| self.boolean(key)).collect::<Result<_>>()?),
+            8 => Value::Strings((0..count).map(|_| self.string(usize::MAX, key)).collect::<Result<_>>()?),
+            _ => Value::Integers((0..count).map(|_| self.integer(kind, key)).collect::<Result<_>>()?),
+        })
+    }
+
+    /// Any integer type; a u64 keeps its bits.
+    fn integer(&mut self, kind: u32, key: &str) -> Result<i64> {
+        Ok(match kind {
+            0 => i64::from(self.array::<1>(key)?[0]),
+            1 => i64::from(i8::from_le_bytes(self.array(key)?)),
+            2 => i64::from(u16::from_le_bytes(self.array(key)?)),
+            3 => i64::from(i16::from_le_bytes(self.array(key)?)),
+            4 => i64::from(u32::from_le_bytes(self.array(key)?)),
+            5 => i64::from(i32::from_le_bytes(self.array(key)?)),
+            _ => i64::from_le_bytes(self.array(key)?),
+        })
+    }
+
+    fn number(&mut self, kind: u32, key: &str) -> Result<f64> {
+        Ok(if kind == 6 {
+            // Through the decimal digits: 1e-5 stored as f32 is meant as 1e-5, not as 9.999999747e-6.
+            let stored = f32::from_le_bytes(self.array(key)?);
+            stored.to_string().parse().unwrap_or(f64::from(stored))
+        } else {
+            f64::from_le_bytes(self.array(key)?)
+        })
+    }
+
+    fn boolean(&mut self, key: &str) -> Result<bool> {
+        match self.array::<1>(key)?[0] {
+            0 => Ok(false),
+            1 => Ok(true),
+            other => Err(invalid!("{}: the truth value {key} is {other}, neither 0 nor 1", self.file)),
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests;

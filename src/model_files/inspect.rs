@@ -1,0 +1,299 @@
+//! What a model directory, a GGUF file or a PEFT adapter directory holds, as JSON and as text for people.
+//! Reads and decides nothing else. Read model/checkpoint.rs for how a model is opened in earnest.
+
+use std::collections::BTreeMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::Result;
+use safetensors::SafeTensors;
+use serde_json::{Map, Value, json};
+
+use crate::invalid;
+use crate::model::config::RopeScaling;
+use crate::model_files::{FileContents, FileOrigin, map};
+
+/// Describes what lies at `path`: an adapter where adapter_config.json is, a model otherwise.
+///
+/// # Errors
+/// If nothing readable is there. A model whose tokenizer cannot be read is described, with the reason.
+pub fn inspect(path: &Path) -> Result<Value> {
+    if path.join("adapter_config.json").exists() { inspect_adapter(path) } else { inspect_model(path) }
+}
+
+fn inspect_model(path: &Path) -> Result<Value> {
+    let contents = FileContents::open(path)?;
+    let config = &contents.config;
+    let mut by_type: BTreeMap<&str, Count> = BTreeMap::new();
+    let mut total = Count::default();
+    for (name, shape, dtype) in contents.tensors() {
+        let parameters: usize = shape.iter().product();
+        // The container was checked against the file's size when it was opened.
+        let bytes = dtype.bytes_for(parameters).ok_or_else(|| invalid!("tensor {name} is of no whole blocks"))?;
+        by_type.entry(dtype.name()).or_default().add(parameters, bytes);
+        total.add(parameters, bytes);
+    }
+    let tokenizer = match contents.read_tokenizer() {
+        Ok(t) => json!({
+            "kind": t.kind(),
+            "size": t.vocab_size(),
+            "bos": t.bos_id().and_then(|id| t.token(id)),
+            "eos": t.eos_id().and_then(|id| t.token(id)),
+            "chat_template": t.chat_template().is_some(),
+        }),
+        Err(e) => json!({"error": format!("{e:#}")}),
+    };
+    let (kind, container) = match &contents.origin {
+        FileOrigin::Gguf(_, gguf) => ("gguf", format!("GGUF version {}", gguf.version())),
+        _ => ("huggingface", "safetensors".to_owned()),
+    };
+    let rope_scaling = match &config.rope_scaling {
+        RopeScaling::None => json!("none"),
+        RopeScaling::Linear { factor } => json!(format!("linear, factor {factor}")),
+        RopeScaling::Llama3 { factor, .. } => json!(format!("llama3, factor {factor}")),
+        RopeScaling::Yarn { factor, .. } => json!(format!("yarn, factor {factor}")),
+        RopeScaling::Divisors { .. } => json!("divisors"),
+    };
+    Ok(json!({
+        "path": path.display().to_string(),
+        "kind": kind,
+        "container": container,
+        "architecture": config.names().model_type,
+        "name": config.model_name,
+        "dimensions": {
+            "vocab_size": config.vocab_size,
+            "hidden_size": config.hidden_size,
+            "intermediate_size": config.intermediate_size,
+            "num_hidden_layers": config.num_hidden_layers,
+            "num_attention_heads": config.num_attention_heads,
+            "num_key_value_heads": config.num_key_value_heads,
+            "head_dim": config.head_dim,
+            "max_position_embeddings": config.max_position_embeddings,
+            "rope_theta": config.rope_theta,
+            "rope_scaling": rope_scaling,
+            "tie_word_embeddings": config.tie_word_embeddings,
+        },
+        "parameters": total.parameters,
+        "bytes": total.bytes,
+        "tensors": total.tensors,
+        "types": counts_json(&by_type),
+        "tokenizer": tokenizer,
+        "files": contents.files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>(),
+        "fingerprint": contents.fingerprint(),
+    }))
+}
+
+fn inspect_adapter(dir: &Path) -> Result<Value> {
+    let config_path = dir.join("adapter_config.json");
+    let text =
+        fs::read_to_string(&config_path).map_err(|e| invalid!("{} cannot be read: {e}", config_path.display()))?;
+    let config: Map<String, Value> =
+        serde_json::from_str(&text).map_err(|e| invalid!("{} is not a JSON object: {e}", config_path.display()))?;
+    let weights = dir.join("adapter_model.safetensors");
+    if !weights.exists() {
+        return Err(invalid!(
+            "{} has an adapter_config.json and no adapter_model.safetensors; an adapter_model.bin is not read, save it \
+             again with safe_serialization=True",
+            dir.display()
+        ));
+    }
+    let bytes = map(&weights)?;
+    let file = SafeTensors::deserialize(bytes.get())
+        .map_err(|e| invalid!("{} is not a whole safetensors file ({e})", weights.display()))?;
+    let mut by_type: BTreeMap<String, Count> = BTreeMap::new();
+    let mut total = Count::default();
+    let mut head = Vec::new();
+    let mut layers = std::collections::BTreeSet::new();
+    for (name, view) in file.iter() {
+        // A table of the base, which PEFT saves below a branch on it.
+        if name.contains(".base_layer.") {
+            continue;
+        }
+        let parameters: usize = view.shape().iter().product();
+        by_type.entry(format!("{:?}", view.dtype()).to_lowercase()).or_default().add(parameters, view.data().len());
+        total.add(parameters, view.data().len());
+        // PEFT keeps a sequence classifier's head beside the factors, under the name the model gave it.
+        if !name.contains(".lora_") && !name.contains("lora_embedding") {
+            head.push(json!({"name": name, "shape": view.shape()}));
+        }
+        if let Some((_, rest)) = name.split_once("layers.") {
+            layers.extend(rest.split('.').next().and_then(|n| n.parse::<u32>().ok()));
+        }
+    }
+    head.sort_by_key(|h| h["name"].to_string());
+    let get = |key: &str| config.get(key).cloned().unwrap_or(Value::Null);
+    Ok(json!({
+        "path": dir.display().to_string(),
+        "kind": "adapter",
+        "peft_type": get("peft_type"),
+        "task_type": get("task_type"),
+        "base_model": get("base_model_name_or_path"),
+        "r": get("r"),
+        "lora_alpha": get("lora_alpha"),
+        "use_dora": get("use_dora"),
+        "target_modules": get("target_modules"),
+        "modules_to_save": get("modules_to_save"),
+        "layers": layers.len(),
+        "parameters": total.parameters,
+        "bytes": total.bytes,
+        "tensors": total.tensors,
+        "types": counts_json(&by_type),
+        "head": head,
+    }))
+}
+
+#[derive(Default)]
+struct Count {
+    tensors: usize,
+    parameters: usize,
+    bytes: usize,
+}
+
+impl Count {
+    fn add(&mut self, parameters: usize, bytes: usize) {
+        self.tensors += 1;
+        self.parameters += parameters;
+        self.bytes += bytes;
+    }
+}
+
+fn counts_json<K: AsRef<str>>(counts: &BTreeMap<K, Count>) -> Value {
+    let entry = |c: &Count| json!({"tensors": c.tensors, "parameters": c.parameters, "bytes": c.bytes});
+    Value::Object(counts.iter().map(|(dtype, c)| (dtype.as_ref().to_owned(), entry(c))).collect())
+}
+
+/// The JSON of [`inspect`] as lines for people: `name  value`, nested names indented.
+pub fn render(described: &Value) -> String {
+    let mut out = String::new();
+    if let Some(map) = described.as_object() {
+        render_map(map, 0, &mut out);
+    }
+    out
+}
+
+fn render_map(map: &Map<String, Value>, depth: usize, out: &mut String) {
+    let width = map.keys().map(String::len).max().unwrap_or(0);
+    for (key, value) in map {
+        let label = format!("{:indent$}{key:width$}", "", indent = 2 * depth);
+        // Writing to a string cannot fail.
+        let _ = match value {
+            Value::Object(inner) if key == "types" => {
+                let line = |(dtype, c): (&String, &Value)| {
+                    format!("{dtype} x{} ({})", c["tensors"], human_bytes(c["bytes"].as_u64().unwrap_or(0)))
+                };
+                writeln!(out, "{label}  {}", inner.iter().map(line).collect::<Vec<_>>().join(", "))
+            }
+            Value::Object(inner) => {
+                let _ = writeln!(out, "{}", label.trim_end());
+                render_map(inner, depth + 1, out);
+                Ok(())
+            }
+            Value::Number(n) if key == "bytes" => writeln!(out, "{label}  {}", human_bytes(n.as_u64().unwrap_or(0))),
+            Value::Number(n) if key == "parameters" => writeln!(out, "{label}  {}", grouped(n.as_u64().unwrap_or(0))),
+            other => writeln!(out, "{label}  {}", plain(other)),
+        };
+    }
+}
+
+fn plain(value: &Value) -> String {
+    match value {
+        Value::Null => "-".to_owned(),
+        Value::Bool(b) => if *b { "yes" } else { "no" }.to_owned(),
+        Value::String(s) => s.clone(),
+        Value::Array(list) if list.is_empty() => "-".to_owned(),
+        Value::Array(list) => list.iter().map(plain).collect::<Vec<_>>().join(", "),
+        Value::Object(map) => map.values().map(plain).collect::<Vec<_>>().join(" "),
+        Value::Number(n) => n.to_string(),
+    }
+}
+
+fn grouped(n: u64) -> String {
+    let digits = n.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i).is_multiple_of(3) {
+            out.push(' ');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+fn human_bytes(n: u64) -> String {
+    match n {
+        0..=9_999 => format!("{n} B"),
+        10_000..=9_999_999 => format!("{:.1} kB", n as f64 / 1e3),
+        10_000_000..=9_999_999_999 => format!("{:.1} MB", n as f64 / 1e6),
+        _ => format!("{:.1} GB", n as f64 / 1e9),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model_files::tests::{directory, gguf};
+    use safetensors::Dtype;
+    use safetensors::tensor::TensorView;
+
+    #[test]
+    fn a_directory_and_a_gguf_are_described_with_their_counts() {
+        let dir = directory();
+        let described = inspect(dir.path()).unwrap();
+        assert_eq!(described["kind"], "huggingface");
+        assert_eq!((&described["parameters"], &described["tensors"]), (&json!(32 + 8 + 64), &json!(3)));
+        assert_eq!(described["types"], json!({"f32": {"tensors": 3, "parameters": 104, "bytes": 416}}));
+        assert_eq!(described["tokenizer"]["kind"], "WordLevel");
+        assert_eq!(described["tokenizer"]["chat_template"], false);
+        let path = dir.path().join("m.gguf");
+        fs::write(&path, gguf()).unwrap();
+        let described = inspect(&path).unwrap();
+        assert_eq!((&described["kind"], &described["name"]), (&json!("gguf"), &json!("tiny")));
+        assert_eq!(described["tokenizer"]["eos"], "<end>");
+        let text = render(&described);
+        assert!(text.contains("f32 x3 (416 B)") && text.contains("  hidden_size"), "{text}");
+    }
+
+    #[test]
+    fn a_model_without_a_tokenizer_is_described_with_the_reason() {
+        let dir = directory();
+        fs::remove_file(dir.path().join("tokenizer.json")).unwrap();
+        let described = inspect(dir.path()).unwrap();
+        assert!(described["tokenizer"]["error"].as_str().unwrap().contains("no tokenizer.json"));
+    }
+
+    #[test]
+    fn an_adapter_is_described_with_rank_targets_and_head() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = json!({"peft_type": "LORA", "r": 2, "lora_alpha": 8, "target_modules": ["q_proj"]});
+        fs::write(dir.path().join("adapter_config.json"), config.to_string()).unwrap();
+        assert!(inspect(dir.path()).unwrap_err().to_string().contains("adapter_model.safetensors"));
+        let prefix = "base_model.model.model.layers.4.self_attn.q_proj";
+        let (a, b, head) = (vec![0u8; 2 * 8 * 4], vec![0u8; 8 * 2 * 4], vec![0u8; 8 * 4]);
+        let views = [
+            (format!("{prefix}.lora_A.weight"), TensorView::new(Dtype::F32, vec![2, 8], &a).unwrap()),
+            (format!("{prefix}.lora_B.weight"), TensorView::new(Dtype::F32, vec![8, 2], &b).unwrap()),
+            ("base_model.model.score.weight".to_owned(), TensorView::new(Dtype::F32, vec![1, 8], &head).unwrap()),
+        ];
+        let bytes = safetensors::serialize(views, None).unwrap();
+        fs::write(dir.path().join("adapter_model.safetensors"), &bytes).unwrap();
+        let described = inspect(dir.path()).unwrap();
+        assert_eq!(
+            (&described["r"], &described["lora_alpha"], &described["layers"]),
+            (&json!(2), &json!(8), &json!(1))
+        );
+        assert_eq!(described["parameters"], 16 + 16 + 8);
+        assert_eq!(described["head"], json!([{"name": "base_model.model.score.weight", "shape": [1, 8]}]));
+        assert!(render(&described).contains("q_proj"));
+        for len in (0..bytes.len()).step_by(64) {
+            fs::write(dir.path().join("adapter_model.safetensors"), &bytes[..len]).unwrap();
+            assert!(inspect(dir.path()).is_err(), "cut at {len}");
+        }
+    }
+
+    #[test]
+    fn numbers_are_written_for_people() {
+        assert_eq!((grouped(134_515_008).as_str(), grouped(7).as_str()), ("134 515 008", "7"));
+        assert_eq!((human_bytes(98_362_432).as_str(), human_bytes(416).as_str()), ("98.4 MB", "416 B"));
+    }
+}

@@ -1,0 +1,428 @@
+//! The oracle of every operation: a plain candle composition for the forward, and candle's autograd over it for the
+//! backward. Lengths are ragged, heads grouped, ranks and scales unequal, B is not zero.
+
+use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
+
+use crate::ops::activation::Activation;
+use crate::ops::attention;
+use crate::ops::attention::{Cached, Heads};
+use crate::ops::columns;
+use crate::ops::columns::Fusion;
+use crate::ops::linear;
+use crate::ops::linear::{InputGradient, LinearWithLora, LowRank};
+use crate::ops::logprobs;
+use crate::ops::logprobs::LmHead;
+use crate::ops::norm::{Norm, NormKind};
+use crate::ops::rope;
+use crate::ops::rope::{Direction, RopeTable};
+use crate::ops::weight::{Bytes, ComputeDtype, StorageDType, Weight};
+use crate::rng::SplitMix64;
+
+fn random(shape: &[usize], seed: u64) -> Tensor {
+    let mut rng = SplitMix64::new(seed);
+    let n = shape.iter().product();
+    let values: Vec<f32> = (0..n).map(|_| (rng.uniform() * 2.0 - 1.0) as f32).collect();
+    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+}
+
+fn weight(n: usize, k: usize, seed: u64) -> (Weight, Tensor) {
+    let w = (random(&[n, k], seed) * 0.3).unwrap();
+    let values: Vec<f32> = w.flatten_all().unwrap().to_vec1().unwrap();
+    (Weight::from_f32(&values, n, k).unwrap(), w)
+}
+
+/// Largest difference over the largest number of `want`.
+fn error(got: &Tensor, want: &Tensor) -> f32 {
+    assert_eq!(got.dims(), want.dims());
+    let scalar = |t: Tensor| t.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
+    scalar((got - want).unwrap().abs().unwrap()) / scalar(want.abs().unwrap()).max(1e-6)
+}
+
+// f32 sums of some hundred terms in another order: 1e-5 leaves an order of magnitude.
+const CLOSE: f32 = 1e-5;
+
+#[track_caller]
+fn assert_close(name: &str, got: &Tensor, want: &Tensor) {
+    let e = error(got, want);
+    assert!(e < CLOSE, "{name}: relative error {e:e}");
+}
+
+#[test]
+fn linear_group_equals_autograd_in_outputs_and_every_gradient() -> Result<()> {
+    linear_group(ComputeDtype::F32, CLOSE)
+}
+
+/// Each factor is off by at most 2^-9: some 1e-3 of the largest sum, and more where a single token's z nearly cancels.
+#[test]
+fn linear_group_in_bf16_stays_within_its_rounding() -> Result<()> {
+    linear_group(ComputeDtype::Bf16, 2e-2)
+}
+
+/// Factors that are bfloat16 already lose nothing: only the order of the sums differs.
+#[test]
+fn linear_in_bf16_of_bf16_factors_equals_f32() -> Result<()> {
+    let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+    for (m, n, k) in [(3, 66, 130), (16, 64, 64), (17, 40, 800), (70, 34, 576)] {
+        let (x, dy, d) = (exact(random(&[m, k], 1))?, exact(random(&[m, n], 2))?, exact(random(&[n, k], 3))?);
+        let w = Weight::from_f32(&d.flatten_all()?.to_vec1::<f32>()?, n, k).unwrap().with_compute(ComputeDtype::Bf16);
+        let parts = [LinearWithLora { weight: &w, bias: None, lora: None }];
+        let (y, z) = linear::forward(&x, &parts, None)?;
+        assert_close("y", &y[0], &x.matmul(&d.t()?)?);
+        let g = linear::backward(&x, &parts, &z, &[&dy], InputGradient::Wanted)?;
+        assert_close("dx", &g.input.unwrap(), &dy.matmul(&d)?);
+    }
+    Ok(())
+}
+
+fn linear_group(compute: ComputeDtype, close: f32) -> Result<()> {
+    let odd = usize::from(compute == ComputeDtype::F32); // pairs of an odd size are computed in f32
+    for (m, k, dims) in [
+        (1, 70, vec![32 + odd]),
+        (7, 64, vec![96, 32, 34 - odd]),
+        (50, 130, vec![64, 40]),
+        (40, 800, vec![30 + odd]),
+        (70, 96, vec![64]),
+    ] {
+        let assert_close = |name: &str, got: &Tensor, want: &Tensor| {
+            let e = error(got, want);
+            assert!(e < close, "{name} {m}x{k}->{dims:?}: relative error {e:e}");
+        };
+        let x = Var::from_tensor(&random(&[m, k], 1))?;
+        let (mut weights, mut dense, mut loras) = (vec![], vec![], vec![]);
+        for (i, &n) in dims.iter().enumerate() {
+            let (w, d) = weight(n, k, 10 + i as u64);
+            weights.push(w.with_compute(compute));
+            dense.push(d);
+            // The second part has no branch; ranks differ.
+            let r = 3 + 2 * i;
+            loras.push((i != 1).then(|| {
+                let a = Var::from_tensor(&random(&[r, k], 20 + i as u64)).unwrap();
+                let b = Var::from_tensor(&random(&[n, r], 30 + i as u64)).unwrap();
+                (a, b, 0.7 + i as f64)
+            }));
+        }
+        // The first part has a bias.
+        let biases: Vec<Option<Vec<f32>>> =
+            (0..dims.len()).map(|i| (i == 0).then(|| random(&[dims[0]], 55).to_vec1().unwrap())).collect();
+        let residual = (dims.len() == 1).then(|| random(&[m, dims[0]], 77));
+        let mut loss = Tensor::zeros((), DType::F32, &Device::Cpu)?;
+        let mut want = vec![];
+        for (i, d) in dense.iter().enumerate() {
+            let mut y = x.matmul(&d.t()?)?;
+            if let Some(bias) = &biases[i] {
+                y = y.broadcast_add(&Tensor::new(&bias[..], &Device::Cpu)?)?;
+            }
+            if let Some((a, b, s)) = &loras[i] {
+                y = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *s)?)?;
+            }
+            if let Some(r) = &residual {
+                y = (y + r)?;
+            }
+            loss = (loss + (&y * random(&[m, dims[i]], 40 + i as u64))?.sum_all()?)?;
+            want.push(y);
+        }
+        let grads = loss.backward()?;
+        let parts: Vec<LinearWithLora> = weights
+            .iter()
+            .zip(&loras)
+            .zip(&biases)
+            .map(|((weight, l), bias)| LinearWithLora {
+                weight,
+                bias: bias.as_deref(),
+                lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale, dora: None }),
+            })
+            .collect();
+        let (ys, z) = linear::forward(&x, &parts, residual.as_ref())?;
+        let dys: Vec<Tensor> = dims.iter().enumerate().map(|(i, &n)| random(&[m, n], 40 + i as u64)).collect();
+        let got = linear::backward(&x, &parts, &z, &dys.iter().collect::<Vec<_>>(), InputGradient::Wanted)?;
+        for (y, w) in ys.iter().zip(&want) {
+            assert_close("y", y, w);
+        }
+        assert_close("dx", got.input.as_ref().unwrap(), grads.get(&x).unwrap());
+        for (l, g) in loras.iter().zip(&got.lora) {
+            assert_eq!(l.is_some(), g.is_some());
+            if let (Some((a, b, _)), Some(g)) = (l, g) {
+                assert_close("dA", &g.a, grads.get(a).unwrap());
+                assert_close("dB", &g.b, grads.get(b).unwrap());
+            }
+        }
+        assert!(
+            linear::backward(&x, &parts, &z, &dys.iter().collect::<Vec<_>>(), InputGradient::Unused)?.input.is_none()
+        );
+    }
+    Ok(())
+}
+
+#[test]
+fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result<()> {
+    use candle_core::quantized::{GgmlDType, QTensor};
+    let (n, k) = (40, 512);
+    for (ggml, stored, compute, close) in [
+        (GgmlDType::Q4K, StorageDType::Q4K, ComputeDtype::F32, CLOSE),
+        (GgmlDType::Q4_1, StorageDType::Q4_1, ComputeDtype::F32, CLOSE),
+        (GgmlDType::Q4K, StorageDType::Q4K, ComputeDtype::Bf16, 8e-3),
+        (GgmlDType::Q8_0, StorageDType::Q8_0, ComputeDtype::Bf16, 8e-3),
+        (GgmlDType::BF16, StorageDType::BF16, ComputeDtype::Bf16, 8e-3),
+    ] {
+        let assert_close = |name: &str, got: &Tensor, want: &Tensor| {
+            let e = error(got, want);
+            assert!(e < close, "{name} {} {compute:?}: relative error {e:e}", stored.name());
+        };
+        let q = QTensor::quantize(&random(&[n, k], 5), ggml)?;
+        let dense = q.dequantize(&Device::Cpu)?;
+        let w = Weight::new(Bytes::new(std::sync::Arc::new(q.data()?.to_vec())), stored, n, k).unwrap();
+        let w = w.with_compute(compute);
+        for m in [3, 30] {
+            let (x, dy) = (random(&[m, k], 6), random(&[m, n], 7));
+            let parts = [LinearWithLora { weight: &w, bias: None, lora: None }];
+            let (y, z) = linear::forward(&x, &parts, None)?;
+            assert_close("y", &y[0], &x.matmul(&dense.t()?)?);
+            let g = linear::backward(&x, &parts, &z, &[&dy], InputGradient::Wanted)?;
+            assert_close("dx", &g.input.unwrap(), &dy.matmul(&dense)?);
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn every_norm_equals_autograd_over_rows_and_over_heads() -> Result<()> {
+    let (n, d, eps) = (9, 53, 1e-2);
+    // Two heads a row: each is normed for itself.
+    let (x, w, b) = (Var::from_tensor(&random(&[n, 2 * d], 1))?, random(&[d], 2), random(&[d], 5));
+    let (dy, skip) = (random(&[n, 2 * d], 3), random(&[n, 2 * d], 4));
+    let rows = x.reshape((2 * n, d))?;
+    let rms = |x: &Tensor| x.broadcast_div(&(x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?)?.broadcast_mul(&w);
+    let layer = rms(&rows.broadcast_sub(&rows.mean_keepdim(D::Minus1)?)?)?.broadcast_add(&b)?;
+    let values = |t: &Tensor| t.to_vec1::<f32>();
+    let kinds = [(NormKind::Rms, rms(&rows)?), (NormKind::Layer { bias: values(&b)? }, layer)];
+    for (kind, want) in kinds {
+        let want = want.reshape((n, 2 * d))?;
+        let norm = Norm { weight: values(&w)?, kind, eps };
+        assert_close("y", &norm.forward(&x)?, &want);
+        let grads = (&want * &dy)?.sum_all()?.backward()?;
+        assert_close("dx", &norm.backward(&x, &dy, None)?, grads.get(&x).unwrap());
+        let grads = ((&want * &dy)?.sum_all()? + (&*x * &skip)?.sum_all()?)?.backward()?;
+        assert_close("dx past a residual", &norm.backward(&x, &dy, Some(&skip))?, grads.get(&x).unwrap());
+    }
+    Ok(())
+}
+
+#[test]
+fn every_activation_equals_autograd_gated_and_plain() -> Result<()> {
+    let (g, u) = (Var::from_tensor(&(random(&[5, 37], 1) * 6.0)?)?, Var::from_tensor(&random(&[5, 37], 2))?);
+    let dm = random(&[5, 37], 3);
+    for activation in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+        let plain = match activation {
+            Activation::Silu => g.silu()?,
+            Activation::Gelu => g.gelu_erf()?,
+            Activation::GeluTanh => g.gelu()?,
+            Activation::Relu => g.relu()?,
+        };
+        let name = format!("{activation:?}");
+        assert_close(&name, &activation.forward(&g)?, &plain);
+        let grads = (&plain * &dm)?.sum_all()?.backward()?;
+        assert_close(&name, &activation.backward(&g, &dm)?, grads.get(&g).unwrap());
+        let want = (&plain * &*u)?;
+        let grads = (&want * &dm)?.sum_all()?.backward()?;
+        assert_close(&name, &activation.gated_forward(&g, &u)?, &want);
+        let (dg, du) = activation.gated_backward(&g, &u, &dm)?;
+        assert_close(&name, &dg, grads.get(&g).unwrap());
+        assert_close(&name, &du, grads.get(&u).unwrap());
+    }
+    Ok(())
+}
+
+#[test]
+fn fused_columns_are_cut_by_part_and_by_group_and_join_again() -> Result<()> {
+    let x = Tensor::from_vec((0..24).map(|i| i as f32).collect(), (2, 12), &Device::Cpu)?;
+    let parts = columns::split(&x, &[6, 3, 3], Fusion::EndToEnd)?;
+    assert_eq!(parts[1].to_vec2::<f32>()?, [[6., 7., 8.], [18., 19., 20.]]);
+    let heads = columns::split(&x, &[4, 4, 4], Fusion::Grouped { groups: 2 })?;
+    assert_eq!(heads[1].to_vec2::<f32>()?, [[2., 3., 8., 9.], [14., 15., 20., 21.]]);
+    for (parts, fusion) in [(parts, Fusion::EndToEnd), (heads, Fusion::Grouped { groups: 2 })] {
+        let joined = columns::join(&parts.iter().collect::<Vec<_>>(), fusion)?;
+        assert_eq!(joined.to_vec2::<f32>()?, x.to_vec2::<f32>()?);
+    }
+    assert!(columns::split(&x, &[6, 3, 2], Fusion::EndToEnd).is_err());
+    assert!(columns::split(&x, &[5, 5, 2], Fusion::Grouped { groups: 2 }).is_err());
+    let sum = columns::add(&x, &columns::scale(&x, 2.0)?, 0.5)?;
+    assert_eq!(sum.to_vec2::<f32>()?, (&x * 2.0)?.to_vec2::<f32>()?);
+    Ok(())
+}
+
+fn plain_rope(x: &Tensor, positions: &[u32], freqs: &[f32], head: usize, factor: f64) -> Result<Tensor> {
+    let ((n, width), half) = (x.dims2()?, freqs.len());
+    let angles: Vec<f32> = positions.iter().flat_map(|&p| freqs.iter().map(move |f| p as f32 * f)).collect();
+    let a = Tensor::from_vec(angles, (n, 1, half), &Device::Cpu)?;
+    let x = x.reshape((n, width / head, head))?;
+    let (x0, x1, rest) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?, x.narrow(2, 2 * half, head - 2 * half)?);
+    let (c, s) = ((a.cos()? * factor)?, (a.sin()? * factor)?);
+    let y0 = (x0.broadcast_mul(&c)? - x1.broadcast_mul(&s)?)?;
+    let y1 = (x1.broadcast_mul(&c)? + x0.broadcast_mul(&s)?)?;
+    Tensor::cat(&[y0, y1, rest], 2)?.reshape((n, width))
+}
+
+#[test]
+fn rope_equals_the_plain_rotation_and_its_backward_is_the_transpose() -> Result<()> {
+    let (positions, freqs) = ([0u32, 1, 2, 0, 7, 31], [1.0f32, 0.3, 0.09, 0.01]);
+    // Whole heads of 8, and heads of 12 of which 4 numbers stay, with cos and sin stretched.
+    for (head, factor) in [(8, 1.0), (12, 1.25)] {
+        let angles = RopeTable::new(&freqs, head, 32, factor as f32);
+        let x = Var::from_tensor(&random(&[6, 24], 1))?;
+        let dy = random(&[6, 24], 2);
+        let want = plain_rope(&x, &positions, &freqs, head, factor)?;
+        let grads = (&want * &dy)?.sum_all()?.backward()?;
+        assert_close("y", &rope::rotate(&x, &positions, &angles, Direction::Forward)?, &want);
+        assert_close("dx", &rope::rotate(&dy, &positions, &angles, Direction::Back)?, grads.get(&x).unwrap());
+        assert!(rope::rotate(&x, &[0, 0, 0, 0, 0, 32], &angles, Direction::Forward).is_err());
+    }
+    Ok(())
+}
+
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Heads) -> Result<Tensor> {
+    let mut sequences = vec![];
+    for w in offsets.windows(2) {
+        let t = w[1] - w[0];
+        let cut =
+            |x: &Tensor, n: usize| x.narrow(0, w[0], t)?.reshape((t, n, heads.dim))?.transpose(0, 1)?.contiguous();
+        let (q, k, v) = (cut(q, heads.q)?, cut(k, heads.kv)?, cut(v, heads.kv)?);
+        let repeat = |x: &Tensor| {
+            let g = heads.q / heads.kv;
+            x.unsqueeze(1)?.broadcast_as((heads.kv, g, t, heads.dim))?.reshape((heads.q, t, heads.dim))
+        };
+        let hidden = |i: usize, j: usize| j > i || heads.window.is_some_and(|w| j + w <= i);
+        let mask: Vec<f32> = (0..t * t).map(|i| if hidden(i / t, i % t) { f32::NEG_INFINITY } else { 0.0 }).collect();
+        let mut s = (q.matmul(&repeat(&k)?.t()?)? * f64::from(heads.scale))?;
+        if let Some(cap) = heads.soft_cap.map(f64::from) {
+            s = ((s / cap)?.tanh()? * cap)?;
+        }
+        let s = s.broadcast_add(&Tensor::from_vec(mask, (t, t), &Device::Cpu)?)?;
+        let e = s.broadcast_sub(&s.max_keepdim(D::Minus1)?.detach())?.exp()?;
+        let p = e.broadcast_div(&e.sum_keepdim(D::Minus1)?)?;
+        sequences.push(p.matmul(&repeat(&v)?)?.transpose(0, 1)?.reshape((t, heads.q * heads.dim))?);
+    }
+    Tensor::cat(&sequences, 0)
+}
+
+#[test]
+fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()> {
+    let bent = Heads { soft_cap: Some(0.7), scale: 0.4, ..Heads::full(4, 2, 8) };
+    for heads in [
+        Heads::full(6, 2, 16),
+        Heads::full(2, 2, 20),
+        Heads::full(3, 1, 8),
+        Heads { window: Some(5), ..Heads::full(4, 2, 8) },
+        Heads { window: Some(60), ..Heads::full(2, 1, 8) },
+        Heads { window: Some(1), ..Heads::full(2, 2, 8) },
+        bent,
+        Heads { window: Some(50), ..bent },
+    ] {
+        // Lengths of one, of a block of queries, and across two borders of blocks.
+        let offsets = [0, 1, 49, 54, 164];
+        let q = Var::from_tensor(&(random(&[164, heads.q * heads.dim], 1) * 2.0)?)?;
+        let k = Var::from_tensor(&random(&[164, heads.kv * heads.dim], 2))?;
+        let v = Var::from_tensor(&random(&[164, heads.kv * heads.dim], 3))?;
+        let d_o = random(&[164, heads.q * heads.dim], 4);
+        let want = plain_attention(&q, &k, &v, &offsets, heads)?;
+        let grads = (&want * &d_o)?.sum_all()?.backward()?;
+        let spans = attention::Sequences::whole(&offsets);
+        assert_close("o", &attention::forward(&q, &k, &v, spans, heads)?, &want);
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, spans, heads, &d_o)?;
+        assert_close("dq", &dq, grads.get(&q).unwrap());
+        assert_close("dk", &dk, grads.get(&k).unwrap());
+        assert_close("dv", &dv, grads.get(&v).unwrap());
+
+        let last = Tensor::cat(&[q.i(48..49)?, q.i(163..164)?], 0)?;
+        let cached = |from: usize, to: usize| Cached {
+            keys: k.i(from..to).unwrap().flatten_all().unwrap().to_vec1().unwrap(),
+            values: v.i(from..to).unwrap().flatten_all().unwrap().to_vec1().unwrap(),
+        };
+        let (a, b) = (cached(1, 49), cached(54, 164));
+        let decoded = attention::decode(&last, &[&a, &b], heads)?;
+        assert_close("decode", &decoded, &Tensor::cat(&[want.i(48..49)?, want.i(163..164)?], 0)?);
+    }
+    Ok(())
+}
+
+#[test]
+fn pads_are_seen_by_nobody_and_see_what_stands_before_them() -> Result<()> {
+    let heads = Heads { window: Some(60), ..Heads::full(4, 2, 8) };
+    // One real token and two pads; 51 real ones and 8 pads, across a border of blocks.
+    let (offsets, readable) = ([0, 3, 62], [1, 51]);
+    let q = Var::from_tensor(&(random(&[62, 32], 1) * 2.0)?)?;
+    let [k, v] = [2, 3].map(|seed| Var::from_tensor(&random(&[62, 16], seed)).unwrap());
+    let d_o = random(&[62, 32], 4);
+    // Each pad alone behind the real tokens, without a key of its own: the last row of a query that sees one key more.
+    let mut rows = vec![];
+    for s in 0..2 {
+        let (from, to) = (offsets[s], offsets[s] + readable[s]);
+        rows.push(plain_attention(&q.i(from..to)?, &k.i(from..to)?, &v.i(from..to)?, &[0, readable[s]], heads)?);
+        for pad in to..offsets[s + 1] {
+            // Queries of the others do not matter to it.
+            let q = q.i(pad..pad + 1)?.broadcast_as((readable[s], 32))?.contiguous()?;
+            let seen = plain_attention(&q, &k.i(from..to)?, &v.i(from..to)?, &[0, readable[s]], heads)?;
+            rows.push(seen.i(readable[s] - 1..)?);
+        }
+    }
+    let want = Tensor::cat(&rows, 0)?;
+    let grads = (&want * &d_o)?.sum_all()?.backward()?;
+    let spans = attention::Sequences { offsets: &offsets, readable: Some(&readable) };
+    assert_close("o", &attention::forward(&q, &k, &v, spans, heads)?, &want);
+    let (dq, dk, dv) = attention::backward(&q, &k, &v, spans, heads, &d_o)?;
+    assert_close("dq", &dq, grads.get(&q).unwrap());
+    assert_close("dk", &dk, grads.get(&k).unwrap());
+    assert_close("dv", &dv, grads.get(&v).unwrap());
+    let zero = |x: &Tensor| x.i(1..3).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() == 0.0;
+    assert!(zero(&dk) && zero(&dv), "nobody reads a pad");
+    Ok(())
+}
+
+#[test]
+fn head_equals_log_softmax_and_autograd() -> Result<()> {
+    head_over(ComputeDtype::F32, CLOSE)
+}
+
+/// Over factors that are bfloat16 already, so that only the gradient of the logits is rounded.
+#[test]
+fn head_in_bf16_equals_f32_but_for_the_gradients_rounding() -> Result<()> {
+    head_over(ComputeDtype::Bf16, 8e-3)
+}
+
+fn head_over(compute: ComputeDtype, close_gradient: f32) -> Result<()> {
+    let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
+    for (r, d, v, temperature, multiplier, soft_cap) in [
+        (5, 24, 77, 1.0, 1.0, None),
+        (15, 40, 1500, 0.7, 1.0, None),
+        (1, 8, 5, 2.0, 0.25, None),
+        (40, 64, 300, 1.0, 1.0, None),
+        (9, 24, 700, 0.8, 1.0, Some(5.0)),
+        (3, 24, 77, 1.0, 0.5, Some(3.0)),
+    ] {
+        let h = Var::from_tensor(&exact((random(&[r, d], 1) * 3.0)?)?)?;
+        let dense = exact((random(&[v, d], 2) * 0.3)?)?;
+        let w = Weight::from_f32(&dense.flatten_all()?.to_vec1::<f32>()?, v, d).unwrap().with_compute(compute);
+        let targets: Vec<u32> = (0..r).map(|i| (i * 311 % v) as u32).collect();
+        let mut logits = (h.matmul(&dense.t()?)? * f64::from(multiplier))?;
+        if let Some(cap) = soft_cap.map(f64::from) {
+            logits = ((logits / cap)?.tanh()? * cap)?;
+        }
+        let logits = (logits / temperature)?;
+        let table = LmHead { multiplier, soft_cap, ..LmHead::plain(&w) };
+        let logp = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
+        let index = Tensor::from_vec(targets.clone(), (r, 1), &Device::Cpu)?;
+        let chosen = logp.gather(&index, 1)?.squeeze(1)?;
+        let entropy = (logp.exp()? * &logp)?.sum(D::Minus1)?.neg()?;
+        let (dl, dh) = (random(&[r], 3), random(&[r], 4));
+        let loss = ((&chosen * &dl)?.sum_all()? + (&entropy * &dh)?.sum_all()?)?;
+        let grads = loss.backward()?;
+        let stats = logprobs::forward(&h, &table, &targets, temperature)?;
+        assert_close("logprobs", &Tensor::new(stats.logprobs.clone(), &Device::Cpu)?, &chosen);
+        assert_close("entropy", &Tensor::new(stats.entropy.clone(), &Device::Cpu)?, &entropy);
+        assert_eq!(stats.argmax, logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
+        let (dl, dh): (Vec<f32>, Vec<f32>) = (dl.to_vec1()?, dh.to_vec1()?);
+        let got = logprobs::backward(&h, &table, &targets, temperature, &stats, &dl, &dh)?;
+        let e = error(&got.hidden, grads.get(&h).unwrap());
+        assert!(e < close_gradient, "dh: relative error {e:e}");
+    }
+    Ok(())
+}

@@ -1,0 +1,335 @@
+//! DoRA: a frozen matrix and its branch give the direction of each row, a trained vector its length.
+//!
+//! W' = m (W + s B A) / n, n the rows' Euclidean norms (arXiv:2402.09353). As in PEFT, n is held fixed in the backward
+//! (section 4.3 there): with u = x (W + s B A)^T, y = (m / n) u, so dL/du = (m / n) dL/dy and dL/dm = sum over tokens
+//! of dL/dy u / n. A row of norm 0 has no direction and gives 0. Read linear.rs, lookup.rs and head.rs for the users.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{Result, Tensor, TensorId};
+
+use crate::ops::cpu::gemm::{Into, Mat, NR, gemm};
+use crate::ops::cpu::pack::{rows_as_columns, with_scratch};
+use crate::ops::cpu::{Isa, Out, parallel, tensor, view};
+use crate::ops::linear::LowRank;
+use crate::ops::weight::Weight;
+
+/// Which matrix and factors norms were taken of.
+type Source = (u64, TensorId, TensorId);
+type Taken = (Source, Arc<Vec<f32>>);
+
+/// The norms of one branch, taken once for each matrix and pair of factors: a step makes new factors, and so new norms.
+/// Clones share them.
+#[derive(Clone, Debug, Default)]
+pub struct Norms(Arc<Mutex<Option<Taken>>>);
+
+/// What DoRA adds to a branch.
+#[derive(Clone, Copy)]
+pub struct Dora<'a> {
+    /// m, (out) f32; (D) for a token table.
+    pub magnitude: &'a Tensor,
+    /// n, once it is known.
+    pub norms: &'a Norms,
+}
+
+/// Of which lines of the stored matrix the lengths are taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lines {
+    /// Its rows: a linear map's outputs. W + s B A.
+    Rows,
+    /// Its columns: a token table, whose outputs are the numbers of a row. W + s (B A)^T.
+    Columns,
+}
+
+impl Norms {
+    /// n of `weight` and `branch`.
+    ///
+    /// # Errors
+    /// If a factor is no contiguous f32 tensor of the CPU, or sizes do not fit.
+    pub fn of(&self, weight: &Weight, branch: LowRank<'_>, lines: Lines) -> Result<Arc<Vec<f32>>> {
+        let source = (weight.id(), branch.a.id(), branch.b.id());
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, norms)) = &*kept
+            && *of == source
+        {
+            return Ok(norms.clone());
+        }
+        let norms = Arc::new(match lines {
+            Lines::Rows => row_norms(weight, branch)?,
+            Lines::Columns => column_norms(weight, branch)?,
+        });
+        *kept = Some((source, norms.clone()));
+        Ok(norms)
+    }
+}
+
+impl Dora<'_> {
+    /// (g, n): g = m / n, and 0 where n is 0.
+    ///
+    /// # Errors
+    /// As for [`Norms::of`]; if m is of another length.
+    pub fn scales(&self, weight: &Weight, branch: LowRank<'_>, lines: Lines) -> Result<(Vec<f32>, Arc<Vec<f32>>)> {
+        let norms = self.norms.of(weight, branch, lines)?;
+        let m = view(self.magnitude)?;
+        if m.len() != norms.len() {
+            candle_core::bail!("{} magnitudes for {} outputs", m.len(), norms.len());
+        }
+        let g = m.iter().zip(norms.iter()).map(|(&m, &n)| if n > 0.0 { m / n } else { 0.0 }).collect();
+        Ok((g, norms))
+    }
+}
+
+/// Euclidean norms (out) of the rows of W + s B A, W unpacked a panel at a time.
+///
+/// # Errors
+/// If the factors do not fit the matrix.
+pub fn row_norms(weight: &Weight, branch: LowRank<'_>) -> Result<Vec<f32>> {
+    let (n, k) = (weight.rows(), weight.cols());
+    let (r, _) = branch.a.dims2()?;
+    if branch.a.dims() != [r, k] || branch.b.dims() != [n, r] {
+        candle_core::bail!("A {:?} and B {:?} do not fit a ({n}, {k}) matrix", branch.a.dims(), branch.b.dims());
+    }
+    let (a, b, isa) = (view(branch.a)?, view(branch.b)?, Isa::detect());
+    let mut norms = vec![0f32; n];
+    let out = Out::of(&mut norms);
+    parallel(n.div_ceil(NR), n * k * (r + 1), |panels| {
+        for n0 in panels.map(|p| p * NR) {
+            let width = NR.min(n - n0);
+            with_scratch((k + r) * NR, |scratch| {
+                let (panel, factor) = scratch.split_at_mut(k * NR);
+                rows_as_columns(weight, n0..n0 + width, panel);
+                factor.fill(0.0);
+                for (i, row) in b[n0 * r..(n0 + width) * r].chunks_exact(r).enumerate() {
+                    for (j, &v) in row.iter().enumerate() {
+                        factor[j * NR + i] = v * branch.scale as f32;
+                    }
+                }
+                // SAFETY: A^T is k x r, the factor r x NR, the panel k x NR.
+                unsafe {
+                    let (a, b) = (Mat::rows(&a, k).t(), Mat::rows(factor, NR));
+                    gemm(isa, k, NR, r, a, b, panel.as_mut_ptr(), NR, Into::Add);
+                }
+                let squares = squares_of_columns(panel);
+                // SAFETY: rows n0..n0 + width belong to this panel alone.
+                let norms = unsafe { out.slice(n0, width) };
+                norms.iter_mut().zip(squares).for_each(|(n, s)| *n = s.sqrt() as f32);
+            });
+        }
+    });
+    Ok(norms)
+}
+
+/// Sums of squares of a panel's NR columns. f32 lanes over some rows, f64 over all: a norm is good to its last bits.
+fn squares_of_columns(panel: &[f32]) -> [f64; NR] {
+    let mut sums = [0f64; NR];
+    for rows in panel.chunks(NR * 64) {
+        let mut lanes = [0f32; NR];
+        squares(rows, &mut lanes);
+        sums.iter_mut().zip(lanes).for_each(|(s, l)| *s += f64::from(l));
+    }
+    sums
+}
+
+crate::ops::cpu::vectorised! {
+    fn squares(rows: &[f32], lanes: &mut [f32; NR]) {
+        for row in rows.chunks_exact(NR) {
+            for (lane, &v) in lanes.iter_mut().zip(row) {
+                *lane += v * v;
+            }
+        }
+    }
+}
+
+/// Euclidean norms (D) of the columns of a token table W (V, D) plus s (B A)^T, A (r, V), B (D, r).
+///
+/// # Errors
+/// If the factors do not fit the table.
+pub fn column_norms(table: &Weight, branch: LowRank<'_>) -> Result<Vec<f32>> {
+    /// Rows that are dense at once. Sums of whole groups meet in order: the same bits on any number of cores.
+    const ROWS: usize = 64;
+    let (v, d) = (table.rows(), table.cols());
+    let (r, _) = branch.a.dims2()?;
+    if branch.a.dims() != [r, v] || branch.b.dims() != [d, r] {
+        candle_core::bail!("A {:?} and B {:?} do not fit a ({v}, {d}) table", branch.a.dims(), branch.b.dims());
+    }
+    let (a, b, isa) = (view(branch.a)?, transposed(&view(branch.b)?, d, r, branch.scale as f32), Isa::detect());
+    let groups = v.div_ceil(ROWS);
+    let mut sums = vec![0f32; groups * d];
+    let out = Out::of(&mut sums);
+    parallel(groups, v * d * (r + 1), |range| {
+        for group in range {
+            let (v0, rows) = (group * ROWS, ROWS.min(v - group * ROWS));
+            with_scratch(rows * d, |dense| {
+                for (i, row) in dense.chunks_exact_mut(d).enumerate() {
+                    table.row(v0 + i, row);
+                }
+                // SAFETY: columns v0..v0 + rows of A (r, V) transposed, the factor r x d, the rows dense.
+                unsafe {
+                    let a = Mat::rows(&a, v).from(0, v0).t();
+                    gemm(isa, rows, d, r, a, Mat::rows(&b, d), dense.as_mut_ptr(), d, Into::Add);
+                }
+                // SAFETY: this group's sums.
+                let sums = unsafe { out.slice(group * d, d) };
+                for row in dense.chunks_exact(d) {
+                    sums.iter_mut().zip(row).for_each(|(s, x)| *s += x * x);
+                }
+            });
+        }
+    });
+    let mut all = vec![0f64; d];
+    for group in sums.chunks_exact(d) {
+        all.iter_mut().zip(group).for_each(|(a, &s)| *a += f64::from(s));
+    }
+    Ok(all.into_iter().map(|s| s.sqrt() as f32).collect())
+}
+
+/// s B^T (r, n) of B (n, r).
+pub(crate) fn transposed(b: &[f32], n: usize, r: usize, scale: f32) -> Vec<f32> {
+    let mut out = vec![0f32; r * n];
+    for (i, row) in b.chunks_exact(r.max(1)).enumerate() {
+        for (j, &v) in row.iter().enumerate() {
+            out[j * n + i] = v * scale;
+        }
+    }
+    out
+}
+
+crate::ops::cpu::vectorised! {
+    fn scale_row(row: &[f32], g: &[f32], out: &mut [f32]) {
+        for ((o, &x), &g) in out.iter_mut().zip(row).zip(g) {
+            *o = x * g;
+        }
+    }
+}
+
+/// g u of u (N, out) and g (out).
+///
+/// # Errors
+/// If u is no f32 matrix.
+pub fn scaled(u: &Tensor, g: &[f32]) -> Result<Tensor> {
+    let (m, n) = u.dims2()?;
+    let us = view(u)?;
+    let mut y = vec![0f32; m * n];
+    for (row, out) in us.chunks_exact(n.max(1)).zip(y.chunks_exact_mut(n.max(1))) {
+        scale_row(row, g, out);
+    }
+    tensor(y, (m, n))
+}
+
+/// dL/dm (out) = sum over tokens of dL/dy u / n, of dL/dy and u (N, out).
+///
+/// # Errors
+/// If shapes differ.
+pub fn magnitude_gradient(dy: &[f32], u: &[f32], norms: &[f32]) -> Result<Tensor> {
+    let n = norms.len();
+    let mut sums = vec![0f64; n];
+    for (dy, u) in dy.chunks_exact(n.max(1)).zip(u.chunks_exact(n.max(1))) {
+        for ((s, &dy), &u) in sums.iter_mut().zip(dy).zip(u) {
+            *s += f64::from(dy) * f64::from(u);
+        }
+    }
+    tensor(finished(sums, norms), n)
+}
+
+/// Sums of dL/dy u -> dL/dm.
+pub(crate) fn finished(sums: Vec<f64>, norms: &[f32]) -> Vec<f32> {
+    sums.into_iter().zip(norms).map(|(s, &n)| if n > 0.0 { (s / f64::from(n)) as f32 } else { 0.0 }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::embedding;
+    use crate::ops::linear;
+    use crate::ops::linear::{InputGradient, LinearWithLora};
+    use crate::ops::weight::StorageDType;
+    use crate::rng::SplitMix64;
+
+    fn random(n: usize, seed: u64) -> Vec<f32> {
+        let mut rng = SplitMix64::new(seed);
+        (0..n).map(|_| rng.uniform() as f32 - 0.5).collect()
+    }
+
+    fn matrix(rows: usize, cols: usize, seed: u64) -> Tensor {
+        tensor(random(rows * cols, seed), (rows, cols)).unwrap()
+    }
+
+    fn plain<'a>(a: &'a Tensor, b: &'a Tensor) -> LowRank<'a> {
+        LowRank { a, b, scale: 1.5, dora: None }
+    }
+
+    #[test]
+    fn norms_of_rows_and_of_columns_are_the_sums_in_f64_over_every_kind_of_storage() {
+        let (n, k, r) = (45, 256, 3);
+        let dense = Weight::from_f32(&random(n * k, 1), n, k).unwrap();
+        for dtype in [None, Some(StorageDType::Q4K), Some(StorageDType::Q8_0), Some(StorageDType::BF16)] {
+            let weight = dtype.map_or(dense.clone(), |dtype| dense.quantised(dtype).unwrap());
+            let sums = |a: &Tensor, b: &Tensor, of_rows: bool| -> Vec<f64> {
+                let (a, b) = (a.to_vec2::<f32>().unwrap(), b.to_vec2::<f32>().unwrap());
+                let mut sums = vec![0f64; if of_rows { n } else { k }];
+                for (i, row) in weight.to_f32().chunks(k).enumerate() {
+                    for (j, &w) in row.iter().enumerate() {
+                        // A linear map's branch is B A; a table's, whose outputs are its columns, (B A)^T.
+                        let (out, inp) = if of_rows { (i, j) } else { (j, i) };
+                        let branch: f64 = (0..r).map(|q| f64::from(b[out][q]) * f64::from(a[q][inp])).sum();
+                        sums[out] += (f64::from(w) + 1.5 * branch).powi(2);
+                    }
+                }
+                sums.into_iter().map(f64::sqrt).collect()
+            };
+            let (a, b) = (matrix(r, k, 2), matrix(n, r, 3));
+            let (a_table, b_table) = (matrix(r, n, 4), matrix(k, r, 5));
+            for (got, want) in [
+                (row_norms(&weight, plain(&a, &b)).unwrap(), sums(&a, &b, true)),
+                (column_norms(&weight, plain(&a_table, &b_table)).unwrap(), sums(&a_table, &b_table, false)),
+            ] {
+                for (got, want) in got.iter().zip(want) {
+                    assert!((f64::from(*got) / want - 1.0).abs() < 1e-6, "{got} {want}");
+                }
+            }
+            assert!(
+                row_norms(&weight, plain(&a_table, &b_table)).is_err() && column_norms(&weight, plain(&a, &b)).is_err()
+            );
+        }
+    }
+
+    #[test]
+    fn a_row_of_zeros_gives_zero_and_no_gradient_that_is_no_number() {
+        let (n, k, r) = (4, 6, 2);
+        let mut values = random(n * k, 1);
+        values[k..2 * k].fill(0.0);
+        let weight = Weight::from_f32(&values, n, k).unwrap();
+        let (a, b) = (matrix(r, k, 2), tensor(vec![0.0; n * r], (n, r)).unwrap());
+        let (magnitude, norms) = (tensor(vec![0.7; n], n).unwrap(), Norms::default());
+        let lora = LowRank { dora: Some(Dora { magnitude: &magnitude, norms: &norms }), ..plain(&a, &b) };
+        let (x, dy) = (matrix(5, k, 3), matrix(5, n, 4));
+        let part = [LinearWithLora { weight: &weight, bias: None, lora: Some(lora) }];
+        let (y, kept) = linear::forward(&x, &part, None).unwrap();
+        let g = linear::backward(&x, &part, &kept, &[&dy], InputGradient::Wanted).unwrap();
+        assert!(y[0].to_vec2::<f32>().unwrap().iter().all(|row| row[1] == 0.0 && row[0] != 0.0));
+        let branch = g.lora[0].as_ref().unwrap();
+        let magnitudes: Vec<f32> = branch.magnitude.as_ref().unwrap().to_vec1().unwrap();
+        assert!(magnitudes[1] == 0.0 && magnitudes[0] != 0.0);
+        for t in [&branch.a, &branch.b, g.input.as_ref().unwrap()] {
+            assert!(t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()));
+        }
+    }
+
+    #[test]
+    fn a_token_that_stands_twice_gets_both_gradients_and_one_past_the_table_is_named() {
+        let (v, d, r) = (7, 4, 2);
+        let table = Weight::from_f32(&random(v * d, 1), v, d).unwrap();
+        let (a, b) = (matrix(r, v, 2), matrix(d, r, 3));
+        let gradient = |ids: &[u32], dx: &Tensor| {
+            let (_, kept) = embedding::forward(&table, ids, Some(plain(&a, &b))).unwrap();
+            embedding::backward(&table, ids, plain(&a, &b), &kept.unwrap(), dx).unwrap().a.to_vec2::<f32>().unwrap()
+        };
+        let (one, two) = (matrix(1, d, 4), matrix(1, d, 5));
+        let (first, second) = (gradient(&[3], &one), gradient(&[3], &two));
+        let both = gradient(&[3, 3], &Tensor::cat(&[&one, &two], 0).unwrap());
+        for (j, row) in both.iter().enumerate() {
+            assert!((row[3] - first[j][3] - second[j][3]).abs() < 1e-6 && row[2] == 0.0);
+        }
+        assert!(embedding::forward(&table, &[7], None).err().unwrap().to_string().contains("vocabulary of 7"));
+    }
+}

@@ -1,0 +1,8 @@
+//! The memory planner: what a run will hold, computed from shapes alone before it starts. `passes` finds the largest
+//! micro-batch of each stage, `simulate` replays the allocations of its passes on `sim_allocator`, and `plan` names the
+//! smallest change that fits. It stands above the stages; no training loop depends on it.
+
+pub mod passes;
+pub mod plan;
+pub mod sim_allocator;
+pub mod simulate;

@@ -1,0 +1,368 @@
+//! From a config and the lengths of its examples to the largest passes of each stage: what the loops of sft.rs, reward/,
+//! dpo/ and ppo/ cut, for the order in which they cut it. Knows no byte. Read walk/stages.rs for what a pass takes.
+
+use anyhow::Result;
+
+use crate::config::{AdvantageEstimator, Config, CriticStart, KlEstimator, KlIn, RewardKind, RewardLoss, Stage};
+use crate::data::examples::batch_sampler::{BatchSampler, BatchSize, endless};
+use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
+use crate::data::examples::{Example, Examples};
+use crate::model::batch::chunks_by_tokens;
+use crate::planner::simulate::stages::{Pass, Rollouts, Supervised, Work};
+use crate::rng::{SplitMix64, derive};
+use crate::train::settings;
+use crate::{dpo, reward, sft};
+
+/// So many rows are looked through for the largest batch; what comes later is taken to be no larger.
+const MOST_ROWS: usize = 20_000_000;
+
+/// The step of a run that has the micro-batch with the most tokens, as rows.
+fn largest_step<T: Example>(
+    plan: BatchSampler,
+    examples: &(impl Examples<T> + ?Sized),
+    epochs: usize,
+) -> Vec<Vec<usize>> {
+    let (mut most, mut largest) = (0, vec![]);
+    for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
+        let order = plan.epoch(examples, epoch);
+        for position in 0..order.steps() {
+            let step = order.step(position);
+            let tokens = |rows: &&[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
+            let here = step.batches.iter().map(tokens).max().unwrap_or(0);
+            if here > most {
+                (most, largest) = (here, step.batches.iter().map(|rows| rows.to_vec()).collect());
+            }
+        }
+    }
+    largest
+}
+
+/// The same where rows are a plain permutation, `per_step` a step and `per_batch` a micro-batch.
+fn largest_of_permutation<T: Example>(
+    seed: u64,
+    stream: u64,
+    examples: &(impl Examples<T> + ?Sized),
+    [epochs, per_batch, per_step]: [usize; 3],
+) -> Vec<Vec<usize>> {
+    let (mut most, mut largest) = (0, vec![]);
+    for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
+        let order = SplitMix64::new(derive(seed, &[stream, epoch as u64])).permutation(examples.len());
+        for step in order.chunks(per_step) {
+            let tokens = |rows: &[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
+            let here = step.chunks(per_batch).map(tokens).max().unwrap_or(0);
+            if here > most {
+                (most, largest) = (here, step.chunks(per_batch).map(<[usize]>::to_vec).collect());
+            }
+        }
+    }
+    largest
+}
+
+/// The rows of the largest of all runs of `size` rows.
+fn largest_chunk<T: Example>(examples: &(impl Examples<T> + ?Sized), size: usize) -> Vec<usize> {
+    let rows: Vec<usize> = (0..examples.len()).collect();
+    let tokens = |rows: &&[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
+    rows.chunks(size).max_by_key(tokens).map(<[usize]>::to_vec).unwrap_or_default()
+}
+
+/// What each example brings into a pass: sequences' lengths, targets. Cut to `most` tokens a sequence.
+trait Sequences: Example {
+    fn put(&self, most: usize, pass: &mut Pass);
+}
+
+impl Sequences for SftExample {
+    fn put(&self, most: usize, pass: &mut Pass) {
+        let length = self.tokens.len().min(most);
+        pass.lengths.push(length);
+        pass.targets += self.loss_mask[self.loss_mask.len() - length..].iter().filter(|&&m| m).count();
+    }
+}
+
+impl Sequences for RankedExample {
+    fn put(&self, most: usize, pass: &mut Pass) {
+        for answer in &self.answers {
+            pass.lengths.push((self.prompt.len() + answer.len()).min(most));
+            pass.targets += answer.len().min(most - 1);
+        }
+    }
+}
+
+impl Sequences for UnpairedExample {
+    fn put(&self, most: usize, pass: &mut Pass) {
+        pass.lengths.push((self.prompt.len() + self.answer.len()).min(most));
+        pass.targets += self.answer.len().min(most - 1);
+    }
+}
+
+fn pass<T: Sequences>(examples: &(impl Examples<T> + ?Sized), rows: &[usize], most: usize) -> Result<Pass> {
+    let mut pass = Pass::default();
+    for &row in rows {
+        examples.get(row)?.put(most.max(2), &mut pass);
+    }
+    Ok(pass)
+}
+
+fn most_tokens(config: &Config) -> usize {
+    config.data.as_ref().map_or(usize::MAX, |data| data.max_length)
+}
+
+/// `[sft]`'s passes.
+///
+/// # Errors
+/// If the examples cannot be read.
+pub fn sft(
+    config: &Config,
+    examples: &(impl Examples<SftExample> + ?Sized),
+    held_out: &(impl Examples<SftExample> + ?Sized),
+) -> Result<Work> {
+    let (c, most) = (config.sft(), most_tokens(config));
+    let batch = settings::batch_size(c.per_device_train_batch_size, c.max_tokens_per_batch);
+    let plan = plan(config, settings::SFT_ORDER, batch, c.gradient_accumulation_steps);
+    let step = largest_step(plan, examples, c.num_train_epochs);
+    let held = largest_chunk(held_out, sft::EVAL_BATCH);
+    Ok(Work::Supervised(Supervised {
+        step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
+        reference: vec![],
+        evaluation: (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?,
+        scorer: false,
+        steps: plan.steps(examples, c.num_train_epochs),
+    }))
+}
+
+fn plan(config: &Config, stream: u64, batch: BatchSize, accumulate: usize) -> BatchSampler {
+    BatchSampler { seed: config.seed, stream, batch, accumulate, shard: Default::default() }
+}
+
+/// `[reward]`'s passes.
+///
+/// # Errors
+/// If the examples cannot be read.
+pub fn reward(
+    config: &Config,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+    held_out: &(impl Examples<RankedExample> + ?Sized),
+) -> Result<Work> {
+    let (c, most) = (config.reward(), most_tokens(config));
+    let batch = settings::batch_size(c.per_device_train_batch_size, c.max_tokens_per_batch);
+    let plan = plan(config, settings::REWARD_ORDER, batch, c.gradient_accumulation_steps);
+    let targets = |mut pass: Pass| {
+        pass.targets = match c.loss {
+            RewardLoss::LastToken => pass.lengths.len(),
+            RewardLoss::DivergenceToEnd => pass.tokens(),
+        };
+        pass
+    };
+    let held = largest_chunk(held_out, reward::train::EVAL_BATCH);
+    let scored = |mut pass: Pass| {
+        pass.targets = pass.lengths.len();
+        pass
+    };
+    let mut evaluation = (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?.map(scored);
+    if c.center {
+        // Training comparisons are scored for their mean, as many a pass.
+        let some: Vec<usize> = (0..examples.len().min(reward::train::CENTER_ON)).collect();
+        for rows in some.chunks(reward::train::EVAL_BATCH) {
+            let here = scored(pass(examples, rows, most)?);
+            if evaluation.as_ref().is_none_or(|e| e.tokens() < here.tokens()) {
+                evaluation = Some(here);
+            }
+        }
+    }
+    let step = largest_step(plan, examples, c.num_train_epochs);
+    Ok(Work::Supervised(Supervised {
+        step: step.iter().map(|rows| pass(examples, rows, most).map(targets)).collect::<Result<_>>()?,
+        reference: vec![],
+        evaluation,
+        scorer: true,
+        steps: plan.steps(examples, c.num_train_epochs),
+    }))
+}
+
+/// Answers under a policy, as `dpo::answers` scores them: at most so many tokens a pass. The largest.
+fn scored(pass: &Pass) -> Pass {
+    let chunks = chunks_by_tokens(&pass.lengths, dpo::SCORING_TOKENS);
+    let tokens = |rows: &Vec<usize>| rows.iter().map(|&i| pass.lengths[i]).sum::<usize>();
+    let rows = chunks.into_iter().max_by_key(tokens).unwrap_or_default();
+    let lengths: Vec<usize> = rows.iter().map(|&i| pass.lengths[i]).collect();
+    // Targets are shared out evenly, which no pass of one example needs.
+    let targets = (pass.targets * rows.len()).div_ceil(pass.lengths.len().max(1));
+    Pass { lengths, targets }
+}
+
+/// `[dpo]`'s passes.
+///
+/// # Errors
+/// If the examples cannot be read.
+pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExample]) -> Result<Work> {
+    let (c, most) = (config.dpo(), most_tokens(config));
+    let cut = [c.num_train_epochs, c.per_device_train_batch_size];
+    let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+    let step = largest_of_permutation(config.seed, settings::DPO_ORDER, examples, [cut[0], cut[1], per_step]);
+    let longest = largest_chunk(examples, 1);
+    let held = largest_chunk(held_out, dpo::EVAL_BATCH);
+    let reference = scored(&pass(examples, &longest, most)?);
+    let mut evaluation = (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p));
+    if c.precompute_ref_log_probs && evaluation.as_ref().is_none_or(|e| e.tokens() < reference.tokens()) {
+        evaluation = Some(reference.clone());
+    }
+    Ok(Work::Supervised(Supervised {
+        step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
+        reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
+        evaluation,
+        scorer: false,
+        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
+    }))
+}
+
+/// `[kto]`'s passes.
+///
+/// # Errors
+/// If the examples cannot be read.
+pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedExample]) -> Result<Work> {
+    let (c, most) = (config.kto(), most_tokens(config));
+    let cut = [c.num_train_epochs, c.per_device_train_batch_size];
+    let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+    let step = largest_of_permutation(config.seed, settings::KTO_ORDER, examples, [cut[0], cut[1], per_step]);
+    // The KL term scores the whole step's answers, and evaluation all that are held out, so many tokens a pass.
+    let whole: Vec<usize> = step.iter().flatten().copied().collect();
+    let reference = scored(&pass(examples, &whole, most)?);
+    let held: Vec<usize> = (0..held_out.len()).collect();
+    Ok(Work::Supervised(Supervised {
+        step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
+        reference: vec![reference],
+        evaluation: (held.len() > 1).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p)),
+        scorer: false,
+        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
+    }))
+}
+
+/// What `[ppo]` asks besides its config.
+#[derive(Clone, Copy, Debug)]
+pub struct Asked<'a> {
+    /// Tokens of the held-out prompts that are evaluated on.
+    pub held_out: &'a [usize],
+    /// The longest sequence that both bases can take.
+    pub context: usize,
+    /// Critic and reward model read other tokens than the policy: the critic is then over the policy's base.
+    pub other_tokens: bool,
+}
+
+/// `[ppo]`'s passes, every answer at its full length.
+///
+/// # Errors
+/// If `[ppo]` is missing.
+pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked: Asked<'_>) -> Result<Work> {
+    let c = config.ppo()?;
+    let most = config.data.as_ref().map_or(usize::MAX, |data| data.max_prompt_length);
+    let length = |row: usize| prompts.tokens(row).min(most);
+    let asked_a_time = (c.batch_size / c.num_generations.max(1)).max(1);
+    let response = c.response_length.min(asked.context.saturating_sub(1)).max(1);
+    let full = |prompt: usize| response.min(asked.context.saturating_sub(prompt)).max(1);
+    let (mut rollout, mut micro): (Vec<usize>, Vec<Vec<usize>>) = (vec![], vec![]);
+    let tokens = |lengths: &[usize]| lengths.iter().sum::<usize>();
+    let iterations = c.iterations().min(1 + MOST_ROWS / prompts.len().max(1));
+    for iteration in 0..if prompts.is_empty() { 0 } else { iterations } {
+        let from = iteration * asked_a_time;
+        let rows = endless(config.seed, settings::PROMPT_ORDER, prompts.len(), from, asked_a_time);
+        let lengths: Vec<usize> =
+            rows.into_iter().flat_map(|row| std::iter::repeat_n(length(row), c.num_generations)).collect();
+        for epoch in 0..c.num_ppo_epochs {
+            let path = [settings::MINIBATCH_ORDER, iteration as u64, epoch as u64];
+            let order = SplitMix64::new(derive(config.seed, &path)).permutation(lengths.len());
+            for minibatch in order.chunks(c.batch_size.div_ceil(c.num_mini_batches)) {
+                let here: Vec<Vec<usize>> = minibatch
+                    .chunks(c.micro_batch_size)
+                    .map(|rows| rows.iter().map(|&i| lengths[i]).collect())
+                    .collect();
+                let largest =
+                    |all: &[Vec<usize>]| all.iter().map(|m| tokens(m) + m.len() * response).max().unwrap_or(0);
+                if largest(&here) > largest(&micro) {
+                    micro = here;
+                }
+            }
+        }
+        if tokens(&lengths) > tokens(&rollout) {
+            rollout = lengths;
+        }
+    }
+    let is_adapter = |kind: RewardKind| kind == RewardKind::Adapter;
+    let parts = c.reward.iter().chain(&c.gold).filter(|part| is_adapter(part.kind));
+    let more_rewards = parts.map(|part| part.adapters.len()).sum();
+    let text = c.ptx.as_ref().filter(|ptx| ptx.coef > 0.0).map(|ptx| {
+        let tokens = ptx.block_size.unwrap_or(most.saturating_add(c.response_length)).min(asked.context);
+        (c.batch_size.div_ceil(c.num_mini_batches), tokens, c.micro_batch_size)
+    });
+    let mut evaluation = asked.held_out.to_vec();
+    evaluation.truncate(c.eval_prompts);
+    let largest = evaluation.chunks(c.at_once()).max_by_key(|chunk| tokens(chunk));
+    let evaluation = largest.map(|chunk| chunk.iter().map(|&t| t.min(most)).collect()).unwrap_or_default();
+    Ok(Work::Rollouts(Rollouts {
+        prompts: rollout,
+        response,
+        generations: c.num_generations,
+        at_once: c.at_once(),
+        steps: c.iterations() * c.num_ppo_epochs * c.num_mini_batches,
+        micro: micro.iter().map(|rows| rows.iter().map(|&p| (p, full(p))).collect()).collect(),
+        text,
+        evaluation,
+        evaluates_within: c.eval_every > 0,
+        critic: matches!(c.advantage_estimator, AdvantageEstimator::Gae | AdvantageEstimator::A2c),
+        critic_on_policy: c.critic == CriticStart::Actor || asked.other_tokens,
+        exact: (
+            c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Reward,
+            c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Loss,
+        ),
+        more_rewards,
+        reward_model: !c.reward_adapter.as_os_str().is_empty() || more_rewards > 0,
+        copies: usize::from(c.ema_decay.is_some()) + usize::from(c.ref_model_sync_iterations > 0),
+    }))
+}
+
+/// The passes of a stage whose examples are not at hand: each as long as `[data]` allows, enough of them for a step.
+///
+/// # Errors
+/// If `[ppo]` is missing and asked for.
+pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work> {
+    let data = config.data.clone().unwrap_or_default();
+    let length = data.max_length.min(context).max(2);
+    let answer = vec![0u32; length - 1];
+    let (some, held) = (64, 16);
+    let ranked = || RankedExample { prompt: vec![0], answers: vec![answer.clone(); 2] };
+    let judged = || UnpairedExample { prompt: vec![0], answer: answer.clone(), good: true };
+    let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
+    let count = |per_step: usize| per_step.max(some);
+    match stage {
+        Stage::Sft => {
+            let c = config.sft();
+            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
+            sft(config, &vec![tokens(); n], &vec![tokens(); held])
+        }
+        Stage::Reward => {
+            let c = config.reward();
+            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
+            reward(config, &vec![ranked(); n], &vec![ranked(); held])
+        }
+        Stage::Dpo => {
+            let c = config.dpo();
+            dpo(
+                config,
+                &vec![ranked(); count(c.per_device_train_batch_size * c.gradient_accumulation_steps)],
+                &[ranked()],
+            )
+        }
+        Stage::Kto => {
+            let c = config.kto();
+            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
+            kto(config, &vec![judged(); n], &[judged(), judged()])
+        }
+        Stage::Ppo => {
+            let prompt = data.max_prompt_length.min(context.saturating_sub(1)).max(1);
+            let held_out = vec![prompt; config.ppo()?.eval_prompts];
+            let mut once = config.clone();
+            if let Some(ppo) = &mut once.ppo {
+                ppo.total_episodes = ppo.batch_size;
+            }
+            ppo(&once, &vec![vec![0u32; prompt]; 1], Asked { held_out: &held_out, context, other_tokens: false })
+        }
+    }
+}

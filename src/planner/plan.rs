@@ -1,0 +1,573 @@
+//! A plan: what a stage takes in each phase, what a limit leaves, and what would make it fit. Knows no file: a [`Shapes`]
+//! says what a config means for a job. Read walk/stages.rs for the job, cli/plan.rs for the table.
+
+use anyhow::Result;
+
+use crate::config::{Config, Quantize, RecomputeSetting, Stage};
+use crate::host::limits::{LimitSource, available, available_bytes, own_rss_bytes};
+use crate::host::meter::Phase;
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::model::base::Base;
+use crate::model::block::Recompute;
+use crate::planner::sim_allocator::{Bytes, MemoryCategory};
+use crate::planner::simulate::shape::{Branches, Network};
+use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
+
+/// What a config means in shapes: called again for each change that is tried.
+pub type Shapes<'a> = dyn Fn(&Config) -> Result<StageShape> + 'a;
+
+/// What a run may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Budget {
+    /// Bytes that are the process's own: all but mapped files.
+    pub room: usize,
+    /// Who says so.
+    pub bound: LimitSource,
+}
+
+impl Budget {
+    /// `limit`, or what there is beside what this process has already; `None` where nobody says.
+    pub fn of(limit: Option<usize>) -> Option<Self> {
+        match limit {
+            Some(room) => Some(Self { room, bound: LimitSource::Asked }),
+            None => {
+                let (free, bound) = available()?;
+                Some(Self { room: free + own_rss_bytes().unwrap_or(0), bound })
+            }
+        }
+    }
+
+    /// Whether a run with this peak can go through. Mapped files do not count: the system drops their pages where it must.
+    /// What the machine has free is a moment's figure and a plan is within 5%, so only what surely does not fit does not.
+    pub fn fits(&self, peak: &Bytes) -> bool {
+        let own = peak.own();
+        if self.bound == LimitSource::Asked { own <= self.room } else { own - own / 20 <= self.room }
+    }
+
+    fn text(&self) -> String {
+        let room = text(self.room);
+        match self.bound {
+            LimitSource::Asked => format!("[memory] limit is {room}"),
+            LimitSource::Machine => format!("there are {room} for it"),
+            LimitSource::Group => format!("the control group (cgroup) around it leaves {room} for it"),
+            LimitSource::Addresses => format!("the limit on address space (ulimit -v) leaves {room} for it"),
+            LimitSource::Private => format!("the limit on private memory (ulimit -d) leaves {room} for it"),
+        }
+    }
+
+    /// Whether the mapped files stay in memory beside it, too: else the base is read from the disk again in every pass.
+    pub fn is_comfortable(&self, peak: &Bytes) -> bool {
+        // Of an address space the mapped files have taken their part, in memory or not.
+        let needed = if self.bound == LimitSource::Addresses { peak.own() } else { peak.total() };
+        needed <= self.room
+    }
+}
+
+/// What a stage takes.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The highest sum of each phase.
+    pub phases: [(Phase, Bytes); Phase::ALL.len()],
+    /// What blocks keep.
+    pub checkpoint: Recompute,
+    /// What was walked.
+    pub job: StageShape,
+}
+
+impl Plan {
+    /// Of a job as it is.
+    pub fn of(job: StageShape) -> Self {
+        Self { phases: job.walk(), checkpoint: job.checkpoint, job }
+    }
+
+    /// The phase in which most is held, and what.
+    pub fn peak(&self) -> (Phase, Bytes) {
+        self.phases.into_iter().max_by_key(|(_, bytes)| bytes.own()).unwrap_or_default()
+    }
+}
+
+/// A change of settings that needs less.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Change {
+    /// Keys and values, as `--set` takes them.
+    pub set: Vec<(String, String)>,
+    /// What it costs, in words.
+    pub costs: String,
+    /// The config with it.
+    pub config: Config,
+}
+
+impl Change {
+    /// `ppo.micro_batch_size=2 ppo.checkpoint="block"`.
+    pub fn text(&self) -> String {
+        self.set.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
+    }
+}
+
+/// The checkpoint key of a stage's section.
+pub fn asked(stage: Stage, config: &Config) -> RecomputeSetting {
+    match stage {
+        Stage::Sft => config.sft().checkpoint,
+        Stage::Reward => config.reward().checkpoint,
+        Stage::Dpo => config.dpo().checkpoint,
+        Stage::Kto => config.kto().checkpoint,
+        Stage::Ppo => config.ppo().map(|ppo| ppo.checkpoint).unwrap_or_default(),
+    }
+}
+
+/// The config with this checkpoint key.
+#[must_use]
+pub fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {
+    let mut config = config.clone();
+    match stage {
+        Stage::Sft => config.sft.get_or_insert_default().checkpoint = checkpoint,
+        Stage::Reward => config.reward.get_or_insert_default().checkpoint = checkpoint,
+        Stage::Dpo => config.dpo.get_or_insert_default().checkpoint = checkpoint,
+        Stage::Kto => config.kto.get_or_insert_default().checkpoint = checkpoint,
+        Stage::Ppo => {
+            if let Some(ppo) = &mut config.ppo {
+                ppo.checkpoint = checkpoint;
+            }
+        }
+    }
+    config
+}
+
+/// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory, mapped
+/// base included, and recomputes the rest.
+///
+/// # Errors
+/// Those of `shapes`.
+pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
+    let job = shapes(config)?;
+    let with = |checkpoint| Plan::of(StageShape { checkpoint, ..job.clone() });
+    Ok(match asked(stage, config) {
+        RecomputeSetting::None => with(Recompute::Off),
+        RecomputeSetting::Mlp => with(Recompute::Mlp),
+        RecomputeSetting::Block => with(Recompute::Block),
+        RecomputeSetting::Auto => {
+            let is_comfortable = |plan: &Plan| budget.is_none_or(|budget| budget.is_comfortable(&plan.peak().1));
+            let some = [Recompute::Off, Recompute::Mlp].into_iter().map(with).find(is_comfortable);
+            some.unwrap_or_else(|| with(Recompute::Block))
+        }
+    })
+}
+
+/// What blocks keep in a training pass of `tokens` tokens over an open base: as much as the machine has room for.
+pub fn of_pass(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
+    let (Ok(policy), Some(free)) = (Network::of_base(base), available_bytes()) else { return Recompute::Off };
+    let pass = Pass { lengths: vec![tokens], targets: tokens };
+    let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false, steps: 3 };
+    let standing = policy.owned + policy.mapped + policy.vectors();
+    let job = StageShape {
+        policy,
+        scorer: None,
+        branches: Branches::of_adapter(start),
+        reward: Branches::of_adapter(start),
+        checkpoint: Recompute::Off,
+        work: Work::Supervised(work),
+        data: 0,
+        process: 0,
+        threads: crate::ops::cpu::pool::threads(),
+    };
+    let fits = |&checkpoint: &Recompute| {
+        Plan::of(StageShape { checkpoint, ..job.clone() }).peak().1.total() - standing <= free
+    };
+    Recompute::ALL.into_iter().find(fits).unwrap_or(Recompute::Block)
+}
+
+/// The smallest change with which the stage fits, tried from the cheapest on; `None` where none does.
+///
+/// # Errors
+/// Those of `shapes`.
+pub fn smallest_change(
+    stage: Stage,
+    config: &Config,
+    budget: Budget,
+    shapes: &Shapes<'_>,
+) -> Result<Option<(Change, Plan)>> {
+    for change in changes(stage, config) {
+        let plan = plan(stage, &change.config, Some(budget), shapes)?;
+        // With some to spare: what the process has beside its heap is not the same in every run.
+        let spare = Budget { room: budget.room - budget.room / 32, ..budget };
+        if spare.fits(&plan.peak().1) {
+            return Ok(Some((change, plan)));
+        }
+    }
+    Ok(None)
+}
+
+/// What there is to choose from, the cheapest first, with the plan of each: smaller micro-batches, recomputation, fewer
+/// answers at once, and so on; what takes no less than something cheaper is left out.
+///
+/// # Errors
+/// Those of `shapes`.
+pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec<(Change, Plan)>> {
+    let auto = asked(stage, config) == RecomputeSetting::Auto;
+    let kept = if auto { with_checkpoint(stage, config, RecomputeSetting::None) } else { config.clone() };
+    let mut all = vec![];
+    let mut least = plan(stage, &kept, None, shapes)?.peak().1.total();
+    for change in changes(stage, &kept) {
+        let plan = plan(stage, &change.config, None, shapes)?;
+        // A change of under a hundredth is none.
+        if plan.peak().1.total() < least - least / 100 {
+            least = plan.peak().1.total();
+            all.push((change, plan));
+        }
+    }
+    Ok(all)
+}
+
+/// A key that can be made smaller.
+struct Knob {
+    value: usize,
+    set: fn(&mut Config, usize) -> Vec<(String, String)>,
+}
+
+fn pair(key: &str, value: impl ToString) -> (String, String) {
+    (key.to_owned(), value.to_string())
+}
+
+macro_rules! batch_knob {
+    ($section:ident, $config:expr) => {{
+        let c = $config.$section();
+        let knob: fn(&mut Config, usize) -> Vec<(String, String)> = |config, size| {
+            let c = config.$section.get_or_insert_default();
+            let all = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+            c.per_device_train_batch_size = size;
+            c.gradient_accumulation_steps = all.div_ceil(size);
+            let section = stringify!($section);
+            vec![
+                pair(&format!("{section}.per_device_train_batch_size"), size),
+                pair(&format!("{section}.gradient_accumulation_steps"), c.gradient_accumulation_steps),
+            ]
+        };
+        Knob { value: c.per_device_train_batch_size, set: knob }
+    }};
+}
+
+macro_rules! token_knob {
+    ($section:ident, $value:expr) => {
+        Knob {
+            value: $value,
+            set: |config, size| {
+                config.$section.get_or_insert_default().max_tokens_per_batch = Some(size);
+                vec![pair(concat!(stringify!($section), ".max_tokens_per_batch"), size)]
+            },
+        }
+    };
+}
+
+/// The key that cuts micro-batches.
+fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
+    Some(match stage {
+        Stage::Sft => match config.sft().max_tokens_per_batch {
+            Some(tokens) => token_knob!(sft, tokens),
+            None => batch_knob!(sft, config),
+        },
+        Stage::Reward => match config.reward().max_tokens_per_batch {
+            Some(tokens) => token_knob!(reward, tokens),
+            None => batch_knob!(reward, config),
+        },
+        Stage::Dpo => batch_knob!(dpo, config),
+        Stage::Kto => batch_knob!(kto, config),
+        Stage::Ppo => Knob {
+            value: config.ppo().ok()?.micro_batch_size,
+            set: |config, size| {
+                if let Some(ppo) = &mut config.ppo {
+                    ppo.micro_batch_size = size;
+                }
+                vec![pair("ppo.micro_batch_size", size)]
+            },
+        },
+    })
+}
+
+/// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a forward
+/// or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
+fn changes(stage: Stage, config: &Config) -> Vec<Change> {
+    let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
+    let recomputes: &[Recomputed] = match asked(stage, config) {
+        RecomputeSetting::None => &RECOMPUTED,
+        RecomputeSetting::Mlp => &RECOMPUTED[1..],
+        RecomputeSetting::Block | RecomputeSetting::Auto => &[],
+    };
+    let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
+        format!("frozen weights are unpacked {times} times as often in updates")
+    });
+    if stage == Stage::Ppo {
+        cuts = halved(0.05, cuts, at_once(config), |times| format!("answers are sampled in {times} turns"));
+    }
+    let least = cuts.last().map(|(_, change)| change.clone());
+    let mut ladder: Vec<(f64, Change)> = vec![];
+    for (price, cut) in cuts {
+        if !cut.set.is_empty() {
+            ladder.push((price, cut.clone()));
+        }
+        for recomputed in recomputes {
+            ladder.push((recomputed.price + price, recomputing(stage, cut.clone(), recomputed)));
+        }
+    }
+    ladder.sort_by(|(a, _), (b, _)| a.total_cmp(b));
+    let least = least.map(|least| match recomputes.last() {
+        Some(recomputed) => recomputing(stage, least, recomputed),
+        None => least,
+    });
+    let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
+    // With all of that, what changes more than time.
+    let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
+    for (quantize, name, costs) in [
+        (Quantize::Q8_0, "q8_0", "weights of a dense base are rounded to 8.5 bits"),
+        (Quantize::Q4K, "q4_k", "weights of a dense base are rounded to 4.5 bits"),
+    ] {
+        if config.base.quantize.is_none() || (config.base.quantize == Some(Quantize::Q8_0) && name == "q4_k") {
+            let mut change = last.clone();
+            change.config.base.quantize = Some(quantize);
+            change.set.push(pair("base.quantize", name));
+            change.costs = join(&change.costs, costs);
+            if let Some(other) = &mut change.config.reward_base {
+                other.quantize = Some(quantize);
+                change.set.push(pair("reward_base.quantize", name));
+            }
+            all.push(change);
+        }
+    }
+    if stage == Stage::Ppo {
+        for _ in 0..6 {
+            let Some(ppo) = &mut last.config.ppo else { break };
+            ppo.response_length = ppo.response_length.div_ceil(2);
+            let mut shorter = last.clone();
+            shorter.set.push(pair("ppo.response_length", shorter.config.ppo().map_or(0, |ppo| ppo.response_length)));
+            shorter.costs = join(&shorter.costs, "shorter answers");
+            all.push(shorter);
+        }
+        return all;
+    }
+    for _ in 0..6 {
+        let Some(data) = &mut last.config.data else { break };
+        data.max_length = data.max_length.div_ceil(2);
+        let mut shorter = last.clone();
+        shorter.set.push(pair("data.max_length", last.config.data.as_ref().map_or(0, |data| data.max_length)));
+        shorter.costs = join(&shorter.costs, "longer records are dropped or cut");
+        all.push(shorter);
+    }
+    all
+}
+
+/// Each of `from` with the knob at its value, half of it, a quarter, down to 1; `price` is what a halving costs.
+fn halved(
+    price: f64,
+    from: Vec<(f64, Change)>,
+    knob: Option<Knob>,
+    costs: impl Fn(u32) -> String,
+) -> Vec<(f64, Change)> {
+    let Some(knob) = knob else { return from };
+    let mut all = from.clone();
+    let (mut size, mut halvings) = (knob.value, 0);
+    while size > 1 && halvings < 24 {
+        (size, halvings) = (size.div_ceil(2), halvings + 1);
+        for (before, change) in &from {
+            let mut change = change.clone();
+            let set = (knob.set)(&mut change.config, size);
+            change.set.extend(set);
+            change.costs = join(&change.costs, &costs(1 << halvings));
+            all.push((before + price * f64::from(halvings), change));
+        }
+    }
+    all
+}
+
+/// The key that says how many prompts are answered at once.
+fn at_once(config: &Config) -> Option<Knob> {
+    Some(Knob {
+        value: config.ppo().ok()?.at_once(),
+        set: |config, size| {
+            if let Some(ppo) = &mut config.ppo {
+                ppo.local_rollout_forward_batch_size = Some(size);
+            }
+            vec![pair("ppo.local_rollout_forward_batch_size", size)]
+        },
+    })
+}
+
+/// A way to keep less between forward and backward.
+struct Recomputed {
+    checkpoint: RecomputeSetting,
+    name: &'static str,
+    costs: &'static str,
+    price: f64,
+}
+
+/// All, the cheapest first.
+const RECOMPUTED: [Recomputed; 2] = [
+    Recomputed {
+        checkpoint: RecomputeSetting::Mlp,
+        name: Recompute::Mlp.name(),
+        costs: "half a forward more in every update",
+        price: 0.2,
+    },
+    Recomputed {
+        checkpoint: RecomputeSetting::Block,
+        name: Recompute::Block.name(),
+        costs: "one more forward in every update",
+        price: 0.4,
+    },
+];
+
+fn recomputing(stage: Stage, change: Change, by: &Recomputed) -> Change {
+    let mut set = change.set;
+    set.push(pair(&format!("{}.checkpoint", stage.name()), by.name));
+    let costs = join(&change.costs, by.costs);
+    Change { set, costs, config: with_checkpoint(stage, &change.config, by.checkpoint) }
+}
+
+fn join(one: &str, other: &str) -> String {
+    if one.is_empty() { other.to_owned() } else { format!("{one}; {other}") }
+}
+
+/// `812 MiB`, `3.4 GiB`.
+pub fn text(bytes: usize) -> String {
+    let mib = bytes as f64 / f64::from(1 << 20);
+    match mib {
+        m if m >= 10_000.0 => format!("{:.1} GiB", m / 1024.0),
+        m if m >= 10.0 => format!("{m:.0} MiB"),
+        m => format!("{m:.1} MiB"),
+    }
+}
+
+/// The plan of a stage that is about to start.
+///
+/// # Errors
+/// If it would not fit: what it needs, where, what there is, and the smallest change that fits.
+pub fn admit(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Plan> {
+    let budget = Budget::of(config.memory.limit.map(|limit| limit.0));
+    let plan = plan(stage, config, budget, shapes)?;
+    let Some(budget) = budget else { return Ok(plan) };
+    let (phase, peak) = plan.peak();
+    if budget.fits(&peak) {
+        return Ok(plan);
+    }
+    let change = smallest_change(stage, config, budget, shapes)?;
+    Err(refusal(stage, phase, &peak, budget, change.as_ref()))
+}
+
+/// Whether a base alone can lie in memory.
+///
+/// # Errors
+/// If it cannot: what it takes, and what there is.
+pub fn admit_base(net: &Network, budget: Budget, of: &str) -> Result<()> {
+    let mut peak = Bytes::default();
+    peak.set(MemoryCategory::Base, net.owned + net.vectors());
+    if budget.fits(&peak) {
+        return Ok(());
+    }
+    let smaller = "quantize = \"q4_k\", or a GGUF file, which is mapped and not held";
+    Err(invalid!(
+        "[{of}] does not fit: quantised as it is asked for it takes {} of memory, and {}; take {smaller}",
+        text(peak.own()),
+        budget.text()
+    ))
+}
+
+fn refusal(stage: Stage, phase: Phase, peak: &Bytes, budget: Budget, change: Option<&(Change, Plan)>) -> anyhow::Error {
+    let have = budget.text();
+    let most = MemoryCategory::ALL
+        .into_iter()
+        .filter(|&c| c != MemoryCategory::Mapped)
+        .max_by_key(|&c| peak.of(c))
+        .unwrap_or(MemoryCategory::Base);
+    let what = format!(
+        "{} does not fit: its {} would take {} of memory, {} of it for {}, and {have}",
+        stage.name(),
+        phase.name(),
+        text(peak.own()),
+        text(peak.of(most)),
+        most.name()
+    );
+    match change {
+        Some((change, plan)) => invalid!(
+            "{what}; the smallest change that fits, in {}: --set {} ({})",
+            text(plan.peak().1.own()),
+            change.set.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(" --set "),
+            change.costs
+        ),
+        None => {
+            invalid!("{what}; no smaller batch, shorter sequence or quantised base fits either: take a smaller model")
+        }
+    }
+}
+
+/// What the same training takes with other arrangements of the four roles' weights.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Arrangement {
+    /// Four networks, two of them trained in full.
+    FullModels,
+    /// An adapter for each of four bases.
+    FourBases,
+    /// A base for actor and reference, one for critic and reward model.
+    TwoBases,
+    /// One base for all.
+    OneBase,
+}
+
+impl Arrangement {
+    /// All, the largest first.
+    pub const ALL: [Self; 4] = [Self::FullModels, Self::FourBases, Self::TwoBases, Self::OneBase];
+
+    /// For tables and JSON.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::FullModels => "four full models",
+            Self::FourBases => "LoRA, four bases",
+            Self::TwoBases => "LoRA, two shared bases",
+            Self::OneBase => "LoRA, one shared base",
+        }
+    }
+
+    /// The plan's peak with this arrangement. Activations, caches and data are the plan's own; four full models have their
+    /// weights, gradients of actor and critic, and AdamW's means: all in f32 where the base is, else weights and gradients
+    /// in 2 bytes a number and means and a master copy in f32 (mixed precision).
+    pub fn peak(self, plan: &Plan) -> (Phase, Bytes) {
+        let all = plan.phases.map(|(phase, bytes)| (phase, self.bytes(plan, bytes)));
+        all.into_iter().max_by_key(|(_, bytes)| bytes.own()).unwrap_or_default()
+    }
+
+    fn bytes(self, plan: &Plan, mut bytes: Bytes) -> Bytes {
+        if bytes.total() == 0 {
+            return bytes;
+        }
+        let (roles, trained) = match &plan.job.work {
+            Work::Rollouts(_) => (4, 2),
+            Work::Supervised(_) => (1, 1),
+        };
+        let net = &plan.job.policy;
+        let copies = match self {
+            Self::FullModels => {
+                let weights = |net: &Network| net.parameters() * if is_f32(net) { 4 } else { 2 };
+                bytes.set(MemoryCategory::Mapped, 0);
+                bytes.set(MemoryCategory::Base, roles * weights(net));
+                bytes.set(MemoryCategory::Adapters, 0);
+                bytes.set(MemoryCategory::Gradients, trained * weights(net));
+                let means = if is_f32(net) { 8 } else { 12 };
+                bytes.set(MemoryCategory::Optimizer, trained * net.parameters() * means);
+                return bytes;
+            }
+            Self::FourBases => roles,
+            Self::TwoBases => roles.min(2),
+            Self::OneBase => 1,
+        };
+        // A second base that the config has is there already.
+        let have = if plan.job.scorer.is_some() { 2 } else { 1 };
+        let one = |class: MemoryCategory| bytes.of(class) / have;
+        let (base, mapped) = (one(MemoryCategory::Base), one(MemoryCategory::Mapped));
+        bytes.set(MemoryCategory::Base, copies * base);
+        bytes.set(MemoryCategory::Mapped, copies * mapped);
+        bytes
+    }
+}
+
+fn is_f32(net: &Network) -> bool {
+    use crate::ops::weight::StorageDType;
+    net.stored.first().is_some_and(|row| row[0] == StorageDType::F32)
+}

@@ -1,0 +1,422 @@
+//! The stages, phase by phase: what stands, what each phase takes on top. Three optimizer steps are walked, since each
+//! finds more there than the one before: weights of its own, the guard's copy. Read plan.rs for what is made of it.
+
+use crate::host::meter::Phase;
+use crate::model::batch::chunks_by_tokens;
+use crate::model::block::Recompute;
+use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAllocator};
+use crate::planner::simulate::network::{Gradients, View};
+use crate::planner::simulate::ops::{Simulator, Tensor};
+use crate::planner::simulate::shape::{Branches, Network};
+
+/// One pass through a network.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Pass {
+    /// Tokens of each sequence.
+    pub lengths: Vec<usize>,
+    /// Rows that the head is run over.
+    pub targets: usize,
+}
+
+impl Pass {
+    /// Tokens of all sequences.
+    pub fn tokens(&self) -> usize {
+        self.lengths.iter().sum()
+    }
+}
+
+/// What a stage with one learner goes over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Supervised {
+    /// The micro-batches of the largest optimizer step.
+    pub step: Vec<Pass>,
+    /// Passes under the reference before each micro-batch (DPO, KTO).
+    pub reference: Vec<Pass>,
+    /// The largest pass of an evaluation, where something is held out.
+    pub evaluation: Option<Pass>,
+    /// A scalar head, where rewards are learnt.
+    pub scorer: bool,
+    /// Optimizer steps of the run.
+    pub steps: usize,
+}
+
+/// What PPO goes over.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rollouts {
+    /// Prompts of the largest rollout.
+    pub prompts: Vec<usize>,
+    /// Answers to each of them, which stand in a row in `prompts`.
+    pub generations: usize,
+    /// Tokens of a response.
+    pub response: usize,
+    /// So many are answered at once.
+    pub at_once: usize,
+    /// Minibatches of the run.
+    pub steps: usize,
+    /// The micro-batches of the largest minibatch, as (prompt, response) lengths.
+    pub micro: Vec<Vec<(usize, usize)>>,
+    /// Blocks of text beside each minibatch: (blocks, tokens each, blocks a pass).
+    pub text: Option<(usize, usize, usize)>,
+    /// Allocation-out prompts of one evaluation batch.
+    pub evaluation: Vec<usize>,
+    /// They are asked in the course of the run, too, and not only around it.
+    pub evaluates_within: bool,
+    /// The advantages need a critic.
+    pub critic: bool,
+    /// The critic lives on the policy's base.
+    pub critic_on_policy: bool,
+    /// The KL is taken over the whole vocabulary: in the rollout, in every pass of the loss.
+    pub exact: (bool, bool),
+    /// Reward adapters beside the first, gold ones among them.
+    pub more_rewards: usize,
+    /// Whether a reward adapter scores the answers.
+    pub reward_model: bool,
+    /// Copies of the actor that are kept: its moving average, a reference that follows it.
+    pub copies: usize,
+}
+
+/// A stage's work.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Work {
+    /// One learner.
+    Supervised(Supervised),
+    /// Actor and critic.
+    Rollouts(Rollouts),
+}
+
+impl Work {
+    /// Tokens of the longest sequence.
+    fn longest(&self) -> usize {
+        match self {
+            Self::Supervised(work) => {
+                let passes = work.step.iter().chain(&work.reference).chain(&work.evaluation);
+                passes.flat_map(|pass| &pass.lengths).copied().max().unwrap_or(1)
+            }
+            Self::Rollouts(work) => {
+                let asked =
+                    work.prompts.iter().chain(&work.evaluation).max().map_or(1, |prompt| prompt + work.response);
+                asked.max(work.text.map_or(1, |(_, tokens, _)| tokens))
+            }
+        }
+    }
+}
+
+/// Everything that a walk is of.
+#[derive(Clone, Debug)]
+pub struct StageShape {
+    /// The base of what is trained; of actor and reference.
+    pub policy: Network,
+    /// The base of critic and reward model, where it is another.
+    pub scorer: Option<Network>,
+    /// The trained adapter's branches; the actor's.
+    pub branches: Branches,
+    /// The reward model's and the critic's.
+    pub reward: Branches,
+    /// What blocks keep.
+    pub checkpoint: Recompute,
+    /// What is gone over.
+    pub work: Work,
+    /// Bytes of tokenizer and examples, which are there.
+    pub data: usize,
+    /// Bytes of the process beside its heap.
+    pub process: usize,
+    /// Threads of the kernels.
+    pub threads: usize,
+}
+
+/// From the third step on nothing more is added: weights of the start, which the guard holds too, those that are stepped from
+/// and those that are made.
+const STEPS: usize = 3;
+
+/// Tokens of one scoring pass in `ppo::rollout` and in `reward::source`.
+const SCORING_TOKENS: usize = 2048;
+/// What a batch keeps of a token: its id, its position; and of a target: its row and its id.
+const OF_TOKEN: usize = 8;
+const OF_TARGET: usize = 12;
+/// What an answer's token takes beside its hidden state: ids, log-probabilities of both, value, KL, advantage, return, and
+/// the room that growing lists leave.
+const OF_ANSWER_TOKEN: usize = 40;
+
+/// A number of a rollout in a checkpoint: a JSON value (32), one of its bits (32) as a text (32), a line of the file (31, in a
+/// text that grew by doubling).
+const OF_FACT: usize = 160;
+
+/// An array of a checkpoint beside its numbers: its name in the list (90 letters) and in the header's (90), the header's
+/// entry as JSON values (300), its line (170, in a text that grew by doubling), for two of three a tensor (320).
+const OF_ARRAY: usize = 950;
+
+/// A learner: its weights, its means, what the guard keeps.
+struct Learner {
+    weights: Vec<Tensor>,
+    sizes: Vec<usize>,
+    means: Option<Allocation>,
+    guarded: Option<(Allocation, Vec<Tensor>)>,
+    /// The weights before the first step, which the guard holds.
+    start: Vec<Tensor>,
+}
+
+impl Learner {
+    fn new(walk: &Simulator, weights: Vec<Tensor>, branches: &Branches, net: &Network) -> Self {
+        let sizes = branches.tensors(net);
+        let means = walk.ledger.take(MemoryCategory::Optimizer, 2 * sizes.iter().sum::<usize>());
+        Self { weights, sizes, means: Some(means), guarded: None, start: vec![] }
+    }
+
+    /// `Learner::step`: new tensors beside the old until all are made.
+    fn step(&mut self, walk: &Simulator, gradients: Gradients) {
+        let mut new = vec![];
+        for bytes in &self.sizes {
+            new.push(walk.tensor(MemoryCategory::Adapters, bytes / 4));
+            drop(walk.ledger.take(MemoryCategory::Gradients, *bytes));
+        }
+        let old = std::mem::replace(&mut self.weights, new);
+        if self.guarded.is_none() {
+            self.start = old;
+        }
+        drop(gradients);
+    }
+
+    /// The guard's copy after a good step: the means copied, the weights before it held.
+    fn guard(&mut self, walk: &Simulator) {
+        let means = walk.ledger.take(MemoryCategory::Optimizer, 2 * self.sizes.iter().sum::<usize>());
+        self.guarded = Some((means, std::mem::take(&mut self.start)));
+    }
+
+    /// The stage is over: the weights stay, the optimizer goes, what the guard has stays with the session.
+    fn finish(&mut self) {
+        self.means = None;
+    }
+
+    fn bytes(&self) -> usize {
+        self.sizes.iter().sum()
+    }
+}
+
+fn adapter(walk: &Simulator, branches: &Branches, net: &Network) -> Vec<Tensor> {
+    branches.tensors(net).iter().map(|bytes| walk.tensor(MemoryCategory::Adapters, bytes / 4)).collect()
+}
+
+/// `Gradients::add`: pair by pair, so that a sum takes no more than what was there.
+fn add(sum: Gradients, more: Gradients) -> Gradients {
+    drop(sum);
+    more
+}
+
+impl StageShape {
+    /// The highest sums of every phase.
+    pub fn walk(&self) -> [(Phase, Bytes); Phase::ALL.len()] {
+        let nets = [Some(&self.policy), self.scorer.as_ref()];
+        let mut standing = Bytes::default();
+        let all = |of: fn(&Network) -> usize| nets.iter().flatten().map(|net| of(net)).sum::<usize>();
+        standing.set(MemoryCategory::Base, all(|net| net.owned + net.vectors()));
+        standing.set(MemoryCategory::Mapped, all(|net| net.mapped));
+        standing.set(MemoryCategory::Data, self.data);
+        standing.set(MemoryCategory::Process, self.process);
+        let ledger = SimAllocator::new(standing);
+        for net in nets.into_iter().flatten() {
+            let walk = Simulator::new(ledger.clone(), self.threads, net.compute);
+            if net.quantised_cols > 0 {
+                // Rows are packed 64 at a time by each thread, while the last matrix is not there yet: an upper bound.
+                drop(ledger.take(MemoryCategory::Base, self.threads * 64 * net.quantised_cols * 6));
+            }
+            View { walk: &walk, net, branches: None }.look();
+        }
+        let longest = self.work.longest();
+        let further = nets.into_iter().flatten().map(|net| net.rotations(longest) - net.rotations(1)).sum();
+        let _rotations = ledger.take(MemoryCategory::Base, further);
+        let walk = Simulator::new(ledger.clone(), self.threads, self.policy.compute);
+        match &self.work {
+            Work::Supervised(work) => self.supervised(&walk, work),
+            Work::Rollouts(work) => self.rollouts(&walk, work),
+        }
+        ledger.peaks()
+    }
+
+    /// A checkpoint: `facts` numbers go into JSON beside the learners' arrays, `rows` numbers are an array of their own.
+    fn save(&self, walk: &Simulator, learners: &[&Learner], facts: usize, rows: usize) {
+        walk.ledger.enter(Phase::Save);
+        let _facts = walk.ledger.take(MemoryCategory::Data, facts * OF_FACT + rows * size_of::<f32>());
+        // The means are copied; all is written array by array, the guard's too.
+        let weights: usize = learners.iter().map(|learner| learner.bytes()).sum();
+        let _means = walk.ledger.take(MemoryCategory::Optimizer, 2 * weights);
+        let guarded = learners.iter().any(|learner| learner.guarded.is_some());
+        let arrays: usize = learners.iter().map(|learner| learner.sizes.len()).sum();
+        let _names = walk.ledger.take(MemoryCategory::Optimizer, 3 * arrays * if guarded { 2 } else { 1 } * OF_ARRAY);
+        let largest = learners.iter().flat_map(|learner| &learner.sizes).max().copied().unwrap_or(0);
+        let _array = walk.ledger.take(MemoryCategory::Optimizer, largest.max(rows * size_of::<f32>()));
+    }
+
+    fn supervised(&self, walk: &Simulator, work: &Supervised) {
+        let net = &self.policy;
+        let branches = if work.scorer { &self.reward } else { &self.branches };
+        let start = adapter(walk, branches, net);
+        let view = View { walk, net, branches: Some(branches) };
+        let ledger = &walk.ledger;
+        let evaluate = || {
+            if let Some(pass) = &work.evaluation {
+                ledger.enter(Phase::Evaluation);
+                let _batch = ledger.take(MemoryCategory::Data, pass.tokens() * OF_TOKEN + pass.targets * OF_TARGET);
+                match work.scorer {
+                    true => view.values(&pass.lengths, pass.targets),
+                    false => drop(view.logprobs(&pass.lengths, pass.targets)),
+                }
+            }
+        };
+        ledger.enter(Phase::Step);
+        let mut learner = Learner::new(walk, start.clone(), branches, net);
+        evaluate();
+        for number in 0..work.steps.clamp(1, STEPS) {
+            ledger.enter(Phase::Update);
+            let batches = work.step.iter().map(|p| p.tokens() * OF_TOKEN + p.targets * OF_TARGET).sum();
+            let _batches = ledger.take(MemoryCategory::Data, batches);
+            let mut grads: Gradients = vec![];
+            for pass in &work.step {
+                for pass in &work.reference {
+                    drop(view.logprobs(&pass.lengths, pass.targets));
+                }
+                let g = match work.scorer {
+                    true => view.scorer_gradients(&pass.lengths, pass.targets, self.checkpoint),
+                    false => view.policy_gradients(&pass.lengths, pass.targets, None, self.checkpoint),
+                };
+                grads = add(grads, g);
+            }
+            ledger.enter(Phase::Step);
+            learner.step(walk, grads);
+            if number == 0 {
+                learner.guard(walk);
+            }
+        }
+        self.save(walk, &[&learner], 0, 0);
+        evaluate();
+        drop(start);
+    }
+
+    fn rollouts(&self, walk: &Simulator, work: &Rollouts) {
+        let (net, ledger) = (&self.policy, &walk.ledger);
+        let scorer_net = self.scorer.as_ref().unwrap_or(net);
+        let critic_net = if work.critic_on_policy { net } else { scorer_net };
+        let (sft, reward) = (adapter(walk, &self.branches, net), adapter(walk, &self.reward, scorer_net));
+        // The file that it was read from.
+        drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(scorer_net)));
+        let more: Vec<_> = (0..work.more_rewards).map(|_| adapter(walk, &self.reward, scorer_net)).collect();
+        let copies: Vec<_> = (0..work.copies).map(|_| adapter(walk, &self.branches, net)).collect();
+        let actor_view = View { walk, net, branches: Some(&self.branches) };
+        let critic_view = View { walk, net: critic_net, branches: Some(&self.reward) };
+        let reward_view = View { walk, net: scorer_net, branches: Some(&self.reward) };
+        let e = net.config.embedding_width;
+        ledger.enter(Phase::Step);
+        let mut actor = Learner::new(walk, sft.clone(), &self.branches, net);
+        let critic_start = if work.critic_on_policy { adapter(walk, &self.reward, net) } else { reward.clone() };
+        let mut critic = work.critic.then(|| Learner::new(walk, critic_start, &self.reward, critic_net));
+        let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|p| p + work.response).collect() };
+        let in_chunks = |lengths: &[usize], pass: &mut dyn FnMut(&[usize])| {
+            for rows in chunks_by_tokens(lengths, SCORING_TOKENS) {
+                let chunk: Vec<usize> = rows.iter().map(|&i| lengths[i]).collect();
+                let _batch = ledger.take(MemoryCategory::Data, chunk.iter().sum::<usize>() * (OF_TOKEN + OF_TARGET));
+                pass(&chunk);
+            }
+        };
+        let evaluate = || {
+            if work.evaluation.is_empty() {
+                return;
+            }
+            ledger.enter(Phase::Evaluation);
+            actor_view.generate(&work.evaluation, 1, work.response);
+            let lengths = whole(&work.evaluation);
+            drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
+            if work.reward_model {
+                in_chunks(&lengths, &mut |chunk| reward_view.values(chunk, chunk.len()));
+            }
+        };
+        evaluate();
+        for number in 0..work.steps.clamp(1, STEPS) {
+            ledger.enter(Phase::Rollout);
+            let answers = work.prompts.len() * work.response;
+            let _tokens = ledger.take(MemoryCategory::Data, answers * OF_ANSWER_TOKEN);
+            for prompts in work.prompts.chunks(work.at_once.max(1)) {
+                actor_view.generate(prompts, work.generations, work.response);
+            }
+            ledger.enter(Phase::Scoring);
+            let mut rows = vec![];
+            in_chunks(&whole(&work.prompts), &mut |chunk| {
+                let r = chunk.len() * work.response;
+                let (hidden, stats) = actor_view.logprobs(chunk, r);
+                drop(stats);
+                if work.critic {
+                    critic_view.values(chunk, r);
+                }
+                if work.exact.0 {
+                    let (mine, stats) = actor_view.logprobs(chunk, r);
+                    drop(stats);
+                    drop(actor_view.divergence(r));
+                    drop(mine);
+                }
+                rows.push(ledger.take(MemoryCategory::Data, r * e * size_of::<f32>()));
+                drop(hidden);
+            });
+            if work.reward_model {
+                in_chunks(&whole(&work.prompts), &mut |chunk| reward_view.values(chunk, chunk.len()));
+            }
+            ledger.enter(Phase::Update);
+            let grads = self.actor_gradients(walk, actor_view, work);
+            let critic_grads = critic.as_ref().map(|_| {
+                let mut sum: Gradients = vec![];
+                for micro in &work.micro {
+                    let (lengths, r) = sizes(micro);
+                    let g = critic_view.scorer_gradients(&lengths, r, self.checkpoint);
+                    sum = add(sum, g);
+                }
+                sum
+            });
+            ledger.enter(Phase::Step);
+            actor.step(walk, grads);
+            if let (Some(critic), Some(grads)) = (&mut critic, critic_grads) {
+                critic.step(walk, grads);
+            }
+            if number == 0 {
+                actor.guard(walk);
+                critic.iter_mut().for_each(|critic| critic.guard(walk));
+            }
+            let learners: Vec<&Learner> = [&actor].into_iter().chain(&critic).collect();
+            if number + 1 == work.steps.clamp(1, STEPS) {
+                self.save(walk, &learners, 7 * answers + work.prompts.iter().sum::<usize>(), answers * e);
+            }
+        }
+        if !work.evaluates_within {
+            actor.finish();
+            critic.iter_mut().for_each(Learner::finish);
+        }
+        evaluate();
+        drop((sft, reward, more, copies));
+    }
+
+    fn actor_gradients(&self, walk: &Simulator, view: View<'_>, work: &Rollouts) -> Gradients {
+        let mut sum: Gradients = vec![];
+        for micro in &work.micro {
+            let (lengths, r) = sizes(micro);
+            let m: usize = lengths.iter().sum();
+            let e = view.net.config.embedding_width;
+            let _batch = walk.ledger.take(MemoryCategory::Data, m * OF_TOKEN + r * (OF_TARGET + 12));
+            // The reference's hidden states of these answers: their exact KL is a figure of the first pass.
+            let other = walk.rows(MemoryCategory::Head, r, e);
+            let g = view.policy_gradients(&lengths, r, Some(work.exact.1), self.checkpoint);
+            drop(other);
+            sum = add(sum, g);
+        }
+        if let Some((blocks, tokens, a_pass)) = work.text {
+            let mut of_text: Gradients = vec![];
+            for first in (0..blocks).step_by(a_pass.max(1)) {
+                let lengths = vec![tokens; a_pass.min(blocks - first)];
+                let r = lengths.len() * (tokens - 1);
+                of_text = add(of_text, view.policy_gradients(&lengths, r, None, self.checkpoint));
+            }
+            sum = add(sum, of_text);
+        }
+        sum
+    }
+}
+
+/// Lengths of whole sequences, and how many targets they have.
+fn sizes(micro: &[(usize, usize)]) -> (Vec<usize>, usize) {
+    (micro.iter().map(|(p, r)| p + r).collect(), micro.iter().map(|(_, r)| r).sum())
+}

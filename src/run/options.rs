@@ -1,0 +1,212 @@
+//! How a run begins in its folder: anew, or from a checkpoint of the same run. Knows no stage's loop. Read
+//! train/session.rs for what comes out, output.rs for whose folder it is.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use serde_json::Value;
+
+use crate::config::{Config, Stage};
+use crate::data::examples::{Example, Examples};
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::report::Report;
+use crate::run::{Model, output};
+use crate::train::checkpoint_manager::{BaseFiles, CheckpointManager};
+use crate::train::fingerprint::{
+    RunFingerprint, digest_of_adapter, digest_of_examples, digest_of_texts, digest_of_tokenizer,
+};
+use crate::train::guard::Guard;
+use crate::train::lock;
+use crate::train::session::Session;
+use crate::train::store;
+use crate::train::store::{Found, Store};
+
+/// What the user asked for, besides the config.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RunOptions {
+    /// `--resume`: a checkpoint, or `latest`.
+    pub resume: Option<PathBuf>,
+    /// `--force`: goes on although settings changed that change the mathematics.
+    pub force: bool,
+    /// `--overwrite`: an unfinished run in the folder may be lost.
+    pub overwrite: bool,
+    /// The command that resumes, for people.
+    pub command: String,
+}
+
+/// What a stage read, for a later resume to compare with.
+pub(crate) struct Inputs {
+    stage: Stage,
+    config: Config,
+    origin: RunFingerprint,
+    bases: Vec<BaseFiles>,
+}
+
+impl Inputs {
+    pub(crate) fn new(stage: Stage, config: &Config) -> Result<Self> {
+        let origin = RunFingerprint::new(stage.name(), config)?;
+        Ok(Self { stage, config: config.clone(), origin, bases: vec![] })
+    }
+
+    /// `role` is "" or, with a space behind it, what a second base is for.
+    pub(crate) fn model(mut self, role: &str, model: &Model) -> Result<Self> {
+        self.origin.add(&format!("{role}base"), model.base.fingerprint().into());
+        let tokens = digest_of_tokenizer(model.checkpoint.tokenizer(), model.base.config().vocab_size);
+        self.origin.add(&format!("{role}tokenizer"), tokens);
+        self.bases.extend(BaseFiles::of(&model.checkpoint)?);
+        Ok(self)
+    }
+
+    pub(crate) fn examples<T: Example>(mut self, name: &str, of: &(impl Examples<T> + ?Sized)) -> Result<Self> {
+        self.origin.add(name, digest_of_examples(of)?);
+        Ok(self)
+    }
+
+    pub(crate) fn texts<'t>(mut self, name: &str, of: impl IntoIterator<Item = Option<&'t str>>) -> Self {
+        self.origin.add(name, digest_of_texts(of));
+        self
+    }
+
+    pub(crate) fn adapter(mut self, name: &str, adapter: Option<&Adapter>) -> Result<Self> {
+        if let Some(adapter) = adapter {
+            self.origin.add(name, digest_of_adapter(adapter)?);
+        }
+        Ok(self)
+    }
+
+    /// Takes the folder: nothing was written before this.
+    ///
+    /// # Errors
+    /// If the folder is another's or in use, or the run in it is not this one.
+    pub(crate) fn begin(self, out: &Path, launch: &RunOptions) -> Result<Session> {
+        output::make(out, self.stage.name())?;
+        let lock = lock::lock(out)?;
+        let store = Store::at(out.join(output::CHECKPOINTS));
+        let found = match &launch.resume {
+            Some(from) => self.find(&store, out, from, launch.force)?,
+            None => None,
+        };
+        let settings = self.config.to_toml()?;
+        let report = match &found {
+            Some(found) => {
+                store.remove_after(&found.path)?;
+                output::go_on(out, self.stage.name(), &settings)?;
+                Report::go_on(out, found.manifest.positions)?
+            }
+            None => {
+                output::begin(out, self.stage.name(), &settings)?;
+                Report::to_dir(out)?
+            }
+        };
+        let keeper = CheckpointManager {
+            store,
+            saving: self.config.checkpoint.clone(),
+            origin: self.origin,
+            bases: self.bases,
+            command: launch.command.clone(),
+            last: found.as_ref().map(|found| (found.manifest.step, found.path.clone())),
+            lock,
+        };
+        let session = Session::new(report).guarded(Guard::new(self.config.guard.clone()));
+        Ok(session.kept(keeper, found.map(|found| found.snapshot)))
+    }
+
+    /// The checkpoint to go on from; `None`, told, where there is none yet.
+    fn find(&self, store: &Store, out: &Path, from: &Path, force: bool) -> Result<Option<Found>> {
+        let found = if from == Path::new("latest") || same(from, out) {
+            let (found, passed) = store.newest()?;
+            for reason in passed {
+                eprintln!("passed over {reason}");
+            }
+            found
+        } else {
+            let parent = from.parent().unwrap_or(Path::new(""));
+            if !same(parent, &out.join(output::CHECKPOINTS)) {
+                return Err(invalid!(
+                    "--resume {}: that is no checkpoint of {}; name one of {}, or --resume latest",
+                    from.display(),
+                    out.display(),
+                    out.join(output::CHECKPOINTS).display()
+                ));
+            }
+            Some(store::read(from).map_err(|e| invalid!("--resume {}: {e:#}", from.display()))?)
+        };
+        let Some(found) = found else {
+            eprintln!("{}: no checkpoint to go on from; the run begins anew", out.display());
+            return Ok(None);
+        };
+        self.origin.check_inputs(&found.manifest.origin)?;
+        let changes = self.origin.changes(&found.manifest.origin)?;
+        for line in changes.harmless.iter().chain(&changes.mathematics) {
+            eprintln!("changed since {}: {line}", found.path.display());
+        }
+        if !changes.mathematics.is_empty() && !force {
+            return Err(invalid!(
+                "these settings change the mathematics of the run in {}: {}; put them back, or go on with --force",
+                out.display(),
+                changes.mathematics.join(", ")
+            ));
+        }
+        eprintln!("going on from {}, after {} steps", found.path.display(), found.manifest.step);
+        Ok(Some(found))
+    }
+}
+
+fn same(a: &Path, b: &Path) -> bool {
+    fs::canonicalize(a).ok().zip(fs::canonicalize(b).ok()).is_some_and(|(a, b)| a == b)
+}
+
+/// What the finished run in `out` said, where `--resume` asks for nothing more than it did.
+///
+/// # Errors
+/// If the config has no form in TOML.
+pub(crate) fn finished(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Option<Value>> {
+    let asked = launch.resume.as_deref().is_some_and(|from| from == Path::new("latest") || same(from, out));
+    if !asked || !output::is_of(out, stage.name(), &config.to_toml()?) {
+        return Ok(None);
+    }
+    let Ok(text) = fs::read_to_string(out.join(output::SUMMARY)) else { return Ok(None) };
+    eprintln!("{}: this run is finished; there is nothing to resume", out.display());
+    serde_json::from_str(&text).map(Some).with_context(|| format!("reading {}", out.join(output::SUMMARY).display()))
+}
+
+/// The words of this process's command line, changed so that they resume the run.
+pub fn resuming_command(words: impl IntoIterator<Item = String>) -> String {
+    let mut words: Vec<String> = words.into_iter().collect();
+    while let Some(at) = words.iter().position(|w| w == "--resume" || w.starts_with("--resume=")) {
+        let has_value = words[at] == "--resume" && words.get(at + 1).is_some_and(|w| !w.starts_with('-'));
+        words.drain(at..at + 1 + usize::from(has_value));
+    }
+    words.retain(|w| w != "--overwrite" && w != "--force");
+    words.push("--resume".into());
+    let quoted = words.iter().map(|word| {
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
+        if !word.is_empty() && word.chars().all(plain) {
+            word.clone()
+        } else {
+            format!("'{}'", word.replace('\'', "'\\''"))
+        }
+    });
+    quoted.collect::<Vec<_>>().join(" ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_resuming_command_is_the_command_with_resume_and_without_what_was_for_once() {
+        let command = |line: &[&str]| resuming_command(line.iter().map(ToString::to_string));
+        assert_eq!(command(&["fourfold", "sft", "a.toml"]), "fourfold sft a.toml --resume");
+        assert_eq!(
+            command(&["fourfold", "sft", "a.toml", "--overwrite", "--set", "data.path=\"x y\""]),
+            "fourfold sft a.toml --set 'data.path=\"x y\"' --resume"
+        );
+        for resume in [&["--resume", "latest"][..], &["--resume=a/b"], &["--resume"]] {
+            let line = [&["fourfold", "sft", "a.toml"], resume, &["--force", "--json"]].concat();
+            assert_eq!(command(&line), "fourfold sft a.toml --json --resume");
+        }
+    }
+}

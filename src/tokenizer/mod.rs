@@ -1,0 +1,416 @@
+//! Text <-> token ids, with the special tokens and the chat template a model brings along.
+//! Knows no model. Read chat_template.rs for how dialogues become text, gguf_tokenizer.rs for GGUF files.
+
+mod byte_bpe;
+pub mod chat_template;
+mod limits;
+
+use std::fs;
+use std::path::Path;
+use std::sync::OnceLock;
+
+use anyhow::Result;
+use serde_json::{Map, Value};
+use sha2::{Digest, Sha256};
+use tokenizers::models::ModelWrapper;
+
+use crate::error::unless_it_panics;
+use crate::invalid;
+use crate::model_files::gguf::Gguf;
+use crate::model_files::gguf_tokenizer;
+use crate::tokenizer::byte_bpe::{ByteBpe, Memory};
+use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens};
+
+/// Whether the tokenizer's own frame (a beginning-of-text token, for most) is put around the ids.
+/// A rendered chat template carries its own frame already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SpecialTokens {
+    /// As the tokenizer's post-processor says.
+    Add,
+    /// The text's ids and no more.
+    None,
+}
+
+/// The texts of a model's tokenizer files.
+#[derive(Clone, Copy, Default)]
+pub struct TokenizerFiles<'a> {
+    /// tokenizer.json.
+    pub tokenizer: &'a str,
+    /// tokenizer_config.json.
+    pub config: Option<&'a str>,
+    /// special_tokens_map.json; tokenizer_config.json goes before it.
+    pub special_tokens_map: Option<&'a str>,
+    /// chat_template.jinja; it goes before the template in tokenizer_config.json.
+    pub chat_template: Option<&'a str>,
+}
+
+/// A model's tokenizer.
+pub struct Tokenizer {
+    inner: tokenizers::Tokenizer,
+    bos: Option<(u32, String)>,
+    eos: Option<(u32, String)>,
+    pad_id: Option<u32>,
+    eos_ids: Vec<u32>,
+    chat_template: Option<String>,
+    source: String,
+    /// Rows of the embedding: an id past them would have no vector.
+    rows: usize,
+    /// Of all its files.
+    hash: [u8; 32],
+    /// Made when a [`Bulk`] first asks.
+    fast: OnceLock<Option<ByteBpe>>,
+}
+
+impl Tokenizer {
+    /// From the texts of the files; `source` is what errors call the model.
+    ///
+    /// # Errors
+    /// If a file cannot be read as what it is, or names a special token that is not in the vocabulary.
+    pub fn from_files(files: TokenizerFiles<'_>, source: &str) -> Result<Self> {
+        let limits::Seen { longest, patterns } = limits::seen(files.tokenizer);
+        if longest > limits::LONGEST || patterns > limits::PATTERNS {
+            return Err(invalid!(
+                "{source}/tokenizer.json has a text of {longest} bytes and {patterns} patterns in it, {} and {} are the most: \
+                 it is damaged; fetch it again",
+                limits::LONGEST,
+                limits::PATTERNS
+            ));
+        }
+        // The crate panics on some mistakes in JSON.
+        let mut inner = unless_it_panics(|| tokenizers::Tokenizer::from_bytes(files.tokenizer.as_bytes()))
+            .ok_or_else(|| invalid!("{source}/tokenizer.json cannot be read: it is damaged; fetch it again"))?
+            .map_err(|e| invalid!("{source}/tokenizer.json cannot be read: {e}"))?;
+        // Some files carry the truncation of somebody's training run.
+        inner.with_padding(None).with_truncation(None).map_err(|e| invalid!("{source}/tokenizer.json: {e}"))?;
+        let config = json_object(files.config, source, "tokenizer_config.json")?;
+        let map = json_object(files.special_tokens_map, source, "special_tokens_map.json")?;
+        let special = |name: &str| -> Result<Option<(u32, String)>> {
+            let Some(token) = [&config, &map].into_iter().find_map(|from| token_text(from.get(name)?)) else {
+                return Ok(None);
+            };
+            match inner.token_to_id(token) {
+                Some(id) => Ok(Some((id, token.to_owned()))),
+                None => Err(invalid!("{source}: the {name} {token:?} is not in the vocabulary of tokenizer.json")),
+            }
+        };
+        let (bos, eos) = (special("bos_token")?, special("eos_token")?);
+        Ok(Self {
+            eos_ids: eos.iter().map(|(id, _)| *id).collect(),
+            pad_id: special("pad_token")?.map(|(id, _)| id),
+            chat_template: match files.chat_template {
+                Some(template) => Some(template.to_owned()),
+                None => config.get("chat_template").and_then(template_text),
+            },
+            bos,
+            eos,
+            rows: usize::MAX,
+            hash: hash_of(&files),
+            fast: OnceLock::new(),
+            source: source.to_owned(),
+            inner,
+        })
+    }
+
+    /// From a directory with tokenizer.json and what of the other files is there.
+    ///
+    /// # Errors
+    /// If there is no tokenizer.json, or as [`Tokenizer::from_files`].
+    pub fn from_dir(dir: &Path) -> Result<Self> {
+        let source = dir.display().to_string();
+        let read = |name: &str| -> Result<Option<String>> {
+            match fs::read_to_string(dir.join(name)) {
+                Ok(text) => Ok(Some(text)),
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
+                Err(e) => Err(invalid!("{source}/{name} cannot be read: {e}")),
+            }
+        };
+        let tokenizer = read("tokenizer.json")?.ok_or_else(|| {
+            invalid!(
+                "{source} has no tokenizer.json; for a model that has tokenizer.model only, save it with transformers: \
+                 AutoTokenizer.from_pretrained(..).save_pretrained(..)"
+            )
+        })?;
+        let (config, map) = (read("tokenizer_config.json")?, read("special_tokens_map.json")?);
+        let template = read("chat_template.jinja")?;
+        let files = TokenizerFiles {
+            tokenizer: &tokenizer,
+            config: config.as_deref(),
+            special_tokens_map: map.as_deref(),
+            chat_template: template.as_deref(),
+        };
+        Self::from_files(files, &source)
+    }
+
+    /// From a GGUF file's metadata.
+    ///
+    /// # Errors
+    /// As [`gguf_tokenizer::rebuild`].
+    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
+        let json = gguf_tokenizer::rebuild(gguf)?;
+        let files =
+            TokenizerFiles { tokenizer: &json.tokenizer, config: Some(&json.config), ..TokenizerFiles::default() };
+        Self::from_files(files, gguf.name())
+    }
+
+    /// Adds what the model's configuration knows: more ends of text, and how many ids have an embedding.
+    #[must_use]
+    pub fn for_model(mut self, eos_ids: &[u32], embedding_rows: usize) -> Self {
+        self.eos_ids.extend(eos_ids);
+        let mut seen = std::collections::HashSet::new();
+        self.eos_ids.retain(|id| seen.insert(*id));
+        self.rows = embedding_rows;
+        self
+    }
+
+    /// Differs between tokenizers that may give a text different ids or another end: SHA-256 of all the files' texts, the
+    /// ends of text and the number of embeddings.
+    pub fn fingerprint(&self) -> [u8; 32] {
+        let mut hash = Sha256::new_with_prefix(self.hash);
+        for number in self.eos_ids.iter().map(|&id| id as usize).chain([self.rows]) {
+            hash.update((number as u64).to_le_bytes());
+        }
+        hash.finalize().into()
+    }
+
+    /// Token ids of `text`. Special tokens that are spelled out in the text become their ids. Within a run of about a
+    /// million white-space characters the split pattern gives up backtracking, and the ids are not transformers'.
+    ///
+    /// # Errors
+    /// If the tokenizer fails, or yields an id that the model has no embedding for.
+    pub fn encode(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>> {
+        let encoding = unless_it_panics(|| self.inner.encode_fast(text, special_tokens == SpecialTokens::Add))
+            .ok_or_else(|| {
+                invalid!(
+                    "{}: a text cannot be tokenised: tokenizer.json is damaged (it may use a special token that it does \
+                     not describe); fetch it again",
+                    self.source
+                )
+            })?
+            .map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))?;
+        let ids = encoding.get_ids().to_vec();
+        self.check(&ids)?;
+        Ok(ids)
+    }
+
+    /// For many texts: the ids of [`Tokenizer::encode`] with [`SpecialTokens::None`], as fast as can be.
+    pub fn bulk(&self) -> Bulk<'_> {
+        let fast = self.fast.get_or_init(|| ByteBpe::of(&self.inner)).as_ref();
+        Bulk { tokenizer: self, fast, memory: Memory::default() }
+    }
+
+    fn check(&self, ids: &[u32]) -> Result<()> {
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
+            return Err(invalid!(
+                "{}: the tokenizer yields token {id} ({:?}) and the model has {} embeddings; the tokenizer is of \
+                 another model, or has tokens added that the model never learnt",
+                self.source,
+                self.inner.id_to_token(*id).unwrap_or_default(),
+                self.rows
+            ));
+        }
+        Ok(())
+    }
+
+    /// The text of `ids` without special tokens.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, true).map_err(|e| invalid!("{}: tokens cannot be decoded: {e}", self.source))
+    }
+
+    /// The text of `ids`, special tokens spelled out.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn decode_with_special_tokens(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, false).map_err(|e| invalid!("{}: tokens cannot be decoded: {e}", self.source))
+    }
+
+    /// A decoder for output that arrives token by token.
+    pub fn stream(&self) -> TextStream<'_> {
+        TextStream { tokenizer: self, ids: Vec::new(), read: 0 }
+    }
+
+    /// Number of tokens, the added ones included.
+    pub fn vocab_size(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+
+    /// The text of one token as the vocabulary spells it.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
+    }
+
+    /// The id of a token as the vocabulary spells it.
+    pub fn id(&self, token: &str) -> Option<u32> {
+        self.inner.token_to_id(token)
+    }
+
+    /// Any of these ends a response.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// The token that ends a text in training data: `eos_token` of the tokenizer's configuration.
+    pub fn eos_id(&self) -> Option<u32> {
+        self.eos.as_ref().map(|(id, _)| *id).or(self.eos_ids.first().copied())
+    }
+
+    /// The token that begins a text.
+    pub fn bos_id(&self) -> Option<u32> {
+        self.bos.as_ref().map(|(id, _)| *id)
+    }
+
+    /// The token that fills up a batch, for file formats that ask for one; batches here are ragged.
+    pub fn pad_id(&self) -> Option<u32> {
+        self.pad_id
+    }
+
+    /// The Jinja source of the chat template.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
+    pub fn kind(&self) -> &'static str {
+        match self.inner.get_model() {
+            ModelWrapper::BPE(_) => "BPE",
+            ModelWrapper::Unigram(_) => "Unigram",
+            ModelWrapper::WordPiece(_) => "WordPiece",
+            ModelWrapper::WordLevel(_) => "WordLevel",
+        }
+    }
+
+    /// The dialogue as the model's own template writes it. Encode the result with [`SpecialTokens::None`].
+    ///
+    /// # Errors
+    /// If the model has no template, or the template refuses the dialogue.
+    pub fn apply_chat_template(&self, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
+        let template = self.chat_template.as_deref().ok_or_else(|| {
+            invalid!("{}: the tokenizer has no chat template; set a template in the configuration", self.source)
+        })?;
+        self.render_template(template, messages, prompt)
+    }
+
+    /// The dialogue as another template writes it, with this tokenizer's special tokens.
+    ///
+    /// # Errors
+    /// If the template has a mistake or refuses the dialogue.
+    pub fn render_template(&self, template: &str, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
+        let text = |token: &'_ Option<(u32, String)>| token.as_ref().map(|(_, text)| text.clone());
+        let (bos, eos) = (text(&self.bos), text(&self.eos));
+        let tokens = TemplateTokens { bos: bos.as_deref(), eos: eos.as_deref() };
+        chat_template::render(template, messages, prompt, tokens)
+    }
+}
+
+/// An encoder with a memory of the words it has met.
+pub struct Bulk<'t> {
+    tokenizer: &'t Tokenizer,
+    fast: Option<&'t ByteBpe>,
+    memory: Memory,
+}
+
+impl Bulk<'_> {
+    /// Token ids of `text` and nothing around them.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
+        if let Some(fast) = self.fast {
+            let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+            if fast.encode(&self.tokenizer.inner, text, &mut self.memory, &mut ids)? {
+                self.tokenizer.check(&ids)?;
+                return Ok(ids);
+            }
+        }
+        self.tokenizer.encode(text, SpecialTokens::None)
+    }
+
+    /// Is the tokenizer one that has a short way, or does every text go through the tokenizers crate?
+    pub fn is_fast(&self) -> bool {
+        self.fast.is_some()
+    }
+}
+
+/// Decodes token by token and holds back what is not yet whole characters.
+pub struct TextStream<'t> {
+    tokenizer: &'t Tokenizer,
+    ids: Vec<u32>,
+    /// So many of `ids` have been given out; the ones before stay as context for the next.
+    read: usize,
+}
+
+/// A character has four bytes at most, so more tokens than this cannot be the parts of one.
+const LONGEST_CHARACTER: usize = 4;
+
+impl TextStream<'_> {
+    /// The text that `id` completes; empty while a character is in the making.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn push(&mut self, id: u32) -> Result<String> {
+        self.ids.push(id);
+        let new = self.unread()?;
+        // U+FFFD is how the decoder writes bytes that are no character, or not yet one.
+        if new.is_empty() || (new.ends_with('\u{FFFD}') && self.ids.len() - self.read <= LONGEST_CHARACTER) {
+            return Ok(String::new());
+        }
+        self.ids.drain(..self.read);
+        self.read = self.ids.len();
+        Ok(new)
+    }
+
+    /// What was held back, at the end of the output.
+    ///
+    /// # Errors
+    /// If the tokenizer's decoder fails.
+    pub fn finish(self) -> Result<String> {
+        self.unread()
+    }
+
+    /// Decoding the last piece that was given out together with the new one, because decoders treat the beginning of
+    /// a text in their own way (SentencePiece drops a space there).
+    fn unread(&self) -> Result<String> {
+        let before = self.tokenizer.decode(&self.ids[..self.read])?;
+        let whole = self.tokenizer.decode(&self.ids)?;
+        Ok(whole.get(before.len()..).unwrap_or_default().to_owned())
+    }
+}
+
+fn hash_of(files: &TokenizerFiles<'_>) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    for text in [Some(files.tokenizer), files.config, files.special_tokens_map, files.chat_template] {
+        // Absent and empty differ, and no border can move.
+        hash.update(text.map_or(u64::MAX, |text| text.len() as u64).to_le_bytes());
+        hash.update(text.unwrap_or_default());
+    }
+    hash.finalize().into()
+}
+
+fn json_object(text: Option<&str>, source: &str, name: &str) -> Result<Map<String, Value>> {
+    match text.map(serde_json::from_str) {
+        None => Ok(Map::new()),
+        Some(Ok(Value::Object(map))) => Ok(map),
+        Some(Ok(_)) => Err(invalid!("{source}/{name} is not a JSON object")),
+        Some(Err(e)) => Err(invalid!("{source}/{name} is not JSON: {e}")),
+    }
+}
+
+/// A special token is a string, or an object with its `content`; null is none.
+fn token_text(value: &Value) -> Option<&str> {
+    value.as_str().or_else(|| value.get("content")?.as_str())
+}
+
+/// A chat template is a string, or a list of named ones, of which transformers takes `default`.
+fn template_text(value: &Value) -> Option<String> {
+    let named = |list: &Vec<Value>| {
+        let default = list.iter().find(|t| t["name"] == "default").or(list.first());
+        default.and_then(|t| t["template"].as_str()).map(str::to_owned)
+    };
+    value.as_str().map(str::to_owned).or_else(|| value.as_array().and_then(named))
+}
+
+#[cfg(test)]
+mod tests;

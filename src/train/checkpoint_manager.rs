@@ -1,0 +1,154 @@
+//! When a run's checkpoints are written, and what is said when one cannot be. Knows no stage. Read store.rs for the files.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::SystemTime;
+
+use anyhow::{Context, Result};
+
+use crate::config::CheckpointConfig;
+use crate::model_files::ModelFiles;
+use crate::report::Report;
+use crate::train::fingerprint::RunFingerprint;
+use crate::train::lock::Lock;
+use crate::train::snapshot::Snapshot;
+use crate::train::store::Store;
+
+/// Keeps the checkpoints of one run.
+#[derive(Debug)]
+pub struct CheckpointManager {
+    /// Where they lie.
+    pub store: Store,
+    /// `[checkpoint]`.
+    pub saving: CheckpointConfig,
+    /// What the run is made of.
+    pub origin: RunFingerprint,
+    /// The base's files, looked at whenever a checkpoint is written.
+    pub bases: Vec<BaseFiles>,
+    /// How the run is resumed, for people.
+    pub command: String,
+    /// Steps and directory of the last checkpoint that was written or gone on from.
+    pub last: Option<(usize, PathBuf)>,
+    /// Held as long as the run: nobody else writes into its folder.
+    pub lock: Lock,
+}
+
+impl CheckpointManager {
+    /// Is a checkpoint to be written after `step` steps?
+    pub fn is_due(&self, step: usize) -> bool {
+        let every = self.saving.save_steps;
+        every > 0 && step > 0 && step.is_multiple_of(every) && !self.has(step)
+    }
+
+    /// Is the last checkpoint the one after `step` steps?
+    pub fn has(&self, step: usize) -> bool {
+        self.last.as_ref().is_some_and(|(last, _)| *last == step)
+    }
+
+    /// Writes one and deletes those beyond `save_total_limit`.
+    ///
+    /// # Errors
+    /// If the disk refuses, or the base has been changed under the run.
+    pub fn write(&mut self, step: usize, snapshot: &Snapshot, report: &Report) -> Result<&Path> {
+        for base in &mut self.bases {
+            if let Some(warning) = base.check()? {
+                report.note(&warning);
+            }
+        }
+        let positions = report.positions()?;
+        let path = self.store.write(step, snapshot, positions, &self.origin)?;
+        self.store.prune(self.saving.save_total_limit)?;
+        Ok(&self.last.insert((step, path)).1)
+    }
+
+    /// What can be gone on from, for people.
+    pub fn last_good(&self) -> String {
+        match &self.last {
+            Some((step, path)) => format!("the last good checkpoint is {}, after {step} steps", path.display()),
+            None => "there is no checkpoint yet".into(),
+        }
+    }
+}
+
+/// Identity of a file as the system tells it. Times are only compared for being equal.
+#[derive(Clone, Debug, PartialEq)]
+struct Identity {
+    path: PathBuf,
+    bytes: u64,
+    modified: Option<SystemTime>,
+    inode: u64,
+}
+
+/// The weight files of a base, and the fingerprint that they had when the run began.
+#[derive(Clone, Debug)]
+pub struct BaseFiles {
+    path: PathBuf,
+    fingerprint: String,
+    files: Vec<Identity>,
+}
+
+impl BaseFiles {
+    /// Of an opened model; `None` for one that is not in files.
+    ///
+    /// # Errors
+    /// If the files cannot be looked at.
+    pub fn of(checkpoint: &ModelFiles) -> Result<Option<Self>> {
+        let Some(path) = checkpoint.path() else { return Ok(None) };
+        Ok(Some(Self { path: path.into(), fingerprint: checkpoint.fingerprint(), files: identities(path)? }))
+    }
+
+    /// Are the files those of the beginning? Where other files have taken their names the weights in memory are still the
+    /// old ones: a warning. Where the very files were written into, so were the weights in memory.
+    ///
+    /// # Errors
+    /// If the base has been changed in place.
+    pub fn check(&mut self) -> Result<Option<String>> {
+        let now = identities(&self.path).unwrap_or_default();
+        if now == self.files {
+            return Ok(None);
+        }
+        let same_files = now.iter().map(|f| (&f.path, f.inode)).eq(self.files.iter().map(|f| (&f.path, f.inode)));
+        let path = self.path.display();
+        let equal = ModelFiles::open(&self.path).is_ok_and(|c| c.fingerprint() == self.fingerprint);
+        anyhow::ensure!(
+            equal || !same_files,
+            "{path} was written into while it was being trained on, so the weights in memory have changed; nothing more \
+             is saved: put the base back and resume from the last checkpoint"
+        );
+        self.files = now;
+        Ok((!equal).then(|| {
+            format!(
+                "{path} was replaced by another base during the run; training goes on with the weights in memory, and \
+                 resuming will need the former file"
+            )
+        }))
+    }
+}
+
+fn identities(path: &Path) -> Result<Vec<Identity>> {
+    let mut paths = vec![];
+    if path.is_dir() {
+        for entry in fs::read_dir(path).with_context(|| format!("reading {}", path.display()))? {
+            paths.push(entry?.path());
+        }
+        paths.retain(|p| p.extension().is_some_and(|e| e == "safetensors" || e == "gguf"));
+        paths.sort();
+    } else {
+        paths.push(path.into());
+    }
+    let identity = |path: PathBuf| {
+        let meta = fs::metadata(&path).with_context(|| format!("reading {}", path.display()))?;
+        Ok(Identity { bytes: meta.len(), modified: meta.modified().ok(), inode: inode(&meta), path })
+    };
+    paths.into_iter().map(identity).collect()
+}
+
+#[cfg(unix)]
+fn inode(meta: &fs::Metadata) -> u64 {
+    std::os::unix::fs::MetadataExt::ino(meta)
+}
+
+#[cfg(not(unix))]
+fn inode(_: &fs::Metadata) -> u64 {
+    0
+}
