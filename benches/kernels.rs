@@ -55,7 +55,7 @@ fn main() -> anyhow::Result<()> {
                     let parts = [LinearWithLora {
                         weight: &weight,
                         bias: None,
-                        lora: Some(LowRank { a: &a, b: &b, scale: 2.0, dora: None }),
+                        lora: Some(LowRank { a: &a, b: &b, scale: 2.0, dora: None, copy: None }),
                     }];
                     let (_, z) = forward(&x, &parts, None)?;
                     let f = median(|| drop(forward(&x, &parts, None).unwrap()));

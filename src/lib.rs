@@ -32,6 +32,7 @@
 pub mod cli;
 pub mod config;
 pub mod data;
+pub mod device;
 pub mod dpo;
 pub mod error;
 pub mod export;

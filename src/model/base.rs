@@ -3,7 +3,8 @@
 //! roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
 
 use anyhow::Result;
-use candle_core::Tensor;
+
+use crate::device::Array;
 
 use std::borrow::Cow;
 
@@ -17,7 +18,7 @@ use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
 use crate::model_files::ModelFiles;
 use crate::ops::attention;
-use crate::ops::linear::InputGradient;
+use crate::ops::linear::{Bias, InputGradient};
 use crate::ops::logprobs::{self, LmHead};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::RopeTable;
@@ -52,7 +53,7 @@ pub struct Weights {
 pub struct Tape {
     blocks: Vec<Saved>,
     /// Output of the last block.
-    last: Tensor,
+    last: Array,
     /// The first block that saved tensors: blocks below it need no backward, as neither they nor the embedding have LoRA
     /// weights.
     first: usize,
@@ -96,14 +97,14 @@ impl Base {
                 }
                 NormStyle::Layer => NormKind::Layer { bias: vector(&format!("{path}.bias"), len)? },
             };
-            Ok(Norm { weight, kind, eps: config.norm_eps })
+            Ok(Norm::new(weight, kind, config.norm_eps))
         };
         let blocks = (0..config.num_hidden_layers)
             .map(|layer| {
                 let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
                 let linears = shapes.linears().iter().zip(&biases).map(|(map, &biased)| {
                     let weight = files.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
-                    let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?;
+                    let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?.map(Bias::from);
                     Ok(FrozenLinear { weight, bias })
                 });
                 let named = |i: usize| {
@@ -307,7 +308,7 @@ impl Base {
         for (layer, block) in self.weights.blocks.iter().enumerate() {
             for (i, linear) in block.linears.iter().enumerate() {
                 let name = || format!("{}.bias", shapes.module_path(layer, i));
-                all.extend(linear.bias.iter().map(|b| (name(), Cow::Borrowed(&b[..]))));
+                all.extend(linear.bias.iter().map(|b| (name(), Cow::Borrowed(&b.values[..]))));
             }
             let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
             for (half, name) in [(&block.attention_norms, 0), (&block.mlp_norms, 2)] {
@@ -362,7 +363,7 @@ impl Base {
     ///
     /// # Errors
     /// If the adapter was made for another base, or a sequence is longer than the context.
-    pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
+    pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Array> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
@@ -378,7 +379,7 @@ impl Base {
     ///
     /// # Errors
     /// As for [`Base::hidden`].
-    pub fn forward(&self, batch: &Batch, adapter: &Adapter, recompute: Recompute) -> Result<(Tensor, Tape)> {
+    pub fn forward(&self, batch: &Batch, adapter: &Adapter, recompute: Recompute) -> Result<(Array, Tape)> {
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout::of(batch);
         let (embeddings, mut saved) = (Embeddings::of(self, Some(adapter)), embeddings::Saved::default());
@@ -408,7 +409,7 @@ impl Base {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Tensor) -> Result<Gradients> {
+    pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Array) -> Result<Gradients> {
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
         let embeddings = Embeddings::of(self, Some(adapter));
@@ -443,7 +444,7 @@ impl Base {
         prompts: &[usize],
         adapter: Option<&Adapter>,
         capacity: usize,
-    ) -> Result<(Tensor, KvCache)> {
+    ) -> Result<(Array, KvCache)> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
         let mut layers = Vec::with_capacity(self.weights.blocks.len());
@@ -470,7 +471,7 @@ impl Base {
         positions: &[u32],
         adapter: Option<&Adapter>,
         cache: &mut KvCache,
-    ) -> Result<Tensor> {
+    ) -> Result<Array> {
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(tokens, positions, &mut unused)?;
@@ -485,7 +486,7 @@ impl Base {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn logits(&self, hidden: &Tensor, adapter: Option<&Adapter>) -> Result<Tensor> {
+    pub fn logits(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<Array> {
         Ok(logprobs::logits(hidden, &self.lm_head(adapter))?)
     }
 }

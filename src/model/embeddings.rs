@@ -2,7 +2,8 @@
 //! adapter may have there. Forward and backward. It does not depend on blocks. Read `base.rs` for the whole pass.
 
 use anyhow::{Context, Result};
-use candle_core::Tensor;
+
+use crate::device::Array;
 
 use crate::model::adapter::{Adapter, Gradients, LoraLayer, NonBlockModule};
 use crate::model::base::{Base, Weights};
@@ -18,9 +19,9 @@ pub(crate) struct Saved {
     /// Tensors saved by the embedding.
     embedding: Option<embedding::Saved>,
     /// Input of the projection into the blocks, and the tensors that it saved.
-    project_in: Option<(Tensor, linear::Saved)>,
+    project_in: Option<(Array, linear::Saved)>,
     /// Input of the projection out of the blocks, and the tensors that it saved.
-    project_out: Option<(Tensor, linear::Saved)>,
+    project_out: Option<(Array, linear::Saved)>,
 }
 
 /// The embedding, the final norm and the projections of a base, with an adapter.
@@ -50,7 +51,7 @@ impl<'a> Embeddings<'a> {
     }
 
     /// The first block's input (N, D) of tokens (N) at positions (N).
-    pub(crate) fn input(self, tokens: &[u32], positions: &[u32], saved: &mut Saved) -> Result<Tensor> {
+    pub(crate) fn input(self, tokens: &[u32], positions: &[u32], saved: &mut Saved) -> Result<Array> {
         let lora = self.lora(NonBlockModule::Embedding).map(LoraLayer::low_rank);
         let (mut x, of_embedding) = embedding::forward(&self.weights.embedding, tokens, lora)?;
         saved.embedding = of_embedding;
@@ -60,7 +61,7 @@ impl<'a> Embeddings<'a> {
         if let Some([into, _]) = &self.weights.projections {
             let (y, k) = one(&x, self.linear(into, NonBlockModule::ProjectIn))?;
             saved.project_in = Some((x, k));
-            x = y;
+            x = columns::to_f32(y)?;
         }
         if let (Some(table), Some(first)) = (&self.weights.positions, self.config.learned_positions) {
             let rows: Vec<u32> = positions.iter().map(|p| p + first as u32).collect();
@@ -74,7 +75,7 @@ impl<'a> Embeddings<'a> {
         self,
         tokens: &[u32],
         saved: &Saved,
-        dx: &Tensor,
+        dx: &Array,
         grads: &mut Gradients,
     ) -> Result<()> {
         let lora = self.lora(NonBlockModule::Embedding);
@@ -98,7 +99,7 @@ impl<'a> Embeddings<'a> {
     }
 
     /// Hidden states (N, E) of the last block's output (N, D).
-    pub(crate) fn output(self, x: Tensor, saved: &mut Saved) -> Result<Tensor> {
+    pub(crate) fn output(self, x: Array, saved: &mut Saved) -> Result<Array> {
         let h = match &self.weights.norm {
             Some(norm) => norm.forward(&x)?,
             None => x,
@@ -106,18 +107,18 @@ impl<'a> Embeddings<'a> {
         let Some([_, out]) = &self.weights.projections else { return Ok(h) };
         let (y, k) = one(&h, self.linear(out, NonBlockModule::ProjectOut))?;
         saved.project_out = Some((h, k));
-        Ok(y)
+        columns::to_f32(y)
     }
 
     /// dL/dx (N, D) of dL/dh (N, E), x being the last block's output; stores the gradient of the LoRA weights after the
     /// blocks.
     pub(crate) fn output_backward(
         self,
-        x: &Tensor,
+        x: &Array,
         saved: &Saved,
-        dh: &Tensor,
+        dh: &Array,
         grads: &mut Gradients,
-    ) -> Result<Tensor> {
+    ) -> Result<Array> {
         let dh = match (&self.weights.projections, &saved.project_out) {
             (Some([_, out]), Some((h, k))) => {
                 let (input, gradient) =
@@ -135,18 +136,18 @@ impl<'a> Embeddings<'a> {
 }
 
 /// A group of a single linear layer.
-fn one(x: &Tensor, part: LinearWithLora<'_>) -> Result<(Tensor, linear::Saved)> {
+fn one(x: &Array, part: LinearWithLora<'_>) -> Result<(Array, linear::Saved)> {
     let (mut y, saved) = linear::forward(x, &[part], None)?;
     Ok((y.pop().context("a linear group has one output per part")?, saved))
 }
 
 fn one_backward(
-    x: &Tensor,
+    x: &Array,
     part: LinearWithLora<'_>,
     saved: &linear::Saved,
-    dy: &Tensor,
+    dy: &Array,
     wanted: InputGradient,
-) -> Result<(Option<Tensor>, Option<BranchGradient>)> {
+) -> Result<(Option<Array>, Option<BranchGradient>)> {
     let mut g = linear::backward(x, &[part], saved, &[dy], wanted)?;
     Ok((g.input, g.lora.pop().flatten()))
 }

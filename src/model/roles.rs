@@ -3,7 +3,8 @@
 //! on losses. Read `generate.rs` next.
 
 use anyhow::{Context, Result};
-use candle_core::Tensor;
+
+use crate::device::Array;
 
 use super::adapter::{Adapter, Gradients};
 use super::base::Base;
@@ -63,7 +64,7 @@ impl<'w> Policy<'w> {
     ///
     /// # Errors
     /// As for [`Policy::logprobs`].
-    pub fn rows(&self, batch: &Batch, targets: &Targets) -> Result<Tensor> {
+    pub fn rows(&self, batch: &Batch, targets: &Targets) -> Result<Array> {
         let hidden = self.base.hidden(batch, self.adapter)?;
         Ok(gather_rows(&hidden, &targets.rows)?)
     }
@@ -72,11 +73,11 @@ impl<'w> Policy<'w> {
     ///
     /// # Errors
     /// If the number of rows is not that of the targets.
-    pub fn logprobs_of(&self, rows: &Tensor, targets: &Targets, temperature: f64) -> Result<TokenStats> {
+    pub fn logprobs_of(&self, rows: &Array, targets: &Targets, temperature: f64) -> Result<TokenStats> {
         Ok(logprobs::forward(rows, &self.base.lm_head(self.adapter), &targets.tokens, temperature)?)
     }
 
-    fn side<'a>(&'a self, hidden: &'a Tensor) -> Side<'a> {
+    fn side<'a>(&'a self, hidden: &'a Array) -> Side<'a> {
         Side { hidden, head: self.base.lm_head(self.adapter) }
     }
 
@@ -84,7 +85,7 @@ impl<'w> Policy<'w> {
     ///
     /// # Errors
     /// If shapes or bases differ.
-    pub fn kl(&self, rows: &Tensor, other: (Policy<'_>, &Tensor), temperature: f64) -> Result<Vec<f32>> {
+    pub fn kl(&self, rows: &Array, other: (Policy<'_>, &Array), temperature: f64) -> Result<Vec<f32>> {
         Ok(kl::forward(self.side(rows), other.0.side(other.1), temperature)?.kl)
     }
 
@@ -115,7 +116,7 @@ impl<'w> Policy<'w> {
         &self,
         batch: &Batch,
         targets: &Targets,
-        other: Option<(Policy<'_>, &Tensor)>,
+        other: Option<(Policy<'_>, &Array)>,
         temperature: f64,
         checkpoint: Recompute,
         loss: impl FnOnce(&TokenStats, &[f32]) -> Result<HeadGradients>,
@@ -138,7 +139,7 @@ impl<'w> Policy<'w> {
             let ((policy, theirs), saved) =
                 other.as_ref().zip(saved.as_ref()).context("a KL's gradient needs the other policy")?;
             let more = kl::backward(self.side(&rows), policy.side(theirs), temperature, saved, dkl)?;
-            d_rows = (d_rows + more.hidden)?;
+            d_rows = columns::add(&d_rows, &more.hidden, 1.0)?;
             lora = sum(lora, more.lora)?;
         }
         drop((rows, saved));
@@ -172,7 +173,7 @@ impl<'w> ValueModel<'w> {
         Ok(Self { base, adapter })
     }
 
-    fn values_of(&self, rows: &Tensor) -> Result<Vec<f32>> {
+    fn values_of(&self, rows: &Array) -> Result<Vec<f32>> {
         let head = self.adapter.head().context("checked in new")?;
         Ok(score::forward(rows, &head.weight, head.bias)?)
     }

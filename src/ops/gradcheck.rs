@@ -129,7 +129,7 @@ fn linear_group(compute: ComputeDtype, close: f32) -> Result<()> {
             .map(|((weight, l), bias)| LinearWithLora {
                 weight,
                 bias: bias.as_deref(),
-                lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale, dora: None }),
+                lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale, dora: None, copy: None }),
             })
             .collect();
         let (ys, z) = linear::forward(&x, &parts, residual.as_ref())?;

@@ -11,7 +11,9 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
 use super::cpu::parallel;
+use crate::device::{Device, Element, Resident};
 use crate::invalid;
+use crate::ops::storage::gpu::DeviceWeight;
 pub use crate::ops::storage::dtype::StorageDType;
 use crate::ops::storage::dtype::unpack;
 use crate::ops::storage::quantise::quantise;
@@ -67,7 +69,7 @@ impl Bytes {
     }
 }
 
-/// The type that products with a frozen matrix are computed in. Sums are f32 in both.
+/// The type that products with a frozen matrix are computed in. Sums are f32 in all of them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub enum ComputeDtype {
     /// Both factors are f32; values of the stored type are exact.
@@ -78,6 +80,30 @@ pub enum ComputeDtype {
     /// with AMX or AVX-512 BF16.
     #[serde(rename = "bf16")]
     Bf16,
+    /// Both factors are rounded to half precision: a relative error of 2^-12 in each, for values below 65,504. Only devices
+    /// compute in it.
+    #[serde(rename = "f16")]
+    F16,
+}
+
+impl ComputeDtype {
+    /// The element type of a device's products.
+    pub const fn element(self) -> Element {
+        match self {
+            Self::F32 => Element::F32,
+            Self::Bf16 => Element::Bf16,
+            Self::F16 => Element::F16,
+        }
+    }
+
+    /// The value of the `compute_dtype` key.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+            Self::F16 => "f16",
+        }
+    }
 }
 
 /// A frozen (rows, cols) matrix, row-major, in its stored type. Cloning shares the bytes.
@@ -90,6 +116,8 @@ pub struct Weight {
     order: RowOrder,
     compute: ComputeDtype,
     id: u64,
+    place: Option<Device>,
+    copy: Resident<DeviceWeight>,
 }
 
 /// An id that no other matrix of this process has.
@@ -117,7 +145,7 @@ impl Weight {
             ));
         }
         let (order, compute) = (RowOrder::AsStored, ComputeDtype::F32);
-        Ok(Self { bytes, dtype, rows, cols, order, compute, id: fresh_id() })
+        Ok(Self { bytes, dtype, rows, cols, order, compute, id: fresh_id(), place: None, copy: Resident::default() })
     }
 
     /// A dense f32 matrix owned in memory (tests, synthetic bases).
@@ -134,7 +162,33 @@ impl Weight {
     pub fn with_row_order(mut self, order: RowOrder) -> Self {
         self.order = order;
         self.id = fresh_id();
+        self.copy = Resident::default();
         self
+    }
+
+    /// The same matrix, whose products are computed on `place`; `None` is the host.
+    #[must_use]
+    pub fn with_place(mut self, place: Option<Device>) -> Self {
+        self.place = place;
+        self
+    }
+
+    /// The device that products are computed on; `None` is the host.
+    pub fn place(&self) -> Option<&Device> {
+        self.place.as_ref()
+    }
+
+    /// The copy on a device, uploaded at its first use. Rows are in the matrix's order there, and pages of a mapped file are
+    /// released after the upload.
+    ///
+    /// # Errors
+    /// If device memory is out or the copy fails.
+    pub fn on(&self, device: &Device) -> Result<Arc<DeviceWeight>> {
+        self.copy.on(device, || {
+            let copy = DeviceWeight::upload(device, self.dtype, self.rows, self.cols, |row| self.row_bytes(row))?;
+            self.bytes.release();
+            Ok(copy)
+        })
     }
 
     /// An id that clones share and no other matrix has; caches of values computed from a matrix use it as their key.

@@ -5,7 +5,7 @@ use candle_core::{Device, Result, Tensor};
 
 use crate::model::adapter::targets::{LinearShapes, NonBlockModule, TargetModule};
 use crate::ops::linear::LowRank;
-use crate::ops::linear::low_rank::{Dora, Norms};
+use crate::ops::linear::low_rank::{Dora, LoraCopy, Norms};
 
 /// One low-rank branch: `y += scale * (x Aᵀ) Bᵀ`; with a magnitude m, `y = m / n * (x Wᵀ + scale * (x Aᵀ) Bᵀ)`, n the row
 /// norms of `W + scale * B A` (DoRA).
@@ -20,18 +20,26 @@ pub struct LoraLayer {
     /// DoRA's m, (out) f32.
     pub magnitude: Option<Tensor>,
     norms: Norms,
+    copy: LoraCopy,
 }
 
 impl LoraLayer {
     /// A plain branch.
     pub fn new(a: Tensor, b: Tensor, scale: f64) -> Self {
-        Self { a, b, scale, magnitude: None, norms: Norms::default() }
+        Self { a, b, scale, magnitude: None, norms: Norms::default(), copy: LoraCopy::default() }
     }
 
     /// With DoRA's magnitude, or none.
     #[must_use]
     pub fn with_magnitude(self, magnitude: Option<Tensor>) -> Self {
         Self { magnitude, ..self }
+    }
+
+    /// The same weights with caches of their own. An optimiser step calls it, so that the weights before the step, which may
+    /// still be in use, keep their copy on a device.
+    #[must_use]
+    pub(crate) fn with_own_caches(self) -> Self {
+        Self { norms: Norms::default(), copy: LoraCopy::default(), ..self }
     }
 
     /// Rank.
@@ -42,7 +50,7 @@ impl LoraLayer {
     /// As the operations take it.
     pub fn low_rank(&self) -> LowRank<'_> {
         let dora = self.magnitude.as_ref().map(|magnitude| Dora { magnitude, norms: &self.norms });
-        LowRank { a: &self.a, b: &self.b, scale: self.scale, dora }
+        LowRank { a: &self.a, b: &self.b, scale: self.scale, dora, copy: Some(&self.copy) }
     }
 
     pub(crate) fn to_device(&self, device: &Device) -> Result<Self> {

@@ -101,7 +101,7 @@ impl TrainableAdapter {
         // All are made before any is put in its place.
         let mut made = vec![];
         for slot in adapter.pairs_mut() {
-            let mut pair = slot.clone();
+            let mut pair = slot.clone().with_own_caches();
             for (factor, dim) in [(&mut pair.a, 0), (&mut pair.b, 1)] {
                 let tensor = new.next().context("as many parameters as names")?;
                 *factor = match frozen {

@@ -1,7 +1,9 @@
 //! The attention sublayer of a block: q, k, v of the normed input, their norms and rotation, attention, output projection and
 //! residual. Forward, one decoding step, and backward. It does not depend on the MLP. Read `mlp.rs` beside it next.
 
-use candle_core::{Result, Tensor};
+use anyhow::Result;
+
+use crate::device::Array;
 
 use super::residual::{before, before_backward};
 use super::{BlockGradients, Layout, Pass, Qkv, columns, linear, store, store_and_take_input, take};
@@ -15,12 +17,12 @@ use crate::ops::rope::{self, Direction};
 pub(super) struct AttentionSaved {
     z_qkv: linear::Saved,
     /// q and k before their norms, if they have norms.
-    raw: Option<[Tensor; 2]>,
+    raw: Option<[Array; 2]>,
     /// q, k and v as attention gets them.
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
+    q: Array,
+    k: Array,
+    v: Array,
+    o: Array,
     z_o: linear::Saved,
     pub(super) join: JoinSaved,
 }
@@ -28,10 +30,10 @@ pub(super) struct AttentionSaved {
 /// q, k and v as attention gets them, and the tensors saved on the way.
 struct Projected {
     z: linear::Saved,
-    raw: Option<[Tensor; 2]>,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    raw: Option<[Array; 2]>,
+    q: Array,
+    k: Array,
+    v: Array,
 }
 
 impl Pass<'_> {
@@ -44,14 +46,14 @@ impl Pass<'_> {
     }
 
     /// x (N, W), rotated by its positions if this layer has RoPE.
-    fn rotate(self, x: Tensor, positions: &[u32], direction: Direction) -> Result<Tensor> {
+    fn rotate(self, x: Array, positions: &[u32], direction: Direction) -> Result<Array> {
         match self.block.rotation {
             Some(i) => rope::rotate(&x, positions, &self.geometry.rope_tables[i], direction),
             None => Ok(x),
         }
     }
 
-    fn project(self, positions: &[u32], x: &Tensor) -> Result<Projected> {
+    fn project(self, positions: &[u32], x: &Array) -> Result<Projected> {
         let h = before(&self.block.attention_norms.before, x)?;
         let (outputs, z) = linear::forward(&h, &self.parts(0..self.attention_out()), None)?;
         drop(h);
@@ -72,7 +74,7 @@ impl Pass<'_> {
     }
 
     /// x2 (N, D) of x (N, D), and the tensors saved for the backward.
-    pub(super) fn attention(self, layout: Layout<'_>, x: &Tensor) -> Result<(Tensor, AttentionSaved)> {
+    pub(super) fn attention(self, layout: Layout<'_>, x: &Array) -> Result<(Array, AttentionSaved)> {
         let Projected { z: z_qkv, raw, q, k, v } = self.project(layout.positions, x)?;
         let o = attention::forward(&q, &k, &v, layout.sequences, self.block.heads)?;
         let end = self.join(&self.block.attention_norms);
@@ -84,9 +86,9 @@ impl Pass<'_> {
     pub(super) fn attention_only(
         self,
         layout: Layout<'_>,
-        x: &Tensor,
-        read_kv: impl FnOnce(&Tensor, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
+        x: &Array,
+        read_kv: impl FnOnce(&Array, &Array) -> Result<()>,
+    ) -> Result<Array> {
         let Projected { q, k, v, .. } = self.project(layout.positions, x)?;
         let o = attention::forward(&q, &k, &v, layout.sequences, self.block.heads)?;
         read_kv(&k, &v)?;
@@ -95,7 +97,7 @@ impl Pass<'_> {
     }
 
     /// x2 (S, D) of x (S, D): one new token per sequence; its keys and values are appended to the cache.
-    pub(super) fn attention_step(self, positions: &[u32], x: &Tensor, cache: &mut KvCache) -> Result<Tensor> {
+    pub(super) fn attention_step(self, positions: &[u32], x: &Array, cache: &mut KvCache) -> Result<Array> {
         let Projected { q, k, v, .. } = self.project(positions, x)?;
         cache.append(&k, &v)?;
         let o = attention::decode(&q, cache, self.block.heads)?;
@@ -112,13 +114,13 @@ impl Pass<'_> {
     pub(super) fn attention_backward(
         self,
         layout: Layout<'_>,
-        x: &Tensor,
+        x: &Array,
         saved: &AttentionSaved,
-        df: &Tensor,
-        skip: &Tensor,
+        df: &Array,
+        skip: &Array,
         wanted: InputGradient,
         grads: &mut BlockGradients,
-    ) -> Result<Option<Tensor>> {
+    ) -> Result<Option<Array>> {
         let out = self.attention_out();
         let g = linear::backward(&saved.o, &[self.part(out)], &saved.z_o, &[df], InputGradient::Wanted)?;
         let d_o = store_and_take_input(grads, out, g)?;

@@ -1,7 +1,9 @@
 //! The MLP sublayer of a block: gate and up of the normed input, activation, down projection and residual. Forward and
 //! backward. It does not depend on attention. Read `residual.rs` beside it next.
 
-use candle_core::{Result, Tensor};
+use anyhow::Result;
+
+use crate::device::Array;
 
 use super::residual::before;
 use super::{BlockGradients, Mlp, Pass, columns, linear, store_and_take_input, take};
@@ -12,7 +14,7 @@ use crate::ops::linear::InputGradient;
 /// Tensors saved for the backward of the MLP.
 pub(super) struct MlpSaved {
     /// Attention's sum: the residual that the MLP is added to.
-    pub(super) x2: Tensor,
+    pub(super) x2: Array,
     /// `None` if the backward recomputes them.
     gate_up: Option<Products>,
     z_out: linear::Saved,
@@ -21,8 +23,8 @@ pub(super) struct MlpSaved {
 
 /// Gate and up activations, and the tensors that their linear group saved.
 struct Products {
-    gate: Option<Tensor>,
-    up: Tensor,
+    gate: Option<Array>,
+    up: Array,
     z: linear::Saved,
 }
 
@@ -35,7 +37,7 @@ pub(super) enum GateUp {
 
 impl Pass<'_> {
     /// act(gate) * up, or act(up).
-    fn activate(self, Products { gate, up, .. }: &Products) -> Result<Tensor> {
+    fn activate(self, Products { gate, up, .. }: &Products) -> Result<Array> {
         match gate {
             Some(gate) => self.geometry.activation.gated_forward(gate, up),
             None => self.geometry.activation.forward(up),
@@ -43,7 +45,7 @@ impl Pass<'_> {
     }
 
     /// Gate, if the MLP has one, and up of the MLP's input.
-    fn gate_up(self, input: &Tensor) -> Result<Products> {
+    fn gate_up(self, input: &Array) -> Result<Products> {
         let h = before(&self.block.mlp_norms.before, input)?;
         let (outputs, z) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
         let (gate, up) = match self.geometry.mlp {
@@ -66,13 +68,13 @@ impl Pass<'_> {
     }
 
     /// y (N, D) of the MLP's input and the residual x2, (N, D) each; saves nothing.
-    pub(super) fn mlp_only(self, input: &Tensor, x2: &Tensor) -> Result<Tensor> {
+    pub(super) fn mlp_only(self, input: &Array, x2: &Array) -> Result<Array> {
         let m = self.activate(&self.gate_up(input)?)?;
         Ok(self.join(&self.block.mlp_norms).forward(&m, self.part(self.mlp_out()), x2)?.0)
     }
 
     /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and the tensors saved for the backward.
-    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor, setting: GateUp) -> Result<(Tensor, MlpSaved)> {
+    pub(super) fn mlp(self, input: &Array, x2: &Array, setting: GateUp) -> Result<(Array, MlpSaved)> {
         let gate_up = self.gate_up(input)?;
         let m = self.activate(&gate_up)?;
         let gate_up = Some(gate_up).filter(|_| setting == GateUp::Saved);
@@ -84,11 +86,11 @@ impl Pass<'_> {
     /// (dL/dx2 of the residual path, dL/dh), h being the MLP's normed input, of dL/dy (N, D).
     pub(super) fn mlp_backward(
         self,
-        input: &Tensor,
+        input: &Array,
         saved: &MlpSaved,
-        dy: &Tensor,
+        dy: &Array,
         grads: &mut BlockGradients,
-    ) -> Result<(Tensor, Tensor)> {
+    ) -> Result<(Array, Array)> {
         let (first, out) = (self.attention_out() + 1, self.mlp_out());
         let (skip, df) = self.join(&self.block.mlp_norms).backward(&saved.join, dy)?;
         let recomputed;
@@ -116,7 +118,7 @@ impl Pass<'_> {
         };
         drop(dm);
         let h = before(&self.block.mlp_norms.before, input)?;
-        let d_in: Vec<&Tensor> = d_in.iter().collect();
+        let d_in: Vec<&Array> = d_in.iter().collect();
         let g = linear::backward(&h, &self.parts(first..out), &gate_up.z, &d_in, InputGradient::Wanted)?;
         Ok((skip, store_and_take_input(grads, first, g)?))
     }

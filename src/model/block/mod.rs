@@ -2,7 +2,9 @@
 //! saved; elementwise parts are always recomputed. Fields describe how families differ. It does not depend on files.
 //! Read `attention.rs`, `mlp.rs` and `residual.rs` beside it, then `base.rs`.
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, anyhow};
+
+use crate::device::Array;
 
 use super::adapter::MAX_LINEARS;
 use super::batch::Batch;
@@ -11,7 +13,7 @@ use crate::model::adapter::{LoraLayer, LoraLayers};
 use crate::ops::activation::Activation;
 use crate::ops::attention::{Heads, KvCache, Sequences};
 use crate::ops::columns;
-use crate::ops::linear::{self, BranchGradient, InputGradient, LinearWithLora};
+use crate::ops::linear::{self, Bias, BranchGradient, InputGradient, LinearWithLora};
 use crate::ops::norm::Norm;
 use crate::ops::rope::RopeTable;
 use crate::ops::weight::Weight;
@@ -54,7 +56,7 @@ pub struct FrozenLinear {
     /// W (out, in), as stored.
     pub weight: Weight,
     /// b (out).
-    pub bias: Option<Vec<f32>>,
+    pub bias: Option<Bias>,
 }
 
 /// The norms around one of a block's two halves f: x + inner(f(before(x))), then after(..) of the sum.
@@ -119,7 +121,7 @@ impl<'a> Layout<'a> {
 
 /// Tensors saved for the backward, (N, ..) each.
 pub struct Saved {
-    x: Tensor,
+    x: Array,
     rest: Option<(AttentionSaved, MlpSaved)>,
 }
 
@@ -138,7 +140,7 @@ impl<'a> Pass<'a> {
     fn part(self, linear: usize) -> LinearWithLora<'a> {
         let frozen = &self.block.linears[linear];
         let lora = self.lora.and_then(|layers| layers[linear].as_ref());
-        LinearWithLora { weight: &frozen.weight, bias: frozen.bias.as_deref(), lora: lora.map(LoraLayer::low_rank) }
+        LinearWithLora { weight: &frozen.weight, bias: frozen.bias.as_ref(), lora: lora.map(LoraLayer::low_rank) }
     }
 
     fn parts(self, linears: std::ops::Range<usize>) -> Vec<LinearWithLora<'a>> {
@@ -163,7 +165,7 @@ impl<'a> Pass<'a> {
     }
 
     /// The MLP's input: the block's input x or attention's sum x2.
-    fn mlp_input<'t>(self, x: &'t Tensor, x2: &'t Tensor) -> &'t Tensor {
+    fn mlp_input<'t>(self, x: &'t Array, x2: &'t Array) -> &'t Array {
         if self.geometry.parallel { x } else { x2 }
     }
 
@@ -171,15 +173,15 @@ impl<'a> Pass<'a> {
     fn forward(
         self,
         layout: Layout<'_>,
-        x: &Tensor,
-        read_kv: impl FnOnce(&Tensor, &Tensor) -> Result<()>,
-    ) -> Result<Tensor> {
+        x: &Array,
+        read_kv: impl FnOnce(&Array, &Array) -> Result<()>,
+    ) -> Result<Array> {
         let x2 = self.attention_only(layout, x, read_kv)?;
         self.mlp_only(self.mlp_input(x, &x2), &x2)
     }
 
     /// y (N, D) of x (N, D), and the tensors saved for the backward.
-    fn run(self, layout: Layout<'_>, x: &Tensor, gate_up: GateUp) -> Result<(Tensor, AttentionSaved, MlpSaved)> {
+    fn run(self, layout: Layout<'_>, x: &Array, gate_up: GateUp) -> Result<(Array, AttentionSaved, MlpSaved)> {
         let (x2, attention) = self.attention(layout, x)?;
         let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2, gate_up)?;
         Ok((y, attention, mlp))
@@ -200,8 +202,8 @@ impl Block {
         lora: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
-        x: &Tensor,
-    ) -> Result<Tensor> {
+        x: &Array,
+    ) -> Result<Array> {
         self.pass(lora, geometry).forward(layout, x, |_, _| Ok(()))
     }
 
@@ -214,9 +216,9 @@ impl Block {
         lora: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
-        x: Tensor,
+        x: Array,
         recompute: Recompute,
-    ) -> Result<(Tensor, Saved)> {
+    ) -> Result<(Array, Saved)> {
         let pass = self.pass(lora, geometry);
         let gate_up = match recompute {
             Recompute::Off => GateUp::Saved,
@@ -239,10 +241,10 @@ impl Block {
         lora: Option<&LoraLayers>,
         geometry: &Geometry,
         (layout, prompts): (Layout<'_>, &[usize]),
-        x: &Tensor,
+        x: &Array,
         cache: &mut KvCache,
-    ) -> Result<Tensor> {
-        let read_kv = |k: &Tensor, v: &Tensor| cache.append_prompts(k, v, layout.sequences.cu_seqlens, prompts);
+    ) -> Result<Array> {
+        let read_kv = |k: &Array, v: &Array| cache.append_prompts(k, v, layout.sequences.cu_seqlens, prompts);
         self.pass(lora, geometry).forward(layout, x, read_kv)
     }
 
@@ -255,9 +257,9 @@ impl Block {
         lora: Option<&LoraLayers>,
         geometry: &Geometry,
         positions: &[u32],
-        x: &Tensor,
+        x: &Array,
         cache: &mut KvCache,
-    ) -> Result<Tensor> {
+    ) -> Result<Array> {
         let pass = self.pass(lora, geometry);
         let x2 = pass.attention_step(positions, x, cache)?;
         pass.mlp_only(pass.mlp_input(x, &x2), &x2)
@@ -273,9 +275,9 @@ impl Block {
         geometry: &Geometry,
         layout: Layout<'_>,
         saved: Saved,
-        dy: Tensor,
+        dy: Array,
         wanted: InputGradient,
-    ) -> Result<(Option<Tensor>, BlockGradients)> {
+    ) -> Result<(Option<Array>, BlockGradients)> {
         let pass = self.pass(lora, geometry);
         let Saved { x, rest } = saved;
         let (attention, mlp) = match rest {
@@ -304,8 +306,8 @@ impl Block {
 }
 
 /// The N outputs of a group of N linear layers.
-fn take<const N: usize>(outputs: Vec<Tensor>) -> [Tensor; N] {
-    <[Tensor; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a linear group has one output per part"))
+fn take<const N: usize>(outputs: Vec<Array>) -> [Array; N] {
+    <[Array; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a linear group has one output per part"))
 }
 
 /// Stores the LoRA gradients of the linear layers from `first` on.
@@ -316,7 +318,7 @@ fn store(grads: &mut BlockGradients, first: usize, lora: Vec<Option<BranchGradie
 }
 
 /// Stores the LoRA gradients of the linear layers from `first` on, and returns the input gradient.
-fn store_and_take_input(grads: &mut BlockGradients, first: usize, g: linear::Gradients) -> Result<Tensor> {
+fn store_and_take_input(grads: &mut BlockGradients, first: usize, g: linear::Gradients) -> Result<Array> {
     store(grads, first, g.lora);
-    g.input.ok_or_else(|| candle_core::Error::Msg("a requested input gradient is missing".into()))
+    g.input.ok_or_else(|| anyhow!("a requested input gradient is missing"))
 }

@@ -1,7 +1,9 @@
 //! The residual connection of a sublayer: y = after(x + m inner(f)), where each norm is optional. The families' placements of
 //! norms are cases of it. It does not depend on attention or the MLP.
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, anyhow};
+
+use crate::device::Array;
 
 use super::{Norms, take};
 use crate::ops::columns;
@@ -17,18 +19,18 @@ pub(super) struct Join<'a> {
 /// Tensors saved for the backward: the inputs of the norms that exist.
 #[derive(Default)]
 pub(super) struct JoinSaved {
-    f: Option<Tensor>,
-    sum: Option<Tensor>,
+    f: Option<Array>,
+    sum: Option<Array>,
 }
 
 impl Join<'_> {
     /// y of the residual x and of f = linear(input), with the tensors saved by the linear layer and by this connection.
     pub(super) fn forward(
         &self,
-        input: &Tensor,
+        input: &Array,
         part: LinearWithLora<'_>,
-        x: &Tensor,
-    ) -> Result<(Tensor, linear::Saved, JoinSaved)> {
+        x: &Array,
+    ) -> Result<(Array, linear::Saved, JoinSaved)> {
         let mut saved = JoinSaved::default();
         let (sum, z) = if self.norms.inner.is_none() && self.multiplier == 1.0 {
             let (sum, z) = linear::forward(input, &[part], Some(x))?;
@@ -54,8 +56,8 @@ impl Join<'_> {
     }
 
     /// (dL/dx of the residual path, dL/df) of dL/dy.
-    pub(super) fn backward(&self, saved: &JoinSaved, dy: &Tensor) -> Result<(Tensor, Tensor)> {
-        let missing = || candle_core::Error::Msg("the input of a norm was not saved".into());
+    pub(super) fn backward(&self, saved: &JoinSaved, dy: &Array) -> Result<(Array, Array)> {
+        let missing = || anyhow!("the input of a norm was not saved");
         let dsum = match &self.norms.after {
             Some(norm) => norm.backward(saved.sum.as_ref().ok_or_else(missing)?, dy, None)?,
             None => dy.clone(),
@@ -70,12 +72,12 @@ impl Join<'_> {
 }
 
 /// The input of f: norm(x), or x without a norm.
-pub(super) fn before(norm: &Option<Norm>, x: &Tensor) -> Result<Tensor> {
+pub(super) fn before(norm: &Option<Norm>, x: &Array) -> Result<Array> {
     norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
 }
 
 /// dL/dx of dL/dh, h = before(x), plus `skip`, the gradient of the residual path.
-pub(super) fn before_backward(norm: &Option<Norm>, x: &Tensor, dh: &Tensor, skip: &Tensor) -> Result<Tensor> {
+pub(super) fn before_backward(norm: &Option<Norm>, x: &Array, dh: &Array, skip: &Array) -> Result<Array> {
     match norm {
         Some(norm) => norm.backward(x, dh, Some(skip)),
         None => columns::add(skip, dh, 1.0),

@@ -6,7 +6,7 @@ use std::ops::Range;
 use candle_core::{Result, Tensor};
 
 use super::kv_cache::CachedSequence;
-use super::{Heads, KvCache, QUERIES, Sequences};
+use super::{Heads, HostCache, QUERIES, Sequences};
 use crate::ops::cpu::gemm::{Into, Mat, gemm};
 use crate::ops::cpu::scratch::with_scratch;
 use crate::ops::cpu::{
@@ -138,7 +138,7 @@ pub fn backward(
 }
 
 /// o (S, q * dim) of one query per cached sequence.
-pub fn decode(q: &Tensor, cache: &KvCache, heads: Heads) -> Result<Tensor> {
+pub fn decode(q: &Tensor, cache: &HostCache, heads: Heads) -> Result<Tensor> {
     let (n, width) = q.dims2()?;
     let caches = &cache.sequences;
     let qs = view(q)?;

@@ -1,15 +1,38 @@
-//! The KV cache of one layer: keys and values of every sequence under generation. It is opaque, so that a device can store
-//! it as it likes. It does not depend on weights or other operations. Read `mod.rs` beside it for `decode`.
+//! The KV cache of one layer: keys and values of every sequence under generation, on the host or on a device. It does not
+//! depend on weights. Read `mod.rs` beside it for `decode`, and `device_cache.rs` for the slots on a device.
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+use candle_core::Tensor;
 
+use crate::device::{Array, Matrix};
+use crate::ops::attention::Heads;
+use crate::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
 use crate::ops::cpu::view;
 
 /// Keys and values of the sequences of a batch under generation, in one layer.
 pub struct KvCache {
     /// Tokens per sequence that memory is reserved for beyond the prompt.
     capacity: usize,
+    store: Store,
+}
+
+enum Store {
+    Host(HostCache),
+    Device(DeviceSlots),
+}
+
+/// Keys and values of each sequence in lists of its own.
+#[derive(Default)]
+pub(super) struct HostCache {
     pub(super) sequences: Vec<CachedSequence>,
+}
+
+/// Sequences in slots of equal capacity. A sequence that leaves frees its slot without moving memory.
+pub(super) struct DeviceSlots {
+    cache: DeviceCache,
+    /// Slot and number of tokens of each live sequence.
+    slots: Vec<usize>,
+    lengths: Vec<usize>,
 }
 
 /// Keys and values of one sequence, in the order of its tokens.
@@ -23,6 +46,9 @@ pub(super) struct CachedSequence {
 /// A full list grows by at least this many elements: doubling would leave half of a long one unused.
 const GROWTH: usize = 1 << 14;
 
+/// A device's full cache grows by at least this many tokens per slot.
+const SLOT_GROWTH: usize = 256;
+
 impl CachedSequence {
     /// Adds the keys and values of some tokens.
     fn extend(&mut self, keys: &[f32], values: &[f32]) {
@@ -35,41 +61,83 @@ impl CachedSequence {
     }
 }
 
+/// A single head as wide as all key/value heads together: how a cache is laid out, whatever heads read it.
+fn row(width: usize) -> Heads {
+    Heads::full(1, 1, width)
+}
+
 impl KvCache {
     /// An empty cache that will reserve memory for `capacity` tokens per sequence beyond its prompt.
     pub fn new(capacity: usize) -> Self {
-        Self { capacity, sequences: vec![] }
+        Self { capacity, store: Store::Host(HostCache::default()) }
     }
 
     /// Number of sequences.
     pub fn len(&self) -> usize {
-        self.sequences.len()
+        match &self.store {
+            Store::Host(host) => host.sequences.len(),
+            Store::Device(device) => device.slots.len(),
+        }
     }
 
     /// Whether it holds no sequence.
     pub fn is_empty(&self) -> bool {
-        self.sequences.is_empty()
+        self.len() == 0
     }
 
-    /// Adds one sequence per element of `prompts`: the keys and values of prompt p of a batch, which are rows
-    /// cu_seqlens\[p\]..cu_seqlens\[p + 1\] of k and v (N, kv * dim).
+    pub(super) fn host(&self) -> Result<&HostCache> {
+        match &self.store {
+            Store::Host(host) => Ok(host),
+            Store::Device(_) => bail!("a query on the host for a KV cache on a device"),
+        }
+    }
+
+    pub(super) fn device(&self) -> Result<&DeviceSlots> {
+        match &self.store {
+            Store::Device(device) => Ok(device),
+            Store::Host(_) => bail!("a query on a device for a KV cache on the host"),
+        }
+    }
+
+    /// Fills an empty cache with one sequence per element of `prompts`: the keys and values of prompt p of a batch, which are
+    /// rows cu_seqlens\[p\]..cu_seqlens\[p + 1\] of k and v (N, kv * dim).
     ///
     /// # Errors
-    /// If shapes differ or a prompt does not exist.
-    pub fn append_prompts(&mut self, k: &Tensor, v: &Tensor, cu_seqlens: &[usize], prompts: &[usize]) -> Result<()> {
+    /// If shapes differ, a prompt does not exist, or device memory is out.
+    pub fn append_prompts(&mut self, k: &Array, v: &Array, cu_seqlens: &[usize], prompts: &[usize]) -> Result<()> {
         let (n, width) = k.dims2()?;
-        if v.dims() != [n, width] || cu_seqlens.last() != Some(&n) || prompts.iter().any(|p| p + 1 >= cu_seqlens.len())
+        if v.dims2()? != (n, width)
+            || cu_seqlens.last() != Some(&n)
+            || prompts.iter().any(|p| p + 1 >= cu_seqlens.len())
         {
-            candle_core::bail!("KV cache: k {:?}, v {:?}, prompts {prompts:?} of {cu_seqlens:?}", k.dims(), v.dims());
+            bail!("KV cache: k {:?}, v {:?}, prompts {prompts:?} of {cu_seqlens:?}", k.dims2()?, v.dims2()?);
         }
+        match k {
+            Array::Host(k) => self.append_host_prompts(k, v.host()?, width, cu_seqlens, prompts),
+            Array::Device(k) => {
+                self.store = Store::Device(DeviceSlots::new(k, v.device()?, cu_seqlens, prompts, self.capacity)?);
+                Ok(())
+            }
+        }
+    }
+
+    fn append_host_prompts(
+        &mut self,
+        k: &Tensor,
+        v: &Tensor,
+        width: usize,
+        cu_seqlens: &[usize],
+        prompts: &[usize],
+    ) -> Result<()> {
         let (k, v) = (view(k)?, view(v)?);
-        self.sequences.reserve_exact(prompts.len());
+        let Store::Host(host) = &mut self.store else { bail!("keys on the host for a KV cache on a device") };
+        host.sequences.reserve_exact(prompts.len());
         for &prompt in prompts {
             let rows = cu_seqlens[prompt] * width..cu_seqlens[prompt + 1] * width;
             let list = || Vec::with_capacity(rows.len() + self.capacity * width);
             let mut sequence = CachedSequence { keys: list(), values: list() };
             sequence.extend(&k[rows.clone()], &v[rows]);
-            self.sequences.push(sequence);
+            host.sequences.push(sequence);
         }
         Ok(())
     }
@@ -77,27 +145,94 @@ impl KvCache {
     /// Appends one token per sequence: k and v (S, kv * dim).
     ///
     /// # Errors
-    /// If shapes do not fit.
-    pub fn append(&mut self, k: &Tensor, v: &Tensor) -> Result<()> {
+    /// If shapes do not fit, or device memory is out.
+    pub fn append(&mut self, k: &Array, v: &Array) -> Result<()> {
         let (n, width) = k.dims2()?;
-        if n != self.len() || v.dims() != [n, width] {
-            candle_core::bail!("KV cache of {} sequences: k {:?}, v {:?}", self.len(), k.dims(), v.dims());
+        if n != self.len() || v.dims2()? != (n, width) {
+            bail!("KV cache of {} sequences: k ({n}, {width}), v {:?}", self.len(), v.dims2()?);
         }
-        let (k, v) = (view(k)?, view(v)?);
-        for ((sequence, k), v) in self.sequences.iter_mut().zip(k.chunks_exact(width)).zip(v.chunks_exact(width)) {
-            sequence.extend(k, v);
+        match &mut self.store {
+            Store::Host(host) => {
+                let (k, v) = (view(k.host()?)?, view(v.host()?)?);
+                let new = k.chunks_exact(width).zip(v.chunks_exact(width));
+                host.sequences.iter_mut().zip(new).for_each(|(sequence, (k, v))| sequence.extend(k, v));
+                Ok(())
+            }
+            Store::Device(device) => device.append(k.device()?, v.device()?),
         }
-        Ok(())
     }
 
-    /// Keeps the sequences s for which `keep[s]` is true and frees the memory of the others.
+    /// Keeps the sequences s for which `keep[s]` is true. On the host the memory of the others is freed; on a device it is
+    /// freed with the cache.
     pub fn retain(&mut self, keep: &[bool]) {
         let mut flags = keep.iter();
-        self.sequences.retain(|_| *flags.next().unwrap_or(&true));
+        let mut kept = || *flags.next().unwrap_or(&true);
+        match &mut self.store {
+            Store::Host(host) => host.sequences.retain(|_| kept()),
+            Store::Device(device) => {
+                let flags: Vec<bool> = device.slots.iter().map(|_| kept()).collect();
+                for list in [&mut device.slots, &mut device.lengths] {
+                    let mut flags = flags.iter();
+                    list.retain(|_| *flags.next().unwrap_or(&true));
+                }
+            }
+        }
     }
 
     /// Allocated bytes of keys and values.
     pub fn size_in_bytes(&self) -> usize {
-        self.sequences.iter().map(|s| (s.keys.capacity() + s.values.capacity()) * size_of::<f32>()).sum()
+        match &self.store {
+            Store::Host(host) => {
+                host.sequences.iter().map(|s| (s.keys.capacity() + s.values.capacity()) * size_of::<f32>()).sum()
+            }
+            Store::Device(device) => device.cache.bytes(),
+        }
+    }
+}
+
+impl DeviceSlots {
+    fn new(k: &Matrix, v: &Matrix, cu_seqlens: &[usize], prompts: &[usize], capacity: usize) -> Result<Self> {
+        let rows = |prompt: usize| cu_seqlens[prompt]..cu_seqlens[prompt + 1];
+        let lengths: Vec<usize> = prompts.iter().map(|&p| rows(p).len()).collect();
+        let capacity = lengths.iter().max().copied().unwrap_or(0) + capacity;
+        let (device, slots) = (k.device(), prompts.len());
+        let cache = DeviceCache::new(device, k.element(), slots, capacity, row(k.cols()))?;
+        let copied: Vec<Copied> =
+            prompts.iter().enumerate().map(|(slot, &p)| Copied { rows: rows(p), slot, position: 0 }).collect();
+        cache.write(k, v, &Writes::new(device, capacity, &copied)?)?;
+        Ok(Self { cache, slots: (0..slots).collect(), lengths })
+    }
+
+    fn append(&mut self, k: &Matrix, v: &Matrix) -> Result<()> {
+        let longest = self.lengths.iter().max().copied().unwrap_or(0) + 1;
+        if longest > self.cache.capacity() {
+            self.grow(longest.max(self.cache.capacity() + SLOT_GROWTH))?;
+        }
+        self.lengths.iter_mut().for_each(|length| *length += 1);
+        self.cache.write(k, v, self.live()?.newest())
+    }
+
+    /// Moves the live sequences into a new cache with `capacity` tokens per slot.
+    fn grow(&mut self, capacity: usize) -> Result<()> {
+        let (keys, values) = self.cache.rows();
+        let (device, old) = (keys.device(), self.cache.capacity());
+        let cache = DeviceCache::new(device, keys.element(), self.slots.len(), capacity, row(keys.cols()))?;
+        let places = self.slots.iter().zip(&self.lengths).enumerate();
+        let copied: Vec<Copied> = places
+            .map(|(slot, (&from, &length))| Copied { rows: from * old..from * old + length, slot, position: 0 })
+            .collect();
+        cache.write(keys, values, &Writes::new(device, capacity, &copied)?)?;
+        self.slots = (0..self.slots.len()).collect();
+        self.cache = cache;
+        Ok(())
+    }
+
+    fn live(&self) -> Result<Live> {
+        Live::new(self.cache.rows().0.device(), self.cache.capacity(), &self.slots, &self.lengths)
+    }
+
+    /// o (S, q * dim) of one query per live sequence.
+    pub(super) fn decode(&self, q: &Matrix, heads: Heads) -> Result<Matrix> {
+        self.cache.decode(q, &self.live()?, heads)
     }
 }

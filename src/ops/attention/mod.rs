@@ -7,11 +7,16 @@
 //! Read `kv_cache.rs` and `cpu.rs` beside it, then `logprobs/mod.rs`.
 
 mod cpu;
+pub(crate) mod device_cache;
+pub(crate) mod gpu;
 mod kv_cache;
 
 use std::ops::Range;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+
+use crate::device::Array;
+use crate::ops::columns;
 
 pub use kv_cache::KvCache;
 
@@ -57,17 +62,12 @@ impl Heads {
         if self.soft_cap.is_some() { 1.0 } else { self.scale }
     }
 
-    fn check(self, q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[usize]) -> Result<usize> {
+    fn check(self, q: &Array, k: &Array, v: &Array, cu_seqlens: &[usize]) -> Result<usize> {
         let (n, width) = q.dims2()?;
-        let kv = [n, self.kv * self.dim];
-        if width != self.q * self.dim || k.dims() != kv || v.dims() != kv || cu_seqlens.last() != Some(&n) {
-            candle_core::bail!(
-                "attention {self:?}: q {:?}, k {:?}, v {:?}, {} tokens by cu_seqlens",
-                q.dims(),
-                k.dims(),
-                v.dims(),
-                cu_seqlens.last().copied().unwrap_or(0)
-            );
+        let (kv, k, v) = ((n, self.kv * self.dim), k.dims2()?, v.dims2()?);
+        if width != self.q * self.dim || k != kv || v != kv || cu_seqlens.last() != Some(&n) {
+            let tokens = cu_seqlens.last().copied().unwrap_or(0);
+            bail!("attention {self:?}: q ({n}, {width}), k {k:?}, v {v:?}, {tokens} tokens by cu_seqlens");
         }
         Ok(n)
     }
@@ -97,9 +97,15 @@ impl<'a> Sequences<'a> {
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, sequences: Sequences<'_>, heads: Heads) -> Result<Tensor> {
+pub fn forward(q: &Array, k: &Array, v: &Array, sequences: Sequences<'_>, heads: Heads) -> Result<Array> {
     heads.check(q, k, v, sequences.cu_seqlens)?;
-    cpu::forward(q, k, v, sequences, heads)
+    Ok(match q {
+        Array::Host(q) => cpu::forward(q, k.host()?, v.host()?, sequences, heads)?.into(),
+        Array::Device(q) => {
+            let sequences = gpu::DeviceSequences::new(q.device(), sequences.cu_seqlens, sequences.key_len)?;
+            gpu::forward(q, k.device()?, v.device()?, &sequences, heads)?.into()
+        }
+    })
 }
 
 /// (dL/dq, dL/dk, dL/dv) of dL/do (N, q * dim). Probabilities are recomputed.
@@ -107,19 +113,30 @@ pub fn forward(q: &Tensor, k: &Tensor, v: &Tensor, sequences: Sequences<'_>, hea
 /// # Errors
 /// If shapes do not fit.
 pub fn backward(
-    q: &Tensor,
-    k: &Tensor,
-    v: &Tensor,
+    q: &Array,
+    k: &Array,
+    v: &Array,
     sequences: Sequences<'_>,
     heads: Heads,
-    d_o: &Tensor,
-) -> Result<(Tensor, Tensor, Tensor)> {
+    d_o: &Array,
+) -> Result<(Array, Array, Array)> {
     let n = heads.check(q, k, v, sequences.cu_seqlens)?;
     let width = heads.q * heads.dim;
-    if d_o.dims() != [n, width] {
-        candle_core::bail!("attention backward: a gradient {:?} for {n} x {width}", d_o.dims());
+    if d_o.dims2()? != (n, width) {
+        bail!("attention backward: a gradient {:?} for {n} x {width}", d_o.dims2()?);
     }
-    cpu::backward(q, k, v, sequences, heads, d_o)
+    Ok(match q {
+        Array::Host(q) => {
+            let (dq, dk, dv) = cpu::backward(q, k.host()?, v.host()?, sequences, heads, d_o.host()?)?;
+            (dq.into(), dk.into(), dv.into())
+        }
+        Array::Device(q) => {
+            let sequences = gpu::DeviceSequences::new(q.device(), sequences.cu_seqlens, sequences.key_len)?;
+            let d_o = columns::gpu::cast(d_o.device()?, q.element())?;
+            let (dq, dk, dv) = gpu::backward(q, k.device()?, v.device()?, &sequences, heads, &d_o)?;
+            (dq.into(), dk.into(), dv.into())
+        }
+    })
 }
 
 /// Decoding: o (S, q * dim) of one new query per sequence, q (S, q * dim). The cache already holds the new tokens' keys and
@@ -127,10 +144,13 @@ pub fn backward(
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn decode(q: &Tensor, cache: &KvCache, heads: Heads) -> Result<Tensor> {
+pub fn decode(q: &Array, cache: &KvCache, heads: Heads) -> Result<Array> {
     let (n, width) = q.dims2()?;
     if n != cache.len() || width != heads.q * heads.dim {
-        candle_core::bail!("decode {heads:?}: q {:?} and {} cached sequences", q.dims(), cache.len());
+        bail!("decode {heads:?}: q ({n}, {width}) and {} cached sequences", cache.len());
     }
-    cpu::decode(q, cache, heads)
+    Ok(match q {
+        Array::Host(q) => cpu::decode(q, cache.host()?, heads)?.into(),
+        Array::Device(q) => cache.device()?.decode(q, heads)?.into(),
+    })
 }

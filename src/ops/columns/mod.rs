@@ -3,8 +3,11 @@
 //! Read `cpu.rs` beside it, then `activation/mod.rs`.
 
 mod cpu;
+pub(crate) mod gpu;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+
+use crate::device::{Array, Element};
 
 /// The layout of a fused projection's parts within a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +27,7 @@ fn check(fusion: Fusion, widths: &[usize], width: usize) -> Result<()> {
         Fusion::Grouped { groups } => groups > 0 && widths.iter().all(|w| w % groups == 0),
     };
     if !whole || widths.iter().sum::<usize>() != width {
-        candle_core::bail!("a row of {width} cannot be split into {widths:?} {fusion:?}");
+        bail!("a row of {width} cannot be split into {widths:?} {fusion:?}");
     }
     Ok(())
 }
@@ -33,41 +36,73 @@ fn check(fusion: Fusion, widths: &[usize], width: usize) -> Result<()> {
 ///
 /// # Errors
 /// If widths and x do not fit.
-pub fn split(x: &Tensor, widths: &[usize], fusion: Fusion) -> Result<Vec<Tensor>> {
+pub fn split(x: &Array, widths: &[usize], fusion: Fusion) -> Result<Vec<Array>> {
     check(fusion, widths, x.dims2()?.1)?;
-    cpu::split(x, widths, fusion)
+    Ok(match x {
+        Array::Host(x) => cpu::split(x, widths, fusion)?.into_iter().map(Array::Host).collect(),
+        Array::Device(x) => gpu::split(x, widths, fusion)?.into_iter().map(Array::Device).collect(),
+    })
 }
 
 /// The inverse of [`split`]: (N, sum of widths) of the parts.
 ///
 /// # Errors
 /// If the parts do not fit.
-pub fn join(parts: &[&Tensor], fusion: Fusion) -> Result<Tensor> {
+pub fn join(parts: &[&Array], fusion: Fusion) -> Result<Array> {
     let widths = parts.iter().map(|p| Ok(p.dims2()?.1)).collect::<Result<Vec<_>>>()?;
-    let n = parts.first().map_or(0, |p| p.dims()[0]);
     check(fusion, &widths, widths.iter().sum())?;
-    if parts.iter().any(|p| p.dims()[0] != n) {
-        candle_core::bail!("parts with different numbers of rows");
+    let Some(first) = parts.first() else { bail!("no parts to join") };
+    let n = first.dims2()?.0;
+    for part in parts {
+        if part.dims2()?.0 != n {
+            bail!("parts with different numbers of rows");
+        }
     }
-    cpu::join(parts, &widths, fusion)
+    Ok(match first {
+        Array::Host(_) => {
+            let parts = parts.iter().map(|p| p.host()).collect::<Result<Vec<_>>>()?;
+            cpu::join(&parts, &widths, fusion)?.into()
+        }
+        Array::Device(_) => {
+            let parts = parts.iter().map(|p| p.device()).collect::<Result<Vec<_>>>()?;
+            gpu::join(&parts, fusion)?.into()
+        }
+    })
 }
 
 /// x + factor * y, all (N, D).
 ///
 /// # Errors
 /// If shapes differ.
-pub fn add(x: &Tensor, y: &Tensor, factor: f32) -> Result<Tensor> {
-    let (n, d) = x.dims2()?;
-    if y.dims() != [n, d] {
-        candle_core::bail!("{:?} and {:?} cannot be added", x.dims(), y.dims());
+pub fn add(x: &Array, y: &Array, factor: f32) -> Result<Array> {
+    let (shape, other) = (x.dims2()?, y.dims2()?);
+    if shape != other {
+        bail!("{shape:?} and {other:?} cannot be added");
     }
-    cpu::add(x, y, factor)
+    Ok(match x {
+        Array::Host(x) => cpu::add(x, y.host()?, factor)?.into(),
+        Array::Device(x) => gpu::add(x, y.device()?, factor, Element::F32)?.into(),
+    })
 }
 
 /// factor * x, (N, D).
 ///
 /// # Errors
 /// If x is not an f32 matrix.
-pub fn scale(x: &Tensor, factor: f32) -> Result<Tensor> {
-    cpu::scale(x, factor)
+pub fn scale(x: &Array, factor: f32) -> Result<Array> {
+    Ok(match x {
+        Array::Host(x) => cpu::scale(x, factor)?.into(),
+        Array::Device(x) => gpu::scale(x, factor, x.element())?.into(),
+    })
+}
+
+/// x as f32, which the residual stream is in on every machine; an array that is f32 already is returned as it is.
+///
+/// # Errors
+/// If device memory is out.
+pub fn to_f32(x: Array) -> Result<Array> {
+    Ok(match &x {
+        Array::Device(matrix) if matrix.element() != Element::F32 => gpu::cast(matrix, Element::F32)?.into(),
+        _ => x,
+    })
 }

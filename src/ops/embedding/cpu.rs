@@ -2,7 +2,7 @@
 
 use candle_core::{Result, Tensor};
 
-use super::Saved;
+use super::HostSaved;
 use crate::ops::cpu::gemm::{Into, Mat, gemm};
 use crate::ops::cpu::{Isa, tensor, view};
 use crate::ops::linear::low_rank::{
@@ -11,7 +11,7 @@ use crate::ops::linear::low_rank::{
 use crate::ops::weight::Weight;
 
 /// Rows `ids` of the table, and the tensors saved for `backward`.
-pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result<(Tensor, Option<Saved>)> {
+pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result<(Tensor, Option<HostSaved>)> {
     let (v, d, n) = (table.rows(), table.cols(), ids.len());
     let mut x = vec![0f32; n * d];
     for (row, &id) in x.chunks_exact_mut(d).zip(ids) {
@@ -32,16 +32,16 @@ pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result
     }
     let (x, z) = (tensor(x, (n, d))?, tensor(z, (n, r))?);
     Ok(match lora.dora {
-        None => (x, Some(Saved { z, direction: None })),
+        None => (x, Some(HostSaved { z, direction: None })),
         Some(dora) => {
             let (g, _) = dora.scales(table, lora, NormAxis::Columns)?;
-            (scale_columns(&x, &g)?, Some(Saved { z, direction: Some(x) }))
+            (scale_columns(&x, &g)?, Some(HostSaved { z, direction: Some(x) }))
         }
     })
 }
 
 /// The gradients of the LoRA weights.
-pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &Saved, dx: &Tensor) -> Result<BranchGradient> {
+pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &HostSaved, dx: &Tensor) -> Result<BranchGradient> {
     let (v, d, n) = (table.rows(), table.cols(), ids.len());
     let r = lora.a.dims()[0];
     let (dx, magnitude) = match (lora.dora, &saved.direction) {

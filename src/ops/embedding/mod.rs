@@ -5,14 +5,26 @@
 //! on `linear`, except for its LoRA types: read `linear/low_rank.rs` first, and `cpu.rs` beside it next.
 
 mod cpu;
+pub(crate) mod gpu;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+use candle_core::Tensor;
+
+use crate::device::Array;
 
 use crate::ops::linear::low_rank::{BranchGradient, LowRank};
 use crate::ops::weight::Weight;
 
 /// Tensors saved for `backward`.
-pub struct Saved {
+pub enum Saved {
+    /// Tensors on the host.
+    Host(HostSaved),
+    /// Matrices on a device.
+    Device(gpu::Saved),
+}
+
+/// Tensors on the host that are saved for `backward`.
+pub struct HostSaved {
     /// s A[:, t_i] (N, r).
     z: Tensor,
     /// The rows before DoRA's scale (N, D), with DoRA.
@@ -23,34 +35,57 @@ pub struct Saved {
 ///
 /// # Errors
 /// If an id is outside the vocabulary, or the LoRA weights do not fit.
-pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result<(Tensor, Option<Saved>)> {
+pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result<(Array, Option<Saved>)> {
     let (v, d) = (table.rows(), table.cols());
     if let Some(id) = ids.iter().find(|&&id| id as usize >= v) {
-        candle_core::bail!("token id {id} is past the vocabulary of {v}");
+        bail!("token id {id} is past the vocabulary of {v}");
     }
     if let Some(lora) = lora {
         check(lora, v, d)?;
     }
-    cpu::forward(table, ids, lora)
+    Ok(match table.place() {
+        None => {
+            let (x, saved) = cpu::forward(table, ids, lora)?;
+            (x.into(), saved.map(Saved::Host))
+        }
+        Some(device) => {
+            let lora = lora.map(|lora| lora.on(device, table.compute().element())).transpose()?;
+            let (x, saved) = gpu::forward(&*table.on(device)?, ids, lora.as_deref())?;
+            (x.into(), saved.map(Saved::Device))
+        }
+    })
 }
 
 /// The gradients of the LoRA weights of dL/dx (N, D): dB = dx^T z, dA[:, t_i] += s dx_i B, in the order of the rows.
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &Saved, dx: &Tensor) -> Result<BranchGradient> {
+pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &Saved, dx: &Array) -> Result<BranchGradient> {
     let (v, d, n) = (table.rows(), table.cols(), ids.len());
     let r = check(lora, v, d)?;
-    if dx.dims() != [n, d] || saved.z.dims() != [n, r] || ids.iter().any(|&id| id as usize >= v) {
-        candle_core::bail!("a gradient {:?} and z {:?} for {n} rows of {d}", dx.dims(), saved.z.dims());
+    if dx.dims2()? != (n, d) || ids.iter().any(|&id| id as usize >= v) {
+        bail!("a gradient {:?} for {n} rows of {d}", dx.dims2()?);
     }
-    cpu::backward(table, ids, lora, saved, dx)
+    match (saved, dx) {
+        (Saved::Host(saved), Array::Host(dx)) => {
+            if saved.z.dims() != [n, r] {
+                bail!("z {:?} for {n} rows and rank {r}", saved.z.dims());
+            }
+            Ok(cpu::backward(table, ids, lora, saved, dx)?)
+        }
+        (Saved::Device(saved), Array::Device(dx)) => {
+            let device = dx.device();
+            let copy = lora.on(device, table.compute().element())?;
+            BranchGradient::download(gpu::backward(&*table.on(device)?, ids, &copy, saved, dx)?)
+        }
+        _ => bail!("the gradient and the saved tensors of an embedding lie on two machines"),
+    }
 }
 
 fn check(lora: LowRank<'_>, v: usize, d: usize) -> Result<usize> {
     let r = lora.a.dims2()?.0;
     if lora.a.dims() != [r, v] || lora.b.dims() != [d, r] || r == 0 {
-        candle_core::bail!("A {:?} and B {:?} do not fit a ({v}, {d}) table", lora.a.dims(), lora.b.dims());
+        bail!("A {:?} and B {:?} do not fit a ({v}, {d}) table", lora.a.dims(), lora.b.dims());
     }
     Ok(r)
 }

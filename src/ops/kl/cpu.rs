@@ -1,18 +1,27 @@
 //! The exact KL on the CPU: running maxima and sums over strips of both sides' logits. Read `mod.rs` beside it for the
 //! formulas, `logprobs/cpu_strips.rs` for the strips.
 
-use candle_core::Result;
+use candle_core::{Result, Tensor};
 
-use super::{Side, TokenKl};
+use super::TokenKl;
 use crate::ops::cpu::gemm::{Into, Mat, gemm};
 use crate::ops::cpu::scratch::with_scratch;
 use crate::ops::cpu::{Isa, Out, exp, lane_sum, max, parallel, soft_cap, soft_cap_backward, tensor, vectorised, view};
-use crate::ops::logprobs::Gradients;
+use crate::ops::logprobs::{Gradients, LmHead};
 use crate::ops::logprobs::cpu_lora::{HeadLora, LoraSums, RUNS, STRIP};
 use crate::ops::logprobs::cpu_strips::{Hidden, strips, strips_and_products};
 
+/// One of the two distributions on the host.
+#[derive(Clone, Copy)]
+pub struct HostSide<'a> {
+    /// Hidden states (R, D).
+    pub hidden: &'a Tensor,
+    /// The lm_head.
+    pub head: LmHead<'a>,
+}
+
 /// KL of each position.
-pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<TokenKl> {
+pub fn forward(p: HostSide<'_>, q: HostSide<'_>, temperature: f64) -> Result<TokenKl> {
     let (head, weight) = (&p.head, p.head.weight);
     let (both, r, d) = stack(p, q)?;
     let loras = loras(&p, &q, &both, r, d)?;
@@ -55,7 +64,7 @@ pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<TokenKl> {
 }
 
 /// dL/dh of p, and the gradients of its LoRA weights.
-pub fn backward(p: Side<'_>, q: Side<'_>, temperature: f64, saved: &TokenKl, dkl: &[f32]) -> Result<Gradients> {
+pub fn backward(p: HostSide<'_>, q: HostSide<'_>, temperature: f64, saved: &TokenKl, dkl: &[f32]) -> Result<Gradients> {
     let (head, weight) = (&p.head, p.head.weight);
     let (both, r, d) = stack(p, q)?;
     let loras = loras(&p, &q, &both, r, d)?;
@@ -108,17 +117,17 @@ pub fn backward(p: Side<'_>, q: Side<'_>, temperature: f64, saved: &TokenKl, dkl
     partial.truncate(r * d);
     partial.shrink_to_fit();
     let lora = sums.map(|sums| sums.finish(&both, &mut partial)).transpose()?;
-    Ok(Gradients { hidden: tensor(partial, (r, d))?, lora })
+    Ok(Gradients { hidden: tensor(partial, (r, d))?.into(), lora })
 }
 
 /// The hidden states of both sides in one list, p's before q's.
-fn stack(p: Side<'_>, q: Side<'_>) -> Result<(Vec<f32>, usize, usize)> {
+fn stack(p: HostSide<'_>, q: HostSide<'_>) -> Result<(Vec<f32>, usize, usize)> {
     let (r, d) = p.hidden.dims2()?;
     Ok(([&view(p.hidden)?[..], &view(q.hidden)?[..]].concat(), r, d))
 }
 
 /// The LoRA weights of both sides, p's first.
-fn loras<'a>(p: &Side<'a>, q: &Side<'a>, both: &[f32], r: usize, d: usize) -> Result<Vec<HeadLora<'a>>> {
+fn loras<'a>(p: &HostSide<'a>, q: &HostSide<'a>, both: &[f32], r: usize, d: usize) -> Result<Vec<HeadLora<'a>>> {
     let sides = [
         HeadLora::of(p.head.weight, p.head.lora, both, d, 0..r)?,
         HeadLora::of(q.head.weight, q.head.lora, both, d, r..2 * r)?,

@@ -6,8 +6,11 @@
 //! lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
 
 mod cpu;
+pub(crate) mod gpu;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+
+use crate::device::{Array, Element, Matrix};
 
 use crate::ops::logprobs::{Gradients, LmHead};
 
@@ -24,7 +27,7 @@ pub struct TokenKl {
 #[derive(Clone, Copy)]
 pub struct Side<'a> {
     /// Hidden states (R, D), already normed.
-    pub hidden: &'a Tensor,
+    pub hidden: &'a Array,
     /// The lm_head: weight, multiplier and soft cap are the same on both sides, LoRA weights may differ.
     pub head: LmHead<'a>,
 }
@@ -35,7 +38,11 @@ pub struct Side<'a> {
 /// If shapes do not fit, or the lm_heads are different matrices.
 pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<TokenKl> {
     check(p, q)?;
-    cpu::forward(p, q, temperature)
+    match (p.hidden, q.hidden) {
+        (Array::Host(h), Array::Host(g)) => Ok(cpu::forward(cpu::HostSide { hidden: h, head: p.head }, cpu::HostSide { hidden: g, head: q.head }, temperature)?),
+        (Array::Device(h), Array::Device(g)) => on_device::forward((h, p.head), (g, q.head), temperature),
+        _ => bail!("KL: the hidden states of the two sides lie on two machines"),
+    }
 }
 
 /// dL/dh (R, D), h being p's hidden states, and the gradients of p's LoRA weights, of dL/dKL (R):
@@ -47,27 +54,92 @@ pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<TokenKl> {
 pub fn backward(p: Side<'_>, q: Side<'_>, temperature: f64, saved: &TokenKl, dkl: &[f32]) -> Result<Gradients> {
     let r = check(p, q)?;
     if [saved.kl.len(), dkl.len()] != [r; 2] {
-        candle_core::bail!("KL backward: {r} positions, {} gradients", dkl.len());
+        bail!("KL backward: {r} positions, {} gradients", dkl.len());
     }
-    cpu::backward(p, q, temperature, saved, dkl)
+    match (p.hidden, q.hidden) {
+        (Array::Host(h), Array::Host(g)) => {
+            let (p, q) = (cpu::HostSide { hidden: h, head: p.head }, cpu::HostSide { hidden: g, head: q.head });
+            Ok(cpu::backward(p, q, temperature, saved, dkl)?)
+        }
+        (Array::Device(h), Array::Device(g)) => {
+            on_device::backward((h, p.head), (g, q.head), temperature, saved, dkl)
+        }
+        _ => bail!("KL: the hidden states of the two sides lie on two machines"),
+    }
 }
 
 fn check(p: Side<'_>, q: Side<'_>) -> Result<usize> {
     let ((r, d), weight) = (p.hidden.dims2()?, p.head.weight);
     if q.hidden.dims2()? != (r, d) || weight.cols() != d || q.head.weight.id() != weight.id() {
-        candle_core::bail!(
+        bail!(
             "KL: {:?}, {:?}, lm_head width {}, or two different lm_heads",
-            p.hidden.dims(),
-            q.hidden.dims(),
+            p.hidden.dims2()?,
+            q.hidden.dims2()?,
             weight.cols()
         );
     }
     Ok(r)
 }
 
+/// The KL on a device: both sides' products of one strip of the vocabulary after another.
+mod on_device {
+    use super::*;
+    use crate::ops::logprobs::gpu::Shape;
+    use crate::ops::logprobs::gpu_head::Head;
+
+    type Rows<'a> = (&'a Matrix, LmHead<'a>);
+
+    pub(super) fn forward((h, p): Rows<'_>, (g, q): Rows<'_>, temperature: f64) -> Result<TokenKl> {
+        let (device, r) = (h.device(), h.rows());
+        if r == 0 {
+            return Ok(TokenKl::default());
+        }
+        let head = Head::of(h, &p)?;
+        let (p_rows, q_rows) = (head.rows(h, &p)?, head.rows(g, &q)?);
+        let (p_buffer, q_buffer) = (head.buffer(Element::F32, r)?, head.buffer(Element::F32, r)?);
+        let mut running = gpu::Running::new(device, r, Shape::of(&p, temperature))?;
+        head.strips(|ids, w| {
+            let (l, m) = (Head::part(&p_buffer, r, ids.len())?, Head::part(&q_buffer, r, ids.len())?);
+            head.products(&p_rows, &ids, w, &l, None)?;
+            head.products(&q_rows, &ids, w, &m, None)?;
+            running.add(&l, &m, ids.len())
+        })?;
+        let gpu::DeviceKl { kl, lse_p, lse_q } = running.finish()?;
+        Ok(TokenKl { kl: kl.to_f32()?, lse_p: lse_p.to_f32()?, lse_q: lse_q.to_f32()? })
+    }
+
+    pub(super) fn backward(
+        (h, p): Rows<'_>,
+        (g, q): Rows<'_>,
+        temperature: f64,
+        saved: &TokenKl,
+        dkl: &[f32],
+    ) -> Result<Gradients> {
+        let (device, r, shape) = (h.device(), h.rows(), Shape::of(&p, temperature));
+        let head = Head::of(h, &p)?;
+        let (p_rows, q_rows) = (head.rows(h, &p)?, head.rows(g, &q)?);
+        let (p_buffer, q_buffer) = (head.buffer(Element::F32, r)?, head.buffer(Element::F32, r)?);
+        let unscaled = Head::wants_unscaled(&p_rows).then(|| head.buffer(Element::F32, r)).transpose()?;
+        let row = |values: &[f32]| device.upload_f32(values, 1, r);
+        let saved = gpu::DeviceKl { kl: row(&saved.kl)?, lse_p: row(&saved.lse_p)?, lse_q: row(&saved.lse_q)? };
+        let dkl = row(dkl)?;
+        let mut sums = head.sums(&p_rows)?;
+        head.strips(|ids, w| {
+            let (l, m) = (Head::part(&p_buffer, r, ids.len())?, Head::part(&q_buffer, r, ids.len())?);
+            let u = unscaled.as_ref().map(|u| Head::part(u, r, ids.len())).transpose()?;
+            head.products(&p_rows, &ids, w, &l, u.as_ref())?;
+            head.products(&q_rows, &ids, w, &m, None)?;
+            gpu::backward(&l, &m, ids.len(), &saved, &dkl, shape, &l)?;
+            head.add(&mut sums, &p_rows, &ids, w, &l, u.as_ref())
+        })?;
+        head.finish(sums, &p_rows)
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+    use candle_core::Tensor;
     use crate::ops::cpu::tensor;
     use crate::ops::weight::Weight;
     use crate::rng::SplitMix64;
@@ -115,7 +187,7 @@ mod tests {
         rows.map(|(h, g)| log_softmax(h).iter().zip(log_softmax(g)).map(|(p, q)| p.exp() * (p - q)).sum()).collect()
     }
 
-    fn side<'a>(hidden: &'a Tensor, head: &LmHead<'a>) -> Side<'a> {
+    fn side<'a>(hidden: &'a Array, head: &LmHead<'a>) -> Side<'a> {
         Side { hidden, head: *head }
     }
 
@@ -123,7 +195,7 @@ mod tests {
     fn the_kl_over_strips_equals_the_sum_over_the_full_softmax_and_is_never_negative() {
         let Case { h, g, table } = case();
         let weight = weight(&table);
-        let tensors = |h: &[f32]| tensor(h.to_vec(), (R, D)).unwrap();
+        let tensors = |h: &[f32]| Array::Host(tensor(h.to_vec(), (R, D)).unwrap());
         for (of, temperature) in heads(&weight).into_iter().flat_map(|of| [(of, 1.0), (of, 0.7)]) {
             let (h_rows, g_rows) = (tensors(&h), tensors(&g));
             let got = forward(side(&h_rows, &of), side(&g_rows, &of), temperature).unwrap().kl;
@@ -134,7 +206,7 @@ mod tests {
             let same = forward(side(&h_rows, &of), side(&h_rows, &of), temperature).unwrap().kl;
             assert_eq!(same, [0.0; R], "of a distribution to itself");
         }
-        let (plain, short, h) = (LmHead::plain(&weight), tensor(vec![0.0; D], (1, D)).unwrap(), tensors(&h));
+        let (plain, short, h) = (LmHead::plain(&weight), Array::Host(tensor(vec![0.0; D], (1, D)).unwrap()), tensors(&h));
         assert!(forward(side(&h, &plain), side(&short, &plain), 1.0).is_err());
     }
 
@@ -146,7 +218,8 @@ mod tests {
         for at in [0, R * D - 1] {
             let mut broken = h.clone();
             broken[at] = f32::NAN;
-            let (broken, g) = (tensor(broken, (R, D)).unwrap(), tensor(g.clone(), (R, D)).unwrap());
+            let array = |v: Vec<f32>| Array::Host(tensor(v, (R, D)).unwrap());
+            let (broken, g) = (array(broken), array(g.clone()));
             for (p, q) in [(&broken, &g), (&g, &broken)] {
                 let kl = forward(side(p, &plain), side(q, &plain), 1.0).unwrap().kl;
                 for (row, kl) in kl.iter().enumerate() {
@@ -160,13 +233,14 @@ mod tests {
     fn the_gradient_is_the_central_difference_of_the_full_sum() {
         let Case { h, g, table } = case();
         let weight = weight(&table);
-        let tensors = |h: &[f32]| tensor(h.to_vec(), (R, D)).unwrap();
+        let tensors = |h: &[f32]| Array::Host(tensor(h.to_vec(), (R, D)).unwrap());
         let dkl = [0.5f32, -1.0, 2.0];
         for of in heads(&weight) {
             let (h_rows, g_rows) = (tensors(&h), tensors(&g));
             let saved = forward(side(&h_rows, &of), side(&g_rows, &of), 0.7).unwrap();
             let grad = backward(side(&h_rows, &of), side(&g_rows, &of), 0.7, &saved, &dkl).unwrap();
-            let grad = grad.hidden.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let grad: Tensor = grad.hidden.to_host().unwrap();
+            let grad = grad.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             for at in 0..R * D {
                 let moved = |by: f32| {
                     let mut h = h.clone();

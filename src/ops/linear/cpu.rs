@@ -7,7 +7,7 @@ use candle_core::{Result, Tensor};
 use super::cpu_bf16::{self, PackedLhs};
 use super::cpu_gemv::{self, FEW_ROWS, gemv};
 use super::low_rank::{self, BranchGradient, NormAxis};
-use super::{Gradients, InputGradient, LinearWithLora, Saved};
+use super::{Gradients, InputGradient, LinearWithLora, HostSaved};
 use crate::ops::cpu::gemm::{Into, MR, Mat, NR, gemm};
 use crate::ops::cpu::pack::{columns, rows_as_columns};
 use crate::ops::cpu::scratch::with_scratch;
@@ -19,7 +19,7 @@ fn is_bf16(k: usize, parts: &[LinearWithLora<'_>]) -> bool {
 }
 
 /// Outputs (N, out_p) of each part, and the tensors saved for `backward`.
-pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, Saved)> {
+pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, HostSaved)> {
     let (m, k) = x.dims2()?;
     let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
     let xs = view(x)?;
@@ -47,7 +47,7 @@ pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tenso
         for &(p, n0) in &panels[range] {
             let (part, n) = (&parts[p], parts[p].weight.rows());
             let width = wide.min(n - n0);
-            let into = match (&residual, part.bias) {
+            let into = match (&residual, part.bias.map(|b| &b.values[..])) {
                 _ if part.dora().is_some() => Into::Fresh,
                 (None, None) => Into::Fresh,
                 (residual, bias) => {
@@ -105,13 +105,13 @@ pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tenso
         // SAFETY: the panels cover every row and column of each output.
         .map(|(y, p)| tensor(unsafe { y.finish() }, (m, p.weight.rows())))
         .collect::<Result<Vec<_>>>()?;
-    let mut saved = Saved { z: tensor(z, (m, rank))?, directions: vec![] };
+    let mut saved = HostSaved { z: tensor(z, (m, rank))?, directions: vec![] };
     let mut done = Vec::with_capacity(parts.len());
     for (y, part) in ys.into_iter().zip(parts) {
         let (y, direction) = match part.dora() {
             Some((lora, dora)) => {
                 let (g, _) = dora.scales(part.weight, lora, NormAxis::Rows)?;
-                (scale_and_add(&y, &g, part.bias, residual.as_deref())?, Some(y))
+                (scale_and_add(&y, &g, part.bias.map(|b| &b.values[..]), residual.as_deref())?, Some(y))
             }
             None => (y, None),
         };
@@ -181,7 +181,7 @@ fn low_rank_inputs(xs: &[f32], m: usize, k: usize, parts: &[LinearWithLora<'_>],
 pub fn backward(
     x: &Tensor,
     parts: &[LinearWithLora<'_>],
-    saved: &Saved,
+    saved: &HostSaved,
     dys: &[&Tensor],
     wanted: InputGradient,
 ) -> Result<Gradients> {

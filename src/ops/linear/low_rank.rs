@@ -9,10 +9,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, TensorId};
 
+use crate::device::{Device, Element, Matrix};
 use crate::ops::cpu::gemm::{Into, Mat, NR, gemm};
 use crate::ops::cpu::pack::rows_as_columns;
 use crate::ops::cpu::scratch::with_scratch;
 use crate::ops::cpu::{Isa, Out, parallel, tensor, vectorised, view};
+use crate::ops::linear::gpu_low_rank::{DeviceLora, LoraGradient};
 use crate::ops::weight::Weight;
 
 /// LoRA weights of one linear layer: they add scale * (x a^T) b^T.
@@ -26,7 +28,55 @@ pub struct LowRank<'a> {
     pub scale: f64,
     /// The magnitude vector, with DoRA.
     pub dora: Option<Dora<'a>>,
+    /// The cache of the copy on a device; without one, every use makes a copy.
+    pub copy: Option<&'a LoraCopy>,
 }
+
+/// Identifies the tensors that a copy was made of.
+type CopyKey = (TensorId, TensorId, Option<TensorId>, Element);
+type Copied = (CopyKey, Device, Arc<DeviceLora>);
+
+/// The copy of one layer's LoRA weights on a device, made at its first use there; an optimiser step makes new tensors and so
+/// a new copy. Clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct LoraCopy(Arc<Mutex<Option<Copied>>>);
+
+impl LowRank<'_> {
+    /// The LoRA weights on a device, for products in `operand`.
+    ///
+    /// # Errors
+    /// If device memory is out.
+    pub fn on(&self, device: &Device, operand: Element) -> anyhow::Result<Arc<DeviceLora>> {
+        let magnitude = self.dora.map(|dora| dora.magnitude);
+        let key = (self.a.id(), self.b.id(), magnitude.map(Tensor::id), operand);
+        let unshared = LoraCopy::default();
+        let mut slot = self.copy.unwrap_or(&unshared).0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((of, place, copy)) = &*slot
+            && *of == key
+            && place.ptr_eq(device)
+        {
+            return Ok(copy.clone());
+        }
+        *slot = None;
+        let ((r, k), (n, _)) = (self.a.dims2()?, self.b.dims2()?);
+        let (a, b, scale) = (view(self.a)?, view(self.b)?, self.scale as f32);
+        let magnitude = magnitude.map(view).transpose()?;
+        let copy = DeviceLora::new(device, operand, &a, (r, k), &b, n, scale, magnitude.as_deref())?;
+        let copy = Arc::new(copy);
+        *slot = Some((key, device.clone(), copy.clone()));
+        Ok(copy)
+    }
+}
+
+impl BranchGradient {
+    /// The gradients of a device's LoRA weights, on the host.
+    pub(crate) fn download(gradient: LoraGradient) -> anyhow::Result<Self> {
+        let matrix = |m: &Matrix| -> anyhow::Result<Tensor> { Ok(tensor(m.to_f32()?, (m.rows(), m.cols()))?) };
+        let magnitude = gradient.magnitude.map(|m| -> anyhow::Result<Tensor> { Ok(tensor(m.to_f32()?, m.len())?) });
+        Ok(Self { a: matrix(&gradient.a)?, b: matrix(&gradient.b)?, magnitude: magnitude.transpose()? })
+    }
+}
+
 
 /// Gradients of one layer's LoRA weights.
 #[derive(Clone, Debug)]
@@ -286,7 +336,7 @@ mod tests {
     }
 
     fn plain<'a>(a: &'a Tensor, b: &'a Tensor) -> LowRank<'a> {
-        LowRank { a, b, scale: 1.5, dora: None }
+        LowRank { a, b, scale: 1.5, dora: None, copy: None }
     }
 
     #[test]

@@ -6,11 +6,21 @@
 //! Read `low_rank.rs` and `cpu.rs` beside it, then `embedding/mod.rs`.
 
 mod cpu;
+pub(crate) mod gpu;
+pub(crate) mod gpu_gemv;
+pub(crate) mod gpu_low_rank;
+pub(crate) mod gpu_strips;
 pub(crate) mod cpu_bf16;
 pub(crate) mod cpu_gemv;
 pub mod low_rank;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+use candle_core::Tensor;
+
+use std::sync::Arc;
+
+use crate::device::{Array, Device, Element, Matrix, Resident};
+use crate::ops::storage::gpu::DeviceWeight;
 
 use crate::ops::linear::low_rank::Dora;
 pub use crate::ops::linear::low_rank::{BranchGradient, LowRank};
@@ -22,7 +32,7 @@ pub struct LinearWithLora<'a> {
     /// W, (out, in), as stored.
     pub weight: &'a Weight,
     /// b, (out), if the layer has one. It is frozen and has no gradient.
-    pub bias: Option<&'a [f32]>,
+    pub bias: Option<&'a Bias>,
     /// LoRA weights, if the role's adapter has them here.
     pub lora: Option<LowRank<'a>>,
 }
@@ -37,8 +47,36 @@ impl<'a> LinearWithLora<'a> {
     }
 }
 
+/// The bias of a linear layer.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Bias {
+    /// b (out).
+    pub values: Vec<f32>,
+    copy: Resident<Matrix>,
+}
+
+impl From<Vec<f32>> for Bias {
+    fn from(values: Vec<f32>) -> Self {
+        Self { values, copy: Resident::default() }
+    }
+}
+
+impl Bias {
+    fn on(&self, device: &Device) -> Result<Arc<Matrix>> {
+        self.copy.on(device, || device.upload_f32(&self.values, 1, self.values.len()))
+    }
+}
+
 /// Tensors saved for `backward`, apart from x.
-pub struct Saved {
+pub enum Saved {
+    /// Tensors on the host.
+    Host(HostSaved),
+    /// Matrices on a device.
+    Device(gpu::Saved),
+}
+
+/// Tensors on the host that are saved for `backward`.
+pub struct HostSaved {
     /// s x A^T of all parts side by side: (N, sum of ranks).
     z: Tensor,
     /// The output of each part with DoRA, before its scale: (N, out).
@@ -48,7 +86,7 @@ pub struct Saved {
 /// Gradients of a group.
 pub struct Gradients {
     /// dL/dx (N, in); `None` if it was not requested.
-    pub input: Option<Tensor>,
+    pub input: Option<Array>,
     /// LoRA gradients, one element per part.
     pub lora: Vec<Option<BranchGradient>>,
 }
@@ -68,15 +106,70 @@ pub enum InputGradient {
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, Saved)> {
+pub fn forward(x: &Array, parts: &[LinearWithLora<'_>], residual: Option<&Array>) -> Result<(Vec<Array>, Saved)> {
     let (m, k) = x.dims2()?;
     check(k, parts)?;
-    if let Some(residual) = residual
-        && (parts.len() != 1 || residual.elem_count() != m * parts[0].weight.rows())
-    {
-        candle_core::bail!("a residual of {} elements for {} parts", residual.elem_count(), parts.len());
+    if let Some(residual) = residual {
+        let shape = residual.dims2()?;
+        if parts.len() != 1 || shape != (m, parts[0].weight.rows()) {
+            bail!("a residual {shape:?} for {} parts", parts.len());
+        }
     }
-    cpu::forward(x, parts, residual)
+    Ok(match x {
+        Array::Host(x) => {
+            let (ys, saved) = cpu::forward(x, parts, residual.map(Array::host).transpose()?)?;
+            (ys.into_iter().map(Array::Host).collect(), Saved::Host(saved))
+        }
+        Array::Device(x) => {
+            // A residual is f32, and so is the sum that it is part of.
+            let to = if residual.is_some() { Element::F32 } else { operand(parts) };
+            let (ys, saved) = on_device(x, parts, residual.map(Array::device).transpose()?, to)?;
+            (ys.into_iter().map(Array::Device).collect(), Saved::Device(saved))
+        }
+    })
+}
+
+/// The element type of a device's products.
+fn operand(parts: &[LinearWithLora<'_>]) -> Element {
+    parts.first().map_or(Element::F32, |p| p.weight.compute().element())
+}
+
+/// The outputs of a group on a device in element type `to`.
+pub(crate) fn on_device(
+    x: &Matrix,
+    parts: &[LinearWithLora<'_>],
+    residual: Option<&Matrix>,
+    to: Element,
+) -> Result<(Vec<Matrix>, gpu::Saved)> {
+    let copies = Copies::of(x, parts)?;
+    gpu::forward(x, &copies.maps(), residual, to, gpu::Compute::new(operand(parts)))
+}
+
+/// A group's weights, biases and LoRA weights on a device.
+struct Copies {
+    weights: Vec<Arc<DeviceWeight>>,
+    biases: Vec<Option<Arc<Matrix>>>,
+    lora: Vec<Option<Arc<gpu::DeviceLora>>>,
+}
+
+impl Copies {
+    fn of(x: &Matrix, parts: &[LinearWithLora<'_>]) -> Result<Self> {
+        let (device, operand) = (x.device(), operand(parts));
+        let (mut weights, mut biases, mut lora) = (vec![], vec![], vec![]);
+        for part in parts {
+            weights.push(part.weight.on(device)?);
+            biases.push(part.bias.map(|bias| bias.on(device)).transpose()?);
+            lora.push(part.lora.map(|lora| lora.on(device, operand)).transpose()?);
+        }
+        Ok(Self { weights, biases, lora })
+    }
+
+    fn maps(&self) -> Vec<gpu::Map<'_>> {
+        let parts = self.weights.iter().zip(&self.biases).zip(&self.lora);
+        parts
+            .map(|((weight, bias), lora)| gpu::Map { weight, bias: bias.as_deref(), lora: lora.as_deref() })
+            .collect()
+    }
 }
 
 /// dx = sum_p dy_p W_p + s (dy_p B_p) A_p;  dB_p = dy_p^T z_p;  dA_p = (s dy_p B_p)^T x.
@@ -87,40 +180,56 @@ pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tenso
 /// # Errors
 /// If shapes do not fit.
 pub fn backward(
-    x: &Tensor,
+    x: &Array,
     parts: &[LinearWithLora<'_>],
     saved: &Saved,
-    dys: &[&Tensor],
+    dys: &[&Array],
     wanted: InputGradient,
 ) -> Result<Gradients> {
     let (m, k) = x.dims2()?;
     check(k, parts)?;
-    let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
-    let z = &saved.z;
-    if z.dims() != [m, rank] || dys.len() != parts.len() || saved.directions.len() != parts.len() {
-        candle_core::bail!("z {:?} and {} gradients for {} parts of rank {rank}", z.dims(), dys.len(), parts.len());
+    if dys.len() != parts.len() {
+        bail!("{} gradients for {} parts", dys.len(), parts.len());
     }
     for (p, dy) in parts.iter().zip(dys) {
-        if dy.dims() != [m, p.weight.rows()] {
-            candle_core::bail!("a gradient {:?} for an output ({m}, {})", dy.dims(), p.weight.rows());
+        if dy.dims2()? != (m, p.weight.rows()) {
+            bail!("a gradient {:?} for an output ({m}, {})", dy.dims2()?, p.weight.rows());
         }
     }
-    cpu::backward(x, parts, saved, dys, wanted)
+    match (x, saved) {
+        (Array::Host(x), Saved::Host(saved)) => {
+            let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
+            if saved.z.dims() != [m, rank] || saved.directions.len() != parts.len() {
+                bail!("z {:?} for {} parts of rank {rank}", saved.z.dims(), parts.len());
+            }
+            let dys = dys.iter().map(|dy| dy.host()).collect::<Result<Vec<_>>>()?;
+            Ok(cpu::backward(x, parts, saved, &dys, wanted)?)
+        }
+        (Array::Device(x), Saved::Device(saved)) => {
+            let dys = dys.iter().map(|dy| dy.device()).collect::<Result<Vec<_>>>()?;
+            let (copies, compute) = (Copies::of(x, parts)?, gpu::Compute::new(operand(parts)));
+            let wanted = wanted == InputGradient::Wanted;
+            let g = gpu::backward(x, &copies.maps(), saved, &dys, wanted, compute)?;
+            let lora = g.lora.into_iter().map(|g| g.map(BranchGradient::download).transpose());
+            Ok(Gradients { input: g.input.map(Array::Device), lora: lora.collect::<Result<_>>()? })
+        }
+        _ => bail!("the input and the saved tensors of a linear group lie on two machines"),
+    }
 }
 
 fn check(k: usize, parts: &[LinearWithLora<'_>]) -> Result<()> {
     for p in parts {
         let n = p.weight.rows();
         if p.weight.cols() != k {
-            candle_core::bail!("an input of width {k} for a ({n}, {}) matrix", p.weight.cols());
+            bail!("an input of width {k} for a ({n}, {}) matrix", p.weight.cols());
         }
-        if let Some(bias) = p.bias.filter(|b| b.len() != n) {
-            candle_core::bail!("a bias of {} numbers for {n} outputs", bias.len());
+        if let Some(bias) = p.bias.filter(|b| b.values.len() != n) {
+            bail!("a bias of {} numbers for {n} outputs", bias.values.len());
         }
         if let Some(l) = p.lora {
             let r = l.a.dims()[0];
             if l.a.dims() != [r, k] || l.b.dims() != [n, r] {
-                candle_core::bail!("A {:?} and B {:?} do not fit a ({n}, {k}) matrix", l.a.dims(), l.b.dims());
+                bail!("A {:?} and B {:?} do not fit a ({n}, {k}) matrix", l.a.dims(), l.b.dims());
             }
         }
     }

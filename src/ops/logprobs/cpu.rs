@@ -131,7 +131,7 @@ pub fn backward(
     partial.truncate(r * d);
     partial.shrink_to_fit();
     let lora = sums.map(|sums| sums.finish(&hs, &mut partial)).transpose()?;
-    Ok(Gradients { hidden: tensor(partial, (r, d))?, lora })
+    Ok(Gradients { hidden: tensor(partial, (r, d))?.into(), lora })
 }
 
 /// Products h W^T -> logits at temperature 1: the multiplier and the soft cap, in place.

@@ -8,8 +8,13 @@
 mod cpu;
 pub(crate) mod cpu_lora;
 pub(crate) mod cpu_strips;
+pub(crate) mod gpu;
+pub(crate) mod gpu_head;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+use candle_core::Tensor;
+
+use crate::device::Array;
 
 use crate::ops::cpu::{tensor, view};
 use crate::ops::linear::{self, BranchGradient, LinearWithLora, LowRank};
@@ -34,7 +39,7 @@ pub struct LmHead<'a> {
 /// Gradients of hidden states and lm_head.
 pub struct Gradients {
     /// dL/dh (R, D).
-    pub hidden: Tensor,
+    pub hidden: Array,
     /// Gradients of the lm_head's LoRA weights, if it has any.
     pub lora: Option<BranchGradient>,
 }
@@ -69,16 +74,22 @@ impl<'a> LmHead<'a> {
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn logits(h: &Tensor, head: &LmHead<'_>) -> Result<Tensor> {
-    let (mut logits, _) =
-        linear::forward(h, &[LinearWithLora { weight: head.weight, bias: None, lora: head.lora }], None)?;
-    let Some(logits) = logits.pop() else { candle_core::bail!("a linear group of one part has one output") };
+pub fn logits(h: &Array, head: &LmHead<'_>) -> Result<Tensor> {
+    let logits = match h {
+        Array::Host(_) => {
+            let part = LinearWithLora { weight: head.weight, bias: None, lora: head.lora };
+            let (mut logits, _) = linear::forward(h, &[part], None)?;
+            let Some(logits) = logits.pop() else { bail!("a linear group of one part has one output") };
+            logits.to_host()?
+        }
+        Array::Device(h) => Array::Device(gpu_head::products(h, head)?).to_host()?,
+    };
     if head.multiplier == 1.0 && head.soft_cap.is_none() {
         return Ok(logits);
     }
     let mut shaped = view(&logits)?.to_vec();
     cpu::shape(head, &mut shaped);
-    tensor(shaped, logits.dims2()?)
+    Ok(tensor(shaped, logits.dims2()?)?)
 }
 
 /// Log-probability of `targets` (R) and the entropy at each of the hidden states h (R, D), which are already normed.
@@ -86,9 +97,12 @@ pub fn logits(h: &Tensor, head: &LmHead<'_>) -> Result<Tensor> {
 ///
 /// # Errors
 /// If shapes do not fit or a target is outside the vocabulary.
-pub fn forward(h: &Tensor, head: &LmHead<'_>, targets: &[u32], temperature: f64) -> Result<TokenStats> {
+pub fn forward(h: &Array, head: &LmHead<'_>, targets: &[u32], temperature: f64) -> Result<TokenStats> {
     check(h, head.weight, targets)?;
-    cpu::forward(h, head, targets, temperature)
+    match h {
+        Array::Host(h) => Ok(cpu::forward(h, head, targets, temperature)?),
+        Array::Device(h) => gpu_head::forward(h, head, targets, temperature),
+    }
 }
 
 /// dL/dh (R, D), and the gradients of LoRA, of dL/dlogp (R) and dL/dH (R); `stats` is the result of `forward` for the same
@@ -100,7 +114,7 @@ pub fn forward(h: &Tensor, head: &LmHead<'_>, targets: &[u32], temperature: f64)
 /// # Errors
 /// If shapes do not fit.
 pub fn backward(
-    h: &Tensor,
+    h: &Array,
     head: &LmHead<'_>,
     targets: &[u32],
     temperature: f64,
@@ -110,18 +124,21 @@ pub fn backward(
 ) -> Result<Gradients> {
     let (r, _) = check(h, head.weight, targets)?;
     if [stats.lse.len(), stats.entropy.len(), dlogprobs.len(), dentropy.len()] != [r; 4] {
-        candle_core::bail!("logprobs backward: {r} positions, {} gradients", dlogprobs.len());
+        bail!("logprobs backward: {r} positions, {} gradients", dlogprobs.len());
     }
-    cpu::backward(h, head, targets, temperature, stats, dlogprobs, dentropy)
+    match h {
+        Array::Host(h) => Ok(cpu::backward(h, head, targets, temperature, stats, dlogprobs, dentropy)?),
+        Array::Device(h) => gpu_head::backward(h, head, targets, temperature, stats, dlogprobs, dentropy),
+    }
 }
 
-fn check(h: &Tensor, weight: &Weight, targets: &[u32]) -> Result<(usize, usize)> {
+fn check(h: &Array, weight: &Weight, targets: &[u32]) -> Result<(usize, usize)> {
     let (r, d) = h.dims2()?;
     if weight.cols() != d || targets.len() != r {
-        candle_core::bail!("logprobs: h {:?}, {} targets, lm_head width {}", h.dims(), targets.len(), weight.cols());
+        bail!("logprobs: h ({r}, {d}), {} targets, lm_head width {}", targets.len(), weight.cols());
     }
     if let Some(t) = targets.iter().find(|&&t| t as usize >= weight.rows()) {
-        candle_core::bail!("target id {t} is past the vocabulary of {}", weight.rows());
+        bail!("target id {t} is past the vocabulary of {}", weight.rows());
     }
     Ok((r, d))
 }

@@ -4,8 +4,12 @@
 //! Read `cpu.rs` beside it, then `rope/mod.rs`.
 
 mod cpu;
+pub(crate) mod gpu;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+
+use crate::device::{Array, Resident};
+use gpu::DeviceNorm;
 
 /// The frozen parameters of a norm.
 #[derive(Clone, Debug, PartialEq)]
@@ -16,6 +20,7 @@ pub struct Norm {
     pub kind: NormKind,
     /// Added under the root.
     pub eps: f64,
+    copy: Resident<DeviceNorm>,
 }
 
 /// The kind of a norm.
@@ -31,9 +36,19 @@ pub enum NormKind {
 }
 
 impl Norm {
+    /// A norm of w, with LayerNorm's bias in `kind`.
+    pub fn new(weight: Vec<f32>, kind: NormKind, eps: f64) -> Self {
+        Self { weight, kind, eps, copy: Resident::default() }
+    }
+
+    /// The parameters on the device that holds `matrix`.
+    fn on(&self, device: &crate::device::Device) -> Result<std::sync::Arc<DeviceNorm>> {
+        self.copy.on(device, || DeviceNorm::new(device, self))
+    }
+
     /// An RMSNorm.
     pub fn rms(weight: Vec<f32>, eps: f64) -> Self {
-        Self { weight, kind: NormKind::Rms, eps }
+        Self::new(weight, NormKind::Rms, eps)
     }
 
     /// D, the number of elements that are normed together.
@@ -46,9 +61,12 @@ impl Norm {
     ///
     /// # Errors
     /// If W is not a multiple of D.
-    pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub fn forward(&self, x: &Array) -> Result<Array> {
         self.check(x)?;
-        cpu::forward(self, x)
+        Ok(match x {
+            Array::Host(x) => cpu::forward(self, x)?.into(),
+            Array::Device(x) => self.on(x.device())?.forward(x, x.element())?.into(),
+        })
     }
 
     /// dL/dx (N, W) of dL/dy (N, W), plus `skip` (N, W) if given: the gradient of the residual path that bypasses the
@@ -56,23 +74,30 @@ impl Norm {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn backward(&self, x: &Tensor, dy: &Tensor, skip: Option<&Tensor>) -> Result<Tensor> {
-        let (n, width) = self.check(x)?;
-        let fits = |t: &Tensor| t.dims() == [n, width];
-        if !fits(dy) || !skip.is_none_or(fits) {
-            candle_core::bail!("norm backward: x {:?}, dy {:?}, skip {skip:?}", x.dims(), dy.dims());
+    pub fn backward(&self, x: &Array, dy: &Array, skip: Option<&Array>) -> Result<Array> {
+        let shape = self.check(x)?;
+        for gradient in [Some(dy), skip].into_iter().flatten() {
+            if gradient.dims2()? != shape {
+                bail!("norm backward: x {shape:?}, a gradient {:?}", gradient.dims2()?);
+            }
         }
-        cpu::backward(self, x, dy, skip)
+        Ok(match x {
+            Array::Host(x) => cpu::backward(self, x, dy.host()?, skip.map(Array::host).transpose()?)?.into(),
+            Array::Device(x) => {
+                let skip = skip.map(Array::device).transpose()?;
+                self.on(x.device())?.backward(x, dy.device()?, skip)?.into()
+            }
+        })
     }
 
-    fn check(&self, x: &Tensor) -> Result<(usize, usize)> {
+    fn check(&self, x: &Array) -> Result<(usize, usize)> {
         let (n, width) = x.dims2()?;
         let bias = match &self.kind {
             NormKind::Rms => self.width(),
             NormKind::Layer { bias } => bias.len(),
         };
         if self.width() == 0 || width % self.width() != 0 || bias != self.width() {
-            candle_core::bail!("a norm of width {} for an input of width {width}", self.width());
+            bail!("a norm of width {} for an input of width {width}", self.width());
         }
         Ok((n, width))
     }

@@ -6,10 +6,14 @@
 //! Read `cpu.rs` beside it, then `attention/mod.rs`.
 
 mod cpu;
+pub(crate) mod gpu;
 
 use std::sync::OnceLock;
 
-use candle_core::{Result, Tensor};
+use anyhow::{Result, bail};
+
+use crate::device::{Array, Device, Resident};
+use gpu::DeviceRopeTable;
 
 /// cos and sin per (position, frequency), computed when a position is first used: a context may be far longer than any
 /// text.
@@ -19,6 +23,7 @@ pub struct RopeTable {
     positions: usize,
     blocks: Vec<OnceLock<Block>>,
     head: usize,
+    copy: Resident<DeviceRopeTable>,
 }
 
 /// cos and sin of [`BLOCK`] positions, (BLOCK, h) each.
@@ -35,12 +40,31 @@ impl RopeTable {
     /// cos and sin are computed in f64; `factor` multiplies them (attention factor of yarn and longrope, otherwise 1).
     pub fn new(inverse_frequencies: &[f32], head: usize, positions: usize, factor: f32) -> Self {
         let blocks = (0..positions.div_ceil(BLOCK)).map(|_| OnceLock::new()).collect();
-        Self { inverse_frequencies: inverse_frequencies.to_vec(), factor, positions, blocks, head }
+        Self { inverse_frequencies: inverse_frequencies.to_vec(), factor, positions, blocks, head, copy: Resident::default() }
     }
 
     /// Length of the context.
     pub fn positions(&self) -> usize {
         self.positions
+    }
+
+    /// The table on a device, for positions up to `last` at least. It holds whole blocks of positions and is made anew when a
+    /// longer sequence comes.
+    fn on(&self, device: &Device, last: usize) -> Result<std::sync::Arc<DeviceRopeTable>> {
+        let wanted = self.positions.min((last / BLOCK + 1) * BLOCK);
+        if self.copy.get().is_some_and(|copy| copy.positions() < wanted) {
+            self.copy.clear();
+        }
+        self.copy.on(device, || {
+            let half = self.inverse_frequencies.len();
+            let (mut cos, mut sin) = (Vec::with_capacity(wanted * half), Vec::with_capacity(wanted * half));
+            for position in 0..wanted {
+                let (c, s) = self.cos_sin(position);
+                cos.extend_from_slice(c);
+                sin.extend_from_slice(s);
+            }
+            DeviceRopeTable::new(device, &cos, &sin, half, self.head)
+        })
     }
 
     /// cos and sin (h) of a position.
@@ -75,14 +99,21 @@ pub enum Direction {
 ///
 /// # Errors
 /// If a position is outside the context or shapes do not fit.
-pub fn rotate(x: &Tensor, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<Tensor> {
+pub fn rotate(x: &Array, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<Array> {
     let (n, width) = x.dims2()?;
     let (half, head) = (table.inverse_frequencies.len(), table.head);
     if positions.len() != n || head < 2 * half || width % head.max(1) != 0 {
-        candle_core::bail!("{} positions and heads of {head} for an input {:?}", positions.len(), x.dims());
+        bail!("{} positions and heads of {head} for an input ({n}, {width})", positions.len());
     }
     if let Some(p) = positions.iter().find(|&&p| p as usize >= table.positions()) {
-        candle_core::bail!("position {p} is past the context of {}", table.positions());
+        bail!("position {p} is past the context of {}", table.positions());
     }
-    cpu::rotate(x, positions, table, direction)
+    Ok(match x {
+        Array::Host(x) => cpu::rotate(x, positions, table, direction)?.into(),
+        Array::Device(x) => {
+            let last = positions.iter().copied().max().unwrap_or(0) as usize;
+            let copy = table.on(x.device(), last)?;
+            copy.rotate(x, &x.device().indices(positions)?, direction)?.into()
+        }
+    })
 }

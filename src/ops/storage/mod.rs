@@ -3,5 +3,6 @@
 //! operations. Read `dtype.rs` next.
 
 pub mod dtype;
+pub(crate) mod gpu;
 pub mod quantise;
 pub mod row_order;

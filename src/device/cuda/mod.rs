@@ -1,0 +1,389 @@
+//! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is refused
+//! with a reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes to one
+//! stream, memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
+//! `synchronize` and uploads that overtake their staging memory. Read libraries.rs next.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_void};
+use std::path::{Path, PathBuf};
+use std::sync::Mutex;
+
+use anyhow::{Context, Result, anyhow, bail};
+use cudarc::cublas::{result as blas, sys as blas_sys};
+use cudarc::driver::{result, sys};
+
+pub mod checks;
+pub mod libraries;
+pub mod nvrtc;
+mod staging;
+
+use super::emulated::cache_folder;
+use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Place, Product, Refusal};
+use super::{kernels, lock};
+use checks::{BF16_CARD, Card, RealDriver};
+use libraries::{Finder, Library, Opened};
+use staging::Staging;
+
+/// See the file's header.
+pub struct Cuda {
+    name: String,
+    card: Card,
+    driver: i32,
+    libraries: Vec<Opened>,
+    compiled_for: String,
+    cached: Option<PathBuf>,
+    handles: Handles,
+    functions: Mutex<HashMap<String, Function>>,
+    /// One thread at a time uses the handle of cuBLAS.
+    blas: Mutex<()>,
+    staging: Mutex<Staging>,
+}
+
+/// What the driver gave. Dropped last and in order.
+struct Handles {
+    device: sys::CUdevice,
+    context: sys::CUcontext,
+    stream: sys::CUstream,
+    pool: sys::CUmemoryPool,
+    module: sys::CUmodule,
+    blas: blas_sys::cublasHandle_t,
+}
+
+#[derive(Clone, Copy)]
+struct Function(sys::CUfunction);
+
+// SAFETY: the driver's handles may be used by any thread that has bound their context; cuBLAS is behind a lock.
+unsafe impl Send for Handles {}
+// SAFETY: as above.
+unsafe impl Sync for Handles {}
+// SAFETY: as above.
+unsafe impl Send for Function {}
+
+impl Handles {
+    /// Opens the device; what was opened before a failure is closed by `Drop`.
+    fn open(ordinal: usize) -> Result<Self> {
+        use std::ptr::null_mut;
+        let device = result::device::get(i32::try_from(ordinal)?)?;
+        // SAFETY: the device comes from the driver; every pointer is valid for its call.
+        unsafe {
+            let context = result::primary_ctx::retain(device)?;
+            let (stream, pool, module, blas) = (null_mut(), null_mut(), null_mut(), null_mut());
+            let mut handles = Self { device, context, stream, pool, module, blas };
+            result::ctx::set_current(context)?;
+            handles.stream = result::stream::create(result::stream::StreamKind::NonBlocking)?;
+            handles.pool = result::device::get_default_mem_pool(device)?;
+            // Freed memory stays in the pool, because giving it back to the driver waits for the card.
+            let (keep, threshold) = (u64::MAX, sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD);
+            sys::cuMemPoolSetAttribute(handles.pool, threshold, (&raw const keep).cast_mut().cast()).result()?;
+            handles.blas = blas::create_handle()?;
+            blas::set_stream(handles.blas, handles.stream.cast())?;
+            // Partial sums of products with 16-bit results stay f32.
+            let mode = blas_sys::cublasMath_t::CUBLAS_MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+            blas_sys::cublasSetMathMode(handles.blas, mode).result()?;
+            Ok(handles)
+        }
+    }
+
+    /// Makes the context that of the calling thread.
+    fn bind(&self) -> Result<()> {
+        // SAFETY: the context is alive.
+        Ok(unsafe { result::ctx::set_current(self.context) }?)
+    }
+}
+
+impl Drop for Handles {
+    fn drop(&mut self) {
+        self.bind().ok();
+        // SAFETY: each handle is alive and used for the last time; work on the stream is over first.
+        unsafe {
+            if !self.stream.is_null() {
+                result::stream::synchronize(self.stream).ok();
+            }
+            if !self.blas.is_null() {
+                blas::destroy_handle(self.blas).ok();
+            }
+            if !self.module.is_null() {
+                result::module::unload(self.module).ok();
+            }
+            if !self.pool.is_null() {
+                sys::cuMemPoolTrimTo(self.pool, 0).result().ok();
+            }
+            if !self.stream.is_null() {
+                result::stream::destroy(self.stream).ok();
+            }
+            result::primary_ctx::release(self.device).ok();
+        }
+    }
+}
+
+impl Cuda {
+    /// The card with this ordinal, with all kernels of this crate. Errors say what is missing, or why the card cannot be
+    /// used, and what to do.
+    pub fn open(ordinal: usize) -> Result<Self> {
+        Self::open_with(ordinal, &Finder::real(), kernels::text(), Some(&cache_folder("cuda")))
+    }
+
+    /// The same with another search, text and folder for compiled kernels.
+    pub fn open_with(ordinal: usize, finder: &Finder<'_>, text: &str, cache: Option<&Path>) -> Result<Self> {
+        let mut libraries = vec![finder.open(Library::Driver, &libraries::MAJORS)?];
+        let driver = checks::driver_version(&RealDriver)?;
+        let card = checks::card(&RealDriver, ordinal)?;
+        libraries.extend(finder.open_toolkit(driver)?);
+        let arch = nvrtc::target(card.capability, &nvrtc::architectures()?)?;
+        let mut compiled = nvrtc::compiled(text, &arch, cache)?;
+        let mut handles = Handles::open(ordinal)?;
+        // SAFETY: the image is whole, and PTX ends with a zero.
+        let load = |image: &[u8]| unsafe { result::module::load_data(image.as_ptr().cast()) };
+        handles.module = match load(&compiled.image) {
+            Err(_) if compiled.cached.is_some() => {
+                compiled = nvrtc::compiled(text, &arch, None)?;
+                load(&compiled.image)
+            }
+            other => other,
+        }
+        .with_context(|| format!("cuda:{ordinal} ({}) cannot load kernels for {arch}", card.name))?;
+        Ok(Self {
+            name: format!("cuda:{ordinal} ({})", card.name),
+            card,
+            driver,
+            libraries,
+            compiled_for: arch,
+            cached: compiled.cached,
+            handles,
+            functions: Mutex::default(),
+            blas: Mutex::default(),
+            staging: Mutex::default(),
+        })
+    }
+
+    /// The file that the kernels came from; `None` if they were compiled now.
+    pub fn cached(&self) -> Option<&Path> {
+        self.cached.as_deref()
+    }
+
+    /// Bytes that the driver's pool counts as in use, now and at most.
+    pub fn pool_usage(&self) -> Result<(u64, u64)> {
+        use sys::CUmemPool_attribute::{CU_MEMPOOL_ATTR_USED_MEM_CURRENT as NOW, CU_MEMPOOL_ATTR_USED_MEM_HIGH as MOST};
+        self.handles.bind()?;
+        let read = |attribute| -> Result<u64> {
+            let mut value = 0u64;
+            // SAFETY: the pool is alive, and both attributes are 64-bit numbers.
+            unsafe { sys::cuMemPoolGetAttribute(self.handles.pool, attribute, (&raw mut value).cast()) }.result()?;
+            Ok(value)
+        };
+        Ok((read(NOW)?, read(MOST)?))
+    }
+
+    fn function(&self, kernel: &str) -> Result<sys::CUfunction> {
+        let mut functions = lock(&self.functions);
+        if let Some(known) = functions.get(kernel) {
+            return Ok(known.0);
+        }
+        // SAFETY: the module is alive.
+        let function = unsafe { result::module::get_function(self.handles.module, CString::new(kernel)?) };
+        let function = function.context("the kernels' text has no kernel of this name")?;
+        functions.insert(kernel.into(), Function(function));
+        Ok(function)
+    }
+
+    fn try_allocate(&self, bytes: usize) -> Result<u64, Refusal> {
+        self.handles.bind().map_err(Refusal::Failed)?;
+        // SAFETY: the stream is alive.
+        let take = || unsafe { result::malloc_async(self.handles.stream, bytes) };
+        let full = |error: &result::DriverError| error.0 == sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY;
+        match take() {
+            Ok(address) => return Ok(address),
+            Err(error) if full(&error) => {}
+            Err(error) => return Err(Refusal::Failed(error.into())),
+        }
+        // What waits to be given back, and what the pool keeps in pieces, may be enough.
+        self.synchronize().map_err(Refusal::Failed)?;
+        // SAFETY: the pool is alive.
+        unsafe { sys::cuMemPoolTrimTo(self.handles.pool, 0) }.result().map_err(|e| Refusal::Failed(e.into()))?;
+        match take() {
+            Ok(address) => Ok(address),
+            Err(error) if full(&error) => {
+                Err(Refusal::Full { free: result::mem_get_info().ok().map(|(free, _)| free as u64) })
+            }
+            Err(error) => Err(Refusal::Failed(error.into())),
+        }
+    }
+}
+
+fn library_version(cuda: &Cuda, library: Library) -> Result<String> {
+    Ok(match library {
+        Library::Driver => format!("CUDA {}", checks::version_text(cuda.driver)),
+        Library::Nvrtc => {
+            let (major, minor) = nvrtc::version()?;
+            format!("{major}.{minor}")
+        }
+        Library::Cublas => {
+            let mut version = 0;
+            // SAFETY: the handle is alive and locked.
+            let _turn = lock(&cuda.blas);
+            unsafe { blas_sys::cublasGetVersion_v2(cuda.handles.blas, &mut version) }.result()?;
+            format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
+        }
+    })
+}
+
+impl Machine for Cuda {
+    fn name(&self) -> String {
+        self.name.clone()
+    }
+
+    fn info(&self) -> Result<Info> {
+        self.handles.bind()?;
+        let (free, total) = result::mem_get_info()?;
+        let library = |opened: &Opened| -> Result<LibraryInfo> {
+            let version = library_version(self, opened.library)?;
+            Ok(LibraryInfo { what: opened.library.name().into(), path: opened.path.clone(), version })
+        };
+        Ok(Info {
+            name: self.name.clone(),
+            arch: format!("{}, kernels for {}", self.card.arch(), self.compiled_for),
+            total: Some(total as u64),
+            free: Some(free as u64),
+            libraries: self.libraries.iter().map(library).collect::<Result<_>>()?,
+        })
+    }
+
+    fn supports(&self, element: Element) -> bool {
+        element != Element::Bf16 || self.card.capability >= BF16_CARD
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
+        self.try_allocate(bytes)
+    }
+
+    unsafe fn free(&self, address: u64, _: usize) {
+        if self.handles.bind().is_ok() {
+            // SAFETY: promised by the caller.
+            unsafe { result::free_async(address, self.handles.stream) }.ok();
+        }
+    }
+
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8> {
+        self.handles.bind()?;
+        // SAFETY: the context is bound; the memory has so many bytes.
+        unsafe {
+            let address = result::malloc_host(bytes, 0).with_context(|| format!("{bytes} bytes of pinned host memory"))?;
+            address.cast::<u8>().write_bytes(0, bytes);
+            lock(&self.staging).pinned(address.cast(), bytes);
+            Ok(address.cast())
+        }
+    }
+
+    unsafe fn free_host(&self, address: *mut u8, _: usize) {
+        lock(&self.staging).not_pinned(address);
+        if self.handles.bind().is_ok() {
+            // SAFETY: promised by the caller.
+            unsafe { result::free_host(address.cast()) }.ok();
+        }
+    }
+
+    unsafe fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller; the context is bound and the stream alive.
+        unsafe { lock(&self.staging).upload(self.handles.stream, from, to) }
+    }
+
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller, and the copy is over before `to` is given back.
+        unsafe { result::memcpy_dtoh_async(to, from, self.handles.stream) }?;
+        self.synchronize()
+    }
+
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller.
+        Ok(unsafe { result::memset_d8_async(address, 0, bytes, self.handles.stream) }?)
+    }
+
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller.
+        Ok(unsafe { result::memcpy_dtod_async(to, from, bytes, self.handles.stream) }?)
+    }
+
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.handles.bind()?;
+        let function = self.function(launch.kernel)?;
+        let ([x, y, z], mut arguments) = (launch.grid, [launch.arguments.cast_mut()]);
+        // SAFETY: promised by the caller; the driver copies the arguments during the call.
+        unsafe {
+            result::launch_kernel(function, (x, y, z), (launch.block, 1, 1), 0, self.handles.stream, &mut arguments)?;
+        }
+        Ok(())
+    }
+
+    unsafe fn gemm(&self, p: &Product) -> Result<()> {
+        use blas_sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC};
+        use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
+        let operation = |transposed| if transposed { CUBLAS_OP_T } else { CUBLAS_OP_N };
+        // f32 operands are not rounded to TF32.
+        let compute = if p.x.element == Element::F32 { CUBLAS_COMPUTE_32F_PEDANTIC } else { CUBLAS_COMPUTE_32F };
+        self.handles.bind()?;
+        let _turn = lock(&self.blas);
+        // cuBLAS has columns where we have rows: its matrices are our transposed ones, and y^T = w^T x^T.
+        // SAFETY: promised by the caller; the handle is alive and locked.
+        unsafe {
+            blas::gemm_strided_batched_ex(
+                self.handles.blas,
+                operation(p.w_transposed),
+                operation(p.x_transposed),
+                i32::try_from(p.n)?,
+                i32::try_from(p.m)?,
+                i32::try_from(p.k)?,
+                (&raw const p.alpha).cast(),
+                p.w.address as *const c_void,
+                kind(&p.w)?,
+                i32::try_from(p.w.row)?,
+                i64::try_from(p.w.next)?,
+                p.x.address as *const c_void,
+                kind(&p.x)?,
+                i32::try_from(p.x.row)?,
+                i64::try_from(p.x.next)?,
+                (&raw const p.beta).cast(),
+                p.y.address as *mut c_void,
+                kind(&p.y)?,
+                i32::try_from(p.y.row)?,
+                i64::try_from(p.y.next)?,
+                i32::try_from(p.batch)?,
+                compute,
+                blas_sys::cublasGemmAlgo_t::CUBLAS_GEMM_DEFAULT,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: the stream is alive.
+        let waited = unsafe { result::stream::synchronize(self.handles.stream) };
+        waited.map_err(|error| {
+            anyhow!(error).context(format!(
+                "{} reports an error of earlier work; it cannot be used again in this process",
+                self.name
+            ))
+        })
+    }
+}
+
+fn kind(place: &Place) -> Result<blas_sys::cudaDataType_t> {
+    Ok(match place.element {
+        Element::F32 => blas_sys::cudaDataType_t::CUDA_R_32F,
+        Element::Bf16 => blas_sys::cudaDataType_t::CUDA_R_16BF,
+        Element::F16 => blas_sys::cudaDataType_t::CUDA_R_16F,
+        Element::U8 | Element::U32 => bail!("a product of {}", place.element),
+    })
+}
+
+impl Drop for Cuda {
+    fn drop(&mut self) {
+        if self.handles.bind().is_ok() {
+            lock(&self.staging).close(self.handles.stream);
+        }
+    }
+}

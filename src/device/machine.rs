@@ -1,0 +1,219 @@
+//! What a pass needs of a machine, in bytes and addresses: memory, copies, kernels, the matrix product. A trait and not an
+//! enum, because each machine can then be read alone and tests can hand in one of their own. The trait is untyped and
+//! unchecked on purpose: types, lengths, limits and the ledger are the business of `Device`, once for all machines, so
+//! that no machine can be laxer than another. Depends on nothing of this crate. Read mod.rs next.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+/// The type of the numbers in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Element {
+    /// Bytes: quantised weights as they are stored.
+    U8,
+    /// Indices.
+    U32,
+    /// IEEE half precision.
+    F16,
+    /// The upper half of an f32.
+    Bf16,
+    /// Single precision.
+    F32,
+}
+
+impl Element {
+    /// Bytes of one number.
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::U8 => 1,
+            Self::F16 | Self::Bf16 => 2,
+            Self::U32 | Self::F32 => 4,
+        }
+    }
+
+    /// Can products compute with it?
+    pub const fn is_float(self) -> bool {
+        matches!(self, Self::F16 | Self::Bf16 | Self::F32)
+    }
+
+    /// The name in kernels' names, configurations and messages.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::U8 => "u8",
+            Self::U32 => "u32",
+            Self::F16 => "f16",
+            Self::Bf16 => "bf16",
+            Self::F32 => "f32",
+        }
+    }
+}
+
+impl fmt::Display for Element {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One launch of a kernel.
+#[derive(Debug)]
+pub struct Launch<'a> {
+    /// The kernel's whole name in the text, for example `norm_forward_f32_bf16`.
+    pub kernel: &'a str,
+    /// Blocks along x, y and z. None is 0.
+    pub grid: [u32; 3],
+    /// Threads of a block.
+    pub block: u32,
+    /// The struct that the kernel takes by value.
+    pub arguments: *const c_void,
+    /// The size of that struct.
+    pub bytes: usize,
+}
+
+/// A row-major matrix in memory, or the first of a batch.
+#[derive(Clone, Copy, Debug)]
+pub struct Place {
+    /// Address of the first number.
+    pub address: u64,
+    /// Type of the numbers.
+    pub element: Element,
+    /// Numbers from one row to the next.
+    pub row: usize,
+    /// Numbers from one matrix of the batch to the next.
+    pub next: usize,
+}
+
+/// y (m, n) = alpha x (m, k) w (k, n) + beta y, `batch` times, with sums in f32. With beta = 0, y is not read.
+#[derive(Clone, Copy, Debug)]
+pub struct Product {
+    /// Rows of x and y.
+    pub m: usize,
+    /// Columns of y.
+    pub n: usize,
+    /// Columns of x.
+    pub k: usize,
+    /// Number of products.
+    pub batch: usize,
+    /// The left factor, (m, k).
+    pub x: Place,
+    /// Is x stored as (k, m)?
+    pub x_transposed: bool,
+    /// The right factor, (k, n). It has the element of x.
+    pub w: Place,
+    /// Is w stored as (n, k)?
+    pub w_transposed: bool,
+    /// The result, of f32 or of x's element.
+    pub y: Place,
+    /// The factor of the product.
+    pub alpha: f32,
+    /// The factor of what y held.
+    pub beta: f32,
+}
+
+/// Why memory was not given.
+#[derive(Debug)]
+pub enum Refusal {
+    /// There is not enough. `free` bytes are left, where that is known.
+    Full {
+        /// Bytes that the machine has left.
+        free: Option<u64>,
+    },
+    /// Something else failed.
+    Failed(anyhow::Error),
+}
+
+/// A machine in words, for `doctor` and for logs.
+#[derive(Clone, Debug, Default)]
+pub struct Info {
+    /// The card's or the machine's name.
+    pub name: String,
+    /// What the kernels were compiled for, for example `sm_90`.
+    pub arch: String,
+    /// Bytes of memory, where the machine has memory of its own.
+    pub total: Option<u64>,
+    /// Bytes that nobody uses.
+    pub free: Option<u64>,
+    /// What was loaded at run time.
+    pub libraries: Vec<LibraryInfo>,
+}
+
+/// A library or tool that was found at run time.
+#[derive(Clone, Debug)]
+pub struct LibraryInfo {
+    /// What it is, for example `cuBLAS`.
+    pub what: String,
+    /// Its file; `None` if the system's own search found it by name.
+    pub path: Option<PathBuf>,
+    /// Its version, where it tells one.
+    pub version: String,
+}
+
+/// A machine that work is issued to. It has one order of work, and that order is the only synchronisation: what is issued
+/// later sees the results of what was issued earlier. Any thread may issue.
+pub trait Machine: Send + Sync {
+    /// A short name for messages, for example `cuda:0 (NVIDIA H100)`.
+    fn name(&self) -> String;
+
+    /// What `doctor` shows.
+    fn info(&self) -> Result<Info>;
+
+    /// Can kernels and products use this element?
+    fn supports(&self, element: Element) -> bool;
+
+    /// Uninitialised memory at a multiple of 256 bytes. `bytes` is a multiple of 512 and not 0.
+    fn allocate(&self, bytes: usize) -> Result<u64, Refusal>;
+
+    /// Gives memory back after everything that was issued so far. Destructors call it, so it reports nothing.
+    ///
+    /// # Safety
+    /// The address comes from `allocate` with the same size, and nothing that is issued later uses it.
+    unsafe fn free(&self, address: u64, bytes: usize);
+
+    /// Zeroed memory of the host that the machine copies from and to at full speed. `bytes` is not 0.
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8>;
+
+    /// # Safety
+    /// The address comes from `allocate_host` with the same size, and no copy uses it.
+    unsafe fn free_host(&self, address: *mut u8, bytes: usize);
+
+    /// Copies into the machine's memory. `from` may change when it returns.
+    ///
+    /// # Safety
+    /// `to` is memory of this machine with so many bytes.
+    unsafe fn upload(&self, from: &[u8], to: u64) -> Result<()>;
+
+    /// Waits for everything that was issued so far, then copies to the host.
+    ///
+    /// # Safety
+    /// `from` is memory of this machine with so many bytes.
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()>;
+
+    /// Sets bytes to zero.
+    ///
+    /// # Safety
+    /// `address` is memory of this machine with so many bytes.
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()>;
+
+    /// Copies inside of the machine's memory.
+    ///
+    /// # Safety
+    /// Both are memory of this machine with so many bytes, and they do not overlap.
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()>;
+
+    /// Starts a kernel.
+    ///
+    /// # Safety
+    /// The arguments are those of the kernel, and its accesses stay inside of memory of this machine.
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()>;
+
+    /// Starts matrix products. No dimension is 0.
+    ///
+    /// # Safety
+    /// The matrices lie in memory of this machine.
+    unsafe fn gemm(&self, product: &Product) -> Result<()>;
+
+    /// Waits until all is done, and reports errors of earlier work.
+    fn synchronize(&self) -> Result<()>;
+}

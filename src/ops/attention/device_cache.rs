@@ -1,0 +1,327 @@
+//! The KV cache on a device, and attention of one new query per sequence over it. Kernels are in gpu.cu.
+//!
+//! A cache has slots of equal capacity. Which slots live and how long their sequences are is an argument of every step, so
+//! that a finished sequence leaves without moving memory. Read model's generation for the use.
+
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+
+use super::Heads;
+use super::gpu::check;
+use crate::device::{Arguments, Device, Element, Matrix, Ptr};
+use crate::ops::launch::{TILE_THREADS, blocks, device, shape, size, tiles, variant};
+
+/// Keys of a chunk, query heads of a block and the widest head, as in gpu.cu.
+const CHUNK: usize = 256;
+const TILE: usize = 4;
+const WIDEST: usize = 256;
+
+/// Keys and values of one layer: rows slot * capacity + position of (slots * capacity, kv * dim) each.
+#[derive(Clone, Debug)]
+pub struct DeviceCache {
+    keys: Matrix,
+    values: Matrix,
+    slots: usize,
+    capacity: usize,
+}
+
+/// The sequences of one decoding step, on the device. Made once per step and used by all layers.
+#[derive(Clone, Debug)]
+pub struct Live {
+    /// (S) u32 each.
+    slots: Matrix,
+    lengths: Matrix,
+    newest: Writes,
+    longest: usize,
+    count: usize,
+    capacity: usize,
+}
+
+/// Rows of new keys and values, and the rows of the cache that they become. Made once and used by all layers.
+#[derive(Clone, Debug)]
+pub struct Writes {
+    /// Absent if the rows are 0, 1, 2, ..
+    sources: Option<Matrix>,
+    targets: Matrix,
+    count: usize,
+    /// One past the highest row of the new keys, and of the cache.
+    source_rows: usize,
+    target_rows: usize,
+    capacity: usize,
+}
+
+/// Some neighbouring rows of new keys and values that go to one slot.
+#[derive(Clone, Debug)]
+pub struct Copied {
+    /// Rows of the new keys and values.
+    pub rows: Range<usize>,
+    /// The slot that they go to.
+    pub slot: usize,
+    /// The position of the first of them there.
+    pub position: usize,
+}
+
+#[repr(C)]
+struct AttentionCacheWrite {
+    k: Ptr,
+    v: Ptr,
+    keys: Ptr,
+    values: Ptr,
+    sources: Ptr,
+    targets: Ptr,
+    width: u32,
+    tiles: u32,
+}
+// SAFETY: the fields are those of `AttentionCacheWrite` in gpu.cu.
+unsafe impl Arguments for AttentionCacheWrite {
+    const NAME: &'static str = "attention_cache_write";
+    const BLOCK: u32 = TILE_THREADS as u32;
+}
+
+#[repr(C)]
+struct AttentionDecode {
+    q: Ptr,
+    keys: Ptr,
+    values: Ptr,
+    slots: Ptr,
+    lengths: Ptr,
+    o: Ptr,
+    parts: Ptr,
+    part_sums: Ptr,
+    heads: u32,
+    kv: u32,
+    dim: u32,
+    capacity: u32,
+    window: u32,
+    chunks: u32,
+    scale: f32,
+    cap: f32,
+}
+// SAFETY: the fields are those of `AttentionDecode` in gpu.cu.
+unsafe impl Arguments for AttentionDecode {
+    const NAME: &'static str = "attention_decode";
+    const BLOCK: u32 = 128;
+}
+
+#[repr(C)]
+struct AttentionMerge {
+    parts: Ptr,
+    part_sums: Ptr,
+    lengths: Ptr,
+    o: Ptr,
+    heads: u32,
+    dim: u32,
+    window: u32,
+    chunks: u32,
+}
+// SAFETY: the fields are those of `AttentionMerge` in gpu.cu.
+unsafe impl Arguments for AttentionMerge {
+    const NAME: &'static str = "attention_merge";
+    const BLOCK: u32 = 128;
+}
+
+impl Writes {
+    /// Rows of a ragged batch that go to slots of `capacity` positions. One row may go to several slots.
+    ///
+    /// # Errors
+    /// If rows pass the end of a slot, or two of them would become the same row of the cache.
+    pub fn new(device: &Device, capacity: usize, copied: &[Copied]) -> Result<Self> {
+        let (mut sources, mut targets) = (vec![], vec![]);
+        for Copied { rows, slot, position } in copied {
+            let end = position + rows.len();
+            ensure!(end <= capacity, "positions {position}..{end} of a cache with {capacity} per slot");
+            for (i, row) in rows.clone().enumerate() {
+                sources.push(size("cache source", row)?);
+                targets.push(size("cache", slot * capacity + position + i)?);
+            }
+        }
+        let count = targets.len();
+        let source_rows = copied.iter().map(|c| c.rows.end).max().unwrap_or(0);
+        let target_rows = highest(&targets)?;
+        let both = device.indices(&[sources, targets].concat())?.reshape(2, count)?;
+        let (sources, targets) = (Some(both.row_range(0..1)?), both.row_range(1..2)?);
+        Ok(Self { sources, targets, count, source_rows, target_rows, capacity })
+    }
+}
+
+/// One past the highest row, of rows that differ.
+fn highest(targets: &[u32]) -> Result<usize> {
+    let mut sorted = targets.to_vec();
+    sorted.sort_unstable();
+    if let Some(twice) = sorted.windows(2).find(|w| w[0] == w[1]) {
+        anyhow::bail!("row {} of the cache would be written twice at once", twice[0]);
+    }
+    Ok(sorted.last().map_or(0, |&row| row as usize + 1))
+}
+
+impl Live {
+    /// Sequence s lies in slot `slots[s]`, and has `lengths[s]` tokens with the newest one, whose keys and values
+    /// [`Live::newest`] writes.
+    ///
+    /// # Errors
+    /// If a length is 0 or above `capacity`, or two sequences have one slot.
+    pub fn new(device: &Device, capacity: usize, slots: &[usize], lengths: &[usize]) -> Result<Self> {
+        let count = slots.len();
+        ensure!(lengths.len() == count, "{count} slots and {} lengths", lengths.len());
+        if let Some(length) = lengths.iter().find(|&&n| n == 0 || n > capacity) {
+            anyhow::bail!("a cached sequence of {length} tokens, where 1 to {capacity} fit");
+        }
+        let mut numbers = Vec::with_capacity(3 * count);
+        for &slot in slots {
+            numbers.push(size("slot", slot)?);
+        }
+        for &length in lengths {
+            numbers.push(size("length", length)?);
+        }
+        for (&slot, &length) in slots.iter().zip(lengths) {
+            numbers.push(size("cache", slot * capacity + length - 1)?);
+        }
+        let target_rows = highest(&numbers[2 * count..])?;
+        let mut sorted = slots.to_vec();
+        sorted.sort_unstable();
+        ensure!(sorted.windows(2).all(|w| w[0] != w[1]), "two live sequences have one slot: {slots:?}");
+        let all = device.indices(&numbers)?.reshape(3, count)?;
+        let targets = all.row_range(2..3)?;
+        let newest = Writes { sources: None, targets, count, source_rows: count, target_rows, capacity };
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let (slots, lengths) = (all.row_range(0..1)?, all.row_range(1..2)?);
+        Ok(Self { slots, lengths, newest, longest, count, capacity })
+    }
+
+    /// Rows 0, 1, 2, .. become the newest of each sequence.
+    pub fn newest(&self) -> &Writes {
+        &self.newest
+    }
+}
+
+impl DeviceCache {
+    /// Uninitialised room for `slots` sequences of up to `capacity` tokens.
+    ///
+    /// # Errors
+    /// If memory is out.
+    pub fn new(device: &Device, element: Element, slots: usize, capacity: usize, heads: Heads) -> Result<Self> {
+        check(heads)?;
+        size("cache", slots * capacity)?;
+        let room = || device.matrix(element, slots * capacity, heads.kv * heads.dim);
+        Ok(Self { keys: room()?, values: room()?, slots, capacity })
+    }
+
+    /// Slots.
+    pub fn slots(&self) -> usize {
+        self.slots
+    }
+
+    /// Tokens per slot.
+    pub fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Keys and values, (slots * capacity, kv * dim) each.
+    pub fn rows(&self) -> (&Matrix, &Matrix) {
+        (&self.keys, &self.values)
+    }
+
+    /// Bytes of keys and values.
+    pub fn bytes(&self) -> usize {
+        self.keys.bytes() + self.values.bytes()
+    }
+
+    /// Writes rows of k and v (R, kv * dim) into the cache.
+    ///
+    /// # Errors
+    /// If rows or types do not fit.
+    pub fn write(&self, k: &Matrix, v: &Matrix, writes: &Writes) -> Result<()> {
+        let (element, width) = (self.keys.element(), self.keys.cols());
+        shape("cache: k", k, k.rows(), width)?;
+        shape("cache: v", v, k.rows(), width)?;
+        let (rows, cached) = (k.rows(), self.keys.rows());
+        let (planned, capacity) = (writes.capacity, self.capacity);
+        ensure!(planned == capacity, "cache: rows planned for slots of {planned} tokens, where they have {capacity}");
+        let inside = writes.source_rows <= rows && writes.target_rows <= cached;
+        ensure!(inside, "cache: rows up to {} of {rows} go to rows up to {} of {cached}", writes.source_rows, writes.target_rows);
+        let device = device("cache", &self.keys, &[k, v, &writes.targets])?;
+        let (grid, tiles) = tiles(writes.count, width)?;
+        let sources = writes.sources.as_ref();
+        let arguments = AttentionCacheWrite {
+            k: k.input("cache k", element, k.len())?,
+            v: v.input("cache v", element, v.len())?,
+            keys: self.keys.output("cached keys", element, self.keys.len())?,
+            values: self.values.output("cached values", element, self.values.len())?,
+            sources: sources.map_or(Ok(Ptr::NULL), |s| s.input("cache sources", Element::U32, writes.count))?,
+            targets: writes.targets.input("cache targets", Element::U32, writes.count)?,
+            width: size("cache", width)?,
+            tiles,
+        };
+        device.launch(variant("cache", &[element])?, grid, arguments)
+    }
+
+    /// o (S, q * dim) for one query per live sequence, q (S, q * dim), over the keys and values in their slots, the query's
+    /// own included. Heads of up to 256 numbers.
+    ///
+    /// # Errors
+    /// If shapes or types do not fit, or a slot does not exist.
+    pub fn decode(&self, q: &Matrix, live: &Live, heads: Heads) -> Result<Matrix> {
+        check(heads)?;
+        let (element, count) = (self.keys.element(), live.count);
+        shape("decode: q", q, count, heads.q * heads.dim)?;
+        ensure!(heads.dim <= WIDEST, "decode: a head of {} numbers is above {WIDEST}", heads.dim);
+        let (cols, width) = (self.keys.cols(), heads.kv * heads.dim);
+        ensure!(cols == width, "decode: a cache of rows of {cols} numbers for heads of {width}");
+        ensure!(live.newest.target_rows <= self.keys.rows(), "decode: a live slot is past the {} slots", self.slots);
+        let (planned, capacity) = (live.capacity, self.capacity);
+        ensure!(planned == capacity, "decode: sequences planned for slots of {planned} tokens, where they have {capacity}");
+        let device = device("decode", &self.keys, &[q, &live.slots])?;
+        let o = device.matrix(element, count, q.cols())?;
+        let kernel = variant("decode", &[element])?;
+        let chunks = heads.window.unwrap_or(usize::MAX).min(live.longest).div_ceil(CHUNK).max(1);
+        // Chunks of one sequence meet in f32.
+        let several = if chunks > 1 { count * heads.q * chunks } else { 0 };
+        let parts = device.matrix(Element::F32, several, heads.dim)?;
+        let part_sums = device.matrix(Element::F32, several, 2)?;
+        let window = heads.window.map_or(Ok(0), |w| size("attention window", w))?;
+        let (parts_at, sums_at) = match several {
+            0 => (Ptr::NULL, Ptr::NULL),
+            _ => (
+                parts.output("decode parts", Element::F32, parts.len())?,
+                part_sums.output("decode sums", Element::F32, part_sums.len())?,
+            ),
+        };
+        let lengths = live.lengths.input("decode lengths", Element::U32, count)?;
+        let (o_at, dim, of_q) = (o.output("decode o", element, o.len())?, size("head", heads.dim)?, size("heads", heads.q)?);
+        let arguments = AttentionDecode {
+            q: q.input("decode q", element, q.len())?,
+            keys: self.keys.input("cached keys", element, self.keys.len())?,
+            values: self.values.input("cached values", element, self.values.len())?,
+            slots: live.slots.input("decode slots", Element::U32, count)?,
+            lengths,
+            o: o_at,
+            parts: parts_at,
+            part_sums: sums_at,
+            heads: of_q,
+            kv: size("heads", heads.kv)?,
+            dim,
+            capacity: size("cache", self.capacity)?,
+            window,
+            chunks: size("chunks", chunks)?,
+            scale: heads.scale,
+            cap: heads.soft_cap.unwrap_or(0.0),
+        };
+        let tiles = size("heads", (heads.q / heads.kv).div_ceil(TILE))?;
+        device.launch(kernel.clone(), [blocks(count * heads.kv, 1)?[0], tiles, size("chunks", chunks)?], arguments)?;
+        if several > 0 {
+            let arguments = AttentionMerge {
+                parts: parts_at,
+                part_sums: sums_at,
+                lengths,
+                o: o_at,
+                heads: of_q,
+                dim,
+                window,
+                chunks: size("chunks", chunks)?,
+            };
+            device.launch(kernel, blocks(count * heads.q, 1)?, arguments)?;
+        }
+        Ok(o)
+    }
+}

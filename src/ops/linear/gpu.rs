@@ -1,0 +1,319 @@
+//! A group of frozen linear maps with their low-rank branches on a device. Maps that read one input (q, k, v; gate, up)
+//! go together. Depends on ../storage, ../columns and `Device::gemm`, and knows no layer's name. Read gpu_low_rank.rs
+//! for the branches, gpu_strips.rs for how weights become operands, and gpu_gemv.rs for products of few rows.
+//!
+//! y_p = x W_p^T + s_p (x A_p^T) B_p^T + bias_p + residual. Saved for the backward: z = s x A^T of all maps. With DoRA,
+//! the two products together, u, are saved as well, and y_p = (m / norm) u + bias_p + residual.
+
+use anyhow::{Result, ensure};
+
+use super::gpu_gemv;
+pub use super::gpu_low_rank::{DeviceLora, DoraScales, LoraGradient};
+use super::gpu_strips::read_strips;
+pub use super::gpu_strips::{Compute, SCRATCH};
+use crate::device::{Element, Gemm, Matrix, Strided};
+use crate::ops::columns::gpu::{add_assign, affine, affine_in_place, cast, magnitude_gradient};
+use crate::ops::launch::shape;
+use crate::ops::storage::gpu::DeviceWeight;
+
+/// One frozen linear map of a group.
+#[derive(Clone, Copy, Debug)]
+pub struct Map<'a> {
+    /// W (n, k), as stored.
+    pub weight: &'a DeviceWeight,
+    /// The bias (1, n) f32, where there is one. It is frozen: the backward does not see it.
+    pub bias: Option<&'a Matrix>,
+    /// The low-rank branch, where the adapter has one here.
+    pub lora: Option<&'a DeviceLora>,
+}
+
+impl Map<'_> {
+    fn rank(&self) -> usize {
+        self.lora.map_or(0, DeviceLora::rank)
+    }
+}
+
+/// What `backward` needs of `forward`, beside x.
+#[derive(Clone, Debug)]
+pub struct Saved {
+    /// (m, sum of ranks) of type T: s x A^T of all maps side by side. `None` if no map has a branch.
+    pub z: Option<Matrix>,
+    /// For each map with DoRA, its output u (m, n) of type T before the scale, the bias and the residual.
+    pub directions: Vec<Option<Matrix>>,
+}
+
+/// The gradients of a group.
+#[derive(Clone, Debug)]
+pub struct Gradients {
+    /// dL/dx (m, k) f32; `None` where it was not wanted.
+    pub input: Option<Matrix>,
+    /// One for each map; `None` where the map has no branch.
+    pub lora: Vec<Option<LoraGradient>>,
+}
+
+/// y_p (m, n_p) of type `to` for each map of x (m, k).
+///
+/// x is f32 or T, the operands' type, and is rounded to T first. `to` is T or f32. A residual (m, n) f32 may join the
+/// output of a single map, and then `to` is f32. At most `gpu_gemv::MAX_ROWS` rows are multiplied straight from the
+/// stored bytes. With more rows, each weight is dequantised into a scratch matrix of T, or read in place if T is its
+/// stored type.
+///
+/// # Errors
+/// If there are no maps, shapes or types do not fit, operands lie on two devices, or memory is short.
+pub fn forward(
+    x: &Matrix,
+    maps: &[Map<'_>],
+    residual: Option<&Matrix>,
+    to: Element,
+    compute: Compute,
+) -> Result<(Vec<Matrix>, Saved)> {
+    let operand = compute.operand;
+    check(x, maps, operand)?;
+    ensure!(
+        to == Element::F32 || to == operand,
+        "linear: outputs of {to} from products of {operand}; use f32 or both alike"
+    );
+    if let Some(residual) = residual {
+        let (count, element) = (maps.len(), residual.element());
+        ensure!(count == 1, "linear: a residual joins the output of one map, and the group has {count}");
+        let both = element == Element::F32 && to == Element::F32;
+        ensure!(both, "linear: a residual of {element} joins outputs of {to}; both need to be f32");
+        operand_of(x, "the residual", residual)?;
+        shape("linear: the residual", residual, x.rows(), maps[0].weight.rows())?;
+    }
+    let x = &cast(x, operand)?;
+    let z = low_rank_inputs(x, maps, operand)?;
+    let mut saved = Saved { z, directions: Vec::with_capacity(maps.len()) };
+    let (mut ys, mut offset) = (Vec::with_capacity(maps.len()), 0);
+    for map in maps {
+        let branch = map.lora.zip(saved.z.as_ref().map(|z| columns_from(z, offset)));
+        offset += map.rank();
+        let scales = map.lora.map_or(Ok(None), |lora| lora.row_scales(map.weight))?;
+        let (y, direction) = match scales {
+            None => (output(x, map, branch, residual, to, compute)?, None),
+            Some(scales) => {
+                let u = output(x, &Map { bias: None, ..*map }, branch, None, operand, compute)?;
+                let y = affine(&u, Some(&scales.factors), map.bias, to)?;
+                if let Some(residual) = residual {
+                    add_assign(&y, residual, 1.0)?;
+                }
+                (y, Some(u))
+            }
+        };
+        ys.push(y);
+        saved.directions.push(direction);
+    }
+    Ok((ys, saved))
+}
+
+/// The gradients of the branches and, if `wants_input`, of x, from dL/dy_p (m, n_p), each f32 or T.
+///
+/// dx = sum over p of dy_p W_p + dz_p A_p with dz_p = s_p dy_p B_p; dA_p = dz_p^T x; dB_p = dy_p^T z_p. With DoRA, dy_p
+/// is first multiplied by m / norm, and dm = (sum over rows of dy_p u_p) / norm: the norms count as constants.
+///
+/// x, the maps and `compute` are those of `forward`, which gave `saved`. Sums are f32, and gradients are rounded to T
+/// only as operands of products.
+///
+/// # Errors
+/// If shapes or types do not fit, operands lie on two devices, or memory is short.
+pub fn backward(
+    x: &Matrix,
+    maps: &[Map<'_>],
+    saved: &Saved,
+    dys: &[&Matrix],
+    wants_input: bool,
+    compute: Compute,
+) -> Result<Gradients> {
+    let operand = compute.operand;
+    check(x, maps, operand)?;
+    check_gradients(x, maps, saved, dys, operand)?;
+    let (device, m, k) = (x.device(), x.rows(), x.cols());
+    let input = if wants_input { Some(device.matrix(Element::F32, m, k)?) } else { None };
+    // Only the branches' gradients need x.
+    let x = saved.z.as_ref().map(|_| cast(x, operand)).transpose()?;
+    let (mut lora_gradients, mut offset, mut joins) = (Vec::with_capacity(maps.len()), 0, 0.0);
+    for ((map, dy), direction) in maps.iter().zip(dys).zip(&saved.directions) {
+        let n = map.weight.rows();
+        if map.lora.is_none() && !wants_input {
+            lora_gradients.push(None);
+            continue;
+        }
+        let scales = map.lora.map_or(Ok(None), |lora| lora.row_scales(map.weight))?;
+        let (dy, magnitude) = match scales.zip(direction.as_ref()) {
+            None => (cast(dy, operand)?, None),
+            Some((scales, u)) => {
+                let magnitude = magnitude_gradient(dy, u, &scales.norms)?;
+                (affine(dy, Some(&scales.factors), None, operand)?, Some(magnitude))
+            }
+        };
+        if let Some(dx) = &input {
+            read_strips(map.weight, operand, compute.scratch, |rows, w| {
+                let part = columns_from(&dy, rows.start);
+                product((m, k, rows.len()), (part, false), (w.whole(), false), dx.whole(), (1.0, joins))?;
+                joins = 1.0;
+                Ok(())
+            })?;
+        }
+        let (Some(lora), Some(z), Some(x)) = (map.lora, &saved.z, &x) else {
+            lora_gradients.push(None);
+            continue;
+        };
+        let r = lora.rank();
+        let (a, b) = (lora.a_operand().whole(), lora.b_operand().whole());
+        let dz = device.matrix(operand, m, r)?;
+        product((m, r, n), (dy.whole(), false), (b, false), dz.whole(), (lora.scale(), 0.0))?;
+        if let Some(dx) = &input {
+            product((m, k, r), (dz.whole(), false), (a, false), dx.whole(), (1.0, 1.0))?;
+        }
+        let da = sum_over_rows(&dz, x.whole(), k)?;
+        let db = sum_over_rows(&dy, columns_from(z, offset), r)?;
+        lora_gradients.push(Some(LoraGradient { a: da, b: db, magnitude }));
+        offset += r;
+    }
+    Ok(Gradients { input, lora: lora_gradients })
+}
+
+/// left^T right (p, q) f32 of left (m, p) and of q columns of m rows.
+pub(crate) fn sum_over_rows(left: &Matrix, right: Strided<'_>, q: usize) -> Result<Matrix> {
+    let (m, p) = (left.rows(), left.cols());
+    if m == 0 {
+        return left.device().zeros(Element::F32, p, q);
+    }
+    let sum = left.device().matrix(Element::F32, p, q)?;
+    product((p, q, m), (left.whole(), true), (right, false), sum.whole(), (1.0, 0.0))?;
+    Ok(sum)
+}
+
+/// One product of `Gemm`: its shape (m, n, k), both factors and whether they are read transposed, the result, and
+/// (alpha, beta).
+pub(crate) fn product(
+    (m, n, k): (usize, usize, usize),
+    (x, x_transposed): (Strided<'_>, bool),
+    (w, w_transposed): (Strided<'_>, bool),
+    y: Strided<'_>,
+    (alpha, beta): (f32, f32),
+) -> Result<()> {
+    let device = y.matrix.device();
+    device.gemm(Gemm { m, n, k, batch: 1, x, x_transposed, w, w_transposed, y, alpha, beta })
+}
+
+/// The columns of a matrix from one on, as an operand.
+fn columns_from(matrix: &Matrix, first: usize) -> Strided<'_> {
+    Strided { offset: first, ..matrix.whole() }
+}
+
+/// z (m, sum of ranks): s x A^T of all maps side by side.
+fn low_rank_inputs(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<Option<Matrix>> {
+    let (m, k, ranks) = (x.rows(), x.cols(), maps.iter().map(Map::rank).sum());
+    if ranks == 0 {
+        return Ok(None);
+    }
+    let z = x.device().matrix(operand, m, ranks)?;
+    let mut offset = 0;
+    for lora in maps.iter().filter_map(|map| map.lora) {
+        let (r, a) = (lora.rank(), lora.a_operand().whole());
+        product((m, r, k), (x.whole(), false), (a, true), columns_from(&z, offset), (lora.scale(), 0.0))?;
+        offset += r;
+    }
+    Ok(Some(z))
+}
+
+/// x W^T + bias + residual + z B^T (m, n) of type `to`. x has the operands' type.
+fn output(
+    x: &Matrix,
+    map: &Map<'_>,
+    branch: Option<(&DeviceLora, Strided<'_>)>,
+    residual: Option<&Matrix>,
+    to: Element,
+    compute: Compute,
+) -> Result<Matrix> {
+    let (m, n, k) = (x.rows(), map.weight.rows(), x.cols());
+    let y = x.device().matrix(to, m, n)?;
+    if m == 0 {
+        return Ok(y);
+    }
+    let few = gpu_gemv::supports(m);
+    if few {
+        gpu_gemv::gemv(map.weight, x, &y, map.bias, residual)?;
+    } else {
+        if let Some(residual) = residual {
+            y.copy_from(residual)?;
+        }
+        let joins = if residual.is_some() { 1.0 } else { 0.0 };
+        read_strips(map.weight, compute.operand, compute.scratch, |rows, w| {
+            let part = columns_from(&y, rows.start);
+            product((m, rows.len(), k), (x.whole(), false), (w.whole(), true), part, (1.0, joins))
+        })?;
+    }
+    if let Some((lora, z)) = branch {
+        let b = lora.b_operand().whole();
+        product((m, n, lora.rank()), (z, false), (b, true), y.whole(), (1.0, 1.0))?;
+    }
+    if !few && map.bias.is_some() {
+        affine_in_place(&y, None, map.bias)?;
+    }
+    Ok(y)
+}
+
+fn operand_of(x: &Matrix, what: &str, matrix: &Matrix) -> Result<()> {
+    ensure!(matrix.device().ptr_eq(x.device()), "linear: x and {what} lie on two devices");
+    Ok(())
+}
+
+fn float(what: &str, matrix: &Matrix, operand: Element) -> Result<()> {
+    let element = matrix.element();
+    let fits = element == Element::F32 || element == operand;
+    ensure!(fits, "linear: {what} of {element} meets products of {operand}; f32 or {operand} is needed");
+    Ok(())
+}
+
+fn check(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<()> {
+    let (device, k) = (x.device(), x.cols());
+    ensure!(operand.is_float(), "linear: products need operands of f32, bf16 or f16, not {operand}");
+    ensure!(!maps.is_empty(), "linear: a group of no maps");
+    float("x", x, operand)?;
+    for map in maps {
+        let (n, cols) = (map.weight.rows(), map.weight.cols());
+        ensure!(cols == k, "linear: an input of width {k} meets a weight of ({n}, {cols})");
+        ensure!(map.weight.device().ptr_eq(device), "linear: x and a weight lie on two devices");
+        if let Some(bias) = map.bias {
+            let (len, element) = (bias.len(), bias.element());
+            ensure!(len == n && element == Element::F32, "linear: a bias of {len} {element}; {n} f32 are needed");
+            operand_of(x, "a bias", bias)?;
+        }
+        if let Some(lora) = map.lora {
+            let (outputs, inputs, element) = (lora.outputs(), lora.inputs(), lora.operand());
+            ensure!((outputs, inputs) == (n, k), "linear: LoRA's B A of ({outputs}, {inputs}) meets ({n}, {k})");
+            ensure!(element == operand, "linear: LoRA's operands of {element} meet products of {operand}");
+            operand_of(x, "LoRA's factors", lora.a())?;
+        }
+    }
+    Ok(())
+}
+
+fn check_gradients(x: &Matrix, maps: &[Map<'_>], saved: &Saved, dys: &[&Matrix], operand: Element) -> Result<()> {
+    let (m, count, ranks) = (x.rows(), maps.len(), maps.iter().map(Map::rank).sum::<usize>());
+    let (gradients, directions) = (dys.len(), saved.directions.len());
+    ensure!(gradients == count, "linear backward: {gradients} gradients for {count} maps");
+    ensure!(directions == count, "linear backward: saved tensors of {directions} maps, where there are {count}");
+    match &saved.z {
+        Some(z) => {
+            shape("linear backward: the saved z", z, m, ranks)?;
+            ensure!(z.element() == operand, "linear backward: the saved z is {}, not {operand}", z.element());
+            operand_of(x, "the saved z", z)?;
+        }
+        None => ensure!(ranks == 0, "linear backward: no z was saved, and the ranks' sum is {ranks}"),
+    }
+    for ((map, dy), direction) in maps.iter().zip(dys).zip(&saved.directions) {
+        float("a gradient", dy, operand)?;
+        operand_of(x, "a gradient", dy)?;
+        shape("linear backward: a gradient", dy, m, map.weight.rows())?;
+        let dora = map.lora.is_some_and(|lora| lora.magnitude().is_some());
+        ensure!(dora == direction.is_some(), "linear backward: what was saved does not tell of DoRA what the maps do");
+        if let Some(u) = direction {
+            shape("linear backward: the saved direction", u, m, map.weight.rows())?;
+            operand_of(x, "the saved direction", u)?;
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,188 @@
+// gemv: y (rows, n) = x (rows, k) W^T [+ bias] [+ residual] for at most 16 rows, straight from the stored bytes of
+// W (n, k), as decoding needs it: the time is that of reading W once. Sums are f32; W's values are rounded to x's
+// type T first, so that the result is that of dequantising to T and multiplying. Reads W through the storage types
+// of ops/storage/gpu.cu.
+//
+// Two kernels: `gemv_<type>_<T>` takes every type, T and k; `gemv_tensor_` uses the tensor cores, for the
+// types that decoding meets most, T of two bytes and k a multiple of 64. gpu_gemv.rs chooses.
+
+// y, the residual: one of the two pointers each, by the element type; both null where there is no residual.
+template <class T> struct Gemv {
+    stored::Planes weight;
+    const T* x;
+    float* y_f32; T* y;
+    const float* residual_f32; const T* residual;
+    const float* bias;
+    unsigned rows, n, k;
+};
+
+namespace stored {
+template <class T> __device__ __forceinline__ void finish(const Gemv<T>& a, unsigned m, unsigned n, float v) {
+    const size_t i = (size_t)m * a.n + n;
+    if (a.bias) v += a.bias[n];
+    if (a.residual_f32) v += a.residual_f32[i];
+    else if (a.residual) v += to_float(a.residual[i]);
+    if (a.y_f32) a.y_f32[i] = v;
+    else store(a.y + i, v);
+}
+template <class T> __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
+
+// ---- every type: a warp computes one column of y. Its lanes share the units of W's row. ---- A thread's sums lie
+// in shared memory, so that the loop over the rows of x need not be unrolled: with 14 types and three T that would
+// take many seconds to compile.
+
+template <class S, class T> __device__ __forceinline__ void gemv_plain(const Gemv<T>& a) {
+    __shared__ float sums[16][256];
+    __shared__ float table[16];
+    fill_table<S>(table);
+    const unsigned lane = threadIdx.x & 31, n = 8 * blockIdx.x + (threadIdx.x >> 5);
+    if (n >= a.n) return;
+    for (unsigned m = 0; m < a.rows; m++) sums[m][threadIdx.x] = 0.f;
+    if (S::DENSE && a.k % 16 != 0) {
+        for (unsigned i = lane; i < a.k; i += 32) {
+            const float w = rounded<T>(Single<S, S::DENSE != 0>::number(a.weight, (size_t)n * a.k + i));
+            for (unsigned m = 0; m < a.rows; m++) sums[m][threadIdx.x] += w * load(a.x + (size_t)m * a.k + i);
+        }
+    } else {
+        const unsigned units = a.k / 16;
+        for (unsigned u = lane; u < units; u += 32) {
+            float w[16];
+            decode_unit<S>(a.weight, (size_t)n * units + u, w, table);
+#pragma unroll
+            for (int i = 0; i < 16; i++) w[i] = rounded<T>(w[i]);
+            const T* x = a.x + first_column<S>(u);
+#pragma unroll 1
+            for (unsigned m = 0; m < a.rows; m++, x += a.k) {
+                float v[16], s = sums[m][threadIdx.x];
+                load8(x, v);
+                load8(x + S::SPAN / 2, v + 8);
+#pragma unroll
+                for (int i = 0; i < 16; i++) s += w[i] * v[i];
+                sums[m][threadIdx.x] = s;
+            }
+        }
+    }
+    float mine = 0.f;
+#pragma unroll 1
+    for (unsigned m = 0; m < a.rows; m++) {
+        const float all = warp_sum(sums[m][threadIdx.x]);
+        if (lane == m) mine = all;
+    }
+    if (lane < a.rows) finish(a, lane, n, mine);
+}
+
+// ---- tensor cores: a block of eight warps computes sixteen columns of y ---- The sixteen rows of W are the
+// operand with 16 rows of mma.m16n8k16, x (eight of its rows at a time) the one with 8 columns. A slab is 64
+// numbers of k. Each warp takes every eighth run of four slabs. Of a slab, lane 4g + t holds unit t of W's rows g
+// and g + 8 and the same sixteen columns of x's row g; which of them the hardware calls which k does not matter,
+// because the sum is over all.
+
+// A unit as eight words of two T each. Dense weights of type T are used as they lie.
+template <class S, class T> struct Words {
+    typedef typename S::Head Head;
+    typedef typename S::Raw Raw;
+    static __device__ __forceinline__ void of(const Head& h, const Raw& r, unsigned u, u32* o, const float* table) {
+        float v[16];
+        S::decode(h, r, u, v, table);
+#pragma unroll
+        for (int i = 0; i < 8; i++) o[i] = pair<T>(v[2 * i], v[2 * i + 1]);
+    }
+};
+template <class T, int WIDTH> struct Words<Dense<T, WIDTH>, T> {
+    typedef typename Dense<T, WIDTH>::Head Head;
+    typedef typename Dense<T, WIDTH>::Raw Raw;
+    static __device__ __forceinline__ void of(const Head&, const Raw& r, unsigned, u32* o, const float*) {
+        for (int h = 0; h < 2; h++) {
+            const U4 w = r.w[h][0];
+            o[4 * h] = w.x; o[4 * h + 1] = w.y; o[4 * h + 2] = w.z; o[4 * h + 3] = w.w;
+        }
+    }
+};
+
+template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Gemv<T>& a) {
+    __shared__ float sums[8][16][16];
+    __shared__ float table[16];
+    fill_table<S>(table);
+    // Blocks of 256 numbers have one head a run; of smaller ones, each unit of a slab reads its own.
+    enum { SHARED = S::BLOCK == 256, HEADS = SHARED ? 1 : 4, UNITS = S::BLOCK / 16 };
+    const unsigned warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
+    const unsigned first = 16 * blockIdx.x, slabs = a.k / 64;
+    // The first units of this lane's two rows of W. A ragged end reads the last row again, and nothing comes of it.
+    const size_t row[2] = {(size_t)min(first + g, a.n - 1) * (a.k / 16),
+                           (size_t)min(first + g + 8, a.n - 1) * (a.k / 16)};
+    const T* x[2];
+    float c[2][4];
+#pragma unroll
+    for (int m = 0; m < 2; m++) {
+        x[m] = a.x + (size_t)min(8 * m + g, a.rows - 1) * a.k;
+        for (int i = 0; i < 4; i++) c[m][i] = 0.f;
+    }
+    for (unsigned base = 4 * warp; base < slabs; base += 32) {
+        typename S::Head heads[2][HEADS];
+        typename S::Raw raw[2][4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // All loads first.
+            if (base + i < slabs) {
+#pragma unroll
+                for (int r = 0; r < 2; r++) {
+                    const size_t unit = row[r] + 4 * (base + i) + t;
+                    if (i == 0 || !SHARED) heads[r][SHARED ? 0 : i] = S::head(a.weight, unit / UNITS);
+                    raw[r][i] = S::fetch(a.weight, unit);
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (base + i < slabs) {
+                unsigned w[2][8];
+#pragma unroll
+                for (int r = 0; r < 2; r++)
+                    Words<S, T>::of(heads[r][SHARED ? 0 : i], raw[r][i], (4 * i + t) % UNITS, w[r], table);
+                const size_t column = first_column<S>(4 * (base + i) + t);
+#pragma unroll
+                for (int m = 0; m < 2; m++) {
+                    if (m == 1 && a.rows <= 8) break;
+                    const U4 v[2] = {*(const U4*)(x[m] + column), *(const U4*)(x[m] + column + S::SPAN / 2)};
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        const unsigned *p = w[0] + 4 * h, *q = w[1] + 4 * h;
+                        const unsigned a0[4] = {p[0], q[0], p[1], q[1]}, b0[2] = {v[h].x, v[h].y};
+                        const unsigned a1[4] = {p[2], q[2], p[3], q[3]}, b1[2] = {v[h].z, v[h].w};
+                        mma(T(), c[m], a0, b0);
+                        mma(T(), c[m], a1, b1);
+                    }
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+        for (int i = 0; i < 4; i++) sums[warp][8 * m + 2 * t + (i & 1)][g + 8 * (i >> 1)] = c[m][i];
+    __syncthreads();
+    const unsigned m = threadIdx.x >> 4, n = first + (threadIdx.x & 15);
+    if (m >= a.rows || n >= a.n) return;
+    float v = 0.f;
+    for (int w = 0; w < 8; w++) v += sums[w][m][threadIdx.x & 15];
+    finish(a, m, n, v);
+}
+}  // namespace stored
+
+#define GEMV(name, S) \
+    KERNEL(gemv_##name##_f32, Gemv<float>, 256) { stored::gemv_plain<S, float>(a); } \
+    KERNEL(gemv_##name##_bf16, Gemv<bf16>, 256) { stored::gemv_plain<S, bf16>(a); } \
+    KERNEL(gemv_##name##_f16, Gemv<f16>, 256) { stored::gemv_plain<S, f16>(a); }
+FOR_EVERY_STORED_TYPE(GEMV)
+
+// Dense types with a span of 64: the four lanes of a slab then load neighbouring words.
+typedef stored::Dense<f16, 64> DenseF16;
+typedef stored::Dense<bf16, 64> DenseBf16;
+#define GEMV_TENSOR(name, S) \
+    KERNEL(gemv_tensor_##name##_bf16, Gemv<bf16>, 256) { stored::gemv_tensor<S, bf16>(a); } \
+    KERNEL(gemv_tensor_##name##_f16, Gemv<f16>, 256) { stored::gemv_tensor<S, f16>(a); }
+GEMV_TENSOR(f16, DenseF16)
+GEMV_TENSOR(bf16, DenseBf16)
+GEMV_TENSOR(q8_0, stored::Q8_0)
+GEMV_TENSOR(q4_0, stored::Q4_0)
+GEMV_TENSOR(q4_k, stored::Q4_K)
+GEMV_TENSOR(q6_k, stored::Q6_K)
+GEMV_TENSOR(nf4, stored::NF4)

@@ -1,0 +1,182 @@
+//! The low-rank branch of one frozen matrix on a device: LoRA's factors, and with DoRA the magnitudes and the row norms
+//! that they are divided by. Depends on the device layer and on ../columns, and knows no layer's name. Read gpu.rs
+//! next for the use in linear maps, or ../embedding/gpu.rs for the use on a token table.
+
+use std::sync::OnceLock;
+
+use anyhow::{Context, Result, ensure};
+
+use super::gpu_strips::{SCRATCH, read_strips};
+use crate::device::{Device, Element, Matrix};
+use crate::ops::columns::gpu::{cast, dora_factors, squared_row_norms};
+use crate::ops::storage::gpu::DeviceWeight;
+
+/// LoRA's branch of one frozen matrix: it adds s B A, with A (r, k) and B (n, r), to a linear map W (n, k), and
+/// s (B A)^T to a token table (k, n). With magnitudes it is DoRA: W' = m (W + s B A) / ||W + s B A||, where the norms
+/// are those of W's rows, or of the table's columns.
+///
+/// Its numbers never change: a training step makes new branches. It belongs to one weight, because DoRA's norms are
+/// taken at the first use and kept.
+#[derive(Debug)]
+pub struct DeviceLora {
+    a: Matrix,
+    b: Matrix,
+    a_operand: Matrix,
+    b_operand: Matrix,
+    scale: f32,
+    dora: Option<Dora>,
+    scratch: usize,
+}
+
+#[derive(Debug)]
+struct Dora {
+    magnitude: Matrix,
+    scales: OnceLock<DoraScales>,
+}
+
+/// What DoRA needs of the norms, a number for each output.
+#[derive(Clone, Debug)]
+pub struct DoraScales {
+    /// The norms (1, n) f32.
+    pub norms: Matrix,
+    /// Magnitude over norm (1, n) f32; 0 where the norm is 0.
+    pub factors: Matrix,
+}
+
+/// The gradients of one branch.
+#[derive(Clone, Debug)]
+pub struct LoraGradient {
+    /// dL/dA (r, k) f32.
+    pub a: Matrix,
+    /// dL/dB (n, r) f32.
+    pub b: Matrix,
+    /// dL/dm (1, n) f32, where it is DoRA.
+    pub magnitude: Option<Matrix>,
+}
+
+impl DeviceLora {
+    /// Copies A (`a_shape` = (r, k)), B (n, r) and DoRA's n magnitudes to the device, row by row. `operand` is the
+    /// element type T of the products that the branch takes part in; the factors are kept as f32 and as T. `scale` is
+    /// s: lora_alpha / r, or lora_alpha / sqrt(r).
+    ///
+    /// # Errors
+    /// If lengths do not fit the shapes, a dimension is 0, `operand` is no float, or memory is short.
+    #[allow(clippy::too_many_arguments)]
+    pub fn new(
+        device: &Device,
+        operand: Element,
+        a: &[f32],
+        a_shape: (usize, usize),
+        b: &[f32],
+        n: usize,
+        scale: f32,
+        magnitude: Option<&[f32]>,
+    ) -> Result<Self> {
+        let (r, k) = a_shape;
+        ensure!(operand.is_float(), "LoRA: products need operands of f32, bf16 or f16, not {operand}");
+        ensure!(r > 0 && k > 0 && n > 0, "LoRA: A ({r}, {k}) and B ({n}, {r}) need dimensions of at least 1");
+        let (a, b) = (device.upload_f32(a, r, k).context("LoRA's A")?, device.upload_f32(b, n, r).context("LoRA's B")?);
+        let magnitude = magnitude.map(|m| device.upload_f32(m, 1, n).context("DoRA's magnitudes")).transpose()?;
+        let (a_operand, b_operand) = (cast(&a, operand)?, cast(&b, operand)?);
+        let dora = magnitude.map(|magnitude| Dora { magnitude, scales: OnceLock::new() });
+        Ok(Self { a, b, a_operand, b_operand, scale, dora, scratch: SCRATCH })
+    }
+
+    /// The same branch whose DoRA norms are taken over strips of at most so many bytes of dequantised rows.
+    #[must_use]
+    pub fn with_scratch(self, bytes: usize) -> Self {
+        Self { scratch: bytes, ..self }
+    }
+
+    /// A (r, k) f32.
+    pub fn a(&self) -> &Matrix {
+        &self.a
+    }
+
+    /// B (n, r) f32.
+    pub fn b(&self) -> &Matrix {
+        &self.b
+    }
+
+    /// A rounded to the operands' type.
+    pub fn a_operand(&self) -> &Matrix {
+        &self.a_operand
+    }
+
+    /// B rounded to the operands' type.
+    pub fn b_operand(&self) -> &Matrix {
+        &self.b_operand
+    }
+
+    /// s.
+    pub fn scale(&self) -> f32 {
+        self.scale
+    }
+
+    /// DoRA's magnitudes (1, n) f32.
+    pub fn magnitude(&self) -> Option<&Matrix> {
+        self.dora.as_ref().map(|dora| &dora.magnitude)
+    }
+
+    /// r.
+    pub fn rank(&self) -> usize {
+        self.a.rows()
+    }
+
+    /// k.
+    pub fn inputs(&self) -> usize {
+        self.a.cols()
+    }
+
+    /// n.
+    pub fn outputs(&self) -> usize {
+        self.b.rows()
+    }
+
+    /// The element type of the products.
+    pub fn operand(&self) -> Element {
+        self.a_operand.element()
+    }
+
+    /// The device that it lies on.
+    pub fn device(&self) -> &Device {
+        self.a.device()
+    }
+
+    /// The most bytes of dequantised rows while norms are taken.
+    pub(crate) fn scratch(&self) -> usize {
+        self.scratch
+    }
+
+    /// DoRA's norms and factors for the linear map with this weight (n, k): those of the rows of W + s B A. `None` if
+    /// it is not DoRA.
+    ///
+    /// # Errors
+    /// If the factors do not fit the weight or memory is short.
+    pub fn row_scales(&self, weight: &DeviceWeight) -> Result<Option<&DoraScales>> {
+        self.scales(|| {
+            let (n, k) = (weight.rows(), weight.cols());
+            let fits = (self.outputs(), self.inputs()) == (n, k);
+            ensure!(fits, "DoRA: B A is ({}, {}), where ({n}, {k}) is needed", self.outputs(), self.inputs());
+            let squares = self.device().matrix(Element::F32, n, 1)?;
+            // Numbers of the operands' type are used as they lie; all others become exact f32.
+            let element = weight.dense(self.operand()).map_or(Element::F32, |dense| dense.element());
+            read_strips(weight, element, self.scratch, |rows, w| {
+                let (b, squares) = (self.b.row_range(rows.clone())?, squares.row_range(rows)?);
+                squared_row_norms(w, &self.a, &b, self.scale, &squares)
+            })?;
+            Ok(squares)
+        })
+    }
+
+    /// What is kept, or the scales from the n squared norms that `squares` computes.
+    pub(crate) fn scales(&self, squares: impl FnOnce() -> Result<Matrix>) -> Result<Option<&DoraScales>> {
+        let Some(dora) = &self.dora else { return Ok(None) };
+        if let Some(scales) = dora.scales.get() {
+            return Ok(Some(scales));
+        }
+        let (norms, factors) = dora_factors(&squares()?, &dora.magnitude)?;
+        // Of two threads that come here at once, both have computed the same numbers.
+        Ok(Some(dora.scales.get_or_init(|| DoraScales { norms, factors })))
+    }
+}
