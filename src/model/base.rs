@@ -1,6 +1,6 @@
-//! The frozen base: embedding, blocks, final norm, lm_head, exactly as its files store them. It is never modified and cannot
-//! be cloned, so that all roles share one copy; adapters are passed to each forward and backward. It does not depend on
-//! roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
+//! The frozen base: embedding, blocks, final norm, lm_head, exactly as its files store them. It is never modified and
+//! cannot be cloned, so that all roles share one copy; adapters are passed to each forward and backward. It does not
+//! depend on roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -53,8 +53,8 @@ pub struct Tape {
     blocks: Vec<Saved>,
     /// Output of the last block.
     last: Tensor,
-    /// The first block that saved tensors: blocks below it need no backward, as neither they nor the embedding have LoRA
-    /// weights.
+    /// The first block that saved tensors: blocks below it need no backward, as neither they nor the embedding have
+    /// LoRA weights.
     first: usize,
     embeddings: embeddings::Saved,
 }
@@ -373,8 +373,8 @@ impl Base {
         embeddings.output(x, &mut unused)
     }
 
-    /// Hidden states (N, D) after the final norm, and the tensors saved for `backward`. Blocks below the adapter's first LoRA
-    /// weights save nothing.
+    /// Hidden states (N, D) after the final norm, and the tensors saved for `backward`. Blocks below the adapter's
+    /// first LoRA weights save nothing.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
@@ -403,8 +403,8 @@ impl Base {
         Ok((h, Tape { blocks, last: x, first, embeddings: saved }))
     }
 
-    /// Gradients of the adapter's LoRA weights of dL/dh (N, D), except those on the lm_head, which `ops::logprobs` returns.
-    /// Each block's activations are freed after its backward.
+    /// Gradients of the adapter's LoRA weights of dL/dh (N, D), except those on the lm_head, which `ops::logprobs`
+    /// returns. Each block's activations are freed after its backward.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -432,8 +432,9 @@ impl Base {
         Ok(grads)
     }
 
-    /// Starts generation: runs the prompts, fills a cache with a capacity of `capacity` further tokens per response, and
-    /// returns the hidden state (S, D) of the last prompt token of each. `prompts` (S): each response's prompt in the batch.
+    /// Starts generation: runs the prompts, fills a cache with a capacity of `capacity` further tokens per response,
+    /// and returns the hidden state (S, D) of the last prompt token of each. `prompts` (S): each response's prompt in
+    /// the batch.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
@@ -480,8 +481,8 @@ impl Base {
         embeddings.output(x, &mut unused)
     }
 
-    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S is
-    /// small. Log-probabilities are computed by `ops::logprobs`, without logits.
+    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S
+    /// is small. Log-probabilities are computed by `ops::logprobs`, without logits.
     ///
     /// # Errors
     /// If shapes do not fit.

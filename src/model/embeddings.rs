@@ -1,5 +1,6 @@
-//! Embedding and final norm/projection: everything before the first and after the last block, with the LoRA weights that an
-//! adapter may have there. Forward and backward. It does not depend on blocks. Read `base.rs` for the whole pass.
+//! Embedding and final norm/projection: everything before the first and after the last block, with the LoRA weights
+//! that an adapter may have there. Forward and backward. It is the part of `base.rs` outside the blocks, in a file of its
+//! own; the two therefore import each other. It does not depend on blocks. Read `base.rs` for the whole pass.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;

@@ -1,5 +1,5 @@
-//! Attention on the CPU. One work item is a (sequence, kv head) pair; 48 queries at a time have their scores in a scratch
-//! buffer. Read `mod.rs` beside it for the formulas.
+//! Attention on the CPU. One work item is a (sequence, kv head) pair; 48 queries at a time have their scores in a
+//! scratch buffer. Read `mod.rs` beside it for the formulas.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
-//! The KV cache of one layer: keys and values of every sequence under generation. It is opaque, so that a device can store
-//! it as it likes. It does not depend on weights or other operations. Read `mod.rs` beside it for `decode`.
+//! The KV cache of one layer: keys and values of every sequence under generation. It is opaque, so that a device can
+//! store it as it likes. It does not depend on weights or other operations. Read `mod.rs` beside it for `decode`.
 
 use candle_core::{Result, Tensor};
 

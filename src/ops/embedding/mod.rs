@@ -1,8 +1,8 @@
 //! Rows of an embedding matrix, with LoRA as PEFT defines it for `nn.Embedding`: formula, checks, dispatch.
 //!
-//! x_i = W[t_i] + z_i B^T, z_i = s A[:, t_i]; A (r, V), B (D, r). Saved for backward: z. With DoRA, x = (m / n) u over the
-//! D elements of a row. The matrix is frozen; a token that occurs twice in the batch adds both gradients. It does not depend
-//! on `linear`, except for its LoRA types: read `linear/low_rank.rs` first, and `cpu.rs` beside it next.
+//! x_i = W[t_i] + z_i B^T, z_i = s A[:, t_i]; A (r, V), B (D, r). Saved for backward: z. With DoRA, x = (m / n) u over
+//! the D elements of a row. The matrix is frozen; a token that occurs twice in the batch adds both gradients. It does
+//! not depend on `linear`, except for its LoRA types: read `linear/low_rank.rs` first, and `cpu.rs` beside it next.
 
 mod cpu;
 

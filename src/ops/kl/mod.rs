@@ -1,9 +1,9 @@
-//! The exact KL divergence between two distributions over the vocabulary, from the hidden states of both and the lm_head, and
-//! its gradient: formula, checks, dispatch. As in `logprobs`, (N, vocab) logits are never allocated.
+//! The exact KL divergence between two distributions over the vocabulary, from the hidden states of both and the
+//! lm_head, and its gradient: formula, checks, dispatch. As in `logprobs`, (N, vocab) logits are never allocated.
 //!
 //! l = c tanh(k h W^T / c) / T, m = c tanh(k g W^T / c) / T; KL = sum_j p_j (log p_j - log q_j)
-//! = sum_j p_j (l_j - m_j) - lse(l) + lse(m). Each side may have its own LoRA weights on W. Saved for backward: KL and both
-//! lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
+//! = sum_j p_j (l_j - m_j) - lse(l) + lse(m). Each side may have its own LoRA weights on W. Saved for backward: KL and
+//! both lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
 
 mod cpu;
 
@@ -39,8 +39,8 @@ pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<TokenKl> {
 }
 
 /// dL/dh (R, D), h being p's hidden states, and the gradients of p's LoRA weights, of dL/dKL (R):
-/// dKL/dl_j = p_j (log p_j - log q_j - KL) / T, times the derivative of multiplier and soft cap; dL/dh = dL/dl W. `saved` is
-/// the result of `forward` for the same inputs; q is a constant.
+/// dKL/dl_j = p_j (log p_j - log q_j - KL) / T, times the derivative of multiplier and soft cap; dL/dh = dL/dl W.
+/// `saved` is the result of `forward` for the same inputs; q is a constant.
 ///
 /// # Errors
 /// As for [`forward`].

@@ -1,6 +1,6 @@
-//! The linear group on the CPU: the split of the work into panels of output or input columns, and the gradients of LoRA and
-//! DoRA. Panels go through one of three kernels: `cpu_gemv.rs` for decoding, `cpu_bf16.rs` for bf16, otherwise the f32 gemm.
-//! Read `mod.rs` beside it for the formulas.
+//! The linear group on the CPU: the split of the work into panels of output or input columns, and the gradients of LoRA
+//! and DoRA. Panels go through one of three kernels: `cpu_gemv.rs` for decoding, `cpu_bf16.rs` for bf16, otherwise the
+//! f32 gemm. Read `mod.rs` beside it for the formulas.
 
 use candle_core::{Result, Tensor};
 
@@ -338,7 +338,8 @@ fn input_gradient(
                     unsafe { lhs[p].backward_columns(part.weight, 0..n, a, (j0, width), (out.at(j0), k), into) };
                     continue;
                 }
-                // Columns are copied even if they are stored as f32: reading W with a stride would touch a page per term.
+                // Columns are copied even if they are stored as f32: reading W with a stride would touch a page per
+                // term.
                 with_scratch(n * width, |panel| {
                     columns(part.weight, j0..j0 + width, panel);
                     let panel = Mat::rows(panel, width);
