@@ -11,7 +11,7 @@ mod world;
 
 use std::fs;
 
-use fourfold::config::{Lora, LrScheduler, Ppo, Recompute, TargetModules};
+use fourfold::config::{Lora, LrScheduler, Ppo, RecomputeSetting, TargetModules};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
@@ -201,8 +201,8 @@ fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
     let rm = reward_adapter(&model, &sft, 13, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let run = |config: Ppo| told_ppo(start, &model, &config, 13);
-    let (lines, _, trained) = run(Ppo { checkpoint: Recompute::None, ..ppo_config() });
-    for checkpoint in [Recompute::Mlp, Recompute::Block] {
+    let (lines, _, trained) = run(Ppo { checkpoint: RecomputeSetting::None, ..ppo_config() });
+    for checkpoint in [RecomputeSetting::Mlp, RecomputeSetting::Block] {
         let (other_lines, _, other) = run(Ppo { checkpoint, ..ppo_config() });
         assert_eq!(lines, other_lines, "{checkpoint:?}");
         assert!(
