@@ -1,8 +1,8 @@
 //! The records that data files hold, once read: [`Record`] and its [`Text`]s, where each stands ([`Place`]), and what a
 //! reader passes on ([`RawRecord`]).
 //!
-//! Every other file of `data/` builds on these types. This file does not depend on a file format, a data set format or the
-//! model. Read `data/files/read.rs` next.
+//! Every other file of `data/` builds on these types. This file does not depend on `files`, `formats`
+//! or the model. Read `data/files/read.rs` next.
 
 use std::fmt;
 use std::path::Path;

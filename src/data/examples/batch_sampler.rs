@@ -2,7 +2,7 @@
 //! or tokens, and distributed over ranks.
 //!
 //! A step's batches are a function of its [`Cursor`], so resuming a run needs nothing else. This file does not depend on
-//! records or text. Read `data/stream/mod.rs` next; `sft.rs` has a loop over it.
+//! the record types or on text. Read `data/stream/mod.rs` next; `sft.rs` has a loop over it.
 
 use serde::{Deserialize, Serialize};
 

@@ -1,7 +1,7 @@
 //! Records -> examples under `compat = "dschat"`, for each objective that DeepSpeed-Chat has.
 //!
 //! `dschat.rs` holds the rules for rows and tokens; this file applies them to a record's texts. It does not depend on
-//! `data/files` or `data/formats`. Read `data/examples/objectives.rs` next.
+//! `files` or `formats`. Read `data/examples/objectives.rs` next.
 
 use anyhow::{Result, bail};
 

@@ -3,7 +3,7 @@
 //! The behaviour is that of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `data_utils.py`: a data set's row numbers are
 //! shuffled by numpy and cut by `data_split`; prompt, response and end-of-conversation text are tokenised in one piece and
 //! truncated at the right, so that a long response loses its end; a long prompt of PPO is dropped. All functions are pure;
-//! this file does not depend on records. Read `data/examples/compat.rs` next.
+//! this file does not depend on the record types. Read `data/examples/compat.rs` next.
 
 use anyhow::{Result, ensure};
 

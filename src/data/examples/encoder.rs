@@ -1,7 +1,7 @@
 //! [`TextEncoder`], the tokenizer functions that the examples need, and [`ModelEncoder`], which is one over a model's
 //! tokenizer.
 //!
-//! Tests use a small encoder of their own. This file does not depend on records. Read `data/examples/render.rs` next.
+//! Tests use a small encoder of their own. This file does not depend on the record types. Read `data/examples/render.rs` next.
 
 use std::cell::RefCell;
 

@@ -2,7 +2,7 @@
 //! Every truncated or dropped record is counted in a [`Report`].
 //!
 //! Prompt and response are encoded separately, so the response mask is exact, and the prompt's tokens are those after which
-//! PPO samples. This file does not depend on `data/files` or `data/formats`. Read `data/examples/batch_sampler.rs` next.
+//! PPO samples. This file does not depend on `files` or `formats`. Read `data/examples/batch_sampler.rs` next.
 
 use std::collections::BTreeSet;
 

@@ -1,6 +1,6 @@
 //! Prompt, response and dialogue -> text by the run's template, in segments that are marked as the assistant's or not.
 //!
-//! The marks become the loss mask. This file does not depend on `data/files` or `data/formats`. Read
+//! The marks become the loss mask. This file does not depend on `files` or `formats`. Read
 //! `data/examples/objectives.rs` next.
 
 use anyhow::{Result, bail, ensure};

@@ -1,6 +1,6 @@
 //! `[data] path` -> the files to read: one file, a glob pattern, a folder, or a data set of the Hugging Face hub.
 //!
-//! A file's type is taken from its name. This file does not depend on the records or the data set formats. Read
+//! A file's type is taken from its name. This file does not depend on `formats` or the record types. Read
 //! `data/files/read.rs` next.
 
 use std::path::{Path, PathBuf};

@@ -1,6 +1,6 @@
 //! Files of records: finding them, reading them one record at a time in constant memory, and limits on untrusted input.
 //!
-//! It does not depend on `data/formats`: a reader returns raw columns or lines. The limits (`json_limits.rs`,
+//! It does not depend on `formats`: a reader returns raw columns or lines. The limits (`json_limits.rs`,
 //! `parquet_footer.rs`) can be skipped on a first reading. Read `data/files/read.rs` next.
 
 mod delimited;

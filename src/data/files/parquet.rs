@@ -3,7 +3,7 @@
 //!
 //! Pages are read as they are needed, so memory is about one page per column. The file is untrusted, and the `parquet`
 //! crate panics on some damaged files: sizes are checked before they are allocated, and a panic becomes an error. This
-//! file does not depend on the data set formats. Read `data/files/parquet_footer.rs` next.
+//! file does not depend on `formats`. Read `data/files/parquet_footer.rs` next.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};

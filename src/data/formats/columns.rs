@@ -1,7 +1,7 @@
 //! The columns of one JSON object -> a [`Record`], format by format.
 //!
 //! This file decides which column holds what; `dialogue.rs` parses the turns inside a column. It does not depend on
-//! `data/files`. Read `data/formats/dialogue.rs` next.
+//! `files`. Read `data/formats/dialogue.rs` next.
 
 use serde_json::Value;
 

@@ -1,6 +1,6 @@
 //! Detection of a record's format from the names of its columns, for `[data] format = "auto"`.
 //!
-//! Only the transcripts of HH-RLHF are recognised by their text. This file does not depend on `data/files`. Read
+//! Only the transcripts of HH-RLHF are recognised by their text. This file does not depend on `files`. Read
 //! `data/formats/columns.rs` next.
 
 use serde_json::Value;

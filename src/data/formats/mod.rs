@@ -2,7 +2,7 @@
 //! LLaMA-Factory's ranking, OpenAI messages, HH-RLHF transcripts and DeepSpeed-Chat's public data sets.
 //!
 //! An error is a sentence about a column; the caller puts the record's place in front. These files do not depend on
-//! `data/files` or `data/examples`. Read `data/formats/parser.rs` next.
+//! `files` or `examples`. Read `data/formats/parser.rs` next.
 
 mod columns;
 mod detect;

@@ -1,7 +1,7 @@
 //! [`Parser`]: raw records of one file -> [`Record`]s, with the source's column names, preset and format applied.
 //!
 //! Under `format = "auto"` the first record decides the format of the whole file. This file does not depend on
-//! `data/files`. Read `data/formats/detect.rs` next.
+//! `files`. Read `data/formats/detect.rs` next.
 
 use serde_json::Value;
 

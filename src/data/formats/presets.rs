@@ -4,7 +4,7 @@
 //! The rules are those of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `raw_datasets.py`. There every prompt is
 //! `" Human: " + question + " Assistant:"` and every response begins with a space; here that is the template
 //! `human_assistant`, and a record holds the turns, so that another template can be used as well. This file does not depend
-//! on `data/files`. Read `data/examples/mod.rs` next.
+//! on `files`. Read `data/examples/mod.rs` next.
 
 use std::sync::LazyLock;
 

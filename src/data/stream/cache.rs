@@ -3,7 +3,7 @@
 //! Its name is the hash of everything that its content depends on, so a stale file is never read. Layout, little-endian:
 //! magic (16 bytes), key (32), number of examples, number of words, longest sequence, bytes of the report (u64 each),
 //! SHA-256 of all other bytes (32); then the examples' u32 words, an index of 24 bytes per example, and the report as JSON.
-//! This file does not depend on records or the tokenizer. Read `data/stream/pipeline.rs` next.
+//! This file does not depend on the record types or the tokenizer. Read `data/stream/pipeline.rs` next.
 
 use std::borrow::Cow;
 use std::fs::{self, File, OpenOptions};

@@ -1,7 +1,7 @@
 //! The split into training and held-out examples.
 //!
 //! All examples of one prompt are on the same side: a model must not be evaluated on a prompt whose responses it was trained
-//! on. This file does not depend on `data/examples`. Read `data/stream/cache.rs` next.
+//! on. This file does not depend on `examples`. Read `data/stream/cache.rs` next.
 
 use anyhow::{Result, ensure};
 use sha2::{Digest, Sha256};
