@@ -1,5 +1,5 @@
-//! Benchmark data_tokenize: time to tokenise a file of preference pairs into the token cache, from JSON to the fsynced file,
-//! and time of the encoder alone on the same text.
+//! Benchmark data_tokenize: time to tokenise a file of preference pairs into the token cache, from JSON to the fsynced
+//! file, and time of the encoder alone on the same text.
 //!
 //! It prints one JSON line per measurement, each the minimum of --reps runs (default 3). With FOURFOLD_BENCH_PYTHON (an
 //! interpreter that has `datasets` and `transformers`), Hugging Face's libraries run on the same file, in alternation.
@@ -7,7 +7,8 @@
 //! scripts/make_pairs.py pairs.jsonl 50000
 //! FOURFOLD_BENCH_BASE=model-dir-or-gguf FOURFOLD_BENCH_DATA=pairs.jsonl cargo bench --bench data_tokenize
 //!
-//! Megabytes count the records' texts, without JSON syntax. The rate per core divides by the CPU seconds of all threads.
+//! Megabytes count the records' texts, without JSON syntax. The rate per core divides by the CPU seconds of all
+//! threads.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;

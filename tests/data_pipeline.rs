@@ -386,8 +386,8 @@ fn a_file_ten_times_as_large_takes_no_more_memory() {
     };
     let (small, large) = (peak(20_000), peak(200_000));
     let size = fs::metadata(folder.path().join("200000.jsonl")).unwrap().len() >> 20;
-    // 180,000 more records of about 240 bytes. Index and split take 40 bytes per record, 7 MiB; memory that one thread frees
-    // for another varies the allocator's peak by about 20 MiB.
+    // 180,000 more records of about 240 bytes. Index and split take 40 bytes per record, 7 MiB; memory that one thread
+    // frees for another varies the allocator's peak by about 20 MiB.
     assert!(size >= 45 && large <= small + 32, "{small} MiB for a tenth, {large} MiB for {size} MiB of records");
 }
 
@@ -424,8 +424,9 @@ fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_in_a_pip
     assert!(output.status.code() == Some(2) && message.contains("--phase"), "{message}");
 }
 
-/// A text of everything on which the two encoders could differ: contractions, all kinds of white space, digits of several
-/// scripts, combining marks, emoji, markup of the chat template, words longer than any token, control characters.
+/// A text of everything on which the two encoders could differ: contractions, all kinds of white space, digits of
+/// several scripts, combining marks, emoji, markup of the chat template, words longer than any token, control
+/// characters.
 fn mixed(rng: &mut SplitMix64, special: &[String]) -> String {
     const PIECES: [&str; 44] = [
         "the",

@@ -1,5 +1,5 @@
-//! Tables, patterns, folders, several sources, named columns and DeepSpeed-Chat's public data sets give the expected records;
-//! errors about damaged tables name the file, and nothing panics.
+//! Tables, patterns, folders, several sources, named columns and DeepSpeed-Chat's public data sets give the expected
+//! records; errors about damaged tables name the file, and nothing panics.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};

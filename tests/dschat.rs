@@ -1,7 +1,8 @@
-//! `compat = "dschat"` reproduces DeepSpeed-Chat on padded rows: rollouts, updates, comparisons and SFT over a real model
-//! equal a float64 golden (printed by tests/golden/dschat_run.py), and the program runs all stages.
+//! `compat = "dschat"` reproduces DeepSpeed-Chat on padded rows: rollouts, updates, comparisons and SFT over a real
+//! model equal a float64 golden (printed by tests/golden/dschat_run.py), and the program runs all stages.
 //!
-//! The formulas alone are tested in src/ppo/dschat.rs and src/reward/loss.rs, records and splits in tests/data_pipeline.rs.
+//! The formulas alone are tested in src/ppo/dschat.rs and src/reward/loss.rs, records and splits in
+//! tests/data_pipeline.rs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -375,8 +376,8 @@ fn the_program_runs_dschats_three_stages_from_one_key() {
         assert_eq!(kept + line["val/dropped"].as_u64().unwrap(), 8, "{line}");
         assert!(line["loss/ptx_avg"].as_f64().unwrap() > 0.0 && line["loss/value_avg"].is_number());
     }
-    // Greedy sampling: a prompt has one response per actor, independent of the seed. The first rollout's actor is the SFT
-    // adapter.
+    // Greedy sampling: a prompt has one response per actor, independent of the seed. The first rollout's actor is the
+    // SFT adapter.
     let other =
         ["ppo", "run.toml", "--json", "--out", "other", "--set", "seed=1", "--set", "data.data_split=\"0,0,1\""];
     let same = ["ppo", "run.toml", "--json", "--out", "same", "--set", "data.data_split=\"0,0,1\""];

@@ -222,7 +222,8 @@ fn a_template_in_the_config_replaces_the_tokenizers() {
     assert!(error.to_string().contains("the chat template has a mistake") && exit_code(&error) == 2, "{error}");
 }
 
-/// Ten comparisons under `compat = "dschat"`. numpy's order of ten rows for seed 1234 is in tests/golden/dschat_split.json.
+/// Ten comparisons under `compat = "dschat"`. numpy's order of ten rows for seed 1234 is in
+/// tests/golden/dschat_split.json.
 fn as_deepspeed_chat() -> (Vec<fourfold::data::Entry>, Data) {
     let records: Vec<Value> =
         (0..10).map(|i| json!({"prompt": format!("q{i}"), "chosen": "yes", "rejected": "yet no"})).collect();

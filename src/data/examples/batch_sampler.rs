@@ -1,8 +1,8 @@
-//! [`BatchSampler`]: the examples of each optimizer step, shuffled by (seed, epoch), cut into batches by number of examples
-//! or tokens, and distributed over ranks.
+//! [`BatchSampler`]: the examples of each optimizer step, shuffled by (seed, epoch), cut into batches by number of
+//! examples or tokens, and distributed over ranks.
 //!
-//! A step's batches are a function of its [`Cursor`], so resuming a run needs nothing else. This file does not depend on
-//! the record types or on text. Read `data/stream/mod.rs` next; `sft.rs` has a loop over it.
+//! A step's batches are a function of its [`Cursor`], so resuming a run needs nothing else. This file does not depend
+//! on the record types or on text. Read `data/stream/mod.rs` next; `sft.rs` has a loop over it.
 
 use serde::{Deserialize, Serialize};
 
@@ -38,8 +38,8 @@ impl Default for Shard {
 pub enum BatchSize {
     /// A number of examples.
     Examples(usize),
-    /// A maximum number of tokens over the batch's examples, which are of similar length; a longer example is a batch of its
-    /// own.
+    /// A maximum number of tokens over the batch's examples, which are of similar length; a longer example is a batch
+    /// of its own.
     Tokens(usize),
 }
 
@@ -64,8 +64,8 @@ const WINDOW: usize = 4096;
 const BATCH_ORDER: u64 = 0x0062_6174_6368;
 
 impl BatchSampler {
-    /// The batches of one pass. Every example is in exactly one batch of exactly one rank. All ranks have the same number of
-    /// steps; the last one may be empty on some ranks.
+    /// The batches of one pass. Every example is in exactly one batch of exactly one rank. All ranks have the same
+    /// number of steps; the last one may be empty on some ranks.
     ///
     /// Memory: 8 bytes per example and 8 per batch.
     pub fn epoch<T: Example>(&self, examples: &(impl Examples<T> + ?Sized), epoch: usize) -> Epoch {
@@ -119,8 +119,8 @@ impl BatchSampler {
     }
 }
 
-/// Sorts a window by length, cuts it into batches of at most `most` tokens, and shuffles the batches, so that successive
-/// steps have different lengths. `on_batch` receives the sizes of the batches in their final order.
+/// Sorts a window by length, cuts it into batches of at most `most` tokens, and shuffles the batches, so that
+/// successive steps have different lengths. `on_batch` receives the sizes of the batches in their final order.
 fn group_by_length(
     window: &mut [usize],
     tokens: impl Fn(usize) -> usize,
@@ -230,8 +230,8 @@ impl<T: Example, E: Examples<T> + ?Sized> Steps<'_, T, E> {
     }
 }
 
-/// Rows `from..from + count` of an endless sequence of shuffled passes over `n` rows, for PPO's prompts. Each rank draws
-/// its own range.
+/// Rows `from..from + count` of an endless sequence of shuffled passes over `n` rows, for PPO's prompts. Each rank
+/// draws its own range.
 pub fn endless(seed: u64, stream: u64, n: usize, from: usize, count: usize) -> Vec<usize> {
     let mut rows = Vec::with_capacity(count);
     let mut pass = usize::MAX;
@@ -335,7 +335,8 @@ mod tests {
             spread = spread.max(lengths.iter().max().unwrap() - lengths.iter().min().unwrap());
             first_lengths.push(lengths[0]);
         }
-        // The examples have 1 to 40 tokens: batches are nearly full, their lengths differ little, and batches are shuffled.
+        // The examples have 1 to 40 tokens: batches are nearly full, their lengths differ little, and batches are
+        // shuffled.
         assert!(epoch.steps() <= total.div_ceil(200) * 11 / 10, "{} batches for {total} tokens", epoch.steps());
         assert!(spread <= 12, "{spread}");
         assert!(!first_lengths.is_sorted() && !first_lengths.iter().rev().is_sorted());

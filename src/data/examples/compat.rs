@@ -18,11 +18,11 @@ use crate::data::record::{Record, Text};
 pub(crate) const DEFAULT_SPLIT: &str = "2,4,4";
 
 /// The rows of the records in `share`, where `records` holds the number of records per source and a row counts over all
-/// sources. Without `compat` or a share, these are all rows. DeepSpeed-Chat splits every data set by itself, and shuffles
-/// the rows of several data sets once more.
+/// sources. Without `compat` or a share, these are all rows. DeepSpeed-Chat splits every data set by itself, and
+/// shuffles the rows of several data sets once more.
 ///
 /// # Errors
-/// Those of [`dschat::phase_rows`].
+/// Those of [`dschat::share_rows`].
 pub(crate) fn rows_of(records: &[usize], data: &Data, share: Option<Share>) -> Result<Vec<usize>> {
     let (Some(Compat::Dschat), Some(share)) = (data.compat, share) else {
         return Ok((0..records.iter().sum()).collect());
@@ -42,8 +42,8 @@ pub(crate) fn rows_of(records: &[usize], data: &Data, share: Option<Share>) -> R
     Ok(rows)
 }
 
-/// An SFT example: prompt, response and the tokenizer's end token, with a loss on every token but the first (DeepSpeed-Chat
-/// does not mask the prompt).
+/// An SFT example: prompt, response and the tokenizer's end token, with a loss on every token but the first
+/// (DeepSpeed-Chat does not mask the prompt).
 pub(crate) fn sft(
     record: &Record,
     renderer: &Renderer,

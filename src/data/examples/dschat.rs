@@ -1,9 +1,10 @@
-//! DeepSpeed-Chat's rules for `compat = "dschat"`: the rows in each objective's share of the data, and the tokens of a row.
+//! DeepSpeed-Chat's rules for `compat = "dschat"`: the rows in each objective's share of the data, and the tokens of a
+//! row.
 //!
 //! The behaviour is that of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `data_utils.py`: a data set's row numbers are
-//! shuffled by numpy and cut by `data_split`; prompt, response and end-of-conversation text are tokenised in one piece and
-//! truncated at the right, so that a long response loses its end; a long prompt of PPO is dropped. All functions are pure;
-//! this file does not depend on the record types. Read `data/examples/compat.rs` next.
+//! shuffled by numpy and cut by `data_split`; prompt, response and end-of-conversation text are tokenised in one piece
+//! and truncated at the right, so that a long response loses its end; a long prompt of PPO is dropped. All functions
+//! are pure; this file does not depend on the record types. Read `data/examples/compat.rs` next.
 
 use anyhow::{Result, ensure};
 
@@ -97,9 +98,9 @@ pub fn shuffled_rows(seed: u64, size: usize) -> Result<Vec<u32>> {
     Ok(order)
 }
 
-/// The rows of share number `share` (0 = SFT, 1 = reward, 2 = PPO) of a data set of `size` rows, in reading order, cut by
-/// `data_split` as in DeepSpeed-Chat: with fractions f_k, end_k = end_(k-1) + round(f_k size), where halves round to even;
-/// the difference between the last end and the size is then subtracted from every end.
+/// The rows of share number `share` (0 = SFT, 1 = reward, 2 = PPO) of a data set of `size` rows, in reading order, cut
+/// by `data_split` as in DeepSpeed-Chat: with fractions f_k, end_k = end_(k-1) + round(f_k size), where halves round to
+/// even; the difference between the last end and the size is then subtracted from every end.
 ///
 /// # Errors
 /// Those of [`shuffled_rows`]; a fraction that is negative, NaN or infinite, or none above 0; no such share.
@@ -148,15 +149,16 @@ pub fn sequence(text: &str, end: &str, max_length: usize, encoder: &dyn TextEnco
     Ok(tokens)
 }
 
-/// Splits the two sequences of a comparison into their common beginning and the rest of each. If one sequence is a prefix
-/// of the other, the last common token goes to both rests, so that neither is empty.
+/// Splits the two sequences of a comparison into their common beginning and the rest of each. If one sequence is a
+/// prefix of the other, the last common token goes to both rests, so that neither is empty.
 pub fn diverge(chosen: Vec<u32>, rejected: Vec<u32>) -> (Vec<u32>, [Vec<u32>; 2]) {
     let shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
     let shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
     (chosen[..shared].to_vec(), [chosen[shared..].to_vec(), rejected[shared..].to_vec()])
 }
 
-/// Token ids of a prompt for PPO, or None if there are more than `max_prompt_length`: a long prompt is dropped, not cut.
+/// Token ids of a prompt for PPO, or None if there are more than `max_prompt_length`: a long prompt is dropped, not
+/// cut.
 ///
 /// # Errors
 /// Those of the tokenizer.

@@ -1,7 +1,8 @@
 //! [`TextEncoder`], the tokenizer functions that the examples need, and [`ModelEncoder`], which is one over a model's
 //! tokenizer.
 //!
-//! Tests use a small encoder of their own. This file does not depend on the record types. Read `data/examples/render.rs` next.
+//! Tests use a small encoder of their own. This file does not depend on the record types. Read
+//! `data/examples/render.rs` next.
 
 use std::cell::RefCell;
 
@@ -20,8 +21,8 @@ pub trait TextEncoder {
     /// Those of the tokenizer.
     fn encode(&self, text: &str) -> Result<Vec<u32>>;
 
-    /// A dialogue rendered with the tokenizer's chat template; with `add_generation_prompt`, up to where the next assistant
-    /// turn begins.
+    /// A dialogue rendered with the tokenizer's chat template; with `add_generation_prompt`, up to where the next
+    /// assistant turn begins.
     ///
     /// # Errors
     /// Those of the template, such as two user turns in a row.
@@ -51,7 +52,8 @@ pub trait TextEncoder {
     /// The text of the end-of-sequence token, for templates; empty if it has none.
     fn eos_text(&self) -> &str;
 
-    /// The id of the beginning-of-sequence token, for tokenizers that add one to a text. A chat template writes its own.
+    /// The id of the beginning-of-sequence token, for tokenizers that add one to a text. A chat template writes its
+    /// own.
     fn bos_id(&self) -> Option<u32> {
         None
     }

@@ -174,7 +174,8 @@ pub trait Examples<T: Example> {
     /// [`Example::tokens`] of the example at `index`, without reading the example.
     fn tokens(&self, index: usize) -> usize;
 
-    /// The maximum of [`Example::longest_sequence`]; 0 without examples. A subset may return the maximum of the whole list.
+    /// The maximum of [`Example::longest_sequence`]; 0 without examples. A subset may return the maximum of the whole
+    /// list.
     fn longest_sequence(&self) -> usize;
 }
 

@@ -1,8 +1,8 @@
 //! Records -> the training examples of SFT, reward modelling and DPO, KTO, and PPO; each [`Objective`] is one of them.
 //! Every truncated or dropped record is counted in a [`Report`].
 //!
-//! Prompt and response are encoded separately, so the response mask is exact, and the prompt's tokens are those after which
-//! PPO samples. This file does not depend on `files` or `formats`. Read `data/examples/batch_sampler.rs` next.
+//! Prompt and response are encoded separately, so the response mask is exact, and the prompt's tokens are those after
+//! which PPO samples. This file does not depend on `files` or `formats`. Read `data/examples/batch_sampler.rs` next.
 
 use std::collections::BTreeSet;
 
@@ -28,8 +28,8 @@ pub struct Encoding<'e> {
 }
 
 impl<'e> Encoding<'e> {
-    /// The settings of `[data]`. `completion_only` matters for SFT only: the loss is on the responses (true), or on every
-    /// token but the first (false).
+    /// The settings of `[data]`. `completion_only` matters for SFT only: the loss is on the responses (true), or on
+    /// every token but the first (false).
     ///
     /// # Errors
     /// The config asks for a chat template and there is none.
@@ -133,8 +133,8 @@ pub fn sft_examples(
 }
 
 /// The loss is on all assistant turns of a dialogue with their end tokens, on the best response of a ranking, and on an
-/// unpaired response that is desirable; without `completion_only`, on every token but the first. Raw text gets an end token
-/// and a loss on every token; a longer text than `max_length` is cut into blocks of that length.
+/// unpaired response that is desirable; without `completion_only`, on every token but the first. Raw text gets an end
+/// token and a loss on every token; a longer text than `max_length` is cut into blocks of that length.
 impl Objective for SftExample {
     const NAME: &'static str = "sft";
     const SHARE: Option<Share> = Some(Share::Sft);
@@ -351,8 +351,8 @@ pub fn unpaired_examples(
     collect(entries, &Encoding::new(encoder, data, true)?)
 }
 
-/// From unpaired records, and from preferences, whose chosen response is desirable and whose rejected one is undesirable (as
-/// in TRL).
+/// From unpaired records, and from preferences, whose chosen response is desirable and whose rejected one is
+/// undesirable (as in TRL).
 impl Objective for UnpairedExample {
     const NAME: &'static str = "judged";
 

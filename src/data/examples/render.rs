@@ -96,8 +96,8 @@ impl<'e> Renderer<'e> {
         Ok(text)
     }
 
-    /// The beginning-of-sequence token to put in front: a chat template writes its own, other text gets the tokenizer's, if
-    /// it has one.
+    /// The beginning-of-sequence token to put in front: a chat template writes its own, other text gets the
+    /// tokenizer's, if it has one.
     pub(crate) fn first_token(&self, text: &Text) -> Option<u32> {
         let in_turns = self.turns_from_texts || matches!(text, Text::Dialogue(_));
         let chat = self.template == Template::Chat && in_turns;
@@ -137,8 +137,8 @@ impl<'e> Renderer<'e> {
         Ok((prompt, segments))
     }
 
-    /// The segments of a conversation up to its last assistant turn: every assistant turn from index `from` on is a target,
-    /// the rest is not.
+    /// The segments of a conversation up to its last assistant turn: every assistant turn from index `from` on is a
+    /// target, the rest is not.
     ///
     /// Each target is the difference between two renderings, so a template that rewrites earlier turns gives an error
     /// instead of a wrong mask.

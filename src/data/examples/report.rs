@@ -1,7 +1,7 @@
 //! [`Report`]: counts of the records read, the sequences made, and those truncated or dropped, by reason.
 //!
-//! Nothing is dropped without being counted. This file does not depend on the tokenizer. `data/examples/objectives.rs` and
-//! `data/stream/pipeline.rs` fill it.
+//! Nothing is dropped without being counted. This file does not depend on the tokenizer. `data/examples/objectives.rs`
+//! and `data/stream/pipeline.rs` fill it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -51,7 +51,8 @@ impl fmt::Display for Report {
 /// The result of one record.
 #[derive(Debug)]
 pub enum Outcome<T> {
-    /// Examples to train on: usually one; several for a preference under KTO or a long raw text that is cut into blocks.
+    /// Examples to train on: usually one; several for a preference under KTO or a long raw text that is cut into
+    /// blocks.
     Keep {
         /// The examples, in the order of the record.
         examples: Vec<T>,

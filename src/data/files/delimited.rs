@@ -1,8 +1,8 @@
 //! Comma- and tab-separated tables -> JSON objects, one row at a time. The first row names the columns.
 //!
-//! Every cell is a string, with three exceptions: a cell that holds a JSON list or object (as `messages` or `scores` in a
-//! table must) is parsed, `true`/`True`/`false`/`False` in a column called `label` or `kto_tag` is a boolean, and an empty
-//! cell is null. This file does not depend on `formats`. Read `data/formats/mod.rs` next.
+//! Every cell is a string, with three exceptions: a cell that holds a JSON list or object (as `messages` or `scores` in
+//! a table must) is parsed, `true`/`True`/`false`/`False` in a column called `label` or `kto_tag` is a boolean, and an
+//! empty cell is null. This file does not depend on `formats`. Read `data/formats/mod.rs` next.
 
 use std::io::BufRead;
 use std::path::Path;

@@ -1,7 +1,7 @@
 //! Limits on untrusted JSON and tables: the bytes and the number of values of one record.
 //!
-//! A megabyte of `[],[],[]` takes thirty in memory, and a small gzipped file can hold any number of them. This file does
-//! not depend on the rest of the crate. Read `data/files/read.rs` next.
+//! A megabyte of `[],[],[]` takes thirty in memory, and a small gzipped file can hold any number of them. This file
+//! does not depend on the rest of the crate. Read `data/files/read.rs` next.
 
 use std::cell::Cell;
 use std::fmt;

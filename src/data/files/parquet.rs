@@ -1,5 +1,5 @@
-//! Parquet -> JSON objects, one row at a time, nested lists and structs included. Compression: Snappy, gzip, zstd, LZ4 or
-//! none.
+//! Parquet -> JSON objects, one row at a time, nested lists and structs included. Compression: Snappy, gzip, zstd, LZ4
+//! or none.
 //!
 //! Pages are read as they are needed, so memory is about one page per column. The file is untrusted, and the `parquet`
 //! crate panics on some damaged files: sizes are checked before they are allocated, and a panic becomes an error. This
@@ -162,8 +162,8 @@ impl PageSizes {
     }
 }
 
-/// A file that fails on repeated reads at its end. For a damaged page header that claims two billion elements, the `parquet`
-/// crate skips them one by one, and a read of 0 bytes at the end counts as success.
+/// A file that fails on repeated reads at its end. For a damaged page header that claims two billion elements, the
+/// `parquet` crate skips them one by one, and a read of 0 bytes at the end counts as success.
 struct EofLimit {
     file: File,
     /// Number of reads at the end of the file.
@@ -225,7 +225,8 @@ impl ChunkReader for CheckedFile {
 
     /// The `parquet` crate calls this at the start of each page.
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        /// Bytes read of a page header: the two fields take at most twelve in the shortest encoding, more in a longer one.
+        /// Bytes read of a page header: the two fields take at most twelve in the shortest encoding, more in a longer
+        /// one.
         const HEADER_BYTES: u64 = 64;
         let mut header = Vec::with_capacity(HEADER_BYTES as usize);
         self.at(start)?.take(HEADER_BYTES).read_to_end(&mut header)?;
@@ -257,9 +258,10 @@ impl ChunkReader for CheckedFile {
     }
 }
 
-/// A page's type and its uncompressed size: the 32-bit fields 1 and 2 of its header, in Thrift's compact encoding. A field's
-/// id is written as an increment of 1 to 15 over the previous id, or in full after a zero increment; fields may come in any
-/// order, and the later of two with one id counts, as in the `parquet` crate, which also rejects negative values.
+/// A page's type and its uncompressed size: the 32-bit fields 1 and 2 of its header, in Thrift's compact encoding. A
+/// field's id is written as an increment of 1 to 15 over the previous id, or in full after a zero increment; fields may
+/// come in any order, and the later of two with one id counts, as in the `parquet` crate, which also rejects negative
+/// values.
 fn page_header(header: &[u8]) -> Option<(u64, u64)> {
     const INT32: u8 = 5;
     let mut bytes = header.iter().copied();

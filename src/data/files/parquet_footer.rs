@@ -1,8 +1,8 @@
 //! Validates a Parquet footer before the `parquet` crate parses it: limits on columns, nesting and column chunks.
 //!
 //! A few bytes of a footer can claim two billion columns, or nest groups until the stack overflows. The footer is in
-//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on the rest of the
-//! crate. `data/files/parquet.rs` calls it.
+//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on the rest of
+//! the crate. `data/files/parquet.rs` calls it.
 
 /// Maximum nesting depth of the schema.
 const MAX_DEPTH: usize = 24;

@@ -1,4 +1,5 @@
-//! One file -> raw records, one at a time, in constant memory: JSON arrays, JSON lines and plain text, each also gzipped.
+//! One file -> raw records, one at a time, in constant memory: JSON arrays, JSON lines and plain text, each also
+//! gzipped.
 //!
 //! Tables are read by `delimited.rs` and `parquet.rs`. This file does not depend on `formats`. Read
 //! `data/formats/mod.rs` next.

@@ -1,7 +1,7 @@
 //! JSON values -> turns, and the rules for a prompt and its responses.
 //!
-//! A prompt ends where a response can follow, a response is not empty, and compared responses differ. This file does not
-//! depend on the columns of any one format. Read `data/formats/transcript.rs` next.
+//! A prompt ends where a response can follow, a response is not empty, and compared responses differ. This file does
+//! not depend on the columns of any one format. Read `data/formats/transcript.rs` next.
 
 use serde_json::Value;
 

@@ -1,10 +1,10 @@
-//! DeepSpeed-Chat's dataset classes as a table: per public data set, the columns of prompt and responses, the rule for the
-//! better response, the edits of the texts, and the names of the splits.
+//! DeepSpeed-Chat's dataset classes as a table: per public data set, the columns of prompt and responses, the rule for
+//! the better response, the edits of the texts, and the names of the splits.
 //!
-//! The rules are those of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `raw_datasets.py`. There every prompt is
-//! `" Human: " + question + " Assistant:"` and every response begins with a space; here that is the template
-//! `human_assistant`, and a record holds the turns, so that another template can be used as well. This file does not depend
-//! on `files`. Read `data/examples/mod.rs` next.
+//! The rules are those of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `raw_datasets.py`. There every prompt is `"
+//! Human: " + question + " Assistant:"` and every response begins with a space; here that is the template
+//! `human_assistant`, and a record holds the turns, so that another template can be used as well. This file does not
+//! depend on `files`. Read `data/examples/mod.rs` next.
 
 use std::sync::LazyLock;
 

@@ -1,7 +1,7 @@
 //! HH-RLHF transcripts (`\n\nHuman: …\n\nAssistant: …`) -> turns, and the common beginning of two texts or dialogues.
 //!
-//! The common beginning is the prompt of a comparison that has no prompt column. This file does not depend on the columns
-//! of any format. Read `data/formats/presets.rs` next.
+//! The common beginning is the prompt of a comparison that has no prompt column. This file does not depend on the
+//! columns of any format. Read `data/formats/presets.rs` next.
 
 use crate::tokenizer::chat_template::Message;
 
@@ -45,8 +45,8 @@ pub(crate) fn common_turns(lists: Vec<Vec<Message>>) -> (Vec<Message>, Vec<Vec<M
     (prompt, lists.into_iter().map(|mut turns| turns.split_off(shared)).collect())
 }
 
-/// The length in bytes of the common beginning of two texts. It is shortened so that it neither splits a word nor ends in
-/// the space that belongs to the response's first token.
+/// The length in bytes of the common beginning of two texts. It is shortened so that it neither splits a word nor ends
+/// in the space that belongs to the response's first token.
 pub(crate) fn common_text(a: &str, b: &str) -> usize {
     let same = a.chars().zip(b.chars()).take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum();
     let in_word = |text: &str| text[same..].starts_with(|c: char| c.is_ascii_alphanumeric());

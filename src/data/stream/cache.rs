@@ -1,9 +1,10 @@
 //! The cache file of tokenised examples: written once in constant memory, then mapped into memory.
 //!
-//! Its name is the hash of everything that its content depends on, so a stale file is never read. Layout, little-endian:
-//! magic (16 bytes), key (32), number of examples, number of words, longest sequence, bytes of the report (u64 each),
-//! SHA-256 of all other bytes (32); then the examples' u32 words, an index of 24 bytes per example, and the report as JSON.
-//! This file does not depend on the record types or the tokenizer. Read `data/stream/pipeline.rs` next.
+//! Its name is the hash of everything that its content depends on, so a stale file is never read. Layout,
+//! little-endian: magic (16 bytes), key (32), number of examples, number of words, longest sequence, bytes of the
+//! report (u64 each), SHA-256 of all other bytes (32); then the examples' u32 words, an index of 24 bytes per example,
+//! and the report as JSON. This file does not depend on the record types or the tokenizer. Read
+//! `data/stream/pipeline.rs` next.
 
 use std::borrow::Cow;
 use std::fs::{self, File, OpenOptions};
@@ -22,7 +23,8 @@ use crate::data::examples::{Example, Examples, PromptExample, RankedExample, Sft
 /// Names the layout. Increase the digit when the layout or the making of examples changes: every cache is then stale.
 const MAGIC: &[u8; 16] = b"fourfold-tokens1";
 const HEADER: usize = 16 + 32 + 4 * 8 + 32;
-/// Bytes of an example's index entry: its first word (u64), its group (u64), its number of words and of tokens (u32 each).
+/// Bytes of an example's index entry: its first word (u64), its group (u64), its number of words and of tokens (u32
+/// each).
 const INDEX_ENTRY: usize = 24;
 
 /// The hash of everything that a cache's content depends on.
@@ -330,8 +332,8 @@ impl<T: Example + Stored> Cache<T> {
         }
         hash.update(&header[..80]);
         ensure!(hash.finalize()[..] == header[80..], "its content is damaged");
-        // SAFETY: the file is never written again under any name: writers fill a new file and rename it over this one, which
-        // leaves the mapped content unchanged.
+        // SAFETY: the file is never written again under any name: writers fill a new file and rename it over this one,
+        // which leaves the mapped content unchanged.
         let map = unsafe { Mmap::map(&file)? };
         let _ = map.advise(Advice::Random);
         let (index, report) = (index.unwrap_or(0) as usize, report as usize);

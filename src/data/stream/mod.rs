@@ -1,4 +1,5 @@
-//! From the sources of `[data]` to training examples: mixing, tokenising on all cores, the cache file, the held-out split.
+//! From the sources of `[data]` to training examples: mixing, tokenising on all cores, the cache file, the held-out
+//! split.
 //!
 //! A training stage calls [`pipeline::prepare`] and gets its examples. Read `data/stream/sources.rs` next.
 

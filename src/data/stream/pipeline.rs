@@ -97,9 +97,9 @@ pub fn prepare<T: Objective + Stored>(
     unsplit.split(data.eval_size(), seed)
 }
 
-/// Blocks of `length` tokens for the ptx mixture of PPO (its pretraining loss): the texts at `paths`, each with an end token,
-/// are joined in order and cut. The incomplete last block is dropped and counted. DeepSpeed-Chat does the same without end
-/// tokens. All other settings are those of `data`.
+/// Blocks of `length` tokens for the ptx mixture of PPO (its pretraining loss): the texts at `paths`, each with an end
+/// token, are joined in order and cut. The incomplete last block is dropped and counted. DeepSpeed-Chat does the same
+/// without end tokens. All other settings are those of `data`.
 ///
 /// # Errors
 /// Those of [`prepare`]; a record without text; less text than one block.
@@ -185,13 +185,13 @@ fn cached<T: Example + Stored + Send + Sync + 'static>(
         let (groups, report) = (cache.groups().collect(), cache.report().clone());
         Unsplit { all: Arc::new(cache), groups, report, cache: Some(path.clone()), ignored: ignored.clone() }
     };
-    // One process makes the file and others wait for it. On a file system without locks each process makes its own file, and
-    // the last rename wins: the content is the same.
+    // One process makes the file and others wait for it. On a file system without locks each process makes its own
+    // file, and the last rename wins: the content is the same.
     let lock = File::create(path.with_extension("lock")).map_err(refused)?;
     let _ = lock.lock();
     match Cache::open(&path, &key) {
         Ok(cache) => return Ok(opened(cache)),
-        Err(error) if path.exists() => eprintln!("data: {}: {error}; made anew", path.display()),
+        Err(error) if path.exists() => eprintln!("data: {}: {error}; the cache is rebuilt", path.display()),
         Err(_) => {}
     }
     let mut writer = Writer::create(&path, key)?;
@@ -260,8 +260,8 @@ fn hex(key: &Key) -> String {
     key.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Maximum number of batches per thread between the reader and the sink; it bounds the memory of batches that wait for a
-/// slow one.
+/// Maximum number of batches per thread between the reader and the sink; it bounds the memory of batches that wait for
+/// a slow one.
 const AHEAD: usize = 4;
 /// Bytes of text that complete a batch for a thread.
 const BATCH_BYTES: usize = 128 << 10;
@@ -347,8 +347,8 @@ impl Drop for WakeReaderOnPanic<'_> {
     }
 }
 
-/// [`encode`] for an objective that gets only a share of the records: the share depends on the number of records, so all of
-/// them are read first.
+/// [`encode`] for an objective that gets only a share of the records: the share depends on the number of records, so
+/// all of them are read first.
 fn encode_share<T: Objective>(
     data: &Data,
     tokenizer: &Tokenizer,

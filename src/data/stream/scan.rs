@@ -25,8 +25,8 @@ pub struct Dataset {
     pub ignored: Vec<PathBuf>,
 }
 
-/// Passes every record of `[data]`'s sources to `sink`, up to `max_rows`, in constant memory. `sink` gets a record, or the
-/// place and the fault of one that `on_bad_record = "skip"` skips, and returns whether to read on.
+/// Passes every record of `[data]`'s sources to `sink`, up to `max_rows`, in constant memory. `sink` gets a record, or
+/// the place and the fault of one that `on_bad_record = "skip"` skips, and returns whether to read on.
 ///
 /// # Errors
 /// A file that cannot be read, is of an unknown type or has no records; a record that cannot be used, unless

@@ -1,7 +1,7 @@
 //! The sources of `[data]` as one stream of records: one source after the other, or interleaved by weight.
 //!
-//! Memory is constant: only the records that the readers are working on. This file does not depend on the tokenizer. Read
-//! `data/stream/scan.rs` next.
+//! Memory is constant: only the records that the readers are working on. This file does not depend on the tokenizer.
+//! Read `data/stream/scan.rs` next.
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};

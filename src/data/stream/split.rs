@@ -1,7 +1,7 @@
 //! The split into training and held-out examples.
 //!
-//! All examples of one prompt are on the same side: a model must not be evaluated on a prompt whose responses it was trained
-//! on. This file does not depend on `examples`. Read `data/stream/cache.rs` next.
+//! All examples of one prompt are on the same side: a model must not be evaluated on a prompt whose responses it was
+//! trained on. This file does not depend on `examples`. Read `data/stream/cache.rs` next.
 
 use anyhow::{Result, ensure};
 use sha2::{Digest, Sha256};
@@ -15,8 +15,8 @@ use crate::tokenizer::chat_template::Message;
 /// The split's own random stream, independent of every other draw of the run.
 const STREAM: u64 = 0x0073_706c_6974;
 
-/// The group of a record, which is equal for records with the same prompt: a hash of the prompt, or of the whole text if
-/// there is none. A verbatim prompt equals one user turn with the same text.
+/// The group of a record, which is equal for records with the same prompt: a hash of the prompt, or of the whole text
+/// if there is none. A verbatim prompt equals one user turn with the same text.
 pub(crate) fn group(record: &Record) -> u64 {
     let mut hash = Sha256::new();
     let mut turn = |role: &str, content: &str| {
@@ -45,10 +45,10 @@ pub(crate) fn group(record: &Record) -> u64 {
     digest.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
-/// (training, held-out) rows of `groups`: disjoint, complete, each in the original order, with no group on both sides, and
-/// the same for the same seed and groups. Whole groups are held out, in a shuffled order, while they fit: the held-out part
-/// has the requested size if every group has one row, otherwise it may be smaller. A fraction above 0 holds out at least one
-/// row and leaves at least one. Memory: 16 bytes per row during the call.
+/// (training, held-out) rows of `groups`: disjoint, complete, each in the original order, with no group on both sides,
+/// and the same for the same seed and groups. Whole groups are held out, in a shuffled order, while they fit: the
+/// held-out part has the requested size if every group has one row, otherwise it may be smaller. A fraction above 0
+/// holds out at least one row and leaves at least one. Memory: 16 bytes per row during the call.
 ///
 /// # Errors
 /// No row would remain for training.
