@@ -211,7 +211,7 @@ fn main() -> Result<()> {
             // One shared token stands for the prompt; lengths are those of the peers.
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
             let examples: Vec<RankedExample> =
-                (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), answers: answers(i) }).collect();
+                (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), responses: answers(i) }).collect();
             reward::train::train(base, &scorer, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
         })?;
         done.push(("reward_step.update".into(), 2048.0 * 2.0 * blocks, spent[&Phase::Update]));

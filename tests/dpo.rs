@@ -70,13 +70,13 @@ impl World {
     }
 
     fn compared(&self) -> Vec<RankedExample> {
-        let example = |c: &Compared| RankedExample { prompt: c.prompt.clone(), answers: c.answers.clone() };
+        let example = |c: &Compared| RankedExample { prompt: c.prompt.clone(), responses: c.answers.clone() };
         self.golden.compared.iter().map(example).collect()
     }
 
     fn judged(&self) -> Vec<UnpairedExample> {
         let example =
-            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), answer: j.answer.clone(), good: j.label };
+            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), response: j.answer.clone(), desirable: j.label };
         self.golden.judged.iter().map(example).collect()
     }
 
@@ -285,7 +285,7 @@ fn what_cannot_be_trained_on_is_refused_with_the_remedy() {
     assert!(found.contains("are both 0"), "{found}");
     let texts = vec![json!({"text": "only a text"}); 4];
     assert!(refusal(Stage::Dpo, &texts, "").contains("needs comparisons"));
-    assert!(refusal(Stage::Kto, &texts, "").contains("KTO needs judged answers"));
+    assert!(refusal(Stage::Kto, &texts, "").contains("KTO needs labelled responses"));
     let ranked = json!({"prompt": "a", "responses": ["b", "c", "d"]});
     assert!(refusal(Stage::Kto, &[ranked.clone(), ranked.clone(), ranked], "").contains("this record is ranked"));
 }

@@ -77,7 +77,7 @@ impl Golden {
     }
 
     fn ranked(&self) -> Vec<RankedExample> {
-        let example = |r: &Ranked| RankedExample { prompt: r.prompt.clone(), answers: r.answers.clone() };
+        let example = |r: &Ranked| RankedExample { prompt: r.prompt.clone(), responses: r.answers.clone() };
         self.ranked.iter().map(example).collect()
     }
 }

@@ -274,7 +274,7 @@ fn sampled_pairs(
             let [a, b] = [2 * i, 2 * i + 1].map(|j| (scores[j], responses[j].tokens.clone()));
             if a.1 != b.1 {
                 let (better, worse) = if a.0 >= b.0 { (a.1, b.1) } else { (b.1, a.1) };
-                found.push(RankedExample { prompt: prompt.clone(), answers: vec![better, worse] });
+                found.push(RankedExample { prompt: prompt.clone(), responses: vec![better, worse] });
             }
         }
     }
@@ -293,9 +293,9 @@ fn for_trl(
     fs::write(dir.join("questions.jsonl"), lines(asked.iter().map(|row| json!(row)).collect()))?;
     fs::write(dir.join("held_out.jsonl"), lines(held.iter().map(|row| json!(row)).collect()))?;
     let pair = |p: &RankedExample| {
-        let ids = json!({ "prompt_ids": p.prompt, "chosen_ids": p.answers[0], "rejected_ids": p.answers[1] });
+        let ids = json!({ "prompt_ids": p.prompt, "chosen_ids": p.responses[0], "rejected_ids": p.responses[1] });
         let mut row = json!({
-            "prompt": decode(&p.prompt), "chosen": decode(&p.answers[0]), "rejected": decode(&p.answers[1]),
+            "prompt": decode(&p.prompt), "chosen": decode(&p.responses[0]), "rejected": decode(&p.responses[1]),
         });
         if let (Some(row), Some(ids)) = (row.as_object_mut(), ids.as_object()) {
             row.extend(ids.clone());

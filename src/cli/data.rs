@@ -62,7 +62,7 @@ pub(super) fn show(args: &Show) -> Result<()> {
         Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
         Stage::Dpo => look.at::<RankedExample>("dpo", true, ranked_pieces),
         Stage::Kto => {
-            look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.answer[..], true)]])
+            look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
         }
         Stage::Ppo => look.at::<PromptExample>("ppo", true, |e| vec![vec![(&e.tokens[..], false)]]),
     }
@@ -112,7 +112,7 @@ fn sft_pieces(example: &SftExample) -> Pieces<'_> {
 
 /// Every answer after the prompt; what it shares with the best one (for the best, with the next) is not marked.
 fn ranked_pieces(example: &RankedExample) -> Pieces<'_> {
-    let answers = example.answers.iter().enumerate();
+    let answers = example.responses.iter().enumerate();
     let pieces = answers.map(|(number, answer)| {
         let shared = example.divergence(number, if number == 0 { 1 } else { 0 }) - example.prompt.len();
         let (same, own) = answer.split_at(shared.min(answer.len()));
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn answers_are_marked_from_where_they_differ() {
-        let example = RankedExample { prompt: vec![1, 2], answers: vec![vec![5, 6], vec![5, 7, 8]] };
+        let example = RankedExample { prompt: vec![1, 2], responses: vec![vec![5, 6], vec![5, 7, 8]] };
         let marked: Vec<_> = ranked_pieces(&example).into_iter().map(|mut pieces| pieces.remove(2)).collect();
         assert_eq!(marked, [(&[6u32][..], true), (&[7, 8][..], true)]);
         let example = SftExample { tokens: vec![1, 2, 3, 4], loss_mask: vec![false, true, true, false] };

@@ -18,7 +18,7 @@ use crate::config::{ByteSize, Config, Stage};
 use crate::data::examples::objectives::{Objective as Kind, PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Examples, Ids};
 use crate::data::stream::cache::Stored;
-use crate::data::{Part, Prepared, prepare};
+use crate::data::{Prepared, Subset, prepare};
 use crate::host::meter;
 use crate::host::meter::Phase;
 use crate::host::{LimitSource, beside_heap_bytes};
@@ -245,7 +245,7 @@ impl Source {
 
     /// How many examples the lengths are of.
     fn examples(&self) -> Option<usize> {
-        fn of<T: crate::data::examples::Example>(train: &Part<T>) -> Option<usize> {
+        fn of<T: crate::data::examples::Example>(train: &Subset<T>) -> Option<usize> {
             Some(train.len())
         }
         match &self.data {

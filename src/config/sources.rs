@@ -42,7 +42,7 @@ pub struct Source {
 }
 
 /// A public data set whose columns are known by its name: DeepSpeed-Chat's dataset classes. What each holds is the table
-/// in `data::presets`.
+/// in `data::formats::presets`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[allow(missing_docs)] // the names say it
 pub enum Preset {

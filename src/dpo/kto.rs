@@ -67,10 +67,10 @@ pub fn train(
     let per_epoch = plan.steps(examples, 1);
     let steps = per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
+    let longest = examples.iter().map(|e| e.prompt.len() + e.response.len()).max().unwrap_or(0);
     let checkpoint =
         settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
-    let good = examples.iter().filter(|e| e.good).count();
+    let good = examples.iter().filter(|e| e.desirable).count();
     session.report.stage("kto", steps);
     session.report.note(&format!(
         "kto: {good} good and {} bad answers, {} held out",
@@ -176,7 +176,7 @@ pub fn train(
 }
 
 fn sequences<'e>(examples: &[&'e UnpairedExample]) -> Vec<Sequence<'e>> {
-    examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.answer }).collect()
+    examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.response }).collect()
 }
 
 /// Weighs answers under a policy against the same under the reference.
@@ -201,7 +201,7 @@ impl Judge<'_> {
         let mixed: Vec<Sequence<'_>> = examples
             .iter()
             .zip(answers)
-            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.answer })
+            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.response })
             .collect();
         let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
         Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
@@ -219,9 +219,9 @@ impl Judge<'_> {
     ) -> Result<Vec<f64>> {
         let mut by_sum = Vec::with_capacity(logps.len());
         for ((example, logp), reference) in examples.iter().zip(logps).zip(references) {
-            let (loss, slope) = self.loss.of(logp - reference, example.good, kl)?;
+            let (loss, slope) = self.loss.of(logp - reference, example.desirable, kl)?;
             tally.loss += weight * loss;
-            tally.answer(example.good, self.loss.beta * (logp - reference), *logp);
+            tally.answer(example.desirable, self.loss.beta * (logp - reference), *logp);
             by_sum.push(weight * slope);
         }
         Ok(by_sum)

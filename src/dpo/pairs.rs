@@ -164,12 +164,12 @@ fn loss_of(config: &Dpo) -> PairLoss {
 }
 
 fn tokens_in(example: &RankedExample) -> usize {
-    example.answers.iter().map(|a| example.prompt.len() + a.len()).sum()
+    example.responses.iter().map(|a| example.prompt.len() + a.len()).sum()
 }
 
 /// All answers of all comparisons, best first within one.
 fn sequences<'e>(examples: &[&'e RankedExample]) -> Vec<Sequence<'e>> {
-    let all = examples.iter().flat_map(|e| e.answers.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
+    let all = examples.iter().flat_map(|e| e.responses.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
     all.collect()
 }
 
@@ -199,12 +199,12 @@ impl Judge<'_> {
         let mut by_sum = vec![0.0; logps.len()];
         let mut first = 0;
         for (example, references) in examples.iter().zip(references) {
-            let k = example.answers.len();
+            let k = example.responses.len();
             ensure!(k >= 2 && references.len() == k, "{k} answers compared, {} under the reference", references.len());
             let answer = |i: usize| Answer {
                 logp: logps[first + i],
                 reference: references[i],
-                tokens: example.answers[i].len(),
+                tokens: example.responses[i].len(),
             };
             let share = weight / (k * (k - 1) / 2) as f64;
             for (better, worse) in (0..k).flat_map(|i| (i + 1..k).map(move |j| (i, j))) {

@@ -80,7 +80,7 @@ impl Sequences for SftExample {
 
 impl Sequences for RankedExample {
     fn put(&self, most: usize, pass: &mut Pass) {
-        for answer in &self.answers {
+        for answer in &self.responses {
             pass.lengths.push((self.prompt.len() + answer.len()).min(most));
             pass.targets += answer.len().min(most - 1);
         }
@@ -89,8 +89,8 @@ impl Sequences for RankedExample {
 
 impl Sequences for UnpairedExample {
     fn put(&self, most: usize, pass: &mut Pass) {
-        pass.lengths.push((self.prompt.len() + self.answer.len()).min(most));
-        pass.targets += self.answer.len().min(most - 1);
+        pass.lengths.push((self.prompt.len() + self.response.len()).min(most));
+        pass.targets += self.response.len().min(most - 1);
     }
 }
 
@@ -327,8 +327,8 @@ pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work
     let length = data.max_length.min(context).max(2);
     let answer = vec![0u32; length - 1];
     let (some, held) = (64, 16);
-    let ranked = || RankedExample { prompt: vec![0], answers: vec![answer.clone(); 2] };
-    let judged = || UnpairedExample { prompt: vec![0], answer: answer.clone(), good: true };
+    let ranked = || RankedExample { prompt: vec![0], responses: vec![answer.clone(); 2] };
+    let judged = || UnpairedExample { prompt: vec![0], response: answer.clone(), desirable: true };
     let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
     let count = |per_step: usize| per_step.max(some);
     match stage {

@@ -249,7 +249,7 @@ impl Text<'_> {
 
     fn ranked(&self, row: &Row, answers: [&String; 2]) -> Result<RankedExample> {
         let answers = answers.into_iter().map(|a| self.answer(a)).collect::<Result<Vec<_>>>()?;
-        Ok(RankedExample { prompt: self.encode(&row.prompt)?, answers })
+        Ok(RankedExample { prompt: self.encode(&row.prompt)?, responses: answers })
     }
 }
 

@@ -60,11 +60,11 @@ impl Padding {
     pub fn rows(&self, examples: &[Cow<'_, RankedExample>]) -> Result<Rows> {
         let (mut rows, mut readable, mut ends) = (vec![], vec![], vec![]);
         for example in examples {
-            let [chosen, rejected] = &example.answers[..] else {
+            let [chosen, rejected] = &example.responses[..] else {
                 return Err(invalid!(
                     "[reward] compat = \"dschat\" compares two answers, and a record has {}; add [data] compat = \"dschat\", \
                      which takes the best and the worst",
-                    example.answers.len()
+                    example.responses.len()
                 ));
             };
             let pair = [chosen, rejected].map(|answer| [&example.prompt[..], answer].concat());
@@ -108,7 +108,7 @@ mod tests {
 
     fn example(prompt: &[u32], answers: &[&[u32]]) -> Cow<'static, RankedExample> {
         let answers = answers.iter().map(|answer| answer.to_vec()).collect();
-        Cow::Owned(RankedExample { prompt: prompt.to_vec(), answers })
+        Cow::Owned(RankedExample { prompt: prompt.to_vec(), responses: answers })
     }
 
     #[test]

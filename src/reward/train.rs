@@ -226,7 +226,7 @@ fn gradients(
 /// All answers of all examples, each after its prompt: best first within an example.
 fn pack(examples: &[Cow<'_, RankedExample>]) -> Result<Batch> {
     let sequences: Vec<Vec<u32>> =
-        examples.iter().flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
+        examples.iter().flat_map(|e| e.responses.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
     Batch::new(&sequences)
 }
 
@@ -267,7 +267,7 @@ fn last_token(
     let mut grads = Vec::with_capacity(scores.len());
     let mut at = 0;
     for example in examples {
-        let next = at + example.answers.len();
+        let next = at + example.responses.len();
         let loss = ranked(&scores[at..next])?;
         sums.loss += loss.loss * weight;
         sums.right += loss.right;
@@ -290,7 +290,7 @@ fn divergence(
     let offsets = batch.offsets();
     let mut first = 0;
     for example in examples {
-        let k = example.answers.len();
+        let k = example.responses.len();
         let share = weight / (k * (k - 1) / 2) as f64;
         let rows = |i: usize| offsets[first + i]..offsets[first + i + 1];
         let scored = |i: usize| Scored { tokens: &batch.tokens()[rows(i)], scores: &scores[rows(i)] };
@@ -342,8 +342,8 @@ fn scores_of_rows(
         };
         let mut at = 0;
         for example in some {
-            all.push(scores[at..at + example.answers.len()].to_vec());
-            at += example.answers.len();
+            all.push(scores[at..at + example.responses.len()].to_vec());
+            at += example.responses.len();
         }
     }
     Ok(all)

@@ -72,7 +72,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     // The KL term puts answers after each other's prompts.
     let longest = |of: fn(&UnpairedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
-    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.answer.len()))?;
+    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.response.len()))?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;

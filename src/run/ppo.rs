@@ -13,7 +13,7 @@ use crate::config::{Config, CriticStart, Data, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
 use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, prompt_examples};
 use crate::data::examples::{Examples, Ids};
-use crate::data::{ModelEncoder, Part, Prepared};
+use crate::data::{ModelEncoder, Prepared, Subset};
 use crate::model::adapter::Adapter;
 use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, Judges};
@@ -165,7 +165,7 @@ fn start<'w>(
 }
 
 /// The blocks of `[ppo.ptx]`.
-fn text(ptx: &Ptx, settings: &Ppo, model: &Model, config: &Config) -> Result<Part<SftExample>> {
+fn text(ptx: &Ptx, settings: &Ppo, model: &Model, config: &Config) -> Result<Subset<SftExample>> {
     let (data, context) = (config.data()?, model.base.config().max_position_embeddings);
     let size = ptx.block_size.unwrap_or(data.max_prompt_length + settings.response_length);
     if size > context {

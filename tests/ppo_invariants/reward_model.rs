@@ -37,14 +37,14 @@ fn three_ranked_answers_train_as_three_pairs_from_one_forward_of_three_sequences
     let empty = vec![model.checkpoint.tokenizer().eos_id().unwrap()];
     let three: Vec<RankedExample> = two
         .iter()
-        .map(|e| RankedExample { answers: e.answers.iter().cloned().chain([empty.clone()]).collect(), ..e.clone() })
+        .map(|e| RankedExample { responses: e.responses.iter().cloned().chain([empty.clone()]).collect(), ..e.clone() })
         .collect();
     let start = scorer_start(&model);
     let config = Reward { num_train_epochs: 6, per_device_train_batch_size: 12, ..reward_config() };
     let (lines, summary) = train_reward(&model, &start, &three, &config);
     assert_eq!((summary.before.pairs, summary.after.pairs, summary.steps), (36, 36, 6));
     // Pair by pair, every sequence would run twice.
-    let tokens = |e: &RankedExample| e.answers.iter().map(|a| e.prompt.len() + a.len()).sum::<usize>();
+    let tokens = |e: &RankedExample| e.responses.iter().map(|a| e.prompt.len() + a.len()).sum::<usize>();
     assert_eq!(summary.tokens, 6 * three.iter().map(tokens).sum::<usize>());
     // -log sigmoid(better - worse), the mean over an example's pairs, then over the examples.
     let scores = reward::train::scores(&model.base, &start, &three).unwrap();
