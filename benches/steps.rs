@@ -26,10 +26,12 @@ use fourfold::model::base::Base;
 use fourfold::model::generate::{SamplingParams, generate};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ops::weight::Weight;
-use fourfold::ppo::train as ppo;
+use fourfold::ppo::run::{PpoRun, micro_batch_tokens};
+use fourfold::ppo::train::train;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::settings;
 use fourfold::{reward, sft};
 
 #[global_allocator]
@@ -230,12 +232,14 @@ fn main() -> Result<()> {
             ..Ppo::default()
         };
         let spent = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
-            let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: Some(&scorer) };
             let source = RewardModel(ValueModel::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
-            let task = ppo::Task {
-                start,
+            let run = PpoRun {
+                base,
+                reward_base: base,
+                sft: &fresh,
+                reward: Some(&scorer),
                 prompts: &prompts,
                 stop: &[],
                 source: &source,
@@ -243,8 +247,11 @@ fn main() -> Result<()> {
                 evaluation: None,
                 ptx: None,
                 pad: None,
+                config: &config,
+                seed: rep as u64,
+                recompute: settings::checkpoint(checkpoint, base, &fresh, micro_batch_tokens(&prompts, &config)),
             };
-            ppo::train(task, &config, rep as u64, &mut Session::silent()).map(drop)
+            train(&run, &mut Session::silent()).map(drop)
         })?;
         done.push(("ppo_step.rollout".into(), 1016.0 * blocks + 512.0 * table, spent[&Phase::Rollout]));
         // Reference, critic and reward model read 8 x 128 tokens, the first with its head.

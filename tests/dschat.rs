@@ -10,12 +10,13 @@ use fourfold::config::{Compat, LrScheduler, Ppo, Ptx, Reward, RewardLoss, Sft};
 use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::{Adapter, ScoreHead};
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::{Readers, Rollout, read};
+use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::state::State;
-use fourfold::ppo::train::{Run, Start, Task};
 use fourfold::report::Report;
 use fourfold::reward::dschat::Padding;
 use fourfold::reward::source::{RewardModel, Unpadded};
@@ -158,8 +159,11 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
         };
         let texts: Vec<SftExample> = recorded.texts.iter().map(block).collect();
         let source = Unpadded { model: RewardModel(ValueModel::new(base, &judge).unwrap()), pad: recorded.pad };
-        let task = Task {
-            start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
+        let run = PpoRun {
+            base,
+            reward_base: base,
+            sft: &lm,
+            reward: Some(&rm),
             prompts: &recorded.prompts,
             stop: &[END, recorded.pad],
             source: &source,
@@ -167,6 +171,9 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             evaluation: None,
             ptx: Some(&texts),
             pad: Some(recorded.pad),
+            config: &config,
+            seed: 0,
+            recompute: Recompute::Off,
         };
         // 1. Who says what of the recorded tokens; the reference is the bare base.
         let response = |tokens: &Vec<u32>| Response {
@@ -180,14 +187,16 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             critic: Some(ValueModel::new(base, &rm).unwrap()),
             exact_kl: false,
             source: &source,
+            decode: &|_| String::new(),
+            pad: Some(recorded.pad),
         };
         let actor = Policy::new(base, Some(&lm));
-        let rollout = read(actor, readers, &task, recorded.prompts.clone(), responses, 1.0).unwrap();
+        let rollout = read(actor, readers, recorded.prompts.clone(), responses, 1.0).unwrap();
         near(&rollout.scores, &recorded.scores, "scores");
         assert_eq!(rollout.scores.len(), recorded.kept.len());
         for i in 0..recorded.kept.len() {
             near(&rollout.responses[i].logprobs, &recorded.logprobs[i], "log-probabilities");
-            near(&rollout.reference_logprobs[i], &recorded.reference[i], "the reference's");
+            near(&rollout.ref_logprobs[i], &recorded.reference[i], "the reference's");
             near(&rollout.values[i], &recorded.values[i], "values");
         }
         // 2. Rewards, advantages, returns.
@@ -206,7 +215,7 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
         near(&experience.returns.concat(), &recorded.returns, "returns");
         let rollout = experience.rollout.clone();
         // 3. Two updates.
-        let run = Run::new(task, &config, 0).unwrap();
+        run.check().unwrap();
         let mut state = State::new(&run).unwrap();
         state.experience = Some(experience);
         for (i, want) in recorded.course.iter().enumerate() {
@@ -420,8 +429,11 @@ fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_f
         temperature: 0.0,
         ..Ppo::default()
     };
-    let task = |stop| Task {
-        start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
+    let run = |stop| PpoRun {
+        base,
+        reward_base: base,
+        sft: &lm,
+        reward: Some(&rm),
         prompts: &prompts,
         stop,
         source: &source,
@@ -429,12 +441,17 @@ fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_f
         evaluation: None,
         ptx: None,
         pad: Some(END),
+        config: &config,
+        seed: 0,
+        recompute: Recompute::Off,
     };
-    let all_end = Run::new(task(&every), &config, 0).unwrap();
+    let all_end = run(&every);
+    all_end.check().unwrap();
     let error = State::new(&all_end).unwrap().roll_out(&all_end).unwrap_err();
     assert!(error.to_string().contains("all of the first rollout's"), "{error}");
     assert_eq!(fourfold::error::exit_code(&error), 2);
-    let run = Run::new(task(&[END]), &config, 0).unwrap();
+    let run = run(&[END]);
+    run.check().unwrap();
     let mut state = State::new(&run).unwrap();
     state.roll_out(&run).unwrap();
     let first = state.experience.clone().unwrap();

@@ -25,6 +25,7 @@ use crate::run::memory_preflight::{MemoryPreflight, Parts};
 use crate::run::options::Inputs;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
+use crate::train::settings;
 use crate::{invalid, ppo, reward, sft};
 
 /// What was predicted and what was found.
@@ -205,10 +206,8 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
         let adapters = Adapters::open(&c, &model)?;
-        let start =
-            ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
         let workshop =
-            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
+            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, eval_prompts: &asked, pad: None };
         let source = workshop.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
@@ -219,7 +218,7 @@ impl Bench<'_> {
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
         let c = admission.config.ppo()?;
-        let judges = ppo::evaluate::Judges {
+        let judges = ppo::evaluate::EvaluationInputs {
             base: &model.base,
             sft: &sft,
             source: &*source,
@@ -231,8 +230,11 @@ impl Bench<'_> {
         let evaluation = ppo::evaluate::Evaluation::new(judges, c, config.seed);
         let before = evaluation.before(&mut session.report)?;
         let evaluation = evaluation.with_baseline(before);
-        let task = ppo::train::Task {
-            start,
+        let run = ppo::run::PpoRun {
+            base: &model.base,
+            reward_base: &model.base,
+            sft: &sft,
+            reward: adapters.main(),
             prompts: &prompts,
             stop: &[],
             source: &*source,
@@ -240,8 +242,11 @@ impl Bench<'_> {
             evaluation: None,
             ptx: None,
             pad: None,
+            config: c,
+            seed: config.seed,
+            recompute: settings::checkpoint(c.checkpoint, &model.base, &sft, ppo::run::micro_batch_tokens(&prompts, c)),
         };
-        let trained = ppo::train::train(task, c, config.seed, &mut session)?;
+        let trained = ppo::train::train(&run, &mut session)?;
         save(trained.actor.clone(), &model, &self.out.join("actor"))?;
         evaluation.run(&"after".into(), &trained.actor, &mut session.report)?;
         Ok(self.found(admission))
