@@ -31,7 +31,7 @@ fn document(w: &mut Writer, combos: &[Combination]) -> String {
     }
 }
 
-/// Every aspect of the heading is treated, in order; a third close with tags: the aspects and, if named, the place.
+/// A review of every aspect in its heading, in order. A third of them end with tags: the aspects and, if named, the place.
 fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspect) -> String {
     let grammar = w.grammar;
     let mut topics = vec![aspect];

@@ -183,17 +183,17 @@ impl Outcome {
         line("SFT: perplexity on held-out answers", format!("{:.2}", self.sft_ppl.0), format!("{:.2}", self.sft_ppl.1));
         line("reward model: accuracy on held-out pairs", String::new(), percent(self.reward.accuracy));
         line(
-            "PPO: gold score of held-out answers",
+            "PPO: gold score of held-out responses",
             format!("{:.2}", self.before.gold_mean()),
             format!("{:.2}", self.after.gold_mean()),
         );
         line(
-            "     answers that name the asked aspect",
+            "     responses that name the asked aspect",
             percent(self.before.aspect_share()),
             percent(self.after.aspect_share()),
         );
         line(
-            "     answers that name the asked place",
+            "     responses that name the asked place",
             percent(self.before.place_share()),
             percent(self.after.place_share()),
         );
