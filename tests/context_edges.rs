@@ -6,6 +6,7 @@
 use anyhow::Result;
 use fourfold::config::{Lora, Ppo};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::ValueModel;
 use fourfold::model_files::ModelFiles;
 use fourfold::ppo::rewards::{Ending, Shaping, shape};
@@ -48,6 +49,7 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: Recompute::Off,
     };
     train(task, &config, 1, &mut Session::silent())
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 
 use fourfold::config::Ppo;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
@@ -110,6 +111,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: Recompute::Off,
     };
     let run = Run::new(task, &config, 0).unwrap();
     let mut state = State::new(&run).unwrap();

@@ -16,14 +16,18 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use fourfold::config::{Dpo, Ppo};
+use fourfold::data::examples::Examples;
 use fourfold::data::examples::objectives::{PromptExample, RankedExample};
 use fourfold::dpo::pairs;
 use fourfold::export::Source;
 use fourfold::export::merged;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::base::Base;
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, generate};
 use fourfold::model::roles::{Policy, ValueModel};
+use fourfold::planner::plan;
 use fourfold::ppo::evaluate::{Evaluation, Judged, Judges};
 use fourfold::ppo::train::{Start, Task, sampling, train};
 use fourfold::quickstart::gold::gold;
@@ -36,6 +40,8 @@ use fourfold::run::Model;
 use fourfold::stats::standard_error;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
+use fourfold::train::settings;
+use fourfold::train::supervised::Setup;
 use serde_json::{Value, json};
 
 #[global_allocator]
@@ -161,8 +167,14 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             let none = merged.fresh_adapter(&base_config.lora, seed)?;
             let judges = Judges { base: &merged.base, sft: &none, ..judges };
             let evaluation = Evaluation::new(judges, ppo, seed).with_baseline(evaluation.baseline().clone());
-            let (actor, _) =
-                pairs::train(&merged.base, &none, None, &found, &[], &dpo(1e-3), seed, &mut Session::silent())?;
+            let settings = dpo(1e-3);
+            let setup = Setup {
+                base: &merged.base,
+                start: &none,
+                recompute: recompute(&settings, &merged.base, &none, &found),
+                seed,
+            };
+            let (actor, _) = pairs::train(setup, None, &found, &[], &settings, &mut Session::silent())?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
@@ -170,7 +182,13 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
             let settings = dpo(*learning_rate);
             let mut session = Session::silent();
-            let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut session)?;
+            let setup = Setup {
+                base: &model.base,
+                start: &sft,
+                recompute: recompute(&settings, &model.base, &sft, &found),
+                seed,
+            };
+            let (actor, _) = pairs::train(setup, Some(&sft), &found, &[], &settings, &mut session)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
@@ -180,6 +198,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
         let metrics = tempfile::tempdir()?;
         let mut session = Session::new(Report::to_dir(metrics.path())?);
+        let tokens = (questions.longest_sequence() + settings.response_length) * settings.micro_batch_size;
         let task = Task {
             start,
             prompts: &questions,
@@ -189,6 +208,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             evaluation: Some(&evaluation),
             ptx: None,
             pad: None,
+            recompute: plan::resolve(settings.checkpoint, &model.base, &sft, tokens),
         };
         let trained = train(task, &Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings }, seed, &mut session)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {
@@ -210,6 +230,12 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
 
 fn dpo(learning_rate: f64) -> Dpo {
     Dpo { learning_rate, per_device_train_batch_size: 32, warmup_steps: 6, ..Dpo::default() }
+}
+
+/// The activations that DPO's blocks recompute under `config`.
+fn recompute(config: &Dpo, base: &Base, start: &Adapter, pairs: &[RankedExample]) -> Recompute {
+    let batch = settings::batch_size(config.per_device_train_batch_size, None);
+    plan::resolve(config.checkpoint, base, start, plan::largest_batch(batch, pairs))
 }
 
 /// The SFT model as a base of its own, which is what TRL trains on.

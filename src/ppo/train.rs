@@ -56,6 +56,9 @@ pub struct Task<'w> {
     pub ptx: Option<&'w dyn Examples<SftExample>>,
     /// The pad token, where `compat` asks for DeepSpeed-Chat's rows. It is one of `stop`.
     pub pad: Option<u32>,
+    /// Activations that each block recomputes in the backward pass; [`crate::planner::plan::resolve`] finds it where a
+    /// config says `auto`.
+    pub recompute: Recompute,
 }
 
 /// The trained branches.
@@ -98,10 +101,7 @@ impl<'w> Run<'w> {
             task.pad.is_some() == config.compat.is_some(),
             "a task has a pad token where [ppo] has compat, and only there"
         );
-        let longest = task.prompts.longest_sequence() + config.response_length;
-        let checkpoint =
-            settings::checkpoint(config.checkpoint, task.start.base, task.start.sft, longest * config.micro_batch_size);
-        Ok(Self { task, config, seed, checkpoint })
+        Ok(Self { task, config, seed, checkpoint: task.recompute })
     }
 
     /// The base that the critic is over.

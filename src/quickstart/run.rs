@@ -13,6 +13,7 @@ use super::outcome::{Answers, Example, Outcome, memory_rows, win_rate};
 use super::task::{Row, Split, pairs, prompts, sft_rows};
 use crate::config;
 use crate::config::Config;
+use crate::data::examples::Examples;
 use crate::data::examples::objectives::{RankedExample, SftExample};
 use crate::export::Source;
 use crate::export::merged;
@@ -23,6 +24,7 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
+use crate::planner::plan;
 use crate::ppo::train as ppo;
 use crate::report::Report;
 use crate::reward::source::RewardModel;
@@ -31,6 +33,7 @@ use crate::run::{Model, prepare_output};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
+use crate::train::supervised::Setup;
 use crate::{reward, sft};
 
 /// Sizes of the task's parts.
@@ -129,13 +132,20 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     clock("data", &mut lap);
     // 3. SFT: one adapter over the base.
     let fresh = model.fresh_adapter(&config.lora, seed)?;
-    let (sft_adapter, sft_summary) =
-        sft::train(base, &fresh, &sft_train, &sft_held, &config.sft(), seed, &mut session)?;
+    let settings = config.sft();
+    let batch = settings::batch_size(settings.per_device_train_batch_size, settings.max_tokens_per_batch);
+    let recompute = plan::resolve(settings.checkpoint, base, &fresh, plan::largest_batch(batch, &sft_train));
+    let setup = Setup { base, start: &fresh, recompute, seed };
+    let (sft_adapter, sft_summary) = sft::train(setup, &sft_train, &sft_held, &settings, &mut session)?;
     save(&model, &sft_adapter, &out.join("sft"))?;
     clock("sft", &mut lap);
     // 4. The reward model: another, which starts as the SFT adapter.
+    let settings = config.reward();
+    let batch = settings::batch_size(settings.per_device_train_batch_size, settings.max_tokens_per_batch);
+    let recompute = plan::resolve(settings.checkpoint, base, &sft_adapter, plan::largest_batch(batch, &pairs_train));
+    let setup = Setup { base, start: &sft_adapter, recompute, seed };
     let (reward_adapter, reward_summary) =
-        reward::train::train(base, &sft_adapter, &pairs_train, &pairs_held, &config.reward(), seed, &mut session)?;
+        reward::train::train(setup, &pairs_train, &pairs_held, &settings, &mut session)?;
     save(&model, &reward_adapter, &out.join("reward"))?;
     clock("reward", &mut lap);
     // 5. PPO: the actor starts as SFT, the critic as the reward model; four roles, one base.
@@ -145,6 +155,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: Some(&reward_adapter) };
     let source = RewardModel(ValueModel::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
+    let tokens = (questions.longest_sequence() + ppo_config.response_length) * ppo_config.micro_batch_size;
     let task = ppo::Task {
         start,
         prompts: &questions,
@@ -154,6 +165,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: plan::resolve(ppo_config.checkpoint, base, &sft_adapter, tokens),
     };
     let trained = ppo::train(task, ppo_config, seed, &mut session)?;
     save(&model, &trained.actor, &out.join("actor"))?;

@@ -97,7 +97,6 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let admission = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
-    let settings = admission.config.ppo()?;
     let tokenizer = model.checkpoint.tokenizer();
     let mut stop = tokenizer.eos_ids().to_vec();
     stop.extend(pad.filter(|pad| !tokenizer.eos_ids().contains(pad)));
@@ -123,6 +122,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         evaluation: Some(&evaluation).filter(|_| !asked.is_empty()),
         ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
         pad,
+        recompute: admission.plan.checkpoint,
     };
     let (trained, after) = ppo::train::train_then(task, settings, config.seed, &mut session, |trained, report| {
         evaluation.run(&"after".into(), &trained.actor, report)

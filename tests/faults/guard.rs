@@ -5,6 +5,7 @@ use std::cell::Cell;
 use anyhow::Result;
 use fourfold::config::{Guard as Limits, KlEstimator, Lora, Ppo, TargetModules};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::model_files::ModelFiles;
 use fourfold::ppo::train::{Start, Task, Trained, train};
 use fourfold::quickstart::base::BASE;
@@ -62,6 +63,7 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: Recompute::Off,
     };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
     train(task, &config, 1, &mut session)

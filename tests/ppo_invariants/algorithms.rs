@@ -5,6 +5,7 @@ use std::path::Path;
 
 use fourfold::config::{AdvantageEstimator, PolicyLoss, Ppo};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, generate};
 use fourfold::model::roles::Policy;
 use fourfold::ppo;
@@ -57,6 +58,7 @@ fn every_algorithm_raises_the_gold_score() {
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: Recompute::Off,
     };
     use AdvantageEstimator::*;
     for (estimator, policy_loss) in [

@@ -11,15 +11,18 @@ mod world;
 
 use std::fs;
 
-use fourfold::config::{Lora, LrScheduler, Ppo, Recompute, TargetModules};
+use fourfold::config::{Lora, LrScheduler, Ppo, RecomputeSetting, TargetModules};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::ValueModel;
+use fourfold::planner::plan;
 use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use fourfold::{ppo, sft};
 use serde::Deserialize;
 use serde_json::Value;
@@ -110,6 +113,7 @@ fn told_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64) -> (Vec<Va
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: plan::resolve(config.checkpoint, start.base, start.sft, 1),
     };
     let trained = ppo::train::train(task, &config, seed, &mut report).unwrap();
     let text = fs::read_to_string(dir.path().join("samples.jsonl")).unwrap();
@@ -201,8 +205,8 @@ fn checkpointing_changes_no_bit_and_micro_batches_change_rounding_only() {
     let rm = reward_adapter(&model, &sft, 13, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let run = |config: Ppo| told_ppo(start, &model, &config, 13);
-    let (lines, _, trained) = run(Ppo { checkpoint: Recompute::None, ..ppo_config() });
-    for checkpoint in [Recompute::Mlp, Recompute::Block] {
+    let (lines, _, trained) = run(Ppo { checkpoint: RecomputeSetting::None, ..ppo_config() });
+    for checkpoint in [RecomputeSetting::Mlp, RecomputeSetting::Block] {
         let (other_lines, _, other) = run(Ppo { checkpoint, ..ppo_config() });
         assert_eq!(lines, other_lines, "{checkpoint:?}");
         assert!(
@@ -277,7 +281,8 @@ fn an_adapter_of_some_maps_of_some_blocks_trains_through_all_stages_and_nowhere_
     };
     let start = model.fresh_adapter(&some, 10).unwrap();
     let examples = sft_examples(&model, 16);
-    let (sft, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), 10, &mut Session::silent()).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 10 };
+    let (sft, _) = sft::train(setup, &examples, &[], &sft_config(), &mut Session::silent()).unwrap();
     let rm = reward_adapter(&model, &sft, 10, &mut Session::silent());
     let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let trained = run_ppo(start, &model, &ppo_config(), 10, &mut Session::silent());

@@ -7,6 +7,7 @@ use std::sync::OnceLock;
 
 use fourfold::config::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, LrScheduler, PolicyLoss, Ppo};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::ppo::state::State;
 use fourfold::ppo::train::{Run, Start, Task, Trained};
 use fourfold::report::Report;
@@ -96,6 +97,7 @@ fn without_a_critic_a_run_needs_no_reward_adapter_and_allocates_nothing_for_one(
             evaluation: None,
             ptx: None,
             pad: None,
+            recompute: Recompute::Off,
         };
         let run = Run::new(task, &config, 1).unwrap();
         let mut state = State::new(&run).unwrap();
@@ -299,6 +301,7 @@ fn where_the_critics_gradient_is_no_number_neither_of_the_two_has_stepped() {
             evaluation: None,
             ptx: None,
             pad: None,
+            recompute: Recompute::Off,
         };
         let run = Run::new(task, &config, 1).unwrap();
         let mut state = State::new(&run).unwrap();

@@ -2,6 +2,7 @@
 
 use fourfold::config::{Ppo, Ptx};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::ppo;
 use fourfold::ppo::train::{Start, Task, Trained};
 use fourfold::sft::perplexity;
@@ -27,6 +28,7 @@ fn text_is_kept_by_its_weight_and_a_weight_of_0_changes_nothing() {
             evaluation: None,
             ptx: config.ptx.as_ref().map(|_| &text as _),
             pad: None,
+            recompute: Recompute::Off,
         };
         ppo::train::train(task, &config, 3, &mut Session::silent()).unwrap()
     };

@@ -10,6 +10,7 @@ use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::model_files::ModelFiles;
 use fourfold::ppo::train::{Start, Task, Trained};
@@ -19,6 +20,7 @@ use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use fourfold::{ppo, reward, sft};
 use serde_json::Value;
 
@@ -100,7 +102,8 @@ pub fn ppo_config() -> Ppo {
 pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
     let start = model.fresh_adapter(&lora(), seed).unwrap();
     let examples = sft_examples(model, 32);
-    let (adapter, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), seed, report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed };
+    let (adapter, _) = sft::train(setup, &examples, &[], &sft_config(), report).unwrap();
     for (name, values) in bits(&adapter) {
         assert!(values.iter().any(|&v| f32::from_bits(v) != 0.0), "{name} is zero after SFT");
     }
@@ -109,7 +112,8 @@ pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
 
 pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Session) -> Adapter {
     let examples = comparisons(model, 32);
-    reward::train::train(&model.base, start, &examples, &examples, &reward_config(), seed, report).unwrap().0
+    let setup = Setup { base: &model.base, start, recompute: Recompute::Off, seed };
+    reward::train::train(setup, &examples, &examples, &reward_config(), report).unwrap().0
 }
 
 pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report: &mut Session) -> Trained {
@@ -125,6 +129,7 @@ pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report:
         evaluation: None,
         ptx: None,
         pad: None,
+        recompute: Recompute::Off,
     };
     ppo::train::train(task, config, seed, report).unwrap()
 }

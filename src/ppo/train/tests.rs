@@ -55,6 +55,7 @@ fn what_cannot_run_is_refused_before_a_token_is_sampled() {
             evaluation: None,
             ptx: None,
             pad: None,
+            recompute: Recompute::Off,
         };
         let error = train(task, config, 1, &mut Session::silent()).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");
