@@ -17,21 +17,22 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use fourfold::config::{ComputeDtype, Lora, LrScheduler, Ppo, RecomputeSetting, Reward, Sft};
+use fourfold::config::{ComputeDtype, Lora, LrScheduler, Ppo, Reward, Sft};
 use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::host::meter;
 use fourfold::host::meter::Phase;
 use fourfold::host::peak_rss_bytes;
 use fourfold::model::base::Base;
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{SamplingParams, generate};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ops::weight::Weight;
-use fourfold::ppo::run::{PpoRun, micro_batch_tokens};
+use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::train::train;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
-use fourfold::train::settings;
+use fourfold::train::supervised::Setup;
 use fourfold::{reward, sft};
 
 #[global_allocator]
@@ -121,12 +122,12 @@ fn main() -> Result<()> {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,
         None => 5,
     };
-    let checkpoint = match arguments.iter().position(|a| a == "--checkpoint") {
-        None => RecomputeSetting::None,
+    let recompute = match arguments.iter().position(|a| a == "--checkpoint") {
+        None => Recompute::Off,
         Some(i) => match arguments.get(i + 1).map(String::as_str) {
-            Some("none") => RecomputeSetting::None,
-            Some("mlp") => RecomputeSetting::Mlp,
-            Some("block") => RecomputeSetting::Block,
+            Some("none") => Recompute::Off,
+            Some("mlp") => Recompute::Mlp,
+            Some("block") => Recompute::Block,
             _ => anyhow::bail!("--checkpoint none|mlp|block"),
         },
     };
@@ -186,7 +187,6 @@ fn main() -> Result<()> {
             learning_rate: 1e-4,
             per_device_train_batch_size: 4,
             lr_scheduler_type: LrScheduler::Constant,
-            checkpoint,
             ..Sft::default()
         };
         // Forward and dx of every matrix; the head's logits are made twice.
@@ -195,7 +195,8 @@ fn main() -> Result<()> {
             let rows = ids(4, 256, 4 * rep);
             let example = |tokens: Vec<u32>| SftExample { loss_mask: (0..256).map(|i| i > 0).collect(), tokens };
             let examples: Vec<SftExample> = rows.into_iter().map(example).collect();
-            sft::train(base, &fresh, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
+            let setup = Setup { base, start: &fresh, recompute, seed: 0 };
+            sft::train(setup, &examples, &[], &config, &mut Session::silent()).map(drop)
         })?;
         done.push(("sft_step.update".into(), work, spent[&Phase::Update]));
     }
@@ -205,7 +206,6 @@ fn main() -> Result<()> {
             per_device_train_batch_size: 4,
             lr_scheduler_type: LrScheduler::Constant,
             center: false,
-            checkpoint,
             ..Reward::default()
         };
         let spent = measure(&format!("reward_step/{name}/pairs4_t256"), reps, 2048, |rep| {
@@ -214,7 +214,8 @@ fn main() -> Result<()> {
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
             let examples: Vec<RankedExample> =
                 (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), answers: answers(i) }).collect();
-            reward::train::train(base, &scorer, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
+            let setup = Setup { base, start: &scorer, recompute, seed: 0 };
+            reward::train::train(setup, &examples, &[], &config, &mut Session::silent()).map(drop)
         })?;
         done.push(("reward_step.update".into(), 2048.0 * 2.0 * blocks, spent[&Phase::Update]));
     }
@@ -228,7 +229,6 @@ fn main() -> Result<()> {
             kl_coef: 0.05,
             lr_scheduler_type: LrScheduler::Constant,
             save_samples: 0,
-            checkpoint,
             ..Ppo::default()
         };
         let spent = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
@@ -249,7 +249,7 @@ fn main() -> Result<()> {
                 pad: None,
                 config: &config,
                 seed: rep as u64,
-                recompute: settings::checkpoint(checkpoint, base, &fresh, micro_batch_tokens(&prompts, &config)),
+                recompute,
             };
             train(&run, &mut Session::silent()).map(drop)
         })?;

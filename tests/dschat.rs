@@ -24,6 +24,7 @@ use fourfold::reward::train::train_on_rows;
 use fourfold::run::Model;
 use fourfold::sft;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -287,8 +288,8 @@ fn comparisons_on_padded_rows_have_the_loss_gradient_and_accuracy_of_float64() {
         };
         let dir = tempfile::tempdir().unwrap();
         let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
-        let (_, summary) =
-            train_on_rows(&model.base, &rm, &examples, &examples, &config, Some(padding), 0, &mut session).unwrap();
+        let setup = Setup { base: &model.base, start: &rm, recompute: Recompute::Off, seed: 0 };
+        let (_, summary) = train_on_rows(setup, &examples, &examples, &config, Some(padding), &mut session).unwrap();
         let line: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap()).unwrap();
         for (key, want) in [("loss", case.loss), ("grad_norm", case.grad_norm), ("accuracy", case.accuracy)] {
             let got = line[key].as_f64().unwrap();
@@ -306,7 +307,8 @@ fn sft_learns_every_token_of_every_row() {
     let examples: Vec<SftExample> = golden.sft.rows.iter().map(example).collect();
     let dir = tempfile::tempdir().unwrap();
     let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
-    sft::train(&model.base, &lm, &examples, &[], &Sft::default(), 0, &mut session).unwrap();
+    let setup = Setup { base: &model.base, start: &lm, recompute: Recompute::Off, seed: 0 };
+    sft::train(setup, &examples, &[], &Sft::default(), &mut session).unwrap();
     let line: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap()).unwrap();
     assert!((line["loss"].as_f64().unwrap() - golden.sft.loss).abs() < 1e-4, "{line} {}", golden.sft.loss);
 }

@@ -22,8 +22,11 @@ use fourfold::export::Source;
 use fourfold::export::merged;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::base::Base;
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, generate};
 use fourfold::model::roles::{Policy, ValueModel};
+use fourfold::planner::plan;
 use fourfold::ppo::evaluate::{Evaluated, Evaluation, EvaluationInputs};
 use fourfold::ppo::rollout::sampling_params;
 use fourfold::ppo::run::{PpoRun, micro_batch_tokens};
@@ -39,6 +42,7 @@ use fourfold::stats::standard_error;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
 use fourfold::train::settings;
+use fourfold::train::supervised::Setup;
 use serde_json::{Value, json};
 
 #[global_allocator]
@@ -164,8 +168,14 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             let none = merged.fresh_adapter(&base_config.lora, seed)?;
             let inputs = EvaluationInputs { base: &merged.base, sft: &none, ..inputs };
             let evaluation = Evaluation::new(inputs, ppo, seed).with_baseline(evaluation.baseline().clone());
-            let (actor, _) =
-                pairs::train(&merged.base, &none, None, &found, &[], &dpo(1e-3), seed, &mut Session::silent())?;
+            let settings = dpo(1e-3);
+            let setup = Setup {
+                base: &merged.base,
+                start: &none,
+                recompute: recompute(&settings, &merged.base, &none, &found),
+                seed,
+            };
+            let (actor, _) = pairs::train(setup, None, &found, &[], &settings, &mut Session::silent())?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
@@ -173,7 +183,13 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
             let settings = dpo(*learning_rate);
             let mut session = Session::silent();
-            let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut session)?;
+            let setup = Setup {
+                base: &model.base,
+                start: &sft,
+                recompute: recompute(&settings, &model.base, &sft, &found),
+                seed,
+            };
+            let (actor, _) = pairs::train(setup, Some(&sft), &found, &[], &settings, &mut session)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
@@ -197,12 +213,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             pad: None,
             config: &settings,
             seed,
-            recompute: settings::checkpoint(
-                settings.checkpoint,
-                &model.base,
-                &sft,
-                micro_batch_tokens(&questions, &settings),
-            ),
+            recompute: plan::resolve(settings.checkpoint, &model.base, &sft, micro_batch_tokens(&questions, &settings)),
         };
         let trained = train(&run, &mut session)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {
@@ -224,6 +235,12 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
 
 fn dpo(learning_rate: f64) -> Dpo {
     Dpo { learning_rate, per_device_train_batch_size: 32, warmup_steps: 6, ..Dpo::default() }
+}
+
+/// Activations that DPO's blocks recompute under `config`.
+fn recompute(config: &Dpo, base: &Base, start: &Adapter, pairs: &[RankedExample]) -> Recompute {
+    let batch = settings::batch_size(config.per_device_train_batch_size, None);
+    plan::resolve(config.checkpoint, base, start, plan::largest_batch(batch, pairs))
 }
 
 /// The SFT model merged into a separate base, on which TRL trains.

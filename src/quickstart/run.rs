@@ -23,6 +23,7 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
+use crate::planner::plan;
 use crate::ppo::rollout::sampling_params;
 use crate::ppo::run::{PpoRun, micro_batch_tokens};
 use crate::ppo::train::train;
@@ -33,6 +34,7 @@ use crate::run::{Model, prepare_output};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
+use crate::train::supervised::Setup;
 use crate::{reward, sft};
 
 /// Sizes of the data sets.
@@ -131,13 +133,20 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     clock("data", &mut lap);
     // 3. SFT: one adapter over the base.
     let fresh = model.fresh_adapter(&config.lora, seed)?;
-    let (sft_adapter, sft_summary) =
-        sft::train(base, &fresh, &sft_train, &sft_held, &config.sft(), seed, &mut session)?;
+    let settings = config.sft();
+    let batch = settings::batch_size(settings.per_device_train_batch_size, settings.max_tokens_per_batch);
+    let recompute = plan::resolve(settings.checkpoint, base, &fresh, plan::largest_batch(batch, &sft_train));
+    let setup = Setup { base, start: &fresh, recompute, seed };
+    let (sft_adapter, sft_summary) = sft::train(setup, &sft_train, &sft_held, &settings, &mut session)?;
     save(&model, &sft_adapter, &out.join("sft"))?;
     clock("sft", &mut lap);
     // 4. The reward model: another adapter, initialised from the SFT adapter.
+    let settings = config.reward();
+    let batch = settings::batch_size(settings.per_device_train_batch_size, settings.max_tokens_per_batch);
+    let recompute = plan::resolve(settings.checkpoint, base, &sft_adapter, plan::largest_batch(batch, &pairs_train));
+    let setup = Setup { base, start: &sft_adapter, recompute, seed };
     let (reward_adapter, reward_summary) =
-        reward::train::train(base, &sft_adapter, &pairs_train, &pairs_held, &config.reward(), seed, &mut session)?;
+        reward::train::train(setup, &pairs_train, &pairs_held, &settings, &mut session)?;
     save(&model, &reward_adapter, &out.join("reward"))?;
     clock("reward", &mut lap);
     // 5. PPO: the actor is initialised from SFT, the critic from the reward model; four roles, one base.
@@ -160,12 +169,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         pad: None,
         config: ppo_config,
         seed,
-        recompute: settings::checkpoint(
-            ppo_config.checkpoint,
-            base,
-            &sft_adapter,
-            micro_batch_tokens(&questions, ppo_config),
-        ),
+        recompute: plan::resolve(ppo_config.checkpoint, base, &sft_adapter, micro_batch_tokens(&questions, ppo_config)),
     };
     let trained = train(&run, &mut session)?;
     save(&model, &trained.actor, &out.join("actor"))?;

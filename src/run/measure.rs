@@ -25,7 +25,7 @@ use crate::run::memory_preflight::{MemoryPreflight, Parts};
 use crate::run::options::Inputs;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
-use crate::train::settings;
+use crate::train::supervised::Setup;
 use crate::{invalid, ppo, reward, sft};
 
 /// What was predicted and what was found.
@@ -114,8 +114,8 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::sft(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let c = admission.config.sft();
-        let (adapter, _) = sft::train(&model.base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let (adapter, _) = sft::train(setup, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -142,8 +142,8 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::reward(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c) = (&model.base, admission.config.reward());
-        let (adapter, _) = reward::train::train(base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let (adapter, _) = reward::train::train(setup, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -163,8 +163,9 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::dpo(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c, reference) = (&model.base, admission.config.dpo(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) = pairs::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let reference = c.adapter.as_ref().map(|_| &start);
+        let (adapter, _) = pairs::train(setup, reference, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -183,8 +184,9 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::kto(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c, reference) = (&model.base, admission.config.kto(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) = kto::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let reference = c.adapter.as_ref().map(|_| &start);
+        let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -217,7 +219,6 @@ impl Bench<'_> {
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
-        let c = admission.config.ppo()?;
         let judges = ppo::evaluate::EvaluationInputs {
             base: &model.base,
             sft: &sft,
@@ -227,7 +228,7 @@ impl Bench<'_> {
             stop: &[],
             decode: &decode,
         };
-        let evaluation = ppo::evaluate::Evaluation::new(judges, c, config.seed);
+        let evaluation = ppo::evaluate::Evaluation::new(judges, &c, config.seed);
         let before = evaluation.before(&mut session.report)?;
         let evaluation = evaluation.with_baseline(before);
         let run = ppo::run::PpoRun {
@@ -242,9 +243,9 @@ impl Bench<'_> {
             evaluation: None,
             ptx: None,
             pad: None,
-            config: c,
+            config: &c,
             seed: config.seed,
-            recompute: settings::checkpoint(c.checkpoint, &model.base, &sft, ppo::run::micro_batch_tokens(&prompts, c)),
+            recompute: admission.plan.checkpoint,
         };
         let trained = ppo::train::train(&run, &mut session)?;
         save(trained.actor.clone(), &model, &self.out.join("actor"))?;

@@ -18,13 +18,12 @@ use crate::data::{ModelEncoder, Part, Prepared};
 use crate::invalid;
 use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, EvaluationInputs};
-use crate::ppo::run::{PpoRun, check, micro_batch_tokens};
+use crate::ppo::run::{PpoRun, check};
 use crate::ppo::train::train_then;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
 use crate::stats::mean_and_error;
-use crate::train::settings;
 
 pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<Value> {
     let ppo = config.ppo()?;
@@ -104,7 +103,6 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let preflight = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, options)?;
     let memory = preflight.tell(&session);
-    let ppo = preflight.config.ppo()?;
     let tokenizer = model.checkpoint.tokenizer();
     let mut stop = tokenizer.eos_ids().to_vec();
     stop.extend(pad.filter(|pad| !tokenizer.eos_ids().contains(pad)));
@@ -135,7 +133,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
         pad,
         config: ppo,
         seed: config.seed,
-        recompute: settings::checkpoint(ppo.checkpoint, &model.base, &sft, micro_batch_tokens(&ids, ppo)),
+        recompute: preflight.plan.checkpoint,
     };
     let (trained, after) =
         train_then(&run, &mut session, |trained, report| evaluation.run(&"after".into(), &trained.actor, report))?;

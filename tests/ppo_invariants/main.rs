@@ -15,6 +15,7 @@ use fourfold::config::{Lora, LrScheduler, Ppo, RecomputeSetting, TargetModules};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::ValueModel;
 use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::train::{Trained, train};
@@ -22,6 +23,7 @@ use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::sft;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -273,7 +275,8 @@ fn an_adapter_on_some_modules_of_some_blocks_trains_in_all_stages_and_only_there
     };
     let start = model.fresh_adapter(&some, 10).unwrap();
     let examples = sft_examples(&model, 16);
-    let (sft, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), 10, &mut Session::silent()).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 10 };
+    let (sft, _) = sft::train(setup, &examples, &[], &sft_config(), &mut Session::silent()).unwrap();
     let rm = reward_adapter(&model, &sft, 10, &mut Session::silent());
     let roles = Roles { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let trained = run_ppo(roles, &model, &ppo_config(), 10, &mut Session::silent());

@@ -4,10 +4,12 @@
 use fourfold::config::{Reward, RewardLoss};
 use fourfold::data::examples::objectives::RankedExample;
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::report::Report;
 use fourfold::reward;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde_json::Value;
 
 use super::world::*;
@@ -25,7 +27,8 @@ fn train_reward(
 ) -> (Vec<Value>, reward::train::Summary) {
     let dir = tempfile::tempdir().unwrap();
     let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
-    let (_, summary) = reward::train::train(&model.base, start, examples, examples, config, 9, &mut report).unwrap();
+    let setup = Setup { base: &model.base, start, recompute: Recompute::Off, seed: 9 };
+    let (_, summary) = reward::train::train(setup, examples, examples, config, &mut report).unwrap();
     (metrics(dir.path()), summary)
 }
 
@@ -80,8 +83,8 @@ fn centred_scores_have_mean_0_and_deviation_1_in_the_same_order() {
     let train = |center: bool| {
         let config = Reward { center, ..reward_config() };
         let start = scorer_start(&model);
-        let (adapter, _) =
-            reward::train::train(&model.base, &start, &examples, &[], &config, 9, &mut Session::silent()).unwrap();
+        let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 9 };
+        let (adapter, _) = reward::train::train(setup, &examples, &[], &config, &mut Session::silent()).unwrap();
         let scores = reward::train::scores(&model.base, &adapter, &examples).unwrap().concat();
         (adapter, scores.into_iter().map(f64::from).collect::<Vec<f64>>())
     };

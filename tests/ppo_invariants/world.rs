@@ -21,6 +21,7 @@ use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use fourfold::{reward, sft};
 use serde_json::Value;
 
@@ -102,7 +103,8 @@ pub fn ppo_config() -> Ppo {
 pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
     let start = model.fresh_adapter(&lora(), seed).unwrap();
     let examples = sft_examples(model, 32);
-    let (adapter, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), seed, report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed };
+    let (adapter, _) = sft::train(setup, &examples, &[], &sft_config(), report).unwrap();
     for (name, values) in bits(&adapter) {
         assert!(values.iter().any(|&v| f32::from_bits(v) != 0.0), "{name} is zero after SFT");
     }
@@ -111,7 +113,8 @@ pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
 
 pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Session) -> Adapter {
     let examples = comparisons(model, 32);
-    reward::train::train(&model.base, start, &examples, &examples, &reward_config(), seed, report).unwrap().0
+    let setup = Setup { base: &model.base, start, recompute: Recompute::Off, seed };
+    reward::train::train(setup, &examples, &examples, &reward_config(), report).unwrap().0
 }
 
 /// Bases and adapters of a PPO run.
