@@ -86,7 +86,7 @@ fn logits_log_probabilities_entropies_and_the_exact_kl_are_pefts() {
         let rows = actor.rows(&batch, &targets).unwrap();
         let stats = actor.logprobs_of(&rows, &targets, 1.0).unwrap();
         let theirs = bare.rows(&batch, &targets).unwrap();
-        let kl = actor.divergence(&rows, (bare, &theirs), 1.0).unwrap();
+        let kl = actor.kl(&rows, (bare, &theirs), 1.0).unwrap();
         for (what, got) in [("logprobs", &stats.logprobs), ("entropy", &stats.entropy), ("kl", &kl)] {
             let e = furthest(got, &both(&golden, what));
             assert!(e < 1e-4, "{name}: {what} {e}");

@@ -21,7 +21,7 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model_files::ModelFiles;
 use crate::ops::cpu;
-use crate::ops::linear::low_rank::Lines;
+use crate::ops::linear::low_rank::NormAxis;
 use crate::ops::storage::quantise::quantise;
 use crate::ops::weight::{StorageDType, Weight};
 
@@ -112,7 +112,7 @@ pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraLayer>) -> Result
             }
         }
         if let Some(dora) = pair.low_rank().dora {
-            let (g, _) = dora.scales(weight, pair.low_rank(), Lines::Rows)?;
+            let (g, _) = dora.scales(weight, pair.low_rank(), NormAxis::Rows)?;
             values.chunks_exact_mut(k).zip(g).for_each(|(row, g)| row.iter_mut().for_each(|w| *w *= g));
         }
     }
@@ -133,7 +133,7 @@ fn merged_table(table: &Weight, pair: &LoraLayer) -> Result<Vec<f32>> {
         }
     }
     if let Some(dora) = pair.low_rank().dora {
-        let (g, _) = dora.scales(table, pair.low_rank(), Lines::Columns)?;
+        let (g, _) = dora.scales(table, pair.low_rank(), NormAxis::Columns)?;
         values.chunks_exact_mut(d).for_each(|row| row.iter_mut().zip(&g).for_each(|(w, g)| *w *= g));
     }
     Ok(values)
@@ -230,7 +230,7 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
         all.push(Planned { name, part });
     }
     if kind == Kind::LanguageModel && parts_the_ends(base, adapter) {
-        let (weight, pair) = (base.table(None).weight, adapter.outer(NonBlockModule::Head));
+        let (weight, pair) = (base.lm_head(None).weight, adapter.outer(NonBlockModule::Head));
         let name = base.config().names().output.to_string();
         all.push(Planned { name, part: Part::Matrix(weight, pair, MatrixLayout::OutIn) });
     }

@@ -1,5 +1,6 @@
-//! The frozen base: embedding, blocks, final norm, output table, exactly as their file stores them. It is never
-//! written and cannot be cloned; adapters are lent to each pass. Knows no role. Read roles.rs next.
+//! The frozen base: embedding, blocks, final norm, lm_head, exactly as its files store them. It is never modified and cannot
+//! be cloned, so that all roles share one copy; adapters are passed to each forward and backward. It does not depend on
+//! roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
 
 use anyhow::Result;
 use candle_core::Tensor;
@@ -13,15 +14,14 @@ use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT
 use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
-use crate::model::embeddings;
-use crate::model::embeddings::Embeddings;
+use crate::model::embeddings::{self, Embeddings};
 use crate::model_files::ModelFiles;
-use crate::ops::attention::Cached;
-use crate::ops::cpu;
-use crate::ops::linear::{InputGradient, LinearWithLora};
-use crate::ops::logprobs::LmHead;
+use crate::ops::attention;
+use crate::ops::linear::InputGradient;
+use crate::ops::logprobs::{self, LmHead};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::RopeTable;
+use crate::ops::rows::gather_rows;
 use crate::ops::weight::{ComputeDtype, Weight};
 
 /// Frozen weights of one decoder.
@@ -34,60 +34,58 @@ pub struct Base {
 
 /// All weights of a decoder.
 pub struct Weights {
-    /// The token table (vocab, E).
+    /// The embedding matrix (vocab, E).
     pub embedding: Weight,
-    /// The table of learned positions (positions, D).
+    /// The embedding matrix of learned positions (positions, D), if the family has one.
     pub positions: Option<Weight>,
-    /// (D, E) into the blocks and (E, D) out of them, where E is not D.
+    /// The projections into the blocks (D, E) and out of them (E, D), if E is not D.
     pub projections: Option<[Weight; 2]>,
     /// The blocks.
     pub blocks: Vec<Block>,
-    /// After the last block.
+    /// The final norm, after the last block.
     pub norm: Option<Norm>,
-    /// The table of the logits (vocab, E); `None`: the embedding serves both ends.
+    /// The lm_head (vocab, E); `None`: it is tied to the embedding matrix.
     pub output: Option<Weight>,
 }
 
-/// What a training pass keeps between forward and backward.
+/// Tensors that a training pass saves between forward and backward.
 pub struct Tape {
-    kept: Vec<Saved>,
+    blocks: Vec<Saved>,
     /// Output of the last block.
     last: Tensor,
-    /// The first block that was kept: below it no block has a branch, nor the way into it.
+    /// The first block that saved tensors: blocks below it need no backward, as neither they nor the embedding have LoRA
+    /// weights.
     first: usize,
-    ends: embeddings::Saved,
+    embeddings: embeddings::Saved,
 }
 
-/// Keys and values of a batch under generation, layer by layer, sequence by sequence.
+/// Keys and values of a batch under generation, one cache per layer.
 pub struct KvCache {
-    layers: Vec<Vec<Cached>>,
+    layers: Vec<attention::KvCache>,
 }
 
 impl KvCache {
-    /// Keeps the sequences for which `keep` holds; the others' memory is given back.
+    /// Keeps the sequences s for which `keep[s]` is true and frees the memory of the others.
     pub fn retain(&mut self, keep: &[bool]) {
-        for layer in &mut self.layers {
-            let mut flags = keep.iter();
-            layer.retain(|_| *flags.next().unwrap_or(&true));
-        }
+        self.layers.iter_mut().for_each(|layer| layer.retain(keep));
     }
 
-    /// Bytes of keys and values.
+    /// Allocated bytes of keys and values.
     pub fn size_in_bytes(&self) -> usize {
-        self.layers.iter().flatten().map(|c| (c.keys.capacity() + c.values.capacity()) * size_of::<f32>()).sum()
+        self.layers.iter().map(attention::KvCache::size_in_bytes).sum()
     }
 }
 
 impl Base {
-    /// The weights of an opened checkpoint, as they lie in its files.
+    /// The weights of opened model files, as stored.
     ///
     /// # Errors
-    /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked.
-    pub fn load(checkpoint: &ModelFiles) -> Result<Self> {
-        let config = checkpoint.config().clone();
+    /// If a tensor is missing, has another shape than the configuration requires, or a type that cannot be dequantised.
+    pub fn load(files: &ModelFiles) -> Result<Self> {
+        let config = files.config().clone();
         let (shapes, names, biases) = (config.shapes(), config.names(), config.has_bias());
         let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
-        let vector = |name: &str, len: usize| checkpoint.vector(name, len);
+        let vector = |name: &str, len: usize| files.vector(name, len);
         let norm = |path: &str, len: usize| -> Result<Norm> {
             let mut weight = vector(&format!("{path}.weight"), len)?;
             let kind = match config.norm {
@@ -104,7 +102,7 @@ impl Base {
             .map(|layer| {
                 let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
                 let linears = shapes.linears().iter().zip(&biases).map(|(map, &biased)| {
-                    let weight = checkpoint.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
+                    let weight = files.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
                     let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?;
                     Ok(FrozenLinear { weight, bias })
                 });
@@ -140,39 +138,38 @@ impl Base {
             .collect::<Result<Vec<_>>>()?;
         let positions = config
             .learned_positions
-            .map(|first| checkpoint.weight(names.positions, first + config.max_position_embeddings, d));
-        let projections = (d != e).then(|| {
-            Ok::<_, anyhow::Error>([checkpoint.weight(PROJECT_IN, d, e)?, checkpoint.weight(PROJECT_OUT, e, d)?])
-        });
+            .map(|first| files.weight(names.positions, first + config.max_position_embeddings, d));
+        let projections = (d != e)
+            .then(|| Ok::<_, anyhow::Error>([files.weight(PROJECT_IN, d, e)?, files.weight(PROJECT_OUT, e, d)?]));
         let weights = Weights {
-            embedding: checkpoint.weight(names.embedding, vocab, e)?,
+            embedding: files.weight(names.embedding, vocab, e)?,
             positions: positions.transpose()?,
             projections: projections.transpose()?,
             blocks,
             norm: config.final_norm.then(|| norm(names.final_norm, d)).transpose()?,
             output: match config.tie_word_embeddings {
                 true => None,
-                false => Some(checkpoint.weight(names.output, vocab, e)?),
+                false => Some(files.weight(names.output, vocab, e)?),
             },
         };
-        Self::from_parts(config, weights, checkpoint.fingerprint())
+        Self::from_parts(config, weights, files.fingerprint())
     }
 
-    /// From finished parts.
+    /// A base of existing weights.
     ///
     /// # Errors
-    /// If a matrix or a norm is not of the shape that the config asks for.
+    /// If a matrix or a norm has another shape than the configuration requires.
     pub fn from_parts(config: DecoderConfig, weights: Weights, fingerprint: String) -> Result<Self> {
         let factor = config.rope_scaling.attention_factor() as f32;
-        let turns = |inv_freq: &[f32], factor: f32| {
+        let table = |inv_freq: &[f32], factor: f32| {
             RopeTable::new(inv_freq, config.head_dim, config.max_position_embeddings, factor)
         };
-        let mut angles = vec![];
+        let mut rope_tables = vec![];
         if config.layers.iter().any(|l| l.rope != LayerRope::None) {
-            angles.push(turns(&config.inv_freq(), factor));
+            rope_tables.push(table(&config.inv_freq(), factor));
         }
         if config.layers.iter().any(|l| l.rope == LayerRope::Local) {
-            angles.push(turns(&config.local_inv_freq(), 1.0));
+            rope_tables.push(table(&config.local_inv_freq(), 1.0));
         }
         let geometry = Geometry {
             qkv: config.qkv,
@@ -180,28 +177,31 @@ impl Base {
             activation: config.activation,
             parallel: config.placement == Placement::Parallel,
             residual_multiplier: config.residual_multiplier as f32,
-            angles,
+            rope_tables,
         };
         let base = Self { config, weights, geometry, fingerprint };
         let (shapes, d, e) = (base.shapes(), base.config.hidden_size, base.config.embedding_width);
         let check = |name: &str, have: [usize; 2], want: [usize; 2]| {
-            anyhow::ensure!(have == want, "{name} is {have:?}, the config asks for {want:?}");
+            anyhow::ensure!(have == want, "{name} is {have:?}, the configuration requires {want:?}");
             Ok(())
         };
         let size = |w: &Weight| [w.rows(), w.cols()];
-        let table = [base.config.vocab_size, e];
-        check("the embedding", size(&base.weights.embedding), table)?;
+        let vocab = [base.config.vocab_size, e];
+        check("the embedding", size(&base.weights.embedding), vocab)?;
         if let Some(output) = &base.weights.output {
-            check("the output table", size(output), table)?;
+            check("the lm_head", size(output), vocab)?;
         }
         if let Some([into, out]) = &base.weights.projections {
-            check("the map into the blocks", size(into), [d, e])?;
-            check("the map out of the blocks", size(out), [e, d])?;
+            check("the projection into the blocks", size(into), [d, e])?;
+            check("the projection out of the blocks", size(out), [e, d])?;
         }
-        anyhow::ensure!(base.weights.projections.is_some() == (d != e), "maps in and out of the blocks, or none");
+        anyhow::ensure!(
+            base.weights.projections.is_some() == (d != e),
+            "projections into and out of the blocks are needed exactly if the embedding has another width"
+        );
         check("the number of blocks", [1, base.weights.blocks.len()], [1, base.config.num_hidden_layers])?;
         for (layer, block) in base.weights.blocks.iter().enumerate() {
-            check("the number of linear maps", [1, block.linears.len()], [1, shapes.linears().len()])?;
+            check("the number of linear layers", [1, block.linears.len()], [1, shapes.linears().len()])?;
             for (i, (map, linear)) in shapes.linears().iter().zip(&block.linears).enumerate() {
                 check(&shapes.module_path(layer, i), size(&linear.weight), [map.out, map.inp])?;
             }
@@ -213,7 +213,7 @@ impl Base {
         Ok(base)
     }
 
-    /// The same base, its products computed in `compute`.
+    /// The same base, with products computed in `compute`.
     #[must_use]
     pub fn computing_in(mut self, compute: ComputeDtype) -> Self {
         let w = &mut self.weights;
@@ -225,23 +225,23 @@ impl Base {
         self
     }
 
-    /// Sizes and constants.
+    /// The configuration.
     pub fn config(&self) -> &DecoderConfig {
         &self.config
     }
 
-    /// The sizes that an adapter must fit.
+    /// The shapes that an adapter must fit.
     pub fn shapes(&self) -> LinearShapes {
         self.config.shapes()
     }
 
-    /// A digest of the stored weights: equal for equal bytes, wherever they lie.
+    /// A digest of the stored weights: equal for equal bytes, whatever the path of the files.
     pub fn fingerprint(&self) -> &str {
         &self.fingerprint
     }
 
-    /// The table that logits are taken with, the adapter's branch on it, and what is done to them.
-    pub fn table<'a>(&'a self, adapter: Option<&'a Adapter>) -> LmHead<'a> {
+    /// The lm_head, with the adapter's LoRA weights on it.
+    pub fn lm_head<'a>(&'a self, adapter: Option<&'a Adapter>) -> LmHead<'a> {
         LmHead {
             weight: self.weights.output.as_ref().unwrap_or(&self.weights.embedding),
             multiplier: self.config.logits_multiplier as f32,
@@ -250,10 +250,10 @@ impl Base {
         }
     }
 
-    /// The matrix at a place that can carry a branch, (out, in); the token table as it is, (vocab, E).
-    pub fn matrix(&self, slot: TargetModule) -> Option<&Weight> {
+    /// The weight of a target module, (out, in); the embedding matrix as stored, (vocab, E).
+    pub fn matrix(&self, module: TargetModule) -> Option<&Weight> {
         let w = &self.weights;
-        match slot {
+        match module {
             TargetModule::Block { layer, linear } => w.blocks.get(layer)?.linears.get(linear).map(|l| &l.weight),
             TargetModule::NonBlockModule(NonBlockModule::Embedding) => Some(&w.embedding),
             TargetModule::NonBlockModule(NonBlockModule::ProjectIn) => w.projections.as_ref().map(|p| &p[0]),
@@ -262,11 +262,11 @@ impl Base {
         }
     }
 
-    pub(super) fn parts(&self) -> &Weights {
+    pub(super) fn frozen(&self) -> &Weights {
         &self.weights
     }
 
-    /// All stored matrices under their Hugging Face names, (out, in) each, in file order of a decoder.
+    /// All matrices, (out, in) each, under their Hugging Face names, in the order of a decoder.
     pub fn weights(&self) -> Vec<(String, &Weight)> {
         let (w, names) = (&self.weights, self.config.names());
         let mut all = vec![(names.embedding.to_string(), &w.embedding)];
@@ -284,12 +284,12 @@ impl Base {
         all
     }
 
-    /// Whether Hugging Face's files keep this matrix as (in, out).
+    /// Whether Hugging Face's files store this matrix as (in, out).
     pub fn lies_transposed(&self, name: &str) -> bool {
         self.config.lies_transposed(name)
     }
 
-    /// All norms and biases under their Hugging Face names, with the numbers of Hugging Face's files.
+    /// All norms and biases under their Hugging Face names, with the values of Hugging Face's files.
     pub fn vectors(&self) -> Vec<(String, Cow<'_, [f32]>)> {
         let (names, shapes) = (self.config.names(), self.shapes());
         let mut all = vec![];
@@ -328,7 +328,7 @@ impl Base {
         all
     }
 
-    /// Bytes of the base as it is held: matrices as stored, norms and biases in f32.
+    /// Bytes of the base in memory: matrices as stored, norms and biases in f32.
     pub fn size_in_bytes(&self) -> usize {
         self.weights().iter().map(|(_, w)| w.size_in_bytes()).sum::<usize>()
             + self.vectors().iter().map(|(_, v)| size_of_val(&v[..])).sum::<usize>()
@@ -358,107 +358,109 @@ impl Base {
         Ok(())
     }
 
-    /// Hidden states (N, D) after the final norm; keeps nothing.
+    /// Hidden states (N, D) after the final norm; saves nothing.
     ///
     /// # Errors
-    /// If the adapter is another base's, or a sequence is longer than the context.
+    /// If the adapter was made for another base, or a sequence is longer than the context.
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Tensor> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
-        let (ends, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
-        let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
+        let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
+        let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut unused)?;
         for (layer, block) in self.weights.blocks.iter().enumerate() {
-            x = block.forward(pairs(adapter, layer), &self.geometry, layout, &x)?;
+            x = block.forward(layer_lora(adapter, layer), &self.geometry, layout, &x)?;
         }
-        ends.finish(x, &mut unused)
+        embeddings.output(x, &mut unused)
     }
 
-    /// Hidden states (N, D) after the final norm, with what `backward` wants. Blocks below the adapter's first branch
-    /// keep nothing.
+    /// Hidden states (N, D) after the final norm, and the tensors saved for `backward`. Blocks below the adapter's first LoRA
+    /// weights save nothing.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
-    pub fn hidden_kept(&self, batch: &Batch, adapter: &Adapter, checkpoint: Recompute) -> Result<(Tensor, Tape)> {
+    pub fn forward(&self, batch: &Batch, adapter: &Adapter, recompute: Recompute) -> Result<(Tensor, Tape)> {
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout::of(batch);
-        let (ends, mut kept_ends) = (Embeddings::of(self, Some(adapter)), embeddings::Saved::default());
+        let (embeddings, mut saved) = (Embeddings::of(self, Some(adapter)), embeddings::Saved::default());
         let lowest = adapter.layers().iter().position(|p| p.iter().any(Option::is_some));
-        let first = match ends.trains_before() {
+        let first = match embeddings.train_below_blocks() {
             true => 0,
             false => lowest.unwrap_or(self.weights.blocks.len()),
         };
-        let mut x = ends.start(batch.tokens(), batch.positions(), &mut kept_ends)?;
-        let mut kept = Vec::with_capacity(self.weights.blocks.len() - first);
+        let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut saved)?;
+        let mut blocks = Vec::with_capacity(self.weights.blocks.len() - first);
         for (layer, block) in self.weights.blocks.iter().enumerate() {
-            let pairs = pairs(Some(adapter), layer);
+            let lora = layer_lora(Some(adapter), layer);
             if layer < first {
-                x = block.forward(pairs, &self.geometry, layout, &x)?;
+                x = block.forward(lora, &self.geometry, layout, &x)?;
             } else {
-                let (y, k) = block.forward_kept(pairs, &self.geometry, layout, x, checkpoint)?;
-                kept.push(k);
+                let (y, saved) = block.forward_saving(lora, &self.geometry, layout, x, recompute)?;
+                blocks.push(saved);
                 x = y;
             }
         }
-        let h = ends.finish(x.clone(), &mut kept_ends)?;
-        Ok((h, Tape { kept, last: x, first, ends: kept_ends }))
+        let h = embeddings.output(x.clone(), &mut saved)?;
+        Ok((h, Tape { blocks, last: x, first, embeddings: saved }))
     }
 
-    /// Gradients of the adapter's branches but the output table's, which is the head's to give, of dL/dh (N, D). The
-    /// blocks' activations are given back as it goes.
+    /// Gradients of the adapter's LoRA weights of dL/dh (N, D), except those on the lm_head, which `ops::logprobs` returns.
+    /// Each block's activations are freed after its backward.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Tensor) -> Result<Gradients> {
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
-        let ends = Embeddings::of(self, Some(adapter));
-        let mut dy = ends.finish_backward(&tape.last, &tape.ends, &dh, &mut grads)?;
+        let embeddings = Embeddings::of(self, Some(adapter));
+        let mut dy = embeddings.output_backward(&tape.last, &tape.embeddings, &dh, &mut grads)?;
         drop((tape.last, dh));
-        let kept = tape.kept.into_iter().enumerate().map(|(i, k)| (tape.first + i, k));
-        for (layer, kept) in kept.collect::<Vec<_>>().into_iter().rev() {
-            let unused = layer == tape.first && !ends.trains_before();
+        let blocks = tape.blocks.into_iter().enumerate().map(|(i, saved)| (tape.first + i, saved));
+        for (layer, saved) in blocks.collect::<Vec<_>>().into_iter().rev() {
+            let unused = layer == tape.first && !embeddings.train_below_blocks();
             let wanted = if unused { InputGradient::Unused } else { InputGradient::Wanted };
-            let pairs = pairs(Some(adapter), layer);
-            let (dx, g) = self.weights.blocks[layer].backward(pairs, &self.geometry, layout, kept, dy, wanted)?;
+            let lora = layer_lora(Some(adapter), layer);
+            let (dx, g) = self.weights.blocks[layer].backward(lora, &self.geometry, layout, saved, dy, wanted)?;
             grads.layers[layer] = g;
             match dx {
                 Some(dx) => dy = dx,
                 None => return Ok(grads),
             }
         }
-        if ends.trains_before() {
-            ends.start_backward(batch.tokens(), &tape.ends, &dy, &mut grads)?;
+        if embeddings.train_below_blocks() {
+            embeddings.input_backward(batch.tokens(), &tape.embeddings, &dy, &mut grads)?;
         }
         Ok(grads)
     }
 
-    /// Starts generation: runs the prompts, fills a cache with room for `room` tokens more of each answer, and returns the
-    /// hidden state (S, D) of each one's last prompt token. `sources` (S): which prompt of the batch an answer is to.
+    /// Starts generation: runs the prompts, fills a cache with a capacity of `capacity` further tokens per response, and
+    /// returns the hidden state (S, D) of the last prompt token of each. `prompts` (S): each response's prompt in the batch.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
     pub fn prefill(
         &self,
         batch: &Batch,
-        sources: &[usize],
+        prompts: &[usize],
         adapter: Option<&Adapter>,
-        room: usize,
+        capacity: usize,
     ) -> Result<(Tensor, KvCache)> {
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
-        let mut cache = KvCache { layers: vec![vec![Cached::default(); sources.len()]; self.weights.blocks.len()] };
-        let (ends, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
-        let mut x = ends.start(batch.tokens(), batch.positions(), &mut unused)?;
-        for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
-            x = block.prefill(pairs(adapter, layer), &self.geometry, (layout, sources), &x, room, caches)?;
+        let mut layers = Vec::with_capacity(self.weights.blocks.len());
+        let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
+        let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut unused)?;
+        for (layer, block) in self.weights.blocks.iter().enumerate() {
+            let mut cache = attention::KvCache::new(capacity);
+            x = block.prefill(layer_lora(adapter, layer), &self.geometry, (layout, prompts), &x, &mut cache)?;
+            layers.push(cache);
         }
         let last = batch.last_rows();
-        let last = select_rows(&x, &sources.iter().map(|&i| last[i]).collect::<Vec<_>>())?;
+        let last = gather_rows(&x, &prompts.iter().map(|&i| last[i]).collect::<Vec<_>>())?;
         drop(x);
-        Ok((ends.finish(last, &mut unused)?, cache))
+        Ok((embeddings.output(last, &mut unused)?, KvCache { layers }))
     }
 
-    /// Hidden state (S, D) after one more token a sequence, at `positions` (S).
+    /// Hidden state (S, D) after one more token per sequence, at `positions` (S).
     ///
     /// # Errors
     /// As for [`Base::hidden`].
@@ -470,68 +472,25 @@ impl Base {
         cache: &mut KvCache,
     ) -> Result<Tensor> {
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
-        let (ends, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
-        let mut x = ends.start(tokens, positions, &mut unused)?;
-        for ((layer, block), caches) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
-            x = block.decode(pairs(adapter, layer), &self.geometry, positions, &x, caches)?;
+        let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
+        let mut x = embeddings.input(tokens, positions, &mut unused)?;
+        for ((layer, block), cache) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
+            x = block.decode(layer_lora(adapter, layer), &self.geometry, positions, &x, cache)?;
         }
-        ends.finish(x, &mut unused)
+        embeddings.output(x, &mut unused)
     }
 
-    /// Logits (S, vocab) of hidden states (S, D), with the adapter's branch on the output table: for sampling, where S
-    /// is small. Scoring goes through `ops::head`.
+    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S is
+    /// small. Log-probabilities are computed by `ops::logprobs`, without logits.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn logits(&self, hidden: &Tensor, adapter: Option<&Adapter>) -> Result<Tensor> {
-        let table = self.table(adapter);
-        let (logits, _) =
-            embeddings::one(hidden, LinearWithLora { weight: table.weight, bias: None, lora: table.lora })?;
-        if table.multiplier == 1.0 && table.soft_cap.is_none() {
-            return Ok(logits);
-        }
-        let mut shaped = cpu::view(&logits)?.to_vec();
-        table.shape(&mut shaped);
-        Ok(cpu::tensor(shaped, logits.dims2()?)?)
+        Ok(logprobs::logits(hidden, &self.lm_head(adapter))?)
     }
 }
 
-fn pairs(adapter: Option<&Adapter>, layer: usize) -> Option<&LoraLayers> {
+/// The adapter's LoRA weights of one layer.
+fn layer_lora(adapter: Option<&Adapter>, layer: usize) -> Option<&LoraLayers> {
     adapter.and_then(|a| a.layers().get(layer))
-}
-
-/// Rows `rows` of x (N, D), in that order.
-///
-/// # Errors
-/// If a row does not exist.
-pub fn select_rows(x: &Tensor, rows: &[usize]) -> candle_core::Result<Tensor> {
-    let (n, d) = x.dims2()?;
-    let xs = cpu::view(x)?;
-    let mut out = Vec::with_capacity(rows.len() * d);
-    for &row in rows {
-        if row >= n {
-            candle_core::bail!("row {row} of {n}");
-        }
-        out.extend_from_slice(&xs[row * d..(row + 1) * d]);
-    }
-    cpu::tensor(out, (rows.len(), d))
-}
-
-/// The transpose of [`select_rows`]: (n, D) with `values`' rows added at `rows`, zeros elsewhere.
-///
-/// # Errors
-/// If a row does not exist.
-pub fn scatter_rows(values: &Tensor, rows: &[usize], n: usize) -> candle_core::Result<Tensor> {
-    let (r, d) = values.dims2()?;
-    let vs = cpu::view(values)?;
-    let mut out = vec![0f32; n * d];
-    if r != rows.len() || rows.iter().any(|&row| row >= n) {
-        candle_core::bail!("{r} rows of values for {} rows of {n}", rows.len());
-    }
-    for (value, &row) in vs.chunks_exact(d).zip(rows) {
-        for (o, v) in out[row * d..(row + 1) * d].iter_mut().zip(value) {
-            *o += v;
-        }
-    }
-    cpu::tensor(out, (n, d))
 }

@@ -1,5 +1,5 @@
-//! The two ends of a decoder: tokens -> the first block's input, the last block's output -> what the head reads. With
-//! the branches that an adapter may have there, forward and reverse. Read base.rs for what lies between.
+//! Embedding and final norm/projection: everything before the first and after the last block, with the LoRA weights that an
+//! adapter may have there. Forward and backward. It does not depend on blocks. Read `base.rs` for the whole pass.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -12,17 +12,18 @@ use crate::ops::linear::{BranchGradient, InputGradient, LinearWithLora};
 use crate::ops::weight::Weight;
 use crate::ops::{columns, embedding};
 
-/// What the reverse of both ends wants.
+/// Tensors saved for the backward of both ends.
 #[derive(Default)]
 pub(crate) struct Saved {
-    lookup: Option<embedding::Saved>,
-    /// The map into the blocks: its input, and what it kept.
+    /// Tensors saved by the embedding.
+    embedding: Option<embedding::Saved>,
+    /// Input of the projection into the blocks, and the tensors that it saved.
     project_in: Option<(Tensor, linear::Saved)>,
-    /// The map out of them, likewise.
+    /// Input of the projection out of the blocks, and the tensors that it saved.
     project_out: Option<(Tensor, linear::Saved)>,
 }
 
-/// A base's ends as one pass sees them.
+/// The embedding, the final norm and the projections of a base, with an adapter.
 #[derive(Clone, Copy)]
 pub(crate) struct Embeddings<'a> {
     config: &'a DecoderConfig,
@@ -32,33 +33,33 @@ pub(crate) struct Embeddings<'a> {
 
 impl<'a> Embeddings<'a> {
     pub(crate) fn of(base: &'a Base, adapter: Option<&'a Adapter>) -> Self {
-        Self { config: base.config(), weights: base.parts(), adapter }
+        Self { config: base.config(), weights: base.frozen(), adapter }
     }
 
-    fn branch(self, outer: NonBlockModule) -> Option<&'a LoraLayer> {
-        self.adapter.and_then(|a| a.outer(outer))
+    fn lora(self, module: NonBlockModule) -> Option<&'a LoraLayer> {
+        self.adapter.and_then(|a| a.outer(module))
     }
 
-    fn part(self, weight: &'a Weight, outer: NonBlockModule) -> LinearWithLora<'a> {
-        LinearWithLora { weight, bias: None, lora: self.branch(outer).map(LoraLayer::low_rank) }
+    fn linear(self, weight: &'a Weight, module: NonBlockModule) -> LinearWithLora<'a> {
+        LinearWithLora { weight, bias: None, lora: self.lora(module).map(LoraLayer::low_rank) }
     }
 
-    /// Whether anything before the first block trains.
-    pub(crate) fn trains_before(self) -> bool {
-        self.branch(NonBlockModule::Embedding).is_some() || self.branch(NonBlockModule::ProjectIn).is_some()
+    /// Whether any LoRA weights before the first block are trained.
+    pub(crate) fn train_below_blocks(self) -> bool {
+        self.lora(NonBlockModule::Embedding).is_some() || self.lora(NonBlockModule::ProjectIn).is_some()
     }
 
     /// The first block's input (N, D) of tokens (N) at positions (N).
-    pub(crate) fn start(self, tokens: &[u32], positions: &[u32], kept: &mut Saved) -> Result<Tensor> {
-        let lora = self.branch(NonBlockModule::Embedding).map(LoraLayer::low_rank);
-        let (mut x, lookup) = embedding::forward(&self.weights.embedding, tokens, lora)?;
-        kept.lookup = lookup;
+    pub(crate) fn input(self, tokens: &[u32], positions: &[u32], saved: &mut Saved) -> Result<Tensor> {
+        let lora = self.lora(NonBlockModule::Embedding).map(LoraLayer::low_rank);
+        let (mut x, of_embedding) = embedding::forward(&self.weights.embedding, tokens, lora)?;
+        saved.embedding = of_embedding;
         if self.config.embedding_multiplier != 1.0 {
             x = columns::scale(&x, self.config.embedding_multiplier as f32)?;
         }
         if let Some([into, _]) = &self.weights.projections {
-            let (y, k) = one(&x, self.part(into, NonBlockModule::ProjectIn))?;
-            kept.project_in = Some((x, k));
+            let (y, k) = one(&x, self.linear(into, NonBlockModule::ProjectIn))?;
+            saved.project_in = Some((x, k));
             x = y;
         }
         if let (Some(table), Some(first)) = (&self.weights.positions, self.config.learned_positions) {
@@ -68,54 +69,61 @@ impl<'a> Embeddings<'a> {
         Ok(x)
     }
 
-    /// Gradients of the branches before the blocks, of dL/dx (N, D) at the first block's input.
-    pub(crate) fn start_backward(self, tokens: &[u32], kept: &Saved, dx: &Tensor, grads: &mut Gradients) -> Result<()> {
-        let lookup = self.branch(NonBlockModule::Embedding);
+    /// Gradients of the LoRA weights before the blocks, of dL/dx (N, D) at the first block's input.
+    pub(crate) fn input_backward(
+        self,
+        tokens: &[u32],
+        saved: &Saved,
+        dx: &Tensor,
+        grads: &mut Gradients,
+    ) -> Result<()> {
+        let lora = self.lora(NonBlockModule::Embedding);
         let mut dx = dx.clone();
-        if let (Some([into, _]), Some((x, k))) = (&self.weights.projections, &kept.project_in) {
-            let wanted = if lookup.is_some() { InputGradient::Wanted } else { InputGradient::Unused };
-            let (input, branch) = one_backward(x, self.part(into, NonBlockModule::ProjectIn), k, &dx, wanted)?;
-            grads.outer[NonBlockModule::ProjectIn as usize] = branch;
+        if let (Some([into, _]), Some((x, k))) = (&self.weights.projections, &saved.project_in) {
+            let wanted = if lora.is_some() { InputGradient::Wanted } else { InputGradient::Unused };
+            let (input, gradient) = one_backward(x, self.linear(into, NonBlockModule::ProjectIn), k, &dx, wanted)?;
+            grads.outer[NonBlockModule::ProjectIn as usize] = gradient;
             if let Some(input) = input {
                 dx = input;
             }
         }
-        if let (Some(pair), Some(kept)) = (lookup, &kept.lookup) {
+        if let (Some(lora), Some(saved)) = (lora, &saved.embedding) {
             if self.config.embedding_multiplier != 1.0 {
                 dx = columns::scale(&dx, self.config.embedding_multiplier as f32)?;
             }
-            let g = embedding::backward(&self.weights.embedding, tokens, pair.low_rank(), kept, &dx)?;
+            let g = embedding::backward(&self.weights.embedding, tokens, lora.low_rank(), saved, &dx)?;
             grads.outer[NonBlockModule::Embedding as usize] = Some(g);
         }
         Ok(())
     }
 
     /// Hidden states (N, E) of the last block's output (N, D).
-    pub(crate) fn finish(self, x: Tensor, kept: &mut Saved) -> Result<Tensor> {
+    pub(crate) fn output(self, x: Tensor, saved: &mut Saved) -> Result<Tensor> {
         let h = match &self.weights.norm {
             Some(norm) => norm.forward(&x)?,
             None => x,
         };
         let Some([_, out]) = &self.weights.projections else { return Ok(h) };
-        let (y, k) = one(&h, self.part(out, NonBlockModule::ProjectOut))?;
-        kept.project_out = Some((h, k));
+        let (y, k) = one(&h, self.linear(out, NonBlockModule::ProjectOut))?;
+        saved.project_out = Some((h, k));
         Ok(y)
     }
 
-    /// dL/dx (N, D) of dL/dh (N, E), with the gradient of the branch out of the blocks; x is the last block's output.
-    pub(crate) fn finish_backward(
+    /// dL/dx (N, D) of dL/dh (N, E), x being the last block's output; stores the gradient of the LoRA weights after the
+    /// blocks.
+    pub(crate) fn output_backward(
         self,
         x: &Tensor,
-        kept: &Saved,
+        saved: &Saved,
         dh: &Tensor,
         grads: &mut Gradients,
     ) -> Result<Tensor> {
-        let dh = match (&self.weights.projections, &kept.project_out) {
+        let dh = match (&self.weights.projections, &saved.project_out) {
             (Some([_, out]), Some((h, k))) => {
-                let (input, branch) =
-                    one_backward(h, self.part(out, NonBlockModule::ProjectOut), k, dh, InputGradient::Wanted)?;
-                grads.outer[NonBlockModule::ProjectOut as usize] = branch;
-                input.context("an input gradient was asked for and not made")?
+                let (input, gradient) =
+                    one_backward(h, self.linear(out, NonBlockModule::ProjectOut), k, dh, InputGradient::Wanted)?;
+                grads.outer[NonBlockModule::ProjectOut as usize] = gradient;
+                input.context("a requested input gradient is missing")?
             }
             _ => dh.clone(),
         };
@@ -126,19 +134,19 @@ impl<'a> Embeddings<'a> {
     }
 }
 
-/// A single map.
-pub(crate) fn one(x: &Tensor, part: LinearWithLora<'_>) -> Result<(Tensor, linear::Saved)> {
-    let (mut y, kept) = linear::forward(x, &[part], None)?;
-    Ok((y.pop().context("a linear gives one output a part")?, kept))
+/// A group of a single linear layer.
+fn one(x: &Tensor, part: LinearWithLora<'_>) -> Result<(Tensor, linear::Saved)> {
+    let (mut y, saved) = linear::forward(x, &[part], None)?;
+    Ok((y.pop().context("a linear group has one output per part")?, saved))
 }
 
 fn one_backward(
     x: &Tensor,
     part: LinearWithLora<'_>,
-    kept: &linear::Saved,
+    saved: &linear::Saved,
     dy: &Tensor,
     wanted: InputGradient,
 ) -> Result<(Option<Tensor>, Option<BranchGradient>)> {
-    let mut g = linear::backward(x, &[part], kept, &[dy], wanted)?;
+    let mut g = linear::backward(x, &[part], saved, &[dy], wanted)?;
     Ok((g.input, g.lora.pop().flatten()))
 }

@@ -378,7 +378,7 @@ fn every_policy_gradient_is_autograds_for_every_choice_and_every_checkpointing()
     let r = targets.rows.len();
     let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
     for base in choices().into_iter().map(random_base) {
-        let table = base.table(None);
+        let table = base.lm_head(None);
         let whole = Recompute::ALL.map(|checkpoint| (None, checkpoint));
         for (layers, checkpoint) in whole.into_iter().chain([(Some(vec![1]), Recompute::Off)]) {
             let mut actor = adapter(&base, layers, 3);

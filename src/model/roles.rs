@@ -1,34 +1,34 @@
-//! Roles are views: a policy (actor, reference) and a scorer (critic, reward) of a base through an adapter. Nothing is
-//! switched on or off; a view borrows its adapter, so it cannot outlive a step. Read generate.rs next.
+//! Roles: a policy (actor, reference) and a value model (critic, reward model), both views of a base through an adapter.
+//! Nothing is switched on or off, and a view borrows its adapter, so it cannot outlive an optimiser step. It does not depend
+//! on losses. Read `generate.rs` next.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
 
 use super::adapter::{Adapter, Gradients};
-use super::base::{Base, scatter_rows, select_rows};
+use super::base::Base;
 use super::batch::{Batch, Targets};
 use crate::invalid;
 use crate::model::adapter::NonBlockModule;
 use crate::model::adapter::gradients::sum;
 use crate::model::block::Recompute;
-use crate::ops::cpu;
-use crate::ops::kl;
-use crate::ops::kl::Side;
-use crate::ops::logprobs;
-use crate::ops::logprobs::TokenStats;
+use crate::ops::kl::{self, Side};
+use crate::ops::logprobs::{self, TokenStats};
+use crate::ops::rows::{gather_rows, scatter_rows};
+use crate::ops::score;
 
-/// What a loss over tokens asks to be carried back: its derivatives, (R) each.
+/// The derivatives of a loss over tokens, (R) each.
 #[derive(Clone, Debug, Default)]
 pub struct HeadGradients {
-    /// By the targets' log-probabilities.
+    /// dL/dlogp of the targets.
     pub logprobs: Vec<f32>,
-    /// By the entropies.
+    /// dL/dH of the entropies.
     pub entropy: Vec<f32>,
-    /// By the exact KLs, where they count.
+    /// dL/dKL of the exact KLs, if the loss depends on them.
     pub kl: Option<Vec<f32>>,
 }
 
-/// A language model: the base, or the base with an adapter's branches.
+/// A language model: the base, or the base with an adapter.
 #[derive(Clone, Copy)]
 pub struct Policy<'w> {
     base: &'w Base,
@@ -36,7 +36,7 @@ pub struct Policy<'w> {
 }
 
 impl<'w> Policy<'w> {
-    /// `None` is the bare base.
+    /// A policy; without an adapter it is the bare base.
     pub fn new(base: &'w Base, adapter: Option<&'w Adapter>) -> Self {
         Self { base, adapter }
     }
@@ -59,39 +59,39 @@ impl<'w> Policy<'w> {
         self.logprobs_of(&self.rows(batch, targets)?, targets, temperature)
     }
 
-    /// Hidden states (R, D) that the targets are predicted from.
+    /// Hidden states (R, D) from which the targets are predicted.
     ///
     /// # Errors
     /// As for [`Policy::logprobs`].
     pub fn rows(&self, batch: &Batch, targets: &Targets) -> Result<Tensor> {
         let hidden = self.base.hidden(batch, self.adapter)?;
-        Ok(select_rows(&hidden, &targets.rows)?)
+        Ok(gather_rows(&hidden, &targets.rows)?)
     }
 
-    /// [`Policy::logprobs`] of what [`Policy::rows`] gave.
+    /// As [`Policy::logprobs`], from the result of [`Policy::rows`].
     ///
     /// # Errors
-    /// If the rows are not those of the targets.
+    /// If the number of rows is not that of the targets.
     pub fn logprobs_of(&self, rows: &Tensor, targets: &Targets, temperature: f64) -> Result<TokenStats> {
-        Ok(logprobs::forward(rows, &self.base.table(self.adapter), &targets.tokens, temperature)?)
+        Ok(logprobs::forward(rows, &self.base.lm_head(self.adapter), &targets.tokens, temperature)?)
     }
 
     fn side<'a>(&'a self, hidden: &'a Tensor) -> Side<'a> {
-        Side { hidden, table: self.base.table(self.adapter) }
+        Side { hidden, head: self.base.lm_head(self.adapter) }
     }
 
-    /// Exact KL (R), nats, from this policy with hidden states `rows` (R, D) to `other` with its own, over the same base.
+    /// Exact KL (R), nats, from this policy with hidden states `rows` (R, D) to another policy of the same base with its own.
     ///
     /// # Errors
-    /// If shapes differ, or the bases.
-    pub fn divergence(&self, rows: &Tensor, other: (Policy<'_>, &Tensor), temperature: f64) -> Result<Vec<f32>> {
+    /// If shapes or bases differ.
+    pub fn kl(&self, rows: &Tensor, other: (Policy<'_>, &Tensor), temperature: f64) -> Result<Vec<f32>> {
         Ok(kl::forward(self.side(rows), other.0.side(other.1), temperature)?.kl)
     }
 
-    /// One forward and backward: `loss` sees the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
+    /// One forward and backward pass: `loss` gets the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
     ///
     /// # Errors
-    /// As for [`Policy::logprobs`]; if the policy has no adapter; what `loss` returns.
+    /// As for [`Policy::logprobs`]; if the policy has no adapter; the error of `loss`.
     pub fn gradients(
         &self,
         batch: &Batch,
@@ -106,11 +106,11 @@ impl<'w> Policy<'w> {
         })
     }
 
-    /// As [`Policy::gradients`], where the loss may read the exact KL (R) to another policy of this base, too, which is
-    /// given with its hidden states (R, D); without it it sees none.
+    /// As [`Policy::gradients`], for a loss that may also depend on the exact KL (R) to another policy of this base, which is
+    /// given with its hidden states (R, D). Without another policy, `loss` gets an empty slice.
     ///
     /// # Errors
-    /// As for [`Policy::gradients`]; if there is a gradient by a KL and no other policy.
+    /// As for [`Policy::gradients`]; if `loss` returns dL/dKL and there is no other policy.
     pub fn gradients_against(
         &self,
         batch: &Batch,
@@ -121,36 +121,36 @@ impl<'w> Policy<'w> {
         loss: impl FnOnce(&TokenStats, &[f32]) -> Result<HeadGradients>,
     ) -> Result<(TokenStats, Gradients)> {
         let adapter = self.adapter.context("a bare base has nothing to train")?;
-        let (hidden, tape) = self.base.hidden_kept(batch, adapter, checkpoint)?;
-        let rows = select_rows(&hidden, &targets.rows)?;
+        let (hidden, tape) = self.base.forward(batch, adapter, checkpoint)?;
+        let rows = gather_rows(&hidden, &targets.rows)?;
         let (n, _) = hidden.dims2()?;
         drop(hidden);
-        let output = &self.base.table(self.adapter);
-        let stats = logprobs::forward(&rows, output, &targets.tokens, temperature)?;
-        let kept = match &other {
+        let head = &self.base.lm_head(self.adapter);
+        let stats = logprobs::forward(&rows, head, &targets.tokens, temperature)?;
+        let saved = match &other {
             Some((policy, theirs)) => Some(kl::forward(self.side(&rows), policy.side(theirs), temperature)?),
             None => None,
         };
-        let d = loss(&stats, kept.as_ref().map_or(&[], |kept| &kept.kl))?;
-        let logprobs::Gradients { hidden: mut d_rows, mut branch } =
-            logprobs::backward(&rows, output, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
+        let d = loss(&stats, saved.as_ref().map_or(&[], |saved| &saved.kl))?;
+        let logprobs::Gradients { hidden: mut d_rows, mut lora } =
+            logprobs::backward(&rows, head, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
         if let Some(dkl) = &d.kl {
-            let ((policy, theirs), kept) =
-                other.as_ref().zip(kept.as_ref()).context("a KL's gradient needs the other policy")?;
-            let more = kl::backward(self.side(&rows), policy.side(theirs), temperature, kept, dkl)?;
+            let ((policy, theirs), saved) =
+                other.as_ref().zip(saved.as_ref()).context("a KL's gradient needs the other policy")?;
+            let more = kl::backward(self.side(&rows), policy.side(theirs), temperature, saved, dkl)?;
             d_rows = (d_rows + more.hidden)?;
-            branch = sum(branch, more.branch)?;
+            lora = sum(lora, more.lora)?;
         }
-        drop((rows, kept));
+        drop((rows, saved));
         let dh = scatter_rows(&d_rows, &targets.rows, n)?;
         drop(d_rows);
         let mut grads = self.base.backward(batch, adapter, tape, dh)?;
-        grads.outer[NonBlockModule::Head as usize] = branch;
+        grads.outer[NonBlockModule::Head as usize] = lora;
         Ok((stats, grads))
     }
 }
 
-/// A base with an adapter and its scalar head: value(row) = w . h + b.
+/// A backbone (base and adapter) with a scalar head: value(row) = w . h + b.
 #[derive(Clone, Copy)]
 pub struct ValueModel<'w> {
     base: &'w Base,
@@ -158,6 +158,8 @@ pub struct ValueModel<'w> {
 }
 
 impl<'w> ValueModel<'w> {
+    /// A value model.
+    ///
     /// # Errors
     /// If the adapter has no scalar head.
     pub fn new(base: &'w Base, adapter: &'w Adapter) -> Result<Self> {
@@ -172,9 +174,7 @@ impl<'w> ValueModel<'w> {
 
     fn values_of(&self, rows: &Tensor) -> Result<Vec<f32>> {
         let head = self.adapter.head().context("checked in new")?;
-        let (_, d) = rows.dims2()?;
-        let (h, w) = (cpu::view(rows)?, cpu::view(&head.weight)?);
-        Ok(h.chunks_exact(d).map(|h| cpu::dot_plain(h, &w) + head.bias).collect())
+        Ok(score::forward(rows, &head.weight, head.bias)?)
     }
 
     /// Values (R) at the rows `rows` of the batch.
@@ -183,7 +183,7 @@ impl<'w> ValueModel<'w> {
     /// If the adapter is another base's, a sequence is longer than the context, or a row does not exist.
     pub fn values(&self, batch: &Batch, rows: &[usize]) -> Result<Vec<f32>> {
         let hidden = self.base.hidden(batch, Some(self.adapter))?;
-        self.values_of(&select_rows(&hidden, rows)?)
+        self.values_of(&gather_rows(&hidden, rows)?)
     }
 
     /// Scores (S): the value at each sequence's last token.
@@ -194,10 +194,10 @@ impl<'w> ValueModel<'w> {
         self.values(batch, &batch.last_rows())
     }
 
-    /// One forward and backward: `loss` sees the values (R) at `rows` and returns dL/dvalue (R).
+    /// One forward and backward pass: `loss` gets the values (R) at `rows` and returns dL/dvalue (R).
     ///
     /// # Errors
-    /// As for [`ValueModel::values`]; what `loss` returns.
+    /// As for [`ValueModel::values`]; the error of `loss`.
     pub fn gradients(
         &self,
         batch: &Batch,
@@ -208,36 +208,25 @@ impl<'w> ValueModel<'w> {
         let head = self.adapter.head().context("checked in new")?;
         if self.adapter.outer(NonBlockModule::Head).is_some() {
             return Err(invalid!(
-                "this adapter has a branch on the output table, which a score does not read, so it cannot train here; \
+                "this adapter has LoRA weights on the lm_head, which a score does not depend on, so they cannot be trained here; \
                  leave {} out of target_modules",
                 self.base.shapes().outer(NonBlockModule::Head).map_or("lm_head", |map| map.path)
             ));
         }
-        let (hidden, tape) = self.base.hidden_kept(batch, self.adapter, checkpoint)?;
-        let (n, d) = hidden.dims2()?;
-        let picked = select_rows(&hidden, rows)?;
+        let (hidden, tape) = self.base.forward(batch, self.adapter, checkpoint)?;
+        let (n, _) = hidden.dims2()?;
+        let picked = gather_rows(&hidden, rows)?;
         drop(hidden);
         let values = self.values_of(&picked)?;
         let dvalues = loss(&values)?;
         anyhow::ensure!(dvalues.len() == values.len(), "{} gradients for {} values", dvalues.len(), values.len());
-        // value = w . h + b
-        let (mut dw, mut db) = (vec![0f64; d], 0f64);
-        let mut d_rows = Vec::with_capacity(rows.len() * d);
-        {
-            let (h, w) = (cpu::view(&picked)?, cpu::view(&head.weight)?);
-            for (h, &dv) in h.chunks_exact(d).zip(&dvalues) {
-                db += f64::from(dv);
-                for (dw, &h) in dw.iter_mut().zip(h) {
-                    *dw += f64::from(dv) * f64::from(h);
-                }
-                d_rows.extend(w.iter().map(|w| w * dv));
-            }
-        }
+        let score::Gradients { hidden: d_rows, weight, bias } = score::backward(&picked, &head.weight, &dvalues)?;
         drop(picked);
-        let dh = scatter_rows(&cpu::tensor(d_rows, (rows.len(), d))?, rows, n)?;
+        let dh = scatter_rows(&d_rows, rows, n)?;
+        drop(d_rows);
         let mut grads = self.base.backward(batch, self.adapter, tape, dh)?;
-        grads.head_weight = Some(cpu::tensor(dw.into_iter().map(|v| v as f32).collect(), (1, d))?);
-        grads.head_bias = Some(cpu::tensor(vec![db as f32], 1)?);
+        grads.head_weight = Some(weight);
+        grads.head_bias = Some(bias);
         Ok((values, grads))
     }
 }

@@ -1,11 +1,11 @@
-//! The oracle of every operation: a plain candle composition for the forward, and candle's autograd over it for the
-//! backward. Lengths are ragged, heads grouped, ranks and scales unequal, B is not zero.
+//! Gradient check of every operation: the forward against a plain composition of candle operations, the backward against
+//! candle's autograd over it. Lengths are ragged, heads grouped, ranks and scales unequal, and B is not zero.
 
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
 
 use crate::ops::activation::Activation;
 use crate::ops::attention;
-use crate::ops::attention::{Cached, Heads};
+use crate::ops::attention::{Heads, KvCache};
 use crate::ops::columns;
 use crate::ops::columns::Fusion;
 use crate::ops::linear;
@@ -31,14 +31,14 @@ fn weight(n: usize, k: usize, seed: u64) -> (Weight, Tensor) {
     (Weight::from_f32(&values, n, k).unwrap(), w)
 }
 
-/// Largest difference over the largest number of `want`.
+/// Largest difference, relative to the largest element of `want`.
 fn error(got: &Tensor, want: &Tensor) -> f32 {
     assert_eq!(got.dims(), want.dims());
     let scalar = |t: Tensor| t.flatten_all().unwrap().max(0).unwrap().to_scalar::<f32>().unwrap();
     scalar((got - want).unwrap().abs().unwrap()) / scalar(want.abs().unwrap()).max(1e-6)
 }
 
-// f32 sums of some hundred terms in another order: 1e-5 leaves an order of magnitude.
+// f32 sums of some hundred terms in another order: 1e-5 leaves a margin of an order of magnitude.
 const CLOSE: f32 = 1e-5;
 
 #[track_caller]
@@ -52,13 +52,13 @@ fn linear_group_equals_autograd_in_outputs_and_every_gradient() -> Result<()> {
     linear_group(ComputeDtype::F32, CLOSE)
 }
 
-/// Each factor is off by at most 2^-9: some 1e-3 of the largest sum, and more where a single token's z nearly cancels.
+/// Each factor has a relative error of at most 2^-9: about 1e-3 of the largest sum, more if one token's z nearly cancels.
 #[test]
 fn linear_group_in_bf16_stays_within_its_rounding() -> Result<()> {
     linear_group(ComputeDtype::Bf16, 2e-2)
 }
 
-/// Factors that are bfloat16 already lose nothing: only the order of the sums differs.
+/// Factors that are exact in bfloat16 lose nothing: only the order of the sums differs.
 #[test]
 fn linear_in_bf16_of_bf16_factors_equals_f32() -> Result<()> {
     let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
@@ -93,7 +93,7 @@ fn linear_group(compute: ComputeDtype, close: f32) -> Result<()> {
             let (w, d) = weight(n, k, 10 + i as u64);
             weights.push(w.with_compute(compute));
             dense.push(d);
-            // The second part has no branch; ranks differ.
+            // The second part has no LoRA; ranks differ.
             let r = 3 + 2 * i;
             loras.push((i != 1).then(|| {
                 let a = Var::from_tensor(&random(&[r, k], 20 + i as u64)).unwrap();
@@ -187,7 +187,7 @@ fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result
 #[test]
 fn every_norm_equals_autograd_over_rows_and_over_heads() -> Result<()> {
     let (n, d, eps) = (9, 53, 1e-2);
-    // Two heads a row: each is normed for itself.
+    // Two heads per row: each is normed by itself.
     let (x, w, b) = (Var::from_tensor(&random(&[n, 2 * d], 1))?, random(&[d], 2), random(&[d], 5));
     let (dy, skip) = (random(&[n, 2 * d], 3), random(&[n, 2 * d], 4));
     let rows = x.reshape((2 * n, d))?;
@@ -233,7 +233,7 @@ fn every_activation_equals_autograd_gated_and_plain() -> Result<()> {
 }
 
 #[test]
-fn fused_columns_are_cut_by_part_and_by_group_and_join_again() -> Result<()> {
+fn fused_columns_are_split_by_part_and_by_group_and_joined_again() -> Result<()> {
     let x = Tensor::from_vec((0..24).map(|i| i as f32).collect(), (2, 12), &Device::Cpu)?;
     let parts = columns::split(&x, &[6, 3, 3], Fusion::EndToEnd)?;
     assert_eq!(parts[1].to_vec2::<f32>()?, [[6., 7., 8.], [18., 19., 20.]]);
@@ -265,7 +265,7 @@ fn plain_rope(x: &Tensor, positions: &[u32], freqs: &[f32], head: usize, factor:
 #[test]
 fn rope_equals_the_plain_rotation_and_its_backward_is_the_transpose() -> Result<()> {
     let (positions, freqs) = ([0u32, 1, 2, 0, 7, 31], [1.0f32, 0.3, 0.09, 0.01]);
-    // Whole heads of 8, and heads of 12 of which 4 numbers stay, with cos and sin stretched.
+    // Heads of 8, and heads of 12 of which 4 elements are not rotated, with an attention factor.
     for (head, factor) in [(8, 1.0), (12, 1.25)] {
         let angles = RopeTable::new(&freqs, head, 32, factor as f32);
         let x = Var::from_tensor(&random(&[6, 24], 1))?;
@@ -279,9 +279,9 @@ fn rope_equals_the_plain_rotation_and_its_backward_is_the_transpose() -> Result<
     Ok(())
 }
 
-fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads: Heads) -> Result<Tensor> {
+fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, cu_seqlens: &[usize], heads: Heads) -> Result<Tensor> {
     let mut sequences = vec![];
-    for w in offsets.windows(2) {
+    for w in cu_seqlens.windows(2) {
         let t = w[1] - w[0];
         let cut =
             |x: &Tensor, n: usize| x.narrow(0, w[0], t)?.reshape((t, n, heads.dim))?.transpose(0, 1)?.contiguous();
@@ -306,7 +306,7 @@ fn plain_attention(q: &Tensor, k: &Tensor, v: &Tensor, offsets: &[usize], heads:
 
 #[test]
 fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()> {
-    let bent = Heads { soft_cap: Some(0.7), scale: 0.4, ..Heads::full(4, 2, 8) };
+    let capped = Heads { soft_cap: Some(0.7), scale: 0.4, ..Heads::full(4, 2, 8) };
     for heads in [
         Heads::full(6, 2, 16),
         Heads::full(2, 2, 20),
@@ -314,81 +314,78 @@ fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()
         Heads { window: Some(5), ..Heads::full(4, 2, 8) },
         Heads { window: Some(60), ..Heads::full(2, 1, 8) },
         Heads { window: Some(1), ..Heads::full(2, 2, 8) },
-        bent,
-        Heads { window: Some(50), ..bent },
+        capped,
+        Heads { window: Some(50), ..capped },
     ] {
-        // Lengths of one, of a block of queries, and across two borders of blocks.
-        let offsets = [0, 1, 49, 54, 164];
+        // Lengths of 1, of one block of queries, and across two block boundaries.
+        let cu_seqlens = [0, 1, 49, 54, 164];
         let q = Var::from_tensor(&(random(&[164, heads.q * heads.dim], 1) * 2.0)?)?;
         let k = Var::from_tensor(&random(&[164, heads.kv * heads.dim], 2))?;
         let v = Var::from_tensor(&random(&[164, heads.kv * heads.dim], 3))?;
         let d_o = random(&[164, heads.q * heads.dim], 4);
-        let want = plain_attention(&q, &k, &v, &offsets, heads)?;
+        let want = plain_attention(&q, &k, &v, &cu_seqlens, heads)?;
         let grads = (&want * &d_o)?.sum_all()?.backward()?;
-        let spans = attention::Sequences::whole(&offsets);
-        assert_close("o", &attention::forward(&q, &k, &v, spans, heads)?, &want);
-        let (dq, dk, dv) = attention::backward(&q, &k, &v, spans, heads, &d_o)?;
+        let sequences = attention::Sequences::whole(&cu_seqlens);
+        assert_close("o", &attention::forward(&q, &k, &v, sequences, heads)?, &want);
+        let (dq, dk, dv) = attention::backward(&q, &k, &v, sequences, heads, &d_o)?;
         assert_close("dq", &dq, grads.get(&q).unwrap());
         assert_close("dk", &dk, grads.get(&k).unwrap());
         assert_close("dv", &dv, grads.get(&v).unwrap());
 
         let last = Tensor::cat(&[q.i(48..49)?, q.i(163..164)?], 0)?;
-        let cached = |from: usize, to: usize| Cached {
-            keys: k.i(from..to).unwrap().flatten_all().unwrap().to_vec1().unwrap(),
-            values: v.i(from..to).unwrap().flatten_all().unwrap().to_vec1().unwrap(),
-        };
-        let (a, b) = (cached(1, 49), cached(54, 164));
-        let decoded = attention::decode(&last, &[&a, &b], heads)?;
+        let mut cache = KvCache::new(0);
+        cache.append_prompts(&k, &v, &cu_seqlens, &[1, 3])?;
+        let decoded = attention::decode(&last, &cache, heads)?;
         assert_close("decode", &decoded, &Tensor::cat(&[want.i(48..49)?, want.i(163..164)?], 0)?);
     }
     Ok(())
 }
 
 #[test]
-fn pads_are_seen_by_nobody_and_see_what_stands_before_them() -> Result<()> {
+fn pads_attend_to_the_prefix_and_are_not_attended_to() -> Result<()> {
     let heads = Heads { window: Some(60), ..Heads::full(4, 2, 8) };
-    // One real token and two pads; 51 real ones and 8 pads, across a border of blocks.
-    let (offsets, readable) = ([0, 3, 62], [1, 51]);
+    // One real token and two pads; 51 real tokens and 8 pads, across a block boundary.
+    let (cu_seqlens, key_len) = ([0, 3, 62], [1, 51]);
     let q = Var::from_tensor(&(random(&[62, 32], 1) * 2.0)?)?;
     let [k, v] = [2, 3].map(|seed| Var::from_tensor(&random(&[62, 16], seed)).unwrap());
     let d_o = random(&[62, 32], 4);
-    // Each pad alone behind the real tokens, without a key of its own: the last row of a query that sees one key more.
+    // A pad attends to the real tokens before it and not to itself: it equals a query in the last real token's place.
     let mut rows = vec![];
     for s in 0..2 {
-        let (from, to) = (offsets[s], offsets[s] + readable[s]);
-        rows.push(plain_attention(&q.i(from..to)?, &k.i(from..to)?, &v.i(from..to)?, &[0, readable[s]], heads)?);
-        for pad in to..offsets[s + 1] {
+        let (from, to) = (cu_seqlens[s], cu_seqlens[s] + key_len[s]);
+        rows.push(plain_attention(&q.i(from..to)?, &k.i(from..to)?, &v.i(from..to)?, &[0, key_len[s]], heads)?);
+        for pad in to..cu_seqlens[s + 1] {
             // Queries of the others do not matter to it.
-            let q = q.i(pad..pad + 1)?.broadcast_as((readable[s], 32))?.contiguous()?;
-            let seen = plain_attention(&q, &k.i(from..to)?, &v.i(from..to)?, &[0, readable[s]], heads)?;
-            rows.push(seen.i(readable[s] - 1..)?);
+            let q = q.i(pad..pad + 1)?.broadcast_as((key_len[s], 32))?.contiguous()?;
+            let seen = plain_attention(&q, &k.i(from..to)?, &v.i(from..to)?, &[0, key_len[s]], heads)?;
+            rows.push(seen.i(key_len[s] - 1..)?);
         }
     }
     let want = Tensor::cat(&rows, 0)?;
     let grads = (&want * &d_o)?.sum_all()?.backward()?;
-    let spans = attention::Sequences { offsets: &offsets, readable: Some(&readable) };
-    assert_close("o", &attention::forward(&q, &k, &v, spans, heads)?, &want);
-    let (dq, dk, dv) = attention::backward(&q, &k, &v, spans, heads, &d_o)?;
+    let sequences = attention::Sequences { cu_seqlens: &cu_seqlens, key_len: Some(&key_len) };
+    assert_close("o", &attention::forward(&q, &k, &v, sequences, heads)?, &want);
+    let (dq, dk, dv) = attention::backward(&q, &k, &v, sequences, heads, &d_o)?;
     assert_close("dq", &dq, grads.get(&q).unwrap());
     assert_close("dk", &dk, grads.get(&k).unwrap());
     assert_close("dv", &dv, grads.get(&v).unwrap());
     let zero = |x: &Tensor| x.i(1..3).unwrap().abs().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap() == 0.0;
-    assert!(zero(&dk) && zero(&dv), "nobody reads a pad");
+    assert!(zero(&dk) && zero(&dv), "no query attends to a pad");
     Ok(())
 }
 
 #[test]
-fn head_equals_log_softmax_and_autograd() -> Result<()> {
-    head_over(ComputeDtype::F32, CLOSE)
+fn logprobs_and_entropy_equal_log_softmax_and_autograd() -> Result<()> {
+    logprobs_over(ComputeDtype::F32, CLOSE)
 }
 
-/// Over factors that are bfloat16 already, so that only the gradient of the logits is rounded.
+/// Factors are exact in bfloat16, so that only the gradient of the logits is rounded.
 #[test]
-fn head_in_bf16_equals_f32_but_for_the_gradients_rounding() -> Result<()> {
-    head_over(ComputeDtype::Bf16, 8e-3)
+fn logprobs_in_bf16_equal_f32_up_to_the_rounding_of_gradients() -> Result<()> {
+    logprobs_over(ComputeDtype::Bf16, 8e-3)
 }
 
-fn head_over(compute: ComputeDtype, close_gradient: f32) -> Result<()> {
+fn logprobs_over(compute: ComputeDtype, close_gradient: f32) -> Result<()> {
     let exact = |t: Tensor| t.to_dtype(DType::BF16)?.to_dtype(DType::F32);
     for (r, d, v, temperature, multiplier, soft_cap) in [
         (5, 24, 77, 1.0, 1.0, None),
@@ -407,7 +404,7 @@ fn head_over(compute: ComputeDtype, close_gradient: f32) -> Result<()> {
             logits = ((logits / cap)?.tanh()? * cap)?;
         }
         let logits = (logits / temperature)?;
-        let table = LmHead { multiplier, soft_cap, ..LmHead::plain(&w) };
+        let head = LmHead { multiplier, soft_cap, ..LmHead::plain(&w) };
         let logp = candle_nn::ops::log_softmax(&logits, D::Minus1)?;
         let index = Tensor::from_vec(targets.clone(), (r, 1), &Device::Cpu)?;
         let chosen = logp.gather(&index, 1)?.squeeze(1)?;
@@ -415,12 +412,12 @@ fn head_over(compute: ComputeDtype, close_gradient: f32) -> Result<()> {
         let (dl, dh) = (random(&[r], 3), random(&[r], 4));
         let loss = ((&chosen * &dl)?.sum_all()? + (&entropy * &dh)?.sum_all()?)?;
         let grads = loss.backward()?;
-        let stats = logprobs::forward(&h, &table, &targets, temperature)?;
+        let stats = logprobs::forward(&h, &head, &targets, temperature)?;
         assert_close("logprobs", &Tensor::new(stats.logprobs.clone(), &Device::Cpu)?, &chosen);
         assert_close("entropy", &Tensor::new(stats.entropy.clone(), &Device::Cpu)?, &entropy);
         assert_eq!(stats.argmax, logits.argmax(D::Minus1)?.to_vec1::<u32>()?);
         let (dl, dh): (Vec<f32>, Vec<f32>) = (dl.to_vec1()?, dh.to_vec1()?);
-        let got = logprobs::backward(&h, &table, &targets, temperature, &stats, &dl, &dh)?;
+        let got = logprobs::backward(&h, &head, &targets, temperature, &stats, &dl, &dh)?;
         let e = error(&got.hidden, grads.get(&h).unwrap());
         assert!(e < close_gradient, "dh: relative error {e:e}");
     }

@@ -1,8 +1,10 @@
-//! One operation per folder: formula, checks, forward, tensors saved for backward, backward. The operations depend on
-//! tensors and stored weights; they do not depend on layers, adapters or configuration.
+//! The operations: one folder per operation, `mod.rs` with formula, types, checks and the one dispatch per direction, `cpu.rs`
+//! with the CPU implementation, so that another device can be added beside it. Operations depend on tensors and stored
+//! weights; they do not depend on layers, adapters or configuration.
 //!
-//! Read `weight` (frozen matrices), `linear` (with LoRA and DoRA), `embedding`, then `norm`, `rope`, `columns`, `activation`,
-//! `attention`, `logprobs`, `kl`. `storage` holds the stored types, `cpu` the machinery that all CPU kernels share.
+//! Read `weight.rs` (frozen matrices), `linear/mod.rs` (with LoRA and DoRA), `embedding/mod.rs`, then `norm`, `rope`, `columns`,
+//! `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows.rs`, `score.rs`, `sample`. `storage` holds the storage
+//! types, `cpu` the support that all CPU kernels share.
 
 pub mod activation;
 pub mod attention;
@@ -14,6 +16,9 @@ pub mod linear;
 pub mod logprobs;
 pub mod norm;
 pub mod rope;
+pub mod rows;
+pub mod sample;
+pub mod score;
 pub mod storage;
 pub mod weight;
 

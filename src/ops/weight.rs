@@ -1,5 +1,6 @@
-//! A frozen matrix exactly as a file stores it: bytes, type, shape, row order. Knows no layer, no file format and no
-//! arithmetic. Read stored.rs for the types, then linear.rs: it asks for rows as f32.
+//! A frozen matrix exactly as a file stores it: bytes, type, shape, row order. Rows are dequantised to f32 when a kernel
+//! asks for them, so a base takes no more memory than its file. It does not depend on layers, file formats or products.
+//! Read `storage/dtype.rs` for the types, then `linear/mod.rs`.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +15,9 @@ use crate::invalid;
 pub use crate::ops::storage::dtype::StorageDType;
 use crate::ops::storage::dtype::unpack;
 use crate::ops::storage::quantise::quantise;
+pub use crate::ops::storage::row_order::RowOrder;
 
-/// A range of somebody's bytes: a memory-mapped file, or a slice that is compiled in.
+/// A shared range of bytes: of a memory-mapped file, or of a slice that is compiled in.
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
@@ -35,7 +37,7 @@ impl Bytes {
         Self { mapped: true, ..Self::new(file) }
     }
 
-    /// A part of these bytes, counted from their start; `None` past the end.
+    /// A part of these bytes, counted from their start; `None` if it ends past them.
     pub fn slice(&self, range: Range<usize>) -> Option<Self> {
         let (start, end) = (self.range.start.checked_add(range.start)?, self.range.start.checked_add(range.end)?);
         (start <= end && end <= self.range.end).then(|| Self { range: start..end, ..self.clone() })
@@ -46,81 +48,34 @@ impl Bytes {
         &(*self.owner).as_ref()[self.range.clone()]
     }
 
-    /// Gives back the memory that whole pages of a mapped file take; they are read from the file again when they are
-    /// next asked for. Without effect on bytes that lie in memory only.
+    /// Releases the memory of whole pages of a mapped file; the system reads them from the file again on the next access.
+    /// It has no effect on bytes that are in memory only.
     pub fn release(&self) {
         if !self.mapped {
             return;
         }
-        // SAFETY: asks for one of the system's constants.
+        // SAFETY: reads one of the system's constants.
         let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096).max(1);
         let bytes = self.get().as_ptr_range();
         let start = (bytes.start as usize).next_multiple_of(page);
         let end = bytes.end as usize / page * page;
         if start < end {
-            // SAFETY: whole pages inside of a read-only file mapping, which nothing ever wrote to: what is dropped
-            // comes back from the file with the same content.
+            // SAFETY: whole pages inside a read-only file mapping, which is never written to: the system reads dropped
+            // pages from the file again, with the same content.
             unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
         }
     }
 }
 
-/// Which stored row is row i of the matrix.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RowOrder {
-    /// Row i is stored i-th.
-    AsStored,
-    /// GGUF's llama files keep the rows of q and k with the two halves of each head interleaved
-    /// (llama.cpp `convert_hf_to_gguf.py`, `permute`); this undoes it, so that adapters fit both files.
-    RopeInterleaved {
-        /// Rows of one head.
-        head_dim: usize,
-    },
-    /// GGUF's gptneox files keep all of q, then k, then v; Hugging Face has q, k and v of each head in turn.
-    HeadsApart {
-        /// Rows of one head of one of the three.
-        head_dim: usize,
-        /// Heads.
-        heads: usize,
-    },
-}
-
-impl RowOrder {
-    /// Where row `row` of the matrix is stored.
-    pub const fn stored(self, row: usize) -> usize {
-        match self {
-            Self::AsStored => row,
-            Self::RopeInterleaved { head_dim } => {
-                let (head, r, half) = (row / head_dim, row % head_dim, head_dim / 2);
-                head * head_dim + 2 * (r % half) + r / half
-            }
-            Self::HeadsApart { head_dim, heads } => {
-                let (head, r) = (row / (3 * head_dim), row % (3 * head_dim));
-                (r / head_dim * heads + head) * head_dim + r % head_dim
-            }
-        }
-    }
-
-    /// `values`, rows of `cols` numbers in the matrix's order, as they are to be stored.
-    pub fn store(self, values: &[f32], cols: usize) -> Vec<f32> {
-        let mut out = vec![0f32; values.len()];
-        for (row, from) in values.chunks_exact(cols).enumerate() {
-            let at = self.stored(row) * cols;
-            out[at..at + cols].copy_from_slice(from);
-        }
-        out
-    }
-}
-
-/// What products with a frozen matrix are computed in. Sums are f32 in both.
+/// The type that products with a frozen matrix are computed in. Sums are f32 in both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 pub enum ComputeDtype {
-    /// Exact values of the stored type, f32 factors.
+    /// Both factors are f32; values of the stored type are exact.
     #[default]
     #[serde(rename = "f32")]
     F32,
-    /// Both factors rounded to bfloat16: a relative error of 2^-9 in each, for several times the speed where the
-    /// machine has AMX or AVX-512 BF16.
+    /// Both factors are rounded to bfloat16: a relative error of 2^-9 in each, for several times the speed on machines
+    /// with AMX or AVX-512 BF16.
     #[serde(rename = "bf16")]
     Bf16,
 }
@@ -137,15 +92,17 @@ pub struct Weight {
     id: u64,
 }
 
-/// A number that no other matrix of this process has.
+/// An id that no other matrix of this process has.
 fn fresh_id() -> u64 {
     static NEXT: AtomicU64 = AtomicU64::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
 impl Weight {
+    /// A matrix over stored bytes, rows in the file's order.
+    ///
     /// # Errors
-    /// If a row is no whole number of blocks, or the bytes are not exactly rows x cols numbers.
+    /// If a row is not a whole number of blocks, or the bytes are not exactly rows x cols elements.
     pub fn new(bytes: Bytes, dtype: StorageDType, rows: usize, cols: usize) -> Result<Self> {
         let want = dtype.bytes_for(cols).and_then(|row| row.checked_mul(rows));
         let have = bytes.get().len();
@@ -163,7 +120,7 @@ impl Weight {
         Ok(Self { bytes, dtype, rows, cols, order, compute, id: fresh_id() })
     }
 
-    /// A dense f32 matrix of one's own: tests and made-up bases.
+    /// A dense f32 matrix owned in memory (tests, synthetic bases).
     ///
     /// # Errors
     /// If `values` is not rows x cols long.
@@ -180,12 +137,12 @@ impl Weight {
         self
     }
 
-    /// Equal for clones, and for nothing else: what was computed of a matrix is known by it.
+    /// An id that clones share and no other matrix has; caches of values computed from a matrix use it as their key.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// How its rows are stored.
+    /// The order of the stored rows.
     pub fn row_order(&self) -> RowOrder {
         self.order
     }
@@ -197,7 +154,7 @@ impl Weight {
         self
     }
 
-    /// What products with it are computed in.
+    /// The type that products are computed in.
     pub fn compute(&self) -> ComputeDtype {
         self.compute
     }
@@ -217,18 +174,18 @@ impl Weight {
         self.dtype
     }
 
-    /// Bytes as stored.
+    /// Number of stored bytes.
     pub fn size_in_bytes(&self) -> usize {
         self.bytes.get().len()
     }
 
-    /// The stored bytes: for digests that show a base was not written.
+    /// The stored bytes; digests of them show that a base was not modified.
     pub fn bytes(&self) -> &[u8] {
         self.bytes.get()
     }
 
-    /// Where the stored bytes of row `row` are.
-    fn row_bytes(&self, row: usize) -> &[u8] {
+    /// The stored bytes of row `row`.
+    pub(crate) fn row_bytes(&self, row: usize) -> &[u8] {
         let stored = self.order.stored(row);
         let (block, bytes) = self.dtype.block();
         let len = self.cols / block * bytes;
@@ -240,22 +197,7 @@ impl Weight {
         unpack(self.dtype, self.row_bytes(row), out);
     }
 
-    /// Row `row` rounded to bfloat16 pairs; words past the last are zero.
-    pub fn row_words(&self, row: usize, out: &mut [u32]) {
-        match self.dtype {
-            StorageDType::Q8_0 => crate::ops::cpu::bf16::round_q8_0(self.row_bytes(row), out),
-            StorageDType::BF16 => crate::ops::cpu::bf16::copy(self.row_bytes(row), out),
-            _ => match self.rows_f32(row..row + 1) {
-                Some(values) => crate::ops::cpu::bf16::round(values, out),
-                None => crate::ops::cpu::pack::with_scratch(self.cols, |values| {
-                    self.row(row, values);
-                    crate::ops::cpu::bf16::round(values, out);
-                }),
-            },
-        }
-    }
-
-    /// Rows `rows` in place, where they are stored in order as aligned f32: nothing to unpack then.
+    /// Rows `rows` without a copy, if they are stored in order as aligned f32; otherwise `None`.
     pub fn rows_f32(&self, rows: Range<usize>) -> Option<&[f32]> {
         if self.dtype != StorageDType::F32 || self.order != RowOrder::AsStored || cfg!(target_endian = "big") {
             return None;
@@ -266,17 +208,17 @@ impl Weight {
         (before.is_empty() && after.is_empty()).then_some(values)
     }
 
-    /// Columns `cols` of row `row` as f32, where `cols` starts and ends on block borders.
+    /// Columns `cols` of row `row` as f32; `cols` starts and ends at block boundaries.
     pub fn row_part(&self, row: usize, cols: Range<usize>, out: &mut [f32]) {
         let (block, bytes) = self.dtype.block();
         debug_assert!(cols.start.is_multiple_of(block) && cols.end.is_multiple_of(block));
         unpack(self.dtype, &self.row_bytes(row)[cols.start / block * bytes..cols.end / block * bytes], out);
     }
 
-    /// The transpose, (cols, rows), in memory of its own and the same type.
+    /// The transpose, (cols, rows), of the same type, owned in memory.
     ///
     /// # Errors
-    /// If numbers are stored in blocks, which have no transpose.
+    /// If the type stores blocks, which have no transpose.
     pub fn transposed(&self) -> Result<Self> {
         let (block, size) = self.dtype.block();
         if block != 1 {
@@ -292,16 +234,16 @@ impl Weight {
         Ok(weight.with_compute(self.compute))
     }
 
-    /// This matrix in another type, rows in their own order (not the file's), made some rows at a time: beside the
-    /// result no more than those rows are ever dense, and pages of a mapped file are given back.
+    /// This matrix in another type, rows in the matrix's order (not the file's). Only some rows at a time are dense, and
+    /// pages of a mapped file are released.
     ///
     /// # Errors
-    /// If a row is no whole number of blocks of `dtype`, or a number does not fit it.
+    /// If a row is not a whole number of blocks of `dtype`, or a value does not fit it.
     pub fn quantised(&self, dtype: StorageDType) -> Result<Self> {
         const ROWS: usize = 64;
         let Some(row) = dtype.bytes_for(self.cols) else {
             let (block, name) = (dtype.block().0, dtype.name());
-            return Err(invalid!("rows of {} numbers are no whole blocks of {block}, as {name} needs", self.cols));
+            return Err(invalid!("rows of {} numbers are not whole blocks of {block}, as {name} needs", self.cols));
         };
         let mut bytes = vec![0u8; self.rows * row];
         let parts: Vec<Mutex<&mut [u8]>> = bytes.chunks_mut((ROWS * row).max(1)).map(Mutex::new).collect();
@@ -328,7 +270,7 @@ impl Weight {
         Ok(Self::new(Bytes::new(Arc::new(bytes)), dtype, self.rows, self.cols)?.with_compute(self.compute))
     }
 
-    /// The whole matrix as f32, for tests and exports: rows x cols numbers.
+    /// The whole matrix as f32 (rows x cols), for tests and exports.
     pub fn to_f32(&self) -> Vec<f32> {
         let mut out = vec![0f32; self.rows * self.cols];
         for (i, row) in out.chunks_exact_mut(self.cols.max(1)).enumerate() {
@@ -380,7 +322,7 @@ mod tests {
     }
 
     #[test]
-    fn rope_row_order_undoes_llama_cpps_permutation() {
+    fn rope_row_order_undoes_the_permutation_of_llama_cpp() {
         // llama.cpp: w.reshape(heads, 2, hd/2, in).swapaxes(1, 2).reshape(..), here for 2 heads of 4 rows.
         let hf: Vec<f32> = (0..8).map(|i| i as f32).collect();
         let mut stored = vec![0f32; 8];
@@ -396,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gptneox_files_thirds_come_out_head_by_head_and_a_transpose_is_one() {
+    fn gptneox_row_order_interleaves_q_k_and_v_by_head_and_transposed_transposes() {
         // Two heads of two rows: stored q0 q1 k0 k1 v0 v1, wanted q0 k0 v0 q1 k1 v1, a pair of rows each.
         let stored: Vec<f32> = (0..12).map(|i| i as f32).collect();
         let order = RowOrder::HeadsApart { head_dim: 2, heads: 2 };
@@ -408,7 +350,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_or_ragged_matrix_is_refused_with_its_sizes() {
+    fn a_matrix_whose_bytes_do_not_fit_its_shape_is_refused_with_both_sizes() {
         let bytes = Bytes::new(Arc::new(vec![0u8; 34]));
         let message = Weight::new(bytes.clone(), StorageDType::Q8_0, 2, 32).err().unwrap().to_string();
         assert!(message.contains("68") && message.contains("34"), "{message}");

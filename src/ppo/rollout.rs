@@ -157,9 +157,7 @@ pub fn read(
         let ref_logprobs = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
         let values = readers.critic.map(|critic| critic.values(&batch, &targets.rows)).transpose()?;
         let exact = match readers.exact_kl {
-            true => {
-                Some(actor.divergence(&actor.rows(&batch, &targets)?, (readers.reference, &hidden), temperature)?)
-            }
+            true => Some(actor.kl(&actor.rows(&batch, &targets)?, (readers.reference, &hidden), temperature)?),
             false => None,
         };
         let (_, d) = hidden.dims2()?;

@@ -1,30 +1,32 @@
-//! The second half of a block: the MLP of the normed input, and its way back into the residual stream. Forward and
-//! reverse.
+//! The MLP sublayer of a block: gate and up of the normed input, activation, down projection and residual. Forward and
+//! backward. It does not depend on attention. Read `residual.rs` beside it next.
 
 use candle_core::{Result, Tensor};
 
 use super::residual::before;
-use super::{BlockGradients, Mlp, Pass, columns, keep, linear, take};
+use super::{BlockGradients, Mlp, Pass, columns, linear, store_and_take_input, take};
 use crate::model::block::residual::JoinSaved;
 use crate::ops::columns::Fusion;
 use crate::ops::linear::InputGradient;
 
+/// Tensors saved for the backward of the MLP.
 pub(super) struct MlpSaved {
-    /// Attention's sum: the residual that the MLP joins.
+    /// Attention's sum: the residual that the MLP is added to.
     pub(super) x2: Tensor,
-    wide: Option<Wide>,
+    /// `None` if the backward recomputes them.
+    gate_up: Option<Products>,
     z_out: linear::Saved,
     join: JoinSaved,
 }
 
-/// What the MLP's input is widened to, and what that linear kept.
-struct Wide {
+/// Gate and up activations, and the tensors that their linear group saved.
+struct Products {
     gate: Option<Tensor>,
     up: Tensor,
     z: linear::Saved,
 }
 
-/// Whether the reverse finds that or makes it again.
+/// Whether gate and up are saved for the backward or recomputed by it.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum GateUp {
     Saved,
@@ -33,15 +35,15 @@ pub(super) enum GateUp {
 
 impl Pass<'_> {
     /// act(gate) * up, or act(up).
-    fn activated(self, Wide { gate, up, .. }: &Wide) -> Result<Tensor> {
+    fn activate(self, Products { gate, up, .. }: &Products) -> Result<Tensor> {
         match gate {
             Some(gate) => self.geometry.activation.gated_forward(gate, up),
             None => self.geometry.activation.forward(up),
         }
     }
 
-    /// Gate, where there is one, and up of the MLP's input.
-    fn widened(self, input: &Tensor) -> Result<Wide> {
+    /// Gate, if the MLP has one, and up of the MLP's input.
+    fn gate_up(self, input: &Tensor) -> Result<Products> {
         let h = before(&self.block.mlp_norms.before, input)?;
         let (outputs, z) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
         let (gate, up) = match self.geometry.mlp {
@@ -60,62 +62,62 @@ impl Pass<'_> {
                 (None, up)
             }
         };
-        Ok(Wide { gate, up, z })
+        Ok(Products { gate, up, z })
     }
 
-    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, keeping nothing.
+    /// y (N, D) of the MLP's input and the residual x2, (N, D) each; saves nothing.
     pub(super) fn mlp_only(self, input: &Tensor, x2: &Tensor) -> Result<Tensor> {
-        let m = self.activated(&self.widened(input)?)?;
+        let m = self.activate(&self.gate_up(input)?)?;
         Ok(self.join(&self.block.mlp_norms).forward(&m, self.part(self.mlp_out()), x2)?.0)
     }
 
-    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and what the reverse wants.
-    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor, widened: GateUp) -> Result<(Tensor, MlpSaved)> {
-        let wide = self.widened(input)?;
-        let m = self.activated(&wide)?;
-        let wide = Some(wide).filter(|_| widened == GateUp::Saved);
+    /// y (N, D) of the MLP's input and the residual x2, (N, D) each, and the tensors saved for the backward.
+    pub(super) fn mlp(self, input: &Tensor, x2: &Tensor, setting: GateUp) -> Result<(Tensor, MlpSaved)> {
+        let gate_up = self.gate_up(input)?;
+        let m = self.activate(&gate_up)?;
+        let gate_up = Some(gate_up).filter(|_| setting == GateUp::Saved);
         let end = self.join(&self.block.mlp_norms);
         let (y, z_out, join) = end.forward(&m, self.part(self.mlp_out()), x2)?;
-        Ok((y, MlpSaved { x2: x2.clone(), wide, z_out, join }))
+        Ok((y, MlpSaved { x2: x2.clone(), gate_up, z_out, join }))
     }
 
-    /// (dL/dx2 past the MLP, dL/dh), h the MLP's normed input, of dL/dy (N, D).
+    /// (dL/dx2 of the residual path, dL/dh), h being the MLP's normed input, of dL/dy (N, D).
     pub(super) fn mlp_backward(
         self,
         input: &Tensor,
-        kept: &MlpSaved,
+        saved: &MlpSaved,
         dy: &Tensor,
         grads: &mut BlockGradients,
     ) -> Result<(Tensor, Tensor)> {
         let (first, out) = (self.attention_out() + 1, self.mlp_out());
-        let (past, df) = self.join(&self.block.mlp_norms).backward(&kept.join, dy)?;
-        let made;
-        let wide = match &kept.wide {
-            Some(wide) => wide,
+        let (skip, df) = self.join(&self.block.mlp_norms).backward(&saved.join, dy)?;
+        let recomputed;
+        let gate_up = match &saved.gate_up {
+            Some(gate_up) => gate_up,
             None => {
-                made = self.widened(input)?;
-                &made
+                recomputed = self.gate_up(input)?;
+                &recomputed
             }
         };
-        let m = self.activated(wide)?;
-        let g = linear::backward(&m, &[self.part(out)], &kept.z_out, &[&df], InputGradient::Wanted)?;
+        let m = self.activate(gate_up)?;
+        let g = linear::backward(&m, &[self.part(out)], &saved.z_out, &[&df], InputGradient::Wanted)?;
         drop(m);
-        let dm = keep(grads, out, g)?;
+        let dm = store_and_take_input(grads, out, g)?;
         let activation = self.geometry.activation;
-        let d_in = match &wide.gate {
+        let d_in = match &gate_up.gate {
             Some(gate) => {
-                let (dgate, dup) = activation.gated_backward(gate, &wide.up, &dm)?;
+                let (dgate, dup) = activation.gated_backward(gate, &gate_up.up, &dm)?;
                 match self.geometry.mlp {
                     Mlp::GatedFused => vec![columns::join(&[&dgate, &dup], Fusion::EndToEnd)?],
                     Mlp::Gated | Mlp::Plain => vec![dgate, dup],
                 }
             }
-            None => vec![activation.backward(&wide.up, &dm)?],
+            None => vec![activation.backward(&gate_up.up, &dm)?],
         };
         drop(dm);
         let h = before(&self.block.mlp_norms.before, input)?;
         let d_in: Vec<&Tensor> = d_in.iter().collect();
-        let g = linear::backward(&h, &self.parts(first..out), &wide.z, &d_in, InputGradient::Wanted)?;
-        Ok((past, keep(grads, first, g)?))
+        let g = linear::backward(&h, &self.parts(first..out), &gate_up.z, &d_in, InputGradient::Wanted)?;
+        Ok((skip, store_and_take_input(grads, first, g)?))
     }
 }

@@ -1,6 +1,6 @@
-//! One decoder block: the operations' pairs run forward, and in reverse. What it keeps for the reverse is
-//! `Recompute`'s choice; elementwise parts are always computed again. Knows its own weights and branches, no files
-//! and no family: where families differ, a field says how. Read attention.rs and mlp.rs beside, then base.rs.
+//! One decoder block: calls the operations forward, and backward in reverse order. `Recompute` chooses which activations are
+//! saved; elementwise parts are always recomputed. Fields describe how families differ. It does not depend on files.
+//! Read `attention.rs`, `mlp.rs` and `residual.rs` beside it, then `base.rs`.
 
 use candle_core::{Result, Tensor};
 
@@ -9,13 +9,12 @@ use super::batch::Batch;
 use super::config::{Mlp, Qkv};
 use crate::model::adapter::{LoraLayer, LoraLayers};
 use crate::ops::activation::Activation;
-use crate::ops::attention::{Cached, Heads, Sequences};
-use crate::ops::linear;
-use crate::ops::linear::{BranchGradient, InputGradient, LinearWithLora};
+use crate::ops::attention::{Heads, KvCache, Sequences};
+use crate::ops::columns;
+use crate::ops::linear::{self, BranchGradient, InputGradient, LinearWithLora};
 use crate::ops::norm::Norm;
 use crate::ops::rope::RopeTable;
 use crate::ops::weight::Weight;
-use crate::ops::{columns, cpu};
 
 mod attention;
 mod mlp;
@@ -25,22 +24,22 @@ use attention::AttentionSaved;
 use mlp::{GateUp, MlpSaved};
 use residual::Join;
 
-/// What a block keeps for its backward.
+/// Activation recomputation: which activations a block saves for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Recompute {
-    /// All inputs of its linears and attention: most memory, least time.
+    /// The inputs of all linear layers and attention: most memory, least time.
     Off,
-    /// All of that but the MLP's widened products, gate and up, which the backward computes again.
+    /// All of that except gate and up, which the backward recomputes.
     Mlp,
-    /// Its input alone; the backward runs the block forward once more.
+    /// The block's input only; the backward repeats the block's forward.
     Block,
 }
 
 impl Recompute {
-    /// All, the one that keeps most first.
+    /// All settings, the one that saves most first.
     pub const ALL: [Self; 3] = [Self::Off, Self::Mlp, Self::Block];
 
-    /// As the `checkpoint` key has it.
+    /// Its value of the `checkpoint` key.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Off => "none",
@@ -50,7 +49,7 @@ impl Recompute {
     }
 }
 
-/// One frozen linear map.
+/// One frozen linear layer.
 pub struct FrozenLinear {
     /// W (out, in), as stored.
     pub weight: Weight,
@@ -63,9 +62,9 @@ pub struct FrozenLinear {
 pub struct Norms {
     /// Of f's input.
     pub before: Option<Norm>,
-    /// Of f's output.
+    /// Norm of f's output.
     pub inner: Option<Norm>,
-    /// Of the sum.
+    /// Norm of the sum.
     pub after: Option<Norm>,
 }
 
@@ -73,80 +72,80 @@ pub struct Norms {
 pub struct Block {
     /// In the order of `LinearShapes::linears`.
     pub linears: Vec<FrozenLinear>,
-    /// Around attention.
+    /// Norms around attention.
     pub attention_norms: Norms,
-    /// Around the MLP.
+    /// Norms around the MLP.
     pub mlp_norms: Norms,
-    /// Of q and of k, before they turn.
+    /// Norms of q and of k, before the rotation.
     pub qk_norms: Option<[Norm; 2]>,
-    /// Heads, and what they see.
+    /// Heads, and which keys they attend to.
     pub heads: Heads,
-    /// Which of the geometry's rotations, if any.
+    /// Index of the RoPE table in `Geometry::rope_tables`; `None`: no rotation.
     pub rotation: Option<usize>,
 }
 
-/// What all blocks of a base share.
+/// Settings that all blocks of a base share.
 pub struct Geometry {
-    /// How q, k and v are stored.
+    /// Layout of q, k and v.
     pub qkv: Qkv,
-    /// The kind of MLP.
+    /// Kind of MLP.
     pub mlp: Mlp,
-    /// Its nonlinearity.
+    /// Activation of the MLP.
     pub activation: Activation,
-    /// The MLP reads the block's input, beside attention and not after it.
+    /// Whether the MLP's input is the block's input, in parallel with attention.
     pub parallel: bool,
-    /// Each half is multiplied by it before it joins the residual stream.
+    /// Factor on each sublayer's output before it is added to the residual stream.
     pub residual_multiplier: f32,
-    /// Rotations of every position, one set for each rope base.
-    pub angles: Vec<RopeTable>,
+    /// RoPE tables, one per rope base.
+    pub rope_tables: Vec<RopeTable>,
 }
 
-/// Where a batch's tokens stand.
+/// Sequences and positions of a batch's tokens.
 #[derive(Clone, Copy)]
 pub struct Layout<'a> {
-    /// Rows of the sequences.
-    pub spans: Sequences<'a>,
-    /// (N) positions.
+    /// The sequences.
+    pub sequences: Sequences<'a>,
+    /// Position of each token (N).
     pub positions: &'a [u32],
 }
 
 impl<'a> Layout<'a> {
-    /// Of a batch.
+    /// The layout of a batch.
     pub fn of(batch: &'a Batch) -> Self {
-        let spans = Sequences { offsets: batch.offsets(), readable: batch.readable() };
-        Self { spans, positions: batch.positions() }
+        let sequences = Sequences { cu_seqlens: batch.offsets(), key_len: batch.readable() };
+        Self { sequences, positions: batch.positions() }
     }
 }
 
-/// Inputs of the backward, (N, ..) each.
+/// Tensors saved for the backward, (N, ..) each.
 pub struct Saved {
     x: Tensor,
     rest: Option<(AttentionSaved, MlpSaved)>,
 }
 
-/// Of each map that has a branch, in the order of `LinearShapes::linears`.
+/// Gradients of each linear layer's LoRA weights, in the order of `LinearShapes::linears`.
 pub type BlockGradients = [Option<BranchGradient>; MAX_LINEARS];
 
-/// A block as one pass sees it: its weights, the adapter's branches, what all blocks share.
+/// A block with the adapter's LoRA weights and the shared settings, for one pass.
 #[derive(Clone, Copy)]
 struct Pass<'a> {
     block: &'a Block,
-    pairs: Option<&'a LoraLayers>,
+    lora: Option<&'a LoraLayers>,
     geometry: &'a Geometry,
 }
 
 impl<'a> Pass<'a> {
     fn part(self, linear: usize) -> LinearWithLora<'a> {
         let frozen = &self.block.linears[linear];
-        let pair = self.pairs.and_then(|p| p[linear].as_ref());
-        LinearWithLora { weight: &frozen.weight, bias: frozen.bias.as_deref(), lora: pair.map(LoraLayer::low_rank) }
+        let lora = self.lora.and_then(|layers| layers[linear].as_ref());
+        LinearWithLora { weight: &frozen.weight, bias: frozen.bias.as_deref(), lora: lora.map(LoraLayer::low_rank) }
     }
 
     fn parts(self, linears: std::ops::Range<usize>) -> Vec<LinearWithLora<'a>> {
         linears.map(|i| self.part(i)).collect()
     }
 
-    /// Index of attention's output map; the MLP's follow it.
+    /// Index of attention's output projection; the MLP's linear layers follow it.
     fn attention_out(self) -> usize {
         match self.geometry.qkv {
             Qkv::Separate => 3,
@@ -154,7 +153,7 @@ impl<'a> Pass<'a> {
         }
     }
 
-    /// Index of the MLP's last map.
+    /// Index of the MLP's last linear layer.
     fn mlp_out(self) -> usize {
         self.block.linears.len() - 1
     }
@@ -163,126 +162,122 @@ impl<'a> Pass<'a> {
         Join { norms, multiplier: self.geometry.residual_multiplier }
     }
 
-    /// What the MLP reads of the block's input x and attention's sum x2.
+    /// The MLP's input: the block's input x or attention's sum x2.
     fn mlp_input<'t>(self, x: &'t Tensor, x2: &'t Tensor) -> &'t Tensor {
         if self.geometry.parallel { x } else { x2 }
     }
 
-    /// y (N, D) of x (N, D), keeping nothing; `seen` is shown the keys and values.
-    fn forward(self, layout: Layout<'_>, x: &Tensor, seen: impl FnOnce(&[f32], &[f32])) -> Result<Tensor> {
-        let x2 = self.attention_only(layout, x, seen)?;
+    /// y (N, D) of x (N, D); saves nothing. `read_kv` gets the keys and values, (N, kv * dim) each.
+    fn forward(
+        self,
+        layout: Layout<'_>,
+        x: &Tensor,
+        read_kv: impl FnOnce(&Tensor, &Tensor) -> Result<()>,
+    ) -> Result<Tensor> {
+        let x2 = self.attention_only(layout, x, read_kv)?;
         self.mlp_only(self.mlp_input(x, &x2), &x2)
     }
 
-    /// y (N, D) of x (N, D), with everything between, or all but what the MLP is widened to.
-    fn run(self, layout: Layout<'_>, x: &Tensor, widened: GateUp) -> Result<(Tensor, AttentionSaved, MlpSaved)> {
+    /// y (N, D) of x (N, D), and the tensors saved for the backward.
+    fn run(self, layout: Layout<'_>, x: &Tensor, gate_up: GateUp) -> Result<(Tensor, AttentionSaved, MlpSaved)> {
         let (x2, attention) = self.attention(layout, x)?;
-        let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2, widened)?;
+        let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2, gate_up)?;
         Ok((y, attention, mlp))
     }
 }
 
 impl Block {
-    fn pass<'a>(&'a self, pairs: Option<&'a LoraLayers>, geometry: &'a Geometry) -> Pass<'a> {
-        Pass { block: self, pairs, geometry }
+    fn pass<'a>(&'a self, lora: Option<&'a LoraLayers>, geometry: &'a Geometry) -> Pass<'a> {
+        Pass { block: self, lora, geometry }
     }
 
-    /// y (N, D) of x (N, D), keeping nothing.
+    /// y (N, D) of x (N, D); saves nothing.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn forward(
         &self,
-        pairs: Option<&LoraLayers>,
+        lora: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
         x: &Tensor,
     ) -> Result<Tensor> {
-        self.pass(pairs, geometry).forward(layout, x, |_, _| {})
+        self.pass(lora, geometry).forward(layout, x, |_, _| Ok(()))
     }
 
-    /// y (N, D) of x (N, D), with what `backward` wants.
+    /// y (N, D) of x (N, D), and the tensors saved for `backward`.
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn forward_kept(
+    pub fn forward_saving(
         &self,
-        pairs: Option<&LoraLayers>,
+        lora: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
         x: Tensor,
-        checkpoint: Recompute,
+        recompute: Recompute,
     ) -> Result<(Tensor, Saved)> {
-        let pass = self.pass(pairs, geometry);
-        let widened = match checkpoint {
+        let pass = self.pass(lora, geometry);
+        let gate_up = match recompute {
             Recompute::Off => GateUp::Saved,
             Recompute::Mlp => GateUp::Recomputed,
             Recompute::Block => {
-                let y = pass.forward(layout, &x, |_, _| {})?;
+                let y = pass.forward(layout, &x, |_, _| Ok(()))?;
                 return Ok((y, Saved { x, rest: None }));
             }
         };
-        let (y, attention, mlp) = pass.run(layout, &x, widened)?;
+        let (y, attention, mlp) = pass.run(layout, &x, gate_up)?;
         Ok((y, Saved { x, rest: Some((attention, mlp)) }))
     }
 
-    /// y (N, D) of x (N, D) for prompts. Keys and values of prompt `sources[s]` go into `caches[s]` (S), empty before, with
-    /// room for `room` tokens more.
+    /// y (N, D) of x (N, D) for prompts. The keys and values of prompt prompts\[s\] become sequence s of the empty `cache`.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn prefill(
         &self,
-        pairs: Option<&LoraLayers>,
+        lora: Option<&LoraLayers>,
         geometry: &Geometry,
-        (layout, sources): (Layout<'_>, &[usize]),
+        (layout, prompts): (Layout<'_>, &[usize]),
         x: &Tensor,
-        room: usize,
-        caches: &mut [Cached],
+        cache: &mut KvCache,
     ) -> Result<Tensor> {
-        let width = self.heads.kv * self.heads.dim;
-        self.pass(pairs, geometry).forward(layout, x, |k, v| {
-            for (cache, &source) in caches.iter_mut().zip(sources) {
-                let [start, end] = [source, source + 1].map(|i| layout.spans.offsets[i] * width);
-                let rows = start..end;
-                *cache = Cached::with_room(rows.len() + room * width);
-                cache.extend(&k[rows.clone()], &v[rows]);
-            }
-        })
+        let read_kv = |k: &Tensor, v: &Tensor| cache.append_prompts(k, v, layout.sequences.cu_seqlens, prompts);
+        self.pass(lora, geometry).forward(layout, x, read_kv)
     }
 
-    /// y (S, D) of x (S, D): one new token a sequence, at `positions` (S), over the caches, which grow by it.
+    /// y (S, D) of x (S, D): one new token per sequence, at `positions` (S). Its keys and values are appended to the cache.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn decode(
         &self,
-        pairs: Option<&LoraLayers>,
+        lora: Option<&LoraLayers>,
         geometry: &Geometry,
         positions: &[u32],
         x: &Tensor,
-        caches: &mut [Cached],
+        cache: &mut KvCache,
     ) -> Result<Tensor> {
-        let pass = self.pass(pairs, geometry);
-        let x2 = pass.attention_step(positions, x, caches)?;
+        let pass = self.pass(lora, geometry);
+        let x2 = pass.attention_step(positions, x, cache)?;
         pass.mlp_only(pass.mlp_input(x, &x2), &x2)
     }
 
-    /// dL/dx (N, D), `None` where unused, and the gradients of this block's branches, of dL/dy (N, D).
+    /// dL/dx (N, D), `None` if unused, and the gradients of this block's LoRA weights, of dL/dy (N, D).
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn backward(
         &self,
-        pairs: Option<&LoraLayers>,
+        lora: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
-        kept: Saved,
+        saved: Saved,
         dy: Tensor,
         wanted: InputGradient,
     ) -> Result<(Option<Tensor>, BlockGradients)> {
-        let pass = self.pass(pairs, geometry);
-        let Saved { x, rest } = kept;
+        let pass = self.pass(lora, geometry);
+        let Saved { x, rest } = saved;
         let (attention, mlp) = match rest {
             Some(rest) => rest,
             None => {
@@ -292,35 +287,36 @@ impl Block {
         };
         let mut grads = BlockGradients::default();
         // y = x2 + mlp(its input), x2 = x + attention(x)
-        let (past, dh) = pass.mlp_backward(pass.mlp_input(&x, &mlp.x2), &mlp, &dy, &mut grads)?;
+        let (skip, dh) = pass.mlp_backward(pass.mlp_input(&x, &mlp.x2), &mlp, &dy, &mut grads)?;
         drop(dy);
         let norm = &self.mlp_norms.before;
         if geometry.parallel {
-            // dy reaches x through x2, and through the MLP's input, which is x itself.
-            let (dsum, da) = pass.join(&self.attention_norms).backward(&attention.join, &past)?;
-            let past = residual::before_backward(norm, &x, &dh, &dsum)?;
-            return Ok((pass.attention_backward(layout, &x, &attention, &da, &past, wanted, &mut grads)?, grads));
+            // dy reaches x through x2 and through the MLP's input, which is x itself.
+            let (dsum, da) = pass.join(&self.attention_norms).backward(&attention.join, &skip)?;
+            let skip = residual::before_backward(norm, &x, &dh, &dsum)?;
+            return Ok((pass.attention_backward(layout, &x, &attention, &da, &skip, wanted, &mut grads)?, grads));
         }
-        let dx2 = residual::before_backward(norm, &mlp.x2, &dh, &past)?;
-        drop((mlp, dh, past));
+        let dx2 = residual::before_backward(norm, &mlp.x2, &dh, &skip)?;
+        drop((mlp, dh, skip));
         let (dsum, da) = pass.join(&self.attention_norms).backward(&attention.join, &dx2)?;
         Ok((pass.attention_backward(layout, &x, &attention, &da, &dsum, wanted, &mut grads)?, grads))
     }
 }
 
-/// The N outputs of a group of N.
+/// The N outputs of a group of N linear layers.
 fn take<const N: usize>(outputs: Vec<Tensor>) -> [Tensor; N] {
-    <[Tensor; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a group gives one output a part"))
+    <[Tensor; N]>::try_from(outputs).unwrap_or_else(|_| unreachable!("a linear group has one output per part"))
 }
 
+/// Stores the LoRA gradients of the linear layers from `first` on.
 fn store(grads: &mut BlockGradients, first: usize, lora: Vec<Option<BranchGradient>>) {
-    for (i, pair) in lora.into_iter().enumerate() {
-        grads[first + i] = pair;
+    for (i, gradient) in lora.into_iter().enumerate() {
+        grads[first + i] = gradient;
     }
 }
 
-/// Stores the branches' gradients of the maps from `first` on, and gives the input's.
-fn keep(grads: &mut BlockGradients, first: usize, g: linear::Gradients) -> Result<Tensor> {
+/// Stores the LoRA gradients of the linear layers from `first` on, and returns the input gradient.
+fn store_and_take_input(grads: &mut BlockGradients, first: usize, g: linear::Gradients) -> Result<Tensor> {
     store(grads, first, g.lora);
-    g.input.ok_or_else(|| candle_core::Error::Msg("an input gradient was asked for and not made".into()))
+    g.input.ok_or_else(|| candle_core::Error::Msg("a requested input gradient is missing".into()))
 }

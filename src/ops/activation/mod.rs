@@ -1,16 +1,17 @@
-//! What stands between an MLP's matrices: m = act(gate) * up (GLU, arXiv:2002.05202), or m = act(up).
-//! Kept for the backward: the inputs. Knows no layer. Read attention.rs next.
+//! The activation between an MLP's matrices: m = act(gate) * up (GLU, arXiv:2002.05202), or m = act(up).
+//! Formula, checks, dispatch. Saved for backward: the inputs. It does not depend on weights or other operations.
+//! Read `cpu.rs` beside it, then `attention/mod.rs`.
+
+mod cpu;
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::{Buffer, erf, exp, parallel, tanh, tensor, view};
-
-/// The nonlinearity.
+/// The activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// x / (1 + e^-x).
     Silu,
-    /// x Phi(x), Phi the normal distribution's.
+    /// x Phi(x), Phi being the standard normal distribution function.
     Gelu,
     /// 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))): Hugging Face's gelu_new and gelu_pytorch_tanh.
     GeluTanh,
@@ -18,142 +19,13 @@ pub enum Activation {
     Relu,
 }
 
-/// 1 / sqrt(2) and 1 / sqrt(2 pi): Phi(x) = 0.5 (1 + erf(x / sqrt(2))), Phi'(x) = e^(-x^2/2) / sqrt(2 pi).
-const INV_SQRT_2: f32 = std::f32::consts::FRAC_1_SQRT_2;
-const INV_SQRT_2PI: f32 = 0.398_942_3;
-/// sqrt(2 / pi).
-const SQRT_2_OVER_PI: f32 = 0.797_884_6;
-const CUBIC: f32 = 0.044_715;
-
-#[inline(always)]
-fn value<const KIND: u8>(x: f32) -> f32 {
-    match KIND {
-        0 => x / (1.0 + exp(-x)),
-        1 => 0.5 * x * (1.0 + erf(x * INV_SQRT_2)),
-        2 => 0.5 * x * (1.0 + tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x))),
-        // In this order NaN passes through.
-        _ => {
-            if x <= 0.0 {
-                0.0
-            } else {
-                x
-            }
-        }
-    }
-}
-
-/// d act / dx.
-#[inline(always)]
-fn slope<const KIND: u8>(x: f32) -> f32 {
-    match KIND {
-        0 => {
-            let s = 1.0 / (1.0 + exp(-x));
-            s * (1.0 + x * (1.0 - s))
-        }
-        1 => 0.5 * (1.0 + erf(x * INV_SQRT_2)) + x * exp(-0.5 * x * x) * INV_SQRT_2PI,
-        2 => {
-            let t = tanh(SQRT_2_OVER_PI * (x + CUBIC * x * x * x));
-            0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * SQRT_2_OVER_PI * (1.0 + 3.0 * CUBIC * x * x)
-        }
-        _ => f32::from(x > 0.0),
-    }
-}
-
-/// One loop of each kind, so that each is vectorised for itself.
-macro_rules! kinds {
-    ($activation:expr, $f:ident, $($arg:expr),*) => {
-        match $activation {
-            Activation::Silu => $f::silu($($arg),*),
-            Activation::Gelu => $f::gelu($($arg),*),
-            Activation::GeluTanh => $f::gelu_tanh($($arg),*),
-            Activation::Relu => $f::relu($($arg),*),
-        }
-    };
-}
-
-macro_rules! loops {
-    ($($name:ident = $kind:literal),*) => {
-        mod plain_forward {
-            use super::value;
-            $(crate::ops::cpu::vectorised! {
-                pub fn $name(x: &[f32], m: &mut [f32]) {
-                    for (m, &x) in m.iter_mut().zip(x) {
-                        *m = value::<$kind>(x);
-                    }
-                }
-            })*
-        }
-        mod plain_backward {
-            use super::slope;
-            $(crate::ops::cpu::vectorised! {
-                pub fn $name(x: &[f32], dm: &[f32], dx: &mut [f32]) {
-                    for ((dx, &x), &d) in dx.iter_mut().zip(x).zip(dm) {
-                        *dx = d * slope::<$kind>(x);
-                    }
-                }
-            })*
-        }
-        mod gated_forward {
-            use super::value;
-            $(crate::ops::cpu::vectorised! {
-                pub fn $name(gate: &[f32], up: &[f32], m: &mut [f32]) {
-                    for ((m, &g), &u) in m.iter_mut().zip(gate).zip(up) {
-                        *m = value::<$kind>(g) * u;
-                    }
-                }
-            })*
-        }
-    };
-}
-loops!(silu = 0, gelu = 1, gelu_tanh = 2, relu = 3);
-
-mod gated_backward {
-    use super::{exp, slope, value};
-
-    crate::ops::cpu::vectorised! {
-        pub fn silu(gate: &[f32], up: &[f32], dm: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-            for i in 0..gate.len() {
-                let (g, d) = (gate[i], dm[i]);
-                let s = 1.0 / (1.0 + exp(-g));
-                dup[i] = d * g * s;
-                dgate[i] = d * up[i] * s * (1.0 + g * (1.0 - s));
-            }
-        }
-    }
-
-    macro_rules! plain {
-        ($($name:ident = $kind:literal),*) => {
-            $(crate::ops::cpu::vectorised! {
-                pub fn $name(gate: &[f32], up: &[f32], dm: &[f32], dgate: &mut [f32], dup: &mut [f32]) {
-                    for i in 0..gate.len() {
-                        dup[i] = dm[i] * value::<$kind>(gate[i]);
-                        dgate[i] = dm[i] * up[i] * slope::<$kind>(gate[i]);
-                    }
-                }
-            })*
-        };
-    }
-    plain!(gelu = 1, gelu_tanh = 2, relu = 3);
-}
-
 impl Activation {
     /// m (N, F) = act(x) of x (N, F).
     ///
     /// # Errors
-    /// If x is no f32 matrix.
+    /// If x is not an f32 matrix.
     pub fn forward(self, x: &Tensor) -> Result<Tensor> {
-        let (n, f) = x.dims2()?;
-        let xs = view(x)?;
-        let mut m = Buffer::new(n * f);
-        let out = m.out();
-        parallel(n, 8 * n * f, |r| {
-            let part = r.start * f..r.end * f;
-            // SAFETY: rows r belong to this part of the work, and are all written.
-            let m = unsafe { out.slice(part.start, part.len()) };
-            kinds!(self, plain_forward, &xs[part], m);
-        });
-        // SAFETY: all rows are written.
-        tensor(unsafe { m.finish() }, (n, f))
+        cpu::forward(self, x)
     }
 
     /// dL/dx (N, F) of dL/dm (N, F).
@@ -165,17 +37,7 @@ impl Activation {
         if dm.dims() != [n, f] {
             candle_core::bail!("activation: x {:?}, dm {:?}", x.dims(), dm.dims());
         }
-        let (xs, ds) = (view(x)?, view(dm)?);
-        let mut dx = Buffer::new(n * f);
-        let out = dx.out();
-        parallel(n, 12 * n * f, |r| {
-            let part = r.start * f..r.end * f;
-            // SAFETY: rows r belong to this part of the work, and are all written.
-            let dx = unsafe { out.slice(part.start, part.len()) };
-            kinds!(self, plain_backward, &xs[part.clone()], &ds[part], dx);
-        });
-        // SAFETY: all rows are written.
-        tensor(unsafe { dx.finish() }, (n, f))
+        cpu::backward(self, x, dm)
     }
 
     /// m (N, F) = act(gate) * up, of gate and up, (N, F) each.
@@ -187,17 +49,7 @@ impl Activation {
         if up.dims() != [n, f] {
             candle_core::bail!("gate {:?} and up {:?}", gate.dims(), up.dims());
         }
-        let (g, u) = (view(gate)?, view(up)?);
-        let mut m = Buffer::new(n * f);
-        let out = m.out();
-        parallel(n, 8 * n * f, |r| {
-            let part = r.start * f..r.end * f;
-            // SAFETY: rows r belong to this part of the work, and are all written.
-            let m = unsafe { out.slice(part.start, part.len()) };
-            kinds!(self, gated_forward, &g[part.clone()], &u[part], m);
-        });
-        // SAFETY: all rows are written.
-        tensor(unsafe { m.finish() }, (n, f))
+        cpu::gated_forward(self, gate, up)
     }
 
     /// (dL/dgate, dL/dup), (N, F) each: dup = dm act(g); dgate = dm u act'(g).
@@ -209,26 +61,17 @@ impl Activation {
         if up.dims() != [n, f] || dm.dims() != [n, f] {
             candle_core::bail!("gate {:?}, up {:?}, dm {:?}", gate.dims(), up.dims(), dm.dims());
         }
-        let (g, u, d) = (view(gate)?, view(up)?, view(dm)?);
-        let (mut dgate, mut dup) = (Buffer::new(n * f), Buffer::new(n * f));
-        let (og, ou) = (dgate.out(), dup.out());
-        parallel(n, 12 * n * f, |r| {
-            let part = r.start * f..r.end * f;
-            // SAFETY: rows r of both outputs belong to this part of the work, and are all written.
-            let (dg, du) = unsafe { (og.slice(part.start, part.len()), ou.slice(part.start, part.len())) };
-            kinds!(self, gated_backward, &g[part.clone()], &u[part.clone()], &d[part], dg, du);
-        });
-        // SAFETY: all rows of both are written.
-        Ok((tensor(unsafe { dgate.finish() }, (n, f))?, tensor(unsafe { dup.finish() }, (n, f))?))
+        cpu::gated_backward(self, gate, up, dm)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ops::cpu::tensor;
 
     #[test]
-    fn what_is_no_number_stays_none_in_every_kind() {
+    fn nan_stays_nan_and_infinity_stays_infinite_in_every_activation() {
         for kind in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
             let row = |x: f32| tensor(vec![0.5, x, -0.5, 2.0], (1, 4)).unwrap();
             let numbers = |t: Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();

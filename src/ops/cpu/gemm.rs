@@ -1,6 +1,6 @@
-//! The one multiply: C(m, n) (+)= A(m, k) B(k, n) over strided f32 slices, one register tile at a time. Every product
-//! of the project (frozen linears, low-rank branches, their gradients, attention) is calls of `product`; who packs
-//! what, and which core does which part, is decided above. Read linear.rs next.
+//! The f32 gemm micro-kernel: C(m, n) (+)= A(m, k) B(k, n) over strided slices, one register tile at a time. Every f32
+//! product of the crate (frozen linears, LoRA, their gradients, attention) calls `gemm`; packing and the distribution over
+//! cores are the callers'. It depends on `isa.rs` only. Read `pack.rs` next, then `linear/cpu.rs` in `ops`.
 
 use crate::ops::cpu::Isa;
 
@@ -8,7 +8,7 @@ use crate::ops::cpu::Isa;
 pub const MR: usize = 12;
 /// Columns of a register tile: two AVX-512 registers.
 pub const NR: usize = 32;
-/// Terms of the sum taken at once: 32 columns x 768 x 4 bytes stay in the second-level cache.
+/// Terms of the sum per pass: 32 columns x 768 x 4 bytes stay in the second-level cache.
 const KC: usize = 768;
 
 /// A matrix by address and strides, in elements.
@@ -19,7 +19,7 @@ pub struct Mat {
     cols: usize,
 }
 
-// SAFETY: a plain address for reading; the lifetime is the duty of `product`'s caller.
+// SAFETY: a plain address for reading; the caller of `gemm` guarantees the lifetime.
 unsafe impl Send for Mat {}
 // SAFETY: as above.
 unsafe impl Sync for Mat {}
@@ -41,17 +41,17 @@ impl Mat {
         Self { ptr: self.ptr, rows: self.cols, cols: self.rows }
     }
 
-    /// The part that starts at (i, j).
+    /// The submatrix that starts at (i, j).
     ///
     /// # Safety
     /// (i, j) lies inside the slice.
     pub unsafe fn from(self, i: usize, j: usize) -> Self {
-        // SAFETY: the caller's duty.
+        // SAFETY: guaranteed by the caller.
         Self { ptr: unsafe { self.ptr.add(i * self.rows + j * self.cols) }, ..self }
     }
 }
 
-/// What a product does with the output's old content.
+/// Whether a product replaces the output or adds to it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Into {
     /// C = A B
@@ -64,13 +64,13 @@ pub enum Into {
 /// `ldc`. Sums run over k in order, in blocks of 768, whatever m and n are: results do not depend on the split.
 ///
 /// # Safety
-/// All elements named by the sizes and strides lie inside live allocations; nobody else touches C meanwhile.
+/// All elements given by the sizes and strides lie inside live allocations; no other thread uses C meanwhile.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn gemm(isa: Isa, m: usize, n: usize, k: usize, a: Mat, b: Mat, c: *mut f32, ldc: usize, into: Into) {
     debug_assert_eq!(b.cols, 1);
     if k == 0 && into == Into::Fresh {
         for i in 0..m {
-            // SAFETY: C's rows are the caller's duty.
+            // SAFETY: the caller guarantees C's rows.
             unsafe { c.add(i * ldc).write_bytes(0, n) };
         }
     }
@@ -79,7 +79,7 @@ pub unsafe fn gemm(isa: Isa, m: usize, n: usize, k: usize, a: Mat, b: Mat, c: *m
         let add = into == Into::Add || k0 > 0;
         for j in (0..n).step_by(NR) {
             for i in (0..m).step_by(MR) {
-                // SAFETY: (i, j, k0) are inside the sizes that the caller vouches for.
+                // SAFETY: (i, j, k0) lie inside the sizes that the caller guarantees.
                 unsafe {
                     let t = Tile {
                         a: a.from(i, k0),
@@ -98,7 +98,7 @@ pub unsafe fn gemm(isa: Isa, m: usize, n: usize, k: usize, a: Mat, b: Mat, c: *m
     }
 }
 
-/// One register tile's work.
+/// The operands of one register tile.
 #[derive(Clone, Copy)]
 struct Tile {
     a: Mat,
@@ -113,13 +113,13 @@ struct Tile {
 
 impl Tile {
     /// # Safety
-    /// As for [`product`].
+    /// As for [`gemm`].
     #[inline(always)]
     unsafe fn run(self, isa: Isa, m: usize) {
         macro_rules! by_rows {
             ($f:ident: $($m:literal)*) => { match m { $($m => self.$f::<$m>(),)* _ => unreachable!("a tile has 1 to 12 rows") } };
         }
-        // SAFETY: the caller vouches for the memory, Isa::detect for the instructions.
+        // SAFETY: the caller guarantees the memory, Isa::detect the instructions.
         unsafe {
             match isa {
                 #[cfg(target_arch = "x86_64")]
@@ -134,7 +134,7 @@ impl Tile {
     }
 
     /// # Safety
-    /// As for [`product`]; the machine has AVX-512 F.
+    /// As for [`gemm`]; the machine has AVX-512 F.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512_wide<const M: usize>(self) {
@@ -158,7 +158,7 @@ impl Tile {
                     row[0] = _mm512_fmadd_ps(x, b0, row[0]);
                     row[1] = _mm512_fmadd_ps(x, b1, row[1]);
                 }
-                // Past the last term the addresses are only formed, never read.
+                // Past the last term the addresses are computed but never read.
                 a = a.wrapping_add(aks);
                 b = b.wrapping_add(self.b_rows);
             }
@@ -170,7 +170,7 @@ impl Tile {
     }
 
     /// # Safety
-    /// As for [`product`]; the machine has AVX-512 F; n is at most 16.
+    /// As for [`gemm`]; the machine has AVX-512 F; n is at most 16.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx512f")]
     unsafe fn avx512_narrow<const M: usize>(self) {
@@ -202,7 +202,7 @@ impl Tile {
     /// Sub-tiles of 6 x 16: twelve sums, two columns and one row value fill the sixteen 256-bit registers.
     ///
     /// # Safety
-    /// As for [`product`]; the machine has AVX2 and FMA.
+    /// As for [`gemm`]; the machine has AVX2 and FMA.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2(self, m: usize) {
@@ -227,12 +227,12 @@ impl Tile {
     }
 
     /// # Safety
-    /// As for [`product`]; the machine has AVX2 and FMA; rows i..i + M and columns j..j + 16 are the tile's.
+    /// As for [`gemm`]; the machine has AVX2 and FMA; rows i..i + M and columns j..j + 16 are the tile's.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2_wide<const M: usize>(self, i: usize, j: usize) {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's duty.
+        // SAFETY: guaranteed by the caller.
         unsafe {
             let c = self.c.add(i * self.ldc + j);
             let mut acc = [[_mm256_setzero_ps(); 2]; M];
@@ -251,7 +251,7 @@ impl Tile {
                     row[0] = _mm256_fmadd_ps(x, b0, row[0]);
                     row[1] = _mm256_fmadd_ps(x, b1, row[1]);
                 }
-                // Past the last term the addresses are only formed, never read.
+                // Past the last term the addresses are computed but never read.
                 a = a.wrapping_add(aks);
                 b = b.wrapping_add(self.b_rows);
             }
@@ -262,15 +262,15 @@ impl Tile {
         }
     }
 
-    /// The same for n < 16 columns: those past them are masked out of every access.
+    /// As `avx2_wide` for n < 16 columns; those past them are masked out of every access.
     ///
     /// # Safety
-    /// As for [`product`]; the machine has AVX2 and FMA; rows i..i + M and columns j..j + n are the tile's.
+    /// As for [`gemm`]; the machine has AVX2 and FMA; rows i..i + M and columns j..j + n are the tile's.
     #[cfg(target_arch = "x86_64")]
     #[target_feature(enable = "avx2,fma")]
     unsafe fn avx2_edge<const M: usize>(self, i: usize, j: usize, n: usize) {
         use std::arch::x86_64::*;
-        // SAFETY: the caller's duty; a masked lane is neither read nor written.
+        // SAFETY: guaranteed by the caller; a masked lane is neither read nor written.
         unsafe {
             let lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             let live = |n: usize| _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), lanes);
@@ -304,7 +304,7 @@ impl Tile {
     /// Plain loops over 4 x 16 sub-tiles.
     ///
     /// # Safety
-    /// As for [`product`].
+    /// As for [`gemm`].
     #[inline(always)]
     unsafe fn plain(self, m: usize) {
         for j in (0..self.n).step_by(16) {
@@ -323,7 +323,7 @@ impl Tile {
                         let mut b = [0f32; 16];
                         std::ptr::copy_nonoverlapping(self.b.add(k * self.b_rows + j), b.as_mut_ptr(), n);
                         for (r, row) in acc.iter_mut().enumerate() {
-                            // Rows past the last repeat row 0: their sums are thrown away.
+                            // Rows past the last repeat row 0; their sums are discarded.
                             let row_of_a = if r < rows { i + r } else { 0 };
                             let x = *self.a.ptr.add(row_of_a * self.a.rows + k * self.a.cols);
                             for (o, &v) in row.iter_mut().zip(&b) {
@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn every_instruction_set_equals_the_plain_sum_for_every_edge() {
+    fn every_instruction_set_equals_the_plain_sum_at_every_edge() {
         for isa in Isa::available() {
             for (m, n, k) in [(1, 1, 1), (12, 32, 7), (13, 33, 40), (5, 16, 3), (25, 17, 800), (11, 31, 2), (24, 64, 1)]
             {
@@ -368,7 +368,7 @@ mod tests {
                             let sum: f64 =
                                 (0..k).map(|p| f64::from(at(i, p)) * f64::from(b[p * (n + 3) + j % n])).sum();
                             let want = match (j == n, into) {
-                                (true, _) => old, // the column past the last stays as it was
+                                (true, _) => old, // the column past the last is unchanged
                                 (_, Into::Add) => old + sum,
                                 (_, Into::Fresh) => sum,
                             };

@@ -1,22 +1,23 @@
-//! The threads of the CPU kernels. One caller at a time shares its items out; a thread that is not there in time is not
-//! waited for, so a busy machine slows a run in proportion and not by whole time slices. Knows no operation.
+//! The thread pool of the CPU kernels. One caller at a time distributes its items; a helper that has not started in time is
+//! not awaited, so a busy machine slows a run in proportion and not by whole time slices. It does not depend on the rest
+//! of the crate. Read `mod.rs` beside it for `parallel`, its only caller.
 //!
-//! Why not rayon, whose join takes 14 microseconds, or a spinning barrier, which waits for every thread at every
-//! operation: with one foreign process on two cores the barrier made the quickstart four times slower.
+//! Alternatives were slower: rayon's join takes 14 microseconds, and a spinning barrier waits for every thread at every
+//! operation; with one other process on two cores the barrier made the quickstart four times slower.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 
-/// Polls before a thread without work sleeps: some tens of microseconds, longer than the pauses between operations.
+/// Polls before an idle helper sleeps: some tens of microseconds, longer than the pauses between operations.
 const SPINS_BEFORE_SLEEP: u32 = 20_000;
-/// Polls before a caller that waits for a helper's last items lets others run.
+/// Polls before a caller that waits for a helper's last items yields its core.
 const SPINS_BEFORE_YIELD: u32 = 2_000;
-/// Set in `Shared::state` while a job takes helpers; below it stands how many are in.
+/// Set in `Shared::state` while a job accepts helpers; the lower bits count the helpers that have entered.
 const OPEN: u64 = 1 << 63;
 
-/// A job by address: valid while `state` is open or counts helpers.
+/// A job by address. It is valid while `state` is open or counts helpers.
 #[derive(Clone, Copy)]
 struct Job {
     run: unsafe fn(*const (), Range<usize>),
@@ -26,16 +27,16 @@ struct Job {
 }
 
 struct Shared {
-    /// OPEN while helpers may come in, plus the number of those that are in.
+    /// OPEN while helpers may enter, plus the number of those that have entered.
     state: AtomicU64,
-    /// The next item that nobody has taken.
+    /// The next item that no thread has taken.
     cursor: AtomicUsize,
     /// Counts jobs, so that a helper enters each at most once.
     generation: AtomicU64,
     job: std::cell::UnsafeCell<Job>,
-    /// A helper's panic, to be raised again by the caller.
+    /// Whether a helper has panicked; the caller panics then, too.
     panicked: AtomicBool,
-    /// For each helper, whether it sleeps.
+    /// Whether each helper sleeps.
     asleep: Vec<AtomicBool>,
     handles: OnceLock<Vec<Thread>>,
 }
@@ -54,12 +55,12 @@ struct Pool {
 /// # Safety
 /// `data` is the address of a live `F`.
 unsafe fn call<F: Fn(Range<usize>) + Sync>(data: *const (), range: Range<usize>) {
-    // SAFETY: the caller's duty.
+    // SAFETY: guaranteed by the caller.
     unsafe { (*data.cast::<F>())(range) }
 }
 
 impl Shared {
-    /// Takes chunks until none is left.
+    /// Takes chunks until all are taken.
     fn work(&self, job: Job) {
         loop {
             let start = self.cursor.fetch_add(job.chunk, Ordering::Relaxed);
@@ -71,7 +72,7 @@ impl Shared {
         }
     }
 
-    /// One more helper, if the job still takes any.
+    /// Adds this helper to the job, if the job still accepts any.
     fn enter(&self) -> bool {
         let mut state = self.state.load(Ordering::Relaxed);
         while state & OPEN != 0 {
@@ -84,12 +85,12 @@ impl Shared {
     }
 
     fn help(&self, me: usize) {
-        let mut seen = 0;
+        let mut last = 0;
         let mut spins = 0;
         loop {
             let generation = self.generation.load(Ordering::Acquire);
-            if generation != seen {
-                seen = generation;
+            if generation != last {
+                last = generation;
                 spins = 0;
                 if self.enter() {
                     // SAFETY: entered, so the job is live until this thread leaves.
@@ -109,7 +110,7 @@ impl Shared {
             }
             spins = 0;
             self.asleep[me].store(true, Ordering::SeqCst);
-            if self.generation.load(Ordering::SeqCst) == seen {
+            if self.generation.load(Ordering::SeqCst) == last {
                 std::thread::park();
             }
             self.asleep[me].store(false, Ordering::Relaxed);
@@ -117,7 +118,7 @@ impl Shared {
     }
 }
 
-/// Closes the job and waits for the helpers that are in, also when the caller's own part panics.
+/// Closes the job and waits for the helpers that have entered, also when the caller's own part panics.
 struct Close<'a>(&'a Shared);
 
 impl Drop for Close<'_> {
@@ -150,7 +151,7 @@ fn pool() -> &'static Pool {
             handles: OnceLock::new(),
         }));
         let spawn = |me| std::thread::Builder::new().name(format!("kernel-{me}")).spawn(move || shared.help(me));
-        // A system that gives no thread is served by the caller alone.
+        // If the system refuses a thread, the caller does all work.
         let handles = (0..helpers).map_while(|me| spawn(me).ok().map(|h| h.thread().clone())).collect();
         shared.handles.set(handles).unwrap_or_else(|_| unreachable!("set once, here"));
         Pool { shared, caller: Mutex::new(()) }
@@ -162,8 +163,8 @@ pub fn threads() -> usize {
     pool().shared.asleep.len() + 1
 }
 
-/// Runs `f` over parts of 0..items, each item once, on all threads that are free. Where another call is under way (a
-/// nested one, or another thread's), the caller does all by itself.
+/// Runs `f` over parts of 0..items, each item once, on all free threads. While another call is in progress (a nested
+/// one, or another thread's), the caller processes all items itself.
 pub fn share(items: usize, f: impl Fn(Range<usize>) + Sync) {
     let pool = pool();
     let shared = pool.shared;
@@ -174,7 +175,7 @@ pub fn share(items: usize, f: impl Fn(Range<usize>) + Sync) {
         drop(guard);
         return f(0..items);
     }
-    // Eight chunks a thread: even ends without a queue at the cursor.
+    // Eight chunks per thread: threads end evenly without contention at the cursor.
     let chunk = items.div_ceil(8 * (shared.asleep.len() + 1)).max(1);
     let job = Job { run: run_of(&f), data: (&raw const f).cast(), items, chunk };
     // SAFETY: the state is closed and empty (the last job's Close saw to it), and this thread holds `caller`.
@@ -193,7 +194,7 @@ pub fn share(items: usize, f: impl Fn(Range<usize>) + Sync) {
     }
     let panicked = shared.panicked.swap(false, Ordering::Relaxed);
     drop(guard);
-    assert!(!panicked, "a kernel's thread panicked; its message stands above");
+    assert!(!panicked, "a kernel thread panicked; its message is printed above");
 }
 
 fn run_of<F: Fn(Range<usize>) + Sync>(_: &F) -> unsafe fn(*const (), Range<usize>) {
@@ -227,7 +228,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_in_an_item_reaches_the_caller_and_the_pool_lives_on() {
+    fn a_panic_in_an_item_reaches_the_caller_and_the_pool_still_works() {
         for _ in 0..20 {
             let outcome = std::panic::catch_unwind(|| share(64, |range| assert!(!range.contains(&63), "expected")));
             assert!(outcome.is_err());

@@ -1,6 +1,6 @@
-//! The linear group in bf16: what linear.rs calls where a base computes in [`ComputeDtype::Bf16`]. The low-rank branch rides
-//! along: with z = s x A^T beside x, and B^T beneath W^T, one product gives x W^T + z B^T; the input's gradient likewise.
-//! Knows neither the split of the work nor the adapters' own gradients; read linear.rs for both.
+//! The linear group in bf16, for bases with [`ComputeDtype::Bf16`]. LoRA is part of the same product: with z = s x A^T as
+//! further columns of x and B^T as further rows of W^T, one product gives x W^T + z B^T; likewise for the input gradient.
+//! It does not depend on the other files of `linear`. Read `cpu.rs` beside it for the split of the work and LoRA's gradients.
 
 use std::ops::Range;
 
@@ -8,33 +8,33 @@ use crate::ops::cpu::bf16::{
     Bf16Kernel, Cores, Rounded, interleave, product, product_of_words, round, rows_as_columns,
 };
 use crate::ops::cpu::gemm::{Into, NR};
-use crate::ops::cpu::pack::{with_scratch, with_words};
+use crate::ops::cpu::pack::row_words;
+use crate::ops::cpu::scratch::{with_scratch, with_words};
 use crate::ops::cpu::{Out, parallel};
-use crate::ops::linear::LinearWithLora;
 use crate::ops::weight::{ComputeDtype, Weight};
 
-/// At most this many rows of x make the weight's rows the tile's rows (decoding): nothing is transposed then.
+/// With at most this many rows of x (decoding), the weight's rows are the left-hand factor and need no transposition.
 pub(crate) const FEW_ROWS: usize = 16;
 
-/// Whether this group computes in bf16: pairs want even sizes, which all real models have.
-pub fn applies(k: usize, parts: &[LinearWithLora<'_>]) -> bool {
+/// Whether a group of weights with k columns computes in bf16. Pairs require even sizes, which all real models have.
+pub fn applies<'a>(k: usize, mut weights: impl Iterator<Item = &'a Weight>) -> bool {
     let even = |n: usize| n.is_multiple_of(2);
-    even(k) && parts.iter().all(|p| p.weight.compute() == ComputeDtype::Bf16 && even(p.weight.rows()))
+    even(k) && weights.all(|w| w.compute() == ComputeDtype::Bf16 && even(w.rows()))
 }
 
-/// x, or dy of all parts side by side, rounded once, with its low-rank columns after it.
+/// The packed left-hand factor: x or dy, rounded once, followed by its low-rank columns.
 pub struct PackedLhs {
     rounded: Rounded,
     m: usize,
-    /// Columns before the low-rank ones.
+    /// Number of columns before the low-rank ones.
     k: usize,
-    /// The first few rows as a panel.
-    few: Option<Vec<u32>>,
+    /// All rows as a panel, if there are at most FEW_ROWS.
+    panel: Option<Vec<u32>>,
 }
 
 impl PackedLhs {
-    /// Rounds x (m, k) and multiplies it with `factor` (rank, k): returns z (m, rank) f32, which joins x's columns
-    /// rounded.
+    /// Rounds x (m, k) and multiplies it by `factor` (rank, k)^T. The product z (m, rank) is appended to x, rounded, and
+    /// returned in f32.
     pub fn of(x: &[f32], m: usize, k: usize, factor: &[f32], rank: usize) -> (Self, Vec<f32>) {
         let mut rounded = Rounded::of(x, m, k, rank, Cores::All);
         let mut z = vec![0f32; m * rank];
@@ -65,26 +65,26 @@ impl PackedLhs {
         (Self::with(rounded, m, k), z)
     }
 
-    /// x (m, k) with no low-rank columns.
+    /// Rounds x (m, k), without low-rank columns.
     pub fn plain(x: &[f32], m: usize, k: usize, cores: Cores) -> Self {
         Self::with(Rounded::of(x, m, k, 0, cores), m, k)
     }
 
     fn with(rounded: Rounded, m: usize, k: usize) -> Self {
-        let few = (m <= FEW_ROWS).then(|| {
+        let panel = (m <= FEW_ROWS).then(|| {
             let mut panel = vec![0; rounded.words() * NR];
             rounded.as_panel(&mut panel);
             panel
         });
-        Self { rounded, m, k, few }
+        Self { rounded, m, k, panel }
     }
 
-    /// y (m, width) (+)= x W^T + z B^T for the weight's rows n0..n0 + width. `b`: B (n, r) and where its part's columns
-    /// start in z. `ldy`: from one row of y to the next.
+    /// y (m, width) (+)= x W^T + z B^T for the weight's rows n0..n0 + width. `b`: B (n, r), r, and the first of its columns
+    /// in z. `ldy`: the row stride of y.
     ///
     /// # Safety
-    /// `y` is the address of m rows of `width` numbers that nobody else touches.
-    pub unsafe fn outputs(
+    /// `y` is the address of m rows of `width` elements that no other thread uses.
+    pub unsafe fn forward_columns(
         &self,
         weight: &Weight,
         b: Option<(&[f32], usize, usize)>,
@@ -94,14 +94,14 @@ impl PackedLhs {
     ) {
         let words = self.rounded.words();
         let fill = |i: usize, row: &mut [u32]| {
-            weight.row_words(n0 + i, row);
+            row_words(weight, n0 + i, row);
             if let Some((b, r, offset)) = b {
                 for (j, &v) in b[(n0 + i) * r..(n0 + i + 1) * r].iter().enumerate() {
                     set(row, self.k + offset + j, v);
                 }
             }
         };
-        match &self.few {
+        match &self.panel {
             Some(x) => with_words(32 * words, |rows| {
                 let (filled, rest) = rows.split_at_mut(width * words);
                 filled.chunks_exact_mut(words).enumerate().for_each(|(i, row)| fill(i, row));
@@ -136,18 +136,18 @@ impl PackedLhs {
                     }
                     rows_as_columns(rows, words, &mut panel[g * 16..]);
                 }
-                // SAFETY: the caller's duty.
+                // SAFETY: guaranteed by the caller.
                 unsafe { product(Bf16Kernel::detect(), (self.m, width), &self.rounded, 0, panel, y, ldy, into) };
             }),
         }
     }
 
-    /// dx (m, width) (+)= dy W + dz A for the weight's columns j0..j0 + width; this is (dy | dz) of one part, dy over the
-    /// weight's rows `rows`, an even number. `a`: A (r, k) where there is one. `ldx`: from one row of dx to the next.
+    /// dx (m, width) (+)= dy W + dz A for the weight's columns j0..j0 + width, where self is (dy | dz) of one part and dy
+    /// covers the weight's rows `rows`, an even number. `a`: A (r, k) and r, if any. `ldx`: the row stride of dx.
     ///
     /// # Safety
-    /// `dx` is the address of m rows of `width` numbers that nobody else touches.
-    pub unsafe fn inputs(
+    /// `dx` is the address of m rows of `width` elements that no other thread uses.
+    pub unsafe fn backward_columns(
         &self,
         weight: &Weight,
         rows: Range<usize>,
@@ -192,7 +192,7 @@ impl PackedLhs {
             });
             for (p, panel) in panel.chunks_exact(words * NR).enumerate() {
                 let columns = NR.min(width - p * NR);
-                // SAFETY: the caller's duty.
+                // SAFETY: guaranteed by the caller.
                 unsafe {
                     let c = dx.add(p * NR);
                     product(Bf16Kernel::detect(), (self.m, columns), &self.rounded, 0, panel, c, ldx, into);
@@ -202,7 +202,7 @@ impl PackedLhs {
     }
 }
 
-/// Element `i` of a row of words.
+/// Sets element `i` of a row of words.
 fn set(row: &mut [u32], i: usize, value: f32) {
     let bits = u32::from(half::bf16::from_f32(value).to_bits());
     let word = &mut row[i / 2];

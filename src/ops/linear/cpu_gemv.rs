@@ -1,35 +1,35 @@
-//! Products with few rows of x (decoding): a weight row is unpacked once and meets all of them, with no panel in between.
-//! A sum is taken in one order on one machine, however many rows of x or of the weight go together. Knows no layer.
-//! Read linear.rs for the use.
+//! Matrix-vector products for decoding (at most 12 rows of x): each weight row is dequantised once and multiplied with every
+//! row of x, without packing. Each sum has the same order on one machine, whatever the number of rows of x or of the weight.
+//! It does not depend on the other files of `linear`. Read `cpu.rs` beside it for the use.
 
 use std::ops::Range;
 
 use crate::ops::cpu::gemm::Into;
 #[cfg(target_arch = "x86_64")]
 use crate::ops::cpu::lane_sums;
-use crate::ops::cpu::pack::with_scratch;
+use crate::ops::cpu::scratch::with_scratch;
 use crate::ops::cpu::{Isa, Out, dot_plain};
 use crate::ops::weight::Weight;
 
-/// At most this many rows of x are multiplied weight row by weight row; more go through panels.
+/// Up to this many rows of x are multiplied one weight row at a time; more go through panels.
 pub const FEW_ROWS: usize = 12;
 
-/// Rows of the weight that go together.
-pub const TOGETHER: usize = 3;
+/// Weight rows that are multiplied together.
+pub const WEIGHT_ROWS: usize = 3;
 
-/// Outputs that one piece of the work has: whole groups.
-pub const PANEL: usize = 16 * TOGETHER;
+/// Outputs per work item: a multiple of WEIGHT_ROWS.
+pub const PANEL: usize = 16 * WEIGHT_ROWS;
 
 /// sums[w][i] = weight row w . x_i.
-type Sums = [[f32; FEW_ROWS]; TOGETHER];
+type Sums = [[f32; FEW_ROWS]; WEIGHT_ROWS];
 
 /// Columns `columns` of y (m, n) (+)= x (m, k) W (n, k)^T, for m <= [`FEW_ROWS`].
-pub fn few_rows(isa: Isa, xs: &[f32], m: usize, weight: &Weight, columns: Range<usize>, out: Out, into: Into) {
+pub fn gemv(isa: Isa, xs: &[f32], m: usize, weight: &Weight, columns: Range<usize>, out: Out, into: Into) {
     let (n, k) = (weight.rows(), weight.cols());
-    with_scratch(TOGETHER * k, |scratch| {
-        let mut sums: Sums = [[0.0; FEW_ROWS]; TOGETHER];
-        for j in columns.clone().step_by(TOGETHER) {
-            let count = TOGETHER.min(columns.end - j);
+    with_scratch(WEIGHT_ROWS * k, |scratch| {
+        let mut sums: Sums = [[0.0; FEW_ROWS]; WEIGHT_ROWS];
+        for j in columns.clone().step_by(WEIGHT_ROWS) {
+            let count = WEIGHT_ROWS.min(columns.end - j);
             let (rows, then) = match weight.rows_f32(j..j + count) {
                 Some(rows) => (rows, Then::More),
                 None => {
@@ -53,18 +53,18 @@ pub fn few_rows(isa: Isa, xs: &[f32], m: usize, weight: &Weight, columns: Range<
     });
 }
 
-/// What stands behind the rows of a call.
+/// What follows the rows of a call in memory.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Then {
-    /// The rows of the next calls: they are fetched ahead, which a weight that streams by from memory needs.
+    /// The rows of the next calls; they are prefetched, because the weight is streamed from memory.
     More,
-    /// Nothing of use.
+    /// Nothing that is used.
     Nothing,
 }
 
-/// The products of up to [`TOGETHER`] rows of length k with the m rows of x.
+/// The products of up to [`WEIGHT_ROWS`] weight rows of length k with the m rows of x.
 fn dots(isa: Isa, rows: &[f32], then: Then, k: usize, xs: &[f32], m: usize, sums: &mut Sums) {
-    assert!(m <= FEW_ROWS && xs.len() >= m * k && rows.len() <= TOGETHER * k);
+    assert!(m <= FEW_ROWS && xs.len() >= m * k && rows.len() <= WEIGHT_ROWS * k);
     #[cfg(target_arch = "x86_64")]
     if isa != Isa::Portable {
         let count = rows.len() / k;
@@ -96,14 +96,14 @@ fn dots(isa: Isa, rows: &[f32], then: Then, k: usize, xs: &[f32], m: usize, sums
     }
 }
 
-/// M sums of each weight row, to columns i..i + M.
+/// Stores M sums of each weight row in columns i..i + M.
 fn put<const M: usize>(found: impl IntoIterator<Item = [f32; M]>, i: usize, sums: &mut Sums) {
     for (sums, found) in sums.iter_mut().zip(found) {
         sums[i..i + M].copy_from_slice(&found);
     }
 }
 
-/// Four chains of sixteen lanes a row, so that the adds overlap.
+/// Four chains of sixteen partial sums per row, so that additions overlap.
 ///
 /// # Safety
 /// The machine has AVX-512 F; `x` holds M rows as long as `row`.
@@ -140,8 +140,8 @@ unsafe fn dots_avx512<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
     })
 }
 
-/// One chain of eight lanes a product: with three rows and four of x twelve chains, which overlap. The rows of the call
-/// after the next are fetched meanwhile: on a Zen 3 core 47 GFLOP/s for 32 over 400 MB of rows of 576.
+/// One chain of eight partial sums per product: three weight rows and four rows of x make twelve chains, which overlap. The
+/// rows of the call after next are prefetched: 47 GFLOP/s instead of 32 on a Zen 3 core, over 400 MB of rows of 576.
 ///
 /// # Safety
 /// The machine has AVX2 and FMA; `rows` holds W rows and `x` M rows of length k.
@@ -162,7 +162,7 @@ unsafe fn dots_avx2<const W: usize, const M: usize>(
             let mut row = [_mm256_setzero_ps(); W];
             for (w, row) in row.iter_mut().enumerate() {
                 *row = _mm256_loadu_ps(rows.add(w * k + j));
-                // A line of the cache has sixteen numbers. The address may be past the weight: a hint never faults.
+                // A cache line has sixteen f32. The address may be past the weight: a prefetch never faults.
                 if then == Then::More && j % 16 == 0 {
                     _mm_prefetch::<_MM_HINT_T0>(rows.wrapping_add((w + 2 * W) * k + j).cast());
                 }
@@ -203,17 +203,17 @@ mod tests {
     }
 
     #[test]
-    fn every_instruction_set_equals_the_plain_sum_whatever_goes_together() {
+    fn every_instruction_set_equals_the_plain_sum_however_rows_are_grouped() {
         for isa in Isa::available() {
             for k in [5, 8, 37, 64, 203] {
-                let (rows, xs) = (random(TOGETHER * k, 1), random(FEW_ROWS * k, 2));
+                let (rows, xs) = (random(WEIGHT_ROWS * k, 1), random(FEW_ROWS * k, 2));
                 let alone = |w: usize, i: usize| {
-                    let mut sums = [[0.0; FEW_ROWS]; TOGETHER];
+                    let mut sums = [[0.0; FEW_ROWS]; WEIGHT_ROWS];
                     dots(isa, &rows[w * k..(w + 1) * k], Then::Nothing, k, &xs[i * k..(i + 1) * k], 1, &mut sums);
                     sums[0][0]
                 };
                 for (count, m) in [(3, 12), (3, 7), (2, 5), (1, 3), (2, 8)] {
-                    let mut sums = [[f32::NAN; FEW_ROWS]; TOGETHER];
+                    let mut sums = [[f32::NAN; FEW_ROWS]; WEIGHT_ROWS];
                     dots(isa, &rows[..count * k], Then::More, k, &xs, m, &mut sums);
                     for (w, sums) in sums.iter().enumerate().take(count) {
                         for (i, &got) in sums.iter().enumerate().take(m) {
@@ -221,7 +221,7 @@ mod tests {
                             let want: f64 = (0..k).map(term).sum();
                             // 203 products of size 1/4: rounding stays far below 1e-5.
                             assert!((f64::from(got) - want).abs() < 1e-5, "{isa:?} {count} {m} {k}");
-                            assert_eq!(got, alone(w, i), "{isa:?}: the company changed a sum");
+                            assert_eq!(got, alone(w, i), "{isa:?}: grouping changed a sum");
                         }
                     }
                 }

@@ -1,44 +1,29 @@
-//! Frozen linear layers with their low-rank branches: several that read one input (q, k, v; gate, up) go together.
+//! Frozen linear layers with LoRA: several that read the same input (q, k, v; gate, up) are one group. Formula, checks,
+//! dispatch.
 //!
-//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Saved for the backward: x and z = s x A^T. With DoRA the
-//! two products together are scaled before bias and residual join; see dora.rs. Knows no layer names.
-//! Read block.rs in `model` for the use.
+//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Saved for backward: x and z = s x A^T. With DoRA, the sum of
+//! both products is scaled before bias and residual are added; see `low_rank.rs`. It does not depend on names of layers.
+//! Read `low_rank.rs` and `cpu.rs` beside it, then `embedding/mod.rs`.
 
+mod cpu;
 pub(crate) mod cpu_bf16;
 pub(crate) mod cpu_gemv;
 pub mod low_rank;
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::{Buffer, Isa, Out, parallel, tensor, view};
-use super::weight::Weight;
-use crate::ops::cpu::gemm::{Into, MR, Mat, NR, gemm};
-use crate::ops::cpu::pack::{columns, rows_as_columns, with_scratch};
-use crate::ops::linear::cpu_bf16::PackedLhs;
-use crate::ops::linear::cpu_gemv::{FEW_ROWS, few_rows};
-use crate::ops::linear::low_rank::{Dora, Lines};
+use crate::ops::linear::low_rank::Dora;
+pub use crate::ops::linear::low_rank::{BranchGradient, LowRank};
+use crate::ops::weight::Weight;
 
-/// The low-rank branch of one linear: adds scale * (x a^T) b^T.
-#[derive(Clone, Copy)]
-pub struct LowRank<'a> {
-    /// A, (r, in) f32.
-    pub a: &'a Tensor,
-    /// B, (out, r) f32.
-    pub b: &'a Tensor,
-    /// lora_alpha / r, or lora_alpha / sqrt(r).
-    pub scale: f64,
-    /// The magnitudes, where it is DoRA.
-    pub dora: Option<Dora<'a>>,
-}
-
-/// One frozen linear of a group that shares its input.
+/// One frozen linear layer of a group that shares its input.
 #[derive(Clone, Copy)]
 pub struct LinearWithLora<'a> {
     /// W, (out, in), as stored.
     pub weight: &'a Weight,
-    /// b, (out), where there is one. Frozen: the backward does not see it.
+    /// b, (out), if the layer has one. It is frozen and has no gradient.
     pub bias: Option<&'a [f32]>,
-    /// Its branch, if the role's adapter has one here.
+    /// LoRA weights, if the role's adapter has them here.
     pub lora: Option<LowRank<'a>>,
 }
 
@@ -52,150 +37,82 @@ impl<'a> LinearWithLora<'a> {
     }
 }
 
-/// What `backward` wants of `forward`, beside x.
+/// Tensors saved for `backward`, apart from x.
 pub struct Saved {
-    /// (N, sum of ranks): s x A^T of all parts side by side.
+    /// s x A^T of all parts side by side: (N, sum of ranks).
     z: Tensor,
-    /// Of each part with DoRA, the output before its scale: (N, out).
+    /// The output of each part with DoRA, before its scale: (N, out).
     directions: Vec<Option<Tensor>>,
 }
 
-/// Outputs (N, out_p) of each part, and what `backward` wants.
+/// Gradients of a group.
+pub struct Gradients {
+    /// dL/dx (N, in); `None` if it was not requested.
+    pub input: Option<Tensor>,
+    /// LoRA gradients, one element per part.
+    pub lora: Vec<Option<BranchGradient>>,
+}
+
+/// Whether anything below the group needs a gradient.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum InputGradient {
+    /// dL/dx is computed.
+    Wanted,
+    /// Only the LoRA gradients are computed: nothing below the group is trained.
+    Unused,
+}
+
+/// Outputs (N, out_p) of each part, and the tensors saved for `backward`.
 ///
-/// x: (N, in). With `residual` (N, out), which is for a single part: y = residual + ...
+/// x: (N, in). With `residual` (N, out), which requires a single part: y = residual + ...
 ///
 /// # Errors
 /// If shapes do not fit.
 pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, Saved)> {
     let (m, k) = x.dims2()?;
     check(k, parts)?;
-    let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
-    let xs = view(x)?;
-    let start = residual.map(view).transpose()?;
-    if let Some(start) = &start
-        && (parts.len() != 1 || start.len() != m * parts[0].weight.rows())
+    if let Some(residual) = residual
+        && (parts.len() != 1 || residual.elem_count() != m * parts[0].weight.rows())
     {
-        candle_core::bail!("a residual of {} numbers for {} parts", start.len(), parts.len());
+        candle_core::bail!("a residual of {} elements for {} parts", residual.elem_count(), parts.len());
     }
-    let bf16 = cpu_bf16::applies(k, parts);
-    let (left, z) = if bf16 {
-        let (left, z) = PackedLhs::of(&xs, m, k, &stacked_a(parts, k, rank)?, rank);
-        (Some(left), z)
-    } else {
-        (None, low_rank_inputs(&xs, m, k, parts, rank)?)
-    };
-    let mut ys: Vec<Buffer> = parts.iter().map(|p| Buffer::new(m * p.weight.rows())).collect();
-    let outs: Vec<Out> = ys.iter_mut().map(Buffer::out).collect();
-    let bs = parts.iter().map(|p| p.lora.map(|l| view(l.b)).transpose()).collect::<Result<Vec<_>>>()?;
-
-    // Work items are panels of so many outputs, counted through all parts.
-    let wide = if m <= FEW_ROWS && left.is_none() { cpu_gemv::PANEL } else { NR };
-    let panels: Vec<(usize, usize)> = parts
-        .iter()
-        .enumerate()
-        .flat_map(|(p, part)| (0..part.weight.rows()).step_by(wide).map(move |n| (p, n)))
-        .collect();
-    let cost = m * k * parts.iter().map(|p| p.weight.rows()).sum::<usize>();
-    let isa = Isa::detect();
-    parallel(panels.len(), cost, |range| {
-        for &(p, n0) in &panels[range] {
-            let (part, n) = (&parts[p], parts[p].weight.rows());
-            let width = wide.min(n - n0);
-            let into = match (&start, part.bias) {
-                _ if part.dora().is_some() => Into::Fresh,
-                (None, None) => Into::Fresh,
-                (start, bias) => {
-                    for i in 0..m {
-                        // SAFETY: rows i < m and columns n0..n0+width belong to this panel alone; each is written here
-                        // before it is read.
-                        let y = unsafe { outs[p].slice(i * n + n0, width) };
-                        match start {
-                            Some(s) => y.copy_from_slice(&s[i * n + n0..i * n + n0 + width]),
-                            None => y.fill(0.0),
-                        }
-                        for (y, b) in y.iter_mut().zip(bias.into_iter().flat_map(|b| &b[n0..])) {
-                            *y += b;
-                        }
-                    }
-                    Into::Add
-                }
-            };
-            let r = part.rank();
-            let offset: usize = parts[..p].iter().map(LinearWithLora::rank).sum();
-            if let Some(left) = &left {
-                let b = bs[p].as_ref().map(|b| (&b[..], r, offset));
-                // SAFETY: columns n0..n0 + width of this output belong to this panel alone.
-                unsafe { left.outputs(part.weight, b, (n0, width), (outs[p].at(n0), n), into) };
-                continue;
-            }
-            if m <= FEW_ROWS {
-                few_rows(isa, &xs, m, part.weight, n0..n0 + width, outs[p], into);
-            } else {
-                with_scratch(k * NR, |panel| {
-                    rows_as_columns(part.weight, n0..n0 + width, panel);
-                    // SAFETY: x is m x k, the panel k x NR, the output m x n with this panel's columns inside.
-                    unsafe { gemm(isa, m, width, k, Mat::rows(&xs, k), Mat::rows(panel, NR), outs[p].at(n0), n, into) };
-                });
-            }
-            if let Some(b) = &bs[p] {
-                with_scratch(r * wide, |panel| {
-                    for (i, row) in b[n0 * r..(n0 + width) * r].chunks_exact(r).enumerate() {
-                        for (j, &v) in row.iter().enumerate() {
-                            panel[j * wide + i] = v;
-                        }
-                    }
-                    // SAFETY: z is m x rank with this part's r columns at offset; the output as above.
-                    unsafe {
-                        let z = Mat::rows(&z, rank).from(0, offset);
-                        gemm(isa, m, width, r, z, Mat::rows(panel, wide), outs[p].at(n0), n, Into::Add);
-                    }
-                });
-            }
-        }
-    });
-    let ys = ys
-        .into_iter()
-        .zip(parts)
-        // SAFETY: the panels cover every row and column of each output.
-        .map(|(y, p)| tensor(unsafe { y.finish() }, (m, p.weight.rows())))
-        .collect::<Result<Vec<_>>>()?;
-    let mut kept = Saved { z: tensor(z, (m, rank))?, directions: vec![] };
-    let mut done = Vec::with_capacity(parts.len());
-    for (y, part) in ys.into_iter().zip(parts) {
-        let (y, direction) = match part.dora() {
-            Some((lora, dora)) => {
-                let (g, _) = dora.scales(part.weight, lora, Lines::Rows)?;
-                (finished(&y, &g, part.bias, start.as_deref())?, Some(y))
-            }
-            None => (y, None),
-        };
-        done.push(y);
-        kept.directions.push(direction);
-    }
-    Ok((done, kept))
+    cpu::forward(x, parts, residual)
 }
 
-/// g u + bias + residual, of u (N, out).
-fn finished(u: &Tensor, g: &[f32], bias: Option<&[f32]>, residual: Option<&[f32]>) -> Result<Tensor> {
-    let y = low_rank::scaled(u, g)?;
-    if bias.is_none() && residual.is_none() {
-        return Ok(y);
+/// dx = sum_p dy_p W_p + s (dy_p B_p) A_p;  dB_p = dy_p^T z_p;  dA_p = (s dy_p B_p)^T x.
+///
+/// x (N, in) and `saved` are the input and the result of `forward`; dys: (N, out_p) each. With DoRA, dy is first scaled as
+/// y was.
+///
+/// # Errors
+/// If shapes do not fit.
+pub fn backward(
+    x: &Tensor,
+    parts: &[LinearWithLora<'_>],
+    saved: &Saved,
+    dys: &[&Tensor],
+    wanted: InputGradient,
+) -> Result<Gradients> {
+    let (m, k) = x.dims2()?;
+    check(k, parts)?;
+    let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
+    let z = &saved.z;
+    if z.dims() != [m, rank] || dys.len() != parts.len() || saved.directions.len() != parts.len() {
+        candle_core::bail!("z {:?} and {} gradients for {} parts of rank {rank}", z.dims(), dys.len(), parts.len());
     }
-    let (n, mut all) = (g.len().max(1), view(&y)?.to_vec());
-    if let Some(bias) = bias {
-        all.chunks_exact_mut(n).for_each(|row| row.iter_mut().zip(bias).for_each(|(y, b)| *y += b));
+    for (p, dy) in parts.iter().zip(dys) {
+        if dy.dims() != [m, p.weight.rows()] {
+            candle_core::bail!("a gradient {:?} for an output ({m}, {})", dy.dims(), p.weight.rows());
+        }
     }
-    if let Some(residual) = residual {
-        all.iter_mut().zip(residual).for_each(|(y, r)| *y += r);
-    }
-    tensor(all, u.dims2()?)
+    cpu::backward(x, parts, saved, dys, wanted)
 }
 
 fn check(k: usize, parts: &[LinearWithLora<'_>]) -> Result<()> {
     for p in parts {
         let n = p.weight.rows();
         if p.weight.cols() != k {
-            candle_core::bail!("an input of width {k} meets a ({n}, {}) matrix", p.weight.cols());
+            candle_core::bail!("an input of width {k} for a ({n}, {}) matrix", p.weight.cols());
         }
         if let Some(bias) = p.bias.filter(|b| b.len() != n) {
             candle_core::bail!("a bias of {} numbers for {n} outputs", bias.len());
@@ -208,276 +125,4 @@ fn check(k: usize, parts: &[LinearWithLora<'_>]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// s_p A_p of all parts, one under the other: (rank, k).
-fn stacked_a(parts: &[LinearWithLora<'_>], k: usize, rank: usize) -> Result<Vec<f32>> {
-    let mut all = Vec::with_capacity(rank * k);
-    for l in parts.iter().filter_map(|p| p.lora) {
-        all.extend(view(l.a)?.iter().map(|v| v * l.scale as f32));
-    }
-    Ok(all)
-}
-
-/// z (m, rank): s_p x A_p^T for all parts side by side.
-fn low_rank_inputs(xs: &[f32], m: usize, k: usize, parts: &[LinearWithLora<'_>], rank: usize) -> Result<Vec<f32>> {
-    let mut z = vec![0f32; m * rank];
-    if rank == 0 {
-        return Ok(z);
-    }
-    // All A's as one panel (k, rank), scaled.
-    let mut a_t = vec![0f32; k * rank];
-    let mut offset = 0;
-    for l in parts.iter().filter_map(|p| p.lora) {
-        let a = view(l.a)?;
-        for row in a.chunks_exact(k) {
-            for (j, &v) in row.iter().enumerate() {
-                a_t[j * rank + offset] = v * l.scale as f32;
-            }
-            offset += 1;
-        }
-    }
-    let out = super::cpu::Out::of(&mut z);
-    let isa = Isa::detect();
-    parallel(m.div_ceil(MR), m * k * rank, |tiles| {
-        let (i0, i1) = (tiles.start * MR, m.min(tiles.end * MR));
-        // SAFETY: rows i0..i1 of z belong to this part of the work.
-        unsafe {
-            let x = Mat::rows(xs, k).from(i0, 0);
-            gemm(isa, i1 - i0, rank, k, x, Mat::rows(&a_t, rank), out.at(i0 * rank), rank, Into::Fresh);
-        }
-    });
-    Ok(z)
-}
-
-/// The gradients of one branch.
-#[derive(Clone, Debug)]
-pub struct BranchGradient {
-    /// dL/dA (r, in) f32.
-    pub a: Tensor,
-    /// dL/dB (out, r) f32.
-    pub b: Tensor,
-    /// dL/dm (out) f32, where it is DoRA.
-    pub magnitude: Option<Tensor>,
-}
-
-impl From<(Tensor, Tensor)> for BranchGradient {
-    fn from((a, b): (Tensor, Tensor)) -> Self {
-        Self { a, b, magnitude: None }
-    }
-}
-
-/// Gradients of a group: of its input, and of each part that has a branch.
-pub struct Gradients {
-    /// dL/dx (N, in); `None` where it was not asked for.
-    pub input: Option<Tensor>,
-    /// One a part.
-    pub lora: Vec<Option<BranchGradient>>,
-}
-
-/// Whether anything below the group still needs a gradient.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum InputGradient {
-    /// dL/dx is computed.
-    Wanted,
-    /// Only the adapters' gradients are: below lies nothing that trains.
-    Unused,
-}
-
-/// dx = sum_p dy_p W_p + s (dy_p B_p) A_p;  dB_p = dy_p^T z_p;  dA_p = (s dy_p B_p)^T x.
-///
-/// x: (N, in) and `kept` as `forward` had and gave them; dys: (N, out_p) each. With DoRA, dy is first scaled as y was.
-///
-/// # Errors
-/// If shapes do not fit.
-pub fn backward(
-    x: &Tensor,
-    parts: &[LinearWithLora<'_>],
-    kept: &Saved,
-    dys: &[&Tensor],
-    wanted: InputGradient,
-) -> Result<Gradients> {
-    let (m, k) = x.dims2()?;
-    check(k, parts)?;
-    let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
-    let z = &kept.z;
-    if z.dims() != [m, rank] || dys.len() != parts.len() || kept.directions.len() != parts.len() {
-        candle_core::bail!("z {:?} and {} gradients for {} parts of rank {rank}", z.dims(), dys.len(), parts.len());
-    }
-    for (p, dy) in parts.iter().zip(dys) {
-        if dy.dims() != [m, p.weight.rows()] {
-            candle_core::bail!("a gradient {:?} for an output ({m}, {})", dy.dims(), p.weight.rows());
-        }
-    }
-    let (xs, zs) = (view(x)?, view(z)?);
-    let mut magnitudes = Vec::with_capacity(parts.len());
-    let mut behind = Vec::with_capacity(parts.len());
-    for ((part, dy), direction) in parts.iter().zip(dys).zip(&kept.directions) {
-        let (Some((lora, dora)), Some(u)) = (part.dora(), direction) else {
-            magnitudes.push(None);
-            behind.push((*dy).clone());
-            continue;
-        };
-        let (g, norms) = dora.scales(part.weight, lora, Lines::Rows)?;
-        magnitudes.push(Some(low_rank::magnitude_gradient(&view(dy)?, &view(u)?, &norms)?));
-        behind.push(low_rank::scaled(dy, &g)?);
-    }
-    let dys = behind.iter().map(view).collect::<Result<Vec<_>>>()?;
-    let isa = Isa::detect();
-    let (dz, lefts) = if cpu_bf16::applies(k, parts) {
-        let (dz, lefts) = rounded_gradients(&dys, m, parts, rank)?;
-        (dz, Some(lefts))
-    } else {
-        (low_rank_output_gradients(&dys, m, parts, rank)?, None)
-    };
-
-    let input = match wanted {
-        InputGradient::Wanted => Some(tensor(input_gradient(&dys, &dz, m, k, parts, rank, lefts.as_deref())?, (m, k))?),
-        InputGradient::Unused => None,
-    };
-
-    drop(lefts);
-
-    let mut lora = Vec::with_capacity(parts.len());
-    let mut offset = 0;
-    for ((part, dy), magnitude) in parts.iter().zip(&dys).zip(magnitudes) {
-        let (n, r) = (part.weight.rows(), part.rank());
-        if r == 0 {
-            lora.push(None);
-            continue;
-        }
-        // Both are products of r rows over all tokens; dB comes out transposed.
-        let mut da = vec![0f32; r * k];
-        let mut db_t = vec![0f32; r * n];
-        for (out, width, left, right) in [(&mut da, k, &dz[..], &xs[..]), (&mut db_t, n, &zs[..], &dy[..])] {
-            let out = Out::of(out);
-            parallel(width.div_ceil(NR), m * r * width, |strips| {
-                let (j0, j1) = (strips.start * NR, width.min(strips.end * NR));
-                // SAFETY: columns j0..j1 of the output belong to this part of the work; both factors have m rows.
-                unsafe {
-                    let a = Mat::rows(left, rank).from(0, offset).t();
-                    let b = Mat::rows(right, width).from(0, j0);
-                    gemm(isa, r, j1 - j0, m, a, b, out.at(j0), width, Into::Fresh);
-                }
-            });
-        }
-        let mut db = vec![0f32; n * r];
-        for (i, row) in db_t.chunks_exact(n).enumerate() {
-            for (j, &v) in row.iter().enumerate() {
-                db[j * r + i] = v;
-            }
-        }
-        lora.push(Some(BranchGradient { a: tensor(da, (r, k))?, b: tensor(db, (n, r))?, magnitude }));
-        offset += r;
-    }
-    Ok(Gradients { input, lora })
-}
-
-/// dz (m, rank) = s_p dy_p B_p, side by side, and each dy_p rounded with its own part of dz.
-fn rounded_gradients(
-    dys: &[super::cpu::View<'_>],
-    m: usize,
-    parts: &[LinearWithLora<'_>],
-    rank: usize,
-) -> Result<(Vec<f32>, Vec<PackedLhs>)> {
-    let mut dz = vec![0f32; m * rank];
-    let (mut lefts, mut offset) = (Vec::with_capacity(parts.len()), 0);
-    for (part, dy) in parts.iter().zip(dys) {
-        let (n, r) = (part.weight.rows(), part.rank());
-        let mut factor = vec![0f32; r * n];
-        if let Some(l) = part.lora {
-            for (j, row) in view(l.b)?.chunks_exact(r).enumerate() {
-                for (i, &v) in row.iter().enumerate() {
-                    factor[i * n + j] = v * l.scale as f32;
-                }
-            }
-        }
-        let (left, own) = PackedLhs::of(dy, m, n, &factor, r);
-        for (all, own) in dz.chunks_exact_mut(rank.max(1)).zip(own.chunks_exact(r.max(1))) {
-            all[offset..offset + r].copy_from_slice(own);
-        }
-        lefts.push(left);
-        offset += r;
-    }
-    Ok((dz, lefts))
-}
-
-/// dz (m, rank) = s_p dy_p B_p, side by side.
-fn low_rank_output_gradients(
-    dys: &[super::cpu::View<'_>],
-    m: usize,
-    parts: &[LinearWithLora<'_>],
-    rank: usize,
-) -> Result<Vec<f32>> {
-    let mut dz = vec![0f32; m * rank];
-    let out = Out::of(&mut dz);
-    let isa = Isa::detect();
-    let mut offset = 0;
-    for (part, dy) in parts.iter().zip(dys) {
-        let Some(l) = part.lora else { continue };
-        let (n, r) = (part.weight.rows(), part.rank());
-        let b: Vec<f32> = view(l.b)?.iter().map(|v| v * l.scale as f32).collect();
-        parallel(m.div_ceil(MR), m * n * r, |tiles| {
-            let (i0, i1) = (tiles.start * MR, m.min(tiles.end * MR));
-            // SAFETY: rows i0..i1, columns offset..offset+r of dz belong to this part of the work.
-            unsafe {
-                let dy = Mat::rows(dy, n).from(i0, 0);
-                gemm(isa, i1 - i0, r, n, dy, Mat::rows(&b, r), out.at(i0 * rank + offset), rank, Into::Fresh);
-            }
-        });
-        offset += r;
-    }
-    Ok(dz)
-}
-
-/// dx (m, k): panels are columns of W as they lie in the file, so nothing is transposed.
-fn input_gradient(
-    dys: &[super::cpu::View<'_>],
-    dz: &[f32],
-    m: usize,
-    k: usize,
-    parts: &[LinearWithLora<'_>],
-    rank: usize,
-    lefts: Option<&[PackedLhs]>,
-) -> Result<Vec<f32>> {
-    let mut dx = Buffer::new(m * k);
-    let out = dx.out();
-    let isa = Isa::detect();
-    let a = parts.iter().map(|p| p.lora.map(|l| view(l.a)).transpose()).collect::<Result<Vec<_>>>()?;
-    // Columns are unpacked by whole blocks.
-    let group = parts.iter().map(|p| p.weight.dtype().block().0).max().unwrap_or(1).max(NR);
-    let cost = m * k * parts.iter().map(|p| p.weight.rows()).sum::<usize>();
-    parallel(k.div_ceil(group), cost, |groups| {
-        for g in groups {
-            let (j0, width) = (g * group, group.min(k - g * group));
-            let mut offset = 0;
-            for (p, part) in parts.iter().enumerate() {
-                let (n, r) = (part.weight.rows(), part.rank());
-                let into = if p == 0 { Into::Fresh } else { Into::Add };
-                if let Some(lefts) = lefts {
-                    let a = a[p].as_ref().map(|a| (&a[..], r));
-                    // SAFETY: columns j0..j0+width of dx belong to this group.
-                    unsafe { lefts[p].inputs(part.weight, 0..n, a, (j0, width), (out.at(j0), k), into) };
-                    continue;
-                }
-                // Copied even where it is f32 in place: a stride of a row of W takes a page of the file at every term.
-                with_scratch(n * width, |panel| {
-                    columns(part.weight, j0..j0 + width, panel);
-                    let panel = Mat::rows(panel, width);
-                    // SAFETY: columns j0..j0+width of dx belong to this group; dy is m x n, the panel n x width.
-                    unsafe { gemm(isa, m, width, n, Mat::rows(&dys[p], n), panel, out.at(j0), k, into) };
-                });
-                if let Some(a) = &a[p] {
-                    // SAFETY: dz is m x rank with this part's r columns at offset; A is r x k.
-                    unsafe {
-                        let dz = Mat::rows(dz, rank).from(0, offset);
-                        gemm(isa, m, width, r, dz, Mat::rows(a, k).from(0, j0), out.at(j0), k, Into::Add);
-                    }
-                }
-                offset += r;
-            }
-        }
-    });
-    // SAFETY: the groups cover all columns of all rows.
-    Ok(unsafe { dx.finish() })
 }

@@ -1,14 +1,18 @@
-//! Rotary positions, in the half-split form of Hugging Face's llama: within the first 2h numbers of each head, with
-//! angle = position * f_j, (x_j, x_{j+h}) -> (x_j cos - x_{j+h} sin, x_{j+h} cos + x_j sin); the rest of the head stays.
-//! Keeps nothing: the backward is the transposed rotation. Source: arXiv:2104.09864. Read attention.rs next.
+//! Rotary position embedding, in the half-split form of Hugging Face's llama: table, checks, dispatch.
+//!
+//! Within the first 2h elements of each head, with angle = position * f_j:
+//! (x_j, x_{j+h}) -> (x_j cos - x_{j+h} sin, x_{j+h} cos + x_j sin); the rest of the head is unchanged. Nothing is saved: the
+//! backward is the inverse rotation. Source: arXiv:2104.09864. It does not depend on weights or other operations.
+//! Read `cpu.rs` beside it, then `attention/mod.rs`.
+
+mod cpu;
 
 use std::sync::OnceLock;
 
 use candle_core::{Result, Tensor};
 
-use super::cpu::{Out, parallel, tensor, view};
-
-/// cos and sin of every (position, frequency), made as positions are met: a context may be far longer than any text.
+/// cos and sin per (position, frequency), computed when a position is first used: a context may be far longer than any
+/// text.
 pub struct RopeTable {
     inverse_frequencies: Vec<f32>,
     factor: f32,
@@ -17,30 +21,30 @@ pub struct RopeTable {
     head: usize,
 }
 
-/// Of [`BLOCK`] positions, (BLOCK, h) each.
+/// cos and sin of [`BLOCK`] positions, (BLOCK, h) each.
 struct Block {
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
-/// Positions that are made together.
+/// Positions that are computed together.
 pub(crate) const BLOCK: usize = 1 << 13;
 
 impl RopeTable {
-    /// `inverse_frequencies`: h numbers f_j, for heads of `head` >= 2h numbers; `positions`: the context's length.
-    /// RopeTable are taken in f64; `factor` multiplies cos and sin (yarn's and longrope's attention factor, 1 elsewhere).
+    /// `inverse_frequencies`: f_j (h), for heads of `head` >= 2h elements; `positions`: the length of the context.
+    /// cos and sin are computed in f64; `factor` multiplies them (attention factor of yarn and longrope, otherwise 1).
     pub fn new(inverse_frequencies: &[f32], head: usize, positions: usize, factor: f32) -> Self {
         let blocks = (0..positions.div_ceil(BLOCK)).map(|_| OnceLock::new()).collect();
         Self { inverse_frequencies: inverse_frequencies.to_vec(), factor, positions, blocks, head }
     }
 
-    /// How many positions there are.
+    /// Length of the context.
     pub fn positions(&self) -> usize {
         self.positions
     }
 
     /// cos and sin (h) of a position.
-    fn row(&self, position: usize) -> (&[f32], &[f32]) {
+    fn cos_sin(&self, position: usize) -> (&[f32], &[f32]) {
         let half = self.inverse_frequencies.len();
         let block = self.blocks[position / BLOCK].get_or_init(|| {
             let first = position / BLOCK * BLOCK;
@@ -58,55 +62,27 @@ impl RopeTable {
     }
 }
 
-/// Which way to turn.
+/// The direction of a rotation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
     /// The forward rotation.
     Forward,
-    /// Its transpose: the backward.
+    /// The inverse rotation, which is its transpose: the backward.
     Back,
 }
 
-/// x (N, heads * head_dim) turned row by row by `positions` (N).
+/// Rotates x (N, heads * head_dim), row i by `positions[i]`.
 ///
 /// # Errors
-/// If a position is past the context or shapes do not fit.
-pub fn rotate(x: &Tensor, positions: &[u32], angles: &RopeTable, turn: Direction) -> Result<Tensor> {
+/// If a position is outside the context or shapes do not fit.
+pub fn rotate(x: &Tensor, positions: &[u32], table: &RopeTable, direction: Direction) -> Result<Tensor> {
     let (n, width) = x.dims2()?;
-    let (half, head) = (angles.inverse_frequencies.len(), angles.head);
+    let (half, head) = (table.inverse_frequencies.len(), table.head);
     if positions.len() != n || head < 2 * half || width % head.max(1) != 0 {
         candle_core::bail!("{} positions and heads of {head} for an input {:?}", positions.len(), x.dims());
     }
-    if let Some(p) = positions.iter().find(|&&p| p as usize >= angles.positions()) {
-        candle_core::bail!("position {p} is past the context of {}", angles.positions());
+    if let Some(p) = positions.iter().find(|&&p| p as usize >= table.positions()) {
+        candle_core::bail!("position {p} is past the context of {}", table.positions());
     }
-    let xs = view(x)?;
-    let mut y = vec![0f32; n * width];
-    let out = Out::of(&mut y);
-    parallel(n, 4 * n * width, |r| {
-        for i in r {
-            let (cos, sin) = angles.row(positions[i] as usize);
-            // SAFETY: row i of the output belongs to this part of the work.
-            let y = unsafe { out.slice(i * width, width) };
-            rotate_row(&xs[i * width..(i + 1) * width], head, cos, sin, turn, y);
-        }
-    });
-    tensor(y, (n, width))
-}
-
-super::cpu::vectorised! {
-    fn rotate_row(x: &[f32], head: usize, cos: &[f32], sin: &[f32], turn: Direction, y: &mut [f32]) {
-        let half = cos.len();
-        let sign = if turn == Direction::Forward { 1.0 } else { -1.0 };
-        for (x, y) in x.chunks_exact(head).zip(y.chunks_exact_mut(head)) {
-            let ((x, x_rest), (y, y_rest)) = (x.split_at(2 * half), y.split_at_mut(2 * half));
-            y_rest.copy_from_slice(x_rest);
-            let ((x0, x1), (y0, y1)) = (x.split_at(half), y.split_at_mut(half));
-            for j in 0..half {
-                let (c, s) = (cos[j], sign * sin[j]);
-                y0[j] = x0[j] * c - x1[j] * s;
-                y1[j] = x1[j] * c + x0[j] * s;
-            }
-        }
-    }
+    cpu::rotate(x, positions, table, direction)
 }

@@ -1,4 +1,7 @@
-//! The stored types of frozen matrices: block layouts with dequantisation (`dtype`), and quantisation (`quantise`).
+//! Stored matrices: the storage types and dequantisation (`dtype`), quantisation (`quantise`), the order of rows
+//! (`row_order`). `weight.rs` in `ops` is the only user outside of tests and packing. It does not depend on matrices or
+//! operations. Read `dtype.rs` next.
 
 pub mod dtype;
 pub mod quantise;
+pub mod row_order;

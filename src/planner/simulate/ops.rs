@@ -139,7 +139,7 @@ impl Simulator {
         match &left {
             Some(_) if m <= cpu_bf16::FEW_ROWS => self.words(who, 0, 32 * words),
             Some(_) => self.words(who, 0, words * (NR + 16)),
-            None if m <= cpu_gemv::FEW_ROWS => self.scratch(who, 0, cpu_gemv::TOGETHER * k),
+            None if m <= cpu_gemv::FEW_ROWS => self.scratch(who, 0, cpu_gemv::WEIGHT_ROWS * k),
             None => {
                 self.scratch(who, 0, k * NR);
                 self.scratch(who, 1, 16 * k);

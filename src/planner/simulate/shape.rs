@@ -73,7 +73,7 @@ impl Network {
     /// None in practice: a base has all its matrices.
     pub fn of_base(base: &Base) -> Result<Self> {
         let all = base.weights();
-        let compute = base.table(None).weight.compute();
+        let compute = base.lm_head(None).weight.compute();
         let find = |name: &str, _: usize, _: usize| {
             let found = all.iter().find(|(n, _)| n == name).ok_or_else(|| invalid!("the base has no {name}"))?;
             Ok((found.1.dtype(), false))

@@ -1,5 +1,5 @@
 //! Rule-based rewards: 1 if a response passes, 0 if not. Each rule reads the response's text without the end token. It does
-//! not depend on the model's weights. Read `retry.rs` next.
+//! not depend on bases or adapters. Read `retry.rs` next.
 
 use std::collections::{BTreeSet, HashMap};
 

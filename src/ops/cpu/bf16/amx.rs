@@ -1,5 +1,6 @@
 //! Products by AMX's eight tile registers: four of sums, two of A, two of B. Stable Rust has no intrinsics for them; the
-//! instructions are written out. Source: Intel SDM, "Advanced Matrix Extensions". Read ../bf16.rs for how numbers stand.
+//! instructions are written out. Source: Intel SDM, "Advanced Matrix Extensions". It does not depend on the rest of the
+//! crate but for the panel's width. Read `mod.rs` beside it for the layout of elements.
 
 use std::arch::asm;
 
@@ -10,19 +11,19 @@ pub fn granted() -> bool {
     const AMX_BF16: u32 = 1 << 22;
     const AMX_TILE: u32 = 1 << 24;
     let leaf = std::arch::x86_64::__cpuid_count(7, 0).edx;
-    leaf & AMX_BF16 != 0 && leaf & AMX_TILE != 0 && ask()
+    leaf & AMX_BF16 != 0 && leaf & AMX_TILE != 0 && request_permission()
 }
 
 #[cfg(target_os = "linux")]
-fn ask() -> bool {
+fn request_permission() -> bool {
     const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
     const XTILEDATA: libc::c_long = 18;
-    // SAFETY: asks the kernel for a larger register state; touches no memory of ours.
+    // SAFETY: requests a larger register state from the kernel; it does not access this process's memory.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0 }
 }
 
 #[cfg(not(target_os = "linux"))]
-fn ask() -> bool {
+fn request_permission() -> bool {
     false
 }
 
@@ -35,7 +36,7 @@ struct TileConfig {
     rows: [u8; 16],
 }
 
-/// All eight tiles 16 rows of 64 bytes.
+/// All eight tiles have 16 rows of 64 bytes.
 static CONFIG: TileConfig = TileConfig {
     palette: 1,
     start_row: 0,
@@ -45,7 +46,7 @@ static CONFIG: TileConfig = TileConfig {
 };
 
 /// # Safety
-/// [`granted`] said yes.
+/// [`granted`] returned true.
 pub unsafe fn configure() {
     // SAFETY: reads 64 bytes of CONFIG.
     unsafe { asm!("ldtilecfg [{}]", in(reg) &raw const CONFIG, options(nostack, readonly)) };
@@ -54,7 +55,7 @@ pub unsafe fn configure() {
 /// # Safety
 /// After [`configure`] on this thread.
 pub unsafe fn release() {
-    // SAFETY: the tiles hold nothing that is still wanted.
+    // SAFETY: the content of the tiles is no longer needed.
     unsafe { asm!("tilerelease", options(nostack, nomem)) };
 }
 

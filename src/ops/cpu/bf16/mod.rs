@@ -1,36 +1,41 @@
-//! Products of bfloat16 factors with f32 sums: the multiply for bases that compute in bf16. Both factors are rounded to
-//! the nearest bfloat16 (ties to even), every product of two of them is exact in f32, and sums run over k in order of
-//! pairs. Chosen at run time: AMX tiles, AVX-512's VDPBF16PS, or plain loops. Knows no layer. Read linear.rs for the use.
+//! The bf16 gemm micro-kernel: bfloat16 factors, f32 sums. Bases that compute in bf16 use it, because AMX and AVX-512 BF16
+//! are several times faster than f32. Both factors are rounded to the nearest bfloat16 (ties to even), every product of
+//! two of them is exact in f32, and sums run over k in order of pairs. The kernel is selected at run time: AMX tiles,
+//! AVX-512's VDPBF16PS, or plain loops. It does not depend on weights or operations. Read `linear/cpu_bf16.rs` in `ops`
+//! for the use.
 //!
-//! Numbers stand in pairs: word p of a row holds elements 2p (low half) and 2p + 1 of it. A factor A is rows of words; a
-//! factor B is a panel: word (p, j) holds elements (2p, j) and (2p + 1, j), [`NR`] columns wide.
+//! Elements are stored in pairs, as 32-bit words: word p of a row holds elements 2p (low half) and 2p + 1. The left-hand
+//! factor A is rows of words. The right-hand factor B is a panel, [`NR`] columns wide: word (p, j) holds elements (2p, j)
+//! and (2p + 1, j).
 
 use std::sync::OnceLock;
 
 use half::bf16;
 
 use crate::ops::cpu::gemm::{Into, NR};
-use crate::ops::cpu::pack::transpose;
+use crate::ops::cpu::scratch::as_floats;
+use crate::ops::cpu::transpose::transpose;
 use crate::ops::cpu::{parallel, vectorised};
+use crate::ops::storage::dtype::{StorageDType, unpack};
 
 #[cfg(target_arch = "x86_64")]
 mod amx;
 #[cfg(target_arch = "x86_64")]
 mod vdp;
 
-/// What multiplies.
+/// The implementation of the product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Bf16Kernel {
-    /// Loops that the compiler vectorises.
+    /// Plain loops that the compiler vectorises.
     Plain,
-    /// VDPBF16PS.
+    /// AVX-512 BF16: VDPBF16PS.
     Avx512Bf16,
-    /// Tiles of 16 x 16 sums.
+    /// AMX: tiles of 16 x 16 sums.
     Amx,
 }
 
 impl Bf16Kernel {
-    /// The fastest that this machine has, and that the system lets this process use.
+    /// The fastest that this machine supports and the system lets this process use.
     pub fn detect() -> Self {
         static BEST: OnceLock<Bf16Kernel> = OnceLock::new();
         *BEST.get_or_init(|| {
@@ -52,34 +57,34 @@ impl Bf16Kernel {
         })
     }
 
-    /// All that this machine can run, for tests of the fallbacks.
+    /// All that this machine can run; tests use it to cover the fallbacks.
     pub fn available() -> Vec<Self> {
-        [Self::Plain, Self::Avx512Bf16, Self::Amx].into_iter().filter(|u| *u <= Self::detect()).collect()
+        [Self::Plain, Self::Avx512Bf16, Self::Amx].into_iter().filter(|kernel| *kernel <= Self::detect()).collect()
     }
 }
 
-/// Words of a row of `k` elements: a whole number of 64-byte lines.
+/// Words per row of `k` elements: a whole number of 64-byte lines.
 pub const fn words(k: usize) -> usize {
     k.div_ceil(32) * 16
 }
 
-/// Rows a factor A is filled up to with zeros: two tiles.
+/// The rows of A are padded with zeros to a multiple of this: two tiles.
 const ROWS: usize = 32;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Line([u32; 16]);
 
-/// Who rounds.
+/// Which cores round.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cores {
     /// All cores.
     All,
-    /// The one that calls: it is part of work that all share already.
+    /// Only the calling core, whose call is already part of shared work.
     This,
 }
 
-/// A factor A: (m, k) rounded, each row filled up to whole lines and the rows to a multiple of 32, all with zeros.
+/// A left-hand factor A: (m, k) rounded; each row is padded with zeros to whole lines, the rows to a multiple of 32.
 pub struct Rounded {
     lines: Vec<Line>,
     words: usize,
@@ -87,8 +92,7 @@ pub struct Rounded {
 }
 
 impl Rounded {
-    /// Rounds row-major `x` (m, k), and leaves room for `more` columns that are zero until
-    /// [`Rounded::set_columns`].
+    /// Rounds row-major `x` (m, k), with space for `more` columns that are zero until [`Rounded::set_columns`].
     pub fn of(x: &[f32], m: usize, k: usize, more: usize, cores: Cores) -> Self {
         let words = words(k + more);
         let rows = m.div_ceil(ROWS) * ROWS;
@@ -105,19 +109,19 @@ impl Rounded {
         Self { lines, words, rows: m }
     }
 
-    /// Words of a row.
+    /// Words per row.
     pub fn words(&self) -> usize {
         self.words
     }
 
-    /// Writes row-major `values` (m, r) over columns from `column`, which is even, on.
+    /// Writes row-major `values` (m, r) into the columns from `column` on; `column` is even.
     pub fn set_columns(&mut self, column: usize, values: &[f32], r: usize) {
         assert!(column.is_multiple_of(2) && (column + r).div_ceil(2) <= self.words && values.len() == self.rows * r);
         if r == 0 {
             return;
         }
         let words = self.words;
-        // SAFETY: lines are plain words.
+        // SAFETY: lines consist of plain words.
         let all =
             unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast::<u32>(), self.lines.len() * 16) };
         for (row, values) in all.chunks_exact_mut(words).zip(values.chunks_exact(r)) {
@@ -125,7 +129,7 @@ impl Rounded {
         }
     }
 
-    /// Row `row` and what follows.
+    /// The address of row `row`.
     fn from(&self, row: usize) -> *const u32 {
         let at = row * self.words;
         assert!(at <= self.lines.len() * 16);
@@ -133,11 +137,11 @@ impl Rounded {
         unsafe { self.lines.as_ptr().cast::<u32>().add(at) }
     }
 
-    /// The first at most 16 rows as a panel: the transposed factor of a few rows.
+    /// The first 16 rows, or fewer, as a panel: the transposed factor.
     pub fn as_panel(&self, panel: &mut [u32]) {
         // SAFETY: there are at least 16 rows, and every bit pattern of a word is one of an f32 and back.
         let (rows, panel) = unsafe {
-            (std::slice::from_raw_parts(self.from(0).cast::<f32>(), 16 * self.words), floats(&mut panel[..]))
+            (std::slice::from_raw_parts(self.from(0).cast::<f32>(), 16 * self.words), as_floats(&mut panel[..]))
         };
         transpose(rows, self.words, self.words, panel, NR);
     }
@@ -155,29 +159,17 @@ impl Words {
     /// # Safety
     /// `i` lies inside the allocation.
     unsafe fn row(self, i: usize) -> *mut u32 {
-        // SAFETY: the caller's duty.
+        // SAFETY: guaranteed by the caller.
         unsafe { self.0.add(i) }
     }
 }
 
-/// The same memory as f32, for moving words about: a move keeps every bit.
-fn floats(words: &mut [u32]) -> &mut [f32] {
-    // SAFETY: same size and alignment, and every bit pattern is an f32.
-    unsafe { std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), words.len()) }
-}
-
-/// The same memory as words: scratch buffers are lent as f32.
-pub fn as_words(floats: &mut [f32]) -> &mut [u32] {
-    // SAFETY: same size and alignment, and every bit pattern is a u32.
-    unsafe { std::slice::from_raw_parts_mut(floats.as_mut_ptr().cast(), floats.len()) }
-}
-
-/// Rounds a row into its words; words past the last element become zero.
+/// Rounds a row into words; words past the last element become zero.
 pub fn round(row: &[f32], out: &mut [u32]) {
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if Bf16Kernel::detect() >= Bf16Kernel::Avx512Bf16 {
-        // SAFETY: the instructions were detected.
+        // SAFETY: the instruction set was detected.
         done = unsafe { vdp::round(row, out) };
     }
     round_plain(&row[done..], &mut out[done / 2..]);
@@ -197,7 +189,7 @@ vectorised! {
     }
 }
 
-/// A row stored as bfloat16: its bytes are the words. Words past the last element become zero.
+/// Copies a row that is stored as bfloat16: its bytes are the words. Words past the last element become zero.
 pub fn copy(bytes: &[u8], out: &mut [u32]) {
     let (pairs, rest) = bytes.as_chunks::<4>();
     let (body, tail) = out.split_at_mut(pairs.len());
@@ -210,29 +202,29 @@ pub fn copy(bytes: &[u8], out: &mut [u32]) {
     }
 }
 
-/// A row stored as Q8_0 blocks. Words past the last element become zero.
+/// Rounds a row that is stored as Q8_0 blocks. Words past the last element become zero.
 pub fn round_q8_0(bytes: &[u8], out: &mut [u32]) {
     let blocks = bytes.as_chunks::<34>().0;
     let (body, tail) = out.split_at_mut(16 * blocks.len());
     tail.fill(0);
     #[cfg(target_arch = "x86_64")]
     if Bf16Kernel::detect() >= Bf16Kernel::Avx512Bf16 {
-        // SAFETY: the instructions were detected.
+        // SAFETY: the instruction set was detected.
         return unsafe { vdp::round_q8_0(blocks, body.as_chunks_mut::<16>().0) };
     }
     for (o, block) in body.as_chunks_mut::<16>().0.iter_mut().zip(blocks) {
         let mut values = [0f32; 32];
-        crate::ops::storage::dtype::unpack(crate::ops::storage::dtype::StorageDType::Q8_0, block, &mut values);
+        unpack(StorageDType::Q8_0, block, &mut values);
         round_plain(&values, o);
     }
 }
 
-/// Two rows, element by element, as pairs: `out[j]` = (a[j], b[j]).
+/// Interleaves two rows, rounded: `out[j]` = (a[j], b[j]).
 pub fn interleave(a: &[f32], b: &[f32], out: &mut [u32]) {
     let mut done = 0;
     #[cfg(target_arch = "x86_64")]
     if Bf16Kernel::detect() >= Bf16Kernel::Avx512Bf16 {
-        // SAFETY: the instructions were detected.
+        // SAFETY: the instruction set was detected.
         done = unsafe { vdp::interleave(a, b, out) };
     }
     for ((o, &a), &b) in out.iter_mut().zip(a).zip(b).skip(done) {
@@ -240,20 +232,20 @@ pub fn interleave(a: &[f32], b: &[f32], out: &mut [u32]) {
     }
 }
 
-/// 16 rows of words (each `words` long, end to end) as the 16 columns of a panel from `panel[0]` on.
+/// Transposes 16 consecutive rows of `words` words each into the 16 columns of a panel from `panel[0]` on.
 pub fn rows_as_columns(rows: &mut [u32], words: usize, panel: &mut [u32]) {
-    transpose(floats(rows), words, words, floats(panel), NR);
+    transpose(as_floats(rows), words, words, as_floats(panel), NR);
 }
 
 /// C(m, n) (+)= A B with n <= 32: `a` from row `row` on, `panel` of words(k) x 32 words. C is row-major with stride
 /// `ldc`.
 ///
 /// # Safety
-/// C's m rows of n numbers are live and nobody else touches them; rows row..row + m of `a` exist; the panel is as long
-/// as `a`'s rows have words, times 32.
+/// C's m rows of n elements are live and no other thread uses them; rows row..row + m of `a` exist; the panel has 32 words
+/// per word of a row of `a`.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn product(
-    unit: Bf16Kernel,
+    kernel: Bf16Kernel,
     (m, n): (usize, usize),
     a: &Rounded,
     row: usize,
@@ -262,17 +254,17 @@ pub unsafe fn product(
     ldc: usize,
     into: Into,
 ) {
-    // SAFETY: passed on; a Rounded has whole lines and its rows are filled up.
-    unsafe { product_of_words(unit, (m, n), a.from(row), a.words, panel, c, ldc, into) }
+    // SAFETY: guaranteed by the caller; a Rounded has whole lines and padded rows.
+    unsafe { product_of_words(kernel, (m, n), a.from(row), a.words, panel, c, ldc, into) }
 }
 
-/// [`product`] with A as rows of `words` words at an address.
+/// As [`product`], with A given as the address of rows of `words` words.
 ///
 /// # Safety
-/// As for [`product`]; `a` is readable for m rounded up to 32 rows.
+/// As for [`product`]; `a` can be read for m rows, rounded up to a multiple of 32.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn product_of_words(
-    unit: Bf16Kernel,
+    kernel: Bf16Kernel,
     (m, n): (usize, usize),
     a: *const u32,
     words: usize,
@@ -283,9 +275,9 @@ pub unsafe fn product_of_words(
 ) {
     assert!(panel.len() >= words * NR && words.is_multiple_of(16) && n <= NR);
     let t = Tiles { a, words, b: panel.as_ptr(), c, ldc, n, add: into == Into::Add };
-    // SAFETY: the caller's duty; the unit was detected or is one of available().
+    // SAFETY: guaranteed by the caller; the kernel was detected or is one of available().
     unsafe {
-        match unit {
+        match kernel {
             #[cfg(target_arch = "x86_64")]
             Bf16Kernel::Amx => t.amx(m),
             #[cfg(target_arch = "x86_64")]
@@ -306,7 +298,7 @@ struct Tiles {
     add: bool,
 }
 
-/// Sums of `b`'s 32 columns with one row of A.
+/// Adds the products of one row of A with the 32 columns of `b` to `sums`.
 fn plain_row(a: &[u32], b: &[u32], sums: &mut [f32; NR]) {
     plain_row_isa(a, b, sums);
 }
@@ -359,14 +351,14 @@ impl Tiles {
     }
 
     /// # Safety
-    /// As for [`product`]; the process may use AMX.
+    /// As for [`product`]; the process is allowed to use AMX.
     #[cfg(target_arch = "x86_64")]
     unsafe fn amx(self, m: usize) {
         // SAFETY: detected; the configuration is released below, on the same thread.
         unsafe { amx::configure() };
         for i in (0..m).step_by(ROWS) {
             let rows = ROWS.min(m - i);
-            // SAFETY: A is readable for whole tiles; edges of C go by a buffer of their own.
+            // SAFETY: A can be read for whole tiles; edges of C go through a separate buffer.
             unsafe {
                 let a = self.a.add(i * self.words);
                 let c = self.c.add(i * self.ldc);
@@ -406,8 +398,8 @@ mod tests {
     }
 
     #[test]
-    fn every_unit_equals_the_sum_of_rounded_factors_for_every_edge() {
-        for unit in Bf16Kernel::available() {
+    fn every_kernel_equals_the_sum_of_products_of_rounded_factors_at_every_edge() {
+        for kernel in Bf16Kernel::available() {
             for (m, n, k) in
                 [(1, 1, 1), (16, 16, 32), (32, 32, 64), (13, 31, 40), (45, 17, 33), (64, 32, 576), (8, 5, 100)]
             {
@@ -417,22 +409,22 @@ mod tests {
                     let row = |i: usize| if i < k { b[i * n..(i + 1) * n].to_vec() } else { vec![0.0; n] };
                     interleave(&row(2 * p), &row(2 * p + 1), &mut panel[p * NR..p * NR + n]);
                 }
-                let left = Rounded::of(&a, m, k, 0, Cores::All);
+                let lhs = Rounded::of(&a, m, k, 0, Cores::All);
                 for into in [Into::Fresh, Into::Add] {
                     let mut c = c0.clone();
                     // SAFETY: c holds m rows of n + 1.
-                    unsafe { product(unit, (m, n), &left, 0, &panel, c.as_mut_ptr(), n + 1, into) };
+                    unsafe { product(kernel, (m, n), &lhs, 0, &panel, c.as_mut_ptr(), n + 1, into) };
                     for i in 0..m {
                         for j in 0..=n {
                             let old = f64::from(c0[i * (n + 1) + j]);
                             let sum: f64 = (0..k).map(|p| rounded(a[i * k + p]) * rounded(b[p * n + j % n])).sum();
                             let want = match (j == n, into) {
-                                (true, _) => old, // the column past the last stays as it was
+                                (true, _) => old, // the column past the last is unchanged
                                 (_, Into::Add) => old + sum,
                                 (_, Into::Fresh) => sum,
                             };
                             let got = f64::from(c[i * (n + 1) + j]);
-                            assert!((got - want).abs() < 1e-4, "{unit:?} {m}x{n}x{k} at {i},{j}: {got} {want}");
+                            assert!((got - want).abs() < 1e-4, "{kernel:?} {m}x{n}x{k} at {i},{j}: {got} {want}");
                         }
                     }
                 }
@@ -444,9 +436,9 @@ mod tests {
     fn rows_become_the_columns_of_a_panel() {
         let k = 70;
         let x = random(16 * k, 5);
-        let left = Rounded::of(&x, 16, k, 0, Cores::This);
+        let lhs = Rounded::of(&x, 16, k, 0, Cores::This);
         let mut panel = vec![0u32; words(k) * NR];
-        left.as_panel(&mut panel);
+        lhs.as_panel(&mut panel);
         for p in 0..words(k) {
             for i in 0..16 {
                 let want = |j: usize| if j < k { bf16::from_f32(x[i * k + j]).to_bits() } else { 0 };

@@ -1,11 +1,11 @@
-//! Rounding and products by AVX-512 BF16: VDPBF16PS adds two products to each of sixteen sums. Read ../bf16.rs for how
-//! numbers stand.
+//! Rounding and products by AVX-512 BF16: VDPBF16PS adds two products to each of sixteen sums. It depends on
+//! its parent module only. Read `mod.rs` beside it for the layout of elements.
 
 use std::arch::x86_64::*;
 
 use crate::ops::cpu::bf16::{NR, Tiles};
 
-/// Rounds whole groups of 32 elements; returns how many elements are done.
+/// Rounds whole groups of 32 elements; returns how many elements were rounded.
 ///
 /// # Safety
 /// The machine has AVX-512 F, BW and BF16; `out` has half as many words as `row` elements, or more.
