@@ -19,6 +19,7 @@ use crate::report::{Figures, number};
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
+use crate::train::supervised::Setup;
 use crate::train::{settings, stop};
 use crate::{diverged, invalid};
 
@@ -45,17 +46,16 @@ pub struct Summary {
 /// # Errors
 /// If there is no example, a sequence is longer than the context, the guard gives up, or the process was asked to stop.
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     examples: &(impl Examples<SftExample> + ?Sized),
     held_out: &(impl Examples<SftExample> + ?Sized),
     config: &Sft,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.is_empty() {
         return Err(invalid!("[sft] there is no record to train on"));
     }
+    let Setup { base, start, recompute: checkpoint, seed } = setup;
     let start = start.clone().with_score_head(None)?;
     let learner = Learner::new(start.to_trainable(), settings::adamw_of_sft(config), config.max_grad_norm)?;
     let mut progress = Progress::new(learner);
@@ -64,7 +64,6 @@ pub fn train(
     let plan = BatchSampler { seed, stream: settings::SFT_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
     session.report.stage("sft", steps);
     // NaN has no form in JSON, where what is found once is kept.
     let found = session.once("perplexity_before", |_| perplexity(base, &start, held_out).map(Some))?;

@@ -11,11 +11,13 @@ use fourfold::dpo::{kto, pairs};
 use fourfold::error::exit_code;
 use fourfold::model::adapter::Adapter;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
 use fourfold::run;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -124,13 +126,15 @@ impl World {
     fn train_dpo(&self, config: &Dpo, dir: &Path) -> Adapter {
         let (base, examples) = (&self.model.base, self.compared());
         let mut report = Session::new(Report::to_dir(dir).unwrap());
-        pairs::train(base, &self.sft, Some(&self.sft), &examples, &[], config, 0, &mut report).unwrap().0
+        let setup = Setup { base, start: &self.sft, recompute: Recompute::Off, seed: 0 };
+        pairs::train(setup, Some(&self.sft), &examples, &[], config, &mut report).unwrap().0
     }
 
     fn train_kto(&self, config: &Kto, dir: &Path) -> Adapter {
         let (base, examples) = (&self.model.base, self.judged());
         let mut report = Session::new(Report::to_dir(dir).unwrap());
-        kto::train(base, &self.sft, Some(&self.sft), &examples, &[], config, 0, &mut report).unwrap().0
+        let setup = Setup { base, start: &self.sft, recompute: Recompute::Off, seed: 0 };
+        kto::train(setup, Some(&self.sft), &examples, &[], config, &mut report).unwrap().0
     }
 
     fn assert_course(&self, want: &Course, trained: &Adapter, dir: &Path, what: &str) {

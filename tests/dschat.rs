@@ -12,12 +12,13 @@ use fourfold::config::{Compat, LrScheduler, Ppo, Ptx, Reward, RewardLoss, Sft};
 use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::{Adapter, ScoreHead};
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::{Readers, Rollout, read};
+use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::state::State;
-use fourfold::ppo::train::{Run, Start, Task};
 use fourfold::report::Report;
 use fourfold::reward::dschat::Padding;
 use fourfold::reward::source::{RewardModel, Unpadded};
@@ -25,6 +26,7 @@ use fourfold::reward::train::train_on_rows;
 use fourfold::run::Model;
 use fourfold::sft;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -160,8 +162,11 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
         };
         let texts: Vec<SftExample> = recorded.texts.iter().map(block).collect();
         let source = Unpadded { model: RewardModel(ValueModel::new(base, &judge).unwrap()), pad: recorded.pad };
-        let task = Task {
-            start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
+        let run = PpoRun {
+            base,
+            reward_base: base,
+            sft: &lm,
+            reward: Some(&rm),
             prompts: &recorded.prompts,
             stop: &[END, recorded.pad],
             source: &source,
@@ -169,6 +174,9 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
             evaluation: None,
             ptx: Some(&texts),
             pad: Some(recorded.pad),
+            config: &config,
+            seed: 0,
+            recompute: Recompute::Off,
         };
         // 1. Log-probabilities, values and scores of the recorded tokens; the reference is the base without an adapter.
         let response = |tokens: &Vec<u32>| Response {
@@ -182,14 +190,16 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
             critic: Some(ValueModel::new(base, &rm).unwrap()),
             exact_kl: false,
             source: &source,
+            decode: &|_| String::new(),
+            pad: Some(recorded.pad),
         };
         let actor = Policy::new(base, Some(&lm));
-        let rollout = read(actor, readers, &task, recorded.prompts.clone(), responses, 1.0).unwrap();
+        let rollout = read(actor, readers, recorded.prompts.clone(), responses, 1.0).unwrap();
         near(&rollout.scores, &recorded.scores, "scores");
         assert_eq!(rollout.scores.len(), recorded.kept.len());
         for i in 0..recorded.kept.len() {
             near(&rollout.responses[i].logprobs, &recorded.logprobs[i], "log-probabilities");
-            near(&rollout.reference_logprobs[i], &recorded.reference[i], "reference log-probabilities");
+            near(&rollout.ref_logprobs[i], &recorded.reference[i], "the reference's");
             near(&rollout.values[i], &recorded.values[i], "values");
         }
         // 2. Rewards, advantages, returns.
@@ -208,7 +218,7 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
         near(&experience.returns.concat(), &recorded.returns, "returns");
         let rollout = experience.rollout.clone();
         // 3. Two updates.
-        let run = Run::new(task, &config, 0).unwrap();
+        run.check().unwrap();
         let mut state = State::new(&run).unwrap();
         state.experience = Some(experience);
         for (i, want) in recorded.course.iter().enumerate() {
@@ -280,8 +290,8 @@ fn loss_gradient_and_accuracy_of_padded_comparisons_equal_the_float64_golden() {
         };
         let dir = tempfile::tempdir().unwrap();
         let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
-        let (_, summary) =
-            train_on_rows(&model.base, &rm, &examples, &examples, &config, Some(padding), 0, &mut session).unwrap();
+        let setup = Setup { base: &model.base, start: &rm, recompute: Recompute::Off, seed: 0 };
+        let (_, summary) = train_on_rows(setup, &examples, &examples, &config, Some(padding), &mut session).unwrap();
         let line: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap()).unwrap();
         for (key, want) in [("loss", case.loss), ("grad_norm", case.grad_norm), ("accuracy", case.accuracy)] {
             let got = line[key].as_f64().unwrap();
@@ -301,7 +311,8 @@ fn sft_loss_is_on_every_token_of_every_row() {
     let examples: Vec<SftExample> = golden.sft.rows.iter().map(example).collect();
     let dir = tempfile::tempdir().unwrap();
     let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
-    sft::train(&model.base, &lm, &examples, &[], &Sft::default(), 0, &mut session).unwrap();
+    let setup = Setup { base: &model.base, start: &lm, recompute: Recompute::Off, seed: 0 };
+    sft::train(setup, &examples, &[], &Sft::default(), &mut session).unwrap();
     let line: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap()).unwrap();
     assert!((line["loss"].as_f64().unwrap() - golden.sft.loss).abs() < 1e-4, "{line} {}", golden.sft.loss);
 }
@@ -425,8 +436,11 @@ fn a_rollout_with_all_responses_dropped_is_refused_if_first_and_else_repeats_the
         temperature: 0.0,
         ..Ppo::default()
     };
-    let task = |stop| Task {
-        start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
+    let run = |stop| PpoRun {
+        base,
+        reward_base: base,
+        sft: &lm,
+        reward: Some(&rm),
         prompts: &prompts,
         stop,
         source: &source,
@@ -434,12 +448,17 @@ fn a_rollout_with_all_responses_dropped_is_refused_if_first_and_else_repeats_the
         evaluation: None,
         ptx: None,
         pad: Some(END),
+        config: &config,
+        seed: 0,
+        recompute: Recompute::Off,
     };
-    let all_end = Run::new(task(&every), &config, 0).unwrap();
+    let all_end = run(&every);
+    all_end.check().unwrap();
     let error = State::new(&all_end).unwrap().roll_out(&all_end).unwrap_err();
     assert!(error.to_string().contains("all of the first rollout's"), "{error}");
     assert_eq!(fourfold::error::exit_code(&error), 2);
-    let run = Run::new(task(&[END]), &config, 0).unwrap();
+    let run = run(&[END]);
+    run.check().unwrap();
     let mut state = State::new(&run).unwrap();
     state.roll_out(&run).unwrap();
     let first = state.experience.clone().unwrap();

@@ -10,10 +10,12 @@ use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use fourfold::{reward, sft};
 use serde::Deserialize;
 use serde_json::Value;
@@ -159,7 +161,8 @@ fn five_sft_steps_take_torchs_course() {
     };
     let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let start = adapter(&model, "lm");
-    let (trained, _) = sft::train(&model.base, &start, &examples, &[], &config, 0, &mut report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 0 };
+    let (trained, _) = sft::train(setup, &examples, &[], &config, &mut report).unwrap();
     assert_course(dir.path(), &golden.sft_course, "sft");
     let difference = furthest(&golden.logprobs(&model.base, Some(&trained)), &golden.logprobs_after);
     let moved = furthest(&golden.logprobs, &golden.logprobs_after);
@@ -182,7 +185,8 @@ fn five_reward_steps_on_three_ranked_answers_take_torchs_course() {
     };
     let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let (start, examples) = (adapter(&model, "rm"), golden.ranked());
-    let (trained, _) = reward::train::train(&model.base, &start, &examples, &[], &config, 0, &mut report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 0 };
+    let (trained, _) = reward::train::train(setup, &examples, &[], &config, &mut report).unwrap();
     assert_course(dir.path(), &golden.reward_course, "reward");
     let scores = reward::train::scores(&model.base, &trained, &examples).unwrap();
     let (difference, moved) = (furthest(&scores, &golden.scores_after), furthest(&golden.scores, &golden.scores_after));

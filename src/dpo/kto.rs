@@ -11,12 +11,12 @@ use crate::data::examples::objectives::UnpairedExample;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
-use crate::model::base::Base;
 use crate::model::roles::Policy;
 use crate::report::number;
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
+use crate::train::supervised::Setup;
 use crate::train::{settings, stop};
 
 /// The stage's figures.
@@ -41,21 +41,19 @@ pub struct Summary {
 ///
 /// # Errors
 /// If there are fewer than two examples, a sequence is longer than the context, or a number stops being finite.
-#[allow(clippy::too_many_arguments)]
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     reference: Option<&Adapter>,
     examples: &[UnpairedExample],
     held_out: &[UnpairedExample],
     config: &Kto,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.len() < 2 {
         return Err(invalid!("[kto] needs two records or more to train on: the KL term puts one's answer to another"));
     }
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
+    let Setup { base, start, recompute: checkpoint, seed } = setup;
     let judge =
         Judge { reference: Policy::new(base, reference), loss: KtoLoss { beta, desirable_weight, undesirable_weight } };
     let start = start.clone().with_score_head(None)?;
@@ -67,9 +65,6 @@ pub fn train(
     let per_epoch = plan.steps(examples, 1);
     let steps = per_epoch * config.num_train_epochs;
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(|e| e.prompt.len() + e.response.len()).max().unwrap_or(0);
-    let checkpoint =
-        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
     let good = examples.iter().filter(|e| e.desirable).count();
     session.report.stage("kto", steps);
     session.report.note(&format!(

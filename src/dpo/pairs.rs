@@ -11,12 +11,12 @@ use crate::data::examples::objectives::RankedExample;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
-use crate::model::base::Base;
 use crate::model::roles::Policy;
 use crate::report::number;
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
+use crate::train::supervised::Setup;
 use crate::train::{settings, stop};
 
 /// Comparisons of one scoring pass.
@@ -42,20 +42,18 @@ pub struct Summary {
 ///
 /// # Errors
 /// If there is no example, a sequence is longer than the context, or a number stops being finite.
-#[allow(clippy::too_many_arguments)]
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     reference: Option<&Adapter>,
     examples: &[RankedExample],
     held_out: &[RankedExample],
     config: &Dpo,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.is_empty() {
         return Err(invalid!("[dpo] there is no comparison to train on"));
     }
+    let Setup { base, start, recompute: checkpoint, seed } = setup;
     let judge = Judge { reference: Policy::new(base, reference), loss: loss_of(config), beta: config.beta };
     let start = start.clone().with_score_head(None)?;
     let learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
@@ -65,9 +63,6 @@ pub fn train(
     let plan = BatchSampler { seed, stream: settings::DPO_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
-    let checkpoint =
-        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
     session.report.stage("dpo", steps);
     session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
@@ -161,10 +156,6 @@ fn loss_of(config: &Dpo) -> PairLoss {
         DpoLoss::Ipo => PairLoss::Ipo,
         DpoLoss::Hinge => PairLoss::Hinge,
     }
-}
-
-fn tokens_in(example: &RankedExample) -> usize {
-    example.responses.iter().map(|a| example.prompt.len() + a.len()).sum()
 }
 
 /// All answers of all comparisons, best first within one.

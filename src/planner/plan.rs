@@ -4,6 +4,8 @@
 use anyhow::Result;
 
 use crate::config::{Config, Quantize, RecomputeSetting, Stage};
+use crate::data::examples::batch_sampler::BatchSize;
+use crate::data::examples::{Example, Examples};
 use crate::host::limits::{LimitSource, available, available_bytes, own_rss_bytes};
 use crate::host::meter::Phase;
 use crate::invalid;
@@ -154,8 +156,28 @@ pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shap
     })
 }
 
-/// What blocks keep in a training pass of `tokens` tokens over an open base: as much as the machine has room for.
-pub fn of_pass(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
+/// The activations that blocks recompute under a `checkpoint` key. `auto` saves as many as fit into free memory during a
+/// training pass of `tokens` tokens over an open base. For callers without a [`Plan`] of the whole run: quickstart,
+/// benchmarks and tests.
+pub fn resolve(setting: RecomputeSetting, base: &Base, adapter: &Adapter, tokens: usize) -> Recompute {
+    match setting {
+        RecomputeSetting::None => Recompute::Off,
+        RecomputeSetting::Mlp => Recompute::Mlp,
+        RecomputeSetting::Block => Recompute::Block,
+        RecomputeSetting::Auto => largest_that_fits(base, adapter, tokens),
+    }
+}
+
+/// The most tokens that one batch of these examples can have.
+pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
+    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
+    match batch {
+        BatchSize::Examples(count) => longest * count,
+        BatchSize::Tokens(most) => longest.max(most),
+    }
+}
+
+fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
     let (Ok(policy), Some(free)) = (Network::of_base(base), available_bytes()) else { return Recompute::Off };
     let pass = Pass { lengths: vec![tokens], targets: tokens };
     let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false, steps: 3 };

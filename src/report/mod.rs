@@ -14,8 +14,10 @@ use serde_json::{Map, Value, json};
 
 use lines::Lines;
 
-/// Figures of one step, in the order in which they were put in.
-pub type Figures = Map<String, Value>;
+/// Metrics of one step, in insertion order.
+pub type Metrics = Map<String, Value>;
+/// Former name of [`Metrics`].
+pub type Figures = Metrics;
 
 const METRICS: &str = "metrics.jsonl";
 const SAMPLES: &str = "samples.jsonl";

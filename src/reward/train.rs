@@ -22,6 +22,7 @@ use crate::rng::derive;
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
+use crate::train::supervised::Setup;
 use crate::train::{settings, stop};
 use crate::{diverged, invalid};
 
@@ -76,15 +77,13 @@ pub struct Summary {
 /// If there is no example, a sequence is longer than the context, the guard gives up, or the process was asked to
 /// stop.
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     examples: &(impl Examples<RankedExample> + ?Sized),
     held_out: &(impl Examples<RankedExample> + ?Sized),
     config: &Reward,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
-    train_on_rows(base, start, examples, held_out, config, None, seed, session)
+    train_on_rows(setup, examples, held_out, config, None, session)
 }
 
 /// As [`train`], on rows with pads where there is a `padding`: DeepSpeed-Chat's loss, and scores read where it reads them.
@@ -93,19 +92,18 @@ pub fn train(
 /// Those of [`train`]; if a comparison is not of two answers.
 #[allow(clippy::too_many_arguments)]
 pub fn train_on_rows(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     examples: &(impl Examples<RankedExample> + ?Sized),
     held_out: &(impl Examples<RankedExample> + ?Sized),
     config: &Reward,
     padding: Option<Padding>,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     ensure!(padding.is_some() == config.compat.is_some(), "rows have pads where [reward] has compat, and only there");
     if examples.is_empty() {
         return Err(invalid!("[reward] there is no comparison to train on"));
     }
+    let Setup { base, start, recompute: checkpoint, seed } = setup;
     let start = match start.head() {
         Some(_) => start.clone(),
         None => start.clone().with_head(derive(seed, &[settings::HEAD]))?,
@@ -117,7 +115,6 @@ pub fn train_on_rows(
     let plan = BatchSampler { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
     let steps = plan.steps(examples, config.num_train_epochs);
     let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
     session.report.stage("reward", steps);
     let before = session.once("before", |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
     let before = Evaluation::from_json(before);

@@ -18,6 +18,7 @@ use crate::report::number;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
+use crate::train::supervised::Setup;
 
 /// Where training starts, and the reference: the SFT adapter is both; without one a fresh adapter starts, and the bare
 /// base is the reference.
@@ -45,10 +46,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
-    let settings = admission.config.dpo();
-    let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) =
-        pairs::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "dpo",
@@ -80,10 +79,8 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
-    let settings = admission.config.kto();
-    let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) =
-        kto::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = kto::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "kto",

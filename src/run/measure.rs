@@ -25,6 +25,7 @@ use crate::run::memory_preflight::{MemoryPreflight, Parts};
 use crate::run::options::Inputs;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
+use crate::train::supervised::Setup;
 use crate::{invalid, ppo, reward, sft};
 
 /// What was predicted and what was found.
@@ -113,8 +114,8 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::sft(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let c = admission.config.sft();
-        let (adapter, _) = sft::train(&model.base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let (adapter, _) = sft::train(setup, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -141,8 +142,8 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::reward(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c) = (&model.base, admission.config.reward());
-        let (adapter, _) = reward::train::train(base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let (adapter, _) = reward::train::train(setup, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -162,8 +163,9 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::dpo(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c, reference) = (&model.base, admission.config.dpo(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) = pairs::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let reference = c.adapter.as_ref().map(|_| &start);
+        let (adapter, _) = pairs::train(setup, reference, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -182,8 +184,9 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::kto(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c, reference) = (&model.base, admission.config.kto(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) = kto::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let reference = c.adapter.as_ref().map(|_| &start);
+        let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -205,10 +208,8 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
         let adapters = Adapters::open(&c, &model)?;
-        let start =
-            ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
         let workshop =
-            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
+            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, eval_prompts: &asked, pad: None };
         let source = workshop.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
@@ -218,8 +219,7 @@ impl Bench<'_> {
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
-        let c = admission.config.ppo()?;
-        let judges = ppo::evaluate::Judges {
+        let judges = ppo::evaluate::EvaluationInputs {
             base: &model.base,
             sft: &sft,
             source: &*source,
@@ -228,11 +228,14 @@ impl Bench<'_> {
             stop: &[],
             decode: &decode,
         };
-        let evaluation = ppo::evaluate::Evaluation::new(judges, c, config.seed);
+        let evaluation = ppo::evaluate::Evaluation::new(judges, &c, config.seed);
         let before = evaluation.before(&mut session.report)?;
         let evaluation = evaluation.with_baseline(before);
-        let task = ppo::train::Task {
-            start,
+        let run = ppo::run::PpoRun {
+            base: &model.base,
+            reward_base: &model.base,
+            sft: &sft,
+            reward: adapters.main(),
             prompts: &prompts,
             stop: &[],
             source: &*source,
@@ -240,8 +243,11 @@ impl Bench<'_> {
             evaluation: None,
             ptx: None,
             pad: None,
+            config: &c,
+            seed: config.seed,
+            recompute: admission.plan.checkpoint,
         };
-        let trained = ppo::train::train(task, c, config.seed, &mut session)?;
+        let trained = ppo::train::train(&run, &mut session)?;
         save(trained.actor.clone(), &model, &self.out.join("actor"))?;
         evaluation.run(&"after".into(), &trained.actor, &mut session.report)?;
         Ok(self.found(admission))

@@ -89,26 +89,14 @@ impl Parts<'_> {
             })
         };
         let plan = plan::admit(self.stage, config, &shapes)?;
-        let (stage, asked) = (self.stage, plan::asked(self.stage, config));
-        Ok(MemoryPreflight { config: decided(stage, config, &plan), asked, plan })
+        Ok(MemoryPreflight { asked: plan::asked(self.stage, config), plan })
     }
-}
-
-fn decided(stage: Stage, config: &Config, plan: &Plan) -> Config {
-    let checkpoint = match plan.checkpoint {
-        Recompute::Off => RecomputeSetting::None,
-        Recompute::Mlp => RecomputeSetting::Mlp,
-        Recompute::Block => RecomputeSetting::Block,
-    };
-    plan::with_checkpoint(stage, config, checkpoint)
 }
 
 /// A stage that fits.
 pub(crate) struct MemoryPreflight {
-    /// The settings with everything decided that was `auto`.
-    pub config: Config,
     asked: RecomputeSetting,
-    /// What it was decided by.
+    /// What the run will hold in memory, and what its blocks recompute.
     pub plan: Plan,
 }
 

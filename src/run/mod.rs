@@ -9,6 +9,7 @@ mod model;
 mod options;
 mod output;
 mod ppo;
+mod prompts;
 mod reward;
 mod rewards;
 mod sft;

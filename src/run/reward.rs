@@ -17,6 +17,7 @@ use crate::reward::dschat::Padding;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
+use crate::train::supervised::Setup;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.reward();
@@ -37,10 +38,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let admission = parts.admit(config, |config| passes::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
-    let settings = admission.config.reward();
-    let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) =
-        reward::train::train_on_rows(base, &start, &train, &held_out, &settings, padding, seed, &mut session)?;
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = reward::train::train_on_rows(setup, &train, &held_out, &settings, padding, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "reward",

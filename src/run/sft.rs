@@ -15,6 +15,7 @@ use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
 use crate::sft;
+use crate::train::supervised::Setup;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.sft();
@@ -35,8 +36,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.tell(&session);
-    let settings = admission.config.sft();
-    let (adapter, summary) = sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut session)?;
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = sft::train(setup, &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "sft",

@@ -13,3 +13,4 @@ pub mod settings;
 pub mod snapshot;
 pub mod stop;
 pub mod store;
+pub mod supervised;

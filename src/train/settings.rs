@@ -1,15 +1,11 @@
-//! From a config's optimisation keys to an optimizer, a schedule and a checkpoint choice. Knows no stage's loop.
+//! From a config's optimisation keys to an optimizer's settings, a schedule and a batch size, and the streams of the seed.
+//! It does not depend on a stage, a model or the planner. Read `supervised.rs` next.
 
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config;
 use crate::config::LrScheduler;
 use crate::data::examples::batch_sampler::BatchSize;
-use crate::data::examples::{Example, Examples};
-use crate::model::adapter::Adapter;
-use crate::model::base::Base;
-use crate::model::block::Recompute;
-use crate::planner::plan;
 
 /// Streams of the seed: every random choice of a run has its own.
 pub const INIT: u64 = 1;
@@ -85,25 +81,4 @@ pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
 /// The cut of a batch: by tokens where a budget is given.
 pub fn batch_size(examples: usize, max_tokens: Option<usize>) -> BatchSize {
     max_tokens.map_or(BatchSize::Examples(examples), BatchSize::Tokens)
-}
-
-/// Tokens that a batch of these examples has at most.
-pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
-    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
-    match batch {
-        BatchSize::Examples(count) => longest * count,
-        BatchSize::Tokens(most) => longest.max(most),
-    }
-}
-
-/// What blocks keep: as asked, or as the planner finds it for a pass of `tokens` tokens, those of the largest micro-batch,
-/// in what the machine has free. A stage that is run from a config has asked it before, of the whole run, and asks here
-/// for what it was told. All choices give the same bits.
-pub fn checkpoint(asked: config::RecomputeSetting, base: &Base, start: &Adapter, tokens: usize) -> Recompute {
-    match asked {
-        config::RecomputeSetting::None => Recompute::Off,
-        config::RecomputeSetting::Mlp => Recompute::Mlp,
-        config::RecomputeSetting::Block => Recompute::Block,
-        config::RecomputeSetting::Auto => plan::of_pass(base, start, tokens),
-    }
 }

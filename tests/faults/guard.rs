@@ -5,11 +5,13 @@ use std::cell::Cell;
 use anyhow::Result;
 use fourfold::config::{Guard as Limits, KlEstimator, Lora, Ppo, TargetModules};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::model_files::ModelFiles;
-use fourfold::ppo::train::{Start, Task, Trained, train};
+use fourfold::ppo::run::PpoRun;
+use fourfold::ppo::train::{Trained, train};
 use fourfold::quickstart::base::BASE;
 use fourfold::report::Report;
-use fourfold::reward::source::{Answers, RewardSource};
+use fourfold::reward::source::{RewardInputs, RewardSource};
 use fourfold::run::Model;
 use fourfold::train::guard::Guard;
 use fourfold::train::session::Session;
@@ -22,7 +24,7 @@ struct Poisoned<F: Fn(usize) -> bool> {
 }
 
 impl<F: Fn(usize) -> bool> RewardSource for Poisoned<F> {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
+    fn scores(&self, answers: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let rollout = self.rollout.replace(self.rollout.get() + 1);
         let scores = (0..answers.responses.len()).map(|i| i as f32);
         Ok(scores.map(|s| if (self.is_poison)(rollout) && s == 1.0 { self.poison } else { s }).collect())
@@ -52,9 +54,11 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         ..Ppo::default()
     };
     let source = Poisoned { rollout: Cell::new(0), is_poison, poison };
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task {
-        start,
+    let run = PpoRun {
+        base: &model.base,
+        reward_base: &model.base,
+        sft: &sft,
+        reward: Some(&reward),
         prompts: &prompts,
         stop: &[0],
         source: &source,
@@ -62,9 +66,12 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         evaluation: None,
         ptx: None,
         pad: None,
+        config: &config,
+        seed: 1,
+        recompute: Recompute::Off,
     };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
-    train(task, &config, 1, &mut session)
+    train(&run, &mut session)
 }
 
 fn is_finite(adapter: &Adapter) -> bool {
