@@ -2,7 +2,7 @@
 //! the encoder alone. One JSON line each; minima of --reps (default 3). With FOURFOLD_BENCH_PYTHON (an interpreter that has
 //! `datasets` and `transformers`), Hugging Face's side runs on the same file, in turn with ours.
 //!
-//! scripts/make_pairs.py pairs.jsonl 50000
+//! benches/make_pairs.py pairs.jsonl 50000
 //! FOURFOLD_BENCH_BASE=model-dir-or-gguf FOURFOLD_BENCH_DATA=pairs.jsonl cargo bench --bench data_tokenize
 //!
 //! Text is what the records say, without JSON's own characters. A core's rate divides by processor seconds of all threads.

@@ -1,5 +1,5 @@
 //! Draws sentences and visitors' answers from the grammar. The order of draws is the contract with
-//! scripts/quickstart/task.py; tests/golden/quickstart_task.json compares the two. Knows no gold rule.
+//! src/quickstart/python/task.py; tests/golden/quickstart_task.json compares the two. Knows no gold rule.
 //! Read task.rs next.
 
 use super::grammar::{Aspect, Grammar, Kind, Polarity, grammar};

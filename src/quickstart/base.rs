@@ -1,5 +1,5 @@
 //! The tiny base inside the binary: a Llama of 0.92 M parameters in bf16 and its tokenizer, as in a checkpoint folder.
-//! Knows no reader; scripts/quickstart/make_base.py made the files, made.json says how.
+//! Knows no reader; src/quickstart/python/make_base.py made the files, made.json says how.
 
 /// The files of a checkpoint folder.
 #[derive(Clone, Copy, Debug)]
@@ -19,14 +19,14 @@ pub struct EmbeddedBase {
 #[repr(C, align(64))]
 struct Aligned<B: ?Sized>(B);
 
-static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../../assets/quickstart/base/model.safetensors"));
+static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("assets/base/model.safetensors"));
 
 /// The quickstart's base.
 pub const BASE: EmbeddedBase = EmbeddedBase {
-    config: include_str!("../../assets/quickstart/base/config.json"),
-    generation_config: include_str!("../../assets/quickstart/base/generation_config.json"),
-    tokenizer: include_str!("../../assets/quickstart/base/tokenizer.json"),
-    tokenizer_config: include_str!("../../assets/quickstart/base/tokenizer_config.json"),
+    config: include_str!("assets/base/config.json"),
+    generation_config: include_str!("assets/base/generation_config.json"),
+    tokenizer: include_str!("assets/base/tokenizer.json"),
+    tokenizer_config: include_str!("assets/base/tokenizer_config.json"),
     weights: &WEIGHTS.0,
 };
 

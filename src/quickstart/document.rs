@@ -1,4 +1,4 @@
-//! The text that scripts/quickstart/make_base.py pretrains the tiny base on: reviews under headings, loose sentences,
+//! The text that src/quickstart/python/make_base.py pretrains the tiny base on: reviews under headings, loose sentences,
 //! small talk. Nothing here answers a question about an aspect. Knows no stage. Read answer.rs first.
 
 use super::answer::{Tone, Writer};

@@ -1,5 +1,5 @@
 //! The quickstart's data sets: questions about an aspect of a place, visitors' answers, preference pairs. Every row is
-//! a function of the grammar and a 64-bit seed, and scripts/quickstart/task.py draws the same. Knows no model and no
+//! a function of the grammar and a 64-bit seed, and src/quickstart/python/task.py draws the same. Knows no model and no
 //! stage; gold.rs judges the answers.
 
 use serde::Serialize;
