@@ -4,7 +4,7 @@
 //! It prints one JSON line per measurement, each the minimum of --reps runs (default 3). With FOURFOLD_BENCH_PYTHON (an
 //! interpreter that has `datasets` and `transformers`), Hugging Face's libraries run on the same file, in alternation.
 //!
-//! scripts/make_pairs.py pairs.jsonl 50000
+//! benches/make_pairs.py pairs.jsonl 50000
 //! FOURFOLD_BENCH_BASE=model-dir-or-gguf FOURFOLD_BENCH_DATA=pairs.jsonl cargo bench --bench data_tokenize
 //!
 //! Megabytes count the records' texts, without JSON syntax. The rate per core divides by the CPU seconds of all

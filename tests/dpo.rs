@@ -66,7 +66,7 @@ struct World {
 
 impl World {
     fn open() -> Self {
-        let model = Model::open(&here("assets/quickstart/base")).unwrap();
+        let model = Model::open(&here("src/quickstart/assets/base")).unwrap();
         let sft = model.adapter(&here("tests/golden/peft_logits/lm")).unwrap();
         Self { model, sft, golden: serde_json::from_str(include_str!("golden/dpo_course.json")).unwrap() }
     }
@@ -198,7 +198,7 @@ fn from_files(stage: Stage, records: &[Value], section: &str) -> anyhow::Result<
     let lines: Vec<String> = records.iter().map(Value::to_string).collect();
     fs::write(dir.path().join("data.jsonl"), lines.join("\n"))?;
     let file = dir.path().join("run.toml");
-    let base = here("assets/quickstart/base");
+    let base = here("src/quickstart/assets/base");
     let text = format!(
         "[base]\npath = {:?}\n[lora]\nr = 2\n[data]\npath = {:?}\neval_rows = 2\n[{}]\n{section}\n",
         base.display().to_string(),

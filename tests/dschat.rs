@@ -101,7 +101,7 @@ fn here(path: &str) -> PathBuf {
 }
 
 fn world() -> (Model, Adapter, Adapter) {
-    let model = Model::open(&here("assets/quickstart/base")).unwrap();
+    let model = Model::open(&here("src/quickstart/assets/base")).unwrap();
     let [lm, rm] = ["lm", "rm"].map(|name| model.adapter(&here("tests/golden/peft_logits").join(name)).unwrap());
     (model, lm, rm)
 }
@@ -346,7 +346,7 @@ fn write_world(dir: &Path) {
          [reward]\nper_device_train_batch_size = 4\n\
          [ppo]\nadapter = \"sft/adapter\"\nreward_adapter = \"reward/adapter\"\nbatch_size = 8\ntotal_episodes = 16\n\
          response_length = 12\nwarmup_steps = 0\neval_prompts = 2\nsave_samples = 8\n[ppo.ptx]\npath = \"text.txt\"\n",
-        here("assets/quickstart/base").display().to_string()
+        here("src/quickstart/assets/base").display().to_string()
     );
     fs::write(dir.join("run.toml"), config).unwrap();
 }

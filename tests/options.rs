@@ -219,7 +219,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     let lines: Vec<String> = (0..20).map(|i| record(i).to_string()).collect();
     fs::write(dir.path().join("data.jsonl"), lines.join("\n")).unwrap();
     fs::create_dir(dir.path().join("copy")).unwrap();
-    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/base")).unwrap() {
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/quickstart/assets/base")).unwrap() {
         let path = entry.unwrap().path();
         fs::copy(&path, dir.path().join("copy").join(path.file_name().unwrap())).unwrap();
     }
@@ -284,7 +284,7 @@ fn stage_of(section: &str) -> Stage {
 impl World {
     fn table(&self, text: &str) -> Table {
         let dir = self.dir.path().display().to_string();
-        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/base");
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/quickstart/assets/base");
         let head = format!(
             "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\nmax_prompt_length = 64\n",
             base.display()

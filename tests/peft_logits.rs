@@ -62,7 +62,7 @@ fn golden() -> Golden {
 }
 
 fn model() -> Model {
-    Model::open(&here("assets/quickstart/base")).unwrap()
+    Model::open(&here("src/quickstart/assets/base")).unwrap()
 }
 
 fn adapter(model: &Model, name: &str) -> Adapter {

@@ -28,7 +28,7 @@ fn golden() -> Value {
 }
 
 fn model() -> Model {
-    Model::open(&here("assets/quickstart/base")).unwrap()
+    Model::open(&here("src/quickstart/assets/base")).unwrap()
 }
 
 fn saved(model: &Model, name: &str) -> Adapter {
@@ -113,7 +113,7 @@ fn assert_products(model: &Model, adapter: &Adapter, probes: &Value) {
 
 /// The quickstart's base in Q4_0, which is what PEFT had the numbers of.
 fn four_bits() -> (Model, Value) {
-    let checkpoint = ModelFiles::open(&here("assets/quickstart/base")).unwrap().quantised(Some(StorageDType::Q4_0));
+    let checkpoint = ModelFiles::open(&here("src/quickstart/assets/base")).unwrap().quantised(Some(StorageDType::Q4_0));
     let model = Model::of(checkpoint).unwrap();
     let stored = |name: &str| if name.contains("embed") { StorageDType::Q8_0 } else { StorageDType::Q4_0 };
     assert!(model.base.weights().iter().all(|(name, w)| w.dtype() == stored(name)));

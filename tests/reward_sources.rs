@@ -232,7 +232,7 @@ fn ppo(keys: &str) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
     let text = format!(
         "[base]\npath = {}\n[data]\npath = {}\neval_rows = 4\n[ppo]\nadapter = {}\nbatch_size = 4\ntotal_episodes = 8\n\
          response_length = 12\n{}\n",
-        path(here("assets/quickstart/base")),
+        path(here("src/quickstart/assets/base")),
         path(dir.path().join("data.jsonl")),
         path(here("adapters/quickstart/sft")),
         keys.replace("REWARD", &path(here("adapters/quickstart/reward"))),
@@ -298,7 +298,7 @@ pattern = "a"
 
 /// The quickstart's base with a tokenizer in which two frequent tokens have each other's ids.
 fn base_with_other_tokens(dir: &Path) {
-    for file in fs::read_dir(here("assets/quickstart/base")).unwrap() {
+    for file in fs::read_dir(here("src/quickstart/assets/base")).unwrap() {
         let file = file.unwrap();
         fs::copy(file.path(), dir.join(file.file_name())).unwrap();
     }

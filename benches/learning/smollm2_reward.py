@@ -1,7 +1,7 @@
 """A reward model over SmolLM2-135M from real comparisons, ours and TRL's RewardTrainer: held-out accuracy at the same budget.
 
 usage: smollm2_reward.py --base HF_DIR --data preference_sharegpt_en.json --out DIR [--fourfold BINARY] [--side both]
-HF_DIR: SmolLM2-135M-Instruct, as f32 safetensors (transformers opens the GGUF of scripts/fetch-smollm2.sh and saves it).
+HF_DIR: SmolLM2-135M-Instruct, as f32 safetensors (transformers opens the GGUF of tests/fetch/fetch-smollm2.sh and saves it).
 The records are LLaMA-Factory's `preference_sharegpt_en` (200). They are too long for a busy machine with two cores, so the
 prompt is the first 24 words of the last user turn, and each response its first 40 words; both sides read the same texts.
 120 pairs are trained on and up to 76 held out, drawn by the seed (flags change these numbers). One epoch, batches of 4

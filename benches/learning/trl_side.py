@@ -27,7 +27,7 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts/quickstart"))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "src/quickstart/python"))
 import task  # noqa: E402  the gold rule, which the Rust side equals on its golden values
 
 NEW_TOKENS, CHUNK = 48, 64

@@ -1,4 +1,4 @@
-//! `merge`: what was trained -> files that other programs open. Knows no training.
+//! `merge`: base + adapter -> files that other programs open. It does not depend on any stage.
 
 use std::fs;
 use std::path::{Path, PathBuf};

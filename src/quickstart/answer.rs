@@ -1,5 +1,5 @@
 //! Generates the task's sentences and visitors' answers from the grammar. The order of random draws must equal that of
-//! scripts/quickstart/task.py; tests/golden/quickstart_task.json compares the two. It does not depend on the gold rule. Read
+//! src/quickstart/python/task.py; tests/golden/quickstart_task.json compares the two. It does not depend on the gold rule. Read
 //! `task.rs` next.
 
 use super::grammar::{Aspect, Grammar, Kind, Polarity, grammar};

@@ -1,5 +1,5 @@
 //! The embedded base: a Llama with 0.92 M parameters in bf16 and its tokenizer, as the files of a model folder. The files
-//! were made by scripts/quickstart/make_base.py, as made.json records. It does not depend on the code that reads them. Read
+//! were made by src/quickstart/python/make_base.py, as made.json records. It does not depend on the code that reads them. Read
 //! `model_files/mod.rs` for that.
 
 /// The files of a model folder.
@@ -20,14 +20,14 @@ pub struct EmbeddedBase {
 #[repr(C, align(64))]
 struct Aligned<B: ?Sized>(B);
 
-static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../../assets/quickstart/base/model.safetensors"));
+static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("assets/base/model.safetensors"));
 
 /// The quickstart's base.
 pub const BASE: EmbeddedBase = EmbeddedBase {
-    config: include_str!("../../assets/quickstart/base/config.json"),
-    generation_config: include_str!("../../assets/quickstart/base/generation_config.json"),
-    tokenizer: include_str!("../../assets/quickstart/base/tokenizer.json"),
-    tokenizer_config: include_str!("../../assets/quickstart/base/tokenizer_config.json"),
+    config: include_str!("assets/base/config.json"),
+    generation_config: include_str!("assets/base/generation_config.json"),
+    tokenizer: include_str!("assets/base/tokenizer.json"),
+    tokenizer_config: include_str!("assets/base/tokenizer_config.json"),
     weights: &WEIGHTS.0,
 };
 

@@ -1,4 +1,4 @@
-//! The text on which scripts/quickstart/make_base.py pretrains the tiny base: reviews under headings, loose sentences, small
+//! The text on which src/quickstart/python/make_base.py pretrains the tiny base: reviews under headings, loose sentences, small
 //! talk. None of it answers a question about an aspect. It does not depend on the training stages. Read `answer.rs` first.
 
 use super::answer::{Tone, Writer};

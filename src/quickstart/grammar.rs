@@ -1,4 +1,4 @@
-//! The tables of the quickstart's task (assets/quickstart/grammar.json): kinds of place, sentences, words, probabilities. It
+//! The tables of the quickstart's task (src/quickstart/assets/grammar.json): kinds of place, sentences, words, probabilities. It
 //! does not depend on random numbers or on the gold rule. Read `answer.rs`, which draws from it, and `gold.rs`, which looks
 //! words up.
 
@@ -234,7 +234,7 @@ impl Grammar {
 pub fn grammar() -> &'static Grammar {
     static GRAMMAR: OnceLock<Grammar> = OnceLock::new();
     GRAMMAR.get_or_init(|| {
-        let text = include_str!("../../assets/quickstart/grammar.json");
+        let text = include_str!("assets/grammar.json");
         serde_json::from_str(text).expect("grammar.json is part of this program and its tests read it")
     })
 }

@@ -1,5 +1,5 @@
 //! The quickstart's data sets: questions about an aspect of a place, visitors' answers, preference pairs. Every row is a
-//! function of the grammar and a 64-bit seed, and scripts/quickstart/task.py generates the same rows. It does not depend on
+//! function of the grammar and a 64-bit seed, and src/quickstart/python/task.py generates the same rows. It does not depend on
 //! the model or on the training stages. Read `gold.rs` for the rule that scores answers.
 
 use serde::Serialize;
