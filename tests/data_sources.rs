@@ -512,7 +512,8 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
     // No wrong passage: still something to learn from.
     let lonely = json!({"query": "q", "positive_passages": passage("good"), "negative_passages": []});
     assert_eq!(one(&lonely, |data| data.preset = Some(Preset::MiraclJa)).unwrap(), completed("good"));
-    let (named, halved) = (data::formats::presets::splits(Preset::MiraclZh), data::formats::presets::splits(Preset::Webgpt));
+    let (named, halved) =
+        (data::formats::presets::splits(Preset::MiraclZh), data::formats::presets::splits(Preset::Webgpt));
     assert_eq!(named, data::formats::presets::Splits::Named { train: "train", eval: "dev" });
     assert_eq!(halved, data::formats::presets::Splits::NineToOne);
 }

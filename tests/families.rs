@@ -10,7 +10,6 @@ use fourfold::export::gguf;
 use fourfold::export::gguf::GgufType;
 use fourfold::export::merged::MergedType;
 use fourfold::model::adapter::{Adapter, NonBlockModule, TargetModule};
-use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{SamplingParams, generate};
@@ -203,7 +202,7 @@ fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
         let written = ModelFiles::open(&out).unwrap();
         // Where llama.cpp has no windows, the file ends at the window's length.
         let context = written.config().max_position_embeddings;
-        let merged = Base::load(&written).unwrap();
+        let merged = written.base().unwrap();
         for (i, sequence) in golden.sequences.iter().enumerate() {
             let sequence = &sequence[..sequence.len().min(context)];
             let batch = Batch::new(&[sequence]).unwrap();

@@ -134,7 +134,7 @@ fn the_merged_model_is_pefts_with_parted_ends_where_one_table_served_both() {
         let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
         let comparison = merge(&source, how, &out).unwrap_or_else(|e| panic!("{name}: {e:#}"));
         assert!(comparison.max_logit_difference < 1e-4, "{name}: {comparison:?}");
-        let reopened = Base::load(&ModelFiles::open(&out).unwrap()).unwrap();
+        let reopened = ModelFiles::open(&out).unwrap().base().unwrap();
         let e = furthest(&logits(&reopened, None, &golden), &golden.numbers["merged"]);
         assert!(e < 1e-4, "{name}: {e}");
         let on = |outer| adapter.outer(outer).is_some();
@@ -298,7 +298,7 @@ fn norms_follow_the_base_that_an_adapter_is_lent_to() {
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[start..].chunks_exact_mut(64).for_each(|chunk| chunk[3] ^= 0x80);
     fs::write(dir.path().join("model.safetensors"), &bytes).unwrap();
-    let second = Base::load(&ModelFiles::open(dir.path()).unwrap()).unwrap();
+    let second = ModelFiles::open(dir.path()).unwrap().base().unwrap();
     let apart = logits(&second, Some(&adapter), &golden);
     let fresh = Adapter::load(&folder("dora_ends_llama"), second.shapes()).unwrap();
     assert_eq!(apart, logits(&second, Some(&fresh), &golden), "norms of the first base were kept");

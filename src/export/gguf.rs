@@ -20,9 +20,7 @@ use crate::export::card;
 use crate::export::gguf_architecture as architecture;
 use crate::invalid;
 use crate::model::adapter::{Adapter, LoraConfig, LoraLayer, LoraLayers, TargetModules};
-use crate::model::base::Base;
-use crate::model::config::{DecoderConfig, Family};
-use crate::model_files::gguf;
+use crate::model::config::{DecoderConfig, Family, gguf_names};
 use crate::model_files::gguf::Gguf;
 use crate::model_files::{ModelFiles, map};
 use crate::ops::cpu;
@@ -130,7 +128,7 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
         let reopened = ModelFiles::open(path).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
         same_tokens(source.checkpoint, &reopened)?;
-        let merged = Base::load(&reopened)?;
+        let merged = reopened.base()?;
         let shorter = |p: &Vec<u32>| p.iter().take(reopened.config().max_position_embeddings).copied().collect();
         let prompts: Vec<Vec<u32>> = source.prompts.iter().map(shorter).collect();
         let comparison = compare((source.base, source.adapter), (&merged, None), &prompts)?;
@@ -187,7 +185,8 @@ fn plan_from_gguf<'a>(source: &Source<'a>, gguf: &Gguf, dtype: GgufType) -> Resu
     gguf.tensors()
         .iter()
         .map(|tensor| {
-            let found = gguf::hf_name(config, &tensor.name).and_then(|hf| weights.iter().find(|(name, _)| *name == hf));
+            let found =
+                gguf_names::hf_name(config, &tensor.name).and_then(|hf| weights.iter().find(|(name, _)| *name == hf));
             let (dtype, filling) = match found {
                 Some((name, weight)) => (
                     dtype.of(&tensor.name, weight.cols(), layers, tied),
@@ -225,14 +224,17 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
             false => dtype.of(&ggml, weight.cols(), config.num_hidden_layers, tied),
         };
         let entry = Entry { name: ggml, shape: vec![weight.rows(), weight.cols()], dtype };
-        plan.push((entry, Filling::Matrix(weight, pair_of(source.adapter, &name), gguf::row_order(config, &name))));
+        plan.push((
+            entry,
+            Filling::Matrix(weight, pair_of(source.adapter, &name), gguf_names::row_order(config, &name)),
+        ));
     }
     for (name, values) in source.base.vectors() {
-        let mut values = match gguf::row_order(config, &name) {
+        let mut values = match gguf_names::row_order(config, &name) {
             RowOrder::AsStored => values,
             order => Cow::Owned(order.store(&values, 1)),
         };
-        if gguf::adds_one(config, &name) {
+        if gguf_names::adds_one(config, &name) {
             values.to_mut().iter_mut().for_each(|v| *v += 1.0);
         }
         plan.push(vector(&ggml_name(config, &name)?, values));
@@ -244,7 +246,7 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
 }
 
 fn ggml_name(config: &DecoderConfig, hf: &str) -> Result<String> {
-    gguf::gguf_name(config, hf).ok_or_else(|| {
+    gguf_names::gguf_name(config, hf).ok_or_else(|| {
         invalid!("{hf} has no name in a GGUF file of a {} model; use `--format safetensors`", config.names().model_type)
     })
 }
@@ -321,9 +323,9 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
 fn place(source: &Source<'_>, name: &str, weight: &Weight) -> Result<(String, RowOrder)> {
     let config = source.base.config();
     let Some(gguf) = source.checkpoint.gguf() else {
-        return Ok((ggml_name(config, name)?, gguf::row_order(config, name)));
+        return Ok((ggml_name(config, name)?, gguf_names::row_order(config, name)));
     };
-    let tensor = gguf.tensors().iter().find(|t| gguf::hf_name(config, &t.name).as_deref() == Some(name));
+    let tensor = gguf.tensors().iter().find(|t| gguf_names::hf_name(config, &t.name).as_deref() == Some(name));
     let tensor = tensor.with_context(|| format!("{name} is no tensor of {}", gguf.name()))?;
     Ok((tensor.name.clone(), weight.row_order()))
 }

@@ -357,7 +357,7 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
 
 fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
     let checkpoint = ModelFiles::open(dir)?;
-    let merged = Base::load(&checkpoint)?;
+    let merged = checkpoint.base()?;
     let want = (source.base, source.adapter);
     match settings.kind {
         Kind::LanguageModel => compare(want, (&merged, None), source.prompts),

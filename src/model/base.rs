@@ -8,14 +8,13 @@ use std::borrow::Cow;
 
 use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
-use super::block::{Block, FrozenLinear, Geometry, Layout, Norms};
+use super::block::{Block, Geometry, Layout};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
 use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings;
 use crate::model::embeddings::Embeddings;
-use crate::model_files::ModelFiles;
 use crate::ops::attention::Cached;
 use crate::ops::cpu;
 use crate::ops::linear::{InputGradient, LinearWithLora};
@@ -79,85 +78,6 @@ impl KvCache {
 }
 
 impl Base {
-    /// The weights of an opened checkpoint, as they lie in its files.
-    ///
-    /// # Errors
-    /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked.
-    pub fn load(checkpoint: &ModelFiles) -> Result<Self> {
-        let config = checkpoint.config().clone();
-        let (shapes, names, biases) = (config.shapes(), config.names(), config.has_bias());
-        let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
-        let vector = |name: &str, len: usize| checkpoint.vector(name, len);
-        let norm = |path: &str, len: usize| -> Result<Norm> {
-            let mut weight = vector(&format!("{path}.weight"), len)?;
-            let kind = match config.norm {
-                NormStyle::Rms => NormKind::Rms,
-                NormStyle::RmsPlusOne => {
-                    weight.iter_mut().for_each(|w| *w += 1.0);
-                    NormKind::Rms
-                }
-                NormStyle::Layer => NormKind::Layer { bias: vector(&format!("{path}.bias"), len)? },
-            };
-            Ok(Norm { weight, kind, eps: config.norm_eps })
-        };
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
-                let linears = shapes.linears().iter().zip(&biases).map(|(map, &biased)| {
-                    let weight = checkpoint.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
-                    let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?;
-                    Ok(FrozenLinear { weight, bias })
-                });
-                let named = |i: usize| {
-                    let name = names.norms[i];
-                    (!name.is_empty()).then(|| norm(&path(name), d)).transpose()
-                };
-                let norms = |i: usize| -> Result<Norms> {
-                    let (first, inner) = (named(i)?, named(i + 1)?);
-                    Ok(match config.placement {
-                        Placement::AfterSum => Norms { before: None, inner, after: first },
-                        _ => Norms { before: first, inner, after: None },
-                    })
-                };
-                let widths = config.qk_norm_widths();
-                let qk_norms = widths
-                    .map(|[q, k]| {
-                        Ok::<_, anyhow::Error>([
-                            norm(&path("self_attn.q_norm"), q)?,
-                            norm(&path("self_attn.k_norm"), k)?,
-                        ])
-                    })
-                    .transpose()?;
-                Ok(Block {
-                    linears: linears.collect::<Result<_>>()?,
-                    attention_norms: norms(0)?,
-                    mlp_norms: norms(2)?,
-                    qk_norms,
-                    heads: config.heads(layer),
-                    rotation: config.rotation(layer),
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let positions = config
-            .learned_positions
-            .map(|first| checkpoint.weight(names.positions, first + config.max_position_embeddings, d));
-        let projections = (d != e).then(|| {
-            Ok::<_, anyhow::Error>([checkpoint.weight(PROJECT_IN, d, e)?, checkpoint.weight(PROJECT_OUT, e, d)?])
-        });
-        let weights = Weights {
-            embedding: checkpoint.weight(names.embedding, vocab, e)?,
-            positions: positions.transpose()?,
-            projections: projections.transpose()?,
-            blocks,
-            norm: config.final_norm.then(|| norm(names.final_norm, d)).transpose()?,
-            output: match config.tie_word_embeddings {
-                true => None,
-                false => Some(checkpoint.weight(names.output, vocab, e)?),
-            },
-        };
-        Self::from_parts(config, weights, checkpoint.fingerprint())
-    }
-
     /// From finished parts.
     ///
     /// # Errors
@@ -203,7 +123,7 @@ impl Base {
         for (layer, block) in base.weights.blocks.iter().enumerate() {
             check("the number of linear maps", [1, block.linears.len()], [1, shapes.linears().len()])?;
             for (i, (map, linear)) in shapes.linears().iter().zip(&block.linears).enumerate() {
-                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out, map.inp])?;
+                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out_features, map.in_features])?;
             }
             let norms = [&block.attention_norms, &block.mlp_norms];
             for norm in norms.into_iter().flat_map(|n| [&n.before, &n.inner, &n.after]).flatten() {

@@ -147,8 +147,8 @@ fn random_base(c: DecoderConfig) -> Base {
                     .zip(&biases)
                     .enumerate()
                     .map(|(i, (map, &biased))| FrozenLinear {
-                        weight: w(map.out, map.inp),
-                        bias: biased.then(|| random(map.out, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
+                        weight: w(map.out_features, map.in_features),
+                        bias: biased.then(|| random(map.out_features, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
                     })
                     .collect(),
                 attention_norms: half(0),

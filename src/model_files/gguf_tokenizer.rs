@@ -8,6 +8,7 @@ use serde_json::{Map, Value, json};
 
 use crate::invalid;
 use crate::model_files::gguf::Gguf;
+use crate::tokenizer::{Tokenizer, TokenizerFiles};
 
 /// `llama_token_type` in llama.cpp.
 const NORMAL: i64 = 1;
@@ -53,6 +54,16 @@ pub fn rebuild(gguf: &Gguf) -> Result<TokenizerJson> {
     json.insert("added_tokens".into(), parts.added_tokens());
     json.insert("post_processor".into(), parts.post_processor());
     Ok(TokenizerJson { tokenizer: Value::Object(json).to_string(), config: parts.config().to_string() })
+}
+
+/// The tokenizer that `gguf` describes.
+///
+/// # Errors
+/// Those of [`rebuild`] and [`Tokenizer::from_files`].
+pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
+    let json = rebuild(gguf)?;
+    let files = TokenizerFiles { tokenizer: &json.tokenizer, config: Some(&json.config), ..TokenizerFiles::default() };
+    Tokenizer::from_files(files, gguf.name())
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -311,3 +322,6 @@ fn object(value: Value) -> Map<String, Value> {
         _ => Map::new(),
     }
 }
+
+#[cfg(test)]
+mod tests;

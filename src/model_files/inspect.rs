@@ -12,7 +12,8 @@ use serde_json::{Map, Value, json};
 
 use crate::invalid;
 use crate::model::config::RopeScaling;
-use crate::model_files::{FileContents, FileOrigin, map};
+use crate::model_files::contents::{FileContents, FileOrigin};
+use crate::model_files::tensor_table::map;
 
 /// Describes what lies at `path`: an adapter where adapter_config.json is, a model otherwise.
 ///

@@ -7,6 +7,17 @@ use anyhow::Result;
 
 use crate::invalid;
 
+/// The files of a Hugging Face model beside its weights, in the order in which they are listed.
+pub(crate) const SIDE_FILES: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+];
+
 /// Files on this machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resolved {
@@ -69,7 +80,6 @@ pub fn resolve(name: &Path) -> Result<Resolved> {
 fn fetch(model: &HubModel<'_>) -> Result<PathBuf> {
     use anyhow::Context;
 
-    use crate::model_files::SIDE_FILES;
     use crate::model_files::hub::{Hub, RepoKind};
 
     let HubModel { id, revision, file } = model;

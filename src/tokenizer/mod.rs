@@ -16,8 +16,6 @@ use tokenizers::models::ModelWrapper;
 
 use crate::error::unless_it_panics;
 use crate::invalid;
-use crate::model_files::gguf::Gguf;
-use crate::model_files::gguf_tokenizer;
 use crate::tokenizer::byte_bpe::{ByteBpe, Memory};
 use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens};
 
@@ -139,17 +137,6 @@ impl Tokenizer {
             chat_template: template.as_deref(),
         };
         Self::from_files(files, &source)
-    }
-
-    /// From a GGUF file's metadata.
-    ///
-    /// # Errors
-    /// As [`gguf_tokenizer::rebuild`].
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let json = gguf_tokenizer::rebuild(gguf)?;
-        let files =
-            TokenizerFiles { tokenizer: &json.tokenizer, config: Some(&json.config), ..TokenizerFiles::default() };
-        Self::from_files(files, gguf.name())
     }
 
     /// Adds what the model's configuration knows: more ends of text, and how many ids have an embedding.

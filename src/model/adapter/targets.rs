@@ -14,9 +14,9 @@ pub struct Linear {
     /// Path inside a block, as the family's checkpoints name it: `self_attn.q_proj`, `attn.c_attn`.
     pub path: &'static str,
     /// Input features.
-    pub inp: usize,
+    pub in_features: usize,
     /// Output features.
-    pub out: usize,
+    pub out_features: usize,
 }
 
 impl Linear {
@@ -89,7 +89,7 @@ impl LinearShapes {
     /// From a list of at most [`MAX_LINEARS`] maps; the rest is left out.
     pub fn new(layers: usize, hidden: usize, blocks: &'static str, layout: MatrixLayout, maps: &[Linear]) -> Self {
         debug_assert!(maps.len() <= MAX_LINEARS);
-        let mut linears = [Linear { path: "", inp: 0, out: 0 }; MAX_LINEARS];
+        let mut linears = [Linear { path: "", in_features: 0, out_features: 0 }; MAX_LINEARS];
         for (slot, map) in linears.iter_mut().zip(maps) {
             *slot = *map;
         }
@@ -107,13 +107,13 @@ impl LinearShapes {
     /// head size.
     pub const fn llama(layers: usize, hidden: usize, q_out: usize, kv_out: usize, intermediate: usize) -> Self {
         let linears = [
-            Linear { path: "self_attn.q_proj", inp: hidden, out: q_out },
-            Linear { path: "self_attn.k_proj", inp: hidden, out: kv_out },
-            Linear { path: "self_attn.v_proj", inp: hidden, out: kv_out },
-            Linear { path: "self_attn.o_proj", inp: q_out, out: hidden },
-            Linear { path: "mlp.gate_proj", inp: hidden, out: intermediate },
-            Linear { path: "mlp.up_proj", inp: hidden, out: intermediate },
-            Linear { path: "mlp.down_proj", inp: intermediate, out: hidden },
+            Linear { path: "self_attn.q_proj", in_features: hidden, out_features: q_out },
+            Linear { path: "self_attn.k_proj", in_features: hidden, out_features: kv_out },
+            Linear { path: "self_attn.v_proj", in_features: hidden, out_features: kv_out },
+            Linear { path: "self_attn.o_proj", in_features: q_out, out_features: hidden },
+            Linear { path: "mlp.gate_proj", in_features: hidden, out_features: intermediate },
+            Linear { path: "mlp.up_proj", in_features: hidden, out_features: intermediate },
+            Linear { path: "mlp.down_proj", in_features: intermediate, out_features: hidden },
         ];
         let layout = MatrixLayout::OutIn;
         Self { layers, hidden, blocks: "model.layers", layout, linears, count: 7, outer: [None; 4] }
@@ -126,7 +126,7 @@ impl LinearShapes {
 
     /// (input features, output features) of one map.
     pub fn dims(&self, linear: usize) -> (usize, usize) {
-        (self.linears[linear].inp, self.linears[linear].out)
+        (self.linears[linear].in_features, self.linears[linear].out_features)
     }
 
     /// Path inside the model, the string that PEFT's rules are matched against: `model.layers.3.self_attn.q_proj`.
@@ -160,7 +160,9 @@ impl LinearShapes {
     pub fn dims_of(&self, slot: TargetModule) -> (usize, usize) {
         match slot {
             TargetModule::Block { linear, .. } => self.dims(linear),
-            TargetModule::NonBlockModule(outer) => self.outer(outer).map_or((0, 0), |map| (map.inp, map.out)),
+            TargetModule::NonBlockModule(outer) => {
+                self.outer(outer).map_or((0, 0), |map| (map.in_features, map.out_features))
+            }
         }
     }
 
@@ -206,11 +208,16 @@ impl LinearShapes {
     pub fn attention_width(&self) -> usize {
         let module = |l: &Linear| l.path.split('.').next();
         let first = self.linears().first().and_then(module);
-        self.linears().iter().rev().find(|l| module(l) == first).map_or(0, |l| l.inp)
+        self.linears().iter().rev().find(|l| module(l) == first).map_or(0, |l| l.in_features)
     }
 
     fn widest(&self) -> usize {
-        self.linears().iter().chain(self.outer.iter().flatten()).flat_map(|l| [l.inp, l.out]).max().unwrap_or(0)
+        self.linears()
+            .iter()
+            .chain(self.outer.iter().flatten())
+            .flat_map(|l| [l.in_features, l.out_features])
+            .max()
+            .unwrap_or(0)
     }
 }
 
@@ -490,7 +497,7 @@ mod tests {
 
     #[test]
     fn both_ends_are_targets_by_name_alone_and_the_projections_by_all_linear_too() {
-        let map = |path, inp, out| Linear { path, inp, out };
+        let map = |path, in_features, out_features| Linear { path, in_features, out_features };
         let shapes = SHAPES
             .with_outer(NonBlockModule::Embedding, map("model.embed_tokens", 100, 24))
             .with_outer(NonBlockModule::ProjectIn, map("model.project_in", 24, 32))

@@ -7,7 +7,7 @@ use anyhow::Result;
 use crate::invalid;
 use crate::ops::activation::Activation;
 
-mod gguf;
+pub mod gguf_names;
 mod hf;
 mod names;
 mod rope;
@@ -15,6 +15,7 @@ mod write;
 
 pub use names::{Family, Names, PROJECT_IN, PROJECT_OUT};
 pub use rope::RopeScaling;
+pub(crate) use rope::yarn_attention_factor;
 
 /// Which norm a decoder uses, and what its files keep of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -311,7 +312,7 @@ impl DecoderConfig {
     }
 }
 
-pub(super) fn whole_heads(hidden: usize, heads: usize, file: &str) -> Result<usize> {
+pub(crate) fn whole_heads(hidden: usize, heads: usize, file: &str) -> Result<usize> {
     if heads == 0 || !hidden.is_multiple_of(heads) {
         return Err(invalid!("{file}: a hidden size of {hidden} cannot be split over {heads} attention heads"));
     }

@@ -227,13 +227,21 @@ impl DecoderConfig {
             Mlp::Plain => &[f],
         };
         let mut maps = vec![];
-        maps.extend(names.qkv.iter().zip(qkv).map(|(path, &out)| Linear { path, inp: d, out }));
-        maps.push(Linear { path: names.attention_out, inp: q, out: d });
-        maps.extend(names.mlp_in.iter().zip(mlp).map(|(path, &out)| Linear { path, inp: d, out }));
-        maps.push(Linear { path: names.mlp_out, inp: f, out: d });
+        maps.extend(names.qkv.iter().zip(qkv).map(|(path, &out)| Linear { path, in_features: d, out_features: out }));
+        maps.push(Linear { path: names.attention_out, in_features: q, out_features: d });
+        maps.extend(names.mlp_in.iter().zip(mlp).map(|(path, &out)| Linear {
+            path,
+            in_features: d,
+            out_features: out,
+        }));
+        maps.push(Linear { path: names.mlp_out, in_features: f, out_features: d });
         let layout = if self.family == Family::Gpt2 { MatrixLayout::InOut } else { MatrixLayout::OutIn };
         let (v, e) = (self.vocab_size, self.embedding_width);
-        let outer = |weight: &'static str, inp, out| Linear { path: module(weight), inp, out };
+        let outer = |weight: &'static str, in_features, out_features| Linear {
+            path: module(weight),
+            in_features,
+            out_features,
+        };
         let shapes = LinearShapes::new(self.num_hidden_layers, e, names.blocks, layout, &maps)
             .with_outer(NonBlockModule::Embedding, outer(names.embedding, v, e))
             .with_outer(NonBlockModule::Head, outer("lm_head.weight", e, v));

@@ -150,7 +150,7 @@ impl RopeScaling {
 }
 
 /// Yarn's factor of cos and sin where a file does not say.
-pub(super) fn yarn_attention_factor(factor: f64) -> f64 {
+pub(crate) fn yarn_attention_factor(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }
 

@@ -2,11 +2,7 @@
 
 use super::hf::object;
 use super::*;
-use crate::model_files::gguf::Gguf;
-use crate::model_files::gguf::tests::Writer;
-use crate::ops::weight::Bytes;
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 const SMOL: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000,
@@ -120,55 +116,4 @@ fn inverse_frequencies_match_transformers_golden() {
             assert!((f64::from(g) - w).abs() <= 1e-6 * w, "{} at {i}: {g} is not {w}", case["name"]);
         }
     }
-}
-
-fn gguf_bytes(divisors: Option<&[f32]>) -> Vec<u8> {
-    let w = Writer::default()
-        .string("general.architecture", "llama")
-        .string("general.name", "tiny")
-        .u32("llama.block_count", 2)
-        .u32("llama.context_length", 131_072)
-        .u32("llama.embedding_length", 128)
-        .u32("llama.feed_forward_length", 96)
-        .u32("llama.attention.head_count", 2)
-        .u32("llama.attention.head_count_kv", 1)
-        .u32("tokenizer.ggml.eos_token_id", 2)
-        .f32("llama.rope.freq_base", 500_000.0)
-        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        .f32_tensor("token_embd.weight", &[5, 128], &[0.; 5 * 128]);
-    match divisors {
-        Some(d) => w.f32_tensor("rope_freqs.weight", &[d.len()], d),
-        None => w,
-    }
-    .finish()
-}
-
-fn from_gguf(bytes: Vec<u8>) -> Result<DecoderConfig> {
-    DecoderConfig::from_gguf(&Gguf::parse(Bytes::new(Arc::new(bytes)), "x.gguf")?)
-}
-
-#[test]
-fn gguf_metadata_gives_the_same_config_and_divisors_become_llama3_again() {
-    let plain = from_gguf(gguf_bytes(None)).unwrap();
-    assert_eq!((plain.vocab_size, plain.head_dim, plain.norm_eps), (5, 64, 1e-5));
-    assert!(plain.tie_word_embeddings && plain.rope_scaling == RopeScaling::None);
-    let llama3 = DecoderConfig {
-        rope_scaling: RopeScaling::Llama3 {
-            factor: 32.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        },
-        ..plain.clone()
-    };
-    let divisors: Vec<f32> = plain.inv_freq().iter().zip(llama3.inv_freq()).map(|(p, s)| p / s).collect();
-    let read = from_gguf(gguf_bytes(Some(&divisors))).unwrap();
-    for (a, b) in read.inv_freq().iter().zip(llama3.inv_freq()) {
-        assert!((a - b).abs() <= 1e-6 * b);
-    }
-    let exported = DecoderConfig::from_hf(&read.to_hf_json().unwrap(), None, "m").unwrap();
-    assert_eq!(exported.rope_scaling, llama3.rope_scaling);
-    let odd: Vec<f32> = (0..32).map(|i| 1.0 + i as f32).collect();
-    assert!(from_gguf(gguf_bytes(Some(&odd))).unwrap().to_hf_json().is_err());
-    assert!(from_gguf(gguf_bytes(Some(&odd[..31]))).is_err());
 }

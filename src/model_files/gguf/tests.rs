@@ -1,6 +1,5 @@
 //! GGUF bytes written by hand, whole and broken; the writer serves the other readers' tests too.
 
-use crate::model::config::Sizes;
 use crate::model_files::gguf::*;
 use std::sync::Arc;
 
@@ -202,22 +201,4 @@ fn tensors_outside_on_top_of_each_other_unaligned_or_overflowing_are_refused() {
     assert!(refusal(base().entry("b", &[256], 23, 32).finish()).contains("iq4_xs"));
     assert!(refusal(base().f32_tensor("a", &[8], &[0.; 8]).finish()).contains("twice"));
     assert!(refusal(base().u32("general.alignment", 24).finish()).contains("power of two"));
-}
-
-#[test]
-fn names_map_to_hugging_faces() {
-    let sizes =
-        Sizes { vocab: 8, hidden: 8, intermediate: 8, layers: 13, heads: 1, kv_heads: 1, head_dim: 8, positions: 8 };
-    let config = DecoderConfig::llama(sizes, "x").unwrap();
-    let hf_name = |name: &str| hf_name(&config, name);
-    assert_eq!(hf_name("blk.12.attn_q.weight").unwrap(), "model.layers.12.self_attn.q_proj.weight");
-    assert_eq!(hf_name("output.weight").unwrap(), "lm_head.weight");
-    for unknown in ["blk.1.attn_q.bias", "blk.01.attn_q.weight", "blk.x.attn_q.weight", "blk.1.ffn_gate_exps.weight"] {
-        assert_eq!(hf_name(unknown), None);
-    }
-    for name in ["blk.12.attn_q.weight", "blk.0.attn_norm.weight", "token_embd.weight", "output_norm.weight"] {
-        assert_eq!(gguf_name(&config, &hf_name(name).unwrap()).unwrap(), name);
-    }
-    assert_eq!(gguf_name(&config, "model.layers.1.self_attn.q_proj.bias"), None);
-    assert_eq!(gguf_name(&config, "model.layers.1.self_attn.rotary.weight"), None);
 }

@@ -28,7 +28,7 @@ fn every_prompt_is_asked_once_a_pass_in_an_order_of_the_passes_own() {
 fn what_cannot_run_is_refused_before_a_token_is_sampled() {
     let open = |config: &str| {
         let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
-        Base::load(&ModelFiles::from_embedded(config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap()
+        ModelFiles::from_embedded(config, parts.0, parts.1, parts.2, parts.3).unwrap().base().unwrap()
     };
     let base = open(BASE.config);
     let short = open(&BASE.config.replace("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 16"));
