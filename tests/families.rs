@@ -190,7 +190,7 @@ fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
         let opened = decoder(name);
         let (golden, adapter) = (&opened.golden, adapter(&opened));
         let (checkpoint, base, prompts) = (&opened.checkpoint, &opened.base, &golden.sequences);
-        let source = Source { checkpoint, base, adapter: &adapter, prompts, about: "" };
+        let source = Source { files: checkpoint, base, adapter: &adapter, prompts, about: "" };
         let out = opened.dir.path().join("merged.gguf");
         let made = gguf::merge(&source, GgufType::Dense(MergedType::F32), &out);
         if let Some((_, says)) = NO_GGUF.iter().find(|(refused, _)| *refused == name) {

@@ -130,7 +130,7 @@ fn the_merged_model_is_pefts_with_parted_ends_where_one_table_served_both() {
         let (Opened { golden, base, checkpoint, dir }, adapter) = decoder(name);
         let out = dir.path().join("merged");
         let prompts = golden.sequences.clone();
-        let source = Source { checkpoint: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
+        let source = Source { files: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
         let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
         let comparison = merge(&source, how, &out).unwrap_or_else(|e| panic!("{name}: {e:#}"));
         assert!(comparison.max_logit_difference < 1e-4, "{name}: {comparison:?}");
@@ -312,7 +312,7 @@ fn what_cannot_be_is_refused_with_what_can() {
     for (name, says) in [("dora_llama", "magnitudes"), ("ends_llama", "output table")] {
         let (Opened { golden, base, checkpoint, dir }, adapter) = decoder(name);
         let prompts = golden.sequences.clone();
-        let source = Source { checkpoint: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
+        let source = Source { files: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
         let message = refusal(gguf::lora(&source, &dir.path().join("x.gguf")).map(|_| ()));
         assert!(message.contains(says) && message.contains("merge"), "{message}");
         assert!(!dir.path().join("x.gguf").exists());

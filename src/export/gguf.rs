@@ -103,11 +103,11 @@ enum Filling<'a> {
 /// the reopened file is further from base + adapter than its type explains; `out` is not there then.
 pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Comparison> {
     source.check_gguf_model()?;
-    let (mut keys, plan) = match source.checkpoint.gguf() {
+    let (mut keys, plan) = match source.files.gguf() {
         Some(gguf) => (carried(gguf), plan_from_gguf(source, gguf, dtype)?),
         None => {
             let mut keys = architecture::keys(source.base.config())?;
-            keys.extend(vocabulary::tokenizer(source.checkpoint)?);
+            keys.extend(vocabulary::tokenizer(source.files)?);
             (keys, plan_from_weights(source, dtype)?)
         }
     };
@@ -127,7 +127,7 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
         write(path, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
         let reopened = ModelFiles::open(path).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
-        same_tokens(source.checkpoint, &reopened)?;
+        same_tokens(source.files, &reopened)?;
         let merged = reopened.base()?;
         let shorter = |p: &Vec<u32>| p.iter().take(reopened.config().max_position_embeddings).copied().collect();
         let prompts: Vec<Vec<u32>> = source.prompts.iter().map(shorter).collect();
@@ -239,7 +239,7 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
         }
         plan.push(vector(&ggml_name(config, &name)?, values));
     }
-    for (name, factors) in architecture::rope_factors(source.checkpoint)? {
+    for (name, factors) in architecture::rope_factors(source.files)? {
         plan.push(vector(name, Cow::Owned(factors)));
     }
     Ok(plan)
@@ -273,7 +273,7 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     source.check_gguf_lora()?;
     let adapter = source.adapter;
     let alpha = adapter.config().lora_alpha;
-    let architecture = match source.checkpoint.gguf() {
+    let architecture = match source.files.gguf() {
         Some(gguf) => gguf.string("general.architecture")?.unwrap_or("llama").to_string(),
         None => architecture::name(source.base.config())?.to_string(),
     };
@@ -322,7 +322,7 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
 /// (ggml's name, order of the stored rows) of a matrix of the base.
 fn place(source: &Source<'_>, name: &str, weight: &Weight) -> Result<(String, RowOrder)> {
     let config = source.base.config();
-    let Some(gguf) = source.checkpoint.gguf() else {
+    let Some(gguf) = source.files.gguf() else {
         return Ok((ggml_name(config, name)?, gguf_names::row_order(config, name)));
     };
     let tensor = gguf.tensors().iter().find(|t| gguf_names::hf_name(config, &t.name).as_deref() == Some(name));

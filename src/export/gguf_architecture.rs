@@ -156,12 +156,12 @@ pub(super) fn keys(config: &DecoderConfig) -> Result<Keys> {
 ///
 /// # Errors
 /// If llama.cpp's architecture of this family reads none, or Phi-3's factors for long contexts are gone.
-pub(super) fn rope_factors(checkpoint: &ModelFiles) -> Result<Vec<(&'static str, Vec<f32>)>> {
-    let config = checkpoint.config();
+pub(super) fn rope_factors(files: &ModelFiles) -> Result<Vec<(&'static str, Vec<f32>)>> {
+    let config = files.config();
     match (&config.rope_scaling, config.family) {
         (RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn { .. }, _) => Ok(vec![]),
         (RopeScaling::Divisors { divisors, .. }, Family::Phi3) => Ok(vec![
-            ("rope_factors_long.weight", long_factors(checkpoint)?),
+            ("rope_factors_long.weight", long_factors(files)?),
             ("rope_factors_short.weight", divisors.clone()),
         ]),
         (_, Family::Llama | Family::Mistral | Family::Granite) if config.rope_scaling.attention_factor() == 1.0 => {
@@ -174,15 +174,15 @@ pub(super) fn rope_factors(checkpoint: &ModelFiles) -> Result<Vec<(&'static str,
 }
 
 /// What Phi-3 divides by past its original context: this program ends there, and does not keep them.
-fn long_factors(checkpoint: &ModelFiles) -> Result<Vec<f32>> {
-    let files = checkpoint.side_files()?;
-    let json = files.iter().find(|(name, _)| name == "config.json").map(|(_, bytes)| &bytes[..]);
+fn long_factors(files: &ModelFiles) -> Result<Vec<f32>> {
+    let side_files = files.side_files()?;
+    let json = side_files.iter().find(|(name, _)| name == "config.json").map(|(_, bytes)| &bytes[..]);
     let json: Value = json.and_then(|bytes| serde_json::from_slice(bytes).ok()).unwrap_or_default();
     let of = |key: &str| json[key]["long_factor"].as_array();
     let factors = of("rope_parameters").or_else(|| of("rope_scaling")).into_iter().flatten();
     let factors: Vec<f32> = factors.filter_map(|f| Some(f.as_f64()? as f32)).collect();
-    if factors.len() != checkpoint.config().rotary_dim / 2 {
-        return Err(invalid!("config.json: long_factor has not {} numbers", checkpoint.config().rotary_dim / 2));
+    if factors.len() != files.config().rotary_dim / 2 {
+        return Err(invalid!("config.json: long_factor has not {} numbers", files.config().rotary_dim / 2));
     }
     Ok(factors)
 }

@@ -25,18 +25,18 @@ const BYTE: i32 = 6;
 ///
 /// # Errors
 /// If the tokenizer is of a kind, or cuts text in a way, that llama.cpp has no name for.
-pub(super) fn tokenizer(checkpoint: &ModelFiles) -> Result<Keys> {
-    let files = checkpoint.side_files()?;
-    let file = |name: &str| files.iter().find(|(n, _)| n == name).map(|(_, bytes)| &bytes[..]);
+pub(super) fn tokenizer(files: &ModelFiles) -> Result<Keys> {
+    let side_files = files.side_files()?;
+    let file = |name: &str| side_files.iter().find(|(n, _)| n == name).map(|(_, bytes)| &bytes[..]);
     let json = file("tokenizer.json").ok_or_else(|| invalid!("the model has no tokenizer.json"))?;
     let json: Value = serde_json::from_slice(json).map_err(|e| invalid!("tokenizer.json: {e}"))?;
-    let tokenizer = checkpoint.tokenizer();
+    let tokenizer = files.tokenizer();
     let model = &json["model"];
     if model["type"] != "BPE" {
         return Err(invalid!("a tokenizer of type {} cannot be written to a GGUF file; BPE can", model["type"]));
     }
     let sentence_piece = model["byte_fallback"] == true;
-    let mut vocabulary = Vocabulary::read(&json, checkpoint.config().vocab_size)?;
+    let mut vocabulary = Vocabulary::read(&json, files.config().vocab_size)?;
     let merges = merges(model)?;
     let mut keys = vec![];
     if sentence_piece {
@@ -59,10 +59,10 @@ pub(super) fn tokenizer(checkpoint: &ModelFiles) -> Result<Keys> {
     put(&mut keys, "tokenizer.ggml.tokens", KeyValue::Strings(vocabulary.tokens));
     put(&mut keys, "tokenizer.ggml.token_type", KeyValue::I32s(vocabulary.types));
     for (name, id) in [
-        ("bos", tokenizer.bos_id().or(checkpoint.config().bos_token_id)),
+        ("bos", tokenizer.bos_id().or(files.config().bos_token_id)),
         ("eos", tokenizer.eos_id()),
         // What else ends a response: a turn's mark, in models that talk.
-        ("eot", checkpoint.config().eos_token_ids.iter().copied().find(|&id| Some(id) != tokenizer.eos_id())),
+        ("eot", files.config().eos_token_ids.iter().copied().find(|&id| Some(id) != tokenizer.eos_id())),
         ("unknown", unknown),
         ("padding", tokenizer.pad_id()),
     ] {

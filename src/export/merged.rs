@@ -319,7 +319,7 @@ pub fn merge(source: &Source<'_>, settings: Settings, out: &Path) -> Result<Comp
     let tensors = plan(source, settings.kind)?;
     staged::staged(out, |dir| {
         fs::create_dir(dir).with_context(|| format!("making {}", dir.display()))?;
-        for (name, content) in source.checkpoint.side_files()? {
+        for (name, content) in source.files.side_files()? {
             let content = if name == "config.json" { config(&content, source, settings)? } else { content };
             fs::write(dir.join(&name), content).with_context(|| format!("writing {name}"))?;
         }
@@ -356,23 +356,23 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
 }
 
 fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
-    let checkpoint = ModelFiles::open(dir)?;
-    let merged = checkpoint.base()?;
+    let files = ModelFiles::open(dir)?;
+    let merged = files.base()?;
     let want = (source.base, source.adapter);
     match settings.kind {
         Kind::LanguageModel => compare(want, (&merged, None), source.prompts),
         Kind::Classifier => {
-            prove_head(source, &checkpoint, &merged, settings.dtype)?;
+            prove_head(source, &files, &merged, settings.dtype)?;
             compare_through(want, (&merged, None), source.base, source.prompts)
         }
     }
 }
 
 /// The scores of the prompts by the written head over the written weights, against base + adapter.
-fn prove_head(source: &Source<'_>, checkpoint: &ModelFiles, merged: &Base, dtype: MergedType) -> Result<()> {
+fn prove_head(source: &Source<'_>, files: &ModelFiles, merged: &Base, dtype: MergedType) -> Result<()> {
     let head = source.adapter.head().context("a classifier has a head")?;
     let width = source.base.shapes().hidden;
-    let written = checkpoint.weight(SCORE, 1, width)?.to_f32();
+    let written = files.weight(SCORE, 1, width)?.to_f32();
     let score = |w: &[f32], h: &[f32]| w.iter().zip(h).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let own = cpu::view(&head.weight)?;
     let (mut furthest, mut largest) = (0f64, 1f64);
@@ -414,7 +414,7 @@ fn config(config: &[u8], source: &Source<'_>, settings: Settings) -> Result<Vec<
         object.insert("tie_word_embeddings".into(), json!(true));
         if object.get("pad_token_id").is_none_or(Value::is_null) {
             // transformers finds the last token of a padded row by it.
-            let tokenizer = source.checkpoint.tokenizer();
+            let tokenizer = source.files.tokenizer();
             object.insert("pad_token_id".into(), json!(tokenizer.pad_id().or(tokenizer.eos_id())));
         }
     }

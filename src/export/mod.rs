@@ -25,7 +25,7 @@ use crate::model_files::ModelFiles;
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
     /// The base's files and tokenizer.
-    pub checkpoint: &'a ModelFiles,
+    pub files: &'a ModelFiles,
     /// Its weights.
     pub base: &'a Base,
     /// What was trained over it.

@@ -18,12 +18,15 @@ use crate::model_files::{gguf_config, gguf_tokenizer};
 use crate::ops::weight::{StorageDType, Weight};
 use crate::tokenizer::{Tokenizer, TokenizerFiles};
 
-/// All of a checkpoint but its tokenizer, which a look at a model can do without.
+/// Configuration and tensors of a model, without its tokenizer.
 pub(crate) struct FileContents {
+    /// Configuration of the decoder.
     pub(crate) config: DecoderConfig,
     /// All tensors, by Hugging Face name.
     pub(crate) table: TensorTable,
+    /// The files that contain the weights.
     pub(crate) files: Vec<PathBuf>,
+    /// What was opened.
     pub(crate) origin: FileOrigin,
     /// What error messages call the model.
     pub(crate) name: String,
@@ -31,13 +34,21 @@ pub(crate) struct FileContents {
     pub(crate) id: Option<String>,
 }
 
+/// What a model was opened from.
 pub(crate) enum FileOrigin {
+    /// A Hugging Face directory.
     Directory(PathBuf),
+    /// A GGUF file.
     Gguf(PathBuf, Box<Gguf>),
+    /// Texts compiled into the program: (file name, text).
     Embedded(Vec<(&'static str, String)>),
 }
 
 impl FileContents {
+    /// Opens a directory, a `.gguf` file or a model of the hub.
+    ///
+    /// # Errors
+    /// If a file is missing, cut off or damaged, or the model is of a kind that is not supported.
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let Resolved { path, id } = resolve(path)?;
         Ok(Self { id, ..Self::open_path(&path)? })
@@ -64,9 +75,9 @@ impl FileContents {
         let mut table = TensorTable::default();
         for tensor in gguf.tensors() {
             if ["rope_freqs.weight", "rope_factors_short.weight", "rope_factors_long.weight"].contains(&&*tensor.name) {
-                continue; // in the configuration
+                continue; // part of the configuration
             }
-            // Leaving one out would be another model: experts come under names of their own.
+            // Ignoring an unknown tensor would change the model (experts, for one, have names of their own).
             let hf_name = gguf_names::hf_name(&config, &tensor.name).ok_or_else(|| {
                 invalid!("{name}: the tensor {} is none of a {} decoder's", tensor.name, config.names().model_type)
             })?;
@@ -119,6 +130,10 @@ impl FileContents {
         Ok(Self { config, table, files, origin: FileOrigin::Directory(dir.to_owned()), name, id: None })
     }
 
+    /// Reads the tokenizer.
+    ///
+    /// # Errors
+    /// If the model has none, or it cannot be read.
     pub(crate) fn read_tokenizer(&self) -> Result<Tokenizer> {
         match &self.origin {
             FileOrigin::Directory(dir) => Tokenizer::from_dir(dir),
@@ -135,20 +150,25 @@ impl FileContents {
         }
     }
 
-    /// What was opened, for messages.
+    /// Name of the model in error messages.
     pub(crate) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Whether the weights lie in mapped files: they are compiled in otherwise.
+    /// Whether the weights are in mapped files; otherwise they are compiled in.
     pub(crate) fn is_mapped(&self) -> bool {
         !self.files.is_empty()
     }
 
+    /// All tensors: (Hugging Face name, shape, type).
     pub(crate) fn tensors(&self) -> impl Iterator<Item = (&str, &[usize], StorageDType)> {
         self.table.tensors.iter().map(|(name, stored)| (name.as_str(), stored.shape.as_slice(), stored.dtype))
     }
 
+    /// The stored tensor of this Hugging Face name.
+    ///
+    /// # Errors
+    /// If it is missing, of another shape, or of a type that cannot be unpacked.
     pub(crate) fn stored(&self, hf_name: &str, shape: &[usize]) -> Result<&StoredTensor> {
         let Some(stored) = self.table.tensors.get(hf_name) else {
             if let Some(dtype) = self.table.unread.get(hf_name) {
@@ -169,6 +189,10 @@ impl FileContents {
         Ok(stored)
     }
 
+    /// The (rows, cols) matrix of this Hugging Face name, as stored.
+    ///
+    /// # Errors
+    /// Those of [`FileContents::stored`]; if its rows are not whole heads where that matters.
     pub(crate) fn weight(&self, hf_name: &str, rows: usize, cols: usize) -> Result<Weight> {
         if self.table.tensors.get(hf_name).is_some_and(|s| s.form == StoredForm::Transposed) {
             let stored = self.stored(hf_name, &[cols, rows])?;
@@ -184,6 +208,7 @@ impl FileContents {
         Ok(weight.with_row_order(order))
     }
 
+    /// See [`super::ModelFiles::fingerprint`].
     pub(crate) fn fingerprint(&self) -> String {
         const WHOLE: usize = 64 << 10;
         const WINDOW: usize = 4 << 10;
@@ -191,7 +216,7 @@ impl FileContents {
         let mut hash = Sha256::new();
         for (name, stored) in &self.table.tensors {
             let bytes = stored.bytes.get();
-            // Length first, so that no two lists of names and shapes spell the same bytes.
+            // Lengths first, so that different names and shapes cannot give the same bytes.
             hash.update((name.len() as u64).to_le_bytes());
             hash.update(name);
             hash.update(stored.dtype.name());
@@ -207,7 +232,7 @@ impl FileContents {
                 let start = (bytes.len() - WINDOW) / (WINDOWS - 1) * i;
                 hash.update(&bytes[start..start + WINDOW]);
             }
-            // The system maps sixteen pages for one that is read: half of a base that was quantised would stay in memory.
+            // The system maps sixteen pages per page read, so half of a quantised base would stay in memory without this.
             stored.bytes.release();
         }
         hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()

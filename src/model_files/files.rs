@@ -19,16 +19,17 @@ use crate::model_files::tensor_table::{StoredForm, TensorTable};
 use crate::ops::weight::{Bytes, StorageDType, Weight};
 use crate::tokenizer::Tokenizer;
 
-/// An opened base model. Tensors stay where they are mapped until a layer reads them.
+/// An opened base model. Its tensors stay memory-mapped until they are used.
 pub struct ModelFiles {
     contents: FileContents,
     tokenizer: Tokenizer,
+    /// Type that dense matrices are quantised to as they are read.
     quantise: Option<StorageDType>,
 }
 
 impl ModelFiles {
     /// Opens a Hugging Face directory (config.json, model.safetensors or model.safetensors.index.json with its
-    /// shards, tokenizer.json) or a `.gguf` file; or a model of the hub by its id, see
+    /// shards, tokenizer.json), a `.gguf` file, or a model of the hub by its id, see
     /// [`super::resolve::resolve`]. Weights are memory-mapped: the files must not change while they are in use.
     ///
     /// # Errors
@@ -39,10 +40,10 @@ impl ModelFiles {
         Ok(Self::joined(contents, tokenizer))
     }
 
-    /// A model that is compiled into the program: the texts of its four JSON files and one safetensors file.
+    /// A model compiled into the program: the texts of its four JSON files, and one safetensors file.
     ///
     /// # Errors
-    /// As [`ModelFiles::open`].
+    /// Those of [`ModelFiles::open`].
     pub fn from_embedded(
         config: &str,
         generation_config: &str,
@@ -73,41 +74,42 @@ impl ModelFiles {
         Ok(Self::joined(contents, tokenizer))
     }
 
+    /// A model from its contents and tokenizer.
     fn joined(contents: FileContents, tokenizer: Tokenizer) -> Self {
         let tokenizer = tokenizer.for_model(&contents.config.eos_token_ids, contents.config.vocab_size);
         Self { contents, tokenizer, quantise: None }
     }
 
-    /// Has [`ModelFiles::weight`] hand dense matrices out as `dtype`, each made as it is asked for, so that the dense
-    /// model never lies in memory. The tables of the vocabulary become q8_0, since logits and embeddings suffer most;
-    /// what is quantised already, and rows that no block fits, stay as they are stored.
+    /// Makes [`ModelFiles::weight`] quantise dense matrices to `dtype`, one at a time as they are read, so that the dense model
+    /// is never in memory as a whole. Embedding and lm_head become q8_0, since they lose most by quantisation. Matrices that
+    /// are already quantised, or whose rows are no multiple of a block, stay as stored.
     #[must_use]
     pub fn quantised(mut self, dtype: Option<StorageDType>) -> Self {
         self.quantise = dtype;
         self
     }
 
-    /// All but the tokenizer.
+    /// The configuration and tensors, without the tokenizer.
     pub(crate) fn contents(&self) -> &FileContents {
         &self.contents
     }
 
-    /// The decoder's shape.
+    /// Configuration of the decoder.
     pub fn config(&self) -> &DecoderConfig {
         &self.contents.config
     }
 
-    /// The tokenizer; its ends of text include the configuration's.
+    /// The tokenizer; its end-of-sequence tokens include the configuration's.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.tokenizer
     }
 
-    /// What the model is called on the hub, where it was opened by that name.
+    /// The model's id on the hub, if it was opened by that id.
     pub fn id(&self) -> Option<&str> {
         self.contents.id.as_deref()
     }
 
-    /// What was opened; `None` for an embedded model.
+    /// The opened path; `None` for an embedded model.
     pub fn path(&self) -> Option<&Path> {
         match &self.contents.origin {
             FileOrigin::Directory(path) | FileOrigin::Gguf(path, _) => Some(path),
@@ -115,7 +117,7 @@ impl ModelFiles {
         }
     }
 
-    /// The container, where the model is a GGUF file.
+    /// The GGUF container, if the model is one.
     pub fn gguf(&self) -> Option<&Gguf> {
         match &self.contents.origin {
             FileOrigin::Gguf(_, gguf) => Some(gguf),
@@ -123,18 +125,17 @@ impl ModelFiles {
         }
     }
 
-    /// The files that hold the weights.
+    /// The files that contain the weights.
     pub fn files(&self) -> &[PathBuf] {
         &self.contents.files
     }
 
-    /// Whether there is a tensor of this Hugging Face name.
+    /// Whether the model has a tensor of this Hugging Face name.
     pub fn has(&self, hf_name: &str) -> bool {
         self.contents.table.tensors.contains_key(hf_name)
     }
 
-    /// The (rows, cols) matrix of this Hugging Face name, as stored. q and k of a GGUF come in Hugging Face's row
-    /// order.
+    /// The (rows, cols) matrix of this Hugging Face name, as stored, with rows in Hugging Face's order.
     ///
     /// # Errors
     /// If it is missing, of another shape, or of a type that cannot be unpacked.
@@ -156,7 +157,7 @@ impl ModelFiles {
         let stored = self.contents.stored(hf_name, &[len])?;
         Ok(match stored.form {
             StoredForm::Rows(order) => {
-                // One number a row, if the type's blocks allow it: vectors are stored dense.
+                // One number per row, which works for dense types: vectors are stored dense.
                 Weight::new(stored.bytes.clone(), stored.dtype, len, 1)?.with_row_order(order).to_f32()
             }
             form => {
@@ -169,22 +170,22 @@ impl ModelFiles {
         })
     }
 
-    /// All tensors by name: (Hugging Face name, shape, type).
+    /// All tensors, by name: (Hugging Face name, shape, type).
     pub fn tensors(&self) -> impl Iterator<Item = (&str, &[usize], StorageDType)> {
         self.contents.tensors()
     }
 
-    /// Which weights these are: 64 hex digits, equal for equal tensors wherever the files lie. An identity and no
-    /// integrity check: of a tensor above 64 KiB, sixteen windows of 4 KiB are read.
+    /// Digest of the weights: 64 hex digits, equal for equal tensors whatever the files are called. It identifies a model and is
+    /// not an integrity check: of a tensor above 64 KiB, sixteen windows of 4 KiB are hashed.
     pub fn fingerprint(&self) -> String {
         self.contents.fingerprint()
     }
 
-    /// (file name, bytes) of what goes beside the weights of a Hugging Face model: the configuration and the
-    /// tokenizer. A directory's own files; for a GGUF, their equivalents made from its metadata.
+    /// (file name, bytes) of the configuration and tokenizer files of a Hugging Face model: a directory's own files, or their
+    /// equivalents made from the metadata of a GGUF file.
     ///
     /// # Errors
-    /// If a file has gone since, or the GGUF's configuration cannot be written as a config.json.
+    /// If a file was removed meanwhile, or the GGUF file's configuration cannot be expressed as a config.json.
     pub fn side_files(&self) -> Result<Vec<(String, Vec<u8>)>> {
         match &self.contents.origin {
             FileOrigin::Embedded(files) => {

@@ -1,5 +1,7 @@
-//! A GGUF file's metadata -> [`DecoderConfig`]. What the format leaves to the reader (which layers have a window, the
-//! second rope base of Gemma 3) is as llama.cpp has it. Read hf.rs for the other container.
+//! Metadata of a GGUF file -> [`DecoderConfig`].
+//!
+//! What the format leaves to the reader (which layers have a window, the second rope base of Gemma 3) is as in llama.cpp. It
+//! does not depend on tokenizers or weights. Read `model/config/hf.rs` for Hugging Face's config.json.
 
 use anyhow::Result;
 
@@ -12,7 +14,7 @@ use crate::model_files::gguf::{Gguf, Value};
 use crate::ops::activation::Activation;
 use crate::ops::weight::StorageDType;
 
-/// The architectures that are read, by `general.architecture`.
+/// Supported architectures, by `general.architecture`.
 const ARCHITECTURES: [(&str, Family); 12] = [
     ("llama", Family::Llama),
     ("qwen2", Family::Qwen2),
@@ -28,7 +30,7 @@ const ARCHITECTURES: [(&str, Family); 12] = [
     ("smollm3", Family::SmolLm3),
 ];
 
-/// Metadata of one architecture, with errors that name the key.
+/// Typed access to the metadata of one architecture, with errors that name the key.
 struct Keys<'a> {
     gguf: &'a Gguf,
     architecture: &'a str,
@@ -62,11 +64,11 @@ impl Keys<'_> {
     }
 }
 
-/// Reads a GGUF file's metadata (`{architecture}.*`, `tokenizer.ggml.*_token_id`) and its factors of rotary
+/// Reads the metadata of a GGUF file (`{architecture}.*`, `tokenizer.ggml.*_token_id`) and its factors of rotary
 /// frequencies.
 ///
 /// # Errors
-/// If the architecture is not known, or a number is missing or cannot be.
+/// If the architecture is not supported, or a number is missing or out of range.
 pub fn decoder_config(gguf: &Gguf) -> Result<DecoderConfig> {
     let file = gguf.name();
     let architecture = gguf.string("general.architecture")?.unwrap_or("(none)");
@@ -131,7 +133,7 @@ pub fn decoder_config(gguf: &Gguf) -> Result<DecoderConfig> {
 }
 
 impl Keys<'_> {
-    /// Where the family is no Llama.
+    /// Sets the fields in which the family differs from Llama.
     fn depart(&self, c: &mut DecoderConfig) -> Result<()> {
         match c.family {
             Family::Llama => self.biases(c),
@@ -146,7 +148,7 @@ impl Keys<'_> {
             }
             Family::SmolLm3 => {
                 self.biases(c);
-                // The file does not say which layers do not turn: every fourth.
+                // The file does not list the layers without rotary embeddings: every fourth.
                 c.layers.iter_mut().skip(3).step_by(4).for_each(|l| l.rope = LayerRope::None);
             }
             Family::Qwen3 => c.qk_norm = QkNorm::PerHead,
@@ -178,7 +180,7 @@ impl Keys<'_> {
         }
         if matches!(c.family, Family::Gemma2 | Family::Gemma3) {
             c.placement = Placement::Around;
-            // Only the largest of each takes the width of a head from the hidden size.
+            // Only the largest model of each family scales by hidden size / heads.
             let largest = if c.family == Family::Gemma2 { 46 } else { 62 };
             let scalar =
                 if c.num_hidden_layers == largest { c.hidden_size / c.num_attention_heads } else { c.head_dim };
@@ -199,14 +201,14 @@ impl Keys<'_> {
         Ok(())
     }
 
-    /// Which maps have a bias, where files of the same architecture differ: what is there says.
+    /// Sets which maps have a bias from the tensors in the file, since files of one architecture differ.
     fn biases(&self, c: &mut DecoderConfig) {
         let there = |part: &str| self.gguf.tensor(&format!("blk.0.{part}.bias")).is_some();
         c.biases = Biases { qkv: there("attn_q"), attention_out: there("attn_output"), mlp: there("ffn_up") };
     }
 
-    /// Windows on the layers that `sliding_window_pattern` names, one by one or as all but every n-th; on all but every
-    /// `usual`-th where it is missing.
+    /// Sets windows on the layers that `sliding_window_pattern` selects, as a list or as all but every n-th; on all but every
+    /// `usual`-th if it is missing.
     fn windows(&self, c: &mut DecoderConfig, window: usize, usual: usize) -> Result<()> {
         let key = self.name("attention.sliding_window_pattern");
         let listed: Vec<bool> = match self.gguf.get(&key) {
@@ -225,7 +227,7 @@ impl Keys<'_> {
         Ok(())
     }
 
-    /// The scaling; factors that begin past the original context end `context` there.
+    /// Reads the rope scaling. `context` is limited to the original context if other factors apply above it.
     fn rope_scaling(&self, context: &mut usize) -> Result<RopeScaling> {
         let (gguf, file) = (self.gguf, self.gguf.name());
         for (name, long) in [("rope_freqs.weight", false), ("rope_factors_short.weight", true)] {

@@ -1,4 +1,4 @@
-//! Small models written to temporary directories, whole and broken.
+//! Tests of opening small models in temporary directories, valid and damaged.
 
 use crate::model_files::ModelFiles;
 use crate::model_files::gguf::tests::Writer;
@@ -43,7 +43,7 @@ fn weights() -> Vec<u8> {
     ])
 }
 
-/// A directory that opens; tests break one file of it.
+/// A valid model directory, of which tests damage one file.
 pub(crate) fn directory() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
@@ -157,7 +157,7 @@ fn a_ggufs_side_files_open_again_as_a_hugging_face_model() {
 }
 
 #[test]
-fn safetensors_cut_anywhere_or_damaged_are_refused_or_read_without_a_panic() {
+fn truncated_or_damaged_safetensors_do_not_panic() {
     let dir = directory();
     let (path, whole) = (dir.path().join("model.safetensors"), weights());
     for len in (0..whole.len()).step_by(64).chain([1, 7, 8, 9, whole.len() - 1]) {
@@ -172,9 +172,9 @@ fn safetensors_cut_anywhere_or_damaged_are_refused_or_read_without_a_panic() {
     }
 }
 
-/// Headers that the safetensors library would never write.
+/// Headers that the safetensors crate never writes.
 #[test]
-fn safetensors_whose_header_lies_are_refused() {
+fn safetensors_with_invalid_headers_are_refused() {
     let dir = directory();
     let path = dir.path().join("model.safetensors");
     let file = |length: Option<u64>, header: &str, data: usize| {
@@ -187,7 +187,7 @@ fn safetensors_whose_header_lies_are_refused() {
     };
     let one = |text: String| format!("{{{text}}}");
     let all = |header: &str, data: usize| file(None, header, data);
-    for said in [
+    for message in [
         file(Some(1 << 40), "{}", 0),
         file(Some(u64::MAX), "{}", 0),
         file(Some(400), &one(of("a", "[1]", 0, 4)), 4),
@@ -201,7 +201,7 @@ fn safetensors_whose_header_lies_are_refused() {
         all("[]", 0),
         all("\u{0}\u{1}", 0),
     ] {
-        assert!(said.contains("model.safetensors") && said.contains("fetch it again"), "{said}");
+        assert!(message.contains("model.safetensors") && message.contains("fetch it again"), "{message}");
     }
 }
 
@@ -245,7 +245,7 @@ fn an_index_cannot_point_outside_of_the_directory() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn missing_files_are_named() {
     for (file, says) in [
         ("config.json", "no config.json"),
         ("model.safetensors", "neither model.safetensors nor"),
@@ -263,7 +263,7 @@ fn what_is_missing_is_named() {
 }
 
 #[test]
-fn a_token_without_an_embedding_is_refused_when_it_comes_up() {
+fn tokens_without_an_embedding_are_refused_when_encoded() {
     let dir = directory();
     let mut tokenizer = tokenizer();
     tokenizer["model"]["vocab"]["extra"] = json!(4);

@@ -17,7 +17,7 @@ fn with(config: Value, map: Option<&str>, template: Option<&str>) -> Result<Toke
 }
 
 #[test]
-fn special_tokens_and_templates_are_found_in_each_of_their_spellings() {
+fn special_tokens_and_templates_are_read_in_all_their_spellings() {
     let map = Some(r#"{"eos_token": "a", "bos_token": {"content": "b"}}"#);
     let t = with(json!({"eos_token": {"content": "<end>"}, "bos_token": null, "pad_token": "a"}), map, None).unwrap();
     assert_eq!((t.eos_id(), t.bos_id(), t.pad_id(), t.chat_template()), (Some(3), Some(2), Some(1), None));

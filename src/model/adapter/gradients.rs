@@ -6,33 +6,33 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
-use crate::model::adapter::targets::{MAX_LINEARS, TargetModule};
+use crate::model::adapter::shapes::{MAX_LINEARS, TargetModule};
 pub use crate::ops::linear::BranchGradient;
 
-/// Gradients in an adapter's layout. What is `None` counts as zero in a sum; [`TrainableAdapter::flat_gradients`]
-/// refuses it when it comes to the step.
+/// Gradients in the layout of an adapter. `None` counts as zero in a sum;
+/// [`flat_gradients`](crate::model::adapter::TrainableAdapter::flat_gradients) refuses it before an optimizer step.
 #[derive(Clone, Debug, Default)]
 pub struct Gradients {
-    /// Of each branch, indexed like `Adapter::layers`.
+    /// Gradients of the blocks' branches, indexed like `Adapter::layers`.
     pub layers: Vec<[Option<BranchGradient>; MAX_LINEARS]>,
-    /// Of those outside of the blocks, by [`NonBlockModule`].
+    /// Gradients of the branches outside of the blocks, by [`NonBlockModule`](crate::model::adapter::NonBlockModule).
     pub outer: [Option<BranchGradient>; 4],
-    /// (1, D) f32.
+    /// Gradient of the scalar head's weight, (1, D) f32.
     pub head_weight: Option<Tensor>,
-    /// (1,) f32.
+    /// Gradient of the scalar head's bias, (1) f32.
     pub head_bias: Option<Tensor>,
 }
 
 impl Gradients {
-    /// Nothing yet, for `layers` blocks.
+    /// No gradient, for `layers` blocks.
     pub fn none(layers: usize) -> Self {
         Self { layers: (0..layers).map(|_| Default::default()).collect(), ..Self::default() }
     }
 
-    /// Adds another micro-batch's gradients.
+    /// Adds the gradients of another micro-batch.
     ///
     /// # Errors
-    /// If the layers or a shape differ.
+    /// If the number of layers or a shape differs.
     pub fn add(&mut self, other: Self) -> Result<()> {
         let (have, more) = (self.layers.len(), other.layers.len());
         anyhow::ensure!(have == more, "gradients of {have} and of {more} layers cannot be added");
@@ -62,7 +62,7 @@ impl Gradients {
         Ok(())
     }
 
-    /// That of the branch at a place.
+    /// Gradient of the branch on one target module.
     pub fn at(&self, slot: TargetModule) -> Option<&BranchGradient> {
         match slot {
             TargetModule::Block { layer, linear } => self.layers.get(layer)?.get(linear)?.as_ref(),
@@ -71,7 +71,7 @@ impl Gradients {
     }
 }
 
-/// What is `None` counts as zero.
+/// Sum of two gradients of one branch; `None` counts as zero.
 pub(crate) fn sum(one: Option<BranchGradient>, other: Option<BranchGradient>) -> Result<Option<BranchGradient>> {
     Ok(match (one, other) {
         (Some(one), Some(other)) => Some(BranchGradient {

@@ -9,23 +9,23 @@ use candle_core::{Device, Tensor};
 use crate::invalid;
 use crate::model::adapter::branch::{Factor, HEAD_BIAS, HEAD_WEIGHT, factor_name};
 use crate::model::adapter::gradients::Gradients;
-use crate::model::adapter::targets::{MAX_LINEARS, NonBlockModule, TargetModule};
+use crate::model::adapter::shapes::{MAX_LINEARS, NonBlockModule, TargetModule};
 use crate::model::adapter::weights::{Adapter, check_tensor};
 
 impl Adapter {
-    /// A trainable copy; this adapter stays as it is. The head's bias does not train (see [`HeadBias`]).
+    /// A trainable copy of this adapter, which itself stays frozen. The head's bias is fixed (see [`HeadBias`]).
     pub fn to_trainable(&self) -> TrainableAdapter {
         TrainableAdapter::of(self.clone())
     }
 }
 
-/// Whether the scalar head's bias is a parameter. Fixed is the default: a pairwise loss is blind to it, so what
-/// reaches it is rounding noise, and Adam would scale that noise up to full steps.
+/// Whether the scalar head's bias is a parameter. It is fixed by default: a pairwise loss does not depend on it, so its
+/// gradient is rounding noise, which Adam would scale up to full steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HeadBias {
-    /// It keeps its value.
+    /// The bias keeps its value.
     Fixed,
-    /// It is the last parameter, of shape (1,). For a critic.
+    /// The bias is the last parameter, of shape (1): for a critic.
     Trained,
 }
 
@@ -41,10 +41,10 @@ impl TrainableAdapter {
         Self { adapter, head_bias: HeadBias::Fixed }
     }
 
-    /// With the head's bias trained or not.
+    /// The same adapter with the head's bias trained or fixed.
     ///
     /// # Errors
-    /// If it shall train and there is no head.
+    /// If the bias is to be trained and there is no head.
     pub fn with_head_bias(mut self, head_bias: HeadBias) -> Result<Self> {
         if head_bias == HeadBias::Trained && self.adapter.head.is_none() {
             return Err(invalid!("this adapter has no scalar head whose bias could train; make one with with_head"));
@@ -53,27 +53,27 @@ impl TrainableAdapter {
         Ok(self)
     }
 
-    /// The weights as they are now. The borrow ends before the next [`Self::replace`].
+    /// The current weights. The borrow must end before the next [`Self::replace`].
     pub fn view(&self) -> &Adapter {
         &self.adapter
     }
 
-    /// The weights as they are now, frozen.
+    /// The current weights as a frozen adapter.
     pub fn snapshot(&self) -> Adapter {
         self.adapter.clone()
     }
 
-    /// The parameters' names in flat order: [`Adapter::named_tensors`], then the head's bias where it trains.
+    /// Names of the parameters in flat order: [`Adapter::named_tensors`], then the head's bias if it is trained.
     pub fn names(&self) -> Vec<String> {
         let mut names: Vec<String> = self.adapter.named_tensors().into_iter().map(|(name, _)| name).collect();
         names.extend(self.trained_bias().map(|_| HEAD_BIAS.to_string()));
         names
     }
 
-    /// The parameters in flat order, for an optimizer to replace.
+    /// Parameters in flat order, for an optimizer to replace.
     ///
     /// # Errors
-    /// Only if the bias's tensor cannot be made.
+    /// If a tensor cannot be created.
     pub fn parameters(&self) -> Result<Vec<Tensor>> {
         let mut flat = Vec::new();
         for (_, pair) in self.adapter.pairs() {
@@ -88,10 +88,10 @@ impl TrainableAdapter {
         Ok(flat)
     }
 
-    /// Takes stepped parameters in flat order. All or nothing.
+    /// Replaces all parameters, in flat order, after an optimizer step. On error none is replaced.
     ///
     /// # Errors
-    /// If their number, a shape or a type differs from [`Self::parameters`].
+    /// If the number of parameters, a shape or a type differs from [`Self::parameters`].
     pub fn replace(&mut self, parameters: Vec<Tensor>) -> Result<()> {
         let names = self.names();
         anyhow::ensure!(
@@ -110,7 +110,7 @@ impl TrainableAdapter {
         let mut new = parameters.into_iter();
         let adapter = &mut self.adapter;
         let frozen = adapter.frozen_half;
-        // All are made before any is put in its place.
+        // All new branches are built before the first is replaced.
         let mut made = vec![];
         for slot in adapter.pairs_mut() {
             let mut pair = slot.clone();
@@ -141,7 +141,7 @@ impl TrainableAdapter {
         Ok(())
     }
 
-    /// The part of a factor, or of its gradient, that trains: all of it, or the first half of the rank.
+    /// The trained part of a factor or of its gradient: all of it, or the first half of the rank where the second is frozen.
     pub(crate) fn trained(&self, factor: &Tensor, rank_dim: usize) -> Result<Tensor> {
         Ok(match self.adapter.frozen_half {
             true => factor.narrow(rank_dim, 0, factor.dims()[rank_dim] / 2)?.contiguous()?,
@@ -153,10 +153,10 @@ impl TrainableAdapter {
         self.adapter.head.as_ref().filter(|_| self.head_bias == HeadBias::Trained).map(|head| head.bias)
     }
 
-    /// Leaves of every factor's gradient only what trains: for an adapter with a frozen half, the first half of the rank.
+    /// Reduces every factor's gradient to its trained part: for an adapter with a frozen half, the first half of the rank.
     ///
     /// # Errors
-    /// If a gradient is no matrix.
+    /// If a gradient is not a matrix.
     pub fn without_frozen(&self, mut gradients: Gradients) -> Result<Gradients> {
         if self.view().frozen_half() {
             for g in gradients.layers.iter_mut().flatten().chain(&mut gradients.outer).flatten() {
@@ -166,11 +166,11 @@ impl TrainableAdapter {
         Ok(gradients)
     }
 
-    /// The gradients in flat order, after [`Self::without_frozen`].
+    /// Gradients in the flat order of [`Self::parameters`], after [`Self::without_frozen`].
     ///
     /// # Errors
     /// If a parameter has no gradient, a gradient has no parameter, or a shape differs; the message names the tensor.
-    /// A gradient for a fixed bias is left out, because every backward of a head has one.
+    /// The gradient of a fixed bias is ignored, because the backward pass of a head always returns one.
     pub fn flat_gradients<'g>(&self, gradients: &'g Gradients) -> Result<Vec<&'g Tensor>> {
         let adapter = self.view();
         anyhow::ensure!(
@@ -181,8 +181,7 @@ impl TrainableAdapter {
         );
         let mut flat = Vec::new();
         let mut take = |dims: &[usize], gradient: Option<&'g Tensor>, name: String| -> Result<()> {
-            let gradient =
-                gradient.with_context(|| format!("{name} got no gradient: the backward pass left it out"))?;
+            let gradient = gradient.with_context(|| format!("{name} got no gradient from the backward pass"))?;
             check_tensor(gradient, dims, &format!("the gradient of {name}"))?;
             flat.push(gradient);
             Ok(())
@@ -256,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn gradients_add_up_and_scale_in_the_parameters_order() {
+    fn gradients_are_summed_and_scaled_in_the_order_of_the_parameters() {
         let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
         let mut sum = Gradients::none(3);
         sum.add(ones(&adapter, 1.0)).unwrap();
@@ -264,7 +263,7 @@ mod tests {
         sum.scale(0.5).unwrap();
         let learner = adapter.to_trainable();
         let flat = learner.flat_gradients(&sum).unwrap();
-        assert_eq!(flat.len(), learner.parameters().unwrap().len(), "a fixed bias has no place");
+        assert_eq!(flat.len(), learner.parameters().unwrap().len(), "a fixed bias is not a parameter");
         for (gradient, parameter) in flat.iter().zip(learner.parameters().unwrap()) {
             assert_eq!(gradient.dims(), parameter.dims());
             assert!(values(gradient).iter().all(|&g| g == 1.5));
@@ -274,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn a_missing_a_surplus_and_a_misshapen_gradient_are_named() {
+    fn missing_surplus_and_misshapen_gradients_are_refused_by_name() {
         let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
         let learner = adapter.to_trainable();
         let refusal = |gradients: &Gradients| learner.flat_gradients(gradients).unwrap_err().to_string();
@@ -294,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn a_snapshot_and_the_source_stay_when_the_learner_steps() {
+    fn snapshot_and_source_do_not_change_when_the_learner_steps() {
         let source = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
         let mut learner = source.to_trainable().with_head_bias(HeadBias::Trained).unwrap();
         let snapshot = learner.snapshot();
@@ -311,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn a_wrong_replacement_is_refused_and_changes_nothing() {
+    fn refused_parameters_change_nothing() {
         let source = Adapter::init(config(), SHAPES, 3).unwrap();
         let mut learner = source.to_trainable();
         let mut bad: Vec<Tensor> = learner.parameters().unwrap().iter().map(|t| (t + 1.0).unwrap()).collect();

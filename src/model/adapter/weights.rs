@@ -8,37 +8,36 @@ use candle_core::{DType, Device, Tensor};
 
 use crate::invalid;
 use crate::model::adapter::branch::{Factor, HEAD_WEIGHT, LoraLayer, factor_name};
-use crate::model::adapter::targets::{
-    LinearShapes, LoraConfig, MAX_LINEARS, NonBlockModule, TargetModule, TargetModules,
-};
+use crate::model::adapter::shapes::{LinearShapes, MAX_LINEARS, NonBlockModule, TargetModule};
+use crate::model::adapter::targets::{LoraConfig, TargetModules};
 use crate::rng::{SplitMix64, derive};
 
-/// The scalar head of a reward model or critic: `score = weight · hidden + bias`, hidden after the final norm.
+/// The scalar head of a reward model or critic: `score = weight · hidden + bias`, on hidden states after the final norm.
 #[derive(Clone, Debug)]
 pub struct ScoreHead {
-    /// (1, D) f32.
+    /// Weight, (1, D) f32.
     pub weight: Tensor,
-    /// In score units. PEFT's head has none; a file carries it only where it is not 0.
+    /// Bias, in score units. PEFT's head has none; a file contains it only if it is not 0.
     pub bias: f32,
 }
 
-/// What an adapter was trained over, as far as it is known.
+/// The base that an adapter was trained over, as far as it is known.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Provenance {
     /// PEFT's `base_model_name_or_path`.
     pub base_model: Option<String>,
-    /// A digest of the base's weights.
+    /// Digest of the base's weights: `Base::fingerprint`.
     pub base_fingerprint: Option<String>,
 }
 
-/// The branches of one block, in the order of [`LinearShapes::linears`].
+/// Branches of one block, in the order of [`LinearShapes::linears`].
 pub type LoraLayers = [Option<LoraLayer>; MAX_LINEARS];
 
-/// The branches outside of the blocks, in the order of [`NonBlockModule::ALL`].
+/// Branches outside of the blocks, in the order of [`NonBlockModule::ALL`].
 pub type NonBlockLayers = [Option<LoraLayer>; 4];
 
-/// Read-only adapter. A tensor's storage is never written here (an optimizer makes new tensors), so a clone is a
-/// frozen deep copy in effect and costs nothing.
+/// A read-only adapter. The storage of a tensor is never written (an optimizer creates new tensors), so a clone is in
+/// effect a frozen deep copy and costs nothing.
 ///
 /// ```
 /// # use fourfold::model::adapter::*;
@@ -51,7 +50,7 @@ pub type NonBlockLayers = [Option<LoraLayer>; 4];
 /// learner.replace(stepped)?;
 /// # Ok::<(), anyhow::Error>(())
 /// ```
-/// A frozen adapter has no such method:
+/// A read-only adapter has no `replace`:
 /// ```compile_fail,E0599
 /// # use fourfold::model::adapter::*;
 /// # let shapes = LinearShapes::llama(1, 4, 4, 4, 8);
@@ -73,8 +72,8 @@ pub struct Adapter {
     pub(crate) frozen_half: bool,
 }
 
-/// The start of a branch's A; B starts at zero, so that the adapted model starts as the base. A token table's branch
-/// starts the other way round whatever the choice, as in PEFT: A at zero, B standard normal.
+/// Initial values of factor A; factor B starts at zero, so that the adapted model starts equal to the base. On the
+/// embedding matrix it is the other way round, as in PEFT: A starts at zero, B standard normal.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Init {
     /// PEFT's default, kaiming-uniform with a = sqrt(5) over the inputs: U(±1/sqrt(in)).
@@ -82,14 +81,14 @@ pub enum Init {
     KaimingUniform,
     /// PEFT's "gaussian": normal of standard deviation 1/r.
     Gaussian,
-    /// DeepSpeed-Chat's, which draws the same over a matrix that lies the other way round: U(±1/sqrt(r)). Its scale is
+    /// DeepSpeed-Chat's: kaiming-uniform of the transposed matrix, U(±1/sqrt(r)). DeepSpeed-Chat's scale corresponds to
     /// `lora_alpha` = 1.
     DeepSpeedChat,
 }
 
-/// Streams of [`Adapter::init`]'s random numbers.
+/// Random stream of the scalar head; no layer has this number.
 const HEAD_STREAM: u64 = u64::MAX;
-/// Of the maps outside of the blocks; no layer has this number.
+/// Random stream of the branches outside of the blocks; no layer has this number.
 const OUTER_STREAM: u64 = u64::MAX - 1;
 
 impl Adapter {
@@ -101,11 +100,11 @@ impl Adapter {
         Self::init_as(config, shapes, seed, Init::default())
     }
 
-    /// A fresh adapter. Each matrix has its own random stream: adding a target leaves the others as they were. With
-    /// `use_dora` the magnitudes are the base's to give: [`crate::model::init::dora::with_magnitudes`].
+    /// A freshly initialised adapter. Each matrix has its own random stream, so that adding a target does not change the
+    /// others. DoRA's magnitudes are computed from the base: [`crate::model::init::dora::with_magnitudes`].
     ///
     /// # Errors
-    /// Those of [`LoraConfig::select`]; if the config wants DoRA.
+    /// Those of [`LoraConfig::select`]; if the config has `use_dora`.
     pub fn init_as(config: LoraConfig, shapes: LinearShapes, seed: u64, init: Init) -> Result<Self> {
         let mut pairs = vec![];
         for slot in config.select(&shapes)? {
@@ -134,10 +133,10 @@ impl Adapter {
         Self::from_pairs(config, shapes, pairs, None, Provenance::default())
     }
 
-    /// From finished branches of the blocks: [`Adapter::from_pairs`] has those outside, too.
+    /// From finished branches of the blocks; [`Adapter::from_pairs`] also takes those outside of the blocks.
     ///
     /// # Errors
-    /// As for [`Adapter::from_pairs`]; if there are too many or too few blocks.
+    /// Those of [`Adapter::from_pairs`]; if the number of blocks differs.
     pub fn from_parts(
         config: LoraConfig,
         shapes: LinearShapes,
@@ -156,10 +155,11 @@ impl Adapter {
         Self::from_pairs(config, shapes, pairs, head, provenance)
     }
 
-    /// From finished parts: a file's reader and tests.
+    /// From finished branches, as read from a file.
     ///
     /// # Errors
-    /// If a branch is missing or too many for the config, or a tensor is not f32 of the shape that the base asks for.
+    /// If the config selects a module without a branch, or does not select one with a branch, or if a tensor is not f32 of
+    /// the base's shape.
     pub fn from_pairs(
         config: LoraConfig,
         shapes: LinearShapes,
@@ -199,11 +199,11 @@ impl Adapter {
         Ok(adapter)
     }
 
-    /// With a fresh scalar head: normal weights of standard deviation 1/sqrt(D), bias 0. Replaces a head that is there. A
-    /// branch on the output table stays behind: a score does not read it.
+    /// The same adapter with a fresh scalar head: normal weights of standard deviation 1/sqrt(D), bias 0. It replaces an
+    /// existing head. A branch on the lm_head is dropped, because a score does not depend on it.
     ///
     /// # Errors
-    /// If there is no other branch.
+    /// If the lm_head has the only branch.
     pub fn with_head(self, seed: u64) -> Result<Self> {
         let mut scorer = self.without_output_branch()?;
         let d = scorer.shapes.hidden;
@@ -222,7 +222,7 @@ impl Adapter {
         let paths: Vec<String> = self.pairs().map(|(slot, _)| slot).filter(kept).map(|s| self.shapes.path(s)).collect();
         if paths.is_empty() {
             return Err(invalid!(
-                "the only branch is on {}, which a score does not read; add others to target_modules",
+                "the only branch is on {}, which a score does not depend on; add other modules to target_modules",
                 self.shapes.path(TargetModule::NonBlockModule(NonBlockModule::Head))
             ));
         }
@@ -232,7 +232,7 @@ impl Adapter {
         Ok(Self { config, outer, ..self })
     }
 
-    /// With this head, or none.
+    /// The same adapter with this scalar head, or without one.
     ///
     /// # Errors
     /// If its weight is not (1, D) f32.
@@ -244,8 +244,8 @@ impl Adapter {
         Ok(self)
     }
 
-    /// With the second half of every branch's rank frozen: what PiSSA and OLoRA take from the base at the start, kept as
-    /// a branch of its own since a base is never written. See init.rs.
+    /// The same adapter with the second half of every branch's rank frozen: PiSSA and OLoRA subtract the initial branch from
+    /// the base, and since the base is never written, the subtraction is such a half. See `model/init/pissa_olora.rs`.
     ///
     /// # Errors
     /// If a rank is odd.
@@ -257,29 +257,29 @@ impl Adapter {
         Ok(self)
     }
 
-    /// With this LoRA+ ratio; see [`LoraConfig::loraplus_lr_ratio`].
+    /// The same adapter with this LoRA+ ratio; see [`LoraConfig::loraplus_lr_ratio`].
     #[must_use]
     pub fn with_loraplus_lr_ratio(mut self, ratio: f64) -> Self {
         self.config.loraplus_lr_ratio = ratio;
         self
     }
 
-    /// Whether the second half of every branch's rank never trains.
+    /// Whether the second half of every branch's rank is frozen.
     pub fn frozen_half(&self) -> bool {
         self.frozen_half
     }
 
-    /// With this origin.
+    /// The same adapter with this provenance.
     #[must_use]
     pub fn with_provenance(mut self, provenance: Provenance) -> Self {
         self.provenance = provenance;
         self
     }
 
-    /// A copy whose tensors live on `device`.
+    /// A copy whose tensors are on `device`.
     ///
     /// # Errors
-    /// If the device has no room.
+    /// If the device is out of memory.
     pub fn to_device(&self, device: &Device) -> Result<Self> {
         let mut moved = self.clone();
         for pair in moved.pairs_mut() {
@@ -296,27 +296,27 @@ impl Adapter {
         &self.config
     }
 
-    /// The sizes of the base that it fits.
+    /// Linear maps of the base that the adapter fits.
     pub fn shapes(&self) -> &LinearShapes {
         &self.shapes
     }
 
-    /// The branches of every block.
+    /// Branches of all blocks.
     pub fn layers(&self) -> &[LoraLayers] {
         &self.layers
     }
 
-    /// The branch of one map, if it has one. `None` for a layer that does not exist, too.
+    /// The branch of one linear map of a block; `None` if it has none or does not exist.
     pub fn pair(&self, layer: usize, linear: usize) -> Option<&LoraLayer> {
         self.layers.get(layer)?.get(linear)?.as_ref()
     }
 
-    /// The branches outside of the blocks.
+    /// The branch on one module outside of the blocks.
     pub fn outer(&self, outer: NonBlockModule) -> Option<&LoraLayer> {
         self.outer[outer as usize].as_ref()
     }
 
-    /// The branch at a place, if there is one.
+    /// The branch on one target module.
     pub fn at(&self, slot: TargetModule) -> Option<&LoraLayer> {
         match slot {
             TargetModule::Block { layer, linear } => self.pair(layer, linear),
@@ -324,29 +324,28 @@ impl Adapter {
         }
     }
 
-    /// All branches, in the order of [`LinearShapes::slots`].
+    /// All branches with their target modules, in the order of [`LinearShapes::slots`].
     pub fn pairs(&self) -> impl Iterator<Item = (TargetModule, &LoraLayer)> {
         self.shapes.slots().filter_map(|slot| Some((slot, self.at(slot)?)))
     }
 
-    /// The same, to be changed.
+    /// All branches, mutable, in the order of [`Adapter::pairs`].
     pub(crate) fn pairs_mut(&mut self) -> impl Iterator<Item = &mut LoraLayer> {
         self.layers.iter_mut().flatten().chain(&mut self.outer).flatten()
     }
 
-    /// The scalar head of a scorer.
+    /// The scalar head of a value model.
     pub fn head(&self) -> Option<&ScoreHead> {
         self.head.as_ref()
     }
 
-    /// Where it comes from.
+    /// The base it was trained over.
     pub fn provenance(&self) -> &Provenance {
         &self.provenance
     }
 
-    /// Every tensor under the name that PEFT's file gives it: by layer, then by [`LinearShapes::linears`], those outside of
-    /// the blocks after them, A before B before a magnitude, the head's weight last. The head's bias is a number, not a
-    /// tensor, and is not in this list.
+    /// All tensors under their names in PEFT's files: by layer, then by [`LinearShapes::linears`], then outside of the blocks;
+    /// A before B before the magnitude; the head's weight last. The head's bias is not a tensor and is not in this list.
     pub fn named_tensors(&self) -> Vec<(String, &Tensor)> {
         let mut named = Vec::new();
         for (slot, pair) in self.pairs() {
@@ -358,13 +357,14 @@ impl Adapter {
         named
     }
 
-    /// Numbers in all its tensors; the head's bias counts where it is not 0.
+    /// Number of parameters; the head's bias is counted if it is not 0.
     pub fn num_parameters(&self) -> usize {
         let tensors: usize = self.named_tensors().iter().map(|(_, t)| t.elem_count()).sum();
         tensors + usize::from(self.head.as_ref().is_some_and(|h| h.bias != 0.0))
     }
 }
 
+/// Checks that a tensor is f32 of this shape.
 pub(crate) fn check_tensor(tensor: &Tensor, dims: &[usize], name: &str) -> Result<()> {
     if tensor.dims() != dims || tensor.dtype() != DType::F32 {
         return Err(invalid!("{name} is {:?} {:?}, and must be {dims:?} F32", tensor.dims(), tensor.dtype()));
@@ -419,7 +419,7 @@ mod tests {
     }
 
     #[test]
-    fn each_matrix_has_its_own_stream_of_numbers() {
+    fn each_matrix_has_its_own_random_stream() {
         let all = Adapter::init(config(), SHAPES, 3).unwrap();
         let one = LoraConfig { target_modules: TargetModules::List(vec!["v_proj".into()]), ..config() };
         let one = Adapter::init(one, SHAPES, 3).unwrap();
@@ -442,7 +442,7 @@ mod tests {
     }
 
     #[test]
-    fn names_come_by_layer_then_projection_then_factor_with_the_head_last() {
+    fn named_tensors_are_ordered_by_layer_projection_and_factor_with_the_head_last() {
         let adapter = Adapter::init(config(), SHAPES, 3).unwrap().with_head(1).unwrap();
         let names: Vec<String> = adapter.named_tensors().into_iter().map(|(n, _)| n).collect();
         assert_eq!(names.len(), 3 * 7 * 2 + 1);

@@ -6,7 +6,7 @@
 use super::{DecoderConfig, Family, NormStyle, QkNorm};
 use crate::ops::weight::RowOrder;
 
-/// Hugging Face's name of a GGUF's tensor in a decoder of this configuration; `None` for one that it does not have.
+/// Hugging Face's name of a GGUF file's tensor; `None` for a tensor that a decoder of this configuration does not have.
 pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
     let names = config.names();
     match gguf_name {
@@ -20,7 +20,7 @@ pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
         "output_norm" => format!("{}.{kind}", names.final_norm),
         _ => {
             let (layer, part) = path.strip_prefix("blk.")?.split_once('.')?;
-            // The number is parsed and printed again, so that `blk.007` cannot stand for layer 7 beside `blk.7`.
+            // The layer is parsed and printed again, so that `blk.007` cannot stand for layer 7 beside `blk.7`.
             let layer = layer.parse::<u32>().ok().filter(|n| n.to_string() == layer)?;
             format!("{}.{layer}.{}.{kind}", names.blocks, block_part(config, part)?)
         }
@@ -28,7 +28,7 @@ pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
     (kind == "weight" || config.expects_bias(&hf)).then_some(hf)
 }
 
-/// What llama.cpp calls the tensor of this Hugging Face name: the inverse of [`hf_name`].
+/// llama.cpp's name of the tensor with this Hugging Face name: the inverse of [`hf_name`].
 pub fn gguf_name(config: &DecoderConfig, hf: &str) -> Option<String> {
     let names = config.names();
     let (path, kind) = hf.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
@@ -47,12 +47,12 @@ pub fn gguf_name(config: &DecoderConfig, hf: &str) -> Option<String> {
     (kind == "weight" || config.expects_bias(hf)).then_some(found)
 }
 
-/// How a GGUF file keeps the rows of the tensor of this Hugging Face name (llama.cpp `convert_hf_to_gguf.py`).
-pub(crate) fn row_order(config: &DecoderConfig, hf_name: &str) -> RowOrder {
+/// The order in which a GGUF file stores the rows of the tensor with this Hugging Face name.
+pub fn row_order(config: &DecoderConfig, hf_name: &str) -> RowOrder {
     let is = |path: &str| hf_name.contains(path);
     let head_dim = config.head_dim;
     match config.family {
-        // The architectures whose rotation turns neighbours.
+        // llama.cpp rotates neighbouring pairs in these architectures.
         Family::Llama | Family::Mistral | Family::Granite | Family::SmolLm3 if is(".q_proj.") || is(".k_proj.") => {
             RowOrder::RopeInterleaved { head_dim }
         }
@@ -63,12 +63,12 @@ pub(crate) fn row_order(config: &DecoderConfig, hf_name: &str) -> RowOrder {
     }
 }
 
-/// Whether a GGUF file keeps this tensor with 1 added: the norms of Gemma.
-pub(crate) fn adds_one(config: &DecoderConfig, hf_name: &str) -> bool {
+/// Whether a GGUF file stores this tensor with 1 added: the norms of Gemma.
+pub fn adds_one(config: &DecoderConfig, hf_name: &str) -> bool {
     config.norm == NormStyle::RmsPlusOne && hf_name.ends_with("norm.weight")
 }
 
-/// llama.cpp's names of the tensors of a block.
+/// llama.cpp's names of the modules of a block.
 const BLOCK_PARTS: [&str; 14] = [
     "attn_norm",
     "post_attention_norm",
@@ -86,7 +86,7 @@ const BLOCK_PARTS: [&str; 14] = [
     "ffn_down",
 ];
 
-/// The path inside a block of one of its tensors.
+/// Hugging Face's path within a block of the module that llama.cpp calls `part`.
 fn block_part(config: &DecoderConfig, part: &str) -> Option<&'static str> {
     let names = config.names();
     let of = |paths: &'static [&'static str], i: usize, fused: bool| {
@@ -118,7 +118,7 @@ mod tests {
     use crate::model::config::Sizes;
 
     #[test]
-    fn names_map_to_hugging_faces() {
+    fn gguf_names_map_to_hugging_face_names_and_back() {
         let sizes = Sizes {
             vocab: 8,
             hidden: 8,

@@ -1,4 +1,4 @@
-//! Configurations that read alike, and ones that must be refused.
+//! Tests of reading config.json: equivalent spellings, and configurations that must be refused.
 
 use super::hf::object;
 use super::*;
@@ -22,13 +22,13 @@ fn refusal(edit: &[(&str, Value)]) -> String {
 }
 
 #[test]
-fn old_and_new_rope_keys_read_alike_and_survive_a_round_trip() {
+fn old_and_new_rope_keys_are_equivalent_and_survive_a_round_trip() {
     let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192});
     let mut new = scaling.clone();
     new["rope_theta"] = json!(500000.0);
     let old = edited(&[("rope_theta", json!(500000.0)), ("rope_scaling", scaling)]);
-    // What stands outside of rope_parameters must lose: transformers 5 does not read it.
+    // A rope_theta outside of rope_parameters is ignored: transformers 5 does not read it.
     let new = edited(&[("rope_theta", json!(3.0)), ("rope_parameters", new)]);
     let a = DecoderConfig::from_hf(&old, None, "m").unwrap();
     assert_eq!(a, DecoderConfig::from_hf(&new, None, "m").unwrap());
@@ -56,7 +56,7 @@ fn gpt_neos_kinds_of_attention_are_read_and_survive_a_round_trip_and_wrong_ones_
 }
 
 #[test]
-fn ends_of_text_are_gathered_from_both_files() {
+fn end_of_sequence_tokens_are_collected_from_both_files() {
     let both =
         DecoderConfig::from_hf(&edited(&[("eos_token_id", json!([2, 7]))]), Some(r#"{"eos_token_id": [9, 2]}"#), "m");
     assert_eq!(both.unwrap().eos_token_ids, [9, 2, 7]);
@@ -65,7 +65,7 @@ fn ends_of_text_are_gathered_from_both_files() {
 }
 
 #[test]
-fn what_the_decoder_cannot_do_is_refused_by_name() {
+fn unsupported_settings_are_refused_by_name() {
     for (key, value, says) in [
         ("model_type", json!("mamba"), "mamba"),
         ("attention_bias", json!("yes"), "attention_bias"),
@@ -80,7 +80,7 @@ fn what_the_decoder_cannot_do_is_refused_by_name() {
         ("num_attention_heads", json!(-1), "not a positive integer"),
         ("hidden_size", json!(577), "577"),
         ("hidden_size", json!(u64::MAX), "hidden size"),
-        ("head_dim", json!(63), "turn pairs"),
+        ("head_dim", json!(63), "rotate pairs"),
         ("num_hidden_layers", json!(1e9), "num_hidden_layers"),
         ("vocab_size", json!(0), "vocab_size"),
         ("eos_token_id", json!(49152), "49152"),
@@ -93,7 +93,7 @@ fn what_the_decoder_cannot_do_is_refused_by_name() {
     }
     assert!(DecoderConfig::from_hf("[1]", None, "m").is_err());
     assert!(DecoderConfig::from_hf("{", None, "m").is_err());
-    // No window where the file says so; transformers' default where it says nothing.
+    // null means no window; a missing key means transformers' default.
     for (edit, window) in [(vec![("sliding_window", Value::Null)], None), (vec![], Some(4096))] {
         let mistral = edited(&[&[("model_type", json!("mistral"))][..], &edit[..]].concat());
         assert_eq!(DecoderConfig::from_hf(&mistral, None, "m").unwrap().layers[0].window, window);

@@ -1,4 +1,4 @@
-//! Tokenizers rebuilt from GGUF arrays against transformers, the small files beside tokenizer.json, and streaming.
+//! Tests of tokenizers rebuilt from GGUF arrays against transformers, and of streaming with them.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ fn texts(value: &Value) -> Vec<&str> {
     value.as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect()
 }
 
-/// The arrays of the golden file as GGUF bytes.
+/// Arrays of the golden file as GGUF keys.
 fn gguf(arrays: &Value) -> Writer {
     let types: Vec<i32> = serde_json::from_value(arrays["token_type"].clone()).unwrap();
     let mut w = Writer::default()
@@ -63,7 +63,7 @@ fn tokenizers_rebuilt_from_gguf_arrays_match_transformers_golden() {
 }
 
 #[test]
-fn the_frame_is_added_where_the_file_or_its_kind_asks_for_it() {
+fn special_tokens_are_added_as_the_file_or_its_kind_requires() {
     let plain = |t: &Tokenizer| t.encode("a", SpecialTokens::None).unwrap();
     let framed = |t: &Tokenizer| t.encode("a", SpecialTokens::Add).unwrap();
     let spm = open(gguf(&arrays_of("spm"))).unwrap();
@@ -79,7 +79,7 @@ fn the_frame_is_added_where_the_file_or_its_kind_asks_for_it() {
 }
 
 #[test]
-fn a_stream_gives_the_same_text_in_whole_characters() {
+fn streaming_returns_the_same_text_in_whole_characters() {
     for name in ["llama-bpe", "spm"] {
         let tokenizer = open(gguf(&arrays_of(name))).unwrap();
         let text = "emoji 🙂🙃 👩‍👩‍👧‍👦 日本語 हिन्दी  two  spaces\n\nend 🙂";
@@ -92,20 +92,20 @@ fn a_stream_gives_the_same_text_in_whole_characters() {
             held += usize::from(piece.is_empty());
             out += &piece;
         }
-        assert!(held > 0, "{name}: no character came in parts, so the test tests nothing");
+        assert!(held > 0, "{name}: no character was split, so nothing was tested");
         out += &stream.finish().unwrap();
         assert_eq!(out, text, "{name}");
     }
 }
 
 #[test]
-fn bytes_that_never_become_a_character_are_given_out_in_the_end() {
+fn bytes_that_never_form_a_character_are_returned_in_the_end() {
     let tokenizer = open(gguf(&arrays_of("spm"))).unwrap();
     let lone = tokenizer.id("<0xF0>").unwrap();
     let mut stream = tokenizer.stream();
     let given: String = (0..12).map(|_| stream.push(lone).unwrap()).collect();
     let all = given.clone() + &stream.finish().unwrap();
-    assert!(!given.is_empty(), "held back for ever");
+    assert!(!given.is_empty(), "buffered for ever");
     assert_eq!(all.chars().filter(|&c| c == '\u{FFFD}').count(), 12);
     let mut stream = tokenizer.stream();
     assert_eq!(stream.push(lone).unwrap(), "");
@@ -113,7 +113,7 @@ fn bytes_that_never_become_a_character_are_given_out_in_the_end() {
 }
 
 #[test]
-fn gguf_tokenizers_that_cannot_be_are_refused_by_name() {
+fn invalid_gguf_tokenizers_are_refused_by_name() {
     let refusal = |w: Writer| open(w).err().expect("must be refused").to_string();
     let named = |model: &str, pre: &str| {
         Writer::default().string("tokenizer.ggml.model", model).string("tokenizer.ggml.pre", pre)

@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use crate::model::adapter::targets::TargetModule;
+use crate::model::adapter::TargetModule;
 use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, LoraLayer, LoraLayers, MAX_LINEARS, NonBlockModule};
 use crate::model::base::Base;
 use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNorm, Qkv};
