@@ -174,12 +174,12 @@ fn activations_past_f32_come_out_as_nan_in_every_family() {
     }
 }
 
-/// What a family's GGUF cannot say; all others are written.
+/// Families that GGUF cannot express; all others are exported.
 const NO_GGUF: [(&str, &str); 6] = [
     ("gpt_neo", "no gpt_neo architecture"),
     ("gemma2", "what it multiplies attention by"),
     ("gemma3", "what it multiplies attention by"),
-    ("smollm3", "which layers have a window and which turn"),
+    ("smollm3", "which layers have a window or rotary embeddings"),
     ("opt", "no opt architecture"),
     ("opt_350m", "no opt architecture"),
 ];

@@ -309,7 +309,7 @@ fn norms_follow_the_base_that_an_adapter_is_lent_to() {
 fn what_cannot_be_is_refused_with_what_can() {
     let refusal = |result: anyhow::Result<()>| format!("{:#}", result.unwrap_err());
     // A GGUF-LoRA file has no place for magnitudes, nor this writer for branches on the tables.
-    for (name, says) in [("dora_llama", "magnitudes"), ("ends_llama", "output table")] {
+    for (name, says) in [("dora_llama", "magnitudes"), ("ends_llama", "lm_head")] {
         let (Opened { golden, base, checkpoint, dir }, adapter) = decoder(name);
         let prompts = golden.sequences.clone();
         let source = Source { files: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
