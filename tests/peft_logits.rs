@@ -133,7 +133,7 @@ fn a_merged_directory_gives_the_logprobs_of_pefts_merge_and_unload() {
     let out = dir.path().join("merged");
     let lm = adapter(&model, "lm");
     let (checkpoint, base) = (&model.checkpoint, &model.base);
-    let source = Source { checkpoint, base, adapter: &lm, prompts: &golden.sequences, about: "" };
+    let source = Source { files: checkpoint, base, adapter: &lm, prompts: &golden.sequences, about: "" };
     let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
     merge(&source, how, &out).unwrap();
     let difference = furthest(&golden.logprobs(&Model::open(&out).unwrap().base, None), &golden.merged_logprobs);

@@ -62,7 +62,7 @@ fn merged(model: &Model, adapter: &Adapter) -> Vec<f32> {
 fn merged_of(golden: &Value, model: &Model, adapter: &Adapter) -> Vec<f32> {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, base, out) = (&model.checkpoint, &model.base, dir.path().join("merged"));
-    let source = Source { checkpoint, base, adapter, prompts: &[vec![5, 6, 7, 8]], about: "" };
+    let source = Source { files: checkpoint, base, adapter, prompts: &[vec![5, 6, 7, 8]], about: "" };
     let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
     merge(&source, how, &out).unwrap();
     logprobs_of(golden, &Model::open(&out).unwrap(), None)

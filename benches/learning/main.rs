@@ -250,7 +250,7 @@ fn merged(dir: &Path, model: &Model, sft: &Adapter, prompts: &[Vec<u32>]) -> Res
         let settings =
             merged::Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
         let source = Source {
-            checkpoint: &model.checkpoint,
+            files: &model.checkpoint,
             base: &model.base,
             adapter: sft,
             prompts: &prompts[..8],

@@ -9,13 +9,12 @@ use std::borrow::Cow;
 
 use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
-use super::block::{Block, FrozenLinear, Geometry, Layout, Norms};
+use super::block::{Block, Geometry, Layout};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
 use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
-use crate::model_files::ModelFiles;
 use crate::ops::attention;
 use crate::ops::linear::InputGradient;
 use crate::ops::logprobs::{self, LmHead};
@@ -77,84 +76,6 @@ impl KvCache {
 }
 
 impl Base {
-    /// The weights of opened model files, as stored.
-    ///
-    /// # Errors
-    /// If a tensor is missing, has another shape than the configuration requires, or a type that cannot be dequantised.
-    pub fn load(files: &ModelFiles) -> Result<Self> {
-        let config = files.config().clone();
-        let (shapes, names, biases) = (config.shapes(), config.names(), config.has_bias());
-        let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
-        let vector = |name: &str, len: usize| files.vector(name, len);
-        let norm = |path: &str, len: usize| -> Result<Norm> {
-            let mut weight = vector(&format!("{path}.weight"), len)?;
-            let kind = match config.norm {
-                NormStyle::Rms => NormKind::Rms,
-                NormStyle::RmsPlusOne => {
-                    weight.iter_mut().for_each(|w| *w += 1.0);
-                    NormKind::Rms
-                }
-                NormStyle::Layer => NormKind::Layer { bias: vector(&format!("{path}.bias"), len)? },
-            };
-            Ok(Norm { weight, kind, eps: config.norm_eps })
-        };
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
-                let linears = shapes.linears().iter().zip(&biases).map(|(map, &biased)| {
-                    let weight = files.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
-                    let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?;
-                    Ok(FrozenLinear { weight, bias })
-                });
-                let named = |i: usize| {
-                    let name = names.norms[i];
-                    (!name.is_empty()).then(|| norm(&path(name), d)).transpose()
-                };
-                let norms = |i: usize| -> Result<Norms> {
-                    let (first, inner) = (named(i)?, named(i + 1)?);
-                    Ok(match config.placement {
-                        Placement::AfterSum => Norms { before: None, inner, after: first },
-                        _ => Norms { before: first, inner, after: None },
-                    })
-                };
-                let widths = config.qk_norm_widths();
-                let qk_norms = widths
-                    .map(|[q, k]| {
-                        Ok::<_, anyhow::Error>([
-                            norm(&path("self_attn.q_norm"), q)?,
-                            norm(&path("self_attn.k_norm"), k)?,
-                        ])
-                    })
-                    .transpose()?;
-                Ok(Block {
-                    linears: linears.collect::<Result<_>>()?,
-                    attention_norms: norms(0)?,
-                    mlp_norms: norms(2)?,
-                    qk_norms,
-                    heads: config.heads(layer),
-                    rotation: config.rotation(layer),
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let positions = config
-            .learned_positions
-            .map(|first| files.weight(names.positions, first + config.max_position_embeddings, d));
-        let projections = (d != e)
-            .then(|| Ok::<_, anyhow::Error>([files.weight(PROJECT_IN, d, e)?, files.weight(PROJECT_OUT, e, d)?]));
-        let weights = Weights {
-            embedding: files.weight(names.embedding, vocab, e)?,
-            positions: positions.transpose()?,
-            projections: projections.transpose()?,
-            blocks,
-            norm: config.final_norm.then(|| norm(names.final_norm, d)).transpose()?,
-            output: match config.tie_word_embeddings {
-                true => None,
-                false => Some(files.weight(names.output, vocab, e)?),
-            },
-        };
-        Self::from_parts(config, weights, files.fingerprint())
-    }
-
     /// A base of existing weights.
     ///
     /// # Errors
@@ -203,7 +124,7 @@ impl Base {
         for (layer, block) in base.weights.blocks.iter().enumerate() {
             check("the number of linear layers", [1, block.linears.len()], [1, shapes.linears().len()])?;
             for (i, (map, linear)) in shapes.linears().iter().zip(&block.linears).enumerate() {
-                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out, map.inp])?;
+                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out_features, map.in_features])?;
             }
             let norms = [&block.attention_norms, &block.mlp_norms];
             for norm in norms.into_iter().flat_map(|n| [&n.before, &n.inner, &n.after]).flatten() {

@@ -185,7 +185,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         fs::remove_dir_all(&merged).with_context(|| format!("replacing {}", merged.display()))?;
     }
     let source = Source {
-        checkpoint: &model.checkpoint,
+        files: &model.checkpoint,
         base,
         adapter: &trained.actor,
         prompts: &questions[..8],

@@ -66,7 +66,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of(checkpoint: ModelFiles) -> Result<Self> {
-        let base = Base::load(&checkpoint)?;
+        let base = checkpoint.base()?;
         let model = Self { checkpoint, base };
         model.check_finite()?;
         Ok(model)

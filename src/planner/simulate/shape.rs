@@ -3,7 +3,7 @@
 
 use anyhow::Result;
 
-use crate::model::adapter::targets::TargetModule;
+use crate::model::adapter::TargetModule;
 use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, LoraLayer, LoraLayers, MAX_LINEARS, NonBlockModule};
 use crate::model::base::Base;
 use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNorm, Qkv};
@@ -135,7 +135,7 @@ impl Network {
         for layer in 0..config.num_hidden_layers {
             let mut row = [StorageDType::F32; MAX_LINEARS];
             for (i, map) in maps.linears().iter().enumerate() {
-                row[i] = put(&format!("{}.weight", maps.module_path(layer, i)), map.out, map.inp)?;
+                row[i] = put(&format!("{}.weight", maps.module_path(layer, i)), map.out_features, map.in_features)?;
             }
             stored.push(row);
         }
@@ -162,7 +162,7 @@ impl Network {
             QkNorm::Whole => (c.num_attention_heads + c.num_key_value_heads) * c.head_dim,
         };
         let biases: usize =
-            c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out } else { 0 }).sum();
+            c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out_features } else { 0 }).sum();
         let blocks = c.num_hidden_layers * (norms * norm(d) + qk + biases);
         (blocks + if c.final_norm { norm(d) } else { 0 }) * size_of::<f32>() + self.rotations(1)
     }
@@ -179,7 +179,7 @@ impl Network {
     /// Numbers in all matrices and vectors.
     pub fn parameters(&self) -> usize {
         let c = &self.config;
-        let block: usize = self.maps.linears().iter().map(|map| map.inp * map.out).sum();
+        let block: usize = self.maps.linears().iter().map(|map| map.in_features * map.out_features).sum();
         let tables = if c.tie_word_embeddings { 1 } else { 2 };
         c.vocab_size * c.embedding_width * tables + c.num_hidden_layers * (block + 2 * c.hidden_size)
     }
@@ -245,8 +245,8 @@ impl Branches {
                         NonBlockModule::Embedding => branches.tokens = r,
                         NonBlockModule::ProjectIn | NonBlockModule::ProjectOut => {}
                     }
-                    branches.more.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
-                    branches.more.extend(config.use_dora.then_some(map.out * size_of::<f32>()));
+                    branches.more.extend([r * map.in_features, map.out_features * r].map(|n| n * size_of::<f32>()));
+                    branches.more.extend(config.use_dora.then_some(map.out_features * size_of::<f32>()));
                 }
             }
         }
@@ -288,7 +288,7 @@ impl Branches {
         let maps = network.maps.linears();
         let mut all = vec![];
         for (map, &r) in self.ranks.iter().flat_map(|row| maps.iter().zip(row)).filter(|(_, r)| **r > 0) {
-            all.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
+            all.extend([r * map.in_features, map.out_features * r].map(|n| n * size_of::<f32>()));
         }
         all.extend(&self.more);
         if self.head {
