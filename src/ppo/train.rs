@@ -124,7 +124,7 @@ mod tests {
     fn invalid_inputs_are_refused_before_a_token_is_sampled() {
         let open = |config: &str| {
             let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
-            Base::load(&ModelFiles::from_embedded(config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap()
+            ModelFiles::from_embedded(config, parts.0, parts.1, parts.2, parts.3).unwrap().base().unwrap()
         };
         let base = open(BASE.config);
         let short = open(&BASE.config.replace("\"max_position_embeddings\": 256", "\"max_position_embeddings\": 16"));
