@@ -10,6 +10,7 @@ mod dschat;
 mod expand;
 mod located;
 mod memory;
+mod optimisation;
 mod overrides;
 mod ppo;
 mod ptx;
@@ -31,6 +32,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 pub use checkpoint::{CheckpointConfig, Guard};
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use memory::{ByteSize, Memory};
+pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
@@ -167,6 +169,41 @@ impl Config {
     pub fn ppo(&self) -> Result<&Ppo> {
         let missing = || invalid!("the section [ppo] is missing; it needs at least reward_adapter = \"runs/reward/…\"");
         self.ppo.as_ref().ok_or_else(missing)
+    }
+
+    /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no defaults.
+    pub fn optimisation(&self, stage: Stage) -> Option<Optimisation> {
+        self.supervised(stage).map(|keys| keys.optimisation).or_else(|| self.ppo.as_ref().map(Ppo::optimisation))
+    }
+
+    /// The keys of a supervised stage's section, or their defaults; `None` for PPO.
+    pub fn supervised(&self, stage: Stage) -> Option<SupervisedKeys> {
+        match stage {
+            Stage::Sft => Some(self.sft().supervised()),
+            Stage::Reward => Some(self.reward().supervised()),
+            Stage::Dpo => Some(self.dpo().supervised()),
+            Stage::Kto => Some(self.kto().supervised()),
+            Stage::Ppo => None,
+        }
+    }
+
+    /// A supervised stage's section, made with its defaults where it is absent; `None` for PPO.
+    pub fn supervised_mut(&mut self, stage: Stage) -> Option<&mut dyn Supervised> {
+        match stage {
+            Stage::Sft => Some(self.sft.get_or_insert_default()),
+            Stage::Reward => Some(self.reward.get_or_insert_default()),
+            Stage::Dpo => Some(self.dpo.get_or_insert_default()),
+            Stage::Kto => Some(self.kto.get_or_insert_default()),
+            Stage::Ppo => None,
+        }
+    }
+
+    /// Sets `checkpoint` in a stage's section.
+    pub fn set_checkpoint(&mut self, stage: Stage, checkpoint: RecomputeSetting) {
+        match self.supervised_mut(stage) {
+            Some(section) => section.set_checkpoint(checkpoint),
+            None => self.ppo.iter_mut().for_each(|ppo| ppo.set_checkpoint(checkpoint)),
+        }
     }
 
     /// The resolved config as TOML, every default written out; `load` reads it back to an equal config.

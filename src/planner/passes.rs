@@ -3,8 +3,10 @@
 
 use anyhow::Result;
 
-use crate::config::{AdvantageEstimator, Config, CriticStart, KlEstimator, KlIn, RewardKind, RewardLoss, Stage};
-use crate::data::examples::batch_sampler::{BatchSampler, BatchSize, endless};
+use crate::config::{
+    AdvantageEstimator, Config, CriticStart, KlEstimator, KlIn, RewardKind, RewardLoss, Stage, Supervised as _,
+};
+use crate::data::examples::batch_sampler::{BatchSampler, endless};
 use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples};
 use crate::model::batch::chunks_by_tokens;
@@ -31,27 +33,6 @@ fn largest_step<T: Example>(
             let here = step.batches.iter().map(tokens).max().unwrap_or(0);
             if here > most {
                 (most, largest) = (here, step.batches.iter().map(|rows| rows.to_vec()).collect());
-            }
-        }
-    }
-    largest
-}
-
-/// The same where rows are a plain permutation, `per_step` a step and `per_batch` a micro-batch.
-fn largest_of_permutation<T: Example>(
-    seed: u64,
-    stream: u64,
-    examples: &(impl Examples<T> + ?Sized),
-    [epochs, per_batch, per_step]: [usize; 3],
-) -> Vec<Vec<usize>> {
-    let (mut most, mut largest) = (0, vec![]);
-    for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
-        let order = SplitMix64::new(derive(seed, &[stream, epoch as u64])).permutation(examples.len());
-        for step in order.chunks(per_step) {
-            let tokens = |rows: &[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
-            let here = step.chunks(per_batch).map(tokens).max().unwrap_or(0);
-            if here > most {
-                (most, largest) = (here, step.chunks(per_batch).map(<[usize]>::to_vec).collect());
             }
         }
     }
@@ -116,8 +97,7 @@ pub fn sft(
     held_out: &(impl Examples<SftExample> + ?Sized),
 ) -> Result<Work> {
     let (c, most) = (config.sft(), most_tokens(config));
-    let batch = settings::batch_size(c.per_device_train_batch_size, c.max_tokens_per_batch);
-    let plan = plan(config, settings::SFT_ORDER, batch, c.gradient_accumulation_steps);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::SFT_ORDER);
     let step = largest_step(plan, examples, c.num_train_epochs);
     let held = largest_chunk(held_out, sft::EVAL_BATCH);
     Ok(Work::Supervised(Supervised {
@@ -127,10 +107,6 @@ pub fn sft(
         scorer: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
-}
-
-fn plan(config: &Config, stream: u64, batch: BatchSize, accumulate: usize) -> BatchSampler {
-    BatchSampler { seed: config.seed, stream, batch, accumulate, shard: Default::default() }
 }
 
 /// `[reward]`'s passes.
@@ -143,8 +119,7 @@ pub fn reward(
     held_out: &(impl Examples<RankedExample> + ?Sized),
 ) -> Result<Work> {
     let (c, most) = (config.reward(), most_tokens(config));
-    let batch = settings::batch_size(c.per_device_train_batch_size, c.max_tokens_per_batch);
-    let plan = plan(config, settings::REWARD_ORDER, batch, c.gradient_accumulation_steps);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::REWARD_ORDER);
     let targets = |mut pass: Pass| {
         pass.targets = match c.loss {
             RewardLoss::LastToken => pass.lengths.len(),
@@ -195,9 +170,8 @@ fn scored(pass: &Pass) -> Pass {
 /// If the examples cannot be read.
 pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExample]) -> Result<Work> {
     let (c, most) = (config.dpo(), most_tokens(config));
-    let cut = [c.num_train_epochs, c.per_device_train_batch_size];
-    let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
-    let step = largest_of_permutation(config.seed, settings::DPO_ORDER, examples, [cut[0], cut[1], per_step]);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::DPO_ORDER);
+    let step = largest_step(plan, examples, c.num_train_epochs);
     let longest = largest_chunk(examples, 1);
     let held = largest_chunk(held_out, dpo::EVAL_BATCH);
     let reference = scored(&pass(examples, &longest, most)?);
@@ -210,7 +184,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
         evaluation,
         scorer: false,
-        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
+        steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
@@ -220,9 +194,8 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
 /// If the examples cannot be read.
 pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedExample]) -> Result<Work> {
     let (c, most) = (config.kto(), most_tokens(config));
-    let cut = [c.num_train_epochs, c.per_device_train_batch_size];
-    let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
-    let step = largest_of_permutation(config.seed, settings::KTO_ORDER, examples, [cut[0], cut[1], per_step]);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::KTO_ORDER);
+    let step = largest_step(plan, examples, c.num_train_epochs);
     // The KL term scores the whole step's answers, and evaluation all that are held out, so many tokens a pass.
     let whole: Vec<usize> = step.iter().flatten().copied().collect();
     let reference = scored(&pass(examples, &whole, most)?);
@@ -232,7 +205,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
         reference: vec![reference],
         evaluation: (held.len() > 1).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p)),
         scorer: false,
-        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
+        steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
@@ -330,31 +303,13 @@ pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work
     let ranked = || RankedExample { prompt: vec![0], answers: vec![answer.clone(); 2] };
     let judged = || UnpairedExample { prompt: vec![0], answer: answer.clone(), good: true };
     let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
-    let count = |per_step: usize| per_step.max(some);
+    let keys = config.supervised(stage);
+    let n = keys.map_or(some, |keys| some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps));
     match stage {
-        Stage::Sft => {
-            let c = config.sft();
-            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
-            sft(config, &vec![tokens(); n], &vec![tokens(); held])
-        }
-        Stage::Reward => {
-            let c = config.reward();
-            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
-            reward(config, &vec![ranked(); n], &vec![ranked(); held])
-        }
-        Stage::Dpo => {
-            let c = config.dpo();
-            dpo(
-                config,
-                &vec![ranked(); count(c.per_device_train_batch_size * c.gradient_accumulation_steps)],
-                &[ranked()],
-            )
-        }
-        Stage::Kto => {
-            let c = config.kto();
-            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
-            kto(config, &vec![judged(); n], &[judged(), judged()])
-        }
+        Stage::Sft => sft(config, &vec![tokens(); n], &vec![tokens(); held]),
+        Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),
+        Stage::Dpo => dpo(config, &vec![ranked(); n], &[ranked()]),
+        Stage::Kto => kto(config, &vec![judged(); n], &[judged(), judged()]),
         Stage::Ppo => {
             let prompt = data.max_prompt_length.min(context.saturating_sub(1)).max(1);
             let held_out = vec![prompt; config.ppo()?.eval_prompts];

@@ -107,32 +107,14 @@ impl Change {
     }
 }
 
-/// The checkpoint key of a stage's section.
+/// The `checkpoint` key of a stage's section.
 pub fn asked(stage: Stage, config: &Config) -> RecomputeSetting {
-    match stage {
-        Stage::Sft => config.sft().checkpoint,
-        Stage::Reward => config.reward().checkpoint,
-        Stage::Dpo => config.dpo().checkpoint,
-        Stage::Kto => config.kto().checkpoint,
-        Stage::Ppo => config.ppo().map(|ppo| ppo.checkpoint).unwrap_or_default(),
-    }
+    config.optimisation(stage).map(|keys| keys.checkpoint).unwrap_or_default()
 }
 
-/// The config with this checkpoint key.
-#[must_use]
-pub fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {
+fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {
     let mut config = config.clone();
-    match stage {
-        Stage::Sft => config.sft.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Reward => config.reward.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Dpo => config.dpo.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Kto => config.kto.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Ppo => {
-            if let Some(ppo) = &mut config.ppo {
-                ppo.checkpoint = checkpoint;
-            }
-        }
-    }
+    config.set_checkpoint(stage, checkpoint);
     config
 }
 
@@ -241,69 +223,53 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec
     Ok(all)
 }
 
-/// A key that can be made smaller.
+/// A key that can be made smaller, as a stage's section has it.
 struct Knob {
+    stage: Stage,
     value: usize,
-    set: fn(&mut Config, usize) -> Vec<(String, String)>,
+    set: fn(Stage, &mut Config, usize) -> Vec<(String, String)>,
 }
 
 fn pair(key: &str, value: impl ToString) -> (String, String) {
     (key.to_owned(), value.to_string())
 }
 
-macro_rules! batch_knob {
-    ($section:ident, $config:expr) => {{
-        let c = $config.$section();
-        let knob: fn(&mut Config, usize) -> Vec<(String, String)> = |config, size| {
-            let c = config.$section.get_or_insert_default();
-            let all = c.per_device_train_batch_size * c.gradient_accumulation_steps;
-            c.per_device_train_batch_size = size;
-            c.gradient_accumulation_steps = all.div_ceil(size);
-            let section = stringify!($section);
-            vec![
-                pair(&format!("{section}.per_device_train_batch_size"), size),
-                pair(&format!("{section}.gradient_accumulation_steps"), c.gradient_accumulation_steps),
-            ]
-        };
-        Knob { value: c.per_device_train_batch_size, set: knob }
-    }};
-}
-
-macro_rules! token_knob {
-    ($section:ident, $value:expr) => {
-        Knob {
-            value: $value,
-            set: |config, size| {
-                config.$section.get_or_insert_default().max_tokens_per_batch = Some(size);
-                vec![pair(concat!(stringify!($section), ".max_tokens_per_batch"), size)]
-            },
-        }
-    };
-}
-
-/// The key that cuts micro-batches.
+/// The key that sets the size of a micro-batch.
 fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
-    Some(match stage {
-        Stage::Sft => match config.sft().max_tokens_per_batch {
-            Some(tokens) => token_knob!(sft, tokens),
-            None => batch_knob!(sft, config),
-        },
-        Stage::Reward => match config.reward().max_tokens_per_batch {
-            Some(tokens) => token_knob!(reward, tokens),
-            None => batch_knob!(reward, config),
-        },
-        Stage::Dpo => batch_knob!(dpo, config),
-        Stage::Kto => batch_knob!(kto, config),
-        Stage::Ppo => Knob {
-            value: config.ppo().ok()?.micro_batch_size,
-            set: |config, size| {
-                if let Some(ppo) = &mut config.ppo {
-                    ppo.micro_batch_size = size;
-                }
-                vec![pair("ppo.micro_batch_size", size)]
-            },
-        },
+    let Some(keys) = config.supervised(stage) else {
+        let value = config.ppo().ok()?.micro_batch_size;
+        return Some(Knob { stage, value, set: set_micro_batch });
+    };
+    Some(match keys.max_tokens_per_batch {
+        Some(value) => Knob { stage, value, set: set_tokens },
+        None => Knob { stage, value: keys.per_device_train_batch_size, set: set_batch },
     })
+}
+
+fn set_micro_batch(_: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    if let Some(ppo) = &mut config.ppo {
+        ppo.micro_batch_size = size;
+    }
+    vec![pair("ppo.micro_batch_size", size)]
+}
+
+fn set_tokens(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    if let Some(section) = config.supervised_mut(stage) {
+        section.set_tokens(size);
+    }
+    vec![pair(&format!("{}.max_tokens_per_batch", stage.name()), size)]
+}
+
+/// Sets the examples per micro-batch, with as many micro-batches per step as keep the step's examples.
+fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    let Some(section) = config.supervised_mut(stage) else { return vec![] };
+    let keys = section.supervised();
+    let accumulation = (keys.per_device_train_batch_size * keys.gradient_accumulation_steps).div_ceil(size);
+    section.set_batch(size, accumulation);
+    vec![
+        pair(&format!("{}.per_device_train_batch_size", stage.name()), size),
+        pair(&format!("{}.gradient_accumulation_steps", stage.name()), accumulation),
+    ]
 }
 
 /// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a forward
@@ -391,7 +357,7 @@ fn halved(
         (size, halvings) = (size.div_ceil(2), halvings + 1);
         for (before, change) in &from {
             let mut change = change.clone();
-            let set = (knob.set)(&mut change.config, size);
+            let set = (knob.set)(knob.stage, &mut change.config, size);
             change.set.extend(set);
             change.costs = join(&change.costs, &costs(1 << halvings));
             all.push((before + price * f64::from(halvings), change));
@@ -404,7 +370,8 @@ fn halved(
 fn at_once(config: &Config) -> Option<Knob> {
     Some(Knob {
         value: config.ppo().ok()?.at_once(),
-        set: |config, size| {
+        stage: Stage::Ppo,
+        set: |_, config, size| {
             if let Some(ppo) = &mut config.ppo {
                 ppo.local_rollout_forward_batch_size = Some(size);
             }

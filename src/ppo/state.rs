@@ -9,7 +9,7 @@ use super::rollout::{Readers, collect};
 use super::train::{Run, choose, sampling};
 use super::update::{Learners, Step, Update};
 use super::warnings::{Vitals, Watch};
-use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
+use crate::config::{CriticStart, KlEstimator, KlIn, Optimised as _, PolicyLoss};
 use crate::error::Diverged;
 use crate::host::give_back_freed;
 use crate::invalid;
@@ -80,7 +80,7 @@ impl State {
     /// If a tensor cannot be made, or there is nothing that a critic could start as.
     pub fn new(run: &Run<'_>) -> Result<Self> {
         let (start, config) = (run.task.start, run.config);
-        let adamw = settings::adamw_of_ppo(config);
+        let adamw = settings::adamw(&config.optimisation());
         let critic = match config.advantage_estimator.has_critic() {
             true => {
                 // DeepSpeed-Chat's head has no bias.

@@ -7,7 +7,7 @@ use anyhow::Result;
 
 use super::evaluate::Evaluation;
 use super::state::{Minibatch, State};
-use crate::config::{CriticStart, Ppo, Ptx};
+use crate::config::{CriticStart, Optimised as _, Ppo, Ptx};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::data::examples::objectives::SftExample;
@@ -129,7 +129,7 @@ impl<'w> Run<'w> {
         let steps = c.iterations() * c.num_ppo_epochs * c.num_mini_batches;
         let at = (state.iteration * c.num_ppo_epochs + state.epoch) * c.num_mini_batches + state.minibatch;
         let rate = |lr| -> f64 {
-            let schedule: Schedule = settings::schedule(lr, c.warmup_steps, c.lr_scheduler_type);
+            let schedule: Schedule = settings::schedule(&c.optimisation(), lr);
             schedule.lr_at(at, steps)
         };
         (rate(c.learning_rate), rate(c.critic_learning_rate()))
