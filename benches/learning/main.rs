@@ -5,10 +5,10 @@
 //!
 //! Of each seed the quickstart makes base, SFT adapter and reward adapter (DIR/<seed>/). Each method then sees 2560
 //! answers: PPO and its kin in 40 rollouts of 64, DPO as 1280 pairs that the SFT model sampled and the reward model
-//! ordered. All start from the SFT adapter, but `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
-//! how TRL keeps its reference. The same pairs, questions and adapters are left in DIR/<seed>/ for TRL. No method sees
-//! the gold rule. results.jsonl holds what five seeds gave on both sides; rows with `processor` avx2 were made on another
-//! machine, where decoding samples other answers.
+//! ordered. All start from the SFT adapter, but `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which
+//! is how TRL keeps its reference. The same pairs, questions and adapters are left in DIR/<seed>/ for TRL. No method
+//! sees the gold rule. results.jsonl holds what five seeds gave on both sides; rows with `processor` avx2 were made on
+//! another machine, where decoding samples other answers.
 
 use std::collections::HashMap;
 use std::fs;

@@ -1,5 +1,7 @@
-//! The sections of preference optimisation without a reward model: `[dpo]` and `[kto]`. Names and defaults are those of
-//! TRL's DPOConfig and KTOConfig (1.16) where no other source is given. Read validate.rs next.
+//! The sections `[dpo]` and `[kto]`: preference optimisation without a reward model.
+//!
+//! Names and defaults are those of TRL's DPOConfig and KTOConfig (1.16) where no other source is given. Read
+//! `validate.rs` next.
 
 use std::path::PathBuf;
 
@@ -11,7 +13,7 @@ use super::optimisation::{optimised_section, supervised_section};
 use super::validate::Section;
 use crate::invalid;
 
-/// How a pair of answers is compared. With h = the log-ratio to the reference of the chosen answer less that of the
+/// How a pair of responses is compared. With h = the log-ratio to the reference of the chosen response less that of the
 /// rejected one, and s = label_smoothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -32,18 +34,18 @@ supervised_section! {
     /// `[dpo]`: direct preference optimisation of the policy's adapter on comparisons.
     pub struct Dpo;
     first {
-        /// The SFT adapter (folder, PEFT layout): training starts from it and the reference stays it. Absent = the bare base
-        /// is the reference and training starts from a fresh adapter shaped by `[lora]`.
+        /// The SFT adapter (folder, PEFT layout): training starts from it and the reference stays it. Absent = the bare
+        /// base is the reference and training starts from a fresh adapter shaped by `[lora]`.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub adapter: Option<PathBuf> = None,
         /// Loss of a pair. Default `sigmoid`.
         pub loss_type: DpoLoss = DpoLoss::Sigmoid,
-        /// Share of the labels taken to be wrong, for `sigmoid` and `robust`. Default 0.
+        /// Assumed share of wrong labels, for `sigmoid` and `robust`. Default 0.
         pub label_smoothing: f64 = 0.0,
-        /// How dear it is to leave the reference; IPO's tau. Default 0.1.
+        /// Strength of the penalty for leaving the reference; IPO's tau. Default 0.1.
         pub beta: f64 = 0.1,
-        /// Compute the reference's log-probabilities once, before training, rather than in every step: less work from the
-        /// second epoch on, and 8 bytes an answer. Changes no number. Default false.
+        /// Compute the reference's log-probabilities once, before training, rather than in every step: less work from
+        /// the second epoch on, for 8 bytes per response. It does not change a result. Default false.
         pub precompute_ref_log_probs: bool = false,
     }
     /// Peak learning rate. Default 1e-5: ten times TRL's 1e-6, since only low-rank factors are trained.
@@ -71,22 +73,24 @@ impl Dpo {
 }
 
 supervised_section! {
-    /// `[kto]`: Kahneman-Tversky optimisation of the policy's adapter on answers judged good or bad, arXiv:2402.01306.
+    /// `[kto]`: Kahneman-Tversky optimisation of the policy's adapter on responses judged good or bad,
+    /// arXiv:2402.01306.
     pub struct Kto;
     first {
-        /// The SFT adapter (folder, PEFT layout): training starts from it and the reference stays it. Absent = the bare base
-        /// is the reference and training starts from a fresh adapter shaped by `[lora]`.
+        /// The SFT adapter (folder, PEFT layout): training starts from it and the reference stays it. Absent = the bare
+        /// base is the reference and training starts from a fresh adapter shaped by `[lora]`.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub adapter: Option<PathBuf> = None,
-        /// How dear it is to leave the reference. Default 0.1.
+        /// Strength of the penalty for leaving the reference. Default 0.1.
         pub beta: f64 = 0.1,
-        /// Weight of the losses of good answers. Where good and bad are not equally many, the paper wants the weights so that
-        /// weight times count of one kind is 1 to 4/3 times the other's. Default 1.0.
+        /// Weight of the losses of good responses. Where good and bad are not equally many, the paper wants the weights
+        /// so that weight times count of one kind is 1 to 4/3 times the other's. Default 1.0.
         pub desirable_weight: f64 = 1.0,
-        /// Weight of the losses of bad answers. Default 1.0.
+        /// Weight of the losses of bad responses. Default 1.0.
         pub undesirable_weight: f64 = 1.0,
-        /// Compute the reference's log-probabilities once, before training. Those of the KL term's mismatched pairs come
-        /// with every step all the same: the pairs change with the shuffle. Changes no number. Default false.
+        /// Compute the reference's log-probabilities once, before training. Those of the KL term's mismatched pairs
+        /// come with every step all the same: the pairs change with the shuffle. It does not change a result. Default
+        /// false.
         pub precompute_ref_log_probs: bool = false,
     }
     /// Peak learning rate. Default 1e-5: ten times TRL's 1e-6, since only low-rank factors are trained.

@@ -1,8 +1,9 @@
-//! One TOML file an experiment -> a checked [`Config`]. Knows no model and no data: it never opens what a path names.
+//! The configuration: one TOML file per experiment, read into a checked [`Config`].
 //!
 //! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
-//! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
-//! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
+//! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory. It
+//! does not depend on a model or data: no file that a path names is opened. The keys are documented on the structs:
+//! read `schema.rs`, `stages.rs` and `ppo.rs` next.
 
 mod checkpoint;
 mod dpo;
@@ -50,8 +51,9 @@ pub struct Config {
     /// Seed of every random number: initial adapters, shuffles, sampling. Default 0.
     #[serde(default)]
     pub seed: u64,
-    /// `"dschat"`: DeepSpeed-Chat's behaviour in every section that can have it, its LoRA (scale 1/r, its first factors)
-    /// and its values for the keys that the file leaves open. Absent = none; a section's own `compat` is for that section.
+    /// `"dschat"`: DeepSpeed-Chat's behaviour in every section that can have it, its LoRA (scale 1/r, its first
+    /// factors) and its values for the keys that the file leaves open. Absent = none; a section's own `compat` is for
+    /// that section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
     /// Folder a run writes to. Default `runs/<stage>`; read it with [`Config::output_dir`].
@@ -171,7 +173,8 @@ impl Config {
         self.ppo.as_ref().ok_or_else(missing)
     }
 
-    /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no defaults.
+    /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no
+    /// defaults.
     pub fn optimisation(&self, stage: Stage) -> Option<Optimisation> {
         self.supervised(stage).map(|keys| keys.optimisation).or_else(|| self.ppo.as_ref().map(Ppo::optimisation))
     }

@@ -1,8 +1,8 @@
 //! The optimisation keys that the sections of all stages share: written once here, read flat in each section.
 //!
-//! serde cannot both flatten a shared struct into a section and refuse unknown keys, so the macros below write the shared
-//! keys into each section's struct, in the order in which config.toml has them, and [`Optimised`] and [`Supervised`] give
-//! them back as one struct. It does not depend on a stage. Read `stages.rs` next.
+//! serde cannot both flatten a shared struct into a section and refuse unknown keys, so the macros below write the
+//! shared keys into each section's struct, in the order in which config.toml has them, and [`Optimised`] and
+//! [`Supervised`] give them back as one struct. It does not depend on a stage. Read `stages.rs` next.
 
 use super::{LrScheduler, RecomputeSetting};
 
@@ -69,8 +69,8 @@ pub trait Supervised: Optimised {
     fn set_tokens(&mut self, tokens: usize);
 }
 
-/// A section with the keys of [`Optimisation`]: the struct, its defaults, and [`Optimised`]. Groups of a section's own keys
-/// stand where config.toml has them; every key is followed by its default.
+/// A section with the keys of [`Optimisation`]: the struct, its defaults, and [`Optimised`]. Groups of a section's own
+/// keys stand where config.toml has them; every key is followed by its default.
 macro_rules! optimised_section {
     (
         $(#[$about:meta])*
@@ -167,11 +167,11 @@ macro_rules! supervised_section {
             first { $($first)* }
             $(#[$mr])* learning_rate = $rate;
             after_rate {
-                /// Passes over the training examples. Default 1 (TRL: 3; reward models overfit in the second, InstructGPT,
-                /// appendix C.2).
+                /// Passes over the training examples. Default 1 (TRL: 3; reward models overfit in the second,
+                /// InstructGPT, appendix C.2).
                 pub num_train_epochs: usize = 1,
-                /// Examples per forward and backward pass: sequences of `[sft]`, comparisons of `[reward]` and `[dpo]` with
-                /// all their responses, responses of `[kto]`. Default 8 (transformers).
+                /// Examples per forward and backward pass: sequences of `[sft]`, comparisons of `[reward]` and `[dpo]`
+                /// with all their responses, responses of `[kto]`. Default 8 (transformers).
                 pub per_device_train_batch_size: usize = 8,
                 $($(#[$mb])* pub max_tokens_per_batch: $tb = $db,)?
                 /// Passes summed into one optimizer step. Default 1.

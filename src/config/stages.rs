@@ -1,5 +1,7 @@
-//! The sections `[sft]` and `[reward]`, and the enums of the keys that all stages share. Names and defaults are TRL's and
-//! PEFT's where no other source is given. It does not depend on the rules between keys. Read `validate.rs` next.
+//! The sections `[sft]` and `[reward]`, and the enums of the keys that all stages share.
+//!
+//! Names and defaults are TRL's and PEFT's where no other source is given. Read `optimisation.rs` for the shared keys
+//! and `validate.rs` for the rules between keys.
 
 use std::path::PathBuf;
 
@@ -12,28 +14,28 @@ use super::optimisation::{optimised_section, supervised_section};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LrScheduler {
-    /// Straight down to 0.
+    /// Linear decay to 0.
     #[default]
     Linear,
-    /// Half a cosine down to 0.
+    /// Half a cosine, decaying to 0.
     Cosine,
-    /// Unchanged.
+    /// No decay.
     Constant,
 }
 
-/// What a block keeps of its forward pass for the backward pass.
+/// The activations that a block saves for the backward pass; the others are recomputed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RecomputeSetting {
     /// `none` where the memory allows it, else `mlp`, else `block`.
     #[default]
     Auto,
-    /// No checkpointing: everything the backward needs is kept; fastest, most memory.
+    /// No recomputation: everything that the backward pass needs is saved; fastest, most memory.
     None,
-    /// All is kept but the MLP's widened products, gate and up, which are computed again in the backward pass: half of an
-    /// update's memory for a quarter more of its arithmetic.
+    /// Everything is saved except the MLP's gate and up activations, which are recomputed in the backward pass: half of
+    /// an update's memory for a quarter more arithmetic.
     Mlp,
-    /// Each block keeps its input alone and runs forward again in the backward pass; least memory.
+    /// Each block saves only its input and runs forward again in the backward pass; least memory.
     Block,
 }
 
@@ -51,19 +53,19 @@ supervised_section! {
     /// Peak learning rate. Default 2e-4 (QLoRA's for small models; TRL's 2e-5 is for full fine-tuning).
     learning_rate = 2e-4;
     batch {
-        /// Most tokens per forward and backward pass, instead of `per_device_train_batch_size`: sequences of similar length
-        /// are batched until the next would exceed it, and a longer sequence goes alone. Absent = by count.
+        /// Most tokens per forward and backward pass, instead of `per_device_train_batch_size`: sequences of similar
+        /// length are batched until the next would exceed it, and a longer sequence goes alone. Absent = by count.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub max_tokens_per_batch: Option<usize> = None,
     }
     after_norm {
-        /// Loss on the assistant's tokens only; false = on every token but the first. Default true (DeepSpeed-Chat trains on
-        /// the prompt too).
+        /// Loss on the assistant's tokens only; false = on every token but the first. Default true (DeepSpeed-Chat
+        /// trains on the prompt too).
         pub completion_only_loss: bool = true,
     }
 }
 
-/// Which loss a reward model learns a comparison by.
+/// The loss of a reward model on a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardLoss {
@@ -78,29 +80,31 @@ supervised_section! {
     /// `[reward]`: the reward model's adapter and scalar head.
     pub struct Reward;
     first {
-        /// `"dschat"`: DeepSpeed-Chat's behaviour. Rows are padded, and the pads of the shorter response count in the loss and
-        /// are read from, never attended to; and its values apply to the keys that the file leaves open. Absent = none.
+        /// `"dschat"`: DeepSpeed-Chat's behaviour. Rows are padded, and the pads of the shorter response count in the
+        /// loss and are read from, never attended to; and its values apply to the keys that the file leaves open.
+        /// Absent = none.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub compat: Option<Compat> = None,
-        /// Under `compat`: the number of pad tokens in a row before the one that ends its response. Absent = 1 where every
-        /// row begins with the pad token (OPT), else 0 (DeepSpeed-Chat: 1 unless set).
+        /// Under `compat`: the number of pad tokens in a row before the one that ends its response. Absent = 1 where
+        /// every row begins with the pad token (OPT), else 0 (DeepSpeed-Chat: 1 unless set).
         #[serde(skip_serializing_if = "Option::is_none")]
         pub num_padding_at_beginning: Option<usize> = None,
-        /// Adapter folder (PEFT layout) to start from, for example the SFT one; absent = a fresh one shaped by `[lora]`.
+        /// Adapter folder (PEFT layout) to start from, for example the SFT one; absent = a fresh one shaped by
+        /// `[lora]`.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub adapter: Option<PathBuf> = None,
         /// Loss of a comparison. Default `last_token`.
         pub loss: RewardLoss = RewardLoss::LastToken,
-        /// Shift and scale the head after training so that the scores of the annotated responses have mean 0 and standard
-        /// deviation 1, which changes no comparison and gives PPO a reward in known units. Default true (InstructGPT shifts
-        /// to 0).
+        /// Shift and scale the head after training so that the scores of the annotated responses have mean 0 and
+        /// standard deviation 1, which changes no comparison and gives PPO a reward in known units. Default true
+        /// (InstructGPT shifts to 0).
         pub center: bool = true,
     }
     /// Peak learning rate. Default 2e-4, as for SFT (DeepSpeed-Chat's for LoRA: 5e-4).
     learning_rate = 2e-4;
     batch {
-        /// Most tokens per forward and backward pass, instead of `per_device_train_batch_size`: comparisons of similar length
-        /// are batched until the next would exceed it, and a longer comparison goes alone. Absent = by count.
+        /// Most tokens per forward and backward pass, instead of `per_device_train_batch_size`: comparisons of similar
+        /// length are batched until the next would exceed it, and a longer comparison goes alone. Absent = by count.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub max_tokens_per_batch: Option<usize> = None,
     }

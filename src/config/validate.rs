@@ -1,4 +1,5 @@
-//! Ranges of the keys and rules between them, each with its remedy. Knows no file: mod.rs puts its name in front.
+//! Ranges of the keys and rules between them, each with its remedy. `mod.rs` puts the file's name in front of a
+//! message.
 
 use anyhow::Result;
 

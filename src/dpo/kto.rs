@@ -1,5 +1,7 @@
-//! Kahneman-Tversky optimisation: one adapter trained on answers that were judged one by one, against the reference
-//! that it started as. Knows no file and no other stage. Read loss.rs before.
+//! Kahneman-Tversky optimisation (KTO): one adapter is trained on responses labelled desirable or undesirable, against
+//! the reference that it started as.
+//!
+//! It does not depend on a tokenizer or the planner. Read `loss.rs` next.
 
 use std::borrow::Cow;
 
@@ -21,14 +23,14 @@ use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// Mean reward of the good held-out answers less that of the bad; NaN where one kind is missing.
+    /// Mean reward of the desirable held-out responses minus that of the undesirable; NaN if one kind is missing.
     pub margin: f64,
-    /// Mean held-out loss; NaN where fewer than two are held out.
+    /// Mean held-out loss; NaN if fewer than two responses are held out.
     pub loss: f64,
-    /// Good and bad answers trained on.
+    /// Desirable and undesirable responses trained on.
     pub counts: [usize; 2],
     /// Optimizer steps.
     pub steps: usize,
@@ -38,11 +40,11 @@ pub struct Summary {
 
 /// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base.
 ///
-/// The KL term of an optimizer step is [`mismatched_kl`] over its answers, each put after the prompt of the next one in
-/// the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing.
+/// The KL term of an optimizer step is [`mismatched_kl`] over its responses, each put after the prompt of the next one
+/// in the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing.
 ///
 /// # Errors
-/// If there are fewer than two examples, a sequence is longer than the context, or a number stops being finite.
+/// If there are fewer than two examples, a sequence is longer than the context, or a number is NaN or infinite.
 pub fn train(
     setup: Setup<'_>,
     reference: Option<&Adapter>,
@@ -187,14 +189,15 @@ fn sequences<'e>(examples: &[&'e UnpairedExample]) -> Vec<Sequence<'e>> {
     examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.answer }).collect()
 }
 
-/// Weighs answers under a policy against the same under the reference.
+/// Computes the loss from responses under a policy and under the reference.
 struct Judge<'w> {
     reference: Policy<'w>,
     loss: KtoLoss,
 }
 
 impl Judge<'_> {
-    /// Answers under the reference, one a pass: the same bits whether computed once or in every step.
+    /// Log-probabilities of responses under the reference, one response per pass: the same bits whether computed once
+    /// or in every step.
     fn reference_of(&self, examples: &[&UnpairedExample]) -> Result<Vec<f64>> {
         let mut all = Vec::with_capacity(examples.len());
         for sequence in sequences(examples) {
@@ -203,7 +206,8 @@ impl Judge<'_> {
         Ok(all)
     }
 
-    /// The KL term of `examples`: each prompt with the answer of the example in front of it; before the first, `before`.
+    /// The KL term of `examples`: each prompt with the response of the example in front of it; before the first,
+    /// `before`.
     fn kl(&self, policy: Policy<'_>, examples: &[&UnpairedExample], before: &UnpairedExample) -> Result<f64> {
         let answers = std::iter::once(before).chain(examples.iter().copied());
         let mixed: Vec<Sequence<'_>> = examples
@@ -215,7 +219,7 @@ impl Judge<'_> {
         Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
     }
 
-    /// dL/dlogp of every answer; `weight` divides by the answers of the step.
+    /// dL/dlogp of every response; `weight` divides by the responses of the step.
     fn weigh(
         &self,
         examples: &[&UnpairedExample],
@@ -235,7 +239,7 @@ impl Judge<'_> {
         Ok(by_sum)
     }
 
-    /// Over all of them as one step.
+    /// Metrics of all examples as one step.
     fn evaluate(&self, policy: Policy<'_>, examples: &[&UnpairedExample], references: &[f64]) -> Result<Tally> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();

@@ -1,5 +1,7 @@
-//! Direct preference optimisation: one adapter trained on comparisons, against the reference that it started as. Knows
-//! no file and no other stage. Read loss.rs before.
+//! Direct preference optimisation (DPO): one adapter is trained on comparisons, against the reference that it started
+//! as.
+//!
+//! It does not depend on a tokenizer or the planner. Read `loss.rs` next.
 
 use std::borrow::Cow;
 
@@ -20,15 +22,15 @@ use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
-/// Comparisons of one scoring pass.
+/// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// Share of held-out pairs whose better answer has the higher reward; NaN where nothing is held out.
+    /// Share of held-out pairs whose better response has the higher reward; NaN if nothing is held out.
     pub accuracy: f64,
-    /// Mean reward of the better held-out answers less that of the worse, in nats times beta.
+    /// Mean reward of the better held-out responses less that of the worse, in nats times beta.
     pub margin: f64,
     /// Mean held-out loss.
     pub loss: f64,
@@ -39,10 +41,10 @@ pub struct Summary {
 }
 
 /// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base. A ranking of
-/// more than two answers is the mean over its pairs.
+/// more than two responses is the mean over its pairs.
 ///
 /// # Errors
-/// If there is no example, a sequence is longer than the context, or a number stops being finite.
+/// If there is no example, a sequence is longer than the context, or a number is NaN or infinite.
 pub fn train(
     setup: Setup<'_>,
     reference: Option<&Adapter>,
@@ -162,13 +164,13 @@ fn loss_of(config: &Dpo) -> PairLoss {
     }
 }
 
-/// All answers of all comparisons, best first within one.
+/// All responses of all comparisons, best first within one.
 fn sequences<'e>(examples: &[&'e RankedExample]) -> Vec<Sequence<'e>> {
     let all = examples.iter().flat_map(|e| e.answers.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
     all.collect()
 }
 
-/// Compares answers under a policy with the same under the reference.
+/// Computes the loss from comparisons under a policy and under the reference.
 struct Judge<'w> {
     reference: Policy<'w>,
     loss: PairLoss,
@@ -176,13 +178,14 @@ struct Judge<'w> {
 }
 
 impl Judge<'_> {
-    /// Each comparison's answers under the reference, a comparison a pass: a product over other rows beside it rounds
-    /// otherwise in the last bit, and what is computed once must equal what is computed in every step.
+    /// Log-probabilities of each comparison's responses under the reference, one comparison per pass: a matrix product
+    /// with other rows beside them rounds the last bit differently, and the values computed once must equal those of
+    /// every step.
     fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
         examples.iter().map(|&example| summed_logprobs(self.reference, &sequences(&[example]))).collect()
     }
 
-    /// dL/dlogp of every answer; `weight` divides by the comparisons of the step.
+    /// dL/dlogp of every response; `weight` divides by the comparisons of the step.
     fn compare(
         &self,
         examples: &[&RankedExample],

@@ -1,5 +1,7 @@
-//! From a config and the lengths of its examples to the largest passes of each stage: what the loops of sft.rs, reward/,
-//! dpo/ and ppo/ cut, for the order in which they cut it. Knows no byte. Read walk/stages.rs for what a pass takes.
+//! The largest passes of each stage: the largest micro-batch that its loop will run, found with the loop's own
+//! shuffling.
+//!
+//! It does not compute bytes. Read `simulate/stages.rs` for what a pass takes.
 
 use anyhow::Result;
 
@@ -15,7 +17,7 @@ use crate::rng::{SplitMix64, derive};
 use crate::train::settings;
 use crate::{dpo, reward, sft};
 
-/// So many rows are looked through for the largest batch; what comes later is taken to be no larger.
+/// The number of rows searched for the largest batch; later rows are assumed to be no larger.
 const MOST_ROWS: usize = 20_000_000;
 
 /// The step of a run that has the micro-batch with the most tokens, as rows.
@@ -46,7 +48,7 @@ fn largest_chunk<T: Example>(examples: &(impl Examples<T> + ?Sized), size: usize
     rows.chunks(size).max_by_key(tokens).map(<[usize]>::to_vec).unwrap_or_default()
 }
 
-/// What each example brings into a pass: sequences' lengths, targets. Cut to `most` tokens a sequence.
+/// The sequences' lengths and the targets that an example adds to a pass, truncated to `most` tokens per sequence.
 trait Sequences: Example {
     fn put(&self, most: usize, pass: &mut Pass);
 }
@@ -134,7 +136,7 @@ pub fn reward(
     };
     let mut evaluation = (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?.map(scored);
     if c.center {
-        // Training comparisons are scored for their mean, as many a pass.
+        // Training comparisons are scored for their mean, in passes of the same size.
         let some: Vec<usize> = (0..examples.len().min(reward::train::CENTER_ON)).collect();
         for rows in some.chunks(reward::train::EVAL_BATCH) {
             let here = scored(pass(examples, rows, most)?);
@@ -153,13 +155,13 @@ pub fn reward(
     }))
 }
 
-/// Answers under a policy, as `dpo::answers` scores them: at most so many tokens a pass. The largest.
+/// The largest scoring pass over responses, as `dpo::answers` cuts them by tokens.
 fn scored(pass: &Pass) -> Pass {
     let chunks = chunks_by_tokens(&pass.lengths, dpo::SCORING_TOKENS);
     let tokens = |rows: &Vec<usize>| rows.iter().map(|&i| pass.lengths[i]).sum::<usize>();
     let rows = chunks.into_iter().max_by_key(tokens).unwrap_or_default();
     let lengths: Vec<usize> = rows.iter().map(|&i| pass.lengths[i]).collect();
-    // Targets are shared out evenly, which no pass of one example needs.
+    // Targets are divided evenly among the sequences; a pass of one example has them all.
     let targets = (pass.targets * rows.len()).div_ceil(pass.lengths.len().max(1));
     Pass { lengths, targets }
 }
@@ -196,7 +198,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
     let (c, most) = (config.kto(), most_tokens(config));
     let plan = settings::sampler(&c.supervised(), config.seed, settings::KTO_ORDER);
     let step = largest_step(plan, examples, c.num_train_epochs);
-    // The KL term scores the whole step's answers, and evaluation all that are held out, so many tokens a pass.
+    // The KL term scores the whole step's responses, and evaluation all held-out responses, both cut by tokens.
     let whole: Vec<usize> = step.iter().flatten().copied().collect();
     let reference = scored(&pass(examples, &whole, most)?);
     let held: Vec<usize> = (0..held_out.len()).collect();
@@ -209,7 +211,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
     }))
 }
 
-/// What `[ppo]` asks besides its config.
+/// Facts about a PPO run besides its config.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     /// Tokens of the held-out prompts that are evaluated on.
@@ -220,7 +222,7 @@ pub struct Asked<'a> {
     pub other_tokens: bool,
 }
 
-/// `[ppo]`'s passes, every answer at its full length.
+/// `[ppo]`'s passes, every response at its full length.
 ///
 /// # Errors
 /// If `[ppo]` is missing.
@@ -291,7 +293,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     }))
 }
 
-/// The passes of a stage whose examples are not at hand: each as long as `[data]` allows, enough of them for a step.
+/// The passes of a stage whose examples are not available: each as long as `[data]` allows, enough of them for a step.
 ///
 /// # Errors
 /// If `[ppo]` is missing and asked for.

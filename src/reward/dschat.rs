@@ -1,9 +1,9 @@
-//! Comparisons as rows padded at the right, for `compat = "dschat"`: where an answer ends, and what a batch of such rows
-//! is. Knows no loss: read loss.rs for `divergence_to_end_padded`. Source: microsoft/DeepSpeedExamples 83757d9,
-//! `dschat/utils/model/reward_model.py`.
+//! Comparisons as rows padded at the right, for `compat = "dschat"`: where a response ends, and how rows form a batch.
 //!
-//! There every row is padded to the longest length. Only pads up to the later of the two ends are in the loss, so no more
-//! are made here. Pads are read from and never attended to, and their positions go on counting.
+//! Source: microsoft/DeepSpeedExamples 83757d9, `dschat/utils/model/reward_model.py`, which pads every row to the
+//! longest length. Only pads up to the later of the two ends enter the loss, so no more are made here. Pads are read
+//! from and never attended to, and they count in the positions. It does not depend on a config. Read `loss.rs` for
+//! `divergence_to_end_padded`.
 
 use std::borrow::Cow;
 
@@ -20,17 +20,17 @@ use crate::model::batch::Batch;
 pub struct Padding {
     /// The pad token.
     pub pad: u32,
-    /// Pad tokens of a row before the one that ends its answer.
+    /// Pad tokens of a row before the one that ends its response.
     pub num_padding_at_beginning: usize,
     /// Tokens of a whole row.
     pub max_length: usize,
 }
 
-/// Comparisons of two answers as one batch: chosen, rejected, chosen, rejected.
+/// Comparisons of two responses as one batch: chosen, rejected, chosen, rejected.
 pub struct Rows {
     /// The rows of a comparison are of one length.
     pub batch: Batch,
-    /// (S): one past each answer.
+    /// (S): one past each response.
     pub ends: Vec<usize>,
 }
 
@@ -46,17 +46,17 @@ impl Padding {
         Ok(Self { pad, num_padding_at_beginning, max_length })
     }
 
-    /// One past the answer: the place of the pad that ends it in the padded row, or the row's length.
+    /// One past the response: the place of the pad that ends it in the padded row, or the row's length.
     fn end(&self, tokens: &[u32]) -> usize {
         let pads = tokens.iter().enumerate().filter(|&(_, &token)| token == self.pad).map(|(place, _)| place);
         let place = pads.chain(tokens.len()..).nth(self.num_padding_at_beginning);
         place.unwrap_or(self.max_length).min(self.max_length)
     }
 
-    /// Packs comparisons of two answers.
+    /// Packs comparisons of two responses.
     ///
     /// # Errors
-    /// If one has more answers.
+    /// If one has more responses.
     pub fn rows(&self, examples: &[Cow<'_, RankedExample>]) -> Result<Rows> {
         let (mut rows, mut readable, mut ends) = (vec![], vec![], vec![]);
         for example in examples {
@@ -82,8 +82,8 @@ impl Padding {
 }
 
 impl Rows {
-    /// The rows of the batch's hidden states at which scores are read: every answer's last token. A row that begins with
-    /// its end is read at its last place, as index -1 does.
+    /// The rows of the batch's hidden states at which scores are read: every response's last token. A row that begins
+    /// with its end is read at its last place, as index -1 does.
     pub fn last_rows(&self) -> Vec<usize> {
         let bounds = self.batch.offsets().windows(2);
         bounds.zip(&self.ends).map(|(b, &end)| end.checked_sub(1).map_or(b[1] - 1, |at| b[0] + at)).collect()
@@ -112,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_padded_to_the_longer_of_two_and_end_at_the_pad_of_their_number() {
+    fn rows_are_padded_to_the_longer_of_two_and_end_at_the_pad_after_the_leading_ones() {
         let own = Padding { pad: 1, num_padding_at_beginning: 0, max_length: 9 };
         let rows = own.rows(&[example(&[5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
         assert_eq!(rows.batch.tokens(), [5, 6, 7, 2, 5, 8, 2, 1]);
@@ -122,7 +122,7 @@ mod tests {
         let opt = Padding { pad: 2, num_padding_at_beginning: 1, max_length: 9 };
         let rows = opt.rows(&[example(&[2, 5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
         assert_eq!((rows.ends.clone(), rows.last_rows()), (vec![4, 3], vec![3, 7]));
-        // One pad too many is looked for: each answer's end moves into its pads, as far as the row goes.
+        // One pad too many is looked for: each response's end moves into its pads, as far as the row goes.
         let wrong = Padding { num_padding_at_beginning: 1, max_length: 4, ..own };
         let rows = wrong.rows(&[example(&[5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
         assert_eq!(rows.ends, [4, 4]);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn pads_in_front_are_counted_only_where_every_row_has_one() {
+    fn leading_pads_are_counted_only_if_every_row_has_one() {
         let examples = [example(&[2, 5], &[&[6], &[7]]).into_owned(), example(&[2, 8], &[&[6], &[7]]).into_owned()];
         let leading = |examples: &[RankedExample], pad| Padding::of(pad, 9, examples).unwrap().num_padding_at_beginning;
         assert_eq!([leading(&examples, 2), leading(&examples, 1), leading(&[], 2)], [1, 0, 0]);

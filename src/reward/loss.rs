@@ -1,30 +1,32 @@
-//! Losses that teach a scorer which of several answers to one prompt is better (Bradley-Terry), with their derivatives
-//! by score. Pure; knows no model. Two readings of "the score of an answer": its last token's ([`ranked`]), or every
-//! token's from where two answers part ([`divergence_to_end`], [`divergence_to_end_padded`]).
+//! Losses of a reward model over ranked responses to one prompt (Bradley-Terry), with their derivatives by score.
+//!
+//! Pure functions; they do not depend on a model. "The score of a response" has two readings: the score at its last
+//! token ([`ranked`]), or the scores at every token from the first difference on ([`divergence_to_end`],
+//! [`divergence_to_end_padded`]). Read `train.rs` next.
 
 use anyhow::{Result, ensure};
 
 use crate::diverged;
 use crate::invalid;
 
-/// Loss and derivatives of K ranked answers.
+/// Loss and derivatives of K ranked responses.
 #[derive(Clone, Debug)]
 pub struct RankedLoss {
     /// Mean over the K(K-1)/2 pairs.
     pub loss: f64,
-    /// (K,): by each answer's last-token score.
+    /// (K,): derivatives by each response's last-token score.
     pub grads: Vec<f32>,
-    /// Pairs whose better answer has the strictly higher score.
+    /// Pairs whose better response has the strictly higher score.
     pub right: usize,
-    /// K(K-1)/2.
+    /// Number of pairs, K(K-1)/2.
     pub pairs: usize,
 }
 
-/// `mean over i < j of -log sigmoid(s_i - s_j)`. `scores`: (K,) of the answers' last tokens, best answer first.
+/// `mean over i < j of -log sigmoid(s_i - s_j)`. `scores`: (K,) of the responses' last tokens, best response first.
 /// Source: arXiv:2203.02155 eq. 1.
 ///
 /// # Errors
-/// If there are fewer than two answers, or a score is not finite.
+/// If there are fewer than two responses, or a score is not finite.
 pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
     let k = scores.len();
     if k < 2 {
@@ -49,21 +51,21 @@ pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
 /// Loss and derivatives of one pair, and where it looked.
 #[derive(Clone, Debug)]
 pub struct WindowLoss {
-    /// Mean over the window.
+    /// Mean loss over the window.
     pub loss: f64,
-    /// By every score of the chosen sequence; 0 outside the window.
+    /// Derivatives by every score of the chosen sequence; 0 outside the window.
     pub chosen_grad: Vec<f32>,
-    /// By every score of the rejected sequence.
+    /// Derivatives by every score of the rejected sequence.
     pub rejected_grad: Vec<f32>,
     /// The window, in positions from the sequences' start.
     pub window: std::ops::Range<usize>,
-    /// The chosen answer's score at its end, which is what an accuracy compares.
+    /// The chosen response's score at its end, which is what an accuracy compares.
     pub chosen_end: f32,
-    /// The rejected answer's.
+    /// The rejected response's score at its end.
     pub rejected_end: f32,
 }
 
-/// One whole sequence, prompt and answer, with a score for every token.
+/// One whole sequence, prompt and response, with a score for every token.
 #[derive(Clone, Copy, Debug)]
 pub struct Scored<'a> {
     /// (N,) ids.
@@ -73,10 +75,10 @@ pub struct Scored<'a> {
 }
 
 /// `mean over t in [first difference, longer length) of -log sigmoid(c_t - r_t)` without any padding. Past a sequence's
-/// end its last token's score stands in, and collects the derivatives: an answer that is over keeps its verdict while
-/// the other goes on. (DeepSpeed-Chat scores PAD tokens there; see [`divergence_to_end_padded`].) Where one sequence
-/// continues the other, the first difference is the shorter one's length. Identical sequences compare their last
-/// position: log 2 where their scores agree, and opposite derivatives.
+/// end its last token's score stands in, and collects the derivatives: a response that has ended keeps its last score
+/// while the other continues. (DeepSpeed-Chat scores PAD tokens there; see [`divergence_to_end_padded`].) Where one
+/// sequence continues the other, the first difference is the shorter one's length. Identical sequences compare their
+/// last position: log 2 where their scores agree, and opposite derivatives.
 ///
 /// # Errors
 /// If a list is empty or of another length than its tokens, a score is not finite, or the first tokens differ already.
@@ -94,9 +96,9 @@ pub fn divergence_to_end(chosen: Scored<'_>, rejected: Scored<'_>) -> Result<Win
     window_loss(chosen.scores, rejected.scores, start..end, [c_len, r_len], chosen.tokens != rejected.tokens)
 }
 
-/// The same loss over rows padded to one length, position by position as DeepSpeed-Chat computes it: an answer ends at
+/// The same loss over rows padded to one length, position by position as DeepSpeed-Chat computes it: a response ends at
 /// the PAD number `num_padding_at_beginning` (from 0; OPT starts every sequence with a token that equals PAD, hence 1),
-/// the window runs to the later of the two ends, and the shorter answer's PAD positions in it count with the scores
+/// the window runs to the later of the two ends, and the shorter response's PAD positions in it count with the scores
 /// that the model gave them. Identical rows compare the last position of the row.
 /// Source: DeepSpeedExamples, `dschat/utils/model/reward_model.py`.
 ///
@@ -133,7 +135,7 @@ fn first_difference(a: &[u32], b: &[u32]) -> Option<usize> {
     a.iter().zip(b).position(|(a, b)| a != b)
 }
 
-/// `ends`: one past each answer's last token.
+/// `ends`: one past each response's last token.
 fn window_loss(
     chosen: &[f32],
     rejected: &[f32],

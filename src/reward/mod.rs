@@ -1,5 +1,6 @@
-//! The reward model: its losses, the stage that trains an adapter with a scalar head by them, and where PPO's scores come
-//! from.
+//! The reward model: its losses, the stage that trains an adapter with a scalar head, and the sources of PPO's scores.
+//!
+//! Read `loss.rs` next.
 
 pub mod dschat;
 pub mod loss;

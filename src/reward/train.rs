@@ -1,5 +1,7 @@
-//! The reward model's training: ranked answers, all their pairs from one forward of K sequences, an adapter with a scalar
-//! head. Knows no file. Read loss.rs for the formulas.
+//! The reward-model stage: ranked responses, all their pairs from one forward pass of K sequences, an adapter with a
+//! scalar head.
+//!
+//! It does not depend on a tokenizer or the planner. Read `loss.rs` for the formulas.
 
 use std::borrow::Cow;
 
@@ -23,17 +25,17 @@ use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
-/// Comparisons of one scoring pass.
+/// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
-/// Training comparisons that `center` takes its mean and deviation from.
+/// Training comparisons from which `center` computes mean and standard deviation.
 pub(crate) const CENTER_ON: usize = 256;
 
-/// How a reward model does on comparisons. Scores are those of the last tokens.
+/// A reward model's results on comparisons. Scores are those of the last tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Share of pairs whose better answer has the higher score; NaN of no pair.
+    /// Share of pairs whose better response has the higher score; NaN if there is no pair.
     pub accuracy: f64,
-    /// Mean score of the best answers.
+    /// Mean score of the best responses.
     pub mean_chosen: f64,
     /// Mean score of all others.
     pub mean_rejected: f64,
@@ -41,7 +43,7 @@ pub struct Evaluation {
     pub pairs: usize,
 }
 
-/// As JSON has it, which knows no NaN: accuracy, chosen, rejected, pairs.
+/// The form in JSON, which has no NaN: accuracy, chosen, rejected, pairs.
 type InJson = (Option<f64>, Option<f64>, Option<f64>, usize);
 
 impl Evaluation {
@@ -55,12 +57,12 @@ impl Evaluation {
     }
 }
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
-    /// Held-out comparisons before training.
+    /// Results on the held-out comparisons before training.
     pub before: Evaluation,
-    /// And after.
+    /// Results on the held-out comparisons after training.
     pub after: Evaluation,
     /// Optimizer steps.
     pub steps: usize,
@@ -83,10 +85,11 @@ pub fn train(
     train_on_rows(setup, examples, held_out, config, None, session)
 }
 
-/// As [`train`], on rows with pads where there is a `padding`: DeepSpeed-Chat's loss, and scores read where it reads them.
+/// As [`train`], on rows with pads where there is a `padding`: DeepSpeed-Chat's loss, and scores read where it reads
+/// them.
 ///
 /// # Errors
-/// Those of [`train`]; if a comparison is not of two answers.
+/// Those of [`train`]; if a comparison is not of two responses.
 #[allow(clippy::too_many_arguments)]
 pub fn train_on_rows(
     setup: Setup<'_>,
@@ -96,7 +99,7 @@ pub fn train_on_rows(
     padding: Option<Padding>,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
-    ensure!(padding.is_some() == config.compat.is_some(), "rows have pads where [reward] has compat, and only there");
+    ensure!(padding.is_some() == config.compat.is_some(), "rows have pads if and only if [reward] has compat");
     if examples.is_empty() {
         return Err(invalid!("[reward] there is no comparison to train on"));
     }
@@ -194,7 +197,7 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
     }
 }
 
-/// All answers of all examples, each after its prompt: best first within an example.
+/// All responses of all examples, each after its prompt: best first within an example.
 fn pack(examples: &[Cow<'_, RankedExample>]) -> Result<Batch> {
     let sequences: Vec<Vec<u32>> =
         examples.iter().flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
@@ -283,7 +286,7 @@ fn divergence(
     Ok(grads)
 }
 
-/// Last-token scores of every answer, one list an example.
+/// Last-token scores of every response, one list per example.
 ///
 /// # Errors
 /// If the adapter is another base's or has no head, or a sequence is longer than the context.
@@ -337,7 +340,7 @@ pub fn evaluate(
 /// As [`evaluate`], with scores read as [`train_on_rows`] reads them.
 ///
 /// # Errors
-/// As for [`scores`]; if a comparison on padded rows is not of two answers.
+/// As for [`scores`]; if a comparison on padded rows is not of two responses.
 pub fn evaluate_rows(
     base: &Base,
     adapter: &Adapter,
@@ -347,7 +350,7 @@ pub fn evaluate_rows(
     summarise(&scores_of_rows(base, adapter, examples, padding)?)
 }
 
-/// Accuracy and means of scores, one list a comparison, best answer first.
+/// Accuracy and means of scores, one list per comparison, best response first.
 ///
 /// # Errors
 /// If a list has fewer than two scores, or one is not finite.
@@ -369,7 +372,8 @@ pub fn summarise(comparisons: &[Vec<f32>]) -> Result<Evaluation> {
     })
 }
 
-/// The same comparisons with scores of mean 0 and deviation 1 over the answers of `examples`: w / sd, (b - mean) / sd.
+/// The same comparisons with scores of mean 0 and deviation 1 over the responses of `examples`: w / sd, (b - mean) /
+/// sd.
 fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample], padding: Option<Padding>) -> Result<Adapter> {
     let scores: Vec<f64> =
         scores_of_rows(base, &adapter, examples, padding)?.into_iter().flatten().map(f64::from).collect();

@@ -96,7 +96,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         Parts { stage: Stage::Ppo, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
     let admission = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
+    let memory = admission.report(&session);
     let tokenizer = model.checkpoint.tokenizer();
     let mut stop = tokenizer.eos_ids().to_vec();
     stop.extend(pad.filter(|pad| !tokenizer.eos_ids().contains(pad)));
@@ -220,7 +220,7 @@ fn translate<'p>(
         }
         Ok(true)
     })?;
-    // Room for one token of an answer.
+    // Room for one token of a response.
     let max_prompt_length = scorer.base.config().max_position_embeddings - 1;
     // They are one phase's already: no second split.
     let data = Data { max_prompt_length, compat: None, ..config.data()?.clone() };

@@ -147,7 +147,7 @@ impl<'w> RewardSourceBuilder<'w> {
         })
     }
 
-    /// The records' own answers.
+    /// The records' own responses.
     fn solutions(&self) -> Result<Solutions> {
         let mut solutions = Solutions::new();
         for prompt in all_prompts(self.prompts, self.asked) {

@@ -1,4 +1,5 @@
-//! From a config's optimisation keys to an optimizer's settings, a schedule and a batch size, and the streams of the seed.
+//! From optimisation keys to AdamW's settings, a schedule and a batch sampler; and the streams of the seed.
+//!
 //! It does not depend on a stage, a model or the planner. Read `supervised.rs` next.
 
 use super::adamw::AdamWConfig;
@@ -28,7 +29,7 @@ pub const CRITIC_INIT: u64 = 9;
 pub const PTX_ORDER: u64 = 10;
 /// The order of DPO's comparisons.
 pub const DPO_ORDER: u64 = 21;
-/// The order of KTO's answers.
+/// The order of KTO's responses.
 pub const KTO_ORDER: u64 = 22;
 
 /// AdamW's settings.

@@ -1,8 +1,9 @@
 //! The one training loop of every supervised stage: SFT, reward model, DPO and KTO.
 //!
-//! It resumes, writes checkpoints, walks the examples in their order, accumulates gradients over micro-batches, steps the
-//! optimizer by the schedule, lets the guard judge each step, evaluates and logs. A stage gives its loss per micro-batch and
-//! its evaluation ([`SupervisedStage`]). It does not depend on a stage or on the planner. Read `../sft.rs` next.
+//! It resumes, writes checkpoints, walks the examples in their order, accumulates gradients over micro-batches, steps
+//! the optimizer by the schedule, lets the guard judge each step, evaluates and logs. A stage gives its loss per
+//! micro-batch and its evaluation ([`SupervisedStage`]). It does not depend on a stage or on the planner. Read
+//! `../sft.rs` next.
 
 use std::borrow::Cow;
 
