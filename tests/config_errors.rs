@@ -1,4 +1,4 @@
-//! Every way a config file can be wrong says what, where and what to do; every way it can be right is read back equal.
+//! A wrong config file is refused with what is wrong, where, and the remedy; a correct one is read back equal.
 
 use std::path::Path;
 

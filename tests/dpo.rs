@@ -1,5 +1,6 @@
-//! DPO and KTO: the course of five training steps is torch's, what is stored changes no bit, and both stages run from
-//! config files and records of the formats that TRL's users have. tests/golden/dpo_course.py printed the courses.
+//! DPO and KTO: five training steps follow torch's, precomputed reference log-probabilities change no bit, and both
+//! stages run from config files and records of the formats that TRL's users have. tests/golden/dpo_course.py printed
+//! the golden numbers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -226,7 +227,7 @@ fn preferences(n: usize) -> Vec<Value> {
 }
 
 #[test]
-fn dpo_learns_preferences_from_a_file_and_tells_trls_figures() {
+fn dpo_learns_preferences_from_a_file_and_logs_trls_metrics() {
     let section = "learning_rate = 3e-3\nnum_train_epochs = 3\nper_device_train_batch_size = 4\neval_steps = 2";
     let (summary, metrics) = from_files(Stage::Dpo, &preferences(14), section).unwrap();
     assert_eq!(summary["eval_rewards/accuracies"], 1.0, "{summary}");
@@ -272,7 +273,7 @@ fn kto_learns_from_unpaired_messages_and_from_preferences() {
 }
 
 #[test]
-fn what_cannot_be_trained_on_is_refused_with_the_remedy() {
+fn unusable_data_is_refused_with_the_remedy() {
     let refusal = |stage, records: &[Value], section: &str| {
         let error = from_files(stage, records, section).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");

@@ -15,7 +15,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use fourfold::config::{Dpo, Ppo};
+use fourfold::config::{Dpo, Ppo, Supervised as _};
 use fourfold::data::examples::objectives::{PromptExample, RankedExample};
 use fourfold::dpo::pairs;
 use fourfold::export::Source;
@@ -239,7 +239,7 @@ fn dpo(learning_rate: f64) -> Dpo {
 
 /// Activations that DPO's blocks recompute under `config`.
 fn recompute(config: &Dpo, base: &Base, start: &Adapter, pairs: &[RankedExample]) -> Recompute {
-    let batch = settings::batch_size(config.per_device_train_batch_size, None);
+    let batch = settings::batch_size(&config.supervised());
     plan::resolve(config.checkpoint, base, start, plan::largest_batch(batch, pairs))
 }
 

@@ -14,7 +14,7 @@ use super::rollout::{Readers, collect, sampling_params};
 use super::run::PpoRun;
 use super::update::{Step, Update};
 use super::warnings::{Monitor, WatchedMetrics};
-use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
+use crate::config::{CriticStart, KlEstimator, KlIn, Optimised as _, PolicyLoss};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::error::Diverged;
@@ -84,7 +84,7 @@ impl State {
     /// If a tensor cannot be allocated, or the critic has nothing to be initialised from.
     pub fn new(run: &PpoRun<'_>) -> Result<Self> {
         let config = run.config;
-        let adamw = settings::adamw_of_ppo(config);
+        let adamw = settings::adamw(&config.optimisation());
         let critic = match config.advantage_estimator.has_critic() {
             true => {
                 // DeepSpeed-Chat's head has no bias.
@@ -212,7 +212,7 @@ impl State {
         let c = run.config;
         let steps = c.iterations() * c.num_ppo_epochs * c.num_mini_batches;
         let at = (self.iteration * c.num_ppo_epochs + self.epoch) * c.num_mini_batches + self.minibatch;
-        let rate = |lr| settings::schedule(lr, c.warmup_steps, c.lr_scheduler_type).lr_at(at, steps);
+        let rate = |lr| settings::schedule(&c.optimisation(), lr).lr_at(at, steps);
         (rate(c.learning_rate), rate(c.critic_learning_rate()))
     }
 

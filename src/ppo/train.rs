@@ -113,7 +113,6 @@ mod tests {
     use crate::config::Ppo;
     use crate::error::exit_code;
     use crate::model::adapter::{LoraConfig, TargetModules};
-    use crate::model::base::Base;
     use crate::model::block::Recompute;
     use crate::model::roles::ValueModel;
     use crate::model_files::ModelFiles;

@@ -12,7 +12,7 @@ use super::gold::{Gold, gold};
 use super::outcome::{Example, Outcome, Responses, memory_rows, win_rate};
 use super::task::{Row, Split, pairs, prompts, sft_rows};
 use crate::config;
-use crate::config::Config;
+use crate::config::{Config, Supervised as _};
 use crate::data::examples::objectives::{RankedExample, SftExample};
 use crate::export::Source;
 use crate::export::merged;
@@ -134,7 +134,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     // 3. SFT: one adapter over the base.
     let fresh = model.fresh_adapter(&config.lora, seed)?;
     let settings = config.sft();
-    let batch = settings::batch_size(settings.per_device_train_batch_size, settings.max_tokens_per_batch);
+    let batch = settings::batch_size(&settings.supervised());
     let recompute = plan::resolve(settings.checkpoint, base, &fresh, plan::largest_batch(batch, &sft_train));
     let setup = Setup { base, start: &fresh, recompute, seed };
     let (sft_adapter, sft_summary) = sft::train(setup, &sft_train, &sft_held, &settings, &mut session)?;
@@ -142,7 +142,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     clock("sft", &mut lap);
     // 4. The reward model: another adapter, initialised from the SFT adapter.
     let settings = config.reward();
-    let batch = settings::batch_size(settings.per_device_train_batch_size, settings.max_tokens_per_batch);
+    let batch = settings::batch_size(&settings.supervised());
     let recompute = plan::resolve(settings.checkpoint, base, &sft_adapter, plan::largest_batch(batch, &pairs_train));
     let setup = Setup { base, start: &sft_adapter, recompute, seed };
     let (reward_adapter, reward_summary) =

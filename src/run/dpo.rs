@@ -1,5 +1,5 @@
-//! `fourfold dpo` and `fourfold kto`: from config and files to the trained adapter. Read ../dpo/pairs.rs and ../dpo/kto.rs
-//! for what is trained.
+//! `fourfold dpo` and `fourfold kto`: from config and files to the trained adapter. Read `dpo/pairs.rs` and
+//! `dpo/kto.rs` for the stages.
 
 use std::path::{Path, PathBuf};
 
@@ -45,7 +45,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
+    let memory = admission.report(&session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
@@ -69,7 +69,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let model = Model::of_section(&config.base)?;
     let data: Prepared<UnpairedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
-    // The KL term puts answers after each other's prompts.
+    // The KL term puts responses after each other's prompts.
     let longest = |of: fn(&UnpairedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
     check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.response.len()))?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
@@ -78,7 +78,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
+    let memory = admission.report(&session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = kto::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

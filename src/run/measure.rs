@@ -1,5 +1,7 @@
-//! `fourfold bench memory`: two steps of a stage as it runs, over as much of its data, under the meter, beside the planner's
-//! figures for the very same passes. Read ../memory/meter.rs for the meter, admission.rs for the plan.
+//! `fourfold bench memory`: two steps of a stage under the memory meter, beside the planner's prediction for the same
+//! passes.
+//!
+//! Read `host/meter.rs` for the meter and `memory_preflight.rs` for the plan.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -28,20 +30,20 @@ use crate::train::session::Session;
 use crate::train::supervised::Setup;
 use crate::{invalid, ppo, reward, sft};
 
-/// What was predicted and what was found.
+/// The memory that was predicted and the memory that was measured.
 pub struct Measured {
-    /// The planner's.
+    /// The planner's prediction.
     pub plan: Plan,
-    /// The meter's, bytes.
+    /// The meter's peak of each phase, bytes.
     pub peaks: [(Phase, usize); Phase::ALL.len()],
-    /// As the system saw it.
+    /// The system's peak of the resident set, bytes.
     pub peak_rss: Option<usize>,
 }
 
-/// Optimizer steps that are measured, over the same examples: the second finds what the first has left.
+/// Optimizer steps that are measured, over the same examples: the second starts with the buffers that the first left.
 const STEPS: usize = 2;
 
-/// Runs two steps of a stage in `out` and measures every phase. Answers of PPO end at their full length.
+/// Runs two steps of a stage in `out` and measures every phase. PPO's responses have their full length.
 ///
 /// # Errors
 /// Those of the stage; if this process's allocator does not count.
@@ -70,7 +72,7 @@ struct Bench<'b> {
     launch: RunOptions,
 }
 
-/// So many of them in order, from the beginning.
+/// The first `count` examples.
 fn some<T: Example>(of: &impl Examples<T>, count: usize) -> Result<Vec<T>> {
     (0..count.min(of.len())).map(|row| of.get(row).map(Cow::into_owned)).collect()
 }
@@ -126,7 +128,7 @@ impl Bench<'_> {
 
     fn reward(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.reward();
-        c.compat = None; // pads are few, and read no memory of their own
+        c.compat = None; // pads are few and need no memory of their own
         let checkpoint = ModelFiles::open(&config.reward_base().path)?;
         let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let per_step =
@@ -193,7 +195,7 @@ impl Bench<'_> {
 
     fn ppo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.ppo()?.clone();
-        c.compat = None; // which answers are kept is no matter here
+        c.compat = None; // it does not matter here which responses are kept
         if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
         }

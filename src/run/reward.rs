@@ -1,4 +1,4 @@
-//! `fourfold reward`. Read ../reward/train.rs for the stage.
+//! `fourfold reward`: from config and files to the trained reward adapter. Read `reward/train.rs` for the stage.
 
 use std::path::Path;
 
@@ -37,7 +37,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Reward, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
+    let memory = admission.report(&session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = reward::train::train_on_rows(setup, &train, &held_out, &settings, padding, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

@@ -1,4 +1,4 @@
-//! `fourfold sft`. Read ../sft.rs for the stage.
+//! `fourfold sft`: from config and files to the trained adapter. Read `../sft.rs` for the stage.
 
 use std::path::Path;
 
@@ -35,7 +35,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Sft, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
+    let memory = admission.report(&session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = sft::train(setup, &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

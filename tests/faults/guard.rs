@@ -1,4 +1,4 @@
-//! Rewards that are no numbers, through PPO's own loop.
+//! Rewards that are NaN or infinite, in PPO's own loop.
 
 use std::cell::Cell;
 
@@ -80,7 +80,7 @@ fn is_finite(adapter: &Adapter) -> bool {
 }
 
 #[test]
-fn poisoned_rewards_are_skipped_and_counted_and_training_goes_on() {
+fn poisoned_rewards_are_skipped_and_counted_and_training_continues() {
     for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let dir = tempfile::tempdir().unwrap();
         let trained = run(Limits::default(), poison, |rollout| rollout == 2 || rollout == 3, dir.path()).unwrap();
@@ -115,7 +115,7 @@ fn a_kl_beyond_its_limit_counts_as_a_bad_step() {
 }
 
 #[test]
-fn answers_longer_than_their_limit_count_as_bad_steps() {
+fn responses_longer_than_their_limit_count_as_bad_steps() {
     let dir = tempfile::tempdir().unwrap();
     // Every answer is longer than half of the first ones' length.
     let limits = Limits { max_length_ratio: Some(0.5), max_skips: 1, max_rollbacks: 1, ..Limits::default() };
@@ -133,7 +133,7 @@ fn a_run_whose_weights_blow_up_goes_back_tries_smaller_steps_and_ends_with_a_dia
         let ran = place.run(&format!("{} {more}", crate::world::line("sft")));
         assert_eq!(ran.code, 1, "{alpha}: {}", ran.stderr);
         let said =
-            ["does not recover", "going back to good weights 3 times", "the last trouble", "[guard] has the limits"];
+            ["does not recover", "after 3 rollbacks to good weights", "the last reason", "[guard] has the limits"];
         for said in said {
             assert!(ran.stderr.contains(said), "{alpha}, {said}: {}", ran.stderr);
         }
