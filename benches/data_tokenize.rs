@@ -1,11 +1,14 @@
-//! data_tokenize: a file of preference pairs into the token cache, from JSON to the fsynced file, and the same text through
-//! the encoder alone. One JSON line each; minima of --reps (default 3). With FOURFOLD_BENCH_PYTHON (an interpreter that has
-//! `datasets` and `transformers`), Hugging Face's side runs on the same file, in turn with ours.
+//! Benchmark data_tokenize: time to tokenise a file of preference pairs into the token cache, from JSON to the fsynced
+//! file, and time of the encoder alone on the same text.
 //!
-//! scripts/make_pairs.py pairs.jsonl 50000
+//! It prints one JSON line per measurement, each the minimum of --reps runs (default 3). With FOURFOLD_BENCH_PYTHON (an
+//! interpreter that has `datasets` and `transformers`), Hugging Face's libraries run on the same file, in alternation.
+//!
+//! benches/make_pairs.py pairs.jsonl 50000
 //! FOURFOLD_BENCH_BASE=model-dir-or-gguf FOURFOLD_BENCH_DATA=pairs.jsonl cargo bench --bench data_tokenize
 //!
-//! Text is what the records say, without JSON's own characters. A core's rate divides by processor seconds of all threads.
+//! Megabytes count the records' texts, without JSON syntax. The rate per core divides by the CPU seconds of all
+//! threads.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -24,28 +27,28 @@ use fourfold::tokenizer::SpecialTokens;
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Processor seconds of this process, all threads, to a hundredth (the kernel's clock tick).
+/// CPU seconds of this process over all threads, in steps of 0.01 (the kernel's clock tick).
 fn processor_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after_name = stat.rsplit(')').next().unwrap_or_default();
     after_name.split_whitespace().skip(11).take(2).filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
-/// (wall, processor) seconds.
+/// Wall-clock and CPU seconds of a call.
 fn timed(run: impl FnOnce() -> Result<()>) -> Result<(f64, f64)> {
     let (wall, processor) = (Instant::now(), processor_seconds());
     run()?;
     Ok((wall.elapsed().as_secs_f64(), processor_seconds() - processor))
 }
 
-/// The texts of the first records, and the bytes of all.
+/// The texts of the first records, the bytes of all texts, and the number of records.
 fn texts(data: &Data, most: usize) -> Result<(Vec<String>, usize, usize)> {
     let (mut some, mut bytes, mut records) = (vec![], 0, 0);
     data::scan(data, &mut |found| {
         let Ok(entry) = found else { return Ok(true) };
-        let Record::Ranked { prompt, answers } = entry.record else { return Ok(true) };
+        let Record::Ranked { prompt, responses } = entry.record else { return Ok(true) };
         records += 1;
-        for text in std::iter::once(prompt).chain(answers) {
+        for text in std::iter::once(prompt).chain(responses) {
             if let Text::Verbatim(text) = text {
                 bytes += text.len();
                 if some.len() < most {
@@ -71,8 +74,8 @@ fn main() -> Result<()> {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,
         None => 3,
     };
-    let checkpoint = ModelFiles::open(&base)?;
-    let tokenizer = checkpoint.tokenizer();
+    let model_files = ModelFiles::open(&base)?;
+    let tokenizer = model_files.tokenizer();
     let folder = std::env::temp_dir().join(format!("fourfold-data-tokenize-{}", std::process::id()));
     std::fs::create_dir_all(&folder)?;
     let data = Data {
@@ -85,7 +88,7 @@ fn main() -> Result<()> {
     let megabytes = bytes as f64 / 1e6;
     let some_megabytes = some.iter().map(String::len).sum::<usize>() as f64 / 1e6;
 
-    // 1. The encoder alone, one thread: ours, and the tokenizers crate.
+    // 1. The encoder alone, on one thread: fourfold's and the tokenizers crate's.
     let mut bulk = tokenizer.bulk();
     let (mut ours, mut crates) = (f64::INFINITY, f64::INFINITY);
     for _ in 0..reps {
@@ -100,10 +103,10 @@ fn main() -> Result<()> {
         bulk.is_fast()
     );
 
-    // 2. From the file into the cache.
+    // 2. From the data file into the cache.
     let peer = variable("FOURFOLD_BENCH_PYTHON");
     if peer.is_some() {
-        for (name, content) in checkpoint.side_files()? {
+        for (name, content) in model_files.side_files()? {
             std::fs::write(folder.join(name), content)?;
         }
     }
@@ -137,7 +140,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Seconds of the peer, as it measures itself: without Python's start and imports.
+/// Seconds of Hugging Face's libraries, measured in Python without start and imports.
 fn peers(python: &Path, file: &Path, tokenizer: &Path) -> Result<f64> {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/peers/data_tokenize.py");
     let output = Command::new(python).arg(script).arg("--file").arg(file).arg("--tokenizer").arg(tokenizer).output()?;

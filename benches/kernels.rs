@@ -1,5 +1,6 @@
-//! kernels: what the frozen linear reaches, forward and backward, against the plain f32 product of the same size.
-//! One JSON line a case: `cargo bench --bench kernels [-- m ...]`. Medians of seven.
+//! kernels: throughput of the frozen linear layer, forward and backward, beside a plain f32 product of the same size.
+//! Prints one JSON line per case, with medians of seven runs: `cargo bench --bench kernels [-- m ...]`, m being the
+//! rows of x.
 
 use std::sync::Arc;
 use std::time::Instant;

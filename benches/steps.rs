@@ -17,19 +17,22 @@ use std::time::Instant;
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use fourfold::config::{ComputeDtype, Lora, LrScheduler, Ppo, RecomputeSetting, Reward, Sft};
+use fourfold::config::{ComputeDtype, Lora, LrScheduler, Ppo, Reward, Sft};
 use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::host::meter;
 use fourfold::host::meter::Phase;
 use fourfold::host::peak_rss_bytes;
 use fourfold::model::base::Base;
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{SamplingParams, generate};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ops::weight::Weight;
-use fourfold::ppo::train as ppo;
+use fourfold::ppo::run::PpoRun;
+use fourfold::ppo::train::train;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use fourfold::{reward, sft};
 
 #[global_allocator]
@@ -119,12 +122,12 @@ fn main() -> Result<()> {
         Some(i) => arguments.get(i + 1).context("--reps N")?.parse()?,
         None => 5,
     };
-    let checkpoint = match arguments.iter().position(|a| a == "--checkpoint") {
-        None => RecomputeSetting::None,
+    let recompute = match arguments.iter().position(|a| a == "--checkpoint") {
+        None => Recompute::Off,
         Some(i) => match arguments.get(i + 1).map(String::as_str) {
-            Some("none") => RecomputeSetting::None,
-            Some("mlp") => RecomputeSetting::Mlp,
-            Some("block") => RecomputeSetting::Block,
+            Some("none") => Recompute::Off,
+            Some("mlp") => Recompute::Mlp,
+            Some("block") => Recompute::Block,
             _ => anyhow::bail!("--checkpoint none|mlp|block"),
         },
     };
@@ -184,7 +187,6 @@ fn main() -> Result<()> {
             learning_rate: 1e-4,
             per_device_train_batch_size: 4,
             lr_scheduler_type: LrScheduler::Constant,
-            checkpoint,
             ..Sft::default()
         };
         // Forward and dx of every matrix; the head's logits are made twice.
@@ -193,7 +195,8 @@ fn main() -> Result<()> {
             let rows = ids(4, 256, 4 * rep);
             let example = |tokens: Vec<u32>| SftExample { loss_mask: (0..256).map(|i| i > 0).collect(), tokens };
             let examples: Vec<SftExample> = rows.into_iter().map(example).collect();
-            sft::train(base, &fresh, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
+            let setup = Setup { base, start: &fresh, recompute, seed: 0 };
+            sft::train(setup, &examples, &[], &config, &mut Session::silent()).map(drop)
         })?;
         done.push(("sft_step.update".into(), work, spent[&Phase::Update]));
     }
@@ -203,7 +206,6 @@ fn main() -> Result<()> {
             per_device_train_batch_size: 4,
             lr_scheduler_type: LrScheduler::Constant,
             center: false,
-            checkpoint,
             ..Reward::default()
         };
         let spent = measure(&format!("reward_step/{name}/pairs4_t256"), reps, 2048, |rep| {
@@ -211,8 +213,9 @@ fn main() -> Result<()> {
             // One shared token stands for the prompt; lengths are those of the peers.
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
             let examples: Vec<RankedExample> =
-                (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), answers: answers(i) }).collect();
-            reward::train::train(base, &scorer, &examples, &[], &config, 0, &mut Session::silent()).map(drop)
+                (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), responses: answers(i) }).collect();
+            let setup = Setup { base, start: &scorer, recompute, seed: 0 };
+            reward::train::train(setup, &examples, &[], &config, &mut Session::silent()).map(drop)
         })?;
         done.push(("reward_step.update".into(), 2048.0 * 2.0 * blocks, spent[&Phase::Update]));
     }
@@ -226,16 +229,17 @@ fn main() -> Result<()> {
             kl_coef: 0.05,
             lr_scheduler_type: LrScheduler::Constant,
             save_samples: 0,
-            checkpoint,
             ..Ppo::default()
         };
         let spent = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
-            let start = ppo::Start { base, reward_base: base, sft: &fresh, reward: Some(&scorer) };
             let source = RewardModel(ValueModel::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
-            let task = ppo::Task {
-                start,
+            let run = PpoRun {
+                base,
+                reward_base: base,
+                sft: &fresh,
+                reward: Some(&scorer),
                 prompts: &prompts,
                 stop: &[],
                 source: &source,
@@ -243,8 +247,11 @@ fn main() -> Result<()> {
                 evaluation: None,
                 ptx: None,
                 pad: None,
+                config: &config,
+                seed: rep as u64,
+                recompute,
             };
-            ppo::train(task, &config, rep as u64, &mut Session::silent()).map(drop)
+            train(&run, &mut Session::silent()).map(drop)
         })?;
         done.push(("ppo_step.rollout".into(), 1016.0 * blocks + 512.0 * table, spent[&Phase::Rollout]));
         // Reference, critic and reward model read 8 x 128 tokens, the first with its head.

@@ -1,17 +1,18 @@
-//! The line between "your input is wrong" (exit code 2) and "this program failed" (exit code 1).
-//! Knows nothing of what was wrong; every reader of user input returns `invalid!(..)`.
+//! Error kinds and exit codes: invalid input is 2, an interrupted run 130, any other failure 1.
+//!
+//! Every reader of user input returns `invalid!(..)`. It does not depend on any other file of the program.
 
 use std::cell::Cell;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Once;
 
-/// An input or configuration that cannot be used. The message says what, where and what to do.
+/// An input or configuration that cannot be used. The message names the problem, its place and a remedy.
 #[derive(Debug)]
 pub struct Invalid(String);
 
 impl Invalid {
-    /// Wraps a finished message.
+    /// An error with this message.
     pub fn new(message: impl Into<String>) -> Self {
         Self(message.into())
     }
@@ -25,7 +26,7 @@ impl fmt::Display for Invalid {
 
 impl std::error::Error for Invalid {}
 
-/// A number that stopped being one, or ran away: a step that the guard may skip.
+/// A value that became NaN, infinite or far too large in training: the guard may skip such a step.
 #[derive(Debug)]
 pub struct Diverged(pub String);
 
@@ -37,7 +38,7 @@ impl fmt::Display for Diverged {
 
 impl std::error::Error for Diverged {}
 
-/// Builds an `anyhow::Error` that the guard of a training run may skip a step for.
+/// Builds an `anyhow::Error` of kind [`Diverged`](crate::error::Diverged).
 #[macro_export]
 macro_rules! diverged {
     ($($arg:tt)*) => {
@@ -45,7 +46,7 @@ macro_rules! diverged {
     };
 }
 
-/// A run that was asked to stop and did. The message says where its state is.
+/// A run that stopped on request. The message names where its state was saved.
 #[derive(Debug)]
 pub struct Interrupted(pub String);
 
@@ -57,7 +58,7 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Builds an `anyhow::Error` that `main` turns into exit code 2.
+/// Builds an `anyhow::Error` of kind [`Invalid`](crate::error::Invalid): exit code 2.
 #[macro_export]
 macro_rules! invalid {
     ($($arg:tt)*) => {
@@ -65,8 +66,8 @@ macro_rules! invalid {
     };
 }
 
-/// 130 where any cause in the chain is [`Interrupted`], 2 where one is [`Invalid`] or [`Diverged`] (which leaves a command
-/// only where nothing is trained, so that the weights given are at fault), 1 otherwise.
+/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`] or [`Diverged`], 1
+/// otherwise. (A training run handles [`Diverged`] itself; elsewhere the given weights are the cause.)
 pub fn exit_code(error: &anyhow::Error) -> i32 {
     match error {
         _ if error.chain().any(|cause| cause.is::<Interrupted>()) => 130,
@@ -75,12 +76,13 @@ pub fn exit_code(error: &anyhow::Error) -> i32 {
     }
 }
 
-/// The longest word, and the longest message, that is still read.
+/// The most characters of a word that are printed.
 const WORD: usize = 240;
+/// The most characters of a message that are printed.
 const MESSAGE: usize = 4000;
 
-/// A message for people: the control characters of whatever it quotes are spelled out (a file's bytes do not command a
-/// terminal), and what is longer than anybody reads is cut in its middle.
+/// A message made safe to print: control characters are escaped, since a quoted file must not control the terminal, and
+/// overlong words and messages are shortened in the middle.
 pub fn printable(text: &str) -> String {
     let cut = |part: &str, most: usize| -> String {
         let count = part.chars().count();
@@ -101,7 +103,7 @@ pub fn printable(text: &str) -> String {
     cut(&words.join(" ").chars().map(spell).collect::<String>(), MESSAGE)
 }
 
-/// Runs a library that panics on some damaged bytes; `None` where it did, and nothing is printed then.
+/// Runs a library that panics on some damaged input; returns `None`, and prints nothing, if it did.
 pub fn unless_it_panics<T>(run: impl FnOnce() -> T) -> Option<T> {
     thread_local! { static GUARDED: Cell<bool> = const { Cell::new(false) } }
     static HOOK: Once = Once::new();
@@ -132,14 +134,14 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_a_library_is_none_and_the_next_run_is_as_before() {
+    fn a_panic_gives_none_and_later_runs_are_unaffected() {
         assert_eq!(unless_it_panics(|| 1), Some(1));
         assert_eq!(unless_it_panics(|| -> i32 { panic!("on purpose") }), None);
         assert_eq!(unless_it_panics(|| 2), Some(2));
     }
 
     #[test]
-    fn what_nobody_reads_is_cut_and_what_to_do_stays() {
+    fn overlong_messages_are_shortened_in_the_middle_and_keep_the_remedy() {
         let long = "x".repeat(5000);
         let text = printable(&format!("run.toml: {long:?} is no path; name one"));
         assert!(
@@ -152,7 +154,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_message_quotes_commands_no_terminal() {
+    fn control_characters_are_escaped() {
         assert_eq!(printable("a\n\tb: \u{1b}[2J\u{7} é𝄞"), "a\n\tb: \\u{1b}[2J\\u{7} é𝄞");
     }
 }

@@ -1,11 +1,13 @@
-//! The command line: arguments -> a command of `cli` -> an exit code. 0 done, 2 the input or configuration is wrong, 130 it
-//! was asked to stop, 1 anything else. The error's chain is printed once, on stderr.
+//! The program: arguments -> a command of `cli` -> an exit code.
+//!
+//! 0 is success, 2 an invalid input or configuration, 130 a run stopped on request, 1 any other failure. The chain of an
+//! error's causes is printed once, on stderr. Read `cli/mod.rs` next.
 
 #[global_allocator]
 static ALLOCATOR: fourfold::host::meter::Counting<fourfold::host::allocator::Allocator> =
     fourfold::host::meter::Counting(fourfold::host::allocator::Allocator);
 
-/// The allocator is told before the runtime's first allocation, which reserves address space already.
+/// The allocator is configured before the runtime's first allocation, which already reserves address space.
 #[cfg(target_os = "linux")]
 #[used]
 #[unsafe(link_section = ".init_array")]

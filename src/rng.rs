@@ -1,7 +1,9 @@
-//! Counter-based random numbers: every draw is a function of a seed and a position, so a resumed run needs no
-//! generator state and a sequence's samples do not depend on which batch it was in. Knows no tensor.
+//! Seeded random numbers: SplitMix64, and seeds derived from names of streams.
+//!
+//! Every draw is a function of a seed and a position, so a resumed run needs no generator state and the samples of a sequence
+//! do not depend on its batch. It does not depend on tensors.
 
-/// splitmix64 (Steele, Lea and Flood 2014): the generator of the quickstart's task and of every shuffle here.
+/// The generator SplitMix64 (Steele, Lea and Flood 2014).
 #[derive(Clone, Debug)]
 pub struct SplitMix64 {
     state: u64,
@@ -21,13 +23,13 @@ impl SplitMix64 {
         Self { state: seed }
     }
 
-    /// The next 64 bits.
+    /// The next 64 random bits.
     pub fn next_u64(&mut self) -> u64 {
         self.state = self.state.wrapping_add(GOLDEN);
         mix(self.state)
     }
 
-    /// `next_u64() % n`: the modulo bias is below n / 2^64. `n` must not be 0.
+    /// Uniform in 0..n, as `next_u64() % n`: the modulo bias is below n / 2^64. `n` must not be 0.
     pub fn below(&mut self, n: usize) -> usize {
         (self.next_u64() % n as u64) as usize
     }
@@ -37,7 +39,7 @@ impl SplitMix64 {
         (self.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
-    /// A permutation of 0..n (Fisher-Yates, from the end).
+    /// A random permutation of 0..n (Fisher-Yates, from the end).
     pub fn permutation(&mut self, n: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..n).collect();
         for i in (1..n).rev() {
@@ -47,7 +49,7 @@ impl SplitMix64 {
     }
 }
 
-/// A seed for a named stream: `derive(seed, &[iteration, row])` gives every (iteration, row) its own numbers.
+/// A seed for a named stream: `derive(seed, &[iteration, row])` gives every (iteration, row) its own random numbers.
 pub fn derive(seed: u64, path: &[u64]) -> u64 {
     path.iter().fold(mix(seed.wrapping_add(GOLDEN)), |h, &p| mix(h ^ mix(p.wrapping_add(GOLDEN))))
 }
@@ -66,7 +68,7 @@ mod tests {
     }
 
     #[test]
-    fn permutation_holds_every_index_once_and_streams_differ() {
+    fn permutations_contain_every_index_once_and_streams_differ() {
         let mut order = SplitMix64::new(derive(7, &[1, 2])).permutation(100);
         assert_ne!(order, SplitMix64::new(derive(7, &[2, 1])).permutation(100));
         order.sort_unstable();

@@ -1,36 +1,36 @@
-//! Supervised fine-tuning: cross-entropy over the marked tokens, one adapter trained. `train` is the stage on examples in
-//! memory; `run::sft` reads a config and files around it. Knows no other stage.
+//! Supervised fine-tuning: one adapter is trained by cross-entropy on the tokens that the loss mask marks.
+//!
+//! [`train`] is the stage on examples in memory; `run/sft.rs` reads config and files around it. It does not depend on
+//! another stage. Read `train/supervised.rs` next.
 
 use std::borrow::Cow;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 
-use crate::config::Sft;
-use crate::data::examples::batch_sampler::BatchSampler;
+use crate::config::{Sft, Supervised};
 use crate::data::examples::objectives::SftExample;
 use crate::data::examples::{Examples, chunks, pick};
 use crate::host::meter::{Phase, within};
+use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::report::{Figures, number};
-use crate::train::learner::Learner;
-use crate::train::progress::Progress;
 use crate::train::session::Session;
-use crate::train::{settings, stop};
-use crate::{diverged, invalid};
+use crate::train::settings;
+use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Training};
 
-/// Sequences of one scoring pass.
+/// Sequences per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 16;
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// e^(mean negative log-probability) of the held-out targets before training; NaN where nothing is held out.
+    /// e^(mean negative log-probability) of the held-out targets before training; NaN if nothing is held out.
     pub perplexity_before: f64,
-    /// And after.
+    /// The same after training.
     pub perplexity_after: f64,
     /// Optimizer steps.
     pub steps: usize,
@@ -45,109 +45,95 @@ pub struct Summary {
 /// # Errors
 /// If there is no example, a sequence is longer than the context, the guard gives up, or the process was asked to stop.
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     examples: &(impl Examples<SftExample> + ?Sized),
     held_out: &(impl Examples<SftExample> + ?Sized),
     config: &Sft,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.is_empty() {
         return Err(invalid!("[sft] there is no record to train on"));
     }
+    let Setup { base, start, recompute, .. } = setup;
     let start = start.clone().with_score_head(None)?;
-    let learner = Learner::new(start.to_trainable(), settings::adamw_of_sft(config), config.max_grad_norm)?;
-    let mut progress = Progress::new(learner);
-    let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
-    let accumulate = config.gradient_accumulation_steps;
-    let plan = BatchSampler { seed, stream: settings::SFT_ORDER, batch, accumulate, shard: Default::default() };
-    let steps = plan.steps(examples, config.num_train_epochs);
-    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
-    session.report.stage("sft", steps);
-    // NaN has no form in JSON, where what is found once is kept.
+    let mut training = Training::new(setup, &start, config.supervised(), settings::SFT_ORDER, examples)?;
+    session.report.stage("sft", training.steps());
+    // JSON has no NaN, so the finding is an option.
     let found = session.once("perplexity_before", |_| perplexity(base, &start, held_out).map(Some))?;
     let perplexity_before = found.unwrap_or(f64::NAN);
-    if let Some(snapshot) = session.resumed()? {
-        progress.load(&snapshot)?;
-    }
-    session.watch(&[("learner", &mut progress.learner)])?;
+    training.resume(session)?;
     session.report.note(&match held_out.len() {
         0 => format!("sft: {} records, none held out", examples.len()),
         _ => format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()),
     });
-    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
-    loop {
-        session.checkpoint(progress.step, || progress.snapshot())?;
-        let Some(rows) = order.next_step() else { break };
-        let batches = rows.batches.iter().map(|rows| pack(&pick(examples, rows.iter().copied())?));
-        let batches = batches.collect::<Result<Vec<_>>>()?;
-        // 1. Forward and backward.
-        let update = within(Phase::Update);
-        let gradients = gradients(base, progress.learner.weights().view(), &batches, checkpoint);
-        let Some(gradients) = gradients.transpose() else { continue };
-        // 2. Step.
-        drop(update);
-        let _step = within(Phase::Step);
-        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
-        let outcome = gradients.and_then(|(g, loss)| Ok((loss, progress.learner.step(g, lr)?)));
-        progress.cursor = order.cursor();
-        progress.step += 1;
-        progress.tokens += batches.iter().map(|(batch, _)| batch.tokens().len()).sum::<usize>();
-        let step = progress.step;
-        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
-        let Some((loss, grad_norm)) = stepped else { continue };
-        // 3. Figures.
-        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
-            let mut figures = Figures::new();
-            figures.insert("loss".into(), number(loss));
-            figures.insert("grad_norm".into(), number(grad_norm));
-            figures.insert("lr".into(), number(lr));
-            figures.insert("tokens".into(), progress.tokens.into());
-            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
-                let p = perplexity(base, progress.learner.weights().view(), held_out)?;
-                figures.insert("eval_perplexity".into(), number(p));
-            }
-            session.report.step(step, &figures, &["loss", "grad_norm", "eval_perplexity"])?;
-        }
-    }
-    let trained = progress.learner.weights().snapshot();
-    let perplexity_after = perplexity(base, &trained, held_out)?;
+    let trained = training.run(&CrossEntropy { base, held_out, recompute }, session)?;
+    let perplexity_after = perplexity(base, &trained.adapter, held_out)?;
     session.report.done();
     if !held_out.is_empty() {
         session.report.note(&format!("sft: held-out perplexity {perplexity_before:.3} -> {perplexity_after:.3}"));
     }
-    Ok((trained, Summary { perplexity_before, perplexity_after, steps, tokens: progress.tokens }))
+    let summary = Summary { perplexity_before, perplexity_after, steps: trained.steps, tokens: trained.tokens };
+    Ok((trained.adapter, summary))
 }
 
-/// A step's gradients and loss; `None` where the process was asked to stop before the last batch. The step's number of
-/// targets divides every batch's loss: accumulation changes nothing.
-fn gradients(
-    base: &Base,
-    adapter: &Adapter,
-    batches: &[(Batch, Targets)],
-    checkpoint: Recompute,
-) -> Result<Option<(Gradients, f64)>> {
-    let count: usize = batches.iter().map(|(_, targets)| targets.rows.len()).sum();
-    let weight = 1.0 / count as f64;
-    let mut grads = Gradients::none(base.shapes().layers);
-    let mut loss = 0f64;
-    for (batch, targets) in batches {
-        if stop::requested() {
-            return Ok(None);
-        }
-        let (_, g) = Policy::new(base, Some(adapter)).gradients(batch, targets, 1.0, checkpoint, |stats| {
-            loss -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>() * weight;
-            Ok((vec![-weight as f32; stats.logprobs.len()], vec![0.0; stats.logprobs.len()]))
-        })?;
-        grads.add(g)?;
+/// The stage's loss and evaluation.
+struct CrossEntropy<'w, H: ?Sized> {
+    base: &'w Base,
+    held_out: &'w H,
+    recompute: Recompute,
+}
+
+/// The loss of a step.
+struct StepLoss {
+    /// 1 / the step's number of targets. It divides every micro-batch's loss, so accumulation changes nothing.
+    weight: f64,
+    loss: f64,
+}
+
+impl<H: Examples<SftExample> + ?Sized> SupervisedStage<SftExample> for CrossEntropy<'_, H> {
+    type Sums = StepLoss;
+
+    const TOKENS: &'static str = "tokens";
+    const SHOWN: &'static [&'static str] = &["loss", "grad_norm", "eval_perplexity"];
+    const COUNTS_REJECTED: bool = true;
+
+    fn begin(&self, _: &Adapter, step: &OptimizerStep<'_, SftExample>) -> Result<StepLoss> {
+        let targets = |example: &Cow<'_, SftExample>| example.loss_mask.iter().filter(|&&marked| marked).count();
+        let count: usize = step.batches.iter().flatten().map(targets).sum();
+        Ok(StepLoss { weight: 1.0 / count as f64, loss: 0.0 })
     }
-    ensure!(loss.is_finite(), diverged!("the loss is {loss}"));
-    Ok(Some((grads, loss)))
+
+    fn gradients(
+        &self,
+        adapter: &Adapter,
+        _: &[usize],
+        examples: &[Cow<'_, SftExample>],
+        sums: &mut StepLoss,
+    ) -> Result<Gradients> {
+        let (batch, targets) = pack(examples)?;
+        let policy = Policy::new(self.base, Some(adapter));
+        let (_, gradients) = policy.gradients(&batch, &targets, 1.0, self.recompute, |stats| {
+            sums.loss -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>() * sums.weight;
+            Ok((vec![-sums.weight as f32; stats.logprobs.len()], vec![0.0; stats.logprobs.len()]))
+        })?;
+        Ok(gradients)
+    }
+
+    fn loss(sums: &StepLoss) -> f64 {
+        sums.loss
+    }
+
+    fn metrics(sums: &StepLoss) -> Figures {
+        Figures::from_iter([("loss".to_owned(), number(sums.loss))])
+    }
+
+    fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
+        let perplexity = perplexity(self.base, adapter, self.held_out)?;
+        Ok(Figures::from_iter([("eval_perplexity".to_owned(), number(perplexity))]))
+    }
 }
 
-/// Examples as a batch, and the tokens that their masks mark.
+/// Packs examples into a batch; the targets are the tokens that their masks mark.
 pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)> {
     let (mut sequences, mut mask) = (vec![], vec![]);
     for example in examples {
@@ -159,7 +145,7 @@ pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)>
     Ok((batch, targets))
 }
 
-/// e^(mean negative log-probability) over all marked tokens; NaN of none.
+/// e^(mean negative log-probability) over all marked tokens; NaN if there is none.
 ///
 /// # Errors
 /// If a sequence is longer than the context.

@@ -1,5 +1,6 @@
-//! What numbers over some answers say about all: means with their errors, shares with their intervals, how varied texts
-//! are. Pure; knows nothing of what was measured.
+//! Summary statistics: means with standard errors, proportions with confidence intervals, and distinct-n.
+//!
+//! Evaluations report them, so that a reader can judge a difference between runs. It does not depend on what was measured.
 
 use std::collections::HashSet;
 
@@ -7,19 +8,20 @@ use serde_json::{Value, json};
 
 use crate::report::number;
 
-/// A share with its 95% interval.
+/// A proportion with its 95% confidence interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Share {
-    /// The share itself.
+    /// The proportion.
     pub rate: f64,
-    /// Wilson's interval at z = 1.96.
+    /// Lower end of Wilson's score interval at z = 1.96.
     pub low: f64,
-    /// Its upper end.
+    /// Upper end of the interval.
     pub high: f64,
 }
 
 impl Share {
-    /// Of `rate * n` among `n`, by E. B. Wilson's score interval (1927): sensible at 0 and 1, where the normal one is not.
+    /// The proportion `rate` of `n` trials, with E. B. Wilson's score interval (1927), which is valid at 0 and 1, too, where
+    /// the normal approximation is not.
     pub fn of(rate: f64, n: usize) -> Self {
         let (n, z) = (n as f64, 1.96f64);
         let z2 = z * z;
@@ -28,7 +30,7 @@ impl Share {
         Self { rate, low: middle - half, high: middle + half }
     }
 
-    /// How often `ours` beats `theirs`, answer by answer; a tie counts half. NaN of none.
+    /// Win rate of `ours` against `theirs`, pair by pair; a tie counts half. NaN for empty slices.
     pub fn of_wins(ours: &[f64], theirs: &[f64]) -> Self {
         let won = |(a, b): (&f64, &f64)| match a.total_cmp(b) {
             std::cmp::Ordering::Greater => 1.0,
@@ -40,25 +42,25 @@ impl Share {
     }
 }
 
-/// NaN of none.
+/// Mean of the values; NaN for an empty slice.
 pub fn mean(values: &[f64]) -> f64 {
     values.iter().sum::<f64>() / values.len() as f64
 }
 
-/// The standard error of [`mean`], from the deviation that divides by n - 1; NaN of fewer than two.
+/// Standard error of [`mean`], from the standard deviation with n - 1; NaN for fewer than two values.
 pub fn standard_error(values: &[f64]) -> f64 {
     let (n, middle) = (values.len() as f64, mean(values));
     let variance = values.iter().map(|v| (v - middle).powi(2)).sum::<f64>() / (n - 1.0);
     (variance / n).sqrt()
 }
 
-/// `{"mean", "standard_error"}`, nulls of nothing.
+/// `{"mean", "standard_error"}`; null where a number is NaN.
 pub fn mean_and_error(values: &[f64]) -> Value {
     json!({ "mean": number(mean(values)), "standard_error": number(standard_error(values)) })
 }
 
-/// Different runs of `n` tokens over all runs of `n` tokens in `texts`: 1 where nothing comes twice. NaN where there is
-/// none. Source: distinct-n of arXiv:1510.03055.
+/// distinct-n (arXiv:1510.03055): distinct n-grams of tokens over all n-grams in `texts`; 1 if none repeats, NaN if there is
+/// none.
 pub fn distinct_n<T: AsRef<[u32]>>(texts: &[T], n: usize) -> f64 {
     let runs = texts.iter().flat_map(|text| text.as_ref().windows(n.max(1)));
     let (mut all, mut seen) = (0usize, HashSet::new());
@@ -74,7 +76,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn an_interval_is_wilsons_and_ties_count_half() {
+    fn interval_is_wilsons_and_ties_count_half() {
         let w = Share::of_wins(&[2.0, 2.0, 4.0, 1.0], &[1.0, 2.0, 3.0, 4.0]);
         assert_eq!(w.rate, 0.625);
         // Wilson for p = 0.625, n = 4, z = 1.96, in another arrangement.
@@ -87,7 +89,7 @@ mod tests {
     }
 
     #[test]
-    fn errors_shrink_with_the_square_root_of_the_number() {
+    fn standard_errors_shrink_with_the_square_root_of_n() {
         assert_eq!((mean(&[1.0, 3.0]), standard_error(&[1.0, 3.0])), (2.0, 1.0));
         let many: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
         assert!((standard_error(&many) - 0.025).abs() < 1e-4);
@@ -95,7 +97,7 @@ mod tests {
     }
 
     #[test]
-    fn texts_that_repeat_are_less_distinct() {
+    fn repeated_n_grams_lower_distinct_n() {
         assert_eq!(distinct_n(&[vec![1u32, 2, 3], vec![4, 5]], 2), 1.0);
         assert_eq!(distinct_n(&[vec![1u32, 2, 1, 2, 1]], 2), 0.5);
         assert_eq!(distinct_n(&[vec![7u32], vec![7]], 1), 0.5);

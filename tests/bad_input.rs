@@ -324,7 +324,7 @@ fn a_folder_that_is_not_ours_stays_untouched() {
     p.refuses("sft mine/config.toml --out mine", &["mine exists", "--out"]);
     p.refuses("quickstart --out mine", &["mine exists", "--out"]);
     p.refuses("sft run.toml --out run.toml", &["run.toml exists", "--out"]);
-    p.refuses("merge --base base --adapter out/sft/adapter --out mine", &["mine is there already", "--out"]);
+    p.refuses("merge --base base --adapter out/sft/adapter --out mine", &["mine already exists", "--out"]);
     assert_eq!(fs::read_to_string(p.path("mine/notes.txt")).unwrap(), "keep me");
     // Another stage's run is somebody's result as well.
     let reward = "reward run.toml --set data.path=pairs.jsonl --out out/sft";

@@ -1,10 +1,11 @@
-//! Chat templates in the manner of twelve model families render as transformers renders them, refusals included.
+//! Chat templates in the style of twelve model families render exactly as in transformers, including the dialogues that
+//! they reject.
 
 use fourfold::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
 use serde_json::Value;
 
 #[test]
-fn twelve_families_templates_render_as_transformers_golden() {
+fn templates_of_twelve_families_equal_transformers_golden() {
     // Printed by tests/golden/chat_styles.py.
     let golden: Value = serde_json::from_str(include_str!("golden/chat_styles.json")).unwrap();
     let (mut rendered, mut refused) = (0, 0);

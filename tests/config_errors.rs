@@ -1,9 +1,9 @@
-//! Every way a config file can be wrong says what, where and what to do; every way it can be right is read back equal.
+//! A wrong config file is refused with what is wrong, where, and the remedy; a correct one is read back equal.
 
 use std::path::Path;
 
 use fourfold::config;
-use fourfold::config::{Config, EvalSize, LrScheduler, Paths, Recompute, RewardLoss, Stage, TargetModules};
+use fourfold::config::{Config, EvalSize, LrScheduler, Paths, RecomputeSetting, RewardLoss, Stage, TargetModules};
 use fourfold::error::exit_code;
 
 fn load(text: &str, set: &[&str]) -> anyhow::Result<Config> {
@@ -222,7 +222,7 @@ fn the_resolved_config_holds_every_default_and_reads_back_equal() {
     assert_eq!(config.lora.target_modules, TargetModules::List(vec!["q_proj".into()]));
     assert_eq!(config.sft().lr_scheduler_type, LrScheduler::Cosine);
     assert_eq!(config.reward().loss, RewardLoss::DivergenceToEnd);
-    assert_eq!(config.ppo().unwrap().checkpoint, Recompute::Block);
+    assert_eq!(config.ppo().unwrap().checkpoint, RecomputeSetting::Block);
     assert_eq!(config.ppo().unwrap().critic_learning_rate(), 1e-5);
     assert_eq!(config.output_dir(Stage::Reward), Path::new("runs/reward"));
     let resolved = config.to_toml().unwrap();

@@ -6,10 +6,12 @@
 use anyhow::Result;
 use fourfold::config::{Lora, Ppo};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::ValueModel;
 use fourfold::model_files::ModelFiles;
 use fourfold::ppo::rewards::{Ending, Shaping, shape};
-use fourfold::ppo::train::{Start, Task, Trained, train};
+use fourfold::ppo::run::PpoRun;
+use fourfold::ppo::train::{Trained, train};
 use fourfold::quickstart::base::BASE;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
@@ -38,9 +40,11 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
         ..Ppo::default()
     };
     let source = RewardModel(ValueModel::new(&model.base, &reward)?);
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task {
-        start,
+    let run = PpoRun {
+        base: &model.base,
+        reward_base: &model.base,
+        sft: &sft,
+        reward: Some(&reward),
         prompts,
         stop,
         source: &source,
@@ -48,8 +52,11 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
         evaluation: None,
         ptx: None,
         pad: None,
+        config: &config,
+        seed: 1,
+        recompute: Recompute::Off,
     };
-    train(task, &config, 1, &mut Session::silent())
+    train(&run, &mut Session::silent())
 }
 
 fn assert_trained(what: &str, trained: &Trained) {

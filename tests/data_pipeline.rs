@@ -1,5 +1,5 @@
-//! Files -> tokens -> examples at any size: one result for any number of threads and any store, caches that are stale,
-//! damaged or made by two processes at once, masks that give the answers back, splits by prompt, blocks of raw text.
+//! Files -> tokens -> examples, for files of any size: equal results in memory and in the cache, caches that are stale,
+//! damaged or built by two processes at once, masks that decode to the responses, splits by prompt, blocks of raw text.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +17,7 @@ use fourfold::rng::SplitMix64;
 use fourfold::tokenizer::{SpecialTokens, Tokenizer};
 use serde_json::{Value, json};
 
-fn checkpoint() -> ModelFiles {
+fn model_files() -> ModelFiles {
     ModelFiles::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights)
         .unwrap()
 }
@@ -30,7 +30,7 @@ fn words(rng: &mut SplitMix64, most: usize) -> String {
     format!("x{}", some.join(" "))
 }
 
-/// Pairs as a script would write them; every third prompt is one of twenty.
+/// A generated preference pair; every third prompt is one of twenty.
 fn pair(rng: &mut SplitMix64, row: usize) -> Value {
     let prompt =
         if row.is_multiple_of(3) { format!("question {}?", rng.below(20)) } else { format!("{row} {}", words(rng, 9)) };
@@ -56,9 +56,9 @@ fn prepared<T: Objective + Stored>(data: &Data, tokenizer: &Tokenizer) -> Prepar
 }
 
 #[test]
-fn memory_cache_and_one_thread_give_the_same_examples() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+fn memory_cache_and_a_single_thread_give_equal_examples() {
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     write_pairs(&path, 3000);
@@ -66,7 +66,7 @@ fn memory_cache_and_one_thread_give_the_same_examples() {
     let encoder = ModelEncoder::new(tokenizer).unwrap();
     let entries = data::load(&data).unwrap().entries;
     let (plain, report) = data::examples::objectives::ranked_examples(&entries, &encoder, &data).unwrap();
-    assert!(report.dropped.values().sum::<usize>() > 0, "the lengths cross the limit: {report}");
+    assert!(report.dropped.values().sum::<usize>() > 0, "some records exceed the limit: {report}");
     let memory: Prepared<RankedExample> = prepared(&data, tokenizer);
     assert_eq!((all(&memory.train), &memory.report, memory.cache.is_none()), (plain.clone(), &report, true));
     let data = Data { cache_dir: Some(folder.path().join("cache")), ..data };
@@ -81,13 +81,13 @@ fn memory_cache_and_one_thread_give_the_same_examples() {
         (prepared(&Data { cache_dir: None, ..data.clone() }, tokenizer), prepared(&data, tokenizer));
     assert_eq!(all(&memory.train), all(&cached.train));
     let (prompts, _) = data::examples::objectives::prompt_examples(&entries, &encoder, &data).unwrap();
-    assert_eq!(all(&memory.train), prompts, "with the number of the record and its answer");
+    assert_eq!(all(&memory.train), prompts, "record number and reference answer are equal too");
 }
 
 #[test]
-fn each_stage_gets_its_share_under_dschat_and_knows_its_records() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+fn under_dschat_each_objective_gets_its_share_with_record_numbers() {
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     write_pairs(&path, 100);
@@ -104,9 +104,9 @@ fn each_stage_gets_its_share_under_dschat_and_knows_its_records() {
 }
 
 #[test]
-fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+fn a_cache_is_reused_until_an_input_changes_or_it_is_damaged() {
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     write_pairs(&path, 60);
@@ -119,7 +119,7 @@ fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged()
     let again: Prepared<SftExample> = prepared(&data, tokenizer);
     assert_eq!((made(again.cache.as_ref().unwrap()), all(&again.train)), (time, all(&first.train)));
 
-    // The split is not part of it: another one needs no new tokens.
+    // The split is not part of the key: another split uses the same file.
     let other: Prepared<SftExample> = prepared(&Data { eval_rows: Some(30), ..data.clone() }, tokenizer);
     assert_eq!((other.cache.as_deref(), other.held_out.len(), made(&file)), (Some(&*file), 30, time));
 
@@ -135,8 +135,8 @@ fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged()
     names.push(name(&Data { template: Some(Template::Chat), ..data.clone() }, 7, true));
     names.push(name(&Data { max_rows: Some(50), ..data.clone() }, 7, true));
     names.push(prepared::<PromptExample>(&data, tokenizer).cache.unwrap());
-    let tokenizer_of_another_end = checkpoint_with_another_end();
-    let found: Prepared<SftExample> = prepared(&data, tokenizer_of_another_end.tokenizer());
+    let other_tokenizer = base_with_another_end_token();
+    let found: Prepared<SftExample> = prepared(&data, other_tokenizer.tokenizer());
     names.push(found.cache.unwrap());
     write_pairs(&path, 61);
     names.push(name(&data, 7, true));
@@ -146,7 +146,7 @@ fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged()
     write_pairs(&path, 60);
     let mut damaged = bytes.clone();
     damaged[200] ^= 4;
-    // By a rename: what is mapped stays as it is.
+    // By a rename, so that the mapped file stays unchanged.
     let other = folder.path().join("damaged");
     fs::write(&other, &damaged).unwrap();
     fs::rename(&other, &file).unwrap();
@@ -155,7 +155,7 @@ fn a_cache_is_used_again_and_made_anew_when_any_input_changes_or_it_is_damaged()
     assert_eq!(fs::read(&file).unwrap(), bytes, "the same bytes again");
 }
 
-fn checkpoint_with_another_end() -> ModelFiles {
+fn base_with_another_end_token() -> ModelFiles {
     let config: Value = serde_json::from_str(BASE.tokenizer_config).unwrap();
     let mut config = config.as_object().unwrap().clone();
     let tokenizer: Value = serde_json::from_str(BASE.tokenizer).unwrap();
@@ -166,13 +166,13 @@ fn checkpoint_with_another_end() -> ModelFiles {
 }
 
 #[test]
-fn comparisons_of_one_prompt_are_never_on_both_sides_of_the_split() {
-    let checkpoint = checkpoint();
+fn comparisons_of_one_prompt_are_on_one_side_of_the_split() {
+    let model_files = model_files();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     write_pairs(&path, 500);
     let found: Prepared<RankedExample> =
-        prepared(&Data { eval_fraction: Some(0.2), ..config(&path) }, checkpoint.tokenizer());
+        prepared(&Data { eval_fraction: Some(0.2), ..config(&path) }, model_files.tokenizer());
     let (train, held_out) = (all(&found.train), all(&found.held_out));
     assert_eq!(train.len() + held_out.len(), found.report.kept);
     assert!(held_out.len() * 10 >= found.report.kept, "{}", held_out.len());
@@ -181,57 +181,57 @@ fn comparisons_of_one_prompt_are_never_on_both_sides_of_the_split() {
     assert!(train.iter().any(|e| repeated(e) > 1), "the data has such prompts");
 }
 
-/// The text between the roles' markers is known exactly, so what the mask marks must be it and nothing else.
+/// The text between the roles' markers is known exactly, so the masked tokens must decode to exactly that text.
 #[test]
 fn decoding_the_response_mask_gives_exactly_the_assistants_text() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let eos = tokenizer.token(tokenizer.eos_id().unwrap()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let mut rng = SplitMix64::new(11);
     for template in [None, Some(Template::Chat), Some(Template::HumanAssistant), Some(Template::Plain)] {
-        let mut said = vec![];
+        let mut expected = vec![];
         let mut lines = vec![];
         for _ in 0..120 {
             let rounds = 1 + rng.below(4);
             let mut turns = vec![];
-            let mut answers = vec![];
+            let mut responses = vec![];
             for _ in 0..rounds {
                 turns.push(Message::new("user", words(&mut rng, 6).trim()));
-                let answer = words(&mut rng, 12).trim().to_owned();
-                turns.push(Message::new("assistant", answer.as_str()));
-                answers.push(answer);
+                let response = words(&mut rng, 12).trim().to_owned();
+                turns.push(Message::new("assistant", response.as_str()));
+                responses.push(response);
             }
-            said.push(answers);
+            expected.push(responses);
             lines.push(json!({"messages": turns}).to_string());
         }
         let path = folder.path().join("dialogues.jsonl");
         fs::write(&path, lines.join("\n")).unwrap();
         let data = Data { template, max_length: 4000, eval_rows: Some(0), ..config(&path) };
         let found: Prepared<SftExample> = prepared(&data, tokenizer);
-        assert_eq!(found.train.len(), said.len());
-        for (example, answers) in all(&found.train).iter().zip(&said) {
+        assert_eq!(found.train.len(), expected.len());
+        for (example, responses) in all(&found.train).iter().zip(&expected) {
             let mut from = 0;
-            let mut learnt = vec![];
+            let mut trained = vec![];
             for run in example.loss_mask.chunk_by(|a, b| a == b) {
                 let tokens = &example.tokens[from..from + run.len()];
                 from += run.len();
                 if run[0] {
-                    learnt.push(tokenizer.decode_with_special_tokens(tokens).unwrap());
+                    trained.push(tokenizer.decode_with_special_tokens(tokens).unwrap());
                 }
             }
             let bare: Vec<&str> =
-                learnt.iter().map(|text| text.strip_suffix(&eos).unwrap_or(text).trim_start()).collect();
-            assert_eq!(bare, answers.iter().map(String::as_str).collect::<Vec<_>>(), "{template:?}");
-            assert!(learnt.last().unwrap().ends_with(&eos), "the last answer ends: {template:?}");
+                trained.iter().map(|text| text.strip_suffix(&eos).unwrap_or(text).trim_start()).collect();
+            assert_eq!(bare, responses.iter().map(String::as_str).collect::<Vec<_>>(), "{template:?}");
+            assert!(trained.last().unwrap().ends_with(&eos), "the last response has the end token: {template:?}");
         }
     }
 }
 
 #[test]
-fn keep_end_cuts_answers_and_ends_them_and_every_cut_is_counted() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+fn keep_end_truncates_responses_with_an_end_token_and_counts_them() {
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let eos = tokenizer.eos_id().unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
@@ -242,30 +242,30 @@ fn keep_end_cuts_answers_and_ends_them_and_every_cut_is_counted() {
     let pairs: Prepared<RankedExample> = prepared(&data, tokenizer);
     for example in all(&pairs.train) {
         assert!(example.longest_sequence() <= limit);
-        assert!(example.answers.iter().all(|answer| answer.last() == Some(&eos)));
-        assert!(example.answers.iter().all(|answer| answer.iter().filter(|&&token| token == eos).count() == 1));
-        cut_somewhere |= example.answers.iter().any(|answer| example.prompt.len() + answer.len() == limit);
+        assert!(example.responses.iter().all(|response| response.last() == Some(&eos)));
+        assert!(example.responses.iter().all(|response| response.iter().filter(|&&token| token == eos).count() == 1));
+        cut_somewhere |= example.responses.iter().any(|response| example.prompt.len() + response.len() == limit);
     }
     let too_long = all(&prepared::<RankedExample>(&whole, tokenizer).train);
     let too_long = too_long.iter().filter(|e| e.longest_sequence() > limit).count();
     let dropped: usize = pairs.report.dropped.values().sum();
     assert_eq!((cut_somewhere, pairs.report.truncated + dropped), (true, too_long), "{}", pairs.report);
-    let answers: Prepared<SftExample> = prepared(&data, tokenizer);
-    assert!(answers.report.truncated > 0);
-    assert!(all(&answers.train).iter().all(|e| e.tokens.len() <= limit && e.tokens.last() == Some(&eos)));
+    let sft: Prepared<SftExample> = prepared(&data, tokenizer);
+    assert!(sft.report.truncated > 0);
+    assert!(all(&sft.train).iter().all(|e| e.tokens.len() <= limit && e.tokens.last() == Some(&eos)));
 }
 
 #[test]
-fn several_sets_are_split_apart_under_dschat_and_then_shuffled_together() {
-    let checkpoint = checkpoint();
+fn under_dschat_data_sets_are_split_separately_and_then_shuffled_together() {
+    let model_files = model_files();
     let folder = tempfile::tempdir().unwrap();
-    let asked = |name: &str, rows: usize| {
+    let prompts_of = |name: &str, rows: usize| {
         let path = folder.path().join(name);
         let lines = (0..rows).map(|row| json!({"prompt": format!("{name} {row}")}).to_string()).collect::<Vec<_>>();
         fs::write(&path, lines.join("\n")).unwrap();
         Source { path: Paths::One(path), ..Source::default() }
     };
-    let sources = vec![asked("a.jsonl", 20), asked("b.jsonl", 10)];
+    let sources = vec![prompts_of("a.jsonl", 20), prompts_of("b.jsonl", 10)];
     let data = Data {
         compat: Some(Compat::Dschat),
         sources,
@@ -275,9 +275,9 @@ fn several_sets_are_split_apart_under_dschat_and_then_shuffled_together() {
         template: Some(Template::Plain),
         ..Data::default()
     };
-    let found: Prepared<PromptExample> = prepared(&data, checkpoint.tokenizer());
+    let found: Prepared<PromptExample> = prepared(&data, model_files.tokenizer());
     let rows = |size, first| {
-        let rows = data::examples::dschat::phase_rows(1234, size, &[2.0, 4.0, 4.0], 2).unwrap();
+        let rows = data::examples::dschat::share_rows(1234, size, &[2.0, 4.0, 4.0], 2).unwrap();
         rows.into_iter().map(move |row| first + row as usize)
     };
     let joined: Vec<usize> = rows(20, 0).chain(rows(10, 20)).collect();
@@ -292,9 +292,9 @@ fn several_sets_are_split_apart_under_dschat_and_then_shuffled_together() {
 }
 
 #[test]
-fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+fn ptx_blocks_are_the_joined_texts_without_the_incomplete_last_block() {
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let encoder = ModelEncoder::new(tokenizer).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("texts.jsonl");
@@ -309,7 +309,7 @@ fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
             use fourfold::data::examples::objectives::TextEncoder;
             stream.extend(encoder.bos_id());
             stream.extend(encoder.encode(text).unwrap());
-            // DeepSpeed-Chat puts none between its texts.
+            // DeepSpeed-Chat puts no end token between the texts.
             stream.extend(compat.is_none().then_some(encoder.eos_id()));
         }
         let data = Data { compat, ..Data::default() };
@@ -324,10 +324,10 @@ fn ptx_blocks_are_the_texts_end_to_end_with_only_the_rest_left_out() {
         assert_eq!((rest, found.report.kept), (stream.len() % length, stream.len() / length));
         assert!(found.held_out.is_empty());
     }
-    assert!(data::ptx_blocks(&paths, &Data::default(), tokenizer, 0, 1 << 20).is_err(), "not one block");
+    assert!(data::ptx_blocks(&paths, &Data::default(), tokenizer, 0, 1 << 20).is_err(), "less text than one block");
 }
 
-/// The embedded base as files, and a config over it.
+/// Writes the embedded base as files, and a config that uses it.
 fn project(folder: &Path, rows: usize) -> std::path::PathBuf {
     let base = folder.join("base");
     fs::create_dir_all(&base).unwrap();
@@ -355,7 +355,7 @@ fn data_command(config: &Path, more: &[&str]) -> Command {
 }
 
 #[test]
-fn two_processes_that_need_one_cache_at_once_both_get_it_whole() {
+fn two_processes_building_one_cache_at_once_both_read_it_whole() {
     let folder = tempfile::tempdir().unwrap();
     let config = project(folder.path(), 4000);
     let both = [0, 1].map(|_| data_command(&config, &["--json"]).spawn().unwrap());
@@ -371,7 +371,7 @@ fn two_processes_that_need_one_cache_at_once_both_get_it_whole() {
     let names = fs::read_dir(folder.path().join("cache")).unwrap().map(|entry| entry.unwrap().path());
     let mut endings: Vec<_> = names.map(|path| path.extension().unwrap().to_owned()).collect();
     endings.sort();
-    assert_eq!(endings, ["lock", "tokens"], "one file, and no remains");
+    assert_eq!(endings, ["lock", "tokens"], "one cache file and no temporary file");
 }
 
 #[test]
@@ -386,13 +386,13 @@ fn a_file_ten_times_as_large_takes_no_more_memory() {
     };
     let (small, large) = (peak(20_000), peak(200_000));
     let size = fs::metadata(folder.path().join("200000.jsonl")).unwrap().len() >> 20;
-    // 180,000 more records of some 240 bytes. Index and split take 40 bytes each, 7 MiB; what threads free for each other
-    // has an allocator come and go by some 20.
+    // 180,000 more records of about 240 bytes. Index and split take 40 bytes per record, 7 MiB; memory that one thread
+    // frees for another varies the allocator's peak by about 20 MiB.
     assert!(size >= 45 && large <= small + 32, "{small} MiB for a tenth, {large} MiB for {size} MiB of records");
 }
 
 #[test]
-fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_where_nobody_looks() {
+fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_in_a_pipe() {
     let folder = tempfile::tempdir().unwrap();
     let config = project(folder.path(), 200);
     let output = data_command(&config, &["--head", "2", "--set", "data.max_length=60"]).output().unwrap();
@@ -424,8 +424,9 @@ fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_where_no
     assert!(output.status.code() == Some(2) && message.contains("--phase"), "{message}");
 }
 
-/// Texts of everything that the two ways could see differently: contractions, white space of all kinds, digits of several
-/// scripts, marks, emoji, markup of the chat template, words longer than any token, raw control characters.
+/// A text of everything on which the two encoders could differ: contractions, all kinds of white space, digits of
+/// several scripts, combining marks, emoji, markup of the chat template, words longer than any token, control
+/// characters.
 fn mixed(rng: &mut SplitMix64, special: &[String]) -> String {
     const PIECES: [&str; 44] = [
         "the",
@@ -503,9 +504,9 @@ fn assert_same_ids(tokenizer: &Tokenizer, rounds: usize, more: &[&str]) {
 }
 
 #[test]
-fn the_short_way_to_token_ids_is_the_tokenizers_crates_on_any_text() {
+fn the_fast_encoder_equals_the_tokenizers_crate_on_any_text() {
     let endless = " ".repeat(5000);
-    assert_same_ids(checkpoint().tokenizer(), 4000, &["", " ", "'", &endless]);
+    assert_same_ids(model_files().tokenizer(), 4000, &["", " ", "'", &endless]);
     let Some(path) = std::env::var_os("FOURFOLD_SMOLLM2_GGUF") else {
         println!("SmolLM2's vocabulary: skipped, FOURFOLD_SMOLLM2_GGUF is not set");
         return;
@@ -516,14 +517,14 @@ fn the_short_way_to_token_ids_is_the_tokenizers_crates_on_any_text() {
 }
 
 #[test]
-fn a_fault_at_the_beginning_of_a_long_file_ends_the_reading_and_leaves_no_cache() {
-    let checkpoint = checkpoint();
-    let tokenizer = checkpoint.tokenizer();
+fn a_bad_first_record_of_a_long_file_ends_the_reading_and_leaves_no_cache() {
+    let model_files = model_files();
+    let tokenizer = model_files.tokenizer();
     let eos = tokenizer.token(tokenizer.eos_id().unwrap()).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("pairs.jsonl");
     write_pairs(&path, 20_000);
-    // Only the tokenizer's thread can see this one.
+    // This fault is found only by the tokenising thread.
     let bad = json!({"prompt": "a", "chosen": format!("b{eos}c"), "rejected": "d"}).to_string();
     fs::write(&path, format!("{bad}\n{}", fs::read_to_string(&path).unwrap())).unwrap();
     let data = Data { cache_dir: Some(folder.path().join("cache")), ..config(&path) };

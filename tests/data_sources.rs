@@ -1,5 +1,5 @@
-//! Tables, patterns, folders, several sources and named columns give the records their users mean; damaged tables are
-//! refused by name, and nothing panics. DeepSpeed-Chat's sets are read by their names.
+//! Tables, patterns, folders, several sources, named columns and DeepSpeed-Chat's public data sets give the expected
+//! records; errors about damaged tables name the file, and nothing panics.
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ fn records(data: &Data) -> Vec<Record> {
     data::load(data).unwrap().entries.into_iter().map(|entry| entry.record).collect()
 }
 
-/// The texts of records that are one text each, in a row.
+/// The texts of records that hold one text each, joined by spaces.
 fn texts(data: &Data) -> String {
     let one = |record| match record {
         Record::LanguageModeling(Text::Verbatim(text)) => text,
@@ -72,19 +72,22 @@ fn gzip(bytes: &[u8]) -> Vec<u8> {
 }
 
 #[test]
-fn parquet_of_every_compression_gives_the_rows_with_their_nested_messages() {
+fn parquet_of_every_compression_gives_rows_with_nested_messages() {
     let expected: Vec<Record> = (0..5)
         .map(|i| Record::Ranked {
             prompt: turns(&[("user", &format!("q{i} é"))]),
-            answers: vec![turns(&[("assistant", &format!("good {i}"))]), turns(&[("assistant", &format!("bad {i}"))])],
+            responses: vec![
+                turns(&[("assistant", &format!("good {i}"))]),
+                turns(&[("assistant", &format!("bad {i}"))]),
+            ],
         })
         .collect();
     for codec in ["snappy", "zstd", "gzip", "lz4", "none"] {
         assert_eq!(records(&at(golden(&format!("messages-{codec}.parquet")))), expected, "{codec}");
     }
     let ranked = records(&at(golden("ranked.parquet")));
-    assert_eq!(ranked[0], Record::Ranked { prompt: text("first"), answers: vec![text("b"), text("a")] });
-    assert_eq!(ranked[1], Record::Ranked { prompt: text("second"), answers: vec![text("c"), text("e"), text("d")] });
+    assert_eq!(ranked[0], Record::Ranked { prompt: text("first"), responses: vec![text("b"), text("a")] });
+    assert_eq!(ranked[1], Record::Ranked { prompt: text("second"), responses: vec![text("c"), text("e"), text("d")] });
 }
 
 #[test]
@@ -102,12 +105,12 @@ fn parquet_faults_name_the_row_and_the_column() {
     let folder = Folder::new(&[("cut.parquet", cut), ("none.parquet", b""), ("tiny.parquet", empty)]);
     for name in ["cut.parquet", "none.parquet", "tiny.parquet"] {
         let found = fault(&at(folder.path(name)));
-        assert!(found.contains(name) && found.contains("is no readable Parquet file"), "{found}");
+        assert!(found.contains(name) && found.contains("is not a readable Parquet file"), "{found}");
     }
 }
 
 #[test]
-fn a_damaged_parquet_file_is_read_or_refused_never_a_panic() {
+fn a_damaged_parquet_file_is_read_or_refused_without_a_panic() {
     let mut rng = fourfold::rng::SplitMix64::new(2);
     let folder = Folder::new(&[]);
     let path = folder.path("x.parquet");
@@ -133,7 +136,7 @@ fn a_damaged_parquet_file_is_read_or_refused_never_a_panic() {
             }
         }
     }
-    assert!(refused > 200, "the damage is felt: {refused} of 1000 refused");
+    assert!(refused > 200, "{refused} of 1000 damaged files were refused");
 }
 
 #[test]
@@ -144,23 +147,23 @@ fn comma_and_tab_separated_tables_are_read() {
     let folder =
         Folder::new(&[("a.csv", csv.as_bytes()), ("b.tsv", tsv.as_bytes()), ("c.csv.gz", &gzip(csv.as_bytes()))]);
     let expected = [
-        Record::Ranked { prompt: text("a, \"b\"\nc"), answers: vec![text("good"), text("bad")] },
+        Record::Ranked { prompt: text("a, \"b\"\nc"), responses: vec![text("good"), text("bad")] },
         Record::Ranked {
             prompt: turns(&[("user", "q")]),
-            answers: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+            responses: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
         },
     ];
     assert_eq!(records(&at(folder.path("a.csv"))), expected);
     assert_eq!(records(&at(folder.path("c.csv.gz"))), expected);
-    let judged = [
+    let unpaired = [
         Record::Unpaired { prompt: text("q"), completion: text("True"), label: true },
         Record::Unpaired { prompt: text("r"), completion: text("[1] is cited"), label: false },
     ];
-    assert_eq!(records(&at(folder.path("b.tsv"))), judged);
+    assert_eq!(records(&at(folder.path("b.tsv"))), unpaired);
 }
 
 #[test]
-fn a_damaged_table_is_read_or_refused_never_a_panic() {
+fn a_damaged_table_is_read_or_refused_without_a_panic() {
     let mut rng = fourfold::rng::SplitMix64::new(5);
     let folder = Folder::new(&[]);
     let path = folder.path("x.csv");
@@ -182,11 +185,11 @@ fn a_damaged_table_is_read_or_refused_never_a_panic() {
             refused += 1;
         }
     }
-    assert!((200..1000).contains(&refused), "the damage is felt: {refused} of 1000 refused");
+    assert!((200..1000).contains(&refused), "{refused} of 1000 damaged files were refused");
 }
 
 #[test]
-fn faults_of_a_table_name_the_line_and_the_column() {
+fn errors_about_a_table_name_the_line_and_the_column() {
     for (name, content, expected) in [
         ("x.csv", &b"text\none\ntwo,three\n"[..], "x.csv, line 3: has 2 cells, but the first row names 1 columns"),
         ("x.csv", b"text,b\none,1\n\xff,2\n", "x.csv, line 3: column \"text\": is not UTF-8"),
@@ -222,14 +225,14 @@ fn a_record_of_ten_megabytes_is_read_from_every_container() {
     for name in ["a.jsonl", "b.json", "c.csv", "d.jsonl.gz", "e.txt"] {
         assert_eq!(texts(&at(folder.path(name))).trim_end().len(), long.len() - 1, "{name}");
     }
-    // Past the limit: a quote that is never closed.
+    // Beyond the limit: an unclosed quote.
     let open = format!("text\n\"{}", "x".repeat(65 << 20));
     let folder = Folder::new(&[("open.csv", open.as_bytes())]);
     assert!(fault(&at(folder.path("open.csv"))).contains("is a quote not closed?"));
 }
 
 #[test]
-fn folders_and_patterns_are_read_in_the_order_of_their_names_and_say_what_they_leave() {
+fn folders_and_patterns_are_read_in_name_order_and_list_ignored_files() {
     let line = |text: &str| json!({"text": text}).to_string().into_bytes();
     let folder = Folder::new(&[
         ("b.jsonl", &line("b")),
@@ -248,7 +251,7 @@ fn folders_and_patterns_are_read_in_the_order_of_their_names_and_say_what_they_l
     assert_eq!(texts(&data), "a0 a1");
     data.split = Some("validation".to_owned());
     assert!(fault(&data).contains("no file of split \"validation\""));
-    // A set's name says which split is for training; a folder without one is read whole.
+    // A preset names its training split; a folder without that split is read as a whole.
     let pair = |text: &str| json!({"prompt": text, "chosen": "c", "rejected": "r"}).to_string().into_bytes();
     let set = Folder::new(&[("data/test.jsonl", &pair("eval")), ("data/train.jsonl", &pair("learnt"))]);
     let rm_static = |path: PathBuf| Data { preset: Some(Preset::RmStatic), ..at(path) };
@@ -268,7 +271,7 @@ fn source(path: PathBuf, weight: Option<f64>) -> Source {
 }
 
 #[test]
-fn sources_mix_by_weight_the_same_for_the_same_seed() {
+fn sources_are_interleaved_by_weight_and_equal_for_the_same_seed() {
     let lines = |letter: &str, n: usize| {
         (0..n).map(|i| json!({"text": format!("{letter}{i}")}).to_string() + "\n").collect::<String>().into_bytes()
     };
@@ -282,11 +285,15 @@ fn sources_mix_by_weight_the_same_for_the_same_seed() {
     let count = |all: &str, letter: char| all.split(' ').filter(|word| word.starts_with(letter)).count();
     let under = texts(&data);
     assert_eq!(under, texts(&data));
-    // 3 to 1 until the 20 of b are drawn: 60 of a, give or take three standard deviations (15 each).
+    // 3 to 1 until the 20 records of b are drawn: 60 of a, within three standard deviations of 15.
     let (of_a, of_b) = (count(&under, 'a'), count(&under, 'b'));
     assert!(of_b == 20 && (30..=110).contains(&of_a), "{of_a} {of_b}");
     let in_order: Vec<String> = under.split(' ').filter(|word| word.starts_with('a')).map(str::to_owned).collect();
-    assert_eq!(in_order, (0..of_a).map(|i| format!("a{i}")).collect::<Vec<_>>(), "each once, in its own order");
+    assert_eq!(
+        in_order,
+        (0..of_a).map(|i| format!("a{i}")).collect::<Vec<_>>(),
+        "each record once, in the file's order"
+    );
     data.seed = 1;
     assert_ne!(under, texts(&data));
 
@@ -302,7 +309,7 @@ fn sources_mix_by_weight_the_same_for_the_same_seed() {
     data.max_rows = Some(7);
     assert_eq!(texts(&data), "a0 a1 a2 a3 a4 b0 b1");
 
-    // An error of one source ends all, and does not leave a reader waiting.
+    // An error of one source ends the stream, and no reader is left waiting.
     std::fs::write(folder.path("b.jsonl"), "{\"text\": \"b\"}\nnonsense\n").unwrap();
     (data.max_rows, data.mix_strategy) = (None, Some(MixStrategy::InterleaveUnder));
     assert!(fault(&data).contains("b.jsonl, line 2: "));
@@ -347,7 +354,7 @@ fn sources_columns_and_tags_are_read_from_the_config_file() {
         Record::LanguageModeling(turns(&[("system", "s"), ("user", "hi"), ("assistant", "yes")])),
         Record::Ranked {
             prompt: turns(&[("user", "q\nc")]),
-            answers: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+            responses: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
         },
     ];
     assert_eq!(records(data), expected);
@@ -381,31 +388,31 @@ fn one(object: &Value, change: impl FnOnce(&mut Data)) -> anyhow::Result<Record>
 }
 
 #[test]
-fn records_of_other_trainers_and_public_sets_are_read_as_they_are() {
+fn records_of_other_trainers_and_public_data_sets_are_read() {
     let ranked = |prompt: &[(&str, &str)]| Record::Ranked {
         prompt: turns(prompt),
-        answers: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+        responses: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
     };
     let u = json!({"role": "user", "content": "q"});
     let says = |word: &str| json!({"role": "assistant", "content": word});
     for (object, expected) in [
-        // A prompt beside conversations that hold it too (ultrafeedback_binarized).
+        // A prompt column beside conversations that include the prompt (ultrafeedback_binarized).
         (json!({"prompt": "q", "chosen": [u, says("good")], "rejected": [u, says("bad")]}), ranked(&[("user", "q")])),
-        // LLaMA-Factory's alpaca: ranking of old, and of today with system and history.
+        // LLaMA-Factory's alpaca: the old ranking format, and the current one with system and history.
         (json!({"instruction": "q", "output": ["good", "bad"]}), ranked(&[("user", "q")])),
         (
             json!({"instruction": "q", "input": "n", "chosen": "good", "rejected": "bad", "system": "s",
                    "history": [["u", "v"]]}),
             ranked(&[("system", "s"), ("user", "u"), ("assistant", "v"), ("user", "q\nn")]),
         ),
-        // A tool's call and answer.
+        // A tool call and its result.
         (
             json!({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f()"},
                    {"from": "observation", "value": "1"}], "chosen": {"from": "gpt", "value": "good"},
                    "rejected": {"from": "gpt", "value": "bad"}}),
             ranked(&[("user", "q"), ("assistant", "f()"), ("tool", "1")]),
         ),
-        // Score pairs, known by their columns.
+        // Pairs with scores or labels, recognised by their columns.
         (
             json!({"question": {"full_text": "q"}, "answer_0": "bad", "answer_1": "good", "score_0": -1, "score_1": 1.0}),
             ranked(&[("user", "q")]),
@@ -424,23 +431,23 @@ fn records_of_other_trainers_and_public_sets_are_read_as_they_are() {
     let error = one(&json!({"prompt": "q", "completion": "a"}), |data| data.ranking = Some(true)).unwrap_err();
     assert!(error.to_string().contains("column \"chosen\" is missing"), "{error}");
     let kto = json!({"q": [u, says("a")], "good": false});
-    let judged = one(&kto, |data| {
+    let unpaired = one(&kto, |data| {
         data.columns.messages = Some("q".to_owned());
         data.columns.kto_tag = Some("good".to_owned());
     });
     let expected =
         Record::Unpaired { prompt: turns(&[("user", "q")]), completion: turns(&[("assistant", "a")]), label: false };
-    assert_eq!(judged.unwrap(), expected);
+    assert_eq!(unpaired.unwrap(), expected);
     let twice = json!({"messages": [{"role": "system", "content": "s"}, u, says("a")], "system": "t"});
     let error = one(&twice, |_| {}).unwrap_err().to_string();
     assert!(error.contains("column \"system\": \"messages\" has a system turn of its own"), "{error}");
 }
 
 #[test]
-fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
+fn each_deepspeed_chat_data_set_is_read_by_its_preset() {
     let q = || turns(&[("user", "q")]);
     let says = |word: &str| turns(&[("assistant", word)]);
-    let pair = |a: &str, b: &str| Record::Ranked { prompt: q(), answers: vec![says(a), says(b)] };
+    let pair = |a: &str, b: &str| Record::Ranked { prompt: q(), responses: vec![says(a), says(b)] };
     let completed = |a: &str| Record::PromptCompletion { prompt: q(), completion: says(a) };
     let hh = json!({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"});
     let passage = |text: &str| json!([{"docid": "1", "title": "t", "text": text}]);
@@ -467,7 +474,7 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
             "openai/webgpt_comparisons",
             json!({"question": {"full_text": "q"}, "answer_0": "bad (2)", "answer_1": "good [1][2] (see 3) end.",
                    "score_0": "-0.5", "score_1": 0.5}),
-            // The pattern is not greedy and takes one space: what DeepSpeed-Chat's two substitutions leave.
+            // DeepSpeed-Chat's two substitutions are not greedy and remove one space.
             pair("good end.", "bad"),
         ),
         (
@@ -499,7 +506,7 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
             Preset::LocalJson,
             "local/jsonfile",
             json!({"prompt": "Human: q Assistant:", "chosen": "good", "rejected": "bad"}),
-            Record::Ranked { prompt: text(" Human: q Assistant:"), answers: vec![text(" good"), text(" bad")] },
+            Record::Ranked { prompt: text(" Human: q Assistant:"), responses: vec![text(" good"), text(" bad")] },
         ),
     ];
     assert_eq!(cases.len(), 16);
@@ -509,9 +516,9 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
         let error = one(&json!({"other": 1}), |data| data.preset = Some(preset)).unwrap_err().to_string();
         assert!(error.contains("is empty or missing") || error.contains("is missing"), "{name}: {error}");
     }
-    // No wrong passage: still something to learn from.
-    let lonely = json!({"query": "q", "positive_passages": passage("good"), "negative_passages": []});
-    assert_eq!(one(&lonely, |data| data.preset = Some(Preset::MiraclJa)).unwrap(), completed("good"));
+    // Without a negative passage the record is a prompt with its completion.
+    let unranked = json!({"query": "q", "positive_passages": passage("good"), "negative_passages": []});
+    assert_eq!(one(&unranked, |data| data.preset = Some(Preset::MiraclJa)).unwrap(), completed("good"));
     let (named, halved) =
         (data::formats::presets::splits(Preset::MiraclZh), data::formats::presets::splits(Preset::Webgpt));
     assert_eq!(named, data::formats::presets::Splits::Named { train: "train", eval: "dev" });
@@ -519,10 +526,10 @@ fn each_of_deepspeed_chats_sets_is_read_by_its_name() {
 }
 
 #[test]
-fn under_dschat_transcripts_stay_as_their_columns_have_them() {
+fn under_dschat_transcripts_stay_verbatim() {
     let hh = json!({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"});
     let verbatim =
-        Record::Ranked { prompt: text("\n\nHuman: q\n\nAssistant:"), answers: vec![text(" good"), text(" bad")] };
+        Record::Ranked { prompt: text("\n\nHuman: q\n\nAssistant:"), responses: vec![text(" good"), text(" bad")] };
     for preset in [None, Some(Preset::RmStatic)] {
         let found = one(&hh, |data| (data.preset, data.compat) = (preset, Some(Compat::Dschat)));
         assert_eq!(found.unwrap(), verbatim);
@@ -530,7 +537,7 @@ fn under_dschat_transcripts_stay_as_their_columns_have_them() {
 }
 
 #[test]
-fn keys_of_deepspeed_chat_and_of_templates_that_do_nothing_are_refused() {
+fn dschat_and_template_keys_without_effect_are_refused() {
     let folder = Folder::new(&[("run.toml", b"[base]\npath = \"base\"\n[data]\npath = \"x.json\"\n")]);
     let load = |keys: &[&str]| {
         let set: Vec<String> = keys.iter().map(|key| (*key).to_owned()).collect();

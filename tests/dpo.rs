@@ -1,5 +1,6 @@
-//! DPO and KTO: the course of five training steps is torch's, what is stored changes no bit, and both stages run from
-//! config files and records of the formats that TRL's users have. tests/golden/dpo_course.py printed the courses.
+//! DPO and KTO: five training steps follow torch's, precomputed reference log-probabilities change no bit, and both
+//! stages run from config files and records of the formats that TRL's users have. tests/golden/dpo_course.py printed
+//! the golden numbers.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,11 +12,13 @@ use fourfold::dpo::{kto, pairs};
 use fourfold::error::exit_code;
 use fourfold::model::adapter::Adapter;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
 use fourfold::run;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
 
@@ -64,19 +67,19 @@ struct World {
 
 impl World {
     fn open() -> Self {
-        let model = Model::open(&here("assets/quickstart/base")).unwrap();
+        let model = Model::open(&here("src/quickstart/assets/base")).unwrap();
         let sft = model.adapter(&here("tests/golden/peft_logits/lm")).unwrap();
         Self { model, sft, golden: serde_json::from_str(include_str!("golden/dpo_course.json")).unwrap() }
     }
 
     fn compared(&self) -> Vec<RankedExample> {
-        let example = |c: &Compared| RankedExample { prompt: c.prompt.clone(), answers: c.answers.clone() };
+        let example = |c: &Compared| RankedExample { prompt: c.prompt.clone(), responses: c.answers.clone() };
         self.golden.compared.iter().map(example).collect()
     }
 
     fn judged(&self) -> Vec<UnpairedExample> {
         let example =
-            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), answer: j.answer.clone(), good: j.label };
+            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), response: j.answer.clone(), desirable: j.label };
         self.golden.judged.iter().map(example).collect()
     }
 
@@ -124,13 +127,15 @@ impl World {
     fn train_dpo(&self, config: &Dpo, dir: &Path) -> Adapter {
         let (base, examples) = (&self.model.base, self.compared());
         let mut report = Session::new(Report::to_dir(dir).unwrap());
-        pairs::train(base, &self.sft, Some(&self.sft), &examples, &[], config, 0, &mut report).unwrap().0
+        let setup = Setup { base, start: &self.sft, recompute: Recompute::Off, seed: 0 };
+        pairs::train(setup, Some(&self.sft), &examples, &[], config, &mut report).unwrap().0
     }
 
     fn train_kto(&self, config: &Kto, dir: &Path) -> Adapter {
         let (base, examples) = (&self.model.base, self.judged());
         let mut report = Session::new(Report::to_dir(dir).unwrap());
-        kto::train(base, &self.sft, Some(&self.sft), &examples, &[], config, 0, &mut report).unwrap().0
+        let setup = Setup { base, start: &self.sft, recompute: Recompute::Off, seed: 0 };
+        kto::train(setup, Some(&self.sft), &examples, &[], config, &mut report).unwrap().0
     }
 
     fn assert_course(&self, want: &Course, trained: &Adapter, dir: &Path, what: &str) {
@@ -194,7 +199,7 @@ fn from_files(stage: Stage, records: &[Value], section: &str) -> anyhow::Result<
     let lines: Vec<String> = records.iter().map(Value::to_string).collect();
     fs::write(dir.path().join("data.jsonl"), lines.join("\n"))?;
     let file = dir.path().join("run.toml");
-    let base = here("assets/quickstart/base");
+    let base = here("src/quickstart/assets/base");
     let text = format!(
         "[base]\npath = {:?}\n[lora]\nr = 2\n[data]\npath = {:?}\neval_rows = 2\n[{}]\n{section}\n",
         base.display().to_string(),
@@ -222,7 +227,7 @@ fn preferences(n: usize) -> Vec<Value> {
 }
 
 #[test]
-fn dpo_learns_preferences_from_a_file_and_tells_trls_figures() {
+fn dpo_learns_preferences_from_a_file_and_logs_trls_metrics() {
     let section = "learning_rate = 3e-3\nnum_train_epochs = 3\nper_device_train_batch_size = 4\neval_steps = 2";
     let (summary, metrics) = from_files(Stage::Dpo, &preferences(14), section).unwrap();
     assert_eq!(summary["eval_rewards/accuracies"], 1.0, "{summary}");
@@ -268,7 +273,7 @@ fn kto_learns_from_unpaired_messages_and_from_preferences() {
 }
 
 #[test]
-fn what_cannot_be_trained_on_is_refused_with_the_remedy() {
+fn unusable_data_is_refused_with_the_remedy() {
     let refusal = |stage, records: &[Value], section: &str| {
         let error = from_files(stage, records, section).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");
@@ -285,7 +290,7 @@ fn what_cannot_be_trained_on_is_refused_with_the_remedy() {
     assert!(found.contains("are both 0"), "{found}");
     let texts = vec![json!({"text": "only a text"}); 4];
     assert!(refusal(Stage::Dpo, &texts, "").contains("needs comparisons"));
-    assert!(refusal(Stage::Kto, &texts, "").contains("KTO needs judged answers"));
+    assert!(refusal(Stage::Kto, &texts, "").contains("KTO needs labelled responses"));
     let ranked = json!({"prompt": "a", "responses": ["b", "c", "d"]});
     assert!(refusal(Stage::Kto, &[ranked.clone(), ranked.clone(), ranked], "").contains("this record is ranked"));
 }

@@ -1,6 +1,8 @@
-//! `compat = "dschat"` is DeepSpeed-Chat's mathematics on padded rows: rollouts, updates, comparisons and SFT over a real
-//! model against float64 (tests/golden/dschat_run.py printed the numbers), and runs of the program. The formulas alone are
-//! tested in src/ppo/dschat.rs and src/reward/loss.rs, records and splits in tests/data_pipeline.rs.
+//! `compat = "dschat"` reproduces DeepSpeed-Chat on padded rows: rollouts, updates, comparisons and SFT over a real
+//! model equal a float64 golden (printed by tests/golden/dschat_run.py), and the program runs all stages.
+//!
+//! The formulas alone are tested in src/ppo/dschat.rs and src/reward/loss.rs, records and splits in
+//! tests/data_pipeline.rs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,12 +12,13 @@ use fourfold::config::{Compat, LrScheduler, Ppo, Ptx, Reward, RewardLoss, Sft};
 use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::{Adapter, ScoreHead};
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::{Readers, Rollout, read};
+use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::state::State;
-use fourfold::ppo::train::{Run, Start, Task};
 use fourfold::report::Report;
 use fourfold::reward::dschat::Padding;
 use fourfold::reward::source::{RewardModel, Unpadded};
@@ -23,6 +26,7 @@ use fourfold::reward::train::train_on_rows;
 use fourfold::run::Model;
 use fourfold::sft;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -97,12 +101,12 @@ fn here(path: &str) -> PathBuf {
 }
 
 fn world() -> (Model, Adapter, Adapter) {
-    let model = Model::open(&here("assets/quickstart/base")).unwrap();
+    let model = Model::open(&here("src/quickstart/assets/base")).unwrap();
     let [lm, rm] = ["lm", "rm"].map(|name| model.adapter(&here("tests/golden/peft_logits").join(name)).unwrap());
     (model, lm, rm)
 }
 
-/// Another sum's order in f32, of numbers of size 10 at the most.
+/// Asserts equality up to the rounding of f32 sums in another order, for numbers of at most 10.
 fn near(got: &[f32], want: &[f32], what: &str) {
     assert_eq!(got.len(), want.len(), "{what}");
     for (g, w) in got.iter().zip(want) {
@@ -116,20 +120,20 @@ fn sharper(adapter: &Adapter, by: f64) -> Adapter {
     adapter.clone().with_score_head(Some(ScoreHead { weight, bias: 0.0 })).unwrap()
 }
 
-/// Of the real tokens of the kept answers, in their full prompts or without pads in front.
-fn of_rows(recorded: &Recorded, rollout: &Rollout, say: impl Fn(&Batch, &Targets) -> Vec<f32>) -> Vec<f32> {
+/// Values of the tokens of all kept responses, computed on unpadded sequences by `compute`.
+fn of_rows(recorded: &Recorded, rollout: &Rollout, compute: impl Fn(&Batch, &Targets) -> Vec<f32>) -> Vec<f32> {
     let of = |(i, &row): (usize, &usize)| {
         let trained = rollout.responses[i].tokens.len();
         let sequence = [&rollout.prompts[i][..], &recorded.answers[row][..trained]].concat();
         let batch = Batch::new(&[sequence]).unwrap();
         let targets = Targets::responses(&batch, &[trained]).unwrap();
-        say(&batch, &targets)
+        compute(&batch, &targets)
     };
     recorded.kept.iter().enumerate().flat_map(of).collect()
 }
 
 #[test]
-fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_float64() {
+fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
     let (golden, (model, lm, rm)) = (golden(), world());
     let base = &model.base;
     let judge = sharper(&rm, golden.sharper);
@@ -154,12 +158,15 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
         };
         let block = |text: &Vec<u32>| SftExample {
             tokens: text.clone(),
-            loss_mask: (0..text.len()).map(|place| place > 0).collect(),
+            loss_mask: (0..text.len()).map(|position| position > 0).collect(),
         };
         let texts: Vec<SftExample> = recorded.texts.iter().map(block).collect();
         let source = Unpadded { model: RewardModel(ValueModel::new(base, &judge).unwrap()), pad: recorded.pad };
-        let task = Task {
-            start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
+        let run = PpoRun {
+            base,
+            reward_base: base,
+            sft: &lm,
+            reward: Some(&rm),
             prompts: &recorded.prompts,
             stop: &[END, recorded.pad],
             source: &source,
@@ -167,8 +174,11 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             evaluation: None,
             ptx: Some(&texts),
             pad: Some(recorded.pad),
+            config: &config,
+            seed: 0,
+            recompute: Recompute::Off,
         };
-        // 1. Who says what of the recorded tokens; the reference is the bare base.
+        // 1. Log-probabilities, values and scores of the recorded tokens; the reference is the base without an adapter.
         let response = |tokens: &Vec<u32>| Response {
             tokens: tokens.clone(),
             logprobs: vec![f32::NAN; tokens.len()],
@@ -180,14 +190,16 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             critic: Some(ValueModel::new(base, &rm).unwrap()),
             exact_kl: false,
             source: &source,
+            decode: &|_| String::new(),
+            pad: Some(recorded.pad),
         };
         let actor = Policy::new(base, Some(&lm));
-        let rollout = read(actor, readers, &task, recorded.prompts.clone(), responses, 1.0).unwrap();
+        let rollout = read(actor, readers, recorded.prompts.clone(), responses, 1.0).unwrap();
         near(&rollout.scores, &recorded.scores, "scores");
         assert_eq!(rollout.scores.len(), recorded.kept.len());
         for i in 0..recorded.kept.len() {
             near(&rollout.responses[i].logprobs, &recorded.logprobs[i], "log-probabilities");
-            near(&rollout.reference_logprobs[i], &recorded.reference[i], "the reference's");
+            near(&rollout.ref_logprobs[i], &recorded.reference[i], "the reference's");
             near(&rollout.values[i], &recorded.values[i], "values");
         }
         // 2. Rewards, advantages, returns.
@@ -200,13 +212,13 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             .zip(&as_rewards.returns)
             .flat_map(|(rewards, trained)| rewards[..trained.len()].to_vec())
             .collect();
-        near(&as_rewards.returns.concat(), &trained, "rewards of what is trained on");
+        near(&as_rewards.returns.concat(), &trained, "rewards of the trained tokens");
         let experience = Experience::of(rollout, scale, &config).unwrap();
         near(&experience.advantages.concat(), &recorded.advantages, "advantages");
         near(&experience.returns.concat(), &recorded.returns, "returns");
         let rollout = experience.rollout.clone();
         // 3. Two updates.
-        let run = Run::new(task, &config, 0).unwrap();
+        run.check().unwrap();
         let mut state = State::new(&run).unwrap();
         state.experience = Some(experience);
         for (i, want) in recorded.course.iter().enumerate() {
@@ -223,13 +235,13 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             ];
             for (what, got, want) in got {
                 eprintln!("pad {}: step {i}: {what} {got:.7} {want:.7}", recorded.pad);
-                // f32 against f64, and the second step magnifies the first one's rounding.
+                // f32 against f64; the second step magnifies the rounding of the first.
                 assert!((got - want).abs() < 1e-3 * want.abs().max(0.05), "step {i}: {what} {got} {want}");
             }
             assert!(i == 0 || want.clipped > 0.1, "the golden reaches the clip");
         }
         assert!(!state.has_minibatch(&run) && state.step == 2);
-        // 4. What they come to.
+        // 4. The networks after the updates.
         let policy = |adapter: &Adapter| {
             of_rows(recorded, &rollout, |batch, targets| {
                 Policy::new(base, Some(adapter)).logprobs(batch, targets, 1.0).unwrap().logprobs
@@ -246,7 +258,7 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
             assert!(got.len() == want.len() && apart < 2e-3, "{what}: {apart}");
         };
         close(&policy(state.actor.weights().view()), &recorded.logprobs_after, "log-probabilities");
-        close(&policy(state.ema.as_ref().unwrap()), &recorded.ema_after, "those under the average");
+        close(&policy(state.ema.as_ref().unwrap()), &recorded.ema_after, "log-probabilities under the EMA");
         close(&values, &recorded.values_after, "values");
     }
     let clipped = golden.rollouts.iter().flat_map(|r| &r.scores).filter(|score| score.abs() > 5.0).count();
@@ -254,14 +266,14 @@ fn rollouts_updates_ptx_and_ema_over_a_real_model_are_those_of_padded_rows_in_fl
 }
 
 #[test]
-fn comparisons_on_padded_rows_have_the_loss_gradient_and_accuracy_of_float64() {
+fn loss_gradient_and_accuracy_of_padded_comparisons_equal_the_float64_golden() {
     let (golden, (model, _, rm)) = (golden(), world());
     for case in &golden.rewards {
         let example = |[chosen, rejected]: &[Vec<u32>; 2]| {
             let shared = chosen.iter().zip(rejected).take_while(|(a, b)| a == b).count();
             let shared = shared.min(chosen.len() - 1).min(rejected.len() - 1);
-            let answers = vec![chosen[shared..].to_vec(), rejected[shared..].to_vec()];
-            RankedExample { prompt: chosen[..shared].to_vec(), answers }
+            let responses = vec![chosen[shared..].to_vec(), rejected[shared..].to_vec()];
+            RankedExample { prompt: chosen[..shared].to_vec(), responses }
         };
         let examples: Vec<RankedExample> = case.pairs.iter().map(example).collect();
         let padding = Padding { pad: case.pad, num_padding_at_beginning: case.leading, max_length: case.length };
@@ -278,8 +290,8 @@ fn comparisons_on_padded_rows_have_the_loss_gradient_and_accuracy_of_float64() {
         };
         let dir = tempfile::tempdir().unwrap();
         let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
-        let (_, summary) =
-            train_on_rows(&model.base, &rm, &examples, &examples, &config, Some(padding), 0, &mut session).unwrap();
+        let setup = Setup { base: &model.base, start: &rm, recompute: Recompute::Off, seed: 0 };
+        let (_, summary) = train_on_rows(setup, &examples, &examples, &config, Some(padding), &mut session).unwrap();
         let line: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap()).unwrap();
         for (key, want) in [("loss", case.loss), ("grad_norm", case.grad_norm), ("accuracy", case.accuracy)] {
             let got = line[key].as_f64().unwrap();
@@ -290,19 +302,22 @@ fn comparisons_on_padded_rows_have_the_loss_gradient_and_accuracy_of_float64() {
 }
 
 #[test]
-fn sft_learns_every_token_of_every_row() {
+fn sft_loss_is_on_every_token_of_every_row() {
     let (golden, (model, lm, _)) = (golden(), world());
-    let example =
-        |row: &Vec<u32>| SftExample { tokens: row.clone(), loss_mask: (0..row.len()).map(|place| place > 0).collect() };
+    let example = |row: &Vec<u32>| SftExample {
+        tokens: row.clone(),
+        loss_mask: (0..row.len()).map(|position| position > 0).collect(),
+    };
     let examples: Vec<SftExample> = golden.sft.rows.iter().map(example).collect();
     let dir = tempfile::tempdir().unwrap();
     let mut session = Session::new(Report::to_dir(dir.path()).unwrap());
-    sft::train(&model.base, &lm, &examples, &[], &Sft::default(), 0, &mut session).unwrap();
+    let setup = Setup { base: &model.base, start: &lm, recompute: Recompute::Off, seed: 0 };
+    sft::train(setup, &examples, &[], &Sft::default(), &mut session).unwrap();
     let line: Value = serde_json::from_str(&fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap()).unwrap();
     assert!((line["loss"].as_f64().unwrap() - golden.sft.loss).abs() < 1e-4, "{line} {}", golden.sft.loss);
 }
 
-/// One command of the program in `dir`.
+/// Runs one command of the program in `dir` and returns its JSON output.
 fn fourfold(dir: &Path, arguments: &[&str]) -> Value {
     let output = Command::new(env!("CARGO_BIN_EXE_fourfold")).current_dir(dir).args(arguments).output().unwrap();
     assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
@@ -313,7 +328,7 @@ fn lines(path: PathBuf) -> Vec<Value> {
     fs::read_to_string(path).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
-/// Base, records and one config for three stages.
+/// Writes records and one config for three stages.
 fn write_world(dir: &Path) {
     let record = |i: usize| {
         json!({
@@ -331,7 +346,7 @@ fn write_world(dir: &Path) {
          [reward]\nper_device_train_batch_size = 4\n\
          [ppo]\nadapter = \"sft/adapter\"\nreward_adapter = \"reward/adapter\"\nbatch_size = 8\ntotal_episodes = 16\n\
          response_length = 12\nwarmup_steps = 0\neval_prompts = 2\nsave_samples = 8\n[ppo.ptx]\npath = \"text.txt\"\n",
-        here("assets/quickstart/base").display().to_string()
+        here("src/quickstart/assets/base").display().to_string()
     );
     fs::write(dir.join("run.toml"), config).unwrap();
 }
@@ -362,32 +377,33 @@ fn the_program_runs_dschats_three_stages_from_one_key() {
     let adapter = fs::read_to_string(dir.path().join("sft/adapter/adapter_config.json")).unwrap();
     let adapter: Value = serde_json::from_str(&adapter).unwrap();
     assert_eq!((adapter["lora_alpha"].as_f64(), adapter["r"].as_u64()), (Some(1.0), Some(2)), "a scale of 1/r");
-    // A Llama with a pad token of its own: the answers that are kept are told, and the rest counted.
+    // The base has its own pad token: kept responses are in samples.jsonl, dropped ones are counted in metrics.jsonl.
     let metrics = lines(dir.path().join("ppo/metrics.jsonl"));
     let samples = lines(dir.path().join("ppo/samples.jsonl"));
     assert_eq!(metrics.len(), 2);
     for line in &metrics {
         let iteration = line["step"].as_u64().unwrap();
-        let told = samples.iter().filter(|s| s["iteration"].as_u64() == Some(iteration)).count() as u64;
-        assert_eq!(told + line["val/dropped"].as_u64().unwrap(), 8, "{line}");
+        let kept = samples.iter().filter(|s| s["iteration"].as_u64() == Some(iteration)).count() as u64;
+        assert_eq!(kept + line["val/dropped"].as_u64().unwrap(), 8, "{line}");
         assert!(line["loss/ptx_avg"].as_f64().unwrap() > 0.0 && line["loss/value_avg"].is_number());
     }
-    // Greedy: a prompt has one answer under one actor, whatever the seed. The first rollout's is the SFT adapter.
+    // Greedy sampling: a prompt has one response per actor, independent of the seed. The first rollout's actor is the
+    // SFT adapter.
     let other =
         ["ppo", "run.toml", "--json", "--out", "other", "--set", "seed=1", "--set", "data.data_split=\"0,0,1\""];
     let same = ["ppo", "run.toml", "--json", "--out", "same", "--set", "data.data_split=\"0,0,1\""];
-    let answers = |arguments: &[&str], out: &str| {
+    let responses = |arguments: &[&str], out: &str| {
         fourfold(dir.path(), arguments);
         let samples = lines(dir.path().join(out).join("samples.jsonl"));
         let first = samples.into_iter().filter(|s| s["iteration"] == 1);
         first.map(|s| (s["prompt"].to_string(), s["response"].to_string())).collect::<Vec<_>>()
     };
-    let (one, two) = (answers(&other, "other"), answers(&same, "same"));
+    let (one, two) = (responses(&other, "other"), responses(&same, "same"));
     assert_ne!(one, two, "other prompts, or in another order");
     let shared = one.iter().filter(|(prompt, _)| two.iter().any(|(p, _)| p == prompt)).count();
-    let equal = one.iter().filter(|answer| two.contains(answer)).count();
+    let equal = one.iter().filter(|response| two.contains(response)).count();
     assert!(shared == equal, "{one:?} {two:?}");
-    // pad == end token changes what is read, kept and learnt.
+    // A pad token equal to the end token changes the rows, the kept responses and the training.
     let pad = ["ppo", "run.toml", "--json", "--out", "opt", "--set", "data.pad_token=\"<|endoftext|>\""];
     fourfold(dir.path(), &pad);
     let bytes = |out: &str| fs::read(dir.path().join(out).join("actor/adapter_model.safetensors")).unwrap();
@@ -404,11 +420,11 @@ fn the_program_runs_dschats_three_stages_from_one_key() {
 }
 
 #[test]
-fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_first_is_refused() {
+fn a_rollout_with_all_responses_dropped_is_refused_if_first_and_else_repeats_the_last() {
     let (model, lm, rm) = world();
     let base = &model.base;
     let prompts: Vec<Vec<u32>> = (0..4).map(|i| vec![5, 6, 7 + i]).collect();
-    // Whatever token it answers with ends an answer: each has one.
+    // Every token ends a response: each response has one token.
     let every: Vec<u32> = (0..base.config().vocab_size as u32).collect();
     let source = RewardModel(ValueModel::new(base, &rm).unwrap());
     let config = Ppo {
@@ -420,8 +436,11 @@ fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_f
         temperature: 0.0,
         ..Ppo::default()
     };
-    let task = |stop| Task {
-        start: Start { base, reward_base: base, sft: &lm, reward: Some(&rm) },
+    let run = |stop| PpoRun {
+        base,
+        reward_base: base,
+        sft: &lm,
+        reward: Some(&rm),
         prompts: &prompts,
         stop,
         source: &source,
@@ -429,17 +448,22 @@ fn where_every_answer_is_dropped_the_last_rollout_is_learnt_from_again_and_the_f
         evaluation: None,
         ptx: None,
         pad: Some(END),
+        config: &config,
+        seed: 0,
+        recompute: Recompute::Off,
     };
-    let all_end = Run::new(task(&every), &config, 0).unwrap();
+    let all_end = run(&every);
+    all_end.check().unwrap();
     let error = State::new(&all_end).unwrap().roll_out(&all_end).unwrap_err();
     assert!(error.to_string().contains("all of the first rollout's"), "{error}");
     assert_eq!(fourfold::error::exit_code(&error), 2);
-    let run = Run::new(task(&[END]), &config, 0).unwrap();
+    let run = run(&[END]);
+    run.check().unwrap();
     let mut state = State::new(&run).unwrap();
     state.roll_out(&run).unwrap();
     let first = state.experience.clone().unwrap();
     state.end_iteration(&run, &mut Report::silent()).unwrap();
-    // It goes on from a checkpoint, too.
+    // The same holds after resuming from a checkpoint.
     let snapshot = state.snapshot(&run).unwrap();
     let mut resumed = State::new(&all_end).unwrap();
     resumed.load(&snapshot, &all_end).unwrap();

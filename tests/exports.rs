@@ -177,7 +177,7 @@ fn an_export_that_cannot_be_leaves_nothing_behind() {
         ("--adapter out/sft/adapter=nan --out new", "finite"),
         ("--adapter out/sft/adapter --max-shard-size 5XB --out new", "KB, MB and GB"),
         ("--adapter out/sft/adapter --format value-head --out new", "scalar head"),
-        ("--adapter out/sft/adapter --out base", "is there already"),
+        ("--adapter out/sft/adapter --out base", "already exists"),
     ] {
         let ran = p.run(&format!("merge --base base {line}"));
         assert!(ran.code == 2 && ran.stderr.contains(says), "{line}: {} {}", ran.code, ran.stderr);

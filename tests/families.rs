@@ -10,7 +10,6 @@ use fourfold::export::gguf;
 use fourfold::export::gguf::GgufType;
 use fourfold::export::merged::MergedType;
 use fourfold::model::adapter::{Adapter, NonBlockModule, TargetModule};
-use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{SamplingParams, generate};
@@ -175,12 +174,12 @@ fn activations_past_f32_come_out_as_nan_in_every_family() {
     }
 }
 
-/// What a family's GGUF cannot say; all others are written.
+/// Families that GGUF cannot express; all others are exported.
 const NO_GGUF: [(&str, &str); 6] = [
     ("gpt_neo", "no gpt_neo architecture"),
     ("gemma2", "what it multiplies attention by"),
     ("gemma3", "what it multiplies attention by"),
-    ("smollm3", "which layers have a window and which turn"),
+    ("smollm3", "which layers have a window or rotary embeddings"),
     ("opt", "no opt architecture"),
     ("opt_350m", "no opt architecture"),
 ];
@@ -191,7 +190,7 @@ fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
         let opened = decoder(name);
         let (golden, adapter) = (&opened.golden, adapter(&opened));
         let (checkpoint, base, prompts) = (&opened.checkpoint, &opened.base, &golden.sequences);
-        let source = Source { checkpoint, base, adapter: &adapter, prompts, about: "" };
+        let source = Source { files: checkpoint, base, adapter: &adapter, prompts, about: "" };
         let out = opened.dir.path().join("merged.gguf");
         let made = gguf::merge(&source, GgufType::Dense(MergedType::F32), &out);
         if let Some((_, says)) = NO_GGUF.iter().find(|(refused, _)| *refused == name) {
@@ -203,7 +202,7 @@ fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
         let written = ModelFiles::open(&out).unwrap();
         // Where llama.cpp has no windows, the file ends at the window's length.
         let context = written.config().max_position_embeddings;
-        let merged = Base::load(&written).unwrap();
+        let merged = written.base().unwrap();
         for (i, sequence) in golden.sequences.iter().enumerate() {
             let sequence = &sequence[..sequence.len().min(context)];
             let batch = Batch::new(&[sequence]).unwrap();

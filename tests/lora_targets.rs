@@ -130,11 +130,11 @@ fn the_merged_model_is_pefts_with_parted_ends_where_one_table_served_both() {
         let (Opened { golden, base, checkpoint, dir }, adapter) = decoder(name);
         let out = dir.path().join("merged");
         let prompts = golden.sequences.clone();
-        let source = Source { checkpoint: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
+        let source = Source { files: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
         let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
         let comparison = merge(&source, how, &out).unwrap_or_else(|e| panic!("{name}: {e:#}"));
         assert!(comparison.max_logit_difference < 1e-4, "{name}: {comparison:?}");
-        let reopened = Base::load(&ModelFiles::open(&out).unwrap()).unwrap();
+        let reopened = ModelFiles::open(&out).unwrap().base().unwrap();
         let e = furthest(&logits(&reopened, None, &golden), &golden.numbers["merged"]);
         assert!(e < 1e-4, "{name}: {e}");
         let on = |outer| adapter.outer(outer).is_some();
@@ -298,7 +298,7 @@ fn norms_follow_the_base_that_an_adapter_is_lent_to() {
     let start = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     bytes[start..].chunks_exact_mut(64).for_each(|chunk| chunk[3] ^= 0x80);
     fs::write(dir.path().join("model.safetensors"), &bytes).unwrap();
-    let second = Base::load(&ModelFiles::open(dir.path()).unwrap()).unwrap();
+    let second = ModelFiles::open(dir.path()).unwrap().base().unwrap();
     let apart = logits(&second, Some(&adapter), &golden);
     let fresh = Adapter::load(&folder("dora_ends_llama"), second.shapes()).unwrap();
     assert_eq!(apart, logits(&second, Some(&fresh), &golden), "norms of the first base were kept");
@@ -309,10 +309,10 @@ fn norms_follow_the_base_that_an_adapter_is_lent_to() {
 fn what_cannot_be_is_refused_with_what_can() {
     let refusal = |result: anyhow::Result<()>| format!("{:#}", result.unwrap_err());
     // A GGUF-LoRA file has no place for magnitudes, nor this writer for branches on the tables.
-    for (name, says) in [("dora_llama", "magnitudes"), ("ends_llama", "output table")] {
+    for (name, says) in [("dora_llama", "magnitudes"), ("ends_llama", "lm_head")] {
         let (Opened { golden, base, checkpoint, dir }, adapter) = decoder(name);
         let prompts = golden.sequences.clone();
-        let source = Source { checkpoint: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
+        let source = Source { files: &checkpoint, base: &base, adapter: &adapter, prompts: &prompts, about: "" };
         let message = refusal(gguf::lora(&source, &dir.path().join("x.gguf")).map(|_| ()));
         assert!(message.contains(says) && message.contains("merge"), "{message}");
         assert!(!dir.path().join("x.gguf").exists());

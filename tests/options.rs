@@ -1,6 +1,8 @@
-//! Every key of the stages' sections changes what it should, one at a time: a run of the stage without it and one with it,
-//! from a config as a user writes it, differ in what they leave behind, or must not where the key says so. A key of the
-//! schema without a row here fails the tests. Whether the difference is right is for the tests beside the formulas.
+//! Every key of the stages' sections has an effect, tested one key at a time.
+//!
+//! A run of the stage without the key and a run with it, from a config as a user writes it, must differ in what they
+//! leave behind, or must not where the key says so. A key of the schema without a row here fails the tests. Whether the
+//! difference is right is tested beside the formulas.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fs;
@@ -219,7 +221,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     let lines: Vec<String> = (0..20).map(|i| record(i).to_string()).collect();
     fs::write(dir.path().join("data.jsonl"), lines.join("\n")).unwrap();
     fs::create_dir(dir.path().join("copy")).unwrap();
-    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/base")).unwrap() {
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/quickstart/assets/base")).unwrap() {
         let path = entry.unwrap().path();
         fs::copy(&path, dir.path().join("copy").join(path.file_name().unwrap())).unwrap();
     }
@@ -284,7 +286,7 @@ fn stage_of(section: &str) -> Stage {
 impl World {
     fn table(&self, text: &str) -> Table {
         let dir = self.dir.path().display().to_string();
-        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("assets/quickstart/base");
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/quickstart/assets/base");
         let head = format!(
             "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\nmax_prompt_length = 64\n",
             base.display()
@@ -385,42 +387,42 @@ fn check(section: &str, rows: &[&[Row]]) {
 }
 
 #[test]
-fn every_key_of_sft_is_felt() {
+fn every_key_of_sft_has_an_effect() {
     check("sft", &[SFT, OF_ALL, OPTIMIZER]);
 }
 
 #[test]
-fn every_key_of_lora_and_base_is_felt() {
+fn every_key_of_lora_and_base_has_an_effect() {
     check("lora", &[LORA]);
     check("base", &[BASE]);
 }
 
 #[test]
-fn every_key_of_reward_is_felt() {
+fn every_key_of_reward_has_an_effect() {
     check("reward", &[REWARD, OF_ALL, OPTIMIZER]);
 }
 
 #[test]
-fn every_key_of_dpo_is_felt() {
+fn every_key_of_dpo_has_an_effect() {
     check("dpo", &[DPO, OF_ALL, OPTIMIZER]);
 }
 
 #[test]
-fn every_key_of_kto_is_felt() {
+fn every_key_of_kto_has_an_effect() {
     check("kto", &[KTO, OF_ALL, OPTIMIZER]);
 }
 
 #[test]
-fn every_key_of_ppo_is_felt() {
+fn every_key_of_ppo_has_an_effect() {
     check("ppo", &[PPO, OPTIMIZER]);
 }
 
 #[test]
-fn every_key_of_ptx_is_felt() {
+fn every_key_of_ptx_has_an_effect() {
     check("ppo.ptx", &[PTX]);
 }
 
 #[test]
-fn every_key_of_a_reward_part_is_felt() {
+fn every_key_of_a_reward_part_has_an_effect() {
     check("ppo.reward", &[PART]);
 }

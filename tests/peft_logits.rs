@@ -10,10 +10,12 @@ use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType, Settings, merge
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::Policy;
 use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use fourfold::{reward, sft};
 use serde::Deserialize;
 use serde_json::Value;
@@ -60,7 +62,7 @@ fn golden() -> Golden {
 }
 
 fn model() -> Model {
-    Model::open(&here("assets/quickstart/base")).unwrap()
+    Model::open(&here("src/quickstart/assets/base")).unwrap()
 }
 
 fn adapter(model: &Model, name: &str) -> Adapter {
@@ -77,7 +79,7 @@ impl Golden {
     }
 
     fn ranked(&self) -> Vec<RankedExample> {
-        let example = |r: &Ranked| RankedExample { prompt: r.prompt.clone(), answers: r.answers.clone() };
+        let example = |r: &Ranked| RankedExample { prompt: r.prompt.clone(), responses: r.answers.clone() };
         self.ranked.iter().map(example).collect()
     }
 }
@@ -131,7 +133,7 @@ fn a_merged_directory_gives_the_logprobs_of_pefts_merge_and_unload() {
     let out = dir.path().join("merged");
     let lm = adapter(&model, "lm");
     let (checkpoint, base) = (&model.checkpoint, &model.base);
-    let source = Source { checkpoint, base, adapter: &lm, prompts: &golden.sequences, about: "" };
+    let source = Source { files: checkpoint, base, adapter: &lm, prompts: &golden.sequences, about: "" };
     let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
     merge(&source, how, &out).unwrap();
     let difference = furthest(&golden.logprobs(&Model::open(&out).unwrap().base, None), &golden.merged_logprobs);
@@ -159,7 +161,8 @@ fn five_sft_steps_take_torchs_course() {
     };
     let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let start = adapter(&model, "lm");
-    let (trained, _) = sft::train(&model.base, &start, &examples, &[], &config, 0, &mut report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 0 };
+    let (trained, _) = sft::train(setup, &examples, &[], &config, &mut report).unwrap();
     assert_course(dir.path(), &golden.sft_course, "sft");
     let difference = furthest(&golden.logprobs(&model.base, Some(&trained)), &golden.logprobs_after);
     let moved = furthest(&golden.logprobs, &golden.logprobs_after);
@@ -182,7 +185,8 @@ fn five_reward_steps_on_three_ranked_answers_take_torchs_course() {
     };
     let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
     let (start, examples) = (adapter(&model, "rm"), golden.ranked());
-    let (trained, _) = reward::train::train(&model.base, &start, &examples, &[], &config, 0, &mut report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 0 };
+    let (trained, _) = reward::train::train(setup, &examples, &[], &config, &mut report).unwrap();
     assert_course(dir.path(), &golden.reward_course, "reward");
     let scores = reward::train::scores(&model.base, &trained, &examples).unwrap();
     let (difference, moved) = (furthest(&scores, &golden.scores_after), furthest(&golden.scores, &golden.scores_after));

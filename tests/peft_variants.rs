@@ -28,7 +28,7 @@ fn golden() -> Value {
 }
 
 fn model() -> Model {
-    Model::open(&here("assets/quickstart/base")).unwrap()
+    Model::open(&here("src/quickstart/assets/base")).unwrap()
 }
 
 fn saved(model: &Model, name: &str) -> Adapter {
@@ -62,7 +62,7 @@ fn merged(model: &Model, adapter: &Adapter) -> Vec<f32> {
 fn merged_of(golden: &Value, model: &Model, adapter: &Adapter) -> Vec<f32> {
     let dir = tempfile::tempdir().unwrap();
     let (checkpoint, base, out) = (&model.checkpoint, &model.base, dir.path().join("merged"));
-    let source = Source { checkpoint, base, adapter, prompts: &[vec![5, 6, 7, 8]], about: "" };
+    let source = Source { files: checkpoint, base, adapter, prompts: &[vec![5, 6, 7, 8]], about: "" };
     let how = Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
     merge(&source, how, &out).unwrap();
     logprobs_of(golden, &Model::open(&out).unwrap(), None)
@@ -113,7 +113,7 @@ fn assert_products(model: &Model, adapter: &Adapter, probes: &Value) {
 
 /// The quickstart's base in Q4_0, which is what PEFT had the numbers of.
 fn four_bits() -> (Model, Value) {
-    let checkpoint = ModelFiles::open(&here("assets/quickstart/base")).unwrap().quantised(Some(StorageDType::Q4_0));
+    let checkpoint = ModelFiles::open(&here("src/quickstart/assets/base")).unwrap().quantised(Some(StorageDType::Q4_0));
     let model = Model::of(checkpoint).unwrap();
     let stored = |name: &str| if name.contains("embed") { StorageDType::Q8_0 } else { StorageDType::Q4_0 };
     assert!(model.base.weights().iter().all(|(name, w)| w.dtype() == stored(name)));

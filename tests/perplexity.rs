@@ -1,7 +1,7 @@
 //! Two real models read an article: SmolLM2-135M-Instruct (Q4_1) and Gemma 3 270M (Q4_K_M) against transformers on the
 //! dequantised weights; Gemma's tokenizer, rebuilt from the GGUF's metadata, against the sentencepiece library.
 //! tests/golden/real_models.py printed the numbers. It runs where `FOURFOLD_SMOLLM2_GGUF` and `FOURFOLD_GEMMA3_GGUF` name
-//! the files (scripts/fetch-smollm2.sh and fetch-gemma3.sh print them); with `FOURFOLD_REQUIRE_REAL_MODEL=1` their absence
+//! the files (tests/fetch/fetch-smollm2.sh and fetch-gemma3.sh print them); with `FOURFOLD_REQUIRE_REAL_MODEL=1` their absence
 //! is a failure.
 
 use std::path::PathBuf;

@@ -1,16 +1,18 @@
-//! Whole PPO updates, actor and critic, against PEFT and torch on the same base, adapters and answers: losses, gradient
-//! norms before clipping, and what four steps come to. tests/golden/ppo_update.py printed the numbers. Knows no sampling.
+//! Whole PPO updates of actor and critic against PEFT and torch on the same base, adapters and responses: losses, gradient
+//! norms before clipping, and the result of four steps. tests/golden/ppo_update.py printed the golden values. It does not
+//! depend on sampling.
 
 use std::path::Path;
 
 use fourfold::config::Ppo;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::Rollout;
+use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::state::State;
-use fourfold::ppo::train::{Run, Start, Task};
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use serde::Deserialize;
@@ -46,10 +48,10 @@ fn furthest(a: &[f32], b: &[f32]) -> f32 {
 fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
     let golden: Golden = serde_json::from_str(include_str!("golden/ppo_update.json")).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let model = Model::open(&here.join("assets/quickstart/base")).unwrap();
+    let model = Model::open(&here.join("src/quickstart/assets/base")).unwrap();
     let [lm, rm] = ["lm", "rm"].map(|name| model.adapter(&here.join("tests/golden/peft_logits").join(name)).unwrap());
     let base = &model.base;
-    // 1. What the roles say of the answers: the reference is the bare base.
+    // 1. The roles score the responses; the reference is the base without an adapter.
     let sequences: Vec<Vec<u32>> =
         golden.prompts.iter().zip(&golden.answers).map(|(p, a)| p.iter().chain(a).copied().collect()).collect();
     let lengths: Vec<usize> = golden.answers.iter().map(Vec::len).collect();
@@ -69,8 +71,8 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
     let rollout = Rollout {
         prompts: golden.prompts.clone(),
         responses: responses.collect(),
-        reference_logprobs: cut(logprobs(None), 1),
-        reference_rows: cut(rows.flatten_all().unwrap().to_vec1().unwrap(), rows.dims()[1]),
+        ref_logprobs: cut(logprobs(None), 1),
+        ref_hidden: cut(rows.flatten_all().unwrap().to_vec1().unwrap(), rows.dims()[1]),
         values: cut(scorer.values(&batch, &targets.rows).unwrap(), 1),
         scores: golden.scores.clone(),
         ..Rollout::default()
@@ -100,9 +102,11 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
     eprintln!("advantages and returns within {apart:?}");
     assert!(apart.0 < 1e-4 && apart.1 < 1e-4, "{apart:?}");
     let source = RewardModel(scorer);
-    let start = Start { base, reward_base: base, sft: &lm, reward: Some(&rm) };
-    let task = Task {
-        start,
+    let run = PpoRun {
+        base,
+        reward_base: base,
+        sft: &lm,
+        reward: Some(&rm),
         prompts: &golden.prompts,
         stop: &[0],
         source: &source,
@@ -110,8 +114,10 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         evaluation: None,
         ptx: None,
         pad: None,
+        config: &config,
+        seed: 0,
+        recompute: Recompute::Off,
     };
-    let run = Run::new(task, &config, 0).unwrap();
     let mut state = State::new(&run).unwrap();
     state.experience = Some(experience);
     for (i, want) in golden.course.iter().enumerate() {
@@ -127,13 +133,13 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         ];
         for (what, got, want) in got {
             eprintln!("step {i}: {what} {got:.7} {want:.7}");
-            // f32 on both sides, and each step magnifies the last one's rounding.
+            // Both sides use f32, and each step amplifies the rounding of the one before.
             assert!((got - want).abs() < 1e-3 * want.abs().max(0.05), "step {i}: {what} {got} {want}");
         }
         assert!(i == 0 || want.clipfrac > 0.05, "the golden reaches the clip");
     }
     assert!(!state.has_minibatch(&run) && state.step == 4);
-    // 3. What they come to.
+    // 3. Log-probabilities and values after the steps.
     let actor = logprobs(Some(state.actor.weights().view()));
     let critic = state.critic.as_ref().unwrap().weights().view();
     let values = ValueModel::new(base, critic).unwrap().values(&batch, &targets.rows).unwrap();

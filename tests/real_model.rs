@@ -1,5 +1,5 @@
 //! The whole forward pass on SmolLM2-135M-Instruct (Q4_1) against transformers, and its merge to safetensors. It runs
-//! where `FOURFOLD_SMOLLM2_GGUF` names the file (`export FOURFOLD_SMOLLM2_GGUF=$(scripts/fetch-smollm2.sh)`); with
+//! where `FOURFOLD_SMOLLM2_GGUF` names the file (`export FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh)`); with
 //! `FOURFOLD_REQUIRE_REAL_MODEL=1` its absence is a failure. tests/golden/smollm2_logprobs.py printed the numbers.
 
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Reward sources outside the process, against real ones: a child process and a local server that are slow, dead, short
-//! of answers, or talk nonsense; and PPO over several sources from a config file.
+//! Reward sources outside the process: child processes and a local server that are slow, dead, incomplete or return invalid
+//! scores; and PPO over several sources from a config file.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,26 +16,26 @@ use fourfold::error::exit_code;
 use fourfold::model::generate::{FinishReason, Response};
 use fourfold::reward::source::command::CommandReward;
 use fourfold::reward::source::http::HttpReward;
-use fourfold::reward::source::retry::{Patience, Troubles};
-use fourfold::reward::source::{Answers, RewardSource};
+use fourfold::reward::source::retry::{RetryPolicy, Troubles};
+use fourfold::reward::source::{RewardInputs, RewardSource};
 use fourfold::run;
 use serde_json::{Value, json};
 
-fn patience(retries: usize, fallback: Option<f32>) -> Patience {
-    Patience { timeout: Duration::from_millis(400), retries, backoff: Duration::from_millis(5), fallback }
+fn retry(retries: usize, fallback: Option<f32>) -> RetryPolicy {
+    RetryPolicy { timeout: Duration::from_millis(400), retries, backoff: Duration::from_millis(5), fallback }
 }
 
-/// Asks about `n` answers, whose texts are their numbers.
+/// Scores `n` responses, whose texts are their numbers.
 fn ask(source: &dyn RewardSource, n: usize) -> anyhow::Result<Vec<f32>> {
     let prompts: Vec<Vec<u32>> = (0..n as u32).map(|i| vec![100 + i]).collect();
     let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: FinishReason::Stop };
     let responses: Vec<Response> = (0..n as u32).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
-    source.scores(&Answers { prompts: &prompts, responses: &responses, decode: &decode })
+    source.scores(&RewardInputs { prompts: &prompts, responses: &responses, decode: &decode })
 }
 
-fn program(script: &str, patience: Patience) -> CommandReward {
-    CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into()], patience).unwrap()
+fn program(script: &str, policy: RetryPolicy) -> CommandReward {
+    CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into()], policy).unwrap()
 }
 
 /// The response's number, which `ask` makes its text, as the score.
@@ -45,99 +45,101 @@ const HONEST: &str = r#"while read -r line; do
 done"#;
 
 #[test]
-fn a_command_stays_alive_over_rollouts_and_scores_each_answer_in_order() {
+fn a_command_runs_across_rollouts_and_scores_each_response_in_order() {
     let counts = format!("n=$((n + 1)); echo $n >&2; {HONEST}");
-    let source = program(&counts, patience(0, None));
-    assert_eq!(ask(&source, 3).unwrap(), [0.5, 1.5, 2.5], "end tokens left off, prompts not mistaken for answers");
+    let source = program(&counts, retry(0, None));
+    assert_eq!(
+        ask(&source, 3).unwrap(),
+        [0.5, 1.5, 2.5],
+        "end tokens are left off, prompts are not mistaken for responses"
+    );
     assert_eq!(ask(&source, 40).unwrap()[39], 39.5);
     assert_eq!(source.troubles(), Troubles::default());
 }
 
 #[test]
-fn more_answers_than_a_pipe_holds_do_not_lock_up() {
+fn more_responses_than_a_pipe_holds_do_not_deadlock() {
     // 4000 lines of 60 bytes and as many back: both pipes are fuller than the 64 KiB that a kernel keeps.
-    let source = program(
-        "while read -r line; do echo '{\"score\": 1, \"note\": \"0123456789012345\"}'; done",
-        patience(0, None),
-    );
+    let source =
+        program("while read -r line; do echo '{\"score\": 1, \"note\": \"0123456789012345\"}'; done", retry(0, None));
     assert_eq!(ask(&source, 4000).unwrap(), vec![1.0; 4000]);
 }
 
 #[test]
-fn a_slow_command_is_given_up_after_its_time_and_its_tries() {
+fn a_slow_command_fails_after_its_timeout_and_retries() {
     let started = Instant::now();
-    let source = program("sleep 60", patience(1, None));
+    let source = program("sleep 60", retry(1, None));
     let message = ask(&source, 2).unwrap_err().to_string();
-    assert!(message.contains("no answer within 0.4 s") && message.contains("fallback_score"), "{message}");
+    assert!(message.contains("no reply within 0.4 s") && message.contains("fallback_score"), "{message}");
     assert!(started.elapsed() < Duration::from_secs(10));
     assert_eq!(source.troubles().failed_tries, 2);
 }
 
 #[test]
-fn a_command_that_dies_is_started_again_and_a_dead_one_is_said_to_be() {
-    // The first one dies after one answer, its successor finds the mark and goes on.
+fn a_command_that_dies_is_restarted_and_one_that_stays_dead_is_reported() {
+    // The first process dies after one reply; the second finds the mark and continues.
     let dir = tempfile::tempdir().unwrap();
     let mark = dir.path().join("mark").display().to_string();
     let script = format!(
         "if [ -e {mark} ]; then {HONEST}; else touch {mark}; read -r line; echo '{{\"score\": 7}}'; exit 3; fi"
     );
-    let source = program(&script, patience(2, None));
+    let source = program(&script, retry(2, None));
     assert_eq!(ask(&source, 3).unwrap(), [0.5, 1.5, 2.5]);
     assert_eq!(source.troubles().failed_tries, 1);
-    let dead = program("exit 1", patience(1, Some(-2.0)));
+    let dead = program("exit 1", retry(1, Some(-2.0)));
     assert_eq!(ask(&dead, 2).unwrap(), [-2.0, -2.0]);
     assert_eq!(dead.troubles(), Troubles { failed_tries: 2, bad_scores: 0, fallbacks: 2 });
 }
 
 #[test]
-fn nonsense_from_a_command_is_a_bad_score_that_is_counted() {
+fn invalid_output_of_a_command_is_counted_as_a_bad_score() {
     for nonsense in ["not json", "{\"score\": \"high\"}", "{\"score\": NaN}", "{}", "1e400", ""] {
         let script = format!("while read -r line; do echo '{nonsense}'; done");
-        let source = program(&script, patience(1, None));
+        let source = program(&script, retry(1, None));
         let message = ask(&source, 2).unwrap_err().to_string();
-        assert!(message.contains("2 of 2 scores are no finite numbers"), "{nonsense:?}: {message}");
-        let source = program(&script, patience(0, Some(0.25)));
+        assert!(message.contains("2 of 2 scores are not finite numbers"), "{nonsense:?}: {message}");
+        let source = program(&script, retry(0, Some(0.25)));
         assert_eq!(ask(&source, 2).unwrap(), [0.25, 0.25]);
         assert_eq!(source.troubles(), Troubles { failed_tries: 0, bad_scores: 2, fallbacks: 2 });
     }
     // A bare number is as good as an object.
-    assert_eq!(ask(&program("while read -r l; do echo 3; done", patience(0, None)), 1).unwrap(), [3.0]);
+    assert_eq!(ask(&program("while read -r l; do echo 3; done", retry(0, None)), 1).unwrap(), [3.0]);
 }
 
 #[test]
-fn too_many_answers_and_a_wrong_id_do_not_shift_the_scores_of_the_next_rollout() {
-    let source = program("while read -r line; do echo 1; echo 2; done", patience(0, None));
+fn extra_replies_and_a_wrong_id_do_not_shift_the_scores_of_the_next_rollout() {
+    let source = program("while read -r line; do echo 1; echo 2; done", retry(0, None));
     let first = ask(&source, 1).unwrap();
     assert_eq!(first, [1.0]);
     thread::sleep(Duration::from_millis(100));
-    assert!(ask(&source, 1).unwrap_err().to_string().contains("nobody asked for"));
-    let source = program("while read -r line; do echo '{\"id\": 99, \"score\": 1}'; done", patience(0, None));
-    assert!(ask(&source, 1).unwrap_err().to_string().contains("it answered 99 where 0 was"));
+    assert!(ask(&source, 1).unwrap_err().to_string().contains("a line without a request"));
+    let source = program("while read -r line; do echo '{\"id\": 99, \"score\": 1}'; done", retry(0, None));
+    assert!(ask(&source, 1).unwrap_err().to_string().contains("it replied with id 99 instead of 0"));
 }
 
 #[test]
-fn a_program_that_is_not_there_is_the_users_fault() {
-    let error = CommandReward::start(vec!["/no/such/judge".into()], patience(0, None)).err().unwrap();
+fn a_missing_program_is_a_user_error() {
+    let error = CommandReward::start(vec!["/no/such/judge".into()], retry(0, None)).err().unwrap();
     assert_eq!(exit_code(&error), 2);
     assert!(error.to_string().contains("/no/such/judge cannot be started"), "{error}");
 }
 
-/// A server on a free port that answers the n-th request by `answer(n, body)`, with whole HTTP text or silence.
-fn server(answer: impl Fn(usize, &Value) -> Option<String> + Send + Sync + 'static) -> (String, Arc<AtomicUsize>) {
+/// A server on a free port that replies to the n-th request with `reply(n, body)`: a whole HTTP response, or nothing.
+fn server(reply: impl Fn(usize, &Value) -> Option<String> + Send + Sync + 'static) -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/score", listener.local_addr().unwrap());
     let asked = Arc::new(AtomicUsize::new(0));
-    let (count, answer) = (asked.clone(), Arc::new(answer));
+    let (count, reply) = (asked.clone(), Arc::new(reply));
     thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let (count, answer) = (count.clone(), answer.clone());
-            thread::spawn(move || serve(stream, &count, &*answer));
+            let (count, reply) = (count.clone(), reply.clone());
+            thread::spawn(move || serve(stream, &count, &*reply));
         }
     });
     (url, asked)
 }
 
-fn serve(mut stream: TcpStream, count: &AtomicUsize, answer: &dyn Fn(usize, &Value) -> Option<String>) {
+fn serve(mut stream: TcpStream, count: &AtomicUsize, reply: &dyn Fn(usize, &Value) -> Option<String>) {
     let mut reader = BufReader::new(stream.try_clone().unwrap());
     let mut length = 0;
     loop {
@@ -154,7 +156,7 @@ fn serve(mut stream: TcpStream, count: &AtomicUsize, answer: &dyn Fn(usize, &Val
     }
     let mut body = vec![0; length];
     reader.read_exact(&mut body).unwrap();
-    match answer(count.fetch_add(1, Ordering::SeqCst), &serde_json::from_slice(&body).unwrap()) {
+    match reply(count.fetch_add(1, Ordering::SeqCst), &serde_json::from_slice(&body).unwrap()) {
         Some(text) => {
             let _ = stream.write_all(text.as_bytes());
         }
@@ -171,21 +173,21 @@ fn status(line: &str) -> Option<String> {
 }
 
 #[test]
-fn an_endpoint_gets_prompts_and_responses_and_its_scores_are_taken_in_order() {
+fn an_endpoint_receives_prompts_and_responses_and_its_scores_keep_their_order() {
     let (url, asked) = server(|_, body| {
         let texts = body["responses"].as_array().unwrap();
         assert_eq!(body["prompts"].as_array().unwrap().len(), texts.len());
         let scores: Vec<f64> = texts.iter().map(|t| t.as_str().unwrap().parse::<f64>().unwrap() / 2.0).collect();
         ok(&json!({ "scores": scores }).to_string())
     });
-    let source = HttpReward::new(url, patience(0, None));
+    let source = HttpReward::new(url, retry(0, None));
     assert_eq!(ask(&source, 3).unwrap(), [0.0, 0.5, 1.0]);
     assert_eq!(ask(&source, 1).unwrap(), [0.0]);
     assert_eq!((asked.load(Ordering::SeqCst), source.troubles()), (2, Troubles::default()));
 }
 
 #[test]
-fn an_endpoint_that_recovers_is_asked_again() {
+fn an_endpoint_that_recovers_is_retried() {
     let (url, asked) = server(|n, _| match n {
         0 => status("503 Service Unavailable"),
         1 => None,
@@ -195,24 +197,24 @@ fn an_endpoint_that_recovers_is_asked_again() {
         5 => ok("{\"scores\": [1, null]}"),
         _ => ok("{\"scores\": [1, 2]}"),
     });
-    let source = HttpReward::new(url, patience(9, None));
+    let source = HttpReward::new(url, retry(9, None));
     assert_eq!(ask(&source, 2).unwrap(), [1.0, 2.0]);
     assert_eq!(asked.load(Ordering::SeqCst), 7);
     assert_eq!(source.troubles(), Troubles { failed_tries: 5, bad_scores: 1, fallbacks: 0 });
 }
 
 #[test]
-fn a_dead_or_wrong_endpoint_stops_the_run_with_its_fault_or_costs_the_agreed_score() {
+fn a_dead_or_wrong_endpoint_stops_the_run_or_gives_the_fallback_score() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port(); // closed again
     let dead = format!("http://127.0.0.1:{port}/");
-    let message = ask(&HttpReward::new(dead.clone(), patience(1, None)), 1).unwrap_err().to_string();
+    let message = ask(&HttpReward::new(dead.clone(), retry(1, None)), 1).unwrap_err().to_string();
     assert!(message.contains(&dead), "{message}");
-    let source = HttpReward::new(dead, patience(1, Some(0.5)));
+    let source = HttpReward::new(dead, retry(1, Some(0.5)));
     assert_eq!(ask(&source, 2).unwrap(), [0.5, 0.5]);
     assert_eq!(source.troubles(), Troubles { failed_tries: 2, bad_scores: 0, fallbacks: 2 });
     let (url, asked) = server(|_, _| status("404 Not Found"));
-    let message = ask(&HttpReward::new(url, patience(5, None)), 1).unwrap_err().to_string();
-    assert!(message.contains("404") && asked.load(Ordering::SeqCst) == 1, "no use in asking again: {message}");
+    let message = ask(&HttpReward::new(url, retry(5, None)), 1).unwrap_err().to_string();
+    assert!(message.contains("404") && asked.load(Ordering::SeqCst) == 1, "a wrong address is not retried: {message}");
 }
 
 fn here(path: &str) -> PathBuf {
@@ -230,7 +232,7 @@ fn ppo(keys: &str) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
     let text = format!(
         "[base]\npath = {}\n[data]\npath = {}\neval_rows = 4\n[ppo]\nadapter = {}\nbatch_size = 4\ntotal_episodes = 8\n\
          response_length = 12\n{}\n",
-        path(here("assets/quickstart/base")),
+        path(here("src/quickstart/assets/base")),
         path(dir.path().join("data.jsonl")),
         path(here("adapters/quickstart/sft")),
         keys.replace("REWARD", &path(here("adapters/quickstart/reward"))),
@@ -277,7 +279,7 @@ pattern = "a"
     let parts = at("rewards/reward_adapter/mean") + 2.0 * at("rewards/command/mean") + at("rewards/length/mean");
     let sum = parts + at("rewards/pair/mean") + at("rewards/exact/mean");
     assert_eq!(at("rewards/command/mean"), 0.25);
-    // Evaluations ask the sources too, after the rollout: the parts told are those of the rollout itself.
+    // Evaluations call the sources too, after the rollout; the logged parts are those of the rollout.
     assert!((at("objective/scores") - sum).abs() < 1e-4, "{last}");
     // Two equal members never disagree.
     assert!((at("rewards/pair/mean") - at("rewards/reward_adapter/mean")).abs() < 1e-5);
@@ -294,9 +296,9 @@ pattern = "a"
     }
 }
 
-/// The quickstart's base with a tokenizer that calls two frequent tokens by each other's ids.
+/// The quickstart's base with a tokenizer in which two frequent tokens have each other's ids.
 fn base_with_other_tokens(dir: &Path) {
-    for file in fs::read_dir(here("assets/quickstart/base")).unwrap() {
+    for file in fs::read_dir(here("src/quickstart/assets/base")).unwrap() {
         let file = file.unwrap();
         fs::copy(file.path(), dir.join(file.file_name())).unwrap();
     }
@@ -310,7 +312,7 @@ fn base_with_other_tokens(dir: &Path) {
 }
 
 #[test]
-fn a_reward_base_with_other_tokens_scores_and_the_critic_lives_on_the_policys_base() {
+fn a_reward_base_with_other_tokens_scores_and_the_critic_uses_the_policys_base() {
     let dir = tempfile::tempdir().unwrap();
     base_with_other_tokens(dir.path());
     let keys = |more: &str| {
@@ -331,7 +333,7 @@ fn a_reward_base_with_other_tokens_scores_and_the_critic_lives_on_the_policys_ba
 }
 
 #[test]
-fn what_a_source_lacks_is_said_before_anything_runs() {
+fn missing_settings_of_a_source_are_reported_before_anything_runs() {
     let refusal = |keys: &str| {
         let error = ppo(keys).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");

@@ -1,5 +1,5 @@
 //! The tokenizer of the real SmolLM2-135M-Instruct GGUF against transformers. It runs where
-//! `FOURFOLD_SMOLLM2_GGUF` names the file (`export FOURFOLD_SMOLLM2_GGUF=$(scripts/fetch-smollm2.sh)`).
+//! `FOURFOLD_SMOLLM2_GGUF` names the file (`export FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh)`).
 
 use std::path::Path;
 

@@ -1,71 +1,78 @@
-//! learning: what each algorithm learns on the quickstart's task from equally many samples: gold score of 256 held-out
-//! questions against the KL to the SFT model. One JSON line a point; benches/learning/trl_side.py is TRL's side.
+//! learning: what each algorithm learns on the quickstart's task from the same number of samples: gold score of 256 held-out
+//! questions against the KL to the SFT model. It prints one JSON line per point; benches/learning/trl_side.py is TRL's side.
 //!
 //! cargo bench --bench learning -- --out DIR [--seeds 0,1,2,3,4] [--methods ppo_clip,ppo_kl,rloo,grpo,dpo] [--no-train]
 //!
-//! Of each seed the quickstart makes base, SFT adapter and reward adapter (DIR/<seed>/). Each method then sees 2560
-//! answers: PPO and its kin in 40 rollouts of 64, DPO as 1280 pairs that the SFT model sampled and the reward model
-//! ordered. All start from the SFT adapter, but `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
-//! how TRL keeps its reference. The same pairs, questions and adapters are left in DIR/<seed>/ for TRL. No method sees
-//! the gold rule. results.jsonl holds what five seeds gave on both sides; rows with `processor` avx2 were made on another
-//! machine, where decoding samples other answers.
+//! For each seed the quickstart makes base, SFT adapter and reward adapter (DIR/<seed>/). Each method then trains on 2560
+//! responses: PPO and its variants in 40 rollouts of 64, DPO on 1280 pairs that the SFT model sampled and the reward model
+//! ordered. All start from the SFT adapter, except `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
+//! how TRL keeps its reference. The same pairs, questions and adapters are written to DIR/<seed>/ for TRL. No method uses
+//! the gold rule. results.jsonl holds the results of five seeds on both sides; rows with `processor` avx2 were made on
+//! another machine, where decoding samples other responses.
 
 use std::collections::HashMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use fourfold::config::{Dpo, Ppo};
+use fourfold::config::{Dpo, Ppo, Supervised as _};
 use fourfold::data::examples::objectives::{PromptExample, RankedExample};
 use fourfold::dpo::pairs;
 use fourfold::export::Source;
 use fourfold::export::merged;
 use fourfold::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::base::Base;
+use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, generate};
 use fourfold::model::roles::{Policy, ValueModel};
-use fourfold::ppo::evaluate::{Evaluation, Judged, Judges};
-use fourfold::ppo::train::{Start, Task, sampling, train};
+use fourfold::planner::plan;
+use fourfold::ppo::evaluate::{Evaluated, Evaluation, EvaluationInputs};
+use fourfold::ppo::rollout::sampling_params;
+use fourfold::ppo::run::{PpoRun, micro_batch_tokens};
+use fourfold::ppo::train::train;
 use fourfold::quickstart::gold::gold;
 use fourfold::quickstart::run::{config, run_with};
 use fourfold::quickstart::task::{Row, Split, prompts};
 use fourfold::report::Report;
-use fourfold::reward::source::{Answers, RewardModel, RewardSource};
+use fourfold::reward::source::{RewardInputs, RewardModel, RewardSource};
 use fourfold::rng::derive;
 use fourfold::run::Model;
 use fourfold::stats::standard_error;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
+use fourfold::train::settings;
+use fourfold::train::supervised::Setup;
 use serde_json::{Value, json};
 
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
-/// Keys of `[ppo]` that a method changes in the quickstart's settings.
+/// The keys of `[ppo]` that each method changes in the quickstart's settings.
 const METHODS: &[(&str, &str)] = &[
     ("ppo_clip", ""),
     ("ppo_kl", "policy_loss = \"kl_penalty\""),
     ("rloo", "advantage_estimator = \"rloo\"\nnum_generations = 4"),
     ("grpo", "advantage_estimator = \"grpo\"\nnum_generations = 4"),
 ];
-/// DPO has no points on its way: a lower rate is the point nearer to the SFT model.
+/// DPO logs no points during training; a lower learning rate gives the point nearer to the SFT model.
 const DPO_RATES: &[(&str, f64)] = &[("dpo", 1e-3), ("dpo_3e-4", 3e-4)];
 const QUESTIONS: usize = 256;
 const PAIRS: usize = 1280;
-/// A stream of its own for the pairs' sampling.
+/// Random stream of the pairs' sampling.
 const PAIR_STREAM: u64 = 0x5041_4952;
 
-/// The rule that no method sees, by each question's ids.
+/// The gold rule, which no method uses, by each question's ids.
 struct Gold(HashMap<Vec<u32>, Row>);
 
 impl RewardSource for Gold {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
-        let judge = |(prompt, response): (&Vec<u32>, &fourfold::model::generate::Response)| {
-            let row = self.0.get(prompt).context("a question that was not asked")?;
-            let text = (answers.decode)(&response.tokens);
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        let score = |(prompt, response): (&Vec<u32>, &fourfold::model::generate::Response)| {
+            let row = self.0.get(prompt).context("an unknown question")?;
+            let text = (inputs.decode)(&response.tokens);
             Ok(gold(row, &text, response.finish == FinishReason::Stop).total as f32)
         };
-        answers.prompts.iter().zip(answers.responses).map(judge).collect()
+        inputs.prompts.iter().zip(inputs.responses).map(score).collect()
     }
 }
 
@@ -95,7 +102,7 @@ fn arguments() -> Result<Arguments> {
             "--out" => found.out = value()?.into(),
             "--seeds" => found.seeds = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
             "--methods" => found.methods = value()?.split(',').map(str::to_owned).collect(),
-            "--no-train" => found.train = false, // only what TRL's side needs
+            "--no-train" => found.train = false, // writes only the inputs of TRL's side
             "--bench" => {}                      // cargo's
             other => bail!("unknown argument {other}"),
         }
@@ -110,7 +117,7 @@ fn main() -> Result<()> {
         if !dir.join("reward").exists() {
             let mut short = config(seed);
             if let Some(ppo) = &mut short.ppo {
-                ppo.total_episodes = ppo.batch_size; // the study trains its own
+                ppo.total_episodes = ppo.batch_size; // the study trains its own policies
             }
             run_with(&dir, &short)?;
         }
@@ -128,30 +135,30 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     let ppo = base_config.ppo()?;
     let asked = prompts(seed, ppo.total_episodes, Split::Train);
     let questions = asked.iter().map(encode).collect::<Result<Vec<_>>>()?;
-    let held = prompts(seed, QUESTIONS, Split::HeldOut);
+    let held_out = prompts(seed, QUESTIONS, Split::HeldOut);
     let mut examples = vec![];
-    for (entry, row) in held.iter().enumerate() {
+    for (entry, row) in held_out.iter().enumerate() {
         examples.push(PromptExample { tokens: encode(row)?, text: row.prompt.clone(), answer: None, entry });
     }
-    let rule = Gold(examples.iter().map(|e| e.tokens.clone()).zip(held.iter().cloned()).collect());
+    let gold_source = Gold(examples.iter().map(|e| e.tokens.clone()).zip(held_out.iter().cloned()).collect());
     let source = RewardModel(ValueModel::new(&model.base, &reward)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let stop = tokenizer.eos_ids();
-    let judges = Judges {
+    let inputs = EvaluationInputs {
         base: &model.base,
         sft: &sft,
         source: &source,
-        gold: Some(&rule),
+        gold: Some(&gold_source),
         prompts: &examples,
         stop,
         decode: &decode,
     };
     let found = sampled_pairs(&model, &sft, &source, &questions, ppo, &decode, seed)?;
-    for_trl(dir, &asked, &held, &found, &decode)?;
+    for_trl(dir, &asked, &held_out, &found, &decode)?;
     if !arguments.train {
         return Ok(());
     }
-    let evaluation = Evaluation::new(judges, ppo, seed);
+    let evaluation = Evaluation::new(inputs, ppo, seed);
     let before = evaluation.before(&mut Report::silent())?;
     let evaluation = evaluation.with_baseline(before);
     point(seed, "sft", 0, &evaluation, evaluation.baseline());
@@ -159,10 +166,16 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         if method == "dpo_fresh" {
             let merged = merged(dir, &model, &sft, &questions)?;
             let none = merged.fresh_adapter(&base_config.lora, seed)?;
-            let judges = Judges { base: &merged.base, sft: &none, ..judges };
-            let evaluation = Evaluation::new(judges, ppo, seed).with_baseline(evaluation.baseline().clone());
-            let (actor, _) =
-                pairs::train(&merged.base, &none, None, &found, &[], &dpo(1e-3), seed, &mut Session::silent())?;
+            let inputs = EvaluationInputs { base: &merged.base, sft: &none, ..inputs };
+            let evaluation = Evaluation::new(inputs, ppo, seed).with_baseline(evaluation.baseline().clone());
+            let settings = dpo(1e-3);
+            let setup = Setup {
+                base: &merged.base,
+                start: &none,
+                recompute: recompute(&settings, &merged.base, &none, &found),
+                seed,
+            };
+            let (actor, _) = pairs::train(setup, None, &found, &[], &settings, &mut Session::silent())?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
@@ -170,18 +183,27 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
             let settings = dpo(*learning_rate);
             let mut session = Session::silent();
-            let (actor, _) = pairs::train(&model.base, &sft, Some(&sft), &found, &[], &settings, seed, &mut session)?;
+            let setup = Setup {
+                base: &model.base,
+                start: &sft,
+                recompute: recompute(&settings, &model.base, &sft, &found),
+                seed,
+            };
+            let (actor, _) = pairs::train(setup, Some(&sft), &found, &[], &settings, &mut session)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
             point(seed, method, 2 * found.len(), &evaluation, &after);
             continue;
         }
         let (_, keys) = METHODS.iter().find(|(name, _)| name == method).with_context(|| format!("no {method}"))?;
         let settings = changed(ppo, keys)?;
-        let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
+        let settings = Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings };
         let metrics = tempfile::tempdir()?;
         let mut session = Session::new(Report::to_dir(metrics.path())?);
-        let task = Task {
-            start,
+        let run = PpoRun {
+            base: &model.base,
+            reward_base: &model.base,
+            sft: &sft,
+            reward: Some(&reward),
             prompts: &questions,
             stop,
             source: &source,
@@ -189,8 +211,11 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             evaluation: Some(&evaluation),
             ptx: None,
             pad: None,
+            config: &settings,
+            seed,
+            recompute: plan::resolve(settings.checkpoint, &model.base, &sft, micro_batch_tokens(&questions, &settings)),
         };
-        let trained = train(task, &Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings }, seed, &mut session)?;
+        let trained = train(&run, &mut session)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {
             let line: Value = serde_json::from_str(line)?;
             let at = |key: &str| line.get(key).and_then(Value::as_f64);
@@ -212,14 +237,20 @@ fn dpo(learning_rate: f64) -> Dpo {
     Dpo { learning_rate, per_device_train_batch_size: 32, warmup_steps: 6, ..Dpo::default() }
 }
 
-/// The SFT model as a base of its own, which is what TRL trains on.
+/// Activations that DPO's blocks recompute under `config`.
+fn recompute(config: &Dpo, base: &Base, start: &Adapter, pairs: &[RankedExample]) -> Recompute {
+    let batch = settings::batch_size(&config.supervised());
+    plan::resolve(config.checkpoint, base, start, plan::largest_batch(batch, pairs))
+}
+
+/// The SFT model merged into a separate base, on which TRL trains.
 fn merged(dir: &Path, model: &Model, sft: &Adapter, prompts: &[Vec<u32>]) -> Result<Model> {
     let out = dir.join("merged_sft");
     if !out.exists() {
         let settings =
             merged::Settings { dtype: MergedType::F32, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
         let source = Source {
-            checkpoint: &model.checkpoint,
+            files: &model.checkpoint,
             base: &model.base,
             adapter: sft,
             prompts: &prompts[..8],
@@ -237,23 +268,23 @@ fn changed(ppo: &Ppo, keys: &str) -> Result<Ppo> {
     Ok(toml::from_str(&toml::to_string(&table)?)?)
 }
 
-/// A last point: means with what the 256 questions leave open, and the win rate against SFT with its interval.
-fn point(seed: u64, method: &str, samples: usize, evaluation: &Evaluation<'_>, judged: &Judged) {
-    let figures = evaluation.figures(judged);
-    let gold = judged.gold.as_deref().unwrap_or_default();
+/// Prints a method's last point: means with the standard error over 256 questions, and the win rate against SFT.
+fn point(seed: u64, method: &str, samples: usize, evaluation: &Evaluation<'_>, evaluated: &Evaluated) {
+    let metrics = evaluation.metrics(evaluated);
+    let gold = evaluated.gold.as_deref().unwrap_or_default();
     println!(
         "{}",
         json!({
             "side": "fourfold", "seed": seed, "method": method, "samples": samples, "last": true,
-            "gold": figures["eval/gold"], "gold_standard_error": standard_error(gold), "kl": figures["eval/kl"],
-            "score": figures["eval/score"], "length": figures["eval/length"], "ended": figures["eval/ended"],
-            "win_rate": figures["eval/win_rate"],
-            "win_rate_interval": [figures["eval/win_rate_low"], figures["eval/win_rate_high"]],
+            "gold": metrics["eval/gold"], "gold_standard_error": standard_error(gold), "kl": metrics["eval/kl"],
+            "score": metrics["eval/score"], "length": metrics["eval/length"], "ended": metrics["eval/ended"],
+            "win_rate": metrics["eval/win_rate"],
+            "win_rate_interval": [metrics["eval/win_rate_low"], metrics["eval/win_rate_high"]],
         })
     );
 }
 
-/// Two answers of the SFT model to each question, the better one by the reward model first; equal ones left out.
+/// Two responses of the SFT model to each question, ordered by the reward model; equal responses are left out.
 fn sampled_pairs(
     model: &Model,
     sft: &Adapter,
@@ -263,39 +294,39 @@ fn sampled_pairs(
     decode: &dyn Fn(&[u32]) -> String,
     seed: u64,
 ) -> Result<Vec<RankedExample>> {
-    let how = sampling(ppo, model.checkpoint.tokenizer().eos_ids());
+    let params = sampling_params(ppo, model.checkpoint.tokenizer().eos_ids());
     let mut found = vec![];
     for (chunk, asked) in questions[..PAIRS].chunks(32).enumerate() {
         let twice: Vec<Vec<u32>> = asked.iter().flat_map(|q| [q.clone(), q.clone()]).collect();
         let seeds: Vec<u64> = (0..twice.len() as u64).map(|i| derive(seed, &[PAIR_STREAM, chunk as u64, i])).collect();
-        let responses = generate(Policy::new(&model.base, Some(sft)), &twice, &seeds, &how, |_, _| {})?;
-        let scores = source.scores(&Answers { prompts: &twice, responses: &responses, decode })?;
+        let responses = generate(Policy::new(&model.base, Some(sft)), &twice, &seeds, &params, |_, _| {})?;
+        let scores = source.scores(&RewardInputs { prompts: &twice, responses: &responses, decode })?;
         for (i, prompt) in asked.iter().enumerate() {
             let [a, b] = [2 * i, 2 * i + 1].map(|j| (scores[j], responses[j].tokens.clone()));
             if a.1 != b.1 {
                 let (better, worse) = if a.0 >= b.0 { (a.1, b.1) } else { (b.1, a.1) };
-                found.push(RankedExample { prompt: prompt.clone(), answers: vec![better, worse] });
+                found.push(RankedExample { prompt: prompt.clone(), responses: vec![better, worse] });
             }
         }
     }
     Ok(found)
 }
 
-/// Questions, held-out rows and pairs as JSON lines.
+/// Writes questions, held-out rows and pairs as JSON lines.
 fn for_trl(
     dir: &Path,
     asked: &[Row],
-    held: &[Row],
+    held_out: &[Row],
     pairs: &[RankedExample],
     decode: &dyn Fn(&[u32]) -> String,
 ) -> Result<()> {
     let lines = |rows: Vec<Value>| rows.iter().map(Value::to_string).collect::<Vec<_>>().join("\n");
     fs::write(dir.join("questions.jsonl"), lines(asked.iter().map(|row| json!(row)).collect()))?;
-    fs::write(dir.join("held_out.jsonl"), lines(held.iter().map(|row| json!(row)).collect()))?;
+    fs::write(dir.join("held_out.jsonl"), lines(held_out.iter().map(|row| json!(row)).collect()))?;
     let pair = |p: &RankedExample| {
-        let ids = json!({ "prompt_ids": p.prompt, "chosen_ids": p.answers[0], "rejected_ids": p.answers[1] });
+        let ids = json!({ "prompt_ids": p.prompt, "chosen_ids": p.responses[0], "rejected_ids": p.responses[1] });
         let mut row = json!({
-            "prompt": decode(&p.prompt), "chosen": decode(&p.answers[0]), "rejected": decode(&p.answers[1]),
+            "prompt": decode(&p.prompt), "chosen": decode(&p.responses[0]), "rejected": decode(&p.responses[1]),
         });
         if let (Some(row), Some(ids)) = (row.as_object_mut(), ids.as_object()) {
             row.extend(ids.clone());

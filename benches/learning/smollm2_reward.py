@@ -1,17 +1,17 @@
 """A reward model over SmolLM2-135M from real comparisons, ours and TRL's RewardTrainer: held-out accuracy at the same budget.
 
 usage: smollm2_reward.py --base HF_DIR --data preference_sharegpt_en.json --out DIR [--fourfold BINARY] [--side both]
-HF_DIR: SmolLM2-135M-Instruct, as f32 safetensors (transformers opens the GGUF of scripts/fetch-smollm2.sh and saves it).
-The records are LLaMA-Factory's `preference_sharegpt_en` (200). Whole, they are long for a loaded machine of two cores: of
-each the last user turn's first 24 words are the prompt and the first 40 words of each answer its answers, the same texts
-for both sides; 120 pairs are trained on and up to 76 held out, drawn by the seed (flags ask for others). One epoch, batches of 4
-pairs, AdamW 1e-3 linear with 2 warm-up steps, no decay, gradient norm 1; LoRA r 8, alpha 16 on all linear maps of the
-upper 10 of 30 blocks, and a fresh score head; f32, one thread. TRL gets token ids that its own collator pads; the ids are
-those that our side makes of the texts (its chat template and end token).
-One JSON line a side and seed, then the paired summary: the interval is Student's t over the seeds' gaps.
+HF_DIR: SmolLM2-135M-Instruct, as f32 safetensors (transformers opens the GGUF of tests/fetch/fetch-smollm2.sh and saves it).
+The records are LLaMA-Factory's `preference_sharegpt_en` (200). They are too long for a busy machine with two cores, so the
+prompt is the first 24 words of the last user turn, and each response its first 40 words; both sides read the same texts.
+120 pairs are trained on and up to 76 held out, drawn by the seed (flags change these numbers). One epoch, batches of 4
+pairs, AdamW 1e-3 linear with 2 warm-up steps, no decay, gradient norm 1; LoRA r 8, alpha 16 on all linear modules of the
+upper 10 of 30 blocks, and a fresh score head; f32, one thread. TRL gets token ids, which its own collator pads; they are
+the ids that our side makes of the texts (with its chat template and end token).
+It prints one JSON line per side and seed, then the paired summary: the interval is Student's t over the seeds' differences.
 Made for torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.12.0, datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0.
-results.jsonl holds what three seeds gave: both sides at chance (ours 0.51, 0.49, 0.57; TRL 0.53, 0.54, 0.50), so many pairs
-teach neither; the gap is 0.005, its interval -0.15 to 0.16.
+results.jsonl holds the results of three seeds: both sides are at chance (ours 0.51, 0.49, 0.57; TRL 0.53, 0.54, 0.50),
+because neither learns from so few pairs; the difference is 0.005, its interval -0.15 to 0.16.
 """
 
 import argparse

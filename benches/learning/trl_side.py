@@ -1,16 +1,16 @@
-"""TRL's side of benches/learning: PPO, RLOO, GRPO and DPO on the base, SFT adapter, reward adapter, questions and pairs
-that the Rust side left in DIR/<seed>/, judged on the same 256 held-out questions by the same gold rule.
+"""TRL's side of benches/learning: PPO, RLOO, GRPO and DPO on the base, SFT adapter, reward adapter, questions and pairs that
+the Rust side wrote to DIR/<seed>/, scored on the same 256 held-out questions by the same gold rule.
 
 usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods ppo,rloo,grpo,dpo]
-One JSON line a method and seed. RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0,
-datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO wants trl 1.12.0, the last
-that has a PPO trainer (`trl.experimental.ppo`), and the same others; it ran on an AVX2 machine, beside our PPO there.
+It prints one JSON line per method and seed. RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl
+1.16.0, datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO needs trl 1.12.0,
+the last version with a PPO trainer (`trl.experimental.ppo`); it ran on an AVX2 machine, as did our PPO for comparison.
 
-The SFT adapter is merged into the base first, so that TRL's reference (the adapter switched off) is the SFT model; a
-fresh adapter of the same shape (r 8, alpha 16, all linear maps) trains on it. Budget and rates are the Rust side's: 2560
-answers in 40 rollouts of 64, 4 to a question, KL weight 0.1, AdamW 2e-3 linear with 6 warm-up steps; DPO: one epoch over
-the 1280 pairs in batches of 32, AdamW 1e-3, beta 0.1. PPO: the Rust side's two minibatches, KL 0.1 (k1) in the reward, gamma
-1, lambda 0.95, both clips 0.2; its value model starts as the reward model, with a LoRA of the
+The SFT adapter is merged into the base first, so that TRL's reference (the adapter disabled) is the SFT model; a fresh
+adapter of the same shape (r 8, alpha 16, all linear modules) trains on it. Budget and learning rates are the Rust side's:
+2560 responses in 40 rollouts of 64, 4 per question, KL coefficient 0.1, AdamW 2e-3 linear with 6 warm-up steps; DPO: one
+epoch over the 1280 pairs in batches of 32, AdamW 1e-3, beta 0.1. PPO: the Rust side's two minibatches, KL 0.1 (k1) in the
+reward, gamma 1, lambda 0.95, both clip ranges 0.2; its value model is initialised from the reward model, with a LoRA of the
 same shape and a trained head, and shares the one optimizer (vf_coef 0.1, TRL's default).
 """
 
@@ -27,8 +27,8 @@ from datasets import Dataset
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "scripts/quickstart"))
-import task  # noqa: E402  the gold rule, the very one that the Rust side equals on its golden
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "src/quickstart/python"))
+import task  # noqa: E402  the gold rule, which the Rust side equals on its golden values
 
 NEW_TOKENS, CHUNK = 48, 64
 
@@ -43,7 +43,7 @@ def sft_model(folder):
 
 
 class Reward:
-    """The reward adapter over the base, read at each answer's last token."""
+    """The reward adapter over the base, read at the last token of each response."""
 
     def __init__(self, folder):
         base = transformers.AutoModelForSequenceClassification.from_pretrained(
@@ -109,7 +109,7 @@ def scorer(folder):
 
 
 def ppo(folder, tokenizer, lora, common, questions):
-    """The policy that TRL's last PPO trainer makes of the SFT model."""
+    """The policy that TRL's last PPO trainer trains from the SFT model."""
     import peft
     from trl.experimental.ppo import PPOConfig, PPOTrainer
 
@@ -122,7 +122,7 @@ def ppo(folder, tokenizer, lora, common, questions):
     tokenizer.padding_side = "left"
     data = Dataset.from_list([dict(tokenizer(q["prompt"], add_special_tokens=False)) for q in questions])
     config = PPOConfig(
-        # TRL's schedule counts rollouts, of two steps each.
+        # TRL's schedule counts rollouts, which have two steps each.
         **{**common, "warmup_steps": 3}, learning_rate=2e-3, per_device_train_batch_size=32, num_mini_batches=2,
         num_ppo_epochs=1, total_episodes=2560, response_length=NEW_TOKENS, temperature=1.0, kl_coef=0.1, vf_coef=0.1,
         stop_token="eos", num_sample_generations=0, eval_strategy="no",

@@ -1,4 +1,4 @@
-//! `bench memory`: predicted and measured side by side, phase by phase. Read ../run/measure.rs for what is run.
+//! `bench memory`: predicted and measured memory side by side, phase by phase. Read run/measure.rs for the measured run.
 
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -42,7 +42,7 @@ pub(super) fn run(bench: &Bench) -> Result<()> {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
-    // What two steps write is nobody's to keep.
+    // The files of two steps go to a temporary folder.
     let out = std::env::temp_dir().join(format!("fourfold-bench-memory-{}", std::process::id()));
     let measured = measure(stage, &config, &out);
     std::fs::remove_dir_all(&out).or_else(|error| match error.kind() {

@@ -1,5 +1,5 @@
-//! `data`: what a stage would train on, before it does: counts, lengths, what was dropped and why, and examples with the
-//! loss mask in colour. Knows no training.
+//! `data`: the examples that a stage would train on: counts, lengths, dropped records with reasons, and examples with the
+//! loss mask in colour. It does not depend on any stage's training loop.
 
 use std::fmt::Write as _;
 use std::io::IsTerminal;
@@ -37,7 +37,7 @@ pub(super) struct Show {
     /// For which stage; else the one whose section the file has.
     #[arg(long, value_enum)]
     phase: Option<Stage>,
-    /// So many training examples are shown.
+    /// Number of training examples to show.
     #[arg(long, default_value_t = 3)]
     head: usize,
     /// Changes one key: --set data.max_length=256
@@ -62,14 +62,14 @@ pub(super) fn show(args: &Show) -> Result<()> {
         Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
         Stage::Dpo => look.at::<RankedExample>("dpo", true, ranked_pieces),
         Stage::Kto => {
-            look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.answer[..], true)]])
+            look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
         }
         Stage::Ppo => look.at::<PromptExample>("ppo", true, |e| vec![vec![(&e.tokens[..], false)]]),
     }
 }
 
 impl Stage {
-    /// As the config knows it.
+    /// The config's name of the stage.
     pub(super) fn of_config(self) -> config::Stage {
         match self {
             Self::Sft => config::Stage::Sft,
@@ -93,11 +93,11 @@ pub(super) fn only_stage(config: &Config) -> Result<Stage> {
     let mut there = sections.into_iter().flatten();
     match (there.next(), there.next()) {
         (Some(stage), None) => Ok(stage),
-        _ => Err(invalid!("the file has not exactly one stage's section; say --phase sft, reward, dpo, kto or ppo")),
+        _ => Err(invalid!("the file has not exactly one stage's section; give --phase sft, reward, dpo, kto or ppo")),
     }
 }
 
-/// Token runs and whether the stage learns them, a list a sequence.
+/// Token runs and whether the stage learns them, one list per sequence.
 type Pieces<'e> = Vec<Vec<(&'e [u32], bool)>>;
 
 fn sft_pieces(example: &SftExample) -> Pieces<'_> {
@@ -110,9 +110,9 @@ fn sft_pieces(example: &SftExample) -> Pieces<'_> {
     vec![runs.collect()]
 }
 
-/// Every answer after the prompt; what it shares with the best one (for the best, with the next) is not marked.
+/// Every response after the prompt; the prefix that it shares with the best one (for the best, with the next) is not marked.
 fn ranked_pieces(example: &RankedExample) -> Pieces<'_> {
-    let answers = example.answers.iter().enumerate();
+    let answers = example.responses.iter().enumerate();
     let pieces = answers.map(|(number, answer)| {
         let shared = example.divergence(number, if number == 0 { 1 } else { 0 }) - example.prompt.len();
         let (same, own) = answer.split_at(shared.min(answer.len()));
@@ -311,7 +311,7 @@ mod tests {
 
     #[test]
     fn answers_are_marked_from_where_they_differ() {
-        let example = RankedExample { prompt: vec![1, 2], answers: vec![vec![5, 6], vec![5, 7, 8]] };
+        let example = RankedExample { prompt: vec![1, 2], responses: vec![vec![5, 6], vec![5, 7, 8]] };
         let marked: Vec<_> = ranked_pieces(&example).into_iter().map(|mut pieces| pieces.remove(2)).collect();
         assert_eq!(marked, [(&[6u32][..], true), (&[7, 8][..], true)]);
         let example = SftExample { tokens: vec![1, 2, 3, 4], loss_mask: vec![false, true, true, false] };

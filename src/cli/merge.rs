@@ -1,4 +1,4 @@
-//! `merge`: what was trained -> files that other programs open. Knows no training.
+//! `merge`: base + adapter -> files that other programs open. It does not depend on any stage.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -147,13 +147,8 @@ pub(super) fn merge(args: &Merge) -> Result<()> {
         })
         .collect::<Result<Vec<_>>>()?;
     let about = about(&named);
-    let source = Source {
-        checkpoint: &model.checkpoint,
-        base: &model.base,
-        adapter: &adapter,
-        prompts: &prompts,
-        about: &about,
-    };
+    let source =
+        Source { files: &model.checkpoint, base: &model.base, adapter: &adapter, prompts: &prompts, about: &about };
     let dtype = args.dtype.unwrap_or(Type::Bf16);
     let comparison = match args.format {
         Format::Safetensors | Format::Classifier => {

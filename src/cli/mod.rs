@@ -36,17 +36,17 @@ enum Command {
     Quickstart(Quickstart),
     /// Supervised fine-tuning: an adapter from texts or dialogues.
     Sft(Training),
-    /// The reward model: an adapter with a scalar head from ranked answers.
+    /// The reward model: an adapter with a scalar head from ranked responses.
     Reward(Training),
     /// DPO: an aligned adapter from comparisons, without a reward model.
     Dpo(Training),
-    /// KTO: an aligned adapter from answers judged good or bad, without a reward model.
+    /// KTO: an aligned adapter from responses labelled desirable or undesirable, without a reward model.
     Kto(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
     /// What a stage would train on: counts, lengths, what is dropped and why, examples with the loss mask in colour.
     Data(data::Show),
-    /// What a stage would take of memory, phase by phase, told from shapes without loading weights; and what makes it fit.
+    /// The memory of a stage, phase by phase, computed from shapes without loading weights; and the change that makes it fit.
     Plan(plan::Arguments),
     /// Measures this program on this machine.
     #[command(subcommand)]
@@ -54,11 +54,11 @@ enum Command {
     /// Base + adapter -> what other programs open: a merged model, a classifier, GGUF, GGUF-LoRA; compared with base +
     /// adapter before it gets its name.
     Merge(merge::Merge),
-    /// Answers one prompt.
+    /// Generates a response to one prompt.
     Generate(text::Generate),
-    /// Talks.
+    /// A dialogue with a model in the terminal.
     Chat(text::Chat),
-    /// Rewards of the answers in a data file, and the accuracy over its pairs.
+    /// Rewards of the responses in a data file, and the accuracy over its pairs.
     Score(probe::Score),
     /// Log-probabilities of given token ids.
     Logprobs(probe::Logprobs),
@@ -95,13 +95,13 @@ struct Training {
     /// Where adapters and metrics go; else the config's output_dir.
     #[arg(long)]
     out: Option<PathBuf>,
-    /// Goes on from a checkpoint of this run: a directory, or the newest that is whole.
+    /// Continues from a checkpoint of this run: a directory, or the newest one that is complete.
     #[arg(long, value_name = "DIR|latest", num_args = 0..=1, default_missing_value = "latest")]
     resume: Option<PathBuf>,
     /// Resumes although settings changed that change the mathematics.
     #[arg(long, requires = "resume")]
     force: bool,
-    /// Begins anew although an unfinished run stands in the folder, which is lost.
+    /// Starts anew although the folder holds an unfinished run, whose files are removed.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
     /// One JSON object on stdout.

@@ -1,6 +1,6 @@
-//! `plan`: what a stage would take of memory, phase by phase and by what it is for, told from headers and shapes alone; the
-//! same training with other arrangements of the roles; what would make it smaller, and what that costs. Loads no weights.
-//! Read ../memory/plan.rs for the figures.
+//! `plan`: the memory of a stage by phase and category, computed from headers and shapes without loading weights; the same
+//! training with other arrangements of the roles; and changes that make it smaller, with their cost. Read planner/plan.rs
+//! for the computation.
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
@@ -18,7 +18,7 @@ use crate::config::{ByteSize, Config, Stage};
 use crate::data::examples::objectives::{Objective as Kind, PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Examples, Ids};
 use crate::data::stream::cache::Stored;
-use crate::data::{Part, Prepared, prepare};
+use crate::data::{Prepared, Subset, prepare};
 use crate::host::meter;
 use crate::host::meter::Phase;
 use crate::host::{LimitSource, beside_heap_bytes};
@@ -90,7 +90,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     if args.json { print_json(&shown.json()) } else { say(&shown.table()) }
 }
 
-/// Examples at hand, or none.
+/// The examples, if there are any.
 enum Data {
     Sft(Prepared<SftExample>),
     Ranked(Prepared<RankedExample>),
@@ -100,7 +100,7 @@ enum Data {
     Full,
 }
 
-/// What lies behind a base section: a checkpoint's headers, or a configuration alone.
+/// A base section's model: headers of model files, or a configuration alone.
 enum Headers {
     Whole(Box<FileContents>),
     Bare(Box<DecoderConfig>, StorageDType),
@@ -154,12 +154,12 @@ impl Headers {
     }
 }
 
-/// Everything a plan reads.
+/// The inputs of a plan.
 struct Source {
     policy: Headers,
     scorer: Option<Headers>,
     data: Data,
-    /// The trained adapter's branches and the reward model's, where they are there to be read.
+    /// LoRA layers of the trained adapter and of the reward model, if their files can be read.
     adapters: [Option<Branches>; 2],
     held: usize,
     _tokenizer: Option<Tokenizer>,
@@ -245,7 +245,7 @@ impl Source {
 
     /// How many examples the lengths are of.
     fn examples(&self) -> Option<usize> {
-        fn of<T: crate::data::examples::Example>(train: &Part<T>) -> Option<usize> {
+        fn of<T: crate::data::examples::Example>(train: &Subset<T>) -> Option<usize> {
             Some(train.len())
         }
         match &self.data {
@@ -274,7 +274,7 @@ fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
     })
 }
 
-/// All that is told.
+/// The contents of the output.
 struct Shown<'s> {
     stage: Stage,
     config: &'s Config,
@@ -286,7 +286,7 @@ struct Shown<'s> {
     choices: Vec<(plan::Change, Plan)>,
 }
 
-/// Bytes of each class, of all, and of what cannot be dropped, in JSON.
+/// Bytes of each category, of all, and of what cannot be dropped, in JSON.
 fn classes(bytes: &Bytes) -> Value {
     let mut all: serde_json::Map<String, Value> =
         MemoryCategory::ALL.iter().map(|&class| (class.name().replace(' ', "_"), bytes.of(class).into())).collect();

@@ -1,4 +1,4 @@
-//! `score` and `logprobs`: what a reward adapter and a policy say of given text. Knows no training.
+//! `score` and `logprobs`: rewards and log-probabilities of given text. It does not depend on any stage's training loop.
 
 use std::path::PathBuf;
 
@@ -27,7 +27,7 @@ pub(super) struct Score {
     /// Reward adapter directory.
     #[arg(long)]
     adapter: PathBuf,
-    /// Records with ranked answers: chosen and rejected, or responses best first.
+    /// Records with ranked responses: chosen and rejected, or responses best first.
     #[arg(long)]
     data: PathBuf,
     /// Longer sequences are left out and counted.

@@ -1,4 +1,4 @@
-//! `generate` and `chat`: text in, text out. Knows no training.
+//! `generate` and `chat`: text in, text out. It does not depend on any stage.
 
 use std::io::{BufRead, IsTerminal};
 use std::path::PathBuf;
@@ -77,7 +77,7 @@ impl How {
 pub(super) struct Generate {
     #[command(flatten)]
     weights: Weights,
-    /// What to answer; the model's chat template goes around it.
+    /// The user's message; the model's chat template is applied to it.
     #[arg(long)]
     prompt: String,
     /// Sends the prompt as it is, without a chat template.
@@ -105,7 +105,7 @@ fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<
         Some(text) => tokenizer.encode(text, SpecialTokens::Add)?,
     };
     if ids.is_empty() {
-        return Err(invalid!("the prompt is empty; write something to answer"));
+        return Err(invalid!("the prompt is empty; write a message"));
     }
     Ok(ids)
 }

@@ -1,14 +1,16 @@
-//! `compat = "dschat"`: DeepSpeed-Chat's values for the keys that a file leaves open, written into it before it is read, so
-//! that a key which is there wins and the resolved config shows every one. What the key changes besides values is in
-//! ../ppo/dschat.rs, ../reward/dschat.rs and ../data/dschat.rs. The values are those of its scripts' defaults for LoRA, in
-//! microsoft/DeepSpeedExamples 83757d9, `training/step{1,2,3}*/main.py` and `dschat/rlhf/ppo_trainer.py`.
+//! `compat = "dschat"`: DeepSpeed-Chat's values for the keys that a config file leaves open.
+//!
+//! They are written into the file's table before it is read, so explicit keys take precedence and the resolved config
+//! shows every value. What the key changes besides values is in `ppo/dschat.rs`, `reward/dschat.rs` and
+//! `data/examples/dschat.rs`. The values are the defaults of its scripts for LoRA, in microsoft/DeepSpeedExamples
+//! 83757d9, `training/step{1,2,3}*/main.py` and `dschat/rlhf/ppo_trainer.py`.
 
 use toml::{Table, Value};
 
 const COMPAT: &str = "compat";
 const DSCHAT: &str = "dschat";
 
-/// Sections that know the key. `true`: it stands for settings that a file need not have a section for.
+/// Sections with the key `compat`. `true`: the section is made where the file lacks it.
 const SECTIONS: &[(&str, bool)] = &[("lora", true), ("data", false), ("sft", true), ("reward", true), ("ppo", false)];
 
 const SFT: &str = "learning_rate = 5e-4
@@ -48,7 +50,7 @@ adam_beta2 = 0.95";
 const PTX: &str = "coef = 27.8
 separate_step = true";
 
-/// Writes them in. What is no table or no such name is left for the reader to complain of.
+/// Writes the values into the table. Wrong types and unknown names are left for the reader to report.
 pub(super) fn fill(table: &mut Table) {
     let wanted = |table: &Table| table.get(COMPAT).and_then(Value::as_str) == Some(DSCHAT);
     if wanted(table) {

@@ -1,5 +1,6 @@
-//! `~`, `$VAR` and `${VAR}` in path values, as a shell would expand them. Relative paths stay relative to the current
-//! directory. Knows no key; mod.rs says which values are paths.
+//! `~`, `$VAR` and `${VAR}` in path values, expanded as a shell would.
+//!
+//! Relative paths stay relative to the current directory. `mod.rs` lists the values that are paths.
 
 use anyhow::Result;
 

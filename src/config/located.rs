@@ -1,8 +1,8 @@
-//! TOML values into structs, with errors that know which key they are about.
+//! A deserializer from TOML values to structs whose errors carry the path of the key.
 //!
-//! serde's own text says "unknown field `x`" and forgets the section; this deserializer carries the path of the key and
-//! keeps serde's list of what would have been right, so that the message can name the nearest. Knows no particular key.
-//! Read mod.rs for the words the user sees.
+//! serde's own text says "unknown field `x`" without the section. This deserializer keeps the path and serde's list of
+//! the valid keys, so that the message can name the nearest. It does not depend on particular keys. `mod.rs` words the
+//! messages.
 
 use std::fmt;
 

@@ -1,4 +1,6 @@
-//! `[memory]`: how much a run may take. Knows no shape: memory/ plans with it.
+//! The section `[memory]`: how much memory a run may take.
+//!
+//! It does not depend on the planner, which reads it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -9,9 +11,10 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Memory {
-    /// What a run may take, such as `"8GiB"`: a stage whose plan needs more does not start, and `checkpoint = "auto"` is
-    /// decided by it. Pages of a mapped base count where they fit beside the rest; alone they are no reason to refuse,
-    /// since the system can drop them and read them again. Absent = what the machine and its control group have free.
+    /// What a run may take, such as `"8GiB"`: a stage whose plan needs more does not start, and `checkpoint = "auto"`
+    /// is decided by it. Pages of a mapped base count where they fit beside the rest; alone they are no reason to
+    /// refuse, since the system can drop them and read them again. Absent = what the machine and its control group have
+    /// free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<ByteSize>,
 }

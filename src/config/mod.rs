@@ -1,8 +1,9 @@
-//! One TOML file an experiment -> a checked [`Config`]. Knows no model and no data: it never opens what a path names.
+//! The configuration: one TOML file per experiment, read into a checked [`Config`].
 //!
 //! The file is parsed, `--set` changes are written into it, it is read into structs that refuse unknown keys, `~` and
-//! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory.
-//! The keys are documented on the structs: read schema.rs, stages.rs and ppo.rs next.
+//! `$VAR` in paths are expanded, and the ranges are checked. Relative paths are relative to the current directory. It
+//! does not depend on a model or data: no file that a path names is opened. The keys are documented on the structs:
+//! read `schema.rs`, `stages.rs` and `ppo.rs` next.
 
 mod checkpoint;
 mod dpo;
@@ -10,6 +11,7 @@ mod dschat;
 mod expand;
 mod located;
 mod memory;
+mod optimisation;
 mod overrides;
 mod ppo;
 mod ptx;
@@ -31,6 +33,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 pub use checkpoint::{CheckpointConfig, Guard};
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub use memory::{ByteSize, Memory};
+pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
@@ -48,8 +51,9 @@ pub struct Config {
     /// Seed of every random number: initial adapters, shuffles, sampling. Default 0.
     #[serde(default)]
     pub seed: u64,
-    /// `"dschat"`: DeepSpeed-Chat's behaviour in every section that can have it, its LoRA (scale 1/r, its first factors)
-    /// and its values for the keys that the file leaves open. Absent = none; a section's own `compat` is for that section.
+    /// `"dschat"`: DeepSpeed-Chat's behaviour in every section that can have it, its LoRA (scale 1/r, its first
+    /// factors) and its values for the keys that the file leaves open. Absent = none; a section's own `compat` is for
+    /// that section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
     /// Folder a run writes to. Default `runs/<stage>`; read it with [`Config::output_dir`].
@@ -167,6 +171,42 @@ impl Config {
     pub fn ppo(&self) -> Result<&Ppo> {
         let missing = || invalid!("the section [ppo] is missing; it needs at least reward_adapter = \"runs/reward/…\"");
         self.ppo.as_ref().ok_or_else(missing)
+    }
+
+    /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no
+    /// defaults.
+    pub fn optimisation(&self, stage: Stage) -> Option<Optimisation> {
+        self.supervised(stage).map(|keys| keys.optimisation).or_else(|| self.ppo.as_ref().map(Ppo::optimisation))
+    }
+
+    /// The keys of a supervised stage's section, or their defaults; `None` for PPO.
+    pub fn supervised(&self, stage: Stage) -> Option<SupervisedKeys> {
+        match stage {
+            Stage::Sft => Some(self.sft().supervised()),
+            Stage::Reward => Some(self.reward().supervised()),
+            Stage::Dpo => Some(self.dpo().supervised()),
+            Stage::Kto => Some(self.kto().supervised()),
+            Stage::Ppo => None,
+        }
+    }
+
+    /// A supervised stage's section, made with its defaults where it is absent; `None` for PPO.
+    pub fn supervised_mut(&mut self, stage: Stage) -> Option<&mut dyn Supervised> {
+        match stage {
+            Stage::Sft => Some(self.sft.get_or_insert_default()),
+            Stage::Reward => Some(self.reward.get_or_insert_default()),
+            Stage::Dpo => Some(self.dpo.get_or_insert_default()),
+            Stage::Kto => Some(self.kto.get_or_insert_default()),
+            Stage::Ppo => None,
+        }
+    }
+
+    /// Sets `checkpoint` in a stage's section.
+    pub fn set_checkpoint(&mut self, stage: Stage, checkpoint: RecomputeSetting) {
+        match self.supervised_mut(stage) {
+            Some(section) => section.set_checkpoint(checkpoint),
+            None => self.ppo.iter_mut().for_each(|ppo| ppo.set_checkpoint(checkpoint)),
+        }
     }
 
     /// The resolved config as TOML, every default written out; `load` reads it back to an equal config.

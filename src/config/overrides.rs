@@ -1,5 +1,5 @@
 //! `--set section.key=value`: changes to the parsed TOML before it is read into structs, so that an override obeys the
-//! same rules as a line of the file. Knows no particular key.
+//! rules of a line in the file.
 
 use anyhow::Result;
 use toml::{Table, Value};

@@ -1,5 +1,6 @@
-//! `[[ppo.reward]]`: where scores come from besides, or instead of, `reward_adapter`. Read ppo's section in stages.rs
-//! before, validate.rs after.
+//! The sections `[[ppo.reward]]` and `[ppo.gold]`: sources of scores besides, or instead of, `reward_adapter`.
+//!
+//! Read `ppo.rs` before this file and `validate.rs` after it.
 
 use std::path::PathBuf;
 
@@ -19,13 +20,13 @@ pub enum RewardKind {
     Command,
     /// An endpoint: `POST {"prompts", "responses"}`, answered by `{"scores"}`.
     Http,
-    /// 1 where `pattern` is found in the answer, else 0.
+    /// 1 where `pattern` is found in the response, else 0.
     Regex,
-    /// 1 where the answer is one JSON value, else 0.
+    /// 1 where the response is one JSON value, else 0.
     JsonValid,
-    /// 1 where the answer has `min_tokens` to `max_tokens` tokens, else 0.
+    /// 1 where the response has `min_tokens` to `max_tokens` tokens, else 0.
     Length,
-    /// 1 where the answer is the one that its record gives (the completion of a prompt_completion record), else 0.
+    /// 1 where the response is the one that its record gives (the completion of a prompt_completion record), else 0.
     Exact,
 }
 
@@ -43,7 +44,8 @@ impl RewardKind {
     }
 }
 
-/// One `[[ppo.reward]]`. The reward of an answer is the sum of all of them and of `reward_adapter`, each times its weight.
+/// One `[[ppo.reward]]`. The reward of a response is the sum of all of them and of `reward_adapter`, each times its
+/// weight.
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewardPart {
@@ -63,7 +65,7 @@ pub struct RewardPart {
     pub command: Vec<String>,
     /// `http`: the address, `http://host:port/path`.
     pub url: String,
-    /// `regex`: what to find. `exact`: where in the answer to look, the first group of the last match.
+    /// `regex`: what to find. `exact`: where in the response to look, the first group of the last match.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<String>,
     /// `length`: no fewer tokens. Default 1.
@@ -71,12 +73,12 @@ pub struct RewardPart {
     /// `length`: no more tokens; absent = no bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<usize>,
-    /// `command`: longest wait for the next line; `http`: for the whole answer. Default 60.
+    /// `command`: longest wait for the next line; `http`: for the whole response. Default 60.
     pub timeout_seconds: f64,
     /// `command`, `http`: tries after a failed one, half a second later and then twice as long each time. Default 3.
     pub retries: usize,
-    /// `command`, `http`: the score of an answer that got none after all tries, counted in the metrics; absent = the run
-    /// stops.
+    /// `command`, `http`: the score of a response that got none after all tries, counted in the metrics; absent = the
+    /// run stops.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback_score: Option<f64>,
 }

@@ -1,5 +1,4 @@
-//! The sections every stage shares: `[base]`, `[reward_base]`, `[lora]`, `[data]`. Knows no rule between keys
-//! (validate.rs) and no file. Read stages.rs next.
+//! The sections that every stage shares: `[base]`, `[reward_base]`, `[lora]` and `[data]`. Read `stages.rs` next.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,17 +13,17 @@ use crate::ops::weight::StorageDType;
 #[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
-    /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file; in a build with the
-    /// feature `hub` also a model of the hub, `owner/name` or `hf://owner/name[@revision][/file.gguf]`. Required.
+    /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file; in a build with
+    /// the feature `hub` also a model of the hub, `owner/name` or `hf://owner/name[@revision][/file.gguf]`. Required.
     pub path: PathBuf,
     /// Quantises a dense checkpoint as it is opened, matrix by matrix, so that it never lies dense in memory: `"q8_0"`,
     /// `"q4_k"` (ggml's blocks) or `"nf4"` (QLoRA's). The vocabulary's tables become q8_0. Absent = as stored; a file
     /// that is quantised already stays as it is.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantize>,
-    /// What products with the frozen matrices are computed in: `"f32"`, or `"bf16"`, which rounds both factors to bfloat16
-    /// and sums in f32: several times faster where the machine has AMX or AVX-512 BF16, and log-probabilities move by
-    /// about 0.02. Generation, scoring and training use the same. Default `"f32"`.
+    /// What products with the frozen matrices are computed in: `"f32"`, or `"bf16"`, which rounds both factors to
+    /// bfloat16 and sums in f32: several times faster where the machine has AMX or AVX-512 BF16, and log-probabilities
+    /// move by about 0.02. Generation, scoring and training use the same. Default `"f32"`.
     #[serde(default)]
     pub compute_dtype: ComputeDtype,
 }
@@ -62,8 +61,8 @@ impl Quantize {
 pub struct Lora {
     /// Rank of the two factors. Default 8 (PEFT).
     pub r: usize,
-    /// Scale: the branch is multiplied by `lora_alpha / r`, with rsLoRA by `lora_alpha / sqrt(r)`. Default 16 (twice the
-    /// rank, LLaMA-Factory's rule).
+    /// Scale: the branch is multiplied by `lora_alpha / r`, with rsLoRA by `lora_alpha / sqrt(r)`. Default 16 (twice
+    /// the rank, LLaMA-Factory's rule).
     pub lora_alpha: f64,
     /// Which layers get a branch: `"all-linear"` (all linear ones but the output head), a list of name endings such as
     /// `["q_proj", "v_proj"]`, among them `embed_tokens` and `lm_head` (by the family's names), or another string: a
@@ -82,8 +81,8 @@ pub struct Lora {
     /// Alphas of single layers, likewise. Default none (PEFT).
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub alpha_pattern: BTreeMap<String, f64>,
-    /// Whose behaviour to keep. `"dschat"`: DeepSpeed-Chat's scale of 1/r and its start, uniform in ±1/sqrt(r), whatever
-    /// `lora_alpha` would be. Absent = PEFT's.
+    /// Whose behaviour to keep. `"dschat"`: DeepSpeed-Chat's scale of 1/r and its start, uniform in ±1/sqrt(r),
+    /// whatever `lora_alpha` would be. Absent = PEFT's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
     /// How the two factors start. Default `"default"` (PEFT's `True`).
@@ -173,8 +172,8 @@ impl TargetModules {
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
     /// A file (JSON array, JSON lines, Parquet, CSV, TSV or text; all but Parquet also with `.gz`), a pattern such as
-    /// `data/*.jsonl`, a folder (its readable files, those of its folders too, in the order of their names), or a list of
-    /// these. Required by every training stage, unless `sources` are given.
+    /// `data/*.jsonl`, a folder (its readable files, those of its folders too, in the order of their names), or a list
+    /// of these. Required by every training stage, unless `sources` are given.
     #[serde(skip_serializing_if = "Paths::is_empty")]
     pub path: Paths,
     /// What a record holds. Default `auto`: read off the keys of a file's first record.
@@ -201,26 +200,26 @@ pub struct Data {
     /// several lines.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,
-    /// Whose behaviour to keep. `"dschat"`: rows by `data_split` and numpy's shuffle, prompt and answer tokenised in one
-    /// piece and cut at the right, SFT on every token, long prompts filtered. Absent = none.
+    /// Whose behaviour to keep. `"dschat"`: rows by `data_split` and numpy's shuffle, prompt and response tokenised in
+    /// one piece and cut at the right, SFT on every token, long prompts filtered. Absent = none.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
-    /// Under `compat = "dschat"`, here or in `[reward]` or `[ppo]`: the token that rows are padded with. Absent = a Llama's
-    /// own pad token, and the end token of all others (DeepSpeed-Chat).
+    /// Under `compat = "dschat"`, here or in `[reward]` or `[ppo]`: the token that rows are padded with. Absent = a
+    /// Llama's own pad token, and the end token of all others (DeepSpeed-Chat).
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pad_token: Option<String>,
     /// Under `compat = "dschat"`: how much of the records SFT, reward model and PPO get. Default `"2,4,4"`
     /// (DeepSpeed-Chat), that is 20%, 40% and 40%.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub data_split: Option<String>,
-    /// Most tokens of a training sequence, prompt and answer with its end token. Default 512 (DeepSpeed-Chat's
+    /// Most tokens of a training sequence, prompt and response with its end token. Default 512 (DeepSpeed-Chat's
     /// `max_seq_len`).
     pub max_length: usize,
-    /// Most tokens of a PPO prompt; longer ones are dropped and counted, never cut, since a cut prompt loses its template.
-    /// Default 256 (DeepSpeed-Chat's `max_prompt_seq_len`).
+    /// Most tokens of a PPO prompt; longer ones are dropped and counted, never cut, since a cut prompt loses its
+    /// template. Default 256 (DeepSpeed-Chat's `max_prompt_seq_len`).
     pub max_prompt_length: usize,
-    /// What happens to a sequence longer than `max_length`. Default `drop`: a cut answer loses its end token and teaches
-    /// the model not to stop.
+    /// What happens to a sequence longer than `max_length`. Default `drop`: a cut response loses its end token and
+    /// teaches the model not to stop.
     pub truncation: Truncation,
     /// Share of the records held out for evaluation, in [0, 1). Default 0.05 unless `eval_rows` is given.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -403,11 +402,11 @@ pub enum Truncation {
     /// The record is dropped and counted.
     #[default]
     Drop,
-    /// The prompt loses its first tokens, the answer stays whole; dropped where the answer alone is too long.
+    /// The prompt loses its first tokens, the response stays whole; dropped where the response alone is too long.
     Left,
-    /// The end is cut off, with its end token; dropped where nothing of an answer is left.
+    /// The end is cut off, with its end token; dropped where nothing of a response is left.
     Right,
-    /// `"keep_end"`: as `right`, and the last token left of a cut answer becomes the end token.
+    /// `"keep_end"`: as `right`, and the last token left of a cut response becomes the end token.
     #[serde(rename = "keep_end")]
     KeepEnd,
 }

@@ -1,4 +1,5 @@
-//! `[[data.sources]]` and what a source says of its columns. Knows no file and no record: the readers are in `data`.
+//! The section `[[data.sources]]`, and what a source declares about its columns. The readers are in `data`; it does not
+//! depend on them or on other data.
 
 use serde::{Deserialize, Serialize};
 
@@ -42,7 +43,7 @@ pub struct Source {
 }
 
 /// A public data set whose columns are known by its name: DeepSpeed-Chat's dataset classes. What each holds is the table
-/// in `data::presets`.
+/// in `data::formats::presets`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[allow(missing_docs)] // the names say it
 pub enum Preset {
@@ -86,8 +87,8 @@ pub enum Preset {
 pub enum MixStrategy {
     /// One source after the other. The default where no source has a weight.
     Concat,
-    /// Each record is drawn from a source by weight; the stream ends where a source that is drawn has no more. No record
-    /// comes twice. The default where a source has a weight.
+    /// Each record is drawn from a source by weight; the stream ends where a source that is drawn has no more. No
+    /// record comes twice. The default where a source has a weight.
     InterleaveUnder,
     /// As before, but a source that has no more begins again, until every source was read to its end once.
     InterleaveOver,
@@ -109,25 +110,25 @@ pub struct ColumnNames {
     /// Alpaca's input, set below the instruction.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub query: Option<String>,
-    /// The answer; Alpaca's output.
+    /// The response; Alpaca's output.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub response: Option<String>,
-    /// The answer, as TRL calls it.
+    /// The response, as TRL calls it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub completion: Option<String>,
-    /// The better answer.
+    /// The better response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chosen: Option<String>,
-    /// The worse answer.
+    /// The worse response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub rejected: Option<String>,
-    /// A list of answers, best first or with scores.
+    /// A list of responses, best first or with scores.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub responses: Option<String>,
     /// A list of numbers, one for each of `responses`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub scores: Option<String>,
-    /// Was the answer judged good? true or false.
+    /// Was the response judged good? true or false.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub label: Option<String>,
     /// LLaMA-Factory's name of `label`.
@@ -184,7 +185,7 @@ pub struct Tags {
     /// What the assistant's role is called.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub assistant_tag: Option<String>,
-    /// What a tool's answer is called.
+    /// What a tool's response is called.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub observation_tag: Option<String>,
     /// What the assistant's call of a tool is called.

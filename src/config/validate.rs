@@ -1,10 +1,12 @@
-//! Ranges of the keys and rules between them, each with its remedy. Knows no file: mod.rs puts its name in front.
+//! Ranges of the keys and rules between them, each with its remedy. `mod.rs` puts the file's name in front of a
+//! message.
 
 use anyhow::Result;
 
 use super::{
     AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, InitLoraWeights, KlEstimator, KlIn, Kto, Lora,
-    MixStrategy, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Sft, Source, TargetModules, Template,
+    MixStrategy, Optimisation, Optimised, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Source,
+    Supervised, SupervisedKeys, TargetModules, Template,
 };
 use crate::config::CheckpointConfig;
 use crate::invalid;
@@ -16,7 +18,7 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     lora(&config.lora)?;
     keeping(&config.checkpoint, &config.guard)?;
     config.data.as_ref().map_or(Ok(()), data)?;
-    config.sft.as_ref().map_or(Ok(()), sft)?;
+    config.sft.as_ref().map_or(Ok(()), |section| Section("sft").supervised(&section.supervised()))?;
     config.reward.as_ref().map_or(Ok(()), reward)?;
     config.dpo.as_ref().map_or(Ok(()), Dpo::check)?;
     config.kto.as_ref().map_or(Ok(()), Kto::check)?;
@@ -50,8 +52,9 @@ impl Section {
         self.within(key, value, |v| v >= 0.0, "0 or a number above it")
     }
 
-    /// The optimisation keys every stage has: (learning rate, weight decay, betas, epsilon, gradient norm).
-    pub(super) fn optimizer(&self, rate: f64, decay: f64, betas: [f64; 2], epsilon: f64, norm: f64) -> Result<()> {
+    /// The optimisation keys that every stage has.
+    pub(super) fn optimisation(&self, keys: &Optimisation) -> Result<()> {
+        let rate = keys.learning_rate;
         self.positive("learning_rate", rate, "1e-6 to 1e-3")?;
         if rate >= 1.0 {
             return Err(invalid!(
@@ -59,12 +62,22 @@ impl Section {
                 self.0
             ));
         }
-        self.not_negative("weight_decay", decay)?;
-        for (key, beta) in ["adam_beta1", "adam_beta2"].into_iter().zip(betas) {
+        self.not_negative("weight_decay", keys.weight_decay)?;
+        for (key, beta) in [("adam_beta1", keys.adam_beta1), ("adam_beta2", keys.adam_beta2)] {
             self.within(key, beta, |v| (0.0..1.0).contains(&v), "a number from 0 to below 1, usually 0.9 to 0.999")?;
         }
-        self.positive("adam_epsilon", epsilon, "1e-8")?;
-        self.not_negative("max_grad_norm", norm)
+        self.positive("adam_epsilon", keys.adam_epsilon, "1e-8")?;
+        self.not_negative("max_grad_norm", keys.max_grad_norm)
+    }
+
+    /// The keys that every supervised stage has.
+    pub(super) fn supervised(&self, keys: &SupervisedKeys) -> Result<()> {
+        self.optimisation(&keys.optimisation)?;
+        self.at_least_one("num_train_epochs", keys.num_train_epochs)?;
+        self.at_least_one("per_device_train_batch_size", keys.per_device_train_batch_size)?;
+        self.at_least_one("max_tokens_per_batch", keys.max_tokens_per_batch.unwrap_or(1))?;
+        self.at_least_one("gradient_accumulation_steps", keys.gradient_accumulation_steps)?;
+        self.at_least_one("logging_steps", keys.logging_steps)
     }
 }
 
@@ -214,20 +227,7 @@ fn data(section: &Data) -> Result<()> {
     check.within("eval_fraction", fraction, |v| (0.0..1.0).contains(&v), "a share from 0 to below 1, usually 0.05")
 }
 
-fn sft(section: &Sft) -> Result<()> {
-    let check = Section("sft");
-    let betas = [section.adam_beta1, section.adam_beta2];
-    let Sft { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
-    check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
-    check.at_least_one("num_train_epochs", section.num_train_epochs)?;
-    check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
-    check.at_least_one("max_tokens_per_batch", section.max_tokens_per_batch.unwrap_or(1))?;
-    check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
-    check.at_least_one("logging_steps", section.logging_steps)
-}
-
 fn reward(section: &Reward) -> Result<()> {
-    let check = Section("reward");
     if section.compat.is_some() && section.loss != RewardLoss::DivergenceToEnd {
         return Err(invalid!(
             "[reward] compat = \"dschat\" has the loss \"divergence_to_end\" only; remove loss, or compat"
@@ -238,14 +238,7 @@ fn reward(section: &Reward) -> Result<()> {
             "[reward] num_padding_at_beginning = {leading} counts pads, and rows have none; add compat = \"dschat\""
         ));
     }
-    let betas = [section.adam_beta1, section.adam_beta2];
-    let Reward { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
-    check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
-    check.at_least_one("num_train_epochs", section.num_train_epochs)?;
-    check.at_least_one("per_device_train_batch_size", section.per_device_train_batch_size)?;
-    check.at_least_one("max_tokens_per_batch", section.max_tokens_per_batch.unwrap_or(1))?;
-    check.at_least_one("gradient_accumulation_steps", section.gradient_accumulation_steps)?;
-    check.at_least_one("logging_steps", section.logging_steps)
+    Section("reward").supervised(&section.supervised())
 }
 
 fn ppo(section: &Ppo) -> Result<()> {
@@ -264,9 +257,7 @@ fn ppo(section: &Ppo) -> Result<()> {
     if section.eval_every > 0 && section.eval_prompts == 0 {
         return Err(invalid!("[ppo] eval_every = {} evaluates nothing; set eval_prompts", section.eval_every));
     }
-    let betas = [section.adam_beta1, section.adam_beta2];
-    let Ppo { learning_rate, weight_decay, adam_epsilon, max_grad_norm, .. } = *section;
-    check.optimizer(learning_rate, weight_decay, betas, adam_epsilon, max_grad_norm)?;
+    check.optimisation(&section.optimisation())?;
     check.positive("critic_learning_rate", section.critic_learning_rate(), "1e-6 to 1e-3")?;
     for (key, value) in [
         ("total_episodes", section.total_episodes),

@@ -1,7 +1,7 @@
-//! What a pass needs of a machine, in bytes and addresses: memory, copies, kernels, the matrix product. A trait and not an
-//! enum, because each machine can then be read alone and tests can hand in one of their own. The trait is untyped and
-//! unchecked on purpose: types, lengths, limits and the ledger are the business of `Device`, once for all machines, so
-//! that no machine can be laxer than another. Depends on nothing of this crate. Read mod.rs next.
+//! What a pass needs of a machine, in bytes and addresses: memory, copies, kernels, the matrix product. A trait and not
+//! an enum, because each machine can then be read alone and tests can hand in one of their own. The trait is untyped
+//! and unchecked on purpose: types, lengths, limits and the ledger are the business of `Device`, once for all machines,
+//! so that no machine can be laxer than another. Depends on nothing of this crate. Read mod.rs next.
 
 use std::ffi::c_void;
 use std::fmt;
@@ -150,8 +150,8 @@ pub struct LibraryInfo {
     pub version: String,
 }
 
-/// A machine that work is issued to. It has one order of work, and that order is the only synchronisation: what is issued
-/// later sees the results of what was issued earlier. Any thread may issue.
+/// A machine that work is issued to. It has one order of work, and that order is the only synchronisation: what is
+/// issued later sees the results of what was issued earlier. Any thread may issue.
 pub trait Machine: Send + Sync {
     /// A short name for messages, for example `cuda:0 (NVIDIA H100)`.
     fn name(&self) -> String;

@@ -219,7 +219,12 @@ impl Device {
 
     fn place(&self, what: &str, at: &Strided<'_>, (rows, cols): (usize, usize), batch: usize) -> Result<Place> {
         let (matrix, len) = (at.matrix, at.matrix.len());
-        ensure!(self.ptr_eq(matrix.device()), "gemm: {what} lies on {}, not on {}", matrix.device().name(), self.name());
+        ensure!(
+            self.ptr_eq(matrix.device()),
+            "gemm: {what} lies on {}, not on {}",
+            matrix.device().name(),
+            self.name()
+        );
         ensure!(rows.max(cols).max(at.row).max(batch) < 1 << 31, "gemm: {what} has a dimension of 2^31 or more");
         ensure!(cols <= at.row || rows <= 1, "gemm: {what} has rows of {cols} numbers at a distance of {}", at.row);
         if rows * cols * batch > 0 {

@@ -1,4 +1,6 @@
-//! Log-probabilities of whole answers, and what is told about them under TRL's names. Knows no loss.
+//! Summed log-probabilities of responses, and their metrics under TRL's names.
+//!
+//! It does not depend on a config. Read `loss.rs` next.
 
 use anyhow::Result;
 
@@ -7,17 +9,17 @@ use crate::model::roles::Policy;
 use crate::ops::logprobs::TokenStats;
 use crate::report::{Figures, number};
 
-/// Tokens of one scoring pass.
+/// Tokens per scoring pass.
 pub(crate) const SCORING_TOKENS: usize = 4096;
 
-/// An answer after its prompt.
+/// A response after its prompt.
 #[derive(Clone, Copy)]
 pub(super) struct Sequence<'e> {
     pub prompt: &'e [u32],
     pub answer: &'e [u32],
 }
 
-/// The sequences end to end, their answers as targets.
+/// Packs sequences end to end; the targets are the response tokens.
 pub(super) fn pack(sequences: &[Sequence<'_>]) -> Result<(Batch, Targets)> {
     let whole: Vec<Vec<u32>> = sequences.iter().map(|s| [s.prompt, s.answer].concat()).collect();
     let lengths: Vec<usize> = sequences.iter().map(|s| s.answer.len()).collect();
@@ -26,7 +28,7 @@ pub(super) fn pack(sequences: &[Sequence<'_>]) -> Result<(Batch, Targets)> {
     Ok((batch, targets))
 }
 
-/// Sums of each answer's numbers out of those of all targets of [`pack`].
+/// Sums per response of values per target of [`pack`].
 pub(super) fn sums(sequences: &[Sequence<'_>], per_token: &[f32]) -> Vec<f64> {
     let mut rest = per_token;
     let mut sum = |s: &Sequence<'_>| {
@@ -37,13 +39,13 @@ pub(super) fn sums(sequences: &[Sequence<'_>], per_token: &[f32]) -> Vec<f64> {
     sequences.iter().map(&mut sum).collect()
 }
 
-/// The derivative by each token's log-probability from those by each answer's sum.
+/// Derivatives by each token's log-probability, from the derivatives by each response's sum.
 pub(super) fn spread(sequences: &[Sequence<'_>], by_sum: &[f64]) -> Vec<f32> {
     let tokens = sequences.iter().zip(by_sum);
     tokens.flat_map(|(s, &g)| std::iter::repeat_n(g as f32, s.answer.len())).collect()
 }
 
-/// log p(answer | prompt) of each, nats.
+/// log p(response | prompt) of each sequence, nats.
 pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) -> Result<Vec<f64>> {
     let lengths: Vec<usize> = sequences.iter().map(|s| s.prompt.len() + s.answer.len()).collect();
     let mut all = Vec::with_capacity(sequences.len());
@@ -55,7 +57,7 @@ pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) ->
     Ok(all)
 }
 
-/// Of one kind of answers.
+/// Sums over the desirable (chosen) or the undesirable (rejected) responses.
 #[derive(Default)]
 struct Side {
     count: usize,
@@ -69,7 +71,7 @@ impl Side {
     }
 }
 
-/// What answers add up to.
+/// The metrics of a set of responses, as sums.
 #[derive(Default)]
 pub(super) struct Tally {
     pub loss: f64,
@@ -83,7 +85,7 @@ pub(super) struct Tally {
 }
 
 impl Tally {
-    /// An answer with its reward, beta times the log-ratio.
+    /// Adds a response with its reward, beta times the log-ratio.
     pub fn answer(&mut self, good: bool, reward: f64, logp: f64) {
         let side = if good { &mut self.chosen } else { &mut self.rejected };
         side.count += 1;
@@ -91,30 +93,30 @@ impl Tally {
         side.logps += logp;
     }
 
-    /// A pair: is the better answer's reward the higher?
+    /// Adds a pair. `right`: the better response has the higher reward.
     pub fn pair(&mut self, right: bool) {
         self.pairs += 1;
         self.right += usize::from(right);
     }
 
-    /// The tokens of a pass.
+    /// Adds the tokens of a pass.
     pub fn tokens(&mut self, stats: &TokenStats, targets: &Targets) {
         self.tokens += targets.tokens.len();
         self.entropy += stats.entropy.iter().map(|&e| f64::from(e)).sum::<f64>();
         self.likeliest += stats.argmax.iter().zip(&targets.tokens).filter(|(a, t)| a == t).count();
     }
 
-    /// Share of pairs in which the better answer has the higher reward; NaN of none.
+    /// Share of pairs in which the better response has the higher reward; NaN if there is no pair.
     pub fn accuracy(&self) -> f64 {
         self.right as f64 / self.pairs as f64
     }
 
-    /// Mean reward of the good less that of the bad; NaN where one kind is missing.
+    /// Mean reward of the desirable responses minus that of the undesirable; NaN if one kind is missing.
     pub fn margin(&self) -> f64 {
         self.chosen.mean(|s| s.rewards) - self.rejected.mean(|s| s.rewards)
     }
 
-    /// Under TRL's names; what there is nothing of is left out.
+    /// The metrics under TRL's names; a metric without values is left out.
     pub fn figures(&self, prefix: &str) -> Figures {
         let mut figures = Figures::new();
         let mut put = |name: &str, value: f64| {
@@ -140,7 +142,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sums_and_their_derivatives_stay_with_their_answer() {
+    fn sums_and_derivatives_belong_to_their_own_response() {
         let (prompt, answers) = ([1u32, 2], [vec![3u32, 4], vec![5], vec![6, 7, 8]]);
         let sequences: Vec<Sequence<'_>> = answers.iter().map(|a| Sequence { prompt: &prompt, answer: a }).collect();
         let (batch, targets) = pack(&sequences).unwrap();
@@ -151,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn a_kind_without_answers_has_no_figure_rather_than_a_wrong_one() {
+    fn metrics_of_a_kind_without_responses_are_left_out() {
         let mut tally = Tally::default();
         tally.answer(true, 0.5, -3.0);
         tally.answer(true, 1.5, -5.0);

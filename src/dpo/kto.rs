@@ -1,32 +1,36 @@
-//! Kahneman-Tversky optimisation: one adapter trained on answers that were judged one by one, against the reference
-//! that it started as. Knows no file and no other stage. Read loss.rs before.
+//! Kahneman-Tversky optimisation (KTO): one adapter is trained on responses labelled desirable or undesirable, against
+//! the reference that it started as.
+//!
+//! It does not depend on a tokenizer or the planner. Read `loss.rs` next.
+
+use std::borrow::Cow;
 
 use anyhow::{Context, Result};
 
-use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
+use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use super::loss::{KtoLoss, mismatched_kl};
-use crate::config::Kto;
-use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
+use crate::config::{Kto, Supervised};
+use crate::data::examples::batch_sampler::BatchSampler;
 use crate::data::examples::objectives::UnpairedExample;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
+use crate::model::block::Recompute;
 use crate::model::roles::Policy;
-use crate::report::number;
-use crate::train::learner::Learner;
-use crate::train::progress::Progress;
+use crate::report::{Figures, number};
 use crate::train::session::Session;
-use crate::train::{settings, stop};
+use crate::train::settings;
+use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// Mean reward of the good held-out answers less that of the bad; NaN where one kind is missing.
+    /// Mean reward of the desirable held-out responses minus that of the undesirable; NaN if one kind is missing.
     pub margin: f64,
-    /// Mean held-out loss; NaN where fewer than two are held out.
+    /// Mean held-out loss; NaN if fewer than two responses are held out.
     pub loss: f64,
-    /// Good and bad answers trained on.
+    /// Desirable and undesirable responses trained on.
     pub counts: [usize; 2],
     /// Optimizer steps.
     pub steps: usize,
@@ -36,42 +40,30 @@ pub struct Summary {
 
 /// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base.
 ///
-/// The KL term of an optimizer step is [`mismatched_kl`] over its answers, each put after the prompt of the next one in
-/// the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing.
+/// The KL term of an optimizer step is [`mismatched_kl`] over its responses, each put after the prompt of the next one
+/// in the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing.
 ///
 /// # Errors
-/// If there are fewer than two examples, a sequence is longer than the context, or a number stops being finite.
-#[allow(clippy::too_many_arguments)]
+/// If there are fewer than two examples, a sequence is longer than the context, or a number is NaN or infinite.
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     reference: Option<&Adapter>,
     examples: &[UnpairedExample],
     held_out: &[UnpairedExample],
     config: &Kto,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.len() < 2 {
         return Err(invalid!("[kto] needs two records or more to train on: the KL term puts one's answer to another"));
     }
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
+    let Setup { base, start, recompute, .. } = setup;
     let judge =
         Judge { reference: Policy::new(base, reference), loss: KtoLoss { beta, desirable_weight, undesirable_weight } };
     let start = start.clone().with_score_head(None)?;
-    let learner = Learner::new(start.to_trainable(), settings::adamw_of_kto(config), config.max_grad_norm)?;
-    let mut progress = Progress::new(learner);
-    let (batch, accumulate) =
-        (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
-    let plan = BatchSampler { seed, stream: settings::KTO_ORDER, batch, accumulate, shard: Default::default() };
-    let per_epoch = plan.steps(examples, 1);
-    let steps = per_epoch * config.num_train_epochs;
-    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(|e| e.prompt.len() + e.answer.len()).max().unwrap_or(0);
-    let checkpoint =
-        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
-    let good = examples.iter().filter(|e| e.good).count();
-    session.report.stage("kto", steps);
+    let mut training = Training::new(setup, &start, config.supervised(), settings::KTO_ORDER, examples)?;
+    let good = examples.iter().filter(|e| e.desirable).count();
+    session.report.stage("kto", training.steps());
     session.report.note(&format!(
         "kto: {good} good and {} bad answers, {} held out",
         examples.len() - good,
@@ -84,109 +76,128 @@ pub fn train(
     };
     let held: Vec<&UnpairedExample> = held_out.iter().collect();
     let held_reference = judge.reference_of(&held)?;
-    if let Some(snapshot) = session.resumed()? {
-        progress.load(&snapshot)?;
-    }
-    session.watch(&[("learner", &mut progress.learner)])?;
-    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
-    loop {
-        session.checkpoint(progress.step, || progress.snapshot())?;
-        let Some(rows) = order.next_step() else { break };
-        let gradients = || -> Result<Option<_>> {
-            // 1. The KL term: answers after prompts that they were not given to. A lone last record takes its prompt's
-            //    answer from the step before.
-            let step_rows: Vec<&UnpairedExample> = rows.rows().map(|i| &examples[i]).collect();
-            let (epoch, number) = (progress.step / per_epoch, progress.step % per_epoch);
-            let before = match step_rows.len() {
-                1 => plan.epoch(examples, epoch).step(number.saturating_sub(1)).rows().last(),
-                _ => rows.rows().last(),
-            };
-            let before = before.context("a step has a record")?;
-            let view = Policy::new(base, Some(progress.learner.weights().view()));
-            let kl = judge.kl(view, &step_rows, &examples[before])?;
-            // 2. Forward, loss and backward; the step's answers divide every micro-batch's loss.
-            let mut grads = Gradients::none(base.shapes().layers);
-            let mut tally = Tally::default();
-            let mut tokens = 0;
-            for &micro in &rows.batches {
-                if stop::requested() {
-                    return Ok(None);
-                }
-                let some: Vec<&UnpairedExample> = micro.iter().map(|&i| &examples[i]).collect();
-                let references = match &stored {
-                    Some(all) => micro.iter().map(|&i| all[i]).collect(),
-                    None => judge.reference_of(&some)?,
-                };
-                let sequences = sequences(&some);
-                let (batch, targets) = pack(&sequences)?;
-                tokens += batch.tokens().len();
-                let policy = Policy::new(base, Some(progress.learner.weights().view()));
-                let weight = 1.0 / rows.len() as f64;
-                let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
-                    tally.tokens(stats, &targets);
-                    let logps = sums(&sequences, &stats.logprobs);
-                    let by_sum = judge.weigh(&some, &logps, &references, kl, weight, &mut tally)?;
-                    Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
-                })?;
-                grads.add(g)?;
-            }
-            Ok(Some((grads, tally, kl, tokens)))
-        };
-        // Asked to stop: the checkpoint at the top of the loop ends it.
-        let update = within(Phase::Update);
-        let Some(gradients) = gradients().transpose() else { continue };
-        // 3. Step.
-        drop(update);
-        let _step = within(Phase::Step);
-        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
-        let outcome = gradients.and_then(|(g, tally, kl, tokens)| {
-            let grad_norm = progress.learner.step(g, lr)?;
-            progress.tokens += tokens;
-            Ok((tally, kl, grad_norm))
-        });
-        progress.cursor = order.cursor();
-        progress.step += 1;
-        let step = progress.step;
-        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
-        let Some((tally, kl, grad_norm)) = stepped else { continue };
-        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
-            let mut figures = tally.figures("");
-            figures.insert("kl".into(), number(kl));
-            figures.insert("grad_norm".into(), number(grad_norm));
-            figures.insert("lr".into(), number(lr));
-            figures.insert("num_tokens".into(), progress.tokens.into());
-            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
-                let view = Policy::new(base, Some(progress.learner.weights().view()));
-                figures.extend(judge.evaluate(view, &held, &held_reference)?.figures("eval_"));
-            }
-            session.report.step(step, &figures, &["loss", "kl", "rewards/margins"])?;
-        }
-    }
-    let trained = progress.learner.weights().snapshot();
-    let after = judge.evaluate(Policy::new(base, Some(&trained)), &held, &held_reference)?;
+    training.resume(session)?;
+    let sampler = training.sampler();
+    let stage = Responses { base, judge, examples, sampler, stored, held, held_reference, recompute };
+    let Trained { adapter: trained, steps, tokens } = training.run(&stage, session)?;
+    let after = stage.evaluation(&trained)?;
     session.report.done();
-    let loss = if held.len() < 2 { f64::NAN } else { after.loss };
-    if held.len() > 1 {
+    let loss = if held_out.len() < 2 { f64::NAN } else { after.loss };
+    if held_out.len() > 1 {
         session.report.note(&format!("kto: held-out loss {loss:.4}, margin {:.3}", after.margin()));
     }
-    Ok((
-        trained,
-        Summary { margin: after.margin(), loss, counts: [good, examples.len() - good], steps, tokens: progress.tokens },
-    ))
+    let counts = [good, examples.len() - good];
+    Ok((trained, Summary { margin: after.margin(), loss, counts, steps, tokens }))
+}
+
+/// The stage's loss and evaluation.
+struct Responses<'w> {
+    base: &'w Base,
+    judge: Judge<'w>,
+    examples: &'w [UnpairedExample],
+    sampler: BatchSampler,
+    /// Reference log-probabilities of the training examples, where they were computed before training.
+    stored: Option<Vec<f64>>,
+    held: Vec<&'w UnpairedExample>,
+    /// Reference log-probabilities of the held-out examples.
+    held_reference: Vec<f64>,
+    recompute: Recompute,
+}
+
+impl Responses<'_> {
+    fn evaluation(&self, adapter: &Adapter) -> Result<Tally> {
+        self.judge.evaluate(Policy::new(self.base, Some(adapter)), &self.held, &self.held_reference)
+    }
+}
+
+/// Metrics of a step.
+struct StepTally {
+    /// 1 / the step's number of responses. It divides every micro-batch's loss, so accumulation changes nothing.
+    weight: f64,
+    /// The KL term of the step, nats.
+    kl: f64,
+    tally: Tally,
+}
+
+impl SupervisedStage<UnpairedExample> for Responses<'_> {
+    type Sums = StepTally;
+
+    const TOKENS: &'static str = "num_tokens";
+    const SHOWN: &'static [&'static str] = &["loss", "kl", "rewards/margins"];
+    const COUNTS_REJECTED: bool = false;
+
+    /// Computes the KL term from responses after prompts that they were not given to. A step with a single record (the
+    /// last of an epoch) takes the last response of the step before.
+    fn begin(&self, adapter: &Adapter, step: &OptimizerStep<'_, UnpairedExample>) -> Result<StepTally> {
+        let rows: Vec<usize> = step.rows.concat();
+        let examples: Vec<&UnpairedExample> = rows.iter().map(|&row| &self.examples[row]).collect();
+        let before = match rows.len() {
+            1 => {
+                let per_epoch = self.sampler.steps(self.examples, 1);
+                let (epoch, number) = (step.number / per_epoch, step.number % per_epoch);
+                self.sampler.epoch(self.examples, epoch).step(number.saturating_sub(1)).rows().last()
+            }
+            _ => rows.last().copied(),
+        };
+        let before = before.context("a step has a record")?;
+        let policy = Policy::new(self.base, Some(adapter));
+        let kl = self.judge.kl(policy, &examples, &self.examples[before])?;
+        Ok(StepTally { weight: 1.0 / rows.len() as f64, kl, tally: Tally::default() })
+    }
+
+    fn gradients(
+        &self,
+        adapter: &Adapter,
+        rows: &[usize],
+        examples: &[Cow<'_, UnpairedExample>],
+        sums: &mut StepTally,
+    ) -> Result<Gradients> {
+        let StepTally { weight, kl, tally } = sums;
+        let examples: Vec<&UnpairedExample> = examples.iter().map(|example| &**example).collect();
+        let references = match &self.stored {
+            Some(all) => rows.iter().map(|&i| all[i]).collect(),
+            None => self.judge.reference_of(&examples)?,
+        };
+        let sequences = sequences(&examples);
+        let (batch, targets) = pack(&sequences)?;
+        let policy = Policy::new(self.base, Some(adapter));
+        let (_, gradients) = policy.gradients(&batch, &targets, 1.0, self.recompute, |stats| {
+            tally.tokens(stats, &targets);
+            let logps = sums_of(&sequences, &stats.logprobs);
+            let by_sum = self.judge.weigh(&examples, &logps, &references, *kl, *weight, tally)?;
+            Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
+        })?;
+        Ok(gradients)
+    }
+
+    fn loss(sums: &StepTally) -> f64 {
+        sums.tally.loss
+    }
+
+    fn metrics(sums: &StepTally) -> Figures {
+        let mut metrics = sums.tally.figures("");
+        metrics.insert("kl".into(), number(sums.kl));
+        metrics
+    }
+
+    fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
+        Ok(self.evaluation(adapter)?.figures("eval_"))
+    }
 }
 
 fn sequences<'e>(examples: &[&'e UnpairedExample]) -> Vec<Sequence<'e>> {
-    examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.answer }).collect()
+    examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.response }).collect()
 }
 
-/// Weighs answers under a policy against the same under the reference.
+/// Computes the loss from responses under a policy and under the reference.
 struct Judge<'w> {
     reference: Policy<'w>,
     loss: KtoLoss,
 }
 
 impl Judge<'_> {
-    /// Answers under the reference, one a pass: the same bits whether computed once or in every step.
+    /// Log-probabilities of responses under the reference, one response per pass: the same bits whether computed once
+    /// or in every step.
     fn reference_of(&self, examples: &[&UnpairedExample]) -> Result<Vec<f64>> {
         let mut all = Vec::with_capacity(examples.len());
         for sequence in sequences(examples) {
@@ -195,19 +206,20 @@ impl Judge<'_> {
         Ok(all)
     }
 
-    /// The KL term of `examples`: each prompt with the answer of the example in front of it; before the first, `before`.
+    /// The KL term of `examples`: each prompt with the response of the example in front of it; before the first,
+    /// `before`.
     fn kl(&self, policy: Policy<'_>, examples: &[&UnpairedExample], before: &UnpairedExample) -> Result<f64> {
         let answers = std::iter::once(before).chain(examples.iter().copied());
         let mixed: Vec<Sequence<'_>> = examples
             .iter()
             .zip(answers)
-            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.answer })
+            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.response })
             .collect();
         let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
         Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
     }
 
-    /// dL/dlogp of every answer; `weight` divides by the answers of the step.
+    /// dL/dlogp of every response; `weight` divides by the responses of the step.
     fn weigh(
         &self,
         examples: &[&UnpairedExample],
@@ -219,15 +231,15 @@ impl Judge<'_> {
     ) -> Result<Vec<f64>> {
         let mut by_sum = Vec::with_capacity(logps.len());
         for ((example, logp), reference) in examples.iter().zip(logps).zip(references) {
-            let (loss, slope) = self.loss.of(logp - reference, example.good, kl)?;
+            let (loss, slope) = self.loss.of(logp - reference, example.desirable, kl)?;
             tally.loss += weight * loss;
-            tally.answer(example.good, self.loss.beta * (logp - reference), *logp);
+            tally.answer(example.desirable, self.loss.beta * (logp - reference), *logp);
             by_sum.push(weight * slope);
         }
         Ok(by_sum)
     }
 
-    /// Over all of them as one step.
+    /// Metrics of all examples as one step.
     fn evaluate(&self, policy: Policy<'_>, examples: &[&UnpairedExample], references: &[f64]) -> Result<Tally> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();

@@ -1,11 +1,12 @@
-//! The losses of DPO and KTO over whole answers, with their derivatives by the answer's summed log-probability. Pure,
-//! in f64; knows no model. Read pairs.rs and kto.rs for who calls them.
+//! The losses of DPO and KTO over whole responses, with their derivatives by the response's summed log-probability.
+//!
+//! Pure functions in f64. They do not depend on a model. Read `pairs.rs` and `kto.rs` next.
 
 use anyhow::{Result, ensure};
 
 use crate::diverged;
 
-/// One answer under the policy and under the reference.
+/// One response under the policy and under the reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Answer {
     /// Sum of its tokens' log-probabilities, nats.
@@ -23,7 +24,7 @@ impl Answer {
     }
 }
 
-/// How a pair is compared; h = log-ratio of the chosen answer less that of the rejected.
+/// How a pair is compared; h = log-ratio of the chosen response less that of the rejected.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum PairLoss {
     /// `-(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)`. Source: arXiv:2305.18290 eq. 7; s: Mitchell (2023).
@@ -36,8 +37,8 @@ pub enum PairLoss {
         /// s, below one half.
         label_smoothing: f64,
     },
-    /// `(h' - 1 / (2 beta))²`, h' of log-ratios divided by their tokens. Source: arXiv:2310.12036 eq. 17; the division by
-    /// tokens is what the paper's authors ran, and TRL.
+    /// `(h' - 1 / (2 beta))²`, h' of log-ratios divided by their tokens. Source: arXiv:2310.12036 eq. 17; the division
+    /// by tokens is what the paper's authors ran, and TRL.
     Ipo,
     /// `max(0, 1 - beta h)`. Source: arXiv:2305.10425.
     Hinge,
@@ -58,7 +59,7 @@ impl PairLoss {
     /// The loss of one pair.
     ///
     /// # Errors
-    /// If an answer has no token, or the loss is not finite.
+    /// If a response has no token, or the loss is not finite.
     pub fn of(self, beta: f64, chosen: Answer, rejected: Answer) -> Result<PairGradient> {
         ensure!(chosen.tokens > 0 && rejected.tokens > 0, "an answer of a pair has no token");
         let h = chosen.log_ratio() - rejected.log_ratio();
@@ -96,14 +97,14 @@ impl PairLoss {
 pub struct KtoLoss {
     /// How dear it is to leave the reference.
     pub beta: f64,
-    /// Of good answers.
+    /// Of good responses.
     pub desirable_weight: f64,
     /// Of bad ones.
     pub undesirable_weight: f64,
 }
 
 impl KtoLoss {
-    /// (loss, dL / d logp) of one answer: `w (1 - sigmoid(beta (log_ratio - kl)))` where it is good, and
+    /// (loss, dL / d logp) of one response: `w (1 - sigmoid(beta (log_ratio - kl)))` where it is good, and
     /// `w (1 - sigmoid(beta (kl - log_ratio)))` where it is bad. `kl` is a constant: no derivative goes through it.
     /// Source: arXiv:2402.01306 eq. 8.
     ///
@@ -120,8 +121,8 @@ impl KtoLoss {
     }
 }
 
-/// KTO's estimate of KL(policy || reference): the mean log-ratio of answers that were given to other prompts, held at 0
-/// or above. NaN of none.
+/// KTO's estimate of KL(policy || reference): the mean log-ratio of responses that were given to other prompts, held at
+/// 0 or above. NaN of none.
 pub fn mismatched_kl(log_ratios: &[f64]) -> f64 {
     let mean = log_ratios.iter().sum::<f64>() / log_ratios.len() as f64;
     if mean < 0.0 { 0.0 } else { mean } // f64::max would turn a NaN into 0
@@ -227,7 +228,7 @@ mod tests {
         assert!(mismatched_kl(&[f64::NAN, 1.0]).is_nan());
         let loss = KtoLoss { beta: 0.1, desirable_weight: 1.0, undesirable_weight: 1.0 };
         assert!(loss.of(f64::NAN, true, 0.0).is_err());
-        // A good answer is pushed up, a bad one down.
+        // A good response is pushed up, a bad one down.
         assert!(loss.of(0.3, true, 0.0).unwrap().1 < 0.0 && loss.of(0.3, false, 0.0).unwrap().1 > 0.0);
     }
 }

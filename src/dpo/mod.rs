@@ -1,6 +1,8 @@
-//! Preference optimisation without a reward model: DPO on comparisons, KTO on answers judged good or bad. The reference
-//! is the same base through the adapter that training started from. loss.rs holds the mathematics; answers.rs reads
-//! log-probabilities; pairs.rs and kto.rs are the two loops. Knows no file. Read loss.rs next.
+//! Preference optimisation without a reward model: DPO on comparisons, KTO on responses labelled desirable or
+//! undesirable.
+//!
+//! The reference is the same base through the adapter that training started from. `loss.rs` holds the mathematics,
+//! `answers.rs` reads log-probabilities, and `pairs.rs` and `kto.rs` are the two stages. Read `loss.rs` next.
 
 mod answers;
 pub mod kto;

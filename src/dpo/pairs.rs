@@ -1,33 +1,36 @@
-//! Direct preference optimisation: one adapter trained on comparisons, against the reference that it started as. Knows
-//! no file and no other stage. Read loss.rs before.
+//! Direct preference optimisation (DPO): one adapter is trained on comparisons, against the reference that it started
+//! as.
+//!
+//! It does not depend on a tokenizer or the planner. Read `loss.rs` next.
+
+use std::borrow::Cow;
 
 use anyhow::{Result, ensure};
 
-use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums};
+use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use super::loss::{Answer, PairLoss};
-use crate::config::{Dpo, DpoLoss};
-use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
+use crate::config::{Dpo, DpoLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
+use crate::model::block::Recompute;
 use crate::model::roles::Policy;
-use crate::report::number;
-use crate::train::learner::Learner;
-use crate::train::progress::Progress;
+use crate::report::Figures;
 use crate::train::session::Session;
-use crate::train::{settings, stop};
+use crate::train::settings;
+use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
-/// Comparisons of one scoring pass.
+/// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
-    /// Share of held-out pairs whose better answer has the higher reward; NaN where nothing is held out.
+    /// Share of held-out pairs whose better response has the higher reward; NaN if nothing is held out.
     pub accuracy: f64,
-    /// Mean reward of the better held-out answers less that of the worse, in nats times beta.
+    /// Mean reward of the better held-out responses less that of the worse, in nats times beta.
     pub margin: f64,
     /// Mean held-out loss.
     pub loss: f64,
@@ -38,119 +41,117 @@ pub struct Summary {
 }
 
 /// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base. A ranking of
-/// more than two answers is the mean over its pairs.
+/// more than two responses is the mean over its pairs.
 ///
 /// # Errors
-/// If there is no example, a sequence is longer than the context, or a number stops being finite.
-#[allow(clippy::too_many_arguments)]
+/// If there is no example, a sequence is longer than the context, or a number is NaN or infinite.
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     reference: Option<&Adapter>,
     examples: &[RankedExample],
     held_out: &[RankedExample],
     config: &Dpo,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.is_empty() {
         return Err(invalid!("[dpo] there is no comparison to train on"));
     }
+    let Setup { base, start, recompute, .. } = setup;
     let judge = Judge { reference: Policy::new(base, reference), loss: loss_of(config), beta: config.beta };
     let start = start.clone().with_score_head(None)?;
-    let learner = Learner::new(start.to_trainable(), settings::adamw_of_dpo(config), config.max_grad_norm)?;
-    let mut progress = Progress::new(learner);
-    let (batch, accumulate) =
-        (BatchSize::Examples(config.per_device_train_batch_size), config.gradient_accumulation_steps);
-    let plan = BatchSampler { seed, stream: settings::DPO_ORDER, batch, accumulate, shard: Default::default() };
-    let steps = plan.steps(examples, config.num_train_epochs);
-    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let longest = examples.iter().map(tokens_in).max().unwrap_or(0);
-    let checkpoint =
-        settings::checkpoint(config.checkpoint, base, &start, longest * config.per_device_train_batch_size);
-    session.report.stage("dpo", steps);
+    let mut training = Training::new(setup, &start, config.supervised(), settings::DPO_ORDER, examples)?;
+    session.report.stage("dpo", training.steps());
     session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
         false => None,
     };
     let held_reference = judge.references(&held_out.iter().collect::<Vec<_>>())?;
-    if let Some(snapshot) = session.resumed()? {
-        progress.load(&snapshot)?;
-    }
-    session.watch(&[("learner", &mut progress.learner)])?;
-    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
-    loop {
-        session.checkpoint(progress.step, || progress.snapshot())?;
-        let Some(rows) = order.next_step() else { break };
-        let gradients = || -> Result<Option<_>> {
-            let mut grads = Gradients::none(base.shapes().layers);
-            let mut tally = Tally::default();
-            let mut tokens = 0;
-            for &numbers in &rows.batches {
-                if stop::requested() {
-                    return Ok(None);
-                }
-                // 1. The reference's view of these answers, computed now or before.
-                let micro: Vec<&RankedExample> = numbers.iter().map(|&i| &examples[i]).collect();
-                let references = match &stored {
-                    Some(all) => numbers.iter().map(|&i| all[i].clone()).collect(),
-                    None => judge.references(&micro)?,
-                };
-                // 2. Forward, loss and backward; the step's comparisons divide every micro-batch's loss.
-                let sequences = sequences(&micro);
-                let (batch, targets) = pack(&sequences)?;
-                tokens += batch.tokens().len();
-                let policy = Policy::new(base, Some(progress.learner.weights().view()));
-                let weight = 1.0 / rows.len() as f64;
-                let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
-                    tally.tokens(stats, &targets);
-                    let logps = sums(&sequences, &stats.logprobs);
-                    let by_sum = judge.compare(&micro, &logps, &references, weight, &mut tally)?;
-                    Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
-                })?;
-                grads.add(g)?;
-            }
-            Ok(Some((grads, tally, tokens)))
-        };
-        // Asked to stop: the checkpoint at the top of the loop ends it.
-        let update = within(Phase::Update);
-        let Some(gradients) = gradients().transpose() else { continue };
-        // 3. Step.
-        drop(update);
-        let _step = within(Phase::Step);
-        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
-        let outcome = gradients.and_then(|(g, tally, tokens)| {
-            let grad_norm = progress.learner.step(g, lr)?;
-            progress.tokens += tokens;
-            Ok((tally, grad_norm))
-        });
-        progress.cursor = order.cursor();
-        progress.step += 1;
-        let step = progress.step;
-        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
-        let Some((tally, grad_norm)) = stepped else { continue };
-        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
-            let mut figures = tally.figures("");
-            figures.insert("grad_norm".into(), number(grad_norm));
-            figures.insert("lr".into(), number(lr));
-            figures.insert("num_tokens".into(), progress.tokens.into());
-            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
-                let view = Policy::new(base, Some(progress.learner.weights().view()));
-                figures.extend(judge.evaluate(view, held_out, &held_reference)?.figures("eval_"));
-            }
-            session.report.step(step, &figures, &["loss", "rewards/accuracies", "rewards/margins"])?;
-        }
-    }
-    let trained = progress.learner.weights().snapshot();
-    let after = judge.evaluate(Policy::new(base, Some(&trained)), held_out, &held_reference)?;
+    training.resume(session)?;
+    let stage = Comparisons { base, judge, stored, held_out, held_reference, recompute };
+    let Trained { adapter: trained, steps, tokens } = training.run(&stage, session)?;
+    let after = stage.evaluation(&trained)?;
     session.report.done();
     let loss = if held_out.is_empty() { f64::NAN } else { after.loss };
-    let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens: progress.tokens };
+    let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens };
     if !held_out.is_empty() {
         session.report.note(&format!("dpo: held-out accuracy {:.3}, margin {:.3}", summary.accuracy, summary.margin));
     }
     Ok((trained, summary))
+}
+
+/// The stage's loss and evaluation.
+struct Comparisons<'w> {
+    base: &'w Base,
+    judge: Judge<'w>,
+    /// Reference log-probabilities of the training examples, where they were computed before training.
+    stored: Option<Vec<Vec<f64>>>,
+    held_out: &'w [RankedExample],
+    /// Reference log-probabilities of the held-out examples.
+    held_reference: Vec<Vec<f64>>,
+    recompute: Recompute,
+}
+
+impl Comparisons<'_> {
+    fn evaluation(&self, adapter: &Adapter) -> Result<Tally> {
+        self.judge.evaluate(Policy::new(self.base, Some(adapter)), self.held_out, &self.held_reference)
+    }
+}
+
+/// Metrics of a step.
+struct StepTally {
+    /// 1 / the step's number of comparisons. It divides every micro-batch's loss, so accumulation changes nothing.
+    weight: f64,
+    tally: Tally,
+}
+
+impl SupervisedStage<RankedExample> for Comparisons<'_> {
+    type Sums = StepTally;
+
+    const TOKENS: &'static str = "num_tokens";
+    const SHOWN: &'static [&'static str] = &["loss", "rewards/accuracies", "rewards/margins"];
+    const COUNTS_REJECTED: bool = false;
+
+    fn begin(&self, _: &Adapter, step: &OptimizerStep<'_, RankedExample>) -> Result<StepTally> {
+        Ok(StepTally { weight: 1.0 / step.examples() as f64, tally: Tally::default() })
+    }
+
+    fn gradients(
+        &self,
+        adapter: &Adapter,
+        rows: &[usize],
+        examples: &[Cow<'_, RankedExample>],
+        sums: &mut StepTally,
+    ) -> Result<Gradients> {
+        let StepTally { weight, tally } = sums;
+        let examples: Vec<&RankedExample> = examples.iter().map(|example| &**example).collect();
+        let references = match &self.stored {
+            Some(all) => rows.iter().map(|&i| all[i].clone()).collect(),
+            None => self.judge.references(&examples)?,
+        };
+        let sequences = sequences(&examples);
+        let (batch, targets) = pack(&sequences)?;
+        let policy = Policy::new(self.base, Some(adapter));
+        let (_, gradients) = policy.gradients(&batch, &targets, 1.0, self.recompute, |stats| {
+            tally.tokens(stats, &targets);
+            let logps = sums_of(&sequences, &stats.logprobs);
+            let by_sum = self.judge.compare(&examples, &logps, &references, *weight, tally)?;
+            Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
+        })?;
+        Ok(gradients)
+    }
+
+    fn loss(sums: &StepTally) -> f64 {
+        sums.tally.loss
+    }
+
+    fn metrics(sums: &StepTally) -> Figures {
+        sums.tally.figures("")
+    }
+
+    fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
+        Ok(self.evaluation(adapter)?.figures("eval_"))
+    }
 }
 
 fn loss_of(config: &Dpo) -> PairLoss {
@@ -163,17 +164,13 @@ fn loss_of(config: &Dpo) -> PairLoss {
     }
 }
 
-fn tokens_in(example: &RankedExample) -> usize {
-    example.answers.iter().map(|a| example.prompt.len() + a.len()).sum()
-}
-
-/// All answers of all comparisons, best first within one.
+/// All responses of all comparisons, best first within one.
 fn sequences<'e>(examples: &[&'e RankedExample]) -> Vec<Sequence<'e>> {
-    let all = examples.iter().flat_map(|e| e.answers.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
+    let all = examples.iter().flat_map(|e| e.responses.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
     all.collect()
 }
 
-/// Compares answers under a policy with the same under the reference.
+/// Computes the loss from comparisons under a policy and under the reference.
 struct Judge<'w> {
     reference: Policy<'w>,
     loss: PairLoss,
@@ -181,13 +178,14 @@ struct Judge<'w> {
 }
 
 impl Judge<'_> {
-    /// Each comparison's answers under the reference, a comparison a pass: a product over other rows beside it rounds
-    /// otherwise in the last bit, and what is computed once must equal what is computed in every step.
+    /// Log-probabilities of each comparison's responses under the reference, one comparison per pass: a matrix product
+    /// with other rows beside them rounds the last bit differently, and the values computed once must equal those of
+    /// every step.
     fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
         examples.iter().map(|&example| summed_logprobs(self.reference, &sequences(&[example]))).collect()
     }
 
-    /// dL/dlogp of every answer; `weight` divides by the comparisons of the step.
+    /// dL/dlogp of every response; `weight` divides by the comparisons of the step.
     fn compare(
         &self,
         examples: &[&RankedExample],
@@ -199,12 +197,12 @@ impl Judge<'_> {
         let mut by_sum = vec![0.0; logps.len()];
         let mut first = 0;
         for (example, references) in examples.iter().zip(references) {
-            let k = example.answers.len();
+            let k = example.responses.len();
             ensure!(k >= 2 && references.len() == k, "{k} answers compared, {} under the reference", references.len());
             let answer = |i: usize| Answer {
                 logp: logps[first + i],
                 reference: references[i],
-                tokens: example.answers[i].len(),
+                tokens: example.responses[i].len(),
             };
             let share = weight / (k * (k - 1) / 2) as f64;
             for (better, worse) in (0..k).flat_map(|i| (i + 1..k).map(move |j| (i, j))) {

@@ -1,5 +1,7 @@
-//! The model card of an export: what was trained over what, and how the files were proven. README.md in a folder; beside a
-//! GGUF file, NAME.gguf.md. Knows nothing that base and adapter do not say themselves.
+//! The model card of an export: base, adapter, and the result of the verification.
+//!
+//! It is README.md in a folder and NAME.gguf.md beside a GGUF file. It does not depend on the format of the export. Read
+//! `verify.rs` next.
 
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -7,15 +9,15 @@ use std::path::{Path, PathBuf};
 use super::Source;
 use super::verify::Comparison;
 
-/// What a card is of.
+/// The part of a model card that depends on the format of the export.
 pub struct Card<'a> {
-    /// The lines between `---`: `library_name: transformers` and the like.
+    /// The YAML front matter between `---`: `library_name: transformers` and the like.
     pub front: &'a str,
-    /// One sentence: what was made, and what opens it.
+    /// One sentence: what was exported, and which program opens it.
     pub made: String,
     /// Type of the weights.
     pub weights: &'a str,
-    /// What else is to be known, a line each.
+    /// Further notes, one per line.
     pub notes: Vec<String>,
 }
 
@@ -60,10 +62,10 @@ impl Card<'_> {
     }
 }
 
-/// The program and its version, for a card's first sentence.
+/// Name and version of the program, for a card's first sentence.
 pub const BY: &str = concat!("fourfold ", env!("CARGO_PKG_VERSION"));
 
-/// Where the card of a file lies.
+/// Path of the card of a file.
 pub fn beside(file: &Path) -> PathBuf {
     let mut name = file.as_os_str().to_owned();
     name.push(".md");

@@ -1,4 +1,6 @@
-//! Several adapters as one: W + sum_i w_i s_i B_i A_i. Exact, by laying the factors side by side. Knows no file.
+//! A weighted sum of adapters as one adapter: W + sum_i w_i s_i B_i A_i, exactly, by concatenating the factors.
+//!
+//! It does not depend on files. Read `model/adapter/mod.rs` first.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};
@@ -7,20 +9,20 @@ use crate::invalid;
 use crate::model::adapter::{Adapter, LoraConfig, LoraLayer, TargetModules};
 use crate::ops::cpu;
 
-/// The sum of adapters of one base, each times its weight: the A's over one another, the B's side by side, times weight
-/// and scale, so that the rank is the sum of the ranks and alpha / r is 1. What PEFT's
-/// `add_weighted_adapter(combination_type="cat")` gives. The scalar head is the last one that there is.
+/// The weighted sum of adapters of one base, as PEFT's `add_weighted_adapter(combination_type="cat")` computes it: A factors
+/// are concatenated, and B factors, multiplied by weight and scale, so that the rank is the sum of the ranks and alpha / r is
+/// 1. The scalar head is that of the last adapter that has one.
 ///
-/// Stacking an SFT adapter and what PPO added over the merged SFT model is this with weights of 1; a weight between 0
-/// and 1 holds an adapter back, a negative one takes it away.
+/// Stacking an SFT adapter and a PPO adapter trained over the merged SFT model needs weights of 1. A weight between 0 and 1
+/// weakens an adapter, a negative one subtracts it.
 ///
 /// # Errors
-/// If the list is empty, a weight is not finite, the adapters are of different bases, or one is DoRA, whose change of a
-/// matrix is no sum.
+/// If the list is empty, a weight is NaN or infinite, the adapters belong to different bases, or one is a DoRA adapter, whose
+/// change of a matrix is not a sum.
 pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
     let [(first, _), ..] = parts else { return Err(invalid!("no adapter to combine")) };
     if let Some((_, weight)) = parts.iter().find(|(_, weight)| !weight.is_finite()) {
-        return Err(invalid!("the weight {weight} of an adapter is no finite number"));
+        return Err(invalid!("the weight {weight} of an adapter is NaN or infinite"));
     }
     if parts.iter().any(|(a, _)| a.config().use_dora) {
         return Err(invalid!(
@@ -44,14 +46,14 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
         if parts.iter().all(|(a, _)| a.at(slot).is_none()) {
             continue;
         }
-        let (inp, out) = shapes.dims_of(slot);
-        // A map that one adapter leaves out gets zeros there: every branch has the same rank.
-        let (mut a, mut b) = (vec![0f32; rank * inp], vec![0f32; out * rank]);
+        let (in_features, out_features) = shapes.dims_of(slot);
+        // An adapter without a branch on this module contributes zeros, so that all branches have the same rank.
+        let (mut a, mut b) = (vec![0f32; rank * in_features], vec![0f32; out_features * rank]);
         let mut at = 0;
         for ((adapter, weight), width) in parts.iter().zip(&ranks) {
             if let Some(pair) = adapter.at(slot) {
                 let r = pair.rank();
-                a[at * inp..(at + r) * inp].copy_from_slice(&cpu::view(&pair.a)?);
+                a[at * in_features..(at + r) * in_features].copy_from_slice(&cpu::view(&pair.a)?);
                 let scale = weight * pair.scale;
                 for (to, from) in b.chunks_exact_mut(rank).zip(cpu::view(&pair.b)?.chunks_exact(r)) {
                     for (to, &from) in to[at..at + r].iter_mut().zip(from) {
@@ -62,7 +64,7 @@ pub fn combine(parts: &[(&Adapter, f64)]) -> Result<Adapter> {
             at += width;
         }
         let tensor = |values, dims: (usize, usize)| Tensor::from_vec(values, dims, &Device::Cpu);
-        pairs.push((slot, LoraLayer::new(tensor(a, (rank, inp))?, tensor(b, (out, rank))?, 1.0)));
+        pairs.push((slot, LoraLayer::new(tensor(a, (rank, in_features))?, tensor(b, (out_features, rank))?, 1.0)));
         targets.push(shapes.path(slot));
     }
     let config = LoraConfig {

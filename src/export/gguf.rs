@@ -1,7 +1,7 @@
-//! GGUF for llama.cpp: a merged model, or the adapter alone as a GGUF-LoRA that `--lora` runs over the very file it was
-//! trained on. From a GGUF base, metadata and tokenizer are carried along as they are; from a Hugging Face base they are
-//! made. Written, reopened and compared before the name is given. Read gguf_container.rs for the
-//! file's form.
+//! GGUF files for llama.cpp: a merged model, or the adapter alone as a GGUF-LoRA file for `--lora`.
+//!
+//! From a GGUF base, metadata and tokenizer are copied; from a Hugging Face base they are generated. A file is reopened and
+//! compared before it is renamed into place. It does not depend on training. Read `gguf_container.rs` next.
 
 use std::borrow::Cow;
 use std::fs;
@@ -20,27 +20,25 @@ use crate::export::card;
 use crate::export::gguf_architecture as architecture;
 use crate::invalid;
 use crate::model::adapter::{Adapter, LoraConfig, LoraLayer, LoraLayers, TargetModules};
-use crate::model::base::Base;
-use crate::model::config::{DecoderConfig, Family};
-use crate::model_files::gguf;
+use crate::model::config::{DecoderConfig, Family, gguf_names};
 use crate::model_files::gguf::Gguf;
 use crate::model_files::{ModelFiles, map};
 use crate::ops::cpu;
 use crate::ops::weight::{Bytes, RowOrder, StorageDType, Weight};
 use crate::tokenizer::SpecialTokens;
 
-/// The numbers of a merged GGUF file.
+/// The type of weights of a merged GGUF file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum GgufType {
     Dense(MergedType),
     Q8_0,
-    /// llama.cpp's mix: q4_k, with q6_k for the output table and for half of the value and down projections.
+    /// llama.cpp's mix: q4_k, with q6_k for the lm_head and for half of the value and down projections.
     Q4KM,
 }
 
 impl GgufType {
-    /// As files of llama.cpp are called.
+    /// llama.cpp's name of the type.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Dense(MergedType::F32) => "f32",
@@ -66,7 +64,7 @@ impl GgufType {
         match self {
             Self::Dense(dense) => dense.tolerance(),
             Self::Q8_0 => Tolerance { logit: 0.1, kl: 0.05 },
-            // Four bits move logits by a good part of themselves; a wrong file is nats away.
+            // Four bits change logits considerably; a wrong file differs by several nats.
             Self::Q4KM => Tolerance { logit: 1.0, kl: 0.5 },
         }
     }
@@ -88,11 +86,11 @@ impl GgufType {
     }
 }
 
-/// What a place of the table is filled with.
+/// The data of one entry of the tensor table.
 enum Filling<'a> {
-    /// A matrix with its branch, rows stored in this order.
+    /// A matrix merged with its branch, with rows in this order.
     Matrix(&'a Weight, Option<&'a LoraLayer>, RowOrder),
-    /// A tensor of the base's file, as it is there.
+    /// A tensor of the base's file, copied.
     Copied(Bytes),
     /// f32 numbers.
     Values(Cow<'a, [f32]>),
@@ -101,15 +99,15 @@ enum Filling<'a> {
 /// Writes the merged model as one GGUF file to `out`, which must not exist.
 ///
 /// # Errors
-/// If the base is of a family that cannot be written, its tokenizer has no name in llama.cpp, a number does not fit, or
-/// the reopened file is further from base + adapter than its type explains; `out` is not there then.
+/// If GGUF cannot express the base's family or tokenizer, a number is out of range, or the reopened file differs from base +
+/// adapter by more than its type's rounding; `out` does not exist then.
 pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Comparison> {
     source.check_gguf_model()?;
-    let (mut keys, plan) = match source.checkpoint.gguf() {
+    let (mut keys, plan) = match source.files.gguf() {
         Some(gguf) => (carried(gguf), plan_from_gguf(source, gguf, dtype)?),
         None => {
             let mut keys = architecture::keys(source.base.config())?;
-            keys.extend(vocabulary::tokenizer(source.checkpoint)?);
+            keys.extend(vocabulary::tokenizer(source.files)?);
             (keys, plan_from_weights(source, dtype)?)
         }
     };
@@ -129,8 +127,8 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
         write(path, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
         let reopened = ModelFiles::open(path).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
-        same_tokens(source.checkpoint, &reopened)?;
-        let merged = Base::load(&reopened)?;
+        same_tokens(source.files, &reopened)?;
+        let merged = reopened.base()?;
         let shorter = |p: &Vec<u32>| p.iter().take(reopened.config().max_position_embeddings).copied().collect();
         let prompts: Vec<Vec<u32>> = source.prompts.iter().map(shorter).collect();
         let comparison = compare((source.base, source.adapter), (&merged, None), &prompts)?;
@@ -139,7 +137,7 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
     })
 }
 
-/// As [`staged::staged`], and the card beside the file.
+/// As [`staged::staged`], with the model card beside the file.
 fn with_card(
     source: &Source<'_>,
     card: &Card<'_>,
@@ -148,7 +146,7 @@ fn with_card(
 ) -> Result<Comparison> {
     let beside = card::beside(out);
     if beside.exists() {
-        return Err(invalid!("{} is there already; remove it or name another --out", beside.display()));
+        return Err(invalid!("{} already exists; remove it or name another --out", beside.display()));
     }
     let comparison = staged::staged(out, make)?;
     fs::write(&beside, card.text(source, &comparison)).with_context(|| format!("writing {}", beside.display()))?;
@@ -166,7 +164,7 @@ fn fill(filling: &Filling<'_>, dtype: StorageDType) -> Result<Vec<u8>> {
     })
 }
 
-/// The keys of the base's file that hold for the merged one, too.
+/// The keys of the base's file that also apply to the merged file.
 fn carried(gguf: &Gguf) -> Keys {
     let of_the_old = |key: &str| {
         matches!(key, "general.file_type" | "general.quantization_version" | "general.alignment")
@@ -179,7 +177,7 @@ fn carried(gguf: &Gguf) -> Keys {
         .collect()
 }
 
-/// Every tensor of the base's file under its name: matrices of the decoder in the new type, all else as it is.
+/// All tensors of the base's file under their names: matrices of the decoder in the new type, others copied.
 fn plan_from_gguf<'a>(source: &Source<'a>, gguf: &Gguf, dtype: GgufType) -> Result<Vec<(Entry, Filling<'a>)>> {
     let (weights, config) = (source.base.weights(), source.base.config());
     let tied = gguf.tensor("output.weight").is_none();
@@ -187,7 +185,8 @@ fn plan_from_gguf<'a>(source: &Source<'a>, gguf: &Gguf, dtype: GgufType) -> Resu
     gguf.tensors()
         .iter()
         .map(|tensor| {
-            let found = gguf::hf_name(config, &tensor.name).and_then(|hf| weights.iter().find(|(name, _)| *name == hf));
+            let found =
+                gguf_names::hf_name(config, &tensor.name).and_then(|hf| weights.iter().find(|(name, _)| *name == hf));
             let (dtype, filling) = match found {
                 Some((name, weight)) => (
                     dtype.of(&tensor.name, weight.cols(), layers, tied),
@@ -214,7 +213,7 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
     let mut weights = source.base.weights();
     let mut tied = config.tie_word_embeddings;
     if tied && matches!(config.family, Family::Olmo2 | Family::GptNeoX) {
-        // These architectures have no tied output in llama.cpp.
+        // llama.cpp does not tie embedding and lm_head in these architectures.
         weights.extend(weights.first().map(|(_, table)| (config.names().output.to_string(), *table)));
         tied = false;
     }
@@ -225,31 +224,35 @@ fn plan_from_weights<'a>(source: &Source<'a>, dtype: GgufType) -> Result<Vec<(En
             false => dtype.of(&ggml, weight.cols(), config.num_hidden_layers, tied),
         };
         let entry = Entry { name: ggml, shape: vec![weight.rows(), weight.cols()], dtype };
-        plan.push((entry, Filling::Matrix(weight, pair_of(source.adapter, &name), gguf::row_order(config, &name))));
+        plan.push((
+            entry,
+            Filling::Matrix(weight, pair_of(source.adapter, &name), gguf_names::row_order(config, &name)),
+        ));
     }
     for (name, values) in source.base.vectors() {
-        let mut values = match gguf::row_order(config, &name) {
+        let mut values = match gguf_names::row_order(config, &name) {
             RowOrder::AsStored => values,
             order => Cow::Owned(order.store(&values, 1)),
         };
-        if gguf::adds_one(config, &name) {
+        if gguf_names::adds_one(config, &name) {
             values.to_mut().iter_mut().for_each(|v| *v += 1.0);
         }
         plan.push(vector(&ggml_name(config, &name)?, values));
     }
-    for (name, factors) in architecture::rope_factors(source.checkpoint)? {
+    for (name, factors) in architecture::rope_factors(source.files)? {
         plan.push(vector(name, Cow::Owned(factors)));
     }
     Ok(plan)
 }
 
+/// llama.cpp's name of a tensor.
 fn ggml_name(config: &DecoderConfig, hf: &str) -> Result<String> {
-    gguf::gguf_name(config, hf).ok_or_else(|| {
+    gguf_names::gguf_name(config, hf).ok_or_else(|| {
         invalid!("{hf} has no name in a GGUF file of a {} model; use `--format safetensors`", config.names().model_type)
     })
 }
 
-/// Texts that both tokenizers must read alike: words, figures, white space, two scripts, an emoji.
+/// A text that both tokenizers must encode equally: words, numbers, white space, several scripts, an emoji.
 const PROBE: &str = "It's 3.14 and 1,000 more\n\n  indented\tcode(x); naïve 東京 Привет 🦙!  ";
 
 fn same_tokens(ours: &ModelFiles, written: &ModelFiles) -> Result<()> {
@@ -261,17 +264,17 @@ fn same_tokens(ours: &ModelFiles, written: &ModelFiles) -> Result<()> {
     Ok(())
 }
 
-/// Writes the adapter as a GGUF-LoRA file to `out`, which must not exist, for `llama.cpp --lora` over the base: over the
-/// very file where that is a GGUF, over its conversion where it is a Hugging Face model.
+/// Writes the adapter as a GGUF-LoRA file to `out`, which must not exist, for `llama.cpp --lora` over the base: over the same
+/// file if that is a GGUF file, over its conversion if it is a Hugging Face model.
 ///
 /// # Errors
-/// If llama.cpp has no architecture of the base's family, the file cannot be written, or its factors do not come
-/// back equal; `out` is not there then.
+/// If llama.cpp does not have the base's architecture, the file cannot be written, or the reopened adapter differs; `out` does
+/// not exist then.
 pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     source.check_gguf_lora()?;
     let adapter = source.adapter;
     let alpha = adapter.config().lora_alpha;
-    let architecture = match source.checkpoint.gguf() {
+    let architecture = match source.files.gguf() {
         Some(gguf) => gguf.string("general.architecture")?.unwrap_or("llama").to_string(),
         None => architecture::name(source.base.config())?.to_string(),
     };
@@ -288,13 +291,14 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     for (name, weight) in source.base.weights() {
         let Some(pair) = pair_of(adapter, &name) else { continue };
         let (ggml, order) = place(source, &name, weight)?;
-        let (r, inp) = pair.a.dims2()?;
-        // llama.cpp multiplies by alpha / r; rsLoRA's other scale goes into B.
+        let (r, in_features) = pair.a.dims2()?;
+        // llama.cpp multiplies by alpha / r; a different scale (rsLoRA) is included in B.
         let more = pair.scale * r as f64 / f64::from(alpha as f32);
         let b: Vec<f32> = cpu::view(&pair.b)?.iter().map(|&v| (f64::from(v) * more) as f32).collect();
-        for (factor, shape, values) in
-            [("a", vec![r, inp], cpu::view(&pair.a)?.to_vec()), ("b", vec![weight.rows(), r], order.store(&b, r))]
-        {
+        for (factor, shape, values) in [
+            ("a", vec![r, in_features], cpu::view(&pair.a)?.to_vec()),
+            ("b", vec![weight.rows(), r], order.store(&b, r)),
+        ] {
             table.push(Entry { name: format!("{ggml}.lora_{factor}"), shape, dtype: StorageDType::F32 });
             fillings.push(values);
         }
@@ -317,18 +321,18 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
     })
 }
 
-/// (ggml's name, order of the stored rows) of a matrix of the base.
+/// (ggml's name, order of rows) of a matrix of the base.
 fn place(source: &Source<'_>, name: &str, weight: &Weight) -> Result<(String, RowOrder)> {
     let config = source.base.config();
-    let Some(gguf) = source.checkpoint.gguf() else {
-        return Ok((ggml_name(config, name)?, gguf::row_order(config, name)));
+    let Some(gguf) = source.files.gguf() else {
+        return Ok((ggml_name(config, name)?, gguf_names::row_order(config, name)));
     };
-    let tensor = gguf.tensors().iter().find(|t| gguf::hf_name(config, &t.name).as_deref() == Some(name));
-    let tensor = tensor.with_context(|| format!("{name} is no tensor of {}", gguf.name()))?;
+    let tensor = gguf.tensors().iter().find(|t| gguf_names::hf_name(config, &t.name).as_deref() == Some(name));
+    let tensor = tensor.with_context(|| format!("{name} is not a tensor of {}", gguf.name()))?;
     Ok((tensor.name.clone(), weight.row_order()))
 }
 
-/// The adapter that a GGUF-LoRA file holds, as llama.cpp would run it: only for the proof.
+/// Reads a GGUF-LoRA file as llama.cpp does, for the verification.
 fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
     let file = Gguf::parse(map(path)?, &path.display().to_string())?;
     let alpha = file.float("adapter.lora.alpha")?.context("adapter.lora.alpha is missing")?;
@@ -341,7 +345,7 @@ fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
         let read = |factor: &str| -> Result<Option<Vec<f32>>> {
             let Some(tensor) = file.tensor(&format!("{ggml}.lora_{factor}")) else { return Ok(None) };
             let bytes = file.tensor_bytes(tensor).context("a factor is cut")?;
-            let [rows, cols] = tensor.shape[..] else { anyhow::bail!("a factor is no matrix") };
+            let [rows, cols] = tensor.shape[..] else { anyhow::bail!("a factor is not a matrix") };
             Ok(Some(Weight::new(bytes, tensor.dtype, rows, cols)?.to_f32()))
         };
         let (Some(a), Some(stored)) = (read("a")?, read("b")?) else { continue };

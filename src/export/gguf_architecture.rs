@@ -1,6 +1,7 @@
-//! What a GGUF file made from a Hugging Face model says of its decoder: the keys of each architecture, as llama.cpp's
-//! converter writes them, and the refusal of what the format has no word for. Knows no weights and no tokenizer. Read
-//! gguf.rs for the file; `model::config` reads these keys.
+//! The architecture keys of a GGUF file made from a Hugging Face model, as llama.cpp's converter writes them.
+//!
+//! A decoder that the format cannot express is refused by name. It does not depend on weights or on a tokenizer. Read `gguf.rs`
+//! for the file, `model_files/gguf_config.rs` for the reader of these keys.
 
 use anyhow::Result;
 use serde_json::Value;
@@ -10,9 +11,10 @@ use crate::invalid;
 use crate::model::config::{DecoderConfig, Family, LayerAttention, Placement, RopeScaling};
 use crate::model_files::ModelFiles;
 
-/// Keys in the order in which they are written.
+/// Metadata keys, in the order in which they are written.
 pub(super) type Keys = Vec<(String, KeyValue)>;
 
+/// Appends a key.
 pub(super) fn put(keys: &mut Keys, key: &str, value: KeyValue) {
     keys.push((key.to_string(), value));
 }
@@ -24,10 +26,10 @@ fn number(value: usize) -> KeyValue {
 /// `general.architecture` of a Hugging Face model of this family.
 ///
 /// # Errors
-/// If llama.cpp has none.
+/// If llama.cpp does not have the architecture.
 pub(super) fn name(config: &DecoderConfig) -> Result<&'static str> {
     Ok(match config.family {
-        // Mistral's files differ from Llama's by the window alone, of which llama.cpp knows nothing.
+        // Mistral differs from Llama by the window only, which llama.cpp ignores.
         Family::Llama | Family::Mistral => "llama",
         Family::Qwen2 => "qwen2",
         Family::Qwen3 => "qwen3",
@@ -50,7 +52,7 @@ pub(super) fn name(config: &DecoderConfig) -> Result<&'static str> {
     })
 }
 
-/// Positions up to which the file is this model: where llama.cpp has no windows, those that the window does not shorten.
+/// The context length for which llama.cpp computes this model: where it ignores windows, at most the window.
 fn context(config: &DecoderConfig) -> usize {
     let window = match config.family {
         Family::Gemma2 | Family::Gemma3 | Family::Phi3 => None,
@@ -107,7 +109,7 @@ pub(super) fn keys(config: &DecoderConfig) -> Result<Keys> {
                 own(key, KeyValue::F32(value as f32));
             }
         }
-        // A window of 0 is none.
+        // 0 means no window.
         Family::Phi3 => {
             own("attention.sliding_window", number(config.layers.iter().find_map(|l| l.window).unwrap_or(0)));
         }
@@ -152,16 +154,16 @@ pub(super) fn keys(config: &DecoderConfig) -> Result<Keys> {
     Ok(keys)
 }
 
-/// Tensors of factors that each rotary frequency is divided by: (name, (rotary_dim / 2) numbers).
+/// Tensors of divisors of the rotary frequencies: (name, (rotary_dim / 2) numbers).
 ///
 /// # Errors
-/// If llama.cpp's architecture of this family reads none, or Phi-3's factors for long contexts are gone.
-pub(super) fn rope_factors(checkpoint: &ModelFiles) -> Result<Vec<(&'static str, Vec<f32>)>> {
-    let config = checkpoint.config();
+/// If llama.cpp's architecture does not read any, or config.json lacks Phi-3's factors for long contexts.
+pub(super) fn rope_factors(files: &ModelFiles) -> Result<Vec<(&'static str, Vec<f32>)>> {
+    let config = files.config();
     match (&config.rope_scaling, config.family) {
         (RopeScaling::None | RopeScaling::Linear { .. } | RopeScaling::Yarn { .. }, _) => Ok(vec![]),
         (RopeScaling::Divisors { divisors, .. }, Family::Phi3) => Ok(vec![
-            ("rope_factors_long.weight", long_factors(checkpoint)?),
+            ("rope_factors_long.weight", long_factors(files)?),
             ("rope_factors_short.weight", divisors.clone()),
         ]),
         (_, Family::Llama | Family::Mistral | Family::Granite) if config.rope_scaling.attention_factor() == 1.0 => {
@@ -173,30 +175,30 @@ pub(super) fn rope_factors(checkpoint: &ModelFiles) -> Result<Vec<(&'static str,
     }
 }
 
-/// What Phi-3 divides by past its original context: this program ends there, and does not keep them.
-fn long_factors(checkpoint: &ModelFiles) -> Result<Vec<f32>> {
-    let files = checkpoint.side_files()?;
-    let json = files.iter().find(|(name, _)| name == "config.json").map(|(_, bytes)| &bytes[..]);
+/// Phi-3's divisors above its original context, from config.json: the decoder's configuration does not have them.
+fn long_factors(files: &ModelFiles) -> Result<Vec<f32>> {
+    let side_files = files.side_files()?;
+    let json = side_files.iter().find(|(name, _)| name == "config.json").map(|(_, bytes)| &bytes[..]);
     let json: Value = json.and_then(|bytes| serde_json::from_slice(bytes).ok()).unwrap_or_default();
     let of = |key: &str| json[key]["long_factor"].as_array();
     let factors = of("rope_parameters").or_else(|| of("rope_scaling")).into_iter().flatten();
     let factors: Vec<f32> = factors.filter_map(|f| Some(f.as_f64()? as f32)).collect();
-    if factors.len() != checkpoint.config().rotary_dim / 2 {
-        return Err(invalid!("config.json: long_factor has not {} numbers", checkpoint.config().rotary_dim / 2));
+    if factors.len() != files.config().rotary_dim / 2 {
+        return Err(invalid!("config.json: long_factor has not {} numbers", files.config().rotary_dim / 2));
     }
     Ok(factors)
 }
 
 fn cannot(config: &DecoderConfig, what: &str) -> anyhow::Error {
     invalid!(
-        "{}: {what} cannot be said in a GGUF file of a {} model; use `--format safetensors`",
+        "{}: {what} cannot be expressed in a GGUF file of a {} model; use `--format safetensors`",
         config.model_name,
         config.names().model_type
     )
 }
 
-/// Holds what a written file says of the decoder against the decoder itself: what a program would compute otherwise from
-/// it, be it only past the lengths that the comparison of logits replays.
+/// Compares the decoder's configuration with the one read back from the written file. It also finds differences that appear
+/// only beyond the lengths at which logits are compared.
 ///
 /// # Errors
 /// If anything differs; the message names it.
@@ -207,11 +209,11 @@ pub(super) fn same_decoder(config: &DecoderConfig, written: &DecoderConfig) -> R
         (a, b) => a.is_none() && b.is_none(),
     };
     let frequencies = |a: Vec<f32>, b: Vec<f32>| {
-        // Divisors are kept as f32.
+        // Divisors are stored as f32.
         a.len() == b.len() && a.iter().zip(&b).all(|(a, b)| (a - b).abs() <= 1e-5 * a.abs())
     };
-    // A window that the written context does not reach is no window.
-    let seen = |c: &DecoderConfig| -> Vec<LayerAttention> {
+    // A window not shorter than the written context has no effect.
+    let effective = |c: &DecoderConfig| -> Vec<LayerAttention> {
         let whole = |w: &usize| *w < written.max_position_embeddings;
         c.layers.iter().map(|l| LayerAttention { window: l.window.filter(whole), ..*l }).collect()
     };
@@ -219,9 +221,9 @@ pub(super) fn same_decoder(config: &DecoderConfig, written: &DecoderConfig) -> R
     for (same, what) in [
         (config.activation == written.activation, "its activation"),
         (config.biases == written.biases, "which of its maps have a bias"),
-        (config.placement == written.placement && config.norm == written.norm, "where its norms are"),
+        (config.placement == written.placement && config.norm == written.norm, "the placement of its norms"),
         (config.qk_norm == written.qk_norm, "its norms of queries and keys"),
-        (seen(config) == seen(written), "which layers have a window and which turn"),
+        (effective(config) == effective(written), "which layers have a window or rotary embeddings"),
         (maybe(config.attention_soft_cap, written.attention_soft_cap), "its soft cap of attention"),
         (maybe(config.logits_soft_cap, written.logits_soft_cap), "its soft cap of the logits"),
         (close(config.attention_multiplier, written.attention_multiplier), "what it multiplies attention by"),
@@ -229,7 +231,7 @@ pub(super) fn same_decoder(config: &DecoderConfig, written: &DecoderConfig) -> R
         (close(config.residual_multiplier, written.residual_multiplier), "what it multiplies residuals by"),
         (close(config.logits_multiplier, written.logits_multiplier), "what it multiplies logits by"),
         (close(config.norm_eps, written.norm_eps), "the epsilon of its norms"),
-        (!rotary || config.rotary_dim == written.rotary_dim, "how much of a head turns"),
+        (!rotary || config.rotary_dim == written.rotary_dim, "its number of rotary dimensions"),
         (!rotary || frequencies(config.inv_freq(), written.inv_freq()), "its rotary frequencies"),
         (!rotary || frequencies(config.local_inv_freq(), written.local_inv_freq()), "its local rotary frequencies"),
         (

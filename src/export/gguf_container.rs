@@ -1,5 +1,7 @@
-//! Writing the GGUF container, version 3: keys, tensor table, padded data, tensor by tensor. Knows no model. Source:
-//! ggml's docs/gguf.md; `model::gguf` reads it.
+//! Writes the GGUF container, version 3: keys, tensor table, padded data.
+//!
+//! Tensors are written one at a time, so that one is in memory. Source: ggml's docs/gguf.md. It does not depend on the model.
+//! Read `model_files/gguf.rs` for the reader.
 
 use std::fs::File;
 use std::io::{BufWriter, Write};
@@ -10,7 +12,7 @@ use anyhow::{Context, Result};
 use crate::invalid;
 use crate::ops::weight::StorageDType;
 
-/// A metadata value in the type that llama.cpp expects of the key.
+/// A metadata value, of the type that llama.cpp expects for the key.
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub enum KeyValue {
@@ -22,7 +24,7 @@ pub enum KeyValue {
     Bools(Vec<bool>),
     I32s(Vec<i32>),
     F32s(Vec<f32>),
-    /// Type and value as another file has them.
+    /// Type and value as bytes of another file.
     Raw(Vec<u8>),
 }
 
@@ -84,7 +86,7 @@ pub struct Entry {
     pub name: String,
     /// Outermost dimension first, as Hugging Face writes it.
     pub shape: Vec<usize>,
-    /// How its numbers are stored.
+    /// Type of its numbers.
     pub dtype: StorageDType,
 }
 
@@ -98,10 +100,10 @@ impl Entry {
 /// ggml's default of `general.alignment`.
 const ALIGNMENT: usize = 32;
 
-/// Writes a file. `data` gives the bytes of the tensor at a place of the table; one at a time lies in memory.
+/// Writes a file. `data` returns the bytes of the tensor at an index of the table.
 ///
 /// # Errors
-/// If a tensor cannot be stored in its type, `data` fails or gives another number of bytes, or the disk refuses.
+/// If a tensor cannot be stored in its type, `data` fails or returns another number of bytes, or writing fails.
 pub fn write(
     path: &Path,
     keys: &[(String, KeyValue)],
@@ -135,7 +137,7 @@ pub fn write(
     file.write_all(&head).with_context(failed)?;
     for (i, (entry, &size)) in table.iter().zip(&sizes).enumerate() {
         let mut bytes = data(i).with_context(|| entry.name.clone())?;
-        anyhow::ensure!(bytes.len() == size, "{}: {} bytes for a place of {size}", entry.name, bytes.len());
+        anyhow::ensure!(bytes.len() == size, "{}: {} bytes instead of {size}", entry.name, bytes.len());
         bytes.resize(size.next_multiple_of(ALIGNMENT), 0);
         file.write_all(&bytes).with_context(failed)?;
     }
@@ -152,7 +154,7 @@ mod tests {
     use crate::ops::weight::Bytes;
 
     #[test]
-    fn what_is_written_is_read_back_key_by_key_and_byte_by_byte() {
+    fn written_keys_and_tensors_are_read_back_equal() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.gguf");
         let keys = [
@@ -183,7 +185,7 @@ mod tests {
             let bytes = read.tensor_bytes(tensor).unwrap();
             assert!(bytes.get().len() == [12, 68][i] && bytes.get().iter().all(|&b| b == i as u8 + 1));
         }
-        // Keys as another file has them come out as they were.
+        // Raw keys of another file are written unchanged.
         let copied: Vec<_> =
             read.raw_values().map(|(key, bytes)| (key.to_string(), KeyValue::Raw(bytes.to_vec()))).collect();
         let second = dir.path().join("b.gguf");

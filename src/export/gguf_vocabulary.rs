@@ -1,5 +1,6 @@
-//! What a GGUF file made from a Hugging Face model says of its tokenizer, as llama.cpp's converter writes it. Knows no
-//! weights. Read gguf.rs for the file; `model::gguf_tokenizer` is the inverse.
+//! The tokenizer keys of a GGUF file made from a Hugging Face model, as llama.cpp's converter writes them.
+//!
+//! It does not depend on weights. Read `gguf.rs` for the file, `model_files/gguf_tokenizer.rs` for the inverse.
 
 use std::collections::HashMap;
 
@@ -24,19 +25,19 @@ const BYTE: i32 = 6;
 /// The tokenizer's keys.
 ///
 /// # Errors
-/// If the tokenizer is of a kind, or cuts text in a way, that llama.cpp has no name for.
-pub(super) fn tokenizer(checkpoint: &ModelFiles) -> Result<Keys> {
-    let files = checkpoint.side_files()?;
-    let file = |name: &str| files.iter().find(|(n, _)| n == name).map(|(_, bytes)| &bytes[..]);
+/// If llama.cpp has no name for the tokenizer's kind or for the way in which it splits text.
+pub(super) fn tokenizer(files: &ModelFiles) -> Result<Keys> {
+    let side_files = files.side_files()?;
+    let file = |name: &str| side_files.iter().find(|(n, _)| n == name).map(|(_, bytes)| &bytes[..]);
     let json = file("tokenizer.json").ok_or_else(|| invalid!("the model has no tokenizer.json"))?;
     let json: Value = serde_json::from_slice(json).map_err(|e| invalid!("tokenizer.json: {e}"))?;
-    let tokenizer = checkpoint.tokenizer();
+    let tokenizer = files.tokenizer();
     let model = &json["model"];
     if model["type"] != "BPE" {
         return Err(invalid!("a tokenizer of type {} cannot be written to a GGUF file; BPE can", model["type"]));
     }
     let sentence_piece = model["byte_fallback"] == true;
-    let mut vocabulary = Vocabulary::read(&json, checkpoint.config().vocab_size)?;
+    let mut vocabulary = Vocabulary::read(&json, files.config().vocab_size)?;
     let merges = merges(model)?;
     let mut keys = vec![];
     if sentence_piece {
@@ -59,10 +60,10 @@ pub(super) fn tokenizer(checkpoint: &ModelFiles) -> Result<Keys> {
     put(&mut keys, "tokenizer.ggml.tokens", KeyValue::Strings(vocabulary.tokens));
     put(&mut keys, "tokenizer.ggml.token_type", KeyValue::I32s(vocabulary.types));
     for (name, id) in [
-        ("bos", tokenizer.bos_id().or(checkpoint.config().bos_token_id)),
+        ("bos", tokenizer.bos_id().or(files.config().bos_token_id)),
         ("eos", tokenizer.eos_id()),
-        // What else ends a response: a turn's mark, in models that talk.
-        ("eot", checkpoint.config().eos_token_ids.iter().copied().find(|&id| Some(id) != tokenizer.eos_id())),
+        // A further end-of-sequence token: the end of a turn, in chat models.
+        ("eot", files.config().eos_token_ids.iter().copied().find(|&id| Some(id) != tokenizer.eos_id())),
         ("unknown", unknown),
         ("padding", tokenizer.pad_id()),
     ] {
@@ -79,7 +80,7 @@ pub(super) fn tokenizer(checkpoint: &ModelFiles) -> Result<Keys> {
     Ok(keys)
 }
 
-/// Whether the tokenizer puts (its beginning of text before, its end of text after) a text.
+/// Whether the tokenizer adds (its beginning-of-sequence token, its end-of-sequence token) to a text.
 fn adds(tokenizer: &Tokenizer) -> Result<(bool, bool)> {
     let (with, without) = (tokenizer.encode("a", SpecialTokens::Add)?, tokenizer.encode("a", SpecialTokens::None)?);
     let first = with.len() > without.len() && with.first().copied() == tokenizer.bos_id();
@@ -87,7 +88,7 @@ fn adds(tokenizer: &Tokenizer) -> Result<(bool, bool)> {
     Ok((first, last))
 }
 
-/// The name under which llama.cpp knows how this byte-level tokenizer cuts text before merging.
+/// llama.cpp's name of the way in which this byte-level tokenizer splits text before merging.
 fn pre_tokenizer_name(json: &Value) -> Result<&'static str> {
     let pre = &json["pre_tokenizer"];
     let parts: Vec<&Value> = match pre["pretokenizers"].as_array() {
@@ -101,7 +102,7 @@ fn pre_tokenizer_name(json: &Value) -> Result<&'static str> {
         {
             Some("smollm")
         }
-        // The same cuts; the one keeps a word whole that is a token, the other merges it.
+        // Equal split patterns: llama-bpe keeps a word that is a token, dbrx merges it.
         [split, _] if split["pattern"]["Regex"] == LLAMA3_SPLIT => match json["model"]["ignore_merges"] == true {
             true => Some("llama-bpe"),
             false => Some("dbrx"),
@@ -112,7 +113,7 @@ fn pre_tokenizer_name(json: &Value) -> Result<&'static str> {
     let prefix = parts.iter().any(|p| p["type"] == "ByteLevel" && p["add_prefix_space"] == true);
     name.filter(|_| !prefix).ok_or_else(|| {
         invalid!(
-            "the tokenizer cuts text in a way that has no name here ({pre}); smollm's, llama 3's, qwen 2's and gpt-2's \
+            "the tokenizer splits text in a way that is not supported ({pre}); smollm's, llama 3's, qwen 2's and gpt-2's \
              can be written to a GGUF file. `--format safetensors` and llama.cpp's converter are the way round"
         )
     })
@@ -140,7 +141,7 @@ fn merges(model: &Value) -> Result<Vec<(&str, &str)>> {
         .collect()
 }
 
-/// Token texts and types by id; ids that no token has are filled up, as the embedding has rows for them.
+/// Token texts and types by id; ids without a token get a placeholder, because the embedding has rows for them.
 struct Vocabulary {
     tokens: Vec<String>,
     types: Vec<i32>,
@@ -156,12 +157,12 @@ impl Vocabulary {
             (token["content"].as_str().unwrap_or_default(), &token["id"], kind)
         });
         for (text, id, kind) in vocab.iter().map(|(text, id)| (text.as_str(), id, NORMAL)).chain(added) {
-            let slot = id.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|&id| id < rows);
-            let slot = slot.ok_or_else(|| {
+            let index = id.as_u64().and_then(|id| usize::try_from(id).ok()).filter(|&id| id < rows);
+            let index = index.ok_or_else(|| {
                 invalid!("tokenizer.json: token {text:?} has the id {id}, and the model has {rows} embeddings")
             })?;
-            text.clone_into(&mut tokens[slot]);
-            types[slot] = kind;
+            text.clone_into(&mut tokens[index]);
+            types[index] = kind;
         }
         Ok(Self { tokens, types })
     }
@@ -174,7 +175,7 @@ impl Vocabulary {
         }
     }
 
-    /// llama.cpp looks for user-defined pieces in the text before it writes ▁ for spaces.
+    /// Writes ▁ as a space in user-defined tokens, since llama.cpp matches them before it replaces spaces by ▁.
     fn write_spaces_out(&mut self) {
         for (token, kind) in self.tokens.iter_mut().zip(&self.types) {
             if *kind == USER_DEFINED {
@@ -183,8 +184,8 @@ impl Vocabulary {
         }
     }
 
-    /// llama.cpp joins the pair whose joint token scores best, so a token's score is minus the place of the first merge
-    /// that makes it: what SentencePiece itself writes for BPE.
+    /// Scores of tokens. llama.cpp merges the pair whose merged token scores best, so a token's score is minus the index of the
+    /// first merge that gives it, as SentencePiece itself writes for BPE.
     fn scores(&self, merges: &[(&str, &str)]) -> Vec<f32> {
         let mut first: HashMap<String, usize> = HashMap::new();
         for (place, (left, right)) in merges.iter().enumerate() {

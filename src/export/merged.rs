@@ -1,5 +1,7 @@
-//! Merging: base + adapter -> a Hugging Face directory with one set of weights: a language model, or the reward model as
-//! a sequence classifier. Weights are made tensor by tensor and split into files by size. Knows no training.
+//! Merges base + adapter into a Hugging Face directory: a language model, or a reward model as a sequence classifier.
+//!
+//! Tensors are merged one at a time, so that the merged model is never in memory as a whole. It does not depend on training.
+//! Read `verify.rs` for the comparison.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -25,7 +27,7 @@ use crate::ops::linear::low_rank::NormAxis;
 use crate::ops::storage::quantise::quantise;
 use crate::ops::weight::{StorageDType, Weight};
 
-/// The numbers of a merged model.
+/// The type of weights of a merged model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum MergedType {
@@ -43,7 +45,7 @@ impl MergedType {
         }
     }
 
-    /// The stored type.
+    /// The type as stored.
     pub const fn stored(self) -> StorageDType {
         match self {
             Self::F32 => StorageDType::F32,
@@ -61,7 +63,7 @@ impl MergedType {
         }
     }
 
-    /// What the type's own rounding explains: of some hundred rounded layers, with room.
+    /// The largest differences that rounding some hundred layers to this type explains, with a margin.
     pub const fn tolerance(self) -> Tolerance {
         match self {
             Self::F32 => Tolerance { logit: 1e-3, kl: 1e-4 },
@@ -71,7 +73,7 @@ impl MergedType {
     }
 }
 
-/// What a merged directory is.
+/// The kind of a merged model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// `AutoModelForCausalLM` opens it.
@@ -87,17 +89,17 @@ pub struct Settings {
     pub dtype: MergedType,
     /// Language model or classifier.
     pub kind: Kind,
-    /// Most bytes of weights in one file; a single tensor may be larger.
+    /// The most bytes of weights per file; a single tensor may be larger.
     pub max_shard_size: usize,
 }
 
-/// transformers' `max_shard_size`.
+/// transformers' default `max_shard_size`, in bytes.
 pub const MAX_SHARD_SIZE: usize = 5_000_000_000;
 
-/// W + scale B A, (out, in) f32, or W alone; with DoRA, each row times m / ||row||.
+/// A merged matrix: W + scale B A, (out, in) f32, or W without a branch; with DoRA, each row times m / ||row||.
 ///
 /// # Errors
-/// If the factors' storage cannot be read.
+/// If the factors cannot be read.
 pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraLayer>) -> Result<Vec<f32>> {
     let mut values = weight.to_f32();
     if let Some(pair) = pair {
@@ -119,7 +121,7 @@ pub(super) fn merged_values(weight: &Weight, pair: Option<&LoraLayer>) -> Result
     Ok(values)
 }
 
-/// A token table W + scale (B A)^T, (vocab, D) f32; with DoRA, each column times m / ||column||.
+/// A merged embedding matrix: W + scale (B A)^T, (vocab, D) f32; with DoRA, each column times m / ||column||.
 fn merged_table(table: &Weight, pair: &LoraLayer) -> Result<Vec<f32>> {
     let mut values = table.to_f32();
     let (a, b) = (cpu::view(&pair.a)?, cpu::view(&pair.b)?);
@@ -139,7 +141,7 @@ fn merged_table(table: &Weight, pair: &LoraLayer) -> Result<Vec<f32>> {
     Ok(values)
 }
 
-/// The branch of the linear map of this Hugging Face name, if it has one; a token table's is no linear map's.
+/// The branch on the linear map of this Hugging Face name, if it has one. The embedding is not a linear map.
 pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a LoraLayer> {
     let slot = adapter
         .shapes()
@@ -148,9 +150,9 @@ pub(super) fn pair_of<'a>(adapter: &'a Adapter, weight_name: &str) -> Option<&'a
     adapter.at(slot)
 }
 
-/// Whether merging takes the two ends of a decoder apart that share one table: a branch is on one end alone, or on each
-/// end its own. (PEFT's `merge_and_unload` writes into the shared table, changes both ends, and warns of it.)
-pub(super) fn parts_the_ends(base: &Base, adapter: &Adapter) -> bool {
+/// Whether merging unties embedding and lm_head: they are tied in the base, and the adapter has a branch on one or on each.
+/// (PEFT's `merge_and_unload` writes into the shared matrix, which changes both, and prints a warning.)
+pub(super) fn unties(base: &Base, adapter: &Adapter) -> bool {
     let on = |outer| adapter.outer(outer).is_some();
     base.config().tie_word_embeddings && (on(NonBlockModule::Embedding) || on(NonBlockModule::Head))
 }
@@ -163,13 +165,13 @@ fn check_range(name: &str, values: &[f32], dtype: MergedType) -> Result<()> {
     Ok(())
 }
 
-/// One tensor of the result, made when its file is written.
+/// One tensor of the result, computed when its file is written.
 enum Part<'a> {
-    /// A matrix, with the branch that goes into it.
+    /// A matrix, with the branch to merge.
     Matrix(&'a Weight, Option<&'a LoraLayer>, MatrixLayout),
-    /// The token table, likewise.
+    /// The embedding matrix, with the branch to merge.
     Table(&'a Weight, &'a LoraLayer),
-    /// A vector, or the head's (1, D).
+    /// A vector, or the scalar head's weight (1, D).
     Values(Vec<usize>, Cow<'a, [f32]>),
 }
 
@@ -229,7 +231,7 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
         };
         all.push(Planned { name, part });
     }
-    if kind == Kind::LanguageModel && parts_the_ends(base, adapter) {
+    if kind == Kind::LanguageModel && unties(base, adapter) {
         let (weight, pair) = (base.lm_head(None).weight, adapter.outer(NonBlockModule::Head));
         let name = base.config().names().output.to_string();
         all.push(Planned { name, part: Part::Matrix(weight, pair, MatrixLayout::OutIn) });
@@ -240,7 +242,7 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
     if kind == Kind::Classifier {
         let head = adapter.head().ok_or_else(|| {
             invalid!(
-                "the adapter has no scalar head, so it makes no classifier; give a reward adapter, or leave \
+                "the adapter has no scalar head, so it cannot become a classifier; give a reward adapter, or leave \
                       `--format classifier` out"
             )
         })?;
@@ -250,10 +252,10 @@ fn plan<'a>(source: &Source<'a>, kind: Kind) -> Result<Vec<Planned<'a>>> {
     Ok(all)
 }
 
-/// transformers' name of a sequence classifier's head.
+/// transformers' name of a sequence classifier's scalar head.
 const SCORE: &str = "score.weight";
 
-/// Writes the tensors as `model.safetensors`, or as several files and an index where they are more than `most` bytes.
+/// Writes the tensors as `model.safetensors`, or as several files and an index if they have more than `most` bytes.
 fn write_shards(dir: &Path, tensors: &[Planned<'_>], dtype: MergedType, most: usize) -> Result<()> {
     let mut shards: Vec<Vec<&Planned<'_>>> = vec![vec![]];
     let mut filled = 0;
@@ -283,7 +285,7 @@ fn write_shards(dir: &Path, tensors: &[Planned<'_>], dtype: MergedType, most: us
     fs::write(&path, serde_json::to_vec_pretty(&index)?).with_context(|| format!("writing {}", path.display()))
 }
 
-/// One safetensors file; each tensor is made when its turn comes, so that one at a time lies in memory.
+/// Writes one safetensors file, with one tensor in memory at a time.
 fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType) -> Result<()> {
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
@@ -308,23 +310,23 @@ fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType) -
     write().with_context(|| format!("writing {}", path.display()))
 }
 
-/// Writes the merged model to `out`, which must not exist, and proves it on the prompts before it takes that name.
-/// Beside the weights go the base's tokenizer and configuration files and a model card. Where the base has one table for
-/// both ends and the adapter a branch on either, the merged model has two.
+/// Writes the merged model to `out`, which must not exist, and verifies it on the prompts before it is renamed into place.
+/// The base's tokenizer and configuration files and a model card are written beside the weights. If embedding and lm_head are
+/// tied and the adapter has a branch on either, the merged model is not tied.
 ///
 /// # Errors
-/// If `out` exists, a classifier is asked for and there is no head, a file cannot be written, or the reopened model is
-/// further from base + adapter than the type's rounding explains; `out` is not there then.
+/// If `out` exists, a classifier is requested and there is no head, a file cannot be written, or the reopened model differs
+/// from base + adapter by more than the type's rounding; `out` is not written then.
 pub fn merge(source: &Source<'_>, settings: Settings, out: &Path) -> Result<Comparison> {
     let tensors = plan(source, settings.kind)?;
     staged::staged(out, |dir| {
         fs::create_dir(dir).with_context(|| format!("making {}", dir.display()))?;
-        for (name, content) in source.checkpoint.side_files()? {
+        for (name, content) in source.files.side_files()? {
             let content = if name == "config.json" { config(&content, source, settings)? } else { content };
             fs::write(dir.join(&name), content).with_context(|| format!("writing {name}"))?;
         }
         write_shards(dir, &tensors, settings.dtype, settings.max_shard_size)?;
-        let comparison = prove(source, settings, dir).context("reopening the merged model")?;
+        let comparison = verify(source, settings, dir).context("reopening the merged model")?;
         comparison.check(settings.dtype.tolerance())?;
         fs::write(dir.join("README.md"), card(source, settings).text(source, &comparison))
             .context("writing README.md")?;
@@ -355,30 +357,31 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
     Card { front, made, weights: settings.dtype.torch_name(), notes }
 }
 
-fn prove(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
-    let checkpoint = ModelFiles::open(dir)?;
-    let merged = Base::load(&checkpoint)?;
+fn verify(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
+    let files = ModelFiles::open(dir)?;
+    let merged = files.base()?;
     let want = (source.base, source.adapter);
     match settings.kind {
         Kind::LanguageModel => compare(want, (&merged, None), source.prompts),
         Kind::Classifier => {
-            prove_head(source, &checkpoint, &merged, settings.dtype)?;
+            verify_head(source, &files, &merged, settings.dtype)?;
             compare_through(want, (&merged, None), source.base, source.prompts)
         }
     }
 }
 
-/// The scores of the prompts by the written head over the written weights, against base + adapter.
-fn prove_head(source: &Source<'_>, checkpoint: &ModelFiles, merged: &Base, dtype: MergedType) -> Result<()> {
+/// Compares the scores of the prompts by the exported classifier with those of base + adapter.
+fn verify_head(source: &Source<'_>, files: &ModelFiles, merged: &Base, dtype: MergedType) -> Result<()> {
     let head = source.adapter.head().context("a classifier has a head")?;
     let width = source.base.shapes().hidden;
-    let written = checkpoint.weight(SCORE, 1, width)?.to_f32();
+    let written = files.weight(SCORE, 1, width)?.to_f32();
     let score = |w: &[f32], h: &[f32]| w.iter().zip(h).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
     let own = cpu::view(&head.weight)?;
     let (mut furthest, mut largest) = (0f64, 1f64);
     for prompt in source.prompts {
         let batch = Batch::new(std::slice::from_ref(prompt))?;
         let (want, got) = (source.base.hidden(&batch, Some(source.adapter))?, merged.hidden(&batch, None)?);
+        let (want, got) = (want.to_host()?, got.to_host()?);
         let (want, got) = (cpu::view(&want)?, cpu::view(&got)?);
         for (want, got) in want.chunks_exact(width).zip(got.chunks_exact(width)) {
             let (want, got) = (score(&own, want), score(&written, got));
@@ -391,14 +394,14 @@ fn prove_head(source: &Source<'_>, checkpoint: &ModelFiles, merged: &Base, dtype
     Ok(())
 }
 
-/// config.json with the type of the weights; for a classifier, also with one label and the token that pads.
+/// The base's config.json with the type of the weights; for a classifier, also with one label and a padding token.
 fn config(config: &[u8], source: &Source<'_>, settings: Settings) -> Result<Vec<u8>> {
     let mut value: Value = serde_json::from_slice(config).context("config.json of the base")?;
-    let object = value.as_object_mut().context("config.json of the base is no object")?;
+    let object = value.as_object_mut().context("config.json of the base is not an object")?;
     object.remove("dtype");
     object.insert("torch_dtype".into(), settings.dtype.torch_name().into());
     object.remove("quantization_config");
-    if parts_the_ends(source.base, source.adapter) {
+    if unties(source.base, source.adapter) {
         object.insert("tie_word_embeddings".into(), json!(false));
     }
     if settings.kind == Kind::Classifier {
@@ -410,11 +413,11 @@ fn config(config: &[u8], source: &Source<'_>, settings: Settings) -> Result<Vec<
         object.insert("architectures".into(), json!([name]));
         object.insert("id2label".into(), json!({"0": "reward"}));
         object.insert("label2id".into(), json!({"reward": 0}));
-        // There is no output table to tie; said so that this program, too, looks for none.
+        // A classifier has no lm_head; declared tied, so that this program, too, does not expect one.
         object.insert("tie_word_embeddings".into(), json!(true));
         if object.get("pad_token_id").is_none_or(Value::is_null) {
-            // transformers finds the last token of a padded row by it.
-            let tokenizer = source.checkpoint.tokenizer();
+            // transformers needs it to find the last token of a padded row.
+            let tokenizer = source.files.tokenizer();
             object.insert("pad_token_id".into(), json!(tokenizer.pad_id().or(tokenizer.eos_id())));
         }
     }

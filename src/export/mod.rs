@@ -1,8 +1,9 @@
-//! What leaves: merged models, classifiers, GGUF files, adapters for other programs; each is reopened, replayed and
-//! compared before it gets its name.
+//! Exports: merged models, classifiers, GGUF files and GGUF-LoRA adapters.
 //!
-//! Read `verify` (the comparison) and `staged` (the name), then `merged` (Hugging Face directories), `gguf` (llama.cpp's
-//! files, with `gguf_container`, `gguf_architecture` and `gguf_vocabulary` beneath), `combine` (several adapters as one), `card`.
+//! Each is reopened and compared with base + adapter before it is renamed into place. It does not depend on stages or the
+//! configuration of runs. Read `verify` (the comparison) and `staged` (the renaming), then `merged` (Hugging Face directories), `gguf` (llama.cpp's files,
+//! with `gguf_container`, `gguf_architecture` and `gguf_vocabulary`), `combine` (a weighted sum of adapters),
+//! `card` (the model card).
 
 pub mod card;
 pub mod combine;
@@ -21,47 +22,51 @@ use crate::model::adapter::{Adapter, NonBlockModule};
 use crate::model::base::Base;
 use crate::model_files::ModelFiles;
 
-/// What is exported, and what the result is compared on.
+/// What is exported, and the prompts that the result is compared on.
 #[derive(Clone, Copy)]
 pub struct Source<'a> {
-    /// The base's files and tokenizer.
-    pub checkpoint: &'a ModelFiles,
-    /// Its weights.
+    /// Files and tokenizer of the base.
+    pub files: &'a ModelFiles,
+    /// Weights of the base.
     pub base: &'a Base,
-    /// What was trained over it.
+    /// The adapter over it.
     pub adapter: &'a Adapter,
-    /// Token ids to replay; at least one sequence.
+    /// Token ids on which the export is compared; at least one sequence.
     pub prompts: &'a [Vec<u32>],
-    /// What the model card says of the training, in Markdown; may be empty.
+    /// The section on training in the model card, in Markdown; may be empty.
     pub about: &'a str,
 }
 
 impl Source<'_> {
+    /// Checks that a GGUF file can express the merged model.
+    ///
     /// # Errors
-    /// If a GGUF file could not hold the merged model: one table for both ends, of which the adapter changes one.
+    /// If the adapter has a branch on a tied lm_head, or on the embedding.
     fn check_gguf_model(&self) -> Result<()> {
-        if merged::parts_the_ends(self.base, self.adapter) {
+        if merged::unties(self.base, self.adapter) {
             return Err(invalid!(
-                "the base has one table for both ends and the adapter a branch on it, so the merged model has two tables; \
-                 merge with `--format safetensors` and convert the result"
+                "embedding and lm_head of the base are tied and the adapter has a branch on one, so the merged model is \
+                 not tied; merge with `--format safetensors` and convert the result"
             ));
         }
         if self.adapter.outer(NonBlockModule::Embedding).is_some() {
             return Err(invalid!(
-                "a branch on the token table goes into `--format safetensors` only; convert the result"
+                "a branch on the embedding can be exported with `--format safetensors` only; convert the result"
             ));
         }
         Ok(())
     }
 
+    /// Checks that a GGUF-LoRA file can express the adapter.
+    ///
     /// # Errors
-    /// If a GGUF-LoRA file cannot say what the adapter does.
+    /// If it has DoRA magnitudes, or branches on embedding or lm_head.
     fn check_gguf_lora(&self) -> Result<()> {
         let tables = [NonBlockModule::Embedding, NonBlockModule::Head];
         let what = if self.adapter.config().use_dora {
-            "a DoRA adapter's magnitudes have no place in a GGUF-LoRA file"
+            "a GGUF-LoRA file cannot store a DoRA adapter's magnitudes"
         } else if tables.into_iter().any(|outer| self.adapter.outer(outer).is_some()) {
-            "branches on the token table or the output table are not written into GGUF-LoRA files"
+            "branches on the embedding or lm_head cannot be written to GGUF-LoRA files"
         } else {
             return Ok(());
         };

@@ -1,4 +1,6 @@
-//! A result that appears under its name whole and proven, or not at all. Knows nothing of what is made.
+//! Atomic outputs: a file or folder is written under a temporary name and renamed when it is complete and verified.
+//!
+//! It does not depend on what is written. Read `merged.rs` next.
 
 use std::fs;
 use std::path::Path;
@@ -7,13 +9,13 @@ use anyhow::{Context, Result};
 
 use crate::invalid;
 
-/// Has `make` write a file or a folder under a temporary name beside `out`, and renames it when that has gone well.
+/// Lets `make` write a file or folder under a temporary name beside `out`, and renames it to `out` on success.
 ///
 /// # Errors
-/// If `out` exists, `make` fails, or the disk refuses; nothing is left under either name then.
+/// If `out` exists, or `make` or the renaming fails; nothing is left under either name then.
 pub fn staged<T>(out: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     if out.exists() {
-        return Err(invalid!("{} is there already; remove it or name another --out", out.display()));
+        return Err(invalid!("{} already exists; remove it or name another --out", out.display()));
     }
     let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     fs::create_dir_all(parent).map_err(|e| invalid!("{}: {e}", parent.display()))?;
@@ -23,7 +25,7 @@ pub fn staged<T>(out: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T>
         fs::rename(&temporary, out).with_context(|| format!("renaming to {}", out.display())).map(|()| made)
     });
     if result.is_err() {
-        // The error at hand matters more than whether the leftovers could be removed.
+        // The original error is returned even if the temporary files cannot be removed.
         if temporary.is_dir() { fs::remove_dir_all(&temporary) } else { fs::remove_file(&temporary) }.ok();
     }
     result

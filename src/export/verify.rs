@@ -1,4 +1,6 @@
-//! What an exported model says against base + adapter, position by position. Knows no file.
+//! Verification of exports: logits of an exported model against base + adapter, position by position.
+//!
+//! A wrong export is otherwise found only by using it. It does not depend on files. Read `merged.rs` next.
 
 use anyhow::Result;
 
@@ -12,28 +14,30 @@ use crate::ops::cpu;
 pub struct Comparison {
     /// Largest difference of a logit.
     pub max_logit_difference: f32,
-    /// Largest absolute logit, for scale.
+    /// Largest absolute logit, for comparison.
     pub max_logit: f32,
     /// Mean over the positions of KL(base + adapter || exported), in nats.
     pub mean_kl: f64,
-    /// Share of positions at which both prefer the same token.
+    /// Proportion of positions with the same greedy token.
     pub greedy_agreement: f64,
-    /// Positions compared.
+    /// Number of positions compared.
     pub positions: usize,
 }
 
-/// How far an export may be from base + adapter: past it, it is wrong and not imprecise.
+/// The largest differences from base + adapter that rounding can explain.
 #[derive(Clone, Copy, Debug)]
 pub struct Tolerance {
-    /// Of the largest logit difference, relative to the largest logit.
+    /// Bound on the largest logit difference, relative to the largest logit.
     pub logit: f32,
-    /// Of the mean KL, in nats.
+    /// Bound on the mean KL, in nats.
     pub kl: f64,
 }
 
 impl Comparison {
+    /// Checks that the differences are within `tolerance`.
+    ///
     /// # Errors
-    /// If the export is further away than `tolerance`.
+    /// If one is not.
     pub fn check(&self, tolerance: Tolerance) -> Result<()> {
         let allowed = tolerance.logit * self.max_logit.max(1.0);
         anyhow::ensure!(
@@ -51,18 +55,18 @@ impl Comparison {
     }
 }
 
-/// Logits of all positions of the prompts by both sides.
+/// Compares the logits of two models at all positions of the prompts.
 ///
 /// # Errors
-/// If a side cannot run the prompts, or there is none.
+/// If a model cannot process the prompts, or there are none.
 pub fn compare(want: (&Base, &Adapter), got: (&Base, Option<&Adapter>), prompts: &[Vec<u32>]) -> Result<Comparison> {
     compare_through(want, got, got.0, prompts)
 }
 
-/// As [`compare`], for an export without an output table of its own: its hidden states go through `table`'s.
+/// As [`compare`], for an export without an lm_head: its hidden states go through that of `table`.
 ///
 /// # Errors
-/// As for [`compare`].
+/// Those of [`compare`].
 pub fn compare_through(
     want: (&Base, &Adapter),
     got: (&Base, Option<&Adapter>),
@@ -83,7 +87,7 @@ pub fn compare_through(
             c.positions += 1;
             c.mean_kl += kl(want, got);
             for (w, g) in want.iter().zip(got) {
-                // NaN must not pass as the smaller one.
+                // `max` ignores NaN, so NaN counts as infinite.
                 let difference = if w.is_finite() && g.is_finite() { (w - g).abs() } else { f32::INFINITY };
                 c.max_logit_difference = c.max_logit_difference.max(difference);
                 c.max_logit = c.max_logit.max(w.abs());
@@ -115,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kl_is_zero_for_shifted_logits_and_the_textbooks_for_two_coins() {
+    fn kl_is_zero_for_shifted_logits_and_exact_for_bernoulli() {
         assert!(kl(&[1.0, 2.0, 3.0], &[11.0, 12.0, 13.0]).abs() < 1e-12);
         let (p, q) = ([0.75f32.ln(), 0.25f32.ln()], [0.5f32.ln(), 0.5f32.ln()]);
         let want = 0.75 * 1.5f64.ln() + 0.25 * 0.5f64.ln();
@@ -123,7 +127,7 @@ mod tests {
     }
 
     #[test]
-    fn either_figure_past_its_bound_fails() {
+    fn each_metric_above_its_bound_fails() {
         let fine = Comparison {
             max_logit_difference: 0.1,
             max_logit: 10.0,

@@ -1,5 +1,6 @@
-//! The binary's allocator: mimalloc, with a clear end where the system has no more memory to give (Rust's own is an abort
-//! without advice), and an allowance for what somebody else's bytes, a chat template most of all, may take. Knows nothing else.
+//! The binary's allocator: mimalloc, with a clear error where the system refuses memory (Rust's default is an abort without
+//! advice), and a memory limit while untrusted input (such as a chat template) is processed. It does not depend on any
+//! other file.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::cell::Cell;
@@ -7,17 +8,17 @@ use std::cell::Cell;
 use mimalloc::MiMalloc;
 
 thread_local! {
-    /// Bytes that this thread may still take, while it runs under an allowance, and what is said where it takes more.
+    /// Bytes that this thread may still allocate under a limit, and the message that is printed when it asks for more.
     static LEFT: Cell<Option<(usize, &'static str)>> = const { Cell::new(None) };
 }
 
 /// The global allocator of `fourfold`.
 pub struct Allocator;
 
-/// Runs something that may hold `bytes` at the most. With [`Allocator`] as the global allocator the process ends, with
-/// `said` as its message and exit code 2, where it asks for more; with another one nothing is limited.
+/// Runs a function that may hold at most `bytes`. With [`Allocator`] as the global allocator the process ends with `said`
+/// as its message and exit code 2 when the function asks for more; with another allocator nothing is limited.
 pub fn within<T>(bytes: usize, said: &'static str, run: impl FnOnce() -> T) -> T {
-    /// Ends the allowance on a panic's way out, too.
+    /// Restores the limit before, also when a panic unwinds.
     struct Ends(Option<(usize, &'static str)>);
     impl Drop for Ends {
         fn drop(&mut self) {
@@ -29,7 +30,7 @@ pub fn within<T>(bytes: usize, said: &'static str, run: impl FnOnce() -> T) -> T
 }
 
 fn take(bytes: usize) {
-    // A thread that is ending has no allowance any more.
+    // A thread that is ending has no limit any more.
     let Ok(Some((left, said))) = LEFT.try_with(Cell::get) else { return };
     match left.checked_sub(bytes) {
         Some(left) => LEFT.set(Some((left, said))),
@@ -43,7 +44,7 @@ fn give(bytes: usize) {
     }
 }
 
-/// Nothing is left: says so without allocating.
+/// The system refused memory: prints the message without allocating.
 #[cold]
 fn exhausted(bytes: usize) -> ! {
     let mut digits = [0; 20];
@@ -71,7 +72,7 @@ fn exhausted(bytes: usize) -> ! {
 #[cold]
 fn end(code: i32, parts: &[&[u8]]) -> ! {
     use std::io::Write;
-    // Not through std's handle, whose lock this thread may hold.
+    // std's handle is not used, because this thread may hold its lock.
     #[cfg(unix)]
     {
         use std::os::fd::FromRawFd;

@@ -1,4 +1,5 @@
-//! What the machine has, and what this process takes of it as the system sees it. Knows no model.
+//! The memory of the machine, the limits on this process, and what the process holds as the system counts it. It does
+//! not depend on the model or any stage.
 
 use std::fs;
 
@@ -14,7 +15,7 @@ use crate::host::meter;
 pub fn keep_freed_memory() {
     /// `mi_option_purge_delay` in mimalloc.h of versions 2 and 3, in milliseconds.
     const PURGE_DELAY: i32 = 15;
-    /// Not -1, which is never: nothing could be given back then.
+    /// The value is not -1 (never): nothing could be given back then.
     const A_DAY: libc::c_long = 24 * 3600 * 1000;
     #[cfg(target_os = "linux")]
     // SAFETY: sets a flag of this process.
@@ -42,7 +43,7 @@ pub fn keep_freed_memory() {
 /// Gives freed memory back to the system where much of it is held: between two phases of a run, whose buffers differ in
 /// size, so that what one leaves would lie unused beside what the other takes.
 pub fn give_back_freed() {
-    /// Held beyond what is in use, in bytes.
+    /// Bytes held beyond what is in use.
     const MUCH: usize = 8 << 20;
     let heap = meter::current();
     if heap > 0 && own_rss_bytes().is_some_and(|own| own > heap + heap / 32 + MUCH) {
@@ -51,9 +52,9 @@ pub fn give_back_freed() {
     }
 }
 
-/// Peak resident set of this process in bytes; `None` where the system does not say.
+/// Peak resident set of this process in bytes; `None` where the system does not report it.
 pub fn peak_rss_bytes() -> Option<usize> {
-    // Linux says it in KiB in /proc; elsewhere getrusage does (KiB, bytes on macOS).
+    // Linux reports KiB in /proc; elsewhere getrusage reports KiB (bytes on macOS).
     if let Some(kib) = proc_kib("/proc/self/status", "VmHWM:") {
         return Some(kib * 1024);
     }
@@ -65,12 +66,12 @@ pub fn peak_rss_bytes() -> Option<usize> {
     (rc == 0).then(|| usage.ru_maxrss as usize * unit)
 }
 
-/// Who says how much memory there is.
+/// Which limit bounds the memory of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum LimitSource {
     /// The user, by `[memory] limit` or `--memory`.
     Asked,
-    /// The machine: what is free.
+    /// The machine's free memory.
     Machine,
     /// A control group around the process.
     Group,
@@ -82,7 +83,7 @@ pub enum LimitSource {
 
 /// Memory of its own that this process could still be given, in bytes: the least of what the machine has available (the
 /// system counts pages of files there, which it can drop) with free swap, of what a control group leaves, and of what the
-/// limits on address space and private memory leave; and which of them that is. `None` where the system does not say.
+/// limits on address space and private memory leave; and which of them that is. `None` where the system does not report it.
 pub fn available() -> Option<(usize, LimitSource)> {
     let swap = proc_kib("/proc/meminfo", "SwapFree:").unwrap_or(0);
     let machine = proc_kib("/proc/meminfo", "MemAvailable:").map(|kib| (kib + swap) * 1024);
@@ -95,7 +96,7 @@ pub fn available() -> Option<(usize, LimitSource)> {
     bounds.into_iter().filter_map(|(room, bound)| Some((room?, bound))).min()
 }
 
-/// The bytes of [`available`].
+/// The number of bytes that [`available`] returns.
 pub fn available_bytes() -> Option<usize> {
     available().map(|(bytes, _)| bytes)
 }
@@ -109,8 +110,8 @@ fn soft_limit(of: libc::__rlimit_resource_t) -> Option<usize> {
     (rc == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then(|| usize::try_from(limit.rlim_cur).unwrap_or(usize::MAX))
 }
 
-/// What `ulimit -v` leaves. Files that are mapped take of it whole, a base among them, whether their pages are in memory or
-/// not; what is mapped without a file can become memory of the process's own, the allocator's reserve most of all.
+/// Bytes that `ulimit -v` leaves. Mapped files count in full, a base among them, whether or not their pages are in memory;
+/// anonymous mappings, the allocator's reserve most of all, can become private memory.
 fn address_room() -> Option<usize> {
     #[cfg(target_os = "linux")]
     {
@@ -124,7 +125,7 @@ fn address_room() -> Option<usize> {
     None
 }
 
-/// What `ulimit -d` leaves.
+/// Bytes that `ulimit -d` leaves.
 fn private_room() -> Option<usize> {
     #[cfg(target_os = "linux")]
     return Some(without_gaps(soft_limit(libc::RLIMIT_DATA)?).saturating_sub(own_rss_bytes().unwrap_or(0)));
@@ -153,12 +154,12 @@ fn anonymous_bytes(maps: &str) -> usize {
     maps.lines().filter_map(bytes).sum()
 }
 
-/// Resident memory of this process that is no mapped file, in bytes.
+/// Resident memory of this process in bytes, mapped files excluded.
 pub(crate) fn own_rss_bytes() -> Option<usize> {
     proc_kib("/proc/self/status", "RssAnon:").map(|kib| kib * 1024)
 }
 
-/// What the process has beside its heap as the meter counts it: program and stacks, and what the allocator holds in reserve.
+/// Bytes that the process holds beside the heap that the meter counts: program, stacks, and the allocator's reserve.
 pub fn beside_heap_bytes() -> usize {
     match meter::current() {
         0 => 0,
@@ -166,7 +167,7 @@ pub fn beside_heap_bytes() -> usize {
     }
 }
 
-/// What the control groups around this process leave: of each, its limit less what it holds and could not drop. Version 2
+/// Bytes that the control groups around this process leave: the limit of each, less what it holds and could not drop. Version 2
 /// (`memory.max`) and version 1 (`memory.limit_in_bytes`).
 fn group_room(membership: &str, root: &str) -> Option<usize> {
     let text = fs::read_to_string(membership).ok()?;

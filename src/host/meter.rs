@@ -1,6 +1,6 @@
-//! What the program holds, counted where it is asked for: an allocator that wraps another and keeps the sum, the peak, and
-//! the peak and the time of each phase of a run. Knows no model. Two atomic operations an allocation; a training step of SmolLM2-135M
-//! makes some ten thousand. Read plan.rs for what is compared with it.
+//! A memory meter: an allocator that wraps another and counts the bytes held, their peak, and the peak and the time of each
+//! phase of a run. It costs two atomic operations per allocation; a training step of SmolLM2-135M makes some ten thousand.
+//! It does not depend on the model. Read planner/plan.rs for the predictions that are compared with it.
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 static CURRENT: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 
-/// An allocator that counts what goes through it. Of those of one process only the global one should count.
+/// An allocator that counts the bytes that pass through it. Only the global allocator of a process should count.
 pub struct Counting<A>(pub A);
 
 fn took(bytes: usize) {
@@ -61,12 +61,12 @@ unsafe impl<A: GlobalAlloc> GlobalAlloc for Counting<A> {
     }
 }
 
-/// Bytes held now; 0 where the process's allocator does not count.
+/// Bytes held now; 0 if the process's allocator does not count.
 pub fn current() -> usize {
     CURRENT.load(Relaxed)
 }
 
-/// A part of a run whose peak is kept apart. All steps of one kind share a name.
+/// A part of a run with a peak of its own. All steps of one kind share a phase.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 #[allow(missing_docs)]
 pub enum Phase {
@@ -81,11 +81,11 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// All, in the order of a run.
+    /// All phases, in the order of a run.
     pub const ALL: [Self; 7] =
         [Self::Load, Self::Rollout, Self::Scoring, Self::Update, Self::Step, Self::Evaluation, Self::Save];
 
-    /// For tables and JSON.
+    /// The phase's name in tables and JSON.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Load => "load",
@@ -127,7 +127,7 @@ fn turn(next: Phase) -> Phase {
     now
 }
 
-/// While it lives, what is taken counts as `phase`'s; then the phase around it goes on.
+/// While the guard lives, allocations count towards `phase`; afterwards the surrounding phase continues.
 #[must_use = "a phase lasts as long as the value lives"]
 pub struct Within(Phase);
 
@@ -142,7 +142,7 @@ impl Drop for Within {
     }
 }
 
-/// The highest sum of bytes in each phase since [`restart`]; 0 of a phase that did not run.
+/// Peak bytes of each phase since [`restart`]; 0 for a phase that did not run.
 pub fn peaks() -> [(Phase, usize); Phase::ALL.len()] {
     let now = PEAKS.lock().unwrap_or_else(PoisonError::into_inner).now;
     turn(now);
@@ -150,7 +150,7 @@ pub fn peaks() -> [(Phase, usize); Phase::ALL.len()] {
     Phase::ALL.map(|phase| (phase, peaks[phase as usize]))
 }
 
-/// How long each phase ran since [`restart`], those within it left out.
+/// Time that each phase ran since [`restart`], without the phases inside it.
 pub fn spent() -> [(Phase, Duration); Phase::ALL.len()] {
     let now = PEAKS.lock().unwrap_or_else(PoisonError::into_inner).now;
     turn(now);
@@ -158,7 +158,7 @@ pub fn spent() -> [(Phase, Duration); Phase::ALL.len()] {
     Phase::ALL.map(|phase| (phase, spent[phase as usize]))
 }
 
-/// Forgets all peaks and times: what is held now is each count's start.
+/// Resets all peaks and times; each count starts from what is held now.
 pub fn restart() {
     let mut peaks = PEAKS.lock().unwrap_or_else(PoisonError::into_inner);
     (peaks.peaks, peaks.spent, peaks.since) = (Default::default(), Default::default(), Some(Instant::now()));

@@ -1,22 +1,21 @@
-//! The frozen base: embedding, blocks, final norm, lm_head, exactly as its files store them. It is never modified and cannot
-//! be cloned, so that all roles share one copy; adapters are passed to each forward and backward. It does not depend on
-//! roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
+//! The frozen base: embedding, blocks, final norm, lm_head, exactly as its files store them. It is never modified and
+//! cannot be cloned, so that all roles share one copy; adapters are passed to each forward and backward. It does not
+//! depend on roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
 
 use anyhow::Result;
 
-use crate::device::Array;
+use crate::device::{Array, Device, Element, Pass};
 
 use std::borrow::Cow;
 
 use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
-use super::block::{Block, FrozenLinear, Geometry, Layout, Norms};
+use super::block::{Block, Geometry, Layout};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
 use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
-use crate::model_files::ModelFiles;
 use crate::ops::attention;
 use crate::ops::linear::{Bias, InputGradient};
 use crate::ops::logprobs::{self, LmHead};
@@ -78,84 +77,6 @@ impl KvCache {
 }
 
 impl Base {
-    /// The weights of opened model files, as stored.
-    ///
-    /// # Errors
-    /// If a tensor is missing, has another shape than the configuration requires, or a type that cannot be dequantised.
-    pub fn load(files: &ModelFiles) -> Result<Self> {
-        let config = files.config().clone();
-        let (shapes, names, biases) = (config.shapes(), config.names(), config.has_bias());
-        let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
-        let vector = |name: &str, len: usize| files.vector(name, len);
-        let norm = |path: &str, len: usize| -> Result<Norm> {
-            let mut weight = vector(&format!("{path}.weight"), len)?;
-            let kind = match config.norm {
-                NormStyle::Rms => NormKind::Rms,
-                NormStyle::RmsPlusOne => {
-                    weight.iter_mut().for_each(|w| *w += 1.0);
-                    NormKind::Rms
-                }
-                NormStyle::Layer => NormKind::Layer { bias: vector(&format!("{path}.bias"), len)? },
-            };
-            Ok(Norm::new(weight, kind, config.norm_eps))
-        };
-        let blocks = (0..config.num_hidden_layers)
-            .map(|layer| {
-                let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
-                let linears = shapes.linears().iter().zip(&biases).map(|(map, &biased)| {
-                    let weight = files.weight(&path(&format!("{}.weight", map.path)), map.out, map.inp)?;
-                    let bias = biased.then(|| vector(&path(&format!("{}.bias", map.path)), map.out)).transpose()?.map(Bias::from);
-                    Ok(FrozenLinear { weight, bias })
-                });
-                let named = |i: usize| {
-                    let name = names.norms[i];
-                    (!name.is_empty()).then(|| norm(&path(name), d)).transpose()
-                };
-                let norms = |i: usize| -> Result<Norms> {
-                    let (first, inner) = (named(i)?, named(i + 1)?);
-                    Ok(match config.placement {
-                        Placement::AfterSum => Norms { before: None, inner, after: first },
-                        _ => Norms { before: first, inner, after: None },
-                    })
-                };
-                let widths = config.qk_norm_widths();
-                let qk_norms = widths
-                    .map(|[q, k]| {
-                        Ok::<_, anyhow::Error>([
-                            norm(&path("self_attn.q_norm"), q)?,
-                            norm(&path("self_attn.k_norm"), k)?,
-                        ])
-                    })
-                    .transpose()?;
-                Ok(Block {
-                    linears: linears.collect::<Result<_>>()?,
-                    attention_norms: norms(0)?,
-                    mlp_norms: norms(2)?,
-                    qk_norms,
-                    heads: config.heads(layer),
-                    rotation: config.rotation(layer),
-                })
-            })
-            .collect::<Result<Vec<_>>>()?;
-        let positions = config
-            .learned_positions
-            .map(|first| files.weight(names.positions, first + config.max_position_embeddings, d));
-        let projections = (d != e)
-            .then(|| Ok::<_, anyhow::Error>([files.weight(PROJECT_IN, d, e)?, files.weight(PROJECT_OUT, e, d)?]));
-        let weights = Weights {
-            embedding: files.weight(names.embedding, vocab, e)?,
-            positions: positions.transpose()?,
-            projections: projections.transpose()?,
-            blocks,
-            norm: config.final_norm.then(|| norm(names.final_norm, d)).transpose()?,
-            output: match config.tie_word_embeddings {
-                true => None,
-                false => Some(files.weight(names.output, vocab, e)?),
-            },
-        };
-        Self::from_parts(config, weights, files.fingerprint())
-    }
-
     /// A base of existing weights.
     ///
     /// # Errors
@@ -204,7 +125,7 @@ impl Base {
         for (layer, block) in base.weights.blocks.iter().enumerate() {
             check("the number of linear layers", [1, block.linears.len()], [1, shapes.linears().len()])?;
             for (i, (map, linear)) in shapes.linears().iter().zip(&block.linears).enumerate() {
-                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out, map.inp])?;
+                check(&shapes.module_path(layer, i), size(&linear.weight), [map.out_features, map.in_features])?;
             }
             let norms = [&block.attention_norms, &block.mlp_norms];
             for norm in norms.into_iter().flat_map(|n| [&n.before, &n.inner, &n.after]).flatten() {
@@ -224,6 +145,48 @@ impl Base {
             *weight = weight.clone().with_compute(compute);
         }
         self
+    }
+
+    /// The same base on a device, or on the host for `None`: the device's passes read copies of the weights there, which are
+    /// uploaded in the order of the files. `progress` is called with the number of uploaded and of all bytes.
+    ///
+    /// # Errors
+    /// If the device does not support the type that products are computed in, device memory is out, or a copy fails.
+    pub fn on(mut self, device: Option<Device>, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
+        let w = &mut self.weights;
+        let linears = w.blocks.iter_mut().flat_map(|b| &mut b.linears).map(|l| &mut l.weight);
+        let outside = [&mut w.embedding].into_iter().chain(&mut w.positions).chain(w.projections.iter_mut().flatten());
+        let mut all: Vec<&mut Weight> = outside.chain(linears).chain(&mut w.output).collect();
+        for weight in &mut all {
+            **weight = weight.clone().with_place(device.clone());
+        }
+        if let Some(device) = &device {
+            let element = all.first().map_or(Element::F32, |weight| weight.compute().element());
+            if !device.supports(element) {
+                return Err(invalid!(
+                    "{} does not compute in {element}; set [base] compute_dtype = \"f16\" or \"f32\"",
+                    device.name()
+                ));
+            }
+            let bytes = all.iter().map(|weight| weight.size_in_bytes()).sum();
+            let mut done = 0;
+            for weight in all {
+                weight.on(device)?;
+                done += weight.size_in_bytes();
+                progress(done, bytes);
+            }
+        }
+        Ok(self)
+    }
+
+    /// The device that passes run on; `None` is the host.
+    pub fn place(&self) -> Option<&Device> {
+        self.weights.embedding.place()
+    }
+
+    /// Begins a pass on the base's device, which lasts as long as the value.
+    fn pass(&self) -> Option<Pass> {
+        self.place().map(Device::pass)
     }
 
     /// The configuration.
@@ -364,6 +327,7 @@ impl Base {
     /// # Errors
     /// If the adapter was made for another base, or a sequence is longer than the context.
     pub fn hidden(&self, batch: &Batch, adapter: Option<&Adapter>) -> Result<Array> {
+        let _pass = self.pass();
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
@@ -374,12 +338,13 @@ impl Base {
         embeddings.output(x, &mut unused)
     }
 
-    /// Hidden states (N, D) after the final norm, and the tensors saved for `backward`. Blocks below the adapter's first LoRA
-    /// weights save nothing.
+    /// Hidden states (N, D) after the final norm, and the tensors saved for `backward`. Blocks below the adapter's
+    /// first LoRA weights save nothing.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
     pub fn forward(&self, batch: &Batch, adapter: &Adapter, recompute: Recompute) -> Result<(Array, Tape)> {
+        let _pass = self.pass();
         self.check(Some(adapter), batch.longest())?;
         let layout = Layout::of(batch);
         let (embeddings, mut saved) = (Embeddings::of(self, Some(adapter)), embeddings::Saved::default());
@@ -404,12 +369,13 @@ impl Base {
         Ok((h, Tape { blocks, last: x, first, embeddings: saved }))
     }
 
-    /// Gradients of the adapter's LoRA weights of dL/dh (N, D), except those on the lm_head, which `ops::logprobs` returns.
-    /// Each block's activations are freed after its backward.
+    /// Gradients of the adapter's LoRA weights of dL/dh (N, D), except those on the lm_head, which `ops::logprobs`
+    /// returns. Each block's activations are freed after its backward.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Array) -> Result<Gradients> {
+        let _pass = self.pass();
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
         let embeddings = Embeddings::of(self, Some(adapter));
@@ -433,8 +399,9 @@ impl Base {
         Ok(grads)
     }
 
-    /// Starts generation: runs the prompts, fills a cache with a capacity of `capacity` further tokens per response, and
-    /// returns the hidden state (S, D) of the last prompt token of each. `prompts` (S): each response's prompt in the batch.
+    /// Starts generation: runs the prompts, fills a cache with a capacity of `capacity` further tokens per response,
+    /// and returns the hidden state (S, D) of the last prompt token of each. `prompts` (S): each response's prompt in
+    /// the batch.
     ///
     /// # Errors
     /// As for [`Base::hidden`].
@@ -445,6 +412,7 @@ impl Base {
         adapter: Option<&Adapter>,
         capacity: usize,
     ) -> Result<(Array, KvCache)> {
+        let _pass = self.pass();
         self.check(adapter, batch.longest())?;
         let layout = Layout::of(batch);
         let mut layers = Vec::with_capacity(self.weights.blocks.len());
@@ -472,6 +440,7 @@ impl Base {
         adapter: Option<&Adapter>,
         cache: &mut KvCache,
     ) -> Result<Array> {
+        let _pass = self.pass();
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(tokens, positions, &mut unused)?;
@@ -481,12 +450,12 @@ impl Base {
         embeddings.output(x, &mut unused)
     }
 
-    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S is
-    /// small. Log-probabilities are computed by `ops::logprobs`, without logits.
+    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S
+    /// is small. Log-probabilities are computed by `ops::logprobs`, without logits.
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn logits(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<Array> {
+    pub fn logits(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<candle_core::Tensor> {
         Ok(logprobs::logits(hidden, &self.lm_head(adapter))?)
     }
 }

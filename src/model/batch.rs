@@ -1,9 +1,10 @@
-//! Ragged batches: sequences of any lengths end to end, no padding, no attention mask. Knows token ids alone.
-//! Read block.rs next.
+//! Packed batches: sequences of any lengths, concatenated, without padding or attention mask.
+//!
+//! Padding would cost memory and time. It does not depend on any other file of the program. Read `block/mod.rs` next.
 
 use anyhow::Result;
 
-/// S sequences end to end: N tokens, offsets (S + 1), and each token's position in its own sequence.
+/// S concatenated sequences: N tokens, cumulative lengths (`offsets`, S + 1), and each token's position in its sequence.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Batch {
     tokens: Vec<u32>,
@@ -16,7 +17,7 @@ impl Batch {
     /// Packs sequences.
     ///
     /// # Errors
-    /// If there is none, or one is empty: it has no last token to read anything from.
+    /// If there are no sequences, or one is empty.
     pub fn new<S: AsRef<[u32]>>(sequences: &[S]) -> Result<Self> {
         let mut batch = Self { tokens: vec![], offsets: vec![0], positions: vec![], readable: None };
         for (i, sequence) in sequences.iter().enumerate() {
@@ -30,11 +31,11 @@ impl Batch {
         Ok(batch)
     }
 
-    /// Packs rows that end in pads: of row s only the first `readable[s]` tokens are attended to, by those behind them,
-    /// too. Such a pad reads what stands before the pads, and neither itself nor another.
+    /// Packs rows that end in padding: of row s, only the first `readable[s]` tokens are attended to. A padding token attends
+    /// to these, but neither to itself nor to other padding.
     ///
     /// # Errors
-    /// As for [`Batch::new`]; if a row has no token to read, or fewer than that.
+    /// As for [`Batch::new`]; if `readable[s]` is 0 or more than the row's length.
     pub fn padded<S: AsRef<[u32]>>(rows: &[S], readable: Vec<usize>) -> Result<Self> {
         let batch = Self::new(rows)?;
         let fits = |(row, n): (&S, &usize)| (1..=row.as_ref().len()).contains(n);
@@ -42,58 +43,58 @@ impl Batch {
         Ok(Self { readable: Some(readable), ..batch })
     }
 
-    /// (S) how many tokens of each sequence are attended to; `None` is all.
+    /// Number of tokens of each sequence that are attended to, (S); `None` is all.
     pub fn readable(&self) -> Option<&[usize]> {
         self.readable.as_deref()
     }
 
-    /// S.
+    /// Number of sequences, S.
     pub fn len(&self) -> usize {
         self.offsets.len() - 1
     }
 
-    /// Never true: `new` refuses it.
+    /// Never true: `new` refuses empty batches.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// (N) token ids.
+    /// Token ids, (N).
     pub fn tokens(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// (S + 1): sequence s is rows `offsets[s]..offsets[s + 1]`.
+    /// Cumulative lengths (cu_seqlens), (S + 1): sequence s is rows `offsets[s]..offsets[s + 1]`.
     pub fn offsets(&self) -> &[usize] {
         &self.offsets
     }
 
-    /// (N) positions, from 0 in each sequence.
+    /// Positions, (N), from 0 in each sequence.
     pub fn positions(&self) -> &[u32] {
         &self.positions
     }
 
-    /// Tokens of the longest sequence.
+    /// Length of the longest sequence, in tokens.
     pub fn longest(&self) -> usize {
         self.offsets.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
     }
 
-    /// (S) row of each sequence's last token.
+    /// Row of each sequence's last token, (S).
     pub fn last_rows(&self) -> Vec<usize> {
         self.offsets[1..].iter().map(|end| end - 1).collect()
     }
 }
 
-/// The rows whose next token is predicted, and those tokens: what the head is run over.
+/// The rows whose next token is predicted, and those tokens: where the lm_head is applied.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Targets {
-    /// (R) rows of the batch's hidden states.
+    /// Rows of the batch's hidden states, (R).
     pub rows: Vec<usize>,
-    /// (R) the token after each.
+    /// The token after each row, (R).
     pub tokens: Vec<u32>,
 }
 
 impl Targets {
-    /// The last `responses[s]` tokens of each sequence, in order: response token t is predicted from the row before it.
+    /// Targets for the last `responses[s]` tokens of each sequence, in order: a token is predicted from the row before it.
     ///
     /// # Errors
     /// If a response leaves no token before it to predict from.
@@ -111,15 +112,15 @@ impl Targets {
         Ok(targets)
     }
 
-    /// Every token that `mask` marks; the first token of a sequence cannot be one.
+    /// Targets for the tokens that `mask` marks; the first token of a sequence cannot be one.
     ///
     /// # Errors
-    /// If the mask is of another length or marks a first token.
+    /// If the mask has another length or marks a first token.
     pub fn masked(batch: &Batch, mask: &[bool]) -> Result<Self> {
         anyhow::ensure!(mask.len() == batch.tokens.len(), "a mask of {} for {} tokens", mask.len(), batch.tokens.len());
         let mut targets = Self::default();
         for at in (0..mask.len()).filter(|&at| mask[at]) {
-            anyhow::ensure!(batch.positions[at] > 0, "token {at} is a target, but nothing stands before it");
+            anyhow::ensure!(batch.positions[at] > 0, "token {at} is a target, but it is the first of its sequence");
             targets.rows.push(at - 1);
             targets.tokens.push(batch.tokens[at]);
         }
@@ -127,7 +128,7 @@ impl Targets {
     }
 }
 
-/// 0..n in order, cut so that no part has more than `most` tokens, single sequences apart.
+/// Splits 0..n, in order, into chunks of at most `most` tokens; a longer sequence is a chunk of its own.
 pub fn chunks_by_tokens(lengths: &[usize], most: usize) -> Vec<Vec<usize>> {
     let mut chunks: Vec<Vec<usize>> = vec![];
     let mut filled = usize::MAX;
@@ -161,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn chunks_hold_every_sequence_once_in_order_within_the_budget() {
+    fn chunks_contain_every_sequence_once_in_order_within_the_budget() {
         let lengths = [3, 9, 4, 4, 20, 1];
         assert_eq!(chunks_by_tokens(&lengths, 12), vec![vec![0, 1], vec![2, 3], vec![4], vec![5]]);
         assert!(chunks_by_tokens(&[], 12).is_empty());

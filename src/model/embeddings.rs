@@ -1,5 +1,6 @@
-//! Embedding and final norm/projection: everything before the first and after the last block, with the LoRA weights that an
-//! adapter may have there. Forward and backward. It does not depend on blocks. Read `base.rs` for the whole pass.
+//! Embedding and final norm/projection: everything before the first and after the last block, with the LoRA weights
+//! that an adapter may have there. Forward and backward. It is the part of `base.rs` outside the blocks, in a file of its
+//! own; the two therefore import each other. It does not depend on blocks. Read `base.rs` for the whole pass.
 
 use anyhow::{Context, Result};
 
@@ -71,13 +72,7 @@ impl<'a> Embeddings<'a> {
     }
 
     /// Gradients of the LoRA weights before the blocks, of dL/dx (N, D) at the first block's input.
-    pub(crate) fn input_backward(
-        self,
-        tokens: &[u32],
-        saved: &Saved,
-        dx: &Array,
-        grads: &mut Gradients,
-    ) -> Result<()> {
+    pub(crate) fn input_backward(self, tokens: &[u32], saved: &Saved, dx: &Array, grads: &mut Gradients) -> Result<()> {
         let lora = self.lora(NonBlockModule::Embedding);
         let mut dx = dx.clone();
         if let (Some([into, _]), Some((x, k))) = (&self.weights.projections, &saved.project_in) {
@@ -112,13 +107,7 @@ impl<'a> Embeddings<'a> {
 
     /// dL/dx (N, D) of dL/dh (N, E), x being the last block's output; stores the gradient of the LoRA weights after the
     /// blocks.
-    pub(crate) fn output_backward(
-        self,
-        x: &Array,
-        saved: &Saved,
-        dh: &Array,
-        grads: &mut Gradients,
-    ) -> Result<Array> {
+    pub(crate) fn output_backward(self, x: &Array, saved: &Saved, dh: &Array, grads: &mut Gradients) -> Result<Array> {
         let dh = match (&self.weights.projections, &saved.project_out) {
             (Some([_, out]), Some((h, k))) => {
                 let (input, gradient) =

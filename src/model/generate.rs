@@ -1,6 +1,6 @@
-//! Batched generation with a KV cache: finished sequences leave the batch, each sequence has its own random numbers, and the
-//! log-probability of every sampled token is returned. It does not depend on text: read `tokenizer/mod.rs` for that.
-//! Read `ops/sample/mod.rs` for the choice of a token.
+//! Batched generation with a KV cache: finished sequences leave the batch, each sequence has its own random numbers,
+//! and the log-probability of every sampled token is returned. It does not depend on text: read `tokenizer/mod.rs` for
+//! that. Read `ops/sample/mod.rs` for the choice of a token.
 
 use std::collections::HashMap;
 
@@ -62,8 +62,8 @@ pub struct Response {
 /// Maximum initial capacity of the KV cache in tokens per response; it grows for longer responses.
 pub(crate) const MAX_INITIAL_CAPACITY: usize = 1024;
 
-/// Samples one response per prompt. `seeds` (S): the draws of sequence s depend on `seeds[s]` only, not on the rest of the
-/// batch. `on_token(s, token)` is called for each token.
+/// Samples one response per prompt. `seeds` (S): the draws of sequence s depend on `seeds[s]` only, not on the rest of
+/// the batch. `on_token(s, token)` is called for each token.
 ///
 /// # Errors
 /// If a prompt is empty, fills the context, or the logits are NaN or infinite.
@@ -87,14 +87,14 @@ pub fn generate(
         return Ok(responses);
     }
     // 1. The prompts, in one batch; a prompt that several responses share is run once.
-    let (mut places, mut distinct) = (HashMap::new(), vec![]);
-    let mut place = |prompt| {
-        *places.entry(prompt).or_insert_with(|| {
+    let (mut indices, mut distinct) = (HashMap::new(), vec![]);
+    let mut index_of = |prompt| {
+        *indices.entry(prompt).or_insert_with(|| {
             distinct.push(Vec::clone(prompt));
             distinct.len() - 1
         })
     };
-    let sources: Vec<usize> = prompts.iter().map(&mut place).collect();
+    let sources: Vec<usize> = prompts.iter().map(&mut index_of).collect();
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let capacity = sampling.max_new_tokens.min(context - longest).min(MAX_INITIAL_CAPACITY);
     let (mut hidden, mut cache) =

@@ -1,5 +1,8 @@
-//! The first test of the project: every adapter tensor of every role gets a finite, non-zero gradient, equal to candle's
-//! autograd over a plain composition of the whole network and to a central difference.
+//! Gradient checks of the whole network: every adapter tensor of policy and value model gets a finite, non-zero gradient,
+//! equal to candle's autograd over a plain composition of the network and to central differences.
+//!
+//! They run over every choice of the configuration, so a new model family is tested by adding its choices. Read
+//! `ops/gradcheck.rs` for the checks of single operations.
 
 use std::collections::HashMap;
 
@@ -33,7 +36,7 @@ fn config() -> DecoderConfig {
     DecoderConfig { norm_eps: 1e-5, eos_token_ids: vec![0], model_name: "tiny".into(), ..config }
 }
 
-/// Decoders that between them take every choice that the configuration has.
+/// Configurations that together cover every choice of [`DecoderConfig`].
 fn choices() -> Vec<DecoderConfig> {
     let c = config();
     let full = LayerAttention { window: None, rope: LayerRope::Global };
@@ -41,7 +44,7 @@ fn choices() -> Vec<DecoderConfig> {
     let learned = vec![LayerAttention { rope: LayerRope::None, ..full }; 3];
     let choices = vec![
         c.clone(),
-        // Gemma 2 and 3 in one: every layer of another kind.
+        // Gemma 2 and 3 in one: each layer is of another kind.
         DecoderConfig {
             family: Family::Gemma3,
             norm: NormStyle::RmsPlusOne,
@@ -69,7 +72,7 @@ fn choices() -> Vec<DecoderConfig> {
             logits_multiplier: 0.4,
             ..c.clone()
         },
-        // OPT-350M: norms after the sums, a narrow token table, no last norm.
+        // OPT-350M: norms after the residual sums, a narrow embedding, no final norm.
         DecoderConfig {
             family: Family::Opt,
             norm: NormStyle::Layer,
@@ -109,7 +112,7 @@ fn choices() -> Vec<DecoderConfig> {
     choices.into_iter().map(|c| c.checked("choice").unwrap()).collect()
 }
 
-/// A base of random weights; untied, so that both tables are exercised.
+/// A base of random weights; untied, so that embedding and lm_head are both exercised.
 pub(crate) fn tiny_base() -> Base {
     random_base(config())
 }
@@ -147,8 +150,8 @@ fn random_base(c: DecoderConfig) -> Base {
                     .zip(&biases)
                     .enumerate()
                     .map(|(i, (map, &biased))| FrozenLinear {
-                        weight: w(map.out, map.inp),
-                        bias: biased.then(|| random(map.out, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
+                        weight: w(map.out_features, map.in_features),
+                        bias: biased.then(|| random(map.out_features, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
                     })
                     .collect(),
                 attention_norms: half(0),
@@ -171,7 +174,7 @@ fn random_base(c: DecoderConfig) -> Base {
     Base::from_parts(c, weights, "tiny".into()).unwrap()
 }
 
-/// An adapter whose B is not zero and whose alpha is not its rank.
+/// An adapter with B not zero and alpha different from its rank.
 pub(crate) fn adapter(base: &Base, layers: Option<Vec<usize>>, seed: u64) -> Adapter {
     let config = LoraConfig {
         r: 3,
@@ -209,13 +212,13 @@ fn dense(w: &Weight) -> Tensor {
     Tensor::from_vec(w.to_f32(), (w.rows(), w.cols()), &Device::Cpu).unwrap()
 }
 
-/// The whole network out of candle's plain operations: hidden states (N, E) as the head reads them.
+/// The whole network composed of candle's operations: hidden states (N, E), the input of the lm_head.
 fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: f64) -> candle_core::Result<Tensor> {
     let (c, dev, names, shapes) = (base.config(), &Device::Cpu, base.config().names(), base.shapes());
     let weights: HashMap<String, Tensor> = base.weights().into_iter().map(|(n, w)| (n, dense(w))).collect();
     let vectors: HashMap<String, Tensor> =
         base.vectors().into_iter().map(|(n, v)| (n, Tensor::new(&v[..], dev).unwrap())).collect();
-    // No such tensor: no such norm.
+    // A norm without a weight is the identity.
     let norm = |x: &Tensor, path: &str| -> candle_core::Result<Tensor> {
         let Some(weight) = vectors.get(&format!("{path}.weight")) else { return Ok(x.clone()) };
         let x = match c.norm {
@@ -240,7 +243,7 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
             _ => Ok(y),
         }
     };
-    // OPT-350M's maps in and out of the blocks; where there is none, x.
+    // OPT-350M's projections; the identity where there is none.
     let project = |x: Tensor, name: &str| match weights.get(name) {
         Some(w) => with_branch(&x, x.matmul(&w.t()?)?, name.trim_end_matches(".weight")),
         None => Ok(x),
@@ -278,7 +281,7 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
             let angles: Vec<f32> = (0..t).flat_map(|p| freqs.iter().map(move |f| p as f32 * f)).collect();
             let angles = Tensor::from_vec(angles, (t, half), dev)?;
             let (cos, sin) = ((angles.cos()? * factor)?, (angles.sin()? * factor)?);
-            let turn = |x: Tensor| {
+            let rotate = |x: Tensor| {
                 if kind.rope == LayerRope::None {
                     return Ok(x);
                 }
@@ -315,8 +318,8 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
                     QkNorm::Whole | QkNorm::None => heads(norm(&x, &path(name))?, n),
                 }
             };
-            let q = turn(normed(q.contiguous()?, nq, "self_attn.q_norm")?)?;
-            let k = turn(normed(k.contiguous()?, nkv, "self_attn.k_norm")?)?;
+            let q = rotate(normed(q.contiguous()?, nq, "self_attn.q_norm")?)?;
+            let k = rotate(normed(k.contiguous()?, nkv, "self_attn.k_norm")?)?;
             let v = heads(v.contiguous()?, nkv)?;
             let repeat = |x: Tensor| x.unsqueeze(1)?.broadcast_as((nkv, nq / nkv, t, hd))?.reshape((nq, t, hd));
             let mut s = (q.matmul(&repeat(k)?.t()?)? * c.attention_multiplier)?;
@@ -356,7 +359,7 @@ fn relative_error(got: &Tensor, want: &Tensor) -> f32 {
     top(&(got - want).unwrap()) / top(want)
 }
 
-/// Every tensor's gradient: there, finite, not zero, and candle's.
+/// Checks that every tensor has a gradient that is finite, not zero, and equal to candle's.
 fn assert_gradients(adapter: &Adapter, grads: &Gradients, want: impl Fn(&str) -> Option<Tensor>) {
     let trainable = adapter.to_trainable();
     let flat = trainable.flat_gradients(grads).unwrap();
@@ -366,21 +369,21 @@ fn assert_gradients(adapter: &Adapter, grads: &Gradients, want: impl Fn(&str) ->
         let values: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
         assert!(values.iter().all(|v| v.is_finite()), "{name}");
         assert!(values.iter().any(|&v| v != 0.0), "{name}: the gradient is zero");
-        // f32 through three blocks both ways; one wrong term anywhere is orders above.
+        // Rounding of f32 through three blocks, forward and backward; one wrong term gives errors orders of magnitude larger.
         let e = relative_error(got, &want(name).unwrap_or_else(|| panic!("{name}: candle has none")));
         assert!(e < 1e-4, "{name}: relative error {e:e}");
     }
 }
 
 #[test]
-fn every_policy_gradient_is_autograds_for_every_choice_and_every_checkpointing() -> Result<()> {
+fn policy_gradients_equal_autograd_for_every_choice_and_every_recompute_setting() -> Result<()> {
     let (batch, targets) = batch();
     let r = targets.rows.len();
     let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
     for base in choices().into_iter().map(random_base) {
         let table = base.lm_head(None);
-        let whole = Recompute::ALL.map(|checkpoint| (None, checkpoint));
-        for (layers, checkpoint) in whole.into_iter().chain([(Some(vec![1]), Recompute::Off)]) {
+        let whole = Recompute::ALL.map(|recompute| (None, recompute));
+        for (layers, recompute) in whole.into_iter().chain([(Some(vec![1]), Recompute::Off)]) {
             let mut actor = adapter(&base, layers, 3);
             actor = actor.with_score_head(None)?;
             let vars = vars(&actor);
@@ -400,7 +403,7 @@ fn every_policy_gradient_is_autograds_for_every_choice_and_every_checkpointing()
             let want = loss.backward()?;
             let policy = Policy::new(&base, Some(&actor));
             let (stats, grads) =
-                policy.gradients(&batch, &targets, 0.8, checkpoint, |_| Ok((dlogp.clone(), dentropy.clone())))?;
+                policy.gradients(&batch, &targets, 0.8, recompute, |_| Ok((dlogp.clone(), dentropy.clone())))?;
             let family = base.config().family;
             for (name, got, want) in [("logprobs", stats.logprobs, &chosen), ("entropy", stats.entropy, &entropy)] {
                 let e = relative_error(&Tensor::new(got, &Device::Cpu)?, want);
@@ -433,7 +436,7 @@ fn cached_decoding_equals_a_teacher_forced_pass_for_every_choice() -> Result<()>
 }
 
 #[test]
-fn every_scorer_gradient_is_autograds_and_the_heads_too() -> Result<()> {
+fn value_model_gradients_equal_autograd_including_the_heads() -> Result<()> {
     let (batch, targets) = batch();
     for base in choices().into_iter().map(random_base) {
         let critic = adapter(&base, None, 4);
@@ -444,8 +447,8 @@ fn every_scorer_gradient_is_autograds_and_the_heads_too() -> Result<()> {
             plain_hidden(&base, &batch, &vars, 5.0 / 3.0)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
         let values = hidden.matmul(&vars["base_model.model.score.weight"].t()?)?.squeeze(1)?;
         let want = (&values * Tensor::new(&dvalues[..], &Device::Cpu)?)?.sum_all()?.backward()?;
-        let scorer = ValueModel::new(&base, &critic)?;
-        let (got, grads) = scorer.gradients(&batch, &targets.rows, Recompute::Off, |_| Ok(dvalues.clone()))?;
+        let value_model = ValueModel::new(&base, &critic)?;
+        let (got, grads) = value_model.gradients(&batch, &targets.rows, Recompute::Off, |_| Ok(dvalues.clone()))?;
         assert!(relative_error(&Tensor::new(got, &Device::Cpu)?, &values) < 1e-5);
         assert_gradients(&critic, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
         let bias: Vec<f32> = grads.head_bias.as_ref().unwrap().to_vec1()?;
@@ -472,7 +475,7 @@ fn gradients_equal_central_differences_along_themselves() -> Result<()> {
     for (i, g) in flat.iter().enumerate() {
         let g: Vec<f32> = g.flatten_all()?.to_vec1()?;
         let norm = g.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>().sqrt();
-        // Moving this one tensor by eps along its gradient changes the loss by eps * |g|.
+        // Moving this tensor alone by eps along its gradient changes the loss by eps * |g|.
         let eps = 2e-3;
         let mut sides = vec![];
         for sign in [1.0, -1.0] {
@@ -495,14 +498,14 @@ fn sampled_logprobs_equal_a_teacher_forced_pass_and_do_not_depend_on_the_batch()
     let base = tiny_base();
     let actor = adapter(&base, None, 3);
     let policy = Policy::new(&base, Some(&actor));
-    // Two of them are asked twice, and run once.
+    // Two prompts occur twice; each is prefilled once.
     let prompts = vec![vec![3, 4, 5], vec![7], vec![1, 2, 3, 4, 5, 6, 7, 8], vec![9, 9], vec![3, 4, 5], vec![7]];
     let seeds = [11, 12, 13, 14, 15, 16];
     let sampling =
         SamplingParams { temperature: 0.9, top_k: 0, top_p: 1.0, max_new_tokens: 17, stop: vec![0, 1, 2, 3] };
     let got = generate(policy, &prompts, &seeds, &sampling, |_, _| {})?;
     assert!(got.iter().any(|r| r.finish == FinishReason::Stop) && got.iter().any(|r| r.tokens.len() > 4));
-    assert!(got[0].tokens != got[4].tokens && got[1].tokens != got[5].tokens, "each answer has its own draws");
+    assert!(got[0].tokens != got[4].tokens && got[1].tokens != got[5].tokens, "each response has its own random draws");
     for (s, (prompt, response)) in prompts.iter().zip(&got).enumerate() {
         assert_eq!(response.finish == FinishReason::Stop, sampling.stop.contains(response.tokens.last().unwrap()));
         let full: Vec<u32> = prompt.iter().chain(&response.tokens).copied().collect();
@@ -515,7 +518,7 @@ fn sampled_logprobs_equal_a_teacher_forced_pass_and_do_not_depend_on_the_batch()
         let alone = generate(policy, &prompts[s..=s], &seeds[s..=s], &sampling, |_, _| {})?;
         assert_eq!(alone[0].tokens, response.tokens);
     }
-    // Greedy takes the argmax of a scored pass; top-k 1 and a tiny top-p are greedy too.
+    // Greedy decoding takes the argmax of a scored pass; top-k 1 and a tiny top-p are greedy as well.
     let greedy = SamplingParams { temperature: 0.0, stop: vec![], ..sampling.clone() };
     let want = generate(policy, &prompts, &seeds, &greedy, |_, _| {})?;
     for (k, p) in [(1, 1.0), (0, 1e-9)] {
@@ -534,7 +537,7 @@ fn sampled_logprobs_equal_a_teacher_forced_pass_and_do_not_depend_on_the_batch()
 }
 
 #[test]
-fn sampling_follows_the_softmax() -> Result<()> {
+fn sampled_frequencies_follow_the_softmax() -> Result<()> {
     let base = tiny_base();
     let policy = Policy::new(&base, None);
     let n = 4000;

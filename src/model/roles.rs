@@ -1,6 +1,6 @@
-//! Roles: a policy (actor, reference) and a value model (critic, reward model), both views of a base through an adapter.
-//! Nothing is switched on or off, and a view borrows its adapter, so it cannot outlive an optimiser step. It does not depend
-//! on losses. Read `generate.rs` next.
+//! Roles: a policy (actor, reference) and a value model (critic, reward model), both views of a base through an
+//! adapter. Nothing is switched on or off, and a view borrows its adapter, so it cannot outlive an optimiser step. It
+//! does not depend on losses. Read `generate.rs` next.
 
 use anyhow::{Context, Result};
 
@@ -13,6 +13,7 @@ use crate::invalid;
 use crate::model::adapter::NonBlockModule;
 use crate::model::adapter::gradients::sum;
 use crate::model::block::Recompute;
+use crate::ops::columns;
 use crate::ops::kl::{self, Side};
 use crate::ops::logprobs::{self, TokenStats};
 use crate::ops::rows::{gather_rows, scatter_rows};
@@ -81,7 +82,8 @@ impl<'w> Policy<'w> {
         Side { hidden, head: self.base.lm_head(self.adapter) }
     }
 
-    /// Exact KL (R), nats, from this policy with hidden states `rows` (R, D) to another policy of the same base with its own.
+    /// Exact KL (R), nats, from this policy with hidden states `rows` (R, D) to another policy of the same base with
+    /// its own.
     ///
     /// # Errors
     /// If shapes or bases differ.
@@ -89,7 +91,8 @@ impl<'w> Policy<'w> {
         Ok(kl::forward(self.side(rows), other.0.side(other.1), temperature)?.kl)
     }
 
-    /// One forward and backward pass: `loss` gets the targets' statistics and returns dL/dlogp and dL/dentropy, (R) each.
+    /// One forward and backward pass: `loss` gets the targets' statistics and returns dL/dlogp and dL/dentropy, (R)
+    /// each.
     ///
     /// # Errors
     /// As for [`Policy::logprobs`]; if the policy has no adapter; the error of `loss`.
@@ -98,17 +101,17 @@ impl<'w> Policy<'w> {
         batch: &Batch,
         targets: &Targets,
         temperature: f64,
-        checkpoint: Recompute,
+        recompute: Recompute,
         loss: impl FnOnce(&TokenStats) -> Result<(Vec<f32>, Vec<f32>)>,
     ) -> Result<(TokenStats, Gradients)> {
-        self.gradients_against(batch, targets, None, temperature, checkpoint, |stats, _| {
+        self.gradients_against(batch, targets, None, temperature, recompute, |stats, _| {
             let (logprobs, entropy) = loss(stats)?;
             Ok(HeadGradients { logprobs, entropy, kl: None })
         })
     }
 
-    /// As [`Policy::gradients`], for a loss that may also depend on the exact KL (R) to another policy of this base, which is
-    /// given with its hidden states (R, D). Without another policy, `loss` gets an empty slice.
+    /// As [`Policy::gradients`], for a loss that may also depend on the exact KL (R) to another policy of this base,
+    /// which is given with its hidden states (R, D). Without another policy, `loss` gets an empty slice.
     ///
     /// # Errors
     /// As for [`Policy::gradients`]; if `loss` returns dL/dKL and there is no other policy.
@@ -118,11 +121,11 @@ impl<'w> Policy<'w> {
         targets: &Targets,
         other: Option<(Policy<'_>, &Array)>,
         temperature: f64,
-        checkpoint: Recompute,
+        recompute: Recompute,
         loss: impl FnOnce(&TokenStats, &[f32]) -> Result<HeadGradients>,
     ) -> Result<(TokenStats, Gradients)> {
         let adapter = self.adapter.context("a bare base has nothing to train")?;
-        let (hidden, tape) = self.base.forward(batch, adapter, checkpoint)?;
+        let (hidden, tape) = self.base.forward(batch, adapter, recompute)?;
         let rows = gather_rows(&hidden, &targets.rows)?;
         let (n, _) = hidden.dims2()?;
         drop(hidden);
@@ -203,18 +206,18 @@ impl<'w> ValueModel<'w> {
         &self,
         batch: &Batch,
         rows: &[usize],
-        checkpoint: Recompute,
+        recompute: Recompute,
         loss: impl FnOnce(&[f32]) -> Result<Vec<f32>>,
     ) -> Result<(Vec<f32>, Gradients)> {
         let head = self.adapter.head().context("checked in new")?;
         if self.adapter.outer(NonBlockModule::Head).is_some() {
             return Err(invalid!(
-                "this adapter has LoRA weights on the lm_head, which a score does not depend on, so they cannot be trained here; \
-                 leave {} out of target_modules",
+                "this adapter has LoRA weights on the lm_head, which a score does not depend on, so they cannot be \
+                 trained here; leave {} out of target_modules",
                 self.base.shapes().outer(NonBlockModule::Head).map_or("lm_head", |map| map.path)
             ));
         }
-        let (hidden, tape) = self.base.forward(batch, self.adapter, checkpoint)?;
+        let (hidden, tape) = self.base.forward(batch, self.adapter, recompute)?;
         let (n, _) = hidden.dims2()?;
         let picked = gather_rows(&hidden, rows)?;
         drop(hidden);

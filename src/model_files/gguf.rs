@@ -1,5 +1,7 @@
-//! The GGUF container: header, metadata and tensor table, read over a mapped file with every number checked.
-//! Knows what llama.cpp calls tensors, but no tokenizer and no network. Read checkpoint.rs next: it hands tensors out.
+//! The GGUF container: header, metadata and tensor table of a memory-mapped file.
+//!
+//! Files are untrusted, so every count and offset is checked against the file's size. It does not depend on the network or on
+//! names of tensors. Read `contents.rs` next.
 //!
 //! Layout (versions 2 and 3, little-endian): magic, version, tensor count, key count; the keys; the tensor table;
 //! padding to `general.alignment`; the data. Source: ggml's docs/gguf.md.
@@ -10,10 +12,9 @@ use std::ops::Range;
 use anyhow::Result;
 
 use crate::invalid;
-use crate::model::config::{DecoderConfig, Family, NormStyle, QkNorm};
-use crate::ops::weight::{Bytes, RowOrder, StorageDType};
+use crate::ops::weight::{Bytes, StorageDType};
 
-/// One metadata value. Integers of every width become one of the two 64-bit kinds.
+/// One metadata value. Integers of every width become 64-bit ones.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub enum Value {
@@ -28,41 +29,41 @@ pub enum Value {
     Bools(Vec<bool>),
 }
 
-/// One row of the tensor table.
+/// One entry of the tensor table.
 #[derive(Clone, Debug)]
 pub struct GgufTensor {
     /// The name in the file: `blk.0.attn_q.weight`.
     pub name: String,
-    /// Outermost dimension first, as Hugging Face writes it (the file has it the other way round).
+    /// Outermost dimension first, as in Hugging Face's files (GGUF has the reverse order).
     pub shape: Vec<usize>,
-    /// How the numbers are stored.
+    /// Type of its numbers.
     pub dtype: StorageDType,
-    /// Where the bytes are, from the start of the file.
+    /// Its bytes, from the start of the file.
     pub range: Range<usize>,
 }
 
-/// A parsed file. Tensor bytes stay where they are mapped.
+/// A parsed GGUF file. The bytes of its tensors stay memory-mapped.
 pub struct Gguf {
     name: String,
     bytes: Bytes,
     version: u32,
     metadata: BTreeMap<String, Value>,
-    /// Where the type and value of each key are, in the file's order.
+    /// Type and value of each key as bytes of the file, in the file's order.
     places: Vec<(String, Range<usize>)>,
     tensors: Vec<GgufTensor>,
 }
 
-/// ggml allows four dimensions.
+/// The most dimensions of a tensor in ggml.
 const MAX_DIMS: u32 = 4;
-/// The format allows keys of 65535 bytes; names of tensors are far shorter.
+/// The most bytes of a key in the format; names of tensors are far shorter.
 const MAX_NAME: usize = 65_535;
 
 impl Gguf {
-    /// Reads header, metadata and tensor table of `bytes`; `name` is what errors call the file.
+    /// Reads header, metadata and tensor table of `bytes`; `name` is the file's name in error messages.
     ///
     /// # Errors
-    /// If it is no GGUF of version 2 or 3, is cut off, holds a type this program cannot unpack, or names bytes
-    /// outside of itself or the same bytes twice.
+    /// If it is not a GGUF file of version 2 or 3, is cut off, has a tensor of a type that cannot be unpacked, or has tensors
+    /// outside of the file or overlapping.
     pub fn parse(bytes: Bytes, name: &str) -> Result<Self> {
         let mut cursor = Cursor { data: bytes.get(), at: 0, file: name };
         if cursor.take(4, "magic")? != b"GGUF" {
@@ -75,7 +76,7 @@ impl Gguf {
         }
         let tensor_count = cursor.u64("tensor count")?;
         let key_count = cursor.u64("key count")?;
-        // Smallest possible entries: a key is 8 + 4 + 1 bytes, a table row 8 + 4 + 8 + 4 + 8.
+        // Smallest possible entries: a key has 8 + 4 + 1 bytes, a table entry 8 + 4 + 8 + 4 + 8.
         cursor.expect_room(key_count, 13, "metadata keys")?;
         cursor.expect_room(tensor_count, 32, "tensors")?;
 
@@ -87,7 +88,7 @@ impl Gguf {
             let value = cursor.value(kind, &key)?;
             places.push((key.clone(), start..cursor.at));
             if metadata.insert(key.clone(), value).is_some() {
-                return Err(invalid!("{name}: the metadata key {key} stands there twice"));
+                return Err(invalid!("{name}: the metadata key {key} occurs twice"));
             }
         }
         let tensors = read_table(&mut cursor, tensor_count, &metadata)?;
@@ -95,7 +96,7 @@ impl Gguf {
         Ok(Self { name, bytes, version, metadata, places, tensors })
     }
 
-    /// What errors call this file.
+    /// Name of the file in error messages.
     pub fn name(&self) -> &str {
         &self.name
     }
@@ -105,7 +106,7 @@ impl Gguf {
         self.version
     }
 
-    /// All tensors in the order of the table.
+    /// All tensors, in the order of their data.
     pub fn tensors(&self) -> &[GgufTensor] {
         &self.tensors
     }
@@ -115,7 +116,7 @@ impl Gguf {
         self.bytes.slice(tensor.range.clone())
     }
 
-    /// The tensor of this (file's own) name.
+    /// The tensor of this name in the file.
     pub fn tensor(&self, name: &str) -> Option<&GgufTensor> {
         self.tensors.iter().find(|t| t.name == name)
     }
@@ -125,7 +126,7 @@ impl Gguf {
         self.metadata.get(key)
     }
 
-    /// (key, its type and value as the file spells them), for a file that carries them on.
+    /// (key, type and value as bytes of the file), for copying them to another file.
     pub fn raw_values(&self) -> impl Iterator<Item = (&str, &[u8])> {
         self.places.iter().map(|(key, range)| (key.as_str(), &self.bytes.get()[range.clone()]))
     }
@@ -134,10 +135,10 @@ impl Gguf {
         invalid!("{}: the metadata key {key} is not {want}", self.name)
     }
 
-    /// A string, if the key is there.
+    /// A string, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn string(&self, key: &str) -> Result<Option<&str>> {
         match self.get(key) {
             None => Ok(None),
@@ -146,10 +147,10 @@ impl Gguf {
         }
     }
 
-    /// A non-negative integer, if the key is there.
+    /// A non-negative integer, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn unsigned(&self, key: &str) -> Result<Option<u64>> {
         match self.get(key) {
             None => Ok(None),
@@ -159,10 +160,10 @@ impl Gguf {
         }
     }
 
-    /// A floating-point number, if the key is there.
+    /// A floating-point number, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn float(&self, key: &str) -> Result<Option<f64>> {
         match self.get(key) {
             None => Ok(None),
@@ -171,10 +172,10 @@ impl Gguf {
         }
     }
 
-    /// A truth value, if the key is there.
+    /// A boolean, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn boolean(&self, key: &str) -> Result<Option<bool>> {
         match self.get(key) {
             None => Ok(None),
@@ -183,10 +184,10 @@ impl Gguf {
         }
     }
 
-    /// A list of strings, if the key is there.
+    /// A list of strings, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn strings(&self, key: &str) -> Result<Option<&[String]>> {
         match self.get(key) {
             None => Ok(None),
@@ -195,10 +196,10 @@ impl Gguf {
         }
     }
 
-    /// A list of integers, if the key is there.
+    /// A list of integers, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn integers(&self, key: &str) -> Result<Option<&[i64]>> {
         match self.get(key) {
             None => Ok(None),
@@ -207,10 +208,10 @@ impl Gguf {
         }
     }
 
-    /// A list of floating-point numbers, if the key is there.
+    /// A list of floating-point numbers, if the key exists.
     ///
     /// # Errors
-    /// If the key holds something else.
+    /// If its value is of another type.
     pub fn floats(&self, key: &str) -> Result<Option<&[f32]>> {
         match self.get(key) {
             None => Ok(None),
@@ -220,7 +221,7 @@ impl Gguf {
     }
 }
 
-/// Reads the tensor table and checks that every tensor lies inside the file, aligned, on bytes of its own.
+/// Reads the tensor table and checks that all tensors are inside the file, aligned and not overlapping.
 fn read_table(cursor: &mut Cursor<'_>, count: u64, metadata: &BTreeMap<String, Value>) -> Result<Vec<GgufTensor>> {
     let file = cursor.file;
     let alignment = match metadata.get("general.alignment") {
@@ -266,12 +267,12 @@ fn read_table(cursor: &mut Cursor<'_>, count: u64, metadata: &BTreeMap<String, V
             })?;
         shape.reverse();
         if !names.insert(name.clone()) {
-            return Err(invalid!("{file}: tensor {name} stands twice in the table"));
+            return Err(invalid!("{file}: tensor {name} occurs twice in the table"));
         }
         let start = usize::try_from(offset).ok().filter(|o| o % alignment == 0).ok_or_else(|| {
             invalid!("{file}: tensor {name} begins at {offset}, which is no multiple of the alignment {alignment}")
         })?;
-        // From the start of the data for now: where that is, is known after the last row of the table.
+        // Offsets are from the start of the data, which is known after the last entry of the table.
         tensors.push((GgufTensor { name, shape, dtype, range: 0..0 }, start, size));
     }
     let data = cursor.at.next_multiple_of(alignment);
@@ -298,7 +299,7 @@ fn read_table(cursor: &mut Cursor<'_>, count: u64, metadata: &BTreeMap<String, V
     Ok(tensors)
 }
 
-/// Names of ggml types that exist and are not unpacked here, so that the error is in the user's words.
+/// Name of a ggml type that is not supported, for error messages.
 fn unread_type_name(kind: u32) -> &'static str {
     match kind {
         9 => " (q8_1)",
@@ -321,113 +322,7 @@ fn unread_type_name(kind: u32) -> &'static str {
     }
 }
 
-/// Hugging Face's name of a GGUF's tensor in a decoder of this configuration; `None` for one that it does not have.
-pub fn hf_name(config: &DecoderConfig, gguf_name: &str) -> Option<String> {
-    let names = config.names();
-    match gguf_name {
-        "token_embd.weight" => return Some(names.embedding.into()),
-        "output.weight" => return Some(names.output.into()),
-        "position_embd.weight" if config.learned_positions.is_some() => return Some(names.positions.into()),
-        _ => {}
-    }
-    let (path, kind) = gguf_name.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
-    let hf = match path {
-        "output_norm" => format!("{}.{kind}", names.final_norm),
-        _ => {
-            let (layer, part) = path.strip_prefix("blk.")?.split_once('.')?;
-            // The number is parsed and printed again, so that `blk.007` cannot stand for layer 7 beside `blk.7`.
-            let layer = layer.parse::<u32>().ok().filter(|n| n.to_string() == layer)?;
-            format!("{}.{layer}.{}.{kind}", names.blocks, block_part(config, part)?)
-        }
-    };
-    (kind == "weight" || config.expects_bias(&hf)).then_some(hf)
-}
-
-/// What llama.cpp calls the tensor of this Hugging Face name: the inverse of [`hf_name`].
-pub fn gguf_name(config: &DecoderConfig, hf: &str) -> Option<String> {
-    let names = config.names();
-    let (path, kind) = hf.rsplit_once('.').filter(|(_, kind)| ["weight", "bias"].contains(kind))?;
-    let inside = path.strip_prefix(names.blocks).and_then(|rest| rest.strip_prefix('.')?.split_once('.'));
-    let found = match inside {
-        Some((layer, part)) => {
-            let part = BLOCK_PARTS.into_iter().find(|known| block_part(config, known) == Some(part))?;
-            format!("blk.{layer}.{part}.{kind}")
-        }
-        None if path == names.final_norm => format!("output_norm.{kind}"),
-        None => ["token_embd.weight", "output.weight", "position_embd.weight"]
-            .into_iter()
-            .find(|known| hf_name(config, known).as_deref() == Some(hf))?
-            .to_owned(),
-    };
-    (kind == "weight" || config.expects_bias(hf)).then_some(found)
-}
-
-/// How a GGUF file keeps the rows of the tensor of this Hugging Face name (llama.cpp `convert_hf_to_gguf.py`).
-pub(crate) fn row_order(config: &DecoderConfig, hf_name: &str) -> RowOrder {
-    let is = |path: &str| hf_name.contains(path);
-    let head_dim = config.head_dim;
-    match config.family {
-        // The architectures whose rotation turns neighbours.
-        Family::Llama | Family::Mistral | Family::Granite | Family::SmolLm3 if is(".q_proj.") || is(".k_proj.") => {
-            RowOrder::RopeInterleaved { head_dim }
-        }
-        Family::GptNeoX if is(".query_key_value.") => {
-            RowOrder::HeadsApart { head_dim, heads: config.num_attention_heads }
-        }
-        _ => RowOrder::AsStored,
-    }
-}
-
-/// Whether a GGUF file keeps this tensor with 1 added: the norms of Gemma.
-pub(crate) fn adds_one(config: &DecoderConfig, hf_name: &str) -> bool {
-    config.norm == NormStyle::RmsPlusOne && hf_name.ends_with("norm.weight")
-}
-
-/// llama.cpp's names of the tensors of a block.
-const BLOCK_PARTS: [&str; 14] = [
-    "attn_norm",
-    "post_attention_norm",
-    "ffn_norm",
-    "post_ffw_norm",
-    "attn_q",
-    "attn_k",
-    "attn_v",
-    "attn_qkv",
-    "attn_q_norm",
-    "attn_k_norm",
-    "attn_output",
-    "ffn_gate",
-    "ffn_up",
-    "ffn_down",
-];
-
-/// The path inside a block of one of its tensors.
-fn block_part(config: &DecoderConfig, part: &str) -> Option<&'static str> {
-    let names = config.names();
-    let of = |paths: &'static [&'static str], i: usize, fused: bool| {
-        (fused == (paths.len() == 1)).then(|| paths.get(i).copied()).flatten()
-    };
-    let norm = |i: usize| Some(names.norms[i]).filter(|n| !n.is_empty());
-    match part {
-        "attn_norm" => norm(0),
-        "post_attention_norm" => norm(1),
-        "ffn_norm" => norm(2),
-        "post_ffw_norm" => norm(3),
-        "attn_q" => of(names.qkv, 0, false),
-        "attn_k" => of(names.qkv, 1, false),
-        "attn_v" => of(names.qkv, 2, false),
-        "attn_qkv" => of(names.qkv, 0, true),
-        "attn_q_norm" if config.qk_norm != QkNorm::None => Some("self_attn.q_norm"),
-        "attn_k_norm" if config.qk_norm != QkNorm::None => Some("self_attn.k_norm"),
-        "attn_output" => Some(names.attention_out),
-        "ffn_gate" => of(names.mlp_in, 0, false),
-        "ffn_up" => of(names.mlp_in, 1, false).or(of(names.mlp_in, 0, true)),
-        "ffn_down" => Some(names.mlp_out),
-        _ => None,
-    }
-}
-
-/// Walks the file; every read is checked against its end.
+/// A read position in the file; every read is checked against its end.
 struct Cursor<'a> {
     data: &'a [u8],
     at: usize,
@@ -499,7 +394,7 @@ impl<'a> Cursor<'a> {
             _ => return Err(invalid!("{}: the list {key} has elements of the unread type {kind}", self.file)),
         };
         self.expect_room(count, least, &format!("elements of {key}"))?;
-        // Collecting from a range of u64 reserves nothing that `expect_room` has not seen bytes for.
+        // Collecting a range of u64 reserves no more than `expect_room` has checked.
         Ok(match kind {
             6 | 12 => Value::Floats((0..count).map(|_| Ok(self.number(kind, key)? as f32)).collect::<Result<_>>()?),
             7 => Value::Bools((0..count).map(|_| self.boolean(key)).collect::<Result<_>>()?),
@@ -508,7 +403,7 @@ impl<'a> Cursor<'a> {
         })
     }
 
-    /// Any integer type; a u64 keeps its bits.
+    /// A value of any integer type; a u64 keeps its bits.
     fn integer(&mut self, kind: u32, key: &str) -> Result<i64> {
         Ok(match kind {
             0 => i64::from(self.array::<1>(key)?[0]),
@@ -523,7 +418,7 @@ impl<'a> Cursor<'a> {
 
     fn number(&mut self, kind: u32, key: &str) -> Result<f64> {
         Ok(if kind == 6 {
-            // Through the decimal digits: 1e-5 stored as f32 is meant as 1e-5, not as 9.999999747e-6.
+            // Through decimal digits, so that 1e-5 stored as f32 becomes 1e-5 and not 9.999999747e-6.
             let stored = f32::from_le_bytes(self.array(key)?);
             stored.to_string().parse().unwrap_or(f64::from(stored))
         } else {
@@ -535,7 +430,7 @@ impl<'a> Cursor<'a> {
         match self.array::<1>(key)?[0] {
             0 => Ok(false),
             1 => Ok(true),
-            other => Err(invalid!("{}: the truth value {key} is {other}, neither 0 nor 1", self.file)),
+            other => Err(invalid!("{}: the boolean {key} is {other}, neither 0 nor 1", self.file)),
         }
     }
 }

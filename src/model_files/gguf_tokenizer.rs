@@ -1,5 +1,7 @@
-//! A GGUF file's `tokenizer.ggml.*` keys -> the tokenizer.json and tokenizer_config.json of Hugging Face.
-//! Knows the two kinds that llama files carry: byte-level BPE and SentencePiece BPE. Read tokenizer.rs next.
+//! The `tokenizer.ggml.*` keys of a GGUF file -> Hugging Face's tokenizer.json and tokenizer_config.json.
+//!
+//! So one tokenizer implementation serves both formats. Supported are llama.cpp's kinds gpt2 (byte-level BPE) and llama
+//! (SentencePiece BPE). It does not depend on weights. Read `tokenizer/mod.rs` next.
 
 use std::collections::HashMap;
 
@@ -8,6 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::invalid;
 use crate::model_files::gguf::Gguf;
+use crate::tokenizer::{Tokenizer, TokenizerFiles};
 
 /// `llama_token_type` in llama.cpp.
 const NORMAL: i64 = 1;
@@ -15,21 +18,21 @@ const UNKNOWN: i64 = 2;
 const CONTROL: i64 = 3;
 const USER_DEFINED: i64 = 4;
 
-/// Looking for the halves of a token takes time with the square of its length.
+/// The most bytes of a token: finding its merges takes time quadratic in its length.
 const LONGEST_TOKEN: usize = 1024;
 
-/// How Llama 3 cuts text before merging: contractions, words, up to three digits, punctuation, white space.
+/// Llama 3's split pattern: contractions, words, up to three digits, punctuation, white space.
 pub(crate) const LLAMA3_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
-/// Qwen 2's: the same with single digits.
+/// Qwen 2's split pattern: Llama 3's with single digits.
 pub(crate) const QWEN2_SPLIT: &str = concat!(
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}",
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 );
 
-/// The tokenizer as Hugging Face's two files.
+/// A tokenizer as Hugging Face's two files.
 pub struct TokenizerJson {
     /// tokenizer.json.
     pub tokenizer: String,
@@ -37,10 +40,10 @@ pub struct TokenizerJson {
     pub config: String,
 }
 
-/// Rebuilds the tokenizer that `gguf` describes.
+/// Rebuilds the tokenizer of a GGUF file as Hugging Face's files.
 ///
 /// # Errors
-/// If the file has no tokenizer, or one of a kind or with a pre-tokenizer that is not known here.
+/// If the file has no tokenizer, or one whose kind or pre-tokenizer is not supported.
 pub fn rebuild(gguf: &Gguf) -> Result<TokenizerJson> {
     let parts = Parts::read(gguf)?;
     let mut json = match parts.kind {
@@ -53,6 +56,16 @@ pub fn rebuild(gguf: &Gguf) -> Result<TokenizerJson> {
     json.insert("added_tokens".into(), parts.added_tokens());
     json.insert("post_processor".into(), parts.post_processor());
     Ok(TokenizerJson { tokenizer: Value::Object(json).to_string(), config: parts.config().to_string() })
+}
+
+/// The tokenizer of a GGUF file.
+///
+/// # Errors
+/// Those of [`rebuild`] and [`Tokenizer::from_files`].
+pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
+    let json = rebuild(gguf)?;
+    let files = TokenizerFiles { tokenizer: &json.tokenizer, config: Some(&json.config), ..TokenizerFiles::default() };
+    Tokenizer::from_files(files, gguf.name())
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -103,7 +116,7 @@ impl<'a> Parts<'a> {
             inside.map(Some).ok_or_else(|| invalid!("{file}: tokenizer.ggml.{key} = {id} is outside the vocabulary"))
         };
         let bos = id("bos_token_id")?;
-        // What llama.cpp does where the file does not say.
+        // llama.cpp's default.
         let by_default = kind == Kind::SentencePiece || is_llama3(pre);
         Ok(Self {
             gguf,
@@ -157,7 +170,7 @@ impl<'a> Parts<'a> {
         let merges = self.gguf.strings("tokenizer.ggml.merges")?;
         let merges = merges.ok_or_else(|| invalid!("{file}: tokenizer.ggml.merges is missing"))?;
         let merges = merges.iter().map(|merge| match merge.split_once(' ') {
-            // Neither half can hold a space: byte-level tokens write it as Ġ.
+            // Neither half can contain a space: byte-level tokens write it as Ġ.
             Some((left, right)) if !right.contains(' ') => Ok(json!([left, right])),
             _ => Err(invalid!("{file}: {merge:?} in tokenizer.ggml.merges is not two tokens with a space between")),
         });
@@ -173,7 +186,7 @@ impl<'a> Parts<'a> {
                 "end_of_word_suffix": null,
                 "fuse_unk": false,
                 "byte_fallback": false,
-                // A word that is a token stays one, even where no chain of merges leads there.
+                // Llama 3 keeps a word that is a token, even if no merges lead to it.
                 "ignore_merges": is_llama3(self.pre),
                 "vocab": self.vocabulary(),
                 "merges": merges.collect::<Result<Vec<_>>>()?,
@@ -214,8 +227,8 @@ impl<'a> Parts<'a> {
         })))
     }
 
-    /// SentencePiece joins the pair whose joint token has the best score; a list of merges in that order does the
-    /// same. Only normal tokens take part: `<s>` must not come out of `<` and `s>`.
+    /// SentencePiece merges the pair whose merged token has the best score; a list of merges in that order is equivalent.
+    /// Only normal tokens are merged: `<` and `s>` must not become `<s>`.
     fn merges_from_scores(&self) -> Result<Vec<[&str; 2]>> {
         let file = self.gguf.name();
         let scores = self.gguf.floats("tokenizer.ggml.scores")?.unwrap_or_default();
@@ -244,7 +257,7 @@ impl<'a> Parts<'a> {
         Ok(merges.into_iter().map(|(_, _, l, r)| [self.tokens[l].as_str(), self.tokens[r].as_str()]).collect())
     }
 
-    /// Tokens found in text before anything is cut or merged; the special ones are left out of decoded text.
+    /// Tokens that are matched in the text before it is split; special ones are omitted from decoded text.
     fn added_tokens(&self) -> Value {
         let wanted = |id: &usize| match self.token_type(*id) {
             CONTROL | USER_DEFINED => true,
@@ -311,3 +324,6 @@ fn object(value: Value) -> Map<String, Value> {
         _ => Map::new(),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,9 +1,9 @@
-//! Files of a repository on the Hugging Face hub, in the cache that huggingface_hub uses. Behind the feature `hub`.
+//! Downloads files of a Hugging Face repository into the cache that huggingface_hub uses. Requires the feature `hub`.
 //!
-//! A revision is resolved to its commit once and the files are those of that commit; what is there is not fetched again,
-//! what broke off goes on where it ended, and nothing is written outside the repository's folder of the cache, whatever
-//! names the server sends. `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HF_TOKEN` mean what they mean to
-//! huggingface_hub. The token goes to the endpoint alone, never to where it redirects, and into no message.
+//! A revision is resolved to its commit once, and all files are of that commit. Existing files are not downloaded again,
+//! interrupted downloads are resumed, and nothing is written outside of the repository's cache folder, whatever file names the
+//! server sends. `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HF_TOKEN` have huggingface_hub's meaning. The
+//! token is sent to the endpoint only, never to a redirect target, and is not printed. It does not depend on file formats.
 
 use std::fmt;
 use std::fs::{self, File};
@@ -16,12 +16,12 @@ use ureq::http::StatusCode;
 
 use crate::invalid;
 
-/// What a repository holds.
+/// Kind of a repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RepoKind {
-    /// A model: its files are at `/<id>/resolve/…`.
+    /// A model; its files are at `/<id>/resolve/…`.
     Model,
-    /// A data set: its files are at `/datasets/<id>/resolve/…`.
+    /// A data set; its files are at `/datasets/<id>/resolve/…`.
     Dataset,
 }
 
@@ -34,12 +34,12 @@ impl RepoKind {
     }
 }
 
-/// A secret that prints as dots.
+/// An access token. Its `Debug` output does not contain it.
 #[derive(Clone)]
 pub struct Token(String);
 
 impl Token {
-    /// Holds `text` without white space around it; None where nothing is left.
+    /// A token without surrounding white space; `None` if it is empty.
     pub fn new(text: &str) -> Option<Self> {
         Some(text.trim()).filter(|text| !text.is_empty()).map(|text| Self(text.to_owned()))
     }
@@ -51,20 +51,20 @@ impl fmt::Debug for Token {
     }
 }
 
-/// A hub and the folder its files are kept in.
+/// A hub and its local cache.
 #[derive(Clone, Debug)]
 pub struct Hub {
-    /// Where it answers, without a slash at the end.
+    /// URL of the hub, without a slash at the end.
     pub endpoint: String,
-    /// The folder of all repositories.
+    /// Cache folder of all repositories.
     pub cache: PathBuf,
-    /// For repositories that are not public.
+    /// Access token, for repositories that are not public.
     pub token: Option<Token>,
-    /// Is the cache all there is?
+    /// Whether only the cache is used.
     pub offline: bool,
 }
 
-/// What the hub says of a revision.
+/// The hub's description of a revision.
 #[derive(Deserialize)]
 struct Revision {
     sha: String,
@@ -77,14 +77,14 @@ struct Sibling {
     rfilename: String,
 }
 
-/// Most bytes of a list of files.
+/// The most bytes of a list of files.
 const MAX_LISTING: u64 = 64 << 20;
 
 impl Hub {
-    /// As the environment says: `https://huggingface.co` and `~/.cache/huggingface/hub` where it says nothing.
+    /// The hub that the environment configures; `https://huggingface.co` and `~/.cache/huggingface/hub` by default.
     ///
     /// # Errors
-    /// Neither `HF_HUB_CACHE`, `HF_HOME` nor `HOME` is set.
+    /// If neither `HF_HUB_CACHE`, `HF_HOME` nor `HOME` is set.
     pub fn from_env() -> Result<Self> {
         Self::from(|name| std::env::var(name).ok().filter(|value| !value.is_empty()))
     }
@@ -106,12 +106,12 @@ impl Hub {
         })
     }
 
-    /// The folder with the files of `id` at `revision` (a branch, tag or commit) that `wanted` accepts by their names; the
-    /// missing ones are fetched.
+    /// The folder with the files of `id` at `revision` (a branch, tag or commit) whose names `wanted` accepts. Missing
+    /// ones are downloaded.
     ///
     /// # Errors
-    /// No such repository or revision, no file wanted, a hub that does not answer, a name that leaves the folder; offline,
-    /// a revision that is not in the cache. The message says what to do.
+    /// If the repository or revision does not exist, no file is wanted, the hub does not respond, or a name leaves the folder;
+    /// offline, if the revision is not in the cache. The message contains a remedy.
     pub fn fetch(&self, kind: RepoKind, id: &str, revision: &str, wanted: &dyn Fn(&str) -> bool) -> Result<PathBuf> {
         if id.split('/').count() > 2 || !is_plain(id) || !is_plain(revision) {
             return Err(invalid!("{id:?} at {revision:?} is no repository of the hub; expected owner/name"));
@@ -127,17 +127,17 @@ impl Hub {
         }
         let url = format!("{}/api/{}/{id}/revision/{}", self.endpoint, kind.plural(), revision.replace('/', "%2F"));
         let mut listing = Vec::new();
-        let answer = self.get(&url, 0, id)?;
-        answer
+        let response = self.get(&url, 0, id)?;
+        response
             .into_body()
             .into_reader()
             .take(MAX_LISTING)
             .read_to_end(&mut listing)
             .context("reading the hub's list")?;
         let found: Revision = serde_json::from_slice(&listing)
-            .map_err(|error| invalid!("{url}: the answer is no list of files: {error}; is this a hub?"))?;
+            .map_err(|error| invalid!("{url}: the response is not a list of files: {error}; is this a hub?"))?;
         if found.sha.len() < 7 || !found.sha.chars().all(|c| c.is_ascii_hexdigit()) {
-            return Err(invalid!("{url}: the commit {:?} is none", found.sha));
+            return Err(invalid!("{url}: the commit {:?} is not valid", found.sha));
         }
         let snapshot = repo.join("snapshots").join(&found.sha);
         let names: Vec<&str> =
@@ -164,7 +164,8 @@ impl Hub {
         Ok(snapshot)
     }
 
-    /// One file, whole or not at all under its name; one process at a time, after whatever part an earlier one left.
+    /// Downloads one file, which gets its name when it is complete. One process at a time downloads it, resuming an earlier
+    /// partial download.
     fn download(&self, url: &str, target: &Path, repo: &Path, id: &str) -> Result<()> {
         let folder = repo.join("blobs");
         fs::create_dir_all(&folder)?;
@@ -177,19 +178,19 @@ impl Hub {
             return Ok(()); // another process was faster
         }
         let mut start = file.metadata()?.len();
-        let mut answer = self.get(url, start, id);
-        if start > 0 && answer.as_ref().is_ok_and(|answer| answer.status() != StatusCode::PARTIAL_CONTENT) {
+        let mut response = self.get(url, start, id);
+        if start > 0 && response.as_ref().is_ok_and(|response| response.status() != StatusCode::PARTIAL_CONTENT) {
             file.set_len(0)?;
             start = 0;
-        } else if start > 0 && answer.is_err() {
-            // The rest may not be there any more, or all of it is: from the beginning.
+        } else if start > 0 && response.is_err() {
+            // The server cannot continue, or the partial file is already complete: start again.
             file.set_len(0)?;
             start = 0;
-            answer = self.get(url, 0, id);
+            response = self.get(url, 0, id);
         }
-        let answer = answer?;
-        let length = answer.headers().get("content-length").and_then(|text| text.to_str().ok()?.parse::<u64>().ok());
-        let copied = std::io::copy(&mut answer.into_body().into_reader(), &mut file);
+        let response = response?;
+        let length = response.headers().get("content-length").and_then(|text| text.to_str().ok()?.parse::<u64>().ok());
+        let copied = std::io::copy(&mut response.into_body().into_reader(), &mut file);
         let copied = copied.map_err(|e| anyhow::anyhow!("the connection broke off ({e}); start again to go on"))?;
         file.flush()?;
         file.sync_all()?;
@@ -212,7 +213,7 @@ impl Hub {
             .build()
             .into();
         let mut request = agent.get(url).header("user-agent", concat!("fourfold/", env!("CARGO_PKG_VERSION")));
-        // As it is stored: a length that compares with what arrives.
+        // Without compression, so that content-length equals the bytes received.
         request = request.header("accept-encoding", "identity");
         if let Some(Token(token)) = &self.token {
             request = request.header("authorization", format!("Bearer {token}"));
@@ -220,14 +221,14 @@ impl Hub {
         if from > 0 {
             request = request.header("range", format!("bytes={from}-"));
         }
-        let answer = request.call().map_err(|error| {
-            anyhow::anyhow!("{} does not answer: {error}; HF_HUB_OFFLINE=1 uses what is in the cache", self.endpoint)
+        let response = request.call().map_err(|error| {
+            anyhow::anyhow!("{} does not respond: {error}; HF_HUB_OFFLINE=1 uses what is in the cache", self.endpoint)
         })?;
-        match answer.status() {
-            status if status.is_success() => Ok(answer),
+        match response.status() {
+            status if status.is_success() => Ok(response),
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(invalid!(
                 "{id}: the hub refuses it ({}); set HF_TOKEN to a token that may read it, and accept its terms on the hub",
-                answer.status()
+                response.status()
             )),
             StatusCode::NOT_FOUND => Err(invalid!("{id}: the hub has no such repository, revision or file ({url})")),
             status => Err(anyhow::anyhow!("{url}: the hub answers {status}; try again later")),
@@ -235,7 +236,7 @@ impl Hub {
     }
 }
 
-/// The folder of a revision in the cache.
+/// The cached folder of a revision.
 fn cached(repo: &Path, revision: &str) -> Option<PathBuf> {
     let commit = fs::read_to_string(repo.join("refs").join(revision)).unwrap_or_else(|_| revision.to_owned());
     let commit = commit.trim();
@@ -243,13 +244,13 @@ fn cached(repo: &Path, revision: &str) -> Option<PathBuf> {
     (is_plain(commit) && folder.is_dir()).then_some(folder)
 }
 
-/// A name of the hub: letters, digits, `-`, `_`, `.` and `/`, and no step upwards.
+/// Whether a name has only letters, digits, `-`, `_`, `.` and `/`, and no parent directory.
 fn is_plain(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
     name.chars().all(plain) && stays_inside(name)
 }
 
-/// Does a name, joined to a folder, stay in it?
+/// Whether a name, joined to a folder, stays in it.
 fn stays_inside(name: &str) -> bool {
     let path = Path::new(name);
     !name.is_empty()
@@ -257,7 +258,7 @@ fn stays_inside(name: &str) -> bool {
         && path.components().all(|part| matches!(part, Component::Normal(_)))
 }
 
-/// A path of a URL.
+/// A file name, percent-encoded for a URL.
 fn encoded(name: &str) -> String {
     let mut out = String::new();
     for byte in name.bytes() {
@@ -279,7 +280,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_environment_means_what_it_means_to_huggingface_hub() {
+    fn environment_variables_have_huggingface_hubs_meaning() {
         let of = |vars: &[(&str, &str)]| {
             let vars: std::collections::HashMap<String, String> =
                 vars.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect();
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn names_that_leave_the_folder_are_known() {
+    fn names_that_leave_the_folder_are_detected() {
         for name in ["a.json", "data/train-0.parquet", "a b/ü.json"] {
             assert!(stays_inside(name), "{name}");
         }

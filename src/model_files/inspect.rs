@@ -1,5 +1,7 @@
-//! What a model directory, a GGUF file or a PEFT adapter directory holds, as JSON and as text for people.
-//! Reads and decides nothing else. Read model/checkpoint.rs for how a model is opened in earnest.
+//! Describes a model directory, a GGUF file or a PEFT adapter directory, as JSON and as text for people.
+//!
+//! It serves the command `inspect` and does not depend on `ModelFiles`, so a model without a readable tokenizer can be
+//! described. Read `contents.rs` next.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -12,12 +14,13 @@ use serde_json::{Map, Value, json};
 
 use crate::invalid;
 use crate::model::config::RopeScaling;
-use crate::model_files::{FileContents, FileOrigin, map};
+use crate::model_files::contents::{FileContents, FileOrigin};
+use crate::model_files::tensor_table::map;
 
-/// Describes what lies at `path`: an adapter where adapter_config.json is, a model otherwise.
+/// Describes the files at `path`: an adapter if there is an adapter_config.json, otherwise a model.
 ///
 /// # Errors
-/// If nothing readable is there. A model whose tokenizer cannot be read is described, with the reason.
+/// If they cannot be read. A model whose tokenizer cannot be read is described with the reason.
 pub fn inspect(path: &Path) -> Result<Value> {
     if path.join("adapter_config.json").exists() { inspect_adapter(path) } else { inspect_model(path) }
 }
@@ -106,14 +109,14 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
     let mut head = Vec::new();
     let mut layers = std::collections::BTreeSet::new();
     for (name, view) in file.iter() {
-        // A table of the base, which PEFT saves below a branch on it.
+        // A matrix of the base, which PEFT saves with a branch on the embedding or lm_head.
         if name.contains(".base_layer.") {
             continue;
         }
         let parameters: usize = view.shape().iter().product();
         by_type.entry(format!("{:?}", view.dtype()).to_lowercase()).or_default().add(parameters, view.data().len());
         total.add(parameters, view.data().len());
-        // PEFT keeps a sequence classifier's head beside the factors, under the name the model gave it.
+        // PEFT saves a sequence classifier's head with the factors, under the model's name for it.
         if !name.contains(".lora_") && !name.contains("lora_embedding") {
             head.push(json!({"name": name, "shape": view.shape()}));
         }
@@ -237,7 +240,7 @@ mod tests {
     use safetensors::tensor::TensorView;
 
     #[test]
-    fn a_directory_and_a_gguf_are_described_with_their_counts() {
+    fn directories_and_gguf_files_are_described_with_their_counts() {
         let dir = directory();
         let described = inspect(dir.path()).unwrap();
         assert_eq!(described["kind"], "huggingface");
@@ -292,7 +295,7 @@ mod tests {
     }
 
     #[test]
-    fn numbers_are_written_for_people() {
+    fn numbers_are_formatted_for_people() {
         assert_eq!((grouped(134_515_008).as_str(), grouped(7).as_str()), ("134 515 008", "7"));
         assert_eq!((human_bytes(98_362_432).as_str(), human_bytes(416).as_str()), ("98.4 MB", "416 B"));
     }

@@ -1,5 +1,7 @@
-//! What a base is called -> where its files are: a path that is there, or a model of the Hugging Face hub, whose files
-//! are fetched into the hub's cache (feature `hub`). Knows no format. Read checkpoint.rs next; hub.rs does the fetching.
+//! Resolves the name of a base to a path: an existing path, or a model of the Hugging Face hub.
+//!
+//! The files of a hub model are downloaded into the hub's cache (feature `hub`). It does not depend on file formats. Read
+//! `hub.rs` for downloads, `files.rs` for opening the files.
 
 use std::path::{Path, PathBuf};
 
@@ -7,12 +9,23 @@ use anyhow::Result;
 
 use crate::invalid;
 
-/// Files on this machine.
+/// The files of a Hugging Face model beside its weights, in the order in which they are listed.
+pub(crate) const SIDE_FILES: [&str; 7] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+];
+
+/// A resolved name: files on this machine.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Resolved {
-    /// A folder, or a file.
+    /// A directory or a file.
     pub path: PathBuf,
-    /// `owner/name`, where the model is the hub's.
+    /// `owner/name`, if the model is from the hub.
     pub id: Option<String>,
 }
 
@@ -38,14 +51,13 @@ impl<'a> HubModel<'a> {
     }
 }
 
-/// The files that `name` stands for: a path that is there, `hf://owner/name[@revision]` (a branch, tag or commit; `main`
-/// unless given), `hf://owner/name[@revision]/file.gguf`, or `owner/name[@revision]` where no such path is. Of a folder on
-/// the hub, safetensors, configuration and tokenizer are fetched and nothing else. A name that is neither comes back as
-/// the path it may have been meant for.
+/// Resolves `name`, which is an existing path, `hf://owner/name[@revision]` (a branch, tag or commit; `main`
+/// by default), `hf://owner/name[@revision]/file.gguf`, or `owner/name[@revision]` if there is no such path. Of a repository
+/// on the hub, only safetensors, configuration and tokenizer are downloaded. Any other name is returned as a path.
 ///
 /// # Errors
-/// If `hf://` is followed by something else, the program was built without the feature `hub`, or the hub has no such
-/// model, does not answer, or is not to be asked (`HF_HUB_OFFLINE`) and the cache does not have it.
+/// If `hf://` is not followed by a model's id, the program was built without the feature `hub`, or the hub does not have the
+/// model, does not respond, or must not be used (`HF_HUB_OFFLINE`) and the cache does not have the model.
 pub fn resolve(name: &Path) -> Result<Resolved> {
     let text = name.to_str().unwrap_or_default();
     let model = match text.strip_prefix("hf://") {
@@ -56,7 +68,7 @@ pub fn resolve(name: &Path) -> Result<Resolved> {
             )
         })?),
         None if name.exists() => None,
-        // A mistyped file is likelier than a model that is called like one.
+        // A mistyped path is more likely than a model with such a name.
         None => HubModel::parse(text).filter(|m| m.file.is_none() && !text.ends_with(".gguf")),
     };
     match model {
@@ -69,7 +81,6 @@ pub fn resolve(name: &Path) -> Result<Resolved> {
 fn fetch(model: &HubModel<'_>) -> Result<PathBuf> {
     use anyhow::Context;
 
-    use crate::model_files::SIDE_FILES;
     use crate::model_files::hub::{Hub, RepoKind};
 
     let HubModel { id, revision, file } = model;
@@ -108,7 +119,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids_of_the_hub_are_told_from_paths() {
+    fn hub_ids_are_distinguished_from_paths() {
         let parsed = |text| HubModel::parse(text).map(|m| (m.id, m.revision, m.file));
         let id = |text: &str| text.to_string();
         assert_eq!(parsed("me/model"), Some((id("me/model"), "main", None)));
@@ -117,17 +128,17 @@ mod tests {
         for text in ["model", "me/", "/me", "../model", "me/mo del", "me/model/x.bin", "me/model@", "a/b/c"] {
             assert_eq!(parsed(text), None, "{text}");
         }
-        // What is there is a path, and what could be no model as well.
+        // Existing paths, and names that cannot be a model of the hub, are paths.
         for name in ["src/model", "nowhere", "models/llama.gguf", "a/b/c"] {
             assert_eq!(resolve(Path::new(name)).unwrap(), Resolved { path: name.into(), id: None });
         }
-        let said = resolve(Path::new("hf://model")).unwrap_err().to_string();
-        assert!(said.contains("hf://owner/name@revision"), "{said}");
+        let message = resolve(Path::new("hf://model")).unwrap_err().to_string();
+        assert!(message.contains("hf://owner/name@revision"), "{message}");
     }
 
     #[cfg(not(feature = "hub"))]
     #[test]
-    fn without_the_feature_a_model_of_the_hub_is_refused_with_the_way_to_get_it() {
+    fn without_the_feature_hub_models_are_refused_with_a_remedy() {
         for name in ["hf://me/model", "me/model", "hf://me/model/q4.gguf"] {
             let error = resolve(Path::new(name)).unwrap_err();
             assert!(error.to_string().contains("--features hub"), "{error}");

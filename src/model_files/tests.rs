@@ -1,10 +1,12 @@
-//! Small models written to temporary directories, whole and broken.
+//! Tests of opening small models in temporary directories, valid and damaged.
 
+use crate::model_files::ModelFiles;
 use crate::model_files::gguf::tests::Writer;
-use crate::model_files::*;
 use crate::tokenizer::SpecialTokens;
+use safetensors::Dtype;
 use safetensors::tensor::TensorView;
-use serde_json::json;
+use serde_json::{Value, json};
+use std::fs;
 use tempfile::TempDir;
 
 fn config() -> Value {
@@ -41,7 +43,7 @@ fn weights() -> Vec<u8> {
     ])
 }
 
-/// A directory that opens; tests break one file of it.
+/// A valid model directory, of which tests damage one file.
 pub(crate) fn directory() -> TempDir {
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("config.json"), config().to_string()).unwrap();
@@ -94,14 +96,14 @@ pub(crate) fn gguf() -> Vec<u8> {
         .finish()
 }
 
-fn check_tensors(checkpoint: &ModelFiles) {
-    assert_eq!(checkpoint.weight("model.embed_tokens.weight", 4, 8).unwrap().to_f32(), numbers(32, 0.0));
-    assert_eq!(checkpoint.vector("model.norm.weight", 8).unwrap(), numbers(8, 100.0));
-    assert_eq!(checkpoint.weight(Q, 8, 8).unwrap().to_f32(), numbers(64, 200.0));
-    assert!(checkpoint.has(Q) && !checkpoint.has("lm_head.weight"));
-    assert_eq!(checkpoint.tensors().count(), 3);
-    assert_eq!(checkpoint.config().vocab_size, 4);
-    assert_eq!(checkpoint.tokenizer().eos_ids(), [3]);
+fn check_tensors(files: &ModelFiles) {
+    assert_eq!(files.weight("model.embed_tokens.weight", 4, 8).unwrap().to_f32(), numbers(32, 0.0));
+    assert_eq!(files.vector("model.norm.weight", 8).unwrap(), numbers(8, 100.0));
+    assert_eq!(files.weight(Q, 8, 8).unwrap().to_f32(), numbers(64, 200.0));
+    assert!(files.has(Q) && !files.has("lm_head.weight"));
+    assert_eq!(files.tensors().count(), 3);
+    assert_eq!(files.config().vocab_size, 4);
+    assert_eq!(files.tokenizer().eos_ids(), [3]);
 }
 
 #[test]
@@ -155,7 +157,7 @@ fn a_ggufs_side_files_open_again_as_a_hugging_face_model() {
 }
 
 #[test]
-fn safetensors_cut_anywhere_or_damaged_are_refused_or_read_without_a_panic() {
+fn truncated_or_damaged_safetensors_do_not_panic() {
     let dir = directory();
     let (path, whole) = (dir.path().join("model.safetensors"), weights());
     for len in (0..whole.len()).step_by(64).chain([1, 7, 8, 9, whole.len() - 1]) {
@@ -170,9 +172,9 @@ fn safetensors_cut_anywhere_or_damaged_are_refused_or_read_without_a_panic() {
     }
 }
 
-/// Headers that the safetensors library would never write.
+/// Headers that the safetensors crate never writes.
 #[test]
-fn safetensors_whose_header_lies_are_refused() {
+fn safetensors_with_invalid_headers_are_refused() {
     let dir = directory();
     let path = dir.path().join("model.safetensors");
     let file = |length: Option<u64>, header: &str, data: usize| {
@@ -185,7 +187,7 @@ fn safetensors_whose_header_lies_are_refused() {
     };
     let one = |text: String| format!("{{{text}}}");
     let all = |header: &str, data: usize| file(None, header, data);
-    for said in [
+    for message in [
         file(Some(1 << 40), "{}", 0),
         file(Some(u64::MAX), "{}", 0),
         file(Some(400), &one(of("a", "[1]", 0, 4)), 4),
@@ -199,7 +201,7 @@ fn safetensors_whose_header_lies_are_refused() {
         all("[]", 0),
         all("\u{0}\u{1}", 0),
     ] {
-        assert!(said.contains("model.safetensors") && said.contains("fetch it again"), "{said}");
+        assert!(message.contains("model.safetensors") && message.contains("fetch it again"), "{message}");
     }
 }
 
@@ -216,12 +218,12 @@ fn a_gguf_cut_anywhere_is_refused() {
 #[test]
 fn errors_name_the_tensor_and_what_is_wrong_with_it() {
     let dir = directory();
-    let checkpoint = ModelFiles::open(dir.path()).unwrap();
-    let missing = checkpoint.weight("lm_head.weight", 4, 8).err().unwrap().to_string();
+    let files = ModelFiles::open(dir.path()).unwrap();
+    let missing = files.weight("lm_head.weight", 4, 8).err().unwrap().to_string();
     assert!(missing.contains("lm_head.weight is missing"), "{missing}");
-    let shape = checkpoint.weight(Q, 8, 9).err().unwrap().to_string();
+    let shape = files.weight(Q, 8, 9).err().unwrap().to_string();
     assert!(shape.contains("[8, 8]") && shape.contains("[8, 9]") && shape.contains("model.safetensors"), "{shape}");
-    assert!(checkpoint.vector(Q, 64).is_err() && checkpoint.weight("model.norm.weight", 8, 1).is_err());
+    assert!(files.vector(Q, 64).is_err() && files.weight("model.norm.weight", 8, 1).is_err());
 
     let view = TensorView::new(Dtype::I64, vec![1], &[0; 8]).unwrap();
     fs::write(dir.path().join("model.safetensors"), safetensors::serialize([(Q, view)], None).unwrap()).unwrap();
@@ -243,7 +245,7 @@ fn an_index_cannot_point_outside_of_the_directory() {
 }
 
 #[test]
-fn what_is_missing_is_named() {
+fn missing_files_are_named() {
     for (file, says) in [
         ("config.json", "no config.json"),
         ("model.safetensors", "neither model.safetensors nor"),
@@ -261,12 +263,12 @@ fn what_is_missing_is_named() {
 }
 
 #[test]
-fn a_token_without_an_embedding_is_refused_when_it_comes_up() {
+fn tokens_without_an_embedding_are_refused_when_encoded() {
     let dir = directory();
     let mut tokenizer = tokenizer();
     tokenizer["model"]["vocab"]["extra"] = json!(4);
     fs::write(dir.path().join("tokenizer.json"), tokenizer.to_string()).unwrap();
-    let checkpoint = ModelFiles::open(dir.path()).unwrap();
-    assert_eq!(checkpoint.tokenizer().encode("a b", SpecialTokens::Add).unwrap(), [1, 2]);
-    assert!(checkpoint.tokenizer().encode("a extra", SpecialTokens::Add).unwrap_err().to_string().contains("extra"));
+    let files = ModelFiles::open(dir.path()).unwrap();
+    assert_eq!(files.tokenizer().encode("a b", SpecialTokens::Add).unwrap(), [1, 2]);
+    assert!(files.tokenizer().encode("a extra", SpecialTokens::Add).unwrap_err().to_string().contains("extra"));
 }

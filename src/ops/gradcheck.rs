@@ -1,5 +1,5 @@
-//! Gradient check of every operation: the forward against a plain composition of candle operations, the backward against
-//! candle's autograd over it. Lengths are ragged, heads grouped, ranks and scales unequal, and B is not zero.
+//! Gradient check of every operation: the forward against a plain composition of candle operations, the backward
+//! against candle's autograd over it. Lengths are ragged, heads grouped, ranks and scales unequal, and B is not zero.
 
 use candle_core::{D, DType, Device, IndexOp, Result, Tensor, Var};
 
@@ -52,7 +52,8 @@ fn linear_group_equals_autograd_in_outputs_and_every_gradient() -> Result<()> {
     linear_group(ComputeDtype::F32, CLOSE)
 }
 
-/// Each factor has a relative error of at most 2^-9: about 1e-3 of the largest sum, more if one token's z nearly cancels.
+/// Each factor has a relative error of at most 2^-9: about 1e-3 of the largest sum, more if one token's z nearly
+/// cancels.
 #[test]
 fn linear_group_in_bf16_stays_within_its_rounding() -> Result<()> {
     linear_group(ComputeDtype::Bf16, 2e-2)
@@ -357,8 +358,8 @@ fn pads_attend_to_the_prefix_and_are_not_attended_to() -> Result<()> {
         for pad in to..cu_seqlens[s + 1] {
             // Queries of the others do not matter to it.
             let q = q.i(pad..pad + 1)?.broadcast_as((key_len[s], 32))?.contiguous()?;
-            let seen = plain_attention(&q, &k.i(from..to)?, &v.i(from..to)?, &[0, key_len[s]], heads)?;
-            rows.push(seen.i(key_len[s] - 1..)?);
+            let attended = plain_attention(&q, &k.i(from..to)?, &v.i(from..to)?, &[0, key_len[s]], heads)?;
+            rows.push(attended.i(key_len[s] - 1..)?);
         }
     }
     let want = Tensor::cat(&rows, 0)?;

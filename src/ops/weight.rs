@@ -1,6 +1,6 @@
-//! A frozen matrix exactly as a file stores it: bytes, type, shape, row order. Rows are dequantised to f32 when a kernel
-//! asks for them, so a base takes no more memory than its file. It does not depend on layers, file formats or products.
-//! Read `storage/dtype.rs` for the types, then `linear/mod.rs`.
+//! A frozen matrix exactly as a file stores it: bytes, type, shape, row order. Rows are dequantised to f32 when a
+//! kernel asks for them, so a base takes no more memory than its file. It does not depend on layers, file formats or
+//! products. Read `storage/dtype.rs` for the types, then `linear/mod.rs`.
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use super::cpu::parallel;
 use crate::device::{Device, Element, Resident};
 use crate::invalid;
-use crate::ops::storage::gpu::DeviceWeight;
 pub use crate::ops::storage::dtype::StorageDType;
 use crate::ops::storage::dtype::unpack;
+use crate::ops::storage::gpu::DeviceWeight;
 use crate::ops::storage::quantise::quantise;
 pub use crate::ops::storage::row_order::RowOrder;
 
@@ -50,8 +50,8 @@ impl Bytes {
         &(*self.owner).as_ref()[self.range.clone()]
     }
 
-    /// Releases the memory of whole pages of a mapped file; the system reads them from the file again on the next access.
-    /// It has no effect on bytes that are in memory only.
+    /// Releases the memory of whole pages of a mapped file; the system reads them from the file again on the next
+    /// access. It has no effect on bytes that are in memory only.
     pub fn release(&self) {
         if !self.mapped {
             return;
@@ -288,8 +288,8 @@ impl Weight {
         Ok(weight.with_compute(self.compute))
     }
 
-    /// This matrix in another type, rows in the matrix's order (not the file's). Only some rows at a time are dense, and
-    /// pages of a mapped file are released.
+    /// This matrix in another type, rows in the matrix's order (not the file's). Only some rows at a time are dense,
+    /// and pages of a mapped file are released.
     ///
     /// # Errors
     /// If a row is not a whole number of blocks of `dtype`, or a value does not fit it.

@@ -1,10 +1,14 @@
-//! From a config and the lengths of its examples to the largest passes of each stage: what the loops of sft.rs, reward/,
-//! dpo/ and ppo/ cut, for the order in which they cut it. Knows no byte. Read walk/stages.rs for what a pass takes.
+//! The largest passes of each stage: the largest micro-batch that its loop will run, found with the loop's own
+//! shuffling.
+//!
+//! It does not compute bytes. Read `simulate/stages.rs` for what a pass takes.
 
 use anyhow::Result;
 
-use crate::config::{AdvantageEstimator, Config, CriticStart, KlEstimator, KlIn, RewardKind, RewardLoss, Stage};
-use crate::data::examples::batch_sampler::{BatchSampler, BatchSize, endless};
+use crate::config::{
+    AdvantageEstimator, Config, CriticStart, KlEstimator, KlIn, RewardKind, RewardLoss, Stage, Supervised as _,
+};
+use crate::data::examples::batch_sampler::{BatchSampler, endless};
 use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples};
 use crate::model::batch::chunks_by_tokens;
@@ -13,7 +17,7 @@ use crate::rng::{SplitMix64, derive};
 use crate::train::settings;
 use crate::{dpo, reward, sft};
 
-/// So many rows are looked through for the largest batch; what comes later is taken to be no larger.
+/// The number of rows searched for the largest batch; later rows are assumed to be no larger.
 const MOST_ROWS: usize = 20_000_000;
 
 /// The step of a run that has the micro-batch with the most tokens, as rows.
@@ -37,27 +41,6 @@ fn largest_step<T: Example>(
     largest
 }
 
-/// The same where rows are a plain permutation, `per_step` a step and `per_batch` a micro-batch.
-fn largest_of_permutation<T: Example>(
-    seed: u64,
-    stream: u64,
-    examples: &(impl Examples<T> + ?Sized),
-    [epochs, per_batch, per_step]: [usize; 3],
-) -> Vec<Vec<usize>> {
-    let (mut most, mut largest) = (0, vec![]);
-    for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
-        let order = SplitMix64::new(derive(seed, &[stream, epoch as u64])).permutation(examples.len());
-        for step in order.chunks(per_step) {
-            let tokens = |rows: &[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
-            let here = step.chunks(per_batch).map(tokens).max().unwrap_or(0);
-            if here > most {
-                (most, largest) = (here, step.chunks(per_batch).map(<[usize]>::to_vec).collect());
-            }
-        }
-    }
-    largest
-}
-
 /// The rows of the largest of all runs of `size` rows.
 fn largest_chunk<T: Example>(examples: &(impl Examples<T> + ?Sized), size: usize) -> Vec<usize> {
     let rows: Vec<usize> = (0..examples.len()).collect();
@@ -65,7 +48,7 @@ fn largest_chunk<T: Example>(examples: &(impl Examples<T> + ?Sized), size: usize
     rows.chunks(size).max_by_key(tokens).map(<[usize]>::to_vec).unwrap_or_default()
 }
 
-/// What each example brings into a pass: sequences' lengths, targets. Cut to `most` tokens a sequence.
+/// The sequences' lengths and the targets that an example adds to a pass, truncated to `most` tokens per sequence.
 trait Sequences: Example {
     fn put(&self, most: usize, pass: &mut Pass);
 }
@@ -80,7 +63,7 @@ impl Sequences for SftExample {
 
 impl Sequences for RankedExample {
     fn put(&self, most: usize, pass: &mut Pass) {
-        for answer in &self.answers {
+        for answer in &self.responses {
             pass.lengths.push((self.prompt.len() + answer.len()).min(most));
             pass.targets += answer.len().min(most - 1);
         }
@@ -89,8 +72,8 @@ impl Sequences for RankedExample {
 
 impl Sequences for UnpairedExample {
     fn put(&self, most: usize, pass: &mut Pass) {
-        pass.lengths.push((self.prompt.len() + self.answer.len()).min(most));
-        pass.targets += self.answer.len().min(most - 1);
+        pass.lengths.push((self.prompt.len() + self.response.len()).min(most));
+        pass.targets += self.response.len().min(most - 1);
     }
 }
 
@@ -116,8 +99,7 @@ pub fn sft(
     held_out: &(impl Examples<SftExample> + ?Sized),
 ) -> Result<Work> {
     let (c, most) = (config.sft(), most_tokens(config));
-    let batch = settings::batch_size(c.per_device_train_batch_size, c.max_tokens_per_batch);
-    let plan = plan(config, settings::SFT_ORDER, batch, c.gradient_accumulation_steps);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::SFT_ORDER);
     let step = largest_step(plan, examples, c.num_train_epochs);
     let held = largest_chunk(held_out, sft::EVAL_BATCH);
     Ok(Work::Supervised(Supervised {
@@ -127,10 +109,6 @@ pub fn sft(
         scorer: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
-}
-
-fn plan(config: &Config, stream: u64, batch: BatchSize, accumulate: usize) -> BatchSampler {
-    BatchSampler { seed: config.seed, stream, batch, accumulate, shard: Default::default() }
 }
 
 /// `[reward]`'s passes.
@@ -143,8 +121,7 @@ pub fn reward(
     held_out: &(impl Examples<RankedExample> + ?Sized),
 ) -> Result<Work> {
     let (c, most) = (config.reward(), most_tokens(config));
-    let batch = settings::batch_size(c.per_device_train_batch_size, c.max_tokens_per_batch);
-    let plan = plan(config, settings::REWARD_ORDER, batch, c.gradient_accumulation_steps);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::REWARD_ORDER);
     let targets = |mut pass: Pass| {
         pass.targets = match c.loss {
             RewardLoss::LastToken => pass.lengths.len(),
@@ -159,7 +136,7 @@ pub fn reward(
     };
     let mut evaluation = (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?.map(scored);
     if c.center {
-        // Training comparisons are scored for their mean, as many a pass.
+        // Training comparisons are scored for their mean, in passes of the same size.
         let some: Vec<usize> = (0..examples.len().min(reward::train::CENTER_ON)).collect();
         for rows in some.chunks(reward::train::EVAL_BATCH) {
             let here = scored(pass(examples, rows, most)?);
@@ -178,13 +155,13 @@ pub fn reward(
     }))
 }
 
-/// Answers under a policy, as `dpo::answers` scores them: at most so many tokens a pass. The largest.
+/// The largest scoring pass over responses, as `dpo::answers` cuts them by tokens.
 fn scored(pass: &Pass) -> Pass {
     let chunks = chunks_by_tokens(&pass.lengths, dpo::SCORING_TOKENS);
     let tokens = |rows: &Vec<usize>| rows.iter().map(|&i| pass.lengths[i]).sum::<usize>();
     let rows = chunks.into_iter().max_by_key(tokens).unwrap_or_default();
     let lengths: Vec<usize> = rows.iter().map(|&i| pass.lengths[i]).collect();
-    // Targets are shared out evenly, which no pass of one example needs.
+    // Targets are divided evenly among the sequences; a pass of one example has them all.
     let targets = (pass.targets * rows.len()).div_ceil(pass.lengths.len().max(1));
     Pass { lengths, targets }
 }
@@ -195,9 +172,8 @@ fn scored(pass: &Pass) -> Pass {
 /// If the examples cannot be read.
 pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExample]) -> Result<Work> {
     let (c, most) = (config.dpo(), most_tokens(config));
-    let cut = [c.num_train_epochs, c.per_device_train_batch_size];
-    let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
-    let step = largest_of_permutation(config.seed, settings::DPO_ORDER, examples, [cut[0], cut[1], per_step]);
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::DPO_ORDER);
+    let step = largest_step(plan, examples, c.num_train_epochs);
     let longest = largest_chunk(examples, 1);
     let held = largest_chunk(held_out, dpo::EVAL_BATCH);
     let reference = scored(&pass(examples, &longest, most)?);
@@ -210,7 +186,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
         evaluation,
         scorer: false,
-        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
+        steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
@@ -220,10 +196,9 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
 /// If the examples cannot be read.
 pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedExample]) -> Result<Work> {
     let (c, most) = (config.kto(), most_tokens(config));
-    let cut = [c.num_train_epochs, c.per_device_train_batch_size];
-    let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
-    let step = largest_of_permutation(config.seed, settings::KTO_ORDER, examples, [cut[0], cut[1], per_step]);
-    // The KL term scores the whole step's answers, and evaluation all that are held out, so many tokens a pass.
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::KTO_ORDER);
+    let step = largest_step(plan, examples, c.num_train_epochs);
+    // The KL term scores the whole step's responses, and evaluation all held-out responses, both cut by tokens.
     let whole: Vec<usize> = step.iter().flatten().copied().collect();
     let reference = scored(&pass(examples, &whole, most)?);
     let held: Vec<usize> = (0..held_out.len()).collect();
@@ -232,11 +207,11 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
         reference: vec![reference],
         evaluation: (held.len() > 1).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p)),
         scorer: false,
-        steps: examples.len().div_ceil(per_step) * c.num_train_epochs,
+        steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
-/// What `[ppo]` asks besides its config.
+/// Facts about a PPO run besides its config.
 #[derive(Clone, Copy, Debug)]
 pub struct Asked<'a> {
     /// Tokens of the held-out prompts that are evaluated on.
@@ -247,7 +222,7 @@ pub struct Asked<'a> {
     pub other_tokens: bool,
 }
 
-/// `[ppo]`'s passes, every answer at its full length.
+/// `[ppo]`'s passes, every response at its full length.
 ///
 /// # Errors
 /// If `[ppo]` is missing.
@@ -318,7 +293,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     }))
 }
 
-/// The passes of a stage whose examples are not at hand: each as long as `[data]` allows, enough of them for a step.
+/// The passes of a stage whose examples are not available: each as long as `[data]` allows, enough of them for a step.
 ///
 /// # Errors
 /// If `[ppo]` is missing and asked for.
@@ -327,34 +302,16 @@ pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work
     let length = data.max_length.min(context).max(2);
     let answer = vec![0u32; length - 1];
     let (some, held) = (64, 16);
-    let ranked = || RankedExample { prompt: vec![0], answers: vec![answer.clone(); 2] };
-    let judged = || UnpairedExample { prompt: vec![0], answer: answer.clone(), good: true };
+    let ranked = || RankedExample { prompt: vec![0], responses: vec![answer.clone(); 2] };
+    let judged = || UnpairedExample { prompt: vec![0], response: answer.clone(), desirable: true };
     let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
-    let count = |per_step: usize| per_step.max(some);
+    let keys = config.supervised(stage);
+    let n = keys.map_or(some, |keys| some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps));
     match stage {
-        Stage::Sft => {
-            let c = config.sft();
-            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
-            sft(config, &vec![tokens(); n], &vec![tokens(); held])
-        }
-        Stage::Reward => {
-            let c = config.reward();
-            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
-            reward(config, &vec![ranked(); n], &vec![ranked(); held])
-        }
-        Stage::Dpo => {
-            let c = config.dpo();
-            dpo(
-                config,
-                &vec![ranked(); count(c.per_device_train_batch_size * c.gradient_accumulation_steps)],
-                &[ranked()],
-            )
-        }
-        Stage::Kto => {
-            let c = config.kto();
-            let n = count(c.per_device_train_batch_size * c.gradient_accumulation_steps);
-            kto(config, &vec![judged(); n], &[judged(), judged()])
-        }
+        Stage::Sft => sft(config, &vec![tokens(); n], &vec![tokens(); held]),
+        Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),
+        Stage::Dpo => dpo(config, &vec![ranked(); n], &[ranked()]),
+        Stage::Kto => kto(config, &vec![judged(); n], &[judged(), judged()]),
         Stage::Ppo => {
             let prompt = data.max_prompt_length.min(context.saturating_sub(1)).max(1);
             let held_out = vec![prompt; config.ppo()?.eval_prompts];

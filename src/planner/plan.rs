@@ -1,9 +1,13 @@
-//! A plan: what a stage takes in each phase, what a limit leaves, and what would make it fit. Knows no file: a [`Shapes`]
-//! says what a config means for a job. Read walk/stages.rs for the job, cli/plan.rs for the table.
+//! A memory plan: what a stage takes in each phase, what a limit leaves, and the changes that would make it fit.
+//!
+//! It does not depend on a tokenizer: a [`Shapes`] translates a config into the shapes of its tensors. Read
+//! `simulate/stages.rs` for the shapes, and `cli/plan.rs` for the table.
 
 use anyhow::Result;
 
 use crate::config::{Config, Quantize, RecomputeSetting, Stage};
+use crate::data::examples::batch_sampler::BatchSize;
+use crate::data::examples::{Example, Examples};
 use crate::host::limits::{LimitSource, available, available_bytes, own_rss_bytes};
 use crate::host::meter::Phase;
 use crate::invalid;
@@ -14,20 +18,21 @@ use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
 
-/// What a config means in shapes: called again for each change that is tried.
+/// Translates a config into shapes; called again for each change that is tried.
 pub type Shapes<'a> = dyn Fn(&Config) -> Result<StageShape> + 'a;
 
-/// What a run may take.
+/// The memory that a run may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
     /// Bytes that are the process's own: all but mapped files.
     pub room: usize,
-    /// Who says so.
+    /// The source of the limit.
     pub bound: LimitSource,
 }
 
 impl Budget {
-    /// `limit`, or what there is beside what this process has already; `None` where nobody says.
+    /// `limit`, or the memory that is free beside what this process holds already; `None` if the system reports no
+    /// limit.
     pub fn of(limit: Option<usize>) -> Option<Self> {
         match limit {
             Some(room) => Some(Self { room, bound: LimitSource::Asked }),
@@ -38,8 +43,9 @@ impl Budget {
         }
     }
 
-    /// Whether a run with this peak can go through. Mapped files do not count: the system drops their pages where it must.
-    /// What the machine has free is a moment's figure and a plan is within 5%, so only what surely does not fit does not.
+    /// Whether a run with this peak can go through. Mapped files do not count: the system drops their pages where it
+    /// must. What the machine has free is a moment's figure and a plan is within 5%, so only what surely does not fit
+    /// does not.
     pub fn fits(&self, peak: &Bytes) -> bool {
         let own = peak.own();
         if self.bound == LimitSource::Asked { own <= self.room } else { own - own / 20 <= self.room }
@@ -64,24 +70,24 @@ impl Budget {
     }
 }
 
-/// What a stage takes.
+/// The memory plan of a stage.
 #[derive(Clone, Debug)]
 pub struct Plan {
     /// The highest sum of each phase.
     pub phases: [(Phase, Bytes); Phase::ALL.len()],
-    /// What blocks keep.
+    /// The activations that blocks recompute.
     pub checkpoint: Recompute,
-    /// What was walked.
+    /// The shapes that were simulated.
     pub job: StageShape,
 }
 
 impl Plan {
-    /// Of a job as it is.
+    /// The plan of shapes as they are.
     pub fn of(job: StageShape) -> Self {
         Self { phases: job.walk(), checkpoint: job.checkpoint, job }
     }
 
-    /// The phase in which most is held, and what.
+    /// The phase with the highest memory, and its bytes.
     pub fn peak(&self) -> (Phase, Bytes) {
         self.phases.into_iter().max_by_key(|(_, bytes)| bytes.own()).unwrap_or_default()
     }
@@ -92,9 +98,9 @@ impl Plan {
 pub struct Change {
     /// Keys and values, as `--set` takes them.
     pub set: Vec<(String, String)>,
-    /// What it costs, in words.
+    /// The cost of the change, in words.
     pub costs: String,
-    /// The config with it.
+    /// The changed config.
     pub config: Config,
 }
 
@@ -105,37 +111,19 @@ impl Change {
     }
 }
 
-/// The checkpoint key of a stage's section.
+/// The `checkpoint` key of a stage's section.
 pub fn asked(stage: Stage, config: &Config) -> RecomputeSetting {
-    match stage {
-        Stage::Sft => config.sft().checkpoint,
-        Stage::Reward => config.reward().checkpoint,
-        Stage::Dpo => config.dpo().checkpoint,
-        Stage::Kto => config.kto().checkpoint,
-        Stage::Ppo => config.ppo().map(|ppo| ppo.checkpoint).unwrap_or_default(),
-    }
+    config.optimisation(stage).map(|keys| keys.checkpoint).unwrap_or_default()
 }
 
-/// The config with this checkpoint key.
-#[must_use]
-pub fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {
+fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {
     let mut config = config.clone();
-    match stage {
-        Stage::Sft => config.sft.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Reward => config.reward.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Dpo => config.dpo.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Kto => config.kto.get_or_insert_default().checkpoint = checkpoint,
-        Stage::Ppo => {
-            if let Some(ppo) = &mut config.ppo {
-                ppo.checkpoint = checkpoint;
-            }
-        }
-    }
+    config.set_checkpoint(stage, checkpoint);
     config
 }
 
-/// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory, mapped
-/// base included, and recomputes the rest.
+/// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory,
+/// mapped base included, and recomputes the rest.
 ///
 /// # Errors
 /// Those of `shapes`.
@@ -154,8 +142,28 @@ pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shap
     })
 }
 
-/// What blocks keep in a training pass of `tokens` tokens over an open base: as much as the machine has room for.
-pub fn of_pass(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
+/// The activations that blocks recompute under a `checkpoint` key. `auto` saves as many as fit into free memory during
+/// a training pass of `tokens` tokens over an open base. For callers without a [`Plan`] of the whole run: quickstart,
+/// benchmarks and tests.
+pub fn resolve(setting: RecomputeSetting, base: &Base, adapter: &Adapter, tokens: usize) -> Recompute {
+    match setting {
+        RecomputeSetting::None => Recompute::Off,
+        RecomputeSetting::Mlp => Recompute::Mlp,
+        RecomputeSetting::Block => Recompute::Block,
+        RecomputeSetting::Auto => largest_that_fits(base, adapter, tokens),
+    }
+}
+
+/// The most tokens that one batch of these examples can have.
+pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
+    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
+    match batch {
+        BatchSize::Examples(count) => longest * count,
+        BatchSize::Tokens(most) => longest.max(most),
+    }
+}
+
+fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
     let (Ok(policy), Some(free)) = (Network::of_base(base), available_bytes()) else { return Recompute::Off };
     let pass = Pass { lengths: vec![tokens], targets: tokens };
     let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false, steps: 3 };
@@ -189,7 +197,7 @@ pub fn smallest_change(
 ) -> Result<Option<(Change, Plan)>> {
     for change in changes(stage, config) {
         let plan = plan(stage, &change.config, Some(budget), shapes)?;
-        // With some to spare: what the process has beside its heap is not the same in every run.
+        // With a reserve: the memory of the process beside its heap differs from run to run.
         let spare = Budget { room: budget.room - budget.room / 32, ..budget };
         if spare.fits(&plan.peak().1) {
             return Ok(Some((change, plan)));
@@ -198,8 +206,8 @@ pub fn smallest_change(
     Ok(None)
 }
 
-/// What there is to choose from, the cheapest first, with the plan of each: smaller micro-batches, recomputation, fewer
-/// answers at once, and so on; what takes no less than something cheaper is left out.
+/// The changes to choose from, the cheapest first, with the plan of each: smaller micro-batches, recomputation, fewer
+/// responses at once, and so on. A change that saves no memory over a cheaper one is left out.
 ///
 /// # Errors
 /// Those of `shapes`.
@@ -210,7 +218,7 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec
     let mut least = plan(stage, &kept, None, shapes)?.peak().1.total();
     for change in changes(stage, &kept) {
         let plan = plan(stage, &change.config, None, shapes)?;
-        // A change of under a hundredth is none.
+        // A saving of less than 1% does not count.
         if plan.peak().1.total() < least - least / 100 {
             least = plan.peak().1.total();
             all.push((change, plan));
@@ -219,73 +227,57 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec
     Ok(all)
 }
 
-/// A key that can be made smaller.
+/// A key that can be made smaller, as a stage's section has it.
 struct Knob {
+    stage: Stage,
     value: usize,
-    set: fn(&mut Config, usize) -> Vec<(String, String)>,
+    set: fn(Stage, &mut Config, usize) -> Vec<(String, String)>,
 }
 
 fn pair(key: &str, value: impl ToString) -> (String, String) {
     (key.to_owned(), value.to_string())
 }
 
-macro_rules! batch_knob {
-    ($section:ident, $config:expr) => {{
-        let c = $config.$section();
-        let knob: fn(&mut Config, usize) -> Vec<(String, String)> = |config, size| {
-            let c = config.$section.get_or_insert_default();
-            let all = c.per_device_train_batch_size * c.gradient_accumulation_steps;
-            c.per_device_train_batch_size = size;
-            c.gradient_accumulation_steps = all.div_ceil(size);
-            let section = stringify!($section);
-            vec![
-                pair(&format!("{section}.per_device_train_batch_size"), size),
-                pair(&format!("{section}.gradient_accumulation_steps"), c.gradient_accumulation_steps),
-            ]
-        };
-        Knob { value: c.per_device_train_batch_size, set: knob }
-    }};
-}
-
-macro_rules! token_knob {
-    ($section:ident, $value:expr) => {
-        Knob {
-            value: $value,
-            set: |config, size| {
-                config.$section.get_or_insert_default().max_tokens_per_batch = Some(size);
-                vec![pair(concat!(stringify!($section), ".max_tokens_per_batch"), size)]
-            },
-        }
-    };
-}
-
-/// The key that cuts micro-batches.
+/// The key that sets the size of a micro-batch.
 fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
-    Some(match stage {
-        Stage::Sft => match config.sft().max_tokens_per_batch {
-            Some(tokens) => token_knob!(sft, tokens),
-            None => batch_knob!(sft, config),
-        },
-        Stage::Reward => match config.reward().max_tokens_per_batch {
-            Some(tokens) => token_knob!(reward, tokens),
-            None => batch_knob!(reward, config),
-        },
-        Stage::Dpo => batch_knob!(dpo, config),
-        Stage::Kto => batch_knob!(kto, config),
-        Stage::Ppo => Knob {
-            value: config.ppo().ok()?.micro_batch_size,
-            set: |config, size| {
-                if let Some(ppo) = &mut config.ppo {
-                    ppo.micro_batch_size = size;
-                }
-                vec![pair("ppo.micro_batch_size", size)]
-            },
-        },
+    let Some(keys) = config.supervised(stage) else {
+        let value = config.ppo().ok()?.micro_batch_size;
+        return Some(Knob { stage, value, set: set_micro_batch });
+    };
+    Some(match keys.max_tokens_per_batch {
+        Some(value) => Knob { stage, value, set: set_tokens },
+        None => Knob { stage, value: keys.per_device_train_batch_size, set: set_batch },
     })
 }
 
-/// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a forward
-/// or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
+fn set_micro_batch(_: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    if let Some(ppo) = &mut config.ppo {
+        ppo.micro_batch_size = size;
+    }
+    vec![pair("ppo.micro_batch_size", size)]
+}
+
+fn set_tokens(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    if let Some(section) = config.supervised_mut(stage) {
+        section.set_tokens(size);
+    }
+    vec![pair(&format!("{}.max_tokens_per_batch", stage.name()), size)]
+}
+
+/// Sets the examples per micro-batch, with as many micro-batches per step as keep the step's examples.
+fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    let Some(section) = config.supervised_mut(stage) else { return vec![] };
+    let keys = section.supervised();
+    let accumulation = (keys.per_device_train_batch_size * keys.gradient_accumulation_steps).div_ceil(size);
+    section.set_batch(size, accumulation);
+    vec![
+        pair(&format!("{}.per_device_train_batch_size", stage.name()), size),
+        pair(&format!("{}.gradient_accumulation_steps", stage.name()), accumulation),
+    ]
+}
+
+/// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a
+/// forward or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
 fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
     let recomputes: &[Recomputed] = match asked(stage, config) {
@@ -315,7 +307,7 @@ fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         None => least,
     });
     let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
-    // With all of that, what changes more than time.
+    // On top of the last of them: changes that affect more than time.
     let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
     for (quantize, name, costs) in [
         (Quantize::Q8_0, "q8_0", "weights of a dense base are rounded to 8.5 bits"),
@@ -369,7 +361,7 @@ fn halved(
         (size, halvings) = (size.div_ceil(2), halvings + 1);
         for (before, change) in &from {
             let mut change = change.clone();
-            let set = (knob.set)(&mut change.config, size);
+            let set = (knob.set)(knob.stage, &mut change.config, size);
             change.set.extend(set);
             change.costs = join(&change.costs, &costs(1 << halvings));
             all.push((before + price * f64::from(halvings), change));
@@ -382,7 +374,8 @@ fn halved(
 fn at_once(config: &Config) -> Option<Knob> {
     Some(Knob {
         value: config.ppo().ok()?.at_once(),
-        set: |config, size| {
+        stage: Stage::Ppo,
+        set: |_, config, size| {
             if let Some(ppo) = &mut config.ppo {
                 ppo.local_rollout_forward_batch_size = Some(size);
             }
@@ -391,7 +384,7 @@ fn at_once(config: &Config) -> Option<Knob> {
     })
 }
 
-/// A way to keep less between forward and backward.
+/// A way to save less between forward and backward.
 struct Recomputed {
     checkpoint: RecomputeSetting,
     name: &'static str,
@@ -439,7 +432,7 @@ pub fn text(bytes: usize) -> String {
 /// The plan of a stage that is about to start.
 ///
 /// # Errors
-/// If it would not fit: what it needs, where, what there is, and the smallest change that fits.
+/// If it would not fit: the memory it needs, in which phase, the memory available, and the smallest change that fits.
 pub fn admit(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Plan> {
     let budget = Budget::of(config.memory.limit.map(|limit| limit.0));
     let plan = plan(stage, config, budget, shapes)?;
@@ -452,10 +445,10 @@ pub fn admit(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Plan>
     Err(refusal(stage, phase, &peak, budget, change.as_ref()))
 }
 
-/// Whether a base alone can lie in memory.
+/// Refuses a base that does not fit into memory by itself.
 ///
 /// # Errors
-/// If it cannot: what it takes, and what there is.
+/// If it cannot: the memory it takes, and the memory available.
 pub fn admit_base(net: &Network, budget: Budget, of: &str) -> Result<()> {
     let mut peak = Bytes::default();
     peak.set(MemoryCategory::Base, net.owned + net.vectors());
@@ -525,9 +518,9 @@ impl Arrangement {
         }
     }
 
-    /// The plan's peak with this arrangement. Activations, caches and data are the plan's own; four full models have their
-    /// weights, gradients of actor and critic, and AdamW's means: all in f32 where the base is, else weights and gradients
-    /// in 2 bytes a number and means and a master copy in f32 (mixed precision).
+    /// The plan's peak with this arrangement. Activations, caches and data are the plan's own; four full models have
+    /// their weights, gradients of actor and critic, and AdamW's means: all in f32 where the base is, else weights and
+    /// gradients in 2 bytes a number and means and a master copy in f32 (mixed precision).
     pub fn peak(self, plan: &Plan) -> (Phase, Bytes) {
         let all = plan.phases.map(|(phase, bytes)| (phase, self.bytes(plan, bytes)));
         all.into_iter().max_by_key(|(_, bytes)| bytes.own()).unwrap_or_default()

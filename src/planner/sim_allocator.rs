@@ -1,13 +1,13 @@
-//! The walk's allocator: it hands out nothing but sizes, each under a class, and remembers for every phase how high the
-//! sum stood and of what it was made. What is taken is given back when its holder is dropped, as in the program itself.
-//! Knows no shape. Read walk/ops.rs for who takes.
+//! A simulated allocator: it records sizes by category and the peak of each phase with its composition. An allocation ends
+//! when its handle is dropped, as in the program itself. It does not depend on shapes or configuration. Read
+//! simulate/ops.rs for the operations that allocate.
 
 use std::cell::RefCell;
 use std::rc::Rc;
 
 use crate::host::meter::Phase;
 
-/// What bytes are for: the columns of a plan.
+/// The purpose of bytes: the columns of a plan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MemoryCategory {
     /// Frozen weights in memory of the process's own.
@@ -16,26 +16,26 @@ pub enum MemoryCategory {
     Mapped,
     /// Weights of all adapters, copies included.
     Adapters,
-    /// Their gradients.
+    /// Gradients of the adapters.
     Gradients,
-    /// AdamW's two means, and the guard's copy of them.
+    /// AdamW's first and second moments, and the guard's copy of them.
     Optimizer,
     /// Keys and values of generation.
     Cache,
     /// Inputs of blocks that are kept for the backward.
     Inputs,
-    /// Everything inside of blocks: what is kept beside the input, and what lives for an operation.
+    /// Tensors inside of blocks: saved tensors beside the input, and buffers that live for one operation.
     Blocks,
     /// Hidden states after the last block, logits, the head's sums.
     Head,
-    /// Token ids, tokenizer, what a rollout knows of its answers.
+    /// Token ids, the tokenizer, and the numbers of a rollout per response token.
     Data,
-    /// What the process has beside its heap: program, stacks, the allocator's reserve.
+    /// Memory of the process beside its heap: program, stacks, the allocator's reserve.
     Process,
 }
 
 impl MemoryCategory {
-    /// All, in the order of a table's columns.
+    /// All categories, in the order of a table's columns.
     pub const ALL: [Self; 11] = [
         Self::Base,
         Self::Mapped,
@@ -50,7 +50,7 @@ impl MemoryCategory {
         Self::Process,
     ];
 
-    /// For tables and JSON.
+    /// The category's name in tables and JSON.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Base => "base",
@@ -68,32 +68,32 @@ impl MemoryCategory {
     }
 }
 
-/// Bytes by class.
+/// Bytes by category.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Bytes([usize; MemoryCategory::ALL.len()]);
 
 impl Bytes {
-    /// Of one class.
+    /// Bytes of one category.
     pub fn of(&self, class: MemoryCategory) -> usize {
         self.0[class as usize]
     }
 
-    /// Sets one class.
+    /// Sets the bytes of one category.
     pub fn set(&mut self, class: MemoryCategory, bytes: usize) {
         self.0[class as usize] = bytes;
     }
 
-    /// What the allocator hands out: all but mapped files and the process's own.
+    /// Heap bytes: all categories but mapped files and the process's own.
     pub fn heap(&self) -> usize {
         self.own() - self.of(MemoryCategory::Process)
     }
 
-    /// What the system cannot take back: all but mapped files.
+    /// Bytes that the system cannot drop: all but mapped files.
     pub fn own(&self) -> usize {
         self.total() - self.of(MemoryCategory::Mapped)
     }
 
-    /// Everything.
+    /// The sum over all categories.
     pub fn total(&self) -> usize {
         self.0.iter().sum()
     }
@@ -106,32 +106,32 @@ struct Sums {
     peaks: [Bytes; Phase::ALL.len()],
 }
 
-/// The account of one walk.
+/// The allocations of one simulation.
 #[derive(Clone)]
 pub struct SimAllocator(Rc<RefCell<Sums>>);
 
 impl SimAllocator {
-    /// With what is there all along.
+    /// A simulation that starts with `standing` bytes.
     pub fn new(standing: Bytes) -> Self {
         let mut peaks = [Bytes::default(); Phase::ALL.len()];
         peaks[Phase::Load as usize] = standing;
         Self(Rc::new(RefCell::new(Sums { now: standing, heap: standing.heap(), phase: Phase::Load, peaks })))
     }
 
-    /// Takes so many bytes, until the holder is dropped.
+    /// Allocates bytes until the handle is dropped.
     pub fn take(&self, class: MemoryCategory, bytes: usize) -> Allocation {
         self.0.borrow_mut().add(class, bytes);
         Allocation { ledger: self.clone(), class, bytes }
     }
 
-    /// What is taken from now on counts as `phase`'s.
+    /// Allocations from now on count towards `phase`.
     pub fn enter(&self, phase: Phase) {
         let mut sums = self.0.borrow_mut();
         sums.phase = phase;
         sums.note();
     }
 
-    /// The highest sum of each phase; nothing of a phase that did not run.
+    /// The peak of each phase that ran.
     pub fn peaks(&self) -> [(Phase, Bytes); Phase::ALL.len()] {
         let sums = self.0.borrow();
         Phase::ALL.map(|phase| (phase, sums.peaks[phase as usize]))
@@ -155,7 +155,7 @@ impl Sums {
     }
 }
 
-/// Bytes that somebody holds.
+/// A handle to allocated bytes.
 pub struct Allocation {
     ledger: SimAllocator,
     class: MemoryCategory,
@@ -163,7 +163,7 @@ pub struct Allocation {
 }
 
 impl Allocation {
-    /// The same bytes under another class.
+    /// Moves the same bytes to another category.
     pub fn becomes(&mut self, class: MemoryCategory) {
         let mut sums = self.ledger.0.borrow_mut();
         sums.now.0[self.class as usize] -= self.bytes;
@@ -171,7 +171,7 @@ impl Allocation {
         self.class = class;
     }
 
-    /// Gives all but `bytes` back, as a list that is cut and shrunk.
+    /// Frees all but `bytes`, as a truncated and shrunk list does.
     pub fn shrink(&mut self, bytes: usize) {
         let mut sums = self.ledger.0.borrow_mut();
         sums.now.0[self.class as usize] -= self.bytes - bytes;

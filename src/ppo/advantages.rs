@@ -1,7 +1,7 @@
-//! Advantages without a critic: from an answer's rewards alone, or from those of all answers to one prompt. Pure; knows no
-//! model. Read gae.rs for the estimator that has a critic.
+//! Advantages without a critic: from the rewards of one response, or of all responses to one prompt. Pure functions of
+//! numbers; it does not depend on the model. Read `gae.rs` for the estimator that has a critic.
 
-/// `G_t = sum over k >= t of gamma^(k - t) r_k`: the discounted return of each token of one answer. (R,) -> (R,).
+/// `G_t = sum over k >= t of gamma^(k - t) r_k`: the discounted return of each token of one response. (R,) -> (R,).
 pub fn discounted_returns(rewards: &[f32], gamma: f64) -> Vec<f32> {
     let mut returns = vec![0.0; rewards.len()];
     let mut next = 0.0f64;
@@ -12,14 +12,14 @@ pub fn discounted_returns(rewards: &[f32], gamma: f64) -> Vec<f32> {
     returns
 }
 
-/// `A_i = r_i - mean over j != i of r_j`: each answer against the others of its group. They sum to 0. (G,) -> (G,); a group
-/// of one has no others and gets 0. Source: arXiv:2402.14740 eq. 8.
+/// `A_i = r_i - mean over j != i of r_j`: each response compared with the others of its group (RLOO). They sum to 0.
+/// (G,) -> (G,); the advantage of a group of one is 0. Source: arXiv:2402.14740 eq. 8.
 pub fn leave_one_out(rewards: &[f64]) -> Vec<f64> {
     let (n, sum) = (rewards.len() as f64, rewards.iter().sum::<f64>());
     rewards.iter().map(|r| if n < 2.0 { 0.0 } else { r - (sum - r) / (n - 1.0) }).collect()
 }
 
-/// `A_i = (r_i - mean) / (deviation + 1e-4)` over a group, the variance dividing by n - 1. (G,) -> (G,).
+/// `A_i = (r_i - mean) / (deviation + 1e-4)` over a group (GRPO), with n - 1 as the variance's divisor. (G,) -> (G,).
 /// Source: arXiv:2402.03300 section 4.1.2; the 1e-4 is TRL's.
 pub fn group_standardised(rewards: &[f64]) -> Vec<f64> {
     let n = rewards.len() as f64;
@@ -48,7 +48,7 @@ mod tests {
     }
 
     #[test]
-    fn a_standardised_group_has_mean_0_and_deviation_1_and_equal_answers_get_nothing() {
+    fn a_standardised_group_has_mean_0_and_deviation_1_and_equal_rewards_give_0() {
         let advantages = group_standardised(&[1.0, -2.0, 0.5, 4.0]);
         let variance = advantages.iter().map(|a| a * a).sum::<f64>() / 3.0;
         assert!(advantages.iter().sum::<f64>().abs() < 1e-12 && (variance - 1.0).abs() < 1e-3, "{advantages:?}");

@@ -1,39 +1,40 @@
-//! DeepSpeed-Chat's reading of a rollout, for `compat = "dschat"`. Its rows are padded, its masks come from `token != pad`,
-//! and its score lands one action past the last token that is no pad: on the end token where that is the pad token (OPT),
-//! and otherwise on the choice of the first pad after it. No loss sees that action. What is left of the formulas is
-//! rewards.rs, gae.rs and loss.rs. Source: microsoft/DeepSpeedExamples 83757d9, `dschat/rlhf/ppo_trainer.py`.
+//! DeepSpeed-Chat's reading of a rollout, for `compat = "dschat"`. Its rows are padded, its masks are `token != pad`, and
+//! the score is added one action past the last token that is not a pad: on the end token if that is the pad token (OPT),
+//! otherwise on the first pad after it. No loss includes that action. The other formulas are those of `rewards.rs`,
+//! `gae.rs` and `loss.rs`. Source: microsoft/DeepSpeedExamples 83757d9, `dschat/rlhf/ppo_trainer.py`.
 //!
-//! Only real tokens are ever read here, and the one pad after them is chosen and never read: the numbers are those of padded
-//! rows under their mask. A pad inside a prompt, which that mask hides, too, is left in place; one in front is taken off.
-//! Sampling a pad ends an answer (there, the row goes on and hides it).
+//! Only real tokens are computed here, plus the one pad as an action: the results equal those of padded rows under their
+//! mask. A pad inside a prompt, which that mask hides as well, is kept; leading pads are removed. A sampled pad ends the
+//! response (in DeepSpeed-Chat the row continues and the mask hides the rest). It does not depend on bases or adapters.
+//! Read `rollout.rs` for the caller.
 
 use crate::model::generate::{FinishReason, Response};
 use crate::reward::source::without_leading;
 
-/// How many of an answer's actions count for what.
+/// Number of a response's actions that are trained on and that are rewarded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Actions {
-    /// The first so many are trained on: the tokens that are no pad. The score is read at the last of them.
+    /// The first `trained` actions are trained on: the tokens that are not pads. The score is read at the last of them.
     pub trained: usize,
-    /// The first so many have a reward and a value; the score is added to the last of them.
+    /// The first `rewarded` actions have a reward and a value; the score is added to the last of them.
     pub rewarded: usize,
 }
 
-/// Of an answer in a window of so many tokens.
-pub fn actions(answer: &[u32], pad: u32, window: usize) -> Actions {
-    let trained = answer.iter().filter(|&&token| token != pad).count();
+/// Actions of a response whose row has room for `window` response tokens.
+pub fn actions(response: &[u32], pad: u32, window: usize) -> Actions {
+    let trained = response.iter().filter(|&&token| token != pad).count();
     Actions { trained, rewarded: (trained + 1).min(window) }
 }
 
-/// The answer as the chosen actions of [`Actions::rewarded`], with how many of them are trained on; `None` for one that is
-/// dropped, having one token or none. The log-probabilities of the answer stay; that of an added pad is not known yet
-/// and is NaN.
-pub fn padded(mut response: Response, pad: u32, window: usize) -> Option<(Response, usize)> {
+/// The response cut or padded to its [`Actions::rewarded`] actions, with the number that is trained on; `None` if the
+/// response is dropped, because it has at most one token. The log-probability of an added pad is not computed yet: it is
+/// NaN.
+pub fn pad_response(mut response: Response, pad: u32, window: usize) -> Option<(Response, usize)> {
     let Actions { trained, rewarded } = actions(&response.tokens, pad, window);
     if trained <= 1 {
         return None;
     }
-    // An answer cut off by the model's context has no room for a pad, and its window ends there.
+    // A response truncated by the model's context has no room for a pad, and its window ends there.
     if response.finish == FinishReason::Stop {
         response.tokens.resize(rewarded, pad);
         response.logprobs.resize(rewarded, f32::NAN);
@@ -41,40 +42,40 @@ pub fn padded(mut response: Response, pad: u32, window: usize) -> Option<(Respon
     Some((response, trained))
 }
 
-/// What is read of a rollout: everything about the answers that are kept.
+/// The responses of a rollout that are not dropped (K of them).
 #[derive(Clone, Debug, Default)]
-pub struct Kept {
-    /// (K) their numbers in the rollout.
+pub struct PaddedRollout {
+    /// (K) indices in the rollout.
     pub rows: Vec<usize>,
-    /// (K) their prompts without the pads in front: what actor, reference and critic read.
+    /// (K) prompts without leading pads, as actor, reference and critic read them.
     pub prompts: Vec<Vec<u32>>,
-    /// (K) their rewarded actions; see [`padded`].
+    /// (K) rewarded actions; see [`pad_response`].
     pub responses: Vec<Response>,
-    /// (K) how many of those are trained on.
+    /// (K) number of actions that are trained on.
     pub trained: Vec<usize>,
-    /// (K) the answers up to where their scores are read, for the reward source.
+    /// (K) responses up to the token at which the score is read, for the reward source.
     pub scored: Vec<Response>,
 }
 
-/// Reads a rollout. Its rows are as wide as its longest answer: that one has no pad behind it.
-pub fn keep(prompts: &[Vec<u32>], responses: Vec<Response>, pad: u32) -> Kept {
+/// Drops and pads the responses of a rollout. Rows are as wide as the longest response, which has no pad after it.
+pub fn pad_rollout(prompts: &[Vec<u32>], responses: Vec<Response>, pad: u32) -> PaddedRollout {
     let window = responses.iter().map(|r| r.tokens.len()).max().unwrap_or(0);
-    let mut kept = Kept::default();
+    let mut padded = PaddedRollout::default();
     for (row, (prompt, response)) in prompts.iter().zip(responses).enumerate() {
         let whole = response.clone();
-        let Some((response, trained)) = padded(response, pad, window) else { continue };
-        kept.rows.push(row);
-        kept.prompts.push(without_leading(prompt, pad).to_vec());
-        kept.scored.push(Response {
+        let Some((response, trained)) = pad_response(response, pad, window) else { continue };
+        padded.rows.push(row);
+        padded.prompts.push(without_leading(prompt, pad).to_vec());
+        padded.scored.push(Response {
             tokens: whole.tokens[..trained].to_vec(),
             logprobs: whole.logprobs[..trained].to_vec(),
-            // The end token is scored where it is no pad; without it, the answer's text has no end.
+            // The end token is scored unless it is a pad; without it, the response counts as truncated.
             finish: if trained == whole.tokens.len() { whole.finish } else { FinishReason::Length },
         });
-        kept.responses.push(response);
-        kept.trained.push(trained);
+        padded.responses.push(response);
+        padded.trained.push(trained);
     }
-    kept
+    padded
 }
 
 #[cfg(test)]
@@ -112,14 +113,18 @@ mod tests {
             let [mut now, mut old, mut advantages] = [const { Vec::<f32>::new() }; 3];
             let [mut values, mut old_values, mut returns] = [const { Vec::<f32>::new() }; 3];
             let [mut actor_grad, mut critic_grad] = [const { Vec::<Value>::new() }; 2];
-            for (i, answer) in case["answers"].as_array().unwrap().iter().enumerate() {
-                let tokens = ids(answer);
+            for (i, response) in case["answers"].as_array().unwrap().iter().enumerate() {
+                let tokens = ids(response);
                 let finish = if tokens.last() == Some(&end) { FinishReason::Stop } else { FinishReason::Length };
                 let response = Response { logprobs: vec![0.0; tokens.len()], tokens, finish };
-                let Some((response, trained)) = padded(response, pad, window) else { continue };
+                let Some((response, trained)) = pad_response(response, pad, window) else { continue };
                 let (j, rewarded) = (kept.len(), response.tokens.len());
                 assert_eq!(response.tokens, ids(&case["rows"][i])[prompt..prompt + rewarded]);
-                assert_eq!(Value::from(prompt + trained - 1), case["scored_at"][j], "where the score is read");
+                assert_eq!(
+                    Value::from(prompt + trained - 1),
+                    case["scored_at"][j],
+                    "position at which the score is read"
+                );
                 extra += rewarded - trained;
                 let row = |key: &str, n: usize| floats(&case[key][j])[..n].to_vec();
                 let kl = per_token(Estimator::K1, &row("logprobs", rewarded), &row("reference", rewarded)).unwrap();
@@ -127,9 +132,12 @@ mod tests {
                 let score = case["scores"][j].as_f64().unwrap();
                 let rewards = shape(&kl, score, Ending::Eos, &shaping).unwrap();
                 let wanted = |key: &str, n: usize| Value::from(case[key][j].as_array().unwrap()[..n].to_vec());
-                // The KL is an f32 on the way.
+                // The KL is rounded to f32 in between.
                 assert_close(&rewards, &wanted("rewards", rewarded), 16.0, "rewards");
-                assert!(floats(&case["rewards"][j])[rewarded..].iter().all(|&r| r == 0.0), "nothing follows");
+                assert!(
+                    floats(&case["rewards"][j])[rewarded..].iter().all(|&r| r == 0.0),
+                    "later actions have no reward"
+                );
                 let out = gae(&rewards, &row("values", rewarded), 1.0, 0.95).unwrap();
                 assert_close(&out.advantages, &wanted("advantages", rewarded), 32.0, "advantages");
                 assert_close(&out.returns, &wanted("returns", rewarded), 32.0, "returns");
@@ -151,12 +159,13 @@ mod tests {
             }
             assert_eq!(Value::from(kept), case["kept"]);
             let n = now.len() as f64;
-            let given = PolicyTokens { logprobs: &now, old_logprobs: &old, advantages: &advantages, reference: &old };
-            let actor = policy_loss(given, &Objective::clip(0.2), n).unwrap();
+            let inputs =
+                PolicyTokens { logprobs: &now, old_logprobs: &old, advantages: &advantages, ref_logprobs: &old };
+            let actor = policy_loss(inputs, &Objective::clip(0.2), n).unwrap();
             assert_number(actor.loss, &case["actor_loss"], "actor loss");
             assert_close(&actor.grad, &Value::from(actor_grad), 1.0, "actor gradient");
-            let given = ValueTokens { values: &values, old_values: &old_values, returns: &returns };
-            let critic = value_loss(given, 0.2, n).unwrap();
+            let inputs = ValueTokens { values: &values, old_values: &old_values, returns: &returns };
+            let critic = value_loss(inputs, 0.2, n).unwrap();
             assert_number(critic.loss, &case["critic_loss"], "critic loss");
             assert_close(&critic.grad, &Value::from(critic_grad), 1.0, "critic gradient");
         }
@@ -185,7 +194,7 @@ mod tests {
     }
 
     #[test]
-    fn an_opt_answer_keeps_its_end_as_the_action_of_the_score_and_others_get_a_pad() {
+    fn the_score_is_on_the_end_token_of_an_opt_response_and_on_an_added_pad_otherwise() {
         assert_eq!(actions(&[5, 6, 2], 2, 8), Actions { trained: 2, rewarded: 3 });
         assert_eq!(actions(&[5, 6, 2], 1, 8), Actions { trained: 3, rewarded: 4 });
         assert_eq!(actions(&[5, 6, 7], 1, 3), Actions { trained: 3, rewarded: 3 });
@@ -194,30 +203,30 @@ mod tests {
             logprobs: vec![-1.0; tokens.len()],
             finish: FinishReason::Stop,
         };
-        let (opt, trained) = padded(stopped(&[5, 6, 2]), 2, 8).unwrap();
+        let (opt, trained) = pad_response(stopped(&[5, 6, 2]), 2, 8).unwrap();
         assert_eq!((opt.tokens, trained), (vec![5, 6, 2], 2));
-        let (own, trained) = padded(stopped(&[5, 6, 2]), 1, 8).unwrap();
+        let (own, trained) = pad_response(stopped(&[5, 6, 2]), 1, 8).unwrap();
         assert_eq!((own.tokens, trained), (vec![5, 6, 2, 1], 3));
         assert!(own.logprobs[3].is_nan());
-        assert!(padded(stopped(&[5, 2]), 2, 8).is_none() && padded(stopped(&[2]), 1, 8).is_none());
-        assert!(padded(stopped(&[5, 2]), 1, 8).is_some());
+        assert!(pad_response(stopped(&[5, 2]), 2, 8).is_none() && pad_response(stopped(&[2]), 1, 8).is_none());
+        assert!(pad_response(stopped(&[5, 2]), 1, 8).is_some());
     }
 
     #[test]
-    fn of_a_rollout_empty_answers_are_dropped_and_the_longest_has_no_pad_behind_it() {
+    fn responses_of_one_token_are_dropped_and_the_longest_gets_no_pad() {
         let stopped = |tokens: &[u32]| Response {
             tokens: tokens.to_vec(),
             logprobs: vec![-1.0; tokens.len()],
             finish: FinishReason::Stop,
         };
         let prompts = [vec![2, 9], vec![9, 2], vec![2, 2], vec![9]];
-        let answers = [&[5, 2][..], &[5, 6, 2], &[2], &[5, 6, 7, 2]].map(stopped).to_vec();
-        let own = keep(&prompts, answers.clone(), 1);
+        let responses = [&[5, 2][..], &[5, 6, 2], &[2], &[5, 6, 7, 2]].map(stopped).to_vec();
+        let own = pad_rollout(&prompts, responses.clone(), 1);
         assert_eq!((own.rows, own.trained), (vec![0, 1, 3], vec![2, 3, 4]));
         assert_eq!(own.responses[1].tokens, [5, 6, 2, 1]);
         assert_eq!(own.responses[2].tokens, [5, 6, 7, 2], "the row ends there: the score is rewarded at the end token");
         assert_eq!((own.scored[1].tokens.clone(), own.scored[1].finish), (vec![5, 6, 2], FinishReason::Stop));
-        let opt = keep(&prompts, answers, 2);
+        let opt = pad_rollout(&prompts, responses, 2);
         assert_eq!((opt.rows, opt.trained), (vec![1, 3], vec![2, 3]));
         assert_eq!((opt.scored[0].tokens.clone(), opt.scored[0].finish), (vec![5, 6], FinishReason::Length));
         assert_eq!(opt.prompts, [vec![9, 2], vec![9]]);

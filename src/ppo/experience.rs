@@ -1,58 +1,56 @@
-//! From a rollout to what the update trains on: per-token KL, shaped rewards, advantages and returns. Knows no model.
-//! Read rewards.rs, kl.rs, gae.rs and advantages.rs for the formulas.
+//! Experience: what the update trains on, computed from a rollout (per-token KL, shaped rewards, advantages, returns). It
+//! does not depend on bases or adapters. Read `rewards.rs`, `kl.rs`, `gae.rs` and `advantages.rs` for the formulas.
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::advantages::{discounted_returns, group_standardised, leave_one_out};
 use super::gae::gae;
+use super::kl;
 use super::kl::Estimator;
 use super::rewards::{Ending, Overlong, Shaping, scale_to_unit_variance, shape, whiten};
 use super::rollout::Rollout;
 use crate::config::{AdvantageEstimator, KlEstimator, KlIn, Ppo, WhitenRewards};
 use crate::model::generate::FinishReason;
-use crate::ppo::kl;
 
-/// Everything derived from a rollout that the update reads. Per-token vectors, one a sequence.
+/// A rollout with everything that the update reads. Per-token vectors, one per sequence.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Experience {
-    /// What the roles said.
+    /// Responses with the outputs of the roles.
     pub rollout: Rollout,
-    /// (B, R) estimates of KL(actor || reference), nats; of every rewarded action.
+    /// (B, R) estimates of KL(actor || reference), nats, for every rewarded action.
     pub kl: Vec<Vec<f32>>,
-    /// (B, R): the weight of each token's policy gradient.
+    /// (B, R) advantages: the weight of each token's policy gradient.
     pub advantages: Vec<Vec<f32>>,
-    /// (B, R): the critic's targets; none without one.
+    /// (B, R) returns: the critic's targets; empty without a critic.
     pub returns: Vec<Vec<f32>>,
 }
 
-/// What a rollout's scores become rewards by, besides the settings.
+/// The run's current scaling of KL and scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scale {
-    /// Reward per nat of KL.
+    /// Reward per nat of KL, subtracted.
     pub kl_coef: f64,
-    /// Taken from each score.
+    /// Subtracted from each score.
     pub shift: f64,
-    /// What then divides it.
+    /// Divides each score after the shift.
     pub deviation: f64,
 }
 
 impl Experience {
-    /// Of a rollout.
+    /// Computes rewards, advantages and returns of a rollout.
     ///
     /// # Errors
-    /// If an answer is empty or a number is not finite.
+    /// If a response is empty, or a value is NaN or infinite.
     pub fn of(rollout: Rollout, scale: Scale, config: &Ppo) -> Result<Self> {
         let shaping = shaping(scale.kl_coef, config);
         let (mut kls, mut rewards) = (vec![], vec![]);
         for (i, response) in rollout.responses.iter().enumerate() {
             let kl = match (rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
                 (Some(exact), _) => exact.clone(),
-                (None, e) => {
-                    kl::per_token(e.unwrap_or(Estimator::K1), &response.logprobs, &rollout.reference_logprobs[i])?
-                }
+                (None, e) => kl::per_token(e.unwrap_or(Estimator::K1), &response.logprobs, &rollout.ref_logprobs[i])?,
             };
-            let ending = if response.finish == FinishReason::Stop { Ending::Eos } else { Ending::CutOff };
+            let ending = if response.finish == FinishReason::Stop { Ending::Eos } else { Ending::Truncated };
             let score = (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation;
             rewards.push(shape(&kl, score, ending, &shaping)?);
             kls.push(kl);
@@ -64,39 +62,39 @@ impl Experience {
         }
         let (mut advantages, mut returns) = advantages(&rewards, &rollout.values, config)?;
         let mut rollout = rollout;
-        leave_trained(&mut rollout, &mut advantages, &mut returns);
+        drop_untrained(&mut rollout, &mut advantages, &mut returns);
         if config.whiten_advantages() {
             over_all(&mut advantages, whiten);
         }
         Ok(Self { rollout, kl: kls, advantages, returns })
     }
 
-    /// Mean over the answers of their summed KL, nats.
+    /// Mean KL per response, summed over its tokens, nats.
     pub fn mean_kl(&self) -> f64 {
         let sums = self.kl.iter().map(|kl| kl.iter().map(|&k| f64::from(k)).sum::<f64>());
         sums.sum::<f64>() / self.kl.len() as f64
     }
 
-    /// Response tokens of some sequences.
+    /// Number of response tokens of some sequences.
     pub fn tokens_of(&self, rows: &[usize]) -> usize {
         rows.iter().map(|&i| self.rollout.responses[i].tokens.len()).sum()
     }
 }
 
-/// Takes off the actions that are rewarded and not trained on: from here on every list is of what is.
-fn leave_trained(rollout: &mut Rollout, advantages: &mut [Vec<f32>], returns: &mut [Vec<f32>]) {
+/// Removes the actions that are rewarded but not trained on, so that every list has one entry per trained token.
+fn drop_untrained(rollout: &mut Rollout, advantages: &mut [Vec<f32>], returns: &mut [Vec<f32>]) {
     for (i, &trained) in std::mem::take(&mut rollout.trained).iter().enumerate() {
         let response = &mut rollout.responses[i];
-        let d = rollout.reference_rows[i].len() / response.tokens.len().max(1);
+        let d = rollout.ref_hidden[i].len() / response.tokens.len().max(1);
         response.tokens.truncate(trained);
-        rollout.reference_rows[i].truncate(trained * d);
-        let lists = [&mut response.logprobs, &mut rollout.reference_logprobs[i], &mut advantages[i]];
+        rollout.ref_hidden[i].truncate(trained * d);
+        let lists = [&mut response.logprobs, &mut rollout.ref_logprobs[i], &mut advantages[i]];
         let more = rollout.values.get_mut(i).into_iter().chain(returns.get_mut(i));
         lists.into_iter().chain(more).for_each(|list| list.truncate(trained));
     }
 }
 
-/// What is done to scores, by the settings.
+/// The reward shaping that the settings choose.
 fn shaping(kl_coef: f64, config: &Ppo) -> Shaping {
     let (limit, buffer) = (config.response_length, config.overlong_buffer_len);
     let overlong = Overlong { limit, buffer, factor: config.overlong_penalty_factor };
@@ -111,7 +109,7 @@ fn shaping(kl_coef: f64, config: &Ppo) -> Shaping {
     }
 }
 
-/// The estimator from sampled tokens, where it is one.
+/// The estimator from sampled tokens; `None` for the exact KL.
 pub fn estimator(kl: KlEstimator) -> Option<Estimator> {
     match kl {
         KlEstimator::K1 => Some(Estimator::K1),
@@ -121,10 +119,10 @@ pub fn estimator(kl: KlEstimator) -> Option<Estimator> {
     }
 }
 
-/// (B, R) numbers of responses' tokens.
+/// (B, R) values of response tokens.
 type PerToken = Vec<Vec<f32>>;
 
-/// (advantages, returns), (B, R) each; without a critic there is nothing that returns would be the targets of.
+/// (advantages, returns), (B, R) each. Returns are the critic's targets, and empty without one.
 fn advantages(rewards: &[Vec<f32>], values: &[Vec<f32>], config: &Ppo) -> Result<(PerToken, PerToken)> {
     let with_critic = |lam: f64| {
         let both = rewards.iter().zip(values).map(|(rewards, values)| gae(rewards, values, config.gamma, lam));
@@ -168,7 +166,7 @@ mod tests {
         Ppo { gamma: 1.0, lam: 1.0, kl_coef: 0.5, score_clip: 2.0, whiten_advantages: Some(false), ..Ppo::default() }
     }
 
-    /// Two answers: one that ended, of 2 tokens, and one that was cut off, of 3.
+    /// Two responses: one of 2 tokens that ended, and one of 3 tokens that was truncated.
     fn rollout() -> Rollout {
         let response = |logprobs: &[f32], finish| Response {
             tokens: vec![9; logprobs.len()],
@@ -181,32 +179,32 @@ mod tests {
                 response(&[-1.0, -2.0], FinishReason::Stop),
                 response(&[-0.5, -0.5, -3.0], FinishReason::Length),
             ],
-            reference_logprobs: vec![vec![-1.5, -1.0], vec![-0.5, -1.5, -3.0]],
+            ref_logprobs: vec![vec![-1.5, -1.0], vec![-0.5, -1.5, -3.0]],
             values: vec![vec![0.25, 0.5], vec![0.0, 1.0, 2.0]],
             scores: vec![1.0, 5.0],
             ..Rollout::default()
         }
     }
 
-    fn judged(config: &Ppo) -> Experience {
+    fn experience_of(config: &Ppo) -> Experience {
         let scale = Scale { kl_coef: config.kl_coef, shift: 0.0, deviation: 1.0 };
         Experience::of(rollout(), scale, config).unwrap()
     }
 
     #[test]
-    fn an_answers_return_is_its_clipped_score_less_penalties_still_to_come() {
+    fn returns_are_the_clipped_score_less_the_kl_and_truncation_penalties() {
         let config = Ppo { missing_eos_penalty: Some(0.75), ..ppo() };
-        let experience = judged(&config);
-        assert_eq!(experience.kl, [vec![0.5, -1.0], vec![0.0, 1.0, 0.0]]);
-        // Rewards: [-0.25, 0.5 + 1], and [0, -0.5, 2 - 0.75]: 5 was clipped to 2, the cut-off answer pays 0.75.
-        assert_eq!(experience.returns, [vec![1.25, 1.5], vec![0.75, 0.75, 1.25]]);
-        assert_eq!(experience.advantages, [vec![1.0, 1.0], vec![0.75, -0.25, -0.75]]);
+        let found = experience_of(&config);
+        assert_eq!(found.kl, [vec![0.5, -1.0], vec![0.0, 1.0, 0.0]]);
+        // Rewards: [-0.25, 0.5 + 1], and [0, -0.5, 2 - 0.75]: 5 was clipped to 2, the truncated response pays 0.75.
+        assert_eq!(found.returns, [vec![1.25, 1.5], vec![0.75, 0.75, 1.25]]);
+        assert_eq!(found.advantages, [vec![1.0, 1.0], vec![0.75, -0.25, -0.75]]);
     }
 
     #[test]
-    fn whitening_is_over_the_whole_rollout_and_leaves_the_critics_targets_alone() {
-        let plain = judged(&ppo());
-        let whitened = judged(&Ppo { whiten_advantages: Some(true), ..ppo() });
+    fn advantages_are_whitened_over_the_whole_rollout_and_returns_are_not() {
+        let plain = experience_of(&ppo());
+        let whitened = experience_of(&Ppo { whiten_advantages: Some(true), ..ppo() });
         assert_eq!(whitened.returns, plain.returns);
         let flat = whitened.advantages.concat();
         assert_eq!(whitened.advantages.iter().map(Vec::len).collect::<Vec<_>>(), [2, 3]);
@@ -215,14 +213,14 @@ mod tests {
         assert!(mean.abs() < 1e-6 && (variance - 1.0).abs() < 1e-6, "{mean} {variance}");
         let ends = [&whitened.advantages[0], &whitened.advantages[1]].map(|row| row.iter().sum::<f32>());
         assert!(ends[0].abs() > 0.1, "sequence by sequence, each would sum to 0: {ends:?}");
-        let scaled = judged(&Ppo { whiten_rewards: WhitenRewards::KeepMean, ..ppo() });
+        let scaled = experience_of(&Ppo { whiten_rewards: WhitenRewards::KeepMean, ..ppo() });
         assert_ne!(scaled.returns, plain.returns, "rewards are scaled before the returns");
     }
 
     #[test]
-    fn every_penalty_of_the_settings_reaches_the_score() {
+    fn every_penalty_of_the_settings_changes_the_last_reward() {
         let last = |config: Ppo| {
-            let returns = judged(&Ppo { kl_coef: 0.0, ..config }).returns;
+            let returns = experience_of(&Ppo { kl_coef: 0.0, ..config }).returns;
             [returns[0][1], returns[1][2]]
         };
         assert_eq!(last(ppo()), [1.0, 2.0]);
@@ -234,11 +232,11 @@ mod tests {
     }
 
     #[test]
-    fn advantages_of_a_group_are_its_answers_whole_rewards_compared() {
+    fn group_advantages_compare_the_total_rewards_of_a_groups_responses() {
         let of = |advantage_estimator, config: Ppo| {
-            judged(&Ppo { advantage_estimator, num_generations: 2, ..config }).advantages
+            experience_of(&Ppo { advantage_estimator, num_generations: 2, ..config }).advantages
         };
-        // Whole rewards: 1 - 0.5 (0.5 - 1) = 1.25 and 2 - 0.5 = 1.5.
+        // Total rewards: 1 - 0.5 (0.5 - 1) = 1.25 and 2 - 0.5 = 1.5.
         let unwhitened = Ppo { whiten_advantages: None, ..ppo() };
         assert_eq!(of(AdvantageEstimator::Rloo, unwhitened.clone()), [vec![-0.25; 2], vec![0.25; 3]]);
         let grpo = of(AdvantageEstimator::Grpo, unwhitened);
@@ -246,19 +244,19 @@ mod tests {
         assert_eq!(of(AdvantageEstimator::Reinforce, ppo()), [vec![1.25, 1.5], vec![1.5, 1.5, 2.0]]);
         let flat = of(AdvantageEstimator::ReinforcePlusPlus, ppo()).concat();
         assert!(flat.iter().sum::<f32>().abs() < 1e-6, "standardised even where whitening is off: {flat:?}");
-        assert!(judged(&Ppo { advantage_estimator: AdvantageEstimator::Rloo, ..ppo() }).returns.is_empty());
+        assert!(experience_of(&Ppo { advantage_estimator: AdvantageEstimator::Rloo, ..ppo() }).returns.is_empty());
         assert_eq!(of(AdvantageEstimator::A2c, ppo())[0], [1.0, 1.0]);
     }
 
     #[test]
-    fn the_exact_kl_is_the_rewards_where_the_rollout_has_it_and_a_kl_in_the_loss_leaves_the_reward() {
+    fn the_exact_kl_replaces_the_estimate_and_a_kl_in_the_loss_is_not_in_the_reward() {
         let exact = Rollout { exact_kl: vec![vec![0.25, 0.5], vec![1.0, 0.0, 2.0]], ..rollout() };
         let scale = Scale { kl_coef: 0.5, shift: 0.0, deviation: 1.0 };
         let experience = Experience::of(exact, scale, &ppo()).unwrap();
         assert_eq!(experience.kl[1], [1.0, 0.0, 2.0]);
         assert_eq!(experience.returns[0], [1.0 - 0.375, 1.0 - 0.25]);
         assert!((experience.mean_kl() - 3.75 / 2.0).abs() < 1e-12);
-        let in_loss = judged(&Ppo { kl_in: KlIn::Loss, kl_estimator: KlEstimator::K2, ..ppo() });
+        let in_loss = experience_of(&Ppo { kl_in: KlIn::Loss, kl_estimator: KlEstimator::K2, ..ppo() });
         assert_eq!(in_loss.returns, [vec![1.0; 2], vec![2.0; 3]]);
     }
 
@@ -270,10 +268,10 @@ mod tests {
     }
 
     #[test]
-    fn k3_is_never_negative_and_open_scores_are_not_clipped() {
+    fn k3_is_never_negative_and_a_score_clip_of_0_clips_nothing() {
         let config = Ppo { kl_estimator: KlEstimator::K3, score_clip: 0.0, kl_coef: 0.0, ..ppo() };
-        let experience = judged(&config);
-        assert!(experience.kl.concat().iter().all(|&kl| kl >= 0.0) && experience.kl[0][1] > 0.0);
-        assert_eq!(experience.returns[1], [5.0, 5.0, 5.0]);
+        let found = experience_of(&config);
+        assert!(found.kl.concat().iter().all(|&kl| kl >= 0.0) && found.kl[0][1] > 0.0);
+        assert_eq!(found.returns[1], [5.0, 5.0, 5.0]);
     }
 }

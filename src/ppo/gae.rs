@@ -1,28 +1,28 @@
-//! GAE: per-token rewards and values -> advantages and returns, a sequence at a time. Pure; knows no model.
-//! Read rewards.rs before (its `whiten` is for the advantages of a whole rollout) and loss.rs after.
+//! Generalised advantage estimation (GAE): per-token rewards and values -> advantages and returns, one sequence at a time.
+//! A pure function of numbers; it does not depend on the model. Read `rewards.rs` before it and `loss.rs` after it.
 
 use anyhow::{Result, ensure};
 
 use crate::diverged;
 
-/// What the two losses train on.
+/// Inputs of the two losses.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gae {
-    /// (R,): how much better than expected; for the actor.
+    /// (R,) advantages, for the actor.
     pub advantages: Vec<f32>,
-    /// (R,): advantages + values; the critic's targets.
+    /// (R,) returns = advantages + values: the critic's targets.
     pub returns: Vec<f32>,
 }
 
-/// `A_t = d_t + gamma*lambda*A_{t+1}`, `d_t = r_t + gamma*V_{t+1} - V_t`, with V and A zero after the last token:
-/// an answer ends there, whether by its end token or by the limit. `rewards`, `values`: (R,) of one sequence, V_t before
-/// token t is chosen. Accumulates in f64. Source: arXiv:1506.02438 eq. 16.
+/// `A_t = d_t + gamma*lambda*A_{t+1}`, `d_t = r_t + gamma*V_{t+1} - V_t`, with V and A zero after the last token,
+/// whether the response ended or was truncated. `rewards`, `values`: (R,) of one sequence, V_t is the value
+/// before token t is sampled. Accumulates in f64. Source: arXiv:1506.02438 eq. 16.
 ///
 /// # Errors
-/// If the lengths differ or a number is not finite.
+/// If the lengths differ, or a value is NaN or infinite.
 pub fn gae(rewards: &[f32], values: &[f32], gamma: f64, lambda: f64) -> Result<Gae> {
     let (n, m) = (rewards.len(), values.len());
-    ensure!(n == m, "{n} rewards and {m} values of one answer");
+    ensure!(n == m, "a response has {n} rewards and {m} values");
     let (mut advantages, mut returns) = (vec![0.0; n], vec![0.0; n]);
     let (mut next_advantage, mut next_value) = (0.0f64, 0.0f64);
     for t in (0..n).rev() {
@@ -43,7 +43,7 @@ mod tests {
     use crate::ppo::golden::{assert_close, floats, ppo, split};
 
     #[test]
-    fn gae_matches_the_sum_of_its_definition_on_ragged_answers() {
+    fn gae_matches_the_sum_of_its_definition_on_ragged_responses() {
         let golden = ppo();
         let values = floats(&golden["values"]);
         for case in golden["gae"].as_array().unwrap() {
@@ -57,7 +57,7 @@ mod tests {
     }
 
     #[test]
-    fn with_lambda_1_the_return_is_the_discounted_sum_of_rewards_whatever_the_values() {
+    fn with_lambda_1_returns_are_the_discounted_sum_of_rewards_and_do_not_depend_on_values() {
         let (rewards, gamma) = ([1.0f32, -2.0, 0.5, 4.0], 0.9f64);
         let mut want = [0.0f64; 4];
         for (t, slot) in want.iter_mut().enumerate() {
@@ -73,7 +73,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_differ_and_numbers_that_are_none_are_errors() {
+    fn unequal_lengths_and_nan_are_errors() {
         assert!(gae(&[1.0], &[1.0, 2.0], 1.0, 0.95).is_err());
         assert!(gae(&[1.0, f32::NAN], &[1.0, 2.0], 1.0, 0.95).is_err());
         assert!(gae(&[], &[], 1.0, 0.95).unwrap().advantages.is_empty());

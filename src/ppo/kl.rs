@@ -1,11 +1,11 @@
-//! Estimates of KL(actor || reference) from the log-probabilities of the sampled tokens. Pure; knows no model.
-//! Read rewards.rs next.
+//! Estimators of KL(actor || reference) from the log-probabilities of sampled tokens. Pure functions of numbers; it does
+//! not depend on the model. Read `rewards.rs` next.
 
 use anyhow::{Result, ensure};
 
 use crate::diverged;
 
-/// How a token's KL is estimated from one sample. With d = log p - log p_ref.
+/// An estimator of a token's KL from one sample, with d = log p - log p_ref.
 /// Source: J. Schulman, "Approximating KL divergence" (2020).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Estimator {
@@ -13,14 +13,14 @@ pub enum Estimator {
     K1,
     /// d² / 2: biased, small variance.
     K2,
-    /// exp(-d) + d - 1: unbiased and never negative. d is held within ±20, where exp is already 4.9e8.
+    /// exp(-d) + d - 1: unbiased and never negative. d is clamped to ±20, where exp is already 4.9e8.
     K3,
 }
 
 impl Estimator {
     /// The estimate of one token, in nats.
-    pub fn of(self, logprob: f64, reference: f64) -> f64 {
-        let d = logprob - reference;
+    pub fn of(self, logprob: f64, ref_logprob: f64) -> f64 {
+        let d = logprob - ref_logprob;
         match self {
             Self::K1 => d,
             Self::K2 => 0.5 * d * d,
@@ -31,28 +31,28 @@ impl Estimator {
         }
     }
 
-    /// Its derivative by `logprob`.
-    pub fn slope(self, logprob: f64, reference: f64) -> f64 {
-        let d = logprob - reference;
+    /// Derivative of the estimate with respect to `logprob`.
+    pub fn slope(self, logprob: f64, ref_logprob: f64) -> f64 {
+        let d = logprob - ref_logprob;
         match self {
             Self::K1 => 1.0,
             Self::K2 => d,
-            Self::K3 if d.abs() > 20.0 => 0.0, // where the estimate is held
+            Self::K3 if d.abs() > 20.0 => 0.0, // the estimate is clamped
             Self::K3 => -(-d).exp_m1(),
         }
     }
 }
 
-/// Per-token estimates. `logprobs`, `reference`: (R,), of the sampled tokens under actor and reference.
+/// Per-token estimates. `logprobs`, `ref_logprobs`: (R,) log-probabilities of the sampled tokens under actor and reference.
 ///
 /// # Errors
-/// If the lengths differ or a log-probability is not finite.
-pub fn per_token(estimator: Estimator, logprobs: &[f32], reference: &[f32]) -> Result<Vec<f32>> {
-    let (ours, theirs) = (logprobs.len(), reference.len());
-    ensure!(ours == theirs, "{ours} log-probabilities and {theirs} of the reference");
+/// If the lengths differ, or a log-probability is NaN or infinite.
+pub fn per_token(estimator: Estimator, logprobs: &[f32], ref_logprobs: &[f32]) -> Result<Vec<f32>> {
+    let (n, m) = (logprobs.len(), ref_logprobs.len());
+    ensure!(n == m, "{n} log-probabilities of the actor and {m} of the reference");
     logprobs
         .iter()
-        .zip(reference)
+        .zip(ref_logprobs)
         .map(|(&p, &q)| {
             ensure!(
                 p.is_finite() && q.is_finite(),
@@ -78,7 +78,7 @@ mod tests {
     }
 
     #[test]
-    fn k3_is_never_negative_keeps_its_digits_near_zero_and_stays_finite() {
+    fn k3_is_never_negative_precise_near_zero_and_finite() {
         for d in [-300.0f64, -1.0, -1e-9, 0.0, 1e-9, 0.3, 300.0] {
             let k3 = Estimator::K3.of(d, 0.0);
             assert!((0.0..5e8).contains(&k3), "{d}: {k3}");
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn lengths_that_differ_and_impossible_tokens_are_errors() {
+    fn unequal_lengths_and_infinite_logprobs_are_errors() {
         assert!(per_token(Estimator::K1, &[0.0], &[0.0, 1.0]).is_err());
         assert!(per_token(Estimator::K1, &[f32::NEG_INFINITY], &[-1.0]).is_err());
     }

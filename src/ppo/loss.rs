@@ -1,52 +1,52 @@
-//! The two clipped losses of PPO over flat response tokens, with their derivatives and the numbers one watches. Pure;
-//! knows no model: the backward pass of the network starts from the derivatives given here. Sums are in f64 and
-//! divided by a normaliser that the caller names, so that micro-batches add up to their minibatch's loss exactly.
+//! PPO's clipped policy loss and clipped value loss over flat response tokens, with derivatives and training metrics. Pure
+//! functions of numbers; it does not depend on the model, whose backward pass starts from the derivatives returned here.
+//! Sums are in f64 and divided by a normaliser that the caller passes, so that micro-batches add up exactly to the loss of
+//! their minibatch. Read `update.rs` for the caller.
 
 use anyhow::{Result, ensure};
-
-use crate::diverged;
 use serde::{Deserialize, Serialize};
 
 use super::kl::Estimator;
+use crate::diverged;
 
-/// What the actor's loss reads: each (N,), over all response tokens of a micro-batch.
+/// Inputs of the policy loss: each (N,), over all response tokens of a micro-batch.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyTokens<'a> {
-    /// Of the sampled tokens, now.
+    /// log pi(token) under the current policy.
     pub logprobs: &'a [f32],
-    /// Of the same tokens when they were sampled.
+    /// log pi_old(token) under the policy that sampled the rollout.
     pub old_logprobs: &'a [f32],
-    /// From GAE, whitened or not.
+    /// Advantages, whitened or not.
     pub advantages: &'a [f32],
-    /// Of the same tokens under the reference.
-    pub reference: &'a [f32],
+    /// log pi_ref(token) under the reference.
+    pub ref_logprobs: &'a [f32],
 }
 
-/// What the actor's loss is made of.
+/// Terms of the policy loss.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Objective {
-    /// The part that advantages drive.
+    /// Surrogate loss of the advantages.
     pub surrogate: Surrogate,
-    /// log r is held within ± this, without gradient beyond; infinity for not.
+    /// log r is clamped to ± this, with zero gradient outside; infinity for no clamping.
     pub log_ratio_clamp: f64,
-    /// A KL to the reference, estimated from the sampled tokens, and its weight.
+    /// KL to the reference, estimated from the sampled tokens, and its weight.
     pub kl: Option<(Estimator, f64)>,
 }
 
-/// How a token's ratio `r = exp(logp - old)` and advantage A make a loss.
+/// A token's loss by its ratio `r = exp(logp - old_logp)` and advantage A.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Surrogate {
     /// `max(-A r, -A clamp(r, 1 - low, 1 + high))`; with `dual`, no more than `-A dual` where A < 0.
     /// Source: arXiv:1707.06347 eq. 7; arXiv:1912.09729 eq. 5.
     Clip {
-        /// Below 1.
+        /// Width of the clip range below 1.
         low: f64,
-        /// Above 1.
+        /// Width of the clip range above 1.
         high: f64,
-        /// Above 1.
+        /// Bound of the dual clip, greater than 1.
         dual: Option<f64>,
     },
-    /// `-A r + coef (r - 1 - log r)`: the bracket is an unbiased, never negative estimate of KL(old || now).
+    /// `-A r + coef (r - 1 - log r)`: the bracket is an unbiased, never negative estimate of KL(old || current).
     /// Source: arXiv:1707.06347 eq. 8.
     KlPenalty {
         /// Weight of the penalty.
@@ -57,23 +57,23 @@ pub enum Surrogate {
 }
 
 impl Objective {
-    /// The clipped surrogate alone.
+    /// The clipped surrogate without other terms.
     pub fn clip(cliprange: f64) -> Self {
         let surrogate = Surrogate::Clip { low: cliprange, high: cliprange, dual: None };
         Self { surrogate, log_ratio_clamp: f64::INFINITY, kl: None }
     }
 
-    /// A token's loss, its derivative by logp, and whether the clip holds it.
+    /// A token's loss, its derivative with respect to logp, and whether clipping is active.
     fn token(&self, logprob: f64, log_ratio: f64, advantage: f64) -> (f64, f64, bool) {
         let ratio = log_ratio.exp();
         let plain = -advantage * ratio;
         match self.surrogate {
             Surrogate::Clip { low, high, dual } => {
-                let clipped = -advantage * ratio.max(1.0 - low).min(1.0 + high);
+                let bounded = -advantage * ratio.max(1.0 - low).min(1.0 + high);
                 let bound = dual.filter(|_| advantage < 0.0).map_or(f64::INFINITY, |dual| -advantage * dual);
-                // Where the clip holds, the ratio is outside and the loss does not depend on it.
-                let held = clipped > plain || plain > bound;
-                (plain.max(clipped).min(bound), if held { 0.0 } else { plain }, held)
+                // If clipping is active, the loss does not depend on the ratio.
+                let clipped = bounded > plain || plain > bound;
+                (plain.max(bounded).min(bound), if clipped { 0.0 } else { plain }, clipped)
             }
             Surrogate::KlPenalty { coef } => {
                 (plain + coef * (ratio - 1.0 - log_ratio), plain + coef * (ratio - 1.0), false)
@@ -83,70 +83,72 @@ impl Objective {
     }
 }
 
-/// A loss, its derivative and what happened on the way.
+/// A loss with its derivative and statistics.
 #[derive(Clone, Debug)]
 pub struct Loss<S> {
-    /// This micro-batch's share.
+    /// This micro-batch's share of the minibatch's loss.
     pub loss: f64,
-    /// (N,): the derivative by log-probability (actor) or value (critic).
+    /// (N,) derivative with respect to the log-probabilities (actor) or values (critic).
     pub grad: Vec<f32>,
-    /// Mergeable over micro-batches.
+    /// Statistics, which can be merged over micro-batches.
     pub stats: S,
 }
 
-/// `sum_t (surrogate_t + weight * kl_t) / normaliser`; see [`Surrogate`] and [`Objective`]. `normaliser`: the response
-/// tokens of the whole minibatch.
+/// `sum_t (surrogate_t + weight * kl_t) / normaliser`; see [`Surrogate`] and [`Objective`]. `normaliser`: the number
+/// of response tokens in the whole minibatch.
 ///
 /// # Errors
-/// If lengths differ, the normaliser is not positive, or the loss is not finite.
+/// If lengths differ, the normaliser is not positive and finite, or the loss is NaN or infinite.
 pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: f64) -> Result<Loss<PolicyStats>> {
-    let PolicyTokens { logprobs, old_logprobs, advantages, reference } = tokens;
-    let n = checked_len([logprobs.len(), old_logprobs.len(), advantages.len(), reference.len()], normaliser)?;
+    let PolicyTokens { logprobs, old_logprobs, advantages, ref_logprobs } = tokens;
+    let n = checked_len([logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len()], normaliser)?;
     let mut out = Loss { loss: 0.0, grad: Vec::with_capacity(n), stats: PolicyStats::default() };
     let stats = &mut out.stats;
     stats.tokens = n as u64;
     for t in 0..n {
         let advantage = f64::from(advantages[t]);
         let logprob = f64::from(logprobs[t]);
-        let free = logprob - f64::from(old_logprobs[t]);
-        // Not f64::clamp, which panics where a configured limit is no number.
-        let log_ratio = free.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
-        let (mut loss, mut slope, held) = objective.token(logprob, log_ratio, advantage);
-        if log_ratio != free {
+        let unclamped = logprob - f64::from(old_logprobs[t]);
+        // Not f64::clamp, which panics if a configured limit is NaN.
+        let log_ratio = unclamped.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
+        let (mut loss, mut slope, clipped) = objective.token(logprob, log_ratio, advantage);
+        if log_ratio != unclamped {
             slope = 0.0;
         }
         if let Some((estimator, weight)) = objective.kl {
-            let reference = f64::from(reference[t]);
-            loss += weight * estimator.of(logprob, reference);
-            slope += weight * estimator.slope(logprob, reference);
+            let ref_logprob = f64::from(ref_logprobs[t]);
+            loss += weight * estimator.of(logprob, ref_logprob);
+            slope += weight * estimator.slope(logprob, ref_logprob);
         }
         let ratio = log_ratio.exp();
         out.loss += loss;
         out.grad.push((slope / normaliser) as f32);
         stats.kl += ratio - 1.0 - log_ratio;
-        stats.clipped += u64::from(held);
+        stats.clipped += u64::from(clipped);
         stats.half_squares += 0.5 * log_ratio * log_ratio;
-        stats.ratio_off += ratio - 1.0;
-        stats.ratio_off_squares += (ratio - 1.0).powi(2);
-        // What is clamped is finite again, whatever it was.
+        stats.ratio_minus_one += ratio - 1.0;
+        stats.ratio_minus_one_squares += (ratio - 1.0).powi(2);
+        // Clamping makes an infinite log-ratio finite, so the unclamped one is checked.
         ensure!(
-            loss.is_finite() && ratio.is_finite() && free.is_finite(),
-            diverged!("token {t}: log-ratio {free}, advantage {advantage}: the policy loss is not finite")
+            loss.is_finite() && ratio.is_finite() && unclamped.is_finite(),
+            diverged!("token {t}: log-ratio {unclamped}, advantage {advantage}: the policy loss is NaN or infinite")
         );
     }
     out.loss /= normaliser;
     Ok(out)
 }
 
-/// Sums behind the actor's numbers.
+/// Sums from which the actor's metrics are computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct PolicyStats {
     tokens: u64,
     clipped: u64,
     half_squares: f64,
     kl: f64,
-    ratio_off: f64,
-    ratio_off_squares: f64,
+    #[serde(rename = "ratio_off")]
+    ratio_minus_one: f64,
+    #[serde(rename = "ratio_off_squares")]
+    ratio_minus_one_squares: f64,
 }
 
 impl PolicyStats {
@@ -156,38 +158,38 @@ impl PolicyStats {
         self.clipped += other.clipped;
         self.half_squares += other.half_squares;
         self.kl += other.kl;
-        self.ratio_off += other.ratio_off;
-        self.ratio_off_squares += other.ratio_off_squares;
+        self.ratio_minus_one += other.ratio_minus_one;
+        self.ratio_minus_one_squares += other.ratio_minus_one_squares;
     }
 
-    /// Tokens seen.
+    /// Number of tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
 
-    /// Share of tokens whose gradient the clip removed.
+    /// Share of tokens for which clipping is active.
     pub fn clipfrac(&self) -> f64 {
         self.mean(self.clipped as f64)
     }
 
-    /// `mean((logp - old)²) / 2`: the distance of the actor from the one that sampled, nats per token.
+    /// `mean((logp - old)²) / 2`: the approximate KL between the policy that sampled and the current one, nats per token.
     pub fn approx_kl(&self) -> f64 {
         self.mean(self.half_squares)
     }
 
-    /// `mean(r - 1 - log r)`: an estimate of KL(the one that sampled || now), nats per token, never negative.
+    /// `mean(r - 1 - log r)`: an estimate of KL(old || current), nats per token, never negative.
     pub fn kl_to_old(&self) -> f64 {
         self.mean(self.kl)
     }
 
-    /// Mean of r; 1 before the first step.
+    /// Mean ratio r; 1 before the first step.
     pub fn mean_ratio(&self) -> f64 {
-        1.0 + self.mean(self.ratio_off)
+        1.0 + self.mean(self.ratio_minus_one)
     }
 
-    /// Variance of r, dividing by n - 1; 0 for less than two tokens.
+    /// Variance of r, with n - 1 as divisor; 0 for fewer than two tokens.
     pub fn ratio_variance(&self) -> f64 {
-        sample_variance(self.tokens, self.ratio_off, self.ratio_off_squares)
+        sample_variance(self.tokens, self.ratio_minus_one, self.ratio_minus_one_squares)
     }
 
     fn mean(&self, sum: f64) -> f64 {
@@ -195,22 +197,22 @@ impl PolicyStats {
     }
 }
 
-/// What the critic's loss reads: each (N,), in the units of rewards.
+/// Inputs of the value loss: each (N,), in the units of rewards.
 #[derive(Clone, Copy, Debug)]
 pub struct ValueTokens<'a> {
-    /// Now.
+    /// Values of the current critic.
     pub values: &'a [f32],
-    /// When the answers were sampled.
+    /// Values of the critic at the rollout.
     pub old_values: &'a [f32],
-    /// Targets, from GAE.
+    /// Returns: the targets.
     pub returns: &'a [f32],
 }
 
-/// `sum_t max((V_t - R_t)², (clamp(V_t, Vold_t ± clip) - R_t)²) / (2 normaliser)`; `clip` infinite is no clip.
+/// `sum_t max((V_t - R_t)², (clamp(V_t, Vold_t ± clip) - R_t)²) / (2 normaliser)`; an infinite `clip` disables clipping.
 /// Source: openai/baselines ppo2; DeepSpeed-Chat and TRL have the same.
 ///
 /// # Errors
-/// As [`policy_loss`].
+/// Those of [`policy_loss`].
 pub fn value_loss(tokens: ValueTokens<'_>, clip: f64, normaliser: f64) -> Result<Loss<ValueStats>> {
     let ValueTokens { values, old_values, returns } = tokens;
     let n = checked_len([values.len(), old_values.len(), returns.len()], normaliser)?;
@@ -220,11 +222,11 @@ pub fn value_loss(tokens: ValueTokens<'_>, clip: f64, normaliser: f64) -> Result
     for t in 0..n {
         let (value, old, target) = (f64::from(values[t]), f64::from(old_values[t]), f64::from(returns[t]));
         let error = value - target;
-        let held_error = value.max(old - clip).min(old + clip) - target;
-        let held = held_error * held_error > error * error;
-        out.loss += 0.5 * error.powi(2).max(held_error.powi(2));
-        out.grad.push(if held { 0.0 } else { (error / normaliser) as f32 });
-        stats.clipped += u64::from(held);
+        let clipped_error = value.max(old - clip).min(old + clip) - target;
+        let clipped = clipped_error * clipped_error > error * error;
+        out.loss += 0.5 * error.powi(2).max(clipped_error.powi(2));
+        out.grad.push(if clipped { 0.0 } else { (error / normaliser) as f32 });
+        stats.clipped += u64::from(clipped);
         stats.value += value;
         stats.target += target;
         stats.target_squares += target * target;
@@ -232,14 +234,14 @@ pub fn value_loss(tokens: ValueTokens<'_>, clip: f64, normaliser: f64) -> Result
         stats.error_squares += error * error;
         ensure!(
             error.is_finite(),
-            diverged!("token {t}: value {value}, return {target}: the value loss is not finite")
+            diverged!("token {t}: value {value}, return {target}: the value loss is NaN or infinite")
         );
     }
     out.loss /= normaliser;
     Ok(out)
 }
 
-/// Sums behind the critic's numbers.
+/// Sums from which the critic's metrics are computed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ValueStats {
     tokens: u64,
@@ -263,27 +265,27 @@ impl ValueStats {
         self.error_squares += other.error_squares;
     }
 
-    /// Tokens seen.
+    /// Number of tokens.
     pub fn tokens(&self) -> u64 {
         self.tokens
     }
 
-    /// Share of tokens whose gradient the clip removed.
+    /// Share of tokens for which clipping is active.
     pub fn clipfrac(&self) -> f64 {
         self.mean(self.clipped as f64)
     }
 
-    /// Mean of V.
+    /// Mean value.
     pub fn mean_value(&self) -> f64 {
         self.mean(self.value)
     }
 
-    /// Mean of R.
+    /// Mean return.
     pub fn mean_return(&self) -> f64 {
         self.mean(self.target)
     }
 
-    /// `1 - Var(R - V) / Var(R)`: 1 for a perfect critic, 0 for a constant one. `None` where all returns are equal.
+    /// `1 - Var(R - V) / Var(R)`: 1 for a perfect critic, 0 for a constant one. `None` if all returns are equal.
     pub fn explained_variance(&self) -> Option<f64> {
         let total = sample_variance(self.tokens, self.target, self.target_squares);
         (total > 0.0).then(|| 1.0 - sample_variance(self.tokens, self.error, self.error_squares) / total)
@@ -300,8 +302,8 @@ fn sample_variance(n: u64, sum: f64, squares: f64) -> f64 {
 
 fn checked_len<const N: usize>(lengths: [usize; N], normaliser: f64) -> Result<usize> {
     let n = lengths.first().copied().unwrap_or(0);
-    ensure!(lengths.iter().all(|&l| l == n), "lists of the same tokens have lengths {lengths:?}");
-    ensure!(normaliser.is_finite() && normaliser > 0.0, "the loss is to be divided by {normaliser}");
+    ensure!(lengths.iter().all(|&l| l == n), "the per-token inputs have lengths {lengths:?}");
+    ensure!(normaliser.is_finite() && normaliser > 0.0, "normaliser must be positive and finite, got {normaliser}");
     Ok(n)
 }
 
@@ -321,7 +323,7 @@ mod tests {
 
         fn policy(&self, range: std::ops::Range<usize>) -> PolicyTokens<'_> {
             let [logprobs, old_logprobs, advantages] = self.0.each_ref().map(|l| &l[range.clone()]);
-            PolicyTokens { logprobs, old_logprobs, advantages, reference: old_logprobs }
+            PolicyTokens { logprobs, old_logprobs, advantages, ref_logprobs: old_logprobs }
         }
 
         fn value(&self, range: std::ops::Range<usize>) -> ValueTokens<'_> {
@@ -350,41 +352,41 @@ mod tests {
         }
     }
 
-    /// Of one token, at a ratio of e^log_ratio.
+    /// Loss and derivative of one token with ratio e^log_ratio.
     fn token(objective: Objective, log_ratio: f32, advantage: f32) -> (f64, f32) {
         let one = PolicyTokens {
             logprobs: &[log_ratio - 1.0],
             old_logprobs: &[-1.0],
             advantages: &[advantage],
-            reference: &[-1.5],
+            ref_logprobs: &[-1.5],
         };
         let out = policy_loss(one, &objective, 1.0).unwrap();
         (out.loss, out.grad[0])
     }
 
     #[test]
-    fn guards_hold_the_loss_and_remove_the_gradient() {
+    fn clips_and_clamps_bound_the_loss_and_remove_the_gradient() {
         let clip =
             |low, high, dual| Objective { surrogate: Surrogate::Clip { low, high, dual }, ..Objective::clip(0.2) };
         let (up, down) = (0.5f32, -0.5f32); // ratios 1.65 and 0.61
-        assert_eq!(token(clip(0.2, 0.3, None), up, 1.0), (-1.3, 0.0), "the upper side is its own");
-        assert_eq!(token(clip(0.3, 0.2, None), down, -1.0), (0.7, 0.0), "and the lower");
-        assert!(token(clip(0.2, 0.7, None), up, 1.0).1 < 0.0, "within it the gradient is there");
+        assert_eq!(token(clip(0.2, 0.3, None), up, 1.0), (-1.3, 0.0), "the upper clip range is its own");
+        assert_eq!(token(clip(0.3, 0.2, None), down, -1.0), (0.7, 0.0), "and so is the lower");
+        assert!(token(clip(0.2, 0.7, None), up, 1.0).1 < 0.0, "within the range there is a gradient");
         let (loss, grad) = token(clip(0.2, 0.2, Some(1.5)), up, -2.0);
-        assert_eq!((loss, grad), (3.0, 0.0), "a bad token counts no more than at 1.5");
-        assert!(token(clip(0.2, 0.2, Some(1.5)), up, 2.0).0 < 0.0, "a good one is not touched");
+        assert_eq!((loss, grad), (3.0, 0.0), "the loss of a negative advantage is bounded at r = 1.5");
+        assert!(token(clip(0.2, 0.2, Some(1.5)), up, 2.0).0 < 0.0, "a positive advantage is not affected");
         let clamped = Objective { log_ratio_clamp: 0.25, surrogate: Surrogate::KlPenalty { coef: 0.0 }, kl: None };
         for bad in [f32::NAN, f32::NEG_INFINITY] {
             let tokens =
-                PolicyTokens { logprobs: &[bad], old_logprobs: &[-1.0], advantages: &[1.0], reference: &[-1.0] };
-            assert!(policy_loss(tokens, &clamped, 1.0).is_err(), "a clamp makes no number of {bad}");
+                PolicyTokens { logprobs: &[bad], old_logprobs: &[-1.0], advantages: &[1.0], ref_logprobs: &[-1.0] };
+            assert!(policy_loss(tokens, &clamped, 1.0).is_err(), "a clamp must not hide {bad}");
         }
         let (loss, grad) = token(clamped, up, 1.0);
         assert!((loss + 0.25f64.exp()).abs() < 1e-7 && grad == 0.0, "{loss} {grad}");
     }
 
     #[test]
-    fn every_surrogate_has_the_slope_of_its_loss() {
+    fn every_surrogates_derivative_is_the_central_difference_of_its_loss() {
         let surrogates = [
             Surrogate::Clip { low: 0.3, high: 0.4, dual: Some(3.0) },
             Surrogate::KlPenalty { coef: 0.75 },
@@ -404,7 +406,7 @@ mod tests {
         }
         let penalty = Objective { surrogate: Surrogate::KlPenalty { coef: 2.0 }, ..Objective::clip(0.2) };
         let (loss, _) = token(penalty, 0.5, 0.0);
-        assert!((loss - 2.0 * (0.5f64.exp() - 1.5)).abs() < 1e-7, "an estimate of KL(old || now)");
+        assert!((loss - 2.0 * (0.5f64.exp() - 1.5)).abs() < 1e-7, "an estimate of KL(old || current)");
     }
 
     #[test]
@@ -465,7 +467,7 @@ mod tests {
 
     #[test]
     fn unequal_lists_empty_normalisers_and_infinite_losses_are_errors() {
-        let one = PolicyTokens { logprobs: &[0.0], old_logprobs: &[0.0], advantages: &[1.0], reference: &[0.0] };
+        let one = PolicyTokens { logprobs: &[0.0], old_logprobs: &[0.0], advantages: &[1.0], ref_logprobs: &[0.0] };
         assert!(policy_loss(PolicyTokens { advantages: &[], ..one }, &Objective::clip(0.2), 1.0).is_err());
         assert!(policy_loss(one, &Objective::clip(0.2), 0.0).is_err());
         assert!(policy_loss(PolicyTokens { advantages: &[f32::NAN], ..one }, &Objective::clip(0.2), 1.0).is_err());

@@ -1,5 +1,7 @@
-//! PPO. The loop is in train, all that changes in state; a rollout becomes experience, experience becomes updates. The
-//! mathematics is in rewards, kl, gae, advantages, control and loss: functions of numbers that know no model.
+//! Proximal policy optimisation (PPO). `train.rs` is the loop over the inputs of `run.rs`; everything that changes is in
+//! `state.rs`. A rollout (`rollout.rs`) becomes experience (`experience.rs`), and experience becomes updates (`update.rs`).
+//! The mathematics is in `rewards.rs`, `kl.rs`, `gae.rs`, `advantages.rs`, `kl_controller.rs` and `loss.rs`: functions of
+//! numbers that do not depend on the model. Read `train.rs` next.
 
 pub mod advantages;
 pub mod dschat;
@@ -14,6 +16,7 @@ pub mod metrics;
 pub mod ptx;
 pub mod rewards;
 pub mod rollout;
+pub mod run;
 pub mod state;
 pub mod train;
 pub mod update;
@@ -21,7 +24,7 @@ pub mod warnings;
 
 #[cfg(test)]
 mod golden {
-    //! Reads tests/golden/ppo.json, which tests/golden/ppo.py printed in float64.
+    //! Golden values: tests/golden/ppo.json, which tests/golden/ppo.py printed in float64.
 
     use serde_json::Value;
 
@@ -33,7 +36,7 @@ mod golden {
         value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
     }
 
-    /// A flat list cut at the sequences' ends.
+    /// Splits a flat list into sequences of these lengths.
     pub fn split<'a>(flat: &'a [f32], lengths: &Value) -> Vec<&'a [f32]> {
         let mut rest = flat;
         let lengths = lengths.as_array().unwrap().iter().map(|n| n.as_u64().unwrap() as usize);

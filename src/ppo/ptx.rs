@@ -1,5 +1,6 @@
-//! The mixture with pretraining (arXiv:2203.02155): beside its policy loss the actor goes on learning raw text, so that it
-//! keeps what the reward does not ask for. Knows no loop. Read update.rs for where it is added.
+//! Pretraining mixture, PPO-ptx (arXiv:2203.02155): a language-model loss on raw text, added to the policy loss so that the
+//! actor does not forget what the reward does not measure. It does not depend on the training loop. Read `update.rs` for
+//! where its gradient is added.
 
 use anyhow::Result;
 
@@ -11,17 +12,17 @@ use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::sft::pack;
 
-/// L = -coef · mean of `logprobs` where they are a part of `tokens` tokens in all; (L's part, dL/dlogp).
+/// `L = -coef / tokens * sum(logprobs)`: the share of a micro-batch in a loss over `tokens` tokens. Returns (L, dL/dlogp).
 pub fn loss(logprobs: &[f32], coef: f64, tokens: f64) -> (f64, Vec<f32>) {
     let weight = coef / tokens;
     let sum: f64 = logprobs.iter().map(|&l| f64::from(l)).sum();
     (-weight * sum, vec![-weight as f32; logprobs.len()])
 }
 
-/// The loss of the blocks `rows` under `policy` and its gradient, `micro_batch_size` blocks a pass.
+/// Loss of the text blocks `rows` under `policy` and its gradient, in micro-batches of `micro_batch_size` blocks.
 ///
 /// # Errors
-/// If the blocks cannot be read, or a tensor cannot be made.
+/// If the blocks cannot be read, or a tensor cannot be allocated.
 pub fn gradients(
     policy: Policy<'_>,
     layers: usize,
@@ -29,14 +30,14 @@ pub fn gradients(
     rows: &[usize],
     config: &Ptx,
     micro_batch_size: usize,
-    checkpoint: Recompute,
+    recompute: Recompute,
 ) -> Result<(f64, Gradients)> {
-    // Every token of a block but the first is learnt, and all blocks are of one size.
+    // Every token of a block but the first is a target; all blocks have the same length.
     let tokens: usize = rows.iter().map(|&row| blocks.tokens(row) - 1).sum();
     let (mut total, mut grads) = (0.0, Gradients::none(layers));
     for rows in rows.chunks(micro_batch_size) {
         let (batch, targets) = pack(&pick(blocks, rows.iter().copied())?)?;
-        let (_, g) = policy.gradients(&batch, &targets, 1.0, checkpoint, |stats| {
+        let (_, g) = policy.gradients(&batch, &targets, 1.0, recompute, |stats| {
             let (part, logprobs) = loss(&stats.logprobs, config.coef, tokens as f64);
             total += part;
             Ok((logprobs, vec![0.0; stats.logprobs.len()]))
@@ -52,7 +53,7 @@ mod tests {
     use serde_json::Value;
 
     #[test]
-    fn the_loss_is_deepspeed_chats() {
+    fn loss_and_gradient_match_deepspeed_chat_golden() {
         // Printed by tests/golden/dschat.py.
         let golden: Value = serde_json::from_str(include_str!("../../tests/golden/dschat.json")).unwrap();
         let golden = &golden["ptx"];
@@ -61,7 +62,7 @@ mod tests {
         let (whole, grad) = loss(&logprobs, coef, logprobs.len() as f64);
         assert!((whole - golden["loss"].as_f64().unwrap()).abs() < 1e-5, "{whole}");
         assert!(grad.iter().all(|&g| (f64::from(g) + coef / logprobs.len() as f64).abs() < 1e-6));
-        // Parts add up.
+        // Micro-batches add up to the whole loss.
         let parts: f64 = logprobs.chunks(2).map(|part| loss(part, coef, logprobs.len() as f64).0).sum();
         assert!((whole - parts).abs() < 1e-9);
     }

@@ -1,32 +1,32 @@
-//! The reward of every token: a KL penalty everywhere and the answer's score on its last token. Also whitening, for
-//! rewards and advantages. Pure; knows no model. Read kl.rs before and gae.rs after.
+//! Per-token rewards: a KL penalty on every token, and the response's score on its last token. Also whitening, for rewards
+//! and advantages. Pure functions of numbers; it does not depend on the model. Read `kl.rs` before it, `gae.rs` after it.
 
 use anyhow::{Result, ensure};
 
 use crate::diverged;
 
-/// What is done to a score before it becomes a reward.
+/// Reward shaping: clipping and penalties of a score.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Shaping {
     /// Reward per nat of KL, subtracted.
     pub kl_coef: f64,
-    /// Scores are held within ± this; infinity for none.
+    /// Scores are clipped to ± this; infinity for no clipping.
     pub score_clip: f64,
-    /// Subtracted from the clipped score of an answer that was cut off, so that clipping cannot swallow it. So are the
-    /// penalties below.
+    /// Subtracted from the score of a truncated response. This and the penalties below are subtracted after clipping, so
+    /// that clipping cannot remove them.
     pub missing_eos_penalty: f64,
-    /// Answers of fewer tokens...
+    /// Responses of fewer tokens pay `short_penalty`.
     pub min_length: usize,
-    /// ...pay this.
+    /// Penalty of a response shorter than `min_length`.
     pub short_penalty: f64,
-    /// For every token of the answer.
+    /// Penalty per token of the response.
     pub length_penalty: f64,
-    /// Of long answers.
+    /// Penalty of overlong responses.
     pub overlong: Option<Overlong>,
 }
 
 impl Default for Shaping {
-    /// Nothing is done.
+    /// No shaping.
     fn default() -> Self {
         Self {
             kl_coef: 0.0,
@@ -40,21 +40,21 @@ impl Default for Shaping {
     }
 }
 
-/// A soft limit of the length: past `limit - buffer` tokens, each costs `factor / buffer`. Source: arXiv:2503.14476 eq. 13.
+/// Soft length limit: each token past `limit - buffer` costs `factor / buffer`. Source: arXiv:2503.14476 eq. 13.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Overlong {
-    /// Most tokens of an answer.
+    /// Maximum number of tokens per response.
     pub limit: usize,
-    /// The last so many cost.
+    /// Number of tokens before the limit that are penalised.
     pub buffer: usize,
-    /// What an answer of `limit` tokens pays.
+    /// Penalty of a response of `limit` tokens.
     pub factor: f64,
 }
 
 impl Shaping {
-    /// What an answer of `length` tokens pays besides its KL.
+    /// Sum of the penalties of a response of `length` tokens.
     fn penalty(&self, length: usize, ending: Ending) -> f64 {
-        let missing = if ending == Ending::CutOff { self.missing_eos_penalty } else { 0.0 };
+        let missing = if ending == Ending::Truncated { self.missing_eos_penalty } else { 0.0 };
         let short = if length < self.min_length { self.short_penalty } else { 0.0 };
         let overlong = self.overlong.map_or(0.0, |o| {
             let over = (length + o.buffer).saturating_sub(o.limit);
@@ -64,24 +64,24 @@ impl Shaping {
     }
 }
 
-/// How a sampled answer came to its end.
+/// How a sampled response ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ending {
-    /// The model said so. The end token is an action like others: it carries a KL, and the score.
+    /// By the end token (EOS). It is an action like the others: it has a KL penalty, and the score.
     Eos,
-    /// The length limit.
-    CutOff,
+    /// By the length limit.
+    Truncated,
 }
 
 /// `r_t = -kl_coef * kl_t`, and on the last token `+ clamp(score, ±score_clip) - penalties`.
-/// `kl`: (R,) nats. Returns (R,) in score units.
+/// `kl`: (R,) nats. Returns (R,) rewards in score units.
 ///
 /// # Errors
-/// If there is no token, or a number is not finite.
+/// If there is no token, or a value is NaN or infinite.
 pub fn shape(kl: &[f32], score: f64, ending: Ending, shaping: &Shaping) -> Result<Vec<f32>> {
-    ensure!(!kl.is_empty(), "an answer without tokens has no place for its score");
-    ensure!(score.is_finite(), diverged!("an answer's score is {score}"));
-    // Not f64::clamp, which panics where a configured limit is negative or no number.
+    ensure!(!kl.is_empty(), "a response without tokens cannot carry its score");
+    ensure!(score.is_finite(), diverged!("the score of a response is {score}"));
+    // Not f64::clamp, which panics if a configured limit is negative or NaN.
     let score = score.min(shaping.score_clip).max(-shaping.score_clip) - shaping.penalty(kl.len(), ending);
     let last = kl.len() - 1;
     let reward = |(t, &kl): (usize, &f32)| {
@@ -91,15 +91,14 @@ pub fn shape(kl: &[f32], score: f64, ending: Ending, shaping: &Shaping) -> Resul
     kl.iter().enumerate().map(reward).collect()
 }
 
-/// To mean 0 and variance 1: `(x - mean) / sqrt(var + 1e-8)`. The variance divides by n - 1, as TRL's `masked_whiten`;
-/// of a single number it is 0 here. For advantages, over all response tokens of a rollout.
+/// Whitens to mean 0 and variance 1: `(x - mean) / sqrt(var + 1e-8)`. The variance has n - 1 as divisor, as in TRL's
+/// `masked_whiten`; that of a single value is 0 here. For advantages, over all response tokens of a rollout.
 pub fn whiten(values: &mut [f32]) {
     let (mean, inverse) = moments(values);
     values.iter_mut().for_each(|x| *x = ((f64::from(*x) - mean) * inverse) as f32);
 }
 
-/// To variance 1 around the mean that they have: [`whiten`] plus the mean. For rewards, whose sign says whether an
-/// answer was good.
+/// Scales to variance 1 and keeps the mean: [`whiten`] plus the mean. For rewards, whose sign carries information.
 pub fn scale_to_unit_variance(values: &mut [f32]) {
     let (mean, inverse) = moments(values);
     values.iter_mut().for_each(|x| *x = ((f64::from(*x) - mean) * inverse + mean) as f32);
@@ -131,24 +130,24 @@ mod tests {
         };
         let kl = per_token(Estimator::K1, &floats(&golden["logprobs"]), &floats(&golden["reference"])).unwrap();
         for (i, kl) in split(&kl, &golden["lengths"]).into_iter().enumerate() {
-            let ending = if golden["ended"][i].as_bool().unwrap() { Ending::Eos } else { Ending::CutOff };
+            let ending = if golden["ended"][i].as_bool().unwrap() { Ending::Eos } else { Ending::Truncated };
             let rewards = shape(kl, golden["scores"][i].as_f64().unwrap(), ending, &shaping).unwrap();
-            // The KL went through f32 on the way, and a sum near zero keeps its terms' rounding.
+            // The KL is rounded to f32 in between, and a sum near zero keeps the rounding of its terms.
             assert_close(&rewards, &golden["shaped"][i], 16.0, "rewards");
         }
     }
 
     #[test]
-    fn the_penalty_is_not_swallowed_by_the_clip() {
+    fn penalties_are_subtracted_after_clipping() {
         let shaping = Shaping { score_clip: 5.0, missing_eos_penalty: 1.0, ..Shaping::default() };
-        assert_eq!(shape(&[0.0, 0.0], -9.0, Ending::CutOff, &shaping).unwrap(), [0.0, -6.0]);
+        assert_eq!(shape(&[0.0, 0.0], -9.0, Ending::Truncated, &shaping).unwrap(), [0.0, -6.0]);
         assert_eq!(shape(&[0.0, 0.0], -9.0, Ending::Eos, &shaping).unwrap(), [0.0, -5.0]);
         let open = Shaping { score_clip: f64::INFINITY, ..shaping };
         assert_eq!(shape(&[0.0], -9.0, Ending::Eos, &open).unwrap(), [-9.0]);
     }
 
     #[test]
-    fn short_long_and_overlong_answers_pay_after_the_clip() {
+    fn short_long_and_overlong_responses_pay_after_clipping() {
         let score = |shaping: Shaping, length: usize| {
             let rewards = shape(&vec![0.0; length], 1.0, Ending::Eos, &shaping).unwrap();
             assert!(rewards[..length - 1].iter().all(|&r| r == 0.0));
@@ -164,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn empty_answers_and_numbers_that_are_none_are_errors() {
+    fn empty_responses_and_nan_or_infinite_values_are_errors() {
         let shaping = Shaping { kl_coef: 0.1, score_clip: 5.0, ..Shaping::default() };
         assert!(shape(&[], 1.0, Ending::Eos, &shaping).is_err());
         assert!(shape(&[0.0], f64::NAN, Ending::Eos, &shaping).is_err());
@@ -172,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn whitening_matches_golden_with_the_mean_and_without() {
+    fn whitening_matches_golden_with_and_without_the_mean() {
         let golden = ppo();
         let mut whitened = floats(&golden["advantages"]);
         let mut scaled = whitened.clone();
@@ -183,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn whitened_numbers_have_mean_0_and_variance_1_even_far_from_zero() {
+    fn whitened_values_have_mean_0_and_variance_1_even_far_from_zero() {
         let mut x: Vec<f32> = (0..1000).map(|i| 4096.0 + (i * 37 % 101) as f32 / 8.0).collect();
         whiten(&mut x);
         let mean = x.iter().map(|&x| f64::from(x)).sum::<f64>() / 1000.0;
@@ -191,7 +190,7 @@ mod tests {
         assert!(mean.abs() < 1e-6 && (variance - 1.0).abs() < 1e-6, "{mean} {variance}");
         let mut one = [3.5f32];
         whiten(&mut one);
-        assert_eq!(one, [0.0], "a single advantage carries no comparison");
+        assert_eq!(one, [0.0], "a single advantage is whitened to 0");
         let mut same = [2.0f32; 4];
         scale_to_unit_variance(&mut same);
         assert_eq!(same, [2.0; 4]);

@@ -1,50 +1,52 @@
-//! One rollout: the actor answers, then reference, critic and reward source read what it wrote. The roles are views, all
-//! borrowed. Knows no reward shaping; read rewards.rs next.
+//! One rollout: the actor samples responses; then reference, critic and reward source score them. The roles are borrowed
+//! views (base plus adapter). It does not depend on reward shaping or on the training loop. Read `experience.rs` next.
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::dschat;
-use super::train::Task;
+use crate::config::Ppo;
 use crate::diverged;
 use crate::host::meter::{Phase, within};
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::ops::cpu;
-use crate::report::Figures;
-use crate::reward::source::{Answers, RewardSource};
+use crate::report::Metrics;
+use crate::reward::source::{RewardInputs, RewardSource};
 
-/// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
+/// Tokens per forward pass of the scoring roles: enough to use all cores, few enough to need little memory.
 const SCORING_TOKENS: usize = 2048;
 
-/// What the four roles said of each of B sequences. Per-token vectors are as long as the response.
+/// B responses with the outputs of the four roles. Per-token vectors are as long as the response.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rollout {
     /// (B) prompt ids.
     pub prompts: Vec<Vec<u32>>,
-    /// (B) sampled responses with the actor's log-probabilities.
+    /// (B) sampled responses with the actor's log-probabilities (`old_logprobs` of the loss).
     pub responses: Vec<Response>,
-    /// (B, R) the reference's log-probabilities of the same tokens.
-    pub reference_logprobs: Vec<Vec<f32>>,
-    /// (B, R D) the reference's hidden states that those came from: what the exact KL of a later actor needs of it.
-    /// Kept apart in checkpoints: they are many.
+    /// (B, R) log-probabilities of the sampled tokens under the reference.
+    #[serde(rename = "reference_logprobs")]
+    pub ref_logprobs: Vec<Vec<f32>>,
+    /// (B, R D) hidden states of the reference from which `ref_logprobs` were computed: the exact KL of a later actor needs
+    /// them. Checkpoints store them separately, because they are large.
     #[serde(skip)]
-    pub reference_rows: Vec<Vec<f32>>,
-    /// (B, R) the exact KL from the actor to the reference, nats; only where the reward is made of it.
+    pub ref_hidden: Vec<Vec<f32>>,
+    /// (B, R) exact KL from the actor to the reference, nats; empty unless the reward uses it.
     pub exact_kl: Vec<Vec<f32>>,
-    /// (B, R) the critic's values: of the state before each token. None without a critic.
+    /// (B, R) values of the critic for the state before each token; empty without a critic.
     pub values: Vec<Vec<f32>>,
-    /// (B) the reward source's scores.
+    /// (B) scores of the reward source.
     pub scores: Vec<f32>,
-    /// (B) how many of each response's actions are trained on, under `compat = "dschat"`; empty where all are.
+    /// (B) number of actions of each response that are trained on, under `compat = "dschat"`; empty if all are.
     pub trained: Vec<usize>,
-    /// What the source told besides.
-    pub told: Figures,
+    /// Extra metrics reported by the reward source.
+    #[serde(rename = "told")]
+    pub source_metrics: Metrics,
 }
 
 impl Rollout {
-    /// Prompt and response of sequence `i` end to end.
+    /// Prompt and response of sequence `i`, concatenated.
     pub fn sequence(&self, i: usize) -> Vec<u32> {
         self.prompts[i].iter().chain(&self.responses[i].tokens).copied().collect()
     }
@@ -61,100 +63,114 @@ impl Rollout {
         Ok((batch, targets))
     }
 
-    /// How many responses ended by a stop token.
+    /// Number of responses that ended with a stop token.
     pub fn stopped(&self) -> usize {
         self.responses.iter().filter(|r| r.finish == FinishReason::Stop).count()
     }
 
-    /// Tokens of all responses.
+    /// Total number of response tokens.
     pub fn response_tokens(&self) -> usize {
         self.responses.iter().map(|r| r.tokens.len()).sum()
     }
 }
 
-/// The roles that read.
+/// The roles that score a rollout, and how they read it.
 #[derive(Clone, Copy)]
 pub struct Readers<'w> {
-    /// The frozen policy that the KL is against.
+    /// Reference policy of the KL.
     pub reference: Policy<'w>,
-    /// Values of states.
+    /// Critic, if there is one.
     pub critic: Option<ValueModel<'w>>,
-    /// Whether the exact KL is wanted, which takes a forward pass of the actor.
+    /// Whether the exact KL is needed, which takes a forward pass of the actor.
     pub exact_kl: bool,
-    /// Scores of whole answers.
+    /// Reward source that scores whole responses.
     pub source: &'w dyn RewardSource,
+    /// Decodes token ids, for reward sources that read text.
+    pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// Pad token, if the rollout is to be read as DeepSpeed-Chat does.
+    pub pad: Option<u32>,
 }
 
-/// Answers `prompts`, which are some of the task's, with the actor and has the others read. `seeds` (B): one a sequence.
-/// So many are answered `at_once`: an answer is the same whatever is sampled beside it.
+/// Sampling parameters of the actor, for rollouts and evaluations alike.
+pub fn sampling_params(config: &Ppo, stop: &[u32]) -> SamplingParams {
+    SamplingParams {
+        temperature: config.temperature,
+        top_k: config.top_k,
+        top_p: config.top_p,
+        max_new_tokens: config.response_length,
+        stop: stop.to_vec(),
+    }
+}
+
+/// Samples responses to `prompts` from the actor and scores them. `seeds` (B): one per sequence. At most `at_once` prompts
+/// are generated in one batch; a response does not depend on the other sequences of its batch.
 ///
 /// # Errors
 /// Those of generation and of [`read`].
 pub fn collect(
     actor: Policy<'_>,
     readers: Readers<'_>,
-    task: &Task<'_>,
     prompts: Vec<Vec<u32>>,
     seeds: &[u64],
     sampling: &SamplingParams,
     at_once: usize,
 ) -> Result<Rollout> {
-    let rolling = within(Phase::Rollout);
+    let generating = within(Phase::Rollout);
     let mut responses = Vec::with_capacity(prompts.len());
     for (prompts, seeds) in prompts.chunks(at_once).zip(seeds.chunks(at_once)) {
         responses.extend(generate(actor, prompts, seeds, sampling, |_, _| {})?);
     }
-    drop(rolling);
-    // Greedy decoding scores under temperature 1, like `generate`; DeepSpeed-Chat always does.
-    let temperature = if sampling.temperature > 0.0 && task.pad.is_none() { sampling.temperature } else { 1.0 };
-    read(actor, readers, task, prompts, responses, temperature)
+    drop(generating);
+    // Log-probabilities are at temperature 1 for greedy decoding, as in `generate`, and always for DeepSpeed-Chat.
+    let temperature = if sampling.temperature > 0.0 && readers.pad.is_none() { sampling.temperature } else { 1.0 };
+    read(actor, readers, prompts, responses, temperature)
 }
 
-/// Has actor, reference, critic and reward source read answers that are there. Where the task has a pad token, answers are
-/// kept and read as DeepSpeed-Chat does: there may be none left.
+/// Scores given responses by actor, reference, critic and reward source. If `readers` has a pad token, responses are
+/// dropped and padded as in DeepSpeed-Chat, and all of them may be dropped.
 ///
 /// # Errors
-/// Those of the views and of the reward source.
+/// Those of the forward passes and of the reward source.
 pub fn read(
     actor: Policy<'_>,
     readers: Readers<'_>,
-    task: &Task<'_>,
     prompts: Vec<Vec<u32>>,
     responses: Vec<Response>,
     temperature: f64,
 ) -> Result<Rollout> {
     let _scoring = within(Phase::Scoring);
-    let (mut rollout, scored) = match task.pad {
+    let (mut rollout, scored) = match readers.pad {
         None => (Rollout { prompts, responses, ..Rollout::default() }, None),
         Some(pad) => {
-            let dschat::Kept { rows, prompts: read, responses, trained, scored } =
-                dschat::keep(&prompts, responses, pad);
-            let asked: Vec<Vec<u32>> = rows.into_iter().map(|row| prompts[row].clone()).collect();
-            (Rollout { prompts: read, responses, trained, ..Rollout::default() }, Some((asked, scored)))
+            let dschat::PaddedRollout { rows, prompts: trimmed, responses, trained, scored } =
+                dschat::pad_rollout(&prompts, responses, pad);
+            let original: Vec<Vec<u32>> = rows.into_iter().map(|row| prompts[row].clone()).collect();
+            (Rollout { prompts: trimmed, responses, trained, ..Rollout::default() }, Some((original, scored)))
         }
     };
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
         let (batch, targets) = rollout.batch(&rows)?;
-        // The pads' log-probabilities are not known yet, nor those of an actor that reads another prompt than it answered.
-        let read = scored.is_some().then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
+        // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
+        let recomputed = scored.is_some().then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
         let hidden = readers.reference.rows(&batch, &targets)?;
-        let reference = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
+        let ref_logprobs = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
         let values = readers.critic.map(|critic| critic.values(&batch, &targets.rows)).transpose()?;
         let exact = match readers.exact_kl {
             true => Some(actor.kl(&actor.rows(&batch, &targets)?, (readers.reference, &hidden), temperature)?),
             false => None,
         };
         let (_, d) = hidden.dims2()?;
+        let hidden = hidden.to_host()?;
         let hidden = cpu::view(&hidden)?;
         let mut at = 0;
         for &i in &rows {
             let next = at + rollout.responses[i].tokens.len();
-            if let Some(read) = &read {
-                rollout.responses[i].logprobs = read.logprobs[at..next].to_vec();
+            if let Some(recomputed) = &recomputed {
+                rollout.responses[i].logprobs = recomputed.logprobs[at..next].to_vec();
             }
-            rollout.reference_logprobs.push(reference[at..next].to_vec());
-            rollout.reference_rows.push(hidden[at * d..next * d].to_vec());
+            rollout.ref_logprobs.push(ref_logprobs[at..next].to_vec());
+            rollout.ref_hidden.push(hidden[at * d..next * d].to_vec());
             rollout.values.extend(values.as_ref().map(|values| values[at..next].to_vec()));
             rollout.exact_kl.extend(exact.as_ref().map(|exact| exact[at..next].to_vec()));
             at = next;
@@ -167,13 +183,13 @@ pub fn read(
         None => (&rollout.prompts, &rollout.responses),
         Some((prompts, responses)) => (prompts, responses),
     };
-    let answers = Answers { prompts, responses, decode: task.decode };
-    rollout.scores = readers.source.scores(&answers)?;
+    let inputs = RewardInputs { prompts, responses, decode: readers.decode };
+    rollout.scores = readers.source.scores(&inputs)?;
     if let Some(bad) = rollout.scores.iter().find(|score| !score.is_finite()) {
-        return Err(diverged!("an answer's score is {bad}"));
+        return Err(diverged!("the score of a response is {bad}"));
     }
-    rollout.told = readers.source.figures();
-    let (scores, asked) = (rollout.scores.len(), rollout.prompts.len());
-    ensure!(scores == asked, "the reward source gave {scores} scores for {asked} answers");
+    rollout.source_metrics = readers.source.metrics();
+    let (scores, responses) = (rollout.scores.len(), rollout.prompts.len());
+    ensure!(scores == responses, "the reward source returned {scores} scores for {responses} responses");
     Ok(rollout)
 }

@@ -1,100 +1,104 @@
-//! All that changes in the course of a PPO run, in one place, and the three ways in which it changes: a rollout, a
-//! minibatch, the end of an iteration. Between any two of them the state is whole: saved and read back, the run goes on
-//! as if it had never stopped. Knows no file. Read train.rs for the loop, update.rs for a minibatch.
+//! The state of a PPO run: everything that changes during training, and the three steps that change it (rollout,
+//! minibatch, end of an iteration). Between any two steps the state can be saved and restored, and the run continues as if
+//! it had never stopped. It does not depend on files. Read `train.rs` for the loop, `update.rs` for a minibatch.
+
+use std::borrow::Cow;
 
 use anyhow::{Context, Result};
 
+use super::ema::lerp;
 use super::experience::{Experience, Scale};
-use super::rollout::{Readers, collect};
-use super::train::{Run, choose, sampling};
-use super::update::{Learners, Step, Update};
-use super::warnings::{Vitals, Watch};
-use crate::config::{CriticStart, KlEstimator, KlIn, PolicyLoss};
+use super::kl_controller::{AdaptiveKlController, RunningMoments, adapt_kl_penalty};
+use super::metrics;
+use super::rollout::{Readers, collect, sampling_params};
+use super::run::PpoRun;
+use super::update::{Step, Update};
+use super::warnings::{Monitor, WatchedMetrics};
+use crate::config::{CriticStart, KlEstimator, KlIn, Optimised as _, PolicyLoss};
+use crate::data::examples::Examples;
+use crate::data::examples::batch_sampler::endless;
 use crate::error::Diverged;
 use crate::host::give_back_freed;
 use crate::invalid;
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, ValueModel};
-use crate::ppo::ema::towards;
-use crate::ppo::kl_controller::{AdaptiveKl, RunningMoments, lagrange};
-use crate::ppo::metrics;
-use crate::report::{Figures, Report};
+use crate::report::{Metrics, Report};
 use crate::rng::{SplitMix64, derive};
 use crate::train::learner::Learner;
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::snapshot::Snapshot;
 
-/// How a minibatch ended.
+/// Outcome of a minibatch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Minibatch {
-    /// Both learners stepped.
+    /// The minibatch is over.
     Done,
-    /// The process was asked to stop; nothing has changed.
+    /// The process was asked to stop; the state is unchanged.
     Stopped,
 }
 
-/// Where a run stands.
+/// The state of a PPO run.
 #[derive(Debug)]
 pub struct State {
-    /// The policy under training.
+    /// Policy under training.
     pub actor: Learner,
-    /// The value function under training, where advantages need one.
+    /// Value function under training, if the advantage estimator has a critic.
     pub critic: Option<Learner>,
-    /// What the KL is measured against: the SFT adapter, until it is refreshed.
+    /// Reference policy of the KL: the SFT adapter, unless `ref_model_sync_iterations` updates it.
     pub reference: Adapter,
-    /// The actor's moving average, where one is kept.
+    /// Exponential moving average of the actor, if `ema_decay` is set.
     pub ema: Option<Adapter>,
-    /// Iterations that are over.
+    /// Completed iterations.
     pub iteration: usize,
-    /// Passes over the rollout in hand that are over.
+    /// Completed epochs (passes over the current rollout).
     pub epoch: usize,
-    /// Minibatches of this pass that are over.
+    /// Completed minibatches of the current epoch.
     pub minibatch: usize,
     /// Optimizer steps of the actor so far.
     pub step: usize,
-    /// Minibatches so far, also those without a step: what checkpoints are numbered by.
+    /// Minibatches so far, including those without an optimizer step. Checkpoints are numbered by it.
     pub turns: usize,
-    /// The weight of the KL to the reference.
+    /// Coefficient of the KL to the reference.
     pub kl_coef: f64,
-    /// The weight of the KL to the actor that sampled, where the policy loss has one.
+    /// Coefficient of the KL to the policy that sampled the rollout, if `policy_loss = "kl_penalty"`.
     pub kl_penalty: f64,
-    /// Mean and deviation of all scores so far.
+    /// Running mean and standard deviation of all scores.
     pub scores: RunningMoments,
-    /// The rollout in hand with what was made of it; none between two iterations.
+    /// The current rollout with its rewards and advantages; `None` between two iterations.
     pub experience: Option<Experience>,
-    /// The one before, under `compat`: what is learnt from where every answer of a rollout is dropped.
+    /// The previous rollout, under `compat`: it is trained on again if every response of a rollout is dropped.
     pub previous: Option<Experience>,
     /// Running sums over this iteration's minibatches.
     pub update: Update,
-    /// What the figures are watched for.
-    pub watch: Watch,
-    /// The figures of the last iteration that is over.
-    pub last: Figures,
+    /// Warnings about the course of the metrics.
+    pub monitor: Monitor,
+    /// Metrics of the last completed iteration.
+    pub last: Metrics,
 }
 
 impl State {
-    /// Before the first rollout.
+    /// The state before the first rollout.
     ///
     /// # Errors
-    /// If a tensor cannot be made, or there is nothing that a critic could start as.
-    pub fn new(run: &Run<'_>) -> Result<Self> {
-        let (start, config) = (run.task.start, run.config);
-        let adamw = settings::adamw_of_ppo(config);
+    /// If a tensor cannot be allocated, or the critic has nothing to be initialised from.
+    pub fn new(run: &PpoRun<'_>) -> Result<Self> {
+        let config = run.config;
+        let adamw = settings::adamw(&config.optimisation());
         let critic = match config.advantage_estimator.has_critic() {
             true => {
                 // DeepSpeed-Chat's head has no bias.
                 let bias = if config.compat.is_some() { HeadBias::Fixed } else { HeadBias::Trained };
-                let weights = critic_start(run)?.to_trainable().with_head_bias(bias)?;
+                let weights = initial_critic(run)?.to_trainable().with_head_bias(bias)?;
                 Some(Learner::new(weights, adamw, config.max_grad_norm)?)
             }
             false => None,
         };
         Ok(Self {
-            actor: Learner::new(start.sft.to_trainable(), adamw, config.max_grad_norm)?,
+            actor: Learner::new(run.sft.to_trainable(), adamw, config.max_grad_norm)?,
             critic,
-            reference: start.sft.clone(),
-            ema: config.ema_decay.map(|_| start.sft.clone()),
+            reference: run.sft.clone(),
+            ema: config.ema_decay.map(|_| run.sft.clone()),
             iteration: 0,
             epoch: 0,
             minibatch: 0,
@@ -106,41 +110,43 @@ impl State {
             experience: None,
             previous: None,
             update: Update::default(),
-            watch: Watch::default(),
-            last: Figures::new(),
+            monitor: Monitor::default(),
+            last: Metrics::new(),
         })
     }
 
-    /// The actor answers the iteration's prompts; reference, critic and reward source read. The views end here. Then KL,
-    /// shaped rewards, advantages and returns.
+    /// Samples responses to the iteration's prompts, scores them by reference, critic and reward source, and computes KL,
+    /// rewards, advantages and returns.
     ///
     /// # Errors
-    /// Those of generation, of the views and of the reward source; if a number is not finite.
-    pub fn roll_out(&mut self, run: &Run<'_>) -> Result<()> {
-        let (start, config) = (run.task.start, run.config);
+    /// Those of generation, of the forward passes and of the reward source; if a value is NaN or infinite.
+    pub fn roll_out(&mut self, run: &PpoRun<'_>) -> Result<()> {
+        let config = run.config;
         let iteration = self.iteration as u64;
-        let asked = config.batch_size / config.num_generations;
-        let prompts = choose(run.task.prompts, self.iteration * asked, asked, run.seed)?;
+        let count = config.batch_size / config.num_generations;
+        let prompts = select_prompts(run.prompts, self.iteration * count, count, run.seed)?;
         let prompts: Vec<Vec<u32>> =
             prompts.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations)).collect();
         let seeds: Vec<u64> =
             (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
         let readers = Readers {
-            reference: Policy::new(start.base, Some(&self.reference)),
+            reference: Policy::new(run.base, Some(&self.reference)),
             critic: self.critic.as_ref().map(|c| ValueModel::new(run.critic_base(), c.weights().view())).transpose()?,
             exact_kl: config.kl_estimator == KlEstimator::Exact && config.kl_in == KlIn::Reward,
-            source: run.task.source,
+            source: run.source,
+            decode: run.decode,
+            pad: run.pad,
         };
-        let actor = Policy::new(start.base, Some(self.actor.weights().view()));
-        let sampling = sampling(config, run.task.stop);
-        let rollout = collect(actor, readers, &run.task, prompts, &seeds, &sampling, config.at_once())?;
-        // Caches and passes of other sizes than those that the updates take.
+        let actor = Policy::new(run.base, Some(self.actor.weights().view()));
+        let sampling = sampling_params(config, run.stop);
+        let rollout = collect(actor, readers, prompts, &seeds, &sampling, config.at_once())?;
+        // The updates allocate other sizes than KV cache and scoring passes did.
         give_back_freed();
         if rollout.prompts.is_empty() {
             let previous = self.previous.clone().ok_or_else(|| {
                 invalid!(
-                    "[ppo] compat = \"dschat\" drops answers of one token or none, and so all of the first rollout's; start \
-                     from an SFT adapter that answers, or sample at temperature = 1"
+                    "[ppo] compat = \"dschat\" drops responses of at most one token, and those are all of the first rollout's; \
+                     start from an SFT adapter that writes longer ones, or sample at temperature = 1"
                 )
             })?;
             self.experience = Some(previous);
@@ -157,53 +163,61 @@ impl State {
         Ok(())
     }
 
-    /// Is there a minibatch left of the rollout in hand?
-    pub fn has_minibatch(&self, run: &Run<'_>) -> bool {
+    /// Whether the current rollout has another minibatch to train on.
+    pub fn has_minibatch(&self, run: &PpoRun<'_>) -> bool {
         self.experience.is_some() && self.epoch < run.config.num_ppo_epochs
     }
 
-    /// One minibatch: gradients of actor and critic, then a step of each. Nothing has changed where it was stopped.
-    /// `factor` multiplies the learning rates.
+    /// Trains on one minibatch: gradients of actor and critic, then an optimizer step of each. `lr_factor` multiplies the
+    /// learning rates.
     ///
     /// # Errors
-    /// If there is no rollout in hand, or a number is not finite.
-    pub fn minibatch(&mut self, run: &Run<'_>, factor: f64) -> Result<Minibatch> {
+    /// If there is no current rollout, or a value is NaN or infinite.
+    pub fn minibatch(&mut self, run: &PpoRun<'_>, lr_factor: f64) -> Result<Minibatch> {
         let config = run.config;
-        let experience = self.experience.as_ref().context("a minibatch is of a rollout, and there is none in hand")?;
+        let experience = self.experience.as_ref().context("a minibatch needs a rollout, and there is none")?;
         let path = [settings::MINIBATCH_ORDER, self.iteration as u64, self.epoch as u64];
         let order = SplitMix64::new(derive(run.seed, &path)).permutation(experience.rollout.prompts.len());
-        // Where answers were dropped, the last minibatches may have none.
+        // If responses were dropped, the last minibatches may be empty.
         let Some(rows) = order.chunks(run.minibatch_size()).nth(self.minibatch) else { return Ok(Minibatch::Done) };
-        let (actor_lr, critic_lr) = run.learning_rates(self);
+        let (actor_lr, critic_lr) = self.learning_rates(run);
         let step = Step {
-            actor_lr: actor_lr * factor,
-            critic_lr: critic_lr * factor,
+            run,
+            experience,
+            rows,
+            reference: &self.reference,
+            actor_lr: actor_lr * lr_factor,
+            critic_lr: critic_lr * lr_factor,
             kl_coef: self.kl_coef,
             kl_penalty: self.kl_penalty,
-            first_pass: self.epoch == 0,
-            number: self.step,
+            first_epoch: self.epoch == 0,
+            actor_steps: self.step,
         };
-        let learns = self.iteration >= config.critic_warmup;
-        let learners = Learners {
-            actor: learns.then_some(&mut self.actor),
-            critic: self.critic.as_mut(),
-            reference: &self.reference,
-        };
+        let trains_actor = self.iteration >= config.critic_warmup;
         let mut update = self.update.clone();
-        let stepped = update.minibatch(learners, experience, rows, run, &step)?;
+        let stepped = update.minibatch(trains_actor.then_some(&mut self.actor), self.critic.as_mut(), &step)?;
         self.update = match stepped {
             Some(_) => update,
             None => return Ok(Minibatch::Stopped),
         };
-        self.step += usize::from(stepped == Some(true) && learns);
+        self.step += usize::from(stepped == Some(true) && trains_actor);
         if let (Some(decay), Some(ema)) = (config.ema_decay, &mut self.ema) {
-            *ema = towards(ema, self.actor.weights().view(), 1.0 - decay)?;
+            *ema = lerp(ema, self.actor.weights().view(), 1.0 - decay)?;
         }
         Ok(Minibatch::Done)
     }
 
-    /// Counts a minibatch as over, done or skipped.
-    pub fn next_minibatch(&mut self, run: &Run<'_>) {
+    /// Learning rates (actor, critic) of the next minibatch, by its position in the whole run.
+    fn learning_rates(&self, run: &PpoRun<'_>) -> (f64, f64) {
+        let c = run.config;
+        let steps = c.iterations() * c.num_ppo_epochs * c.num_mini_batches;
+        let at = (self.iteration * c.num_ppo_epochs + self.epoch) * c.num_mini_batches + self.minibatch;
+        let rate = |lr| settings::schedule(&c.optimisation(), lr).lr_at(at, steps);
+        (rate(c.learning_rate), rate(c.critic_learning_rate()))
+    }
+
+    /// Counts a minibatch as completed, whether it stepped or was skipped. Ends the epochs early beyond `target_kl`.
+    pub fn next_minibatch(&mut self, run: &PpoRun<'_>) {
         self.turns += 1;
         self.minibatch += 1;
         if self.minibatch == run.config.num_mini_batches {
@@ -215,33 +229,33 @@ impl State {
         }
     }
 
-    /// Is the rollout in hand within the guard's limits?
+    /// Checks the current rollout against the limits of `[guard]`.
     ///
     /// # Errors
-    /// A divergence that says which it passes.
+    /// A divergence that names the limit that is exceeded.
     pub fn check_rollout(&self, session: &mut Session) -> Result<()> {
-        let experience = self.experience.as_ref().context("there is no rollout in hand")?;
-        let answers = experience.rollout.responses.len() as f64;
-        session.check_rollout(experience.mean_kl(), experience.rollout.response_tokens() as f64 / answers)
+        let experience = self.experience.as_ref().context("there is no current rollout")?;
+        let responses = experience.rollout.responses.len() as f64;
+        session.check_rollout(experience.mean_kl(), experience.rollout.response_tokens() as f64 / responses)
     }
 
-    /// Drops the rollout of this iteration and counts it as over.
+    /// Drops the current rollout and counts the iteration as completed.
     pub fn skip_iteration(&mut self) {
         self.experience = None;
         self.iteration += 1;
     }
 
-    /// Who learns, under the names by which a snapshot holds them.
+    /// The learners, under their names in a snapshot.
     pub fn learners(&mut self) -> Vec<(&'static str, &mut Learner)> {
         let critic = self.critic.as_mut().map(|critic| ("critic", critic));
         [("actor", &mut self.actor)].into_iter().chain(critic).collect()
     }
 
-    /// A copy of everything.
+    /// Copies the whole state.
     ///
     /// # Errors
-    /// Only if a tensor cannot be made.
-    pub fn snapshot(&self, run: &Run<'_>) -> Result<Snapshot> {
+    /// If a tensor cannot be allocated.
+    pub fn snapshot(&self, run: &PpoRun<'_>) -> Result<Snapshot> {
         let mut into = Snapshot::default();
         into.put_learner("actor", &self.actor)?;
         self.critic.as_ref().map_or(Ok(()), |critic| into.put_learner("critic", critic))?;
@@ -257,21 +271,21 @@ impl State {
         {
             into.put(name, experience)?;
             if let Some(experience) = experience {
-                into.put_rows(rows, &experience.rollout.reference_rows)?;
+                into.put_rows(rows, &experience.rollout.ref_hidden)?;
             }
         }
         into.put("update", &self.update)?;
-        into.put("watch", &self.watch)?;
+        into.put("watch", &self.monitor)?;
         into.put("last", &self.last)?;
-        into.put("source", &run.task.source.state())?;
+        into.put("source", &run.source.state())?;
         Ok(into)
     }
 
-    /// Goes back to one that was taken in the same run.
+    /// Restores a snapshot of the same run.
     ///
     /// # Errors
-    /// If something is missing or of another shape.
-    pub fn load(&mut self, from: &Snapshot, run: &Run<'_>) -> Result<()> {
+    /// If an entry is missing or has another shape.
+    pub fn load(&mut self, from: &Snapshot, run: &PpoRun<'_>) -> Result<()> {
         self.learners().into_iter().try_for_each(|(name, learner)| from.restore_learner(name, learner))?;
         if run.config.ref_model_sync_iterations > 0 {
             self.reference = from.adapter("reference", &self.reference)?;
@@ -287,65 +301,65 @@ impl State {
         {
             *experience = from.get(name)?;
             if let Some(experience) = experience {
-                experience.rollout.reference_rows = from.rows(rows)?;
+                experience.rollout.ref_hidden = from.rows(rows)?;
             }
         }
         self.update = from.get("update")?;
-        self.watch = from.get("watch")?;
+        self.monitor = from.get("watch")?;
         self.last = from.get("last")?;
-        run.task.source.restore(&from.get("source")?);
+        run.source.restore(&from.get("source")?);
         Ok(())
     }
 
-    /// Figures and samples of the iteration, under the names that TRL's users know; then what is adapted between two
-    /// iterations.
+    /// Logs metrics (under TRL's names) and samples of the iteration, then adapts KL coefficients and reference.
     ///
     /// # Errors
-    /// If there is no rollout in hand, a source of the evaluation is dead, or the report cannot be written; the state is
-    /// then as it was, and the iteration can be ended again.
-    pub fn end_iteration(&mut self, run: &Run<'_>, report: &mut Report) -> Result<()> {
+    /// If there is no current rollout, the evaluation's reward source fails, or the report cannot be written. The state is
+    /// then unchanged, and the iteration can be ended again.
+    pub fn end_iteration(&mut self, run: &PpoRun<'_>, report: &mut Report) -> Result<()> {
         let config = run.config;
-        let experience = self.experience.take().context("an iteration ends with its rollout, and there is none")?;
-        let (last, watch) = (self.last.clone(), self.watch.clone());
-        if let Err(error) = self.tell(&experience, run, report) {
-            (self.experience, self.last, self.watch) = (Some(experience), last, watch);
+        let experience = self.experience.take().context("an iteration needs a rollout to end, and there is none")?;
+        let (last, monitor) = (self.last.clone(), self.monitor.clone());
+        if let Err(error) = self.log(&experience, run, report) {
+            (self.experience, self.last, self.monitor) = (Some(experience), last, monitor);
             return Err(error);
         }
         self.previous = config.compat.map(|_| experience.clone());
         self.iteration += 1;
         if config.adap_kl_ctrl {
-            let control = AdaptiveKl { target: config.target, horizon: config.horizon };
-            self.kl_coef = control.next(self.kl_coef, experience.mean_kl(), config.batch_size);
+            let controller = AdaptiveKlController { target: config.target, horizon: config.horizon };
+            self.kl_coef = controller.next(self.kl_coef, experience.mean_kl(), config.batch_size);
         }
         if config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0 {
             let kl = self.update.last_policy.kl_to_old();
-            self.kl_penalty = lagrange(self.kl_penalty, kl, config.kl_penalty_target);
+            self.kl_penalty = adapt_kl_penalty(self.kl_penalty, kl, config.kl_penalty_target);
         }
         if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
-            self.reference = towards(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
+            self.reference = lerp(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
         }
         Ok(())
     }
 
-    /// The iteration's figures and samples, its evaluation and its warnings.
-    fn tell(&mut self, experience: &Experience, run: &Run<'_>, report: &mut Report) -> Result<()> {
+    /// Logs the iteration's metrics, samples, evaluation and warnings.
+    fn log(&mut self, experience: &Experience, run: &PpoRun<'_>, report: &mut Report) -> Result<()> {
         let config = run.config;
-        self.last = metrics::of(experience, self, run);
-        self.last.extend(experience.rollout.told.clone());
+        let coefficients = (self.kl_coef, self.kl_penalty);
+        self.last = metrics::iteration(experience, &self.update, self.iteration, coefficients, run);
+        self.last.extend(experience.rollout.source_metrics.clone());
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
-        if let Some(evaluation) = run.task.evaluation.filter(|_| due) {
+        if let Some(evaluation) = run.evaluation.filter(|_| due) {
             match evaluation.run(&now.into(), self.actor.weights().view(), report) {
-                Ok(judged) => self.last.extend(evaluation.figures(&judged)),
-                // The next rollout is by the same weights, and the guard judges that.
+                Ok(evaluated) => self.last.extend(evaluation.metrics(&evaluated)),
+                // The next rollout uses the same weights, and the guard checks it.
                 Err(error) if error.is::<Diverged>() => report.note(&format!("ppo: no evaluation {now}: {error}")),
                 Err(error) => return Err(error),
             }
         }
         let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
-        let (holding, new) = self.watch.see(Vitals::of(&self.last, experience.rollout.prompts.len(), flat));
-        if !holding.is_empty() {
-            self.last.insert("warnings".into(), holding.iter().map(|w| w.name()).collect::<Vec<_>>().into());
+        let (active, new) = self.monitor.add(WatchedMetrics::of(&self.last, experience.rollout.prompts.len(), flat));
+        if !active.is_empty() {
+            self.last.insert("warnings".into(), active.iter().map(|w| w.name()).collect::<Vec<_>>().into());
         }
         for warning in new {
             report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
@@ -356,16 +370,46 @@ impl State {
     }
 }
 
-/// What the critic starts as.
-fn critic_start(run: &Run<'_>) -> Result<Adapter> {
-    let start = run.task.start;
+/// Initial adapter of the critic.
+fn initial_critic(run: &PpoRun<'_>) -> Result<Adapter> {
     let head = derive(run.seed, &[settings::HEAD]);
     match run.config.critic {
-        CriticStart::Reward => Ok(start.reward.context("checked before the run")?.clone()),
-        CriticStart::Actor => start.sft.clone().with_head(head),
+        CriticStart::Reward => Ok(run.reward.context("critic = \"reward\" needs a reward adapter")?.clone()),
+        CriticStart::Actor => run.sft.clone().with_head(head),
         CriticStart::Own => {
             let fresh = derive(run.seed, &[settings::CRITIC_INIT]);
-            Adapter::init(start.sft.config().clone(), start.reward_base.shapes(), fresh)?.with_head(head)
+            Adapter::init(run.sft.config().clone(), run.reward_base.shapes(), fresh)?.with_head(head)
         }
+    }
+}
+
+/// Selects prompts `from..from + count` of an endless sequence of shuffled passes over all prompts.
+///
+/// # Errors
+/// If the file that holds them is damaged.
+fn select_prompts(prompts: &dyn Examples<Vec<u32>>, from: usize, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+    let rows = endless(seed, settings::PROMPT_ORDER, prompts.len(), from, count);
+    rows.into_iter().map(|row| prompts.get(row).map(Cow::into_owned)).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_prompt_is_selected_once_per_pass_and_each_pass_has_its_own_order() {
+        let prompts: Vec<Vec<u32>> = (0..7).map(|i| vec![i]).collect();
+        // 21 prompts are three passes; rollouts of 4 cross their borders.
+        let selected: Vec<Vec<u32>> =
+            (0..6).flat_map(|i| select_prompts(&prompts, i * 4, 4, 5).unwrap()).take(21).collect();
+        let passes: Vec<&[Vec<u32>]> = selected.chunks(7).collect();
+        for pass in &passes {
+            let mut sorted = pass.to_vec();
+            sorted.sort();
+            assert_eq!(sorted, prompts);
+        }
+        assert!(passes[0] != passes[1] && passes[1] != passes[2]);
+        assert_ne!(select_prompts(&prompts, 0, 7, 6).unwrap(), passes[0], "another seed");
+        assert_eq!(select_prompts(&prompts, 0, 21, 5).unwrap(), selected, "one rollout longer than the list");
     }
 }

@@ -1,5 +1,6 @@
-//! One minibatch: the gradients of its micro-batches added up, then a step of each learner. Keeps the running sums that an
-//! iteration's figures come from. Knows no loop. Read loss.rs for the formulas.
+//! One minibatch update: gradients accumulated over micro-batches, then an optimizer step of each learner. It also keeps
+//! the sums from which an iteration's metrics are computed. It does not depend on the training loop. Read `loss.rs` for the
+//! formulas.
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
@@ -7,11 +8,12 @@ use serde::{Deserialize, Serialize};
 use super::experience::{Experience, estimator};
 use super::loss::{Objective, PolicyStats, PolicyTokens, Surrogate, ValueStats, ValueTokens, policy_loss, value_loss};
 use super::ptx;
-use super::train::Run;
+use super::run::PpoRun;
 use crate::config::{KlIn, PolicyLoss, Ptx};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::data::examples::objectives::SftExample;
+use crate::device::Array;
 use crate::host::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
@@ -21,96 +23,100 @@ use crate::train::learner::Learner;
 use crate::train::snapshot::Snapshot;
 use crate::train::{settings, stop};
 
-/// Running sums over an iteration's minibatches.
+/// Sums over an iteration's minibatches.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Update {
-    /// Minibatches whose policy loss was taken.
+    /// Minibatches whose policy loss was computed.
     pub minibatches: usize,
-    /// Of those, the ones without a step, for their ratio.
+    /// Number of them without an optimizer step, because the mean ratio exceeded `ratio_threshold`.
     pub skipped: usize,
-    /// Minibatches whose value loss was taken.
+    /// Minibatches whose value loss was computed.
     pub critic_minibatches: usize,
     /// Sum of policy losses.
     pub policy_loss: f64,
     /// Sum of value losses.
     pub value_loss: f64,
-    /// Sum of losses of the mixture with pretraining.
+    /// Sum of losses of the pretraining mixture (ptx).
     pub ptx_loss: f64,
-    /// Sum of mean entropies, nats a token.
+    /// Sum of the minibatches' mean entropies, nats per token.
     pub entropy: f64,
-    /// Exact KL from actor to reference in the first pass, nats, summed over tokens.
+    /// Exact KL from actor to reference in the first epoch, nats, summed over tokens.
     pub exact_kl: f64,
-    /// Answers that it was summed over.
-    pub exact_answers: usize,
-    /// Over all tokens.
+    /// Responses over which `exact_kl` was summed.
+    #[serde(rename = "exact_answers")]
+    pub exact_responses: usize,
+    /// Policy statistics of all minibatches.
     pub policy: PolicyStats,
-    /// Of the last minibatch alone.
+    /// Policy statistics of the last minibatch.
     pub last_policy: PolicyStats,
-    /// Over all tokens.
+    /// Value statistics of all minibatches.
     pub value: ValueStats,
-    /// Sum of gradient norms before clipping.
+    /// Sum of the actor's gradient norms before clipping.
     pub actor_norm: f64,
-    /// The critic's.
+    /// Sum of the critic's gradient norms before clipping.
     pub critic_norm: f64,
-    /// Mean ratio of the very first minibatch: 1 where rollout and training agree.
+    /// Mean ratio of the first minibatch: 1 if sampling and training compute the same log-probabilities.
     pub first_ratio: Option<f64>,
-    /// Rate of the last step.
+    /// Learning rate of the actor's last step.
     pub actor_lr: f64,
-    /// The critic's.
+    /// Learning rate of the critic's last step.
     pub critic_lr: f64,
 }
 
-/// Who is to learn, and from whom the actor is kept.
-pub struct Learners<'s> {
-    /// None in the critic's warm-up.
-    pub actor: Option<&'s mut Learner>,
-    /// None where advantages need no critic.
-    pub critic: Option<&'s mut Learner>,
-    /// The frozen policy that the rollout's `reference_rows` are of.
+/// The inputs of one minibatch update besides the learners.
+#[derive(Clone, Copy)]
+pub struct Step<'s> {
+    /// Models, data and settings.
+    pub run: &'s PpoRun<'s>,
+    /// Rollout with advantages and returns.
+    pub experience: &'s Experience,
+    /// Sequences of the minibatch.
+    pub rows: &'s [usize],
+    /// Reference policy: the one that computed the rollout's `ref_hidden`.
     pub reference: &'s Adapter,
-}
-
-/// What a minibatch is done with.
-#[derive(Clone, Copy, Debug)]
-pub struct Step {
-    /// Rate of the actor.
+    /// Learning rate of the actor.
     pub actor_lr: f64,
-    /// Rate of the critic.
+    /// Learning rate of the critic.
     pub critic_lr: f64,
-    /// Weight of the KL to the reference.
+    /// Coefficient of the KL to the reference.
     pub kl_coef: f64,
-    /// Weight of the KL to the actor that sampled.
+    /// Coefficient of the KL to the policy that sampled.
     pub kl_penalty: f64,
-    /// Is this the first pass over the rollout?
-    pub first_pass: bool,
-    /// Steps of the actor before: which blocks of text are next.
-    pub number: usize,
+    /// Whether this is the first epoch over the rollout.
+    pub first_epoch: bool,
+    /// Optimizer steps of the actor so far: the position in the sequence of text blocks.
+    pub actor_steps: usize,
 }
 
-/// The tokens' numbers of some sequences, end to end.
-fn pick<'e>(rows: &[usize], of: impl Fn(usize) -> &'e [f32]) -> Vec<f32> {
+impl Step<'_> {
+    /// Response tokens of the minibatch: the normaliser of both losses.
+    fn tokens(&self) -> f64 {
+        self.experience.tokens_of(self.rows) as f64
+    }
+}
+
+/// Concatenates the per-token values of some sequences.
+fn concat<'e>(rows: &[usize], of: impl Fn(usize) -> &'e [f32]) -> Vec<f32> {
     rows.iter().flat_map(|&i| of(i).iter().copied()).collect()
 }
 
 impl Update {
-    /// Learns from the sequences `minibatch`. Returns whether anything was stepped; `None` where the process was asked to
-    /// stop, and no learner has changed.
+    /// Trains on one minibatch. `actor` is `None` during the critic's warm-up, `critic` if there is none. Returns whether an
+    /// optimizer step was made; `None` if the process was asked to stop, and then no learner has changed.
     ///
     /// # Errors
-    /// If a number is not finite.
+    /// If a value is NaN or infinite.
     pub fn minibatch<'l>(
         &mut self,
-        learners: Learners<'l>,
-        experience: &Experience,
-        minibatch: &[usize],
-        run: &Run<'_>,
-        step: &Step,
+        actor: Option<&'l mut Learner>,
+        critic: Option<&'l mut Learner>,
+        step: &Step<'_>,
     ) -> Result<Option<bool>> {
-        let Learners { actor, critic, reference } = learners;
+        let run = step.run;
         let update = within(Phase::Update);
-        // 1. The actor's gradient, and whether it can be trusted.
+        // 1. The actor's gradient, and whether the mean ratio is small enough to step by it.
         let actor = match actor {
-            Some(learner) => match self.actor(learner, reference, experience, minibatch, run, step)? {
+            Some(learner) => match self.actor(learner, step)? {
                 Some(gradients) => Some((gradients, learner)),
                 None => return Ok(None),
             },
@@ -121,17 +127,17 @@ impl Update {
             self.skipped += 1;
             return Ok(Some(false));
         }
-        // 2. The critic's.
+        // 2. The critic's gradient.
         let critic = match critic {
-            Some(learner) => match self.critic(learner, experience, minibatch, run)? {
+            Some(learner) => match self.critic(learner, step)? {
                 Some(gradients) => Some((gradients, learner)),
                 None => return Ok(None),
             },
             None => None,
         };
-        // 3. The steps, apart or together.
+        // 3. Two optimizer steps, or one over both learners.
         drop(update);
-        let _step = within(Phase::Step);
+        let _phase = within(Phase::Step);
         (self.actor_lr, self.critic_lr) = (step.actor_lr, step.critic_lr);
         match (actor, critic) {
             (Some((a, actor)), Some((c, critic))) if run.config.shared_optimizer => {
@@ -141,17 +147,17 @@ impl Update {
                 self.critic_norm += critic_norm;
             }
             (actor, critic) => {
-                // Both gradients are looked at before either is stepped by.
+                // Both gradients are checked before either learner steps.
                 let checked = |both: Option<(Gradients, &'l mut Learner)>| -> Result<Option<_>> {
                     both.map(|(gradients, learner)| Ok((learner.checked(gradients)?, learner))).transpose()
                 };
                 let (actor, critic) = (checked(actor)?, checked(critic)?);
                 if let Some((gradients, learner)) = actor {
-                    let mixture = run.mixture().filter(|(config, _)| config.separate_step);
+                    let mixture = run.ptx_mixture().filter(|(config, _)| config.separate_step);
                     let before = mixture.map(|_| snapshot(learner)).transpose()?;
                     self.actor_norm += learner.step_by(gradients, step.actor_lr)?;
                     if let Some(((config, blocks), before)) = mixture.zip(before) {
-                        let gradients = self.ptx(learner, config, blocks, minibatch.len(), run, step);
+                        let gradients = self.ptx(learner, config, blocks, step);
                         if let Err(error) = gradients.and_then(|g| learner.step(g, step.actor_lr)) {
                             before.restore_learner(ACTOR, learner)?;
                             return Err(error);
@@ -166,117 +172,105 @@ impl Update {
         Ok(Some(true))
     }
 
-    fn actor(
-        &mut self,
-        actor: &Learner,
-        frozen: &Adapter,
-        experience: &Experience,
-        minibatch: &[usize],
-        run: &Run<'_>,
-        step: &Step,
-    ) -> Result<Option<Gradients>> {
-        let (base, config, rollout) = (run.task.start.base, run.config, &experience.rollout);
-        let tokens = experience.tokens_of(minibatch) as f64;
-        let objective = objective(run, step);
-        // The exact KL is taken where it is trained on, and in the first pass for the figures.
+    /// Gradient of the policy loss over the minibatch; `None` if the process was asked to stop.
+    fn actor(&mut self, actor: &Learner, step: &Step<'_>) -> Result<Option<Gradients>> {
+        let (run, rollout) = (step.run, &step.experience.rollout);
+        let (base, config, tokens) = (run.base, run.config, step.tokens());
+        let objective = objective(step);
+        // The exact KL is computed if it is part of the loss, and in the first epoch for the metrics.
         let exact_weight =
             (config.kl_in == KlIn::Loss && estimator(config.kl_estimator).is_none()).then_some(step.kl_coef);
-        let wants_exact = step.first_pass || exact_weight.is_some();
+        let needs_exact = step.first_epoch || exact_weight.is_some();
         let mut grads = Gradients::none(base.shapes().layers);
-        let mut seen = PolicyStats::default();
-        for rows in minibatch.chunks(config.micro_batch_size) {
+        let mut stats = PolicyStats::default();
+        for rows in step.rows.chunks(config.micro_batch_size) {
             if stop::requested() {
                 return Ok(None);
             }
             let (batch, targets) = rollout.batch(rows)?;
-            let old = pick(rows, |i| &rollout.responses[i].logprobs);
-            let advantages = pick(rows, |i| &experience.advantages[i]);
-            let reference = pick(rows, |i| &rollout.reference_logprobs[i]);
-            let other = match wants_exact {
+            let old_logprobs = concat(rows, |i| &rollout.responses[i].logprobs);
+            let advantages = concat(rows, |i| &step.experience.advantages[i]);
+            let ref_logprobs = concat(rows, |i| &rollout.ref_logprobs[i]);
+            let ref_hidden = match needs_exact {
                 true => {
-                    let hidden = pick(rows, |i| &rollout.reference_rows[i]);
+                    let hidden = concat(rows, |i| &rollout.ref_hidden[i]);
                     let n = targets.rows.len();
-                    let d = hidden.len().checked_div(n).context("answers without tokens")?;
-                    Some(cpu::tensor(hidden, (n, d))?)
+                    let d = hidden.len().checked_div(n).context("responses without tokens")?;
+                    Some(Array::on(cpu::tensor(hidden, (n, d))?, base.place())?)
                 }
                 false => None,
             };
             let policy = Policy::new(base, Some(actor.weights().view()));
-            let loss = |stats: &TokenStats, exact: &[f32]| {
-                let given = PolicyTokens {
-                    logprobs: &stats.logprobs,
-                    old_logprobs: &old,
+            let loss = |token_stats: &TokenStats, exact: &[f32]| {
+                let inputs = PolicyTokens {
+                    logprobs: &token_stats.logprobs,
+                    old_logprobs: &old_logprobs,
                     advantages: &advantages,
-                    reference: &reference,
+                    ref_logprobs: &ref_logprobs,
                 };
-                let loss = policy_loss(given, &objective, tokens)?;
-                let entropy = sum(&stats.entropy) / tokens;
+                let loss = policy_loss(inputs, &objective, tokens)?;
+                let entropy = sum(&token_stats.entropy) / tokens;
                 let exact_loss = exact_weight.map_or(0.0, |weight| weight * sum(exact) / tokens);
                 self.policy_loss += loss.loss + exact_loss - config.entropy_coef * entropy;
                 self.entropy += entropy;
-                if step.first_pass {
+                if step.first_epoch {
                     self.exact_kl += sum(exact);
-                    self.exact_answers += rows.len();
+                    self.exact_responses += rows.len();
                 }
-                seen.merge(&loss.stats);
+                stats.merge(&loss.stats);
                 let each = |weight: f64| vec![(weight / tokens) as f32; loss.grad.len()];
                 let (entropy, kl) = (each(-config.entropy_coef), exact_weight.map(each));
                 Ok(HeadGradients { logprobs: loss.grad, entropy, kl })
             };
-            let other = other.as_ref().map(|rows| (Policy::new(base, Some(frozen)), rows));
-            let (_, g) = policy.gradients_against(&batch, &targets, other, run.temperature(), run.checkpoint, loss)?;
+            let reference = ref_hidden.as_ref().map(|hidden| (Policy::new(base, Some(step.reference)), hidden));
+            let (_, g) =
+                policy.gradients_against(&batch, &targets, reference, run.temperature(), run.recompute, loss)?;
             grads.add(g)?;
         }
-        if let Some((config, blocks)) = run.mixture().filter(|(config, _)| !config.separate_step) {
-            grads.add(self.ptx(actor, config, blocks, minibatch.len(), run, step)?)?;
+        if let Some((config, blocks)) = run.ptx_mixture().filter(|(config, _)| !config.separate_step) {
+            grads.add(self.ptx(actor, config, blocks, step)?)?;
         }
-        self.first_ratio.get_or_insert(seen.mean_ratio());
-        self.policy.merge(&seen);
-        self.last_policy = seen;
+        self.first_ratio.get_or_insert(stats.mean_ratio());
+        self.policy.merge(&stats);
+        self.last_policy = stats;
         self.minibatches += 1;
         Ok(Some(grads))
     }
 
-    /// The gradient of the next `count` blocks of text.
+    /// Gradient of the pretraining loss over the next text blocks, one per sequence of the minibatch.
     fn ptx(
         &mut self,
         actor: &Learner,
         config: &Ptx,
         blocks: &dyn Examples<SftExample>,
-        count: usize,
-        run: &Run<'_>,
-        step: &Step,
+        step: &Step<'_>,
     ) -> Result<Gradients> {
-        let rows = endless(run.seed, settings::PTX_ORDER, blocks.len(), step.number * count, count);
-        let policy = Policy::new(run.task.start.base, Some(actor.weights().view()));
-        let layers = run.task.start.base.shapes().layers;
+        let (run, count) = (step.run, step.rows.len());
+        let rows = endless(run.seed, settings::PTX_ORDER, blocks.len(), step.actor_steps * count, count);
+        let policy = Policy::new(run.base, Some(actor.weights().view()));
+        let layers = run.base.shapes().layers;
         let micro = run.config.micro_batch_size;
-        let (loss, gradients) = ptx::gradients(policy, layers, blocks, &rows, config, micro, run.checkpoint)?;
+        let (loss, gradients) = ptx::gradients(policy, layers, blocks, &rows, config, micro, run.recompute)?;
         self.ptx_loss += loss;
         Ok(gradients)
     }
 
-    fn critic(
-        &mut self,
-        critic: &Learner,
-        experience: &Experience,
-        minibatch: &[usize],
-        run: &Run<'_>,
-    ) -> Result<Option<Gradients>> {
-        let (base, config) = (run.critic_base(), run.config);
-        let tokens = experience.tokens_of(minibatch) as f64;
+    /// Gradient of the value loss over the minibatch; `None` if the process was asked to stop.
+    fn critic(&mut self, critic: &Learner, step: &Step<'_>) -> Result<Option<Gradients>> {
+        let (run, experience) = (step.run, step.experience);
+        let (base, config, tokens) = (run.critic_base(), run.config, step.tokens());
         let mut grads = Gradients::none(base.shapes().layers);
-        for rows in minibatch.chunks(config.micro_batch_size) {
+        for rows in step.rows.chunks(config.micro_batch_size) {
             if stop::requested() {
                 return Ok(None);
             }
             let (batch, targets) = experience.rollout.batch(rows)?;
-            let old = pick(rows, |i| &experience.rollout.values[i]);
-            let returns = pick(rows, |i| &experience.returns[i]);
-            let scorer = ValueModel::new(base, critic.weights().view())?;
-            let (_, g) = scorer.gradients(&batch, &targets.rows, run.checkpoint, |values| {
-                let tokens_of_loss = ValueTokens { values, old_values: &old, returns: &returns };
-                let loss = value_loss(tokens_of_loss, config.cliprange_value, tokens)?;
+            let old_values = concat(rows, |i| &experience.rollout.values[i]);
+            let returns = concat(rows, |i| &experience.returns[i]);
+            let value_model = ValueModel::new(base, critic.weights().view())?;
+            let (_, g) = value_model.gradients(&batch, &targets.rows, run.recompute, |values| {
+                let inputs = ValueTokens { values, old_values: &old_values, returns: &returns };
+                let loss = value_loss(inputs, config.cliprange_value, tokens)?;
                 self.value_loss += loss.loss;
                 self.value.merge(&loss.stats);
                 Ok(loss.grad.into_iter().map(|g| g * config.vf_coef as f32).collect())
@@ -290,16 +284,16 @@ impl Update {
 
 const ACTOR: &str = "actor";
 
-/// What a step that needs two is undone by.
+/// Copies a learner, to undo the first of two steps if the second one fails.
 fn snapshot(learner: &Learner) -> Result<Snapshot> {
     let mut snapshot = Snapshot::default();
     snapshot.put_learner(ACTOR, learner)?;
     Ok(snapshot)
 }
 
-/// The policy loss by the settings.
-fn objective(run: &Run<'_>, step: &Step) -> Objective {
-    let c = run.config;
+/// The policy loss that the settings choose.
+fn objective(step: &Step<'_>) -> Objective {
+    let c = step.run.config;
     let surrogate = match c.policy_loss {
         PolicyLoss::Clip => {
             Surrogate::Clip { low: c.cliprange, high: c.cliprange_high.unwrap_or(c.cliprange), dual: c.dual_clip }

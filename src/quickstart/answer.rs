@@ -1,11 +1,11 @@
-//! Draws sentences and visitors' answers from the grammar. The order of draws is the contract with
-//! scripts/quickstart/task.py; tests/golden/quickstart_task.json compares the two. Knows no gold rule.
-//! Read task.rs next.
+//! Generates the task's sentences and visitors' answers from the grammar. The order of random draws must equal that of
+//! src/quickstart/python/task.py; tests/golden/quickstart_task.json compares the two. It does not depend on the gold rule. Read
+//! `task.rs` next.
 
 use super::grammar::{Aspect, Grammar, Kind, Polarity, grammar};
 use crate::rng::SplitMix64;
 
-/// The leaning of one visitor.
+/// Tone of one visitor.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Tone {
     Good,
@@ -13,7 +13,7 @@ pub(super) enum Tone {
     Mixed,
 }
 
-/// A random generator that writes: the grammar plus the stream it draws from.
+/// A text generator: the grammar plus the random stream it draws from.
 pub(super) struct Writer {
     rng: SplitMix64,
     pub(super) grammar: &'static Grammar,
@@ -36,7 +36,7 @@ impl Writer {
         self.below(100) < percent
     }
 
-    /// Two different entries; the second draw is over one entry fewer.
+    /// Picks two different entries; the second draw is over one entry fewer.
     fn two<'a, T>(&mut self, items: &'a [T]) -> (&'a T, &'a T) {
         let i = self.below(items.len());
         let j = self.below(items.len() - 1);
@@ -65,7 +65,7 @@ impl Writer {
         out
     }
 
-    /// What one sentence of a review in this tone says: mostly the tone, sometimes the contrary or nothing.
+    /// Draws the polarity of one sentence of a review in this tone: mostly the tone's, sometimes the opposite or plain.
     pub(super) fn polarity(&mut self, tone: Tone) -> Polarity {
         let tones = &self.grammar.chances.tone;
         let [good, bad] = match tone {
@@ -84,13 +84,13 @@ impl Writer {
     }
 
     /// A sentence about one aspect, with adjectives of its domain.
-    pub(super) fn about(&mut self, templates: &[String], name: &str, aspect: &Aspect, said: Polarity) -> String {
-        let (a, b) = self.two(self.grammar.adjectives.of(aspect.1).of(said));
+    pub(super) fn about(&mut self, templates: &[String], name: &str, aspect: &Aspect, polarity: Polarity) -> String {
+        let (a, b) = self.two(self.grammar.adjectives.of(aspect.1).of(polarity));
         let template = self.pick(templates);
         self.fill(template, &[("aspect", &aspect.0), ("name", name), ("a", a), ("b", b)])
     }
 
-    /// Praise of one aspect and blame of another.
+    /// A sentence that praises one aspect and blames another.
     pub(super) fn contrast(&mut self, kind: &Kind) -> String {
         let (first, second) = self.two(&kind.aspects);
         let good = self.pick(self.grammar.adjectives.of(first.1).of(Polarity::Good));
@@ -100,39 +100,38 @@ impl Writer {
     }
 
     /// A sentence about the visit.
-    pub(super) fn detail(&mut self, said: Polarity) -> String {
-        let template = self.pick(self.grammar.details.of(said));
+    pub(super) fn detail(&mut self, polarity: Polarity) -> String {
+        let template = self.pick(self.grammar.details.of(polarity));
         self.fill(template, &[])
     }
 
     /// A closing sentence.
-    pub(super) fn verdict(&mut self, kind: &Kind, name: &str, said: Polarity) -> String {
+    pub(super) fn verdict(&mut self, kind: &Kind, name: &str, polarity: Polarity) -> String {
         if self.chance(self.grammar.chances.named_verdict) {
-            return self.fill(self.grammar.named_verdicts.of(said), &[("name", name)]);
+            return self.fill(self.grammar.named_verdicts.of(polarity), &[("name", name)]);
         }
-        let template = self.pick(kind.verdicts.of(said));
+        let template = self.pick(kind.verdicts.of(polarity));
         self.fill(template, &[])
     }
 
-    /// The first sentence. A visitor who speaks of something else says so: a reward model of this size learns to hear
-    /// an evasion, while it does not learn to compare two nouns; the gold rule does compare them.
-    fn opening(&mut self, kind: &Kind, place: &str, aspect: &Aspect, said: Polarity) -> String {
+    /// The first sentence. A visitor who talks about another aspect says so: a reward model of this size learns to detect
+    /// such an evasion, but not to compare two nouns as the gold rule does.
+    fn opening(&mut self, kind: &Kind, place: &str, aspect: &Aspect, polarity: Polarity) -> String {
         let grammar = self.grammar;
         let topic = if self.chance(grammar.chances.asked_aspect) { aspect } else { self.pick(&kind.aspects) };
         let tables = if topic.0 == aspect.0 { &grammar.openings } else { &grammar.evasions };
         let table = if self.chance(grammar.chances.named_opening) { &tables.named } else { &tables.bare };
-        self.about(table, place, topic, said)
+        self.about(table, place, topic, polarity)
     }
 
-    /// One visitor's answer, with the space that follows `Assistant:`.
+    /// One visitor's answer, starting with the space that follows `Assistant:`.
     pub(super) fn answer(&mut self, kind: &Kind, name: &str, aspect: &Aspect) -> String {
         let [answer] = self.drafts(kind, name, aspect);
         answer
     }
 
-    /// Answers of one visitor that differ in their first sentence only. Visitors differ in tone, in whether they keep
-    /// to the asked aspect and name the place, in length, in repeating themselves and in coming to an end: what the
-    /// gold rule judges.
+    /// Answers of one visitor that differ in their first sentence only. Visitors differ in what the gold rule scores: tone,
+    /// the aspect and place they talk about, length, repetitions, and whether the answer is complete.
     pub(super) fn drafts<const COUNT: usize>(&mut self, kind: &Kind, name: &str, aspect: &Aspect) -> [String; COUNT] {
         const TONES: [Tone; 8] =
             [Tone::Good, Tone::Good, Tone::Good, Tone::Bad, Tone::Bad, Tone::Bad, Tone::Mixed, Tone::Mixed];
@@ -141,16 +140,16 @@ impl Writer {
         let chances = &grammar.chances;
         let tone = *self.pick(&TONES);
         let place = if self.chance(chances.asked_name) { name } else { self.pick(&kind.names) };
-        let said = self.polarity(tone);
-        let openings: [String; COUNT] = std::array::from_fn(|_| self.opening(kind, place, aspect, said));
+        let polarity = self.polarity(tone);
+        let openings: [String; COUNT] = std::array::from_fn(|_| self.opening(kind, place, aspect, polarity));
         let mut rest: Vec<String> = Vec::new();
         for _ in 0..*self.pick(&MIDDLE_SENTENCES) {
-            let said = self.polarity(tone);
+            let polarity = self.polarity(tone);
             let next = match (self.below(10), rest.last()) {
-                (0..=3, _) => self.detail(said),
+                (0..=3, _) => self.detail(polarity),
                 (4..=7, _) => {
                     let further = self.pick(&kind.aspects);
-                    self.about(&grammar.follow_ups, place, further, said)
+                    self.about(&grammar.follow_ups, place, further, polarity)
                 }
                 (9, Some(last)) => last.clone(),
                 _ => self.contrast(kind),
@@ -158,8 +157,8 @@ impl Writer {
             rest.push(next);
         }
         if self.chance(chances.verdict) {
-            let said = self.polarity(tone);
-            rest.push(self.verdict(kind, place, said));
+            let polarity = self.polarity(tone);
+            rest.push(self.verdict(kind, place, polarity));
         }
         let lost = if self.chance(chances.cut_off) { 1 + self.below(6) } else { 0 };
         openings.map(|opening| {
@@ -171,7 +170,7 @@ impl Writer {
     }
 }
 
-/// An answer as it follows `Assistant:`; without its last `lost` words and the stop, it breaks off.
+/// An answer as it follows `Assistant:`, without its last `lost` words and final punctuation.
 fn cut(text: &str, lost: usize) -> String {
     if lost == 0 {
         return format!(" {text}");

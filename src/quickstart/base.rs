@@ -1,7 +1,8 @@
-//! The tiny base inside the binary: a Llama of 0.92 M parameters in bf16 and its tokenizer, as in a checkpoint folder.
-//! Knows no reader; scripts/quickstart/make_base.py made the files, made.json says how.
+//! The embedded base: a Llama with 0.92 M parameters in bf16 and its tokenizer, as the files of a model folder. The files
+//! were made by src/quickstart/python/make_base.py, as made.json records. It does not depend on the code that reads them. Read
+//! `model_files/mod.rs` for that.
 
-/// The files of a checkpoint folder.
+/// The files of a model folder.
 #[derive(Clone, Copy, Debug)]
 pub struct EmbeddedBase {
     /// config.json
@@ -12,21 +13,21 @@ pub struct EmbeddedBase {
     pub tokenizer: &'static str,
     /// tokenizer_config.json, with the chat template
     pub tokenizer_config: &'static str,
-    /// model.safetensors; starts at a multiple of 64, so tensors can be read in place as in a mapped file
+    /// model.safetensors, aligned to 64 bytes so that tensors can be read in place as from a mapped file
     pub weights: &'static [u8],
 }
 
 #[repr(C, align(64))]
 struct Aligned<B: ?Sized>(B);
 
-static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("../../assets/quickstart/base/model.safetensors"));
+static WEIGHTS: &Aligned<[u8]> = &Aligned(*include_bytes!("assets/base/model.safetensors"));
 
 /// The quickstart's base.
 pub const BASE: EmbeddedBase = EmbeddedBase {
-    config: include_str!("../../assets/quickstart/base/config.json"),
-    generation_config: include_str!("../../assets/quickstart/base/generation_config.json"),
-    tokenizer: include_str!("../../assets/quickstart/base/tokenizer.json"),
-    tokenizer_config: include_str!("../../assets/quickstart/base/tokenizer_config.json"),
+    config: include_str!("assets/base/config.json"),
+    generation_config: include_str!("assets/base/generation_config.json"),
+    tokenizer: include_str!("assets/base/tokenizer.json"),
+    tokenizer_config: include_str!("assets/base/tokenizer_config.json"),
     weights: &WEIGHTS.0,
 };
 
@@ -80,14 +81,14 @@ mod tests {
     }
 
     #[test]
-    fn embedding_table_has_a_row_for_each_token_and_none_to_spare() {
+    fn embedding_matrix_has_exactly_one_row_per_token() {
         let tokenizer = tokenizer();
         assert_eq!(config()["vocab_size"], tokenizer.get_vocab_size(true));
         assert_eq!((tokenizer.token_to_id("<|endoftext|>"), tokenizer.token_to_id("<|pad|>")), (Some(0), Some(1)));
     }
 
     #[test]
-    fn every_answer_survives_the_tokenizer_and_fits_the_context() {
+    fn every_answer_round_trips_through_the_tokenizer_and_fits_the_context() {
         let tokenizer = tokenizer();
         let limit = config()["max_position_embeddings"].as_u64().unwrap() as usize;
         for x in sft_rows(3, 400, Split::Train) {
@@ -99,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn prompt_and_answer_tokenize_apart_as_they_do_together() {
+    fn prompt_and_answer_tokenise_separately_as_they_do_together() {
         let tokenizer = tokenizer();
         let ids = |text: &str| tokenizer.encode(text, false).unwrap().get_ids().to_vec();
         for x in pairs(3, 200, 15, Split::HeldOut) {

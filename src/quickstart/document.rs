@@ -1,5 +1,5 @@
-//! The text that scripts/quickstart/make_base.py pretrains the tiny base on: reviews under headings, loose sentences,
-//! small talk. Nothing here answers a question about an aspect. Knows no stage. Read answer.rs first.
+//! The text on which src/quickstart/python/make_base.py pretrains the tiny base: reviews under headings, loose sentences, small
+//! talk. None of it answers a question about an aspect. It does not depend on the training stages. Read `answer.rs` first.
 
 use super::answer::{Tone, Writer};
 use super::grammar::{Aspect, Kind, Polarity};
@@ -31,7 +31,7 @@ fn document(w: &mut Writer, combos: &[Combination]) -> String {
     }
 }
 
-/// Every aspect of the heading is treated, in order; a third close with tags: the aspects and, if named, the place.
+/// A review of every aspect in its heading, in order. A third of them end with tags: the aspects and, if named, the place.
 fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspect) -> String {
     let grammar = w.grammar;
     let mut topics = vec![aspect];
@@ -48,17 +48,17 @@ fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspe
     let tables = [&grammar.openings.named, &grammar.openings.bare, &grammar.follow_ups];
     let mut sentences = Vec::new();
     for topic in &topics {
-        let said = w.polarity(tone);
+        let polarity = w.polarity(tone);
         let table = *w.pick(&tables);
-        sentences.push(w.about(table, name, topic, said));
+        sentences.push(w.about(table, name, topic, polarity));
         if w.chance(33) {
-            let said = w.polarity(tone);
-            sentences.push(w.detail(said));
+            let polarity = w.polarity(tone);
+            sentences.push(w.detail(polarity));
         }
     }
     if w.chance(50) {
-        let said = w.polarity(tone);
-        sentences.push(w.verdict(kind, name, said));
+        let polarity = w.polarity(tone);
+        sentences.push(w.verdict(kind, name, polarity));
     }
     let body = sentences.join(" ");
     if !w.chance(33) {
@@ -73,10 +73,10 @@ fn review(w: &mut Writer, kind: &'static Kind, name: &str, aspect: &'static Aspe
 
 fn loose_sentence(w: &mut Writer, kind: &Kind, name: &str) -> String {
     let grammar = w.grammar;
-    let said = *w.pick(&[Polarity::Good, Polarity::Bad, Polarity::Plain]);
+    let polarity = *w.pick(&[Polarity::Good, Polarity::Bad, Polarity::Plain]);
     match w.below(7) {
-        0 => w.detail(said),
-        1 => w.verdict(kind, name, said),
+        0 => w.detail(polarity),
+        1 => w.verdict(kind, name, polarity),
         2 => w.contrast(kind),
         x => {
             let table = match x {
@@ -86,7 +86,7 @@ fn loose_sentence(w: &mut Writer, kind: &Kind, name: &str) -> String {
                 _ => &grammar.evasions.bare,
             };
             let aspect = w.pick(&kind.aspects);
-            w.about(table, name, aspect, said)
+            w.about(table, name, aspect, polarity)
         }
     }
 }

@@ -1,5 +1,5 @@
-//! The rule that labels the quickstart's preferences and judges its results; PPO never sees it. Composite, so that a
-//! policy which games the learned reward shows in the parts. Knows no model. Read task.rs next.
+//! The gold rule: it labels the quickstart's preferences and scores its results, and PPO never uses it. It is a sum of parts,
+//! so that a policy that exploits the learned reward shows in them. It does not depend on the model. Read `task.rs` next.
 
 use std::collections::HashSet;
 
@@ -8,20 +8,20 @@ use serde::Serialize;
 use super::grammar::{Polarity, grammar};
 use super::task::Row;
 
-/// A judged answer: `total = 3 polarity + 2 aspect + 2 place + 2 form - repeats`, at most 9.
+/// The score of an answer: `total = 3 polarity + 2 aspect + 2 place + 2 form - repeats`, at most 9.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub struct Gold {
     /// The weighted sum of the parts.
     pub total: f64,
     /// Mean over sentences of +1 (more praise than blame), -1 or 0; 0 without a sentence. In [-1, 1].
     pub polarity: f64,
-    /// 1 if the first sentence has the asked aspect.
+    /// 1 if the first sentence names the asked aspect.
     pub aspect: u32,
-    /// 1 if the asked place is named, anywhere, and no other place of the town is.
+    /// 1 if the answer names the asked place and no other place.
     pub place: u32,
-    /// 1 if the model ended the answer, by a full stop, after 2 to 4 sentences and 12 to 40 words.
+    /// 1 if the answer is complete, ends with a full stop, and has 2 to 4 sentences and 12 to 40 words.
     pub form: u32,
-    /// Sentences and judging words beyond the first of their like.
+    /// Number of repeated sentences and repeated judging words.
     pub repeats: u32,
 }
 
@@ -29,8 +29,8 @@ fn words(text: &str) -> impl Iterator<Item = &str> {
     text.split(|c: char| !c.is_ascii_alphabetic()).filter(|word| !word.is_empty())
 }
 
-/// Judges one answer. `ended`: the model closed it by the end token, rather than running into the length limit.
-/// A sentence is what a full stop closes; words are runs of ASCII letters; names and words match by case.
+/// Scores one answer. `ended`: it ended with the end token, not at the length limit. A sentence ends with a full stop; words
+/// are runs of ASCII letters; names and words are case-sensitive.
 pub fn gold(row: &Row, text: &str, ended: bool) -> Gold {
     let blank = [' ', '\n'];
     let mut sentences: Vec<&str> = text.split('.').map(|s| s.trim_matches(blank)).collect();
@@ -52,7 +52,7 @@ pub fn gold(row: &Row, text: &str, ended: bool) -> Gold {
     Gold { total, polarity, aspect, place, form, repeats }
 }
 
-/// The sign of praising minus blaming words.
+/// Sign of the number of praising words minus that of blaming words.
 fn leaning(sentence: &str) -> i32 {
     let balance: i32 = words(sentence)
         .map(|word| match grammar().judges(word) {

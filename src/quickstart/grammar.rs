@@ -1,11 +1,12 @@
-//! The tables of the quickstart's task (assets/quickstart/grammar.json): kinds of place, sentences, words, chances.
-//! Knows no random numbers and no rule; answer.rs draws from it, gold.rs looks words up in it.
+//! The tables of the quickstart's task (src/quickstart/assets/grammar.json): kinds of place, sentences, words, probabilities. It
+//! does not depend on random numbers or on the gold rule. Read `answer.rs`, which draws from it, and `gold.rs`, which looks
+//! words up.
 
 use std::sync::OnceLock;
 
 use serde::Deserialize;
 
-/// What a sentence says of its subject; one of these stands behind each judging word.
+/// Polarity of a sentence or of a word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Polarity {
     /// Praise.
@@ -16,7 +17,7 @@ pub enum Polarity {
     Plain,
 }
 
-/// One table entry a polarity.
+/// One table entry per polarity.
 #[derive(Debug, Deserialize)]
 pub struct ByPolarity<T> {
     good: T,
@@ -38,21 +39,21 @@ impl<T> ByPolarity<T> {
 /// A list of sentence templates or words.
 pub type Lines = Vec<String>;
 
-/// What can be asked about, with the domain whose adjectives fit it.
+/// An aspect that can be asked about, with the domain of its adjectives.
 #[derive(Debug, Deserialize)]
 pub struct Aspect(pub String, pub Domain);
 
-/// Chooses the adjectives of an aspect.
+/// Domain of an aspect's adjectives.
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq)]
 #[serde(rename_all = "snake_case")]
 pub enum Domain {
-    /// What is eaten or drunk.
+    /// Food and drink.
     Food,
-    /// Who works there.
+    /// Staff.
     People,
-    /// Rooms and what stands in them.
+    /// Rooms and furniture.
     Space,
-    /// What happens on a stage.
+    /// Plays on a stage.
     Story,
 }
 
@@ -63,7 +64,7 @@ pub struct Kind {
     pub kind: String,
     /// Names of places.
     pub names: Lines,
-    /// What can be asked about at any of them.
+    /// Aspects that can be asked about at any of them.
     pub aspects: Vec<Aspect>,
     /// Closing sentences that do not name the place.
     pub verdicts: ByPolarity<Lines>,
@@ -99,7 +100,7 @@ pub struct Openings {
     pub bare: Lines,
 }
 
-/// Judging words that are no adjectives.
+/// Judging words other than adjectives.
 #[derive(Debug, Deserialize)]
 pub struct Judging {
     good: Lines,
@@ -116,7 +117,7 @@ pub struct Slots {
     season: Lines,
 }
 
-/// A question of the pretraining text with its answers; not about an aspect.
+/// A question of the pretraining text, not about an aspect, with its answers.
 #[derive(Debug, Deserialize)]
 pub struct SmallTalk {
     /// The question, with a slot for the place.
@@ -125,18 +126,18 @@ pub struct SmallTalk {
     pub answers: Lines,
 }
 
-/// Percent of a review's sentences that say good and bad, by the review's tone; the rest say neither.
+/// Percentages [good, bad] of a review's sentences, by the review's tone; the rest are plain.
 #[derive(Debug, Deserialize)]
 pub struct ToneChances {
     /// A pleased visitor.
     pub good: [usize; 2],
     /// A displeased visitor.
     pub bad: [usize; 2],
-    /// A visitor of two minds.
+    /// A visitor with mixed impressions.
     pub mixed: [usize; 2],
 }
 
-/// Percent of the pretraining documents of each sort; the rest is small talk.
+/// Percentage of each sort of pretraining document; the rest is small talk.
 #[derive(Debug, Deserialize)]
 pub struct DocumentChances {
     /// Reviews under a heading.
@@ -152,7 +153,7 @@ pub struct Chances {
     pub tone: ToneChances,
     /// The first sentence keeps to the asked aspect; otherwise it takes any of the kind (the asked one included).
     pub asked_aspect: usize,
-    /// The answer means the asked place; otherwise any of the kind.
+    /// The answer is about the asked place; otherwise about any of the kind.
     pub asked_name: usize,
     /// The first sentence names the place.
     pub named_opening: usize,
@@ -162,7 +163,7 @@ pub struct Chances {
     pub named_verdict: usize,
     /// The answer breaks off.
     pub cut_off: usize,
-    /// A pair is two drafts by one visitor; otherwise answers by two.
+    /// A pair consists of two drafts by one visitor; otherwise of answers by two visitors.
     pub two_drafts: usize,
     /// Sorts of pretraining documents.
     pub document: DocumentChances,
@@ -189,7 +190,7 @@ pub struct Grammar {
     pub named_verdicts: ByPolarity<String>,
     judging: Judging,
     slots: Slots,
-    /// What a person asks about an aspect.
+    /// Questions about an aspect.
     pub questions: Lines,
     /// Headings of pretraining reviews.
     pub headings: Lines,
@@ -200,7 +201,7 @@ pub struct Grammar {
 }
 
 impl Grammar {
-    /// The table behind a slot that the caller left open; empty for a slot without one.
+    /// The table of a slot that the caller does not fill; empty for an unknown slot.
     pub fn slot(&self, name: &str) -> &[String] {
         match name {
             "degree" => &self.slots.degree,
@@ -212,7 +213,7 @@ impl Grammar {
         }
     }
 
-    /// Whether a word praises or blames; case matters. About sixty words, looked up seldom: a scan is enough.
+    /// Polarity of a word, case-sensitive. A linear scan is fast enough for about sixty words.
     pub fn judges(&self, word: &str) -> Polarity {
         let a = &self.adjectives;
         let domains = [&a.food, &a.people, &a.space, &a.story];
@@ -233,7 +234,7 @@ impl Grammar {
 pub fn grammar() -> &'static Grammar {
     static GRAMMAR: OnceLock<Grammar> = OnceLock::new();
     GRAMMAR.get_or_init(|| {
-        let text = include_str!("../../assets/quickstart/grammar.json");
+        let text = include_str!("assets/grammar.json");
         serde_json::from_str(text).expect("grammar.json is part of this program and its tests read it")
     })
 }

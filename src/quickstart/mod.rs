@@ -1,5 +1,5 @@
-//! The quickstart: a task with a known gold rule and a tiny base that ships inside the binary, so that all stages run
-//! in minutes with nothing to download. Read task.rs (data sets), answer.rs (the texts), gold.rs (the rule), base.rs.
+//! The quickstart: a synthetic task with a known gold rule and a tiny base inside the binary, so that all stages run in
+//! minutes without a download. Read `task.rs` (data sets), `answer.rs` (texts), `gold.rs` (the rule), `base.rs`, `run.rs`.
 
 pub mod answer;
 pub mod base;

@@ -1,4 +1,5 @@
-//! What a quickstart found: the table for people and the object for `--json`. Knows no training.
+//! The result of a quickstart: the table for people and the JSON object for `--json`. It does not depend on the training
+//! loops. Read `gold.rs` for the gold rule.
 
 use std::fmt::Write;
 use std::path::PathBuf;
@@ -13,22 +14,22 @@ use crate::reward::train::Evaluation;
 use crate::run::Model;
 use crate::stats::Share;
 
-/// One policy's answers to the held-out questions. All (questions).
+/// One policy's responses to the held-out questions with their scores. Every list has one entry per question.
 #[derive(Clone, Debug, Default)]
-pub struct Answers {
-    /// As sampled.
+pub struct Responses {
+    /// Sampled texts.
     pub texts: Vec<String>,
-    /// The gold rule's verdicts.
+    /// Scores of the gold rule.
     pub gold: Vec<Gold>,
-    /// The learned reward.
+    /// Learned rewards.
     pub rewards: Vec<f32>,
-    /// sum of log-probabilities minus the SFT model's, nats a response.
+    /// Sum of log-probabilities minus those of the SFT model, nats per response.
     pub kl: Vec<f64>,
-    /// How many ended by the end token.
+    /// Number of responses that ended with the end token.
     pub ended: usize,
 }
 
-impl Answers {
+impl Responses {
     fn mean(&self, of: impl Fn(&Gold) -> f64) -> f64 {
         self.gold.iter().map(of).sum::<f64>() / self.gold.len() as f64
     }
@@ -38,17 +39,17 @@ impl Answers {
         self.mean(|g| g.total)
     }
 
-    /// Share of answers that name the asked aspect where the gold rule wants it.
+    /// Share of responses whose first sentence names the asked aspect.
     pub fn aspect_share(&self) -> f64 {
         self.mean(|g| f64::from(g.aspect))
     }
 
-    /// Share of answers that name the asked place.
+    /// Share of responses that name the asked place.
     pub fn place_share(&self) -> f64 {
         self.mean(|g| f64::from(g.place))
     }
 
-    /// Mean KL, nats a response.
+    /// Mean KL, nats per response.
     pub fn kl_mean(&self) -> f64 {
         self.kl.iter().sum::<f64>() / self.kl.len() as f64
     }
@@ -59,35 +60,35 @@ impl Answers {
     }
 }
 
-/// A question with two answers.
+/// A question with two responses.
 #[derive(Clone, Debug)]
 pub struct Example {
-    /// As asked.
+    /// The question.
     pub question: String,
-    /// The SFT model's answer.
+    /// Response of the SFT model.
     pub before: String,
-    /// The PPO model's.
+    /// Response of the PPO model.
     pub after: String,
 }
 
-/// Of `after` against `before` by the gold score, question by question.
-pub fn win_rate(before: &Answers, after: &Answers) -> Share {
-    let totals = |answers: &Answers| answers.gold.iter().map(|g| g.total).collect::<Vec<_>>();
+/// Win rate of `after` against `before` by the gold score, question by question.
+pub fn win_rate(before: &Responses, after: &Responses) -> Share {
+    let totals = |responses: &Responses| responses.gold.iter().map(|g| g.total).collect::<Vec<_>>();
     Share::of_wins(&totals(after), &totals(before))
 }
 
-/// Bytes of weights, gradients and optimizer that a role holds of its own, here and as a full copy.
+/// Bytes of a role's own weights, gradients and optimizer state, here and as a full copy of the model.
 #[derive(Clone, Copy, Debug)]
 pub struct RoleMemory {
-    /// The role.
+    /// Name of the role.
     pub role: &'static str,
-    /// Here: its adapter, and gradient and moments where it trains.
+    /// Bytes here: its adapter, plus gradients and moments if it trains.
     pub here: usize,
-    /// As a model of its own in f32: 4 bytes a parameter, 16 where it trains.
+    /// Bytes as a separate model in f32: 4 per parameter, 16 if it trains.
     pub full_copy: usize,
 }
 
-/// The four roles, and the base that they share (as the row "base").
+/// Memory of the four roles, and of the base that they share (row "base").
 pub fn memory_rows(model: &Model, sft: &Adapter, reward: &Adapter) -> Vec<RoleMemory> {
     let weights: usize = model.base.weights().iter().map(|(_, w)| w.rows() * w.cols()).sum();
     let norms: usize = model.base.vectors().iter().map(|(_, n)| n.len()).sum();
@@ -102,34 +103,34 @@ pub fn memory_rows(model: &Model, sft: &Adapter, reward: &Adapter) -> Vec<RoleMe
     ]
 }
 
-/// Everything a quickstart found.
+/// The result of a quickstart.
 #[derive(Clone, Debug)]
 pub struct Outcome {
     /// Held-out perplexity before and after SFT.
     pub sft_ppl: (f64, f64),
-    /// The reward model on held-out pairs, of which some labels are wrong.
+    /// Evaluation of the reward model on held-out pairs, some of whose labels are wrong.
     pub reward: Evaluation,
-    /// SFT's answers.
-    pub before: Answers,
-    /// PPO's.
-    pub after: Answers,
-    /// PPO against SFT.
+    /// Responses of the SFT model.
+    pub before: Responses,
+    /// Responses of the PPO model.
+    pub after: Responses,
+    /// Win rate of PPO against SFT.
     pub win: Share,
-    /// The merged model against base + adapter.
+    /// Comparison of the merged model with base + adapter.
     pub comparison: Comparison,
-    /// Three questions.
+    /// Three questions with both models' responses.
     pub examples: Vec<Example>,
     /// Seconds of each stage, in order.
     pub seconds: Vec<(&'static str, f64)>,
-    /// Seconds of all.
+    /// Total seconds.
     pub wall_s: f64,
     /// Memory by role.
     pub memory: Vec<RoleMemory>,
     /// Peak resident set of the process.
     pub peak_rss_bytes: Option<usize>,
-    /// The folder.
+    /// Output folder.
     pub out: PathBuf,
-    /// The seed.
+    /// Seed of the run.
     pub seed: u64,
 }
 
@@ -182,17 +183,17 @@ impl Outcome {
         line("SFT: perplexity on held-out answers", format!("{:.2}", self.sft_ppl.0), format!("{:.2}", self.sft_ppl.1));
         line("reward model: accuracy on held-out pairs", String::new(), percent(self.reward.accuracy));
         line(
-            "PPO: gold score of held-out answers",
+            "PPO: gold score of held-out responses",
             format!("{:.2}", self.before.gold_mean()),
             format!("{:.2}", self.after.gold_mean()),
         );
         line(
-            "     answers that name the asked aspect",
+            "     responses that name the asked aspect",
             percent(self.before.aspect_share()),
             percent(self.after.aspect_share()),
         );
         line(
-            "     answers that name the asked place",
+            "     responses that name the asked place",
             percent(self.before.place_share()),
             percent(self.after.place_share()),
         );

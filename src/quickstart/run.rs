@@ -1,5 +1,5 @@
-//! The quickstart's run: sft, reward, ppo and merge over the embedded base, then the gold rule's verdict on held-out
-//! questions. PPO sees the learned reward alone. Read outcome.rs for the table.
+//! The quickstart's run: SFT, reward model, PPO and merge over the embedded base, then the gold rule's scores on held-out
+//! questions. PPO uses the learned reward only. Read `outcome.rs` for the table.
 
 use std::fs;
 use std::path::Path;
@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 
 use super::base::BASE;
 use super::gold::{Gold, gold};
-use super::outcome::{Answers, Example, Outcome, memory_rows, win_rate};
+use super::outcome::{Example, Outcome, Responses, memory_rows, win_rate};
 use super::task::{Row, Split, pairs, prompts, sft_rows};
 use crate::config;
-use crate::config::Config;
+use crate::config::{Config, Supervised as _};
 use crate::data::examples::objectives::{RankedExample, SftExample};
 use crate::export::Source;
 use crate::export::merged;
@@ -23,7 +23,10 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
-use crate::ppo::train as ppo;
+use crate::planner::plan;
+use crate::ppo::rollout::sampling_params;
+use crate::ppo::run::{PpoRun, micro_batch_tokens};
+use crate::ppo::train::train;
 use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
@@ -31,16 +34,17 @@ use crate::run::{Model, prepare_output};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
+use crate::train::supervised::Setup;
 use crate::{reward, sft};
 
-/// Sizes of the task's parts.
+/// Sizes of the data sets.
 const SFT_ROWS: usize = 1536;
 const PAIRS: usize = 4096;
 const FLIPPED_PERCENT: usize = 15;
 const HELD_OUT_ROWS: usize = 256;
 const HELD_OUT_PAIRS: usize = 512;
 const QUESTIONS: usize = 256;
-/// Answers are sampled so many at a time in the evaluation.
+/// Responses per generation batch in the evaluation.
 const BATCH: usize = 64;
 
 /// The settings of all three stages, as a config file would hold them.
@@ -86,18 +90,18 @@ pub fn config(seed: u64) -> Config {
     }
 }
 
-/// Runs everything and leaves `out` with adapters, merged model, metrics and the resolved config.
+/// Runs all stages and writes adapters, merged model, metrics and the resolved config to `out`.
 ///
 /// # Errors
-/// If `out` is something else's folder or cannot be written.
+/// If `out` belongs to another run or cannot be written.
 pub fn run(out: &Path, seed: u64) -> Result<Outcome> {
     run_with(out, &config(seed))
 }
 
-/// The same with other settings, for studies.
+/// Runs all stages with other settings, for studies.
 ///
 /// # Errors
-/// As for [`run`].
+/// Those of [`run`].
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let seed = config.seed;
     let whole = Instant::now();
@@ -107,7 +111,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         seconds.push((name, lap.elapsed().as_secs_f64()));
         *lap = Instant::now();
     };
-    // 1. The base: once, for all four roles.
+    // 1. The base, shared by all four roles.
     let embedded = (BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config);
     let checkpoint = ModelFiles::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
     let model = Model::of(checkpoint)?;
@@ -129,24 +133,33 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     clock("data", &mut lap);
     // 3. SFT: one adapter over the base.
     let fresh = model.fresh_adapter(&config.lora, seed)?;
-    let (sft_adapter, sft_summary) =
-        sft::train(base, &fresh, &sft_train, &sft_held, &config.sft(), seed, &mut session)?;
+    let settings = config.sft();
+    let batch = settings::batch_size(&settings.supervised());
+    let recompute = plan::resolve(settings.checkpoint, base, &fresh, plan::largest_batch(batch, &sft_train));
+    let setup = Setup { base, start: &fresh, recompute, seed };
+    let (sft_adapter, sft_summary) = sft::train(setup, &sft_train, &sft_held, &settings, &mut session)?;
     save(&model, &sft_adapter, &out.join("sft"))?;
     clock("sft", &mut lap);
-    // 4. The reward model: another, which starts as the SFT adapter.
+    // 4. The reward model: another adapter, initialised from the SFT adapter.
+    let settings = config.reward();
+    let batch = settings::batch_size(&settings.supervised());
+    let recompute = plan::resolve(settings.checkpoint, base, &sft_adapter, plan::largest_batch(batch, &pairs_train));
+    let setup = Setup { base, start: &sft_adapter, recompute, seed };
     let (reward_adapter, reward_summary) =
-        reward::train::train(base, &sft_adapter, &pairs_train, &pairs_held, &config.reward(), seed, &mut session)?;
+        reward::train::train(setup, &pairs_train, &pairs_held, &settings, &mut session)?;
     save(&model, &reward_adapter, &out.join("reward"))?;
     clock("reward", &mut lap);
-    // 5. PPO: the actor starts as SFT, the critic as the reward model; four roles, one base.
+    // 5. PPO: the actor is initialised from SFT, the critic from the reward model; four roles, one base.
     let ppo_config = config.ppo()?;
     let questions = prompts(seed, ppo_config.total_episodes, Split::Train);
     let questions = questions.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
-    let start = ppo::Start { base, reward_base: base, sft: &sft_adapter, reward: Some(&reward_adapter) };
     let source = RewardModel(ValueModel::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
-    let task = ppo::Task {
-        start,
+    let run = PpoRun {
+        base,
+        reward_base: base,
+        sft: &sft_adapter,
+        reward: Some(&reward_adapter),
         prompts: &questions,
         stop: tokenizer.eos_ids(),
         source: &source,
@@ -154,42 +167,45 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         evaluation: None,
         ptx: None,
         pad: None,
+        config: ppo_config,
+        seed,
+        recompute: plan::resolve(ppo_config.checkpoint, base, &sft_adapter, micro_batch_tokens(&questions, ppo_config)),
     };
-    let trained = ppo::train(task, ppo_config, seed, &mut session)?;
+    let trained = train(&run, &mut session)?;
     save(&model, &trained.actor, &out.join("actor"))?;
     if let Some(critic) = &trained.critic {
         save(&model, critic, &out.join("critic"))?;
     }
     clock("ppo", &mut lap);
-    // 6. The merged model, proven against base + adapter.
-    let held = prompts(seed, QUESTIONS, Split::HeldOut);
-    let asked = held.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
+    // 6. The merged model, compared with base + adapter.
+    let held_out = prompts(seed, QUESTIONS, Split::HeldOut);
+    let questions = held_out.iter().map(|r| text.encode(&r.prompt)).collect::<Result<Vec<_>>>()?;
     let merged = out.join("merged");
     if merged.exists() {
         fs::remove_dir_all(&merged).with_context(|| format!("replacing {}", merged.display()))?;
     }
     let source = Source {
-        checkpoint: &model.checkpoint,
+        files: &model.checkpoint,
         base,
         adapter: &trained.actor,
-        prompts: &asked[..8],
+        prompts: &questions[..8],
         about: "`fourfold quickstart`: SFT, a reward model and PPO on the embedded task.",
     };
     let how = merged::Settings { dtype: MergedType::Bf16, kind: Kind::LanguageModel, max_shard_size: MAX_SHARD_SIZE };
     let comparison = merged::merge(&source, how, &merged)?;
     clock("merge", &mut lap);
-    // 7. The verdict: the gold rule on held-out questions, sampled as in training.
+    // 7. The gold rule on held-out questions, with the sampling parameters of training.
     let judge = |adapter: &Adapter| {
-        let sampling = ppo::sampling(ppo_config, tokenizer.eos_ids());
-        answers(&model, adapter, [&sft_adapter, &reward_adapter], &held, &asked, &sampling, seed)
+        let sampling = sampling_params(ppo_config, tokenizer.eos_ids());
+        evaluate(&model, adapter, [&sft_adapter, &reward_adapter], &held_out, &questions, &sampling, seed)
     };
     let (before, after) = (judge(&sft_adapter)?, judge(&trained.actor)?);
     clock("judge", &mut lap);
-    let examples = (0..held.len())
-        .step_by(held.len() / 3)
+    let examples = (0..held_out.len())
+        .step_by(held_out.len() / 3)
         .take(3)
         .map(|i| Example {
-            question: held[i].question().to_string(),
+            question: held_out[i].question().to_string(),
             before: before.texts[i].trim().to_string(),
             after: after.texts[i].trim().to_string(),
         })
@@ -222,7 +238,7 @@ fn write_base(model: &Model, dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Texts to ids, as the task wants them.
+/// Encodes the task's texts.
 struct Text<'t> {
     tokenizer: &'t Tokenizer,
     eos: u32,
@@ -249,7 +265,7 @@ impl Text<'_> {
 
     fn ranked(&self, row: &Row, answers: [&String; 2]) -> Result<RankedExample> {
         let answers = answers.into_iter().map(|a| self.answer(a)).collect::<Result<Vec<_>>>()?;
-        Ok(RankedExample { prompt: self.encode(&row.prompt)?, answers })
+        Ok(RankedExample { prompt: self.encode(&row.prompt)?, responses: answers })
     }
 }
 
@@ -257,21 +273,21 @@ fn save(model: &Model, adapter: &Adapter, path: &Path) -> Result<()> {
     adapter.clone().with_provenance(model.provenance()).save(path)
 }
 
-/// Sampled answers of one policy to the held-out questions, judged.
-fn answers(
+/// Samples one policy's responses to the held-out questions and scores them.
+fn evaluate(
     model: &Model,
     adapter: &Adapter,
     [sft, reward]: [&Adapter; 2],
-    held: &[Row],
-    asked: &[Vec<u32>],
+    held_out: &[Row],
+    questions: &[Vec<u32>],
     sampling: &SamplingParams,
     seed: u64,
-) -> Result<Answers> {
+) -> Result<Responses> {
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
     let reward = ValueModel::new(base, reward)?;
-    let mut found = Answers::default();
-    for (chunk, (rows, ids)) in held.chunks(BATCH).zip(asked.chunks(BATCH)).enumerate() {
+    let mut found = Responses::default();
+    for (chunk, (rows, ids)) in held_out.chunks(BATCH).zip(questions.chunks(BATCH)).enumerate() {
         let first = (chunk * BATCH) as u64;
         let seeds: Vec<u64> = (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
         let responses = generate(policy, ids, &seeds, sampling, |_, _| {})?;
@@ -280,14 +296,14 @@ fn answers(
         let batch = Batch::new(&sequences)?;
         let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
         let targets = Targets::responses(&batch, &lengths)?;
-        let mut theirs = reference.logprobs(&batch, &targets, sampling.temperature)?.logprobs.into_iter();
+        let mut ref_logprobs = reference.logprobs(&batch, &targets, sampling.temperature)?.logprobs.into_iter();
         found.rewards.extend(reward.scores(&batch)?);
         for (row, response) in rows.iter().zip(&responses) {
-            let kl = response.logprobs.iter().zip(&mut theirs).map(|(a, b)| f64::from(a - b)).sum();
+            let kl = response.logprobs.iter().zip(&mut ref_logprobs).map(|(a, b)| f64::from(a - b)).sum();
             let text = tokenizer.decode(&response.tokens)?;
             let ended = response.finish == FinishReason::Stop;
-            let verdict: Gold = gold(row, &text, ended);
-            found.gold.push(verdict);
+            let score: Gold = gold(row, &text, ended);
+            found.gold.push(score);
             found.kl.push(kl);
             found.ended += usize::from(ended);
             found.texts.push(text);

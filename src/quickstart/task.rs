@@ -1,6 +1,6 @@
-//! The quickstart's data sets: questions about an aspect of a place, visitors' answers, preference pairs. Every row is
-//! a function of the grammar and a 64-bit seed, and scripts/quickstart/task.py draws the same. Knows no model and no
-//! stage; gold.rs judges the answers.
+//! The quickstart's data sets: questions about an aspect of a place, visitors' answers, preference pairs. Every row is a
+//! function of the grammar and a 64-bit seed, and src/quickstart/python/task.py generates the same rows. It does not depend on
+//! the model or on the training stages. Read `gold.rs` for the rule that scores answers.
 
 use serde::Serialize;
 
@@ -14,7 +14,7 @@ const STREAM_SFT: u64 = 2;
 const STREAM_PAIRS: u64 = 3;
 const STREAM_PROMPTS: u64 = 4;
 
-/// Which combinations of place and aspect are asked about. The two have no question in common.
+/// A split of the combinations of place and aspect. The two splits have no question in common.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Split {
     /// 168 of 192, for every stage's training.
@@ -32,10 +32,10 @@ impl Split {
     }
 }
 
-/// A question and what the gold rule must know about it.
+/// A question with the facts that the gold rule needs.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Row {
-    /// `\n\nHuman: …\n\nAssistant:`, what the base's chat template makes of the question.
+    /// The question rendered by the base's chat template: `\n\nHuman: …\n\nAssistant:`.
     pub prompt: String,
     /// `cafe`, `inn` or `theatre`.
     pub kind: &'static str,
@@ -58,7 +58,7 @@ pub struct SftRow {
     /// The question.
     #[serde(flatten)]
     pub row: Row,
-    /// A visitor's answer; starts with a space, the end token is the tokenizer's business.
+    /// A visitor's answer. It starts with a space and has no end token.
     pub response: String,
 }
 
@@ -90,7 +90,8 @@ pub(super) fn wrap(question: &str) -> String {
     format!("{OPEN}{question}{CLOSE}")
 }
 
-/// In table order; held out is where the numbers of place and aspect add up to a multiple of 8.
+/// The combinations of a split in table order. Held out are those whose indices of place and aspect add up to a multiple of
+/// 8.
 pub(super) fn combinations(split: Split) -> Vec<Combination> {
     let mut out = Vec::new();
     for kind in &grammar().kinds {
@@ -105,7 +106,7 @@ pub(super) fn combinations(split: Split) -> Vec<Combination> {
     out
 }
 
-/// A stream of questions, with the writer that answers them.
+/// A stream of questions with the generator of their answers.
 struct Source {
     writer: Writer,
     combos: Vec<Combination>,
@@ -140,9 +141,9 @@ pub fn sft_rows(seed: u64, n: usize, split: Split) -> Vec<SftRow> {
     (0..n).map(next).collect()
 }
 
-/// The first `n` comparisons of a seed: two answers, the better by the gold rule chosen, `flip_percent` of the labels
-/// wrong. Some are by two visitors, some two drafts by one, which tell apart what the tone would drown: the asked
-/// aspect and the place's name. Pairs less than one point apart are drawn again: annotators are shown clear cases.
+/// The first `n` comparisons of a seed: two answers, of which the one with the higher gold score is chosen, with
+/// `flip_percent` of the labels wrong. Some pairs are two drafts by one visitor, which isolate the asked aspect and the
+/// place's name from the tone. Pairs whose scores differ by less than one point are drawn again.
 pub fn pairs(seed: u64, n: usize, flip_percent: usize, split: Split) -> Vec<Pair> {
     let mut source = Source::new(seed, STREAM_PAIRS, split);
     let mut out = Vec::with_capacity(n);
@@ -208,7 +209,7 @@ mod tests {
         [&row_line(&x.row), &x.chosen, &x.rejected, label].join("|")
     }
 
-    /// Shown rows first, for a readable difference; then the hash over thousands.
+    /// Compares the first rows, for a readable difference, then the hash over thousands of rows.
     fn agree<T: Serialize>(what: &str, golden: &Value, shown: &[T], hash: String) {
         let expected = golden[what].as_array().unwrap();
         assert!(!expected.is_empty());
@@ -245,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn gold_rule_matches_python_on_texts_that_break_off_repeat_or_drift() {
+    fn gold_rule_matches_python_on_incomplete_repetitive_and_off_topic_texts() {
         let golden = golden();
         let row = &prompts_like(&golden["odd_row"]);
         for case in golden["odd_texts"].as_array().unwrap() {
@@ -265,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn held_out_questions_never_stand_in_training_data() {
+    fn held_out_questions_are_not_in_the_training_data() {
         let key = |row: &Row| (row.name, row.aspect);
         let held: std::collections::HashSet<_> = prompts(5, 2000, Split::HeldOut).iter().map(key).collect();
         assert_eq!(held.len(), 24);
@@ -288,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn question_is_what_stands_between_the_prompt_markers() {
+    fn question_is_the_text_between_the_prompt_markers() {
         let row = &prompts(1, 1, Split::Train)[0];
         assert_eq!(wrap(row.question()), row.prompt);
         assert!(row.question().contains(row.name) && row.question().contains(row.aspect));

@@ -1,5 +1,5 @@
-//! A file of JSON lines that can be cut back to where it was. Every line is written at once, so that a crash leaves at most
-//! the last one unfinished. Knows no content.
+//! A file of JSON lines that can be truncated to an earlier length. Every line is written at once, so that a crash leaves at
+//! most the last one unfinished. It does not depend on the content.
 
 use std::fs::{File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -23,7 +23,7 @@ impl Lines {
     }
 
     /// The first `bytes` bytes of the file that is there. Where it is shorter than that, its last whole line is the end,
-    /// and stderr says what is missing.
+    /// and a warning on stderr names what is missing.
     pub(super) fn go_on(path: &Path, name: &'static str, bytes: u64) -> Result<Self> {
         let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path);
         let mut file = opened.with_context(|| format!("opening {}", path.display()))?;

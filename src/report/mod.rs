@@ -1,5 +1,5 @@
-//! What a run tells: metrics.jsonl and samples.jsonl in its folder, progress and a line of figures on stderr. Stdout stays
-//! free for `--json`. Knows no stage. Read lines.rs for the files.
+//! What a run logs: metrics.jsonl and samples.jsonl in its folder, progress and a line of metrics on stderr. Stdout stays
+//! free for `--json`. It does not depend on any stage. Read lines.rs for the files.
 
 mod lines;
 
@@ -14,22 +14,24 @@ use serde_json::{Map, Value, json};
 
 use lines::Lines;
 
-/// Figures of one step, in the order in which they were put in.
-pub type Figures = Map<String, Value>;
+/// Metrics of one step, in insertion order.
+pub type Metrics = Map<String, Value>;
+/// Former name of [`Metrics`].
+pub type Figures = Metrics;
 
 const METRICS: &str = "metrics.jsonl";
 const SAMPLES: &str = "samples.jsonl";
 
-/// How many bytes of a run's files were written at some moment.
+/// Lengths of a run's files at some moment, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Positions {
-    /// Of metrics.jsonl.
+    /// Bytes of metrics.jsonl.
     pub metrics: u64,
-    /// Of samples.jsonl.
+    /// Bytes of samples.jsonl.
     pub samples: u64,
 }
 
-/// Where a stage's figures go.
+/// Where a stage's metrics go.
 pub struct Report {
     metrics: Option<Lines>,
     samples: Option<Lines>,
@@ -38,7 +40,7 @@ pub struct Report {
     last_line: Option<Instant>,
 }
 
-/// Without a terminal, a line of figures at most this often, and one for the last step.
+/// Without a terminal, a line of metrics at most this often, and one for the last step.
 const LINE_EVERY: Duration = Duration::from_secs(2);
 
 impl Report {
@@ -70,7 +72,7 @@ impl Report {
         Ok(Positions { metrics: of(&self.metrics)?, samples: of(&self.samples)? })
     }
 
-    /// Tells nobody: tests, and the library's users who read the return values.
+    /// Writes nothing: for tests, and for users of the library who read the return values.
     pub fn silent() -> Self {
         Self { metrics: None, samples: None, bar: ProgressBar::hidden(), stage: "", last_line: None }
     }
@@ -91,7 +93,7 @@ impl Report {
         self.bar.enable_steady_tick(Duration::from_millis(500));
     }
 
-    /// One step's figures: a line of metrics.jsonl with `stage` and `step` in front, and the chosen ones beside the bar.
+    /// Logs one step's metrics: a line of metrics.jsonl with `stage` and `step` in front, and the chosen ones beside the bar.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -117,7 +119,7 @@ impl Report {
         Ok(())
     }
 
-    /// One sampled text with what belongs to it, as a line of samples.jsonl.
+    /// Logs one sampled text with its metrics, as a line of samples.jsonl.
     ///
     /// # Errors
     /// If the file cannot be written.

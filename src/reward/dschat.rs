@@ -1,9 +1,9 @@
-//! Comparisons as rows padded at the right, for `compat = "dschat"`: where an answer ends, and what a batch of such rows
-//! is. Knows no loss: read loss.rs for `divergence_to_end_padded`. Source: microsoft/DeepSpeedExamples 83757d9,
-//! `dschat/utils/model/reward_model.py`.
+//! Comparisons as right-padded rows, for `compat = "dschat"`: where a response ends in a padded row, and how comparisons are
+//! packed into a batch. The loss is `divergence_to_end_padded` in `loss.rs`. It does not depend on bases or adapters. Source:
+//! microsoft/DeepSpeedExamples 83757d9, `dschat/utils/model/reward_model.py`.
 //!
-//! There every row is padded to the longest length. Only pads up to the later of the two ends are in the loss, so no more
-//! are made here. Pads are read from and never attended to, and their positions go on counting.
+//! DeepSpeed-Chat pads every row to the maximum length. Only pads up to the later of the two ends are in the loss, so no more
+//! are added here. Scores are read at pads, no token attends to a pad, and pads advance the positions.
 
 use std::borrow::Cow;
 
@@ -20,22 +20,22 @@ use crate::model::batch::Batch;
 pub struct Padding {
     /// The pad token.
     pub pad: u32,
-    /// Pad tokens of a row before the one that ends its answer.
+    /// Number of pad tokens in a row before the one that ends its response.
     pub num_padding_at_beginning: usize,
-    /// Tokens of a whole row.
+    /// Length of a row in tokens.
     pub max_length: usize,
 }
 
-/// Comparisons of two answers as one batch: chosen, rejected, chosen, rejected.
+/// Comparisons of two responses as one batch: chosen, rejected, chosen, rejected.
 pub struct Rows {
-    /// The rows of a comparison are of one length.
+    /// Packed rows; both rows of a comparison have the same length.
     pub batch: Batch,
-    /// (S): one past each answer.
+    /// (S) one past the end of each response.
     pub ends: Vec<usize>,
 }
 
 impl Padding {
-    /// With as many pads in front as every row has: 1 where all begin with the pad token, else 0.
+    /// Counts the leading pads that every row has: 1 if all begin with the pad token, else 0.
     ///
     /// # Errors
     /// If the examples cannot be read.
@@ -46,25 +46,25 @@ impl Padding {
         Ok(Self { pad, num_padding_at_beginning, max_length })
     }
 
-    /// One past the answer: the place of the pad that ends it in the padded row, or the row's length.
+    /// One past the response: the position of the pad that ends it in the padded row, or the row's length.
     fn end(&self, tokens: &[u32]) -> usize {
-        let pads = tokens.iter().enumerate().filter(|&(_, &token)| token == self.pad).map(|(place, _)| place);
-        let place = pads.chain(tokens.len()..).nth(self.num_padding_at_beginning);
-        place.unwrap_or(self.max_length).min(self.max_length)
+        let pads = tokens.iter().enumerate().filter(|&(_, &token)| token == self.pad).map(|(t, _)| t);
+        let end = pads.chain(tokens.len()..).nth(self.num_padding_at_beginning);
+        end.unwrap_or(self.max_length).min(self.max_length)
     }
 
-    /// Packs comparisons of two answers.
+    /// Packs comparisons of two responses.
     ///
     /// # Errors
-    /// If one has more answers.
+    /// If one has another number of responses.
     pub fn rows(&self, examples: &[Cow<'_, RankedExample>]) -> Result<Rows> {
         let (mut rows, mut readable, mut ends) = (vec![], vec![], vec![]);
         for example in examples {
-            let [chosen, rejected] = &example.answers[..] else {
+            let [chosen, rejected] = &example.responses[..] else {
                 return Err(invalid!(
-                    "[reward] compat = \"dschat\" compares two answers, and a record has {}; add [data] compat = \"dschat\", \
+                    "[reward] compat = \"dschat\" compares two responses, and a record has {}; add [data] compat = \"dschat\", \
                      which takes the best and the worst",
-                    example.answers.len()
+                    example.responses.len()
                 ));
             };
             let pair = [chosen, rejected].map(|answer| [&example.prompt[..], answer].concat());
@@ -82,14 +82,14 @@ impl Padding {
 }
 
 impl Rows {
-    /// The rows of the batch's hidden states at which scores are read: every answer's last token. A row that begins with
-    /// its end is read at its last place, as index -1 does.
+    /// Rows of the batch's hidden states at which scores are read: every response's last token. A row whose end is at 0 is
+    /// read at its last position, like index -1.
     pub fn last_rows(&self) -> Vec<usize> {
         let bounds = self.batch.offsets().windows(2);
         bounds.zip(&self.ends).map(|(b, &end)| end.checked_sub(1).map_or(b[1] - 1, |at| b[0] + at)).collect()
     }
 
-    /// Loss and derivatives of comparison `pair`, of the scores (N) of all tokens.
+    /// Loss and derivatives of comparison `pair`. `scores`: (N,) of all tokens of the batch.
     ///
     /// # Errors
     /// Those of [`divergence_to_end_padded`].
@@ -108,11 +108,11 @@ mod tests {
 
     fn example(prompt: &[u32], answers: &[&[u32]]) -> Cow<'static, RankedExample> {
         let answers = answers.iter().map(|answer| answer.to_vec()).collect();
-        Cow::Owned(RankedExample { prompt: prompt.to_vec(), answers })
+        Cow::Owned(RankedExample { prompt: prompt.to_vec(), responses: answers })
     }
 
     #[test]
-    fn rows_are_padded_to_the_longer_of_two_and_end_at_the_pad_of_their_number() {
+    fn rows_are_padded_to_the_longer_of_the_two_and_end_at_pad_number_num_padding_at_beginning() {
         let own = Padding { pad: 1, num_padding_at_beginning: 0, max_length: 9 };
         let rows = own.rows(&[example(&[5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
         assert_eq!(rows.batch.tokens(), [5, 6, 7, 2, 5, 8, 2, 1]);
@@ -122,7 +122,7 @@ mod tests {
         let opt = Padding { pad: 2, num_padding_at_beginning: 1, max_length: 9 };
         let rows = opt.rows(&[example(&[2, 5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
         assert_eq!((rows.ends.clone(), rows.last_rows()), (vec![4, 3], vec![3, 7]));
-        // One pad too many is looked for: each answer's end moves into its pads, as far as the row goes.
+        // With one pad too many as leading, each response's end moves into its pads, up to the row's length.
         let wrong = Padding { num_padding_at_beginning: 1, max_length: 4, ..own };
         let rows = wrong.rows(&[example(&[5], &[&[6, 7, 2], &[8, 2]])]).unwrap();
         assert_eq!(rows.ends, [4, 4]);
@@ -130,7 +130,7 @@ mod tests {
     }
 
     #[test]
-    fn pads_in_front_are_counted_only_where_every_row_has_one() {
+    fn leading_pads_are_counted_only_if_every_row_has_one() {
         let examples = [example(&[2, 5], &[&[6], &[7]]).into_owned(), example(&[2, 8], &[&[6], &[7]]).into_owned()];
         let leading = |examples: &[RankedExample], pad| Padding::of(pad, 9, examples).unwrap().num_padding_at_beginning;
         assert_eq!([leading(&examples, 2), leading(&examples, 1), leading(&[], 2)], [1, 0, 0]);

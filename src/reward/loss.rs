@@ -1,34 +1,34 @@
-//! Losses that teach a scorer which of several answers to one prompt is better (Bradley-Terry), with their derivatives
-//! by score. Pure; knows no model. Two readings of "the score of an answer": its last token's ([`ranked`]), or every
-//! token's from where two answers part ([`divergence_to_end`], [`divergence_to_end_padded`]).
+//! Reward-model losses (Bradley-Terry) with their derivatives with respect to the scores. A response's score is read at its
+//! last token ([`ranked`]), or at every token from the first difference of two responses ([`divergence_to_end`],
+//! [`divergence_to_end_padded`]). Pure functions of numbers; it does not depend on the model. Read `train.rs` next.
 
 use anyhow::{Result, ensure};
 
 use crate::diverged;
 use crate::invalid;
 
-/// Loss and derivatives of K ranked answers.
+/// Loss and derivatives of K ranked responses.
 #[derive(Clone, Debug)]
 pub struct RankedLoss {
     /// Mean over the K(K-1)/2 pairs.
     pub loss: f64,
-    /// (K,): by each answer's last-token score.
+    /// (K,) derivative with respect to each response's last-token score.
     pub grads: Vec<f32>,
-    /// Pairs whose better answer has the strictly higher score.
+    /// Number of pairs whose better response has the strictly higher score.
     pub right: usize,
-    /// K(K-1)/2.
+    /// Number of pairs, K(K-1)/2.
     pub pairs: usize,
 }
 
-/// `mean over i < j of -log sigmoid(s_i - s_j)`. `scores`: (K,) of the answers' last tokens, best answer first.
+/// `mean over i < j of -log sigmoid(s_i - s_j)`. `scores`: (K,) of the responses' last tokens, best response first.
 /// Source: arXiv:2203.02155 eq. 1.
 ///
 /// # Errors
-/// If there are fewer than two answers, or a score is not finite.
+/// If there are fewer than two responses, or a score is NaN or infinite.
 pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
     let k = scores.len();
     if k < 2 {
-        return Err(invalid!("a comparison needs at least two answers to a prompt, this has {k}"));
+        return Err(invalid!("a comparison needs at least two responses to a prompt, this one has {k}"));
     }
     check_finite(scores)?;
     let pairs = k * (k - 1) / 2;
@@ -46,40 +46,39 @@ pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
     Ok(RankedLoss { loss: loss / pairs as f64, grads, right, pairs })
 }
 
-/// Loss and derivatives of one pair, and where it looked.
+/// Loss and derivatives of one pair over a window of positions.
 #[derive(Clone, Debug)]
 pub struct WindowLoss {
-    /// Mean over the window.
+    /// Mean loss over the window.
     pub loss: f64,
-    /// By every score of the chosen sequence; 0 outside the window.
+    /// Derivative with respect to every score of the chosen sequence; 0 outside the window.
     pub chosen_grad: Vec<f32>,
-    /// By every score of the rejected sequence.
+    /// Derivative with respect to every score of the rejected sequence.
     pub rejected_grad: Vec<f32>,
-    /// The window, in positions from the sequences' start.
+    /// Window of positions, counted from the sequences' start.
     pub window: std::ops::Range<usize>,
-    /// The chosen answer's score at its end, which is what an accuracy compares.
+    /// Score at the end of the chosen response; the accuracy compares it with `rejected_end`.
     pub chosen_end: f32,
-    /// The rejected answer's.
+    /// Score at the end of the rejected response.
     pub rejected_end: f32,
 }
 
-/// One whole sequence, prompt and answer, with a score for every token.
+/// One sequence of prompt and response with a score per token.
 #[derive(Clone, Copy, Debug)]
 pub struct Scored<'a> {
-    /// (N,) ids.
+    /// (N,) token ids.
     pub tokens: &'a [u32],
-    /// (N,).
+    /// (N,) scores.
     pub scores: &'a [f32],
 }
 
 /// `mean over t in [first difference, longer length) of -log sigmoid(c_t - r_t)` without any padding. Past a sequence's
-/// end its last token's score stands in, and collects the derivatives: an answer that is over keeps its verdict while
-/// the other goes on. (DeepSpeed-Chat scores PAD tokens there; see [`divergence_to_end_padded`].) Where one sequence
+/// end the score of its last token is used, and accumulates the derivatives. (DeepSpeed-Chat scores PAD tokens there; see [`divergence_to_end_padded`].) If one sequence
 /// continues the other, the first difference is the shorter one's length. Identical sequences compare their last
-/// position: log 2 where their scores agree, and opposite derivatives.
+/// position: log 2 if their scores are equal, with opposite derivatives.
 ///
 /// # Errors
-/// If a list is empty or of another length than its tokens, a score is not finite, or the first tokens differ already.
+/// If a list is empty or its length differs from its tokens', a score is NaN or infinite, or the first tokens differ.
 pub fn divergence_to_end(chosen: Scored<'_>, rejected: Scored<'_>) -> Result<WindowLoss> {
     for side in [chosen, rejected] {
         let (tokens, scores) = (side.tokens.len(), side.scores.len());
@@ -94,14 +93,14 @@ pub fn divergence_to_end(chosen: Scored<'_>, rejected: Scored<'_>) -> Result<Win
     window_loss(chosen.scores, rejected.scores, start..end, [c_len, r_len], chosen.tokens != rejected.tokens)
 }
 
-/// The same loss over rows padded to one length, position by position as DeepSpeed-Chat computes it: an answer ends at
+/// The same loss over rows padded to one length, position by position as in DeepSpeed-Chat: a response ends at
 /// the PAD number `num_padding_at_beginning` (from 0; OPT starts every sequence with a token that equals PAD, hence 1),
-/// the window runs to the later of the two ends, and the shorter answer's PAD positions in it count with the scores
-/// that the model gave them. Identical rows compare the last position of the row.
+/// the window runs to the later of the two ends, and the shorter response's PAD positions in it count with the
+/// model's scores. Identical rows compare the last position of the row.
 /// Source: DeepSpeedExamples, `dschat/utils/model/reward_model.py`.
 ///
 /// # Errors
-/// If the rows differ in length or are empty, a score in the window is not finite, the first tokens differ already, or
+/// If the rows differ in length or are empty, a score in the window is NaN or infinite, the first tokens differ, or
 /// the window is empty (the rows differ only after both ends; DeepSpeed-Chat would train on NaN).
 pub fn divergence_to_end_padded(
     chosen: Scored<'_>,
@@ -121,7 +120,7 @@ pub fn divergence_to_end_padded(
         Some(start) => {
             let end = ends[0].max(ends[1]);
             if start >= end {
-                return Err(invalid!("the two answers of a pair differ only in what follows their ends"));
+                return Err(invalid!("the two responses of a pair differ only after their ends"));
             }
             window_loss(chosen.scores, rejected.scores, start..end, ends, true)
         }
@@ -133,7 +132,7 @@ fn first_difference(a: &[u32], b: &[u32]) -> Option<usize> {
     a.iter().zip(b).position(|(a, b)| a != b)
 }
 
-/// `ends`: one past each answer's last token.
+/// `ends`: one past each response's last token.
 fn window_loss(
     chosen: &[f32],
     rejected: &[f32],
@@ -142,7 +141,7 @@ fn window_loss(
     differ: bool,
 ) -> Result<WindowLoss> {
     if window.start == 0 && differ {
-        return Err(invalid!("the two answers of a pair differ from the first token on: they need the same prompt"));
+        return Err(invalid!("the two responses of a pair differ from the first token on: they need the same prompt"));
     }
     let (c_last, r_last) = (chosen.len() - 1, rejected.len() - 1);
     let (mut c_grad, mut r_grad) = (vec![0.0f64; chosen.len()], vec![0.0f64; rejected.len()]);
@@ -161,13 +160,13 @@ fn window_loss(
         chosen_grad: mean(c_grad),
         rejected_grad: mean(r_grad),
         window,
-        // A row that starts with its end has no token to speak for it: the row's last stands in, as index -1 does.
+        // A row whose end is at 0 is read at its last position, like index -1.
         chosen_end: chosen[ends[0].checked_sub(1).unwrap_or(c_last)],
         rejected_end: rejected[ends[1].checked_sub(1).unwrap_or(r_last)],
     })
 }
 
-/// `-log sigmoid(better - worse)` and its slope by `better` (by `worse` it is the negative).
+/// `-log sigmoid(better - worse)` and its derivative with respect to `better` (the negative of that with respect to `worse`).
 struct Pair {
     loss: f64,
     slope: f64,
@@ -176,7 +175,7 @@ struct Pair {
 impl Pair {
     fn of(better: f32, worse: f32) -> Self {
         let x = f64::from(better) - f64::from(worse);
-        // Both from exp(-|x|), which cannot overflow.
+        // Both use exp(-|x|), which cannot overflow.
         let small = (-x.abs()).exp();
         let wrong = if x < 0.0 { 1.0 } else { small } / (1.0 + small); // sigmoid(-x)
         Self { loss: (-x).max(0.0) + small.ln_1p(), slope: -wrong }
@@ -222,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn all_pairs_of_ranked_answers_match_autograd_golden() {
+    fn all_pairs_of_ranked_responses_match_autograd_golden() {
         for case in golden()["ranked"].as_array().unwrap() {
             let out = ranked(&floats(&case["scores"])).unwrap();
             assert_loss(out.loss, &case["loss"]);
@@ -274,7 +273,7 @@ mod tests {
                 sides.iter().flat_map(|(ids, g)| ids.iter().zip(g.iter())).filter(|x| *x.0 == pad && *x.1 != 0.0);
             pads_with_gradient += touched.count();
         }
-        assert!(pads_with_gradient > 3, "the golden must reach the quirk");
+        assert!(pads_with_gradient > 3, "the golden values must cover scores at pads");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! The reward model: its losses, the stage that trains an adapter with a scalar head by them, and where PPO's scores come
-//! from.
+//! The reward model: its losses (`loss.rs`), the stage that trains an adapter with a scalar head (`train.rs`), and the
+//! reward sources of PPO (`source.rs`). Read `loss.rs` next.
 
 pub mod dschat;
 pub mod loss;

@@ -1,5 +1,5 @@
-//! Where an answer's score comes from. PPO knows a source by what it does, token ids and texts in and scores out, and not
-//! by what is behind it. Knows no shaping of rewards: read ppo/rewards.rs for that.
+//! Reward sources: where a response's score comes from. PPO depends on the [`RewardSource`] trait only: token ids and texts
+//! in, scores out. It does not depend on reward shaping: read `ppo/rewards.rs` for that, `source/combine.rs` next.
 
 pub mod combine;
 pub mod command;
@@ -14,65 +14,65 @@ use serde_json::Value;
 use crate::model::batch::{Batch, chunks_by_tokens};
 use crate::model::generate::{FinishReason, Response};
 use crate::model::roles::ValueModel;
-use crate::report::Figures;
+use crate::report::Metrics;
 
-/// Answers to be scored, B of them.
+/// B responses to be scored.
 #[derive(Clone, Copy)]
-pub struct Answers<'a> {
+pub struct RewardInputs<'a> {
     /// (B) prompt ids, in the policy's vocabulary.
     pub prompts: &'a [Vec<u32>],
-    /// (B) what was sampled, the end token included where there is one.
+    /// (B) sampled responses, including the end token if there is one.
     pub responses: &'a [Response],
-    /// The text of token ids.
+    /// Decodes token ids.
     pub decode: &'a dyn Fn(&[u32]) -> String,
 }
 
-impl Answers<'_> {
-    /// What a response says, its end token left off.
+impl RewardInputs<'_> {
+    /// Text of a response without its end token.
     pub fn text(&self, response: &Response) -> String {
         let end = response.tokens.len() - usize::from(response.finish == FinishReason::Stop);
         (self.decode)(&response.tokens[..end])
     }
 }
 
-/// Gives answers their scores.
+/// Scores responses.
 pub trait RewardSource {
-    /// (B): one score an answer, in reward units.
+    /// (B) scores, one per response, in reward units.
     ///
     /// # Errors
-    /// If no score can be had, and the source has no way to go on without.
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>>;
+    /// If the scores cannot be obtained, and the source has no fallback score.
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>>;
 
-    /// What there is to tell besides: troubles so far, or the parts of the last scores.
-    fn figures(&self) -> Figures {
-        Figures::new()
+    /// Extra metrics: failure counts, or the parts of the last scores.
+    fn metrics(&self) -> Metrics {
+        Metrics::new()
     }
 
-    /// What a run that goes on must find again: counts that [`RewardSource::figures`] tells. Null where there is nothing.
+    /// State that a checkpoint must store: the counts behind [`RewardSource::metrics`]. Null if there is none.
     fn state(&self) -> Value {
         Value::Null
     }
 
-    /// Takes up what [`RewardSource::state`] gave; anything else is passed over.
+    /// Restores what [`RewardSource::state`] returned; anything else is ignored.
     fn restore(&self, _state: &Value) {}
 }
 
-/// A prompt without the pads in front of it; of nothing but pads, the last one stays.
+/// A prompt without its leading pads; if all tokens are pads, the last one is kept.
 pub fn without_leading(prompt: &[u32], pad: u32) -> &[u32] {
     let pads = prompt.iter().take_while(|&&token| token == pad).count();
     &prompt[pads.min(prompt.len().saturating_sub(1))..]
 }
 
-/// Tokens of one scoring pass: enough to fill the cores, few enough to hold little.
+/// Tokens per scoring pass: enough to use all cores, few enough to need little memory.
 const SCORING_TOKENS: usize = 2048;
 
-/// A learned reward: the value at an answer's last token.
+/// A learned reward: the value at the last token of the response.
 #[derive(Clone, Copy)]
 pub struct RewardModel<'w>(pub ValueModel<'w>);
 
 impl RewardSource for RewardModel<'_> {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
-        let both = answers.prompts.iter().zip(answers.responses);
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        let both = inputs.prompts.iter().zip(inputs.responses);
         let sequences: Vec<Vec<u32>> = both.map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
         let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
         let mut scores = Vec::with_capacity(sequences.len());
@@ -84,18 +84,18 @@ impl RewardSource for RewardModel<'_> {
     }
 }
 
-/// A learned reward that reads prompts without the pads in front of them, as DeepSpeed-Chat's mask hides them.
+/// A learned reward that reads prompts without their leading pads, which DeepSpeed-Chat's mask hides.
 #[derive(Clone, Copy)]
 pub struct Unpadded<'w> {
-    /// Reads what is left.
+    /// Reward model that reads the remaining tokens.
     pub model: RewardModel<'w>,
     /// The pad token.
     pub pad: u32,
 }
 
 impl RewardSource for Unpadded<'_> {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
-        let prompts: Vec<Vec<u32>> = answers.prompts.iter().map(|p| without_leading(p, self.pad).to_vec()).collect();
-        self.model.scores(&Answers { prompts: &prompts, ..*answers })
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        let prompts: Vec<Vec<u32>> = inputs.prompts.iter().map(|p| without_leading(p, self.pad).to_vec()).collect();
+        self.model.scores(&RewardInputs { prompts: &prompts, ..*inputs })
     }
 }

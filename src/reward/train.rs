@@ -1,5 +1,7 @@
-//! The reward model's training: ranked answers, all their pairs from one forward of K sequences, an adapter with a scalar
-//! head. Knows no file. Read loss.rs for the formulas.
+//! The reward-model stage: ranked responses, all their pairs from one forward pass of K sequences, an adapter with a
+//! scalar head.
+//!
+//! It does not depend on a tokenizer or the planner. Read `loss.rs` for the formulas.
 
 use std::borrow::Cow;
 
@@ -7,11 +9,11 @@ use anyhow::{Result, ensure};
 
 use super::dschat::{Padding, Rows};
 use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
-use crate::config::{Reward, RewardLoss};
-use crate::data::examples::batch_sampler::BatchSampler;
+use crate::config::{Reward, RewardLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
-use crate::data::examples::{Example, Examples, chunks, pick};
+use crate::data::examples::{Examples, chunks, pick};
 use crate::host::meter::{Phase, within};
+use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients, ScoreHead};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
@@ -19,23 +21,21 @@ use crate::model::block::Recompute;
 use crate::model::roles::ValueModel;
 use crate::report::{Figures, number};
 use crate::rng::derive;
-use crate::train::learner::Learner;
-use crate::train::progress::Progress;
 use crate::train::session::Session;
-use crate::train::{settings, stop};
-use crate::{diverged, invalid};
+use crate::train::settings;
+use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
-/// Comparisons of one scoring pass.
+/// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
-/// Training comparisons that `center` takes its mean and deviation from.
+/// Training comparisons from which `center` computes mean and standard deviation.
 pub(crate) const CENTER_ON: usize = 256;
 
-/// How a reward model does on comparisons. Scores are those of the last tokens.
+/// A reward model's results on comparisons. Scores are those of the last tokens.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Evaluation {
-    /// Share of pairs whose better answer has the higher score; NaN of no pair.
+    /// Share of pairs whose better response has the higher score; NaN if there is no pair.
     pub accuracy: f64,
-    /// Mean score of the best answers.
+    /// Mean score of the best responses.
     pub mean_chosen: f64,
     /// Mean score of all others.
     pub mean_rejected: f64,
@@ -43,7 +43,7 @@ pub struct Evaluation {
     pub pairs: usize,
 }
 
-/// As JSON has it, which knows no NaN: accuracy, chosen, rejected, pairs.
+/// The form in JSON, which has no NaN: accuracy, chosen, rejected, pairs.
 type InJson = (Option<f64>, Option<f64>, Option<f64>, usize);
 
 impl Evaluation {
@@ -57,12 +57,12 @@ impl Evaluation {
     }
 }
 
-/// The stage's figures.
+/// The stage's results.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Summary {
-    /// Held-out comparisons before training.
+    /// Results on the held-out comparisons before training.
     pub before: Evaluation,
-    /// And after.
+    /// Results on the held-out comparisons after training.
     pub after: Evaluation,
     /// Optimizer steps.
     pub steps: usize,
@@ -76,97 +76,49 @@ pub struct Summary {
 /// If there is no example, a sequence is longer than the context, the guard gives up, or the process was asked to
 /// stop.
 pub fn train(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     examples: &(impl Examples<RankedExample> + ?Sized),
     held_out: &(impl Examples<RankedExample> + ?Sized),
     config: &Reward,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
-    train_on_rows(base, start, examples, held_out, config, None, seed, session)
+    train_on_rows(setup, examples, held_out, config, None, session)
 }
 
-/// As [`train`], on rows with pads where there is a `padding`: DeepSpeed-Chat's loss, and scores read where it reads them.
+/// As [`train`], on rows with pads where there is a `padding`: DeepSpeed-Chat's loss, and scores read where it reads
+/// them.
 ///
 /// # Errors
-/// Those of [`train`]; if a comparison is not of two answers.
+/// Those of [`train`]; if a comparison is not of two responses.
 #[allow(clippy::too_many_arguments)]
 pub fn train_on_rows(
-    base: &Base,
-    start: &Adapter,
+    setup: Setup<'_>,
     examples: &(impl Examples<RankedExample> + ?Sized),
     held_out: &(impl Examples<RankedExample> + ?Sized),
     config: &Reward,
     padding: Option<Padding>,
-    seed: u64,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
-    ensure!(padding.is_some() == config.compat.is_some(), "rows have pads where [reward] has compat, and only there");
+    ensure!(padding.is_some() == config.compat.is_some(), "rows have pads if and only if [reward] has compat");
     if examples.is_empty() {
         return Err(invalid!("[reward] there is no comparison to train on"));
     }
+    let Setup { base, start, recompute, seed } = setup;
     let start = match start.head() {
         Some(_) => start.clone(),
         None => start.clone().with_head(derive(seed, &[settings::HEAD]))?,
     };
-    let learner = Learner::new(start.to_trainable(), settings::adamw_of_reward(config), config.max_grad_norm)?;
-    let mut progress = Progress::new(learner);
-    let batch = settings::batch_size(config.per_device_train_batch_size, config.max_tokens_per_batch);
-    let accumulate = config.gradient_accumulation_steps;
-    let plan = BatchSampler { seed, stream: settings::REWARD_ORDER, batch, accumulate, shard: Default::default() };
-    let steps = plan.steps(examples, config.num_train_epochs);
-    let schedule = settings::schedule(config.learning_rate, config.warmup_steps, config.lr_scheduler_type);
-    let checkpoint = settings::checkpoint(config.checkpoint, base, &start, settings::largest_batch(batch, examples));
-    session.report.stage("reward", steps);
+    let mut training = Training::new(setup, &start, config.supervised(), settings::REWARD_ORDER, examples)?;
+    session.report.stage("reward", training.steps());
     let before = session.once("before", |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
     let before = Evaluation::from_json(before);
-    if let Some(snapshot) = session.resumed()? {
-        progress.load(&snapshot)?;
-    }
-    session.watch(&[("learner", &mut progress.learner)])?;
+    training.resume(session)?;
     session.report.note(&match held_out.len() {
         0 => format!("reward: {} comparisons, none held out", examples.len()),
         _ => format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy),
     });
-    let mut order = plan.from(examples, progress.cursor, config.num_train_epochs);
-    loop {
-        session.checkpoint(progress.step, || progress.snapshot())?;
-        let Some(rows) = order.next_step() else { break };
-        let batches = rows.batches.iter().map(|rows| pick(examples, rows.iter().copied()));
-        let batches = batches.collect::<Result<Vec<_>>>()?;
-        // 1. Forward and backward.
-        let update = within(Phase::Update);
-        let view = progress.learner.weights().view();
-        let gradients = gradients(base, view, &batches, config.loss, padding, checkpoint);
-        let Some(gradients) = gradients.transpose() else { continue };
-        // 2. Step.
-        drop(update);
-        let _step = within(Phase::Step);
-        let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
-        let outcome = gradients.and_then(|(g, sums)| Ok((sums, progress.learner.step(g, lr)?)));
-        progress.cursor = order.cursor();
-        progress.step += 1;
-        progress.tokens += batches.iter().flatten().map(|example| example.tokens()).sum::<usize>();
-        let step = progress.step;
-        let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
-        let Some((sums, grad_norm)) = stepped else { continue };
-        // 3. Figures.
-        if step.is_multiple_of(config.logging_steps.max(1)) || step == steps {
-            let mut figures = Figures::new();
-            figures.insert("loss".into(), number(sums.loss));
-            figures.insert("accuracy".into(), number(sums.right as f64 / sums.pairs as f64));
-            figures.insert("grad_norm".into(), number(grad_norm));
-            figures.insert("lr".into(), number(lr));
-            figures.insert("tokens".into(), progress.tokens.into());
-            if config.eval_steps > 0 && step.is_multiple_of(config.eval_steps) {
-                let eval = evaluate_rows(base, progress.learner.weights().view(), held_out, padding)?;
-                figures.insert("eval_accuracy".into(), number(eval.accuracy));
-            }
-            session.report.step(step, &figures, &["loss", "accuracy", "eval_accuracy"])?;
-        }
-    }
-    let mut trained = progress.learner.weights().snapshot();
+    let stage = BradleyTerry { base, held_out, loss: config.loss, padding, recompute };
+    let Trained { adapter: mut trained, steps, tokens } = training.run(&stage, session)?;
     if config.center {
         let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
         let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
@@ -180,59 +132,83 @@ pub fn train_on_rows(
             before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
         ));
     }
-    Ok((trained, Summary { before, after, steps, tokens: progress.tokens }))
+    Ok((trained, Summary { before, after, steps, tokens }))
 }
 
-/// A step's gradients and what its pairs add up to; `None` where the process was asked to stop before the last batch.
-fn gradients(
-    base: &Base,
-    adapter: &Adapter,
-    batches: &[Vec<Cow<'_, RankedExample>>],
+/// The stage's loss and evaluation.
+struct BradleyTerry<'w, H: ?Sized> {
+    base: &'w Base,
+    held_out: &'w H,
     loss: RewardLoss,
     padding: Option<Padding>,
-    checkpoint: Recompute,
-) -> Result<Option<(Gradients, StepSums)>> {
-    let weight = 1.0 / batches.iter().map(Vec::len).sum::<usize>() as f64;
-    let mut grads = Gradients::none(base.shapes().layers);
-    let mut sums = StepSums::default();
-    for examples in batches {
-        if stop::requested() {
-            return Ok(None);
-        }
-        if let Some(padding) = padding {
+    recompute: Recompute,
+}
+
+impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for BradleyTerry<'_, H> {
+    type Sums = StepSums;
+
+    const TOKENS: &'static str = "tokens";
+    const SHOWN: &'static [&'static str] = &["loss", "accuracy", "eval_accuracy"];
+    const COUNTS_REJECTED: bool = true;
+
+    fn begin(&self, _: &Adapter, step: &OptimizerStep<'_, RankedExample>) -> Result<StepSums> {
+        Ok(StepSums { weight: 1.0 / step.examples() as f64, ..StepSums::default() })
+    }
+
+    fn gradients(
+        &self,
+        adapter: &Adapter,
+        _: &[usize],
+        examples: &[Cow<'_, RankedExample>],
+        sums: &mut StepSums,
+    ) -> Result<Gradients> {
+        let model = ValueModel::new(self.base, adapter)?;
+        let weight = sums.weight;
+        if let Some(padding) = self.padding {
             let rows = padding.rows(examples)?;
             let all: Vec<usize> = (0..rows.batch.tokens().len()).collect();
-            let (_, g) = ValueModel::new(base, adapter)?.gradients(&rows.batch, &all, checkpoint, |scores| {
-                padded(&rows, scores, &padding, weight, &mut sums)
-            })?;
-            grads.add(g)?;
-            continue;
+            let loss = |scores: &[f32]| padded(&rows, scores, &padding, weight, sums);
+            return Ok(model.gradients(&rows.batch, &all, self.recompute, loss)?.1);
         }
         let batch = pack(examples)?;
-        let rows = match loss {
+        let rows = match self.loss {
             RewardLoss::LastToken => batch.last_rows(),
             RewardLoss::DivergenceToEnd => (0..batch.tokens().len()).collect(),
         };
-        let (_, g) = ValueModel::new(base, adapter)?.gradients(&batch, &rows, checkpoint, |scores| match loss {
-            RewardLoss::LastToken => last_token(examples, scores, weight, &mut sums),
-            RewardLoss::DivergenceToEnd => divergence(examples, &batch, scores, weight, &mut sums),
+        let (_, gradients) = model.gradients(&batch, &rows, self.recompute, |scores| match self.loss {
+            RewardLoss::LastToken => last_token(examples, scores, weight, sums),
+            RewardLoss::DivergenceToEnd => divergence(examples, &batch, scores, weight, sums),
         })?;
-        grads.add(g)?;
+        Ok(gradients)
     }
-    ensure!(sums.loss.is_finite(), diverged!("the loss is {}", sums.loss));
-    Ok(Some((grads, sums)))
+
+    fn loss(sums: &StepSums) -> f64 {
+        sums.loss
+    }
+
+    fn metrics(sums: &StepSums) -> Figures {
+        let accuracy = sums.right as f64 / sums.pairs as f64;
+        Figures::from_iter([("loss".to_owned(), number(sums.loss)), ("accuracy".to_owned(), number(accuracy))])
+    }
+
+    fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
+        let evaluation = evaluate_rows(self.base, adapter, self.held_out, self.padding)?;
+        Ok(Figures::from_iter([("eval_accuracy".to_owned(), number(evaluation.accuracy))]))
+    }
 }
 
-/// All answers of all examples, each after its prompt: best first within an example.
+/// All responses of all examples, each after its prompt: best first within an example.
 fn pack(examples: &[Cow<'_, RankedExample>]) -> Result<Batch> {
     let sequences: Vec<Vec<u32>> =
-        examples.iter().flat_map(|e| e.answers.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
+        examples.iter().flat_map(|e| e.responses.iter().map(|a| e.prompt.iter().chain(a).copied().collect())).collect();
     Batch::new(&sequences)
 }
 
-/// What a step's pairs add up to.
+/// Loss and accuracy of a step's pairs.
 #[derive(Default)]
 struct StepSums {
+    /// 1 / the step's number of examples. It divides every micro-batch's loss, so accumulation changes nothing.
+    weight: f64,
     loss: f64,
     right: usize,
     pairs: usize,
@@ -267,7 +243,7 @@ fn last_token(
     let mut grads = Vec::with_capacity(scores.len());
     let mut at = 0;
     for example in examples {
-        let next = at + example.answers.len();
+        let next = at + example.responses.len();
         let loss = ranked(&scores[at..next])?;
         sums.loss += loss.loss * weight;
         sums.right += loss.right;
@@ -290,7 +266,7 @@ fn divergence(
     let offsets = batch.offsets();
     let mut first = 0;
     for example in examples {
-        let k = example.answers.len();
+        let k = example.responses.len();
         let share = weight / (k * (k - 1) / 2) as f64;
         let rows = |i: usize| offsets[first + i]..offsets[first + i + 1];
         let scored = |i: usize| Scored { tokens: &batch.tokens()[rows(i)], scores: &scores[rows(i)] };
@@ -310,7 +286,7 @@ fn divergence(
     Ok(grads)
 }
 
-/// Last-token scores of every answer, one list an example.
+/// Last-token scores of every response, one list per example.
 ///
 /// # Errors
 /// If the adapter is another base's or has no head, or a sequence is longer than the context.
@@ -342,8 +318,8 @@ fn scores_of_rows(
         };
         let mut at = 0;
         for example in some {
-            all.push(scores[at..at + example.answers.len()].to_vec());
-            at += example.answers.len();
+            all.push(scores[at..at + example.responses.len()].to_vec());
+            at += example.responses.len();
         }
     }
     Ok(all)
@@ -364,7 +340,7 @@ pub fn evaluate(
 /// As [`evaluate`], with scores read as [`train_on_rows`] reads them.
 ///
 /// # Errors
-/// As for [`scores`]; if a comparison on padded rows is not of two answers.
+/// As for [`scores`]; if a comparison on padded rows is not of two responses.
 pub fn evaluate_rows(
     base: &Base,
     adapter: &Adapter,
@@ -374,7 +350,7 @@ pub fn evaluate_rows(
     summarise(&scores_of_rows(base, adapter, examples, padding)?)
 }
 
-/// Accuracy and means of scores, one list a comparison, best answer first.
+/// Accuracy and means of scores, one list per comparison, best response first.
 ///
 /// # Errors
 /// If a list has fewer than two scores, or one is not finite.
@@ -396,7 +372,8 @@ pub fn summarise(comparisons: &[Vec<f32>]) -> Result<Evaluation> {
     })
 }
 
-/// The same comparisons with scores of mean 0 and deviation 1 over the answers of `examples`: w / sd, (b - mean) / sd.
+/// The same comparisons with scores of mean 0 and deviation 1 over the responses of `examples`: w / sd, (b - mean) /
+/// sd.
 fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample], padding: Option<Padding>) -> Result<Adapter> {
     let scores: Vec<f64> =
         scores_of_rows(base, &adapter, examples, padding)?.into_iter().flatten().map(f64::from).collect();

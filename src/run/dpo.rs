@@ -1,5 +1,5 @@
-//! `fourfold dpo` and `fourfold kto`: from config and files to the trained adapter. Read ../dpo/pairs.rs and ../dpo/kto.rs
-//! for what is trained.
+//! `fourfold dpo` and `fourfold kto`: from config and files to the trained adapter. Read `dpo/pairs.rs` and
+//! `dpo/kto.rs` for the stages.
 
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,7 @@ use crate::report::number;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
+use crate::train::supervised::Setup;
 
 /// Where training starts, and the reference: the SFT adapter is both; without one a fresh adapter starts, and the bare
 /// base is the reference.
@@ -44,11 +45,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
-    let settings = admission.config.dpo();
-    let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) =
-        pairs::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
+    let memory = admission.report(&session);
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "dpo",
@@ -70,20 +69,18 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let model = Model::of_section(&config.base)?;
     let data: Prepared<UnpairedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
-    // The KL term puts answers after each other's prompts.
+    // The KL term puts responses after each other's prompts.
     let longest = |of: fn(&UnpairedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
-    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.answer.len()))?;
+    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.response.len()))?;
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
-    let settings = admission.config.kto();
-    let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) =
-        kto::train(base, &start, reference.as_ref(), &train, &held_out, &settings, seed, &mut session)?;
+    let memory = admission.report(&session);
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = kto::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "kto",

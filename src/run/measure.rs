@@ -1,5 +1,7 @@
-//! `fourfold bench memory`: two steps of a stage as it runs, over as much of its data, under the meter, beside the planner's
-//! figures for the very same passes. Read ../memory/meter.rs for the meter, admission.rs for the plan.
+//! `fourfold bench memory`: two steps of a stage under the memory meter, beside the planner's prediction for the same
+//! passes.
+//!
+//! Read `host/meter.rs` for the meter and `memory_preflight.rs` for the plan.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -25,22 +27,23 @@ use crate::run::memory_preflight::{MemoryPreflight, Parts};
 use crate::run::options::Inputs;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
+use crate::train::supervised::Setup;
 use crate::{invalid, ppo, reward, sft};
 
-/// What was predicted and what was found.
+/// The memory that was predicted and the memory that was measured.
 pub struct Measured {
-    /// The planner's.
+    /// The planner's prediction.
     pub plan: Plan,
-    /// The meter's, bytes.
+    /// The meter's peak of each phase, bytes.
     pub peaks: [(Phase, usize); Phase::ALL.len()],
-    /// As the system saw it.
+    /// The system's peak of the resident set, bytes.
     pub peak_rss: Option<usize>,
 }
 
-/// Optimizer steps that are measured, over the same examples: the second finds what the first has left.
+/// Optimizer steps that are measured, over the same examples: the second starts with the buffers that the first left.
 const STEPS: usize = 2;
 
-/// Runs two steps of a stage in `out` and measures every phase. Answers of PPO end at their full length.
+/// Runs two steps of a stage in `out` and measures every phase. PPO's responses have their full length.
 ///
 /// # Errors
 /// Those of the stage; if this process's allocator does not count.
@@ -69,7 +72,7 @@ struct Bench<'b> {
     launch: RunOptions,
 }
 
-/// So many of them in order, from the beginning.
+/// The first `count` examples.
 fn some<T: Example>(of: &impl Examples<T>, count: usize) -> Result<Vec<T>> {
     (0..count.min(of.len())).map(|row| of.get(row).map(Cow::into_owned)).collect()
 }
@@ -113,8 +116,8 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::sft(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let c = admission.config.sft();
-        let (adapter, _) = sft::train(&model.base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let (adapter, _) = sft::train(setup, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -125,7 +128,7 @@ impl Bench<'_> {
 
     fn reward(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.reward();
-        c.compat = None; // pads are few, and read no memory of their own
+        c.compat = None; // pads are few and need no memory of their own
         let checkpoint = ModelFiles::open(&config.reward_base().path)?;
         let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
         let per_step =
@@ -141,8 +144,8 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::reward(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c) = (&model.base, admission.config.reward());
-        let (adapter, _) = reward::train::train(base, &start, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let (adapter, _) = reward::train::train(setup, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -162,8 +165,9 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::dpo(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c, reference) = (&model.base, admission.config.dpo(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) = pairs::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let reference = c.adapter.as_ref().map(|_| &start);
+        let (adapter, _) = pairs::train(setup, reference, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
@@ -182,15 +186,16 @@ impl Bench<'_> {
         let admission = self.parts(&model, &start).admit(config, |config| passes::kto(config, &train, &held_out))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
-        let (base, c, reference) = (&model.base, admission.config.kto(), c.adapter.as_ref().map(|_| &start));
-        let (adapter, _) = kto::train(base, &start, reference, &train, &held_out, &c, config.seed, &mut session)?;
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        let reference = c.adapter.as_ref().map(|_| &start);
+        let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }
 
     fn ppo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.ppo()?.clone();
-        c.compat = None; // which answers are kept is no matter here
+        c.compat = None; // it does not matter here which responses are kept
         if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
         }
@@ -205,10 +210,8 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
         let adapters = Adapters::open(&c, &model)?;
-        let start =
-            ppo::train::Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: adapters.main() };
         let workshop =
-            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, asked: &asked, pad: None };
+            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, eval_prompts: &asked, pad: None };
         let source = workshop.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
@@ -218,8 +221,7 @@ impl Bench<'_> {
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
-        let c = admission.config.ppo()?;
-        let judges = ppo::evaluate::Judges {
+        let judges = ppo::evaluate::EvaluationInputs {
             base: &model.base,
             sft: &sft,
             source: &*source,
@@ -228,11 +230,14 @@ impl Bench<'_> {
             stop: &[],
             decode: &decode,
         };
-        let evaluation = ppo::evaluate::Evaluation::new(judges, c, config.seed);
+        let evaluation = ppo::evaluate::Evaluation::new(judges, &c, config.seed);
         let before = evaluation.before(&mut session.report)?;
         let evaluation = evaluation.with_baseline(before);
-        let task = ppo::train::Task {
-            start,
+        let run = ppo::run::PpoRun {
+            base: &model.base,
+            reward_base: &model.base,
+            sft: &sft,
+            reward: adapters.main(),
             prompts: &prompts,
             stop: &[],
             source: &*source,
@@ -240,8 +245,11 @@ impl Bench<'_> {
             evaluation: None,
             ptx: None,
             pad: None,
+            config: &c,
+            seed: config.seed,
+            recompute: admission.plan.checkpoint,
         };
-        let trained = ppo::train::train(task, c, config.seed, &mut session)?;
+        let trained = ppo::train::train(&run, &mut session)?;
         save(trained.actor.clone(), &model, &self.out.join("actor"))?;
         evaluation.run(&"after".into(), &trained.actor, &mut session.report)?;
         Ok(self.found(admission))

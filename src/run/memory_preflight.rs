@@ -1,5 +1,7 @@
-//! Whether a stage fits, asked before its folder is touched: the planner's verdict on the opened bases, adapters and
-//! examples, and what it decided. Read ../memory/plan.rs for how.
+//! The memory preflight: whether a stage fits, decided before its folder is touched.
+//!
+//! It asks the planner with the opened bases, adapters and examples, and keeps what the planner chose. Read
+//! `planner/plan.rs` next.
 
 use anyhow::Result;
 use serde_json::{Value, json};
@@ -33,16 +35,16 @@ pub(crate) fn check_base(section: &config::Base, config: &Config, of: &str) -> R
     plan::admit_base(&net, budget, of)
 }
 
-/// A stage's opened parts.
+/// The opened bases and adapters of a stage.
 pub(crate) struct Parts<'p> {
     pub stage: Stage,
-    /// The base that is trained over, the policy's.
+    /// The base that is trained over: the policy's.
     pub policy: &'p Model,
-    /// The reward model's, where it is another.
+    /// The reward model's base, if it is another.
     pub scorer: Option<&'p Model>,
     /// The adapter that training starts from.
     pub start: &'p Adapter,
-    /// The reward model's.
+    /// The reward model's adapter.
     pub reward: Option<&'p Adapter>,
 }
 
@@ -58,7 +60,7 @@ impl Parts<'_> {
         Ok((Network::of_section(&self.policy.checkpoint, policy)?, other))
     }
 
-    /// Asks the planner, `work` telling it what a config's passes are.
+    /// Asks the planner; `work` computes a config's passes.
     ///
     /// # Errors
     /// If the stage does not fit.
@@ -67,7 +69,7 @@ impl Parts<'_> {
         let with_head = |branches: Branches| branches.with_head();
         let reward = self.reward.map_or_else(|| with_head(branches.clone()), Branches::of_adapter);
         give_back_freed();
-        // What the heap holds beside bases and adapters is tokenizer and examples.
+        // The rest of the heap, beside bases and adapters, is tokenizer and examples.
         let (policy, scorer) = self.networks(config)?;
         let mut known =
             branches.bytes(&policy) + self.reward.map_or(0, |_| reward.bytes(scorer.as_ref().unwrap_or(&policy)));
@@ -89,32 +91,20 @@ impl Parts<'_> {
             })
         };
         let plan = plan::admit(self.stage, config, &shapes)?;
-        let (stage, asked) = (self.stage, plan::asked(self.stage, config));
-        Ok(MemoryPreflight { config: decided(stage, config, &plan), asked, plan })
+        Ok(MemoryPreflight { asked: plan::asked(self.stage, config), plan })
     }
 }
 
-fn decided(stage: Stage, config: &Config, plan: &Plan) -> Config {
-    let checkpoint = match plan.checkpoint {
-        Recompute::Off => RecomputeSetting::None,
-        Recompute::Mlp => RecomputeSetting::Mlp,
-        Recompute::Block => RecomputeSetting::Block,
-    };
-    plan::with_checkpoint(stage, config, checkpoint)
-}
-
-/// A stage that fits.
+/// The planner's verdict on a stage that fits.
 pub(crate) struct MemoryPreflight {
-    /// The settings with everything decided that was `auto`.
-    pub config: Config,
     asked: RecomputeSetting,
-    /// What it was decided by.
+    /// What the run will hold in memory, and what its blocks recompute.
     pub plan: Plan,
 }
 
 impl MemoryPreflight {
-    /// Says what was decided, for people now and for the summary.
-    pub fn tell(&self, session: &Session) -> Value {
+    /// Reports what was decided, and returns it for the summary.
+    pub fn report(&self, session: &Session) -> Value {
         let (phase, peak) = self.plan.peak();
         let checkpoint = self.plan.checkpoint.name();
         let auto = if self.asked == RecomputeSetting::Auto { " (by memory)" } else { "" };

@@ -1,6 +1,7 @@
-//! A stage from its config file to its finished folder: opens the bases, reads the data, trains, saves. The only place
-//! where configuration, data, model and stages meet. One file a stage here; read sft.rs first, then the stages
-//! themselves: ../sft.rs, ../reward/train.rs, ../dpo/, ../ppo/train.rs.
+//! A stage from its config file to its finished folder: open the bases, read the data, train, save.
+//!
+//! This is the only place where configuration, data, model and stages meet, with one file per stage. Read `sft.rs`
+//! first, then the stages themselves: `../sft.rs`, `reward/train.rs`, `dpo/pairs.rs` and `ppo/train.rs`.
 
 mod dpo;
 mod measure;
@@ -9,6 +10,7 @@ mod model;
 mod options;
 mod output;
 mod ppo;
+mod prompts;
 mod reward;
 mod rewards;
 mod sft;

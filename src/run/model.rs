@@ -1,5 +1,6 @@
-//! An opened base with its tokenizer, and what is made over it: adapters that fit, their provenance. Knows no stage.
-//! Read model/checkpoint.rs for the files.
+//! An opened base with its tokenizer, and the adapters over it with their provenance.
+//!
+//! It does not depend on a stage. Read `model_files/mod.rs` for the files.
 
 use std::path::Path;
 
@@ -66,7 +67,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of(checkpoint: ModelFiles) -> Result<Self> {
-        let base = Base::load(&checkpoint)?;
+        let base = checkpoint.base()?;
         let model = Self { checkpoint, base };
         model.check_finite()?;
         Ok(model)
@@ -124,7 +125,7 @@ impl Model {
     /// The token that DeepSpeed-Chat pads rows with: the one that `[data]` names, a Llama's own, or the end token.
     ///
     /// # Errors
-    /// If the tokenizer knows no such token, or none that ends an answer.
+    /// If the tokenizer knows no such token, or none that ends a response.
     pub fn pad_id(&self, data: &Data) -> Result<u32> {
         let tokenizer = self.checkpoint.tokenizer();
         if let Some(token) = &data.pad_token {

@@ -1,5 +1,6 @@
-//! How a run begins in its folder: anew, or from a checkpoint of the same run. Knows no stage's loop. Read
-//! train/session.rs for what comes out, output.rs for whose folder it is.
+//! How a run starts in its folder: from the beginning, or from a checkpoint of the same run.
+//!
+//! It does not depend on a stage. Read `train/session.rs` for the result, and `output.rs` for the folder.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,20 +24,20 @@ use crate::train::session::Session;
 use crate::train::store;
 use crate::train::store::{Found, Store};
 
-/// What the user asked for, besides the config.
+/// The options of the command line, besides the config.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RunOptions {
     /// `--resume`: a checkpoint, or `latest`.
     pub resume: Option<PathBuf>,
-    /// `--force`: goes on although settings changed that change the mathematics.
+    /// `--force`: resumes although settings that affect the mathematics changed.
     pub force: bool,
     /// `--overwrite`: an unfinished run in the folder may be lost.
     pub overwrite: bool,
-    /// The command that resumes, for people.
+    /// The command that resumes the run, for messages.
     pub command: String,
 }
 
-/// What a stage read, for a later resume to compare with.
+/// The inputs of a stage, for a later resume to compare with.
 pub(crate) struct Inputs {
     stage: Stage,
     config: Config,
@@ -50,7 +51,7 @@ impl Inputs {
         Ok(Self { stage, config: config.clone(), origin, bases: vec![] })
     }
 
-    /// `role` is "" or, with a space behind it, what a second base is for.
+    /// Adds a base. `role` is "", or the role of a second base with a space behind it.
     pub(crate) fn model(mut self, role: &str, model: &Model) -> Result<Self> {
         self.origin.add(&format!("{role}base"), model.base.fingerprint().into());
         let tokens = digest_of_tokenizer(model.checkpoint.tokenizer(), model.base.config().vocab_size);
@@ -76,7 +77,7 @@ impl Inputs {
         Ok(self)
     }
 
-    /// Takes the folder: nothing was written before this.
+    /// Takes the folder. Nothing is written before this.
     ///
     /// # Errors
     /// If the folder is another's or in use, or the run in it is not this one.
@@ -113,7 +114,7 @@ impl Inputs {
         Ok(session.kept(keeper, found.map(|found| found.snapshot)))
     }
 
-    /// The checkpoint to go on from; `None`, told, where there is none yet.
+    /// The checkpoint to resume from; `None` if there is no checkpoint yet (a notice is printed).
     fn find(&self, store: &Store, out: &Path, from: &Path, force: bool) -> Result<Option<Found>> {
         let found = if from == Path::new("latest") || same(from, out) {
             let (found, passed) = store.newest()?;
@@ -158,7 +159,7 @@ fn same(a: &Path, b: &Path) -> bool {
     fs::canonicalize(a).ok().zip(fs::canonicalize(b).ok()).is_some_and(|(a, b)| a == b)
 }
 
-/// What the finished run in `out` said, where `--resume` asks for nothing more than it did.
+/// The summary of the finished run in `out`, if `--resume` asks for the same run.
 ///
 /// # Errors
 /// If the config has no form in TOML.
@@ -197,7 +198,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_resuming_command_is_the_command_with_resume_and_without_what_was_for_once() {
+    fn the_resuming_command_adds_resume_and_drops_one_time_options() {
         let command = |line: &[&str]| resuming_command(line.iter().map(ToString::to_string));
         assert_eq!(command(&["fourfold", "sft", "a.toml"]), "fourfold sft a.toml --resume");
         assert_eq!(

@@ -1,4 +1,7 @@
-//! A run's folder: whose it is, who may write there, and what of a former run goes. Knows no stage and no model.
+//! A run's output folder: which command it belongs to, who may write there, and which files of an earlier run are
+//! removed.
+//!
+//! It does not depend on a stage or a model.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -92,9 +95,9 @@ pub(super) fn make(out: &Path, by: &str) -> Result<()> {
     fs::create_dir_all(out).map_err(|e| invalid!("{}: {e}; name another folder with --out", out.display()))
 }
 
-/// Removes the files that a former run of the same command left in a folder, so that no adapter stands beside a config that
-/// it was not trained by, and writes the resolved config into it. Whatever else lies there stays, folders of the same names
-/// with other files in them included.
+/// Removes the files that a former run of the same command left in a folder, so that no adapter stands beside a config
+/// that it was not trained by, and writes the resolved config into it. Whatever else lies there stays, folders of the
+/// same names with other files in them included.
 ///
 /// # Errors
 /// If the folder cannot be written to.
@@ -152,7 +155,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_run_that_begins_anew_removes_its_own_files_and_nobody_elses() {
+    fn a_new_run_removes_only_its_own_files() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path();
         prepare_output(out, "ppo", "").unwrap();

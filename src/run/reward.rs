@@ -1,4 +1,4 @@
-//! `fourfold reward`. Read ../reward/train.rs for the stage.
+//! `fourfold reward`: from config and files to the trained reward adapter. Read `reward/train.rs` for the stage.
 
 use std::path::Path;
 
@@ -17,6 +17,7 @@ use crate::reward::dschat::Padding;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
+use crate::train::supervised::Setup;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.reward();
@@ -36,11 +37,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Reward, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
-    let settings = admission.config.reward();
-    let (base, seed) = (&model.base, config.seed);
-    let (adapter, summary) =
-        reward::train::train_on_rows(base, &start, &train, &held_out, &settings, padding, seed, &mut session)?;
+    let memory = admission.report(&session);
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = reward::train::train_on_rows(setup, &train, &held_out, &settings, padding, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "reward",

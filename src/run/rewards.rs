@@ -1,5 +1,5 @@
-//! `reward_adapter`, `[[ppo.reward]]` and `[ppo.gold]` to sources that can be asked. Read ../reward/source.rs for what
-//! they do.
+//! Builds PPO's reward sources from `reward_adapter`, `[[ppo.reward]]` and `[ppo.gold]`. Read `reward/source.rs` for what a
+//! source does.
 
 use std::collections::HashMap;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use regex::Regex;
 
 use super::Model;
-use super::ppo::all_prompts;
+use super::prompts::all_prompts;
 use crate::config::{Ppo, RewardKind, RewardPart};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
@@ -19,14 +19,14 @@ use crate::reward::source::combine::{Ensemble, Part, WeightedSum};
 use crate::reward::source::command::CommandReward;
 use crate::reward::source::http::HttpReward;
 use crate::reward::source::retokenised::RetokenisedModel;
-use crate::reward::source::retry::Patience;
+use crate::reward::source::retry::RetryPolicy;
 use crate::reward::source::verify::{Solutions, Verifier};
 use crate::reward::source::{RewardModel, RewardSource, Unpadded};
 
-/// Wait before the first new try.
+/// Wait before the first retry.
 const BACKOFF: Duration = Duration::from_millis(500);
 
-/// The reward models of a run, opened before the sources that borrow them. One list a part.
+/// The reward adapters of a run, opened before the sources that borrow them. One list per `[[ppo.reward]]`.
 pub(super) struct Adapters {
     main: Option<Adapter>,
     parts: Vec<Vec<Adapter>>,
@@ -52,7 +52,7 @@ impl Adapters {
         })
     }
 
-    /// Every one, in the order of the config, under a name of its own.
+    /// All adapters with distinct names, in the order of the config.
     pub(super) fn all(&self) -> impl Iterator<Item = (String, &Adapter)> {
         let parts = self.parts.iter().enumerate();
         let parts =
@@ -61,33 +61,33 @@ impl Adapters {
         self.main.iter().map(|a| ("reward adapter".to_owned(), a)).chain(parts).chain(gold)
     }
 
-    /// `reward_adapter`, where the critic may start.
+    /// `reward_adapter`, from which the critic may be initialised.
     pub(super) fn main(&self) -> Option<&Adapter> {
         self.main.as_ref()
     }
 }
 
-/// The reward model's tokenizer, and the policy's prompt ids -> the same prompts in its tokens.
+/// The reward model's tokenizer, and a map from the policy's prompt ids to the same prompts in its tokens.
 pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>);
 
-/// What sources are made over.
+/// The inputs from which reward sources are built.
 pub(super) struct RewardSourceBuilder<'w> {
-    /// The reward models' base.
+    /// Base of the reward models.
     pub scorer: &'w Model,
-    /// Where its tokens are not the policy's.
+    /// Translation into its tokens, if they are not the policy's.
     pub retokenise: Option<Translation<'w>>,
-    /// The prompts to train on.
+    /// Training prompts.
     pub prompts: &'w dyn Examples<PromptExample>,
-    /// Those held out.
-    pub asked: &'w [PromptExample],
-    /// The pad token, where `compat` has prompts read without those in front.
+    /// Evaluation prompts.
+    pub eval_prompts: &'w [PromptExample],
+    /// Pad token, if `compat` has prompts read without leading pads.
     pub pad: Option<u32>,
 }
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
 
 impl<'w> RewardSourceBuilder<'w> {
-    /// What the policy is trained on. One adapter alone is asked directly: its scores are the reward to the bit.
+    /// Source of the training reward. A single adapter is used without a weighted sum, so its scores are the exact reward.
     pub(super) fn source(&self, settings: &Ppo, adapters: &'w Adapters) -> Result<Boxed<'w>> {
         let main = adapters.main.as_ref().map(|adapter| self.model(adapter)).transpose()?;
         if settings.reward.is_empty() {
@@ -101,7 +101,7 @@ impl<'w> RewardSourceBuilder<'w> {
         Ok(Box::new(WeightedSum::new(parts)))
     }
 
-    /// What it is judged by and never trained on.
+    /// Source of the gold reward, with which the policy is evaluated and never trained.
     pub(super) fn gold(&self, settings: &Ppo, adapters: &'w Adapters) -> Result<Option<Boxed<'w>>> {
         settings.gold.as_ref().map(|part| self.part(part, &adapters.gold)).transpose()
     }
@@ -121,7 +121,7 @@ impl<'w> RewardSourceBuilder<'w> {
     }
 
     fn part(&self, part: &RewardPart, adapters: &'w [Adapter]) -> Result<Boxed<'w>> {
-        let patience = Patience {
+        let retry = RetryPolicy {
             timeout: Duration::from_secs_f64(part.timeout_seconds),
             retries: part.retries,
             backoff: BACKOFF,
@@ -136,9 +136,9 @@ impl<'w> RewardSourceBuilder<'w> {
                     _ => Box::new(Ensemble::new(members, part.std_coef)),
                 }
             }
-            RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), patience)?),
-            RewardKind::Http => Box::new(HttpReward::new(part.url.clone(), patience)),
-            RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("checked with the config")?)),
+            RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), retry)?),
+            RewardKind::Http => Box::new(HttpReward::new(part.url.clone(), retry)),
+            RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("the config check requires a pattern")?)),
             RewardKind::JsonValid => Box::new(Verifier::JsonValid),
             RewardKind::Length => {
                 Box::new(Verifier::Length { min: part.min_tokens, max: part.max_tokens.unwrap_or(usize::MAX) })
@@ -147,10 +147,10 @@ impl<'w> RewardSourceBuilder<'w> {
         })
     }
 
-    /// The records' own answers.
+    /// Correct answers of the records, for `kind = "exact"`.
     fn solutions(&self) -> Result<Solutions> {
         let mut solutions = Solutions::new();
-        for prompt in all_prompts(self.prompts, self.asked) {
+        for prompt in all_prompts(self.prompts, self.eval_prompts) {
             let prompt = prompt?;
             let Some(answer) = &prompt.answer else {
                 return Err(invalid!(

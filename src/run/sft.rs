@@ -1,4 +1,4 @@
-//! `fourfold sft`. Read ../sft.rs for the stage.
+//! `fourfold sft`: from config and files to the trained adapter. Read `../sft.rs` for the stage.
 
 use std::path::Path;
 
@@ -15,6 +15,7 @@ use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
 use crate::sft;
+use crate::train::supervised::Setup;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.sft();
@@ -34,9 +35,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Sft, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.tell(&session);
-    let settings = admission.config.sft();
-    let (adapter, summary) = sft::train(&model.base, &start, &train, &held_out, &settings, config.seed, &mut session)?;
+    let memory = admission.report(&session);
+    let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+    let (adapter, summary) = sft::train(setup, &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "sft",

@@ -1,6 +1,9 @@
-//! Byte-level BPE for bulk: the ids of the tokenizers crate at many times its speed, for the tokenizers of the GPT-2 line
-//! (GPT-2, SmolLM, this program's own). Words are cut by hand instead of by a backtracking pattern, and most are whole
-//! tokens, which one look-up finds. A tokenizer of any other make is not taken on. Knows no file. Read tokenizer.rs next.
+//! Fast byte-level BPE (byte-pair encoding): the same ids as the `tokenizers` crate at many times its speed, for GPT-2's
+//! kind of tokenizer (GPT-2, SmolLM, the embedded base's).
+//!
+//! It makes data sets of a million pairs practical: words are split by hand instead of by a backtracking pattern, and most
+//! words are whole tokens, found by one look-up. All other tokenizers use the crate. It does not depend on files. Read
+//! `tokenizer/mod.rs` next.
 
 use ahash::AHashMap;
 use aho_corasick::{AhoCorasick, MatchKind};
@@ -9,31 +12,32 @@ use regex_syntax::hir::{Class, HirKind};
 use serde_json::{Value, json};
 use tokenizers::{Model, ModelWrapper};
 
-/// Bytes of a word that is merged here and remembered; longer ones are the crate's.
+/// The most bytes of a word that is merged and cached here; the crate encodes longer ones.
 const LONGEST_WORD: usize = 48;
-/// White space in a row past which the crate's pattern may give up, with other ids: such a text is the crate's.
+/// The longest run of white space: above it the crate's pattern may exceed its backtracking limit, with other ids, so the
+/// crate encodes such a text.
 const LONGEST_SPACE: usize = 4096;
-/// Words that a [`Memory`] holds.
-const REMEMBERED: usize = 1 << 16;
+/// The most words of a [`WordCache`].
+const CACHED_WORDS: usize = 1 << 16;
 
-/// A vocabulary and its merges, read-only: any number of threads share it, each with a [`Memory`] of its own.
+/// A vocabulary and its merges, read-only: threads share it, each with its own [`WordCache`].
 pub(crate) struct ByteBpe {
-    /// Whole words that are one token.
+    /// Words that are one token.
     words: AHashMap<Box<[u8]>, u32>,
     /// (left, right) -> (rank, joined)
     merges: AHashMap<(u32, u32), (u32, u32)>,
-    /// None: a byte that the vocabulary lacks. The crate leaves such bytes out, as SmolLM2 has it for some controls.
+    /// Token of each byte; `None` if the vocabulary lacks it. The crate drops such bytes (SmolLM2 lacks some controls).
     bytes: [Option<u32>; 256],
-    /// What the crate's model reads in a byte's place.
+    /// The character that stands for each byte in the crate's vocabulary.
     characters: [char; 256],
     added: Option<(AhoCorasick, Vec<u32>)>,
     classes: Vec<Kind>,
     digits_apart: bool,
 }
 
-/// The ids of words that are several tokens, as far as they have been seen.
+/// Cached ids of words of several tokens.
 #[derive(Default)]
-pub(crate) struct Memory {
+pub(crate) struct WordCache {
     places: AHashMap<Box<[u8]>, (u32, u32)>,
     ids: Vec<u32>,
     symbols: Vec<u32>,
@@ -47,7 +51,7 @@ enum Kind {
     Space,
 }
 
-/// Of every character, by the same tables as the crate's patterns.
+/// The class of every character, by the Unicode tables of the crate's patterns.
 fn classes() -> Option<Vec<Kind>> {
     let mut kinds = vec![Kind::Other; 0x11_0000];
     for (pattern, kind) in [(r"\p{L}", Kind::Letter), (r"\p{N}", Kind::Number), (r"\s", Kind::Space)] {
@@ -60,7 +64,7 @@ fn classes() -> Option<Vec<Kind>> {
     Some(kinds)
 }
 
-/// GPT-2's stand-ins for bytes: printable ones are themselves, the others follow from U+0100 on.
+/// GPT-2's characters for bytes: printable bytes are themselves, the others are U+0100 and following.
 fn byte_characters() -> [char; 256] {
     let mut next = 0x100;
     std::array::from_fn(|byte| {
@@ -73,7 +77,7 @@ fn byte_characters() -> [char; 256] {
 }
 
 impl ByteBpe {
-    /// Takes a tokenizer on if every part of it is one that is known here; else none.
+    /// The fast path of a tokenizer; `None` if any part of it is not supported here.
     pub(crate) fn of(tokenizer: &tokenizers::Tokenizer) -> Option<Self> {
         let as_json = |part: serde_json::Result<Value>| part.ok();
         let byte_level = |part: &Value| {
@@ -134,7 +138,7 @@ impl ByteBpe {
             let Some(word) = token.chars().map(|c| back.get(&c).copied()).collect::<Option<Box<[u8]>>>() else {
                 continue;
             };
-            // Only those that merging does arrive at.
+            // Only tokens that merging can produce.
             found.merge(&word, &mut symbols);
             if symbols == [id] {
                 found.words.insert(word, id);
@@ -143,19 +147,19 @@ impl ByteBpe {
         Some(found)
     }
 
-    /// The ids of `text`, or false where it is one for the crate, with `ids` as they were.
+    /// Appends the ids of `text`; returns false, with `ids` unchanged, if the crate must encode it.
     pub(crate) fn encode(
         &self,
         crates: &tokenizers::Tokenizer,
         text: &str,
-        memory: &mut Memory,
+        cache: &mut WordCache,
         ids: &mut Vec<u32>,
     ) -> Result<bool> {
         let before = ids.len();
         let mut at = 0;
         if let Some((find, of)) = &self.added {
             for token in find.find_iter(text) {
-                if !self.piece(crates, &text[at..token.start()], memory, ids)? {
+                if !self.piece(crates, &text[at..token.start()], cache, ids)? {
                     ids.truncate(before);
                     return Ok(false);
                 }
@@ -163,7 +167,7 @@ impl ByteBpe {
                 at = token.end();
             }
         }
-        let done = self.piece(crates, &text[at..], memory, ids)?;
+        let done = self.piece(crates, &text[at..], cache, ids)?;
         if !done {
             ids.truncate(before);
         }
@@ -174,13 +178,13 @@ impl ByteBpe {
         self.classes[c as usize]
     }
 
-    /// Cuts what stands between added tokens: at digits, and then as GPT-2's pattern
-    /// `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+` does.
+    /// Splits text between added tokens at digits and then as GPT-2's pattern does:
+    /// `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`.
     fn piece(
         &self,
         crates: &tokenizers::Tokenizer,
         text: &str,
-        memory: &mut Memory,
+        cache: &mut WordCache,
         ids: &mut Vec<u32>,
     ) -> Result<bool> {
         let mut rest = text;
@@ -194,14 +198,14 @@ impl ByteBpe {
             rest = &rest[end..];
             while !part.is_empty() {
                 let Some(length) = self.word(part) else { return Ok(false) };
-                self.ids(crates, &part[..length], memory, ids)?;
+                self.ids(crates, &part[..length], cache, ids)?;
                 part = &part[length..];
             }
         }
         Ok(true)
     }
 
-    /// Bytes of the first word; none for endless white space.
+    /// Length of the first word in bytes; `None` for a run of white space above [`LONGEST_SPACE`].
     fn word(&self, part: &str) -> Option<usize> {
         let bytes = part.as_bytes();
         if bytes[0] == b'\'' {
@@ -220,7 +224,7 @@ impl ByteBpe {
         let (mut last, mut count) = (0, 0);
         for (at, c) in part.char_indices() {
             if self.kind(c) != Kind::Space {
-                // The last one stays with what follows, unless it is the only one.
+                // The last white-space character belongs to the next word, unless it is the only one.
                 return Some(if count == 1 { at } else { last });
             }
             (last, count) = (at, count + 1);
@@ -231,32 +235,33 @@ impl ByteBpe {
         Some(part.len())
     }
 
-    fn ids(&self, crates: &tokenizers::Tokenizer, word: &str, memory: &mut Memory, ids: &mut Vec<u32>) -> Result<()> {
+    /// Appends the ids of one word.
+    fn ids(&self, crates: &tokenizers::Tokenizer, word: &str, cache: &mut WordCache, ids: &mut Vec<u32>) -> Result<()> {
         let word = word.as_bytes();
         if let Some(&id) = self.words.get(word) {
             ids.push(id);
-        } else if let Some(&(from, to)) = memory.places.get(word) {
-            ids.extend_from_slice(&memory.ids[from as usize..to as usize]);
+        } else if let Some(&(from, to)) = cache.places.get(word) {
+            ids.extend_from_slice(&cache.ids[from as usize..to as usize]);
         } else if word.len() > LONGEST_WORD {
             let text: String = word.iter().map(|&byte| self.characters[usize::from(byte)]).collect();
             let tokens =
                 crates.get_model().tokenize(&text).map_err(|e| crate::invalid!("a text cannot be tokenised: {e}"))?;
             ids.extend(tokens.iter().map(|token| token.id));
         } else {
-            let mut symbols = std::mem::take(&mut memory.symbols);
+            let mut symbols = std::mem::take(&mut cache.symbols);
             self.merge(word, &mut symbols);
             ids.extend_from_slice(&symbols);
-            if memory.places.len() < REMEMBERED {
-                let from = memory.ids.len() as u32;
-                memory.ids.extend_from_slice(&symbols);
-                memory.places.insert(word.into(), (from, memory.ids.len() as u32));
+            if cache.places.len() < CACHED_WORDS {
+                let from = cache.ids.len() as u32;
+                cache.ids.extend_from_slice(&symbols);
+                cache.places.insert(word.into(), (from, cache.ids.len() as u32));
             }
-            memory.symbols = symbols;
+            cache.symbols = symbols;
         }
         Ok(())
     }
 
-    /// Joins the neighbours of the lowest rank, the leftmost first, until none can be joined.
+    /// BPE: merges the neighbouring pair of the lowest rank, leftmost first, until no pair can be merged.
     fn merge(&self, word: &[u8], symbols: &mut Vec<u32>) {
         symbols.clear();
         symbols.extend(word.iter().filter_map(|&byte| self.bytes[usize::from(byte)]));

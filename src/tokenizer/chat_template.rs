@@ -1,7 +1,7 @@
-//! Dialogue -> text through the Jinja template that a model brings along, as transformers renders it.
-//! Knows no token id. A template is somebody's program: it gets no file, a budget of steps and of memory,
-//! and no deep recursion.
-//! Read tokenizer.rs next.
+//! Dialogue -> text through a model's Jinja chat template, rendered as transformers does.
+//!
+//! A template is an untrusted program, so it cannot read files and has limits on steps, memory and recursion. It does not
+//! depend on token ids. Read `tokenizer/mod.rs` next.
 
 use std::cell::RefCell;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -20,43 +20,44 @@ use crate::invalid;
 pub struct Message {
     /// `system`, `user` or `assistant`; the template decides what it accepts.
     pub role: String,
-    /// What was said.
+    /// Text of the turn.
     pub content: String,
 }
 
 impl Message {
-    /// A turn of `role` saying `content`.
+    /// A turn of `role` with the text `content`.
     pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
         Self { role: role.into(), content: content.into() }
     }
 }
 
-/// Whether the text ends with the opening of the assistant's turn, for a response to be written.
+/// Whether the text ends with the header of the assistant's turn, so that a response can be generated.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum GenerationPrompt {
-    /// The assistant is about to speak.
+    /// It ends with the header of the assistant's turn.
     Add,
-    /// The dialogue stands as it is: training text.
+    /// It ends with the dialogue: training text.
     None,
 }
 
-/// The special tokens' texts that templates use.
+/// Texts of the special tokens that templates use.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TemplateTokens<'a> {
-    /// `bos_token`; undefined in the template where there is none.
+    /// `bos_token`; undefined in the template if `None`.
     pub bos: Option<&'a str>,
-    /// `eos_token`.
+    /// `eos_token`; undefined in the template if `None`.
     pub eos: Option<&'a str>,
 }
 
-/// Steps a template may take: some hundred for every message of the longest dialogues.
+/// The most steps of a template; the longest dialogues take some hundred per message.
 const FUEL: u64 = 2_000_000;
+/// The deepest recursion of a template.
 const RECURSION: usize = 64;
-/// Bytes a template may hold beside the dialogue, of which it makes some copies.
+/// The most bytes that a template may allocate, in addition to some copies of the dialogue.
 const MEMORY: usize = 64 << 20;
 
 thread_local! {
-    /// The last template rendered on this thread, parsed: a data set renders one template for each of its records.
+    /// The parsed form of the last template rendered on this thread: a data set renders one template for all its records.
     static PARSED: RefCell<Option<(String, Environment<'static>)>> = const { RefCell::new(None) };
 }
 
@@ -64,7 +65,7 @@ thread_local! {
 /// `raise_exception`, `strftime_now` (UTC), `tojson`, `break` and `continue`, `{% generation %}` without effect.
 ///
 /// # Errors
-/// If the template has a mistake, refuses the dialogue, or takes too many steps.
+/// If the template has a syntax error, raises an error, or takes too many steps.
 pub fn render(
     template: &str,
     messages: &[Message],
@@ -85,19 +86,19 @@ pub fn render(
         values.extend(tokens.bos.map(|t| ("bos_token", Value::from(t))));
         values.extend(tokens.eos.map(|t| ("eos_token", Value::from(t))));
         let context = context! { ..Value::from_iter(values) };
-        // Steps alone do not bound a text that is joined with itself.
-        let said: usize = messages.iter().map(|message| message.content.len()).sum();
-        within(MEMORY + 16 * said, TOO_MUCH, || {
+        // The limit on steps does not bound a string that is repeatedly concatenated with itself.
+        let content: usize = messages.iter().map(|message| message.content.len()).sum();
+        within(MEMORY + 16 * content, TOO_MUCH, || {
             env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
         })
     })
 }
 
-/// The process's last words where a template takes more memory than that.
+/// The message with which the process exits if a template exceeds its memory limit.
 const TOO_MUCH: &str =
     "the chat template asks for more memory than a dialogue needs; look at the model's chat_template";
 
-/// What templates are called in messages.
+/// Name of templates in error messages.
 const NAME: &str = "chat_template";
 
 fn fault(error: minijinja::Error) -> anyhow::Error {
@@ -116,7 +117,7 @@ fn environment(template: &str) -> Result<Environment<'static>, minijinja::Error>
     env.set_recursion_limit(RECURSION);
     env.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     env.set_formatter(|out, state, value| match value.kind() {
-        // Jinja prints as Python does.
+        // Jinja prints these values as Python does.
         ValueKind::None => out.write_str("None").map_err(Into::into),
         ValueKind::Bool => out.write_str(if value.is_true() { "True" } else { "False" }).map_err(Into::into),
         _ => minijinja::escape_formatter(out, state, value),
@@ -130,7 +131,7 @@ fn environment(template: &str) -> Result<Environment<'static>, minijinja::Error>
     Ok(env)
 }
 
-/// transformers marks the assistant's words with a block of its own; what is inside renders as if it were not there.
+/// Replaces transformers' `{% generation %}` block, which marks the assistant's text and has no effect on rendering.
 fn without_generation_blocks(template: &str) -> std::borrow::Cow<'_, str> {
     if !template.contains("generation") {
         return template.into();
@@ -143,8 +144,8 @@ fn without_generation_blocks(template: &str) -> std::borrow::Cow<'_, str> {
     })
 }
 
-/// Python's `json.dumps(x, ensure_ascii=False, ..)` with the options transformers gives the filter. `separators` with
-/// `indent` are without effect.
+/// Python's `json.dumps(x, ensure_ascii=False, ..)` with the options transformers gives the filter. `separators`
+/// are ignored if `indent` is given.
 fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
     let failed = |error: serde_json::Error| minijinja::Error::new(ErrorKind::BadSerialization, error.to_string());
     let indent = options.get::<Option<usize>>("indent")?.map(|n| n.min(16));
@@ -180,14 +181,14 @@ fn tojson(value: &Value, options: Kwargs) -> Result<String, minijinja::Error> {
     for c in text.chars() {
         match c.is_ascii() {
             true => ascii.push(c),
-            // Outside ASCII there are only characters of strings.
+            // JSON has non-ASCII characters in strings only.
             false => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| ascii += &format!("\\u{unit:04x}")),
         }
     }
     Ok(ascii)
 }
 
-/// JSON on one line with the separators given.
+/// A formatter of JSON on one line with these separators.
 struct Separated<'s> {
     item: &'s str,
     key: &'s str,
@@ -211,7 +212,7 @@ fn unix_seconds() -> i64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| i64::try_from(d.as_secs()).unwrap_or(0))
 }
 
-/// The directives that chat templates use of C's strftime, for a time in UTC. An unknown one is left as it is.
+/// Formats a time in UTC with the directives of C's strftime that chat templates use. Unknown directives are kept as text.
 fn strftime(format: &str, seconds: i64) -> String {
     const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
     const MONTHS: [&str; 12] = [
@@ -314,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn pythons_spelling_and_methods_are_there() {
+    fn values_print_as_in_python_and_its_methods_work() {
         assert_eq!(plain("{{ none }} {{ true }} {{ 1 == 2 }} {{ undefined_name }}|").unwrap(), "None True False |");
         assert_eq!(plain("{{ ' x '.strip() }}{{ 'ab'.startswith('a') }}").unwrap(), "xTrue");
         assert_eq!(plain("{{ messages | tojson }}").unwrap(), r#"[{"role": "user", "content": "a\n\"é\""}]"#);
@@ -333,7 +334,7 @@ mod tests {
     }
 
     #[test]
-    fn a_template_cannot_run_forever_recurse_deeply_or_read_a_file() {
+    fn steps_recursion_and_file_access_of_templates_are_limited() {
         let endless = "{% for a in range(9999) %}{% for b in range(9999) %}x{% endfor %}{% endfor %}";
         assert!(plain(endless).unwrap_err().to_string().contains("steps"));
         assert!(plain("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}").is_err());
@@ -342,7 +343,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_the_calendars() {
+    fn dates_follow_the_gregorian_calendar() {
         assert_eq!(strftime("%d %b %Y", 0), "01 Jan 1970");
         assert_eq!(strftime("%A %F %H:%M:%S %e %y %q %", 951_782_399), "Monday 2000-02-28 23:59:59 28 00 %q %");
         assert_eq!(strftime("%a %d %B %Y", 951_782_400), "Tue 29 February 2000");

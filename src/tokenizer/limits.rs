@@ -1,6 +1,8 @@
-//! A look at tokenizer.json before the crate opens it. A Unigram piece takes a level and some 800 bytes of a tree for each
-//! of its bytes, left by recursion; a pattern is compiled to some 300 KB, a prefix is joined with every token. Knows no more
-//! of the file, and leaves its mistakes to the crate.
+//! Limits on an untrusted tokenizer.json, checked before the `tokenizers` crate parses it. Readers of the code may skip this.
+//!
+//! The crate builds a tree level of about 800 bytes for each byte of a Unigram piece and frees it recursively; it compiles a
+//! pattern to about 300 KB and prepends a prefix to every token. Other errors in the file are left to the crate. It does not
+//! depend on any other file of the program.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,21 +10,21 @@ use std::fmt;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-/// The longest text of a tokenizer.json, in bytes. Patterns have some hundred, runs of one character as many.
+/// The longest string of a tokenizer.json, in bytes. Patterns, and tokens of one repeated character, have about a hundred.
 pub(crate) const LONGEST: usize = 4096;
 
 /// The most patterns of a tokenizer.json; models have fewer than ten.
 pub(crate) const PATTERNS: usize = 64;
 
-/// SentencePiece's table of normalisations, one long text of base64.
+/// Key of SentencePiece's normalisation table, one long string of base64, which is not limited.
 const TABLE: &str = "precompiled_charsmap";
 
-/// What a value holds.
+/// Sizes found in a JSON value.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(crate) struct Seen {
-    /// Bytes of the longest text, keys included.
+    /// Bytes of the longest string, including keys.
     pub(crate) longest: usize,
-    /// Patterns, plain ones included.
+    /// Number of patterns: regular expressions and plain strings.
     pub(crate) patterns: usize,
 }
 
@@ -85,7 +87,7 @@ impl<'de> Deserialize<'de> for Seen {
     }
 }
 
-/// What a tokenizer.json holds; nothing where it is no JSON.
+/// Sizes found in a tokenizer.json; zeros if it is not JSON.
 pub(crate) fn seen(tokenizer: &str) -> Seen {
     serde_json::from_str(tokenizer).unwrap_or_default()
 }
@@ -95,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_text_and_all_patterns_are_found_wherever_they_stand_but_for_sentencepieces_table() {
+    fn longest_string_and_patterns_are_found_anywhere_except_in_sentencepieces_table() {
         let of = |text| (seen(text).longest, seen(text).patterns);
         assert_eq!(
             of("{\"model\": {\"vocab\": [[\"\\u0416\\u0416\\u0416b\", -2.5], [\"\", 0]], \"x\": null}}"),

@@ -1,5 +1,8 @@
-//! Text <-> token ids, with the special tokens and the chat template a model brings along.
-//! Knows no model. Read chat_template.rs for how dialogues become text, gguf_tokenizer.rs for GGUF files.
+//! Text <-> token ids, with the special tokens and the chat template of a model.
+//!
+//! The `tokenizers` crate does the work; `byte_bpe` is a faster path with equal ids for tokenising data sets. It does not
+//! depend on the model or on GGUF files. Read `chat_template.rs` for how dialogues become text,
+//! `model_files/gguf_tokenizer.rs` for GGUF files.
 
 mod byte_bpe;
 pub mod chat_template;
@@ -16,18 +19,16 @@ use tokenizers::models::ModelWrapper;
 
 use crate::error::unless_it_panics;
 use crate::invalid;
-use crate::model_files::gguf::Gguf;
-use crate::model_files::gguf_tokenizer;
-use crate::tokenizer::byte_bpe::{ByteBpe, Memory};
+use crate::tokenizer::byte_bpe::{ByteBpe, WordCache};
 use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens};
 
-/// Whether the tokenizer's own frame (a beginning-of-text token, for most) is put around the ids.
-/// A rendered chat template carries its own frame already.
+/// Whether the tokenizer adds its special tokens (for most, a beginning-of-sequence token) to the ids.
+/// A rendered chat template already contains its special tokens.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum SpecialTokens {
-    /// As the tokenizer's post-processor says.
+    /// Add those of the tokenizer's post-processor.
     Add,
-    /// The text's ids and no more.
+    /// Add none.
     None,
 }
 
@@ -38,9 +39,9 @@ pub struct TokenizerFiles<'a> {
     pub tokenizer: &'a str,
     /// tokenizer_config.json.
     pub config: Option<&'a str>,
-    /// special_tokens_map.json; tokenizer_config.json goes before it.
+    /// special_tokens_map.json; tokenizer_config.json takes precedence.
     pub special_tokens_map: Option<&'a str>,
-    /// chat_template.jinja; it goes before the template in tokenizer_config.json.
+    /// chat_template.jinja; it takes precedence over the template in tokenizer_config.json.
     pub chat_template: Option<&'a str>,
 }
 
@@ -53,19 +54,19 @@ pub struct Tokenizer {
     eos_ids: Vec<u32>,
     chat_template: Option<String>,
     source: String,
-    /// Rows of the embedding: an id past them would have no vector.
+    /// Rows of the embedding matrix: larger ids have no embedding.
     rows: usize,
-    /// Of all its files.
+    /// Hash of all its files.
     hash: [u8; 32],
-    /// Made when a [`Bulk`] first asks.
+    /// The fast path, built when the first [`Bulk`] needs it; `None` inside if this tokenizer has none.
     fast: OnceLock<Option<ByteBpe>>,
 }
 
 impl Tokenizer {
-    /// From the texts of the files; `source` is what errors call the model.
+    /// From the texts of the files; `source` is the model's name in error messages.
     ///
     /// # Errors
-    /// If a file cannot be read as what it is, or names a special token that is not in the vocabulary.
+    /// If a file cannot be parsed, or names a special token that is not in the vocabulary.
     pub fn from_files(files: TokenizerFiles<'_>, source: &str) -> Result<Self> {
         let limits::Seen { longest, patterns } = limits::seen(files.tokenizer);
         if longest > limits::LONGEST || patterns > limits::PATTERNS {
@@ -76,11 +77,11 @@ impl Tokenizer {
                 limits::PATTERNS
             ));
         }
-        // The crate panics on some mistakes in JSON.
+        // The crate panics on some damaged files.
         let mut inner = unless_it_panics(|| tokenizers::Tokenizer::from_bytes(files.tokenizer.as_bytes()))
             .ok_or_else(|| invalid!("{source}/tokenizer.json cannot be read: it is damaged; fetch it again"))?
             .map_err(|e| invalid!("{source}/tokenizer.json cannot be read: {e}"))?;
-        // Some files carry the truncation of somebody's training run.
+        // Some files contain the truncation setting of a training run.
         inner.with_padding(None).with_truncation(None).map_err(|e| invalid!("{source}/tokenizer.json: {e}"))?;
         let config = json_object(files.config, source, "tokenizer_config.json")?;
         let map = json_object(files.special_tokens_map, source, "special_tokens_map.json")?;
@@ -111,10 +112,10 @@ impl Tokenizer {
         })
     }
 
-    /// From a directory with tokenizer.json and what of the other files is there.
+    /// From a directory with tokenizer.json and, if they exist, the other files of [`TokenizerFiles`].
     ///
     /// # Errors
-    /// If there is no tokenizer.json, or as [`Tokenizer::from_files`].
+    /// If there is no tokenizer.json; those of [`Tokenizer::from_files`].
     pub fn from_dir(dir: &Path) -> Result<Self> {
         let source = dir.display().to_string();
         let read = |name: &str| -> Result<Option<String>> {
@@ -141,18 +142,7 @@ impl Tokenizer {
         Self::from_files(files, &source)
     }
 
-    /// From a GGUF file's metadata.
-    ///
-    /// # Errors
-    /// As [`gguf_tokenizer::rebuild`].
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let json = gguf_tokenizer::rebuild(gguf)?;
-        let files =
-            TokenizerFiles { tokenizer: &json.tokenizer, config: Some(&json.config), ..TokenizerFiles::default() };
-        Self::from_files(files, gguf.name())
-    }
-
-    /// Adds what the model's configuration knows: more ends of text, and how many ids have an embedding.
+    /// The same tokenizer with the model's further end-of-sequence tokens and its number of embeddings.
     #[must_use]
     pub fn for_model(mut self, eos_ids: &[u32], embedding_rows: usize) -> Self {
         self.eos_ids.extend(eos_ids);
@@ -162,8 +152,8 @@ impl Tokenizer {
         self
     }
 
-    /// Differs between tokenizers that may give a text different ids or another end: SHA-256 of all the files' texts, the
-    /// ends of text and the number of embeddings.
+    /// SHA-256 of all files, the end-of-sequence ids and the number of embeddings: it differs between tokenizers that may
+    /// encode a text differently.
     pub fn fingerprint(&self) -> [u8; 32] {
         let mut hash = Sha256::new_with_prefix(self.hash);
         for number in self.eos_ids.iter().map(|&id| id as usize).chain([self.rows]) {
@@ -172,11 +162,11 @@ impl Tokenizer {
         hash.finalize().into()
     }
 
-    /// Token ids of `text`. Special tokens that are spelled out in the text become their ids. Within a run of about a
-    /// million white-space characters the split pattern gives up backtracking, and the ids are not transformers'.
+    /// Token ids of `text`. Special tokens written out in the text become their ids. In a run of about a million white-space
+    /// characters the split pattern exceeds its backtracking limit, and the ids differ from transformers'.
     ///
     /// # Errors
-    /// If the tokenizer fails, or yields an id that the model has no embedding for.
+    /// If the tokenizer fails, or returns an id without an embedding.
     pub fn encode(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>> {
         let encoding = unless_it_panics(|| self.inner.encode_fast(text, special_tokens == SpecialTokens::Add))
             .ok_or_else(|| {
@@ -192,17 +182,18 @@ impl Tokenizer {
         Ok(ids)
     }
 
-    /// For many texts: the ids of [`Tokenizer::encode`] with [`SpecialTokens::None`], as fast as can be.
+    /// An encoder for many texts: the ids of [`Tokenizer::encode`] with [`SpecialTokens::None`], through the fast path if this
+    /// tokenizer has one.
     pub fn bulk(&self) -> Bulk<'_> {
         let fast = self.fast.get_or_init(|| ByteBpe::of(&self.inner)).as_ref();
-        Bulk { tokenizer: self, fast, memory: Memory::default() }
+        Bulk { tokenizer: self, fast, cache: WordCache::default() }
     }
 
     fn check(&self, ids: &[u32]) -> Result<()> {
         if let Some(id) = ids.iter().find(|&&id| id as usize >= self.rows) {
             return Err(invalid!(
-                "{}: the tokenizer yields token {id} ({:?}) and the model has {} embeddings; the tokenizer is of \
-                 another model, or has tokens added that the model never learnt",
+                "{}: the tokenizer returns token {id} ({:?}) and the model has {} embeddings; the tokenizer belongs to \
+                 another model, or tokens were added to it after training",
                 self.source,
                 self.inner.id_to_token(*id).unwrap_or_default(),
                 self.rows
@@ -219,7 +210,7 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|e| invalid!("{}: tokens cannot be decoded: {e}", self.source))
     }
 
-    /// The text of `ids`, special tokens spelled out.
+    /// The text of `ids` with special tokens.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -227,42 +218,42 @@ impl Tokenizer {
         self.inner.decode(ids, false).map_err(|e| invalid!("{}: tokens cannot be decoded: {e}", self.source))
     }
 
-    /// A decoder for output that arrives token by token.
+    /// A streaming decoder, token by token.
     pub fn stream(&self) -> TextStream<'_> {
         TextStream { tokenizer: self, ids: Vec::new(), read: 0 }
     }
 
-    /// Number of tokens, the added ones included.
+    /// Number of tokens, including added ones.
     pub fn vocab_size(&self) -> usize {
         self.inner.get_vocab_size(true)
     }
 
-    /// The text of one token as the vocabulary spells it.
+    /// The token of this id, as spelled in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
-    /// The id of a token as the vocabulary spells it.
+    /// The id of this token, as spelled in the vocabulary.
     pub fn id(&self, token: &str) -> Option<u32> {
         self.inner.token_to_id(token)
     }
 
-    /// Any of these ends a response.
+    /// End-of-sequence tokens: any of them ends a response.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
     }
 
-    /// The token that ends a text in training data: `eos_token` of the tokenizer's configuration.
+    /// The end-of-sequence token appended to training data: `eos_token` of the tokenizer's configuration.
     pub fn eos_id(&self) -> Option<u32> {
         self.eos.as_ref().map(|(id, _)| *id).or(self.eos_ids.first().copied())
     }
 
-    /// The token that begins a text.
+    /// The beginning-of-sequence token.
     pub fn bos_id(&self) -> Option<u32> {
         self.bos.as_ref().map(|(id, _)| *id)
     }
 
-    /// The token that fills up a batch, for file formats that ask for one; batches here are ragged.
+    /// The padding token, for file formats that need one; batches here have no padding.
     pub fn pad_id(&self) -> Option<u32> {
         self.pad_id
     }
@@ -272,7 +263,7 @@ impl Tokenizer {
         self.chat_template.as_deref()
     }
 
-    /// `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
+    /// The tokenizer's algorithm: `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
     pub fn kind(&self) -> &'static str {
         match self.inner.get_model() {
             ModelWrapper::BPE(_) => "BPE",
@@ -282,10 +273,10 @@ impl Tokenizer {
         }
     }
 
-    /// The dialogue as the model's own template writes it. Encode the result with [`SpecialTokens::None`].
+    /// The dialogue rendered by the model's own chat template. Encode the result with [`SpecialTokens::None`].
     ///
     /// # Errors
-    /// If the model has no template, or the template refuses the dialogue.
+    /// If the model has no template, or the template raises an error.
     pub fn apply_chat_template(&self, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
         let template = self.chat_template.as_deref().ok_or_else(|| {
             invalid!("{}: the tokenizer has no chat template; set a template in the configuration", self.source)
@@ -293,10 +284,10 @@ impl Tokenizer {
         self.render_template(template, messages, prompt)
     }
 
-    /// The dialogue as another template writes it, with this tokenizer's special tokens.
+    /// The dialogue rendered by another template with this tokenizer's special tokens.
     ///
     /// # Errors
-    /// If the template has a mistake or refuses the dialogue.
+    /// If the template has a syntax error or raises an error.
     pub fn render_template(&self, template: &str, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
         let text = |token: &'_ Option<(u32, String)>| token.as_ref().map(|(_, text)| text.clone());
         let (bos, eos) = (text(&self.bos), text(&self.eos));
@@ -305,22 +296,22 @@ impl Tokenizer {
     }
 }
 
-/// An encoder with a memory of the words it has met.
+/// An encoder with a cache of words, for many texts.
 pub struct Bulk<'t> {
     tokenizer: &'t Tokenizer,
     fast: Option<&'t ByteBpe>,
-    memory: Memory,
+    cache: WordCache,
 }
 
 impl Bulk<'_> {
-    /// Token ids of `text` and nothing around them.
+    /// Token ids of `text` without special tokens added.
     ///
     /// # Errors
-    /// As [`Tokenizer::encode`].
+    /// Those of [`Tokenizer::encode`].
     pub fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
         if let Some(fast) = self.fast {
             let mut ids = Vec::with_capacity(text.len() / 3 + 1);
-            if fast.encode(&self.tokenizer.inner, text, &mut self.memory, &mut ids)? {
+            if fast.encode(&self.tokenizer.inner, text, &mut self.cache, &mut ids)? {
                 self.tokenizer.check(&ids)?;
                 return Ok(ids);
             }
@@ -328,32 +319,32 @@ impl Bulk<'_> {
         self.tokenizer.encode(text, SpecialTokens::None)
     }
 
-    /// Is the tokenizer one that has a short way, or does every text go through the tokenizers crate?
+    /// Whether the tokenizer has the fast path; otherwise every text goes through the `tokenizers` crate.
     pub fn is_fast(&self) -> bool {
         self.fast.is_some()
     }
 }
 
-/// Decodes token by token and holds back what is not yet whole characters.
+/// A streaming decoder. Bytes of incomplete characters are buffered.
 pub struct TextStream<'t> {
     tokenizer: &'t Tokenizer,
     ids: Vec<u32>,
-    /// So many of `ids` have been given out; the ones before stay as context for the next.
+    /// The number of `ids` whose text was returned; they are kept as context for the next.
     read: usize,
 }
 
-/// A character has four bytes at most, so more tokens than this cannot be the parts of one.
+/// The most tokens of one character: a character has at most four bytes.
 const LONGEST_CHARACTER: usize = 4;
 
 impl TextStream<'_> {
-    /// The text that `id` completes; empty while a character is in the making.
+    /// The text that `id` completes; empty while a character is incomplete.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
     pub fn push(&mut self, id: u32) -> Result<String> {
         self.ids.push(id);
         let new = self.unread()?;
-        // U+FFFD is how the decoder writes bytes that are no character, or not yet one.
+        // The decoder writes U+FFFD for invalid or incomplete characters.
         if new.is_empty() || (new.ends_with('\u{FFFD}') && self.ids.len() - self.read <= LONGEST_CHARACTER) {
             return Ok(String::new());
         }
@@ -362,7 +353,7 @@ impl TextStream<'_> {
         Ok(new)
     }
 
-    /// What was held back, at the end of the output.
+    /// The buffered text at the end of the output.
     ///
     /// # Errors
     /// If the tokenizer's decoder fails.
@@ -370,8 +361,8 @@ impl TextStream<'_> {
         self.unread()
     }
 
-    /// Decoding the last piece that was given out together with the new one, because decoders treat the beginning of
-    /// a text in their own way (SentencePiece drops a space there).
+    /// The text that has not been returned. It is decoded together with the previous piece, because decoders treat the
+    /// beginning of a text specially (SentencePiece drops a space there).
     fn unread(&self) -> Result<String> {
         let before = self.tokenizer.decode(&self.ids[..self.read])?;
         let whole = self.tokenizer.decode(&self.ids)?;
@@ -379,10 +370,11 @@ impl TextStream<'_> {
     }
 }
 
+/// SHA-256 of the files' texts.
 fn hash_of(files: &TokenizerFiles<'_>) -> [u8; 32] {
     let mut hash = Sha256::new();
     for text in [Some(files.tokenizer), files.config, files.special_tokens_map, files.chat_template] {
-        // Absent and empty differ, and no border can move.
+        // Lengths first, so that a missing file differs from an empty one and boundaries cannot shift.
         hash.update(text.map_or(u64::MAX, |text| text.len() as u64).to_le_bytes());
         hash.update(text.unwrap_or_default());
     }
@@ -398,12 +390,12 @@ fn json_object(text: Option<&str>, source: &str, name: &str) -> Result<Map<Strin
     }
 }
 
-/// A special token is a string, or an object with its `content`; null is none.
+/// A special token's text: a string, or an object with `content`; null is no token.
 fn token_text(value: &Value) -> Option<&str> {
     value.as_str().or_else(|| value.get("content")?.as_str())
 }
 
-/// A chat template is a string, or a list of named ones, of which transformers takes `default`.
+/// A chat template: a string, or a list of named ones, of which transformers uses `default`.
 fn template_text(value: &Value) -> Option<String> {
     let named = |list: &Vec<Value>| {
         let default = list.iter().find(|t| t["name"] == "default").or(list.first());

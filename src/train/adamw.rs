@@ -1,6 +1,8 @@
-//! AdamW as torch has it, and gradient clipping. Parameters are tensors that every step replaces by new ones: a
-//! snapshot taken before a step keeps its numbers. Knows no model: parameters are a flat list with names.
-//! Read schedule.rs for the rate.
+//! AdamW with PyTorch's arithmetic, and gradient clipping.
+//!
+//! A step replaces each parameter by a new tensor, so a snapshot taken before the step keeps its values. [`AdamW`]
+//! itself works on a flat list of named tensors; [`AdamW::for_adapter`] and [`clip_grad_norm`] read that list from an
+//! adapter of `model/adapter`. It does not depend on a stage or a config. Read `schedule.rs` next.
 
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Tensor};
@@ -8,14 +10,14 @@ use candle_core::{DType, Tensor};
 use crate::diverged;
 use crate::model::adapter::{Gradients, TrainableAdapter};
 
-/// The hyperparameters, without the rate.
+/// The hyperparameters, without the learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AdamWConfig {
     /// Decay of the mean of gradients.
     pub beta1: f64,
     /// Decay of the mean of squared gradients.
     pub beta2: f64,
-    /// Added to the root, after the bias correction.
+    /// Added to the square root, after the bias correction.
     pub eps: f64,
     /// Decoupled: each step shrinks a parameter by the factor `1 - lr * weight_decay`, whatever its gradient.
     pub weight_decay: f64,
@@ -28,23 +30,23 @@ impl Default for AdamWConfig {
     }
 }
 
-/// The running means of one parameter, row-major.
+/// The moments of one parameter, row-major.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Moments {
     /// The parameter's name.
     pub name: String,
-    /// Mean of gradients.
+    /// First moment: running mean of the gradients.
     pub m: Vec<f32>,
-    /// Mean of squared gradients.
+    /// Second moment: running mean of the squared gradients.
     pub v: Vec<f32>,
 }
 
-/// All that a resumed run needs, in the parameters' order.
+/// The optimizer's state, as a checkpoint holds it, in the order of the parameters.
 #[derive(Clone, Debug, PartialEq)]
 pub struct AdamWState {
     /// Steps taken.
     pub step: u64,
-    /// One entry a parameter.
+    /// One entry per parameter.
     pub moments: Vec<Moments>,
 }
 
@@ -56,13 +58,13 @@ pub struct AdamW {
 }
 
 impl AdamW {
-    /// Fresh, for parameters of these names and element counts.
+    /// A new optimizer for parameters of these names and element counts.
     pub fn new(config: AdamWConfig, parameters: impl IntoIterator<Item = (String, usize)>) -> Self {
         let fresh = |(name, len)| Moments { name, m: vec![0.0; len], v: vec![0.0; len] };
         Self { config, state: AdamWState { step: 0, moments: parameters.into_iter().map(fresh).collect() } }
     }
 
-    /// Fresh, for the parameters of an adapter.
+    /// A new optimizer for the parameters of an adapter.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -71,15 +73,18 @@ impl AdamW {
         Ok(Self::new(config, learner.names().into_iter().zip(lens)))
     }
 
-    /// Where a former run stopped.
+    /// The optimizer of a checkpoint.
     ///
     /// # Errors
-    /// If the moments of a parameter differ in length or are no possible means (not finite, or `v` negative).
+    /// If the moments of a parameter differ in length, are NaN or infinite, or `v` is negative.
     pub fn from_state(config: AdamWConfig, state: AdamWState) -> Result<Self> {
         for Moments { name, m, v } in &state.moments {
             ensure!(m.len() == v.len(), "optimizer state of {name}: {} and {} numbers", m.len(), v.len());
             let possible = m.iter().all(|x| x.is_finite()) && v.iter().all(|x| x.is_finite() && *x >= 0.0);
-            ensure!(possible, "optimizer state of {name}: holds numbers that no training writes");
+            ensure!(
+                possible,
+                "optimizer state of {name}: contains NaN, infinite or negative second moments; the checkpoint is damaged"
+            );
         }
         Ok(Self { config, state })
     }
@@ -89,7 +94,7 @@ impl AdamW {
         self.config
     }
 
-    /// What to save.
+    /// The state to save.
     pub fn state(&self) -> &AdamWState {
         &self.state
     }
@@ -99,13 +104,13 @@ impl AdamW {
     /// Elementwise in f32, as torch. Source: arXiv:1711.05101, torch.optim.AdamW. Every check precedes every change.
     ///
     /// # Errors
-    /// If the lists do not match this optimizer's parameters one to one, a shape or type differs, the rate is no
-    /// number, or a gradient is not finite; the message names the tensor.
+    /// If the lists do not match this optimizer's parameters one to one, a shape or type differs, the rate is
+    /// NaN, infinite or negative, or a gradient is NaN or infinite; the message names the tensor.
     pub fn step(&mut self, parameters: Vec<&mut Tensor>, gradients: &[&Tensor], lr: f64) -> Result<()> {
         self.step_with(parameters, gradients, |_| lr)
     }
 
-    /// As [`AdamW::step`], with a rate for each parameter by its name.
+    /// As [`AdamW::step`], with a learning rate per parameter, chosen by its name.
     ///
     /// # Errors
     /// As for [`AdamW::step`].
@@ -285,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_resumed_run_takes_the_same_steps_bit_for_bit() {
+    fn a_resumed_optimizer_takes_the_same_steps_bit_for_bit() {
         let golden = golden();
         let run = &golden["runs"][0];
         let steps = |adamw: &mut AdamW, parameters: &mut [Tensor], range: std::ops::Range<usize>| {
@@ -309,7 +314,7 @@ mod tests {
     }
 
     #[test]
-    fn bad_gradients_are_named_and_nothing_moves() {
+    fn bad_gradients_are_named_and_no_parameter_changes() {
         let start = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu).unwrap();
         let mut adamw = AdamW::new(AdamWConfig::default(), [("good".into(), 4), ("bad".into(), 4)]);
         let good = start.ones_like().unwrap();

@@ -1,4 +1,6 @@
-//! When a run's checkpoints are written, and what is said when one cannot be. Knows no stage. Read store.rs for the files.
+//! The checkpoint manager: decides when a run's state is saved, and checks that the base's files have not changed.
+//!
+//! It does not depend on a stage. Read `store.rs` next.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,41 +16,41 @@ use crate::train::lock::Lock;
 use crate::train::snapshot::Snapshot;
 use crate::train::store::Store;
 
-/// Keeps the checkpoints of one run.
+/// The checkpoint manager of one run.
 #[derive(Debug)]
 pub struct CheckpointManager {
-    /// Where they lie.
+    /// The checkpoints on disk.
     pub store: Store,
     /// `[checkpoint]`.
     pub saving: CheckpointConfig,
-    /// What the run is made of.
+    /// Fingerprint of the run.
     pub origin: RunFingerprint,
-    /// The base's files, looked at whenever a checkpoint is written.
+    /// The base's files, checked whenever a checkpoint is written.
     pub bases: Vec<BaseFiles>,
-    /// How the run is resumed, for people.
+    /// The command that resumes the run, for messages.
     pub command: String,
-    /// Steps and directory of the last checkpoint that was written or gone on from.
+    /// Steps and directory of the last checkpoint that was written or resumed from.
     pub last: Option<(usize, PathBuf)>,
-    /// Held as long as the run: nobody else writes into its folder.
+    /// The folder's lock, held as long as the run: no other process writes into the folder.
     pub lock: Lock,
 }
 
 impl CheckpointManager {
-    /// Is a checkpoint to be written after `step` steps?
+    /// Whether a checkpoint is due after `step` steps.
     pub fn is_due(&self, step: usize) -> bool {
         let every = self.saving.save_steps;
         every > 0 && step > 0 && step.is_multiple_of(every) && !self.has(step)
     }
 
-    /// Is the last checkpoint the one after `step` steps?
+    /// Whether the last checkpoint is the one after `step` steps.
     pub fn has(&self, step: usize) -> bool {
         self.last.as_ref().is_some_and(|(last, _)| *last == step)
     }
 
-    /// Writes one and deletes those beyond `save_total_limit`.
+    /// Writes a checkpoint and deletes those beyond `save_total_limit`.
     ///
     /// # Errors
-    /// If the disk refuses, or the base has been changed under the run.
+    /// If the disk cannot be written, or the base has been changed during the run.
     pub fn write(&mut self, step: usize, snapshot: &Snapshot, report: &Report) -> Result<&Path> {
         for base in &mut self.bases {
             if let Some(warning) = base.check()? {
@@ -61,7 +63,7 @@ impl CheckpointManager {
         Ok(&self.last.insert((step, path)).1)
     }
 
-    /// What can be gone on from, for people.
+    /// The last checkpoint, for messages.
     pub fn last_good(&self) -> String {
         match &self.last {
             Some((step, path)) => format!("the last good checkpoint is {}, after {step} steps", path.display()),
@@ -70,7 +72,7 @@ impl CheckpointManager {
     }
 }
 
-/// Identity of a file as the system tells it. Times are only compared for being equal.
+/// Identity of a file as the system reports it. Times are only compared for being equal.
 #[derive(Clone, Debug, PartialEq)]
 struct Identity {
     path: PathBuf,
@@ -88,17 +90,18 @@ pub struct BaseFiles {
 }
 
 impl BaseFiles {
-    /// Of an opened model; `None` for one that is not in files.
+    /// The files of an opened model; `None` for a model that is not in files.
     ///
     /// # Errors
-    /// If the files cannot be looked at.
+    /// If the files' metadata cannot be read.
     pub fn of(checkpoint: &ModelFiles) -> Result<Option<Self>> {
         let Some(path) = checkpoint.path() else { return Ok(None) };
         Ok(Some(Self { path: path.into(), fingerprint: checkpoint.fingerprint(), files: identities(path)? }))
     }
 
-    /// Are the files those of the beginning? Where other files have taken their names the weights in memory are still the
-    /// old ones: a warning. Where the very files were written into, so were the weights in memory.
+    /// Checks that the files are those that the run started with. If other files have taken their names, the weights in
+    /// memory are still the old ones, and a warning is returned. If the files themselves were written into, the weights
+    /// in memory changed too.
     ///
     /// # Errors
     /// If the base has been changed in place.

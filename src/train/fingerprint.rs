@@ -1,5 +1,6 @@
-//! What a run is made of: settings, and digests of everything that it read. A resumed run must have the same. Knows no
-//! stage. Read store.rs for where it is kept.
+//! The fingerprint of a run: its settings, and digests of everything that it read. A resumed run must have the same.
+//!
+//! It does not depend on a stage. Read `store.rs` next.
 
 use std::collections::BTreeMap;
 
@@ -14,7 +15,7 @@ use crate::model::adapter::Adapter;
 use crate::ops::cpu;
 use crate::tokenizer::Tokenizer;
 
-/// Keys that change no number of the training: what is written how often, where to, and how much memory it takes. A base's
+/// Keys that do not change the training: what is written how often, where to, and how much memory it takes. A base's
 /// path is among them because its fingerprint is compared, and so are the paths of data and adapters.
 const HARMLESS: &[&str] = &[
     "output_dir",
@@ -65,7 +66,7 @@ impl RunFingerprint {
         self.digests.insert(of.into(), digest);
     }
 
-    /// Refuses to go on with other inputs than `then`'s, naming what differs.
+    /// Refuses to resume with other inputs than `then`'s, naming what differs.
     ///
     /// # Errors
     /// If a digest differs or one side has none.
@@ -168,7 +169,7 @@ pub fn digest_of_examples<T: Example>(examples: &(impl Examples<T> + ?Sized)) ->
 pub fn digest_of_texts<'t>(texts: impl IntoIterator<Item = Option<&'t str>>) -> String {
     let mut hash = Sha256::new();
     for text in texts {
-        // No text is this long: an absent one is told from an empty one.
+        // No text is this long, so an absent text differs from an empty one.
         hash.update(text.map_or(u64::MAX, |text| text.len() as u64).to_le_bytes());
         hash.update(text.unwrap_or_default());
     }
@@ -199,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn changed_keys_are_told_apart_by_whether_they_change_the_mathematics() {
+    fn changed_keys_are_sorted_by_whether_they_change_the_mathematics() {
         let then = origin("seed = 1\noutput_dir = \"a\"\n[sft]\nlearning_rate = 0.1\nlogging_steps = 1\n");
         let now = origin("seed = 1\n[sft]\nlearning_rate = 0.2\nlogging_steps = 5\n[checkpoint]\nsave_steps = 3\n");
         let changes = now.changes(&then).unwrap();
@@ -224,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn a_digest_of_texts_tells_an_absent_one_from_an_empty_one_and_where_one_ends() {
+    fn a_digest_of_texts_depends_on_absence_and_on_boundaries() {
         let all = [
             digest_of_texts([Some("ab"), Some("c")]),
             digest_of_texts([Some("a"), Some("bc")]),

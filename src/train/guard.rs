@@ -1,6 +1,8 @@
-//! What happens to a step that went wrong: it is skipped and counted with a smaller rate after it; after several in a row
-//! the learners go back to their last good state and the rate stays smaller; after several of those the run ends with a
-//! diagnosis. Knows no stage and no loss. Read session.rs for who asks it.
+//! The guard: what happens to a step that diverged.
+//!
+//! The step is skipped and counted, and the learning rate is smaller for the next steps. After several skips in a row
+//! the learners are rolled back to their last good state and the rate stays smaller; after several rollbacks the run
+//! ends with a diagnosis. It does not depend on a stage. Read `session.rs` next.
 
 use anyhow::{Result, anyhow};
 use candle_core::Tensor;
@@ -12,18 +14,18 @@ use crate::config;
 use crate::diverged;
 use crate::error::Diverged;
 
-/// What became of a step.
+/// The guard's verdict on a step.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Verdict<T> {
-    /// It is good.
+    /// The step is good.
     Good(T),
-    /// It was skipped; the reason.
+    /// The step was skipped, with the reason.
     Skipped(String),
-    /// It was skipped, and the learners were brought back.
+    /// The step was skipped and the learners were rolled back, with the reason.
     RolledBack(String),
 }
 
-/// Counts, kept in checkpoints.
+/// The guard's counts, saved in checkpoints.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 struct Counts {
     /// Skipped since the last good step.
@@ -33,7 +35,7 @@ struct Counts {
     rollbacks: usize,
     /// Good steps since the snapshot.
     good: usize,
-    /// Mean length of the first rollout's answers, tokens.
+    /// Mean length of the first rollout's responses, tokens.
     first_length: Option<f64>,
 }
 
@@ -42,19 +44,19 @@ struct Counts {
 pub struct Guard {
     config: config::Guard,
     counts: Counts,
-    /// Weights that a good step began with, and the optimizer's state.
+    /// Weights at the start of a good step, and the optimizer's state.
     last_good: Option<Snapshot>,
-    /// The weights that the next step begins with, a list a learner: the learners' own storage until they step.
+    /// The weights that the next step begins with, one list per learner: the learners' own storage until they step.
     before: Vec<Vec<Tensor>>,
 }
 
 impl Guard {
-    /// By `[guard]`.
+    /// A guard with the limits of `[guard]`.
     pub fn new(config: config::Guard) -> Self {
         Self { config, ..Self::default() }
     }
 
-    /// What the learning rate is multiplied by: `lr_backoff` to the power of skips in a row and rollbacks so far.
+    /// The factor of the learning rate: `lr_backoff` to the power of skips in a row and rollbacks so far.
     pub fn factor(&self) -> f64 {
         self.config.lr_backoff.powi((self.counts.in_a_row + self.counts.rollbacks) as i32)
     }
@@ -64,7 +66,7 @@ impl Guard {
         self.counts.skipped
     }
 
-    /// Remembers what the learners start as.
+    /// Remembers the learners' current weights.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -73,7 +75,7 @@ impl Guard {
         Ok(())
     }
 
-    /// Takes a step's outcome and does what it calls for. Errors that are no divergence pass through.
+    /// Judges a step's outcome; skips it or rolls the learners back where it diverged. Other errors pass through.
     ///
     /// # Errors
     /// Those, and the diagnosis when all rollbacks are used up.
@@ -99,8 +101,8 @@ impl Guard {
         }
         if self.counts.rollbacks >= self.config.max_rollbacks {
             return Err(anyhow!(
-                "training does not recover: {} steps were skipped, {} of them in a row, after going back to good weights \
-                 {} times with the learning rate at {} of what was asked; the last trouble: {reason}. Lower the \
+                "training does not recover: {} steps were skipped, {} of them in a row, after {} rollbacks to good weights, \
+                 with the learning rate at {} of its setting; the last reason: {reason}. Lower the \
                  learning_rate, raise warmup_steps, or look at the records and rewards of these steps; [guard] has the \
                  limits",
                 self.counts.skipped,
@@ -118,8 +120,8 @@ impl Guard {
         Ok(Verdict::RolledBack(reason))
     }
 
-    /// What can be gone back to after a good step: the weights that it began with, whose loss was a number. Those that it
-    /// led to may be the step too far.
+    /// The state to roll back to after a good step: the weights at its start, whose loss was finite. The weights after
+    /// the step are proven only by the next one.
     fn proven(&self, learners: &[(&str, &mut Learner)]) -> Result<Snapshot> {
         let mut snapshot = Snapshot::default();
         for (i, (name, learner)) in learners.iter().enumerate() {
@@ -129,18 +131,19 @@ impl Guard {
         Ok(snapshot)
     }
 
-    /// Is a rollout within `max_kl` and `max_length_ratio`? `kl`: mean over its answers, nats; `length`: mean, tokens.
+    /// Checks a rollout against `max_kl` and `max_length_ratio`. `kl`: mean over its responses, nats; `length`: mean,
+    /// tokens.
     ///
     /// # Errors
-    /// A divergence that says which is not.
+    /// A divergence that names the limit that is exceeded.
     pub fn check_rollout(&mut self, kl: f64, length: f64) -> Result<()> {
         let first = *self.counts.first_length.get_or_insert(length);
         if let Some(most) = self.config.max_kl.filter(|&most| kl > most) {
-            return Err(diverged!("the KL is {kl:.3} nats an answer, more than [guard] max_kl = {most}"));
+            return Err(diverged!("the KL is {kl:.3} nats per response, more than [guard] max_kl = {most}"));
         }
         if let Some(most) = self.config.max_length_ratio.filter(|&most| length > most * first) {
             return Err(diverged!(
-                "answers have {length:.1} tokens in the mean, those of the first rollout had {first:.1}: more than \
+                "responses have {length:.1} tokens on average and those of the first rollout had {first:.1}: more than \
                  [guard] max_length_ratio = {most} times as many"
             ));
         }
@@ -159,10 +162,10 @@ impl Guard {
         Ok(())
     }
 
-    /// Takes them out again.
+    /// Restores the counts and the last good weights from a checkpoint.
     ///
     /// # Errors
-    /// If they are not there.
+    /// If the checkpoint lacks them.
     pub fn load(&mut self, from: &Snapshot) -> Result<()> {
         self.counts = from.get("guard")?;
         self.last_good = from.all("last_good");
@@ -208,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn a_step_that_is_no_number_is_skipped_with_a_smaller_rate_until_one_is_good() {
+    fn a_nan_or_infinite_step_is_skipped_and_the_rate_is_smaller_until_a_good_step() {
         let (mut guard, mut learner) = (guard(), learner());
         assert!(matches!(go(&mut guard, &mut learner, 1.0).unwrap(), Verdict::Good(_)));
         let before = weights(&learner);
@@ -223,7 +226,7 @@ mod tests {
     }
 
     #[test]
-    fn skips_in_a_row_bring_the_last_good_weights_back_and_then_end_the_run_with_the_reason() {
+    fn skips_in_a_row_roll_back_to_the_last_good_weights_and_then_end_the_run_with_the_reason() {
         let (mut guard, mut learner) = (guard(), learner());
         go(&mut guard, &mut learner, 1.0).unwrap();
         let good = weights(&learner);
@@ -239,13 +242,13 @@ mod tests {
         for guard in [&mut guard, &mut other] {
             assert!((0..2).all(|_| go(guard, &mut learner, f64::NAN).is_ok()));
             let error = go(guard, &mut learner, f64::NAN).unwrap_err().to_string();
-            assert!(error.contains("6 steps were skipped") && error.contains("the last trouble"), "{error}");
+            assert!(error.contains("6 steps were skipped") && error.contains("the last reason"), "{error}");
         }
     }
 
     /// A step's loss is that of the weights before it: what the step led to is known to be good only after the next.
     #[test]
-    fn weights_that_no_good_step_began_with_are_never_gone_back_to() {
+    fn a_rollback_restores_only_weights_that_a_good_step_started_from() {
         let (mut guard, mut learner) = (guard(), learner());
         guard.watch(&[("actor", &mut learner)]).unwrap();
         let start = weights(&learner);
@@ -260,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_that_is_no_divergence_is_never_skipped() {
+    fn an_error_other_than_divergence_is_never_skipped() {
         let error = guard().judge::<()>(Err(anyhow!("disk on fire")), &mut []).unwrap_err();
         assert_eq!(error.to_string(), "disk on fire");
     }

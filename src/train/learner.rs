@@ -1,5 +1,7 @@
-//! A learner owns the only weights that change, and the optimizer that changes them. Views of its weights are borrowed,
-//! so none survives a step. Knows no loss and no role.
+//! A learner: the weights under training and their optimizer.
+//!
+//! Views of the weights are borrowed, so no view outlives a step. It does not depend on a stage or a config. Read
+//! `adamw.rs` next.
 
 use std::collections::HashSet;
 
@@ -17,7 +19,7 @@ pub struct Learner {
     max_grad_norm: f64,
 }
 
-/// Gradients that are there, finite and clipped.
+/// Gradients that are complete, finite and clipped.
 #[derive(Debug)]
 pub struct Checked {
     gradients: Gradients,
@@ -25,7 +27,8 @@ pub struct Checked {
 }
 
 impl Learner {
-    /// `max_grad_norm`: gradients of a larger norm are scaled down to it; 0 leaves them.
+    /// A learner with fresh moments. `max_grad_norm`: gradients of a larger norm are scaled down to it; 0 = no
+    /// clipping.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -33,7 +36,7 @@ impl Learner {
         Ok(Self { optimizer: AdamW::for_adapter(config, &weights)?, weights, max_grad_norm })
     }
 
-    /// The weights as they are now.
+    /// The current weights.
     pub fn weights(&self) -> &TrainableAdapter {
         &self.weights
     }
@@ -43,10 +46,10 @@ impl Learner {
         self.optimizer.state()
     }
 
-    /// Goes back to former parameters, in flat order, and their optimizer state. All or nothing.
+    /// Restores earlier parameters, in flat order, and their optimizer state. All or nothing.
     ///
     /// # Errors
-    /// If they are not of this learner's shape.
+    /// If they are of another shape than this learner's.
     pub fn restore(&mut self, parameters: Vec<Tensor>, state: AdamWState) -> Result<()> {
         let lens = |s: &AdamWState| s.moments.iter().map(|m| (m.name.clone(), m.m.len())).collect::<Vec<_>>();
         ensure!(lens(&state) == lens(self.optimizer.state()), "the optimizer's state is of other parameters");
@@ -56,7 +59,7 @@ impl Learner {
         Ok(())
     }
 
-    /// The largest norm that a gradient keeps.
+    /// The largest gradient norm that is not clipped.
     fn max_norm(&self) -> f64 {
         if self.max_grad_norm > 0.0 { self.max_grad_norm } else { f64::INFINITY }
     }
@@ -64,13 +67,13 @@ impl Learner {
     /// One clipped AdamW step; returns the gradient's norm before clipping. Nothing changes on an error.
     ///
     /// # Errors
-    /// If a gradient is missing, misshapen or not finite; the message names the tensor.
+    /// If a gradient is missing, of another shape, NaN or infinite; the message names the tensor.
     pub fn step(&mut self, gradients: Gradients, lr: f64) -> Result<f64> {
         let checked = self.checked(gradients)?;
         self.step_by(checked, lr)
     }
 
-    /// Looks at gradients and clips them, so that several learners step only where all can.
+    /// Checks and clips gradients, so that several learners step only if all can.
     ///
     /// # Errors
     /// As for [`Learner::step`].
@@ -80,7 +83,7 @@ impl Learner {
         Ok(Checked { gradients, norm })
     }
 
-    /// One AdamW step by gradients that this learner has checked; returns their norm before clipping.
+    /// One AdamW step with checked gradients of this learner; returns their norm before clipping.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -89,8 +92,8 @@ impl Learner {
         Ok(checked.norm)
     }
 
-    /// Steps two learners as one optimizer would that held the parameters of both: the norm over all of them is clipped, to
-    /// what the first allows. Returns each one's norm before clipping.
+    /// Steps two learners as one optimizer would that held the parameters of both: the norm over all of them is
+    /// clipped, to what the first allows. Returns each one's norm before clipping.
     ///
     /// # Errors
     /// As for [`Learner::step`].

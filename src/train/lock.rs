@@ -1,5 +1,7 @@
-//! One process a folder. The lock is the system's (flock), so it ends with its process however that ends; the file's text
-//! only says who has it. Knows no stage.
+//! The lock of an output folder: one process per folder.
+//!
+//! The operating system holds the lock (flock), so it ends with its process however the process ends; the file's text
+//! only names the owner. It does not depend on a stage. Read `session.rs` next.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
@@ -14,8 +16,8 @@ use crate::invalid;
 /// The lock's file in its folder.
 pub const NAME: &str = "run.lock";
 
-/// A folder taken. Dropped, it says that its owner ended in good order, on every way out but a kill. The file stays: deleting
-/// a lock file lets two processes lock two files.
+/// The lock of a folder. Dropping it empties the file, which records a clean shutdown; only a kill leaves the text. The
+/// file stays: deleting a lock file would let two processes lock two files.
 #[derive(Debug)]
 pub struct Lock(File);
 
@@ -25,7 +27,8 @@ impl Drop for Lock {
     }
 }
 
-/// Takes the lock of a folder, for as long as what it returns lives. A lock whose process is gone is taken over and told.
+/// Locks a folder until the returned value is dropped. A lock whose process is gone is taken over, and a notice is
+/// printed.
 ///
 /// # Errors
 /// If another process has it, or the file cannot be written.
@@ -35,13 +38,13 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     let mut file = opened.map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))?;
     let mut text = String::new();
     let locked = file.try_lock();
-    let _ = file.read_to_string(&mut text); // whoever has it, it can only be told worse
+    let _ = file.read_to_string(&mut text); // without it, the message names the owner less well
     let owner: Value = serde_json::from_str(&text).unwrap_or_default();
     let owner = format!(
-        "process {} on {} (begun {} s after 1970)",
+        "process {} on {}, started {}",
         owner["pid"],
         owner["host"].as_str().unwrap_or("this machine"),
-        owner["started"]
+        owner["started"].as_u64().map_or_else(|| "at an unknown time".into(), utc)
     );
     match locked {
         Err(TryLockError::WouldBlock) => {
@@ -51,7 +54,9 @@ pub fn lock(dir: &Path) -> Result<Lock> {
             ));
         }
         Err(TryLockError::Error(e)) => return Err(e).with_context(|| format!("locking {}", path.display())),
-        Ok(()) if !text.is_empty() => eprintln!("{}: its last run, {owner}, ended without a word", dir.display()),
+        Ok(()) if !text.is_empty() => {
+            eprintln!("{}: the previous run ({owner}) did not shut down cleanly; taking over its lock", dir.display())
+        }
         Ok(()) => {}
     }
     let started = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
@@ -66,7 +71,20 @@ fn write(file: &mut File, text: &str) -> std::io::Result<()> {
     file.write_all(text.as_bytes())
 }
 
-/// The machine's name, for people.
+/// Seconds since 1970 as `2026-11-27 07:46 UTC`. Source of the calendar: Howard Hinnant, `civil_from_days`.
+fn utc(seconds: u64) -> String {
+    let (days, minute) = (seconds / 86_400 + 719_468, seconds / 60 % 1440);
+    let (era, day_of_era) = (days / 146_097, days % 146_097);
+    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
+    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
+    let shifted = (5 * day_of_year + 2) / 153; // months from March
+    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
+    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
+    let year = era * 400 + year_of_era + u64::from(month <= 2);
+    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", minute / 60, minute % 60)
+}
+
+/// The machine's name, for messages.
 fn host() -> String {
     let name = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
     let name = name.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_else(|| "an unknown machine".into());
@@ -78,7 +96,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_second_owner_is_refused_with_the_firsts_name_and_a_lock_left_behind_is_taken_over() {
+    fn times_are_formatted_as_utc() {
+        let times = [0, 951_782_399, 951_782_400, 1_795_765_560];
+        let texts = ["1970-01-01 00:00 UTC", "2000-02-28 23:59 UTC", "2000-02-29 00:00 UTC", "2026-11-27 07:46 UTC"];
+        assert_eq!(times.map(utc), texts);
+    }
+
+    #[test]
+    fn a_second_owner_is_refused_with_the_firsts_name_and_a_stale_lock_is_taken_over() {
         let dir = tempfile::tempdir().unwrap();
         let first = lock(dir.path()).unwrap();
         let message = lock(dir.path()).unwrap_err().to_string();
@@ -86,7 +111,7 @@ mod tests {
         let text = || std::fs::read_to_string(dir.path().join(NAME)).unwrap();
         assert!(text().contains("pid"));
         drop(first);
-        assert_eq!(text(), "", "an owner that ends says so, however it ends");
+        assert_eq!(text(), "", "a dropped lock leaves an empty file");
         std::fs::write(dir.path().join(NAME), r#"{"pid": 1}"#).unwrap(); // as if killed
         lock(dir.path()).unwrap();
     }

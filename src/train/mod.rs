@@ -1,4 +1,5 @@
-//! What turns gradients into new weights, and what keeps a run from losing them.
+//! Training shared by all stages: the optimizer, the loop of the supervised stages, and everything that keeps a run
+//! from being lost. Read `supervised.rs` next.
 
 pub mod adamw;
 pub mod checkpoint_manager;
@@ -13,3 +14,4 @@ pub mod settings;
 pub mod snapshot;
 pub mod stop;
 pub mod store;
+pub mod supervised;

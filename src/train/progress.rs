@@ -1,4 +1,6 @@
-//! Where a stage with one learner stands. Knows no loss. Read sft.rs for a loop over it.
+//! The state of a stage with one learner: weights, position in the data, step and token counts.
+//!
+//! It does not depend on a stage. Read `supervised.rs` next.
 
 use anyhow::Result;
 
@@ -8,26 +10,26 @@ use crate::data::examples::batch_sampler::Cursor;
 
 const LEARNER: &str = "learner";
 
-/// Everything that a step changes.
+/// The state that a step changes.
 #[derive(Debug)]
 pub struct Progress {
     /// The weights under training and their optimizer.
     pub learner: Learner,
-    /// The next step's data.
+    /// Position of the next step in the data.
     pub cursor: Cursor,
-    /// Steps that are over.
+    /// Finished steps.
     pub step: usize,
-    /// Tokens that went through the network in them.
+    /// Tokens trained on in the finished steps.
     pub tokens: usize,
 }
 
 impl Progress {
-    /// Before the first step.
+    /// The state before the first step.
     pub fn new(learner: Learner) -> Self {
         Self { learner, cursor: Cursor::default(), step: 0, tokens: 0 }
     }
 
-    /// A copy of everything.
+    /// A copy of the state.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -40,10 +42,10 @@ impl Progress {
         Ok(snapshot)
     }
 
-    /// Goes back to one.
+    /// Restores a snapshot.
     ///
     /// # Errors
-    /// If it is of another shape.
+    /// If the snapshot is of another shape.
     pub fn load(&mut self, from: &Snapshot) -> Result<()> {
         from.restore_learner(LEARNER, &mut self.learner)?;
         (self.cursor, self.step, self.tokens) = (from.get("cursor")?, from.get("step")?, from.get("tokens")?);

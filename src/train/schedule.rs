@@ -1,27 +1,28 @@
-//! Learning rates over a run: transformers' `linear`, `cosine` and `constant_with_warmup`. Knows no optimizer; who
-//! steps asks for the rate of the step at hand. Read adamw.rs next.
+//! Learning-rate schedules: transformers' `linear`, `cosine` and `constant_with_warmup`.
+//!
+//! It does not depend on an optimizer. Read `adamw.rs` next.
 
 use std::f64::consts::PI;
 
-/// What the rate does after the warm-up.
+/// The course of the learning rate after the warm-up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Decay {
-    /// Straight to zero at the last step.
+    /// Linear decay to zero at the last step.
     Linear,
-    /// Half a cosine to zero at the last step.
+    /// Half a cosine, decaying to zero at the last step.
     Cosine,
-    /// None.
+    /// No decay.
     Constant,
 }
 
 /// A warm-up from zero, then a decay.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Schedule {
-    /// The rate at the top.
+    /// Peak learning rate.
     pub lr: f64,
-    /// Steps on which the rate climbs: step s of them uses `lr * s / warmup_steps`, so the very first uses 0.
+    /// Steps of the warm-up: step s of them uses `lr * s / warmup_steps`, so the very first uses 0.
     pub warmup_steps: usize,
-    /// What follows.
+    /// The decay after the warm-up.
     pub decay: Decay,
 }
 

@@ -1,5 +1,7 @@
-//! What a stage runs in: where its figures go, who keeps its state, and who judges its steps. A stage asks for three
-//! things: what to go on from, a checkpoint between two steps, and a verdict on each. Knows no stage.
+//! A session: the environment that a stage runs in, with its report, its checkpoints and its guard.
+//!
+//! A stage asks for three things: the state to resume from, a checkpoint between two steps, and a verdict on each step.
+//! It does not depend on a stage. Read `guard.rs` and `checkpoint_manager.rs` next.
 
 use anyhow::{Error, Result};
 use serde::Serialize;
@@ -17,45 +19,45 @@ use crate::train::checkpoint_manager::CheckpointManager;
 
 const FINDINGS: &str = "findings";
 
-/// One run of one stage.
+/// The session of one run of one stage.
 pub struct Session {
-    /// Where figures go.
+    /// Where metrics and notices are written.
     pub report: Report,
     guard: Guard,
     keeper: Option<CheckpointManager>,
     resumed: Option<Snapshot>,
-    /// What was found out once, before the first step.
+    /// Results computed once, before the first step.
     findings: Snapshot,
 }
 
 impl Session {
-    /// Figures only: no checkpoints, and a step that diverges is judged by the default `[guard]`.
+    /// A session without checkpoints, with the default `[guard]`.
     pub fn new(report: Report) -> Self {
         Self { report, guard: Guard::default(), keeper: None, resumed: None, findings: Snapshot::default() }
     }
 
-    /// Tells nobody and keeps nothing.
+    /// A session that reports nothing and saves nothing.
     pub fn silent() -> Self {
         Self::new(Report::silent())
     }
 
-    /// With a guard of its own.
+    /// Replaces the guard.
     pub fn guarded(mut self, guard: Guard) -> Self {
         self.guard = guard;
         self
     }
 
-    /// With checkpoints, going on from `resumed`.
+    /// Adds checkpoints, and resumes from `resumed`.
     pub fn kept(mut self, keeper: CheckpointManager, resumed: Option<Snapshot>) -> Self {
         self.findings = resumed.as_ref().and_then(|snapshot| snapshot.all(FINDINGS)).unwrap_or_default();
         (self.keeper, self.resumed) = (Some(keeper), resumed);
         self
     }
 
-    /// What `find` finds, found once in a run however often that is resumed.
+    /// The result of `find`, computed once per run however often the run is resumed.
     ///
     /// # Errors
-    /// Those of `find`; if what a checkpoint holds under that name is something else.
+    /// Those of `find`; if the checkpoint holds something else under that name.
     pub fn once<T: Serialize + DeserializeOwned>(
         &mut self,
         name: &str,
@@ -69,18 +71,18 @@ impl Session {
         Ok(found)
     }
 
-    /// What the run goes on from; once, at the start of a stage's loop.
+    /// The state that the run resumes from. Called once, at the start of a stage's loop.
     ///
     /// # Errors
-    /// If it lacks what every checkpoint has.
+    /// If the checkpoint lacks the guard's state.
     pub fn resumed(&mut self) -> Result<Option<Snapshot>> {
         let resumed = self.resumed.take();
         resumed.iter().try_for_each(|snapshot| self.guard.load(snapshot))?;
         Ok(resumed)
     }
 
-    /// Has the guard know what the learners start as; once, before a stage's loop. Memory that opening files has freed is
-    /// given back.
+    /// Gives the guard the learners' first weights. Called once, before a stage's loop. Memory freed after opening
+    /// files is returned to the system.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -89,17 +91,17 @@ impl Session {
         self.guard.watch(learners)
     }
 
-    /// Between two steps, after `step` of them: writes a checkpoint where one is due, and where the process was asked to
-    /// stop, writes one and ends the stage. A checkpoint that fails while nobody asked to stop is told and forgotten.
+    /// Called between two steps, after `step` of them: writes a checkpoint if one is due; if the process was asked to
+    /// stop, writes one and ends the stage. A checkpoint that cannot be written is reported, and training continues.
     ///
     /// # Errors
-    /// [`Interrupted`]; whatever `state` returns; a base that was changed under the run.
+    /// [`Interrupted`]; the errors of `state`; a base that was changed during the run.
     pub fn checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
         let due = self.keeper.as_ref().is_some_and(|keeper| keeper.is_due(step));
         self.keep(step, due, state)
     }
 
-    /// After the last step, where something outside can still fail: the same, due or not.
+    /// Called after the last step, where something outside can still fail: the same, due or not.
     ///
     /// # Errors
     /// As for [`Session::checkpoint`].
@@ -146,8 +148,8 @@ impl Session {
         }
     }
 
-    /// For an error that ends the run although its state is whole, as when a reward source is dead: keeps the state, and says
-    /// in the error how the run is gone on with.
+    /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and
+    /// adds the command that resumes the run to the error.
     pub fn failed(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
         let Some(keeper) = &mut self.keeper else { return error };
         self.report.done();
@@ -163,15 +165,16 @@ impl Session {
         error.context(format!("stopped after {step} steps; {kept}. To go on:\n  {}\nThe reason", keeper.command))
     }
 
-    /// What the learning rate is multiplied by for the next step.
+    /// The factor of the learning rate for the next step.
     pub fn lr_factor(&self) -> f64 {
         self.guard.factor()
     }
 
-    /// A step's outcome: what it gave, or `None` where it was skipped, which is told and written into the metrics.
+    /// The value of a step's outcome, or `None` if the step was skipped, which is reported and written into the
+    /// metrics.
     ///
     /// # Errors
-    /// An outcome that is no divergence, and the guard's diagnosis.
+    /// Errors other than divergence, and the guard's diagnosis.
     pub fn judge<T>(
         &mut self,
         step: usize,
@@ -197,7 +200,7 @@ impl Session {
         Ok(None)
     }
 
-    /// Is a rollout within the guard's limits?
+    /// Checks a rollout against the guard's limits.
     ///
     /// # Errors
     /// As for [`Guard::check_rollout`].

@@ -1,15 +1,11 @@
-//! From a config's optimisation keys to an optimizer, a schedule and a checkpoint choice. Knows no stage's loop.
+//! From optimisation keys to AdamW's settings, a schedule and a batch sampler; and the streams of the seed.
+//!
+//! It does not depend on a stage, a model or the planner. Read `supervised.rs` next.
 
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
-use crate::config;
-use crate::config::LrScheduler;
-use crate::data::examples::batch_sampler::BatchSize;
-use crate::data::examples::{Example, Examples};
-use crate::model::adapter::Adapter;
-use crate::model::base::Base;
-use crate::model::block::Recompute;
-use crate::planner::plan;
+use crate::config::{LrScheduler, Optimisation, SupervisedKeys};
+use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
 
 /// Streams of the seed: every random choice of a run has its own.
 pub const INIT: u64 = 1;
@@ -33,77 +29,36 @@ pub const CRITIC_INIT: u64 = 9;
 pub const PTX_ORDER: u64 = 10;
 /// The order of DPO's comparisons.
 pub const DPO_ORDER: u64 = 21;
-/// The order of KTO's answers.
+/// The order of KTO's responses.
 pub const KTO_ORDER: u64 = 22;
 
-macro_rules! adamw {
-    ($config:expr) => {
-        AdamWConfig {
-            beta1: $config.adam_beta1,
-            beta2: $config.adam_beta2,
-            eps: $config.adam_epsilon,
-            weight_decay: $config.weight_decay,
-        }
-    };
+/// AdamW's settings.
+pub fn adamw(keys: &Optimisation) -> AdamWConfig {
+    AdamWConfig {
+        beta1: keys.adam_beta1,
+        beta2: keys.adam_beta2,
+        eps: keys.adam_epsilon,
+        weight_decay: keys.weight_decay,
+    }
 }
 
-/// `[sft]`'s optimizer keys.
-pub fn adamw_of_sft(config: &config::Sft) -> AdamWConfig {
-    adamw!(config)
-}
-
-/// `[reward]`'s.
-pub fn adamw_of_reward(config: &config::Reward) -> AdamWConfig {
-    adamw!(config)
-}
-
-/// `[dpo]`'s.
-pub fn adamw_of_dpo(config: &config::Dpo) -> AdamWConfig {
-    adamw!(config)
-}
-
-/// `[kto]`'s.
-pub fn adamw_of_kto(config: &config::Kto) -> AdamWConfig {
-    adamw!(config)
-}
-
-/// `[ppo]`'s, for actor and critic alike.
-pub fn adamw_of_ppo(config: &config::Ppo) -> AdamWConfig {
-    adamw!(config)
-}
-
-/// The course of a learning rate.
-pub fn schedule(lr: f64, warmup_steps: usize, kind: LrScheduler) -> Schedule {
-    let decay = match kind {
+/// The course of a learning rate with the peak `lr`.
+pub fn schedule(keys: &Optimisation, lr: f64) -> Schedule {
+    let decay = match keys.lr_scheduler_type {
         LrScheduler::Linear => Decay::Linear,
         LrScheduler::Cosine => Decay::Cosine,
         LrScheduler::Constant => Decay::Constant,
     };
-    Schedule { lr, warmup_steps, decay }
+    Schedule { lr, warmup_steps: keys.warmup_steps, decay }
 }
 
-/// The cut of a batch: by tokens where a budget is given.
-pub fn batch_size(examples: usize, max_tokens: Option<usize>) -> BatchSize {
-    max_tokens.map_or(BatchSize::Examples(examples), BatchSize::Tokens)
+/// The size of a micro-batch: by tokens where the section has a budget.
+pub fn batch_size(keys: &SupervisedKeys) -> BatchSize {
+    keys.max_tokens_per_batch.map_or(BatchSize::Examples(keys.per_device_train_batch_size), BatchSize::Tokens)
 }
 
-/// Tokens that a batch of these examples has at most.
-pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> + ?Sized)) -> usize {
-    let longest = (0..examples.len()).map(|i| examples.tokens(i)).max().unwrap_or(0);
-    match batch {
-        BatchSize::Examples(count) => longest * count,
-        BatchSize::Tokens(most) => longest.max(most),
-    }
-}
-
-/// What blocks keep: as asked, or as the planner finds it for a pass of `tokens` tokens, those of the largest micro-batch,
-/// in what the machine has free. A stage that is run from a config has asked it before, of the whole run, and asks here
-/// for what it was told. All choices give the same bits.
-pub fn checkpoint(asked: config::RecomputeSetting, base: &Base, start: &Adapter, tokens: usize) -> Recompute {
-    match asked {
-        config::RecomputeSetting::None => Recompute::Off,
-        config::RecomputeSetting::Mlp => Recompute::Mlp,
-        config::RecomputeSetting::Block => Recompute::Block,
-        config::RecomputeSetting::Auto => plan::of_pass(base, start, tokens),
-    }
+/// The order in which a supervised stage reads its examples.
+pub fn sampler(keys: &SupervisedKeys, seed: u64, stream: u64) -> BatchSampler {
+    let (batch, accumulate) = (batch_size(keys), keys.gradient_accumulation_steps);
+    BatchSampler { seed, stream, batch, accumulate, shard: Default::default() }
 }

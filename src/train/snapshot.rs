@@ -1,5 +1,7 @@
-//! All that changes in a run, copied at one moment: arrays by name, and small things as JSON. A checkpoint is one on disk
-//! (store.rs), the guard keeps one in memory. Knows no stage: each puts in and takes out what it has.
+//! A snapshot: everything that changes in a run, copied at one moment, as arrays by name and small values as JSON.
+//!
+//! A checkpoint is a snapshot on disk (`store.rs`); the guard keeps one in memory. It does not depend on a stage: each
+//! stage puts in and takes out its own state.
 
 use std::collections::BTreeMap;
 use std::io::Write;
@@ -16,7 +18,8 @@ use super::learner::Learner;
 use crate::model::adapter::Adapter;
 use crate::ops::cpu;
 
-/// What a run needs to go on as if it had not stopped. Tensors share their storage with the run's until that steps.
+/// The state that a run needs to resume as if it had not stopped. Tensors share their storage with the run's until it
+/// steps.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
     facts: Map<String, Value>,
@@ -24,24 +27,24 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Puts in something small. A float that is no number is read back as `None` of an `Option`, and as nothing else.
+    /// Puts in a small value. A NaN or infinite float is read back as `None` of an `Option`, and not as another type.
     ///
     /// # Errors
-    /// If it has no form in JSON.
+    /// If the value has no form in JSON.
     pub fn put(&mut self, name: &str, value: &impl Serialize) -> Result<()> {
         self.facts.insert(name.into(), serde_json::to_value(value).with_context(|| format!("keeping {name}"))?);
         Ok(())
     }
 
-    /// Was anything small put in under that name?
+    /// Whether a small value was put in under that name.
     pub fn has(&self, name: &str) -> bool {
         self.facts.contains_key(name)
     }
 
-    /// What was put in under that name.
+    /// The small value under that name.
     ///
     /// # Errors
-    /// If nothing was, or something else.
+    /// If there is none, or it has another type.
     pub fn get<T: DeserializeOwned>(&self, name: &str) -> Result<T> {
         let value = self.facts.get(name).with_context(|| format!("there is no {name} in the checkpoint"))?;
         T::deserialize(value).with_context(|| format!("{name} in the checkpoint"))
@@ -55,7 +58,7 @@ impl Snapshot {
         self.put_learner_at(name, learner, learner.weights().parameters()?)
     }
 
-    /// The same with other weights of its, those before a step for one.
+    /// The same with other weights of the learner, for example those before a step.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -72,10 +75,10 @@ impl Snapshot {
         Ok(())
     }
 
-    /// Brings a learner of the same shape to where it was.
+    /// Restores a learner of the same shape.
     ///
     /// # Errors
-    /// If something is missing or does not fit; the learner is then as it was.
+    /// If something is missing or does not fit; the learner is then unchanged.
     pub fn restore_learner(&self, name: &str, learner: &mut Learner) -> Result<()> {
         let names = learner.weights().names();
         let parameters = self.parameters(name, &names)?;
@@ -89,7 +92,7 @@ impl Snapshot {
         learner.restore(parameters, AdamWState { step: self.get(&format!("{name}.step"))?, moments })
     }
 
-    /// Puts in a frozen adapter's numbers.
+    /// Puts in the weights of a frozen adapter.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -99,7 +102,7 @@ impl Snapshot {
         Ok(())
     }
 
-    /// The adapter that was put in under that name; everything but its numbers is that of `like`.
+    /// The adapter under that name; everything but its weights is that of `like`.
     ///
     /// # Errors
     /// If something is missing or does not fit.
@@ -109,7 +112,7 @@ impl Snapshot {
         Ok(weights.snapshot())
     }
 
-    /// Puts in many numbers in rows of any length.
+    /// Puts in rows of any length.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -312,7 +315,7 @@ mod tests {
     }
 
     #[test]
-    fn every_double_and_every_text_comes_back_as_it_was() {
+    fn every_double_and_every_text_is_read_back_equal() {
         let mut snapshot = Snapshot::default();
         let values: Vec<f64> = (1..2000).map(|i| (f64::from(i) * 0.737).sin() * 10f64.powi(i % 60 - 30)).collect();
         snapshot.put("values", &values).unwrap();

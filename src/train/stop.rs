@@ -1,5 +1,6 @@
-//! "Please stop": SIGINT and SIGTERM as a flag that loops look at between two micro-batches. The process has one set of
-//! signals, so there is one flag. Knows no loop.
+//! Requests to stop: SIGINT and SIGTERM set a flag that the training loops read between two micro-batches.
+//!
+//! A process has one set of signals, so there is one flag. It does not depend on a stage.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
@@ -8,14 +9,14 @@ use anyhow::{Context, Result};
 
 static REQUESTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
-/// The exit code of a run that was stopped: a shell's for SIGINT.
+/// The exit code of a run that was stopped, as a shell reports SIGINT.
 pub const EXIT_CODE: i32 = 130;
 
-/// From now on the first SIGINT or SIGTERM sets the flag, and a second one ends the process at once. A write beyond the
-/// file size limit fails like one to a full disk, where the system's default is to kill the process.
+/// Installs the handlers: the first SIGINT or SIGTERM sets the flag, and a second one ends the process at once. A write
+/// beyond the file size limit then fails like a write to a full disk, instead of killing the process.
 ///
 /// # Errors
-/// If the system refuses to have the signals handled.
+/// If the system refuses the handlers.
 pub fn listen() -> Result<()> {
     #[cfg(unix)]
     {
@@ -31,7 +32,7 @@ pub fn listen() -> Result<()> {
     Ok(())
 }
 
-/// Has the process been asked to stop?
+/// Whether the process has been asked to stop.
 pub fn requested() -> bool {
     REQUESTED.load(Ordering::Relaxed)
 }

@@ -1,9 +1,9 @@
-//! Checkpoints on disk: a directory each, whole or not there. Knows no stage and not what a snapshot holds. Read
-//! session.rs for when one is written.
+//! Checkpoints on disk: one directory each, complete or ignored.
 //!
-//! A checkpoint is written under a name that no reader takes, every file is synced, the directory gets its name by a
-//! rename, and the parent is synced: at any moment of a crash the former checkpoints stand and the new one is either whole
-//! or ignored. manifest.json holds size and SHA-256 of the other files.
+//! A checkpoint is written under a temporary name, every file is synced, the directory is renamed, and its parent is
+//! synced: at any moment of a crash the earlier checkpoints stand and the new one is either complete or ignored.
+//! manifest.json holds the size and the SHA-256 of the other files. It does not depend on a stage. Read `session.rs`
+//! next.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -22,7 +22,7 @@ const MANIFEST: &str = "manifest.json";
 const FACTS: &str = "state.json";
 const ARRAYS: &str = "state.safetensors";
 const UNFINISHED: &str = ".unfinished";
-/// Of the layout; a reader takes no other.
+/// Version of the layout; a reader refuses others.
 const FORMAT: u32 = 1;
 
 /// One file of a checkpoint.
@@ -32,27 +32,27 @@ struct FileEntry {
     sha256: String,
 }
 
-/// What manifest.json says.
+/// The contents of manifest.json.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Manifest {
     format: u32,
-    /// Optimizer steps that were over.
+    /// Optimizer steps that were finished.
     pub step: usize,
-    /// How far the run's files went.
+    /// Lengths of the run's files at that step.
     pub positions: Positions,
-    /// What the run was made of.
+    /// Fingerprint of the run.
     pub origin: RunFingerprint,
     files: BTreeMap<String, FileEntry>,
 }
 
-/// A checkpoint that was read.
+/// A checkpoint read from disk.
 #[derive(Debug)]
 pub struct Found {
     /// Its directory.
     pub path: PathBuf,
-    /// What it says of itself.
+    /// Its manifest.
     pub manifest: Manifest,
-    /// What it holds.
+    /// Its state.
     pub snapshot: Snapshot,
 }
 
@@ -63,15 +63,15 @@ pub struct Store {
 }
 
 impl Store {
-    /// In `dir`, which may not exist yet.
+    /// The checkpoints in `dir`, which may not exist yet.
     pub fn at(dir: impl Into<PathBuf>) -> Self {
         Self { dir: dir.into() }
     }
 
-    /// Writes a checkpoint and returns its directory. What failed half-way leaves nothing that a reader takes.
+    /// Writes a checkpoint and returns its directory. A failed write leaves nothing that a reader accepts.
     ///
     /// # Errors
-    /// If the disk refuses.
+    /// If the disk is full or cannot be written.
     pub fn write(
         &self,
         step: usize,
@@ -100,7 +100,7 @@ impl Store {
         match written {
             Ok(()) => Ok(target),
             Err(error) => {
-                // The space is needed; the error that is told is the first one.
+                // The space is needed; the first error is the one reported.
                 let _ = fs::remove_dir_all(&unfinished);
                 Err(error).with_context(|| format!("writing {}", target.display()))
             }
@@ -116,7 +116,7 @@ impl Store {
         all.iter().take(all.len().saturating_sub(limit)).try_for_each(|(_, path)| remove(path))
     }
 
-    /// Deletes every checkpoint, whole or not, and nothing else.
+    /// Deletes every checkpoint, complete or not, and nothing else.
     ///
     /// # Errors
     /// If a directory cannot be read or deleted.
@@ -124,7 +124,7 @@ impl Store {
         self.checkpoints()?.iter().try_for_each(|(_, path)| remove(path))
     }
 
-    /// Deletes the checkpoints that are newer than `path`, whole or not: a run that goes on from `path` leaves them behind.
+    /// Deletes the checkpoints newer than `path`, complete or not: a run resumed from `path` replaces them.
     ///
     /// # Errors
     /// If a directory cannot be read or deleted.
@@ -134,7 +134,7 @@ impl Store {
         newer.into_iter().try_for_each(|(_, path)| remove(path))
     }
 
-    /// The newest checkpoint whose manifest holds, and why each newer one was passed over.
+    /// The newest checkpoint that is intact, and why each newer one was skipped.
     ///
     /// # Errors
     /// If the directory cannot be read.
@@ -149,7 +149,7 @@ impl Store {
         Ok((None, passed))
     }
 
-    /// Is there any checkpoint, whole or not?
+    /// Whether there is no checkpoint, complete or not.
     pub fn is_empty(&self) -> bool {
         self.checkpoints().is_ok_and(|all| all.is_empty())
     }
@@ -182,17 +182,17 @@ impl Store {
 /// Reads one checkpoint.
 ///
 /// # Errors
-/// If a file is missing or is not the one that the manifest tells of.
+/// If a file is missing or differs from the manifest's.
 pub fn read(path: &Path) -> Result<Found> {
     let manifest = fs::read(path.join(MANIFEST)).with_context(|| format!("{MANIFEST} cannot be read"))?;
     let manifest: Manifest = serde_json::from_slice(&manifest).with_context(|| format!("{MANIFEST} is damaged"))?;
-    ensure!(manifest.format == FORMAT, "its layout is number {}, this program reads {FORMAT}", manifest.format);
+    ensure!(manifest.format == FORMAT, "its layout is version {}, this program reads {FORMAT}", manifest.format);
     let file = |name: &str| -> Result<Vec<u8>> {
-        let expected = manifest.files.get(name).with_context(|| format!("{MANIFEST} tells of no {name}"))?;
+        let expected = manifest.files.get(name).with_context(|| format!("{MANIFEST} does not list {name}"))?;
         let size = fs::metadata(path.join(name)).with_context(|| format!("{name} cannot be read"))?.len();
         ensure!(size == expected.bytes, "{name} has {size} bytes, {MANIFEST} says {}", expected.bytes);
         let bytes = fs::read(path.join(name)).with_context(|| format!("{name} cannot be read"))?;
-        ensure!(entry(&bytes) == *expected, "{name} is not the file that {MANIFEST} tells of (SHA-256)");
+        ensure!(entry(&bytes) == *expected, "{name} is not the file that {MANIFEST} lists (SHA-256)");
         Ok(bytes)
     };
     let snapshot = Snapshot::from_bytes(&file(FACTS)?, &file(ARRAYS)?)?;
@@ -218,7 +218,7 @@ fn remove(path: &Path) -> Result<()> {
     }
 }
 
-/// A file under way: its digest is taken of what is handed to it, not of what the disk gives back.
+/// A file being written: its digest is computed from the bytes passed in, not from the bytes read back.
 struct Digested {
     file: BufWriter<File>,
     digest: Sha256,
@@ -238,7 +238,7 @@ impl Write for Digested {
     }
 }
 
-/// Writes a new file as `content` does, and has it reach the disk.
+/// Writes a new file with `content` and syncs it.
 fn write_synced(path: &Path, content: impl FnOnce(&mut Digested) -> Result<()>) -> Result<FileEntry> {
     let file = BufWriter::new(File::create_new(path)?);
     let mut to = Digested { file, digest: Sha256::new(), bytes: 0 };
@@ -248,7 +248,7 @@ fn write_synced(path: &Path, content: impl FnOnce(&mut Digested) -> Result<()>) 
     Ok(FileEntry { bytes: to.bytes, sha256: format!("{:x}", to.digest.finalize()) })
 }
 
-/// Makes names in a directory last. Where directories cannot be opened as files, the system sees to it.
+/// Syncs the names in a directory. Where directories cannot be opened as files, the system does so.
 fn sync_dir(path: &Path) -> Result<()> {
     if cfg!(unix) {
         File::open(path)?.sync_all()?;
@@ -278,7 +278,7 @@ mod tests {
     }
 
     #[test]
-    fn the_newest_is_by_number_and_the_oldest_go_first() {
+    fn the_newest_is_chosen_by_number_and_the_oldest_are_deleted_first() {
         let (_dir, store) = store();
         assert_eq!(newest(&store).0, None);
         for step in [2, 9, 10] {
@@ -293,9 +293,9 @@ mod tests {
         assert_eq!(newest(&store).0, Some(9));
     }
 
-    /// What a crash, a full disk or a tired disk can leave: the reader falls back, and says why.
+    /// Damage by a crash, a full disk or a failing disk: the reader falls back, and reports why.
     #[test]
-    fn every_damage_is_noticed_and_the_checkpoint_before_is_taken() {
+    fn every_damage_is_noticed_and_the_previous_checkpoint_is_read() {
         type Damage = (&'static str, fn(&Path));
         let damages: [Damage; 6] = [
             ("manifest.json cannot be read", |p| fs::remove_file(p.join(MANIFEST)).unwrap()),
@@ -323,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn a_directory_that_was_never_finished_is_no_checkpoint_and_is_no_obstacle() {
+    fn an_unfinished_directory_is_ignored_and_can_be_written_again() {
         let (_dir, store) = store();
         fs::create_dir_all(store.dir.join("checkpoint-5.unfinished")).unwrap();
         fs::write(store.dir.join("checkpoint-5.unfinished/state.json"), "{").unwrap();

@@ -1,10 +1,10 @@
-//! Files of every format -> records, and what is said of bad ones.
+//! Files of every format -> records, and the messages about bad files and records.
 
 use super::*;
 
 #[test]
 fn every_format_is_detected_and_read() {
-    let ranked = |prompt, answers: &[Text]| Record::Ranked { prompt, answers: answers.to_vec() };
+    let ranked = |prompt, responses: &[Text]| Record::Ranked { prompt, responses: responses.to_vec() };
     let user = || turns(&[("user", "q")]);
     let (good, bad) = (turns(&[("assistant", "good")]), turns(&[("assistant", "bad")]));
     let q = json!([{"role": "user", "content": "q"}]);
@@ -33,7 +33,7 @@ fn every_format_is_detected_and_read() {
             json!({"prompt": "q", "chosen": [says("good")], "rejected": "bad"}),
             ranked(user(), &[good.clone(), bad.clone()]),
         ),
-        // No prompt column: what both share.
+        // No prompt column: the prompt is the common beginning.
         (
             json!({"chosen": "Sky: blue", "rejected": "Sky: bluish"}),
             ranked(text("Sky:"), &[text(" blue"), text(" bluish")]),
@@ -130,7 +130,7 @@ fn arrays_lines_gzip_text_and_folders_give_the_same_records() {
 }
 
 #[test]
-fn bad_records_are_named_with_file_line_column_and_what_was_expected() {
+fn errors_about_bad_records_name_file_line_column_and_the_expected_value() {
     let good = json!({"prompt": "q", "chosen": "a", "rejected": "b"});
     for (object, expected) in [
         (
@@ -145,13 +145,13 @@ fn bad_records_are_named_with_file_line_column_and_what_was_expected() {
             json!({"prompt": "q", "chosen": null, "rejected": "b"}),
             "column \"chosen\": expected a string or a list of messages, found null",
         ),
-        (json!({"prompt": "q", "chosen": " ", "rejected": "b"}), "column \"chosen\": the answer is empty"),
-        (json!({"prompt": "q", "chosen": "a", "rejected": "a"}), "the chosen and the rejected answer are identical"),
+        (json!({"prompt": "q", "chosen": " ", "rejected": "b"}), "column \"chosen\": the response is empty"),
+        (json!({"prompt": "q", "chosen": "a", "rejected": "a"}), "the chosen and the rejected response are identical"),
         (json!({"prompt": "", "chosen": "a", "rejected": "b"}), "the prompt is empty"),
         (json!({"prompt": [], "chosen": "a", "rejected": "b"}), "column \"prompt\": the list of messages is empty"),
         (
             json!({"chosen": "a", "rejected": "b"}),
-            "column \"prompt\" is missing, and \"chosen\" and \"rejected\" share no beginning",
+            "column \"prompt\" is missing, and \"chosen\" and \"rejected\" have no common beginning",
         ),
         (json!({"chosen": "a", "rejected": "a"}), "identical"),
         (
@@ -172,7 +172,7 @@ fn bad_records_are_named_with_file_line_column_and_what_was_expected() {
         ),
         (
             json!({"prompt": "q", "chosen": [{"role": "user", "content": "a"}], "rejected": "b"}),
-            "column \"chosen\": the answer must begin and end with an assistant turn",
+            "column \"chosen\": the response must begin and end with an assistant turn",
         ),
         (json!(["q", "a", "b"]), "expected a JSON object with columns, found a list"),
     ] {
@@ -194,11 +194,11 @@ fn bad_records_are_named_with_file_line_column_and_what_was_expected() {
             json!({"prompt": "q", "completion": "a", "label": 1}),
             "column \"label\": expected true or false, found a number",
         ),
-        (json!({"prompt": "q", "responses": ["a"]}), "1 answer is no comparison"),
-        (json!({"prompt": "q", "responses": ["a", "b", "a"]}), "answers 1 and 3 of the ranking are identical"),
+        (json!({"prompt": "q", "responses": ["a"]}), "1 response cannot be compared"),
+        (json!({"prompt": "q", "responses": ["a", "b", "a"]}), "responses 1 and 3 of the ranking are identical"),
         (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1]}), "1 scores for 2 responses"),
-        (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1.0]}), "answers 1 and 2 have the same score"),
-        (json!({"instruction": "q", "output": "a", "history": [["u"]]}), "round 1 is no [user, assistant] pair"),
+        (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1.0]}), "responses 1 and 2 have the same score"),
+        (json!({"instruction": "q", "output": "a", "history": [["u"]]}), "round 1 is not a [user, assistant] pair"),
         (
             json!({"conversations": [{"from": "human", "value": "q"}, {"from": "system", "value": "s"}]}),
             "a system turn must be the first",
@@ -213,7 +213,7 @@ fn bad_records_are_named_with_file_line_column_and_what_was_expected() {
 }
 
 #[test]
-fn bad_files_are_named() {
+fn errors_about_bad_files_name_the_file_and_the_fault() {
     let utf8 = fault("x.jsonl", b"{\"text\": \"a\"}\n{\"text\": \"\xff\"}\n");
     assert_eq!(utf8, "x.jsonl, line 2: is not UTF-8 from byte 11 of the line on");
     assert!(fault("x.json", b"[{\"text\": \"\xff\"}]").contains("is not a JSON array: invalid unicode"));
@@ -255,7 +255,7 @@ fn skip_drops_bad_records_and_counts_them() {
 }
 
 #[test]
-fn the_format_key_overrules_detection() {
+fn the_format_key_takes_precedence_over_detection() {
     let (_folder, mut data) = config(&[("x.jsonl", br#"{"prompt": "q", "chosen": "a", "rejected": "b"}"#)]);
     data.format = Format::PromptOnly;
     assert_eq!(data::load(&data).unwrap().entries[0].record, Record::PromptOnly(text("q")));
@@ -265,7 +265,7 @@ fn the_format_key_overrules_detection() {
 }
 
 #[test]
-fn a_damaged_file_is_read_or_refused_never_a_panic() {
+fn a_damaged_file_is_read_or_refused_without_a_panic() {
     let good = json!([
         {"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " né", "rejected": " bad"},
         {"prompt": [{"role": "user", "content": "q"}], "responses": ["a", "b"], "scores": [1, 2.5]},
@@ -298,11 +298,11 @@ fn a_damaged_file_is_read_or_refused_never_a_panic() {
             }
         }
     }
-    assert!(refused > 300, "the damage is felt: {refused} of 1200 refused");
+    assert!(refused > 300, "{refused} of 1200 damaged files were refused");
 }
 
 #[test]
-fn files_of_the_demo_sets_shapes_load_in_every_phase_they_fit() {
+fn files_shaped_like_the_demo_data_load_for_every_objective_they_fit() {
     let turn = |from: &str, value: &str| json!({"from": from, "value": value});
     let pairs = json!([
         {"conversations": [turn("human", "q")], "chosen": turn("gpt", "a"), "rejected": turn("gpt", "b")},
@@ -313,17 +313,17 @@ fn files_of_the_demo_sets_shapes_load_in_every_phase_they_fit() {
         {"instruction": "i", "input": "", "output": "o"}, {"instruction": "i", "input": "n", "output": "o"},
         {"instruction": "问", "input": "", "output": "答"},
     ]);
-    let judged = json!([
+    let unpaired = json!([
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "label": true},
         {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "b"}], "label": false},
         {"messages": [{"role": "user", "content": "r"}, {"role": "assistant", "content": "c"}], "label": true},
     ]);
     let wiki = " = Heading = \n \n A line of text . \n Another . \n";
-    // (records, sequences of SFT, rankings, prompts); None = the records do not fit that phase.
+    // (records, SFT examples, rankings, prompts); None = the records do not fit that objective.
     for (name, content, expected) in [
         ("pairs.json", pairs.to_string(), (2, Some(2), Some(2), Some(2))),
         ("alpaca.json", alpaca.to_string(), (3, Some(3), None, Some(3))),
-        ("judged.json", judged.to_string(), (3, Some(2), None, Some(3))),
+        ("unpaired.json", unpaired.to_string(), (3, Some(2), None, Some(3))),
         ("wiki.txt", wiki.to_owned(), (3, Some(3), None, None)),
     ] {
         let entries = load(name, content.as_bytes()).unwrap().entries;

@@ -1,5 +1,7 @@
-//! Every format is read and every bad record is named (formats.rs), and the masks cover the assistant's text and nothing
-//! else (sequences.rs). The tokenizer is a toy: a token a byte, so that token ids can be read back as text.
+//! Every format is read and every bad record is reported (formats.rs), and the loss masks cover exactly the assistant's
+//! text (sequences.rs).
+//!
+//! The test tokenizer has one token per byte, so that token ids can be decoded to text.
 
 mod formats;
 mod sequences;
@@ -17,7 +19,7 @@ use fourfold::data::{Dataset, Message, Record, Text};
 use fourfold::error::exit_code;
 use serde_json::{Value, json};
 
-/// A token a byte; `<e>` is the end token 256; 257 opens a text that no chat template rendered.
+/// One token per byte; `<e>` is the end token 256; token 257 begins a text that no chat template rendered.
 #[derive(Default)]
 struct Bytes {
     has_chat: bool,
@@ -80,10 +82,10 @@ fn decode<'t>(tokens: impl IntoIterator<Item = &'t u32>) -> String {
     String::from_utf8(bytes).unwrap()
 }
 
-/// What the loss learns, as text.
-fn learnt(example: &SftExample) -> String {
+/// The tokens with a loss, as text.
+fn trained_text(example: &SftExample) -> String {
     assert_eq!(example.tokens.len(), example.loss_mask.len());
-    decode(example.tokens.iter().zip(&example.loss_mask).filter(|(_, learnt)| **learnt).map(|(token, _)| token))
+    decode(example.tokens.iter().zip(&example.loss_mask).filter(|(_, mask)| **mask).map(|(token, _)| token))
 }
 
 fn config(files: &[(&str, &[u8])]) -> (tempfile::TempDir, Data) {
@@ -117,7 +119,7 @@ fn dataset(objects: Value) -> Dataset {
     load("x.json", objects.to_string().as_bytes()).unwrap()
 }
 
-/// The message about a bad file without its folder; it must be the user's fault.
+/// The message about a bad file, without its folder; the exit code must be that of invalid input.
 #[track_caller]
 fn fault(name: &str, content: &[u8]) -> String {
     let error = load(name, content).expect_err("a fault");

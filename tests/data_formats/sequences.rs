@@ -1,8 +1,8 @@
-//! Records -> the token sequences of each phase: masks, cuts, counts.
+//! Records -> the token sequences of each objective: loss masks, truncation, counts.
 
 use super::*;
 
-/// A dialogue of two rounds whose answers have white space and more bytes than characters.
+/// A dialogue of two rounds whose responses have white space and multi-byte characters.
 fn two_rounds() -> Value {
     json!([{"messages": [
         {"role": "system", "content": "s"}, {"role": "user", "content": "q1"}, {"role": "assistant", "content": "né 1\n"},
@@ -30,16 +30,16 @@ fn the_sft_mask_is_exactly_the_assistants_text_and_end_tokens() {
         let data = Data { template, ..Data::default() };
         let (examples, report) = sft_examples(&dataset(two_rounds()).entries, &encoder, &data, true).unwrap();
         assert_eq!(decode(&examples[0].tokens), whole);
-        assert_eq!(learnt(&examples[0]), expected);
+        assert_eq!(trained_text(&examples[0]), expected);
         assert_eq!(report.to_string(), "1 records, 1 sequences");
         let (examples, _) = sft_examples(&dataset(two_rounds()).entries, &encoder, &data, false).unwrap();
         let first = decode(&examples[0].tokens[..1]).len();
-        assert_eq!(learnt(&examples[0]), whole[first..], "everything but the first token");
+        assert_eq!(trained_text(&examples[0]), whole[first..], "everything but the first token");
     }
 }
 
 #[test]
-fn texts_are_verbatim_unless_a_template_is_asked_for() {
+fn texts_are_verbatim_unless_the_config_names_a_template() {
     let records = dataset(json!([{"prompt": "q:", "completion": " a"}]));
     for (template, whole) in [
         (None, "<b>q: a<e>"),
@@ -51,7 +51,7 @@ fn texts_are_verbatim_unless_a_template_is_asked_for() {
         let data = Data { template, ..Data::default() };
         let (examples, _) = sft_examples(&records.entries, &CHAT, &data, true).unwrap();
         assert_eq!(decode(&examples[0].tokens), whole);
-        assert_eq!(learnt(&examples[0]).trim_start(), "a<e>");
+        assert_eq!(trained_text(&examples[0]).trim_start(), "a<e>");
     }
     let chat = Data { template: Some(Template::Chat), ..Data::default() };
     let error = sft_examples(&records.entries, &BARE, &chat, true).unwrap_err();
@@ -59,14 +59,17 @@ fn texts_are_verbatim_unless_a_template_is_asked_for() {
 }
 
 #[test]
-fn sft_learns_the_best_answer_and_what_was_judged_good() {
+fn sft_trains_on_the_best_response_and_on_desirable_ones() {
     let preference = dataset(json!([{"prompt": "q", "chosen": "good", "rejected": "bad"}]));
-    assert_eq!(learnt(&sft_examples(&preference.entries, &BARE, &Data::default(), true).unwrap().0[0]), "good<e>");
-    let judged = dataset(json!([
+    assert_eq!(
+        trained_text(&sft_examples(&preference.entries, &BARE, &Data::default(), true).unwrap().0[0]),
+        "good<e>"
+    );
+    let unpaired = dataset(json!([
         {"prompt": "q", "completion": "no", "label": false}, {"prompt": "q", "completion": "yes", "label": true}
     ]));
-    let (examples, report) = sft_examples(&judged.entries, &BARE, &Data::default(), true).unwrap();
-    assert_eq!((examples.len(), learnt(&examples[0]).as_str()), (1, "yes<e>"));
+    let (examples, report) = sft_examples(&unpaired.entries, &BARE, &Data::default(), true).unwrap();
+    assert_eq!((examples.len(), trained_text(&examples[0]).as_str()), (1, "yes<e>"));
     assert_eq!(report.to_string(), "2 records, 1 sequences; 1 dropped: 1 judged bad");
 }
 
@@ -77,21 +80,21 @@ fn raw_text_is_cut_into_blocks_that_lose_nothing() {
     let (examples, report) = sft_examples(&records.entries, &BARE, &data, true).unwrap();
     let blocks: Vec<String> = examples.iter().map(|example| decode(&example.tokens)).collect();
     assert_eq!(blocks, ["<b>abcd", "efghi", "j<e>"]);
-    assert_eq!(learnt(&examples[1]), "fghi");
+    assert_eq!(trained_text(&examples[1]), "fghi");
     assert_eq!((report.read, report.kept), (1, 3));
 }
 
 #[test]
-fn rankings_share_a_prompt_and_every_answer_ends() {
+fn a_ranking_has_one_prompt_and_every_response_has_the_end_token() {
     let records = dataset(json!([
         {"prompt": [{"role": "user", "content": "q"}], "responses": ["best", "good", "bad"]},
         {"prompt": [{"role": "user", "content": "r"}], "responses": ["yes", "no"]},
     ]));
     let (examples, _) = ranked_examples(&records.entries, &CHAT, &Data::default()).unwrap();
     assert_eq!(decode(&examples[0].prompt), "[user]q<e>\n[assistant]");
-    let answers: Vec<String> = examples[0].answers.iter().map(decode).collect();
-    assert_eq!(answers, ["best<e>", "good<e>", "bad<e>"]);
-    assert_eq!(examples[1].answers.len(), 2);
+    let responses: Vec<String> = examples[0].responses.iter().map(decode).collect();
+    assert_eq!(responses, ["best<e>", "good<e>", "bad<e>"]);
+    assert_eq!(examples[1].responses.len(), 2);
     let texts = dataset(json!([{"text": "a"}]));
     let error = ranked_examples(&texts.entries, &CHAT, &Data::default()).unwrap_err();
     assert!(error.to_string().contains("x.json, record 1: reward modelling needs comparisons"), "{error}");
@@ -99,7 +102,7 @@ fn rankings_share_a_prompt_and_every_answer_ends() {
 }
 
 #[test]
-fn every_record_with_a_prompt_gives_ppo_the_prompt_the_reward_model_saw() {
+fn every_record_with_a_prompt_gives_ppo_the_reward_models_prompt() {
     let open = "[user]q<e>\n[assistant]";
     let q = json!({"role": "user", "content": "q"});
     let a = json!({"role": "assistant", "content": "a"});
@@ -125,7 +128,7 @@ fn counted(report: &Report) -> (usize, usize, usize, usize) {
 
 #[test]
 fn truncation_follows_the_policy_and_is_counted() {
-    // Sequences of 4 + 3, 12 + 3 and 4 + 12 tokens with the opening and the end token.
+    // Sequences of 4 + 3, 12 + 3 and 4 + 12 tokens, including the beginning-of-sequence and the end token.
     let records = dataset(json!([
         {"prompt": "abc", "chosen": "xy", "rejected": "z"},
         {"prompt": "abcdefghijk", "chosen": "xy", "rejected": "z"},
@@ -138,19 +141,19 @@ fn truncation_follows_the_policy_and_is_counted() {
     assert_eq!((sft.len(), counted(&report)), (1, (3, 1, 0, 2)));
     assert_eq!(report.to_string(), "3 records, 1 sequences; 2 dropped: 2 longer than max_length = 10");
     let (sft, report) = sft_examples(entries, &BARE, &with(Truncation::Left), true).unwrap();
-    assert_eq!((decode(&sft[1].tokens).as_str(), learnt(&sft[1]).as_str()), ("efghijkxy<e>", "xy<e>"));
+    assert_eq!((decode(&sft[1].tokens).as_str(), trained_text(&sft[1]).as_str()), ("efghijkxy<e>", "xy<e>"));
     assert_eq!(counted(&report), (3, 2, 1, 1));
     let (sft, report) = sft_examples(entries, &BARE, &with(Truncation::Right), true).unwrap();
-    assert_eq!((decode(&sft[1].tokens).as_str(), learnt(&sft[1]).as_str()), ("<b>abc012345", "012345"));
+    assert_eq!((decode(&sft[1].tokens).as_str(), trained_text(&sft[1]).as_str()), ("<b>abc012345", "012345"));
     assert_eq!(counted(&report), (3, 2, 1, 1));
 
     let (ranked, report) = ranked_examples(entries, &BARE, &with(Truncation::Drop)).unwrap();
     assert_eq!((ranked.len(), counted(&report)), (1, (3, 1, 0, 2)));
     let (ranked, report) = ranked_examples(entries, &BARE, &with(Truncation::Left)).unwrap();
-    assert_eq!((decode(&ranked[1].prompt).as_str(), decode(&ranked[1].answers[1]).as_str()), ("efghijk", "z<e>"));
+    assert_eq!((decode(&ranked[1].prompt).as_str(), decode(&ranked[1].responses[1]).as_str()), ("efghijk", "z<e>"));
     assert_eq!(counted(&report), (3, 2, 1, 1));
     let (ranked, report) = ranked_examples(entries, &BARE, &with(Truncation::Right)).unwrap();
-    assert_eq!((decode(&ranked[1].prompt).as_str(), decode(&ranked[1].answers[0]).as_str()), ("<b>abc", "012345"));
+    assert_eq!((decode(&ranked[1].prompt).as_str(), decode(&ranked[1].responses[0]).as_str()), ("<b>abc", "012345"));
     assert_eq!(counted(&report), (3, 2, 1, 1));
 
     let (prompts, report) = prompt_examples(entries, &BARE, &with(Truncation::Left)).unwrap();
@@ -162,7 +165,7 @@ fn truncation_follows_the_policy_and_is_counted() {
 }
 
 #[test]
-fn cut_answers_that_become_equal_are_dropped() {
+fn responses_that_truncation_makes_equal_are_dropped() {
     let records = dataset(
         json!([{"prompt": "a", "chosen": "xxxx1", "rejected": "xxxx2"}, {"prompt": "a", "chosen": "1", "rejected": "2"}]),
     );
@@ -172,7 +175,7 @@ fn cut_answers_that_become_equal_are_dropped() {
 }
 
 #[test]
-fn a_record_the_template_cannot_mask_is_an_error_or_counted_never_a_wrong_mask() {
+fn a_record_the_template_cannot_mask_is_an_error_or_is_counted_as_bad() {
     let forgetful = Bytes { has_chat: true, forgets_earlier_turns: true };
     let entries = dataset(two_rounds()).entries;
     let error = sft_examples(&entries, &forgetful, &Data::default(), true).unwrap_err();
@@ -201,7 +204,7 @@ fn a_record_the_template_cannot_mask_is_an_error_or_counted_never_a_wrong_mask()
 }
 
 #[test]
-fn a_template_in_the_config_takes_the_place_of_the_tokenizers() {
+fn a_template_in_the_config_replaces_the_tokenizers() {
     let records = dataset(json!([{"messages": [
         {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}, {"role": "user", "content": "r"},
         {"role": "assistant", "content": "b"},
@@ -212,14 +215,15 @@ fn a_template_in_the_config_takes_the_place_of_the_tokenizers() {
         let data = Data { chat_template: Some(inline.to_owned()), ..Data::default() };
         let (examples, _) = sft_examples(&records.entries, &encoder, &data, true).unwrap();
         assert_eq!(decode(&examples[0].tokens), "<user>q<e><assistant>a<e><user>r<e><assistant>b<e>");
-        assert_eq!(learnt(&examples[0]), "a<e>b<e>");
+        assert_eq!(trained_text(&examples[0]), "a<e>b<e>");
     }
     let data = Data { chat_template: Some("{% for".to_owned()), ..Data::default() };
     let error = sft_examples(&records.entries, &BARE, &data, true).unwrap_err();
     assert!(error.to_string().contains("the chat template has a mistake") && exit_code(&error) == 2, "{error}");
 }
 
-/// Ten comparisons under DeepSpeed-Chat's rules; numpy's rows of ten for seed 1234 are in tests/golden/dschat_split.json.
+/// Ten comparisons under `compat = "dschat"`. numpy's order of ten rows for seed 1234 is in
+/// tests/golden/dschat_split.json.
 fn as_deepspeed_chat() -> (Vec<fourfold::data::Entry>, Data) {
     let records: Vec<Value> =
         (0..10).map(|i| json!({"prompt": format!("q{i}"), "chosen": "yes", "rejected": "yet no"})).collect();
@@ -231,24 +235,24 @@ fn as_deepspeed_chat() -> (Vec<fourfold::data::Entry>, Data) {
 }
 
 #[test]
-fn deepspeed_chats_phases_have_its_rows_its_text_and_its_masks() {
+fn dschat_shares_have_deepspeed_chats_rows_text_and_masks() {
     let golden: Value = serde_json::from_str(include_str!("../golden/dschat_split.json")).unwrap();
     let case = &golden["splits"][0];
     assert_eq!((&case["seed"], &case["size"], &case["split"]), (&json!(1234), &json!(10), &json!("2,4,4")));
-    let rows = |phase: usize| -> Vec<u64> { serde_json::from_value(case["phases"][phase].clone()).unwrap() };
+    let rows = |share: usize| -> Vec<u64> { serde_json::from_value(case["phases"][share].clone()).unwrap() };
     let (entries, data) = as_deepspeed_chat();
 
     let (sft, _) = sft_examples(&entries, &BARE, &data, true).unwrap();
     let expected: Vec<String> = rows(0).iter().map(|i| format!("<b> Human: q{i} Assistant: yes<e>")).collect();
     assert_eq!(sft.iter().map(|example| decode(&example.tokens)).collect::<Vec<_>>(), expected);
-    assert_eq!(learnt(&sft[0]), expected[0][3..], "the loss is on the prompt too");
+    assert_eq!(trained_text(&sft[0]), expected[0][3..], "the loss is on the prompt too");
 
     let (pairs, _) = ranked_examples(&entries, &BARE, &data).unwrap();
     let expected: Vec<String> = rows(1).iter().map(|i| format!("<b> Human: q{i} Assistant: ye")).collect();
     assert_eq!(pairs.iter().map(|pair| decode(&pair.prompt)).collect::<Vec<_>>(), expected);
-    // Not the tokenizer's end token, but the text of another.
-    assert_eq!(decode(&pairs[0].answers[0]), "s<|endoftext|>");
-    assert_eq!(decode(&pairs[0].answers[1]), "t no<|endoftext|>");
+    // The end is the text `<|endoftext|>`, not the tokenizer's end token.
+    assert_eq!(decode(&pairs[0].responses[0]), "s<|endoftext|>");
+    assert_eq!(decode(&pairs[0].responses[1]), "t no<|endoftext|>");
 
     let (prompts, _) = prompt_examples(&entries, &BARE, &data).unwrap();
     let expected: Vec<String> = rows(2).iter().map(|i| format!("<b> Human: q{i} Assistant:")).collect();
@@ -259,16 +263,16 @@ fn deepspeed_chats_phases_have_its_rows_its_text_and_its_masks() {
 }
 
 #[test]
-fn deepspeed_chat_cuts_long_answers_and_filters_long_prompts() {
+fn dschat_truncates_long_responses_and_drops_long_prompts() {
     let (entries, data) = as_deepspeed_chat();
     let short = Data { max_length: 25, max_prompt_length: 20, ..data };
     let (sft, report) = sft_examples(&entries, &BARE, &short, true).unwrap();
-    assert!(decode(&sft[0].tokens).ends_with("Assistant: ye"), "no end token is left");
+    assert!(decode(&sft[0].tokens).ends_with("Assistant: ye"), "the end token is cut off");
     assert_eq!(counted(&report), (2, 2, 2, 0));
     let (pairs, report) = ranked_examples(&entries, &BARE, &short).unwrap();
     assert!(
-        pairs.iter().all(|pair| pair.answers[0] == pair.answers[1]),
-        "cut before they differ, and kept as they are"
+        pairs.iter().all(|pair| pair.responses[0] == pair.responses[1]),
+        "sequences that truncation makes equal are kept"
     );
     assert_eq!((report.kept, report.truncated), (4, 4));
     let error = prompt_examples(&entries, &BARE, &short).unwrap_err().to_string();

@@ -1,4 +1,4 @@
-//! Clocks that jump: no time of the system's changes a number, loses a checkpoint or stops a run.
+//! Clocks that jump: a change of the system's time changes no number, loses no checkpoint and stops no run.
 #![cfg(target_os = "linux")]
 
 use std::fs;
@@ -50,7 +50,7 @@ fn jumping(place: &Place, shim: &std::path::Path, line: &str) -> Command {
 }
 
 #[test]
-fn under_a_clock_that_jumps_a_run_is_stopped_and_gone_on_with_to_the_same_bytes() {
+fn a_run_stopped_and_resumed_under_a_jumping_clock_ends_with_the_same_bytes() {
     let (whole, jumpy) = (place(), place());
     let shim = shim(&jumpy);
     run_all(&whole, &["sft", "reward", "ppo"]);
@@ -72,7 +72,7 @@ fn under_a_clock_that_jumps_a_run_is_stopped_and_gone_on_with_to_the_same_bytes(
 }
 
 #[test]
-fn the_newest_checkpoint_is_the_one_of_the_most_steps_whatever_its_files_times() {
+fn the_newest_checkpoint_is_the_one_with_the_most_steps_whatever_its_file_times() {
     let (whole, turned) = (place(), place());
     run_all(&whole, &["sft"]);
     let ran = interrupted(&turned, "sft", 2, libc::SIGTERM);

@@ -1,15 +1,17 @@
-//! Rewards that are no numbers, through PPO's own loop.
+//! Rewards that are NaN or infinite, in PPO's own loop.
 
 use std::cell::Cell;
 
 use anyhow::Result;
 use fourfold::config::{Guard as Limits, KlEstimator, Lora, Ppo, TargetModules};
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::model_files::ModelFiles;
-use fourfold::ppo::train::{Start, Task, Trained, train};
+use fourfold::ppo::run::PpoRun;
+use fourfold::ppo::train::{Trained, train};
 use fourfold::quickstart::base::BASE;
 use fourfold::report::Report;
-use fourfold::reward::source::{Answers, RewardSource};
+use fourfold::reward::source::{RewardInputs, RewardSource};
 use fourfold::run::Model;
 use fourfold::train::guard::Guard;
 use fourfold::train::session::Session;
@@ -22,7 +24,7 @@ struct Poisoned<F: Fn(usize) -> bool> {
 }
 
 impl<F: Fn(usize) -> bool> RewardSource for Poisoned<F> {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
+    fn scores(&self, answers: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let rollout = self.rollout.replace(self.rollout.get() + 1);
         let scores = (0..answers.responses.len()).map(|i| i as f32);
         Ok(scores.map(|s| if (self.is_poison)(rollout) && s == 1.0 { self.poison } else { s }).collect())
@@ -52,9 +54,11 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         ..Ppo::default()
     };
     let source = Poisoned { rollout: Cell::new(0), is_poison, poison };
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&reward) };
-    let task = Task {
-        start,
+    let run = PpoRun {
+        base: &model.base,
+        reward_base: &model.base,
+        sft: &sft,
+        reward: Some(&reward),
         prompts: &prompts,
         stop: &[0],
         source: &source,
@@ -62,9 +66,12 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         evaluation: None,
         ptx: None,
         pad: None,
+        config: &config,
+        seed: 1,
+        recompute: Recompute::Off,
     };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
-    train(task, &config, 1, &mut session)
+    train(&run, &mut session)
 }
 
 fn is_finite(adapter: &Adapter) -> bool {
@@ -73,7 +80,7 @@ fn is_finite(adapter: &Adapter) -> bool {
 }
 
 #[test]
-fn poisoned_rewards_are_skipped_and_counted_and_training_goes_on() {
+fn poisoned_rewards_are_skipped_and_counted_and_training_continues() {
     for poison in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         let dir = tempfile::tempdir().unwrap();
         let trained = run(Limits::default(), poison, |rollout| rollout == 2 || rollout == 3, dir.path()).unwrap();
@@ -108,7 +115,7 @@ fn a_kl_beyond_its_limit_counts_as_a_bad_step() {
 }
 
 #[test]
-fn answers_longer_than_their_limit_count_as_bad_steps() {
+fn responses_longer_than_their_limit_count_as_bad_steps() {
     let dir = tempfile::tempdir().unwrap();
     // Every answer is longer than half of the first ones' length.
     let limits = Limits { max_length_ratio: Some(0.5), max_skips: 1, max_rollbacks: 1, ..Limits::default() };
@@ -126,7 +133,7 @@ fn a_run_whose_weights_blow_up_goes_back_tries_smaller_steps_and_ends_with_a_dia
         let ran = place.run(&format!("{} {more}", crate::world::line("sft")));
         assert_eq!(ran.code, 1, "{alpha}: {}", ran.stderr);
         let said =
-            ["does not recover", "going back to good weights 3 times", "the last trouble", "[guard] has the limits"];
+            ["does not recover", "after 3 rollbacks to good weights", "the last reason", "[guard] has the limits"];
         for said in said {
             assert!(ran.stderr.contains(said), "{alpha}, {said}: {}", ran.stderr);
         }

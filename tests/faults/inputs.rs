@@ -1,4 +1,4 @@
-//! A run is gone on with on what it began with, or not at all.
+//! A run is resumed only with the inputs that it started with.
 
 use std::fs;
 
@@ -47,7 +47,7 @@ fn resuming_on_another_base_tokenizer_or_data_is_refused_with_the_difference_nam
 }
 
 #[test]
-fn the_answers_that_records_give_are_inputs_where_a_reward_compares_with_them() {
+fn reference_answers_of_records_are_inputs_if_a_reward_compares_with_them() {
     let place = place();
     run_all(&place, &["sft", "reward"]);
     let config = fs::read_to_string(place.path("run.toml")).unwrap();

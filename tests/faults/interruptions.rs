@@ -60,7 +60,7 @@ fn a_second_signal_ends_the_run_at_once() {
 }
 
 #[test]
-fn a_second_process_on_one_folder_is_refused_by_the_firsts_name_and_a_lock_left_behind_is_no_obstacle() {
+fn a_second_process_on_one_folder_is_refused_with_the_firsts_name_and_a_stale_lock_is_taken_over() {
     let place = place();
     let long = format!("{} --set sft.num_train_epochs=2000", line("sft"));
     let first = start(&place, &long);
@@ -79,11 +79,11 @@ fn a_second_process_on_one_folder_is_refused_by_the_firsts_name_and_a_lock_left_
     }
     signal(&third, libc::SIGTERM);
     let third = finish(third);
-    assert!(third.code == 130 && third.stderr.contains("ended without a word"), "{}", third.stderr);
+    assert!(third.code == 130 && third.stderr.contains("did not shut down cleanly"), "{}", third.stderr);
 }
 
 #[test]
-fn a_truncated_metrics_file_is_cut_to_its_last_whole_line_and_told() {
+fn a_truncated_metrics_file_is_cut_to_its_last_whole_line_with_a_notice() {
     let place = place();
     let ran = interrupted(&place, "sft", 2, libc::SIGTERM);
     assert_eq!(ran.code, 130, "{}", ran.stderr);
@@ -97,9 +97,9 @@ fn a_truncated_metrics_file_is_cut_to_its_last_whole_line_and_told() {
     text.lines().for_each(|line| drop(serde_json::from_str::<serde_json::Value>(line).unwrap()));
 }
 
-/// A former adapter must not stand beside a config that it was not trained by.
+/// An earlier adapter must not stand beside a config that it was not trained by.
 #[test]
-fn a_run_that_begins_anew_removes_what_the_former_one_left() {
+fn a_new_run_removes_the_files_of_the_run_before() {
     let place = place();
     run_all(&place, &["sft"]);
     assert!(place.path("out/sft/adapter").exists());
@@ -115,7 +115,7 @@ fn a_run_that_begins_anew_removes_what_the_former_one_left() {
     assert!(!place.path("out/sft/adapter").exists() && !place.path("out/sft/summary.json").exists());
 }
 
-/// The clock may jump: times of day are only told to people, or compared for being the same.
+/// The clock may jump: times of day are only printed, or compared for being equal.
 #[test]
 fn no_decision_is_made_by_the_time_of_day() {
     let mut users = vec![];

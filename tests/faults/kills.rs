@@ -1,4 +1,4 @@
-//! Wherever a run ended, it goes on to the same bytes.
+//! A run that is killed anywhere resumes to the same bytes.
 //!
 //! The long run of `killed_at_random_moments_...`: `FOURFOLD_KILLS=200 FOURFOLD_KILL_SEED=1 cargo test --release --test
 //! faults killed_at_random -- --nocapture`.
@@ -80,7 +80,7 @@ fn killed_at_random_moments_sft_reward_and_ppo_end_with_the_same_bytes() {
 }
 
 #[test]
-fn a_damaged_checkpoint_is_passed_over_by_name_and_the_one_before_taken() {
+fn a_damaged_checkpoint_is_named_and_the_previous_one_is_used() {
     let (whole, broken) = (place(), place());
     run_all(&whole, &["sft"]);
     run_all(&broken, &["sft"]);

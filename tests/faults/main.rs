@@ -1,5 +1,6 @@
-//! What a run promises when something goes wrong, each promise on the real binary: it is killed, asked to stop, starved of
-//! disk and memory, met by a second one, and given other inputs. Read world.rs for the run that all of it happens to.
+//! What a run promises when something goes wrong, tested on the real binary: it is killed, asked to stop, starved of
+//! disk and memory, disturbed by a second process, and given other inputs. Read world.rs for the run that all of it
+//! happens to.
 #![cfg(unix)]
 
 mod clock;

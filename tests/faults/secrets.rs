@@ -1,5 +1,5 @@
-//! What must not be written down is not: with a hub token in the environment, no file and no message of a whole pipeline
-//! holds it.
+//! Secrets are written nowhere: with a hub token in the environment, no file and no message of a whole pipeline holds
+//! it.
 
 use std::fs;
 use std::path::Path;

@@ -1,4 +1,4 @@
-//! What a run of many iterations takes of the machine at its end is what it took at its beginning.
+//! A run of many iterations takes as much memory, files and time per iteration at its end as at its beginning.
 //!
 //! The long run: `FOURFOLD_SOAK=2000 cargo test --release --test faults soak -- --nocapture`.
 #![cfg(target_os = "linux")]

@@ -1,4 +1,4 @@
-//! Reward sources that die in the middle of a run: programs, services, and the judges of evaluations.
+//! Reward sources that fail in the middle of a run: programs, services, and the judges of evaluations.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};

@@ -1,4 +1,4 @@
-//! No room on the disk, no room in memory, nowhere to write.
+//! A full disk, too little memory, and folders that cannot be written to.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -141,7 +141,7 @@ fn a_disk_that_is_read_only_is_refused_and_nothing_of_it_is_lost() {
 
 /// Every limit between "does not start" and "needs nothing more": it works, or it says that memory is short.
 #[test]
-fn too_little_memory_ends_with_a_message_and_not_with_silence() {
+fn too_little_memory_ends_with_a_message() {
     let place = place();
     let begun = Instant::now();
     let (mut short, mut worked) = (0, 0);

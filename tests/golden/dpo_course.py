@@ -16,7 +16,7 @@ import transformers
 from torch.nn.functional import logsigmoid
 
 HERE = pathlib.Path(__file__).parent
-BASE = HERE.parents[1] / "assets/quickstart/base"
+BASE = HERE.parents[1] / "src/quickstart/assets/base"
 STEPS, LR, DECAY, MAX_NORM, BETA = 5, 2e-3, 0.01, 2.0, 0.3
 END = 0
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid, silu
 
 HERE = pathlib.Path(__file__).parent
-BASE = HERE.parents[1] / "assets/quickstart/base"
+BASE = HERE.parents[1] / "src/quickstart/assets/base"
 CONFIG = json.loads((BASE / "config.json").read_text())
 WEIGHTS = {name: w.double() for name, w in load_file(BASE / "model.safetensors").items()}
 END = 0

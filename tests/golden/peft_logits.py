@@ -15,7 +15,7 @@ import torch
 import transformers
 
 SEED = 31
-BASE = pathlib.Path(__file__).parents[2] / "assets/quickstart/base"
+BASE = pathlib.Path(__file__).parents[2] / "src/quickstart/assets/base"
 OUT = pathlib.Path(__file__).parent / "peft_logits"
 STEPS, LR, DECAY, MAX_NORM = 5, 2e-3, 0.01, {"sft": 0.5, "reward": 0.2}
 END = 0
@@ -38,7 +38,7 @@ def adapted(name, model, config):
     (out / "README.md").unlink()
     path = out / "adapter_config.json"
     fields = json.loads(path.read_text())
-    fields["base_model_name_or_path"] = "assets/quickstart/base"
+    fields["base_model_name_or_path"] = "src/quickstart/assets/base"
     fields["target_modules"].sort()  # PEFT writes a set; sorted, so that the script repeats itself
     path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     return model.eval()

@@ -17,7 +17,7 @@ import torch
 import transformers
 
 HERE = pathlib.Path(__file__).parent
-BASE = HERE.parents[1] / "assets/quickstart/base"
+BASE = HERE.parents[1] / "src/quickstart/assets/base"
 OUT = HERE / "peft_quantised"
 
 
@@ -58,7 +58,7 @@ dora.save_pretrained(OUT / "dora")
 (OUT / "dora/README.md").unlink()
 path = OUT / "dora/adapter_config.json"
 fields = json.loads(path.read_text())
-fields["base_model_name_or_path"] = "assets/quickstart/base"
+fields["base_model_name_or_path"] = "src/quickstart/assets/base"
 fields["target_modules"].sort()
 path.write_text(json.dumps(fields, indent=2) + "\n")
 values["dora"] = logprobs(dora)

@@ -19,7 +19,7 @@ import transformers
 
 SEED = 31
 HERE = pathlib.Path(__file__).parent
-BASE = HERE.parents[1] / "assets/quickstart/base"
+BASE = HERE.parents[1] / "src/quickstart/assets/base"
 OUT = HERE / "peft_variants"
 
 
@@ -48,7 +48,7 @@ def save(model, name):
     (out / "README.md").unlink()
     path = out / "adapter_config.json"
     fields = json.loads(path.read_text())
-    fields["base_model_name_or_path"] = "assets/quickstart/base"
+    fields["base_model_name_or_path"] = "src/quickstart/assets/base"
     if isinstance(fields["target_modules"], list):
         fields["target_modules"].sort()
     path.write_text(json.dumps(fields, indent=2, sort_keys=False) + "\n")
@@ -122,7 +122,7 @@ values["cat"] = logprobs(one)
 for name in ["one", "two"]:
     path = OUT / name / "adapter_config.json"
     fields = json.loads(path.read_text())
-    fields["base_model_name_or_path"] = "assets/quickstart/base"
+    fields["base_model_name_or_path"] = "src/quickstart/assets/base"
     fields["target_modules"].sort()
     path.write_text(json.dumps(fields, indent=2) + "\n")
     (OUT / name / "README.md").unlink(missing_ok=True)

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 HERE = pathlib.Path(__file__).parent
-BASE = HERE.parents[1] / "assets/quickstart/base"
+BASE = HERE.parents[1] / "src/quickstart/assets/base"
 STEPS, ACTOR_LR, CRITIC_LR, DECAY, MAX_NORM = 4, 5e-4, 1e-3, 0.01, 0.5
 KL_COEF, SCORE_CLIP, GAMMA, LAM, CLIP, CLIP_VALUE, ENTROPY = 0.1, 2.0, 0.99, 0.9, 0.1, 0.1, 0.01
 END = 0

@@ -2,13 +2,13 @@
 
     python tests/golden/quickstart_task.py > tests/golden/quickstart_task.json
 
-Needs Python only (3.9 or later); the seeds stand below, the tables in assets/quickstart/grammar.json.
+Needs Python only (3.9 or later); the seeds stand below, the tables in src/quickstart/assets/grammar.json.
 """
 import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts/quickstart"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src/quickstart/python"))
 import task  # noqa: E402
 
 SEEDS = [3, (1 << 63) + 11]  # the second one needs all 64 bits

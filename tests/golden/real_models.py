@@ -2,7 +2,7 @@
 Gemma 3 270M (Q4_K_M); for Gemma also greedy continuations, and token ids by the sentencepiece library.
 
 usage: real_models.py SmolLM2-135M-Instruct.Q4_1.gguf gemma-3-270m-q4_k_m.gguf
-(scripts/fetch-smollm2.sh and fetch-gemma3.sh print the paths.) Needs, beside requirements.txt of tests/python:
+(tests/fetch/fetch-smollm2.sh and fetch-gemma3.sh print the paths.) Needs, beside requirements.txt of tests/python:
 sentencepiece and protobuf.
 Writes real_models.json. Nothing is random. Printed with the versions in the file.
 

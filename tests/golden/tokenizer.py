@@ -1,6 +1,6 @@
 """Token ids as transformers reads them out of GGUF metadata.
 
-usage: tokenizer.py SmolLM2-135M-Instruct.Q4_1.gguf    (scripts/fetch-smollm2.sh prints its path)
+usage: tokenizer.py SmolLM2-135M-Instruct.Q4_1.gguf    (tests/fetch/fetch-smollm2.sh prints its path)
 
 Writes tokenizer_smollm2.json: mixed texts, the ids of that file's tokenizer, and the texts of those ids; and
 tokenizer_small.json: three vocabularies of some hundred tokens, trained here on the same texts (the trainer has no

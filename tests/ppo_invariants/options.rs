@@ -1,6 +1,6 @@
-//! Every key of `[ppo]` that acts through the network does what it says, each in a run of two or three iterations; those
-//! that act on numbers alone are tested beside their formulas. Knows nothing of whether the result is any good:
-//! algorithms.rs asks that.
+//! Every key of `[ppo]` that acts through the network has its effect, each in a run of two or three iterations. Keys that act
+//! on numbers alone are tested beside their formulas. It does not test whether training improves the policy:
+//! algorithms.rs does.
 
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use fourfold::config::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, LrScheduler, PolicyLoss, Ppo};
 use fourfold::model::adapter::Adapter;
 use fourfold::ppo::state::State;
-use fourfold::ppo::train::{Run, Start, Task, Trained};
+use fourfold::ppo::train::Trained;
 use fourfold::report::Report;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
@@ -23,7 +23,7 @@ struct World {
     rm: Adapter,
 }
 
-/// One model with its adapters for all tests here: nothing writes them.
+/// One model with its adapters for all tests here, which do not change them.
 fn world() -> &'static World {
     static WORLD: OnceLock<World> = OnceLock::new();
     WORLD.get_or_init(|| {
@@ -34,17 +34,22 @@ fn world() -> &'static World {
     })
 }
 
-/// Two iterations of two minibatches, at a rate that does not depend on their number.
+/// The models and adapters of [`world`].
+fn roles() -> Roles<'static> {
+    let World { model, sft, rm } = world();
+    Roles { base: &model.base, reward_base: &model.base, sft, reward: Some(rm) }
+}
+
+/// Two iterations of two minibatches, at a constant learning rate.
 fn base() -> Ppo {
     Ppo { total_episodes: 16, lr_scheduler_type: LrScheduler::Constant, ..ppo_config() }
 }
 
 fn run(config: &Ppo) -> (Trained, Vec<Value>) {
     let world = world();
-    let start =
-        Start { base: &world.model.base, reward_base: &world.model.base, sft: &world.sft, reward: Some(&world.rm) };
+    let roles = roles();
     let dir = tempfile::tempdir().unwrap();
-    let trained = run_ppo(start, &world.model, config, 31, &mut Session::new(Report::to_dir(dir.path()).unwrap()));
+    let trained = run_ppo(roles, &world.model, config, 31, &mut Session::new(Report::to_dir(dir.path()).unwrap()));
     (trained, metrics(dir.path()))
 }
 
@@ -53,7 +58,7 @@ fn actor_of(config: &Ppo) -> BTreeMap<String, Vec<u32>> {
 }
 
 #[test]
-fn estimators_without_a_critic_hold_none_and_say_nothing_of_values() {
+fn estimators_without_a_critic_train_none_and_log_no_value_metrics() {
     for (advantage_estimator, has_critic) in [
         (AdvantageEstimator::A2c, true),
         (AdvantageEstimator::Reinforce, false),
@@ -81,31 +86,19 @@ fn arrays(of: &Snapshot) -> Vec<u8> {
 #[test]
 fn without_a_critic_a_run_needs_no_reward_adapter_and_allocates_nothing_for_one() {
     let world = world();
-    let base = &world.model.base;
-    let source = source_of(Start { base, reward_base: base, sft: &world.sft, reward: Some(&world.rm) });
+    let source = source_of(roles());
     let prompts = questions(&world.model, 8);
     let state_bytes = |advantage_estimator, reward| {
-        let config = Ppo { advantage_estimator, num_generations: 4, ..self::base() };
-        let start = Start { base, reward_base: base, sft: &world.sft, reward };
-        let task = Task {
-            start,
-            prompts: &prompts,
-            stop: &[0],
-            source: &source,
-            decode: &|_| String::new(),
-            evaluation: None,
-            ptx: None,
-            pad: None,
-        };
-        let run = Run::new(task, &config, 1).unwrap();
+        let config = Ppo { advantage_estimator, num_generations: 4, ..base() };
+        let run = ppo_run(Roles { reward, ..roles() }, &prompts, &[0], &source, &config, 1);
         let mut state = State::new(&run).unwrap();
-        let who: Vec<&str> = state.learners().into_iter().map(|(name, _)| name).collect();
+        let learners: Vec<&str> = state.learners().into_iter().map(|(name, _)| name).collect();
         state.roll_out(&run).unwrap();
-        assert_eq!(state.experience.as_ref().unwrap().rollout.values.is_empty(), who == ["actor"]);
-        (who, arrays(&state.snapshot(&run).unwrap()).len())
+        assert_eq!(state.experience.as_ref().unwrap().rollout.values.is_empty(), learners == ["actor"]);
+        (learners, arrays(&state.snapshot(&run).unwrap()).len())
     };
-    let (who, with) = state_bytes(AdvantageEstimator::Gae, Some(&world.rm));
-    assert_eq!(who, ["actor", "critic"]);
+    let (learners, with) = state_bytes(AdvantageEstimator::Gae, Some(&world.rm));
+    assert_eq!(learners, ["actor", "critic"]);
     let numbers: usize = bits(&world.rm).values().map(Vec::len).sum();
     for estimator in [
         AdvantageEstimator::Reinforce,
@@ -113,15 +106,15 @@ fn without_a_critic_a_run_needs_no_reward_adapter_and_allocates_nothing_for_one(
         AdvantageEstimator::Rloo,
         AdvantageEstimator::Grpo,
     ] {
-        let (who, without) = state_bytes(estimator, None);
-        assert_eq!(who, ["actor"], "{estimator:?}");
-        // Weights and both moments of the critic, each four bytes, and the file's names for them.
+        let (learners, without) = state_bytes(estimator, None);
+        assert_eq!(learners, ["actor"], "{estimator:?}");
+        // Weights and both moments of the critic, four bytes each, plus their names in the file.
         assert!(with - without >= 3 * 4 * numbers, "{estimator:?}: {with} {without}");
     }
 }
 
 #[test]
-fn the_critic_starts_as_the_reward_model_as_the_actor_or_fresh() {
+fn the_critic_is_initialised_from_the_reward_model_the_actor_or_afresh() {
     let mut critics = vec![];
     for critic in [CriticStart::Reward, CriticStart::Actor, CriticStart::Own] {
         let config = Ppo { critic, critic_learning_rate: Some(1e-30), ..base() };
@@ -129,7 +122,7 @@ fn the_critic_starts_as_the_reward_model_as_the_actor_or_fresh() {
         critics.push(bits(&trained.critic.unwrap()));
         assert_ne!(bits(&trained.actor), bits(&world().sft), "{critic:?}");
     }
-    // At a rate of nothing the critic stays what it started as.
+    // At a learning rate of nearly 0 the critic keeps its initial weights.
     let head = "base_model.model.score.weight";
     assert_eq!(critics[0][head], bits(&world().rm)[head]);
     for (name, values) in &bits(&world().sft) {
@@ -151,13 +144,13 @@ fn in_the_warm_up_only_the_critic_learns() {
 }
 
 #[test]
-fn the_exact_kl_is_always_told_and_never_negative_and_can_be_the_rewards_or_the_losss() {
+fn the_exact_kl_is_always_logged_and_never_negative_and_can_be_in_the_reward_or_the_loss() {
     let (_, plain) = run(&base());
-    let told = column(&plain, "objective/kl_exact");
-    assert!(told.iter().all(|&kl| kl >= 0.0) && told[1] > told[0], "{told:?}");
+    let exact = column(&plain, "objective/kl_exact");
+    assert!(exact.iter().all(|&kl| kl >= 0.0) && exact[1] > exact[0], "{exact:?}");
     let (in_reward, lines) = run(&Ppo { kl_estimator: KlEstimator::Exact, ..base() });
     let kl = column(&lines, "objective/kl");
-    // The very first actor is the reference; sampling with a cache and without one round apart.
+    // The first actor equals the reference; sampling with and without a KV cache differs by rounding.
     assert!(kl[0].abs() < 1e-6 && kl[1] > 1e-3, "{kl:?}");
     let mut actors = vec![bits(&run(&base()).0.actor), bits(&in_reward.actor)];
     for kl_estimator in [KlEstimator::K2, KlEstimator::K3, KlEstimator::Exact] {
@@ -174,7 +167,7 @@ fn the_exact_kl_is_always_told_and_never_negative_and_can_be_the_rewards_or_the_
 }
 
 #[test]
-fn the_kl_weight_is_adapted_between_iterations() {
+fn the_kl_coefficient_is_adapted_between_iterations() {
     let adapted = |target: f64| {
         let config = Ppo { adap_kl_ctrl: true, target, horizon: 80.0, total_episodes: 24, ..base() };
         column(&run(&config).1, "objective/kl_coef")
@@ -187,7 +180,7 @@ fn the_kl_weight_is_adapted_between_iterations() {
 }
 
 #[test]
-fn the_kl_penalty_form_adapts_its_own_weight() {
+fn the_kl_penalty_loss_adapts_its_own_coefficient() {
     let weights = |kl_penalty_target: f64| {
         let config = Ppo { policy_loss: PolicyLoss::KlPenalty, kl_penalty_coef: 2.0, kl_penalty_target, ..base() };
         column(&run(&config).1, "policy/kl_penalty_coef")
@@ -200,7 +193,7 @@ fn the_kl_penalty_form_adapts_its_own_weight() {
 }
 
 #[test]
-fn guards_of_the_policy_loss_act_where_the_ratio_is_off() {
+fn clips_and_limits_of_the_policy_loss_act_when_the_ratio_is_not_one() {
     let far = Ppo { num_ppo_epochs: 3, ..base() };
     let plain = actor_of(&far);
     for (what, config) in [
@@ -228,8 +221,8 @@ fn guards_of_the_policy_loss_act_where_the_ratio_is_off() {
 }
 
 #[test]
-fn target_kl_ends_the_passes_over_a_rollout() {
-    // Of each rollout, the first minibatch is at no distance and the second at some: one pass.
+fn target_kl_ends_the_epochs_over_a_rollout() {
+    // In each rollout the KL of the first minibatch is 0 and that of the second is not: one epoch.
     let stopped = Ppo { num_ppo_epochs: 4, target_kl: Some(1e-9), ..base() };
     assert!(actor_of(&stopped) == actor_of(&base()));
 }
@@ -251,14 +244,14 @@ fn one_optimizer_clips_the_norm_of_both_and_weighs_the_value_loss() {
         assert_eq!(column(&lines, "lr"), column(&lines, "critic_lr"));
         bits(&trained.actor)
     };
-    // Without a limit the two never meet: the very steps of two optimizers. With one, the critic's share matters.
+    // Without clipping, the steps equal those of two optimizers. With it, the critic's gradient matters.
     let open = Ppo { max_grad_norm: 0.0, ..base() };
     assert_eq!(shared(1.0, 0.0), bits(&run(&open).0.actor));
     assert_ne!(shared(100.0, 1e-3), shared(1.0, 1e-3));
 }
 
 #[test]
-fn the_average_of_the_actor_follows_it_and_the_reference_can() {
+fn the_ema_follows_the_actor_and_so_can_the_reference() {
     let average = |decay: f64| {
         let trained = run(&Ppo { ema_decay: Some(decay), ..base() }).0;
         (bits(&trained.ema.unwrap()), bits(&trained.actor))
@@ -281,32 +274,21 @@ fn the_average_of_the_actor_follows_it_and_the_reference_can() {
 }
 
 #[test]
-fn where_the_critics_gradient_is_no_number_neither_of_the_two_has_stepped() {
+fn if_the_critics_gradient_is_infinite_neither_learner_steps() {
     let world = world();
-    let start =
-        Start { base: &world.model.base, reward_base: &world.model.base, sft: &world.sft, reward: Some(&world.rm) };
-    let (source, prompts) = (source_of(start), questions(&world.model, 24));
+    let roles = roles();
+    let (source, prompts) = (source_of(roles), questions(&world.model, 24));
     for shared_optimizer in [false, true] {
         // The value loss is finite, its gradient beyond f32.
         let config = Ppo { vf_coef: 1e300, shared_optimizer, ..base() };
         let stop = world.model.checkpoint.tokenizer().eos_ids();
-        let task = Task {
-            start,
-            prompts: &prompts,
-            stop,
-            source: &source,
-            decode: &|_| String::new(),
-            evaluation: None,
-            ptx: None,
-            pad: None,
-        };
-        let run = Run::new(task, &config, 1).unwrap();
+        let run = ppo_run(roles, &prompts, stop, &source, &config, 1);
         let mut state = State::new(&run).unwrap();
         state.roll_out(&run).unwrap();
         let before = arrays(&state.snapshot(&run).unwrap());
         let error = state.minibatch(&run, 1.0).unwrap_err();
         assert!(error.to_string().contains("gradient"), "{error:#}");
-        assert!(arrays(&state.snapshot(&run).unwrap()) == before, "something moved");
+        assert!(arrays(&state.snapshot(&run).unwrap()) == before, "the state changed");
         assert_eq!(state.actor.optimizer_state().step, 0);
     }
 }

@@ -1,5 +1,5 @@
-//! One seed, one result: byte for byte, in one process and through the program, on any number of threads.
-//! Knows nothing of whether the result is right.
+//! Reproducibility: one seed gives the same bytes, in one process and through the program, with any number of threads. It
+//! does not test whether the result is right.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use fourfold::model::adapter::Adapter;
-use fourfold::ppo::train::Start;
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, sft_rows};
 use fourfold::report::Report;
@@ -16,7 +15,7 @@ use serde_json::{Value, json};
 
 use super::world::*;
 
-/// sft -> reward -> ppo, each into a folder of its own as the commands would leave it.
+/// sft -> reward -> ppo, each with its own output folder, as the commands leave them.
 fn pipeline(dir: &Path, seed: u64) {
     let model = model();
     let report = |stage: &str| {
@@ -30,8 +29,8 @@ fn pipeline(dir: &Path, seed: u64) {
     save(&sft, "sft/adapter");
     let rm = reward_adapter(&model, &sft, seed, &mut report("reward"));
     save(&rm, "reward/adapter");
-    let start = Start { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
-    let trained = run_ppo(start, &model, &ppo_config(), seed, &mut report("ppo"));
+    let roles = Roles { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
+    let trained = run_ppo(roles, &model, &ppo_config(), seed, &mut report("ppo"));
     save(&trained.actor, "ppo/actor");
     save(trained.critic.as_ref().unwrap(), "ppo/critic");
 }
@@ -86,7 +85,7 @@ fn write_base(dir: &Path) {
     fs::write(dir.join("model.safetensors"), BASE.weights).unwrap();
 }
 
-/// Base, records and config files as a user has them.
+/// Base, records and config files like a user's.
 fn write_world(dir: &Path) {
     write_base(&dir.join("base"));
     let lines = |rows: Vec<Value>| rows.iter().map(|r| format!("{r}\n")).collect::<String>();
@@ -111,7 +110,7 @@ fn write_world(dir: &Path) {
     write("ppo", "sft.jsonl", ppo);
 }
 
-/// One command of the program in `dir`.
+/// Runs one command of the program in `dir`.
 fn fourfold(dir: &Path, threads: &str, arguments: &[String]) -> Value {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
     let output = command.current_dir(dir).env("RAYON_NUM_THREADS", threads).args(arguments).output().unwrap();
@@ -119,7 +118,7 @@ fn fourfold(dir: &Path, threads: &str, arguments: &[String]) -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// All three stages through the program; the adapters' tensors, metrics and samples that they leave in `out`.
+/// Runs all three stages through the program; returns adapters, metrics and samples in `out`.
 fn stages(dir: &Path, out: &str, threads: &str, more: &[&str]) -> BTreeMap<PathBuf, Vec<u8>> {
     for stage in ["sft", "reward", "ppo"] {
         let mut arguments: Vec<String> =
@@ -140,7 +139,7 @@ fn stages(dir: &Path, out: &str, threads: &str, more: &[&str]) -> BTreeMap<PathB
 }
 
 #[test]
-fn the_number_of_threads_and_a_second_copy_of_the_base_change_no_byte_of_the_programs_results() {
+fn thread_count_and_a_second_copy_of_the_base_change_no_byte_of_the_results() {
     let dir = tempfile::tempdir().unwrap();
     write_world(dir.path());
     let one = stages(dir.path(), "one", "1", &[]);

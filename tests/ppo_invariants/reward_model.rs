@@ -1,18 +1,20 @@
-//! What the reward model's training promises: rankings from one forward, both losses, centred scores.
-//! Knows no PPO; the formulas' goldens are in src/reward/loss.rs.
+//! Invariants of reward-model training: K ranked responses in one forward pass, both losses, centred scores. It does not
+//! depend on PPO; the golden values of the formulas are in src/reward/loss.rs.
 
 use fourfold::config::{Reward, RewardLoss};
 use fourfold::data::examples::objectives::RankedExample;
 use fourfold::model::adapter::Adapter;
+use fourfold::model::block::Recompute;
 use fourfold::report::Report;
 use fourfold::reward;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::supervised::Setup;
 use serde_json::Value;
 
 use super::world::*;
 
-/// A reward start whose head is known before training, so that the first loss can be told by hand.
+/// An initial reward adapter with a known head, so that the first loss can be computed by hand.
 fn scorer_start(model: &Model) -> Adapter {
     model.fresh_adapter(&lora(), 9).unwrap().with_head(9).unwrap()
 }
@@ -25,40 +27,41 @@ fn train_reward(
 ) -> (Vec<Value>, reward::train::Summary) {
     let dir = tempfile::tempdir().unwrap();
     let mut report = Session::new(Report::to_dir(dir.path()).unwrap());
-    let (_, summary) = reward::train::train(&model.base, start, examples, examples, config, 9, &mut report).unwrap();
+    let setup = Setup { base: &model.base, start, recompute: Recompute::Off, seed: 9 };
+    let (_, summary) = reward::train::train(setup, examples, examples, config, &mut report).unwrap();
     (metrics(dir.path()), summary)
 }
 
 #[test]
-fn three_ranked_answers_train_as_three_pairs_from_one_forward_of_three_sequences() {
+fn three_ranked_responses_train_as_three_pairs_in_one_forward_pass() {
     let model = model();
     let two = comparisons(&model, 12);
-    // A third answer, worse than both: the end token at once.
+    // A third response, worse than both: only the end token.
     let empty = vec![model.checkpoint.tokenizer().eos_id().unwrap()];
     let three: Vec<RankedExample> = two
         .iter()
-        .map(|e| RankedExample { answers: e.answers.iter().cloned().chain([empty.clone()]).collect(), ..e.clone() })
+        .map(|e| RankedExample { responses: e.responses.iter().cloned().chain([empty.clone()]).collect(), ..e.clone() })
         .collect();
     let start = scorer_start(&model);
     let config = Reward { num_train_epochs: 6, per_device_train_batch_size: 12, ..reward_config() };
     let (lines, summary) = train_reward(&model, &start, &three, &config);
     assert_eq!((summary.before.pairs, summary.after.pairs, summary.steps), (36, 36, 6));
-    // Pair by pair, every sequence would run twice.
-    let tokens = |e: &RankedExample| e.answers.iter().map(|a| e.prompt.len() + a.len()).sum::<usize>();
+    // One pass per pair would compute every sequence twice.
+    let tokens = |e: &RankedExample| e.responses.iter().map(|a| e.prompt.len() + a.len()).sum::<usize>();
     assert_eq!(summary.tokens, 6 * three.iter().map(tokens).sum::<usize>());
     // -log sigmoid(better - worse), the mean over an example's pairs, then over the examples.
     let scores = reward::train::scores(&model.base, &start, &three).unwrap();
     let pair = |better: f32, worse: f32| (f64::from(worse - better)).exp().ln_1p();
     let by_hand = scores.iter().map(|s| (pair(s[0], s[1]) + pair(s[0], s[2]) + pair(s[1], s[2])) / 3.0).sum::<f64>();
     let losses = column(&lines, "loss");
-    eprintln!("loss of three ranked answers {losses:?}, the first by hand {}", by_hand / 12.0);
+    eprintln!("loss of three ranked responses {losses:?}, the first by hand {}", by_hand / 12.0);
     // Another packing, f32 sums: some 1e-6.
     assert!((losses[0] - by_hand / 12.0).abs() < 1e-5);
     assert!(losses[5] < 0.7 * losses[0] && summary.after.accuracy > summary.before.accuracy, "{losses:?} {summary:?}");
 }
 
 #[test]
-fn divergence_to_end_loss_falls_and_is_another_loss_than_the_last_tokens() {
+fn divergence_to_end_loss_falls_and_differs_from_the_last_token_loss() {
     let model = model();
     let examples = comparisons(&model, 12);
     let start = scorer_start(&model);
@@ -74,14 +77,14 @@ fn divergence_to_end_loss_falls_and_is_another_loss_than_the_last_tokens() {
 }
 
 #[test]
-fn a_centered_reward_model_scores_its_answers_with_mean_zero_and_deviation_one_in_the_same_order() {
+fn centred_scores_have_mean_0_and_deviation_1_in_the_same_order() {
     let model = model();
     let examples = comparisons(&model, 16);
     let train = |center: bool| {
         let config = Reward { center, ..reward_config() };
         let start = scorer_start(&model);
-        let (adapter, _) =
-            reward::train::train(&model.base, &start, &examples, &[], &config, 9, &mut Session::silent()).unwrap();
+        let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed: 9 };
+        let (adapter, _) = reward::train::train(setup, &examples, &[], &config, &mut Session::silent()).unwrap();
         let scores = reward::train::scores(&model.base, &adapter, &examples).unwrap().concat();
         (adapter, scores.into_iter().map(f64::from).collect::<Vec<f64>>())
     };

@@ -1,28 +1,31 @@
-//! The little world that the promises are held in: the quickstart's base and records in small numbers, each stage's
-//! settings, and ways to look at weights bit by bit. Knows no promise.
+//! Small fixtures of the PPO invariants: the quickstart's base and records in small numbers, settings for each stage, and
+//! helpers that compare weights bit by bit. It asserts no invariant itself.
 
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use fourfold::config::{Lora, Ppo, Reward, Sft};
+use fourfold::config::{Lora, Ppo, RecomputeSetting, Reward, Sft};
 use fourfold::data::examples::objectives::{RankedExample, SftExample};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
+use fourfold::model::block::Recompute;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::model_files::ModelFiles;
-use fourfold::ppo::train::{Start, Task, Trained};
+use fourfold::ppo::run::PpoRun;
+use fourfold::ppo::train::{Trained, train};
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, prompts, sft_rows};
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
-use fourfold::{ppo, reward, sft};
+use fourfold::train::supervised::Setup;
+use fourfold::{reward, sft};
 use serde_json::Value;
 
-/// The embedded base, opened anew: another one in memory at every call. `layers`: its first so many blocks.
+/// A new copy of the embedded base with its first `layers` blocks.
 pub fn model_of(layers: usize) -> Model {
     let config = BASE.config.replace("\"num_hidden_layers\": 4", &format!("\"num_hidden_layers\": {layers}"));
     let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
@@ -58,7 +61,7 @@ pub fn comparisons(model: &Model, n: usize) -> Vec<RankedExample> {
     let answers = |p: &fourfold::quickstart::task::Pair| {
         vec![answer_ids(model, &p.chosen), answer_ids(model, &p.rejected)] // best first
     };
-    pairs.iter().map(|p| RankedExample { prompt: ids(model, &p.row.prompt), answers: answers(p) }).collect()
+    pairs.iter().map(|p| RankedExample { prompt: ids(model, &p.row.prompt), responses: answers(p) }).collect()
 }
 
 pub fn questions(model: &Model, n: usize) -> Vec<Vec<u32>> {
@@ -67,7 +70,7 @@ pub fn questions(model: &Model, n: usize) -> Vec<Vec<u32>> {
     questions
 }
 
-/// alpha / r = 1.5: a scale forgotten somewhere would show.
+/// alpha / r = 1.5, so that a missing scale is detected.
 pub fn lora() -> Lora {
     Lora { r: 4, lora_alpha: 6.0, ..Lora::default() }
 }
@@ -100,7 +103,8 @@ pub fn ppo_config() -> Ppo {
 pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
     let start = model.fresh_adapter(&lora(), seed).unwrap();
     let examples = sft_examples(model, 32);
-    let (adapter, _) = sft::train(&model.base, &start, &examples, &[], &sft_config(), seed, report).unwrap();
+    let setup = Setup { base: &model.base, start: &start, recompute: Recompute::Off, seed };
+    let (adapter, _) = sft::train(setup, &examples, &[], &sft_config(), report).unwrap();
     for (name, values) in bits(&adapter) {
         assert!(values.iter().any(|&v| f32::from_bits(v) != 0.0), "{name} is zero after SFT");
     }
@@ -109,32 +113,70 @@ pub fn sft_adapter(model: &Model, seed: u64, report: &mut Session) -> Adapter {
 
 pub fn reward_adapter(model: &Model, start: &Adapter, seed: u64, report: &mut Session) -> Adapter {
     let examples = comparisons(model, 32);
-    reward::train::train(&model.base, start, &examples, &examples, &reward_config(), seed, report).unwrap().0
+    let setup = Setup { base: &model.base, start, recompute: Recompute::Off, seed };
+    reward::train::train(setup, &examples, &examples, &reward_config(), report).unwrap().0
 }
 
-pub fn run_ppo(start: Start<'_>, model: &Model, config: &Ppo, seed: u64, report: &mut Session) -> Trained {
-    let tokenizer = model.checkpoint.tokenizer();
-    let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
-    let (prompts, source) = (questions(model, 24), source_of(start));
-    let task = Task {
-        start,
-        prompts: &prompts,
-        stop: tokenizer.eos_ids(),
-        source: &source,
-        decode: &decode,
+/// Bases and adapters of a PPO run.
+#[derive(Clone, Copy)]
+pub struct Roles<'w> {
+    pub base: &'w Base,
+    pub reward_base: &'w Base,
+    pub sft: &'w Adapter,
+    pub reward: Option<&'w Adapter>,
+}
+
+fn no_text(_: &[u32]) -> String {
+    String::new()
+}
+
+/// Inputs of a PPO run that does not decode its samples.
+pub fn ppo_run<'w>(
+    roles: Roles<'w>,
+    prompts: &'w Vec<Vec<u32>>,
+    stop: &'w [u32],
+    source: &'w RewardModel<'w>,
+    config: &'w Ppo,
+    seed: u64,
+) -> PpoRun<'w> {
+    let Roles { base, reward_base, sft, reward } = roles;
+    let recompute = match config.checkpoint {
+        RecomputeSetting::None | RecomputeSetting::Auto => Recompute::Off,
+        RecomputeSetting::Mlp => Recompute::Mlp,
+        RecomputeSetting::Block => Recompute::Block,
+    };
+    PpoRun {
+        base,
+        reward_base,
+        sft,
+        reward,
+        prompts,
+        stop,
+        source,
+        decode: &no_text,
         evaluation: None,
         ptx: None,
         pad: None,
-    };
-    ppo::train::train(task, config, seed, report).unwrap()
+        config,
+        seed,
+        recompute,
+    }
+}
+
+pub fn run_ppo(roles: Roles<'_>, model: &Model, config: &Ppo, seed: u64, session: &mut Session) -> Trained {
+    let tokenizer = model.checkpoint.tokenizer();
+    let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
+    let (prompts, source) = (questions(model, 24), source_of(roles));
+    let run = ppo_run(roles, &prompts, tokenizer.eos_ids(), &source, config, seed);
+    train(&PpoRun { decode: &decode, ..run }, session).unwrap()
 }
 
 /// The reward model that a run starts with, as the source of its scores.
-pub fn source_of(start: Start<'_>) -> RewardModel<'_> {
-    RewardModel(ValueModel::new(start.reward_base, start.reward.unwrap()).unwrap())
+pub fn source_of(roles: Roles<'_>) -> RewardModel<'_> {
+    RewardModel(ValueModel::new(roles.reward_base, roles.reward.unwrap()).unwrap())
 }
 
-/// Every tensor of an adapter as the bits of its numbers, the head's bias last.
+/// The bits of every tensor of an adapter, the head's bias last.
 pub fn bits(adapter: &Adapter) -> BTreeMap<String, Vec<u32>> {
     let values = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
     let named = adapter.named_tensors().into_iter();

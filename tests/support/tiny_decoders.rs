@@ -103,7 +103,7 @@ pub fn open(path: &str) -> Opened {
     );
     save(&dir.path().join("model.safetensors"), &golden.shapes);
     let checkpoint = ModelFiles::open(dir.path()).unwrap_or_else(|e| panic!("{path}: {e:#}"));
-    let base = Base::load(&checkpoint).unwrap_or_else(|e| panic!("{path}: {e:#}"));
+    let base = checkpoint.base().unwrap_or_else(|e| panic!("{path}: {e:#}"));
     Opened { golden, checkpoint, base, dir }
 }
 

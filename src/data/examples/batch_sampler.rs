@@ -1,27 +1,29 @@
-//! Which examples a step trains on: shuffled by (seed, epoch), cut into batches by count or by tokens, dealt to ranks.
-//! A batch is a function of its [`Cursor`] alone, so a run that is resumed needs nothing else. Knows no example's content.
-//! Read sft.rs for a loop over it.
+//! [`BatchSampler`]: the examples of each optimizer step, shuffled by (seed, epoch), cut into batches by number of
+//! examples or tokens, and distributed over ranks.
+//!
+//! A step's batches are a function of its [`Cursor`], so resuming a run needs nothing else. This file does not depend
+//! on the record types or on text. Read `data/stream/mod.rs` next; `sft.rs` has a loop over it.
 
 use serde::{Deserialize, Serialize};
 
-use crate::data::examples::{Example, Examples};
+use crate::data::examples::example::{Example, Examples};
 use crate::rng::{SplitMix64, derive};
 
-/// The next step of a run: the whole state of its data.
+/// The position of the next step: the whole state of a run's data.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Cursor {
-    /// Pass over the examples, from 0.
+    /// Number of the pass over the examples, from 0.
     pub epoch: usize,
-    /// Step within the pass, from 0.
+    /// Number of the step within the pass, from 0.
     pub position: usize,
 }
 
-/// One of several processes that train together.
+/// This process among the processes that train together.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shard {
-    /// From 0.
+    /// Rank of this process, from 0.
     pub rank: usize,
-    /// How many processes there are.
+    /// Number of processes.
     pub world_size: usize,
 }
 
@@ -31,40 +33,41 @@ impl Default for Shard {
     }
 }
 
-/// How large a batch is: what goes through the network at once.
+/// The size of a batch, which the model processes at once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BatchSize {
-    /// So many examples.
+    /// A number of examples.
     Examples(usize),
-    /// As many examples of like length as have no more tokens than this together; a longer one stands alone.
+    /// A maximum number of tokens over the batch's examples, which are of similar length; a longer example is a batch
+    /// of its own.
     Tokens(usize),
 }
 
-/// Everything an order depends on besides the examples.
+/// The settings that, with the examples, determine every batch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchSampler {
-    /// The run's.
+    /// The run's seed.
     pub seed: u64,
-    /// The stage's stream of the seed (`train::settings`).
+    /// The stage's random stream under that seed (`train::settings`).
     pub stream: u64,
-    /// Cut of a batch.
+    /// The size of a batch.
     pub batch: BatchSize,
-    /// Batches a step sums its gradient over, on each rank.
+    /// Number of batches per step and rank over which the gradient is accumulated.
     pub accumulate: usize,
-    /// Whose batches.
+    /// The process whose batches are returned.
     pub shard: Shard,
 }
 
-/// Examples of like length are looked for among so many neighbours of the shuffled order.
+/// Number of neighbours in the shuffled order that are sorted by length together.
 const WINDOW: usize = 4096;
-/// The path of a window's own stream: apart from every epoch's.
+/// Separates the random stream of a window's batches from that of an epoch.
 const BATCH_ORDER: u64 = 0x0062_6174_6368;
 
 impl BatchSampler {
-    /// The batches of one pass. Every example stands in exactly one, on exactly one rank; all ranks have as many steps, and
-    /// a rank's share of the last may be empty.
+    /// The batches of one pass. Every example is in exactly one batch of exactly one rank. All ranks have the same
+    /// number of steps; the last one may be empty on some ranks.
     ///
-    /// Takes 8 bytes an example and 8 a batch.
+    /// Memory: 8 bytes per example and 8 per batch.
     pub fn epoch<T: Example>(&self, examples: &(impl Examples<T> + ?Sized), epoch: usize) -> Epoch {
         let path = [self.stream, epoch as u64];
         let mut order = SplitMix64::new(derive(self.seed, &path)).permutation(examples.len());
@@ -93,14 +96,14 @@ impl BatchSampler {
         Epoch { order, starts, accumulate: self.accumulate.max(1), shard: self.shard }
     }
 
-    /// Steps of `epochs` passes.
+    /// Number of steps in `epochs` passes.
     pub fn steps<T: Example>(&self, examples: &(impl Examples<T> + ?Sized), epochs: usize) -> usize {
         match self.batch {
             BatchSize::Examples(size) => {
-                let a_step = size.max(1) * self.accumulate.max(1) * self.shard.world_size;
-                examples.len().div_ceil(a_step) * epochs
+                let per_step = size.max(1) * self.accumulate.max(1) * self.shard.world_size;
+                examples.len().div_ceil(per_step) * epochs
             }
-            // How well lengths fill a budget depends on the shuffle.
+            // The number of batches depends on the shuffle.
             BatchSize::Tokens(_) => (0..epochs).map(|epoch| self.epoch(examples, epoch).steps()).sum(),
         }
     }
@@ -112,18 +115,18 @@ impl BatchSampler {
         cursor: Cursor,
         epochs: usize,
     ) -> Steps<'e, T, E> {
-        Steps { plan: *self, examples, cursor, epochs, current: None, of: std::marker::PhantomData }
+        Steps { sampler: *self, examples, cursor, epochs, current: None, of: std::marker::PhantomData }
     }
 }
 
-/// Sorts a window by length, cuts it by tokens, and shuffles the cuts, so that the lengths of a run stay mixed. `cut` gets
-/// the batches' sizes in their final order.
+/// Sorts a window by length, cuts it into batches of at most `most` tokens, and shuffles the batches, so that
+/// successive steps have different lengths. `on_batch` receives the sizes of the batches in their final order.
 fn group_by_length(
     window: &mut [usize],
     tokens: impl Fn(usize) -> usize,
     most: usize,
     rng: &mut SplitMix64,
-    mut cut: impl FnMut(usize),
+    mut on_batch: impl FnMut(usize),
 ) {
     let mut sorted: Vec<(usize, usize)> = window.iter().map(|&row| (tokens(row), row)).collect();
     sorted.sort_by_key(|(tokens, _)| std::cmp::Reverse(*tokens)); // stable: equal lengths stay shuffled
@@ -135,63 +138,64 @@ fn group_by_length(
             window[at] = sorted[index].1;
             at += 1;
         }
-        cut(batches[number].len());
+        on_batch(batches[number].len());
     }
 }
 
 /// The batches of one pass.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Epoch {
+    /// All rows in their order.
     order: Vec<usize>,
-    /// Where each batch of all ranks begins in `order`, and the end.
+    /// Start of each batch of all ranks in `order`, and the end of the last.
     starts: Vec<usize>,
     accumulate: usize,
     shard: Shard,
 }
 
 impl Epoch {
-    /// The same on every rank.
+    /// Number of steps, which is the same on every rank.
     pub fn steps(&self) -> usize {
         (self.starts.len() - 1).div_ceil(self.accumulate * self.shard.world_size)
     }
 
-    /// This rank's batches of a step, each a list of rows. Batches are dealt to the ranks in turn.
+    /// This rank's batches of a step, each a list of rows. The batches go to the ranks in turn.
     pub fn step(&self, position: usize) -> Step<'_> {
-        let a_step = self.accumulate * self.shard.world_size;
+        let per_step = self.accumulate * self.shard.world_size;
         let all = self.starts.len() - 1;
-        let mine = (position * a_step..all.min((position + 1) * a_step)).skip(self.shard.rank);
+        let mine = (position * per_step..all.min((position + 1) * per_step)).skip(self.shard.rank);
         let rows = |batch: usize| &self.order[self.starts[batch]..self.starts[batch + 1]];
         Step { batches: mine.step_by(self.shard.world_size).map(rows).collect() }
     }
 }
 
-/// What one optimizer step goes over.
+/// The batches of one optimizer step.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Step<'o> {
-    /// Rows of each batch.
+    /// The rows of each batch.
     pub batches: Vec<&'o [usize]>,
 }
 
 impl Step<'_> {
-    /// All rows.
+    /// The rows of all batches.
     pub fn rows(&self) -> impl Iterator<Item = usize> + '_ {
         self.batches.iter().flat_map(|batch| batch.iter().copied())
     }
 
-    /// Number of rows.
+    /// Number of rows of all batches.
     pub fn len(&self) -> usize {
         self.batches.iter().map(|batch| batch.len()).sum()
     }
 
-    /// No row: a rank that has run out before the others.
+    /// Whether the step has no row, as for a rank that has no batch left in an epoch's last step.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
-/// Steps in their order. Not an `Iterator`: a step borrows the pass it belongs to.
+/// The steps in order. It is not an `Iterator` because a step borrows from its epoch.
 pub struct Steps<'e, T, E: ?Sized> {
-    plan: BatchSampler,
+    sampler: BatchSampler,
     examples: &'e E,
     cursor: Cursor,
     epochs: usize,
@@ -200,19 +204,19 @@ pub struct Steps<'e, T, E: ?Sized> {
 }
 
 impl<T: Example, E: Examples<T> + ?Sized> Steps<'_, T, E> {
-    /// The step that [`Steps::next_step`] gives next: to be saved together with the weights.
+    /// The position of the step that [`Steps::next_step`] returns next, to be saved with the weights.
     pub fn cursor(&self) -> Cursor {
         self.cursor
     }
 
-    /// The next step; none after the last epoch.
+    /// The next step, or None after the last epoch.
     pub fn next_step(&mut self) -> Option<Step<'_>> {
         loop {
             if self.cursor.epoch >= self.epochs {
                 return None;
             }
             if self.current.as_ref().is_none_or(|(epoch, _)| *epoch != self.cursor.epoch) {
-                let epoch = self.plan.epoch(self.examples, self.cursor.epoch);
+                let epoch = self.sampler.epoch(self.examples, self.cursor.epoch);
                 self.current = Some((self.cursor.epoch, epoch));
             }
             if self.cursor.position < self.current.as_ref().map_or(0, |(_, epoch)| epoch.steps()) {
@@ -226,8 +230,8 @@ impl<T: Example, E: Examples<T> + ?Sized> Steps<'_, T, E> {
     }
 }
 
-/// Rows `from..from + count` of an endless sequence of shuffled passes over `n` rows: PPO's prompts. Every rank draws
-/// its own by asking for its own range.
+/// Rows `from..from + count` of an endless sequence of shuffled passes over `n` rows, for PPO's prompts. Each rank
+/// draws its own range.
 pub fn endless(seed: u64, stream: u64, n: usize, from: usize, count: usize) -> Vec<usize> {
     let mut rows = Vec::with_capacity(count);
     let mut pass = usize::MAX;
@@ -252,7 +256,7 @@ mod tests {
         (0..n).map(|_| vec![7; 1 + rng.below(40)]).collect()
     }
 
-    fn plans() -> impl Iterator<Item = BatchSampler> {
+    fn samplers() -> impl Iterator<Item = BatchSampler> {
         let batches = [BatchSize::Examples(1), BatchSize::Examples(3), BatchSize::Tokens(50), BatchSize::Tokens(9)];
         batches.into_iter().flat_map(|batch| {
             [1, 2, 5].map(|accumulate| BatchSampler { seed: 4, stream: 1, batch, accumulate, shard: Shard::default() })
@@ -260,12 +264,12 @@ mod tests {
     }
 
     fn all_steps(
-        plan: &BatchSampler,
+        sampler: &BatchSampler,
         examples: &[Vec<u32>],
         cursor: Cursor,
         epochs: usize,
     ) -> Vec<(Cursor, Vec<Vec<usize>>)> {
-        let mut steps = plan.from(examples, cursor, epochs);
+        let mut steps = sampler.from(examples, cursor, epochs);
         let mut all = vec![];
         loop {
             let cursor = steps.cursor();
@@ -275,53 +279,53 @@ mod tests {
     }
 
     #[test]
-    fn a_cursor_restored_anywhere_continues_identically() {
+    fn a_restored_cursor_continues_with_identical_batches() {
         for n in [1, 17, 40] {
             let examples = examples(n);
-            for plan in plans() {
-                let whole = all_steps(&plan, &examples, Cursor::default(), 3);
-                assert_eq!(whole.len(), plan.steps(&examples, 3), "{plan:?}");
+            for sampler in samplers() {
+                let whole = all_steps(&sampler, &examples, Cursor::default(), 3);
+                assert_eq!(whole.len(), sampler.steps(&examples, 3), "{sampler:?}");
                 for (at, (cursor, _)) in whole.iter().enumerate() {
                     let text = serde_json::to_string(cursor).unwrap();
                     let cursor: Cursor = serde_json::from_str(&text).unwrap();
-                    let rest: Vec<_> = all_steps(&plan, &examples, cursor, 3).into_iter().map(|(_, b)| b).collect();
+                    let rest: Vec<_> = all_steps(&sampler, &examples, cursor, 3).into_iter().map(|(_, b)| b).collect();
                     let expected: Vec<_> = whole[at..].iter().map(|(_, b)| b.clone()).collect();
-                    assert_eq!(rest, expected, "{plan:?} from {cursor:?}");
+                    assert_eq!(rest, expected, "{sampler:?} from {cursor:?}");
                 }
             }
         }
     }
 
     #[test]
-    fn every_rank_has_as_many_steps_and_together_they_see_every_example_once_an_epoch() {
+    fn ranks_have_equal_steps_and_together_see_every_example_once_per_epoch() {
         let examples = examples(101);
-        for plan in plans() {
+        for sampler in samplers() {
             for world_size in [1, 2, 4, 7] {
                 let mut seen = vec![];
                 let mut steps = std::collections::BTreeSet::new();
                 for rank in 0..world_size {
-                    let plan = BatchSampler { shard: Shard { rank, world_size }, ..plan };
-                    let epoch = plan.epoch(&examples, 2);
+                    let sampler = BatchSampler { shard: Shard { rank, world_size }, ..sampler };
+                    let epoch = sampler.epoch(&examples, 2);
                     steps.insert(epoch.steps());
-                    assert_eq!(plan.steps(&examples, 1), plan.epoch(&examples, 0).steps());
+                    assert_eq!(sampler.steps(&examples, 1), sampler.epoch(&examples, 0).steps());
                     for position in 0..epoch.steps() {
                         let step = epoch.step(position);
-                        assert!(step.batches.len() <= plan.accumulate);
+                        assert!(step.batches.len() <= sampler.accumulate);
                         seen.extend(step.rows());
                     }
                 }
                 seen.sort_unstable();
-                assert_eq!((seen, steps.len()), ((0..101).collect(), 1), "{plan:?} {world_size}");
+                assert_eq!((seen, steps.len()), ((0..101).collect(), 1), "{sampler:?} {world_size}");
             }
         }
     }
 
     #[test]
-    fn a_token_budget_is_kept_and_filled_with_like_lengths() {
+    fn token_batches_stay_within_the_budget_and_have_similar_lengths() {
         let examples = examples(5000);
-        let plan =
+        let sampler =
             BatchSampler { seed: 1, stream: 2, batch: BatchSize::Tokens(200), accumulate: 1, shard: Shard::default() };
-        let epoch = plan.epoch(&examples, 0);
+        let epoch = sampler.epoch(&examples, 0);
         let total: usize = examples.iter().map(Vec::len).sum();
         let mut spread = 0;
         let mut first_lengths = vec![];
@@ -331,19 +335,20 @@ mod tests {
             spread = spread.max(lengths.iter().max().unwrap() - lengths.iter().min().unwrap());
             first_lengths.push(lengths[0]);
         }
-        // Of 1 to 40 tokens each: near-full batches whose members differ little, in no order of length.
+        // The examples have 1 to 40 tokens: batches are nearly full, their lengths differ little, and batches are
+        // shuffled.
         assert!(epoch.steps() <= total.div_ceil(200) * 11 / 10, "{} batches for {total} tokens", epoch.steps());
         assert!(spread <= 12, "{spread}");
         assert!(!first_lengths.is_sorted() && !first_lengths.iter().rev().is_sorted());
-        assert_ne!(epoch, plan.epoch(&examples, 1));
-        // One longer than the budget stands alone instead of being lost.
-        let tight = BatchSampler { batch: BatchSize::Tokens(5), ..plan }.epoch(&examples, 0);
+        assert_ne!(epoch, sampler.epoch(&examples, 1));
+        // An example longer than the budget is a batch of its own.
+        let tight = BatchSampler { batch: BatchSize::Tokens(5), ..sampler }.epoch(&examples, 0);
         let alone = |row: &[usize]| row.len() == 1 || row.iter().map(|&r| examples[r].len()).sum::<usize>() <= 5;
         assert!((0..tight.steps()).all(|position| tight.step(position).batches.iter().all(|batch| alone(batch))));
     }
 
     #[test]
-    fn endless_rows_are_passes_each_in_its_own_order_from_any_place() {
+    fn endless_rows_are_shuffled_passes_and_can_start_anywhere() {
         let all = endless(3, 4, 10, 0, 35);
         for pass in all.chunks(10).take(3) {
             let mut sorted = pass.to_vec();

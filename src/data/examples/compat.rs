@@ -1,47 +1,38 @@
-//! Records -> the examples of each phase under `compat = "dschat"`. The arithmetic is in dschat.rs; this puts a record's
-//! texts through it. Knows no file. Read phases.rs next.
+//! Records -> examples under `compat = "dschat"`, for each objective that DeepSpeed-Chat has.
+//!
+//! `dschat.rs` holds the rules for rows and tokens; this file applies them to a record's texts. It does not depend on
+//! `files` or `formats`. Read `data/examples/objectives.rs` next.
 
 use anyhow::{Result, bail};
 
 use crate::config::{Compat, Data};
 use crate::data::examples::dschat;
-use crate::data::examples::objectives::{RankedExample, SftExample, TextEncoder};
+use crate::data::examples::dschat::Share;
+use crate::data::examples::encoder::TextEncoder;
+use crate::data::examples::example::{RankedExample, SftExample};
 use crate::data::examples::render::Renderer;
-use crate::data::{Record, Text};
+use crate::data::examples::report::Outcome;
+use crate::data::record::{Record, Text};
 
-/// DeepSpeed-Chat's split of the records over SFT, reward model and PPO.
+/// DeepSpeed-Chat's default split of the records into shares for SFT, reward modelling and PPO.
 pub(crate) const DEFAULT_SPLIT: &str = "2,4,4";
 
-/// A phase, in the order of `data_split`.
-#[derive(Clone, Copy)]
-pub enum Part {
-    /// Supervised fine-tuning.
-    Sft = 0,
-    /// Reward modelling.
-    Reward = 1,
-    /// Prompts to answer.
-    Ppo = 2,
-}
-
-/// An example and whether it was cut, or why there is none.
-pub(crate) type Made<T> = Result<(T, bool), String>;
-
-/// Which records a phase gets of sources of so many `records` each, as numbers over all sources: all, or under `compat`
-/// those that DeepSpeed-Chat gives it, in its order. It splits every set by itself, and shuffles what comes of several
-/// once more.
+/// The rows of the records in `share`, where `records` holds the number of records per source and a row counts over all
+/// sources. Without `compat` or a share, these are all rows. DeepSpeed-Chat splits every data set by itself, and
+/// shuffles the rows of several data sets once more.
 ///
 /// # Errors
-/// Those of [`dschat::phase_rows`].
-pub(crate) fn rows_of(records: &[usize], data: &Data, part: Option<Part>) -> Result<Vec<usize>> {
-    let (Some(Compat::Dschat), Some(part)) = (data.compat, part) else {
+/// Those of [`dschat::share_rows`].
+pub(crate) fn rows_of(records: &[usize], data: &Data, share: Option<Share>) -> Result<Vec<usize>> {
+    let (Some(Compat::Dschat), Some(share)) = (data.compat, share) else {
         return Ok((0..records.iter().sum()).collect());
     };
-    let shares = dschat::shares(data.data_split.as_deref().unwrap_or(DEFAULT_SPLIT))
+    let shares = dschat::parse_shares(data.data_split.as_deref().unwrap_or(DEFAULT_SPLIT))
         .map_err(|fault| crate::invalid!("[data] data_split: {fault}"))?;
     let (mut rows, mut first) = (vec![], 0);
     for &records in records {
-        let of_set = dschat::phase_rows(data.seed, records, &shares, part as usize)?;
-        rows.extend(of_set.into_iter().map(|row| first + row as usize));
+        let own = dschat::share_rows(data.seed, records, &shares, share as usize)?;
+        rows.extend(own.into_iter().map(|row| first + row as usize));
         first += records;
     }
     if records.len() > 1 {
@@ -51,61 +42,62 @@ pub(crate) fn rows_of(records: &[usize], data: &Data, part: Option<Part>) -> Res
     Ok(rows)
 }
 
-/// Prompt, answer and the tokenizer's end, learnt at every token: there is no mask of the prompt.
+/// An SFT example: prompt, response and the tokenizer's end token, with a loss on every token but the first
+/// (DeepSpeed-Chat does not mask the prompt).
 pub(crate) fn sft(
     record: &Record,
     renderer: &Renderer,
     encoder: &dyn TextEncoder,
     data: &Data,
-) -> Result<Made<SftExample>> {
+) -> Result<Outcome<SftExample>> {
     let text = match record {
         Record::LanguageModeling(Text::Verbatim(text)) => text.clone(),
         Record::LanguageModeling(Text::Dialogue(turns)) => renderer.whole(turns)?,
-        Record::PromptCompletion { prompt, completion: answer }
-        | Record::Unpaired { prompt, completion: answer, label: true } => joined(renderer, prompt, answer)?,
-        Record::Ranked { prompt, answers } => joined(renderer, prompt, &answers[0])?,
-        Record::Unpaired { label: false, .. } => return Ok(Err("judged bad".to_owned())),
-        Record::PromptOnly(_) => bail!("SFT needs an answer, and a prompt_only record has none"),
+        Record::PromptCompletion { prompt, completion: response }
+        | Record::Unpaired { prompt, completion: response, label: true } => joined(renderer, prompt, response)?,
+        Record::Ranked { prompt, responses } => joined(renderer, prompt, &responses[0])?,
+        Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
+        Record::PromptOnly(_) => bail!("SFT needs a response, and a prompt_only record has none"),
     };
     let whole = dschat::sequence(&text, encoder.eos_text(), usize::MAX, encoder)?;
     let tokens = whole[..whole.len().min(data.max_length)].to_vec();
     if tokens.len() < 2 {
-        return Ok(Err("of a single token".to_owned()));
+        return Ok(Outcome::Drop("of a single token".to_owned()));
     }
-    let loss_mask = (0..tokens.len()).map(|place| place > 0).collect();
+    let loss_mask = (0..tokens.len()).map(|position| position > 0).collect();
     let cut = tokens.len() < whole.len();
-    Ok(Ok((SftExample { tokens, loss_mask }, cut)))
+    Ok(Outcome::keep(SftExample { tokens, loss_mask }, cut))
 }
 
-/// Both sequences from where they differ, each with `<|endoftext|>` behind it as the tokenizer reads that text.
+/// A comparison: both sequences from where they differ, each ending with the tokens of the text `<|endoftext|>`.
 pub(crate) fn ranked(
     record: &Record,
     renderer: &Renderer,
     encoder: &dyn TextEncoder,
     data: &Data,
-) -> Result<Made<RankedExample>> {
-    let Record::Ranked { prompt, answers } = record else {
+) -> Result<Outcome<RankedExample>> {
+    let Record::Ranked { prompt, responses } = record else {
         bail!("reward modelling needs comparisons, and this record is {}", record.kind());
     };
     let mut cut = false;
-    let mut sequence = |answer| -> Result<Vec<u32>> {
-        let text = joined(renderer, prompt, answer)?;
+    let mut sequence = |response| -> Result<Vec<u32>> {
+        let text = joined(renderer, prompt, response)?;
         let mut tokens = dschat::sequence(&text, dschat::REWARD_END, usize::MAX, encoder)?;
         cut |= tokens.len() > data.max_length;
         tokens.truncate(data.max_length);
         Ok(tokens)
     };
-    // DeepSpeed-Chat compares two: of a longer ranking the best and the worst.
-    let (chosen, rejected) = (sequence(&answers[0])?, sequence(&answers[answers.len() - 1])?);
-    // Equal ones stay: a constant loss without gradient, which counts among its batch's and is never right.
-    let (prompt, answers) = dschat::diverge(chosen, rejected);
+    // DeepSpeed-Chat compares two responses: of a longer ranking, the best and the worst.
+    let (chosen, rejected) = (sequence(&responses[0])?, sequence(&responses[responses.len() - 1])?);
+    // Equal sequences stay, as in DeepSpeed-Chat: their loss is constant without a gradient, and they count as wrong.
+    let (prompt, responses) = dschat::diverge(chosen, rejected);
     match prompt.is_empty() {
-        true => Ok(Err("with answers that share no first token".to_owned())),
-        false => Ok(Ok((RankedExample { prompt, answers: answers.into() }, cut))),
+        true => Ok(Outcome::Drop("with answers that share no first token".to_owned())),
+        false => Ok(Outcome::keep(RankedExample { prompt, responses: responses.into() }, cut)),
     }
 }
 
-/// A prompt's text and its tokens, filtered where they are too many.
+/// A prompt's tokens and text, or the reason for dropping it: too many tokens.
 pub(crate) fn prompt(
     prompt: &Text,
     renderer: &Renderer,
@@ -120,11 +112,12 @@ pub(crate) fn prompt(
     })
 }
 
-fn joined(renderer: &Renderer, prompt: &Text, answer: &Text) -> Result<String> {
-    match (prompt, answer) {
+/// The text of prompt and response together.
+fn joined(renderer: &Renderer, prompt: &Text, response: &Text) -> Result<String> {
+    match (prompt, response) {
         (Text::Dialogue(turns), Text::Dialogue(more)) => renderer.whole(&[turns.as_slice(), more].concat()),
         _ => {
-            let (mut text, segments) = renderer.answer(prompt, answer)?;
+            let (mut text, segments) = renderer.response(prompt, response)?;
             segments.iter().for_each(|segment| text.push_str(&segment.text));
             Ok(text)
         }

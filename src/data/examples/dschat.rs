@@ -1,19 +1,31 @@
-//! DeepSpeed-Chat's way from records to phases, for `compat = "dschat"`: which rows a phase gets, and how a row becomes
-//! tokens. Pure functions; knows no file. Read phases.rs next.
+//! DeepSpeed-Chat's rules for `compat = "dschat"`: the rows in each objective's share of the data, and the tokens of a
+//! row.
 //!
 //! The behaviour is that of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `data_utils.py`: a data set's row numbers are
-//! shuffled by numpy and cut by `data_split`; text is prompt, answer and end-of-conversation text tokenised in one piece
-//! and cut at the right, so that a long answer loses its end; a long prompt of PPO is filtered.
+//! shuffled by numpy and cut by `data_split`; prompt, response and end-of-conversation text are tokenised in one piece
+//! and truncated at the right, so that a long response loses its end; a long prompt of PPO is dropped. All functions
+//! are pure; this file does not depend on the record types. Read `data/examples/compat.rs` next.
 
 use anyhow::{Result, ensure};
 
-use crate::data::examples::objectives::TextEncoder;
+use crate::data::examples::encoder::TextEncoder;
 
-/// The text that ends a conversation in the phases of the reward model, whatever the tokenizer makes of it. SFT ends with
-/// the tokenizer's own end token.
+/// The text that ends a conversation in reward modelling, encoded as any text is. SFT ends with the tokenizer's own end
+/// token.
 pub const REWARD_END: &str = "<|endoftext|>";
 
-/// The Mersenne Twister as numpy's `RandomState` seeds and reads it (Matsumoto and Nishimura 1998).
+/// A share of the records, numbered in the order of `data_split`.
+#[derive(Clone, Copy)]
+pub enum Share {
+    /// The share of supervised fine-tuning.
+    Sft = 0,
+    /// The share of reward modelling.
+    Reward = 1,
+    /// The share of PPO, for prompts.
+    Ppo = 2,
+}
+
+/// The Mersenne Twister MT19937 (Matsumoto and Nishimura 1998), seeded and used as in numpy's `RandomState`.
 struct MersenneTwister {
     state: [u32; Self::N],
     next: usize,
@@ -53,7 +65,7 @@ impl MersenneTwister {
         y ^ (y >> 18)
     }
 
-    /// Uniform in 0..=most, as numpy's legacy `random_interval`: masked draws until one fits.
+    /// A uniform number in 0..=most, as numpy's legacy `random_interval` draws it: masked draws until one is in range.
     fn interval(&mut self, most: u32) -> u32 {
         let mask = u32::MAX.checked_shr(most.leading_zeros()).unwrap_or(0);
         loop {
@@ -65,19 +77,19 @@ impl MersenneTwister {
     }
 }
 
-/// `np.random.RandomState(seed).shuffle(np.arange(size))`: the row numbers in the order that numpy gives them.
+/// The row numbers 0..size in numpy's order: `np.random.RandomState(seed).shuffle(np.arange(size))`.
 ///
 /// # Errors
-/// A seed that numpy refuses, above 2^32 - 1; more rows than that.
+/// A seed above 2^32 - 1, which numpy rejects; more than 2^32 - 1 rows.
 pub fn shuffled_rows(seed: u64, size: usize) -> Result<Vec<u32>> {
     let numpy_seed = u32::try_from(seed);
     ensure!(
         numpy_seed.is_ok(),
         crate::error::Invalid::new(format!(
-            "seed = {seed} is above 4294967295, the largest that compat = \"dschat\" can use, since numpy's is one of 32 bits"
+            "seed = {seed} is above 4294967295, the largest that compat = \"dschat\" can use: numpy's seeds have 32 bits"
         ))
     );
-    let rows = u32::try_from(size).map_err(|_| anyhow::anyhow!("{size} rows are more than 32 bits count"))?;
+    let rows = u32::try_from(size).map_err(|_| anyhow::anyhow!("{size} rows are more than 32 bits can count"))?;
     let mut random = MersenneTwister::new(numpy_seed?);
     let mut order: Vec<u32> = (0..rows).collect();
     for i in (1..rows).rev() {
@@ -86,48 +98,50 @@ pub fn shuffled_rows(seed: u64, size: usize) -> Result<Vec<u32>> {
     Ok(order)
 }
 
-/// The rows of phase number `phase` (0 = SFT, 1 = reward, 2 = PPO) of a data set of `size` rows, in the order in which
-/// they are read, cut by `data_split` as DeepSpeed-Chat cuts them: with shares f_k, end_k = end_(k-1) + round(f_k size),
-/// halves to the even side; what the last end is over or under the size is then taken from every end.
+/// The rows of share number `share` (0 = SFT, 1 = reward, 2 = PPO) of a data set of `size` rows, in reading order, cut
+/// by `data_split` as in DeepSpeed-Chat: with fractions f_k, end_k = end_(k-1) + round(f_k size), where halves round to
+/// even; the difference between the last end and the size is then subtracted from every end.
 ///
 /// # Errors
-/// Those of [`shuffled_rows`]; a share that is negative or no number, or none above 0; no such phase.
-pub fn phase_rows(seed: u64, size: usize, data_split: &[f64], phase: usize) -> Result<Vec<u32>> {
+/// Those of [`shuffled_rows`]; a fraction that is negative, NaN or infinite, or none above 0; no such share.
+pub fn share_rows(seed: u64, size: usize, data_split: &[f64], share: usize) -> Result<Vec<u32>> {
     let sum: f64 = data_split.iter().sum();
     ensure!(
-        data_split.iter().all(|share| share.is_finite() && *share >= 0.0) && sum > 0.0 && phase < data_split.len(),
+        data_split.iter().all(|fraction| fraction.is_finite() && *fraction >= 0.0)
+            && sum > 0.0
+            && share < data_split.len(),
         crate::error::Invalid::new(format!(
-            "data_split has the shares {data_split:?}; use one number of 0 or more for each phase, such as \"2,4,4\""
+            "data_split has the shares {data_split:?}; use one number of 0 or more per stage, such as \"2,4,4\""
         ))
     );
     let mut ends = vec![0i64];
-    for share in data_split {
-        let rows = (share / sum * size as f64).round_ties_even();
+    for fraction in data_split {
+        let rows = (fraction / sum * size as f64).round_ties_even();
         ends.push(ends[ends.len() - 1] + rows as i64);
     }
     let over = ends[ends.len() - 1] - size as i64;
     ends[1..].iter_mut().for_each(|end| *end -= over);
     let order = shuffled_rows(seed, size)?;
-    // An end below 0 counts from the back, as a slice does in Python: DeepSpeed-Chat's phases overlap then.
-    let place = |end: i64| if end < 0 { (end + size as i64).max(0) } else { end.min(size as i64) } as usize;
-    let (from, to) = (place(ends[phase]), place(ends[phase + 1]));
+    // A negative end counts from the back, as in a Python slice: DeepSpeed-Chat's shares then overlap.
+    let index = |end: i64| if end < 0 { (end + size as i64).max(0) } else { end.min(size as i64) } as usize;
+    let (from, to) = (index(ends[share]), index(ends[share + 1]));
     Ok(order.get(from..to).unwrap_or_default().to_vec())
 }
 
-/// `data_split = "2,4,4"` as numbers.
+/// The numbers of a `data_split` such as `"2,4,4"`.
 ///
 /// # Errors
-/// A part that is no number.
-pub fn shares(data_split: &str) -> Result<Vec<f64>, String> {
-    let part = |part: &str| part.trim().parse::<f64>().map_err(|_| format!("{part:?} is no number"));
+/// A part that is not a number.
+pub fn parse_shares(data_split: &str) -> Result<Vec<f64>, String> {
+    let part = |part: &str| part.trim().parse::<f64>().map_err(|_| format!("{part:?} is not a number"));
     data_split.split(',').map(part).collect()
 }
 
-/// Token ids of a prompt, an answer and the text that ends it, tokenised in one piece after the tokenizer's opening
-/// token, cut at the right to `max_length`: a longer sequence has no end.
+/// Token ids of `text` followed by `end`, encoded in one piece after the tokenizer's beginning-of-sequence token and
+/// truncated at the right to `max_length`: a longer sequence loses its end.
 ///
 /// # Errors
-/// The tokenizer's.
+/// Those of the tokenizer.
 pub fn sequence(text: &str, end: &str, max_length: usize, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
     let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
     tokens.extend(encoder.encode(&format!("{text}{end}"))?);
@@ -135,18 +149,19 @@ pub fn sequence(text: &str, end: &str, max_length: usize, encoder: &dyn TextEnco
     Ok(tokens)
 }
 
-/// A comparison as the tokens that both sequences begin with and what each has after them. Where one is all of the
-/// other's beginning, the last shared token stands in both, so that neither is empty.
+/// Splits the two sequences of a comparison into their common beginning and the rest of each. If one sequence is a
+/// prefix of the other, the last common token goes to both rests, so that neither is empty.
 pub fn diverge(chosen: Vec<u32>, rejected: Vec<u32>) -> (Vec<u32>, [Vec<u32>; 2]) {
     let shared = chosen.iter().zip(&rejected).take_while(|(a, b)| a == b).count();
     let shared = shared.min(chosen.len().saturating_sub(1)).min(rejected.len().saturating_sub(1));
     (chosen[..shared].to_vec(), [chosen[shared..].to_vec(), rejected[shared..].to_vec()])
 }
 
-/// Token ids of a prompt for PPO, or None where there are more than `max_prompt_length`: it is filtered, never cut.
+/// Token ids of a prompt for PPO, or None if there are more than `max_prompt_length`: a long prompt is dropped, not
+/// cut.
 ///
 /// # Errors
-/// The tokenizer's.
+/// Those of the tokenizer.
 pub fn prompt(text: &str, max_prompt_length: usize, encoder: &dyn TextEncoder) -> Result<Option<Vec<u32>>> {
     let tokens = sequence(text, "", usize::MAX, encoder)?;
     Ok((tokens.len() <= max_prompt_length).then_some(tokens))
@@ -167,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_shuffled_as_numpy_shuffles_them() {
+    fn shuffled_rows_equal_numpys_golden() {
         let golden = golden();
         for case in golden["shuffles"].as_array().unwrap() {
             let (seed, size) = (case["seed"].as_u64().unwrap(), case["size"].as_u64().unwrap());
@@ -182,18 +197,18 @@ mod tests {
     }
 
     #[test]
-    fn phases_get_the_rows_that_deepspeed_chat_gives_them() {
+    fn share_rows_equal_deepspeed_chats_golden() {
         for case in golden()["splits"].as_array().unwrap() {
             let (seed, size) = (case["seed"].as_u64().unwrap(), case["size"].as_u64().unwrap() as usize);
-            let split = shares(case["split"].as_str().unwrap()).unwrap();
-            for (phase, expected) in case["phases"].as_array().unwrap().iter().enumerate() {
-                let found = phase_rows(seed, size, &split, phase).unwrap();
-                assert_eq!(found, numbers(expected), "{case}, phase {phase}");
+            let split = parse_shares(case["split"].as_str().unwrap()).unwrap();
+            for (share, expected) in case["phases"].as_array().unwrap().iter().enumerate() {
+                let found = share_rows(seed, size, &split, share).unwrap();
+                assert_eq!(found, numbers(expected), "{case}, share {share}");
             }
         }
-        assert!(shares("2,x").is_err());
-        for (shares, phase) in [(&[0.0, 0.0][..], 0), (&[1.0, -1.0], 0), (&[1.0], 1), (&[f64::NAN], 0)] {
-            assert!(phase_rows(1, 5, shares, phase).unwrap_err().to_string().contains("data_split"));
+        assert!(parse_shares("2,x").is_err());
+        for (split, share) in [(&[0.0, 0.0][..], 0), (&[1.0, -1.0], 0), (&[1.0], 1), (&[f64::NAN], 0)] {
+            assert!(share_rows(1, 5, split, share).unwrap_err().to_string().contains("data_split"));
         }
     }
 
@@ -204,7 +219,7 @@ mod tests {
             Ok(text.bytes().map(u32::from).collect())
         }
 
-        fn chat(&self, _: &[crate::data::Message], _: bool) -> Result<String> {
+        fn chat(&self, _: &[crate::tokenizer::chat_template::Message], _: bool) -> Result<String> {
             unreachable!("no template")
         }
 
@@ -230,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sequence_is_cut_at_the_right_and_a_long_prompt_is_filtered() {
+    fn a_long_sequence_is_truncated_at_the_right_and_a_long_prompt_is_dropped() {
         assert_eq!(sequence(" q a", ".", 9, &Letters).unwrap(), tokens("^ q a."));
         assert_eq!(sequence(" q a", ".", 5, &Letters).unwrap(), tokens("^ q a"));
         assert_eq!(prompt(" q:", 4, &Letters).unwrap(), Some(tokens("^ q:")));
@@ -238,14 +253,14 @@ mod tests {
     }
 
     #[test]
-    fn a_comparison_divides_where_its_sequences_do_and_no_answer_is_empty() {
-        for (a, b, prompt, answers) in [
+    fn diverge_splits_at_the_first_difference_and_leaves_no_response_empty() {
+        for (a, b, prompt, responses) in [
             ("q: yes", "q: no", "q: ", ["yes", "no"]),
             ("q: a", "q: a b", "q: ", ["a", "a b"]),
             ("same", "same", "sam", ["e", "e"]),
         ] {
             let (shared, rest) = diverge(tokens(a), tokens(b));
-            assert_eq!((shared, rest), (tokens(prompt), answers.map(tokens)), "{a} / {b}");
+            assert_eq!((shared, rest), (tokens(prompt), responses.map(tokens)), "{a} / {b}");
         }
     }
 }

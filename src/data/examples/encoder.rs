@@ -1,16 +1,65 @@
-//! A model's tokenizer as the phases want it. Knows no record.
+//! [`TextEncoder`], the tokenizer functions that the examples need, and [`ModelEncoder`], which is one over a model's
+//! tokenizer.
+//!
+//! Tests use a small encoder of their own. This file does not depend on the record types. Read
+//! `data/examples/render.rs` next.
 
 use std::cell::RefCell;
 
 use anyhow::Result;
 
-use crate::data::Message;
-use crate::data::examples::objectives::TextEncoder;
 use crate::invalid;
-use crate::tokenizer::chat_template::GenerationPrompt;
+use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
 use crate::tokenizer::{Bulk, SpecialTokens, Tokenizer};
 
-/// A tokenizer with an end-of-text token. Each thread makes its own.
+/// The tokenizer functions that the examples need.
+pub trait TextEncoder {
+    /// Token ids of a text, without special tokens in front or behind. The text of a special token (markup of a chat
+    /// template) becomes that token. The text may be a piece of a sequence: no space may be put before its first word.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    fn encode(&self, text: &str) -> Result<Vec<u32>>;
+
+    /// A dialogue rendered with the tokenizer's chat template; with `add_generation_prompt`, up to where the next
+    /// assistant turn begins.
+    ///
+    /// # Errors
+    /// Those of the template, such as two user turns in a row.
+    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
+
+    /// A dialogue rendered with a chat template from the config.
+    ///
+    /// # Errors
+    /// Those of the template.
+    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+        let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
+        let eos = Some(self.eos_text()).filter(|text| !text.is_empty());
+        render(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
+    }
+
+    /// The text of the beginning-of-sequence token, for templates.
+    fn bos_text(&self) -> Option<&str> {
+        None
+    }
+
+    /// Whether the tokenizer has a chat template.
+    fn has_chat_template(&self) -> bool;
+
+    /// The id of the end-of-sequence token, which ends a response.
+    fn eos_id(&self) -> u32;
+
+    /// The text of the end-of-sequence token, for templates; empty if it has none.
+    fn eos_text(&self) -> &str;
+
+    /// The id of the beginning-of-sequence token, for tokenizers that add one to a text. A chat template writes its
+    /// own.
+    fn bos_id(&self) -> Option<u32> {
+        None
+    }
+}
+
+/// A [`TextEncoder`] over a model's tokenizer, which must have an end-of-text token. Each thread needs one of its own.
 pub struct ModelEncoder<'t> {
     tokenizer: &'t Tokenizer,
     bulk: RefCell<Bulk<'t>>,
@@ -20,8 +69,10 @@ pub struct ModelEncoder<'t> {
 }
 
 impl<'t> ModelEncoder<'t> {
+    /// An encoder over `tokenizer`.
+    ///
     /// # Errors
-    /// If the tokenizer names no end-of-text token: no answer could ever end.
+    /// The tokenizer names no end-of-text token, so no response could end.
     pub fn new(tokenizer: &'t Tokenizer) -> Result<Self> {
         let eos_id = tokenizer.eos_id().ok_or_else(|| {
             invalid!("the base's tokenizer names no end-of-text token; set eos_token in its tokenizer_config.json")
@@ -59,8 +110,8 @@ impl TextEncoder for ModelEncoder<'_> {
     }
 
     fn bos_id(&self) -> Option<u32> {
-        // Only where the tokenizer itself puts one in front of a text.
-        let framed = self.tokenizer.encode("", SpecialTokens::Add).ok()?;
-        self.tokenizer.bos_id().filter(|bos| framed.first() == Some(bos))
+        // Only if the tokenizer itself puts one in front of a text.
+        let encoded = self.tokenizer.encode("", SpecialTokens::Add).ok()?;
+        self.tokenizer.bos_id().filter(|bos| encoded.first() == Some(bos))
     }
 }

@@ -1,118 +1,25 @@
-//! Records -> the token sequences of SFT, reward modelling and PPO, with every loss counted in a [`Report`].
+//! Records -> the training examples of SFT, reward modelling and DPO, KTO, and PPO; each [`Objective`] is one of them.
+//! Every truncated or dropped record is counted in a [`Report`].
 //!
-//! Prompt and answer are tokenised apart, so the mask of the answer is exact and the prompt's tokens are the very ones
-//! PPO will sample after. Knows the tokenizer only as a [`TextEncoder`]. Read pipeline.rs next.
+//! Prompt and response are encoded separately, so the response mask is exact, and the prompt's tokens are those after
+//! which PPO samples. This file does not depend on `files` or `formats`. Read `data/examples/batch_sampler.rs` next.
 
 use std::collections::BTreeSet;
 
 use anyhow::{Result, bail, ensure};
 
 use crate::config::{Compat, Data, Truncation};
-use crate::data::examples::Example;
 use crate::data::examples::compat;
-use crate::data::examples::compat::Part;
 use crate::data::examples::dschat;
+use crate::data::examples::dschat::Share;
+pub use crate::data::examples::encoder::TextEncoder;
+use crate::data::examples::example::Example;
+pub use crate::data::examples::example::{PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::render::{Renderer, Segment};
 pub use crate::data::examples::report::{Outcome, Report};
-use crate::data::{Entry, Message, Record, Text};
-use crate::tokenizer::chat_template::{GenerationPrompt, TemplateTokens, render};
+use crate::data::record::{Entry, Record, Text};
 
-/// What the data needs of a tokenizer.
-pub trait TextEncoder {
-    /// Token ids of a text, nothing added in front or behind. The text of a special token (a template's markup) becomes
-    /// that token. Called on pieces of a sequence: a tokenizer that puts a space before the first word must not do so.
-    ///
-    /// # Errors
-    /// The tokenizer's own.
-    fn encode(&self, text: &str) -> Result<Vec<u32>>;
-
-    /// A dialogue through the tokenizer's chat template; `add_generation_prompt` = up to where the next assistant turn begins.
-    ///
-    /// # Errors
-    /// The template's own, such as two user turns in a row.
-    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
-
-    /// A dialogue through a template that the config gives.
-    ///
-    /// # Errors
-    /// The template's own.
-    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
-        let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
-        let eos = Some(self.eos_text()).filter(|text| !text.is_empty());
-        render(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
-    }
-
-    /// The token that opens a text, as templates write it.
-    fn bos_text(&self) -> Option<&str> {
-        None
-    }
-
-    /// Does the tokenizer bring a chat template?
-    fn has_chat_template(&self) -> bool;
-
-    /// The token that ends an answer.
-    fn eos_id(&self) -> u32;
-
-    /// That token as templates write it; empty where it has no text.
-    fn eos_text(&self) -> &str;
-
-    /// The token that opens a text, for tokenizers that add one. A chat template writes its own.
-    fn bos_id(&self) -> Option<u32> {
-        None
-    }
-}
-
-/// A sequence of supervised fine-tuning.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SftExample {
-    /// (N,) token ids, N >= 2.
-    pub tokens: Vec<u32>,
-    /// (N,) true = this token is predicted for the loss, from those before it. Never true at 0, true somewhere.
-    pub loss_mask: Vec<bool>,
-}
-
-/// A ranking of answers; a preference is two.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RankedExample {
-    /// Token ids, ready for an answer to follow; not empty.
-    pub prompt: Vec<u32>,
-    /// (K,) of token ids, K >= 2, best first, all different, each with its end token unless cut by `truncation = "right"`.
-    pub answers: Vec<Vec<u32>>,
-}
-
-impl RankedExample {
-    /// The first position, counted from the prompt's start, at which answers `a` and `b` differ.
-    pub fn divergence(&self, a: usize, b: usize) -> usize {
-        let pairs = self.answers[a].iter().zip(&self.answers[b]);
-        self.prompt.len() + pairs.take_while(|(x, y)| x == y).count()
-    }
-}
-
-/// An answer that was judged by itself.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct UnpairedExample {
-    /// Token ids, ready for an answer to follow; not empty.
-    pub prompt: Vec<u32>,
-    /// Token ids, with the end token unless cut by `truncation = "right"`; not empty.
-    pub answer: Vec<u32>,
-    /// The verdict.
-    pub good: bool,
-}
-
-/// A prompt to answer.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct PromptExample {
-    /// Token ids, not empty.
-    pub tokens: Vec<u32>,
-    /// The text they stand for.
-    pub text: String,
-    /// The answer that the record gives, where it gives exactly one: for verifiers.
-    pub answer: Option<String>,
-    /// Number of its record, from 0, among all that could be read.
-    pub entry: usize,
-}
-
-/// How records become examples.
+/// The settings with which records become examples.
 pub struct Encoding<'e> {
     encoder: &'e dyn TextEncoder,
     renderer: Renderer<'e>,
@@ -121,70 +28,78 @@ pub struct Encoding<'e> {
 }
 
 impl<'e> Encoding<'e> {
-    /// `completion_only` concerns SFT alone: is the loss on the answers, or on every token but the first?
+    /// The settings of `[data]`. `completion_only` matters for SFT only: the loss is on the responses (true), or on
+    /// every token but the first (false).
     ///
     /// # Errors
-    /// A template that the tokenizer does not have.
+    /// The config asks for a chat template and there is none.
     pub fn new(encoder: &'e dyn TextEncoder, data: &'e Data, completion_only: bool) -> Result<Self> {
         Ok(Self { encoder, renderer: Renderer::new(encoder, data)?, data, completion_only })
     }
 }
 
-/// A kind of example, and how a record becomes some.
+/// A training objective: a type of example, and how a record becomes examples of it.
 pub trait Objective: Example + Send + Sync + 'static {
-    /// Its name in a cache's key.
+    /// The objective's name in the key of a cache file.
     const NAME: &'static str;
-    /// Whose share of the records it gets under `compat = "dschat"`; None = all of them.
-    const PART: Option<Part> = None;
+    /// The objective's share of the records under `compat = "dschat"`; None = all of them.
+    const SHARE: Option<Share> = None;
 
-    /// What a record gives.
+    /// The examples of a record, or the reason for dropping it.
     ///
     /// # Errors
-    /// The record is not one for this phase, or its dialogue is one the template refuses.
+    /// The record's type does not fit the objective, or the template rejects its dialogue.
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>>;
 
-    /// Notes that it is of the record of this number, from 0, among all that could be read.
-    fn of_record(self, _number: usize) -> Self {
+    /// Stores the number of the example's record, from 0, among all usable records.
+    fn with_entry(self, _number: usize) -> Self {
         self
     }
 }
 
-/// Hands the examples of the phase's records to `sink`, each with its record; `sources` = how many records each has.
-pub(crate) fn each<T: Objective>(
+/// Passes the examples of the objective's share of the records to `sink`, each with its record. `sources` = number of
+/// records per source.
+///
+/// # Errors
+/// A bad record (unless `on_bad_record = "skip"`); no example is left; an error of `sink`.
+pub(crate) fn for_each<T: Objective>(
     entries: &[Entry],
     sources: &[usize],
     with: &Encoding,
     report: &mut Report,
     sink: &mut dyn FnMut(T, &Record) -> Result<()>,
 ) -> Result<()> {
-    for row in compat::rows_of(sources, with.data, T::PART)? {
+    for row in compat::rows_of(sources, with.data, T::SHARE)? {
         let Entry { place, record } = &entries[row];
-        for example in report.take(place, T::of(record, with), with.data.on_bad_record)? {
-            sink(example.of_record(row), record)?;
+        for example in report.add(place, T::of(record, with), with.data.on_bad_record)? {
+            sink(example.with_entry(row), record)?;
         }
     }
     report.check()
 }
 
-/// Runs a phase over records in memory.
-fn over<T: Objective>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, Report)> {
+/// The examples of records in memory.
+fn collect<T: Objective>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, Report)> {
     let (mut report, mut all) = (Report::default(), vec![]);
-    each(entries, &[entries.len()], with, &mut report, &mut |example, _| {
+    for_each(entries, &[entries.len()], with, &mut report, &mut |example, _| {
         all.push(example);
         Ok(())
     })?;
     Ok((all, report))
 }
 
-/// Token ids of an answer's segments; the end token never stands inside one.
+/// Token ids and mask of a response's segments.
+///
+/// # Errors
+/// The end token is inside a response.
 fn encode(segments: &[Segment], encoder: &dyn TextEncoder) -> Result<(Vec<u32>, Vec<bool>)> {
     let (mut tokens, mut mask) = (Vec::new(), Vec::new());
     for segment in segments {
         let piece = encoder.encode(&segment.text)?;
-        // Such an answer would end there for the reward model and for PPO, whatever follows.
+        // For the reward model and for PPO the response would end there.
         ensure!(
             !segment.target || !piece.contains(&encoder.eos_id()),
-            "an answer has the end token {:?} inside it",
+            "a response has the end token {:?} inside it",
             encoder.eos_text()
         );
         tokens.extend(&piece);
@@ -196,7 +111,7 @@ fn encode(segments: &[Segment], encoder: &dyn TextEncoder) -> Result<(Vec<u32>, 
     Ok((tokens, mask))
 }
 
-/// Opening token and prompt.
+/// Token ids of a prompt, after the token `first` if there is one.
 fn encode_prompt(text: &str, first: Option<u32>, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
     let mut tokens: Vec<u32> = first.into_iter().collect();
     tokens.extend(encoder.encode(text)?);
@@ -204,25 +119,25 @@ fn encode_prompt(text: &str, first: Option<u32>, encoder: &dyn TextEncoder) -> R
     Ok(tokens)
 }
 
-/// Sequences for supervised fine-tuning; `completion_only` as for [`Encoding::new`].
+/// Examples for supervised fine-tuning; `completion_only` as for [`Encoding::new`].
 ///
 /// # Errors
-/// A record without answer or one the template refuses (unless `on_bad_record = "skip"`); no sequence left.
+/// A record without a response, or one that the template rejects (unless `on_bad_record = "skip"`); no example is left.
 pub fn sft_examples(
     entries: &[Entry],
     encoder: &dyn TextEncoder,
     data: &Data,
     completion_only: bool,
 ) -> Result<(Vec<SftExample>, Report)> {
-    over(entries, &Encoding::new(encoder, data, completion_only)?)
+    collect(entries, &Encoding::new(encoder, data, completion_only)?)
 }
 
-/// A dialogue is learnt at all its assistant turns with their end tokens, a ranking at its best answer, a judged answer
-/// where it was judged good; without `completion_only`, at every token but the first. Raw text is learnt at every token,
-/// with an end token behind it, and cut into blocks of `max_length` where it is longer.
+/// The loss is on all assistant turns of a dialogue with their end tokens, on the best response of a ranking, and on an
+/// unpaired response that is desirable; without `completion_only`, on every token but the first. Raw text gets an end
+/// token and a loss on every token; a longer text than `max_length` is cut into blocks of that length.
 impl Objective for SftExample {
     const NAME: &'static str = "sft";
-    const PART: Option<Part> = Some(Part::Sft);
+    const SHARE: Option<Share> = Some(Share::Sft);
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, completion_only } = with;
@@ -236,15 +151,15 @@ impl Objective for SftExample {
             Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
                 (renderer.first_token(dialogue), renderer.conversation(turns, 0)?)
             }
-            Record::PromptCompletion { prompt, completion: answer }
-            | Record::Unpaired { prompt, completion: answer, label: true } => {
-                (renderer.first_token(prompt), sequence(renderer.answer(prompt, answer)?))
+            Record::PromptCompletion { prompt, completion: response }
+            | Record::Unpaired { prompt, completion: response, label: true } => {
+                (renderer.first_token(prompt), sequence(renderer.response(prompt, response)?))
             }
-            Record::Ranked { prompt, answers } => {
-                (renderer.first_token(prompt), sequence(renderer.answer(prompt, &answers[0])?))
+            Record::Ranked { prompt, responses } => {
+                (renderer.first_token(prompt), sequence(renderer.response(prompt, &responses[0])?))
             }
             Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
-            Record::PromptOnly(_) => bail!("SFT needs an answer, and a prompt_only record has none"),
+            Record::PromptOnly(_) => bail!("SFT needs a response, and a prompt_only record has none"),
         };
         let (mut tokens, mut mask) = encode(&segments, *encoder)?;
         if let Some(first) = start {
@@ -254,11 +169,11 @@ impl Objective for SftExample {
         if !completion_only {
             mask.fill(true);
         }
-        fit(tokens, mask, &segments, data, *encoder)
+        truncate(tokens, mask, &segments, data, *encoder)
     }
 }
 
-/// A text in its tokenizer's frame: opening token where there is one, end token behind.
+/// Token ids of a raw text between the beginning-of-sequence token, if the tokenizer adds one, and the end token.
 fn whole_text(text: &str, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
     let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
     tokens.extend(encoder.encode(text)?);
@@ -266,7 +181,7 @@ fn whole_text(text: &str, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
     Ok(tokens)
 }
 
-/// A raw text for the ptx mixture; pipeline.rs joins them and cuts the blocks.
+/// Token ids of a raw text for the ptx mixture; `data/stream/pipeline.rs` joins the texts and cuts them into blocks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct RawText(pub(crate) Vec<u32>);
 
@@ -303,12 +218,13 @@ impl Objective for RawText {
     }
 }
 
+/// The segments of prompt and response together.
 fn sequence((prompt, mut segments): (String, Vec<Segment>)) -> Vec<Segment> {
     segments.insert(0, Segment { text: prompt, target: false, ends: false });
     segments
 }
 
-/// Raw text in blocks of `length` tokens; a rest of one token has nothing to predict and is left out.
+/// Raw text in blocks of `length` tokens; a last block of one token has nothing to predict and is left out.
 fn blocks(tokens: &[u32], length: usize) -> Outcome<SftExample> {
     let examples: Vec<SftExample> = tokens
         .chunks(length)
@@ -321,8 +237,8 @@ fn blocks(tokens: &[u32], length: usize) -> Outcome<SftExample> {
     }
 }
 
-/// Applies `max_length` to one SFT sequence.
-fn fit(
+/// Applies `max_length` and `truncation` to one SFT sequence.
+fn truncate(
     mut tokens: Vec<u32>,
     mut mask: Vec<bool>,
     segments: &[Segment],
@@ -334,9 +250,9 @@ fn fit(
         match data.truncation {
             Truncation::Drop => return Ok(Outcome::too_long("max_length", data.max_length)),
             Truncation::Left => {
-                // The last answer must stay whole with a token before it.
-                let (answer, _) = encode(&segments[segments.len() - 1..], encoder)?;
-                if answer.len() >= data.max_length {
+                // The last response must stay whole, with a token before it.
+                let (response, _) = encode(&segments[segments.len() - 1..], encoder)?;
+                if response.len() >= data.max_length {
                     return Ok(Outcome::Drop(format!("with an answer longer than max_length = {}", data.max_length)));
                 }
                 tokens.drain(..over);
@@ -352,7 +268,7 @@ fn fit(
         }
     }
     if let Some(first) = mask.first_mut() {
-        *first = false; // nothing before it to predict it from
+        *first = false; // no token precedes it
     }
     if !mask.contains(&true) {
         return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {}", data.max_length)));
@@ -360,23 +276,23 @@ fn fit(
     Ok(Outcome::keep(SftExample { tokens, loss_mask: mask }, over > 0))
 }
 
-/// Rankings for the reward model, from preferences and ranked answers.
+/// Examples for reward modelling and DPO, from preferences and ranked responses.
 ///
 /// # Errors
-/// A record that compares nothing or one the template refuses (unless `on_bad_record = "skip"`); no sequence left.
+/// A record without a comparison, or one that the template rejects (unless `on_bad_record = "skip"`); no example is left.
 pub fn ranked_examples(
     entries: &[Entry],
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<RankedExample>, Report)> {
-    over(entries, &Encoding::new(encoder, data, true)?)
+    collect(entries, &Encoding::new(encoder, data, true)?)
 }
 
-/// Under `truncation = "left"` the prompt loses its first tokens until the longest answer fits, under `"right"` and
-/// `"keep_end"` the answers lose their last; the prompt is the same for all answers either way.
+/// Under `truncation = "left"` the prompt loses its first tokens until the longest response fits; under `"right"` and
+/// `"keep_end"` the responses lose their last tokens. The prompt is the same for all responses either way.
 impl Objective for RankedExample {
     const NAME: &'static str = "ranked";
-    const PART: Option<Part> = Some(Part::Reward);
+    const SHARE: Option<Share> = Some(Share::Reward);
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, .. } = with;
@@ -384,16 +300,16 @@ impl Objective for RankedExample {
         if data.compat.is_some() {
             return compat::ranked(record, renderer, *encoder, data).map(Outcome::from);
         }
-        let Record::Ranked { prompt, answers } = record else {
+        let Record::Ranked { prompt, responses } = record else {
             bail!(
                 "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
                 record.kind()
             );
         };
         let mut tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
-        let mut encoded = Vec::with_capacity(answers.len());
-        for answer in answers {
-            encoded.push(encode(&renderer.answer(prompt, answer)?.1, *encoder)?.0);
+        let mut encoded = Vec::with_capacity(responses.len());
+        for response in responses {
+            encoded.push(encode(&renderer.response(prompt, response)?.1, *encoder)?.0);
         }
         let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
         let over = (tokens.len() + longest).saturating_sub(limit);
@@ -405,59 +321,60 @@ impl Objective for RankedExample {
             Truncation::Right | Truncation::KeepEnd if tokens.len() >= limit => {
                 return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
             }
-            Truncation::Right => encoded.iter_mut().for_each(|answer| answer.truncate(limit - tokens.len())),
+            Truncation::Right => encoded.iter_mut().for_each(|response| response.truncate(limit - tokens.len())),
             Truncation::KeepEnd => {
-                let room = limit - tokens.len();
-                for answer in encoded.iter_mut().filter(|answer| answer.len() > room) {
-                    answer.truncate(room);
-                    answer[room - 1] = encoder.eos_id();
+                let most = limit - tokens.len();
+                for response in encoded.iter_mut().filter(|response| response.len() > most) {
+                    response.truncate(most);
+                    response[most - 1] = encoder.eos_id();
                 }
             }
         }
         if encoded.iter().collect::<BTreeSet<_>>().len() < encoded.len() {
-            // Different texts: only a cut, or a tokenizer that normalises, makes them equal.
+            // The texts differ: only truncation, or a tokenizer that normalises, makes the tokens equal.
             return Ok(Outcome::Drop("with answers that are the same tokens".to_owned()));
         }
-        Ok(Outcome::keep(RankedExample { prompt: tokens, answers: encoded }, over > 0))
+        Ok(Outcome::keep(RankedExample { prompt: tokens, responses: encoded }, over > 0))
     }
 }
 
-/// Judged answers for KTO.
+/// Examples for KTO.
 ///
 /// # Errors
-/// A record without a verdict, a ranking of more than two, one the template refuses (unless `on_bad_record = "skip"`); no
-/// sequence left.
-pub fn judged_examples(
+/// A record without a label, a ranking of more than two, or one that the template rejects (unless
+/// `on_bad_record = "skip"`); no example is left.
+pub fn unpaired_examples(
     entries: &[Entry],
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<UnpairedExample>, Report)> {
-    over(entries, &Encoding::new(encoder, data, true)?)
+    collect(entries, &Encoding::new(encoder, data, true)?)
 }
 
-/// From unpaired records, and from preferences, whose chosen answer counts as good and whose rejected one as bad (as in
-/// TRL).
+/// From unpaired records, and from preferences, whose chosen response is desirable and whose rejected one is
+/// undesirable (as in TRL).
 impl Objective for UnpairedExample {
     const NAME: &'static str = "judged";
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, .. } = with;
         let limit = data.max_length;
-        let (prompt, judged) = match record {
+        let (prompt, labelled) = match record {
             Record::Unpaired { prompt, completion, label } => (prompt, vec![(completion, *label)]),
-            Record::Ranked { prompt, answers } if answers.len() == 2 => {
-                (prompt, vec![(&answers[0], true), (&answers[1], false)])
+            Record::Ranked { prompt, responses } if responses.len() == 2 => {
+                (prompt, vec![(&responses[0], true), (&responses[1], false)])
             }
             _ => bail!(
-                "KTO needs judged answers (\"label\": true or false, or \"chosen\" and \"rejected\"), and this record is {}",
+                "KTO needs labelled responses (\"label\": true or false, or \"chosen\" and \"rejected\"), and this record is {}",
                 record.kind()
             ),
         };
         let tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
         let (mut examples, mut truncated) = (Vec::new(), false);
-        for (answer, good) in judged {
-            let (mut prompt, mut answer) = (tokens.clone(), encode(&renderer.answer(prompt, answer)?.1, *encoder)?.0);
-            let over = (prompt.len() + answer.len()).saturating_sub(limit);
+        for (response, desirable) in labelled {
+            let (mut prompt, mut response) =
+                (tokens.clone(), encode(&renderer.response(prompt, response)?.1, *encoder)?.0);
+            let over = (prompt.len() + response.len()).saturating_sub(limit);
             match data.truncation {
                 _ if over == 0 => {}
                 Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
@@ -468,43 +385,43 @@ impl Objective for UnpairedExample {
                 Truncation::Right | Truncation::KeepEnd if prompt.len() >= limit => {
                     return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
                 }
-                Truncation::Right => answer.truncate(limit - prompt.len()),
+                Truncation::Right => response.truncate(limit - prompt.len()),
                 Truncation::KeepEnd => {
-                    answer.truncate(limit - prompt.len() - 1);
-                    answer.push(encoder.eos_id());
+                    response.truncate(limit - prompt.len() - 1);
+                    response.push(encoder.eos_id());
                 }
             }
             truncated |= over > 0;
-            examples.push(UnpairedExample { prompt, answer, good });
+            examples.push(UnpairedExample { prompt, response, desirable });
         }
         Ok(Outcome::Keep { examples, truncated })
     }
 }
 
-/// Prompts for PPO, from any record that has one.
+/// Prompts for PPO, from any record that has a prompt.
 ///
 /// # Errors
-/// A record without prompt or one the template refuses (unless `on_bad_record = "skip"`); no prompt left.
+/// A record without a prompt, or one that the template rejects (unless `on_bad_record = "skip"`); no prompt is left.
 pub fn prompt_examples(
     entries: &[Entry],
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<(Vec<PromptExample>, Report)> {
-    over(entries, &Encoding::new(encoder, data, true)?)
+    collect(entries, &Encoding::new(encoder, data, true)?)
 }
 
-/// A prompt longer than `max_prompt_length` is dropped and counted, never cut, as in DeepSpeed-Chat.
+/// A prompt longer than `max_prompt_length` is dropped and counted, not truncated, as in DeepSpeed-Chat.
 impl Objective for PromptExample {
     const NAME: &'static str = "prompt";
-    const PART: Option<Part> = Some(Part::Ppo);
+    const SHARE: Option<Share> = Some(Share::Ppo);
 
-    fn of_record(self, number: usize) -> Self {
+    fn with_entry(self, number: usize) -> Self {
         Self { entry: number, ..self }
     }
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, .. } = with;
-        let opening;
+        let until_response;
         let prompt = match record {
             Record::PromptCompletion { prompt, .. }
             | Record::Ranked { prompt, .. }
@@ -512,15 +429,15 @@ impl Objective for PromptExample {
             Record::PromptOnly(prompt) => prompt,
             Record::LanguageModeling(Text::Dialogue(turns)) => {
                 let end = turns.iter().rposition(|turn| turn.role == "user" || turn.role == "tool");
-                let Some(end) = end else { bail!("the conversation has no user turn to answer") };
-                opening = Text::Dialogue(turns[..=end].to_vec());
-                &opening
+                let Some(end) = end else { bail!("the conversation has no user turn to respond to") };
+                until_response = Text::Dialogue(turns[..=end].to_vec());
+                &until_response
             }
             Record::LanguageModeling(Text::Verbatim(_)) => bail!("PPO needs prompts, and raw text has none"),
         };
         let (tokens, text) = match data.compat {
             Some(Compat::Dschat) => match compat::prompt(prompt, renderer, *encoder, data)? {
-                Ok(made) => made,
+                Ok(prompt) => prompt,
                 Err(reason) => return Ok(Outcome::Drop(reason)),
             },
             None => {

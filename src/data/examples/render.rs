@@ -1,34 +1,41 @@
-//! A dialogue -> text, in segments of which each is or is not the assistant's. Knows templates, no record and no length.
-//! Read phases.rs next.
+//! Prompt, response and dialogue -> text by the run's template, in segments that are marked as the assistant's or not.
+//!
+//! The marks become the loss mask. This file does not depend on `files` or `formats`. Read
+//! `data/examples/objectives.rs` next.
 
 use anyhow::{Result, bail, ensure};
 
 use crate::config::{Compat, Data, Template};
-use crate::data::examples::objectives::TextEncoder;
-use crate::data::{Message, Text};
+use crate::data::examples::encoder::TextEncoder;
+use crate::data::record::Text;
+use crate::tokenizer::chat_template::Message;
 
-/// A piece of text; `target` = the assistant said it.
+/// A piece of a sequence's text.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Segment {
+    /// The text of the piece.
     pub text: String,
+    /// Whether the piece is the assistant's, so that the loss includes it.
     pub target: bool,
-    /// The end token follows.
+    /// Whether the end token follows the piece.
     pub ends: bool,
 }
 
-/// How a run makes text of dialogues.
+/// Renders texts and dialogues by the run's template.
 pub(crate) struct Renderer<'e> {
     encoder: &'e dyn TextEncoder,
     template: Template,
-    /// The template to use instead of the tokenizer's.
+    /// The chat template from the config, used instead of the tokenizer's.
     chat_template: Option<&'e str>,
-    /// Was the template asked for, so that texts become turns too?
+    /// Whether verbatim texts become turns too: the config names a template.
     turns_from_texts: bool,
 }
 
 impl<'e> Renderer<'e> {
+    /// The renderer for `[data]`.
+    ///
     /// # Errors
-    /// `template = "chat"` with a tokenizer that has none.
+    /// `template = "chat"` with a tokenizer that has no chat template.
     pub(crate) fn new(encoder: &'e dyn TextEncoder, data: &'e Data) -> Result<Self> {
         let chat_template = data.chat_template.as_deref();
         let has_chat = chat_template.is_some() || encoder.has_chat_template();
@@ -48,12 +55,12 @@ impl<'e> Renderer<'e> {
         Ok(Self { encoder, template: data.template.unwrap_or(default), chat_template, turns_from_texts })
     }
 
-    /// All turns of a dialogue as they stand.
+    /// The text of all turns of a dialogue.
     pub(crate) fn whole(&self, messages: &[Message]) -> Result<String> {
         self.dialogue(messages, false)
     }
 
-    /// The text of a dialogue; `open` = up to where the assistant's next turn begins.
+    /// The text of a dialogue; with `open`, up to where the assistant's next turn begins.
     fn dialogue(&self, messages: &[Message], open: bool) -> Result<String> {
         let mut text = String::new();
         match self.template {
@@ -89,14 +96,15 @@ impl<'e> Renderer<'e> {
         Ok(text)
     }
 
-    /// The token a sequence opens with: a chat template writes its own, other text gets the tokenizer's, if it has one.
+    /// The beginning-of-sequence token to put in front: a chat template writes its own, other text gets the
+    /// tokenizer's, if it has one.
     pub(crate) fn first_token(&self, text: &Text) -> Option<u32> {
         let in_turns = self.turns_from_texts || matches!(text, Text::Dialogue(_));
         let chat = self.template == Template::Chat && in_turns;
         if chat { None } else { self.encoder.bos_id() }
     }
 
-    /// The text of a prompt, ready for the answer to follow.
+    /// The text of a prompt, up to where the response follows.
     pub(crate) fn prompt(&self, prompt: &Text) -> Result<String> {
         match prompt {
             Text::Dialogue(turns) => self.dialogue(turns, true),
@@ -107,17 +115,20 @@ impl<'e> Renderer<'e> {
         }
     }
 
-    /// Prompt and answer as (prompt text, the answer's segments). The last segment ends with the end token.
-    pub(crate) fn answer(&self, prompt: &Text, answer: &Text) -> Result<(String, Vec<Segment>)> {
-        let (mut turns, more) = match (prompt, answer) {
+    /// The prompt's text and the response's segments. The last segment ends with the end token.
+    ///
+    /// # Errors
+    /// A text beside a dialogue; those of [`Self::conversation`].
+    pub(crate) fn response(&self, prompt: &Text, response: &Text) -> Result<(String, Vec<Segment>)> {
+        let (mut turns, more) = match (prompt, response) {
             (Text::Dialogue(turns), Text::Dialogue(more)) => (turns.clone(), more.clone()),
-            (Text::Verbatim(prompt), Text::Verbatim(answer)) if self.turns_from_texts => {
-                (vec![Message::new("user", prompt.as_str())], vec![Message::new("assistant", answer.as_str())])
+            (Text::Verbatim(prompt), Text::Verbatim(response)) if self.turns_from_texts => {
+                (vec![Message::new("user", prompt.as_str())], vec![Message::new("assistant", response.as_str())])
             }
-            (Text::Verbatim(prompt), Text::Verbatim(answer)) => {
-                return Ok((prompt.clone(), vec![Segment { text: answer.clone(), target: true, ends: true }]));
+            (Text::Verbatim(prompt), Text::Verbatim(response)) => {
+                return Ok((prompt.clone(), vec![Segment { text: response.clone(), target: true, ends: true }]));
             }
-            _ => bail!("prompt and answer must both be texts or both be dialogues"),
+            _ => bail!("prompt and response must both be texts or both be dialogues"),
         };
         let start = turns.len();
         turns.extend(more);
@@ -126,43 +137,47 @@ impl<'e> Renderer<'e> {
         Ok((prompt, segments))
     }
 
-    /// A conversation up to its last assistant turn: every assistant turn from number `from` on is a target, the rest is not.
+    /// The segments of a conversation up to its last assistant turn: every assistant turn from index `from` on is a
+    /// target, the rest is not.
     ///
-    /// Each target is the difference between two renderings, so a template that rewrites earlier turns is an error, never
-    /// a wrong mask.
+    /// Each target is the difference between two renderings, so a template that rewrites earlier turns gives an error
+    /// instead of a wrong mask.
+    ///
+    /// # Errors
+    /// There is no assistant turn; the template rejects the turns or renders earlier turns differently once more follow.
     pub(crate) fn conversation(&self, turns: &[Message], from: usize) -> Result<Vec<Segment>> {
         let mut segments: Vec<Segment> = Vec::new();
-        let mut done = String::new();
-        let spoken = |index: &usize| turns[*index].role == "assistant";
-        let last = (from..turns.len()).rfind(spoken);
-        for index in (from..turns.len()).filter(spoken) {
+        let mut rendered = String::new();
+        let is_assistant = |index: &usize| turns[*index].role == "assistant";
+        let last = (from..turns.len()).rfind(is_assistant);
+        for index in (from..turns.len()).filter(is_assistant) {
             let open = self.dialogue(&turns[..index], true)?;
             let closed = self.dialogue(&turns[..=index], false)?;
-            let (Some(before), Some(answer)) = (open.strip_prefix(&done), closed.strip_prefix(&open)) else {
+            let (Some(before), Some(response)) = (open.strip_prefix(&rendered), closed.strip_prefix(&open)) else {
                 bail!(
-                    "the chat template renders turn {} differently once more turns follow, so the answers cannot be told \
+                    "the chat template renders turn {} differently once more turns follow, so the responses cannot be told \
                      from the prompt; use template = \"human_assistant\" or \"plain\", or data of one round",
                     index + 1
                 );
             };
             segments.push(Segment { text: before.to_owned(), target: false, ends: false });
-            // What a template writes after its end token (SmolLM2: a line break) is no part of the answer.
+            // Text that a template writes after its end token (SmolLM2: a line break) does not belong to the response.
             let eos = self.encoder.eos_text();
-            let content = answer.trim_end().strip_suffix(eos).filter(|_| !eos.is_empty());
+            let content = response.trim_end().strip_suffix(eos).filter(|_| !eos.is_empty());
             let has_ended = content.is_some();
             let (text, ends) = match content {
                 Some(content) => (content, true),
-                None if self.template == Template::Chat && Some(index) == last => (answer.trim_end(), true),
-                None => (answer, Some(index) == last),
+                None if self.template == Template::Chat && Some(index) == last => (response.trim_end(), true),
+                None => (response, Some(index) == last),
             };
             segments.push(Segment { text: text.to_owned(), target: true, ends });
-            done = closed;
+            rendered = closed;
             if has_ended {
-                // The end token itself has been said; what followed it opens the next segment.
-                done.truncate(done.trim_end().len());
+                // The end token is in this segment; the text after it begins the next segment.
+                rendered.truncate(rendered.trim_end().len());
             }
         }
-        ensure!(!segments.is_empty(), "the conversation has no assistant turn to learn from");
+        ensure!(!segments.is_empty(), "the conversation has no assistant turn to train on");
         Ok(segments)
     }
 }

@@ -1,5 +1,7 @@
-//! What became of the records: how many, how many sequences, what was cut or dropped and why. Knows no tokenizer. Read
-//! phases.rs for who fills it.
+//! [`Report`]: counts of the records read, the sequences made, and those truncated or dropped, by reason.
+//!
+//! Nothing is dropped without being counted. This file does not depend on the tokenizer. `data/examples/objectives.rs`
+//! and `data/stream/pipeline.rs` fill it.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -8,24 +10,23 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use crate::config::OnBadRecord;
-use crate::data::examples::compat;
-use crate::data::{Place, Skipped};
+use crate::data::record::{Place, Skipped};
 use crate::invalid;
 
-/// What became of the records.
+/// Counts of what was made of the records.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Report {
-    /// Records given, those that could not be read among them.
+    /// Number of records read, including those that could not be used.
     pub read: usize,
-    /// Sequences made. More than `read - dropped` only where a long raw text was cut into blocks.
+    /// Number of sequences made. It exceeds `read - dropped` only where long raw texts were cut into blocks.
     pub kept: usize,
-    /// Kept sequences that lost tokens.
+    /// Number of kept sequences that lost tokens to `truncation`.
     pub truncated: usize,
-    /// Records not used, by reason.
+    /// Number of records not used, per reason.
     pub dropped: BTreeMap<String, usize>,
-    /// Records of each file.
+    /// Number of records per file.
     pub sources: Vec<(String, usize)>,
-    /// What was wrong with the first record dropped under `on_bad_record = "skip"`.
+    /// The fault of the first record dropped under `on_bad_record = "skip"`.
     pub first_bad: Option<String>,
 }
 
@@ -47,52 +48,46 @@ impl fmt::Display for Report {
     }
 }
 
-/// What one record gives.
+/// The result of one record.
 #[derive(Debug)]
 pub enum Outcome<T> {
-    /// Examples to train on; one, but for a long text that is cut to blocks.
+    /// Examples to train on: usually one; several for a preference under KTO or a long raw text that is cut into
+    /// blocks.
     Keep {
-        /// In the order of the text.
+        /// The examples, in the order of the record.
         examples: Vec<T>,
-        /// Did they lose tokens to `truncation`?
+        /// Whether they lost tokens to `truncation`.
         truncated: bool,
     },
-    /// None, and why.
+    /// No example, for this reason.
     Drop(String),
 }
 
 impl<T> Outcome<T> {
+    /// One example.
     pub(crate) fn keep(example: T, truncated: bool) -> Self {
         Self::Keep { examples: vec![example], truncated }
     }
 
+    /// No example, because the record has more tokens than the config key `limit` allows.
     pub(crate) fn too_long(limit: &str, tokens: usize) -> Self {
         Self::Drop(format!("longer than {limit} = {tokens}"))
     }
 }
 
-impl<T> From<compat::Made<T>> for Outcome<T> {
-    fn from(made: compat::Made<T>) -> Self {
-        match made {
-            Ok((example, truncated)) => Self::keep(example, truncated),
-            Err(reason) => Self::Drop(reason),
-        }
-    }
-}
-
 impl Report {
-    /// Counts a record and hands its examples on.
+    /// Counts a record and returns its examples.
     ///
     /// # Errors
     /// The record is bad and `on_bad_record = "error"`.
-    pub(crate) fn take<T>(
+    pub(crate) fn add<T>(
         &mut self,
         place: &Place,
-        made: Result<Outcome<T>>,
+        outcome: Result<Outcome<T>>,
         on_bad_record: OnBadRecord,
     ) -> Result<Vec<T>> {
         self.count(place);
-        let reason = match made {
+        let reason = match outcome {
             Ok(Outcome::Keep { examples, truncated }) => {
                 self.truncated += usize::from(truncated);
                 self.kept += examples.len();
@@ -109,6 +104,7 @@ impl Report {
         Ok(vec![])
     }
 
+    /// Counts a record of a file.
     fn count(&mut self, place: &Place) {
         self.read += 1;
         let file = place.file.to_string_lossy();
@@ -118,14 +114,17 @@ impl Report {
         }
     }
 
-    /// Counts a record that could not be read.
+    /// Counts a record that could not be used.
     pub(crate) fn skip(&mut self, skipped: &Skipped) {
         self.count(&skipped.place);
         self.first_bad.get_or_insert_with(|| skipped.to_string());
         *self.dropped.entry("bad".to_owned()).or_default() += 1;
     }
 
-    /// Refuses to go on with nothing.
+    /// Checks that there is a sequence.
+    ///
+    /// # Errors
+    /// There were records, but no sequence was made.
     pub(crate) fn check(&self) -> Result<()> {
         match self.kept {
             0 if self.read > 0 => {

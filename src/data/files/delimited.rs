@@ -1,8 +1,8 @@
-//! Comma- and tab-separated tables -> JSON objects, a row at a time. The first row names the columns.
+//! Comma- and tab-separated tables -> JSON objects, one row at a time. The first row names the columns.
 //!
-//! Every cell is a string, but one that holds a JSON list or object (as `messages` or `scores` in a table must) is that,
-//! `true`/`True`/`false`/`False` in a column called `label` or `kto_tag` is the judgement, and an empty cell is null.
-//! Knows no format. Read formats.rs next.
+//! Every cell is a string, with three exceptions: a cell that holds a JSON list or object (as `messages` or `scores` in
+//! a table must) is parsed, `true`/`True`/`false`/`False` in a column called `label` or `kto_tag` is a boolean, and an
+//! empty cell is null. This file does not depend on `formats`. Read `data/formats/mod.rs` next.
 
 use std::io::BufRead;
 use std::path::Path;
@@ -11,20 +11,19 @@ use std::sync::Arc;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use crate::data::Place;
 use crate::data::files::json_limits;
-use crate::data::files::json_limits::{Allowance, MAX_RECORD_BYTES};
-use crate::data::files::read::{Found, Take};
+use crate::data::files::json_limits::{MAX_RECORD_BYTES, RecordLimit};
+use crate::data::record::{Place, RawRecord, RawSink};
 use crate::invalid;
 
-/// Hands every row to `take` until it answers false.
+/// Passes every row to `sink` until it returns false.
 ///
 /// # Errors
-/// A file that cannot be read, a row past the limit, two columns of one name.
-pub(crate) fn rows(path: &Path, input: Box<dyn BufRead>, delimiter: u8, take: &mut Take) -> Result<()> {
+/// A file that cannot be read, a row larger than the limit, two columns of one name.
+pub(crate) fn rows(path: &Path, input: Box<dyn BufRead>, delimiter: u8, sink: &mut RawSink) -> Result<()> {
     let file: Arc<Path> = path.into();
     let shown = path.display();
-    let (input, left) = Allowance::new(input);
+    let (input, remaining) = RecordLimit::new(input);
     let mut table = csv::ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(input);
     let header = table.byte_headers().map_err(|error| invalid!("{shown}: {error}"))?;
     let mut names = Vec::with_capacity(header.len());
@@ -40,7 +39,7 @@ pub(crate) fn rows(path: &Path, input: Box<dyn BufRead>, delimiter: u8, take: &m
     let mut row = csv::ByteRecord::new();
     let mut record = 0;
     loop {
-        left.set(MAX_RECORD_BYTES);
+        remaining.set(MAX_RECORD_BYTES);
         let line = usize::try_from(table.position().line()).unwrap_or(usize::MAX);
         match table.read_byte_record(&mut row) {
             Ok(true) => {}
@@ -50,13 +49,13 @@ pub(crate) fn rows(path: &Path, input: Box<dyn BufRead>, delimiter: u8, take: &m
         record += 1;
         let line = row.position().map_or(line, |at| usize::try_from(at.line()).unwrap_or(usize::MAX));
         let place = Place { file: file.clone(), record, line: Some(line) };
-        if !take(place, object(&names, &row))? {
+        if !sink(place, object(&names, &row))? {
             return Ok(());
         }
     }
 }
 
-fn object(names: &[String], row: &csv::ByteRecord) -> Result<Found, String> {
+fn object(names: &[String], row: &csv::ByteRecord) -> Result<RawRecord, String> {
     if row.len() != names.len() {
         return Err(format!(
             "has {} cells, but the first row names {} columns; quote cells that hold the delimiter or a line break",
@@ -69,17 +68,17 @@ fn object(names: &[String], row: &csv::ByteRecord) -> Result<Found, String> {
         let text = std::str::from_utf8(cell).map_err(|error| format!("column {name:?}: is not UTF-8: {error}"))?;
         object.insert(name.clone(), value(name, text)?);
     }
-    Ok(Found::Json(Value::Object(object)))
+    Ok(RawRecord::Json(Value::Object(object)))
 }
 
 fn value(name: &str, text: &str) -> Result<Value, String> {
-    let is_judgement = matches!(name, "label" | "kto_tag");
+    let is_label = matches!(name, "label" | "kto_tag");
     Ok(match text {
         "" => Value::Null,
-        "true" | "True" | "TRUE" if is_judgement => Value::Bool(true),
-        "false" | "False" | "FALSE" if is_judgement => Value::Bool(false),
+        "true" | "True" | "TRUE" if is_label => Value::Bool(true),
+        "false" | "False" | "FALSE" if is_label => Value::Bool(false),
         _ if text.starts_with(['[', '{']) => {
-            // Text may begin with a bracket too: only what is JSON to its end is taken for it.
+            // Plain text may begin with a bracket too: it counts as JSON only if all of it parses.
             json_limits::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()))
         }
         _ => Value::String(text.to_owned()),

@@ -1,59 +1,66 @@
-//! `[data] path` -> the files behind it: a file, a pattern, a folder. Knows no record. Read read.rs next.
+//! `[data] path` -> the files to read: one file, a glob pattern, a folder, or a data set of the Hugging Face hub.
+//!
+//! A file's type is taken from its name. This file does not depend on `formats` or the record types. Read
+//! `data/files/read.rs` next.
 
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::config::Source;
-use crate::data::formats::presets::train_split;
 use crate::invalid;
 
-/// How a file's records are written.
+/// The container in which a file's records are written.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) enum Kind {
+pub(crate) enum FileType {
+    /// A JSON array, or JSON lines.
     Json,
+    /// Plain text, one record per line.
     Text,
-    /// Comma- or tab-separated.
+    /// A table with this delimiter: a comma or a tab.
     Delimited(u8),
+    /// A Parquet file.
     Parquet,
 }
 
-/// The kind that a file's name says.
-pub(crate) fn kind(path: &Path) -> Option<Kind> {
+/// The type of a file, by the ending of its name; None for any other ending.
+pub(crate) fn file_type(path: &Path) -> Option<FileType> {
     let name = path.file_name()?.to_str()?.to_lowercase();
     let plain = name.strip_suffix(".gz").unwrap_or(&name);
     match plain.rsplit_once('.')?.1 {
-        "json" | "jsonl" | "ndjson" => Some(Kind::Json),
-        "txt" => Some(Kind::Text),
-        "csv" => Some(Kind::Delimited(b',')),
-        "tsv" => Some(Kind::Delimited(b'\t')),
-        "parquet" if plain == name => Some(Kind::Parquet),
+        "json" | "jsonl" | "ndjson" => Some(FileType::Json),
+        "txt" => Some(FileType::Text),
+        "csv" => Some(FileType::Delimited(b',')),
+        "tsv" => Some(FileType::Delimited(b'\t')),
+        "parquet" if plain == name => Some(FileType::Parquet),
         _ => None,
     }
 }
 
-const KINDS: &str = ".json, .jsonl, .ndjson, .csv, .tsv or .txt, each also with .gz, or .parquet";
+/// The endings of known file types, for messages.
+const ENDINGS: &str = ".json, .jsonl, .ndjson, .csv, .tsv or .txt, each also with .gz, or .parquet";
 
-/// Folders deeper than this are links in a circle.
+/// Maximum depth of folders: a deeper one is taken for a cycle of links.
 const MAX_DEPTH: usize = 32;
 
-/// What a source's paths stand for.
+/// The files of one source.
 #[derive(Debug, Default, PartialEq)]
 pub(crate) struct Files {
-    /// In the order of the paths, and of their names within one.
+    /// Files to read, in the order of the paths, and of their names within one path.
     pub files: Vec<PathBuf>,
-    /// Files that a folder or pattern has and that are not read.
+    /// Files in the folders and patterns that are not read.
     pub ignored: Vec<PathBuf>,
 }
 
-/// The files of a source. Of folders, those in them and in their folders, in the order of their names, that have a known
-/// ending and, with `split`, that word in their name or their folder's; names that begin with a dot or an underscore are
-/// passed over, as every tool does that writes marker files. A `preset` without `split` means its training split, where the
-/// folder has one.
+/// The files of a source. A folder is read with its subfolders, in the order of the names: the files that have a known
+/// ending and, with `split`, that word in their name or their folder's. Names that begin with a dot or an underscore
+/// are ignored, as in every tool that writes marker files. `train_split` is the split that the source's preset trains
+/// on: it applies where the source names no `split`, and only if a folder has files of it.
 ///
 /// # Errors
-/// A path that is not there or stands for no readable file.
-pub(crate) fn files(source: &Source) -> Result<Files> {
+/// A path that does not exist or has no readable file.
+pub(crate) fn files(source: &Source, train_split: Option<&str>) -> Result<Files> {
+    let wanted = source.split.as_deref().or(train_split);
     let mut all = Files::default();
     for path in source.path.as_slice() {
         let shown = path.display();
@@ -61,43 +68,43 @@ pub(crate) fn files(source: &Source) -> Result<Files> {
         let failed = |error: std::io::Error| invalid!("[data] path {shown}: {error}");
         match std::fs::metadata(path) {
             Ok(about) if about.is_dir() => {
-                let left = all.ignored.len();
-                walk(path, path, split_of(source), 0, &mut all)?;
+                let ignored_before = all.ignored.len();
+                walk(path, path, wanted, 0, &mut all)?;
                 if all.files.len() == before && source.split.is_none() {
-                    all.ignored.truncate(left);
+                    all.ignored.truncate(ignored_before);
                     walk(path, path, None, 0, &mut all)?;
                 }
                 if all.files.len() == before {
                     let of = source.split.as_ref().map(|name| format!(" of split {name:?}")).unwrap_or_default();
-                    return Err(invalid!("[data] path {shown}: the folder has no file{of} that ends in {KINDS}"));
+                    return Err(invalid!("[data] path {shown}: the folder has no file{of} that ends in {ENDINGS}"));
                 }
             }
-            Ok(_) if kind(path).is_none() => {
+            Ok(_) if file_type(path).is_none() => {
                 return Err(invalid!(
-                    "[data] path {shown}: the name must end in {KINDS}; convert other tables to JSON lines"
+                    "[data] path {shown}: the name must end in {ENDINGS}; convert other tables to JSON lines"
                 ));
             }
             Ok(_) => all.files.push(path.clone()),
             Err(error) => match path.to_str() {
                 Some(text) if text.contains(['*', '?', '[']) => {
                     let found = glob::glob(text)
-                        .map_err(|error| invalid!("[data] path {shown} is no pattern of paths: {error}"))?;
+                        .map_err(|error| invalid!("[data] path {shown} is not a valid pattern of paths: {error}"))?;
                     for item in found {
                         let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?;
-                        match item.is_file() && !is_hidden(&item) && kind(&item).is_some() {
+                        match item.is_file() && !is_hidden(&item) && file_type(&item).is_some() {
                             true => all.files.push(item),
                             false => all.ignored.push(item),
                         }
                     }
                     if all.files.len() == before {
-                        return Err(invalid!("[data] path {shown}: no file of that pattern ends in {KINDS}"));
+                        return Err(invalid!("[data] path {shown}: no file of that pattern ends in {ENDINGS}"));
                     }
                 }
                 Some(text) if is_hub_id(text) => {
-                    let folder = from_hub(text, source)?;
-                    walk(&folder, &folder, split_of(source), 0, &mut all)?;
+                    let folder = from_hub(text, source, wanted)?;
+                    walk(&folder, &folder, wanted, 0, &mut all)?;
                     if all.files.len() == before {
-                        return Err(invalid!("[data] path {shown}: the data set has no file that ends in {KINDS}"));
+                        return Err(invalid!("[data] path {shown}: the data set has no file that ends in {ENDINGS}"));
                     }
                 }
                 _ => return Err(failed(error)),
@@ -105,11 +112,6 @@ pub(crate) fn files(source: &Source) -> Result<Files> {
         }
     }
     Ok(all)
-}
-
-/// The split asked for, or the one that a preset trains on.
-fn split_of(source: &Source) -> Option<&str> {
-    source.split.as_deref().or(source.preset.map(train_split))
 }
 
 fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut Files) -> Result<()> {
@@ -128,7 +130,7 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
             if !hidden {
                 walk(root, &item, split, depth + 1, all)?;
             }
-        } else if !hidden && kind(&item).is_some() && split.is_none_or(|split| is_of(&item, root, split)) {
+        } else if !hidden && file_type(&item).is_some() && split.is_none_or(|split| belongs_to(&item, root, split)) {
             all.files.push(item);
         } else {
             all.ignored.push(item);
@@ -141,40 +143,40 @@ fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(['.', '_']))
 }
 
-/// Is `split` a word of the path below the folder? `data/train-00000-of-00002.parquet` is of `train`.
-fn is_of(path: &Path, root: &Path, split: &str) -> bool {
+/// Whether `split` is a word of the path below the folder: `data/train-00000-of-00002.parquet` belongs to `train`.
+fn belongs_to(path: &Path, root: &Path, split: &str) -> bool {
     let below = path.strip_prefix(root).unwrap_or(path).to_string_lossy();
     below.split(|c: char| !c.is_alphanumeric()).any(|word| word == split)
 }
 
-/// `owner/name`, which is no path that is there.
+/// Whether the text can be the id of a hub data set, `owner/name`.
 fn is_hub_id(text: &str) -> bool {
     let part = |part: &str| {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
         !part.is_empty() && !part.starts_with('.') && part.chars().all(plain)
     };
-    matches!(text.split_once('/'), Some((owner, name)) if part(owner) && part(name)) && kind(Path::new(text)).is_none()
+    matches!(text.split_once('/'), Some((owner, name)) if part(owner) && part(name))
+        && file_type(Path::new(text)).is_none()
 }
 
-/// The folder of a data set's files, fetched where they are missing.
+/// The local folder of a hub data set's files; missing files are downloaded.
 #[cfg(feature = "hub")]
-fn from_hub(id: &str, source: &Source) -> Result<PathBuf> {
+fn from_hub(id: &str, source: &Source, split: Option<&str>) -> Result<PathBuf> {
     use crate::model_files::hub::{Hub, RepoKind};
-    let split = split_of(source);
     let wanted = |name: &str| {
         let path = Path::new(name);
-        // Not the `dataset_infos.json` and the like that describe a set.
+        // `dataset_infos.json` and the like describe the data set; they hold no records.
         let describes = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("dataset_info"));
         !describes
             && !is_hidden(path)
-            && kind(path).is_some()
-            && split.is_none_or(|split| is_of(path, Path::new(""), split))
+            && file_type(path).is_some()
+            && split.is_none_or(|split| belongs_to(path, Path::new(""), split))
     };
     Hub::from_env()?.fetch(RepoKind::Dataset, id, source.revision.as_deref().unwrap_or("main"), &wanted)
 }
 
 #[cfg(not(feature = "hub"))]
-fn from_hub(id: &str, _: &Source) -> Result<PathBuf> {
+fn from_hub(id: &str, _: &Source, _: Option<&str>) -> Result<PathBuf> {
     Err(invalid!(
         "[data] path {id}: there is no such file or folder; a data set of the hub needs a build with --features hub"
     ))

@@ -1,5 +1,7 @@
-//! JSON values of foreign files, bounded: a megabyte of `[],[],[]` is thirty in memory, and a gzipped file can hold any
-//! number of them. Knows no record. Read read.rs next.
+//! Limits on untrusted JSON and tables: the bytes and the number of values of one record.
+//!
+//! A megabyte of `[],[],[]` takes thirty in memory, and a small gzipped file can hold any number of them. This file
+//! does not depend on the rest of the crate. Read `data/files/read.rs` next.
 
 use std::cell::Cell;
 use std::fmt;
@@ -9,32 +11,32 @@ use std::rc::Rc;
 use serde::de::{DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
 
-/// Longest record read: a file without line breaks must not become one allocation of its own size.
+/// Maximum bytes of one record: a file without line breaks must not become one allocation of its own size.
 pub(crate) const MAX_RECORD_BYTES: u64 = 16 << 20;
-/// Most values in one record, those in lists and objects included: a long dialogue has thousands.
+/// Maximum number of values in one record, including those in lists and objects: a long dialogue has thousands.
 const MAX_VALUES: usize = 200_000;
 
-/// Reads one JSON value from a text.
+/// Parses one JSON value.
 ///
 /// # Errors
-/// serde_json's own; more values than a record has.
+/// Those of serde_json; more than [`MAX_VALUES`] values.
 pub(crate) fn from_str(text: &str) -> serde_json::Result<Value> {
     let mut json = serde_json::Deserializer::from_str(text);
-    let value = Bounded::default().deserialize(&mut json)?;
+    let value = LimitedValue::default().deserialize(&mut json)?;
     json.end().map(|()| value)
 }
 
-/// A JSON value with at most [`MAX_VALUES`] in it.
+/// Deserialises a JSON value and fails beyond [`MAX_VALUES`] values; the count is shared with its inner values.
 #[derive(Default)]
-pub(crate) struct Bounded(Rc<Cell<usize>>);
+pub(crate) struct LimitedValue(Rc<Cell<usize>>);
 
-impl Bounded {
+impl LimitedValue {
     fn inner(&self) -> Self {
         Self(self.0.clone())
     }
 }
 
-impl<'de> DeserializeSeed<'de> for Bounded {
+impl<'de> DeserializeSeed<'de> for LimitedValue {
     type Value = Value;
 
     fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Value, D::Error> {
@@ -46,7 +48,7 @@ impl<'de> DeserializeSeed<'de> for Bounded {
     }
 }
 
-impl<'de> Visitor<'de> for Bounded {
+impl<'de> Visitor<'de> for LimitedValue {
     type Value = Value;
 
     fn expecting(&self, f: &mut fmt::Formatter) -> fmt::Result {
@@ -99,30 +101,30 @@ impl<'de> Visitor<'de> for Bounded {
     }
 }
 
-/// A reader with an allowance that is set anew for each record, so that a quote that is never closed does not become one
-/// cell or text of the file's size.
-pub(crate) struct Allowance {
+/// A reader that fails after a number of bytes, which the caller resets before each record: an unclosed quote must not
+/// become one cell of the file's size.
+pub(crate) struct RecordLimit {
     input: Box<dyn BufRead>,
-    left: Rc<Cell<u64>>,
+    remaining: Rc<Cell<u64>>,
 }
 
-impl Allowance {
-    /// The reader and its allowance, which is that of one record.
+impl RecordLimit {
+    /// The reader and its remaining bytes, at first [`MAX_RECORD_BYTES`].
     pub(crate) fn new(input: Box<dyn BufRead>) -> (Self, Rc<Cell<u64>>) {
-        let left = Rc::new(Cell::new(MAX_RECORD_BYTES));
-        (Self { input, left: left.clone() }, left)
+        let remaining = Rc::new(Cell::new(MAX_RECORD_BYTES));
+        (Self { input, remaining: remaining.clone() }, remaining)
     }
 }
 
-impl Read for Allowance {
+impl Read for RecordLimit {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        if self.left.get() == 0 {
+        if self.remaining.get() == 0 {
             let limit = MAX_RECORD_BYTES >> 20;
             return Err(std::io::Error::other(format!("a record is longer than {limit} MiB; is a quote not closed?")));
         }
-        let room = buffer.len().min(usize::try_from(self.left.get()).unwrap_or(usize::MAX));
-        let read = self.input.read(&mut buffer[..room])?;
-        self.left.set(self.left.get() - read as u64);
+        let most = buffer.len().min(usize::try_from(self.remaining.get()).unwrap_or(usize::MAX));
+        let read = self.input.read(&mut buffer[..most])?;
+        self.remaining.set(self.remaining.get() - read as u64);
         Ok(read)
     }
 }
@@ -132,7 +134,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_value_is_serde_jsons() {
+    fn values_and_errors_equal_serde_jsons() {
         for text in [
             r#"{"a": [1, -2, 0.1, 1e300, true, null, "é\n"], "b": {"c": {}}, "a": 2}"#,
             "18446744073709551615",
@@ -148,7 +150,7 @@ mod tests {
     }
 
     #[test]
-    fn a_record_of_too_many_values_is_refused_before_it_is_large() {
+    fn a_record_of_too_many_values_or_levels_is_refused() {
         let many = |n: usize| format!("[{}[]]", "[],".repeat(n));
         assert!(from_str(&many(MAX_VALUES - 2)).is_ok());
         let message = from_str(&many(MAX_VALUES)).unwrap_err().to_string();

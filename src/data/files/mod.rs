@@ -1,9 +1,11 @@
-//! Files of records: finding them, reading them one record at a time in constant memory, and the limits on what a file
-//! may ask for.
+//! Files of records: finding them, reading them one record at a time in constant memory, and limits on untrusted input.
+//!
+//! It does not depend on `formats`: a reader returns raw columns or lines. The limits (`json_limits.rs`,
+//! `parquet_footer.rs`) can be skipped on a first reading. Read `data/files/read.rs` next.
 
-pub mod delimited;
+mod delimited;
 pub mod find;
-pub mod json_limits;
-pub mod parquet;
-pub mod parquet_footer;
+mod json_limits;
+mod parquet;
+mod parquet_footer;
 pub mod read;

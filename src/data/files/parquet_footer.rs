@@ -1,53 +1,56 @@
-//! A Parquet file's footer, looked through before the library believes it: a few bytes there can promise two thousand
-//! million columns, or groups in groups until the stack is full. Thrift's compact encoding, walked without keeping anything.
-//! Knows no value. Read parquet.rs for who asks.
+//! Validates a Parquet footer before the `parquet` crate parses it: limits on columns, nesting and column chunks.
+//!
+//! A few bytes of a footer can claim two billion columns, or nest groups until the stack overflows. The footer is in
+//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on the rest of
+//! the crate. `data/files/parquet.rs` calls it.
 
-/// Groups in groups: nobody's data is deeper.
+/// Maximum nesting depth of the schema.
 const MAX_DEPTH: usize = 24;
-/// Nodes of the schema, groups included.
+/// Maximum number of nodes in the schema, groups included.
 const MAX_NODES: usize = 10_000;
-/// Column chunks: columns times row groups. The library takes some hundred bytes for each.
+/// Maximum number of column chunks, which is columns times row groups. The `parquet` crate takes some hundred bytes per
+/// chunk.
 const MAX_CHUNKS: usize = 100_000;
-/// Thrift's own nesting; a footer has some eight levels.
+/// Maximum nesting of Thrift values; a normal footer has about eight levels.
 const MAX_NESTING: usize = 24;
 
-/// Whether a footer (FileMetaData of parquet.thrift) is one that can be read with a few megabytes.
+/// Checks that a footer (FileMetaData of parquet.thrift) can be parsed with a few megabytes of memory.
 ///
 /// # Errors
-/// What is wrong with it, in words that go on after the file's name.
+/// The fault, as the end of a sentence that begins with the file's name.
 pub(crate) fn check(footer: &[u8]) -> Result<(), String> {
-    /// FileMetaData.schema and .row_groups, RowGroup.columns, SchemaElement.num_children.
+    /// Field ids of FileMetaData.schema and .row_groups, RowGroup.columns, SchemaElement.num_children.
     const SCHEMA: i64 = 2;
     const ROW_GROUPS: i64 = 4;
     const COLUMNS: i64 = 1;
     const NUM_CHILDREN: i64 = 5;
-    let mut walk = Walk { bytes: footer };
+    let mut reader = ThriftReader { bytes: footer };
     let mut chunks = 0;
-    walk.fields(|walk, id, kind| match id {
+    reader.fields(|reader, id, kind| match id {
         SCHEMA => {
-            let (nodes, of) = walk.list(kind)?;
+            let (nodes, of) = reader.list(kind)?;
             if nodes > MAX_NODES {
-                return Err(format!("it has {nodes} columns and groups of columns, and {MAX_NODES} are the most"));
+                return Err(format!("it has {nodes} columns and groups of columns; the maximum is {MAX_NODES}"));
             }
-            // Of every group that is not full yet, the children that are to come.
+            // Per group that is still incomplete, the number of children that follow.
             let mut open: Vec<u64> = vec![];
             for _ in 0..nodes {
                 let mut children = 0;
-                walk.element(of, |walk, id, kind| match id {
-                    NUM_CHILDREN if kind == Kind::INT32 => {
-                        children = walk.varint().map(unzigzag)?;
+                reader.element(of, |reader, id, kind| match id {
+                    NUM_CHILDREN if kind == ThriftType::INT32 => {
+                        children = reader.varint().map(unzigzag)?;
                         Ok(())
                     }
-                    _ => walk.skip(kind, 0),
+                    _ => reader.skip(kind, 0),
                 })?;
-                while open.pop_if(|left| *left == 0).is_some() {}
-                if let Some(left) = open.last_mut() {
-                    *left -= 1;
+                while open.pop_if(|remaining| *remaining == 0).is_some() {}
+                if let Some(remaining) = open.last_mut() {
+                    *remaining -= 1;
                 }
                 match u64::try_from(children) {
                     Ok(0) => {}
                     Ok(n) if n < nodes as u64 => open.push(n),
-                    _ => return Err(format!("a group says it has {children} columns, of {nodes}")),
+                    _ => return Err(format!("a group claims to have {children} columns, of {nodes}")),
                 }
                 if open.len() > MAX_DEPTH {
                     return Err(format!("columns are nested more than {MAX_DEPTH} deep"));
@@ -56,26 +59,26 @@ pub(crate) fn check(footer: &[u8]) -> Result<(), String> {
             Ok(())
         }
         ROW_GROUPS => {
-            let (groups, of) = walk.list(kind)?;
+            let (groups, of) = reader.list(kind)?;
             for _ in 0..groups {
-                walk.element(of, |walk, id, kind| match id {
+                reader.element(of, |reader, id, kind| match id {
                     COLUMNS => {
-                        let (columns, of) = walk.list(kind)?;
+                        let (columns, of) = reader.list(kind)?;
                         chunks += columns;
                         if chunks > MAX_CHUNKS {
                             return Err(format!(
-                                "it has more than {MAX_CHUNKS} parts, columns times row groups; write it with larger row \
+                                "it has more than {MAX_CHUNKS} column chunks (columns times row groups); write it with larger row \
                                  groups"
                             ));
                         }
-                        (0..columns).try_for_each(|_| walk.skip(of, 0))
+                        (0..columns).try_for_each(|_| reader.skip(of, 0))
                     }
-                    _ => walk.skip(kind, 0),
+                    _ => reader.skip(kind, 0),
                 })?;
             }
             Ok(())
         }
-        _ => walk.skip(kind, 0),
+        _ => reader.skip(kind, 0),
     })
 }
 
@@ -83,22 +86,22 @@ fn unzigzag(n: u64) -> i64 {
     (n >> 1) as i64 ^ -((n & 1) as i64)
 }
 
-/// Thrift's types as the compact encoding writes them.
+/// The code of a Thrift type in the compact encoding.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Kind(u8);
+struct ThriftType(u8);
 
-impl Kind {
+impl ThriftType {
     const STOP: Self = Self(0);
     const INT32: Self = Self(5);
     const STRUCT: Self = Self(12);
 }
 
-/// What is left of the bytes.
-struct Walk<'a> {
+/// Reads the compact encoding from the bytes that remain.
+struct ThriftReader<'a> {
     bytes: &'a [u8],
 }
 
-impl Walk<'_> {
+impl ThriftReader<'_> {
     fn take(&mut self, count: usize) -> Result<&[u8], String> {
         let (taken, rest) = self.bytes.split_at_checked(count).ok_or("its footer ends too early")?;
         self.bytes = rest;
@@ -118,21 +121,21 @@ impl Walk<'_> {
                 return Ok(number);
             }
         }
-        Err("its footer holds a number without an end".into())
+        Err("its footer has a varint that does not end".into())
     }
 
     fn length(&mut self) -> Result<usize, String> {
         let length = self.varint()?;
-        usize::try_from(length).map_err(|_| format!("its footer holds {length} bytes"))
+        usize::try_from(length).map_err(|_| format!("its footer claims a length of {length} bytes"))
     }
 
-    /// Every field of a struct, by its number and kind, handed to something that reads it to its end.
-    fn fields(&mut self, mut read: impl FnMut(&mut Self, i64, Kind) -> Result<(), String>) -> Result<(), String> {
+    /// Calls `read` with the id and type of each field of a struct; `read` must consume the field's value.
+    fn fields(&mut self, mut read: impl FnMut(&mut Self, i64, ThriftType) -> Result<(), String>) -> Result<(), String> {
         let mut id = 0i64;
         loop {
             let head = self.byte()?;
-            let kind = Kind(head & 0x0F);
-            if kind == Kind::STOP {
+            let kind = ThriftType(head & 0x0F);
+            if kind == ThriftType::STOP {
                 return Ok(());
             }
             id = match head >> 4 {
@@ -143,39 +146,39 @@ impl Walk<'_> {
         }
     }
 
-    /// The same of a list's element, which must be a struct.
+    /// Reads one list element, which must be a struct, field by field like [`Self::fields`].
     fn element(
         &mut self,
-        of: Kind,
-        read: impl FnMut(&mut Self, i64, Kind) -> Result<(), String>,
+        of: ThriftType,
+        read: impl FnMut(&mut Self, i64, ThriftType) -> Result<(), String>,
     ) -> Result<(), String> {
-        if of != Kind::STRUCT {
-            return Err("its footer lists something else than structs".into());
+        if of != ThriftType::STRUCT {
+            return Err("its footer has a list of something other than structs".into());
         }
         self.fields(read)
     }
 
-    /// The length of a list, and what it is of.
-    fn list(&mut self, kind: Kind) -> Result<(usize, Kind), String> {
+    /// The length of a list and the type of its elements.
+    fn list(&mut self, kind: ThriftType) -> Result<(usize, ThriftType), String> {
         if !matches!(kind.0, 9 | 10) {
-            return Err("its footer has no list where one belongs".into());
+            return Err("its footer lacks a list where one is required".into());
         }
         let head = self.byte()?;
         let length = if head >> 4 == 15 { self.length()? } else { usize::from(head >> 4) };
-        // An element takes a byte at least.
+        // An element takes at least one byte.
         if length > self.bytes.len() {
-            return Err(format!("its footer lists {length} things in {} bytes", self.bytes.len()));
+            return Err(format!("its footer claims a list of {length} elements in {} bytes", self.bytes.len()));
         }
-        Ok((length, Kind(head & 0x0F)))
+        Ok((length, ThriftType(head & 0x0F)))
     }
 
-    /// Past a value of a kind, `depth` deep.
-    fn skip(&mut self, kind: Kind, depth: usize) -> Result<(), String> {
+    /// Skips a value of type `kind` at nesting level `depth`.
+    fn skip(&mut self, kind: ThriftType, depth: usize) -> Result<(), String> {
         if depth > MAX_NESTING {
-            return Err("its footer is nested without end".into());
+            return Err("its footer is nested too deeply".into());
         }
         match kind.0 {
-            // A field's truth stands in its kind.
+            // The type code of a boolean field is its value.
             1 | 2 => Ok(()),
             3 => self.byte().map(drop),
             4..=6 => self.varint().map(drop),
@@ -186,24 +189,24 @@ impl Walk<'_> {
             }
             9 | 10 => {
                 let (length, of) = self.list(kind)?;
-                // In a list it is a byte of its own.
-                let of = if matches!(of.0, 1 | 2) { Kind(3) } else { of };
+                // In a list a boolean is one byte.
+                let of = if matches!(of.0, 1 | 2) { ThriftType(3) } else { of };
                 (0..length).try_for_each(|_| self.skip(of, depth + 1))
             }
             11 => {
                 let length = self.length()?;
                 if length > self.bytes.len() {
-                    return Err(format!("its footer maps {length} things in {} bytes", self.bytes.len()));
+                    return Err(format!("its footer claims a map of {length} entries in {} bytes", self.bytes.len()));
                 }
                 let kinds = if length > 0 { self.byte()? } else { 0 };
                 (0..length).try_for_each(|_| {
-                    self.skip(Kind(kinds >> 4), depth + 1)?;
-                    self.skip(Kind(kinds & 0x0F), depth + 1)
+                    self.skip(ThriftType(kinds >> 4), depth + 1)?;
+                    self.skip(ThriftType(kinds & 0x0F), depth + 1)
                 })
             }
-            12 => self.fields(|walk, _, kind| walk.skip(kind, depth + 1)),
+            12 => self.fields(|reader, _, kind| reader.skip(kind, depth + 1)),
             13 => self.take(16).map(drop),
-            other => Err(format!("its footer holds a value of the unknown kind {other}")),
+            other => Err(format!("its footer has a value of the unknown Thrift type {other}")),
         }
     }
 }
@@ -222,7 +225,7 @@ mod tests {
         out
     }
 
-    /// A footer whose schema has these numbers of children, and which has so many row groups of so many chunks.
+    /// A footer with one schema node per number of children, and `groups` row groups of `chunks` column chunks each.
     fn footer(children: &[u64], groups: usize, chunks: usize) -> Vec<u8> {
         let list =
             |length: usize, element: &[u8]| [&[0xFC], &varint(length as u64)[..], &element.repeat(length)].concat();
@@ -241,23 +244,23 @@ mod tests {
         out
     }
 
-    fn said(footer: &[u8]) -> String {
+    fn fault(footer: &[u8]) -> String {
         check(footer).expect_err("it is refused")
     }
 
     #[test]
-    fn footers_within_the_limits_pass_and_those_beyond_say_what_is_too_much() {
+    fn footers_within_the_limits_pass_and_larger_ones_name_the_limit() {
         check(&footer(&[2, 1, 0, 0], 3, 2)).unwrap();
         check(&footer(&[&[9_999][..], &[0; 9_999]].concat(), 10, 9_999)).unwrap();
         check(&footer(&[&[1; MAX_DEPTH][..], &[0]].concat(), 1, 1)).unwrap();
-        assert!(said(&footer(&vec![0; 10_001], 0, 0)).contains("10001 columns"));
-        assert!(said(&footer(&[&[1; MAX_DEPTH + 1][..], &[0]].concat(), 1, 1)).contains("nested more than 24"));
-        assert!(said(&footer(&[i32::MAX as u64, 0], 0, 0)).contains("says it has 2147483647"));
-        assert!(said(&footer(&[1, 0], 101, 1000)).contains("more than 100000 parts"));
+        assert!(fault(&footer(&vec![0; 10_001], 0, 0)).contains("10001 columns"));
+        assert!(fault(&footer(&[&[1; MAX_DEPTH + 1][..], &[0]].concat(), 1, 1)).contains("nested more than 24"));
+        assert!(fault(&footer(&[i32::MAX as u64, 0], 0, 0)).contains("claims to have 2147483647"));
+        assert!(fault(&footer(&[1, 0], 101, 1000)).contains("more than 100000 column chunks"));
     }
 
     #[test]
-    fn every_cut_and_every_changed_byte_ends() {
+    fn truncated_and_corrupted_footers_terminate_without_a_panic() {
         let whole = footer(&[2, 1, 0, 0], 3, 2);
         for end in 0..whole.len() {
             assert!(check(&whole[..end]).is_err(), "cut at {end}");
@@ -267,7 +270,7 @@ mod tests {
             changed[at] = value;
             let _ = check(&changed);
         }
-        // Structs in structs, as deep as the bytes go.
-        assert!(said(&[0x6C].repeat(100_000)).contains("nested without end"));
+        // Structs nested in structs.
+        assert!(fault(&[0x6C].repeat(100_000)).contains("nested too deeply"));
     }
 }

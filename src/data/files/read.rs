@@ -1,5 +1,8 @@
-//! A file -> raw records, one at a time, in constant memory: JSON arrays, JSON lines and plain text, each also gzipped;
-//! tables are in delimited.rs and parquet.rs. Knows no column. Read formats.rs next.
+//! One file -> raw records, one at a time, in constant memory: JSON arrays, JSON lines and plain text, each also
+//! gzipped.
+//!
+//! Tables are read by `delimited.rs` and `parquet.rs`. This file does not depend on `formats`. Read
+//! `data/formats/mod.rs` next.
 
 use std::cell::Cell;
 use std::fs::File;
@@ -11,32 +14,23 @@ use std::sync::Arc;
 use anyhow::Result;
 use flate2::bufread::MultiGzDecoder;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
-use serde_json::Value;
 
-use crate::data::Place;
-use crate::data::files::find::{Kind, kind};
+use crate::data::files::find::{FileType, file_type};
 use crate::data::files::json_limits;
-use crate::data::files::json_limits::{Allowance, Bounded, MAX_RECORD_BYTES};
+use crate::data::files::json_limits::{LimitedValue, MAX_RECORD_BYTES, RecordLimit};
 use crate::data::files::{delimited, parquet};
+use crate::data::record::{Place, RawRecord, RawSink};
 use crate::invalid;
 
-/// A record before its columns are looked at.
-pub(crate) enum Found {
-    /// A JSON value, which should be an object.
-    Json(Value),
-    /// A line of a text file.
-    Line(String),
-}
-
-/// Takes a record, or what is wrong with its bytes; answers whether to go on.
-pub(crate) type Take<'t> = dyn FnMut(Place, Result<Found, String>) -> Result<bool> + 't;
-
-/// Hands every record of a file to `take` until it answers false.
-pub(crate) fn records(path: &Path, take: &mut Take) -> Result<()> {
+/// Passes every record of a file to `sink` until it returns false.
+///
+/// # Errors
+/// A file that cannot be read, is UTF-16, or is not gzip despite its name; a line that is too long; an error of `sink`.
+pub(crate) fn records(path: &Path, sink: &mut RawSink) -> Result<()> {
     let failed = |error: std::io::Error| invalid!("{}: {error}", path.display());
-    let kind = kind(path);
-    if kind == Some(Kind::Parquet) {
-        return parquet::rows(path, take);
+    let file_type = file_type(path);
+    if file_type == Some(FileType::Parquet) {
+        return parquet::rows(path, sink);
     }
     let mut raw = BufReader::new(File::open(path).map_err(failed)?);
     let is_gzip = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gz"));
@@ -52,24 +46,24 @@ pub(crate) fn records(path: &Path, take: &mut Take) -> Result<()> {
     if start.starts_with("\u{FEFF}".as_bytes()) {
         input.consume(3);
     }
-    if let Some(Kind::Delimited(delimiter)) = kind {
-        return delimited::rows(path, input, delimiter, take);
+    if let Some(FileType::Delimited(delimiter)) = file_type {
+        return delimited::rows(path, input, delimiter, sink);
     }
-    let is_text = kind == Some(Kind::Text);
+    let is_text = file_type == Some(FileType::Text);
     // The content decides between array and lines: files of JSON lines are often named .json.
     if !is_text && first_byte(&mut input).map_err(failed)? == Some(b'[') {
-        array(path, input, take)
+        array(path, input, sink)
     } else {
-        lines(path, input, is_text, take)
+        lines(path, input, is_text, sink)
     }
 }
 
-/// The first byte that is no white space, left in place; only white space within the first buffer is passed over.
+/// The first byte of the first buffer that is not white space; nothing is consumed.
 fn first_byte(input: &mut dyn BufRead) -> std::io::Result<Option<u8>> {
     Ok(input.fill_buf()?.iter().copied().find(|byte| !byte.is_ascii_whitespace()))
 }
 
-fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Take) -> Result<()> {
+fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, sink: &mut RawSink) -> Result<()> {
     let file: Arc<Path> = path.into();
     let (mut line, mut record) = (0, 0);
     let mut bytes = Vec::new();
@@ -90,27 +84,27 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, take: &mut Tak
         record += 1;
         let found = match std::str::from_utf8(&bytes) {
             Err(error) => Err(format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1)),
-            Ok(text) if is_text => Ok(Found::Line(text.trim_end_matches(['\r', '\n']).to_owned())),
-            Ok(text) => json_limits::from_str(text.trim_end()).map(Found::Json).map_err(|error| {
+            Ok(text) if is_text => Ok(RawRecord::Line(text.trim_end_matches(['\r', '\n']).to_owned())),
+            Ok(text) => json_limits::from_str(text.trim_end()).map(RawRecord::Json).map_err(|error| {
                 let what = error.to_string();
                 // serde_json counts lines within this one line.
                 let what = what.split(" at line ").next().unwrap_or_default();
                 format!("is not a JSON object on one line: {what} at column {}", error.column())
             }),
         };
-        if !take(Place { file: file.clone(), record, line: Some(line) }, found)? {
+        if !sink(Place { file: file.clone(), record, line: Some(line) }, found)? {
             return Ok(());
         }
     }
 }
 
-/// The elements of a JSON array, each handed on before the next is read.
-struct Elements<'a, 't> {
+/// Deserialises the elements of a JSON array, passing each to the sink before the next is read.
+struct Elements<'a, 's> {
     file: Arc<Path>,
-    take: &'a mut Take<'t>,
-    /// Bytes that may still be read for the element at hand.
-    left: Rc<Cell<u64>>,
-    /// How `take` ended the reading, which serde can only see as an error of its own.
+    sink: &'a mut RawSink<'s>,
+    /// Bytes that may still be read for the current element.
+    remaining: Rc<Cell<u64>>,
+    /// The sink's result where it stopped the reading: serde can only be stopped by an error of its own.
     ended: &'a mut Option<Result<()>>,
 }
 
@@ -131,27 +125,27 @@ impl<'de> Visitor<'de> for Elements<'_, '_> {
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut elements: A) -> Result<(), A::Error> {
         let mut record = 0;
-        while let Some(value) = elements.next_element_seed(Bounded::default())? {
+        while let Some(value) = elements.next_element_seed(LimitedValue::default())? {
             record += 1;
-            self.left.set(MAX_RECORD_BYTES);
+            self.remaining.set(MAX_RECORD_BYTES);
             let place = Place { file: self.file.clone(), record, line: None };
-            let end = match (self.take)(place, Ok(Found::Json(value))) {
+            let end = match (self.sink)(place, Ok(RawRecord::Json(value))) {
                 Ok(true) => continue,
                 Ok(false) => Ok(()),
                 Err(error) => Err(error),
             };
             *self.ended = Some(end);
-            return Err(A::Error::custom("ended by the taker"));
+            return Err(A::Error::custom("stopped by the sink"));
         }
         Ok(())
     }
 }
 
-fn array(path: &Path, input: Box<dyn BufRead>, take: &mut Take) -> Result<()> {
+fn array(path: &Path, input: Box<dyn BufRead>, sink: &mut RawSink) -> Result<()> {
     let mut ended = None;
-    let (input, left) = Allowance::new(input);
+    let (input, remaining) = RecordLimit::new(input);
     let mut json = serde_json::Deserializer::from_reader(BufReader::new(input));
-    let elements = Elements { file: path.into(), take, left, ended: &mut ended };
+    let elements = Elements { file: path.into(), sink, remaining, ended: &mut ended };
     let read = elements.deserialize(&mut json).and_then(|()| json.end());
     match (ended, read) {
         (Some(end), _) => end,

@@ -1,23 +1,33 @@
-//! The columns of one JSON object, format by format. Knows which column holds what, not how turns look inside.
-//! Read dialogue.rs next.
+//! The columns of one JSON object -> a [`Record`], format by format.
+//!
+//! This file decides which column holds what; `dialogue.rs` parses the turns inside a column. It does not depend on
+//! `files`. Read `data/formats/dialogue.rs` next.
 
 use serde_json::Value;
 
 use crate::config::{Format, Tags};
-use crate::data::Message;
-use crate::data::formats::dialogue::{check_prompt, column_fault, implicit_prompt, kind_of, paired, ranked, text_of};
+use crate::data::formats::detect::detect;
+use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, ranked, text_of};
+use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::transcript::turns;
-use crate::data::formats::{Object, Parsed, Record, Text, detect};
+use crate::data::record::{Object, Parsed, Record, Text};
+use crate::tokenizer::chat_template::Message;
 
-/// The columns of one record, under our names for them.
+/// The columns of one record, under fourfold's names for them.
 pub(crate) struct Columns<'a> {
+    /// The columns and their values.
     pub(crate) object: &'a Object,
+    /// The names of roles and of the keys of a turn.
     pub(crate) tags: &'a Tags,
-    /// Are transcripts kept as they stand, not cut into turns?
+    /// Whether transcripts stay verbatim instead of being split into turns.
     pub(crate) verbatim: bool,
 }
 
 impl<'a> Columns<'a> {
+    /// The record, read as `format`.
+    ///
+    /// # Errors
+    /// A column is missing or wrong.
     pub(crate) fn record(&self, format: Format) -> Parsed<Record> {
         match format {
             Format::Auto => self.record(detect(self.object)?),
@@ -35,7 +45,7 @@ impl<'a> Columns<'a> {
             }
             Format::Alpaca => {
                 let prompt = self.instruction()?;
-                // LLaMA-Factory's ranking of old: the better and the worse answer in one list.
+                // LLaMA-Factory's old ranking format: the better and the worse response in one list.
                 if let Some(Value::Array(outputs)) = self.get("output") {
                     let text = |output| text_of(output, self.tags).map_err(|fault| column_fault("output", fault));
                     let outputs = outputs.iter().map(|output| Ok(("output", text(output)?)));
@@ -43,17 +53,17 @@ impl<'a> Columns<'a> {
                 }
                 let keys = ["output", "response", "completion"];
                 let key = keys.into_iter().find(|key| self.get(key).is_some()).unwrap_or("output");
-                let (prompt, mut answers) = paired(prompt, vec![(key, self.text(key)?)])?;
-                Ok(Record::PromptCompletion { prompt, completion: answers.remove(0) })
+                let (prompt, mut responses) = paired(prompt, vec![(key, self.text(key)?)])?;
+                Ok(Record::PromptCompletion { prompt, completion: responses.remove(0) })
             }
             Format::Preference => {
-                let answers = vec![("chosen", self.text("chosen")?), ("rejected", self.text("rejected")?)];
+                let responses = vec![("chosen", self.text("chosen")?), ("rejected", self.text("rejected")?)];
                 let whole = |text: &Text| matches!(text, Text::Dialogue(turns) if turns[0].role != "assistant");
                 match self.prompt() {
-                    // Conversations that bring their prompt along, beside a column that repeats it.
-                    _ if answers.iter().all(|(_, answer)| whole(answer)) => implicit_prompt(answers),
-                    Some(prompt) => ranked(prompt?, answers),
-                    None => implicit_prompt(answers),
+                    // Conversations that include their prompt, beside a column that repeats it.
+                    _ if responses.iter().all(|(_, response)| whole(response)) => implicit_prompt(responses),
+                    Some(prompt) => ranked(prompt?, responses),
+                    None => implicit_prompt(responses),
                 }
             }
             Format::Ranked => self.ranked(),
@@ -64,7 +74,7 @@ impl<'a> Columns<'a> {
                 };
                 let (prompt, completion) = match ["completion", "response"].iter().any(|key| self.get(key).is_some()) {
                     true => self.prompt_completion()?,
-                    false => self.last_answer()?,
+                    false => self.last_response()?,
                 };
                 Ok(Record::Unpaired { prompt, completion, label })
             }
@@ -79,11 +89,12 @@ impl<'a> Columns<'a> {
         }
     }
 
-    /// A column that is there and not null: tables write null for "absent".
+    /// The value of a column, or None if the column is missing or null: tables write null for "absent".
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.object.get(key).filter(|value| !value.is_null())
     }
 
+    /// The fault of a column that should hold `what`.
     fn expected(&self, key: &str, what: &str, found: Option<&Value>) -> String {
         match found.or(self.object.get(key)) {
             Some(value) => column_fault(key, format!("expected {what}, found {}", kind_of(value))),
@@ -108,7 +119,7 @@ impl<'a> Columns<'a> {
         }
     }
 
-    /// A list of turns, with the `system` column in front where there is one.
+    /// The turns of a conversation, with the `system` column in front if it is given.
     fn conversation(&self, key: &str) -> Parsed<Vec<Message>> {
         let mut turns = match self.text(key)? {
             Text::Dialogue(turns) => turns,
@@ -126,7 +137,7 @@ impl<'a> Columns<'a> {
         Ok(turns)
     }
 
-    /// Alpaca's columns before the output; the instruction may be called `prompt`.
+    /// The prompt of an Alpaca record: system, history, instruction and input. The instruction may be called `prompt`.
     fn instruction(&self) -> Parsed<Text> {
         let named_prompt = self.get("instruction").is_none() && self.get("prompt").is_some();
         let mut question = self.string(if named_prompt { "prompt" } else { "instruction" })?.to_owned();
@@ -149,7 +160,7 @@ impl<'a> Columns<'a> {
                     let Some([Value::String(user), Value::String(assistant)]) = pair else {
                         return Err(column_fault(
                             "history",
-                            format!("round {} is no [user, assistant] pair of strings", number + 1),
+                            format!("round {} is not a [user, assistant] pair of strings", number + 1),
                         ));
                     };
                     dialogue.push(Message::new("user", user.as_str()));
@@ -162,7 +173,7 @@ impl<'a> Columns<'a> {
         Ok(Text::Dialogue(dialogue))
     }
 
-    /// The prompt from whichever column holds one.
+    /// The prompt, from the first column that holds one.
     fn prompt(&self) -> Option<Parsed<Text>> {
         let is_question = matches!(self.get("prompt"), Some(Value::String(_)));
         if is_question && ["input", "system", "history"].iter().any(|key| self.get(key).is_some()) {
@@ -178,60 +189,66 @@ impl<'a> Columns<'a> {
         }
     }
 
+    /// A prompt and its response, each from the first column that holds one.
     fn prompt_completion(&self) -> Parsed<(Text, Text)> {
         let prompt =
             self.prompt().unwrap_or_else(|| Err(self.expected("prompt", "a string or a list of messages", None)))?;
         let keys = ["completion", "response", "output"];
         let key = keys.into_iter().find(|key| self.get(key).is_some()).unwrap_or("completion");
-        let (prompt, mut answers) = paired(prompt, vec![(key, self.text(key)?)])?;
-        Ok((prompt, answers.remove(0)))
+        let (prompt, mut responses) = paired(prompt, vec![(key, self.text(key)?)])?;
+        Ok((prompt, responses.remove(0)))
     }
 
-    /// A conversation cut before its last turn, which must be the assistant's.
-    fn last_answer(&self) -> Parsed<(Text, Text)> {
+    /// A conversation split before its last turn, which must be the assistant's.
+    fn last_response(&self) -> Parsed<(Text, Text)> {
         let key = if self.get("conversations").is_some() { "conversations" } else { "messages" };
         let mut turns = self.conversation(key)?;
         let last = turns.pop().filter(|turn| turn.role == "assistant" && !turns.is_empty());
         let last = last.ok_or_else(|| column_fault(key, "expected a conversation that ends with an assistant turn"))?;
-        let (prompt, mut answers) = paired(Text::Dialogue(turns), vec![(key, Text::Dialogue(vec![last]))])?;
-        Ok((prompt, answers.remove(0)))
+        let (prompt, mut responses) = paired(Text::Dialogue(turns), vec![(key, Text::Dialogue(vec![last]))])?;
+        Ok((prompt, responses.remove(0)))
     }
 
+    /// The ranking in `responses`, sorted by `scores` if they are given.
     fn ranked(&self) -> Parsed<Record> {
         let prompt =
             self.prompt().unwrap_or_else(|| Err(self.expected("prompt", "a string or a list of messages", None)))?;
-        let Some(Value::Array(responses)) = self.get("responses") else {
-            return Err(self.expected("responses", "a list of answers", None));
+        let Some(Value::Array(listed)) = self.get("responses") else {
+            return Err(self.expected("responses", "a list of responses", None));
         };
-        let mut answers = Vec::new();
-        for (number, response) in responses.iter().enumerate() {
-            let fault = |fault| column_fault("responses", format!("answer {}: {fault}", number + 1));
-            answers.push(("responses", text_of(response, self.tags).map_err(fault)?));
+        let mut responses = Vec::new();
+        for (number, response) in listed.iter().enumerate() {
+            let fault = |fault| column_fault("responses", format!("response {}: {fault}", number + 1));
+            responses.push(("responses", text_of(response, self.tags).map_err(fault)?));
         }
         match self.get("scores") {
             None => {}
-            Some(Value::Array(scores)) if scores.len() == answers.len() => {
+            Some(Value::Array(scores)) if scores.len() == responses.len() => {
                 let scores: Option<Vec<f64>> = scores.iter().map(Value::as_f64).collect();
                 let scores = scores.ok_or_else(|| column_fault("scores", "expected a list of numbers"))?;
-                let mut order: Vec<usize> = (0..answers.len()).collect();
+                let mut order: Vec<usize> = (0..responses.len()).collect();
                 order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
                 if let Some(tie) = order.windows(2).find(|pair| scores[pair[0]] == scores[pair[1]]) {
                     let (a, b) = (tie[0] + 1, tie[1] + 1);
                     return Err(column_fault(
                         "scores",
-                        format!("answers {a} and {b} have the same score, so neither is better"),
+                        format!("responses {a} and {b} have the same score, so neither is better"),
                     ));
                 }
-                answers = order.into_iter().map(|index| answers[index].clone()).collect();
+                responses = order.into_iter().map(|index| responses[index].clone()).collect();
             }
             Some(Value::Array(scores)) => {
-                return Err(column_fault("scores", format!("{} scores for {} responses", scores.len(), answers.len())));
+                return Err(column_fault(
+                    "scores",
+                    format!("{} scores for {} responses", scores.len(), responses.len()),
+                ));
             }
             other => return Err(self.expected("scores", "a list of numbers", other)),
         }
-        ranked(prompt, answers)
+        ranked(prompt, responses)
     }
 
+    /// A comparison of HH-RLHF transcripts, with or without a column for the prompt.
     fn hh_rlhf(&self) -> Parsed<Record> {
         let transcript = |key: &str| turns(self.string(key)?).map_err(|fault| column_fault(key, fault));
         if self.get("prompt").is_some() && self.verbatim {
@@ -242,17 +259,17 @@ impl<'a> Columns<'a> {
         }
         if self.get("prompt").is_some() {
             let mut prompt = transcript("prompt")?;
-            // The prompt ends with the marker under which the answer stands.
+            // The prompt ends with the marker after which the response follows.
             if prompt.last().is_some_and(|turn| turn.role == "assistant" && turn.content.is_empty()) {
                 prompt.pop();
             }
-            let answer = |key| Ok::<_, String>((key, Text::Verbatim(self.string(key)?.trim().to_owned())));
-            return ranked(Text::Dialogue(prompt), vec![answer("chosen")?, answer("rejected")?]);
+            let response = |key| Ok::<_, String>((key, Text::Verbatim(self.string(key)?.trim().to_owned())));
+            return ranked(Text::Dialogue(prompt), vec![response("chosen")?, response("rejected")?]);
         }
-        let answers = vec![
+        let responses = vec![
             ("chosen", Text::Dialogue(transcript("chosen")?)),
             ("rejected", Text::Dialogue(transcript("rejected")?)),
         ];
-        implicit_prompt(answers)
+        implicit_prompt(responses)
     }
 }

@@ -1,30 +1,21 @@
-//! JSON values -> turns, and the rules a prompt and its answers obey: a prompt ends where an answer can follow, an answer
-//! is not empty, compared answers differ. Knows no format. Read render.rs next.
+//! JSON values -> turns, and the rules for a prompt and its responses.
+//!
+//! A prompt ends where a response can follow, a response is not empty, and compared responses differ. This file does
+//! not depend on the columns of any one format. Read `data/formats/transcript.rs` next.
 
 use serde_json::Value;
 
 use crate::config::Tags;
-use crate::data::Message;
+use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::rename::{role, turn_keys};
 use crate::data::formats::transcript::{common_text, common_turns};
-use crate::data::formats::{Object, Parsed, Record, Text};
+use crate::data::record::{Object, Parsed, Record, Text};
+use crate::tokenizer::chat_template::Message;
 
-pub(crate) fn kind_of(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "true or false",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
-    }
-}
-
-pub(crate) fn column_fault(key: &str, fault: impl std::fmt::Display) -> String {
-    format!("column {key:?}: {fault}")
-}
-
-/// A string, a list of turns, or one turn.
+/// A text from a string, or a dialogue from a list of turns or from one turn.
+///
+/// # Errors
+/// Any other value; a turn that is empty or not of a known form; a system turn that is not the first.
 pub(crate) fn text_of(value: &Value, tags: &Tags) -> Parsed<Text> {
     match value {
         Value::String(text) => Ok(Text::Verbatim(text.clone())),
@@ -49,7 +40,7 @@ pub(crate) fn text_of(value: &Value, tags: &Tags) -> Parsed<Text> {
     }
 }
 
-/// `{role, content}`, ShareGPT's `{from, value}`, or as the tags say.
+/// A turn from `{role, content}`, ShareGPT's `{from, value}`, or the keys that the tags name.
 fn message_of(turn: &Object, tags: &Tags) -> Parsed<Message> {
     let (role_key, content_key) = turn_keys(turn, tags);
     let role = match turn.get(role_key) {
@@ -64,10 +55,10 @@ fn message_of(turn: &Object, tags: &Tags) -> Parsed<Message> {
     };
     let content = match turn.get(content_key) {
         Some(Value::String(text)) => text.clone(),
-        // OpenAI's list of parts, of which a text model can use the texts.
+        // OpenAI's list of content parts; all of them must be texts.
         Some(Value::Array(parts)) => {
             let texts: Option<Vec<&str>> = parts.iter().map(|part| part.get("text").and_then(Value::as_str)).collect();
-            texts.ok_or_else(|| format!("{content_key:?} has a part that is no text"))?.concat()
+            texts.ok_or_else(|| format!("{content_key:?} has a part that is not text"))?.concat()
         }
         other => {
             return Err(format!("expected {content_key:?} to be a string, found {}", other.map_or("nothing", kind_of)));
@@ -79,6 +70,10 @@ fn message_of(turn: &Object, tags: &Tags) -> Parsed<Message> {
     Ok(Message::new(role, content))
 }
 
+/// Checks that a prompt is not empty and that a response can follow it.
+///
+/// # Errors
+/// An empty text; a dialogue that does not end with a user or tool turn.
 pub(crate) fn check_prompt(prompt: &Text) -> Parsed<()> {
     match prompt {
         Text::Verbatim(text) if text.trim().is_empty() => Err("the prompt is empty".to_owned()),
@@ -86,31 +81,34 @@ pub(crate) fn check_prompt(prompt: &Text) -> Parsed<()> {
         Text::Dialogue(turns) => match turns.last().map(|turn| turn.role.as_str()) {
             Some("user" | "tool") => Ok(()),
             last => Err(format!(
-                "the prompt must end with a user turn, for the answer to follow; it ends with {} turn",
+                "the prompt must end with a user turn, for the response to follow; it ends with {} turn",
                 last.map_or("no".to_owned(), |role| format!("a {role}"))
             )),
         },
     }
 }
 
-/// Brings prompt and answers to one form: where either is a dialogue, the other becomes a turn of it.
-pub(crate) fn paired(prompt: Text, answers: Vec<(&str, Text)>) -> Parsed<(Text, Vec<Text>)> {
+/// Brings prompt and responses to one form: where either is a dialogue, the other becomes a turn of it.
+///
+/// # Errors
+/// A prompt that [`check_prompt`] rejects; an empty response; a response that does not begin and end with the assistant.
+pub(crate) fn paired(prompt: Text, responses: Vec<(&str, Text)>) -> Parsed<(Text, Vec<Text>)> {
     check_prompt(&prompt)?;
     let as_dialogue =
-        matches!(prompt, Text::Dialogue(_)) || answers.iter().any(|(_, a)| matches!(a, Text::Dialogue(_)));
+        matches!(prompt, Text::Dialogue(_)) || responses.iter().any(|(_, r)| matches!(r, Text::Dialogue(_)));
     let prompt = match prompt {
         Text::Verbatim(text) if as_dialogue => Text::Dialogue(vec![Message::new("user", text)]),
         other => other,
     };
-    let mut texts = Vec::with_capacity(answers.len());
-    for (key, answer) in answers {
-        texts.push(match answer {
-            Text::Verbatim(text) if text.trim().is_empty() => return Err(column_fault(key, "the answer is empty")),
+    let mut texts = Vec::with_capacity(responses.len());
+    for (key, response) in responses {
+        texts.push(match response {
+            Text::Verbatim(text) if text.trim().is_empty() => return Err(column_fault(key, "the response is empty")),
             Text::Verbatim(text) if as_dialogue => Text::Dialogue(vec![Message::new("assistant", text)]),
             Text::Dialogue(turns)
                 if [turns.first(), turns.last()].iter().any(|turn| turn.is_none_or(|t| t.role != "assistant")) =>
             {
-                return Err(column_fault(key, "the answer must begin and end with an assistant turn"));
+                return Err(column_fault(key, "the response must begin and end with an assistant turn"));
             }
             other => other,
         });
@@ -118,42 +116,49 @@ pub(crate) fn paired(prompt: Text, answers: Vec<(&str, Text)>) -> Parsed<(Text, 
     Ok((prompt, texts))
 }
 
-pub(crate) fn ranked(prompt: Text, answers: Vec<(&str, Text)>) -> Parsed<Record> {
-    let (prompt, answers) = paired(prompt, answers)?;
-    if answers.len() < 2 {
+/// A ranking of a prompt's responses, best first; each comes with the column that it is from.
+///
+/// # Errors
+/// Those of [`paired`]; fewer than two responses, or two that are equal.
+pub(crate) fn ranked(prompt: Text, responses: Vec<(&str, Text)>) -> Parsed<Record> {
+    let (prompt, responses) = paired(prompt, responses)?;
+    if responses.len() < 2 {
         return Err(column_fault(
             "responses",
-            format!("{} answer is no comparison; expected two or more", answers.len()),
+            format!("{} response cannot be compared; expected two or more", responses.len()),
         ));
     }
-    for (later, answer) in answers.iter().enumerate() {
-        if let Some(first) = answers[..later].iter().position(|other| other == answer) {
-            return Err(match answers.len() {
-                2 => "the chosen and the rejected answer are identical, so neither is better".to_owned(),
-                _ => format!("answers {} and {} of the ranking are identical", first + 1, later + 1),
+    for (later, response) in responses.iter().enumerate() {
+        if let Some(first) = responses[..later].iter().position(|other| other == response) {
+            return Err(match responses.len() {
+                2 => "the chosen and the rejected response are identical, so neither is better".to_owned(),
+                _ => format!("responses {} and {} of the ranking are identical", first + 1, later + 1),
             });
         }
     }
-    Ok(Record::Ranked { prompt, answers })
+    Ok(Record::Ranked { prompt, responses })
 }
 
-/// Finds the prompt in what the answers share.
-pub(crate) fn implicit_prompt(answers: Vec<(&'static str, Text)>) -> Parsed<Record> {
-    let keys: Vec<&str> = answers.iter().map(|(key, _)| *key).collect();
-    let texts: Vec<Text> = answers.into_iter().map(|(_, text)| text).collect();
+/// A ranking of two responses whose prompt is their common beginning.
+///
+/// # Errors
+/// The two have no common beginning; those of [`ranked`].
+pub(crate) fn implicit_prompt(responses: Vec<(&'static str, Text)>) -> Parsed<Record> {
+    let keys: Vec<&str> = responses.iter().map(|(key, _)| *key).collect();
+    let texts: Vec<Text> = responses.into_iter().map(|(_, text)| text).collect();
     if texts[0] == texts[1] {
-        return Err("the chosen and the rejected answer are identical, so neither is better".to_owned());
+        return Err("the chosen and the rejected response are identical, so neither is better".to_owned());
     }
-    let missing = "is missing, and \"chosen\" and \"rejected\" share no beginning that could be it";
+    let missing = "is missing, and \"chosen\" and \"rejected\" have no common beginning to use as the prompt";
     match &texts[..] {
         [Text::Verbatim(chosen), Text::Verbatim(rejected)] => {
             let shared = common_text(chosen, rejected);
             if chosen[..shared].trim().is_empty() {
                 return Err(format!("column \"prompt\" {missing}"));
             }
-            let answer = |text: &str| Text::Verbatim(text[shared..].to_owned());
-            let answers = vec![(keys[0], answer(chosen)), (keys[1], answer(rejected))];
-            ranked(Text::Verbatim(chosen[..shared].to_owned()), answers)
+            let response = |text: &str| Text::Verbatim(text[shared..].to_owned());
+            let responses = vec![(keys[0], response(chosen)), (keys[1], response(rejected))];
+            ranked(Text::Verbatim(chosen[..shared].to_owned()), responses)
         }
         [Text::Dialogue(chosen), Text::Dialogue(rejected)] => {
             let (prompt, rest) = common_turns(vec![chosen.clone(), rejected.clone()]);
@@ -162,7 +167,7 @@ pub(crate) fn implicit_prompt(answers: Vec<(&'static str, Text)>) -> Parsed<Reco
             }
             for (key, turns) in keys.iter().zip(&rest) {
                 if turns.iter().any(|turn| turn.content.is_empty()) || turns.is_empty() {
-                    return Err(column_fault(key, "the answer is empty"));
+                    return Err(column_fault(key, "the response is empty"));
                 }
             }
             ranked(Text::Dialogue(prompt), keys.into_iter().zip(rest.into_iter().map(Text::Dialogue)).collect())

@@ -1,9 +1,10 @@
-//! DeepSpeed-Chat's dataset classes as a table: where each public set has its prompt and answers, which answer is the
-//! better one, what is cut out of them, and how its splits are called. Knows no file. Read formats.rs next.
+//! DeepSpeed-Chat's dataset classes as a table: per public data set, the columns of prompt and responses, the rule for
+//! the better response, the edits of the texts, and the names of the splits.
 //!
-//! The mappings are those of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `raw_datasets.py`. There every prompt is
-//! `" Human: " + question + " Assistant:"` and every answer begins with a space; here that is the template
-//! `human_assistant`, and a record holds the turns, so that another template can be used as well.
+//! The rules are those of microsoft/DeepSpeedExamples, DeepSpeed-Chat, `raw_datasets.py`. There every prompt is `"
+//! Human: " + question + " Assistant:"` and every response begins with a space; here that is the template
+//! `human_assistant`, and a record holds the turns, so that another template can be used as well. This file does not
+//! depend on `files`. Read `data/examples/mod.rs` next.
 
 use std::sync::LazyLock;
 
@@ -11,100 +12,97 @@ use regex::Regex;
 use serde_json::Value;
 
 use crate::config::Preset;
-use crate::data::Message;
 use crate::data::formats::dialogue::ranked;
-use crate::data::formats::rename::at;
+use crate::data::formats::fault::kind_of;
+use crate::data::formats::rename::value_at;
 use crate::data::formats::transcript::{is_transcript, turns};
-use crate::data::formats::{Object, Parsed, Record, Text};
+use crate::data::record::{Object, Parsed, Record, Text};
+use crate::tokenizer::chat_template::Message;
 
-/// How a set's splits for training and evaluation are made.
+/// How a data set is split into training and evaluation records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Splits {
-    /// It has both, of these names.
+    /// The data set has both splits, under these names.
     Named {
         /// The split to train on.
         train: &'static str,
         /// The split to evaluate on.
         eval: &'static str,
     },
-    /// It has `train` alone, of which nine tenths are trained on: `data_split = "9,1"` with the name `train_eval`.
+    /// The data set has only `train`; nine tenths are for training: `data_split = "9,1"` with the name `train_eval`.
     NineToOne,
 }
 
-/// What frames a question and its answers.
+/// How markers and spaces frame a prompt and its responses.
 #[derive(Clone, Copy, PartialEq)]
 enum Frame {
-    /// `" Human: " + question + " Assistant:"` and `" " + answer`: a turn each.
+    /// `" Human: " + question + " Assistant:"` and `" " + response`, as one turn each.
     Turns,
-    /// The texts stand in the columns with their markers.
+    /// The columns hold the texts with their markers.
     Verbatim,
-    /// The same, after a space each.
+    /// The columns hold the texts with their markers; a space goes in front of each text.
     Spaced,
     /// The prompt lacks its last marker.
     Unmarked,
-    /// The prompt has its markers, and the answer lacks the space after the last.
+    /// The prompt has its markers; the response lacks the space after the last one.
     Marked,
 }
 
+/// A change to a column's text.
 #[derive(Clone, Copy, PartialEq)]
 enum Edit {
+    /// The text stays as it is.
     None,
-    /// `[1]`, `(2)`: the marks of a browser's citations, with the space before them.
+    /// Removes citation marks such as `[1]` and `(2)`, with the space before them.
     WithoutCitations,
-    /// What follows the last `Assistant:`.
+    /// Keeps the text after the last `Assistant:`.
     AfterLastMarker,
-    /// `USER` and `ASSISTANT` are called `Human` and `Assistant`.
+    /// Replaces `USER` and `ASSISTANT` by `Human` and `Assistant`.
     VicunaMarkers,
 }
 
-/// Columns, by name or path.
+/// The columns of the responses, by name or path.
 #[derive(Clone, Copy)]
-enum Answers {
+enum Responses {
+    /// One response.
     One(&'static str),
-    Pair {
-        chosen: &'static str,
-        rejected: &'static str,
-    },
-    /// The first is better where its score is not lower.
-    ByScore {
-        answers: [&'static str; 2],
-        scores: [&'static str; 2],
-    },
-    /// The first is better where the label is 1.
-    ByLabel {
-        answers: [&'static str; 2],
-        label: &'static str,
-    },
+    /// A better and a worse response.
+    Pair { chosen: &'static str, rejected: &'static str },
+    /// Two responses; the first is better unless its score is lower.
+    ByScore { responses: [&'static str; 2], scores: [&'static str; 2] },
+    /// Two responses; the first is better if the label is 1.
+    ByLabel { responses: [&'static str; 2], label: &'static str },
 }
 
 /// One row of the table.
 struct Recipe {
     preset: Preset,
     prompt: &'static str,
-    answers: Answers,
+    responses: Responses,
     frame: Frame,
-    /// Of the prompt and of the answers.
+    /// Edits of the prompt and of the responses.
     edits: [Edit; 2],
     splits: Splits,
 }
 
-const fn recipe(preset: Preset, prompt: &'static str, answers: Answers, splits: Splits) -> Recipe {
-    Recipe { preset, prompt, answers, frame: Frame::Turns, edits: [Edit::None; 2], splits }
+const fn recipe(preset: Preset, prompt: &'static str, responses: Responses, splits: Splits) -> Recipe {
+    Recipe { preset, prompt, responses, frame: Frame::Turns, edits: [Edit::None; 2], splits }
 }
 
 const fn named(eval: &'static str) -> Splits {
     Splits::Named { train: "train", eval }
 }
 
-const CHOSEN_REJECTED: Answers = Answers::Pair { chosen: "chosen", rejected: "rejected" };
-const PASSAGES: Answers = Answers::Pair { chosen: "positive_passages.0.text", rejected: "negative_passages.0.text" };
-const WEBGPT: Answers = Answers::ByScore { answers: ["answer_0", "answer_1"], scores: ["score_0", "score_1"] };
-const SHP: Answers = Answers::ByLabel { answers: ["human_ref_A", "human_ref_B"], label: "labels" };
+const CHOSEN_REJECTED: Responses = Responses::Pair { chosen: "chosen", rejected: "rejected" };
+const PASSAGES: Responses =
+    Responses::Pair { chosen: "positive_passages.0.text", rejected: "negative_passages.0.text" };
+const WEBGPT: Responses = Responses::ByScore { responses: ["answer_0", "answer_1"], scores: ["score_0", "score_1"] };
+const SHP: Responses = Responses::ByLabel { responses: ["human_ref_A", "human_ref_B"], label: "labels" };
 const CITED: [Edit; 2] = [Edit::None, Edit::WithoutCitations];
 
 #[rustfmt::skip]
 const RECIPES: [Recipe; 16] = {
-    use Answers::One;
+    use Responses::One;
     use Splits::NineToOne;
     [
         Recipe { frame: Frame::Verbatim, ..recipe(Preset::RmStatic, "prompt", CHOSEN_REJECTED, named("test")) },
@@ -129,16 +127,16 @@ const RECIPES: [Recipe; 16] = {
 };
 
 fn of(preset: Preset) -> &'static Recipe {
-    // Every preset has its row: the test below walks them all.
+    // Every preset has its row: tests/data_sources.rs reads each.
     RECIPES.iter().find(|recipe| recipe.preset == preset).unwrap_or(&RECIPES[0])
 }
 
-/// How the set of that name is split.
+/// The splits of a preset's data set.
 pub fn splits(preset: Preset) -> Splits {
     of(preset).splits
 }
 
-/// The split of that set to train on.
+/// The name of the split that a preset trains on.
 pub fn train_split(preset: Preset) -> &'static str {
     match splits(preset) {
         Splits::Named { train, .. } => train,
@@ -146,57 +144,56 @@ pub fn train_split(preset: Preset) -> &'static str {
     }
 }
 
-/// The presets whose columns no other format has, so that a record shows its origin.
+/// The preset of an object, for the presets whose columns no other format has.
 pub(crate) fn recognised(object: &Object) -> Option<Preset> {
     [Preset::Webgpt, Preset::Shp].into_iter().find(|&preset| {
-        let columns: &[&str] = match of(preset).answers {
-            Answers::ByScore { answers: [a, b], scores: [c, d] } => &[a, b, c, d],
-            Answers::ByLabel { answers: [a, b], label } => &[a, b, label],
+        let columns: &[&str] = match of(preset).responses {
+            Responses::ByScore { responses: [a, b], scores: [c, d] } => &[a, b, c, d],
+            Responses::ByLabel { responses: [a, b], label } => &[a, b, label],
             _ => return false,
         };
-        at(object, of(preset).prompt).is_some() && columns.iter().all(|column| object.contains_key(*column))
+        value_at(object, of(preset).prompt).is_some() && columns.iter().all(|column| object.contains_key(*column))
     })
 }
 
-/// A record of the set: a comparison, or a prompt with its answer where it has no worse one.
-/// With `verbatim`, texts that hold their markers are kept as they stand.
+/// A record of the preset's data set: a comparison, or a prompt with its response if there is no worse one. With
+/// `verbatim`, texts that hold their markers stay as they are.
+///
+/// # Errors
+/// A column is missing or wrong.
 pub(crate) fn record(preset: Preset, object: &Object, verbatim: bool) -> Parsed<Record> {
     let recipe = of(preset);
-    let text = |path: &str, edit: Edit| match at(object, path) {
+    let text = |path: &str, edit: Edit| match value_at(object, path) {
         Some(Value::String(text)) if !text.trim().is_empty() => Ok(edited(text, edit)),
         None | Some(Value::Null | Value::String(_)) => Err(format!("column {path:?}: is empty or missing")),
-        Some(other) => {
-            Err(format!("column {path:?}: expected a string, found {}", crate::data::formats::dialogue::kind_of(other)))
-        }
+        Some(other) => Err(format!("column {path:?}: expected a string, found {}", kind_of(other))),
     };
     let number = |path: &str| {
-        let value = at(object, path).ok_or_else(|| format!("column {path:?} is missing"))?;
+        let value = value_at(object, path).ok_or_else(|| format!("column {path:?} is missing"))?;
         let number = value.as_f64().or_else(|| value.as_str()?.trim().parse().ok());
-        number.ok_or_else(|| {
-            format!("column {path:?}: expected a number, found {}", crate::data::formats::dialogue::kind_of(value))
-        })
+        number.ok_or_else(|| format!("column {path:?}: expected a number, found {}", kind_of(value)))
     };
     let prompt = text(recipe.prompt, recipe.edits[0])?;
-    let answer = |path| text(path, recipe.edits[1]);
-    let (best, worse) = match recipe.answers {
-        Answers::One(column) => (answer(column)?, None),
-        // miracl has questions without a wrong passage.
-        Answers::Pair { chosen, rejected } => (
-            answer(chosen)?,
-            match at(object, rejected) {
+    let response = |path| text(path, recipe.edits[1]);
+    let (best, worse) = match recipe.responses {
+        Responses::One(column) => (response(column)?, None),
+        // miracl has questions without a negative passage.
+        Responses::Pair { chosen, rejected } => (
+            response(chosen)?,
+            match value_at(object, rejected) {
                 None | Some(Value::Null) => None,
-                Some(_) => Some(answer(rejected)?),
+                Some(_) => Some(response(rejected)?),
             },
         ),
-        Answers::ByScore { answers: [a, b], scores } => {
+        Responses::ByScore { responses: [a, b], scores } => {
             let first = number(scores[0])? >= number(scores[1])?;
-            if first { (answer(a)?, Some(answer(b)?)) } else { (answer(b)?, Some(answer(a)?)) }
+            if first { (response(a)?, Some(response(b)?)) } else { (response(b)?, Some(response(a)?)) }
         }
-        Answers::ByLabel { answers: [a, b], label } => {
+        Responses::ByLabel { responses: [a, b], label } => {
             if number(label)? == 1.0 {
-                (answer(a)?, Some(answer(b)?))
+                (response(a)?, Some(response(b)?))
             } else {
-                (answer(b)?, Some(answer(a)?))
+                (response(b)?, Some(response(a)?))
             }
         }
     };
@@ -212,19 +209,19 @@ pub(crate) fn record(preset: Preset, object: &Object, verbatim: bool) -> Parsed<
         }
         _ => Text::Verbatim(prompt),
     };
-    let as_answer = |text: String| match (&prompt, recipe.frame) {
+    let as_response = |text: String| match (&prompt, recipe.frame) {
         (Text::Dialogue(_), _) => Text::Dialogue(vec![Message::new("assistant", text.trim())]),
         (_, Frame::Spaced | Frame::Marked) => Text::Verbatim(format!(" {text}")),
         _ => Text::Verbatim(text),
     };
-    let (best, worse) = (as_answer(best), worse.map(as_answer));
+    let (best, worse) = (as_response(best), worse.map(as_response));
     match worse {
-        Some(worse) => ranked(prompt, vec![("the better answer", best), ("the worse answer", worse)]),
+        Some(worse) => ranked(prompt, vec![("the better response", best), ("the worse response", worse)]),
         None => Ok(Record::PromptCompletion { prompt, completion: best }),
     }
 }
 
-/// The turns of a transcript up to where the answer stands.
+/// The turns of a transcript without the empty last turn where the response goes.
 fn open_turns(prompt: &str) -> Parsed<Vec<Message>> {
     let mut turns = turns(prompt)?;
     if turns.last().is_some_and(|turn| turn.role == "assistant" && turn.content.is_empty()) {

@@ -1,12 +1,14 @@
-//! The file's names of columns and of turns' parts -> ours. Knows no format. Read formats.rs next.
+//! Renames a file's columns, turn keys and roles to the names that fourfold uses (`[data.columns]`, `[data.tags]`).
+//!
+//! This file does not depend on the columns of any one format. Read `data/formats/columns.rs` next.
 
 use serde_json::Value;
 
 use crate::config::{ColumnNames, Tags};
-use crate::data::formats::{Object, Parsed};
+use crate::data::record::{Object, Parsed};
 
-/// The value at a column's name, or at a path into it: `question.full_text`, `answers.zh_cn.0.text`.
-pub(crate) fn at<'v>(object: &'v Object, path: &str) -> Option<&'v Value> {
+/// The value of a column, or at a path into it: `question.full_text`, `answers.zh_cn.0.text`.
+pub(crate) fn value_at<'v>(object: &'v Object, path: &str) -> Option<&'v Value> {
     if let Some(value) = object.get(path) {
         return Some(value);
     }
@@ -22,14 +24,14 @@ pub(crate) fn at<'v>(object: &'v Object, path: &str) -> Option<&'v Value> {
     Some(value)
 }
 
-/// Moves each named column to our name for it. A column of ours that the file has beside it gives way.
+/// Renames each column that `names` lists to fourfold's name. It replaces a column that already has that name.
 ///
 /// # Errors
-/// A named column is not there; but `system`, `history` and `query` may be absent from a record.
-pub(crate) fn renamed(mut object: Object, names: &ColumnNames) -> Parsed<Object> {
+/// A listed column is missing; `system`, `history` and `query` may be missing from a record.
+pub(crate) fn apply(mut object: Object, names: &ColumnNames) -> Parsed<Object> {
     let mut found = Vec::new();
     for (ours, theirs) in names.pairs() {
-        match at(&object, theirs) {
+        match value_at(&object, theirs) {
             Some(value) => found.push((ours, theirs, value.clone())),
             None if matches!(ours, "system" | "history" | "input") => {}
             None => {
@@ -47,13 +49,13 @@ pub(crate) fn renamed(mut object: Object, names: &ColumnNames) -> Parsed<Object>
     Ok(object)
 }
 
-/// The keys of a turn's role and text.
+/// The keys under which a turn holds its role and its text.
 pub(crate) fn turn_keys<'t>(turn: &Object, tags: &'t Tags) -> (&'t str, &'t str) {
     let (role, content) = if turn.contains_key("from") { ("from", "value") } else { ("role", "content") };
     (tags.role_tag.as_deref().unwrap_or(role), tags.content_tag.as_deref().unwrap_or(content))
 }
 
-/// Our name of a role: by the tags, or by the names the field uses.
+/// The role that a name stands for: by the tags, or by the usual names. None for an unknown name.
 pub(crate) fn role(name: &str, tags: &Tags) -> Option<&'static str> {
     if let Some((_, ours)) = tags.roles().find(|(theirs, _)| *theirs == name) {
         return Some(ours);

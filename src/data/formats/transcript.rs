@@ -1,22 +1,27 @@
-//! HH-RLHF transcripts (`\n\nHuman: …\n\nAssistant: …`) -> turns, and the prompt two answers share where no column gives it.
-//! Knows no JSON. Read formats.rs next.
+//! HH-RLHF transcripts (`\n\nHuman: …\n\nAssistant: …`) -> turns, and the common beginning of two texts or dialogues.
+//!
+//! The common beginning is the prompt of a comparison that has no prompt column. This file does not depend on the
+//! columns of any format. Read `data/formats/presets.rs` next.
 
-use crate::data::Message;
+use crate::tokenizer::chat_template::Message;
 
 const HUMAN: &str = "\n\nHuman:";
 const ASSISTANT: &str = "\n\nAssistant:";
 
-/// Does a text look like a transcript?
+/// Whether a text starts like a transcript.
 pub(crate) fn is_transcript(text: &str) -> bool {
     text.trim_start().starts_with(HUMAN.trim_start())
 }
 
-/// The turns of a transcript, trimmed. A marker at the very end (the place for an answer) gives an empty last turn.
+/// The turns of a transcript, trimmed. A marker at the very end (where the response goes) gives an empty last turn.
+///
+/// # Errors
+/// The text does not start with the human's marker.
 pub(crate) fn turns(text: &str) -> Result<Vec<Message>, String> {
     if !is_transcript(text) {
         return Err("expected a transcript that starts with \"\\n\\nHuman:\"".to_owned());
     }
-    // Some copies of the set have lost the leading blank line.
+    // Some copies of the data set lack the leading blank line.
     let text = format!("\n\n{}", text.trim_start());
     let mut rest = text.as_str();
     let mut turns = Vec::new();
@@ -32,25 +37,25 @@ pub(crate) fn turns(text: &str) -> Result<Vec<Message>, String> {
     Ok(turns)
 }
 
-/// The longest common beginning of all lists of turns, and what each has after it.
-pub(crate) fn common_turns(answers: Vec<Vec<Message>>) -> (Vec<Message>, Vec<Vec<Message>>) {
-    let first = &answers[0];
-    let shared = (0..first.len()).take_while(|&i| answers.iter().all(|turns| turns.get(i) == first.get(i))).count();
+/// The longest common beginning of several lists of turns, and the remaining turns of each.
+pub(crate) fn common_turns(lists: Vec<Vec<Message>>) -> (Vec<Message>, Vec<Vec<Message>>) {
+    let first = &lists[0];
+    let shared = (0..first.len()).take_while(|&i| lists.iter().all(|turns| turns.get(i) == first.get(i))).count();
     let prompt = first[..shared].to_vec();
-    (prompt, answers.into_iter().map(|mut turns| turns.split_off(shared)).collect())
+    (prompt, lists.into_iter().map(|mut turns| turns.split_off(shared)).collect())
 }
 
-/// The common beginning of two texts, in bytes, moved back so that it neither splits a word nor ends in the white space
-/// that belongs to the answer's first token.
+/// The length in bytes of the common beginning of two texts. It is shortened so that it neither splits a word nor ends
+/// in the space that belongs to the response's first token.
 pub(crate) fn common_text(a: &str, b: &str) -> usize {
     let same = a.chars().zip(b.chars()).take_while(|(x, y)| x == y).map(|(x, _)| x.len_utf8()).sum();
     let in_word = |text: &str| text[same..].starts_with(|c: char| c.is_ascii_alphanumeric());
-    let mut head = &a[..same];
-    // Scripts without spaces have no word to move back over: only a Latin word is kept whole.
+    let mut common = &a[..same];
+    // Only words of ASCII letters and digits are kept whole: many scripts put no spaces between words.
     if in_word(a) || in_word(b) {
-        head = head.trim_end_matches(|c: char| c.is_ascii_alphanumeric());
+        common = common.trim_end_matches(|c: char| c.is_ascii_alphanumeric());
     }
-    head.strip_suffix(' ').unwrap_or(head).len()
+    common.strip_suffix(' ').unwrap_or(common).len()
 }
 
 #[cfg(test)]
@@ -66,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_shared_beginning_keeps_words_and_characters_whole() {
+    fn a_common_beginning_splits_neither_words_nor_characters() {
         for (a, b, prompt) in [
             ("The sky is blue", "The sky is bluish", "The sky is"),
             ("Q: x? A: yes", "Q: x? A: no", "Q: x? A:"),

@@ -1,8 +1,10 @@
-//! Examples in a file that is mapped into memory: written once in constant memory, under a name that is the hash of
-//! everything it was made from. Knows no record and no tokenizer. Read pipeline.rs for what goes in.
+//! The cache file of tokenised examples: written once in constant memory, then mapped into memory.
 //!
-//! Layout, little-endian: magic (16 bytes), key (32), examples, words, longest sequence, report's bytes (u64 each),
-//! SHA-256 of all that follows (32); then the examples' u32 words, 24 bytes of index an example, and the report as JSON.
+//! Its name is the hash of everything that its content depends on, so a stale file is never read. Layout,
+//! little-endian: magic (16 bytes), key (32), number of examples, number of words, longest sequence, bytes of the
+//! report (u64 each), SHA-256 of all other bytes (32); then the examples' u32 words, an index of 24 bytes per example,
+//! and the report as JSON. This file does not depend on the record types or the tokenizer. Read
+//! `data/stream/pipeline.rs` next.
 
 use std::borrow::Cow;
 use std::fs::{self, File, OpenOptions};
@@ -15,33 +17,35 @@ use anyhow::{Context, Result, ensure};
 use memmap2::{Advice, Mmap};
 use sha2::{Digest, Sha256};
 
-use crate::data::examples::objectives::{PromptExample, RankedExample, Report, SftExample, UnpairedExample};
-use crate::data::examples::{Example, Examples};
+use crate::data::examples::objectives::Report;
+use crate::data::examples::{Example, Examples, PromptExample, RankedExample, SftExample, UnpairedExample};
 
-/// Raise the digit when the layout or the making of examples changes: every cache is then stale.
+/// Names the layout. Increase the digit when the layout or the making of examples changes: every cache is then stale.
 const MAGIC: &[u8; 16] = b"fourfold-tokens1";
 const HEADER: usize = 16 + 32 + 4 * 8 + 32;
-/// Where an example's words begin (u64), its group (u64), its words and its tokens (u32 each).
-const INDEX: usize = 24;
+/// Bytes of an example's index entry: its first word (u64), its group (u64), its number of words and of tokens (u32
+/// each).
+const INDEX_ENTRY: usize = 24;
 
-/// The hash of everything that a cache's content follows from.
+/// The hash of everything that a cache's content depends on.
 pub type Key = [u8; 32];
 
-/// An example as 32-bit words.
+/// An example that a cache file can hold, as 32-bit words.
 pub trait Stored: Sized {
-    /// Appends them.
+    /// Appends the example's words.
     fn write(&self, words: &mut Vec<u32>);
 
-    /// Reads them back; nothing where they are no such example.
+    /// Reads an example from its words; None if they are not a valid example.
     fn read(words: &[u32]) -> Option<Self>;
 }
 
-/// (length, items)
+/// Appends the number of items, then the items.
 fn put(words: &mut Vec<u32>, items: &[u32]) {
     words.push(items.len() as u32);
     words.extend_from_slice(items);
 }
 
+/// Reads what [`put`] appended.
 fn take<'w>(words: &mut &'w [u32]) -> Option<&'w [u32]> {
     let (&length, rest) = words.split_first()?;
     let (items, rest) = rest.split_at_checked(length as usize)?;
@@ -49,16 +53,16 @@ fn take<'w>(words: &mut &'w [u32]) -> Option<&'w [u32]> {
     Some(items)
 }
 
-/// Tokens, then the lengths of the mask's runs, the first of which is not learnt.
+/// The words: the tokens, then the run lengths of the loss mask, beginning with a run of false.
 impl Stored for SftExample {
     fn write(&self, words: &mut Vec<u32>) {
         put(words, &self.tokens);
-        let mut learnt = false;
+        let mut current = false;
         let mut run = 0;
         for &mark in &self.loss_mask {
-            if mark != learnt {
+            if mark != current {
                 words.push(run);
-                (learnt, run) = (mark, 0);
+                (current, run) = (mark, 0);
             }
             run += 1;
         }
@@ -76,38 +80,39 @@ impl Stored for SftExample {
     }
 }
 
+/// The words: the prompt, then each response.
 impl Stored for RankedExample {
     fn write(&self, words: &mut Vec<u32>) {
         put(words, &self.prompt);
-        self.answers.iter().for_each(|answer| put(words, answer));
+        self.responses.iter().for_each(|response| put(words, response));
     }
 
     fn read(mut words: &[u32]) -> Option<Self> {
         let prompt = take(&mut words)?.to_vec();
-        let mut answers = vec![];
+        let mut responses = vec![];
         while !words.is_empty() {
-            answers.push(take(&mut words)?.to_vec());
+            responses.push(take(&mut words)?.to_vec());
         }
-        Some(Self { prompt, answers })
+        Some(Self { prompt, responses })
     }
 }
 
-/// The verdict behind prompt and answer.
+/// The words: the prompt, the response, then the label.
 impl Stored for UnpairedExample {
     fn write(&self, words: &mut Vec<u32>) {
         put(words, &self.prompt);
-        put(words, &self.answer);
-        words.push(self.good.into());
+        put(words, &self.response);
+        words.push(self.desirable.into());
     }
 
     fn read(mut words: &[u32]) -> Option<Self> {
-        let (prompt, answer) = (take(&mut words)?.to_vec(), take(&mut words)?.to_vec());
-        let &[good] = words else { return None };
-        Some(Self { prompt, answer, good: good == 1 })
+        let (prompt, response) = (take(&mut words)?.to_vec(), take(&mut words)?.to_vec());
+        let &[desirable] = words else { return None };
+        Some(Self { prompt, response, desirable: desirable == 1 })
     }
 }
 
-/// A text's bytes, four a word.
+/// Appends a text: its number of bytes, then the bytes, four per word.
 fn put_text(words: &mut Vec<u32>, text: &str) {
     words.push(text.len() as u32);
     words.extend(text.as_bytes().chunks(4).map(|bytes| {
@@ -117,6 +122,7 @@ fn put_text(words: &mut Vec<u32>, text: &str) {
     }));
 }
 
+/// Reads what [`put_text`] appended.
 fn take_text(words: &mut &[u32]) -> Option<String> {
     let (&length, rest) = words.split_first()?;
     let (text, rest) = rest.split_at_checked((length as usize).div_ceil(4))?;
@@ -126,10 +132,10 @@ fn take_text(words: &mut &[u32]) -> Option<String> {
     String::from_utf8(bytes).ok()
 }
 
-/// The record's number, tokens, text, and the answer's text where there is one.
+/// The words: the record's number, the tokens, the text, and the reference answer if there is one.
 impl Stored for PromptExample {
     fn write(&self, words: &mut Vec<u32>) {
-        // The split numbers examples by u32 too.
+        // The split limits the number of examples to u32 as well.
         words.push(self.entry as u32);
         put(words, &self.tokens);
         put_text(words, &self.text);
@@ -148,7 +154,7 @@ impl Stored for PromptExample {
     }
 }
 
-/// Writes a cache file beside its final name, which it gets when it is whole.
+/// Writes a cache file under a temporary name and renames it when it is complete.
 pub struct Writer {
     path: PathBuf,
     temporary: PathBuf,
@@ -163,7 +169,7 @@ pub struct Writer {
     bytes: Vec<u8>,
 }
 
-/// `path` with something behind its name that no other process and no other writer has.
+/// `path` with a suffix that no other process and no other writer uses.
 fn beside(path: &Path, what: &str) -> PathBuf {
     static WRITERS: AtomicUsize = AtomicUsize::new(0);
     let mut name = path.as_os_str().to_owned();
@@ -172,10 +178,10 @@ fn beside(path: &Path, what: &str) -> PathBuf {
 }
 
 impl Writer {
-    /// A new file that will be `path`.
+    /// A writer for a new cache file at `path`.
     ///
     /// # Errors
-    /// If it cannot be made.
+    /// The temporary files cannot be created.
     pub fn create(path: &Path, key: Key) -> Result<Self> {
         let open = |path: &Path| {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(path);
@@ -185,7 +191,7 @@ impl Writer {
         let mut payload = BufWriter::with_capacity(1 << 20, open(&temporary)?);
         payload.write_all(&[0; HEADER])?;
         let index_file = open(&index)?;
-        // Only this handle needs it: gone with the process, however that ends.
+        // Only this handle needs the index file: without a name it is freed when the process ends in any way.
         fs::remove_file(&index).with_context(|| format!("removing {}", index.display()))?;
         Ok(Self {
             path: path.into(),
@@ -202,10 +208,10 @@ impl Writer {
         })
     }
 
-    /// Appends an example.
+    /// Appends an example and its group.
     ///
     /// # Errors
-    /// If the disk is full.
+    /// The file cannot be written, for example because the disk is full.
     pub fn push<T: Example + Stored>(&mut self, example: &T, group: u64) -> Result<()> {
         self.buffer.clear();
         example.write(&mut self.buffer);
@@ -214,7 +220,7 @@ impl Writer {
         self.hash.update(&self.bytes);
         let written = self.payload.write_all(&self.bytes);
         written.with_context(|| format!("writing {}", self.temporary.display()))?;
-        let mut entry = [0; INDEX];
+        let mut entry = [0; INDEX_ENTRY];
         entry[..8].copy_from_slice(&self.words.to_le_bytes());
         entry[8..16].copy_from_slice(&group.to_le_bytes());
         entry[16..20].copy_from_slice(&(self.buffer.len() as u32).to_le_bytes());
@@ -226,10 +232,10 @@ impl Writer {
         Ok(())
     }
 
-    /// Completes the file and gives it its name in one step: a reader sees all of it or nothing.
+    /// Completes the file and renames it to its path in one step: a reader sees the whole file or none.
     ///
     /// # Errors
-    /// If the disk is full.
+    /// The file cannot be written, for example because the disk is full.
     pub fn finish(mut self, report: &Report) -> Result<()> {
         let result = self.complete(report);
         if result.is_err() {
@@ -242,14 +248,14 @@ impl Writer {
         self.index.flush()?;
         let index = self.index.get_mut();
         index.seek(SeekFrom::Start(0))?;
-        let mut some = vec![0; 1 << 18];
+        let mut buffer = vec![0; 1 << 18];
         loop {
-            let read = index.read(&mut some)?;
+            let read = index.read(&mut buffer)?;
             if read == 0 {
                 break;
             }
-            self.hash.update(&some[..read]);
-            self.payload.write_all(&some[..read])?;
+            self.hash.update(&buffer[..read]);
+            self.payload.write_all(&buffer[..read])?;
         }
         let report = serde_json::to_vec(report)?;
         self.hash.update(&report);
@@ -258,7 +264,7 @@ impl Writer {
         for number in [self.examples, self.words, self.longest, report.len() as u64] {
             header.extend(number.to_le_bytes());
         }
-        // The numbers are under the hash as well.
+        // The hash covers the header too.
         self.hash.update(&header);
         header.extend(self.hash.finalize_reset());
         self.payload.seek(SeekFrom::Start(0))?;
@@ -266,7 +272,7 @@ impl Writer {
         self.payload.flush()?;
         self.payload.get_ref().sync_all()?;
         fs::rename(&self.temporary, &self.path)?;
-        // The name itself must reach the disk too; not every file system can open a folder.
+        // The folder's entry must reach the disk too; not every file system can open a folder.
         if let Some(folder) = self.path.parent().and_then(|folder| File::open(folder).ok()) {
             let _ = folder.sync_all();
         }
@@ -274,7 +280,7 @@ impl Writer {
     }
 }
 
-/// An interrupted build leaves nothing.
+/// An interrupted build leaves no file.
 impl Drop for Writer {
     fn drop(&mut self) {
         let _ = fs::remove_file(&self.temporary);
@@ -287,46 +293,47 @@ pub struct Cache<T> {
     path: PathBuf,
     map: Mmap,
     examples: usize,
-    /// Where the index begins in the file.
+    /// Offset of the index in the file.
     index: usize,
     longest: usize,
     report: Report,
     of: PhantomData<fn() -> T>,
 }
 
+/// The u64 at offset `at`.
 fn number(bytes: &[u8], at: usize) -> u64 {
     bytes[at..at + 8].iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
 impl<T: Example + Stored> Cache<T> {
-    /// Opens the file if it is there, whole, and of this key. Reads all of it once, to know.
+    /// Opens the file and checks its key and its hash, for which the whole file is read once.
     ///
     /// # Errors
-    /// Why the file cannot be used: the caller makes it anew.
+    /// The file is missing, incomplete, damaged or of another key: the caller makes a new one.
     pub fn open(path: &Path, key: &Key) -> Result<Self> {
         let mut file = File::open(path)?;
         let size = file.metadata()?.len();
         let mut header = [0; HEADER];
         file.read_exact(&mut header)?;
-        ensure!(header.starts_with(MAGIC) && header[16..48] == *key, "it was made of something else");
+        ensure!(header.starts_with(MAGIC) && header[16..48] == *key, "it was made from other data or settings");
         let [examples, words, longest, report] = [48, 56, 64, 72].map(|at| number(&header, at));
         let index = words.checked_mul(4).and_then(|bytes| bytes.checked_add(HEADER as u64));
-        let end = examples.checked_mul(INDEX as u64).and_then(|bytes| index?.checked_add(bytes));
+        let end = examples.checked_mul(INDEX_ENTRY as u64).and_then(|bytes| index?.checked_add(bytes));
         let whole = end.and_then(|end| end.checked_add(report)) == Some(size);
-        ensure!(whole, "its size is not what its header says");
-        // Read, not mapped: pages that are only hashed need not stay in memory.
-        let (mut hash, mut some) = (Sha256::new(), vec![0; 1 << 18]);
+        ensure!(whole, "its size differs from its header");
+        // Hashed with read calls, not through the map: the pages need not stay in memory.
+        let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
         loop {
-            let read = file.read(&mut some)?;
+            let read = file.read(&mut buffer)?;
             if read == 0 {
                 break;
             }
-            hash.update(&some[..read]);
+            hash.update(&buffer[..read]);
         }
         hash.update(&header[..80]);
         ensure!(hash.finalize()[..] == header[80..], "its content is damaged");
-        // SAFETY: the file is never written again under any name: writers fill a new one and rename it over this, which
-        // leaves what is mapped here as it is.
+        // SAFETY: the file is never written again under any name: writers fill a new file and rename it over this one,
+        // which leaves the mapped content unchanged.
         let map = unsafe { Mmap::map(&file)? };
         let _ = map.advise(Advice::Random);
         let (index, report) = (index.unwrap_or(0) as usize, report as usize);
@@ -335,18 +342,19 @@ impl<T: Example + Stored> Cache<T> {
         Ok(Self { path: path.into(), map, examples, index, longest, report, of: PhantomData })
     }
 
-    /// What became of the records it was made of.
+    /// The counts of the records from which the cache was made.
     pub fn report(&self) -> &Report {
         &self.report
     }
 
-    /// The examples' groups, for the split.
+    /// The group of each example, for the split.
     pub fn groups(&self) -> impl ExactSizeIterator<Item = u64> + '_ {
-        (0..self.examples).map(|row| number(&self.map, self.index + row * INDEX + 8))
+        (0..self.examples).map(|row| number(&self.map, self.index + row * INDEX_ENTRY + 8))
     }
 
-    fn two(&self, row: usize) -> (usize, usize) {
-        let both = number(&self.map, self.index + row * INDEX + 16);
+    /// The number of words and of tokens of an example.
+    fn sizes(&self, row: usize) -> (usize, usize) {
+        let both = number(&self.map, self.index + row * INDEX_ENTRY + 16);
         ((both & 0xFFFF_FFFF) as usize, (both >> 32) as usize)
     }
 }
@@ -358,8 +366,8 @@ impl<T: Example + Stored> Examples<T> for Cache<T> {
 
     fn get(&self, row: usize) -> Result<Cow<'_, T>> {
         ensure!(row < self.examples, "example {row} of {}", self.examples);
-        let from = (number(&self.map, self.index + row * INDEX) as usize).checked_mul(4).map(|at| at + HEADER);
-        let bytes = from.and_then(|from| self.map[..self.index].get(from..from.checked_add(self.two(row).0 * 4)?));
+        let from = (number(&self.map, self.index + row * INDEX_ENTRY) as usize).checked_mul(4).map(|at| at + HEADER);
+        let bytes = from.and_then(|from| self.map[..self.index].get(from..from.checked_add(self.sizes(row).0 * 4)?));
         let words: Option<Vec<u32>> =
             bytes.map(|bytes| bytes.as_chunks::<4>().0.iter().map(|word| u32::from_le_bytes(*word)).collect());
         let example = words.and_then(|words| T::read(&words));
@@ -367,7 +375,7 @@ impl<T: Example + Stored> Examples<T> for Cache<T> {
     }
 
     fn tokens(&self, row: usize) -> usize {
-        self.two(row).1
+        self.sizes(row).1
     }
 
     fn longest_sequence(&self) -> usize {
@@ -380,12 +388,12 @@ mod tests {
     use super::*;
     use crate::rng::SplitMix64;
 
-    fn some(rng: &mut SplitMix64, most: usize) -> Vec<u32> {
+    fn random_tokens(rng: &mut SplitMix64, most: usize) -> Vec<u32> {
         (0..1 + rng.below(most)).map(|_| rng.below(50_000) as u32).collect()
     }
 
     fn sft(rng: &mut SplitMix64) -> SftExample {
-        let tokens = some(rng, 30);
+        let tokens = random_tokens(rng, 30);
         SftExample { loss_mask: tokens.iter().map(|_| rng.below(3) == 0).collect(), tokens }
     }
 
@@ -397,7 +405,7 @@ mod tests {
         writer.finish(&Report { read: examples.len(), kept: examples.len(), ..Report::default() }).unwrap();
     }
 
-    fn comes_back<T: Example + Stored + PartialEq + std::fmt::Debug>(examples: &[T]) {
+    fn assert_round_trip<T: Example + Stored + PartialEq + std::fmt::Debug>(examples: &[T]) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         write(&path, [3; 32], examples);
@@ -410,30 +418,33 @@ mod tests {
         assert_eq!(Examples::<T>::longest_sequence(&cache), examples.longest_sequence());
         assert!(cache.groups().eq((0..examples.len() as u64).map(|i| i * 7)));
         assert!(cache.get(examples.len()).is_err());
-        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing but the file is left");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "no other file remains");
     }
 
     #[test]
-    fn every_kind_of_example_comes_back_as_it_went_in() {
+    fn every_type_of_example_survives_a_round_trip() {
         let mut rng = SplitMix64::new(5);
-        comes_back(&(0..50).map(|_| sft(&mut rng)).collect::<Vec<_>>());
-        let mut ranked =
-            |k| RankedExample { prompt: some(&mut rng, 9), answers: (0..k).map(|_| some(&mut rng, 9)).collect() };
-        comes_back(&[2, 2, 5, 3].map(&mut ranked));
-        let judged = [true, false].map(|good| UnpairedExample { prompt: vec![1], answer: vec![2, 3], good });
-        comes_back(&judged);
+        assert_round_trip(&(0..50).map(|_| sft(&mut rng)).collect::<Vec<_>>());
+        let mut ranked = |k| RankedExample {
+            prompt: random_tokens(&mut rng, 9),
+            responses: (0..k).map(|_| random_tokens(&mut rng, 9)).collect(),
+        };
+        assert_round_trip(&[2, 2, 5, 3].map(&mut ranked));
+        let unpaired =
+            [true, false].map(|desirable| UnpairedExample { prompt: vec![1], response: vec![2, 3], desirable });
+        assert_round_trip(&unpaired);
         let texts = ["", "a", "ab", "four", "fünf!", "\n東京"];
-        comes_back(&texts.map(|text| PromptExample {
+        assert_round_trip(&texts.map(|text| PromptExample {
             tokens: vec![1, 2],
             text: text.to_owned(),
             answer: (text.len() % 2 == 0).then(|| format!("{text}!")),
             entry: 70_000 + text.len(),
         }));
-        comes_back::<SftExample>(&[]);
+        assert_round_trip::<SftExample>(&[]);
     }
 
     #[test]
-    fn a_flipped_bit_a_cut_and_another_key_are_all_seen() {
+    fn a_flipped_bit_a_cut_and_another_key_are_detected() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("x");
         let mut rng = SplitMix64::new(6);
@@ -457,15 +468,15 @@ mod tests {
     }
 
     #[test]
-    fn an_interrupted_build_leaves_neither_file_nor_name() {
+    fn an_interrupted_build_leaves_no_file() {
         let folder = tempfile::tempdir().unwrap();
         let mut writer = Writer::create(&folder.path().join("x"), [0; 32]).unwrap();
-        writer.push(&vec_example(), 0).unwrap();
+        writer.push(&example(), 0).unwrap();
         drop(writer);
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
     }
 
-    fn vec_example() -> SftExample {
+    fn example() -> SftExample {
         SftExample { tokens: vec![1, 2], loss_mask: vec![false, true] }
     }
 }

@@ -1,4 +1,6 @@
-//! Token ids from a JSON file, for `logprobs`. Knows no text and no model but its sizes.
+//! Token ids from a JSON file, for the command `logprobs`.
+//!
+//! The file holds token ids instead of text. This file does not depend on the tokenizer or the model.
 
 use std::fs;
 use std::path::Path;
@@ -17,7 +19,7 @@ struct Tokens {
 /// The sequences of `{"input_ids": [[1, 2, ...], ...]}`.
 ///
 /// # Errors
-/// If the file is something else, or a sequence has fewer than two tokens.
+/// The file cannot be read or has another form; a sequence has fewer than two tokens.
 pub fn read(path: &Path) -> Result<Vec<Vec<u32>>> {
     let file = path.display();
     let text = fs::read_to_string(path).map_err(|e| invalid!("{file}: {e}"))?;
@@ -29,18 +31,20 @@ pub fn read(path: &Path) -> Result<Vec<Vec<u32>>> {
     Ok(input_ids)
 }
 
-/// Checks that a model of so many tokens and such a context can take them.
+/// Checks the sequences against a model's vocabulary size and context length.
 ///
 /// # Errors
-/// If a sequence is longer than the context, or an id past the vocabulary.
+/// A sequence is longer than the context; a token id is not in the vocabulary.
 pub fn check(path: &Path, input_ids: &[Vec<u32>], vocab: usize, context: usize) -> Result<()> {
     let file = path.display();
     if let Some((row, ids)) = input_ids.iter().enumerate().find(|(_, ids)| ids.len() > context) {
         let n = ids.len();
-        return Err(invalid!("{file}: input_ids[{row}] has {n} tokens, and the model's context is {context}; cut it"));
+        return Err(invalid!(
+            "{file}: input_ids[{row}] has {n} tokens, and the model's context is {context}; shorten it"
+        ));
     }
-    let past = |ids: &[u32]| ids.iter().copied().find(|&id| id as usize >= vocab);
-    match input_ids.iter().enumerate().find_map(|(row, ids)| Some((row, past(ids)?))) {
+    let outside = |ids: &[u32]| ids.iter().copied().find(|&id| id as usize >= vocab);
+    match input_ids.iter().enumerate().find_map(|(row, ids)| Some((row, outside(ids)?))) {
         Some((row, id)) => Err(invalid!(
             "{file}: input_ids[{row}] holds {id}, past the vocabulary of {vocab}; encode with this model's tokenizer"
         )),

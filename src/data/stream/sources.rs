@@ -1,5 +1,7 @@
-//! The sources of `[data]` as one stream of records: one after the other, or mixed by weight. Constant memory: nothing
-//! is held but what the readers have in hand. Knows no tokenizer. Read read.rs next.
+//! The sources of `[data]` as one stream of records: one source after the other, or interleaved by weight.
+//!
+//! Memory is constant: only the records that the readers are working on. This file does not depend on the tokenizer.
+//! Read `data/stream/scan.rs` next.
 
 use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, sync_channel};
@@ -8,22 +10,27 @@ use std::thread::{Builder, Scope};
 use anyhow::{Context, Result};
 
 use crate::config::{Compat, Data, MixStrategy, Source};
-use crate::data::Place;
 use crate::data::files::find::{Files, files};
 use crate::data::files::read;
-use crate::data::formats::{Parser, Record};
+use crate::data::formats::parser::Parser;
+use crate::data::formats::presets::train_split;
+use crate::data::record::{Place, Record};
 use crate::invalid;
 use crate::rng::{SplitMix64, derive};
 
-/// A record or what is wrong with it, where it stands; answers whether to go on.
-pub(crate) type Take<'t> = dyn FnMut(Place, Result<Record, String>) -> Result<bool> + 't;
+/// Receives each record, or its fault, with its place; returns whether to read on.
+pub(crate) type RecordSink<'s> = dyn FnMut(Place, Result<Record, String>) -> Result<bool> + 's;
 
-/// Records that a mixed source reads ahead.
+/// Number of records that each interleaved source reads ahead.
 const AHEAD: usize = 64;
-/// The stream of draws that mixes sources.
+/// The random stream that interleaves sources.
 const MIXING: u64 = 0x6d69_7869_6e67;
 
-/// Every source with its files found.
+/// The message where a thread cannot be started.
+pub(crate) const NO_THREAD: &str =
+    "no thread can be started: memory or the number of processes is limited too narrowly";
+
+/// All sources with their files.
 pub(crate) struct Sources {
     sources: Vec<(Source, Files)>,
     mix: MixStrategy,
@@ -34,11 +41,11 @@ pub(crate) struct Sources {
 /// Finds the files of every source.
 ///
 /// # Errors
-/// A path that is not there, or stands for no file that can be read.
+/// A path that does not exist, or has no file that can be read.
 pub(crate) fn open(config: &Data) -> Result<Sources> {
     let mut sources = Vec::new();
     for source in config.all_sources() {
-        let files = files(&source)?;
+        let files = files(&source, source.preset.map(train_split))?;
         sources.push((source, files));
     }
     Ok(Sources { sources, mix: config.mix_strategy(), seed: config.seed, compat: config.compat })
@@ -50,33 +57,33 @@ impl Sources {
         self.sources.iter().flat_map(|(_, files)| &files.files)
     }
 
-    /// Files of the folders and patterns that are not read.
+    /// Files in the folders and patterns that are not read.
     pub(crate) fn ignored(&self) -> impl Iterator<Item = &PathBuf> {
         self.sources.iter().flat_map(|(_, files)| &files.ignored)
     }
 
-    /// Hands every record to `take` until it answers false. The order is the same for the same files and seed.
+    /// Passes every record to `sink` until it returns false. The order is the same for the same files and seed.
     ///
     /// # Errors
-    /// A file that cannot be read or holds no record; an error of `take`.
-    pub(crate) fn stream(&self, take: &mut Take) -> Result<()> {
+    /// A file that cannot be read or has no record; an error of `sink`.
+    pub(crate) fn stream(&self, sink: &mut RecordSink) -> Result<()> {
         match self.mix {
             MixStrategy::Concat => {
                 for (source, files) in &self.sources {
-                    if !read_source(source, &files.files, self.compat, take)? {
+                    if !read_source(source, &files.files, self.compat, sink)? {
                         break;
                     }
                 }
                 Ok(())
             }
-            MixStrategy::InterleaveUnder | MixStrategy::InterleaveOver => self.interleave(take),
+            MixStrategy::InterleaveUnder | MixStrategy::InterleaveOver => self.interleave(sink),
         }
     }
 
-    fn interleave(&self, take: &mut Take) -> Result<()> {
+    fn interleave(&self, sink: &mut RecordSink) -> Result<()> {
         let weights: Vec<f64> = self.sources.iter().map(|(source, _)| source.weight.unwrap_or(1.0)).collect();
         let mut rng = SplitMix64::new(derive(self.seed, &[MIXING]));
-        // Each reader pushes; a thread and a short channel make of it one that can be pulled from.
+        // A reader pushes its records; with a thread and a bounded channel they can be pulled.
         std::thread::scope(|scope| {
             let start = |(source, files)| spawn(scope, source, files, self.compat);
             let mut readers = self.sources.iter().map(|(s, f)| start((s, f))).collect::<Result<Vec<_>>>()?;
@@ -92,14 +99,14 @@ impl Sources {
                             return Ok(());
                         }
                         readers[drawn] = start((&self.sources[drawn].0, &self.sources[drawn].1))?;
-                        // A source gives at least one record, or an error.
+                        // A source yields at least one record or an error.
                         match readers[drawn].recv() {
                             Ok(item) => item?,
                             Err(_) => return Ok(()),
                         }
                     }
                 };
-                if !take(place, record)? {
+                if !sink(place, record)? {
                     return Ok(());
                 }
             }
@@ -109,7 +116,10 @@ impl Sources {
 
 type Item = Result<(Place, Result<Record, String>)>;
 
-/// A source read on a thread of its own, which ends when the receiver is dropped.
+/// Reads a source on its own thread, which ends when the receiver is dropped.
+///
+/// # Errors
+/// The thread cannot be started.
 fn spawn<'scope, 'env>(
     scope: &'scope Scope<'scope, 'env>,
     source: &'env Source,
@@ -122,44 +132,44 @@ fn spawn<'scope, 'env>(
             Ok(sender.send(Ok((place, record))).is_ok())
         });
         if let Err(error) = read {
-            // The receiver may be gone by now: then nobody asks.
+            // The receiver may be dropped by now; then the error does not matter.
             let _ = sender.send(Err(error));
         }
     });
-    thread.context(crate::data::stream::pipeline::NO_THREAD)?;
+    thread.context(NO_THREAD)?;
     Ok(receiver)
 }
 
-/// The source whose share of [0, 1) holds `at`.
+/// The index of the source whose interval of [0, 1) contains `at`; intervals are proportional to the weights.
 fn draw(weights: &[f64], at: f64) -> usize {
-    let mut left = at * weights.iter().sum::<f64>();
+    let mut rest = at * weights.iter().sum::<f64>();
     for (index, weight) in weights.iter().enumerate() {
-        if left < *weight {
+        if rest < *weight {
             return index;
         }
-        left -= weight;
+        rest -= weight;
     }
     weights.len() - 1
 }
 
-/// Reads one source; answers whether `take` wants more.
-fn read_source(source: &Source, files: &[PathBuf], compat: Option<Compat>, take: &mut Take) -> Result<bool> {
-    let room = source.max_rows.unwrap_or(usize::MAX);
+/// Reads one source; returns whether to read on.
+fn read_source(source: &Source, files: &[PathBuf], compat: Option<Compat>, sink: &mut RecordSink) -> Result<bool> {
+    let max_rows = source.max_rows.unwrap_or(usize::MAX);
     let (mut usable, mut more) = (0, true);
     for file in files {
-        if usable >= room || !more {
+        if usable >= max_rows || !more {
             break;
         }
         let mut parser = Parser::new(source, compat);
-        let mut seen = false;
-        read::records(file, &mut |place, found| {
-            seen = true;
-            let record = found.and_then(|found| parser.record(found));
+        let mut any = false;
+        read::records(file, &mut |place, raw| {
+            any = true;
+            let record = raw.and_then(|raw| parser.record(raw));
             usable += usize::from(record.is_ok());
-            more = take(place, record)?;
-            Ok(more && usable < room)
+            more = sink(place, record)?;
+            Ok(more && usable < max_rows)
         })?;
-        if !seen {
+        if !any {
             return Err(invalid!("{}: holds no record; remove it from [data] path or fill it", file.display()));
         }
     }

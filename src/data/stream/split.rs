@@ -1,29 +1,32 @@
-//! Which examples train and which are held out. Those of one prompt stay together: a model that has seen a prompt's
-//! answers in training must not be judged on it. Pure. Read pipeline.rs next.
+//! The split into training and held-out examples.
+//!
+//! All examples of one prompt are on the same side: a model must not be evaluated on a prompt whose responses it was
+//! trained on. This file does not depend on `examples`. Read `data/stream/cache.rs` next.
 
 use anyhow::{Result, ensure};
 use sha2::{Digest, Sha256};
 
 use crate::config::EvalSize;
-use crate::data::{Message, Record, Text};
+use crate::data::record::{Record, Text};
 use crate::invalid;
 use crate::rng::derive;
+use crate::tokenizer::chat_template::Message;
 
-/// A stream of its own, so that the split does not follow from, or change, any other draw of the run.
+/// The split's own random stream, independent of every other draw of the run.
 const STREAM: u64 = 0x0073_706c_6974;
 
-/// The same for records that ask the same: a hash of the prompt, or of the whole where there is none. A plain prompt
-/// equals one user turn of the same words.
+/// The group of a record, which is equal for records with the same prompt: a hash of the prompt, or of the whole text
+/// if there is none. A verbatim prompt equals one user turn with the same text.
 pub(crate) fn group(record: &Record) -> u64 {
     let mut hash = Sha256::new();
     let mut turn = |role: &str, content: &str| {
-        // Lengths keep the borders: no two lists of turns hash the same bytes.
+        // With the lengths, different lists of turns never hash the same bytes.
         for part in [role, content] {
             hash.update((part.len() as u64).to_le_bytes());
             hash.update(part);
         }
     };
-    let (text, until_answer) = match record {
+    let (text, until_response) = match record {
         Record::LanguageModeling(text) => (text, true),
         Record::PromptCompletion { prompt, .. }
         | Record::Ranked { prompt, .. }
@@ -33,7 +36,7 @@ pub(crate) fn group(record: &Record) -> u64 {
     match text {
         Text::Verbatim(text) => turn("user", text),
         Text::Dialogue(turns) => {
-            for Message { role, content } in turns.iter().take_while(|t| !until_answer || t.role != "assistant") {
+            for Message { role, content } in turns.iter().take_while(|t| !until_response || t.role != "assistant") {
                 turn(role, content);
             }
         }
@@ -42,17 +45,17 @@ pub(crate) fn group(record: &Record) -> u64 {
     digest.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
-/// (training, held-out) rows of `groups`: disjoint, together everything, each in the original order, no group on both
-/// sides, the same for the same seed and groups. Groups are held out whole, in a shuffled order, as long as they fit: the
-/// held-out part is as large as asked where no group is larger than one, else it may be a little smaller. A fraction above
-/// 0 asks for at least one row and leaves at least one. Takes 16 bytes a row while it runs.
+/// (training, held-out) rows of `groups`: disjoint, complete, each in the original order, with no group on both sides,
+/// and the same for the same seed and groups. Whole groups are held out, in a shuffled order, while they fit: the
+/// held-out part has the requested size if every group has one row, otherwise it may be smaller. A fraction above 0
+/// holds out at least one row and leaves at least one. Memory: 16 bytes per row during the call.
 ///
 /// # Errors
-/// Nothing would be left to train on.
+/// No row would remain for training.
 pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u64) -> Result<(Vec<u32>, Vec<u32>)> {
     let n = groups.len();
-    ensure!(u32::try_from(n).is_ok(), "{n} examples are more than a run can number");
-    let mut room = match eval {
+    ensure!(u32::try_from(n).is_ok(), "{n} examples are more than the 4294967295 that a run can have");
+    let mut remaining = match eval {
         EvalSize::Rows(rows) if rows >= n => {
             return Err(invalid!("[data] eval_rows = {rows} leaves nothing of {n} examples to train on; use fewer"));
         }
@@ -62,18 +65,18 @@ pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u
         }
         EvalSize::Fraction(_) => 0,
     };
-    if room == 0 {
+    if remaining == 0 {
         return Ok(((0..n as u32).collect(), vec![]));
     }
     let mut shuffled: Vec<(u64, u32)> = groups.map(|group| derive(seed, &[STREAM, group])).zip(0..).collect();
     shuffled.sort_unstable();
     let mut held_out = vec![];
     for group in shuffled.chunk_by(|a, b| a.0 == b.0) {
-        if group.len() <= room {
+        if group.len() <= remaining {
             held_out.extend(group.iter().map(|(_, row)| *row));
-            room -= group.len();
+            remaining -= group.len();
         }
-        if room == 0 {
+        if remaining == 0 {
             break;
         }
     }
@@ -91,11 +94,11 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
-    fn the_parts_are_disjoint_cover_everything_and_depend_on_the_seed_alone() {
-        let everyone_apart = || 0..100u64;
+    fn the_parts_are_disjoint_complete_and_the_same_for_the_same_seed() {
+        let distinct_groups = || 0..100u64;
         for (size, expected) in [(EvalSize::Fraction(0.05), 5), (EvalSize::Rows(17), 17), (EvalSize::Fraction(0.0), 0)]
         {
-            let groups = || everyone_apart().collect::<Vec<_>>().into_iter();
+            let groups = || distinct_groups().collect::<Vec<_>>().into_iter();
             let (train, held_out) = split(groups(), size, 3).unwrap();
             assert_eq!(held_out.len(), expected);
             let mut all = [&train[..], &held_out].concat();
@@ -125,7 +128,7 @@ mod tests {
     }
 
     #[test]
-    fn something_is_always_left_to_train_on() {
+    fn a_fraction_leaves_rows_for_training_and_too_many_eval_rows_are_refused() {
         let two = || [1u64, 2].into_iter();
         assert_eq!(split(two(), EvalSize::Fraction(0.01), 0).unwrap().1.len(), 1);
         assert_eq!(split(two(), EvalSize::Fraction(0.99), 0).unwrap().0.len(), 1);
@@ -135,17 +138,17 @@ mod tests {
     }
 
     #[test]
-    fn a_prompt_is_known_again_in_every_kind_of_record() {
+    fn a_prompt_has_the_same_group_in_every_type_of_record() {
         let dialogue = |turns: &[(&str, &str)]| {
             Text::Dialogue(turns.iter().map(|(role, content)| Message::new(*role, *content)).collect())
         };
         let text = |text: &str| Text::Verbatim(text.to_owned());
-        let asked = group(&Record::PromptOnly(text("why?")));
-        let answers = vec![dialogue(&[("assistant", "a")]), dialogue(&[("assistant", "b")])];
-        assert_eq!(group(&Record::Ranked { prompt: dialogue(&[("user", "why?")]), answers }), asked);
+        let expected = group(&Record::PromptOnly(text("why?")));
+        let responses = vec![dialogue(&[("assistant", "a")]), dialogue(&[("assistant", "b")])];
+        assert_eq!(group(&Record::Ranked { prompt: dialogue(&[("user", "why?")]), responses }), expected);
         let whole = dialogue(&[("user", "why?"), ("assistant", "x"), ("user", "and?"), ("assistant", "y")]);
-        assert_eq!(group(&Record::LanguageModeling(whole)), asked);
-        assert_ne!(group(&Record::PromptOnly(dialogue(&[("system", "s"), ("user", "why?")]))), asked);
-        assert_ne!(group(&Record::PromptOnly(text("why"))), asked);
+        assert_eq!(group(&Record::LanguageModeling(whole)), expected);
+        assert_ne!(group(&Record::PromptOnly(dialogue(&[("system", "s"), ("user", "why?")]))), expected);
+        assert_ne!(group(&Record::PromptOnly(text("why"))), expected);
     }
 }

@@ -1,5 +1,5 @@
-//! Decides before anything else whether a card can be used, and explains why not. What it asks of the driver is a trait,
-//! so that tests can play a machine without a driver, with an old one, or with other cards. Read nvrtc.rs next.
+//! Decides before anything else whether a card can be used, and explains why not. What it asks of the driver is a
+//! trait, so that tests can play a machine without a driver, with an old one, or with other cards. Read nvrtc.rs next.
 
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::driver::{result, sys};
@@ -48,11 +48,14 @@ impl Driver for RealDriver {
 
     fn cards(&self) -> Result<Vec<Card>> {
         use sys::CUdevice_attribute::{
-            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR, CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as MAJOR,
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as MINOR,
         };
         match result::init() {
             Err(error) if error.0 == sys::CUresult::CUDA_ERROR_NO_DEVICE => return Ok(vec![]),
-            other => other.context("the driver cannot start (is it the one of the running kernel module? does nvidia-smi work?)")?,
+            other => other.context(
+                "the driver cannot start (is it the one of the running kernel module? does nvidia-smi work?)",
+            )?,
         }
         let count = result::device::get_count()?;
         let card = |ordinal| -> Result<Card> {
@@ -92,7 +95,8 @@ pub fn card(driver: &dyn Driver, ordinal: usize) -> Result<Card> {
                  the GPU (docker run --gpus all)"
             );
         }
-        let list: Vec<_> = cards.iter().enumerate().map(|(i, c)| format!("cuda:{i} {} ({})", c.name, c.arch())).collect();
+        let list: Vec<_> =
+            cards.iter().enumerate().map(|(i, c)| format!("cuda:{i} {} ({})", c.name, c.arch())).collect();
         bail!("there is no card cuda:{ordinal}; there are: {}", list.join(", "));
     };
     ensure!(

@@ -1,10 +1,11 @@
-//! Finds the driver, NVRTC and cuBLAS at run time, in a toolkit or in pip's and conda's packages, and says what is missing
-//! and how to install it. Knows no card. Read checks.rs next.
+//! Finds the driver, NVRTC and cuBLAS at run time, in a toolkit or in pip's and conda's packages, and says what is
+//! missing and how to install it. Knows no card. Read checks.rs next.
 //!
 //! cudarc opens each library by name at the first call ("libcublas.so", "libcublas.so.13", and so on) and panics if no
 //! name leads to one. The system's loader answers such a name with a library that is loaded already under it, wherever
-//! that one came from. So the files are opened by their full paths first, and stay open for the life of the process. What
-//! a library opens by name itself (NVRTC its builtins, cuBLAS its Lt half) is opened before it, for the same reason.
+//! that one came from. So the files are opened by their full paths first, and stay open for the life of the process.
+//! What a library opens by name itself (NVRTC its builtins, cuBLAS its Lt half) is opened before it, for the same
+//! reason.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -109,12 +110,7 @@ pub fn process_variable(name: &str) -> Option<OsString> {
 impl Finder<'static> {
     /// The real one.
     pub fn real() -> Self {
-        Self {
-            variable: &process_variable,
-            root: "/".into(),
-            open: &open_for_good,
-            by_name: &present_by_name,
-        }
+        Self { variable: &process_variable, root: "/".into(), open: &open_for_good, by_name: &present_by_name }
     }
 }
 

@@ -1,6 +1,6 @@
-//! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is refused
-//! with a reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes to one
-//! stream, memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
+//! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is
+//! refused with a reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes
+//! to one stream, memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
 //! `synchronize` and uploads that overtake their staging memory. Read libraries.rs next.
 
 use std::collections::HashMap;
@@ -117,8 +117,8 @@ impl Drop for Handles {
 }
 
 impl Cuda {
-    /// The card with this ordinal, with all kernels of this crate. Errors say what is missing, or why the card cannot be
-    /// used, and what to do.
+    /// The card with this ordinal, with all kernels of this crate. Errors say what is missing, or why the card cannot
+    /// be used, and what to do.
     pub fn open(ordinal: usize) -> Result<Self> {
         Self::open_with(ordinal, &Finder::real(), kernels::text(), Some(&cache_folder("cuda")))
     }
@@ -163,7 +163,9 @@ impl Cuda {
 
     /// Bytes that the driver's pool counts as in use, now and at most.
     pub fn pool_usage(&self) -> Result<(u64, u64)> {
-        use sys::CUmemPool_attribute::{CU_MEMPOOL_ATTR_USED_MEM_CURRENT as NOW, CU_MEMPOOL_ATTR_USED_MEM_HIGH as MOST};
+        use sys::CUmemPool_attribute::{
+            CU_MEMPOOL_ATTR_USED_MEM_CURRENT as NOW, CU_MEMPOOL_ATTR_USED_MEM_HIGH as MOST,
+        };
         self.handles.bind()?;
         let read = |attribute| -> Result<u64> {
             let mut value = 0u64;
@@ -219,8 +221,8 @@ fn library_version(cuda: &Cuda, library: Library) -> Result<String> {
         }
         Library::Cublas => {
             let mut version = 0;
-            // SAFETY: the handle is alive and locked.
             let _turn = lock(&cuda.blas);
+            // SAFETY: the handle is alive and locked.
             unsafe { blas_sys::cublasGetVersion_v2(cuda.handles.blas, &mut version) }.result()?;
             format!("{}.{}.{}", version / 10000, version / 100 % 100, version % 100)
         }
@@ -267,7 +269,8 @@ impl Machine for Cuda {
         self.handles.bind()?;
         // SAFETY: the context is bound; the memory has so many bytes.
         unsafe {
-            let address = result::malloc_host(bytes, 0).with_context(|| format!("{bytes} bytes of pinned host memory"))?;
+            let address =
+                result::malloc_host(bytes, 0).with_context(|| format!("{bytes} bytes of pinned host memory"))?;
             address.cast::<u8>().write_bytes(0, bytes);
             lock(&self.staging).pinned(address.cast(), bytes);
             Ok(address.cast())

@@ -1,6 +1,6 @@
 //! Compiles the kernels' text for one architecture and keeps the result on disk. Machine code is preferred, because
-//! loading PTX makes the driver compile for seconds; PTX serves cards that are newer than the compiler. Needs NVRTC to be
-//! open (libraries.rs) and no card. Read mod.rs next.
+//! loading PTX makes the driver compile for seconds; PTX serves cards that are newer than the compiler. Needs NVRTC to
+//! be open (libraries.rs) and no card. Read mod.rs next.
 
 use std::ffi::CString;
 use std::fs;
@@ -90,7 +90,9 @@ fn compile(text: &str, arch: &str) -> Result<Vec<u8>> {
         let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_string();
         match done {
             Ok(()) if arch.starts_with("sm_") => machine_code(program),
-            Ok(()) => result::get_ptx(program).map(|ptx| ptx.into_iter().map(|c| c as u8).collect()).map_err(Into::into),
+            Ok(()) => {
+                result::get_ptx(program).map(|ptx| ptx.into_iter().map(|c| c as u8).collect()).map_err(Into::into)
+            }
             Err(error) => Err(error).with_context(|| format!("NVRTC refuses the kernels' text for {arch}:\n{log}")),
         }
     };

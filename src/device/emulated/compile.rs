@@ -1,6 +1,6 @@
 //! Compiles the kernels' text as C++ into a shared library and loads it. The library is kept on disk under a name that
-//! depends on the text, the flags and the compiler, so that a text is compiled once. Needs a C++ compiler and no part of
-//! the C++ library. Read host.cpp next.
+//! depends on the text, the flags and the compiler, so that a text is compiled once. Needs a C++ compiler and no part
+//! of the C++ library. Read host.cpp next.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, OsString, c_char, c_void};
@@ -41,8 +41,8 @@ const FLAGS: &[&str] = &[
     "-U_FORTIFY_SOURCE",
 ];
 
-/// For the text alone: what a card answers with a fault or a wrong number is an error that names the line. The compiler's
-/// own runtime for this is not needed, because host.cpp has the handlers.
+/// For the text alone: what a card answers with a fault or a wrong number is an error that names the line. The
+/// compiler's own runtime for this is not needed, because host.cpp has the handlers.
 const CHECKS: &str = "-fsanitize=alignment,null,bounds,shift-exponent,integer-divide-by-zero";
 
 /// A compiler and a folder for what it makes.
@@ -54,8 +54,8 @@ pub struct Toolchain {
     pub cache: PathBuf,
 }
 
-/// The user's folder for what fourfold compiles: below `XDG_CACHE_HOME`, or below `.cache` of the home folder, or a folder
-/// for temporary files if neither is known.
+/// The user's folder for what fourfold compiles: below `XDG_CACHE_HOME`, or below `.cache` of the home folder, or a
+/// folder for temporary files if neither is known.
 pub fn cache_folder(name: &str) -> PathBuf {
     let variable = |name| std::env::var_os(name).filter(|value| !value.is_empty()).map(PathBuf::from);
     let base = variable("XDG_CACHE_HOME").or_else(|| variable("HOME").map(|home| home.join(".cache")));
@@ -147,7 +147,14 @@ impl Library {
     ///
     /// # Safety
     /// The entry is of this library, and the arguments are those of its kernel.
-    pub unsafe fn run(&self, entry: Entry, grid: &[u32; 3], blocks: Range<u64>, arguments: *const c_void, seed: u64) -> Option<Fault> {
+    pub unsafe fn run(
+        &self,
+        entry: Entry,
+        grid: &[u32; 3],
+        blocks: Range<u64>,
+        arguments: *const c_void,
+        seed: u64,
+    ) -> Option<Fault> {
         let mut fault = Fault { failed: 0, block: [0; 3], thread: 0, text: [0; 244] };
         // SAFETY: the function has this signature in host.cpp; the rest is promised by the caller.
         unsafe { (self.run)(entry.0, grid.as_ptr(), blocks.start, blocks.end, arguments, seed, &mut fault) };
@@ -160,7 +167,8 @@ impl Library {
         // SAFETY: it was compiled from the text; loading it only registers kernels.
         let library = unsafe { libloading::Library::new(file) }?;
         // SAFETY: both functions have these signatures in host.cpp.
-        let (find, run) = unsafe { (*library.get::<Find>(b"emulated_find\0")?, *library.get::<Run>(b"emulated_run\0")?) };
+        let (find, run) =
+            unsafe { (*library.get::<Find>(b"emulated_find\0")?, *library.get::<Run>(b"emulated_run\0")?) };
         std::mem::forget(library);
         let compiler = compiler.lines().next().unwrap_or_default().into();
         Ok(Self { find, run, file: file.into(), compiler })
@@ -196,7 +204,8 @@ pub(super) fn library(text: &str, toolchain: &Toolchain) -> Result<Arc<Library>>
     Ok(library)
 }
 
-/// Compiles into a folder of its own, then moves the result into place: whole or not at all, whoever else does the same.
+/// Compiles into a folder of its own, then moves the result into place: whole or not at all, whoever else does the
+/// same.
 fn compile(text: &str, compiler: &OsString, file: &Path) -> Result<()> {
     static COUNT: AtomicU32 = AtomicU32::new(0);
     let unique = format!("part-{}-{}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed));
@@ -231,7 +240,9 @@ fn compile_in(folder: &Path, text: &str, compiler: &OsString, file: &Path) -> Re
         ensure!(plain.status.success(), "{} cannot link the kernels:\n{error}", compiler.to_string_lossy());
     }
     let made = folder.join("kernels.so");
-    seal(&made).and_then(|()| fs::rename(&made, file)).with_context(|| format!("the emulated machine cannot write {}", file.display()))
+    seal(&made)
+        .and_then(|()| fs::rename(&made, file))
+        .with_context(|| format!("the emulated machine cannot write {}", file.display()))
 }
 
 /// A digest at the end of a library, which loaders do not look at.

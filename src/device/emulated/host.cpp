@@ -1,20 +1,62 @@
 // The scheduler behind host.h. Threads of a block run one after another as plain calls. A thread that reaches a closed
 // barrier keeps its stack (a fiber), and the turn goes to a thread that can run: first to one whose barrier has opened,
 // then to one that has not started. So a kernel without barriers never changes stacks. When all threads of a block have
-// returned, the same fiber goes on with the next block. All state belongs to one thread of the host; several of them may
-// run blocks of one launch at the same time.
+// returned, the same fiber goes on with the next block. All of this is one `State`. Several threads of the host run blocks
+// of one launch at the same time, each with a state of its own.
 #define EMULATED_SCHEDULER 1
 #include "host.h"
 #include <stdio.h>
 #include <sys/mman.h>
+#ifndef __x86_64__
+#include <setjmp.h>
 #include <ucontext.h>
+#endif
 
 namespace emulated {
+// ---- changing stacks ----
+
+static void fiber_main();
+#ifdef __x86_64__
+// The registers that a call keeps are on the stack that is left, and its pointer is all that has to be remembered.
+struct Context { void* stack; };
+extern "C" __attribute__((visibility("hidden"))) void emulated_change(void** from, void* to) __asm__("emulated_change");
+__asm__(".text\n.p2align 4\nemulated_change:\n"
+    "pushq %rbp\npushq %rbx\npushq %r12\npushq %r13\npushq %r14\npushq %r15\n"
+    "movq %rsp, (%rdi)\nmovq %rsi, %rsp\n"
+    "popq %r15\npopq %r14\npopq %r13\npopq %r12\npopq %rbx\npopq %rbp\nret\n");
+// A stack whose first change to it calls fiber_main.
+static void prepare(Context& c, char* stack, size_t bytes) {
+    void** top = (void**)(stack + bytes / 16 * 16);
+    *--top = nullptr;
+    *--top = (void*)fiber_main;
+    for (int i = 0; i < 6; i++) *--top = nullptr;
+    c.stack = top;
+}
+static void change(Context& from, Context& to) { emulated_change(&from.stack, to.stack); }
+#else
+// ucontext alone would call the system at every change.
+struct Context { jmp_buf at; char* stack; size_t bytes; };
+static void prepare(Context& c, char* stack, size_t bytes) { c.stack = stack; c.bytes = bytes; }
+static void change(Context& from, Context& to) {
+    if (_setjmp(from.at)) return;
+    if (!to.stack) _longjmp(to.at, 1);
+    ucontext_t c;
+    getcontext(&c);
+    c.uc_stack.ss_sp = to.stack; c.uc_stack.ss_size = to.bytes; c.uc_link = nullptr;
+    to.stack = nullptr;
+    makecontext(&c, fiber_main, 0);
+    setcontext(&c);
+    __builtin_trap();
+}
+#endif
+
+// ---- the scheduler ----
+
 constexpr unsigned MOST = 1024;
 constexpr size_t STACK = REGION / MOST, PAGE = 16 << 10;
 
 
-struct Fiber { jmp_buf at; Thread* thread; bool made; };
+struct Fiber { Context context; Thread* thread; bool made; };
 // What a launch reports: 0 if all is well; else the block and thread that failed, and why.
 struct Fault { unsigned failed, block[3], thread; char text[244]; };
 struct State : Here {
@@ -27,9 +69,8 @@ struct State : Here {
     Fiber fibers[MOST];
     Fiber* idle[MOST];
     unsigned idle_count;
-    Fiber* running;
     char* stacks;
-    jmp_buf caller;
+    Context caller;
     void (*kernel)(const void*);
     const void* arguments;
     uint64_t next_block, last_block;
@@ -37,8 +78,8 @@ struct State : Here {
     uint64_t seed, random;
     unsigned held, turns;
     Fault* fault;
+    State* next;
 };
-static thread_local State* own;
 Entry* kernels;
 
 static State& state() { return *static_cast<State*>(here()); }
@@ -52,6 +93,36 @@ static void* reserve(size_t bytes) {
 static void all_idle(State& s) {
     s.idle_count = 0;
     for (unsigned i = MOST; i--;) s.idle[s.idle_count++] = &s.fibers[i];
+}
+
+// States that nobody uses. There are as many as runs that ever happened at one time: a state outlives the thread of the host
+// that has used it, so that short-lived threads leave nothing behind.
+static State* unused;
+static bool locked;
+static void lock() { while (__atomic_test_and_set(&locked, __ATOMIC_ACQUIRE)) {} }
+static void unlock() { __atomic_clear(&locked, __ATOMIC_RELEASE); }
+
+static State* take() {
+    lock();
+    State* s = unused;
+    if (s) unused = s->next;
+    unlock();
+    if (s) return s;
+    s = (State*)reserve(sizeof(State));
+    char* stacks = (char*)reserve(2 * REGION);
+    if (!s || !stacks) return nullptr;
+    for (unsigned t = 0; t < MOST; t++) s->threads[t] = Thread{{t, 0, 0}, t & 31, &s->warps[t >> 5], nullptr};
+    s->stacks = (char*)(((uintptr_t)stacks + REGION - 1) / REGION * REGION);
+    *(Here**)(s->stacks + REGION - sizeof(Here*)) = s;
+    all_idle(*s);
+    return s;
+}
+
+static void give_back(State* s) {
+    lock();
+    s->next = unused;
+    unused = s;
+    unlock();
 }
 
 static void push(State& s, Thread* t) { s.ready[(s.head + s.ready_count++) % MOST] = t; }
@@ -130,35 +201,26 @@ void fail(const char* what, const char* file, unsigned line) {
     for (Fiber& fiber : s.fibers) fiber.made = false;
     for (Thread& t : s.threads) t.fiber = nullptr;
     all_idle(s);
-    _longjmp(s.caller, 1);
+    Context left;
+    change(left, s.caller);
+    __builtin_trap();
 }
 
 static void deadlock() { fail("some of its threads wait at a barrier that others never reach", "", 0); }
 
-static void fiber_main();
-
-[[noreturn]] static void resume(State& s, Fiber* f) {
-    s.running = f;
-    if (f->made) _longjmp(f->at, 1);
-    f->made = true;
-    char* stack = s.stacks + (size_t)(f - s.fibers) * STACK;
-    mprotect(stack, PAGE, PROT_NONE);  // A stack that is too deep ends the process, and does not reach its neighbour.
-    // Stacks end at different distances from a page's end: those that take turns do not compete for the same cache lines.
-    ucontext_t c;
-    getcontext(&c);
-    c.uc_stack.ss_sp = stack; c.uc_stack.ss_size = STACK - 64 - 320 * ((f - s.fibers) % 61); c.uc_link = nullptr;
-    makecontext(&c, fiber_main, 0);
-    setcontext(&c);
-    __builtin_trap();
-}
-
 // The fiber of a thread that is about to run.
 static Fiber* fiber_of(State& s, Thread* t) {
-    if (!t->fiber) {
-        t->fiber = s.idle[--s.idle_count];
-        t->fiber->thread = t;
+    if (t->fiber) return t->fiber;
+    Fiber* f = t->fiber = s.idle[--s.idle_count];
+    f->thread = t;
+    if (!f->made) {
+        f->made = true;
+        char* stack = s.stacks + (size_t)(f - s.fibers) * STACK;
+        mprotect(stack, PAGE, PROT_NONE);  // A stack that is too deep ends the process, and does not reach its neighbour.
+        // Stacks end at different distances from a page's end, so that they do not compete for the same cache lines.
+        prepare(f->context, stack, STACK - 64 - 320 * ((f - s.fibers) % 61));
     }
-    return t->fiber;
+    return f;
 }
 
 void wait(Barrier& b) {
@@ -174,15 +236,15 @@ void wait(Barrier& b) {
     Thread* t = choose(s);
     if (!t) deadlock();
     if (t == me) return;
-    Fiber* to = fiber_of(s, t);
-    if (!_setjmp(me->fiber->at)) { s.current = t; resume(s, to); }
+    s.current = t;
+    change(me->fiber->context, fiber_of(s, t)->context);
 }
 
 // Runs threads as long as there are new ones, then gives its turn away and waits to be used again.
 static void fiber_main() {
+    State* s = &state();
+    Fiber* f = s->current->fiber;
     for (;;) {
-        State* s = &state();
-        Fiber* f = s->running;
         Thread* t = f->thread;
         bool finished = false;
         for (;;) {
@@ -200,11 +262,8 @@ static void fiber_main() {
             f->thread = t;
         }
         s->idle[s->idle_count++] = f;
-        if (!_setjmp(f->at)) {
-            if (finished) _longjmp(s->caller, 1);
-            s->current = t;
-            resume(*s, t->fiber);
-        }
+        if (!finished) s->current = t;
+        change(f->context, finished ? s->caller : t->fiber->context);
     }
 }
 }
@@ -222,15 +281,11 @@ EXPORT void emulated_run(const void* kernel, const unsigned* grid, uint64_t firs
     using namespace emulated;
     fault->failed = 0;
     if (first == last) return;
+    State* own = take();
     if (!own) {
-        State* s = (State*)reserve(sizeof(State));
-        char* stacks = (char*)reserve(2 * REGION);
-        if (!s || !stacks) { fault->failed = 1; snprintf(fault->text, sizeof fault->text, "no memory for the stacks of its threads"); return; }
-        for (unsigned t = 0; t < MOST; t++) s->threads[t] = Thread{{t, 0, 0}, t & 31, &s->warps[t >> 5], nullptr};
-        s->stacks = (char*)(((uintptr_t)stacks + REGION - 1) / REGION * REGION);
-        *(Here**)(s->stacks + REGION - sizeof(Here*)) = s;
-        all_idle(*s);
-        own = s;
+        fault->failed = 1;
+        snprintf(fault->text, sizeof fault->text, "no memory for the stacks of its threads");
+        return;
     }
     State& s = *own;
     auto entry = (const Entry*)kernel;
@@ -241,11 +296,9 @@ EXPORT void emulated_run(const void* kernel, const unsigned* grid, uint64_t firs
     s.next_block = first; s.last_block = last;
     s.seed = seed; s.fault = fault;
     next_block(s);
-    if (!_setjmp(s.caller)) {
-        Thread* t = choose(s);
-        s.current = t;
-        resume(s, fiber_of(s, t));
-    }
+    s.current = choose(s);
+    change(s.caller, fiber_of(s, s.current)->context);
+    give_back(own);
 }
 
 // ---- what the compiler's checks call (-fsanitize with handlers of our own, so that no runtime of theirs is needed) ----

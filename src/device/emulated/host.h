@@ -3,7 +3,6 @@
 // scheduler is in host.cpp. Only headers of C are used, so that the C++ library is not needed.
 #pragma once
 #include <math.h>
-#include <setjmp.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>

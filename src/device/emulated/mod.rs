@@ -1,13 +1,13 @@
-//! The machine that runs the card's kernels on the CPU, slowly and strictly. The kernels' text is compiled as C++ at run
-//! time (compile.rs) and run block by block on all cores (host.cpp, pool.rs). What a card would do silently is an error:
-//! writing past a buffer, a barrier that some threads never reach, an index outside of an array, an address that is not
-//! aligned, arguments of another size. Fresh memory holds NaN. Tests can make any allocation, launch or copy fail. Needs
-//! no CUDA. Read host.h next.
+//! The machine that runs the card's kernels on the CPU, slowly and strictly. The kernels' text is compiled as C++ at
+//! run time (compile.rs) and run block by block on all cores (host.cpp, pool.rs). What a card would do silently is an
+//! error: writing past a buffer, a barrier that some threads never reach, an index outside of an array, an address that
+//! is not aligned, arguments of another size. Fresh memory holds NaN. Tests can make any allocation, launch or copy
+//! fail. Needs no CUDA. Read host.h next.
 //!
-//! Each buffer lies between two guards of 256 bytes. After a launch, the buffers whose addresses are among its arguments
-//! are looked at; those of a product, an upload or a download too. All buffers are looked at after every 64th launch, by
-//! `synchronize`, and each one when it is freed. So a write past an argument's end is blamed on its kernel, and a write to
-//! the edges of any other buffer is found soon after.
+//! Each buffer lies between two guards of 256 bytes. After a launch, the buffers whose addresses are among its
+//! arguments are looked at; those of a product, an upload or a download too. All buffers are looked at after every 64th
+//! launch, by `synchronize`, and each one when it is freed. So a write past an argument's end is blamed on its kernel,
+//! and a write to the edges of any other buffer is found soon after.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::CString;
@@ -105,8 +105,8 @@ impl Emulated {
         })
     }
 
-    /// Threads run in an order drawn with this seed, and whole warps are held back, so that a missing barrier shows. With
-    /// a seed of 0 they run in plain order.
+    /// Threads run in an order drawn with this seed, and whole warps are held back, so that a missing barrier shows.
+    /// With a seed of 0 they run in plain order.
     pub fn shuffled(self, seed: u64) -> Self {
         self.shuffle.store(seed, Ordering::SeqCst);
         self
@@ -137,7 +137,8 @@ impl Emulated {
         if let Some(known) = found.get(kernel) {
             return Ok(*known);
         }
-        let entry = self.library.find(&CString::new(kernel)?).context("the kernels' text has no kernel of this name")?;
+        let entry =
+            self.library.find(&CString::new(kernel)?).context("the kernels' text has no kernel of this name")?;
         found.insert(kernel.into(), entry);
         Ok(entry)
     }
@@ -171,8 +172,8 @@ impl Memory {
     }
 }
 
-/// Eight bytes of a guard. They depend on the address, because one value for all would hide a kernel that copies from one
-/// guard to another.
+/// Eight bytes of a guard. They depend on the address, because one value for all would hide a kernel that copies from
+/// one guard to another.
 fn guard_word(address: u64) -> u64 {
     address.wrapping_mul(0x9E37_79B9_7F4A_7C15) ^ 0xA5A5_5A5A_C3C3_3C3C
 }
@@ -212,8 +213,7 @@ impl Machine for Emulated {
     }
 
     fn info(&self) -> Result<Info> {
-        let compiler =
-            LibraryInfo { what: "C++ compiler".into(), path: None, version: self.library.compiler.clone() };
+        let compiler = LibraryInfo { what: "C++ compiler".into(), path: None, version: self.library.compiler.clone() };
         let kernels =
             LibraryInfo { what: "kernels".into(), path: Some(self.library.file.clone()), version: String::new() };
         Ok(Info {
@@ -311,8 +311,9 @@ impl Machine for Emulated {
         let run = |chunk_index: u64| {
             let first = chunk_index * chunk;
             // SAFETY: the entry is of this library, and the arguments have its size and live until all is done.
-            let failed =
-                unsafe { self.library.run(entry, &grid, first..(first + chunk).min(blocks), arguments as *const _, seed) };
+            let failed = unsafe {
+                self.library.run(entry, &grid, first..(first + chunk).min(blocks), arguments as *const _, seed)
+            };
             match failed {
                 None => true,
                 Some(failed) => {
@@ -331,7 +332,7 @@ impl Machine for Emulated {
         let words = (0..bytes / 8).map(|i| unsafe { launch.arguments.cast::<u64>().add(i).read_unaligned() });
         let mut memory = lock(&self.memory);
         memory.check(words)?;
-        if *turn % ALL_GUARDS_EVERY == 0 {
+        if turn.is_multiple_of(ALL_GUARDS_EVERY) {
             memory.check_all().context("found by the look at all buffers after every 64th launch")?;
         }
         Ok(())

@@ -76,8 +76,8 @@ impl Pool {
     }
 }
 
-/// Calls `work` with 0, 1, .. `count` - 1 on all cores, or on this thread only if `alone`, until all are done or one of the
-/// calls returns false. `work` does not panic.
+/// Calls `work` with 0, 1, .. `count` - 1 on all cores, or on this thread only if `alone`, until all are done or one of
+/// the calls returns false. `work` does not panic.
 pub(super) fn parallel(count: u64, alone: bool, work: &(dyn Fn(u64) -> bool + Sync)) {
     if alone || count <= 1 || pool().workers == 0 {
         (0..count).all(work);
@@ -86,7 +86,8 @@ pub(super) fn parallel(count: u64, alone: bool, work: &(dyn Fn(u64) -> bool + Sy
     let pool = pool();
     // SAFETY: only the lifetime changes. The job leaves the list and all workers leave the job before this function
     // returns, so nobody calls the closure afterwards.
-    let work = unsafe { std::mem::transmute::<&(dyn Fn(u64) -> bool + Sync), &'static (dyn Fn(u64) -> bool + Sync)>(work) };
+    let work =
+        unsafe { std::mem::transmute::<&(dyn Fn(u64) -> bool + Sync), &'static (dyn Fn(u64) -> bool + Sync)>(work) };
     let job = Arc::new(Job {
         next: AtomicU64::new(0),
         count,

@@ -1,35 +1,37 @@
-//! One low-rank branch, where in a decoder it sits, and what PEFT's file calls its tensors. Knows no base and no file.
-//! Read lora.rs for which maps get one, adapter.rs for all of them together.
+//! One LoRA or DoRA branch beside a frozen linear map, and the names of its tensors in PEFT's files.
+//!
+//! Formulas: arXiv:2106.09685 (LoRA), arXiv:2402.09353 (DoRA). It does not depend on the base or on reading files. Read
+//! `weights.rs` next: it holds all branches of an adapter.
 
 use candle_core::{Device, Result, Tensor};
 
-use crate::model::adapter::targets::{LinearShapes, NonBlockModule, TargetModule};
+use crate::model::adapter::shapes::{LinearShapes, NonBlockModule, TargetModule};
 use crate::ops::linear::LowRank;
 use crate::ops::linear::low_rank::{Dora, LoraCopy, Norms};
 
-/// One low-rank branch: `y += scale * (x Aᵀ) Bᵀ`; with a magnitude m, `y = m / n * (x Wᵀ + scale * (x Aᵀ) Bᵀ)`, n the row
-/// norms of `W + scale * B A` (DoRA).
+/// One LoRA branch: `y += scale * (x Aᵀ) Bᵀ`; with a magnitude m, `y = m / n * (x Wᵀ + scale * (x Aᵀ) Bᵀ)`, n being the
+/// row norms of `W + scale * B A` (DoRA).
 #[derive(Clone, Debug)]
 pub struct LoraLayer {
-    /// (r, in) f32; of a token table (r, V).
+    /// Factor A, (r, in) f32; (r, V) on the embedding matrix.
     pub a: Tensor,
-    /// (out, r) f32.
+    /// Factor B, (out, r) f32.
     pub b: Tensor,
-    /// alpha / r, or alpha / sqrt(r).
+    /// Scale of the branch: alpha / r, or alpha / sqrt(r) with rsLoRA.
     pub scale: f64,
-    /// DoRA's m, (out) f32.
+    /// DoRA's magnitude m, (out) f32; `None` for plain LoRA.
     pub magnitude: Option<Tensor>,
     norms: Norms,
     copy: LoraCopy,
 }
 
 impl LoraLayer {
-    /// A plain branch.
+    /// A LoRA branch without magnitude.
     pub fn new(a: Tensor, b: Tensor, scale: f64) -> Self {
         Self { a, b, scale, magnitude: None, norms: Norms::default(), copy: LoraCopy::default() }
     }
 
-    /// With DoRA's magnitude, or none.
+    /// The same branch with DoRA's magnitude, or without one.
     #[must_use]
     pub fn with_magnitude(self, magnitude: Option<Tensor>) -> Self {
         Self { magnitude, ..self }
@@ -42,12 +44,12 @@ impl LoraLayer {
         Self { norms: Norms::default(), copy: LoraCopy::default(), ..self }
     }
 
-    /// Rank.
+    /// Rank r.
     pub fn rank(&self) -> usize {
         self.a.dims()[0]
     }
 
-    /// As the operations take it.
+    /// The branch as the argument that operations take.
     pub fn low_rank(&self) -> LowRank<'_> {
         let dora = self.magnitude.as_ref().map(|magnitude| Dora { magnitude, norms: &self.norms });
         LowRank { a: &self.a, b: &self.b, scale: self.scale, dora, copy: Some(&self.copy) }
@@ -63,18 +65,18 @@ impl LoraLayer {
     }
 }
 
-/// One of a branch's tensors.
+/// Which tensor of a branch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Factor {
-    /// (r, in).
+    /// Factor A, (r, in).
     A,
-    /// (out, r).
+    /// Factor B, (out, r).
     B,
-    /// (out).
+    /// DoRA's magnitude, (out).
     Magnitude,
 }
 
-/// The name of a branch's tensor in PEFT's file.
+/// The name of a branch's tensor in PEFT's files.
 pub fn factor_name(shapes: &LinearShapes, slot: TargetModule, factor: Factor) -> String {
     let kind = match (slot, factor) {
         (_, Factor::Magnitude) => "lora_magnitude_vector",
@@ -86,7 +88,7 @@ pub fn factor_name(shapes: &LinearShapes, slot: TargetModule, factor: Factor) ->
     format!("base_model.model.{}.{kind}", shapes.path(slot))
 }
 
-/// The head's weight in the files that this program writes.
+/// Name of the scalar head's weight in the files that this program writes.
 pub const HEAD_WEIGHT: &str = "base_model.model.score.weight";
-/// The head's bias; ours, not PEFT's.
+/// Name of the scalar head's bias: an extension of this program, which PEFT does not have.
 pub const HEAD_BIAS: &str = "base_model.model.score.bias";

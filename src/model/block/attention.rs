@@ -1,5 +1,6 @@
-//! The attention sublayer of a block: q, k, v of the normed input, their norms and rotation, attention, output projection and
-//! residual. Forward, one decoding step, and backward. It does not depend on the MLP. Read `mlp.rs` beside it next.
+//! The attention sublayer of a block: q, k, v of the normed input, their norms and rotation, attention, output
+//! projection and residual. Forward, one decoding step, and backward. It does not depend on the MLP. Read `mlp.rs`
+//! beside it next.
 
 use anyhow::Result;
 
@@ -105,8 +106,8 @@ impl Pass<'_> {
         Ok(self.join(&self.block.attention_norms).forward(&o, self.part(self.attention_out()), x)?.0)
     }
 
-    /// dL/dx (N, D), `None` if unused, of dL/df (N, D) at the output of attention's output projection; `skip` (N, D) is the
-    /// gradient of the residual path.
+    /// dL/dx (N, D), `None` if unused, of dL/df (N, D) at the output of attention's output projection; `skip` (N, D) is
+    /// the gradient of the residual path.
     #[expect(
         clippy::too_many_arguments,
         reason = "a backward needs its forward's inputs, saved tensors and output gradients"

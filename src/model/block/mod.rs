@@ -1,6 +1,6 @@
-//! One decoder block: calls the operations forward, and backward in reverse order. `Recompute` chooses which activations are
-//! saved; elementwise parts are always recomputed. Fields describe how families differ. It does not depend on files.
-//! Read `attention.rs`, `mlp.rs` and `residual.rs` beside it, then `base.rs`.
+//! One decoder block: calls the operations forward, and backward in reverse order. `Recompute` chooses which
+//! activations are saved; elementwise parts are always recomputed. Fields describe how families differ. It does not
+//! depend on files. Read `attention.rs`, `mlp.rs` and `residual.rs` beside it, then `base.rs`.
 
 use anyhow::{Result, anyhow};
 
@@ -232,7 +232,8 @@ impl Block {
         Ok((y, Saved { x, rest: Some((attention, mlp)) }))
     }
 
-    /// y (N, D) of x (N, D) for prompts. The keys and values of prompt prompts\[s\] become sequence s of the empty `cache`.
+    /// y (N, D) of x (N, D) for prompts. The keys and values of prompt prompts\[s\] become sequence s of the empty
+    /// `cache`.
     ///
     /// # Errors
     /// If shapes do not fit.
@@ -248,7 +249,8 @@ impl Block {
         self.pass(lora, geometry).forward(layout, x, read_kv)
     }
 
-    /// y (S, D) of x (S, D): one new token per sequence, at `positions` (S). Its keys and values are appended to the cache.
+    /// y (S, D) of x (S, D): one new token per sequence, at `positions` (S). Its keys and values are appended to the
+    /// cache.
     ///
     /// # Errors
     /// If shapes do not fit.

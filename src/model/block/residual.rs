@@ -1,5 +1,5 @@
-//! The residual connection of a sublayer: y = after(x + m inner(f)), where each norm is optional. The families' placements of
-//! norms are cases of it. It does not depend on attention or the MLP.
+//! The residual connection of a sublayer: y = after(x + m inner(f)), where each norm is optional. The families'
+//! placements of norms are cases of it. It does not depend on attention or the MLP.
 
 use anyhow::{Result, anyhow};
 

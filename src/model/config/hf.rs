@@ -1,5 +1,7 @@
-//! config.json and generation_config.json -> [`DecoderConfig`], for every family that is known. A key that is missing has
-//! transformers' default. Read gguf.rs for the other container.
+//! config.json and generation_config.json -> [`DecoderConfig`], for every supported family.
+//!
+//! A missing key has transformers' default. It does not depend on reading files: it takes their texts. Read
+//! `model_files/gguf_config.rs` for GGUF files.
 
 use std::sync::LazyLock;
 
@@ -14,10 +16,10 @@ use crate::invalid;
 use crate::ops::activation::Activation;
 
 impl DecoderConfig {
-    /// Reads config.json and, where there is one, generation_config.json. `source` is what errors call the model.
+    /// Parses config.json and, if there is one, generation_config.json. `source` is the model's name in error messages.
     ///
     /// # Errors
-    /// If either is no JSON object, the family is not known, or a number is missing or cannot be.
+    /// If either is not a JSON object, the family is not supported, or a number is missing or out of range.
     pub fn from_hf(config: &str, generation_config: Option<&str>, source: &str) -> Result<Self> {
         let file = format!("{source}/config.json");
         let root = object(config, &file)?;
@@ -56,7 +58,7 @@ pub(super) fn object(text: &str, file: &str) -> Result<Map<String, Value>> {
     }
 }
 
-/// One token id or a list of them; null and absent are none.
+/// Parses one token id or a list of them; null or a missing key is an empty list.
 fn token_ids(value: Option<&Value>, what: &str) -> Result<Vec<u32>> {
     let one = |v: &Value| {
         v.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(|| invalid!("{what}: {v} is not a token id"))
@@ -68,7 +70,7 @@ fn token_ids(value: Option<&Value>, what: &str) -> Result<Vec<u32>> {
     }
 }
 
-/// config.json with errors that name the key.
+/// Typed access to config.json, with errors that name the key.
 struct Reader<'a> {
     json: &'a Map<String, Value>,
     file: &'a str,
@@ -109,7 +111,7 @@ impl<'a> Reader<'a> {
         invalid!("{}: {key} = {value} is not supported; {supported} is", self.file)
     }
 
-    /// One of the activations by transformers' name (`ACT2FN`).
+    /// An activation by transformers' name (`ACT2FN`).
     fn activation(&self, key: &str, default: Activation) -> Result<Activation> {
         match self.get(key).map(|v| v.as_str().unwrap_or_default()) {
             None => Ok(default),
@@ -143,7 +145,7 @@ impl<'a> Reader<'a> {
                 c.biases = Biases { qkv: attention, attention_out: attention, mlp: self.flag("mlp_bias", false)? };
             }
             Family::Mistral => {
-                // A missing key is no absent window: transformers' default is a window of 4096.
+                // A missing key does not mean no window: transformers' default is a window of 4096.
                 let window = match self.json.get("sliding_window") {
                     None => Some(4096),
                     Some(_) => self.optional_size("sliding_window")?,
@@ -201,7 +203,7 @@ impl<'a> Reader<'a> {
                 c.mlp = Mlp::Plain;
                 c.biases = Biases { qkv: false, attention_out: true, mlp: true };
                 c.learned_positions = Some(0);
-                // Scores are not divided by anything.
+                // GPT-Neo does not scale attention scores.
                 c.attention_multiplier = 1.0;
                 self.global_and_local(&mut c)?;
             }
@@ -239,7 +241,7 @@ impl<'a> Reader<'a> {
         Ok(c)
     }
 
-    /// What all families have, under each family's keys and with its defaults.
+    /// The fields that all families have, under each family's keys and with its defaults.
     fn common(&self, family: Family) -> Result<DecoderConfig> {
         let classic = family == Family::Gpt2;
         let key = |usual: &'static str, gpt2: &'static str| if classic { gpt2 } else { usual };
@@ -298,7 +300,7 @@ impl<'a> Reader<'a> {
     }
 
     fn gemma(&self, c: &mut DecoderConfig) -> Result<()> {
-        // Every release means the tanh approximation, also where it says gelu.
+        // Every release uses the tanh approximation, even where its config.json says gelu.
         for key in ["hidden_activation", "hidden_act"] {
             if !matches!(self.activation(key, Activation::GeluTanh)?, Activation::Gelu | Activation::GeluTanh) {
                 return Err(self.unsupported(key, "gelu_pytorch_tanh"));
@@ -317,7 +319,7 @@ impl<'a> Reader<'a> {
         c.placement = Placement::Around;
         c.attention_multiplier = 1.0 / self.float("query_pre_attn_scalar")?.unwrap_or(256.0).sqrt();
         let (attention, logits) = if c.family == Family::Gemma2 { (Some(50.0), Some(30.0)) } else { (None, None) };
-        // A null is "none"; a missing key the family's default.
+        // null means no cap; a missing key means the family's default.
         let cap = |key: &str, default| if self.json.contains_key(key) { self.float(key) } else { Ok(default) };
         c.attention_soft_cap = cap("attn_logit_softcapping", attention)?;
         c.logits_soft_cap = cap("final_logit_softcapping", logits)?;
@@ -333,7 +335,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Windows on the layers that `layer_types` names, or, where it is missing, on those for which `usually` holds.
+    /// Sets windows on the layers that `layer_types` lists, or, if it is missing, on those for which `usually` holds.
     fn windows(&self, c: &mut DecoderConfig, default: Option<usize>, usually: impl Fn(usize) -> bool) -> Result<()> {
         let window = self.optional_size("sliding_window")?.or(default);
         let types = self.get("layer_types").and_then(Value::as_array);
@@ -352,7 +354,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Qwen's: from `max_window_layers` on, if at all.
+    /// Sets Qwen's windows: from layer `max_window_layers` on, if `use_sliding_window` is set.
     fn late_windows(&self, c: &mut DecoderConfig) -> Result<()> {
         if !self.flag("use_sliding_window", false)? {
             return Ok(());
@@ -361,7 +363,7 @@ impl<'a> Reader<'a> {
         self.windows(c, Some(4096), |i| i >= first)
     }
 
-    /// GPT-Neo's `attention_types`: lists of kinds, each so many times over; a local layer sees `window_size` keys.
+    /// Parses GPT-Neo's `attention_types`: (list of kinds, repetitions); a local layer has a window of `window_size` keys.
     fn global_and_local(&self, c: &mut DecoderConfig) -> Result<()> {
         let window = self.optional_size("window_size")?.unwrap_or(256);
         let mut kinds: Vec<&str> = vec![];
@@ -372,7 +374,7 @@ impl<'a> Reader<'a> {
                     let names = run.get(0).and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str);
                     let names: Vec<&str> = names.collect();
                     let times = run.get(1).and_then(Value::as_u64).unwrap_or(0);
-                    // No list is longer than the layers it is for.
+                    // Repetitions are bounded by the number of layers.
                     for _ in 0..times.min(c.layers.len() as u64) {
                         kinds.extend(&names);
                     }
@@ -381,7 +383,7 @@ impl<'a> Reader<'a> {
         }
         if kinds.len() != c.layers.len() || kinds.iter().any(|k| !["global", "local"].contains(k)) {
             return Err(invalid!(
-                "{}: attention_types does not say global or local for each of {} layers",
+                "{}: attention_types does not name global or local for each of {} layers",
                 self.file,
                 c.layers.len()
             ));
@@ -392,7 +394,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// SmolLM 3's: 0 in `no_rope_layers` is a layer without rotation.
+    /// Parses SmolLM 3's `no_rope_layers`: 0 is a layer without rotary embeddings.
     fn layers_without_rope(&self, c: &mut DecoderConfig) -> Result<()> {
         let every = self.optional_size("no_rope_layer_interval")?.unwrap_or(4).max(1);
         let list = self.get("no_rope_layers").and_then(Value::as_array);
@@ -410,7 +412,7 @@ impl<'a> Reader<'a> {
         Ok(())
     }
 
-    /// Theta, scaling and rotary dimensions, from `rope_parameters` (transformers 5) or the keys before it.
+    /// Parses theta, scaling and rotary dimensions, from `rope_parameters` (transformers 5) or the older keys.
     fn rope(&self, family: Family, c: &mut DecoderConfig) -> Result<()> {
         static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
         let map = |v: &'a Value| v.as_object();
@@ -425,7 +427,7 @@ impl<'a> Reader<'a> {
         let theta_key = if family == Family::GptNeoX { "rotary_emb_base" } else { "rope_theta" };
         if family == Family::Gemma3 {
             c.local_rope_theta = Some(self.float("rope_local_base_freq")?.unwrap_or(1e4));
-            // One set of parameters for each kind of layer.
+            // Gemma 3 has one set of parameters per kind of layer.
             if let Some(local) = rope.get("sliding_attention").and_then(map) {
                 let local = Reader { json: local, file: self.file };
                 if local.get("rope_type").is_some_and(|t| t != "default") {
@@ -492,7 +494,7 @@ impl<'a> Reader<'a> {
                     original_max_position_embeddings: original,
                 }
             }
-            // Phi-3's first releases call it by two other names.
+            // Phi-3's first releases call longrope "su" or "yarn".
             "longrope" | "su" | "yarn" => {
                 let original = original()?;
                 let factors = rope.get("short_factor").and_then(Value::as_array);
@@ -505,8 +507,8 @@ impl<'a> Reader<'a> {
                     None if factor <= 1.0 => 1.0,
                     None => (1.0 + factor.ln() / (original as f64).ln()).sqrt(),
                 };
-                // The long factors come in past the original context, and would change what a sequence's beginning
-                // means while it grows; so the context ends there.
+                // The long factors apply above the original context and would change the rotations of a sequence's first
+                // tokens while it grows; so the context is limited to the original one.
                 c.max_position_embeddings = c.max_position_embeddings.min(original);
                 RopeScaling::Divisors { divisors, attention_factor }
             }

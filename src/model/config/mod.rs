@@ -1,13 +1,15 @@
-//! What a checkpoint says about its own decoder, checked: sizes, and every choice in which the families differ. Knows no
-//! tensor and no file. Read names.rs for what tensors are called, hf.rs and gguf.rs for where the fields come from,
-//! block.rs beside this folder for what is done with them.
+//! The configuration of a decoder, checked: its sizes, and every choice in which the model families differ.
+//!
+//! One decoder computes all families; these fields select its variant. It does not depend on tensors or on reading files.
+//! Read `names.rs` for names of tensors, `hf.rs` and `model_files/gguf_config.rs` for where the fields come from,
+//! `model/block/mod.rs` for how they are used.
 
 use anyhow::Result;
 
 use crate::invalid;
 use crate::ops::activation::Activation;
 
-mod gguf;
+pub mod gguf_names;
 mod hf;
 mod names;
 mod rope;
@@ -15,19 +17,20 @@ mod write;
 
 pub use names::{Family, Names, PROJECT_IN, PROJECT_OUT};
 pub use rope::RopeScaling;
+pub(crate) use rope::yarn_attention_factor;
 
-/// Which norm a decoder uses, and what its files keep of it.
+/// Kind of norm, and how its weight is stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum NormStyle {
     /// RMSNorm.
     Rms,
-    /// RMSNorm whose files keep the weight less 1 (Gemma).
+    /// RMSNorm whose Hugging Face files store the weight minus 1 (Gemma).
     RmsPlusOne,
     /// LayerNorm with bias.
     Layer,
 }
 
-/// Where the norms of a block stand. f is attention, then the MLP.
+/// Where the norms of a block are applied. f is attention, then the MLP.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Placement {
     /// x + f(norm(x)).
@@ -45,11 +48,11 @@ pub enum Placement {
 /// How q, k and v are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Qkv {
-    /// Three maps.
+    /// Three linear maps.
     Separate,
-    /// One map: all of q, all of k, all of v.
+    /// One linear map: all of q, all of k, all of v.
     EndToEnd,
-    /// One map: q, k and v of each head in turn.
+    /// One linear map: q, k and v of the first head, of the second head, and so on.
     PerHead,
 }
 
@@ -58,7 +61,7 @@ pub enum Qkv {
 pub enum Mlp {
     /// down(act(gate(x)) * up(x)).
     Gated,
-    /// The same with gate and up in one map, gate first.
+    /// As `Gated`, with gate and up in one linear map, gate first.
     GatedFused,
     /// down(act(up(x))).
     Plain,
@@ -67,50 +70,50 @@ pub enum Mlp {
 /// Which linear maps have a bias.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Biases {
-    /// Those that make q, k and v.
+    /// The projections to q, k and v.
     pub qkv: bool,
-    /// Attention's output.
+    /// The output projection of attention.
     pub attention_out: bool,
-    /// All of the MLP.
+    /// All maps of the MLP.
     pub mlp: bool,
 }
 
-/// Norms of q and k before the rotation.
+/// Norms of q and k before rotary embeddings.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QkNorm {
-    /// None.
+    /// No norm.
     None,
-    /// Over each head (Qwen 3, Gemma 3).
+    /// One norm per head (Qwen 3, Gemma 3).
     PerHead,
-    /// Over all heads together (OLMo 2).
+    /// One norm over all heads (OLMo 2).
     Whole,
 }
 
-/// How a layer knows positions.
+/// Rotary embeddings of a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LayerRope {
-    /// Rotary, with `rope_theta` and `rope_scaling`.
+    /// With `rope_theta` and `rope_scaling`.
     Global,
-    /// Rotary, with `local_rope_theta`, unscaled.
+    /// With `local_rope_theta`, unscaled.
     Local,
-    /// Not at all: SmolLM 3's layers without, and all where positions are learned.
+    /// No rotary embeddings: every fourth layer of SmolLM 3, and all layers where positions are learned.
     None,
 }
 
-/// What a layer's attention sees.
+/// Window and positions of a layer's attention.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LayerAttention {
-    /// So many keys at the most, its own included; `None` is all before it.
+    /// Sliding window: the most keys that a query attends to, its own included; `None` is all previous ones.
     pub window: Option<usize>,
-    /// How it knows positions.
+    /// Its rotary embeddings.
     pub rope: LayerRope,
 }
 
-/// The shape of a decoder. Every number has been checked.
+/// Configuration of a decoder. Every number has been checked.
 #[derive(Clone, Debug, PartialEq)]
 #[allow(missing_docs)]
 pub struct DecoderConfig {
-    /// What its tensors are called.
+    /// Model family, which decides the names of tensors.
     pub family: Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
@@ -130,34 +133,34 @@ pub struct DecoderConfig {
     pub biases: Biases,
     pub mlp: Mlp,
     pub activation: Activation,
-    /// One a layer.
+    /// One entry per layer.
     pub layers: Vec<LayerAttention>,
-    /// The first so many numbers of each head turn.
+    /// Number of leading dimensions of each head that rotary embeddings rotate.
     pub rotary_dim: usize,
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
     pub local_rope_theta: Option<f64>,
-    /// Row of the table of learned positions that position 0 reads; `None` where positions are not learned.
+    /// Row of the position embedding for position 0; `None` where positions are not learned.
     pub learned_positions: Option<usize>,
-    /// Width of the token table; where it is not `hidden_size`, maps without bias lead in and out (OPT-350M).
+    /// Width of the embedding matrix; where it is not `hidden_size`, there are projections in and out (OPT-350M).
     pub embedding_width: usize,
     pub embedding_multiplier: f64,
-    /// What q . k is multiplied by.
+    /// Factor of q . k.
     pub attention_multiplier: f64,
-    /// What each of attention and MLP is multiplied by before it joins the residual stream.
+    /// Factor of the outputs of attention and MLP before they are added to the residual stream.
     pub residual_multiplier: f64,
     pub logits_multiplier: f64,
-    /// Scores s become cap tanh(s / cap).
+    /// Soft cap of attention scores s: cap tanh(s / cap).
     pub attention_soft_cap: Option<f64>,
     pub logits_soft_cap: Option<f64>,
     pub tie_word_embeddings: bool,
     pub bos_token_id: Option<u32>,
-    /// Any of these ends a response. From config.json and generation_config.json, without repeats.
+    /// End-of-sequence tokens: any of them ends a response. From config.json and generation_config.json, without repeats.
     pub eos_token_ids: Vec<u32>,
     pub model_name: String,
 }
 
-/// Upper bounds that no model comes near: they keep products of two dimensions far from overflow.
+/// Upper bounds far above any model's sizes, so that products of two dimensions cannot overflow.
 const MAX_DIM: usize = 1 << 22;
 const MAX_VOCAB: usize = 1 << 24;
 const MAX_LAYERS: usize = 4096;
@@ -176,10 +179,10 @@ pub(crate) struct Sizes {
 }
 
 impl DecoderConfig {
-    /// A Llama of these sizes, from which each family's reader departs.
+    /// The configuration of a Llama of these sizes, which each family's reader then changes.
     ///
     /// # Errors
-    /// If a size is 0 or beyond every bound: what follows makes lists as long as some of them.
+    /// If a size is 0 or above its bound, since some of them determine the lengths of lists.
     pub(crate) fn llama(sizes: Sizes, file: &str) -> Result<Self> {
         for (name, value, most) in [
             ("vocab_size", sizes.vocab, MAX_VOCAB),
@@ -234,6 +237,10 @@ impl DecoderConfig {
         })
     }
 
+    /// This configuration, if all its fields are consistent.
+    ///
+    /// # Errors
+    /// If they are not; the message names the field.
     pub(crate) fn checked(self, file: &str) -> Result<Self> {
         let (heads, kv) = (self.num_attention_heads, self.num_key_value_heads);
         if heads % kv != 0 {
@@ -247,7 +254,7 @@ impl DecoderConfig {
         let rotary = self.layers.iter().any(|l| l.rope != LayerRope::None);
         if rotary && !(self.rotary_dim.is_multiple_of(2) && (2..=self.head_dim).contains(&self.rotary_dim)) {
             return Err(invalid!(
-                "{file}: {} rotary dimensions of a head_dim of {}: rotary embeddings turn pairs within a head",
+                "{file}: {} rotary dimensions of a head_dim of {}: rotary embeddings rotate pairs within a head",
                 self.rotary_dim,
                 self.head_dim
             ));
@@ -256,7 +263,7 @@ impl DecoderConfig {
             return Err(invalid!("{file}: {heads} heads of {} are more than {MAX_DIM} wide", self.head_dim));
         }
         if self.embedding_width == 0 || self.embedding_width > MAX_DIM {
-            return Err(invalid!("{file}: a token table of width {} cannot be", self.embedding_width));
+            return Err(invalid!("{file}: an embedding matrix of width {} is not possible", self.embedding_width));
         }
         if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
             return Err(invalid!("{file}: the norms' epsilon {} is not between 0 and 1", self.norm_eps));
@@ -268,7 +275,7 @@ impl DecoderConfig {
         }
         if rotary && !self.rope_scaling.is_usable(self.rotary_dim) {
             return Err(invalid!(
-                "{file}: the rope scaling {:?} cannot be: factors are positive and finite, high_freq_factor is above \
+                "{file}: the rope scaling {:?} is not valid: factors are positive and finite, high_freq_factor is above \
                  low_freq_factor, and a list of factors has head_dim / 2 = {} numbers",
                 self.rope_scaling,
                 self.rotary_dim / 2
@@ -305,13 +312,17 @@ impl DecoderConfig {
         self.rope_scaling.inv_freq(self.rope_theta, self.rotary_dim)
     }
 
-    /// Those of the layers with `local_rope_theta`, which are never scaled.
+    /// Inverse frequencies of the layers with `local_rope_theta`, which are never scaled.
     pub fn local_inv_freq(&self) -> Vec<f32> {
         RopeScaling::None.inv_freq(self.local_rope_theta.unwrap_or(self.rope_theta), self.rotary_dim)
     }
 }
 
-pub(super) fn whole_heads(hidden: usize, heads: usize, file: &str) -> Result<usize> {
+/// The head size where a file does not state it: hidden size / heads.
+///
+/// # Errors
+/// If the heads do not divide the hidden size.
+pub(crate) fn whole_heads(hidden: usize, heads: usize, file: &str) -> Result<usize> {
     if heads == 0 || !hidden.is_multiple_of(heads) {
         return Err(invalid!("{file}: a hidden size of {hidden} cannot be split over {heads} attention heads"));
     }

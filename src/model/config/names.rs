@@ -1,11 +1,13 @@
-//! What each family calls its tensors and its classes: the one place in which a family's name matters. How it computes
-//! is in the fields of [`super::DecoderConfig`]. Knows no file. Read hf.rs and gguf.rs next: they fill the fields.
+//! Names of each model family in Hugging Face's files: its tensors, its `model_type` and its class.
+//!
+//! How a family computes is in the fields of [`super::DecoderConfig`]. It does not depend on reading files. Read `hf.rs` next,
+//! which fills the fields.
 
 use super::{DecoderConfig, LayerRope, Mlp, QkNorm, Qkv};
-use crate::model::adapter::targets::{Linear, LinearShapes, MatrixLayout, NonBlockModule};
+use crate::model::adapter::{Linear, LinearShapes, MatrixLayout, NonBlockModule};
 use crate::ops::attention::Heads;
 
-/// A model family, which decides names alone.
+/// A model family. It decides names only.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum Family {
@@ -33,27 +35,27 @@ pub struct Names {
     pub model_type: &'static str,
     /// `architectures` in config.json.
     pub architecture: &'static str,
-    /// What stands before every name but the output table's; some files leave it out.
+    /// Prefix of every name except the lm_head's; some files omit it.
     pub prefix: &'static str,
-    /// The list of blocks.
+    /// Path of the list of blocks.
     pub blocks: &'static str,
-    /// The token table.
+    /// The embedding matrix.
     pub embedding: &'static str,
-    /// The table of learned positions.
+    /// The position embedding; empty where positions are not learned.
     pub positions: &'static str,
-    /// The last norm.
+    /// The norm after the last block.
     pub final_norm: &'static str,
-    /// The table that logits are taken with.
+    /// The lm_head.
     pub output: &'static str,
-    /// The norms before attention, on its output, before the MLP, on its output; empty where there is none.
+    /// The norms before attention, on its output, before the MLP, on its output; empty where the family has none.
     pub norms: [&'static str; 4],
-    /// q, k and v, or the one map for all three.
+    /// The projections to q, k and v, or the fused one.
     pub qkv: &'static [&'static str],
-    /// Attention's output map.
+    /// The output projection of attention.
     pub attention_out: &'static str,
-    /// The MLP's maps from the residual stream: gate and up, or one for both, or the only one.
+    /// The MLP's input projections: gate and up, the two fused, or the only one.
     pub mlp_in: &'static [&'static str],
-    /// The MLP's map back.
+    /// The MLP's output projection.
     pub mlp_out: &'static str,
 }
 
@@ -178,19 +180,19 @@ static NAMES: [(Family, Names); 15] = [
     ),
 ];
 
-/// OPT's maps between the width of its token table and its hidden size.
+/// OPT's projection from the width of its embedding to its hidden size.
 pub const PROJECT_IN: &str = "model.decoder.project_in.weight";
-/// And back.
+/// OPT's projection from its hidden size to the width of its embedding.
 pub const PROJECT_OUT: &str = "model.decoder.project_out.weight";
 
-/// The module that a weight belongs to. Every family's output layer is `lm_head` in transformers 5, GPT-NeoX's too, whose
-/// files go on to call it `embed_out`.
+/// The module that a weight belongs to. In transformers 5 the output layer of every family is `lm_head`, although GPT-NeoX's
+/// files call it `embed_out`.
 fn module(weight: &'static str) -> &'static str {
     weight.strip_suffix(".weight").unwrap_or(weight)
 }
 
 impl Family {
-    /// Its names.
+    /// Names of this family.
     pub fn names(self) -> &'static Names {
         // One row for each variant, in order.
         &NAMES[self as usize].1
@@ -201,19 +203,19 @@ impl Family {
         NAMES.iter().find(|(_, n)| n.model_type == model_type).map(|(family, _)| *family)
     }
 
-    /// All `model_type`s, for messages.
+    /// All `model_type`s, for error messages.
     pub fn model_types() -> String {
         NAMES.iter().map(|(_, n)| n.model_type).collect::<Vec<_>>().join(", ")
     }
 }
 
 impl DecoderConfig {
-    /// The family's names.
+    /// Names of the decoder's family.
     pub fn names(&self) -> &'static Names {
         self.family.names()
     }
 
-    /// The linear maps of a block and those outside of the blocks, by name and size.
+    /// Linear maps of a block and outside of the blocks, by path and size.
     pub fn shapes(&self) -> LinearShapes {
         let (d, f, names) = (self.hidden_size, self.intermediate_size, self.names());
         let (q, kv) = (self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim);
@@ -227,13 +229,21 @@ impl DecoderConfig {
             Mlp::Plain => &[f],
         };
         let mut maps = vec![];
-        maps.extend(names.qkv.iter().zip(qkv).map(|(path, &out)| Linear { path, inp: d, out }));
-        maps.push(Linear { path: names.attention_out, inp: q, out: d });
-        maps.extend(names.mlp_in.iter().zip(mlp).map(|(path, &out)| Linear { path, inp: d, out }));
-        maps.push(Linear { path: names.mlp_out, inp: f, out: d });
+        maps.extend(names.qkv.iter().zip(qkv).map(|(path, &out)| Linear { path, in_features: d, out_features: out }));
+        maps.push(Linear { path: names.attention_out, in_features: q, out_features: d });
+        maps.extend(names.mlp_in.iter().zip(mlp).map(|(path, &out)| Linear {
+            path,
+            in_features: d,
+            out_features: out,
+        }));
+        maps.push(Linear { path: names.mlp_out, in_features: f, out_features: d });
         let layout = if self.family == Family::Gpt2 { MatrixLayout::InOut } else { MatrixLayout::OutIn };
         let (v, e) = (self.vocab_size, self.embedding_width);
-        let outer = |weight: &'static str, inp, out| Linear { path: module(weight), inp, out };
+        let outer = |weight: &'static str, in_features, out_features| Linear {
+            path: module(weight),
+            in_features,
+            out_features,
+        };
         let shapes = LinearShapes::new(self.num_hidden_layers, e, names.blocks, layout, &maps)
             .with_outer(NonBlockModule::Embedding, outer(names.embedding, v, e))
             .with_outer(NonBlockModule::Head, outer("lm_head.weight", e, v));
@@ -245,7 +255,7 @@ impl DecoderConfig {
             .with_outer(NonBlockModule::ProjectOut, outer(PROJECT_OUT, d, e))
     }
 
-    /// For each map of [`DecoderConfig::shapes`], in order, whether it has a bias.
+    /// Whether each map of a block has a bias, in the order of [`DecoderConfig::shapes`].
     pub fn has_bias(&self) -> Vec<bool> {
         let (names, biases) = (self.names(), self.biases);
         let mut all = vec![biases.qkv; names.qkv.len()];
@@ -254,7 +264,7 @@ impl DecoderConfig {
         all
     }
 
-    /// Widths of the norms of q and k, where there are any.
+    /// Widths of the norms of q and k, if the decoder has them.
     pub fn qk_norm_widths(&self) -> Option<[usize; 2]> {
         match self.qk_norm {
             QkNorm::None => None,
@@ -263,7 +273,7 @@ impl DecoderConfig {
         }
     }
 
-    /// The heads of a layer, and what they see.
+    /// Attention heads of a layer, with its window, scale and soft cap.
     pub fn heads(&self, layer: usize) -> Heads {
         Heads {
             q: self.num_attention_heads,
@@ -275,7 +285,7 @@ impl DecoderConfig {
         }
     }
 
-    /// Which set of rotations a layer uses: 0 is the global one, 1 the local one.
+    /// Index of the rope table that a layer uses: 0 is the global one, 1 the local one.
     pub fn rotation(&self, layer: usize) -> Option<usize> {
         match self.layers[layer].rope {
             LayerRope::None => None,
@@ -284,7 +294,7 @@ impl DecoderConfig {
         }
     }
 
-    /// Whether Hugging Face's files keep this matrix as (in, out).
+    /// Whether Hugging Face's files store this matrix as (in, out).
     pub fn lies_transposed(&self, name: &str) -> bool {
         let shapes = self.shapes();
         let inside = name.strip_prefix(shapes.blocks).and_then(|n| n.strip_prefix('.')).and_then(|n| n.split_once('.'));
@@ -292,7 +302,7 @@ impl DecoderConfig {
         shapes.layout == MatrixLayout::InOut && shapes.linears().iter().any(|l| Some(l.path) == path)
     }
 
-    /// Whether a tensor of this name, which ends in `.bias`, belongs to this decoder, or is a mask that old files keep.
+    /// Whether a tensor of this name, which ends in `.bias`, belongs to this decoder or is an attention mask of an old file.
     pub(crate) fn expects_bias(&self, name: &str) -> bool {
         let names = self.names();
         let layered = self.norm == super::NormStyle::Layer;

@@ -1,59 +1,62 @@
-//! Rotary frequencies, and how each scaling changes them to reach longer contexts. Pure; knows no file.
-//! Source: transformers `modeling_rope_utils.py`; computed in f64, so the last bits are better than its f32.
+//! Inverse frequencies of rotary embeddings, and the scalings that extend them to longer contexts.
+//!
+//! Source: transformers `modeling_rope_utils.py`; computed in f64, so more exactly than its f32. It does not depend on reading
+//! files. Read `ops/rope/mod.rs` next.
 
 use std::f64::consts::PI;
 
 use serde_json::{Value, json};
 
-/// How the rotary frequencies 1 / theta^(2i/d) are changed to reach longer contexts.
+/// How the inverse frequencies 1 / theta^(2i/d) are changed for longer contexts.
 #[derive(Clone, Debug, PartialEq)]
 pub enum RopeScaling {
-    /// As trained.
+    /// They are not changed.
     None,
-    /// All frequencies divided by `factor` (arXiv:2306.15595).
+    /// All frequencies are divided by `factor` (arXiv:2306.15595).
     Linear {
-        /// New context over old.
+        /// New context length over old.
         factor: f64,
     },
-    /// Long wavelengths divided by `factor`, short ones kept, those between blended (Llama 3.1).
+    /// Frequencies of long wavelengths are divided by `factor`, those of short ones kept, those between interpolated
+    /// (Llama 3.1).
     Llama3 {
-        /// What the longest wavelengths are stretched by.
+        /// Factor by which the longest wavelengths are stretched.
         factor: f64,
-        /// Wavelengths past `original_max_position_embeddings / low_freq_factor` are stretched in full.
+        /// Wavelengths above `original_max_position_embeddings / low_freq_factor` are stretched in full.
         low_freq_factor: f64,
         /// Wavelengths below `original_max_position_embeddings / high_freq_factor` are kept.
         high_freq_factor: f64,
-        /// Context length before the stretching, in tokens.
+        /// Context length before scaling, in tokens.
         original_max_position_embeddings: usize,
     },
-    /// Long wavelengths divided by `factor`, short ones kept, a ramp between, and cos and sin multiplied by
-    /// `attention_factor` (arXiv:2309.00071).
+    /// YaRN (arXiv:2309.00071): frequencies of long wavelengths are divided by `factor`, those of short ones kept, with a
+    /// linear ramp between; cos and sin are multiplied by `attention_factor`.
     Yarn {
-        /// New context over old.
+        /// New context length over old.
         factor: f64,
-        /// cos and sin are multiplied by it: 0.1 ln(factor) + 1 where a file does not say.
+        /// Factor of cos and sin: 0.1 ln(factor) + 1 by default.
         attention_factor: f64,
-        /// Turns over the old context from which a frequency is kept.
+        /// Rotations over the old context above which a frequency is kept.
         beta_fast: f64,
-        /// Turns below which it is divided in full.
+        /// Rotations over the old context below which a frequency is divided by `factor`.
         beta_slow: f64,
-        /// Whether the ramp's ends are rounded outwards to whole frequencies.
+        /// Whether the ends of the ramp are rounded outwards to whole indices.
         truncate: bool,
-        /// Context length before the stretching, in tokens.
+        /// Context length before scaling, in tokens.
         original_max_position_embeddings: usize,
     },
-    /// Frequency i divided by the i-th number: what a GGUF keeps of Llama 3.1's kind (`rope_freqs.weight`), and
+    /// Frequency i is divided by the i-th number: how a GGUF file stores Llama 3.1's scaling (`rope_freqs.weight`), and
     /// Phi-3's factors for contexts up to the original length (arXiv:2402.13753).
     Divisors {
-        /// (rotary_dim / 2).
+        /// One divisor per frequency, (rotary_dim / 2).
         divisors: Vec<f32>,
-        /// cos and sin are multiplied by it.
+        /// Factor of cos and sin.
         attention_factor: f64,
     },
 }
 
 impl RopeScaling {
-    /// What cos and sin are multiplied by.
+    /// Factor of cos and sin.
     pub fn attention_factor(&self) -> f64 {
         match self {
             Self::Yarn { attention_factor, .. } | Self::Divisors { attention_factor, .. } => *attention_factor,
@@ -61,7 +64,7 @@ impl RopeScaling {
         }
     }
 
-    /// Whether every number can be used with `dim` rotary dimensions.
+    /// Whether all fields are valid for `dim` rotary dimensions.
     pub(super) fn is_usable(&self, dim: usize) -> bool {
         let positive = |x: &f64| *x > 0.0 && x.is_finite();
         match self {
@@ -101,7 +104,7 @@ impl RopeScaling {
                     llama3(plain(i), *factor, *low_freq_factor, *high_freq_factor, original)
                 }
                 Self::Yarn { factor, beta_fast, beta_slow, truncate, original_max_position_embeddings, .. } => {
-                    // The frequency that makes so many turns over the old context.
+                    // Index of the frequency with this many rotations over the old context.
                     let at = |turns: f64| {
                         let wavelength = *original_max_position_embeddings as f64 / (turns * 2.0 * PI);
                         dim as f64 * wavelength.ln() / (2.0 * theta.ln())
@@ -118,7 +121,7 @@ impl RopeScaling {
             .collect()
     }
 
-    /// As config.json writes it; `None` for divisors that no config.json can express.
+    /// The scaling as a value of config.json; `None` for divisors that config.json cannot express.
     pub(super) fn to_json(&self, theta: f64, dim: usize) -> Option<Value> {
         Some(match self {
             Self::None => Value::Null,
@@ -149,25 +152,25 @@ impl RopeScaling {
     }
 }
 
-/// Yarn's factor of cos and sin where a file does not say.
-pub(super) fn yarn_attention_factor(factor: f64) -> f64 {
+/// YaRN's default factor of cos and sin.
+pub(crate) fn yarn_attention_factor(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }
 
-/// The llama3 scaling whose divisors these are, with the constants every published model uses (1, 4, 8192).
+/// The llama3 scaling with these divisors, if there is one with the constants of all published models (1, 4, 8192).
 fn divisors_as_llama3(divisors: &[f32], theta: f64, dim: usize) -> Option<Value> {
     let (low, high, original) = (1.0, 4.0, 8192);
     let factor = f64::from(divisors.iter().copied().fold(1.0, f32::max));
     let fits = divisors.iter().enumerate().all(|(i, &d)| {
         let plain = theta.powf(-((2 * i) as f64) / dim as f64);
         let want = plain / llama3(plain, factor, low, high, original as f64);
-        // llama.cpp computes the divisors in f32 through a cancelling difference: four digits are what is left.
+        // llama.cpp computes the divisors in f32 through a cancelling difference, which leaves four digits.
         (f64::from(d) - want).abs() < 1e-3 * want
     });
     fits.then(|| llama3_json(factor, low, high, original))
 }
 
-/// Llama 3.1's stretch of one frequency.
+/// Llama 3.1's scaling of one frequency.
 fn llama3(freq: f64, factor: f64, low: f64, high: f64, original: f64) -> f64 {
     let wavelength = 2.0 * PI / freq;
     if wavelength < original / high {

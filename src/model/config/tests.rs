@@ -1,12 +1,8 @@
-//! Configurations that read alike, and ones that must be refused.
+//! Tests of reading config.json: equivalent spellings, and configurations that must be refused.
 
 use super::hf::object;
 use super::*;
-use crate::model_files::gguf::Gguf;
-use crate::model_files::gguf::tests::Writer;
-use crate::ops::weight::Bytes;
 use serde_json::{Value, json};
-use std::sync::Arc;
 
 const SMOL: &str = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536,
     "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3, "rope_theta": 100000,
@@ -26,13 +22,13 @@ fn refusal(edit: &[(&str, Value)]) -> String {
 }
 
 #[test]
-fn old_and_new_rope_keys_read_alike_and_survive_a_round_trip() {
+fn old_and_new_rope_keys_are_equivalent_and_survive_a_round_trip() {
     let scaling = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192});
     let mut new = scaling.clone();
     new["rope_theta"] = json!(500000.0);
     let old = edited(&[("rope_theta", json!(500000.0)), ("rope_scaling", scaling)]);
-    // What stands outside of rope_parameters must lose: transformers 5 does not read it.
+    // A rope_theta outside of rope_parameters is ignored: transformers 5 does not read it.
     let new = edited(&[("rope_theta", json!(3.0)), ("rope_parameters", new)]);
     let a = DecoderConfig::from_hf(&old, None, "m").unwrap();
     assert_eq!(a, DecoderConfig::from_hf(&new, None, "m").unwrap());
@@ -60,7 +56,7 @@ fn gpt_neos_kinds_of_attention_are_read_and_survive_a_round_trip_and_wrong_ones_
 }
 
 #[test]
-fn ends_of_text_are_gathered_from_both_files() {
+fn end_of_sequence_tokens_are_collected_from_both_files() {
     let both =
         DecoderConfig::from_hf(&edited(&[("eos_token_id", json!([2, 7]))]), Some(r#"{"eos_token_id": [9, 2]}"#), "m");
     assert_eq!(both.unwrap().eos_token_ids, [9, 2, 7]);
@@ -69,7 +65,7 @@ fn ends_of_text_are_gathered_from_both_files() {
 }
 
 #[test]
-fn what_the_decoder_cannot_do_is_refused_by_name() {
+fn unsupported_settings_are_refused_by_name() {
     for (key, value, says) in [
         ("model_type", json!("mamba"), "mamba"),
         ("attention_bias", json!("yes"), "attention_bias"),
@@ -84,7 +80,7 @@ fn what_the_decoder_cannot_do_is_refused_by_name() {
         ("num_attention_heads", json!(-1), "not a positive integer"),
         ("hidden_size", json!(577), "577"),
         ("hidden_size", json!(u64::MAX), "hidden size"),
-        ("head_dim", json!(63), "turn pairs"),
+        ("head_dim", json!(63), "rotate pairs"),
         ("num_hidden_layers", json!(1e9), "num_hidden_layers"),
         ("vocab_size", json!(0), "vocab_size"),
         ("eos_token_id", json!(49152), "49152"),
@@ -97,7 +93,7 @@ fn what_the_decoder_cannot_do_is_refused_by_name() {
     }
     assert!(DecoderConfig::from_hf("[1]", None, "m").is_err());
     assert!(DecoderConfig::from_hf("{", None, "m").is_err());
-    // No window where the file says so; transformers' default where it says nothing.
+    // null means no window; a missing key means transformers' default.
     for (edit, window) in [(vec![("sliding_window", Value::Null)], None), (vec![], Some(4096))] {
         let mistral = edited(&[&[("model_type", json!("mistral"))][..], &edit[..]].concat());
         assert_eq!(DecoderConfig::from_hf(&mistral, None, "m").unwrap().layers[0].window, window);
@@ -120,55 +116,4 @@ fn inverse_frequencies_match_transformers_golden() {
             assert!((f64::from(g) - w).abs() <= 1e-6 * w, "{} at {i}: {g} is not {w}", case["name"]);
         }
     }
-}
-
-fn gguf_bytes(divisors: Option<&[f32]>) -> Vec<u8> {
-    let w = Writer::default()
-        .string("general.architecture", "llama")
-        .string("general.name", "tiny")
-        .u32("llama.block_count", 2)
-        .u32("llama.context_length", 131_072)
-        .u32("llama.embedding_length", 128)
-        .u32("llama.feed_forward_length", 96)
-        .u32("llama.attention.head_count", 2)
-        .u32("llama.attention.head_count_kv", 1)
-        .u32("tokenizer.ggml.eos_token_id", 2)
-        .f32("llama.rope.freq_base", 500_000.0)
-        .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
-        .f32_tensor("token_embd.weight", &[5, 128], &[0.; 5 * 128]);
-    match divisors {
-        Some(d) => w.f32_tensor("rope_freqs.weight", &[d.len()], d),
-        None => w,
-    }
-    .finish()
-}
-
-fn from_gguf(bytes: Vec<u8>) -> Result<DecoderConfig> {
-    DecoderConfig::from_gguf(&Gguf::parse(Bytes::new(Arc::new(bytes)), "x.gguf")?)
-}
-
-#[test]
-fn gguf_metadata_gives_the_same_config_and_divisors_become_llama3_again() {
-    let plain = from_gguf(gguf_bytes(None)).unwrap();
-    assert_eq!((plain.vocab_size, plain.head_dim, plain.norm_eps), (5, 64, 1e-5));
-    assert!(plain.tie_word_embeddings && plain.rope_scaling == RopeScaling::None);
-    let llama3 = DecoderConfig {
-        rope_scaling: RopeScaling::Llama3 {
-            factor: 32.0,
-            low_freq_factor: 1.0,
-            high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
-        },
-        ..plain.clone()
-    };
-    let divisors: Vec<f32> = plain.inv_freq().iter().zip(llama3.inv_freq()).map(|(p, s)| p / s).collect();
-    let read = from_gguf(gguf_bytes(Some(&divisors))).unwrap();
-    for (a, b) in read.inv_freq().iter().zip(llama3.inv_freq()) {
-        assert!((a - b).abs() <= 1e-6 * b);
-    }
-    let exported = DecoderConfig::from_hf(&read.to_hf_json().unwrap(), None, "m").unwrap();
-    assert_eq!(exported.rope_scaling, llama3.rope_scaling);
-    let odd: Vec<f32> = (0..32).map(|i| 1.0 + i as f32).collect();
-    assert!(from_gguf(gguf_bytes(Some(&odd))).unwrap().to_hf_json().is_err());
-    assert!(from_gguf(gguf_bytes(Some(&odd[..31]))).is_err());
 }

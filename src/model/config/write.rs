@@ -1,4 +1,7 @@
-//! [`DecoderConfig`] -> the config.json that transformers reads: for exports of models that came as a GGUF.
+//! [`DecoderConfig`] -> a config.json that transformers reads.
+//!
+//! Exports need it for models that were opened from a GGUF file. It does not depend on writing files. Read `hf.rs` for the
+//! inverse.
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -7,10 +10,10 @@ use super::{DecoderConfig, Family, LayerRope, Placement};
 use crate::invalid;
 
 impl DecoderConfig {
-    /// This configuration as a config.json that transformers reads, in the keys of its family.
+    /// This configuration as a config.json, with the keys of its family.
     ///
     /// # Errors
-    /// If the scaling is a list of divisors that no config.json can express.
+    /// If the rope scaling is a list of divisors that config.json cannot express.
     pub fn to_hf_json(&self) -> Result<String> {
         let scaling = self.rope_scaling.to_json(self.rope_theta, self.rotary_dim).ok_or_else(|| {
             invalid!(

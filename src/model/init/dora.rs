@@ -1,5 +1,7 @@
-//! DoRA's start: the magnitudes of an adapter over a base, m = ||W + scale * B A|| row by row, so that the adapted model
-//! starts as the base does (PEFT `DoraLinearLayer.update_layer`). The forward and the norms are in ops/dora.rs.
+//! DoRA's initial magnitudes: m = ||W + scale * B A||, row by row, so that the adapted model starts equal to the base.
+//!
+//! Source: PEFT `DoraLinearLayer.update_layer`. It does not depend on files. Read `ops/linear/low_rank.rs` for the forward
+//! pass and the norms.
 
 use anyhow::{Context, Result};
 use candle_core::Tensor;
@@ -9,10 +11,10 @@ use crate::model::base::Base;
 use crate::ops::cpu;
 use crate::ops::linear::low_rank::{column_norms, row_norms};
 
-/// `adapter` with a magnitude at every branch, those of the base's matrices with the branches as they are.
+/// `adapter` with a magnitude for every branch: the row norms of the base's matrix plus the branch as it is.
 ///
 /// # Errors
-/// If the adapter is another base's.
+/// If the adapter belongs to another base.
 pub fn with_magnitudes(adapter: &Adapter, base: &Base) -> Result<Adapter> {
     let mut pairs = vec![];
     for (slot, pair) in adapter.pairs() {
@@ -25,7 +27,7 @@ pub fn with_magnitudes(adapter: &Adapter, base: &Base) -> Result<Adapter> {
     if adapter.frozen_half() { with.with_frozen_half() } else { Ok(with) }
 }
 
-/// (out).
+/// Magnitude of one branch, (out).
 fn magnitude(base: &Base, slot: TargetModule, pair: &LoraLayer) -> Result<Tensor> {
     let weight = base.matrix(slot).with_context(|| format!("this base has no {slot:?}"))?;
     let norms = match slot {

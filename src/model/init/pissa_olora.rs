@@ -1,9 +1,11 @@
-//! PiSSA and OLoRA: branches that start at the base's own principal part instead of at zero. Own small linear algebra in
-//! f64, one matrix at a time, dequantised as it is needed. Read adapter.rs first.
+//! PiSSA and OLoRA: LoRA branches initialised from the base's own principal directions instead of zero.
 //!
-//! PEFT takes the start out of the base: W - s B0 A0 + s B A. Here no base is written, so the start stays as a frozen
-//! branch of opposite sign beside the one that trains: A = [A; A0], B = [B, -B0]. That is the plain LoRA of twice the
-//! rank into which PEFT converts such an adapter for use over the unchanged base, and how it is saved.
+//! PEFT subtracts the initial branch from the base: W - s B0 A0 + s B A. Here the base is never written, so the initial
+//! branch stays, with opposite sign and frozen, beside the trained one: A = [A; A0], B = [B, -B0]. PEFT converts such an
+//! adapter to the same plain LoRA of twice the rank for use over the unchanged base, and it is saved so.
+//!
+//! The linear algebra (QR, SVD) is in f64, one matrix at a time. It does not depend on files. Read `model/adapter/mod.rs`
+//! first.
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
@@ -14,20 +16,20 @@ use crate::model::base::Base;
 use crate::ops::cpu::parallel;
 use crate::rng::SplitMix64;
 
-/// Where the factors of a branch start.
+/// The initialisation from the base's principal directions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Principal {
-    /// The top r singular values and vectors: s B0 A0 is the best approximation of rank r (arXiv:2404.02948).
+    /// PiSSA (arXiv:2404.02948), from the top r singular values and vectors: s B0 A0 is the best approximation of rank r.
     Pissa,
-    /// The first r columns of Q and rows of R of W = Q R (arXiv:2406.01775).
+    /// OLoRA (arXiv:2406.01775), from the first r columns of Q and rows of R of W = Q R.
     Olora,
 }
 
-/// `adapter`'s branches started at the base's principal parts, each with its frozen opposite.
+/// `adapter` with branches initialised from the base's principal directions, each beside its frozen negative.
 ///
 /// # Errors
-/// If a rank is larger than its matrix, or a branch is on one of the tables, whose start PEFT leaves alone or takes out of
-/// a matrix that both ends may share.
+/// If a rank is larger than its matrix allows, or a branch is on the embedding or the lm_head: PEFT does not initialise the
+/// former so, and subtracts the latter from a matrix that both may share.
 pub fn principal(adapter: &Adapter, base: &Base, how: Principal) -> Result<Adapter> {
     let shapes = *adapter.shapes();
     let mut pairs = vec![];
@@ -35,8 +37,8 @@ pub fn principal(adapter: &Adapter, base: &Base, how: Principal) -> Result<Adapt
         let name = shapes.path(slot);
         if matches!(slot, TargetModule::NonBlockModule(NonBlockModule::Embedding | NonBlockModule::Head)) {
             return Err(invalid!(
-                "init_lora_weights: PiSSA and OLoRA start from linear maps; leave {name} out of target_modules, or use \
-                 the default start"
+                "init_lora_weights: PiSSA and OLoRA initialise linear maps only; leave {name} out of target_modules, or \
+                 use the default initialisation"
             ));
         }
         let weight = base.matrix(slot).with_context(|| format!("this base has no {name}"))?;
@@ -57,7 +59,7 @@ pub fn principal(adapter: &Adapter, base: &Base, how: Principal) -> Result<Adapt
         .with_frozen_half()
 }
 
-/// A (r, n) = sqrt(S) V^T and B (m, r) = U sqrt(S), S divided by the branch's scale.
+/// PiSSA: A (r, n) = sqrt(S) V^T and B (m, r) = U sqrt(S), with S divided by the branch's scale.
 fn pissa(w: &Matrix, r: usize, scale: f64) -> (Matrix, Matrix) {
     let (u, s, v) = top_singular(w, r);
     let root = |j: usize| (s[j] / scale).sqrt();
@@ -65,13 +67,13 @@ fn pissa(w: &Matrix, r: usize, scale: f64) -> (Matrix, Matrix) {
     (a, Matrix::from_fn(w.rows, r, |i, j| root(j) * u.at(i, j)))
 }
 
-/// A (r, n) = the first rows of R, B (m, r) = the first columns of Q.
+/// OLoRA: A (r, n) = the first rows of R, B (m, r) = the first columns of Q.
 fn olora(w: &Matrix, r: usize) -> (Matrix, Matrix) {
     let q = orthonormal(Matrix::from_fn(w.rows, r, |i, j| w.at(i, j)));
     (q.transposed().times(w), q)
 }
 
-/// Row-major f64.
+/// A dense matrix, row-major f64.
 #[derive(Clone)]
 struct Matrix {
     rows: usize,
@@ -117,8 +119,8 @@ fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(x, y)| x * y).sum()
 }
 
-/// The columns made orthonormal from left to right: Gram-Schmidt, each column twice, which is as good as Householder's
-/// reflections. A column that depends on those before it becomes zero.
+/// Orthonormalises the columns from left to right: Gram-Schmidt, each column twice, which is as accurate as Householder
+/// reflections. A column that depends linearly on those before it becomes zero.
 fn orthonormal(matrix: Matrix) -> Matrix {
     let mut columns = matrix.transposed();
     let n = columns.cols;
@@ -139,19 +141,19 @@ fn orthonormal(matrix: Matrix) -> Matrix {
     columns.transposed()
 }
 
-/// The r largest singular values with their left (m, r) and right (n, r) vectors: block power iteration over a space
-/// with some more directions than are wanted, then a small exact decomposition inside of it.
+/// The r largest singular values with their left (m, r) and right (n, r) vectors: block power iteration over a subspace of
+/// more than r directions, then an exact decomposition within it (randomised SVD, arXiv:0909.4061).
 fn top_singular(w: &Matrix, r: usize) -> (Matrix, Vec<f64>, Matrix) {
-    /// More directions than wanted: the gap that counts is to the first that is left out.
+    /// Oversampling: convergence depends on the gap to the first singular value outside of the subspace.
     const MORE: usize = 16;
-    /// PEFT's fast variant recommends 16; the space is larger here, and small matrices are taken whole.
+    /// Power iterations. PEFT's fast variant recommends 16; the subspace is larger here, and small matrices are exact.
     const ITERATIONS: usize = 24;
     let wide = (r + MORE).max(64).min(w.rows.min(w.cols));
     let mut rng = SplitMix64::new(0);
     let noise: Vec<f64> = (0..w.cols * wide).map(|_| rng.uniform() - 0.5).collect();
     let transposed = w.transposed();
     let mut q = orthonormal(w.times(&Matrix { rows: w.cols, cols: wide, values: noise }));
-    // Over all of the smaller side one pass is exact.
+    // Over the full smaller dimension, one iteration is exact.
     let iterations = if wide == w.rows.min(w.cols) { 1 } else { ITERATIONS };
     for _ in 0..iterations {
         q = orthonormal(w.times(&orthonormal(transposed.times(&q))));
@@ -164,7 +166,7 @@ fn top_singular(w: &Matrix, r: usize) -> (Matrix, Vec<f64>, Matrix) {
     (q.times(&pick(&z)), order[..r].iter().map(|&i| s[i]).collect(), pick(&v))
 }
 
-/// P (n, k) = V diag(S) Z^T by one-sided Jacobi rotations: pairs of columns are turned until all are orthogonal.
+/// P (n, k) = V diag(S) Z^T by one-sided Jacobi: pairs of columns are rotated until all are orthogonal.
 fn jacobi(p: Matrix) -> (Matrix, Vec<f64>, Matrix) {
     let k = p.cols;
     let mut columns = p.transposed();
@@ -183,22 +185,22 @@ fn jacobi(p: Matrix) -> (Matrix, Vec<f64>, Matrix) {
                 let zeta = (beta - alpha) / (2.0 * gamma);
                 let t = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
                 let c = 1.0 / (1.0 + t * t).sqrt();
-                turn(&mut columns, i, j, c, c * t);
-                turn(&mut z, i, j, c, c * t);
+                rotate(&mut columns, i, j, c, c * t);
+                rotate(&mut z, i, j, c, c * t);
             }
         }
         if largest < 1e-14 {
             break;
         }
     }
-    // `z` holds its columns as rows, as `columns` does.
+    // `z` stores its columns as rows, as `columns` does.
     let s: Vec<f64> = columns.values.chunks_exact(columns.cols).map(|c| dot(c, c).sqrt()).collect();
     let v = Matrix::from_fn(columns.cols, k, |i, j| if s[j] > 0.0 { columns.at(j, i) / s[j] } else { 0.0 });
     (v, s, z.transposed())
 }
 
-/// Rows i and j become c i - s j and s i + c j.
-fn turn(m: &mut Matrix, i: usize, j: usize, c: f64, s: f64) {
+/// Givens rotation: rows i and j become c i - s j and s i + c j.
+fn rotate(m: &mut Matrix, i: usize, j: usize, c: f64, s: f64) {
     for k in 0..m.cols {
         let (x, y) = (m.at(i, k), m.at(j, k));
         m.values[i * m.cols + k] = c * x - s * y;
@@ -220,8 +222,8 @@ mod tests {
     }
 
     #[test]
-    fn singular_values_that_were_put_in_come_out_in_order_with_their_vectors() {
-        // 200 x 150 is larger than the working space, so that the power iteration is what is tested.
+    fn known_singular_values_and_vectors_are_recovered_in_order() {
+        // 200 x 150 is larger than the subspace, so that the power iteration is tested.
         let (u, v) = (orthonormal(noise(200, 100, 1)), orthonormal(noise(150, 100, 2)));
         let s = |j: usize| 10.0 * 0.9f64.powi(j as i32);
         let w = Matrix::from_fn(200, 100, |i, j| u.at(i, j) * s(j)).times(&v.transposed());

@@ -1,10 +1,9 @@
-//! GGUF bytes written by hand, whole and broken; the writer serves the other readers' tests too.
+//! Tests of the GGUF reader on valid and damaged bytes. The writer is also used by tests of other readers.
 
-use crate::model::config::Sizes;
 use crate::model_files::gguf::*;
 use std::sync::Arc;
 
-/// Writes GGUF bytes by hand: the reader must not be tested with its own writer's habits.
+/// An independent writer of GGUF bytes, so that the reader is not tested against the program's own writer.
 #[derive(Default)]
 pub(crate) struct Writer {
     keys: Vec<u8>,
@@ -59,7 +58,7 @@ impl Writer {
         self.key(name, 9, &list)
     }
 
-    /// `shape` as Hugging Face writes it.
+    /// A tensor; `shape` has the outermost dimension first.
     pub(crate) fn tensor(mut self, name: &str, shape: &[usize], kind: u32, bytes: &[u8]) -> Self {
         self.data.resize(self.data.len().next_multiple_of(32), 0);
         let offset = self.data.len() as u64;
@@ -72,7 +71,7 @@ impl Writer {
         self.tensor(name, shape, 0, &bytes)
     }
 
-    /// A row of the table that brings no data along.
+    /// An entry of the table without data.
     pub(crate) fn entry(mut self, name: &str, shape: &[usize], kind: u32, offset: u64) -> Self {
         self.table.extend(text(name));
         self.table.extend((shape.len() as u32).to_le_bytes());
@@ -116,7 +115,7 @@ fn small() -> Writer {
 }
 
 #[test]
-fn metadata_and_tensors_come_back_as_written() {
+fn metadata_and_tensors_are_read_as_written() {
     let g = parse(small().finish()).unwrap();
     assert_eq!(g.version(), 3);
     assert_eq!(g.string("general.architecture").unwrap(), Some("llama"));
@@ -132,7 +131,7 @@ fn metadata_and_tensors_come_back_as_written() {
 }
 
 #[test]
-fn version_2_is_read_as_version_3_is() {
+fn version_2_is_read_like_version_3() {
     let mut bytes = small().finish();
     bytes[4] = 2;
     let (two, three) = (parse(bytes).unwrap(), parse(small().finish()).unwrap());
@@ -153,7 +152,7 @@ fn a_file_cut_at_any_byte_is_refused() {
 }
 
 #[test]
-fn any_header_byte_may_be_damaged_without_a_panic() {
+fn damage_to_any_header_byte_does_not_panic() {
     let whole = small().finish();
     for at in 0..whole.len() {
         for flip in [0x01, 0x80, 0xff] {
@@ -165,7 +164,7 @@ fn any_header_byte_may_be_damaged_without_a_panic() {
 }
 
 #[test]
-fn wrong_magic_version_and_byte_order_are_told_apart() {
+fn wrong_magic_version_and_byte_order_have_distinct_errors() {
     let mut bytes = small().finish();
     bytes[4] = 1;
     assert!(refusal(bytes.clone()).contains("version 1"));
@@ -189,7 +188,7 @@ fn huge_counts_are_refused_before_anything_is_allocated() {
 }
 
 #[test]
-fn tensors_outside_on_top_of_each_other_unaligned_or_overflowing_are_refused() {
+fn tensors_outside_overlapping_unaligned_or_overflowing_are_refused() {
     let base = || Writer::default().f32_tensor("a", &[8], &[0.; 8]);
     assert!(refusal(base().entry("b", &[8], 0, 0).finish()).contains("share bytes"));
     assert!(refusal(base().entry("b", &[8], 0, 4).finish()).contains("alignment"));
@@ -202,22 +201,4 @@ fn tensors_outside_on_top_of_each_other_unaligned_or_overflowing_are_refused() {
     assert!(refusal(base().entry("b", &[256], 23, 32).finish()).contains("iq4_xs"));
     assert!(refusal(base().f32_tensor("a", &[8], &[0.; 8]).finish()).contains("twice"));
     assert!(refusal(base().u32("general.alignment", 24).finish()).contains("power of two"));
-}
-
-#[test]
-fn names_map_to_hugging_faces() {
-    let sizes =
-        Sizes { vocab: 8, hidden: 8, intermediate: 8, layers: 13, heads: 1, kv_heads: 1, head_dim: 8, positions: 8 };
-    let config = DecoderConfig::llama(sizes, "x").unwrap();
-    let hf_name = |name: &str| hf_name(&config, name);
-    assert_eq!(hf_name("blk.12.attn_q.weight").unwrap(), "model.layers.12.self_attn.q_proj.weight");
-    assert_eq!(hf_name("output.weight").unwrap(), "lm_head.weight");
-    for unknown in ["blk.1.attn_q.bias", "blk.01.attn_q.weight", "blk.x.attn_q.weight", "blk.1.ffn_gate_exps.weight"] {
-        assert_eq!(hf_name(unknown), None);
-    }
-    for name in ["blk.12.attn_q.weight", "blk.0.attn_norm.weight", "token_embd.weight", "output_norm.weight"] {
-        assert_eq!(gguf_name(&config, &hf_name(name).unwrap()).unwrap(), name);
-    }
-    assert_eq!(gguf_name(&config, "model.layers.1.self_attn.q_proj.bias"), None);
-    assert_eq!(gguf_name(&config, "model.layers.1.self_attn.rotary.weight"), None);
 }

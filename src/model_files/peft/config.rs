@@ -1,5 +1,7 @@
-//! `adapter_config.json`: which of its settings are honoured, which do no harm, and which are refused by name.
-//! Knows no tensor. Its tests are peft.rs's, on whole directories.
+//! `adapter_config.json`: which settings are honoured, which have no effect, and which are refused by name.
+//!
+//! A setting that is silently ignored would change the model. It does not depend on tensors. Its tests are in `peft/mod.rs`,
+//! on whole directories.
 
 use std::collections::BTreeMap;
 
@@ -7,15 +9,14 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use crate::invalid;
-use crate::model::adapter::Adapter;
-use crate::model::adapter::targets::{LoraConfig, MatrixLayout, TargetModules};
+use crate::model::adapter::{Adapter, LoraConfig, MatrixLayout, TargetModules};
 
-/// Settings whose value changes nothing about what a finished adapter computes.
+/// Settings that do not affect what a trained adapter computes.
 const HARMLESS: [&str; 13] = [
     "auto_mapping",
     "base_model_name_or_path",
     "ensure_weight_tying",
-    // PEFT itself corrects it by the kind of layer that it meets.
+    // PEFT itself corrects it by the type of layer.
     "fan_in_fan_out",
     "inference_mode",
     "lora_dropout",
@@ -28,23 +29,29 @@ const HARMLESS: [&str; 13] = [
     "task_type",
 ];
 
-/// The names of a scalar head: transformers' classifiers have the first two, TRL's value models the third.
+/// Names of a scalar head: transformers' classifiers use the first two, TRL's value models the third.
 const HEADS: [&str; 3] = ["score", "classifier", "v_head"];
 
-/// What `adapter_config.json` says, as far as it matters here.
+/// The contents of `adapter_config.json`.
 pub(crate) struct FileConfig {
+    /// Hyperparameters.
     pub(crate) lora: LoraConfig,
-    /// What `modules_to_save` calls the scalar head; empty where there is none.
+    /// Names of the scalar head in `modules_to_save`; empty if there is none.
     pub(crate) heads: Vec<String>,
+    /// `base_model_name_or_path`.
     pub(crate) base_model: Option<String>,
 }
 
+/// Parses `adapter_config.json`.
+///
+/// # Errors
+/// If it is not a JSON object, or a setting is invalid or not supported.
 pub(crate) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
     let value: Value = serde_json::from_slice(bytes).map_err(|e| invalid!("not a JSON file: {e}"))?;
     let map = value.as_object().ok_or_else(|| invalid!("not a JSON object"))?;
     let get = |key: &str| map.get(key).filter(|v| !v.is_null());
     if get("peft_type").and_then(Value::as_str) != Some("LORA") {
-        return Err(invalid!("peft_type = {} is not LORA, the only kind that can be used", shown(get("peft_type"))));
+        return Err(invalid!("peft_type = {} is not LORA, the only supported kind", shown(get("peft_type"))));
     }
     if !matches!(get("task_type").and_then(Value::as_str), None | Some("CAUSAL_LM" | "SEQ_CLS")) {
         return Err(invalid!("task_type = {} is neither CAUSAL_LM nor SEQ_CLS", shown(get("task_type"))));
@@ -63,9 +70,9 @@ pub(crate) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
             "use_dora" => value.is_null() || value.is_boolean(),
             "bias" => value.is_null() || value == "none",
             "layers_pattern" => is_unset(value) || *value == json!("layers") || *value == json!(["layers"]),
-            "init_lora_weights" => leaves_the_base_alone(value),
+            "init_lora_weights" => keeps_the_base(value),
             "modules_to_save" => {
-                // PEFT lists both names that a classifier's head may have, whichever the model uses.
+                // PEFT lists both names of a classifier's head, whichever the model uses.
                 let names: Vec<&str> = value.as_array().into_iter().flatten().filter_map(Value::as_str).collect();
                 if let Some(other) = names.iter().find(|n| !HEADS.contains(n)) {
                     return Err(invalid!(
@@ -83,7 +90,7 @@ pub(crate) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
         if !honoured {
             return Err(invalid!(
                 "{key} = {value} asks for something that is not supported, and ignoring it would change the model; \
-                 only LoRA and DoRA on linear maps and token tables, with or without a score head, can be used"
+                 only LoRA and DoRA on linear maps, embedding and lm_head, with or without a score head, are supported"
             ));
         }
     }
@@ -117,7 +124,7 @@ fn parse_targets(value: Option<&Value>) -> Result<TargetModules> {
 }
 
 fn parse_pattern<T>(key: &str, value: Option<&Value>, of: impl Fn(&Value) -> Option<T>) -> Result<Vec<(String, T)>> {
-    let bad = || invalid!("{key} = {} is no table from names to numbers", shown(value));
+    let bad = || invalid!("{key} = {} is not a table from names to numbers", shown(value));
     match value {
         None => Ok(vec![]),
         Some(Value::Object(table)) => {
@@ -134,12 +141,12 @@ fn parse_layers(value: Option<&Value>) -> Result<Option<Vec<usize>>> {
         Some(Value::Array(layers)) => layers.iter().map(index).collect(),
         Some(one) => index(one).map(|i| vec![i]),
     };
-    layers.map(Some).ok_or_else(|| invalid!("layers_to_transform = {} is no list of layers", shown(value)))
+    layers.map(Some).ok_or_else(|| invalid!("layers_to_transform = {} is not a list of layers", shown(value)))
 }
 
-/// Whether an initialisation left the base's weights as they were. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract
-/// the start of the factors from the base, so their adapters fit no base that is stored anywhere.
-fn leaves_the_base_alone(init: &Value) -> bool {
+/// Whether an initialisation keeps the base's weights. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the initial factors
+/// from the base, so their adapters do not fit the published base.
+fn keeps_the_base(init: &Value) -> bool {
     match init {
         Value::Null | Value::Bool(_) => true,
         Value::String(name) => ["gaussian", "eva", "orthogonal"].contains(&name.as_str()),
@@ -160,10 +167,14 @@ fn shown(value: Option<&Value>) -> String {
     value.map_or("(missing)".to_string(), Value::to_string)
 }
 
+/// Writes `adapter_config.json`.
+///
+/// # Errors
+/// If the config does not fit the adapter's shapes.
 pub(crate) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
     let config = adapter.config();
     let targets: Value = match (&config.target_modules, &config.layers_to_transform) {
-        // PEFT, too, writes what "all-linear" came to; and it takes no layer list beside a string.
+        // As PEFT does, "all-linear" is written as a list; PEFT accepts layers_to_transform only with a list.
         (TargetModules::AllLinear, _) => json!(adapter.shapes().all_linear()),
         (TargetModules::List(list), _) => json!(list),
         (TargetModules::Regex(pattern), None) => json!(pattern),
@@ -173,7 +184,7 @@ pub(crate) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
         }
     };
     let head = adapter.head().is_some();
-    // PEFT annotates alpha as an integer; one that is none goes out as it is.
+    // PEFT declares alpha as an integer; a fractional one is written as it is.
     let alpha = |alpha: f64| match alpha.fract() == 0.0 && alpha < 1e15 {
         true => json!(alpha as i64),
         false => json!(alpha),

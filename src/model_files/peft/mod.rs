@@ -1,6 +1,8 @@
-//! Adapters as PEFT directories: `adapter_config.json` and `adapter_model.safetensors`, read and written so that
-//! Python's `PeftModel.from_pretrained` and this program understand each other. What a file asks for and we would not
-//! honour is refused by name. Knows no base beyond [`LinearShapes`]. Read adapter.rs first.
+//! Adapters as PEFT directories: `adapter_config.json` and `adapter_model.safetensors`.
+//!
+//! Python's `PeftModel.from_pretrained` reads what this program writes, and the reverse. A setting that would change the model
+//! and is not supported is refused by name. It does not depend on the base, only on its [`LinearShapes`]. Read
+//! `model/adapter/mod.rs` first.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,38 +11,37 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
-use half::{bf16, f16};
-use safetensors::{Dtype, SafeTensors};
+use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 use crate::model::adapter::{Adapter, Factor, HEAD_BIAS, LinearShapes, LoraLayer, Provenance, ScoreHead, factor_name};
+
 mod config;
 mod tables;
+mod tensors;
 
 use self::config::{FileConfig, config_json, parse_config};
 pub use self::tables::base_tables;
 use self::tables::table_name;
+use self::tensors::read_tensor;
+pub use self::tensors::{CONFIG_FILE, TENSORS_FILE};
 use crate::invalid;
 
-/// The hyperparameters' file.
-pub const CONFIG_FILE: &str = "adapter_config.json";
-/// The tensors' file.
-pub const TENSORS_FILE: &str = "adapter_model.safetensors";
-/// TRL's and LLaMA-Factory's file of a scalar head, beside an adapter of a language model.
+/// TRL's and LLaMA-Factory's file of a scalar head, beside the adapter of a language model.
 pub const VALUE_HEAD_FILE: &str = "value_head.safetensors";
-/// The head's names in [`VALUE_HEAD_FILE`].
+/// Names of the head's tensors in [`VALUE_HEAD_FILE`].
 const VALUE_HEAD: [&str; 2] = ["v_head.summary.weight", "v_head.summary.bias"];
-/// Our keys in the tensor file's `__metadata__`.
+/// Key of the base's fingerprint in the tensor file's `__metadata__`: an extension of this program.
 const FINGERPRINT_KEY: &str = "fourfold.base_fingerprint";
-/// There where the second half of every rank is what PiSSA or OLoRA took from the base at the start.
+/// Key in `__metadata__` of adapters whose second half of every rank is frozen (PiSSA, OLoRA).
 const FROZEN_KEY: &str = "fourfold.frozen_half";
 
 impl Adapter {
     /// Reads a PEFT directory for a base of these shapes. Factors may be stored as f32, f16 or bf16; they become f32.
     ///
     /// # Errors
-    /// Bad input if a file is missing, damaged, asks for a variant that we do not compute, was trained over another
-    /// base, misses a factor, or holds a tensor that we do not know or that is not finite.
+    /// Invalid input if a file is missing or damaged, has an unsupported setting, was trained over another base, lacks a
+    /// factor, or has an unknown tensor or one with NaN or infinite numbers.
     pub fn load(dir: &Path, shapes: LinearShapes) -> Result<Self> {
         let read = |file: &str| {
             let path = dir.join(file);
@@ -61,12 +62,11 @@ impl Adapter {
         adapter.with_score_head(Some(head))
     }
 
-    /// Writes a PEFT directory. The files appear together: they are written into a sibling directory that then takes
-    /// the name. Equal adapters give equal bytes.
+    /// Writes a PEFT directory, atomically: the files are written into a sibling directory, which is then renamed. Equal
+    /// adapters give equal bytes.
     ///
     /// # Errors
-    /// Bad input if `dir` exists and is anything but an adapter's directory (other files in it would be lost);
-    /// otherwise if the disk refuses.
+    /// Invalid input if `dir` exists and is not an adapter's directory (its files would be lost); otherwise if writing fails.
     pub fn save(&self, dir: &Path) -> Result<()> {
         self.save_as(dir, |new| self.write_into(new))
     }
@@ -107,7 +107,7 @@ impl Adapter {
     }
 
     fn write_into(&self, dir: &Path) -> Result<()> {
-        fs::remove_dir_all(dir).ok(); // left by a process of this number that was killed while saving
+        fs::remove_dir_all(dir).ok(); // left by a killed process with the same id
         fs::create_dir(dir)?;
         write_synced(&dir.join(CONFIG_FILE), &config_json(self)?)?;
         write_synced(&dir.join(TENSORS_FILE), &tensors_bytes(self)?)
@@ -129,12 +129,12 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     };
     let mut pairs = vec![];
     for slot in lora.select(&shapes)? {
-        let (inp, out) = shapes.dims_of(slot);
+        let (in_features, out_features) = shapes.dims_of(slot);
         let path = shapes.path(slot);
         let (r, scale) = (lora.rank_of(&path), lora.scaling_of(&path));
         let name = |factor| factor_name(&shapes, slot, factor);
-        let (a, b) = (take(&name(Factor::A), &[r, inp])?, take(&name(Factor::B), &[out, r])?);
-        let magnitude = lora.use_dora.then(|| take(&name(Factor::Magnitude), &[out])).transpose()?;
+        let (a, b) = (take(&name(Factor::A), &[r, in_features])?, take(&name(Factor::B), &[out_features, r])?);
+        let magnitude = lora.use_dora.then(|| take(&name(Factor::Magnitude), &[out_features])).transpose()?;
         pairs.push((slot, LoraLayer::new(a, b, scale).with_magnitude(magnitude)));
     }
     let head = match &heads[..] {
@@ -143,7 +143,7 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
             let places =
                 heads.iter().flat_map(|head| ["", ".summary"].map(|of| format!("base_model.model.{head}{of}")));
             let there = |place: &String| file.names().contains(&format!("{place}.weight").as_str());
-            // Of a head that is not there, the first name is what an error calls missing.
+            // If there is no head, the error message names the first place.
             let place = places.clone().find(there).or(places.clone().next()).unwrap_or_default();
             let (weight, bias) = (format!("{place}.weight"), format!("{place}.bias"));
             let weight = take(&weight, &[1, shapes.hidden])?;
@@ -154,7 +154,7 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
             Some(ScoreHead { weight, bias })
         }
     };
-    // PEFT puts the tables themselves beside branches on them; `base_tables` has them compared.
+    // PEFT also saves the matrices under branches on embedding and lm_head; `base_tables` reads them.
     for (slot, _) in &pairs {
         unread.remove(table_name(&shapes, *slot).as_str());
     }
@@ -173,12 +173,12 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     if frozen { adapter.with_frozen_half() } else { Ok(adapter) }
 }
 
-/// The head of a [`VALUE_HEAD_FILE`]: TRL's linear map from hidden states to one number.
+/// Reads the head of a [`VALUE_HEAD_FILE`]: TRL's linear map from hidden states to one number.
 fn read_value_head(bytes: &[u8], hidden: usize) -> Result<ScoreHead> {
     let damaged = |e| invalid!("truncated or damaged ({e}); save or download it again");
     let file = SafeTensors::deserialize(bytes).map_err(damaged)?;
     if let Some(name) = file.names().into_iter().find(|name| !VALUE_HEAD.contains(name)) {
-        return Err(invalid!("{name} is no part of a value head; {} and {} are", VALUE_HEAD[0], VALUE_HEAD[1]));
+        return Err(invalid!("{name} does not belong to a value head; {} and {} are", VALUE_HEAD[0], VALUE_HEAD[1]));
     }
     let weight = read_tensor(&file, VALUE_HEAD[0], &[1, hidden])?;
     let bias = match file.names().contains(&VALUE_HEAD[1]) {
@@ -188,30 +188,8 @@ fn read_value_head(bytes: &[u8], hidden: usize) -> Result<ScoreHead> {
     Ok(ScoreHead { weight, bias })
 }
 
-fn read_tensor(file: &SafeTensors<'_>, name: &str, dims: &[usize]) -> Result<Tensor> {
-    let view = file.tensor(name).map_err(|e| invalid!("{name}: {e}"))?;
-    if view.shape() != dims {
-        return Err(invalid!(
-            "{name} is {:?} and this base with this config needs {dims:?}: the adapter was trained over another base; \
-             point it at the base named in its {CONFIG_FILE}, or train it again over this one",
-            view.shape()
-        ));
-    }
-    let bytes = view.data();
-    let values: Vec<f32> = match view.dtype() {
-        Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|&b| f32::from_le_bytes(b)).collect(),
-        Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|&b| f16::from_le_bytes(b).to_f32()).collect(),
-        Dtype::BF16 => bytes.as_chunks::<2>().0.iter().map(|&b| bf16::from_le_bytes(b).to_f32()).collect(),
-        other => return Err(invalid!("{name} is stored as {other:?}; f32, f16 and bf16 can be read")),
-    };
-    if let Some(at) = values.iter().position(|x| !x.is_finite()) {
-        return Err(invalid!("{name} holds {} at position {at}: the training that wrote it diverged", values[at]));
-    }
-    Ok(Tensor::from_vec(values, dims, &Device::Cpu)?)
-}
-
-/// The safetensors file, header keys sorted. Written here and not by the crate, whose `__metadata__` comes out of a
-/// hash map and so in another order every run.
+/// The bytes of the tensor file, with sorted keys. The safetensors crate is not used, because it writes `__metadata__` from
+/// a hash map, in random order.
 fn tensors_bytes(adapter: &Adapter) -> Result<Vec<u8>> {
     let bias = adapter.head().map_or(0.0, |h| h.bias);
     let bias_tensor = Tensor::new(&[bias], &Device::Cpu)?;
@@ -257,7 +235,7 @@ fn check_replaceable(dir: &Path) -> Result<()> {
         let name = entry?.file_name();
         if name != CONFIG_FILE && name != TENSORS_FILE && name != VALUE_HEAD_FILE {
             return Err(invalid!(
-                "{} holds {}, which is no part of an adapter and would be lost; choose a directory that is new, \
+                "{} holds {}, which does not belong to an adapter and would be lost; choose a directory that is new, \
                  empty, or holds only {CONFIG_FILE} and {TENSORS_FILE}",
                 dir.display(),
                 name.display()
@@ -267,14 +245,14 @@ fn check_replaceable(dir: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Puts `new` in the place of `dir`; what was there stands at `old` for the moment between two renames.
+/// Replaces `dir` by `new`; between two renames the former `dir` is at `old`.
 fn swap(new: &PathBuf, old: &PathBuf, dir: &Path) -> Result<()> {
     if !dir.exists() {
         return Ok(fs::rename(new, dir)?);
     }
     fs::rename(dir, old)?;
     if let Err(e) = fs::rename(new, dir) {
-        fs::rename(old, dir).with_context(|| format!("the former adapter is now at {}", old.display()))?;
+        fs::rename(old, dir).with_context(|| format!("the previous adapter is now at {}", old.display()))?;
         return Err(e.into());
     }
     Ok(fs::remove_dir_all(old)?)
@@ -288,10 +266,12 @@ fn write_synced(path: &Path, bytes: &[u8]) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use half::{bf16, f16};
+    use safetensors::Dtype;
+
     use super::*;
     use crate::error::exit_code;
-    use crate::model::adapter::branch::HEAD_WEIGHT;
-    use crate::model::adapter::targets::{LoraConfig, TargetModules};
+    use crate::model::adapter::{HEAD_WEIGHT, LoraConfig, TargetModules};
 
     /// The shapes of tests/golden/peft_tiny.py.
     const TINY: LinearShapes = LinearShapes::llama(2, 32, 32, 16, 48);
@@ -304,7 +284,7 @@ mod tests {
         t.flatten_all().unwrap().to_vec1().unwrap()
     }
 
-    /// A directory whose files can be spoilt: the golden reward model's.
+    /// A copy of the golden reward model's directory, to be damaged.
     struct Spoilt(tempfile::TempDir);
 
     impl Spoilt {
@@ -349,7 +329,7 @@ mod tests {
     }
 
     #[test]
-    fn pefts_settings_are_understood() {
+    fn settings_of_peft_are_honoured() {
         let lm = Adapter::load(&golden().join("lm"), TINY).unwrap();
         assert_eq!(lm.pair(1, 6).unwrap().scale, 3.0, "rslora: 6 / sqrt(4)");
         assert!(lm.pair(0, 6).is_none() && lm.pair(1, 1).is_none() && lm.head().is_none());
@@ -359,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_saved_adapter_comes_back_equal_and_saves_to_the_same_bytes() {
+    fn saved_adapters_are_read_back_equal_and_have_equal_bytes() {
         let dir = tempfile::tempdir().unwrap();
         let head = ScoreHead { weight: Tensor::full(0.25f32, (1, 32), &Device::Cpu).unwrap(), bias: -1.5 };
         let config = LoraConfig {
@@ -390,11 +370,11 @@ mod tests {
         Adapter::load(&golden().join("rm"), TINY).unwrap().save(&one).unwrap();
         assert_eq!(Adapter::load(&one, TINY).unwrap().config().r, 2, "an adapter's directory is replaced");
         let left: Vec<_> = fs::read_dir(dir.path().join("deep")).unwrap().map(|e| e.unwrap().file_name()).collect();
-        assert_eq!(left, ["one"], "nothing temporary stays");
+        assert_eq!(left, ["one"], "no temporary file is left");
     }
 
     #[test]
-    fn a_bias_of_zero_and_an_unknown_base_leave_no_trace_that_peft_would_trip_over() {
+    fn without_bias_and_fingerprint_the_file_has_pefts_tensors_only() {
         let dir = tempfile::tempdir().unwrap();
         Adapter::load(&golden().join("rm"), TINY).unwrap().save(&dir.path().join("rm")).unwrap();
         let ours = fs::read(dir.path().join("rm").join(TENSORS_FILE)).unwrap();
@@ -409,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn saving_over_anything_but_an_adapter_is_refused_and_loses_nothing() {
+    fn saving_over_other_files_is_refused_and_keeps_them() {
         let dir = tempfile::tempdir().unwrap();
         let adapter = Adapter::load(&golden().join("lm"), TINY).unwrap();
         let thesis = dir.path().join("thesis.txt");
@@ -464,7 +444,7 @@ mod tests {
     }
 
     #[test]
-    fn a_head_is_read_under_every_name_that_peft_and_trl_give_it() {
+    fn heads_are_read_under_every_name_of_peft_and_trl() {
         let source = fs::read(golden().join("rm").join(TENSORS_FILE)).unwrap();
         let file = SafeTensors::deserialize(&source).unwrap();
         let want = values(&Adapter::load(&golden().join("rm"), TINY).unwrap().head().unwrap().weight);
@@ -492,7 +472,7 @@ mod tests {
     }
 
     #[test]
-    fn a_score_head_that_the_config_does_not_announce_or_the_file_lacks_is_refused() {
+    fn heads_missing_from_the_config_or_the_file_are_refused() {
         let message = Spoilt::new().with("modules_to_save", Value::Null).refusal(TINY);
         assert!(message.contains(HEAD_WEIGHT), "{message}");
         let lm = Spoilt::new();
@@ -501,7 +481,7 @@ mod tests {
     }
 
     #[test]
-    fn every_truncation_and_a_number_that_is_none_are_refused() {
+    fn truncated_files_and_nan_are_refused() {
         let spoilt = Spoilt::new();
         let path = spoilt.0.path().join(TENSORS_FILE);
         let whole = fs::read(&path).unwrap();

@@ -1,5 +1,7 @@
-//! The frozen tables that PEFT saves below an adapter's branches on them. Nothing is computed with them: they tell another
-//! base of the same shape. Read peft.rs first.
+//! The base's embedding and lm_head that PEFT saves with an adapter that has branches on them.
+//!
+//! They are not used in computation. Comparing them with the base detects another base of the same shape. It does not depend
+//! on the base. Read `peft/mod.rs` first.
 
 use std::fs;
 use std::path::Path;
@@ -10,9 +12,9 @@ use safetensors::SafeTensors;
 
 use crate::invalid;
 use crate::model::adapter::{Adapter, LinearShapes, NonBlockModule, TargetModule};
-use crate::model_files::peft::{TENSORS_FILE, read_tensor};
+use crate::model_files::peft::tensors::{TENSORS_FILE, read_tensor};
 
-/// What PEFT calls the frozen table below a branch on it.
+/// PEFT's name of the frozen matrix under a branch on embedding or lm_head; empty for other modules.
 pub(crate) fn table_name(shapes: &LinearShapes, slot: TargetModule) -> String {
     match slot {
         TargetModule::NonBlockModule(NonBlockModule::Embedding | NonBlockModule::Head) => {
@@ -22,11 +24,10 @@ pub(crate) fn table_name(shapes: &LinearShapes, slot: TargetModule) -> String {
     }
 }
 
-/// The tables of the base that PEFT saved beside the adapter's branches on them, (V, E) f32: they tell another base of the
-/// same shape.
+/// The base's embedding and lm_head as saved with the adapter's branches on them, (V, E) f32.
 ///
 /// # Errors
-/// As for [`Adapter::load`].
+/// Those of [`Adapter::load`].
 pub fn base_tables(dir: &Path, adapter: &Adapter) -> Result<Vec<(TargetModule, Tensor)>> {
     let path = dir.join(TENSORS_FILE);
     let shapes = adapter.shapes();
@@ -44,9 +45,12 @@ pub fn base_tables(dir: &Path, adapter: &Adapter) -> Result<Vec<(TargetModule, T
     let there = places.into_iter().filter(|(_, name)| file.names().contains(&name.as_str()));
     there
         .map(|(slot, name)| {
-            let (inp, out) = shapes.dims_of(slot);
-            let dims =
-                if slot == TargetModule::NonBlockModule(NonBlockModule::Embedding) { [inp, out] } else { [out, inp] };
+            let (in_features, out_features) = shapes.dims_of(slot);
+            let dims = if slot == TargetModule::NonBlockModule(NonBlockModule::Embedding) {
+                [in_features, out_features]
+            } else {
+                [out_features, in_features]
+            };
             Ok((slot, read_tensor(&file, &name, &dims).with_context(|| path.display().to_string())?))
         })
         .collect()

@@ -12,6 +12,7 @@ const INV_SQRT_2PI: f32 = 0.398_942_3;
 const SQRT_2_OVER_PI: f32 = 0.797_884_6;
 const CUBIC: f32 = 0.044_715;
 
+/// act(x).
 #[inline(always)]
 fn value<const KIND: u8>(x: f32) -> f32 {
     match KIND {

@@ -1,12 +1,13 @@
-//! Attention on the CPU. One work item is a (sequence, kv head) pair; 48 queries at a time have their scores in a scratch
-//! buffer. Read `mod.rs` beside it for the formulas.
+//! Attention on the CPU. One work item is a (sequence, kv head) pair; 48 queries at a time have their scores in a
+//! scratch buffer. Read `mod.rs` beside it for the formulas.
 
 use std::ops::Range;
 
 use candle_core::{Result, Tensor};
 
 use super::kv_cache::CachedSequence;
-use super::{Heads, HostCache, QUERIES, Sequences};
+use super::kv_cache::HostCache;
+use super::{Heads, QUERIES, Sequences};
 use crate::ops::cpu::gemm::{Into, Mat, gemm};
 use crate::ops::cpu::scratch::with_scratch;
 use crate::ops::cpu::{

@@ -1,7 +1,7 @@
 //! The KV cache on a device, and attention of one new query per sequence over it. Kernels are in gpu.cu.
 //!
-//! A cache has slots of equal capacity. Which slots live and how long their sequences are is an argument of every step, so
-//! that a finished sequence leaves without moving memory. Read model's generation for the use.
+//! A cache has slots of equal capacity. Which slots live and how long their sequences are is an argument of every step,
+//! so that a finished sequence leaves without moving memory. Read model's generation for the use.
 
 use std::ops::Range;
 
@@ -239,7 +239,12 @@ impl DeviceCache {
         let (planned, capacity) = (writes.capacity, self.capacity);
         ensure!(planned == capacity, "cache: rows planned for slots of {planned} tokens, where they have {capacity}");
         let inside = writes.source_rows <= rows && writes.target_rows <= cached;
-        ensure!(inside, "cache: rows up to {} of {rows} go to rows up to {} of {cached}", writes.source_rows, writes.target_rows);
+        ensure!(
+            inside,
+            "cache: rows up to {} of {rows} go to rows up to {} of {cached}",
+            writes.source_rows,
+            writes.target_rows
+        );
         let device = device("cache", &self.keys, &[k, v, &writes.targets])?;
         let (grid, tiles) = tiles(writes.count, width)?;
         let sources = writes.sources.as_ref();
@@ -256,8 +261,8 @@ impl DeviceCache {
         device.launch(variant("cache", &[element])?, grid, arguments)
     }
 
-    /// o (S, q * dim) for one query per live sequence, q (S, q * dim), over the keys and values in their slots, the query's
-    /// own included. Heads of up to 256 numbers.
+    /// o (S, q * dim) for one query per live sequence, q (S, q * dim), over the keys and values in their slots, the
+    /// query's own included. Heads of up to 256 numbers.
     ///
     /// # Errors
     /// If shapes or types do not fit, or a slot does not exist.
@@ -270,7 +275,10 @@ impl DeviceCache {
         ensure!(cols == width, "decode: a cache of rows of {cols} numbers for heads of {width}");
         ensure!(live.newest.target_rows <= self.keys.rows(), "decode: a live slot is past the {} slots", self.slots);
         let (planned, capacity) = (live.capacity, self.capacity);
-        ensure!(planned == capacity, "decode: sequences planned for slots of {planned} tokens, where they have {capacity}");
+        ensure!(
+            planned == capacity,
+            "decode: sequences planned for slots of {planned} tokens, where they have {capacity}"
+        );
         let device = device("decode", &self.keys, &[q, &live.slots])?;
         let o = device.matrix(element, count, q.cols())?;
         let kernel = variant("decode", &[element])?;
@@ -288,7 +296,8 @@ impl DeviceCache {
             ),
         };
         let lengths = live.lengths.input("decode lengths", Element::U32, count)?;
-        let (o_at, dim, of_q) = (o.output("decode o", element, o.len())?, size("head", heads.dim)?, size("heads", heads.q)?);
+        let (o_at, dim, of_q) =
+            (o.output("decode o", element, o.len())?, size("head", heads.dim)?, size("heads", heads.q)?);
         let arguments = AttentionDecode {
             q: q.input("decode q", element, q.len())?,
             keys: self.keys.input("cached keys", element, self.keys.len())?,

@@ -1,8 +1,9 @@
 //! Causal attention over ragged batches on a device, forward and backward. Formulas are in mod.rs, kernels in gpu.cu.
 //!
-//! Scores exist for a panel at a time: some queries of every head of a few sequences of one length. A panel is multiplied by
-//! `Device::gemm`, whose strides pick heads out of rows, so that nothing is copied and heads of a group read the same keys.
-//! Probabilities are computed again in the backward pass. Read cache.rs next: one query per sequence.
+//! Scores exist for a panel at a time: some queries of every head of a few sequences of one length. A panel is
+//! multiplied by `Device::gemm`, whose strides pick heads out of rows, so that nothing is copied and heads of a group
+//! read the same keys. Probabilities are computed again in the backward pass. Read cache.rs next: one query per
+//! sequence.
 
 use std::ops::Range;
 
@@ -13,8 +14,8 @@ use crate::device::{Arguments, Device, Element, Gemm, Matrix, Ptr, Strided};
 use crate::ops::columns;
 use crate::ops::launch::{blocks, device, shape, size, variant};
 
-/// Scores, probabilities and their gradients of one panel take at most so many bytes, unless one query of all heads takes
-/// more.
+/// Scores, probabilities and their gradients of one panel take at most so many bytes, unless one query of all heads
+/// takes more.
 pub const PANEL_BYTES: usize = 128 << 20;
 /// Queries of a panel at the most: more would multiply more pairs that causality rules out.
 pub const PANEL_QUERIES: usize = 512;
@@ -33,8 +34,8 @@ pub struct DeviceSequences {
 }
 
 impl DeviceSequences {
-    /// Sequence s is rows `cu_seqlens[s]..cu_seqlens[s + 1]`. With `key_len` only so many of a sequence's first tokens are keys,
-    /// one or more.
+    /// Sequence s is rows `cu_seqlens[s]..cu_seqlens[s + 1]`. With `key_len` only so many of a sequence's first tokens are
+    /// keys, one or more.
     ///
     /// # Errors
     /// If the cu_seqlens do not begin at 0 or fall, or `key_len` has another length or a 0.
@@ -92,9 +93,9 @@ impl Panel {
 }
 
 /// All panels of a batch, where a score takes `bytes` in all its forms.
-fn panels(sequences: &DeviceSequences, heads: Heads, bytes: usize) -> Vec<Panel> {
-    let length = |s: usize| sequences.cu_seqlens[s + 1] - sequences.cu_seqlens[s];
-    let (count, mut all, mut first) = (sequences.cu_seqlens.len() - 1, vec![], 0);
+fn panels(batch: &DeviceSequences, heads: Heads, bytes: usize) -> Vec<Panel> {
+    let length = |s: usize| batch.cu_seqlens[s + 1] - batch.cu_seqlens[s];
+    let (count, mut all, mut first) = (batch.cu_seqlens.len() - 1, vec![], 0);
     while first < count {
         let t = length(first);
         let run = (first..count).take_while(|&s| length(s) == t).count();
@@ -103,17 +104,17 @@ fn panels(sequences: &DeviceSequences, heads: Heads, bytes: usize) -> Vec<Panel>
             continue;
         }
         let of_query = heads.q * t.next_multiple_of(STRIDE) * bytes;
-        let queries = sequences.panel_queries.min(t).min((sequences.panel_bytes / of_query).max(1));
-        let sequences = first..first + run.min((sequences.panel_bytes / (queries * of_query)).max(1));
+        let queries = batch.panel_queries.min(t).min((batch.panel_bytes / of_query).max(1));
+        let sequences = first..first + run.min((batch.panel_bytes / (queries * of_query)).max(1));
         for i0 in (0..t).step_by(queries) {
             let end = t.min(i0 + queries);
             let first_key = sequences.clone().map(|s| {
-                let seen = sequences.key_len(s).min(i0 + 1);
+                let seen = batch.key_len(s).min(i0 + 1);
                 heads.window.map_or(0, |w| (i0 + 1).saturating_sub(w)).min(seen - 1)
             });
-            let keys = first_key.min().unwrap_or(0)
-                ..sequences.clone().map(|s| sequences.key_len(s)).max().unwrap_or(end).min(end);
-            let row = sequences.cu_seqlens[sequences.start];
+            let keys =
+                first_key.min().unwrap_or(0)..sequences.clone().map(|s| batch.key_len(s)).max().unwrap_or(end).min(end);
+            let row = batch.cu_seqlens[sequences.start];
             all.push(Panel { sequences: sequences.clone(), row, length: t, queries: i0..end, keys });
         }
         first = sequences.end;
@@ -121,8 +122,8 @@ fn panels(sequences: &DeviceSequences, heads: Heads, bytes: usize) -> Vec<Panel>
     all
 }
 
-/// Products of one panel that one call of gemm makes: in q's rows, in rows of keys and values, and in the scores, where the
-/// first begins and how far the next is.
+/// Products of one panel that one call of gemm makes: in q's rows, in rows of keys and values, and in the scores, where
+/// the first begins and how far the next is.
 struct Batch {
     count: usize,
     q: (usize, usize),
@@ -130,8 +131,8 @@ struct Batch {
     scores: (usize, usize),
 }
 
-/// The fewest batches that cover sequences and heads of a panel. A batch runs over sequences, over key/value heads or, unless
-/// its products are `summed` into keys and values, over the query heads of a group.
+/// The fewest batches that cover sequences and heads of a panel. A batch runs over sequences, over key/value heads or,
+/// unless its products are `summed` into keys and values, over the query heads of a group.
 fn batches(panel: &Panel, heads: Heads, summed: bool) -> Vec<Batch> {
     let (group, dim) = (heads.q / heads.kv, heads.dim);
     let (wq, wkv) = (heads.q * dim, heads.kv * dim);
@@ -209,22 +210,22 @@ unsafe impl Arguments for AttentionSoftmaxBackward {
 struct Pass<'a> {
     device: Device,
     heads: Heads,
-    sequences: &'a DeviceSequences,
+    batch: &'a DeviceSequences,
     panels: Vec<Panel>,
 }
 
 impl<'a> Pass<'a> {
-    fn new(q: &Matrix, [k, v]: [&Matrix; 2], heads: Heads, sequences: &'a DeviceSequences, bytes: usize) -> Result<Self> {
-        let (n, element) = (sequences.rows(), q.element());
+    fn new(q: &Matrix, [k, v]: [&Matrix; 2], heads: Heads, batch: &'a DeviceSequences, bytes: usize) -> Result<Self> {
+        let (n, element) = (batch.rows(), q.element());
         check(heads)?;
         shape("attention: q", q, n, heads.q * heads.dim)?;
         shape("attention: k", k, n, heads.kv * heads.dim)?;
         shape("attention: v", v, n, heads.kv * heads.dim)?;
         let alike = k.element() == element && v.element() == element;
         ensure!(alike, "attention: q is {element}, k {} and v {}, and one type is needed", k.element(), v.element());
-        let key_len = sequences.key_len.as_ref().map_or(q, |(_, key_len)| key_len);
+        let key_len = batch.key_len.as_ref().map_or(q, |(_, key_len)| key_len);
         let device = device("attention", q, &[k, v, key_len])?;
-        Ok(Self { device, heads, sequences, panels: panels(sequences, heads, bytes) })
+        Ok(Self { device, heads, batch, panels: panels(batch, heads, bytes) })
     }
 
     /// Room for the scores of any panel.
@@ -234,7 +235,7 @@ impl<'a> Pass<'a> {
     }
 
     fn arguments(&self, panel: &Panel) -> Result<AttentionPanel> {
-        let key_len = match &self.sequences.key_len {
+        let key_len = match &self.batch.key_len {
             Some((all, matrix)) => matrix.input("attention key_len", Element::U32, all.len())?,
             None => Ptr::NULL,
         };
@@ -297,7 +298,7 @@ impl<'a> Pass<'a> {
     }
 
     /// y += p^T x in the rows of keys and values, over all heads of a group one after the other.
-    fn into_keys(&self, panel: &Panel, p: &Matrix, x: &Matrix, y: &Matrix) -> Result<()> {
+    fn add_to_keys(&self, panel: &Panel, p: &Matrix, x: &Matrix, y: &Matrix) -> Result<()> {
         let (wq, wkv) = (x.cols(), y.cols());
         for b in batches(panel, self.heads, true) {
             self.device.gemm(Gemm {
@@ -321,7 +322,10 @@ impl<'a> Pass<'a> {
 /// Whether the heads make sense together.
 pub(super) fn check(heads: Heads) -> Result<()> {
     let groups = heads.kv > 0 && heads.q > 0 && heads.q.is_multiple_of(heads.kv) && heads.dim > 0;
-    ensure!(groups && heads.window != Some(0), "attention of {heads:?}: q is a multiple of kv, and a window sees a key");
+    ensure!(
+        groups && heads.window != Some(0),
+        "attention of {heads:?}: q is a multiple of kv, and a window sees a key"
+    );
     Ok(())
 }
 
@@ -329,9 +333,9 @@ pub(super) fn check(heads: Heads) -> Result<()> {
 ///
 /// # Errors
 /// If shapes or types do not fit.
-pub fn forward(q: &Matrix, k: &Matrix, v: &Matrix, sequences: &DeviceSequences, heads: Heads) -> Result<Matrix> {
+pub fn forward(q: &Matrix, k: &Matrix, v: &Matrix, batch: &DeviceSequences, heads: Heads) -> Result<Matrix> {
     let element = q.element();
-    let pass = Pass::new(q, [k, v], heads, sequences, Element::F32.bytes() + element.bytes())?;
+    let pass = Pass::new(q, [k, v], heads, batch, Element::F32.bytes() + element.bytes())?;
     let (kernel, device) = (variant("attention", &[element])?, &pass.device);
     let o = device.matrix(element, q.rows(), q.cols())?;
     let (scores, probabilities) = (pass.scores(Element::F32)?, pass.scores(element)?);
@@ -349,7 +353,8 @@ pub fn forward(q: &Matrix, k: &Matrix, v: &Matrix, sequences: &DeviceSequences, 
     Ok(o)
 }
 
-/// (dL/dq, dL/dk, dL/dv) of dL/do (N, q * dim), all of one type. Sums over queries and over the heads of a group are f32.
+/// (dL/dq, dL/dk, dL/dv) of dL/do (N, q * dim), all of one type. Sums over queries and over the heads of a group are
+/// f32.
 ///
 /// # Errors
 /// If shapes or types do not fit.
@@ -357,12 +362,12 @@ pub fn backward(
     q: &Matrix,
     k: &Matrix,
     v: &Matrix,
-    sequences: &DeviceSequences,
+    batch: &DeviceSequences,
     heads: Heads,
     d_o: &Matrix,
 ) -> Result<(Matrix, Matrix, Matrix)> {
     let element = q.element();
-    let pass = Pass::new(q, [k, v], heads, sequences, 2 * (Element::F32.bytes() + element.bytes()))?;
+    let pass = Pass::new(q, [k, v], heads, batch, 2 * (Element::F32.bytes() + element.bytes()))?;
     device("attention backward", q, &[d_o])?;
     shape("attention backward: the gradient", d_o, q.rows(), q.cols())?;
     let (kernel, device) = (variant("attention backward", &[element])?, &pass.device);
@@ -383,8 +388,8 @@ pub fn backward(
         };
         device.launch(kernel.clone(), blocks(rows, WARPS)?, arguments)?;
         pass.by_values(panel, &ds, k, &dq)?;
-        pass.into_keys(panel, &ds, q, &dk)?;
-        pass.into_keys(panel, &probabilities, d_o, &dv)?;
+        pass.add_to_keys(panel, &ds, q, &dk)?;
+        pass.add_to_keys(panel, &probabilities, d_o, &dv)?;
     }
     Ok((dq, columns::gpu::cast(&dk, element)?, columns::gpu::cast(&dv, element)?))
 }

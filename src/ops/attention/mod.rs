@@ -1,10 +1,10 @@
 //! Causal attention over ragged batches with grouped key/value heads, and decoding over a KV cache: formula, checks,
 //! dispatch.
 //!
-//! o_i = sum_{j <= i} p_ij v_j, p_i = softmax_j(s_ij), s_ij = scale q_i . k_j, within each sequence and head. A window w
-//! restricts j to j > i - w; a soft cap c replaces the scores by c tanh(s / c). Scores exist for 48 queries at a time, never
-//! T x T for a long sequence. Saved for backward: q, k, v. It does not depend on weights or other operations.
-//! Read `kv_cache.rs` and `cpu.rs` beside it, then `logprobs/mod.rs`.
+//! o_i = sum_{j <= i} p_ij v_j, p_i = softmax_j(s_ij), s_ij = scale q_i . k_j, within each sequence and head. A window
+//! w restricts j to j > i - w; a soft cap c replaces the scores by c tanh(s / c). Scores exist for 48 queries at a
+//! time, never T x T for a long sequence. Saved for backward: q, k, v. It does not depend on weights or other
+//! operations. Read `kv_cache.rs` and `cpu.rs` beside it, then `logprobs/mod.rs`.
 
 mod cpu;
 pub(crate) mod device_cache;
@@ -139,8 +139,8 @@ pub fn backward(
     })
 }
 
-/// Decoding: o (S, q * dim) of one new query per sequence, q (S, q * dim). The cache already holds the new tokens' keys and
-/// values.
+/// Decoding: o (S, q * dim) of one new query per sequence, q (S, q * dim). The cache already holds the new tokens' keys
+/// and values.
 ///
 /// # Errors
 /// If shapes do not fit.

@@ -1,5 +1,5 @@
-//! Cuts, sums and scales of matrices on a device: fused projections, the residual path, biases, casts, and what DoRA needs
-//! of columns. Kernels are in gpu.cu. It does not depend on layer. Read activation/gpu.rs next.
+//! Cuts, sums and scales of matrices on a device: fused projections, the residual path, biases, casts, and what DoRA
+//! needs of columns. Kernels are in gpu.cu. It does not depend on layer. Read activation/gpu.rs next.
 
 use anyhow::{Result, ensure};
 
@@ -249,8 +249,8 @@ pub fn cast(x: &Matrix, to: Element) -> Result<Matrix> {
     if x.element() == to { Ok(x.clone()) } else { scale(x, 1.0, to) }
 }
 
-/// y\[i, j\] = x\[i, j\] factor\[j\] + bias\[j\] of x (N, D), rounded to `to`. Both vectors are D f32 numbers, and either
-/// may be absent: DoRA's scale, a layer's bias, or one after the other.
+/// y\[i, j\] = x\[i, j\] factor\[j\] + bias\[j\] of x (N, D), rounded to `to`. Both vectors are D f32 numbers, and
+/// either may be absent: DoRA's scale, a layer's bias, or one after the other.
 ///
 /// # Errors
 /// If lengths do not fit.
@@ -332,8 +332,8 @@ fn sums_into(x: &Matrix, u: Option<&Matrix>, weights: Option<&Matrix>, out: &Mat
     partial.map_or(Ok(()), |partial| sums_into(&partial, None, None, out, add))
 }
 
-/// Squared Euclidean norms of the rows of W + scale B A into `squares`, R f32 numbers: W (R, K) is a block of a dequantised
-/// matrix, B (R, r) the same rows of its factor, A (r, K). W and the factors are f32 or one narrow type.
+/// Squared Euclidean norms of the rows of W + scale B A into `squares`, R f32 numbers: W (R, K) is a block of a
+/// dequantised matrix, B (R, r) the same rows of its factor, A (r, K). W and the factors are f32 or one narrow type.
 ///
 /// # Errors
 /// If shapes or types do not fit.
@@ -356,7 +356,8 @@ pub fn squared_row_norms(w: &Matrix, a: &Matrix, b: &Matrix, scale: f32, squares
     device.launch(variant("row norms", &[w.element(), a.element()])?, blocks(rows, SQUARE_ROWS)?, arguments)
 }
 
-/// DoRA's norms n and factors g = m / n (1, D), of squared norms and magnitudes m, D f32 numbers each. Where n is 0, so is g.
+/// DoRA's norms n and factors g = m / n (1, D), of squared norms and magnitudes m, D f32 numbers each. Where n is 0, so
+/// is g.
 ///
 /// # Errors
 /// If lengths differ.

@@ -1,6 +1,6 @@
 //! The f32 gemm micro-kernel: C(m, n) (+)= A(m, k) B(k, n) over strided slices, one register tile at a time. Every f32
-//! product of the crate (frozen linears, LoRA, their gradients, attention) calls `gemm`; packing and the distribution over
-//! cores are the callers'. It depends on `isa.rs` only. Read `pack.rs` next, then `linear/cpu.rs` in `ops`.
+//! product of the crate (frozen linears, LoRA, their gradients, attention) calls `gemm`; packing and the distribution
+//! over cores are the callers'. It depends on `isa.rs` only. Read `pack.rs` next, then `linear/cpu.rs` in `ops`.
 
 use crate::ops::cpu::Isa;
 

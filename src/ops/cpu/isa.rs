@@ -1,5 +1,5 @@
-//! Instruction sets, detected at run time, and `vectorised!`, which compiles one plain loop for each of them.
-//! One binary thus runs at full speed on every machine. It does not depend on the rest of the crate. Read `math.rs` next.
+//! Instruction sets, detected at run time, and `vectorised!`, which compiles one plain loop for each of them, so that one
+//! binary runs at full speed on every machine. It does not depend on the rest of the crate. Read `math.rs` next.
 
 use std::sync::OnceLock;
 

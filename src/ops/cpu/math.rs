@@ -1,11 +1,11 @@
-//! Elementary functions and reductions that the compiler can vectorise: exp, tanh, erf, dot products, sums, the soft cap.
-//! Every reduction has a fixed order, so results have the same bits on every machine. It depends on `isa.rs` only.
+//! Elementary functions and reductions that the compiler can vectorise: exp, tanh, erf, dot products, sums, the soft
+//! cap. Every reduction has a fixed order, so results have the same bits on every machine. It depends on `isa.rs` only.
 //! Read `gemm.rs` next.
 
 use crate::ops::cpu::isa::{Isa, vectorised};
 
-/// e^x to 2 units in the last place for x in [-87, 88], clamped outside; NaN gives NaN. It is branch-free, so that loops
-/// over it vectorise. Cody-Waite reduction by ln 2, then a polynomial of degree 6 on [-ln2/2, ln2/2].
+/// e^x to 2 units in the last place for x in [-87, 88], clamped outside; NaN gives NaN. It is branch-free, so that
+/// loops over it vectorise. Cody-Waite reduction by ln 2, then a polynomial of degree 6 on [-ln2/2, ln2/2].
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     // 1.5 * 2^23: adding it rounds a number to an integer, which is then in the low bits.
@@ -75,7 +75,8 @@ pub fn four_dots(a: &[f32], rows: [&[f32]; 4]) -> [f32; 4] {
     rows.map(|row| dot_plain(a, row))
 }
 
-/// The sixteen partial sums of [`dot_plain`] are two registers here; the final sums of all four rows are taken together.
+/// The sixteen partial sums of [`dot_plain`] are two registers here; the final sums of all four rows are taken
+/// together.
 ///
 /// # Safety
 /// The machine has AVX2; all five slices have the same length, a multiple of 16.
@@ -151,8 +152,8 @@ vectorised! {
 }
 
 vectorised! {
-    /// Backward of x -> cap tanh(scale x / cap), in place: the gradient is multiplied by scale (1 - (y / cap)^2), y being
-    /// the capped values.
+    /// Backward of x -> cap tanh(scale x / cap), in place: the gradient is multiplied by scale (1 - (y / cap)^2), y
+    /// being the capped values.
     pub(crate) fn soft_cap_backward(capped: &[f32], gradient: &mut [f32], scale: f32, cap: f32) {
         for (g, &y) in gradient.iter_mut().zip(capped) {
             let t = y / cap;

@@ -1,6 +1,6 @@
-//! Shared support for CPU kernels: tensors as slices, output buffers, `parallel`. The submodules hold run-time SIMD dispatch
-//! (`isa`), vectorisable functions (`math`), the thread pool (`pool`), scratch buffers (`scratch`), the f32 and bf16
-//! matrix products (`gemm`, `bf16`) and packing (`transpose`, `pack`). It does not depend on any operation.
+//! Shared support for CPU kernels: tensors as slices, output buffers, `parallel`. The submodules hold run-time SIMD
+//! dispatch (`isa`), vectorisable functions (`math`), the thread pool (`pool`), scratch buffers (`scratch`), the f32
+//! and bf16 matrix products (`gemm`, `bf16`) and packing (`transpose`, `pack`). It does not depend on any operation.
 //! Read `isa.rs`, then `gemm.rs`.
 
 pub mod bf16;

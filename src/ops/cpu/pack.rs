@@ -1,6 +1,6 @@
-//! Packing: rows or columns of a stored matrix, dequantised into the panels that `gemm.rs` and `bf16/mod.rs` multiply by.
-//! Kernels therefore do not depend on storage types; `weight.rs` and this file are the only ones that do. It does not
-//! depend on any operation. Read `linear/cpu.rs` in `ops` for the use.
+//! Packing: rows or columns of a stored matrix, dequantised into the panels that `gemm.rs` and `bf16/mod.rs` multiply by,
+//! so that these do not depend on how a matrix is stored. It does not depend on any operation. Read `linear/cpu.rs` in
+//! `ops` for the use.
 
 use std::ops::Range;
 
@@ -37,7 +37,8 @@ pub fn rows_as_columns(weight: &Weight, rows: Range<usize>, panel: &mut [f32]) {
     }
 }
 
-/// Columns `cols` of all rows: `panel[i * width + j]` = W(i, cols.start + j). `cols` starts and ends at block boundaries.
+/// Columns `cols` of all rows: `panel[i * width + j]` = W(i, cols.start + j). `cols` starts and ends at block
+/// boundaries.
 pub fn columns(weight: &Weight, cols: Range<usize>, panel: &mut [f32]) {
     let width = cols.len();
     for (i, row) in panel.chunks_exact_mut(width).take(weight.rows()).enumerate() {

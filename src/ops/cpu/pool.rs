@@ -1,6 +1,6 @@
-//! The thread pool of the CPU kernels. One caller at a time distributes its items; a helper that has not started in time is
-//! not awaited, so a busy machine slows a run in proportion and not by whole time slices. It does not depend on the rest
-//! of the crate. Read `mod.rs` beside it for `parallel`, its only caller.
+//! The thread pool of the CPU kernels. One caller at a time distributes its items; a helper that has not started in
+//! time is not awaited, so a busy machine slows a run in proportion and not by whole time slices. It does not depend on
+//! the rest of the crate. Read `mod.rs` beside it for `parallel`, its only caller.
 //!
 //! Alternatives were slower: rayon's join takes 14 microseconds, and a spinning barrier waits for every thread at every
 //! operation; with one other process on two cores the barrier made the quickstart four times slower.

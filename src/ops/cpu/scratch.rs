@@ -1,6 +1,5 @@
-//! Scratch buffers, kept by each thread between calls: `with_scratch` for f32, `with_words` for pairs of bf16.
-//! Kernels would otherwise allocate for every panel. It does not depend on the rest of the crate. Read `pack.rs` for the
-//! use.
+//! Scratch buffers, which each thread reuses between calls: `with_scratch` for f32, `with_words` for pairs of bf16.
+//! Without them, kernels would allocate for every panel. It does not depend on the rest of the crate. Read `pack.rs` next.
 
 use std::cell::RefCell;
 
@@ -17,7 +16,7 @@ pub fn with_scratch<R>(len: usize, f: impl FnOnce(&mut [f32]) -> R) -> R {
         buffer.resize(len, 0.0);
     }
     let result = f(&mut buffer[..len]);
-    SCRATCH.with_borrow_mut(|kept| kept.push(buffer));
+    SCRATCH.with_borrow_mut(|buffers| buffers.push(buffer));
     result
 }
 

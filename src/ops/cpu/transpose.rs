@@ -40,7 +40,7 @@ pub fn transpose(values: &[f32], stride: usize, cols: usize, out: &mut [f32], ou
 /// One block in registers: pairs, then quads, then 128-bit lanes are exchanged.
 ///
 /// # Safety
-/// The machine has AVX-512 F; 16 rows of 16 numbers can be read at `from` and written at `to`.
+/// The machine has AVX-512 F; 16 rows of 16 elements can be read at `from` and written at `to`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 unsafe fn transpose_16x16(from: *const f32, stride: usize, to: *mut f32, out_stride: usize) {
@@ -82,7 +82,7 @@ unsafe fn transpose_16x16(from: *const f32, stride: usize, to: *mut f32, out_str
 /// One block in registers: pairs, then quads, then 128-bit halves are exchanged.
 ///
 /// # Safety
-/// The machine has AVX2; 8 rows of 8 numbers can be read at `from` and written at `to`.
+/// The machine has AVX2; 8 rows of 8 elements can be read at `from` and written at `to`.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn transpose_8x8(from: *const f32, stride: usize, to: *mut f32, out_stride: usize) {

@@ -41,7 +41,13 @@ pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result
 }
 
 /// The gradients of the LoRA weights.
-pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &HostSaved, dx: &Tensor) -> Result<BranchGradient> {
+pub fn backward(
+    table: &Weight,
+    ids: &[u32],
+    lora: LowRank<'_>,
+    saved: &HostSaved,
+    dx: &Tensor,
+) -> Result<BranchGradient> {
     let (v, d, n) = (table.rows(), table.cols(), ids.len());
     let r = lora.a.dims()[0];
     let (dx, magnitude) = match (lora.dora, &saved.direction) {

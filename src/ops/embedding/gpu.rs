@@ -2,8 +2,9 @@
 //! Depends on ../storage, ../rows and ../linear. Read gpu.cu next for the kernel, or ../linear/gpu_low_rank.rs for the
 //! branch: a lookup is the product with one-hot rows.
 //!
-//! x_i = W\[t_i\] + z_i B^T with z_i = s A\[:, t_i\], A (r, V) and B (D, r). With DoRA that is u_i, and x = (m / norm) u
-//! over the D numbers of a row, with the norms of the columns of W + s (B A)^T. Saved for the backward: z, and u.
+//! x_i = W\[t_i\] + z_i B^T with z_i = s A\[:, t_i\], A (r, V) and B (D, r). With DoRA that sum is u_i, and
+//! x = (m / norm) u over the D numbers of a row, with the norms of the columns of W + s (B A)^T. Saved for the
+//! backward: z, and with DoRA u.
 
 use anyhow::{Result, ensure};
 
@@ -94,8 +95,8 @@ pub fn forward(table: &DeviceWeight, ids: &[u32], lora: Option<&DeviceLora>) -> 
     })
 }
 
-/// The branch's gradients from dL/dx (N, D), f32 or the operands' type: dB = dx^T z, and s dx_i B joins dA\[:, t_i\] for
-/// each token, in the order of the tokens. With DoRA, dx is first multiplied by m / norm, and
+/// The branch's gradients from dL/dx (N, D), f32 or the operands' type: dB = dx^T z, and s dx_i B joins
+/// dA\[:, t_i\] for each token, in the order of the tokens. With DoRA, dx is first multiplied by m / norm, and
 /// dm = (sum over tokens of dx u) / norm: the norms count as constants.
 ///
 /// # Errors

@@ -1,8 +1,8 @@
 //! Rows of an embedding matrix, with LoRA as PEFT defines it for `nn.Embedding`: formula, checks, dispatch.
 //!
-//! x_i = W[t_i] + z_i B^T, z_i = s A[:, t_i]; A (r, V), B (D, r). Saved for backward: z. With DoRA, x = (m / n) u over the
-//! D elements of a row. The matrix is frozen; a token that occurs twice in the batch adds both gradients. It does not depend
-//! on `linear`, except for its LoRA types: read `linear/low_rank.rs` first, and `cpu.rs` beside it next.
+//! x_i = W[t_i] + z_i B^T, z_i = s A[:, t_i]; A (r, V), B (D, r). Saved for backward: z. With DoRA, x = (m / n) u over
+//! the D elements of a row. The matrix is frozen; a token that occurs twice in the batch adds both gradients. It does
+//! not depend on `linear`, except for its LoRA types: read `linear/low_rank.rs` first, and `cpu.rs` beside it next.
 
 mod cpu;
 pub(crate) mod gpu;
@@ -76,7 +76,7 @@ pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &Saved, d
         (Saved::Device(saved), Array::Device(dx)) => {
             let device = dx.device();
             let copy = lora.on(device, table.compute().element())?;
-            BranchGradient::download(gpu::backward(&*table.on(device)?, ids, &copy, saved, dx)?)
+            BranchGradient::download(gpu::backward(&*table.on(device)?, &copy, saved, dx)?)
         }
         _ => bail!("the gradient and the saved tensors of an embedding lie on two machines"),
     }

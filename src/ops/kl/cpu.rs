@@ -7,9 +7,9 @@ use super::TokenKl;
 use crate::ops::cpu::gemm::{Into, Mat, gemm};
 use crate::ops::cpu::scratch::with_scratch;
 use crate::ops::cpu::{Isa, Out, exp, lane_sum, max, parallel, soft_cap, soft_cap_backward, tensor, vectorised, view};
-use crate::ops::logprobs::{Gradients, LmHead};
 use crate::ops::logprobs::cpu_lora::{HeadLora, LoraSums, RUNS, STRIP};
 use crate::ops::logprobs::cpu_strips::{Hidden, strips, strips_and_products};
+use crate::ops::logprobs::{Gradients, LmHead};
 
 /// One of the two distributions on the host.
 #[derive(Clone, Copy)]

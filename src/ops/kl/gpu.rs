@@ -1,5 +1,6 @@
-//! The exact KL divergence on a device, from strips of two products with the output table, and the gradient of a strip by the
-//! first. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on actor and no reference. Read logprobs/gpu.rs first.
+//! The exact KL divergence on a device, from strips of two products with the output table, and the gradient of a strip
+//! by the first. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on actor and no reference. Read logprobs/gpu.rs
+//! first.
 
 use anyhow::{Result, ensure};
 
@@ -137,8 +138,9 @@ impl Running {
     }
 }
 
-/// dL by the products p of one strip, of dL/dKL (R f32 numbers), into columns 0..`width` of `d` (R, at least `width`), f32 or
-/// a narrow type; `d` may be `p` itself. q is held fixed. `kl` is what [`Running::finish`] gave for the same products.
+/// dL by the products p of one strip, of dL/dKL (R f32 numbers), into columns 0..`width` of `d` (R, at least `width`),
+/// f32 or a narrow type; `d` may be `p` itself. q is held fixed. `kl` is what [`Running::finish`] gave for the same
+/// products.
 ///
 /// # Errors
 /// If shapes do not fit.

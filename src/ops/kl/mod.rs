@@ -1,9 +1,9 @@
-//! The exact KL divergence between two distributions over the vocabulary, from the hidden states of both and the lm_head, and
-//! its gradient: formula, checks, dispatch. As in `logprobs`, (N, vocab) logits are never allocated.
+//! The exact KL divergence between two distributions over the vocabulary, from the hidden states of both and the
+//! lm_head, and its gradient: formula, checks, dispatch. As in `logprobs`, (N, vocab) logits are never allocated.
 //!
 //! l = c tanh(k h W^T / c) / T, m = c tanh(k g W^T / c) / T; KL = sum_j p_j (log p_j - log q_j)
-//! = sum_j p_j (l_j - m_j) - lse(l) + lse(m). Each side may have its own LoRA weights on W. Saved for backward: KL and both
-//! lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
+//! = sum_j p_j (l_j - m_j) - lse(l) + lse(m). Each side may have its own LoRA weights on W. Saved for backward: KL and
+//! both lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
 
 mod cpu;
 pub(crate) mod gpu;
@@ -39,15 +39,19 @@ pub struct Side<'a> {
 pub fn forward(p: Side<'_>, q: Side<'_>, temperature: f64) -> Result<TokenKl> {
     check(p, q)?;
     match (p.hidden, q.hidden) {
-        (Array::Host(h), Array::Host(g)) => Ok(cpu::forward(cpu::HostSide { hidden: h, head: p.head }, cpu::HostSide { hidden: g, head: q.head }, temperature)?),
+        (Array::Host(h), Array::Host(g)) => Ok(cpu::forward(
+            cpu::HostSide { hidden: h, head: p.head },
+            cpu::HostSide { hidden: g, head: q.head },
+            temperature,
+        )?),
         (Array::Device(h), Array::Device(g)) => on_device::forward((h, p.head), (g, q.head), temperature),
         _ => bail!("KL: the hidden states of the two sides lie on two machines"),
     }
 }
 
 /// dL/dh (R, D), h being p's hidden states, and the gradients of p's LoRA weights, of dL/dKL (R):
-/// dKL/dl_j = p_j (log p_j - log q_j - KL) / T, times the derivative of multiplier and soft cap; dL/dh = dL/dl W. `saved` is
-/// the result of `forward` for the same inputs; q is a constant.
+/// dKL/dl_j = p_j (log p_j - log q_j - KL) / T, times the derivative of multiplier and soft cap; dL/dh = dL/dl W.
+/// `saved` is the result of `forward` for the same inputs; q is a constant.
 ///
 /// # Errors
 /// As for [`forward`].
@@ -61,9 +65,7 @@ pub fn backward(p: Side<'_>, q: Side<'_>, temperature: f64, saved: &TokenKl, dkl
             let (p, q) = (cpu::HostSide { hidden: h, head: p.head }, cpu::HostSide { hidden: g, head: q.head });
             Ok(cpu::backward(p, q, temperature, saved, dkl)?)
         }
-        (Array::Device(h), Array::Device(g)) => {
-            on_device::backward((h, p.head), (g, q.head), temperature, saved, dkl)
-        }
+        (Array::Device(h), Array::Device(g)) => on_device::backward((h, p.head), (g, q.head), temperature, saved, dkl),
         _ => bail!("KL: the hidden states of the two sides lie on two machines"),
     }
 }
@@ -139,10 +141,10 @@ mod on_device {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use candle_core::Tensor;
     use crate::ops::cpu::tensor;
     use crate::ops::weight::Weight;
     use crate::rng::SplitMix64;
+    use candle_core::Tensor;
 
     const R: usize = 3;
     const D: usize = 5;
@@ -206,7 +208,8 @@ mod tests {
             let same = forward(side(&h_rows, &of), side(&h_rows, &of), temperature).unwrap().kl;
             assert_eq!(same, [0.0; R], "of a distribution to itself");
         }
-        let (plain, short, h) = (LmHead::plain(&weight), Array::Host(tensor(vec![0.0; D], (1, D)).unwrap()), tensors(&h));
+        let (plain, short, h) =
+            (LmHead::plain(&weight), Array::Host(tensor(vec![0.0; D], (1, D)).unwrap()), tensors(&h));
         assert!(forward(side(&h, &plain), side(&short, &plain), 1.0).is_err());
     }
 

@@ -1,13 +1,14 @@
-//! The linear group on the CPU: the split of the work into panels of output or input columns, and the gradients of LoRA and
-//! DoRA. Panels go through one of three kernels: `cpu_gemv.rs` for decoding, `cpu_bf16.rs` for bf16, otherwise the f32 gemm.
-//! Read `mod.rs` beside it for the formulas.
+//! The linear group on the CPU: the split of the work into panels of output or input columns, and the gradients of LoRA
+//! and DoRA. Panels go through one of three kernels: `cpu_gemv.rs` for decoding, `cpu_bf16.rs` for bf16, otherwise the
+//! f32 gemm. Read `mod.rs` beside it for the formulas.
 
 use candle_core::{Result, Tensor};
 
 use super::cpu_bf16::{self, PackedLhs};
 use super::cpu_gemv::{self, FEW_ROWS, gemv};
 use super::low_rank::{self, BranchGradient, NormAxis};
-use super::{Gradients, InputGradient, LinearWithLora, HostSaved};
+use super::{Gradients, HostSaved, InputGradient, LinearWithLora};
+use crate::device::Array;
 use crate::ops::cpu::gemm::{Into, MR, Mat, NR, gemm};
 use crate::ops::cpu::pack::{columns, rows_as_columns};
 use crate::ops::cpu::scratch::with_scratch;
@@ -19,7 +20,11 @@ fn is_bf16(k: usize, parts: &[LinearWithLora<'_>]) -> bool {
 }
 
 /// Outputs (N, out_p) of each part, and the tensors saved for `backward`.
-pub fn forward(x: &Tensor, parts: &[LinearWithLora<'_>], residual: Option<&Tensor>) -> Result<(Vec<Tensor>, HostSaved)> {
+pub fn forward(
+    x: &Tensor,
+    parts: &[LinearWithLora<'_>],
+    residual: Option<&Tensor>,
+) -> Result<(Vec<Tensor>, HostSaved)> {
     let (m, k) = x.dims2()?;
     let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
     let xs = view(x)?;
@@ -248,7 +253,7 @@ pub fn backward(
         lora.push(Some(BranchGradient { a: tensor(da, (r, k))?, b: tensor(db, (n, r))?, magnitude }));
         offset += r;
     }
-    Ok(Gradients { input, lora })
+    Ok(Gradients { input: input.map(Array::Host), lora })
 }
 
 /// dz (m, rank) = s_p dy_p B_p, side by side, and each dy_p, packed with its own part of dz.
@@ -338,7 +343,8 @@ fn input_gradient(
                     unsafe { lhs[p].backward_columns(part.weight, 0..n, a, (j0, width), (out.at(j0), k), into) };
                     continue;
                 }
-                // Columns are copied even if they are stored as f32: reading W with a stride would touch a page per term.
+                // Columns are copied even if they are stored as f32: reading W with a stride would touch a page per
+                // term.
                 with_scratch(n * width, |panel| {
                     columns(part.weight, j0..j0 + width, panel);
                     let panel = Mat::rows(panel, width);

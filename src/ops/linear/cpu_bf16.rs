@@ -1,6 +1,7 @@
-//! The linear group in bf16, for bases with [`ComputeDtype::Bf16`]. LoRA is part of the same product: with z = s x A^T as
-//! further columns of x and B^T as further rows of W^T, one product gives x W^T + z B^T; likewise for the input gradient.
-//! It does not depend on the other files of `linear`. Read `cpu.rs` beside it for the split of the work and LoRA's gradients.
+//! The linear group in bf16, for bases with [`ComputeDtype::Bf16`]. LoRA is part of the same product: with z = s x A^T
+//! as further columns of x and B^T as further rows of W^T, one product gives x W^T + z B^T; likewise for the input
+//! gradient. It does not depend on the other files of `linear`. Read `cpu.rs` beside it for the split of the work and
+//! LoRA's gradients.
 
 use std::ops::Range;
 
@@ -33,8 +34,8 @@ pub struct PackedLhs {
 }
 
 impl PackedLhs {
-    /// Rounds x (m, k) and multiplies it by `factor` (rank, k)^T. The product z (m, rank) is appended to x, rounded, and
-    /// returned in f32.
+    /// Rounds x (m, k) and multiplies it by `factor` (rank, k)^T. The product z (m, rank) is appended to x, rounded,
+    /// and returned in f32.
     pub fn of(x: &[f32], m: usize, k: usize, factor: &[f32], rank: usize) -> (Self, Vec<f32>) {
         let mut rounded = Rounded::of(x, m, k, rank, Cores::All);
         let mut z = vec![0f32; m * rank];
@@ -79,8 +80,8 @@ impl PackedLhs {
         Self { rounded, m, k, panel }
     }
 
-    /// y (m, width) (+)= x W^T + z B^T for the weight's rows n0..n0 + width. `b`: B (n, r), r, and the first of its columns
-    /// in z. `ldy`: the row stride of y.
+    /// y (m, width) (+)= x W^T + z B^T for the weight's rows n0..n0 + width. `b`: B (n, r), r, and the first of its
+    /// columns in z. `ldy`: the row stride of y.
     ///
     /// # Safety
     /// `y` is the address of m rows of `width` elements that no other thread uses.
@@ -142,8 +143,8 @@ impl PackedLhs {
         }
     }
 
-    /// dx (m, width) (+)= dy W + dz A for the weight's columns j0..j0 + width, where self is (dy | dz) of one part and dy
-    /// covers the weight's rows `rows`, an even number. `a`: A (r, k) and r, if any. `ldx`: the row stride of dx.
+    /// dx (m, width) (+)= dy W + dz A for the weight's columns j0..j0 + width, where self is (dy | dz) of one part and
+    /// dy covers the weight's rows `rows`, an even number. `a`: A (r, k) and r, if any. `ldx`: the row stride of dx.
     ///
     /// # Safety
     /// `dx` is the address of m rows of `width` elements that no other thread uses.

@@ -1,6 +1,6 @@
-//! Matrix-vector products for decoding (at most 12 rows of x): each weight row is dequantised once and multiplied with every
-//! row of x, without packing. Each sum has the same order on one machine, whatever the number of rows of x or of the weight.
-//! It does not depend on the other files of `linear`. Read `cpu.rs` beside it for the use.
+//! Matrix-vector products for decoding (at most 12 rows of x): each weight row is dequantised once and multiplied with
+//! every row of x, without packing. Each sum has the same order on one machine, whatever the number of rows of x or of
+//! the weight. It does not depend on the other files of `linear`. Read `cpu.rs` beside it for the use.
 
 use std::ops::Range;
 
@@ -140,8 +140,9 @@ unsafe fn dots_avx512<const M: usize>(row: &[f32], x: *const f32) -> [f32; M] {
     })
 }
 
-/// One chain of eight partial sums per product: three weight rows and four rows of x make twelve chains, which overlap. The
-/// rows of the call after next are prefetched: 47 GFLOP/s instead of 32 on a Zen 3 core, over 400 MB of rows of 576.
+/// One chain of eight partial sums per product: three weight rows and four rows of x make twelve chains, which overlap.
+/// The rows of the call after next are prefetched: 47 GFLOP/s instead of 32 on a Zen 3 core, over 400 MB of rows of
+/// 576.
 ///
 /// # Safety
 /// The machine has AVX2 and FMA; `rows` holds W rows and `x` M rows of length k.

@@ -5,8 +5,8 @@
 use anyhow::{Result, ensure};
 
 use crate::device::{Arguments, Element, Matrix, Ptr, Variant};
-use crate::ops::storage::gpu::Planes;
 use crate::ops::storage::gpu::DeviceWeight;
+use crate::ops::storage::gpu::Planes;
 use crate::ops::weight::StorageDType;
 
 /// The most rows of x.

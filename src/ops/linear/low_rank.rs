@@ -1,9 +1,9 @@
 //! LoRA and DoRA: the weights of one layer, their gradients, and DoRA's norms.
 //!
-//! DoRA: W' = m (W + s B A) / n, n being the Euclidean norms of the rows (arXiv:2402.09353). As in PEFT, n is treated as a
-//! constant in the backward (section 4.3 there): with u = x (W + s B A)^T, y = (m / n) u, so dL/du = (m / n) dL/dy and
-//! dL/dm = sum over tokens of dL/dy u / n. A row of norm 0 has no direction and gives 0. It does not depend on the operations
-//! that use it: read `mod.rs` beside it, `embedding/mod.rs` and `logprobs/mod.rs`.
+//! DoRA: W' = m (W + s B A) / n, n being the Euclidean norms of the rows (arXiv:2402.09353). As in PEFT, n is treated
+//! as a constant in the backward (section 4.3 there): with u = x (W + s B A)^T, y = (m / n) u, so dL/du = (m / n) dL/dy
+//! and dL/dm = sum over tokens of dL/dy u / n. A row of norm 0 has no direction and gives 0. It does not depend on the
+//! operations that use it: read `mod.rs` beside it, `embedding/mod.rs` and `logprobs/mod.rs`.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -77,7 +77,6 @@ impl BranchGradient {
     }
 }
 
-
 /// Gradients of one layer's LoRA weights.
 #[derive(Clone, Debug)]
 pub struct BranchGradient {
@@ -99,8 +98,8 @@ impl From<(Tensor, Tensor)> for BranchGradient {
 type NormsKey = (u64, TensorId, TensorId);
 type CachedNorms = (NormsKey, Arc<Vec<f32>>);
 
-/// A cache of one layer's norms, computed once per matrix and pair of factors; an optimiser step makes new factors and so
-/// new norms. Clones share the cache.
+/// A cache of one layer's norms, computed once per matrix and pair of factors; an optimiser step makes new factors and
+/// so new norms. Clones share the cache.
 #[derive(Clone, Debug, Default)]
 pub struct Norms(Arc<Mutex<Option<CachedNorms>>>);
 
@@ -352,9 +351,9 @@ mod tests {
                     for (j, &w) in row.iter().enumerate() {
                         // LoRA adds B A to a linear layer and (B A)^T to an embedding matrix.
                         let (out_features, in_features) = if of_rows { (i, j) } else { (j, i) };
-                        let branch: f64 =
+                        let product: f64 =
                             (0..r).map(|q| f64::from(b[out_features][q]) * f64::from(a[q][in_features])).sum();
-                        sums[out_features] += (f64::from(w) + 1.5 * branch).powi(2);
+                        sums[out_features] += (f64::from(w) + 1.5 * product).powi(2);
                     }
                 }
                 sums.into_iter().map(f64::sqrt).collect()

@@ -1,17 +1,17 @@
 //! Frozen linear layers with LoRA: several that read the same input (q, k, v; gate, up) are one group. Formula, checks,
 //! dispatch.
 //!
-//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Saved for backward: x and z = s x A^T. With DoRA, the sum of
-//! both products is scaled before bias and residual are added; see `low_rank.rs`. It does not depend on names of layers.
-//! Read `low_rank.rs` and `cpu.rs` beside it, then `embedding/mod.rs`.
+//! y_p = x W_p^T + s_p (x A_p^T) B_p^T [+ bias_p] [+ residual]. Saved for backward: x and z = s x A^T. With DoRA, the
+//! sum of both products is scaled before bias and residual are added; see `low_rank.rs`. It does not depend on names of
+//! layers. Read `low_rank.rs` and `cpu.rs` beside it, then `embedding/mod.rs`.
 
 mod cpu;
+pub(crate) mod cpu_bf16;
+pub(crate) mod cpu_gemv;
 pub(crate) mod gpu;
 pub(crate) mod gpu_gemv;
 pub(crate) mod gpu_low_rank;
 pub(crate) mod gpu_strips;
-pub(crate) mod cpu_bf16;
-pub(crate) mod cpu_gemv;
 pub mod low_rank;
 
 use anyhow::{Result, bail};
@@ -166,16 +166,14 @@ impl Copies {
 
     fn maps(&self) -> Vec<gpu::Map<'_>> {
         let parts = self.weights.iter().zip(&self.biases).zip(&self.lora);
-        parts
-            .map(|((weight, bias), lora)| gpu::Map { weight, bias: bias.as_deref(), lora: lora.as_deref() })
-            .collect()
+        parts.map(|((weight, bias), lora)| gpu::Map { weight, bias: bias.as_deref(), lora: lora.as_deref() }).collect()
     }
 }
 
 /// dx = sum_p dy_p W_p + s (dy_p B_p) A_p;  dB_p = dy_p^T z_p;  dA_p = (s dy_p B_p)^T x.
 ///
-/// x (N, in) and `saved` are the input and the result of `forward`; dys: (N, out_p) each. With DoRA, dy is first scaled as
-/// y was.
+/// x (N, in) and `saved` are the input and the result of `forward`; dys: (N, out_p) each. With DoRA, dy is first scaled
+/// as y was.
 ///
 /// # Errors
 /// If shapes do not fit.

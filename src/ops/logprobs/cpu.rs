@@ -1,5 +1,5 @@
-//! Log-probabilities and entropy on the CPU: running maxima and sums over strips of logits. Read `mod.rs` beside it for the
-//! formulas, `cpu_strips.rs` for the strips.
+//! Log-probabilities and entropy on the CPU: running maxima and sums over strips of logits. Read `mod.rs` beside it for
+//! the formulas, `cpu_strips.rs` for the strips.
 
 use candle_core::{Result, Tensor};
 

@@ -96,7 +96,7 @@ impl<'a> HeadLora<'a> {
     }
 
     /// Whether the backward needs the products before [`HeadLora::scale`].
-    pub(crate) fn wants_products(&self) -> bool {
+    pub(crate) fn needs_products(&self) -> bool {
         self.scales.is_some()
     }
 }
@@ -123,7 +123,7 @@ pub(crate) struct LoraSumsOut {
 impl<'s, 'a> LoraSums<'s, 'a> {
     pub(crate) fn new(lora: &'s HeadLora<'a>) -> Self {
         let (n, r, v) = (lora.rows.len(), lora.r, lora.vocab);
-        let dm = if lora.wants_products() { v } else { 0 };
+        let dm = if lora.needs_products() { v } else { 0 };
         Self { lora, dz: vec![0.0; RUNS * n * r], db: vec![0.0; v * r], dm: vec![0.0; dm] }
     }
 

@@ -1,5 +1,5 @@
-//! Logits in strips (CPU): the loop over the vocabulary that log-probabilities and KL share. (N, vocab) logits are never
-//! allocated. It does not depend on the softmax. Read `cpu.rs` beside it and `kl/cpu.rs` for the two users.
+//! Logits in strips (CPU): the loop over the vocabulary that log-probabilities and KL share. (N, vocab) logits are
+//! never allocated. It does not depend on the softmax. Read `cpu.rs` beside it and `kl/cpu.rs` for the two users.
 
 use crate::ops::cpu::Isa;
 use crate::ops::cpu::bf16::Cores;
@@ -28,8 +28,8 @@ impl<'a> Hidden<'a> {
 
     /// A buffer for a strip's products before DoRA's scale; empty without DoRA.
     pub(crate) fn products(&self) -> Vec<f32> {
-        let wanted = self.loras.iter().any(HeadLora::wants_products);
-        vec![0.0; if wanted { self.r * STRIP } else { 0 }]
+        let needed = self.loras.iter().any(HeadLora::needs_products);
+        vec![0.0; if needed { self.r * STRIP } else { 0 }]
     }
 }
 

@@ -1,6 +1,6 @@
-//! Log-probabilities, entropy and the most likely token on a device, from strips of products h W^T, and the gradient of a
-//! strip. Formulas are in mod.rs, kernels in gpu.cu. Knows no table: the caller multiplies strip after strip, twice where a
-//! gradient is wanted. Read kl/gpu.rs next.
+//! Log-probabilities, entropy and the most likely token on a device, from strips of products h W^T, and the gradient of
+//! a strip. Formulas are in mod.rs, kernels in gpu.cu. Knows no table: the caller multiplies strip after strip, twice
+//! where a gradient is wanted. Read kl/gpu.rs next.
 
 use anyhow::{Result, ensure};
 
@@ -195,8 +195,8 @@ pub struct Loss<'a> {
     pub dentropy: &'a Matrix,
 }
 
-/// dL by the products of ids `first_id..first_id + width`, into columns 0..`width` of `d` (R, at least `width`), f32 or a
-/// narrow type; `d` may be `products` itself. dL/dh = d W then.
+/// dL by the products of ids `first_id..first_id + width`, into columns 0..`width` of `d` (R, at least `width`), f32 or
+/// a narrow type; `d` may be `products` itself. dL/dh = d W then.
 ///
 /// # Errors
 /// If shapes do not fit.

@@ -229,12 +229,7 @@ pub(crate) fn products(h: &Matrix, head: &LmHead<'_>) -> Result<Matrix> {
 }
 
 /// The statistics of `targets`, on the device.
-fn statistics(
-    head: &Head,
-    rows: &Rows,
-    targets: &Matrix,
-    shape: Shape,
-) -> Result<DeviceStats> {
+fn statistics(head: &Head, rows: &Rows, targets: &Matrix, shape: Shape) -> Result<DeviceStats> {
     let r = targets.len();
     let (mut running, buffer) = (Running::new(targets, shape)?, head.buffer(Element::F32, r)?);
     head.strips(|ids, w| {
@@ -273,7 +268,8 @@ pub(crate) fn backward(
 ) -> Result<Gradients> {
     let (device, r) = (h.device(), targets.len());
     if r == 0 {
-        let lora = lm_head.lora.map(|_| anyhow::bail!("no target to take the gradient of the lm_head's LoRA weights of"));
+        let lora =
+            lm_head.lora.map(|_| anyhow::bail!("no target to take the gradient of the lm_head's LoRA weights of"));
         return Ok(Gradients { hidden: device.zeros(Element::F32, 0, h.cols())?.into(), lora: lora.transpose()? });
     }
     let head = Head::of(h, lm_head)?;

@@ -1,9 +1,11 @@
-//! Token log-probabilities and entropy from hidden states, and their gradient (fused linear + log-softmax): formula, checks,
-//! dispatch. (N, vocab) logits are never allocated: the vocabulary is processed in strips, with running maxima and sums.
+//! Token log-probabilities and entropy from hidden states, and their gradient (fused linear + log-softmax): formula,
+//! checks, dispatch. (N, vocab) logits are never allocated: the vocabulary is processed in strips, with running maxima
+//! and sums.
 //!
 //! l = c tanh(m h W^T / c) / T (without a soft cap c: l = m h W^T / T); logp = l_target - lse(l);
-//! H = lse(l) - sum_j p_j l_j. Saved for backward: the results. W may have LoRA weights. It does not depend on sampling:
-//! read `sample/mod.rs` for that. Read `cpu.rs`, `cpu_strips.rs` and `cpu_lora.rs` beside it, then `kl/mod.rs`.
+//! H = lse(l) - sum_j p_j l_j. Saved for backward: the results. W may have LoRA weights. It does not depend on
+//! sampling: read `sample/mod.rs` for that. Read `cpu.rs`, `cpu_strips.rs` and `cpu_lora.rs` beside it, then
+//! `kl/mod.rs`.
 
 mod cpu;
 pub(crate) mod cpu_lora;
@@ -105,11 +107,11 @@ pub fn forward(h: &Array, head: &LmHead<'_>, targets: &[u32], temperature: f64) 
     }
 }
 
-/// dL/dh (R, D), and the gradients of LoRA, of dL/dlogp (R) and dL/dH (R); `stats` is the result of `forward` for the same
-/// inputs.
+/// dL/dh (R, D), and the gradients of LoRA, of dL/dlogp (R) and dL/dH (R); `stats` is the result of `forward` for the
+/// same inputs.
 ///
-/// dL/dl_j = dlogp (1[j = target] - p_j) - dH p_j (log p_j + H), over T, times the derivative of multiplier and soft cap;
-/// dL/dh = dL/dl W.
+/// dL/dl_j = dlogp (1[j = target] - p_j) - dH p_j (log p_j + H), over T, times the derivative of multiplier and soft
+/// cap; dL/dh = dL/dl W.
 ///
 /// # Errors
 /// If shapes do not fit.

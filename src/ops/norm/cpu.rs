@@ -126,8 +126,8 @@ vectorised! {
     }
 }
 
-/// 1 / sqrt(mean(x^2) + eps); NaN if the mean is NaN or infinite. 1 / sqrt(inf) would be 0 and turn a row that overflowed
-/// f32 into plausible zeros. (torch gives NaN at an infinite x and zeros elsewhere.)
+/// 1 / sqrt(mean(x^2) + eps); NaN if the mean is NaN or infinite. 1 / sqrt(inf) would be 0 and turn a row that
+/// overflowed f32 into plausible zeros. (torch gives NaN at an infinite x and zeros elsewhere.)
 #[inline(always)]
 fn inverse_rms(x: &[f32], eps: f32) -> f32 {
     let mean = dot_plain(x, x) / x.len() as f32;

@@ -1,4 +1,5 @@
-//! RMS norm and layer norm on a device. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on layer. Read rope/gpu.rs next.
+//! RMS norm and layer norm on a device. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on layer. Read rope/gpu.rs
+//! next.
 
 use anyhow::{Result, ensure};
 
@@ -91,8 +92,8 @@ impl DeviceNorm {
         self.weight.cols()
     }
 
-    /// y (N, W) of x (N, W), rounded to `to`. Every run of D numbers is a row of its own, so that W = heads x D norms each
-    /// head. x is f32, or x and y have one narrow type.
+    /// y (N, W) of x (N, W), rounded to `to`. Every run of D numbers is a row of its own, so that W = heads x D norms
+    /// each head. x is f32, or x and y have one narrow type.
     ///
     /// # Errors
     /// If W is not a multiple of D, or types do not fit.

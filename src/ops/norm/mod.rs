@@ -1,6 +1,6 @@
 //! RMSNorm and LayerNorm: formula, checks, dispatch. RMSNorm: y = x / sqrt(mean(x^2) + eps) * w (arXiv:1910.07467).
-//! LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b (arXiv:1607.06450). Each row is normed by itself; a row whose
-//! squares overflow f32 becomes NaN. Saved for backward: x. It does not depend on weights or other operations.
+//! LayerNorm: y = (x - mean(x)) / sqrt(var(x) + eps) * w + b (arXiv:1607.06450). Each row is normed by itself; a row
+//! whose squares overflow f32 becomes NaN. Saved for backward: x. It does not depend on weights or other operations.
 //! Read `cpu.rs` beside it, then `rope/mod.rs`.
 
 mod cpu;
@@ -56,8 +56,8 @@ impl Norm {
         self.weight.len()
     }
 
-    /// y of x (N, W), same shape: each D consecutive elements are normed by themselves, so that W = heads x D norms each
-    /// head.
+    /// y of x (N, W), same shape: each D consecutive elements are normed by themselves, so that W = heads x D norms
+    /// each head.
     ///
     /// # Errors
     /// If W is not a multiple of D.

@@ -1,5 +1,5 @@
-//! Rotary positions on a device: tables of cos and sin, and the rotation both ways. Formulas are in mod.rs, the kernel is
-//! in gpu.cu. Keeps nothing for the backward pass, which is the transposed rotation. Read attention/gpu.rs next.
+//! Rotary positions on a device: tables of cos and sin, and the rotation both ways. Formulas are in mod.rs, the kernel
+//! is in gpu.cu. Keeps nothing for the backward pass, which is the transposed rotation. Read attention/gpu.rs next.
 
 use anyhow::{Result, ensure};
 
@@ -35,8 +35,8 @@ unsafe impl Arguments for RopeRotate {
 }
 
 impl DeviceRopeTable {
-    /// Copies tables (positions, `half`) to the device. A head has `head` >= 2 `half` numbers, of which the first 2 `half`
-    /// direction.
+    /// Copies tables (positions, `half`) to the device. A head has `head` >= 2 `half` numbers, of which the first 2
+    /// `half` direction.
     ///
     /// # Errors
     /// If the tables do not fit each other or the head.

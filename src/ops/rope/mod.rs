@@ -1,9 +1,9 @@
 //! Rotary position embedding, in the half-split form of Hugging Face's llama: table, checks, dispatch.
 //!
 //! Within the first 2h elements of each head, with angle = position * f_j:
-//! (x_j, x_{j+h}) -> (x_j cos - x_{j+h} sin, x_{j+h} cos + x_j sin); the rest of the head is unchanged. Nothing is saved: the
-//! backward is the inverse rotation. Source: arXiv:2104.09864. It does not depend on weights or other operations.
-//! Read `cpu.rs` beside it, then `attention/mod.rs`.
+//! (x_j, x_{j+h}) -> (x_j cos - x_{j+h} sin, x_{j+h} cos + x_j sin); the rest of the head is unchanged. Nothing is
+//! saved: the backward is the inverse rotation. Source: arXiv:2104.09864. It does not depend on weights or other
+//! operations. Read `cpu.rs` beside it, then `attention/mod.rs`.
 
 mod cpu;
 pub(crate) mod gpu;
@@ -40,7 +40,14 @@ impl RopeTable {
     /// cos and sin are computed in f64; `factor` multiplies them (attention factor of yarn and longrope, otherwise 1).
     pub fn new(inverse_frequencies: &[f32], head: usize, positions: usize, factor: f32) -> Self {
         let blocks = (0..positions.div_ceil(BLOCK)).map(|_| OnceLock::new()).collect();
-        Self { inverse_frequencies: inverse_frequencies.to_vec(), factor, positions, blocks, head, copy: Resident::default() }
+        Self {
+            inverse_frequencies: inverse_frequencies.to_vec(),
+            factor,
+            positions,
+            blocks,
+            head,
+            copy: Resident::default(),
+        }
     }
 
     /// Length of the context.

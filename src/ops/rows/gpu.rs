@@ -1,5 +1,6 @@
-//! Rows of a matrix picked by number on a device, the transpose of that, and the value head. Kernels are in gpu.cu. Sums have
-//! one order, so that results are the same bits every time. It does not depend on model. Read columns/gpu.rs for sums over rows.
+//! Rows of a matrix picked by number on a device, the transpose of that, and the value head. Kernels are in gpu.cu.
+//! Sums have one order, so that results are the same bits every time. It does not depend on model. Read columns/gpu.rs for sums over
+//! rows.
 
 use anyhow::{Result, ensure};
 
@@ -83,6 +84,8 @@ pub struct DeviceIndex {
 }
 
 impl DeviceIndex {
+    /// Copies the picked rows, and for [`scatter`] the places of each row, to the device: once for all layers.
+    ///
     /// # Errors
     /// If a row does not exist.
     pub fn new(device: &Device, rows: &[usize], n: usize) -> Result<Self> {
@@ -145,7 +148,8 @@ pub fn gather(x: &Matrix, index: &DeviceIndex, to: Element) -> Result<Matrix> {
     Ok(y)
 }
 
-/// The transpose of [`gather`]: (n, D) of type `to` with the rows of `values` (R, D) added at the picked rows, zeros elsewhere.
+/// The transpose of [`gather`]: (n, D) of type `to` with the rows of `values` (R, D) added at the picked rows, zeros
+/// elsewhere.
 ///
 /// # Errors
 /// If shapes do not fit.
@@ -155,7 +159,8 @@ pub fn scatter(values: &Matrix, index: &DeviceIndex, to: Element) -> Result<Matr
     Ok(y)
 }
 
-/// Adds the rows of `values` (R, D) to the picked rows of y (n, D), in their order where a row is picked more than once.
+/// Adds the rows of `values` (R, D) to the picked rows of y (n, D), in their order where a row is picked more than
+/// once.
 ///
 /// # Errors
 /// If shapes do not fit.

@@ -27,8 +27,8 @@ impl Buffers {
         let sum = exponentials(logits, top, inverse, &mut self.weights);
         if !(sum.is_finite() && top.is_finite()) {
             return Err(diverged!(
-                "the logits are not finite: the weights of the base or the adapter have grown past what f32 holds; train \
-                 the adapter again with a lower learning_rate"
+                "the logits are NaN or infinite: the weights of the base or the adapter have overflowed f32; train the \
+                 adapter again with a lower learning_rate"
             ));
         }
         let logprob = |token: usize| (logits[token] - top) * inverse - sum.ln();

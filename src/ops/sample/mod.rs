@@ -1,8 +1,8 @@
 //! Sampling from logits: temperature, top-k, top-p; the token and its log-probability. Formula, checks, dispatch.
 //!
-//! p = softmax(l / T). top_k keeps the k most likely tokens, top_p then the most likely of those whose probabilities sum to
-//! top_p; a uniform draw selects a token in proportion to p. T = 0 is greedy: the most likely token. It does not depend on
-//! models or on random number generators. Read `cpu.rs` beside it, then `model/generate.rs` for the use.
+//! p = softmax(l / T). top_k keeps the k most likely tokens, top_p then the most likely of those whose probabilities
+//! sum to top_p; a uniform draw selects a token in proportion to p. T = 0 is greedy: the most likely token. It does not
+//! depend on models or on random number generators. Read `cpu.rs` beside it, then `model/generate.rs` for the use.
 
 mod cpu;
 

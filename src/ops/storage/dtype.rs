@@ -1,5 +1,6 @@
-//! The storage types, and how each becomes f32, exactly; with quantise.rs the only code that knows what the blocks hold. Source: ggml's
-//! `dequantize_row_*`. Knows no matrix. Read pack.rs next.
+//! The storage types (ggml dtypes and NF4) and exact dequantisation to f32. Only this file, `quantise.rs` and the fast path
+//! for Q8_0 in `cpu/bf16` depend on the layout of blocks. Source: ggml's `dequantize_row_*`. It does not depend on
+//! matrices. Read `quantise.rs` beside it next.
 
 use candle_core::quantized::k_quants::{
     BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
@@ -8,7 +9,7 @@ use half::f16;
 
 use crate::ops::cpu::vectorised;
 
-/// How a matrix's numbers are stored. The quantised types are ggml's, block for block.
+/// The storage type of a matrix. The quantised types have ggml's block layouts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[allow(non_camel_case_types, missing_docs)]
 pub enum StorageDType {
@@ -25,7 +26,7 @@ pub enum StorageDType {
     Q4K,
     Q5K,
     Q6K,
-    /// QLoRA's 4-bit normal float, in memory only: no file holds it.
+    /// QLoRA's 4-bit normal float, in memory only: no file format has it.
     NF4,
 }
 
@@ -49,7 +50,7 @@ impl StorageDType {
         }
     }
 
-    /// The type with this number in a GGUF tensor table (`enum ggml_type`), if it is one of ours.
+    /// The type with this number in a GGUF tensor table (`enum ggml_type`), if it is supported.
     pub fn from_ggml(id: u32) -> Option<Self> {
         Some(match id {
             0 => Self::F32,
@@ -69,7 +70,7 @@ impl StorageDType {
         })
     }
 
-    /// The name users know: `q8_0`, `q4_k`, `bf16`.
+    /// The usual name: `q8_0`, `q4_k`, `bf16`.
     pub const fn name(self) -> &'static str {
         match self {
             Self::F32 => "f32",
@@ -89,18 +90,18 @@ impl StorageDType {
         }
     }
 
-    /// The number of this type in a GGUF tensor table; `None` for the one that no file holds.
+    /// The number of this type in a GGUF tensor table; `None` for NF4, which no file format has.
     pub fn to_ggml(self) -> Option<u32> {
         (0..=30).find(|&id| Self::from_ggml(id) == Some(self))
     }
 
-    /// Whether the numbers are stored one by one.
+    /// Whether values are stored individually, not in blocks.
     pub const fn is_dense(self) -> bool {
         self.block().0 == 1
     }
 
-    /// This type, or where rows of `cols` numbers are no whole blocks of it, the one that llama.cpp takes in its place
-    /// (`llama_tensor_get_type`: q4_k -> q5_0, q6_k -> q8_0); `None` where that does not fit either.
+    /// This type, or, if rows of `cols` values are not whole blocks of it, the one that llama.cpp uses in its place
+    /// (`llama_tensor_get_type`: q4_k -> q5_0, q6_k -> q8_0); `None` if that does not fit either.
     pub fn for_width(self, cols: usize) -> Option<Self> {
         let smaller = match self {
             Self::Q4K | Self::NF4 => Self::Q5_0,
@@ -110,14 +111,14 @@ impl StorageDType {
         [self, smaller].into_iter().find(|t| cols.is_multiple_of(t.block().0))
     }
 
-    /// Bytes of `values` numbers, or `None` where they are no whole number of blocks or overflow.
+    /// Bytes of `values` values; `None` if they are not a whole number of blocks or overflow.
     pub fn bytes_for(self, values: usize) -> Option<usize> {
         let (block, bytes) = self.block();
         if !values.is_multiple_of(block) { None } else { (values / block).checked_mul(bytes) }
     }
 }
 
-/// Unpacks `bytes` of `dtype` into f32. `out` is as long as there are values.
+/// Dequantises `bytes` of `dtype` to f32. `out` has one element per value.
 pub(crate) fn unpack(dtype: StorageDType, bytes: &[u8], out: &mut [f32]) {
     match dtype {
         StorageDType::F32 => f32s(bytes, out),
@@ -194,7 +195,8 @@ vectorised! {
     }
 }
 
-/// The three that decoding meets most: AVX-512 by hand, since the compiler widens bytes in small steps.
+/// Dequantisation of the three types that are most common in decoding, with hand-written AVX-512, because the compiler
+/// widens bytes in small steps.
 macro_rules! by_block {
     ($name:ident, $avx512:ident, $bytes:literal, $plain:expr) => {
         fn $name(bytes: &[u8], out: &mut [f32]) {
@@ -244,7 +246,7 @@ by_block!(q4_1, q4_1_avx512, 20, |b, o| {
 mod avx512 {
     use std::arch::x86_64::*;
 
-    /// A half float in all lanes.
+    /// A half float, broadcast to all lanes.
     #[inline]
     #[target_feature(enable = "avx512f,f16c")]
     fn half(low: u8, high: u8) -> __m512 {
@@ -255,7 +257,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
     pub fn q8_0_avx512(b: &[u8; 34], o: &mut [f32; 32]) {
         let d = half(b[0], b[1]);
-        // SAFETY: 32 bytes follow the scale, and 32 numbers are written.
+        // SAFETY: 32 bytes follow the scale, and 32 values are written.
         unsafe {
             for i in 0..2 {
                 let q = _mm_loadu_si128(b.as_ptr().add(2 + 16 * i).cast());
@@ -268,11 +270,11 @@ mod avx512 {
     /// The low and the high four bits of sixteen bytes, as sixteen integers each.
     ///
     /// # Safety
-    /// Sixteen bytes are readable at `q`.
+    /// Sixteen bytes can be read at `q`.
     #[inline]
     #[target_feature(enable = "avx512f")]
     unsafe fn nibbles(q: *const u8) -> [__m512i; 2] {
-        // SAFETY: the caller's duty.
+        // SAFETY: guaranteed by the caller.
         let q = _mm512_cvtepu8_epi32(unsafe { _mm_loadu_si128(q.cast()) });
         [_mm512_and_si512(q, _mm512_set1_epi32(15)), _mm512_srli_epi32::<4>(q)]
     }
@@ -281,7 +283,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
     pub fn q4_0_avx512(b: &[u8; 18], o: &mut [f32; 32]) {
         let d = half(b[0], b[1]);
-        // SAFETY: sixteen bytes follow the scale, and 32 numbers are written.
+        // SAFETY: sixteen bytes follow the scale, and 32 values are written.
         unsafe {
             for (i, q) in nibbles(b.as_ptr().add(2)).into_iter().enumerate() {
                 let q = _mm512_cvtepi32_ps(_mm512_sub_epi32(q, _mm512_set1_epi32(8)));
@@ -294,7 +296,7 @@ mod avx512 {
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,f16c")]
     pub fn q4_1_avx512(b: &[u8; 20], o: &mut [f32; 32]) {
         let (d, m) = (half(b[0], b[1]), half(b[2], b[3]));
-        // SAFETY: sixteen bytes follow the scale and the minimum, and 32 numbers are written.
+        // SAFETY: sixteen bytes follow the scale and the minimum, and 32 values are written.
         unsafe {
             for (i, q) in nibbles(b.as_ptr().add(4)).into_iter().enumerate() {
                 // Not fused: the plain loop and ggml round twice.
@@ -307,16 +309,16 @@ mod avx512 {
 #[cfg(target_arch = "x86_64")]
 use avx512::{q4_0_avx512, q4_1_avx512, q8_0_avx512};
 
-/// Unpacks through candle's block type `B`, which is plain bytes and half floats.
+/// Dequantises through candle's block type `B`, which consists of plain bytes and half floats.
 fn blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
     // SAFETY: candle's blocks are `repr(C)` structs of u8, i8 and f16, of which every bit pattern is valid; the
-    // alignment is checked by align_to, and an unaligned file is copied below.
+    // alignment is checked by align_to, and unaligned bytes are copied below.
     let (before, aligned, _) = unsafe { bytes.align_to::<B>() };
     if before.is_empty() {
         return B::to_float(aligned, out);
     }
     let mut copy = vec![B::zeros(); bytes.len() / size_of::<B>()];
-    // SAFETY: `copy` has room for bytes.len() bytes and B is plain data, as above.
+    // SAFETY: `copy` has a size of bytes.len() bytes and B is plain data, as above.
     unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast::<u8>(), size_of_val(&copy[..])) };
     B::to_float(&copy, out);
 }

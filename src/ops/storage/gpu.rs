@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use super::StorageDType;
+use super::dtype::StorageDType;
 use crate::device::{Arguments, Device, Element, Matrix, Ptr, Variant};
 
 /// Host memory through which `DeviceWeight::upload` copies, in bytes.

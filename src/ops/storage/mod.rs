@@ -1,6 +1,5 @@
 //! Stored matrices: the storage types and dequantisation (`dtype`), quantisation (`quantise`), the order of rows
-//! (`row_order`). `weight.rs` in `ops` is the only user outside of tests and packing. It does not depend on matrices or
-//! operations. Read `dtype.rs` next.
+//! (`row_order`). It does not depend on matrices or operations. Read `dtype.rs` next.
 
 pub mod dtype;
 pub(crate) mod gpu;

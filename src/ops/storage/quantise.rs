@@ -1,5 +1,5 @@
-//! f32 -> the storage types: what stored.rs unpacks, packed. Bytes equal ggml's `quantize_row_*_ref`; NF4 is QLoRA's.
-//! Knows no matrix. Read weight.rs next: it quantises row by row.
+//! Quantisation: f32 -> the storage types, the inverse of `dtype.rs`. Bytes equal ggml's `quantize_row_*_ref`; NF4 is
+//! QLoRA's. It does not depend on matrices. Read `weight.rs` in `ops` next, which quantises row by row.
 
 use anyhow::Result;
 use candle_core::quantized::{GgmlDType, QTensor};
@@ -9,18 +9,18 @@ use half::{bf16, f16};
 use crate::invalid;
 use crate::ops::storage::dtype::{NF4_VALUES, StorageDType};
 
-/// Appends `values`, a whole number of blocks of `dtype`, to `out` in that type.
+/// Quantises `values`, a whole number of blocks of `dtype`, and appends them to `out`.
 ///
 /// # Errors
-/// If the number of values is no whole number of blocks, a value is not finite or too large for a half float, or the
-/// type is one that is only read.
+/// If the number of values is not a whole number of blocks, a value is NaN, infinite or too large for a half float, or
+/// the type is supported for reading only.
 pub fn quantise(dtype: StorageDType, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
     let name = dtype.name();
     let bytes = dtype.bytes_for(values.len());
     let Some(bytes) = bytes else {
-        return Err(invalid!("{} numbers are no whole blocks of {} ({name})", values.len(), dtype.block().0));
+        return Err(invalid!("{} numbers are not whole blocks of {} ({name})", values.len(), dtype.block().0));
     };
-    // Every type but f32, bf16 and nf4 keeps half floats of the size of the numbers.
+    // All types except f32, bf16 and nf4 store half floats as large as the values.
     let half = !matches!(dtype, StorageDType::F32 | StorageDType::BF16 | StorageDType::NF4);
     let largest = if half { f16::MAX.to_f32() } else { f32::MAX };
     if let Some(bad) = values.iter().find(|v| !v.is_finite() || v.abs() > largest) {
@@ -43,11 +43,11 @@ pub fn quantise(dtype: StorageDType, values: &[f32], out: &mut Vec<u8>) -> Resul
             return Err(invalid!("{name} is read and not written; use q4_k, q6_k or q8_0"));
         }
     }
-    anyhow::ensure!(out.len() - before == bytes, "{name}: {} bytes came of {bytes}", out.len() - before);
+    anyhow::ensure!(out.len() - before == bytes, "{name}: {} bytes instead of {bytes}", out.len() - before);
     Ok(())
 }
 
-/// Candle's encoders are ggml's, byte for byte, where this is called (see the test).
+/// Quantises with candle, whose encoders equal ggml's byte for byte for the types used here (see the test).
 fn by_candle(dtype: GgmlDType, values: &[f32], out: &mut Vec<u8>) -> Result<()> {
     let q = QTensor::quantize(&Tensor::from_slice(values, values.len(), &Device::Cpu)?, dtype)?;
     out.extend_from_slice(&q.data()?);
@@ -59,8 +59,9 @@ fn nearest(value: f32) -> i32 {
     value.round_ties_even() as i32
 }
 
-/// 256 numbers as eight groups x = d s_j q - dmin m_j: q of 4 bits, s and m of 6. Each group's (scale, minimum) is
-/// fitted by weighted least squares ([`fit`]). Own code, as candle's encoder is an older ggml's, which does not weigh.
+/// 256 values as eight groups x = d s_j q - dmin m_j: q has 4 bits, s and m have 6. Each group's (scale, minimum) is
+/// fitted by weighted least squares ([`fit`]). Own code, because candle's encoder is from an older ggml without
+/// weights.
 fn q4_k(x: &[f32; 256], out: &mut Vec<u8>) {
     let fits: [(f32, f32); 8] = std::array::from_fn(|j| fit(&x.as_chunks::<32>().0[j]));
     let top = |of: fn(&(f32, f32)) -> f32| fits.iter().map(of).fold(0f32, f32::max);
@@ -74,7 +75,7 @@ fn q4_k(x: &[f32; 256], out: &mut Vec<u8>) {
     let (d, dmin) = (f16::from_f32(max_scale / 63.0), f16::from_f32(max_min / 63.0));
     out.extend(d.to_le_bytes());
     out.extend(dmin.to_le_bytes());
-    // Twelve bytes: six bits each of groups 0 to 3, whose upper two bits hold those of groups 4 to 7.
+    // Twelve bytes: six bits each for groups 0 to 3; the upper two bits belong to groups 4 to 7.
     let mut packed = [0u8; 12];
     for j in 0..4 {
         let ((s, m), (s4, m4)) = (six[j], six[j + 4]);
@@ -98,9 +99,9 @@ fn q4_k(x: &[f32; 256], out: &mut Vec<u8>) {
     }
 }
 
-/// (scale, -minimum) of 32 numbers on a grid of 16 steps: 21 spacings are tried, each gives integers, the integers give
-/// the best line in closed form, and the line with the least error under the weights rms + |x| wins. The minimum is
-/// never above 0. Source: ggml `make_qkx2_quants` with its q4_K arguments.
+/// (scale, -minimum) of 32 values on a grid of 16 steps. Each of 21 spacings gives integers, the integers give the best
+/// line in closed form, and the line with the least error under the weights rms + |x| is returned. The minimum is never
+/// above 0. Source: ggml `make_qkx2_quants` with its q4_K arguments.
 fn fit(x: &[f32; 32]) -> (f32, f32) {
     const TOP: f32 = 15.0;
     let rms = (x.iter().map(|v| v * v).sum::<f32>() / 32.0).sqrt();
@@ -153,12 +154,12 @@ fn fit(x: &[f32; 32]) -> (f32, f32) {
     (scale, -low)
 }
 
-/// The integers 0..15 of x on a grid that begins at `low`.
+/// The integers 0..15 of x on a grid that starts at `low`.
 fn grid(x: &[f32; 32], low: f32, inverse: f32) -> [f32; 32] {
     x.map(|v| nearest(inverse * (v - low)).clamp(0, 15) as f32)
 }
 
-/// 256 numbers as sixteen groups x = d s_j q: q of 6 bits and a sign, s of 8.
+/// 256 values as sixteen groups x = d s_j q: q has 6 bits including a sign, s has 8.
 fn q6_k(x: &[f32; 256], out: &mut Vec<u8>) {
     let groups = x.as_chunks::<16>().0;
     let fits: [f32; 16] = std::array::from_fn(|j| fit_signed(&groups[j]));
@@ -188,11 +189,11 @@ fn q6_k(x: &[f32; 256], out: &mut Vec<u8>) {
     out.extend(d.to_le_bytes());
 }
 
-/// Below this a group counts as zeros (ggml's `GROUP_MAX_EPS`).
+/// A group below this is treated as zeros (ggml's `GROUP_MAX_EPS`).
 const TINY: f32 = 1e-15;
 
-/// The scale of 16 numbers on a grid of -32 to 31: 19 spacings are tried, each gives integers, and the best scale for
-/// them, weighted by x^2, in closed form. Source: ggml `make_qx_quants` with its q6_K arguments.
+/// The scale of 16 values on a grid of -32 to 31. Each of 19 spacings gives integers, and the integers give the best
+/// scale, weighted by x^2, in closed form. Source: ggml `make_qx_quants` with its q6_K arguments.
 fn fit_signed(x: &[f32; 16]) -> f32 {
     let top = x.iter().fold(0f32, |a, &v| if v.abs() > a.abs() { v } else { a });
     if top.abs() < TINY {
@@ -220,15 +221,15 @@ fn fit_signed(x: &[f32; 16]) -> f32 {
     scale
 }
 
-/// 64 numbers: their largest absolute value as f32, then for each the nearest of sixteen quantiles of a normal
-/// distribution, two a byte (i low, i + 32 high). Source: QLoRA, arXiv:2305.14314 section 3, without its second
+/// 64 values: their largest absolute value as f32, then for each the nearest of sixteen quantiles of a normal
+/// distribution, two per byte (i low, i + 32 high). Source: QLoRA, arXiv:2305.14314 section 3, without double
 /// quantisation.
 fn nf4(x: &[f32; 64], out: &mut Vec<u8>) {
     let top = x.iter().fold(0f32, |a, v| a.max(v.abs()));
     let inverse = if top > 0.0 { 1.0 / top } else { 0.0 };
     let code = |v: f32| -> u8 {
         let v = v * inverse;
-        // The first border above v; a border lies halfway between two values.
+        // The first boundary above v; boundaries are halfway between two values.
         NF4_VALUES.windows(2).take_while(|pair| v > (pair[0] + pair[1]) / 2.0).count() as u8
     };
     out.extend(top.to_le_bytes());
@@ -243,7 +244,7 @@ mod tests {
     use crate::ops::weight::{Bytes, Weight};
     use crate::rng::SplitMix64;
 
-    /// The numbers of tests/golden/quantise.py.
+    /// The values of tests/golden/quantise.py.
     fn numbers() -> Vec<f32> {
         let mut rng = SplitMix64::new(0x1234);
         (0..512)
@@ -259,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn every_written_type_has_the_bytes_that_ggml_writes() {
+    fn every_written_type_has_the_bytes_of_ggml() {
         let golden = golden();
         for dtype in [
             StorageDType::Q4_0,
@@ -278,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn nf4_holds_the_published_values_and_takes_the_nearest() {
+    fn nf4_has_the_published_values_and_rounds_to_the_nearest() {
         for (ours, theirs) in NF4_VALUES.iter().zip(golden()["nf4_values"].as_array().unwrap()) {
             // bitsandbytes rounds its quantiles through f32.
             assert!((f64::from(*ours) - theirs.as_f64().unwrap()).abs() < 2e-7);
@@ -295,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn a_matrix_is_quantised_in_its_own_row_order_and_zeros_stay_zeros() {
+    fn a_matrix_is_quantised_in_its_logical_row_order_and_zeros_stay_zeros() {
         let mut values = numbers();
         values[..128].fill(0.0);
         let dense = Weight::from_f32(&values, 2, 256).unwrap();
@@ -307,7 +308,7 @@ mod tests {
     }
 
     #[test]
-    fn what_a_type_cannot_hold_is_refused() {
+    fn values_that_a_type_cannot_represent_are_refused() {
         for dtype in [StorageDType::F16, StorageDType::Q8_0, StorageDType::Q4K, StorageDType::NF4, StorageDType::F32] {
             let mut values = vec![1f32; 256];
             values[77] = f32::NAN;

@@ -1,5 +1,6 @@
-//! The order of a stored matrix's rows: logical row -> position in the file. GGUF files permute the rows of some matrices,
-//! and this undoes it without copying. It does not depend on the rest of the crate. Read `weight.rs` in `ops` next.
+//! The order of a stored matrix's rows: logical row -> position in the file. GGUF files permute the rows of some
+//! matrices, and this undoes it without copying. It does not depend on the rest of the crate. Read `weight.rs` in `ops`
+//! next.
 
 /// Maps a logical row to its position in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

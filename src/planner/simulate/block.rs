@@ -1,5 +1,5 @@
-//! A decoder block of `model::block`, forward, kept and in reverse, one decoding step. Where that lets go of something,
-//! this does. Read network.rs next.
+//! Allocations of a decoder block (`model::block`): forward, forward with saved tensors, backward, one decoding step.
+//! Buffers are dropped at the same points as in `model::block`. Read network.rs next.
 
 use crate::model::block::Recompute;
 use crate::model::config::{Mlp, Placement, QkNorm, Qkv};
@@ -7,16 +7,16 @@ use crate::planner::sim_allocator::{Allocation, MemoryCategory};
 use crate::planner::simulate::ops::{Part, Simulator, Tensor};
 use crate::planner::simulate::shape::{Branches, Network};
 
-/// What a block keeps for its reverse beside its input.
+/// Saved tensors of a block beside its input.
 pub struct Inside {
     attention: Vec<Tensor>,
     x2: Tensor,
     mlp: Vec<Tensor>,
-    /// Gate and up with their z; `None` where they are made again.
+    /// Gate and up with their z; `None` where they are recomputed.
     wide: Option<Vec<Tensor>>,
 }
 
-/// Inputs of the reverse.
+/// Inputs of the backward.
 pub struct Kept {
     _x: Tensor,
     rest: Option<Inside>,
@@ -25,13 +25,13 @@ pub struct Kept {
 /// A layer of a network with an adapter's branches.
 #[derive(Clone, Copy)]
 pub struct Layer<'a> {
-    /// Where memory is taken.
+    /// The simulated allocator's user.
     pub walk: &'a Simulator,
-    /// The network.
+    /// The network's shapes.
     pub net: &'a Network,
     /// The branches; `None` is the bare base.
     pub branches: Option<&'a Branches>,
-    /// Which layer.
+    /// Index of the layer.
     pub index: usize,
 }
 
@@ -75,7 +75,7 @@ impl Layer<'_> {
         self.net.config.rotation(self.index).is_some()
     }
 
-    /// `attention::project`: what is kept of it, q, k and v last.
+    /// `attention::project`: its saved tensors, with q, k and v last.
     fn project(&self, m: usize, x: &Tensor) -> Vec<Tensor> {
         let heads = self.net.config.heads(self.index);
         let h = self.before(m, x);
@@ -100,7 +100,7 @@ impl Layer<'_> {
         kept
     }
 
-    /// `Join::forward`: the sum, z, and what its norms want.
+    /// `Join::forward`: the sum, z, and the saved inputs of its norms.
     fn join(&self, m: usize, k: usize, map: usize) -> (Tensor, Vec<Tensor>) {
         let (mut out, z) = self.walk.linear(m, k, &self.parts(map..map + 1));
         let f = out.swap_remove(0);
@@ -123,7 +123,7 @@ impl Layer<'_> {
         (sum, kept)
     }
 
-    /// The attention half: x2, and what the reverse wants.
+    /// The attention half: x2 and its saved tensors.
     fn attention(&self, lengths: &[usize], x: &Tensor, keep: bool) -> (Tensor, Vec<Tensor>) {
         let m = lengths.iter().sum();
         let heads = self.net.config.heads(self.index);
@@ -156,7 +156,7 @@ impl Layer<'_> {
         outputs
     }
 
-    /// The MLP half: y, what its end keeps, and what it was widened to, where `keep` says so.
+    /// The MLP half: y, the saved tensors of its end, and gate and up if `keep` is set.
     fn mlp(&self, m: usize, x: &Tensor, keep: bool) -> (Tensor, Vec<Tensor>, Option<Vec<Tensor>>) {
         let f = self.net.config.intermediate_size;
         let wide = self.widened(m, x);
@@ -167,7 +167,7 @@ impl Layer<'_> {
         (y, ends, wide)
     }
 
-    /// y of x, keeping nothing.
+    /// y of x, without saved tensors.
     pub fn forward(&self, lengths: &[usize], x: &Tensor) -> Tensor {
         let m = lengths.iter().sum();
         let (x2, _) = self.attention(lengths, x, false);
@@ -181,7 +181,7 @@ impl Layer<'_> {
         (y, Inside { attention, x2, mlp, wide })
     }
 
-    /// y of x, with what the reverse wants.
+    /// y of x, with saved tensors.
     pub fn forward_kept(&self, lengths: &[usize], x: Tensor, checkpoint: Recompute) -> (Tensor, Kept) {
         if checkpoint == Recompute::Block {
             let y = self.forward(lengths, &x);
@@ -191,8 +191,8 @@ impl Layer<'_> {
         (y, Kept { _x: x.becomes(MemoryCategory::Inputs), rest: Some(inside) })
     }
 
-    /// y of the prompts; keys and values of the answers' prompts, of `answers` lengths, go into `cache`, with room for `room`
-    /// tokens more.
+    /// y of the prompts; keys and values for each response's prompt, of `answers` lengths, go into `cache`, with capacity
+    /// for `room` more tokens.
     pub fn prefill(
         &self,
         lengths: &[usize],
@@ -218,7 +218,7 @@ impl Layer<'_> {
         self.mlp(m, if self.net.config.placement == Placement::Parallel { x } else { &x2 }, false).0
     }
 
-    /// y of one token a sequence over caches of `tokens` each.
+    /// y of one token per sequence over caches of `tokens` each.
     pub fn decode(&self, tokens: &[usize], x: &Tensor) -> Tensor {
         let s = tokens.len();
         let heads = self.net.config.heads(self.index);
@@ -246,7 +246,7 @@ impl Layer<'_> {
         let Inside { attention, x2, mlp, wide } = rest.unwrap_or_else(|| self.run(lengths, &x, true).1);
         let (first, last) = (self.net.attention_out() + 1, self.last_map());
         let is_parallel = c.placement == Placement::Parallel;
-        // The MLP's reverse.
+        // The MLP's backward.
         let (past, df) = self.join_backward(m, dy);
         let made = wide.is_none().then(|| self.widened(m, &x2));
         let activated = self.rows(m, f);
@@ -300,7 +300,7 @@ impl Layer<'_> {
         dx
     }
 
-    /// `Join::backward`: (past the half, dL/df).
+    /// `Join::backward`: (dL/dx on the residual path, dL/df).
     fn join_backward(&self, m: usize, dy: Tensor) -> (Tensor, Tensor) {
         let c = &self.net.config;
         let dsum = if c.placement == Placement::AfterSum { self.rows(m, self.d()) } else { dy };

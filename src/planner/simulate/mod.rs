@@ -1,6 +1,6 @@
-//! What every operation takes and gives back, in the order in which it does: the same functions as in `ops` and `model`,
-//! over sizes alone. A number here that the code does not bear out is a fault, which tests/memory_planner.rs finds.
-//! shape.rs describes a network; ops.rs, block.rs and network.rs walk it; stages.rs has a file's worth of each stage.
+//! Replays the allocations and frees of every operation, in the program's order, using shapes only: the same functions as
+//! in `ops` and `model`. A size that differs from the code's is a fault, which the planner's tests find. shape.rs describes
+//! a network; ops.rs, block.rs and network.rs replay its passes; stages.rs replays the phases of each stage.
 
 pub mod block;
 pub mod network;

@@ -1,4 +1,5 @@
-//! `model::base` and `model::roles`: passes over all blocks, the head, gradients of policy and scorer, generation.
+//! Allocations of `model::base` and `model::roles`: passes over all blocks, log-probabilities, gradients of policy and value
+//! model, generation.
 //! Read stages.rs next.
 
 use crate::model::block::Recompute;
@@ -10,7 +11,7 @@ use crate::planner::simulate::shape::{Branches, Network};
 /// A network through an adapter, as a role sees it.
 #[derive(Clone, Copy)]
 pub struct View<'a> {
-    /// Where memory is taken.
+    /// The simulated allocator's user.
     pub walk: &'a Simulator,
     /// The network.
     pub net: &'a Network,
@@ -18,16 +19,16 @@ pub struct View<'a> {
     pub branches: Option<&'a Branches>,
 }
 
-/// What a training pass keeps between forward and backward.
+/// Saved tensors of a training pass.
 struct Tape {
     kept: Vec<Kept>,
     /// Output of the last block.
     last: Tensor,
-    /// Of the branch on the token table.
+    /// Saved tensor of the LoRA layer on the token embedding.
     lookup: Vec<Tensor>,
 }
 
-/// Gradients of an adapter: one tensor a factor.
+/// Gradients of an adapter: one tensor per factor.
 pub type Gradients = Vec<Tensor>;
 
 impl View<'_> {
@@ -35,12 +36,12 @@ impl View<'_> {
         Layer { walk: self.walk, net: self.net, branches: self.branches, index }
     }
 
-    /// The branch on the output table.
+    /// The LoRA layer on lm_head.
     fn table(&self) -> TableBranch {
         self.branches.map_or_else(TableBranch::default, |b| TableBranch { rank: b.table, dora: b.dora })
     }
 
-    /// The branch on the token table.
+    /// The LoRA layer on the token embedding.
     fn tokens(&self) -> TableBranch {
         self.branches.map_or_else(TableBranch::default, |b| TableBranch { rank: b.tokens, dora: b.dora })
     }
@@ -81,7 +82,7 @@ impl View<'_> {
         if d != e { self.walk.rows(MemoryCategory::Head, m, e) } else { h }
     }
 
-    /// `Base::hidden`: keeps nothing.
+    /// `Base::hidden`: without saved tensors.
     pub fn hidden(&self, lengths: &[usize]) -> Tensor {
         let m = lengths.iter().sum();
         let mut x = self.embed(m);
@@ -248,7 +249,7 @@ impl View<'_> {
         self.walk.rows(MemoryCategory::Head, s, vocab)
     }
 
-    /// One token through everything: what `Model::of` does to find numbers that are none.
+    /// One token through all layers: `Model::of` does this to find weights that are NaN or infinite.
     pub fn look(&self) {
         let (_, e, vocab) = self.sizes();
         let h = self.hidden(&[1]);

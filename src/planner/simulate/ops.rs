@@ -1,4 +1,4 @@
-//! The operations of `ops`, each as what it takes, holds and gives back. Rows and widths are numbers of f32. The names are
+//! Allocations of the operations in `ops`: what each takes, holds and frees. Rows and widths count f32 numbers. The names are
 //! those of the operations; read the operation itself beside each.
 
 use std::cell::RefCell;
@@ -14,7 +14,7 @@ use crate::ops::weight::{ComputeDtype, StorageDType};
 use crate::planner::sim_allocator::{Allocation, MemoryCategory, SimAllocator};
 
 const F32: usize = size_of::<f32>();
-/// What candle keeps of a tensor beside its numbers: the tensor, its storage's lock, two counts each, the shape's list.
+/// Bytes that candle keeps per tensor beside its numbers: the tensor, its storage's lock, two counts each, the shape's list.
 const TENSOR: usize = 320;
 
 /// A tensor: clones share its storage.
@@ -22,7 +22,7 @@ const TENSOR: usize = 320;
 pub struct Tensor(Rc<RefCell<Allocation>>);
 
 impl Tensor {
-    /// Counts as another class from now on.
+    /// Counts towards another category from now on.
     pub fn becomes(self, class: MemoryCategory) -> Self {
         self.0.borrow_mut().becomes(class);
         self
@@ -32,66 +32,66 @@ impl Tensor {
 /// One linear map of a group.
 #[derive(Clone, Copy)]
 pub struct Part {
-    /// Outputs.
+    /// Output features.
     pub out: usize,
-    /// Rank of its branch; 0 is none.
+    /// Rank of its LoRA layer; 0 without one.
     pub rank: usize,
-    /// Its branch is DoRA's: what is multiplied is kept beside the scaled output.
+    /// Whether its LoRA layer is DoRA: the unscaled product is saved beside the scaled output.
     pub dora: bool,
     /// How its matrix is stored.
     pub stored: StorageDType,
 }
 
-/// The branch on a table of the vocabulary.
+/// The LoRA layer on the embedding or lm_head.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct TableBranch {
-    /// Its rank; 0 is none.
+    /// Its rank; 0 without one.
     pub rank: usize,
-    /// It is DoRA's.
+    /// Whether it is DoRA.
     pub dora: bool,
 }
 
-/// Where operations take their memory.
+/// The context in which operations allocate.
 pub struct Simulator {
-    /// The account.
+    /// The simulated allocator.
     pub ledger: SimAllocator,
-    /// Threads that share the kernels' work.
+    /// Number of threads that share the kernels' work.
     pub threads: usize,
-    /// What products with frozen matrices are computed in.
+    /// Type in which products with frozen matrices are computed.
     pub compute: ComputeDtype,
     /// Scratch buffers that threads keep, of the caller and of its helpers.
     scratch: RefCell<[Vec<Scratch>; 2]>,
 }
 
-/// A scratch buffer at one depth of nesting: numbers, and who holds them.
+/// A scratch buffer at one depth of nesting: its length, and its owner.
 type Scratch = (usize, Option<Allocation>);
 
-/// Who works.
+/// The threads that work.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Who {
     /// The calling thread.
     One,
-    /// All.
+    /// All threads.
     All,
 }
 
 impl Simulator {
-    /// A walk that has taken nothing.
+    /// A simulation without allocations.
     pub fn new(ledger: SimAllocator, threads: usize, compute: ComputeDtype) -> Self {
         Self { ledger, threads, compute, scratch: RefCell::default() }
     }
 
-    /// A list of f32 that no tensor owns.
+    /// A list of f32 outside of any tensor.
     fn list(&self, class: MemoryCategory, numbers: usize) -> Allocation {
         self.ledger.take(class, numbers * F32)
     }
 
-    /// A tensor of so many numbers.
+    /// A tensor of `numbers` f32.
     pub fn tensor(&self, class: MemoryCategory, numbers: usize) -> Tensor {
         Tensor(Rc::new(RefCell::new(self.ledger.take(class, numbers * F32 + TENSOR))))
     }
 
-    /// `cpu::parallel`: who works on so many items.
+    /// `cpu::parallel`: the threads that work on a number of items.
     fn parallel(&self, items: usize, cost: usize) -> Who {
         if cost < WORTH_A_THREAD || items < 2 { Who::One } else { Who::All }
     }
@@ -115,7 +115,7 @@ impl Simulator {
         self.scratch(who, depth, words + 16);
     }
 
-    /// `linear::forward`: outputs of each part, and what is kept: z, and the directions of parts with DoRA.
+    /// `linear::forward`: outputs of each map, and its saved tensors: z, and the directions of maps with DoRA.
     pub fn linear(&self, m: usize, k: usize, parts: &[Part]) -> (Vec<Tensor>, Vec<Tensor>) {
         let rank: usize = parts.iter().map(|p| p.rank).sum();
         let outputs: usize = parts.iter().map(|p| p.out).sum();
@@ -171,7 +171,7 @@ impl Simulator {
         ([rounded, few], z)
     }
 
-    /// `linear::backward`: dx where it is wanted, and the gradients of each branch.
+    /// `linear::backward`: dx where it is wanted, and the gradients of each LoRA layer.
     pub fn linear_backward(&self, m: usize, k: usize, parts: &[Part], wanted: bool) -> (Option<Tensor>, Vec<Tensor>) {
         let rank: usize = parts.iter().map(|p| p.rank).sum();
         let is_bf16 =
@@ -213,7 +213,7 @@ impl Simulator {
         (dx, lora)
     }
 
-    /// An operation that makes a new tensor of rows and nothing else: a norm, a rotation, an activation, a sum.
+    /// An operation whose only allocation is its output of rows: a norm, a rotation, an activation, a sum.
     pub fn rows(&self, class: MemoryCategory, m: usize, width: usize) -> Tensor {
         self.tensor(class, m * width)
     }
@@ -244,7 +244,7 @@ impl Simulator {
         all
     }
 
-    /// `attention::decode` over caches of so many tokens each.
+    /// `attention::decode` over caches of `tokens` each.
     pub fn attention_decode(&self, tokens: &[usize], heads: attention::Heads) -> Tensor {
         let o = self.tensor(MemoryCategory::Blocks, tokens.len() * heads.q * heads.dim);
         let cost = tokens.iter().sum::<usize>() * heads.dim * 2 * heads.q;
@@ -274,7 +274,7 @@ impl Simulator {
         [da, db].into_iter().chain(dm).collect()
     }
 
-    /// `lookup::forward` of m tokens beside the rows themselves: what is kept for its reverse.
+    /// `embedding::forward` of m tokens beside the rows themselves: its saved tensors.
     pub fn lookup_branch(&self, m: usize, d: usize, branch: TableBranch) -> Vec<Tensor> {
         if branch.rank == 0 {
             return vec![];
@@ -284,7 +284,7 @@ impl Simulator {
         [z].into_iter().chain(branch.dora.then(|| self.tensor(MemoryCategory::Blocks, m * d))).collect()
     }
 
-    /// `lookup::backward`: the branch's gradients.
+    /// `embedding::backward`: the gradients of its LoRA layer.
     pub fn lookup_backward(&self, m: usize, d: usize, vocab: usize, branch: TableBranch) -> Vec<Tensor> {
         if branch.rank == 0 {
             return vec![];
@@ -296,7 +296,7 @@ impl Simulator {
         factors.into_iter().chain(branch.dora.then(|| self.tensor(MemoryCategory::Gradients, d))).collect()
     }
 
-    /// The buffers of `head::strips` and of what its caller does with each strip.
+    /// The buffers of `logprobs::strips` and of what its caller does with each strip.
     fn strips(&self, r: usize, d: usize, vocab: usize, backward: bool, rounds: bool) {
         let who = self.parallel(RUNS, if backward { 2 } else { 1 } * r * d * vocab);
         self.scratch(who, 0, r * STRIP + d * NR);
@@ -318,14 +318,14 @@ impl Simulator {
         }
     }
 
-    /// `head::Hidden::of`.
+    /// `logprobs::Hidden::of`.
     fn hidden(&self, r: usize, d: usize) -> Allocation {
         let is_bf16 = self.compute == ComputeDtype::Bf16 && d.is_multiple_of(2);
         let rounded = r.div_ceil(32) * 32 + if r <= cpu_bf16::FEW_ROWS { NR } else { 0 };
         self.list(MemoryCategory::Head, if is_bf16 { rounded * bf16::words(d) } else { 0 })
     }
 
-    /// `head::forward`: the statistics of r targets.
+    /// `logprobs::forward`: the statistics of r targets.
     pub fn head(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Allocation {
         let _branch = self.head_branch(r, d, vocab, branch);
         let _hidden = self.hidden(r, d);
@@ -337,7 +337,7 @@ impl Simulator {
         stats
     }
 
-    /// `head::backward`: dL/dh of r rows, out of one sum a run, and the branch's gradients.
+    /// `logprobs::backward`: dL/dh of r rows, out of one sum per run, and the gradients of the LoRA layer.
     pub fn head_backward(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> (Tensor, Vec<Tensor>) {
         let _branch = self.head_branch(r, d, vocab, branch);
         let _hidden = self.hidden(r, d);
@@ -349,11 +349,11 @@ impl Simulator {
         (result, gradients)
     }
 
-    /// `divergence::forward` of r rows against r others.
+    /// `kl::forward` of r rows against r others.
     pub fn divergence(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Allocation {
         let _branches = [(); 2].map(|()| self.head_branch(r, d, vocab, branch));
         let _both = (self.list(MemoryCategory::Head, 2 * r * d), self.hidden(2 * r, d));
-        // Eight runs' sums of five numbers a position, and each thread's own.
+        // Eight runs' sums of five numbers per position, and each thread's own.
         let sums = self.list(MemoryCategory::Head, (RUNS + 1) * r * 5);
         self.strips(2 * r, d, vocab, false, true);
         let kept = self.list(MemoryCategory::Head, 3 * r.next_power_of_two().max(4));
@@ -361,7 +361,7 @@ impl Simulator {
         kept
     }
 
-    /// `divergence::backward`.
+    /// `kl::backward`.
     pub fn divergence_backward(&self, r: usize, d: usize, vocab: usize, branch: TableBranch) -> Tensor {
         let _branches = [(); 2].map(|()| self.head_branch(r, d, vocab, branch));
         let _both = (self.list(MemoryCategory::Head, 2 * r * d), self.hidden(2 * r, d));

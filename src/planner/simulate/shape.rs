@@ -1,9 +1,9 @@
-//! A network as the walk sees it: the decoder's configuration, how each matrix is stored, and the ranks of an adapter's
-//! branches. Read off a checkpoint's headers, or made up from a configuration alone.
+//! The shapes of a network: the decoder's configuration, the stored type of each matrix, and the ranks of an adapter's LoRA
+//! layers. They come from the headers of model files, or from a configuration alone.
 
 use anyhow::Result;
 
-use crate::model::adapter::targets::TargetModule;
+use crate::model::adapter::TargetModule;
 use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, LoraLayer, LoraLayers, MAX_LINEARS, NonBlockModule};
 use crate::model::base::Base;
 use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNorm, Qkv};
@@ -12,29 +12,29 @@ use crate::ops::rope;
 use crate::ops::weight::{ComputeDtype, StorageDType};
 use crate::{config, invalid};
 
-/// One decoder.
+/// The shapes of one decoder.
 #[derive(Clone, Debug)]
 pub struct Network {
-    /// Sizes.
+    /// Sizes of the decoder.
     pub config: DecoderConfig,
     /// Its linear maps.
     pub maps: LinearShapes,
-    /// How each layer's maps are stored.
+    /// Stored types of each layer's maps.
     pub stored: Vec<[StorageDType; MAX_LINEARS]>,
-    /// How the table of the logits is stored.
+    /// Stored type of lm_head.
     pub table: StorageDType,
-    /// What products are computed in.
+    /// Type in which products are computed.
     pub compute: ComputeDtype,
     /// Bytes of matrices in mapped files.
     pub mapped: usize,
     /// Bytes of matrices in memory.
     pub owned: usize,
-    /// The largest matrix that is quantised as it opens: numbers a row, 0 where none is.
+    /// The largest matrix that is quantised as it opens: numbers per row, 0 where none is.
     pub quantised_cols: usize,
 }
 
 impl Network {
-    /// Of an opened checkpoint, whose dense matrices become `quantise`.
+    /// Shapes of opened model files, whose dense matrices become `quantise`.
     ///
     /// # Errors
     /// If a matrix that the configuration asks for is missing or of another shape.
@@ -44,7 +44,7 @@ impl Network {
             let found = contents.tensors().find(|(n, ..)| *n == name);
             let (_, shape, dtype) =
                 found.ok_or_else(|| invalid!("{}: the tensor {name} is missing", contents.name()))?;
-            // Conv1D's lie the other way round, and are turned as they are read.
+            // Conv1D matrices are stored transposed, and are transposed as they are read.
             let turned = config.lies_transposed(name);
             let want = if turned { [cols, rows] } else { [rows, cols] };
             match *shape == want {
@@ -58,16 +58,16 @@ impl Network {
         Self::made(config.clone(), quantise, compute, contents.is_mapped(), find)
     }
 
-    /// As a section of the config has an opened checkpoint.
+    /// Shapes of the model files that a section of the config names.
     ///
     /// # Errors
-    /// As for a checkpoint that is opened in earnest.
+    /// As for opening the model files.
     pub fn of_section(checkpoint: &ModelFiles, section: &config::Base) -> Result<Self> {
         let quantise = section.quantize.map(config::Quantize::stored);
         Self::of(checkpoint.contents(), quantise, section.compute_dtype)
     }
 
-    /// Of a base that is open.
+    /// Shapes of an open base.
     ///
     /// # Errors
     /// None in practice: a base has all its matrices.
@@ -81,7 +81,7 @@ impl Network {
         Self::made(base.config().clone(), None, compute, true, find)
     }
 
-    /// Of a configuration alone, all matrices stored as `dtype` and then quantised.
+    /// Shapes from a configuration alone, all matrices stored as `dtype` and then quantised.
     ///
     /// # Errors
     /// If sizes overflow.
@@ -135,12 +135,12 @@ impl Network {
         for layer in 0..config.num_hidden_layers {
             let mut row = [StorageDType::F32; MAX_LINEARS];
             for (i, map) in maps.linears().iter().enumerate() {
-                row[i] = put(&format!("{}.weight", maps.module_path(layer, i)), map.out, map.inp)?;
+                row[i] = put(&format!("{}.weight", maps.module_path(layer, i)), map.out_features, map.in_features)?;
             }
             stored.push(row);
         }
         if !config.tie_word_embeddings {
-            // A checkpoint may leave the second table out where both are one.
+            // Model files may leave lm_head out where it is tied to the embedding.
             table = put(names.output, vocab, e)?;
         }
         if !is_mapped {
@@ -162,7 +162,7 @@ impl Network {
             QkNorm::Whole => (c.num_attention_heads + c.num_key_value_heads) * c.head_dim,
         };
         let biases: usize =
-            c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out } else { 0 }).sum();
+            c.has_bias().iter().zip(self.maps.linears()).map(|(&b, map)| if b { map.out_features } else { 0 }).sum();
         let blocks = c.num_hidden_layers * (norms * norm(d) + qk + biases);
         (blocks + if c.final_norm { norm(d) } else { 0 }) * size_of::<f32>() + self.rotations(1)
     }
@@ -179,7 +179,7 @@ impl Network {
     /// Numbers in all matrices and vectors.
     pub fn parameters(&self) -> usize {
         let c = &self.config;
-        let block: usize = self.maps.linears().iter().map(|map| map.inp * map.out).sum();
+        let block: usize = self.maps.linears().iter().map(|map| map.in_features * map.out_features).sum();
         let tables = if c.tie_word_embeddings { 1 } else { 2 };
         c.vocab_size * c.embedding_width * tables + c.num_hidden_layers * (block + 2 * c.hidden_size)
     }
@@ -193,25 +193,25 @@ impl Network {
     }
 }
 
-/// The branches of an adapter.
+/// The LoRA layers of an adapter.
 #[derive(Clone, Debug)]
 pub struct Branches {
-    /// Rank of each layer's maps; 0 is no branch.
+    /// Rank of the LoRA layer on each layer's maps; 0 without one.
     pub ranks: Vec<[usize; MAX_LINEARS]>,
-    /// Whether it has a scalar head.
+    /// Whether the adapter has a scalar head.
     pub head: bool,
-    /// Whether its branches in blocks are DoRA's.
+    /// Whether its LoRA layers in blocks are DoRA.
     pub dora: bool,
     /// Bytes of each tensor beside the blocks' factors: magnitudes, and branches outside of the blocks.
     pub more: Vec<usize>,
-    /// Rank of the branch on the output table; 0 is none.
+    /// Rank of the LoRA layer on lm_head; 0 without one.
     pub table: usize,
-    /// Rank of the branch on the token table.
+    /// Rank of the LoRA layer on the token embedding; 0 without one.
     pub tokens: usize,
 }
 
 impl Branches {
-    /// No branch at all: the bare base.
+    /// No LoRA layer: the bare base.
     pub fn none(network: &Network) -> Self {
         Self {
             ranks: vec![[0; MAX_LINEARS]; network.config.num_hidden_layers],
@@ -223,10 +223,10 @@ impl Branches {
         }
     }
 
-    /// As `config` selects them.
+    /// The LoRA layers that `config` selects.
     ///
     /// # Errors
-    /// If it selects nothing of this network.
+    /// If `config` selects no map of this network.
     pub fn of(config: &LoraConfig, network: &Network) -> Result<Self> {
         let mut branches = Self::none(network);
         for slot in config.select(&network.maps)? {
@@ -245,8 +245,8 @@ impl Branches {
                         NonBlockModule::Embedding => branches.tokens = r,
                         NonBlockModule::ProjectIn | NonBlockModule::ProjectOut => {}
                     }
-                    branches.more.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
-                    branches.more.extend(config.use_dora.then_some(map.out * size_of::<f32>()));
+                    branches.more.extend([r * map.in_features, map.out_features * r].map(|n| n * size_of::<f32>()));
+                    branches.more.extend(config.use_dora.then_some(map.out_features * size_of::<f32>()));
                 }
             }
         }
@@ -254,7 +254,7 @@ impl Branches {
         Ok(branches)
     }
 
-    /// Those of an adapter.
+    /// The LoRA layers of an adapter.
     pub fn of_adapter(adapter: &Adapter) -> Self {
         let rank = |pair: &Option<LoraLayer>| pair.as_ref().map_or(0, |pair| pair.a.dims()[0]);
         let row = |pairs: &LoraLayers| std::array::from_fn(|i| rank(&pairs[i]));
@@ -276,7 +276,7 @@ impl Branches {
         }
     }
 
-    /// With a scalar head.
+    /// The same with a scalar head.
     #[must_use]
     pub fn with_head(mut self) -> Self {
         self.head = true;
@@ -288,7 +288,7 @@ impl Branches {
         let maps = network.maps.linears();
         let mut all = vec![];
         for (map, &r) in self.ranks.iter().flat_map(|row| maps.iter().zip(row)).filter(|(_, r)| **r > 0) {
-            all.extend([r * map.inp, map.out * r].map(|n| n * size_of::<f32>()));
+            all.extend([r * map.in_features, map.out_features * r].map(|n| n * size_of::<f32>()));
         }
         all.extend(&self.more);
         if self.head {
@@ -297,7 +297,7 @@ impl Branches {
         all
     }
 
-    /// Bytes of all.
+    /// Bytes of all tensors.
     pub fn bytes(&self, network: &Network) -> usize {
         self.tensors(network).iter().sum()
     }

@@ -1,5 +1,6 @@
-//! The stages, phase by phase: what stands, what each phase takes on top. Three optimizer steps are walked, since each
-//! finds more there than the one before: weights of its own, the guard's copy. Read plan.rs for what is made of it.
+//! Allocations of the stages, phase by phase: what stays throughout, and what each phase takes on top. Three optimizer steps
+//! are simulated, since each starts with more than the one before: stepped weights, the guard's copy. Read ../plan.rs for
+//! the plan that is made of it.
 
 use crate::host::meter::Phase;
 use crate::model::batch::chunks_by_tokens;
@@ -14,7 +15,7 @@ use crate::planner::simulate::shape::{Branches, Network};
 pub struct Pass {
     /// Tokens of each sequence.
     pub lengths: Vec<usize>,
-    /// Rows that the head is run over.
+    /// Rows whose logits or values are computed.
     pub targets: usize,
 }
 
@@ -25,7 +26,7 @@ impl Pass {
     }
 }
 
-/// What a stage with one learner goes over.
+/// Passes of a stage with one learner.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Supervised {
     /// The micro-batches of the largest optimizer step.
@@ -34,32 +35,32 @@ pub struct Supervised {
     pub reference: Vec<Pass>,
     /// The largest pass of an evaluation, where something is held out.
     pub evaluation: Option<Pass>,
-    /// A scalar head, where rewards are learnt.
+    /// Whether there is a scalar head.
     pub scorer: bool,
     /// Optimizer steps of the run.
     pub steps: usize,
 }
 
-/// What PPO goes over.
+/// Passes of PPO.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rollouts {
     /// Prompts of the largest rollout.
     pub prompts: Vec<usize>,
-    /// Answers to each of them, which stand in a row in `prompts`.
+    /// Responses to each of them, which are adjacent in `prompts`.
     pub generations: usize,
     /// Tokens of a response.
     pub response: usize,
-    /// So many are answered at once.
+    /// Number of prompts that are generated in one batch.
     pub at_once: usize,
     /// Minibatches of the run.
     pub steps: usize,
     /// The micro-batches of the largest minibatch, as (prompt, response) lengths.
     pub micro: Vec<Vec<(usize, usize)>>,
-    /// Blocks of text beside each minibatch: (blocks, tokens each, blocks a pass).
+    /// Blocks of text beside each minibatch: (blocks, tokens each, blocks per pass).
     pub text: Option<(usize, usize, usize)>,
-    /// Allocation-out prompts of one evaluation batch.
+    /// Held-out prompts of one evaluation batch.
     pub evaluation: Vec<usize>,
-    /// They are asked in the course of the run, too, and not only around it.
+    /// Whether they are evaluated during the run, and not only before and after it.
     pub evaluates_within: bool,
     /// The advantages need a critic.
     pub critic: bool,
@@ -69,7 +70,7 @@ pub struct Rollouts {
     pub exact: (bool, bool),
     /// Reward adapters beside the first, gold ones among them.
     pub more_rewards: usize,
-    /// Whether a reward adapter scores the answers.
+    /// Whether a reward adapter scores the responses.
     pub reward_model: bool,
     /// Copies of the actor that are kept: its moving average, a reference that follows it.
     pub copies: usize,
@@ -101,22 +102,22 @@ impl Work {
     }
 }
 
-/// Everything that a walk is of.
+/// The inputs of a simulation.
 #[derive(Clone, Debug)]
 pub struct StageShape {
-    /// The base of what is trained; of actor and reference.
+    /// The base of the trained adapter; of actor and reference in PPO.
     pub policy: Network,
-    /// The base of critic and reward model, where it is another.
+    /// The base of critic and reward model, if it is another one.
     pub scorer: Option<Network>,
-    /// The trained adapter's branches; the actor's.
+    /// LoRA layers of the trained adapter; the actor's in PPO.
     pub branches: Branches,
-    /// The reward model's and the critic's.
+    /// LoRA layers of the reward model and the critic.
     pub reward: Branches,
-    /// What blocks keep.
+    /// Which activations blocks recompute.
     pub checkpoint: Recompute,
-    /// What is gone over.
+    /// The passes.
     pub work: Work,
-    /// Bytes of tokenizer and examples, which are there.
+    /// Bytes of tokenizer and examples.
     pub data: usize,
     /// Bytes of the process beside its heap.
     pub process: usize,
@@ -130,10 +131,10 @@ const STEPS: usize = 3;
 
 /// Tokens of one scoring pass in `ppo::rollout` and in `reward::source`.
 const SCORING_TOKENS: usize = 2048;
-/// What a batch keeps of a token: its id, its position; and of a target: its row and its id.
+/// Bytes of a batch per token: its id, its position; and of a target: its row and its id.
 const OF_TOKEN: usize = 8;
 const OF_TARGET: usize = 12;
-/// What an answer's token takes beside its hidden state: ids, log-probabilities of both, value, KL, advantage, return, and
+/// Bytes of a response token beside its hidden state: ids, log-probabilities of both, value, KL, advantage, return, and
 /// the room that growing lists leave.
 const OF_ANSWER_TOKEN: usize = 40;
 
@@ -203,7 +204,7 @@ fn add(sum: Gradients, more: Gradients) -> Gradients {
 }
 
 impl StageShape {
-    /// The highest sums of every phase.
+    /// The peaks of every phase.
     pub fn walk(&self) -> [(Phase, Bytes); Phase::ALL.len()] {
         let nets = [Some(&self.policy), self.scorer.as_ref()];
         let mut standing = Bytes::default();
@@ -397,7 +398,7 @@ impl StageShape {
             let m: usize = lengths.iter().sum();
             let e = view.net.config.embedding_width;
             let _batch = walk.ledger.take(MemoryCategory::Data, m * OF_TOKEN + r * (OF_TARGET + 12));
-            // The reference's hidden states of these answers: their exact KL is a figure of the first pass.
+            // The reference's hidden states of these responses: the exact KL is a metric of the first pass.
             let other = walk.rows(MemoryCategory::Head, r, e);
             let g = view.policy_gradients(&lengths, r, Some(work.exact.1), self.checkpoint);
             drop(other);

@@ -1,6 +1,6 @@
-//! A reward by a service: one request a rollout, `POST {"prompts": […], "responses": […]}`, answered by
-//! `{"scores": […]}` in the same order. Plain http: a service further away than this machine or network belongs behind
-//! a local proxy that speaks TLS. Read patience.rs for what happens when it fails.
+//! A reward source that calls an HTTP service: one request per rollout, `POST {"prompts": […], "responses": […]}`, with the
+//! reply `{"scores": […]}` in the same order. Plain http only: for a remote service, run a local proxy that speaks TLS. It
+//! does not depend on the model. Read `retry.rs` for how failures are handled.
 
 use std::cell::RefCell;
 
@@ -8,34 +8,34 @@ use anyhow::Result;
 use serde_json::{Value, json};
 use ureq::Agent;
 
-use super::{Answers, RewardSource};
-use crate::report::Figures;
-use crate::reward::source::retry::{Failure, Patience, Troubles, excerpt, score_of};
+use super::{RewardInputs, RewardSource};
+use crate::report::Metrics;
+use crate::reward::source::retry::{Failure, RetryPolicy, Troubles, excerpt, score_of};
 
-/// No body is read further than this.
+/// Maximum size of a reply's body.
 const LONGEST_BODY: u64 = 16 << 20;
 
-/// An endpoint that scores.
+/// A reward endpoint.
 pub struct HttpReward {
     url: String,
     agent: Agent,
-    patience: Patience,
+    retry: RetryPolicy,
     troubles: RefCell<Troubles>,
 }
 
 impl HttpReward {
-    /// Nothing is sent before the first rollout.
-    pub fn new(url: String, patience: Patience) -> Self {
+    /// Creates the client; the first request is sent with the first rollout.
+    pub fn new(url: String, retry: RetryPolicy) -> Self {
         let config = Agent::config_builder()
-            .timeout_global(Some(patience.timeout))
+            .timeout_global(Some(retry.timeout))
             .http_status_as_error(false)
             .max_redirects(0)
             .proxy(None)
             .build();
-        Self { url, agent: config.into(), patience, troubles: RefCell::default() }
+        Self { url, agent: config.into(), retry, troubles: RefCell::default() }
     }
 
-    /// What went wrong so far.
+    /// Failures so far.
     pub fn troubles(&self) -> Troubles {
         *self.troubles.borrow()
     }
@@ -45,39 +45,39 @@ impl HttpReward {
         let mut response = request.send(body).map_err(|error| Failure::Passing(error.to_string()))?;
         let status = response.status();
         let text = response.body_mut().with_config().limit(LONGEST_BODY).read_to_vec();
-        let text = text.map_err(|error| Failure::Passing(format!("reading its answer: {error}")))?;
+        let text = text.map_err(|error| Failure::Passing(format!("reading its reply: {error}")))?;
         let text = String::from_utf8_lossy(&text);
         if !status.is_success() {
             let fault = format!("HTTP status {status}: {}", excerpt(&text));
-            // Too many requests, a time-out there and a server's own trouble pass; a wrong address does not.
+            // Server errors, time-outs and rate limits may pass; a wrong address does not.
             let passes = status.is_server_error() || [408, 425, 429].contains(&status.as_u16());
             return Err(if passes { Failure::Passing(fault) } else { Failure::Final(fault) });
         }
         let value: Value = serde_json::from_str(&text)
-            .map_err(|_| Failure::Passing(format!("it answered with something that is no JSON: {}", excerpt(&text))))?;
+            .map_err(|_| Failure::Passing(format!("its reply is not JSON: {}", excerpt(&text))))?;
         match value.get("scores").and_then(Value::as_array) {
             Some(scores) => Ok(scores.iter().map(score_of).collect()),
-            None => Err(Failure::Passing(format!("its answer has no list \"scores\": {}", excerpt(&text)))),
+            None => Err(Failure::Passing(format!("its reply has no list \"scores\": {}", excerpt(&text)))),
         }
     }
 }
 
 impl RewardSource for HttpReward {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
-        let prompts: Vec<String> = answers.prompts.iter().map(|p| (answers.decode)(p)).collect();
-        let responses: Vec<String> = answers.responses.iter().map(|r| answers.text(r)).collect();
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        let prompts: Vec<String> = inputs.prompts.iter().map(|p| (inputs.decode)(p)).collect();
+        let responses: Vec<String> = inputs.responses.iter().map(|r| inputs.text(r)).collect();
         let body = json!({ "prompts": prompts, "responses": responses }).to_string();
         let name = format!("reward endpoint {}", self.url);
         let mut troubles = self.troubles.borrow_mut();
-        self.patience.scores(&name, responses.len(), &mut troubles, || self.ask(body.as_bytes()))
+        self.retry.scores(&name, responses.len(), &mut troubles, || self.ask(body.as_bytes()))
     }
 
-    fn figures(&self) -> Figures {
-        self.troubles().figures()
+    fn metrics(&self) -> Metrics {
+        self.troubles().metrics()
     }
 
     fn state(&self) -> Value {
-        self.troubles().figures().into()
+        self.troubles().metrics().into()
     }
 
     fn restore(&self, state: &Value) {

@@ -1,60 +1,61 @@
-//! A reward model whose tokenizer is not the policy's. It reads each prompt as its own template and tokenizer make it of
-//! the record, and the answer's text in its own tokens; an answer that ended gets its own end token. Only scores cross
-//! over, one an answer: values stand on the policy's tokens, so a critic cannot live here.
+//! A reward model whose tokenizer is not the policy's. It reads each prompt as its own chat template and tokenizer encode
+//! the record, and the response's text in its own tokens; a response that ended gets its own end token. It returns one score
+//! per response. A critic cannot use it, because values belong to the policy's tokens. Read `verify.rs` next.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 
-use super::{Answers, RewardSource};
+use super::{RewardInputs, RewardSource};
 use crate::data::examples::objectives::TextEncoder;
 use crate::model::batch::{Batch, chunks_by_tokens};
 use crate::model::generate::FinishReason;
 use crate::model::roles::ValueModel;
 
-/// Tokens of one scoring pass.
+/// Tokens per scoring pass.
 const SCORING_TOKENS: usize = 2048;
 
 /// A learned reward over another vocabulary.
 pub struct RetokenisedModel<'w> {
     /// The reward model.
     pub scorer: ValueModel<'w>,
-    /// Its tokenizer.
+    /// Tokenizer of the reward model.
     pub encoder: &'w dyn TextEncoder,
     /// The policy's prompt ids -> the reward model's ids of the same prompt.
     pub prompts: &'w HashMap<Vec<u32>, Vec<u32>>,
-    /// Longest sequence that the reward model takes; an answer that runs past it is read up to there.
+    /// Context of the reward model in tokens; longer sequences are truncated to it.
     pub context: usize,
 }
 
 impl RetokenisedModel<'_> {
-    /// What the reward model reads, one sequence an answer.
+    /// The reward model's input, one sequence per response.
     ///
     /// # Errors
-    /// If a prompt is not among those known, or the tokenizer fails.
-    pub fn sequences(&self, answers: &Answers<'_>) -> Result<Vec<Vec<u32>>> {
+    /// If a prompt is not in `prompts`, or the tokenizer fails.
+    pub fn sequences(&self, inputs: &RewardInputs<'_>) -> Result<Vec<Vec<u32>>> {
         let read = |(prompt, response): (&Vec<u32>, &_)| -> Result<Vec<u32>> {
-            let known = self.prompts.get(prompt).context("a prompt that the reward model's tokenizer was not shown")?;
+            let known =
+                self.prompts.get(prompt).context("a prompt without an encoding by the reward model's tokenizer")?;
             let mut ids = known.clone();
-            ids.extend(self.encoder.encode(&answers.text(response))?);
+            ids.extend(self.encoder.encode(&inputs.text(response))?);
             if response.finish == FinishReason::Stop {
                 ids.push(self.encoder.eos_id());
             }
             ids.truncate(self.context);
             Ok(ids)
         };
-        answers.prompts.iter().zip(answers.responses).map(read).collect()
+        inputs.prompts.iter().zip(inputs.responses).map(read).collect()
     }
 }
 
 impl RewardSource for RetokenisedModel<'_> {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
-        let sequences = self.sequences(answers)?;
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        let sequences = self.sequences(inputs)?;
         let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();
         let mut scores = Vec::with_capacity(sequences.len());
         for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
-            let some: Vec<&[u32]> = rows.iter().map(|&i| &sequences[i][..]).collect();
-            scores.extend(self.scorer.scores(&Batch::new(&some)?)?);
+            let chunk: Vec<&[u32]> = rows.iter().map(|&i| &sequences[i][..]).collect();
+            scores.extend(self.scorer.scores(&Batch::new(&chunk)?)?);
         }
         Ok(scores)
     }
@@ -67,7 +68,7 @@ mod tests {
     use crate::model::generate::Response;
     use crate::model::gradcheck::{adapter, tiny_base};
 
-    /// A token a letter, 10 for `a`; 0 ends.
+    /// One token per letter, 10 for `a`; 0 is the end token.
     struct Letters;
 
     impl TextEncoder for Letters {
@@ -76,7 +77,7 @@ mod tests {
         }
 
         fn chat(&self, _: &[Message], _: bool) -> Result<String> {
-            anyhow::bail!("not asked here")
+            anyhow::bail!("not used in this test")
         }
 
         fn has_chat_template(&self) -> bool {
@@ -97,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn an_answers_text_is_scored_in_the_reward_models_own_tokens_with_its_own_end() {
+    fn responses_are_scored_in_the_reward_models_own_tokens_with_its_own_end_token() {
         let base = tiny_base();
         let rm = adapter(&base, None, 4);
         let scorer = ValueModel::new(&base, &rm).unwrap();
@@ -111,12 +112,12 @@ mod tests {
             response(&[7000, 7001], FinishReason::Length),
             response(&[7002, 7002], FinishReason::Length),
         ];
-        let answers = Answers { prompts: &prompts, responses: &responses, decode: &decode };
-        // Two letters and the end; three letters that were cut off; six letters, read as far as the context goes.
+        let inputs = RewardInputs { prompts: &prompts, responses: &responses, decode: &decode };
+        // Two letters and the end token; three letters, truncated; six letters, of which three fit the context.
         let want = vec![vec![40, 41, 42, 12, 12, 0], vec![43, 12, 12, 12], vec![40, 41, 42, 12, 12, 12]];
-        assert_eq!(model.sequences(&answers).unwrap(), want);
-        assert_eq!(model.scores(&answers).unwrap(), scorer.scores(&Batch::new(&want).unwrap()).unwrap());
-        let strange = Answers { prompts: &[vec![1]], responses: &responses[..1], decode: &decode };
-        assert!(model.scores(&strange).unwrap_err().to_string().contains("was not shown"));
+        assert_eq!(model.sequences(&inputs).unwrap(), want);
+        assert_eq!(model.scores(&inputs).unwrap(), scorer.scores(&Batch::new(&want).unwrap()).unwrap());
+        let unknown = RewardInputs { prompts: &[vec![1]], responses: &responses[..1], decode: &decode };
+        assert!(model.scores(&unknown).unwrap_err().to_string().contains("without an encoding"));
     }
 }

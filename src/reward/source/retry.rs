@@ -1,5 +1,6 @@
-//! What is done about a reward source outside this process that is late, dead or talks nonsense: try again, later and
-//! later, then go on with an agreed score or stop. Counts all of it. Knows no pipe and no socket.
+//! Retry policy for reward sources outside this process that are late, dead or return invalid scores: retry with exponential
+//! back-off, then continue with a fallback score or stop. All failures are counted. It does not depend on how a source is
+//! reached. Read `command.rs` and `http.rs` for its users.
 
 use std::thread::sleep;
 use std::time::Duration;
@@ -7,64 +8,64 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use serde_json::Value;
 
-use crate::report::Figures;
+use crate::report::Metrics;
 
-/// How long and how often to try.
+/// Time-out, number of retries, and fallback.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Patience {
-    /// Longest wait for an answer.
+pub struct RetryPolicy {
+    /// Maximum wait for a reply.
     pub timeout: Duration,
-    /// Tries after the first one.
+    /// Number of tries after the first one.
     pub retries: usize,
-    /// Wait before the first of them; doubles each time, up to [`LONGEST_WAIT`].
+    /// Wait before the first retry; it doubles each time, up to [`LONGEST_WAIT`].
     pub backoff: Duration,
-    /// The score of an answer that got none after all tries; `None` ends the run instead.
+    /// Score of a response that has none after all tries; `None` stops the run instead.
     pub fallback: Option<f32>,
 }
 
-/// No wait between two tries is longer.
+/// Maximum wait between two tries.
 pub const LONGEST_WAIT: Duration = Duration::from_secs(30);
 
-/// What went wrong so far.
+/// Failure counts of a source.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Troubles {
-    /// Tries that failed as a whole: late, dead, refused, the wrong number of scores.
+    /// Tries that failed as a whole: timed out, ended, refused, wrong number of scores.
     pub failed_tries: u64,
-    /// Scores that were none: not a number, not finite, not JSON.
+    /// Invalid scores: not JSON, not a number, NaN or infinite.
     pub bad_scores: u64,
-    /// Answers that were given the agreed score.
+    /// Responses that got the fallback score.
     pub fallbacks: u64,
 }
 
 impl Troubles {
-    /// Under names of their own.
-    pub fn figures(&self) -> Figures {
+    /// The counts as metrics.
+    pub fn metrics(&self) -> Metrics {
         let counts =
             [("failed_tries", self.failed_tries), ("bad_scores", self.bad_scores), ("fallbacks", self.fallbacks)];
         counts.into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect()
     }
 
-    /// Read back from [`Troubles::figures`]; what is missing is 0.
-    pub fn of(figures: &Value) -> Self {
-        let count = |name: &str| figures[name].as_u64().unwrap_or(0);
+    /// Reads the counts from [`Troubles::metrics`]; a missing one is 0.
+    pub fn of(metrics: &Value) -> Self {
+        let count = |name: &str| metrics[name].as_u64().unwrap_or(0);
         Self { failed_tries: count("failed_tries"), bad_scores: count("bad_scores"), fallbacks: count("fallbacks") }
     }
 }
 
-/// Why a try gave no scores.
+/// Why a try returned no scores.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// Another try may do better.
+    /// Another try may succeed.
     Passing(String),
-    /// No other try will.
+    /// No other try can succeed.
     Final(String),
 }
 
-impl Patience {
-    /// The scores of `count` answers by `attempt`, which gives `None` for a score that is none.
+impl RetryPolicy {
+    /// Returns the scores of `count` responses by `attempt`, which returns `None` for an invalid score.
     ///
     /// # Errors
-    /// If no try succeeds and no score is agreed for that; the message has the last fault. `name` opens it.
+    /// If no try succeeds and there is no fallback score; the message starts with `name` and contains the last fault.
     pub fn scores(
         &self,
         name: &str,
@@ -80,18 +81,18 @@ impl Patience {
                 sleep(wait);
                 wait = (wait * 2).min(LONGEST_WAIT);
             }
-            let given = attempt().and_then(|scores| match scores.len() {
+            let result = attempt().and_then(|scores| match scores.len() {
                 n if n == count => Ok(scores),
-                n => Err(Failure::Passing(format!("it gave {n} scores for {count} answers"))),
+                n => Err(Failure::Passing(format!("it returned {n} scores for {count} responses"))),
             });
-            match given {
+            match result {
                 Ok(scores) => {
                     let bad = scores.iter().filter(|s| s.is_none()).count();
                     if bad == 0 {
                         return Ok(scores.into_iter().flatten().collect());
                     }
                     troubles.bad_scores += bad as u64;
-                    fault = format!("{bad} of {count} scores are no finite numbers");
+                    fault = format!("{bad} of {count} scores are not finite numbers");
                     best = Some(scores);
                 }
                 Err(Failure::Passing(text)) => {
@@ -106,7 +107,7 @@ impl Patience {
             }
         }
         let Some(fallback) = self.fallback else {
-            bail!("{name}: {fault}; mend it, raise its timeout or retries, or set fallback_score to go on without it");
+            bail!("{name}: {fault}; fix it, raise its timeout or retries, or set fallback_score to go on without it");
         };
         let scores = best.unwrap_or_else(|| vec![None; count]);
         troubles.fallbacks += scores.iter().filter(|s| s.is_none()).count() as u64;
@@ -114,12 +115,12 @@ impl Patience {
     }
 }
 
-/// A finite f32, or none.
+/// A score as a finite f32; `None` if it is anything else.
 pub fn score_of(value: &Value) -> Option<f32> {
     value.as_f64().map(|x| x as f32).filter(|x| x.is_finite())
 }
 
-/// The beginning of something for a message.
+/// The beginning of a text, for a message.
 pub fn excerpt(text: &str) -> String {
     let mut short: String = text.trim_end().chars().take(80).collect();
     if short.len() < text.trim_end().len() {
@@ -132,15 +133,15 @@ pub fn excerpt(text: &str) -> String {
 mod tests {
     use super::*;
 
-    fn patience(retries: usize, fallback: Option<f32>) -> Patience {
-        Patience { timeout: Duration::from_secs(1), retries, backoff: Duration::from_millis(1), fallback }
+    fn policy(retries: usize, fallback: Option<f32>) -> RetryPolicy {
+        RetryPolicy { timeout: Duration::from_secs(1), retries, backoff: Duration::from_millis(1), fallback }
     }
 
-    /// Answers by script, and how many tries it took.
-    fn run(patience: Patience, script: Vec<Result<Vec<Option<f32>>, Failure>>) -> (Result<Vec<f32>>, Troubles, usize) {
+    /// Scores by a scripted source, its failures and the number of tries.
+    fn run(policy: RetryPolicy, script: Vec<Result<Vec<Option<f32>>, Failure>>) -> (Result<Vec<f32>>, Troubles, usize) {
         let (mut troubles, mut tries) = (Troubles::default(), 0);
         let mut script = script.into_iter();
-        let scores = patience.scores("judge", 2, &mut troubles, || {
+        let scores = policy.scores("judge", 2, &mut troubles, || {
             tries += 1;
             script.next().unwrap()
         });
@@ -152,40 +153,40 @@ mod tests {
     }
 
     #[test]
-    fn a_source_that_recovers_costs_tries_and_no_score() {
-        let (scores, troubles, tries) = run(patience(3, None), vec![late(), late(), Ok(vec![Some(1.0), Some(2.0)])]);
+    fn a_source_that_recovers_returns_its_scores_and_counts_the_failed_tries() {
+        let (scores, troubles, tries) = run(policy(3, None), vec![late(), late(), Ok(vec![Some(1.0), Some(2.0)])]);
         assert_eq!(scores.unwrap(), [1.0, 2.0]);
         assert_eq!((troubles, tries), (Troubles { failed_tries: 2, ..Troubles::default() }, 3));
     }
 
     #[test]
-    fn after_the_last_try_the_run_stops_with_the_last_fault_or_takes_the_agreed_score() {
-        let (scores, _, tries) = run(patience(1, None), vec![late(), Ok(vec![Some(1.0)])]);
+    fn after_the_last_try_the_run_stops_with_the_last_fault_or_uses_the_fallback_score() {
+        let (scores, _, tries) = run(policy(1, None), vec![late(), Ok(vec![Some(1.0)])]);
         let message = scores.unwrap_err().to_string();
-        assert!(message.contains("judge: it gave 1 scores for 2 answers") && message.contains("fallback_score"));
+        assert!(message.contains("judge: it returned 1 scores for 2 responses") && message.contains("fallback_score"));
         assert_eq!(tries, 2);
-        let (scores, troubles, _) = run(patience(0, Some(-1.0)), vec![late()]);
+        let (scores, troubles, _) = run(policy(0, Some(-1.0)), vec![late()]);
         assert_eq!(scores.unwrap(), [-1.0, -1.0]);
         assert_eq!(troubles, Troubles { failed_tries: 1, fallbacks: 2, ..Troubles::default() });
     }
 
     #[test]
-    fn a_good_score_beside_a_bad_one_is_kept() {
+    fn valid_scores_are_kept_beside_invalid_ones() {
         let script = vec![Ok(vec![Some(3.0), None]), late()];
-        let (scores, troubles, _) = run(patience(1, Some(0.0)), script);
+        let (scores, troubles, _) = run(policy(1, Some(0.0)), script);
         assert_eq!(scores.unwrap(), [3.0, 0.0]);
         assert_eq!(troubles, Troubles { failed_tries: 1, bad_scores: 1, fallbacks: 1 });
     }
 
     #[test]
-    fn a_final_failure_is_not_tried_again() {
+    fn a_final_failure_is_not_retried() {
         let script = vec![Err(Failure::Final("404".into()))];
-        let (scores, _, tries) = run(patience(5, None), script);
+        let (scores, _, tries) = run(policy(5, None), script);
         assert!(scores.unwrap_err().to_string().contains("404") && tries == 1);
     }
 
     #[test]
-    fn numbers_that_f32_cannot_hold_are_no_scores() {
+    fn values_that_are_not_finite_f32_numbers_are_invalid_scores() {
         let of = |text: &str| score_of(&serde_json::from_str(text).unwrap());
         assert_eq!(of("1.5"), Some(1.5));
         for bad in ["1e300", "null", "\"1\"", "[1]", "true"] {

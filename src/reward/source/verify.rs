@@ -1,5 +1,5 @@
-//! Rewards by rule: 1 where an answer is as it should be, 0 where it is not. Each looks at the answer's text alone, the
-//! end token left off. Knows no model.
+//! Rule-based rewards: 1 if a response passes, 0 if not. Each rule reads the response's text without the end token. It does
+//! not depend on bases or adapters. Read `retry.rs` next.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -7,37 +7,37 @@ use anyhow::Result;
 use regex::Regex;
 use serde::de::IgnoredAny;
 
-use super::{Answers, RewardSource};
+use super::{RewardInputs, RewardSource};
 use crate::model::generate::{FinishReason, Response};
 
-/// The right answers of each prompt, by its token ids.
+/// Correct answers of each prompt, by the prompt's token ids.
 pub type Solutions = HashMap<Vec<u32>, BTreeSet<String>>;
 
-/// A rule.
+/// A rule that a response passes or fails.
 #[derive(Clone, Debug)]
 pub enum Verifier {
-    /// The pattern is found somewhere in the answer.
+    /// The pattern matches somewhere in the response.
     Regex(Regex),
-    /// The answer, blanks around it apart, is one JSON value.
+    /// The response is one JSON value, apart from surrounding whitespace.
     JsonValid,
-    /// The answer has this many tokens, the end token apart.
+    /// The response has this many tokens, without the end token.
     Length {
-        /// No fewer.
+        /// Minimum number of tokens.
         min: usize,
-        /// No more.
+        /// Maximum number of tokens.
         max: usize,
     },
-    /// The answer is a right one, blanks around it apart.
+    /// The response is a correct answer, apart from surrounding whitespace.
     Exact {
-        /// Where in the answer to look: the first group of the last match, or the whole match. `None` = all of it.
+        /// Pattern that extracts the answer: the first group of the last match, or the whole match. `None` = the whole response.
         within: Option<Regex>,
-        /// What is right.
+        /// Correct answers of each prompt.
         solutions: Solutions,
     },
 }
 
 impl Verifier {
-    /// Does the answer pass?
+    /// Whether the response passes.
     pub fn passes(&self, prompt: &[u32], response: &Response, text: &str) -> bool {
         match self {
             Self::Regex(pattern) => pattern.is_match(text),
@@ -55,17 +55,17 @@ impl Verifier {
                         .and_then(|c| c.get(1).or_else(|| c.get(0)))
                         .map(|group| group.as_str()),
                 };
-                let right = solutions.get(prompt);
-                found.is_some_and(|found| right.is_some_and(|right| right.contains(found.trim())))
+                let correct = solutions.get(prompt);
+                found.is_some_and(|found| correct.is_some_and(|correct| correct.contains(found.trim())))
             }
         }
     }
 }
 
 impl RewardSource for Verifier {
-    fn scores(&self, answers: &Answers<'_>) -> Result<Vec<f32>> {
-        let both = answers.prompts.iter().zip(answers.responses);
-        Ok(both.map(|(p, r)| f32::from(u8::from(self.passes(p, r, &answers.text(r))))).collect())
+    fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        let both = inputs.prompts.iter().zip(inputs.responses);
+        Ok(both.map(|(p, r)| f32::from(u8::from(self.passes(p, r, &inputs.text(r))))).collect())
     }
 }
 
@@ -79,19 +79,19 @@ mod tests {
     }
 
     #[test]
-    fn a_pattern_is_found_anywhere_unless_it_is_anchored() {
+    fn a_pattern_matches_anywhere_unless_it_is_anchored() {
         let verifier = Verifier::Regex(Regex::new(r"<answer>\d+</answer>").unwrap());
         assert!(passes(&verifier, "so <answer>42</answer>.") && !passes(&verifier, "<answer>x</answer>"));
         assert!(!passes(&Verifier::Regex(Regex::new("^b").unwrap()), "ab"));
     }
 
     #[test]
-    fn json_is_one_whole_value() {
+    fn json_valid_takes_exactly_one_value() {
         assert!(passes(&Verifier::JsonValid, " {\"a\": [1, null]}\n") && passes(&Verifier::JsonValid, "3"));
         for text in ["{\"a\": 1,}", "{} {}", "", "Here it is: {}"] {
             assert!(!passes(&Verifier::JsonValid, text), "{text}");
         }
-        // Nesting without end must not eat the stack.
+        // Deep nesting must not overflow the stack.
         assert!(!passes(&Verifier::JsonValid, &"[".repeat(100_000)));
     }
 
@@ -99,13 +99,13 @@ mod tests {
     fn length_does_not_count_the_end_token() {
         let three = Verifier::Length { min: 3, max: 3 };
         assert!(passes(&three, "x") && !passes(&Verifier::Length { min: 4, max: 9 }, "x"));
-        let cut = Response { tokens: vec![5, 6, 7], logprobs: vec![0.0; 3], finish: FinishReason::Length };
-        assert!(three.passes(&[], &cut, "x"));
-        assert!(!Verifier::Length { min: 0, max: 2 }.passes(&[], &cut, "x"));
+        let truncated = Response { tokens: vec![5, 6, 7], logprobs: vec![0.0; 3], finish: FinishReason::Length };
+        assert!(three.passes(&[], &truncated, "x"));
+        assert!(!Verifier::Length { min: 0, max: 2 }.passes(&[], &truncated, "x"));
     }
 
     #[test]
-    fn an_exact_answer_is_that_prompts_own_and_the_last_one_that_the_pattern_finds() {
+    fn exact_compares_the_last_match_with_the_prompts_own_answers() {
         let right = |texts: &[&str]| texts.iter().map(|t| (*t).to_owned()).collect();
         let solutions = Solutions::from([(vec![1, 2], right(&["42", "forty-two"])), (vec![3], right(&["7"]))]);
         let whole = Verifier::Exact { within: None, solutions: solutions.clone() };
@@ -115,6 +115,6 @@ mod tests {
         assert!(passes(&marked, "#### 41\nno, #### 42"));
         assert!(!passes(&marked, "#### 42, no, #### 41") && !passes(&marked, "42"));
         let response = Response { tokens: vec![5], logprobs: vec![0.0], finish: FinishReason::Length };
-        assert!(!whole.passes(&[9], &response, "42"), "a prompt that nothing is known of");
+        assert!(!whole.passes(&[9], &response, "42"), "a prompt without a solution");
     }
 }

@@ -1,6 +1,6 @@
-//! Products by AMX's eight tile registers: four of sums, two of A, two of B. Stable Rust has no intrinsics for them; the
-//! instructions are written out. Source: Intel SDM, "Advanced Matrix Extensions". It does not depend on the rest of the
-//! crate but for the panel's width. Read `mod.rs` beside it for the layout of elements.
+//! Products by AMX's eight tile registers: four of sums, two of A, two of B. Stable Rust has no intrinsics for them;
+//! the instructions are written out. Source: Intel SDM, "Advanced Matrix Extensions". It does not depend on the rest of
+//! the crate but for the panel's width. Read `mod.rs` beside it for the layout of elements.
 
 use std::arch::asm;
 

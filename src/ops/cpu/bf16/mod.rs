@@ -1,12 +1,12 @@
-//! The bf16 gemm micro-kernel: bfloat16 factors, f32 sums. Bases that compute in bf16 use it, because AMX and AVX-512 BF16
-//! are several times faster than f32. Both factors are rounded to the nearest bfloat16 (ties to even), every product of
-//! two of them is exact in f32, and sums run over k in order of pairs. The kernel is selected at run time: AMX tiles,
-//! AVX-512's VDPBF16PS, or plain loops. It does not depend on weights or operations. Read `linear/cpu_bf16.rs` in `ops`
-//! for the use.
+//! The bf16 gemm micro-kernel: bfloat16 factors, f32 sums. Bases that compute in bf16 use it, because AMX and AVX-512
+//! BF16 are several times faster than f32. Both factors are rounded to the nearest bfloat16 (ties to even), every
+//! product of two of them is exact in f32, and sums run over k in order of pairs. The kernel is selected at run time:
+//! AMX tiles, AVX-512's VDPBF16PS, or plain loops. It does not depend on weights or operations. Read
+//! `linear/cpu_bf16.rs` in `ops` for the use.
 //!
-//! Elements are stored in pairs, as 32-bit words: word p of a row holds elements 2p (low half) and 2p + 1. The left-hand
-//! factor A is rows of words. The right-hand factor B is a panel, [`NR`] columns wide: word (p, j) holds elements (2p, j)
-//! and (2p + 1, j).
+//! Elements are stored in pairs, as 32-bit words: word p of a row holds elements 2p (low half) and 2p + 1. The
+//! left-hand factor A is rows of words. The right-hand factor B is a panel, [`NR`] columns wide: word (p, j) holds
+//! elements (2p, j) and (2p + 1, j).
 
 use std::sync::OnceLock;
 
@@ -241,8 +241,8 @@ pub fn rows_as_columns(rows: &mut [u32], words: usize, panel: &mut [u32]) {
 /// `ldc`.
 ///
 /// # Safety
-/// C's m rows of n elements are live and no other thread uses them; rows row..row + m of `a` exist; the panel has 32 words
-/// per word of a row of `a`.
+/// C's m rows of n elements are live and no other thread uses them; rows row..row + m of `a` exist; the panel has 32
+/// words per word of a row of `a`.
 #[allow(clippy::too_many_arguments)]
 pub unsafe fn product(
     kernel: Bf16Kernel,

@@ -1,17 +1,20 @@
-//! A GGUF file's metadata -> [`DecoderConfig`]. What the format leaves to the reader (which layers have a window, the
-//! second rope base of Gemma 3) is as llama.cpp has it. Read hf.rs for the other container.
+//! Metadata of a GGUF file -> [`DecoderConfig`].
+//!
+//! What the format leaves to the reader (which layers have a window, the second rope base of Gemma 3) is as in llama.cpp. It
+//! does not depend on tokenizers or weights. Read `model/config/hf.rs` for Hugging Face's config.json.
 
 use anyhow::Result;
 
-use super::{
-    Biases, DecoderConfig, Family, LayerRope, Mlp, NormStyle, Placement, QkNorm, Qkv, RopeScaling, Sizes, whole_heads,
-};
 use crate::invalid;
+use crate::model::config::{
+    Biases, DecoderConfig, Family, LayerRope, Mlp, NormStyle, Placement, QkNorm, Qkv, RopeScaling, Sizes, whole_heads,
+    yarn_attention_factor,
+};
 use crate::model_files::gguf::{Gguf, Value};
 use crate::ops::activation::Activation;
 use crate::ops::weight::StorageDType;
 
-/// The architectures that are read, by `general.architecture`.
+/// Supported architectures, by `general.architecture`.
 const ARCHITECTURES: [(&str, Family); 12] = [
     ("llama", Family::Llama),
     ("qwen2", Family::Qwen2),
@@ -27,7 +30,7 @@ const ARCHITECTURES: [(&str, Family); 12] = [
     ("smollm3", Family::SmolLm3),
 ];
 
-/// Metadata of one architecture, with errors that name the key.
+/// Typed access to the metadata of one architecture, with errors that name the key.
 struct Keys<'a> {
     gguf: &'a Gguf,
     architecture: &'a str,
@@ -61,78 +64,76 @@ impl Keys<'_> {
     }
 }
 
-impl DecoderConfig {
-    /// Reads a GGUF file's metadata (`{architecture}.*`, `tokenizer.ggml.*_token_id`) and its factors of rotary
-    /// frequencies.
-    ///
-    /// # Errors
-    /// If the architecture is not known, or a number is missing or cannot be.
-    pub fn from_gguf(gguf: &Gguf) -> Result<Self> {
-        let file = gguf.name();
-        let architecture = gguf.string("general.architecture")?.unwrap_or("(none)");
-        let family = ARCHITECTURES.iter().find(|(name, _)| *name == architecture).map(|(_, family)| *family);
-        let family = family.ok_or_else(|| {
-            let known = ARCHITECTURES.map(|(name, _)| name).join(", ");
-            invalid!("{file}: general.architecture = {architecture:?} is not supported; {known} are")
-        })?;
-        let keys = Keys { gguf, architecture };
-        if keys.optional("expert_count")?.unwrap_or(0) > 0 {
-            return Err(invalid!("{file}: a mixture of experts is not supported; dense models are"));
-        }
-        let (hidden, heads) = (keys.required("embedding_length")?, keys.required("attention.head_count")?);
-        let head_dim = match keys.optional("attention.key_length")? {
-            Some(dim) => dim,
-            None => whole_heads(hidden, heads, file)?,
-        };
-        let rotary_dim = keys.optional("rope.dimension_count")?.unwrap_or(head_dim);
-        let whole = !matches!(family, Family::GptNeoX | Family::Phi3);
-        for (key, dim) in [
-            ("attention.value_length", keys.optional("attention.value_length")?),
-            ("rope.dimension_count", whole.then_some(rotary_dim)),
-        ] {
-            if let Some(dim) = dim.filter(|&d| d != head_dim) {
-                let key = keys.name(key);
-                return Err(invalid!("{file}: {key} = {dim} differs from the head size {head_dim}: not supported"));
-            }
-        }
-        let embedding = gguf.tensor("token_embd.weight").filter(|t| t.shape.len() == 2);
-        let embedding = embedding.ok_or_else(|| invalid!("{file}: the tensor token_embd.weight is missing"))?;
-        let mut c = Self::llama(
-            Sizes {
-                vocab: embedding.shape[0],
-                hidden,
-                intermediate: keys.required("feed_forward_length")?,
-                layers: keys.required("block_count")?,
-                heads,
-                kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
-                head_dim,
-                positions: keys.required("context_length")?,
-            },
-            file,
-        )?;
-        c.family = family;
-        c.rotary_dim = rotary_dim;
-        let layered = matches!(family, Family::Gpt2 | Family::GptNeoX);
-        let eps = if layered { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
-        c.norm_eps = keys.float(eps)?.ok_or_else(|| invalid!("{file}: {} is missing", keys.name(eps)))?;
-        let theta = if family == Family::Gemma3 { 1e6 } else { 1e4 };
-        c.rope_theta = keys.float("rope.freq_base")?.unwrap_or(theta);
-        c.rope_scaling = keys.rope_scaling(&mut c.max_position_embeddings)?;
-        keys.depart(&mut c)?;
-        c.tie_word_embeddings = gguf.tensor("output.weight").is_none();
-        c.bos_token_id = keys.token("bos_token_id")?;
-        for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
-            if let Some(id) = keys.token(key)?.filter(|id| !c.eos_token_ids.contains(id)) {
-                c.eos_token_ids.push(id);
-            }
-        }
-        c.model_name = gguf.string("general.name")?.unwrap_or(architecture).to_owned();
-        c.checked(file)
+/// Reads the metadata of a GGUF file (`{architecture}.*`, `tokenizer.ggml.*_token_id`) and its factors of rotary
+/// frequencies.
+///
+/// # Errors
+/// If the architecture is not supported, or a number is missing or out of range.
+pub fn decoder_config(gguf: &Gguf) -> Result<DecoderConfig> {
+    let file = gguf.name();
+    let architecture = gguf.string("general.architecture")?.unwrap_or("(none)");
+    let family = ARCHITECTURES.iter().find(|(name, _)| *name == architecture).map(|(_, family)| *family);
+    let family = family.ok_or_else(|| {
+        let known = ARCHITECTURES.map(|(name, _)| name).join(", ");
+        invalid!("{file}: general.architecture = {architecture:?} is not supported; {known} are")
+    })?;
+    let keys = Keys { gguf, architecture };
+    if keys.optional("expert_count")?.unwrap_or(0) > 0 {
+        return Err(invalid!("{file}: a mixture of experts is not supported; dense models are"));
     }
+    let (hidden, heads) = (keys.required("embedding_length")?, keys.required("attention.head_count")?);
+    let head_dim = match keys.optional("attention.key_length")? {
+        Some(dim) => dim,
+        None => whole_heads(hidden, heads, file)?,
+    };
+    let rotary_dim = keys.optional("rope.dimension_count")?.unwrap_or(head_dim);
+    let whole = !matches!(family, Family::GptNeoX | Family::Phi3);
+    for (key, dim) in [
+        ("attention.value_length", keys.optional("attention.value_length")?),
+        ("rope.dimension_count", whole.then_some(rotary_dim)),
+    ] {
+        if let Some(dim) = dim.filter(|&d| d != head_dim) {
+            let key = keys.name(key);
+            return Err(invalid!("{file}: {key} = {dim} differs from the head size {head_dim}: not supported"));
+        }
+    }
+    let embedding = gguf.tensor("token_embd.weight").filter(|t| t.shape.len() == 2);
+    let embedding = embedding.ok_or_else(|| invalid!("{file}: the tensor token_embd.weight is missing"))?;
+    let mut c = DecoderConfig::llama(
+        Sizes {
+            vocab: embedding.shape[0],
+            hidden,
+            intermediate: keys.required("feed_forward_length")?,
+            layers: keys.required("block_count")?,
+            heads,
+            kv_heads: keys.optional("attention.head_count_kv")?.unwrap_or(heads),
+            head_dim,
+            positions: keys.required("context_length")?,
+        },
+        file,
+    )?;
+    c.family = family;
+    c.rotary_dim = rotary_dim;
+    let layered = matches!(family, Family::Gpt2 | Family::GptNeoX);
+    let eps = if layered { "attention.layer_norm_epsilon" } else { "attention.layer_norm_rms_epsilon" };
+    c.norm_eps = keys.float(eps)?.ok_or_else(|| invalid!("{file}: {} is missing", keys.name(eps)))?;
+    let theta = if family == Family::Gemma3 { 1e6 } else { 1e4 };
+    c.rope_theta = keys.float("rope.freq_base")?.unwrap_or(theta);
+    c.rope_scaling = keys.rope_scaling(&mut c.max_position_embeddings)?;
+    keys.depart(&mut c)?;
+    c.tie_word_embeddings = gguf.tensor("output.weight").is_none();
+    c.bos_token_id = keys.token("bos_token_id")?;
+    for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
+        if let Some(id) = keys.token(key)?.filter(|id| !c.eos_token_ids.contains(id)) {
+            c.eos_token_ids.push(id);
+        }
+    }
+    c.model_name = gguf.string("general.name")?.unwrap_or(architecture).to_owned();
+    c.checked(file)
 }
 
 impl Keys<'_> {
-    /// Where the family is no Llama.
+    /// Sets the fields in which the family differs from Llama.
     fn depart(&self, c: &mut DecoderConfig) -> Result<()> {
         match c.family {
             Family::Llama => self.biases(c),
@@ -147,7 +148,7 @@ impl Keys<'_> {
             }
             Family::SmolLm3 => {
                 self.biases(c);
-                // The file does not say which layers do not turn: every fourth.
+                // The file does not list the layers without rotary embeddings: every fourth.
                 c.layers.iter_mut().skip(3).step_by(4).for_each(|l| l.rope = LayerRope::None);
             }
             Family::Qwen3 => c.qk_norm = QkNorm::PerHead,
@@ -179,7 +180,7 @@ impl Keys<'_> {
         }
         if matches!(c.family, Family::Gemma2 | Family::Gemma3) {
             c.placement = Placement::Around;
-            // Only the largest of each takes the width of a head from the hidden size.
+            // Only the largest model of each family scales by hidden size / heads.
             let largest = if c.family == Family::Gemma2 { 46 } else { 62 };
             let scalar =
                 if c.num_hidden_layers == largest { c.hidden_size / c.num_attention_heads } else { c.head_dim };
@@ -200,14 +201,14 @@ impl Keys<'_> {
         Ok(())
     }
 
-    /// Which maps have a bias, where files of the same architecture differ: what is there says.
+    /// Sets which maps have a bias from the tensors in the file, since files of one architecture differ.
     fn biases(&self, c: &mut DecoderConfig) {
         let there = |part: &str| self.gguf.tensor(&format!("blk.0.{part}.bias")).is_some();
         c.biases = Biases { qkv: there("attn_q"), attention_out: there("attn_output"), mlp: there("ffn_up") };
     }
 
-    /// Windows on the layers that `sliding_window_pattern` names, one by one or as all but every n-th; on all but every
-    /// `usual`-th where it is missing.
+    /// Sets windows on the layers that `sliding_window_pattern` selects, as a list or as all but every n-th; on all but every
+    /// `usual`-th if it is missing.
     fn windows(&self, c: &mut DecoderConfig, window: usize, usual: usize) -> Result<()> {
         let key = self.name("attention.sliding_window_pattern");
         let listed: Vec<bool> = match self.gguf.get(&key) {
@@ -226,7 +227,7 @@ impl Keys<'_> {
         Ok(())
     }
 
-    /// The scaling; factors that begin past the original context end `context` there.
+    /// Reads the rope scaling. `context` is limited to the original context if other factors apply above it.
     fn rope_scaling(&self, context: &mut usize) -> Result<RopeScaling> {
         let (gguf, file) = (self.gguf, self.gguf.name());
         for (name, long) in [("rope_freqs.weight", false), ("rope_factors_short.weight", true)] {
@@ -248,7 +249,7 @@ impl Keys<'_> {
             Some("linear") => Ok(RopeScaling::Linear { factor: need()? }),
             Some("yarn") => Ok(RopeScaling::Yarn {
                 factor: need()?,
-                attention_factor: super::rope::yarn_attention_factor(need()?)
+                attention_factor: yarn_attention_factor(need()?)
                     * self.float("rope.scaling.attn_factor")?.unwrap_or(1.0),
                 beta_fast: self.float("rope.scaling.yarn_beta_fast")?.unwrap_or(32.0),
                 beta_slow: self.float("rope.scaling.yarn_beta_slow")?.unwrap_or(1.0),
@@ -259,5 +260,65 @@ impl Keys<'_> {
             }),
             Some(other) => Err(invalid!("{file}: {kind} = {other:?} is not supported; linear and yarn are")),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::model_files::gguf::tests::Writer;
+    use crate::ops::weight::Bytes;
+
+    fn gguf_bytes(divisors: Option<&[f32]>) -> Vec<u8> {
+        let w = Writer::default()
+            .string("general.architecture", "llama")
+            .string("general.name", "tiny")
+            .u32("llama.block_count", 2)
+            .u32("llama.context_length", 131_072)
+            .u32("llama.embedding_length", 128)
+            .u32("llama.feed_forward_length", 96)
+            .u32("llama.attention.head_count", 2)
+            .u32("llama.attention.head_count_kv", 1)
+            .u32("tokenizer.ggml.eos_token_id", 2)
+            .f32("llama.rope.freq_base", 500_000.0)
+            .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+            .f32_tensor("token_embd.weight", &[5, 128], &[0.; 5 * 128]);
+        match divisors {
+            Some(d) => w.f32_tensor("rope_freqs.weight", &[d.len()], d),
+            None => w,
+        }
+        .finish()
+    }
+
+    fn from_gguf(bytes: Vec<u8>) -> Result<DecoderConfig> {
+        decoder_config(&Gguf::parse(Bytes::new(Arc::new(bytes)), "x.gguf")?)
+    }
+
+    #[test]
+    fn gguf_metadata_gives_the_same_config_and_divisors_become_llama3_again() {
+        let plain = from_gguf(gguf_bytes(None)).unwrap();
+        assert_eq!((plain.vocab_size, plain.head_dim, plain.norm_eps), (5, 64, 1e-5));
+        assert!(plain.tie_word_embeddings && plain.rope_scaling == RopeScaling::None);
+        let llama3 = DecoderConfig {
+            rope_scaling: RopeScaling::Llama3 {
+                factor: 32.0,
+                low_freq_factor: 1.0,
+                high_freq_factor: 4.0,
+                original_max_position_embeddings: 8192,
+            },
+            ..plain.clone()
+        };
+        let divisors: Vec<f32> = plain.inv_freq().iter().zip(llama3.inv_freq()).map(|(p, s)| p / s).collect();
+        let read = from_gguf(gguf_bytes(Some(&divisors))).unwrap();
+        for (a, b) in read.inv_freq().iter().zip(llama3.inv_freq()) {
+            assert!((a - b).abs() <= 1e-6 * b);
+        }
+        let exported = DecoderConfig::from_hf(&read.to_hf_json().unwrap(), None, "m").unwrap();
+        assert_eq!(exported.rope_scaling, llama3.rope_scaling);
+        let odd: Vec<f32> = (0..32).map(|i| 1.0 + i as f32).collect();
+        assert!(from_gguf(gguf_bytes(Some(&odd))).unwrap().to_hf_json().is_err());
+        assert!(from_gguf(gguf_bytes(Some(&odd[..31]))).is_err());
     }
 }

@@ -1,6 +1,6 @@
 """The quickstart's task: reviews of places in a small town, with a gold rule that is known and so can be checked.
 
-Everything is a function of assets/quickstart/grammar.json and a 64-bit seed through splitmix64, so that src/quickstart
+Everything is a function of src/quickstart/assets/grammar.json and a 64-bit seed through splitmix64, so that src/quickstart
 draws the very same texts. Uses no library randomness and no set or dictionary order. make_base.py reads `documents`;
 tests/golden/quickstart_task.py prints what the Rust side is compared with.
 """
@@ -8,7 +8,7 @@ import json
 import re
 from pathlib import Path
 
-GRAMMAR = json.loads((Path(__file__).resolve().parents[2] / "assets/quickstart/grammar.json").read_text())
+GRAMMAR = json.loads((Path(__file__).resolve().parents[3] / "src/quickstart/assets/grammar.json").read_text())
 KINDS = GRAMMAR["kinds"]
 CHANCES = GRAMMAR["chances"]
 TONES = ("good", "bad", "mixed")

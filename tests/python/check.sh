@@ -13,7 +13,7 @@ fail() {
     exit 1
 }
 
-root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 wanted=$root/tests/python/requirements.txt
 
 if [ -n "${FOURFOLD_PYTHON:-}" ]; then

@@ -1,6 +1,6 @@
 """Makes the quickstart's base from nothing: a byte-level BPE tokenizer and a small Llama trained on `task.documents`.
 
-    OMP_NUM_THREADS=1 python scripts/quickstart/make_base.py  # writes assets/quickstart/base, minutes on one core
+    OMP_NUM_THREADS=1 python src/quickstart/python/make_base.py  # writes src/quickstart/assets/base, minutes on one core
 
 A function of the task's texts, the seed and the library versions that made.json records. The text has no answers to
 questions about an aspect and no leaning of tone: those are what fine-tuning and PPO add. Versions: requirements.txt.
@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import task
 
 END, PAD = "<|endoftext|>", "<|pad|>"  # ids 0 and 1
-DEFAULT_OUT = Path(__file__).resolve().parents[2] / "assets/quickstart/base"
+DEFAULT_OUT = Path(__file__).resolve().parents[3] / "src/quickstart/assets/base"
 
 # `\n\nHuman: …` and `\n\nAssistant: …` + end: with the generation prompt this gives exactly `task.wrap(question)`.
 CHAT_TEMPLATE = (
@@ -164,7 +164,7 @@ def main():
     weights = {k: v.contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}  # tied
     save_file(weights, str(args.out / "model.safetensors"), metadata={"format": "pt"})
     made = {
-        "command": f"python scripts/quickstart/make_base.py --seed {args.seed}",
+        "command": f"python src/quickstart/python/make_base.py --seed {args.seed}",
         "seed": args.seed,
         "parameters": parameters,
         "vocabulary": args.vocab,

@@ -1,0 +1,129 @@
+//! The records that data files hold, once read: [`Record`] and its [`Text`]s, where each stands ([`Place`]), and what a
+//! reader passes on ([`RawRecord`]).
+//!
+//! Every other file of `data/` builds on these types. This file does not depend on `files`, `formats`
+//! or the model. Read `data/files/read.rs` next.
+
+use std::fmt;
+use std::path::Path;
+use std::sync::Arc;
+
+use anyhow::Result;
+use serde_json::{Map, Value};
+
+use crate::tokenizer::chat_template::Message;
+
+/// A text as given, or a dialogue that a template renders to text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Text {
+    /// A text that is used as it is, unless `[data] template` asks for turns.
+    Verbatim(String),
+    /// The turns of a dialogue, never empty.
+    Dialogue(Vec<Message>),
+}
+
+/// One training record, in the terms of TRL's dataset types.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Record {
+    /// A text, or a conversation whose assistant turns are all trained on.
+    LanguageModeling(Text),
+    /// A prompt and one response to train on.
+    PromptCompletion {
+        /// The prompt; a dialogue ends with the user's turn.
+        prompt: Text,
+        /// The response; a dialogue exactly where `prompt` is one.
+        completion: Text,
+    },
+    /// A prompt and two or more different responses, best first; a preference has two.
+    Ranked {
+        /// The prompt; a dialogue ends with the user's turn.
+        prompt: Text,
+        /// The responses; dialogues exactly where `prompt` is one.
+        responses: Vec<Text>,
+    },
+    /// A prompt and a response that was labelled desirable or undesirable.
+    Unpaired {
+        /// The prompt; a dialogue ends with the user's turn.
+        prompt: Text,
+        /// The response; a dialogue exactly where `prompt` is one.
+        completion: Text,
+        /// The label: true = desirable.
+        label: bool,
+    },
+    /// A prompt without a response.
+    PromptOnly(Text),
+}
+
+impl Record {
+    /// The record's type as messages name it, after TRL.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::LanguageModeling(_) => "language_modeling",
+            Self::PromptCompletion { .. } => "prompt_completion",
+            Self::Ranked { responses, .. } if responses.len() == 2 => "preference",
+            Self::Ranked { .. } => "ranked",
+            Self::Unpaired { .. } => "unpaired",
+            Self::PromptOnly(_) => "prompt_only",
+        }
+    }
+}
+
+/// A record's position in its file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file's path, as named or found.
+    pub file: Arc<Path>,
+    /// Record number in the file, from 1.
+    pub record: usize,
+    /// Line number, from 1, where each record is a line.
+    pub line: Option<usize>,
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.line {
+            Some(line) => write!(f, "{}, line {line}", self.file.display()),
+            None => write!(f, "{}, record {}", self.file.display(), self.record),
+        }
+    }
+}
+
+/// A record and its position.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// The record's position, for messages.
+    pub place: Place,
+    /// The record itself.
+    pub record: Record,
+}
+
+/// A record that was skipped because it cannot be used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Skipped {
+    /// The record's position.
+    pub place: Place,
+    /// The reason why the record cannot be used.
+    pub fault: String,
+}
+
+impl fmt::Display for Skipped {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.place, self.fault)
+    }
+}
+
+/// A record as its file holds it, before its columns are interpreted.
+pub(crate) enum RawRecord {
+    /// A JSON value, which should be an object.
+    Json(Value),
+    /// A line of a text file.
+    Line(String),
+}
+
+/// Receives each raw record, or the reason why its bytes are not one; returns whether to read on.
+pub(crate) type RawSink<'s> = dyn FnMut(Place, Result<RawRecord, String>) -> Result<bool> + 's;
+
+/// A parsed value, or a sentence that names the column and what is wrong with it.
+pub(crate) type Parsed<T> = Result<T, String>;
+/// The columns of one record.
+pub(crate) type Object = Map<String, Value>;

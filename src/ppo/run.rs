@@ -1,0 +1,141 @@
+//! The inputs of a PPO run and their checks: models, data, settings and seed, none of which changes during training.
+//! Everything that changes is in [`State`](super::state::State). It does not depend on the training loop, on files or on
+//! the planner. Read `train.rs` next.
+
+use anyhow::Result;
+
+use super::evaluate::Evaluation;
+use crate::config::{CriticStart, Ppo, Ptx};
+use crate::data::examples::Examples;
+use crate::data::examples::objectives::SftExample;
+use crate::invalid;
+use crate::model::adapter::Adapter;
+use crate::model::base::Base;
+use crate::model::block::Recompute;
+use crate::model::roles::ValueModel;
+use crate::reward::source::RewardSource;
+
+/// The inputs of a PPO run. `reward_base` may be the same object as `base`: the four roles then share one frozen base.
+#[derive(Clone, Copy)]
+pub struct PpoRun<'w> {
+    /// Base of actor and reference.
+    pub base: &'w Base,
+    /// Base of critic and reward model.
+    pub reward_base: &'w Base,
+    /// SFT adapter: the actor is initialised from it, and it is the reference.
+    pub sft: &'w Adapter,
+    /// Reward adapter with its head, if there is one. It stays frozen; the critic is initialised from a copy of it.
+    pub reward: Option<&'w Adapter>,
+    /// Prompts as token ids.
+    pub prompts: &'w dyn Examples<Vec<u32>>,
+    /// Tokens that end a response.
+    pub stop: &'w [u32],
+    /// Reward source that scores the responses.
+    pub source: &'w dyn RewardSource,
+    /// Decodes token ids, for samples.jsonl and for reward sources that read text.
+    pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// Evaluation that runs every `eval_every` iterations, if there is one.
+    pub evaluation: Option<&'w Evaluation<'w>>,
+    /// Text blocks of the pretraining mixture, if `[ppo.ptx]` is set.
+    pub ptx: Option<&'w dyn Examples<SftExample>>,
+    /// Pad token, if `compat` asks for DeepSpeed-Chat's rows. It must be one of `stop`.
+    pub pad: Option<u32>,
+    /// Settings of `[ppo]`.
+    pub config: &'w Ppo,
+    /// Seed of every random choice.
+    pub seed: u64,
+    /// Activations that blocks recompute in the backward pass. The caller has resolved `checkpoint = "auto"`.
+    pub recompute: Recompute,
+}
+
+impl<'w> PpoRun<'w> {
+    /// Checks the inputs before anything is allocated or trained.
+    ///
+    /// # Errors
+    /// Those of [`check`]; if there is a pad token without `compat`, or the other way round.
+    pub fn check(&self) -> Result<()> {
+        check(self.base, self.reward_base, self.reward, self.prompts, self.config)?;
+        anyhow::ensure!(
+            self.pad.is_some() == self.config.compat.is_some(),
+            "a PPO run has a pad token if and only if [ppo] has compat"
+        );
+        Ok(())
+    }
+
+    /// Settings and text blocks of the pretraining mixture, if it has a positive weight.
+    pub(super) fn ptx_mixture(&self) -> Option<(&'w Ptx, &'w dyn Examples<SftExample>)> {
+        self.config.ptx.as_ref().filter(|ptx| ptx.coef > 0.0).zip(self.ptx)
+    }
+
+    /// Base of the critic.
+    pub fn critic_base(&self) -> &'w Base {
+        match self.config.critic {
+            CriticStart::Actor => self.base,
+            CriticStart::Reward | CriticStart::Own => self.reward_base,
+        }
+    }
+
+    /// Divisor of the logits before log-probabilities are taken. It is 1 for greedy decoding, as in `generate`, and always
+    /// 1 under DeepSpeed-Chat's rules.
+    pub fn temperature(&self) -> f64 {
+        if self.config.temperature > 0.0 && self.pad.is_none() { self.config.temperature } else { 1.0 }
+    }
+
+    /// Sequences per optimizer step.
+    pub fn minibatch_size(&self) -> usize {
+        self.config.batch_size.div_ceil(self.config.num_mini_batches)
+    }
+}
+
+/// Largest number of tokens in one micro-batch: the size by which `checkpoint = "auto"` is resolved.
+pub fn micro_batch_tokens(prompts: &dyn Examples<Vec<u32>>, config: &Ppo) -> usize {
+    (prompts.longest_sequence() + config.response_length) * config.micro_batch_size
+}
+
+/// Checks models, prompts and settings without training, for callers that have no reward source yet.
+///
+/// # Errors
+/// If there is no prompt, the rollout is larger than the run, the bases' vocabularies differ, the critic has nothing to
+/// be initialised from, or a response would exceed the context.
+pub fn check(
+    base: &Base,
+    reward_base: &Base,
+    reward: Option<&Adapter>,
+    prompts: &dyn Examples<Vec<u32>>,
+    config: &Ppo,
+) -> Result<()> {
+    if prompts.is_empty() {
+        return Err(invalid!("[ppo] there is no prompt to answer"));
+    }
+    if config.total_episodes < config.batch_size {
+        return Err(invalid!(
+            "[ppo] total_episodes = {} is less than one rollout of batch_size = {}",
+            config.total_episodes,
+            config.batch_size
+        ));
+    }
+    let (policy, scorer) = (base.config().vocab_size, reward_base.config().vocab_size);
+    if policy != scorer {
+        return Err(invalid!(
+            "[reward_base] has a vocabulary of {scorer} and [base] one of {policy}: the reward model must share the \
+             policy's tokenizer"
+        ));
+    }
+    if reward.is_none() && config.advantage_estimator.has_critic() && config.critic == CriticStart::Reward {
+        return Err(invalid!(
+            "[ppo] critic = \"reward\" starts as the reward adapter, and there is none over the policy's tokens; use critic = \
+             \"actor\" or \"own\", or an advantage_estimator without a critic"
+        ));
+    }
+    reward.map_or(Ok(()), |reward| ValueModel::new(reward_base, reward).map(drop))?;
+    let context = base.config().max_position_embeddings.min(reward_base.config().max_position_embeddings);
+    let longest = prompts.longest_sequence();
+    if longest + config.response_length > context {
+        return Err(invalid!(
+            "[ppo] a prompt of {longest} tokens and response_length = {} do not fit the context of {context}; lower \
+             response_length or [data] max_prompt_length",
+            config.response_length
+        ));
+    }
+    Ok(())
+}

@@ -1,0 +1,232 @@
+//! The one training loop of every supervised stage: SFT, reward model, DPO and KTO.
+//!
+//! It resumes, writes checkpoints, walks the examples in their order, accumulates gradients over micro-batches, steps
+//! the optimizer by the schedule, lets the guard judge each step, evaluates and logs. A stage gives its loss per
+//! micro-batch and its evaluation ([`SupervisedStage`]). It does not depend on a stage or on the planner. Read
+//! `../sft.rs` next.
+
+use std::borrow::Cow;
+
+use anyhow::{Result, ensure};
+
+use crate::config::SupervisedKeys;
+use crate::data::examples::batch_sampler::BatchSampler;
+use crate::data::examples::{Example, Examples, pick};
+use crate::diverged;
+use crate::host::meter::{Phase, within};
+use crate::model::adapter::{Adapter, Gradients};
+use crate::model::base::Base;
+use crate::model::block::Recompute;
+use crate::report::{Figures, number};
+use crate::train::learner::Learner;
+use crate::train::progress::Progress;
+use crate::train::session::Session;
+use crate::train::{settings, stop};
+
+/// What a supervised stage trains from, besides its examples and its section of the config.
+#[derive(Clone, Copy)]
+pub struct Setup<'w> {
+    /// The frozen base.
+    pub base: &'w Base,
+    /// The adapter that training starts from; a copy of it is trained.
+    pub start: &'w Adapter,
+    /// Activations that each block recomputes in the backward pass. It changes memory and time, never a result;
+    /// `planner::plan::resolve` finds it where a config says `auto`.
+    pub recompute: Recompute,
+    /// Seed of every random draw.
+    pub seed: u64,
+}
+
+/// The examples of one optimizer step.
+pub struct OptimizerStep<'s, T: Clone> {
+    /// Number of the step in the run, from 0.
+    pub number: usize,
+    /// Rows of each micro-batch among the training examples.
+    pub rows: &'s [&'s [usize]],
+    /// The examples of each micro-batch, in the order of `rows`.
+    pub batches: &'s [Vec<Cow<'s, T>>],
+}
+
+impl<T: Clone> OptimizerStep<'_, T> {
+    /// The number of examples in the step.
+    pub fn examples(&self) -> usize {
+        self.batches.iter().map(Vec::len).sum()
+    }
+}
+
+/// What a stage adds to the loop.
+pub trait SupervisedStage<T: Clone> {
+    /// The loss and the metrics of a step, summed over its micro-batches.
+    type Sums;
+
+    /// Name of the token count in metrics.jsonl.
+    const TOKENS: &'static str;
+    /// Metrics shown on stderr.
+    const SHOWN: &'static [&'static str];
+    /// Whether the tokens of a step that the guard rejects count.
+    const COUNTS_REJECTED: bool;
+
+    /// Called before the first micro-batch of a step, with the adapter under training.
+    ///
+    /// # Errors
+    /// Those of a forward pass, where the stage needs one.
+    fn begin(&self, adapter: &Adapter, step: &OptimizerStep<'_, T>) -> Result<Self::Sums>;
+
+    /// Gradients of one micro-batch's share of the step's loss; what it adds to the metrics goes into `sums`.
+    ///
+    /// # Errors
+    /// If a sequence is longer than the context, or a number is NaN or infinite.
+    fn gradients(
+        &self,
+        adapter: &Adapter,
+        rows: &[usize],
+        examples: &[Cow<'_, T>],
+        sums: &mut Self::Sums,
+    ) -> Result<Gradients>;
+
+    /// The step's loss.
+    fn loss(sums: &Self::Sums) -> f64;
+
+    /// The step's metrics, the loss among them.
+    fn metrics(sums: &Self::Sums) -> Figures;
+
+    /// Metrics of the held-out examples under the adapter.
+    ///
+    /// # Errors
+    /// If a sequence is longer than the context, or a number is NaN or infinite.
+    fn evaluate(&self, adapter: &Adapter) -> Result<Figures>;
+}
+
+/// The loop's own state and settings, built before the stage evaluates anything.
+pub struct Training<'e, E: ?Sized> {
+    examples: &'e E,
+    keys: SupervisedKeys,
+    sampler: BatchSampler,
+    steps: usize,
+    progress: Progress,
+    layers: usize,
+}
+
+/// What the loop leaves.
+pub struct Trained {
+    /// The adapter after the last step.
+    pub adapter: Adapter,
+    /// Optimizer steps.
+    pub steps: usize,
+    /// Tokens of the examples trained on.
+    pub tokens: usize,
+}
+
+impl<'e, E: ?Sized> Training<'e, E> {
+    /// Prepares the training of `start`. `stream` is the stage's stream of the seed for the order of its examples.
+    ///
+    /// # Errors
+    /// Only if a tensor cannot be made.
+    pub fn new<T: Example>(
+        setup: Setup<'_>,
+        start: &Adapter,
+        keys: SupervisedKeys,
+        stream: u64,
+        examples: &'e E,
+    ) -> Result<Self>
+    where
+        E: Examples<T>,
+    {
+        let adamw = settings::adamw(&keys.optimisation);
+        let learner = Learner::new(start.to_trainable(), adamw, keys.optimisation.max_grad_norm)?;
+        let sampler = settings::sampler(&keys, setup.seed, stream);
+        let steps = sampler.steps(examples, keys.num_train_epochs);
+        let layers = setup.base.shapes().layers;
+        Ok(Self { examples, keys, sampler, steps, progress: Progress::new(learner), layers })
+    }
+
+    /// Optimizer steps of the whole run.
+    pub fn steps(&self) -> usize {
+        self.steps
+    }
+
+    /// The order of the examples.
+    pub fn sampler(&self) -> BatchSampler {
+        self.sampler
+    }
+
+    /// Takes up the checkpoint that the session resumes from, where there is one.
+    ///
+    /// # Errors
+    /// If the checkpoint is of another shape.
+    pub fn resume(&mut self, session: &mut Session) -> Result<()> {
+        if let Some(snapshot) = session.resumed()? {
+            self.progress.load(&snapshot)?;
+        }
+        session.watch(&[("learner", &mut self.progress.learner)])
+    }
+
+    /// Trains to the end of the last epoch.
+    ///
+    /// # Errors
+    /// Those of `stage`; if the guard gives up, or the process was asked to stop.
+    pub fn run<T: Example + Clone, S: SupervisedStage<T>>(mut self, stage: &S, session: &mut Session) -> Result<Trained>
+    where
+        E: Examples<T>,
+    {
+        let (keys, steps, progress) = (self.keys, self.steps, &mut self.progress);
+        let schedule = settings::schedule(&keys.optimisation, keys.optimisation.learning_rate);
+        let mut order = self.sampler.from(self.examples, progress.cursor, keys.num_train_epochs);
+        loop {
+            session.checkpoint(progress.step, || progress.snapshot())?;
+            let Some(step) = order.next_step() else { break };
+            let batches = step.batches.iter().map(|rows| pick(self.examples, rows.iter().copied()));
+            let batches = batches.collect::<Result<Vec<_>>>()?;
+            let tokens: usize = step.rows().map(|row| self.examples.tokens(row)).sum();
+            let step = OptimizerStep { number: progress.step, rows: &step.batches, batches: &batches };
+            // 1. Forward and backward.
+            let update = within(Phase::Update);
+            let gradients = gradients(stage, progress.learner.weights().view(), &step, self.layers);
+            // Asked to stop: the checkpoint at the top of the loop ends the stage.
+            let Some(gradients) = gradients.transpose() else { continue };
+            // 2. Optimizer step.
+            drop(update);
+            let _step = within(Phase::Step);
+            let lr = schedule.lr_at(progress.step, steps) * session.lr_factor();
+            let outcome = gradients.and_then(|(g, sums)| Ok((sums, progress.learner.step(g, lr)?)));
+            progress.cursor = order.cursor();
+            progress.step += 1;
+            progress.tokens += if outcome.is_ok() || S::COUNTS_REJECTED { tokens } else { 0 };
+            let step = progress.step;
+            let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
+            let Some((sums, grad_norm)) = stepped else { continue };
+            // 3. Metrics.
+            if step.is_multiple_of(keys.logging_steps.max(1)) || step == steps {
+                let mut metrics = S::metrics(&sums);
+                metrics.insert("grad_norm".into(), number(grad_norm));
+                metrics.insert("lr".into(), number(lr));
+                metrics.insert(S::TOKENS.into(), progress.tokens.into());
+                if keys.eval_steps > 0 && step.is_multiple_of(keys.eval_steps) {
+                    metrics.extend(stage.evaluate(progress.learner.weights().view())?);
+                }
+                session.report.step(step, &metrics, S::SHOWN)?;
+            }
+        }
+        Ok(Trained { adapter: progress.learner.weights().snapshot(), steps, tokens: progress.tokens })
+    }
+}
+
+/// The gradients of a step and its sums; `None` where the process was asked to stop before the last micro-batch.
+fn gradients<T: Clone, S: SupervisedStage<T>>(
+    stage: &S,
+    adapter: &Adapter,
+    step: &OptimizerStep<'_, T>,
+    layers: usize,
+) -> Result<Option<(Gradients, S::Sums)>> {
+    let mut sums = stage.begin(adapter, step)?;
+    let mut gradients = Gradients::none(layers);
+    for (rows, examples) in step.rows.iter().zip(step.batches) {
+        if stop::requested() {
+            return Ok(None);
+        }
+        gradients.add(stage.gradients(adapter, rows, examples, &mut sums)?)?;
+    }
+    let loss = S::loss(&sums);
+    ensure!(loss.is_finite(), diverged!("the loss is {loss}"));
+    Ok(Some((gradients, sums)))
+}
