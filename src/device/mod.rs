@@ -1,6 +1,6 @@
-//! The GPU path's device layer: `Device`, the checked face of a machine, and `Matrix`, the one handle for its memory. Three
-//! machines stand behind it: `cuda` is a card, `emulated` runs the card's kernels on the CPU and checks them, and `dry`
-//! only counts memory. Knows no operation and no model. Read matrix.rs next, then machine.rs.
+//! The GPU path's device layer: `Device`, the checked face of a machine, and `Matrix`, the one handle for its memory.
+//! Three machines stand behind it: `cuda` is a card, `emulated` runs the card's kernels on the CPU and checks them, and
+//! `dry` only counts memory. Knows no operation and no model. Read matrix.rs next, then machine.rs.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -143,7 +143,8 @@ impl Device {
         usage.peak = usage.live;
     }
 
-    /// Calls `f` after every allocation from now on; `f` must not allocate on this device. Tests compare two machines so.
+    /// Calls `f` after every allocation from now on; `f` must not allocate on this device. Tests compare two machines
+    /// so.
     pub fn watch(&self, f: impl FnMut(Usage) + Send + 'static) {
         *lock(&self.0.watch) = Some(Box::new(f));
     }
@@ -153,8 +154,8 @@ impl Device {
         self.0.machine.synchronize()
     }
 
-    /// Starts a kernel: `A` names it and fixes the size of its blocks, `variant` adds suffixes to the name. A grid with a
-    /// dimension of 0 is no work and succeeds.
+    /// Starts a kernel: `A` names it and fixes the size of its blocks, `variant` adds suffixes to the name. A grid with
+    /// a dimension of 0 is no work and succeeds.
     ///
     /// Every `Ptr` of the arguments comes from a matrix of this device that is alive during the call. The memory may be
     /// given back right after it, because the machine keeps the order of work.
@@ -175,8 +176,8 @@ impl Device {
             arguments: (&raw const arguments).cast(),
             bytes: size_of::<A>(),
         };
-        // SAFETY: `Arguments` promises the struct's fields; matrices of this device are the only source of addresses, and
-        // the caller has checked their lengths by `Matrix::input` and `Matrix::output`.
+        // SAFETY: `Arguments` promises the struct's fields; matrices of this device are the only source of addresses,
+        // and the caller has checked their lengths by `Matrix::input` and `Matrix::output`.
         unsafe { self.0.machine.launch(&launch) }.with_context(|| format!("kernel {kernel} on {}", self.name()))
     }
 
@@ -276,8 +277,8 @@ impl Device {
 /// The struct that a kernel takes by value.
 ///
 /// # Safety
-/// The type is `repr(C)` and has the same fields in the same order as the struct in the kernels' text. The emulated machine
-/// compares the sizes of both, and the sizes of blocks, at every launch.
+/// The type is `repr(C)` and has the same fields in the same order as the struct in the kernels' text. The emulated
+/// machine compares the sizes of both, and the sizes of blocks, at every launch.
 pub unsafe trait Arguments {
     /// The kernel's name without the variant's suffixes.
     const NAME: &'static str;
@@ -308,8 +309,8 @@ impl Variant {
     }
 }
 
-/// y (m, n) = alpha x (m, k) w (k, n) + beta y, `batch` times, row-major, with sums in f32. x and w have one type of f32,
-/// bf16 and f16; y has f32 or that type. With beta = 0, y is not read.
+/// y (m, n) = alpha x (m, k) w (k, n) + beta y, `batch` times, row-major, with sums in f32. x and w have one type of
+/// f32, bf16 and f16; y has f32 or that type. With beta = 0, y is not read.
 #[derive(Clone, Copy, Debug)]
 pub struct Gemm<'a> {
     /// Rows of x and y.

@@ -17,7 +17,7 @@ use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule}
 use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
 use crate::ops::attention;
-use crate::ops::linear::{Bias, InputGradient};
+use crate::ops::linear::InputGradient;
 use crate::ops::logprobs::{self, LmHead};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::RopeTable;

@@ -12,7 +12,7 @@ pub mod columns;
 pub mod cpu;
 pub mod embedding;
 pub mod kl;
-pub(crate) mod launch;
+pub mod launch;
 pub mod linear;
 pub mod logprobs;
 pub mod norm;

@@ -3,7 +3,7 @@
 //! Read `cpu.rs` beside it, then `attention/mod.rs`.
 
 mod cpu;
-pub(crate) mod gpu;
+pub mod gpu;
 
 use anyhow::{Result, bail};
 

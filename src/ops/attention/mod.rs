@@ -7,8 +7,8 @@
 //! operations. Read `kv_cache.rs` and `cpu.rs` beside it, then `logprobs/mod.rs`.
 
 mod cpu;
-pub(crate) mod device_cache;
-pub(crate) mod gpu;
+pub mod device_cache;
+pub mod gpu;
 mod kv_cache;
 
 use std::ops::Range;

@@ -5,7 +5,7 @@
 //! not depend on `linear`, except for its LoRA types: read `linear/low_rank.rs` first, and `cpu.rs` beside it next.
 
 mod cpu;
-pub(crate) mod gpu;
+pub mod gpu;
 
 use anyhow::{Result, bail};
 use candle_core::Tensor;

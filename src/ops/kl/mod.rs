@@ -6,7 +6,7 @@
 //! both lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
 
 mod cpu;
-pub(crate) mod gpu;
+pub mod gpu;
 
 use anyhow::{Result, bail};
 

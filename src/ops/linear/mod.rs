@@ -8,10 +8,10 @@
 mod cpu;
 pub(crate) mod cpu_bf16;
 pub(crate) mod cpu_gemv;
-pub(crate) mod gpu;
-pub(crate) mod gpu_gemv;
-pub(crate) mod gpu_low_rank;
-pub(crate) mod gpu_strips;
+pub mod gpu;
+pub mod gpu_gemv;
+pub mod gpu_low_rank;
+pub mod gpu_strips;
 pub mod low_rank;
 
 use anyhow::{Result, bail};

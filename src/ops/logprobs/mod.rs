@@ -10,8 +10,8 @@
 mod cpu;
 pub(crate) mod cpu_lora;
 pub(crate) mod cpu_strips;
-pub(crate) mod gpu;
-pub(crate) mod gpu_head;
+pub mod gpu;
+pub mod gpu_head;
 
 use anyhow::{Result, bail};
 use candle_core::Tensor;

@@ -4,7 +4,7 @@
 //! Read `cpu.rs` beside it, then `rope/mod.rs`.
 
 mod cpu;
-pub(crate) mod gpu;
+pub mod gpu;
 
 use anyhow::{Result, bail};
 

@@ -6,7 +6,7 @@
 //! operations. Read `cpu.rs` beside it, then `attention/mod.rs`.
 
 mod cpu;
-pub(crate) mod gpu;
+pub mod gpu;
 
 use std::sync::OnceLock;
 

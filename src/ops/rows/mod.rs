@@ -2,7 +2,7 @@
 //! It does not depend on weights or other operations. Read `cpu.rs` beside it, then `score/mod.rs`.
 
 mod cpu;
-pub(crate) mod gpu;
+pub mod gpu;
 
 use anyhow::{Result, bail};
 

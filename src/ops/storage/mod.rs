@@ -2,6 +2,6 @@
 //! (`row_order`). It does not depend on matrices or operations. Read `dtype.rs` next.
 
 pub mod dtype;
-pub(crate) mod gpu;
+pub mod gpu;
 pub mod quantise;
 pub mod row_order;
