@@ -58,7 +58,7 @@ fn here(path: &str) -> PathBuf {
 }
 
 fn golden() -> Golden {
-    serde_json::from_str(include_str!("golden/peft_logits/values.json")).unwrap()
+    serde_json::from_str(include_str!("../golden/peft_logits/values.json")).unwrap()
 }
 
 fn model() -> Model {
