@@ -1,4 +1,4 @@
-//! `score` and `logprobs`: rewards and log-probabilities of given text. It does not depend on any stage's training loop.
+//! `score` and `logprobs`: rewards and log-probabilities of given text. Neither trains a model.
 
 use std::path::PathBuf;
 

@@ -1,12 +1,10 @@
 //! The command line's contract, kept by the real binary over the embedded base: exit codes, what stands on stdout, the
 //! chain of the commands, and figures that must agree between them. Bad input is bad_input.rs's.
 
-mod support;
-
 use std::fs;
 
+use crate::support::Place;
 use serde_json::{Value, json};
-use support::Place;
 
 impl Place {
     /// Runs a `--json` command that must succeed; stdout must be one JSON object on one line, and nothing else.

@@ -1,12 +1,10 @@
 //! The planner beside the meter on a real base, whose matrices are mapped from its GGUF; the
-//! quickstart's base, which is small, is in memory_planner.rs. It runs where `FOURFOLD_SMOLLM2_GGUF` names
+//! quickstart's base, which is small, is in tests/memory.rs. It runs where `FOURFOLD_SMOLLM2_GGUF` names
 //! SmolLM2-135M-Instruct (`export FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh)`); with
 //! `FOURFOLD_REQUIRE_REAL_MODEL=1` its absence is a failure. `cargo bench --bench memory` has more shapes.
 
-mod support;
-
+use crate::support::Place;
 use serde_json::Value;
-use support::Place;
 
 #[test]
 fn every_phase_of_a_real_base_is_predicted_within_5_percent() {

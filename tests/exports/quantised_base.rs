@@ -1,17 +1,15 @@
 //! A dense base quantised as it is opened: what `[base] quantize` saves and what it costs.
 
-mod support;
-
 use std::fs::File;
 use std::io::{BufWriter, Write};
 
+use crate::support::Place;
 use fourfold::config::Quantize;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::roles::Policy;
 use fourfold::model_files::ModelFiles;
 use fourfold::run::Model;
 use serde_json::{Value, json};
-use support::Place;
 
 /// The embedded base's tokenizer over a dense f32 model of 57 million parameters; returns the file's size in MiB.
 fn write_wide_base(place: &Place) -> f64 {

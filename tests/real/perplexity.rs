@@ -49,10 +49,10 @@ struct Continuation {
     token_ids: Vec<u32>,
 }
 
-const ARTICLE: &str = include_str!("golden/encyclopedia.txt");
+const ARTICLE: &str = include_str!("../golden/encyclopedia.txt");
 
 fn golden() -> Golden {
-    serde_json::from_str(include_str!("golden/real_models.json")).unwrap()
+    serde_json::from_str(include_str!("../golden/real_models.json")).unwrap()
 }
 
 fn file(variable: &str, test: &str) -> Option<PathBuf> {

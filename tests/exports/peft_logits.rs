@@ -1,5 +1,5 @@
 //! Adapters that PEFT saved, over the quickstart's base: the numbers that PEFT and torch got, and the course of five
-//! training steps. tests/golden/peft_logits.py printed them. Knows no random number of ours.
+//! training steps. tests/golden/peft_logits.py printed them. It does not depend on our random numbers.
 
 use std::path::{Path, PathBuf};
 
@@ -58,7 +58,7 @@ fn here(path: &str) -> PathBuf {
 }
 
 fn golden() -> Golden {
-    serde_json::from_str(include_str!("golden/peft_logits/values.json")).unwrap()
+    serde_json::from_str(include_str!("../golden/peft_logits/values.json")).unwrap()
 }
 
 fn model() -> Model {

@@ -1,9 +1,9 @@
-//! Every format is read and every bad record is reported (formats.rs), and the loss masks cover exactly the assistant's
+//! Every format is read and every bad record is reported (files.rs), and the loss masks cover exactly the assistant's
 //! text (sequences.rs).
 //!
 //! The test tokenizer has one token per byte, so that token ids can be decoded to text.
 
-mod formats;
+mod files;
 mod sequences;
 
 use std::io::Write;

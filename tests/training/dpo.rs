@@ -69,7 +69,7 @@ impl World {
     fn open() -> Self {
         let model = Model::open(&here("src/quickstart/assets/base")).unwrap();
         let sft = model.adapter(&here("tests/golden/peft_logits/lm")).unwrap();
-        Self { model, sft, golden: serde_json::from_str(include_str!("golden/dpo_course.json")).unwrap() }
+        Self { model, sft, golden: serde_json::from_str(include_str!("../golden/dpo_course.json")).unwrap() }
     }
 
     fn compared(&self) -> Vec<RankedExample> {

@@ -17,10 +17,7 @@ use fourfold::model::roles::Policy;
 use fourfold::model_files::ModelFiles;
 use serde_json::json;
 
-#[path = "support/tiny_decoders.rs"]
-mod tiny_decoders;
-
-use tiny_decoders::{Opened, furthest, open, save};
+use crate::tiny_decoders::{Opened, furthest, open, save};
 
 const CASES: [&str; 22] = [
     "llama",

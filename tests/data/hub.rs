@@ -1,7 +1,4 @@
 //! Data sets and bases of the hub are fetched, kept, resumed and read, from a server in this file that plays the hub.
-#![cfg(feature = "hub")]
-
-mod support;
 
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
@@ -165,7 +162,7 @@ fn a_config_names_a_data_set_of_the_hub() {
     let cache = tempfile::tempdir().unwrap();
     // The environment belongs to the process, so another one reads it.
     let status = Command::new(std::env::current_exe().unwrap())
-        .args(["--ignored", "--exact", "in_a_process_of_its_own"])
+        .args(["--ignored", "--exact", "hub::in_a_process_of_its_own"])
         .env("HF_ENDPOINT", &server.endpoint)
         .env("HF_HUB_CACHE", cache.path())
         .env_remove("HF_HUB_OFFLINE")
@@ -184,7 +181,7 @@ fn in_a_process_of_its_own() {
 }
 
 /// The embedded base's files, beside some that nobody asked for.
-fn base_files(place: &support::Place) -> Vec<(String, Vec<u8>)> {
+fn base_files(place: &crate::support::Place) -> Vec<(String, Vec<u8>)> {
     let mut files: Vec<(String, Vec<u8>)> = std::fs::read_dir(place.path("base"))
         .unwrap()
         .map(|entry| entry.unwrap().path())
@@ -197,7 +194,7 @@ fn base_files(place: &support::Place) -> Vec<(String, Vec<u8>)> {
 }
 
 /// The program in the place's folder, with a hub of its own.
-fn fourfold(place: &support::Place, server: &Server, offline: bool, line: &str) -> (i32, String, String) {
+fn fourfold(place: &crate::support::Place, server: &Server, offline: bool, line: &str) -> (i32, String, String) {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
     command.current_dir(place.path("")).env("HF_ENDPOINT", &server.endpoint).env("HF_HUB_CACHE", place.path("cache"));
     command.env_remove("HF_TOKEN").env("HF_HUB_OFFLINE", if offline { "1" } else { "0" });
@@ -208,7 +205,7 @@ fn fourfold(place: &support::Place, server: &Server, offline: bool, line: &str) 
 
 #[test]
 fn a_base_of_the_hub_is_trained_over_merged_and_scored_by_its_id() {
-    let place = support::Place::new();
+    let place = crate::support::Place::new();
     let server = Server::serving("models", "", "me/model", base_files(&place));
     let run = |offline: bool, line: &str| fourfold(&place, &server, offline, line);
     let good = |offline: bool, line: &str| -> serde_json::Value {
@@ -253,7 +250,7 @@ fn a_base_of_the_hub_is_trained_over_merged_and_scored_by_its_id() {
 
 #[test]
 fn a_gguf_file_of_the_hub_is_named_by_its_file() {
-    let place = support::Place::new();
+    let place = crate::support::Place::new();
     place.train_sft_and_reward();
     let ran = place.run("merge --base base --adapter out/sft/adapter --format gguf --dtype q8_0 --out q8.gguf");
     assert_eq!(ran.code, 0, "{}{}", ran.stdout, ran.stderr);

@@ -46,7 +46,7 @@ fn furthest(a: &[f32], b: &[f32]) -> f32 {
 
 #[test]
 fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
-    let golden: Golden = serde_json::from_str(include_str!("golden/ppo_update.json")).unwrap();
+    let golden: Golden = serde_json::from_str(include_str!("../golden/ppo_update.json")).unwrap();
     let here = Path::new(env!("CARGO_MANIFEST_DIR"));
     let model = Model::open(&here.join("src/quickstart/assets/base")).unwrap();
     let [lm, rm] = ["lm", "rm"].map(|name| model.adapter(&here.join("tests/golden/peft_logits").join(name)).unwrap());

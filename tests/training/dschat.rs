@@ -2,7 +2,7 @@
 //! model equal a float64 golden (printed by tests/golden/dschat_run.py), and the program runs all stages.
 //!
 //! The formulas alone are tested in src/ppo/dschat.rs and src/reward/loss.rs, records and splits in
-//! tests/data_pipeline.rs.
+//! tests/data/pipeline.rs.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -93,7 +93,7 @@ struct Rows {
 const END: u32 = 0;
 
 fn golden() -> Golden {
-    serde_json::from_str(include_str!("golden/dschat_run.json")).unwrap()
+    serde_json::from_str(include_str!("../golden/dschat_run.json")).unwrap()
 }
 
 fn here(path: &str) -> PathBuf {

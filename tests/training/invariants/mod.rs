@@ -1,6 +1,6 @@
 //! Invariants of PPO over shared frozen weights, on the quickstart's embedded base in small numbers: what trains and what
 //! stays frozen, that the first ratio is 1 and the first KL 0, and which models score and are compared. It does not compare
-//! with other implementations; tests/peft_logits.rs and tests/python/check_interop.py do.
+//! with other implementations; tests/exports/peft_logits.rs and tests/python/check_interop.py do.
 
 mod algorithms;
 mod options;

@@ -22,7 +22,7 @@ fn ids(value: &Value) -> Vec<u32> {
 }
 
 fn assert_matches_golden(tokenizer: &Tokenizer) {
-    let golden: Value = serde_json::from_str(include_str!("golden/tokenizer_smollm2.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../golden/tokenizer_smollm2.json")).unwrap();
     let cases = golden["cases"].as_array().unwrap();
     assert!(cases.len() >= 11);
     for case in cases {
@@ -89,7 +89,7 @@ fn smollm2s_tensors_open_in_their_stored_types() {
 #[test]
 fn smollm2s_rows_match_transformers_golden_q_and_k_reordered() {
     let Some(checkpoint) = smollm2("smollm2s_rows_match_transformers_golden_q_and_k_reordered") else { return };
-    let golden: Value = serde_json::from_str(include_str!("golden/smollm2_weights.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../golden/smollm2_weights.json")).unwrap();
     let rows = golden["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 34);
     for case in rows {

@@ -236,7 +236,7 @@ fn as_deepspeed_chat() -> (Vec<fourfold::data::Entry>, Data) {
 
 #[test]
 fn dschat_shares_have_deepspeed_chats_rows_text_and_masks() {
-    let golden: Value = serde_json::from_str(include_str!("../golden/dschat_split.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../golden/dschat_split.json")).unwrap();
     let case = &golden["splits"][0];
     assert_eq!((&case["seed"], &case["size"], &case["split"]), (&json!(1234), &json!(10), &json!("2,4,4")));
     let rows = |share: usize| -> Vec<u64> { serde_json::from_value(case["phases"][share].clone()).unwrap() };

@@ -1,14 +1,12 @@
 //! Input that cannot be used: one `error:` line on stderr that names it and says what to do, exit code 2, and nothing
 //! made or changed on disk. cli_contract.rs has the commands at work.
 
-mod support;
-
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use crate::support::Place;
 use serde_json::{Value, json};
-use support::Place;
 
 /// Every file below `dir` with its length, so that a leftover or a changed file is seen.
 fn listing(dir: &Path) -> BTreeMap<String, u64> {

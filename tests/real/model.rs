@@ -16,7 +16,8 @@ use fourfold::run::Model;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-fn gguf(test: &str) -> Option<PathBuf> {
+/// SmolLM2's file; the test of that name is skipped where there is none.
+pub fn gguf(test: &str) -> Option<PathBuf> {
     let path = std::env::var_os("FOURFOLD_SMOLLM2_GGUF").filter(|p| !p.is_empty());
     let required = std::env::var_os("FOURFOLD_REQUIRE_REAL_MODEL").is_some_and(|v| v == "1");
     assert!(path.is_some() || !required, "FOURFOLD_REQUIRE_REAL_MODEL=1, but FOURFOLD_SMOLLM2_GGUF is not set");
@@ -45,7 +46,7 @@ struct Continuation {
 }
 
 fn golden() -> Golden {
-    let golden: Golden = serde_json::from_str(include_str!("golden/smollm2_logprobs.json")).unwrap();
+    let golden: Golden = serde_json::from_str(include_str!("../golden/smollm2_logprobs.json")).unwrap();
     assert_eq!((golden.sequences.len(), golden.greedy.len()), (3, 5));
     assert!(golden.sequences.iter().all(|s| s.input_ids.len() >= 60 && s.logprobs.len() + 1 == s.input_ids.len()));
     golden

@@ -1,6 +1,6 @@
 //! PPO at the edges of lengths, batches and vocabularies: one iteration each, to its end, with finite figures.
 //!
-//! An answer always has a token, since the end token is an action: an answer of none is refused wherever it could come
+//! A response always has a token, since the end token is an action: an empty response is refused wherever it could come
 //! from, which is a setting (`response_length = 0`) or a formula's input (`rewards::shape`).
 
 use anyhow::Result;

@@ -1,16 +1,14 @@
 //! What `fourfold merge` writes in each format, read again: by this program here, by transformers, PEFT and llama.cpp in
 //! tests/python.
 
-mod support;
-
 use std::fs;
 
+use crate::support::Place;
 use fourfold::model::adapter::Adapter;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::run::Model;
 use serde_json::Value;
-use support::Place;
 
 /// The embedded base, an SFT adapter and a reward adapter with a centred head, all of whose factors moved.
 fn trained() -> Place {

@@ -23,10 +23,7 @@ use fourfold::train::adamw::AdamWConfig;
 use fourfold::train::learner::Learner;
 use fourfold::train::snapshot::Snapshot;
 
-#[path = "support/tiny_decoders.rs"]
-mod tiny_decoders;
-
-use tiny_decoders::{Golden, Opened, furthest, open};
+use crate::tiny_decoders::{Golden, Opened, furthest, open};
 
 const CASES: [&str; 12] = [
     "dora_llama",

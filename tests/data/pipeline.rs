@@ -14,8 +14,10 @@ use fourfold::data::{Message, ModelEncoder, Prepared};
 use fourfold::model_files::ModelFiles;
 use fourfold::quickstart::base::BASE;
 use fourfold::rng::SplitMix64;
-use fourfold::tokenizer::{SpecialTokens, Tokenizer};
+use fourfold::tokenizer::Tokenizer;
 use serde_json::{Value, json};
+
+use crate::encoders::assert_same_ids;
 
 fn model_files() -> ModelFiles {
     ModelFiles::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights)
@@ -424,96 +426,10 @@ fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_in_a_pip
     assert!(output.status.code() == Some(2) && message.contains("--phase"), "{message}");
 }
 
-/// A text of everything on which the two encoders could differ: contractions, all kinds of white space, digits of
-/// several scripts, combining marks, emoji, markup of the chat template, words longer than any token, control
-/// characters.
-fn mixed(rng: &mut SplitMix64, special: &[String]) -> String {
-    const PIECES: [&str; 44] = [
-        "the",
-        " quick",
-        " brown",
-        "fox",
-        "'s",
-        "'t",
-        "'re",
-        "'ll",
-        "'LL",
-        "'",
-        "don't",
-        " ",
-        "  ",
-        "   ",
-        "\n",
-        "\n\n",
-        "\t",
-        "\r\n",
-        "\u{a0}",
-        "\u{3000}",
-        "1",
-        "42",
-        "٣",
-        "½",
-        "Ⅷ",
-        "x²",
-        "é",
-        "e\u{301}",
-        "Zürich",
-        "東京都",
-        "नमस्ते",
-        "🙂",
-        "👩‍💻",
-        "\u{0}",
-        "\u{7f}",
-        "\u{200b}",
-        "--",
-        "...",
-        "!?",
-        "<|im_start|",
-        "_a",
-        "http://x.y/z?q=1",
-        "\u{feff}",
-        "Ω≈ç√",
-    ];
-    let mut text = String::new();
-    for _ in 0..1 + rng.below(25) {
-        match rng.below(14) {
-            0 if !special.is_empty() => text += &special[rng.below(special.len())],
-            1 => text += &"ab".repeat(1 + rng.below(60)),
-            2 => text.extend(char::from_u32(rng.below(0x3000) as u32)),
-            3 => text.extend(char::from_u32(rng.below(0x11_0000) as u32)),
-            4 => text += &" ".repeat(1 + rng.below(12)),
-            _ => text += PIECES[rng.below(PIECES.len())],
-        }
-    }
-    text
-}
-
-fn assert_same_ids(tokenizer: &Tokenizer, rounds: usize, more: &[&str]) {
-    let special: Vec<String> = (0..tokenizer.vocab_size() as u32)
-        .filter_map(|id| tokenizer.token(id))
-        .filter(|t| t.starts_with('<'))
-        .collect();
-    let mut bulk = tokenizer.bulk();
-    assert!(bulk.is_fast());
-    let mut rng = SplitMix64::new(17);
-    let texts = (0..rounds).map(|_| mixed(&mut rng, &special)).chain(more.iter().map(|text| text.to_string()));
-    for text in texts {
-        let expected = tokenizer.encode(&text, SpecialTokens::None).unwrap();
-        assert_eq!(bulk.encode(&text).unwrap(), expected, "{text:?}");
-    }
-}
-
 #[test]
 fn the_fast_encoder_equals_the_tokenizers_crate_on_any_text() {
     let endless = " ".repeat(5000);
     assert_same_ids(model_files().tokenizer(), 4000, &["", " ", "'", &endless]);
-    let Some(path) = std::env::var_os("FOURFOLD_SMOLLM2_GGUF") else {
-        println!("SmolLM2's vocabulary: skipped, FOURFOLD_SMOLLM2_GGUF is not set");
-        return;
-    };
-    let corpus =
-        [include_str!("data_pipeline.rs"), include_str!("golden/tokenizer_smollm2.json"), include_str!("../README.md")];
-    assert_same_ids(ModelFiles::open(Path::new(&path)).unwrap().tokenizer(), 4000, &corpus);
 }
 
 #[test]

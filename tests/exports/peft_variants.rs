@@ -24,7 +24,7 @@ fn here(path: &str) -> PathBuf {
 }
 
 fn golden() -> Value {
-    serde_json::from_str(include_str!("golden/peft_variants/values.json")).unwrap()
+    serde_json::from_str(include_str!("../golden/peft_variants/values.json")).unwrap()
 }
 
 fn model() -> Model {
@@ -117,7 +117,7 @@ fn four_bits() -> (Model, Value) {
     let model = Model::of(checkpoint).unwrap();
     let stored = |name: &str| if name.contains("embed") { StorageDType::Q8_0 } else { StorageDType::Q4_0 };
     assert!(model.base.weights().iter().all(|(name, w)| w.dtype() == stored(name)));
-    (model, serde_json::from_str(include_str!("golden/peft_quantised/values.json")).unwrap())
+    (model, serde_json::from_str(include_str!("../golden/peft_quantised/values.json")).unwrap())
 }
 
 #[test]

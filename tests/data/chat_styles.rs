@@ -7,7 +7,7 @@ use serde_json::Value;
 #[test]
 fn templates_of_twelve_families_equal_transformers_golden() {
     // Printed by tests/golden/chat_styles.py.
-    let golden: Value = serde_json::from_str(include_str!("golden/chat_styles.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../golden/chat_styles.json")).unwrap();
     let (mut rendered, mut refused) = (0, 0);
     for case in golden["cases"].as_array().unwrap() {
         let (style, dialogue) = (case["style"].as_str().unwrap(), case["dialogue"].as_str().unwrap());
