@@ -3,6 +3,7 @@
 //! unequal, and B is not zero. Read `model/gradcheck.rs` for the checks of the whole network.
 
 use anyhow::Result;
+use candle_core::backprop::GradStore;
 use candle_core::{D, DType, Device, IndexOp, Tensor, Var};
 
 use crate::device::{self, Array, testing};
@@ -508,4 +509,198 @@ fn logprobs_over(on: &Machine, compute: ComputeDtype, close_gradient: f32) -> Re
         on.assert_within(close_gradient, "dh", &got.hidden, grads.get(&h).unwrap());
     }
     Ok(())
+}
+
+/// LoRA weights of a layer, with DoRA's magnitudes where they are wanted.
+struct Branch {
+    a: Var,
+    b: Var,
+    magnitude: Option<Var>,
+    norms: Norms,
+}
+
+const SCALE: f64 = 0.7;
+
+impl Branch {
+    fn new(rank: usize, inputs: usize, outputs: usize, dora: bool) -> Result<Self> {
+        let var = |t: Tensor| Var::from_tensor(&t);
+        Ok(Self {
+            a: var(random(&[rank, inputs], 91))?,
+            b: var(random(&[outputs, rank], 92))?,
+            magnitude: dora.then(|| var((random(&[outputs], 93) + 2.0)?)).transpose()?,
+            norms: Norms::default(),
+        })
+    }
+
+    fn low_rank(&self) -> LowRank<'_> {
+        let dora = self.magnitude.as_ref().map(|magnitude| Dora { magnitude, norms: &self.norms });
+        LowRank { a: &self.a, b: &self.b, scale: SCALE, dora, copy: None }
+    }
+
+    /// What a linear layer of W (out, in) gives for x; the norms are constants.
+    fn linear(&self, x: &Tensor, w: &Tensor) -> candle_core::Result<Tensor> {
+        let u = (x.matmul(&w.t()?)? + (x.matmul(&self.a.t()?)?.matmul(&self.b.t()?)? * SCALE)?)?;
+        self.scaled(u, &(w + (self.b.matmul(&self.a)? * SCALE)?)?)
+    }
+
+    /// Rows `ids` of an embedding matrix W (V, D).
+    fn rows(&self, w: &Tensor, ids: &Tensor) -> candle_core::Result<Tensor> {
+        let z = self.a.t()?.contiguous()?.index_select(ids, 0)?;
+        let u = (w.index_select(ids, 0)? + (z.matmul(&self.b.t()?)? * SCALE)?)?;
+        self.scaled(u, &(w.t()? + (self.b.matmul(&self.a)? * SCALE)?)?)
+    }
+
+    fn scaled(&self, u: Tensor, whole: &Tensor) -> candle_core::Result<Tensor> {
+        let Some(magnitude) = &self.magnitude else { return Ok(u) };
+        let norms = whole.sqr()?.sum(1)?.sqrt()?.detach();
+        u.broadcast_mul(&(magnitude.as_tensor() / norms)?)
+    }
+
+    #[track_caller]
+    fn assert_gradients(&self, on: &Machine, limit: f32, got: &linear::BranchGradient, want: &GradStore) {
+        on.assert_within(limit, "dA", &got.a, want.get(&self.a).unwrap());
+        on.assert_within(limit, "dB", &got.b, want.get(&self.b).unwrap());
+        assert_eq!(got.magnitude.is_some(), self.magnitude.is_some());
+        if let (Some(got), Some(magnitude)) = (&got.magnitude, &self.magnitude) {
+            on.assert_within(limit, "dm", got, want.get(magnitude).unwrap());
+        }
+    }
+}
+
+#[test]
+fn dora_of_a_linear_layer_equals_autograd_with_bias_and_residual() -> Result<()> {
+    on_every_machine(|on| {
+        for (m, n, k) in [(1, 33, 40), (20, 70, 96)] {
+            let (x, (w, dense)) = (Var::from_tensor(&random(&[m, k], 1))?, weight(n, k, 2));
+            let (bias, residual, dy) = (random(&[n], 3), random(&[m, n], 4), random(&[m, n], 5));
+            let (w, branch) = (on.weight(w), Branch::new(4, k, n, true)?);
+            let want = (branch.linear(&x, &dense)?.broadcast_add(&bias)? + &residual)?;
+            let grads = (&want * &dy)?.sum_all()?.backward()?;
+            let bias = Bias::from(bias.to_vec1::<f32>()?);
+            let parts = [LinearWithLora { weight: &w, bias: Some(&bias), lora: Some(branch.low_rank()) }];
+            let xs = on.put(&x);
+            let (y, saved) = linear::forward(&xs, &parts, Some(&on.put(&residual)))?;
+            on.assert_close("y", &y[0], &want);
+            let got = linear::backward(&xs, &parts, &saved, &[&on.put(&dy)], InputGradient::Wanted)?;
+            on.assert_close("dx", got.input.as_ref().unwrap(), grads.get(&x).unwrap());
+            branch.assert_gradients(on, CLOSE, got.lora[0].as_ref().unwrap(), &grads);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn embedding_rows_with_lora_and_dora_equal_autograd() -> Result<()> {
+    on_every_machine(|on| {
+        let (v, d) = (50, 36);
+        let (table, dense) = weight(v, d, 1);
+        let table = on.weight(table);
+        // Some tokens occur twice.
+        let ids: Vec<u32> = (0..21).map(|i| i * i % 50).collect();
+        let index = Tensor::new(&ids[..], &Device::Cpu)?;
+        let (plain, saved) = embedding::forward(&table, &ids, None)?;
+        assert!(saved.is_none());
+        on.assert_close("rows", &plain, &dense.index_select(&index, 0)?);
+        for dora in [false, true] {
+            let (branch, dx) = (Branch::new(3, v, d, dora)?, random(&[ids.len(), d], 2));
+            let want = branch.rows(&dense, &index)?;
+            let grads = (&want * &dx)?.sum_all()?.backward()?;
+            let (x, saved) = embedding::forward(&table, &ids, Some(branch.low_rank()))?;
+            on.assert_close("x", &x, &want);
+            let got = embedding::backward(&table, &ids, branch.low_rank(), &saved.unwrap(), &on.put(&dx))?;
+            branch.assert_gradients(on, CLOSE, &got, &grads);
+        }
+        Ok(())
+    })
+}
+
+/// log softmax of an lm_head's logits, its branch included.
+fn log_softmax(h: &Tensor, head: &LmHead<'_>, dense: &Tensor, branch: &Branch, temperature: f64) -> Result<Tensor> {
+    let mut logits = (branch.linear(h, dense)? * f64::from(head.multiplier))?;
+    if let Some(cap) = head.soft_cap.map(f64::from) {
+        logits = ((logits / cap)?.tanh()? * cap)?;
+    }
+    Ok(candle_nn::ops::log_softmax(&(logits / temperature)?, D::Minus1)?)
+}
+
+/// (multiplier, soft cap, temperature, DoRA).
+const HEADS: [(f32, Option<f32>, f64, bool); 3] =
+    [(1.0, None, 1.0, false), (0.5, Some(3.0), 0.7, false), (0.8, None, 1.3, true)];
+
+#[test]
+fn logprobs_over_an_lm_head_with_lora_or_dora_equal_autograd() -> Result<()> {
+    on_every_machine(|on| {
+        let (r, d, v) = (9, 24, 700);
+        let (w, dense) = weight(v, d, 1);
+        let w = on.weight(w);
+        for (multiplier, soft_cap, temperature, dora) in HEADS {
+            let (h, branch) = (Var::from_tensor(&random(&[r, d], 2))?, Branch::new(3, d, v, dora)?);
+            let head = LmHead { multiplier, soft_cap, lora: Some(branch.low_rank()), ..LmHead::plain(&w) };
+            let targets: Vec<u32> = (0..r).map(|i| (i * 311 % v) as u32).collect();
+            let logp = log_softmax(&h, &head, &dense, &branch, temperature)?;
+            let chosen = logp.gather(&Tensor::from_vec(targets.clone(), (r, 1), &Device::Cpu)?, 1)?.squeeze(1)?;
+            let entropy = (logp.exp()? * &logp)?.sum(D::Minus1)?.neg()?;
+            let (dl, dh) = (random(&[r], 3), random(&[r], 4));
+            let grads = ((&chosen * &dl)?.sum_all()? + (&entropy * &dh)?.sum_all()?)?.backward()?;
+            let hs = on.put(&h);
+            let stats = logprobs::forward(&hs, &head, &targets, temperature)?;
+            on.assert_close("logprobs", &stats.logprobs, &chosen);
+            on.assert_close("entropy", &stats.entropy, &entropy);
+            let (dl, dh): (Vec<f32>, Vec<f32>) = (dl.to_vec1()?, dh.to_vec1()?);
+            let got = logprobs::backward(&hs, &head, &targets, temperature, &stats, &dl, &dh)?;
+            on.assert_close("dh", &got.hidden, grads.get(&h).unwrap());
+            branch.assert_gradients(on, CLOSE, &got.lora.unwrap(), &grads);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn the_exact_kl_between_two_branches_of_one_lm_head_equals_autograd() -> Result<()> {
+    on_every_machine(|on| {
+        let (r, d, v) = (9, 24, 700);
+        let (w, dense) = weight(v, d, 1);
+        let w = on.weight(w);
+        for (multiplier, soft_cap, temperature, dora) in HEADS {
+            let (h, g, dkl) = (Var::from_tensor(&random(&[r, d], 2))?, random(&[r, d], 3), random(&[r], 4));
+            let (ours, theirs) = (Branch::new(3, d, v, dora)?, Branch::new(2, d, v, false)?);
+            let plain = LmHead { multiplier, soft_cap, ..LmHead::plain(&w) };
+            let [p, q] = [&ours, &theirs].map(|of| LmHead { lora: Some(of.low_rank()), ..plain });
+            let logp = log_softmax(&h, &p, &dense, &ours, temperature)?;
+            let logq = log_softmax(&g, &q, &dense, &theirs, temperature)?.detach();
+            let want = (logp.exp()? * (&logp - logq)?)?.sum(D::Minus1)?;
+            let grads = (&want * &dkl)?.sum_all()?.backward()?;
+            let (hs, gs) = (on.put(&h), on.put(&g));
+            let (p, q) = (kl::Side { hidden: &hs, head: p }, kl::Side { hidden: &gs, head: q });
+            let saved = kl::forward(p, q, temperature)?;
+            on.assert_close("kl", &saved.kl, &want);
+            let got = kl::backward(p, q, temperature, &saved, &dkl.to_vec1::<f32>()?)?;
+            on.assert_close("dh", &got.hidden, grads.get(&h).unwrap());
+            ours.assert_gradients(on, CLOSE, &got.lora.unwrap(), &grads);
+        }
+        Ok(())
+    })
+}
+
+#[test]
+fn gathered_and_scattered_rows_and_the_scalar_head_equal_autograd() -> Result<()> {
+    on_every_machine(|on| {
+        let x = Var::from_tensor(&random(&[7, 33], 1))?;
+        let (w, bias) = (Var::from_tensor(&random(&[1, 33], 2))?, 0.3f32);
+        // Row 4 is taken twice, rows 1, 3 and 5 never.
+        let (picked, dvalues) = ([4usize, 0, 6, 4, 2], random(&[5], 3));
+        let index = Tensor::new(&picked.map(|row| row as u32)[..], &Device::Cpu)?;
+        let h = x.index_select(&index, 0)?;
+        let want = (h.matmul(&w.t()?)?.squeeze(1)? + f64::from(bias))?;
+        let grads = (&want * &dvalues)?.sum_all()?.backward()?;
+        let hs = rows::gather_rows(&on.put(&x), &picked)?;
+        on.assert_close("rows", &hs, &h);
+        on.assert_close("values", &score::forward(&hs, &w, bias)?, &want);
+        let dvalues: Vec<f32> = dvalues.to_vec1()?;
+        let got = score::backward(&hs, &w, &dvalues)?;
+        on.assert_close("dw", &got.weight, grads.get(&w).unwrap());
+        on.assert_close("db", &got.bias, &Tensor::new(&[dvalues.iter().sum::<f32>()], &Device::Cpu)?);
+        on.assert_close("dx", &rows::scatter_rows(&got.hidden, &picked, 7)?, grads.get(&x).unwrap());
+        Ok(())
+    })
 }
