@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 /// The rooms from the ground to the roof. A room may import only from rooms of the lines before its own.
 const FLOORS: &[&[&str]] = &[
     &["error", "rng", "report"],
-    &["stats", "host"],
+    &["stats", "host", "device"],
     &["ops"],
     &["model"],
     &["tokenizer"],

@@ -1,15 +1,16 @@
 //! Gradient checks of the whole network: every adapter tensor of policy and value model gets a finite, non-zero gradient,
 //! equal to candle's autograd over a plain composition of the network and to central differences.
 //!
-//! They run over every choice of the configuration, so a new model family is tested by adding its choices. Read
-//! `ops/gradcheck.rs` for the checks of single operations.
+//! They run over every choice of the configuration, so a new model family is tested by adding its choices, on the host and
+//! on the emulated machine. Read `ops/gradcheck.rs` for the checks of single operations.
 
 use std::collections::HashMap;
 
 use anyhow::Result;
 use candle_core::{D, Device, Tensor, Var};
 
-use crate::model::adapter::{Adapter, Gradients, LoraConfig, TargetModules};
+use crate::device::{self, testing};
+use crate::model::adapter::{Adapter, Gradients, LoraConfig, NonBlockModule, TargetModules};
 use crate::model::base::{Base, Weights};
 use crate::model::batch::{Batch, Targets};
 use crate::model::block::{Block, FrozenLinear, Norms, Recompute};
@@ -18,7 +19,8 @@ use crate::model::config::{
     Sizes,
 };
 use crate::model::generate::{FinishReason, SamplingParams, generate};
-use crate::model::roles::{Policy, ValueModel};
+use crate::model::init::dora::with_magnitudes;
+use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::ops::activation::Activation;
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::weight::Weight;
@@ -117,6 +119,19 @@ pub(crate) fn tiny_base() -> Base {
     random_base(config())
 }
 
+/// A base of each choice on every machine.
+fn bases() -> impl Iterator<Item = Base> {
+    let on = |place: Option<device::Device>| {
+        choices().into_iter().map(move |choice| random_base(choice).on(place.clone(), |_, _| ()).unwrap())
+    };
+    testing::machines().into_iter().flat_map(on)
+}
+
+/// What an assertion is about.
+fn describe(base: &Base) -> String {
+    format!("{:?} on {}", base.config().family, base.place().map_or("the host".into(), device::Device::name))
+}
+
 fn random_base(c: DecoderConfig) -> Base {
     let mut seed = 100;
     let mut next = || {
@@ -130,7 +145,7 @@ fn random_base(c: DecoderConfig) -> Base {
             NormStyle::Layer => NormKind::Layer { bias: random(n, 0.3, 0.0, 5000 + seed) },
             NormStyle::Rms | NormStyle::RmsPlusOne => NormKind::Rms,
         };
-        Norm { weight: random(n, 0.3, 1.0, seed), kind, eps: c.norm_eps }
+        Norm::new(random(n, 0.3, 1.0, seed), kind, c.norm_eps)
     };
     let names = c.names();
     let blocks = (0..c.num_hidden_layers)
@@ -151,7 +166,8 @@ fn random_base(c: DecoderConfig) -> Base {
                     .enumerate()
                     .map(|(i, (map, &biased))| FrozenLinear {
                         weight: w(map.out_features, map.in_features),
-                        bias: biased.then(|| random(map.out_features, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
+                        bias: biased
+                            .then(|| random(map.out_features, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64).into()),
                     })
                     .collect(),
                 attention_norms: half(0),
@@ -184,7 +200,20 @@ pub(crate) fn adapter(base: &Base, layers: Option<Vec<usize>>, seed: u64) -> Ada
         layers_to_transform: layers,
         ..LoraConfig::default()
     };
-    let adapter = Adapter::init(config, base.shapes(), seed).unwrap().with_head(seed).unwrap();
+    stepped(&Adapter::init(config, base.shapes(), seed).unwrap().with_head(seed).unwrap(), seed)
+}
+
+/// LoRA or DoRA on every module, embedding and lm_head included.
+fn adapter_on_every_module(base: &Base, dora: bool, seed: u64) -> Result<Adapter> {
+    let target_modules = TargetModules::Regex(".*".into());
+    let config = LoraConfig { r: 3, lora_alpha: 5.0, target_modules, ..LoraConfig::default() };
+    let adapter = stepped(&Adapter::init(config, base.shapes(), seed)?, seed);
+    assert!(adapter.outer(NonBlockModule::Embedding).is_some() && adapter.outer(NonBlockModule::Head).is_some());
+    if dora { Ok(stepped(&with_magnitudes(&adapter, base)?, seed + 1)) } else { Ok(adapter) }
+}
+
+/// The adapter after a random step of every parameter.
+fn stepped(adapter: &Adapter, seed: u64) -> Adapter {
     let mut trainable = adapter.to_trainable();
     let stepped = trainable
         .parameters()
@@ -212,12 +241,70 @@ fn dense(w: &Weight) -> Tensor {
     Tensor::from_vec(w.to_f32(), (w.rows(), w.cols()), &Device::Cpu).unwrap()
 }
 
+/// DoRA: u with its columns scaled by m / n, n being the row norms of `whole` as constants. LoRA has no m.
+fn plain_dora(u: Tensor, whole: &Tensor, magnitude: Option<&Var>) -> candle_core::Result<Tensor> {
+    let Some(magnitude) = magnitude else { return Ok(u) };
+    u.broadcast_mul(&(magnitude.as_tensor() / whole.sqr()?.sum(1)?.sqrt()?.detach())?)
+}
+
+/// x W^T with the branch of the module at `path`, if there is one.
+fn plain_product(
+    x: &Tensor,
+    w: &Tensor,
+    vars: &HashMap<String, Var>,
+    path: &str,
+    scale: f64,
+) -> candle_core::Result<Tensor> {
+    let var = |factor: &str| vars.get(&format!("base_model.model.{path}.{factor}"));
+    let y = x.matmul(&w.t()?)?;
+    let (Some(a), Some(b)) = (var("lora_A.weight"), var("lora_B.weight")) else { return Ok(y) };
+    let u = (y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?)?;
+    plain_dora(u, &(w + (b.matmul(a)? * scale)?)?, var("lora_magnitude_vector"))
+}
+
+/// Rows of an embedding matrix, likewise.
+fn plain_rows(
+    w: &Tensor,
+    ids: &Tensor,
+    vars: &HashMap<String, Var>,
+    path: &str,
+    scale: f64,
+) -> candle_core::Result<Tensor> {
+    let var = |factor: &str| vars.get(&format!("base_model.model.{path}.{factor}"));
+    let x = w.index_select(ids, 0)?;
+    let (Some(a), Some(b)) = (var("lora_embedding_A"), var("lora_embedding_B")) else { return Ok(x) };
+    let z = a.t()?.contiguous()?.index_select(ids, 0)?;
+    let u = (x + (z.matmul(&b.t()?)? * scale)?)?;
+    plain_dora(u, &(w.t()? + (b.matmul(a)? * scale)?)?, var("lora_magnitude_vector"))
+}
+
+/// The log-probabilities (R, vocab) of the targets' positions.
+fn plain_log_softmax(
+    base: &Base,
+    batch: &Batch,
+    targets: &Targets,
+    vars: &HashMap<String, Var>,
+    temperature: f64,
+) -> Result<Tensor> {
+    let (head, scale) = (base.lm_head(None), 5.0 / 3.0);
+    let path = base.shapes().outer(NonBlockModule::Head).map_or("", |map| map.path);
+    let rows = Tensor::new(targets.rows.iter().map(|&i| i as u32).collect::<Vec<_>>(), &Device::Cpu)?;
+    let hidden = plain_hidden(base, batch, vars, scale)?.index_select(&rows, 0)?;
+    let products = plain_product(&hidden, &dense(head.weight), vars, path, scale)?;
+    let mut logits = (products * f64::from(head.multiplier))?;
+    if let Some(cap) = head.soft_cap.map(f64::from) {
+        logits = ((logits / cap)?.tanh()? * cap)?;
+    }
+    Ok(candle_nn::ops::log_softmax(&(logits / temperature)?, D::Minus1)?)
+}
+
 /// The whole network composed of candle's operations: hidden states (N, E), the input of the lm_head.
 fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: f64) -> candle_core::Result<Tensor> {
     let (c, dev, names, shapes) = (base.config(), &Device::Cpu, base.config().names(), base.shapes());
     let weights: HashMap<String, Tensor> = base.weights().into_iter().map(|(n, w)| (n, dense(w))).collect();
     let vectors: HashMap<String, Tensor> =
         base.vectors().into_iter().map(|(n, v)| (n, Tensor::new(&v[..], dev).unwrap())).collect();
+    let outer = |module| shapes.outer(module).map_or("", |map| map.path);
     // A norm without a weight is the identity.
     let norm = |x: &Tensor, path: &str| -> candle_core::Result<Tensor> {
         let Some(weight) = vectors.get(&format!("{path}.weight")) else { return Ok(x.clone()) };
@@ -236,16 +323,9 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
         Activation::GeluTanh => x.gelu(),
         Activation::Relu => x.relu(),
     };
-    let with_branch = |x: &Tensor, y: Tensor, path: &str| -> candle_core::Result<Tensor> {
-        let name = |f: char| format!("base_model.model.{path}.lora_{f}.weight");
-        match (vars.get(&name('A')), vars.get(&name('B'))) {
-            (Some(a), Some(b)) => y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * scale)?,
-            _ => Ok(y),
-        }
-    };
     // OPT-350M's projections; the identity where there is none.
     let project = |x: Tensor, name: &str| match weights.get(name) {
-        Some(w) => with_branch(&x, x.matmul(&w.t()?)?, name.trim_end_matches(".weight")),
+        Some(w) => plain_product(&x, w, vars, name.trim_end_matches(".weight"), scale),
         None => Ok(x),
     };
     let (hd, nq, nkv) = (c.head_dim, c.num_attention_heads, c.num_key_value_heads);
@@ -253,7 +333,8 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
     for bounds in batch.offsets().windows(2) {
         let t = bounds[1] - bounds[0];
         let ids = Tensor::new(&batch.tokens()[bounds[0]..bounds[1]], dev)?;
-        let mut x = (weights[names.embedding].index_select(&ids, 0)? * c.embedding_multiplier)?;
+        let mut x = (plain_rows(&weights[names.embedding], &ids, vars, outer(NonBlockModule::Embedding), scale)?
+            * c.embedding_multiplier)?;
         x = project(x, crate::model::config::PROJECT_IN)?;
         if let Some(first) = c.learned_positions {
             x = (x + weights[names.positions].narrow(0, first, t)?)?;
@@ -267,11 +348,8 @@ fn plain_hidden(base: &Base, batch: &Batch, vars: &HashMap<String, Var>, scale: 
             let path = |part: &str| format!("{}.{layer}.{part}", names.blocks);
             let linear = |x: &Tensor, part: &str| -> candle_core::Result<Tensor> {
                 let path = path(part);
-                let mut y = x.matmul(&weights[&format!("{path}.weight")].t()?)?;
-                if let Some(bias) = vectors.get(&format!("{path}.bias")) {
-                    y = y.broadcast_add(bias)?;
-                }
-                with_branch(x, y, &path)
+                let y = plain_product(x, &weights[&format!("{path}.weight")], vars, &path, scale)?;
+                vectors.get(&format!("{path}.bias")).map_or(Ok(y.clone()), |bias| y.broadcast_add(bias))
             };
             let (freqs, factor) = match kind.rope {
                 LayerRope::Local => (c.local_inv_freq(), 1.0),
@@ -360,56 +438,79 @@ fn relative_error(got: &Tensor, want: &Tensor) -> f32 {
 }
 
 /// Checks that every tensor has a gradient that is finite, not zero, and equal to candle's.
-fn assert_gradients(adapter: &Adapter, grads: &Gradients, want: impl Fn(&str) -> Option<Tensor>) {
+fn assert_gradients(of: &str, adapter: &Adapter, grads: &Gradients, want: impl Fn(&str) -> Option<Tensor>) {
     let trainable = adapter.to_trainable();
     let flat = trainable.flat_gradients(grads).unwrap();
     let names = trainable.names();
     assert_eq!(flat.len(), names.len());
     for (name, got) in names.iter().zip(flat) {
         let values: Vec<f32> = got.flatten_all().unwrap().to_vec1().unwrap();
-        assert!(values.iter().all(|v| v.is_finite()), "{name}");
-        assert!(values.iter().any(|&v| v != 0.0), "{name}: the gradient is zero");
+        assert!(values.iter().all(|v| v.is_finite()), "{of}: {name}");
+        assert!(values.iter().any(|&v| v != 0.0), "{of}: {name}: the gradient is zero");
         // Rounding of f32 through three blocks, forward and backward; one wrong term gives errors orders of magnitude larger.
-        let e = relative_error(got, &want(name).unwrap_or_else(|| panic!("{name}: candle has none")));
-        assert!(e < 1e-4, "{name}: relative error {e:e}");
+        let e = relative_error(got, &want(name).unwrap_or_else(|| panic!("{of}: {name}: candle has none")));
+        assert!(e < 1e-4, "{of}: {name}: relative error {e:e}");
     }
+}
+
+/// Checks a policy's statistics and gradients with these recompute settings, with the exact KL to the bare base if wanted.
+fn assert_policy_gradients(base: &Base, actor: &Adapter, settings: &[Recompute], exact_kl: bool) -> Result<()> {
+    let ((batch, targets), of, temperature) = (batch(), describe(base), 0.8);
+    let r = targets.rows.len();
+    let [dlogp, dentropy, dkl] = [(1.0, 8), (0.5, 9), (0.7, 10)].map(|(scale, seed)| random(r, scale, 0.0, seed));
+    let row = |values: &[f32]| Tensor::new(values, &Device::Cpu);
+    let vars = vars(actor);
+    let logp = plain_log_softmax(base, &batch, &targets, &vars, temperature)?;
+    let chosen = logp.gather(&Tensor::from_vec(targets.tokens.clone(), (r, 1), &Device::Cpu)?, 1)?.squeeze(1)?;
+    let entropy = (logp.exp()? * &logp)?.sum(D::Minus1)?.neg()?;
+    let mut loss = ((&chosen * row(&dlogp)?)?.sum_all()? + (&entropy * row(&dentropy)?)?.sum_all()?)?;
+    let bare = plain_log_softmax(base, &batch, &targets, &HashMap::new(), temperature)?;
+    let kl = (logp.exp()? * (&logp - bare)?)?.sum(D::Minus1)?;
+    if exact_kl {
+        loss = (loss + (&kl * row(&dkl)?)?.sum_all()?)?;
+    }
+    let want = loss.backward()?;
+    let (policy, other) = (Policy::new(base, Some(actor)), Policy::new(base, None));
+    let theirs = other.rows(&batch, &targets)?;
+    for &recompute in settings {
+        let against = exact_kl.then_some((other, &theirs));
+        let (stats, grads) =
+            policy.gradients_against(&batch, &targets, against, temperature, recompute, |_, got| {
+                assert_eq!(got.len(), if exact_kl { r } else { 0 });
+                if exact_kl {
+                    let e = relative_error(&row(got)?, &kl);
+                    assert!(e < 1e-5, "{of}: kl {e:e}");
+                }
+                let kl = exact_kl.then(|| dkl.clone());
+                Ok(HeadGradients { logprobs: dlogp.clone(), entropy: dentropy.clone(), kl })
+            })?;
+        for (name, got, want) in [("logprobs", stats.logprobs, &chosen), ("entropy", stats.entropy, &entropy)] {
+            let e = relative_error(&row(&got)?, want);
+            assert!(e < 1e-5, "{of}: {name} {e:e}");
+        }
+        let of = format!("{of}, {recompute:?}");
+        assert_gradients(&of, actor, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
+    }
+    Ok(())
 }
 
 #[test]
 fn policy_gradients_equal_autograd_for_every_choice_and_every_recompute_setting() -> Result<()> {
-    let (batch, targets) = batch();
-    let r = targets.rows.len();
-    let (dlogp, dentropy) = (random(r, 1.0, 0.0, 8), random(r, 0.5, 0.0, 9));
-    for base in choices().into_iter().map(random_base) {
-        let table = base.lm_head(None);
-        let whole = Recompute::ALL.map(|recompute| (None, recompute));
-        for (layers, recompute) in whole.into_iter().chain([(Some(vec![1]), Recompute::Off)]) {
-            let mut actor = adapter(&base, layers, 3);
-            actor = actor.with_score_head(None)?;
-            let vars = vars(&actor);
-            let hidden = plain_hidden(&base, &batch, &vars, 5.0 / 3.0)?;
-            let rows = Tensor::new(targets.rows.iter().map(|&i| i as u32).collect::<Vec<_>>(), &Device::Cpu)?;
-            let products = hidden.index_select(&rows, 0)?.matmul(&dense(table.weight).t()?)?;
-            let mut logits = (products * f64::from(table.multiplier))?;
-            if let Some(cap) = table.soft_cap.map(f64::from) {
-                logits = ((logits / cap)?.tanh()? * cap)?;
-            }
-            let logp = candle_nn::ops::log_softmax(&(logits / 0.8)?, D::Minus1)?;
-            let ids = Tensor::from_vec(targets.tokens.clone(), (r, 1), &Device::Cpu)?;
-            let chosen = logp.gather(&ids, 1)?.squeeze(1)?;
-            let entropy = (logp.exp()? * &logp)?.sum(D::Minus1)?.neg()?;
-            let loss = ((&chosen * Tensor::new(&dlogp[..], &Device::Cpu)?)?.sum_all()?
-                + (&entropy * Tensor::new(&dentropy[..], &Device::Cpu)?)?.sum_all()?)?;
-            let want = loss.backward()?;
-            let policy = Policy::new(&base, Some(&actor));
-            let (stats, grads) =
-                policy.gradients(&batch, &targets, 0.8, recompute, |_| Ok((dlogp.clone(), dentropy.clone())))?;
-            let family = base.config().family;
-            for (name, got, want) in [("logprobs", stats.logprobs, &chosen), ("entropy", stats.entropy, &entropy)] {
-                let e = relative_error(&Tensor::new(got, &Device::Cpu)?, want);
-                assert!(e < 1e-5, "{family:?} {name}: {e:e}");
-            }
-            assert_gradients(&actor, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
+    for base in bases() {
+        let whole = adapter(&base, None, 3).with_score_head(None)?;
+        assert_policy_gradients(&base, &whole, &Recompute::ALL, false)?;
+        let one_layer = adapter(&base, Some(vec![1]), 3).with_score_head(None)?;
+        assert_policy_gradients(&base, &one_layer, &[Recompute::Off], false)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn lora_and_dora_on_every_module_have_autograds_gradients_with_the_exact_kl() -> Result<()> {
+    for base in bases() {
+        for dora in [false, true] {
+            let actor = adapter_on_every_module(&base, dora, 3)?;
+            assert_policy_gradients(&base, &actor, &Recompute::ALL, true)?;
         }
     }
     Ok(())
@@ -417,7 +518,7 @@ fn policy_gradients_equal_autograd_for_every_choice_and_every_recompute_setting(
 
 #[test]
 fn cached_decoding_equals_a_teacher_forced_pass_for_every_choice() -> Result<()> {
-    for base in choices().into_iter().map(random_base) {
+    for base in bases() {
         let actor = adapter(&base, None, 3);
         let policy = Policy::new(&base, Some(&actor));
         let prompts = vec![vec![3, 4, 5], vec![7], vec![1, 2, 3, 4, 5, 6, 7, 8]];
@@ -429,7 +530,7 @@ fn cached_decoding_equals_a_teacher_forced_pass_for_every_choice() -> Result<()>
         let targets = Targets::responses(&batch, &[12, 12, 12])?;
         let scored = policy.logprobs(&batch, &targets, 1.0)?.logprobs;
         for (got, want) in responses.iter().flat_map(|r| &r.logprobs).zip(&scored) {
-            assert!((got - want).abs() < 1e-4, "{:?}: {got} {want}", base.config().family);
+            assert!((got - want).abs() < 1e-4, "{}: {got} {want}", describe(&base));
         }
     }
     Ok(())
@@ -437,23 +538,28 @@ fn cached_decoding_equals_a_teacher_forced_pass_for_every_choice() -> Result<()>
 
 #[test]
 fn value_model_gradients_equal_autograd_including_the_heads() -> Result<()> {
-    let (batch, targets) = batch();
-    for base in choices().into_iter().map(random_base) {
-        let critic = adapter(&base, None, 4);
-        let vars = vars(&critic);
-        let rows: Vec<u32> = targets.rows.iter().map(|&i| i as u32).collect();
-        let dvalues = random(rows.len(), 1.0, 0.2, 8);
-        let hidden =
-            plain_hidden(&base, &batch, &vars, 5.0 / 3.0)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
-        let values = hidden.matmul(&vars["base_model.model.score.weight"].t()?)?.squeeze(1)?;
-        let want = (&values * Tensor::new(&dvalues[..], &Device::Cpu)?)?.sum_all()?.backward()?;
-        let value_model = ValueModel::new(&base, &critic)?;
-        let (got, grads) = value_model.gradients(&batch, &targets.rows, Recompute::Off, |_| Ok(dvalues.clone()))?;
-        assert!(relative_error(&Tensor::new(got, &Device::Cpu)?, &values) < 1e-5);
-        assert_gradients(&critic, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
-        let bias: Vec<f32> = grads.head_bias.as_ref().unwrap().to_vec1()?;
-        assert!((bias[0] - dvalues.iter().sum::<f32>()).abs() < 1e-5);
+    for base in bases() {
+        assert_value_gradients(&base, &adapter(&base, None, 4))?;
+        assert_value_gradients(&base, &adapter_on_every_module(&base, true, 4)?.with_head(4)?)?;
     }
+    Ok(())
+}
+
+fn assert_value_gradients(base: &Base, critic: &Adapter) -> Result<()> {
+    let ((batch, targets), of) = (batch(), describe(base));
+    let vars = vars(critic);
+    let rows: Vec<u32> = targets.rows.iter().map(|&i| i as u32).collect();
+    let dvalues = random(rows.len(), 1.0, 0.2, 8);
+    let hidden = plain_hidden(base, &batch, &vars, 5.0 / 3.0)?.index_select(&Tensor::new(rows, &Device::Cpu)?, 0)?;
+    let values = hidden.matmul(&vars["base_model.model.score.weight"].t()?)?.squeeze(1)?;
+    let want = (&values * Tensor::new(&dvalues[..], &Device::Cpu)?)?.sum_all()?.backward()?;
+    let value_model = ValueModel::new(base, critic)?;
+    let (got, grads) = value_model.gradients(&batch, &targets.rows, Recompute::Off, |_| Ok(dvalues.clone()))?;
+    let e = relative_error(&Tensor::new(got, &Device::Cpu)?, &values);
+    assert!(e < 1e-5, "{of}: values {e:e}");
+    assert_gradients(&of, critic, &grads, |n| vars.get(n).and_then(|v| want.get(v).cloned()));
+    let bias: Vec<f32> = grads.head_bias.as_ref().unwrap().to_vec1()?;
+    assert!((bias[0] - dvalues.iter().sum::<f32>()).abs() < 1e-5);
     Ok(())
 }
 

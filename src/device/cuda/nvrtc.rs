@@ -72,7 +72,7 @@ pub fn compiled(text: &str, arch: &str, cache: Option<&Path>) -> Result<Compiled
     if let Some(image) = file.as_deref().and_then(read) {
         return Ok(Compiled { image, arch: arch.into(), cached: file });
     }
-    let image = compile(text, arch)?;
+    let (image, _) = compile(text, arch, &[])?;
     if let Some(file) = file {
         store(&file, &image).ok();
     }
@@ -87,28 +87,37 @@ pub fn compiled_all(texts: &[String], arch: &str, cache: Option<&Path>) -> Resul
     })
 }
 
-fn compile(text: &str, arch: &str) -> Result<Vec<u8>> {
-    let mut options: Vec<String> = OPTIONS.map(String::from).into();
+/// What the assembler logs of each kernel: registers, spills, stack, shared memory.
+pub fn resources(text: &str, arch: &str) -> Result<String> {
+    Ok(compile(text, arch, &["--ptxas-options=-v"])?.1)
+}
+
+/// Machine code or PTX, and the compiler's log.
+fn compile(text: &str, arch: &str, more: &[&str]) -> Result<(Vec<u8>, String)> {
+    let mut options: Vec<String> = OPTIONS.iter().chain(more).map(|option| option.to_string()).collect();
     options.push(format!("--gpu-architecture={arch}"));
     let program = result::create_program(&CString::new(text)?, Some(c"kernels.cu"))?;
     // SAFETY: the program lives until it is destroyed below.
-    let image = unsafe {
-        let done = result::compile_program(program, &options);
-        let log: Vec<u8> = result::get_program_log(program).unwrap_or_default().iter().map(|&c| c as u8).collect();
-        let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_string();
-        match done {
-            Ok(()) if arch.starts_with("sm_") => machine_code(program),
-            Ok(()) => {
-                result::get_ptx(program).map(|ptx| ptx.into_iter().map(|c| c as u8).collect()).map_err(Into::into)
-            }
-            Err(error) => Err(error).with_context(|| format!("NVRTC refuses the kernels' text for {arch}:\n{log}")),
+    let done = unsafe { result::compile_program(program, &options) };
+    // SAFETY: as above.
+    let log = unsafe { result::get_program_log(program) }.unwrap_or_default();
+    let log: Vec<u8> = log.iter().map(|&c| c as u8).collect();
+    let log = String::from_utf8_lossy(&log).trim_end_matches('\0').to_string();
+    let image = match done {
+        // SAFETY: as above.
+        Ok(()) if arch.starts_with("sm_") => unsafe { machine_code(program) },
+        Ok(()) => {
+            // SAFETY: as above.
+            let ptx = unsafe { result::get_ptx(program) };
+            ptx.map(|ptx| ptx.into_iter().map(|c| c as u8).collect()).map_err(Into::into)
         }
+        Err(error) => Err(error).with_context(|| format!("NVRTC refuses the kernels' text for {arch}:\n{log}")),
     };
     // SAFETY: created above and not used any more.
     unsafe { result::destroy_program(program) }?;
     let image: Vec<u8> = image?;
     ensure!(!image.is_empty(), "NVRTC gave no code for {arch}");
-    Ok(image)
+    Ok((image, log))
 }
 
 /// # Safety
