@@ -72,7 +72,12 @@ const LORA: &[Row] = &[
     ("loraplus_lr_ratio", "", "4.0"),
 ];
 
-const BASE: &[Row] = &[("path", "", "SAME 'WORLD/copy'"), ("quantize", "", "'q8_0'"), ("compute_dtype", "", "'bf16'")];
+const BASE: &[Row] = &[
+    ("path", "", "SAME 'WORLD/copy'"),
+    ("quantize", "", "'q8_0'"),
+    ("compute_dtype", "", "'bf16'"),
+    ("device", "", "SAME 'cpu'"),
+];
 
 /// Of the stages with one learner.
 const OF_ALL: &[Row] = &[
