@@ -72,7 +72,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         prompts: golden.prompts.clone(),
         responses: responses.collect(),
         ref_logprobs: cut(logprobs(None), 1),
-        ref_hidden: cut(rows.flatten_all().unwrap().to_vec1().unwrap(), rows.dims()[1]),
+        ref_hidden: cut(rows.to_host().unwrap().flatten_all().unwrap().to_vec1().unwrap(), rows.dims2().unwrap().1),
         values: cut(scorer.values(&batch, &targets.rows).unwrap(), 1),
         scores: golden.scores.clone(),
         ..Rollout::default()

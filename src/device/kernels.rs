@@ -1,5 +1,6 @@
-//! The one text of all kernels: the prelude, then every operation's `gpu.cu`. Knows no machine and compiles nothing; an
-//! operation with kernels adds its line to `TEXTS`. Read prelude.cu next: it says how a kernel is written.
+//! The texts of all kernels: the prelude, then every operation's `gpu.cu`. The emulated machine compiles one text; for a
+//! card they are compiled in parts, several at a time, because NVRTC takes most of a minute for all of them on one core.
+//! It does not depend on any machine. Read prelude.cu next: it says how a kernel is written.
 
 use std::fmt::Write;
 use std::sync::OnceLock;
@@ -22,6 +23,19 @@ const TEXTS: &[(&str, &str)] = &[
     ("rows/gpu.cu", include_str!("../ops/rows/gpu.cu")),
 ];
 
+/// The files whose kernels a part holds. Every file stands in exactly one part but the first and `common.cu`, which have
+/// no kernels. Parts of equal compile time are best.
+const PARTS: &[&[&str]] = &[
+    &["storage/gpu.cu", "embedding/gpu.cu"],
+    &["linear/gpu_gemv.cu"],
+    &["norm/gpu.cu", "rope/gpu.cu"],
+    &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu"],
+    &["attention/gpu.cu", "logprobs/gpu.cu", "kl/gpu.cu"],
+];
+
+/// Files whose types and helpers other files use.
+const SHARED: &[&str] = &["prelude.cu", "storage/gpu.cu", "common.cu", "logprobs/gpu.cu"];
+
 /// Joins files to one text whose compiler errors name the file and its line.
 pub fn join(texts: &[(&str, &str)]) -> String {
     let mut all = String::new();
@@ -38,7 +52,42 @@ pub fn text() -> &'static str {
     TEXT.get_or_init(|| join(TEXTS))
 }
 
+/// Texts that together have every kernel of [`text`] once. A part declares the kernels of files that it only shares as
+/// functions that nobody calls.
+pub fn parts() -> Vec<String> {
+    let kernel = |becomes: &str| format!("#undef KERNEL\n#define KERNEL(name, Args, threads) {becomes}\n");
+    let declared = kernel("static __device__ __forceinline__ void name(const Args& a)");
+    let entry = kernel("ENTRY(name, Args, threads)");
+    let part = |own: &&[&str]| {
+        let mut all = String::new();
+        for (name, text) in TEXTS.iter().filter(|(name, _)| own.contains(name) || SHARED.contains(name)) {
+            let macros = match *name {
+                "prelude.cu" => "",
+                name if own.contains(&name) => &entry,
+                _ => &declared,
+            };
+            let _ = writeln!(all, "{macros}#line 1 \"{name}\"\n{}", text.trim_end());
+        }
+        all
+    };
+    PARTS.iter().map(part).collect()
+}
+
 /// The prelude followed by another text, for tests that bring kernels of their own.
 pub fn with_prelude(text: &str) -> String {
     join(&[TEXTS[0], ("test.cu", text)])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_with_kernels_stands_in_exactly_one_part() {
+        for (name, text) in TEXTS.iter().skip(1) {
+            let parts = PARTS.iter().filter(|part| part.contains(name)).count();
+            assert_eq!(parts, usize::from(text.contains("KERNEL(")), "{name}");
+        }
+        assert_eq!(parts().len(), PARTS.len());
+    }
 }

@@ -17,6 +17,8 @@ mod matrix;
 mod pass;
 mod pinned;
 mod resident;
+#[doc(hidden)]
+pub mod testing;
 
 pub use array::Array;
 pub use machine::{Element, Info, LibraryInfo, Machine};

@@ -28,7 +28,8 @@ struct alignas(16) F4 { float x, y, z, w; };
 #ifdef EMULATED
 #include "host.h"
 #else
-#define KERNEL(name, Args, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
+#define ENTRY(name, Args, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
+#define KERNEL(name, Args, threads) ENTRY(name, Args, threads)
 __device__ __forceinline__ float to_float(f16 h) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h.bits)); return r; }
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void round_to(float v, bf16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v)); }

@@ -130,7 +130,7 @@ fn random_base(c: DecoderConfig) -> Base {
             NormStyle::Layer => NormKind::Layer { bias: random(n, 0.3, 0.0, 5000 + seed) },
             NormStyle::Rms | NormStyle::RmsPlusOne => NormKind::Rms,
         };
-        Norm { weight: random(n, 0.3, 1.0, seed), kind, eps: c.norm_eps }
+        Norm::new(random(n, 0.3, 1.0, seed), kind, c.norm_eps)
     };
     let names = c.names();
     let blocks = (0..c.num_hidden_layers)
@@ -151,7 +151,8 @@ fn random_base(c: DecoderConfig) -> Base {
                     .enumerate()
                     .map(|(i, (map, &biased))| FrozenLinear {
                         weight: w(map.out_features, map.in_features),
-                        bias: biased.then(|| random(map.out_features, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64)),
+                        bias: biased
+                            .then(|| random(map.out_features, 0.3, 0.0, 7000 + 10 * layer as u64 + i as u64).into()),
                     })
                     .collect(),
                 attention_norms: half(0),

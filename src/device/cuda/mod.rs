@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Mutex;
 
 use anyhow::{Context, Result, anyhow, bail};
@@ -31,7 +31,7 @@ pub struct Cuda {
     driver: i32,
     libraries: Vec<Opened>,
     compiled_for: String,
-    cached: Option<PathBuf>,
+    cached: bool,
     handles: Handles,
     functions: Mutex<HashMap<String, Function>>,
     /// One thread at a time uses the handle of cuBLAS.
@@ -45,7 +45,8 @@ struct Handles {
     context: sys::CUcontext,
     stream: sys::CUstream,
     pool: sys::CUmemoryPool,
-    module: sys::CUmodule,
+    /// One per part of the kernels' texts.
+    modules: Vec<sys::CUmodule>,
     blas: blas_sys::cublasHandle_t,
 }
 
@@ -67,8 +68,8 @@ impl Handles {
         // SAFETY: the device comes from the driver; every pointer is valid for its call.
         unsafe {
             let context = result::primary_ctx::retain(device)?;
-            let (stream, pool, module, blas) = (null_mut(), null_mut(), null_mut(), null_mut());
-            let mut handles = Self { device, context, stream, pool, module, blas };
+            let (stream, pool, blas) = (null_mut(), null_mut(), null_mut());
+            let mut handles = Self { device, context, stream, pool, modules: vec![], blas };
             result::ctx::set_current(context)?;
             handles.stream = result::stream::create(result::stream::StreamKind::NonBlocking)?;
             handles.pool = result::device::get_default_mem_pool(device)?;
@@ -102,8 +103,8 @@ impl Drop for Handles {
             if !self.blas.is_null() {
                 blas::destroy_handle(self.blas).ok();
             }
-            if !self.module.is_null() {
-                result::module::unload(self.module).ok();
+            for module in self.modules.drain(..) {
+                result::module::unload(module).ok();
             }
             if !self.pool.is_null() {
                 sys::cuMemPoolTrimTo(self.pool, 0).result().ok();
@@ -120,35 +121,36 @@ impl Cuda {
     /// The card with this ordinal, with all kernels of this crate. Errors say what is missing, or why the card cannot
     /// be used, and what to do.
     pub fn open(ordinal: usize) -> Result<Self> {
-        Self::open_with(ordinal, &Finder::real(), kernels::text(), Some(&cache_folder("cuda")))
+        Self::open_with(ordinal, &Finder::real(), &kernels::parts(), Some(&cache_folder("cuda")))
     }
 
-    /// The same with another search, text and folder for compiled kernels.
-    pub fn open_with(ordinal: usize, finder: &Finder<'_>, text: &str, cache: Option<&Path>) -> Result<Self> {
+    /// The same with another search, other texts and another folder for compiled kernels.
+    pub fn open_with(ordinal: usize, finder: &Finder<'_>, texts: &[String], cache: Option<&Path>) -> Result<Self> {
         let mut libraries = vec![finder.open(Library::Driver, &libraries::MAJORS)?];
         let driver = checks::driver_version(&RealDriver)?;
         let card = checks::card(&RealDriver, ordinal)?;
         libraries.extend(finder.open_toolkit(driver)?);
         let arch = nvrtc::target(card.capability, &nvrtc::architectures()?)?;
-        let mut compiled = nvrtc::compiled(text, &arch, cache)?;
+        let compiled = nvrtc::compiled_all(texts, &arch, cache)?;
+        let cached = compiled.iter().all(|part| part.cached.is_some());
         let mut handles = Handles::open(ordinal)?;
         // SAFETY: the image is whole, and PTX ends with a zero.
         let load = |image: &[u8]| unsafe { result::module::load_data(image.as_ptr().cast()) };
-        handles.module = match load(&compiled.image) {
-            Err(_) if compiled.cached.is_some() => {
-                compiled = nvrtc::compiled(text, &arch, None)?;
-                load(&compiled.image)
-            }
-            other => other,
+        for (text, part) in texts.iter().zip(compiled) {
+            let module = match load(&part.image) {
+                Err(_) if part.cached.is_some() => load(&nvrtc::compiled(text, &arch, None)?.image),
+                other => other,
+            };
+            let refused = || format!("cuda:{ordinal} ({}) cannot load kernels for {arch}", card.name);
+            handles.modules.push(module.with_context(refused)?);
         }
-        .with_context(|| format!("cuda:{ordinal} ({}) cannot load kernels for {arch}", card.name))?;
         Ok(Self {
             name: format!("cuda:{ordinal} ({})", card.name),
             card,
             driver,
             libraries,
             compiled_for: arch,
-            cached: compiled.cached,
+            cached,
             handles,
             functions: Mutex::default(),
             blas: Mutex::default(),
@@ -156,9 +158,9 @@ impl Cuda {
         })
     }
 
-    /// The file that the kernels came from; `None` if they were compiled now.
-    pub fn cached(&self) -> Option<&Path> {
-        self.cached.as_deref()
+    /// Whether all kernels came from files of an earlier run; otherwise they were compiled now.
+    pub fn cached(&self) -> bool {
+        self.cached
     }
 
     /// Bytes that the driver's pool counts as in use, now and at most.
@@ -181,9 +183,11 @@ impl Cuda {
         if let Some(known) = functions.get(kernel) {
             return Ok(known.0);
         }
-        // SAFETY: the module is alive.
-        let function = unsafe { result::module::get_function(self.handles.module, CString::new(kernel)?) };
-        let function = function.context("the kernels' text has no kernel of this name")?;
+        let name = CString::new(kernel)?;
+        // SAFETY: the modules are alive.
+        let find = |&module: &sys::CUmodule| unsafe { result::module::get_function(module, name.clone()) }.ok();
+        let function =
+            self.handles.modules.iter().find_map(find).context("the kernels' texts have no kernel of this name")?;
         functions.insert(kernel.into(), Function(function));
         Ok(function)
     }

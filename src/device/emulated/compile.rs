@@ -70,6 +70,14 @@ impl Toolchain {
         Self { compilers, cache: cache_folder("emulated") }
     }
 
+    /// Whether there is a compiler.
+    ///
+    /// # Errors
+    /// If no command answers.
+    pub fn check(&self) -> Result<()> {
+        self.compiler().map(|_| ())
+    }
+
     /// The first compiler that answers, and what it says of itself.
     fn compiler(&self) -> Result<(&OsString, String)> {
         for command in &self.compilers {

@@ -319,6 +319,7 @@ pub(crate) fn divide_by_norms(sums: Vec<f64>, norms: &[f32]) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Array;
     use crate::ops::embedding;
     use crate::ops::linear;
     use crate::ops::linear::{InputGradient, LinearWithLora};
@@ -383,15 +384,15 @@ mod tests {
         let (a, b) = (matrix(r, k, 2), tensor(vec![0.0; n * r], (n, r)).unwrap());
         let (magnitude, norms) = (tensor(vec![0.7; n], n).unwrap(), Norms::default());
         let lora = LowRank { dora: Some(Dora { magnitude: &magnitude, norms: &norms }), ..plain(&a, &b) };
-        let (x, dy) = (matrix(5, k, 3), matrix(5, n, 4));
+        let (x, dy) = (Array::Host(matrix(5, k, 3)), Array::Host(matrix(5, n, 4)));
         let part = [LinearWithLora { weight: &weight, bias: None, lora: Some(lora) }];
         let (y, saved) = linear::forward(&x, &part, None).unwrap();
         let g = linear::backward(&x, &part, &saved, &[&dy], InputGradient::Wanted).unwrap();
-        assert!(y[0].to_vec2::<f32>().unwrap().iter().all(|row| row[1] == 0.0 && row[0] != 0.0));
+        assert!(y[0].host().unwrap().to_vec2::<f32>().unwrap().iter().all(|row| row[1] == 0.0 && row[0] != 0.0));
         let gradient = g.lora[0].as_ref().unwrap();
         let magnitudes: Vec<f32> = gradient.magnitude.as_ref().unwrap().to_vec1().unwrap();
         assert!(magnitudes[1] == 0.0 && magnitudes[0] != 0.0);
-        for t in [&gradient.a, &gradient.b, g.input.as_ref().unwrap()] {
+        for t in [&gradient.a, &gradient.b, g.input.as_ref().unwrap().host().unwrap()] {
             assert!(t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()));
         }
     }
@@ -403,7 +404,8 @@ mod tests {
         let (a, b) = (matrix(r, v, 2), matrix(d, r, 3));
         let gradient = |ids: &[u32], dx: &Tensor| {
             let (_, saved) = embedding::forward(&table, ids, Some(plain(&a, &b))).unwrap();
-            embedding::backward(&table, ids, plain(&a, &b), &saved.unwrap(), dx).unwrap().a.to_vec2::<f32>().unwrap()
+            let dx = Array::Host(dx.clone());
+            embedding::backward(&table, ids, plain(&a, &b), &saved.unwrap(), &dx).unwrap().a.to_vec2::<f32>().unwrap()
         };
         let (one, two) = (matrix(1, d, 4), matrix(1, d, 5));
         let (first, second) = (gradient(&[3], &one), gradient(&[3], &two));

@@ -106,16 +106,20 @@ impl Norm {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ops::cpu::tensor;
+    use crate::ops::cpu;
+
+    fn tensor(values: Vec<f32>, shape: (usize, usize)) -> candle_core::Result<Array> {
+        cpu::tensor(values, shape).map(Array::Host)
+    }
 
     fn norms(d: usize) -> [Norm; 2] {
         let weight: Vec<f32> = (0..d).map(|i| 0.5 + i as f32).collect();
         let layer = NormKind::Layer { bias: vec![1.0; d] };
-        [Norm::rms(weight.clone(), 1e-6), Norm { weight, kind: layer, eps: 1e-6 }]
+        [Norm::rms(weight.clone(), 1e-6), Norm::new(weight, layer, 1e-6)]
     }
 
-    fn numbers(t: &Tensor) -> Vec<f32> {
-        t.flatten_all().unwrap().to_vec1().unwrap()
+    fn numbers(t: &Array) -> Vec<f32> {
+        t.host().unwrap().flatten_all().unwrap().to_vec1().unwrap()
     }
 
     /// The middle one of three rows holds an infinite number, NaN, or a finite number whose square is infinite.
@@ -132,7 +136,7 @@ mod tests {
             let (good, broken) = (tensor(good, (3, D)).unwrap(), tensor(broken, (3, D)).unwrap());
             let dy = tensor((0..3 * D).map(|i| (i as f32 * 0.3).cos()).collect(), (3, D)).unwrap();
             let skip = tensor(vec![0.5; 3 * D], (3, D)).unwrap();
-            let results = |x: &Tensor| {
+            let results = |x: &Array| {
                 let backward = |skip| numbers(&norm.backward(x, &dy, skip).unwrap());
                 [numbers(&norm.forward(x).unwrap()), backward(None), backward(Some(&skip))]
             };
