@@ -89,7 +89,7 @@ fn run(shape: &Shape, device: &Device) -> Log {
         ValueModel::new(base, &reward).unwrap().scores(&batch).unwrap();
     });
     part("sft", &mut || {
-        let all: Vec<bool> = (0..batch.tokens().len()).map(|i| !i.is_multiple_of(3)).collect();
+        let all: Vec<bool> = batch.positions().iter().map(|&p| p > 0 && p % 3 != 2).collect();
         let targets = Targets::masked(&batch, &all).unwrap();
         let ones = vec![1.0; targets.rows.len()];
         let zeros = vec![0.0; targets.rows.len()];
@@ -118,7 +118,6 @@ fn run(shape: &Shape, device: &Device) -> Log {
         model.gradients(&batch, &responses.rows, shape.recompute, |v| Ok(vec![0.5; v.len()])).unwrap();
     });
     part("a new adapter", &mut || {
-        drawn(&actor, 9);
         let next = drawn(&actor, 10);
         Policy::new(base, Some(&next)).logprobs(&batch, &responses, 1.0).unwrap();
     });

@@ -76,7 +76,7 @@ pub fn apart(got: &Computed, want: &Computed) -> (f32, String) {
     for (e, name) in
         numbers.into_iter().chain([furthest(&got.policy, &want.policy), furthest(&got.critic, &want.critic)])
     {
-        if !(e <= worst.0) {
+        if e > worst.0 {
             worst = (e, name);
         }
     }
@@ -86,15 +86,13 @@ pub fn apart(got: &Computed, want: &Computed) -> (f32, String) {
 /// Compares both machines, for all settings of recomputation, and returns the largest difference.
 fn assert_same(name: &str, [host, there]: [&Base; 2], adapter: &Adapter, sequences: &[Vec<u32>]) -> f32 {
     let want = compute(host, adapter, sequences, Recompute::Off);
-    let mut first: Option<Computed> = None;
+    let all = Recompute::ALL.map(|recompute| compute(there, adapter, sequences, recompute));
     let mut worst = 0f32;
-    for recompute in Recompute::ALL {
-        let got = compute(there, adapter, sequences, recompute);
-        let (e, what) = apart(&got, &want);
+    for (recompute, got) in Recompute::ALL.iter().zip(&all) {
+        let (e, what) = apart(got, &want);
         assert!(e < BOUND, "{name}, {recompute:?}: {what} differs by {e:.1e}");
         worst = worst.max(e);
-        let first = first.get_or_insert_with(|| compute(there, adapter, sequences, Recompute::Off));
-        let (e, what) = apart(&got, first);
+        let (e, what) = apart(got, &all[0]);
         assert!(e == 0.0, "{name}: {what} with {recompute:?} differs by {e:.1e} from without");
     }
     worst

@@ -1,12 +1,12 @@
 //! Machines, bases and adapters for the other files, and comparisons of numbers. It makes no claim.
 
 use std::io::Write;
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Tensor;
-use fourfold::device::Device;
-use fourfold::device::emulated::{Emulated, Toolchain};
+use fourfold::device::emulated::Emulated;
+use fourfold::device::{Device, testing};
 use fourfold::model::adapter::{Adapter, Gradients, LoraConfig, TargetModules};
 use fourfold::model::base::Base;
 use fourfold::model_files::ModelFiles;
@@ -31,15 +31,10 @@ impl Drop for Timed {
     }
 }
 
-/// An emulated machine of its own; `None` where there is no C++ compiler.
+/// An emulated machine of its own, for tests of faults and of memory; `None` where there is no C++ compiler.
 pub fn machine() -> Option<(Arc<Emulated>, Device)> {
-    let compiler = Toolchain::from_environment().compilers.into_iter().find(|command| {
-        std::process::Command::new(command).arg("--version").output().is_ok_and(|out| out.status.success())
-    });
-    if compiler.is_none() {
-        let required = std::env::var("FOURFOLD_REQUIRE_EMULATED").is_ok_and(|v| v == "1");
-        assert!(!required, "FOURFOLD_REQUIRE_EMULATED=1, and there is no C++ compiler");
-        say("SKIPPED: the emulated machine needs a C++ compiler, and there is none");
+    if !testing::can_emulate() {
+        say("SKIPPED: there is no C++ compiler for the emulated machine");
         return None;
     }
     let machine = Arc::new(Emulated::open().unwrap_or_else(|e| panic!("the emulated machine: {e:#}")));
@@ -49,8 +44,11 @@ pub fn machine() -> Option<(Arc<Emulated>, Device)> {
 
 /// The emulated machine that tests without faults and ledgers share.
 pub fn emulated() -> Option<Device> {
-    static SHARED: OnceLock<Option<Device>> = OnceLock::new();
-    SHARED.get_or_init(|| machine().map(|(_, device)| device)).clone()
+    let shared = testing::emulated();
+    if shared.is_none() {
+        say("SKIPPED: there is no C++ compiler for the emulated machine");
+    }
+    shared
 }
 
 /// A base on a device.
@@ -124,7 +122,7 @@ pub fn furthest(got: &[(String, Vec<f32>)], want: &[(String, Vec<f32>)]) -> (f32
         let own = want.iter().fold(0f32, |m, v| m.max(v.abs()));
         let e = relative(got, want);
         let e = if own < 1e-3 * top { e * own / (1e-3 * top) } else { e };
-        if !(e <= worst.0) {
+        if e > worst.0 {
             worst = (e, name.clone());
         }
     }

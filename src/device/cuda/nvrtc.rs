@@ -82,8 +82,7 @@ pub fn compiled(text: &str, arch: &str, cache: Option<&Path>) -> Result<Compiled
 /// Several texts at once, each on a thread of its own.
 pub fn compiled_all(texts: &[String], arch: &str, cache: Option<&Path>) -> Result<Vec<Compiled>> {
     std::thread::scope(|scope| {
-        let each = |text| scope.spawn(move || compiled(text, arch, cache));
-        let threads: Vec<_> = texts.iter().map(each).collect();
+        let threads: Vec<_> = texts.iter().map(|text| scope.spawn(move || compiled(text, arch, cache))).collect();
         let joined = threads.into_iter().map(|t| t.join().unwrap_or_else(|_| bail!("NVRTC panicked")));
         joined.collect()
     })
