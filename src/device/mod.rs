@@ -17,9 +17,9 @@ mod matrix;
 mod pass;
 mod pinned;
 mod resident;
+pub mod select;
 #[doc(hidden)]
 pub mod testing;
-pub mod select;
 
 pub use array::Array;
 pub use machine::{Element, Info, LibraryInfo, Machine};
