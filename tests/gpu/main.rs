@@ -9,7 +9,7 @@ mod ledger;
 mod narrow;
 mod parity;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
-#[path = "../ppo_invariants/world.rs"]
+#[path = "../training/invariants/world.rs"]
 mod ppo_world;
 mod real_files;
 mod stages;
