@@ -1,5 +1,5 @@
 //! `Matrix`: memory of a device with a shape and a type, shared by its clones and views and given back with the last of
-//! them. Knows no kernel. Read prelude.cu next, or machine.rs for what stands below.
+//! them. It does not depend on kernels. Read prelude.cu next, or machine.rs for what stands below.
 
 use std::ops::Range;
 use std::sync::Arc;

@@ -1,4 +1,4 @@
-//! Memory of the host that a machine copies from and to at full speed. Knows no shape. Read matrix.rs next.
+//! Memory of the host that a machine copies from and to at full speed. It does not depend on shapes. Read matrix.rs next.
 
 use std::ops::{Deref, DerefMut};
 

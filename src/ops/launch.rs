@@ -1,4 +1,5 @@
-//! What every operation's launches check and count in the same way. Knows no operation. Read a `gpu.rs` next.
+//! Grids, sizes and checks that the launches of all operations share. It does not depend on any operation. Read
+//! `norm/gpu.rs` next.
 
 use anyhow::{Context, Result, ensure};
 

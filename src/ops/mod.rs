@@ -1,9 +1,9 @@
 //! The operations: one folder per operation. Its `mod.rs` has formula, types, checks and the one dispatch per direction;
-//! its module `cpu` (for example `linear/cpu.rs`) has the CPU implementation, and another device can be added beside
-//! it. Operations depend on tensors and stored weights; they do not depend on layers, adapters or configuration.
+//! its module `cpu` (for example `linear/cpu.rs`) has the CPU implementation, its module `gpu` (for example
+//! `linear/gpu.rs`) that of a device. Operations depend on tensors and stored weights; they do not depend on layers, adapters or configuration.
 //!
 //! Read `weight.rs` (frozen matrices), `linear/mod.rs` (with LoRA and DoRA), `embedding/mod.rs`, then `norm`, `rope`,
-//! `columns`, `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows.rs`, `score.rs`, `sample`.
+//! `columns`, `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows`, `score`, `sample`.
 //! `storage` holds the storage types, `cpu` the support that all CPU kernels share.
 
 pub mod activation;

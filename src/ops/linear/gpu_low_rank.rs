@@ -1,5 +1,5 @@
 //! The low-rank branch of one frozen matrix on a device: LoRA's factors, and with DoRA the magnitudes and the row norms
-//! that they are divided by. Depends on the device layer and on ../columns, and knows no layer's name. Read gpu.rs
+//! that they are divided by. Read gpu.rs
 //! next for the use in linear maps, or ../embedding/gpu.rs for the use on a token table.
 
 use std::sync::OnceLock;

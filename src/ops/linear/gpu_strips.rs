@@ -1,5 +1,5 @@
 //! A stored weight as the operand of matrix products: its own numbers where they have the right type, and otherwise
-//! strips of dequantised rows in a scratch matrix of bounded size. Depends on ../storage and knows no layer. Read
+//! strips of dequantised rows in a scratch matrix of bounded size. Read
 //! gpu.rs next.
 
 use std::ops::Range;
