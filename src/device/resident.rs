@@ -7,9 +7,11 @@ use anyhow::Result;
 
 use super::{Device, lock};
 
+type Slot<T> = Mutex<Option<(Device, Arc<T>)>>;
+
 /// The copy on the device that last used it. A clone shares the copy; two values compare equal whatever their copies are, so
 /// that a type with a `Resident` field can still be compared.
-pub struct Resident<T>(Arc<Mutex<Option<(Device, Arc<T>)>>>);
+pub struct Resident<T>(Arc<Slot<T>>);
 
 impl<T> Resident<T> {
     /// The copy on `device`; `make` makes it if there is none.

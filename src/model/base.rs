@@ -461,7 +461,7 @@ impl Base {
     /// # Errors
     /// If shapes do not fit.
     pub fn logits(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<candle_core::Tensor> {
-        Ok(logprobs::logits(hidden, &self.lm_head(adapter))?)
+        logprobs::logits(hidden, &self.lm_head(adapter))
     }
 }
 

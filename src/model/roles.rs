@@ -105,7 +105,7 @@ impl<'w> Policy<'w> {
     /// As for [`Policy::logprobs`].
     pub fn rows(&self, batch: &Batch, targets: &Targets) -> Result<Array> {
         let hidden = self.base.hidden(batch, self.adapter)?;
-        Ok(gather_rows(&hidden, &targets.rows)?)
+        gather_rows(&hidden, &targets.rows)
     }
 
     /// As [`Policy::logprobs`], from the result of [`Policy::rows`].
@@ -113,7 +113,7 @@ impl<'w> Policy<'w> {
     /// # Errors
     /// If the number of rows is not that of the targets.
     pub fn logprobs_of(&self, rows: &Array, targets: &Targets, temperature: f64) -> Result<TokenStats> {
-        Ok(logprobs::forward(rows, &self.base.lm_head(self.adapter), &targets.tokens, temperature)?)
+        logprobs::forward(rows, &self.base.lm_head(self.adapter), &targets.tokens, temperature)
     }
 
     fn side<'a>(&'a self, hidden: &'a Array) -> Side<'a> {
@@ -223,7 +223,7 @@ impl<'w> ValueModel<'w> {
 
     fn values_of(&self, rows: &Array) -> Result<Vec<f32>> {
         let head = self.adapter.head().context("checked in new")?;
-        Ok(score::forward(rows, &head.weight, head.bias)?)
+        score::forward(rows, &head.weight, head.bias)
     }
 
     /// Values (R) at the rows `rows` of the batch.

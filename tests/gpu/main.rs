@@ -14,6 +14,7 @@ mod ppo_world;
 mod real_files;
 mod stages;
 mod stored_types;
+#[allow(dead_code, reason = "the tests of families use the rest")]
 #[path = "../support/tiny_decoders.rs"]
 mod tiny_decoders;
 mod world;

@@ -91,6 +91,9 @@ fn close_numbers(what: &str, element: Element, got: &[f32], want: &[f64]) {
     close_as(what, element, &device().upload_f32(got, 1, got.len()).unwrap(), want);
 }
 
+/// A value of row i, its logits and its log-probabilities.
+type OfRow = dyn Fn(usize, &[f64], &[f64]) -> f64;
+
 #[test]
 fn logprobs_and_entropy_over_strips_are_those_of_the_whole_row() {
     if !can_emulate() {
@@ -102,9 +105,7 @@ fn logprobs_and_entropy_over_strips_are_those_of_the_whole_row() {
         for shape in shapes() {
             let got = stats(device, &all, &ids, shape);
             let rows: Vec<_> = wide(&all).chunks(V).map(|row| log_softmax(shape, row)).collect();
-            let want = |f: &dyn Fn(usize, &[f64], &[f64]) -> f64| -> Vec<f64> {
-                rows.iter().enumerate().map(|(i, (l, p))| f(i, l, p)).collect()
-            };
+            let want = |f: &OfRow| -> Vec<f64> { rows.iter().enumerate().map(|(i, (l, p))| f(i, l, p)).collect() };
             close("logprobs", &got.logprobs, &want(&|i, _, p| p[targets()[i] as usize]));
             close("lse", &got.lse, &want(&|_, l, p| l[0] - p[0]));
             close("entropy", &got.entropy, &want(&|_, _, p| -p.iter().map(|p| p.exp() * p).sum::<f64>()));

@@ -109,7 +109,7 @@ fn configurations_without_weights_are_planned_or_refused() {
                 process: 0,
                 threads: 2,
             };
-            let (_, peak) = Plan::of(job).peak();
+            let (_, peak) = Plan::of(job)?.peak();
             assert!(peak.own() > 0, "nothing at all is held");
             Ok(())
         })

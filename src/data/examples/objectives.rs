@@ -142,7 +142,7 @@ impl Objective for SftExample {
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, completion_only } = with;
         if data.compat.is_some() {
-            return compat::sft(record, renderer, *encoder, data).map(Outcome::from);
+            return compat::sft(record, renderer, *encoder, data);
         }
         let (start, segments) = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
@@ -298,7 +298,7 @@ impl Objective for RankedExample {
         let Encoding { encoder, renderer, data, .. } = with;
         let limit = data.max_length;
         if data.compat.is_some() {
-            return compat::ranked(record, renderer, *encoder, data).map(Outcome::from);
+            return compat::ranked(record, renderer, *encoder, data);
         }
         let Record::Ranked { prompt, responses } = record else {
             bail!(

@@ -20,7 +20,7 @@ pub enum Saved {
     /// Tensors on the host.
     Host(HostSaved),
     /// Matrices on a device.
-    Device(gpu::Saved),
+    Device(Box<gpu::Saved>),
 }
 
 /// Tensors on the host that are saved for `backward`.
@@ -51,7 +51,7 @@ pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result
         Some(device) => {
             let lora = lora.map(|lora| lora.on(device, table.compute().element())).transpose()?;
             let (x, saved) = gpu::forward(&*table.on(device)?, ids, lora.as_deref())?;
-            (x.into(), saved.map(Saved::Device))
+            (x.into(), saved.map(|saved| Saved::Device(Box::new(saved))))
         }
     })
 }
