@@ -7,7 +7,8 @@ pub mod gpu;
 
 use anyhow::{Result, bail};
 
-use crate::device::Array;
+use crate::device::{Array, Matrix};
+use crate::ops::columns;
 
 /// The activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +43,7 @@ impl Activation {
         same_shape(&[x, dm])?;
         Ok(match x {
             Array::Host(x) => cpu::backward(self, x, dm.host()?)?.into(),
-            Array::Device(x) => gpu::plain_backward(self, x, dm.device()?)?.into(),
+            Array::Device(x) => gpu::plain_backward(self, x, &like(x, dm)?)?.into(),
         })
     }
 
@@ -70,11 +71,16 @@ impl Activation {
                 (dgate.into(), dup.into())
             }
             Array::Device(gate) => {
-                let (dgate, dup) = gpu::gated_backward(self, gate, up.device()?, dm.device()?)?;
+                let (dgate, dup) = gpu::gated_backward(self, gate, up.device()?, &like(gate, dm)?)?;
                 (dgate.into(), dup.into())
             }
         })
     }
+}
+
+/// dL/dm in the element type of the inputs: on a device it comes as f32 from the products after the activation.
+fn like(x: &Matrix, dm: &Array) -> Result<Matrix> {
+    columns::gpu::cast(dm.device()?, x.element())
 }
 
 fn same_shape(arrays: &[&Array]) -> Result<()> {
