@@ -7,8 +7,8 @@ pub mod gpu;
 
 use anyhow::{Result, bail};
 
-use crate::device::{Array, Matrix};
-use crate::ops::columns;
+use crate::device::Array;
+use crate::ops::columns::gpu::cast;
 
 /// The activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,7 +43,7 @@ impl Activation {
         same_shape(&[x, dm])?;
         Ok(match x {
             Array::Host(x) => cpu::backward(self, x, dm.host()?)?.into(),
-            Array::Device(x) => gpu::plain_backward(self, x, &like(x, dm)?)?.into(),
+            Array::Device(x) => gpu::plain_backward(self, x, &cast(dm.device()?, x.element())?)?.into(),
         })
     }
 
@@ -71,16 +71,12 @@ impl Activation {
                 (dgate.into(), dup.into())
             }
             Array::Device(gate) => {
-                let (dgate, dup) = gpu::gated_backward(self, gate, up.device()?, &like(gate, dm)?)?;
+                let dm = cast(dm.device()?, gate.element())?;
+                let (dgate, dup) = gpu::gated_backward(self, gate, up.device()?, &dm)?;
                 (dgate.into(), dup.into())
             }
         })
     }
-}
-
-/// dL/dm in the element type of the inputs: on a device it comes as f32 from the products after the activation.
-fn like(x: &Matrix, dm: &Array) -> Result<Matrix> {
-    columns::gpu::cast(dm.device()?, x.element())
 }
 
 fn same_shape(arrays: &[&Array]) -> Result<()> {
