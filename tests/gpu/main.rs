@@ -21,6 +21,7 @@ mod stored_types;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../support/mod.rs"]
 mod support;
+#[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../support/tiny_decoders.rs"]
 mod tiny_decoders;
 mod world;
