@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::Result;
-use fourfold::config::CheckpointConfig;
+use fourfold::config::{CheckpointConfig, Ppo};
 use fourfold::device::OutOfMemory;
 use fourfold::device::emulated::Emulated;
 use fourfold::model::adapter::Adapter;
@@ -43,7 +43,8 @@ fn run(out: &Path, model: &Model, (sft, rm): (&Adapter, &Adapter)) -> Result<(Ad
     };
     let mut session = Session::new(report).kept(keeper, found.map(|found| found.snapshot));
     let roles = Roles { base: &model.base, reward_base: &model.base, sft, reward: Some(rm) };
-    let (prompts, source, config) = (questions(model, 8), source_of(roles), short_ppo());
+    let config = Ppo { total_episodes: 4, batch_size: 2, response_length: 4, ..short_ppo() };
+    let (prompts, source) = (questions(model, 8), source_of(roles));
     let stop = model.checkpoint.tokenizer().eos_ids();
     let run = ppo_run(roles, &prompts, stop, &source, &config, 6);
     let trained = train(&run, &mut session)?;
@@ -61,7 +62,7 @@ fn a_device_that_fails_ends_with_one_error_and_the_resumed_run_has_the_same_byte
     let Some((machine, device)) = machine() else { return };
     let _time = timed("faults");
     let moments: usize = std::env::var("FOURFOLD_GPU_FAULTS").map_or(20, |n| n.parse().unwrap());
-    let model = model_on(ComputeDtype::F32, Some(&device));
+    let model = model_on(1, ComputeDtype::F32, Some(&device));
     let (sft, rm) = adapters(&model);
     let adapters = (&sft, &rm);
     let idle = machine.live();
@@ -113,7 +114,7 @@ fn a_device_that_fails_ends_with_one_error_and_the_resumed_run_has_the_same_byte
 fn a_run_begun_on_the_host_goes_on_on_a_device() {
     let Some(device) = emulated() else { return };
     let _time = timed("a run that moves");
-    let models = [None, Some(&device)].map(|device| model_on(ComputeDtype::F32, device));
+    let models = [None, Some(&device)].map(|device| model_on(1, ComputeDtype::F32, device));
     let (sft, rm) = adapters(&models[0]);
     let (stayed, moved) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
     let want = run(stayed.path(), &models[0], (&sft, &rm)).unwrap();

@@ -4,6 +4,10 @@
 //! The emulated machine needs a C++ compiler. Without one these tests are skipped with a line on the terminal, unless
 //! FOURFOLD_REQUIRE_EMULATED=1.
 
+mod commands;
+#[allow(dead_code, reason = "each test binary uses other parts of it")]
+#[path = "../faults/world.rs"]
+mod fault_world;
 mod kept;
 mod ledger;
 mod narrow;
@@ -14,7 +18,10 @@ mod ppo_world;
 mod real_files;
 mod stages;
 mod stored_types;
-#[allow(dead_code, reason = "the tests of families use the rest")]
+#[allow(dead_code, reason = "each test binary uses other parts of it")]
+#[path = "../support/mod.rs"]
+mod support;
+#[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../support/tiny_decoders.rs"]
 mod tiny_decoders;
 mod world;
