@@ -90,8 +90,6 @@ path = "$scratch/7b"
 quantize = "q4_k"
 [lora]
 r = 16
-[data]
-max_prompt_length = 256
 [ppo]
 reward_adapter = "none"
 batch_size = 8

@@ -3,6 +3,7 @@
 //! for the computation.
 
 use std::borrow::Cow;
+use std::cell::OnceCell;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -155,6 +156,9 @@ struct Source {
     data: Data,
     /// LoRA layers of the trained adapter and of the reward model, if their files can be read.
     adapters: [Option<Adapter>; 2],
+    /// Adapters of the same shapes as fresh ones, for the bases of both; made once, because no change that is tried touches
+    /// them.
+    fresh: [OnceCell<Adapter>; 2],
     held: usize,
     _tokenizer: Option<Tokenizer>,
 }
@@ -183,7 +187,15 @@ impl Source {
             there.map(|path| Adapter::load(&path, of.config().shapes())).transpose()
         };
         let adapters = [open(start, &policy)?, open(reward, scorer.as_ref().unwrap_or(&policy))?];
-        Ok(Self { policy, scorer, data, adapters, held: meter::current(), _tokenizer: tokenizer })
+        Ok(Self {
+            policy,
+            scorer,
+            data,
+            adapters,
+            fresh: Default::default(),
+            held: meter::current(),
+            _tokenizer: tokenizer,
+        })
     }
 
     fn job(&self, stage: Stage, config: &Config, room: Option<usize>) -> Result<StageShape> {
@@ -204,10 +216,10 @@ impl Source {
             false => None,
             true => {
                 let other = scorer.as_ref().unwrap_or(&policy);
-                let start = self.adapter(start.as_ref(), &lora, &policy, config.seed)?;
+                let start = self.adapter(0, &lora, &policy, config.seed)?;
                 let reward = match reward {
                     None if scorer.is_none() => start.clone(),
-                    reward => self.adapter(reward.as_ref(), &lora, other, config.seed)?,
+                    _ => self.adapter(1, &lora, other, config.seed)?,
                 };
                 let reward = if reward.head().is_some() { reward } else { reward.with_head(0)? };
                 let rooms = room.into_iter().flat_map(|room| [(places.0, room), (places.1, room)]).collect();
@@ -229,8 +241,12 @@ impl Source {
     }
 
     /// The adapter of a file, or one of the same shapes as a fresh one.
-    fn adapter(&self, given: Option<&Adapter>, lora: &LoraConfig, net: &Network, seed: u64) -> Result<Adapter> {
-        given.cloned().map_or_else(|| Adapter::init(lora.clone(), net.config.shapes(), seed), Ok)
+    fn adapter(&self, of: usize, lora: &LoraConfig, net: &Network, seed: u64) -> Result<Adapter> {
+        if let Some(given) = self.adapters[of].as_ref().or_else(|| self.fresh[of].get()) {
+            return Ok(given.clone());
+        }
+        let fresh = Adapter::init(lora.clone(), net.config.shapes(), seed)?;
+        Ok(self.fresh[of].get_or_init(|| fresh).clone())
     }
 
     fn context(&self) -> usize {
