@@ -25,6 +25,7 @@ use crate::planner::plan::Plan;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::{MemoryPreflight, Parts};
 use crate::run::options::Inputs;
+use crate::run::placement;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
 use crate::train::supervised::Setup;
@@ -53,7 +54,8 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
             "this program's allocator does not count; `fourfold bench memory` is of the fourfold binary"
         ));
     }
-    let mut config = config.clone();
+    // The search for a card's libraries is not part of any phase.
+    let mut config = placement::settled(config, None)?;
     config.checkpoint.save_steps = 1;
     config.checkpoint.save_total_limit = 1;
     let bench = Bench { stage, out, launch: RunOptions { overwrite: true, ..RunOptions::default() } };
