@@ -17,7 +17,7 @@ use parquet::file::writer::SerializedFileWriter;
 use parquet::schema::parser::parse_message_type;
 use serde_json::json;
 
-use crate::allocation::most_held;
+use crate::allocation::{alone, most_held};
 use crate::data::prepared;
 use crate::specimens::gguf;
 
@@ -33,6 +33,7 @@ fn packed(path: &Path, begin: &str, piece: &str, times: usize, end: &str) -> usi
 
 #[test]
 fn a_gzipped_record_that_would_fill_the_memory_is_refused_before_it_does() {
+    let _alone = alone();
     let cases = [
         (
             "a text without an end",
@@ -98,6 +99,7 @@ fn a_chat_template_that_doubles_its_text_ends_with_a_message_and_not_with_the_me
 /// A header's lengths are only believed as far as the file goes.
 #[test]
 fn a_data_file_that_nests_without_end_is_refused() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     for (name, text) in [
         ("sft-a.jsonl", format!("{{\"text\": {}", "[".repeat(200_000))),
@@ -147,6 +149,7 @@ fn parquet(path: &Path, columns: &str, text: &[u8], times: usize) -> usize {
 /// Two thousand columns are read; what would be large in memory, deep on the stack or without end is not.
 #[test]
 fn a_parquet_file_that_is_wide_deep_or_made_of_zeros_is_read_in_bounds_or_refused() {
+    let _alone = alone();
     let wide = |n: usize| -> String { (0..n).map(|i| format!("required binary c{i} (UTF8);")).collect() };
     let deep = |n: usize| -> String {
         let open: String = (0..n).map(|i| format!("required group g{i} {{ ")).collect();
@@ -188,6 +191,7 @@ fn a_parquet_file_that_is_wide_deep_or_made_of_zeros_is_read_in_bounds_or_refuse
 /// A dictionary holds a text once, and a row can name it any number of times: the process's own allocator sees it.
 #[test]
 fn a_row_that_repeats_a_text_without_end_ends_with_a_message_and_not_with_the_memory() {
+    let _alone = alone();
     let dir = tempfile::tempdir().unwrap();
     fs::write(dir.path().join("m.gguf"), gguf("llama-bpe", StorageDType::F32, false, "")).unwrap();
     parquet(&dir.path().join("x.parquet"), "repeated binary text (UTF8);", &[b'x'; 1 << 20], 2000);
