@@ -1,4 +1,5 @@
-//! What every operation's launches check and count in the same way. Knows no operation. Read a `gpu.rs` next.
+//! What every operation's launches check and count in the same way. It does not depend on operations. Read
+//! `norm/gpu.rs` for a first use.
 
 use anyhow::{Context, Result, ensure};
 

@@ -1,9 +1,9 @@
 //! The operations: one folder per operation, `mod.rs` with formula, types, checks and the one dispatch per direction,
-//! `cpu.rs` with the CPU implementation, so that another device can be added beside it. Operations depend on tensors
+//! `cpu.rs` with the CPU implementation, `gpu.rs` and `gpu.cu` with a device's. Operations depend on tensors
 //! and stored weights; they do not depend on layers, adapters or configuration.
 //!
 //! Read `weight.rs` (frozen matrices), `linear/mod.rs` (with LoRA and DoRA), `embedding/mod.rs`, then `norm`, `rope`,
-//! `columns`, `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows.rs`, `score.rs`, `sample`.
+//! `columns`, `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows`, `score`, `sample`.
 //! `storage` holds the storage types, `cpu` the support that all CPU kernels share.
 
 pub mod activation;

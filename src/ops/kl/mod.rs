@@ -3,7 +3,7 @@
 //!
 //! l = c tanh(k h W^T / c) / T, m = c tanh(k g W^T / c) / T; KL = sum_j p_j (log p_j - log q_j)
 //! = sum_j p_j (l_j - m_j) - lse(l) + lse(m). Each side may have its own LoRA weights on W. Saved for backward: KL and
-//! both lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows.rs`.
+//! both lse. It does not depend on roles (actor, reference). Read `cpu.rs` beside it, then `rows/mod.rs`.
 
 mod cpu;
 pub mod gpu;
