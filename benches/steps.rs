@@ -151,7 +151,7 @@ fn main() -> Result<()> {
     let model = Model::of_section(&section)?;
     let base = &model.base;
     let stored = base.weights().get(1).map_or("none", |(_, w)| w.dtype().name());
-    let compute = if section.compute_dtype == ComputeDtype::Bf16 { "bf16" } else { "f32" };
+    let compute = if section.compute_dtype() == ComputeDtype::Bf16 { "bf16" } else { "f32" };
     let name = format!("shared_base_{stored}_{compute}_cpu");
     let fresh = model.fresh_adapter(&Lora::default(), 0)?;
     let scorer = fresh.clone().with_head(1)?;

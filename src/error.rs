@@ -66,6 +66,12 @@ macro_rules! invalid {
     };
 }
 
+/// Whether an error is of the machine and not of the input: a device that is out of memory, or a launch or copy that
+/// failed. The learners are as they were before the step.
+pub fn is_of_machine(error: &anyhow::Error) -> bool {
+    !error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<Diverged>() || cause.is::<Interrupted>())
+}
+
 /// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`] or [`Diverged`], 1
 /// otherwise. (A training run handles [`Diverged`] itself; elsewhere the given weights are the cause.)
 pub fn exit_code(error: &anyhow::Error) -> i32 {

@@ -30,6 +30,8 @@ pub(super) struct Memory {
     /// Changes one key: --set ppo.micro_batch_size=2
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    on: super::OnDevice,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
@@ -37,7 +39,7 @@ pub(super) struct Memory {
 
 pub(super) fn run(bench: &Bench) -> Result<()> {
     let Bench::Memory(args) = bench;
-    let config = config::load(&args.config, &args.set)?;
+    let config = config::load(&args.config, &args.set)?.on(args.on.device);
     let stage = match args.phase {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),

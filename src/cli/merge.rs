@@ -7,6 +7,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
+use crate::config::{Base, ComputeDtype};
 use crate::export::card::{BY, Card};
 use crate::export::combine::combine;
 use crate::export::gguf;
@@ -40,6 +41,8 @@ pub(super) struct Merge {
     /// Most bytes of weights in one safetensors file: 500MB, 5GB.
     #[arg(long, value_parser = size, default_value_t = MAX_SHARD_SIZE)]
     max_shard_size: usize,
+    #[command(flatten)]
+    on: super::OnDevice,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
@@ -130,7 +133,9 @@ fn weighted(text: &str) -> (PathBuf, f64) {
 }
 
 pub(super) fn merge(args: &Merge) -> Result<()> {
-    let model = Model::open(&args.base)?;
+    // Rounded products would hide rounded weights.
+    let exact = Some(ComputeDtype::F32);
+    let model = Model::of_section(&Base { device: args.on.device, compute_dtype: exact, ..Base::at(&args.base) })?;
     let named: Vec<(PathBuf, f64)> = args.adapter.iter().map(|text| weighted(text)).collect();
     let opened = named.iter().map(|(path, _)| model.adapter(path)).collect::<Result<Vec<_>>>()?;
     let adapter = match (&opened[..], &named[..]) {

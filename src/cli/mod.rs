@@ -16,7 +16,7 @@ use clap::{Args, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config;
-use crate::config::Stage;
+use crate::config::{DeviceChoice, Stage};
 use crate::model_files::inspect;
 use crate::quickstart;
 use crate::run;
@@ -72,6 +72,15 @@ enum Command {
     },
 }
 
+/// Where a command computes.
+#[derive(Args)]
+struct OnDevice {
+    /// Where the base lies and passes run: auto (a card if one can be used, else the CPU), cpu, cuda, cuda:N; emulated is
+    /// for tests.
+    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    device: Option<DeviceChoice>,
+}
+
 #[derive(Args)]
 struct Quickstart {
     /// Where adapters, merged model and metrics go.
@@ -80,6 +89,8 @@ struct Quickstart {
     /// Seed of data, initial adapters and sampling.
     #[arg(long, default_value_t = 0)]
     seed: u64,
+    #[command(flatten)]
+    on: OnDevice,
     /// One JSON object on stdout instead of the table.
     #[arg(long)]
     json: bool,
@@ -92,6 +103,8 @@ struct Training {
     /// Changes one key: --set ppo.kl_coef=0.1
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
+    #[command(flatten)]
+    on: OnDevice,
     /// Where adapters and metrics go; else the config's output_dir.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -116,7 +129,7 @@ struct Training {
 pub fn run() -> Result<()> {
     match Cli::parse().command {
         Command::Quickstart(args) => {
-            let outcome = quickstart::run(&args.out, args.seed)?;
+            let outcome = quickstart::run_on(&args.out, args.seed, args.on.device)?;
             match args.json {
                 true => print_json(&outcome.to_json()),
                 false => say(&format!("{}\n", outcome.table())),
@@ -156,7 +169,7 @@ fn print_json(value: &Value) -> Result<()> {
 }
 
 fn train(stage: Stage, args: &Training) -> Result<()> {
-    let config = config::load(&args.config, &args.set)?;
+    let config = config::load(&args.config, &args.set)?.on(args.on.device);
     let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
     let launch = RunOptions {
         resume: args.resume.clone(),

@@ -7,27 +7,30 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Value, json};
 
 use super::data::only_stage;
 use super::{print_json, say};
 use crate::cli::data;
 use crate::config;
-use crate::config::{ByteSize, Config, Stage};
+use crate::config::{ByteSize, Config, DeviceChoice, Stage};
 use crate::data::examples::objectives::{Objective as Kind, PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Examples, Ids};
 use crate::data::stream::cache::Stored;
 use crate::data::{Prepared, Subset, prepare};
+use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
 use crate::host::meter;
 use crate::host::meter::Phase;
 use crate::host::{LimitSource, beside_heap_bytes};
 use crate::invalid;
-use crate::model::adapter::Adapter;
+use crate::model::adapter::{Adapter, LoraConfig};
 use crate::model::block::Recompute;
 use crate::model::config::DecoderConfig;
 use crate::model_files::FileContents;
 use crate::ops::weight::StorageDType;
+use crate::planner::dry;
+use crate::planner::dry::OnDevice;
 use crate::planner::passes;
 use crate::planner::plan;
 use crate::planner::plan::{Arrangement, Budget, Plan};
@@ -35,15 +38,6 @@ use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{StageShape, Work};
 use crate::tokenizer::Tokenizer;
-
-/// Where the run's memory would be.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Device {
-    /// The machine's memory: mapped files can be dropped and read again.
-    Cpu,
-    /// A GPU's: everything has to lie there.
-    Cuda,
-}
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -55,10 +49,11 @@ pub(super) struct Arguments {
     /// Changes one key: --set ppo.micro_batch_size=2
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// Where the run would be.
-    #[arg(long, value_enum, default_value_t = Device::Cpu)]
-    device: Device,
-    /// What it may take, such as 8GiB; else [memory] limit, else what is free.
+    /// Where the bases would lie: cpu, or cuda, for which no card is needed; else what the config says (auto is the CPU here).
+    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    device: Option<DeviceChoice>,
+    /// What the run may take of that device's memory, or of the machine's on the CPU, such as 8GiB; else [memory]
+    /// device_limit or limit, else what is free on the CPU.
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>())]
     memory: Option<ByteSize>,
     /// One JSON object on stdout.
@@ -67,24 +62,23 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(args: &Arguments) -> Result<()> {
-    let config = config::load(&args.config, &args.set)?;
+    let config = config::load(&args.config, &args.set)?.on(args.device);
     let stage = match args.phase {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
     let source = Source::open(stage, &config)?;
-    let limit = args.memory.or(config.memory.limit).map(|limit| limit.0);
-    let budget = match args.device {
-        Device::Cpu => Budget::of(limit),
-        Device::Cuda => limit.map(|room| Budget { room, bound: LimitSource::Asked }),
-    };
-    let shapes = |config: &Config| source.job(stage, config, args.device);
+    let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+    let on_device = [section.device(), config.reward_base().device()].into_iter().any(dry::is_device);
+    let limit = args.memory.filter(|_| !on_device).or(config.memory.limit).map(|limit| limit.0);
+    // This machine may be another than the one with the device.
+    let budget =
+        if on_device { limit.map(|room| Budget { room, bound: LimitSource::Asked }) } else { Budget::of(limit) };
+    let room = args.memory.or(config.memory.device_limit).map(|size| size.0.saturating_sub(dry::BESIDE));
+    let shapes = |config: &Config| source.job(stage, config, room);
     let plan = plan::plan(stage, &config, budget, &shapes)?;
-    let fits = budget.is_none_or(|budget| budget.fits(&plan.peak().1));
-    let change = match budget.filter(|_| !fits) {
-        Some(budget) => plan::smallest_change(stage, &config, budget, &shapes)?,
-        None => None,
-    };
+    let fits = plan.fits(budget, None);
+    let change = if fits { None } else { plan::smallest_change(stage, &config, budget, &shapes)? };
     let choices = plan::choices(stage, &config, &shapes)?;
     let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices };
     if args.json { print_json(&shown.json()) } else { say(&shown.table()) }
@@ -132,7 +126,7 @@ impl Headers {
     }
 
     fn network(&self, section: &config::Base) -> Result<Network> {
-        let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype);
+        let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype());
         match self {
             Self::Whole(contents) => Network::of(contents, quantise, compute),
             Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
@@ -160,7 +154,7 @@ struct Source {
     scorer: Option<Headers>,
     data: Data,
     /// LoRA layers of the trained adapter and of the reward model, if their files can be read.
-    adapters: [Option<Branches>; 2],
+    adapters: [Option<Adapter>; 2],
     held: usize,
     _tokenizer: Option<Tokenizer>,
 }
@@ -184,42 +178,59 @@ impl Source {
             Stage::Ppo => config.ppo()?.adapter.clone(),
         };
         let reward = if stage == Stage::Ppo { Some(config.ppo()?.reward_adapter.clone()) } else { None };
-        let branches = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Branches>> {
+        let open = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Adapter>> {
             let there = path.filter(|path| path.join("adapter_config.json").is_file());
-            there.map(|path| Ok(Branches::of_adapter(&Adapter::load(&path, of.config().shapes())?))).transpose()
+            there.map(|path| Adapter::load(&path, of.config().shapes())).transpose()
         };
-        let adapters = [branches(start, &policy)?, branches(reward, scorer.as_ref().unwrap_or(&policy))?];
+        let adapters = [open(start, &policy)?, open(reward, scorer.as_ref().unwrap_or(&policy))?];
         Ok(Self { policy, scorer, data, adapters, held: meter::current(), _tokenizer: tokenizer })
     }
 
-    fn job(&self, stage: Stage, config: &Config, device: Device) -> Result<StageShape> {
+    fn job(&self, stage: Stage, config: &Config, room: Option<usize>) -> Result<StageShape> {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-        let mut policy = self.policy.network(section)?;
-        let mut scorer = self.scorer.as_ref().map(|headers| headers.network(config.reward_base())).transpose()?;
-        if device == Device::Cuda {
-            for net in [Some(&mut policy), scorer.as_mut()].into_iter().flatten() {
-                net.owned += std::mem::take(&mut net.mapped);
-            }
-        }
+        let policy = self.policy.network(section)?;
+        let scorer = self.scorer.as_ref().map(|headers| headers.network(config.reward_base())).transpose()?;
         let [start, reward] = &self.adapters;
-        let fresh = |net: &Network| Branches::of(&crate::run::lora_config(&config.lora), net);
-        let branches = start.clone().map_or_else(|| fresh(&policy), Ok)?;
-        let reward = match reward {
-            Some(reward) => reward.clone(),
+        let lora = crate::run::lora_config(&config.lora);
+        let fresh = |net: &Network| Branches::of(&lora, net);
+        let branches = start.as_ref().map(Branches::of_adapter).map_or_else(|| fresh(&policy), Ok)?;
+        let of_reward = match reward {
+            Some(reward) => Branches::of_adapter(reward),
             None if scorer.is_none() => branches.clone(),
             None => fresh(scorer.as_ref().unwrap_or(&policy))?,
+        };
+        let places = (section.device(), config.reward_base().device());
+        let on_device = match [places.0, places.1].into_iter().any(dry::is_device) {
+            false => None,
+            true => {
+                let other = scorer.as_ref().unwrap_or(&policy);
+                let start = self.adapter(start.as_ref(), &lora, &policy, config.seed)?;
+                let reward = match reward {
+                    None if scorer.is_none() => start.clone(),
+                    reward => self.adapter(reward.as_ref(), &lora, other, config.seed)?,
+                };
+                let reward = if reward.head().is_some() { reward } else { reward.with_head(0)? };
+                let rooms = room.into_iter().flat_map(|room| [(places.0, room), (places.1, room)]).collect();
+                Some(OnDevice { policy: places.0, scorer: places.1, start, reward, rooms })
+            }
         };
         Ok(StageShape {
             work: self.work(stage, config)?,
             branches,
-            reward: reward.with_head(),
+            reward: of_reward.with_head(),
             checkpoint: Recompute::Off,
             data: self.held,
-            process: if device == Device::Cpu { beside_heap_bytes() } else { 0 },
+            process: beside_heap_bytes(),
             threads: crate::ops::cpu::pool::threads(),
             policy,
             scorer,
+            on_device,
         })
+    }
+
+    /// The adapter of a file, or one of the same shapes as a fresh one.
+    fn adapter(&self, given: Option<&Adapter>, lora: &LoraConfig, net: &Network, seed: u64) -> Result<Adapter> {
+        given.cloned().map_or_else(|| Adapter::init(lora.clone(), net.config.shapes(), seed), Ok)
     }
 
     fn context(&self) -> usize {
@@ -312,7 +323,11 @@ impl Shown<'_> {
         let change = |(change, plan): &(plan::Change, Plan)| {
             let set: serde_json::Map<String, Value> =
                 change.set.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
-            json!({"set": set, "costs": change.costs, "own": plan.peak().1.own(), "total": plan.peak().1.total()})
+            let devices: usize = plan.devices.iter().map(|device| device.peak().1).sum();
+            json!({
+                "set": set, "costs": change.costs, "own": plan.peak().1.own(), "total": plan.peak().1.total(),
+                "device": devices,
+            })
         };
         json!({
             "stage": self.stage.name(),
@@ -325,6 +340,21 @@ impl Shown<'_> {
             "fits": self.fits,
             "smallest_change": self.change.as_ref().map(change),
             "choices": self.choices.iter().map(change).collect::<Vec<_>>(),
+            "devices": self.plan.devices.iter().map(|device| {
+                let (phase, peak) = device.peak();
+                let ran = device.phases.iter().filter(|(_, bytes)| *bytes > 0);
+                let of = json!({
+                    "phases": ran.map(|(phase, bytes)| (phase.name().to_owned(), (*bytes).into()))
+                        .collect::<serde_json::Map<String, Value>>(),
+                    "base": device.base,
+                    "peak": {"phase": phase.name(), "bytes": peak},
+                    "context": CONTEXT_BYTES,
+                    "workspace": WORKSPACE_BYTES,
+                    "total": peak + dry::BESIDE,
+                    "room": device.room.map(|room| room + dry::BESIDE),
+                });
+                (device.device.to_string(), of)
+            }).collect::<serde_json::Map<_, _>>(),
             "arrangements": Arrangement::ALL.map(|of| {
                 let (phase, bytes) = of.peak(self.plan);
                 json!({"name": of.name(), "phase": phase.name(), "bytes": classes(&bytes)})
@@ -369,6 +399,21 @@ impl Shown<'_> {
         for of in Arrangement::ALL {
             line(&mut out, of.name(), &cells(&of.peak(self.plan).1));
         }
+        for device in &self.plan.devices {
+            let _ = writeln!(out, "\n{}: MiB by phase", device.device);
+            let mib = |bytes: usize| Cow::Owned(format!("{:.1}", bytes as f64 / f64::from(1 << 20)));
+            let columns = ["weights", "passes", "context", "cuBLAS", "all"].map(Cow::Borrowed);
+            line(&mut out, "phase", &columns);
+            for (phase, bytes) in device.phases.iter().filter(|(_, bytes)| *bytes > 0) {
+                let cells =
+                    [device.base, bytes - device.base, CONTEXT_BYTES, WORKSPACE_BYTES, bytes + dry::BESIDE].map(mib);
+                line(&mut out, Phase::name(*phase), &cells);
+            }
+            if let Some(room) = device.room {
+                let verdict = if device.fits(0) { "it fits" } else { "it does not fit" };
+                let _ = writeln!(out, "room: {}; {verdict}", plan::text(room + dry::BESIDE));
+            }
+        }
         let (phase, peak) = self.plan.peak();
         let _ = writeln!(
             out,
@@ -388,14 +433,14 @@ impl Shown<'_> {
             let _ = writeln!(out, "room: {}; {verdict}", plan::text(budget.room));
         }
         if let Some((change, plan)) = &self.change {
-            let own = plan::text(plan.peak().1.own());
-            let _ = writeln!(out, "the smallest change that fits, in {own}: {} ({})", change.text(), change.costs);
+            let needs = plan.needs();
+            let _ = writeln!(out, "the smallest change that fits, in {needs}: {} ({})", change.text(), change.costs);
         } else if !self.fits {
             let _ = writeln!(out, "no smaller batch, shorter sequence or quantised base fits");
         }
         let _ = writeln!(out, "\nwhat would take less:");
         for (change, plan) in &self.choices {
-            let _ = writeln!(out, "{:>10}  {}  ({})", plan::text(plan.peak().1.total()), change.text(), change.costs);
+            let _ = writeln!(out, "{:>10}  {}  ({})", plan::text(plan.size()), change.text(), change.costs);
         }
         out
     }

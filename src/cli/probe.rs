@@ -1,4 +1,4 @@
-//! `score` and `logprobs`: rewards and log-probabilities of given text. It does not depend on any stage's training loop.
+//! `score` and `logprobs`: rewards and log-probabilities of given text. Neither trains a model.
 
 use std::path::PathBuf;
 
@@ -33,13 +33,15 @@ pub(super) struct Score {
     /// Longer sequences are left out and counted.
     #[arg(long, default_value_t = 1024)]
     max_length: usize,
+    #[command(flatten)]
+    on: super::OnDevice,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
 }
 
 pub(super) fn score(args: &Score) -> Result<()> {
-    let model = Model::open(&args.base)?;
+    let model = Model::open_on(&args.base, args.on.device)?;
     let adapter = model.adapter(&args.adapter)?;
     let data = Data {
         path: Paths::One(args.data.clone()),

@@ -23,11 +23,13 @@ pub(super) struct Weights {
     /// PEFT adapter directory.
     #[arg(long)]
     adapter: Option<PathBuf>,
+    #[command(flatten)]
+    on: super::OnDevice,
 }
 
 impl Weights {
     pub(super) fn open(&self) -> Result<(Model, Option<Adapter>)> {
-        let model = Model::open(&self.base)?;
+        let model = Model::open_on(&self.base, self.on.device)?;
         let adapter = self.adapter.as_deref().map(|path| model.adapter(path)).transpose()?;
         Ok((model, adapter))
     }

@@ -17,6 +17,10 @@ pub struct Memory {
     /// free.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit: Option<ByteSize>,
+    /// What a run may take of a device's memory, such as `"8GiB"`, the driver's own part among it. Absent = what the card
+    /// has free.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_limit: Option<ByteSize>,
 }
 
 /// A number of bytes, written as `"512MiB"`, `"8GiB"`, `"5GB"` or a plain number.

@@ -38,8 +38,8 @@ pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Pp
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
-    Base, Compat, ComputeDtype, Data, EvalSize, Format, InitLoraWeights, Lora, OnBadRecord, Paths, Quantize,
-    TargetModules, Template, Truncation,
+    Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, InitLoraWeights, Lora,
+    OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{LrScheduler, RecomputeSetting, Reward, RewardLoss, Sft};
@@ -133,6 +133,16 @@ impl Config {
     /// The reward model's checkpoint: `[reward_base]`, or the policy's.
     pub fn reward_base(&self) -> &Base {
         self.reward_base.as_ref().unwrap_or(&self.base)
+    }
+
+    /// Both bases on one device, as `--device` says.
+    #[must_use]
+    pub fn on(mut self, device: Option<DeviceChoice>) -> Self {
+        if device.is_some() {
+            self.base.device = device;
+            self.reward_base.iter_mut().for_each(|base| base.device = device);
+        }
+        self
     }
 
     /// `[data]`.
@@ -282,6 +292,9 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     })?;
     if let Some(data) = &mut config.data {
         data.seed = config.seed;
+    }
+    if let Some(other) = &mut config.reward_base {
+        other.device = other.device.or(config.base.device);
     }
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
     validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;

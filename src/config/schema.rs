@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
+pub use crate::device::DeviceChoice;
 pub use crate::ops::weight::ComputeDtype;
 use crate::ops::weight::StorageDType;
 
@@ -22,10 +23,42 @@ pub struct Base {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quantize: Option<Quantize>,
     /// What products with the frozen matrices are computed in: `"f32"`, or `"bf16"`, which rounds both factors to
-    /// bfloat16 and sums in f32: several times faster where the machine has AMX or AVX-512 BF16, and log-probabilities
-    /// move by about 0.02. Generation, scoring and training use the same. Default `"f32"`.
-    #[serde(default)]
-    pub compute_dtype: ComputeDtype,
+    /// bfloat16 and sums in f32: several times faster on cards from sm_80 on and on CPUs with AMX or AVX-512 BF16, and
+    /// log-probabilities move by about 0.02; or, on cards only, `"f16"`, which rounds them to half precision.
+    /// Generation, scoring and training use the same. Absent = `"f32"` on the CPU, `"bf16"` on a card (`"f16"` before
+    /// sm_80); a resumed run keeps what it began with.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub compute_dtype: Option<ComputeDtype>,
+    /// Where the frozen weights lie and passes run: `"cpu"`, `"cuda"` (which is `"cuda:0"`), `"cuda:N"`, or `"auto"`:
+    /// the first card if the NVIDIA driver, NVRTC and cuBLAS are there, else the CPU. `"emulated"` runs the card's
+    /// kernels on the CPU, slowly: it is for tests. Whatever trains stays on the host, and a resumed run may move to
+    /// another machine. Default `"auto"`; in `[reward_base]` what `[base]` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceChoice>,
+}
+
+/// The type of products on a card, unless `compute_dtype` names one.
+pub const COMPUTE_DTYPE_ON_CARDS: ComputeDtype = ComputeDtype::Bf16;
+
+impl Base {
+    /// A model with every key at its default.
+    pub fn at(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into(), quantize: None, compute_dtype: None, device: None }
+    }
+
+    /// `device`, or its default.
+    pub fn device(&self) -> DeviceChoice {
+        self.device.unwrap_or_default()
+    }
+
+    /// `compute_dtype`, or its default by `device` as it is written: `"auto"` counts as the CPU here, until the run has
+    /// chosen a machine.
+    pub fn compute_dtype(&self) -> ComputeDtype {
+        self.compute_dtype.unwrap_or(match self.device() {
+            DeviceChoice::Auto | DeviceChoice::Cpu => ComputeDtype::F32,
+            DeviceChoice::Cuda(_) | DeviceChoice::Emulated => COMPUTE_DTYPE_ON_CARDS,
+        })
+    }
 }
 
 /// What `quantize` makes of dense weights.

@@ -56,6 +56,10 @@ impl Machine for Dry {
         true
     }
 
+    fn is_dry(&self) -> bool {
+        true
+    }
+
     fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
         Ok(self.next.fetch_add(bytes as u64, Ordering::Relaxed))
     }

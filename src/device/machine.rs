@@ -162,6 +162,11 @@ pub trait Machine: Send + Sync {
     /// Can kernels and products use this element?
     fn supports(&self, element: Element) -> bool;
 
+    /// Does it count memory and compute nothing?
+    fn is_dry(&self) -> bool {
+        false
+    }
+
     /// Uninitialised memory at a multiple of 256 bytes. `bytes` is a multiple of 512 and not 0.
     fn allocate(&self, bytes: usize) -> Result<u64, Refusal>;
 

@@ -17,6 +17,7 @@ mod matrix;
 mod pass;
 mod pinned;
 mod resident;
+pub mod select;
 #[doc(hidden)]
 pub mod testing;
 
@@ -26,6 +27,7 @@ pub use matrix::{Matrix, Ptr};
 pub use pass::Pass;
 pub use pinned::Pinned;
 pub use resident::Resident;
+pub use select::{DeviceChoice, Selected, select};
 
 use machine::{Launch, Place, Product, Refusal};
 
@@ -137,6 +139,11 @@ impl Device {
     /// Memory in use, the most there was, and the number of allocations.
     pub fn usage(&self) -> Usage {
         *lock(&self.0.usage)
+    }
+
+    /// Memory is counted and nothing is computed: a plan needs no numbers.
+    pub fn is_dry(&self) -> bool {
+        self.0.machine.is_dry()
     }
 
     /// Counts the peak from what is in use now.

@@ -128,7 +128,7 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
         let reopened = ModelFiles::open(path).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
         same_tokens(source.files, &reopened)?;
-        let merged = reopened.base()?;
+        let merged = source.beside(reopened.base()?)?;
         let shorter = |p: &Vec<u32>| p.iter().take(reopened.config().max_position_embeddings).copied().collect();
         let prompts: Vec<Vec<u32>> = source.prompts.iter().map(shorter).collect();
         let comparison = compare((source.base, source.adapter), (&merged, None), &prompts)?;

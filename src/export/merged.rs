@@ -359,7 +359,7 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
 
 fn verify(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {
     let files = ModelFiles::open(dir)?;
-    let merged = files.base()?;
+    let merged = source.beside(files.base()?)?;
     let want = (source.base, source.adapter);
     match settings.kind {
         Kind::LanguageModel => compare(want, (&merged, None), source.prompts),

@@ -38,6 +38,15 @@ pub struct Source<'a> {
 }
 
 impl Source<'_> {
+    /// An export's base on the machine of the base that it is compared with.
+    ///
+    /// # Errors
+    /// If it does not fit there.
+    fn beside(&self, exported: Base) -> Result<Base> {
+        let compute = self.base.lm_head(None).weight.compute();
+        exported.computing_in(compute).on(self.base.place().cloned(), |_, _| {})
+    }
+
     /// Checks that a GGUF file can express the merged model.
     ///
     /// # Errors

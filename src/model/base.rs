@@ -184,6 +184,11 @@ impl Base {
         self.weights.embedding.place()
     }
 
+    /// Whether gradients pass through f16, whose smallest numbers a loss's derivatives may be below.
+    pub(super) fn scales_gradients(&self) -> bool {
+        self.place().is_some() && self.weights.embedding.compute() == ComputeDtype::F16
+    }
+
     /// Begins a pass on the base's device, which lasts as long as the value.
     fn pass(&self) -> Option<Pass> {
         self.place().map(Device::pass)

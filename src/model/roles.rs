@@ -30,6 +30,44 @@ pub struct HeadGradients {
     pub kl: Option<Vec<f32>>,
 }
 
+impl HeadGradients {
+    fn all(&self) -> impl Iterator<Item = &f32> {
+        self.logprobs.iter().chain(&self.entropy).chain(self.kl.iter().flatten())
+    }
+
+    fn all_mut(&mut self) -> impl Iterator<Item = &mut f32> {
+        self.logprobs.iter_mut().chain(&mut self.entropy).chain(self.kl.iter_mut().flatten())
+    }
+}
+
+/// A power of two that a loss's derivatives are multiplied by before a backward pass in f16, and its gradients divided by
+/// after it. A loss that is a mean over many tokens has derivatives of 1e-7, which f16 would round to zero; a power of
+/// two changes no bit of an f32's fraction. What overflows f16 becomes infinite, and the guard skips the step.
+struct GradientScale(f32);
+
+impl GradientScale {
+    /// The scale that brings the largest of the derivatives to 1 or more and below 2; 1 if all are zero, or one is NaN or
+    /// infinite.
+    fn of<'a>(derivatives: impl Iterator<Item = &'a f32>) -> Self {
+        let (mut largest, mut finite) = (0f32, true);
+        for d in derivatives {
+            largest = largest.max(d.abs());
+            finite &= d.is_finite();
+        }
+        // The exponent's bits of a normal f32; smaller numbers count as the smallest normal one.
+        let exponent = (largest.max(f32::MIN_POSITIVE).to_bits() >> 23) as i32 - 127;
+        Self(if finite && largest > 0.0 { 2f32.powi((-exponent).clamp(-126, 126)) } else { 1.0 })
+    }
+
+    fn apply<'a>(&self, derivatives: impl Iterator<Item = &'a mut f32>) {
+        derivatives.for_each(|d| *d *= self.0);
+    }
+
+    fn undo(&self, gradients: &mut Gradients) -> Result<()> {
+        if self.0 == 1.0 { Ok(()) } else { gradients.scale(f64::from(self.0).recip()) }
+    }
+}
+
 /// A language model: the base, or the base with an adapter.
 #[derive(Clone, Copy)]
 pub struct Policy<'w> {
@@ -135,7 +173,11 @@ impl<'w> Policy<'w> {
             Some((policy, theirs)) => Some(kl::forward(self.side(&rows), policy.side(theirs), temperature)?),
             None => None,
         };
-        let d = loss(&stats, saved.as_ref().map_or(&[], |saved| &saved.kl))?;
+        let mut d = loss(&stats, saved.as_ref().map_or(&[], |saved| &saved.kl))?;
+        let scale = self.base.scales_gradients().then(|| GradientScale::of(d.all()));
+        if let Some(scale) = &scale {
+            scale.apply(d.all_mut());
+        }
         let logprobs::Gradients { hidden: mut d_rows, mut lora } =
             logprobs::backward(&rows, head, &targets.tokens, temperature, &stats, &d.logprobs, &d.entropy)?;
         if let Some(dkl) = &d.kl {
@@ -150,6 +192,9 @@ impl<'w> Policy<'w> {
         drop(d_rows);
         let mut grads = self.base.backward(batch, adapter, tape, dh)?;
         grads.outer[NonBlockModule::Head as usize] = lora;
+        if let Some(scale) = scale {
+            scale.undo(&mut grads)?;
+        }
         Ok((stats, grads))
     }
 }
@@ -222,8 +267,12 @@ impl<'w> ValueModel<'w> {
         let picked = gather_rows(&hidden, rows)?;
         drop(hidden);
         let values = self.values_of(&picked)?;
-        let dvalues = loss(&values)?;
+        let mut dvalues = loss(&values)?;
         anyhow::ensure!(dvalues.len() == values.len(), "{} gradients for {} values", dvalues.len(), values.len());
+        let scale = self.base.scales_gradients().then(|| GradientScale::of(dvalues.iter()));
+        if let Some(scale) = &scale {
+            scale.apply(dvalues.iter_mut());
+        }
         let score::Gradients { hidden: d_rows, weight, bias } = score::backward(&picked, &head.weight, &dvalues)?;
         drop(picked);
         let dh = scatter_rows(&d_rows, rows, n)?;
@@ -231,6 +280,9 @@ impl<'w> ValueModel<'w> {
         let mut grads = self.base.backward(batch, self.adapter, tape, dh)?;
         grads.head_weight = Some(weight);
         grads.head_bias = Some(bias);
+        if let Some(scale) = scale {
+            scale.undo(&mut grads)?;
+        }
         Ok((values, grads))
     }
 }

@@ -1,7 +1,7 @@
 //! All of a model's files but its tokenizer: configuration and tensor table, from a Hugging Face directory or a GGUF file.
 //!
 //! Inspecting and planning need no tokenizer, so they open this instead of [`super::ModelFiles`]. It does not depend on
-//! `model::base`. Read `tensor_table.rs` for how tensors are found, `files.rs` for the whole model.
+//! a base (`model::base`). Read `tensor_table.rs` for how tensors are found, `files.rs` for the whole model.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,7 +1,7 @@
 //! An opened base model: frozen weights under Hugging Face's names, the configuration and the tokenizer.
 //!
 //! The source is a Hugging Face directory, a GGUF file, or bytes compiled into the program. It does not depend on
-//! `model::base`, which is built from it. Read `contents.rs` for how files are opened, `load.rs` for how weights become a base.
+//! the base (`model::base`) that is built from it. Read `contents.rs` for how files are opened, `load.rs` for how weights become a base.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -25,6 +25,8 @@ pub struct ModelFiles {
     tokenizer: Tokenizer,
     /// Type that dense matrices are quantised to as they are read.
     quantise: Option<StorageDType>,
+    /// Whether that is left to the upload to a device.
+    on_the_way: bool,
 }
 
 impl ModelFiles {
@@ -77,7 +79,7 @@ impl ModelFiles {
     /// A model from its contents and tokenizer.
     fn joined(contents: FileContents, tokenizer: Tokenizer) -> Self {
         let tokenizer = tokenizer.for_model(&contents.config.eos_token_ids, contents.config.vocab_size);
-        Self { contents, tokenizer, quantise: None }
+        Self { contents, tokenizer, quantise: None, on_the_way: false }
     }
 
     /// Makes [`ModelFiles::weight`] quantise dense matrices to `dtype`, one at a time as they are read, so that the dense model
@@ -86,6 +88,13 @@ impl ModelFiles {
     #[must_use]
     pub fn quantised(mut self, dtype: Option<StorageDType>) -> Self {
         self.quantise = dtype;
+        self
+    }
+
+    /// Makes [`ModelFiles::weight`] leave quantisation to the upload to a device, so that the host holds no quantised matrix.
+    #[must_use]
+    pub fn for_device(mut self, device: bool) -> Self {
+        self.on_the_way = device;
         self
     }
 
@@ -144,6 +153,7 @@ impl ModelFiles {
         let Some(wanted) = self.quantise.filter(|_| weight.dtype().is_dense()) else { return Ok(weight) };
         let wanted = if rows == self.config().vocab_size { StorageDType::Q8_0 } else { wanted };
         match wanted.for_width(cols) {
+            Some(dtype) if self.on_the_way => weight.quantised_on_the_way(dtype),
             Some(dtype) => weight.quantised(dtype).with_context(|| format!("quantising {hf_name}")),
             None => Ok(weight),
         }

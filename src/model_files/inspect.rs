@@ -1,6 +1,6 @@
 //! Describes a model directory, a GGUF file or a PEFT adapter directory, as JSON and as text for people.
 //!
-//! It serves the command `inspect` and does not depend on `ModelFiles`, so a model without a readable tokenizer can be
+//! It serves the command `inspect`. It does not depend on `ModelFiles`: a model without a readable tokenizer can be
 //! described. Read `contents.rs` next.
 
 use std::collections::BTreeMap;

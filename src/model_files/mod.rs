@@ -20,6 +20,7 @@ mod tensor_table;
 
 pub(crate) use contents::FileContents;
 pub use files::ModelFiles;
+pub use load::assemble;
 pub(crate) use tensor_table::map;
 
 #[cfg(test)]

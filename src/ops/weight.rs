@@ -4,7 +4,7 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::Result;
 use memmap2::Mmap;
@@ -19,19 +19,83 @@ use crate::ops::storage::gpu::DeviceWeight;
 use crate::ops::storage::quantise::quantise;
 pub use crate::ops::storage::row_order::RowOrder;
 
-/// A shared range of bytes: of a memory-mapped file, or of a slice that is compiled in.
+/// A shared range of bytes: of a memory-mapped file, of a slice that is compiled in, or made at the first access.
 #[derive(Clone)]
 pub struct Bytes {
     owner: Arc<dyn AsRef<[u8]> + Send + Sync>,
     range: Range<usize>,
     mapped: bool,
+    made: Option<Arc<Made>>,
+}
+
+type Maker = Box<dyn Fn() -> Result<Vec<u8>> + Send + Sync>;
+
+/// Bytes that the host holds only once it has asked for them: of a matrix that lies on a device, quantised on the way.
+struct Made {
+    len: usize,
+    /// `None`: there are no bytes, only their number (a plan).
+    make: Option<Maker>,
+    kept: OnceLock<Vec<u8>>,
+}
+
+impl AsRef<[u8]> for Made {
+    /// What was made once is made again the same way, so a failure here has been an error of the first upload already.
+    fn as_ref(&self) -> &[u8] {
+        self.kept.get_or_init(|| {
+            let made = self.make.as_ref().and_then(|make| make().ok());
+            made.unwrap_or_else(|| vec![0; self.len])
+        })
+    }
 }
 
 impl Bytes {
     /// All bytes of `owner`.
     pub fn new(owner: Arc<dyn AsRef<[u8]> + Send + Sync>) -> Self {
         let range = 0..(*owner).as_ref().len();
-        Self { owner, range, mapped: false }
+        Self { owner, range, mapped: false, made: None }
+    }
+
+    /// `len` bytes that `make` makes: once for each upload, which does not keep them, and at the first access by the host,
+    /// which does.
+    pub fn made(len: usize, make: impl Fn() -> Result<Vec<u8>> + Send + Sync + 'static) -> Self {
+        Self::of_made(Made { len, make: Some(Box::new(make)), kept: OnceLock::new() })
+    }
+
+    /// `len` bytes that are never made: a matrix of a memory plan. The host reads zeros.
+    pub fn planned(len: usize) -> Self {
+        Self::of_made(Made { len, make: None, kept: OnceLock::new() })
+    }
+
+    fn of_made(made: Made) -> Self {
+        let (range, made) = (0..made.len, Arc::new(made));
+        Self { owner: Arc::clone(&made) as _, range, mapped: false, made: Some(made) }
+    }
+
+    /// The number of bytes.
+    pub fn len(&self) -> usize {
+        self.range.len()
+    }
+
+    /// Are there no bytes?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// Does the host hold them in memory of its own?
+    fn is_held(&self) -> bool {
+        !self.mapped && self.made.as_ref().is_none_or(|made| made.kept.get().is_some())
+    }
+
+    /// The bytes, made for this call where the host does not hold them.
+    fn for_upload(&self) -> Result<std::borrow::Cow<'_, [u8]>> {
+        match self.made.as_deref() {
+            Some(Made { len, make: Some(make), kept }) if kept.get().is_none() => {
+                let bytes = make()?;
+                anyhow::ensure!(bytes.len() == *len, "{} bytes were made where {len} are needed", bytes.len());
+                Ok(bytes.into())
+            }
+            _ => Ok(self.get().into()),
+        }
     }
 
     /// All bytes of a mapped file.
@@ -133,7 +197,7 @@ impl Weight {
     /// If a row is not a whole number of blocks, or the bytes are not exactly rows x cols elements.
     pub fn new(bytes: Bytes, dtype: StorageDType, rows: usize, cols: usize) -> Result<Self> {
         let want = dtype.bytes_for(cols).and_then(|row| row.checked_mul(rows));
-        let have = bytes.get().len();
+        let have = bytes.len();
         if want != Some(have) {
             return Err(invalid!(
                 "a {rows} x {cols} {} matrix needs {} bytes and the file gives {have}",
@@ -185,10 +249,19 @@ impl Weight {
     /// If device memory is out or the copy fails.
     pub fn on(&self, device: &Device) -> Result<Arc<DeviceWeight>> {
         self.copy.on(device, || {
-            let copy = DeviceWeight::upload(device, self.dtype, self.rows, self.cols, |row| self.row_bytes(row))?;
+            if device.is_dry() {
+                return DeviceWeight::reserve(device, self.dtype, self.rows, self.cols);
+            }
+            let bytes = self.bytes.for_upload()?;
+            let copy = DeviceWeight::upload(device, self.dtype, self.rows, self.cols, |row| self.row_of(&bytes, row))?;
             self.bytes.release();
             Ok(copy)
         })
+    }
+
+    /// Bytes that the host holds of the matrix: none of a mapped file's, nor of a matrix that only a device holds.
+    pub fn held_bytes(&self) -> usize {
+        if self.bytes.is_held() { self.bytes.len() } else { 0 }
     }
 
     /// An id that clones share and no other matrix has; caches of values computed from a matrix use it as their key.
@@ -230,7 +303,7 @@ impl Weight {
 
     /// Number of stored bytes.
     pub fn size_in_bytes(&self) -> usize {
-        self.bytes.get().len()
+        self.bytes.len()
     }
 
     /// The stored bytes; digests of them show that a base was not modified.
@@ -240,10 +313,14 @@ impl Weight {
 
     /// The stored bytes of row `row`.
     pub(crate) fn row_bytes(&self, row: usize) -> &[u8] {
+        self.row_of(self.bytes.get(), row)
+    }
+
+    fn row_of<'b>(&self, bytes: &'b [u8], row: usize) -> &'b [u8] {
         let stored = self.order.stored(row);
-        let (block, bytes) = self.dtype.block();
-        let len = self.cols / block * bytes;
-        &self.bytes.get()[stored * len..(stored + 1) * len]
+        let (block, size) = self.dtype.block();
+        let len = self.cols / block * size;
+        &bytes[stored * len..(stored + 1) * len]
     }
 
     /// Row `row` as f32, exact for every stored type. `out` is `cols` long.
@@ -294,11 +371,40 @@ impl Weight {
     /// # Errors
     /// If a row is not a whole number of blocks of `dtype`, or a value does not fit it.
     pub fn quantised(&self, dtype: StorageDType) -> Result<Self> {
+        let bytes = self.quantised_bytes(dtype)?;
+        Ok(Self::new(Bytes::new(Arc::new(bytes)), dtype, self.rows, self.cols)?.with_compute(self.compute))
+    }
+
+    /// As [`Weight::quantised`], for a matrix that only a device will hold: the host quantises it for each upload and keeps
+    /// nothing.
+    ///
+    /// # Errors
+    /// As for [`Weight::quantised`]; values that do not fit are an error of the upload.
+    pub fn quantised_on_the_way(&self, dtype: StorageDType) -> Result<Self> {
+        let (len, dense) = (self.rows * self.quantised_row(dtype)?, self.clone());
+        let bytes = Bytes::made(len, move || dense.quantised_bytes(dtype));
+        Ok(Self::new(bytes, dtype, self.rows, self.cols)?.with_compute(self.compute))
+    }
+
+    /// A matrix of a memory plan, which has a shape and no numbers.
+    ///
+    /// # Errors
+    /// If a row is not a whole number of blocks.
+    pub fn planned(dtype: StorageDType, rows: usize, cols: usize) -> Result<Self> {
+        let len = dtype.bytes_for(cols).and_then(|row| row.checked_mul(rows)).unwrap_or(0);
+        Self::new(Bytes::planned(len), dtype, rows, cols)
+    }
+
+    fn quantised_row(&self, dtype: StorageDType) -> Result<usize> {
+        let (block, name) = (dtype.block().0, dtype.name());
+        dtype
+            .bytes_for(self.cols)
+            .ok_or_else(|| invalid!("rows of {} numbers are not whole blocks of {block}, as {name} needs", self.cols))
+    }
+
+    fn quantised_bytes(&self, dtype: StorageDType) -> Result<Vec<u8>> {
         const ROWS: usize = 64;
-        let Some(row) = dtype.bytes_for(self.cols) else {
-            let (block, name) = (dtype.block().0, dtype.name());
-            return Err(invalid!("rows of {} numbers are not whole blocks of {block}, as {name} needs", self.cols));
-        };
+        let row = self.quantised_row(dtype)?;
         let mut bytes = vec![0u8; self.rows * row];
         let parts: Vec<Mutex<&mut [u8]>> = bytes.chunks_mut((ROWS * row).max(1)).map(Mutex::new).collect();
         let failure = Mutex::new(None);
@@ -321,7 +427,7 @@ impl Weight {
             return Err(error);
         }
         self.bytes.release();
-        Ok(Self::new(Bytes::new(Arc::new(bytes)), dtype, self.rows, self.cols)?.with_compute(self.compute))
+        Ok(bytes)
     }
 
     /// The whole matrix as f32 (rows x cols), for tests and exports.

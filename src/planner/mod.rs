@@ -2,6 +2,7 @@
 //! micro-batch of each stage, `simulate` replays the allocations of its passes on `sim_allocator`, and `plan` names the
 //! smallest change that fits. It stands above the stages; no training loop depends on it.
 
+pub mod dry;
 pub mod passes;
 pub mod plan;
 pub mod sim_allocator;

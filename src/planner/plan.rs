@@ -8,12 +8,15 @@ use anyhow::Result;
 use crate::config::{Config, Quantize, RecomputeSetting, Stage};
 use crate::data::examples::batch_sampler::BatchSize;
 use crate::data::examples::{Example, Examples};
+use crate::device::{Device, DeviceChoice};
 use crate::host::limits::{LimitSource, available, available_bytes, own_rss_bytes};
 use crate::host::meter::Phase;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::block::Recompute;
+use crate::planner::dry;
+use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
@@ -79,12 +82,41 @@ pub struct Plan {
     pub checkpoint: Recompute,
     /// The shapes that were simulated.
     pub job: StageShape,
+    /// The memory of each device that bases lie on.
+    pub devices: Vec<DevicePlan>,
 }
 
 impl Plan {
     /// The plan of shapes as they are.
-    pub fn of(job: StageShape) -> Self {
-        Self { phases: job.walk(), checkpoint: job.checkpoint, job }
+    ///
+    /// # Errors
+    /// Those of passes on a device that counts.
+    pub fn of(job: StageShape) -> Result<Self> {
+        Ok(Self { phases: job.walk(), checkpoint: job.checkpoint, devices: dry::walk(&job)?, job })
+    }
+
+    /// Whether host and devices have room for it, with a reserve of one part in `reserve`.
+    pub fn fits(&self, budget: Option<Budget>, reserve: Option<usize>) -> bool {
+        let spare = |room: usize| reserve.map_or(0, |part| room / part);
+        let host = budget.map(|budget| Budget { room: budget.room - spare(budget.room), ..budget });
+        host.is_none_or(|host| host.fits(&self.peak().1))
+            && self.devices.iter().all(|device| device.fits(device.room.map_or(0, spare)))
+    }
+
+    /// Bytes that a saving is measured by: of the devices, or of the host if there are none.
+    pub fn size(&self) -> usize {
+        match self.devices.is_empty() {
+            true => self.peak().1.total(),
+            false => self.devices.iter().map(|device| device.peak().1).sum(),
+        }
+    }
+
+    /// The bytes that must be there, in words.
+    pub fn needs(&self) -> String {
+        let host = text(self.peak().1.own());
+        let devices: Vec<String> =
+            self.devices.iter().map(|d| format!("{} of {}", text(d.peak().1), d.device)).collect();
+        if devices.is_empty() { host } else { format!("{} and {host} of the host", devices.join(" and ")) }
     }
 
     /// The phase with the highest memory, and its bytes.
@@ -122,6 +154,10 @@ fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) 
     config
 }
 
+/// The part of the room that is left free where there is a choice: the memory of the process beside its heap differs from run
+/// to run.
+const RESERVE: usize = 32;
+
 /// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory,
 /// mapped base included, and recomputes the rest.
 ///
@@ -130,16 +166,21 @@ fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) 
 pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
     let job = shapes(config)?;
     let with = |checkpoint| Plan::of(StageShape { checkpoint, ..job.clone() });
-    Ok(match asked(stage, config) {
+    match asked(stage, config) {
         RecomputeSetting::None => with(Recompute::Off),
         RecomputeSetting::Mlp => with(Recompute::Mlp),
         RecomputeSetting::Block => with(Recompute::Block),
         RecomputeSetting::Auto => {
-            let is_comfortable = |plan: &Plan| budget.is_none_or(|budget| budget.is_comfortable(&plan.peak().1));
-            let some = [Recompute::Off, Recompute::Mlp].into_iter().map(with).find(is_comfortable);
-            some.unwrap_or_else(|| with(Recompute::Block))
+            for checkpoint in [Recompute::Off, Recompute::Mlp] {
+                let plan = with(checkpoint)?;
+                let on_host = budget.is_none_or(|budget| budget.is_comfortable(&plan.peak().1));
+                if on_host && plan.fits(None, Some(RESERVE)) {
+                    return Ok(plan);
+                }
+            }
+            with(Recompute::Block)
         }
-    })
+    }
 }
 
 /// The activations that blocks recompute under a `checkpoint` key. `auto` saves as many as fit into free memory during
@@ -164,7 +205,12 @@ pub fn largest_batch<T: Example>(batch: BatchSize, examples: &(impl Examples<T> 
 }
 
 fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
-    let (Ok(policy), Some(free)) = (Network::of_base(base), available_bytes()) else { return Recompute::Off };
+    let Ok(policy) = Network::of_base(base) else { return Recompute::Off };
+    let free = available_bytes();
+    let on_device = base.place().map(|device| on_device(device, start));
+    if free.is_none() && on_device.is_none() {
+        return Recompute::Off;
+    }
     let pass = Pass { lengths: vec![tokens], targets: tokens };
     let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false, steps: 3 };
     let standing = policy.owned + policy.mapped + policy.vectors();
@@ -178,11 +224,26 @@ fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
         data: 0,
         process: 0,
         threads: crate::ops::cpu::pool::threads(),
+        on_device,
     };
     let fits = |&checkpoint: &Recompute| {
-        Plan::of(StageShape { checkpoint, ..job.clone() }).peak().1.total() - standing <= free
+        let Ok(plan) = Plan::of(StageShape { checkpoint, ..job.clone() }) else { return false };
+        let on_host = free.is_none_or(|free| plan.peak().1.total().saturating_sub(standing) <= free);
+        on_host && plan.fits(None, Some(RESERVE))
     };
     Recompute::ALL.into_iter().find(fits).unwrap_or(Recompute::Block)
+}
+
+/// A base on an open device, with an adapter over it. The device's name does not matter here.
+fn on_device(device: &Device, start: &Adapter) -> OnDevice {
+    let (choice, room) = (DeviceChoice::Cuda(0), device.room().ok().flatten());
+    OnDevice {
+        policy: choice,
+        scorer: choice,
+        start: start.clone(),
+        reward: start.clone(),
+        rooms: room.map(|room| (choice, room)).into_iter().collect(),
+    }
 }
 
 /// The smallest change with which the stage fits, tried from the cheapest on; `None` where none does.
@@ -192,14 +253,12 @@ fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
 pub fn smallest_change(
     stage: Stage,
     config: &Config,
-    budget: Budget,
+    budget: Option<Budget>,
     shapes: &Shapes<'_>,
 ) -> Result<Option<(Change, Plan)>> {
     for change in changes(stage, config) {
-        let plan = plan(stage, &change.config, Some(budget), shapes)?;
-        // With a reserve: the memory of the process beside its heap differs from run to run.
-        let spare = Budget { room: budget.room - budget.room / 32, ..budget };
-        if spare.fits(&plan.peak().1) {
+        let plan = plan(stage, &change.config, budget, shapes)?;
+        if plan.fits(budget, Some(RESERVE)) {
             return Ok(Some((change, plan)));
         }
     }
@@ -215,12 +274,12 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec
     let auto = asked(stage, config) == RecomputeSetting::Auto;
     let kept = if auto { with_checkpoint(stage, config, RecomputeSetting::None) } else { config.clone() };
     let mut all = vec![];
-    let mut least = plan(stage, &kept, None, shapes)?.peak().1.total();
+    let mut least = plan(stage, &kept, None, shapes)?.size();
     for change in changes(stage, &kept) {
         let plan = plan(stage, &change.config, None, shapes)?;
         // A saving of less than 1% does not count.
-        if plan.peak().1.total() < least - least / 100 {
-            least = plan.peak().1.total();
+        if plan.size() < least - least / 100 {
+            least = plan.size();
             all.push((change, plan));
         }
     }
@@ -436,13 +495,16 @@ pub fn text(bytes: usize) -> String {
 pub fn admit(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Plan> {
     let budget = Budget::of(config.memory.limit.map(|limit| limit.0));
     let plan = plan(stage, config, budget, shapes)?;
-    let Some(budget) = budget else { return Ok(plan) };
-    let (phase, peak) = plan.peak();
-    if budget.fits(&peak) {
+    if plan.fits(budget, None) {
         return Ok(plan);
     }
     let change = smallest_change(stage, config, budget, shapes)?;
-    Err(refusal(stage, phase, &peak, budget, change.as_ref()))
+    let (phase, peak) = plan.peak();
+    let what = match budget.filter(|budget| !budget.fits(&peak)) {
+        Some(budget) => too_much_of_the_host(stage, phase, &peak, budget),
+        None => too_much_of_a_device(stage, &plan),
+    };
+    Err(refusal(&what, change.as_ref()))
 }
 
 /// Refuses a base that does not fit into memory by itself.
@@ -463,25 +525,42 @@ pub fn admit_base(net: &Network, budget: Budget, of: &str) -> Result<()> {
     ))
 }
 
-fn refusal(stage: Stage, phase: Phase, peak: &Bytes, budget: Budget, change: Option<&(Change, Plan)>) -> anyhow::Error {
+fn too_much_of_a_device(stage: Stage, plan: &Plan) -> String {
+    let Some(device) = plan.devices.iter().find(|device| !device.fits(0)) else { return String::new() };
+    let (phase, peak) = device.peak();
+    format!(
+        "{} does not fit: its {} would take {} of {}, {} of it for the frozen weights, and there is room for {}",
+        stage.name(),
+        phase.name(),
+        text(peak),
+        device.device,
+        text(device.base),
+        text(device.room.unwrap_or(0))
+    )
+}
+
+fn too_much_of_the_host(stage: Stage, phase: Phase, peak: &Bytes, budget: Budget) -> String {
     let have = budget.text();
     let most = MemoryCategory::ALL
         .into_iter()
         .filter(|&c| c != MemoryCategory::Mapped)
         .max_by_key(|&c| peak.of(c))
         .unwrap_or(MemoryCategory::Base);
-    let what = format!(
+    format!(
         "{} does not fit: its {} would take {} of memory, {} of it for {}, and {have}",
         stage.name(),
         phase.name(),
         text(peak.own()),
         text(peak.of(most)),
         most.name()
-    );
+    )
+}
+
+fn refusal(what: &str, change: Option<&(Change, Plan)>) -> anyhow::Error {
     match change {
         Some((change, plan)) => invalid!(
             "{what}; the smallest change that fits, in {}: --set {} ({})",
-            text(plan.peak().1.own()),
+            plan.needs(),
             change.set.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(" --set "),
             change.costs
         ),

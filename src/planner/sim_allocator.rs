@@ -50,6 +50,11 @@ impl MemoryCategory {
         Self::Process,
     ];
 
+    /// Whether a device holds it, if passes run on one: weights and activations, and nothing that trains.
+    pub const fn is_on_device(self) -> bool {
+        matches!(self, Self::Base | Self::Mapped | Self::Cache | Self::Inputs | Self::Blocks | Self::Head)
+    }
+
     /// The category's name in tables and JSON.
     pub const fn name(self) -> &'static str {
         match self {
@@ -104,6 +109,8 @@ struct Sums {
     heap: usize,
     phase: Phase,
     peaks: [Bytes; Phase::ALL.len()],
+    /// Whether passes run on a device, so that their memory is none of the host's.
+    on_device: bool,
 }
 
 /// The allocations of one simulation.
@@ -111,15 +118,19 @@ struct Sums {
 pub struct SimAllocator(Rc<RefCell<Sums>>);
 
 impl SimAllocator {
-    /// A simulation that starts with `standing` bytes.
-    pub fn new(standing: Bytes) -> Self {
+    /// A simulation that starts with `standing` bytes. With `on_device`, bytes that lie on a device are not counted.
+    pub fn new(mut standing: Bytes, on_device: bool) -> Self {
+        if on_device {
+            MemoryCategory::ALL.into_iter().filter(|c| c.is_on_device()).for_each(|class| standing.set(class, 0));
+        }
         let mut peaks = [Bytes::default(); Phase::ALL.len()];
         peaks[Phase::Load as usize] = standing;
-        Self(Rc::new(RefCell::new(Sums { now: standing, heap: standing.heap(), phase: Phase::Load, peaks })))
+        Self(Rc::new(RefCell::new(Sums { now: standing, heap: standing.heap(), phase: Phase::Load, peaks, on_device })))
     }
 
     /// Allocates bytes until the handle is dropped.
     pub fn take(&self, class: MemoryCategory, bytes: usize) -> Allocation {
+        let bytes = if class.is_on_device() && self.0.borrow().on_device { 0 } else { bytes };
         self.0.borrow_mut().add(class, bytes);
         Allocation { ledger: self.clone(), class, bytes }
     }
@@ -174,6 +185,7 @@ impl Allocation {
     /// Frees all but `bytes`, as a truncated and shrunk list does.
     pub fn shrink(&mut self, bytes: usize) {
         let mut sums = self.ledger.0.borrow_mut();
+        let bytes = bytes.min(self.bytes);
         sums.now.0[self.class as usize] -= self.bytes - bytes;
         sums.heap -= self.bytes - bytes;
         self.bytes = bytes;
@@ -198,7 +210,7 @@ mod tests {
     fn a_phases_peak_is_its_highest_sum_and_says_what_it_was_made_of() {
         let mut standing = Bytes::default();
         standing.set(MemoryCategory::Mapped, 1000);
-        let ledger = SimAllocator::new(standing);
+        let ledger = SimAllocator::new(standing, false);
         let adapters = ledger.take(MemoryCategory::Adapters, 10);
         ledger.enter(Phase::Update);
         let mut x = ledger.take(MemoryCategory::Blocks, 100);

@@ -6,7 +6,7 @@ use anyhow::Result;
 
 use super::run::PpoRun;
 use super::state::{Minibatch, State};
-use crate::error::Diverged;
+use crate::error::{Diverged, is_of_machine};
 use crate::model::adapter::Adapter;
 use crate::report::{Metrics, Report};
 use crate::train::session::Session;
@@ -85,7 +85,13 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
             }
         } else if state.has_minibatch(run) {
             // 2. Update: one minibatch of actor and critic, for num_ppo_epochs passes over the rollout.
-            let outcome = state.minibatch(run, session.lr_factor());
+            let outcome = match state.minibatch(run, session.lr_factor()) {
+                // No learner has stepped: a resumed run repeats this minibatch.
+                Err(error) if is_of_machine(&error) => {
+                    return Err(session.failed(error, state.turns, || state.snapshot(run)));
+                }
+                outcome => outcome,
+            };
             let is_over = match session.judge(number, outcome, &mut state.learners())? {
                 Some(Minibatch::Done) | None => true,
                 Some(Minibatch::Stopped) => false,

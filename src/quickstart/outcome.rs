@@ -130,6 +130,8 @@ pub struct Outcome {
     pub peak_rss_bytes: Option<usize>,
     /// Output folder.
     pub out: PathBuf,
+    /// The machine that the base lay on.
+    pub device: String,
     /// Seed of the run.
     pub seed: u64,
 }
@@ -142,6 +144,7 @@ impl Outcome {
         let path = |name: &str| self.out.join(name).display().to_string();
         json!({
             "seed": self.seed,
+            "device": self.device,
             "sft_ppl_before": number(self.sft_ppl.0),
             "sft_ppl_after": number(self.sft_ppl.1),
             "reward_accuracy": number(self.reward.accuracy),
@@ -224,8 +227,13 @@ impl Outcome {
         let _ = writeln!(t, "  {:<44} {:>10} {:>10}   {ratio}", "all", kib(here), kib(full));
         let stages: Vec<String> = self.seconds.iter().map(|(n, s)| format!("{n} {s:.1} s")).collect();
         let peak = self.peak_rss_bytes.map_or_else(|| "unknown".into(), |b| format!("{:.0} MiB", b as f64 / MIB));
-        let _ =
-            writeln!(t, "\n  {}; in all {:.1} s, peak memory of the process {peak}", stages.join(", "), self.wall_s);
+        let _ = writeln!(
+            t,
+            "\n  {}; in all {:.1} s on {}, peak memory of the process {peak}",
+            stages.join(", "),
+            self.wall_s,
+            self.device
+        );
         let _ = write!(
             t,
             "  merged model: largest logit difference {:.3}, greedy agreement {}; everything is in {}",

@@ -30,7 +30,7 @@ use crate::ppo::train::train;
 use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
-use crate::run::{Model, prepare_output};
+use crate::run::{Model, placement, prepare_output};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -53,7 +53,7 @@ pub fn config(seed: u64) -> Config {
         compat: None,
         seed,
         output_dir: None,
-        base: config::Base { path: "embedded".into(), quantize: None, compute_dtype: config::ComputeDtype::F32 },
+        base: config::Base::at("embedded"),
         reward_base: None,
         checkpoint: config::CheckpointConfig::default(),
         guard: config::Guard::default(),
@@ -98,11 +98,20 @@ pub fn run(out: &Path, seed: u64) -> Result<Outcome> {
     run_with(out, &config(seed))
 }
 
+/// Runs all stages on the machine that `--device` names.
+///
+/// # Errors
+/// Those of [`run`]; if the machine cannot be used.
+pub fn run_on(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Result<Outcome> {
+    run_with(out, &config(seed).on(device))
+}
+
 /// Runs all stages with other settings, for studies.
 ///
 /// # Errors
 /// Those of [`run`].
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
+    let config = &placement::settled(config, None)?;
     let seed = config.seed;
     let whole = Instant::now();
     let mut seconds = vec![];
@@ -112,9 +121,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         *lap = Instant::now();
     };
     // 1. The base, shared by all four roles.
-    let embedded = (BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config);
-    let checkpoint = ModelFiles::from_embedded(embedded.0, embedded.1, embedded.2, embedded.3, BASE.weights)?;
-    let model = Model::of(checkpoint)?;
+    let model = Model::of_opened(embedded()?, &config.base)?;
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     prepare_output(out, "quickstart", &config.to_toml()?)?;
     write_base(&model, &out.join("base"))?;
@@ -184,9 +191,15 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     if merged.exists() {
         fs::remove_dir_all(&merged).with_context(|| format!("replacing {}", merged.display()))?;
     }
+    // Compared in f32 on every machine.
+    let exact = config::Base { compute_dtype: Some(config::ComputeDtype::F32), ..config.base.clone() };
+    let compared = match base.place() {
+        Some(_) => Some(Model::of_opened(embedded()?, &exact)?),
+        None => None,
+    };
     let source = Source {
         files: &model.checkpoint,
-        base,
+        base: compared.as_ref().map_or(base, |model| &model.base),
         adapter: &trained.actor,
         prompts: &questions[..8],
         about: "`fourfold quickstart`: SFT, a reward model and PPO on the embedded task.",
@@ -223,8 +236,14 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
         wall_s: whole.elapsed().as_secs_f64(),
         peak_rss_bytes: host::peak_rss_bytes(),
         out: out.to_path_buf(),
+        device: placement::name_of(base),
         seed,
     })
+}
+
+/// The embedded base's files.
+pub fn embedded() -> Result<ModelFiles> {
+    ModelFiles::from_embedded(BASE.config, BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights)
 }
 
 /// The embedded base as a Hugging Face directory, for other commands and other tools.

@@ -3,6 +3,8 @@
 //! It asks the planner with the opened bases, adapters and examples, and keeps what the planner chose. Read
 //! `planner/plan.rs` next.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use serde_json::{Value, json};
 
@@ -13,6 +15,8 @@ use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::model::block::Recompute;
 use crate::model_files::ModelFiles as Files;
+use crate::planner::dry;
+use crate::planner::dry::OnDevice;
 use crate::planner::plan;
 use crate::planner::plan::Plan;
 use crate::planner::sim_allocator::MemoryCategory;
@@ -27,12 +31,17 @@ use crate::train::session::Session;
 /// # Errors
 /// If it does not fit, or its files cannot be read.
 pub(crate) fn check_base(section: &config::Base, config: &Config, of: &str) -> Result<()> {
-    if section.quantize.is_none() {
+    if section.quantize.is_none() || dry::is_device(section.device()) {
         return Ok(());
     }
     let Some(budget) = plan::Budget::of(config.memory.limit.map(|limit| limit.0)) else { return Ok(()) };
     let net = Network::of_section(&Files::open(&section.path)?, section)?;
     plan::admit_base(&net, budget, of)
+}
+
+/// The section of the base that is trained over.
+fn policy_section(stage: Stage, config: &Config) -> &config::Base {
+    if stage == Stage::Reward { config.reward_base() } else { &config.base }
 }
 
 /// The opened bases and adapters of a stage.
@@ -50,14 +59,34 @@ pub(crate) struct Parts<'p> {
 
 impl Parts<'_> {
     fn sections<'c>(&self, config: &'c Config) -> (&'c config::Base, &'c config::Base) {
-        let policy = if self.stage == Stage::Reward { config.reward_base() } else { &config.base };
-        (policy, config.reward_base())
+        (policy_section(self.stage, config), config.reward_base())
     }
 
     fn networks(&self, config: &Config) -> Result<(Network, Option<Network>)> {
         let (policy, scorer) = self.sections(config);
         let other = self.scorer.map(|model| Network::of_section(&model.checkpoint, scorer)).transpose()?;
         Ok((Network::of_section(&self.policy.checkpoint, policy)?, other))
+    }
+
+    /// Where the bases lie; `None` if both lie on the CPU.
+    fn on_device(&self, config: &Config, policy: &config::Base) -> Result<Option<OnDevice>> {
+        let (policy, scorer) = (policy.device(), config.reward_base().device());
+        let mut rooms = BTreeMap::new();
+        let limit = config.memory.device_limit.map(|limit| limit.0.saturating_sub(dry::BESIDE));
+        for (choice, model) in [(policy, Some(self.policy)), (scorer, self.scorer)] {
+            if let Some(device) = model.and_then(|model| model.base.place()) {
+                rooms.extend(limit.map_or_else(|| device.room(), |limit| Ok(Some(limit)))?.map(|room| (choice, room)));
+            }
+        }
+        if ![policy, scorer].into_iter().any(dry::is_device) {
+            return Ok(None);
+        }
+        let reward = match self.reward {
+            Some(reward) => reward.clone(),
+            None => self.start.clone(),
+        };
+        let reward = if reward.head().is_some() { reward } else { reward.with_head(0)? };
+        Ok(Some(OnDevice { policy, scorer, start: self.start.clone(), reward, rooms }))
     }
 
     /// Asks the planner; `work` computes a config's passes.
@@ -73,12 +102,18 @@ impl Parts<'_> {
         let (policy, scorer) = self.networks(config)?;
         let mut known =
             branches.bytes(&policy) + self.reward.map_or(0, |_| reward.bytes(scorer.as_ref().unwrap_or(&policy)));
+        // What a device holds, the host does not.
+        let held = |net: &Network, model: &Model| match model.base.place() {
+            Some(_) => net.vectors(),
+            None => net.owned + net.vectors(),
+        };
         known +=
-            [Some(&policy), scorer.as_ref()].into_iter().flatten().map(|net| net.owned + net.vectors()).sum::<usize>();
+            held(&policy, self.policy) + scorer.as_ref().zip(self.scorer).map_or(0, |(net, model)| held(net, model));
         let data = meter::current().saturating_sub(known);
         let shapes = |config: &Config| {
             let (policy, scorer) = self.networks(config)?;
             Ok(StageShape {
+                on_device: self.on_device(config, policy_section(self.stage, config))?,
                 policy,
                 scorer,
                 branches: branches.clone(),
@@ -117,8 +152,21 @@ impl MemoryPreflight {
             plan::text(peak.own()),
             phase.name()
         ));
+        for device in &self.plan.devices {
+            let (phase, bytes) = device.peak();
+            session.report.note(&format!(
+                "memory of {}: {} at most, in {}, {} of it for the frozen weights",
+                device.device,
+                plan::text(bytes),
+                phase.name(),
+                plan::text(device.base)
+            ));
+        }
+        let mib = |bytes: usize| number(bytes as f64 / f64::from(1 << 20));
+        let devices = self.plan.devices.iter().map(|device| (device.device.to_string(), mib(device.peak().1)));
         json!({
             "checkpoint": checkpoint,
+            "device_mib": devices.collect::<serde_json::Map<_, _>>(),
             "peak_phase": phase.name(),
             "planned_mib": number(peak.own() as f64 / f64::from(1 << 20)),
             "mapped_mib": number(peak.of(MemoryCategory::Mapped) as f64 / f64::from(1 << 20)),

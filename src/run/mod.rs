@@ -9,6 +9,7 @@ mod memory_preflight;
 mod model;
 mod options;
 mod output;
+pub mod placement;
 mod ppo;
 mod prompts;
 mod reward;
@@ -27,6 +28,7 @@ use crate::data;
 use crate::data::Prepared;
 use crate::data::examples::objectives::Objective;
 use crate::data::stream::cache::Stored;
+use crate::device::select;
 use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::report::number;
@@ -47,6 +49,7 @@ pub use output::{check_output, prepare_output, settings_beside};
 pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let started = Instant::now();
     check_output(out, stage.name())?;
+    let config = &placement::settled(config, launch.resume.as_ref().map(|_| out))?;
     if let Some(summary) = options::finished(stage, config, out, launch)? {
         return Ok(summary);
     }
@@ -68,11 +71,23 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> 
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
         let peak = host::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
         object.insert("peak_rss_mib".into(), peak.map_or(Value::Null, number));
+        object.insert("device".into(), device_name(stage, config)?.into());
         object.insert("output_dir".into(), out.display().to_string().into());
     }
     let summary = out.join(output::SUMMARY);
     fs::write(&summary, format!("{object}\n")).with_context(|| format!("writing {}", summary.display()))?;
     Ok(object)
+}
+
+/// The machines of a stage's bases in words; one if they share it.
+fn device_name(stage: Stage, config: &Config) -> Result<String> {
+    let trained = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+    let other = if stage == Stage::Ppo { config.reward_base() } else { trained };
+    let name = |section: &crate::config::Base| -> Result<String> {
+        Ok(select(section.device())?.device.map_or_else(|| "cpu".into(), |device| device.name()))
+    };
+    let (first, second) = (name(trained)?, name(other)?);
+    Ok(if first == second { first } else { format!("{first}, reward base on {second}") })
 }
 
 /// Refuses a sequence that the base cannot take, before anything is made or trained.

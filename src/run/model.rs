@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::Result;
 
 use crate::config;
-use crate::config::{Data, InitLoraWeights, Lora};
+use crate::config::{Data, DeviceChoice, InitLoraWeights, Lora};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Init, LoraConfig, Provenance, TargetModules};
 use crate::model::base::Base;
@@ -20,6 +20,7 @@ use crate::model_files::peft::base_tables;
 use crate::ops::cpu;
 use crate::ops::weight::ComputeDtype;
 use crate::rng::derive;
+use crate::run::placement::{place, settle};
 use crate::train::settings;
 
 /// An opened base with its tokenizer.
@@ -47,13 +48,28 @@ impl Model {
         Self::of_opened(ModelFiles::open(&base.path)?, base)
     }
 
+    /// Opens a model on the machine that `--device` names.
+    ///
+    /// # Errors
+    /// As for [`Model::of_section`].
+    pub fn open_on(path: &Path, device: Option<DeviceChoice>) -> Result<Self> {
+        Self::of_section(&config::Base { device, ..config::Base::at(path) })
+    }
+
     /// The same, of files that are open.
     ///
     /// # Errors
-    /// As for [`Model::open`].
+    /// As for [`Model::open`]; if the section's machine cannot be used, or the base does not fit there.
     pub fn of_opened(checkpoint: ModelFiles, base: &config::Base) -> Result<Self> {
-        let model = Self::of(checkpoint.quantised(base.quantize.map(config::Quantize::stored)))?;
-        Ok(model.computing_in(base.compute_dtype))
+        let mut section = base.clone();
+        let device = settle(&mut section)?;
+        let checkpoint = checkpoint.quantised(section.quantize.map(config::Quantize::stored));
+        let Some(device) = device else { return Ok(Self::of(checkpoint)?.computing_in(section.compute_dtype())) };
+        let checkpoint = checkpoint.for_device(true);
+        let base = place(checkpoint.base()?.computing_in(section.compute_dtype()), &device)?;
+        let model = Self { checkpoint, base };
+        model.check_finite()?;
+        Ok(model)
     }
 
     /// The same model, its products with frozen matrices computed in `compute`.
@@ -86,6 +102,10 @@ impl Model {
         let model = self.checkpoint.path().map_or_else(|| "the embedded model".into(), |p| p.display().to_string());
         Err(match name {
             Some(name) => invalid!("{model}: tensor {name} holds NaN or infinite numbers; fetch the model again"),
+            None if self.base.lm_head(None).weight.compute() == ComputeDtype::F16 => invalid!(
+                "{model}: its logits are not finite in f16, whose largest number is 65,504; set compute_dtype = \"bf16\" or \
+                 \"f32\""
+            ),
             None => {
                 invalid!("{model}: its logits are not finite: the weights are too large for f32; use another model")
             }

@@ -13,7 +13,7 @@ use crate::invalid;
 use crate::train::store::Store;
 
 /// The file by which an output folder is known as ours: its first line is [`mark`].
-const RESOLVED: &str = "config.toml";
+pub(super) const RESOLVED: &str = "config.toml";
 /// What `--json` prints, written when a run is finished.
 pub(super) const SUMMARY: &str = "summary.json";
 /// Where a run's checkpoints lie.

@@ -15,12 +15,15 @@ use crate::model::adapter::Adapter;
 use crate::ops::cpu;
 use crate::tokenizer::Tokenizer;
 
-/// Keys that do not change the training: what is written how often, where to, and how much memory it takes. A base's
+/// Keys that do not change the training: what is written how often, where to, on which machine, and how much memory it
+/// takes. A base's
 /// path is among them because its fingerprint is compared, and so are the paths of data and adapters.
 const HARMLESS: &[&str] = &[
     "output_dir",
     "base.path",
     "reward_base.path",
+    "base.device",
+    "reward_base.device",
     "data.path",
     "*.adapter",
     "*.reward_adapter",

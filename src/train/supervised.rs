@@ -13,6 +13,7 @@ use crate::config::SupervisedKeys;
 use crate::data::examples::batch_sampler::BatchSampler;
 use crate::data::examples::{Example, Examples, pick};
 use crate::diverged;
+use crate::error::is_of_machine;
 use crate::host::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
@@ -184,6 +185,13 @@ impl<'e, E: ?Sized> Training<'e, E> {
             let gradients = gradients(stage, progress.learner.weights().view(), &step, self.layers);
             // Asked to stop: the checkpoint at the top of the loop ends the stage.
             let Some(gradients) = gradients.transpose() else { continue };
+            let gradients = match gradients {
+                // No learner has stepped: a resumed run repeats this step.
+                Err(error) if is_of_machine(&error) => {
+                    return Err(session.failed(error, progress.step, || progress.snapshot()));
+                }
+                gradients => gradients,
+            };
             // 2. Optimizer step.
             drop(update);
             let _step = within(Phase::Step);

@@ -1,4 +1,4 @@
-"""The course of a short DPO and KTO training over the quickstart's base, by torch and PEFT: for tests/dpo.rs.
+"""The course of a short DPO and KTO training over the quickstart's base, by torch and PEFT: for tests/training/dpo.rs.
 
 usage: dpo_course.py > dpo_course.json
 Training starts from peft_logits/lm and the reference stays it. Five full-batch AdamW steps in f32 of each: DPO (sigmoid,

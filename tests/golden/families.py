@@ -1,4 +1,4 @@
-"""Numbers of tiny random decoders of every family, by transformers and PEFT, for tests/families.rs.
+"""Numbers of tiny random decoders of every family, by transformers and PEFT, for tests/training/families.rs.
 
 Weights are not stored: both sides make them from the tensor's name (`values` below and in the test). Stored are, a
 family: config.json, the tensors' names and shapes, logits of two ragged sequences, 8 greedily decoded tokens over a

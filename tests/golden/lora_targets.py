@@ -1,4 +1,4 @@
-"""DoRA, and LoRA on the two ends of a decoder, by PEFT over tiny random decoders: numbers for tests/lora_targets.rs.
+"""DoRA, and LoRA on the two ends of a decoder, by PEFT over tiny random decoders: numbers for tests/training/lora_targets.rs.
 
 Weights and factors are made from their names (families.py). Stored, a case: the adapter as PEFT saves it
 (<case>/adapter_config.json, adapter_model.safetensors), and in <case>/golden.safetensors the base's config and shapes,

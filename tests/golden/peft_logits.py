@@ -1,4 +1,4 @@
-"""What PEFT and torch make of adapters over the quickstart's base, in f32: numbers for tests/peft_logits.rs.
+"""What PEFT and torch make of adapters over the quickstart's base, in f32: numbers for tests/exports/peft_logits.rs.
 
 usage: peft_logits.py
 Writes peft_logits/{lm,rm} (adapters that PEFT saved, B away from zero, alpha != r) and peft_logits/values.json:

@@ -1,4 +1,4 @@
-"""DoRA, PiSSA and OLoRA by PEFT over a base of four bits: numbers for tests/peft_variants.rs.
+"""DoRA, PiSSA and OLoRA by PEFT over a base of four bits: numbers for tests/exports/peft_variants.rs.
 
 usage: peft_quantised.py
 Every matrix of the quickstart's base goes through gguf's Q4_0 (its token table Q8_0) and back, so that PEFT works on the very numbers that a

@@ -1,4 +1,4 @@
-"""What PEFT makes of LoRA's variants over the quickstart's base, in f32: numbers for tests/peft_variants.rs.
+"""What PEFT makes of LoRA's variants over the quickstart's base, in f32: numbers for tests/exports/peft_variants.rs.
 
 usage: peft_variants.py
 Writes peft_variants/patterns (rank_pattern and alpha_pattern) and peft_variants/values.json: log-probabilities under it

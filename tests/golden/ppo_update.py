@@ -1,4 +1,4 @@
-"""Four PPO updates of actor and critic by PEFT and torch, in f32: numbers for tests/ppo_update.rs.
+"""Four PPO updates of actor and critic by PEFT and torch, in f32: numbers for tests/training/ppo_update.rs.
 
 Over the quickstart's base with the adapters of peft_logits: the actor starts as lm, the reference is the bare base, the
 critic starts as rm with a bias of its own. One rollout of given answers and scores, four passes over it, one step each:

@@ -2,7 +2,7 @@
 //! seeded edits each (mutate.rs) and has to read or refuse every one: no panic, no hang, at most twice the file's size and
 //! 64 MiB of memory, one message with the exit code of bad input.
 //!
-//! 2,000 inputs a reader here; the long run, one reader a process on as many cores as `--test-threads` says:
+//! 2,000 inputs per reader here; the long run, with one process per reader, on as many cores as `--test-threads` says:
 //!
 //! ```text
 //! FOURFOLD_MUTATIONS=100000 cargo test --release --test mutations -- --nocapture --test-threads=1

@@ -98,6 +98,7 @@ fn configurations_without_weights_are_planned_or_refused() {
             fs::write(&settings, "[base]\npath = \"b\"\n")?;
             let settings = config::load(&settings, &[])?;
             let job = StageShape {
+                on_device: None,
                 work: passes::full_length(Stage::Sft, &settings, context)?,
                 reward: branches.clone().with_head(),
                 branches,

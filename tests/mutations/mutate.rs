@@ -1,4 +1,4 @@
-//! Valid bytes -> bytes that are nearly valid, by a seed. Knows no reader: only what kind of thing the bytes are, so that
+//! Valid bytes -> bytes that are nearly valid, by a seed. It does not depend on a reader, only on the kind of file, so that
 //! edits reach past the first check of a header.
 
 use std::io::{Read, Write};

@@ -1,5 +1,5 @@
 //! A folder with the embedded base as a Hugging Face directory, small JSONL files and a config, and the real binary run
-//! inside it. Knows no claim; cli_contract.rs and bad_input.rs make them.
+//! inside it. It asserts no claim.
 
 use std::fs;
 use std::io::Write;

@@ -1,5 +1,5 @@
 //! Tiny random decoders whose weights are made from their tensors' names, here and in tests/golden/families.py alike.
-//! Knows no claim; families.rs and lora_targets.rs make them.
+//! It asserts no claim; training/families.rs and training/lora_targets.rs do.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -23,7 +23,6 @@ pub struct Golden {
     pub sequences: Vec<Vec<u32>>,
     /// What it went on with.
     #[serde(default)]
-    #[allow(dead_code, reason = "each test file compiles this module for itself")]
     pub greedy: Vec<Vec<u32>>,
     /// All numbers, by name.
     #[serde(skip)]
@@ -80,7 +79,6 @@ pub struct Opened {
     /// What a script printed.
     pub golden: Golden,
     /// Files and tokenizer.
-    #[allow(dead_code, reason = "each test file compiles this module for itself")]
     pub checkpoint: ModelFiles,
     /// Weights.
     pub base: Base,

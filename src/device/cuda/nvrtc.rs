@@ -83,8 +83,7 @@ pub fn compiled(text: &str, arch: &str, cache: Option<&Path>) -> Result<Compiled
 pub fn compiled_all(texts: &[String], arch: &str, cache: Option<&Path>) -> Result<Vec<Compiled>> {
     std::thread::scope(|scope| {
         let threads: Vec<_> = texts.iter().map(|text| scope.spawn(move || compiled(text, arch, cache))).collect();
-        let joined = threads.into_iter().map(|t| t.join().unwrap_or_else(|_| bail!("NVRTC panicked")));
-        joined.collect()
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("NVRTC panicked"))).collect()
     })
 }
 

@@ -1,6 +1,6 @@
 //! Reading one tensor of a PEFT adapter's file as f32.
 //!
-//! It does not depend on what the tensor is for. Read `peft/mod.rs` next.
+//! It does not depend on what the values are for. Read `peft/mod.rs` next.
 
 use anyhow::Result;
 use candle_core::{Device, Tensor};

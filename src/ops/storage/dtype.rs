@@ -1,13 +1,11 @@
-//! The storage types (ggml dtypes and NF4) and exact dequantisation to f32. Only this file, `quantise.rs` and the fast path
-//! for Q8_0 in `cpu/bf16` depend on the layout of blocks. Source: ggml's `dequantize_row_*`. It does not depend on
-//! matrices. Read `quantise.rs` beside it next.
+//! The storage types (ggml dtypes and NF4) and exact dequantisation to f32. Only this file, `dequantise.rs`,
+//! `quantise.rs` and the fast path for Q8_0 in `cpu/bf16` depend on the layout of blocks. Source: ggml's
+//! `dequantize_row_*`. It does not depend on matrices. Read `dequantise.rs` beside it next.
 
-use candle_core::quantized::k_quants::{
-    BlockQ2K, BlockQ3K, BlockQ4K, BlockQ5_0, BlockQ5_1, BlockQ5K, BlockQ6K, GgmlType,
-};
 use half::f16;
 
 use crate::ops::cpu::vectorised;
+use crate::ops::storage::dequantise;
 
 /// The storage type of a matrix. The quantised types have ggml's block layouts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -127,13 +125,13 @@ pub(crate) fn unpack(dtype: StorageDType, bytes: &[u8], out: &mut [f32]) {
         StorageDType::Q8_0 => q8_0(bytes, out),
         StorageDType::Q4_0 => q4_0(bytes, out),
         StorageDType::Q4_1 => q4_1(bytes, out),
-        StorageDType::Q5_0 => blocks::<BlockQ5_0>(bytes, out),
-        StorageDType::Q5_1 => blocks::<BlockQ5_1>(bytes, out),
-        StorageDType::Q2K => blocks::<BlockQ2K>(bytes, out),
-        StorageDType::Q3K => blocks::<BlockQ3K>(bytes, out),
-        StorageDType::Q4K => blocks::<BlockQ4K>(bytes, out),
-        StorageDType::Q5K => blocks::<BlockQ5K>(bytes, out),
-        StorageDType::Q6K => blocks::<BlockQ6K>(bytes, out),
+        StorageDType::Q5_0 => dequantise::q5_0(bytes, out),
+        StorageDType::Q5_1 => dequantise::q5_1(bytes, out),
+        StorageDType::Q2K => dequantise::q2_k(bytes, out),
+        StorageDType::Q3K => dequantise::q3_k(bytes, out),
+        StorageDType::Q4K => dequantise::q4_k(bytes, out),
+        StorageDType::Q5K => dequantise::q5_k(bytes, out),
+        StorageDType::Q6K => dequantise::q6_k(bytes, out),
         StorageDType::NF4 => nf4(bytes, out),
     }
 }
@@ -308,17 +306,3 @@ mod avx512 {
 }
 #[cfg(target_arch = "x86_64")]
 use avx512::{q4_0_avx512, q4_1_avx512, q8_0_avx512};
-
-/// Dequantises through candle's block type `B`, which consists of plain bytes and half floats.
-fn blocks<B: GgmlType>(bytes: &[u8], out: &mut [f32]) {
-    // SAFETY: candle's blocks are `repr(C)` structs of u8, i8 and f16, of which every bit pattern is valid; the
-    // alignment is checked by align_to, and unaligned bytes are copied below.
-    let (before, aligned, _) = unsafe { bytes.align_to::<B>() };
-    if before.is_empty() {
-        return B::to_float(aligned, out);
-    }
-    let mut copy = vec![B::zeros(); bytes.len() / size_of::<B>()];
-    // SAFETY: `copy` has a size of bytes.len() bytes and B is plain data, as above.
-    unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), copy.as_mut_ptr().cast::<u8>(), size_of_val(&copy[..])) };
-    B::to_float(&copy, out);
-}

@@ -1,6 +1,8 @@
 //! The shapes of a network: the decoder's configuration, the stored type of each matrix, and the ranks of an adapter's LoRA
 //! layers. They come from the headers of model files, or from a configuration alone.
 
+use std::collections::HashMap;
+
 use anyhow::Result;
 
 use crate::model::adapter::TargetModule;
@@ -31,6 +33,8 @@ pub struct Network {
     pub owned: usize,
     /// The largest matrix that is quantised as it opens: numbers per row, 0 where none is.
     pub quantised_cols: usize,
+    /// Stored type of each matrix by its Hugging Face name, after quantisation.
+    pub dtypes: HashMap<String, StorageDType>,
 }
 
 impl Network {
@@ -64,7 +68,7 @@ impl Network {
     /// As for opening the model files.
     pub fn of_section(checkpoint: &ModelFiles, section: &config::Base) -> Result<Self> {
         let quantise = section.quantize.map(config::Quantize::stored);
-        Self::of(checkpoint.contents(), quantise, section.compute_dtype)
+        Self::of(checkpoint.contents(), quantise, section.compute_dtype())
     }
 
     /// Shapes of an open base.
@@ -103,7 +107,7 @@ impl Network {
     ) -> Result<Self> {
         let (maps, names) = (config.shapes(), config.names());
         let (d, e, vocab) = (config.hidden_size, config.embedding_width, config.vocab_size);
-        let (mut mapped, mut owned, mut quantised_cols) = (0, 0, 0);
+        let (mut mapped, mut owned, mut quantised_cols, mut dtypes) = (0, 0, 0, HashMap::new());
         let mut put = |name: &str, rows: usize, cols: usize| -> Result<StorageDType> {
             let (stored, turned) = find(name, rows, cols)?;
             let wanted = quantise.filter(|_| stored.is_dense());
@@ -121,6 +125,7 @@ impl Network {
                 None if turned => owned += bytes(stored)?,
                 None => mapped += bytes(stored)?,
             }
+            dtypes.insert(name.to_owned(), dtype.unwrap_or(stored));
             Ok(dtype.unwrap_or(stored))
         };
         let mut table = put(names.embedding, vocab, e)?;
@@ -147,7 +152,7 @@ impl Network {
             // Compiled in: neither mapped by us nor of the heap.
             mapped = 0;
         }
-        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols })
+        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols, dtypes })
     }
 
     /// Bytes of norms, biases and the rotations of the first positions, which are made together.

@@ -5,6 +5,7 @@
 use crate::host::meter::Phase;
 use crate::model::batch::chunks_by_tokens;
 use crate::model::block::Recompute;
+use crate::planner::dry::OnDevice;
 use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAllocator};
 use crate::planner::simulate::network::{Gradients, View};
 use crate::planner::simulate::ops::{Simulator, Tensor};
@@ -123,6 +124,8 @@ pub struct StageShape {
     pub process: usize,
     /// Threads of the kernels.
     pub threads: usize,
+    /// The devices of the bases, if one lies on a device.
+    pub on_device: Option<OnDevice>,
 }
 
 /// From the third step on nothing more is added: weights of the start, which the guard holds too, those that are stepped from
@@ -130,7 +133,7 @@ pub struct StageShape {
 const STEPS: usize = 3;
 
 /// Tokens of one scoring pass in `ppo::rollout` and in `reward::source`.
-const SCORING_TOKENS: usize = 2048;
+pub(crate) const SCORING_TOKENS: usize = 2048;
 /// Bytes of a batch per token: its id, its position; and of a target: its row and its id.
 const OF_TOKEN: usize = 8;
 const OF_TARGET: usize = 12;
@@ -213,7 +216,8 @@ impl StageShape {
         standing.set(MemoryCategory::Mapped, all(|net| net.mapped));
         standing.set(MemoryCategory::Data, self.data);
         standing.set(MemoryCategory::Process, self.process);
-        let ledger = SimAllocator::new(standing);
+        let whole = self.on_device.as_ref().is_some_and(OnDevice::is_whole);
+        let ledger = SimAllocator::new(standing, whole);
         for net in nets.into_iter().flatten() {
             let walk = Simulator::new(ledger.clone(), self.threads, net.compute);
             if net.quantised_cols > 0 {

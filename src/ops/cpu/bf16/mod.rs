@@ -2,7 +2,7 @@
 //! BF16 are several times faster than f32. Both factors are rounded to the nearest bfloat16 (ties to even), every
 //! product of two of them is exact in f32, and sums run over k in order of pairs. The kernel is selected at run time:
 //! AMX tiles, AVX-512's VDPBF16PS, or plain loops. It does not depend on weights or operations. Read
-//! `linear/cpu_bf16.rs` in `ops` for the use.
+//! `ops/linear/cpu_bf16.rs` for the use.
 //!
 //! Elements are stored in pairs, as 32-bit words: word p of a row holds elements 2p (low half) and 2p + 1. The
 //! left-hand factor A is rows of words. The right-hand factor B is a panel, [`NR`] columns wide: word (p, j) holds

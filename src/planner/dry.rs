@@ -1,0 +1,316 @@
+//! Device memory of a stage: its largest passes, run by the network itself on a machine that only counts. There is no second
+//! copy of the arithmetic.
+//!
+//! It does not depend on files or tokenizers. Read `passes.rs` for the passes, and `device/dry.rs` for the machine.
+
+use std::collections::BTreeMap;
+
+use anyhow::Result;
+
+use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
+use crate::device::{Device, DeviceChoice};
+use crate::host::meter::Phase;
+use crate::model::adapter::Adapter;
+use crate::model::base::Base;
+use crate::model::batch::{Batch, Targets, chunks_by_tokens};
+use crate::model::block::Recompute;
+use crate::model::generate::MAX_INITIAL_CAPACITY;
+use crate::model::roles::{HeadGradients, Policy, ValueModel};
+use crate::model_files::assemble;
+use crate::ops::weight::Weight;
+use crate::planner::simulate::shape::Network;
+use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
+
+/// Where the bases of a stage lie, and the adapters over them.
+#[derive(Clone, Debug)]
+pub struct OnDevice {
+    /// The machine of the policy's base.
+    pub policy: DeviceChoice,
+    /// The machine of the base of critic and reward model.
+    pub scorer: DeviceChoice,
+    /// The trained adapter; the actor's in PPO.
+    pub start: Adapter,
+    /// The adapter of critic and reward model, with a scalar head.
+    pub reward: Adapter,
+    /// Bytes that each device has room for, where that is known.
+    pub rooms: BTreeMap<DeviceChoice, usize>,
+}
+
+impl OnDevice {
+    /// Do passes leave no activations on the host?
+    pub fn is_whole(&self) -> bool {
+        [self.policy, self.scorer].iter().all(|&choice| is_device(choice))
+    }
+}
+
+/// What a device's memory is taken by beside what is allocated through it.
+pub const BESIDE: usize = CONTEXT_BYTES + WORKSPACE_BYTES;
+
+/// Does a choice name a device?
+pub fn is_device(choice: DeviceChoice) -> bool {
+    matches!(choice, DeviceChoice::Cuda(_) | DeviceChoice::Emulated)
+}
+
+/// Memory of one device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DevicePlan {
+    /// The device.
+    pub device: DeviceChoice,
+    /// The most bytes in use in each phase; 0 for a phase without passes.
+    pub phases: [(Phase, usize); Phase::ALL.len()],
+    /// Bytes of the frozen weights.
+    pub base: usize,
+    /// Bytes that there is room for, where that is known.
+    pub room: Option<usize>,
+}
+
+impl DevicePlan {
+    /// The phase with the highest memory, and its bytes.
+    pub fn peak(&self) -> (Phase, usize) {
+        self.phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default()
+    }
+
+    /// Whether it fits with `spare` bytes to spare.
+    pub fn fits(&self, spare: usize) -> bool {
+        self.room.is_none_or(|room| self.peak().1 + spare <= room)
+    }
+}
+
+/// A base of shapes without numbers on a machine that counts.
+fn planned(net: &Network, device: &Device) -> Result<Base> {
+    let dtype = |name: &str| net.dtypes.get(name).copied().unwrap_or(net.table);
+    let weight = |name: &str, rows: usize, cols: usize| Weight::planned(dtype(name), rows, cols);
+    let base = assemble(net.config.clone(), &weight, &|_, len| Ok(vec![1.0; len]), "planned".into())?;
+    base.computing_in(net.compute).on(Some(device.clone()), |_, _| {})
+}
+
+/// The machines that count, by the device each stands for.
+struct Ledger {
+    devices: BTreeMap<DeviceChoice, Device>,
+    peaks: BTreeMap<DeviceChoice, [usize; Phase::ALL.len()]>,
+}
+
+impl Ledger {
+    /// Runs some passes and counts their peak towards a phase.
+    fn within(&mut self, phase: Phase, passes: impl FnOnce() -> Result<()>) -> Result<()> {
+        self.devices.values().for_each(Device::reset_peak);
+        passes()?;
+        for (choice, device) in &self.devices {
+            let peak = &mut self.peaks.entry(*choice).or_default()[phase as usize];
+            *peak = (*peak).max(device.usage().peak);
+        }
+        Ok(())
+    }
+}
+
+/// The plan of each device that the stage uses; none if it runs on the CPU.
+///
+/// # Errors
+/// Those of the passes, as for a sequence longer than the context.
+pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
+    let Some(on) = &job.on_device else { return Ok(vec![]) };
+    let mut ledger = Ledger { devices: BTreeMap::new(), peaks: BTreeMap::new() };
+    let mut open = |choice: DeviceChoice, net: &Network| -> Result<Option<Base>> {
+        if !is_device(choice) {
+            return Ok(None);
+        }
+        planned(net, ledger.devices.entry(choice).or_insert_with(Device::dry)).map(Some)
+    };
+    let policy = open(on.policy, &job.policy)?;
+    let other = job.scorer.as_ref().map(|net| open(on.scorer, net)).transpose()?.flatten();
+    let scorer = if job.scorer.is_some() { other.as_ref() } else { policy.as_ref() };
+    let base: BTreeMap<DeviceChoice, usize> = ledger.devices.iter().map(|(c, d)| (*c, d.usage().live)).collect();
+    ledger.within(Phase::Load, || {
+        [policy.as_ref(), other.as_ref()].into_iter().flatten().try_for_each(|base| {
+            let hidden = base.hidden(&Batch::new(&[[0u32]])?, None)?;
+            base.logits(&hidden, None).map(drop)
+        })
+    })?;
+    let roles = Roles { policy: policy.as_ref(), scorer, on, recompute: job.checkpoint };
+    match &job.work {
+        Work::Supervised(work) => roles.supervised(&mut ledger, work)?,
+        Work::Rollouts(work) => roles.rollouts(&mut ledger, work)?,
+    }
+    let plan = |(choice, peaks): (DeviceChoice, [usize; Phase::ALL.len()])| DevicePlan {
+        device: choice,
+        phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
+        base: base.get(&choice).copied().unwrap_or(0),
+        room: on.rooms.get(&choice).copied(),
+    };
+    Ok(ledger.peaks.into_iter().map(plan).collect())
+}
+
+/// The bases that lie on devices; passes over a base on the CPU are left out.
+struct Roles<'w> {
+    policy: Option<&'w Base>,
+    scorer: Option<&'w Base>,
+    on: &'w OnDevice,
+    recompute: Recompute,
+}
+
+fn batch_of(lengths: &[usize]) -> Result<Batch> {
+    Batch::new(&lengths.iter().map(|&length| vec![0u32; length]).collect::<Vec<_>>())
+}
+
+fn targets(rows: usize, batch: &Batch) -> Targets {
+    let rows = rows.min(batch.tokens().len());
+    Targets { rows: (0..rows).collect(), tokens: vec![0; rows] }
+}
+
+/// The pass with the most tokens.
+fn largest<'p>(passes: impl IntoIterator<Item = &'p Pass>) -> Option<&'p Pass> {
+    passes.into_iter().max_by_key(|pass| pass.tokens())
+}
+
+fn logprobs(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Result<()> {
+    let batch = batch_of(lengths)?;
+    Policy::new(base, Some(adapter)).logprobs(&batch, &targets(rows, &batch), 1.0).map(drop)
+}
+
+fn values(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Result<()> {
+    let batch = batch_of(lengths)?;
+    ValueModel::new(base, adapter)?.values(&batch, &targets(rows, &batch).rows).map(drop)
+}
+
+impl Roles<'_> {
+    fn policy_gradients(&self, base: &Base, lengths: &[usize], rows: usize, exact: Option<bool>) -> Result<()> {
+        let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(lengths)?);
+        let targets = targets(rows, &batch);
+        // The reference's hidden states come from the host.
+        let width = base.config().embedding_width;
+        let theirs = exact.map(|_| zeros(base, targets.rows.len(), width)).transpose()?;
+        let other = theirs.as_ref().map(|theirs| (policy, theirs));
+        let zeros = || vec![0f32; targets.rows.len()];
+        let loss = |_: &_, _: &[f32]| {
+            Ok(HeadGradients { logprobs: zeros(), entropy: zeros(), kl: (exact == Some(true)).then(zeros) })
+        };
+        policy.gradients_against(&batch, &targets, other, 1.0, self.recompute, loss).map(drop)
+    }
+
+    fn value_gradients(&self, base: &Base, lengths: &[usize], rows: usize) -> Result<()> {
+        let batch = batch_of(lengths)?;
+        let rows = targets(rows, &batch).rows;
+        let model = ValueModel::new(base, &self.on.reward)?;
+        model.gradients(&batch, &rows, self.recompute, |values| Ok(vec![0.0; values.len()])).map(drop)
+    }
+
+    /// Every response at its full length; `prompts` are adjacent where they are the same.
+    fn generate(&self, base: &Base, prompts: &[usize], generations: usize, response: usize) -> Result<()> {
+        let Some(&longest) = prompts.iter().max() else { return Ok(()) };
+        let adapter = Some(&self.on.start);
+        let generations = generations.max(1);
+        let distinct: Vec<usize> = prompts.chunks(generations).filter_map(|same| same.first().copied()).collect();
+        let sources: Vec<usize> = (0..prompts.len()).map(|i| i / generations).collect();
+        let room = base.config().max_position_embeddings.saturating_sub(longest).max(1);
+        let capacity = response.min(room).min(MAX_INITIAL_CAPACITY);
+        let (hidden, mut cache) = base.prefill(&batch_of(&distinct)?, &sources, adapter, capacity)?;
+        base.logits(&hidden, adapter)?;
+        drop(hidden);
+        let tokens = vec![0u32; prompts.len()];
+        for step in 0..response.min(room).saturating_sub(1) {
+            let positions: Vec<u32> = prompts.iter().map(|&prompt| (prompt + step) as u32).collect();
+            let hidden = base.decode(&tokens, &positions, adapter, &mut cache)?;
+            // Each step's logits take the same.
+            if step == 0 {
+                base.logits(&hidden, adapter)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn supervised(&self, ledger: &mut Ledger, work: &Supervised) -> Result<()> {
+        let Some(base) = self.policy else { return Ok(()) };
+        let adapter = if work.scorer { &self.on.reward } else { &self.on.start };
+        if let Some(pass) = &work.evaluation {
+            ledger.within(Phase::Evaluation, || match work.scorer {
+                true => values(base, adapter, &pass.lengths, pass.targets),
+                false => logprobs(base, adapter, &pass.lengths, pass.targets),
+            })?;
+        }
+        ledger.within(Phase::Update, || {
+            if let Some(pass) = largest(&work.reference) {
+                logprobs(base, adapter, &pass.lengths, pass.targets)?;
+            }
+            match largest(&work.step) {
+                None => Ok(()),
+                Some(pass) if work.scorer => self.value_gradients(base, &pass.lengths, pass.targets),
+                Some(pass) => self.policy_gradients(base, &pass.lengths, pass.targets, None),
+            }
+        })
+    }
+
+    fn rollouts(&self, ledger: &mut Ledger, work: &Rollouts) -> Result<()> {
+        let tokens = |lengths: &[usize]| lengths.iter().sum::<usize>();
+        let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|prompt| prompt + work.response).collect() };
+        // Scoring runs chunk by chunk; the largest counts.
+        let largest_chunk = |lengths: &[usize]| -> Vec<usize> {
+            let chunks = chunks_by_tokens(lengths, SCORING_TOKENS).into_iter();
+            let chunks = chunks.map(|rows| rows.iter().map(|&i| lengths[i]).collect::<Vec<_>>());
+            chunks.max_by_key(|chunk| tokens(chunk)).unwrap_or_default()
+        };
+        let critic = if work.critic_on_policy { self.policy } else { self.scorer };
+        if !work.evaluation.is_empty() {
+            ledger.within(Phase::Evaluation, || {
+                let lengths = whole(&work.evaluation);
+                if let Some(base) = self.policy {
+                    self.generate(base, &work.evaluation, 1, work.response)?;
+                    logprobs(base, &self.on.start, &lengths, work.evaluation.len() * work.response)?;
+                }
+                if let Some(base) = self.scorer.filter(|_| work.reward_model) {
+                    let chunk = largest_chunk(&lengths);
+                    values(base, &self.on.reward, &chunk, chunk.len())?;
+                }
+                Ok(())
+            })?;
+        }
+        let batches = work.prompts.chunks(work.at_once.max(1));
+        if let (Some(base), Some(prompts)) = (self.policy, batches.max_by_key(|prompts| tokens(prompts))) {
+            ledger.within(Phase::Rollout, || self.generate(base, prompts, work.generations, work.response))?;
+        }
+        let chunk = largest_chunk(&whole(&work.prompts));
+        if !chunk.is_empty() {
+            ledger.within(Phase::Scoring, || {
+                let r = chunk.len() * work.response;
+                if let Some(base) = self.policy {
+                    let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(&chunk)?);
+                    let targets = targets(r, &batch);
+                    let hidden = policy.rows(&batch, &targets)?;
+                    policy.logprobs_of(&hidden, &targets, 1.0)?;
+                    if let Some(base) = critic.filter(|_| work.critic) {
+                        values(base, &self.on.reward, &chunk, r)?;
+                    }
+                    if work.exact.0 {
+                        policy.kl(&policy.rows(&batch, &targets)?, (policy, &hidden), 1.0)?;
+                    }
+                }
+                match self.scorer.filter(|_| work.reward_model) {
+                    Some(base) => values(base, &self.on.reward, &chunk, chunk.len()),
+                    None => Ok(()),
+                }
+            })?;
+        }
+        ledger.within(Phase::Update, || {
+            let micro = work.micro.iter().max_by_key(|micro| micro.iter().map(|(p, r)| p + r).sum::<usize>());
+            let Some(micro) = micro else { return Ok(()) };
+            let lengths: Vec<usize> = micro.iter().map(|(prompt, response)| prompt + response).collect();
+            let r: usize = micro.iter().map(|(_, response)| response).sum();
+            if let Some(base) = self.policy {
+                self.policy_gradients(base, &lengths, r, Some(work.exact.1))?;
+                if let Some((blocks, tokens, a_pass)) = work.text {
+                    let lengths = vec![tokens; a_pass.clamp(1, blocks.max(1))];
+                    self.policy_gradients(base, &lengths, lengths.len() * (tokens - 1), None)?;
+                }
+            }
+            match critic.filter(|_| work.critic) {
+                Some(base) => self.value_gradients(base, &lengths, r),
+                None => Ok(()),
+            }
+        })
+    }
+}
+
+/// Hidden states that come from the host.
+fn zeros(base: &Base, rows: usize, width: usize) -> Result<crate::device::Array> {
+    let tensor = candle_core::Tensor::zeros((rows, width), candle_core::DType::F32, &candle_core::Device::Cpu)?;
+    crate::device::Array::on(tensor, base.place())
+}

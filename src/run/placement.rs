@@ -1,0 +1,302 @@
+//! On which machine a base lies, and what its products are computed in: the keys `device` and `compute_dtype` of a section,
+//! settled before the base is opened.
+//!
+//! It does not depend on a stage. Read `device/select.rs` for the machines, and `model.rs` for the opening.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io::IsTerminal;
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use anyhow::{Error, Result};
+
+use super::output;
+use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config};
+use crate::device::{Device, Element, OutOfMemory, select};
+use crate::invalid;
+use crate::model::base::Base;
+use crate::planner::plan::text;
+
+/// Prints a line once per process.
+fn note(line: &str) {
+    static SAID: Mutex<Option<HashSet<String>>> = Mutex::new(None);
+    let mut said = SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if said.get_or_insert_default().insert(line.to_owned()) {
+        eprintln!("{line}");
+    }
+}
+
+/// What a section's products are computed in on a machine.
+fn compute_dtype(asked: Option<ComputeDtype>, device: Option<&Device>) -> Result<ComputeDtype> {
+    let has_bf16 = |device: &Device| device.supports(Element::Bf16);
+    match (asked, device) {
+        (Some(ComputeDtype::F16), None) => Err(invalid!(
+            "compute_dtype = \"f16\" is for cards, and this base lies on the CPU: use \"bf16\" or \"f32\", or device = \
+             \"cuda\""
+        )),
+        (Some(ComputeDtype::Bf16), Some(device)) if !has_bf16(device) => Err(invalid!(
+            "{} has no products in bf16, which need sm_80 or newer: use compute_dtype = \"f16\" or \"f32\"",
+            device.name()
+        )),
+        (Some(asked), _) => Ok(asked),
+        (None, None) => Ok(ComputeDtype::F32),
+        (None, Some(device)) if COMPUTE_DTYPE_ON_CARDS == ComputeDtype::Bf16 && !has_bf16(device) => {
+            Ok(ComputeDtype::F16)
+        }
+        (None, Some(_)) => Ok(COMPUTE_DTYPE_ON_CARDS),
+    }
+}
+
+/// Opens the machine that a section names and writes into the section what will be used.
+///
+/// # Errors
+/// If the machine cannot be used, or does not compute in the type that the section names.
+pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
+    let selected = select(section.device())?;
+    let compute = compute_dtype(section.compute_dtype, selected.device.as_ref())?;
+    if selected.device.is_some() {
+        note(&format!("device: {}; products in {}", selected.name(), compute.name()));
+    }
+    if let Some(reason) = &selected.reason {
+        note(&format!("device: the CPU, because no card can be used: {reason}"));
+    }
+    section.device = Some(selected.choice);
+    section.compute_dtype = Some(compute);
+    Ok(selected.device)
+}
+
+/// The config of a run with both bases settled. A run that is resumed keeps the type of products that it began with, unless
+/// the config names another.
+///
+/// # Errors
+/// Those of [`settle`].
+pub fn settled(config: &Config, resumed: Option<&Path>) -> Result<Config> {
+    let mut config = config.clone();
+    let before: Option<toml::Table> =
+        resumed.and_then(|out| fs::read_to_string(out.join(output::RESOLVED)).ok()?.parse().ok());
+    let former = |section: &str| {
+        let dtype = before.as_ref()?.get(section)?.get("compute_dtype")?;
+        dtype.clone().try_into::<ComputeDtype>().ok()
+    };
+    if config.base.compute_dtype.is_none() {
+        config.base.compute_dtype = former("base");
+    }
+    settle(&mut config.base)?;
+    if let Some(base) = &mut config.reward_base {
+        base.compute_dtype = base.compute_dtype.or_else(|| former("reward_base"));
+        settle(base)?;
+    }
+    Ok(config)
+}
+
+/// The name of the machine that a base lies on: `cpu`, or the device's.
+pub fn name_of(base: &Base) -> String {
+    base.place().map_or_else(|| "cpu".into(), Device::name)
+}
+
+/// Progress on stderr of work that takes longer than two seconds.
+struct Progress {
+    what: String,
+    began: Instant,
+    shown: Option<Instant>,
+}
+
+impl Progress {
+    const PATIENCE: Duration = Duration::from_secs(2);
+    const EVERY: Duration = Duration::from_millis(200);
+
+    fn new(what: String) -> Self {
+        Self { what, began: Instant::now(), shown: None }
+    }
+
+    fn show(&mut self, done: usize, all: usize) {
+        let (now, terminal) = (Instant::now(), std::io::stderr().is_terminal());
+        if now - self.began < Self::PATIENCE || self.shown.is_some_and(|at| !terminal || now - at < Self::EVERY) {
+            return;
+        }
+        self.shown = Some(now);
+        let percent = 100.0 * done as f64 / all.max(1) as f64;
+        let line = format!("{}: {} of {}, {percent:.0}%", self.what, text(done), text(all));
+        match terminal {
+            true => eprint!("\r{line}   "),
+            false => eprintln!("{line}"),
+        }
+    }
+
+    fn finish(self, all: usize) {
+        if self.shown.is_some() {
+            let start = if std::io::stderr().is_terminal() { "\r" } else { "" };
+            let seconds = self.began.elapsed().as_secs_f64();
+            eprintln!("{start}{}: {} in {seconds:.1} s        ", self.what, text(all));
+        }
+    }
+}
+
+/// A base that would not fit, with what would.
+fn too_large(device: &str, bytes: usize, room: usize, dense: bool) -> Error {
+    let smaller = match dense {
+        true => "quantize it ([base] quantize = \"q8_0\" or \"q4_k\")",
+        false => "take a smaller file, such as one in Q4_K",
+    };
+    invalid!(
+        "the base does not fit: its weights take {} and {device} has room for {}; {smaller}, or run on the CPU with device = \
+         \"cpu\"",
+        text(bytes),
+        text(room)
+    )
+}
+
+/// Puts a base on a device, matrix by matrix in its own order. The host keeps no copy of what it quantised on the way, and
+/// the pages of mapped files are released.
+///
+/// # Errors
+/// If the base does not fit, or a copy fails.
+pub fn place(base: Base, device: &Device) -> Result<Base> {
+    let weights = base.weights();
+    let bytes = weights.iter().map(|(_, weight)| weight.size_in_bytes()).sum();
+    let dense = weights.iter().any(|(_, weight)| weight.dtype().is_dense());
+    drop(weights);
+    if let Some(room) = device.room()?.filter(|&room| bytes > room) {
+        return Err(too_large(&device.name(), bytes, room, dense));
+    }
+    let mut progress = Progress::new(format!("weights to {}", device.name()));
+    let placed = base.on(Some(device.clone()), |done, all| progress.show(done, all));
+    progress.finish(bytes);
+    placed.map_err(|error| match error.downcast_ref::<OutOfMemory>() {
+        Some(OutOfMemory { live, free, .. }) => {
+            too_large(&device.name(), bytes, live + free.map_or(0, |free| free as usize), dense)
+        }
+        None => error,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::machine::{Info, Launch, Machine, Product, Refusal};
+    use crate::error::exit_code;
+    use crate::model_files::ModelFiles;
+    use crate::quickstart::base::BASE;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+
+    /// A card with so many bytes that computes nothing.
+    struct Card {
+        used: AtomicU64,
+        bytes: u64,
+        reported: Option<u64>,
+        bf16: bool,
+    }
+
+    impl Card {
+        fn with(bytes: u64, reported: Option<u64>, bf16: bool) -> Device {
+            Device::new(Arc::new(Self { used: AtomicU64::new(1 << 20), bytes: bytes + (1 << 20), reported, bf16 }))
+        }
+    }
+
+    impl Machine for Card {
+        fn name(&self) -> String {
+            "cuda:0 (a card of the test)".into()
+        }
+        fn info(&self) -> Result<Info> {
+            Ok(Info { free: self.reported, ..Info::default() })
+        }
+        fn supports(&self, element: Element) -> bool {
+            element != Element::Bf16 || self.bf16
+        }
+        fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
+            let at = self.used.fetch_add(bytes as u64, Ordering::SeqCst);
+            if at + bytes as u64 > self.bytes { Err(Refusal::Full { free: Some(self.bytes - at) }) } else { Ok(at) }
+        }
+        unsafe fn free(&self, _: u64, _: usize) {}
+        fn allocate_host(&self, _: usize) -> Result<*mut u8> {
+            anyhow::bail!("none")
+        }
+        unsafe fn free_host(&self, _: *mut u8, _: usize) {}
+        unsafe fn upload(&self, _: &[u8], _: u64) -> Result<()> {
+            Ok(())
+        }
+        unsafe fn download(&self, _: u64, to: &mut [u8]) -> Result<()> {
+            to.fill(0);
+            Ok(())
+        }
+        unsafe fn zero(&self, _: u64, _: usize) -> Result<()> {
+            Ok(())
+        }
+        unsafe fn copy(&self, _: u64, _: u64, _: usize) -> Result<()> {
+            Ok(())
+        }
+        unsafe fn launch(&self, _: &Launch<'_>) -> Result<()> {
+            Ok(())
+        }
+        unsafe fn gemm(&self, _: &Product) -> Result<()> {
+            Ok(())
+        }
+        fn synchronize(&self) -> Result<()> {
+            Ok(())
+        }
+    }
+
+    fn embedded() -> ModelFiles {
+        ModelFiles::from_embedded(
+            BASE.config,
+            BASE.generation_config,
+            BASE.tokenizer,
+            BASE.tokenizer_config,
+            BASE.weights,
+        )
+        .unwrap()
+    }
+
+    fn refusal<T>(result: Result<T>) -> String {
+        let error = result.err().expect("it is refused");
+        assert_eq!(exit_code(&error), 2, "{error:#}");
+        let message = format!("{error:#}");
+        assert!(!message.contains('\n'), "{message}");
+        message
+    }
+
+    #[test]
+    fn the_type_of_products_depends_on_the_machine_unless_it_is_named() {
+        let (new, old) = (Card::with(1, None, true), Card::with(1, None, false));
+        assert_eq!(compute_dtype(None, None).unwrap(), ComputeDtype::F32);
+        assert_eq!(compute_dtype(None, Some(&new)).unwrap(), COMPUTE_DTYPE_ON_CARDS);
+        assert_eq!(compute_dtype(None, Some(&old)).unwrap(), ComputeDtype::F16);
+        for dtype in [ComputeDtype::F32, ComputeDtype::F16] {
+            assert_eq!(compute_dtype(Some(dtype), Some(&old)).unwrap(), dtype);
+        }
+        let message = refusal(compute_dtype(Some(ComputeDtype::Bf16), Some(&old)));
+        assert!(message.contains("sm_80") && message.contains("\"f16\""), "{message}");
+        let message = refusal(compute_dtype(Some(ComputeDtype::F16), None));
+        assert!(message.contains("CPU") && message.contains("\"bf16\""), "{message}");
+    }
+
+    #[test]
+    fn a_base_that_does_not_fit_is_refused_with_what_would() {
+        // The embedded base has 1.8 MB. A card that reports its memory is asked first.
+        for reported in [Some(1 << 20), None] {
+            let device = Card::with(1 << 20, reported, true);
+            let message = refusal(place(embedded().base().unwrap(), &device));
+            assert!(message.contains("does not fit") && message.contains("q4_k"), "{message}");
+            assert!(message.contains("a card of the test") && message.contains("device = \"cpu\""), "{message}");
+        }
+        place(embedded().base().unwrap(), &Card::with(64 << 20, Some(64 << 20), true)).unwrap();
+    }
+
+    #[test]
+    fn a_base_that_is_quantised_for_a_device_is_not_held_by_the_host() {
+        let q8_0 = crate::ops::weight::StorageDType::Q8_0;
+        let held = |base: &Base| base.weights().iter().map(|(_, weight)| weight.held_bytes()).sum::<usize>();
+        let eager = embedded().quantised(Some(q8_0)).base().unwrap();
+        let base = embedded().quantised(Some(q8_0)).for_device(true).base().unwrap();
+        let embedded_part = embedded().base().unwrap();
+        let placed = place(base, &Card::with(64 << 20, None, true)).unwrap();
+        assert_eq!(held(&placed), 0);
+        assert!(held(&eager) > 0 && placed.size_in_bytes() == eager.size_in_bytes());
+        assert!(placed.size_in_bytes() < embedded_part.size_in_bytes());
+        // The host can still have the values, as an export asks for them.
+        assert_eq!(placed.weights()[0].1.bytes(), eager.weights()[0].1.bytes());
+    }
+}

@@ -1,0 +1,9 @@
+//! What a user writes, in a config file or on the command line: what each key changes, what is refused and with which
+//! message, and what the commands print and return.
+
+mod bad_input;
+mod cli_contract;
+mod errors;
+mod options;
+#[path = "../support/mod.rs"]
+mod support;

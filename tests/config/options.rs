@@ -1,0 +1,433 @@
+//! Every key of the stages' sections has an effect, tested one key at a time.
+//!
+//! A run of the stage without the key and a run with it, from a config as a user writes it, must differ in what they
+//! leave behind, or must not where the key says so. A key of the schema without a row here fails the tests. Whether the
+//! difference is right is tested beside the formulas.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex};
+
+use fourfold::config;
+use fourfold::config::{Stage, known_keys};
+use fourfold::run;
+use fourfold::run::RunOptions;
+use serde_json::{Value, json};
+use toml::Table;
+
+/// A row: the key, what else is set on both sides, the key's other value.
+type Row = (&'static str, &'static str, &'static str);
+
+const SFT: &[Row] = &[
+    ("compat", "", "'dschat'"),
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("completion_only_loss", "", "false"),
+    ("max_tokens_per_batch", "", "64"),
+];
+
+const REWARD: &[Row] = &[
+    ("compat", "loss = 'divergence_to_end'", "'dschat'"),
+    ("num_padding_at_beginning", "compat = 'dschat'", "1"),
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("loss", "", "'divergence_to_end'"),
+    ("center", "", "false"),
+    ("max_tokens_per_batch", "", "64"),
+];
+
+const DPO: &[Row] = &[
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("loss_type", "", "'ipo'"),
+    ("loss_type", "", "'hinge'"),
+    ("loss_type", "label_smoothing = 0.2", "'robust'"),
+    ("label_smoothing", "", "0.2"),
+    ("beta", "", "0.5"),
+    ("precompute_ref_log_probs", "", "SAME true"),
+];
+
+const KTO: &[Row] = &[
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("beta", "", "0.5"),
+    ("desirable_weight", "", "0.5"),
+    ("undesirable_weight", "", "0.5"),
+    ("precompute_ref_log_probs", "", "SAME true"),
+];
+
+const LORA: &[Row] = &[
+    ("compat", "", "'dschat'"),
+    ("use_dora", "", "true"),
+    ("r", "", "4"),
+    ("lora_alpha", "", "4.0"),
+    ("target_modules", "", "['q_proj']"),
+    ("use_rslora", "", "true"),
+    ("layers_to_transform", "", "[0]"),
+    ("rank_pattern", "", "{ q_proj = 4 }"),
+    ("alpha_pattern", "", "{ q_proj = 4.0 }"),
+    ("init_lora_weights", "", "'gaussian'"),
+    ("init_lora_weights", "", "'pissa'"),
+    ("init_lora_weights", "", "'olora'"),
+    ("init_lora_weights", "", "'dschat'"),
+    ("loraplus_lr_ratio", "", "4.0"),
+];
+
+const BASE: &[Row] = &[
+    ("path", "", "SAME 'WORLD/copy'"),
+    ("quantize", "", "'q8_0'"),
+    ("compute_dtype", "", "'bf16'"),
+    ("device", "", "SAME 'cpu'"),
+];
+
+/// Of the stages with one learner.
+const OF_ALL: &[Row] = &[
+    ("num_train_epochs", "", "2"),
+    ("per_device_train_batch_size", "", "2"),
+    ("gradient_accumulation_steps", "", "2"),
+    ("logging_steps", "", "2"),
+    ("eval_steps", "", "1"),
+];
+
+/// Of every stage.
+const OPTIMIZER: &[Row] = &[
+    ("learning_rate", "", "1e-3"),
+    ("warmup_steps", "", "2"),
+    ("lr_scheduler_type", "", "'constant'"),
+    ("lr_scheduler_type", "", "'cosine'"),
+    ("weight_decay", "", "0.5"),
+    ("adam_beta1", "", "0.5"),
+    ("adam_beta2", "", "0.9"),
+    ("adam_epsilon", "", "1e-2"),
+    ("max_grad_norm", "", "0.01"),
+    ("checkpoint", "checkpoint = 'none'", "SAME 'mlp'"),
+    ("checkpoint", "checkpoint = 'none'", "SAME 'block'"),
+];
+
+const PPO: &[Row] = &[
+    ("local_rollout_forward_batch_size", "", "SAME 3"),
+    ("kl_penalty_target", "policy_loss = 'kl_penalty'", "1e3"),
+    ("target_kl", "", "1e-9"),
+    ("entropy_coef", "", "0.1"),
+    ("cliprange_value", "", "1e-4"),
+    ("vf_coef", "shared_optimizer = true", "0.01"),
+    ("shared_optimizer", "max_grad_norm = 0.01", "true"),
+    ("gamma", "", "0.9"),
+    ("lam", "", "0.5"),
+    ("whiten_rewards", "", "'keep_mean'"),
+    ("whiten_rewards", "whiten_rewards = 'keep_mean'", "'remove_mean'"),
+    ("whiten_advantages", "", "false"),
+    ("use_score_scaling", "", "true"),
+    ("use_score_norm", "use_score_scaling = true", "true"),
+    ("score_clip", "", "0.05"),
+    ("missing_eos_penalty", "", "1.0"),
+    ("min_response_length", "response_length = 40", "39"),
+    ("short_response_penalty", "response_length = 40\nmin_response_length = 39", "3.0"),
+    ("length_penalty", "", "0.2"),
+    ("overlong_buffer_len", "", "6"),
+    ("overlong_penalty_factor", "overlong_buffer_len = 6", "3.0"),
+    ("ema_decay", "", "0.9"),
+    ("ref_model_sync_iterations", "", "1"),
+    ("ref_model_mixup_alpha", "ref_model_sync_iterations = 1", "0.5"),
+    ("eval_prompts", "", "2"),
+    ("eval_every", "eval_prompts = 2", "1"),
+    ("save_samples", "", "3"),
+    ("compat", "", "'dschat'"),
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("reward_adapter", "", "'WORLD/reward/adapter_of_sft'"),
+    ("reward", "", "[{ kind = 'length', max_tokens = 4 }]"),
+    ("gold", "eval_prompts = 2", "{ kind = 'regex', pattern = 'a' }"),
+    ("ptx", "", "{ path = 'WORLD/text.txt' }"),
+    ("critic_learning_rate", "", "1e-4"),
+    ("advantage_estimator", "", "'reinforce'"),
+    ("advantage_estimator", "", "'a2c'"),
+    ("advantage_estimator", "", "'reinforce_plus_plus'"),
+    ("advantage_estimator", "num_generations = 4", "'rloo'"),
+    ("advantage_estimator", "num_generations = 4", "'grpo'"),
+    ("critic", "", "'actor'"),
+    ("critic", "", "'own'"),
+    ("critic_warmup", "", "1"),
+    ("total_episodes", "", "24"),
+    ("batch_size", "", "4"),
+    ("num_generations", "", "2"),
+    ("num_mini_batches", "", "4"),
+    ("num_ppo_epochs", "", "3"),
+    ("micro_batch_size", "", "1"),
+    ("response_length", "", "9"),
+    ("temperature", "", "0.7"),
+    ("temperature", "", "0.0"),
+    ("top_k", "", "3"),
+    ("top_p", "", "0.5"),
+    ("kl_coef", "", "0.5"),
+    ("adap_kl_ctrl", "", "true"),
+    ("target", "adap_kl_ctrl = true\ntotal_episodes = 24", "0.001"),
+    ("horizon", "adap_kl_ctrl = true", "100.0"),
+    ("kl_estimator", "", "'k2'"),
+    ("kl_estimator", "", "'k3'"),
+    ("kl_estimator", "", "'exact'"),
+    ("kl_in", "kl_estimator = 'k2'", "'loss'"),
+    ("policy_loss", "", "'kl_penalty'"),
+    ("policy_loss", "", "'gradient'"),
+    ("cliprange", "", "0.001"),
+    ("cliprange_high", "", "0.001"),
+    ("dual_clip", "", "1.001"),
+    ("ratio_threshold", "", "1.0000001"),
+    ("log_ratio_clamp", "", "0.001"),
+    ("kl_penalty_coef", "policy_loss = 'kl_penalty'", "9.0"),
+];
+
+const PTX: &[Row] = &[
+    ("path", "path = 'WORLD/text.txt'", "'WORLD/other.txt'"),
+    ("coef", "path = 'WORLD/text.txt'", "1.0"),
+    ("block_size", "path = 'WORLD/text.txt'", "9"),
+    ("separate_step", "path = 'WORLD/text.txt'", "true"),
+];
+
+const DEAD: &str = "kind = 'command'\ncommand = ['/bin/sh', '-c', 'exit 1']\nfallback_score = 0.5\nretries = 0";
+const PAIR: &str = "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD/reward/adapter_of_sft']";
+
+const PART: &[Row] = &[
+    ("kind", "kind = 'length'", "'json_valid'"),
+    ("name", "kind = 'length'\nmax_tokens = 4", "'brevity'"),
+    ("weight", "kind = 'length'", "3.0"),
+    ("adapters", "kind = 'adapter'\nadapters = ['WORLD/reward/adapter']", "['WORLD/reward/adapter_of_sft']"),
+    ("std_coef", PAIR, "5.0"),
+    ("command", DEAD, "['/bin/sh', '-c', 'while read -r line; do echo 2; done']"),
+    ("url", "kind = 'http'\nurl = 'SERVER/1'", "'SERVER/2'"),
+    ("pattern", "kind = 'regex'\npattern = 'a'", "'zzz'"),
+    ("min_tokens", "kind = 'length'", "9"),
+    ("max_tokens", "kind = 'length'", "4"),
+    (
+        "timeout_seconds",
+        "kind = 'command'\ncommand = ['/bin/sh', '-c', 'read -r line; sleep 1; echo 2; while read -r line; do echo 2; done']\nfallback_score = 0.5\nretries = 0",
+        "0.2",
+    ),
+    ("retries", DEAD, "1"),
+    ("fallback_score", DEAD, "-4.0"),
+];
+
+/// What a run leaves: files and their bytes.
+type Left = BTreeMap<PathBuf, Vec<u8>>;
+
+/// Records, texts and adapters that every run starts from.
+struct World {
+    dir: tempfile::TempDir,
+    server: String,
+}
+
+static WORLD: LazyLock<World> = LazyLock::new(|| {
+    let dir = tempfile::tempdir().unwrap();
+    let record = |i: usize| {
+        json!({
+            "prompt": format!("How was the soup at place {i}?"),
+            "chosen": "The soup was lovely and warm.",
+            "rejected": format!("The soup number {i} was awful."),
+        })
+    };
+    let lines: Vec<String> = (0..20).map(|i| record(i).to_string()).collect();
+    fs::write(dir.path().join("data.jsonl"), lines.join("\n")).unwrap();
+    fs::create_dir(dir.path().join("copy")).unwrap();
+    for entry in fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src/quickstart/assets/base")).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, dir.path().join("copy").join(path.file_name().unwrap())).unwrap();
+    }
+    fs::write(dir.path().join("text.txt"), "The soup at the Blue Door was lovely and warm. ".repeat(20)).unwrap();
+    fs::write(dir.path().join("other.txt"), "Nobody names a place where the coffee was cold. ".repeat(20)).unwrap();
+    let world = World { dir, server: server() };
+    for (out, section, keys) in [
+        ("sft", "sft", "learning_rate = 5e-3"),
+        ("reward", "reward", "learning_rate = 5e-3"),
+        ("other", "reward", "learning_rate = 5e-3\nadapter = 'WORLD/sft/adapter'"),
+    ] {
+        let table = world.table(&format!("[{section}]\nper_device_train_batch_size = 4\n{keys}"));
+        world.run(stage_of(section), &table, &world.dir.path().join(out)).unwrap();
+    }
+    fs::rename(world.dir.path().join("other/adapter"), world.dir.path().join("reward/adapter_of_sft")).unwrap();
+    world
+});
+
+/// Answers every request at /N with N as the score of each response.
+fn server() -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let mut reader = BufReader::new(stream.try_clone().unwrap());
+            let (mut first, mut length) = (String::new(), 0);
+            reader.read_line(&mut first).unwrap();
+            loop {
+                let mut line = String::new();
+                reader.read_line(&mut line).unwrap();
+                if let Some(n) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+                    length = n.trim().parse().unwrap();
+                }
+                if line.trim().is_empty() {
+                    break;
+                }
+            }
+            let mut body = vec![0; length];
+            reader.read_exact(&mut body).unwrap();
+            let asked: Value = serde_json::from_slice(&body).unwrap();
+            let score: f64 = first.split(' ').nth(1).unwrap()[1..].parse().unwrap();
+            let scores = vec![score; asked["responses"].as_array().unwrap().len()];
+            let body = json!({ "scores": scores }).to_string();
+            let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
+            stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
+        }
+    });
+    address
+}
+
+fn stage_of(section: &str) -> Stage {
+    match section {
+        "sft" | "lora" | "base" => Stage::Sft,
+        "reward" => Stage::Reward,
+        "dpo" => Stage::Dpo,
+        "kto" => Stage::Kto,
+        _ => Stage::Ppo,
+    }
+}
+
+impl World {
+    fn table(&self, text: &str) -> Table {
+        let dir = self.dir.path().display().to_string();
+        let base = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/quickstart/assets/base");
+        let head = format!(
+            "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\nmax_prompt_length = 64\n",
+            base.display()
+        );
+        let text = format!("{head}{text}").replace("WORLD", &dir).replace("SERVER", &self.server);
+        text.parse().unwrap_or_else(|error| panic!("{error}\n{text}"))
+    }
+
+    /// What the stage leaves in `out`: every file's bytes, without those that hold paths and times.
+    fn run(&self, stage: Stage, table: &Table, out: &Path) -> anyhow::Result<Left> {
+        let file = tempfile::NamedTempFile::new()?;
+        fs::write(file.path(), table.to_string())?;
+        let config = config::load(file.path(), &[])?;
+        let mut summary = run::stage(stage, &config, out, &RunOptions::default())?;
+        for untold in ["wall_s", "peak_rss_mib", "memory", "output_dir", "adapter", "actor", "critic", "actor_ema"] {
+            summary.as_object_mut().unwrap().remove(untold);
+        }
+        let mut found = BTreeMap::from([("summary".into(), summary.to_string().into_bytes())]);
+        let mut folders = vec![out.to_path_buf()];
+        while let Some(folder) = folders.pop() {
+            for entry in fs::read_dir(folder)? {
+                let path = entry?.path();
+                let kept = ["adapter_model.safetensors", "metrics.jsonl", "samples.jsonl"];
+                if path.is_dir() {
+                    folders.push(path);
+                } else if kept.iter().any(|name| path.ends_with(name)) {
+                    found.insert(path.strip_prefix(out)?.into(), fs::read(&path)?);
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// As [`World::run`] in a folder of its own, once for each config.
+    fn result(&self, stage: Stage, table: &Table) -> Left {
+        static KNOWN: LazyLock<Mutex<HashMap<String, Left>>> = LazyLock::new(Mutex::default);
+        let key = format!("{} {table}", stage.name());
+        if let Some(known) = KNOWN.lock().unwrap().get(&key) {
+            return known.clone();
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let found = self.run(stage, table, &dir.path().join("out"));
+        let found = found.unwrap_or_else(|error| panic!("{error:#}\n{table}"));
+        KNOWN.lock().unwrap().insert(key, found.clone());
+        found
+    }
+}
+
+/// The stage's section before a row's own settings: a run of some steps, off the first ratio.
+fn before(section: &str) -> &'static str {
+    match section {
+        "ppo" | "ppo.ptx" | "ppo.reward" => {
+            "learning_rate = 5e-3\ntotal_episodes = 16\nbatch_size = 8\nnum_mini_batches = 2\nnum_ppo_epochs = 2\n\
+             response_length = 12\nreward_adapter = 'WORLD/reward/adapter'"
+        }
+        _ => "learning_rate = 5e-3\nper_device_train_batch_size = 4",
+    }
+}
+
+/// Tries every row, and looks whether the schema has a key without one.
+fn check(section: &str, rows: &[&[Row]]) {
+    let world = &*WORLD;
+    let (root, inner) = section.split_once('.').unwrap_or((section, ""));
+    let mut tried = BTreeSet::new();
+    for &(key, given, value) in rows.iter().flat_map(|rows| rows.iter()) {
+        tried.insert(key);
+        let mut table = world.table(&format!("[{}]\n{}", stage_of(root).name(), before(section)));
+        // What a row sets stands in place of what all have.
+        let given = world.table(&format!("[given]\n{given}")).remove("given").unwrap();
+        let outer = table[root].as_table_mut().unwrap();
+        match inner {
+            "" => outer.extend(given.as_table().unwrap().clone()),
+            "reward" => drop(outer.insert(inner.into(), vec![given].into())),
+            _ => drop(outer.insert(inner.into(), given)),
+        }
+        let (same, value) = value.strip_prefix("SAME ").map_or((false, value), |value| (true, value));
+        let value = world.table(&format!("[given]\nvalue = {value}"))["given"]["value"].clone();
+        let mut changed = table.clone();
+        let outer = changed[root].as_table_mut().unwrap();
+        let of = match inner {
+            "" => outer,
+            "reward" => outer[inner].as_array_mut().unwrap()[0].as_table_mut().unwrap(),
+            _ => outer[inner].as_table_mut().unwrap(),
+        };
+        let was = of.insert(key.into(), value.clone());
+        assert_ne!(was.as_ref(), Some(&value), "{section}.{key}: {value} is what it was");
+        let (without, with) = (world.result(stage_of(root), &table), world.result(stage_of(root), &changed));
+        assert_eq!(without == with, same, "{section}.{key} = {value}: the runs with it and without it");
+    }
+    let known = known_keys();
+    let keys = known.iter().find(|(name, _)| *name == section).unwrap().1;
+    for key in keys {
+        assert!(tried.contains(key), "{section}.{key} has no row: say here what it changes");
+    }
+    for key in tried {
+        assert!(keys.contains(&key), "{section} has no key {key} any more");
+    }
+}
+
+#[test]
+fn every_key_of_sft_has_an_effect() {
+    check("sft", &[SFT, OF_ALL, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_lora_and_base_has_an_effect() {
+    check("lora", &[LORA]);
+    check("base", &[BASE]);
+}
+
+#[test]
+fn every_key_of_reward_has_an_effect() {
+    check("reward", &[REWARD, OF_ALL, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_dpo_has_an_effect() {
+    check("dpo", &[DPO, OF_ALL, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_kto_has_an_effect() {
+    check("kto", &[KTO, OF_ALL, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_ppo_has_an_effect() {
+    check("ppo", &[PPO, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_ptx_has_an_effect() {
+    check("ppo.ptx", &[PTX]);
+}
+
+#[test]
+fn every_key_of_a_reward_part_has_an_effect() {
+    check("ppo.reward", &[PART]);
+}

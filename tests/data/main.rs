@@ -1,0 +1,13 @@
+//! Data: files, tables, folders and hub data sets become records, and records become token sequences.
+
+mod chat_styles;
+#[path = "../support/encoders.rs"]
+mod encoders;
+mod formats;
+#[cfg(feature = "hub")]
+mod hub;
+mod pipeline;
+mod sources;
+#[cfg(feature = "hub")]
+#[path = "../support/mod.rs"]
+mod support;

@@ -1,0 +1,19 @@
+//! The whole network on a device: passes, stages, faults and memory on the emulated machine (the card's kernels on the CPU)
+//! and on the dry machine, compared with the host. It needs no card. It does not test single kernels: tests/kernels does.
+//!
+//! The emulated machine needs a C++ compiler. Without one these tests are skipped with a line on the terminal, unless
+//! FOURFOLD_REQUIRE_EMULATED=1.
+
+mod kept;
+mod ledger;
+mod narrow;
+mod parity;
+#[allow(dead_code, reason = "each test binary uses other parts of it")]
+#[path = "../training/invariants/world.rs"]
+mod ppo_world;
+mod real_files;
+mod stages;
+mod stored_types;
+#[path = "../support/tiny_decoders.rs"]
+mod tiny_decoders;
+mod world;

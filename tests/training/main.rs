@@ -1,0 +1,14 @@
+//! Training: losses, gradients and updates of each stage, model families, LoRA targets and reward sources, against golden
+//! numbers and against invariants.
+
+mod context_edges;
+mod dpo;
+mod dschat;
+mod families;
+mod invariants;
+mod lora_targets;
+mod ppo_update;
+mod reward_sources;
+mod shipped_adapters;
+#[path = "../support/tiny_decoders.rs"]
+mod tiny_decoders;
