@@ -38,6 +38,18 @@ impl fmt::Display for Diverged {
 
 impl std::error::Error for Diverged {}
 
+/// A device that cannot be used, as `doctor` found it: exit code 1.
+#[derive(Debug)]
+pub struct Unusable(pub String);
+
+impl fmt::Display for Unusable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Unusable {}
+
 /// Builds an `anyhow::Error` of kind [`Diverged`](crate::error::Diverged).
 #[macro_export]
 macro_rules! diverged {

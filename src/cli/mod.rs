@@ -3,6 +3,7 @@
 
 mod bench;
 mod data;
+mod doctor;
 mod merge;
 mod plan;
 mod probe;
@@ -51,6 +52,8 @@ enum Command {
     /// Measures this program on this machine.
     #[command(subcommand)]
     Bench(bench::Bench),
+    /// Whether a card can be used: driver, libraries, memory, and every kernel against the CPU. Exit code 0 if it can.
+    Doctor(doctor::Doctor),
     /// Base + adapter -> what other programs open: a merged model, a classifier, GGUF, GGUF-LoRA; compared with base +
     /// adapter before it gets its name.
     Merge(merge::Merge),
@@ -143,6 +146,7 @@ pub fn run() -> Result<()> {
         Command::Data(args) => data::show(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
         Command::Merge(args) => merge::merge(&args),
         Command::Generate(args) => text::generate(&args),
         Command::Chat(args) => text::chat(&args),

@@ -166,7 +166,11 @@ impl<'e, E: ?Sized> Training<'e, E> {
     ///
     /// # Errors
     /// Those of `stage`; if the guard gives up, or the process was asked to stop.
-    pub fn run<T: Example + Clone, S: SupervisedStage<T>>(mut self, stage: &S, session: &mut Session) -> Result<Trained>
+    pub fn run<T: Example + Clone, S: SupervisedStage<T>>(
+        &mut self,
+        stage: &S,
+        session: &mut Session,
+    ) -> Result<Trained>
     where
         E: Examples<T>,
     {

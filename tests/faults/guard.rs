@@ -102,7 +102,7 @@ fn rewards_that_stay_poisoned_roll_back_and_then_end_the_run_with_a_diagnosis() 
     let error = run(limits, f32::NAN, |rollout| rollout >= 2, dir.path()).unwrap_err().to_string();
     let metrics = std::fs::read_to_string(dir.path().join("metrics.jsonl")).unwrap();
     assert_eq!(metrics.matches("\"rolled_back\"").count(), 2, "{metrics}");
-    assert!(error.contains("does not recover") && error.contains("score is NaN"), "{error}");
+    assert!(error.contains("does not recover") && error.contains("the score of a response is NaN"), "{error}");
 }
 
 #[test]

@@ -8,6 +8,7 @@ pub mod gpu;
 use anyhow::{Result, bail};
 
 use crate::device::Array;
+use crate::ops::columns::gpu::cast;
 
 /// The activation function.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,7 +43,7 @@ impl Activation {
         same_shape(&[x, dm])?;
         Ok(match x {
             Array::Host(x) => cpu::backward(self, x, dm.host()?)?.into(),
-            Array::Device(x) => gpu::plain_backward(self, x, dm.device()?)?.into(),
+            Array::Device(x) => gpu::plain_backward(self, x, &cast(dm.device()?, x.element())?)?.into(),
         })
     }
 
@@ -70,7 +71,8 @@ impl Activation {
                 (dgate.into(), dup.into())
             }
             Array::Device(gate) => {
-                let (dgate, dup) = gpu::gated_backward(self, gate, up.device()?, dm.device()?)?;
+                let dm = cast(dm.device()?, gate.element())?;
+                let (dgate, dup) = gpu::gated_backward(self, gate, up.device()?, &dm)?;
                 (dgate.into(), dup.into())
             }
         })

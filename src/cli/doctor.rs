@@ -1,0 +1,355 @@
+//! `doctor`: whether a device can be used, what is missing and how to install it, and whether its kernels compute what the
+//! CPU computes. Read `device/select.rs` for the choice of a device.
+
+use std::fmt::Write as _;
+use std::time::Instant;
+
+use anyhow::{Context, Result};
+use clap::Args;
+use serde_json::{Value, json};
+
+use super::{print_json, say};
+use crate::config::{ComputeDtype, DeviceChoice, Lora};
+use crate::device::{Device, Element, Gemm, Selected, select};
+use crate::error::Unusable;
+use crate::model::adapter::Adapter;
+use crate::model::base::Base;
+use crate::model::batch::{Batch, Targets};
+use crate::model::block::Recompute;
+use crate::model::generate::{SamplingParams, generate};
+use crate::model::roles::{HeadGradients, Policy, ValueModel};
+use crate::ops::cpu;
+use crate::ops::weight::{StorageDType, Weight};
+use crate::quickstart::run::embedded;
+use crate::report::number;
+use crate::rng::SplitMix64;
+use crate::run::Model;
+
+#[derive(Args)]
+pub(super) struct Doctor {
+    /// The device to look at: cuda, cuda:N, or emulated; auto is the first card.
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    device: DeviceChoice,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+/// One comparison of a device with the CPU.
+struct Check {
+    name: String,
+    /// The largest difference, relative to the largest value.
+    difference: f64,
+    limit: f64,
+    seconds: f64,
+    error: Option<String>,
+}
+
+impl Check {
+    fn of(name: &str, limit: f64, compare: impl FnOnce() -> Result<f64>) -> Self {
+        let began = Instant::now();
+        let found = compare();
+        let seconds = began.elapsed().as_secs_f64();
+        let (difference, error) = match found {
+            Ok(difference) => (difference, None),
+            Err(error) => (f64::INFINITY, Some(format!("{error:#}"))),
+        };
+        Self { name: name.into(), difference, limit, seconds, error }
+    }
+
+    fn is_good(&self) -> bool {
+        self.difference <= self.limit
+    }
+}
+
+pub(super) fn run(args: &Doctor) -> Result<()> {
+    let choice = if args.device == DeviceChoice::Auto { DeviceChoice::Cuda(0) } else { args.device };
+    let selected = match select(choice) {
+        Ok(selected) => selected,
+        Err(error) => {
+            let text = format!("{error:#}");
+            match args.json {
+                true => print_json(&json!({"device": choice.to_string(), "usable": false, "missing": text}))?,
+                false => say(&format!("{choice}: cannot be used\n  {}\n", text.replace("; ", "\n  ")))?,
+            }
+            return Err(Unusable(format!("{choice} cannot be used; the CPU can")).into());
+        }
+    };
+    let Some(device) = selected.device.clone() else {
+        let name = "the CPU needs nothing; name a device, such as --device cuda";
+        return if args.json {
+            print_json(&json!({"device": "cpu", "usable": true}))
+        } else {
+            say(&format!("{name}\n"))
+        };
+    };
+    let info = device.info()?;
+    if !args.json {
+        say(&head(&selected, &info))?;
+    }
+    let mut checks = vec![];
+    let mut show = |check: Check| -> Result<()> {
+        if !args.json {
+            say(&line(&check))?;
+        }
+        checks.push(check);
+        Ok(())
+    };
+    for check in storage(&device) {
+        show(check)?;
+    }
+    for compute in [ComputeDtype::F32, ComputeDtype::Bf16, ComputeDtype::F16] {
+        if device.supports(compute.element()) {
+            for check in network(&device, compute)? {
+                show(check)?;
+            }
+        }
+    }
+    let speeds = speeds(&device, choice)?;
+    let usable = checks.iter().all(Check::is_good);
+    let usage = device.usage();
+    if args.json {
+        let check = |c: &Check| {
+            json!({"name": c.name, "difference": number(c.difference), "limit": c.limit, "good": c.is_good(),
+                   "seconds": number(c.seconds), "error": c.error})
+        };
+        print_json(&json!({
+            "device": info.name,
+            "arch": info.arch,
+            "memory": info.total,
+            "free": info.free,
+            "libraries": info.libraries.iter().map(|l| json!({
+                "name": l.what, "version": l.version, "path": l.path.as_ref().map(|p| p.display().to_string()),
+            })).collect::<Vec<_>>(),
+            "checks": checks.iter().map(check).collect::<Vec<_>>(),
+            "gemm_tflop_per_s": speeds.iter().map(|(name, s)| ((*name).to_owned(), number(*s)))
+                .collect::<serde_json::Map<String, Value>>(),
+            "peak_bytes": usage.peak,
+            "usable": usable,
+        }))?;
+    } else {
+        let mut text = String::new();
+        for (name, speed) in &speeds {
+            let _ = writeln!(text, "  product in {name:<6} {speed:>10.3} TFLOP/s");
+        }
+        let verdict = if usable { "it can be used" } else { "it computes other numbers than the CPU; do not use it" };
+        let _ = writeln!(text, "{}: {verdict}", info.name);
+        say(&text)?;
+    }
+    if usable { Ok(()) } else { Err(Unusable(format!("{} failed a check", info.name)).into()) }
+}
+
+fn head(selected: &Selected, info: &crate::device::Info) -> String {
+    let gib = |bytes: u64| format!("{:.1} GiB", bytes as f64 / f64::from(1 << 30));
+    let mut text = format!("{} is {}, {}\n", selected.choice, info.name, info.arch);
+    if let (Some(total), Some(free)) = (info.total, info.free) {
+        let _ = writeln!(text, "  memory {} of {} free", gib(free), gib(total));
+    }
+    for library in &info.libraries {
+        let path = library.path.as_ref().map_or_else(|| "by name".into(), |path| path.display().to_string());
+        let _ = writeln!(text, "  {} {} ({path})", library.what, library.version);
+    }
+    text
+}
+
+fn line(check: &Check) -> String {
+    let verdict = if check.is_good() { "ok" } else { "FAILED" };
+    let mut text = format!(
+        "  {:<42} differs by {:.1e} (limit {:.0e}) {:>7.2} s  {verdict}\n",
+        check.name, check.difference, check.limit, check.seconds
+    );
+    if let Some(error) = &check.error {
+        let _ = writeln!(text, "    {error}");
+    }
+    text
+}
+
+/// The largest difference relative to the largest value; infinite if a number is none.
+fn apart(want: &[f32], got: &[f32]) -> f64 {
+    if want.len() != got.len() || got.iter().any(|v| !v.is_finite()) {
+        return f64::INFINITY;
+    }
+    let largest = want.iter().fold(1e-12f64, |most, v| most.max(f64::from(v.abs())));
+    want.iter().zip(got).map(|(a, b)| f64::from((a - b).abs())).fold(0.0, f64::max) / largest
+}
+
+/// Every stored type on random numbers: unpacked bit by bit.
+fn storage(device: &Device) -> Vec<Check> {
+    let (rows, cols) = (37, 512);
+    let mut rng = SplitMix64::new(1);
+    let values: Vec<f32> = (0..rows * cols).map(|_| rng.uniform() as f32 - 0.5).collect();
+    let types = [
+        StorageDType::F32,
+        StorageDType::F16,
+        StorageDType::BF16,
+        StorageDType::Q4_0,
+        StorageDType::Q4_1,
+        StorageDType::Q5_0,
+        StorageDType::Q5_1,
+        StorageDType::Q8_0,
+        StorageDType::Q2K,
+        StorageDType::Q3K,
+        StorageDType::Q4K,
+        StorageDType::Q5K,
+        StorageDType::Q6K,
+        StorageDType::NF4,
+    ];
+    let stored = |dtype: StorageDType| Weight::from_f32(&values, rows, cols)?.quantised(dtype);
+    let made = types.into_iter().filter_map(|dtype| stored(dtype).ok().map(|weight| (dtype, weight)));
+    made.map(|(dtype, weight)| {
+        Check::of(&format!("unpacking {}", dtype.name()), 0.0, || {
+            let out = device.matrix(Element::F32, rows, cols)?;
+            weight.on(device)?.dequantise(0..rows, &out)?;
+            Ok(apart(&weight.to_f32(), &out.to_f32()?))
+        })
+    })
+    .collect()
+}
+
+/// What a network computes: log-probabilities and entropies, exact KL, values, gradients of both kinds of model, and a
+/// greedy response.
+struct Results {
+    logprobs: Vec<f32>,
+    entropy: Vec<f32>,
+    kl: Vec<f32>,
+    values: Vec<f32>,
+    policy_gradients: Vec<f32>,
+    value_gradients: Vec<f32>,
+    response: Vec<u32>,
+}
+
+fn flat(adapter: &Adapter, gradients: &crate::model::adapter::Gradients) -> Result<Vec<f32>> {
+    let trainable = adapter.to_trainable();
+    let all = trainable.flat_gradients(gradients)?;
+    all.into_iter().map(|g| Ok(g.flatten_all()?.to_vec1::<f32>()?)).collect::<Result<Vec<_>>>().map(|all| all.concat())
+}
+
+fn results(base: &Base, adapter: &Adapter, other: &Adapter) -> Result<Results> {
+    let sequences: Vec<Vec<u32>> =
+        [23usize, 7, 40].iter().map(|&n| (0..n).map(|j| ((j * 37 + n * 11) % 400 + 2) as u32).collect()).collect();
+    let batch = Batch::new(&sequences)?;
+    let targets = Targets::responses(&batch, &[10, 3, 25])?;
+    let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(other)));
+    let theirs = reference.rows(&batch, &targets)?;
+    let mut kl = vec![];
+    let weights = |n: usize| (0..n).map(|i| ((i % 5) as f32 - 2.0) / n as f32).collect::<Vec<f32>>();
+    let loss = |stats: &crate::ops::logprobs::TokenStats, exact: &[f32]| {
+        kl = exact.to_vec();
+        let n = stats.logprobs.len();
+        Ok(HeadGradients {
+            logprobs: weights(n),
+            entropy: vec![0.01 / n as f32; n],
+            kl: Some(vec![0.05 / n as f32; n]),
+        })
+    };
+    let (stats, gradients) =
+        policy.gradients_against(&batch, &targets, Some((reference, &theirs)), 1.0, Recompute::Mlp, loss)?;
+    let scorer = adapter.clone().with_head(3)?;
+    let model = ValueModel::new(base, &scorer)?;
+    let (values, of_values) =
+        model.gradients(&batch, &targets.rows, Recompute::Block, |values| Ok(weights(values.len())))?;
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 12, stop: vec![] };
+    let responses = generate(policy, &sequences, &[1, 2, 3], &sampling, |_, _| {})?;
+    Ok(Results {
+        logprobs: stats.logprobs,
+        entropy: stats.entropy,
+        kl,
+        values,
+        policy_gradients: flat(adapter, &gradients)?,
+        value_gradients: flat(&scorer, &of_values)?,
+        response: responses.into_iter().flat_map(|response| response.tokens).collect(),
+    })
+}
+
+/// The embedded model on both machines: its passes use every kernel of its family.
+fn network(device: &Device, compute: ComputeDtype) -> Result<Vec<Check>> {
+    let host = Model::of(embedded()?)?;
+    let [adapter, other] = [1u64, 2].map(|seed| perturbed(&host, seed));
+    let (adapter, other) = (adapter?, other?);
+    let want = results(&host.base, &adapter, &other)?;
+    let name = compute.name();
+    let (values, gradients) = match compute {
+        ComputeDtype::F32 => (1e-4, 1e-3),
+        ComputeDtype::F16 => (1e-2, 5e-2),
+        ComputeDtype::Bf16 => (5e-2, 2e-1),
+    };
+    let base = embedded()?.base()?.computing_in(compute).on(Some(device.clone()), |_, _| {})?;
+    let began = Instant::now();
+    let got = match results(&base, &adapter, &other) {
+        Ok(got) => got,
+        Err(error) => {
+            return Ok(vec![Check::of(&format!("a model's passes in {name}"), values, || Err(error))]);
+        }
+    };
+    let seconds = began.elapsed().as_secs_f64();
+    let all = [
+        ("log-probabilities", &want.logprobs, &got.logprobs, values),
+        ("entropies", &want.entropy, &got.entropy, values),
+        ("exact KL", &want.kl, &got.kl, 10.0 * values),
+        ("values", &want.values, &got.values, values),
+        ("gradients of a policy", &want.policy_gradients, &got.policy_gradients, gradients),
+        ("gradients of a value model", &want.value_gradients, &got.value_gradients, gradients),
+    ];
+    let mut checks: Vec<Check> = all
+        .map(|(what, want, got, limit)| Check::of(&format!("{what} in {name}"), limit, || Ok(apart(want, got))))
+        .into();
+    if compute == ComputeDtype::F32 {
+        let same = if want.response == got.response { 0.0 } else { 1.0 };
+        checks.push(Check::of("a greedy response in f32", 0.0, || Ok(same)));
+    }
+    if let Some(last) = checks.last_mut() {
+        last.seconds = seconds;
+    }
+    Ok(checks)
+}
+
+/// A fresh adapter whose second factors are not zero.
+fn perturbed(model: &Model, seed: u64) -> Result<Adapter> {
+    let fresh = model.fresh_adapter(&Lora::default(), seed)?;
+    let mut rng = SplitMix64::new(seed);
+    let mut trainable = fresh.to_trainable();
+    let moved = trainable.parameters()?.into_iter().map(|tensor| {
+        let dims = tensor.dims().to_vec();
+        let values: Vec<f32> =
+            cpu::view(&tensor.contiguous()?)?.iter().map(|v| v + 0.02 * (rng.uniform() as f32 - 0.5)).collect();
+        candle_core::Tensor::from_vec(values, dims, &candle_core::Device::Cpu).context("moving a tensor")
+    });
+    let moved = moved.collect::<Result<Vec<_>>>()?;
+    trainable.replace(moved)?;
+    Ok(trainable.snapshot())
+}
+
+/// Square products in each type that the device has, TFLOP/s.
+fn speeds(device: &Device, choice: DeviceChoice) -> Result<Vec<(&'static str, f64)>> {
+    let n = if matches!(choice, DeviceChoice::Cuda(_)) { 4096 } else { 256 };
+    let mut all = vec![];
+    for element in [Element::F32, Element::Bf16, Element::F16].into_iter().filter(|&e| device.supports(e)) {
+        let [x, w] = [device.zeros(element, n, n)?, device.zeros(element, n, n)?];
+        let y = device.matrix(Element::F32, n, n)?;
+        let multiply = || {
+            device.gemm(Gemm {
+                m: n,
+                n,
+                k: n,
+                batch: 1,
+                x: x.whole(),
+                x_transposed: false,
+                w: w.whole(),
+                w_transposed: true,
+                y: y.whole(),
+                alpha: 1.0,
+                beta: 0.0,
+            })
+        };
+        multiply()?;
+        device.synchronize()?;
+        let (began, times) = (Instant::now(), 10);
+        for _ in 0..times {
+            multiply()?;
+        }
+        device.synchronize()?;
+        let seconds = began.elapsed().as_secs_f64() / f64::from(times);
+        all.push((element.name(), 2.0 * (n as f64).powi(3) / seconds / 1e12));
+    }
+    Ok(all)
+}
