@@ -1,6 +1,6 @@
 //! The machine that computes nothing: memory planning is the real pass, run on this machine. `Device` counts; here,
-//! addresses are numbers without memory behind them, kernels and products do nothing, and downloads are zeros. Needs no
-//! compiler and no driver. Read emulated/mod.rs next.
+//! addresses are numbers without memory behind them, kernels and products do nothing, and downloads are zeros. It does
+//! not depend on a compiler or a driver. Read `emulated/mod.rs` beside it next.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::sync::atomic::{AtomicU64, Ordering};

@@ -1,6 +1,6 @@
 //! The texts of all kernels: the prelude, then every operation's `gpu.cu`. The emulated machine compiles one text; for a
 //! card they are compiled in parts, several at a time, because NVRTC takes most of a minute for all of them on one core.
-//! It does not depend on any machine. Read prelude.cu next: it says how a kernel is written.
+//! It does not depend on any machine. Read prelude.cu next, which states how a kernel is written.
 
 use std::fmt::Write;
 use std::sync::OnceLock;

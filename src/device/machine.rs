@@ -1,7 +1,7 @@
 //! What a pass needs of a machine, in bytes and addresses: memory, copies, kernels, the matrix product. A trait and not
 //! an enum, because each machine can then be read alone and tests can hand in one of their own. The trait is untyped
 //! and unchecked on purpose: types, lengths, limits and the ledger are the business of `Device`, once for all machines,
-//! so that no machine can be laxer than another. Depends on nothing of this crate. Read mod.rs next.
+//! so that no machine can be laxer than another. It does not depend on the rest of the crate. Read `mod.rs` beside it next.
 
 use std::ffi::c_void;
 use std::fmt;

@@ -1,5 +1,5 @@
 //! `Matrix`: memory of a device with a shape and a type, shared by its clones and views and given back with the last of
-//! them. It does not depend on kernels. Read prelude.cu next, or machine.rs for what stands below.
+//! them. It does not depend on kernels. Read `machine.rs` beside it next.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -22,11 +22,6 @@ impl Ptr {
     pub fn aligned(self, what: &str, bytes: u64) -> Result<Self> {
         ensure!(self.0.is_multiple_of(bytes), "{what}: its address is no multiple of {bytes} bytes");
         Ok(self)
-    }
-
-    /// Is it a multiple of so many bytes?
-    pub fn is_aligned(self, bytes: u64) -> bool {
-        self.0.is_multiple_of(bytes)
     }
 }
 

@@ -1,6 +1,6 @@
 //! The GPU path's device layer: `Device`, the checked face of a machine, and `Matrix`, the one handle for its memory.
 //! Three machines stand behind it: `cuda` is a card, `emulated` runs the card's kernels on the CPU and checks them, and
-//! `dry` only counts memory. It does not depend on operations or on the model. Read matrix.rs next, then machine.rs.
+//! `dry` only counts memory. It does not depend on operations or models. Read `matrix.rs` beside it next, then `machine.rs`.
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -1,4 +1,5 @@
-//! Memory of the host that a machine copies from and to at full speed. It does not depend on shapes. Read matrix.rs next.
+//! Memory of the host that a machine copies from and to at full speed. It does not depend on matrices. Read
+//! `matrix.rs` beside it next.
 
 use std::ops::{Deref, DerefMut};
 

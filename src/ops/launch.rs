@@ -1,5 +1,5 @@
-//! Grids, sizes and checks that the launches of all operations share. It does not depend on any operation. Read
-//! `norm/gpu.rs` next.
+//! What every operation's launches check and count in the same way. It does not depend on operations. Read
+//! `norm/gpu.rs` for a first use.
 
 use anyhow::{Context, Result, ensure};
 

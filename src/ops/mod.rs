@@ -1,6 +1,6 @@
 //! The operations: one folder per operation. Its `mod.rs` has formula, types, checks and the one dispatch per direction;
-//! its module `cpu` (for example `linear/cpu.rs`) has the CPU implementation, its module `gpu` (for example
-//! `linear/gpu.rs`) that of a device. Operations depend on tensors and stored weights; they do not depend on layers, adapters or configuration.
+//! its module `cpu` (for example `linear/cpu.rs`) has the CPU implementation, and `gpu` with `gpu.cu` has that of a device.
+//! Operations depend on tensors and stored weights; they do not depend on layers, adapters or configuration.
 //!
 //! Read `weight.rs` (frozen matrices), `linear/mod.rs` (with LoRA and DoRA), `embedding/mod.rs`, then `norm`, `rope`,
 //! `columns`, `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows`, `score`, `sample`.

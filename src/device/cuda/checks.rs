@@ -1,5 +1,6 @@
 //! Decides before anything else whether a card can be used, and explains why not. What it asks of the driver is a
-//! trait, so that tests can play a machine without a driver, with an old one, or with other cards. Read nvrtc.rs next.
+//! trait, so that tests can play a machine without a driver, with an old one, or with other cards. It does
+//! not depend on the other files of the device layer. Read `nvrtc.rs` beside it next.
 
 use anyhow::{Context, Result, bail, ensure};
 use cudarc::driver::{result, sys};

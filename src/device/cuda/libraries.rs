@@ -1,5 +1,5 @@
-//! Finds the driver, NVRTC and cuBLAS at run time, in a toolkit or in pip's and conda's packages, and says what is
-//! missing and how to install it. It does not depend on the card. Read checks.rs next.
+//! Finds the driver, NVRTC and cuBLAS at run time, in a toolkit or in pip's and conda's packages, and reports what is
+//! missing and how to install it. It does not depend on a card. Read `checks.rs` beside it next.
 //!
 //! cudarc opens each library by name at the first call ("libcublas.so", "libcublas.so.13", and so on) and panics if no
 //! name leads to one. The system's loader answers such a name with a library that is loaded already under it, wherever

@@ -1,6 +1,6 @@
 //! Compiles the kernels' text for one architecture and keeps the result on disk. Machine code is preferred, because
-//! loading PTX makes the driver compile for seconds; PTX serves cards that are newer than the compiler. Needs NVRTC to
-//! be open (libraries.rs) and no card. Read mod.rs next.
+//! loading PTX makes the driver compile for seconds; PTX serves cards that are newer than the compiler. NVRTC
+//! must be open (`libraries.rs`). It does not depend on a card. Read `mod.rs` beside it next.
 
 use std::ffi::CString;
 use std::fs;

@@ -1,6 +1,6 @@
 //! Uploads through pinned memory of our own. The driver copies pageable memory at a fraction of the link's speed and
 //! makes the host wait for earlier work; from here it copies at full speed, and an upload returns as soon as its bytes
-//! are in a buffer. Knows only the driver. Read mod.rs for who calls it.
+//! are in a buffer. It does not depend on matrices or kernels. Read `mod.rs` beside it for its use.
 
 use std::collections::BTreeMap;
 

@@ -1,6 +1,6 @@
 //! Compiles the kernels' text as C++ into a shared library and loads it. The library is kept on disk under a name that
-//! depends on the text, the flags and the compiler, so that a text is compiled once. Needs a C++ compiler and no part
-//! of the C++ library. Read host.cpp next.
+//! depends on the text, the flags and the compiler, so that a text is compiled once. It needs a C++ compiler and no
+//! part of the C++ library. It does not depend on CUDA. Read `pool.rs` beside it, then host.cpp.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, OsString, c_char, c_void};

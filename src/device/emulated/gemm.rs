@@ -1,5 +1,6 @@
 //! The emulated machine's matrix products: operands become panels of f32, sums are f32 in the order of k, and the
-//! result is rounded once to the type of y. It does not depend on kernels. Read pool.rs for how the work is shared.
+//! result is rounded once to the type of y. It does not depend on kernels. Read `pool.rs` beside it for
+//! how the work is shared.
 
 use half::{bf16, f16};
 

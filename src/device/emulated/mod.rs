@@ -2,7 +2,7 @@
 //! run time (compile.rs) and run block by block on all cores (host.cpp, pool.rs). What a card would do silently is an
 //! error: writing past a buffer, a barrier that some threads never reach, an index outside of an array, an address that
 //! is not aligned, arguments of another size. Fresh memory holds NaN. Tests can make any allocation, launch or copy
-//! fail. Needs no CUDA. Read host.h next.
+//! fail. It does not depend on CUDA. Read `compile.rs` beside it next, then host.h.
 //!
 //! Each buffer lies between two guards of 256 bytes. After a launch, the buffers whose addresses are among its
 //! arguments are looked at; those of a product, an upload or a download too. All buffers are looked at after every 64th

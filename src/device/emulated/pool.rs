@@ -1,5 +1,5 @@
 //! Threads of this process that share the emulated machine's work. They live as long as the process, because each keeps
-//! the stacks on which it runs kernels. It does not depend on kernels. Read compile.rs next.
+//! the stacks on which it runs kernels. It does not depend on kernels. Read `compile.rs` beside it next.
 
 use std::num::NonZero;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};

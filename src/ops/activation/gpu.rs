@@ -1,5 +1,5 @@
 //! An MLP's activation on a device, gated and plain, forward and backward. Formulas are in mod.rs, kernels in gpu.cu.
-//! Kept for the backward pass: the inputs. It does not depend on layer. Read attention/gpu.rs next.
+//! Saved for the backward pass: the inputs. It does not depend on layers. Read `attention/gpu.rs` next.
 
 use anyhow::Result;
 

@@ -1,7 +1,8 @@
 //! The KV cache on a device, and attention of one new query per sequence over it. Kernels are in gpu.cu.
 //!
 //! A cache has slots of equal capacity. Which slots live and how long their sequences are is an argument of every step,
-//! so that a finished sequence leaves without moving memory. Read model's generation for the use.
+//! so that a finished sequence leaves without moving memory. It does not depend on layers. Read `kv_cache.rs`
+//! beside it for the use.
 
 use std::ops::Range;
 

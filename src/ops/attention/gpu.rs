@@ -2,8 +2,8 @@
 //!
 //! Scores exist for a panel at a time: some queries of every head of a few sequences of one length. A panel is
 //! multiplied by `Device::gemm`, whose strides pick heads out of rows, so that nothing is copied and heads of a group
-//! read the same keys. Probabilities are computed again in the backward pass. Read device_cache.rs next: one query per
-//! sequence.
+//! read the same keys. Probabilities are computed again in the backward pass. It does not depend on layers.
+//! Read `device_cache.rs` beside it next: one query per sequence.
 
 use std::ops::Range;
 

@@ -1,5 +1,5 @@
 //! Cuts, sums and scales of matrices on a device: fused projections, the residual path, biases, casts, and what DoRA
-//! needs of columns. Kernels are in gpu.cu. It does not depend on layer. Read activation/gpu.rs next.
+//! needs of columns. Kernels are in gpu.cu. It does not depend on layers. Read `activation/gpu.rs` next.
 
 use anyhow::{Result, ensure};
 

@@ -1,6 +1,6 @@
 //! The embedding on a device, straight from the stored table, and its low-rank branch as PEFT has it on `nn.Embedding`.
-//! Depends on ../storage, ../rows and ../linear. Read gpu.cu next for the kernel, or ../linear/gpu_low_rank.rs for the
-//! branch: a lookup is the product with one-hot rows.
+//! It does not depend on layers. Read gpu.cu for the kernel, and `linear/gpu_low_rank.rs` for the branch: a lookup is the
+//! product with one-hot rows.
 //!
 //! x_i = W\[t_i\] + z_i B^T with z_i = s A\[:, t_i\], A (r, V) and B (D, r). With DoRA that sum is u_i, and
 //! x = (m / norm) u over the D numbers of a row, with the norms of the columns of W + s (B A)^T. Saved for the

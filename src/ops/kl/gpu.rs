@@ -1,6 +1,6 @@
 //! The exact KL divergence on a device, from strips of two products with the output table, and the gradient of a strip
-//! by the first. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on actor and no reference. Read logprobs/gpu.rs
-//! first.
+//! by the first. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on roles (actor, reference). Read
+//! `logprobs/gpu.rs` first.
 
 use anyhow::{Result, ensure};
 

@@ -1,6 +1,6 @@
 //! A group of frozen linear maps with their low-rank branches on a device. Maps that read one input (q, k, v; gate, up)
-//! go together. Read gpu_low_rank.rs
-//! for the branches, gpu_strips.rs for how weights become operands, and gpu_gemv.rs for products of few rows.
+//! go together. It does not depend on names of layers. Read `gpu_low_rank.rs` beside it for the branches, `gpu_strips.rs` for
+//! how weights become operands, and `gpu_gemv.rs` for products of few rows.
 //!
 //! y_p = x W_p^T + s_p (x A_p^T) B_p^T + bias_p + residual. Saved for the backward: z = s x A^T of all maps. With DoRA,
 //! the two products together, u, are saved as well, and y_p = (m / norm) u + bias_p + residual.

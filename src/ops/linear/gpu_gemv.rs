@@ -1,6 +1,6 @@
 //! gemv on a device: the product of few rows with a stored weight, for decoding. It reads each stored byte once,
-//! where dequantising and a gemm would write and read the numbers too. Depends on ../storage. Read gpu_gemv.cu
-//! next.
+//! where dequantising and a gemm would write and read the numbers too. It does not depend on
+//! layers. Read gpu_gemv.cu next.
 
 use anyhow::{Result, ensure};
 

@@ -1,6 +1,6 @@
 //! The low-rank branch of one frozen matrix on a device: LoRA's factors, and with DoRA the magnitudes and the row norms
-//! that they are divided by. Read gpu.rs
-//! next for the use in linear maps, or ../embedding/gpu.rs for the use on a token table.
+//! that they are divided by. It does not depend on names of layers. Read `gpu.rs` beside it for the use in linear layers,
+//! or `embedding/gpu.rs` for the use on an embedding matrix.
 
 use std::sync::OnceLock;
 

@@ -1,6 +1,6 @@
 //! A stored weight as the operand of matrix products: its own numbers where they have the right type, and otherwise
-//! strips of dequantised rows in a scratch matrix of bounded size. Read
-//! gpu.rs next.
+//! strips of dequantised rows in a scratch matrix of bounded size. It does not depend on layers.
+//! Read `gpu.rs` beside it next.
 
 use std::ops::Range;
 

@@ -1,6 +1,6 @@
 //! Log-probabilities, entropy and the most likely token on a device, from strips of products h W^T, and the gradient of
-//! a strip. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on the lm_head: the caller multiplies strip after strip, twice
-//! where a gradient is wanted. Read kl/gpu.rs next.
+//! a strip. Formulas are in mod.rs, kernels in gpu.cu. The caller multiplies strip after strip, twice where a gradient
+//! is wanted. It does not depend on weights. Read `gpu_head.rs` beside it next.
 
 use anyhow::{Result, ensure};
 

@@ -1,5 +1,5 @@
-//! RMS norm and layer norm on a device. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on layer. Read rope/gpu.rs
-//! next.
+//! RMS norm and layer norm on a device. Formulas are in mod.rs, kernels in gpu.cu. It does not depend on layers.
+//! Read `rope/gpu.rs` next.
 
 use anyhow::{Result, ensure};
 

@@ -1,5 +1,6 @@
 //! Rotary positions on a device: tables of cos and sin, and the rotation both ways. Formulas are in mod.rs, the kernel
-//! is in gpu.cu. Keeps nothing for the backward pass, which is the transposed rotation. Read attention/gpu.rs next.
+//! is in gpu.cu. Nothing is saved for the backward pass, which is the transposed rotation. It does not depend on layers.
+//! Read `attention/gpu.rs` next.
 
 use anyhow::{Result, ensure};
 
@@ -43,7 +44,7 @@ impl DeviceRopeTable {
     pub fn new(device: &Device, cos: &[f32], sin: &[f32], half: usize, head: usize) -> Result<Self> {
         let whole = half > 0 && cos.len() == sin.len() && cos.len().is_multiple_of(half);
         ensure!(whole, "rope: tables of {} and {} numbers for {half} frequencies", cos.len(), sin.len());
-        ensure!(2 * half <= head, "rope: {half} frequencies direction {} numbers of a head of {head}", 2 * half);
+        ensure!(2 * half <= head, "rope: {half} frequencies rotate {} numbers of a head of {head}", 2 * half);
         let table = |values: &[f32]| device.upload_f32(values, values.len() / half, half);
         Ok(Self { cos: table(cos)?, sin: table(sin)?, head })
     }

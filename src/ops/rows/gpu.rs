@@ -1,6 +1,6 @@
 //! Rows of a matrix picked by number on a device, the transpose of that, and the value head. Kernels are in gpu.cu.
-//! Sums have one order, so that results are the same bits every time. It does not depend on model. Read columns/gpu.rs for sums over
-//! rows.
+//! Sums have one order, so that results are the same bits every time. It does not depend on models.
+//! Read `columns/gpu.rs` for sums over rows.
 
 use anyhow::{Result, ensure};
 

@@ -1,6 +1,6 @@
 //! Frozen weights on a device: `DeviceWeight` keeps a matrix as its stored bytes and dequantises rows of it.
-//! It does not depend on file formats: the caller supplies the bytes of each
-//! row. Read gpu.cu next for the kernels, then ../linear/gpu_gemv.rs for products straight from the stored bytes.
+//! It does not depend on file formats: the caller supplies the bytes of each row. Read gpu.cu for the kernels, then
+//! `linear/gpu_gemv.rs` for products straight from the stored bytes.
 
 use std::ops::Range;
 
