@@ -112,10 +112,10 @@ fn sft_pieces(example: &SftExample) -> Pieces<'_> {
 
 /// Every response after the prompt; the prefix that it shares with the best one (for the best, with the next) is not marked.
 fn ranked_pieces(example: &RankedExample) -> Pieces<'_> {
-    let answers = example.responses.iter().enumerate();
-    let pieces = answers.map(|(number, answer)| {
+    let responses = example.responses.iter().enumerate();
+    let pieces = responses.map(|(number, response)| {
         let shared = example.divergence(number, if number == 0 { 1 } else { 0 }) - example.prompt.len();
-        let (same, own) = answer.split_at(shared.min(answer.len()));
+        let (same, own) = response.split_at(shared.min(response.len()));
         vec![(&example.prompt[..], false), (same, false), (own, true)]
     });
     pieces.collect()
@@ -257,7 +257,7 @@ fn text<T: Objective>(
     let (open, close, quiet) = if colour { ("\x1b[32m", "\x1b[0m", "\x1b[2m") } else { ("⟦", "⟧", "") };
     let meaning = match stage {
         "sft" => "the loss is on",
-        "reward" => "the answers differ in",
+        "reward" => "the responses differ in",
         _ => "",
     };
     for (number, sequences) in samples.iter().enumerate() {
@@ -267,7 +267,7 @@ fn text<T: Objective>(
         }
         for (rank, pieces) in sequences.iter().enumerate() {
             if sequences.len() > 1 {
-                let _ = writeln!(out, "── answer {}{} ──", rank + 1, if rank == 0 { ", the best" } else { "" });
+                let _ = writeln!(out, "── response {}{} ──", rank + 1, if rank == 0 { ", the best" } else { "" });
             }
             for piece in pieces {
                 let (before, after) = match piece.learnt {
@@ -310,7 +310,7 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_marked_from_where_they_differ() {
+    fn responses_are_marked_from_where_they_differ() {
         let example = RankedExample { prompt: vec![1, 2], responses: vec![vec![5, 6], vec![5, 7, 8]] };
         let marked: Vec<_> = ranked_pieces(&example).into_iter().map(|mut pieces| pieces.remove(2)).collect();
         assert_eq!(marked, [(&[6u32][..], true), (&[7, 8][..], true)]);

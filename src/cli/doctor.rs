@@ -2,9 +2,12 @@
 //! CPU computes. Read `device/select.rs` for the choice of a device.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::{Context, Result};
+use candle_core::Tensor;
+use candle_core::quantized::{GgmlDType, QTensor};
 use clap::Args;
 use serde_json::{Value, json};
 
@@ -19,7 +22,7 @@ use crate::model::block::Recompute;
 use crate::model::generate::{SamplingParams, generate};
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::ops::cpu;
-use crate::ops::weight::{StorageDType, Weight};
+use crate::ops::weight::{Bytes, StorageDType, Weight};
 use crate::quickstart::run::embedded;
 use crate::report::number;
 use crate::rng::SplitMix64;
@@ -178,32 +181,28 @@ fn storage(device: &Device) -> Vec<Check> {
     let (rows, cols) = (37, 512);
     let mut rng = SplitMix64::new(1);
     let values: Vec<f32> = (0..rows * cols).map(|_| rng.uniform() as f32 - 0.5).collect();
-    let types = [
-        StorageDType::F32,
-        StorageDType::F16,
-        StorageDType::BF16,
-        StorageDType::Q4_0,
-        StorageDType::Q4_1,
-        StorageDType::Q5_0,
-        StorageDType::Q5_1,
-        StorageDType::Q8_0,
-        StorageDType::Q2K,
-        StorageDType::Q3K,
-        StorageDType::Q4K,
-        StorageDType::Q5K,
-        StorageDType::Q6K,
-        StorageDType::NF4,
-    ];
-    let stored = |dtype: StorageDType| Weight::from_f32(&values, rows, cols)?.quantised(dtype);
-    let made = types.into_iter().filter_map(|dtype| stored(dtype).ok().map(|weight| (dtype, weight)));
-    made.map(|(dtype, weight)| {
+    let check = |dtype: StorageDType| {
         Check::of(&format!("unpacking {}", dtype.name()), 0.0, || {
+            let weight = stored(&values, rows, cols, dtype)?;
             let out = device.matrix(Element::F32, rows, cols)?;
             weight.on(device)?.dequantise(0..rows, &out)?;
             Ok(apart(&weight.to_f32(), &out.to_f32()?))
         })
-    })
-    .collect()
+    };
+    StorageDType::ALL.into_iter().map(check).collect()
+}
+
+/// A matrix in a storage type. Types that are read and never written are encoded by candle.
+fn stored(values: &[f32], rows: usize, cols: usize, dtype: StorageDType) -> Result<Weight> {
+    let ggml = match dtype {
+        StorageDType::Q2K => GgmlDType::Q2K,
+        StorageDType::Q3K => GgmlDType::Q3K,
+        StorageDType::Q5K => GgmlDType::Q5K,
+        written => return Weight::from_f32(values, rows, cols)?.quantised(written),
+    };
+    let tensor = Tensor::from_slice(values, (rows, cols), &candle_core::Device::Cpu)?;
+    let bytes = QTensor::quantize(&tensor, ggml)?.data()?.into_owned();
+    Weight::new(Bytes::new(Arc::new(bytes)), dtype, rows, cols)
 }
 
 /// What a network computes: log-probabilities and entropies, exact KL, values, gradients of both kinds of model, and a
@@ -312,7 +311,7 @@ fn perturbed(model: &Model, seed: u64) -> Result<Adapter> {
         let dims = tensor.dims().to_vec();
         let values: Vec<f32> =
             cpu::view(&tensor.contiguous()?)?.iter().map(|v| v + 0.02 * (rng.uniform() as f32 - 0.5)).collect();
-        candle_core::Tensor::from_vec(values, dims, &candle_core::Device::Cpu).context("moving a tensor")
+        Tensor::from_vec(values, dims, &candle_core::Device::Cpu).context("moving a tensor")
     });
     let moved = moved.collect::<Result<Vec<_>>>()?;
     trainable.replace(moved)?;

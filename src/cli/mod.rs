@@ -18,6 +18,7 @@ use serde_json::Value;
 
 use crate::config;
 use crate::config::{DeviceChoice, Stage};
+use crate::device::select::select;
 use crate::model_files::inspect;
 use crate::quickstart;
 use crate::run;
@@ -153,7 +154,10 @@ pub fn run() -> Result<()> {
         Command::Score(args) => probe::score(&args),
         Command::Logprobs(args) => probe::logprobs(&args),
         Command::Inspect { path, json } => {
-            let found = inspect::inspect(&path)?;
+            let mut found = inspect::inspect(&path)?;
+            let selected = select(DeviceChoice::Auto)?;
+            let why = selected.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+            found["device"] = format!("{}{why}", selected.name()).into();
             match json {
                 true => print_json(&found),
                 false => say(&inspect::render(&found)),

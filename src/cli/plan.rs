@@ -30,11 +30,13 @@ use crate::model::block::Recompute;
 use crate::model::config::DecoderConfig;
 use crate::model_files::FileContents;
 use crate::ops::weight::StorageDType;
+use crate::planner::arrangements::Arrangement;
+use crate::planner::changes::Change;
 use crate::planner::dry;
 use crate::planner::dry::OnDevice;
 use crate::planner::passes;
 use crate::planner::plan;
-use crate::planner::plan::{Arrangement, Budget, Plan};
+use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{StageShape, Work};
@@ -309,8 +311,8 @@ struct Shown<'s> {
     plan: &'s Plan,
     budget: Option<Budget>,
     fits: bool,
-    change: Option<(plan::Change, Plan)>,
-    choices: Vec<(plan::Change, Plan)>,
+    change: Option<(Change, Plan)>,
+    choices: Vec<(Change, Plan)>,
 }
 
 /// Bytes of each category, of all, and of what cannot be dropped, in JSON.
@@ -336,7 +338,7 @@ impl Shown<'_> {
     fn json(&self) -> Value {
         let (phase, peak) = self.plan.peak();
         let ran = self.plan.phases.iter().filter(|(_, bytes)| bytes.total() > 0);
-        let change = |(change, plan): &(plan::Change, Plan)| {
+        let change = |(change, plan): &(Change, Plan)| {
             let set: serde_json::Map<String, Value> =
                 change.set.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
             let devices: usize = plan.devices.iter().map(|device| device.peak().1).sum();

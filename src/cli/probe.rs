@@ -73,7 +73,7 @@ pub(super) fn score(args: &Score) -> Result<()> {
     } else {
         eprintln!("data: {report}");
         super::say(&format!(
-            "accuracy {:.3} over {} pairs; mean score of the best answers {:.3}, of the others {:.3}\n",
+            "accuracy {:.3} over {} pairs; mean score of the best responses {:.3}, of the others {:.3}\n",
             summary.accuracy, summary.pairs, summary.mean_chosen, summary.mean_rejected
         ))
     }

@@ -119,7 +119,7 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
     let raw = args.raw.then_some(args.prompt.as_str());
     let ids = encode(&model, &[Message::new("user", &args.prompt)], raw)?;
     let mut printer = Printer { stream: tokenizer.stream(), stop: tokenizer.eos_ids(), quiet: args.json };
-    let response = answer(&model, adapter.as_ref(), &ids, args.how.seed, &sampling, &mut printer)?;
+    let response = response(&model, adapter.as_ref(), &ids, args.how.seed, &sampling, &mut printer)?;
     if args.json {
         super::print_json(&json!({
             "text": tokenizer.decode(&response.tokens)?,
@@ -153,7 +153,7 @@ impl Printer<'_> {
     }
 }
 
-fn answer(
+fn response(
     model: &Model,
     adapter: Option<&Adapter>,
     ids: &[u32],
@@ -211,7 +211,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
         let ids = encode(&model, &history, args.raw.then_some(text))?;
         let mut printer = Printer { stream: tokenizer.stream(), stop: tokenizer.eos_ids(), quiet: false };
         let response =
-            answer(&model, adapter.as_ref(), &ids, args.how.seed.wrapping_add(turn), &sampling, &mut printer)?;
+            response(&model, adapter.as_ref(), &ids, args.how.seed.wrapping_add(turn), &sampling, &mut printer)?;
         printer.finish()?;
         history.push(Message::new("assistant", tokenizer.decode(&response.tokens)?.trim()));
     }

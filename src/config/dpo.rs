@@ -112,7 +112,7 @@ impl Kto {
         }
         if self.per_device_train_batch_size.saturating_mul(self.gradient_accumulation_steps) < 2 {
             return Err(invalid!(
-                "[kto] an optimizer step of one answer has no other answer to estimate its KL term from; raise \
+                "[kto] an optimizer step of one response has no other response to estimate its KL term from; raise \
                  per_device_train_batch_size or gradient_accumulation_steps"
             ));
         }

@@ -211,6 +211,11 @@ impl Config {
         }
     }
 
+    /// `checkpoint` of a stage's section; the default without one.
+    pub fn checkpoint(&self, stage: Stage) -> RecomputeSetting {
+        self.optimisation(stage).map(|keys| keys.checkpoint).unwrap_or_default()
+    }
+
     /// Sets `checkpoint` in a stage's section.
     pub fn set_checkpoint(&mut self, stage: Stage, checkpoint: RecomputeSetting) {
         match self.supervised_mut(stage) {

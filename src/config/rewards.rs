@@ -125,7 +125,7 @@ impl RewardPart {
             RewardKind::Http if !self.url.starts_with("http://") => needs("url = \"http://host:port/path\""),
             RewardKind::Regex if self.pattern.is_none() => needs("pattern = \"…\""),
             RewardKind::Length if self.max_tokens.is_some_and(|max| max < self.min_tokens) => Err(invalid!(
-                "[[ppo.reward]] max_tokens is less than min_tokens = {}; no answer would pass",
+                "[[ppo.reward]] max_tokens is less than min_tokens = {}; no response would pass",
                 self.min_tokens
             )),
             _ => Ok(()),

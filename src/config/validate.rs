@@ -210,7 +210,7 @@ fn data(section: &Data) -> Result<()> {
     }
     if section.max_length < 2 {
         return Err(invalid!(
-            "[data] max_length = {} leaves no room for a prompt token and an answer token; use 2 or more, usually 512",
+            "[data] max_length = {} leaves no room for a prompt token and a response token; use 2 or more, usually 512",
             section.max_length
         ));
     }
@@ -307,8 +307,8 @@ fn ppo(section: &Ppo) -> Result<()> {
     check.within("length_penalty", section.length_penalty, |_| true, "a number")?;
     ppo_together(section)?;
     section.ptx.as_ref().map_or(Ok(()), Ptx::check)?;
-    check.positive("target", section.target, "6 nats an answer")?;
-    check.positive("horizon", section.horizon, "10000 answers")?;
+    check.positive("target", section.target, "6 nats a response")?;
+    check.positive("horizon", section.horizon, "10000 responses")?;
     if section.use_score_norm && !section.use_score_scaling {
         return Err(invalid!("[ppo] use_score_norm = true works with use_score_scaling = true only; set both"));
     }
@@ -327,7 +327,7 @@ fn ppo(section: &Ppo) -> Result<()> {
 fn ppo_together(section: &Ppo) -> Result<()> {
     if section.temperature == 0.0 && section.num_generations > 1 {
         return Err(invalid!(
-            "[ppo] temperature = 0 gives a prompt the same answer num_generations = {} times; use 0.7 to 1.0",
+            "[ppo] temperature = 0 gives a prompt the same response num_generations = {} times; use 0.7 to 1.0",
             section.num_generations
         ));
     }
@@ -335,7 +335,7 @@ fn ppo_together(section: &Ppo) -> Result<()> {
         && (section.num_generations > 1 || section.advantage_estimator != AdvantageEstimator::Gae)
     {
         return Err(invalid!(
-            "[ppo] compat = \"dschat\" drops answers and has no other advantages than gae with num_generations = 1; remove \
+            "[ppo] compat = \"dschat\" drops responses and has no other advantages than gae with num_generations = 1; remove \
              compat, or these keys"
         ));
     }
@@ -347,7 +347,7 @@ fn ppo_together(section: &Ppo) -> Result<()> {
     let estimator = section.advantage_estimator;
     if estimator.has_groups() && section.num_generations < 2 {
         return Err(invalid!(
-            "[ppo] num_generations = {} leaves nothing to compare an answer with; rloo and grpo need 2 or more",
+            "[ppo] num_generations = {} leaves nothing to compare a response with; rloo and grpo need 2 or more",
             section.num_generations
         ));
     }

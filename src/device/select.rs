@@ -138,7 +138,11 @@ fn automatic(open: impl FnOnce() -> Result<Device>) -> Selected {
     }
 }
 
-fn by_name(choice: DeviceChoice, open: impl FnOnce() -> Result<Device>) -> Result<Selected> {
+/// The machine that `open` opens for a choice by name.
+///
+/// # Errors
+/// If it cannot be opened: one line with the reason, what to do, and exit code 2.
+pub fn by_name(choice: DeviceChoice, open: impl FnOnce() -> Result<Device>) -> Result<Selected> {
     match open() {
         Ok(device) => Ok(Selected { choice, device: Some(device), reason: None }),
         Err(error) => {

@@ -7,8 +7,8 @@ use std::borrow::Cow;
 
 use anyhow::{Context, Result};
 
-use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use super::loss::{KtoLoss, mismatched_kl};
+use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use crate::config::{Kto, Supervised};
 use crate::data::examples::batch_sampler::BatchSampler;
 use crate::data::examples::objectives::UnpairedExample;
@@ -54,7 +54,9 @@ pub fn train(
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.len() < 2 {
-        return Err(invalid!("[kto] needs two records or more to train on: the KL term puts one's answer to another"));
+        return Err(invalid!(
+            "[kto] needs two records or more to train on: the KL term puts one's response to another"
+        ));
     }
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
     let Setup { base, start, recompute, .. } = setup;
@@ -65,7 +67,7 @@ pub fn train(
     let good = examples.iter().filter(|e| e.desirable).count();
     session.report.stage("kto", training.steps());
     session.report.note(&format!(
-        "kto: {good} good and {} bad answers, {} held out",
+        "kto: {good} good and {} bad responses, {} held out",
         examples.len() - good,
         held_out.len()
     ));
@@ -186,7 +188,7 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
 }
 
 fn sequences<'e>(examples: &[&'e UnpairedExample]) -> Vec<Sequence<'e>> {
-    examples.iter().map(|e| Sequence { prompt: &e.prompt, answer: &e.response }).collect()
+    examples.iter().map(|e| Sequence { prompt: &e.prompt, response: &e.response }).collect()
 }
 
 /// Computes the loss from responses under a policy and under the reference.
@@ -209,11 +211,11 @@ impl Judge<'_> {
     /// The KL term of `examples`: each prompt with the response of the example in front of it; before the first,
     /// `before`.
     fn kl(&self, policy: Policy<'_>, examples: &[&UnpairedExample], before: &UnpairedExample) -> Result<f64> {
-        let answers = std::iter::once(before).chain(examples.iter().copied());
+        let responses = std::iter::once(before).chain(examples.iter().copied());
         let mixed: Vec<Sequence<'_>> = examples
             .iter()
-            .zip(answers)
-            .map(|(e, other)| Sequence { prompt: &e.prompt, answer: &other.response })
+            .zip(responses)
+            .map(|(e, other)| Sequence { prompt: &e.prompt, response: &other.response })
             .collect();
         let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
         Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
@@ -233,7 +235,7 @@ impl Judge<'_> {
         for ((example, logp), reference) in examples.iter().zip(logps).zip(references) {
             let (loss, slope) = self.loss.of(logp - reference, example.desirable, kl)?;
             tally.loss += weight * loss;
-            tally.answer(example.desirable, self.loss.beta * (logp - reference), *logp);
+            tally.response(example.desirable, self.loss.beta * (logp - reference), *logp);
             by_sum.push(weight * slope);
         }
         Ok(by_sum)

@@ -8,7 +8,7 @@ use crate::diverged;
 
 /// One response under the policy and under the reference.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Answer {
+pub struct Response {
     /// Sum of its tokens' log-probabilities, nats.
     pub logp: f64,
     /// The same under the reference.
@@ -17,7 +17,7 @@ pub struct Answer {
     pub tokens: usize,
 }
 
-impl Answer {
+impl Response {
     /// log of the policy's probability over the reference's.
     pub fn log_ratio(&self) -> f64 {
         self.logp - self.reference
@@ -60,8 +60,8 @@ impl PairLoss {
     ///
     /// # Errors
     /// If a response has no token, or the loss is not finite.
-    pub fn of(self, beta: f64, chosen: Answer, rejected: Answer) -> Result<PairGradient> {
-        ensure!(chosen.tokens > 0 && rejected.tokens > 0, "an answer of a pair has no token");
+    pub fn of(self, beta: f64, chosen: Response, rejected: Response) -> Result<PairGradient> {
+        ensure!(chosen.tokens > 0 && rejected.tokens > 0, "a response of a pair has no token");
         let h = chosen.log_ratio() - rejected.log_ratio();
         let (right, wrong) = (sigmoid(beta * h), sigmoid(-beta * h));
         let pair = |loss: f64, by_h: f64| PairGradient { loss, chosen: by_h, rejected: -by_h };
@@ -148,9 +148,9 @@ mod tests {
         serde_json::from_str(include_str!("../../tests/golden/dpo.json")).unwrap()
     }
 
-    fn answer(v: &Value) -> Answer {
+    fn response(v: &Value) -> Response {
         let x = |key: &str| v[key].as_f64().unwrap();
-        Answer { logp: x("logp"), reference: x("reference"), tokens: v["tokens"].as_u64().unwrap() as usize }
+        Response { logp: x("logp"), reference: x("reference"), tokens: v["tokens"].as_u64().unwrap() as usize }
     }
 
     /// Both sides are f64; a derivative may be the difference of two numbers near 1.
@@ -174,7 +174,7 @@ mod tests {
                 other => panic!("{other}"),
             };
             let beta = case["beta"].as_f64().unwrap();
-            let got = loss.of(beta, answer(&case["chosen"]), answer(&case["rejected"])).unwrap();
+            let got = loss.of(beta, response(&case["chosen"]), response(&case["rejected"])).unwrap();
             near(got.loss, &case["loss"], name);
             near(got.chosen, &case["chosen_grad"], name);
             near(got.rejected, &case["rejected_grad"], name);
@@ -197,7 +197,7 @@ mod tests {
             let rows = case["answers"].as_array().unwrap();
             let mut mean = 0.0;
             for row in rows {
-                let got = loss.of(answer(row).log_ratio(), row["label"].as_bool().unwrap(), kl).unwrap();
+                let got = loss.of(response(row).log_ratio(), row["label"].as_bool().unwrap(), kl).unwrap();
                 mean += got.0 / rows.len() as f64;
                 near(got.1 / rows.len() as f64, &row["grad"], "grad");
             }
@@ -207,7 +207,7 @@ mod tests {
 
     #[test]
     fn losses_are_log_2_at_the_reference_and_far_ratios_stay_finite() {
-        let at = |logp: f64| Answer { logp, reference: -30.0, tokens: 7 };
+        let at = |logp: f64| Response { logp, reference: -30.0, tokens: 7 };
         let plain = PairLoss::Sigmoid { label_smoothing: 0.0 };
         assert_eq!(plain.of(0.1, at(-30.0), at(-30.0)).unwrap().loss, 2f64.ln());
         for far in [-1e5, 1e5] {
@@ -218,7 +218,7 @@ mod tests {
         for (loss, bad) in ratios.into_iter().flat_map(|l| [f64::NAN, f64::NEG_INFINITY].map(|bad| (l, bad))) {
             assert!(loss.of(0.1, at(bad), at(-30.0)).is_err() && loss.of(0.1, at(-30.0), at(bad)).is_err(), "{loss:?}");
         }
-        assert!(plain.of(0.1, Answer { tokens: 0, ..at(-30.0) }, at(-30.0)).is_err());
+        assert!(plain.of(0.1, Response { tokens: 0, ..at(-30.0) }, at(-30.0)).is_err());
     }
 
     #[test]

@@ -7,8 +7,8 @@ use std::borrow::Cow;
 
 use anyhow::{Result, ensure};
 
-use super::answers::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
-use super::loss::{Answer, PairLoss};
+use super::loss::{PairLoss, Response};
+use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use crate::config::{Dpo, DpoLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
 use crate::host::meter::{Phase, within};
@@ -166,7 +166,7 @@ fn loss_of(config: &Dpo) -> PairLoss {
 
 /// All responses of all comparisons, best first within one.
 fn sequences<'e>(examples: &[&'e RankedExample]) -> Vec<Sequence<'e>> {
-    let all = examples.iter().flat_map(|e| e.responses.iter().map(|answer| Sequence { prompt: &e.prompt, answer }));
+    let all = examples.iter().flat_map(|e| e.responses.iter().map(|response| Sequence { prompt: &e.prompt, response }));
     all.collect()
 }
 
@@ -198,21 +198,25 @@ impl Judge<'_> {
         let mut first = 0;
         for (example, references) in examples.iter().zip(references) {
             let k = example.responses.len();
-            ensure!(k >= 2 && references.len() == k, "{k} answers compared, {} under the reference", references.len());
-            let answer = |i: usize| Answer {
+            ensure!(
+                k >= 2 && references.len() == k,
+                "{k} responses compared, {} under the reference",
+                references.len()
+            );
+            let response = |i: usize| Response {
                 logp: logps[first + i],
                 reference: references[i],
                 tokens: example.responses[i].len(),
             };
             let share = weight / (k * (k - 1) / 2) as f64;
             for (better, worse) in (0..k).flat_map(|i| (i + 1..k).map(move |j| (i, j))) {
-                let (chosen, rejected) = (answer(better), answer(worse));
+                let (chosen, rejected) = (response(better), response(worse));
                 let found = self.loss.of(self.beta, chosen, rejected)?;
                 by_sum[first + better] += share * found.chosen;
                 by_sum[first + worse] += share * found.rejected;
                 tally.loss += share * found.loss;
-                tally.answer(true, self.beta * chosen.log_ratio(), chosen.logp);
-                tally.answer(false, self.beta * rejected.log_ratio(), rejected.logp);
+                tally.response(true, self.beta * chosen.log_ratio(), chosen.logp);
+                tally.response(false, self.beta * rejected.log_ratio(), rejected.logp);
                 tally.pair(chosen.log_ratio() > rejected.log_ratio());
             }
             first += k;

@@ -63,9 +63,9 @@ impl Sequences for SftExample {
 
 impl Sequences for RankedExample {
     fn put(&self, most: usize, pass: &mut Pass) {
-        for answer in &self.responses {
-            pass.lengths.push((self.prompt.len() + answer.len()).min(most));
-            pass.targets += answer.len().min(most - 1);
+        for response in &self.responses {
+            pass.lengths.push((self.prompt.len() + response.len()).min(most));
+            pass.targets += response.len().min(most - 1);
         }
     }
 }
@@ -155,7 +155,7 @@ pub fn reward(
     }))
 }
 
-/// The largest scoring pass over responses, as `dpo::answers` cuts them by tokens.
+/// The largest scoring pass over responses, as `dpo::responses` cuts them by tokens.
 fn scored(pass: &Pass) -> Pass {
     let chunks = chunks_by_tokens(&pass.lengths, dpo::SCORING_TOKENS);
     let tokens = |rows: &Vec<usize>| rows.iter().map(|&i| pass.lengths[i]).sum::<usize>();
@@ -300,10 +300,10 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
 pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work> {
     let data = config.data.clone().unwrap_or_default();
     let length = data.max_length.min(context).max(2);
-    let answer = vec![0u32; length - 1];
+    let response = vec![0u32; length - 1];
     let (some, held) = (64, 16);
-    let ranked = || RankedExample { prompt: vec![0], responses: vec![answer.clone(); 2] };
-    let judged = || UnpairedExample { prompt: vec![0], response: answer.clone(), desirable: true };
+    let ranked = || RankedExample { prompt: vec![0], responses: vec![response.clone(); 2] };
+    let judged = || UnpairedExample { prompt: vec![0], response: response.clone(), desirable: true };
     let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
     let keys = config.supervised(stage);
     let n = keys.map_or(some, |keys| some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps));

@@ -1,11 +1,11 @@
-//! A memory plan: what a stage takes in each phase, what a limit leaves, and the changes that would make it fit.
+//! A memory plan: what a stage takes in each phase, what a limit leaves, and the smallest change with which it fits.
 //!
 //! It does not depend on a tokenizer: a [`Shapes`] translates a config into the shapes of its tensors. Read
-//! `simulate/stages.rs` for the shapes, and `cli/plan.rs` for the table.
+//! `simulate/stages.rs` for the shapes, `changes.rs` for the changes, and `cli/plan.rs` for the table.
 
 use anyhow::Result;
 
-use crate::config::{Config, Quantize, RecomputeSetting, Stage};
+use crate::config::{Config, RecomputeSetting, Stage};
 use crate::data::examples::batch_sampler::BatchSize;
 use crate::data::examples::{Example, Examples};
 use crate::device::{Device, DeviceChoice};
@@ -15,6 +15,7 @@ use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::block::Recompute;
+use crate::planner::changes::{Change, changes, with_checkpoint};
 use crate::planner::dry;
 use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
@@ -125,35 +126,6 @@ impl Plan {
     }
 }
 
-/// A change of settings that needs less.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Change {
-    /// Keys and values, as `--set` takes them.
-    pub set: Vec<(String, String)>,
-    /// The cost of the change, in words.
-    pub costs: String,
-    /// The changed config.
-    pub config: Config,
-}
-
-impl Change {
-    /// `ppo.micro_batch_size=2 ppo.checkpoint="block"`.
-    pub fn text(&self) -> String {
-        self.set.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
-    }
-}
-
-/// The `checkpoint` key of a stage's section.
-pub fn asked(stage: Stage, config: &Config) -> RecomputeSetting {
-    config.optimisation(stage).map(|keys| keys.checkpoint).unwrap_or_default()
-}
-
-fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {
-    let mut config = config.clone();
-    config.set_checkpoint(stage, checkpoint);
-    config
-}
-
 /// The part of the room that is left free where there is a choice: the memory of the process beside its heap differs from run
 /// to run.
 const RESERVE: usize = 32;
@@ -166,7 +138,7 @@ const RESERVE: usize = 32;
 pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
     let job = shapes(config)?;
     let with = |checkpoint| Plan::of(StageShape { checkpoint, ..job.clone() });
-    match asked(stage, config) {
+    match config.checkpoint(stage) {
         RecomputeSetting::None => with(Recompute::Off),
         RecomputeSetting::Mlp => with(Recompute::Mlp),
         RecomputeSetting::Block => with(Recompute::Block),
@@ -271,7 +243,7 @@ pub fn smallest_change(
 /// # Errors
 /// Those of `shapes`.
 pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec<(Change, Plan)>> {
-    let auto = asked(stage, config) == RecomputeSetting::Auto;
+    let auto = config.checkpoint(stage) == RecomputeSetting::Auto;
     let kept = if auto { with_checkpoint(stage, config, RecomputeSetting::None) } else { config.clone() };
     let mut all = vec![];
     let mut least = plan(stage, &kept, None, shapes)?.size();
@@ -284,198 +256,6 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec
         }
     }
     Ok(all)
-}
-
-/// A key that can be made smaller, as a stage's section has it.
-struct Knob {
-    stage: Stage,
-    value: usize,
-    set: fn(Stage, &mut Config, usize) -> Vec<(String, String)>,
-}
-
-fn pair(key: &str, value: impl ToString) -> (String, String) {
-    (key.to_owned(), value.to_string())
-}
-
-/// The key that sets the size of a micro-batch.
-fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
-    let Some(keys) = config.supervised(stage) else {
-        let value = config.ppo().ok()?.micro_batch_size;
-        return Some(Knob { stage, value, set: set_micro_batch });
-    };
-    Some(match keys.max_tokens_per_batch {
-        Some(value) => Knob { stage, value, set: set_tokens },
-        None => Knob { stage, value: keys.per_device_train_batch_size, set: set_batch },
-    })
-}
-
-fn set_micro_batch(_: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
-    if let Some(ppo) = &mut config.ppo {
-        ppo.micro_batch_size = size;
-    }
-    vec![pair("ppo.micro_batch_size", size)]
-}
-
-fn set_tokens(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
-    if let Some(section) = config.supervised_mut(stage) {
-        section.set_tokens(size);
-    }
-    vec![pair(&format!("{}.max_tokens_per_batch", stage.name()), size)]
-}
-
-/// Sets the examples per micro-batch, with as many micro-batches per step as keep the step's examples.
-fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
-    let Some(section) = config.supervised_mut(stage) else { return vec![] };
-    let keys = section.supervised();
-    let accumulation = (keys.per_device_train_batch_size * keys.gradient_accumulation_steps).div_ceil(size);
-    section.set_batch(size, accumulation);
-    vec![
-        pair(&format!("{}.per_device_train_batch_size", stage.name()), size),
-        pair(&format!("{}.gradient_accumulation_steps", stage.name()), accumulation),
-    ]
-}
-
-/// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a
-/// forward or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
-fn changes(stage: Stage, config: &Config) -> Vec<Change> {
-    let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
-    let recomputes: &[Recomputed] = match asked(stage, config) {
-        RecomputeSetting::None => &RECOMPUTED,
-        RecomputeSetting::Mlp => &RECOMPUTED[1..],
-        RecomputeSetting::Block | RecomputeSetting::Auto => &[],
-    };
-    let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
-        format!("frozen weights are unpacked {times} times as often in updates")
-    });
-    if stage == Stage::Ppo {
-        cuts = halved(0.05, cuts, at_once(config), |times| format!("answers are sampled in {times} turns"));
-    }
-    let least = cuts.last().map(|(_, change)| change.clone());
-    let mut ladder: Vec<(f64, Change)> = vec![];
-    for (price, cut) in cuts {
-        if !cut.set.is_empty() {
-            ladder.push((price, cut.clone()));
-        }
-        for recomputed in recomputes {
-            ladder.push((recomputed.price + price, recomputing(stage, cut.clone(), recomputed)));
-        }
-    }
-    ladder.sort_by(|(a, _), (b, _)| a.total_cmp(b));
-    let least = least.map(|least| match recomputes.last() {
-        Some(recomputed) => recomputing(stage, least, recomputed),
-        None => least,
-    });
-    let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
-    // On top of the last of them: changes that affect more than time.
-    let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
-    for (quantize, name, costs) in [
-        (Quantize::Q8_0, "q8_0", "weights of a dense base are rounded to 8.5 bits"),
-        (Quantize::Q4K, "q4_k", "weights of a dense base are rounded to 4.5 bits"),
-    ] {
-        if config.base.quantize.is_none() || (config.base.quantize == Some(Quantize::Q8_0) && name == "q4_k") {
-            let mut change = last.clone();
-            change.config.base.quantize = Some(quantize);
-            change.set.push(pair("base.quantize", name));
-            change.costs = join(&change.costs, costs);
-            if let Some(other) = &mut change.config.reward_base {
-                other.quantize = Some(quantize);
-                change.set.push(pair("reward_base.quantize", name));
-            }
-            all.push(change);
-        }
-    }
-    if stage == Stage::Ppo {
-        for _ in 0..6 {
-            let Some(ppo) = &mut last.config.ppo else { break };
-            ppo.response_length = ppo.response_length.div_ceil(2);
-            let mut shorter = last.clone();
-            shorter.set.push(pair("ppo.response_length", shorter.config.ppo().map_or(0, |ppo| ppo.response_length)));
-            shorter.costs = join(&shorter.costs, "shorter answers");
-            all.push(shorter);
-        }
-        return all;
-    }
-    for _ in 0..6 {
-        let Some(data) = &mut last.config.data else { break };
-        data.max_length = data.max_length.div_ceil(2);
-        let mut shorter = last.clone();
-        shorter.set.push(pair("data.max_length", last.config.data.as_ref().map_or(0, |data| data.max_length)));
-        shorter.costs = join(&shorter.costs, "longer records are dropped or cut");
-        all.push(shorter);
-    }
-    all
-}
-
-/// Each of `from` with the knob at its value, half of it, a quarter, down to 1; `price` is what a halving costs.
-fn halved(
-    price: f64,
-    from: Vec<(f64, Change)>,
-    knob: Option<Knob>,
-    costs: impl Fn(u32) -> String,
-) -> Vec<(f64, Change)> {
-    let Some(knob) = knob else { return from };
-    let mut all = from.clone();
-    let (mut size, mut halvings) = (knob.value, 0);
-    while size > 1 && halvings < 24 {
-        (size, halvings) = (size.div_ceil(2), halvings + 1);
-        for (before, change) in &from {
-            let mut change = change.clone();
-            let set = (knob.set)(knob.stage, &mut change.config, size);
-            change.set.extend(set);
-            change.costs = join(&change.costs, &costs(1 << halvings));
-            all.push((before + price * f64::from(halvings), change));
-        }
-    }
-    all
-}
-
-/// The key that says how many prompts are answered at once.
-fn at_once(config: &Config) -> Option<Knob> {
-    Some(Knob {
-        value: config.ppo().ok()?.at_once(),
-        stage: Stage::Ppo,
-        set: |_, config, size| {
-            if let Some(ppo) = &mut config.ppo {
-                ppo.local_rollout_forward_batch_size = Some(size);
-            }
-            vec![pair("ppo.local_rollout_forward_batch_size", size)]
-        },
-    })
-}
-
-/// A way to save less between forward and backward.
-struct Recomputed {
-    checkpoint: RecomputeSetting,
-    name: &'static str,
-    costs: &'static str,
-    price: f64,
-}
-
-/// All, the cheapest first.
-const RECOMPUTED: [Recomputed; 2] = [
-    Recomputed {
-        checkpoint: RecomputeSetting::Mlp,
-        name: Recompute::Mlp.name(),
-        costs: "half a forward more in every update",
-        price: 0.2,
-    },
-    Recomputed {
-        checkpoint: RecomputeSetting::Block,
-        name: Recompute::Block.name(),
-        costs: "one more forward in every update",
-        price: 0.4,
-    },
-];
-
-fn recomputing(stage: Stage, change: Change, by: &Recomputed) -> Change {
-    let mut set = change.set;
-    set.push(pair(&format!("{}.checkpoint", stage.name()), by.name));
-    let costs = join(&change.costs, by.costs);
-    Change { set, costs, config: with_checkpoint(stage, &change.config, by.checkpoint) }
-}
-
-fn join(one: &str, other: &str) -> String {
-    if one.is_empty() { other.to_owned() } else { format!("{one}; {other}") }
 }
 
 /// `812 MiB`, `3.4 GiB`.
@@ -568,78 +348,4 @@ fn refusal(what: &str, change: Option<&(Change, Plan)>) -> anyhow::Error {
             invalid!("{what}; no smaller batch, shorter sequence or quantised base fits either: take a smaller model")
         }
     }
-}
-
-/// What the same training takes with other arrangements of the four roles' weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Arrangement {
-    /// Four networks, two of them trained in full.
-    FullModels,
-    /// An adapter for each of four bases.
-    FourBases,
-    /// A base for actor and reference, one for critic and reward model.
-    TwoBases,
-    /// One base for all.
-    OneBase,
-}
-
-impl Arrangement {
-    /// All, the largest first.
-    pub const ALL: [Self; 4] = [Self::FullModels, Self::FourBases, Self::TwoBases, Self::OneBase];
-
-    /// For tables and JSON.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::FullModels => "four full models",
-            Self::FourBases => "LoRA, four bases",
-            Self::TwoBases => "LoRA, two shared bases",
-            Self::OneBase => "LoRA, one shared base",
-        }
-    }
-
-    /// The plan's peak with this arrangement. Activations, caches and data are the plan's own; four full models have
-    /// their weights, gradients of actor and critic, and AdamW's means: all in f32 where the base is, else weights and
-    /// gradients in 2 bytes a number and means and a master copy in f32 (mixed precision).
-    pub fn peak(self, plan: &Plan) -> (Phase, Bytes) {
-        let all = plan.phases.map(|(phase, bytes)| (phase, self.bytes(plan, bytes)));
-        all.into_iter().max_by_key(|(_, bytes)| bytes.own()).unwrap_or_default()
-    }
-
-    fn bytes(self, plan: &Plan, mut bytes: Bytes) -> Bytes {
-        if bytes.total() == 0 {
-            return bytes;
-        }
-        let (roles, trained) = match &plan.job.work {
-            Work::Rollouts(_) => (4, 2),
-            Work::Supervised(_) => (1, 1),
-        };
-        let net = &plan.job.policy;
-        let copies = match self {
-            Self::FullModels => {
-                let weights = |net: &Network| net.parameters() * if is_f32(net) { 4 } else { 2 };
-                bytes.set(MemoryCategory::Mapped, 0);
-                bytes.set(MemoryCategory::Base, roles * weights(net));
-                bytes.set(MemoryCategory::Adapters, 0);
-                bytes.set(MemoryCategory::Gradients, trained * weights(net));
-                let means = if is_f32(net) { 8 } else { 12 };
-                bytes.set(MemoryCategory::Optimizer, trained * net.parameters() * means);
-                return bytes;
-            }
-            Self::FourBases => roles,
-            Self::TwoBases => roles.min(2),
-            Self::OneBase => 1,
-        };
-        // A second base that the config has is there already.
-        let have = if plan.job.scorer.is_some() { 2 } else { 1 };
-        let one = |class: MemoryCategory| bytes.of(class) / have;
-        let (base, mapped) = (one(MemoryCategory::Base), one(MemoryCategory::Mapped));
-        bytes.set(MemoryCategory::Base, copies * base);
-        bytes.set(MemoryCategory::Mapped, copies * mapped);
-        bytes
-    }
-}
-
-fn is_f32(net: &Network) -> bool {
-    use crate::ops::weight::StorageDType;
-    net.stored.first().is_some_and(|row| row[0] == StorageDType::F32)
 }

@@ -183,7 +183,11 @@ impl Outcome {
             let _ = writeln!(t, "  {name:<44} {before:>10} {after:>10}");
         };
         line("", "before".into(), "after".into());
-        line("SFT: perplexity on held-out answers", format!("{:.2}", self.sft_ppl.0), format!("{:.2}", self.sft_ppl.1));
+        line(
+            "SFT: perplexity on held-out responses",
+            format!("{:.2}", self.sft_ppl.0),
+            format!("{:.2}", self.sft_ppl.1),
+        );
         line("reward model: accuracy on held-out pairs", String::new(), percent(self.reward.accuracy));
         line(
             "PPO: gold score of held-out responses",

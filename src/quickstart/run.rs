@@ -268,7 +268,7 @@ impl Text<'_> {
         self.tokenizer.encode(text, SpecialTokens::None)
     }
 
-    fn answer(&self, text: &str) -> Result<Vec<u32>> {
+    fn response(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = self.encode(text)?;
         ids.push(self.eos);
         Ok(ids)
@@ -277,14 +277,14 @@ impl Text<'_> {
     fn sft(&self, row: &Row, response: &str) -> Result<SftExample> {
         let mut tokens = self.encode(&row.prompt)?;
         let prompt = tokens.len();
-        tokens.extend(self.answer(response)?);
+        tokens.extend(self.response(response)?);
         let loss_mask = (0..tokens.len()).map(|i| i >= prompt).collect();
         Ok(SftExample { tokens, loss_mask })
     }
 
-    fn ranked(&self, row: &Row, answers: [&String; 2]) -> Result<RankedExample> {
-        let answers = answers.into_iter().map(|a| self.answer(a)).collect::<Result<Vec<_>>>()?;
-        Ok(RankedExample { prompt: self.encode(&row.prompt)?, responses: answers })
+    fn ranked(&self, row: &Row, responses: [&String; 2]) -> Result<RankedExample> {
+        let responses = responses.into_iter().map(|a| self.response(a)).collect::<Result<Vec<_>>>()?;
+        Ok(RankedExample { prompt: self.encode(&row.prompt)?, responses })
     }
 }
 

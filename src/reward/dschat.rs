@@ -67,7 +67,7 @@ impl Padding {
                     example.responses.len()
                 ));
             };
-            let pair = [chosen, rejected].map(|answer| [&example.prompt[..], answer].concat());
+            let pair = [chosen, rejected].map(|response| [&example.prompt[..], response].concat());
             let of = [self.end(&pair[0]), self.end(&pair[1])];
             let longest = pair.iter().map(Vec::len).chain(of).max().unwrap_or(0);
             for (mut row, end) in pair.into_iter().zip(of) {
@@ -106,9 +106,9 @@ impl Rows {
 mod tests {
     use super::*;
 
-    fn example(prompt: &[u32], answers: &[&[u32]]) -> Cow<'static, RankedExample> {
-        let answers = answers.iter().map(|answer| answer.to_vec()).collect();
-        Cow::Owned(RankedExample { prompt: prompt.to_vec(), responses: answers })
+    fn example(prompt: &[u32], responses: &[&[u32]]) -> Cow<'static, RankedExample> {
+        let responses = responses.iter().map(|response| response.to_vec()).collect();
+        Cow::Owned(RankedExample { prompt: prompt.to_vec(), responses })
     }
 
     #[test]

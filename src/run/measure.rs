@@ -212,9 +212,9 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
         let adapters = Adapters::open(&c, &model)?;
-        let workshop =
+        let builder =
             RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, eval_prompts: &asked, pad: None };
-        let source = workshop.source(&c, &adapters)?;
+        let source = builder.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
         let facts = passes::Asked { held_out: &lengths, context, other_tokens: false };

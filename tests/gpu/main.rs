@@ -5,6 +5,7 @@
 //! FOURFOLD_REQUIRE_EMULATED=1.
 
 mod commands;
+mod doctor;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]
 mod fault_world;

@@ -7,9 +7,12 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Result, bail};
+use fourfold::device::Device;
 use fourfold::device::cuda::checks::{self, Card, Driver};
 use fourfold::device::cuda::libraries::{Finder, Library, MAJORS};
-use fourfold::device::cuda::nvrtc;
+use fourfold::device::cuda::{Cuda, nvrtc};
+use fourfold::device::select::{DeviceChoice, by_name};
+use fourfold::error::exit_code;
 use tempfile::TempDir;
 
 /// Runs `then` with a finder that sees a made-up file system only.
@@ -181,6 +184,35 @@ fn an_old_driver_a_missing_card_and_an_old_card_are_refused_with_reasons() {
     let error = checks::card(&Fake(13000, vec![]), 0).unwrap_err().to_string();
     assert!(error.contains("CUDA_VISIBLE_DEVICES"), "{error}");
     assert_eq!(checks::driver_version(&Fake(12020, vec![])).unwrap(), 12020);
+}
+
+#[test]
+fn each_reason_why_a_card_cannot_be_used_is_one_line_with_what_to_do_and_exit_code_2() {
+    const DRIVER: &str = "usr/lib64/libcuda.so.1";
+    let rows = [
+        ("no driver", "", 13000, 0, ["NVIDIA driver is missing", "install NVIDIA's driver"]),
+        ("an old driver", DRIVER, 11040, 0, ["CUDA 11.4 only, and CUDA 12.0 is needed", "update the driver"]),
+        ("no libnvrtc", DRIVER, 13000, 0, ["NVRTC is missing", "pip install nvidia-cuda-nvrtc"]),
+        ("no libcublas", DRIVER, 13000, 0, ["cuBLAS is missing", "pip install nvidia-cublas"]),
+        ("no such card", DRIVER, 13000, 2, ["no card cuda:2", "there are: cuda:0 RTX 3060"]),
+        ("an old card", DRIVER, 13000, 1, ["cuda:1 (GTX 1080) is of sm_61", "sm_75 or newer is needed"]),
+    ];
+    for (what, driver, version, ordinal, expected) in rows {
+        let without = what.strip_prefix("no lib").unwrap_or("nothing");
+        let mut files: Vec<&str> = PIP_13.into_iter().filter(|f| !f.contains(without)).collect();
+        files.extend(Some(driver).filter(|d| !d.is_empty()));
+        let variables = [("VIRTUAL_ENV", "venv"), ("LD_LIBRARY_PATH", "usr/lib64")];
+        with_finder(&files, &variables, "", |finder, _, _| {
+            let card = |name: &str, capability| Card { name: name.into(), capability };
+            let fake = Fake(version, vec![card("RTX 3060", (8, 6)), card("GTX 1080", (6, 1))]);
+            let open = || Cuda::find(ordinal, finder, &fake).map(|_| Device::dry());
+            let error = by_name(DeviceChoice::Cuda(ordinal), open).expect_err(what);
+            assert_eq!(exit_code(&error), 2, "{what}");
+            let message = format!("{error:#}");
+            assert!(expected.iter().all(|e| message.contains(e)), "{what}: {message}");
+            assert!(!message.contains('\n') && message.contains("device = \"cpu\""), "{what}: {message}");
+        });
+    }
 }
 
 #[test]

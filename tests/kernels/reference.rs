@@ -5,24 +5,6 @@ use fourfold::ops::storage::gpu::DeviceWeight;
 use fourfold::ops::weight::StorageDType;
 use half::{bf16, f16};
 
-/// All storage types.
-pub const TYPES: [StorageDType; 14] = [
-    StorageDType::F32,
-    StorageDType::F16,
-    StorageDType::BF16,
-    StorageDType::Q4_0,
-    StorageDType::Q4_1,
-    StorageDType::Q5_0,
-    StorageDType::Q5_1,
-    StorageDType::Q8_0,
-    StorageDType::Q2K,
-    StorageDType::Q3K,
-    StorageDType::Q4K,
-    StorageDType::Q5K,
-    StorageDType::Q6K,
-    StorageDType::NF4,
-];
-
 const NF4: [f32; 16] = [
     -1.0,
     -0.696_192_8,

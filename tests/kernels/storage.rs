@@ -13,7 +13,7 @@ use fourfold::ops::storage::gpu::DeviceWeight;
 use fourfold::ops::weight::{Bytes, RowOrder, StorageDType, Weight};
 use half::{bf16, f16};
 
-use crate::reference::{Host, Random, TYPES};
+use crate::reference::{Host, Random};
 use crate::support::{FLOATS, device};
 
 fn rounded(element: Element, v: f32) -> f32 {
@@ -45,7 +45,7 @@ fn dequantising_is_exact() {
         return;
     }
     let device = device();
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         for (at, cols) in widths(dtype).into_iter().enumerate() {
             let host = Host::random(dtype, 7, cols, false, at as u64);
             let weight = host.upload(device);
@@ -72,7 +72,7 @@ fn a_weights_copy_has_the_rows_that_the_host_reads() {
         return;
     }
     let (rows, device) = (24, device());
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         for order in [
             RowOrder::AsStored,
             RowOrder::RopeInterleaved { head_dim: 6 },
@@ -107,7 +107,7 @@ fn dequantising_large_and_unaligned() {
         return;
     }
     let device = device();
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         let (rows, cols) = (19, if dtype.block().0 == 1 { 501 } else { 512 });
         let host = Host::random(dtype, rows, cols, false, 77);
         let weight = host.upload(device);
@@ -130,7 +130,7 @@ fn dense_weights_are_read_in_place() {
         Element::Bf16 => StorageDType::BF16,
         _ => StorageDType::F16,
     };
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         let cols = dtype.block().0 * 3;
         let host = Host::random(dtype, 2, cols, true, 5);
         let weight = host.upload(device);
@@ -191,7 +191,7 @@ fn check_gemv(device: &Device, host: &Host, m: usize, element: Element, with: (b
 }
 
 fn check_all_gemv(device: &Device) {
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         let block = dtype.block().0;
         let widths = if block == 1 { vec![5, 48, 64, 320, 640] } else { vec![block, 3 * block, 1280] };
         for (at, k) in widths.into_iter().enumerate() {
@@ -238,7 +238,7 @@ fn gemv_of_long_rows() {
         return;
     }
     let device = device();
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         let host = Host::random(dtype, 17, 2304, true, 8);
         for (m, element) in [(3, Element::Bf16), (12, Element::F16), (9, Element::F32)] {
             check_gemv(device, &host, m, element, (true, true, Element::F32));
@@ -254,7 +254,7 @@ fn the_order_of_threads_does_not_matter() {
     for seed in [1, 2] {
         let machine = Emulated::open().unwrap().shuffled(seed);
         let device = Device::new(Arc::new(machine));
-        for dtype in TYPES {
+        for dtype in StorageDType::ALL {
             let host = Host::random(dtype, 18, 256, false, seed);
             let weight = host.upload(&device);
             let values = host.values();
@@ -296,7 +296,7 @@ fn embedding_rows() {
         return;
     }
     let device = device();
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         for cols in widths(dtype) {
             let host = Host::random(dtype, 6, cols, false, 3);
             let ids = [5, 0, 3, 3, 6, 1];
@@ -318,7 +318,7 @@ fn uploads_in_chunks() {
         return;
     }
     let device = device();
-    for dtype in TYPES {
+    for dtype in StorageDType::ALL {
         let cols = 2 * dtype.block().0;
         let host = Host::random(dtype, 11, cols, false, 9);
         let row = host.row(0).len();
@@ -343,7 +343,7 @@ fn the_dry_machine_counts_the_same() {
         return;
     }
     let work = |device: &Device, reserve: bool| {
-        for dtype in TYPES {
+        for dtype in StorageDType::ALL {
             let host = Host::random(dtype, 5, 256, true, 4);
             let weight =
                 if reserve { DeviceWeight::reserve(device, dtype, 5, 256).unwrap() } else { host.upload(device) };

@@ -285,7 +285,7 @@ fn unusable_data_is_refused_with_the_remedy() {
     let found = refusal(Stage::Dpo, &two, "loss_type = \"ipo\"\nlabel_smoothing = 0.1");
     assert!(found.contains("has no meaning for this loss_type"), "{found}");
     assert!(refusal(Stage::Dpo, &two, "loss_type = \"kto\"").contains("is not one of"));
-    assert!(refusal(Stage::Kto, &two, "per_device_train_batch_size = 1").contains("no other answer"));
+    assert!(refusal(Stage::Kto, &two, "per_device_train_batch_size = 1").contains("no other response"));
     let found = refusal(Stage::Kto, &two, "desirable_weight = 0\nundesirable_weight = 0");
     assert!(found.contains("are both 0"), "{found}");
     let texts = vec![json!({"text": "only a text"}); 4];

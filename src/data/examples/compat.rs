@@ -92,7 +92,7 @@ pub(crate) fn ranked(
     // Equal sequences stay, as in DeepSpeed-Chat: their loss is constant without a gradient, and they count as wrong.
     let (prompt, responses) = dschat::diverge(chosen, rejected);
     match prompt.is_empty() {
-        true => Ok(Outcome::Drop("with answers that share no first token".to_owned())),
+        true => Ok(Outcome::Drop("with responses that share no first token".to_owned())),
         false => Ok(Outcome::keep(RankedExample { prompt, responses: responses.into() }, cut)),
     }
 }

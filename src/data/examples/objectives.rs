@@ -253,7 +253,7 @@ fn truncate(
                 // The last response must stay whole, with a token before it.
                 let (response, _) = encode(&segments[segments.len() - 1..], encoder)?;
                 if response.len() >= data.max_length {
-                    return Ok(Outcome::Drop(format!("with an answer longer than max_length = {}", data.max_length)));
+                    return Ok(Outcome::Drop(format!("with a response longer than max_length = {}", data.max_length)));
                 }
                 tokens.drain(..over);
                 mask.drain(..over);
@@ -317,7 +317,7 @@ impl Objective for RankedExample {
             _ if over == 0 => {}
             Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
             Truncation::Left if over < tokens.len() => drop(tokens.drain(..over)),
-            Truncation::Left => return Ok(Outcome::Drop(format!("with an answer longer than max_length = {limit}"))),
+            Truncation::Left => return Ok(Outcome::Drop(format!("with a response longer than max_length = {limit}"))),
             Truncation::Right | Truncation::KeepEnd if tokens.len() >= limit => {
                 return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
             }
@@ -332,23 +332,10 @@ impl Objective for RankedExample {
         }
         if encoded.iter().collect::<BTreeSet<_>>().len() < encoded.len() {
             // The texts differ: only truncation, or a tokenizer that normalises, makes the tokens equal.
-            return Ok(Outcome::Drop("with answers that are the same tokens".to_owned()));
+            return Ok(Outcome::Drop("with responses that are the same tokens".to_owned()));
         }
         Ok(Outcome::keep(RankedExample { prompt: tokens, responses: encoded }, over > 0))
     }
-}
-
-/// Examples for KTO.
-///
-/// # Errors
-/// A record without a label, a ranking of more than two, or one that the template rejects (unless
-/// `on_bad_record = "skip"`); no example is left.
-pub fn unpaired_examples(
-    entries: &[Entry],
-    encoder: &dyn TextEncoder,
-    data: &Data,
-) -> Result<(Vec<UnpairedExample>, Report)> {
-    collect(entries, &Encoding::new(encoder, data, true)?)
 }
 
 /// From unpaired records, and from preferences, whose chosen response is desirable and whose rejected one is
@@ -380,7 +367,7 @@ impl Objective for UnpairedExample {
                 Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
                 Truncation::Left if over < prompt.len() => drop(prompt.drain(..over)),
                 Truncation::Left => {
-                    return Ok(Outcome::Drop(format!("with an answer longer than max_length = {limit}")));
+                    return Ok(Outcome::Drop(format!("with a response longer than max_length = {limit}")));
                 }
                 Truncation::Right | Truncation::KeepEnd if prompt.len() >= limit => {
                     return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));

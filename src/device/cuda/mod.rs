@@ -20,7 +20,7 @@ mod staging;
 use super::emulated::cache_folder;
 use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Place, Product, Refusal};
 use super::{kernels, lock};
-use checks::{BF16_CARD, Card, RealDriver};
+use checks::{BF16_CARD, Card, Driver, RealDriver};
 use libraries::{Finder, Library, Opened};
 use staging::Staging;
 
@@ -118,6 +118,15 @@ impl Drop for Handles {
 }
 
 impl Cuda {
+    /// Libraries, the driver's CUDA version and the card with this ordinal, or what is missing or too old and what to do.
+    pub fn find(ordinal: usize, finder: &Finder<'_>, driver: &dyn Driver) -> Result<(Vec<Opened>, i32, Card)> {
+        let mut libraries = vec![finder.open(Library::Driver, &libraries::MAJORS)?];
+        let version = checks::driver_version(driver)?;
+        let card = checks::card(driver, ordinal)?;
+        libraries.extend(finder.open_toolkit(version)?);
+        Ok((libraries, version, card))
+    }
+
     /// The card with this ordinal, with all kernels of this crate. Errors say what is missing, or why the card cannot
     /// be used, and what to do.
     pub fn open(ordinal: usize) -> Result<Self> {
@@ -126,10 +135,7 @@ impl Cuda {
 
     /// The same with another search, other texts and another folder for compiled kernels.
     pub fn open_with(ordinal: usize, finder: &Finder<'_>, texts: &[String], cache: Option<&Path>) -> Result<Self> {
-        let mut libraries = vec![finder.open(Library::Driver, &libraries::MAJORS)?];
-        let driver = checks::driver_version(&RealDriver)?;
-        let card = checks::card(&RealDriver, ordinal)?;
-        libraries.extend(finder.open_toolkit(driver)?);
+        let (libraries, driver, card) = Self::find(ordinal, finder, &RealDriver)?;
         let arch = nvrtc::target(card.capability, &nvrtc::architectures()?)?;
         let compiled = nvrtc::compiled_all(texts, &arch, cache)?;
         let cached = compiled.iter().all(|part| part.cached.is_some());
@@ -161,21 +167,6 @@ impl Cuda {
     /// Whether all kernels came from files of an earlier run; otherwise they were compiled now.
     pub fn cached(&self) -> bool {
         self.cached
-    }
-
-    /// Bytes that the driver's pool counts as in use, now and at most.
-    pub fn pool_usage(&self) -> Result<(u64, u64)> {
-        use sys::CUmemPool_attribute::{
-            CU_MEMPOOL_ATTR_USED_MEM_CURRENT as NOW, CU_MEMPOOL_ATTR_USED_MEM_HIGH as MOST,
-        };
-        self.handles.bind()?;
-        let read = |attribute| -> Result<u64> {
-            let mut value = 0u64;
-            // SAFETY: the pool is alive, and both attributes are 64-bit numbers.
-            unsafe { sys::cuMemPoolGetAttribute(self.handles.pool, attribute, (&raw mut value).cast()) }.result()?;
-            Ok(value)
-        };
-        Ok((read(NOW)?, read(MOST)?))
     }
 
     fn function(&self, kernel: &str) -> Result<sys::CUfunction> {

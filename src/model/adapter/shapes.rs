@@ -200,14 +200,6 @@ impl LinearShapes {
         self.linears().iter().position(|l| l.path == name || l.name() == name)
     }
 
-    /// Width of attention's concatenated heads: input features of its output projection, which is the last map of the first
-    /// map's module.
-    pub fn attention_width(&self) -> usize {
-        let module = |l: &Linear| l.path.split('.').next();
-        let first = self.linears().first().and_then(module);
-        self.linears().iter().rev().find(|l| module(l) == first).map_or(0, |l| l.in_features)
-    }
-
     /// Maps outside of the blocks, in order.
     pub(super) fn non_block_linears(&self) -> impl Iterator<Item = &Linear> {
         self.outer.iter().flatten()

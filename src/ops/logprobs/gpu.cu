@@ -1,5 +1,5 @@
-// Log-probabilities and entropy from strips of logits, a block a row; mod.rs has the formulas. The vocabulary goes by strip
-// by strip, and of each row only the running sums stay. Depends on ops/common.cu.
+// Log-probabilities and entropy from strips of logits, a block a row; mod.rs has the formulas. The vocabulary comes
+// strip by strip, and of each row only the running sums stay. Depends on ops/common.cu.
 
 // What becomes of a product h W^T before the softmax: bent to stay within `cap` (0 is none), then times `inverse`, which is
 // 1 / temperature and, without a cap, the multiplier too.

@@ -29,6 +29,24 @@ pub enum StorageDType {
 }
 
 impl StorageDType {
+    /// All types.
+    pub const ALL: [Self; 14] = [
+        Self::F32,
+        Self::F16,
+        Self::BF16,
+        Self::Q4_0,
+        Self::Q4_1,
+        Self::Q5_0,
+        Self::Q5_1,
+        Self::Q8_0,
+        Self::Q2K,
+        Self::Q3K,
+        Self::Q4K,
+        Self::Q5K,
+        Self::Q6K,
+        Self::NF4,
+    ];
+
     /// (values, bytes) of one block; a row is a whole number of blocks. Source: ggml's `block_*` structs.
     pub const fn block(self) -> (usize, usize) {
         match self {

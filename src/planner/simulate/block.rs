@@ -191,12 +191,12 @@ impl Layer<'_> {
         (y, Kept { _x: x.becomes(MemoryCategory::Inputs), rest: Some(inside) })
     }
 
-    /// y of the prompts; keys and values for each response's prompt, of `answers` lengths, go into `cache`, with capacity
+    /// y of the prompts; keys and values for each response's prompt, of `responses` lengths, go into `cache`, with capacity
     /// for `room` more tokens.
     pub fn prefill(
         &self,
         lengths: &[usize],
-        answers: &[usize],
+        responses: &[usize],
         x: &Tensor,
         room: usize,
         cache: &mut Vec<Allocation>,
@@ -205,7 +205,7 @@ impl Layer<'_> {
         let heads = self.net.config.heads(self.index);
         let kept = self.project(m, x);
         let o = self.walk.attention(lengths, heads);
-        for t in answers {
+        for t in responses {
             let bytes = (t + room) * heads.kv * heads.dim * size_of::<f32>();
             cache.extend([
                 self.walk.ledger.take(MemoryCategory::Cache, bytes),

@@ -139,7 +139,7 @@ const OF_TOKEN: usize = 8;
 const OF_TARGET: usize = 12;
 /// Bytes of a response token beside its hidden state: ids, log-probabilities of both, value, KL, advantage, return, and
 /// the room that growing lists leave.
-const OF_ANSWER_TOKEN: usize = 40;
+const OF_RESPONSE_TOKEN: usize = 40;
 
 /// A number of a rollout in a checkpoint: a JSON value (32), one of its bits (32) as a text (32), a line of the file (31, in a
 /// text that grew by doubling).
@@ -336,8 +336,8 @@ impl StageShape {
         evaluate();
         for number in 0..work.steps.clamp(1, STEPS) {
             ledger.enter(Phase::Rollout);
-            let answers = work.prompts.len() * work.response;
-            let _tokens = ledger.take(MemoryCategory::Data, answers * OF_ANSWER_TOKEN);
+            let responses = work.prompts.len() * work.response;
+            let _tokens = ledger.take(MemoryCategory::Data, responses * OF_RESPONSE_TOKEN);
             for prompts in work.prompts.chunks(work.at_once.max(1)) {
                 actor_view.generate(prompts, work.generations, work.response);
             }
@@ -384,7 +384,7 @@ impl StageShape {
             }
             let learners: Vec<&Learner> = [&actor].into_iter().chain(&critic).collect();
             if number + 1 == work.steps.clamp(1, STEPS) {
-                self.save(walk, &learners, 7 * answers + work.prompts.iter().sum::<usize>(), answers * e);
+                self.save(walk, &learners, 7 * responses + work.prompts.iter().sum::<usize>(), responses * e);
             }
         }
         if !work.evaluates_within {

@@ -171,7 +171,7 @@ fn responses_that_truncation_makes_equal_are_dropped() {
     );
     let data = Data { truncation: Truncation::Right, max_length: 5, ..Data::default() };
     let (examples, report) = ranked_examples(&records.entries, &BARE, &data).unwrap();
-    assert_eq!((examples.len(), report.dropped["with answers that are the same tokens"]), (1, 1));
+    assert_eq!((examples.len(), report.dropped["with responses that are the same tokens"]), (1, 1));
 }
 
 #[test]

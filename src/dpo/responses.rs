@@ -16,13 +16,13 @@ pub(crate) const SCORING_TOKENS: usize = 4096;
 #[derive(Clone, Copy)]
 pub(super) struct Sequence<'e> {
     pub prompt: &'e [u32],
-    pub answer: &'e [u32],
+    pub response: &'e [u32],
 }
 
 /// Packs sequences end to end; the targets are the response tokens.
 pub(super) fn pack(sequences: &[Sequence<'_>]) -> Result<(Batch, Targets)> {
-    let whole: Vec<Vec<u32>> = sequences.iter().map(|s| [s.prompt, s.answer].concat()).collect();
-    let lengths: Vec<usize> = sequences.iter().map(|s| s.answer.len()).collect();
+    let whole: Vec<Vec<u32>> = sequences.iter().map(|s| [s.prompt, s.response].concat()).collect();
+    let lengths: Vec<usize> = sequences.iter().map(|s| s.response.len()).collect();
     let batch = Batch::new(&whole)?;
     let targets = Targets::responses(&batch, &lengths)?;
     Ok((batch, targets))
@@ -32,7 +32,7 @@ pub(super) fn pack(sequences: &[Sequence<'_>]) -> Result<(Batch, Targets)> {
 pub(super) fn sums(sequences: &[Sequence<'_>], per_token: &[f32]) -> Vec<f64> {
     let mut rest = per_token;
     let mut sum = |s: &Sequence<'_>| {
-        let (mine, later) = rest.split_at(s.answer.len());
+        let (mine, later) = rest.split_at(s.response.len());
         rest = later;
         mine.iter().map(|&x| f64::from(x)).sum()
     };
@@ -42,12 +42,12 @@ pub(super) fn sums(sequences: &[Sequence<'_>], per_token: &[f32]) -> Vec<f64> {
 /// Derivatives by each token's log-probability, from the derivatives by each response's sum.
 pub(super) fn spread(sequences: &[Sequence<'_>], by_sum: &[f64]) -> Vec<f32> {
     let tokens = sequences.iter().zip(by_sum);
-    tokens.flat_map(|(s, &g)| std::iter::repeat_n(g as f32, s.answer.len())).collect()
+    tokens.flat_map(|(s, &g)| std::iter::repeat_n(g as f32, s.response.len())).collect()
 }
 
 /// log p(response | prompt) of each sequence, nats.
 pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) -> Result<Vec<f64>> {
-    let lengths: Vec<usize> = sequences.iter().map(|s| s.prompt.len() + s.answer.len()).collect();
+    let lengths: Vec<usize> = sequences.iter().map(|s| s.prompt.len() + s.response.len()).collect();
     let mut all = Vec::with_capacity(sequences.len());
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
         let some: Vec<Sequence<'_>> = rows.iter().map(|&i| sequences[i]).collect();
@@ -86,7 +86,7 @@ pub(super) struct Tally {
 
 impl Tally {
     /// Adds a response with its reward, beta times the log-ratio.
-    pub fn answer(&mut self, good: bool, reward: f64, logp: f64) {
+    pub fn response(&mut self, good: bool, reward: f64, logp: f64) {
         let side = if good { &mut self.chosen } else { &mut self.rejected };
         side.count += 1;
         side.rewards += reward;
@@ -143,8 +143,9 @@ mod tests {
 
     #[test]
     fn sums_and_derivatives_belong_to_their_own_response() {
-        let (prompt, answers) = ([1u32, 2], [vec![3u32, 4], vec![5], vec![6, 7, 8]]);
-        let sequences: Vec<Sequence<'_>> = answers.iter().map(|a| Sequence { prompt: &prompt, answer: a }).collect();
+        let (prompt, responses) = ([1u32, 2], [vec![3u32, 4], vec![5], vec![6, 7, 8]]);
+        let sequences: Vec<Sequence<'_>> =
+            responses.iter().map(|a| Sequence { prompt: &prompt, response: a }).collect();
         let (batch, targets) = pack(&sequences).unwrap();
         assert_eq!(batch.tokens(), [1, 2, 3, 4, 1, 2, 5, 1, 2, 6, 7, 8]);
         assert_eq!(targets.tokens, [3, 4, 5, 6, 7, 8]);
@@ -155,8 +156,8 @@ mod tests {
     #[test]
     fn metrics_of_a_kind_without_responses_are_left_out() {
         let mut tally = Tally::default();
-        tally.answer(true, 0.5, -3.0);
-        tally.answer(true, 1.5, -5.0);
+        tally.response(true, 0.5, -3.0);
+        tally.response(true, 1.5, -5.0);
         let figures = tally.figures("eval_");
         assert_eq!(figures["eval_rewards/chosen"], 1.0);
         assert_eq!(figures["eval_logps/chosen"], -4.0);
