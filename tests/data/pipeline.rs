@@ -407,7 +407,7 @@ fn the_data_command_shows_counts_lengths_drops_and_masks_without_colour_in_a_pip
         "tokens of a training example: ",
         "█",
         "── example 2 ──",
-        "── answer 1, the best ──",
+        "── response 1, the best ──",
         "⟦",
     ] {
         assert!(text.contains(wanted), "{wanted:?} in {text}");
