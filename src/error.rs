@@ -38,6 +38,18 @@ impl fmt::Display for Diverged {
 
 impl std::error::Error for Diverged {}
 
+/// A base whose numbers exceed those of half precision: exit code 2, unless the type was not asked for and another is taken.
+#[derive(Debug)]
+pub struct F16Overflow(pub String);
+
+impl fmt::Display for F16Overflow {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for F16Overflow {}
+
 /// A device that cannot be used, as `doctor` found it: exit code 1.
 #[derive(Debug)]
 pub struct Unusable(pub String);
@@ -78,18 +90,22 @@ macro_rules! invalid {
     };
 }
 
+fn is_of_input(cause: &(dyn std::error::Error + 'static)) -> bool {
+    cause.is::<Invalid>() || cause.is::<Diverged>() || cause.is::<F16Overflow>()
+}
+
 /// Whether an error is of the machine and not of the input: a device that is out of memory, or a launch or copy that
 /// failed. The learners are as they were before the step.
 pub fn is_of_machine(error: &anyhow::Error) -> bool {
-    !error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<Diverged>() || cause.is::<Interrupted>())
+    !error.chain().any(|cause| is_of_input(cause) || cause.is::<Interrupted>())
 }
 
-/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`] or [`Diverged`], 1
-/// otherwise. (A training run handles [`Diverged`] itself; elsewhere the given weights are the cause.)
+/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`], [`Diverged`] or
+/// [`F16Overflow`], 1 otherwise. (A training run handles [`Diverged`] itself; elsewhere the given weights are the cause.)
 pub fn exit_code(error: &anyhow::Error) -> i32 {
     match error {
         _ if error.chain().any(|cause| cause.is::<Interrupted>()) => 130,
-        _ if error.chain().any(|cause| cause.is::<Invalid>() || cause.is::<Diverged>()) => 2,
+        _ if error.chain().any(is_of_input) => 2,
         _ => 1,
     }
 }

@@ -29,6 +29,7 @@ use crate::data::Prepared;
 use crate::data::examples::objectives::Objective;
 use crate::data::stream::cache::Stored;
 use crate::device::select;
+use crate::error::F16Overflow;
 use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::report::number;
@@ -47,9 +48,19 @@ pub use output::{check_output, prepare_output, settings_beside};
 /// If the configuration, the base or the data cannot be used, the folder is another's or in use, training fails, or the
 /// process was asked to stop.
 pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
-    let started = Instant::now();
     check_output(out, stage.name())?;
-    let config = &placement::settled(config, launch.resume.as_ref().map(|_| out))?;
+    let mut settled = placement::settled(config, launch.resume.as_ref().map(|_| out))?;
+    match settled_stage(stage, &settled, out, launch) {
+        // The folder is untouched: a base is opened before it is made.
+        Err(error) if error.is::<F16Overflow>() && placement::leave_f16(config, &mut settled, &error)? => {
+            settled_stage(stage, &settled, out, launch)
+        }
+        done => done,
+    }
+}
+
+fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
+    let started = Instant::now();
     if let Some(summary) = options::finished(stage, config, out, launch)? {
         return Ok(summary);
     }

@@ -4,10 +4,11 @@
 
 use std::path::Path;
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 
 use crate::config;
 use crate::config::{Data, DeviceChoice, InitLoraWeights, Lora};
+use crate::error::F16Overflow;
 use crate::invalid;
 use crate::model::adapter::{Adapter, Init, LoraConfig, Provenance, TargetModules};
 use crate::model::base::Base;
@@ -20,7 +21,7 @@ use crate::model_files::peft::base_tables;
 use crate::ops::cpu;
 use crate::ops::weight::ComputeDtype;
 use crate::rng::derive;
-use crate::run::placement::{place, settle};
+use crate::run::placement::{instead_of_f16, place, settle};
 use crate::train::settings;
 
 /// An opened base with its tokenizer.
@@ -61,15 +62,21 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`]; if the section's machine cannot be used, or the base does not fit there.
     pub fn of_opened(checkpoint: ModelFiles, base: &config::Base) -> Result<Self> {
-        let mut section = base.clone();
+        let (mut section, open) = (base.clone(), base.compute_dtype.is_none());
         let device = settle(&mut section)?;
         let checkpoint = checkpoint.quantised(section.quantize.map(config::Quantize::stored));
         let Some(device) = device else { return Ok(Self::of(checkpoint)?.computing_in(section.compute_dtype())) };
         let checkpoint = checkpoint.for_device(true);
         let base = place(checkpoint.base()?.computing_in(section.compute_dtype()), &device)?;
         let model = Self { checkpoint, base };
-        model.check_finite()?;
-        Ok(model)
+        match model.check_finite() {
+            Err(error) if open && error.is::<F16Overflow>() => {
+                let model = model.computing_in(instead_of_f16(&device, &error));
+                model.check_finite()?;
+                Ok(model)
+            }
+            checked => checked.map(|()| model),
+        }
     }
 
     /// The same model, its products with frozen matrices computed in `compute`.
@@ -90,9 +97,14 @@ impl Model {
     }
 
     /// One token goes through the network: a NaN in any matrix or norm reaches the logits. Only then are the tensors
-    /// read one by one to name it, so that opening stays a matter of mapping.
+    /// read one by one to name it, so that opening stays a matter of mapping. Where products are in f16, a row of tokens
+    /// from all over the vocabulary goes through, so that activations which exceed it are found.
     fn check_finite(&self) -> Result<()> {
-        let logits = self.base.logits(&self.base.hidden(&Batch::new(&[[0u32]])?, None)?, None)?;
+        let in_f16 = self.base.lm_head(None).weight.compute() == ComputeDtype::F16;
+        let config = self.base.config();
+        let (vocab, length) = (config.vocab_size, config.max_position_embeddings.min(if in_f16 { 64 } else { 1 }));
+        let tokens: Vec<u32> = (0..length).map(|i| (i * vocab / length) as u32).collect();
+        let logits = self.base.logits(&self.base.hidden(&Batch::new(&[tokens])?, None)?, None)?;
         if cpu::view(&logits)?.iter().all(|l| l.is_finite()) {
             return Ok(());
         }
@@ -102,10 +114,10 @@ impl Model {
         let model = self.checkpoint.path().map_or_else(|| "the embedded model".into(), |p| p.display().to_string());
         Err(match name {
             Some(name) => invalid!("{model}: tensor {name} holds NaN or infinite numbers; fetch the model again"),
-            None if self.base.lm_head(None).weight.compute() == ComputeDtype::F16 => invalid!(
+            None if in_f16 => Error::new(F16Overflow(format!(
                 "{model}: its logits are not finite in f16, whose largest number is 65,504; set compute_dtype = \"bf16\" or \
                  \"f32\""
-            ),
+            ))),
             None => {
                 invalid!("{model}: its logits are not finite: the weights are too large for f32; use another model")
             }

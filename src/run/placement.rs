@@ -42,9 +42,6 @@ fn compute_dtype(asked: Option<ComputeDtype>, device: Option<&Device>) -> Result
         )),
         (Some(asked), _) => Ok(asked),
         (None, None) => Ok(ComputeDtype::F32),
-        (None, Some(device)) if COMPUTE_DTYPE_ON_CARDS == ComputeDtype::Bf16 && !has_bf16(device) => {
-            Ok(ComputeDtype::F16)
-        }
         (None, Some(_)) => Ok(COMPUTE_DTYPE_ON_CARDS),
     }
 }
@@ -67,8 +64,36 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
     Ok(selected.device)
 }
 
+/// What products are computed in on a device where a base overflows f16, with a line that says so.
+pub fn instead_of_f16(device: &Device, overflow: &Error) -> ComputeDtype {
+    let compute = if device.supports(Element::Bf16) { ComputeDtype::Bf16 } else { ComputeDtype::F32 };
+    note(&format!("{overflow:#}: products in {}", compute.name()));
+    compute
+}
+
+/// Takes another type of products for the sections of `settled` whose type `asked` leaves open and which f16 was chosen for;
+/// whether there is such a section.
+///
+/// # Errors
+/// If the machine cannot be used.
+pub fn leave_f16(asked: &Config, settled: &mut Config, overflow: &Error) -> Result<bool> {
+    let open = |asked: &config::Base| asked.compute_dtype.is_none();
+    let sections = [
+        Some(&mut settled.base).filter(|_| open(&asked.base)),
+        settled.reward_base.as_mut().filter(|_| asked.reward_base.as_ref().is_some_and(open)),
+    ];
+    let mut left = false;
+    for section in sections.into_iter().flatten().filter(|section| section.compute_dtype == Some(ComputeDtype::F16)) {
+        if let Some(device) = select(section.device())?.device {
+            section.compute_dtype = Some(instead_of_f16(&device, overflow));
+            left = true;
+        }
+    }
+    Ok(left)
+}
+
 /// The config of a run with both bases settled. A run that is resumed keeps the type of products that it began with, unless
-/// the config names another.
+/// the config names another or the machine does not have it.
 ///
 /// # Errors
 /// Those of [`settle`].
@@ -80,14 +105,16 @@ pub fn settled(config: &Config, resumed: Option<&Path>) -> Result<Config> {
         let dtype = before.as_ref()?.get(section)?.get("compute_dtype")?;
         dtype.clone().try_into::<ComputeDtype>().ok()
     };
-    if config.base.compute_dtype.is_none() {
-        config.base.compute_dtype = former("base");
-    }
-    settle(&mut config.base)?;
-    if let Some(base) = &mut config.reward_base {
-        base.compute_dtype = base.compute_dtype.or_else(|| former("reward_base"));
-        settle(base)?;
-    }
+    let settle = |base: &mut config::Base, name: &str| -> Result<()> {
+        if base.compute_dtype.is_none() {
+            let on_card = select(base.device())?.device.is_some();
+            // The CPU has no products in f16: a run that moves there goes on in f32.
+            base.compute_dtype = former(name).filter(|&dtype| dtype != ComputeDtype::F16 || on_card);
+        }
+        settle(base).map(drop)
+    };
+    settle(&mut config.base, "base")?;
+    config.reward_base.as_mut().map_or(Ok(()), |base| settle(base, "reward_base"))?;
     Ok(config)
 }
 

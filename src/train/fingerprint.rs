@@ -109,7 +109,12 @@ impl RunFingerprint {
         for key in all.filter(|key| now.get(*key) != was.get(*key)) {
             let unset = String::from("unset");
             let line = format!("{key}: {} -> {}", was.get(key).unwrap_or(&unset), now.get(key).unwrap_or(&unset));
-            match is_harmless(key) {
+            // The CPU has no products in f16, so that a run which moves there computes in the nearest type above it.
+            let is = |of: &BTreeMap<String, String>, key: &str, value: &str| of.get(key).is_some_and(|v| v == value);
+            let moved = key.strip_suffix("compute_dtype").is_some_and(|section| {
+                is(&now, &format!("{section}device"), "\"cpu\"") && is(&was, key, "\"f16\"") && is(&now, key, "\"f32\"")
+            });
+            match moved || is_harmless(key) {
                 true => changes.harmless.push(line),
                 false => changes.mathematics.push(line),
             }
@@ -213,6 +218,12 @@ mod tests {
             ["checkpoint.save_steps: unset -> 3", "sft.logging_steps: 1 -> 5", "output_dir: \"a\" -> unset"]
         );
         assert_eq!(now.changes(&now).unwrap(), Changes::default());
+        let on =
+            |device: &str, dtype: &str| origin(&format!("[base]\ndevice = {device:?}\ncompute_dtype = {dtype:?}\n"));
+        let mathematics = |now: RunFingerprint, then| now.changes(&then).unwrap().mathematics.len();
+        assert_eq!(mathematics(on("cpu", "f32"), on("cuda:0", "f16")), 0);
+        assert_eq!(mathematics(on("cpu", "f32"), on("cuda:0", "bf16")), 1);
+        assert_eq!(mathematics(on("cuda:0", "f16"), on("cpu", "f32")), 1);
     }
 
     #[test]
