@@ -6,6 +6,7 @@
 
 mod byte_bpe;
 pub mod chat_template;
+mod jinja;
 mod limits;
 
 use std::fs;

@@ -46,6 +46,11 @@ pub trait TextEncoder {
     /// Whether the tokenizer has a chat template.
     fn has_chat_template(&self) -> bool;
 
+    /// The source of the tokenizer's chat template.
+    fn chat_template(&self) -> Option<&str> {
+        None
+    }
+
     /// The id of the end-of-sequence token, which ends a response.
     fn eos_id(&self) -> u32;
 
@@ -95,6 +100,10 @@ impl TextEncoder for ModelEncoder<'_> {
 
     fn has_chat_template(&self) -> bool {
         self.tokenizer.chat_template().is_some()
+    }
+
+    fn chat_template(&self) -> Option<&str> {
+        self.tokenizer.chat_template()
     }
 
     fn eos_id(&self) -> u32 {

@@ -36,6 +36,11 @@ impl<'e> Encoding<'e> {
     pub fn new(encoder: &'e dyn TextEncoder, data: &'e Data, completion_only: bool) -> Result<Self> {
         Ok(Self { encoder, renderer: Renderer::new(encoder, data)?, data, completion_only })
     }
+
+    /// A remark for each thing that the record's dialogue gives beside roles and texts, and the run's template does not read.
+    pub(crate) fn unread(&self, record: &Record) -> Vec<String> {
+        record.texts().into_iter().flat_map(|text| self.renderer.unread(text)).collect::<BTreeSet<_>>().into_iter().collect()
+    }
 }
 
 /// A training objective: a type of example, and how a record becomes examples of it.
@@ -70,7 +75,8 @@ pub(crate) fn for_each<T: Objective>(
     sink: &mut dyn FnMut(T, &Record) -> Result<()>,
 ) -> Result<()> {
     for row in compat::rows_of(sources, with.data, T::SHARE)? {
-        let Entry { place, record } = &entries[row];
+        let Entry { place, record, remarks } = &entries[row];
+        report.remark(remarks.iter().cloned().chain(with.unread(record)));
         for example in report.add(place, T::of(record, with), with.data.on_bad_record)? {
             sink(example.with_entry(row), record)?;
         }

@@ -8,7 +8,7 @@ use anyhow::{Result, bail, ensure};
 use crate::config::{Compat, Data, Template};
 use crate::data::examples::encoder::TextEncoder;
 use crate::data::record::Text;
-use crate::tokenizer::chat_template::Message;
+use crate::tokenizer::chat_template::{Message, unread};
 
 /// A piece of a sequence's text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -63,6 +63,9 @@ impl<'e> Renderer<'e> {
     /// The text of a dialogue; with `open`, up to where the assistant's next turn begins.
     fn dialogue(&self, messages: &[Message], open: bool) -> Result<String> {
         let mut text = String::new();
+        if self.template != Template::Chat && messages.iter().any(Message::is_only_calls) {
+            bail!("a turn holds tool_calls and no text, which only a chat template can write; use template = \"chat\"");
+        }
         match self.template {
             Template::Chat => {
                 return match self.chat_template {
@@ -72,7 +75,7 @@ impl<'e> Renderer<'e> {
             }
             Template::HumanAssistant | Template::HhRlhf => {
                 let before = if self.template == Template::HhRlhf { "\n\n" } else { " " };
-                for Message { role, content } in messages {
+                for Message { role, content, .. } in messages {
                     match role.as_str() {
                         "assistant" => text += &format!("{before}Assistant: "),
                         "user" => text += &format!("{before}Human: "),
@@ -102,6 +105,17 @@ impl<'e> Renderer<'e> {
         let in_turns = self.turns_from_texts || matches!(text, Text::Dialogue(_));
         let chat = self.template == Template::Chat && in_turns;
         if chat { None } else { self.encoder.bos_id() }
+    }
+
+    /// A remark for each thing that a dialogue gives beside roles and texts, and the template does not read.
+    pub(crate) fn unread(&self, text: &Text) -> Vec<String> {
+        let Text::Dialogue(turns) = text else { return vec![] };
+        let source = match self.template {
+            Template::Chat => self.chat_template.or(self.encoder.chat_template()),
+            Template::HumanAssistant | Template::HhRlhf | Template::Plain => None,
+        };
+        let remark = |what| format!("with {what} that the template does not read");
+        unread(source, turns).into_iter().map(remark).collect()
     }
 
     /// The text of a prompt, up to where the response follows.
@@ -170,7 +184,7 @@ impl<'e> Renderer<'e> {
                 None if self.template == Template::Chat && Some(index) == last => (response.trim_end(), true),
                 None => (response, Some(index) == last),
             };
-            segments.push(Segment { text: text.to_owned(), target: true, ends });
+            segments.push(Segment { text: text.to_owned(), target: turns[index].is_learnt(), ends });
             rendered = closed;
             if has_ended {
                 // The end token is in this segment; the text after it begins the next segment.

@@ -24,6 +24,8 @@ pub struct Report {
     pub truncated: usize,
     /// Number of records not used, per reason.
     pub dropped: BTreeMap<String, usize>,
+    /// Number of used records that something is to be said of, per remark.
+    pub remarks: BTreeMap<String, usize>,
     /// Number of records per file.
     pub sources: Vec<(String, usize)>,
     /// The fault of the first record dropped under `on_bad_record = "skip"`.
@@ -43,6 +45,9 @@ impl fmt::Display for Report {
         }
         if let Some(first) = &self.first_bad {
             write!(f, " (first: {first})")?;
+        }
+        for (remark, count) in &self.remarks {
+            write!(f, "; {count} {remark}")?;
         }
         Ok(())
     }
@@ -102,6 +107,13 @@ impl Report {
         };
         *self.dropped.entry(reason).or_default() += 1;
         Ok(vec![])
+    }
+
+    /// Counts what is to be said of a used record.
+    pub(crate) fn remark(&mut self, remarks: impl IntoIterator<Item = String>) {
+        for remark in remarks {
+            *self.remarks.entry(remark).or_default() += 1;
+        }
     }
 
     /// Counts a record of a file.
