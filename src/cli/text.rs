@@ -92,9 +92,13 @@ pub(super) struct Generate {
     json: bool,
 }
 
-/// Ids of a prompt: through the template where there is one and the text is not raw.
+/// Ids of a prompt: through the template where there is one and the text is not raw. Other text gets what the tokenizer puts
+/// before a text, and nothing behind it, since the response follows there.
 fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<u32>> {
     let tokenizer = model.checkpoint.tokenizer();
+    let plain = |text: &str| {
+        Ok::<_, anyhow::Error>([tokenizer.front(), &tokenizer.encode(text, SpecialTokens::None)?].concat())
+    };
     let ids = match raw {
         None if tokenizer.chat_template().is_some() => {
             let text = tokenizer.apply_chat_template(messages, GenerationPrompt::Add)?;
@@ -102,9 +106,9 @@ fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<
         }
         None => {
             let text = messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n");
-            tokenizer.encode(&text, SpecialTokens::Add)?
+            plain(&text)?
         }
-        Some(text) => tokenizer.encode(text, SpecialTokens::Add)?,
+        Some(text) => plain(text)?,
     };
     if ids.is_empty() {
         return Err(invalid!("the prompt is empty; write a message"));

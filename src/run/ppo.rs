@@ -90,7 +90,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     }
     if let Some(translated) = &translated {
         let translations: Vec<Vec<u32>> = all_prompts(&prompts, &eval_prompts)
-            .map(|prompt| Ok(translated.get(&prompt?.tokens).cloned().unwrap_or_default()))
+            .map(|prompt| Ok(translated.get(&prompt?.tokens).map(|known| known.tokens.clone()).unwrap_or_default()))
             .collect::<Result<_>>()?;
         inputs = inputs.examples("prompts for the reward model", &translations)?;
     }

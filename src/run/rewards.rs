@@ -68,7 +68,7 @@ impl Adapters {
 }
 
 /// The reward model's tokenizer, and a map from the policy's prompt ids to the same prompts in its tokens.
-pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>);
+pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, PromptExample>);
 
 /// The inputs from which reward sources are built.
 pub(super) struct RewardSourceBuilder<'w> {

@@ -4,16 +4,17 @@
 //! depend on token ids. Read `tokenizer/mod.rs` next.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Result;
 use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
-use regex::Regex;
 use serde::{Deserialize, Serialize};
 
 use crate::host::allocator::within;
 use crate::invalid;
+use crate::tokenizer::generation;
 
 /// One turn of a dialogue.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -61,8 +62,17 @@ thread_local! {
     static PARSED: RefCell<Option<(String, Environment<'static>)>> = const { RefCell::new(None) };
 }
 
+/// A dialogue's text, and what of it the template marks as the assistant's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The whole text.
+    pub text: String,
+    /// Byte ranges of the text that the template's `{% generation %}` blocks wrote, in order; empty without such blocks.
+    pub generated: Vec<Range<usize>>,
+}
+
 /// Renders `messages` with `template`, in transformers' Jinja dialect: blocks trimmed, Python's methods on strings,
-/// `raise_exception`, `strftime_now` (UTC), `tojson`, `break` and `continue`, `{% generation %}` without effect.
+/// `raise_exception`, `strftime_now` (UTC), `tojson`, `break` and `continue`, `{% generation %}`.
 ///
 /// # Errors
 /// If the template has a syntax error, raises an error, or takes too many steps.
@@ -72,6 +82,19 @@ pub fn render(
     prompt: GenerationPrompt,
     tokens: TemplateTokens<'_>,
 ) -> Result<String> {
+    Ok(render_marked(template, messages, prompt, tokens)?.text)
+}
+
+/// As [`render`], with what the template marks as the assistant's.
+///
+/// # Errors
+/// Those of [`render`].
+pub fn render_marked(
+    template: &str,
+    messages: &[Message],
+    prompt: GenerationPrompt,
+    tokens: TemplateTokens<'_>,
+) -> Result<Rendered> {
     PARSED.with_borrow_mut(|parsed| {
         if parsed.as_ref().is_none_or(|(source, _)| source != template) {
             *parsed = Some((template.to_owned(), environment(template).map_err(fault)?));
@@ -89,7 +112,8 @@ pub fn render(
         // The limit on steps does not bound a string that is repeatedly concatenated with itself.
         let content: usize = messages.iter().map(|message| message.content.len()).sum();
         within(MEMORY + 16 * content, TOO_MUCH, || {
-            env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
+            let text = env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)?;
+            Ok(generation::unmark(text))
         })
     })
 }
@@ -127,21 +151,8 @@ fn environment(template: &str) -> Result<Environment<'static>, minijinja::Error>
     });
     env.add_function("strftime_now", |format: &str| strftime(format, unix_seconds()));
     env.add_filter("tojson", tojson);
-    env.add_template_owned(NAME, without_generation_blocks(template).into_owned())?;
+    env.add_template_owned(NAME, generation::mark(template).into_owned())?;
     Ok(env)
-}
-
-/// Replaces transformers' `{% generation %}` block, which marks the assistant's text and has no effect on rendering.
-fn without_generation_blocks(template: &str) -> std::borrow::Cow<'_, str> {
-    if !template.contains("generation") {
-        return template.into();
-    }
-    let tag = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a constant pattern");
-    tag.replace_all(template, |found: &regex::Captures<'_>| {
-        let (open, close) = (&found[1], &found[3]);
-        let word = if found.get(2).is_some() { "endif" } else { "if true" };
-        format!("{{%{open} {word} {close}%}}")
-    })
 }
 
 /// Python's `json.dumps(x, ensure_ascii=False, ..)` with the options transformers gives the filter. `separators`
@@ -329,8 +340,6 @@ mod tests {
             r#"{"a":"\u00e9\ud834\udd1e","b":1}"#,
             "as json.dumps prints it"
         );
-        let generation = "{% for m in messages %}{%- generation %}{{ m.role }} {%- endgeneration %}{% endfor %}";
-        assert_eq!(plain(generation).unwrap(), "user");
     }
 
     #[test]

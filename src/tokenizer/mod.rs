@@ -6,21 +6,26 @@
 
 mod byte_bpe;
 pub mod chat_template;
+mod cuts;
+mod generation;
 mod limits;
 
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
 
+use ahash::AHashSet;
 use anyhow::Result;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokenizers::models::ModelWrapper;
+use tokenizers::{Encoding, PostProcessorWrapper, Token};
 
 use crate::error::unless_it_panics;
 use crate::invalid;
-use crate::tokenizer::byte_bpe::{ByteBpe, WordCache};
-use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens};
+use crate::tokenizer::byte_bpe::{ByteBpe, Marks, WordCache};
+use crate::tokenizer::chat_template::{GenerationPrompt, Message, Rendered, TemplateTokens};
+pub use crate::tokenizer::cuts::Cut;
 
 /// Whether the tokenizer adds its special tokens (for most, a beginning-of-sequence token) to the ids.
 /// A rendered chat template already contains its special tokens.
@@ -47,7 +52,12 @@ pub struct TokenizerFiles<'a> {
 
 /// A model's tokenizer.
 pub struct Tokenizer {
+    /// The crate's tokenizer without its post-processor, whose work `frame` does: some post-processors trim offsets.
     inner: tokenizers::Tokenizer,
+    /// The ids that the post-processor puts before a text and behind it.
+    frame: (Vec<u32>, Vec<u32>),
+    /// Ids of the tokens of `added_tokens`.
+    added: AHashSet<u32>,
     bos: Option<(u32, String)>,
     eos: Option<(u32, String)>,
     pad_id: Option<u32>,
@@ -83,6 +93,8 @@ impl Tokenizer {
             .map_err(|e| invalid!("{source}/tokenizer.json cannot be read: {e}"))?;
         // Some files contain the truncation setting of a training run.
         inner.with_padding(None).with_truncation(None).map_err(|e| invalid!("{source}/tokenizer.json: {e}"))?;
+        let frame = unless_it_panics(|| frame_of(&inner)).flatten().ok_or_else(|| damaged(source))?;
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         let config = json_object(files.config, source, "tokenizer_config.json")?;
         let map = json_object(files.special_tokens_map, source, "special_tokens_map.json")?;
         let special = |name: &str| -> Result<Option<(u32, String)>> {
@@ -108,6 +120,8 @@ impl Tokenizer {
             hash: hash_of(&files),
             fast: OnceLock::new(),
             source: source.to_owned(),
+            added: cuts::added_tokens(&inner),
+            frame,
             inner,
         })
     }
@@ -168,18 +182,25 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails, or returns an id without an embedding.
     pub fn encode(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>> {
-        let encoding = unless_it_panics(|| self.inner.encode_fast(text, special_tokens == SpecialTokens::Add))
-            .ok_or_else(|| {
-                invalid!(
-                    "{}: a text cannot be tokenised: tokenizer.json is damaged (it may use a special token that it does \
-                     not describe); fetch it again",
-                    self.source
-                )
-            })?
-            .map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))?;
-        let ids = encoding.get_ids().to_vec();
+        let encoding = self.encoding(|| self.inner.encode_fast(text, false))?;
+        let (front, back) = match special_tokens {
+            SpecialTokens::Add => (&self.frame.0[..], &self.frame.1[..]),
+            SpecialTokens::None => Default::default(),
+        };
+        let ids = [front, encoding.get_ids(), back].concat();
         self.check(&ids)?;
         Ok(ids)
+    }
+
+    /// What the crate makes of a text.
+    fn encoding(&self, encode: impl FnOnce() -> tokenizers::Result<Encoding>) -> Result<Encoding> {
+        let encoding = unless_it_panics(encode).ok_or_else(|| damaged(&self.source))?;
+        encoding.map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))
+    }
+
+    /// The ids that the tokenizer puts before a text: for most, none or the beginning-of-sequence token.
+    pub fn front(&self) -> &[u32] {
+        &self.frame.0
     }
 
     /// An encoder for many texts: the ids of [`Tokenizer::encode`] with [`SpecialTokens::None`], through the fast path if this
@@ -273,26 +294,25 @@ impl Tokenizer {
         }
     }
 
-    /// The dialogue rendered by the model's own chat template. Encode the result with [`SpecialTokens::None`].
+    /// The dialogue's text by the model's own chat template. Encode it with [`SpecialTokens::None`].
     ///
     /// # Errors
-    /// If the model has no template, or the template raises an error.
+    /// Those of [`Tokenizer::render_chat`].
     pub fn apply_chat_template(&self, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
+        Ok(self.render_chat(messages, prompt)?.text)
+    }
+
+    /// The dialogue rendered by the model's own chat template with this tokenizer's special tokens.
+    ///
+    /// # Errors
+    /// If the model has no template, or the template has a syntax error or raises an error.
+    pub fn render_chat(&self, messages: &[Message], prompt: GenerationPrompt) -> Result<Rendered> {
         let template = self.chat_template.as_deref().ok_or_else(|| {
             invalid!("{}: the tokenizer has no chat template; set a template in the configuration", self.source)
         })?;
-        self.render_template(template, messages, prompt)
-    }
-
-    /// The dialogue rendered by another template with this tokenizer's special tokens.
-    ///
-    /// # Errors
-    /// If the template has a syntax error or raises an error.
-    pub fn render_template(&self, template: &str, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
-        let text = |token: &'_ Option<(u32, String)>| token.as_ref().map(|(_, text)| text.clone());
-        let (bos, eos) = (text(&self.bos), text(&self.eos));
-        let tokens = TemplateTokens { bos: bos.as_deref(), eos: eos.as_deref() };
-        chat_template::render(template, messages, prompt, tokens)
+        let [bos, eos] = [&self.bos, &self.eos].map(|token| token.as_ref().map(|(_, text)| text.as_str()));
+        let tokens = TemplateTokens { bos, eos };
+        chat_template::render_marked(template, messages, prompt, tokens)
     }
 }
 
@@ -309,14 +329,40 @@ impl Bulk<'_> {
     /// # Errors
     /// Those of [`Tokenizer::encode`].
     pub fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
-        if let Some(fast) = self.fast {
-            let mut ids = Vec::with_capacity(text.len() / 3 + 1);
-            if fast.encode(&self.tokenizer.inner, text, &mut self.cache, &mut ids)? {
-                self.tokenizer.check(&ids)?;
-                return Ok(ids);
-            }
+        match self.fast(text, &[])? {
+            Some((ids, _)) => Ok(ids),
+            None => self.tokenizer.encode(text, SpecialTokens::None),
         }
-        self.tokenizer.encode(text, SpecialTokens::None)
+    }
+
+    /// Token ids of `text` without special tokens added, and where `borders` fall among them: byte positions in `text`, in
+    /// ascending order.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::encode`].
+    pub fn encode_cut(&mut self, text: &str, borders: &[usize]) -> Result<(Vec<u32>, Vec<Cut>)> {
+        if let Some(found) = self.fast(text, borders)? {
+            return Ok(found);
+        }
+        let Tokenizer { inner, added, .. } = self.tokenizer;
+        let encoding = self.tokenizer.encoding(|| inner.encode(text, false))?;
+        let ids = encoding.get_ids().to_vec();
+        self.tokenizer.check(&ids)?;
+        let cuts = cuts::find(text, &encoding, added, borders);
+        Ok((ids, cuts))
+    }
+
+    /// The ids and cuts by the fast path; `None` if the crate must encode the text.
+    fn fast(&mut self, text: &str, borders: &[usize]) -> Result<Option<(Vec<u32>, Vec<Cut>)>> {
+        let Some(fast) = self.fast else { return Ok(None) };
+        let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+        let mut marks = Marks::at(borders);
+        if !fast.encode(&self.tokenizer.inner, text, &mut self.cache, &mut ids, &mut marks)? {
+            return Ok(None);
+        }
+        self.tokenizer.check(&ids)?;
+        let cuts = marks.tokens().iter().map(|&token| Cut { token, inside: false }).collect();
+        Ok(Some((ids, cuts)))
     }
 
     /// Whether the tokenizer has the fast path; otherwise every text goes through the `tokenizers` crate.
@@ -368,6 +414,22 @@ impl TextStream<'_> {
         let whole = self.tokenizer.decode(&self.ids)?;
         Ok(whole.get(before.len()..).unwrap_or_default().to_owned())
     }
+}
+
+/// The ids that a tokenizer's post-processor puts before a text and behind it; `None` if it fails.
+fn frame_of(tokenizer: &tokenizers::Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
+    const TEXT: u32 = u32::MAX;
+    let stand_in = Encoding::from_tokens(vec![Token::new(TEXT, "a".to_owned(), (0, 1))], 0);
+    let framed = tokenizer.post_process(stand_in, None, true).ok()?;
+    let mut sides = framed.get_ids().split(|&id| id == TEXT).map(<[u32]>::to_vec);
+    Some((sides.next()?, sides.next()?))
+}
+
+fn damaged(source: &str) -> anyhow::Error {
+    invalid!(
+        "{source}: a text cannot be tokenised: tokenizer.json is damaged (it may use a special token that it does not \
+         describe); fetch it again"
+    )
 }
 
 /// SHA-256 of the files' texts.

@@ -1,6 +1,7 @@
 //! Data: files, tables, folders and hub data sets become records, and records become token sequences.
 
 mod chat_styles;
+mod chat_tokens;
 #[path = "../support/encoders.rs"]
 mod encoders;
 mod formats;

@@ -1,0 +1,109 @@
+//! A rendered text -> the tokens of the whole, and which of them are learnt ([`Sequence`]).
+//!
+//! The text is encoded in one piece, as transformers encodes a rendered dialogue and TRL a prompt with its completion; the
+//! parts are found by where their borders fall among the tokens. This file does not depend on records or templates. Read
+//! `data/examples/objectives.rs` next.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+
+use anyhow::{Result, ensure};
+
+use crate::data::examples::encoder::TextEncoder;
+use crate::data::examples::render::Layout;
+
+/// The tokens of a text.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Sequence {
+    /// (N,) token ids. The last is the end token.
+    pub tokens: Vec<u32>,
+    /// Ranges of the tokens that are learnt, in order; the last one ends with the end token.
+    pub learnt: Vec<Range<usize>>,
+    /// What is to be counted and reported of it.
+    pub remarks: BTreeSet<&'static str>,
+}
+
+/// The remark on a text with a token that belongs to a learnt part and to the text before it.
+const SHARED_TOKEN: &str =
+    "with a token that holds text of the prompt and of the response (it counts as the response's)";
+/// The remark on a prompt that has other tokens where no response follows it, as in generation.
+const OTHER_ALONE: &str = "whose prompt alone has other tokens than before its response";
+
+/// The tokens of `layout`. A token that holds any text of a learnt part is learnt.
+///
+/// # Errors
+/// The end token is inside a learnt part; those of the tokenizer.
+pub(crate) fn encode(layout: Layout, encoder: &dyn TextEncoder) -> Result<Sequence> {
+    let Layout { front, text, learnt, mut remarks } = layout;
+    let borders: Vec<usize> = learnt.iter().flat_map(|range| [range.start, range.end]).collect();
+    let (ids, cuts) = encoder.encode_cut(&text, &borders)?;
+    if cuts.iter().any(|cut| cut.inside) {
+        remarks.insert(SHARED_TOKEN);
+    }
+    let ends = cuts.chunks(2).map(|cut| cut[0].token..cut[1].token + usize::from(cut[1].inside));
+    let mut learnt: Vec<Range<usize>> = ends.map(|range| front.len() + range.start..front.len() + range.end).collect();
+    let mut tokens = [front, ids].concat();
+    if tokens.last() != Some(&encoder.eos_id()) {
+        match learnt.last_mut() {
+            Some(last) if last.end == tokens.len() => last.end += 1,
+            _ => learnt.push(tokens.len()..tokens.len() + 1),
+        }
+        tokens.push(encoder.eos_id());
+    }
+    for range in &learnt {
+        // For the reward model and for PPO the response would end there.
+        let inside = &tokens[range.start..range.end.saturating_sub(1).max(range.start)];
+        ensure!(!inside.contains(&encoder.eos_id()), "a response has the end token {:?} inside it", encoder.eos_text());
+    }
+    Ok(Sequence { tokens, learnt, remarks })
+}
+
+impl Sequence {
+    /// (N,) whether each token is learnt.
+    pub(crate) fn mask(&self) -> Vec<bool> {
+        let mut mask = vec![false; self.tokens.len()];
+        self.learnt.iter().for_each(|range| mask[range.clone()].fill(true));
+        mask
+    }
+}
+
+/// The tokens that several sequences of one prompt begin with, and the rest of each.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Continued {
+    /// Token ids of the prompt; not empty.
+    pub prompt: Vec<u32>,
+    /// Token ids of each response.
+    pub responses: Vec<Vec<u32>>,
+    /// What is to be counted and reported of them.
+    pub remarks: BTreeSet<&'static str>,
+}
+
+/// Encodes `layouts`, each the same prompt with a response, of which the response alone is learnt. A token that a prompt
+/// shares with one response belongs to all responses, so that the prompt is the same before each.
+///
+/// # Errors
+/// The prompt has no token of its own; those of [`encode`].
+pub(crate) fn continued(layouts: Vec<Layout>, encoder: &dyn TextEncoder) -> Result<Continued> {
+    let (mut sequences, mut remarks) = (vec![], BTreeSet::new());
+    for layout in layouts {
+        let prompt = layout.learnt.first().map_or("", |range| &layout.text[..range.start]).to_owned();
+        let front = layout.front.len();
+        let sequence = encode(layout, encoder)?;
+        let before = sequence.learnt.first().map_or(0, |range| range.start);
+        // Tokens before a border depend on the text after it where white space is split by what follows.
+        if prompt.ends_with(char::is_whitespace) && encoder.encode(&prompt)? != sequence.tokens[front..before] {
+            remarks.insert(OTHER_ALONE);
+        }
+        remarks.extend(&sequence.remarks);
+        sequences.push((before, sequence.tokens));
+    }
+    let Some((_, first)) = sequences.first() else {
+        return Ok(Continued { prompt: vec![], responses: vec![], remarks });
+    };
+    let shared = |tokens: &[u32]| first.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+    let before = sequences.iter().map(|(before, tokens)| shared(tokens).min(*before)).min().unwrap_or(0);
+    ensure!(before > 0, "the prompt has no token of its own before the response");
+    let prompt = first[..before].to_vec();
+    let responses = sequences.into_iter().map(|(_, mut tokens)| tokens.split_off(before)).collect();
+    Ok(Continued { prompt, responses, remarks })
+}
