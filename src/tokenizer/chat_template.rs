@@ -5,12 +5,14 @@
 //! depend on token ids. Read `tokenizer/jinja/mod.rs` next.
 
 use std::cell::RefCell;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::Result;
 use minijinja::{Environment, ErrorKind};
 use serde_json::{Map, Value};
 
+use super::generation;
 use super::jinja::python::{Dict, List, value_of};
 use super::jinja::{FUEL, NAME, environment};
 use crate::host::allocator::within;
@@ -73,6 +75,11 @@ impl Message {
         self.more.as_ref().is_none_or(|more| more.learnt)
     }
 
+    /// Whether the record of the dialogue that the turn begins gives tools.
+    pub fn has_tools(&self) -> bool {
+        self.more.as_ref().is_some_and(|more| more.variables.get("tools").is_some_and(|tools| !tools.is_null()))
+    }
+
     /// Whether the turn holds `tool_calls` and no text.
     pub fn is_only_calls(&self) -> bool {
         let is = |more: &More| more.content == Content::Missing && more.keys.contains_key("tool_calls");
@@ -123,6 +130,15 @@ thread_local! {
     static PARSED: RefCell<Option<(String, Environment<'static>)>> = const { RefCell::new(None) };
 }
 
+/// A dialogue's text, and what of it the template marks as the assistant's.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Rendered {
+    /// The whole text.
+    pub text: String,
+    /// Byte ranges of the text that the template's `{% generation %}` blocks wrote, in order; empty without such blocks.
+    pub generated: Vec<Range<usize>>,
+}
+
 /// Renders `messages` with `template`, in transformers' Jinja dialect ([`environment`]).
 ///
 /// # Errors
@@ -134,6 +150,19 @@ pub fn render(
     prompt: GenerationPrompt,
     tokens: TemplateTokens<'_>,
 ) -> Result<String> {
+    Ok(render_marked(template, messages, prompt, tokens)?.text)
+}
+
+/// As [`render`], with what the template marks as the assistant's.
+///
+/// # Errors
+/// Those of [`render`].
+pub fn render_marked(
+    template: &str,
+    messages: &[Message],
+    prompt: GenerationPrompt,
+    tokens: TemplateTokens<'_>,
+) -> Result<Rendered> {
     let calls = reads(template, "tool_calls");
     let turns = messages.iter().map(|message| turn(message, calls)).collect::<Result<Vec<_>>>()?;
     PARSED.with_borrow_mut(|parsed| {
@@ -155,7 +184,8 @@ pub fn render(
         // The limit on steps does not bound a string that is repeatedly concatenated with itself.
         let bytes: usize = messages.iter().map(Message::bytes).sum();
         within(MEMORY + 16 * bytes, TOO_MUCH, || {
-            env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)
+            let text = env.get_template(NAME).and_then(|template| template.render(context)).map_err(fault)?;
+            Ok(generation::unmark(text))
         })
     })
 }
@@ -180,9 +210,9 @@ fn turn(message: &Message, reads_calls: bool) -> Result<minijinja::Value> {
         }
         entries.extend(more.keys.iter().map(|(key, value)| (key.as_str().into(), value_of(value))));
         if let Some(reasoning) = REASONING.iter().find_map(|name| more.keys.get(*name)) {
-            if !more.keys.contains_key("thinking") {
-                entries.insert(0, ("thinking".into(), value_of(reasoning)));
-            }
+            let thinking = more.keys.get("thinking").unwrap_or(reasoning);
+            entries.retain(|(key, _)| key.as_str() != Some("thinking"));
+            entries.insert(0, ("thinking".into(), value_of(thinking)));
             if !more.keys.contains_key("reasoning_content") {
                 entries.push(("reasoning_content".into(), value_of(reasoning)));
             }
@@ -199,7 +229,8 @@ fn reads(template: &str, name: &str) -> bool {
     };
     let squeezed = || template.split_whitespace().collect::<String>();
     template.match_indices(name).any(is_whole)
-        || (template.contains("tojson") && ["message|tojson", "messages|tojson"].iter().any(|dump| squeezed().contains(dump)))
+        || (template.contains("tojson")
+            && ["message|tojson", "messages|tojson"].iter().any(|dump| squeezed().contains(dump)))
 }
 
 /// What the turns and their record give beside roles and texts, and this template does not read: one phrase per key. Without a
@@ -261,7 +292,8 @@ mod tests {
         for case in golden["cases"].as_array().unwrap() {
             let text = |turn: &Value, key: &str| turn[key].as_str().unwrap().to_owned();
             let turns = case["messages"].as_array().unwrap().iter();
-            let messages: Vec<Message> = turns.map(|turn| Message::new(text(turn, "role"), text(turn, "content"))).collect();
+            let messages: Vec<Message> =
+                turns.map(|turn| Message::new(text(turn, "role"), text(turn, "content"))).collect();
             let prompt = match case["add_generation_prompt"].as_bool().unwrap() {
                 true => GenerationPrompt::Add,
                 false => GenerationPrompt::None,
@@ -288,7 +320,11 @@ mod tests {
         let mut message = Message::new(turn["role"].as_str().unwrap(), turn["content"].as_str().unwrap_or_default());
         let more = message.more_mut();
         more.content = if turn["content"].is_string() { Content::Text } else { Content::Missing };
-        let keys = turn.as_object().unwrap().iter().filter(|(key, value)| !matches!(key.as_str(), "role" | "content") && !value.is_null());
+        let keys = turn
+            .as_object()
+            .unwrap()
+            .iter()
+            .filter(|(key, value)| !matches!(key.as_str(), "role" | "content") && !value.is_null());
         more.keys.extend(keys.map(|(key, value)| (key.clone(), value.clone())));
         message
     }
@@ -326,10 +362,12 @@ mod tests {
 
     #[test]
     fn what_a_template_does_not_read_is_named_once() {
-        let mut messages = vec![Message::new("user", "q"), Message::new("assistant", "a"), Message::new("assistant", "b")];
+        let mut messages =
+            vec![Message::new("user", "q"), Message::new("assistant", "a"), Message::new("assistant", "b")];
         messages[0].more_mut().variables = Arc::new(Map::from_iter([("tools".to_owned(), Value::from(vec![1]))]));
         for message in &mut messages[1..] {
-            message.more_mut().keys = Map::from_iter([("name".to_owned(), "n".into()), ("weight".to_owned(), 1.into())]);
+            message.more_mut().keys =
+                Map::from_iter([("name".to_owned(), "n".into()), ("weight".to_owned(), 1.into())]);
         }
         assert_eq!(unread(Some("{{ message.names }}"), &messages), ["the record's \"tools\"", "a turn's \"name\""]);
         assert_eq!(unread(Some("{{ message['name'] }}{{ tools }}"), &messages), [""; 0]);
@@ -352,8 +390,6 @@ mod tests {
             r#"{"a":"\u00e9\ud834\udd1e","b":1}"#,
             "as json.dumps prints it"
         );
-        let generation = "{% for m in messages %}{%- generation %}{{ m.role }} {%- endgeneration %}{% endfor %}";
-        assert_eq!(plain(generation).unwrap(), "user");
     }
 
     #[test]

@@ -309,7 +309,7 @@ fn ptx_blocks_are_the_joined_texts_without_the_incomplete_last_block() {
         let mut stream = vec![];
         for text in &texts {
             use fourfold::data::examples::objectives::TextEncoder;
-            stream.extend(encoder.bos_id());
+            stream.extend(encoder.front());
             stream.extend(encoder.encode(text).unwrap());
             // DeepSpeed-Chat puts no end token between the texts.
             stream.extend(compat.is_none().then_some(encoder.eos_id()));

@@ -569,7 +569,7 @@ dialogues = []
 for template_name, template in TEMPLATES.items():
     for dialogue_name, messages in DIALOGUES.items():
         for arguments_name, arguments in ARGUMENTS.items():
-            for add in (False, True) if not arguments else (True,) if dialogue_name in ("plain", "call", "no content") else ():
+            for add in ((False, True) if arguments_name in ("", "tools") else (True,) if dialogue_name in ("plain", "call") else ()):
                 dialogues.append(dict(template=template_name, dialogue=dialogue_name, arguments=arguments_name, add=add,
                                       **dialogue(template, messages, arguments, add)))
 versions = dict(transformers=transformers.__version__, jinja2=jinja2.__version__)

@@ -3,7 +3,7 @@
 //! Nothing is dropped without being counted. This file does not depend on the tokenizer. `data/examples/objectives.rs`
 //! and `data/stream/pipeline.rs` fill it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::Result;
@@ -63,6 +63,8 @@ pub enum Outcome<T> {
         examples: Vec<T>,
         /// Whether they lost tokens to `truncation`.
         truncated: bool,
+        /// What is to be counted and reported of the record.
+        remarks: BTreeSet<&'static str>,
     },
     /// No example, for this reason.
     Drop(String),
@@ -71,7 +73,7 @@ pub enum Outcome<T> {
 impl<T> Outcome<T> {
     /// One example.
     pub(crate) fn keep(example: T, truncated: bool) -> Self {
-        Self::Keep { examples: vec![example], truncated }
+        Self::Keep { examples: vec![example], truncated, remarks: BTreeSet::new() }
     }
 
     /// No example, because the record has more tokens than the config key `limit` allows.
@@ -93,7 +95,10 @@ impl Report {
     ) -> Result<Vec<T>> {
         self.count(place);
         let reason = match outcome {
-            Ok(Outcome::Keep { examples, truncated }) => {
+            Ok(Outcome::Keep { examples, truncated, remarks }) => {
+                for remark in remarks {
+                    *self.remarks.entry(remark.to_owned()).or_default() += 1;
+                }
                 self.truncated += usize::from(truncated);
                 self.kept += examples.len();
                 return Ok(examples);

@@ -49,7 +49,8 @@ impl<'a> Columns<'a> {
         }
         let read = self.read.borrow();
         let is_unread = |(key, value): &(&String, &Value)| !value.is_null() && !read.contains(&key.as_str());
-        let unread = self.object.iter().filter(is_unread).map(|(key, _)| format!("with a column {key:?} that is not read"));
+        let unread =
+            self.object.iter().filter(is_unread).map(|(key, _)| format!("with a column {key:?} that is not read"));
         Ok((record, unread.collect()))
     }
 

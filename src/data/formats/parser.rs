@@ -99,7 +99,9 @@ impl<'s> Parser<'s> {
                 remarks.extend(self.decided.take().map(|how| format!("and more {how} (format = \"auto\")")));
                 Ok((record, remarks))
             }
-            (Err(fault), _) if self.source.format.unwrap_or_default() == Format::Auto && self.source.preset.is_none() => {
+            (Err(fault), _)
+                if self.source.format.unwrap_or_default() == Format::Auto && self.source.preset.is_none() =>
+            {
                 // Whoever reads the fault has named no format.
                 match self.detected(&object) {
                     Ok(own) if own == self.shape => Err(fault),

@@ -3,6 +3,8 @@
 //! A value that is no text is turned into one by Python's `str`, and every argument can be given by its name. This file does
 //! not depend on the messages of a dialogue. Read `methods.rs` next.
 
+use std::cmp::Ordering;
+
 use minijinja::value::{Rest, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value};
 
@@ -13,6 +15,13 @@ use super::{Arguments, invalid, json, width};
 pub(super) fn add_to(env: &mut Environment<'_>) {
     env.add_filter("tojson", json::tojson);
     env.add_filter("string", |value: &Value| to_str(value));
+    env.add_filter("safe", |value: &Value| Value::from_safe_string(to_str(value)));
+    env.add_filter("list", |value: &Value| iterate(value).map(Iterator::collect::<Vec<Value>>));
+    env.add_filter("sort", sort);
+    env.add_filter("min", |value: &Value, rest: Rest<Value>| extreme(value, rest, Ordering::Less));
+    env.add_filter("max", |value: &Value, rest: Rest<Value>| extreme(value, rest, Ordering::Greater));
+    env.add_filter("abs", abs);
+    env.add_filter("urlencode", urlencode);
     for name in ["length", "count"] {
         env.add_filter(name, length);
     }
@@ -167,6 +176,62 @@ fn items(value: &Value) -> Result<Vec<Value>, Error> {
     }
 }
 
+/// A sort key of a value: texts sort without regard to case unless they are to.
+fn sort_key(value: Value, minds_case: bool) -> Value {
+    let lower = value.as_str().filter(|_| !minds_case).map(|text| Value::from(text.to_lowercase()));
+    lower.unwrap_or(value)
+}
+
+fn sort(value: &Value, rest: Rest<Value>) -> Result<Vec<Value>, Error> {
+    let arguments = Arguments::of(&rest)?;
+    let reverses = arguments.get(0, "reverse")?.is_some_and(|v| v.is_true());
+    let minds_case = arguments.get(1, "case_sensitive")?.is_some_and(|v| v.is_true());
+    let attribute = arguments.get(2, "attribute")?;
+    arguments.end(3)?;
+    let mut keyed = Vec::new();
+    for item in iterate(value)? {
+        keyed.push((sort_key(at_path(item.clone(), attribute.as_ref())?, minds_case), item));
+    }
+    keyed.sort_by(|a, b| if reverses { b.0.cmp(&a.0) } else { a.0.cmp(&b.0) });
+    Ok(keyed.into_iter().map(|(_, item)| item).collect())
+}
+
+/// The first of the items that are smallest or largest; undefined if there is none.
+fn extreme(value: &Value, rest: Rest<Value>, wins: Ordering) -> Result<Value, Error> {
+    let arguments = Arguments::of(&rest)?;
+    let minds_case = arguments.get(0, "case_sensitive")?.is_some_and(|v| v.is_true());
+    let attribute = arguments.get(1, "attribute")?;
+    arguments.end(2)?;
+    let mut best: Option<(Value, Value)> = None;
+    for item in iterate(value)? {
+        let key = sort_key(at_path(item.clone(), attribute.as_ref())?, minds_case);
+        if best.as_ref().is_none_or(|(known, _)| key.cmp(known) == wins) {
+            best = Some((key, item));
+        }
+    }
+    Ok(best.map(|(_, item)| item).unwrap_or_default())
+}
+
+fn abs(value: &Value) -> Result<Value, Error> {
+    let number = if value.kind() == ValueKind::Bool { Value::from(i64::from(value.is_true())) } else { value.clone() };
+    match i128::try_from(number.clone()) {
+        Ok(integer) if number.is_integer() => Ok(Value::from(integer.saturating_abs())),
+        _ => Ok(Value::from(f64::try_from(number)?.abs())),
+    }
+}
+
+/// Percent-encodes everything but letters, digits and `_.-~/`.
+fn urlencode(value: &Value) -> String {
+    let mut out = String::new();
+    for byte in to_str(value).bytes() {
+        match byte {
+            b'0'..=b'9' | b'A'..=b'Z' | b'a'..=b'z' | b'_' | b'.' | b'-' | b'~' | b'/' => out.push(byte.into()),
+            _ => out += &format!("%{byte:02X}"),
+        }
+    }
+    out
+}
+
 fn dictsort(value: &Value, rest: Rest<Value>) -> Result<Vec<Value>, Error> {
     let arguments = Arguments::of(&rest)?;
     let minds_case = arguments.get(0, "case_sensitive")?.is_some_and(|v| v.is_true());
@@ -180,9 +245,7 @@ fn dictsort(value: &Value, rest: Rest<Value>) -> Result<Vec<Value>, Error> {
     let pairs = pairs(value).ok_or_else(|| invalid("only a dict can be sorted by dictsort".to_owned()))?;
     let mut keyed = Vec::with_capacity(pairs.len());
     for pair in pairs {
-        let key = pair.get_item_by_index(by)?;
-        let lower = key.as_str().filter(|_| !minds_case).map(|text| Value::from(text.to_lowercase()));
-        keyed.push((lower.unwrap_or(key), pair));
+        keyed.push((sort_key(pair.get_item_by_index(by)?, minds_case), pair));
     }
     keyed.sort_by(|a, b| if reverses { b.0.cmp(&a.0) } else { a.0.cmp(&b.0) });
     Ok(keyed.into_iter().map(|(_, pair)| pair).collect())
@@ -194,12 +257,18 @@ fn edge(value: &Value, last: bool) -> Result<Value, Error> {
     Ok(if last { items.last() } else { items.next() }.unwrap_or_default())
 }
 
+/// Refuses an undefined value.
+fn known(value: &Value) -> Result<(), Error> {
+    if value.is_undefined() { Err(Error::from(ErrorKind::UndefinedError)) } else { Ok(()) }
+}
+
 /// `int(value)` where Python can do it, otherwise `default`.
 fn int(value: &Value, rest: Rest<Value>) -> Result<Value, Error> {
     let arguments = Arguments::of(&rest)?;
     let default = arguments.given(0, "default")?.unwrap_or_else(|| Value::from(0));
     let base = arguments.get(1, "base")?.and_then(|base| base.as_i64()).unwrap_or(10);
     arguments.end(2)?;
+    known(value)?;
     let whole = |number: f64| number.is_finite().then(|| Value::from(number.trunc() as i128));
     let found = match value.kind() {
         ValueKind::Bool => Some(Value::from(i64::from(value.is_true()))),
@@ -227,6 +296,7 @@ fn float(value: &Value, rest: Rest<Value>) -> Result<Value, Error> {
     let arguments = Arguments::of(&rest)?;
     let default = arguments.given(0, "default")?.unwrap_or_else(|| Value::from(0.0));
     arguments.end(1)?;
+    known(value)?;
     Ok(match value.kind() {
         ValueKind::Bool => Value::from(f64::from(u8::from(value.is_true()))),
         ValueKind::Number => Value::from(f64::try_from(value.clone())?),

@@ -28,10 +28,7 @@ pub(super) fn tojson(value: &Value, rest: Rest<Value>) -> Result<String, Error> 
     };
     let sorts = arguments.get(3, "sort_keys")?.is_some_and(|v| v.is_true());
     arguments.end(4)?;
-    if value.is_undefined() {
-        return Err(Error::new(ErrorKind::UndefinedError, "an undefined value cannot be written as JSON"));
-    }
-    let mut value = serde_json::to_value(value).map_err(failed)?;
+    let mut value = json_of(value)?;
     if sorts {
         value.sort_all_objects();
     }
@@ -56,6 +53,32 @@ pub(super) fn tojson(value: &Value, rest: Rest<Value>) -> Result<String, Error> 
         }
     }
     Ok(ascii)
+}
+
+/// The value as JSON. A key that is no text becomes one, as in Python.
+fn json_of(value: &Value) -> Result<serde_json::Value, Error> {
+    Ok(match value.kind() {
+        ValueKind::Map => {
+            let mut object = serde_json::Map::new();
+            for pair in python::pairs(value).into_iter().flatten() {
+                let key = pair.get_item_by_index(0)?;
+                let name = match key.kind() {
+                    ValueKind::None => "null".to_owned(),
+                    ValueKind::Bool => key.is_true().to_string(),
+                    _ => python::to_str(&key),
+                };
+                object.insert(name, json_of(&pair.get_item_by_index(1)?)?);
+            }
+            object.into()
+        }
+        ValueKind::Seq | ValueKind::Iterable => {
+            value.try_iter()?.map(|item| json_of(&item)).collect::<Result<_, _>>()?
+        }
+        ValueKind::Undefined => {
+            return Err(Error::new(ErrorKind::UndefinedError, "an undefined value cannot be written as JSON"));
+        }
+        _ => serde_json::to_value(value).map_err(|error| Error::new(ErrorKind::BadSerialization, error.to_string()))?,
+    })
 }
 
 /// A formatter with these separators, on one line or with an indent.

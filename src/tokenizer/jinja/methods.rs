@@ -8,8 +8,8 @@ use minijinja::{Error, State, Value};
 use minijinja_contrib::pycompat;
 
 use super::filters::{capitalize, tuple, unsafe_change};
-use super::python::{is_printable, is_space, pairs, to_str};
 use super::is::has_case;
+use super::python::{is_printable, is_space, pairs, to_str};
 use super::{Arguments, invalid, width};
 
 /// Calls `method` of a value that is no object with methods of its own.
@@ -89,7 +89,9 @@ fn of_text(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Er
         "isascii" => Value::from(text.is_ascii()),
         "isprintable" => Value::from(text.chars().all(is_printable)),
         "isidentifier" => Value::from(
-            !text.starts_with(char::is_numeric) && !text.is_empty() && text.chars().all(|c| c.is_alphanumeric() || c == '_'),
+            !text.starts_with(char::is_numeric)
+                && !text.is_empty()
+                && text.chars().all(|c| c.is_alphanumeric() || c == '_'),
         ),
         "strip" | "lstrip" | "rstrip" => {
             most = 1;
@@ -163,7 +165,8 @@ fn of_text(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Er
             let window = window(text, &arguments)?.1;
             let mut any = false;
             for part in parts {
-                let part = part.as_str().ok_or_else(|| invalid(format!("{method} needs a text, or a tuple of texts")))?;
+                let part =
+                    part.as_str().ok_or_else(|| invalid(format!("{method} needs a text, or a tuple of texts")))?;
                 any |= if method == "startswith" { window.starts_with(part) } else { window.ends_with(part) };
             }
             Value::from(any)
@@ -210,7 +213,8 @@ fn of_text(text: &str, method: &str, args: &[Value]) -> Result<Option<Value>, Er
 /// An argument that must be a text.
 fn string(arguments: &Arguments, at: usize, name: &str) -> Result<String, Error> {
     let value = arguments.needed(at, name)?;
-    let text = value.as_str().ok_or_else(|| invalid(format!("expected a text, found a value of type {}", value.kind())))?;
+    let text =
+        value.as_str().ok_or_else(|| invalid(format!("expected a text, found a value of type {}", value.kind())))?;
     Ok(text.to_owned())
 }
 
@@ -270,7 +274,8 @@ pub(super) fn lines(text: &str, keeps_ends: bool) -> Vec<&str> {
     let mut lines = Vec::new();
     let mut rest = text;
     while !rest.is_empty() {
-        let ends = |c| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
+        let ends =
+            |c| matches!(c, '\n' | '\r' | '\x0b' | '\x0c' | '\x1c'..='\x1e' | '\u{85}' | '\u{2028}' | '\u{2029}');
         let Some(at) = rest.find(ends) else {
             lines.push(rest);
             break;

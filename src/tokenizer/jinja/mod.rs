@@ -13,7 +13,8 @@ mod strftime;
 
 use minijinja::value::{Kwargs, Rest, Value, from_args};
 use minijinja::{Environment, Error, ErrorKind};
-use regex::Regex;
+
+use super::generation;
 
 /// The most steps of a template; the longest dialogues take some hundred per message.
 pub const FUEL: u64 = 2_000_000;
@@ -25,7 +26,7 @@ const COLUMNS: usize = 1 << 16;
 pub const NAME: &str = "chat_template";
 
 /// An environment that holds `template` under [`NAME`]: blocks trimmed, jinja2's tests, filters and methods,
-/// `raise_exception`, `strftime_now` (UTC), `joiner`, `cycler`, `break` and `continue`, `{% generation %}` without effect.
+/// `raise_exception`, `strftime_now` (UTC), `joiner`, `cycler`, `break` and `continue`, `{% generation %}` with marks.
 ///
 /// # Errors
 /// If the template has a syntax error.
@@ -44,27 +45,35 @@ pub fn environment(template: &str) -> Result<Environment<'static>, Error> {
         Err(invalid(python::to_str(message)))
     });
     env.add_function("strftime_now", strftime::now);
+    env.add_function("dict", dict);
     env.add_function("joiner", minijinja_contrib::globals::joiner);
     env.add_function("cycler", |items: Rest<Value>| minijinja_contrib::globals::cycler(items.0));
     is::add_to(&mut env);
     filters::add_to(&mut env);
     // jinja2 has one kind of line break.
     let template = template.replace("\r\n", "\n").replace('\r', "\n");
-    env.add_template_owned(NAME, without_generation_blocks(&template).into_owned())?;
+    env.add_template_owned(NAME, generation::mark(&template).into_owned())?;
     Ok(env)
 }
 
-/// Replaces transformers' `{% generation %}` block, which marks the assistant's text and has no effect on rendering.
-fn without_generation_blocks(template: &str) -> std::borrow::Cow<'_, str> {
-    if !template.contains("generation") {
-        return template.into();
+/// `dict(a=1)`, `dict(other, a=1)`, and of pairs.
+fn dict(rest: Rest<Value>) -> Result<Value, Error> {
+    let (of, named): (Option<&Value>, Kwargs) = from_args(&rest)?;
+    let mut entries: Vec<(Value, Value)> = vec![];
+    let mut insert = |key: Value, value: Value| match entries.iter_mut().find(|(known, _)| *known == key) {
+        Some((_, old)) => *old = value,
+        None => entries.push((key, value)),
+    };
+    if let Some(of) = of {
+        for pair in python::pairs(of).map_or_else(|| Ok(of.try_iter()?.collect::<Vec<_>>()), Ok::<_, Error>)? {
+            insert(pair.get_item_by_index(0)?, pair.get_item_by_index(1)?);
+        }
     }
-    let tag = Regex::new(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}").expect("a constant pattern");
-    tag.replace_all(template, |found: &regex::Captures<'_>| {
-        let (open, close) = (&found[1], &found[3]);
-        let word = if found.get(2).is_some() { "endif" } else { "if true" };
-        format!("{{%{open} {word} {close}%}}")
-    })
+    for name in named.args() {
+        insert(Value::from(name), named.get(name)?);
+    }
+    named.assert_all_used()?;
+    Ok(Value::from_object(python::Dict(entries)))
 }
 
 /// The error of an operation that jinja2 refuses too.

@@ -16,9 +16,9 @@ pub fn value_of(json: &serde_json::Value) -> Value {
         serde_json::Value::Bool(truth) => Value::from(*truth),
         serde_json::Value::String(text) => Value::from(text.as_str()),
         serde_json::Value::Array(items) => Value::from_object(List(items.iter().map(value_of).collect())),
-        serde_json::Value::Object(entries) => {
-            Value::from_object(Dict(entries.iter().map(|(key, value)| (key.as_str().into(), value_of(value))).collect()))
-        }
+        serde_json::Value::Object(entries) => Value::from_object(Dict(
+            entries.iter().map(|(key, value)| (key.as_str().into(), value_of(value))).collect(),
+        )),
         serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64()) {
             (Some(integer), _) => Value::from(integer),
             (_, Some(integer)) => Value::from(integer),
