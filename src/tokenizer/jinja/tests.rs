@@ -16,7 +16,6 @@ const KNOWN: &[&str] = &[
     "{{ namespace(a=1) is iterable }}",
     "{{ namespace(a=1) is mapping }}",
     "{{ namespace(a=1) is sequence }}",
-    "{{ n|reverse|list }}",
     "{{ n|unique|list }}",
     "{{ html|striptags }}",
     "{{ l|random|string|length }}",
@@ -47,7 +46,8 @@ fn every_expression_gives_what_jinja2_gives_golden() {
     for case in golden["snippets"].as_array().unwrap() {
         let template = case["template"].as_str().unwrap();
         let rendered = environment(template)
-            .and_then(|env| env.get_template(NAME).and_then(|template| template.render(value_of(&golden["values"]))));
+            .and_then(|env| env.get_template(NAME).and_then(|template| template.render(value_of(&golden["values"]))))
+            .map(|text| generation::unmark(text).text);
         let agrees = match (case["text"].as_str(), &rendered) {
             (Some(want), Ok(got)) => want == got,
             (None, Err(_)) => true,
