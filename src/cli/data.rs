@@ -160,6 +160,7 @@ impl Look<'_> {
                 "truncated": report.truncated,
                 "dropped": report.dropped,
                 "first_bad": report.first_bad,
+                "remarks": report.remarks,
                 "train": found.train.len(),
                 "held_out": found.held_out.len(),
                 "tokens": {
@@ -232,6 +233,9 @@ fn text<T: Objective>(
     }
     for (reason, count) in &report.dropped {
         let _ = writeln!(out, "{count:>9} dropped: {reason}");
+    }
+    for (remark, count) in &report.remarks {
+        let _ = writeln!(out, "{count:>9} {remark}");
     }
     if let Some(first) = &report.first_bad {
         let _ = writeln!(out, "          the first bad one: {}", plain(first));

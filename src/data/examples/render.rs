@@ -24,6 +24,8 @@ pub(crate) struct Layout {
     pub text: String,
     /// Byte ranges of the text that are learnt, in order.
     pub learnt: Vec<Range<usize>>,
+    /// Whether the text before the first range is the prompt of a record, which generation encodes alone.
+    pub prompted: bool,
     /// What is to be counted and reported of it.
     pub remarks: BTreeSet<&'static str>,
 }
@@ -165,6 +167,7 @@ impl<'e> Renderer<'e> {
         let mut layout = Layout::new(self.front(prompt), self.whole(&turns[..=last])?);
         let start = self.start(&layout.text, &turns, first, &mut layout.remarks)?;
         layout.learnt.push(start..self.end(&mut layout.text, start));
+        layout.prompted = true;
         Ok(layout)
     }
 
@@ -174,7 +177,11 @@ impl<'e> Renderer<'e> {
     /// Those of [`Self::pair`] and [`Self::conversation`].
     pub(crate) fn response(&self, prompt: &Text, response: &Text) -> Result<Vec<Layout>> {
         match self.joined_turns(prompt, response)? {
-            Some((turns, from)) => self.conversation(&turns, from),
+            Some((turns, from)) => {
+                let mut layouts = self.conversation(&turns, from)?;
+                layouts.iter_mut().for_each(|layout| layout.prompted = true);
+                Ok(layouts)
+            }
             None => Ok(vec![self.joined_texts(prompt, response)?]),
         }
     }
@@ -203,6 +210,7 @@ impl<'e> Renderer<'e> {
         let end = self.ended(response).map_or(response.len(), <str>::len);
         layout.text.truncate(before.len() + end);
         layout.learnt.push(before.len()..layout.text.len());
+        layout.prompted = true;
         Ok(layout)
     }
 

@@ -34,11 +34,18 @@ const OTHER_ALONE: &str = "whose prompt alone has other tokens than before its r
 /// # Errors
 /// The end token is inside a learnt part; those of the tokenizer.
 pub(crate) fn encode(layout: Layout, encoder: &dyn TextEncoder) -> Result<Sequence> {
-    let Layout { front, text, learnt, mut remarks } = layout;
+    let Layout { front, text, learnt, prompted, mut remarks } = layout;
     let borders: Vec<usize> = learnt.iter().flat_map(|range| [range.start, range.end]).collect();
     let (ids, cuts) = encoder.encode_cut(&text, &borders)?;
     if cuts.iter().any(|cut| cut.inside) {
         remarks.insert(SHARED_TOKEN);
+    }
+    if let (true, Some(range), Some(cut)) = (prompted, learnt.first(), cuts.first()) {
+        let prompt = &text[..range.start];
+        // Where no token is shared, only white space has other tokens by the text that follows it.
+        if !cut.inside && prompt.ends_with(char::is_whitespace) && encoder.encode(prompt)? != ids[..cut.token] {
+            remarks.insert(OTHER_ALONE);
+        }
     }
     let ends = cuts.chunks(2).map(|cut| cut[0].token..cut[1].token + usize::from(cut[1].inside));
     let mut learnt: Vec<Range<usize>> = ends.map(|range| front.len() + range.start..front.len() + range.end).collect();
@@ -86,14 +93,8 @@ pub(crate) struct Continued {
 pub(crate) fn continued(layouts: Vec<Layout>, encoder: &dyn TextEncoder) -> Result<Continued> {
     let (mut sequences, mut remarks) = (vec![], BTreeSet::new());
     for layout in layouts {
-        let prompt = layout.learnt.first().map_or("", |range| &layout.text[..range.start]).to_owned();
-        let front = layout.front.len();
         let sequence = encode(layout, encoder)?;
         let before = sequence.learnt.first().map_or(0, |range| range.start);
-        // Tokens before a border depend on the text after it where white space is split by what follows.
-        if prompt.ends_with(char::is_whitespace) && encoder.encode(&prompt)? != sequence.tokens[front..before] {
-            remarks.insert(OTHER_ALONE);
-        }
         remarks.extend(&sequence.remarks);
         sequences.push((before, sequence.tokens));
     }
