@@ -296,8 +296,8 @@ impl<'e> Renderer<'e> {
         index: usize,
         remarks: &mut BTreeSet<&'static str>,
     ) -> Result<usize> {
+        let open = if index > 0 { self.dialogue(&turns[..index], true)? } else { String::new() };
         if index > 0 {
-            let open = self.dialogue(&turns[..index], true)?;
             if text.starts_with(&open) {
                 return Ok(open.len());
             }
@@ -309,7 +309,8 @@ impl<'e> Renderer<'e> {
             other[index].content = probe.to_owned();
             start = start.min(common(text, &self.whole(&other)?));
         }
-        Ok(start)
+        // A turn may have no content that the template writes, but a call of a tool.
+        Ok(if start < text.len() { start } else { common(text, &open) })
     }
 
     /// Cuts a rendered text where its last turn, from byte `start` on, ends, and returns that place. White space that a

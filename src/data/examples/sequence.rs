@@ -1,7 +1,7 @@
 //! A rendered text -> the tokens of the whole, and which of them are learnt ([`Sequence`]).
 //!
 //! The text is encoded in one piece, as transformers encodes a rendered dialogue and TRL a prompt with its completion; the
-//! parts are found by where their borders fall among the tokens. This file does not depend on records or templates. Read
+//! parts are found by where their borders fall among the tokens. This file does not depend on `files` or `formats`. Read
 //! `data/examples/objectives.rs` next.
 
 use std::collections::BTreeSet;
@@ -17,7 +17,7 @@ use crate::data::examples::render::Layout;
 pub(crate) struct Sequence {
     /// (N,) token ids. The last is the end token.
     pub tokens: Vec<u32>,
-    /// Ranges of the tokens that are learnt, in order; the last one ends with the end token.
+    /// Ranges of the tokens that are learnt, in order; the last ends with the end token, unless a template's blocks leave it out.
     pub learnt: Vec<Range<usize>>,
     /// What is to be counted and reported of it.
     pub remarks: BTreeSet<&'static str>,
