@@ -30,7 +30,7 @@ CORPUS = [
     "user assistant system [INST] [/INST] <think> </think> model",
     "naïve café, x = 12 + 345; don't they'll go?\n\nNew lines\nand  two  spaces",
     "See you. Bye! Hi yes no 日本",
-] * 3
+] * 3 + ["a\n\n"] * 40
 SPECIAL = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|user|>", "<|assistant|>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 

@@ -28,6 +28,8 @@ pub(crate) struct Layout {
     pub skipped: Vec<Range<usize>>,
     /// Whether a learnt range holds several turns, each with its end token.
     pub several: bool,
+    /// Whether the text before the first range is the prompt of a record, which generation encodes alone.
+    pub prompted: bool,
     /// What is to be counted and reported of it.
     pub remarks: BTreeSet<&'static str>,
 }
@@ -187,6 +189,7 @@ impl<'e> Renderer<'e> {
         let start = self.start(&layout.text, &turns, first, &mut layout.remarks)?;
         layout.learnt.push(start..self.end(&mut layout.text, start));
         layout.several = first < last;
+        layout.prompted = true;
         Ok(layout)
     }
 
@@ -196,7 +199,11 @@ impl<'e> Renderer<'e> {
     /// Those of [`Self::pair`] and [`Self::conversation`].
     pub(crate) fn response(&self, prompt: &Text, response: &Text) -> Result<Vec<Layout>> {
         match self.joined_turns(prompt, response)? {
-            Some((turns, from)) => self.conversation(&turns, from),
+            Some((turns, from)) => {
+                let mut layouts = self.conversation(&turns, from)?;
+                layouts.iter_mut().for_each(|layout| layout.prompted = true);
+                Ok(layouts)
+            }
             None => Ok(vec![self.joined_texts(prompt, response)?]),
         }
     }
@@ -225,6 +232,7 @@ impl<'e> Renderer<'e> {
         let end = self.ended(response).map_or(response.len(), <str>::len);
         layout.text.truncate(before.len() + end);
         layout.learnt.push(before.len()..layout.text.len());
+        layout.prompted = true;
         Ok(layout)
     }
 
@@ -314,8 +322,8 @@ impl<'e> Renderer<'e> {
         index: usize,
         remarks: &mut BTreeSet<&'static str>,
     ) -> Result<usize> {
+        let open = if index > 0 { self.dialogue(&turns[..index], true)? } else { String::new() };
         if index > 0 {
-            let open = self.dialogue(&turns[..index], true)?;
             if text.starts_with(&open) {
                 return Ok(open.len());
             }
@@ -327,7 +335,8 @@ impl<'e> Renderer<'e> {
             other[index].content = probe.to_owned();
             start = start.min(common(text, &self.whole(&other)?));
         }
-        Ok(start)
+        // A turn may have no content that the template writes, but a call of a tool.
+        Ok(if start < text.len() { start } else { common(text, &open) })
     }
 
     /// Cuts a rendered text where its last turn, from byte `start` on, ends, and returns that place. What a template writes

@@ -1,7 +1,7 @@
 //! A rendered text -> the tokens of the whole, and which of them are learnt ([`Sequence`]).
 //!
 //! The text is encoded in one piece, as transformers encodes a rendered dialogue and TRL a prompt with its completion; the
-//! parts are found by where their borders fall among the tokens. This file does not depend on records or templates. Read
+//! parts are found by where their borders fall among the tokens. This file does not depend on `files` or `formats`. Read
 //! `data/examples/objectives.rs` next.
 
 use std::collections::BTreeSet;
@@ -18,7 +18,7 @@ use crate::tokenizer::Cut;
 pub(crate) struct Sequence {
     /// (N,) token ids. The last ends the response.
     pub tokens: Vec<u32>,
-    /// Ranges of the tokens that are learnt, in order; the last one ends with the end token.
+    /// Ranges of the tokens that are learnt, in order; the last ends with the end token, unless a template's blocks leave it out.
     pub learnt: Vec<Range<usize>>,
     /// Ranges of the tokens of the assistant's turns that are never learnt.
     pub skipped: Vec<Range<usize>>,
@@ -38,11 +38,18 @@ const OTHER_ALONE: &str = "whose prompt alone has other tokens than before its r
 /// # Errors
 /// The end token is inside a learnt part; those of the tokenizer.
 pub(crate) fn encode(layout: Layout, ends: &[(u32, String)], encoder: &dyn TextEncoder) -> Result<Sequence> {
-    let Layout { front, text, learnt, skipped, several, mut remarks } = layout;
+    let Layout { front, text, learnt, skipped, several, prompted, mut remarks } = layout;
     let borders: Vec<usize> = learnt.iter().flat_map(|range| [range.start, range.end]).collect();
     let (ids, cuts) = encoder.encode_cut(&text, &borders)?;
     if cuts.iter().any(|cut| cut.inside) {
         remarks.insert(SHARED_TOKEN);
+    }
+    if let (true, Some(range), Some(cut)) = (prompted, learnt.first(), cuts.first()) {
+        let prompt = &text[..range.start];
+        // Where no token is shared, only white space has other tokens by the text that follows it.
+        if !cut.inside && prompt.ends_with(char::is_whitespace) && encoder.encode(prompt)? != ids[..cut.token] {
+            remarks.insert(OTHER_ALONE);
+        }
     }
     let ranges = |cuts: &[Cut]| -> Vec<Range<usize>> {
         let ends = cuts.chunks(2).map(|cut| cut[0].token..cut[1].token + usize::from(cut[1].inside));
@@ -104,14 +111,8 @@ pub(crate) struct Continued {
 pub(crate) fn continued(layouts: Vec<Layout>, ends: &[(u32, String)], encoder: &dyn TextEncoder) -> Result<Continued> {
     let (mut sequences, mut remarks) = (vec![], BTreeSet::new());
     for layout in layouts {
-        let prompt = layout.learnt.first().map_or("", |range| &layout.text[..range.start]).to_owned();
-        let front = layout.front.len();
         let sequence = encode(layout, ends, encoder)?;
         let before = sequence.learnt.first().map_or(0, |range| range.start);
-        // Tokens before a border depend on the text after it where white space is split by what follows.
-        if prompt.ends_with(char::is_whitespace) && encoder.encode(&prompt)? != sequence.tokens[front..before] {
-            remarks.insert(OTHER_ALONE);
-        }
         remarks.extend(&sequence.remarks);
         sequences.push((before, sequence.tokens));
     }
