@@ -234,8 +234,8 @@ fn reads(template: &str, name: &str) -> bool {
 }
 
 /// What the turns and their record give beside roles and texts, and this template does not read: one phrase per key. Without a
-/// template nothing is read.
-pub fn unread(template: Option<&str>, messages: &[Message]) -> Vec<String> {
+/// template nothing is read; whether the loss reads the weights of turns, `reads_weights` says.
+pub fn unread(template: Option<&str>, messages: &[Message], reads_weights: bool) -> Vec<String> {
     let is_read = |name: &str| {
         template.is_some_and(|template| match REASONING.contains(&name) {
             true => REASONING.iter().any(|name| reads(template, name)),
@@ -248,8 +248,9 @@ pub fn unread(template: Option<&str>, messages: &[Message]) -> Vec<String> {
         for (key, source) in of_turn.chain(more.variables.keys().map(|key| (key, "the record's"))) {
             let phrase = format!("{source} {key:?}");
             let is_used = match key.as_str() {
-                // The loss reads the weight; the id of a call says nothing more than the order of turns does.
-                "weight" | "tool_call_id" => true,
+                "weight" if reads_weights => true,
+                // The id of a call says nothing more than the order of turns does.
+                "tool_call_id" => true,
                 "tool_calls" if more.content == Content::CallAsText => true,
                 _ => is_read(key),
             };
@@ -369,10 +370,11 @@ mod tests {
             message.more_mut().keys =
                 Map::from_iter([("name".to_owned(), "n".into()), ("weight".to_owned(), 1.into())]);
         }
-        assert_eq!(unread(Some("{{ message.names }}"), &messages), ["the record's \"tools\"", "a turn's \"name\""]);
-        assert_eq!(unread(Some("{{ message['name'] }}{{ tools }}"), &messages), [""; 0]);
-        assert_eq!(unread(Some("{{ messages | tojson }}"), &messages), [""; 0]);
-        assert_eq!(unread(None, &messages).len(), 2);
+        let named = ["the record's \"tools\"", "a turn's \"name\""];
+        assert_eq!(unread(Some("{{ message.names }}"), &messages, true), named);
+        assert_eq!(unread(Some("{{ message['name'] }}{{ tools }}"), &messages, true), [""; 0]);
+        assert_eq!(unread(Some("{{ messages | tojson }}"), &messages, false), [""; 0]);
+        assert_eq!(unread(None, &messages, false), [named[0], named[1], "a turn's \"weight\""]);
     }
 
     #[test]

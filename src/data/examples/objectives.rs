@@ -39,15 +39,12 @@ impl<'e> Encoding<'e> {
         Ok(Self { encoder, renderer: Renderer::new(encoder, data)?, data, completion_only })
     }
 
-    /// A remark for each thing that the record's dialogue gives beside roles and texts, and the run's template does not read.
-    pub(crate) fn unread(&self, record: &Record) -> Vec<String> {
-        record
-            .texts()
-            .into_iter()
-            .flat_map(|text| self.renderer.unread(text))
-            .collect::<BTreeSet<_>>()
-            .into_iter()
-            .collect()
+    /// A remark for each thing that the record's dialogue gives beside roles and texts, and neither the run's template nor the
+    /// objective `T` reads.
+    pub(crate) fn unread<T: Objective>(&self, record: &Record) -> Vec<String> {
+        let reads_weights = T::READS_WEIGHTS && self.data.compat.is_none();
+        let remarks = record.texts().into_iter().flat_map(|text| self.renderer.unread(text, reads_weights));
+        remarks.collect::<BTreeSet<_>>().into_iter().collect()
     }
 }
 
@@ -74,6 +71,8 @@ pub trait Objective: Example + Send + Sync + 'static {
     const NAME: &'static str;
     /// The objective's share of the records under `compat = "dschat"`; None = all of them.
     const SHARE: Option<Share> = None;
+    /// Whether a turn of weight 0 is not learnt.
+    const READS_WEIGHTS: bool = false;
 
     /// The examples of a record, or the reason for dropping it.
     ///
@@ -101,7 +100,7 @@ pub(crate) fn for_each<T: Objective>(
 ) -> Result<()> {
     for row in compat::rows_of(sources, with.data, T::SHARE)? {
         let Entry { place, record, remarks } = &entries[row];
-        report.remark(remarks.iter().cloned().chain(with.unread(record)));
+        report.remark(remarks.iter().cloned().chain(with.unread::<T>(record)));
         for example in report.add(place, T::of(record, with), with.data.on_bad_record)? {
             sink(example.with_entry(row), record)?;
         }
@@ -145,6 +144,7 @@ pub fn sft_examples(
 impl Objective for SftExample {
     const NAME: &'static str = "sft";
     const SHARE: Option<Share> = Some(Share::Sft);
+    const READS_WEIGHTS: bool = true;
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, completion_only } = with;

@@ -153,14 +153,14 @@ impl<'e> Renderer<'e> {
     }
 
     /// A remark for each thing that a dialogue gives beside roles and texts, and the template does not read.
-    pub(crate) fn unread(&self, text: &Text) -> Vec<String> {
+    pub(crate) fn unread(&self, text: &Text, reads_weights: bool) -> Vec<String> {
         let Text::Dialogue(turns) = text else { return vec![] };
         let source = match self.template {
             Template::Chat => self.chat_template.or(self.encoder.chat_template_for(turns)),
             Template::HumanAssistant | Template::HhRlhf | Template::Plain => None,
         };
         let remark = |what| format!("with {what} that the template does not read");
-        unread(source, turns).into_iter().map(remark).collect()
+        unread(source, turns, reads_weights).into_iter().map(remark).collect()
     }
 
     /// The text of a prompt, up to where the response follows.

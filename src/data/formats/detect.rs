@@ -14,8 +14,7 @@ use crate::data::record::{Object, Parsed};
 /// # Errors
 /// The columns are those of no known format.
 pub(crate) fn detect(object: &Object) -> Parsed<Format> {
-    // Tables write null for "absent".
-    let has = |key: &str| object.get(key).is_some_and(|value| !value.is_null());
+    let has = |key: &str| object.contains_key(key);
     let transcript = |key: &str| object.get(key).and_then(Value::as_str).is_some_and(is_transcript);
     Ok(if has("chosen") && has("rejected") {
         let implicit = !["prompt", "conversations", "messages", "instruction"].into_iter().any(has);

@@ -75,7 +75,8 @@ impl<'s> Parser<'s> {
         let Some(&(shape, [_, count])) = votes.iter().rev().max_by_key(|(_, counts)| counts) else { return };
         self.shape = shape;
         if count < all {
-            self.decided = Some(format!("read as {} like {count} of the file's first {all}", name_of(shape)));
+            self.decided =
+                Some(format!("file read as {}, the format of {count} of its first {all} records", name_of(shape)));
         }
     }
 
@@ -96,7 +97,7 @@ impl<'s> Parser<'s> {
         }
         match (self.read(self.shape, &object), &self.decided) {
             (Ok((record, mut remarks)), Some(_)) => {
-                remarks.extend(self.decided.take().map(|how| format!("and more {how} (format = \"auto\")")));
+                remarks.extend(self.decided.take());
                 Ok((record, remarks))
             }
             (Err(fault), _)
@@ -105,7 +106,10 @@ impl<'s> Parser<'s> {
                 // Whoever reads the fault has named no format.
                 match self.detected(&object) {
                     Ok(own) if own == self.shape => Err(fault),
-                    _ => Err(format!("{fault} (the file is read as {}: its first records are)", name_of(self.shape))),
+                    _ => Err(format!(
+                        "{fault}; the file is read as {}, as most of its first records are",
+                        name_of(self.shape)
+                    )),
                 }
             }
             (result, _) => result,

@@ -431,7 +431,7 @@ fn tokenise<T: Objective>(
         let Ok(Ok((number, batch))) = next else { return };
         let made = batch.into_iter().map(|found| {
             found.map(|Entry { place, record, mut remarks }| {
-                remarks.extend(encoding.unread(&record));
+                remarks.extend(encoding.unread::<T>(&record));
                 (place, group(&record), remarks, T::of(&record, &encoding))
             })
         });

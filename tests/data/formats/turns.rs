@@ -20,7 +20,8 @@ fn rendered<'g>(golden: &'g Value, template: &str, dialogue: &str, arguments: &s
 
 /// `[data]` with the chat template of this name.
 fn with_template(golden: &Value, name: &str) -> Data {
-    Data { chat_template: Some(golden["templates"][name].as_str().unwrap().to_owned()), ..Data::default() }
+    let template = golden["templates"][name].as_str().unwrap().to_owned();
+    Data { chat_template: Some(template), max_length: 10_000, ..Data::default() }
 }
 
 #[test]
@@ -218,8 +219,9 @@ fn most_of_the_first_records_decide_the_format_not_the_first_alone() {
         }
         // Said once, unless the columns of all are alike.
         let remarks: Vec<String> = found.entries.iter().flat_map(|entry| entry.remarks.clone()).collect();
-        let decided =
-            remarks.iter().filter(|remark| remark.contains("read as \"preference\" like 15 of the file's first 16"));
+        let decided = remarks
+            .iter()
+            .filter(|remark| *remark == "file read as \"preference\", the format of 15 of its first 16 records");
         assert_eq!(decided.count(), usize::from(bad.get("responses").is_none()), "{remarks:?}");
         // Otherwise the run ends at it.
         data.on_bad_record = OnBadRecord::Error;
