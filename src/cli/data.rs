@@ -160,6 +160,7 @@ impl Look<'_> {
                 "truncated": report.truncated,
                 "dropped": report.dropped,
                 "first_bad": report.first_bad,
+                "remarks": report.remarks,
                 "train": found.train.len(),
                 "held_out": found.held_out.len(),
                 "tokens": {
@@ -235,6 +236,9 @@ fn text<T: Objective>(
     }
     if let Some(first) = &report.first_bad {
         let _ = writeln!(out, "          the first bad one: {}", plain(first));
+    }
+    for (remark, count) in &report.remarks {
+        let _ = writeln!(out, "{count:>9} {}", plain(remark));
     }
     if let Some(path) = &found.cache {
         let _ = writeln!(out, "          tokens in {}", path.display());

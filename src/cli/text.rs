@@ -92,9 +92,13 @@ pub(super) struct Generate {
     json: bool,
 }
 
-/// Ids of a prompt: through the template where there is one and the text is not raw.
+/// Ids of a prompt: through the template where there is one and the text is not raw. Other text gets what the tokenizer puts
+/// before a text, and nothing behind it, since the response follows there.
 fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<u32>> {
     let tokenizer = model.checkpoint.tokenizer();
+    let plain = |text: &str| {
+        Ok::<_, anyhow::Error>([tokenizer.front(), &tokenizer.encode(text, SpecialTokens::None)?].concat())
+    };
     let ids = match raw {
         None if tokenizer.chat_template().is_some() => {
             let text = tokenizer.apply_chat_template(messages, GenerationPrompt::Add)?;
@@ -102,9 +106,9 @@ fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<
         }
         None => {
             let text = messages.iter().map(|m| m.content.as_str()).collect::<Vec<_>>().join("\n");
-            tokenizer.encode(&text, SpecialTokens::Add)?
+            plain(&text)?
         }
-        Some(text) => tokenizer.encode(text, SpecialTokens::Add)?,
+        Some(text) => plain(text)?,
     };
     if ids.is_empty() {
         return Err(invalid!("the prompt is empty; write a message"));
@@ -115,10 +119,11 @@ fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<
 pub(super) fn generate(args: &Generate) -> Result<()> {
     let (model, adapter) = args.weights.open()?;
     let tokenizer = model.checkpoint.tokenizer();
-    let sampling = args.how.sampling(tokenizer.eos_ids())?;
+    let ends = tokenizer.ends(None);
+    let sampling = args.how.sampling(&ends)?;
     let raw = args.raw.then_some(args.prompt.as_str());
     let ids = encode(&model, &[Message::new("user", &args.prompt)], raw)?;
-    let mut printer = Printer { stream: tokenizer.stream(), stop: tokenizer.eos_ids(), quiet: args.json };
+    let mut printer = Printer { stream: tokenizer.stream(), stop: &ends, quiet: args.json };
     let response = response(&model, adapter.as_ref(), &ids, args.how.seed, &sampling, &mut printer)?;
     if args.json {
         super::print_json(&json!({
@@ -190,7 +195,8 @@ pub(super) struct Chat {
 pub(super) fn chat(args: &Chat) -> Result<()> {
     let (model, adapter) = args.weights.open()?;
     let tokenizer = model.checkpoint.tokenizer();
-    let sampling = args.how.sampling(tokenizer.eos_ids())?;
+    let ends = tokenizer.ends(None);
+    let sampling = args.how.sampling(&ends)?;
     let mut history: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
     eprintln!("Write, and end with an empty line or end of file. /new forgets what was said.");
     let interactive = std::io::stdin().is_terminal();
@@ -209,7 +215,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
         }
         history.push(Message::new("user", text));
         let ids = encode(&model, &history, args.raw.then_some(text))?;
-        let mut printer = Printer { stream: tokenizer.stream(), stop: tokenizer.eos_ids(), quiet: false };
+        let mut printer = Printer { stream: tokenizer.stream(), stop: &ends, quiet: false };
         let response =
             response(&model, adapter.as_ref(), &ids, args.how.seed.wrapping_add(turn), &sampling, &mut printer)?;
         printer.finish()?;

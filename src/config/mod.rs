@@ -39,7 +39,7 @@ pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, InitLoraWeights, Lora,
-    OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    MultiTurn, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{LrScheduler, RecomputeSetting, Reward, RewardLoss, Sft};

@@ -211,7 +211,7 @@ pub struct Data {
     /// of these. Required by every training stage, unless `sources` are given.
     #[serde(skip_serializing_if = "Paths::is_empty")]
     pub path: Paths,
-    /// What a record holds. Default `auto`: read off the keys of a file's first record.
+    /// What a record holds. Default `auto`: read off the keys of most of a file's first 16 records.
     pub format: Format,
     /// The name of a public data set, such as `"openai/webgpt_comparisons"`, whose columns are known by that name: the
     /// sixteen of DeepSpeed-Chat. Instead of `format` and `columns`.
@@ -235,6 +235,11 @@ pub struct Data {
     /// several lines.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub chat_template: Option<String>,
+    /// What SFT learns of a dialogue whose chat template renders a response differently once more turns follow (it drops the
+    /// thoughts of earlier turns, as Qwen3's and DeepSeek-R1's do). Other dialogues learn every response, and a template's
+    /// `{% generation %}` blocks take precedence. Default `last`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub multi_turn: Option<MultiTurn>,
     /// Whose behaviour to keep. `"dschat"`: rows by `data_split` and numpy's shuffle, prompt and response tokenised in
     /// one piece and cut at the right, SFT on every token, long prompts filtered. Absent = none.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -300,6 +305,7 @@ impl Default for Data {
             format: Format::Auto,
             template: None,
             chat_template: None,
+            multi_turn: None,
             compat: None,
             pad_token: None,
             data_split: None,
@@ -385,7 +391,7 @@ impl Paths {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
-    /// Read off the keys of a file's first record.
+    /// Read off the keys of most of a file's first 16 records.
     #[default]
     Auto,
     /// `text`, or `messages` as one conversation.
@@ -428,6 +434,19 @@ pub enum Template {
     HhRlhf,
     /// Turns joined by a line break and nothing added.
     Plain,
+}
+
+/// What SFT learns of a dialogue whose earlier responses the chat template renders differently once more turns follow.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum MultiTurn {
+    /// The last response, after the dialogue as the template renders it there.
+    #[default]
+    Last,
+    /// Every response, in a sequence of its own that ends with it.
+    Each,
+    /// Such a record is bad.
+    Error,
 }
 
 /// What happens to a sequence that is too long.

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use anyhow::Result;
 use serde_json::{Map, Value};
 
-use crate::tokenizer::chat_template::Message;
+use crate::tokenizer::chat_template::{Message, bytes_of};
 
 /// A text as given, or a dialogue that a template renders to text.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -66,7 +66,34 @@ impl Record {
             Self::PromptOnly(_) => "prompt_only",
         }
     }
+
+    /// The record's texts: the prompt, if there is one, comes first.
+    pub fn texts(&self) -> Vec<&Text> {
+        match self {
+            Self::LanguageModeling(text) | Self::PromptOnly(text) => vec![text],
+            Self::PromptCompletion { prompt, completion } | Self::Unpaired { prompt, completion, .. } => {
+                vec![prompt, completion]
+            }
+            Self::Ranked { prompt, responses } => std::iter::once(prompt).chain(responses).collect(),
+        }
+    }
+
+    /// The first turn of the record's dialogue, which carries the template's variables; `None` if it begins with a text.
+    pub(crate) fn first_turn_mut(&mut self) -> Option<&mut Message> {
+        let (Self::LanguageModeling(text)
+        | Self::PromptOnly(text)
+        | Self::PromptCompletion { prompt: text, .. }
+        | Self::Unpaired { prompt: text, .. }
+        | Self::Ranked { prompt: text, .. }) = self;
+        match text {
+            Text::Dialogue(turns) => turns.first_mut(),
+            Text::Verbatim(_) => None,
+        }
+    }
 }
+
+/// A record as its reader parsed it, with the remarks of [`Entry`].
+pub(crate) type Remarked = (Record, Vec<String>);
 
 /// A record's position in its file.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -95,6 +122,8 @@ pub struct Entry {
     pub place: Place,
     /// The record itself.
     pub record: Record,
+    /// What is to be counted and reported of the record: columns that nothing reads.
+    pub remarks: Vec<String>,
 }
 
 /// A record that was skipped because it cannot be used.
@@ -118,6 +147,16 @@ pub(crate) enum RawRecord {
     Json(Value),
     /// A line of a text file.
     Line(String),
+}
+
+impl RawRecord {
+    /// Number of bytes of the record's texts, about.
+    pub(crate) fn bytes(&self) -> usize {
+        match self {
+            Self::Json(value) => bytes_of(std::iter::once(value)),
+            Self::Line(text) => text.len(),
+        }
+    }
 }
 
 /// Receives each raw record, or the reason why its bytes are not one; returns whether to read on.

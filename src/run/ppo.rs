@@ -12,7 +12,7 @@ use super::rewards::{Adapters, RewardSourceBuilder};
 use super::{Model, prepared, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
-use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder};
+use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, end_of_responses, ends_of_responses};
 use crate::data::examples::{Examples, Ids};
 use crate::data::{ModelEncoder, Prepared, Subset};
 use crate::invalid;
@@ -43,7 +43,8 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
         None => None,
         Some(difference) => {
             eprintln!("ppo: {difference}: the reward model reads prompts and responses in its own tokens");
-            Some(translate(all_prompts(&prompts, &eval_prompts), &reward_encoder, scorer, config)?)
+            let end = end_of_responses(&reward_encoder, config.data()?)?;
+            Some((translate(all_prompts(&prompts, &eval_prompts), &reward_encoder, scorer, config)?, end))
         }
     };
     let sft = match &ppo.adapter {
@@ -67,7 +68,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let pad = ppo.compat.map(|_| model.pad_id(config.data()?)).transpose()?;
     let builder = RewardSourceBuilder {
         scorer,
-        retokenise: translated.as_ref().map(|prompts| (&reward_encoder as &dyn TextEncoder, prompts)),
+        retokenise: translated.as_ref().map(|(prompts, end)| (&reward_encoder as &dyn TextEncoder, prompts, *end)),
         prompts: &prompts,
         eval_prompts: &eval_prompts,
         pad,
@@ -88,9 +89,9 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
         let all: Vec<_> = all_prompts(&prompts, &eval_prompts).collect::<Result<_>>()?;
         inputs = inputs.texts("answers", all.iter().map(|prompt| prompt.answer.as_deref()));
     }
-    if let Some(translated) = &translated {
+    if let Some((translated, _)) = &translated {
         let translations: Vec<Vec<u32>> = all_prompts(&prompts, &eval_prompts)
-            .map(|prompt| Ok(translated.get(&prompt?.tokens).cloned().unwrap_or_default()))
+            .map(|prompt| Ok(translated.get(&prompt?.tokens).map(|known| known.tokens.clone()).unwrap_or_default()))
             .collect::<Result<_>>()?;
         inputs = inputs.examples("prompts for the reward model", &translations)?;
     }
@@ -104,7 +105,10 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let mut session = inputs.begin(out, options)?;
     let memory = preflight.report(&session);
     let tokenizer = model.checkpoint.tokenizer();
-    let mut stop = tokenizer.eos_ids().to_vec();
+    let mut stop = match ppo.compat {
+        Some(_) => tokenizer.eos_ids().to_vec(),
+        None => ends_of_responses(&ModelEncoder::new(tokenizer)?, config.data()?)?,
+    };
     stop.extend(pad.filter(|pad| !tokenizer.eos_ids().contains(pad)));
     let (stop, decode) = (&stop[..], |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default());
     let inputs = EvaluationInputs {

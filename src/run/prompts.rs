@@ -30,7 +30,7 @@ pub(super) fn first_token_difference(policy: &Model, scorer: &Model) -> Option<S
     Some(format!("token {id} is {theirs:?} in [reward_base] and {ours:?} in [base]"))
 }
 
-/// Maps the policy's prompt ids to the ids that the reward model's template and tokenizer make of the same records.
+/// Maps the policy's prompt ids to what the reward model's template and tokenizer make of the same records.
 ///
 /// # Errors
 /// If the records cannot be read, or a prompt does not fit the reward model's context.
@@ -39,7 +39,7 @@ pub(super) fn translate<'p>(
     encoder: &dyn TextEncoder,
     scorer: &Model,
     config: &Config,
-) -> Result<HashMap<Vec<u32>, Vec<u32>>> {
+) -> Result<HashMap<Vec<u32>, PromptExample>> {
     let mut by_record = HashMap::new();
     for prompt in prompts {
         let prompt = prompt?;
@@ -64,5 +64,5 @@ pub(super) fn translate<'p>(
     if translated.len() != ours.len() {
         return Err(invalid!("[reward_base] not every prompt fits the reward model: {report}"));
     }
-    Ok(ours.into_iter().zip(translated.into_iter().map(|prompt| prompt.tokens)).collect())
+    Ok(ours.into_iter().zip(translated).collect())
 }

@@ -67,8 +67,9 @@ impl Adapters {
     }
 }
 
-/// The reward model's tokenizer, and a map from the policy's prompt ids to the same prompts in its tokens.
-pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, Vec<u32>>);
+/// The reward model's tokenizer, a map from the policy's prompt ids to the same prompts in its tokens, and its token that ends a
+/// response.
+pub(super) type Translation<'w> = (&'w dyn TextEncoder, &'w HashMap<Vec<u32>, PromptExample>, u32);
 
 /// The inputs from which reward sources are built.
 pub(super) struct RewardSourceBuilder<'w> {
@@ -113,9 +114,9 @@ impl<'w> RewardSourceBuilder<'w> {
                 None => Box::new(RewardModel(scorer)),
                 Some(pad) => Box::new(Unpadded { model: RewardModel(scorer), pad }),
             },
-            Some((encoder, prompts)) => {
+            Some((encoder, prompts, end)) => {
                 let context = self.scorer.base.config().max_position_embeddings;
-                Box::new(RetokenisedModel { scorer, encoder, prompts, context })
+                Box::new(RetokenisedModel { scorer, encoder, end, prompts, context })
             }
         })
     }

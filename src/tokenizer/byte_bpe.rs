@@ -43,6 +43,34 @@ pub(crate) struct WordCache {
     symbols: Vec<u32>,
 }
 
+/// Positions in a text whose places among its tokens are looked for while it is encoded.
+pub(crate) struct Marks<'b> {
+    /// Byte positions, in ascending order.
+    borders: &'b [usize],
+    /// Number of tokens before each border that was passed.
+    tokens: Vec<usize>,
+}
+
+impl<'b> Marks<'b> {
+    /// Marks at these byte positions, which are in ascending order.
+    pub(crate) fn at(borders: &'b [usize]) -> Self {
+        Self { borders, tokens: Vec::with_capacity(borders.len()) }
+    }
+
+    /// Number of tokens before each border.
+    pub(crate) fn tokens(&self) -> &[usize] {
+        &self.tokens
+    }
+
+    /// Notes that `tokens` tokens end at byte `at`; returns false if a border lies before it, inside a word.
+    fn pass(&mut self, at: usize, tokens: usize) -> bool {
+        while self.borders.get(self.tokens.len()) == Some(&at) {
+            self.tokens.push(tokens);
+        }
+        self.borders.get(self.tokens.len()).is_none_or(|&border| border > at)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Other,
@@ -147,47 +175,46 @@ impl ByteBpe {
         Some(found)
     }
 
-    /// Appends the ids of `text`; returns false, with `ids` unchanged, if the crate must encode it.
+    /// Appends the ids of `text` and finds `marks` among them; returns false if the crate must encode it, also where a
+    /// mark lies inside a word.
     pub(crate) fn encode(
         &self,
         crates: &tokenizers::Tokenizer,
         text: &str,
         cache: &mut WordCache,
         ids: &mut Vec<u32>,
+        marks: &mut Marks<'_>,
     ) -> Result<bool> {
-        let before = ids.len();
         let mut at = 0;
         if let Some((find, of)) = &self.added {
             for token in find.find_iter(text) {
-                if !self.piece(crates, &text[at..token.start()], cache, ids)? {
-                    ids.truncate(before);
+                if !self.piece(crates, (at, &text[at..token.start()]), cache, ids, marks)? {
+                    return Ok(false);
+                }
+                if !marks.pass(token.start(), ids.len()) {
                     return Ok(false);
                 }
                 ids.push(of[token.pattern().as_usize()]);
                 at = token.end();
             }
         }
-        let done = self.piece(crates, &text[at..], cache, ids)?;
-        if !done {
-            ids.truncate(before);
-        }
-        Ok(done)
+        Ok(self.piece(crates, (at, &text[at..]), cache, ids, marks)? && marks.pass(text.len(), ids.len()))
     }
 
     fn kind(&self, c: char) -> Kind {
         self.classes[c as usize]
     }
 
-    /// Splits text between added tokens at digits and then as GPT-2's pattern does:
+    /// Splits text between added tokens, which begins at a byte of the whole text, at digits and then as GPT-2's pattern does:
     /// `'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+`.
     fn piece(
         &self,
         crates: &tokenizers::Tokenizer,
-        text: &str,
+        (mut at, mut rest): (usize, &str),
         cache: &mut WordCache,
         ids: &mut Vec<u32>,
+        marks: &mut Marks<'_>,
     ) -> Result<bool> {
-        let mut rest = text;
         while let Some(first) = rest.chars().next() {
             let end = match self.digits_apart {
                 true if first.is_numeric() => first.len_utf8(),
@@ -198,8 +225,11 @@ impl ByteBpe {
             rest = &rest[end..];
             while !part.is_empty() {
                 let Some(length) = self.word(part) else { return Ok(false) };
+                if !marks.pass(at, ids.len()) {
+                    return Ok(false);
+                }
                 self.ids(crates, &part[..length], cache, ids)?;
-                part = &part[length..];
+                (at, part) = (at + length, &part[length..]);
             }
         }
         Ok(true)

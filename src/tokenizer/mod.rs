@@ -6,21 +6,27 @@
 
 mod byte_bpe;
 pub mod chat_template;
+mod cuts;
+mod generation;
+mod jinja;
 mod limits;
 
 use std::fs;
 use std::path::Path;
 use std::sync::OnceLock;
 
+use ahash::AHashSet;
 use anyhow::Result;
 use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 use tokenizers::models::ModelWrapper;
+use tokenizers::{AddedToken, Encoding, PostProcessorWrapper, Token};
 
 use crate::error::unless_it_panics;
 use crate::invalid;
-use crate::tokenizer::byte_bpe::{ByteBpe, WordCache};
-use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens};
+use crate::tokenizer::byte_bpe::{ByteBpe, Marks, WordCache};
+use crate::tokenizer::chat_template::{GenerationPrompt, Message, Rendered, TemplateTokens};
+pub use crate::tokenizer::cuts::Cut;
 
 /// Whether the tokenizer adds its special tokens (for most, a beginning-of-sequence token) to the ids.
 /// A rendered chat template already contains its special tokens.
@@ -47,12 +53,19 @@ pub struct TokenizerFiles<'a> {
 
 /// A model's tokenizer.
 pub struct Tokenizer {
+    /// The crate's tokenizer without its post-processor, whose work `frame` does: some post-processors trim offsets.
     inner: tokenizers::Tokenizer,
+    /// The ids that the post-processor puts before a text and behind it.
+    frame: (Vec<u32>, Vec<u32>),
+    /// Ids of the tokens of `added_tokens`.
+    added: AHashSet<u32>,
     bos: Option<(u32, String)>,
     eos: Option<(u32, String)>,
     pad_id: Option<u32>,
     eos_ids: Vec<u32>,
     chat_template: Option<String>,
+    /// The chat template for dialogues with tools, if it is another.
+    tool_template: Option<String>,
     source: String,
     /// Rows of the embedding matrix: larger ids have no embedding.
     rows: usize,
@@ -83,6 +96,8 @@ impl Tokenizer {
             .map_err(|e| invalid!("{source}/tokenizer.json cannot be read: {e}"))?;
         // Some files contain the truncation setting of a training run.
         inner.with_padding(None).with_truncation(None).map_err(|e| invalid!("{source}/tokenizer.json: {e}"))?;
+        let frame = unless_it_panics(|| frame_of(&inner)).flatten().ok_or_else(|| damaged(source))?;
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         let config = json_object(files.config, source, "tokenizer_config.json")?;
         let map = json_object(files.special_tokens_map, source, "special_tokens_map.json")?;
         let special = |name: &str| -> Result<Option<(u32, String)>> {
@@ -102,12 +117,18 @@ impl Tokenizer {
                 Some(template) => Some(template.to_owned()),
                 None => config.get("chat_template").and_then(template_text),
             },
+            tool_template: match files.chat_template {
+                Some(_) => None,
+                None => config.get("chat_template").and_then(|listed| named_template(listed, "tool_use")),
+            },
             bos,
             eos,
             rows: usize::MAX,
             hash: hash_of(&files),
             fast: OnceLock::new(),
             source: source.to_owned(),
+            added: cuts::added_tokens(&inner),
+            frame,
             inner,
         })
     }
@@ -168,18 +189,25 @@ impl Tokenizer {
     /// # Errors
     /// If the tokenizer fails, or returns an id without an embedding.
     pub fn encode(&self, text: &str, special_tokens: SpecialTokens) -> Result<Vec<u32>> {
-        let encoding = unless_it_panics(|| self.inner.encode_fast(text, special_tokens == SpecialTokens::Add))
-            .ok_or_else(|| {
-                invalid!(
-                    "{}: a text cannot be tokenised: tokenizer.json is damaged (it may use a special token that it does \
-                     not describe); fetch it again",
-                    self.source
-                )
-            })?
-            .map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))?;
-        let ids = encoding.get_ids().to_vec();
+        let encoding = self.encoding(|| self.inner.encode_fast(text, false))?;
+        let (front, back) = match special_tokens {
+            SpecialTokens::Add => (&self.frame.0[..], &self.frame.1[..]),
+            SpecialTokens::None => Default::default(),
+        };
+        let ids = [front, encoding.get_ids(), back].concat();
         self.check(&ids)?;
         Ok(ids)
+    }
+
+    /// What the crate makes of a text.
+    fn encoding(&self, encode: impl FnOnce() -> tokenizers::Result<Encoding>) -> Result<Encoding> {
+        let encoding = unless_it_panics(encode).ok_or_else(|| damaged(&self.source))?;
+        encoding.map_err(|e| invalid!("{}: a text cannot be tokenised: {e}", self.source))
+    }
+
+    /// The ids that the tokenizer puts before a text: for most, none or the beginning-of-sequence token.
+    pub fn front(&self) -> &[u32] {
+        &self.frame.0
     }
 
     /// An encoder for many texts: the ids of [`Tokenizer::encode`] with [`SpecialTokens::None`], through the fast path if this
@@ -238,9 +266,35 @@ impl Tokenizer {
         self.inner.token_to_id(token)
     }
 
-    /// End-of-sequence tokens: any of them ends a response.
+    /// End-of-sequence tokens of the tokenizer's and the model's configuration.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
+    }
+
+    /// The tokens that end a response: the end-of-sequence tokens, and the one with which `template` (by default the
+    /// tokenizer's own chat template) closes an assistant's turn, if it closes it with none of them. Every stage ends a response
+    /// at the first of these tokens: generation stops there, and reward models score there.
+    pub fn ends(&self, template: Option<&str>) -> Vec<u32> {
+        let mut ends = self.eos_ids.clone();
+        ends.extend(template.or(self.chat_template()).and_then(|template| self.closing(template)));
+        ends
+    }
+
+    /// The special token that a template writes right after an assistant's text, if no end-of-sequence token follows there.
+    fn closing(&self, template: &str) -> Option<u32> {
+        const TEXT: &str = "qzx";
+        let turns = [Message::new("user", "q"), Message::new("assistant", TEXT)];
+        let text = self.render(template, &turns, GenerationPrompt::None).ok()?.text;
+        let after = text.rsplit_once(TEXT)?.1.trim_start();
+        let ends = |id: &u32| self.token(*id).is_some_and(|end| !end.is_empty() && after.contains(&end));
+        if self.eos_ids.iter().any(ends) {
+            return None;
+        }
+        let tokens = self.inner.get_added_tokens_decoder();
+        let opens = |(_, token): &(u32, AddedToken)| {
+            token.special && !token.content.is_empty() && after.starts_with(&token.content)
+        };
+        tokens.into_iter().filter(opens).max_by_key(|(_, token)| token.content.len()).map(|(id, _)| id)
     }
 
     /// The end-of-sequence token appended to training data: `eos_token` of the tokenizer's configuration.
@@ -263,6 +317,12 @@ impl Tokenizer {
         self.chat_template.as_deref()
     }
 
+    /// The Jinja source of the chat template for a dialogue: of several, the one named `tool_use` where the record has tools.
+    pub fn chat_template_for(&self, messages: &[Message]) -> Option<&str> {
+        let with_tools = messages.first().is_some_and(Message::has_tools);
+        self.tool_template.as_deref().filter(|_| with_tools).or(self.chat_template())
+    }
+
     /// The tokenizer's algorithm: `BPE`, `Unigram`, `WordPiece` or `WordLevel`.
     pub fn kind(&self) -> &'static str {
         match self.inner.get_model() {
@@ -273,26 +333,28 @@ impl Tokenizer {
         }
     }
 
-    /// The dialogue rendered by the model's own chat template. Encode the result with [`SpecialTokens::None`].
+    /// The dialogue's text by the model's own chat template. Encode it with [`SpecialTokens::None`].
     ///
     /// # Errors
-    /// If the model has no template, or the template raises an error.
+    /// Those of [`Tokenizer::render_chat`].
     pub fn apply_chat_template(&self, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
-        let template = self.chat_template.as_deref().ok_or_else(|| {
-            invalid!("{}: the tokenizer has no chat template; set a template in the configuration", self.source)
-        })?;
-        self.render_template(template, messages, prompt)
+        Ok(self.render_chat(messages, prompt)?.text)
     }
 
-    /// The dialogue rendered by another template with this tokenizer's special tokens.
+    /// The dialogue rendered by the model's own chat template with this tokenizer's special tokens.
     ///
     /// # Errors
-    /// If the template has a syntax error or raises an error.
-    pub fn render_template(&self, template: &str, messages: &[Message], prompt: GenerationPrompt) -> Result<String> {
-        let text = |token: &'_ Option<(u32, String)>| token.as_ref().map(|(_, text)| text.clone());
-        let (bos, eos) = (text(&self.bos), text(&self.eos));
-        let tokens = TemplateTokens { bos: bos.as_deref(), eos: eos.as_deref() };
-        chat_template::render(template, messages, prompt, tokens)
+    /// If the model has no template, or the template has a syntax error or raises an error.
+    pub fn render_chat(&self, messages: &[Message], prompt: GenerationPrompt) -> Result<Rendered> {
+        let template = self.chat_template_for(messages).ok_or_else(|| {
+            invalid!("{}: the tokenizer has no chat template; set a template in the configuration", self.source)
+        })?;
+        self.render(template, messages, prompt)
+    }
+
+    fn render(&self, template: &str, messages: &[Message], prompt: GenerationPrompt) -> Result<Rendered> {
+        let [bos, eos] = [&self.bos, &self.eos].map(|token| token.as_ref().map(|(_, text)| text.as_str()));
+        chat_template::render_marked(template, messages, prompt, TemplateTokens { bos, eos })
     }
 }
 
@@ -309,14 +371,40 @@ impl Bulk<'_> {
     /// # Errors
     /// Those of [`Tokenizer::encode`].
     pub fn encode(&mut self, text: &str) -> Result<Vec<u32>> {
-        if let Some(fast) = self.fast {
-            let mut ids = Vec::with_capacity(text.len() / 3 + 1);
-            if fast.encode(&self.tokenizer.inner, text, &mut self.cache, &mut ids)? {
-                self.tokenizer.check(&ids)?;
-                return Ok(ids);
-            }
+        match self.fast(text, &[])? {
+            Some((ids, _)) => Ok(ids),
+            None => self.tokenizer.encode(text, SpecialTokens::None),
         }
-        self.tokenizer.encode(text, SpecialTokens::None)
+    }
+
+    /// Token ids of `text` without special tokens added, and where `borders` fall among them: byte positions in `text`, in
+    /// ascending order.
+    ///
+    /// # Errors
+    /// Those of [`Tokenizer::encode`].
+    pub fn encode_cut(&mut self, text: &str, borders: &[usize]) -> Result<(Vec<u32>, Vec<Cut>)> {
+        if let Some(found) = self.fast(text, borders)? {
+            return Ok(found);
+        }
+        let Tokenizer { inner, added, .. } = self.tokenizer;
+        let encoding = self.tokenizer.encoding(|| inner.encode(text, false))?;
+        let ids = encoding.get_ids().to_vec();
+        self.tokenizer.check(&ids)?;
+        let cuts = cuts::find(text, &encoding, added, borders);
+        Ok((ids, cuts))
+    }
+
+    /// The ids and cuts by the fast path; `None` if the crate must encode the text.
+    fn fast(&mut self, text: &str, borders: &[usize]) -> Result<Option<(Vec<u32>, Vec<Cut>)>> {
+        let Some(fast) = self.fast else { return Ok(None) };
+        let mut ids = Vec::with_capacity(text.len() / 3 + 1);
+        let mut marks = Marks::at(borders);
+        if !fast.encode(&self.tokenizer.inner, text, &mut self.cache, &mut ids, &mut marks)? {
+            return Ok(None);
+        }
+        self.tokenizer.check(&ids)?;
+        let cuts = marks.tokens().iter().map(|&token| Cut { token, inside: false }).collect();
+        Ok(Some((ids, cuts)))
     }
 
     /// Whether the tokenizer has the fast path; otherwise every text goes through the `tokenizers` crate.
@@ -370,6 +458,22 @@ impl TextStream<'_> {
     }
 }
 
+/// The ids that a tokenizer's post-processor puts before a text and behind it; `None` if it fails.
+fn frame_of(tokenizer: &tokenizers::Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
+    const TEXT: u32 = u32::MAX;
+    let stand_in = Encoding::from_tokens(vec![Token::new(TEXT, "a".to_owned(), (0, 1))], 0);
+    let framed = tokenizer.post_process(stand_in, None, true).ok()?;
+    let mut sides = framed.get_ids().split(|&id| id == TEXT).map(<[u32]>::to_vec);
+    Some((sides.next()?, sides.next()?))
+}
+
+fn damaged(source: &str) -> anyhow::Error {
+    invalid!(
+        "{source}: a text cannot be tokenised: tokenizer.json is damaged (it may use a special token that it does not \
+         describe); fetch it again"
+    )
+}
+
 /// SHA-256 of the files' texts.
 fn hash_of(files: &TokenizerFiles<'_>) -> [u8; 32] {
     let mut hash = Sha256::new();
@@ -397,11 +501,14 @@ fn token_text(value: &Value) -> Option<&str> {
 
 /// A chat template: a string, or a list of named ones, of which transformers uses `default`.
 fn template_text(value: &Value) -> Option<String> {
-    let named = |list: &Vec<Value>| {
-        let default = list.iter().find(|t| t["name"] == "default").or(list.first());
-        default.and_then(|t| t["template"].as_str()).map(str::to_owned)
-    };
-    value.as_str().map(str::to_owned).or_else(|| value.as_array().and_then(named))
+    let first = || value.as_array()?.first()?["template"].as_str().map(str::to_owned);
+    value.as_str().map(str::to_owned).or_else(|| named_template(value, "default")).or_else(first)
+}
+
+/// The chat template of this name in a list of named ones.
+fn named_template(listed: &Value, name: &str) -> Option<String> {
+    let found = listed.as_array()?.iter().find(|template| template["name"] == name)?;
+    found["template"].as_str().map(str::to_owned)
 }
 
 #[cfg(test)]

@@ -29,7 +29,15 @@ fn special_tokens_and_templates_are_read_in_all_their_spellings() {
     assert_eq!(t.for_model(&[3, 1], 4).eos_ids(), [3, 1]);
 
     let list = json!([{"name": "tool_use", "template": "x"}, {"name": "default", "template": "y"}]);
-    assert_eq!(with(json!({"chat_template": list}), None, None).unwrap().chat_template(), Some("y"));
+    let two = with(json!({"chat_template": list}), None, None).unwrap();
+    assert_eq!(two.chat_template(), Some("y"));
+    let mut asked = vec![Message::new("user", "q")];
+    assert_eq!(two.chat_template_for(&asked), Some("y"));
+    asked[0].more_mut().variables = std::sync::Arc::new(Map::from_iter([("tools".to_owned(), json!([]))]));
+    assert_eq!(
+        (two.chat_template_for(&asked), two.apply_chat_template(&asked, GenerationPrompt::None).unwrap()),
+        (Some("x"), "x".into())
+    );
     let file = with(json!({"chat_template": "y", "eos_token": "<end>"}), None, Some("{{ eos_token }}{{ bos_token }}!"));
     assert_eq!(file.unwrap().apply_chat_template(&[], GenerationPrompt::Add).unwrap(), "<end>!");
     assert!(with(json!({"bos_token": "zzz"}), None, None).err().unwrap().to_string().contains("zzz"));

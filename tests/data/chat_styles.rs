@@ -12,7 +12,8 @@ fn templates_of_twelve_families_equal_transformers_golden() {
     for case in golden["cases"].as_array().unwrap() {
         let (style, dialogue) = (case["style"].as_str().unwrap(), case["dialogue"].as_str().unwrap());
         let (with, messages) = (&golden["styles"][style], &golden["dialogues"][dialogue]);
-        let messages: Vec<Message> = serde_json::from_value(messages.clone()).unwrap();
+        let turn = |turn: &Value| Message::new(turn["role"].as_str().unwrap(), turn["content"].as_str().unwrap());
+        let messages: Vec<Message> = messages.as_array().unwrap().iter().map(turn).collect();
         let add = case["add_generation_prompt"].as_bool().unwrap();
         let prompt = if add { GenerationPrompt::Add } else { GenerationPrompt::None };
         let tokens = TemplateTokens { bos: with["bos"].as_str(), eos: with["eos"].as_str() };

@@ -1,13 +1,14 @@
 //! Data: files, tables, folders and hub data sets become records, and records become token sequences.
 
 mod chat_styles;
+mod chat_tokens;
 #[path = "../support/encoders.rs"]
 mod encoders;
+mod ends;
 mod formats;
 #[cfg(feature = "hub")]
 mod hub;
 mod pipeline;
 mod sources;
-#[cfg(feature = "hub")]
 #[path = "../support/mod.rs"]
 mod support;

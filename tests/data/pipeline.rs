@@ -10,7 +10,7 @@ use fourfold::data;
 use fourfold::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample};
 use fourfold::data::examples::{Example, Examples};
 use fourfold::data::stream::cache::Stored;
-use fourfold::data::{Message, ModelEncoder, Prepared};
+use fourfold::data::{ModelEncoder, Prepared};
 use fourfold::model_files::ModelFiles;
 use fourfold::quickstart::base::BASE;
 use fourfold::rng::SplitMix64;
@@ -199,9 +199,9 @@ fn decoding_the_response_mask_gives_exactly_the_assistants_text() {
             let mut turns = vec![];
             let mut responses = vec![];
             for _ in 0..rounds {
-                turns.push(Message::new("user", words(&mut rng, 6).trim()));
+                turns.push(json!({"role": "user", "content": words(&mut rng, 6).trim()}));
                 let response = words(&mut rng, 12).trim().to_owned();
-                turns.push(Message::new("assistant", response.as_str()));
+                turns.push(json!({"role": "assistant", "content": response.as_str()}));
                 responses.push(response);
             }
             expected.push(responses);
@@ -309,7 +309,7 @@ fn ptx_blocks_are_the_joined_texts_without_the_incomplete_last_block() {
         let mut stream = vec![];
         for text in &texts {
             use fourfold::data::examples::objectives::TextEncoder;
-            stream.extend(encoder.bos_id());
+            stream.extend(encoder.front());
             stream.extend(encoder.encode(text).unwrap());
             // DeepSpeed-Chat puts no end token between the texts.
             stream.extend(compat.is_none().then_some(encoder.eos_id()));

@@ -36,7 +36,9 @@ fn assert_matches_golden(tokenizer: &Tokenizer) {
         streamed += &stream.finish().unwrap();
         assert_eq!(streamed, case["decoded_without_special_tokens"].as_str().unwrap());
     }
-    let messages: Vec<Message> = serde_json::from_value(golden["chat"]["messages"].clone()).unwrap();
+    let turn =
+        |turn: &serde_json::Value| Message::new(turn["role"].as_str().unwrap(), turn["content"].as_str().unwrap());
+    let messages: Vec<Message> = golden["chat"]["messages"].as_array().unwrap().iter().map(turn).collect();
     let text = tokenizer.apply_chat_template(&messages, GenerationPrompt::Add).unwrap();
     assert_eq!(text, golden["chat"]["text"].as_str().unwrap());
     assert_eq!(tokenizer.encode(&text, SpecialTokens::None).unwrap(), ids(&golden["chat"]["ids"]));

@@ -112,14 +112,11 @@ pub(crate) fn prompt(
     })
 }
 
-/// The text of prompt and response together.
+/// The text of prompt and response together, as it is: DeepSpeed-Chat adds its end to an end that is written there too.
 fn joined(renderer: &Renderer, prompt: &Text, response: &Text) -> Result<String> {
-    match (prompt, response) {
-        (Text::Dialogue(turns), Text::Dialogue(more)) => renderer.whole(&[turns.as_slice(), more].concat()),
-        _ => {
-            let (mut text, segments) = renderer.response(prompt, response)?;
-            segments.iter().for_each(|segment| text.push_str(&segment.text));
-            Ok(text)
-        }
+    match (renderer.joined_turns(prompt, response)?, prompt, response) {
+        (Some((turns, _)), ..) => renderer.whole(&turns),
+        (None, Text::Verbatim(prompt), Text::Verbatim(response)) => Ok(format!("{prompt}{response}")),
+        _ => unreachable!("joined_turns refuses a text beside a dialogue"),
     }
 }

@@ -143,7 +143,7 @@ pub fn parse_shares(data_split: &str) -> Result<Vec<f64>, String> {
 /// # Errors
 /// Those of the tokenizer.
 pub fn sequence(text: &str, end: &str, max_length: usize, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
-    let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
+    let mut tokens = encoder.front().to_vec();
     tokens.extend(encoder.encode(&format!("{text}{end}"))?);
     tokens.truncate(max_length);
     Ok(tokens)
@@ -170,6 +170,7 @@ pub fn prompt(text: &str, max_prompt_length: usize, encoder: &dyn TextEncoder) -
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tokenizer::chat_template::{Message, Rendered};
     use serde_json::Value;
 
     fn golden() -> Value {
@@ -219,7 +220,7 @@ mod tests {
             Ok(text.bytes().map(u32::from).collect())
         }
 
-        fn chat(&self, _: &[crate::tokenizer::chat_template::Message], _: bool) -> Result<String> {
+        fn chat(&self, _: &[Message], _: bool) -> Result<Rendered> {
             unreachable!("no template")
         }
 
@@ -235,8 +236,8 @@ mod tests {
             "."
         }
 
-        fn bos_id(&self) -> Option<u32> {
-            Some(0)
+        fn front(&self) -> &[u32] {
+            &[0]
         }
     }
 

@@ -9,33 +9,43 @@ use std::cell::RefCell;
 use anyhow::Result;
 
 use crate::invalid;
-use crate::tokenizer::chat_template::{GenerationPrompt, Message, TemplateTokens, render};
-use crate::tokenizer::{Bulk, SpecialTokens, Tokenizer};
+use crate::tokenizer::chat_template::{GenerationPrompt, Message, Rendered, TemplateTokens, render_marked};
+use crate::tokenizer::{Bulk, Cut, Tokenizer};
 
 /// The tokenizer functions that the examples need.
 pub trait TextEncoder {
-    /// Token ids of a text, without special tokens in front or behind. The text of a special token (markup of a chat
-    /// template) becomes that token. The text may be a piece of a sequence: no space may be put before its first word.
+    /// Token ids of a whole text, without special tokens in front or behind. The text of a special token (markup of a chat
+    /// template) becomes that token.
     ///
     /// # Errors
     /// Those of the tokenizer.
     fn encode(&self, text: &str) -> Result<Vec<u32>>;
+
+    /// Token ids of a whole text as [`TextEncoder::encode`] returns them, and where `borders` fall among them: byte
+    /// positions in the text, in ascending order. The default is for encoders without a token of several characters.
+    ///
+    /// # Errors
+    /// Those of the tokenizer.
+    fn encode_cut(&self, text: &str, borders: &[usize]) -> Result<(Vec<u32>, Vec<Cut>)> {
+        let before = |&border: &usize| Ok(Cut { token: self.encode(&text[..border])?.len(), inside: false });
+        Ok((self.encode(text)?, borders.iter().map(before).collect::<Result<_>>()?))
+    }
 
     /// A dialogue rendered with the tokenizer's chat template; with `add_generation_prompt`, up to where the next
     /// assistant turn begins.
     ///
     /// # Errors
     /// Those of the template, such as two user turns in a row.
-    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String>;
+    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered>;
 
     /// A dialogue rendered with a chat template from the config.
     ///
     /// # Errors
     /// Those of the template.
-    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    fn chat_with(&self, template: &str, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered> {
         let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
         let eos = Some(self.eos_text()).filter(|text| !text.is_empty());
-        render(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
+        render_marked(template, messages, prompt, TemplateTokens { bos: self.bos_text(), eos })
     }
 
     /// The text of the beginning-of-sequence token, for templates.
@@ -46,16 +56,27 @@ pub trait TextEncoder {
     /// Whether the tokenizer has a chat template.
     fn has_chat_template(&self) -> bool;
 
+    /// The source of the tokenizer's chat template for a dialogue.
+    fn chat_template_for(&self, _messages: &[Message]) -> Option<&str> {
+        None
+    }
+
     /// The id of the end-of-sequence token, which ends a response.
     fn eos_id(&self) -> u32;
 
     /// The text of the end-of-sequence token, for templates; empty if it has none.
     fn eos_text(&self) -> &str;
 
-    /// The id of the beginning-of-sequence token, for tokenizers that add one to a text. A chat template writes its
+    /// The tokens that end a response, each with its text, as [`Tokenizer::ends`] has them: generation stops at them, and the
+    /// score of a response stands at the first of them. The end-of-sequence token comes first.
+    fn ends(&self, _template: Option<&str>) -> Vec<(u32, String)> {
+        vec![(self.eos_id(), self.eos_text().to_owned())]
+    }
+
+    /// The ids that the tokenizer puts before a text: none, or a beginning-of-sequence token. A chat template writes its
     /// own.
-    fn bos_id(&self) -> Option<u32> {
-        None
+    fn front(&self) -> &[u32] {
+        &[]
     }
 }
 
@@ -88,13 +109,21 @@ impl TextEncoder for ModelEncoder<'_> {
         self.bulk.borrow_mut().encode(text)
     }
 
-    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    fn encode_cut(&self, text: &str, borders: &[usize]) -> Result<(Vec<u32>, Vec<Cut>)> {
+        self.bulk.borrow_mut().encode_cut(text, borders)
+    }
+
+    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered> {
         let prompt = if add_generation_prompt { GenerationPrompt::Add } else { GenerationPrompt::None };
-        self.tokenizer.apply_chat_template(messages, prompt)
+        self.tokenizer.render_chat(messages, prompt)
     }
 
     fn has_chat_template(&self) -> bool {
         self.tokenizer.chat_template().is_some()
+    }
+
+    fn chat_template_for(&self, messages: &[Message]) -> Option<&str> {
+        self.tokenizer.chat_template_for(messages)
     }
 
     fn eos_id(&self) -> u32 {
@@ -105,13 +134,18 @@ impl TextEncoder for ModelEncoder<'_> {
         &self.eos_text
     }
 
+    fn ends(&self, template: Option<&str>) -> Vec<(u32, String)> {
+        let mut ids = self.tokenizer.ends(template);
+        ids.retain(|&id| id != self.eos_id);
+        ids.insert(0, self.eos_id);
+        ids.into_iter().map(|id| (id, self.tokenizer.token(id).unwrap_or_default())).collect()
+    }
+
     fn bos_text(&self) -> Option<&str> {
         self.bos_text.as_deref()
     }
 
-    fn bos_id(&self) -> Option<u32> {
-        // Only if the tokenizer itself puts one in front of a text.
-        let encoded = self.tokenizer.encode("", SpecialTokens::Add).ok()?;
-        self.tokenizer.bos_id().filter(|bos| encoded.first() == Some(bos))
+    fn front(&self) -> &[u32] {
+        self.tokenizer.front()
     }
 }

@@ -11,5 +11,6 @@ mod example;
 pub mod objectives;
 mod render;
 mod report;
+mod sequence;
 
 pub use example::{Example, Examples, Ids, PromptExample, RankedExample, SftExample, UnpairedExample, chunks, pick};

@@ -1,8 +1,8 @@
 //! Records -> the training examples of SFT, reward modelling and DPO, KTO, and PPO; each [`Objective`] is one of them.
 //! Every truncated or dropped record is counted in a [`Report`].
 //!
-//! Prompt and response are encoded separately, so the response mask is exact, and the prompt's tokens are those after
-//! which PPO samples. This file does not depend on `files` or `formats`. Read `data/examples/batch_sampler.rs` next.
+//! Prompt and response are encoded as one text, as transformers and TRL do, and told apart by the tokens' places in it.
+//! This file does not depend on `files` or `formats`. Read `data/examples/batch_sampler.rs` next.
 
 use std::collections::BTreeSet;
 
@@ -15,9 +15,11 @@ use crate::data::examples::dschat::Share;
 pub use crate::data::examples::encoder::TextEncoder;
 use crate::data::examples::example::Example;
 pub use crate::data::examples::example::{PromptExample, RankedExample, SftExample, UnpairedExample};
-use crate::data::examples::render::{Renderer, Segment};
+use crate::data::examples::render::Renderer;
 pub use crate::data::examples::report::{Outcome, Report};
+use crate::data::examples::sequence::{self, Continued, Sequence};
 use crate::data::record::{Entry, Record, Text};
+use crate::tokenizer::chat_template::Message;
 
 /// The settings with which records become examples.
 pub struct Encoding<'e> {
@@ -36,6 +38,31 @@ impl<'e> Encoding<'e> {
     pub fn new(encoder: &'e dyn TextEncoder, data: &'e Data, completion_only: bool) -> Result<Self> {
         Ok(Self { encoder, renderer: Renderer::new(encoder, data)?, data, completion_only })
     }
+
+    /// A remark for each thing that the record's dialogue gives beside roles and texts, and neither the run's template nor the
+    /// objective `T` reads.
+    pub(crate) fn unread<T: Objective>(&self, record: &Record) -> Vec<String> {
+        let reads_weights = T::READS_WEIGHTS && self.data.compat.is_none();
+        let remarks = record.texts().into_iter().flat_map(|text| self.renderer.unread(text, reads_weights));
+        remarks.collect::<BTreeSet<_>>().into_iter().collect()
+    }
+}
+
+/// The tokens that end a response under `[data]`: every stage stops, learns and scores at the first of them. See
+/// [`Tokenizer::ends`](crate::tokenizer::Tokenizer::ends).
+///
+/// # Errors
+/// The config asks for a chat template and there is none.
+pub fn ends_of_responses(encoder: &dyn TextEncoder, data: &Data) -> Result<Vec<u32>> {
+    Ok(Renderer::new(encoder, data)?.ends().iter().map(|(id, _)| *id).collect())
+}
+
+/// The one of [`ends_of_responses`] with which the run's template ends a response.
+///
+/// # Errors
+/// Those of [`ends_of_responses`]; the template rejects a dialogue of one round.
+pub fn end_of_responses(encoder: &dyn TextEncoder, data: &Data) -> Result<u32> {
+    Renderer::new(encoder, data)?.end_of_response()
 }
 
 /// A training objective: a type of example, and how a record becomes examples of it.
@@ -44,6 +71,8 @@ pub trait Objective: Example + Send + Sync + 'static {
     const NAME: &'static str;
     /// The objective's share of the records under `compat = "dschat"`; None = all of them.
     const SHARE: Option<Share> = None;
+    /// Whether a turn of weight 0 is not learnt.
+    const READS_WEIGHTS: bool = false;
 
     /// The examples of a record, or the reason for dropping it.
     ///
@@ -70,7 +99,8 @@ pub(crate) fn for_each<T: Objective>(
     sink: &mut dyn FnMut(T, &Record) -> Result<()>,
 ) -> Result<()> {
     for row in compat::rows_of(sources, with.data, T::SHARE)? {
-        let Entry { place, record } = &entries[row];
+        let Entry { place, record, remarks } = &entries[row];
+        report.remark(remarks.iter().cloned().chain(with.unread::<T>(record)));
         for example in report.add(place, T::of(record, with), with.data.on_bad_record)? {
             sink(example.with_entry(row), record)?;
         }
@@ -88,33 +118,9 @@ fn collect<T: Objective>(entries: &[Entry], with: &Encoding) -> Result<(Vec<T>, 
     Ok((all, report))
 }
 
-/// Token ids and mask of a response's segments.
-///
-/// # Errors
-/// The end token is inside a response.
-fn encode(segments: &[Segment], encoder: &dyn TextEncoder) -> Result<(Vec<u32>, Vec<bool>)> {
-    let (mut tokens, mut mask) = (Vec::new(), Vec::new());
-    for segment in segments {
-        let piece = encoder.encode(&segment.text)?;
-        // For the reward model and for PPO the response would end there.
-        ensure!(
-            !segment.target || !piece.contains(&encoder.eos_id()),
-            "a response has the end token {:?} inside it",
-            encoder.eos_text()
-        );
-        tokens.extend(&piece);
-        if segment.ends {
-            tokens.push(encoder.eos_id());
-        }
-        mask.resize(tokens.len(), segment.target);
-    }
-    Ok((tokens, mask))
-}
-
-/// Token ids of a prompt, after the token `first` if there is one.
-fn encode_prompt(text: &str, first: Option<u32>, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
-    let mut tokens: Vec<u32> = first.into_iter().collect();
-    tokens.extend(encoder.encode(text)?);
+/// Token ids of a prompt, after the ids `front`.
+fn encode_prompt(text: &str, front: &[u32], encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
+    let tokens = [front, &encoder.encode(text)?].concat();
     ensure!(!tokens.is_empty(), "the prompt has no token");
     Ok(tokens)
 }
@@ -138,46 +144,66 @@ pub fn sft_examples(
 impl Objective for SftExample {
     const NAME: &'static str = "sft";
     const SHARE: Option<Share> = Some(Share::Sft);
+    const READS_WEIGHTS: bool = true;
 
     fn of(record: &Record, with: &Encoding) -> Result<Outcome<Self>> {
         let Encoding { encoder, renderer, data, completion_only } = with;
         if data.compat.is_some() {
             return compat::sft(record, renderer, *encoder, data);
         }
-        let (start, segments) = match record {
+        let layouts = match record {
             Record::LanguageModeling(Text::Verbatim(text)) => {
-                return Ok(blocks(&whole_text(text, *encoder)?, data.max_length));
+                return Ok(blocks(&whole_text(text, with)?, data.max_length));
             }
-            Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
-                (renderer.first_token(dialogue), renderer.conversation(turns, 0)?)
+            Record::LanguageModeling(Text::Dialogue(turns)) if is_unlearnt(turns) => {
+                return Ok(Outcome::Drop(UNLEARNT.into()));
             }
+            Record::PromptCompletion { completion: Text::Dialogue(turns), .. } if is_unlearnt(turns) => {
+                return Ok(Outcome::Drop(UNLEARNT.into()));
+            }
+            Record::LanguageModeling(Text::Dialogue(turns)) => renderer.conversation(turns, 0)?,
             Record::PromptCompletion { prompt, completion: response }
-            | Record::Unpaired { prompt, completion: response, label: true } => {
-                (renderer.first_token(prompt), sequence(renderer.response(prompt, response)?))
-            }
-            Record::Ranked { prompt, responses } => {
-                (renderer.first_token(prompt), sequence(renderer.response(prompt, &responses[0])?))
-            }
+            | Record::Unpaired { prompt, completion: response, label: true } => renderer.response(prompt, response)?,
+            Record::Ranked { prompt, responses } => renderer.response(prompt, &responses[0])?,
             Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
             Record::PromptOnly(_) => bail!("SFT needs a response, and a prompt_only record has none"),
         };
-        let (mut tokens, mut mask) = encode(&segments, *encoder)?;
-        if let Some(first) = start {
-            tokens.insert(0, first);
-            mask.insert(0, false);
+        let (mut examples, mut truncated, mut remarks) = (vec![], false, BTreeSet::new());
+        let mut dropped = None;
+        for layout in layouts {
+            let sequence = sequence::encode(layout, renderer.ends(), *encoder)?;
+            remarks.extend(&sequence.remarks);
+            match truncate(sequence, *completion_only, data, *encoder) {
+                Ok((example, cut)) => {
+                    truncated |= cut;
+                    examples.push(example);
+                }
+                Err(reason) => dropped = dropped.or(Some(reason)),
+            }
         }
-        if !completion_only {
-            mask.fill(true);
-        }
-        truncate(tokens, mask, &segments, data, *encoder)
+        Ok(match dropped {
+            Some(reason) if examples.is_empty() => Outcome::Drop(reason),
+            _ => Outcome::Keep { examples, truncated, remarks },
+        })
     }
 }
 
-/// Token ids of a raw text between the beginning-of-sequence token, if the tokenizer adds one, and the end token.
-fn whole_text(text: &str, encoder: &dyn TextEncoder) -> Result<Vec<u32>> {
-    let mut tokens: Vec<u32> = encoder.bos_id().into_iter().collect();
-    tokens.extend(encoder.encode(text)?);
-    tokens.push(encoder.eos_id());
+/// The reason for dropping a dialogue that holds nothing to learn.
+const UNLEARNT: &str = "whose assistant turns all have the weight 0";
+
+/// Whether the assistant speaks, and the loss includes none of it.
+fn is_unlearnt(turns: &[Message]) -> bool {
+    let mut spoken = turns.iter().filter(|turn| turn.role == "assistant").peekable();
+    spoken.peek().is_some() && spoken.all(|turn| !turn.is_learnt())
+}
+
+/// Token ids of a raw text between what the tokenizer puts before a text and the end token, which the text may hold.
+fn whole_text(text: &str, with: &Encoding) -> Result<Vec<u32>> {
+    let Encoding { encoder, renderer, .. } = with;
+    let mut tokens = [encoder.front(), &encoder.encode(renderer.ended(text).unwrap_or(text))?].concat();
+    if !tokens.last().is_some_and(|last| renderer.ends().iter().any(|(end, _)| end == last)) {
+        tokens.push(encoder.eos_id());
+    }
     Ok(tokens)
 }
 
@@ -204,24 +230,16 @@ impl Objective for RawText {
             match record {
                 Record::LanguageModeling(Text::Verbatim(text)) => Self(match data.compat {
                     Some(Compat::Dschat) => dschat::sequence(text, "", usize::MAX, *encoder)?,
-                    None => whole_text(text, *encoder)?,
+                    None => whole_text(text, with)?,
                 }),
-                Record::LanguageModeling(dialogue @ Text::Dialogue(turns)) => {
-                    let mut tokens: Vec<u32> = renderer.first_token(dialogue).into_iter().collect();
-                    tokens.extend(encode(&renderer.conversation(turns, 0)?, *encoder)?.0);
-                    Self(tokens)
+                Record::LanguageModeling(Text::Dialogue(turns)) => {
+                    Self(sequence::encode(renderer.transcript(turns)?, renderer.ends(), *encoder)?.tokens)
                 }
                 other => bail!("the ptx mixture needs texts, and this record is {}", other.kind()),
             },
             false,
         ))
     }
-}
-
-/// The segments of prompt and response together.
-fn sequence((prompt, mut segments): (String, Vec<Segment>)) -> Vec<Segment> {
-    segments.insert(0, Segment { text: prompt, target: false, ends: false });
-    segments
 }
 
 /// Raw text in blocks of `length` tokens; a last block of one token has nothing to predict and is left out.
@@ -233,27 +251,28 @@ fn blocks(tokens: &[u32], length: usize) -> Outcome<SftExample> {
         .collect();
     match examples.is_empty() {
         true => Outcome::Drop("of a single token".to_owned()),
-        false => Outcome::Keep { examples, truncated: false },
+        false => Outcome::Keep { examples, truncated: false, remarks: BTreeSet::new() },
     }
 }
 
-/// Applies `max_length` and `truncation` to one SFT sequence.
+/// Applies `max_length` and `truncation` to one SFT sequence: its example and whether it lost tokens, or the reason for
+/// dropping it.
 fn truncate(
-    mut tokens: Vec<u32>,
-    mut mask: Vec<bool>,
-    segments: &[Segment],
+    sequence: Sequence,
+    completion_only: bool,
     data: &Data,
     encoder: &dyn TextEncoder,
-) -> Result<Outcome<SftExample>> {
+) -> Result<(SftExample, bool), String> {
+    let mut mask = sequence.mask(completion_only);
+    let Sequence { mut tokens, learnt, .. } = sequence;
     let over = tokens.len().saturating_sub(data.max_length);
     if over > 0 {
         match data.truncation {
-            Truncation::Drop => return Ok(Outcome::too_long("max_length", data.max_length)),
+            Truncation::Drop => return Err(format!("longer than max_length = {}", data.max_length)),
             Truncation::Left => {
                 // The last response must stay whole, with a token before it.
-                let (response, _) = encode(&segments[segments.len() - 1..], encoder)?;
-                if response.len() >= data.max_length {
-                    return Ok(Outcome::Drop(format!("with a response longer than max_length = {}", data.max_length)));
+                if learnt.last().is_some_and(|response| response.len() >= data.max_length) {
+                    return Err(format!("with a response longer than max_length = {}", data.max_length));
                 }
                 tokens.drain(..over);
                 mask.drain(..over);
@@ -271,9 +290,9 @@ fn truncate(
         *first = false; // no token precedes it
     }
     if !mask.contains(&true) {
-        return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {}", data.max_length)));
+        return Err(format!("with a prompt that fills max_length = {}", data.max_length));
     }
-    Ok(Outcome::keep(SftExample { tokens, loss_mask: mask }, over > 0))
+    Ok((SftExample { tokens, loss_mask: mask }, over > 0))
 }
 
 /// Examples for reward modelling and DPO, from preferences and ranked responses.
@@ -306,11 +325,9 @@ impl Objective for RankedExample {
                 record.kind()
             );
         };
-        let mut tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
-        let mut encoded = Vec::with_capacity(responses.len());
-        for response in responses {
-            encoded.push(encode(&renderer.response(prompt, response)?.1, *encoder)?.0);
-        }
+        let layouts = responses.iter().map(|response| renderer.pair(prompt, response)).collect::<Result<_>>()?;
+        let Continued { prompt: mut tokens, responses: mut encoded, remarks } =
+            sequence::continued(layouts, renderer.ends(), *encoder)?;
         let longest = encoded.iter().map(Vec::len).max().unwrap_or(0);
         let over = (tokens.len() + longest).saturating_sub(limit);
         match data.truncation {
@@ -334,7 +351,8 @@ impl Objective for RankedExample {
             // The texts differ: only truncation, or a tokenizer that normalises, makes the tokens equal.
             return Ok(Outcome::Drop("with responses that are the same tokens".to_owned()));
         }
-        Ok(Outcome::keep(RankedExample { prompt: tokens, responses: encoded }, over > 0))
+        let examples = vec![RankedExample { prompt: tokens, responses: encoded }];
+        Ok(Outcome::Keep { examples, truncated: over > 0, remarks })
     }
 }
 
@@ -356,11 +374,11 @@ impl Objective for UnpairedExample {
                 record.kind()
             ),
         };
-        let tokens = encode_prompt(&renderer.prompt(prompt)?, renderer.first_token(prompt), *encoder)?;
+        let layouts = labelled.iter().map(|(response, _)| renderer.pair(prompt, response)).collect::<Result<_>>()?;
+        let Continued { prompt: tokens, responses, remarks } = sequence::continued(layouts, renderer.ends(), *encoder)?;
         let (mut examples, mut truncated) = (Vec::new(), false);
-        for (response, desirable) in labelled {
-            let (mut prompt, mut response) =
-                (tokens.clone(), encode(&renderer.response(prompt, response)?.1, *encoder)?.0);
+        for (mut response, (_, desirable)) in responses.into_iter().zip(labelled) {
+            let mut prompt = tokens.clone();
             let over = (prompt.len() + response.len()).saturating_sub(limit);
             match data.truncation {
                 _ if over == 0 => {}
@@ -381,7 +399,7 @@ impl Objective for UnpairedExample {
             truncated |= over > 0;
             examples.push(UnpairedExample { prompt, response, desirable });
         }
-        Ok(Outcome::Keep { examples, truncated })
+        Ok(Outcome::Keep { examples, truncated, remarks })
     }
 }
 
@@ -429,7 +447,7 @@ impl Objective for PromptExample {
             },
             None => {
                 let text = renderer.prompt(prompt)?;
-                (encode_prompt(&text, renderer.first_token(prompt), *encoder)?, text)
+                (encode_prompt(&text, renderer.front(prompt), *encoder)?, text)
             }
         };
         if tokens.len() > data.max_prompt_length {

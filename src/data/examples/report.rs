@@ -3,7 +3,7 @@
 //! Nothing is dropped without being counted. This file does not depend on the tokenizer. `data/examples/objectives.rs`
 //! and `data/stream/pipeline.rs` fill it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use anyhow::Result;
@@ -24,6 +24,8 @@ pub struct Report {
     pub truncated: usize,
     /// Number of records not used, per reason.
     pub dropped: BTreeMap<String, usize>,
+    /// Number of used records that something is to be said of, per remark.
+    pub remarks: BTreeMap<String, usize>,
     /// Number of records per file.
     pub sources: Vec<(String, usize)>,
     /// The fault of the first record dropped under `on_bad_record = "skip"`.
@@ -44,6 +46,9 @@ impl fmt::Display for Report {
         if let Some(first) = &self.first_bad {
             write!(f, " (first: {first})")?;
         }
+        for (remark, count) in &self.remarks {
+            write!(f, "; {count} {remark}")?;
+        }
         Ok(())
     }
 }
@@ -58,6 +63,8 @@ pub enum Outcome<T> {
         examples: Vec<T>,
         /// Whether they lost tokens to `truncation`.
         truncated: bool,
+        /// What is to be counted and reported of the record.
+        remarks: BTreeSet<&'static str>,
     },
     /// No example, for this reason.
     Drop(String),
@@ -66,7 +73,7 @@ pub enum Outcome<T> {
 impl<T> Outcome<T> {
     /// One example.
     pub(crate) fn keep(example: T, truncated: bool) -> Self {
-        Self::Keep { examples: vec![example], truncated }
+        Self::Keep { examples: vec![example], truncated, remarks: BTreeSet::new() }
     }
 
     /// No example, because the record has more tokens than the config key `limit` allows.
@@ -88,7 +95,10 @@ impl Report {
     ) -> Result<Vec<T>> {
         self.count(place);
         let reason = match outcome {
-            Ok(Outcome::Keep { examples, truncated }) => {
+            Ok(Outcome::Keep { examples, truncated, remarks }) => {
+                for remark in remarks {
+                    *self.remarks.entry(remark.to_owned()).or_default() += 1;
+                }
                 self.truncated += usize::from(truncated);
                 self.kept += examples.len();
                 return Ok(examples);
@@ -102,6 +112,13 @@ impl Report {
         };
         *self.dropped.entry(reason).or_default() += 1;
         Ok(vec![])
+    }
+
+    /// Counts what is to be said of a used record.
+    pub(crate) fn remark(&mut self, remarks: impl IntoIterator<Item = String>) {
+        for remark in remarks {
+            *self.remarks.entry(remark).or_default() += 1;
+        }
     }
 
     /// Counts a record of a file.

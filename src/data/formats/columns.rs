@@ -3,32 +3,102 @@
 //! This file decides which column holds what; `dialogue.rs` parses the turns inside a column. It does not depend on
 //! `files`. Read `data/formats/dialogue.rs` next.
 
-use serde_json::Value;
+use std::cell::RefCell;
+use std::sync::Arc;
+
+use serde_json::{Map, Value};
 
 use crate::config::{Format, Tags};
 use crate::data::formats::detect::detect;
 use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, ranked, text_of};
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::transcript::turns;
-use crate::data::record::{Object, Parsed, Record, Text};
+use crate::data::record::{Object, Parsed, Record, Remarked, Text};
 use crate::tokenizer::chat_template::Message;
 
 /// The columns of one record, under fourfold's names for them.
 pub(crate) struct Columns<'a> {
     /// The columns and their values.
-    pub(crate) object: &'a Object,
+    object: &'a Object,
     /// The names of roles and of the keys of a turn.
-    pub(crate) tags: &'a Tags,
+    tags: &'a Tags,
     /// Whether transcripts stay verbatim instead of being split into turns.
-    pub(crate) verbatim: bool,
+    verbatim: bool,
+    /// The names of the columns that were read.
+    read: RefCell<Vec<&'a str>>,
 }
 
 impl<'a> Columns<'a> {
-    /// The record, read as `format`.
+    /// The columns of `object`.
+    pub(crate) fn new(object: &'a Object, tags: &'a Tags, verbatim: bool) -> Self {
+        Self { object, tags, verbatim, read: RefCell::default() }
+    }
+
+    /// The record, read as `format`, with what its dialogue's template gets from other columns, and a remark for each column
+    /// that holds something and is not read.
     ///
     /// # Errors
     /// A column is missing or wrong.
-    pub(crate) fn record(&self, format: Format) -> Parsed<Record> {
+    pub(crate) fn remarked(&self, format: Format) -> Parsed<Remarked> {
+        let mut record = self.record(format)?;
+        if let Some(first) = record.first_turn_mut() {
+            let variables = self.variables()?;
+            if !variables.is_empty() {
+                first.more_mut().variables = Arc::new(variables);
+            }
+        }
+        let read = self.read.borrow();
+        let is_unread = |(key, value): &(&String, &Value)| !value.is_null() && !read.contains(&key.as_str());
+        let unread =
+            self.object.iter().filter(is_unread).map(|(key, _)| format!("with a column {key:?} that is not read"));
+        Ok((record, unread.collect()))
+    }
+
+    /// The variables of the chat template that a record gives: `tools` and `documents`, and the entries of
+    /// `chat_template_kwargs`, as in TRL. A text in `tools` is JSON, as in TRL and LLaMA-Factory.
+    ///
+    /// # Errors
+    /// A column holds something else.
+    fn variables(&self) -> Parsed<Map<String, Value>> {
+        let mut variables = Map::new();
+        let are_objects = |list: &[Value]| list.iter().all(Value::is_object);
+        match self.get("tools") {
+            None => {}
+            Some(Value::Array(tools)) if are_objects(tools) => {
+                variables.insert("tools".to_owned(), tools.clone().into());
+            }
+            Some(Value::String(text)) if text.trim().is_empty() => {}
+            Some(Value::String(text)) => match serde_json::from_str(text) {
+                Ok(Value::Array(tools)) if are_objects(&tools) => {
+                    variables.insert("tools".to_owned(), tools.into());
+                }
+                _ => return Err(column_fault("tools", "expected JSON of a list of tools in the string")),
+            },
+            other => return Err(self.expected("tools", "a list of tools, each an object", other)),
+        }
+        // Columns of this name often hold something else, which is then reported as not read.
+        if let Some(Value::Array(documents)) = self.object.get("documents")
+            && are_objects(documents)
+        {
+            self.get("documents");
+            variables.insert("documents".to_owned(), documents.clone().into());
+        }
+        match self.get("chat_template_kwargs") {
+            None => {}
+            Some(Value::Object(entries)) => {
+                let taken = ["messages", "add_generation_prompt", "tools", "documents"];
+                if let Some(key) = taken.into_iter().find(|key| entries.contains_key(*key)) {
+                    return Err(column_fault("chat_template_kwargs", format!("has a key {key:?}, which the run sets")));
+                }
+                variables.extend(entries.iter().map(|(key, value)| (key.clone(), value.clone())));
+            }
+            other => return Err(self.expected("chat_template_kwargs", "an object", other)),
+        }
+        Ok(variables)
+    }
+
+    /// The record, read as `format`.
+    fn record(&self, format: Format) -> Parsed<Record> {
         match format {
             Format::Auto => self.record(detect(self.object)?),
             Format::LanguageModeling => match self.get("messages") {
@@ -91,7 +161,9 @@ impl<'a> Columns<'a> {
 
     /// The value of a column, or None if the column is missing or null: tables write null for "absent".
     fn get(&self, key: &str) -> Option<&'a Value> {
-        self.object.get(key).filter(|value| !value.is_null())
+        let (key, value) = self.object.get_key_value(key)?;
+        self.read.borrow_mut().push(key);
+        Some(value).filter(|value| !value.is_null())
     }
 
     /// The fault of a column that should hold `what`.

@@ -3,19 +3,19 @@
 //! A prompt ends where a response can follow, a response is not empty, and compared responses differ. This file does
 //! not depend on the columns of any one format. Read `data/formats/transcript.rs` next.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::config::Tags;
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::rename::{role, turn_keys};
 use crate::data::formats::transcript::{common_text, common_turns};
 use crate::data::record::{Object, Parsed, Record, Text};
-use crate::tokenizer::chat_template::Message;
+use crate::tokenizer::chat_template::{Content, Message, More};
 
 /// A text from a string, or a dialogue from a list of turns or from one turn.
 ///
 /// # Errors
-/// Any other value; a turn that is empty or not of a known form; a system turn that is not the first.
+/// Any other value; a turn that is empty or not of a known form, or has a weight other than 0 and 1; a system turn that is not the first.
 pub(crate) fn text_of(value: &Value, tags: &Tags) -> Parsed<Text> {
     match value {
         Value::String(text) => Ok(Text::Verbatim(text.clone())),
@@ -40,20 +40,36 @@ pub(crate) fn text_of(value: &Value, tags: &Tags) -> Parsed<Text> {
     }
 }
 
-/// A turn from `{role, content}`, ShareGPT's `{from, value}`, or the keys that the tags name.
+/// A turn from `{role, content}`, ShareGPT's `{from, value}`, or the keys that the tags name. Its other keys stay with it, for
+/// the chat template; as in transformers, a key that is null is no key.
 fn message_of(turn: &Object, tags: &Tags) -> Parsed<Message> {
     let (role_key, content_key) = turn_keys(turn, tags);
-    let role = match turn.get(role_key) {
-        Some(Value::String(name)) => role(name, tags).ok_or_else(|| {
-            format!(
-                "{role_key:?} is {name:?}; expected system, user (human), assistant (gpt) or tool, or name it in [data.tags]"
-            )
-        })?,
+    let name = match turn.get(role_key) {
+        Some(Value::String(name)) => name,
         other => {
             return Err(format!("expected {role_key:?} to be a string, found {}", other.map_or("nothing", kind_of)));
         }
     };
+    let role = role(name, tags).ok_or_else(|| {
+        format!(
+            "{role_key:?} is {name:?}; expected system, user (human), assistant (gpt) or tool, or name it in [data.tags]"
+        )
+    })?;
+    let others = turn.iter().filter(|(key, value)| *key != role_key && *key != content_key && !value.is_null());
+    let mut more = More { keys: others.map(|(key, value)| (key.clone(), value.clone())).collect(), ..More::default() };
+    more.learnt = match more.keys.get("weight") {
+        None => true,
+        Some(weight) => match weight.as_f64().or(weight.as_bool().map(f64::from)) {
+            Some(weight) if weight == 0.0 || weight == 1.0 => weight == 1.0,
+            _ => return Err(format!("\"weight\" is {weight}; expected 0 (the turn is not learnt) or 1")),
+        },
+    };
+    let speaks = role == "assistant" && ["tool_calls", "function_call"].iter().any(|key| more.keys.contains_key(*key));
     let content = match turn.get(content_key) {
+        None | Some(Value::Null) if speaks => {
+            more.content = Content::Missing;
+            String::new()
+        }
         Some(Value::String(text)) => text.clone(),
         // OpenAI's list of content parts; all of them must be texts.
         Some(Value::Array(parts)) => {
@@ -64,10 +80,29 @@ fn message_of(turn: &Object, tags: &Tags) -> Parsed<Message> {
             return Err(format!("expected {content_key:?} to be a string, found {}", other.map_or("nothing", kind_of)));
         }
     };
-    if role != "system" && content.trim().is_empty() {
+    if content.trim().is_empty() && !speaks && !matches!(role, "system" | "tool") {
         return Err(format!("the {role} turn is empty"));
     }
-    Ok(Message::new(role, content))
+    if let Some(calls) = (name == "function_call").then(|| tool_calls_of(&content)).flatten() {
+        more.keys.insert("tool_calls".to_owned(), calls);
+        more.content = Content::CallAsText;
+    }
+    let mut message = Message::new(role, content);
+    if more != More::default() {
+        message.more = Some(Box::new(more));
+    }
+    Ok(message)
+}
+
+/// The tool calls that a `function_call` turn of ShareGPT holds as JSON: `{"name": ..., "arguments": ...}`, or a list of them.
+fn tool_calls_of(text: &str) -> Option<Value> {
+    let calls = match serde_json::from_str(text).ok()? {
+        Value::Array(calls) => calls,
+        call => vec![call],
+    };
+    let is_call = |call: &Value| call["name"].is_string() && call.get("arguments").is_some();
+    let wrapped = |call: Value| json!({"type": "function", "function": call});
+    (!calls.is_empty() && calls.iter().all(is_call)).then(|| calls.into_iter().map(wrapped).collect())
 }
 
 /// Checks that a prompt is not empty and that a response can follow it.
@@ -166,7 +201,8 @@ pub(crate) fn implicit_prompt(responses: Vec<(&'static str, Text)>) -> Parsed<Re
                 return Err(format!("column \"prompt\" {missing}"));
             }
             for (key, turns) in keys.iter().zip(&rest) {
-                if turns.iter().any(|turn| turn.content.is_empty()) || turns.is_empty() {
+                let is_empty = |turn: &Message| turn.content.is_empty() && turn.more.is_none();
+                if turns.iter().any(is_empty) || turns.is_empty() {
                     return Err(column_fault(key, "the response is empty"));
                 }
             }

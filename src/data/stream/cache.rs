@@ -21,7 +21,7 @@ use crate::data::examples::objectives::Report;
 use crate::data::examples::{Example, Examples, PromptExample, RankedExample, SftExample, UnpairedExample};
 
 /// Names the layout. Increase the digit when the layout or the making of examples changes: every cache is then stale.
-const MAGIC: &[u8; 16] = b"fourfold-tokens1";
+const MAGIC: &[u8; 16] = b"fourfold-tokens2";
 const HEADER: usize = 16 + 32 + 4 * 8 + 32;
 /// Bytes of an example's index entry: its first word (u64), its group (u64), its number of words and of tokens (u32
 /// each).

@@ -29,6 +29,7 @@ use crate::data::stream::sources::NO_THREAD;
 use crate::data::stream::split::{group, split};
 use crate::invalid;
 use crate::tokenizer::Tokenizer;
+use crate::tokenizer::chat_template::Message;
 
 /// Bytes of all data files below which examples stay in memory: that is faster than a cache lookup and leaves no file.
 const IN_MEMORY_BYTES: u64 = 16 << 20;
@@ -270,8 +271,8 @@ const BATCH_RECORDS: usize = 256;
 
 /// A usable record, or one that was skipped.
 type Scanned = Result<Entry, Skipped>;
-/// A record's place, group and examples.
-type Encoded<T> = (Place, u64, Result<Outcome<T>>);
+/// A record's place, group, remarks and examples.
+type Encoded<T> = (Place, u64, Vec<String>, Result<Outcome<T>>);
 
 /// Tokenises every record of `data`, and passes examples and their groups to `sink` in the order of the records.
 fn encode<T: Objective>(
@@ -407,15 +408,9 @@ fn read(
 fn text_bytes(record: &Record) -> usize {
     let of = |text: &Text| match text {
         Text::Verbatim(text) => text.len(),
-        Text::Dialogue(turns) => turns.iter().map(|turn| turn.content.len()).sum(),
+        Text::Dialogue(turns) => turns.iter().map(Message::bytes).sum(),
     };
-    match record {
-        Record::LanguageModeling(text) | Record::PromptOnly(text) => of(text),
-        Record::PromptCompletion { prompt, completion } | Record::Unpaired { prompt, completion, .. } => {
-            of(prompt) + of(completion)
-        }
-        Record::Ranked { prompt, responses } => of(prompt) + responses.iter().map(of).sum::<usize>(),
-    }
+    record.texts().into_iter().map(of).sum()
 }
 
 /// A batch's number and results.
@@ -434,9 +429,12 @@ fn tokenise<T: Objective>(
     loop {
         let next = work.lock().map(|work| work.recv());
         let Ok(Ok((number, batch))) = next else { return };
-        let made = batch
-            .into_iter()
-            .map(|found| found.map(|Entry { place, record }| (place, group(&record), T::of(&record, &encoding))));
+        let made = batch.into_iter().map(|found| {
+            found.map(|Entry { place, record, mut remarks }| {
+                remarks.extend(encoding.unread::<T>(&record));
+                (place, group(&record), remarks, T::of(&record, &encoding))
+            })
+        });
         if to_sink.send((number, made.collect())).is_err() {
             return;
         }
@@ -459,7 +457,8 @@ fn collect<T: Objective>(
             let _ = permits.send(()); // there is room, since each batch took one; the reader may have ended
             for found in batch {
                 match found {
-                    Ok((place, group, made)) => {
+                    Ok((place, group, remarks, made)) => {
+                        report.remark(remarks);
                         for example in report.add(&place, made, data.on_bad_record)? {
                             sink(example.with_entry(record), group)?;
                         }

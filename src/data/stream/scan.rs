@@ -35,9 +35,9 @@ pub fn scan(config: &Data, sink: &mut dyn FnMut(Result<Entry, Skipped>) -> Resul
     let max_rows = config.max_rows.unwrap_or(usize::MAX);
     let mut used = 0;
     sources::open(config)?.stream(&mut |place, record| match record {
-        Ok(record) => {
+        Ok((record, remarks)) => {
             used += 1;
-            Ok(sink(Ok(Entry { place, record }))? && used < max_rows)
+            Ok(sink(Ok(Entry { place, record, remarks }))? && used < max_rows)
         }
         Err(fault) if config.on_bad_record == OnBadRecord::Skip => sink(Err(Skipped { place, fault })),
         Err(fault) => Err(invalid!("{place}: {fault}")),

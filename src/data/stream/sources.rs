@@ -12,14 +12,14 @@ use anyhow::{Context, Result};
 use crate::config::{Compat, Data, MixStrategy, Source};
 use crate::data::files::find::{Files, files};
 use crate::data::files::read;
-use crate::data::formats::parser::Parser;
+use crate::data::formats::parser::{FIRST, FIRST_BYTES, Parser};
 use crate::data::formats::presets::train_split;
-use crate::data::record::{Place, Record};
+use crate::data::record::{Place, RawRecord, Remarked};
 use crate::invalid;
 use crate::rng::{SplitMix64, derive};
 
 /// Receives each record, or its fault, with its place; returns whether to read on.
-pub(crate) type RecordSink<'s> = dyn FnMut(Place, Result<Record, String>) -> Result<bool> + 's;
+pub(crate) type RecordSink<'s> = dyn FnMut(Place, Result<Remarked, String>) -> Result<bool> + 's;
 
 /// Number of records that each interleaved source reads ahead.
 const AHEAD: usize = 64;
@@ -114,7 +114,7 @@ impl Sources {
     }
 }
 
-type Item = Result<(Place, Result<Record, String>)>;
+type Item = Result<(Place, Result<Remarked, String>)>;
 
 /// Reads a source on its own thread, which ends when the receiver is dropped.
 ///
@@ -154,24 +154,73 @@ fn draw(weights: &[f64], at: f64) -> usize {
 
 /// Reads one source; returns whether to read on.
 fn read_source(source: &Source, files: &[PathBuf], compat: Option<Compat>, sink: &mut RecordSink) -> Result<bool> {
-    let max_rows = source.max_rows.unwrap_or(usize::MAX);
-    let (mut usable, mut more) = (0, true);
+    let (mut left, mut more) = (source.max_rows.unwrap_or(usize::MAX), true);
     for file in files {
-        if usable >= max_rows || !more {
+        if left == 0 || !more {
             break;
         }
-        let mut parser = Parser::new(source, compat);
+        let parser = Parser::new(source, compat);
+        let waits = parser.is_undecided();
+        let mut reading = FileReading { parser, waits, first: vec![], bytes: 0, left, more, sink: &mut *sink };
         let mut any = false;
-        read::records(file, &mut |place, raw| {
+        let read = read::records(file, &mut |place, raw| {
             any = true;
-            let record = raw.and_then(|raw| parser.record(raw));
-            usable += usize::from(record.is_ok());
-            more = sink(place, record)?;
-            Ok(more && usable < max_rows)
-        })?;
+            reading.push(place, raw)
+        });
+        // The records of a short file still wait. They come before a fault that ends the file, and may be all that was asked for.
+        if reading.first.is_empty() || reading.pass_first()? {
+            read?;
+        }
+        (left, more) = (reading.left, reading.more);
         if !any {
             return Err(invalid!("{}: holds no record; remove it from [data] path or fill it", file.display()));
         }
     }
     Ok(more)
+}
+
+/// The records of one file on their way to a sink. The first ones wait until they have decided the file's format.
+struct FileReading<'r, 's, 'k> {
+    parser: Parser<'s>,
+    waits: bool,
+    first: Vec<(Place, Result<RawRecord, String>)>,
+    /// Bytes of the records in `first`.
+    bytes: usize,
+    /// Number of usable records that may still be passed on.
+    left: usize,
+    /// Whether the sink wants more.
+    more: bool,
+    sink: &'r mut RecordSink<'k>,
+}
+
+impl FileReading<'_, '_, '_> {
+    /// Takes the next record; returns whether to read on.
+    fn push(&mut self, place: Place, raw: Result<RawRecord, String>) -> Result<bool> {
+        if !self.waits {
+            return self.pass_on(place, raw);
+        }
+        self.bytes += raw.as_ref().map_or(0, RawRecord::bytes);
+        self.first.push((place, raw));
+        if self.first.len() < FIRST && self.bytes < FIRST_BYTES { Ok(true) } else { self.pass_first() }
+    }
+
+    /// Decides the format and passes on the records that waited for it.
+    fn pass_first(&mut self) -> Result<bool> {
+        self.waits = false;
+        let first = std::mem::take(&mut self.first);
+        self.parser.decide(first.iter().filter_map(|(_, raw)| raw.as_ref().ok()));
+        for (place, raw) in first {
+            if !self.pass_on(place, raw)? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    fn pass_on(&mut self, place: Place, raw: Result<RawRecord, String>) -> Result<bool> {
+        let record = raw.and_then(|raw| self.parser.record(raw));
+        self.left -= usize::from(record.is_ok());
+        self.more = (self.sink)(place, record)?;
+        Ok(self.more && self.left > 0)
+    }
 }

@@ -36,7 +36,7 @@ pub(crate) fn group(record: &Record) -> u64 {
     match text {
         Text::Verbatim(text) => turn("user", text),
         Text::Dialogue(turns) => {
-            for Message { role, content } in turns.iter().take_while(|t| !until_response || t.role != "assistant") {
+            for Message { role, content, .. } in turns.iter().take_while(|t| !until_response || t.role != "assistant") {
                 turn(role, content);
             }
         }

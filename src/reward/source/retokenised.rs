@@ -1,13 +1,13 @@
-//! A reward model whose tokenizer is not the policy's. It reads each prompt as its own chat template and tokenizer encode
-//! the record, and the response's text in its own tokens; a response that ended gets its own end token. It returns one score
-//! per response. A critic cannot use it, because values belong to the policy's tokens. Read `verify.rs` next.
+//! A reward model whose tokenizer is not the policy's. It reads each prompt as its own chat template renders the record, and
+//! prompt and response as the tokens of one text; a response that ended gets its own end token. It returns one score per
+//! response. A critic cannot use it, because values belong to the policy's tokens. Read `verify.rs` next.
 
 use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 
 use super::{RewardInputs, RewardSource};
-use crate::data::examples::objectives::TextEncoder;
+use crate::data::examples::objectives::{PromptExample, TextEncoder};
 use crate::model::batch::{Batch, chunks_by_tokens};
 use crate::model::generate::FinishReason;
 use crate::model::roles::ValueModel;
@@ -21,8 +21,10 @@ pub struct RetokenisedModel<'w> {
     pub scorer: ValueModel<'w>,
     /// Tokenizer of the reward model.
     pub encoder: &'w dyn TextEncoder,
-    /// The policy's prompt ids -> the reward model's ids of the same prompt.
-    pub prompts: &'w HashMap<Vec<u32>, Vec<u32>>,
+    /// The token with which the reward model's template ends a response.
+    pub end: u32,
+    /// The policy's prompt ids -> the reward model's text and ids of the same prompt.
+    pub prompts: &'w HashMap<Vec<u32>, PromptExample>,
     /// Context of the reward model in tokens; longer sequences are truncated to it.
     pub context: usize,
 }
@@ -34,12 +36,13 @@ impl RetokenisedModel<'_> {
     /// If a prompt is not in `prompts`, or the tokenizer fails.
     pub fn sequences(&self, inputs: &RewardInputs<'_>) -> Result<Vec<Vec<u32>>> {
         let read = |(prompt, response): (&Vec<u32>, &_)| -> Result<Vec<u32>> {
-            let known =
+            let PromptExample { tokens, text, .. } =
                 self.prompts.get(prompt).context("a prompt without an encoding by the reward model's tokenizer")?;
-            let mut ids = known.clone();
-            ids.extend(self.encoder.encode(&inputs.text(response))?);
+            let front = tokens.len().saturating_sub(self.encoder.encode(text)?.len());
+            let mut ids = tokens[..front].to_vec();
+            ids.extend(self.encoder.encode(&format!("{text}{}", inputs.text(response)))?);
             if response.finish == FinishReason::Stop {
-                ids.push(self.encoder.eos_id());
+                ids.push(self.end);
             }
             ids.truncate(self.context);
             Ok(ids)
@@ -67,6 +70,7 @@ mod tests {
     use crate::data::Message;
     use crate::model::generate::Response;
     use crate::model::gradcheck::{adapter, tiny_base};
+    use crate::tokenizer::chat_template::Rendered;
 
     /// One token per letter, 10 for `a`; 0 is the end token.
     struct Letters;
@@ -76,7 +80,7 @@ mod tests {
             Ok(text.bytes().map(|b| u32::from(b - b'a') + 10).collect())
         }
 
-        fn chat(&self, _: &[Message], _: bool) -> Result<String> {
+        fn chat(&self, _: &[Message], _: bool) -> Result<Rendered> {
             anyhow::bail!("not used in this test")
         }
 
@@ -102,8 +106,15 @@ mod tests {
         let base = tiny_base();
         let rm = adapter(&base, None, 4);
         let scorer = ValueModel::new(&base, &rm).unwrap();
-        let known = HashMap::from([(vec![900, 901], vec![40, 41, 42]), (vec![902], vec![43])]);
-        let model = RetokenisedModel { scorer, encoder: &Letters, prompts: &known, context: 6 };
+        // The first prompt has a token in front of its text.
+        let known = |tokens: &[u32], text: &str| PromptExample {
+            tokens: tokens.to_vec(),
+            text: text.to_owned(),
+            answer: None,
+            entry: 0,
+        };
+        let known = HashMap::from([(vec![900, 901], known(&[40, 14, 15], "ef")), (vec![902], known(&[16], "g"))]);
+        let model = RetokenisedModel { scorer, encoder: &Letters, end: 0, prompts: &known, context: 6 };
         // The policy's token 7000 + n is n + 1 times the letter c: other tokens, other lengths.
         let decode = |ids: &[u32]| ids.iter().map(|id| "c".repeat((id - 7000) as usize + 1)).collect::<String>();
         let prompts = vec![vec![900, 901], vec![902], vec![900, 901]];
@@ -114,7 +125,7 @@ mod tests {
         ];
         let inputs = RewardInputs { prompts: &prompts, responses: &responses, decode: &decode };
         // Two letters and the end token; three letters, truncated; six letters, of which three fit the context.
-        let want = vec![vec![40, 41, 42, 12, 12, 0], vec![43, 12, 12, 12], vec![40, 41, 42, 12, 12, 12]];
+        let want = vec![vec![40, 14, 15, 12, 12, 0], vec![16, 12, 12, 12], vec![40, 14, 15, 12, 12, 12]];
         assert_eq!(model.sequences(&inputs).unwrap(), want);
         assert_eq!(model.scores(&inputs).unwrap(), scorer.scores(&Batch::new(&want).unwrap()).unwrap());
         let unknown = RewardInputs { prompts: &[vec![1]], responses: &responses[..1], decode: &decode };

@@ -5,18 +5,20 @@
 
 mod files;
 mod sequences;
+mod turns;
 
 use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
-use fourfold::config::{Compat, Data, Format, OnBadRecord, Paths, Preset, Template, Truncation};
+use fourfold::config::{Compat, Data, Format, MultiTurn, OnBadRecord, Paths, Preset, Template, Truncation};
 use fourfold::data;
 use fourfold::data::examples::objectives::{
     Report, SftExample, TextEncoder, prompt_examples, ranked_examples, sft_examples,
 };
 use fourfold::data::{Dataset, Message, Record, Text};
 use fourfold::error::exit_code;
+use fourfold::tokenizer::chat_template::Rendered;
 use serde_json::{Value, json};
 
 /// One token per byte; `<e>` is the end token 256; token 257 begins a text that no chat template rendered.
@@ -37,9 +39,9 @@ impl TextEncoder for Bytes {
         Ok(pieces.collect::<Vec<_>>().join(&EOS))
     }
 
-    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<String> {
+    fn chat(&self, messages: &[Message], add_generation_prompt: bool) -> Result<Rendered> {
         let mut text = String::new();
-        for (index, Message { role, content }) in messages.iter().enumerate() {
+        for (index, Message { role, content, .. }) in messages.iter().enumerate() {
             ensure!(index == 0 || role != "user" || messages[index - 1].role != "user", "two user turns in a row");
             if self.forgets_earlier_turns && role == "assistant" && index + 1 < messages.len() {
                 text.push_str("[assistant]...<e>\n");
@@ -50,7 +52,7 @@ impl TextEncoder for Bytes {
         if add_generation_prompt {
             text.push_str("[assistant]");
         }
-        Ok(text)
+        Ok(Rendered { text, generated: vec![] })
     }
 
     fn has_chat_template(&self) -> bool {
@@ -65,8 +67,8 @@ impl TextEncoder for Bytes {
         "<e>"
     }
 
-    fn bos_id(&self) -> Option<u32> {
-        Some(BOS)
+    fn front(&self) -> &[u32] {
+        &[BOS]
     }
 }
 

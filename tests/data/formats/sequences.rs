@@ -175,11 +175,73 @@ fn responses_that_truncation_makes_equal_are_dropped() {
 }
 
 #[test]
-fn a_record_the_template_cannot_mask_is_an_error_or_is_counted_as_bad() {
+fn a_template_that_rewrites_earlier_turns_trains_on_what_multi_turn_says() {
     let forgetful = Bytes { has_chat: true, forgets_earlier_turns: true };
     let entries = dataset(two_rounds()).entries;
-    let error = sft_examples(&entries, &forgetful, &Data::default(), true).unwrap_err();
-    assert!(error.to_string().contains("x.json, record 1: the chat template renders turn 5 differently"), "{error}");
+    let with = |multi_turn| Data { multi_turn, ..Data::default() };
+    let first = "[system]s<e>\n[user]q1<e>\n[assistant]né 1\n<e>";
+    let last = "[system]s<e>\n[user]q1<e>\n[assistant]...<e>\n[user]q2<e>\n[assistant]a2<e>";
+    for (multi_turn, whole, trained, remark) in [
+        (None, vec![last], vec!["a2<e>"], "; 1 learnt in their last response only"),
+        (Some(MultiTurn::Last), vec![last], vec!["a2<e>"], "(multi_turn = \"last\")"),
+        (
+            Some(MultiTurn::Each),
+            vec![first, last],
+            vec!["né 1\n<e>", "a2<e>"],
+            "; 1 made one sequence for each response",
+        ),
+    ] {
+        let (examples, report) = sft_examples(&entries, &forgetful, &with(multi_turn), true).unwrap();
+        assert_eq!(examples.iter().map(|example| decode(&example.tokens)).collect::<Vec<_>>(), whole);
+        assert_eq!(examples.iter().map(trained_text).collect::<Vec<_>>(), trained);
+        assert!(report.to_string().contains(remark), "{report}");
+    }
+    let error = sft_examples(&entries, &forgetful, &with(Some(MultiTurn::Error)), true).unwrap_err();
+    assert!(error.to_string().contains("x.json, record 1: the chat template renders turn 3 differently"), "{error}");
+    // A template that keeps every turn has one sequence whatever the key says.
+    for multi_turn in [MultiTurn::Last, MultiTurn::Each, MultiTurn::Error] {
+        let (examples, report) = sft_examples(&entries, &CHAT, &with(Some(multi_turn)), true).unwrap();
+        assert_eq!((examples.len(), trained_text(&examples[0]).as_str()), (1, "né 1\n<e>a2<e>"));
+        assert_eq!(report.to_string(), "1 records, 1 sequences");
+    }
+}
+
+#[test]
+fn an_end_token_that_is_written_at_the_end_counts_once() {
+    let q = json!({"role": "user", "content": "q"});
+    let dialogue = |ends: [&str; 2]| {
+        json!([{"messages": [q, {"role": "assistant", "content": format!("a{}", ends[0])},
+        q, {"role": "assistant", "content": format!("b{}", ends[1])}]}])
+    };
+    let plain = Data { template: Some(Template::Plain), ..Data::default() };
+    let chat = "[user]q<e>\n[assistant]a<e>\n[user]q<e>\n[assistant]b<e>";
+    for (object, encoder, data, whole, trained) in [
+        (json!([{"text": "q: a<e>"}]), BARE, Data::default(), "<b>q: a<e>", "q: a<e>"),
+        (json!([{"text": "q: a<e>\n"}]), BARE, Data::default(), "<b>q: a<e>", "q: a<e>"),
+        (json!([{"prompt": "q:", "completion": " a<e>"}]), BARE, Data::default(), "<b>q: a<e>", " a<e>"),
+        (dialogue(["<e>", "<e>"]), CHAT, Data::default(), chat, "a<e>b<e>"),
+        (dialogue(["", "<e>\n"]), CHAT, Data::default(), chat, "a<e>b<e>"),
+        (dialogue(["", "<e>"]), CHAT, plain, "<b>q\na\nq\nb<e>", "ab<e>"),
+    ] {
+        let (examples, _) = sft_examples(&dataset(object).entries, &encoder, &data, true).unwrap();
+        assert_eq!((decode(&examples[0].tokens).as_str(), trained_text(&examples[0]).as_str()), (whole, trained));
+    }
+    let pairs = dataset(
+        json!([{"prompt": [q], "chosen": "a<e>", "rejected": "b"}, {"prompt": "q", "chosen": "a<e>", "rejected": "b"}]),
+    );
+    for example in ranked_examples(&pairs.entries, &CHAT, &Data::default()).unwrap().0 {
+        assert_eq!(example.responses.iter().map(decode).collect::<Vec<_>>(), ["a<e>", "b<e>"]);
+    }
+    // A template that writes no end token leaves the authors'.
+    let bare = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}";
+    let data = Data { chat_template: Some(bare.to_owned()), ..Data::default() };
+    let (examples, _) = sft_examples(&dataset(dialogue(["<e>", "<e>"])).entries, &CHAT, &data, true).unwrap();
+    assert_eq!(decode(&examples[0].tokens), "[user]q[assistant]a<e>[user]q[assistant]b<e>");
+    assert_eq!(trained_text(&examples[0]), "a<e>b<e>");
+}
+
+#[test]
+fn a_record_the_template_cannot_mask_is_an_error_or_is_counted_as_bad() {
     for (messages, expected) in [
         (json!([{"role": "user", "content": "q"}]), "no assistant turn"),
         (
