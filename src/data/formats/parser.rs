@@ -10,7 +10,7 @@ use crate::data::formats::columns::Columns;
 use crate::data::formats::detect::detect;
 use crate::data::formats::fault::kind_of;
 use crate::data::formats::{presets, rename};
-use crate::data::record::{Parsed, RawRecord, Record, Text};
+use crate::data::record::{Hole, Parsed, RawRecord, Record, Text};
 
 /// Parses the records of one file of a source.
 pub(crate) struct Parser<'s> {
@@ -42,6 +42,9 @@ impl<'s> Parser<'s> {
     pub(crate) fn record(&mut self, raw: RawRecord) -> Parsed<Record> {
         let mut object = match raw {
             RawRecord::Line(text) => return Ok(Record::LanguageModeling(Text::Verbatim(text))),
+            RawRecord::Holed(value, holes) => {
+                return self.record(RawRecord::Json(value)).map_err(|fault| Hole::explain(&fault, &holes));
+            }
             RawRecord::Json(Value::Object(object)) => object,
             RawRecord::Json(other) => {
                 return Err(format!("expected a JSON object with columns, found {}", kind_of(&other)));
