@@ -129,7 +129,9 @@ fn columns_that_nobody_reads_may_hold_bytes_and_nan() {
     let array = String::from_utf8(array).unwrap().replace("}\n{", "},\n{");
     let label = br#"{"prompt": "a", "completion": "b", "label": NaN}"#;
     let folder = Folder::new(&[("x.jsonl", &rows[..]), ("x.json", array.as_bytes()), ("l.jsonl", label)]);
-    for (name, place) in [("x.jsonl", "x.jsonl, line 2"), ("x.json", "x.json, record 2"), ("l.jsonl", "l.jsonl, line 1")] {
+    for (name, place) in
+        [("x.jsonl", "x.jsonl, line 2"), ("x.json", "x.json, record 2"), ("l.jsonl", "l.jsonl, line 1")]
+    {
         let found = fault(&at(folder.path(name)));
         assert!(found.contains(place) && found.contains(" holds NaN, which is read as null"), "{found}");
     }

@@ -31,9 +31,8 @@ fn changed(change: impl FnOnce(&mut Tensors)) -> Place {
     let mut tensors: Tensors =
         file.tensors().into_iter().map(|(name, view)| (name, view.shape().to_vec(), view.data().to_vec())).collect();
     change(&mut tensors);
-    let views = tensors
-        .iter()
-        .map(|(name, shape, data)| (name, TensorView::new(Dtype::BF16, shape.clone(), data).unwrap()));
+    let views =
+        tensors.iter().map(|(name, shape, data)| (name, TensorView::new(Dtype::BF16, shape.clone(), data).unwrap()));
     fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
     place
 }
@@ -72,7 +71,9 @@ fn the_files_own_head_is_used_where_it_differs_and_every_export_keeps_it() {
     assert!(furthest(&place, "base", "other") < 2e-4);
     let described: Value = serde_json::from_str(&place.run("inspect base --json").stdout).unwrap();
     assert_eq!(described["dimensions"]["tie_word_embeddings"], false);
-    assert!(described["notes"][0].as_str().unwrap().contains(HEAD) && described["unread_tensors"] == serde_json::json!({}));
+    assert!(
+        described["notes"][0].as_str().unwrap().contains(HEAD) && described["unread_tensors"] == serde_json::json!({})
+    );
     let ran = place.run("sft run.toml --out out/sft");
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert!(ran.stderr.contains("ties lm_head and embedding"), "{}", ran.stderr);
@@ -85,22 +86,27 @@ fn the_files_own_head_is_used_where_it_differs_and_every_export_keeps_it() {
         (name, view.shape().to_vec(), data)
     });
     let zeroed: Tensors = zeroed.collect();
-    let views = zeroed.iter().map(|(name, shape, data)| (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
+    let views =
+        zeroed.iter().map(|(name, shape, data)| (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap()));
     fs::write(&adapter, safetensors::serialize(views, None).unwrap()).unwrap();
-    for (out, format) in [("merged", "safetensors"), ("m.gguf", "gguf"), ("split.gguf", "gguf --max-shard-size 300KB")] {
-        let ran = place.run(&format!("merge --base base --adapter out/sft/adapter --dtype f32 --out {out} --format {format} --json"));
+    for (out, format) in [("merged", "safetensors"), ("m.gguf", "gguf"), ("split.gguf", "gguf --max-shard-size 300KB")]
+    {
+        let ran = place.run(&format!(
+            "merge --base base --adapter out/sft/adapter --dtype f32 --out {out} --format {format} --json"
+        ));
         assert_eq!(ran.code, 0, "{out}: {}", ran.stderr);
         let made: Value = serde_json::from_str(&ran.stdout).unwrap();
         let made = made["merged"].as_str().unwrap();
         assert!(furthest(&place, made, "other") < 2e-4, "{out}");
         if out == "split.gguf" {
             assert!(made.ends_with(".gguf") && made.contains("split-00001-of-"), "{made}");
-            let parts = fs::read_dir(place.path("")).unwrap().filter(|entry| {
-                entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("split-0")
-            });
+            let parts = fs::read_dir(place.path(""))
+                .unwrap()
+                .filter(|entry| entry.as_ref().unwrap().file_name().to_string_lossy().starts_with("split-0"));
             assert!(parts.count() > 3);
             assert!(!place.path("split.gguf").exists() && place.path("split.gguf.md").exists());
-            let again = place.run(&format!("merge --base base --adapter out/sft/adapter --dtype f32 --out {out} --format {format}"));
+            let again = place
+                .run(&format!("merge --base base --adapter out/sft/adapter --dtype f32 --out {out} --format {format}"));
             assert!(again.code == 2 && again.stderr.contains("already exists"), "{}", again.stderr);
         }
     }
@@ -132,7 +138,8 @@ fn tensors_that_nothing_reads_are_listed_reported_or_refused() {
         let names: Vec<String> = names.iter().map(|name| name.to_string()).collect();
         changed(move |tensors| tensors.extend(names.into_iter().map(|name| (name, vec![2], vec![0; 4]))))
     };
-    let place = more(&["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.4.mlp.up_proj.weight", "vision.weight"]);
+    let place =
+        more(&["model.layers.0.self_attn.rotary_emb.inv_freq", "model.layers.4.mlp.up_proj.weight", "vision.weight"]);
     let described: Value = serde_json::from_str(&place.run("inspect base --json").stdout).unwrap();
     let unread = described["unread_tensors"].as_object().unwrap();
     assert_eq!(unread.len(), 3);
@@ -143,7 +150,11 @@ fn tensors_that_nothing_reads_are_listed_reported_or_refused() {
     for said in ["not read: vision.weight", "not read: model.layers.4"] {
         assert!(ran.stderr.contains(said), "{}", ran.stderr);
     }
-    assert!(!ran.stderr.contains("inv_freq"), "what follows from the configuration is not worth a line: {}", ran.stderr);
+    assert!(
+        !ran.stderr.contains("inv_freq"),
+        "what follows from the configuration is not worth a line: {}",
+        ran.stderr
+    );
     let place = more(&["model.layers.1.self_attn.q_norm.weight"]);
     let ran = place.run("generate --base base --prompt x --max-new-tokens 1");
     assert_eq!(ran.code, 2, "{}", ran.stderr);

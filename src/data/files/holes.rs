@@ -75,12 +75,12 @@ impl Filter {
         const WORD: usize = 9;
         if self.in_string {
             out.push(byte);
-            match byte {
-                _ if self.is_escaped => self.is_escaped = false,
-                b'\\' => self.is_escaped = true,
-                b'"' => self.in_string = false,
-                _ if self.depth == self.level && self.string.len() < NAME => self.string.push(byte),
-                _ => {}
+            let is_end = byte == b'"' && !self.is_escaped;
+            self.is_escaped = byte == b'\\' && !self.is_escaped;
+            if is_end {
+                self.in_string = false;
+            } else if self.depth == self.level && self.string.len() < NAME {
+                self.string.push(byte);
             }
             return;
         }

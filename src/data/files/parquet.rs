@@ -242,10 +242,11 @@ impl Length for CheckedFile {
 impl ChunkReader for CheckedFile {
     type T = BufReader<EofLimit>;
 
-    /// The `parquet` crate calls this at the start of each page.
+    /// The `parquet` crate calls this at the start of each page, and before the layout is known at the end of the file.
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        let failed = |fault: String| ParquetError::General(fault);
-        if let Some(page) = parquet_page::page(self.at(start)?).map_err(failed)? {
+        let has_pages = !self.pages.lock().unwrap_or_else(PoisonError::into_inner).chunks.is_empty();
+        let page = if has_pages { parquet_page::page(self.at(start)?).map_err(ParquetError::General)? } else { None };
+        if let Some(page) = page {
             if page.size > MAX_RECORD_BYTES {
                 return Err(ParquetError::General(format!(
                     "a page claims to have {} bytes; the maximum is {} MiB",

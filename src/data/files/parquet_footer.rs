@@ -1,7 +1,7 @@
 //! Validates a Parquet footer before the `parquet` crate parses it: limits on columns, nesting and column chunks.
 //!
 //! A few bytes of a footer can claim two billion columns, or nest groups until the stack overflows. The footer is in
-//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on the records.
+//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on `formats`.
 //! `data/files/parquet.rs` calls it. Read `thrift.rs` for the encoding.
 
 use crate::data::files::thrift::{ThriftReader, ThriftType, unzigzag};

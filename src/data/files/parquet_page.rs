@@ -1,7 +1,7 @@
 //! The header of a Parquet page: its type and the size that it claims to unpack to, before the `parquet` crate allocates that.
 //!
 //! The crate takes the numbers of a header's fields whatever types the fields say they have, in any order, and the later of two
-//! with one id, so the same is done here. This file does not depend on the records. `data/files/parquet.rs` calls it. Read
+//! with one id, so the same is done here. This file does not depend on `formats`. `data/files/parquet.rs` calls it. Read
 //! `thrift.rs` for the encoding.
 
 use std::io::Read;
