@@ -97,15 +97,14 @@ pub(super) struct Logprobs {
 const PASS: usize = 2048;
 
 pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
-    let input_ids = ids::read(&args.tokens)?;
+    let mut input_ids = ids::read(&args.tokens)?;
     let (model, adapter) = args.weights.open()?;
     let config = model.base.config();
     ids::check(&args.tokens, &input_ids, config.vocab_size, config.max_position_embeddings)?;
     let policy = Policy::new(&model.base, adapter.as_ref());
     let lengths: Vec<usize> = input_ids.iter().map(<[u32]>::len).collect();
     // The tokens that have a log-probability: all but the first of each sequence, one after another.
-    let predicted = input_ids.tokens() - lengths.len();
-    let (mut logprobs, mut argmax) = (Vec::with_capacity(predicted), Vec::with_capacity(predicted));
+    let mut logprobs = Vec::with_capacity(input_ids.tokens() - lengths.len());
     for rows in chunks_by_tokens(&lengths, PASS) {
         let sequences: Vec<&[u32]> = rows.iter().map(|&i| input_ids.get(i)).collect();
         let batch = Batch::new(&sequences)?;
@@ -117,7 +116,11 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
             ));
         }
         logprobs.extend(stats.logprobs);
-        argmax.extend(stats.argmax);
+        // The ids have been used: the most likely tokens take their place, so that a long file is not held twice.
+        let mut argmax = stats.argmax.into_iter();
+        for row in rows {
+            input_ids.get_mut(row)[1..].iter_mut().zip(&mut argmax).for_each(|(id, most_likely)| *id = most_likely);
+        }
     }
     if args.json {
         return super::say_with(|out| {
@@ -125,7 +128,7 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
             write!(out, "{{\"logprobs\":[")?;
             write_rows(out, &lengths, logprobs.iter().map(|&l| f64::from(l)))?;
             write!(out, "],\"argmax\":[")?;
-            write_rows(out, &lengths, argmax.iter().copied())?;
+            write_rows(out, &lengths, input_ids.iter().flat_map(|argmax| &argmax[1..]))?;
             writeln!(out, "]}}")
         });
     }

@@ -6,6 +6,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::{BufReader, Read};
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::Result;
@@ -34,7 +35,20 @@ impl Sequences {
     /// # Panics
     /// If there is none.
     pub fn get(&self, index: usize) -> &[u32] {
-        &self.ids[index.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[index]]
+        &self.ids[self.range(index)]
+    }
+
+    /// As [`Sequences::get`], to be written to.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn get_mut(&mut self, index: usize) -> &mut [u32] {
+        let range = self.range(index);
+        &mut self.ids[range]
+    }
+
+    fn range(&self, index: usize) -> Range<usize> {
+        index.checked_sub(1).map_or(0, |before| self.ends[before])..self.ends[index]
     }
 
     /// Number of tokens of all sequences.
