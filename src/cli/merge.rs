@@ -38,9 +38,9 @@ pub(super) struct Merge {
     /// Type of the merged weights; bf16 unless given. q8_0 and q4_k_m are for GGUF.
     #[arg(long, value_enum)]
     dtype: Option<Type>,
-    /// Most bytes of weights in one safetensors file: 500MB, 5GB.
-    #[arg(long, value_parser = size, default_value_t = MAX_SHARD_SIZE)]
-    max_shard_size: usize,
+    /// Most bytes of weights in one file: 500MB, 5GB. Unless given, 5GB for safetensors and no limit for GGUF.
+    #[arg(long, value_parser = size)]
+    max_shard_size: Option<usize>,
     #[command(flatten)]
     on: super::OnDevice,
     /// One JSON object on stdout.
@@ -155,16 +155,24 @@ pub(super) fn merge(args: &Merge) -> Result<()> {
     let source =
         Source { files: &model.checkpoint, base: &model.base, adapter: &adapter, prompts: &prompts, about: &about };
     let dtype = args.dtype.unwrap_or(Type::Bf16);
+    let mut made = args.out.clone();
     let comparison = match args.format {
         Format::Safetensors | Format::Classifier => {
             let kind = if args.format == Format::Classifier { Kind::Classifier } else { Kind::LanguageModel };
-            let settings = merged::Settings { dtype: dtype.merged()?, kind, max_shard_size: args.max_shard_size };
-            merged::merge(&source, settings, &args.out)?
+            let max_shard_size = args.max_shard_size.unwrap_or(MAX_SHARD_SIZE);
+            merged::merge(&source, merged::Settings { dtype: dtype.merged()?, kind, max_shard_size }, &args.out)?
         }
-        Format::Gguf => gguf::merge(&source, dtype.gguf(), &args.out)?,
+        Format::Gguf => {
+            let (comparison, first) = gguf::merge(&source, dtype.gguf(), args.max_shard_size, &args.out)?;
+            made = first;
+            comparison
+        }
         Format::GgufLora | Format::Peft | Format::ValueHead => {
             if args.dtype.is_some_and(|d| d != Type::F32) {
                 return Err(invalid!("--dtype {}: an adapter is written in f32; leave --dtype out", dtype.name()));
+            }
+            if args.max_shard_size.is_some() {
+                return Err(invalid!("--max-shard-size: an adapter is one file; leave --max-shard-size out"));
             }
             match args.format {
                 Format::GgufLora => gguf::lora(&source, &args.out)?,
@@ -176,7 +184,7 @@ pub(super) fn merge(args: &Merge) -> Result<()> {
     if adapter.head().is_some() && drops_the_head {
         eprintln!("the adapter's scalar head stays behind: this is a language model; --format classifier keeps it");
     }
-    say(args, dtype, &comparison)
+    say(args, &made, dtype, &comparison)
 }
 
 /// The adapter as a PEFT directory, read again and compared.
@@ -222,7 +230,7 @@ fn about(named: &[(PathBuf, f64)]) -> String {
     text
 }
 
-fn say(args: &Merge, dtype: Type, c: &Comparison) -> Result<()> {
+fn say(args: &Merge, made: &Path, dtype: Type, c: &Comparison) -> Result<()> {
     let adapter = matches!(args.format, Format::GgufLora | Format::Peft | Format::ValueHead);
     let dtype = match dtype.gguf() {
         _ if adapter => "float32".to_string(),
@@ -231,7 +239,7 @@ fn say(args: &Merge, dtype: Type, c: &Comparison) -> Result<()> {
     };
     if args.json {
         return super::print_json(&json!({
-            "merged": args.out.display().to_string(),
+            "merged": made.display().to_string(),
             "dtype": dtype,
             "max_logit_difference": c.max_logit_difference,
             "max_logit": c.max_logit,
@@ -243,7 +251,7 @@ fn say(args: &Merge, dtype: Type, c: &Comparison) -> Result<()> {
     eprintln!(
         "{}: largest logit difference {:.2e} (largest logit {:.1}), mean KL {:.1e} nats, greedy agreement {:.1}% over \
          {} positions",
-        args.out.display(),
+        made.display(),
         c.max_logit_difference,
         c.max_logit,
         c.mean_kl,

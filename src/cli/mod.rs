@@ -9,7 +9,7 @@ mod plan;
 mod probe;
 mod text;
 
-use std::io::Write;
+use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -168,8 +168,13 @@ pub fn run() -> Result<()> {
 
 /// Writes to stdout at once; a closed pipe is an error here, where `print!` would panic.
 fn say(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).context("writing to stdout")
+    say_with(|out| out.write_all(text.as_bytes()))
+}
+
+/// The same for text that is written piece by piece.
+fn say_with(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
+    let mut out = BufWriter::new(std::io::stdout().lock());
+    write(&mut out).and_then(|()| out.flush()).context("writing to stdout")
 }
 
 fn print_json(value: &Value) -> Result<()> {

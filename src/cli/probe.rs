@@ -1,9 +1,11 @@
 //! `score` and `logprobs`: rewards and log-probabilities of given text. Neither trains a model.
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use clap::Args;
+use serde::Serialize;
 use serde_json::json;
 
 use super::text::Weights;
@@ -95,15 +97,16 @@ pub(super) struct Logprobs {
 const PASS: usize = 2048;
 
 pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
-    let input_ids = ids::read(&args.tokens)?;
+    let mut input_ids = ids::read(&args.tokens)?;
     let (model, adapter) = args.weights.open()?;
     let config = model.base.config();
     ids::check(&args.tokens, &input_ids, config.vocab_size, config.max_position_embeddings)?;
     let policy = Policy::new(&model.base, adapter.as_ref());
-    let lengths: Vec<usize> = input_ids.iter().map(Vec::len).collect();
-    let (mut logprobs, mut argmax) = (vec![], vec![]);
+    let lengths: Vec<usize> = input_ids.iter().map(<[u32]>::len).collect();
+    // The tokens that have a log-probability: all but the first of each sequence, one after another.
+    let mut logprobs = Vec::with_capacity(input_ids.tokens() - lengths.len());
     for rows in chunks_by_tokens(&lengths, PASS) {
-        let sequences: Vec<&[u32]> = rows.iter().map(|&i| &input_ids[i][..]).collect();
+        let sequences: Vec<&[u32]> = rows.iter().map(|&i| input_ids.get(i)).collect();
         let batch = Batch::new(&sequences)?;
         let all: Vec<usize> = sequences.iter().map(|s| s.len() - 1).collect();
         let stats = policy.logprobs(&batch, &Targets::responses(&batch, &all)?, 1.0)?;
@@ -112,20 +115,49 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
                 "the log-probabilities are not finite: the base or the adapter holds numbers that are none"
             ));
         }
-        let mut at = 0;
-        for n in all {
-            logprobs.push(stats.logprobs[at..at + n].to_vec());
-            argmax.push(stats.argmax[at..at + n].to_vec());
-            at += n;
+        logprobs.extend(stats.logprobs);
+        // The ids have been used: the most likely tokens take their place, so that a long file is not held twice.
+        let mut argmax = stats.argmax.into_iter();
+        for row in rows {
+            input_ids.get_mut(row)[1..].iter_mut().zip(&mut argmax).for_each(|(id, most_likely)| *id = most_likely);
         }
     }
     if args.json {
-        return super::print_json(&json!({ "logprobs": logprobs, "argmax": argmax }));
+        return super::say_with(|out| {
+            // Row by row: a tree of JSON values would take many times the file's size.
+            write!(out, "{{\"logprobs\":[")?;
+            write_rows(out, &lengths, logprobs.iter().map(|&l| f64::from(l)))?;
+            write!(out, "],\"argmax\":[")?;
+            write_rows(out, &lengths, input_ids.iter().flat_map(|argmax| &argmax[1..]))?;
+            writeln!(out, "]}}")
+        });
     }
-    for (i, row) in logprobs.iter().enumerate() {
+    let mut rest = &logprobs[..];
+    for (i, length) in lengths.iter().enumerate() {
+        let (row, after) = rest.split_at(length - 1);
+        rest = after;
         let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
         let perplexity = (-sum / row.len() as f64).exp();
         super::say(&format!("sequence {i}: {} tokens, sum {sum:.4}, perplexity {perplexity:.4}\n", row.len()))?;
+    }
+    Ok(())
+}
+
+/// Writes one JSON list per sequence, separated by commas, each with one value fewer than the sequence has tokens.
+fn write_rows(
+    out: &mut dyn Write,
+    lengths: &[usize],
+    mut values: impl Iterator<Item = impl Serialize>,
+) -> std::io::Result<()> {
+    for (i, length) in lengths.iter().enumerate() {
+        out.write_all(if i == 0 { b"[" } else { b",[" })?;
+        for (j, value) in values.by_ref().take(length - 1).enumerate() {
+            if j > 0 {
+                out.write_all(b",")?;
+            }
+            serde_json::to_writer(&mut *out, &value)?;
+        }
+        out.write_all(b"]")?;
     }
     Ok(())
 }

@@ -145,6 +145,8 @@ impl fmt::Display for Skipped {
 pub(crate) enum RawRecord {
     /// A JSON value, which should be an object.
     Json(Value),
+    /// The same, with values that were read as null because JSON has no place for them.
+    Holed(Value, Vec<Hole>),
     /// A line of a text file.
     Line(String),
 }
@@ -153,9 +155,34 @@ impl RawRecord {
     /// Number of bytes of the record's texts, about.
     pub(crate) fn bytes(&self) -> usize {
         match self {
-            Self::Json(value) => bytes_of(std::iter::once(value)),
+            Self::Json(value) | Self::Holed(value, _) => bytes_of(std::iter::once(value)),
             Self::Line(text) => text.len(),
         }
+    }
+}
+
+/// A value of a record that was read as null.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Hole {
+    /// The column that it is in.
+    pub(crate) column: String,
+    /// What is there: `NaN`.
+    pub(crate) what: &'static str,
+}
+
+impl Hole {
+    /// Adds a hole; one per column is enough for a message.
+    pub(crate) fn add(holes: &mut Vec<Self>, column: &str, what: &'static str) {
+        if holes.iter().all(|hole| hole.column != column) {
+            holes.push(Self { column: column.to_owned(), what });
+        }
+    }
+
+    /// A record's fault, and the holes that may be its reason.
+    pub(crate) fn explain(fault: &str, holes: &[Self]) -> String {
+        let one = |hole: &Self| format!("column {:?} holds {}, which is read as null", hole.column, hole.what);
+        let named: Vec<String> = holes.iter().take(3).map(one).collect();
+        format!("{fault}; {}", named.join(", "))
     }
 }
 

@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
@@ -13,6 +13,7 @@ use candle_core::{Device, Tensor};
 use super::card::{BY, Card};
 use super::gguf_architecture::Keys;
 use super::gguf_container::{Entry, KeyValue, write};
+use super::gguf_parts::Parts;
 use super::merged::{MergedType, merged_values, pair_of};
 use super::verify::{Comparison, Tolerance, compare};
 use super::{Source, gguf_vocabulary as vocabulary, staged};
@@ -96,12 +97,18 @@ enum Filling<'a> {
     Values(Cow<'a, [f32]>),
 }
 
-/// Writes the merged model as one GGUF file to `out`, which must not exist.
+/// Writes the merged model as one GGUF file to `out`, or as several files beside it, `OUT-00001-of-00003.gguf` and so on, if its
+/// tensors have more than `max_shard_size` bytes. None of them may exist. Returns the file to open beside the comparison.
 ///
 /// # Errors
 /// If GGUF cannot express the base's family or tokenizer, a number is out of range, or the reopened file differs from base +
-/// adapter by more than its type's rounding; `out` does not exist then.
-pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Comparison> {
+/// adapter by more than its type's rounding; nothing is written then.
+pub fn merge(
+    source: &Source<'_>,
+    dtype: GgufType,
+    max_shard_size: Option<usize>,
+    out: &Path,
+) -> Result<(Comparison, PathBuf)> {
     source.check_gguf_model()?;
     let (mut keys, plan) = match source.files.gguf() {
         Some(gguf) => (carried(gguf), plan_from_gguf(source, gguf, dtype)?),
@@ -114,6 +121,8 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
     keys.push(("general.file_type".into(), KeyValue::U32(dtype.file_type())));
     keys.push(("general.quantization_version".into(), KeyValue::U32(2)));
     let (table, fillings): (Vec<Entry>, Vec<Filling<'_>>) = plan.into_iter().unzip();
+    let parts = Parts::new(&table, max_shard_size, out)?;
+    let paths = parts.paths(out);
     let card = Card {
         front: "library_name: gguf\npipeline_tag: text-generation",
         made: format!(
@@ -121,11 +130,15 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
             source.base.config().model_name
         ),
         weights: dtype.name(),
-        notes: vec![],
+        notes: match paths.len() {
+            1 => vec![],
+            n => vec![format!("{n} files; the first is opened, and finds the others beside it")],
+        },
     };
-    with_card(source, &card, out, |path| {
-        write(path, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
-        let reopened = ModelFiles::open(path).context("reopening the GGUF file")?;
+    let comparison = with_card(source, &card, out, &paths, |dir| {
+        parts.write(dir, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
+        let first = paths[0].file_name().context("the output needs a name")?;
+        let reopened = ModelFiles::open(&dir.join(first)).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
         same_tokens(source.files, &reopened)?;
         let merged = source.beside(reopened.base()?)?;
@@ -134,21 +147,23 @@ pub fn merge(source: &Source<'_>, dtype: GgufType, out: &Path) -> Result<Compari
         let comparison = compare((source.base, source.adapter), (&merged, None), &prompts)?;
         comparison.check(dtype.tolerance())?;
         Ok(comparison)
-    })
+    })?;
+    Ok((comparison, paths[0].clone()))
 }
 
-/// As [`staged::staged`], with the model card beside the file.
+/// As [`staged::staged_files`] of `paths`, with the model card of `out` beside them.
 fn with_card(
     source: &Source<'_>,
     card: &Card<'_>,
     out: &Path,
+    paths: &[PathBuf],
     make: impl FnOnce(&Path) -> Result<Comparison>,
 ) -> Result<Comparison> {
     let beside = card::beside(out);
     if beside.exists() {
         return Err(invalid!("{} already exists; remove it or name another --out", beside.display()));
     }
-    let comparison = staged::staged(out, make)?;
+    let comparison = staged::staged_files(paths, make)?;
     fs::write(&beside, card.text(source, &comparison)).with_context(|| format!("writing {}", beside.display()))?;
     Ok(comparison)
 }
@@ -312,9 +327,10 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
         weights: "f32",
         notes: vec![],
     };
-    with_card(source, &card, out, |path| {
-        write(path, &keys, &table, |i| Ok(fillings[i].iter().flat_map(|v| v.to_le_bytes()).collect()))?;
-        let read = read_lora(source, path).context("reopening the GGUF-LoRA file")?;
+    with_card(source, &card, out, &[out.to_owned()], |dir| {
+        let path = dir.join(out.file_name().context("the output needs a name")?);
+        write(&path, &keys, &table, |i| Ok(fillings[i].iter().flat_map(|v| v.to_le_bytes()).collect()))?;
+        let read = read_lora(source, &path).context("reopening the GGUF-LoRA file")?;
         let comparison = compare((source.base, adapter), (source.base, Some(&read)), source.prompts)?;
         comparison.check(MergedType::F32.tolerance())?;
         Ok(comparison)
@@ -360,6 +376,7 @@ fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
         lora_alpha: alpha,
         use_rslora: false,
         target_modules: TargetModules::List(targets),
+        exclude_modules: None,
         layers_to_transform: None,
         ..source.adapter.config().clone()
     };

@@ -16,6 +16,8 @@ use crate::ops::weight::StorageDType;
 #[derive(Clone, Debug)]
 #[allow(missing_docs)]
 pub enum KeyValue {
+    U16(u16),
+    I32(i32),
     U32(u32),
     F32(f32),
     Bool(bool),
@@ -37,6 +39,14 @@ impl KeyValue {
             out.extend((len as u64).to_le_bytes());
         };
         match self {
+            Self::U16(v) => {
+                kind(out, 2);
+                out.extend(v.to_le_bytes());
+            }
+            Self::I32(v) => {
+                kind(out, 5);
+                out.extend(v.to_le_bytes());
+            }
             Self::U32(v) => {
                 kind(out, 4);
                 out.extend(v.to_le_bytes());
@@ -91,7 +101,8 @@ pub struct Entry {
 }
 
 impl Entry {
-    fn size(&self) -> Option<usize> {
+    /// Bytes of its data; `None` if its type cannot store the shape.
+    pub(super) fn size(&self) -> Option<usize> {
         let (cols, rows) = self.shape.split_last()?;
         rows.iter().try_fold(self.dtype.bytes_for(*cols)?, |size, &n| size.checked_mul(n))
     }
@@ -159,6 +170,8 @@ mod tests {
         let path = dir.path().join("a.gguf");
         let keys = [
             ("general.architecture", KeyValue::String("llama".into())),
+            ("a.u16", KeyValue::U16(65_535)),
+            ("a.i32", KeyValue::I32(-2)),
             ("a.u32", KeyValue::U32(7)),
             ("a.f32", KeyValue::F32(0.5)),
             ("a.bool", KeyValue::Bool(true)),
@@ -173,7 +186,8 @@ mod tests {
         write(&path, &keys, &table, |i| Ok(vec![i as u8 + 1; [12, 68][i]])).unwrap();
         let bytes = std::fs::read(&path).unwrap();
         let read = Gguf::parse(Bytes::new(Arc::new(bytes)), "a.gguf").unwrap();
-        assert_eq!(read.unsigned("a.u32").unwrap(), Some(7));
+        assert_eq!((read.unsigned("a.u16").unwrap(), read.unsigned("a.u32").unwrap()), (Some(65_535), Some(7)));
+        assert_eq!(read.get("a.i32"), Some(&Value::Signed(-2)));
         assert_eq!(read.float("a.f32").unwrap(), Some(0.5));
         assert_eq!(read.get("a.bool"), Some(&Value::Bool(true)));
         assert_eq!(read.get("a.bools"), Some(&Value::Bools(vec![true, false])));

@@ -21,6 +21,7 @@ use crate::invalid;
 use crate::model::adapter::{Adapter, LoraLayer, MatrixLayout, NonBlockModule, TargetModule};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
+use crate::model::config::DecoderConfig;
 use crate::model_files::ModelFiles;
 use crate::ops::cpu;
 use crate::ops::linear::low_rank::NormAxis;
@@ -401,7 +402,9 @@ fn config(config: &[u8], source: &Source<'_>, settings: Settings) -> Result<Vec<
     object.remove("dtype");
     object.insert("torch_dtype".into(), settings.dtype.torch_name().into());
     object.remove("quantization_config");
-    if unties(source.base, source.adapter) {
+    // Also where the base's own file unties what its configuration ties.
+    let is_tied = source.base.config().tie_word_embeddings && !unties(source.base, source.adapter);
+    if !is_tied && DecoderConfig::from_hf(&serde_json::to_string(object)?, None, "the base")?.tie_word_embeddings {
         object.insert("tie_word_embeddings".into(), json!(false));
     }
     if settings.kind == Kind::Classifier {

@@ -2,7 +2,7 @@
 //!
 //! Each is reopened and compared with base + adapter before it is renamed into place. It does not depend on stages or the
 //! configuration of runs. Read `verify` (the comparison) and `staged` (the renaming), then `merged` (Hugging Face directories), `gguf` (llama.cpp's files,
-//! with `gguf_container`, `gguf_architecture` and `gguf_vocabulary`), `combine` (a weighted sum of adapters),
+//! with `gguf_container`, `gguf_parts`, `gguf_architecture` and `gguf_vocabulary`), `combine` (a weighted sum of adapters),
 //! `card` (the model card).
 
 pub mod card;
@@ -10,6 +10,7 @@ pub mod combine;
 pub mod gguf;
 mod gguf_architecture;
 pub mod gguf_container;
+mod gguf_parts;
 mod gguf_vocabulary;
 pub mod merged;
 pub mod staged;

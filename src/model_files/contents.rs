@@ -14,7 +14,7 @@ use crate::model::config::{DecoderConfig, gguf_names};
 use crate::model_files::gguf::Gguf;
 use crate::model_files::resolve::{Resolved, resolve};
 use crate::model_files::tensor_table::{StoredForm, StoredTensor, TensorTable, gguf_form, map, shards};
-use crate::model_files::{gguf_config, gguf_tokenizer};
+use crate::model_files::{convert, gguf_config, gguf_tokenizer};
 use crate::ops::weight::{StorageDType, Weight};
 use crate::tokenizer::{Tokenizer, TokenizerFiles};
 
@@ -32,6 +32,8 @@ pub(crate) struct FileContents {
     pub(crate) name: String,
     /// `owner/name`, where the model came from the hub.
     pub(crate) id: Option<String>,
+    /// What was decided against the configuration, or is unsure, when the files were opened.
+    pub(crate) notes: Vec<String>,
 }
 
 /// What a model was opened from.
@@ -70,7 +72,7 @@ impl FileContents {
 
     fn open_gguf(path: &Path) -> Result<Self> {
         let name = path.display().to_string();
-        let gguf = Gguf::parse(map(path)?, &name)?;
+        let gguf = Gguf::open(path)?;
         let config = gguf_config::decoder_config(&gguf)?;
         let mut table = TensorTable::default();
         for tensor in gguf.tensors() {
@@ -83,11 +85,13 @@ impl FileContents {
             })?;
             let bytes = gguf.tensor_bytes(tensor).ok_or_else(|| invalid!("{name}: tensor {} is cut", tensor.name))?;
             let form = gguf_form(&config, &hf_name);
-            let (dtype, shape, file) = (tensor.dtype, tensor.shape.clone(), name.clone());
+            let file = gguf.files().get(tensor.part).map_or_else(|| name.clone(), |file| file.display().to_string());
+            let (dtype, shape) = (tensor.dtype, tensor.shape.clone());
             table.tensors.insert(hf_name, StoredTensor { bytes, dtype, shape, form, file });
         }
-        let files = vec![path.to_owned()];
-        Ok(Self { config, table, files, origin: FileOrigin::Gguf(path.to_owned(), Box::new(gguf)), name, id: None })
+        let (files, notes) = (gguf.files().to_vec(), gguf_tokenizer::doubts(&gguf).into_iter().collect());
+        let origin = FileOrigin::Gguf(path.to_owned(), Box::new(gguf));
+        Ok(Self { config, table, files, origin, name, id: None, notes })
     }
 
     fn open_directory(dir: &Path) -> Result<Self> {
@@ -104,30 +108,30 @@ impl FileContents {
                 "{name} has no config.json; give a Hugging Face model directory, or the path of a .gguf file itself"
             )
         })?;
-        let config = DecoderConfig::from_hf(&config, text("generation_config.json")?.as_deref(), &name)?;
+        let mut config = DecoderConfig::from_hf(&config, text("generation_config.json")?.as_deref(), &name)?;
         let mut table = TensorTable::default();
         let mut files = Vec::new();
         if let Some(index) = text("model.safetensors.index.json")? {
-            for (shard, wanted) in shards(&index, &format!("{name}/model.safetensors.index.json"))? {
-                let path = dir.join(&shard);
-                table.add_safetensors(map(&path)?, &path.display().to_string(), Some(&wanted))?;
+            let shards = shards(&index, &format!("{name}/model.safetensors.index.json"))?;
+            for (shard, here) in &shards {
+                let path = dir.join(shard);
+                table.add_safetensors(map(&path)?, &path.display().to_string(), Some((&shards, here)))?;
                 files.push(path);
             }
         } else {
             let path = dir.join("model.safetensors");
             if !path.exists() {
-                let hint = if dir.join("pytorch_model.bin").exists() {
-                    "; it has a pytorch_model.bin, which is not read: save the model again with safe_serialization=True"
-                } else {
-                    ""
-                };
+                let bin =
+                    ["pytorch_model.bin", "pytorch_model.bin.index.json"].into_iter().find(|f| dir.join(f).exists());
+                let hint = bin.map(|bin| convert::model(dir, bin)).unwrap_or_default();
                 return Err(invalid!("{name} has neither model.safetensors nor model.safetensors.index.json{hint}"));
             }
             table.add_safetensors(map(&path)?, &path.display().to_string(), None)?;
             files.push(path);
         }
         table.adapt_to(&config, &name)?;
-        Ok(Self { config, table, files, origin: FileOrigin::Directory(dir.to_owned()), name, id: None })
+        let notes = table.settle_tie(&mut config, &name)?.into_iter().collect();
+        Ok(Self { config, table, files, origin: FileOrigin::Directory(dir.to_owned()), name, id: None, notes })
     }
 
     /// Reads the tokenizer.

@@ -62,8 +62,9 @@ impl ModelFiles {
             ("tokenizer.json", tokenizer),
             ("tokenizer_config.json", tokenizer_config),
         ];
-        let config_read = DecoderConfig::from_hf(config, Some(generation_config), name)?;
+        let mut config_read = DecoderConfig::from_hf(config, Some(generation_config), name)?;
         table.adapt_to(&config_read, name)?;
+        let notes = table.settle_tie(&mut config_read, name)?.into_iter().collect();
         let contents = FileContents {
             config: config_read,
             table,
@@ -71,6 +72,7 @@ impl ModelFiles {
             origin: FileOrigin::Embedded(side.map(|(file, text)| (file, text.to_owned())).to_vec()),
             name: name.to_owned(),
             id: None,
+            notes,
         };
         let tokenizer = contents.read_tokenizer()?;
         Ok(Self::joined(contents, tokenizer))
@@ -178,6 +180,14 @@ impl ModelFiles {
                 values
             }
         })
+    }
+
+    /// What a user should know about the files: what was decided against their configuration, and what of them is not read.
+    ///
+    /// # Errors
+    /// If a tensor that the decoder needs is missing or of another shape.
+    pub fn remarks(&self) -> Result<Vec<String>> {
+        self.contents.remarks()
     }
 
     /// All tensors, by name: (Hugging Face name, shape, type).

@@ -8,11 +8,15 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
 use crate::invalid;
+use crate::model_files::tensor_table::map;
 use crate::ops::weight::{Bytes, StorageDType};
+
+pub(crate) mod split;
 
 /// One metadata value. Integers of every width become 64-bit ones.
 #[derive(Clone, Debug, PartialEq)]
@@ -40,12 +44,17 @@ pub struct GgufTensor {
     pub dtype: StorageDType,
     /// Its bytes, from the start of the file.
     pub range: Range<usize>,
+    /// Index of the file that holds it, among the parts of a split model; 0 otherwise.
+    pub part: usize,
 }
 
-/// A parsed GGUF file. The bytes of its tensors stay memory-mapped.
+/// A parsed GGUF file, or all parts of a split one. The bytes of its tensors stay memory-mapped.
 pub struct Gguf {
     name: String,
-    bytes: Bytes,
+    /// The bytes of each part; one for a model that is not split.
+    bytes: Vec<Bytes>,
+    /// The path of each part, if it was opened by its path.
+    files: Vec<PathBuf>,
     version: u32,
     metadata: BTreeMap<String, Value>,
     /// Type and value of each key as bytes of the file, in the file's order.
@@ -59,6 +68,14 @@ const MAX_DIMS: u32 = 4;
 const MAX_NAME: usize = 65_535;
 
 impl Gguf {
+    /// Opens a file, and with any part of a split model all of its parts.
+    ///
+    /// # Errors
+    /// Those of [`Gguf::parse`]; if a file cannot be read, or a part is missing or belongs elsewhere.
+    pub fn open(path: &Path) -> Result<Self> {
+        split::join(Self::parse(map(path)?, &path.display().to_string())?, path)
+    }
+
     /// Reads header, metadata and tensor table of `bytes`; `name` is the file's name in error messages.
     ///
     /// # Errors
@@ -93,7 +110,7 @@ impl Gguf {
         }
         let tensors = read_table(&mut cursor, tensor_count, &metadata)?;
         let name = name.to_owned();
-        Ok(Self { name, bytes, version, metadata, places, tensors })
+        Ok(Self { name, bytes: vec![bytes], files: vec![], version, metadata, places, tensors })
     }
 
     /// Name of the file in error messages.
@@ -101,19 +118,24 @@ impl Gguf {
         &self.name
     }
 
+    /// The paths of the opened files: of a split model all parts, in order.
+    pub fn files(&self) -> &[PathBuf] {
+        &self.files
+    }
+
     /// The container's version, 2 or 3.
     pub fn version(&self) -> u32 {
         self.version
     }
 
-    /// All tensors, in the order of their data.
+    /// All tensors, in the order of their data, part by part.
     pub fn tensors(&self) -> &[GgufTensor] {
         &self.tensors
     }
 
     /// The bytes of one tensor of this file.
     pub fn tensor_bytes(&self, tensor: &GgufTensor) -> Option<Bytes> {
-        self.bytes.slice(tensor.range.clone())
+        self.bytes.get(tensor.part)?.slice(tensor.range.clone())
     }
 
     /// The tensor of this name in the file.
@@ -126,9 +148,10 @@ impl Gguf {
         self.metadata.get(key)
     }
 
-    /// (key, type and value as bytes of the file), for copying them to another file.
+    /// (key, type and value as bytes of the file, the first of a split model), for copying them to another file.
     pub fn raw_values(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.places.iter().map(|(key, range)| (key.as_str(), &self.bytes.get()[range.clone()]))
+        let first = self.bytes.first().map(Bytes::get).unwrap_or_default();
+        self.places.iter().map(move |(key, range)| (key.as_str(), &first[range.clone()]))
     }
 
     fn wrong_kind(&self, key: &str, want: &str) -> anyhow::Error {
@@ -273,7 +296,7 @@ fn read_table(cursor: &mut Cursor<'_>, count: u64, metadata: &BTreeMap<String, V
             invalid!("{file}: tensor {name} begins at {offset}, which is no multiple of the alignment {alignment}")
         })?;
         // Offsets are from the start of the data, which is known after the last entry of the table.
-        tensors.push((GgufTensor { name, shape, dtype, range: 0..0 }, start, size));
+        tensors.push((GgufTensor { name, shape, dtype, range: 0..0, part: 0 }, start, size));
     }
     let data = cursor.at.next_multiple_of(alignment);
     let mut tensors: Vec<GgufTensor> = tensors

@@ -41,9 +41,22 @@ impl Keys<'_> {
         format!("{}.{key}", self.architecture)
     }
 
+    /// A size: one number, or a list of one number per layer if all are equal.
     fn optional(&self, key: &str) -> Result<Option<usize>> {
-        let value = self.gguf.unsigned(&self.name(key))?;
-        Ok(value.map(|v| usize::try_from(v).unwrap_or(usize::MAX)))
+        let (name, file) = (self.name(key), self.gguf.name());
+        let Some(Value::Integers(listed)) = self.gguf.get(&name) else {
+            let value = self.gguf.unsigned(&name)?;
+            return Ok(value.map(|v| usize::try_from(v).unwrap_or(usize::MAX)));
+        };
+        let first = listed.first().ok_or_else(|| invalid!("{file}: the list {name} is empty"))?;
+        if let Some((layer, other)) = listed.iter().enumerate().find(|(_, value)| *value != first) {
+            return Err(invalid!(
+                "{file}: {name} is {first} in layer 0 and {other} in layer {layer}; models whose layers differ in it are \
+                 not supported"
+            ));
+        }
+        let value = usize::try_from(*first).map_err(|_| invalid!("{file}: {name} holds {first}, which is no size"))?;
+        Ok(Some(value))
     }
 
     fn required(&self, key: &str) -> Result<usize> {
@@ -290,6 +303,30 @@ mod tests {
             None => w,
         }
         .finish()
+    }
+
+    /// llama.cpp's converter writes a list where a family's layers may differ.
+    #[test]
+    fn a_list_of_equal_sizes_is_that_size_and_of_different_ones_is_refused_with_the_layer() {
+        let with = |kv: &[i32], feed: &[i32]| {
+            let w = Writer::default()
+                .string("general.architecture", "llama")
+                .u32("llama.block_count", 2)
+                .u32("llama.context_length", 2048)
+                .u32("llama.embedding_length", 128)
+                .i32s("llama.feed_forward_length", feed)
+                .i32s("llama.attention.head_count", &[2, 2])
+                .i32s("llama.attention.head_count_kv", kv)
+                .f32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+                .f32_tensor("token_embd.weight", &[5, 128], &[0.; 5 * 128]);
+            from_gguf(w.finish())
+        };
+        let read = with(&[1, 1], &[96, 96]).unwrap();
+        assert_eq!((read.num_attention_heads, read.num_key_value_heads, read.intermediate_size), (2, 1, 96));
+        let message = with(&[1, 2], &[96, 96]).unwrap_err().to_string();
+        assert!(message.contains("head_count_kv is 1 in layer 0 and 2 in layer 1"), "{message}");
+        assert!(with(&[], &[96]).unwrap_err().to_string().contains("is empty"));
+        assert!(with(&[1, 1], &[-96, -96]).unwrap_err().to_string().contains("no size"));
     }
 
     fn from_gguf(bytes: Vec<u8>) -> Result<DecoderConfig> {

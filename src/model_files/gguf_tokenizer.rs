@@ -68,6 +68,18 @@ pub fn tokenizer(gguf: &Gguf) -> Result<Tokenizer> {
     Tokenizer::from_files(files, gguf.name())
 }
 
+/// What is unsure about the tokenizer of a GGUF file: how it splits text, if the file does not say.
+pub(crate) fn doubts(gguf: &Gguf) -> Option<String> {
+    let splits = gguf.string("tokenizer.ggml.model").ok().flatten() == Some("gpt2");
+    (splits && gguf.get("tokenizer.ggml.pre").is_none()).then(|| {
+        format!(
+            "{}: tokenizer.ggml.pre is missing, so text is split as GPT-2 splits it; if the model was trained with another \
+             split, its tokens are wrong: convert it again with a current convert_hf_to_gguf.py of llama.cpp",
+            gguf.name()
+        )
+    })
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Kind {
     ByteLevel,

@@ -15,6 +15,7 @@ use serde_json::{Map, Value, json};
 use crate::invalid;
 use crate::model::config::RopeScaling;
 use crate::model_files::contents::{FileContents, FileOrigin};
+use crate::model_files::convert;
 use crate::model_files::tensor_table::map;
 
 /// Describes the files at `path`: an adapter if there is an adapter_config.json, otherwise a model.
@@ -58,6 +59,13 @@ fn inspect_model(path: &Path) -> Result<Value> {
         RopeScaling::Yarn { factor, .. } => json!(format!("yarn, factor {factor}")),
         RopeScaling::Divisors { .. } => json!("divisors"),
     };
+    let unread = match contents.unread() {
+        Ok(unread) => {
+            let entries = unread.into_iter().map(|(name, kind)| (name.to_owned(), kind.describe().into()));
+            Value::Object(entries.collect())
+        }
+        Err(e) => json!({"error": format!("{e:#}")}),
+    };
     Ok(json!({
         "path": path.display().to_string(),
         "kind": kind,
@@ -81,6 +89,8 @@ fn inspect_model(path: &Path) -> Result<Value> {
         "bytes": total.bytes,
         "tensors": total.tensors,
         "types": counts_json(&by_type),
+        "unread_tensors": unread,
+        "notes": contents.notes,
         "tokenizer": tokenizer,
         "files": contents.files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>(),
         "fingerprint": contents.fingerprint(),
@@ -96,9 +106,9 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
     let weights = dir.join("adapter_model.safetensors");
     if !weights.exists() {
         return Err(invalid!(
-            "{} has an adapter_config.json and no adapter_model.safetensors; an adapter_model.bin is not read, save it \
-             again with safe_serialization=True",
-            dir.display()
+            "{} has an adapter_config.json and no adapter_model.safetensors{}",
+            dir.display(),
+            convert::pickled(dir, "adapter_model.bin")
         ));
     }
     let bytes = map(&weights)?;
@@ -187,6 +197,7 @@ fn render_map(map: &Map<String, Value>, depth: usize, out: &mut String) {
                 };
                 writeln!(out, "{label}  {}", inner.iter().map(line).collect::<Vec<_>>().join(", "))
             }
+            Value::Object(inner) if inner.is_empty() => writeln!(out, "{label}  -"),
             Value::Object(inner) => {
                 let _ = writeln!(out, "{}", label.trim_end());
                 render_map(inner, depth + 1, out);

@@ -17,8 +17,10 @@ impl ModelFiles {
     /// The frozen base: matrices as the files store them, norms and biases in f32.
     ///
     /// # Errors
-    /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked.
+    /// If a tensor is missing, of another shape than the configuration says, or of a type that cannot be unpacked; if a block
+    /// has one that the configuration has no place for.
     pub fn base(&self) -> Result<Base> {
+        self.contents().check_unread()?;
         let weight = |name: &str, rows: usize, cols: usize| self.weight(name, rows, cols);
         assemble(self.config().clone(), &weight, &|name, len| self.vector(name, len), self.fingerprint())
     }

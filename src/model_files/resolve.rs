@@ -81,11 +81,13 @@ pub fn resolve(name: &Path) -> Result<Resolved> {
 fn fetch(model: &HubModel<'_>) -> Result<PathBuf> {
     use anyhow::Context;
 
+    use crate::model_files::gguf::split::PartName;
     use crate::model_files::hub::{Hub, RepoKind};
 
     let HubModel { id, revision, file } = model;
+    let part = file.and_then(PartName::parse);
     let wanted = |name: &str| match file {
-        Some(file) => name == *file,
+        Some(file) => name == *file || part.is_some_and(|part| part.is_beside(name)),
         None => {
             let weights = name.starts_with("model") && name.ends_with(".safetensors");
             !name.contains('/') && (weights || name == "model.safetensors.index.json" || SIDE_FILES.contains(&name))

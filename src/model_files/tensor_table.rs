@@ -54,21 +54,26 @@ pub(crate) struct TensorTable {
 }
 
 impl TensorTable {
-    /// Adds the tensors of one safetensors file: those in `wanted`, all of which must exist, or every one.
+    /// Adds the tensors of one safetensors file. `index` holds, by file, the tensors that an index promises: all of this file's
+    /// must exist, and those of other files are not taken from it.
     pub(crate) fn add_safetensors(
         &mut self,
         bytes: Bytes,
         file: &str,
-        wanted: Option<&BTreeSet<String>>,
+        index: Option<(&Shards, &BTreeSet<String>)>,
     ) -> Result<()> {
         let (header, metadata) = SafeTensors::read_metadata(bytes.get())
             .map_err(|e| invalid!("{file} is not a whole safetensors file ({e}); fetch it again"))?;
         let infos: HashMap<_, _> = metadata.tensors();
-        if let Some(missing) = wanted.and_then(|w| w.iter().find(|name| !infos.contains_key(*name))) {
+        if let Some(missing) = index.and_then(|(_, here)| here.iter().find(|name| !infos.contains_key(*name))) {
             return Err(invalid!("{file}: the index promises the tensor {missing} here, and it is missing"));
         }
         for (name, info) in infos {
-            if wanted.is_some_and(|w| !w.contains(&name)) {
+            // A tensor that the index does not list at all is read, as by transformers.
+            let is_elsewhere = |(all, here): (&Shards, &BTreeSet<String>)| {
+                !here.contains(&name) && all.values().any(|shard| shard.contains(&name))
+            };
+            if index.is_some_and(is_elsewhere) {
                 continue;
             }
             let dtype = match info.dtype {
@@ -124,6 +129,43 @@ impl TensorTable {
     }
 }
 
+impl TensorTable {
+    /// Ties or unties embedding and lm_head by what the files hold, as transformers does. Where the configuration ties them and
+    /// the files hold both, with different numbers, the file's lm_head is used; where they hold the lm_head alone, it is the
+    /// embedding too. Returns what differs from the configuration.
+    ///
+    /// # Errors
+    /// If the lm_head is stored in a type that cannot be unpacked.
+    pub(crate) fn settle_tie(&mut self, config: &mut DecoderConfig, name: &str) -> Result<Option<String>> {
+        let names = config.names();
+        if !config.tie_word_embeddings {
+            return Ok(None);
+        }
+        if let Some(dtype) = self.unread.get(names.output) {
+            return Err(invalid!("{name}: tensor {} is stored as {dtype}; f32, f16 and bf16 are read", names.output));
+        }
+        let Some(output) = self.tensors.get(names.output) else { return Ok(None) };
+        let Some(embedding) = self.tensors.get(names.embedding) else {
+            if let Some(output) = self.tensors.remove(names.output) {
+                self.tensors.insert(names.embedding.to_string(), output);
+            }
+            return Ok(None);
+        };
+        let same = (output.dtype, &output.shape) == (embedding.dtype, &embedding.shape)
+            && output.bytes.get() == embedding.bytes.get();
+        [output, embedding].iter().for_each(|table| table.bytes.release());
+        if same {
+            return Ok(None);
+        }
+        config.tie_word_embeddings = false;
+        Ok(Some(format!(
+            "{name}: config.json ties lm_head and embedding, and the file has another {}: the file's is used, as \
+             transformers does; set tie_word_embeddings to false there",
+            names.output
+        )))
+    }
+}
+
 /// How a GGUF file stores the tensor of this Hugging Face name.
 pub(crate) fn gguf_form(config: &DecoderConfig, hf_name: &str) -> StoredForm {
     match gguf_names::row_order(config, hf_name) {
@@ -133,12 +175,15 @@ pub(crate) fn gguf_form(config: &DecoderConfig, hf_name: &str) -> StoredForm {
     }
 }
 
-/// Parses model.safetensors.index.json: shard file -> names of its tensors.
-pub(crate) fn shards(index: &str, file: &str) -> Result<BTreeMap<String, BTreeSet<String>>> {
+/// Shard file -> names of its tensors.
+pub(crate) type Shards = BTreeMap<String, BTreeSet<String>>;
+
+/// Parses model.safetensors.index.json.
+pub(crate) fn shards(index: &str, file: &str) -> Result<Shards> {
     let json: Value = serde_json::from_str(index).map_err(|e| invalid!("{file} is not JSON: {e}"))?;
     let map = json.get("weight_map").and_then(Value::as_object);
     let map = map.filter(|m| !m.is_empty()).ok_or_else(|| invalid!("{file} has no weight_map"))?;
-    let mut shards: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+    let mut shards = Shards::new();
     for (tensor, shard) in map {
         let shard = shard.as_str().ok_or_else(|| invalid!("{file}: {tensor} has no file name"))?;
         let mut parts = Path::new(shard).components();

@@ -46,7 +46,11 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of_section(base: &config::Base) -> Result<Self> {
-        Self::of_opened(ModelFiles::open(&base.path)?, base)
+        let files = ModelFiles::open(&base.path)?;
+        for remark in files.remarks()? {
+            eprintln!("{remark}");
+        }
+        Self::of_opened(files, base)
     }
 
     /// Opens a model on the machine that `--device` names.
@@ -230,7 +234,9 @@ pub fn lora_config(lora: &Lora) -> LoraConfig {
             config::TargetModules::One(pattern) => TargetModules::Regex(pattern.clone()),
             config::TargetModules::List(names) => TargetModules::List(names.clone()),
         },
+        exclude_modules: None,
         layers_to_transform: lora.layers_to_transform.clone(),
+        layers_pattern: vec![],
         rank_pattern: lora.rank_pattern.iter().map(|(key, &r)| (key.clone(), r)).collect(),
         // The magnitudes are the base's to give.
         use_dora: false,

@@ -120,6 +120,26 @@ impl Guard {
         Ok(Verdict::RolledBack(reason))
     }
 
+    /// Judges the weights that the last step led to, by the outcome of a pass with them: no later step will. Where the pass
+    /// diverged, the learners are rolled back to their last good state, and the reason is returned.
+    ///
+    /// # Errors
+    /// Errors other than divergence, and the divergence itself where no step was ever good.
+    pub fn settle(&mut self, outcome: Result<()>, learners: &mut [(&str, &mut Learner)]) -> Result<Option<String>> {
+        let error = match outcome {
+            Ok(()) => return Ok(None),
+            Err(error) => error,
+        };
+        let Some(good) = self.last_good.as_ref().filter(|_| error.chain().any(|cause| cause.is::<Diverged>())) else {
+            return Err(error);
+        };
+        learners.iter_mut().try_for_each(|(name, learner)| good.restore_learner(name, learner))?;
+        self.counts.rollbacks += 1;
+        self.counts.in_a_row = 0;
+        self.watch(learners)?;
+        Ok(Some(format!("{error:#}")))
+    }
+
     /// The state to roll back to after a good step: the weights at its start, whose loss was finite. The weights after
     /// the step are proven only by the next one.
     fn proven(&self, learners: &[(&str, &mut Learner)]) -> Result<Snapshot> {
@@ -260,6 +280,24 @@ mod tests {
         let verdicts: Vec<_> = (0..3).map(|_| go(&mut guard, &mut learner, f64::NAN).unwrap()).collect();
         assert!(matches!(verdicts[2], Verdict::RolledBack(_)));
         assert_eq!(weights(&learner), start);
+    }
+
+    #[test]
+    fn weights_that_the_last_step_spoiled_are_those_of_the_last_good_step_again() {
+        let (mut guard, mut learner) = (guard(), learner());
+        guard.watch(&[("actor", &mut learner)]).unwrap();
+        let start = weights(&learner);
+        go(&mut guard, &mut learner, 1.0).unwrap();
+        let after = weights(&learner);
+        assert_eq!(guard.settle(Ok(()), &mut [("actor", &mut learner)]).unwrap(), None);
+        assert_eq!(weights(&learner), after);
+        let outcome = Err(diverged!("the loss is NaN"));
+        let reason = guard.settle(outcome, &mut [("actor", &mut learner)]).unwrap();
+        assert_eq!((reason.as_deref(), weights(&learner)), (Some("the loss is NaN"), start));
+        let other = guard.settle(Err(anyhow!("disk on fire")), &mut []).unwrap_err();
+        assert_eq!(other.to_string(), "disk on fire");
+        let never = self::guard().settle(Err(diverged!("the loss is NaN")), &mut []).unwrap_err();
+        assert_eq!(never.to_string(), "the loss is NaN");
     }
 
     #[test]

@@ -203,6 +203,25 @@ impl Session {
         Ok(None)
     }
 
+    /// Called once after the last step, with the outcome of a pass with the weights that it led to: where the pass diverged,
+    /// the run ends with the last good weights, which is reported and written into the metrics.
+    ///
+    /// # Errors
+    /// As for [`Guard::settle`].
+    pub fn settle(&mut self, step: usize, outcome: Result<()>, learners: &mut [(&str, &mut Learner)]) -> Result<()> {
+        let Some(reason) = self.guard.settle(outcome, learners)? else { return Ok(()) };
+        self.report.note(&format!(
+            "step {step}, the last, spoiled the weights: {reason}; what is saved are the last good ones. Lower the \
+             learning_rate, or raise warmup_steps"
+        ));
+        let mut figures = Figures::new();
+        figures.insert("guard".into(), "rolled_back".into());
+        figures.insert("reason".into(), reason.into());
+        figures.insert("skipped".into(), self.guard.skipped().into());
+        figures.insert("lr_factor".into(), number(self.guard.factor()));
+        self.report.step(step, &figures, &[])
+    }
+
     /// Checks a rollout against the guard's limits.
     ///
     /// # Errors

@@ -183,6 +183,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
             let batches = step.batches.iter().map(|rows| pick(self.examples, rows.iter().copied()));
             let batches = batches.collect::<Result<Vec<_>>>()?;
             let tokens: usize = step.rows().map(|row| self.examples.tokens(row)).sum();
+            let first_rows = step.batches.first().map(|rows| rows.to_vec()).unwrap_or_default();
             let step = OptimizerStep { number: progress.step, rows: &step.batches, batches: &batches };
             // 1. Forward and backward.
             let update = within(Phase::Update);
@@ -206,6 +207,12 @@ impl<'e, E: ?Sized> Training<'e, E> {
             progress.tokens += if outcome.is_ok() || S::COUNTS_REJECTED { tokens } else { 0 };
             let step = progress.step;
             let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
+            if step == steps {
+                let (rows, batches) = (&[&first_rows[..]], &batches[..1]);
+                let first = OptimizerStep { number: step - 1, rows, batches };
+                let outcome = prove(stage, progress.learner.weights().view(), &first, self.layers);
+                session.settle(step, outcome, &mut [("learner", &mut progress.learner)])?;
+            }
             let Some((sums, grad_norm)) = stepped else { continue };
             // 3. Metrics.
             if step.is_multiple_of(keys.logging_steps.max(1)) || step == steps {
@@ -221,6 +228,18 @@ impl<'e, E: ?Sized> Training<'e, E> {
         }
         Ok(Trained { adapter: progress.learner.weights().snapshot(), steps, tokens: progress.tokens })
     }
+}
+
+/// A pass of a micro-batch of the last step with the weights that the step led to. A step's loss is that of the weights before
+/// it, and after the last one no other step shows whether they are good.
+fn prove<T: Clone, S: SupervisedStage<T>>(
+    stage: &S,
+    adapter: &Adapter,
+    step: &OptimizerStep<'_, T>,
+    layers: usize,
+) -> Result<()> {
+    let _update = within(Phase::Update);
+    gradients(stage, adapter, step, layers).map(drop)
 }
 
 /// The gradients of a step and its sums; `None` where the process was asked to stop before the last micro-batch.

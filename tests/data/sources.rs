@@ -82,7 +82,7 @@ fn parquet_of_every_compression_gives_rows_with_nested_messages() {
             ],
         })
         .collect();
-    for codec in ["snappy", "zstd", "gzip", "lz4", "none"] {
+    for codec in ["snappy", "zstd", "gzip", "lz4", "brotli", "none"] {
         assert_eq!(records(&at(golden(&format!("messages-{codec}.parquet")))), expected, "{codec}");
     }
     let ranked = records(&at(golden("ranked.parquet")));
@@ -95,7 +95,9 @@ fn parquet_faults_name_the_row_and_the_column() {
     let found = fault(&at(golden("holes.parquet")));
     assert!(found.contains("holes.parquet, record 2: column \"output\": expected a string"), "{found}");
     let mut data = at(golden("bytes.parquet"));
-    assert!(fault(&data).contains("bytes.parquet, record 2: column \"text\": is not UTF-8"));
+    let found = fault(&data);
+    assert!(found.contains("bytes.parquet, record 2: column \"text\": expected a string, found null"), "{found}");
+    assert!(found.contains("column \"text\" holds bytes that are not UTF-8"), "{found}");
     data.on_bad_record = OnBadRecord::Skip;
     let set = data::load(&data).unwrap();
     assert_eq!((set.entries.len(), set.skipped), (1, 1));
@@ -107,6 +109,52 @@ fn parquet_faults_name_the_row_and_the_column() {
         let found = fault(&at(folder.path(name)));
         assert!(found.contains(name) && found.contains("is not a readable Parquet file"), "{found}");
     }
+}
+
+/// Images, embeddings with NaN and the like beside the text.
+#[test]
+fn columns_that_nobody_reads_may_hold_bytes_and_nan() {
+    assert_eq!(texts(&at(golden("unread.parquet"))), "one two");
+    let folder = Folder::new(&[
+        ("x.jsonl", &b"{\"text\": \"NaN\", \"x\": NaN}\n{\"text\": \"b\", \"x\": [1, -Infinity]}\n"[..]),
+        ("x.json", b"[{\"text\": \"NaN\", \"x\": NaN},\n {\"text\": \"b\", \"x\": [{\"y\": Infinity}]}]"),
+        ("x.csv", b"text,x\nNaN,\"[1, NaN]\"\nb,NaN\n"),
+    ]);
+    for name in ["x.jsonl", "x.json", "x.csv"] {
+        assert_eq!(texts(&at(folder.path(name))), "NaN b", "{name}");
+    }
+    let rows = br#"{"prompt": "a", "responses": ["b", "c"], "scores": [1, 2]}
+{"prompt": "a", "responses": ["b", "c"], "scores": [1, NaN]}"#;
+    let array = [b"[", &rows.to_vec()[..], b"]"].concat();
+    let array = String::from_utf8(array).unwrap().replace("}\n{", "},\n{");
+    let label = br#"{"prompt": "a", "completion": "b", "label": NaN}"#;
+    let folder = Folder::new(&[("x.jsonl", &rows[..]), ("x.json", array.as_bytes()), ("l.jsonl", label)]);
+    for (name, place) in
+        [("x.jsonl", "x.jsonl, line 2"), ("x.json", "x.json, record 2"), ("l.jsonl", "l.jsonl, line 1")]
+    {
+        let found = fault(&at(folder.path(name)));
+        assert!(found.contains(place) && found.contains(" holds NaN, which is read as null"), "{found}");
+    }
+}
+
+/// The library datasets writes `dataset_infos.json` and the like beside the records.
+#[test]
+fn files_that_describe_a_data_set_are_no_records_unless_they_are_named() {
+    let line = json!({"text": "a"}).to_string().into_bytes();
+    let about = br#"{"default": {"description": "none"}}"#;
+    let folder = Folder::new(&[
+        ("data/train.jsonl", &line),
+        ("dataset_infos.json", about),
+        ("data/dataset_dict.json", about),
+        ("data/state.json", about),
+        ("README.txt", b"Read me."),
+        ("LICENSE.txt", b"Do as you like."),
+    ]);
+    let set = data::load(&at(folder.0.path())).unwrap();
+    assert_eq!((set.entries.len(), set.ignored.len()), (1, 5));
+    let pattern = at(folder.path("data/*"));
+    assert_eq!(texts(&pattern), "a");
+    assert!(fault(&at(folder.path("dataset_infos.json"))).contains("no known format"));
 }
 
 #[test]
@@ -199,11 +247,23 @@ fn errors_about_a_table_name_the_line_and_the_column() {
         ("x.csv", b"", "x.csv: holds no record"),
         ("x.tsv", b"text\n\"a\nb\"\nc\td\n", "x.tsv, line 4: has 2 cells"),
         ("x.csv", b"\xff\xfet\0", "x.csv: is UTF-16"),
+        // Blank lines count, as in an editor, with either line break; so do lines inside a quoted cell.
+        ("x.csv", b"\n\ntext\n\none\n\n\ntwo,three\n", "x.csv, line 8: has 2 cells"),
+        ("x.csv", b"text\r\n\r\none\r\n\r\n\r\ntwo,three\r\n", "x.csv, line 6: has 2 cells"),
+        ("x.csv", b"text\n\"a\n\n\nb\"\n\n\"c\n\",d\n", "x.csv, line 7: has 2 cells"),
+        ("x.csv", b"text\n\none,two", "x.csv, line 3: has 2 cells"),
+        ("x.csv", b"\n\ntext,text\na,b\n", "x.csv, line 3: two columns are called \"text\""),
     ] {
         let folder = Folder::new(&[(name, content)]);
         let found = fault(&at(folder.path(name)));
         assert!(found.contains(expected), "\nfound:    {found}\nexpected: {expected}");
     }
+    // Lines are found beyond the table's buffer too.
+    let many = format!("text\n{}x,y\n", "a\n\n".repeat(50_000));
+    let quoted = format!("text\n\"{}\"\n\nx,y\n", "a\n".repeat(50_000));
+    let folder = Folder::new(&[("many.csv", many.as_bytes()), ("quoted.csv", quoted.as_bytes())]);
+    assert!(fault(&at(folder.path("many.csv"))).contains("many.csv, line 100002: has 2 cells"));
+    assert!(fault(&at(folder.path("quoted.csv"))).contains("quoted.csv, line 50004: has 2 cells"));
     let folder = Folder::new(&[("x.csv", b"text\na\nb,c\nd\n")]);
     let data = Data { on_bad_record: OnBadRecord::Skip, ..at(folder.path("x.csv")) };
     let set = data::load(&data).unwrap();

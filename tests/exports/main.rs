@@ -6,3 +6,4 @@ mod peft_variants;
 mod quantised_base;
 #[path = "../support/mod.rs"]
 mod support;
+mod tied_head;

@@ -83,6 +83,29 @@ fn rank_and_alpha_patterns_are_pefts_merged_and_unmerged_and_survive_saving() {
     assert_near(&logprobs(&model, Some(&again)), &golden["patterns"], "saved again");
 }
 
+#[test]
+fn excluded_modules_and_patterns_of_layers_are_pefts_as_saved_and_as_a_state_dict() {
+    let model = model();
+    let golden: Value = serde_json::from_str(include_str!("../golden/peft_selection/values.json")).unwrap();
+    let modules: Vec<&str> = golden["modules"].as_array().unwrap().iter().map(|v| v.as_str().unwrap()).collect();
+    let dir = tempfile::tempdir().unwrap();
+    let check = |adapter: &Adapter, what: &str| {
+        let mut paths: Vec<String> = adapter.pairs().map(|(slot, _)| adapter.shapes().path(slot)).collect();
+        paths.sort();
+        assert_eq!(paths, modules, "{what}");
+        assert_near(&logprobs_of(&golden, &model, Some(adapter)), &golden["logprobs"], what);
+    };
+    for name in ["excluded", "state_dict"] {
+        let adapter = model.adapter(&here("tests/golden/peft_selection").join(name)).unwrap();
+        check(&adapter, name);
+        let again = dir.path().join(name);
+        adapter.save(&again).unwrap();
+        let again = model.adapter(&again).unwrap();
+        assert_eq!(again.config(), adapter.config());
+        check(&again, "saved again");
+    }
+}
+
 fn started(model: &Model, how: Principal) -> Adapter {
     let list = ["q_proj", "v_proj", "up_proj", "down_proj"].map(String::from).to_vec();
     let config = LoraConfig {

@@ -145,3 +145,19 @@ fn a_run_whose_weights_blow_up_goes_back_tries_smaller_steps_and_ends_with_a_dia
         assert_eq!(smallest, 0.5f64.powi(6), "{alpha}: three rollbacks and three skips in a row");
     }
 }
+
+/// No step follows the last one, whose own loss is that of the weights before it. All supervised stages have this one loop.
+#[test]
+fn a_run_whose_last_step_spoils_the_weights_saves_the_last_good_ones_and_says_so() {
+    let place = crate::world::place();
+    // One step of every record. Alpha makes it one too far; with B = 0 nothing shows before it.
+    let more = "--set sft.num_train_epochs=1 --set sft.per_device_train_batch_size=10 --json \
+                --set sft.gradient_accumulation_steps=1 --set sft.learning_rate=0.9 --set lora.lora_alpha=1e30";
+    let ran = place.run(&format!("{} {more}", crate::world::line("sft")));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(ran.stderr.contains("step 1, the last, spoiled the weights"), "{}", ran.stderr);
+    let metrics = std::fs::read_to_string(place.path("out/sft/metrics.jsonl")).unwrap();
+    assert_eq!(metrics.matches("\"rolled_back\"").count(), 1, "{metrics}");
+    let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!((&told["steps"], &told["perplexity_after"]), (&1.into(), &told["perplexity_before"]), "{told}");
+}

@@ -16,7 +16,7 @@ rejected = [[say("user", f"q{i} é"), say("assistant", f"bad {i}")] for i in ran
 messages = pa.table(dict(
     chosen=pa.array(chosen, pa.list_(turn)), rejected=pa.array(rejected, pa.list_(turn)),
     score_chosen=pa.array([float(i) for i in range(rows)])))
-for codec in ["snappy", "zstd", "gzip", "lz4", "none"]:
+for codec in ["snappy", "zstd", "gzip", "lz4", "brotli", "none"]:
     pq.write_table(messages, out / f"messages-{codec}.parquet", compression=codec, row_group_size=2)
 ranked = pa.table(dict(
     prompt=pa.array(["first", "second"]),
@@ -28,3 +28,9 @@ holes = pa.table(dict(instruction=pa.array(["one", "two"]), input=pa.array([None
 pq.write_table(holes, out / "holes.parquet")
 raw = pa.table(dict(text=pa.array([b"fine", b"\xff\xfe broken"], pa.binary())))
 pq.write_table(raw, out / "bytes.parquet")
+image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+unread = pa.table(dict(
+    text=pa.array(["one", "two"]), image=pa.array([dict(bytes=b"\x89PNG\xff", path="a.png"), None], image),
+    raw=pa.array([b"\xff\xfe", b"fine"], pa.binary()),
+    embedding=pa.array([[0.5, float("nan")], [float("inf")]], pa.list_(pa.float32()))))
+pq.write_table(unread, out / "unread.parquet", compression="brotli")

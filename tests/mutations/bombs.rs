@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use flate2::Compression;
 use flate2::write::GzEncoder;
+use fourfold::data::stream::ids;
 use fourfold::error::exit_code;
 use fourfold::ops::weight::StorageDType;
 use parquet::basic::{Compression as Codec, ZstdLevel};
@@ -114,6 +115,25 @@ fn a_data_file_that_nests_without_end_is_refused() {
             // A cell of brackets that are no JSON is a text.
             Ok(()) => assert_eq!(name, "sft-c.csv"),
         }
+    }
+}
+
+/// A list per sequence, or a JSON value per token, would take several times the file's size.
+#[test]
+fn token_ids_take_no_more_memory_than_twice_their_file() {
+    let _alone = alone();
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("ids.json");
+    let sequence = |length: u32| {
+        format!("[{}]", (0..length).map(|i| (i * 7919 % 49_152).to_string()).collect::<Vec<_>>().join(", "))
+    };
+    for (length, sequences, room) in [(200, 4000, 0), (2, 400_000, 64 << 20)] {
+        let text = format!("{{\"input_ids\": [{}]}}", vec![sequence(length); sequences].join(", "));
+        fs::write(&path, &text).unwrap();
+        let (read, most) = most_held(|| ids::read(&path).unwrap());
+        assert_eq!((read.iter().count(), read.tokens()), (sequences, sequences * length as usize));
+        assert_eq!(read.get(sequences - 1), read.get(0));
+        assert!(most <= 2 * text.len() + room, "{length}: {most} bytes for {}", text.len());
     }
 }
 

@@ -129,6 +129,18 @@ fn parquet_files_are_read_or_refused() {
     });
 }
 
+/// A campaign of its own, so that the inputs of the other keep their numbers.
+#[test]
+fn brotli_parquet_files_are_read_or_refused() {
+    campaign("data::brotli_parquet_files_are_read_or_refused", || {
+        let specimen = |(name, stage): (&str, &str)| {
+            let bytes = fs::read(golden(&format!("parquet/{name}.parquet"))).unwrap();
+            Specimen::file(&format!("{stage}-x.parquet"), bytes, Form::Binary)
+        };
+        Reader::new([("messages-brotli", "sft"), ("unread", "sft")].map(specimen).into(), prepared)
+    });
+}
+
 #[test]
 fn texts_are_read_or_refused() {
     campaign("data::texts_are_read_or_refused", || {

@@ -5,7 +5,7 @@ usage: check_llama_cpp.py path/to/fourfold [--base MODEL]...
 llama.cpp comes compiled, inside the xllamacpp wheel of requirements.txt. Over two tiny random
 Llamas made here (grouped queries with llama3 rope; a SentencePiece-like tokenizer), and over every MODEL given (a GGUF
 file or a Hugging Face directory), with an adapter that moves the logits by several nats: the merged model as GGUF in f32,
-f16, bf16, q8_0 and q4_k_m; the adapter as GGUF-LoRA over the base's GGUF. One line a check; exit code 1 if any failed.
+f16, bf16, q8_0 and q4_k_m, and split over several files; the adapter as GGUF-LoRA over the base's GGUF. One line a check; exit code 1 if any failed.
 """
 
 import argparse
@@ -165,6 +165,16 @@ def check(fourfold, name, base, work):
             again = work / f"again-{dtype}.gguf"
             in_f32(merged, again)
             compare(f"{name}: the numbers of that {dtype} file in f32 in llama.cpp", Llama(again), want, EXACT)
+    # In several files, of which llama.cpp opens the first.
+    parts = fourfold(
+        "merge", "--base", base, "--adapter", adapter, "--format", "gguf", "--dtype", "f32", "--out", work / "parts.gguf",
+        "--max-shard-size", "40MB" if pathlib.Path(base).is_file() else "60KB",
+    )["merged"]
+    made = len(list(work.glob("parts-0*.gguf")))
+    compare(f"{name}: merged f32 GGUF in {made} files in llama.cpp", Llama(parts), adapted, EXACT)
+    report(f"{name}: there are several files", made > 1, f"{made}, the first is {pathlib.Path(parts).name}")
+    compare_again = ours(fourfold, ["--base", parts])
+    report(f"{name}: the parts open here", compare_again == ours(fourfold, ["--base", work / "merged-f32.gguf"]), "as one file")
     lora = work / "adapter.gguf"
     fourfold("merge", "--base", base, "--adapter", adapter, "--format", "gguf-lora", "--out", lora)
     dense = work / "base-f32.gguf"

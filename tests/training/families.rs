@@ -189,7 +189,7 @@ fn a_merged_gguf_of_every_family_has_pefts_log_probabilities_or_is_refused() {
         let (checkpoint, base, prompts) = (&opened.checkpoint, &opened.base, &golden.sequences);
         let source = Source { files: checkpoint, base, adapter: &adapter, prompts, about: "" };
         let out = opened.dir.path().join("merged.gguf");
-        let made = gguf::merge(&source, GgufType::Dense(MergedType::F32), &out);
+        let made = gguf::merge(&source, GgufType::Dense(MergedType::F32), None, &out);
         if let Some((_, says)) = NO_GGUF.iter().find(|(refused, _)| *refused == name) {
             let said = format!("{:#}", made.unwrap_err());
             assert!(said.contains(says) && said.contains("--format safetensors") && !out.exists(), "{name}: {said}");

@@ -37,6 +37,25 @@ pub(crate) fn file_type(path: &Path) -> Option<FileType> {
     }
 }
 
+/// Files that describe a data set or a folder and hold no records, although their endings are known: those that the library
+/// `datasets` ignores or writes beside the records, and notices. They are read only where the config names them.
+const SIDE_FILES: [&str; 14] = [
+    "config.json",
+    "croissant.json",
+    "dataset-metadata.json",
+    "dataset_dict.json",
+    "dataset_info.json",
+    "dataset_infos.json",
+    "datapackage.json",
+    "license.txt",
+    "metadata.json",
+    "notice.txt",
+    "package.json",
+    "readme.txt",
+    "requirements.txt",
+    "state.json",
+];
+
 /// The endings of known file types, for messages.
 const ENDINGS: &str = ".json, .jsonl, .ndjson, .csv, .tsv or .txt, each also with .gz, or .parquet";
 
@@ -54,7 +73,7 @@ pub(crate) struct Files {
 
 /// The files of a source. A folder is read with its subfolders, in the order of the names: the files that have a known
 /// ending and, with `split`, that word in their name or their folder's. Names that begin with a dot or an underscore
-/// are ignored, as in every tool that writes marker files. `train_split` is the split that the source's preset trains
+/// are ignored, as in every tool that writes marker files, and so are files that describe a data set. `train_split` is the split that the source's preset trains
 /// on: it applies where the source names no `split`, and only if a folder has files of it.
 ///
 /// # Errors
@@ -91,7 +110,7 @@ pub(crate) fn files(source: &Source, train_split: Option<&str>) -> Result<Files>
                         .map_err(|error| invalid!("[data] path {shown} is not a valid pattern of paths: {error}"))?;
                     for item in found {
                         let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?;
-                        match item.is_file() && !is_hidden(&item) && file_type(&item).is_some() {
+                        match item.is_file() && holds_records(&item) {
                             true => all.files.push(item),
                             false => all.ignored.push(item),
                         }
@@ -125,12 +144,11 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
     }
     inside.sort();
     for item in inside {
-        let hidden = is_hidden(&item);
         if item.is_dir() {
-            if !hidden {
+            if !is_hidden(&item) {
                 walk(root, &item, split, depth + 1, all)?;
             }
-        } else if !hidden && file_type(&item).is_some() && split.is_none_or(|split| belongs_to(&item, root, split)) {
+        } else if holds_records(&item) && split.is_none_or(|split| belongs_to(&item, root, split)) {
             all.files.push(item);
         } else {
             all.ignored.push(item);
@@ -141,6 +159,12 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
 
 fn is_hidden(path: &Path) -> bool {
     path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(['.', '_']))
+}
+
+/// Whether a file that a folder or a pattern contains is one of records.
+fn holds_records(path: &Path) -> bool {
+    let name = path.file_name().map(|name| name.to_string_lossy().to_lowercase());
+    file_type(path).is_some() && !is_hidden(path) && name.is_some_and(|name| !SIDE_FILES.contains(&name.as_str()))
 }
 
 /// Whether `split` is a word of the path below the folder: `data/train-00000-of-00002.parquet` belongs to `train`.
@@ -165,12 +189,7 @@ fn from_hub(id: &str, source: &Source, split: Option<&str>) -> Result<PathBuf> {
     use crate::model_files::hub::{Hub, RepoKind};
     let wanted = |name: &str| {
         let path = Path::new(name);
-        // `dataset_infos.json` and the like describe the data set; they hold no records.
-        let describes = path.file_name().is_some_and(|name| name.to_string_lossy().starts_with("dataset_info"));
-        !describes
-            && !is_hidden(path)
-            && file_type(path).is_some()
-            && split.is_none_or(|split| belongs_to(path, Path::new(""), split))
+        holds_records(path) && split.is_none_or(|split| belongs_to(path, Path::new(""), split))
     };
     Hub::from_env()?.fetch(RepoKind::Dataset, id, source.revision.as_deref().unwrap_or("main"), &wanted)
 }

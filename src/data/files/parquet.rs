@@ -1,9 +1,9 @@
-//! Parquet -> JSON objects, one row at a time, nested lists and structs included. Compression: Snappy, gzip, zstd, LZ4
-//! or none.
+//! Parquet -> JSON objects, one row at a time, nested lists and structs included. Compression: Snappy, gzip, zstd, LZ4,
+//! Brotli or none.
 //!
 //! Pages are read as they are needed, so memory is about one page per column. The file is untrusted, and the `parquet`
 //! crate panics on some damaged files: sizes are checked before they are allocated, and a panic becomes an error. This
-//! file does not depend on `formats`. Read `data/files/parquet_footer.rs` next.
+//! file does not depend on `formats`. Read `data/files/parquet_footer.rs` and `parquet_page.rs` next.
 
 use std::fs::File;
 use std::io::{BufReader, Read, Seek, SeekFrom};
@@ -20,8 +20,9 @@ use parquet::record::reader::RowIter;
 use serde_json::{Map, Number, Value};
 
 use crate::data::files::json_limits::MAX_RECORD_BYTES;
-use crate::data::files::parquet_footer;
-use crate::data::record::{Object, Place, RawRecord, RawSink};
+use crate::data::files::parquet_page::Page;
+use crate::data::files::{holes, parquet_footer, parquet_page};
+use crate::data::record::{Hole, Place, RawSink};
 use crate::error::unless_it_panics;
 use crate::host::allocator::within;
 use crate::invalid;
@@ -60,59 +61,77 @@ pub(crate) fn rows(path: &Path, sink: &mut RawSink) -> Result<()> {
         let Some(row) = row else { return Ok(()) };
         record += 1;
         let place = Place { file: file.clone(), record, line: None };
-        if !sink(place, object(row.into_columns()).map(|object| RawRecord::Json(Value::Object(object))))? {
+        let (mut object, mut found) = (Map::new(), vec![]);
+        for (name, field) in row.into_columns() {
+            let value = Column { name: &name, holes: &mut found }.value(field);
+            object.insert(name, value);
+        }
+        if !sink(place, Ok(holes::record(Value::Object(object), found)))? {
             return Ok(());
         }
     }
 }
 
-fn object(columns: Vec<(String, Field)>) -> Result<Object, String> {
-    let mut object = Map::new();
-    for (name, field) in columns {
-        let value = value(field).map_err(|fault| format!("column {name:?}: {fault}"))?;
-        object.insert(name, value);
-    }
-    Ok(object)
+/// A column of a row: values of its fields as JSON, null where JSON has no place for one.
+struct Column<'a> {
+    name: &'a str,
+    holes: &'a mut Vec<Hole>,
 }
 
-fn value(field: Field) -> Result<Value, String> {
-    let float = |number: f64| Number::from_f64(number).map_or(Value::Null, Value::Number);
-    Ok(match field {
-        Field::Null => Value::Null,
-        Field::Bool(flag) => flag.into(),
-        Field::Byte(number) => number.into(),
-        Field::Short(number) => number.into(),
-        Field::Int(number) => number.into(),
-        Field::Long(number) => number.into(),
-        Field::UByte(number) => number.into(),
-        Field::UShort(number) => number.into(),
-        Field::UInt(number) => number.into(),
-        Field::ULong(number) => number.into(),
-        Field::Float16(number) => float(number.to_f64()),
-        Field::Float(number) => float(number.into()),
-        Field::Double(number) => float(number),
-        Field::Str(text) => text.into(),
-        Field::Bytes(bytes) => {
-            std::str::from_utf8(bytes.data()).map_err(|error| format!("is not UTF-8: {error}"))?.into()
-        }
-        Field::Group(row) => Value::Object(object(row.into_columns())?),
-        Field::ListInternal(list) => {
-            Value::Array(list.elements().iter().cloned().map(value).collect::<Result<_, _>>()?)
-        }
-        Field::MapInternal(map) => {
-            let mut object = Map::new();
-            for (key, item) in map.entries() {
-                let key = match key {
-                    Field::Str(text) => text.clone(),
-                    other => other.to_string(),
-                };
-                object.insert(key, value(item.clone())?);
+impl Column<'_> {
+    fn hole(&mut self, what: &'static str) -> Value {
+        Hole::add(self.holes, self.name, what);
+        Value::Null
+    }
+
+    fn float(&mut self, number: f64) -> Value {
+        let what = match number {
+            _ if number.is_nan() => "NaN",
+            f64::INFINITY => "Infinity",
+            _ => "-Infinity",
+        };
+        Number::from_f64(number).map_or_else(|| self.hole(what), Value::Number)
+    }
+
+    fn value(&mut self, field: Field) -> Value {
+        match field {
+            Field::Null => Value::Null,
+            Field::Bool(flag) => flag.into(),
+            Field::Byte(number) => number.into(),
+            Field::Short(number) => number.into(),
+            Field::Int(number) => number.into(),
+            Field::Long(number) => number.into(),
+            Field::UByte(number) => number.into(),
+            Field::UShort(number) => number.into(),
+            Field::UInt(number) => number.into(),
+            Field::ULong(number) => number.into(),
+            Field::Float16(number) => self.float(number.to_f64()),
+            Field::Float(number) => self.float(number.into()),
+            Field::Double(number) => self.float(number),
+            Field::Str(text) => text.into(),
+            Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+                Ok(text) => text.into(),
+                Err(_) => self.hole("bytes that are not UTF-8"),
+            },
+            Field::Group(row) => {
+                Value::Object(row.into_columns().into_iter().map(|(name, field)| (name, self.value(field))).collect())
             }
-            Value::Object(object)
+            Field::ListInternal(list) => list.elements().iter().cloned().map(|field| self.value(field)).collect(),
+            Field::MapInternal(map) => {
+                let mut object = Map::new();
+                for (key, item) in map.entries() {
+                    let key = match key {
+                        Field::Str(text) => text.clone(),
+                        other => other.to_string(),
+                    };
+                    object.insert(key, self.value(item.clone()));
+                }
+                Value::Object(object)
+            }
+            // No data set format uses dates or decimals; as text they can still be shown in messages.
+            other => other.to_string().into(),
         }
-        // No data set format uses dates or decimals; as text they can still be shown in messages.
-        other => other.to_string().into(),
-    })
+    }
 }
 
 /// The message with which the process ends where a row exceeds its memory limit.
@@ -149,7 +168,7 @@ impl PageSizes {
     }
 
     /// Records the size of the page at offset `start`; returns the bytes of all pages in memory.
-    fn add(&mut self, start: u64, (kind, size): (u64, u64)) -> u64 {
+    fn add(&mut self, start: u64, page: Page) -> u64 {
         const DICTIONARY: u64 = 2;
         let chunk = self.chunks.partition_point(|&(begin, _)| begin <= start);
         let Some(&(_, column)) = chunk.checked_sub(1).and_then(|chunk| self.chunks.get(chunk)) else { return 0 };
@@ -157,7 +176,7 @@ impl PageSizes {
         if *latest != chunk {
             (*latest, *sizes) = (chunk, [0; 2]);
         }
-        sizes[usize::from(kind != DICTIONARY)] = size;
+        sizes[usize::from(page.kind != DICTIONARY)] = page.size;
         self.current.iter().map(|(_, sizes)| sizes[0].saturating_add(sizes[1])).fold(0, u64::saturating_add)
     }
 }
@@ -223,21 +242,19 @@ impl Length for CheckedFile {
 impl ChunkReader for CheckedFile {
     type T = BufReader<EofLimit>;
 
-    /// The `parquet` crate calls this at the start of each page.
+    /// The `parquet` crate calls this at the start of each page, and before the layout is known at the end of the file.
     fn get_read(&self, start: u64) -> parquet::errors::Result<Self::T> {
-        /// Bytes read of a page header: the two fields take at most twelve in the shortest encoding, more in a longer
-        /// one.
-        const HEADER_BYTES: u64 = 64;
-        let mut header = Vec::with_capacity(HEADER_BYTES as usize);
-        self.at(start)?.take(HEADER_BYTES).read_to_end(&mut header)?;
-        if let Some((kind, size)) = page_header(&header) {
-            if size > MAX_RECORD_BYTES {
+        let has_pages = !self.pages.lock().unwrap_or_else(PoisonError::into_inner).chunks.is_empty();
+        let page = if has_pages { parquet_page::page(self.at(start)?).map_err(ParquetError::General)? } else { None };
+        if let Some(page) = page {
+            if page.size > MAX_RECORD_BYTES {
                 return Err(ParquetError::General(format!(
-                    "a page claims to have {size} bytes; the maximum is {} MiB",
+                    "a page claims to have {} bytes; the maximum is {} MiB",
+                    page.size,
                     MAX_RECORD_BYTES >> 20
                 )));
             }
-            let in_memory = self.pages.lock().unwrap_or_else(PoisonError::into_inner).add(start, (kind, size));
+            let in_memory = self.pages.lock().unwrap_or_else(PoisonError::into_inner).add(start, page);
             if in_memory > MAX_PAGE_BYTES.saturating_add(self.length) {
                 return Err(ParquetError::General(format!(
                     "the pages of its columns would take {} MiB at once; write it again with smaller pages or fewer columns",
@@ -256,45 +273,6 @@ impl ChunkReader for CheckedFile {
         self.at(start)?.read_exact(&mut buffer)?;
         Ok(buffer.into())
     }
-}
-
-/// A page's type and its uncompressed size: the 32-bit fields 1 and 2 of its header, in Thrift's compact encoding. A
-/// field's id is written as an increment of 1 to 15 over the previous id, or in full after a zero increment; fields may
-/// come in any order, and the later of two with one id counts, as in the `parquet` crate, which also rejects negative
-/// values.
-fn page_header(header: &[u8]) -> Option<(u64, u64)> {
-    const INT32: u8 = 5;
-    let mut bytes = header.iter().copied();
-    let (mut id, mut kind, mut size) = (0i16, None, None);
-    // The header is read up to a field of another type or to the last byte read.
-    while let Some(byte) = bytes.next().filter(|b| b & 0x0F == INT32) {
-        let next = match byte >> 4 {
-            0 => zigzag(&mut bytes).map(|full| full as i16),
-            step => id.checked_add(step.into()),
-        };
-        let (Some(next), Some(value)) = (next, zigzag(&mut bytes)) else { break };
-        let value = u64::from(value as u32);
-        match next {
-            1 => kind = Some(value),
-            2 => size = Some(value),
-            _ => {}
-        }
-        id = next;
-    }
-    Some((kind?, size?))
-}
-
-/// Reads a zigzag varint: seven bits per byte, low bits first, up to a byte without the highest bit; bit 0 is the sign.
-fn zigzag(bytes: &mut impl Iterator<Item = u8>) -> Option<i64> {
-    let mut number = 0u64;
-    for shift in (0u32..).step_by(7) {
-        let byte = bytes.next()?;
-        number |= u64::from(byte & 0x7F).wrapping_shl(shift);
-        if byte & 0x80 == 0 {
-            break;
-        }
-    }
-    Some((number >> 1) as i64 ^ -((number & 1) as i64))
 }
 
 /// Runs a call into the `parquet` crate; a panic becomes an error and prints nothing.

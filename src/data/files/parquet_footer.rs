@@ -1,8 +1,10 @@
 //! Validates a Parquet footer before the `parquet` crate parses it: limits on columns, nesting and column chunks.
 //!
 //! A few bytes of a footer can claim two billion columns, or nest groups until the stack overflows. The footer is in
-//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on the rest of
-//! the crate. `data/files/parquet.rs` calls it.
+//! Thrift's compact encoding, which is walked here without storing anything. This file does not depend on `formats`.
+//! `data/files/parquet.rs` calls it. Read `thrift.rs` for the encoding.
+
+use crate::data::files::thrift::{ThriftReader, ThriftType, unzigzag};
 
 /// Maximum nesting depth of the schema.
 const MAX_DEPTH: usize = 24;
@@ -11,8 +13,6 @@ const MAX_NODES: usize = 10_000;
 /// Maximum number of column chunks, which is columns times row groups. The `parquet` crate takes some hundred bytes per
 /// chunk.
 const MAX_CHUNKS: usize = 100_000;
-/// Maximum nesting of Thrift values; a normal footer has about eight levels.
-const MAX_NESTING: usize = 24;
 
 /// Checks that a footer (FileMetaData of parquet.thrift) can be parsed with a few megabytes of memory.
 ///
@@ -24,7 +24,7 @@ pub(crate) fn check(footer: &[u8]) -> Result<(), String> {
     const ROW_GROUPS: i64 = 4;
     const COLUMNS: i64 = 1;
     const NUM_CHILDREN: i64 = 5;
-    let mut reader = ThriftReader { bytes: footer };
+    let mut reader = ThriftReader::new(footer, "footer");
     let mut chunks = 0;
     reader.fields(|reader, id, kind| match id {
         SCHEMA => {
@@ -80,135 +80,6 @@ pub(crate) fn check(footer: &[u8]) -> Result<(), String> {
         }
         _ => reader.skip(kind, 0),
     })
-}
-
-fn unzigzag(n: u64) -> i64 {
-    (n >> 1) as i64 ^ -((n & 1) as i64)
-}
-
-/// The code of a Thrift type in the compact encoding.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct ThriftType(u8);
-
-impl ThriftType {
-    const STOP: Self = Self(0);
-    const INT32: Self = Self(5);
-    const STRUCT: Self = Self(12);
-}
-
-/// Reads the compact encoding from the bytes that remain.
-struct ThriftReader<'a> {
-    bytes: &'a [u8],
-}
-
-impl ThriftReader<'_> {
-    fn take(&mut self, count: usize) -> Result<&[u8], String> {
-        let (taken, rest) = self.bytes.split_at_checked(count).ok_or("its footer ends too early")?;
-        self.bytes = rest;
-        Ok(taken)
-    }
-
-    fn byte(&mut self) -> Result<u8, String> {
-        self.take(1).map(|byte| byte[0])
-    }
-
-    fn varint(&mut self) -> Result<u64, String> {
-        let mut number = 0;
-        for shift in (0..64).step_by(7) {
-            let byte = self.byte()?;
-            number |= u64::from(byte & 0x7F) << shift;
-            if byte & 0x80 == 0 {
-                return Ok(number);
-            }
-        }
-        Err("its footer has a varint that does not end".into())
-    }
-
-    fn length(&mut self) -> Result<usize, String> {
-        let length = self.varint()?;
-        usize::try_from(length).map_err(|_| format!("its footer claims a length of {length} bytes"))
-    }
-
-    /// Calls `read` with the id and type of each field of a struct; `read` must consume the field's value.
-    fn fields(&mut self, mut read: impl FnMut(&mut Self, i64, ThriftType) -> Result<(), String>) -> Result<(), String> {
-        let mut id = 0i64;
-        loop {
-            let head = self.byte()?;
-            let kind = ThriftType(head & 0x0F);
-            if kind == ThriftType::STOP {
-                return Ok(());
-            }
-            id = match head >> 4 {
-                0 => unzigzag(self.varint()?),
-                delta => id.wrapping_add(delta.into()),
-            };
-            read(self, id, kind)?;
-        }
-    }
-
-    /// Reads one list element, which must be a struct, field by field like [`Self::fields`].
-    fn element(
-        &mut self,
-        of: ThriftType,
-        read: impl FnMut(&mut Self, i64, ThriftType) -> Result<(), String>,
-    ) -> Result<(), String> {
-        if of != ThriftType::STRUCT {
-            return Err("its footer has a list of something other than structs".into());
-        }
-        self.fields(read)
-    }
-
-    /// The length of a list and the type of its elements.
-    fn list(&mut self, kind: ThriftType) -> Result<(usize, ThriftType), String> {
-        if !matches!(kind.0, 9 | 10) {
-            return Err("its footer lacks a list where one is required".into());
-        }
-        let head = self.byte()?;
-        let length = if head >> 4 == 15 { self.length()? } else { usize::from(head >> 4) };
-        // An element takes at least one byte.
-        if length > self.bytes.len() {
-            return Err(format!("its footer claims a list of {length} elements in {} bytes", self.bytes.len()));
-        }
-        Ok((length, ThriftType(head & 0x0F)))
-    }
-
-    /// Skips a value of type `kind` at nesting level `depth`.
-    fn skip(&mut self, kind: ThriftType, depth: usize) -> Result<(), String> {
-        if depth > MAX_NESTING {
-            return Err("its footer is nested too deeply".into());
-        }
-        match kind.0 {
-            // The type code of a boolean field is its value.
-            1 | 2 => Ok(()),
-            3 => self.byte().map(drop),
-            4..=6 => self.varint().map(drop),
-            7 => self.take(8).map(drop),
-            8 => {
-                let length = self.length()?;
-                self.take(length).map(drop)
-            }
-            9 | 10 => {
-                let (length, of) = self.list(kind)?;
-                // In a list a boolean is one byte.
-                let of = if matches!(of.0, 1 | 2) { ThriftType(3) } else { of };
-                (0..length).try_for_each(|_| self.skip(of, depth + 1))
-            }
-            11 => {
-                let length = self.length()?;
-                if length > self.bytes.len() {
-                    return Err(format!("its footer claims a map of {length} entries in {} bytes", self.bytes.len()));
-                }
-                let kinds = if length > 0 { self.byte()? } else { 0 };
-                (0..length).try_for_each(|_| {
-                    self.skip(ThriftType(kinds >> 4), depth + 1)?;
-                    self.skip(ThriftType(kinds & 0x0F), depth + 1)
-                })
-            }
-            12 => self.fields(|reader, _, kind| reader.skip(kind, depth + 1)),
-            13 => self.take(16).map(drop),
-            other => Err(format!("its footer has a value of the unknown Thrift type {other}")),
-        }
-    }
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@
 //! Tables are read by `delimited.rs` and `parquet.rs`. This file does not depend on `formats`. Read
 //! `data/formats/mod.rs` next.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -16,10 +16,10 @@ use flate2::bufread::MultiGzDecoder;
 use serde::de::{DeserializeSeed, Deserializer, Error as _, SeqAccess, Visitor};
 
 use crate::data::files::find::{FileType, file_type};
-use crate::data::files::json_limits;
+use crate::data::files::holes::Filtered;
 use crate::data::files::json_limits::{LimitedValue, MAX_RECORD_BYTES, RecordLimit};
-use crate::data::files::{delimited, parquet};
-use crate::data::record::{Place, RawRecord, RawSink};
+use crate::data::files::{delimited, holes, parquet};
+use crate::data::record::{Hole, Place, RawRecord, RawSink};
 use crate::invalid;
 
 /// Passes every record of a file to `sink` until it returns false.
@@ -85,12 +85,14 @@ fn lines(path: &Path, mut input: Box<dyn BufRead>, is_text: bool, sink: &mut Raw
         let found = match std::str::from_utf8(&bytes) {
             Err(error) => Err(format!("is not UTF-8 from byte {} of the line on", error.valid_up_to() + 1)),
             Ok(text) if is_text => Ok(RawRecord::Line(text.trim_end_matches(['\r', '\n']).to_owned())),
-            Ok(text) => json_limits::from_str(text.trim_end()).map(RawRecord::Json).map_err(|error| {
-                let what = error.to_string();
-                // serde_json counts lines within this one line.
-                let what = what.split(" at line ").next().unwrap_or_default();
-                format!("is not a JSON object on one line: {what} at column {}", error.column())
-            }),
+            Ok(text) => {
+                holes::from_str(text.trim_end(), 1).map(|(value, found)| holes::record(value, found)).map_err(|error| {
+                    let what = error.to_string();
+                    // serde_json counts lines within this one line.
+                    let what = what.split(" at line ").next().unwrap_or_default();
+                    format!("is not a JSON object on one line: {what} at column {}", error.column())
+                })
+            }
         };
         if !sink(Place { file: file.clone(), record, line: Some(line) }, found)? {
             return Ok(());
@@ -104,6 +106,8 @@ struct Elements<'a, 's> {
     sink: &'a mut RawSink<'s>,
     /// Bytes that may still be read for the current element.
     remaining: Rc<Cell<u64>>,
+    /// NaN and infinite numbers of the current element.
+    found: Rc<RefCell<Vec<Hole>>>,
     /// The sink's result where it stopped the reading: serde can only be stopped by an error of its own.
     ended: &'a mut Option<Result<()>>,
 }
@@ -129,7 +133,7 @@ impl<'de> Visitor<'de> for Elements<'_, '_> {
             record += 1;
             self.remaining.set(MAX_RECORD_BYTES);
             let place = Place { file: self.file.clone(), record, line: None };
-            let end = match (self.sink)(place, Ok(RawRecord::Json(value))) {
+            let end = match (self.sink)(place, Ok(holes::record(value, self.found.take()))) {
                 Ok(true) => continue,
                 Ok(false) => Ok(()),
                 Err(error) => Err(error),
@@ -144,8 +148,9 @@ impl<'de> Visitor<'de> for Elements<'_, '_> {
 fn array(path: &Path, input: Box<dyn BufRead>, sink: &mut RawSink) -> Result<()> {
     let mut ended = None;
     let (input, remaining) = RecordLimit::new(input);
-    let mut json = serde_json::Deserializer::from_reader(BufReader::new(input));
-    let elements = Elements { file: path.into(), sink, remaining, ended: &mut ended };
+    let (input, found) = Filtered::new(BufReader::new(input), 2);
+    let mut json = serde_json::Deserializer::from_reader(input);
+    let elements = Elements { file: path.into(), sink, remaining, found, ended: &mut ended };
     let read = elements.deserialize(&mut json).and_then(|()| json.end());
     match (ended, read) {
         (Some(end), _) => end,

@@ -10,7 +10,7 @@ use serde_json::{Map, Value};
 
 use crate::config::{Format, Tags};
 use crate::data::formats::detect::detect;
-use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, ranked, text_of};
+use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, ranked, starts_with_assistant, text_of};
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::transcript::turns;
 use crate::data::record::{Object, Parsed, Record, Remarked, Text};
@@ -275,6 +275,9 @@ impl<'a> Columns<'a> {
     fn last_response(&self) -> Parsed<(Text, Text)> {
         let key = if self.get("conversations").is_some() { "conversations" } else { "messages" };
         let mut turns = self.conversation(key)?;
+        if let (Some(fault), 1) = (starts_with_assistant(&turns), turns.iter().filter(|t| t.role != "system").count()) {
+            return Err(column_fault(key, fault));
+        }
         let last = turns.pop().filter(|turn| turn.role == "assistant" && !turns.is_empty());
         let last = last.ok_or_else(|| column_fault(key, "expected a conversation that ends with an assistant turn"))?;
         let (prompt, mut responses) = paired(Text::Dialogue(turns), vec![(key, Text::Dialogue(vec![last]))])?;

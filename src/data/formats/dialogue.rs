@@ -174,6 +174,16 @@ pub(crate) fn ranked(prompt: Text, responses: Vec<(&str, Text)>) -> Parsed<Recor
     Ok(Record::Ranked { prompt, responses })
 }
 
+/// The fault of a dialogue that lacks a prompt because the assistant speaks first; `None` if it does not.
+pub(crate) fn starts_with_assistant(turns: &[Message]) -> Option<String> {
+    let first = turns.iter().find(|turn| turn.role != "system")?;
+    (first.role == "assistant").then(|| {
+        "the dialogue starts with an assistant turn, so there is no prompt that it responds to; put a user turn before it, or \
+         leave that turn out"
+            .to_owned()
+    })
+}
+
 /// A ranking of two responses whose prompt is their common beginning.
 ///
 /// # Errors
@@ -198,7 +208,7 @@ pub(crate) fn implicit_prompt(responses: Vec<(&'static str, Text)>) -> Parsed<Re
         [Text::Dialogue(chosen), Text::Dialogue(rejected)] => {
             let (prompt, rest) = common_turns(vec![chosen.clone(), rejected.clone()]);
             if prompt.is_empty() {
-                return Err(format!("column \"prompt\" {missing}"));
+                return Err(starts_with_assistant(chosen).unwrap_or_else(|| format!("column \"prompt\" {missing}")));
             }
             for (key, turns) in keys.iter().zip(&rest) {
                 let is_empty = |turn: &Message| turn.content.is_empty() && turn.more.is_none();

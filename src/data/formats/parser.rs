@@ -12,7 +12,7 @@ use crate::data::formats::columns::Columns;
 use crate::data::formats::detect::detect;
 use crate::data::formats::fault::kind_of;
 use crate::data::formats::{presets, rename};
-use crate::data::record::{Object, Parsed, RawRecord, Record, Remarked, Text};
+use crate::data::record::{Hole, Object, Parsed, RawRecord, Record, Remarked, Text};
 
 /// The number of records that decide a file's format.
 pub(crate) const FIRST: usize = 16;
@@ -57,7 +57,9 @@ impl<'s> Parser<'s> {
     /// have the columns of; of several, the one that comes first in the file.
     pub(crate) fn decide<'r>(&mut self, first: impl Iterator<Item = &'r RawRecord>) {
         let objects = first.filter_map(|raw| match raw {
-            RawRecord::Json(Value::Object(object)) => self.renamed(object.clone()).ok(),
+            RawRecord::Json(Value::Object(object)) | RawRecord::Holed(Value::Object(object), _) => {
+                self.renamed(object.clone()).ok()
+            }
             _ => None,
         });
         let mut votes: Vec<(Shape, [usize; 2])> = vec![];
@@ -87,6 +89,9 @@ impl<'s> Parser<'s> {
     pub(crate) fn record(&mut self, raw: RawRecord) -> Parsed<Remarked> {
         let object = match raw {
             RawRecord::Line(text) => return Ok((Record::LanguageModeling(Text::Verbatim(text)), vec![])),
+            RawRecord::Holed(value, holes) => {
+                return self.record(RawRecord::Json(value)).map_err(|fault| Hole::explain(&fault, &holes));
+            }
             RawRecord::Json(Value::Object(object)) => self.renamed(object)?,
             RawRecord::Json(other) => {
                 return Err(format!("expected a JSON object with columns, found {}", kind_of(&other)));

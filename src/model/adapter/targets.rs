@@ -30,8 +30,12 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Which modules get a branch.
     pub target_modules: TargetModules,
+    /// Modules that get no branch although a target matches them; matched like targets, but need not exist.
+    pub exclude_modules: Option<TargetModules>,
     /// Blocks whose modules get a branch; `None` is all of them.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// With `layers_to_transform`: names of the lists of blocks that its numbers count in (`layers`, `h`); empty is any list.
+    pub layers_pattern: Vec<String>,
     /// Ranks of single modules: (path suffix or regular expression, rank); the first match is used.
     pub rank_pattern: Vec<(String, usize)>,
     /// Alphas of single modules: (path suffix or regular expression, alpha); the first match is used.
@@ -51,7 +55,9 @@ impl Default for LoraConfig {
             lora_alpha: 8.0,
             use_rslora: false,
             target_modules: TargetModules::AllLinear,
+            exclude_modules: None,
             layers_to_transform: None,
+            layers_pattern: vec![],
             rank_pattern: vec![],
             alpha_pattern: vec![],
             use_dora: false,
@@ -101,14 +107,22 @@ impl LoraConfig {
         self.check(shapes)?;
         // PEFT treats an empty list as "all".
         let only = self.layers_to_transform.as_deref().filter(|layers| !layers.is_empty());
-        let within = |slot: TargetModule| match slot {
-            TargetModule::Block { layer, .. } => only.is_none_or(|layers| layers.contains(&layer)),
+        let lists = self.layers_pattern.iter().map(|name| layers_regex(name)).collect::<Result<Vec<_>>>()?;
+        // The list of blocks has one path in a decoder, so that a name matches all of its blocks or none.
+        let counted = |path: &str| lists.is_empty() || lists.iter().any(|list| list.is_match(path));
+        let within = |slot: TargetModule, path: &str| match slot {
+            TargetModule::Block { layer, .. } => only.is_none_or(|layers| layers.contains(&layer) && counted(path)),
             TargetModule::NonBlockModule(_) => only.is_none(),
         };
-        let matcher = Matcher::new(&self.target_modules, shapes)?;
+        let matcher = Matcher::new("target_modules", &self.target_modules, shapes)?;
+        let excluded = self.exclude_modules.as_ref().filter(|names| **names != TargetModules::List(vec![]));
+        let excluded = excluded.map(|names| Matcher::new("exclude_modules", names, shapes)).transpose()?;
         let mut hits = vec![0usize; matcher.targets()];
-        let picked = |&slot: &TargetModule| within(slot) && matcher.matches(slot, &shapes.path(slot), &mut hits);
-        let selected: Vec<TargetModule> = shapes.slots().filter(picked).collect();
+        let picked = |&slot: &TargetModule| {
+            let path = shapes.path(slot);
+            within(slot, &path) && matcher.matches(slot, &path, &mut hits)
+        };
+        let mut selected: Vec<TargetModule> = shapes.slots().filter(picked).collect();
         if let Some(miss) = hits.iter().position(|&h| h == 0) {
             let outer: Vec<&str> = shapes.non_block_linears().map(Linear::name).collect();
             return Err(invalid!(
@@ -119,8 +133,15 @@ impl LoraConfig {
                 shapes.layers.saturating_sub(1),
                 shapes.module_path(0, 0),
                 if outer.is_empty() { String::new() } else { format!(", and outside of them {}", outer.join(", ")) },
-                if only.is_some() { "; layers_to_transform selects only some of them" } else { "" },
+                if only.is_some() { "; layers_to_transform and layers_pattern select only some of them" } else { "" },
             ));
+        }
+        if let Some(excluded) = excluded {
+            let mut ignored = vec![0usize; excluded.targets()];
+            selected.retain(|&slot| !excluded.matches(slot, &shapes.path(slot), &mut ignored));
+            if selected.is_empty() {
+                return Err(invalid!("exclude_modules excludes every module that target_modules matches"));
+            }
         }
         Ok(selected)
     }
@@ -153,6 +174,12 @@ impl LoraConfig {
     }
 }
 
+/// What a path inside a list of blocks of this name begins with; PEFT treats the name as a regular expression.
+fn layers_regex(name: &str) -> Result<regex::Regex> {
+    regex::Regex::new(&format!(r"^(?:.*?\.)?(?:{name})\.\d+\."))
+        .map_err(|e| invalid!("layers_pattern: {name:?} is not a valid regular expression: {e}"))
+}
+
 /// A key of a pattern as a regular expression: it matches a whole path, or a suffix after a dot.
 fn pattern_regex(key: &str) -> Result<regex::Regex, regex::Error> {
     regex::Regex::new(&format!(r"^(?:.*\.)?(?:{key})$"))
@@ -171,19 +198,20 @@ enum Matcher<'a> {
 }
 
 impl<'a> Matcher<'a> {
-    fn new(targets: &'a TargetModules, shapes: &LinearShapes) -> Result<Self> {
+    /// A matcher of the setting `key`.
+    fn new(key: &str, targets: &'a TargetModules, shapes: &LinearShapes) -> Result<Self> {
         Ok(match targets {
             TargetModules::AllLinear => Self::All,
             TargetModules::List(list) if list.is_empty() => {
                 return Err(invalid!(
-                    "target_modules is empty; name at least one of {} or write \"all-linear\"",
+                    "{key} is empty; name at least one of {} or write \"all-linear\"",
                     shapes.names().join(", ")
                 ));
             }
             TargetModules::List(list) => Self::List(list),
             TargetModules::Regex(pattern) => {
                 let whole = regex::Regex::new(&format!("^(?:{pattern})$"))
-                    .map_err(|e| invalid!("target_modules: {pattern:?} is not a valid regular expression: {e}"))?;
+                    .map_err(|e| invalid!("{key}: {pattern:?} is not a valid regular expression: {e}"))?;
                 Self::Regex(pattern, whole)
             }
         })
@@ -320,6 +348,26 @@ mod tests {
         c.layers_to_transform = Some(vec![12]);
         let message = c.select(&SHAPES).unwrap_err().to_string();
         assert!(message.contains("layer 12") && message.contains("0 to 11"), "{message}");
+    }
+
+    /// PEFT's rules (tests/golden/peft_variants.py compares whole adapters).
+    #[test]
+    fn excluded_modules_get_no_branch_and_layers_are_counted_in_the_lists_of_that_name() {
+        let mut c = config(list(&["q_proj", "o_proj"]));
+        c.exclude_modules = Some(list(&["3.self_attn.q_proj", "o_proj", "absent"]));
+        let q_but_3: Vec<_> = (0..12).filter(|l| *l != 3).map(|l| (l, "q_proj")).collect();
+        assert_eq!(picked(&c), q_but_3);
+        c.exclude_modules = Some(TargetModules::Regex(r".*layers\.\d+\.self_attn\.(o|q)_proj".into()));
+        assert!(c.select(&SHAPES).unwrap_err().to_string().contains("excludes every module"));
+        c.exclude_modules = Some(list(&[]));
+        assert_eq!(picked(&c).len(), 24, "an empty list excludes nothing");
+        (c.layers_to_transform, c.exclude_modules) = (Some(vec![1]), None);
+        for (pattern, count) in [(&["layers"][..], 2), (&["h", "layers"], 2), (&["model.layers"], 2), (&[], 2)] {
+            c.layers_pattern = pattern.iter().map(|s| s.to_string()).collect();
+            assert_eq!(picked(&c).len(), count, "{pattern:?}");
+        }
+        c.layers_pattern = vec!["h".into()];
+        assert!(c.select(&SHAPES).unwrap_err().to_string().contains("layers_pattern"));
     }
 
     #[test]

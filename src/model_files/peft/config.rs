@@ -1,6 +1,6 @@
 //! `adapter_config.json`: which settings are honoured, which have no effect, and which are refused by name.
 //!
-//! A setting that is silently ignored would change the model. It does not depend on tensors. Its tests are in `peft/mod.rs`,
+//! A setting that is silently ignored would change the model. It does not depend on tensors. Its tests are in `peft/tests.rs`,
 //! on whole directories.
 
 use std::collections::BTreeMap;
@@ -64,12 +64,13 @@ pub(crate) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
             | "lora_alpha"
             | "use_rslora"
             | "target_modules"
+            | "exclude_modules"
             | "layers_to_transform"
+            | "layers_pattern"
             | "rank_pattern"
             | "alpha_pattern" => true,
             "use_dora" => value.is_null() || value.is_boolean(),
             "bias" => value.is_null() || value == "none",
-            "layers_pattern" => is_unset(value) || *value == json!("layers") || *value == json!(["layers"]),
             "init_lora_weights" => keeps_the_base(value),
             "modules_to_save" => {
                 // PEFT lists both names of a classifier's head, whichever the model uses.
@@ -101,8 +102,10 @@ pub(crate) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
             .and_then(Value::as_f64)
             .ok_or_else(|| invalid!("lora_alpha = {} is not a number", shown(get("lora_alpha"))))?,
         use_rslora: get("use_rslora").and_then(Value::as_bool).unwrap_or(false),
-        target_modules: parse_targets(get("target_modules"))?,
+        target_modules: parse_targets("target_modules", get("target_modules"))?,
+        exclude_modules: get("exclude_modules").map(|v| parse_targets("exclude_modules", Some(v))).transpose()?,
         layers_to_transform: parse_layers(get("layers_to_transform"))?,
+        layers_pattern: parse_layers_pattern(get("layers_pattern"))?,
         rank_pattern: parse_pattern("rank_pattern", get("rank_pattern"), |v| usize::try_from(v.as_u64()?).ok())?,
         alpha_pattern: parse_pattern("alpha_pattern", get("alpha_pattern"), Value::as_f64)?,
         use_dora: get("use_dora").and_then(Value::as_bool).unwrap_or(false),
@@ -111,10 +114,10 @@ pub(crate) fn parse_config(bytes: &[u8]) -> Result<FileConfig> {
     Ok(FileConfig { lora, heads, base_model: get("base_model_name_or_path").and_then(Value::as_str).map(Into::into) })
 }
 
-fn parse_targets(value: Option<&Value>) -> Result<TargetModules> {
-    let bad = || invalid!("target_modules = {} is neither a list of names nor a string", shown(value));
+fn parse_targets(key: &str, value: Option<&Value>) -> Result<TargetModules> {
+    let bad = || invalid!("{key} = {} is neither a list of names nor a string", shown(value));
     Ok(match value {
-        Some(Value::String(all)) if all == "all-linear" => TargetModules::AllLinear,
+        Some(Value::String(all)) if all == "all-linear" && key == "target_modules" => TargetModules::AllLinear,
         Some(Value::String(pattern)) => TargetModules::Regex(pattern.clone()),
         Some(Value::Array(names)) => TargetModules::List(
             names.iter().map(|n| n.as_str().map(Into::into)).collect::<Option<_>>().ok_or_else(bad)?,
@@ -142,6 +145,19 @@ fn parse_layers(value: Option<&Value>) -> Result<Option<Vec<usize>>> {
         Some(one) => index(one).map(|i| vec![i]),
     };
     layers.map(Some).ok_or_else(|| invalid!("layers_to_transform = {} is not a list of layers", shown(value)))
+}
+
+fn parse_layers_pattern(value: Option<&Value>) -> Result<Vec<String>> {
+    let bad = || invalid!("layers_pattern = {} is neither a name nor a list of names", shown(value));
+    match value {
+        None => Ok(vec![]),
+        Some(Value::String(name)) if name.is_empty() => Ok(vec![]),
+        Some(Value::String(name)) => Ok(vec![name.clone()]),
+        Some(Value::Array(names)) => {
+            names.iter().map(|name| name.as_str().map(Into::into)).collect::<Option<_>>().ok_or_else(bad)
+        }
+        Some(_) => Err(bad()),
+    }
 }
 
 /// Whether an initialisation keeps the base's weights. PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA subtract the initial factors
@@ -191,7 +207,7 @@ pub(crate) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
     };
     let ranks: serde_json::Map<_, _> = config.rank_pattern.iter().map(|(k, r)| (k.clone(), json!(r))).collect();
     let alphas: serde_json::Map<_, _> = config.alpha_pattern.iter().map(|(k, a)| (k.clone(), alpha(*a))).collect();
-    let fields: BTreeMap<&str, Value> = BTreeMap::from([
+    let mut fields: BTreeMap<&str, Value> = BTreeMap::from([
         ("base_model_name_or_path", json!(adapter.provenance().base_model)),
         ("bias", json!("none")),
         ("fan_in_fan_out", json!(adapter.shapes().layout == MatrixLayout::InOut)),
@@ -210,6 +226,20 @@ pub(crate) fn config_json(adapter: &Adapter) -> Result<Vec<u8>> {
         ("use_dora", json!(config.use_dora)),
         ("use_rslora", json!(config.use_rslora)),
     ]);
+    // Only where they are set: most adapters have neither.
+    if let Some(excluded) = &config.exclude_modules {
+        fields.insert(
+            "exclude_modules",
+            match excluded {
+                TargetModules::List(list) => json!(list),
+                TargetModules::Regex(pattern) => json!(pattern),
+                TargetModules::AllLinear => Value::Null,
+            },
+        );
+    }
+    if !config.layers_pattern.is_empty() {
+        fields.insert("layers_pattern", json!(config.layers_pattern));
+    }
     let mut text = serde_json::to_vec_pretty(&fields)?;
     text.push(b'\n');
     Ok(text)

@@ -12,7 +12,7 @@ use safetensors::SafeTensors;
 
 use crate::invalid;
 use crate::model::adapter::{Adapter, LinearShapes, NonBlockModule, TargetModule};
-use crate::model_files::peft::tensors::{TENSORS_FILE, read_tensor};
+use crate::model_files::peft::tensors::{TENSORS_FILE, names, read_tensor};
 
 /// PEFT's name of the frozen matrix under a branch on embedding or lm_head; empty for other modules.
 pub(crate) fn table_name(shapes: &LinearShapes, slot: TargetModule) -> String {
@@ -42,7 +42,8 @@ pub fn base_tables(dir: &Path, adapter: &Adapter) -> Result<Vec<(TargetModule, T
     let bytes = fs::read(&path).map_err(|e| invalid!("{}: {e}", path.display()))?;
     let damaged = |e| invalid!("{}: truncated or damaged ({e})", path.display());
     let file = SafeTensors::deserialize(&bytes).map_err(damaged)?;
-    let there = places.into_iter().filter(|(_, name)| file.names().contains(&name.as_str()));
+    let stored = names(&file)?;
+    let there = places.into_iter().filter_map(|(slot, name)| Some((slot, *stored.get(&name)?)));
     there
         .map(|(slot, name)| {
             let (in_features, out_features) = shapes.dims_of(slot);
@@ -51,7 +52,7 @@ pub fn base_tables(dir: &Path, adapter: &Adapter) -> Result<Vec<(TargetModule, T
             } else {
                 [out_features, in_features]
             };
-            Ok((slot, read_tensor(&file, &name, &dims).with_context(|| path.display().to_string())?))
+            Ok((slot, read_tensor(&file, name, &dims).with_context(|| path.display().to_string())?))
         })
         .collect()
 }

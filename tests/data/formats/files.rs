@@ -242,6 +242,18 @@ fn errors_about_bad_files_name_the_file_and_the_fault() {
 }
 
 #[test]
+fn a_dialogue_that_starts_with_the_assistant_has_a_reason_of_its_own() {
+    let turn = |role: &str, content: &str| json!({"role": role, "content": content});
+    let pair = json!({"chosen": [turn("assistant", "a")], "rejected": [turn("assistant", "b")]});
+    let label = json!({"messages": [turn("system", "s"), turn("assistant", "a")], "label": true});
+    let alone = json!({"conversations": [{"from": "gpt", "value": "a"}], "label": true});
+    for record in [pair, label, alone] {
+        let said = fault("x.jsonl", record.to_string().as_bytes());
+        assert!(said.contains("starts with an assistant turn"), "{said}");
+    }
+}
+
+#[test]
 fn skip_drops_bad_records_and_counts_them() {
     let lines = b"{\"text\": \"a\"}\n{\"text\": 1}\n\xff\nnonsense\n{\"text\": \"b\"}\n";
     let (_folder, mut data) = config(&[("x.jsonl", lines)]);
