@@ -7,6 +7,7 @@ mod options;
 mod ptx;
 mod reproducible;
 mod reward_model;
+mod wiring;
 mod world;
 
 use std::fs;
