@@ -8,6 +8,7 @@ mod ptx;
 mod reproducible;
 mod reward_model;
 mod wiring;
+mod wiring_values;
 mod world;
 
 use std::fs;

@@ -28,15 +28,15 @@ use serde_json::{Value, json};
 
 use super::world::*;
 
-struct World {
-    model: Model,
-    sft: Adapter,
-    rm: Adapter,
+pub(super) struct World {
+    pub(super) model: Model,
+    pub(super) sft: Adapter,
+    pub(super) rm: Adapter,
     /// A policy that is not the SFT adapter's.
-    other: Adapter,
+    pub(super) other: Adapter,
 }
 
-fn world() -> &'static World {
+pub(super) fn world() -> &'static World {
     static WORLD: OnceLock<World> = OnceLock::new();
     WORLD.get_or_init(|| {
         let model = model();
@@ -48,7 +48,7 @@ fn world() -> &'static World {
 }
 
 /// Steps too small to change a weight: every minibatch sees the policy that sampled.
-fn still() -> Ppo {
+pub(super) fn still() -> Ppo {
     Ppo {
         learning_rate: 1e-30,
         lr_scheduler_type: LrScheduler::Constant,
@@ -59,19 +59,19 @@ fn still() -> Ppo {
 }
 
 /// Calls `test` with a run of these settings over some questions.
-fn with_run(config: &Ppo, test: impl FnOnce(PpoRun<'_>)) {
+pub(super) fn with_run(config: &Ppo, test: impl FnOnce(PpoRun<'_>)) {
     let World { model, sft, rm, .. } = world();
     let roles = Roles { base: &model.base, reward_base: &model.base, sft, reward: Some(rm) };
     let (source, prompts) = (source_of(roles), questions(model, 24));
     test(ppo_run(roles, &prompts, model.checkpoint.tokenizer().eos_ids(), &source, config, 41));
 }
 
-fn responses(state: &State) -> Vec<Vec<u32>> {
+pub(super) fn responses(state: &State) -> Vec<Vec<u32>> {
     state.experience.as_ref().unwrap().rollout.responses.iter().map(|r| r.tokens.clone()).collect()
 }
 
 /// A state after a rollout whose reference is another policy than the actor.
-fn rolled_out(run: &PpoRun<'_>) -> State {
+pub(super) fn rolled_out(run: &PpoRun<'_>) -> State {
     let mut state = State::new(run).unwrap();
     state.reference = world().other.clone();
     state.roll_out(run).unwrap();
@@ -246,6 +246,9 @@ fn the_kl_in_the_loss_has_the_adapted_weight_and_the_runs_temperature() {
                 }
             };
             assert!(kl > 1e-3 && (loss / (0.3 * kl) - 1.0).abs() < 1e-2, "{kl_estimator:?}: {loss} {kl}");
+            // The metric's sums are over the first epoch's responses, once each.
+            let exact = mean(&exact_kl(&run, &state, temperature)) * rollout.response_tokens() as f64;
+            assert!((state.update.exact_kl / exact - 1.0).abs() < 1e-2 && state.update.exact_responses == 8);
         });
     }
 }
