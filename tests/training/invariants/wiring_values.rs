@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 
-use fourfold::config::{AdvantageEstimator, CriticStart, LrScheduler, PolicyLoss, Ppo};
+use fourfold::config::{AdvantageEstimator, Compat, CriticStart, LrScheduler, PolicyLoss, Ppo};
 use fourfold::data::examples::objectives::PromptExample;
 use fourfold::model::generate::FinishReason;
 use fourfold::ppo::evaluate::{Evaluation, EvaluationInputs};
@@ -283,7 +283,7 @@ fn an_evaluation_has_a_seed_per_prompt_the_same_in_every_call_and_compares_with_
     let before = evaluation.before(&mut session.report).unwrap();
     let evaluation = evaluation.with_baseline(before.clone());
     let distinct: BTreeSet<_> = before.responses.iter().map(|r| &r.tokens).collect();
-    assert!(distinct.len() > 4, "one prompt, {} different responses", distinct.len());
+    assert!(distinct.len() > 2, "one prompt, {} different responses", distinct.len());
     // The SFT model against itself: the same random numbers, no KL at its own temperature, no win.
     let again = evaluation.run(&"again".into(), sft, &mut session.report).unwrap();
     assert_eq!(again, before);
@@ -307,4 +307,25 @@ fn evaluations_come_after_every_eval_every_iterations() {
     let (_, metrics, _) = crate::reward_sources::run_on(keys, record).unwrap();
     let evaluated: Vec<bool> = metrics.iter().map(|line| line.get("eval/score").is_some()).collect();
     assert_eq!(evaluated, [false, true]);
+}
+
+#[test]
+fn log_probabilities_are_at_the_sampling_temperature_and_at_1_for_greedy_responses_and_deepspeed_chat() {
+    for (temperature, compat, want) in [(0.6, false, 0.6), (0.0, false, 1.0), (0.6, true, 1.0)] {
+        let compat = compat.then_some(Compat::Dschat);
+        let config = Ppo { temperature, compat, advantage_estimator: AdvantageEstimator::Gae, ..still() };
+        with_run(&config, |run| {
+            let pad = compat.map(|_| run.stop[0]);
+            let run = PpoRun { pad, ..run };
+            assert_eq!(run.temperature(), want);
+            let mut state = State::new(&run).unwrap();
+            state.roll_out(&run).unwrap();
+            let rollout = &state.experience.as_ref().unwrap().rollout;
+            // The reference is the policy that sampled.
+            let both = rollout.responses.iter().flat_map(|r| &r.logprobs).zip(rollout.ref_logprobs.iter().flatten());
+            assert!(both.clone().count() > 8 && both.into_iter().all(|(p, q)| (p - q).abs() < 1e-3));
+            state.minibatch(&run, 1.0).unwrap();
+            assert!((state.update.first_ratio.unwrap() - 1.0).abs() < 1e-3, "{:?}", state.update.first_ratio);
+        });
+    }
 }
