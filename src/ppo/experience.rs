@@ -312,7 +312,7 @@ mod tests {
         // The ended response keeps its score. The other: rewards [0, -0.5, -0.25], then V = -1.5 discounted.
         let plain = experience_of(&config);
         assert_eq!((&found.returns[0], found.rewards[0]), (&plain.returns[0], plain.rewards[0]));
-        assert_eq!(found.returns[1], [0.5 * -1.0, -0.5 + 0.5 * -1.0, -0.25 + 0.5 * -1.5]);
+        assert_eq!(found.returns[1], [-0.5, -1.0, -1.0]);
         assert_eq!(found.advantages[1], [-0.5, -2.0, -3.0]);
         assert_eq!(found.rewards[1], -0.75, "without the score of 5, clipped to 2");
     }
