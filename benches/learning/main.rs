@@ -300,7 +300,7 @@ fn sampled_pairs(
         let twice: Vec<Vec<u32>> = asked.iter().flat_map(|q| [q.clone(), q.clone()]).collect();
         let seeds: Vec<u64> = (0..twice.len() as u64).map(|i| derive(seed, &[PAIR_STREAM, chunk as u64, i])).collect();
         let responses = generate(Policy::new(&model.base, Some(sft)), &twice, &seeds, &params, |_, _| {})?;
-        let scores = source.scores(&RewardInputs { prompts: &twice, responses: &responses, decode })?;
+        let scores = source.scores(&RewardInputs { prompts: &twice, responses: &responses, entries: &[], decode })?;
         for (i, prompt) in asked.iter().enumerate() {
             let [a, b] = [2 * i, 2 * i + 1].map(|j| (scores[j], responses[j].tokens.clone()));
             if a.1 != b.1 {

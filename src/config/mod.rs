@@ -14,6 +14,7 @@ mod memory;
 mod optimisation;
 mod overrides;
 mod ppo;
+mod ppo_rules;
 mod ptx;
 mod rewards;
 mod schema;
@@ -282,6 +283,7 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
         changed.push((overrides::apply(&mut table, text)?, text));
     }
     dschat::fill(&mut table);
+    ppo_rules::fill(&mut table);
     let mut config: Config = located::from_table(table.clone()).map_err(|error| {
         let mut at = error.path.clone();
         let is_unknown = matches!(&error.fault, Fault::UnknownKey { .. });

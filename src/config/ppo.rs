@@ -22,7 +22,10 @@ pub enum AdvantageEstimator {
     A2c,
     /// A response's reward less the mean of the other responses to its prompt; no critic. arXiv:2402.14740.
     Rloo,
-    /// A response's reward, standardised among the responses to its prompt; no critic. arXiv:2402.03300.
+    /// A response's reward, standardised among the responses to its prompt; no critic. arXiv:2402.03300. In a config file
+    /// it comes with the paper's KL for the keys that the file leaves open: `kl_in = "loss"`, `kl_estimator = "k3"`,
+    /// `kl_coef = 0.04`. TRL's GRPOTrainer has the same term with weight 0 (`beta`); it does not clip scores (here
+    /// `score_clip`), and both take the mean of the loss over all tokens, where the paper takes each response's mean first.
     Grpo,
     /// The discounted return, standardised over the rollout; no critic. arXiv:2501.03262.
     ReinforcePlusPlus,
@@ -37,6 +40,18 @@ impl AdvantageEstimator {
     /// Whether it compares the responses to one prompt.
     pub fn has_groups(self) -> bool {
         matches!(self, Self::Rloo | Self::Grpo)
+    }
+
+    /// Its name in a config.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Gae => "gae",
+            Self::Reinforce => "reinforce",
+            Self::A2c => "a2c",
+            Self::Rloo => "rloo",
+            Self::Grpo => "grpo",
+            Self::ReinforcePlusPlus => "reinforce_plus_plus",
+        }
     }
 }
 
@@ -173,7 +188,8 @@ optimised_section! {
         pub top_k: usize = 0,
         /// Samples from the smallest set of tokens with this much probability. Default 1.0 = all, as for `top_k`.
         pub top_p: f64 = 1.0,
-        /// Weight of the KL penalty in the reward. Default 0.05 (TRL; DeepSpeed-Chat: 0.1).
+        /// Weight of the KL penalty. Default 0.05 (TRL; DeepSpeed-Chat: 0.1), with `advantage_estimator = "grpo"` 0.04
+        /// (arXiv:2402.03300; TRL's GRPO: 0).
         pub kl_coef: f64 = 0.05,
         /// Adapt that weight to the KL that the rollouts have; `kl_coef` is then where it starts. Default false (TRL's
         /// first PPO trainer: true).
@@ -182,9 +198,9 @@ optimised_section! {
         pub target: f64 = 6.0,
         /// Responses over which the adaptive weight changes by a fifth at most. Default 10000 (TRL; arXiv:1909.08593).
         pub horizon: f64 = 10_000.0,
-        /// Measure of that KL. Default `k1`.
+        /// Measure of that KL. Default `k1`; with `advantage_estimator = "grpo"` and `kl_in = "loss"` `k3`.
         pub kl_estimator: KlEstimator = KlEstimator::K1,
-        /// Where that KL acts. Default `reward`.
+        /// Where that KL acts. Default `reward`; with `advantage_estimator = "grpo"` `loss`.
         pub kl_in: KlIn = KlIn::Reward,
         /// What keeps the actor near the one that sampled. Default `clip`.
         pub policy_loss: PolicyLoss = PolicyLoss::Clip,
@@ -208,8 +224,8 @@ optimised_section! {
         pub log_ratio_clamp: Option<f64> = None,
         /// With `policy_loss = "kl_penalty"`: the penalty's first weight. Default 1.0 (openai/baselines ppo1).
         pub kl_penalty_coef: f64 = 1.0,
-        /// The KL between two policies of one rollout that the penalty's weight steers to, nats per token: after an
-        /// iteration with more than 1.5 times this it is doubled, with less than this / 1.5 halved. Default 0.01
+        /// The KL from the policy that sampled a rollout to the actor after its last update on it, to which the penalty's
+        /// weight steers, nats per token: above 1.5 times this it is doubled, below this / 1.5 halved. Default 0.01
         /// (arXiv:1707.06347).
         pub kl_penalty_target: f64 = 0.01,
         /// Stops the passes over a rollout at a minibatch whose `approxkl` exceeds 1.5 times this, nats per token;
@@ -228,10 +244,16 @@ optimised_section! {
         /// One optimizer for actor and critic: the gradient's norm is clipped over both, and `critic_learning_rate` is
         /// not used. Default false (TRL: true).
         pub shared_optimizer: bool = false,
-        /// Discount of a later token's reward. Default 1.0 (TRL and DeepSpeed-Chat).
+        /// Discount of a later token's reward; without effect for `rloo` and `grpo`. Default 1.0 (TRL and DeepSpeed-Chat).
         pub gamma: f64 = 1.0,
         /// GAE's lambda, arXiv:1506.02438. Default 0.95 (TRL and DeepSpeed-Chat).
         pub lam: f64 = 0.95,
+        /// A response that `response_length` or the context cut off is not over: the critic's value of its last state takes
+        /// the place of its score, which judges an unfinished text. (Both would count the end twice, and the critic would
+        /// learn to add them up without end.) Penalties remain. Default false: the response counts as over, and its score
+        /// is its end's reward (TRL and DeepSpeed-Chat).
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        pub bootstrap_truncated: bool = false,
         /// Scaling of the per-token rewards over the rollout. Default `no`.
         pub whiten_rewards: WhitenRewards = WhitenRewards::No,
         /// Shift and scale the advantages to mean 0, variance 1 over the rollout. Default true (TRL; DeepSpeed-Chat:

@@ -2,10 +2,12 @@
 //!
 //! Read `ppo.rs` before this file and `validate.rs` after it.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
+use toml::Table;
 
 use crate::invalid;
 
@@ -18,8 +20,10 @@ pub enum RewardKind {
     Adapter,
     /// A program: JSON lines on its stdin and stdout.
     Command,
-    /// An endpoint: `POST {"prompts", "responses"}`, answered by `{"scores"}`.
+    /// An endpoint: `POST {"prompts", "responses", "record_ids", "columns"}`, answered by `{"scores"}`.
     Http,
+    /// A language model behind an OpenAI-compatible endpoint, asked about each response by a template.
+    Judge,
     /// 1 where `pattern` is found in the response, else 0.
     Regex,
     /// 1 where the response is one JSON value, else 0.
@@ -36,11 +40,17 @@ impl RewardKind {
             Self::Adapter => "adapter",
             Self::Command => "command",
             Self::Http => "http",
+            Self::Judge => "judge",
             Self::Regex => "regex",
             Self::JsonValid => "json_valid",
             Self::Length => "length",
             Self::Exact => "exact",
         }
+    }
+
+    /// Whether the source is outside of the process and gets the columns of the records.
+    pub fn reads_columns(self) -> bool {
+        matches!(self, Self::Command | Self::Http | Self::Judge)
     }
 }
 
@@ -63,9 +73,41 @@ pub struct RewardPart {
     pub std_coef: f64,
     /// `command`: the program and its arguments, run without a shell.
     pub command: Vec<String>,
-    /// `http`: the address, `http://host:port/path`.
+    /// `http`: the address, `http://host:port/path`. `judge`: the API's, `http://host:port/v1`, with or without
+    /// `/chat/completions`. `https://` needs a build with the feature `hub`.
     pub url: String,
-    /// `regex`: what to find. `exact`: where in the response to look, the first group of the last match.
+    /// `http`, `judge`: the environment variable that holds the bearer token; absent = none is sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_env: Option<String>,
+    /// `judge`: the judging model's name.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub model: String,
+    /// `judge`: the question, a Jinja template over `prompt`, `response` and the record's `columns`. Absent = a grade from
+    /// 1 to 10.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub template: Option<String>,
+    /// `judge`: smallest valid score; a reply with another counts as one without a score. Absent = 1 without a template,
+    /// else no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub min_score: Option<f64>,
+    /// `judge`: largest valid score. Absent = 10 without a template, else no bound.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_score: Option<f64>,
+    /// `judge`: more keys of the request, such as `{ temperature = 1, max_tokens = 256, seed = 1 }`. Default none; the
+    /// temperature is 0.
+    #[serde(skip_serializing_if = "Table::is_empty")]
+    pub request: Table,
+    /// `judge`: requests at once; absent = 8.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub concurrency: Option<NonZeroUsize>,
+    /// `judge`: cost of a million tokens of question, for the metric `cost`; absent = 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input_price: Option<f64>,
+    /// `judge`: cost of a million tokens of reply; absent = 0.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output_price: Option<f64>,
+    /// `regex`: what to find. `exact`: where in the response to look, the first group of the last match. `judge`: the score
+    /// in the reply, the first group of the last match; absent = the number after the last "score".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<String>,
     /// `length`: no fewer tokens. Default 1.
@@ -73,11 +115,11 @@ pub struct RewardPart {
     /// `length`: no more tokens; absent = no bound.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<usize>,
-    /// `command`: longest wait for the next line; `http`: for the whole response. Default 60.
+    /// `command`: longest wait for the next line; `http`, `judge`: for the whole reply. Default 60.
     pub timeout_seconds: f64,
-    /// `command`, `http`: tries after a failed one, half a second later and then twice as long each time. Default 3.
+    /// `command`, `http`, `judge`: tries after a failed one, half a second later and then twice as long each time. Default 3.
     pub retries: usize,
-    /// `command`, `http`: the score of a response that got none after all tries, counted in the metrics; absent = the
+    /// `command`, `http`, `judge`: the score of a response that got none after all tries, counted in the metrics; absent = the
     /// run stops.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub fallback_score: Option<f64>,
@@ -93,6 +135,15 @@ impl Default for RewardPart {
             std_coef: 1.0,
             command: Vec::new(),
             url: String::new(),
+            api_key_env: None,
+            model: String::new(),
+            template: None,
+            min_score: None,
+            max_score: None,
+            request: Table::new(),
+            concurrency: None,
+            input_price: None,
+            output_price: None,
             pattern: None,
             min_tokens: 1,
             max_tokens: None,
@@ -109,6 +160,12 @@ impl RewardPart {
         self.name.as_deref().unwrap_or(self.kind.name())
     }
 
+    /// Smallest and largest valid score of a judge.
+    pub fn range(&self) -> (f64, f64) {
+        let usual = if self.template.is_some() { (f64::NEG_INFINITY, f64::INFINITY) } else { (1.0, 10.0) };
+        (self.min_score.unwrap_or(usual.0), self.max_score.unwrap_or(usual.1))
+    }
+
     /// Ranges, and what a kind needs.
     pub(super) fn check(&self) -> Result<()> {
         let kind = self.kind.name();
@@ -118,11 +175,23 @@ impl RewardPart {
             RewardKind::Command if self.command.iter().all(String::is_empty) => {
                 needs("command = [\"program\", \"argument\"]")
             }
-            RewardKind::Http if self.url.starts_with("https://") => Err(invalid!(
-                "[[ppo.reward]] url = {:?}: only plain http is spoken; put a local proxy before that endpoint",
-                self.url
-            )),
-            RewardKind::Http if !self.url.starts_with("http://") => needs("url = \"http://host:port/path\""),
+            RewardKind::Http | RewardKind::Judge if self.url.starts_with("https://") && !cfg!(feature = "hub") => {
+                Err(invalid!(
+                    "[[ppo.reward]] url = {:?}: only plain http is spoken; build with --features hub, or put a local proxy \
+                     before that endpoint",
+                    self.url
+                ))
+            }
+            RewardKind::Http | RewardKind::Judge
+                if !["http://", "https://"].iter().any(|s| self.url.starts_with(s)) =>
+            {
+                needs("url = \"http://host:port/path\"")
+            }
+            RewardKind::Judge if self.model.is_empty() => needs("model = \"the judging model's name\""),
+            RewardKind::Judge if self.range().0 > self.range().1 => {
+                let (low, high) = self.range();
+                Err(invalid!("[[ppo.reward]] no score is from min_score = {low} to max_score = {high}"))
+            }
             RewardKind::Regex if self.pattern.is_none() => needs("pattern = \"…\""),
             RewardKind::Length if self.max_tokens.is_some_and(|max| max < self.min_tokens) => Err(invalid!(
                 "[[ppo.reward]] max_tokens is less than min_tokens = {}; no response would pass",
@@ -140,6 +209,10 @@ impl RewardPart {
             ("std_coef", self.std_coef, 0.0),
             ("timeout_seconds", self.timeout_seconds, f64::MIN_POSITIVE),
             ("fallback_score", self.fallback_score.unwrap_or(0.0), f64::NEG_INFINITY),
+            ("min_score", self.min_score.unwrap_or(0.0), f64::NEG_INFINITY),
+            ("max_score", self.max_score.unwrap_or(0.0), f64::NEG_INFINITY),
+            ("input_price", self.input_price.unwrap_or(0.0), 0.0),
+            ("output_price", self.output_price.unwrap_or(0.0), 0.0),
         ];
         for (key, value, least) in numbers {
             // A day is as good as for ever, and a Duration cannot hold everything that a number can.

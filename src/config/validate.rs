@@ -368,6 +368,7 @@ fn ppo_together(section: &Ppo) -> Result<()> {
              num_ppo_epochs = 2 or more"
         ));
     }
+    section.check_bootstrap()?;
     for (key, value) in
         [("overlong_buffer_len", section.overlong_buffer_len), ("min_response_length", section.min_response_length)]
     {

@@ -138,7 +138,7 @@ mod tests {
                     floats(&case["rewards"][j])[rewarded..].iter().all(|&r| r == 0.0),
                     "later actions have no reward"
                 );
-                let out = gae(&rewards, &row("values", rewarded), 1.0, 0.95).unwrap();
+                let out = gae(&rewards, &row("values", rewarded), 0.0, 1.0, 0.95).unwrap();
                 assert_close(&out.advantages, &wanted("advantages", rewarded), 32.0, "advantages");
                 assert_close(&out.returns, &wanted("returns", rewarded), 32.0, "returns");
                 now.extend(row("new_logprobs", trained));

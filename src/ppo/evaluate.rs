@@ -117,7 +117,8 @@ impl<'w> Evaluation<'w> {
             let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
             let targets = Targets::responses(&batch, &lengths)?;
             let mut ref_logprobs = reference.logprobs(&batch, &targets, temperature)?.logprobs.into_iter();
-            let inputs = RewardInputs { prompts: &ids, responses: &responses, decode };
+            let entries: Vec<usize> = chunk.iter().map(|p| p.entry).collect();
+            let inputs = RewardInputs { prompts: &ids, responses: &responses, entries: &entries, decode };
             let scores = source.scores(&inputs)?;
             let gold_scores = gold.map(|gold| gold.scores(&inputs)).transpose()?;
             for (i, (prompt, response)) in chunk.iter().zip(&responses).enumerate() {

@@ -24,6 +24,13 @@ pub struct Experience {
     pub advantages: Vec<Vec<f32>>,
     /// (B, R) returns: the critic's targets; empty without a critic.
     pub returns: Vec<Vec<f32>>,
+    /// (B) sum of each response's rewards as the advantages read them: clipped, with penalties, scaled, and with the KL
+    /// if it is in the reward.
+    #[serde(default)]
+    pub rewards: Vec<f64>,
+    /// Tokens whose k3 estimate of the KL is clamped.
+    #[serde(default)]
+    pub kl_clamped: usize,
 }
 
 /// The run's current scaling of KL and scores.
@@ -44,15 +51,28 @@ impl Experience {
     /// If a response is empty, or a value is NaN or infinite.
     pub fn of(rollout: Rollout, scale: Scale, config: &Ppo) -> Result<Self> {
         let shaping = shaping(scale.kl_coef, config);
-        let (mut kls, mut rewards) = (vec![], vec![]);
+        let (mut kls, mut rewards, mut last_values, mut kl_clamped) = (vec![], vec![], vec![], 0);
         for (i, response) in rollout.responses.iter().enumerate() {
+            let (now, reference) = (&response.logprobs, &rollout.ref_logprobs[i]);
             let kl = match (rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
                 (Some(exact), _) => exact.clone(),
-                (None, e) => kl::per_token(e.unwrap_or(Estimator::K1), &response.logprobs, &rollout.ref_logprobs[i])?,
+                (None, e) => {
+                    let e = e.unwrap_or(Estimator::K1);
+                    kl_clamped +=
+                        now.iter().zip(reference).filter(|&(&p, &q)| e.is_clamped(p.into(), q.into())).count();
+                    kl::per_token(e, now, reference)?
+                }
             };
             let ending = if response.finish == FinishReason::Stop { Ending::Eos } else { Ending::Truncated };
-            let score = (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation;
+            // The value of the last state stands in place of the score: it estimates what the finished response would
+            // get, and the score of the unfinished one besides would count the end twice.
+            let last_value = rollout.last_values.get(i).filter(|_| ending == Ending::Truncated);
+            let score = match last_value {
+                Some(_) => 0.0,
+                None => (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation,
+            };
             rewards.push(shape(&kl, score, ending, &shaping)?);
+            last_values.push(last_value.map_or(0.0, |&v| f64::from(v)));
             kls.push(kl);
         }
         match config.whiten_rewards {
@@ -60,13 +80,14 @@ impl Experience {
             WhitenRewards::KeepMean => over_all(&mut rewards, scale_to_unit_variance),
             WhitenRewards::RemoveMean => over_all(&mut rewards, whiten),
         }
-        let (mut advantages, mut returns) = advantages(&rewards, &rollout.values, config)?;
+        let totals = rewards.iter().map(|row| row.iter().map(|&r| f64::from(r)).sum()).collect();
+        let (mut advantages, mut returns) = advantages(&rewards, (&rollout.values, &last_values), config)?;
         let mut rollout = rollout;
         drop_untrained(&mut rollout, &mut advantages, &mut returns);
         if config.whiten_advantages() {
             over_all(&mut advantages, whiten);
         }
-        Ok(Self { rollout, kl: kls, advantages, returns })
+        Ok(Self { rollout, kl: kls, advantages, returns, rewards: totals, kl_clamped })
     }
 
     /// Mean KL per response, summed over its tokens, nats.
@@ -122,10 +143,16 @@ pub fn estimator(kl: KlEstimator) -> Option<Estimator> {
 /// (B, R) values of response tokens.
 type PerToken = Vec<Vec<f32>>;
 
-/// (advantages, returns), (B, R) each. Returns are the critic's targets, and empty without one.
-fn advantages(rewards: &[Vec<f32>], values: &[Vec<f32>], config: &Ppo) -> Result<(PerToken, PerToken)> {
+/// (advantages, returns), (B, R) each. `values`: (B, R), with (B) values of the state after the last token. Returns are the
+/// critic's targets, and empty without one.
+fn advantages(
+    rewards: &[Vec<f32>],
+    (values, last_values): (&[Vec<f32>], &[f64]),
+    config: &Ppo,
+) -> Result<(PerToken, PerToken)> {
     let with_critic = |lam: f64| {
-        let both = rewards.iter().zip(values).map(|(rewards, values)| gae(rewards, values, config.gamma, lam));
+        let states = values.iter().zip(last_values);
+        let both = rewards.iter().zip(states).map(|(rewards, (v, &last))| gae(rewards, v, last, config.gamma, lam));
         let both = both.map(|both| both.map(|gae| (gae.advantages, gae.returns)));
         both.collect::<Result<Vec<_>>>().map(|both| both.into_iter().unzip())
     };
@@ -258,6 +285,51 @@ mod tests {
         assert!((experience.mean_kl() - 3.75 / 2.0).abs() < 1e-12);
         let in_loss = experience_of(&Ppo { kl_in: KlIn::Loss, kl_estimator: KlEstimator::K2, ..ppo() });
         assert_eq!(in_loss.returns, [vec![1.0; 2], vec![2.0; 3]]);
+    }
+
+    #[test]
+    fn the_total_reward_is_what_was_trained_on_and_clamped_tokens_are_counted() {
+        let config = Ppo { missing_eos_penalty: Some(0.75), ..ppo() };
+        // 1 - 0.5 (0.5 - 1) = 1.25; 5 is clipped to 2, less 0.75 and 0.5 of KL.
+        assert_eq!(experience_of(&config).rewards, [1.25, 0.75]);
+        let in_loss = Ppo { kl_in: KlIn::Loss, kl_estimator: KlEstimator::K3, ..config };
+        assert_eq!(experience_of(&in_loss).rewards, [1.0, 1.25], "no KL in the reward");
+        let scale = Scale { kl_coef: 0.5, shift: 1.0, deviation: 8.0 };
+        assert_eq!(Experience::of(rollout(), scale, &ppo()).unwrap().rewards, [0.25, 0.0], "scaled scores");
+        let mut far = rollout();
+        far.ref_logprobs = vec![vec![-1.5, -23.0], vec![-21.0, -1.5, -3.0]];
+        let scale = Scale { kl_coef: 0.0, shift: 0.0, deviation: 1.0 };
+        let clamped = |config: &Ppo| Experience::of(far.clone(), scale, config).unwrap().kl_clamped;
+        assert_eq!((clamped(&in_loss), clamped(&ppo())), (2, 0), "21 and 20.5 nats");
+    }
+
+    #[test]
+    fn a_truncated_response_is_bootstrapped_by_the_last_states_value_in_place_of_its_score() {
+        let cut = Rollout { last_values: vec![7.0, -1.5], ..rollout() };
+        let scale = Scale { kl_coef: 0.5, shift: 0.0, deviation: 1.0 };
+        let config = Ppo { gamma: 0.5, missing_eos_penalty: Some(0.25), ..ppo() };
+        let found = Experience::of(cut, scale, &config).unwrap();
+        // The ended response keeps its score. The other: rewards [0, -0.5, -0.25], then V = -1.5 discounted.
+        let plain = experience_of(&config);
+        assert_eq!((&found.returns[0], found.rewards[0]), (&plain.returns[0], plain.rewards[0]));
+        assert_eq!(found.returns[1], [-0.5, -1.0, -1.0]);
+        assert_eq!(found.advantages[1], [-0.5, -2.0, -3.0]);
+        assert_eq!(found.rewards[1], -0.75, "without the score of 5, clipped to 2");
+    }
+
+    #[test]
+    fn whitening_counts_the_trained_actions_only() {
+        // The first response's second action is rewarded and not trained on, as under compat = "dschat".
+        let padded = Rollout { trained: vec![1, 3], ref_hidden: vec![vec![0.0; 2], vec![0.0; 3]], ..rollout() };
+        let scale = Scale { kl_coef: 0.5, shift: 0.0, deviation: 1.0 };
+        let of = |whiten: bool| {
+            Experience::of(padded.clone(), scale, &Ppo { whiten_advantages: Some(whiten), ..ppo() }).unwrap().advantages
+        };
+        let (plain, whitened) = (of(false), of(true));
+        assert_eq!(plain.iter().map(Vec::len).collect::<Vec<_>>(), [1, 3]);
+        let mut want = plain.concat();
+        whiten(&mut want);
+        assert_eq!(whitened.concat(), want);
     }
 
     #[test]

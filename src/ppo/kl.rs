@@ -5,6 +5,10 @@ use anyhow::{Result, ensure};
 
 use crate::diverged;
 
+/// Largest |d| of [`Estimator::K3`], nats: exp is already 4.9e8 there. Tokens beyond it are counted in the metrics, because
+/// the estimate is constant there and its slope 0.
+pub const K3_LIMIT: f64 = 20.0;
+
 /// An estimator of a token's KL from one sample, with d = log p - log p_ref.
 /// Source: J. Schulman, "Approximating KL divergence" (2020).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,7 +17,7 @@ pub enum Estimator {
     K1,
     /// d² / 2: biased, small variance.
     K2,
-    /// exp(-d) + d - 1: unbiased and never negative. d is clamped to ±20, where exp is already 4.9e8.
+    /// exp(-d) + d - 1: unbiased and never negative. d is clamped to ±[`K3_LIMIT`].
     K3,
 }
 
@@ -25,7 +29,7 @@ impl Estimator {
             Self::K1 => d,
             Self::K2 => 0.5 * d * d,
             Self::K3 => {
-                let gap = (-d).clamp(-20.0, 20.0);
+                let gap = (-d).clamp(-K3_LIMIT, K3_LIMIT);
                 gap.exp_m1() - gap // exp_m1: exp(gap) - 1 would lose all digits near 0
             }
         }
@@ -37,9 +41,14 @@ impl Estimator {
         match self {
             Self::K1 => 1.0,
             Self::K2 => d,
-            Self::K3 if d.abs() > 20.0 => 0.0, // the estimate is clamped
+            Self::K3 if self.is_clamped(logprob, ref_logprob) => 0.0,
             Self::K3 => -(-d).exp_m1(),
         }
+    }
+
+    /// Whether the estimate is clamped, so that its slope is 0.
+    pub fn is_clamped(self, logprob: f64, ref_logprob: f64) -> bool {
+        self == Self::K3 && (logprob - ref_logprob).abs() > K3_LIMIT
     }
 }
 
@@ -85,6 +94,15 @@ mod tests {
         }
         let tiny = Estimator::K3.of(1e-5, 0.0);
         assert!((tiny / 5e-11 - 1.0).abs() < 1e-4, "d²/2 to first order: {tiny}");
+    }
+
+    #[test]
+    fn only_k3_is_clamped_beyond_20_nats_on_either_side_where_its_slope_is_0() {
+        for (d, beyond) in [(-20.5, true), (-19.5, false), (0.0, false), (19.5, false), (20.5, true)] {
+            assert_eq!(Estimator::K3.is_clamped(d, 0.0), beyond, "{d}");
+            assert_eq!(Estimator::K3.slope(d, 0.0) == 0.0, beyond || d == 0.0, "{d}");
+            assert!(!Estimator::K1.is_clamped(d, 0.0) && !Estimator::K2.is_clamped(d, 0.0));
+        }
     }
 
     #[test]

@@ -119,11 +119,11 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: 
             let ref_logprob = f64::from(ref_logprobs[t]);
             loss += weight * estimator.of(logprob, ref_logprob);
             slope += weight * estimator.slope(logprob, ref_logprob);
+            stats.kl_clamped += u64::from(estimator.is_clamped(logprob, ref_logprob));
         }
         let ratio = log_ratio.exp();
         out.loss += loss;
         out.grad.push((slope / normaliser) as f32);
-        stats.kl += ratio - 1.0 - log_ratio;
         stats.clipped += u64::from(clipped);
         stats.half_squares += 0.5 * log_ratio * log_ratio;
         stats.ratio_minus_one += ratio - 1.0;
@@ -143,8 +143,9 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: 
 pub struct PolicyStats {
     tokens: u64,
     clipped: u64,
+    #[serde(default)]
+    kl_clamped: u64,
     half_squares: f64,
-    kl: f64,
     #[serde(rename = "ratio_off")]
     ratio_minus_one: f64,
     #[serde(rename = "ratio_off_squares")]
@@ -157,7 +158,7 @@ impl PolicyStats {
         self.tokens += other.tokens;
         self.clipped += other.clipped;
         self.half_squares += other.half_squares;
-        self.kl += other.kl;
+        self.kl_clamped += other.kl_clamped;
         self.ratio_minus_one += other.ratio_minus_one;
         self.ratio_minus_one_squares += other.ratio_minus_one_squares;
     }
@@ -177,9 +178,9 @@ impl PolicyStats {
         self.mean(self.half_squares)
     }
 
-    /// `mean(r - 1 - log r)`: an estimate of KL(old || current), nats per token, never negative.
-    pub fn kl_to_old(&self) -> f64 {
-        self.mean(self.kl)
+    /// Tokens whose KL in the loss was clamped, and so had no gradient.
+    pub fn kl_clamped(&self) -> u64 {
+        self.kl_clamped
     }
 
     /// Mean ratio r; 1 before the first step.
@@ -374,7 +375,10 @@ mod tests {
         assert!(token(clip(0.2, 0.7, None), up, 1.0).1 < 0.0, "within the range there is a gradient");
         let (loss, grad) = token(clip(0.2, 0.2, Some(1.5)), up, -2.0);
         assert_eq!((loss, grad), (3.0, 0.0), "the loss of a negative advantage is bounded at r = 1.5");
-        assert!(token(clip(0.2, 0.2, Some(1.5)), up, 2.0).0 < 0.0, "a positive advantage is not affected");
+        for at in [up, down, 0.125] {
+            let (with, without) = (clip(0.2, 0.2, Some(1.5)), clip(0.2, 0.2, None));
+            assert_eq!(token(with, at, 2.0), token(without, at, 2.0), "a positive advantage is not affected at {at}");
+        }
         let clamped = Objective { log_ratio_clamp: 0.25, surrogate: Surrogate::KlPenalty { coef: 0.0 }, kl: None };
         for bad in [f32::NAN, f32::NEG_INFINITY] {
             let tokens =
@@ -407,6 +411,24 @@ mod tests {
         let penalty = Objective { surrogate: Surrogate::KlPenalty { coef: 2.0 }, ..Objective::clip(0.2) };
         let (loss, _) = token(penalty, 0.5, 0.0);
         assert!((loss - 2.0 * (0.5f64.exp() - 1.5)).abs() < 1e-7, "an estimate of KL(old || current)");
+    }
+
+    #[test]
+    fn tokens_whose_k3_is_clamped_are_counted_and_only_with_the_kl_in_the_loss() {
+        let far = PolicyTokens {
+            logprobs: &[-1.0, -30.0, -1.0],
+            old_logprobs: &[-1.0, -30.0, -1.0],
+            advantages: &[0.0; 3],
+            ref_logprobs: &[-1.5, -1.0, -25.0],
+        };
+        let with = |kl| policy_loss(far, &Objective { kl, ..Objective::clip(0.2) }, 3.0).unwrap();
+        let k3 = with(Some((Estimator::K3, 0.5)));
+        assert_eq!(k3.stats.kl_clamped(), 2);
+        assert_eq!((k3.grad[1], k3.grad[2]), (0.0, 0.0), "29 and 24 nats apart");
+        let mut twice = k3.stats;
+        twice.merge(&k3.stats);
+        assert_eq!(twice.kl_clamped(), 4);
+        assert_eq!([with(None), with(Some((Estimator::K2, 0.5)))].map(|l| l.stats.kl_clamped()), [0, 0]);
     }
 
     #[test]

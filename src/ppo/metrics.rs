@@ -7,16 +7,22 @@ use serde_json::json;
 use super::experience::Experience;
 use super::run::PpoRun;
 use super::update::Update;
-use crate::config::PolicyLoss;
+use crate::config::{KlEstimator, KlIn, PolicyLoss};
 use crate::report::{Metrics, Report, number};
 
 /// Metrics of iteration `iteration` (counted from 0) with its rollout and its update's sums. `coefficients`: those of the
-/// KL to the reference and of the KL to the policy that sampled.
+/// KL to the reference and of the KL to the policy that sampled. `kl_to_old`: that KL after the updates, if a penalty on it
+/// is adapted.
+///
+/// `objective/rlhf_reward` is the mean sum of the rewards that the advantages were made of: scores scaled, clipped and less
+/// their penalties, with the KL if it is in the reward. `objective/rlhf_reward_raw` is the scores as the source gave them
+/// less `kl_coef` times the KL, wherever that acts.
 pub fn iteration(
     experience: &Experience,
     update: &Update,
     iteration: usize,
     (kl_coef, kl_penalty): (f64, f64),
+    kl_to_old: Option<f64>,
     run: &PpoRun<'_>,
 ) -> Metrics {
     let rollout = &experience.rollout;
@@ -29,9 +35,13 @@ pub fn iteration(
     let mut put = |name: &str, x: f64| metrics.insert(name.into(), number(x));
     put("objective/kl", kl);
     put("objective/entropy", mean(rollout.responses.iter().map(|r| -sum(&r.logprobs)).sum()));
-    put("objective/non_score_reward", -kl_coef * kl);
-    put("objective/rlhf_reward", scores - kl_coef * kl);
+    put("objective/non_score_reward", if run.config.kl_in == KlIn::Reward { -kl_coef * kl } else { 0.0 });
+    put("objective/rlhf_reward", mean(experience.rewards.iter().sum()));
+    put("objective/rlhf_reward_raw", scores - kl_coef * kl);
     put("objective/scores", scores);
+    if run.config.kl_estimator == KlEstimator::K3 {
+        put("objective/kl_clamped", experience.kl_clamped as f64);
+    }
     if update.exact_responses > 0 {
         put("objective/kl_exact", update.exact_kl / update.exact_responses as f64);
     }
@@ -65,8 +75,11 @@ pub fn iteration(
         put("objective/kl_coef", kl_coef);
     }
     if run.config.policy_loss == PolicyLoss::KlPenalty {
-        put("policy/kl_to_old", update.last_policy.kl_to_old());
+        put("policy/kl_to_old", kl_to_old.unwrap_or(f64::NAN));
         put("policy/kl_penalty_coef", kl_penalty);
+    }
+    if (run.config.kl_estimator, run.config.kl_in) == (KlEstimator::K3, KlIn::Loss) {
+        put("policy/kl_clamped", update.policy.kl_clamped() as f64);
     }
     if run.config.ratio_threshold.is_some() {
         put("policy/skipped", update.skipped as f64);

@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::dschat;
+use super::kl::Estimator;
 use crate::config::Ppo;
 use crate::diverged;
 use crate::host::meter::{Phase, within};
@@ -36,6 +37,9 @@ pub struct Rollout {
     pub exact_kl: Vec<Vec<f32>>,
     /// (B, R) values of the critic for the state before each token; empty without a critic.
     pub values: Vec<Vec<f32>>,
+    /// (B) values of the critic for the state after the last token; empty unless `bootstrap_truncated` asks for them.
+    #[serde(default)]
+    pub last_values: Vec<f32>,
     /// (B) scores of the reward source.
     pub scores: Vec<f32>,
     /// (B) number of actions of each response that are trained on, under `compat = "dschat"`; empty if all are.
@@ -83,8 +87,12 @@ pub struct Readers<'w> {
     pub critic: Option<ValueModel<'w>>,
     /// Whether the exact KL is needed, which takes a forward pass of the actor.
     pub exact_kl: bool,
+    /// Whether the critic's value of the state after the last token is needed.
+    pub last_values: bool,
     /// Reward source that scores whole responses.
     pub source: &'w dyn RewardSource,
+    /// (B) number of each prompt's record, for reward sources that read its columns; empty if they are not known.
+    pub entries: &'w [usize],
     /// Decodes token ids, for reward sources that read text.
     pub decode: &'w dyn Fn(&[u32]) -> String,
     /// Pad token, if the rollout is to be read as DeepSpeed-Chat does.
@@ -139,12 +147,14 @@ pub fn read(
     temperature: f64,
 ) -> Result<Rollout> {
     let _scoring = within(Phase::Scoring);
+    let mut entries = readers.entries.to_vec();
     let (mut rollout, scored) = match readers.pad {
         None => (Rollout { prompts, responses, ..Rollout::default() }, None),
         Some(pad) => {
             let dschat::PaddedRollout { rows, prompts: trimmed, responses, trained, scored } =
                 dschat::pad_rollout(&prompts, responses, pad);
-            let original: Vec<Vec<u32>> = rows.into_iter().map(|row| prompts[row].clone()).collect();
+            let original: Vec<Vec<u32>> = rows.iter().map(|&row| prompts[row].clone()).collect();
+            entries = rows.iter().filter_map(|&row| readers.entries.get(row).copied()).collect();
             (Rollout { prompts: trimmed, responses, trained, ..Rollout::default() }, Some((original, scored)))
         }
     };
@@ -155,7 +165,11 @@ pub fn read(
         let recomputed = scored.is_some().then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
         let hidden = readers.reference.rows(&batch, &targets)?;
         let ref_logprobs = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
-        let values = readers.critic.map(|critic| critic.values(&batch, &targets.rows)).transpose()?;
+        let states = match readers.last_values {
+            true => [&targets.rows[..], &batch.last_rows()].concat(),
+            false => targets.rows.clone(),
+        };
+        let values = readers.critic.map(|critic| critic.values(&batch, &states)).transpose()?;
         let exact = match readers.exact_kl {
             true => Some(actor.kl(&actor.rows(&batch, &targets)?, (readers.reference, &hidden), temperature)?),
             false => None,
@@ -175,6 +189,7 @@ pub fn read(
             rollout.exact_kl.extend(exact.as_ref().map(|exact| exact[at..next].to_vec()));
             at = next;
         }
+        rollout.last_values.extend(values.iter().flat_map(|values| &values[at..]));
     }
     if rollout.prompts.is_empty() {
         return Ok(rollout);
@@ -183,7 +198,7 @@ pub fn read(
         None => (&rollout.prompts, &rollout.responses),
         Some((prompts, responses)) => (prompts, responses),
     };
-    let inputs = RewardInputs { prompts, responses, decode: readers.decode };
+    let inputs = RewardInputs { prompts, responses, entries: &entries, decode: readers.decode };
     rollout.scores = readers.source.scores(&inputs)?;
     if let Some(bad) = rollout.scores.iter().find(|score| !score.is_finite()) {
         return Err(diverged!("the score of a response is {bad}"));
@@ -192,4 +207,24 @@ pub fn read(
     let (scores, responses) = (rollout.scores.len(), rollout.prompts.len());
     ensure!(scores == responses, "the reward source returned {scores} scores for {responses} responses");
     Ok(rollout)
+}
+
+/// Mean KL(sampling policy || `actor`) over a rollout's tokens, nats per token, by the k3 estimate `r - 1 - log r` from the
+/// sampled tokens: what `policy_loss = "kl_penalty"` adapts by, once all updates are made. NaN if the actor's
+/// log-probabilities are.
+///
+/// # Errors
+/// Those of the forward passes.
+pub fn kl_to_sampler(actor: Policy<'_>, rollout: &Rollout, temperature: f64) -> Result<f64> {
+    let _scoring = within(Phase::Scoring);
+    let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
+    let (mut sum, mut tokens) = (0.0, 0);
+    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
+        let (batch, targets) = rollout.batch(&rows)?;
+        let now = actor.logprobs(&batch, &targets, temperature)?.logprobs;
+        let sampled = rows.iter().flat_map(|&i| &rollout.responses[i].logprobs);
+        sum += sampled.zip(&now).map(|(&old, &now)| Estimator::K3.of(old.into(), now.into())).sum::<f64>();
+        tokens += now.len();
+    }
+    Ok(sum / tokens.max(1) as f64)
 }

@@ -2,15 +2,13 @@
 //! minibatch, end of an iteration). Between any two steps the state can be saved and restored, and the run continues as if
 //! it had never stopped. It does not depend on files. Read `train.rs` for the loop, `update.rs` for a minibatch.
 
-use std::borrow::Cow;
-
 use anyhow::{Context, Result};
 
 use super::ema::lerp;
 use super::experience::{Experience, Scale};
 use super::kl_controller::{AdaptiveKlController, RunningMoments, adapt_kl_penalty};
 use super::metrics;
-use super::rollout::{Readers, collect, sampling_params};
+use super::rollout::{Readers, collect, kl_to_sampler, sampling_params};
 use super::run::PpoRun;
 use super::update::{Step, Update};
 use super::warnings::{Monitor, WatchedMetrics};
@@ -124,16 +122,18 @@ impl State {
         let config = run.config;
         let iteration = self.iteration as u64;
         let count = config.batch_size / config.num_generations;
-        let prompts = select_prompts(run.prompts, self.iteration * count, count, run.seed)?;
-        let prompts: Vec<Vec<u32>> =
-            prompts.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations)).collect();
+        let selected = select_prompts(run.prompts, self.iteration * count, count, run.seed)?;
+        let repeated = selected.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations));
+        let (entries, prompts): (Vec<usize>, Vec<Vec<u32>>) = repeated.unzip();
         let seeds: Vec<u64> =
             (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
         let readers = Readers {
             reference: Policy::new(run.base, Some(&self.reference)),
             critic: self.critic.as_ref().map(|c| ValueModel::new(run.critic_base(), c.weights().view())).transpose()?,
             exact_kl: config.kl_estimator == KlEstimator::Exact && config.kl_in == KlIn::Reward,
+            last_values: config.bootstrap_truncated && self.critic.is_some(),
             source: run.source,
+            entries: &entries,
             decode: run.decode,
             pad: run.pad,
         };
@@ -318,9 +318,10 @@ impl State {
     /// then unchanged, and the iteration can be ended again.
     pub fn end_iteration(&mut self, run: &PpoRun<'_>, report: &mut Report) -> Result<()> {
         let config = run.config;
+        let kl_to_old = self.kl_to_old(run)?;
         let experience = self.experience.take().context("an iteration needs a rollout to end, and there is none")?;
         let (last, monitor) = (self.last.clone(), self.monitor.clone());
-        if let Err(error) = self.log(&experience, run, report) {
+        if let Err(error) = self.log(&experience, kl_to_old, run, report) {
             (self.experience, self.last, self.monitor) = (Some(experience), last, monitor);
             return Err(error);
         }
@@ -330,8 +331,7 @@ impl State {
             let controller = AdaptiveKlController { target: config.target, horizon: config.horizon };
             self.kl_coef = controller.next(self.kl_coef, experience.mean_kl(), config.batch_size);
         }
-        if config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0 {
-            let kl = self.update.last_policy.kl_to_old();
+        if let Some(kl) = kl_to_old {
             self.kl_penalty = adapt_kl_penalty(self.kl_penalty, kl, config.kl_penalty_target);
         }
         if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
@@ -340,11 +340,27 @@ impl State {
         Ok(())
     }
 
+    /// The KL by which the penalty's weight is adapted: from the policy that sampled the current rollout to the actor after
+    /// the last of its updates (arXiv:1707.06347 section 4), over the whole rollout. `None` if no penalty is adapted or the
+    /// actor made no update.
+    fn kl_to_old(&self, run: &PpoRun<'_>) -> Result<Option<f64>> {
+        let adapts = run.config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0;
+        let Some(experience) = self.experience.as_ref().filter(|_| adapts) else { return Ok(None) };
+        let actor = Policy::new(run.base, Some(self.actor.weights().view()));
+        kl_to_sampler(actor, &experience.rollout, run.temperature()).map(Some)
+    }
+
     /// Logs the iteration's metrics, samples, evaluation and warnings.
-    fn log(&mut self, experience: &Experience, run: &PpoRun<'_>, report: &mut Report) -> Result<()> {
+    fn log(
+        &mut self,
+        experience: &Experience,
+        kl_to_old: Option<f64>,
+        run: &PpoRun<'_>,
+        report: &mut Report,
+    ) -> Result<()> {
         let config = run.config;
         let coefficients = (self.kl_coef, self.kl_penalty);
-        self.last = metrics::iteration(experience, &self.update, self.iteration, coefficients, run);
+        self.last = metrics::iteration(experience, &self.update, self.iteration, coefficients, kl_to_old, run);
         self.last.extend(experience.rollout.source_metrics.clone());
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
@@ -383,13 +399,19 @@ fn initial_critic(run: &PpoRun<'_>) -> Result<Adapter> {
     }
 }
 
-/// Selects prompts `from..from + count` of an endless sequence of shuffled passes over all prompts.
+/// Selects prompts `from..from + count` of an endless sequence of shuffled passes over all prompts, each with the number of
+/// its record.
 ///
 /// # Errors
 /// If the file that holds them is damaged.
-fn select_prompts(prompts: &dyn Examples<Vec<u32>>, from: usize, count: usize, seed: u64) -> Result<Vec<Vec<u32>>> {
+fn select_prompts(
+    prompts: &dyn Examples<Vec<u32>>,
+    from: usize,
+    count: usize,
+    seed: u64,
+) -> Result<Vec<(usize, Vec<u32>)>> {
     let rows = endless(seed, settings::PROMPT_ORDER, prompts.len(), from, count);
-    rows.into_iter().map(|row| prompts.get(row).map(Cow::into_owned)).collect()
+    rows.into_iter().map(|row| Ok((prompts.entry(row)?, prompts.get(row)?.into_owned()))).collect()
 }
 
 #[cfg(test)]
@@ -400,8 +422,13 @@ mod tests {
     fn every_prompt_is_selected_once_per_pass_and_each_pass_has_its_own_order() {
         let prompts: Vec<Vec<u32>> = (0..7).map(|i| vec![i]).collect();
         // 21 prompts are three passes; rollouts of 4 cross their borders.
-        let selected: Vec<Vec<u32>> =
-            (0..6).flat_map(|i| select_prompts(&prompts, i * 4, 4, 5).unwrap()).take(21).collect();
+        let select = |from: usize, count: usize, seed: u64| -> Vec<Vec<u32>> {
+            let (entries, selected): (Vec<usize>, Vec<_>) =
+                select_prompts(&prompts, from, count, seed).unwrap().into_iter().unzip();
+            assert!(entries.iter().zip(&selected).all(|(&entry, prompt)| prompts[entry] == *prompt));
+            selected
+        };
+        let selected: Vec<Vec<u32>> = (0..6).flat_map(|i| select(i * 4, 4, 5)).take(21).collect();
         let passes: Vec<&[Vec<u32>]> = selected.chunks(7).collect();
         for pass in &passes {
             let mut sorted = pass.to_vec();
@@ -409,7 +436,7 @@ mod tests {
             assert_eq!(sorted, prompts);
         }
         assert!(passes[0] != passes[1] && passes[1] != passes[2]);
-        assert_ne!(select_prompts(&prompts, 0, 7, 6).unwrap(), passes[0], "another seed");
-        assert_eq!(select_prompts(&prompts, 0, 21, 5).unwrap(), selected, "one rollout longer than the list");
+        assert_ne!(select(0, 7, 6), passes[0], "another seed");
+        assert_eq!(select(0, 21, 5), selected, "one rollout longer than the list");
     }
 }

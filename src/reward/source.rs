@@ -3,7 +3,9 @@
 
 pub mod combine;
 pub mod command;
+mod endpoint;
 pub mod http;
+pub mod judge;
 pub mod retokenised;
 pub mod retry;
 pub mod verify;
@@ -11,6 +13,7 @@ pub mod verify;
 use anyhow::Result;
 use serde_json::Value;
 
+use crate::data::stream::columns::{Columns, RecordColumns};
 use crate::model::batch::{Batch, chunks_by_tokens};
 use crate::model::generate::{FinishReason, Response};
 use crate::model::roles::ValueModel;
@@ -23,6 +26,8 @@ pub struct RewardInputs<'a> {
     pub prompts: &'a [Vec<u32>],
     /// (B) sampled responses, including the end token if there is one.
     pub responses: &'a [Response],
+    /// (B) number of each prompt's record among all usable records; empty if they are not known.
+    pub entries: &'a [usize],
     /// Decodes token ids.
     pub decode: &'a dyn Fn(&[u32]) -> String,
 }
@@ -32,6 +37,11 @@ impl RewardInputs<'_> {
     pub fn text(&self, response: &Response) -> String {
         let end = response.tokens.len() - usize::from(response.finish == FinishReason::Stop);
         (self.decode)(&response.tokens[..end])
+    }
+
+    /// Columns and id of the record that response `i` answers, if they are known.
+    pub fn record<'c>(&self, columns: &'c Columns, i: usize) -> Option<&'c RecordColumns> {
+        self.entries.get(i).and_then(|entry| columns.get(entry))
     }
 }
 

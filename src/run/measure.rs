@@ -8,12 +8,13 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use super::prompts::columns;
 use super::rewards::Adapters;
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample, UnpairedExample};
-use crate::data::examples::{Example, Examples};
+use crate::data::examples::{Example, Examples, Ids};
 use crate::dpo::{kto, pairs};
 use crate::host::meter;
 use crate::host::meter::Phase;
@@ -208,12 +209,19 @@ impl Bench<'_> {
         drop(data);
         c.total_episodes = STEPS * c.batch_size;
         config.ppo = Some(c.clone());
-        let prompts: Vec<Vec<u32>> = train.iter().map(|prompt| prompt.tokens.clone()).collect();
+        let prompts = Ids(&train);
         let model = self.model(checkpoint, config)?;
         let sft = self.start(&model, c.adapter.as_ref(), config)?.with_score_head(None)?;
         let adapters = Adapters::open(&c, &model)?;
-        let builder =
-            RewardSourceBuilder { scorer: &model, retokenise: None, prompts: &train, eval_prompts: &asked, pad: None };
+        let columns = columns(&train, &asked, &c, config)?;
+        let builder = RewardSourceBuilder {
+            scorer: &model,
+            retokenise: None,
+            prompts: &train,
+            eval_prompts: &asked,
+            pad: None,
+            columns: columns.as_ref(),
+        };
         let source = builder.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;

@@ -2,12 +2,13 @@
 //! `ppo/train.rs` for the training loop, `rewards.rs` for how reward sources are built.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::prompts::{all_prompts, first_token_difference, translate};
+use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
 use super::{Model, prepared, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
@@ -27,6 +28,7 @@ use crate::stats::mean_and_error;
 
 pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<Value> {
     let ppo = config.ppo()?;
+    ppo.idle_keys().iter().for_each(|idle| eprintln!("ppo: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.
     let other = match &config.reward_base {
@@ -66,12 +68,14 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let ids = Ids(&prompts);
     check(&model.base, reward_base, reward, &ids, ppo)?;
     let pad = ppo.compat.map(|_| model.pad_id(config.data()?)).transpose()?;
+    let columns = columns(&prompts, &eval_prompts, ppo, config)?;
     let builder = RewardSourceBuilder {
         scorer,
         retokenise: translated.as_ref().map(|(prompts, end)| (&reward_encoder as &dyn TextEncoder, prompts, *end)),
         prompts: &prompts,
         eval_prompts: &eval_prompts,
         pad,
+        columns: columns.as_ref(),
     };
     let source = builder.source(ppo, &adapters)?;
     let gold = builder.gold(ppo, &adapters)?;
@@ -88,6 +92,12 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     if ppo.reward.iter().chain(&ppo.gold).any(|part| part.kind == RewardKind::Exact) {
         let all: Vec<_> = all_prompts(&prompts, &eval_prompts).collect::<Result<_>>()?;
         inputs = inputs.texts("answers", all.iter().map(|prompt| prompt.answer.as_deref()));
+    }
+    if let Some(columns) = &columns {
+        let sorted: BTreeMap<_, _> = columns.iter().collect();
+        let texts: Vec<String> =
+            sorted.values().map(|record| Value::from(record.columns.clone()).to_string()).collect();
+        inputs = inputs.texts("columns", texts.iter().map(|text| Some(text.as_str())));
     }
     if let Some((translated, _)) = &translated {
         let translations: Vec<Vec<u32>> = all_prompts(&prompts, &eval_prompts)

@@ -2,16 +2,20 @@
 //! another tokenizer. It does not depend on reward sources or on the training loop. Read `rewards.rs` next.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use anyhow::Result;
 
 use super::Model;
-use crate::config::{Config, Data};
+use crate::config::{Config, Data, Ppo};
 use crate::data;
 use crate::data::examples::Examples;
+use crate::data::examples::batch_sampler::endless;
 use crate::data::examples::objectives::{PromptExample, TextEncoder, prompt_examples};
+use crate::data::stream::columns;
+use crate::data::stream::columns::Columns;
 use crate::invalid;
+use crate::train::settings;
 
 /// Training prompts, then evaluation prompts.
 pub(super) fn all_prompts<'p>(
@@ -19,6 +23,31 @@ pub(super) fn all_prompts<'p>(
     eval_prompts: &'p [PromptExample],
 ) -> impl Iterator<Item = Result<Cow<'p, PromptExample>>> {
     (0..prompts.len()).map(|row| prompts.get(row)).chain(eval_prompts.iter().map(|prompt| Ok(Cow::Borrowed(prompt))))
+}
+
+/// The columns of the records that a run's rollouts and evaluations ask about, if a reward source reads them.
+///
+/// # Errors
+/// If the records cannot be read.
+pub(super) fn columns(
+    prompts: &dyn Examples<PromptExample>,
+    eval_prompts: &[PromptExample],
+    ppo: &Ppo,
+    config: &Config,
+) -> Result<Option<Columns>> {
+    if !ppo.reward.iter().chain(&ppo.gold).any(|part| part.kind.reads_columns()) {
+        return Ok(None);
+    }
+    let count = ppo.iterations() * ppo.batch_size / ppo.num_generations;
+    let rows: BTreeSet<usize> = match count < prompts.len() {
+        true => endless(config.seed, settings::PROMPT_ORDER, prompts.len(), 0, count).into_iter().collect(),
+        false => (0..prompts.len()).collect(),
+    };
+    let mut wanted: BTreeSet<usize> = eval_prompts.iter().map(|prompt| prompt.entry).collect();
+    for row in rows {
+        wanted.insert(prompts.get(row)?.entry);
+    }
+    columns::columns(config.data()?, &wanted).map(Some)
 }
 
 /// The first token that differs between the reward base and the policy's base, as a message; `None` if all are equal.

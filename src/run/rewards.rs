@@ -2,6 +2,7 @@
 //! source does.
 
 use std::collections::HashMap;
+use std::num::NonZeroUsize;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -12,16 +13,50 @@ use super::prompts::all_prompts;
 use crate::config::{Ppo, RewardKind, RewardPart};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
+use crate::data::stream::columns::Columns;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::roles::ValueModel;
 use crate::reward::source::combine::{Ensemble, Part, WeightedSum};
 use crate::reward::source::command::CommandReward;
 use crate::reward::source::http::HttpReward;
+use crate::reward::source::judge;
+use crate::reward::source::judge::{Judge, Rules};
 use crate::reward::source::retokenised::RetokenisedModel;
 use crate::reward::source::retry::RetryPolicy;
 use crate::reward::source::verify::{Solutions, Verifier};
 use crate::reward::source::{RewardModel, RewardSource, Unpadded};
+
+/// Requests of a judge at once.
+const CONCURRENCY: NonZeroUsize = NonZeroUsize::new(8).expect("8 is not 0");
+
+/// The bearer token of a source.
+///
+/// # Errors
+/// If the variable that should hold it is not set.
+fn api_key(part: &RewardPart) -> Result<Option<String>> {
+    let Some(name) = &part.api_key_env else { return Ok(None) };
+    match std::env::var(name) {
+        Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_owned())),
+        _ => Err(invalid!("[[ppo.reward]] api_key_env = {name:?}: that variable is not set; `export {name}=…` first")),
+    }
+}
+
+/// What a judge is asked.
+///
+/// # Errors
+/// If `request` has no form in JSON.
+fn rules(part: &RewardPart, pattern: Option<Regex>) -> Result<Rules> {
+    Ok(Rules {
+        model: part.model.clone(),
+        template: part.template.clone().unwrap_or_else(|| judge::TEMPLATE.into()),
+        pattern: pattern.map_or_else(|| Regex::new(judge::PATTERN), Ok)?,
+        range: part.range(),
+        request: serde_json::from_value(serde_json::to_value(&part.request)?)?,
+        concurrency: part.concurrency.unwrap_or(CONCURRENCY),
+        prices: (part.input_price.unwrap_or(0.0), part.output_price.unwrap_or(0.0)),
+    })
+}
 
 /// Wait before the first retry.
 const BACKOFF: Duration = Duration::from_millis(500);
@@ -83,6 +118,8 @@ pub(super) struct RewardSourceBuilder<'w> {
     pub eval_prompts: &'w [PromptExample],
     /// Pad token, if `compat` has prompts read without leading pads.
     pub pad: Option<u32>,
+    /// Columns of the records, if a source reads them.
+    pub columns: Option<&'w Columns>,
 }
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
@@ -137,8 +174,11 @@ impl<'w> RewardSourceBuilder<'w> {
                     _ => Box::new(Ensemble::new(members, part.std_coef)),
                 }
             }
-            RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), retry)?),
-            RewardKind::Http => Box::new(HttpReward::new(part.url.clone(), retry)),
+            RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), self.columns, retry)?),
+            RewardKind::Http => Box::new(HttpReward::new(part.url.clone(), api_key(part)?, self.columns, retry)),
+            RewardKind::Judge => {
+                Box::new(Judge::new(&part.url, api_key(part)?, rules(part, pattern)?, self.columns, retry)?)
+            }
             RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("the config check requires a pattern")?)),
             RewardKind::JsonValid => Box::new(Verifier::JsonValid),
             RewardKind::Length => {

@@ -67,7 +67,7 @@ fn sft_reward_ppo_and_merge_make_a_model_that_every_reading_command_takes() {
     }
     let (kl, scores) = (lines[1]["objective/kl"].as_f64().unwrap(), lines[1]["objective/scores"].as_f64().unwrap());
     assert_ne!(kl, 0.0, "the actor has moved by the second rollout");
-    assert!((lines[1]["objective/rlhf_reward"].as_f64().unwrap() - (scores - 0.05 * kl)).abs() < 1e-9);
+    assert!((lines[1]["objective/rlhf_reward_raw"].as_f64().unwrap() - (scores - 0.05 * kl)).abs() < 1e-9);
     // 3. The merged model says what base + adapter says.
     let merged = p.words("merge --base base --adapter out/ppo/actor --out merged --dtype f32");
     finite(&merged, &["max_logit_difference", "greedy_agreement"]);

@@ -113,6 +113,7 @@ const PPO: &[Row] = &[
     ("shared_optimizer", "max_grad_norm = 0.01", "true"),
     ("gamma", "", "0.9"),
     ("lam", "", "0.5"),
+    ("bootstrap_truncated", "", "true"),
     ("whiten_rewards", "", "'keep_mean'"),
     ("whiten_rewards", "whiten_rewards = 'keep_mean'", "'remove_mean'"),
     ("whiten_advantages", "", "false"),
@@ -185,6 +186,9 @@ const PTX: &[Row] = &[
 const DEAD: &str = "kind = 'command'\ncommand = ['/bin/sh', '-c', 'exit 1']\nfallback_score = 0.5\nretries = 0";
 const PAIR: &str = "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD/reward/adapter_of_sft']";
 
+const JUDGE: &str =
+    "kind = 'judge'\nurl = 'SERVER/3'\nmodel = 'a'\ntemplate = '{{ response }}'\nfallback_score = 0.5\nretries = 0";
+
 const PART: &[Row] = &[
     ("kind", "kind = 'length'", "'json_valid'"),
     ("name", "kind = 'length'\nmax_tokens = 4", "'brevity'"),
@@ -201,6 +205,15 @@ const PART: &[Row] = &[
         "kind = 'command'\ncommand = ['/bin/sh', '-c', 'read -r line; sleep 1; echo 2; while read -r line; do echo 2; done']\nfallback_score = 0.5\nretries = 0",
         "0.2",
     ),
+    ("api_key_env", JUDGE, "'PATH'"),
+    ("model", JUDGE, "'abc'"),
+    ("template", JUDGE, "'x{{ response }}'"),
+    ("min_score", JUDGE, "5.0"),
+    ("max_score", JUDGE, "2.0"),
+    ("request", JUDGE, "{ temperature = 0.75 }"),
+    ("concurrency", JUDGE, "SAME 1"),
+    ("input_price", JUDGE, "1.0"),
+    ("output_price", JUDGE, "1.0"),
     ("retries", DEAD, "1"),
     ("fallback_score", DEAD, "-4.0"),
 ];
@@ -245,7 +258,8 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     world
 });
 
-/// Answers every request at /N with N as the score of each response.
+/// Answers every request at /N with N as the score of each response, and every question at /N/chat/completions with a score
+/// that is N and more for the model, the temperature, the key and a question that begins with x.
 fn server() -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());
@@ -253,7 +267,7 @@ fn server() -> String {
         for stream in listener.incoming() {
             let mut stream = stream.unwrap();
             let mut reader = BufReader::new(stream.try_clone().unwrap());
-            let (mut first, mut length) = (String::new(), 0);
+            let (mut first, mut length, mut has_key) = (String::new(), 0, false);
             reader.read_line(&mut first).unwrap();
             loop {
                 let mut line = String::new();
@@ -261,6 +275,7 @@ fn server() -> String {
                 if let Some(n) = line.to_ascii_lowercase().strip_prefix("content-length:") {
                     length = n.trim().parse().unwrap();
                 }
+                has_key |= line.to_ascii_lowercase().starts_with("authorization: bearer ");
                 if line.trim().is_empty() {
                     break;
                 }
@@ -268,9 +283,19 @@ fn server() -> String {
             let mut body = vec![0; length];
             reader.read_exact(&mut body).unwrap();
             let asked: Value = serde_json::from_slice(&body).unwrap();
-            let score: f64 = first.split(' ').nth(1).unwrap()[1..].parse().unwrap();
-            let scores = vec![score; asked["responses"].as_array().unwrap().len()];
-            let body = json!({ "scores": scores }).to_string();
+            let score: f64 = first.split([' ', '/']).nth(2).unwrap().parse().unwrap();
+            let body = match asked["messages"][0]["content"].as_str() {
+                None => json!({ "scores": vec![score; asked["responses"].as_array().unwrap().len()] }),
+                Some(question) => {
+                    let model = asked["model"].as_str().unwrap().len() as f64 / 8.0;
+                    let more =
+                        f64::from(u8::from(has_key)) / 4.0 + f64::from(u8::from(question.starts_with('x'))) / 2.0;
+                    let text = format!("Score: {}", score + model + more + asked["temperature"].as_f64().unwrap());
+                    let usage = json!({ "prompt_tokens": 9, "completion_tokens": 2 });
+                    json!({ "choices": [{ "message": { "content": text } }], "usage": usage })
+                }
+            };
+            let body = body.to_string();
             let head = format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n", body.len());
             stream.write_all(format!("{head}{body}").as_bytes()).unwrap();
         }

@@ -126,7 +126,8 @@ fn ask(source: &dyn RewardSource) -> Result<()> {
     let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: FinishReason::Stop };
     let responses: Vec<Response> = (0..3).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
-    let scores = source.scores(&RewardInputs { prompts: &prompts, responses: &responses, decode: &decode })?;
+    let scores =
+        source.scores(&RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &decode })?;
     anyhow::ensure!(scores.len() == 3 && scores.iter().all(|score| score.is_finite()), "scores that are none");
     Ok(())
 }
@@ -144,7 +145,7 @@ fn answers_of_a_reward_command_are_scores_or_faults() {
             // It reads a question before it answers, as a judge does.
             let script = "read -r line; exec cat \"$0\"";
             let path = dir.join(name).display().to_string();
-            ask(&CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into(), path], retry())?)
+            ask(&CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into(), path], None, retry())?)
         };
         // A source that is dead is no fault of the input.
         Reader { codes: &[1, 2], ..Reader::new(specimens.into(), read) }
@@ -202,7 +203,7 @@ fn answers_of_a_reward_service_are_scores_or_faults() {
                     (answer.clone(), serve(answer))
                 });
                 *answer.lock().unwrap() = fs::read(dir.join(name))?;
-                ask(&HttpReward::new(url.clone(), retry()))
+                ask(&HttpReward::new(url.clone(), None, None, retry()))
             })
         };
         Reader { codes: &[1, 2], ..Reader::new(specimens.into(), read) }

@@ -189,7 +189,9 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
             reference: Policy::new(base, None),
             critic: Some(ValueModel::new(base, &rm).unwrap()),
             exact_kl: false,
+            last_values: false,
             source: &source,
+            entries: &[],
             decode: &|_| String::new(),
             pad: Some(recorded.pad),
         };

@@ -6,6 +6,8 @@ mod dpo;
 mod dschat;
 mod families;
 mod invariants;
+mod judge;
+mod kl_penalty;
 mod lora_targets;
 mod ppo_update;
 mod reward_sources;

@@ -21,21 +21,22 @@ use fourfold::reward::source::{RewardInputs, RewardSource};
 use fourfold::run;
 use serde_json::{Value, json};
 
-fn retry(retries: usize, fallback: Option<f32>) -> RetryPolicy {
+pub fn retry(retries: usize, fallback: Option<f32>) -> RetryPolicy {
     RetryPolicy { timeout: Duration::from_millis(400), retries, backoff: Duration::from_millis(5), fallback }
 }
 
-/// Scores `n` responses, whose texts are their numbers.
-fn ask(source: &dyn RewardSource, n: usize) -> anyhow::Result<Vec<f32>> {
+/// Scores `n` responses, whose texts are their numbers and whose records' numbers are 10 more.
+pub fn ask(source: &dyn RewardSource, n: usize) -> anyhow::Result<Vec<f32>> {
     let prompts: Vec<Vec<u32>> = (0..n as u32).map(|i| vec![100 + i]).collect();
     let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: FinishReason::Stop };
     let responses: Vec<Response> = (0..n as u32).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
-    source.scores(&RewardInputs { prompts: &prompts, responses: &responses, decode: &decode })
+    let entries: Vec<usize> = (10..10 + n).collect();
+    source.scores(&RewardInputs { prompts: &prompts, responses: &responses, entries: &entries, decode: &decode })
 }
 
-fn program(script: &str, policy: RetryPolicy) -> CommandReward {
-    CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into()], policy).unwrap()
+fn program(script: &str, policy: RetryPolicy) -> CommandReward<'static> {
+    CommandReward::start(vec!["/bin/sh".into(), "-c".into(), script.into()], None, policy).unwrap()
 }
 
 /// The response's number, which `ask` makes its text, as the score.
@@ -119,13 +120,13 @@ fn extra_replies_and_a_wrong_id_do_not_shift_the_scores_of_the_next_rollout() {
 
 #[test]
 fn a_missing_program_is_a_user_error() {
-    let error = CommandReward::start(vec!["/no/such/judge".into()], retry(0, None)).err().unwrap();
+    let error = CommandReward::start(vec!["/no/such/judge".into()], None, retry(0, None)).err().unwrap();
     assert_eq!(exit_code(&error), 2);
     assert!(error.to_string().contains("/no/such/judge cannot be started"), "{error}");
 }
 
 /// A server on a free port that replies to the n-th request with `reply(n, body)`: a whole HTTP response, or nothing.
-fn server(reply: impl Fn(usize, &Value) -> Option<String> + Send + Sync + 'static) -> (String, Arc<AtomicUsize>) {
+pub fn server(reply: impl Fn(usize, &Value) -> Option<String> + Send + Sync + 'static) -> (String, Arc<AtomicUsize>) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let url = format!("http://{}/score", listener.local_addr().unwrap());
     let asked = Arc::new(AtomicUsize::new(0));
@@ -164,11 +165,11 @@ fn serve(mut stream: TcpStream, count: &AtomicUsize, reply: &dyn Fn(usize, &Valu
     }
 }
 
-fn ok(body: &str) -> Option<String> {
+pub fn ok(body: &str) -> Option<String> {
     Some(format!("HTTP/1.1 200 OK\r\nContent-Length: {}\r\nConnection: close\r\n\r\n{body}", body.len()))
 }
 
-fn status(line: &str) -> Option<String> {
+pub fn status(line: &str) -> Option<String> {
     Some(format!("HTTP/1.1 {line}\r\nContent-Length: 4\r\nConnection: close\r\n\r\noops"))
 }
 
@@ -180,7 +181,7 @@ fn an_endpoint_receives_prompts_and_responses_and_its_scores_keep_their_order() 
         let scores: Vec<f64> = texts.iter().map(|t| t.as_str().unwrap().parse::<f64>().unwrap() / 2.0).collect();
         ok(&json!({ "scores": scores }).to_string())
     });
-    let source = HttpReward::new(url, retry(0, None));
+    let source = HttpReward::new(url, None, None, retry(0, None));
     assert_eq!(ask(&source, 3).unwrap(), [0.0, 0.5, 1.0]);
     assert_eq!(ask(&source, 1).unwrap(), [0.0]);
     assert_eq!((asked.load(Ordering::SeqCst), source.troubles()), (2, Troubles::default()));
@@ -197,7 +198,7 @@ fn an_endpoint_that_recovers_is_retried() {
         5 => ok("{\"scores\": [1, null]}"),
         _ => ok("{\"scores\": [1, 2]}"),
     });
-    let source = HttpReward::new(url, retry(9, None));
+    let source = HttpReward::new(url, None, None, retry(9, None));
     assert_eq!(ask(&source, 2).unwrap(), [1.0, 2.0]);
     assert_eq!(asked.load(Ordering::SeqCst), 7);
     assert_eq!(source.troubles(), Troubles { failed_tries: 5, bad_scores: 1, fallbacks: 0 });
@@ -207,13 +208,13 @@ fn an_endpoint_that_recovers_is_retried() {
 fn a_dead_or_wrong_endpoint_stops_the_run_or_gives_the_fallback_score() {
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port(); // closed again
     let dead = format!("http://127.0.0.1:{port}/");
-    let message = ask(&HttpReward::new(dead.clone(), retry(1, None)), 1).unwrap_err().to_string();
+    let message = ask(&HttpReward::new(dead.clone(), None, None, retry(1, None)), 1).unwrap_err().to_string();
     assert!(message.contains(&dead), "{message}");
-    let source = HttpReward::new(dead, retry(1, Some(0.5)));
+    let source = HttpReward::new(dead, None, None, retry(1, Some(0.5)));
     assert_eq!(ask(&source, 2).unwrap(), [0.5, 0.5]);
     assert_eq!(source.troubles(), Troubles { failed_tries: 2, bad_scores: 0, fallbacks: 2 });
     let (url, asked) = server(|_, _| status("404 Not Found"));
-    let message = ask(&HttpReward::new(url, retry(5, None)), 1).unwrap_err().to_string();
+    let message = ask(&HttpReward::new(url, None, None, retry(5, None)), 1).unwrap_err().to_string();
     assert!(message.contains("404") && asked.load(Ordering::SeqCst) == 1, "a wrong address is not retried: {message}");
 }
 
@@ -223,10 +224,13 @@ fn here(path: &str) -> PathBuf {
 
 /// A short PPO run on the quickstart's base with these keys of `[ppo]` and the sections after it.
 fn ppo(keys: &str) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
+    run_on(keys, |i| json!({ "prompt": format!("How is dish {i}?"), "completion": "It is good." }))
+}
+
+/// As [`ppo`], on twelve records: (summary, metrics, samples).
+pub fn run_on(keys: &str, record: impl Fn(usize) -> Value) -> anyhow::Result<(Value, Vec<Value>, Vec<Value>)> {
     let dir = tempfile::tempdir()?;
-    let records: Vec<String> = (0..12)
-        .map(|i| json!({ "prompt": format!("How is dish {i}?"), "completion": "It is good." }).to_string())
-        .collect();
+    let records: Vec<String> = (0..12).map(|i| record(i).to_string()).collect();
     fs::write(dir.path().join("data.jsonl"), records.join("\n"))?;
     let path = |p: PathBuf| format!("{:?}", p.display().to_string());
     let text = format!(

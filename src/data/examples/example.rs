@@ -146,6 +146,10 @@ impl<E: Examples<PromptExample>> Examples<Vec<u32>> for Ids<'_, E> {
         Ok(Cow::Owned(self.0.get(index)?.into_owned().tokens))
     }
 
+    fn entry(&self, index: usize) -> Result<usize> {
+        Ok(self.0.get(index)?.entry)
+    }
+
     fn tokens(&self, index: usize) -> usize {
         self.0.tokens(index)
     }
@@ -170,6 +174,15 @@ pub trait Examples<T: Example> {
     /// # Errors
     /// The cache file is damaged.
     fn get(&self, index: usize) -> Result<Cow<'_, T>>;
+
+    /// Number of the record that the example at `index` was made from, from 0, among all usable records; `index` itself
+    /// for examples that do not know it.
+    ///
+    /// # Errors
+    /// Those of [`Examples::get`].
+    fn entry(&self, index: usize) -> Result<usize> {
+        Ok(index)
+    }
 
     /// [`Example::tokens`] of the example at `index`, without reading the example.
     fn tokens(&self, index: usize) -> usize;

@@ -4,6 +4,7 @@
 //! A training stage calls [`pipeline::prepare`] and gets its examples. Read `data/stream/sources.rs` next.
 
 pub mod cache;
+pub mod columns;
 pub mod ids;
 pub mod pipeline;
 pub mod scan;

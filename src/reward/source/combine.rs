@@ -152,7 +152,8 @@ mod tests {
         };
         let sum = WeightedSum::new(vec![part("a", 1.0, [1.0, 2.0]), part("b", -0.5, [4.0, 8.0])]);
         let (prompts, responses) = self::responses();
-        let inputs = RewardInputs { prompts: &prompts, responses: &responses, decode: &|_| String::new() };
+        let inputs =
+            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
         assert_eq!(sum.scores(&inputs).unwrap(), [-1.0, -2.0]);
         let metrics = sum.metrics();
         assert_eq!((&metrics["rewards/a/mean"], &metrics["rewards/b/mean"]), (&1.5.into(), &6.0.into()));
@@ -167,7 +168,8 @@ mod tests {
         let adapters = [adapter(&base, None, 3), adapter(&base, None, 4), adapter(&base, None, 5)];
         let members: Vec<_> = adapters.iter().map(|a| RewardModel(ValueModel::new(&base, a).unwrap())).collect();
         let (prompts, responses) = self::responses();
-        let inputs = RewardInputs { prompts: &prompts, responses: &responses, decode: &|_| String::new() };
+        let inputs =
+            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
         let alone: Vec<Vec<f32>> = members.iter().map(|m| m.scores(&inputs).unwrap()).collect();
         let boxed = || members.iter().map(|&m| Box::new(m) as Box<dyn RewardSource>).collect();
         let bold = Ensemble::new(boxed(), 0.0).scores(&inputs).unwrap();

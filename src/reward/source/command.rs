@@ -2,8 +2,9 @@
 //! object per line from stdin and replies to each with one line on stdout. Its stderr is the trainer's stderr. It does not
 //! depend on the model. Read `retry.rs` for how failures are handled.
 //!
-//! Input: `{"id": 17, "prompt": "…", "response": "…"}`. Output, in the same order: `{"score": 0.5}`, optionally with `"id"`,
-//! which is then checked. The program must flush its output after each line.
+//! Input: `{"id": 17, "prompt": "…", "response": "…"}`, and where the record is known `"record_id"` and `"columns": {…}`, every
+//! column of the record that the prompt is from. Output, in the same order: `{"score": 0.5}`, optionally with `"id"`, which is
+//! then checked. The program must flush its output after each line.
 
 use std::cell::RefCell;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -16,6 +17,7 @@ use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::{RewardInputs, RewardSource};
+use crate::data::stream::columns::Columns;
 use crate::invalid;
 use crate::report::Metrics;
 use crate::reward::source::retry::{Failure, RetryPolicy, Troubles, excerpt, score_of};
@@ -26,8 +28,9 @@ const LONGEST_LINE: u64 = 1 << 20;
 const EXIT_TIMEOUT: Duration = Duration::from_millis(300);
 
 /// A running reward program.
-pub struct CommandReward {
+pub struct CommandReward<'w> {
     argv: Vec<String>,
+    columns: Option<&'w Columns>,
     retry: RetryPolicy,
     state: RefCell<State>,
 }
@@ -39,15 +42,15 @@ struct State {
     troubles: Troubles,
 }
 
-impl CommandReward {
-    /// Starts the program. `argv`: its name and arguments, without a shell.
+impl<'w> CommandReward<'w> {
+    /// Starts the program. `argv`: its name and arguments, without a shell. `columns`: those of the records, if known.
     ///
     /// # Errors
     /// If the program cannot be started.
-    pub fn start(argv: Vec<String>, retry: RetryPolicy) -> Result<Self> {
+    pub fn start(argv: Vec<String>, columns: Option<&'w Columns>, retry: RetryPolicy) -> Result<Self> {
         let running = Running::start(&argv).map_err(|fault| invalid!("reward command {argv:?}: {fault}"))?;
         let state = State { running: Some(running), ..State::default() };
-        Ok(Self { argv, retry, state: RefCell::new(state) })
+        Ok(Self { argv, columns, retry, state: RefCell::new(state) })
     }
 
     /// Failures so far.
@@ -56,7 +59,7 @@ impl CommandReward {
     }
 }
 
-impl RewardSource for CommandReward {
+impl RewardSource for CommandReward<'_> {
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let mut state = self.state.borrow_mut();
         let State { running, next_id, troubles } = &mut *state;
@@ -65,11 +68,12 @@ impl RewardSource for CommandReward {
         self.retry.scores(&name, count, troubles, || {
             let first = *next_id;
             *next_id += count as u64;
+            let ask = |program: &mut Running| program.ask(inputs, self.columns, first, self.retry.timeout);
             let result = match running {
-                Some(program) => program.ask(inputs, first, self.retry.timeout),
-                None => Running::start(&self.argv)
-                    .map_err(Failure::Passing)
-                    .and_then(|fresh| running.insert(fresh).ask(inputs, first, self.retry.timeout)),
+                Some(program) => ask(program),
+                None => {
+                    Running::start(&self.argv).map_err(Failure::Passing).and_then(|fresh| ask(running.insert(fresh)))
+                }
             };
             if result.is_err() {
                 *running = None; // a new process has no stale line in its pipes
@@ -122,7 +126,13 @@ impl Running {
     }
 
     /// Sends one line per response and reads one line for each. `timeout`: the longest wait for a line.
-    fn ask(&mut self, inputs: &RewardInputs<'_>, first: u64, timeout: Duration) -> Result<Vec<Option<f32>>, Failure> {
+    fn ask(
+        &mut self,
+        inputs: &RewardInputs<'_>,
+        columns: Option<&Columns>,
+        first: u64,
+        timeout: Duration,
+    ) -> Result<Vec<Option<f32>>, Failure> {
         match self.from.try_recv() {
             Ok(Ok(line)) => {
                 return Err(Failure::Passing(format!("it wrote a line without a request: {}", excerpt(&line))));
@@ -132,11 +142,15 @@ impl Running {
             Err(TryRecvError::Empty) => {}
         }
         for (i, (prompt, response)) in inputs.prompts.iter().zip(inputs.responses).enumerate() {
-            let line = json!({
+            let mut line = json!({
                 "id": first + i as u64,
                 "prompt": (inputs.decode)(prompt),
                 "response": inputs.text(response),
             });
+            if let Some(record) = columns.and_then(|columns| inputs.record(columns, i)) {
+                line["record_id"] = record.id.clone();
+                line["columns"] = record.columns.clone().into();
+            }
             // If the program has ended, reading reports it.
             let _ = self.to.as_ref().map(|to| to.send(format!("{line}\n")));
         }

@@ -1,38 +1,35 @@
 //! A reward source that calls an HTTP service: one request per rollout, `POST {"prompts": […], "responses": […]}`, with the
-//! reply `{"scores": […]}` in the same order. Plain http only: for a remote service, run a local proxy that speaks TLS. It
-//! does not depend on the model. Read `retry.rs` for how failures are handled.
+//! reply `{"scores": […]}` in the same order. It does not depend on the model. Read `retry.rs` for how failures are
+//! handled.
+//!
+//! Where the records are known, the request also has `"record_ids": […]` and `"columns": {"name": […], …}`: every column of
+//! the records, one value per response as TRL's reward functions get them, null where a record lacks the column.
+//! `https://` needs a build with the feature `hub`; otherwise run a local proxy that speaks TLS.
 
 use std::cell::RefCell;
 
 use anyhow::Result;
-use serde_json::{Value, json};
-use ureq::Agent;
+use serde_json::{Map, Value, json};
 
+use super::endpoint::Endpoint;
 use super::{RewardInputs, RewardSource};
+use crate::data::stream::columns::{Columns, RecordColumns};
 use crate::report::Metrics;
 use crate::reward::source::retry::{Failure, RetryPolicy, Troubles, excerpt, score_of};
 
-/// Maximum size of a reply's body.
-const LONGEST_BODY: u64 = 16 << 20;
-
 /// A reward endpoint.
-pub struct HttpReward {
-    url: String,
-    agent: Agent,
+pub struct HttpReward<'w> {
+    endpoint: Endpoint,
+    columns: Option<&'w Columns>,
     retry: RetryPolicy,
     troubles: RefCell<Troubles>,
 }
 
-impl HttpReward {
-    /// Creates the client; the first request is sent with the first rollout.
-    pub fn new(url: String, retry: RetryPolicy) -> Self {
-        let config = Agent::config_builder()
-            .timeout_global(Some(retry.timeout))
-            .http_status_as_error(false)
-            .max_redirects(0)
-            .proxy(None)
-            .build();
-        Self { url, agent: config.into(), retry, troubles: RefCell::default() }
+impl<'w> HttpReward<'w> {
+    /// Creates the client; the first request is sent with the first rollout. `key`: the bearer token of the
+    /// `Authorization` header.
+    pub fn new(url: String, key: Option<String>, columns: Option<&'w Columns>, retry: RetryPolicy) -> Self {
+        Self { endpoint: Endpoint::new(url, key, retry.timeout), columns, retry, troubles: RefCell::default() }
     }
 
     /// Failures so far.
@@ -40,36 +37,42 @@ impl HttpReward {
         *self.troubles.borrow()
     }
 
-    fn ask(&self, body: &[u8]) -> Result<Vec<Option<f32>>, Failure> {
-        let request = self.agent.post(&self.url).header("content-type", "application/json");
-        let mut response = request.send(body).map_err(|error| Failure::Passing(error.to_string()))?;
-        let status = response.status();
-        let text = response.body_mut().with_config().limit(LONGEST_BODY).read_to_vec();
-        let text = text.map_err(|error| Failure::Passing(format!("reading its reply: {error}")))?;
-        let text = String::from_utf8_lossy(&text);
-        if !status.is_success() {
-            let fault = format!("HTTP status {status}: {}", excerpt(&text));
-            // Server errors, time-outs and rate limits may pass; a wrong address does not.
-            let passes = status.is_server_error() || [408, 425, 429].contains(&status.as_u16());
-            return Err(if passes { Failure::Passing(fault) } else { Failure::Final(fault) });
-        }
-        let value: Value = serde_json::from_str(&text)
-            .map_err(|_| Failure::Passing(format!("its reply is not JSON: {}", excerpt(&text))))?;
+    fn ask(&self, body: &Value) -> Result<Vec<Option<f32>>, Failure> {
+        let value = self.endpoint.post(body)?;
         match value.get("scores").and_then(Value::as_array) {
             Some(scores) => Ok(scores.iter().map(score_of).collect()),
-            None => Err(Failure::Passing(format!("its reply has no list \"scores\": {}", excerpt(&text)))),
+            None => Err(Failure::Passing(format!("its reply has no list \"scores\": {}", excerpt(&value.to_string())))),
         }
     }
 }
 
-impl RewardSource for HttpReward {
+/// Ids and columns of the records, one value per response.
+fn by_name(inputs: &RewardInputs<'_>, columns: &Columns) -> (Vec<Value>, Map<String, Value>) {
+    let records: Vec<_> = (0..inputs.responses.len()).map(|i| inputs.record(columns, i)).collect();
+    let ids = records.iter().map(|record| record.map_or(Value::Null, |record| record.id.clone())).collect();
+    let mut all = Map::new();
+    for name in records.iter().flatten().flat_map(|record| record.columns.keys()) {
+        if !all.contains_key(name) {
+            let value = |record: Option<&RecordColumns>| record.and_then(|r| r.columns.get(name)).cloned();
+            all.insert(name.clone(), records.iter().map(|&record| value(record).unwrap_or_default()).collect());
+        }
+    }
+    (ids, all)
+}
+
+impl RewardSource for HttpReward<'_> {
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let prompts: Vec<String> = inputs.prompts.iter().map(|p| (inputs.decode)(p)).collect();
         let responses: Vec<String> = inputs.responses.iter().map(|r| inputs.text(r)).collect();
-        let body = json!({ "prompts": prompts, "responses": responses }).to_string();
-        let name = format!("reward endpoint {}", self.url);
+        let mut body = json!({ "prompts": prompts, "responses": responses });
+        if let Some(columns) = self.columns {
+            let (ids, columns) = by_name(inputs, columns);
+            body["record_ids"] = ids.into();
+            body["columns"] = columns.into();
+        }
+        let name = format!("reward endpoint {}", self.endpoint.url);
         let mut troubles = self.troubles.borrow_mut();
-        self.retry.scores(&name, responses.len(), &mut troubles, || self.ask(body.as_bytes()))
+        self.retry.scores(&name, responses.len(), &mut troubles, || self.ask(&body))
     }
 
     fn metrics(&self) -> Metrics {

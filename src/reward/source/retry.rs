@@ -45,6 +45,13 @@ impl Troubles {
         counts.into_iter().map(|(name, count)| (name.to_owned(), count.into())).collect()
     }
 
+    /// Adds the counts of another source, or of another request of this one.
+    pub fn add(&mut self, other: Self) {
+        self.failed_tries += other.failed_tries;
+        self.bad_scores += other.bad_scores;
+        self.fallbacks += other.fallbacks;
+    }
+
     /// Reads the counts from [`Troubles::metrics`]; a missing one is 0.
     pub fn of(metrics: &Value) -> Self {
         let count = |name: &str| metrics[name].as_u64().unwrap_or(0);
@@ -59,6 +66,8 @@ pub enum Failure {
     Passing(String),
     /// No other try can succeed.
     Final(String),
+    /// There was a reply and no response has a score by it; another try may have one.
+    Unscored(String),
 }
 
 impl RetryPolicy {
@@ -97,6 +106,10 @@ impl RetryPolicy {
                 }
                 Err(Failure::Passing(text)) => {
                     troubles.failed_tries += 1;
+                    fault = text;
+                }
+                Err(Failure::Unscored(text)) => {
+                    troubles.bad_scores += count as u64;
                     fault = text;
                 }
                 Err(Failure::Final(text)) => {

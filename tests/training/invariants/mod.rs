@@ -7,6 +7,8 @@ mod options;
 mod ptx;
 mod reproducible;
 mod reward_model;
+mod wiring;
+mod wiring_values;
 mod world;
 
 use std::fs;

@@ -107,3 +107,31 @@ fn centred_scores_have_mean_0_and_deviation_1_in_the_same_order() {
     };
     assert_eq!(order(&raw_scores), order(&scores));
 }
+
+#[test]
+fn a_ranking_of_three_is_the_mean_of_its_pairs_in_the_loss_over_all_tokens_too() {
+    let model = model();
+    let empty = vec![model.checkpoint.tokenizer().eos_id().unwrap()];
+    let three: Vec<RankedExample> = comparisons(&model, 8)
+        .into_iter()
+        .map(|e| RankedExample { responses: e.responses.iter().cloned().chain([empty.clone()]).collect(), ..e })
+        .collect();
+    let pair = |e: &RankedExample, a: usize, b: usize| RankedExample {
+        responses: vec![e.responses[a].clone(), e.responses[b].clone()],
+        ..e.clone()
+    };
+    let pairs: Vec<RankedExample> =
+        three.iter().flat_map(|e| [(0, 1), (0, 2), (1, 2)].map(|(a, b)| pair(e, a, b))).collect();
+    let start = scorer_start(&model);
+    let loss = |examples: &[RankedExample]| {
+        let config = Reward {
+            loss: RewardLoss::DivergenceToEnd,
+            num_train_epochs: 1,
+            per_device_train_batch_size: examples.len(),
+            ..reward_config()
+        };
+        column(&train_reward(&model, &start, examples, &config).0, "loss")[0]
+    };
+    let (ranked, apart) = (loss(&three), loss(&pairs));
+    assert!((ranked - apart).abs() < 1e-5, "{ranked} {apart}");
+}

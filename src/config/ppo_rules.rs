@@ -1,0 +1,190 @@
+//! Rules of `[ppo]` that depend on the advantage estimator and on other keys: GRPO's values for the keys that a file leaves
+//! open, what `bootstrap_truncated` needs, and the keys that are set and have no effect.
+//!
+//! GRPO's values are written into the file's table before it is read, so explicit keys take precedence and the resolved
+//! config shows every value. It does not depend on a stage. Read `rewards.rs` next.
+
+use anyhow::Result;
+use toml::{Table, Value};
+
+use super::{AdvantageEstimator, Compat, CriticStart, PolicyLoss, Ppo};
+use crate::invalid;
+
+/// Fills in `kl_in = "loss"`, `kl_estimator = "k3"` and `kl_coef = 0.04` where `advantage_estimator = "grpo"` and the keys
+/// are absent: the KL of arXiv:2402.03300, eq. 3 and 4 and section 4.2. `kl_estimator = "k1"` has no gradient in the loss, so
+/// a file that names it keeps the KL in the reward.
+pub(super) fn fill(table: &mut Table) {
+    let Some(ppo) = table.get_mut("ppo").and_then(Value::as_table_mut) else { return };
+    let text = |table: &Table, key: &str| table.get(key).and_then(Value::as_str).map(str::to_owned);
+    if text(ppo, "advantage_estimator").as_deref() != Some("grpo") {
+        return;
+    }
+    if text(ppo, "kl_estimator").as_deref() != Some("k1") {
+        ppo.entry("kl_in").or_insert_with(|| "loss".into());
+    }
+    if text(ppo, "kl_in").as_deref() == Some("loss") {
+        ppo.entry("kl_estimator").or_insert_with(|| "k3".into());
+    }
+    ppo.entry("kl_coef").or_insert_with(|| 0.04.into());
+}
+
+impl Ppo {
+    /// Checks `bootstrap_truncated` against the other keys.
+    ///
+    /// # Errors
+    /// If there is no critic whose value could be taken, or the rows are DeepSpeed-Chat's.
+    pub(super) fn check_bootstrap(&self) -> Result<()> {
+        if self.bootstrap_truncated && !self.advantage_estimator.has_critic() {
+            return Err(invalid!(
+                "[ppo] bootstrap_truncated = true takes the critic's value, and advantage_estimator = \"{}\" has no critic; \
+                 use gae or a2c, or remove bootstrap_truncated",
+                self.advantage_estimator.name()
+            ));
+        }
+        if self.bootstrap_truncated && self.compat == Some(Compat::Dschat) {
+            return Err(invalid!(
+                "[ppo] bootstrap_truncated = true beside compat = \"dschat\", whose responses all end; remove one of them"
+            ));
+        }
+        Ok(())
+    }
+
+    /// The keys that differ from their defaults and change nothing beside the other keys, each as a sentence with the
+    /// reason.
+    pub fn idle_keys(&self) -> Vec<String> {
+        let (usual, estimator) = (Self::default(), self.advantage_estimator);
+        let with_estimator = format!("with advantage_estimator = \"{}\"", estimator.name());
+        let mut idle = vec![];
+        let mut add = |key: &str, is_set: bool, reason: &str| {
+            if is_set {
+                idle.push(format!("[ppo] {key} has no effect {reason}"));
+            }
+        };
+        if estimator.has_groups() {
+            let reason = format!("{with_estimator}: a response has one advantage, from the sum of its rewards");
+            add(&format!("gamma = {}", self.gamma), self.gamma != usual.gamma, &reason);
+        }
+        if estimator != AdvantageEstimator::Gae {
+            add(&format!("lam = {}", self.lam), self.lam != usual.lam, &format!("{with_estimator}; it is GAE's"));
+        }
+        if !estimator.has_critic() {
+            let reason = format!("{with_estimator}, which has no critic");
+            add("critic", self.critic != CriticStart::Reward, &reason);
+            add("critic_learning_rate", self.critic_learning_rate.is_some(), &reason);
+            add("cliprange_value", self.cliprange_value != usual.cliprange_value, &reason);
+            add("vf_coef", self.vf_coef != usual.vf_coef, &reason);
+            add("shared_optimizer", self.shared_optimizer, &reason);
+        }
+        if self.policy_loss != PolicyLoss::Clip {
+            let reason = "without policy_loss = \"clip\"";
+            add("cliprange", self.cliprange != usual.cliprange, reason);
+            add("cliprange_high", self.cliprange_high.is_some(), reason);
+            add("dual_clip", self.dual_clip.is_some(), reason);
+        }
+        if self.policy_loss != PolicyLoss::KlPenalty {
+            let reason = "without policy_loss = \"kl_penalty\"";
+            add("kl_penalty_coef", self.kl_penalty_coef != usual.kl_penalty_coef, reason);
+            add("kl_penalty_target", self.kl_penalty_target != usual.kl_penalty_target, reason);
+        }
+        let given = [
+            ("target", self.target != usual.target, !self.adap_kl_ctrl, "without adap_kl_ctrl = true"),
+            ("horizon", self.horizon != usual.horizon, !self.adap_kl_ctrl, "without adap_kl_ctrl = true"),
+            (
+                "short_response_penalty",
+                self.short_response_penalty != usual.short_response_penalty,
+                self.min_response_length == 0,
+                "without min_response_length",
+            ),
+            (
+                "overlong_penalty_factor",
+                self.overlong_penalty_factor != usual.overlong_penalty_factor,
+                self.overlong_buffer_len == 0,
+                "without overlong_buffer_len",
+            ),
+            (
+                "ref_model_mixup_alpha",
+                self.ref_model_mixup_alpha != usual.ref_model_mixup_alpha,
+                self.ref_model_sync_iterations == 0,
+                "without ref_model_sync_iterations",
+            ),
+        ];
+        given.into_iter().for_each(|(key, is_set, is_idle, reason)| add(key, is_set && is_idle, reason));
+        idle
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::{KlEstimator, KlIn};
+
+    fn read(keys: &str) -> Ppo {
+        let mut table: Table = format!("[ppo]\n{keys}").parse().unwrap();
+        fill(&mut table);
+        table["ppo"].clone().try_into().unwrap()
+    }
+
+    fn kl_of(keys: &str) -> (KlEstimator, KlIn, f64) {
+        let ppo = read(keys);
+        (ppo.kl_estimator, ppo.kl_in, ppo.kl_coef)
+    }
+
+    #[test]
+    fn grpo_has_its_papers_kl_unless_the_file_says_otherwise() {
+        use KlEstimator::{Exact, K1, K2, K3};
+        let grpo = |more: &str| kl_of(&format!("advantage_estimator = 'grpo'\n{more}"));
+        assert_eq!(grpo(""), (K3, KlIn::Loss, 0.04));
+        assert_eq!(grpo("kl_coef = 0.2"), (K3, KlIn::Loss, 0.2));
+        assert_eq!(grpo("kl_in = 'reward'"), (K1, KlIn::Reward, 0.04));
+        assert_eq!(grpo("kl_estimator = 'k1'"), (K1, KlIn::Reward, 0.04));
+        assert_eq!(grpo("kl_estimator = 'k2'"), (K2, KlIn::Loss, 0.04));
+        assert_eq!(grpo("kl_estimator = 'exact'\nkl_in = 'reward'"), (Exact, KlIn::Reward, 0.04));
+        for other in ["", "advantage_estimator = 'rloo'", "advantage_estimator = 'gae'"] {
+            assert_eq!(kl_of(other), (K1, KlIn::Reward, 0.05), "{other}");
+        }
+    }
+
+    #[test]
+    fn keys_without_an_effect_are_named_with_the_reason() {
+        let idle = |keys: &str| read(keys).idle_keys();
+        assert!(idle("").is_empty() && idle("advantage_estimator = 'rloo'\nnum_generations = 2").is_empty());
+        for estimator in ["rloo", "grpo"] {
+            let said = idle(&format!("advantage_estimator = '{estimator}'\ngamma = 0.9"));
+            assert_eq!(said.len(), 1, "{said:?}");
+            assert!(said[0].starts_with("[ppo] gamma = 0.9 has no effect with advantage_estimator = "), "{said:?}");
+            assert!(said[0].contains(estimator), "{said:?}");
+        }
+        for (with, key, without) in [
+            ("advantage_estimator = 'a2c'", "lam = 0.5", ""),
+            ("advantage_estimator = 'reinforce'", "vf_coef = 0.5", "advantage_estimator = 'a2c'"),
+            ("advantage_estimator = 'reinforce'", "cliprange_value = 0.5", ""),
+            ("advantage_estimator = 'grpo'", "critic_learning_rate = 1e-4", ""),
+            ("advantage_estimator = 'grpo'", "critic = 'own'", ""),
+            ("advantage_estimator = 'grpo'", "shared_optimizer = true", ""),
+            ("policy_loss = 'kl_penalty'", "dual_clip = 3.0", ""),
+            ("policy_loss = 'gradient'", "cliprange = 0.1", ""),
+            ("policy_loss = 'gradient'", "cliprange_high = 0.1", ""),
+            ("", "kl_penalty_coef = 2.0", "policy_loss = 'kl_penalty'"),
+            ("", "kl_penalty_target = 2.0", "policy_loss = 'kl_penalty'"),
+            ("", "target = 4.0", "adap_kl_ctrl = true"),
+            ("", "horizon = 4.0", "adap_kl_ctrl = true"),
+            ("", "short_response_penalty = 4.0", "min_response_length = 3"),
+            ("", "overlong_penalty_factor = 4.0", "overlong_buffer_len = 3"),
+            ("", "ref_model_mixup_alpha = 0.5", "ref_model_sync_iterations = 1"),
+        ] {
+            let name = key.split(' ').next().unwrap();
+            let said = idle(&format!("{with}\n{key}"));
+            assert!(said.len() == 1 && said[0].starts_with(&format!("[ppo] {name}")), "{with} {key}: {said:?}");
+            assert!(idle(&format!("{without}\n{key}")).is_empty(), "{without} {key}");
+        }
+    }
+
+    #[test]
+    fn bootstrapping_needs_a_critic_and_rows_without_pads() {
+        let refusal = |keys: &str| read(&format!("bootstrap_truncated = true\n{keys}")).check_bootstrap();
+        assert!(refusal("").is_ok() && refusal("advantage_estimator = 'a2c'").is_ok());
+        let said = refusal("advantage_estimator = 'reinforce_plus_plus'").unwrap_err().to_string();
+        assert!(said.contains("\"reinforce_plus_plus\" has no critic"), "{said}");
+        assert!(refusal("compat = 'dschat'").unwrap_err().to_string().contains("dschat"));
+    }
+}

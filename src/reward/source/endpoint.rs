@@ -1,0 +1,54 @@
+//! `POST` of a JSON object to an HTTP service, and which failures may pass. It does not depend on what is asked or on the
+//! model. Read `http.rs` and `judge.rs` for its users.
+
+use serde_json::Value;
+use ureq::Agent;
+
+use super::retry::{Failure, excerpt};
+
+/// Maximum size of a reply's body.
+const LONGEST_BODY: u64 = 16 << 20;
+
+/// An address with its client.
+pub(super) struct Endpoint {
+    pub(super) url: String,
+    key: Option<String>,
+    agent: Agent,
+}
+
+impl Endpoint {
+    /// Creates the client; nothing is sent yet. `key`: the bearer token of the `Authorization` header.
+    pub(super) fn new(url: String, key: Option<String>, timeout: std::time::Duration) -> Self {
+        let config = Agent::config_builder()
+            .timeout_global(Some(timeout))
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .proxy(None)
+            .build();
+        Self { url, key, agent: config.into() }
+    }
+
+    /// The JSON value that the service replies with.
+    ///
+    /// # Errors
+    /// If there is no reply in time, its status is not a success, or it is not JSON.
+    pub(super) fn post(&self, body: &Value) -> Result<Value, Failure> {
+        let mut request = self.agent.post(&self.url).header("content-type", "application/json");
+        if let Some(key) = &self.key {
+            request = request.header("authorization", format!("Bearer {key}"));
+        }
+        let response = request.send(body.to_string().as_bytes());
+        let mut response = response.map_err(|error| Failure::Passing(error.to_string()))?;
+        let status = response.status();
+        let text = response.body_mut().with_config().limit(LONGEST_BODY).read_to_vec();
+        let text = text.map_err(|error| Failure::Passing(format!("reading its reply: {error}")))?;
+        let text = String::from_utf8_lossy(&text);
+        if !status.is_success() {
+            let fault = format!("HTTP status {status}: {}", excerpt(&text));
+            // Server errors, time-outs and rate limits may pass; a wrong address or key does not.
+            let passes = status.is_server_error() || [408, 425, 429].contains(&status.as_u16());
+            return Err(if passes { Failure::Passing(fault) } else { Failure::Final(fault) });
+        }
+        serde_json::from_str(&text).map_err(|_| Failure::Passing(format!("its reply is not JSON: {}", excerpt(&text))))
+    }
+}
