@@ -1,6 +1,7 @@
 //! What a run logs: metrics.jsonl and samples.jsonl in its folder, progress and a line of metrics on stderr. Stdout stays
-//! free for `--json`. It does not depend on any stage. Read lines.rs for the files.
+//! free for `--json`. It does not depend on any stage. Read lines.rs for the files, clocks.rs for the columns of time.
 
+pub mod clocks;
 mod lines;
 
 use std::io::IsTerminal;
@@ -12,6 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
+use clocks::Clocks;
 use lines::Lines;
 
 /// Metrics of one step, in insertion order.
@@ -31,6 +33,27 @@ pub struct Positions {
     pub samples: u64,
 }
 
+/// What follows a run beside its files, as a page does. Its failures are reported once and end no run.
+pub trait Follower: Send {
+    /// A stage of so many steps begins.
+    ///
+    /// # Errors
+    /// If what the follower writes cannot be written.
+    fn stage(&mut self, stage: &str, steps: usize) -> Result<()>;
+
+    /// A line of metrics was written.
+    ///
+    /// # Errors
+    /// As for [`Follower::stage`].
+    fn step(&mut self, metrics: &Metrics) -> Result<()>;
+
+    /// Something was found that belongs to no step.
+    ///
+    /// # Errors
+    /// As for [`Follower::stage`].
+    fn fact(&mut self, name: &str, fact: &Value) -> Result<()>;
+}
+
 /// Where a stage's metrics go.
 pub struct Report {
     metrics: Option<Lines>,
@@ -38,10 +61,17 @@ pub struct Report {
     bar: ProgressBar,
     stage: &'static str,
     last_line: Option<Instant>,
+    clocks: Clocks,
+    follower: Option<Box<dyn Follower>>,
+    has_complained: bool,
 }
 
 /// Without a terminal, a line of metrics at most this often, and one for the last step.
 const LINE_EVERY: Duration = Duration::from_secs(2);
+/// The bar; the metrics behind it are cut at the terminal's width.
+const BAR: &str = "{prefix:>7} {bar:12} {pos}/{len} {elapsed} eta {eta}  {wide_msg}";
+/// Columns that the bar leaves to the metrics in a terminal of 80, beside 99,999 steps and two times of hours.
+const BESIDE_BAR: usize = 30;
 
 impl Report {
     /// Into `dir`/metrics.jsonl and `dir`/samples.jsonl, both begun anew.
@@ -74,7 +104,37 @@ impl Report {
 
     /// Writes nothing: for tests, and for users of the library who read the return values.
     pub fn silent() -> Self {
-        Self { metrics: None, samples: None, bar: ProgressBar::hidden(), stage: "", last_line: None }
+        Self {
+            metrics: None,
+            samples: None,
+            bar: ProgressBar::hidden(),
+            stage: "",
+            last_line: None,
+            clocks: Clocks::default(),
+            follower: None,
+            has_complained: false,
+        }
+    }
+
+    /// Has `follower` follow the run.
+    #[must_use]
+    pub fn followed_by(mut self, follower: impl Follower + 'static) -> Self {
+        self.follower = Some(Box::new(follower));
+        self
+    }
+
+    /// Calls the follower; the first of its errors is reported, and the run goes on.
+    fn follow(&mut self, call: impl FnOnce(&mut dyn Follower) -> Result<()>) {
+        let Some(follower) = &mut self.follower else { return };
+        let Err(error) = call(&mut **follower) else { return };
+        if !std::mem::replace(&mut self.has_complained, true) {
+            self.note(&format!("{error:#}; training goes on"));
+        }
+    }
+
+    /// Logs what belongs to no step, for the run's page.
+    pub fn fact(&mut self, name: &str, fact: &Value) {
+        self.follow(|follower| follower.fact(name, fact));
     }
 
     /// Starts a stage of `steps` steps.
@@ -82,18 +142,26 @@ impl Report {
         self.bar.finish_and_clear();
         self.stage = stage;
         self.last_line = None;
+        self.clocks = Clocks::default();
         if self.metrics.is_none() {
             return;
         }
         self.bar = ProgressBar::new(steps as u64);
-        if let Ok(style) = ProgressStyle::with_template("{prefix:>7} {bar:28} {pos}/{len} {elapsed} eta {eta}  {msg}") {
+        if let Ok(style) = ProgressStyle::with_template(BAR) {
             self.bar.set_style(style);
         }
         self.bar.set_prefix(stage);
         self.bar.enable_steady_tick(Duration::from_millis(500));
+        self.follow(|follower| follower.stage(stage, steps));
     }
 
-    /// Logs one step's metrics: a line of metrics.jsonl with `stage` and `step` in front, and the chosen ones beside the bar.
+    /// Counts tokens that were trained on or sampled in `time` since the last line, for that line's `tokens_per_second`.
+    pub fn passed(&mut self, tokens: usize, time: Duration) {
+        self.clocks.passed(tokens, time);
+    }
+
+    /// Logs one step's metrics: a line of metrics.jsonl with `stage` and `step` in front and the columns of [`clocks`]
+    /// behind, and the chosen ones beside the bar.
     ///
     /// # Errors
     /// If the file cannot be written.
@@ -102,19 +170,26 @@ impl Report {
             let mut line = json!({ "stage": self.stage, "step": step });
             if let Some(line) = line.as_object_mut() {
                 line.extend(figures.iter().map(|(k, v)| (k.clone(), v.clone())));
+                line.extend(self.clocks.lap());
             }
             file.push(&line)?;
             let text =
                 shown.iter().filter_map(|&k| Some(format!("{k} {}", short(figures.get(k)?)))).collect::<Vec<_>>();
             let text = text.join("  ");
+            // The first step of a resumed run is far from 0, and the time left is computed from here on.
+            let resumed = self.bar.position() == 0 && step > 1;
             self.bar.set_position(step as u64);
-            self.bar.set_message(text.clone());
+            if resumed {
+                self.bar.reset_eta();
+            }
+            self.bar.set_message(beside_bar(figures, shown));
             let due =
                 self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) || self.bar.length() == Some(step as u64);
             if !std::io::stderr().is_terminal() && due {
                 self.last_line = Some(Instant::now());
                 eprintln!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
             }
+            self.follow(|follower| follower.step(figures));
         }
         Ok(())
     }
@@ -144,6 +219,20 @@ impl Report {
     }
 }
 
+/// The chosen metrics by the last part of their names, as many as a terminal of 80 columns has room for.
+fn beside_bar(figures: &Figures, shown: &[&str]) -> String {
+    let name = |key: &str| key.rsplit('/').next().unwrap_or(key).trim_end_matches("_avg").to_owned();
+    let mut text = String::new();
+    for part in shown.iter().filter_map(|&k| Some(format!("{} {}", name(k), short(figures.get(k)?)))) {
+        if !text.is_empty() && text.len() + 2 + part.len() > BESIDE_BAR {
+            break;
+        }
+        text += if text.is_empty() { "" } else { "  " };
+        text += &part;
+    }
+    text
+}
+
 /// Four significant digits of a number, anything else as JSON writes it.
 fn short(value: &Value) -> String {
     match value.as_f64() {
@@ -156,4 +245,91 @@ fn short(value: &Value) -> String {
 /// A float as JSON: the number, or null where JSON has none (NaN, infinity).
 pub fn number(x: f64) -> Value {
     serde_json::Number::from_f64(x).map_or(Value::Null, Value::Number)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fmt::Debug;
+    use std::io;
+    use std::sync::{Arc, Mutex};
+
+    use indicatif::{ProgressDrawTarget, TermLike};
+
+    use super::*;
+
+    /// A terminal of 80 columns that keeps what is written.
+    #[derive(Clone, Debug, Default)]
+    struct Terminal(Arc<Mutex<Vec<String>>>);
+
+    impl TermLike for Terminal {
+        fn width(&self) -> u16 {
+            80
+        }
+        fn move_cursor_up(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_down(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_right(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn move_cursor_left(&self, _: usize) -> io::Result<()> {
+            Ok(())
+        }
+        fn write_line(&self, s: &str) -> io::Result<()> {
+            self.write_str(s)
+        }
+        fn write_str(&self, s: &str) -> io::Result<()> {
+            self.0.lock().unwrap().push(s.to_owned());
+            Ok(())
+        }
+        fn clear_line(&self) -> io::Result<()> {
+            Ok(())
+        }
+        fn flush(&self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn the_bar_and_its_metrics_fit_80_columns() {
+        let dir = tempfile::tempdir().unwrap();
+        let terminal = Terminal::default();
+        let mut report = Report::to_dir(dir.path()).unwrap();
+        report.stage("reward", 99_999);
+        report.bar.set_draw_target(ProgressDrawTarget::term_like(Box::new(terminal.clone())));
+        let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
+        let figures: Figures = shown.iter().map(|key| (key.to_string(), number(-12345.678))).collect();
+        (99_000..99_010).for_each(|step| report.step(step, &figures, &shown).unwrap());
+        report.bar.tick();
+        let lines = terminal.0.lock().unwrap();
+        let bars: Vec<&String> = lines.iter().filter(|line| line.contains("/99999")).collect();
+        assert!(!bars.is_empty(), "{lines:?}");
+        assert!(bars.iter().all(|line| line.trim_end().chars().count() <= 80), "{bars:?}");
+        assert!(bars.last().unwrap().contains("scores -12345.678"), "{bars:?}");
+        assert_eq!(beside_bar(&figures, &shown), "scores -12345.678");
+    }
+
+    #[test]
+    fn lines_end_with_the_columns_of_time_which_are_all_that_differs_between_equal_runs() {
+        let run = |pause: Duration| {
+            let dir = tempfile::tempdir().unwrap();
+            let mut report = Report::to_dir(dir.path()).unwrap();
+            report.stage("sft", 2);
+            for step in 1..3 {
+                std::thread::sleep(pause);
+                report.passed(10, Duration::from_millis(5));
+                report.passed(20, Duration::from_millis(5));
+                report.step(step, &Figures::from_iter([("loss".to_owned(), number(0.5))]), &[]).unwrap();
+            }
+            std::fs::read_to_string(dir.path().join(METRICS)).unwrap()
+        };
+        let (quick, slow) = (run(Duration::ZERO), run(Duration::from_millis(3)));
+        let first: Value = serde_json::from_str(slow.lines().next().unwrap()).unwrap();
+        assert_eq!(first["tokens_per_second"], 3000.0);
+        assert!(first["seconds"].as_f64().unwrap() >= 0.003 && first["time"].as_f64().unwrap() > 1.7e9, "{first}");
+        assert_eq!(clocks::without(&quick), clocks::without(&slow));
+        assert_eq!(clocks::without(&slow).lines().next().unwrap(), r#"{"stage":"sft","step":1,"loss":0.5}"#);
+    }
 }
