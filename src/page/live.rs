@@ -2,7 +2,7 @@
 //! costs is bounded: a page that takes long is written less often. It does not depend on a stage.
 
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use serde_json::Value;
@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::about::{About, State};
 use crate::error::exit_code;
 use crate::host::meter;
+use crate::report::clocks::now;
 use crate::report::{Follower, Metrics, Report};
 
 /// Time between two pages where nothing is evaluated.
@@ -40,7 +41,7 @@ impl LivePage {
 
     fn begin(out: &Path, about: About, resumed: bool) -> Result<Self> {
         let former = if resumed { About::read(out).ok().flatten() } else { None };
-        let mut about = About { started: now(), ..about };
+        let mut about = About { started: now() as u64, ..about };
         if let Some(former) = former {
             (about.started, about.facts) = (former.started, former.facts);
         }
@@ -51,7 +52,7 @@ impl LivePage {
 
     fn write(&mut self) -> Result<()> {
         let begun = Instant::now();
-        self.about.updated = now();
+        self.about.updated = now() as u64;
         self.about.write(&self.out)?;
         super::write(std::slice::from_ref(&self.out), &self.out.join(super::NAME))?;
         (self.cost, self.last) = (begun.elapsed(), Instant::now());
@@ -98,15 +99,11 @@ pub fn finish(out: &Path, ended: Result<(), &anyhow::Error>) -> Result<()> {
         Err(error) if exit_code(error) == 130 => (State::Stopped, format!("{error:#}")),
         Err(error) => (State::Failed, format!("{error:#}")),
     };
-    about.updated = now();
+    about.updated = now() as u64;
     for (phase, bytes) in meter::peaks().into_iter().filter(|(_, bytes)| *bytes > 0) {
         let mib = (bytes as f64 / f64::from(1 << 20) * 10.0).round() / 10.0;
         about.memory.entry(phase.name().into()).or_default().measured = Some(mib);
     }
     about.write(out)?;
     super::write(&[out.to_path_buf()], &out.join(super::NAME)).map(drop)
-}
-
-fn now() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs()
 }

@@ -52,8 +52,10 @@
       });
       tip.textContent = lines.join('\n');
       tip.style.display = 'block';
+      // At the right edge the box would be measured as narrow as the room there.
+      tip.style.left = '0';
       const box = tip.getBoundingClientRect();
-      tip.style.left = Math.max(4, Math.min(clientX + 14, innerWidth - box.width - 4)) + 'px';
+      tip.style.left = Math.max(4, Math.min(clientX + 14, document.documentElement.clientWidth - box.width - 4)) + 'px';
       tip.style.top = Math.max(4, clientY - box.height - 14) + 'px';
     };
     const value = clientX => {

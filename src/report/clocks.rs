@@ -15,6 +15,11 @@ pub const TOKENS_PER_SECOND: &str = "tokens_per_second";
 /// When the line was written, seconds since 1970 (UTC).
 pub const TIME: &str = "time";
 
+/// The time of day, seconds since 1970 (UTC); 0 under a clock that is set before. It is only printed, never decided by.
+pub fn now() -> f64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64()
+}
+
 /// Whether a column holds a time or a rate. `seconds/PHASE` and `tokens_per_second/PHASE` are parts of the columns above.
 pub fn is_clock(key: &str) -> bool {
     let whole = key.split('/').next().unwrap_or(key);
@@ -64,9 +69,7 @@ impl Clocks {
         if tokens > 0 && !working.is_zero() {
             columns.insert(TOKENS_PER_SECOND.into(), rounded(tokens as f64 / working.as_secs_f64()));
         }
-        // A clock that is set before 1970 gives 0.
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        columns.insert(TIME.into(), rounded(now.as_secs_f64()));
+        columns.insert(TIME.into(), rounded(now()));
         columns
     }
 }

@@ -1,7 +1,9 @@
-//! What a run logs: metrics.jsonl and samples.jsonl in its folder, progress and a line of metrics on stderr. Stdout stays
-//! free for `--json`. It does not depend on any stage. Read lines.rs for the files, clocks.rs for the columns of time.
+//! What a run logs: metrics.jsonl, samples.jsonl and TensorBoard's event file in its folder, progress and a line of metrics on
+//! stderr. Stdout stays free for `--json`. It does not depend on any stage. Read lines.rs for the files, clocks.rs for the
+//! columns of time, events/mod.rs for TensorBoard's.
 
 pub mod clocks;
+mod events;
 mod lines;
 
 use std::io::IsTerminal;
@@ -14,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use clocks::Clocks;
+use events::Events;
 use lines::Lines;
 
 /// Metrics of one step, in insertion order.
@@ -31,6 +34,9 @@ pub struct Positions {
     pub metrics: u64,
     /// Bytes of samples.jsonl.
     pub samples: u64,
+    /// Bytes of TensorBoard's event file; 0 in checkpoints of before it was written.
+    #[serde(default)]
+    pub events: u64,
 }
 
 /// What follows a run beside its files, as a page does. Its failures are reported once and end no run.
@@ -58,8 +64,12 @@ pub trait Follower: Send {
 pub struct Report {
     metrics: Option<Lines>,
     samples: Option<Lines>,
+    /// `None` once it could not be written: TensorBoard's view is no reason to end a run.
+    events: Option<Events>,
     bar: ProgressBar,
     stage: &'static str,
+    /// Steps of the stage.
+    steps: usize,
     last_line: Option<Instant>,
     clocks: Clocks,
     follower: Option<Box<dyn Follower>>,
@@ -74,13 +84,15 @@ const BAR: &str = "{prefix:>7} {bar:12} {pos}/{len} {elapsed} eta {eta}  {wide_m
 const BESIDE_BAR: usize = 30;
 
 impl Report {
-    /// Into `dir`/metrics.jsonl and `dir`/samples.jsonl, both begun anew.
+    /// Into `dir`/metrics.jsonl, `dir`/samples.jsonl and `dir`/tb/, all begun anew. The events begin with the settings in
+    /// `dir`/config.toml, where there are some.
     ///
     /// # Errors
     /// If the files cannot be made.
     pub fn to_dir(dir: &Path) -> Result<Self> {
         let open = |name: &'static str| Lines::begin(&dir.join(name), name);
-        Ok(Self { metrics: Some(open(METRICS)?), samples: Some(open(SAMPLES)?), ..Self::silent() })
+        let (metrics, samples, events) = (open(METRICS)?, open(SAMPLES)?, Events::begin(dir)?);
+        Ok(Self { metrics: Some(metrics), samples: Some(samples), events: Some(events), ..Self::silent() })
     }
 
     /// Into the same files after their first bytes, as many as `positions` says; what came after is cut off.
@@ -90,7 +102,8 @@ impl Report {
     pub fn go_on(dir: &Path, positions: Positions) -> Result<Self> {
         let open = |name: &'static str, at| Lines::go_on(&dir.join(name), name, at);
         let (metrics, samples) = (open(METRICS, positions.metrics)?, open(SAMPLES, positions.samples)?);
-        Ok(Self { metrics: Some(metrics), samples: Some(samples), ..Self::silent() })
+        let events = Some(Events::go_on(dir, positions.events)?);
+        Ok(Self { metrics: Some(metrics), samples: Some(samples), events, ..Self::silent() })
     }
 
     /// How far the files go, after everything in them has reached the disk.
@@ -99,7 +112,8 @@ impl Report {
     /// If the disk refuses.
     pub fn positions(&self) -> Result<Positions> {
         let of = |lines: &Option<Lines>| lines.as_ref().map_or(Ok(0), Lines::synced);
-        Ok(Positions { metrics: of(&self.metrics)?, samples: of(&self.samples)? })
+        let events = self.events.as_ref().map_or(Ok(0), Events::synced)?;
+        Ok(Positions { metrics: of(&self.metrics)?, samples: of(&self.samples)?, events })
     }
 
     /// Writes nothing: for tests, and for users of the library who read the return values.
@@ -107,8 +121,10 @@ impl Report {
         Self {
             metrics: None,
             samples: None,
+            events: None,
             bar: ProgressBar::hidden(),
             stage: "",
+            steps: 0,
             last_line: None,
             clocks: Clocks::default(),
             follower: None,
@@ -132,15 +148,24 @@ impl Report {
         }
     }
 
-    /// Logs what belongs to no step, for the run's page.
+    /// Writes events; an error is reported, and the run goes on without them.
+    fn log_events(&mut self, write: impl FnOnce(&mut Events) -> Result<()>) {
+        let Some(Err(error)) = self.events.as_mut().map(write) else { return };
+        self.events = None;
+        self.note(&format!("{error:#}; training goes on without them"));
+    }
+
+    /// Logs what belongs to no step, for the run's page and TensorBoard.
     pub fn fact(&mut self, name: &str, fact: &Value) {
+        let last = self.steps;
+        self.log_events(|events| events.fact(name, fact, last));
         self.follow(|follower| follower.fact(name, fact));
     }
 
     /// Starts a stage of `steps` steps.
     pub fn stage(&mut self, stage: &'static str, steps: usize) {
         self.bar.finish_and_clear();
-        self.stage = stage;
+        (self.stage, self.steps) = (stage, steps);
         self.last_line = None;
         self.clocks = Clocks::default();
         if self.metrics.is_none() {
@@ -189,6 +214,8 @@ impl Report {
                 self.last_line = Some(Instant::now());
                 eprintln!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
             }
+            let stage = self.stage;
+            self.log_events(|events| events.step(stage, step, figures));
             self.follow(|follower| follower.step(figures));
         }
         Ok(())
@@ -202,6 +229,8 @@ impl Report {
         if let Some(file) = &mut self.samples {
             file.push(sample)?;
         }
+        let last = self.steps;
+        self.log_events(|events| events.sample(sample, last));
         Ok(())
     }
 
