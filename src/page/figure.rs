@@ -77,6 +77,7 @@ impl Figure {
         let bands = || curves.iter().flat_map(|c| c.band.iter());
         let xs = spread(known().map(|p| p.0), 0.0);
         let ys = spread(known().map(|p| p.1).chain(bands().flat_map(|b| [b.1, b.2])), 0.06);
+        let longest = [ys.0, ys.1].map(|y| label(y, ys).len()).into_iter().max().unwrap_or(0) as i32;
         let mut svg = String::new();
         let frame = {
             let root = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
@@ -84,7 +85,7 @@ impl Figure {
                 .margin(4)
                 .margin_right(14)
                 .x_label_area_size(24)
-                .y_label_area_size(56)
+                .y_label_area_size((longest * 9 + 12).clamp(40, 120))
                 .build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)
                 .map_err(failed)?;
             chart
@@ -166,9 +167,21 @@ impl Figure {
     }
 }
 
-/// An axis' label; what is nothing beside the axis' range is 0, where sums of steps leave a rounding.
+/// An axis' label with as many digits as tell it from the next. What is nothing beside the axis' range is 0, where sums of
+/// steps leave a rounding.
 fn label(x: f64, (low, high): (f64, f64)) -> String {
-    if x.abs() < (high - low) * 1e-9 { "0".into() } else { short(x) }
+    let (size, step) = (low.abs().max(high.abs()), (high - low) / 5.0);
+    if x.abs() < (high - low) * 1e-9 {
+        return "0".into();
+    }
+    let digits = |of: f64| (of / step).log10().ceil().clamp(0.0, 9.0) as usize;
+    if !(1e-3..1e6).contains(&size) {
+        let digits = digits(size).min(4);
+        return format!("{x:.digits$e}").replace(".0e", "e");
+    }
+    let digits = digits(1.0);
+    let text = format!("{x:.digits$}");
+    if text.contains('.') { text.trim_end_matches('0').trim_end_matches('.').to_owned() } else { text }
 }
 
 fn failed(error: impl std::fmt::Display) -> anyhow::Error {
@@ -183,8 +196,7 @@ fn spread(values: impl Iterator<Item = f64>, margin: f64) -> (f64, f64) {
     let (low, high) = (low.max(-1e300), high.min(1e300));
     let size = low.abs().max(high.abs());
     if high - low <= size * 1e-9 {
-        let around = if size == 0.0 { 1.0 } else { size * 0.1 };
-        return (low - around, high + around);
+        return if size == 0.0 { (-0.05, 1.0) } else { (low - size * 0.1, high + size * 0.1) };
     }
     let more = (high - low) * margin;
     (low - more, high + more)
@@ -228,6 +240,16 @@ mod tests {
         assert!(html.contains("a &lt;b&gt; <b>2</b>") && html.contains("1 values are NaN"), "{html}");
         assert!(!html.contains("#01") && !html.contains("width=\"440\""), "{html}");
         assert_eq!(data["s"][0]["p"].to_string(), "[[1,0.1],[2,-0.123456789012345],[3,null],[4,2]]");
+    }
+
+    #[test]
+    fn labels_have_the_digits_that_tell_them_apart() {
+        let labels = |range: (f64, f64)| [0.25, 0.5].map(|share| label(range.0 + share * (range.1 - range.0), range));
+        assert_eq!(labels((0.0, 4.0)), ["1", "2"]);
+        assert_eq!(labels((1.0, 1.000_000_4)), ["1.0000001", "1.0000002"]);
+        assert_eq!(labels((0.0, 4e-7)), ["1e-7", "2e-7"]);
+        assert_eq!(labels((0.0, 4e9)), ["1e9", "2e9"]);
+        assert_eq!(label(1.7e-18, (-0.01, 0.01)), "0");
     }
 
     #[test]
