@@ -14,7 +14,7 @@
 //! - [`config`] TOML -> checked settings; [`data`] files of many formats -> token sequences; [`report`] and [`stats`] metrics
 //! - [`train`] what all stages share: learner, AdamW, schedules, checkpoints
 //! - [`sft`], [`reward`], [`dpo`], [`ppo`] the stages. PPO's loop is [`ppo::train`], its loss [`ppo::loss::policy_loss`]
-//! - [`planner`] predicts a stage's memory; [`export`] merged models and GGUF files
+//! - [`planner`] predicts a stage's memory; [`export`] merged models and GGUF files; [`page`] the page of a run
 //! - [`run`] runs a stage from its config to its output folder; [`quickstart`] all stages on a tiny embedded base; [`cli`]
 //!
 //! ```
@@ -45,6 +45,7 @@ pub mod host;
 pub mod model;
 pub mod model_files;
 pub mod ops;
+pub mod page;
 pub mod planner;
 pub mod ppo;
 pub mod quickstart;

@@ -4,6 +4,7 @@
 
 use std::collections::HashSet;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use crate::report::number;
@@ -71,6 +72,69 @@ pub fn distinct_n<T: AsRef<[u32]>>(texts: &[T], n: usize) -> f64 {
     seen.len() as f64 / all as f64
 }
 
+/// Bins of a [`Histogram`].
+const BINS: usize = 20;
+
+/// A distribution in bins of equal width from the least to the greatest value, as metrics.jsonl has it.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Histogram {
+    /// The least value.
+    pub min: f64,
+    /// The greatest value.
+    pub max: f64,
+    /// Number of values.
+    pub num: usize,
+    /// Sum of the values.
+    pub sum: f64,
+    /// Sum of the values' squares.
+    pub sum_squares: f64,
+    /// Values in each bin; one bin if all values are equal.
+    pub counts: Vec<usize>,
+}
+
+impl Histogram {
+    /// The distribution of the values that are finite; `None` if there is none.
+    pub fn of(values: impl IntoIterator<Item = f64>) -> Option<Self> {
+        let values: Vec<f64> = values.into_iter().filter(|v| v.is_finite()).collect();
+        let min = values.iter().copied().min_by(f64::total_cmp)?;
+        let max = values.iter().copied().max_by(f64::total_cmp)?;
+        let bins = if max > min { BINS } else { 1 };
+        let mut counts = vec![0; bins];
+        for value in &values {
+            let bin = ((value - min) / (max - min) * bins as f64) as usize; // of equal values, NaN, which is bin 0
+            counts[bin.min(bins - 1)] += 1;
+        }
+        let (sum, sum_squares) = (values.iter().sum(), values.iter().map(|v| v * v).sum());
+        Some(Self { min, max, num: values.len(), sum, sum_squares, counts })
+    }
+
+    /// The object of metrics.jsonl.
+    pub fn to_json(&self) -> Value {
+        serde_json::to_value(self).unwrap_or_default()
+    }
+
+    /// Reads the object of metrics.jsonl; `None` if it is none.
+    pub fn from_json(value: &Value) -> Option<Self> {
+        Self::deserialize(value).ok().filter(|found| !found.counts.is_empty())
+    }
+
+    /// Lower and upper end of the bin `i`.
+    pub fn bin(&self, i: usize) -> (f64, f64) {
+        let width = (self.max - self.min) / self.counts.len() as f64;
+        let upper = if i + 1 == self.counts.len() { self.max } else { self.min + width * (i + 1) as f64 };
+        (self.min + width * i as f64, upper)
+    }
+
+    /// The mean's 95% interval by the normal approximation; `None` for fewer than two values.
+    pub fn interval(&self) -> Option<(f64, f64)> {
+        let n = self.num as f64;
+        let mean = self.sum / n;
+        let variance = (self.sum_squares - n * mean * mean).max(0.0) / (n - 1.0);
+        let half = 1.96 * (variance / n).sqrt();
+        (self.num > 1).then_some((mean - half, mean + half))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -94,6 +158,22 @@ mod tests {
         let many: Vec<f64> = (0..400).map(|i| f64::from(i % 2)).collect();
         assert!((standard_error(&many) - 0.025).abs() < 1e-4);
         assert!(mean_and_error(&[])["mean"].is_null() && mean_and_error(&[1.0])["standard_error"].is_null());
+    }
+
+    #[test]
+    fn a_histogram_has_every_finite_value_once_and_the_interval_of_their_mean() {
+        let values: Vec<f64> = (0..40).map(f64::from).chain([f64::NAN, f64::INFINITY]).collect();
+        let found = Histogram::of(values.iter().copied()).unwrap();
+        assert_eq!((found.num, found.min, found.max, found.counts.len()), (40, 0.0, 39.0, 20));
+        assert_eq!(found.counts.iter().sum::<usize>(), 40);
+        assert!(found.counts.iter().all(|&count| count == 2), "{found:?}");
+        assert_eq!((found.bin(0).0, found.bin(19).1), (0.0, 39.0));
+        let (low, high) = found.interval().unwrap();
+        let half = 1.96 * standard_error(&values[..40]);
+        assert!((low - (19.5 - half)).abs() < 1e-9 && (high - (19.5 + half)).abs() < 1e-9);
+        assert_eq!(Histogram::from_json(&found.to_json()), Some(found));
+        assert_eq!(Histogram::of([2.0; 3]).unwrap().counts, [3]);
+        assert_eq!(Histogram::of([f64::NAN]), None);
     }
 
     #[test]

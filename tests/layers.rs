@@ -18,7 +18,7 @@ const FLOORS: &[&[&str]] = &[
     &["train"],
     &["sft", "reward", "dpo"],
     &["ppo"],
-    &["export", "planner"],
+    &["export", "planner", "page"],
     &["run"],
     &["quickstart"],
     &["cli"],

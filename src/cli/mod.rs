@@ -7,6 +7,7 @@ mod doctor;
 mod merge;
 mod plan;
 mod probe;
+mod report;
 mod text;
 
 use std::io::{BufWriter, Write};
@@ -66,6 +67,8 @@ enum Command {
     Score(probe::Score),
     /// Log-probabilities of given token ids.
     Logprobs(probe::Logprobs),
+    /// The page of a run, or of several runs side by side, from the files in their folders.
+    Report(report::Report),
     /// What a model, an adapter or a GGUF file holds.
     Inspect {
         /// A model directory, an adapter directory or a .gguf file.
@@ -153,6 +156,7 @@ pub fn run() -> Result<()> {
         Command::Chat(args) => text::chat(&args),
         Command::Score(args) => probe::score(&args),
         Command::Logprobs(args) => probe::logprobs(&args),
+        Command::Report(args) => report::report(&args),
         Command::Inspect { path, json } => {
             let mut found = inspect::inspect(&path)?;
             let selected = select(DeviceChoice::Auto)?;

@@ -18,7 +18,7 @@ use crate::model::roles::Policy;
 use crate::report::{Metrics, Report, number};
 use crate::reward::source::{RewardInputs, RewardSource};
 use crate::rng::derive;
-use crate::stats::{Share, distinct_n, mean};
+use crate::stats::{Histogram, Share, distinct_n, mean};
 use crate::train::settings;
 
 /// The inputs of an evaluation.
@@ -54,6 +54,13 @@ pub struct Evaluated {
 }
 
 impl Evaluated {
+    /// The distributions of the scores, as columns of metrics.jsonl.
+    pub fn distributions(&self) -> Metrics {
+        let all = [("score", Some(&self.scores)), ("gold", self.gold.as_ref())];
+        let found = all.into_iter().filter_map(|(name, scores)| Some((name, Histogram::of(scores?.iter().copied())?)));
+        found.map(|(name, found)| (format!("histogram/eval/{name}"), found.to_json())).collect()
+    }
+
     /// Scores that decide which of two responses wins: the gold scores, or the training scores if there are none.
     fn deciding_scores(&self) -> &[f64] {
         self.gold.as_ref().unwrap_or(&self.scores)

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use super::experience::Experience;
 use super::run::PpoRun;
+use super::token_detail;
 use super::update::Update;
 use crate::config::{KlEstimator, KlIn, PolicyLoss};
 use crate::report::{Metrics, Report, number};
@@ -88,7 +89,10 @@ pub fn iteration(
         metrics.insert("val/dropped".into(), (run.config.batch_size - rollout.prompts.len()).into());
     }
     metrics.insert("val/num_eos_tokens".into(), rollout.stopped().into());
-    metrics.insert("episode".into(), ((iteration + 1) * run.config.batch_size).into());
+    let episodes = (iteration + 1) * run.config.batch_size;
+    metrics.insert("episode".into(), episodes.into());
+    let passes = episodes as f64 / (run.config.num_generations * run.prompts.len()) as f64;
+    metrics.insert("epoch".into(), number(passes));
     metrics.insert("lr".into(), number(update.actor_lr));
     if run.config.advantage_estimator.has_critic() {
         metrics.insert("critic_lr".into(), number(update.critic_lr));
@@ -103,14 +107,20 @@ pub fn iteration(
 pub fn samples(experience: &Experience, iteration: usize, run: &PpoRun<'_>, report: &mut Report) -> Result<()> {
     let (rollout, decode) = (&experience.rollout, run.decode);
     for i in 0..run.config.save_samples.min(rollout.prompts.len()) {
-        report.sample(&json!({
+        let mut sample = json!({
             "iteration": iteration,
             "prompt": decode(&rollout.prompts[i]),
             "response": decode(&rollout.responses[i].tokens),
             "score": number(f64::from(rollout.scores[i])),
             "kl": number(sum(&experience.kl[i])),
             "finish_reason": rollout.responses[i].finish.name(),
-        }))?;
+        });
+        if let Some(sample) =
+            sample.as_object_mut().filter(|_| token_detail::is_due(iteration, run.config.iterations()))
+        {
+            sample.extend(token_detail::of(experience, i, decode));
+        }
+        report.sample(&sample)?;
     }
     Ok(())
 }

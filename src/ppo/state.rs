@@ -8,6 +8,7 @@ use super::ema::lerp;
 use super::experience::{Experience, Scale};
 use super::kl_controller::{AdaptiveKlController, RunningMoments, adapt_kl_penalty};
 use super::metrics;
+use super::pace::Pace;
 use super::rollout::{Readers, collect, kl_to_sampler, sampling_params};
 use super::run::PpoRun;
 use super::update::{Step, Update};
@@ -22,6 +23,7 @@ use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, ValueModel};
 use crate::report::{Metrics, Report};
 use crate::rng::{SplitMix64, derive};
+use crate::stats::Histogram;
 use crate::train::learner::Learner;
 use crate::train::session::Session;
 use crate::train::settings;
@@ -73,6 +75,8 @@ pub struct State {
     pub monitor: Monitor,
     /// Metrics of the last completed iteration.
     pub last: Metrics,
+    /// The phases' clocks; no snapshot holds them.
+    pub pace: Pace,
 }
 
 impl State {
@@ -110,6 +114,7 @@ impl State {
             update: Update::default(),
             monitor: Monitor::default(),
             last: Metrics::new(),
+            pace: Pace::default(),
         })
     }
 
@@ -364,9 +369,15 @@ impl State {
         self.last.extend(experience.rollout.source_metrics.clone());
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
+        let scores = experience.rollout.scores.iter().map(|&score| f64::from(score));
+        let scores = Histogram::of(scores).map(|found| ("histogram/objective/scores".to_owned(), found.to_json()));
+        let mut distributions: Metrics = scores.into_iter().collect();
         if let Some(evaluation) = run.evaluation.filter(|_| due) {
             match evaluation.run(&now.into(), self.actor.weights().view(), report) {
-                Ok(evaluated) => self.last.extend(evaluation.metrics(&evaluated)),
+                Ok(evaluated) => {
+                    self.last.extend(evaluation.metrics(&evaluated));
+                    distributions.extend(evaluated.distributions());
+                }
                 // The next rollout uses the same weights, and the guard checks it.
                 Err(error) if error.is::<Diverged>() => report.note(&format!("ppo: no evaluation {now}: {error}")),
                 Err(error) => return Err(error),
@@ -381,7 +392,10 @@ impl State {
             report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
         }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
-        report.step(now, &self.last, &shown)?;
+        let mut line = self.last.clone();
+        line.extend(self.pace.lap(experience, config, report));
+        line.extend(distributions);
+        report.step(now, &line, &shown)?;
         metrics::samples(experience, now, run, report)
     }
 }

@@ -110,6 +110,10 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
     // `finish` may still evaluate, and so call a reward source that fails.
     session.last_checkpoint(state.turns, || state.snapshot(run))?;
     session.report.done();
+    for (warning, count) in state.monitor.counts() {
+        let name = warning.name();
+        session.report.note(&format!("ppo: warning {name} held in {count} of {iterations} iterations"));
+    }
     Ok(())
 }
 

@@ -2,6 +2,8 @@
 //! metrics; the thresholds are rules of thumb, written beside each. It does not depend on the model. Read `state.rs` for
 //! where they are logged.
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -130,13 +132,19 @@ pub struct Monitor {
     first: Option<WatchedMetrics>,
     /// Metrics of the last [`WINDOW`] iterations, oldest first.
     recent: Vec<WatchedMetrics>,
-    /// Warnings after the last iteration.
-    #[serde(rename = "holding")]
-    active: Vec<Warning>,
+    /// The number of iterations in which each warning applied.
+    #[serde(default)]
+    counts: BTreeMap<Warning, usize>,
 }
 
 impl Monitor {
-    /// Adds an iteration. Returns the warnings that apply now, and those of them that are new.
+    /// The warnings of the run so far, each with the number of iterations in which it applied.
+    pub fn counts(&self) -> impl Iterator<Item = (Warning, usize)> {
+        self.counts.iter().map(|(&warning, &count)| (warning, count))
+    }
+
+    /// Adds an iteration. Returns the warnings that apply now, and those of them that never applied before: a warning
+    /// that comes and goes is new once.
     pub fn add(&mut self, metrics: WatchedMetrics) -> (Vec<Warning>, Vec<Warning>) {
         self.first.get_or_insert(metrics);
         if self.recent.len() == WINDOW {
@@ -144,8 +152,8 @@ impl Monitor {
         }
         self.recent.push(metrics);
         let active = warnings(self.first.as_ref().unwrap_or(&metrics), &self.recent);
-        let new = active.iter().copied().filter(|w| !self.active.contains(w)).collect();
-        self.active.clone_from(&active);
+        let new = active.iter().copied().filter(|w| !self.counts.contains_key(w)).collect();
+        active.iter().for_each(|&warning| *self.counts.entry(warning).or_default() += 1);
         (active, new)
     }
 }
@@ -262,12 +270,15 @@ mod tests {
     }
 
     #[test]
-    fn warning_is_new_once_and_again_after_it_disappeared() {
+    fn a_warning_that_comes_and_goes_is_new_once_and_counted() {
         let mut monitor = Monitor::default();
         let truncated = WatchedMetrics { truncated: 0.9, ..healthy() };
         let new: Vec<usize> =
             [truncated, truncated, healthy(), truncated].into_iter().map(|v| monitor.add(v).1.len()).collect();
-        assert_eq!(new, [1, 0, 0, 1]);
+        assert_eq!(new, [1, 0, 0, 0]);
+        // The count outlives the process: it is part of the state that a checkpoint holds.
+        let resumed: Monitor = serde_json::from_value(serde_json::to_value(&monitor).unwrap()).unwrap();
+        assert_eq!(resumed.counts().collect::<Vec<_>>(), [(Warning::Truncated, 3)]);
     }
 
     #[test]

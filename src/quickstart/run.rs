@@ -23,6 +23,7 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
+use crate::page::{About, LivePage};
 use crate::planner::plan;
 use crate::ppo::rollout::sampling_params;
 use crate::ppo::run::{PpoRun, micro_batch_tokens};
@@ -30,7 +31,7 @@ use crate::ppo::train::train;
 use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
-use crate::run::{Model, placement, prepare_output};
+use crate::run::{Model, finish_page, placement, prepare_output};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -111,6 +112,12 @@ pub fn run_on(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Re
 /// # Errors
 /// Those of [`run`].
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
+    let outcome = all_stages(out, config).inspect_err(|error| finish_page(out, Err(error)))?;
+    finish_page(out, Ok(()));
+    Ok(outcome)
+}
+
+fn all_stages(out: &Path, config: &Config) -> Result<Outcome> {
     let config = &placement::settled(config, None)?;
     let seed = config.seed;
     let whole = Instant::now();
@@ -125,7 +132,8 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
     prepare_output(out, "quickstart", &config.to_toml()?)?;
     write_base(&model, &out.join("base"))?;
-    let mut session = Session::new(Report::to_dir(out)?);
+    let about = About::new("fourfold quickstart", &placement::name_of(base));
+    let mut session = Session::new(LivePage::follow(Report::to_dir(out)?, out, about, false));
     // 2. The data.
     let text = Text { tokenizer, eos: tokenizer.eos_id().context("the embedded tokenizer has an end token")? };
     let train_rows = sft_rows(seed, SFT_ROWS, Split::Train);

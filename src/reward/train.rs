@@ -6,6 +6,7 @@
 use std::borrow::Cow;
 
 use anyhow::{Result, ensure};
+use serde_json::Value;
 
 use super::dschat::{Padding, Rows};
 use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
@@ -21,6 +22,7 @@ use crate::model::block::Recompute;
 use crate::model::roles::ValueModel;
 use crate::report::{Figures, number};
 use crate::rng::derive;
+use crate::stats::Histogram;
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
@@ -124,7 +126,9 @@ pub fn train_on_rows(
         let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
         trained = centered(base, trained, &some, padding)?;
     }
-    let after = evaluate_rows(base, &trained, held_out, padding)?;
+    let scores = scores_of_rows(base, &trained, held_out, padding)?;
+    let after = summarise(&scores)?;
+    distributions(&scores).for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
     session.report.done();
     if !held_out.is_empty() {
         session.report.note(&format!(
@@ -192,9 +196,26 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        let evaluation = evaluate_rows(self.base, adapter, self.held_out, self.padding)?;
-        Ok(Figures::from_iter([("eval_accuracy".to_owned(), number(evaluation.accuracy))]))
+        let scores = scores_of_rows(self.base, adapter, self.held_out, self.padding)?;
+        let evaluation = summarise(&scores)?;
+        let means = [
+            ("eval_accuracy", evaluation.accuracy),
+            ("eval_chosen", evaluation.mean_chosen),
+            ("eval_rejected", evaluation.mean_rejected),
+        ];
+        let mut metrics: Figures = means.map(|(name, mean)| (name.to_owned(), number(mean))).into_iter().collect();
+        metrics.extend(distributions(&scores).map(|(name, found)| (format!("histogram/{name}"), found)));
+        Ok(metrics)
     }
+}
+
+/// The distributions of the best responses' scores and of all others'.
+fn distributions(comparisons: &[Vec<f32>]) -> impl Iterator<Item = (&'static str, Value)> {
+    let chosen = Histogram::of(comparisons.iter().map(|scores| f64::from(scores[0])));
+    let rejected = Histogram::of(comparisons.iter().flat_map(|scores| &scores[1..]).map(|&score| f64::from(score)));
+    [("eval_chosen", chosen), ("eval_rejected", rejected)]
+        .into_iter()
+        .filter_map(|(name, of)| Some((name, of?.to_json())))
 }
 
 /// All responses of all examples, each after its prompt: best first within an example.

@@ -45,7 +45,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.report(&session);
+    let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
@@ -78,7 +78,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.report(&session);
+    let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = kto::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

@@ -139,7 +139,7 @@ pub(crate) struct MemoryPreflight {
 
 impl MemoryPreflight {
     /// Reports what was decided, and returns it for the summary.
-    pub fn report(&self, session: &Session) -> Value {
+    pub fn report(&self, session: &mut Session) -> Value {
         let (phase, peak) = self.plan.peak();
         let checkpoint = self.plan.checkpoint.name();
         let auto = if self.asked == RecomputeSetting::Auto { " (by memory)" } else { "" };
@@ -163,6 +163,9 @@ impl MemoryPreflight {
             ));
         }
         let mib = |bytes: usize| number(bytes as f64 / f64::from(1 << 20));
+        for (phase, bytes) in self.plan.phases.iter().filter(|(_, bytes)| bytes.own() > 0) {
+            session.report.fact(&format!("memory/{}", phase.name()), &mib(bytes.own()));
+        }
         let devices = self.plan.devices.iter().map(|device| (device.device.to_string(), mib(device.peak().1)));
         json!({
             "checkpoint": checkpoint,

@@ -32,6 +32,7 @@ use crate::device::select;
 use crate::error::F16Overflow;
 use crate::host::meter;
 use crate::model::adapter::Adapter;
+use crate::page;
 use crate::report::number;
 use crate::tokenizer::Tokenizer;
 use crate::train::stop;
@@ -71,13 +72,14 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
     // Everything that can be wrong with the input is found before the folder is touched.
-    let mut object = match stage {
-        Stage::Sft => sft::run(config, out, launch)?,
-        Stage::Reward => reward::run(config, out, launch)?,
-        Stage::Dpo => dpo::run(config, out, launch)?,
-        Stage::Kto => dpo::run_kto(config, out, launch)?,
-        Stage::Ppo => ppo::run(config, out, launch)?,
+    let ran = match stage {
+        Stage::Sft => sft::run(config, out, launch),
+        Stage::Reward => reward::run(config, out, launch),
+        Stage::Dpo => dpo::run(config, out, launch),
+        Stage::Kto => dpo::run_kto(config, out, launch),
+        Stage::Ppo => ppo::run(config, out, launch),
     };
+    let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;
     if let Some(object) = object.as_object_mut() {
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
         let peak = host::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
@@ -87,7 +89,15 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     }
     let summary = out.join(output::SUMMARY);
     fs::write(&summary, format!("{object}\n")).with_context(|| format!("writing {}", summary.display()))?;
+    finish_page(out, Ok(()));
     Ok(object)
+}
+
+/// Writes a run's last page; a failure is reported, since it costs nothing that was trained.
+pub(crate) fn finish_page(out: &Path, ended: Result<(), &anyhow::Error>) {
+    if let Err(error) = page::finish(out, ended) {
+        eprintln!("{error:#}; `fourfold report {}` makes the page again", out.display());
+    }
 }
 
 /// The machines of a stage's bases in words; one if they share it.

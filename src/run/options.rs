@@ -12,8 +12,9 @@ use crate::config::{Config, Stage};
 use crate::data::examples::{Example, Examples};
 use crate::invalid;
 use crate::model::adapter::Adapter;
+use crate::page::{About, LivePage};
 use crate::report::Report;
-use crate::run::{Model, output};
+use crate::run::{Model, device_name, output};
 use crate::train::checkpoint_manager::{BaseFiles, CheckpointManager};
 use crate::train::fingerprint::{
     RunFingerprint, digest_of_adapter, digest_of_examples, digest_of_texts, digest_of_tokenizer,
@@ -101,6 +102,7 @@ impl Inputs {
                 Report::to_dir(out)?
             }
         };
+        let report = LivePage::follow(report, out, self.about(launch)?, found.is_some());
         let checkpoints = CheckpointManager {
             store,
             saving: self.config.checkpoint.clone(),
@@ -112,6 +114,12 @@ impl Inputs {
         };
         let session = Session::new(report).guarded(Guard::new(self.config.guard.clone()));
         Ok(session.kept(checkpoints, found.map(|found| found.snapshot)))
+    }
+
+    /// What the run's page says of how it was started.
+    fn about(&self, launch: &RunOptions) -> Result<About> {
+        let device = device_name(self.stage, &self.config)?;
+        Ok(About { fingerprints: self.origin.digests.clone(), ..About::new(&launch.command, &device) })
     }
 
     /// The checkpoint to resume from; `None` if there is no checkpoint yet (a notice is printed).

@@ -19,7 +19,7 @@ pub(super) const SUMMARY: &str = "summary.json";
 /// Where a run's checkpoints lie.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
 /// Files that every command writes beside its folders.
-const FILES: [&str; 3] = [SUMMARY, "metrics.jsonl", "samples.jsonl"];
+const FILES: [&str; 5] = [SUMMARY, "metrics.jsonl", "samples.jsonl", "about.json", "report.html"];
 /// What an adapter's folder holds.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 

@@ -113,7 +113,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
         Parts { stage: Stage::Ppo, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
     let preflight = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, options)?;
-    let memory = preflight.report(&session);
+    let memory = preflight.report(&mut session);
     let tokenizer = model.checkpoint.tokenizer();
     let mut stop = match ppo.compat {
         Some(_) => tokenizer.eos_ids().to_vec(),

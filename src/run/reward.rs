@@ -37,7 +37,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Reward, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::reward(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.report(&session);
+    let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = reward::train::train_on_rows(setup, &train, &held_out, &settings, padding, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

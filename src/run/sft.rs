@@ -35,7 +35,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let parts = Parts { stage: Stage::Sft, policy: &model, scorer: None, start: &start, reward: None };
     let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
-    let memory = admission.report(&session);
+    let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = sft::train(setup, &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

@@ -123,7 +123,8 @@ impl RunFingerprint {
     }
 }
 
-fn flatten(at: &str, value: &toml::Value, into: &mut BTreeMap<String, String>) {
+/// The keys of a TOML table by their paths, each with its value as TOML writes it.
+pub fn flatten(at: &str, value: &toml::Value, into: &mut BTreeMap<String, String>) {
     match value.as_table() {
         Some(table) => {
             for (key, value) in table {

@@ -65,6 +65,11 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     Ok(Lock(file))
 }
 
+/// Whether a process has the lock of a folder.
+pub fn is_held(dir: &Path) -> bool {
+    File::open(dir.join(NAME)).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
 fn write(file: &mut File, text: &str) -> std::io::Result<()> {
     file.set_len(0)?;
     file.rewind()?;
@@ -72,7 +77,7 @@ fn write(file: &mut File, text: &str) -> std::io::Result<()> {
 }
 
 /// Seconds since 1970 as `2026-11-27 07:46 UTC`. Source of the calendar: Howard Hinnant, `civil_from_days`.
-fn utc(seconds: u64) -> String {
+pub fn utc(seconds: u64) -> String {
     let (days, minute) = (seconds / 86_400 + 719_468, seconds / 60 % 1440);
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;

@@ -6,6 +6,7 @@
 //! `../sft.rs` next.
 
 use std::borrow::Cow;
+use std::time::Instant;
 
 use anyhow::{Result, ensure};
 
@@ -186,6 +187,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
             let first_rows = step.batches.first().map(|rows| rows.to_vec()).unwrap_or_default();
             let step = OptimizerStep { number: progress.step, rows: &step.batches, batches: &batches };
             // 1. Forward and backward.
+            let begun = Instant::now();
             let update = within(Phase::Update);
             let gradients = gradients(stage, progress.learner.weights().view(), &step, self.layers);
             // Asked to stop: the checkpoint at the top of the loop ends the stage.
@@ -206,6 +208,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
             progress.step += 1;
             progress.tokens += if outcome.is_ok() || S::COUNTS_REJECTED { tokens } else { 0 };
             let step = progress.step;
+            session.report.passed(tokens, begun.elapsed());
             let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
             if step == steps {
                 let (rows, batches) = (&[&first_rows[..]], &batches[..1]);
@@ -220,6 +223,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
                 metrics.insert("grad_norm".into(), number(grad_norm));
                 metrics.insert("lr".into(), number(lr));
                 metrics.insert(S::TOKENS.into(), progress.tokens.into());
+                metrics.insert("epoch".into(), number((step * keys.num_train_epochs) as f64 / steps as f64));
                 if keys.eval_steps > 0 && step.is_multiple_of(keys.eval_steps) {
                     metrics.extend(stage.evaluate(progress.learner.weights().view())?);
                 }

@@ -5,5 +5,6 @@ mod bad_input;
 mod cli_contract;
 mod errors;
 mod options;
+mod report;
 #[path = "../support/mod.rs"]
 mod support;

@@ -13,6 +13,7 @@ use std::sync::{LazyLock, Mutex};
 
 use fourfold::config;
 use fourfold::config::{Stage, known_keys};
+use fourfold::report::clocks;
 use fourfold::run;
 use fourfold::run::RunOptions;
 use serde_json::{Value, json};
@@ -343,7 +344,12 @@ impl World {
                 if path.is_dir() {
                     folders.push(path);
                 } else if kept.iter().any(|name| path.ends_with(name)) {
-                    found.insert(path.strip_prefix(out)?.into(), fs::read(&path)?);
+                    let bytes = if path.ends_with("metrics.jsonl") {
+                        clocks::without(&fs::read_to_string(&path)?).into_bytes()
+                    } else {
+                        fs::read(&path)?
+                    };
+                    found.insert(path.strip_prefix(out)?.into(), bytes);
                 }
             }
         }

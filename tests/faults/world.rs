@@ -5,6 +5,7 @@ use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use fourfold::report::clocks;
 use serde_json::json;
 
 use crate::support::{Place, Ran};
@@ -149,13 +150,18 @@ pub fn interrupted(place: &Place, stage: &str, lines: usize, number: i32) -> Ran
     finish(child)
 }
 
-/// Everything that must come out equal: each file's name and bytes.
+/// Everything that must come out equal: each file's name and bytes, without the clock columns of metrics.jsonl.
 pub fn results(place: &Place, stage: &str) -> Vec<(String, Vec<u8>)> {
     let out = format!("out/{stage}");
     let adapters = STAGES.iter().find(|(name, _)| *name == stage).unwrap().1.iter();
     let files = adapters.flat_map(|a| ["adapter_config.json", "adapter_model.safetensors"].map(|f| format!("{a}/{f}")));
     let files = files.chain(["metrics.jsonl".into(), "samples.jsonl".into()]);
-    files.map(|f| (f.clone(), fs::read(place.path(&format!("{out}/{f}"))).unwrap_or_default())).collect()
+    let bytes = |f: &String| fs::read(place.path(&format!("{out}/{f}"))).unwrap_or_default();
+    let comparable = |f: String| match f.as_str() {
+        "metrics.jsonl" => (f.clone(), clocks::without(&String::from_utf8(bytes(&f)).unwrap()).into_bytes()),
+        _ => (f.clone(), bytes(&f)),
+    };
+    files.map(comparable).collect()
 }
 
 /// Compares the results of one stage in two folders.

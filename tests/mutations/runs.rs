@@ -67,7 +67,9 @@ fn checkpoints_are_gone_on_from_or_passed_over() {
         Guard::default().save(&mut snapshot).unwrap();
         snapshot.put_rows("logprobs", &[vec![-1.5, -0.25], vec![], vec![-3.0]]).unwrap();
         snapshot.put("kl_coef", &0.05).unwrap();
-        let path = Store::at(dir.path()).write(7, &snapshot, Positions { metrics: 10, samples: 0 }, &origin()).unwrap();
+        let path = Store::at(dir.path())
+            .write(7, &snapshot, Positions { metrics: 10, samples: 0, events: 0 }, &origin())
+            .unwrap();
         let names = ["manifest.json", "state.json", "state.safetensors"];
         let files = || names.map(|name| (format!("checkpoint-7/{name}"), fs::read(path.join(name)).unwrap())).to_vec();
         let forms = [Form::Json, Form::Json, Form::Safetensors];
@@ -95,7 +97,7 @@ fn metrics_of_a_run_are_gone_on_with() {
         let specimens =
             ["metrics.jsonl", "samples.jsonl"].map(|name| Specimen::file(name, text.clone(), Form::JsonLines));
         Reader::new(specimens.into(), move |dir, name| {
-            let mut report = Report::go_on(dir, Positions { metrics: length, samples: length })?;
+            let mut report = Report::go_on(dir, Positions { metrics: length, samples: length, events: 0 })?;
             let before = fs::read(dir.join(name))?;
             // Whatever was there, what is written from now on are whole lines after whole lines.
             anyhow::ensure!(

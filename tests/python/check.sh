@@ -1,6 +1,7 @@
 #!/bin/sh
-# Checks the program against Python's transformers and PEFT, in both directions, and what it exports in llama.cpp; see
-# tests/python/check_interop.py, check_llama_cpp.py and check_llama_cpp_families.py.
+# Checks the program against Python's transformers and PEFT, in both directions, its events in TensorBoard's reader, and what
+# it exports in llama.cpp; see tests/python/check_interop.py, check_tensorboard.py, check_llama_cpp.py and
+# check_llama_cpp_families.py.
 # Prints one line a check and fails if any failed. Needs no model: it makes tiny ones.
 # Usage: check_python.sh
 #   FOURFOLD_PYTHON   an interpreter that has the packages of tests/python/requirements.txt (other versions may do);
@@ -28,13 +29,15 @@ else
     if ! cmp -s "$wanted" "$venv/requirements.txt"; then
         command -v python3 >/dev/null 2>&1 || fail "python3 is missing; install Python 3.10 or newer"
         echo "check_python: making $venv" >&2
-        python3 -m venv --clear "$venv" || fail "python3 cannot make $venv (Debian: apt install python3-venv)"
+        # One that was finished for a former list is kept: pip changes what differs.
+        [ -f "$venv/requirements.txt" ] && [ -x "$python" ] || python3 -m venv --clear "$venv" ||
+            fail "python3 cannot make $venv (Debian: apt install python3-venv)"
         "$python" -m pip install --quiet --disable-pip-version-check -r "$wanted" >&2 ||
             fail "pip cannot install tests/python/requirements.txt; check the network, then run this again"
         cp "$wanted" "$venv/requirements.txt"
     fi
 fi
-"$python" -c 'import peft, safetensors, tokenizers, torch, transformers' ||
+"$python" -c 'import peft, safetensors, tensorboard, tokenizers, torch, transformers' ||
     fail "$python misses a package of tests/python/requirements.txt"
 
 if [ -n "${FOURFOLD_BINARY:-}" ]; then
@@ -47,6 +50,7 @@ fi
 
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONDONTWRITEBYTECODE=1
 "$python" "$root/tests/python/check_interop.py" "$binary"
+"$python" "$root/tests/python/check_tensorboard.py" "$binary"
 if "$python" -c 'import xllamacpp' 2>/dev/null; then
     "$python" "$root/tests/python/check_llama_cpp.py" "$binary"
     exec "$python" "$root/tests/python/check_llama_cpp_families.py" "$binary"

@@ -9,7 +9,7 @@ use std::process::Command;
 use fourfold::model::adapter::Adapter;
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, sft_rows};
-use fourfold::report::Report;
+use fourfold::report::{Report, clocks};
 use fourfold::train::session::Session;
 use serde_json::{Value, json};
 
@@ -35,7 +35,7 @@ fn pipeline(dir: &Path, seed: u64) {
     save(trained.critic.as_ref().unwrap(), "ppo/critic");
 }
 
-/// Every file under `dir` with its bytes.
+/// Every file under `dir` with its bytes, metrics.jsonl without its clock columns. TensorBoard's events hold times.
 fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
     let mut all = BTreeMap::new();
     let mut open = vec![dir.to_path_buf()];
@@ -43,9 +43,13 @@ fn files(dir: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
         for entry in fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             if path.is_dir() {
-                open.push(path);
+                open.extend((!path.ends_with("tb")).then_some(path));
             } else {
-                all.insert(path.strip_prefix(dir).unwrap().to_path_buf(), fs::read(&path).unwrap());
+                let bytes = match path.ends_with("metrics.jsonl") {
+                    true => clocks::without(&fs::read_to_string(&path).unwrap()).into_bytes(),
+                    false => fs::read(&path).unwrap(),
+                };
+                all.insert(path.strip_prefix(dir).unwrap().to_path_buf(), bytes);
             }
         }
     }

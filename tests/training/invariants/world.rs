@@ -17,6 +17,7 @@ use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::train::{Trained, train};
 use fourfold::quickstart::base::BASE;
 use fourfold::quickstart::task::{Split, pairs, prompts, sft_rows};
+use fourfold::report::clocks;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::tokenizer::SpecialTokens;
@@ -215,9 +216,10 @@ pub fn mean_difference(a: &[f32], b: &[f32]) -> f32 {
     a.iter().zip(b).map(|(a, b)| (a - b).abs()).sum::<f32>() / a.len() as f32
 }
 
+/// The lines of metrics.jsonl without their clock columns.
 pub fn metrics(dir: &Path) -> Vec<Value> {
     let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    clocks::without(&text).lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 pub fn column(lines: &[Value], key: &str) -> Vec<f64> {

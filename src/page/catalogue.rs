@@ -1,0 +1,120 @@
+//! Which metrics share a chart, by what they measure, and what a chart's reader should know. A metric without a place here
+//! gets a chart of its own, so nothing that is logged is missing. It does not depend on a run.
+
+/// A chart: its title, the columns of metrics.jsonl in it, and a sentence on how to read it.
+pub(super) struct Entry {
+    pub title: &'static str,
+    pub keys: &'static [&'static str],
+    pub note: &'static str,
+    /// The warnings of PPO that this chart shows the cause of.
+    pub warnings: &'static [&'static str],
+}
+
+const fn entry(title: &'static str, keys: &'static [&'static str], note: &'static str) -> Entry {
+    Entry { title, keys, note, warnings: &[] }
+}
+
+const fn watched(entry: Entry, warnings: &'static [&'static str]) -> Entry {
+    Entry { warnings, ..entry }
+}
+
+/// The charts in the order of the page. Columns that start with a prefix and `*` are all those columns.
+pub(super) const CHARTS: &[Entry] = &[
+    watched(
+        entry(
+            "Learned score",
+            &["objective/scores", "eval/score"],
+            "Mean score of the reward source: rollouts and held-out prompts, with the mean's 95% band.",
+        ),
+        &["reward_hacking", "flat_advantages"],
+    ),
+    entry("Gold score", &["eval/gold"], "A score that training never sees."),
+    entry("Wins against SFT", &["eval/win_rate"], "Share of held-out prompts, with Wilson's 95% interval."),
+    watched(
+        entry(
+            "KL to the reference",
+            &["objective/kl", "objective/kl_exact", "eval/kl", "kl"],
+            "Nats per response: the estimate from sampled tokens, and the exact sum over the vocabulary.",
+        ),
+        &["kl_blow_up"],
+    ),
+    entry("KL coefficient", &["objective/kl_coef", "policy/kl_penalty_coef"], ""),
+    entry("Loss", &["loss", "eval_loss"], ""),
+    entry("Held-out perplexity", &["eval_perplexity"], ""),
+    entry(
+        "Accuracy",
+        &["accuracy", "eval_accuracy", "rewards/accuracies", "eval_rewards/accuracies"],
+        "Share of pairs.",
+    ),
+    entry("Reward margin", &["rewards/margins", "eval_rewards/margins"], ""),
+    entry(
+        "Implicit rewards",
+        &["rewards/chosen", "rewards/rejected", "eval_rewards/chosen", "eval_rewards/rejected"],
+        "beta times the log-ratio to the reference.",
+    ),
+    entry("Scores", &["eval_chosen", "eval_rejected"], "Mean held-out scores, with the mean's 95% band."),
+    entry(
+        "Log-probabilities",
+        &["logps/chosen", "logps/rejected", "eval_logps/chosen", "eval_logps/rejected"],
+        "Sum per response, nats.",
+    ),
+    entry("Token accuracy", &["mean_token_accuracy", "eval_mean_token_accuracy"], ""),
+    watched(
+        entry("Entropy", &["policy/entropy_avg", "entropy", "eval_entropy"], "Nats per token."),
+        &["entropy_collapse"],
+    ),
+    entry("Surprise of responses", &["objective/entropy"], "-log p of the sampled response, nats."),
+    watched(entry("Response length", &["response_length", "eval/length"], "Tokens."), &["length_blow_up"]),
+    watched(
+        entry(
+            "Responses that ended",
+            &["share ended", "share truncated", "eval/ended"],
+            "Shares; the rest is cut off by length.",
+        ),
+        &["truncated"],
+    ),
+    entry("Policy loss", &["loss/policy_avg", "loss/ptx_avg"], ""),
+    entry("Value loss", &["loss/value_avg"], ""),
+    watched(
+        entry(
+            "Explained variance",
+            &["val/explained_variance"],
+            "Of the returns, by the critic; 1 is perfect, below 0 useless.",
+        ),
+        &["useless_critic"],
+    ),
+    entry("Clip fraction", &["policy/clipfrac_avg", "val/clipfrac_avg"], ""),
+    entry(
+        "Ratio",
+        &["val/ratio", "val/first_ratio"],
+        "Of the new policy to the one that sampled; 1 before the first step.",
+    ),
+    entry(
+        "KL of an update",
+        &["policy/approxkl_avg", "policy/kl_to_old"],
+        "Nats per token, to the policy that sampled.",
+    ),
+    entry("Total reward", &["objective/rlhf_reward", "objective/non_score_reward"], "Score and KL penalty."),
+    entry("Diversity", &["eval/distinct_1", "eval/distinct_2"], "Distinct n-grams over all n-grams."),
+    entry("Gradient norm", &["grad_norm", "grad_norm/actor", "grad_norm/critic"], "Before clipping."),
+    entry("Learning rate", &["lr", "critic_lr", "lr_factor"], ""),
+    entry(
+        "Tokens per second",
+        &["tokens_per_second", "tokens_per_second/*"],
+        "By phase; PPO's total counts sampled tokens.",
+    ),
+    entry("Seconds", &["seconds", "seconds/*"], "Wall time between two lines, and the phases in it."),
+];
+
+/// Whether a chart's key means this column.
+pub(super) fn matches(key: &str, column: &str) -> bool {
+    key.strip_suffix('*').map_or(key == column, |prefix| column.starts_with(prefix))
+}
+
+/// Columns that are no curve.
+pub(super) const NO_CURVE: &[&str] = &["epoch", "tokens", "num_tokens", "val/num_eos_tokens"];
+
+/// Columns that are the bounds of another column's band.
+pub(super) fn is_bound(column: &str) -> bool {
+    column.ends_with("win_rate_low") || column.ends_with("win_rate_high")
+}

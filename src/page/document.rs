@@ -1,0 +1,316 @@
+//! The whole page: header, warnings, curves, samples, memory, settings, machine and commands of a run, or the curves of
+//! several; small enough to open at once. It does not depend on where it is written. Read `catalogue.rs` for the charts.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+
+use anyhow::Result;
+use serde_json::{Map, Value};
+
+use super::catalogue::{CHARTS, Entry, NO_CURVE, is_bound, matches};
+use super::figure::{COLOURS, Curve, Figure};
+use super::html::{escape, json_in_script, short, table};
+use super::run_files::{RunFiles, Stage};
+use super::thin::Point;
+use super::{compare, settings, status};
+use crate::ppo::warnings::Warning;
+use crate::stats::Histogram;
+
+/// The most bytes of a page.
+const MOST: usize = 2_000_000;
+/// Stretches into which curves are thinned: the first with which the page is small enough.
+const STRETCHES: [usize; 4] = [240, 120, 60, 30];
+
+/// The page, with as many points as fit.
+///
+/// # Errors
+/// Only if the drawing library fails.
+pub(super) fn fitting(runs: &[RunFiles]) -> Result<String> {
+    let mut text = String::new();
+    for stretches in STRETCHES {
+        text = document(runs, stretches)?;
+        if text.len() <= MOST {
+            break;
+        }
+    }
+    Ok(text)
+}
+
+fn document(runs: &[RunFiles], stretches: usize) -> Result<String> {
+    let mut data = Map::new();
+    let mut draw = |figures: &[Figure]| -> Result<String> {
+        let mut out = String::from("<div class=grid>");
+        for figure in figures {
+            let drawn = figure.draw(stretches)?;
+            out += &drawn.html;
+            data.insert(figure.id.clone(), drawn.data);
+        }
+        Ok(out + "</div>")
+    };
+    let (title, body) = match runs {
+        [run] => (title(run), single(run, &mut draw)?),
+        runs => ("runs compared".into(), several(runs, &mut draw)?),
+    };
+    Ok(format!(
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport \
+         content=\"width=device-width,initial-scale=1\"><meta name=color-scheme content=\"light dark\">\
+         <meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; script-src \
+         'unsafe-inline'\"><title>{}</title><style>{}</style></head>\n<body>{body}<div id=tip role=status></div>\
+         <script type=\"application/json\" id=curves>{}</script><script>{}</script></body></html>\n",
+        escape(&title),
+        include_str!("page.css"),
+        json_in_script(&Value::Object(data)),
+        include_str!("page.js")
+    ))
+}
+
+fn title(run: &RunFiles) -> String {
+    let by = run.settings.as_ref().map_or("run", |(by, _)| by);
+    format!("{by} · {}", run.name)
+}
+
+/// Draws figures, and keeps what the page's script reads of them.
+type Draw<'a> = dyn FnMut(&[Figure]) -> Result<String> + 'a;
+
+fn single(run: &RunFiles, draw: &mut Draw<'_>) -> Result<String> {
+    let mut out = format!("<header>{}{}</header><main>", head(run, &title(run)), status::figures(run));
+    out += &problems(run);
+    out += &warnings(run);
+    for stage in &run.stages {
+        let figures = [figures(run, stage), distributions(run, stage)].concat();
+        if !figures.is_empty() {
+            let _ = write!(out, "<section><h2>Curves of {}</h2>{}</section>", escape(&stage.name), draw(&figures)?);
+        }
+    }
+    let samples = run.samples.html();
+    if !samples.is_empty() {
+        let _ = write!(out, "<section id=samples><h2>Samples</h2>{samples}</section>");
+    }
+    out += &memory(run);
+    out += &settings::html(run);
+    out += &machine(run);
+    out += "<section id=commands><h2>Commands</h2>";
+    for (what, command) in settings::commands(run) {
+        let _ = write!(out, "<p class=say>To {}:</p><pre>{}</pre>", escape(&what), escape(&command));
+    }
+    Ok(out + "</section></main>")
+}
+
+fn several(runs: &[RunFiles], draw: &mut Draw<'_>) -> Result<String> {
+    let mut out = format!("<header><h1>{} runs compared</h1>", runs.len());
+    for (i, (run, name)) in runs.iter().zip(compare::names(runs)).enumerate() {
+        let _ = write!(out, "<div class=run><i class=\"k{}\"></i>{}</div>", i % COLOURS, head(run, &name));
+    }
+    out += "</header><main>";
+    runs.iter().for_each(|run| out += &problems(run));
+    let _ = write!(out, "<section><h2>What differs in their settings</h2>{}</section>", compare::differences(runs));
+    for (stage, figures) in compare::figures(runs) {
+        let _ = write!(out, "<section><h2>Curves of {}</h2>{}</section>", escape(&stage), draw(&figures)?);
+    }
+    Ok(out + "</main>")
+}
+
+fn head(run: &RunFiles, title: &str) -> String {
+    let (class, line) = status::line(run);
+    format!(
+        "<h1>{}</h1><p class=\"status {class}\">{}</p><p class=say>{}</p>",
+        escape(title),
+        escape(&line),
+        escape(&run.path.display().to_string())
+    )
+}
+
+fn problems(run: &RunFiles) -> String {
+    let lines = run.problems.iter().map(|line| format!("<p class=bad>{}</p>", escape(line)));
+    lines.collect()
+}
+
+/// The warnings of the run, each with a link to its chart, and what the guard did.
+fn warnings(run: &RunFiles) -> String {
+    let mut items = String::new();
+    for stage in &run.stages {
+        for (name, steps) in &stage.warnings {
+            let warning: Option<Warning> = serde_json::from_value(Value::from(name.as_str())).ok();
+            let text = warning.map_or("", Warning::text);
+            let chart = CHARTS.iter().find(|chart| chart.warnings.contains(&name.as_str()));
+            let link = chart.map_or_else(String::new, |chart| {
+                format!(" <a href=\"#{}\">{}</a>", id(&stage.name, chart.title), escape(chart.title))
+            });
+            let (first, last) = (steps.first().unwrap_or(&0.0), steps.last().unwrap_or(&0.0));
+            let _ = write!(
+                items,
+                "<li><b>{}</b>: {} <span class=say>(in {} steps of {}, from {first} to {last})</span>{link}</li>",
+                escape(name),
+                escape(text),
+                steps.len(),
+                escape(&stage.name)
+            );
+        }
+        if let (Some((first, reason)), Some((last, _))) = (stage.guarded.first(), stage.guarded.last()) {
+            let _ = write!(
+                items,
+                "<li><b>guard</b>: {} steps of {} were skipped or rolled back, from {first} to {last}; the first because: \
+                 {}</li>",
+                stage.guarded.len(),
+                escape(&stage.name),
+                escape(reason)
+            );
+        }
+    }
+    match items.is_empty() {
+        true => String::new(),
+        false => format!("<section id=warnings class=warn><h2>Warnings</h2><ul>{items}</ul></section>"),
+    }
+}
+
+fn id(stage: &str, title: &str) -> String {
+    let name: String =
+        title.chars().map(|c| if c.is_ascii_alphanumeric() { c.to_ascii_lowercase() } else { '-' }).collect();
+    format!("c-{stage}-{name}")
+}
+
+/// The columns of a stage, and the shares that are computed from them.
+pub(super) fn derived(run: &RunFiles, stage: &Stage) -> Vec<(String, Vec<Point>)> {
+    let mut columns = stage.columns.clone();
+    // PPO logs how many of a rollout's responses ended.
+    let batch = setting(run, "ppo", "batch_size").filter(|batch| *batch > 0.0);
+    if let (Some(ended), Some(batch)) = (stage.column("val/num_eos_tokens"), batch) {
+        let dropped = |step: f64| {
+            let column = stage.column("val/dropped")?;
+            column.iter().find(|p| p.0 == step)?.1
+        };
+        let share = |point: &Point| Some(point.1? / (batch - dropped(point.0).unwrap_or(0.0)).max(1.0));
+        let shares: Vec<Point> = ended.iter().map(|p| (p.0, share(p))).collect();
+        columns.push(("share truncated".into(), shares.iter().map(|p| (p.0, p.1.map(|s| 1.0 - s))).collect()));
+        columns.push(("share ended".into(), shares));
+    }
+    columns
+}
+
+fn setting(run: &RunFiles, section: &str, key: &str) -> Option<f64> {
+    let value = run.settings.as_ref()?.1.get(section)?.get(key)?;
+    value.as_float().or_else(|| value.as_integer().map(|i| i as f64))
+}
+
+/// The figures of a stage, by the catalogue and then every column that it does not know.
+fn figures(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
+    let columns = derived(run, stage);
+    let is_placed = |column: &str| CHARTS.iter().any(|c| c.keys.iter().any(|key| matches(key, column)));
+    let mut figures = vec![];
+    for Entry { title, keys, note, .. } in CHARTS {
+        let mut curves: Vec<Curve> = vec![];
+        for key in *keys {
+            for (name, points) in columns.iter().filter(|(name, _)| matches(key, name)) {
+                let band = band(stage, name);
+                curves.push(Curve {
+                    name: name.clone(),
+                    points: points.clone(),
+                    band,
+                    colour: curves.len(),
+                    ..Curve::default()
+                });
+            }
+        }
+        if *title == "KL to the reference" {
+            curves.extend(target(run, stage, curves.len()));
+        }
+        let figure = Figure { id: id(&stage.name, title), title: (*title).into(), note: (*note).into(), curves, x: "" };
+        figures.extend((!figure.is_empty()).then_some(figure));
+    }
+    for (name, points) in
+        columns.iter().filter(|(name, _)| !is_placed(name) && !NO_CURVE.contains(&&name[..]) && !is_bound(name))
+    {
+        let curve = Curve { name: name.clone(), points: points.clone(), ..Curve::default() };
+        let figure =
+            Figure { id: id(&stage.name, name), title: name.clone(), curves: vec![curve], ..Figure::default() };
+        figures.extend((!figure.is_empty()).then_some(figure));
+    }
+    figures
+}
+
+/// The 95% band of a column: of a mean by its distribution, of a win rate by its logged bounds.
+fn band(stage: &Stage, column: &str) -> Vec<(f64, f64, f64)> {
+    if column == "eval/win_rate" {
+        let bounds = stage.column("eval/win_rate_low").zip(stage.column("eval/win_rate_high"));
+        let (low, high) = bounds.unwrap_or_default();
+        return low.iter().zip(high).filter_map(|(low, high)| Some((low.0, low.1?, high.1?))).collect();
+    }
+    let found = stage.histograms.get(column).map_or(&[][..], |found| found);
+    found.iter().filter_map(|(step, found)| found.interval().map(|(low, high)| (*step, low, high))).collect()
+}
+
+/// The KL that the coefficient is adapted to.
+fn target(run: &RunFiles, stage: &Stage, colour: usize) -> Option<Curve> {
+    let adapts = run.settings.as_ref()?.1.get("ppo")?.get("adap_kl_ctrl")?.as_bool()?;
+    let target = setting(run, "ppo", "target").filter(|_| adapts)?;
+    let points = stage.column("objective/kl")?;
+    let points = [points.first()?.0, points.last()?.0].map(|step| (step, Some(target)));
+    Some(Curve { name: "target".into(), points: points.into(), colour, is_rule: true, ..Curve::default() })
+}
+
+/// The newest distributions of scores, those of one evaluation in one figure.
+fn distributions(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
+    let mut newest: BTreeMap<String, (String, Histogram)> = BTreeMap::new();
+    for (of, found) in &stage.histograms {
+        newest.extend(found.last().map(|(step, found)| (of.clone(), (format!("step {step}"), found.clone()))));
+    }
+    let facts = run.about.iter().flat_map(|about| &about.facts);
+    for (name, fact) in facts {
+        let of = name.strip_prefix("histogram/").and_then(|of| of.strip_prefix(&format!("{}/", stage.name)));
+        newest.extend(of.zip(Histogram::from_json(fact)).map(|(of, found)| (of.to_owned(), ("the end".into(), found))));
+    }
+    let mut figures: Vec<Figure> = vec![];
+    for (of, (when, found)) in newest {
+        let pair = of.ends_with("chosen") || of.ends_with("rejected");
+        let title = if pair { "Scores of chosen and rejected".to_owned() } else { format!("Distribution of {of}") };
+        let colour = figures.iter().find(|figure| figure.title == title).map_or(0, |figure| figure.curves.len());
+        let curve = outline(&found, of.clone(), colour);
+        match figures.iter_mut().find(|figure| figure.title == title) {
+            Some(figure) => figure.curves.push(curve),
+            None => {
+                let mean = short(found.sum / found.num as f64);
+                let note = format!("{} responses at {when}; {of} has the mean {mean}.", found.num);
+                figures.push(Figure { id: id(&stage.name, &title), title, note, curves: vec![curve], x: "value" });
+            }
+        }
+    }
+    figures
+}
+
+/// A histogram as the outline of its bars over the values.
+fn outline(found: &Histogram, name: String, colour: usize) -> Curve {
+    let (mut points, mut band): (Vec<Point>, Vec<_>) = (vec![(found.min, Some(0.0))], vec![]);
+    for (i, count) in found.counts.iter().enumerate() {
+        let (from, to) = found.bin(i);
+        for x in [from, to] {
+            points.push((x, Some(*count as f64)));
+            band.push((x, 0.0, *count as f64));
+        }
+    }
+    points.push((found.max, Some(0.0)));
+    Curve { name, points, band, colour, ..Curve::default() }
+}
+
+fn memory(run: &RunFiles) -> String {
+    let Some(about) = run.about.as_ref().filter(|about| !about.memory.is_empty()) else { return String::new() };
+    let mut rows = vec![["phase", "planned, MiB", "measured, MiB"].map(str::to_owned).to_vec()];
+    let order = crate::host::meter::Phase::ALL.map(crate::host::meter::Phase::name);
+    for (phase, memory) in order.iter().filter_map(|phase| about.memory.get_key_value(*phase)) {
+        let mib = |x: Option<f64>| x.map_or_else(String::new, |x| format!("{x:.1}"));
+        rows.push(vec![phase.clone(), mib(memory.planned), mib(memory.measured)]);
+    }
+    format!(
+        "<section id=memory><h2>Memory by phase</h2><p class=say>Planned: the peak of the process by shapes, mapped files \
+         left out. Measured: the peak of the heap, known when the run ends.</p>{}</section>",
+        table(&rows)
+    )
+}
+
+fn machine(run: &RunFiles) -> String {
+    let Some(about) = &run.about else { return String::new() };
+    let mut rows = vec![["what", "value"].map(str::to_owned).to_vec()];
+    rows.push(vec!["program".into(), about.program.clone()]);
+    rows.extend(about.machine.iter().map(|(name, value)| vec![name.clone(), value.clone()]));
+    rows.extend(about.fingerprints.iter().map(|(name, digest)| vec![format!("fingerprint of {name}"), digest.clone()]));
+    format!("<section id=machine><h2>Machine and inputs</h2>{}</section>", table(&rows))
+}

@@ -1,0 +1,231 @@
+//! The page of a run: every stage leaves one, its curves hold the values of metrics.jsonl, it opens without a network, and
+//! files that are cut off, empty or newer are named in one line each.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::support::Place;
+
+fn page(path: &Path) -> String {
+    fs::read_to_string(path).unwrap()
+}
+
+/// The object that a command prints with `--json`.
+fn told(place: &Place, line: &str) -> Value {
+    let ran = place.run(&format!("{line} --json"));
+    assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap()
+}
+
+/// What the page's script reads.
+fn curves(page: &str) -> Value {
+    let begin = page.find("id=curves>").unwrap() + "id=curves>".len();
+    let end = begin + page[begin..].find("</script>").unwrap();
+    serde_json::from_str(&page[begin..end]).unwrap()
+}
+
+/// The values of a column as the page has them.
+fn column(page: &str, name: &str) -> Vec<(f64, Option<f64>)> {
+    let curves = curves(page);
+    let found = curves.as_object().unwrap().values().flat_map(|figure| figure["s"].as_array().unwrap());
+    let curve = found.into_iter().find(|curve| curve["n"] == name).unwrap_or_else(|| panic!("no curve {name}"));
+    curve["p"].as_array().unwrap().iter().map(|p| (p[0].as_f64().unwrap(), p[1].as_f64())).collect()
+}
+
+fn assert_self_contained(page: &str) {
+    for foreign in ["http://", "https://", "src=", "@import", "url("] {
+        let at = page.replace("http://www.w3.org/2000/svg", "").find(foreign);
+        assert!(at.is_none(), "{foreign} in the page");
+    }
+    assert!(page.len() < 2_000_000, "{} bytes", page.len());
+    assert_eq!(page.matches("<script").count(), 2, "the curves' values and the page's own script");
+}
+
+#[test]
+fn every_stage_leaves_a_page_whose_curves_are_its_metrics() {
+    let place = Place::new();
+    let stages = [
+        ("sft", "--set sft.num_train_epochs=2"),
+        ("reward", "--set data.path=pairs.jsonl --set reward.eval_steps=1"),
+        ("ppo", "--set data.path=prompts.jsonl --set ppo.save_samples=2 --set ppo.eval_every=1"),
+    ];
+    for (stage, more) in stages {
+        let ran = place.run(&format!("{stage} run.toml --out out/{stage} {more}"));
+        assert_eq!(ran.code, 0, "{stage}: {}", ran.stderr);
+        let page = page(&place.path(&format!("out/{stage}/report.html")));
+        assert_self_contained(&page);
+        assert!(page.contains("class=\"status good\">finished") && page.contains("Settings"), "{stage}");
+        let again = format!("fourfold {stage} run.toml --out out/{stage}");
+        assert!(page.contains(&again) && page.contains(&format!("{more} --resume")), "{stage}: the commands");
+        assert!(page.contains("fourfold merge --base base --adapter out/"), "{stage}: the commands");
+        assert!(page.contains("<h2>Memory by phase</h2>") && page.contains("fingerprint of base"), "{stage}");
+        // Every number of metrics.jsonl is a value of a curve.
+        let metrics = fs::read_to_string(place.path(&format!("out/{stage}/metrics.jsonl"))).unwrap();
+        let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        let counters = ["step", "epoch", "episode", "tokens", "time", "val/num_eos_tokens"];
+        let keys = lines[0].as_object().unwrap().iter().filter(|(_, value)| value.is_number());
+        let keys: Vec<&String> = keys.map(|(key, _)| key).collect();
+        for key in keys.into_iter().filter(|key| !counters.contains(&&key[..]) && !key.contains("win_rate_")) {
+            let want: Vec<_> = lines.iter().filter_map(|l| Some((l["step"].as_f64()?, l.get(key)?.as_f64()))).collect();
+            assert_eq!(column(&page, key), want, "{stage}: {key}");
+        }
+    }
+    let page = page(&place.path("out/ppo/report.html"));
+    for part in
+        ["Where the reward lands", "Held-out prompts through the run", "before training (SFT)", "after training"]
+    {
+        assert!(page.contains(part), "{part}");
+    }
+    assert!(page.contains("title=\"log-ratio ") && page.contains("Wins against SFT"));
+    let reward = place.path("out/reward/report.html");
+    assert!(fs::read_to_string(reward).unwrap().contains("Scores of chosen and rejected"));
+}
+
+#[test]
+fn two_runs_share_axes_and_what_differs_in_their_settings_is_a_table() {
+    let place = Place::new();
+    for (name, rate) in [("one", "1e-3"), ("two", "2e-3")] {
+        let ran = place.run(&format!("sft run.toml --out {name} --set sft.learning_rate={rate}"));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+    }
+    let found = told(&place, "report one two --out both.html");
+    assert_eq!((&found["report"], &found["runs"], &found["problems"]), (&json!("both.html"), &json!(2), &json!([])));
+    let page = page(&place.path("both.html"));
+    assert_self_contained(&page);
+    let curves = curves(&page);
+    let loss =
+        curves.as_object().unwrap().values().find(|figure| figure["s"][0]["p"].as_array().unwrap().len() > 1).unwrap();
+    assert_eq!((&loss["s"][0]["n"], &loss["s"][1]["n"]), (&json!("one"), &json!("two")));
+    for cell in ["sft.learning_rate", "0.001", "0.002"] {
+        assert!(page.contains(&format!("<td dir=auto>{cell}</td>")), "{cell}");
+    }
+    assert!(!page.contains("<td dir=auto>sft.per_device_train_batch_size</td>"), "what is equal is no row");
+}
+
+#[test]
+fn files_that_are_cut_off_empty_newer_or_missing_are_named_in_a_line_and_the_rest_is_shown() {
+    let place = Place::new();
+    let ran = place.run("sft run.toml --out out");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let metrics = place.path("out/metrics.jsonl");
+    let whole = fs::read_to_string(&metrics).unwrap();
+    let complains = |what: &str| {
+        let ran = place.run("report out");
+        assert_eq!(ran.code, 0, "{what}: {}", ran.stderr);
+        let lines: Vec<&str> = ran.stderr.lines().filter(|line| *line != "out/report.html").collect();
+        assert_eq!(lines.len(), 1, "{what}: {}", ran.stderr);
+        assert!(lines[0].contains(what), "{what}: {}", lines[0]);
+        assert!(page(&place.path("out/report.html")).contains("class=bad"), "{what} is on the page, too");
+    };
+    fs::write(&metrics, &whole[..whole.len() - 9]).unwrap();
+    complains("the last line is cut off");
+    let lines = whole.lines().count();
+    assert_eq!(column(&page(&place.path("out/report.html")), "loss").len(), lines - 1);
+    fs::write(&metrics, "").unwrap();
+    complains("no step of the run was logged");
+    fs::write(&metrics, whole.replacen('{', "[", 1)).unwrap();
+    complains("1 lines are no JSON objects, line 1 is the first");
+    fs::write(&metrics, whole.replace("\"step\"", "\"updates\"")).unwrap();
+    complains("lines have no stage and step, as a newer version");
+    fs::write(&metrics, &whole).unwrap();
+    let about = fs::read_to_string(place.path("out/about.json")).unwrap();
+    fs::write(place.path("out/about.json"), about.replace("\"format\": 1", "\"format\": 2")).unwrap();
+    complains("a newer version");
+    fs::write(place.path("out/about.json"), "{").unwrap();
+    complains("about.json");
+    for (folder, what) in [("base", "base holds no run"), ("nowhere", "no such folder")] {
+        let ran = place.run(&format!("report {folder}"));
+        assert!(ran.code == 2 && ran.stderr.contains(what), "{folder}: {} {}", ran.code, ran.stderr);
+    }
+}
+
+#[test]
+fn the_page_of_20_000_iterations_is_small_and_keeps_every_extreme() {
+    let place = Place::new();
+    let keys = [
+        "objective/scores",
+        "objective/kl",
+        "objective/kl_exact",
+        "objective/entropy",
+        "objective/rlhf_reward",
+        "objective/non_score_reward",
+        "policy/approxkl_avg",
+        "policy/clipfrac_avg",
+        "policy/entropy_avg",
+        "loss/policy_avg",
+        "loss/value_avg",
+        "val/clipfrac_avg",
+        "val/explained_variance",
+        "val/ratio",
+        "val/ratio_var",
+        "val/first_ratio",
+        "grad_norm/actor",
+        "grad_norm/critic",
+        "response_length",
+        "eval/score",
+        "eval/kl",
+        "eval/length",
+        "eval/ended",
+        "eval/distinct_1",
+        "eval/distinct_2",
+        "eval/win_rate",
+        "lr",
+        "critic_lr",
+        "seconds",
+        "tokens_per_second",
+        "unheard_of",
+    ];
+    let mut text = String::new();
+    for step in 1..=20_000u32 {
+        let mut line = json!({"stage": "ppo", "step": step, "time": 1.8e9 + f64::from(step)});
+        for (i, key) in keys.iter().enumerate() {
+            line[key] = (f64::from(step) * 0.001 * (i + 1) as f64).sin().into();
+        }
+        if step == 12_345 {
+            line["objective/kl"] = 77.125.into();
+        }
+        let histogram =
+            json!({"min": -1.0, "max": 1.0, "num": 64, "sum": 3.2, "sum_squares": 20.0, "counts": vec![3; 20]});
+        line["histogram/objective/scores"] = histogram;
+        text += &format!("{line}\n");
+    }
+    fs::create_dir(place.path("long")).unwrap();
+    place.write("long/metrics.jsonl", text);
+    let begun = std::time::Instant::now();
+    let found = told(&place, "report long");
+    println!("{} bytes in {:.2} s", found["bytes"], begun.elapsed().as_secs_f64());
+    let page = page(&place.path("long/report.html"));
+    assert_self_contained(&page);
+    assert!(column(&page, "objective/kl").contains(&(12_345.0, Some(77.125))), "the one spike");
+    assert_eq!(column(&page, "unheard_of").last().unwrap().0, 20_000.0);
+}
+
+#[test]
+fn texts_of_any_kind_are_shown_as_text() {
+    let place = Place::new();
+    let line = json!({"stage": "ppo", "step": 1, "</script><b>": 1.5, "objective/kl": null}).to_string();
+    fs::create_dir(place.path("odd")).unwrap();
+    place.write("odd/metrics.jsonl", format!("{line}\n"));
+    let sample = |prompt: &str| {
+        let tokens: Vec<&str> = prompt.split_inclusive(' ').collect();
+        let values = vec![0.5; tokens.len()];
+        let sample = json!({
+            "iteration": 1, "prompt": prompt, "response": prompt, "score": 1.0, "finish_reason": "stop", "tokens": tokens,
+            "log_ratio": values, "advantages": values,
+        });
+        format!("{sample}\n")
+    };
+    let texts = ["<script>alert(1)</script> </div>", "مرحبا بالعالم", "👩\u{200d}💻 🙂"];
+    place.write("odd/samples.jsonl", texts.map(sample).concat());
+    told(&place, "report odd");
+    let page = page(&place.path("odd/report.html"));
+    assert_self_contained(&page);
+    assert!(
+        page.contains("&lt;script&gt;alert(1)&lt;/script&gt;")
+            && page.contains("مرحبا")
+            && page.contains("👩\u{200d}💻")
+    );
+    assert_eq!(column(&page, "</script><b>"), [(1.0, Some(1.5))]);
+}
