@@ -24,6 +24,9 @@ pub struct Experience {
     pub advantages: Vec<Vec<f32>>,
     /// (B, R) returns: the critic's targets; empty without a critic.
     pub returns: Vec<Vec<f32>>,
+    /// Number of responses whose score `score_clip` clipped.
+    #[serde(default)]
+    pub clipped: usize,
 }
 
 /// The run's current scaling of KL and scores.
@@ -44,7 +47,7 @@ impl Experience {
     /// If a response is empty, or a value is NaN or infinite.
     pub fn of(rollout: Rollout, scale: Scale, config: &Ppo) -> Result<Self> {
         let shaping = shaping(scale.kl_coef, config);
-        let (mut kls, mut rewards) = (vec![], vec![]);
+        let (mut kls, mut rewards, mut clipped) = (vec![], vec![], 0);
         for (i, response) in rollout.responses.iter().enumerate() {
             let kl = match (rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
                 (Some(exact), _) => exact.clone(),
@@ -52,6 +55,7 @@ impl Experience {
             };
             let ending = if response.finish == FinishReason::Stop { Ending::Eos } else { Ending::Truncated };
             let score = (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation;
+            clipped += usize::from(score.abs() > shaping.score_clip);
             rewards.push(shape(&kl, score, ending, &shaping)?);
             kls.push(kl);
         }
@@ -66,7 +70,7 @@ impl Experience {
         if config.whiten_advantages() {
             over_all(&mut advantages, whiten);
         }
-        Ok(Self { rollout, kl: kls, advantages, returns })
+        Ok(Self { rollout, kl: kls, advantages, returns, clipped })
     }
 
     /// Mean KL per response, summed over its tokens, nats.
@@ -199,6 +203,7 @@ mod tests {
         // Rewards: [-0.25, 0.5 + 1], and [0, -0.5, 2 - 0.75]: 5 was clipped to 2, the truncated response pays 0.75.
         assert_eq!(found.returns, [vec![1.25, 1.5], vec![0.75, 0.75, 1.25]]);
         assert_eq!(found.advantages, [vec![1.0, 1.0], vec![0.75, -0.25, -0.75]]);
+        assert_eq!(found.clipped, 1, "5 is beyond the clip of 2, and 1 is not");
     }
 
     #[test]
@@ -272,6 +277,6 @@ mod tests {
         let config = Ppo { kl_estimator: KlEstimator::K3, score_clip: 0.0, kl_coef: 0.0, ..ppo() };
         let found = experience_of(&config);
         assert!(found.kl.concat().iter().all(|&kl| kl >= 0.0) && found.kl[0][1] > 0.0);
-        assert_eq!(found.returns[1], [5.0, 5.0, 5.0]);
+        assert_eq!((&found.returns[1][..], found.clipped), (&[5.0, 5.0, 5.0][..], 0));
     }
 }

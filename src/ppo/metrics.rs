@@ -32,6 +32,9 @@ pub fn iteration(
     put("objective/non_score_reward", -kl_coef * kl);
     put("objective/rlhf_reward", scores - kl_coef * kl);
     put("objective/scores", scores);
+    if run.config.score_clip().is_some() {
+        put("objective/score_clipfrac", mean(experience.clipped as f64));
+    }
     if update.exact_responses > 0 {
         put("objective/kl_exact", update.exact_kl / update.exact_responses as f64);
     }

@@ -20,6 +20,7 @@ use crate::model_files::peft::base_tables;
 use crate::ops::cpu;
 use crate::ops::weight::ComputeDtype;
 use crate::rng::derive;
+use crate::run::hints::{check_adapter_path, check_base_path};
 use crate::run::placement::{place, settle};
 use crate::train::settings;
 
@@ -45,6 +46,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of_section(base: &config::Base) -> Result<Self> {
+        check_base_path(&base.path)?;
         Self::of_opened(ModelFiles::open(&base.path)?, base)
     }
 
@@ -117,6 +119,7 @@ impl Model {
     /// # Errors
     /// If it does not, or was trained over other weights of the same shape.
     pub fn adapter(&self, path: &Path) -> Result<Adapter> {
+        check_adapter_path(path)?;
         let adapter = Adapter::load(path, self.base.shapes())?;
         self.check_tables(path, &adapter)?;
         match &adapter.provenance().base_fingerprint {

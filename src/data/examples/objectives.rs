@@ -248,12 +248,12 @@ fn truncate(
     let over = tokens.len().saturating_sub(data.max_length);
     if over > 0 {
         match data.truncation {
-            Truncation::Drop => return Ok(Outcome::too_long("max_length", data.max_length)),
+            Truncation::Drop => return Ok(Outcome::too_long("max_length", data.max_length, tokens.len())),
             Truncation::Left => {
                 // The last response must stay whole, with a token before it.
                 let (response, _) = encode(&segments[segments.len() - 1..], encoder)?;
                 if response.len() >= data.max_length {
-                    return Ok(Outcome::Drop(format!("with a response longer than max_length = {}", data.max_length)));
+                    return Ok(Outcome::response_too_long(data.max_length, response.len() + 1));
                 }
                 tokens.drain(..over);
                 mask.drain(..over);
@@ -271,7 +271,7 @@ fn truncate(
         *first = false; // no token precedes it
     }
     if !mask.contains(&true) {
-        return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {}", data.max_length)));
+        return Ok(Outcome::prompt_fills(data.max_length, data.max_length + over));
     }
     Ok(Outcome::keep(SftExample { tokens, loss_mask: mask }, over > 0))
 }
@@ -315,11 +315,11 @@ impl Objective for RankedExample {
         let over = (tokens.len() + longest).saturating_sub(limit);
         match data.truncation {
             _ if over == 0 => {}
-            Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
+            Truncation::Drop => return Ok(Outcome::too_long("max_length", limit, limit + over)),
             Truncation::Left if over < tokens.len() => drop(tokens.drain(..over)),
-            Truncation::Left => return Ok(Outcome::Drop(format!("with a response longer than max_length = {limit}"))),
+            Truncation::Left => return Ok(Outcome::response_too_long(limit, longest + 1)),
             Truncation::Right | Truncation::KeepEnd if tokens.len() >= limit => {
-                return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
+                return Ok(Outcome::prompt_fills(limit, limit + over));
             }
             Truncation::Right => encoded.iter_mut().for_each(|response| response.truncate(limit - tokens.len())),
             Truncation::KeepEnd => {
@@ -364,13 +364,11 @@ impl Objective for UnpairedExample {
             let over = (prompt.len() + response.len()).saturating_sub(limit);
             match data.truncation {
                 _ if over == 0 => {}
-                Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
+                Truncation::Drop => return Ok(Outcome::too_long("max_length", limit, limit + over)),
                 Truncation::Left if over < prompt.len() => drop(prompt.drain(..over)),
-                Truncation::Left => {
-                    return Ok(Outcome::Drop(format!("with a response longer than max_length = {limit}")));
-                }
+                Truncation::Left => return Ok(Outcome::response_too_long(limit, response.len() + 1)),
                 Truncation::Right | Truncation::KeepEnd if prompt.len() >= limit => {
-                    return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
+                    return Ok(Outcome::prompt_fills(limit, limit + over));
                 }
                 Truncation::Right => response.truncate(limit - prompt.len()),
                 Truncation::KeepEnd => {
@@ -433,7 +431,7 @@ impl Objective for PromptExample {
             }
         };
         if tokens.len() > data.max_prompt_length {
-            return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
+            return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length, tokens.len()));
         }
         let answer = match record {
             Record::PromptCompletion { completion: Text::Verbatim(text), .. } => Some(text.trim().to_owned()),
