@@ -129,10 +129,10 @@ fn weighted(text: &str) -> Result<(PathBuf, f64)> {
     let Some((dir, weight)) = text.rsplit_once('=').filter(|_| !Path::new(text).exists()) else {
         return Ok((text.into(), 1.0));
     };
-    match weight.parse() {
-        Ok(number) if f64::is_finite(number) => Ok((dir.into(), number)),
-        _ => Err(invalid!("--adapter {text}: the weight {weight:?} is no number; write DIR=0.5, or DIR alone for 1")),
-    }
+    let number = weight.parse();
+    let number =
+        number.map_err(|_| invalid!("--adapter {text}: {weight} is no number; write DIR=0.5, or DIR alone for 1"))?;
+    Ok((dir.into(), number))
 }
 
 /// The name that the format gives its file: a GGUF file ends in `.gguf`.

@@ -104,12 +104,17 @@ fn config(args: &Arguments) -> Result<Config> {
         (None, base) => {
             // JSON's string is TOML's; and PPO's section has to name a reward model, which need not be there.
             let path = base.as_deref().unwrap_or(Path::new("")).display().to_string();
-            let mut set = vec![format!("base.path={}", serde_json::to_string(&path)?)];
+            // Lengths may be set without data.
+            let placeholder = "data.path=[\"none\"]".to_owned();
+            let mut set = vec![format!("base.path={}", serde_json::to_string(&path)?), placeholder];
             if args.phase == Some(data::Stage::Ppo) {
                 set.push("ppo.reward_adapter=runs/reward/adapter".into());
             }
             set.extend(args.set.iter().cloned());
-            config::from_defaults(&set)
+            let mut config = config::from_defaults(&set)?;
+            let is_placeholder = |data: &&mut config::Data| data.path.as_slice() == [Path::new("none")];
+            config.data.as_mut().filter(is_placeholder).into_iter().for_each(|data| data.path = Default::default());
+            Ok(config)
         }
     }
 }

@@ -260,7 +260,8 @@ fn score_goes_record_by_record_with_what_it_cuts_and_skips() {
     p.train_sft_and_reward();
     let pairs = fs::read_to_string(p.path("pairs.jsonl")).unwrap();
     let lines: Vec<&str> = pairs.lines().collect();
-    let long = json!({"prompt": format!("{} end", "word ".repeat(60)), "chosen": " Yes.", "rejected": " No."});
+    let prompt = format!("\n\nHuman: {}?\n\nAssistant:", "word ".repeat(60));
+    let long = json!({"prompt": prompt, "chosen": " Yes.", "rejected": " No."});
     p.write("mixed.jsonl", [lines[0], "{\"question\": 1}", &long.to_string(), lines[1]].join("\n"));
     let whole = p.words("score --base base --adapter out/reward/adapter --data pairs.jsonl");
     let score =
@@ -326,13 +327,15 @@ fn a_finished_run_is_replaced_only_when_that_is_asked_for() {
             assert!(says.iter().all(|say| ran.stderr.contains(say)), "{other}: {}", ran.stderr);
         }
         assert_eq!(state(), before, "{stage} was touched");
-        // The same run is finished: --resume says so. Another has no checkpoint to go on from.
+        // The same run is finished: --resume says so. Another has no checkpoint to go on from (PPO keeps its last state).
         let ran = p.run(&format!("{line} --resume"));
         assert!(ran.code == 0 && ran.stderr.contains("nothing to resume"), "{}", ran.stderr);
-        let ran = p.run(&format!("{line} --set seed=1 --resume"));
-        assert!(ran.code == 2 && ran.stderr.contains("--from-start"), "{}", ran.stderr);
-        let ran = p.run(&format!("{line} --set seed=1 --resume --from-start"));
-        assert!(ran.code == 2 && ran.stderr.contains("--overwrite"), "{}", ran.stderr);
+        if stage != "ppo" {
+            let ran = p.run(&format!("{line} --set seed=1 --resume"));
+            assert!(ran.code == 2 && ran.stderr.contains("--from-start"), "{}", ran.stderr);
+            let ran = p.run(&format!("{line} --set seed=1 --resume --from-start"));
+            assert!(ran.code == 2 && ran.stderr.contains("--overwrite"), "{}", ran.stderr);
+        }
         assert_eq!(state(), before, "{stage} was touched");
     }
     let line = "sft run.toml --out out/sft --set seed=1 --overwrite";

@@ -4,6 +4,7 @@
 mod bad_input;
 mod cli_contract;
 mod errors;
+mod guidance;
 mod options;
 #[path = "../support/mod.rs"]
 mod support;

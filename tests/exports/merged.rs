@@ -211,7 +211,7 @@ fn every_export_is_verified_and_its_card_says_how_close_it_came() {
             100.0 * told["greedy_agreement"].as_f64().unwrap()
         );
         assert!(card.contains(&row) && card.contains("fingerprint") && told["positions"].as_u64() > Some(30), "{card}");
-        for left in ["new", "new.md"] {
+        for left in ["new", "new.gguf", "new.md"] {
             let path = p.path(left);
             if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.ok();
         }
