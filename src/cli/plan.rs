@@ -112,8 +112,9 @@ fn config(args: &Arguments) -> Result<Config> {
             }
             set.extend(args.set.iter().cloned());
             let mut config = config::from_defaults(&set)?;
-            let is_placeholder = |data: &&mut config::Data| data.path.as_slice() == [Path::new("none")];
-            config.data.as_mut().filter(is_placeholder).into_iter().for_each(|data| data.path = Default::default());
+            if let Some(data) = config.data.as_mut().filter(|data| data.path.as_slice() == [Path::new("none")]) {
+                data.path = config::Paths::default();
+            }
             Ok(config)
         }
     }

@@ -8,3 +8,5 @@ mod guidance;
 mod options;
 #[path = "../support/mod.rs"]
 mod support;
+#[cfg(unix)]
+mod terminal;
