@@ -128,6 +128,8 @@ struct Dialogue<'m> {
     sampling: SamplingParams,
     messages: Vec<Message>,
     raw: bool,
+    /// Prints nothing, for tests.
+    quiet: bool,
     seed: u64,
     turns: u64,
 }
@@ -165,7 +167,7 @@ impl Dialogue<'_> {
     fn respond(&mut self, text: &str, stop: &AtomicBool) -> Result<String> {
         let tokenizer = self.model.checkpoint.tokenizer();
         let ids = encode(self.model, &self.messages, self.raw.then_some(text))?;
-        let mut printer = Printer::new(tokenizer, false);
+        let mut printer = Printer::new(tokenizer, self.quiet);
         let (began, seed) = (Instant::now(), self.seed.wrapping_add(self.turns));
         let found = response((self.model, self.adapter), &ids, seed, &self.sampling, &mut printer, stop)?;
         printer.finish()?;
@@ -208,6 +210,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
         sampling: args.how.sampling(model.checkpoint.tokenizer().eos_ids())?,
         messages: args.system.iter().map(|text| Message::new("system", text)).collect(),
         raw: args.raw,
+        quiet: false,
         seed: args.how.seed,
         turns: 0,
     };
@@ -281,8 +284,16 @@ mod tests {
     fn a_response_that_is_stopped_stays_in_the_dialogue_and_the_next_one_is_whole() {
         let model = Model::of(embedded().unwrap()).unwrap();
         let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 12, stop: vec![] };
-        let mut dialogue =
-            Dialogue { model: &model, adapter: None, sampling, messages: vec![], raw: false, seed: 0, turns: 0 };
+        let mut dialogue = Dialogue {
+            model: &model,
+            adapter: None,
+            sampling,
+            messages: vec![],
+            raw: false,
+            quiet: true,
+            seed: 0,
+            turns: 0,
+        };
         let words = |dialogue: &Dialogue<'_>| {
             let last = &dialogue.messages.last().unwrap().content;
             model.checkpoint.tokenizer().encode(last, crate::tokenizer::SpecialTokens::None).unwrap().len()

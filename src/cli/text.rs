@@ -155,6 +155,9 @@ impl<'t> Printer<'t> {
     }
 
     pub(super) fn finish(self) -> Result<()> {
+        if self.quiet {
+            return Ok(());
+        }
         super::say(&format!("{}\n", self.stream.finish()?))
     }
 }

@@ -110,7 +110,10 @@ fn keys_are_printed_by_section_and_by_name() {
     let keys = all["keys"].as_array().unwrap();
     assert!(keys.len() > 180, "{}", keys.len());
     let kl = keys.iter().find(|key| key["section"] == "ppo" && key["key"] == "kl_coef").unwrap();
-    assert_eq!((&kl["default"], &kl["unit"], &kl["type"]), (&json!("0.05"), &json!("reward per nat"), &json!("number")));
+    assert_eq!(
+        (&kl["default"], &kl["unit"], &kl["type"]),
+        (&json!("0.05"), &json!("reward per nat"), &json!("number"))
+    );
     let text = p.run("keys data").stdout;
     assert!(text.starts_with("[data]\n") && text.contains("\n[data.columns]\n") && text.contains("max_length = 512"));
     assert!(!text.contains("kl_coef"));

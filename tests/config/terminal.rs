@@ -15,6 +15,8 @@ struct Terminal {
     child: Child,
     keys: File,
     shown: Receiver<Vec<u8>>,
+    /// What was shown behind the text that was last waited for.
+    rest: String,
 }
 
 impl Terminal {
@@ -49,7 +51,7 @@ impl Terminal {
                 }
             }
         });
-        Self { child, keys: master, shown }
+        Self { child, keys: master, shown, rest: String::new() }
     }
 
     fn press(&mut self, keys: &str) {
@@ -57,9 +59,13 @@ impl Terminal {
     }
 
     /// What is shown until `text` is.
-    fn until(&self, text: &str) -> String {
-        let (begun, mut seen) = (Instant::now(), String::new());
-        while !seen.contains(text) {
+    fn until(&mut self, text: &str) -> String {
+        let (begun, mut seen) = (Instant::now(), std::mem::take(&mut self.rest));
+        loop {
+            if let Some(at) = seen.find(text) {
+                self.rest = seen.split_off(at + text.len());
+                return seen;
+            }
             let left = Duration::from_secs(60).checked_sub(begun.elapsed());
             let left = left.unwrap_or_else(|| panic!("{text:?} did not come: {seen}"));
             match self.shown.recv_timeout(left) {
@@ -67,7 +73,6 @@ impl Terminal {
                 Err(error) => panic!("{text:?} did not come ({error}): {seen}"),
             }
         }
-        seen
     }
 }
 
