@@ -10,6 +10,8 @@ use fourfold::run::Model;
 use fourfold::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
 use serde::Deserialize;
 
+use crate::real_files::{gemma3, smollm2};
+
 #[derive(Deserialize)]
 struct Golden {
     smollm2: Article,
