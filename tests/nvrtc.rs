@@ -1,8 +1,7 @@
 //! The kernels' texts compiled by NVRTC for the architectures of today's cards, without a card: what only the card's compiler
 //! refuses, registers spilled to memory, and the cache of compiled kernels.
 //!
-//! Without NVRTC these tests do nothing, unless `FOURFOLD_REQUIRE_NVRTC` is 1, as CI sets it. With `-- --nocapture` every
-//! kernel's registers are printed.
+//! They need NVRTC and run with `-- --ignored`, as in CI. With `--nocapture` every kernel's registers are printed.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -10,20 +9,11 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use fourfold::device::cuda::libraries::{Finder, Library, MAJORS};
 use fourfold::device::cuda::nvrtc;
 use fourfold::device::kernels;
 use tempfile::TempDir;
 
 const ARCHITECTURES: [&str; 5] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"];
-
-fn has_nvrtc() -> bool {
-    let Err(missing) = Finder::real().open(Library::Nvrtc, &MAJORS) else { return true };
-    let required = std::env::var_os("FOURFOLD_REQUIRE_NVRTC").is_some_and(|value| value == "1");
-    assert!(!required, "FOURFOLD_REQUIRE_NVRTC is 1: {missing:#}");
-    eprintln!("tests with NVRTC are skipped: {missing:#}");
-    false
-}
 
 /// What the assembler reports of one kernel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -54,10 +44,8 @@ fn uses(log: &str) -> BTreeMap<String, Use> {
 }
 
 #[test]
+#[ignore = "needs NVRTC: pip install nvidia-cuda-nvrtc in a virtual environment; cargo test --release --test nvrtc -- --ignored"]
 fn all_kernels_compile_for_every_architecture_without_spilled_registers() {
-    if !has_nvrtc() {
-        return;
-    }
     let parts = kernels::parts();
     let jobs: Vec<(&str, &String)> =
         ARCHITECTURES.iter().flat_map(|&arch| parts.iter().map(move |t| (arch, t))).collect();
@@ -94,10 +82,8 @@ fn all_kernels_compile_for_every_architecture_without_spilled_registers() {
 const SMALL: &str = "struct One { float* y; };\nKERNEL(one, One, 32) { store(a.y, 1.f); }";
 
 #[test]
+#[ignore = "needs NVRTC: pip install nvidia-cuda-nvrtc in a virtual environment; cargo test --release --test nvrtc -- --ignored"]
 fn compiled_kernels_are_cached_and_damage_is_found() {
-    if !has_nvrtc() {
-        return;
-    }
     let (cache, text) = (TempDir::new().unwrap(), kernels::with_prelude(SMALL));
     for arch in ["sm_75", "sm_80", "sm_120", "compute_90"] {
         let compile = || nvrtc::compiled(&text, arch, Some(cache.path())).unwrap();

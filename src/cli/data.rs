@@ -19,6 +19,7 @@ use crate::data::stream::cache::Stored;
 use crate::host::peak_rss_bytes;
 use crate::invalid;
 use crate::model_files::ModelFiles;
+use crate::run::{check_base_path, data_warnings};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -55,6 +56,7 @@ pub(super) fn show(args: &Show) -> Result<()> {
         None => only_stage(&config)?,
     };
     let base = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+    check_base_path(&base.path)?;
     let checkpoint = ModelFiles::open(&base.path)?;
     let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args };
     match stage {
@@ -138,6 +140,7 @@ impl Look<'_> {
         let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
         lengths.sort_unstable();
         let report = &found.report;
+        let warnings = data_warnings(report, self.config.data()?, found.train.len(), found.held_out.len());
         let mut samples = vec![];
         for row in 0..self.args.head.min(found.train.len()) {
             samples.push(self.sample(&pieces(&*found.train.get(row)?))?);
@@ -161,6 +164,7 @@ impl Look<'_> {
                 "dropped": report.dropped,
                 "first_bad": report.first_bad,
                 "remarks": report.remarks,
+                "warnings": warnings,
                 "train": found.train.len(),
                 "held_out": found.held_out.len(),
                 "tokens": {
@@ -177,7 +181,9 @@ impl Look<'_> {
             }));
         }
         let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-        super::say(&text(stage, &found, &lengths, &samples, colour))
+        super::say(&text(stage, &found, &lengths, &samples, colour))?;
+        warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        Ok(())
     }
 
     fn sample(&self, sequences: &Pieces<'_>) -> Result<Vec<Vec<Piece>>> {

@@ -121,26 +121,52 @@ const COMPARED_ON: [&str; 4] = [
     "La réponse à cette question est simple : 東京は日本の",
 ];
 
-/// DIR=WEIGHT, where WEIGHT is a number and no such directory is there; else DIR with a weight of 1.
-fn weighted(text: &str) -> (PathBuf, f64) {
-    match text.rsplit_once('=') {
-        Some((dir, weight)) if !Path::new(text).exists() => match weight.parse() {
-            Ok(weight) => (dir.into(), weight),
-            Err(_) => (text.into(), 1.0),
-        },
-        _ => (text.into(), 1.0),
+/// DIR=WEIGHT; DIR alone, or where a directory of the whole name is there, has a weight of 1.
+///
+/// # Errors
+/// If WEIGHT is no number.
+fn weighted(text: &str) -> Result<(PathBuf, f64)> {
+    let Some((dir, weight)) = text.rsplit_once('=').filter(|_| !Path::new(text).exists()) else {
+        return Ok((text.into(), 1.0));
+    };
+    let number = weight.parse();
+    let number =
+        number.map_err(|_| invalid!("--adapter {text}: {weight} is no number; write DIR=0.5, or DIR alone for 1"))?;
+    Ok((dir.into(), number))
+}
+
+/// The name that the format gives its file: a GGUF file ends in `.gguf`.
+///
+/// # Errors
+/// If the name is a GGUF file's and the format writes a folder.
+fn named(out: &Path, format: Format) -> Result<PathBuf> {
+    let is_file = matches!(format, Format::Gguf | Format::GgufLora);
+    match (is_file, out.extension().is_some_and(|ending| ending == "gguf")) {
+        (true, false) => {
+            let mut name = out.as_os_str().to_owned();
+            name.push(".gguf");
+            eprintln!("the file is {}: programs know GGUF by its ending", Path::new(&name).display());
+            Ok(name.into())
+        }
+        (false, true) => Err(invalid!(
+            "--out {} is the name of a GGUF file, and --format {} writes a folder; add --format gguf, or name a folder",
+            out.display(),
+            format.to_possible_value().map(|v| v.get_name().to_string()).unwrap_or_default()
+        )),
+        _ => Ok(out.to_owned()),
     }
 }
 
-pub(super) fn merge(args: &Merge) -> Result<()> {
+pub(super) fn merge(args: Merge) -> Result<()> {
+    let args = &Merge { out: named(&args.out, args.format)?, ..args };
+    let weights: Vec<(PathBuf, f64)> = args.adapter.iter().map(|text| weighted(text)).collect::<Result<_>>()?;
     // Rounded products would hide rounded weights.
     let exact = Some(ComputeDtype::F32);
     let model = Model::of_section(&Base { device: args.on.device, compute_dtype: exact, ..Base::at(&args.base) })?;
-    let named: Vec<(PathBuf, f64)> = args.adapter.iter().map(|text| weighted(text)).collect();
-    let opened = named.iter().map(|(path, _)| model.adapter(path)).collect::<Result<Vec<_>>>()?;
-    let adapter = match (&opened[..], &named[..]) {
+    let opened = weights.iter().map(|(path, _)| model.adapter(path)).collect::<Result<Vec<_>>>()?;
+    let adapter = match (&opened[..], &weights[..]) {
         ([one], [(_, 1.0)]) => one.clone(),
-        _ => combine(&opened.iter().zip(&named).map(|(a, (_, weight))| (a, *weight)).collect::<Vec<_>>())?,
+        _ => combine(&opened.iter().zip(&weights).map(|(a, (_, weight))| (a, *weight)).collect::<Vec<_>>())?,
     };
     let tokenizer = model.checkpoint.tokenizer();
     let prompts = COMPARED_ON
@@ -151,7 +177,7 @@ pub(super) fn merge(args: &Merge) -> Result<()> {
             Ok(ids)
         })
         .collect::<Result<Vec<_>>>()?;
-    let about = about(&named);
+    let about = about(&weights);
     let source =
         Source { files: &model.checkpoint, base: &model.base, adapter: &adapter, prompts: &prompts, about: &about };
     let dtype = args.dtype.unwrap_or(Type::Bf16);

@@ -2,12 +2,16 @@
 //! generated text and a table that were asked for.
 
 mod bench;
+mod chat;
 mod data;
 mod doctor;
+mod keys;
 mod merge;
+mod misplaced;
 mod plan;
 mod probe;
 mod report;
+mod score;
 mod text;
 
 use std::io::{BufWriter, Write};
@@ -62,16 +66,19 @@ enum Command {
     /// Generates a response to one prompt.
     Generate(text::Generate),
     /// A dialogue with a model in the terminal.
-    Chat(text::Chat),
-    /// Rewards of the responses in a data file, and the accuracy over its pairs.
-    Score(probe::Score),
+    Chat(chat::Chat),
+    /// Rewards of the responses in a data file, record by record, and the accuracy over its comparisons.
+    Score(score::Score),
     /// Log-probabilities of given token ids.
     Logprobs(probe::Logprobs),
     /// The page of a run, or of several runs side by side, from the files in their folders.
     Report(report::Report),
     /// What a model, an adapter or a GGUF file holds.
+    /// Every key of a config: meaning, default, unit, range, values.
+    Keys(keys::Keys),
+    /// What a model, an adapter, a GGUF file or the folder of a run holds.
     Inspect {
-        /// A model directory, an adapter directory or a .gguf file.
+        /// A model directory, an adapter directory, a .gguf file or the folder of a run.
         path: PathBuf,
         /// One JSON object on stdout.
         #[arg(long)]
@@ -98,6 +105,9 @@ struct Quickstart {
     seed: u64,
     #[command(flatten)]
     on: OnDevice,
+    /// Replaces a quickstart of another seed or machine in the folder; the same one is simply made again.
+    #[arg(long)]
+    overwrite: bool,
     /// One JSON object on stdout instead of the table.
     #[arg(long)]
     json: bool,
@@ -121,7 +131,10 @@ struct Training {
     /// Resumes although settings changed that change the mathematics.
     #[arg(long, requires = "resume")]
     force: bool,
-    /// Starts anew although the folder holds an unfinished run, whose files are removed.
+    /// With --resume: begins at step 0 where the folder has no checkpoint.
+    #[arg(long, requires = "resume")]
+    from_start: bool,
+    /// Starts anew although the folder holds a run, finished or not, whose files are removed.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
     /// One JSON object on stdout.
@@ -134,8 +147,12 @@ struct Training {
 /// # Errors
 /// What the command returns; `error::exit_code` says what it means.
 pub fn run() -> Result<()> {
-    match Cli::parse().command {
+    let parsed = Cli::try_parse().unwrap_or_else(|error| misplaced::exit(&error, std::env::args().skip(1)));
+    match parsed.command {
         Command::Quickstart(args) => {
+            if !args.overwrite {
+                quickstart::check_free(&args.out, args.seed, args.on.device)?;
+            }
             let outcome = quickstart::run_on(&args.out, args.seed, args.on.device)?;
             match args.json {
                 true => print_json(&outcome.to_json()),
@@ -151,13 +168,17 @@ pub fn run() -> Result<()> {
         Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => bench::run(&args),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Merge(args) => merge::merge(&args),
+        Command::Merge(args) => merge::merge(args),
         Command::Generate(args) => text::generate(&args),
-        Command::Chat(args) => text::chat(&args),
-        Command::Score(args) => probe::score(&args),
+        Command::Chat(args) => chat::chat(&args),
+        Command::Score(args) => score::score(&args),
         Command::Logprobs(args) => probe::logprobs(&args),
         Command::Report(args) => report::report(&args),
+        Command::Keys(args) => keys::run(&args),
         Command::Inspect { path, json } => {
+            if let Some(run) = run::describe(&path)? {
+                return if json { print_json(&run) } else { say(&inspect::render(&run)) };
+            }
             let mut found = inspect::inspect(&path)?;
             let selected = select(DeviceChoice::Auto)?;
             let why = selected.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
@@ -191,6 +212,7 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
     let launch = RunOptions {
         resume: args.resume.clone(),
         force: args.force,
+        from_start: args.from_start,
         overwrite: args.overwrite,
         command: run::resuming_command(std::env::args()),
     };

@@ -40,12 +40,17 @@ use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{StageShape, Work};
+use crate::run::check_base_path;
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
 pub(super) struct Arguments {
-    /// The TOML file of a stage.
-    config: PathBuf,
+    /// The TOML file of a stage; or --base and --phase, for the defaults of a stage.
+    #[arg(required_unless_present = "base")]
+    config: Option<PathBuf>,
+    /// Instead of a file: a model directory, a .gguf file or a config.json.
+    #[arg(long, conflicts_with = "config", requires = "phase")]
+    base: Option<PathBuf>,
     /// For which stage; else the one whose section the file has.
     #[arg(long, value_enum)]
     phase: Option<data::Stage>,
@@ -65,7 +70,7 @@ pub(super) struct Arguments {
 }
 
 pub(super) fn run(args: &Arguments) -> Result<()> {
-    let config = config::load(&args.config, &args.set)?.on(args.device);
+    let config = config(args)?.on(args.device);
     let stage = match args.phase {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
@@ -83,8 +88,36 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let fits = plan.fits(budget, None);
     let change = if fits { None } else { plan::smallest_change(stage, &config, budget, &shapes)? };
     let choices = plan::choices(stage, &config, &shapes)?;
-    let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices };
+    let kto = source.kto_lengths(&config)?;
+    let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices, kto };
     if args.json { print_json(&shown.json()) } else { say(&shown.table()) }
+}
+
+/// The config of a file, or the defaults over a base.
+fn config(args: &Arguments) -> Result<Config> {
+    match (&args.config, &args.base) {
+        (Some(file), _) => config::load(file, &args.set).map_err(|error| {
+            let is_model = file.is_dir() || file.extension().is_some_and(|ending| ending == "gguf");
+            let hint = || invalid!("plan wants a config, or --base {} with --phase sft, reward, …", file.display());
+            if is_model { hint().context(error.to_string()) } else { error }
+        }),
+        (None, base) => {
+            // JSON's string is TOML's; and PPO's section has to name a reward model, which need not be there.
+            let path = base.as_deref().unwrap_or(Path::new("")).display().to_string();
+            // Lengths may be set without data.
+            let placeholder = "data.path=[\"none\"]".to_owned();
+            let mut set = vec![format!("base.path={}", serde_json::to_string(&path)?), placeholder];
+            if args.phase == Some(data::Stage::Ppo) {
+                set.push("ppo.reward_adapter=runs/reward/adapter".into());
+            }
+            set.extend(args.set.iter().cloned());
+            let mut config = config::from_defaults(&set)?;
+            if let Some(data) = config.data.as_mut().filter(|data| data.path.as_slice() == [Path::new("none")]) {
+                data.path = config::Paths::default();
+            }
+            Ok(config)
+        }
+    }
 }
 
 /// The examples, if there are any.
@@ -168,6 +201,7 @@ struct Source {
 impl Source {
     fn open(stage: Stage, config: &Config) -> Result<Self> {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
+        check_base_path(&section.path)?;
         let policy = Headers::open(&section.path)?;
         let other = config.reward_base.as_ref().filter(|base| stage == Stage::Ppo && **base != config.base);
         let scorer = other.map(|base| Headers::open(&base.path)).transpose()?;
@@ -272,6 +306,14 @@ impl Source {
         }
     }
 
+    /// KTO's longest sequence, and its longest prompt with another's response.
+    fn kto_lengths(&self, config: &Config) -> Result<Option<(usize, usize)>> {
+        match &self.data {
+            Data::Judged(data) => Ok(Some(passes::kto_lengths(config, &data.train.to_vec()?))),
+            _ => Ok(None),
+        }
+    }
+
     /// How many examples the lengths are of.
     fn examples(&self) -> Option<usize> {
         fn of<T: crate::data::examples::Example>(train: &Subset<T>) -> Option<usize> {
@@ -313,6 +355,8 @@ struct Shown<'s> {
     fits: bool,
     change: Option<(Change, Plan)>,
     choices: Vec<(Change, Plan)>,
+    /// KTO's longest sequence, and its longest prompt with another's response.
+    kto: Option<(usize, usize)>,
 }
 
 /// Bytes of each category, of all, and of what cannot be dropped, in JSON.
@@ -352,6 +396,7 @@ impl Shown<'_> {
             "checkpoint": self.plan.checkpoint.name(),
             "micro_batch_size": self.micro_batch(),
             "lengths": if self.source.examples().is_some() { "data" } else { "longest" },
+            "kto": self.kto.map(|(own, mismatched)| json!({"longest": own, "longest_mismatched": mismatched})),
             "phases": ran.map(|(phase, bytes)| (phase.name().to_owned(), classes(bytes))).collect::<serde_json::Map<_, _>>(),
             "peak": {"phase": phase.name(), "own": peak.own(), "total": peak.total()},
             "room": self.budget.map(|budget| budget.room),
@@ -393,6 +438,12 @@ impl Shown<'_> {
             self.plan.checkpoint.name(),
             self.micro_batch()
         );
+        if let Some((own, mismatched)) = self.kto {
+            let _ = writeln!(
+                out,
+                "longest sequence {own} tokens, longest prompt with another's response (the KL term) {mismatched}\n"
+            );
+        }
         let shown: Vec<MemoryCategory> =
             MemoryCategory::ALL.into_iter().filter(|&c| self.plan.phases.iter().any(|(_, b)| b.of(c) > 0)).collect();
         let head: Vec<Cow<'_, str>> =

@@ -1,85 +1,17 @@
-//! `score` and `logprobs`: rewards and log-probabilities of given text. Neither trains a model.
+//! `logprobs`: log-probabilities of given token ids. It does not depend on any stage.
 
 use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use clap::Args;
 use serde::Serialize;
-use serde_json::json;
 
 use super::text::Weights;
-use crate::config::{Data, OnBadRecord, Paths, Truncation};
-use crate::data;
-use crate::data::ModelEncoder;
-use crate::data::examples::objectives::ranked_examples;
 use crate::data::stream::ids;
 use crate::invalid;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;
-use crate::report::number;
-use crate::reward::train as reward;
-use crate::run::Model;
-
-#[derive(Args)]
-pub(super) struct Score {
-    /// Model directory or .gguf file.
-    #[arg(long)]
-    base: PathBuf,
-    /// Reward adapter directory.
-    #[arg(long)]
-    adapter: PathBuf,
-    /// Records with ranked responses: chosen and rejected, or responses best first.
-    #[arg(long)]
-    data: PathBuf,
-    /// Longer sequences are left out and counted.
-    #[arg(long, default_value_t = 1024)]
-    max_length: usize,
-    #[command(flatten)]
-    on: super::OnDevice,
-    /// One JSON object on stdout.
-    #[arg(long)]
-    json: bool,
-}
-
-pub(super) fn score(args: &Score) -> Result<()> {
-    let model = Model::open_on(&args.base, args.on.device)?;
-    let adapter = model.adapter(&args.adapter)?;
-    let data = Data {
-        path: Paths::One(args.data.clone()),
-        max_length: args.max_length,
-        truncation: Truncation::Drop,
-        on_bad_record: OnBadRecord::Error,
-        ..Data::default()
-    };
-    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
-    let given = || format!("{} with --max-length {}", args.data.display(), args.max_length);
-    let entries = data::load(&data)?.entries;
-    let (examples, report) = ranked_examples(&entries, &encoder, &data).with_context(given)?;
-    if examples.is_empty() {
-        return Err(invalid!("{}: no record can be scored ({report})", args.data.display()));
-    }
-    let named = || args.adapter.display().to_string();
-    let scores = reward::scores(&model.base, &adapter, &examples).with_context(named)?;
-    let summary = reward::summarise(&scores)?;
-    if args.json {
-        super::print_json(&json!({
-            "scores": scores,
-            "accuracy": number(summary.accuracy),
-            "mean_chosen_score": number(summary.mean_chosen),
-            "mean_rejected_score": number(summary.mean_rejected),
-            "pairs": summary.pairs,
-            "records": report.read,
-            "dropped": report.read - examples.len(),
-        }))
-    } else {
-        eprintln!("data: {report}");
-        super::say(&format!(
-            "accuracy {:.3} over {} pairs; mean score of the best responses {:.3}, of the others {:.3}\n",
-            summary.accuracy, summary.pairs, summary.mean_chosen, summary.mean_rejected
-        ))
-    }
-}
 
 #[derive(Args)]
 pub(super) struct Logprobs {

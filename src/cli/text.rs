@@ -1,7 +1,8 @@
-//! `generate` and `chat`: text in, text out. It does not depend on any stage.
+//! `generate`: text in, text out, and what it shares with `chat`. It does not depend on any stage. Read `chat.rs` next.
 
-use std::io::{BufRead, IsTerminal};
+use std::ops::ControlFlow;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result};
 use clap::Args;
@@ -13,7 +14,7 @@ use crate::model::generate::{Response, SamplingParams, generate as sample};
 use crate::model::roles::Policy;
 use crate::run::Model;
 use crate::tokenizer::chat_template::{GenerationPrompt, Message};
-use crate::tokenizer::{SpecialTokens, TextStream};
+use crate::tokenizer::{SpecialTokens, TextStream, Tokenizer};
 
 #[derive(Args)]
 pub(super) struct Weights {
@@ -36,7 +37,7 @@ impl Weights {
 }
 
 #[derive(Args)]
-struct How {
+pub(super) struct How {
     /// At most this many tokens.
     #[arg(long, default_value_t = 128)]
     max_new_tokens: usize,
@@ -51,11 +52,11 @@ struct How {
     top_p: f64,
     /// Seed of the draws.
     #[arg(long, default_value_t = 0)]
-    seed: u64,
+    pub(super) seed: u64,
 }
 
 impl How {
-    fn sampling(&self, stop: &[u32]) -> Result<SamplingParams> {
+    pub(super) fn sampling(&self, stop: &[u32]) -> Result<SamplingParams> {
         if !(self.temperature >= 0.0 && self.temperature.is_finite()) {
             return Err(invalid!("--temperature = {} must be 0 or a positive number", self.temperature));
         }
@@ -94,7 +95,7 @@ pub(super) struct Generate {
 
 /// Ids of a prompt: through the template where there is one and the text is not raw. Other text gets what the tokenizer puts
 /// before a text, and nothing behind it, since the response follows there.
-fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<u32>> {
+pub(super) fn encode(model: &Model, messages: &[Message], raw: Option<&str>) -> Result<Vec<u32>> {
     let tokenizer = model.checkpoint.tokenizer();
     let plain = |text: &str| {
         Ok::<_, anyhow::Error>([tokenizer.front(), &tokenizer.encode(text, SpecialTokens::None)?].concat())
@@ -123,8 +124,9 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
     let sampling = args.how.sampling(&ends)?;
     let raw = args.raw.then_some(args.prompt.as_str());
     let ids = encode(&model, &[Message::new("user", &args.prompt)], raw)?;
-    let mut printer = Printer { stream: tokenizer.stream(), stop: &ends, quiet: args.json };
-    let response = response(&model, adapter.as_ref(), &ids, args.how.seed, &sampling, &mut printer)?;
+    let mut printer = Printer::new(tokenizer, &ends, args.json);
+    let never = AtomicBool::new(false);
+    let response = response((&model, adapter.as_ref()), &ids, args.how.seed, &sampling, &mut printer, &never)?;
     if args.json {
         super::print_json(&json!({
             "text": tokenizer.decode(&response.tokens)?,
@@ -139,13 +141,17 @@ pub(super) fn generate(args: &Generate) -> Result<()> {
 }
 
 /// Prints text as its tokens come.
-struct Printer<'t> {
+pub(super) struct Printer<'t> {
     stream: TextStream<'t>,
     stop: &'t [u32],
     quiet: bool,
 }
 
-impl Printer<'_> {
+impl<'t> Printer<'t> {
+    pub(super) fn new(tokenizer: &'t Tokenizer, stop: &'t [u32], quiet: bool) -> Self {
+        Self { stream: tokenizer.stream(), stop, quiet }
+    }
+
     fn push(&mut self, token: u32) -> Result<()> {
         if !self.quiet && !self.stop.contains(&token) {
             super::say(&self.stream.push(token)?)?;
@@ -153,73 +159,33 @@ impl Printer<'_> {
         Ok(())
     }
 
-    fn finish(self) -> Result<()> {
+    pub(super) fn finish(self) -> Result<()> {
+        if self.quiet {
+            return Ok(());
+        }
         super::say(&format!("{}\n", self.stream.finish()?))
     }
 }
 
-fn response(
-    model: &Model,
-    adapter: Option<&Adapter>,
+/// One response, printed as it comes; it ends with the token after which `stop` is set, too.
+pub(super) fn response(
+    (model, adapter): (&Model, Option<&Adapter>),
     ids: &[u32],
     seed: u64,
     sampling: &SamplingParams,
     printer: &mut Printer<'_>,
+    stop: &AtomicBool,
 ) -> Result<Response> {
     let mut printed = Ok(());
     let policy = Policy::new(&model.base, adapter);
     let prompts = [ids.to_vec()];
     let responses = sample(policy, &prompts, &[seed], sampling, |_, token| {
-        if printed.is_ok() {
-            printed = printer.push(token);
+        printed = printer.push(token);
+        match stop.load(Ordering::Relaxed) || printed.is_err() {
+            true => ControlFlow::Break(()),
+            false => ControlFlow::Continue(()),
         }
     })?;
     printed?;
     responses.into_iter().next().context("one prompt has one response")
-}
-
-#[derive(Args)]
-pub(super) struct Chat {
-    #[command(flatten)]
-    weights: Weights,
-    /// Opens the dialogue as a system message.
-    #[arg(long)]
-    system: Option<String>,
-    /// Sends the text as it is, without a chat template, and keeps no history.
-    #[arg(long)]
-    raw: bool,
-    #[command(flatten)]
-    how: How,
-}
-
-pub(super) fn chat(args: &Chat) -> Result<()> {
-    let (model, adapter) = args.weights.open()?;
-    let tokenizer = model.checkpoint.tokenizer();
-    let ends = tokenizer.ends(None);
-    let sampling = args.how.sampling(&ends)?;
-    let mut history: Vec<Message> = args.system.iter().map(|text| Message::new("system", text)).collect();
-    eprintln!("Write, and end with an empty line or end of file. /new forgets what was said.");
-    let interactive = std::io::stdin().is_terminal();
-    for turn in 0u64.. {
-        if interactive {
-            eprint!("> ");
-        }
-        let mut line = String::new();
-        if std::io::stdin().lock().read_line(&mut line).context("reading stdin")? == 0 || line.trim().is_empty() {
-            break;
-        }
-        let text = line.trim_end_matches(['\r', '\n']);
-        if text == "/new" {
-            history.retain(|m| m.role == "system");
-            continue;
-        }
-        history.push(Message::new("user", text));
-        let ids = encode(&model, &history, args.raw.then_some(text))?;
-        let mut printer = Printer { stream: tokenizer.stream(), stop: &ends, quiet: false };
-        let response =
-            response(&model, adapter.as_ref(), &ids, args.how.seed.wrapping_add(turn), &sampling, &mut printer)?;
-        printer.finish()?;
-        history.push(Message::new("assistant", tokenizer.decode(&response.tokens)?.trim()));
-    }
-    Ok(())
 }

@@ -2,10 +2,11 @@
 //!
 //! Read `validate.rs` next.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `[checkpoint]`: when a run's state is saved for `--resume`. A signal always saves it.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct CheckpointConfig {
     /// Optimizer steps between two checkpoints; 0 = only on a signal. Default 500 (transformers).
@@ -22,7 +23,7 @@ impl Default for CheckpointConfig {
 }
 
 /// `[guard]`: what happens to a step whose loss, gradient or reward is NaN or infinite, and to a rollout out of bounds.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Guard {
     /// Bad steps in a row that are only skipped; one more rolls back to the last good weights. Default 3.

@@ -6,16 +6,15 @@
 use std::path::PathBuf;
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Supervised;
 use super::optimisation::{optimised_section, supervised_section};
-use super::validate::Section;
 use crate::invalid;
 
 /// How a pair of responses is compared. With h = the log-ratio to the reference of the chosen response less that of the
 /// rejected one, and s = label_smoothing.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DpoLoss {
     /// `-(1 - s) log sigmoid(beta h) - s log sigmoid(-beta h)`: DPO, with s > 0 conservative DPO, arXiv:2305.18290.
@@ -55,13 +54,8 @@ supervised_section! {
 }
 
 impl Dpo {
-    /// Ranges, and rules between keys.
+    /// Rules between keys.
     pub(super) fn check(&self) -> Result<()> {
-        let check = Section("dpo");
-        check.supervised(&self.supervised())?;
-        check.positive("beta", self.beta, "0.01 to 0.5")?;
-        let share = "a share from 0 to below 0.5, usually 0 to 0.2";
-        check.within("label_smoothing", self.label_smoothing, |s| (0.0..0.5).contains(&s), share)?;
         match self.loss_type {
             DpoLoss::Ipo | DpoLoss::Hinge if self.label_smoothing > 0.0 => Err(invalid!(
                 "[dpo] label_smoothing = {} has no meaning for this loss_type; use \"sigmoid\" or \"robust\", or leave it out",
@@ -100,13 +94,8 @@ supervised_section! {
 }
 
 impl Kto {
-    /// Ranges, and rules between keys.
+    /// Rules between keys.
     pub(super) fn check(&self) -> Result<()> {
-        let check = Section("kto");
-        check.supervised(&self.supervised())?;
-        check.positive("beta", self.beta, "0.01 to 0.5")?;
-        check.not_negative("desirable_weight", self.desirable_weight)?;
-        check.not_negative("undesirable_weight", self.undesirable_weight)?;
         if self.desirable_weight == 0.0 && self.undesirable_weight == 0.0 {
             return Err(invalid!("[kto] desirable_weight and undesirable_weight are both 0; give one a weight"));
         }

@@ -5,10 +5,11 @@
 use std::fmt;
 use std::str::FromStr;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// `[memory]`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Memory {
     /// What a run may take, such as `"8GiB"`: a stage whose plan needs more does not start, and `checkpoint = "auto"`
@@ -16,10 +17,12 @@ pub struct Memory {
     /// refuse, since the system can drop them and read them again. Absent = what the machine and its control group have
     /// free.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub limit: Option<ByteSize>,
     /// What a run may take of a device's memory, such as `"8GiB"`, the driver's own part among it. Absent = what the card
     /// has free.
     #[serde(skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub device_limit: Option<ByteSize>,
 }
 

@@ -9,6 +9,7 @@ mod checkpoint;
 mod dpo;
 mod dschat;
 mod expand;
+mod keys;
 mod located;
 mod memory;
 mod optimisation;
@@ -16,6 +17,7 @@ mod overrides;
 mod ppo;
 mod ppo_rules;
 mod ptx;
+mod ranges;
 mod rewards;
 mod schema;
 mod sources;
@@ -25,6 +27,7 @@ mod validate;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
@@ -33,6 +36,7 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use checkpoint::{CheckpointConfig, Guard};
 pub use dpo::{Dpo, DpoLoss, Kto};
+pub use keys::{Key, keys, keys_of_section};
 pub use memory::{ByteSize, Memory};
 pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
 pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
@@ -46,7 +50,7 @@ pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stages::{LrScheduler, RecomputeSetting, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// Seed of every random number: initial adapters, shuffles, sampling. Default 0.
@@ -274,10 +278,27 @@ impl Config {
 /// range. Every message names the file (or the `--set`) and the key.
 pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     let file = path.display();
+    let endings = ["gguf", "safetensors", "bin"];
+    if path.join("config.json").exists() || path.extension().is_some_and(|e| endings.iter().any(|known| e == *known)) {
+        return Err(invalid!("{file} is a model, not a config; give a TOML file with [base] path = \"{file}\""));
+    }
     let text =
         std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}; give the path of a TOML file"))?;
-    let mut table: Table =
+    let table: Table =
         text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))?;
+    checked(table, &file.to_string(), set)
+}
+
+/// A config without a file: every key at its default but those that `set` changes.
+///
+/// # Errors
+/// As for [`load`].
+pub fn from_defaults(set: &[String]) -> Result<Config> {
+    checked(Table::new(), "the defaults", set)
+}
+
+/// The config that a parsed file, called `file` in messages, and the changes to it make.
+fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     let mut changed = Vec::new();
     for text in set {
         changed.push((overrides::apply(&mut table, text)?, text));
@@ -365,6 +386,26 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("warmup_ratio", "warmup_steps"),
     ("num_warmup_steps", "warmup_steps"),
 ];
+
+/// The path that `--set` takes for a key of ours or of another trainer: in the section `stage` if it is there.
+pub fn key_path(name: &str, stage: &str) -> Option<String> {
+    let all = sections();
+    let has = |section: &str, key: &str| all.iter().any(|(of, keys)| *of == section && keys.contains(&key));
+    if has(stage, name) {
+        return Some(format!("{stage}.{name}"));
+    }
+    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == name) {
+        return match ours.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
+            Some((section, key)) if !section.starts_with('[') => Some(format!("{section}.{key}")),
+            Some(_) => None,
+            None => Some(format!("{stage}.{ours}")),
+        };
+    }
+    if name == "seed" {
+        return Some(name.to_owned());
+    }
+    all.iter().find(|(_, keys)| keys.contains(&name)).map(|(section, _)| format!("{section}.{name}"))
+}
 
 /// Where a key that does not belong here may have been meant to go.
 fn elsewhere(key: &str) -> Option<String> {

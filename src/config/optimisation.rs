@@ -82,7 +82,7 @@ macro_rules! optimised_section {
         last { $($(#[$m4:meta])* pub $f4:ident: $t4:ty = $d4:expr,)* }
     ) => {
         $(#[$about])*
-        #[derive(Clone, Debug, PartialEq, serde::Deserialize, serde::Serialize)]
+        #[derive(Clone, Debug, PartialEq, schemars::JsonSchema, serde::Deserialize, serde::Serialize)]
         #[serde(deny_unknown_fields, default)]
         pub struct $name {
             $($(#[$m1])* pub $f1: $t1,)*

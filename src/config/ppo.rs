@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Compat;
@@ -10,7 +11,7 @@ use super::ptx::Ptx;
 use super::rewards::RewardPart;
 
 /// How rewards become the weights of the policy gradient.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdvantageEstimator {
     /// Generalised advantage estimation over a critic's values, arXiv:1506.02438.
@@ -56,7 +57,7 @@ impl AdvantageEstimator {
 }
 
 /// The objective that keeps the actor near the policy that sampled.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum PolicyLoss {
     /// The clipped surrogate, arXiv:1707.06347 eq. 7.
@@ -69,7 +70,7 @@ pub enum PolicyLoss {
 }
 
 /// How the KL divergence from actor to reference is measured at a token, http://joschu.net/blog/kl-approx.html.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KlEstimator {
     /// From the sampled token, `log p - log p_ref`: unbiased, may be negative. DeepSpeed-Chat's and TRL's default.
@@ -84,7 +85,7 @@ pub enum KlEstimator {
 }
 
 /// The place where the KL penalty enters.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KlIn {
     /// Subtracted from every token's reward.
@@ -95,7 +96,7 @@ pub enum KlIn {
 }
 
 /// Scaling of the per-token rewards over a rollout.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum WhitenRewards {
     /// Unscaled.
@@ -108,7 +109,7 @@ pub enum WhitenRewards {
 }
 
 /// The critic's initial weights.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CriticStart {
     /// A copy of the reward model, over its base.

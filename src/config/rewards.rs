@@ -6,13 +6,14 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use anyhow::Result;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use crate::invalid;
 
 /// What gives the scores.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardKind {
     /// Reward adapters over `[reward_base]`: one, or an ensemble.
@@ -56,7 +57,7 @@ impl RewardKind {
 
 /// One `[[ppo.reward]]`. The reward of a response is the sum of all of them and of `reward_adapter`, each times its
 /// weight.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct RewardPart {
     /// What gives the scores. Default `adapter`.
@@ -96,6 +97,7 @@ pub struct RewardPart {
     /// `judge`: more keys of the request, such as `{ temperature = 1, max_tokens = 256, seed = 1 }`. Default none; the
     /// temperature is 0.
     #[serde(skip_serializing_if = "Table::is_empty")]
+    #[schemars(with = "std::collections::BTreeMap<String, serde_json::Value>")]
     pub request: Table,
     /// `judge`: requests at once; absent = 8.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -166,7 +168,7 @@ impl RewardPart {
         (self.min_score.unwrap_or(usual.0), self.max_score.unwrap_or(usual.1))
     }
 
-    /// Ranges, and what a kind needs.
+    /// What a kind needs.
     pub(super) fn check(&self) -> Result<()> {
         let kind = self.kind.name();
         let needs = |what: &str| Err(invalid!("[[ppo.reward]] of kind = \"{kind}\" needs {what}"));
@@ -203,22 +205,6 @@ impl RewardPart {
             && let Err(error) = regex::Regex::new(pattern)
         {
             return Err(invalid!("[[ppo.reward]] pattern = {pattern:?} is no regular expression: {error}"));
-        }
-        let numbers = [
-            ("weight", self.weight, f64::NEG_INFINITY),
-            ("std_coef", self.std_coef, 0.0),
-            ("timeout_seconds", self.timeout_seconds, f64::MIN_POSITIVE),
-            ("fallback_score", self.fallback_score.unwrap_or(0.0), f64::NEG_INFINITY),
-            ("min_score", self.min_score.unwrap_or(0.0), f64::NEG_INFINITY),
-            ("max_score", self.max_score.unwrap_or(0.0), f64::NEG_INFINITY),
-            ("input_price", self.input_price.unwrap_or(0.0), 0.0),
-            ("output_price", self.output_price.unwrap_or(0.0), 0.0),
-        ];
-        for (key, value, least) in numbers {
-            // A day is as good as for ever, and a Duration cannot hold everything that a number can.
-            if !value.is_finite() || value < least || (key == "timeout_seconds" && value > 86_400.0) {
-                return Err(invalid!("[[ppo.reward]] {key} = {value} is out of range"));
-            }
         }
         Ok(())
     }

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
@@ -11,7 +12,7 @@ pub use crate::ops::weight::ComputeDtype;
 use crate::ops::weight::StorageDType;
 
 /// `[base]`, `[reward_base]`: a frozen checkpoint.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
     /// A Hugging Face folder (`config.json`, `*.safetensors`, `tokenizer.json`) or one `.gguf` file; in a build with
@@ -29,12 +30,14 @@ pub struct Base {
     /// `"f32"` on the CPU; on a card `"f16"`, or `"bf16"` (`"f32"` before sm_80) for a base whose activations overflow
     /// f16. A resumed run keeps what it began with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub compute_dtype: Option<ComputeDtype>,
     /// Where the frozen weights lie and passes run: `"cpu"`, `"cuda"` (which is `"cuda:0"`), `"cuda:N"`, or `"auto"`:
     /// the first card if the NVIDIA driver, NVRTC and cuBLAS are there, else the CPU. `"emulated"` runs the card's
     /// kernels on the CPU, slowly: it is for tests. Whatever trains stays on the host, and a resumed run may move to
     /// another machine. Default `"auto"`; in `[reward_base]` what `[base]` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
     pub device: Option<DeviceChoice>,
 }
 
@@ -64,7 +67,7 @@ impl Base {
 }
 
 /// What `quantize` makes of dense weights.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[allow(non_camel_case_types)]
 pub enum Quantize {
     /// 8.5 bits a number.
@@ -91,7 +94,7 @@ impl Quantize {
 
 /// `[lora]`: the shape of a new adapter. Keys and defaults are PEFT's `LoraConfig`, except `lora_alpha` (8 there) and
 /// `target_modules`. Where a stage continues an adapter, that adapter's own shape counts and this section is not used.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Lora {
     /// Rank of the two factors. Default 8 (PEFT).
@@ -130,7 +133,7 @@ pub struct Lora {
 }
 
 /// `init_lora_weights`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum InitLoraWeights {
     /// A kaiming-uniform, B zero.
@@ -183,7 +186,7 @@ impl Lora {
 }
 
 /// `target_modules` as written: a string or a list.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(
     untagged,
     expecting = "must be \"all-linear\", a list of module names such as [\"q_proj\"], or a regular expression"
@@ -203,7 +206,7 @@ impl TargetModules {
 }
 
 /// `[data]`: where the records come from and how they become token sequences.
-#[derive(Clone, Debug, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Data {
     /// A file (JSON array, JSON lines, Parquet, CSV, TSV or text; all but Parquet also with `.gz`), a pattern such as
@@ -350,7 +353,7 @@ pub enum EvalSize {
 }
 
 /// One path or several.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(untagged, expecting = "must be a path or a list of paths")]
 pub enum Paths {
     /// `path = "a.json"`
@@ -388,7 +391,7 @@ impl Paths {
 }
 
 /// What a record holds. The names are TRL's dataset types and LLaMA-Factory's formats.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Format {
     /// Read off the keys of most of a file's first 16 records.
@@ -415,7 +418,7 @@ pub enum Format {
 }
 
 /// Whose behaviour to keep.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compat {
     /// DeepSpeed-Chat's.
@@ -423,7 +426,7 @@ pub enum Compat {
 }
 
 /// How a dialogue becomes text.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Template {
     /// The tokenizer's own chat template.
@@ -437,7 +440,7 @@ pub enum Template {
 }
 
 /// What SFT learns of a dialogue whose earlier responses the chat template renders differently once more turns follow.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MultiTurn {
     /// The last response, after the dialogue as the template renders it there.
@@ -450,7 +453,7 @@ pub enum MultiTurn {
 }
 
 /// What happens to a sequence that is too long.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Truncation {
     /// The record is dropped and counted.
@@ -466,7 +469,7 @@ pub enum Truncation {
 }
 
 /// What a record that cannot be used does.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBadRecord {
     /// Ends the run with a message that names file, record and column.

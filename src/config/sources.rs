@@ -1,13 +1,14 @@
 //! The section `[[data.sources]]`, and what a source declares about its columns. The readers are in `data`; it does not
 //! depend on them or on other data.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::{Data, Format, Paths};
 
 /// `[[data.sources]]`: one of several origins of records, with a weight in the mixture. A key that is absent here is
 /// taken from `[data]`.
-#[derive(Clone, Debug, Default, PartialEq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Source {
     /// As `[data] path`. Required.
@@ -44,7 +45,7 @@ pub struct Source {
 
 /// A public data set whose columns are known by its name: DeepSpeed-Chat's dataset classes. What each holds is the table
 /// in `data::formats::presets`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[allow(missing_docs)] // the names say it
 pub enum Preset {
     #[serde(rename = "Dahoas/rm-static")]
@@ -82,7 +83,7 @@ pub enum Preset {
 }
 
 /// How several sources become one stream. The names of the last two are LLaMA-Factory's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum MixStrategy {
     /// One source after the other. The default where no source has a weight.
@@ -98,7 +99,7 @@ pub enum MixStrategy {
 /// number into a list: `prompt = "question.full_text"`, `completion = "answers.0"`. Other columns keep their names.
 ///
 /// The keys are TRL's columns, and LLaMA-Factory's where it differs (`query` = `input`, `kto_tag` = `label`).
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ColumnNames {
     /// Raw text.
@@ -170,7 +171,7 @@ impl ColumnNames {
 
 /// `[data.tags]`: how the turns of a conversation are written. Keys as in LLaMA-Factory's `dataset_info.json`. Absent =
 /// both `{role, content}` with user, assistant, system, tool and `{from, value}` with human, gpt, system, observation.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Tags {
     /// The key of a turn's role.

@@ -5,13 +5,14 @@
 
 use std::path::PathBuf;
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::Compat;
 use super::optimisation::{optimised_section, supervised_section};
 
 /// Course of the learning rate after the warm-up, over the optimizer steps of the whole run.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum LrScheduler {
     /// Linear decay to 0.
@@ -24,7 +25,7 @@ pub enum LrScheduler {
 }
 
 /// The activations that a block saves for the backward pass; the others are recomputed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RecomputeSetting {
     /// `none` where the memory allows it, else `mlp`, else `block`.
@@ -66,7 +67,7 @@ supervised_section! {
 }
 
 /// The loss of a reward model on a comparison.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RewardLoss {
     /// Bradley-Terry on the scores at the end tokens: `-log sigmoid(r_chosen - r_rejected)`. TRL's and InstructGPT's.

@@ -1,84 +1,26 @@
-//! Ranges of the keys and rules between them, each with its remedy. `mod.rs` puts the file's name in front of a
-//! message.
+//! Rules of the keys and between them, each with its remedy; `ranges.rs` has the ranges of single numbers. `mod.rs` puts
+//! the file's name in front of a message.
 
 use anyhow::Result;
+use toml::Table;
 
 use super::{
-    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Guard, InitLoraWeights, KlEstimator, KlIn, Kto, Lora,
-    MixStrategy, Optimisation, Optimised, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Source,
-    Supervised, SupervisedKeys, TargetModules, Template,
+    AdvantageEstimator, Base, Compat, Config, Data, Dpo, InitLoraWeights, KlEstimator, KlIn, Kto, Lora, MixStrategy,
+    Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Source, TargetModules, Template, ranges,
 };
-use crate::config::CheckpointConfig;
 use crate::invalid;
 
 /// Checks a whole config; the first fault found is the error.
 pub(super) fn validate(config: &Config) -> Result<()> {
+    ranges::check(&Table::try_from(config)?)?;
     base("base", &config.base)?;
     config.reward_base.as_ref().map_or(Ok(()), |section| base("reward_base", section))?;
     lora(&config.lora)?;
-    keeping(&config.checkpoint, &config.guard)?;
     config.data.as_ref().map_or(Ok(()), data)?;
-    config.sft.as_ref().map_or(Ok(()), |section| Section("sft").supervised(&section.supervised()))?;
     config.reward.as_ref().map_or(Ok(()), reward)?;
     config.dpo.as_ref().map_or(Ok(()), Dpo::check)?;
     config.kto.as_ref().map_or(Ok(()), Kto::check)?;
     config.ppo.as_ref().map_or(Ok(()), ppo)
-}
-
-/// The checks of one section; every message opens with `[section] key = value`.
-pub(super) struct Section(pub(super) &'static str);
-
-impl Section {
-    pub(super) fn at_least_one(&self, key: &str, value: usize) -> Result<()> {
-        match value {
-            0 => Err(invalid!("[{}] {key} = 0 does nothing; use 1 or more", self.0)),
-            _ => Ok(()),
-        }
-    }
-
-    pub(super) fn within(&self, key: &str, value: f64, inside: impl Fn(f64) -> bool, range: &str) -> Result<()> {
-        // NaN and the infinities are TOML numbers too, and none is ever meant.
-        if value.is_finite() && inside(value) {
-            return Ok(());
-        }
-        Err(invalid!("[{}] {key} = {value} is out of range; use {range}", self.0))
-    }
-
-    pub(super) fn positive(&self, key: &str, value: f64, usual: &str) -> Result<()> {
-        self.within(key, value, |v| v > 0.0, &format!("a number above 0, usually {usual}"))
-    }
-
-    pub(super) fn not_negative(&self, key: &str, value: f64) -> Result<()> {
-        self.within(key, value, |v| v >= 0.0, "0 or a number above it")
-    }
-
-    /// The optimisation keys that every stage has.
-    pub(super) fn optimisation(&self, keys: &Optimisation) -> Result<()> {
-        let rate = keys.learning_rate;
-        self.positive("learning_rate", rate, "1e-6 to 1e-3")?;
-        if rate >= 1.0 {
-            return Err(invalid!(
-                "[{}] learning_rate = {rate} diverges; adapters usually learn with 1e-6 to 1e-3",
-                self.0
-            ));
-        }
-        self.not_negative("weight_decay", keys.weight_decay)?;
-        for (key, beta) in [("adam_beta1", keys.adam_beta1), ("adam_beta2", keys.adam_beta2)] {
-            self.within(key, beta, |v| (0.0..1.0).contains(&v), "a number from 0 to below 1, usually 0.9 to 0.999")?;
-        }
-        self.positive("adam_epsilon", keys.adam_epsilon, "1e-8")?;
-        self.not_negative("max_grad_norm", keys.max_grad_norm)
-    }
-
-    /// The keys that every supervised stage has.
-    pub(super) fn supervised(&self, keys: &SupervisedKeys) -> Result<()> {
-        self.optimisation(&keys.optimisation)?;
-        self.at_least_one("num_train_epochs", keys.num_train_epochs)?;
-        self.at_least_one("per_device_train_batch_size", keys.per_device_train_batch_size)?;
-        self.at_least_one("max_tokens_per_batch", keys.max_tokens_per_batch.unwrap_or(1))?;
-        self.at_least_one("gradient_accumulation_steps", keys.gradient_accumulation_steps)?;
-        self.at_least_one("logging_steps", keys.logging_steps)
-    }
 }
 
 fn base(name: &'static str, section: &Base) -> Result<()> {
@@ -89,18 +31,16 @@ fn base(name: &'static str, section: &Base) -> Result<()> {
 }
 
 fn lora(section: &Lora) -> Result<()> {
-    let check = Section("lora");
-    check.at_least_one("r", section.r)?;
-    check.positive("lora_alpha", section.lora_alpha, "r or 2 r")?;
     for (pattern, &r) in &section.rank_pattern {
         if r == 0 {
             return Err(invalid!("[lora] rank_pattern: {pattern} = 0 does nothing; use 1 or more"));
         }
     }
-    for &alpha in section.alpha_pattern.values() {
-        check.positive("alpha_pattern", alpha, "r or 2 r")?;
+    for (pattern, &alpha) in &section.alpha_pattern {
+        if !(alpha.is_finite() && alpha > 0.0) {
+            return Err(invalid!("[lora] alpha_pattern: {pattern} = {alpha} is out of range; use a number above 0"));
+        }
     }
-    check.positive("loraplus_lr_ratio", section.loraplus_lr_ratio, "1 to 16")?;
     if section.compat.is_some() {
         let usual = Lora::default();
         let more = [
@@ -138,17 +78,7 @@ fn lora(section: &Lora) -> Result<()> {
     Ok(())
 }
 
-fn keeping(checkpoint: &CheckpointConfig, guard: &Guard) -> Result<()> {
-    Section("checkpoint").at_least_one("save_total_limit", checkpoint.save_total_limit)?;
-    let check = Section("guard");
-    check.at_least_one("snapshot_steps", guard.snapshot_steps)?;
-    check.within("lr_backoff", guard.lr_backoff, |v| v > 0.0 && v <= 1.0, "a number above 0, up to 1, usually 0.5")?;
-    guard.max_kl.map_or(Ok(()), |most| check.positive("max_kl", most, "5 to 10 times the KL that you expect"))?;
-    guard.max_length_ratio.map_or(Ok(()), |most| check.within("max_length_ratio", most, |v| v >= 1.0, "1 or more"))
-}
-
 fn data(section: &Data) -> Result<()> {
-    let check = Section("data");
     if !section.path.is_empty() && !section.sources.is_empty() {
         return Err(invalid!("[data] has both path and sources; write the path as a [[data.sources]] of its own"));
     }
@@ -158,15 +88,6 @@ fn data(section: &Data) -> Result<()> {
         let at = format!("[[data.sources]] number {}", number + 1);
         if nameless(&source.path) {
             return Err(invalid!("{at} needs path = \"file.jsonl\", a folder or a list of them"));
-        }
-        if source.weight.is_some_and(|weight| !(weight.is_finite() && weight > 0.0)) {
-            return Err(invalid!(
-                "{at} weight = {} is out of range; use a number above 0",
-                source.weight.unwrap_or(0.0)
-            ));
-        }
-        if source.max_rows == Some(0) {
-            return Err(invalid!("{at} max_rows = 0 reads nothing; use 1 or more, or remove the source"));
         }
     }
     let named =
@@ -208,23 +129,10 @@ fn data(section: &Data) -> Result<()> {
             "[data] compat = \"dschat\" takes its sources one after another and shuffles them; remove weight and mix_strategy"
         ));
     }
-    if section.max_length < 2 {
-        return Err(invalid!(
-            "[data] max_length = {} leaves no room for a prompt token and a response token; use 2 or more, usually 512",
-            section.max_length
-        ));
-    }
-    check.at_least_one("max_prompt_length", section.max_prompt_length)?;
-    if section.max_rows == Some(0) {
-        return Err(invalid!(
-            "[data] max_rows = 0 reads nothing; use 1 or more, or remove the key to read every record"
-        ));
-    }
     if let (Some(fraction), Some(rows)) = (section.eval_fraction, section.eval_rows) {
         return Err(invalid!("[data] has both eval_fraction = {fraction} and eval_rows = {rows}; keep one of them"));
     }
-    let fraction = section.eval_fraction.unwrap_or(0.0);
-    check.within("eval_fraction", fraction, |v| (0.0..1.0).contains(&v), "a share from 0 to below 1, usually 0.05")
+    Ok(())
 }
 
 fn reward(section: &Reward) -> Result<()> {
@@ -238,11 +146,10 @@ fn reward(section: &Reward) -> Result<()> {
             "[reward] num_padding_at_beginning = {leading} counts pads, and rows have none; add compat = \"dschat\""
         ));
     }
-    Section("reward").supervised(&section.supervised())
+    Ok(())
 }
 
 fn ppo(section: &Ppo) -> Result<()> {
-    let check = Section("ppo");
     if section.reward_adapter.as_os_str().is_empty() && section.reward.is_empty() {
         return Err(invalid!(
             "[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote, or a [[ppo.reward]]"
@@ -257,70 +164,14 @@ fn ppo(section: &Ppo) -> Result<()> {
     if section.eval_every > 0 && section.eval_prompts == 0 {
         return Err(invalid!("[ppo] eval_every = {} evaluates nothing; set eval_prompts", section.eval_every));
     }
-    check.optimisation(&section.optimisation())?;
-    check.positive("critic_learning_rate", section.critic_learning_rate(), "1e-6 to 1e-3")?;
-    for (key, value) in [
-        ("total_episodes", section.total_episodes),
-        ("batch_size", section.batch_size),
-        ("num_mini_batches", section.num_mini_batches),
-        ("num_ppo_epochs", section.num_ppo_epochs),
-        ("num_generations", section.num_generations),
-        ("micro_batch_size", section.micro_batch_size),
-        ("local_rollout_forward_batch_size", section.local_rollout_forward_batch_size.unwrap_or(1)),
-        ("response_length", section.response_length),
-    ] {
-        check.at_least_one(key, value)?;
-    }
     multiple("batch_size", section.batch_size, "num_mini_batches", section.num_mini_batches)?;
     multiple("batch_size", section.batch_size, "num_generations", section.num_generations)?;
     multiple("total_episodes", section.total_episodes, "batch_size", section.batch_size)?;
-    check.not_negative("temperature", section.temperature)?;
-    check.within(
-        "top_p",
-        section.top_p,
-        |v| v > 0.0 && v <= 1.0,
-        "a number above 0 and at most 1; 1 samples from all",
-    )?;
-    for (key, value) in [
-        ("kl_coef", section.kl_coef),
-        ("vf_coef", section.vf_coef),
-        ("score_clip", section.score_clip),
-        ("missing_eos_penalty", section.missing_eos_penalty.unwrap_or(0.0)),
-        ("short_response_penalty", section.short_response_penalty),
-        ("overlong_penalty_factor", section.overlong_penalty_factor),
-        ("entropy_coef", section.entropy_coef),
-    ] {
-        check.not_negative(key, value)?;
-    }
-    for (key, value) in [
-        ("cliprange_high", section.cliprange_high.unwrap_or(1.0)),
-        ("log_ratio_clamp", section.log_ratio_clamp.unwrap_or(1.0)),
-        ("target_kl", section.target_kl.unwrap_or(1.0)),
-        ("kl_penalty_coef", section.kl_penalty_coef),
-        ("kl_penalty_target", section.kl_penalty_target),
-    ] {
-        check.positive(key, value, "the default")?;
-    }
-    for (key, value) in [("dual_clip", section.dual_clip), ("ratio_threshold", section.ratio_threshold)] {
-        check.within(key, value.unwrap_or(2.0), |v| v > 1.0, "a number above 1, usually 3 to 10")?;
-    }
-    check.within("length_penalty", section.length_penalty, |_| true, "a number")?;
-    ppo_together(section)?;
-    section.ptx.as_ref().map_or(Ok(()), Ptx::check)?;
-    check.positive("target", section.target, "6 nats a response")?;
-    check.positive("horizon", section.horizon, "10000 responses")?;
     if section.use_score_norm && !section.use_score_scaling {
         return Err(invalid!("[ppo] use_score_norm = true works with use_score_scaling = true only; set both"));
     }
-    let share = |v: f64| (0.0..=1.0).contains(&v);
-    check.within("ema_decay", section.ema_decay.unwrap_or(0.0), share, "a number from 0 to 1, usually 0.99")?;
-    check.within("ref_model_mixup_alpha", section.ref_model_mixup_alpha, share, "a number from 0 to 1")?;
-    check.within("cliprange", section.cliprange, |v| v > 0.0 && v < 1.0, "a number between 0 and 1, usually 0.2")?;
-    check.positive("cliprange_value", section.cliprange_value, "0.2")?;
-    for (key, value) in [("gamma", section.gamma), ("lam", section.lam)] {
-        check.within(key, value, |v| (0.0..=1.0).contains(&v), "a number from 0 to 1, usually 0.95 or 1")?;
-    }
-    Ok(())
+    section.ptx.as_ref().map_or(Ok(()), Ptx::check)?;
+    ppo_together(section)
 }
 
 /// Rules between the keys of `[ppo]`.

@@ -41,7 +41,9 @@ pub struct Summary {
 /// Trains a copy of `start` on `examples`; `held_out` only evaluates. `reference` None is the bare base.
 ///
 /// The KL term of an optimizer step is [`mismatched_kl`] over its responses, each put after the prompt of the next one
-/// in the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing.
+/// in the step: TRL's estimate, over the whole step rather than a micro-batch, so that accumulation changes nothing. A
+/// prompt with another's response may be longer than any record: the response then loses its last tokens, so that both
+/// have `max_length` tokens, as in TRL.
 ///
 /// # Errors
 /// If there are fewer than two examples, a sequence is longer than the context, or a number is NaN or infinite.
@@ -51,6 +53,7 @@ pub fn train(
     examples: &[UnpairedExample],
     held_out: &[UnpairedExample],
     config: &Kto,
+    max_length: usize,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
     if examples.len() < 2 {
@@ -60,8 +63,11 @@ pub fn train(
     }
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
     let Setup { base, start, recompute, .. } = setup;
-    let judge =
-        Judge { reference: Policy::new(base, reference), loss: KtoLoss { beta, desirable_weight, undesirable_weight } };
+    let judge = Judge {
+        reference: Policy::new(base, reference),
+        loss: KtoLoss { beta, desirable_weight, undesirable_weight },
+        max_length,
+    };
     let start = start.clone().with_score_head(None)?;
     let mut training = Training::new(setup, &start, config.supervised(), settings::KTO_ORDER, examples)?;
     let good = examples.iter().filter(|e| e.desirable).count();
@@ -191,10 +197,19 @@ fn sequences<'e>(examples: &[&'e UnpairedExample]) -> Vec<Sequence<'e>> {
     examples.iter().map(|e| Sequence { prompt: &e.prompt, response: &e.response }).collect()
 }
 
+/// A prompt with another example's response, which loses the tokens past `max_length`. The prompt is shorter than that,
+/// since a response token of its own follows it.
+fn mismatched<'e>(example: &'e UnpairedExample, other: &'e UnpairedExample, max_length: usize) -> Sequence<'e> {
+    let room = max_length.saturating_sub(example.prompt.len()).max(1);
+    Sequence { prompt: &example.prompt, response: &other.response[..other.response.len().min(room)] }
+}
+
 /// Computes the loss from responses under a policy and under the reference.
 struct Judge<'w> {
     reference: Policy<'w>,
     loss: KtoLoss,
+    /// Most tokens of a prompt with another's response.
+    max_length: usize,
 }
 
 impl Judge<'_> {
@@ -212,11 +227,8 @@ impl Judge<'_> {
     /// `before`.
     fn kl(&self, policy: Policy<'_>, examples: &[&UnpairedExample], before: &UnpairedExample) -> Result<f64> {
         let responses = std::iter::once(before).chain(examples.iter().copied());
-        let mixed: Vec<Sequence<'_>> = examples
-            .iter()
-            .zip(responses)
-            .map(|(e, other)| Sequence { prompt: &e.prompt, response: &other.response })
-            .collect();
+        let mixed: Vec<Sequence<'_>> =
+            examples.iter().zip(responses).map(|(e, other)| mismatched(e, other, self.max_length)).collect();
         let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
         Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
     }
@@ -251,5 +263,28 @@ impl Judge<'_> {
             self.weigh(examples, &logps, references, kl, 1.0 / examples.len() as f64, &mut tally)?;
         }
         Ok(tally)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// TRL's `DataCollatorForUnpairedPreference`: `(prompt_ids + KL_completion_ids)[:max_length]`.
+    #[test]
+    fn a_mismatched_response_is_cut_at_the_end_where_both_pass_max_length() {
+        let example = |prompt, response| UnpairedExample {
+            prompt: vec![1; prompt],
+            response: vec![2; response],
+            desirable: true,
+        };
+        let length = |prompt: usize, response: usize, max_length: usize| {
+            let (own, other) = (example(prompt, 1), example(1, response));
+            let pair = mismatched(&own, &other, max_length);
+            (pair.prompt.len(), pair.response.len())
+        };
+        assert_eq!(length(12, 14, 17), (12, 5));
+        assert_eq!(length(3, 14, 17), (3, 14));
+        assert_eq!(length(16, 14, 17), (16, 1));
     }
 }

@@ -2,6 +2,7 @@
 //! the limits that the system sets. It does not depend on any other room; everything stands on it.
 
 pub mod allocator;
+pub mod date;
 pub mod limits;
 pub mod meter;
 

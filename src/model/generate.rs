@@ -3,6 +3,7 @@
 //! that. Read `ops/sample/mod.rs` for the choice of a token.
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
@@ -33,7 +34,7 @@ pub struct SamplingParams {
 pub enum FinishReason {
     /// A stop token was sampled.
     Stop,
-    /// `max_new_tokens` or the end of the model's context was reached.
+    /// `max_new_tokens` or the end of the model's context was reached, or the caller ended it.
     Length,
 }
 
@@ -59,20 +60,38 @@ pub struct Response {
     pub finish: FinishReason,
 }
 
+/// What a caller's function of a token returns: nothing, or whether to go on.
+pub trait Continuation {
+    /// Whether generation ends with this token.
+    fn is_end(&self) -> bool;
+}
+
+impl Continuation for () {
+    fn is_end(&self) -> bool {
+        false
+    }
+}
+
+impl Continuation for ControlFlow<()> {
+    fn is_end(&self) -> bool {
+        self.is_break()
+    }
+}
+
 /// Maximum initial capacity of the KV cache in tokens per response; it grows for longer responses.
 pub(crate) const MAX_INITIAL_CAPACITY: usize = 1024;
 
 /// Samples one response per prompt. `seeds` (S): the draws of sequence s depend on `seeds[s]` only, not on the rest of
-/// the batch. `on_token(s, token)` is called for each token.
+/// the batch. `on_token(s, token)` is called for each token, and may end all responses where they are.
 ///
 /// # Errors
 /// If a prompt is empty, fills the context, or the logits are NaN or infinite.
-pub fn generate(
+pub fn generate<C: Continuation>(
     policy: Policy<'_>,
     prompts: &[Vec<u32>],
     seeds: &[u64],
     sampling: &SamplingParams,
-    mut on_token: impl FnMut(usize, u32),
+    mut on_token: impl FnMut(usize, u32) -> C,
 ) -> Result<Vec<Response>> {
     anyhow::ensure!(prompts.len() == seeds.len(), "{} seeds for {} prompts", seeds.len(), prompts.len());
     let context = policy.base().config().max_position_embeddings;
@@ -109,10 +128,14 @@ pub fn generate(
         let draw = |&s: &usize| SplitMix64::new(derive(seeds[s], &[responses[s].tokens.len() as u64])).uniform();
         let sampled = sampler.sample(&logits, distribution, &live.iter().map(draw).collect::<Vec<_>>())?;
         drop(logits);
+        let mut is_ended = false;
         for ((token, logprob), &s) in sampled.into_iter().zip(&live) {
             responses[s].tokens.push(token);
             responses[s].logprobs.push(logprob);
-            on_token(s, token);
+            is_ended |= on_token(s, token).is_end();
+        }
+        if is_ended {
+            return Ok(responses);
         }
         // 3. Finished sequences leave the batch.
         let mut keep = vec![true; live.len()];

@@ -6,7 +6,7 @@ use serde_json::Value;
 use super::about::State;
 use super::html::{escape, short, span};
 use super::run_files::{RunFiles, Stage};
-use crate::train::lock::utc;
+use crate::host::date::utc;
 
 /// A state's class on the page, and its line.
 pub(super) fn line(run: &RunFiles) -> (&'static str, String) {

@@ -190,6 +190,46 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
     }))
 }
 
+/// The longest sequence of `[kto]`, and the longest prompt with another's response, cut at `[data] max_length`.
+pub fn kto_lengths(config: &Config, examples: &[UnpairedExample]) -> (usize, usize) {
+    let longest = |of: fn(&UnpairedExample) -> usize| examples.iter().map(of).max().unwrap_or(0);
+    let mismatched = longest(|e| e.prompt.len()) + longest(|e| e.response.len());
+    (longest(Example::tokens), mismatched.min(most_tokens(config)))
+}
+
+/// The KL term's pass over `rows`: each prompt with the response of the row in front of it, `before` for the first.
+fn mismatched(examples: &[UnpairedExample], rows: &[usize], before: usize, most: usize) -> Pass {
+    let mut pass = Pass::default();
+    for (&row, &other) in rows.iter().zip(std::iter::once(&before).chain(rows)) {
+        let prompt = examples[row].prompt.len();
+        let response = examples[other].response.len().min(most.saturating_sub(prompt).max(1));
+        pass.lengths.push(prompt + response);
+        pass.targets += response;
+    }
+    pass
+}
+
+/// The largest scoring pass of the KL terms of all steps.
+fn largest_mismatched(plan: BatchSampler, examples: &[UnpairedExample], epochs: usize, most: usize) -> Pass {
+    let mut largest = Pass::default();
+    for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
+        let order = plan.epoch(examples, epoch);
+        let mut before = None;
+        for position in 0..order.steps() {
+            let rows: Vec<usize> = order.step(position).rows().collect();
+            let last = rows.last().copied();
+            // A step of one record takes the last response of the step before.
+            let first = if rows.len() == 1 { before.or(last) } else { last };
+            let here = scored(&mismatched(examples, &rows, first.unwrap_or(0), most));
+            if here.tokens() > largest.tokens() {
+                largest = here;
+            }
+            before = last;
+        }
+    }
+    largest
+}
+
 /// `[kto]`'s passes.
 ///
 /// # Errors
@@ -198,14 +238,23 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
     let (c, most) = (config.kto(), most_tokens(config));
     let plan = settings::sampler(&c.supervised(), config.seed, settings::KTO_ORDER);
     let step = largest_step(plan, examples, c.num_train_epochs);
-    // The KL term scores the whole step's responses, and evaluation all held-out responses, both cut by tokens.
-    let whole: Vec<usize> = step.iter().flatten().copied().collect();
-    let reference = scored(&pass(examples, &whole, most)?);
+    let larger = |a: Pass, b: Pass| if b.tokens() > a.tokens() { b } else { a };
+    // The KL term scores a step's prompts with each other's responses; the reference scores responses one by one.
+    let own = pass(examples, &largest_chunk(examples, 1), most)?;
+    let reference = larger(largest_mismatched(plan, examples, c.num_train_epochs, most), own);
+    // Evaluation scores all held-out responses, after their own prompts and after each other's.
     let held: Vec<usize> = (0..held_out.len()).collect();
+    let evaluation = match held.last() {
+        Some(&last) if held.len() > 1 => {
+            let mixed = scored(&mismatched(held_out, &held, last, most));
+            Some(larger(scored(&pass(held_out, &held, most)?), mixed))
+        }
+        _ => None,
+    };
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: vec![reference],
-        evaluation: (held.len() > 1).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p)),
+        evaluation,
         scorer: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))

@@ -31,6 +31,9 @@ pub struct Experience {
     /// Tokens whose k3 estimate of the KL is clamped.
     #[serde(default)]
     pub kl_clamped: usize,
+    /// Number of responses whose score `score_clip` clipped.
+    #[serde(default)]
+    pub clipped: usize,
 }
 
 /// The run's current scaling of KL and scores.
@@ -51,7 +54,8 @@ impl Experience {
     /// If a response is empty, or a value is NaN or infinite.
     pub fn of(rollout: Rollout, scale: Scale, config: &Ppo) -> Result<Self> {
         let shaping = shaping(scale.kl_coef, config);
-        let (mut kls, mut rewards, mut last_values, mut kl_clamped) = (vec![], vec![], vec![], 0);
+        let (mut kls, mut rewards, mut last_values) = (vec![], vec![], vec![]);
+        let (mut kl_clamped, mut clipped) = (0, 0);
         for (i, response) in rollout.responses.iter().enumerate() {
             let (now, reference) = (&response.logprobs, &rollout.ref_logprobs[i]);
             let kl = match (rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
@@ -71,6 +75,7 @@ impl Experience {
                 Some(_) => 0.0,
                 None => (f64::from(rollout.scores[i]) - scale.shift) / scale.deviation,
             };
+            clipped += usize::from(score.abs() > shaping.score_clip);
             rewards.push(shape(&kl, score, ending, &shaping)?);
             last_values.push(last_value.map_or(0.0, |&v| f64::from(v)));
             kls.push(kl);
@@ -87,7 +92,7 @@ impl Experience {
         if config.whiten_advantages() {
             over_all(&mut advantages, whiten);
         }
-        Ok(Self { rollout, kl: kls, advantages, returns, rewards: totals, kl_clamped })
+        Ok(Self { rollout, kl: kls, advantages, returns, rewards: totals, kl_clamped, clipped })
     }
 
     /// Mean KL per response, summed over its tokens, nats.
@@ -226,6 +231,7 @@ mod tests {
         // Rewards: [-0.25, 0.5 + 1], and [0, -0.5, 2 - 0.75]: 5 was clipped to 2, the truncated response pays 0.75.
         assert_eq!(found.returns, [vec![1.25, 1.5], vec![0.75, 0.75, 1.25]]);
         assert_eq!(found.advantages, [vec![1.0, 1.0], vec![0.75, -0.25, -0.75]]);
+        assert_eq!(found.clipped, 1, "5 is beyond the clip of 2, and 1 is not");
     }
 
     #[test]
@@ -344,6 +350,6 @@ mod tests {
         let config = Ppo { kl_estimator: KlEstimator::K3, score_clip: 0.0, kl_coef: 0.0, ..ppo() };
         let found = experience_of(&config);
         assert!(found.kl.concat().iter().all(|&kl| kl >= 0.0) && found.kl[0][1] > 0.0);
-        assert_eq!(found.returns[1], [5.0, 5.0, 5.0]);
+        assert_eq!((&found.returns[1][..], found.clipped), (&[5.0, 5.0, 5.0][..], 0));
     }
 }

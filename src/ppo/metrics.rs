@@ -43,6 +43,9 @@ pub fn iteration(
     if run.config.kl_estimator == KlEstimator::K3 {
         put("objective/kl_clamped", experience.kl_clamped as f64);
     }
+    if run.config.score_clip().is_some() {
+        put("objective/score_clipfrac", mean(experience.clipped as f64));
+    }
     if update.exact_responses > 0 {
         put("objective/kl_exact", update.exact_kl / update.exact_responses as f64);
     }

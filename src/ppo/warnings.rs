@@ -31,6 +31,9 @@ pub struct WatchedMetrics {
     pub flat_advantages: bool,
     /// Share of responses that were truncated.
     pub truncated: f64,
+    /// Share of responses whose score was clipped.
+    #[serde(default)]
+    pub clipped: f64,
 }
 
 impl WatchedMetrics {
@@ -49,6 +52,7 @@ impl WatchedMetrics {
             explained_variance: get("val/explained_variance"),
             flat_advantages,
             truncated: 1.0 - ended / responses as f64,
+            clipped: get("objective/score_clipfrac").unwrap_or(0.0),
         }
     }
 }
@@ -71,6 +75,8 @@ pub enum Warning {
     FlatAdvantages,
     /// More than half of the responses were truncated.
     Truncated,
+    /// The scores of more than a quarter of the responses were clipped.
+    SaturatedScores,
 }
 
 impl Warning {
@@ -84,6 +90,7 @@ impl Warning {
             Self::UselessCritic => "useless_critic",
             Self::FlatAdvantages => "flat_advantages",
             Self::Truncated => "truncated",
+            Self::SaturatedScores => "saturated_scores",
         }
     }
 
@@ -117,6 +124,10 @@ impl Warning {
             Self::Truncated => {
                 "more than half of the responses were truncated at response_length: their end is never scored; raise \
                  response_length or set missing_eos_penalty"
+            }
+            Self::SaturatedScores => {
+                "the scores of more than a quarter of the responses lie beyond score_clip: clipped, they no longer say which is \
+                 better; raise score_clip, set use_score_scaling = true, or look whether the reward model fits these responses"
             }
         }
     }
@@ -181,6 +192,7 @@ pub fn warnings(first: &WatchedMetrics, recent: &[WatchedMetrics]) -> Vec<Warnin
     check(useless >= 5, Warning::UselessCritic);
     check(now.flat_advantages, Warning::FlatAdvantages);
     check(now.truncated > 0.5, Warning::Truncated);
+    check(now.clipped > 0.25, Warning::SaturatedScores);
     found
 }
 
@@ -241,6 +253,7 @@ mod tests {
         is(WatchedMetrics { entropy: 0.1, ..healthy() }, Warning::EntropyCollapse);
         is(WatchedMetrics { flat_advantages: true, ..healthy() }, Warning::FlatAdvantages);
         is(WatchedMetrics { truncated: 0.6, ..healthy() }, Warning::Truncated);
+        is(WatchedMetrics { clipped: 0.3, ..healthy() }, Warning::SaturatedScores);
         let bad = WatchedMetrics { explained_variance: Some(-0.2), ..healthy() };
         assert_eq!(after([bad; 4]), []);
         assert_eq!(after([bad; 5]), [Warning::UselessCritic]);

@@ -10,4 +10,4 @@ pub mod outcome;
 pub mod run;
 pub mod task;
 
-pub use run::{run, run_on};
+pub use run::{check_free, run, run_on};

@@ -31,7 +31,8 @@ use crate::ppo::train::train;
 use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
-use crate::run::{Model, finish_page, placement, prepare_output};
+use crate::run;
+use crate::run::{Model, finish_page, is_of, placement, prepare_output};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -97,6 +98,15 @@ pub fn config(seed: u64) -> Config {
 /// If `out` belongs to another run or cannot be written.
 pub fn run(out: &Path, seed: u64) -> Result<Outcome> {
     run_with(out, &config(seed))
+}
+
+/// Refuses to replace a quickstart of other settings; the same settings give the same bytes again.
+///
+/// # Errors
+/// If there is one.
+pub fn check_free(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Result<()> {
+    let config = placement::settled(&config(seed).on(device), None)?;
+    if is_of(out, "quickstart", &config.to_toml()?) { Ok(()) } else { run::check_free(out, "quickstart") }
 }
 
 /// Runs all stages on the machine that `--device` names.

@@ -8,14 +8,16 @@ use std::borrow::Cow;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
+use super::center::Centering;
 use super::dschat::{Padding, Rows};
 use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
+use super::shown;
 use crate::config::{Reward, RewardLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
 use crate::data::examples::{Examples, chunks, pick};
 use crate::host::meter::{Phase, within};
 use crate::invalid;
-use crate::model::adapter::{Adapter, Gradients, ScoreHead};
+use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::block::Recompute;
@@ -70,6 +72,8 @@ pub struct Summary {
     pub steps: usize,
     /// Tokens that went through the network in training.
     pub tokens: usize,
+    /// What `center` did, if it was asked for.
+    pub center: Option<Centering>,
 }
 
 /// Trains a copy of `start`, with a fresh head where it has none, on `examples`; `held_out` only evaluates.
@@ -121,10 +125,13 @@ pub fn train_on_rows(
     });
     let stage = BradleyTerry { base, held_out, loss: config.loss, padding, recompute };
     let Trained { adapter: mut trained, steps, tokens } = training.run(&stage, session)?;
+    let mut center = None;
     if config.center {
         let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
         let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
-        trained = centered(base, trained, &some, padding)?;
+        let scores = scores_of_rows(base, &trained, &some, padding)?;
+        let scores: Vec<f64> = scores.into_iter().flatten().map(f64::from).collect();
+        trained = center.insert(Centering::of(&scores)).apply(trained)?;
     }
     let scores = scores_of_rows(base, &trained, held_out, padding)?;
     let after = summarise(&scores)?;
@@ -136,7 +143,10 @@ pub fn train_on_rows(
             before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
         ));
     }
-    Ok((trained, Summary { before, after, steps, tokens }))
+    for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
+        session.report.note(&format!("reward: warning: {warning}"));
+    }
+    Ok((trained, Summary { before, after, steps, tokens, center }))
 }
 
 /// The stage's loss and evaluation.
@@ -391,20 +401,4 @@ pub fn summarise(comparisons: &[Vec<f32>]) -> Result<Evaluation> {
         mean_rejected: rejected / others as f64,
         pairs,
     })
-}
-
-/// The same comparisons with scores of mean 0 and deviation 1 over the responses of `examples`: w / sd, (b - mean) /
-/// sd.
-fn centered(base: &Base, adapter: Adapter, examples: &[RankedExample], padding: Option<Padding>) -> Result<Adapter> {
-    let scores: Vec<f64> =
-        scores_of_rows(base, &adapter, examples, padding)?.into_iter().flatten().map(f64::from).collect();
-    let n = scores.len() as f64;
-    let mean = scores.iter().sum::<f64>() / n;
-    let deviation = (scores.iter().map(|s| (s - mean).powi(2)).sum::<f64>() / n).sqrt();
-    let Some(head) = adapter.head().filter(|_| deviation > 1e-6) else {
-        return Ok(adapter);
-    };
-    let head =
-        ScoreHead { weight: (&head.weight / deviation)?, bias: ((f64::from(head.bias) - mean) / deviation) as f32 };
-    adapter.with_score_head(Some(head))
 }

@@ -69,9 +69,9 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let model = Model::of_section(&config.base)?;
     let data: Prepared<UnpairedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
+    check_context(&model, data.train.longest_sequence())?;
     // The KL term puts responses after each other's prompts.
-    let longest = |of: fn(&UnpairedExample) -> usize| train.iter().chain(&held_out).map(of).max().unwrap_or(0);
-    check_context(&model, longest(|e| e.prompt.len()) + longest(|e| e.response.len()))?;
+    let max_length = config.data()?.max_length.min(model.base.config().max_position_embeddings);
     let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
@@ -80,7 +80,8 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
-    let (adapter, summary) = kto::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
+    let (adapter, summary) =
+        kto::train(setup, reference.as_ref(), &train, &held_out, &settings, max_length, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "kto",

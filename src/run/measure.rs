@@ -191,7 +191,8 @@ impl Bench<'_> {
         let _step = meter::within(Phase::Step);
         let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
         let reference = c.adapter.as_ref().map(|_| &start);
-        let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, &mut session)?;
+        let max_length = config.data()?.max_length.min(model.base.config().max_position_embeddings);
+        let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, max_length, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }

@@ -3,7 +3,10 @@
 //! This is the only place where configuration, data, model and stages meet, with one file per stage. Read `sft.rs`
 //! first, then the stages themselves: `../sft.rs`, `reward/train.rs`, `dpo/pairs.rs` and `ppo/train.rs`.
 
+mod data_warnings;
+mod describe;
 mod dpo;
+mod hints;
 mod measure;
 mod memory_preflight;
 mod model;
@@ -11,6 +14,7 @@ mod options;
 mod output;
 pub mod placement;
 mod ppo;
+pub(crate) mod progress;
 mod prompts;
 mod reward;
 mod rewards;
@@ -26,6 +30,7 @@ use serde_json::Value;
 use crate::config::{Config, Stage};
 use crate::data;
 use crate::data::Prepared;
+use crate::data::examples::Examples as _;
 use crate::data::examples::objectives::Objective;
 use crate::data::stream::cache::Stored;
 use crate::device::select;
@@ -38,10 +43,13 @@ use crate::tokenizer::Tokenizer;
 use crate::train::stop;
 use crate::{host, invalid};
 
+pub use data_warnings::data_warnings;
+pub use describe::describe;
+pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, resuming_command};
-pub use output::{check_output, prepare_output, settings_beside};
+pub use output::{check_free, check_output, is_of, prepare_output, settings_beside};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
 ///
@@ -65,9 +73,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     if let Some(summary) = options::finished(stage, config, out, launch)? {
         return Ok(summary);
     }
-    if launch.resume.is_none() && !launch.overwrite {
-        output::check_unfinished(out)?;
-    }
+    options::check(stage, out, launch)?;
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
@@ -137,6 +143,9 @@ fn prepared<T: Objective + Stored>(
     match &prepared.cache {
         Some(path) => eprintln!("data: {report}; tokens in {}", path.display()),
         None => eprintln!("data: {report}"),
+    }
+    for warning in data_warnings(report, config.data()?, prepared.train.len(), prepared.held_out.len()) {
+        eprintln!("warning: {warning}");
     }
     Ok(prepared)
 }

@@ -21,6 +21,7 @@ use crate::model_files::peft::base_tables;
 use crate::ops::cpu;
 use crate::ops::weight::ComputeDtype;
 use crate::rng::derive;
+use crate::run::hints::{check_adapter_path, check_base_path};
 use crate::run::placement::{instead_of_f16, place, settle};
 use crate::train::settings;
 
@@ -46,6 +47,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::open`].
     pub fn of_section(base: &config::Base) -> Result<Self> {
+        check_base_path(&base.path)?;
         let files = ModelFiles::open(&base.path)?;
         for remark in files.remarks()? {
             eprintln!("{remark}");
@@ -133,6 +135,7 @@ impl Model {
     /// # Errors
     /// If it does not, or was trained over other weights of the same shape.
     pub fn adapter(&self, path: &Path) -> Result<Adapter> {
+        check_adapter_path(path)?;
         let adapter = Adapter::load(path, self.base.shapes())?;
         self.check_tables(path, &adapter)?;
         match &adapter.provenance().base_fingerprint {

@@ -32,7 +32,9 @@ pub struct RunOptions {
     pub resume: Option<PathBuf>,
     /// `--force`: resumes although settings that affect the mathematics changed.
     pub force: bool,
-    /// `--overwrite`: an unfinished run in the folder may be lost.
+    /// `--from-start`: `--resume` begins at step 0 where there is no checkpoint.
+    pub from_start: bool,
+    /// `--overwrite`: a run in the folder, finished or not, may be lost.
     pub overwrite: bool,
     /// The command that resumes the run, for messages.
     pub command: String,
@@ -87,7 +89,7 @@ impl Inputs {
         let lock = lock::lock(out)?;
         let store = Store::at(out.join(output::CHECKPOINTS));
         let found = match &launch.resume {
-            Some(from) => self.find(&store, out, from, launch.force)?,
+            Some(from) => self.find(&store, out, from, launch)?,
             None => None,
         };
         let settings = self.config.to_toml()?;
@@ -122,9 +124,9 @@ impl Inputs {
         Ok(About { fingerprints: self.origin.digests.clone(), ..About::new(&launch.command, &device) })
     }
 
-    /// The checkpoint to resume from; `None` if there is no checkpoint yet (a notice is printed).
-    fn find(&self, store: &Store, out: &Path, from: &Path, force: bool) -> Result<Option<Found>> {
-        let found = if from == Path::new("latest") || same(from, out) {
+    /// The checkpoint to resume from; `None` if there is none and `--from-start` allows it (a notice is printed).
+    fn find(&self, store: &Store, out: &Path, from: &Path, launch: &RunOptions) -> Result<Option<Found>> {
+        let found = if asks_for_newest(from, out) {
             let (found, passed) = store.newest()?;
             for reason in passed {
                 eprintln!("passed over {reason}");
@@ -143,7 +145,10 @@ impl Inputs {
             Some(store::read(from).map_err(|e| invalid!("--resume {}: {e:#}", from.display()))?)
         };
         let Some(found) = found else {
-            eprintln!("{}: no checkpoint to go on from; the run begins anew", out.display());
+            if !launch.from_start {
+                return Err(without_checkpoint(out));
+            }
+            eprintln!("{}: no checkpoint to go on from; the run begins at step 0", out.display());
             return Ok(None);
         };
         self.origin.check_inputs(&found.manifest.origin)?;
@@ -151,7 +156,7 @@ impl Inputs {
         for line in changes.harmless.iter().chain(&changes.mathematics) {
             eprintln!("changed since {}: {line}", found.path.display());
         }
-        if !changes.mathematics.is_empty() && !force {
+        if !changes.mathematics.is_empty() && !launch.force {
             return Err(invalid!(
                 "these settings change the mathematics of the run in {}: {}; put them back, or go on with --force",
                 out.display(),
@@ -160,6 +165,34 @@ impl Inputs {
         }
         eprintln!("going on from {}, after {} steps", found.path.display(), found.manifest.step);
         Ok(Some(found))
+    }
+}
+
+/// Whether `--resume` asks for the newest checkpoint of `out`.
+fn asks_for_newest(from: &Path, out: &Path) -> bool {
+    from == Path::new("latest") || same(from, out)
+}
+
+fn without_checkpoint(out: &Path) -> anyhow::Error {
+    invalid!(
+        "--resume: {} has no checkpoint that can be read; add --from-start to begin at step 0 where there is none, or \
+         leave --resume out",
+        out.display()
+    )
+}
+
+/// Checks, before anything is opened, that the folder allows what the options ask for.
+///
+/// # Errors
+/// If a run in the folder would be lost without `--overwrite`, or `--resume` finds no checkpoint.
+pub(crate) fn check(stage: Stage, out: &Path, launch: &RunOptions) -> Result<()> {
+    match &launch.resume {
+        None if launch.overwrite => Ok(()),
+        None => output::check_free(out, stage.name()),
+        Some(from) if !asks_for_newest(from, out) || output::has_checkpoint(out) => Ok(()),
+        Some(_) if !launch.from_start => Err(without_checkpoint(out)),
+        // A finished run without checkpoints, of other settings: to begin at step 0 is to replace it.
+        Some(_) => output::check_free(out, stage.name()),
     }
 }
 
@@ -172,7 +205,7 @@ fn same(a: &Path, b: &Path) -> bool {
 /// # Errors
 /// If the config has no form in TOML.
 pub(crate) fn finished(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Option<Value>> {
-    let asked = launch.resume.as_deref().is_some_and(|from| from == Path::new("latest") || same(from, out));
+    let asked = launch.resume.as_deref().is_some_and(|from| asks_for_newest(from, out));
     if !asked || !output::is_of(out, stage.name(), &config.to_toml()?) {
         return Ok(None);
     }
@@ -188,7 +221,7 @@ pub fn resuming_command(words: impl IntoIterator<Item = String>) -> String {
         let has_value = words[at] == "--resume" && words.get(at + 1).is_some_and(|w| !w.starts_with('-'));
         words.drain(at..at + 1 + usize::from(has_value));
     }
-    words.retain(|w| w != "--overwrite" && w != "--force");
+    words.retain(|w| !["--overwrite", "--force", "--from-start"].contains(&w.as_str()));
     words.push("--resume".into());
     let quoted = words.iter().map(|word| {
         let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
@@ -214,7 +247,7 @@ mod tests {
             "fourfold sft a.toml --set 'data.path=\"x y\"' --resume"
         );
         for resume in [&["--resume", "latest"][..], &["--resume=a/b"], &["--resume"]] {
-            let line = [&["fourfold", "sft", "a.toml"], resume, &["--force", "--json"]].concat();
+            let line = [&["fourfold", "sft", "a.toml"], resume, &["--force", "--from-start", "--json"]].concat();
             assert_eq!(command(&line), "fourfold sft a.toml --json --resume");
         }
     }

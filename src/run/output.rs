@@ -9,6 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, Result};
 
+use crate::host::date::utc_of;
 use crate::invalid;
 use crate::train::store::Store;
 
@@ -24,7 +25,7 @@ const FILES: [&str; 5] = [SUMMARY, "metrics.jsonl", "samples.jsonl", "about.json
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// The adapters' folders that a command writes.
-fn adapters_of(by: &str) -> &'static [&'static str] {
+pub(super) fn adapters_of(by: &str) -> &'static [&'static str] {
     match by {
         "quickstart" => &["sft", "reward", "actor", "critic"],
         "ppo" => &["actor", "critic", "actor_ema"],
@@ -52,13 +53,8 @@ pub fn check_output(out: &Path, by: &str) -> Result<()> {
     if !out.exists() || empty {
         return Ok(());
     }
-    let settings = fs::read_to_string(out.join(RESOLVED)).unwrap_or_default();
-    let first = settings.lines().next().unwrap_or_default();
-    if first == mark(by) {
-        return Ok(());
-    }
-    let other = ["sft", "reward", "dpo", "kto", "ppo", "quickstart"].into_iter().find(|other| first == mark(other));
-    Err(match other {
+    Err(match stage_of(out) {
+        Some(stage) if stage == by => return Ok(()),
         Some(other) => invalid!("{} holds a run of `fourfold {other}`; name another folder with --out", out.display()),
         None => {
             invalid!("{} exists and is no folder of a former run; name another with --out, or remove it", out.display())
@@ -66,24 +62,54 @@ pub fn check_output(out: &Path, by: &str) -> Result<()> {
     })
 }
 
+/// The command whose run's folder `dir` is.
+pub(super) fn stage_of(dir: &Path) -> Option<&'static str> {
+    let settings = fs::read_to_string(dir.join(RESOLVED)).ok()?;
+    let first = settings.lines().next()?;
+    ["sft", "reward", "dpo", "kto", "ppo", "quickstart"].into_iter().find(|by| first == mark(by))
+}
+
+/// The base of the run in `dir`: the reward model's for a reward run.
+pub(super) fn base_of(dir: &Path) -> Option<String> {
+    let settings: toml::Table = fs::read_to_string(dir.join(RESOLVED)).ok()?.parse().ok()?;
+    let reward = settings.get("reward_base").filter(|_| stage_of(dir) == Some("reward"));
+    Some(reward.or(settings.get("base"))?.get("path")?.as_str()?.to_owned())
+}
+
 /// A run that was killed between taking the folder and writing config.toml leaves its lock alone.
 fn is_lock(entry: &std::io::Result<fs::DirEntry>) -> bool {
     entry.as_ref().is_ok_and(|e| e.file_name() == crate::train::lock::NAME)
 }
 
-/// Refuses to begin anew where a run stands that could be resumed.
+/// Refuses to begin anew where the command `by` left a run that is finished, or one that could be resumed. A run that
+/// ended before its first checkpoint left nothing to keep.
 ///
 /// # Errors
 /// If there is one.
-pub(super) fn check_unfinished(out: &Path) -> Result<()> {
-    if out.join(SUMMARY).exists() || Store::at(out.join(CHECKPOINTS)).is_empty() {
+pub fn check_free(out: &Path, by: &str) -> Result<()> {
+    let has_adapter = |name: &&str| out.join(name).join(ADAPTER_FILES[1]).exists();
+    let is_finished = out.join(SUMMARY).exists();
+    if !is_finished && has_checkpoint(out) {
+        return Err(invalid!(
+            "{} holds a run that is not finished; go on with --resume, name another folder with --out, or lose it with \
+             --overwrite",
+            out.display()
+        ));
+    }
+    if !is_finished && !adapters_of(by).iter().any(has_adapter) {
         return Ok(());
     }
+    let when = fs::metadata(out.join(if is_finished { SUMMARY } else { RESOLVED })).and_then(|about| about.modified());
     Err(invalid!(
-        "{} holds a run that is not finished; go on with --resume, name another folder with --out, or lose it with \
-         --overwrite",
-        out.display()
+        "{} holds a finished run of `fourfold {by}`{}; name another folder with --out, or replace it with --overwrite",
+        out.display(),
+        when.map_or_else(|_| String::new(), |when| format!(" of {}", utc_of(when)))
     ))
+}
+
+/// Whether `out` holds a checkpoint, complete or not.
+pub(super) fn has_checkpoint(out: &Path) -> bool {
+    !Store::at(out.join(CHECKPOINTS)).is_empty()
 }
 
 /// Makes the output folder, or takes one that [`check_output`] allows.
@@ -131,7 +157,7 @@ pub(super) fn go_on(out: &Path, by: &str, settings: &str) -> Result<()> {
 }
 
 /// Is `out` the folder of a run by that command with those settings?
-pub(super) fn is_of(out: &Path, by: &str, settings: &str) -> bool {
+pub fn is_of(out: &Path, by: &str, settings: &str) -> bool {
     fs::read_to_string(out.join(RESOLVED)).is_ok_and(|text| text == resolved(by, settings))
 }
 

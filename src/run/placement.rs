@@ -5,14 +5,13 @@
 
 use std::collections::HashSet;
 use std::fs;
-use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Mutex;
-use std::time::{Duration, Instant};
 
 use anyhow::{Error, Result};
 
 use super::output;
+use super::progress::Progress;
 use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config};
 use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
@@ -123,44 +122,6 @@ pub fn name_of(base: &Base) -> String {
     base.place().map_or_else(|| "cpu".into(), Device::name)
 }
 
-/// Progress on stderr of work that takes longer than two seconds.
-struct Progress {
-    what: String,
-    began: Instant,
-    shown: Option<Instant>,
-}
-
-impl Progress {
-    const PATIENCE: Duration = Duration::from_secs(2);
-    const EVERY: Duration = Duration::from_millis(200);
-
-    fn new(what: String) -> Self {
-        Self { what, began: Instant::now(), shown: None }
-    }
-
-    fn show(&mut self, done: usize, all: usize) {
-        let (now, terminal) = (Instant::now(), std::io::stderr().is_terminal());
-        if now - self.began < Self::PATIENCE || self.shown.is_some_and(|at| !terminal || now - at < Self::EVERY) {
-            return;
-        }
-        self.shown = Some(now);
-        let percent = 100.0 * done as f64 / all.max(1) as f64;
-        let line = format!("{}: {} of {}, {percent:.0}%", self.what, text(done), text(all));
-        match terminal {
-            true => eprint!("\r{line}   "),
-            false => eprintln!("{line}"),
-        }
-    }
-
-    fn finish(self, all: usize) {
-        if self.shown.is_some() {
-            let start = if std::io::stderr().is_terminal() { "\r" } else { "" };
-            let seconds = self.began.elapsed().as_secs_f64();
-            eprintln!("{start}{}: {} in {seconds:.1} s        ", self.what, text(all));
-        }
-    }
-}
-
 /// A base that would not fit, with what would.
 fn too_large(device: &str, bytes: usize, room: usize, dense: bool) -> Error {
     let smaller = match dense {
@@ -188,7 +149,7 @@ pub fn place(base: Base, device: &Device) -> Result<Base> {
     if let Some(room) = device.room()?.filter(|&room| bytes > room) {
         return Err(too_large(&device.name(), bytes, room, dense));
     }
-    let mut progress = Progress::new(format!("weights to {}", device.name()));
+    let mut progress = Progress::new(format!("weights to {}", device.name()), text);
     let placed = base.on(Some(device.clone()), |done, all| progress.show(done, all));
     progress.finish(bytes);
     placed.map_err(|error| match error.downcast_ref::<OutOfMemory>() {

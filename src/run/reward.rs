@@ -49,6 +49,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         "mean_chosen_score": number(summary.after.mean_chosen),
         "mean_rejected_score": number(summary.after.mean_rejected),
         "eval_pairs": summary.after.pairs,
+        "center": summary.center.map(|center| json!({
+            "mean": number(center.mean), "deviation": number(center.deviation), "scaled": center.is_scaled,
+        })),
         "steps": summary.steps,
         "tokens": summary.tokens,
         "train_records": train.len(),

@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use crate::host::date::utc;
 use crate::invalid;
 
 /// The lock's file in its folder.
@@ -36,16 +37,8 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     let path = dir.join(NAME);
     let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
     let mut file = opened.map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))?;
-    let mut text = String::new();
     let locked = file.try_lock();
-    let _ = file.read_to_string(&mut text); // without it, the message names the owner less well
-    let owner: Value = serde_json::from_str(&text).unwrap_or_default();
-    let owner = format!(
-        "process {} on {}, started {}",
-        owner["pid"],
-        owner["host"].as_str().unwrap_or("this machine"),
-        owner["started"].as_u64().map_or_else(|| "at an unknown time".into(), utc)
-    );
+    let (text, owner) = read(&mut file);
     match locked {
         Err(TryLockError::WouldBlock) => {
             return Err(invalid!(
@@ -67,26 +60,36 @@ pub fn lock(dir: &Path) -> Result<Lock> {
 
 /// Whether a process has the lock of a folder.
 pub fn is_held(dir: &Path) -> bool {
-    File::open(dir.join(NAME)).is_ok_and(|file| matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)))
+    owner(dir).is_some()
+}
+
+/// The lock's text, and what it says of its owner. Without a text the owner is named less well.
+fn read(file: &mut File) -> (String, String) {
+    let mut text = String::new();
+    let _ = file.read_to_string(&mut text);
+    let owner: Value = serde_json::from_str(&text).unwrap_or_default();
+    let named = format!(
+        "process {} on {}, started {}",
+        owner["pid"],
+        owner["host"].as_str().unwrap_or("this machine"),
+        owner["started"].as_u64().map_or_else(|| "at an unknown time".into(), utc)
+    );
+    (text, named)
+}
+
+/// The process that has the folder's lock now, in words. The lock itself is left as it is.
+pub fn owner(dir: &Path) -> Option<String> {
+    let mut file = File::open(dir.join(NAME)).ok()?;
+    match file.try_lock_shared() {
+        Err(TryLockError::WouldBlock) => Some(read(&mut file).1),
+        _ => None,
+    }
 }
 
 fn write(file: &mut File, text: &str) -> std::io::Result<()> {
     file.set_len(0)?;
     file.rewind()?;
     file.write_all(text.as_bytes())
-}
-
-/// Seconds since 1970 as `2026-11-27 07:46 UTC`. Source of the calendar: Howard Hinnant, `civil_from_days`.
-pub fn utc(seconds: u64) -> String {
-    let (days, minute) = (seconds / 86_400 + 719_468, seconds / 60 % 1440);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153; // months from March
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", minute / 60, minute % 60)
 }
 
 /// The machine's name, for messages.
@@ -101,21 +104,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_formatted_as_utc() {
-        let times = [0, 951_782_399, 951_782_400, 1_795_765_560];
-        let texts = ["1970-01-01 00:00 UTC", "2000-02-28 23:59 UTC", "2000-02-29 00:00 UTC", "2026-11-27 07:46 UTC"];
-        assert_eq!(times.map(utc), texts);
-    }
-
-    #[test]
     fn a_second_owner_is_refused_with_the_firsts_name_and_a_stale_lock_is_taken_over() {
         let dir = tempfile::tempdir().unwrap();
         let first = lock(dir.path()).unwrap();
         let message = lock(dir.path()).unwrap_err().to_string();
+        assert!(owner(dir.path()).unwrap().contains(&format!("process {}", std::process::id())));
         assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
         let text = || std::fs::read_to_string(dir.path().join(NAME)).unwrap();
         assert!(text().contains("pid"));
         drop(first);
+        assert_eq!(owner(dir.path()), None);
         assert_eq!(text(), "", "a dropped lock leaves an empty file");
         std::fs::write(dir.path().join(NAME), r#"{"pid": 1}"#).unwrap(); // as if killed
         lock(dir.path()).unwrap();

@@ -92,6 +92,7 @@ fn sft_reward_ppo_and_merge_make_a_model_that_every_reading_command_takes() {
     assert_eq!(pairs.len(), 6);
     let right = pairs.iter().filter(|s| s[0] > s[1]).count();
     assert!((score["accuracy"].as_f64().unwrap() - right as f64 / 6.0).abs() < 1e-12);
+    assert_eq!(score["places"][1], json!({"file": "pairs.jsonl", "record": 2}));
     // 5. What is where.
     let kind = |path: &str| p.words(&format!("inspect {path}"))["kind"].clone();
     assert_eq!((kind("merged"), kind("base")), (json!("huggingface"), json!("huggingface")));
@@ -171,7 +172,7 @@ fn a_seed_fixes_the_text_and_another_seed_changes_it() {
 fn training_twice_with_one_seed_gives_the_same_bytes() {
     let p = Place::new();
     let train = |out: &str, seed: u32| {
-        let ran = p.run(&format!("sft run.toml --set seed={seed} --out {out}"));
+        let ran = p.run(&format!("sft run.toml --set seed={seed} --out {out} --overwrite"));
         assert_eq!(ran.code, 0, "{}", ran.stderr);
         fs::read(p.path(out).join("adapter/adapter_model.safetensors")).unwrap()
     };
@@ -233,10 +234,124 @@ fn chat_answers_each_line_of_a_pipe_and_remembers() {
     assert!(!one.stdout.trim().is_empty());
     assert!(two.stdout.starts_with(&one.stdout) && two.stdout.len() > one.stdout.len() + 1, "{:?}", two.stdout);
     // The second answer depends on what was said before, unless it was forgotten.
-    let forgotten = p.run_with(&args, "How is the hotel?\n/new\nHow is the hotel?\n");
-    assert_eq!(forgotten.stdout, format!("{0}{0}", one.stdout));
+    for command in ["/new", "/reset"] {
+        let forgotten = p.run_with(&args, &format!("How is the hotel?\n{command}\n\nHow is the hotel?\n"));
+        assert_eq!(forgotten.stdout, format!("{0}{0}", one.stdout), "{command}");
+    }
+    let forgotten = p.run_with(&args, "How is the hotel?\n/reset\nHow is the hotel?\n");
+    assert!(forgotten.stderr.contains("tokens per second"), "{}", forgotten.stderr);
+    // The dialogue is a record that training reads; a command that there is not is no message.
+    let saved = p.run_with(&args, "/system Be brief.\nHow is the hotel?\n/save talk.jsonl\n/exit\nnever sent\n");
+    assert_eq!(saved.code, 0, "{}", saved.stderr);
+    let talk: Value = serde_json::from_str(&fs::read_to_string(p.path("talk.jsonl")).unwrap()).unwrap();
+    let roles: Vec<&str> = talk["messages"].as_array().unwrap().iter().map(|m| m["role"].as_str().unwrap()).collect();
+    assert_eq!(roles, ["system", "user", "assistant"]);
+    let ran = p.run_with(&args, "/hepl\n");
+    assert!(ran.code == 2 && ran.stderr.contains("no command /hepl") && ran.stdout.is_empty(), "{}", ran.stderr);
+    let ran = p.run_with(&args, "/save talk.jsonl\n");
+    assert!(ran.code == 2 && ran.stderr.contains("talk.jsonl"), "a file is not replaced: {}", ran.stderr);
     let twice = p.run_with(&args, "How is the hotel?\nHow is the hotel?\n");
     assert_ne!(twice.stdout, forgotten.stdout);
+}
+
+#[test]
+fn score_goes_record_by_record_with_what_it_cuts_and_skips() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    let pairs = fs::read_to_string(p.path("pairs.jsonl")).unwrap();
+    let lines: Vec<&str> = pairs.lines().collect();
+    let prompt = format!("\n\nHuman: {}?\n\nAssistant:", "word ".repeat(60));
+    let long = json!({"prompt": prompt, "chosen": " Yes.", "rejected": " No."});
+    p.write("mixed.jsonl", [lines[0], "{\"question\": 1}", &long.to_string(), lines[1]].join("\n"));
+    let whole = p.words("score --base base --adapter out/reward/adapter --data pairs.jsonl");
+    let score =
+        "score --base base --adapter out/reward/adapter --data mixed.jsonl --max-length 40 --on-bad-record skip";
+    let found = p.words(&format!("{score} --out skip.jsonl"));
+    // Other records in the batch: f32 rounding.
+    for (got, want) in [(0, 0), (1, 1)] {
+        for (a, b) in floats(&found["scores"][got]).iter().zip(floats(&whole["scores"][want])) {
+            assert!((a - b).abs() < 1e-4, "{a} {b}");
+        }
+    }
+    let places: Vec<&Value> = found["places"].as_array().unwrap().iter().map(|place| &place["record"]).collect();
+    assert_eq!(places, [&json!(1), &json!(4)]);
+    assert_eq!((&found["records"], &found["dropped"], &found["pairs"]), (&json!(4), &json!(2), &json!(2)));
+    let read = |name: &str| -> Vec<Value> {
+        let text = fs::read_to_string(p.path(name)).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let out = read("skip.jsonl");
+    assert_eq!(out.iter().map(|line| line["record"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3, 4]);
+    assert_eq!(out[0]["scores"], found["scores"][0]);
+    assert!(out[1]["skipped"].as_str().unwrap().contains("question"), "{}", out[1]);
+    assert_eq!(out[2]["skipped"], "longer than max_length = 40");
+    // The prompt loses its first tokens, and the record is scored.
+    let cut = p.words(&format!("{score} --on-long cut --out cut.jsonl"));
+    assert_eq!((&cut["dropped"], &cut["truncated"]), (&json!(1), &json!(1)));
+    let out = read("cut.jsonl");
+    assert_eq!(out[2]["truncated"], true);
+    assert_eq!(out[2]["tokens"].as_array().unwrap().iter().map(|t| t.as_u64().unwrap()).max(), Some(40));
+    // A single response has a score and no comparison.
+    let single = p.words("score --base base --adapter out/reward/adapter --data sft.jsonl");
+    assert_eq!((single["scores"].as_array().unwrap().len(), &single["accuracy"]), (6, &Value::Null));
+    for (single, pair) in single["scores"].as_array().unwrap().iter().zip(whole["scores"].as_array().unwrap()) {
+        assert!(
+            (single[0].as_f64().unwrap() - pair[0].as_f64().unwrap()).abs() < 1e-4,
+            "the same text, the same score"
+        );
+    }
+}
+
+#[test]
+fn a_finished_run_is_replaced_only_when_that_is_asked_for() {
+    let p = Place::new();
+    for stage in ["sft", "reward", "dpo", "kto", "ppo"] {
+        let data = match stage {
+            "sft" => "sft.jsonl",
+            "ppo" => "prompts.jsonl",
+            _ => "pairs.jsonl",
+        };
+        let line = format!("{stage} run.toml --set data.path={data} --out out/{stage}");
+        assert_eq!(p.run(&line).code, 0, "{stage}: {}", p.run(&line).stderr);
+        let state = || {
+            let mut files: Vec<_> =
+                fs::read_dir(p.path(&format!("out/{stage}"))).unwrap().map(|e| e.unwrap()).collect();
+            files.sort_by_key(|entry| entry.path());
+            files.iter().map(|e| (e.path(), e.metadata().unwrap().modified().unwrap())).collect::<Vec<_>>()
+        };
+        let before = state();
+        for other in [line.clone(), format!("{line} --set seed=1")] {
+            let ran = p.run(&other);
+            assert_eq!(ran.code, 2, "{other}: {}", ran.stderr);
+            let says = ["holds a finished run of `fourfold", "--out", "--overwrite", "UTC"];
+            assert!(says.iter().all(|say| ran.stderr.contains(say)), "{other}: {}", ran.stderr);
+        }
+        assert_eq!(state(), before, "{stage} was touched");
+        // The same run is finished: --resume says so. Another has no checkpoint to go on from (PPO keeps its last state).
+        let ran = p.run(&format!("{line} --resume"));
+        assert!(ran.code == 0 && ran.stderr.contains("nothing to resume"), "{}", ran.stderr);
+        if stage != "ppo" {
+            let ran = p.run(&format!("{line} --set seed=1 --resume"));
+            assert!(ran.code == 2 && ran.stderr.contains("--from-start"), "{}", ran.stderr);
+            let ran = p.run(&format!("{line} --set seed=1 --resume --from-start"));
+            assert!(ran.code == 2 && ran.stderr.contains("--overwrite"), "{}", ran.stderr);
+        }
+        assert_eq!(state(), before, "{stage} was touched");
+    }
+    let line = "sft run.toml --out out/sft --set seed=1 --overwrite";
+    assert_eq!(p.run(line).code, 0);
+    assert!(fs::read_to_string(p.path("out/sft/config.toml")).unwrap().contains("seed = 1"));
+}
+
+#[test]
+fn a_resume_without_a_checkpoint_asks_for_from_start() {
+    let p = Place::new();
+    let line = "sft run.toml --out out/new --resume";
+    let ran = p.run(line);
+    assert!(ran.code == 2 && ran.stderr.contains("--from-start"), "{}", ran.stderr);
+    assert!(!p.path("out/new").exists(), "nothing is made");
+    let ran = p.run(&format!("{line} --from-start"));
+    assert!(ran.code == 0 && ran.stderr.contains("begins at step 0"), "{}", ran.stderr);
 }
 
 #[test]

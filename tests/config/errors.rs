@@ -134,7 +134,7 @@ fn values_out_of_range_come_with_a_remedy() {
         ("temperature = -0.5", "temperature = -0.5 is out of range"),
         ("top_p = 0", "top_p = 0 is out of range"),
         ("kl_coef = nan", "kl_coef = NaN is out of range"),
-        ("learning_rate = 3", "learning_rate = 3 diverges"),
+        ("learning_rate = 3", "learning_rate = 3 is out of range; use a number above 0 and below 1"),
         ("critic_learning_rate = 0", "critic_learning_rate = 0 is out of range"),
         ("adam_beta2 = 1.0", "adam_beta2 = 1 is out of range"),
         ("max_grad_norm = -1", "max_grad_norm = -1 is out of range"),

@@ -4,7 +4,10 @@
 mod bad_input;
 mod cli_contract;
 mod errors;
+mod guidance;
 mod options;
 mod report;
 #[path = "../support/mod.rs"]
 mod support;
+#[cfg(unix)]
+mod terminal;

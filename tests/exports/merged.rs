@@ -190,8 +190,8 @@ const FORMATS: [(&str, &str); 7] = [
     ("safetensors --dtype f32", "new/README.md"),
     ("safetensors --dtype f16", "new/README.md"),
     ("classifier --dtype f32", "new/README.md"),
-    ("gguf --dtype f32", "new.md"),
-    ("gguf-lora", "new.md"),
+    ("gguf --dtype f32", "new.gguf.md"),
+    ("gguf-lora", "new.gguf.md"),
     ("peft", "new/README.md"),
     ("value-head", "new/README.md"),
 ];
@@ -211,7 +211,7 @@ fn every_export_is_verified_and_its_card_says_how_close_it_came() {
             100.0 * told["greedy_agreement"].as_f64().unwrap()
         );
         assert!(card.contains(&row) && card.contains("fingerprint") && told["positions"].as_u64() > Some(30), "{card}");
-        for left in ["new", "new.md"] {
+        for left in ["new", "new.gguf", "new.gguf.md"] {
             let path = p.path(left);
             if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }.ok();
         }

@@ -103,7 +103,8 @@ fn a_new_run_removes_the_files_of_the_run_before() {
     let place = place();
     run_all(&place, &["sft"]);
     assert!(place.path("out/sft/adapter").exists());
-    let child = start(&place, &format!("{} --set sft.num_train_epochs=2000 --set sft.learning_rate=1e-4", line("sft")));
+    let other = "--overwrite --set sft.num_train_epochs=2000 --set sft.learning_rate=1e-4";
+    let child = start(&place, &format!("{} {other}", line("sft")));
     let config = place.path("out/sft/config.toml");
     let begun = Instant::now();
     while !fs::read_to_string(&config).unwrap_or_default().contains("num_train_epochs = 2000") {

@@ -22,7 +22,7 @@ fn resumed_from_any_step_every_stage_ends_with_the_same_bytes() {
     run_all(&other, &ALL[..2]);
     for stage in ALL {
         let every = format!("{} --set checkpoint.save_total_limit=1000", line(stage));
-        let ran = other.run(&every);
+        let ran = other.run(&format!("{every} --overwrite"));
         assert_eq!(ran.code, 0, "{stage}: {}", ran.stderr);
         assert_same(&whole, &other, stage, "checkpoints at every step change nothing");
         let steps = fs::read_dir(other.path(&format!("out/{stage}/checkpoints"))).unwrap().count();
@@ -54,7 +54,7 @@ fn killed_at_random_moments_sft_reward_and_ppo_end_with_the_same_bytes() {
         let broken: Place = place();
         for (stage, took) in PIPELINE.iter().zip(took) {
             loop {
-                let mut child = start(&broken, &format!("{} --resume", line(stage)));
+                let mut child = start(&broken, &format!("{} --resume --from-start", line(stage)));
                 let moment = Duration::from_secs_f64(took.as_secs_f64() * 1.1 * rng.uniform());
                 let begun = Instant::now();
                 let mut ended = None;

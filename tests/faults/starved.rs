@@ -99,7 +99,7 @@ fn on_a_disk_that_fills_up_a_run_says_so_and_goes_on_once_there_is_room() {
         // Five files a checkpoint and four of the run's own, rounded up to pages.
         let script = format!(
             "\"$0\" {line}; echo \"first: $?\" >&2\nls out/sft/checkpoints >&2\nmount -o remount,size=64m out\n\
-             [ -e out/sft/summary.json ] || \"$0\" {line} --resume; echo \"then: $?\" >&2\ncp -r out kept",
+             [ -e out/sft/summary.json ] || \"$0\" {line} --resume --from-start; echo \"then: $?\" >&2\ncp -r out kept",
             line = line("sft")
         );
         let Some(ran) = on_a_disk(&starved, kib, &script) else { return };
@@ -125,7 +125,7 @@ fn a_disk_that_is_read_only_is_refused_and_nothing_of_it_is_lost() {
     let place = place();
     let script = format!(
         "\"$0\" {line}; echo \"first: $?\" >&2; cp -r out before\nmount -o remount,ro out\n\
-         \"$0\" {line}; echo \"anew: $?\" >&2\n\"$0\" {line} --resume --set sft.num_train_epochs=3 --force; \
+         \"$0\" {line} --overwrite; echo \"anew: $?\" >&2\n\"$0\" {line} --resume --set sft.num_train_epochs=3 --force; \
          echo \"on: $?\" >&2\ncp -r out after",
         line = line("sft")
     );

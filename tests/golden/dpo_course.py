@@ -3,7 +3,7 @@
 usage: dpo_course.py > dpo_course.json
 Training starts from peft_logits/lm and the reference stays it. Five full-batch AdamW steps in f32 of each: DPO (sigmoid,
 label smoothing 0.1; and ipo) on three comparisons, one of three ranked answers; KTO on two answers, whose mismatched
-pairs are each other's whatever the shuffle. Loss, gradient norm before clipping, rewards, KTO's KL term; then the
+pairs are each other's whatever the shuffle, and once more where max_length cuts one of them. Loss, gradient norm before clipping, rewards, KTO's KL term; then the
 log-probabilities of every answer. Printed with torch 2.15.0, transformers 5.23.0, peft 0.21.2, seed 61.
 """
 import itertools
@@ -57,13 +57,19 @@ draw = lambda n: torch.randint(2, 1024, (n,)).tolist()
 compared = [
     dict(prompt=draw(p), answers=[draw(a) + [END] for a in n]) for p, n in [(5, (9, 3)), (12, (1, 7)), (3, (6, 14, 2))]
 ]
-judged = [dict(prompt=draw(p), answer=draw(a) + [END], label=label) for p, a, label in [(7, 12, True), (4, 5, False)]]
+judge = lambda sizes: [dict(prompt=draw(p), answer=draw(a) + [END], label=label) for p, a, label in sizes]
+judged = judge([(7, 12, True), (4, 5, False)])
+# Of at most 17 tokens each; the first prompt with the second answer has 26, of which TRL keeps the first max_length.
+judged_long, MAX_LENGTH = judge([(12, 3, True), (3, 13, False)]), 17
 with torch.no_grad():
     frozen = policy().eval()
     reference = [[summed(frozen, x["prompt"], a) for a in x["answers"]] for x in compared]
-    judged_reference = [summed(frozen, x["prompt"], x["answer"]) for x in judged]
-    mixed = [(judged[0]["prompt"], judged[1]["answer"]), (judged[1]["prompt"], judged[0]["answer"])]
-    mixed_reference = [summed(frozen, *pair) for pair in mixed]
+
+
+def mismatched(records, max_length):
+    """TRL 1.16's DataCollatorForUnpairedPreference: (prompt_ids + KL_completion_ids)[:max_length]."""
+    pairs = [(records[0]["prompt"], records[1]["answer"]), (records[1]["prompt"], records[0]["answer"])]
+    return [(prompt, (prompt + answer)[:max_length][len(prompt) :]) for prompt, answer in pairs]
 
 
 def dpo(kind, smoothing):
@@ -90,26 +96,38 @@ def dpo(kind, smoothing):
     return loss_of
 
 
-def kto(model):
+def kto(records, max_length):
+    mixed = mismatched(records, max_length)
     with torch.no_grad():
-        off = [summed(model, *pair) - r for pair, r in zip(mixed, mixed_reference)]
-        kl = torch.stack(off).mean().clamp(min=0)
-    losses, rewards = [], {}
-    for x, r in zip(judged, judged_reference):
-        ratio = summed(model, x["prompt"], x["answer"]) - r
-        if x["label"]:
-            losses.append(1.0 * (1 - torch.sigmoid(BETA * (ratio - kl))))
-        else:
-            losses.append(0.3 * (1 - torch.sigmoid(BETA * (kl - ratio))))
-        rewards["rewards/chosen" if x["label"] else "rewards/rejected"] = BETA * ratio.item()
-    return torch.stack(losses).mean(), dict(kl=kl.item(), **rewards)
+        references = [summed(frozen, x["prompt"], x["answer"]) for x in records]
+        mixed_references = [summed(frozen, *pair) for pair in mixed]
+
+    def loss_of(model):
+        with torch.no_grad():
+            off = [summed(model, *pair) - r for pair, r in zip(mixed, mixed_references)]
+            kl = torch.stack(off).mean().clamp(min=0)
+        losses, rewards = [], {}
+        for x, r in zip(records, references):
+            ratio = summed(model, x["prompt"], x["answer"]) - r
+            if x["label"]:
+                losses.append(1.0 * (1 - torch.sigmoid(BETA * (ratio - kl))))
+            else:
+                losses.append(0.3 * (1 - torch.sigmoid(BETA * (kl - ratio))))
+            rewards["rewards/chosen" if x["label"] else "rewards/rejected"] = BETA * ratio.item()
+        return torch.stack(losses).mean(), dict(kl=kl.item(), **rewards)
+
+    return loss_of
 
 
 out = dict(
     lr=LR, weight_decay=DECAY, max_grad_norm=MAX_NORM, beta=BETA, compared=compared, judged=judged,
-    reference=[[r.item() for r in refs] for refs in reference],
+    judged_long=judged_long, max_length=MAX_LENGTH, reference=[[r.item() for r in refs] for refs in reference],
 )
-for name, loss_of in [("sigmoid", dpo("sigmoid", 0.1)), ("ipo", dpo("ipo", 0.0)), ("kto", kto)]:
+courses = [
+    ("sigmoid", dpo("sigmoid", 0.1)), ("ipo", dpo("ipo", 0.0)), ("kto", kto(judged, 512)),
+    ("kto_cut", kto(judged_long, MAX_LENGTH)),
+]
+for name, loss_of in courses:
     course, model = train(loss_of)
     with torch.no_grad():
         after = [[summed(model, x["prompt"], a).item() for a in x["answers"]] for x in compared]

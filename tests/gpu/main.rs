@@ -1,14 +1,15 @@
 //! The whole network on a device: passes, stages, faults and memory on the emulated machine (the card's kernels on the CPU)
 //! and on the dry machine, compared with the host. It needs no card. It does not test single kernels: tests/kernels does.
 //!
-//! The emulated machine needs a C++ compiler. Without one these tests are skipped with a line on the terminal, unless
-//! FOURFOLD_REQUIRE_EMULATED=1.
+//! The emulated machine needs a C++ compiler. Without one these tests fail, unless `FOURFOLD_SKIP_EMULATED` is 1.
 
 mod commands;
 mod doctor;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]
 mod fault_world;
+#[path = "../support/real_files.rs"]
+mod files;
 mod kept;
 mod ledger;
 mod narrow;

@@ -2,7 +2,7 @@
 //! not a multiple of a warp or block, every element and storage type, threads in plain and in shuffled order, NaN, no rows;
 //! and the device layer itself: what the emulated machine finds, memory against the dry machine, CUDA's libraries.
 //!
-//! Without a C++ compiler these tests do nothing, unless `FOURFOLD_REQUIRE_EMULATED` is 1.
+//! Without a C++ compiler these tests fail, unless `FOURFOLD_SKIP_EMULATED` is 1.
 
 mod attention;
 mod columns;

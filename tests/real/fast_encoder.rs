@@ -3,11 +3,12 @@
 use fourfold::model_files::ModelFiles;
 
 use crate::encoders::assert_same_ids;
-use crate::model::gguf;
+use crate::real_files::smollm2;
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn the_fast_encoder_equals_the_tokenizers_crate_over_smollm2s_vocabulary() {
-    let Some(path) = gguf("the_fast_encoder_equals_the_tokenizers_crate_over_smollm2s_vocabulary") else { return };
+    let path = smollm2();
     let corpus = [
         include_str!("../data/pipeline.rs"),
         include_str!("../golden/tokenizer_smollm2.json"),

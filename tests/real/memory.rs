@@ -1,20 +1,15 @@
 //! The planner beside the meter on a real base, whose matrices are mapped from its GGUF; the
-//! quickstart's base, which is small, is in tests/memory.rs. It runs where `FOURFOLD_SMOLLM2_GGUF` names
-//! SmolLM2-135M-Instruct (`export FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh)`); with
-//! `FOURFOLD_REQUIRE_REAL_MODEL=1` its absence is a failure. `cargo bench --bench memory` has more shapes.
+//! quickstart's base, which is small, is in tests/memory.rs. The base is SmolLM2-135M-Instruct. `cargo bench --bench memory`
+//! has more shapes.
 
+use crate::real_files::smollm2;
 use crate::support::Place;
 use serde_json::Value;
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn every_phase_of_a_real_base_is_predicted_within_5_percent() {
-    let path = std::env::var("FOURFOLD_SMOLLM2_GGUF").unwrap_or_default();
-    if path.is_empty() {
-        let required = std::env::var("FOURFOLD_REQUIRE_REAL_MODEL").is_ok_and(|v| v == "1");
-        assert!(!required, "FOURFOLD_REQUIRE_REAL_MODEL=1, but FOURFOLD_SMOLLM2_GGUF is not set");
-        println!("skipped, FOURFOLD_SMOLLM2_GGUF is not set");
-        return;
-    }
+    let path = smollm2();
     let p = Place::new();
     let base = format!("base.path={path:?}");
     let run = |words: &str| {

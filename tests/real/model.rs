@@ -1,8 +1,7 @@
-//! The whole forward pass on SmolLM2-135M-Instruct (Q4_1) against transformers, and its merge to safetensors. It runs
-//! where `FOURFOLD_SMOLLM2_GGUF` names the file (`export FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh)`); with
-//! `FOURFOLD_REQUIRE_REAL_MODEL=1` its absence is a failure. tests/golden/smollm2_logprobs.py printed the numbers.
+//! The whole forward pass on SmolLM2-135M-Instruct (Q4_1) against transformers, and its merge to safetensors.
+//! tests/golden/smollm2_logprobs.py printed the numbers.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use fourfold::config::Lora;
@@ -16,16 +15,7 @@ use fourfold::run::Model;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-/// SmolLM2's file; the test of that name is skipped where there is none.
-pub fn gguf(test: &str) -> Option<PathBuf> {
-    let path = std::env::var_os("FOURFOLD_SMOLLM2_GGUF").filter(|p| !p.is_empty());
-    let required = std::env::var_os("FOURFOLD_REQUIRE_REAL_MODEL").is_some_and(|v| v == "1");
-    assert!(path.is_some() || !required, "FOURFOLD_REQUIRE_REAL_MODEL=1, but FOURFOLD_SMOLLM2_GGUF is not set");
-    if path.is_none() {
-        println!("{test}: skipped, FOURFOLD_SMOLLM2_GGUF is not set");
-    }
-    path.map(Into::into)
-}
+use crate::real_files::smollm2;
 
 #[derive(Deserialize)]
 struct Golden {
@@ -67,10 +57,9 @@ fn furthest(a: &[f32], b: &[f32]) -> f32 {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn logprobs_of_the_quantised_base_match_transformers_on_the_dequantised_weights() {
-    let Some(path) = gguf("logprobs_of_the_quantised_base_match_transformers_on_the_dequantised_weights") else {
-        return;
-    };
+    let path = smollm2();
     let (model, golden) = (Model::open(&path).unwrap(), golden());
     let want: Vec<f32> = golden.sequences.iter().flat_map(|s| s.logprobs.iter().copied()).collect();
     let difference = furthest(&logprobs(&model.base, None, &golden), &want);
@@ -84,9 +73,9 @@ fn logprobs_of_the_quantised_base_match_transformers_on_the_dequantised_weights(
 
 /// What `compute_dtype = "bf16"` costs: measured 0.02 on average; a product that drops or doubles a term is off by 1.
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree() {
-    let name = "logprobs_in_bf16_stay_near_those_in_f32_and_rollout_and_training_agree";
-    let Some(path) = gguf(name) else { return };
+    let path = smollm2();
     let (model, golden) = (Model::open(&path).unwrap().computing_in(ComputeDtype::Bf16), golden());
     let want = golden.sequences.iter().flat_map(|s| s.logprobs.iter().copied());
     let got = logprobs(&model.base, None, &golden);
@@ -117,8 +106,9 @@ fn continuations(policy: Policy<'_>, prompts: &[Vec<u32>], stop: &[u32]) -> Vec<
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn greedy_continuations_match_transformers_in_a_batch_and_one_by_one() {
-    let Some(path) = gguf("greedy_continuations_match_transformers_in_a_batch_and_one_by_one") else { return };
+    let path = smollm2();
     let (model, golden) = (Model::open(&path).unwrap(), golden());
     let prompts: Vec<Vec<u32>> = golden.greedy.iter().map(|c| c.prompt_ids.clone()).collect();
     let (policy, stop) = (Policy::new(&model.base, None), model.checkpoint.tokenizer().eos_ids());
@@ -179,8 +169,9 @@ fn merged(gguf: &Path, adapter: &Path, dtype: &str, out: &Path) -> Value {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn merging_a_zero_adapter_to_f32_gives_the_ggufs_numbers_from_safetensors() {
-    let Some(path) = gguf("merging_a_zero_adapter_to_f32_gives_the_ggufs_numbers_from_safetensors") else { return };
+    let path = smollm2();
     let (model, golden, dir) = (Model::open(&path).unwrap(), golden(), tempfile::tempdir().unwrap());
     let (adapter, out) = (dir.path().join("zero"), dir.path().join("dense"));
     zero_adapter(&model).save(&adapter).unwrap();
@@ -207,11 +198,9 @@ fn merging_a_zero_adapter_to_f32_gives_the_ggufs_numbers_from_safetensors() {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn merging_an_adapter_over_every_map_gives_base_plus_adapter_and_bf16_says_how_close_it_came() {
-    let Some(path) = gguf("merging_an_adapter_over_every_map_gives_base_plus_adapter_and_bf16_says_how_close_it_came")
-    else {
-        return;
-    };
+    let path = smollm2();
     let (model, golden, dir) = (Model::open(&path).unwrap(), golden(), tempfile::tempdir().unwrap());
     let (adapter, at) = (full_adapter(&model), dir.path().join("full"));
     adapter.save(&at).unwrap();
@@ -237,8 +226,9 @@ fn merging_an_adapter_over_every_map_gives_base_plus_adapter_and_bf16_says_how_c
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn one_thread_and_two_give_the_same_bits_on_the_real_model() {
-    let Some(path) = gguf("one_thread_and_two_give_the_same_bits_on_the_real_model") else { return };
+    let path = smollm2();
     let (golden, dir) = (golden(), tempfile::tempdir().unwrap());
     let tokens = dir.path().join("tokens.json");
     let sequences: Vec<&[u32]> = golden.sequences.iter().map(|s| &s.input_ids[..]).collect();

@@ -1,10 +1,6 @@
 //! Two real models read an article: SmolLM2-135M-Instruct (Q4_1) and Gemma 3 270M (Q4_K_M) against transformers on the
 //! dequantised weights; Gemma's tokenizer, rebuilt from the GGUF's metadata, against the sentencepiece library.
-//! tests/golden/real_models.py printed the numbers. It runs where `FOURFOLD_SMOLLM2_GGUF` and `FOURFOLD_GEMMA3_GGUF` name
-//! the files (tests/fetch/fetch-smollm2.sh and fetch-gemma3.sh print them); with `FOURFOLD_REQUIRE_REAL_MODEL=1` their absence
-//! is a failure.
-
-use std::path::PathBuf;
+//! tests/golden/real_models.py printed the numbers.
 
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::generate::{SamplingParams, generate};
@@ -13,6 +9,8 @@ use fourfold::model_files::ModelFiles;
 use fourfold::run::Model;
 use fourfold::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
 use serde::Deserialize;
+
+use crate::real_files::{gemma3, smollm2};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -55,16 +53,6 @@ fn golden() -> Golden {
     serde_json::from_str(include_str!("../golden/real_models.json")).unwrap()
 }
 
-fn file(variable: &str, test: &str) -> Option<PathBuf> {
-    let path = std::env::var_os(variable).filter(|p| !p.is_empty());
-    let required = std::env::var_os("FOURFOLD_REQUIRE_REAL_MODEL").is_some_and(|v| v == "1");
-    assert!(path.is_some() || !required, "FOURFOLD_REQUIRE_REAL_MODEL=1, but {variable} is not set");
-    if path.is_none() {
-        println!("{test}: skipped, {variable} is not set");
-    }
-    path.map(Into::into)
-}
-
 fn reads_as_transformers_does(model: &Model, want: &Article) {
     let ids = model.checkpoint.tokenizer().encode(ARTICLE, SpecialTokens::Add).unwrap();
     assert_eq!(ids, want.input_ids);
@@ -87,17 +75,17 @@ fn reads_as_transformers_does(model: &Model, want: &Article) {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn smollm2s_perplexity_of_an_article_is_transformers() {
-    let Some(path) = file("FOURFOLD_SMOLLM2_GGUF", "smollm2s_perplexity_of_an_article_is_transformers") else { return };
+    let path = smollm2();
     reads_as_transformers_does(&Model::open(&path).unwrap(), &golden().smollm2);
 }
 
 /// 820 tokens: past the window of 512 that five of six layers have.
 #[test]
+#[ignore = "needs Gemma 3: FOURFOLD_GEMMA3_GGUF=$(tests/fetch/fetch-gemma3.sh) cargo test --release --test real -- --ignored"]
 fn gemma3s_perplexity_and_greedy_text_are_transformers() {
-    let Some(path) = file("FOURFOLD_GEMMA3_GGUF", "gemma3s_perplexity_and_greedy_text_are_transformers") else {
-        return;
-    };
+    let path = gemma3();
     let (model, golden) = (Model::open(&path).unwrap(), golden().gemma3);
     assert!(golden.article.input_ids.len() > 600);
     reads_as_transformers_does(&model, &golden.article);
@@ -122,9 +110,9 @@ fn is_sentencepieces(tokenizer: &Tokenizer, cases: &[Case]) {
 }
 
 #[test]
+#[ignore = "needs Gemma 3: FOURFOLD_GEMMA3_GGUF=$(tests/fetch/fetch-gemma3.sh) cargo test --release --test real -- --ignored"]
 fn gemma3s_token_ids_are_sentencepieces_from_the_gguf_and_from_the_files_made_of_it() {
-    let test = "gemma3s_token_ids_are_sentencepieces_from_the_gguf_and_from_the_files_made_of_it";
-    let Some(path) = file("FOURFOLD_GEMMA3_GGUF", test) else { return };
+    let path = gemma3();
     let (checkpoint, golden) = (ModelFiles::open(&path).unwrap(), golden().gemma3);
     is_sentencepieces(checkpoint.tokenizer(), &golden.cases);
     // A turn's marks are one token each where they are spelled out.

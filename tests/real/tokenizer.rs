@@ -1,7 +1,4 @@
-//! The tokenizer of the real SmolLM2-135M-Instruct GGUF against transformers. It runs where
-//! `FOURFOLD_SMOLLM2_GGUF` names the file (`export FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh)`).
-
-use std::path::Path;
+//! The tokenizer of the real SmolLM2-135M-Instruct GGUF against transformers.
 
 use fourfold::model_files::ModelFiles;
 use fourfold::ops::weight::StorageDType;
@@ -9,12 +6,10 @@ use fourfold::tokenizer::chat_template::{GenerationPrompt, Message};
 use fourfold::tokenizer::{SpecialTokens, Tokenizer, TokenizerFiles};
 use serde_json::Value;
 
-fn smollm2(test: &str) -> Option<ModelFiles> {
-    let Some(path) = std::env::var_os("FOURFOLD_SMOLLM2_GGUF") else {
-        println!("{test}: skipped, FOURFOLD_SMOLLM2_GGUF is not set");
-        return None;
-    };
-    Some(ModelFiles::open(Path::new(&path)).unwrap())
+use crate::real_files::smollm2;
+
+fn opened() -> ModelFiles {
+    ModelFiles::open(&smollm2()).unwrap()
 }
 
 fn ids(value: &Value) -> Vec<u32> {
@@ -45,16 +40,18 @@ fn assert_matches_golden(tokenizer: &Tokenizer) {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn smollm2_token_ids_match_transformers_golden() {
-    let Some(checkpoint) = smollm2("smollm2_token_ids_match_transformers_golden") else { return };
+    let checkpoint = opened();
     assert_matches_golden(checkpoint.tokenizer());
     let t = checkpoint.tokenizer();
     assert_eq!((t.vocab_size(), t.bos_id(), t.eos_ids(), t.pad_id()), (49152, Some(1), &[2][..], Some(2)));
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn smollm2s_synthesised_files_make_the_same_tokenizer_and_config() {
-    let Some(checkpoint) = smollm2("smollm2s_synthesised_files_make_the_same_tokenizer_and_config") else { return };
+    let checkpoint = opened();
     let files = checkpoint.side_files().unwrap();
     let text = |name: &str| {
         let (_, bytes) = files.iter().find(|(n, _)| n == name).unwrap();
@@ -71,8 +68,9 @@ fn smollm2s_synthesised_files_make_the_same_tokenizer_and_config() {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn smollm2s_tensors_open_in_their_stored_types() {
-    let Some(checkpoint) = smollm2("smollm2s_tensors_open_in_their_stored_types") else { return };
+    let checkpoint = opened();
     let c = checkpoint.config().clone();
     assert_eq!((c.num_hidden_layers, c.hidden_size, c.head_dim, c.tie_word_embeddings), (30, 576, 64, true));
     assert_eq!(checkpoint.tensors().count(), 272);
@@ -89,8 +87,9 @@ fn smollm2s_tensors_open_in_their_stored_types() {
 
 /// Printed by tests/golden/smollm2_weights.py.
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn smollm2s_rows_match_transformers_golden_q_and_k_reordered() {
-    let Some(checkpoint) = smollm2("smollm2s_rows_match_transformers_golden_q_and_k_reordered") else { return };
+    let checkpoint = opened();
     let golden: Value = serde_json::from_str(include_str!("../golden/smollm2_weights.json")).unwrap();
     let rows = golden["rows"].as_array().unwrap();
     assert_eq!(rows.len(), 34);
@@ -109,8 +108,9 @@ fn smollm2s_rows_match_transformers_golden_q_and_k_reordered() {
 }
 
 #[test]
+#[ignore = "needs SmolLM2: FOURFOLD_SMOLLM2_GGUF=$(tests/fetch/fetch-smollm2.sh) cargo test --release --test real -- --ignored"]
 fn smollm2_is_described_by_inspect() {
-    let Some(checkpoint) = smollm2("smollm2_is_described_by_inspect") else { return };
+    let checkpoint = opened();
     let described = fourfold::model_files::inspect::inspect(checkpoint.path().unwrap()).unwrap();
     assert_eq!(described["parameters"], 134_515_008);
     assert_eq!(described["types"]["q4_1"]["tensors"], 210);

@@ -30,10 +30,13 @@ struct Golden {
     beta: f64,
     compared: Vec<Compared>,
     judged: Vec<Judged>,
+    judged_long: Vec<Judged>,
+    max_length: usize,
     reference: Vec<Vec<f64>>,
     sigmoid: Course,
     ipo: Course,
     kto: Course,
+    kto_cut: Course,
 }
 
 #[derive(Deserialize)]
@@ -75,12 +78,6 @@ impl World {
     fn compared(&self) -> Vec<RankedExample> {
         let example = |c: &Compared| RankedExample { prompt: c.prompt.clone(), responses: c.answers.clone() };
         self.golden.compared.iter().map(example).collect()
-    }
-
-    fn judged(&self) -> Vec<UnpairedExample> {
-        let example =
-            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), response: j.answer.clone(), desirable: j.label };
-        self.golden.judged.iter().map(example).collect()
     }
 
     fn logps(&self, adapter: &Adapter) -> Vec<f64> {
@@ -132,10 +129,16 @@ impl World {
     }
 
     fn train_kto(&self, config: &Kto, dir: &Path) -> Adapter {
-        let (base, examples) = (&self.model.base, self.judged());
+        self.train_kto_on(&self.golden.judged, 512, config, dir)
+    }
+
+    fn train_kto_on(&self, judged: &[Judged], max_length: usize, config: &Kto, dir: &Path) -> Adapter {
+        let example =
+            |j: &Judged| UnpairedExample { prompt: j.prompt.clone(), response: j.answer.clone(), desirable: j.label };
+        let (base, examples) = (&self.model.base, judged.iter().map(example).collect::<Vec<_>>());
         let mut report = Session::new(Report::to_dir(dir).unwrap());
         let setup = Setup { base, start: &self.sft, recompute: Recompute::Off, seed: 0 };
-        kto::train(setup, Some(&self.sft), &examples, &[], config, &mut report).unwrap().0
+        kto::train(setup, Some(&self.sft), &examples, &[], config, max_length, &mut report).unwrap().0
     }
 
     fn assert_course(&self, want: &Course, trained: &Adapter, dir: &Path, what: &str) {
@@ -177,6 +180,25 @@ fn five_kto_steps_take_torchs_course() {
     let trained = world.train_kto(&world.kto(), dir.path());
     world.assert_course(&world.golden.kto, &trained, dir.path(), "kto");
     assert!(world.golden.kto.course.iter().any(|step| step["kl"].as_f64().unwrap() > 0.0), "the KL term took part");
+}
+
+#[test]
+fn ktos_mismatched_pairs_are_cut_by_max_length_as_trl_cuts_them() {
+    let (world, dir) = (World::open(), tempfile::tempdir().unwrap());
+    let golden = &world.golden;
+    assert!(golden.judged_long.iter().all(|j| j.prompt.len() + j.answer.len() <= golden.max_length));
+    let mixed = golden.judged_long[0].prompt.len() + golden.judged_long[1].answer.len();
+    assert!(mixed > golden.max_length, "{mixed}");
+    let trained = world.train_kto_on(&golden.judged_long, golden.max_length, &world.kto(), dir.path());
+    world.assert_course(&golden.kto_cut, &trained, dir.path(), "kto, cut");
+    let kl = |dir: &Path| {
+        let text = fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
+        let lines: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        lines.iter().map(|l| l["kl"].as_f64().unwrap()).collect::<Vec<_>>()
+    };
+    let whole = tempfile::tempdir().unwrap();
+    world.train_kto_on(&golden.judged_long, 512, &world.kto(), whole.path());
+    assert_ne!(kl(dir.path()), kl(whole.path()), "the cut tokens would change the KL term");
 }
 
 #[test]

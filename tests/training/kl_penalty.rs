@@ -65,7 +65,15 @@ fn experience(golden: &Golden, base: &Base, actor: &Adapter) -> Experience {
     };
     let zeros = lengths.iter().map(|&n| vec![0.0; n]).collect();
     let advantages = cut(&golden.advantages, &lengths);
-    Experience { rollout, kl: zeros, advantages, returns: vec![], rewards: vec![0.0; lengths.len()], kl_clamped: 0 }
+    Experience {
+        rollout,
+        kl: zeros,
+        advantages,
+        returns: vec![],
+        rewards: vec![0.0; lengths.len()],
+        kl_clamped: 0,
+        clipped: 0,
+    }
 }
 
 #[test]

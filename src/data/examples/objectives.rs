@@ -178,11 +178,11 @@ impl Objective for SftExample {
                     truncated |= cut;
                     examples.push(example);
                 }
-                Err(reason) => dropped = dropped.or(Some(reason)),
+                Err(outcome) => dropped = dropped.or(Some(outcome)),
             }
         }
         Ok(match dropped {
-            Some(reason) if examples.is_empty() => Outcome::Drop(reason),
+            Some(outcome) if examples.is_empty() => outcome,
             _ => Outcome::Keep { examples, truncated, remarks },
         })
     }
@@ -255,24 +255,24 @@ fn blocks(tokens: &[u32], length: usize) -> Outcome<SftExample> {
     }
 }
 
-/// Applies `max_length` and `truncation` to one SFT sequence: its example and whether it lost tokens, or the reason for
-/// dropping it.
+/// Applies `max_length` and `truncation` to one SFT sequence: its example and whether it lost tokens, or the outcome
+/// that drops it.
 fn truncate(
     sequence: Sequence,
     completion_only: bool,
     data: &Data,
     encoder: &dyn TextEncoder,
-) -> Result<(SftExample, bool), String> {
+) -> Result<(SftExample, bool), Outcome<SftExample>> {
     let mut mask = sequence.mask(completion_only);
     let Sequence { mut tokens, learnt, .. } = sequence;
     let over = tokens.len().saturating_sub(data.max_length);
     if over > 0 {
         match data.truncation {
-            Truncation::Drop => return Err(format!("longer than max_length = {}", data.max_length)),
+            Truncation::Drop => return Err(Outcome::too_long("max_length", data.max_length, tokens.len())),
             Truncation::Left => {
                 // The last response must stay whole, with a token before it.
-                if learnt.last().is_some_and(|response| response.len() >= data.max_length) {
-                    return Err(format!("with a response longer than max_length = {}", data.max_length));
+                if let Some(response) = learnt.last().filter(|response| response.len() >= data.max_length) {
+                    return Err(Outcome::response_too_long(data.max_length, response.len() + 1));
                 }
                 tokens.drain(..over);
                 mask.drain(..over);
@@ -290,7 +290,7 @@ fn truncate(
         *first = false; // no token precedes it
     }
     if !mask.contains(&true) {
-        return Err(format!("with a prompt that fills max_length = {}", data.max_length));
+        return Err(Outcome::prompt_fills(data.max_length, data.max_length + over));
     }
     Ok((SftExample { tokens, loss_mask: mask }, over > 0))
 }
@@ -332,11 +332,11 @@ impl Objective for RankedExample {
         let over = (tokens.len() + longest).saturating_sub(limit);
         match data.truncation {
             _ if over == 0 => {}
-            Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
+            Truncation::Drop => return Ok(Outcome::too_long("max_length", limit, limit + over)),
             Truncation::Left if over < tokens.len() => drop(tokens.drain(..over)),
-            Truncation::Left => return Ok(Outcome::Drop(format!("with a response longer than max_length = {limit}"))),
+            Truncation::Left => return Ok(Outcome::response_too_long(limit, longest + 1)),
             Truncation::Right | Truncation::KeepEnd if tokens.len() >= limit => {
-                return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
+                return Ok(Outcome::prompt_fills(limit, limit + over));
             }
             Truncation::Right => encoded.iter_mut().for_each(|response| response.truncate(limit - tokens.len())),
             Truncation::KeepEnd => {
@@ -382,13 +382,11 @@ impl Objective for UnpairedExample {
             let over = (prompt.len() + response.len()).saturating_sub(limit);
             match data.truncation {
                 _ if over == 0 => {}
-                Truncation::Drop => return Ok(Outcome::too_long("max_length", limit)),
+                Truncation::Drop => return Ok(Outcome::too_long("max_length", limit, limit + over)),
                 Truncation::Left if over < prompt.len() => drop(prompt.drain(..over)),
-                Truncation::Left => {
-                    return Ok(Outcome::Drop(format!("with a response longer than max_length = {limit}")));
-                }
+                Truncation::Left => return Ok(Outcome::response_too_long(limit, response.len() + 1)),
                 Truncation::Right | Truncation::KeepEnd if prompt.len() >= limit => {
-                    return Ok(Outcome::Drop(format!("with a prompt that fills max_length = {limit}")));
+                    return Ok(Outcome::prompt_fills(limit, limit + over));
                 }
                 Truncation::Right => response.truncate(limit - prompt.len()),
                 Truncation::KeepEnd => {
@@ -451,7 +449,7 @@ impl Objective for PromptExample {
             }
         };
         if tokens.len() > data.max_prompt_length {
-            return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length));
+            return Ok(Outcome::too_long("max_prompt_length", data.max_prompt_length, tokens.len()));
         }
         let answer = match record {
             Record::PromptCompletion { completion: Text::Verbatim(text), .. } => Some(text.trim().to_owned()),

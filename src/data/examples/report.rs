@@ -30,6 +30,9 @@ pub struct Report {
     pub sources: Vec<(String, usize)>,
     /// The fault of the first record dropped under `on_bad_record = "skip"`.
     pub first_bad: Option<String>,
+    /// Of the records dropped by a limit: key of the limit -> tokens that a record needs -> number of records.
+    #[serde(default)]
+    pub needed: BTreeMap<String, BTreeMap<usize, usize>>,
 }
 
 impl fmt::Display for Report {
@@ -68,6 +71,15 @@ pub enum Outcome<T> {
     },
     /// No example, for this reason.
     Drop(String),
+    /// No example, because the record needs more tokens than a limit allows.
+    TooLong {
+        /// Config key of the limit.
+        limit: &'static str,
+        /// Tokens that the record needs.
+        needs: usize,
+        /// The reason, as the report has it.
+        reason: String,
+    },
 }
 
 impl<T> Outcome<T> {
@@ -76,9 +88,20 @@ impl<T> Outcome<T> {
         Self::Keep { examples: vec![example], truncated, remarks: BTreeSet::new() }
     }
 
-    /// No example, because the record has more tokens than the config key `limit` allows.
-    pub(crate) fn too_long(limit: &str, tokens: usize) -> Self {
-        Self::Drop(format!("longer than {limit} = {tokens}"))
+    /// No example, because the record needs more tokens than the config key `limit` allows, which is `most`.
+    pub(crate) fn too_long(limit: &'static str, most: usize, needs: usize) -> Self {
+        Self::TooLong { limit, needs, reason: format!("longer than {limit} = {most}") }
+    }
+
+    /// No example, because a response, with a prompt token before it, needs more than `max_length = most`.
+    pub(crate) fn response_too_long(most: usize, needs: usize) -> Self {
+        let reason = format!("with a response longer than max_length = {most}");
+        Self::TooLong { limit: "max_length", needs, reason }
+    }
+
+    /// No example, because the prompt leaves no room for a response token below `max_length = most`.
+    pub(crate) fn prompt_fills(most: usize, needs: usize) -> Self {
+        Self::TooLong { limit: "max_length", needs, reason: format!("with a prompt that fills max_length = {most}") }
     }
 }
 
@@ -104,6 +127,10 @@ impl Report {
                 return Ok(examples);
             }
             Ok(Outcome::Drop(reason)) => reason,
+            Ok(Outcome::TooLong { limit, needs, reason }) => {
+                *self.needed.entry(limit.to_owned()).or_default().entry(needs).or_default() += 1;
+                reason
+            }
             Err(error) if on_bad_record == OnBadRecord::Error => return Err(invalid!("{place}: {error:#}")),
             Err(error) => {
                 self.first_bad.get_or_insert_with(|| format!("{place}: {error:#}"));

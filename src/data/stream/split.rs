@@ -47,8 +47,9 @@ pub(crate) fn group(record: &Record) -> u64 {
 
 /// (training, held-out) rows of `groups`: disjoint, complete, each in the original order, with no group on both sides,
 /// and the same for the same seed and groups. Whole groups are held out, in a shuffled order, while they fit: the
-/// held-out part has the requested size if every group has one row, otherwise it may be smaller. A fraction above 0
-/// holds out at least one row and leaves at least one. Memory: 16 bytes per row during the call.
+/// held-out part has the requested size if every group has one row, otherwise it may be smaller. It is never larger than
+/// the training part, whatever size is requested. A fraction above 0 holds out at least one row. Memory: 16 bytes per
+/// row during the call.
 ///
 /// # Errors
 /// No row would remain for training.
@@ -65,6 +66,8 @@ pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u
         }
         EvalSize::Fraction(_) => 0,
     };
+    // Evaluation must not starve training.
+    remaining = remaining.min(n / 2);
     if remaining == 0 {
         return Ok(((0..n as u32).collect(), vec![]));
     }
@@ -133,6 +136,10 @@ mod tests {
         assert_eq!(split(two(), EvalSize::Fraction(0.01), 0).unwrap().1.len(), 1);
         assert_eq!(split(two(), EvalSize::Fraction(0.99), 0).unwrap().0.len(), 1);
         assert_eq!(split([1u64].into_iter(), EvalSize::Fraction(0.5), 0).unwrap(), (vec![0], vec![]));
+        for most in [EvalSize::Rows(6), EvalSize::Fraction(0.9)] {
+            let (train, held_out) = split((0..7u64).collect::<Vec<_>>().into_iter(), most, 0).unwrap();
+            assert_eq!((train.len(), held_out.len()), (4, 3), "held-out rows never outnumber training rows");
+        }
         let message = split(two(), EvalSize::Rows(2), 0).unwrap_err().to_string();
         assert!(message.contains("eval_rows = 2 leaves nothing of 2 examples"), "{message}");
     }

@@ -1,0 +1,249 @@
+//! `score`: rewards of the responses in a data file, record by record, and the accuracy over its comparisons. It does not
+//! train a model. Read `reward/train.rs` for the scores.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use clap::{Args, ValueEnum};
+use serde_json::{Value, json};
+
+use crate::config::{Data, OnBadRecord, Paths, Truncation};
+use crate::data;
+use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample, Report};
+use crate::data::{ModelEncoder, Place, Record, Text};
+use crate::invalid;
+use crate::report::number;
+use crate::reward::train as reward;
+use crate::run::Model;
+use crate::run::progress::Progress;
+
+#[derive(Args)]
+pub(super) struct Score {
+    /// Model directory or .gguf file.
+    #[arg(long)]
+    base: PathBuf,
+    /// Reward adapter directory.
+    #[arg(long)]
+    adapter: PathBuf,
+    /// Records with responses: chosen and rejected, responses best first, or a single one.
+    #[arg(long)]
+    data: PathBuf,
+    /// Most tokens of a prompt with a response.
+    #[arg(long, default_value_t = 1024)]
+    max_length: usize,
+    /// What happens to a longer one.
+    #[arg(long, value_enum, default_value = "skip")]
+    on_long: OnLong,
+    /// What happens to a record that cannot be read.
+    #[arg(long, value_enum, default_value = "error")]
+    on_bad_record: OnBad,
+    /// A new file of JSON lines, one per record: file, record number, scores, tokens; or why it was skipped.
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+    #[command(flatten)]
+    on: super::OnDevice,
+    /// One JSON object on stdout.
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnLong {
+    /// The prompt loses its first tokens; a record with a response that is too long by itself is skipped.
+    Cut,
+    /// The record is left out and counted.
+    Skip,
+    /// The command ends with the record's number.
+    Error,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum OnBad {
+    /// The record is left out and counted.
+    Skip,
+    /// The command ends with the record's number.
+    Error,
+}
+
+/// Comparisons, or responses without one, that are scored at once.
+const AT_ONCE: usize = 8;
+
+/// A record with its example, or why it has none.
+struct Item {
+    place: Place,
+    example: Result<(RankedExample, bool), String>,
+}
+
+/// A record with a single response as a ranking of one.
+fn with_responses(record: Record) -> Record {
+    match record {
+        Record::PromptCompletion { prompt, completion } | Record::Unpaired { prompt, completion, .. } => {
+            Record::Ranked { prompt, responses: vec![completion] }
+        }
+        Record::LanguageModeling(Text::Dialogue(mut turns))
+            if turns.len() > 1 && turns.last().is_some_and(|turn| turn.role == "assistant") =>
+        {
+            let response = turns.split_off(turns.len() - 1);
+            Record::Ranked { prompt: Text::Dialogue(turns), responses: vec![Text::Dialogue(response)] }
+        }
+        other => other,
+    }
+}
+
+/// Every record of the data, in its order, as an example or with the reason why there is none.
+fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Report)> {
+    let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
+    let encoding = Encoding::new(&encoder, data, true)?;
+    let (mut items, mut report) = (vec![], Report::default());
+    data::scan(data, &mut |found| {
+        let entry = match found {
+            Ok(entry) => entry,
+            Err(skipped) => {
+                report.skip(&skipped);
+                items.push(Item { place: skipped.place, example: Err(skipped.fault) });
+                return Ok(true);
+            }
+        };
+        let place = entry.place;
+        let outcome = RankedExample::of(&with_responses(entry.record), &encoding);
+        let (reason, truncated) = match &outcome {
+            Ok(Outcome::Keep { truncated, .. }) => (String::new(), *truncated),
+            Ok(Outcome::TooLong { needs, reason, .. }) if on_long == OnLong::Error => {
+                return Err(invalid!(
+                    "{place}: {reason}; it needs {needs} tokens: raise --max-length, or use --on-long cut or skip"
+                ));
+            }
+            Ok(Outcome::Drop(reason) | Outcome::TooLong { reason, .. }) => (reason.clone(), false),
+            Err(error) => (format!("{error:#}"), false),
+        };
+        let mut examples = report.add(&place, outcome, data.on_bad_record)?;
+        items.push(Item { place, example: examples.pop().map(|example| (example, truncated)).ok_or(reason) });
+        Ok(true)
+    })?;
+    Ok((items, report))
+}
+
+pub(super) fn score(args: &Score) -> Result<()> {
+    if let Some(out) = args.out.as_deref().filter(|out| out.exists()) {
+        return Err(invalid!("--out {} exists; name a new file, or remove it", out.display()));
+    }
+    let model = Model::open_on(&args.base, args.on.device)?;
+    let adapter = model.adapter(&args.adapter)?;
+    let data = Data {
+        path: Paths::One(args.data.clone()),
+        max_length: args.max_length,
+        truncation: if args.on_long == OnLong::Cut { Truncation::Left } else { Truncation::Drop },
+        on_bad_record: match args.on_bad_record {
+            OnBad::Skip => OnBadRecord::Skip,
+            OnBad::Error => OnBadRecord::Error,
+        },
+        ..Data::default()
+    };
+    let (items, report) = items(&data, &model, args.on_long)?;
+    let all = items.iter().filter(|item| item.example.is_ok()).count();
+    if all == 0 {
+        return Err(invalid!(
+            "{} with --max-length {}: no record can be scored: {report}; raise --max-length, or use --on-long cut",
+            args.data.display(),
+            args.max_length
+        ));
+    }
+    let mut lines = args.out.as_deref().map(create).transpose()?;
+    let mut progress = Progress::new("score".into(), |records| format!("{records} records"));
+    let (mut scores, mut places, mut rest) = (Vec::with_capacity(all), vec![], &items[..]);
+    // As many examples at once as an evaluation of the reward stage takes, whatever was skipped between them.
+    while !rest.is_empty() {
+        let mut examples = vec![];
+        let until = rest.iter().position(|item| {
+            examples.extend(item.example.as_ref().ok().map(|(example, _)| example.clone()));
+            examples.len() == AT_ONCE
+        });
+        let (now, later) = rest.split_at(until.map_or(rest.len(), |at| at + 1));
+        rest = later;
+        let found =
+            reward::scores(&model.base, &adapter, &examples).with_context(|| args.adapter.display().to_string())?;
+        let mut found = found.into_iter();
+        for item in now {
+            let scored = item.example.as_ref().ok().and_then(|_| found.next());
+            if let Some((file, path)) = &mut lines {
+                writeln!(file, "{}", line(item, scored.as_deref())).with_context(|| path.clone())?;
+            }
+            if let Some(scored) = scored {
+                if let Some(bad) = scored.iter().find(|score| !score.is_finite()) {
+                    return Err(invalid!("{}: its score is {bad}; check {}", item.place, args.adapter.display()));
+                }
+                places.push(json!({"file": item.place.file.display().to_string(), "record": item.place.record}));
+                scores.push(scored);
+            }
+        }
+        progress.show(scores.len(), all);
+    }
+    progress.finish(all);
+    say(args, &report, &scores, places)
+}
+
+fn say(args: &Score, report: &Report, scores: &[Vec<f32>], places: Vec<Value>) -> Result<()> {
+    let compared: Vec<Vec<f32>> = scores.iter().filter(|scores| scores.len() > 1).cloned().collect();
+    let summary = if compared.is_empty() { None } else { Some(reward::summarise(&compared)?) };
+    let responses = scores.iter().map(Vec::len).sum::<usize>();
+    let mean = scores.iter().flatten().map(|&score| f64::from(score)).sum::<f64>() / responses as f64;
+    if args.json {
+        return super::print_json(&json!({
+            "scores": scores,
+            "places": places,
+            "accuracy": summary.map(|s| number(s.accuracy)),
+            "mean_chosen_score": summary.map(|s| number(s.mean_chosen)),
+            "mean_rejected_score": summary.map(|s| number(s.mean_rejected)),
+            "mean_score": number(mean),
+            "pairs": summary.map_or(0, |s| s.pairs),
+            "records": report.read,
+            "dropped": report.read - scores.len(),
+            "dropped_reasons": report.dropped,
+            "truncated": report.truncated,
+            "out": args.out.as_ref().map(|out| out.display().to_string()),
+        }));
+    }
+    eprintln!("data: {report}");
+    if let Some(out) = &args.out {
+        eprintln!("one line per record: {}", out.display());
+    }
+    match summary {
+        Some(summary) => super::say(&format!(
+            "accuracy {:.3} over {} pairs; mean score of the best responses {:.3}, of the others {:.3}\n",
+            summary.accuracy, summary.pairs, summary.mean_chosen, summary.mean_rejected
+        )),
+        None => super::say(&format!("mean score {mean:.3} over {responses} responses, none of them compared\n")),
+    }
+}
+
+/// A new file, with its name for messages.
+fn create(path: &Path) -> Result<(File, String)> {
+    let name = format!("--out {}", path.display());
+    Ok((File::create_new(path).map_err(|error| invalid!("{name}: {error}"))?, name))
+}
+
+/// A record's line of `--out`.
+fn line(item: &Item, scores: Option<&[f32]>) -> Value {
+    let mut line = json!({"file": item.place.file.display().to_string(), "record": item.place.record});
+    if let Some(number) = item.place.line {
+        line["line"] = number.into();
+    }
+    match (&item.example, scores) {
+        (Ok((example, truncated)), Some(scores)) => {
+            line["scores"] = json!(scores);
+            if let Some((best, others)) = scores.split_first().filter(|(_, others)| !others.is_empty()) {
+                line["right"] = others.iter().all(|other| best > other).into();
+            }
+            let tokens = example.responses.iter().map(|response| example.prompt.len() + response.len());
+            line["tokens"] = tokens.collect::<Value>();
+            if *truncated {
+                line["truncated"] = true.into();
+            }
+        }
+        (Err(reason), _) => line["skipped"] = reason.as_str().into(),
+        (Ok(_), None) => {}
+    }
+    line
+}

@@ -1,0 +1,142 @@
+//! What the program says to someone who is nearly right, and what it tells of itself: paths that were meant otherwise, the
+//! folder of a run, the keys of a config, a plan without one.
+
+use std::fs;
+
+use crate::support::{Place, Ran};
+use serde_json::{Value, json};
+
+fn refused(p: &Place, line: &str, says: &[&str]) -> Ran {
+    let ran = p.run(line);
+    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}: {}", ran.stderr);
+    for say in says {
+        assert!(ran.stderr.contains(say), "{line}: no {say:?} in {}", ran.stderr);
+    }
+    ran
+}
+
+fn object(p: &Place, line: &str) -> Value {
+    let ran = p.run(line);
+    assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", ran.stdout))
+}
+
+#[test]
+fn a_path_that_is_nearly_right_is_pointed_home() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    let adapter = |path: &str| format!("generate --base base --prompt x --adapter {path}");
+    refused(&p, &adapter("out/sft"), &["out/sft is the folder of a run", "did you mean out/sft/adapter?"]);
+    refused(&p, &adapter("base"), &["base is a model, not an adapter"]);
+    let file = "out/sft/adapter/adapter_model.safetensors";
+    refused(&p, &adapter(file), &["an adapter is its folder: out/sft/adapter"]);
+    let ppo = "ppo run.toml --set data.path=prompts.jsonl --out o --set ppo.reward_adapter=out/reward";
+    refused(&p, ppo, &["[ppo] reward_adapter", "did you mean out/reward/adapter?"]);
+    let base = |path: &str| format!("generate --prompt x --base {path}");
+    refused(&p, &base("out/sft"), &["out/sft is the folder of a run", "(base)", "out/sft/adapter as the adapter"]);
+    refused(&p, &base("out/sft/adapter"), &["out/sft/adapter is an adapter; give base as the base"]);
+    fs::create_dir(p.path("models")).unwrap();
+    fs::rename(p.path("base"), p.path("models/base")).unwrap();
+    refused(&p, &base("models"), &["did you mean models/base?"]);
+    fs::rename(p.path("models/base"), p.path("base")).unwrap();
+    let merge = "merge --base base --adapter out/sft/adapter";
+    refused(&p, &format!("{merge}=abc --out m"), &["--adapter out/sft/adapter=abc", "abc is no number"]);
+    refused(&p, &format!("{merge} --out m.gguf"), &["m.gguf is the name of a GGUF file", "add --format gguf"]);
+    let ran = p.run(&format!("{merge} --format gguf --dtype f32 --out m"));
+    assert!(ran.code == 0 && p.path("m.gguf").is_file() && !p.path("m").exists(), "{}", ran.stderr);
+    refused(&p, "sft m.gguf", &["m.gguf is a model, not a config"]);
+    refused(&p, "plan m.gguf", &["m.gguf is a model, not a config", "--base m.gguf"]);
+    refused(&p, "plan base", &["--base base"]);
+}
+
+#[test]
+fn an_option_of_another_program_is_pointed_home() {
+    let p = Place::new();
+    refused(&p, "sft --config run.toml", &["tip: the config file needs no option: fourfold sft run.toml"]);
+    refused(&p, "sft run.toml --learning_rate 1e-4", &["tip: ", "--set sft.learning_rate=1e-4"]);
+    refused(&p, "ppo run.toml --lora-rank=4", &["--set lora.r=4"]);
+}
+
+#[test]
+fn a_plan_needs_a_config_or_a_base() {
+    let p = Place::new();
+    let by_file = object(&p, "plan run.toml --phase sft --json --set data.max_length=64");
+    let by_base = object(&p, "plan --base base --phase sft --json --set data.max_length=64");
+    assert_eq!((&by_base["stage"], &by_base["lengths"]), (&json!("sft"), &json!("longest")));
+    assert!(by_file["peak"]["total"].as_u64() < by_base["peak"]["total"].as_u64(), "{by_file} {by_base}");
+    for stage in ["reward", "dpo", "kto", "ppo"] {
+        assert_eq!(object(&p, &format!("plan --base base --phase {stage} --json"))["stage"], stage);
+    }
+    let ran = p.run("plan --base base");
+    assert!(ran.code == 2 && ran.stderr.contains("--phase"), "{}", ran.stderr);
+    let kto = object(&p, "plan run.toml --phase kto --json --set data.path=pairs.jsonl");
+    let lengths = (&kto["kto"]["longest"], &kto["kto"]["longest_mismatched"]);
+    assert!(lengths.0.as_u64() <= lengths.1.as_u64() && lengths.1.as_u64() <= Some(96), "{kto}");
+}
+
+#[test]
+fn a_runs_folder_is_described_with_its_adapters_state_and_best_figures() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    let found = object(&p, "inspect out/sft --json");
+    assert_eq!((&found["kind"], &found["stage"], &found["base"]), (&json!("run"), &json!("sft"), &json!("base")));
+    assert_eq!(found["adapters"]["adapter"]["path"], "out/sft/adapter");
+    assert_eq!((&found["adapters"]["adapter"]["r"], &found["last_step"]), (&json!(2), &json!(2)));
+    let lines: Vec<Value> = fs::read_to_string(p.path("out/sft/metrics.jsonl"))
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    let least = lines.iter().map(|line| line["loss"].as_f64().unwrap()).fold(f64::INFINITY, f64::min);
+    assert_eq!(found["best"]["loss"]["value"].as_f64(), Some(least));
+    let state = found["state"].as_str().unwrap();
+    assert!(state.starts_with("finished 20") && state.ends_with("UTC"), "{state}");
+    assert_eq!(object(&p, "inspect out/reward --json")["adapters"]["adapter"]["head"], true);
+    let text = p.run("inspect out/sft").stdout;
+    assert!(text.contains("out/sft/adapter") && text.contains("finished"), "{text}");
+    // A line that was cut off is counted, and a run without a summary is not finished.
+    let metrics = fs::read_to_string(p.path("out/sft/metrics.jsonl")).unwrap();
+    p.write("out/sft/metrics.jsonl", &metrics[..metrics.len() - 9]);
+    fs::remove_file(p.path("out/sft/summary.json")).unwrap();
+    let found = object(&p, "inspect out/sft --json");
+    assert_eq!((&found["damaged_lines"], &found["last_step"]), (&json!(1), &json!(1)));
+    assert!(found["state"].as_str().unwrap().starts_with("not finished"), "{found}");
+}
+
+#[test]
+fn keys_are_printed_by_section_and_by_name() {
+    let p = Place::new();
+    let all = object(&p, "keys --json");
+    let keys = all["keys"].as_array().unwrap();
+    assert!(keys.len() > 180, "{}", keys.len());
+    let kl = keys.iter().find(|key| key["section"] == "ppo" && key["key"] == "kl_coef").unwrap();
+    assert_eq!(
+        (&kl["default"], &kl["unit"], &kl["type"]),
+        (&json!("0.05"), &json!("reward per nat"), &json!("number"))
+    );
+    let text = p.run("keys data").stdout;
+    assert!(text.starts_with("[data]\n") && text.contains("\n[data.columns]\n") && text.contains("max_length = 512"));
+    assert!(!text.contains("kl_coef"));
+    refused(&p, "keys kl_coeff", &["did you mean \"kl_coef\"?"]);
+}
+
+#[test]
+fn dropped_records_and_a_reward_model_that_learned_nothing_are_warned_of() {
+    let p = Place::new();
+    let mut lines = fs::read_to_string(p.path("sft.jsonl")).unwrap();
+    for _ in 0..3 {
+        let long = json!({"prompt": "word ".repeat(60), "completion": " Yes."});
+        lines.push_str(&format!("{long}\n"));
+    }
+    p.write("long.jsonl", &lines);
+    let ran = p.run("sft run.toml --set data.path=long.jsonl --set data.max_length=40 --out long");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let warning = ran.stderr.lines().find(|line| line.starts_with("warning: [data]")).expect("a warning");
+    assert!(warning.contains("3 of 9 records are dropped (33%)") && warning.contains("would keep 9"), "{warning}");
+    let found = object(&p, "data run.toml --phase sft --set data.path=long.jsonl --set data.max_length=40 --json");
+    assert_eq!(found["warnings"].as_array().unwrap().len(), 1, "{found}");
+    let ran = p.run("sft run.toml --set data.eval_rows=5 --out few");
+    assert!(ran.code == 0 && ran.stderr.contains("eval_rows = 5 of 6 sequences: 3 are held out"), "{}", ran.stderr);
+    let ran = p.run("reward run.toml --set data.path=pairs.jsonl --out out/rm --set reward.adapter=few/adapter");
+    assert!(ran.code == 0 && ran.stderr.contains("reward: warning: it was trained on 4 comparisons"), "{}", ran.stderr);
+}
