@@ -31,11 +31,7 @@ fn tool_calls_and_tools_are_in_the_text_and_the_call_is_learnt_golden() {
     let tools = &golden["arguments"]["tools"]["tools"];
     for (template, dialogue, call) in [
         ("qwen2.5", "call", "Let me look.\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\""),
-        (
-            "qwen2.5",
-            "null content",
-            "assistant\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"",
-        ),
+        ("qwen2.5", "null content", "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\""),
         ("qwen3", "no content", "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}"),
         ("llama3.1", "null content", "{\"name\": \"weather\", \"parameters\": {\"city\": \"Rome\""),
         ("nemotron", "empty content", "<function=weather>\n<parameter=city>\nRome\n</parameter>"),
@@ -49,7 +45,6 @@ fn tool_calls_and_tools_are_in_the_text_and_the_call_is_learnt_golden() {
             let want = rendered(&golden, template, dialogue, "tools").trim_end();
             assert_eq!(text.replace("<e>", ""), want, "{template}, {dialogue}");
             let learnt = trained_text(&examples[0]);
-            let call = call.strip_prefix("assistant").unwrap_or(call);
             assert!(learnt.contains(call), "{template}, {dialogue}: {learnt}");
             assert!(!learnt.contains("Weather in Rome") && !report.to_string().contains("\"tools\""), "{report}");
         }
