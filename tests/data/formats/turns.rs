@@ -46,7 +46,9 @@ fn tool_calls_and_tools_are_in_the_text_and_the_call_is_learnt_golden() {
             assert_eq!(text.replace("<e>", ""), want, "{template}, {dialogue}");
             let learnt = trained_text(&examples[0]);
             assert!(learnt.contains(call), "{template}, {dialogue}: {learnt}");
-            assert!(!learnt.contains("Weather in Rome") && !report.to_string().contains("\"tools\""), "{report}");
+            assert!(!learnt.contains("Weather in Rome"), "{learnt}");
+            // The golden file's template in the manner of Qwen3 writes no tools.
+            assert_eq!(report.to_string().contains("\"tools\""), template == "qwen3", "{report}");
         }
     }
     // The prompt of PPO and of a comparison has the tools too.
