@@ -42,7 +42,8 @@ fn tool_calls_and_tools_are_in_the_text_and_the_call_is_learnt_golden() {
             let data = with_template(&golden, template);
             let (examples, report) = sft_examples(&records.entries, &CHAT, &data, true).unwrap();
             let text = decode(&examples[0].tokens);
-            let want = rendered(&golden, template, dialogue, "tools").trim_end();
+            // The test's encoder has no text that begins a sequence.
+            let want = rendered(&golden, template, dialogue, "tools").trim_end().trim_start_matches("<s>");
             assert_eq!(text.replace("<e>", ""), want, "{template}, {dialogue}");
             let learnt = trained_text(&examples[0]);
             assert!(learnt.contains(call), "{template}, {dialogue}: {learnt}");
