@@ -203,7 +203,7 @@ fn turn(message: &Message, reads_calls: bool) -> Result<minijinja::Value> {
     if let Some(more) = &message.more {
         if !reads_calls && message.is_only_calls() {
             return Err(invalid!(
-                "a {} turn holds tool_calls and no text, and the chat template does not read tool_calls; use a template that \
+                "an {} turn holds tool_calls and no text, and the chat template does not read tool_calls; use a template that \
                  does, or write the call into the turn's content",
                 message.role
             ));

@@ -365,8 +365,8 @@ impl<'e> Renderer<'e> {
 
     /// The text without the token that ends a response at its very end; None if it ends otherwise.
     fn strip_end<'t>(&self, text: &'t str) -> Option<&'t str> {
-        let ends = self.ends.iter().filter(|(_, end)| !end.is_empty());
-        ends.filter_map(|(_, end)| text.strip_suffix(end.as_str())).next()
+        let mut ends = self.ends.iter().filter(|(_, end)| !end.is_empty());
+        ends.find_map(|(_, end)| text.strip_suffix(end.as_str()))
     }
 
     /// The text before the token that ends a response; None if it ends otherwise.

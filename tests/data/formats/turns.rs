@@ -31,11 +31,7 @@ fn tool_calls_and_tools_are_in_the_text_and_the_call_is_learnt_golden() {
     let tools = &golden["arguments"]["tools"]["tools"];
     for (template, dialogue, call) in [
         ("qwen2.5", "call", "Let me look.\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\""),
-        (
-            "qwen2.5",
-            "null content",
-            "assistant\n<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"",
-        ),
+        ("qwen2.5", "null content", "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\""),
         ("qwen3", "no content", "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Rome\"}"),
         ("llama3.1", "null content", "{\"name\": \"weather\", \"parameters\": {\"city\": \"Rome\""),
         ("nemotron", "empty content", "<function=weather>\n<parameter=city>\nRome\n</parameter>"),
@@ -46,12 +42,14 @@ fn tool_calls_and_tools_are_in_the_text_and_the_call_is_learnt_golden() {
             let data = with_template(&golden, template);
             let (examples, report) = sft_examples(&records.entries, &CHAT, &data, true).unwrap();
             let text = decode(&examples[0].tokens);
-            let want = rendered(&golden, template, dialogue, "tools").trim_end();
+            // The test's encoder has no text that begins a sequence.
+            let want = rendered(&golden, template, dialogue, "tools").trim_end().trim_start_matches("<s>");
             assert_eq!(text.replace("<e>", ""), want, "{template}, {dialogue}");
             let learnt = trained_text(&examples[0]);
-            let call = call.strip_prefix("assistant").unwrap_or(call);
             assert!(learnt.contains(call), "{template}, {dialogue}: {learnt}");
-            assert!(!learnt.contains("Weather in Rome") && !report.to_string().contains("\"tools\""), "{report}");
+            assert!(!learnt.contains("Weather in Rome"), "{learnt}");
+            // The golden file's template in the manner of Qwen3 writes no tools.
+            assert_eq!(report.to_string().contains("\"tools\""), template == "qwen3", "{report}");
         }
     }
     // The prompt of PPO and of a comparison has the tools too.
