@@ -5,9 +5,14 @@
 
 use std::path::Path;
 
-/// A path as a Python string literal inside of double quotes of a shell.
+/// A path as a Python string literal inside of double quotes of a shell. A path with characters that mean something to either is
+/// left to the reader, but for its last part.
 fn quoted(path: &Path) -> String {
-    format!("'{}'", path.display().to_string().replace('\\', "\\\\").replace('\'', "\\'"))
+    let shown = path.display().to_string();
+    match shown.contains(['"', '$', '`', '\\', '\'', '!', '\n']) {
+        true => format!("'FOLDER/{}'", path.extension().and(path.file_name()).unwrap_or_default().display()),
+        false => format!("'{shown}'"),
+    }
 }
 
 /// The end of an error message about a missing safetensors file: if the folder has the pickle `bin` of the same tensors, the
@@ -47,6 +52,8 @@ mod tests {
         std::fs::write(dir.path().join("adapter_model.bin"), "").unwrap();
         let said = pickled(dir.path(), "adapter_model.bin");
         assert!(said.contains("python3 -c") && said.contains("adapter_model.safetensors'"), "{said}");
-        assert_eq!(quoted(Path::new("a'b")), "'a\\'b'");
+        assert_eq!(quoted(Path::new("a b/c.bin")), "'a b/c.bin'");
+        assert_eq!(quoted(Path::new("$(x)/c.bin")), "'FOLDER/c.bin'");
+        assert_eq!(quoted(Path::new("$(x)")), "'FOLDER/'");
     }
 }

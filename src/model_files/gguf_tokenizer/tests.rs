@@ -134,3 +134,18 @@ fn invalid_gguf_tokenizers_are_refused_by_name() {
     let long = named("llama", "x").strings("tokenizer.ggml.tokens", &[&long]).f32s("tokenizer.ggml.scores", &[0.0]);
     assert!(refusal(long).contains("2000 bytes"));
 }
+
+/// llama.cpp warns of it, too.
+#[test]
+fn a_file_that_does_not_say_how_it_splits_text_is_doubted() {
+    let doubts_of = |w: Writer| doubts(&Gguf::parse(Bytes::new(Arc::new(w.finish())), "x.gguf").unwrap());
+    let bare = || Writer::default().string("tokenizer.ggml.model", "gpt2");
+    let said = doubts_of(bare()).unwrap();
+    assert!(said.contains("x.gguf: tokenizer.ggml.pre is missing") && said.contains("convert_hf_to_gguf.py"), "{said}");
+    assert_eq!(doubts_of(bare().string("tokenizer.ggml.pre", "qwen2")), None);
+    assert_eq!(
+        doubts_of(Writer::default().string("tokenizer.ggml.model", "llama")),
+        None,
+        "SentencePiece splits no text"
+    );
+}
