@@ -195,8 +195,9 @@ fn spread(values: impl Iterator<Item = f64>, margin: f64) -> (f64, f64) {
     // Beyond this, sums of the axis' labels are infinite.
     let (low, high) = (low.max(-1e300), high.min(1e300));
     let size = low.abs().max(high.abs());
-    if high - low <= size * 1e-9 {
-        return if size == 0.0 { (-0.05, 1.0) } else { (low - size * 0.1, high + size * 0.1) };
+    // Below the second bound, steps between labels underflow.
+    if high - low <= (size * 1e-9).max(1e-290) {
+        return if size < 1e-280 { (-0.05, 1.0) } else { (low - size * 0.1, high + size * 0.1) };
     }
     let more = (high - low) * margin;
     (low - more, high + more)

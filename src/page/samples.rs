@@ -16,7 +16,7 @@ const RESPONSES: usize = 6;
 const SHOWN: usize = 2;
 /// Tokens of a response that are coloured, and characters of a text that are shown.
 const COLOURED: usize = 2000;
-const CHARACTERS: usize = 60_000;
+const CHARACTERS: usize = 100_000;
 
 /// The samples of a run that its page may show.
 #[derive(Default)]
