@@ -240,7 +240,7 @@ fn spans(sample: &Sample) -> String {
             if level != 0.0 {
                 let _ = write!(classes, "{}{level} ", name.0);
             }
-            let _ = write!(title, "{} {}\n", name.1, short(*value));
+            let _ = writeln!(title, "{} {}", name.1, short(*value));
         }
         let last = i + 1 == sample.tokens.len();
         let text = match token.as_str() {

@@ -51,7 +51,7 @@ mod tests {
         assert_eq!(record.len(), 19);
         // CRC-32C of "123456789" is 0xe3069283, and its mask by the formula.
         let sum = u32::from_le_bytes(masked(b"123456789"));
-        assert_eq!(sum, ((0xe306_9283u32 >> 15) | (0xe306_9283u32 << 17)).wrapping_add(0xa282_ead8));
+        assert_eq!(sum, 0xe306_9283u32.rotate_right(15).wrapping_add(0xa282_ead8));
         let mut file = tempfile::tempfile().unwrap();
         file.write_all(&[encode(b"one"), encode(b"three"), encode(b"")].concat()).unwrap();
         let ends = [19, 19 + 21, 19 + 21 + 16];
