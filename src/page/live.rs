@@ -51,6 +51,8 @@ impl LivePage {
     }
 
     fn write(&mut self) -> Result<()> {
+        // What a page takes for a moment is no part of the phase that it is written in.
+        let _phase = meter::within(meter::Phase::Save);
         let begun = Instant::now();
         self.about.updated = now() as u64;
         self.about.write(&self.out)?;

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::config::{Config, Stage};
 use crate::data::examples::{Example, Examples};
+use crate::host::meter;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::page::{About, LivePage};
@@ -85,6 +86,7 @@ impl Inputs {
     /// # Errors
     /// If the folder is another's or in use, or the run in it is not this one.
     pub(crate) fn begin(self, out: &Path, launch: &RunOptions) -> Result<Session> {
+        let _phase = meter::within(meter::Phase::Save);
         output::make(out, self.stage.name())?;
         let lock = lock::lock(out)?;
         let store = Store::at(out.join(output::CHECKPOINTS));
