@@ -3,7 +3,8 @@
 //! A revision is resolved to its commit once, and all files are of that commit. Existing files are not downloaded again,
 //! interrupted downloads are resumed, and nothing is written outside of the repository's cache folder, whatever file names the
 //! server sends. `HF_ENDPOINT`, `HF_HOME`, `HF_HUB_CACHE`, `HF_HUB_OFFLINE` and `HF_TOKEN` have huggingface_hub's meaning. The
-//! token is sent to the endpoint only, never to a redirect target, and is not printed. It does not depend on file formats.
+//! token is sent to the endpoint only, never to a redirect target, and is not printed. The crate hf-hub would bring tokio, hyper
+//! and reqwest, blocking calls included; ureq is here for reward endpoints anyhow. It does not depend on file formats.
 
 use std::fmt;
 use std::fs::{self, File};

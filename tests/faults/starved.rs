@@ -206,7 +206,7 @@ fn a_plan_beyond_the_systems_limits_is_refused_before_anything_is_written_and_th
     assert!(least * 2 < own && own > 200 << 20, "{least} {own}");
     let between = (own + least) / 2;
     // Program and libraries take of the address space, too, and so do gaps between blocks.
-    let bytes = between * 4 / 3 + (32 << 20);
+    let bytes = between * 3 / 2 + (32 << 20);
     let quoted = |line: &str| line.replace("\"none\"", "'\"none\"'");
     for (flag, said) in [("-v", "(ulimit -v)"), ("-d", "(ulimit -d)")] {
         let under = |line: &str| limited(&place, &format!("{flag} {}", bytes / 1024), line);

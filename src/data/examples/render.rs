@@ -7,7 +7,7 @@ use std::borrow::Cow;
 use std::collections::BTreeSet;
 use std::ops::Range;
 
-use anyhow::{Result, bail};
+use anyhow::{Context, Result, bail};
 
 use crate::config::{Compat, Data, MultiTurn, Template};
 use crate::data::examples::encoder::TextEncoder;
@@ -108,9 +108,17 @@ impl<'e> Renderer<'e> {
         }
         match self.template {
             Template::Chat => {
-                return match self.chat_template {
+                let rendered = match self.chat_template {
                     Some(template) => self.encoder.chat_with(template, messages, open),
                     None => self.encoder.chat(messages, open),
+                };
+                let first = messages.iter().find(|message| message.role != "system");
+                return match first.is_some_and(|message| message.role == "assistant") {
+                    true => rendered.context(
+                        "the dialogue starts with an assistant turn, which its chat template does not accept; put a user turn \
+                         before it, or use template = \"human_assistant\" or \"plain\"",
+                    ),
+                    false => rendered,
                 };
             }
             Template::HumanAssistant | Template::HhRlhf => {

@@ -207,6 +207,21 @@ fn a_template_that_rewrites_earlier_turns_trains_on_what_multi_turn_says() {
 }
 
 #[test]
+fn a_template_that_refuses_a_dialogue_which_starts_with_the_assistant_is_named_with_a_remedy() {
+    let refusing = "{% for m in messages %}{% if loop.first and m.role != 'user' %}{{ raise_exception('alternate') }}{% endif %}\
+                    [{{ m.role }}]{{ m.content }}{% endfor %}";
+    let turns = json!([{"messages": [{"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"}]}]);
+    let data = Data { chat_template: Some(refusing.into()), ..Data::default() };
+    let entries = dataset(turns).entries;
+    let error = format!("{:#}", sft_examples(&entries, &CHAT, &data, true).unwrap_err());
+    assert!(error.contains("starts with an assistant turn") && error.contains("alternate"), "{error}");
+    // A template that accepts it learns both responses.
+    let (examples, _) = sft_examples(&entries, &CHAT, &Data::default(), true).unwrap();
+    assert_eq!(trained_text(&examples[0]), "Hello!<e>a<e>");
+}
+
+#[test]
 fn an_end_token_that_is_written_at_the_end_counts_once() {
     let q = json!({"role": "user", "content": "q"});
     let dialogue = |ends: [&str; 2]| {
