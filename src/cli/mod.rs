@@ -73,7 +73,6 @@ enum Command {
     Logprobs(probe::Logprobs),
     /// The page of a run, or of several runs side by side, from the files in their folders.
     Report(report::Report),
-    /// What a model, an adapter or a GGUF file holds.
     /// Every key of a config: meaning, default, unit, range, values.
     Keys(keys::Keys),
     /// What a model, an adapter, a GGUF file or the folder of a run holds.

@@ -30,7 +30,7 @@ pub(super) struct Score {
     /// Records with responses: chosen and rejected, responses best first, or a single one.
     #[arg(long)]
     data: PathBuf,
-    /// Most tokens of a prompt with a response.
+    /// Most tokens of a prompt with a response; never more than the model's context.
     #[arg(long, default_value_t = 1024)]
     max_length: usize,
     /// What happens to a longer one.
@@ -131,9 +131,10 @@ pub(super) fn score(args: &Score) -> Result<()> {
     }
     let model = Model::open_on(&args.base, args.on.device)?;
     let adapter = model.adapter(&args.adapter)?;
+    let max_length = args.max_length.min(model.base.config().max_position_embeddings);
     let data = Data {
         path: Paths::One(args.data.clone()),
-        max_length: args.max_length,
+        max_length,
         truncation: if args.on_long == OnLong::Cut { Truncation::Left } else { Truncation::Drop },
         on_bad_record: match args.on_bad_record {
             OnBad::Skip => OnBadRecord::Skip,
@@ -147,7 +148,7 @@ pub(super) fn score(args: &Score) -> Result<()> {
         return Err(invalid!(
             "{} with --max-length {}: no record can be scored: {report}; raise --max-length, or use --on-long cut",
             args.data.display(),
-            args.max_length
+            max_length
         ));
     }
     let mut lines = args.out.as_deref().map(create).transpose()?;

@@ -61,7 +61,7 @@ pub struct Config {
     /// that section.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compat: Option<Compat>,
-    /// Folder a run writes to. Default `runs/<stage>`; read it with [`Config::output_dir`].
+    /// Folder a run writes to. Default `runs/<stage>`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_dir: Option<PathBuf>,
     /// The policy's frozen checkpoint. Required.

@@ -140,7 +140,7 @@ fn all_stages(out: &Path, config: &Config) -> Result<Outcome> {
     // 1. The base, shared by all four roles.
     let model = Model::of_opened(embedded()?, &config.base)?;
     let (base, tokenizer) = (&model.base, model.checkpoint.tokenizer());
-    prepare_output(out, "quickstart", &config.to_toml()?)?;
+    let _lock = prepare_output(out, "quickstart", &config.to_toml()?)?;
     write_base(&model, &out.join("base"))?;
     let about = About::new("fourfold quickstart", &placement::name_of(base));
     let mut session = Session::new(LivePage::follow(Report::to_dir(out)?, out, about, false));

@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use super::output;
 use crate::invalid;
+use crate::model_files::gguf::Gguf;
 
 const ADAPTER: &str = "adapter_config.json";
 const MODEL: &str = "config.json";
@@ -25,6 +26,15 @@ fn listed(paths: &[PathBuf]) -> String {
     paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" or ")
 }
 
+/// The message for a LoRA adapter in GGUF: it is an export, which nothing here reads back.
+const GGUF_ADAPTER: &str = "is a LoRA adapter in GGUF, which llama.cpp reads (--lora); give the folder with \
+                            adapter_config.json that it was made from as the adapter, and a model as the base";
+
+fn is_gguf_adapter(path: &Path) -> bool {
+    path.extension().is_some_and(|ending| ending == "gguf")
+        && Gguf::open(path).is_ok_and(|file| file.string("general.type").is_ok_and(|kind| kind == Some("adapter")))
+}
+
 /// Checks that a path given as an adapter is not something else that is known.
 ///
 /// # Errors
@@ -38,6 +48,9 @@ pub fn check_adapter_path(path: &Path) -> Result<()> {
     if !adapters.is_empty() {
         let what = if output::stage_of(path).is_some() { "the folder of a run" } else { "no adapter" };
         return Err(invalid!("{shown} is {what}; did you mean {}?", listed(&adapters)));
+    }
+    if is_gguf_adapter(path) {
+        return Err(invalid!("{shown} {GGUF_ADAPTER}"));
     }
     if path.join(MODEL).is_file() || path.extension().is_some_and(|ending| ending == "gguf") {
         return Err(invalid!("{shown} is a model, not an adapter; give it as the base"));
@@ -54,6 +67,9 @@ pub fn check_adapter_path(path: &Path) -> Result<()> {
 /// If it is an adapter, or a folder with models below it, such as a run's; the message says what to give.
 pub fn check_base_path(path: &Path) -> Result<()> {
     let shown = path.display();
+    if is_gguf_adapter(path) {
+        return Err(invalid!("{shown} {GGUF_ADAPTER}"));
+    }
     if path.join(MODEL).is_file() || !path.is_dir() {
         return Ok(());
     }

@@ -11,6 +11,8 @@ use anyhow::{Context, Result};
 
 use crate::host::date::utc_of;
 use crate::invalid;
+use crate::train::lock;
+use crate::train::lock::Lock;
 use crate::train::store::Store;
 
 /// The file by which an output folder is known as ours: its first line is [`mark`].
@@ -165,9 +167,11 @@ pub fn is_of(out: &Path, by: &str, settings: &str) -> bool {
 ///
 /// # Errors
 /// As for [`check_output`], and if the folder cannot be written to.
-pub fn prepare_output(out: &Path, by: &str, settings: &str) -> Result<()> {
+pub fn prepare_output(out: &Path, by: &str, settings: &str) -> Result<Lock> {
     make(out, by)?;
-    begin(out, by, settings)
+    let lock = lock::lock(out)?;
+    begin(out, by, settings)?;
+    Ok(lock)
 }
 
 /// The resolved settings of the run that an adapter's folder lies in, if it lies in one.

@@ -160,6 +160,10 @@ fn adapters_add_up_with_their_weights_in_every_format() {
     // Two adapters: the merged sum is the first merged, and then the second over it.
     p.merge("--adapter out/sft/adapter --adapter out/reward/adapter=0.7 --dtype f32 --out sum");
     p.merge("--adapter out/sft/adapter --adapter out/reward/adapter=0.7 --format gguf-lora --out sum.gguf");
+    for line in ["generate --base base --adapter sum.gguf --prompt hi", "generate --base sum.gguf --prompt hi"] {
+        let ran = p.run(line);
+        assert!(ran.code == 2 && ran.stderr.contains("sum.gguf is a LoRA adapter in GGUF"), "{line}: {}", ran.stderr);
+    }
     p.merge("--adapter out/sft/adapter --dtype f32 --out first");
     p.merge("--adapter out/reward/adapter=0.7 --format peft --out second");
     let stacked = logprobs(&p.model("first"), Some(&p.adapter("second").with_score_head(None).unwrap()));
