@@ -9,11 +9,17 @@ use std::path::Path;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use fourfold::device::cuda::libraries::{Finder, Library, MAJORS};
 use fourfold::device::cuda::nvrtc;
 use fourfold::device::kernels;
 use tempfile::TempDir;
 
 const ARCHITECTURES: [&str; 5] = ["sm_80", "sm_86", "sm_89", "sm_90", "sm_120"];
+
+/// Opens NVRTC for this process.
+fn open_nvrtc() {
+    Finder::real().open(Library::Nvrtc, &MAJORS).unwrap_or_else(|missing| panic!("{missing:#}"));
+}
 
 /// What the assembler reports of one kernel.
 #[derive(Clone, Copy, Debug, Default)]
@@ -46,6 +52,7 @@ fn uses(log: &str) -> BTreeMap<String, Use> {
 #[test]
 #[ignore = "needs NVRTC: pip install nvidia-cuda-nvrtc in a virtual environment; cargo test --release --test nvrtc -- --ignored"]
 fn all_kernels_compile_for_every_architecture_without_spilled_registers() {
+    open_nvrtc();
     let parts = kernels::parts();
     let jobs: Vec<(&str, &String)> =
         ARCHITECTURES.iter().flat_map(|&arch| parts.iter().map(move |t| (arch, t))).collect();
@@ -84,6 +91,7 @@ const SMALL: &str = "struct One { float* y; };\nKERNEL(one, One, 32) { store(a.y
 #[test]
 #[ignore = "needs NVRTC: pip install nvidia-cuda-nvrtc in a virtual environment; cargo test --release --test nvrtc -- --ignored"]
 fn compiled_kernels_are_cached_and_damage_is_found() {
+    open_nvrtc();
     let (cache, text) = (TempDir::new().unwrap(), kernels::with_prelude(SMALL));
     for arch in ["sm_75", "sm_80", "sm_120", "compute_90"] {
         let compile = || nvrtc::compiled(&text, arch, Some(cache.path())).unwrap();
