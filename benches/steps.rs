@@ -29,6 +29,7 @@ use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ops::weight::Weight;
 use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::train::train;
+use fourfold::report::Report;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
@@ -45,19 +46,20 @@ fn ids(rows: usize, columns: usize, salt: usize) -> Vec<Vec<u32>> {
 }
 
 /// Runs `run` once to warm up and `reps` times; prints the median. Returns each phase's mean seconds.
+/// `run` returns the seconds that count, where those are not all that it took.
 fn measure(
     id: &str,
     reps: usize,
     tokens: usize,
-    mut run: impl FnMut(usize) -> Result<()>,
-) -> Result<HashMap<Phase, f64>> {
+    mut run: impl FnMut(usize) -> Result<Option<f64>>,
+) -> Result<(f64, HashMap<Phase, f64>)> {
     run(0)?;
     let mut seconds = vec![];
     meter::restart();
     for rep in 1..=reps {
         let start = Instant::now();
-        run(rep)?;
-        seconds.push(start.elapsed().as_secs_f64());
+        let own = run(rep)?;
+        seconds.push(own.unwrap_or_else(|| start.elapsed().as_secs_f64()));
     }
     seconds.sort_by(f64::total_cmp);
     let median = seconds[reps / 2];
@@ -69,7 +71,18 @@ fn measure(
         tokens as f64 / median
     );
     let each = meter::spent().into_iter().map(|(phase, spent)| (phase, spent.as_secs_f64() / reps as f64));
-    Ok(each.collect())
+    Ok((median, each.collect()))
+}
+
+/// Seconds of the one step that `train` takes, by the clock in its metrics: a run goes once more through its last step's first
+/// micro-batch, and that belongs to no step.
+fn seconds_of_step(train: impl FnOnce(&mut Session) -> Result<()>) -> Result<Option<f64>> {
+    let dir = tempfile::tempdir()?;
+    train(&mut Session::new(Report::to_dir(dir.path())?))?;
+    let metrics = std::fs::read_to_string(dir.path().join("metrics.jsonl"))?;
+    let line: serde_json::Value = serde_json::from_str(metrics.lines().next().context("one step, one line")?)?;
+    let [tokens, rate] = ["tokens", "tokens_per_second"].map(|key| line[key].as_f64());
+    Ok(Some(tokens.context("tokens")? / rate.context("tokens_per_second")?))
 }
 
 /// What phases did and how long it took: (name, giga multiply-adds times two, seconds).
@@ -177,7 +190,7 @@ fn main() -> Result<()> {
                 }
             });
             whole = whole.min(start.elapsed().as_secs_f64());
-            ran.map(drop)
+            ran.map(|_| None)
         })?;
         done.push(("generate.prompts".into(), 512.0 * blocks + 8.0 * table, first));
         done.push(("generate.decoding".into(), 63.0 * 8.0 * all, whole - first));
@@ -191,14 +204,14 @@ fn main() -> Result<()> {
         };
         // Forward and dx of every matrix; the head's logits are made twice.
         let work = 1024.0 * 2.0 * blocks + 1020.0 * 3.0 * table;
-        let spent = measure(&format!("sft_step/{name}/b4_t256"), reps, 1024, |rep| {
+        let (step, _) = measure(&format!("sft_step/{name}/b4_t256"), reps, 1024, |rep| {
             let rows = ids(4, 256, 4 * rep);
             let example = |tokens: Vec<u32>| SftExample { loss_mask: (0..256).map(|i| i > 0).collect(), tokens };
             let examples: Vec<SftExample> = rows.into_iter().map(example).collect();
             let setup = Setup { base, start: &fresh, recompute, seed: 0 };
-            sft::train(setup, &examples, &[], &config, &mut Session::silent()).map(drop)
+            seconds_of_step(|session| sft::train(setup, &examples, &[], &config, session).map(drop))
         })?;
-        done.push(("sft_step.update".into(), work, spent[&Phase::Update]));
+        done.push(("sft_step".into(), work, step));
     }
     if wanted("reward_step") {
         let config = Reward {
@@ -208,16 +221,16 @@ fn main() -> Result<()> {
             center: false,
             ..Reward::default()
         };
-        let spent = measure(&format!("reward_step/{name}/pairs4_t256"), reps, 2048, |rep| {
+        let (step, _) = measure(&format!("reward_step/{name}/pairs4_t256"), reps, 2048, |rep| {
             let rows = ids(8, 256, 8 * rep);
             // One shared token stands for the prompt; lengths are those of the peers.
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
             let examples: Vec<RankedExample> =
                 (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), responses: answers(i) }).collect();
             let setup = Setup { base, start: &scorer, recompute, seed: 0 };
-            reward::train::train(setup, &examples, &[], &config, &mut Session::silent()).map(drop)
+            seconds_of_step(|session| reward::train::train(setup, &examples, &[], &config, session).map(drop))
         })?;
-        done.push(("reward_step.update".into(), 2048.0 * 2.0 * blocks, spent[&Phase::Update]));
+        done.push(("reward_step".into(), 2048.0 * 2.0 * blocks, step));
     }
     if wanted("ppo_step") {
         let config = Ppo {
@@ -231,7 +244,7 @@ fn main() -> Result<()> {
             save_samples: 0,
             ..Ppo::default()
         };
-        let spent = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
+        let (_, spent) = measure(&format!("ppo_step/{name}/b8_p64_r64"), reps, 1024, |rep| {
             let source = RewardModel(ValueModel::new(base, &scorer)?);
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
@@ -251,7 +264,7 @@ fn main() -> Result<()> {
                 seed: rep as u64,
                 recompute,
             };
-            train(&run, &mut Session::silent()).map(drop)
+            train(&run, &mut Session::silent()).map(|_| None)
         })?;
         done.push(("ppo_step.rollout".into(), 1016.0 * blocks + 512.0 * table, spent[&Phase::Rollout]));
         // Reference, critic and reward model read 8 x 128 tokens, the first with its head.

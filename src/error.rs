@@ -100,12 +100,29 @@ pub fn is_of_machine(error: &anyhow::Error) -> bool {
     !error.chain().any(|cause| is_of_input(cause) || cause.is::<Interrupted>())
 }
 
-/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`], [`Diverged`] or
-/// [`F16Overflow`], 1 otherwise. (A training run handles [`Diverged`] itself; elsewhere the given weights are the cause.)
+/// A path that cannot be read or written as it was given.
+fn is_of_path(cause: &(dyn std::error::Error + 'static)) -> bool {
+    use std::io::ErrorKind;
+    cause.downcast_ref::<std::io::Error>().is_some_and(|cause| {
+        matches!(
+            cause.kind(),
+            ErrorKind::NotFound
+                | ErrorKind::PermissionDenied
+                | ErrorKind::NotADirectory
+                | ErrorKind::IsADirectory
+                | ErrorKind::ReadOnlyFilesystem
+                | ErrorKind::InvalidFilename
+        )
+    })
+}
+
+/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`], [`Diverged`],
+/// [`F16Overflow`] or a path that cannot be used, 1 otherwise. (A training run handles [`Diverged`] itself; elsewhere the given
+/// weights are the cause.)
 pub fn exit_code(error: &anyhow::Error) -> i32 {
     match error {
         _ if error.chain().any(|cause| cause.is::<Interrupted>()) => 130,
-        _ if error.chain().any(is_of_input) => 2,
+        _ if error.chain().any(|cause| is_of_input(cause) || is_of_path(cause)) => 2,
         _ => 1,
     }
 }
@@ -165,6 +182,9 @@ mod tests {
         let wrapped = Err::<(), _>(invalid!("no such key")).context("reading run.toml").unwrap_err();
         assert_eq!(exit_code(&wrapped), 2);
         assert_eq!(exit_code(&anyhow::anyhow!("disk on fire")), 1);
+        let io =
+            |kind: std::io::ErrorKind| exit_code(&anyhow::Error::new(std::io::Error::from(kind)).context("writing x"));
+        assert_eq!([io(std::io::ErrorKind::PermissionDenied), io(std::io::ErrorKind::StorageFull)], [2, 1]);
     }
 
     #[test]

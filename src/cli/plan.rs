@@ -87,7 +87,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let plan = plan::plan(stage, &config, budget, &shapes)?;
     let fits = plan.fits(budget, None);
     let change = if fits { None } else { plan::smallest_change(stage, &config, budget, &shapes)? };
-    let choices = plan::choices(stage, &config, &shapes)?;
+    let choices = plan::choices(stage, &config, &shapes, &plan)?;
     let kto = source.kto_lengths(&config)?;
     let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices, kto };
     if args.json { print_json(&shown.json()) } else { say(&shown.table()) }

@@ -31,7 +31,7 @@ pub(super) struct Weights {
 impl Weights {
     pub(super) fn open(&self) -> Result<(Model, Option<Adapter>)> {
         let model = Model::open_on(&self.base, self.on.device)?;
-        let adapter = self.adapter.as_deref().map(|path| model.adapter(path)).transpose()?;
+        let adapter = self.adapter.as_deref().map(|path| model.policy_adapter(path)).transpose()?;
         Ok((model, adapter))
     }
 }

@@ -36,6 +36,17 @@ pub enum RewardKind {
 }
 
 impl RewardKind {
+    const ALL: [Self; 8] = [
+        Self::Adapter,
+        Self::Command,
+        Self::Http,
+        Self::Judge,
+        Self::Regex,
+        Self::JsonValid,
+        Self::Length,
+        Self::Exact,
+    ];
+
     fn name(self) -> &'static str {
         match self {
             Self::Adapter => "adapter",
@@ -46,6 +57,34 @@ impl RewardKind {
             Self::JsonValid => "json_valid",
             Self::Length => "length",
             Self::Exact => "exact",
+        }
+    }
+
+    /// The keys that it reads beside `kind`, `name` and `weight`.
+    fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::Adapter => &["adapters", "std_coef"],
+            Self::Command => &["command", "timeout_seconds", "retries", "fallback_score"],
+            Self::Http => &["url", "api_key_env", "timeout_seconds", "retries", "fallback_score"],
+            Self::Judge => &[
+                "url",
+                "api_key_env",
+                "model",
+                "template",
+                "min_score",
+                "max_score",
+                "request",
+                "concurrency",
+                "input_price",
+                "output_price",
+                "pattern",
+                "timeout_seconds",
+                "retries",
+                "fallback_score",
+            ],
+            Self::Regex | Self::Exact => &["pattern"],
+            Self::JsonValid => &[],
+            Self::Length => &["min_tokens", "max_tokens"],
         }
     }
 
@@ -201,11 +240,74 @@ impl RewardPart {
             )),
             _ => Ok(()),
         }?;
+        self.check_keys()?;
         if let Some(pattern) = &self.pattern
             && let Err(error) = regex::Regex::new(pattern)
         {
             return Err(invalid!("[[ppo.reward]] pattern = {pattern:?} is no regular expression: {error}"));
         }
         Ok(())
+    }
+
+    /// Refuses a key with another value than its default that this kind does not read.
+    fn check_keys(&self) -> Result<()> {
+        let (written, usual) = (Table::try_from(self)?, Table::try_from(Self::default())?);
+        let is_read = |key: &str| ["kind", "name", "weight"].contains(&key) || self.kind.keys().contains(&key);
+        let Some(key) = written.keys().find(|key| written.get(*key) != usual.get(*key) && !is_read(key)) else {
+            return Ok(());
+        };
+        let readers: Vec<&str> = RewardKind::ALL
+            .into_iter()
+            .filter(|kind| kind.keys().contains(&key.as_str()))
+            .map(RewardKind::name)
+            .collect();
+        Err(invalid!(
+            "[[ppo.reward]] of kind = \"{}\" does not read {key}, which is for kind = {}; remove the key, or change the kind",
+            self.kind.name(),
+            readers.iter().map(|kind| format!("\"{kind}\"")).collect::<Vec<_>>().join(" or ")
+        ))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_key_is_read_by_a_kind_and_no_kind_reads_one_that_is_not_there() {
+        let full = RewardPart {
+            name: Some("n".into()),
+            api_key_env: Some("K".into()),
+            model: "m".into(),
+            template: Some("t".into()),
+            min_score: Some(0.0),
+            max_score: Some(1.0),
+            request: Table::from_iter([("seed".to_owned(), 1.into())]),
+            concurrency: NonZeroUsize::new(1),
+            input_price: Some(1.0),
+            output_price: Some(1.0),
+            pattern: Some("p".into()),
+            max_tokens: Some(2),
+            fallback_score: Some(0.0),
+            ..RewardPart::default()
+        };
+        let all = Table::try_from(&full).unwrap();
+        let read: Vec<&str> = RewardKind::ALL.iter().flat_map(|kind| kind.keys()).copied().collect();
+        for key in all.keys().filter(|key| !["kind", "name", "weight"].contains(&key.as_str())) {
+            assert!(read.contains(&key.as_str()), "no kind reads {key}");
+        }
+        for key in read {
+            assert!(all.contains_key(key), "there is no key {key}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_the_kind_does_not_read_is_refused_with_the_kinds_that_do() {
+        let part = RewardPart { kind: RewardKind::JsonValid, retries: 5, ..RewardPart::default() };
+        let message = part.check().unwrap_err().to_string();
+        assert!(message.contains("kind = \"json_valid\" does not read retries"), "{message}");
+        assert!(message.contains("\"command\" or \"http\" or \"judge\""), "{message}");
+        // The default written out is no mistake: resolved configs are read again.
+        assert!(RewardPart { kind: RewardKind::JsonValid, ..RewardPart::default() }.check().is_ok());
     }
 }

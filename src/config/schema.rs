@@ -107,6 +107,9 @@ pub struct Lora {
     /// regular expression over the whole module name.
     /// Default `"all-linear"` (QLoRA's finding, arXiv:2305.14314 section 4).
     pub target_modules: TargetModules,
+    /// Layers that get no branch although `target_modules` names them, in the same forms. Absent = none (PEFT).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exclude_modules: Option<TargetModules>,
     /// Rank-stabilised scale, arXiv:2312.03732. Default false (PEFT).
     pub use_rslora: bool,
     /// Block numbers, from 0, that get adapters; absent = every block.
@@ -155,6 +158,7 @@ impl Default for Lora {
             r: 8,
             lora_alpha: 16.0,
             target_modules: TargetModules::One("all-linear".to_owned()),
+            exclude_modules: None,
             use_rslora: false,
             layers_to_transform: None,
             rank_pattern: BTreeMap::new(),

@@ -77,6 +77,13 @@ pub fn train(
         examples.len() - good,
         held_out.len()
     ));
+    if good == 0 || good == examples.len() {
+        let (there, missing) = if good == 0 { ("undesirable", "desirable") } else { ("desirable", "undesirable") };
+        session.report.note(&format!(
+            "kto: warning: every response is labelled {there}, so nothing shows the model what tells good from bad; add \
+             {missing} ones, or look at the label column of the data"
+        ));
+    }
     let all: Vec<&UnpairedExample> = examples.iter().collect();
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.reference_of(&all)?),

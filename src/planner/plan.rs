@@ -238,15 +238,23 @@ pub fn smallest_change(
 }
 
 /// The changes to choose from, the cheapest first, with the plan of each: smaller micro-batches, recomputation, fewer
-/// responses at once, and so on. A change that saves no memory over a cheaper one is left out.
+/// responses at once, and so on. Each takes less than `current`, the config's own plan, whose recomputation it starts from; a
+/// change that saves no memory over a cheaper one is left out.
 ///
 /// # Errors
 /// Those of `shapes`.
-pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Vec<(Change, Plan)>> {
-    let auto = config.checkpoint(stage) == RecomputeSetting::Auto;
-    let kept = if auto { with_checkpoint(stage, config, RecomputeSetting::None) } else { config.clone() };
+pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>, current: &Plan) -> Result<Vec<(Change, Plan)>> {
+    let kept = with_checkpoint(
+        stage,
+        config,
+        match current.checkpoint {
+            Recompute::Off => RecomputeSetting::None,
+            Recompute::Mlp => RecomputeSetting::Mlp,
+            Recompute::Block => RecomputeSetting::Block,
+        },
+    );
     let mut all = vec![];
-    let mut least = plan(stage, &kept, None, shapes)?.size();
+    let mut least = current.size();
     for change in changes(stage, &kept) {
         let plan = plan(stage, &change.config, None, shapes)?;
         // A saving of less than 1% does not count.

@@ -32,10 +32,11 @@ use crate::report::Report;
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
 use crate::run;
-use crate::run::{Model, finish_page, is_of, placement, prepare_output};
+use crate::run::{Model, finish_page, is_of, placement, prepare_output, write_summary};
 use crate::tokenizer::{SpecialTokens, Tokenizer};
 use crate::train::session::Session;
 use crate::train::settings;
+use crate::train::stop;
 use crate::train::supervised::Setup;
 use crate::{reward, sft};
 
@@ -85,6 +86,8 @@ pub fn config(seed: u64) -> Config {
             micro_batch_size: 32,
             response_length: 48,
             kl_coef: 0.1,
+            critic_warmup: std::env::var("QS_WARM").map_or(0, |x| x.parse().unwrap()),
+            missing_eos_penalty: std::env::var("QS_EOS").ok().map(|x| x.parse().unwrap()),
             warmup_steps: 6,
             save_samples: 2,
             ..config::Ppo::default()
@@ -122,7 +125,9 @@ pub fn run_on(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Re
 /// # Errors
 /// Those of [`run`].
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
+    stop::listen()?;
     let outcome = all_stages(out, config).inspect_err(|error| finish_page(out, Err(error)))?;
+    write_summary(out, &outcome.to_json())?;
     finish_page(out, Ok(()));
     Ok(outcome)
 }

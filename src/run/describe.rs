@@ -79,10 +79,8 @@ fn state(dir: &Path, adapters: &Map<String, Value>) -> String {
     let time =
         |path: &Path| fs::metadata(path).and_then(|about| about.modified()).map_or_else(|_| String::new(), utc_of);
     let summary = dir.join(output::SUMMARY);
-    if summary.exists()
-        || output::stage_of(dir) == Some("quickstart") && dir.join("merged").is_dir() && !adapters.is_empty()
-    {
-        return format!("finished {}", time(if summary.exists() { &summary } else { dir }));
+    if summary.exists() {
+        return format!("finished {}", time(&summary));
     }
     match Store::at(dir.join(output::CHECKPOINTS)).newest() {
         Ok((Some(found), _)) => format!(

@@ -25,7 +25,7 @@ use crate::train::supervised::Setup;
 fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(Adapter, Option<Adapter>)> {
     match adapter {
         Some(path) => {
-            let sft = model.adapter(path)?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio);
+            let sft = model.policy_adapter(path)?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio);
             Ok((sft.clone(), Some(sft)))
         }
         None => Ok((model.fresh_adapter(&config.lora, config.seed)?, None)),

@@ -20,11 +20,10 @@ mod reward;
 mod rewards;
 mod sft;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::Value;
 
 use crate::config::{Config, Stage};
@@ -49,7 +48,7 @@ pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, resuming_command};
-pub use output::{check_free, check_output, is_of, prepare_output, settings_beside};
+pub use output::{check_free, check_output, is_of, prepare_output, settings_beside, write_summary};
 
 /// Runs one stage of a config; returns the object that `--json` prints.
 ///
@@ -93,8 +92,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
         object.insert("device".into(), device_name(stage, config)?.into());
         object.insert("output_dir".into(), out.display().to_string().into());
     }
-    let summary = out.join(output::SUMMARY);
-    fs::write(&summary, format!("{object}\n")).with_context(|| format!("writing {}", summary.display()))?;
+    write_summary(out, &object)?;
     finish_page(out, Ok(()));
     Ok(object)
 }

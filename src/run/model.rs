@@ -4,7 +4,7 @@
 
 use std::path::Path;
 
-use anyhow::{Error, Result};
+use anyhow::{Context, Error, Result};
 
 use crate::config;
 use crate::config::{Data, DeviceChoice, InitLoraWeights, Lora};
@@ -149,6 +149,22 @@ impl Model {
         }
     }
 
+    /// As [`Self::adapter`], of a policy: what generates text, and what SFT, DPO, KTO and PPO start from.
+    ///
+    /// # Errors
+    /// Those of [`Self::adapter`]; if the adapter has a score head, as a reward model's and a critic's have.
+    pub fn policy_adapter(&self, path: &Path) -> Result<Adapter> {
+        let adapter = self.adapter(path)?;
+        match adapter.head() {
+            Some(_) => Err(invalid!(
+                "{}: this adapter has a score head, so it is a reward model's or a critic's and was not trained to write \
+                 text; give the adapter of an SFT, DPO or KTO run, or a PPO run's actor (`fourfold score` scores with this one)",
+                path.display()
+            )),
+            None => Ok(adapter),
+        }
+    }
+
     /// What an adapter of this base says of its origin.
     pub fn provenance(&self) -> Provenance {
         Provenance {
@@ -189,7 +205,9 @@ impl Model {
             InitLoraWeights::Dschat => Init::DeepSpeedChat,
             InitLoraWeights::Default | InitLoraWeights::Pissa | InitLoraWeights::Olora => Init::KaimingUniform,
         };
-        let fresh = Adapter::init_as(lora_config(lora), self.base.shapes(), derive(seed, &[settings::INIT]), init)?;
+        let wanted = lora_config(lora);
+        wanted.check_names(&self.base.shapes()).context("[lora]")?;
+        let fresh = Adapter::init_as(wanted, self.base.shapes(), derive(seed, &[settings::INIT]), init)?;
         let started = match lora.init() {
             InitLoraWeights::Pissa => principal(&fresh, &self.base, Principal::Pissa)?,
             InitLoraWeights::Olora => principal(&fresh, &self.base, Principal::Olora)?,
@@ -232,12 +250,8 @@ pub fn lora_config(lora: &Lora) -> LoraConfig {
         r: lora.r,
         lora_alpha: lora.alpha(),
         use_rslora: lora.use_rslora,
-        target_modules: match &lora.target_modules {
-            all if all.is_all_linear() => TargetModules::AllLinear,
-            config::TargetModules::One(pattern) => TargetModules::Regex(pattern.clone()),
-            config::TargetModules::List(names) => TargetModules::List(names.clone()),
-        },
-        exclude_modules: None,
+        target_modules: targets(&lora.target_modules),
+        exclude_modules: lora.exclude_modules.as_ref().map(targets),
         layers_to_transform: lora.layers_to_transform.clone(),
         layers_pattern: vec![],
         rank_pattern: lora.rank_pattern.iter().map(|(key, &r)| (key.clone(), r)).collect(),
@@ -245,5 +259,13 @@ pub fn lora_config(lora: &Lora) -> LoraConfig {
         use_dora: false,
         loraplus_lr_ratio: lora.loraplus_lr_ratio,
         alpha_pattern: lora.alpha_pattern.iter().map(|(key, &alpha)| (key.clone(), alpha)).collect(),
+    }
+}
+
+fn targets(named: &config::TargetModules) -> TargetModules {
+    match named {
+        all if all.is_all_linear() => TargetModules::AllLinear,
+        config::TargetModules::One(pattern) => TargetModules::Regex(pattern.clone()),
+        config::TargetModules::List(names) => TargetModules::List(names.clone()),
     }
 }

@@ -8,6 +8,7 @@ use std::io::ErrorKind;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use serde_json::Value;
 
 use crate::host::date::utc_of;
 use crate::invalid;
@@ -121,6 +122,15 @@ pub(super) fn has_checkpoint(out: &Path) -> bool {
 pub(super) fn make(out: &Path, by: &str) -> Result<()> {
     check_output(out, by)?;
     fs::create_dir_all(out).map_err(|e| invalid!("{}: {e}; name another folder with --out", out.display()))
+}
+
+/// Writes what `--json` prints of a finished run; by this file the run is known as finished.
+///
+/// # Errors
+/// If the folder cannot be written to.
+pub fn write_summary(out: &Path, summary: &Value) -> Result<()> {
+    let path = out.join(SUMMARY);
+    fs::write(&path, format!("{summary}\n")).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Removes the files that a former run of the same command left in a folder, so that no adapter stands beside a config

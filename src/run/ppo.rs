@@ -50,11 +50,9 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
         }
     };
     let sft = match &ppo.adapter {
-        Some(path) => model
-            .adapter(path)
-            .context("[ppo] adapter")?
-            .with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
-            .with_score_head(None)?,
+        Some(path) => {
+            model.policy_adapter(path).context("[ppo] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+        }
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let adapters = Adapters::open(ppo, scorer)?;

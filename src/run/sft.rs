@@ -25,7 +25,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
         Some(path) => {
-            model.adapter(path).context("[sft] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
+            model.policy_adapter(path).context("[sft] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
         }
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };

@@ -118,3 +118,44 @@ fn every_stage_ends_a_response_at_the_token_that_closes_a_turn() {
         }
     }
 }
+
+#[test]
+fn what_a_chat_template_leaves_out_is_refused_or_counted() {
+    let place = Place::new();
+    write_base(&place, true);
+    let line = json!({"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]});
+    place.write("one.jsonl", format!("{line}\n"));
+    let files = ModelFiles::open(&place.path("base")).unwrap();
+    let encoder = ModelEncoder::new(files.tokenizer()).unwrap();
+    let read = |template: &str| {
+        let path = Paths::One(place.path("one.jsonl"));
+        let data = Data { path, chat_template: Some(template.to_owned()), ..Data::default() };
+        sft_examples(&data::load(&data).unwrap().entries, &encoder, &data, true)
+    };
+    // Nothing of the response: there would be an end token to learn and no text.
+    let nothing = "{% for m in messages %}{{ m.role + ': ' }}{% endfor %}<|endoftext|>";
+    let (examples, report) = read(nothing).unwrap();
+    assert!(examples.is_empty(), "{examples:?}");
+    assert!(report.first_bad.as_deref().unwrap().contains("writes nothing of the response, turn 2"), "{report:?}");
+    // The response, and nothing of the question.
+    let answers = "{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|endoftext|>' }}{% endfor %}";
+    let (examples, report) = read(answers).unwrap();
+    assert_eq!(examples.len(), 1);
+    let remark = "whose last user turn is not in the text that the chat template writes";
+    assert_eq!(report.remarks.get(remark), Some(&1), "{report:?}");
+    // The end token behind the block that is learnt, and within it.
+    for (block, outside) in [
+        ("{% generation %}{{ m.content }}{% endgeneration %}<|endoftext|>", true),
+        ("{% generation %}{{ m.content + '<|endoftext|>' }}{% endgeneration %}", false),
+    ] {
+        let template = format!(
+            "{{% for m in messages %}}{{% if m.role == 'user' %}}{{{{ m.content }}}}{{% else %}}{block}{{% endif %}}\
+             {{% endfor %}}"
+        );
+        let (examples, report) = read(&template).unwrap();
+        assert_eq!(examples[0].loss_mask.last(), Some(&!outside), "{template}");
+        let said =
+            report.remarks.keys().any(|remark| remark.contains("outside of the chat template's {% generation %}"));
+        assert_eq!(said, outside, "{report:?}");
+    }
+}

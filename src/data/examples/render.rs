@@ -48,6 +48,11 @@ const ONE_EACH: &str =
     "made one sequence for each response, since the chat template rewrites earlier turns (multi_turn = \"each\")";
 /// The remark on a response that does not follow the generation prompt.
 const OTHER_OPENING: &str = "whose response begins otherwise than the chat template's generation prompt ends";
+/// The remark on a response whose question is not in the text.
+const NO_QUESTION: &str = "whose last user turn is not in the text that the chat template writes";
+/// The remark on a dialogue whose end token the chat template does not mark as the assistant's.
+const END_OUTSIDE: &str = "whose end token is outside of the chat template's {% generation %} block, so that it is not learnt and \
+                           generation may not stop";
 /// The reason for refusing a conversation that has nothing to learn.
 const NO_TURN: &str = "the conversation has no assistant turn to train on";
 
@@ -198,6 +203,7 @@ impl<'e> Renderer<'e> {
         layout.learnt.push(start..self.end(&mut layout.text, start));
         layout.several = first < last;
         layout.prompted = true;
+        self.check_written(&mut layout, &turns[..=last])?;
         Ok(layout)
     }
 
@@ -264,6 +270,10 @@ impl<'e> Renderer<'e> {
             let end = self.end(&mut layout.text, marked.last().map_or(0, |range| range.start));
             layout.learnt = marked.into_iter().map(|range| range.start..range.end.min(end)).collect();
             layout.skipped = skipped;
+            if layout.learnt.last().is_some_and(|range| range.end < end) && self.strip_end(&layout.text).is_some() {
+                layout.remarks.insert(END_OUTSIDE);
+            }
+            self.check_written(&mut layout, turns)?;
             return Ok(vec![layout]);
         }
         for index in spoken(turns, from).filter(|&index| index < last) {
@@ -283,6 +293,7 @@ impl<'e> Renderer<'e> {
         }
         let start = self.start(&layout.text, turns, last, &mut layout.remarks)?;
         layout.learnt.push(start..self.end(&mut layout.text, start));
+        self.check_written(&mut layout, turns)?;
         Ok(vec![layout])
     }
 
@@ -315,9 +326,29 @@ impl<'e> Renderer<'e> {
             layout.remarks.insert(remark);
             let start = self.start(&layout.text, turns, last, &mut layout.remarks)?;
             layout.learnt.push(start..self.end(&mut layout.text, start));
+            self.check_written(&mut layout, &turns[..=last])?;
             Ok(layout)
         };
         ends.into_iter().map(layout).collect()
+    }
+
+    /// Refuses a text of which nothing would be learnt, although the last turn says something, and remarks on one that lacks the
+    /// question: a chat template may ignore what it is given.
+    fn check_written(&self, layout: &mut Layout, turns: &[Message]) -> Result<()> {
+        let learnt = layout.learnt.last().map_or("", |range| &layout.text[range.clone()]);
+        let learnt = self.without_end(learnt).unwrap_or(learnt);
+        if learnt.trim().is_empty() && turns.last().is_some_and(|turn| !turn.content.trim().is_empty()) {
+            bail!(
+                "the chat template writes nothing of the response, turn {} of the dialogue; mend the template (the \
+                 tokenizer's, or [data] chat_template)",
+                turns.len()
+            );
+        }
+        let question = turns.iter().rfind(|turn| turn.role == "user").map_or("", |turn| turn.content.trim());
+        if self.template == Template::Chat && !layout.text.contains(question) {
+            layout.remarks.insert(NO_QUESTION);
+        }
+        Ok(())
     }
 
     /// Where turn `index`, the last of the rendered `text`, begins in it: behind the generation prompt of the turns before

@@ -146,6 +146,42 @@ impl LoraConfig {
         Ok(selected)
     }
 
+    /// Checks that every name of a new adapter's settings means something: each key of the patterns one of the modules that get
+    /// a branch, and each of `exclude_modules` a linear map. An adapter from a file may name more than this model has.
+    ///
+    /// # Errors
+    /// If one matches nothing; those of [`Self::select`].
+    pub fn check_names(&self, shapes: &LinearShapes) -> Result<()> {
+        let paths: Vec<String> = self.select(shapes)?.into_iter().map(|slot| shapes.path(slot)).collect();
+        let ranks = self.rank_pattern.iter().map(|(key, _)| ("rank_pattern", key));
+        for (name, key) in ranks.chain(self.alpha_pattern.iter().map(|(key, _)| ("alpha_pattern", key))) {
+            let regex = pattern_regex(key)?;
+            if !paths.iter().any(|path| regex.is_match(path)) {
+                return Err(invalid!(
+                    "{name}: {key:?} matches none of the modules that get a branch; those of layer 0 are {}",
+                    shapes.names().join(", ")
+                ));
+            }
+        }
+        let Some(excluded) = self.exclude_modules.as_ref().filter(|names| **names != TargetModules::List(vec![]))
+        else {
+            return Ok(());
+        };
+        let matcher = Matcher::new("exclude_modules", excluded, shapes)?;
+        let mut hits = vec![0usize; matcher.targets()];
+        for slot in shapes.slots() {
+            matcher.matches(slot, &shapes.path(slot), &mut hits);
+        }
+        match hits.iter().position(|&h| h == 0) {
+            Some(miss) => Err(invalid!(
+                "exclude_modules: {} matches no linear map of this model; those of a layer are {}",
+                matcher.describe(miss),
+                shapes.names().join(", ")
+            )),
+            None => Ok(()),
+        }
+    }
+
     fn check(&self, shapes: &LinearShapes) -> Result<()> {
         // The bound also prevents a number in a file from determining the size of an allocation.
         let ranks = self.rank_pattern.iter().map(|(_, r)| *r);
@@ -301,6 +337,25 @@ mod tests {
             "layer 11 ends with 1, but not with .1"
         );
         assert!(config(list(&["proj"])).select(&SHAPES).is_err());
+    }
+
+    #[test]
+    fn a_name_of_a_new_adapter_that_matches_nothing_is_refused() {
+        let mut c = config(list(&["q_proj", "o_proj"]));
+        (c.rank_pattern, c.exclude_modules) = (vec![("q_proj".into(), 4)], Some(list(&["down_proj"])));
+        c.check_names(&SHAPES).unwrap();
+        let refused = |c: &LoraConfig| c.check_names(&SHAPES).unwrap_err().to_string();
+        // A linear map of this model, which gets no branch.
+        c.rank_pattern.push(("down_proj".into(), 4));
+        assert!(refused(&c).contains("rank_pattern: \"down_proj\" matches none"), "{}", refused(&c));
+        c.rank_pattern.pop();
+        c.alpha_pattern = vec![("qproj".into(), 4.0)];
+        assert!(refused(&c).contains("alpha_pattern: \"qproj\""), "{}", refused(&c));
+        c.alpha_pattern.clear();
+        c.exclude_modules = Some(list(&["o_proj", "gate"]));
+        assert!(refused(&c).contains("exclude_modules: \"gate\" matches no linear map"), "{}", refused(&c));
+        c.exclude_modules = Some(list(&[]));
+        c.check_names(&SHAPES).unwrap();
     }
 
     #[test]
