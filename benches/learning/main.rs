@@ -131,8 +131,8 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     let (sft, reward) = (model.adapter(&dir.join("sft"))?, model.adapter(&dir.join("reward"))?);
     let tokenizer = model.checkpoint.tokenizer();
     let encode = |row: &Row| tokenizer.encode(&row.prompt, SpecialTokens::None);
-    let base_config = config(seed);
-    let ppo = base_config.ppo()?;
+    // Every method without what the quickstart adds to PPO: TRL's side has neither.
+    let ppo = &Ppo { critic_warmup: 0, missing_eos_penalty: None, ..config(seed).ppo()?.clone() };
     let asked = prompts(seed, ppo.total_episodes, Split::Train);
     let questions = asked.iter().map(encode).collect::<Result<Vec<_>>>()?;
     let held_out = prompts(seed, QUESTIONS, Split::HeldOut);
@@ -165,7 +165,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     for method in &arguments.methods {
         if method == "dpo_fresh" {
             let merged = merged(dir, &model, &sft, &questions)?;
-            let none = merged.fresh_adapter(&base_config.lora, seed)?;
+            let none = merged.fresh_adapter(&config(seed).lora, seed)?;
             let inputs = EvaluationInputs { base: &merged.base, sft: &none, ..inputs };
             let evaluation = Evaluation::new(inputs, ppo, seed).with_baseline(evaluation.baseline().clone());
             let settings = dpo(1e-3);

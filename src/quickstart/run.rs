@@ -86,8 +86,10 @@ pub fn config(seed: u64) -> Config {
             micro_batch_size: 32,
             response_length: 48,
             kl_coef: 0.1,
-            critic_warmup: std::env::var("QS_WARM").map_or(0, |x| x.parse().unwrap()),
-            missing_eos_penalty: std::env::var("QS_EOS").ok().map(|x| x.parse().unwrap()),
+            // A reward model has seen whole responses only, and some like endless ones better than any. A critic that starts as
+            // the reward model predicts nothing yet, so the first advantages would be noise.
+            critic_warmup: 2,
+            missing_eos_penalty: Some(1.0),
             warmup_steps: 6,
             save_samples: 2,
             ..config::Ppo::default()

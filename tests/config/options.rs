@@ -63,6 +63,7 @@ const LORA: &[Row] = &[
     ("lora_alpha", "", "4.0"),
     ("target_modules", "", "['q_proj']"),
     ("use_rslora", "", "true"),
+    ("exclude_modules", "", "['q_proj']"),
     ("layers_to_transform", "", "[0]"),
     ("rank_pattern", "", "{ q_proj = 4 }"),
     ("alpha_pattern", "", "{ q_proj = 4.0 }"),

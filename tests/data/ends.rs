@@ -134,9 +134,8 @@ fn what_a_chat_template_leaves_out_is_refused_or_counted() {
     };
     // Nothing of the response: there would be an end token to learn and no text.
     let nothing = "{% for m in messages %}{{ m.role + ': ' }}{% endfor %}<|endoftext|>";
-    let (examples, report) = read(nothing).unwrap();
-    assert!(examples.is_empty(), "{examples:?}");
-    assert!(report.first_bad.as_deref().unwrap().contains("writes nothing of the response, turn 2"), "{report:?}");
+    let refused = read(nothing).unwrap_err().to_string();
+    assert!(refused.contains("line 1: the chat template writes nothing of the response, turn 2"), "{refused}");
     // The response, and nothing of the question.
     let answers = "{% for m in messages if m.role == 'assistant' %}{{ m.content + '<|endoftext|>' }}{% endfor %}";
     let (examples, report) = read(answers).unwrap();

@@ -332,17 +332,25 @@ impl<'e> Renderer<'e> {
         ends.into_iter().map(layout).collect()
     }
 
-    /// Refuses a text of which nothing would be learnt, although the last turn says something, and remarks on one that lacks the
-    /// question: a chat template may ignore what it is given.
+    /// Refuses a text whose template writes nothing of what the last turn says, and remarks on one that lacks the question: a
+    /// chat template may ignore what it is given.
     fn check_written(&self, layout: &mut Layout, turns: &[Message]) -> Result<()> {
+        // A turn that holds more than its text may be written by that: a call of a tool, parts of a content.
+        let said = turns.last().filter(|turn| turn.more.is_none()).map_or("", |turn| turn.content.trim());
         let learnt = layout.learnt.last().map_or("", |range| &layout.text[range.clone()]);
-        let learnt = self.without_end(learnt).unwrap_or(learnt);
-        if learnt.trim().is_empty() && turns.last().is_some_and(|turn| !turn.content.trim().is_empty()) {
-            bail!(
-                "the chat template writes nothing of the response, turn {} of the dialogue; mend the template (the \
-                 tokenizer's, or [data] chat_template)",
-                turns.len()
-            );
+        if !said.is_empty() && !learnt.contains(said) {
+            let with = |content: &str| {
+                let mut other = turns.to_vec();
+                other.iter_mut().rev().take(1).for_each(|turn| turn.content = content.to_owned());
+                self.whole(&other)
+            };
+            if with("x")? == with("y")? {
+                bail!(
+                    "the chat template writes nothing of the response, turn {} of the dialogue; mend the template (the \
+                     tokenizer's, or [data] chat_template)",
+                    turns.len()
+                );
+            }
         }
         let question = turns.iter().rfind(|turn| turn.role == "user").map_or("", |turn| turn.content.trim());
         if self.template == Template::Chat && !layout.text.contains(question) {
