@@ -45,6 +45,6 @@ fn shipped_actor_wins_against_shipped_sft_and_shipped_scorers_score() {
     };
     let wins: f64 =
         verdicts(&actor).iter().zip(verdicts(&sft)).map(|(&a, s)| f64::from(a > s) + 0.5 * f64::from(a == s)).sum();
-    // The run that made it won 94% of 256; 80% of 96 is more than five standard deviations below.
+    // The run that made it won 92% of 256; 80% of 96 is more than five standard deviations below.
     assert!(wins / 96.0 > 0.8, "{}", wins / 96.0);
 }
