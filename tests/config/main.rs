@@ -5,6 +5,7 @@ mod bad_input;
 mod cli_contract;
 mod errors;
 mod guidance;
+mod init;
 mod options;
 mod report;
 #[path = "../support/mod.rs"]
