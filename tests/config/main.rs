@@ -7,6 +7,7 @@ mod errors;
 mod guidance;
 mod init;
 mod options;
+mod recipes;
 mod report;
 #[path = "../support/mod.rs"]
 mod support;
