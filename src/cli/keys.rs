@@ -70,7 +70,7 @@ fn title(heading: &str) -> &str {
 }
 
 /// A paragraph in lines of [`WIDTH`] columns.
-fn wrapped(out: &mut String, indent: &str, first: &str, text: &str) {
+pub(super) fn wrapped(out: &mut String, indent: &str, first: &str, text: &str) {
     let mut line = format!("{indent}{first}");
     let mut is_empty = true;
     for word in text.split(' ') {

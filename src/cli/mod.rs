@@ -5,6 +5,7 @@ mod bench;
 mod chat;
 mod data;
 mod doctor;
+mod init;
 mod keys;
 mod merge;
 mod misplaced;
@@ -41,6 +42,8 @@ struct Cli {
 enum Command {
     /// Aligns a tiny embedded model from end to end and prints a table that shows it; needs no file and no network.
     Quickstart(Quickstart),
+    /// Writes a commented config for a stage over your model and records, which fits your memory and runs as it is.
+    Init(init::Init),
     /// Supervised fine-tuning: an adapter from texts or dialogues.
     Sft(Training),
     /// The reward model: an adapter with a scalar head from ranked responses.
@@ -114,7 +117,7 @@ struct Quickstart {
 
 #[derive(Args)]
 struct Training {
-    /// The TOML file; see configs/.
+    /// The TOML file; `fourfold init` writes one, and configs/ has recipes.
     config: PathBuf,
     /// Changes one key: --set ppo.kl_coef=0.1
     #[arg(long, value_name = "KEY=VALUE")]
@@ -158,6 +161,7 @@ pub fn run() -> Result<()> {
                 false => say(&format!("{}\n", outcome.table())),
             }
         }
+        Command::Init(args) => init::run(&args),
         Command::Sft(args) => train(Stage::Sft, &args),
         Command::Reward(args) => train(Stage::Reward, &args),
         Command::Dpo(args) => train(Stage::Dpo, &args),

@@ -1,9 +1,8 @@
 //! `plan`: the memory of a stage by phase and category, computed from headers and shapes without loading weights; the same
 //! training with other arrangements of the roles; and changes that make it smaller, with their cost. Read planner/plan.rs
-//! for the computation.
+//! for the computation, and run/plan_inputs.rs for what it reads.
 
 use std::borrow::Cow;
-use std::cell::OnceCell;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
@@ -16,32 +15,17 @@ use super::{print_json, say};
 use crate::cli::data;
 use crate::config;
 use crate::config::{ByteSize, Config, DeviceChoice, Stage};
-use crate::data::examples::objectives::{Objective as Kind, PromptExample, RankedExample, SftExample, UnpairedExample};
-use crate::data::examples::{Examples, Ids};
-use crate::data::stream::cache::Stored;
-use crate::data::{Prepared, Subset, prepare};
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
-use crate::host::meter;
+use crate::host::LimitSource;
 use crate::host::meter::Phase;
-use crate::host::{LimitSource, beside_heap_bytes};
 use crate::invalid;
-use crate::model::adapter::{Adapter, LoraConfig};
-use crate::model::block::Recompute;
-use crate::model::config::DecoderConfig;
-use crate::model_files::FileContents;
-use crate::ops::weight::StorageDType;
 use crate::planner::arrangements::Arrangement;
 use crate::planner::changes::Change;
 use crate::planner::dry;
-use crate::planner::dry::OnDevice;
-use crate::planner::passes;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
-use crate::planner::simulate::shape::{Branches, Network};
-use crate::planner::simulate::stages::{StageShape, Work};
-use crate::run::check_base_path;
-use crate::tokenizer::Tokenizer;
+use crate::run::PlanInputs;
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -75,7 +59,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
-    let source = Source::open(stage, &config)?;
+    let source = PlanInputs::open(stage, &config)?;
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     let on_device = [section.device(), config.reward_base().device()].into_iter().any(dry::is_device);
     let limit = args.memory.filter(|_| !on_device).or(config.memory.limit).map(|limit| limit.0);
@@ -120,236 +104,11 @@ fn config(args: &Arguments) -> Result<Config> {
     }
 }
 
-/// The examples, if there are any.
-enum Data {
-    Sft(Prepared<SftExample>),
-    Ranked(Prepared<RankedExample>),
-    Judged(Prepared<UnpairedExample>),
-    Prompts(Prepared<PromptExample>),
-    /// Lengths are the longest that the config allows.
-    Full,
-}
-
-/// A base section's model: headers of model files, or a configuration alone.
-enum Headers {
-    Whole(Box<FileContents>),
-    Bare(Box<DecoderConfig>, StorageDType),
-}
-
-impl Headers {
-    fn open(path: &Path) -> Result<Self> {
-        let bare = |file: &Path| -> Result<Self> {
-            let name = file.display().to_string();
-            let text = std::fs::read_to_string(file).map_err(|e| invalid!("{name} cannot be read: {e}"))?;
-            let config = DecoderConfig::from_hf(&text, None, &name)?;
-            let json: Value = serde_json::from_str(&text).map_err(|e| invalid!("{name} is not JSON: {e}"))?;
-            let dtype = json.get("torch_dtype").or_else(|| json.get("dtype")).and_then(Value::as_str);
-            let stored = match dtype {
-                Some("bfloat16") => StorageDType::BF16,
-                Some("float16") => StorageDType::F16,
-                _ => StorageDType::F32,
-            };
-            Ok(Self::Bare(Box::new(config), stored))
-        };
-        if path.extension().is_some_and(|e| e == "json") {
-            return bare(path);
-        }
-        let weights = ["model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"];
-        if path.join("config.json").is_file() && !weights.iter().any(|file| path.join(file).exists()) {
-            return bare(&path.join("config.json"));
-        }
-        Ok(Self::Whole(Box::new(FileContents::open(path)?)))
-    }
-
-    fn network(&self, section: &config::Base) -> Result<Network> {
-        let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype());
-        match self {
-            Self::Whole(contents) => Network::of(contents, quantise, compute),
-            Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
-        }
-    }
-
-    fn config(&self) -> &DecoderConfig {
-        match self {
-            Self::Whole(contents) => &contents.config,
-            Self::Bare(config, _) => config,
-        }
-    }
-
-    fn tokenizer(&self) -> Result<Option<Tokenizer>> {
-        match self {
-            Self::Whole(contents) => contents.read_tokenizer().map(Some),
-            Self::Bare(..) => Ok(None),
-        }
-    }
-}
-
-/// The inputs of a plan.
-struct Source {
-    policy: Headers,
-    scorer: Option<Headers>,
-    data: Data,
-    /// LoRA layers of the trained adapter and of the reward model, if their files can be read.
-    adapters: [Option<Adapter>; 2],
-    /// Adapters of the same shapes as fresh ones, for the bases of both; made once, because no change that is tried touches
-    /// them.
-    fresh: [OnceCell<Adapter>; 2],
-    held: usize,
-    _tokenizer: Option<Tokenizer>,
-}
-
-impl Source {
-    fn open(stage: Stage, config: &Config) -> Result<Self> {
-        let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-        check_base_path(&section.path)?;
-        let policy = Headers::open(&section.path)?;
-        let other = config.reward_base.as_ref().filter(|base| stage == Stage::Ppo && **base != config.base);
-        let scorer = other.map(|base| Headers::open(&base.path)).transpose()?;
-        let tokenizer = policy.tokenizer()?;
-        let data = match &tokenizer {
-            Some(tokenizer) if has_data(config) => read(stage, config, tokenizer)?,
-            _ => Data::Full,
-        };
-        let start = match stage {
-            Stage::Sft => config.sft().adapter,
-            Stage::Reward => config.reward().adapter,
-            Stage::Dpo => config.dpo().adapter,
-            Stage::Kto => config.kto().adapter,
-            Stage::Ppo => config.ppo()?.adapter.clone(),
-        };
-        let reward = if stage == Stage::Ppo { Some(config.ppo()?.reward_adapter.clone()) } else { None };
-        let open = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Adapter>> {
-            let there = path.filter(|path| path.join("adapter_config.json").is_file());
-            there.map(|path| Adapter::load(&path, of.config().shapes())).transpose()
-        };
-        let adapters = [open(start, &policy)?, open(reward, scorer.as_ref().unwrap_or(&policy))?];
-        Ok(Self {
-            policy,
-            scorer,
-            data,
-            adapters,
-            fresh: Default::default(),
-            held: meter::current(),
-            _tokenizer: tokenizer,
-        })
-    }
-
-    fn job(&self, stage: Stage, config: &Config, room: Option<usize>) -> Result<StageShape> {
-        let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-        let policy = self.policy.network(section)?;
-        let scorer = self.scorer.as_ref().map(|headers| headers.network(config.reward_base())).transpose()?;
-        let [start, reward] = &self.adapters;
-        let lora = crate::run::lora_config(&config.lora);
-        let fresh = |net: &Network| Branches::of(&lora, net);
-        let branches = start.as_ref().map(Branches::of_adapter).map_or_else(|| fresh(&policy), Ok)?;
-        let of_reward = match reward {
-            Some(reward) => Branches::of_adapter(reward),
-            None if scorer.is_none() => branches.clone(),
-            None => fresh(scorer.as_ref().unwrap_or(&policy))?,
-        };
-        let places = (section.device(), config.reward_base().device());
-        let on_device = match [places.0, places.1].into_iter().any(dry::is_device) {
-            false => None,
-            true => {
-                let other = scorer.as_ref().unwrap_or(&policy);
-                let start = self.adapter(0, &lora, &policy, config.seed)?;
-                let reward = match reward {
-                    None if scorer.is_none() => start.clone(),
-                    _ => self.adapter(1, &lora, other, config.seed)?,
-                };
-                let reward = if reward.head().is_some() { reward } else { reward.with_head(0)? };
-                let rooms = room.into_iter().flat_map(|room| [(places.0, room), (places.1, room)]).collect();
-                Some(OnDevice { policy: places.0, scorer: places.1, start, reward, rooms })
-            }
-        };
-        Ok(StageShape {
-            work: self.work(stage, config)?,
-            branches,
-            reward: of_reward.with_head(),
-            checkpoint: Recompute::Off,
-            data: self.held,
-            process: beside_heap_bytes(),
-            threads: crate::ops::cpu::pool::threads(),
-            policy,
-            scorer,
-            on_device,
-        })
-    }
-
-    /// The adapter of a file, or one of the same shapes as a fresh one.
-    fn adapter(&self, of: usize, lora: &LoraConfig, net: &Network, seed: u64) -> Result<Adapter> {
-        if let Some(given) = self.adapters[of].as_ref().or_else(|| self.fresh[of].get()) {
-            return Ok(given.clone());
-        }
-        let fresh = Adapter::init(lora.clone(), net.config.shapes(), seed)?;
-        Ok(self.fresh[of].get_or_init(|| fresh).clone())
-    }
-
-    fn context(&self) -> usize {
-        let of = |headers: &Headers| headers.config().max_position_embeddings;
-        self.scorer.as_ref().map_or(usize::MAX, of).min(of(&self.policy))
-    }
-
-    fn work(&self, stage: Stage, config: &Config) -> Result<Work> {
-        match (&self.data, stage) {
-            (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out),
-            (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out),
-            (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
-            (Data::Judged(data), _) => passes::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
-            (Data::Prompts(data), _) => {
-                let count = data.held_out.len().min(config.ppo()?.eval_prompts);
-                let held_out: Vec<usize> = (0..count).map(|row| data.held_out.tokens(row)).collect();
-                let asked = passes::Asked { held_out: &held_out, context: self.context(), other_tokens: false };
-                passes::ppo(config, &Ids(&data.train), asked)
-            }
-            (Data::Full, stage) => passes::full_length(stage, config, self.context()),
-        }
-    }
-
-    /// KTO's longest sequence, and its longest prompt with another's response.
-    fn kto_lengths(&self, config: &Config) -> Result<Option<(usize, usize)>> {
-        match &self.data {
-            Data::Judged(data) => Ok(Some(passes::kto_lengths(config, &data.train.to_vec()?))),
-            _ => Ok(None),
-        }
-    }
-
-    /// How many examples the lengths are of.
-    fn examples(&self) -> Option<usize> {
-        fn of<T: crate::data::examples::Example>(train: &Subset<T>) -> Option<usize> {
-            Some(train.len())
-        }
-        match &self.data {
-            Data::Sft(data) => of(&data.train),
-            Data::Ranked(data) => of(&data.train),
-            Data::Judged(data) => of(&data.train),
-            Data::Prompts(data) => of(&data.train),
-            Data::Full => None,
-        }
-    }
-}
-
-fn has_data(config: &Config) -> bool {
-    config.data.as_ref().is_some_and(|data| !data.path.as_slice().is_empty() || !data.sources.is_empty())
-}
-
-fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
-    fn of<T: Kind + Stored>(config: &Config, tokenizer: &Tokenizer, completion_only: bool) -> Result<Prepared<T>> {
-        prepare(config.data()?, tokenizer, config.seed, completion_only)
-    }
-    Ok(match stage {
-        Stage::Sft => Data::Sft(of(config, tokenizer, config.sft().completion_only_loss)?),
-        Stage::Reward | Stage::Dpo => Data::Ranked(of(config, tokenizer, true)?),
-        Stage::Kto => Data::Judged(of(config, tokenizer, true)?),
-        Stage::Ppo => Data::Prompts(of(config, tokenizer, true)?),
-    })
-}
-
 /// The contents of the output.
 struct Shown<'s> {
     stage: Stage,
     config: &'s Config,
-    source: &'s Source,
+    source: &'s PlanInputs,
     plan: &'s Plan,
     budget: Option<Budget>,
     fits: bool,

@@ -284,9 +284,19 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     }
     let text =
         std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}; give the path of a TOML file"))?;
-    let table: Table =
-        text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))?;
-    checked(table, &file.to_string(), set)
+    checked(parsed(&text, &file.to_string())?, &file.to_string(), set)
+}
+
+fn parsed(text: &str, file: &str) -> Result<Table> {
+    text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))
+}
+
+/// The config of a text that is not in a file yet, called `name` in messages.
+///
+/// # Errors
+/// As for [`load`].
+pub fn from_text(text: &str, name: &str) -> Result<Config> {
+    checked(parsed(text, name)?, name, &[])
 }
 
 /// A config without a file: every key at its default but those that `set` changes.

@@ -6,7 +6,8 @@
 use anyhow::Result;
 
 use crate::config::{
-    AdvantageEstimator, Config, CriticStart, KlEstimator, KlIn, RewardKind, RewardLoss, Stage, Supervised as _,
+    AdvantageEstimator, Config, CriticStart, EvalSize, KlEstimator, KlIn, RewardKind, RewardLoss, Stage,
+    Supervised as _,
 };
 use crate::data::examples::batch_sampler::{BatchSampler, endless};
 use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
@@ -342,25 +343,32 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     }))
 }
 
-/// The passes of a stage whose examples are not available: each as long as `[data]` allows, enough of them for a step.
+/// The passes of a stage whose examples are not available: each as long as `[data]` allows, enough of them for a step and for
+/// the largest pass of an evaluation; a comparison has `responses`, two or more.
 ///
 /// # Errors
 /// If `[ppo]` is missing and asked for.
-pub fn full_length(stage: Stage, config: &Config, context: usize) -> Result<Work> {
+pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usize) -> Result<Work> {
     let data = config.data.clone().unwrap_or_default();
     let length = data.max_length.min(context).max(2);
     let response = vec![0u32; length - 1];
-    let (some, held) = (64, 16);
-    let ranked = || RankedExample { prompt: vec![0], responses: vec![response.clone(); 2] };
+    let (some, mut held) = (64, 16);
+    let ranked = || RankedExample { prompt: vec![0], responses: vec![response.clone(); responses.max(2)] };
     let judged = || UnpairedExample { prompt: vec![0], response: response.clone(), desirable: true };
     let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
+    if stage == Stage::Kto {
+        held = held.max(dpo::SCORING_TOKENS.div_ceil(length));
+    }
+    if let EvalSize::Rows(rows) = data.eval_size() {
+        held = held.min(rows);
+    }
     let keys = config.supervised(stage);
     let n = keys.map_or(some, |keys| some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps));
     match stage {
         Stage::Sft => sft(config, &vec![tokens(); n], &vec![tokens(); held]),
         Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),
-        Stage::Dpo => dpo(config, &vec![ranked(); n], &[ranked()]),
-        Stage::Kto => kto(config, &vec![judged(); n], &[judged(), judged()]),
+        Stage::Dpo => dpo(config, &vec![ranked(); n], &vec![ranked(); held]),
+        Stage::Kto => kto(config, &vec![judged(); n], &vec![judged(); held]),
         Stage::Ppo => {
             let prompt = data.max_prompt_length.min(context.saturating_sub(1)).max(1);
             let held_out = vec![prompt; config.ppo()?.eval_prompts];

@@ -128,7 +128,7 @@ impl Plan {
 
 /// The part of the room that is left free where there is a choice: the memory of the process beside its heap differs from run
 /// to run.
-const RESERVE: usize = 32;
+pub const RESERVE: usize = 32;
 
 /// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory,
 /// mapped base included, and recomputes the rest.
@@ -228,9 +228,23 @@ pub fn smallest_change(
     budget: Option<Budget>,
     shapes: &Shapes<'_>,
 ) -> Result<Option<(Change, Plan)>> {
+    first_change(stage, config, budget, shapes, &mut |_, plan| plan.fits(budget, Some(RESERVE)))
+}
+
+/// The first change, from the cheapest on, that `accept` takes with its plan; `None` where it takes none.
+///
+/// # Errors
+/// Those of `shapes`.
+pub fn first_change(
+    stage: Stage,
+    config: &Config,
+    budget: Option<Budget>,
+    shapes: &Shapes<'_>,
+    accept: &mut dyn FnMut(&Change, &Plan) -> bool,
+) -> Result<Option<(Change, Plan)>> {
     for change in changes(stage, config) {
         let plan = plan(stage, &change.config, budget, shapes)?;
-        if plan.fits(budget, Some(RESERVE)) {
+        if accept(&change, &plan) {
             return Ok(Some((change, plan)));
         }
     }

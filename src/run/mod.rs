@@ -13,6 +13,7 @@ mod model;
 mod options;
 mod output;
 pub mod placement;
+mod plan_inputs;
 mod ppo;
 pub(crate) mod progress;
 mod prompts;
@@ -49,6 +50,7 @@ pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, resuming_command};
 pub use output::{check_free, check_output, is_of, prepare_output, settings_beside, write_summary};
+pub use plan_inputs::PlanInputs;
 
 /// Runs one stage of a config; returns the object that `--json` prints.
 ///

@@ -5,7 +5,9 @@ mod bad_input;
 mod cli_contract;
 mod errors;
 mod guidance;
+mod init;
 mod options;
+mod recipes;
 mod report;
 #[path = "../support/mod.rs"]
 mod support;

@@ -32,7 +32,7 @@ use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::Message;
 
 /// Bytes of all data files below which examples stay in memory: that is faster than a cache lookup and leaves no file.
-const IN_MEMORY_BYTES: u64 = 16 << 20;
+pub(crate) const IN_MEMORY_BYTES: u64 = 16 << 20;
 
 /// A subset of a list of examples, which may be in memory or in a cache file.
 #[derive(Clone)]

@@ -1,0 +1,295 @@
+//! `init`: for every stage a config over the embedded base that loads, fits and runs as it is; the lengths that it measures;
+//! and what it refuses.
+
+use std::fs;
+
+use fourfold::config;
+use fourfold::quickstart::base::BASE;
+use serde_json::{Value, json};
+
+use crate::support::{Place, Ran};
+
+/// Records of each kind, whose lengths differ.
+fn records(of: &str, count: usize) -> String {
+    let one = |i: usize| {
+        let question = format!("How was the soup at place {i}? {}", "Tell me more. ".repeat(i % 5));
+        let (good, bad) = ("The soup was lovely.", format!("The soup number {i} was awful and cold."));
+        match of {
+            "sft" => json!({"prompt": question, "completion": good}),
+            "pairs" => json!({"prompt": question, "chosen": good, "rejected": bad}),
+            "judged" => {
+                let is_good = i.is_multiple_of(4);
+                json!({"prompt": question, "completion": if is_good { good.into() } else { bad }, "label": is_good})
+            }
+            _ => json!({"prompt": question}),
+        }
+    };
+    (0..count).map(|i| format!("{}\n", one(i))).collect()
+}
+
+fn place() -> Place {
+    let p = Place::new();
+    for of in ["sft", "pairs", "judged", "prompts"] {
+        p.write(&format!("{of}.jsonl"), records(of, 40));
+    }
+    p
+}
+
+fn done(p: &Place, line: &str) -> Ran {
+    let ran = p.run(line);
+    assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    ran
+}
+
+fn object(p: &Place, line: &str) -> Value {
+    let ran = done(p, line);
+    serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{line}: {e}: {}", ran.stdout))
+}
+
+fn refused(p: &Place, line: &str, says: &[&str]) {
+    let ran = p.run(line);
+    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}: {}", ran.stderr);
+    assert_eq!(ran.stderr.trim().lines().count(), 1, "{line}: {}", ran.stderr);
+    for say in says {
+        assert!(ran.stderr.contains(say), "{line}: no {say:?} in {}", ran.stderr);
+    }
+}
+
+/// Every key has a comment above it.
+fn is_commented(text: &str) {
+    let lines: Vec<&str> = text.lines().collect();
+    for (at, line) in lines.iter().enumerate().filter(|(_, line)| line.contains(" = ") && !line.starts_with('#')) {
+        assert!(lines[at - 1].starts_with("# "), "{line} has no comment in\n{text}");
+        assert!(lines[at - 1].len() <= 100, "{}", lines[at - 1]);
+    }
+}
+
+#[test]
+fn every_stage_gets_a_config_that_loads_fits_and_runs_as_it_is() {
+    let p = place();
+    // The adapters are named by the folders of their runs.
+    for (stage, data, more, shortened) in [
+        ("sft", "sft", "", "sft.num_train_epochs=1"),
+        ("reward", "pairs", "--adapter out/sft", "seed=0"),
+        ("dpo", "pairs", "--adapter out/sft", "seed=0"),
+        ("kto", "judged", "", "seed=0"),
+        ("ppo", "prompts", "--adapter out/sft --reward-adapter out/reward", "ppo.response_length=8"),
+    ] {
+        let ran = done(
+            &p,
+            &format!(
+                "init {stage} --base base --data {data}.jsonl --memory 200MiB --device cpu {more} --out {stage}.toml"
+            ),
+        );
+        assert_eq!(ran.stdout, "", "{stage}");
+        let next = [format!("`fourfold data {stage}.toml`"), format!("`fourfold {stage} {stage}.toml`")];
+        assert!(next.iter().all(|command| ran.stderr.contains(command)), "{}", ran.stderr);
+        let text = fs::read_to_string(p.path(&format!("{stage}.toml"))).unwrap();
+        is_commented(&text);
+        config::load(&p.path(&format!("{stage}.toml")), &[]).unwrap();
+        let plan = object(&p, &format!("plan {stage}.toml --memory 200MiB --json"));
+        assert_eq!((&plan["fits"], &plan["lengths"]), (&json!(true), &json!("data")), "{stage}: {plan}");
+        // Two steps of few sequences, and each key as it is else.
+        let two = match stage {
+            "ppo" => "--set ppo.total_episodes=4 --set ppo.batch_size=2 --set ppo.eval_prompts=1".to_owned(),
+            _ => format!(
+                "--set data.max_rows=6 --set data.eval_rows=2 --set {stage}.per_device_train_batch_size=2 --set \
+                 {stage}.gradient_accumulation_steps=1"
+            ),
+        };
+        let ran = object(&p, &format!("{stage} {stage}.toml {two} --set {shortened} --out out/{stage} --json"));
+        assert_eq!(ran["device"], "cpu", "{stage}: {ran}");
+        let steps = fs::read_to_string(p.path(&format!("out/{stage}/metrics.jsonl"))).unwrap();
+        assert!(steps.lines().count() >= 2, "{stage}: {steps}");
+    }
+    let ppo = config::load(&p.path("ppo.toml"), &[]).unwrap();
+    assert_eq!(ppo.ppo().unwrap().reward_adapter, std::path::Path::new("out/reward/adapter"));
+    assert!(!fs::read_to_string(p.path("ppo.toml")).unwrap().contains("\n[lora]\n"), "the adapter's shape counts");
+    // Three times as many responses are bad as good.
+    let kto = config::load(&p.path("kto.toml"), &[]).unwrap().kto();
+    assert_eq!((kto.desirable_weight, kto.undesirable_weight), (3.0, 1.0));
+}
+
+#[test]
+fn lengths_are_those_that_data_counts_and_percentiles_those_counted_by_hand() {
+    let p = place();
+    let found = object(&p, "init sft --base base --data sft.jsonl --device cpu --json");
+    // The lengths of all records, by the command that shows what a run trains on.
+    p.write(
+        "all.toml",
+        "[base]\npath = 'base'\n[data]\npath = 'sft.jsonl'\neval_rows = 0\nmax_length = 100000\n[sft]\n",
+    );
+    let all = object(&p, "data all.toml --head 40 --json");
+    let mut lengths: Vec<u64> = all["samples"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|sample| sample[0].as_array().unwrap().iter().map(|piece| piece["tokens"].as_u64().unwrap()).sum())
+        .collect();
+    lengths.sort_unstable();
+    assert_eq!(lengths.len(), 40);
+    assert!(lengths[0] < lengths[39], "the records differ");
+    // Of 40, half are 20, 95% are 38 and 99% are 39.6: the 20th, the 38th and the 40th.
+    let by_hand = json!({"p50": lengths[19], "p95": lengths[37], "p99": lengths[39], "longest": lengths[39]});
+    assert_eq!(found["data"]["tokens"], by_hand);
+    assert_eq!((&found["data"]["records"], &found["data"]["sampled"]), (&json!(40), &json!(40)));
+    assert_eq!(found["data"]["kinds"], json!({"prompt_completion": 40}));
+    assert_eq!(found["set"]["data.max_length"], lengths[39].next_multiple_of(8));
+    let text = found["config"].as_str().unwrap();
+    let why = format!("# Half of the 40 records have at most {} tokens, 95% {}", lengths[19], lengths[37]);
+    assert!(text.contains(&why), "{why}: {text}");
+    // The proposal without --json and --out is the same text.
+    assert_eq!(done(&p, "init sft --base base --data sft.jsonl --device cpu").stdout, text);
+}
+
+#[test]
+fn records_that_are_far_longer_than_most_are_dropped_and_the_comment_says_how_many() {
+    let p = place();
+    let long = json!({"prompt": "Why? ".repeat(60), "completion": "No."});
+    p.write("long.jsonl", format!("{}{long}\n", records("sft", 40)));
+    let found = object(&p, "init sft --base base --data long.jsonl --device cpu --json");
+    let tokens = &found["data"]["tokens"];
+    assert!(tokens["longest"].as_u64().unwrap() > 2 * tokens["p95"].as_u64().unwrap(), "{tokens}");
+    assert_eq!(found["set"]["data.max_length"], tokens["p95"].as_u64().unwrap().next_multiple_of(8));
+    let text = found["config"].as_str().unwrap();
+    assert!(text.replace("\n# ", " ").contains("the longer ones, 2.4%, are dropped and counted"), "1 of 41: {text}");
+}
+
+#[test]
+fn a_run_is_made_smaller_until_it_fits_and_what_would_fit_is_named_where_nothing_does() {
+    let p = place();
+    p.write("many.jsonl", records("pairs", 400));
+    let init = "init dpo --base base --data many.jsonl --device cpu --json";
+    let set = |found: &Value, key: &str| found["set"][format!("dpo.{key}")].as_u64().unwrap();
+    let (micro, accumulation) = ("per_device_train_batch_size", "gradient_accumulation_steps");
+    let roomy = object(&p, &format!("{init} --memory 4GiB"));
+    assert!(set(&roomy, micro) > 1, "{roomy}");
+    refused(&p, &format!("{init} --memory 5MiB"), &["dpo over base does not fit", "--memory is 5MiB", "smaller base"]);
+    let least = p.run(&format!("{init} --memory 5MiB")).stderr;
+    let least = least.split("it still needs --memory ").nth(1).unwrap().split(',').next().unwrap();
+    let tight = object(&p, &format!("{init} --memory {least} --out tight.toml"));
+    assert!(set(&tight, micro) < set(&roomy, micro), "{tight}");
+    let examples = |found: &Value| set(found, micro) * set(found, accumulation);
+    assert!(examples(&tight) >= examples(&roomy), "a step has no fewer comparisons: {tight}");
+    assert!(tight["config"].as_str().unwrap().contains(&format!("Set so that the run fits {least}.")), "{tight}");
+    assert_eq!(tight["set"]["memory.limit"], least);
+    let plan = object(&p, &format!("plan tight.toml --memory {least} --json"));
+    assert_eq!(plan["fits"], true, "{plan}");
+    done(&p, "dpo tight.toml --set dpo.num_train_epochs=1 --set data.max_rows=4 --set data.eval_rows=1 --out tight");
+}
+
+/// The embedded base with an embedding of 200,000 rows, 50 MiB in bf16, as most of its weights.
+fn write_wide(p: &Place, name: &str) {
+    p.write_base(name);
+    let mut config: Value = serde_json::from_str(BASE.config).unwrap();
+    config["vocab_size"] = 200_000.into();
+    p.write(&format!("{name}/config.json"), config.to_string());
+    let (length, rest) = BASE.weights.split_at(8);
+    let (header, numbers) = rest.split_at(u64::from_le_bytes(length.try_into().unwrap()) as usize);
+    let header: serde_json::Map<String, Value> = serde_json::from_slice(header).unwrap();
+    let (mut wide, mut bytes) = (serde_json::Map::new(), vec![]);
+    for (tensor, mut entry) in header.into_iter().filter(|(tensor, _)| tensor != "__metadata__") {
+        let at: Vec<usize> = serde_json::from_value(entry["data_offsets"].clone()).unwrap();
+        let start = bytes.len();
+        bytes.extend_from_slice(&numbers[at[0]..at[1]]);
+        if tensor.contains("embed_tokens") {
+            entry["shape"][0] = 200_000.into();
+            bytes.resize(start + 200_000 * entry["shape"][1].as_u64().unwrap() as usize * 2, 0);
+        }
+        entry["data_offsets"] = json!([start, bytes.len()]);
+        wide.insert(tensor, entry);
+    }
+    let header = Value::Object(wide).to_string();
+    let header = format!("{header:width$}", width = header.len().next_multiple_of(8));
+    p.write(&format!("{name}/model.safetensors"), [&header.len().to_le_bytes(), header.as_bytes(), &bytes].concat());
+}
+
+#[test]
+fn a_dense_base_is_quantised_where_it_would_not_stay_in_memory_and_only_then() {
+    let p = place();
+    write_wide(&p, "wide");
+    let init = |base: &str, memory: &str| {
+        object(&p, &format!("init sft --base {base} --data sft.jsonl --device cpu --memory {memory} --json"))
+    };
+    let roomy = init("wide", "400MiB");
+    assert_eq!((&roomy["set"]["base.quantize"], &roomy["plan"]["comfortable"]), (&Value::Null, &json!(true)));
+    let tight = init("wide", "56MiB");
+    assert_eq!((&tight["set"]["base.quantize"], &tight["plan"]["comfortable"]), (&json!("q8_0"), &json!(true)));
+    assert!(
+        tight["set"]["sft.per_device_train_batch_size"].as_u64().unwrap() > 1,
+        "the passes need not be smaller: {tight}"
+    );
+    // Where it does not fit quantised either, it is read in every pass, and the file says so.
+    let tighter = init("wide", "30MiB");
+    assert_eq!((&tighter["set"]["base.quantize"], &tighter["plan"]["comfortable"]), (&Value::Null, &json!(false)));
+    assert!(tighter["config"].as_str().unwrap().contains("is read from its file in every pass"), "{tighter}");
+}
+
+#[test]
+fn a_card_is_planned_without_one_where_its_memory_is_given() {
+    let p = place();
+    let found = object(&p, "init sft --base base --data sft.jsonl --device cuda --memory 2GiB --json --out card.toml");
+    let config = config::load(&p.path("card.toml"), &[]).unwrap();
+    assert_eq!(config.base.device().to_string(), "cuda:0");
+    assert_eq!(config.memory.device_limit.map(|limit| limit.0), Some(2 << 30));
+    assert!(found["plan"]["devices"]["cuda:0"].as_u64().unwrap() < 2 << 30, "{found}");
+    let plan = object(&p, "plan card.toml --json");
+    assert_eq!(plan["fits"], true, "{plan}");
+    refused(&p, "init sft --base base --data sft.jsonl --device cuda --memory 10MiB", &["does not fit", "--memory"]);
+}
+
+#[test]
+fn without_data_the_rest_is_proposed_and_the_file_says_what_is_missing() {
+    let p = place();
+    done(&p, "init sft --base base --device cpu --out bare.toml");
+    let text = fs::read_to_string(p.path("bare.toml")).unwrap();
+    assert!(text.contains("# [data]\n# path = "), "{text}");
+    let config = config::load(&p.path("bare.toml"), &[]).unwrap();
+    assert!(config.data.is_none() && config.sft().learning_rate == 2e-4, "{text}");
+    assert_eq!(object(&p, "plan bare.toml --json")["stage"], "sft");
+    refused(&p, "sft bare.toml --out o", &["[data] is missing"]);
+    let two = "--set data.path=sft.jsonl --set data.max_rows=6 --set sft.num_train_epochs=1";
+    done(&p, &format!("sft bare.toml {two} --set sft.per_device_train_batch_size=3 --out o"));
+}
+
+#[test]
+fn what_cannot_be_used_is_one_line_that_says_what_to_do() {
+    let p = place();
+    p.train_sft_and_reward();
+    let init = |stage: &str, more: &str| format!("init {stage} --base base --device cpu {more}");
+    // The base.
+    refused(&p, "init sft --base nowhere", &["--base", "nowhere"]);
+    refused(&p, "init sft --base out/sft/adapter", &["out/sft/adapter is an adapter"]);
+    fs::create_dir(p.path("bare")).unwrap();
+    fs::copy(p.path("base/config.json"), p.path("bare/config.json")).unwrap();
+    refused(&p, "init sft --base bare", &["bare has neither model.safetensors"]);
+    refused(&p, &init("dpo", "--reward-base base"), &["--reward-base is for reward and ppo"]);
+    // The data.
+    refused(&p, &init("sft", "--data none.jsonl"), &["none.jsonl"]);
+    p.write("broken.jsonl", "{\"prompt\": \"x\", \"completion\": \"y\"}\n{\"prompt\": \n");
+    refused(&p, &init("sft", "--data broken.jsonl"), &["broken.jsonl, line 2"]);
+    p.write("text.txt", "a text\n");
+    refused(&p, &init("sft", "--data prompts.jsonl"), &["prompts.jsonl", "SFT needs a response", "fourfold init ppo"]);
+    for stage in ["reward", "dpo"] {
+        refused(&p, &init(stage, "--data sft.jsonl"), &["needs comparisons", "fourfold init sft or ppo"]);
+    }
+    refused(&p, &init("kto", "--data sft.jsonl"), &["KTO needs labelled responses"]);
+    let ppo = |more: &str| init("ppo", &format!("--data prompts.jsonl {more}"));
+    let text = init("ppo", "--data text.txt --reward-adapter out/reward");
+    refused(&p, &text, &["PPO needs prompts", "fourfold init sft"]);
+    // The adapters.
+    refused(&p, &ppo(""), &["ppo needs --reward-adapter", "fourfold init reward"]);
+    refused(&p, &ppo("--reward-adapter out/sft"), &["out/sft/adapter has no scalar head"]);
+    refused(&p, &ppo("--reward-adapter base"), &["--reward-adapter", "base is a model, not an adapter"]);
+    refused(&p, &ppo("--reward-adapter nowhere"), &["--reward-adapter nowhere"]);
+    refused(&p, &init("sft", "--reward-adapter out/reward"), &["--reward-adapter is for ppo"]);
+    let apples = p.run(&init("sft", "--memory 8apples"));
+    assert!(apples.code == 2 && apples.stderr.contains("\"8apples\" is in none of B, KiB"), "{}", apples.stderr);
+    // The file.
+    p.write("there.toml", "mine");
+    refused(&p, &init("sft", "--out there.toml"), &["there.toml is there already", "--overwrite"]);
+    assert_eq!(fs::read_to_string(p.path("there.toml")).unwrap(), "mine");
+    done(&p, &init("sft", "--out there.toml --overwrite"));
+    assert!(fs::read_to_string(p.path("there.toml")).unwrap().starts_with("# sft over base"));
+    refused(&p, &init("sft", "--out no/such/folder.toml"), &["no/such/folder.toml cannot be written"]);
+}
