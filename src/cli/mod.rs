@@ -13,6 +13,7 @@ mod probe;
 mod report;
 mod score;
 mod text;
+mod watch;
 
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
@@ -73,6 +74,8 @@ enum Command {
     Logprobs(probe::Logprobs),
     /// The page of a run, or of several runs side by side, from the files in their folders.
     Report(report::Report),
+    /// A run that another process trains, in the terminal: state, curves, pace, memory, warnings and samples.
+    Watch(watch::Watch),
     /// Every key of a config: meaning, default, unit, range, values.
     Keys(keys::Keys),
     /// What a model, an adapter, a GGUF file or the folder of a run holds.
@@ -173,6 +176,7 @@ pub fn run() -> Result<()> {
         Command::Score(args) => score::score(&args),
         Command::Logprobs(args) => probe::logprobs(&args),
         Command::Report(args) => report::report(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::Keys(args) => keys::run(&args),
         Command::Inspect { path, json } => {
             if let Some(run) = run::describe(&path)? {

@@ -11,3 +11,4 @@ mod report;
 mod support;
 #[cfg(unix)]
 mod terminal;
+mod watch;

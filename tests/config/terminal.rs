@@ -1,10 +1,11 @@
 //! `chat` in a terminal: a line is edited, Ctrl-C ends neither the prompt nor the program, and an earlier line comes back.
+//! `watch` in a terminal: it follows a run that trains, and gives the terminal back however it ends.
 
 use std::fs::File;
 use std::io::{Read, Write};
-use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
-use std::process::{Child, Command};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
@@ -23,8 +24,12 @@ impl Terminal {
     fn open(place: &Place, args: &[&str]) -> Self {
         let (mut master, mut slave) = (0, 0);
         let null = std::ptr::null_mut();
-        // SAFETY: both descriptors are written by the call; name, settings and size are left to the system.
-        assert_eq!(unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), null.cast()) }, 0);
+        let size = libc::winsize { ws_row: 30, ws_col: 110, ws_xpixel: 0, ws_ypixel: 0 };
+        // SAFETY: both descriptors are written by the call, and the size is read; name and settings are left to the system.
+        assert_eq!(
+            unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), (&raw const size).cast_mut()) },
+            0
+        );
         // SAFETY: the descriptors are open and belong to nobody else.
         let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
         let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
@@ -52,6 +57,24 @@ impl Terminal {
             }
         });
         Self { child, keys: master, shown, rest: String::new() }
+    }
+
+    /// Whether the terminal collects lines and shows what is typed, as a shell needs it.
+    fn is_usual(&self) -> bool {
+        // SAFETY: a plain struct that the call fills.
+        let mut settings: libc::termios = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptor is open, and the address is of a live struct.
+        assert_eq!(unsafe { libc::tcgetattr(self.keys.as_raw_fd(), &raw mut settings) }, 0);
+        settings.c_lflag & (libc::ICANON | libc::ECHO) == libc::ICANON | libc::ECHO
+    }
+
+    /// The program's exit code, and what it showed last.
+    fn end(&mut self) -> (Option<i32>, String) {
+        let code = self.child.wait().unwrap().code();
+        while let Ok(bytes) = self.shown.recv_timeout(Duration::from_millis(200)) {
+            self.rest.push_str(&String::from_utf8_lossy(&bytes));
+        }
+        (code, std::mem::take(&mut self.rest))
     }
 
     fn press(&mut self, keys: &str) {
@@ -115,4 +138,66 @@ fn chat_edits_lines_and_ctrl_c_ends_a_response_and_not_the_program() {
     chat.until("> ");
     chat.press("/exit\r");
     assert!(chat.child.wait().unwrap().success());
+}
+
+/// A process that is ended with its test.
+struct Trains(Child);
+
+impl Drop for Trains {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn watch_follows_a_run_that_trains_and_gives_the_terminal_back_on_keys_and_signals() {
+    /// The usual screen and the cursor come back.
+    const RESTORED: [&str; 2] = ["\x1b[?1049l", "\x1b[?25h"];
+    let place = Place::new();
+    let args = ["sft", "run.toml", "--set", "sft.num_train_epochs=1000000", "--out", "live"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    command.args(args).current_dir(place.path("")).stderr(Stdio::null());
+    let _run = Trains(command.spawn().unwrap());
+    let begun = Instant::now();
+    while !place.path("live/metrics.jsonl").exists() {
+        assert!(begun.elapsed() < Duration::from_secs(60), "the run did not begin");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let step = |shown: &str| -> u64 {
+        let number = shown.rsplit("sft, step ").next().unwrap();
+        number.split(' ').next().unwrap().parse().unwrap_or_else(|_| panic!("{shown}"))
+    };
+    for (keys, signal, code) in [
+        ("q", 0, Some(0)),
+        ("\x1b", 0, Some(0)),
+        ("\x03", 0, Some(0)),
+        ("", libc::SIGTERM, Some(130)),
+        ("", libc::SIGHUP, Some(130)),
+    ] {
+        let mut watch = Terminal::open(&place, &["watch", "live"]);
+        watch.until("\x1b[?1049h");
+        watch.until("running, ");
+        let seen = watch.until(" of 2000000");
+        assert!(!watch.is_usual(), "keys are read one by one");
+        assert!(step(&seen) > 0 || seen.contains("step 0"), "{seen}");
+        watch.press("\t");
+        watch.until("optimizer");
+        watch.press(keys);
+        if signal != 0 {
+            // SAFETY: the process is this test's child and is not waited for yet.
+            assert_eq!(unsafe { libc::kill(watch.child.id() as i32, signal) }, 0);
+        }
+        let (found, last) = watch.end();
+        assert_eq!(found, code, "{keys:?} {signal}: {last}");
+        assert!(RESTORED.iter().all(|sequence| last.contains(sequence)), "{keys:?} {signal}: {last:?}");
+        assert!(watch.is_usual(), "{keys:?} {signal}");
+    }
+    // The numbers move while the run trains.
+    let told = |place: &Place| place.run("watch live --json").stdout;
+    let first = told(&place);
+    let begun = Instant::now();
+    while told(&place) == first {
+        assert!(begun.elapsed() < Duration::from_secs(60), "nothing moved: {first}");
+    }
 }
