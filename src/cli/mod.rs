@@ -3,8 +3,10 @@
 
 mod bench;
 mod chat;
+mod completions;
 mod data;
 mod doctor;
+mod help;
 mod keys;
 mod merge;
 mod misplaced;
@@ -19,7 +21,7 @@ use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config;
@@ -78,6 +80,10 @@ enum Command {
     Watch(watch::Watch),
     /// Every key of a config: meaning, default, unit, range, values.
     Keys(keys::Keys),
+    /// A script by which a shell completes commands and options.
+    Completions(completions::Completions),
+    /// The manual pages.
+    Man(completions::Manual),
     /// What a model, an adapter, a GGUF file or the folder of a run holds.
     Inspect {
         /// A model directory, an adapter directory, a .gguf file or the folder of a run.
@@ -149,7 +155,8 @@ struct Training {
 /// # Errors
 /// What the command returns; `error::exit_code` says what it means.
 pub fn run() -> Result<()> {
-    let parsed = Cli::try_parse().unwrap_or_else(|error| misplaced::exit(&error, std::env::args().skip(1)));
+    let parsed = help::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = parsed.unwrap_or_else(|error| misplaced::exit(&error, std::env::args().skip(1)));
     match parsed.command {
         Command::Quickstart(args) => {
             if !args.overwrite {
@@ -178,6 +185,8 @@ pub fn run() -> Result<()> {
         Command::Report(args) => report::report(&args),
         Command::Watch(args) => watch::run(&args),
         Command::Keys(args) => keys::run(&args),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::manual(&args),
         Command::Inspect { path, json } => {
             if let Some(run) = run::describe(&path)? {
                 return if json { print_json(&run) } else { say(&inspect::render(&run)) };
