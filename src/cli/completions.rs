@@ -12,6 +12,7 @@ use serde_json::json;
 
 use super::{help, print_json, say};
 use crate::invalid;
+use crate::note;
 
 #[derive(Args)]
 pub(super) struct Completions {
@@ -52,7 +53,7 @@ pub(super) fn manual(args: &Manual) -> Result<()> {
     if args.json {
         return print_json(&json!({ "pages": names }));
     }
-    eprintln!("{} pages are in {}; `man -l {}` shows one", pages.len(), out.display(), names[0]);
+    note!("{} pages are in {}; `man -l {}` shows one", pages.len(), out.display(), names[0]);
     Ok(())
 }
 

@@ -28,7 +28,9 @@ use crate::config;
 use crate::config::{DeviceChoice, Stage};
 use crate::device::select::select;
 use crate::model_files::inspect;
+use crate::note;
 use crate::quickstart;
+use crate::report::quiet;
 use crate::run;
 use crate::run::RunOptions;
 
@@ -36,6 +38,9 @@ use crate::run::RunOptions;
 #[derive(Parser)]
 #[command(name = "fourfold", version)]
 struct Cli {
+    /// Errors and warnings alone on stderr: no progress and no notes.
+    #[arg(short, long, global = true)]
+    quiet: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -157,6 +162,7 @@ struct Training {
 pub fn run() -> Result<()> {
     let parsed = help::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
     let parsed = parsed.unwrap_or_else(|error| misplaced::exit(&error, std::env::args().skip(1)));
+    quiet::set(parsed.quiet);
     match parsed.command {
         Command::Quickstart(args) => {
             if !args.overwrite {
@@ -232,6 +238,6 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
     if args.json {
         return print_json(&summary);
     }
-    eprintln!("{}: done; everything is in {}", stage.name(), out.display());
+    note!("{}: done; everything is in {}", stage.name(), out.display());
     Ok(())
 }

@@ -22,6 +22,10 @@ struct Terminal {
 
 impl Terminal {
     fn open(place: &Place, args: &[&str]) -> Self {
+        Self::open_with(place, args, &[])
+    }
+
+    fn open_with(place: &Place, args: &[&str], variables: &[(&str, &str)]) -> Self {
         let (mut master, mut slave) = (0, 0);
         let null = std::ptr::null_mut();
         let size = libc::winsize { ws_row: 30, ws_col: 110, ws_xpixel: 0, ws_ypixel: 0 };
@@ -33,7 +37,8 @@ impl Terminal {
         // SAFETY: the descriptors are open and belong to nobody else.
         let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
         let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
-        command.args(args).current_dir(place.path("")).env("TERM", "xterm");
+        command.args(args).current_dir(place.path("")).env("TERM", "xterm").env_remove("NO_COLOR");
+        command.envs(variables.iter().copied());
         command.stdin(slave.try_clone().unwrap()).stdout(slave.try_clone().unwrap()).stderr(slave);
         // SAFETY: between fork and exec only two calls of the system are made, which allocate nothing.
         unsafe {
@@ -160,7 +165,8 @@ fn watch_follows_a_run_that_trains_and_gives_the_terminal_back_on_keys_and_signa
     command.args(args).current_dir(place.path("")).stderr(Stdio::null());
     let _run = Trains(command.spawn().unwrap());
     let begun = Instant::now();
-    while !place.path("live/metrics.jsonl").exists() {
+    // A screen is drawn as what changed since the last one, so the first has to show the run in its stage.
+    while !place.run("watch live --json").stdout.contains("\"state\":\"running\"") {
         assert!(begun.elapsed() < Duration::from_secs(60), "the run did not begin");
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -199,5 +205,37 @@ fn watch_follows_a_run_that_trains_and_gives_the_terminal_back_on_keys_and_signa
     let begun = Instant::now();
     while told(&place) == first {
         assert!(begun.elapsed() < Duration::from_secs(60), "nothing moved: {first}");
+    }
+}
+
+#[test]
+fn no_color_takes_the_colours_from_everything_that_has_some() {
+    /// Whether a text chooses a colour: 30 to 37, 90 to 97, 38 or 48 in an `\x1b[...m`.
+    fn has_colour(text: &str) -> bool {
+        let chosen = text.split("\x1b[").skip(1).filter_map(|part| part.split_once('m'));
+        let mut numbers = chosen.filter(|(codes, _)| codes.bytes().all(|b| b.is_ascii_digit() || b == b';'));
+        numbers.any(|(codes, _)| {
+            codes
+                .split(';')
+                .filter_map(|code| code.parse::<u32>().ok())
+                .any(|code| matches!(code, 30..=38 | 48 | 90..=97))
+        })
+    }
+    let place = Place::new();
+    assert_eq!(place.run("sft run.toml --out done").code, 0);
+    for (args, keys) in [(&["data", "run.toml", "--phase", "sft"][..], ""), (&["watch", "done"], "q")] {
+        for (value, colours) in [("", true), ("1", false)] {
+            let mut program = Terminal::open_with(&place, args, &[("NO_COLOR", value)]);
+            let seen = if keys.is_empty() { String::new() } else { program.until("finished ") };
+            program.press(keys);
+            let (code, rest) = program.end();
+            assert_eq!(code, Some(0), "{args:?}");
+            assert_eq!(has_colour(&(seen + &rest)), colours, "{args:?} NO_COLOR={value}: {rest:?}");
+        }
+    }
+    // clap's headings are bold and underlined.
+    for (value, styled) in [("", true), ("1", false)] {
+        let (_, shown) = Terminal::open_with(&place, &["--help"], &[("NO_COLOR", value)]).end();
+        assert_eq!(shown.contains("\x1b["), styled, "NO_COLOR={value}: {shown:?}");
     }
 }
