@@ -15,7 +15,8 @@
 //! - [`train`] what all stages share: learner, AdamW, schedules, checkpoints
 //! - [`sft`], [`reward`], [`dpo`], [`ppo`] the stages. PPO's loop is [`ppo::train`], its loss [`ppo::loss::policy_loss`]
 //! - [`planner`] predicts a stage's memory; [`export`] merged models and GGUF files; [`page`] the page of a run
-//! - [`run`] runs a stage from its config to its output folder; [`quickstart`] all stages on a tiny embedded base; [`cli`]
+//! - [`watch`] a run in a terminal; [`run`] runs a stage from its config to its output folder; [`quickstart`] all stages on
+//!   a tiny embedded base; [`cli`] the commands
 //!
 //! ```
 //! use fourfold::model::roles::{Policy, ValueModel};
@@ -57,3 +58,4 @@ pub mod sft;
 pub mod stats;
 pub mod tokenizer;
 pub mod train;
+pub mod watch;

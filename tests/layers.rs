@@ -19,7 +19,7 @@ const FLOORS: &[&[&str]] = &[
     &["sft", "reward", "dpo"],
     &["ppo"],
     &["export", "planner", "page"],
-    &["run"],
+    &["run", "watch"],
     &["quickstart"],
     &["cli"],
 ];

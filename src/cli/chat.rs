@@ -17,6 +17,7 @@ use super::text::{How, Printer, Weights, encode, response};
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::generate::SamplingParams;
+use crate::note;
 use crate::run::Model;
 use crate::tokenizer::chat_template::Message;
 
@@ -173,7 +174,7 @@ impl Dialogue<'_> {
         self.turns += 1;
         let (tokens, seconds) = (found.tokens.len(), began.elapsed().as_secs_f64());
         let stopped = if stop.load(Ordering::Relaxed) { ", stopped" } else { "" };
-        eprintln!("({tokens} tokens, {:.1} tokens per second{stopped})", tokens as f64 / seconds.max(1e-9));
+        note!("({tokens} tokens, {:.1} tokens per second{stopped})", tokens as f64 / seconds.max(1e-9));
         Ok(tokenizer.decode(&found.tokens)?.trim().to_owned())
     }
 
@@ -219,7 +220,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
     // From a pipe there is nobody to go on with, so Ctrl-C ends the program there.
     let at_terminal = matches!(lines, Lines::Terminal(_));
     let stop = if at_terminal { listen()? } else { Arc::default() };
-    eprintln!("Write a message; /help lists the commands, /exit ends.");
+    note!("Write a message; /help lists the commands, /exit ends.");
     loop {
         let line = match lines.read()? {
             Read::Line(line) => line,

@@ -18,6 +18,7 @@ use crate::export::verify::{Comparison, compare};
 use crate::export::{Source, staged};
 use crate::invalid;
 use crate::model::adapter::Adapter;
+use crate::note;
 use crate::run::{Model, settings_beside};
 use crate::tokenizer::SpecialTokens;
 
@@ -145,7 +146,7 @@ fn named(out: &Path, format: Format) -> Result<PathBuf> {
         (true, false) => {
             let mut name = out.as_os_str().to_owned();
             name.push(".gguf");
-            eprintln!("the file is {}: programs know GGUF by its ending", Path::new(&name).display());
+            note!("the file is {}: programs know GGUF by its ending", Path::new(&name).display());
             Ok(name.into())
         }
         (false, true) => Err(invalid!(
@@ -274,7 +275,7 @@ fn say(args: &Merge, made: &Path, dtype: Type, c: &Comparison) -> Result<()> {
             "positions": c.positions,
         }));
     }
-    eprintln!(
+    note!(
         "{}: largest logit difference {:.2e} (largest logit {:.1}), mean KL {:.1e} nats, greedy agreement {:.1}% over \
          {} positions",
         made.display(),

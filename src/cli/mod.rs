@@ -3,8 +3,10 @@
 
 mod bench;
 mod chat;
+mod completions;
 mod data;
 mod doctor;
+mod help;
 mod init;
 mod keys;
 mod merge;
@@ -14,19 +16,22 @@ mod probe;
 mod report;
 mod score;
 mod text;
+mod watch;
 
 use std::io::{BufWriter, Write};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config;
 use crate::config::{DeviceChoice, Stage};
 use crate::device::select::select;
 use crate::model_files::inspect;
+use crate::note;
 use crate::quickstart;
+use crate::report::quiet;
 use crate::run;
 use crate::run::RunOptions;
 
@@ -34,6 +39,9 @@ use crate::run::RunOptions;
 #[derive(Parser)]
 #[command(name = "fourfold", version)]
 struct Cli {
+    /// Errors and warnings alone on stderr: no progress and no notes.
+    #[arg(short, long, global = true)]
+    quiet: bool,
     #[command(subcommand)]
     command: Command,
 }
@@ -76,8 +84,14 @@ enum Command {
     Logprobs(probe::Logprobs),
     /// The page of a run, or of several runs side by side, from the files in their folders.
     Report(report::Report),
+    /// A run that another process trains, in the terminal: state, curves, pace, memory, warnings and samples.
+    Watch(watch::Watch),
     /// Every key of a config: meaning, default, unit, range, values.
     Keys(keys::Keys),
+    /// A script by which a shell completes commands and options.
+    Completions(completions::Completions),
+    /// The manual pages.
+    Man(completions::Manual),
     /// What a model, an adapter, a GGUF file or the folder of a run holds.
     Inspect {
         /// A model directory, an adapter directory, a .gguf file or the folder of a run.
@@ -149,7 +163,9 @@ struct Training {
 /// # Errors
 /// What the command returns; `error::exit_code` says what it means.
 pub fn run() -> Result<()> {
-    let parsed = Cli::try_parse().unwrap_or_else(|error| misplaced::exit(&error, std::env::args().skip(1)));
+    let parsed = help::command().try_get_matches().and_then(|matches| Cli::from_arg_matches(&matches));
+    let parsed = parsed.unwrap_or_else(|error| misplaced::exit(&error, std::env::args().skip(1)));
+    quiet::set(parsed.quiet);
     match parsed.command {
         Command::Quickstart(args) => {
             if !args.overwrite {
@@ -177,7 +193,10 @@ pub fn run() -> Result<()> {
         Command::Score(args) => score::score(&args),
         Command::Logprobs(args) => probe::logprobs(&args),
         Command::Report(args) => report::report(&args),
+        Command::Watch(args) => watch::run(&args),
         Command::Keys(args) => keys::run(&args),
+        Command::Completions(args) => completions::completions(&args),
+        Command::Man(args) => completions::manual(&args),
         Command::Inspect { path, json } => {
             if let Some(run) = run::describe(&path)? {
                 return if json { print_json(&run) } else { say(&inspect::render(&run)) };
@@ -223,6 +242,6 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
     if args.json {
         return print_json(&summary);
     }
-    eprintln!("{}: done; everything is in {}", stage.name(), out.display());
+    note!("{}: done; everything is in {}", stage.name(), out.display());
     Ok(())
 }

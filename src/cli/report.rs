@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::Value;
 
 use super::print_json;
+use crate::note;
 use crate::page;
 
 /// The command's arguments.
@@ -37,6 +38,6 @@ pub(super) fn report(args: &Report) -> Result<()> {
     if args.json {
         return print_json(&written);
     }
-    eprintln!("{}", out.display());
+    note!("{}", out.display());
     Ok(())
 }

@@ -14,6 +14,7 @@ use crate::data;
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample, Report};
 use crate::data::{ModelEncoder, Place, Record, Text};
 use crate::invalid;
+use crate::note;
 use crate::report::number;
 use crate::reward::train as reward;
 use crate::run::Model;
@@ -206,9 +207,9 @@ fn say(args: &Score, report: &Report, scores: &[Vec<f32>], places: Vec<Value>) -
             "out": args.out.as_ref().map(|out| out.display().to_string()),
         }));
     }
-    eprintln!("data: {report}");
+    note!("data: {report}");
     if let Some(out) = &args.out {
-        eprintln!("one line per record: {}", out.display());
+        note!("one line per record: {}", out.display());
     }
     match summary {
         Some(summary) => super::say(&format!(

@@ -2,7 +2,7 @@
 //! gets a chart of its own, so nothing that is logged is missing. It does not depend on a run.
 
 /// A chart: its title, the columns of metrics.jsonl in it, and a sentence on how to read it.
-pub(super) struct Entry {
+pub(crate) struct Entry {
     pub title: &'static str,
     pub keys: &'static [&'static str],
     pub note: &'static str,
@@ -19,7 +19,7 @@ const fn watched(entry: Entry, warnings: &'static [&'static str]) -> Entry {
 }
 
 /// The charts in the order of the page. Columns that start with a prefix and `*` are all those columns.
-pub(super) const CHARTS: &[Entry] = &[
+pub(crate) const CHARTS: &[Entry] = &[
     watched(
         entry(
             "Learned score",
@@ -106,15 +106,68 @@ pub(super) const CHARTS: &[Entry] = &[
     entry("Seconds", &["seconds", "seconds/*"], "Wall time between two lines, and the phases in it."),
 ];
 
+/// The charts that a window with room for a few shows at a time, in groups by what one wants to know: a group's name, and its
+/// charts by their titles. Those of the first are what tells whether a stage goes well.
+pub(crate) const GROUPS: &[(&str, &[&str])] = &[
+    (
+        "main",
+        &[
+            "Learned score",
+            "KL to the reference",
+            "Entropy",
+            "Response length",
+            "Value loss",
+            "Explained variance",
+            "Loss",
+            "Held-out perplexity",
+            "Accuracy",
+            "Reward margin",
+            "Scores",
+        ],
+    ),
+    ("reward", &["Gold score", "Wins against SFT", "Total reward", "Implicit rewards", "Scores", "Reward margin"]),
+    (
+        "policy",
+        &[
+            "Policy loss",
+            "KL coefficient",
+            "KL of an update",
+            "Ratio",
+            "Clip fraction",
+            "Surprise of responses",
+            "Log-probabilities",
+            "Token accuracy",
+        ],
+    ),
+    ("responses", &["Response length", "Responses that ended", "Diversity"]),
+    ("optimizer", &["Loss", "Gradient norm", "Learning rate"]),
+    ("speed", &["Tokens per second", "Seconds"]),
+];
+
 /// Whether a chart's key means this column.
-pub(super) fn matches(key: &str, column: &str) -> bool {
+pub(crate) fn matches(key: &str, column: &str) -> bool {
     key.strip_suffix('*').map_or(key == column, |prefix| column.starts_with(prefix))
 }
 
 /// Columns that are no curve.
-pub(super) const NO_CURVE: &[&str] = &["epoch", "tokens", "num_tokens", "val/num_eos_tokens"];
+pub(crate) const NO_CURVE: &[&str] = &["epoch", "tokens", "num_tokens", "val/num_eos_tokens"];
 
 /// Columns that are the bounds of another column's band.
-pub(super) fn is_bound(column: &str) -> bool {
+pub(crate) fn is_bound(column: &str) -> bool {
     column.ends_with("win_rate_low") || column.ends_with("win_rate_high")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_chart_is_in_a_group_and_every_group_has_charts_that_exist() {
+        let in_groups = |title: &str| GROUPS.iter().any(|(_, titles)| titles.contains(&title));
+        let missing: Vec<_> = CHARTS.iter().map(|chart| chart.title).filter(|title| !in_groups(title)).collect();
+        assert!(missing.is_empty(), "{missing:?}");
+        for title in GROUPS.iter().flat_map(|(_, titles)| *titles) {
+            assert!(CHARTS.iter().any(|chart| chart.title == *title), "{title}");
+        }
+    }
 }

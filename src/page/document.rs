@@ -13,7 +13,6 @@ use super::html::{escape, json_in_script, short, table};
 use super::run_files::{RunFiles, Stage};
 use super::thin::Point;
 use super::{compare, settings, status};
-use crate::ppo::warnings::Warning;
 use crate::stats::Histogram;
 
 /// The most bytes of a page.
@@ -127,39 +126,21 @@ fn problems(run: &RunFiles) -> String {
 
 /// The warnings of the run, each with a link to its chart, and what the guard did.
 fn warnings(run: &RunFiles) -> String {
-    let mut items = String::new();
-    for stage in &run.stages {
-        for (name, steps) in &stage.warnings {
-            let warning: Option<Warning> = serde_json::from_value(Value::from(name.as_str())).ok();
-            let text = warning.map_or("", Warning::text);
-            let chart = CHARTS.iter().find(|chart| chart.warnings.contains(&name.as_str()));
-            let link = chart.map_or_else(String::new, |chart| {
-                format!(" <a href=\"#{}\">{}</a>", id(&stage.name, chart.title), escape(chart.title))
-            });
-            let (first, last) = (steps.first().unwrap_or(&0.0), steps.last().unwrap_or(&0.0));
-            let _ = write!(
-                items,
-                "<li><b>{}</b>: {} <span class=say>(in {} steps of {}, from {first} to {last})</span>{link}</li>",
-                escape(name),
-                escape(text),
-                steps.len(),
-                escape(&stage.name)
-            );
-        }
-        if let (Some((first, reason)), Some((last, _))) = (stage.guarded.first(), stage.guarded.last()) {
-            let _ = write!(
-                items,
-                "<li><b>guard</b>: {} steps of {} were skipped or rolled back, from {first} to {last}; the first because: \
-                 {}</li>",
-                stage.guarded.len(),
-                escape(&stage.name),
-                escape(reason)
-            );
-        }
-    }
-    match items.is_empty() {
-        true => String::new(),
-        false => format!("<section id=warnings class=warn><h2>Warnings</h2><ul>{items}</ul></section>"),
+    let items = status::notices(run).into_iter().map(|notice| {
+        let link = notice.chart.map_or_else(String::new, |chart| {
+            format!(" <a href=\"#{}\">{}</a>", id(&notice.stage, chart), escape(chart))
+        });
+        let (count, first, last) = notice.steps;
+        format!(
+            "<li><b>{}</b>: {} <span class=say>(in {count} steps of {}, from {first} to {last})</span>{link}</li>",
+            escape(&notice.name),
+            escape(&notice.text),
+            escape(&notice.stage)
+        )
+    });
+    match items.collect::<String>() {
+        items if items.is_empty() => items,
+        items => format!("<section id=warnings class=warn><h2>Warnings</h2><ul>{items}</ul></section>"),
     }
 }
 
@@ -193,7 +174,7 @@ fn setting(run: &RunFiles, section: &str, key: &str) -> Option<f64> {
 }
 
 /// The figures of a stage, by the catalogue and then every column that it does not know.
-fn figures(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
+pub(crate) fn figures(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
     let columns = derived(run, stage);
     let is_placed = |column: &str| CHARTS.iter().any(|c| c.keys.iter().any(|key| matches(key, column)));
     let mut figures = vec![];
@@ -292,12 +273,14 @@ fn outline(found: &Histogram, name: String, colour: usize) -> Curve {
 }
 
 fn memory(run: &RunFiles) -> String {
-    let Some(about) = run.about.as_ref().filter(|about| !about.memory.is_empty()) else { return String::new() };
+    let memory = status::memory(run);
+    if memory.is_empty() {
+        return String::new();
+    }
     let mut rows = vec![["phase", "planned, MiB", "measured, MiB"].map(str::to_owned).to_vec()];
-    let order = crate::host::meter::Phase::ALL.map(crate::host::meter::Phase::name);
-    for (phase, memory) in order.iter().filter_map(|phase| about.memory.get_key_value(*phase)) {
+    for (phase, memory) in memory {
         let mib = |x: Option<f64>| x.map_or_else(String::new, |x| format!("{x:.1}"));
-        rows.push(vec![phase.clone(), mib(memory.planned), mib(memory.measured)]);
+        rows.push(vec![phase.into(), mib(memory.planned), mib(memory.measured)]);
     }
     format!(
         "<section id=memory><h2>Memory by phase</h2><p class=say>Planned: the peak of the process by shapes, mapped files \

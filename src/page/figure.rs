@@ -15,7 +15,7 @@ pub(super) const COLOURS: usize = 8;
 
 /// A curve of a figure.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Curve {
+pub(crate) struct Curve {
     pub name: String,
     pub points: Vec<Point>,
     /// (step, lower end, upper end) of a band around it.
@@ -28,7 +28,7 @@ pub(super) struct Curve {
 
 /// A figure with its text.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Figure {
+pub(crate) struct Figure {
     /// The name by which the page links to it.
     pub id: String,
     pub title: String,
@@ -39,7 +39,7 @@ pub(super) struct Figure {
 }
 
 /// A figure as HTML, and what the page's script reads of it.
-pub(super) struct Drawn {
+pub(crate) struct Drawn {
     pub html: String,
     pub data: Value,
 }
@@ -169,7 +169,7 @@ impl Figure {
 
 /// An axis' label with as many digits as tell it from the next. What is nothing beside the axis' range is 0, where sums of
 /// steps leave a rounding.
-fn label(x: f64, (low, high): (f64, f64)) -> String {
+pub(crate) fn label(x: f64, (low, high): (f64, f64)) -> String {
     let (size, step) = (low.abs().max(high.abs()), (high - low) / 5.0);
     if x.abs() < (high - low) * 1e-9 {
         return "0".into();
@@ -189,7 +189,7 @@ fn failed(error: impl std::fmt::Display) -> anyhow::Error {
 }
 
 /// The least and the greatest value, `margin` of the range wider; wide enough for an axis to have labels.
-fn spread(values: impl Iterator<Item = f64>, margin: f64) -> (f64, f64) {
+pub(crate) fn spread(values: impl Iterator<Item = f64>, margin: f64) -> (f64, f64) {
     let (low, high) = values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     // Beyond this, sums of the axis' labels are infinite.

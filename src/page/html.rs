@@ -14,16 +14,22 @@ pub(super) fn escape(text: &str) -> String {
             '"' => out += "&quot;",
             '\'' => out += "&#39;",
             '\n' | '\t' => out.push(c),
-            '\r' => out.push('\u{240d}'),
-            '\u{7f}' => out.push('\u{2421}'),
-            c if u32::from(c) < 0x20 => out.extend(char::from_u32(0x2400 + u32::from(c))),
-            c if c.is_control() => {
-                let _ = write!(out, "\\u{{{:x}}}", u32::from(c));
-            }
+            c if c.is_control() => picture(c, &mut out),
             c => out.push(c),
         }
     }
     out
+}
+
+/// Adds a character that cannot be shown by its picture (U+2400...), or by its number where it has none.
+pub(crate) fn picture(c: char, out: &mut String) {
+    match u32::from(c) {
+        0x7f => out.push('\u{2421}'),
+        low @ ..0x20 => out.extend(char::from_u32(0x2400 + low)),
+        other => {
+            let _ = write!(out, "\\u{{{other:x}}}");
+        }
+    }
 }
 
 /// JSON inside of a script element, which `</script>` or `<!--` in a text must not end.
@@ -32,7 +38,7 @@ pub(super) fn json_in_script(value: &serde_json::Value) -> String {
 }
 
 /// A number for people: up to four significant digits.
-pub(super) fn short(x: f64) -> String {
+pub(crate) fn short(x: f64) -> String {
     if x == 0.0 {
         return "0".into();
     }
@@ -45,7 +51,7 @@ pub(super) fn short(x: f64) -> String {
 }
 
 /// A time span for people.
-pub(super) fn span(seconds: f64) -> String {
+pub(crate) fn span(seconds: f64) -> String {
     match seconds {
         s if s < 1.0 => "less than a second".into(),
         s if s < 90.0 => format!("{s:.0} s"),

@@ -5,17 +5,18 @@
 //! data or on a tokenizer. Read `run_files.rs` for what is read, `document.rs` for the whole page, `figure.rs` for a curve.
 
 mod about;
-mod catalogue;
+pub(crate) mod catalogue;
 mod compare;
-mod document;
-mod figure;
-mod html;
+pub(crate) mod document;
+pub(crate) mod figure;
+pub(crate) mod html;
 mod live;
-mod run_files;
-mod samples;
+pub(crate) mod run_files;
+pub(crate) mod samples;
 mod settings;
-mod status;
-mod thin;
+pub(crate) mod status;
+mod tail;
+pub(crate) mod thin;
 
 use std::fs;
 use std::io::Write;

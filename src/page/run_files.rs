@@ -1,26 +1,28 @@
-//! What a run's folder holds, read for its page: metrics.jsonl as columns by stage, samples, settings, summary, about.json.
+//! What a run's folder holds, read for its page and for `watch`: metrics.jsonl as columns by stage, samples, settings,
+//! summary, about.json.
 //!
-//! Files are read line by line. What is cut off, empty or of a newer version is reported in one line each, and the rest is
-//! shown. It does not depend on a stage.
+//! Files are read line by line, and again only from where they were read to. What is cut off, empty or of a newer version is
+//! reported in one line each, and the rest is shown. It does not depend on a stage. Read `tail.rs` for a file that grows.
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
-use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use serde_json::Value;
 
 use super::about::{About, FORMAT, State};
 use super::samples::Samples;
+use super::tail::Tail;
 use super::thin::Point;
 use crate::invalid;
 use crate::report::{Metrics, clocks};
 use crate::stats::Histogram;
 use crate::train::lock;
 
+const METRICS: &str = "metrics.jsonl";
+
 /// A run's files.
-pub(super) struct RunFiles {
+pub(crate) struct RunFiles {
     /// The folder.
     pub path: PathBuf,
     /// The last part of the folder's name.
@@ -36,11 +38,16 @@ pub(super) struct RunFiles {
     pub alive: bool,
     /// What was wrong with the files, a line each.
     pub problems: Vec<String>,
+    metrics: Tail,
+    samples_file: Tail,
+    /// Lines of metrics.jsonl, and those without stage and step.
+    count: usize,
+    foreign: usize,
 }
 
 /// The lines of one stage.
 #[derive(Default)]
-pub(super) struct Stage {
+pub(crate) struct Stage {
     pub name: String,
     /// Each column's points, in the order of the columns' first lines.
     pub columns: Vec<(String, Vec<Point>)>,
@@ -111,79 +118,115 @@ impl RunFiles {
     /// # Errors
     /// If there is no run in it.
     pub fn read(path: &Path) -> Result<Self> {
-        let metrics = path.join("metrics.jsonl");
-        let about = About::read(path);
-        let settings = std::fs::read_to_string(path.join("config.toml")).ok();
-        if !metrics.is_file() && !matches!(about, Ok(Some(_))) {
-            return Err(match path.is_dir() {
-                true => invalid!(
-                    "{} holds no run: it has neither metrics.jsonl nor about.json; name the folder that a stage wrote to \
-                     (--out, or output_dir of its config)",
-                    path.display()
-                ),
-                false => invalid!("{}: there is no such folder; name the folder of a run", path.display()),
-            });
+        let mut run = Self::unread(path);
+        if !path.join(METRICS).is_file() && !matches!(About::read(path), Ok(Some(_))) {
+            return Err(no_run(path));
         }
+        run.refresh()?;
+        Ok(run)
+    }
+
+    /// The same, also for a run that has its folder and has written nothing else yet.
+    ///
+    /// # Errors
+    /// If there is no run in it.
+    pub fn read_early(path: &Path) -> Result<Self> {
+        let is_begun = lock::is_held(path) || settings_of(path).is_some_and(|(by, _)| !by.is_empty());
+        if !is_begun {
+            return Self::read(path);
+        }
+        let mut run = Self::unread(path);
+        run.refresh()?;
+        Ok(run)
+    }
+
+    fn unread(path: &Path) -> Self {
         let whole = path.canonicalize().unwrap_or_else(|_| path.into());
         let name = whole.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into());
-        let mut problems = vec![];
-        let about = about.unwrap_or_else(|error| {
-            problems.push(format!("{error:#}; the page does not know how the run was started and how it ended"));
+        Self {
+            path: path.into(),
+            name,
+            about: None,
+            stages: vec![],
+            samples: Samples::default(),
+            settings: None,
+            summary: None,
+            alive: false,
+            problems: vec![],
+            metrics: Tail::of(path.join(METRICS)),
+            samples_file: Tail::of(path.join("samples.jsonl")),
+            count: 0,
+            foreign: 0,
+        }
+    }
+
+    /// Reads what was written since. What was read of a run that was resumed from an earlier step, or that another one
+    /// replaced, is forgotten.
+    ///
+    /// # Errors
+    /// If a file is there and cannot be read.
+    pub fn refresh(&mut self) -> Result<()> {
+        if !self.metrics.is_continued() || !self.samples_file.is_continued() {
+            *self = Self::unread(&self.path);
+        }
+        self.problems.clear();
+        self.about = About::read(&self.path).unwrap_or_else(|error| {
+            self.problems.push(format!("{error:#}; the page does not know how the run was started and how it ended"));
             None
         });
-        if let Some(about) = about.as_ref().filter(|about| about.format > FORMAT) {
-            problems.push(format!(
+        if let Some(about) = self.about.as_ref().filter(|about| about.format > FORMAT) {
+            self.problems.push(format!(
                 "{} was written by {}, a newer version (form {} of a run's files, and this program knows form {FORMAT}): \
                  the page shows what it knows of it",
-                path.display(),
+                self.path.display(),
                 about.program,
                 about.format
             ));
         }
-        let settings = settings.and_then(|text| {
-            let by = text.lines().next().and_then(|l| l.strip_prefix("# fourfold ")).and_then(|l| l.split(':').next());
-            match text.parse::<toml::Table>() {
-                Ok(table) => Some((by.unwrap_or_default().to_owned(), table)),
-                Err(error) => {
-                    problems.push(format!("{}: {}", path.join("config.toml").display(), error.message()));
-                    None
-                }
+        self.settings = settings_of(&self.path).and_then(|(by, text)| match text.parse::<toml::Table>() {
+            Ok(table) => Some((by, table)),
+            Err(error) => {
+                self.problems.push(format!("{}: {}", self.path.join("config.toml").display(), error.message()));
+                None
             }
         });
-        let summary = std::fs::read(path.join("summary.json")).ok().and_then(|b| serde_json::from_slice(&b).ok());
-        let alive = match (&about, path.join(lock::NAME).exists()) {
+        let summary = std::fs::read(self.path.join("summary.json")).ok();
+        self.summary = summary.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+        self.alive = match (&self.about, self.path.join(lock::NAME).exists()) {
             (Some(about), _) if about.process == std::process::id() => true,
-            (_, true) => lock::is_held(path),
+            (_, true) => lock::is_held(&self.path),
             (Some(about), false) => Path::new("/proc").join(about.process.to_string()).exists(),
             (None, false) => false,
         };
-        let mut run = Self {
-            path: path.into(),
-            name,
-            about,
-            stages: vec![],
-            samples: Samples::default(),
-            settings,
-            summary,
-            alive,
-            problems,
-        };
-        run.read_metrics(&metrics)?;
-        let mut samples = std::mem::take(&mut run.samples);
-        run.lines(&path.join("samples.jsonl"), |line| {
-            samples.add(line);
-        })?;
-        run.samples = samples;
-        Ok(run)
+        self.read_metrics()?;
+        let samples = &mut self.samples;
+        self.samples_file.read(|line| samples.add(line))?;
+        self.report_lines();
+        Ok(())
     }
 
-    fn read_metrics(&mut self, path: &Path) -> Result<()> {
-        let (mut stages, mut count, mut foreign): (Vec<Stage>, usize, usize) = (vec![], 0, 0);
-        self.lines(path, |line| {
-            count += 1;
+    /// Differs from that of an earlier moment if anything was written since.
+    pub fn stamp(&self) -> impl PartialEq + use<> {
+        let written = |name: &str| std::fs::metadata(self.path.join(name)).and_then(|about| about.modified()).ok();
+        let files = ["about.json", "config.toml", "summary.json"].map(written);
+        (self.metrics.bytes(), self.samples_file.bytes(), files, self.alive, self.problems.clone())
+    }
+
+    /// Model files that the run trains over: the reward model's of a reward run.
+    pub fn base(&self) -> Option<&str> {
+        let (by, settings) = self.settings.as_ref()?;
+        let base = |section: &str| settings.get(section)?.get("path")?.as_str();
+        let section = if by == "reward" { "reward_base" } else { "base" };
+        base(section).or_else(|| base("base"))
+    }
+
+    fn read_metrics(&mut self) -> Result<()> {
+        let Self { metrics, stages, count, foreign, .. } = self;
+        metrics.read(|line| {
+            *count += 1;
             let place = line.get("stage").and_then(Value::as_str).zip(line.get("step").and_then(Value::as_f64));
             let Some((name, step)) = place else {
-                foreign += 1;
+                *foreign += 1;
                 return;
             };
             if stages.iter().all(|stage| stage.name != name) {
@@ -191,70 +234,57 @@ impl RunFiles {
             }
             stages.iter_mut().filter(|stage| stage.name == name).for_each(|stage| stage.add(step, line));
         })?;
-        if foreign > 0 {
-            self.problems.push(format!(
-                "{}: {foreign} of {count} lines have no stage and step, as a newer version or another program may write \
-                 them; they are left out",
-                path.display()
-            ));
-        }
-        let is_running = self.about.as_ref().is_some_and(|about| about.state == State::Running);
-        if count == 0 && !(is_running && self.alive) {
-            self.problems.push(format!("{} has no line: no step of the run was logged", path.display()));
-        }
-        self.stages = stages;
         Ok(())
     }
 
-    /// Calls `add` with every line of a file of JSON lines. A file that is absent has no line.
-    fn lines(&mut self, path: &Path, mut add: impl FnMut(&Metrics)) -> Result<()> {
-        let file = match File::open(path) {
-            Ok(file) => file,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            Err(e) => return Err(invalid!("{}: {e}", path.display())),
-        };
-        let (mut reader, mut bytes, mut number, mut broken) = (BufReader::new(file), vec![], 0usize, vec![]);
-        loop {
-            bytes.clear();
-            let read = reader.read_until(b'\n', &mut bytes).with_context(|| format!("reading {}", path.display()))?;
-            if read == 0 {
-                break;
-            }
-            number += 1;
-            match serde_json::from_slice::<Metrics>(&bytes) {
-                Ok(line) => add(&line),
-                Err(_) if bytes.iter().all(u8::is_ascii_whitespace) => {}
-                Err(_) => broken.push(number),
-            }
-        }
-        let cut = broken.pop_if(|last| *last == number && !bytes_end_with_break(path));
-        if cut.is_some() {
+    /// What was wrong with the lines of both files.
+    fn report_lines(&mut self) {
+        let path = self.metrics.path().display().to_string();
+        let is_running = self.about.as_ref().is_some_and(|about| about.state == State::Running) && self.alive;
+        let (count, foreign) = (self.count, self.foreign);
+        let mut problems = vec![];
+        for file in [&self.metrics, &self.samples_file] {
             // The process that trains may be writing it.
-            let is_running = self.about.as_ref().is_some_and(|about| about.state == State::Running);
-            if !(is_running && self.alive) {
-                self.problems.push(format!(
+            if file.is_cut() && !is_running {
+                problems.push(format!(
                     "{}: the last line is cut off, as a crash or a full disk leaves it; it is left out",
-                    path.display()
+                    file.path().display()
+                ));
+            }
+            if let (broken @ 1.., first) = file.broken() {
+                problems.push(format!(
+                    "{}: {broken} lines are no JSON objects, line {first} is the first; they are left out",
+                    file.path().display()
                 ));
             }
         }
-        if let Some(first) = broken.first() {
-            self.problems.push(format!(
-                "{}: {} lines are no JSON objects, line {first} is the first; they are left out",
-                path.display(),
-                broken.len()
+        if foreign > 0 {
+            problems.push(format!(
+                "{path}: {foreign} of {count} lines have no stage and step, as a newer version or another program may write \
+                 them; they are left out"
             ));
         }
-        Ok(())
+        if count == 0 && !is_running && !(self.about.is_none() && self.alive) {
+            problems.push(format!("{path} has no line: no step of the run was logged"));
+        }
+        self.problems.extend(problems);
     }
 }
 
-fn bytes_end_with_break(path: &Path) -> bool {
-    use std::io::{Read, Seek, SeekFrom};
-    let mut last = [0u8];
-    let read = File::open(path).and_then(|mut file| {
-        file.seek(SeekFrom::End(-1))?;
-        file.read_exact(&mut last)
-    });
-    read.is_ok() && last == *b"\n"
+/// The command that made a folder, empty if config.toml does not say, and its resolved settings as text.
+fn settings_of(run: &Path) -> Option<(String, String)> {
+    let text = std::fs::read_to_string(run.join("config.toml")).ok()?;
+    let by = text.lines().next().and_then(|l| l.strip_prefix("# fourfold ")).and_then(|l| l.split(':').next());
+    Some((by.unwrap_or_default().to_owned(), text))
+}
+
+fn no_run(path: &Path) -> anyhow::Error {
+    match path.is_dir() {
+        true => invalid!(
+            "{} holds no run: it has neither metrics.jsonl nor about.json; name the folder that a stage wrote to \
+             (--out, or output_dir of its config)",
+            path.display()
+        ),
+        false => invalid!("{}: there is no such folder; name the folder of a run", path.display()),
+    }
 }

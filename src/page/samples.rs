@@ -2,7 +2,7 @@
 //! advantage or value, so that one sees where the reward lands. It does not depend on a tokenizer: samples.jsonl has the
 //! tokens' texts.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
 
 use serde_json::Value;
@@ -14,13 +14,19 @@ use crate::report::Metrics;
 const PROMPTS: usize = 256;
 const RESPONSES: usize = 6;
 const SHOWN: usize = 2;
+/// Newest samples that are remembered, for `watch`.
+const RECENT: usize = 64;
 /// Tokens of a response that are coloured, and characters of a text that are shown.
 const COLOURED: usize = 2000;
 const CHARACTERS: usize = 100_000;
 
 /// The samples of a run that its page may show.
 #[derive(Default)]
-pub(super) struct Samples {
+pub(crate) struct Samples {
+    /// Those of the last lines, newest first, without their tokens.
+    pub recent: VecDeque<Sample>,
+    /// Samples that were read.
+    pub count: usize,
     prompts: Vec<Prompt>,
     index: HashMap<String, usize>,
     /// Responses of the first iteration with tokens, and of the last.
@@ -34,15 +40,16 @@ struct Prompt {
 }
 
 /// One line of samples.jsonl.
-struct Sample {
+#[derive(Clone, Default)]
+pub(crate) struct Sample {
     /// `before`, `after` or the iteration.
-    when: String,
-    prompt: String,
-    response: String,
-    score: Option<f64>,
-    gold: Option<f64>,
-    kl: Option<f64>,
-    finish: String,
+    pub when: String,
+    pub prompt: String,
+    pub response: String,
+    pub score: Option<f64>,
+    pub gold: Option<f64>,
+    pub kl: Option<f64>,
+    pub finish: String,
     tokens: Vec<String>,
     /// By token: log-ratio, advantage, value.
     by_token: [Vec<f64>; 3],
@@ -67,7 +74,8 @@ impl Sample {
         }
     }
 
-    fn line(&self) -> String {
+    /// When it was made, its figures and how it ended, in a line.
+    pub(crate) fn line(&self) -> String {
         let when = match self.when.as_str() {
             "before" => "before training (SFT)".into(),
             "after" => "after training".into(),
@@ -82,13 +90,19 @@ impl Sample {
             "stop" => "ended".into(),
             other => other.into(),
         });
-        escape(&parts.join(" · "))
+        parts.join(" · ")
     }
 }
 
 impl Samples {
     /// Adds a line of samples.jsonl.
     pub fn add(&mut self, line: &Metrics) {
+        if let Some(when) = line.get("evaluation").or(line.get("iteration")) {
+            self.count += 1;
+            self.recent.truncate(RECENT - 1);
+            let sample = Sample { tokens: vec![], by_token: Default::default(), ..Sample::of(line, when) };
+            self.recent.push_front(sample);
+        }
         if let Some(when) = line.get("evaluation") {
             let sample = Sample::of(line, when);
             let at = match self.index.get(&sample.prompt) {
@@ -140,7 +154,7 @@ impl Samples {
                     out,
                     "<article class=card><h4><span class=badge>{label}</span> {}</h4>\
                      <div class=prompt dir=auto>{}</div><div class=text dir=auto>{}</div></article>",
-                    sample.line(),
+                    escape(&sample.line()),
                     cut(sample.prompt.trim_matches('\n')),
                     spans(sample)
                 );
@@ -160,7 +174,7 @@ impl Samples {
                     let _ = write!(
                         out,
                         "<h5>{}</h5><div class=text dir=auto>{}</div>",
-                        sample.line(),
+                        escape(&sample.line()),
                         cut(&sample.response)
                     );
                 }

@@ -62,14 +62,13 @@ pub(super) fn commands(run: &RunFiles) -> Vec<(String, String)> {
             commands.push(("resume it".into(), about.resume.clone()));
         }
     }
-    if let Some((by, settings)) = &run.settings {
-        let base = |section: &str| settings.get(section)?.get("path")?.as_str();
-        let (section, adapter, format) = match by.as_str() {
-            "ppo" => ("base", "actor", ""),
-            "reward" => ("reward_base", "adapter", " --format classifier"),
-            _ => ("base", "adapter", ""),
+    if let Some((by, _)) = &run.settings {
+        let (adapter, format) = match by.as_str() {
+            "ppo" => ("actor", ""),
+            "reward" => ("adapter", " --format classifier"),
+            _ => ("adapter", ""),
         };
-        match base(section).or_else(|| base("base")) {
+        match run.base() {
             _ if by == "quickstart" => commands.push((
                 "talk with what it made".into(),
                 format!("fourfold chat --base {}", word(&format!("{out}/merged"))),

@@ -2,11 +2,11 @@
 //! on what is drawn.
 
 /// A point of a curve; `None` where the value was NaN or infinite.
-pub(super) type Point = (f64, Option<f64>);
+pub(crate) type Point = (f64, Option<f64>);
 
 /// At most about `2 * stretches` points with the first, the last and every extreme of the curve among them. A stretch with
 /// a value that is NaN or infinite keeps the first such point, too.
-pub(super) fn thin(points: &[Point], stretches: usize) -> Vec<Point> {
+pub(crate) fn thin(points: &[Point], stretches: usize) -> Vec<Point> {
     if points.len() <= 2 * stretches {
         return points.to_vec();
     }

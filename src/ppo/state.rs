@@ -379,7 +379,7 @@ impl State {
                     distributions.extend(evaluated.distributions());
                 }
                 // The next rollout uses the same weights, and the guard checks it.
-                Err(error) if error.is::<Diverged>() => report.note(&format!("ppo: no evaluation {now}: {error}")),
+                Err(error) if error.is::<Diverged>() => report.warn(&format!("ppo: no evaluation {now}: {error}")),
                 Err(error) => return Err(error),
             }
         }
@@ -389,7 +389,7 @@ impl State {
             self.last.insert("warnings".into(), active.iter().map(|w| w.name()).collect::<Vec<_>>().into());
         }
         for warning in new {
-            report.note(&format!("ppo: warning at iteration {now}: {}", warning.text()));
+            report.warn(&format!("ppo: warning at iteration {now}: {}", warning.text()));
         }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
         let mut line = self.last.clone();

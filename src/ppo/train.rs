@@ -112,7 +112,7 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
     session.report.done();
     for (warning, count) in state.monitor.counts() {
         let name = warning.name();
-        session.report.note(&format!("ppo: warning {name} held in {count} of {iterations} iterations"));
+        session.report.warn(&format!("ppo: warning {name} held in {count} of {iterations} iterations"));
     }
     Ok(())
 }

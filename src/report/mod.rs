@@ -5,13 +5,14 @@
 pub mod clocks;
 mod events;
 mod lines;
+pub mod quiet;
 
 use std::io::IsTerminal;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -144,7 +145,7 @@ impl Report {
         let Some(follower) = &mut self.follower else { return };
         let Err(error) = call(&mut **follower) else { return };
         if !std::mem::replace(&mut self.has_complained, true) {
-            self.note(&format!("{error:#}; training goes on"));
+            self.warn(&format!("{error:#}; training goes on"));
         }
     }
 
@@ -152,7 +153,7 @@ impl Report {
     fn log_events(&mut self, write: impl FnOnce(&mut Events) -> Result<()>) {
         let Some(Err(error)) = self.events.as_mut().map(write) else { return };
         self.events = None;
-        self.note(&format!("{error:#}; training goes on without them"));
+        self.warn(&format!("{error:#}; training goes on without them"));
     }
 
     /// Logs what belongs to no step, for the run's page and TensorBoard.
@@ -171,7 +172,9 @@ impl Report {
         if self.metrics.is_none() {
             return;
         }
-        self.bar = ProgressBar::new(steps as u64);
+        // A hidden bar still counts.
+        let target = if quiet::is_set() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+        self.bar = ProgressBar::with_draw_target(Some(steps as u64), target);
         if let Ok(style) = ProgressStyle::with_template(BAR) {
             self.bar.set_style(style);
         }
@@ -210,7 +213,7 @@ impl Report {
             self.bar.set_message(beside_bar(figures, shown));
             let due =
                 self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) || self.bar.length() == Some(step as u64);
-            if !std::io::stderr().is_terminal() && due {
+            if !std::io::stderr().is_terminal() && due && !quiet::is_set() {
                 self.last_line = Some(Instant::now());
                 eprintln!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
             }
@@ -234,8 +237,15 @@ impl Report {
         Ok(())
     }
 
-    /// A line for people.
+    /// A line for people, unless they asked for quiet.
     pub fn note(&self, text: &str) {
+        if !quiet::is_set() {
+            self.warn(text);
+        }
+    }
+
+    /// A line for people who asked for quiet, too.
+    pub fn warn(&self, text: &str) {
         if self.metrics.is_some() {
             self.bar.suspend(|| eprintln!("{text}"));
         }
@@ -282,7 +292,7 @@ mod tests {
     use std::io;
     use std::sync::{Arc, Mutex};
 
-    use indicatif::{ProgressDrawTarget, TermLike};
+    use indicatif::TermLike;
 
     use super::*;
 

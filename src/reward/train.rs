@@ -144,7 +144,7 @@ pub fn train_on_rows(
         ));
     }
     for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
-        session.report.note(&format!("reward: warning: {warning}"));
+        session.report.warn(&format!("reward: warning: {warning}"));
     }
     Ok((trained, Summary { before, after, steps, tokens, center }))
 }

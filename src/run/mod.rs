@@ -41,7 +41,7 @@ use crate::page;
 use crate::report::number;
 use crate::tokenizer::Tokenizer;
 use crate::train::stop;
-use crate::{host, invalid};
+use crate::{host, invalid, note};
 
 pub use data_warnings::data_warnings;
 pub use describe::describe;
@@ -141,8 +141,8 @@ fn prepared<T: Objective + Stored>(
     }
     let report = &prepared.report;
     match &prepared.cache {
-        Some(path) => eprintln!("data: {report}; tokens in {}", path.display()),
-        None => eprintln!("data: {report}"),
+        Some(path) => note!("data: {report}; tokens in {}", path.display()),
+        None => note!("data: {report}"),
     }
     for warning in data_warnings(report, config.data()?, prepared.train.len(), prepared.held_out.len()) {
         eprintln!("warning: {warning}");

@@ -13,6 +13,7 @@ use crate::data::examples::{Example, Examples};
 use crate::host::meter;
 use crate::invalid;
 use crate::model::adapter::Adapter;
+use crate::note;
 use crate::page::{About, LivePage};
 use crate::report::Report;
 use crate::run::{Model, device_name, output};
@@ -150,7 +151,7 @@ impl Inputs {
             if !launch.from_start {
                 return Err(without_checkpoint(out));
             }
-            eprintln!("{}: no checkpoint to go on from; the run begins at step 0", out.display());
+            note!("{}: no checkpoint to go on from; the run begins at step 0", out.display());
             return Ok(None);
         };
         self.origin.check_inputs(&found.manifest.origin)?;
@@ -165,7 +166,7 @@ impl Inputs {
                 changes.mathematics.join(", ")
             ));
         }
-        eprintln!("going on from {}, after {} steps", found.path.display(), found.manifest.step);
+        note!("going on from {}, after {} steps", found.path.display(), found.manifest.step);
         Ok(Some(found))
     }
 }
@@ -212,7 +213,7 @@ pub(crate) fn finished(stage: Stage, config: &Config, out: &Path, launch: &RunOp
         return Ok(None);
     }
     let Ok(text) = fs::read_to_string(out.join(output::SUMMARY)) else { return Ok(None) };
-    eprintln!("{}: this run is finished; there is nothing to resume", out.display());
+    note!("{}: this run is finished; there is nothing to resume", out.display());
     serde_json::from_str(&text).map(Some).with_context(|| format!("reading {}", out.join(output::SUMMARY).display()))
 }
 

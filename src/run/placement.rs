@@ -17,9 +17,17 @@ use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
 use crate::model::base::Base;
 use crate::planner::plan::text;
+use crate::report::quiet;
 
-/// Prints a line once per process.
+/// Prints a line once per process, unless people asked for quiet.
 fn note(line: &str) {
+    if !quiet::is_set() {
+        warn(line);
+    }
+}
+
+/// The same for people who asked for quiet, too.
+fn warn(line: &str) {
     static SAID: Mutex<Option<HashSet<String>>> = Mutex::new(None);
     let mut said = SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if said.get_or_insert_default().insert(line.to_owned()) {
@@ -66,7 +74,7 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
 /// What products are computed in on a device where a base overflows f16, with a line that says so.
 pub fn instead_of_f16(device: &Device, overflow: &Error) -> ComputeDtype {
     let compute = if device.supports(Element::Bf16) { ComputeDtype::Bf16 } else { ComputeDtype::F32 };
-    note(&format!("{overflow:#}: products in {}", compute.name()));
+    warn(&format!("{overflow:#}: products in {}", compute.name()));
     compute
 }
 

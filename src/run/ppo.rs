@@ -17,6 +17,7 @@ use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, 
 use crate::data::examples::{Examples, Ids};
 use crate::data::{ModelEncoder, Prepared, Subset};
 use crate::invalid;
+use crate::note;
 use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, EvaluationInputs};
 use crate::ppo::run::{PpoRun, check};
@@ -44,7 +45,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let translated = match first_token_difference(&model, scorer) {
         None => None,
         Some(difference) => {
-            eprintln!("ppo: {difference}: the reward model reads prompts and responses in its own tokens");
+            note!("ppo: {difference}: the reward model reads prompts and responses in its own tokens");
             let end = end_of_responses(&reward_encoder, config.data()?)?;
             Some((translate(all_prompts(&prompts, &eval_prompts), &reward_encoder, scorer, config)?, end))
         }
@@ -185,6 +186,6 @@ fn text_blocks(ptx: &Ptx, ppo: &Ppo, model: &Model, config: &Config) -> Result<S
     }
     let found =
         data::ptx_blocks(&ptx.path, data, model.checkpoint.tokenizer(), config.seed, size).context("[ppo.ptx]")?;
-    eprintln!("ppo: {} blocks of {size} tokens of text; {}", found.train.len(), found.report);
+    note!("ppo: {} blocks of {size} tokens of text; {}", found.train.len(), found.report);
     Ok(found.train)
 }

@@ -4,6 +4,8 @@
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
 
+use crate::report::quiet;
+
 /// Without a terminal, a line at most this often.
 const LINE_EVERY: Duration = Duration::from_secs(5);
 /// In a terminal.
@@ -29,7 +31,7 @@ impl Progress {
     pub(crate) fn show(&mut self, done: usize, all: usize) {
         let (now, terminal) = (Instant::now(), std::io::stderr().is_terminal());
         let every = if terminal { EVERY } else { LINE_EVERY };
-        if now - self.began < PATIENCE || self.shown.is_some_and(|at| now - at < every) {
+        if quiet::is_set() || now - self.began < PATIENCE || self.shown.is_some_and(|at| now - at < every) {
             return;
         }
         self.shown = Some(now);

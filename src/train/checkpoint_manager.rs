@@ -54,7 +54,7 @@ impl CheckpointManager {
     pub fn write(&mut self, step: usize, snapshot: &Snapshot, report: &Report) -> Result<&Path> {
         for base in &mut self.bases {
             if let Some(warning) = base.check()? {
-                report.note(&warning);
+                report.warn(&warning);
             }
         }
         let positions = report.positions()?;

@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::Path;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
@@ -37,7 +37,12 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     let path = dir.join(NAME);
     let opened = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&path);
     let mut file = opened.map_err(|e| invalid!("{}: {e}; name another folder with --out", path.display()))?;
-    let locked = file.try_lock();
+    let mut locked = file.try_lock();
+    if matches!(locked, Err(TryLockError::WouldBlock)) {
+        // Who only asks whether there is an owner has the lock for a moment.
+        std::thread::sleep(Duration::from_millis(50));
+        locked = file.try_lock();
+    }
     let (text, owner) = read(&mut file);
     match locked {
         Err(TryLockError::WouldBlock) => {
@@ -77,9 +82,13 @@ fn read(file: &mut File) -> (String, String) {
     (text, named)
 }
 
-/// The process that has the folder's lock now, in words. The lock itself is left as it is.
+/// The process that has the folder's lock now, in words. The lock itself is left as it is; one that was given back has no
+/// text and is not touched.
 pub fn owner(dir: &Path) -> Option<String> {
     let mut file = File::open(dir.join(NAME)).ok()?;
+    if file.metadata().is_ok_and(|about| about.len() == 0) {
+        return None;
+    }
     match file.try_lock_shared() {
         Err(TryLockError::WouldBlock) => Some(read(&mut file).1),
         _ => None,

@@ -128,7 +128,7 @@ impl Session {
             (false, Ok(_)) => Ok(()),
             (false, Err(error)) if error.chain().any(|cause| cause.is::<std::io::Error>()) => {
                 let last = checkpoints.last_good();
-                self.report.note(&format!("no checkpoint after {step} steps: {error:#}; training goes on; {last}"));
+                self.report.warn(&format!("no checkpoint after {step} steps: {error:#}; training goes on; {last}"));
                 Ok(())
             }
             (false, Err(error)) => Err(error.context(checkpoints.last_good())),
@@ -190,7 +190,7 @@ impl Session {
             Verdict::RolledBack(reason) => (reason, "rolled_back"),
         };
         let factor = self.guard.factor();
-        self.report.note(&format!(
+        self.report.warn(&format!(
             "step {step}: {reason}; {}, the learning rate is now {factor} of what was asked",
             if did == "skipped" { "it is skipped" } else { "the weights are those of the last good step again" }
         ));
@@ -210,7 +210,7 @@ impl Session {
     /// As for [`Guard::settle`].
     pub fn settle(&mut self, step: usize, outcome: Result<()>, learners: &mut [(&str, &mut Learner)]) -> Result<()> {
         let Some(reason) = self.guard.settle(outcome, learners)? else { return Ok(()) };
-        self.report.note(&format!(
+        self.report.warn(&format!(
             "step {step}, the last, spoiled the weights: {reason}; what is saved are the last good ones. Lower the \
              learning_rate, or raise warmup_steps"
         ));

@@ -385,3 +385,32 @@ fn arguments_that_clap_refuses_exit_with_2_and_help_with_0() {
         assert!(ran.code == 0 && ran.stderr.is_empty() && !ran.stdout.is_empty(), "{line}: {}", ran.stderr);
     }
 }
+
+#[test]
+fn quiet_keeps_errors_and_warnings_and_drops_the_rest() {
+    let p = Place::new();
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    let run = |more: &str, out: &str| {
+        let ran = p.run(&format!("reward run.toml --set data.path=pairs.jsonl --out {out} {more}"));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        ran
+    };
+    let (loud, quiet, short) = (run("", "loud"), run("--quiet", "quiet"), run("-q --json", "short"));
+    for part in ["data: ", "memory: ", "reward 1/2", "held-out accuracy 0.500 -> ", "done; everything is in"] {
+        assert!(
+            loud.stderr.contains(part) && !quiet.stderr.contains(part),
+            "{part}: {}\n{}",
+            loud.stderr,
+            quiet.stderr
+        );
+    }
+    // Four comparisons teach nothing, which stays to be said.
+    assert!(quiet.stderr.contains("reward: warning: it was trained on 4 comparisons"), "{}", quiet.stderr);
+    assert!(quiet.stderr.lines().all(|line| line.contains("warning: ")), "{}", quiet.stderr);
+    assert!(quiet.stderr.lines().all(|line| loud.stderr.contains(line)), "{}", loud.stderr);
+    assert_eq!((quiet.stderr.as_str(), short.stdout.lines().count()), (short.stderr.as_str(), 1));
+    let adapter = |out: &str| fs::read(p.path(out).join("adapter/adapter_model.safetensors")).unwrap();
+    assert_eq!(adapter("loud"), adapter("quiet"));
+    let wrong = p.run("-q sft nowhere.toml");
+    assert!(wrong.code == 2 && wrong.stderr.starts_with("error: "), "{}", wrong.stderr);
+}

@@ -13,3 +13,4 @@ mod report;
 mod support;
 #[cfg(unix)]
 mod terminal;
+mod watch;
