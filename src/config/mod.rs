@@ -39,7 +39,10 @@ pub use dpo::{Dpo, DpoLoss, Kto};
 pub use keys::{Key, keys, keys_of_section};
 pub use memory::{ByteSize, Memory};
 pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
-pub use ppo::{AdvantageEstimator, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, WhitenRewards};
+pub use ppo::{
+    AdvantageEstimator, CriticStart, ImportanceSamplingLevel, KlEstimator, KlIn, LossType, PolicyLoss, Ppo,
+    ScaleRewards, WhitenRewards,
+};
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{

@@ -30,6 +30,9 @@ pub enum AdvantageEstimator {
     Grpo,
     /// The discounted return, standardised over the rollout; no critic. arXiv:2501.03262.
     ReinforcePlusPlus,
+    /// A response's reward less the mean of its prompt's responses, standardised over the rollout; no critic.
+    /// arXiv:2501.03262 section 3 (OpenRLHF: `reinforce_baseline`).
+    ReinforcePlusPlusBaseline,
 }
 
 impl AdvantageEstimator {
@@ -40,7 +43,12 @@ impl AdvantageEstimator {
 
     /// Whether it compares the responses to one prompt.
     pub fn has_groups(self) -> bool {
-        matches!(self, Self::Rloo | Self::Grpo)
+        matches!(self, Self::Rloo | Self::Grpo | Self::ReinforcePlusPlusBaseline)
+    }
+
+    /// Whether its advantages are always shifted and scaled over the rollout.
+    pub fn is_standardised(self) -> bool {
+        matches!(self, Self::ReinforcePlusPlus | Self::ReinforcePlusPlusBaseline)
     }
 
     /// Its name in a config.
@@ -52,6 +60,7 @@ impl AdvantageEstimator {
             Self::Rloo => "rloo",
             Self::Grpo => "grpo",
             Self::ReinforcePlusPlus => "reinforce_plus_plus",
+            Self::ReinforcePlusPlusBaseline => "reinforce_plus_plus_baseline",
         }
     }
 }
@@ -65,8 +74,56 @@ pub enum PolicyLoss {
     Clip,
     /// The surrogate with a KL penalty whose weight is adapted, arXiv:1707.06347 eq. 8.
     KlPenalty,
+    /// The capped ratio as a weight of the plain policy gradient, `cliprange_high` the cap on the ratio itself (TRL's `cispo`,
+    /// arXiv:2506.13585: 5).
+    Cispo,
+    /// A smooth gate on the ratio by two temperatures, `sapo_temperature_pos` and `sapo_temperature_neg` (arXiv:2511.20347).
+    Sapo,
     /// Nothing: the plain policy gradient. With one step a rollout the same as the others.
     Gradient,
+}
+
+/// How the losses of a minibatch's tokens become one, under TRL's names (`loss_type`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum LossType {
+    /// The mean over all tokens, arXiv:2503.14476. (TRL's `bnpo` is the same over a micro-batch in place of a minibatch.)
+    #[default]
+    #[serde(alias = "bnpo")]
+    Dapo,
+    /// The mean over responses of each one's mean, arXiv:2402.03300.
+    Grpo,
+    /// The sum over all tokens, divided by the responses times `response_length`: no response weighs less for being long,
+    /// arXiv:2503.20783.
+    DrGrpo,
+}
+
+/// What a group's rewards are divided by once their mean is taken off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScaleRewards {
+    /// The group's deviation.
+    #[default]
+    Group,
+    /// The deviation over the rollout.
+    Batch,
+    /// Nothing, arXiv:2503.20783.
+    None,
+}
+
+/// Whose probability ratio the policy loss reads.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ImportanceSamplingLevel {
+    /// Each token's.
+    #[default]
+    Token,
+    /// The geometric mean over a response's tokens: GSPO, arXiv:2507.18071.
+    Sequence,
+}
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 /// How the KL divergence from actor to reference is measured at a token, http://joschu.net/blog/kl-approx.html.
@@ -205,6 +262,25 @@ optimised_section! {
         pub kl_in: KlIn = KlIn::Reward,
         /// What keeps the actor near the one that sampled. Default `clip`.
         pub policy_loss: PolicyLoss = PolicyLoss::Clip,
+        /// How the losses of a minibatch's tokens become one. Default `dapo`, the mean over all tokens (TRL's GRPO, too).
+        #[serde(skip_serializing_if = "is_default")]
+        pub loss_type: LossType = LossType::Dapo,
+        /// Whose probability ratio is clipped. Default `token`.
+        #[serde(skip_serializing_if = "is_default")]
+        pub importance_sampling_level: ImportanceSamplingLevel = ImportanceSamplingLevel::Token,
+        /// With `advantage_estimator = "grpo"`: what a group's rewards are divided by. Default `group` (TRL).
+        #[serde(skip_serializing_if = "is_default")]
+        pub scale_rewards: ScaleRewards = ScaleRewards::Group,
+        /// With `policy_loss = "sapo"`: the gate's temperature for a positive advantage. Default 1.0 (TRL, arXiv:2511.20347).
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub sapo_temperature_pos: Option<f64> = None,
+        /// With `policy_loss = "sapo"`: the gate's temperature for any other advantage. Default 1.05 (TRL).
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub sapo_temperature_neg: Option<f64> = None,
+        /// With `kl_in = "loss"`: the KL's estimate is multiplied by the probability ratio, which makes it unbiased for the
+        /// actor although the tokens were sampled by an older one. Default false (TRL; DeepSeek-V3.2, arXiv:2512.02556: true).
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        pub use_bias_correction_kl: bool = false,
         /// The probability ratio is clipped to `1 ± cliprange`. Default 0.2 (arXiv:1707.06347).
         pub cliprange: f64 = 0.2,
         /// Its upper side, `1 + cliprange_high`; absent = `cliprange`. (TRL: `epsilon_high`; DAPO, arXiv:2503.14476:
@@ -322,8 +398,8 @@ impl Ppo {
 
     /// Whether advantages are shifted and scaled over the rollout.
     pub fn whiten_advantages(&self) -> bool {
-        let plus_plus = self.advantage_estimator == AdvantageEstimator::ReinforcePlusPlus;
-        plus_plus || self.whiten_advantages.unwrap_or(!self.advantage_estimator.has_groups())
+        self.advantage_estimator.is_standardised()
+            || self.whiten_advantages.unwrap_or(!self.advantage_estimator.has_groups())
     }
 
     /// The bound of a score, where there is one.

@@ -7,7 +7,7 @@
 use anyhow::Result;
 use toml::{Table, Value};
 
-use super::{AdvantageEstimator, Compat, CriticStart, PolicyLoss, Ppo};
+use super::{AdvantageEstimator, Compat, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, ScaleRewards};
 use crate::invalid;
 
 /// Fills in `kl_in = "loss"`, `kl_estimator = "k3"` and `kl_coef = 0.04` where `advantage_estimator = "grpo"` and the keys
@@ -78,9 +78,22 @@ impl Ppo {
         if self.policy_loss != PolicyLoss::Clip {
             let reason = "without policy_loss = \"clip\"";
             add("cliprange", self.cliprange != usual.cliprange, reason);
-            add("cliprange_high", self.cliprange_high.is_some(), reason);
+            let is_cap = self.policy_loss == PolicyLoss::Cispo;
+            add("cliprange_high", self.cliprange_high.is_some() && !is_cap, reason);
             add("dual_clip", self.dual_clip.is_some(), reason);
         }
+        if self.policy_loss != PolicyLoss::Sapo {
+            let reason = "without policy_loss = \"sapo\"";
+            add("sapo_temperature_pos", self.sapo_temperature_pos.is_some(), reason);
+            add("sapo_temperature_neg", self.sapo_temperature_neg.is_some(), reason);
+        }
+        if estimator != AdvantageEstimator::Grpo {
+            let reason = format!("{with_estimator}; it is GRPO's");
+            add("scale_rewards", self.scale_rewards != ScaleRewards::Group, &reason);
+        }
+        let has_estimate_in_loss = self.kl_in == KlIn::Loss && self.kl_estimator != KlEstimator::Exact;
+        let reason = "without kl_in = \"loss\" and an estimate from the sampled tokens (k2 or k3)";
+        add("use_bias_correction_kl", self.use_bias_correction_kl && !has_estimate_in_loss, reason);
         if self.policy_loss != PolicyLoss::KlPenalty {
             let reason = "without policy_loss = \"kl_penalty\"";
             add("kl_penalty_coef", self.kl_penalty_coef != usual.kl_penalty_coef, reason);
@@ -163,7 +176,11 @@ mod tests {
             ("advantage_estimator = 'grpo'", "shared_optimizer = true", ""),
             ("policy_loss = 'kl_penalty'", "dual_clip = 3.0", ""),
             ("policy_loss = 'gradient'", "cliprange = 0.1", ""),
-            ("policy_loss = 'gradient'", "cliprange_high = 0.1", ""),
+            ("policy_loss = 'gradient'", "cliprange_high = 0.1", "policy_loss = 'cispo'"),
+            ("", "sapo_temperature_pos = 2.0", "policy_loss = 'sapo'"),
+            ("", "sapo_temperature_neg = 2.0", "policy_loss = 'sapo'"),
+            ("", "scale_rewards = 'none'", "advantage_estimator = 'grpo'"),
+            ("", "use_bias_correction_kl = true", "kl_in = 'loss'\nkl_estimator = 'k3'"),
             ("", "kl_penalty_coef = 2.0", "policy_loss = 'kl_penalty'"),
             ("", "kl_penalty_target = 2.0", "policy_loss = 'kl_penalty'"),
             ("", "target = 4.0", "adap_kl_ctrl = true"),

@@ -121,6 +121,8 @@ const ROWS: &[Row] = &[
     (PPO, "cliprange", "", range("a number between 0 and 1, usually 0.2", |v| v > 0.0 && v < 1.0)),
     (PPO, "cliprange_high", "", positive!("0.2 to 0.3")),
     (PPO, "dual_clip", "", ABOVE_ONE),
+    (PPO, "sapo_temperature_pos", "", positive!("1")),
+    (PPO, "sapo_temperature_neg", "", positive!("1.05")),
     (PPO, "ratio_threshold", "", ABOVE_ONE),
     (PPO, "log_ratio_clamp", "nats", positive!("20")),
     (PPO, "kl_penalty_coef", "", positive!("1")),

@@ -198,8 +198,9 @@ fn ppo_together(section: &Ppo) -> Result<()> {
     let estimator = section.advantage_estimator;
     if estimator.has_groups() && section.num_generations < 2 {
         return Err(invalid!(
-            "[ppo] num_generations = {} leaves nothing to compare a response with; rloo and grpo need 2 or more",
-            section.num_generations
+            "[ppo] num_generations = {} leaves nothing to compare a response with; {} needs 2 or more",
+            section.num_generations,
+            estimator.name()
         ));
     }
     if section.critic_warmup > 0 && !estimator.has_critic() {

@@ -19,14 +19,23 @@ pub fn leave_one_out(rewards: &[f64]) -> Vec<f64> {
     rewards.iter().map(|r| if n < 2.0 { 0.0 } else { r - (sum - r) / (n - 1.0) }).collect()
 }
 
+/// `A_i = r_i - mean` over a group. (G,) -> (G,). Source: Dr. GRPO, arXiv:2503.20783 eq. 5.
+pub fn group_centred(rewards: &[f64]) -> Vec<f64> {
+    let mean = rewards.iter().sum::<f64>() / rewards.len().max(1) as f64;
+    rewards.iter().map(|r| r - mean).collect()
+}
+
 /// `A_i = (r_i - mean) / (deviation + 1e-4)` over a group (GRPO), with n - 1 as the variance's divisor. (G,) -> (G,).
 /// Source: arXiv:2402.03300 section 4.1.2; the 1e-4 is TRL's.
 pub fn group_standardised(rewards: &[f64]) -> Vec<f64> {
-    let n = rewards.len() as f64;
-    let mean = rewards.iter().sum::<f64>() / n.max(1.0);
-    let squares: f64 = rewards.iter().map(|r| (r - mean).powi(2)).sum();
-    let deviation = (squares / (n - 1.0).max(1.0)).sqrt();
-    rewards.iter().map(|r| (r - mean) / (deviation + 1e-4)).collect()
+    let scale = deviation(rewards) + 1e-4;
+    group_centred(rewards).into_iter().map(|r| r / scale).collect()
+}
+
+/// The standard deviation, with n - 1 as the variance's divisor.
+pub fn deviation(values: &[f64]) -> f64 {
+    let squares: f64 = group_centred(values).iter().map(|r| r.powi(2)).sum();
+    (squares / (values.len() as f64 - 1.0).max(1.0)).sqrt()
 }
 
 #[cfg(test)]

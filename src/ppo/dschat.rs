@@ -86,8 +86,9 @@ mod tests {
     use crate::ppo::gae::gae;
     use crate::ppo::golden::{assert_close, assert_number, floats};
     use crate::ppo::kl::{Estimator, per_token};
-    use crate::ppo::loss::{Objective, PolicyTokens, ValueTokens, policy_loss, value_loss};
+    use crate::ppo::loss::{Objective, PolicyTokens, policy_loss};
     use crate::ppo::rewards::{Ending, Shaping, shape};
+    use crate::ppo::value_loss::{ValueTokens, value_loss};
     use crate::reward::loss::{Scored, divergence_to_end_padded};
 
     fn golden() -> Value {
@@ -159,8 +160,13 @@ mod tests {
             }
             assert_eq!(Value::from(kept), case["kept"]);
             let n = now.len() as f64;
-            let inputs =
-                PolicyTokens { logprobs: &now, old_logprobs: &old, advantages: &advantages, ref_logprobs: &old };
+            let inputs = PolicyTokens {
+                lengths: &[now.len()],
+                logprobs: &now,
+                old_logprobs: &old,
+                advantages: &advantages,
+                ref_logprobs: &old,
+            };
             let actor = policy_loss(inputs, &Objective::clip(0.2), n).unwrap();
             assert_number(actor.loss, &case["actor_loss"], "actor loss");
             assert_close(&actor.grad, &Value::from(actor_grad), 1.0, "actor gradient");

@@ -4,13 +4,13 @@
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::advantages::{discounted_returns, group_standardised, leave_one_out};
+use super::advantages::{deviation, discounted_returns, group_centred, group_standardised, leave_one_out};
 use super::gae::gae;
 use super::kl;
 use super::kl::Estimator;
 use super::rewards::{Ending, Overlong, Shaping, scale_to_unit_variance, shape, whiten};
 use super::rollout::Rollout;
-use crate::config::{AdvantageEstimator, KlEstimator, KlIn, Ppo, WhitenRewards};
+use crate::config::{AdvantageEstimator, KlEstimator, KlIn, Ppo, ScaleRewards, WhitenRewards};
 use crate::model::generate::FinishReason;
 
 /// A rollout with everything that the update reads. Per-token vectors, one per sequence.
@@ -161,8 +161,9 @@ fn advantages(
         let both = both.map(|both| both.map(|gae| (gae.advantages, gae.returns)));
         both.collect::<Result<Vec<_>>>().map(|both| both.into_iter().unzip())
     };
-    let by_group = |of: fn(&[f64]) -> Vec<f64>| {
-        let totals = rewards.iter().map(|r| r.iter().map(|&r| f64::from(r)).sum()).collect::<Vec<f64>>();
+    let totals = || rewards.iter().map(|r| r.iter().map(|&r| f64::from(r)).sum()).collect::<Vec<f64>>();
+    let by_group = |of: &dyn Fn(&[f64]) -> Vec<f64>| {
+        let totals = totals();
         let each = totals.chunks(config.num_generations).flat_map(of);
         each.zip(rewards).map(|(a, rewards)| vec![a as f32; rewards.len()]).collect::<Vec<_>>()
     };
@@ -172,8 +173,17 @@ fn advantages(
         AdvantageEstimator::Reinforce | AdvantageEstimator::ReinforcePlusPlus => {
             Ok((rewards.iter().map(|rewards| discounted_returns(rewards, config.gamma)).collect(), vec![]))
         }
-        AdvantageEstimator::Rloo => Ok((by_group(leave_one_out), vec![])),
-        AdvantageEstimator::Grpo => Ok((by_group(group_standardised), vec![])),
+        AdvantageEstimator::Rloo => Ok((by_group(&leave_one_out), vec![])),
+        AdvantageEstimator::ReinforcePlusPlusBaseline => Ok((by_group(&group_centred), vec![])),
+        AdvantageEstimator::Grpo => match config.scale_rewards {
+            ScaleRewards::Group => Ok((by_group(&group_standardised), vec![])),
+            ScaleRewards::None => Ok((by_group(&group_centred), vec![])),
+            ScaleRewards::Batch => {
+                let scale = deviation(&totals()) + 1e-4;
+                let of = |rewards: &[f64]| group_centred(rewards).into_iter().map(|r| r / scale).collect();
+                Ok((by_group(&of), vec![]))
+            }
+        },
     }
 }
 
@@ -351,5 +361,40 @@ mod tests {
         let found = experience_of(&config);
         assert!(found.kl.concat().iter().all(|&kl| kl >= 0.0) && found.kl[0][1] > 0.0);
         assert_eq!((&found.returns[1][..], found.clipped), (&[5.0, 5.0, 5.0][..], 0));
+    }
+
+    /// Rewards of two groups of three, and TRL's advantages of them (tests/golden/grpo_loss.py).
+    #[test]
+    fn groups_are_scaled_as_trl_scales_them_golden() {
+        let golden: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/golden/grpo_loss.json")).unwrap();
+        let list = |value: &serde_json::Value| serde_json::from_value::<Vec<f32>>(value.clone()).unwrap();
+        let scores = list(&golden["rewards"]);
+        let of = |estimator: AdvantageEstimator, scale_rewards: ScaleRewards| {
+            let one = Response { tokens: vec![9], logprobs: vec![-1.0], finish: FinishReason::Stop };
+            let rollout = Rollout {
+                prompts: vec![vec![1]; 6],
+                responses: vec![one; 6],
+                ref_logprobs: vec![vec![-1.0]; 6],
+                values: vec![],
+                scores: scores.clone(),
+                ..Rollout::default()
+            };
+            let config = Ppo { advantage_estimator: estimator, scale_rewards, num_generations: 3, ..Ppo::default() };
+            let scale = Scale { kl_coef: 0.0, shift: 0.0, deviation: 1.0 };
+            Experience::of(rollout, scale, &config).unwrap().advantages.concat()
+        };
+        for (key, scale) in
+            [("group", ScaleRewards::Group), ("batch", ScaleRewards::Batch), ("none", ScaleRewards::None)]
+        {
+            let (got, want) = (of(AdvantageEstimator::Grpo, scale), list(&golden["advantages"][key]));
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6), "{key}: {got:?} and {want:?}");
+        }
+        // REINFORCE++ with a baseline: centred by group, then mean 0 and variance 1 over all tokens.
+        let got = of(AdvantageEstimator::ReinforcePlusPlusBaseline, ScaleRewards::Group);
+        let mut want = list(&golden["advantages"]["none"]);
+        whiten(&mut want);
+        assert_eq!(got, want);
+        assert!((got.iter().map(|a| a * a).sum::<f32>() / 6.0 - 1.0).abs() < 0.2 && got[2] > 1.0);
     }
 }

@@ -1,7 +1,7 @@
-//! PPO's clipped policy loss and clipped value loss over flat response tokens, with derivatives and training metrics. Pure
+//! The policy loss of PPO and of the group methods over flat response tokens, with derivatives and training metrics. Pure
 //! functions of numbers; it does not depend on the model, whose backward pass starts from the derivatives returned here.
 //! Sums are in f64 and divided by a normaliser that the caller passes, so that micro-batches add up exactly to the loss of
-//! their minibatch. Read `update.rs` for the caller.
+//! their minibatch. Read `value_loss.rs` for the critic's and `update.rs` for the caller.
 
 use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
@@ -9,9 +9,11 @@ use serde::{Deserialize, Serialize};
 use super::kl::Estimator;
 use crate::diverged;
 
-/// Inputs of the policy loss: each (N,), over all response tokens of a micro-batch.
+/// Inputs of the policy loss: each (N,), over all response tokens of a micro-batch, one response after the other.
 #[derive(Clone, Copy, Debug)]
 pub struct PolicyTokens<'a> {
+    /// Number of tokens of each response; they add up to N.
+    pub lengths: &'a [usize],
     /// log pi(token) under the current policy.
     pub logprobs: &'a [f32],
     /// log pi_old(token) under the policy that sampled the rollout.
@@ -31,6 +33,33 @@ pub struct Objective {
     pub log_ratio_clamp: f64,
     /// KL to the reference, estimated from the sampled tokens, and its weight.
     pub kl: Option<(Estimator, f64)>,
+    /// Whether the KL's estimate is multiplied by the ratio, which makes it unbiased for the current policy although the tokens
+    /// were sampled by the old one. Source: arXiv:2512.02556 (DeepSeek-V3.2); TRL's `use_bias_correction_kl`.
+    pub kl_times_ratio: bool,
+    /// Whose ratio the surrogate reads.
+    pub level: RatioLevel,
+    /// How tokens are averaged.
+    pub average: Average,
+}
+
+/// The ratio between the current policy and the one that sampled.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum RatioLevel {
+    /// Each token's own.
+    #[default]
+    Token,
+    /// The geometric mean over a response's tokens, for all of them. Source: GSPO, arXiv:2507.18071 eq. 7.
+    Sequence,
+}
+
+/// How the losses of tokens become one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Average {
+    /// `sum over all tokens / normaliser`.
+    #[default]
+    Tokens,
+    /// `sum over responses of (the mean over its tokens) / normaliser`. Source: GRPO, arXiv:2402.03300 eq. 3.
+    Responses,
 }
 
 /// A token's loss by its ratio `r = exp(logp - old_logp)` and advantage A.
@@ -52,33 +81,80 @@ pub enum Surrogate {
         /// Weight of the penalty.
         coef: f64,
     },
+    /// `-A min(r, cap) logp`, in which the capped ratio is a weight without a derivative of its own: tokens that clipping would
+    /// leave out keep a gradient. Source: CISPO, arXiv:2506.13585 eq. 4; the cap is on the ratio itself, as in TRL.
+    Cispo {
+        /// Largest weight.
+        cap: f64,
+    },
+    /// `-A sigmoid(tau (r - 1)) 4 / tau` with a temperature tau by the advantage's sign: a smooth gate in place of the clip.
+    /// Source: SAPO, arXiv:2511.20347.
+    Sapo {
+        /// Temperature where A > 0.
+        positive: f64,
+        /// Temperature elsewhere.
+        negative: f64,
+    },
     /// `-A logp`. Source: Williams (1992).
     Gradient,
+}
+
+/// A token's loss and its derivatives.
+struct Term {
+    loss: f64,
+    /// With respect to the log-ratio.
+    by_ratio: f64,
+    /// With respect to the token's log-probability, beside the way through the ratio.
+    by_logprob: f64,
+    clipped: bool,
 }
 
 impl Objective {
     /// The clipped surrogate without other terms.
     pub fn clip(cliprange: f64) -> Self {
-        let surrogate = Surrogate::Clip { low: cliprange, high: cliprange, dual: None };
-        Self { surrogate, log_ratio_clamp: f64::INFINITY, kl: None }
+        Self::of(Surrogate::Clip { low: cliprange, high: cliprange, dual: None })
     }
 
-    /// A token's loss, its derivative with respect to logp, and whether clipping is active.
-    fn token(&self, logprob: f64, log_ratio: f64, advantage: f64) -> (f64, f64, bool) {
+    /// A surrogate by each token's own ratio, averaged over tokens, without other terms.
+    pub fn of(surrogate: Surrogate) -> Self {
+        Self {
+            surrogate,
+            log_ratio_clamp: f64::INFINITY,
+            kl: None,
+            kl_times_ratio: false,
+            level: RatioLevel::Token,
+            average: Average::Tokens,
+        }
+    }
+
+    /// A token's loss without the KL.
+    fn token(&self, logprob: f64, log_ratio: f64, advantage: f64) -> Term {
         let ratio = log_ratio.exp();
         let plain = -advantage * ratio;
+        let term = |loss, by_ratio| Term { loss, by_ratio, by_logprob: 0.0, clipped: false };
         match self.surrogate {
             Surrogate::Clip { low, high, dual } => {
                 let bounded = -advantage * ratio.max(1.0 - low).min(1.0 + high);
                 let bound = dual.filter(|_| advantage < 0.0).map_or(f64::INFINITY, |dual| -advantage * dual);
                 // If clipping is active, the loss does not depend on the ratio.
                 let clipped = bounded > plain || plain > bound;
-                (plain.max(bounded).min(bound), if clipped { 0.0 } else { plain }, clipped)
+                Term { clipped, ..term(plain.max(bounded).min(bound), if clipped { 0.0 } else { plain }) }
             }
             Surrogate::KlPenalty { coef } => {
-                (plain + coef * (ratio - 1.0 - log_ratio), plain + coef * (ratio - 1.0), false)
+                term(plain + coef * (ratio - 1.0 - log_ratio), plain + coef * (ratio - 1.0))
             }
-            Surrogate::Gradient => (-advantage * logprob, -advantage, false),
+            Surrogate::Cispo { cap } => {
+                let slope = -advantage * ratio.min(cap);
+                Term { loss: slope * logprob, by_ratio: 0.0, by_logprob: slope, clipped: ratio > cap }
+            }
+            Surrogate::Sapo { positive, negative } => {
+                let tau = if advantage > 0.0 { positive } else { negative };
+                let gate = 1.0 / (1.0 + (-tau * (ratio - 1.0)).exp());
+                term(-advantage * gate * 4.0 / tau, plain * 4.0 * gate * (1.0 - gate))
+            }
+            Surrogate::Gradient => {
+                Term { loss: -advantage * logprob, by_ratio: 0.0, by_logprob: -advantage, clipped: false }
+            }
         }
     }
 }
@@ -94,48 +170,109 @@ pub struct Loss<S> {
     pub stats: S,
 }
 
-/// `sum_t (surrogate_t + weight * kl_t) / normaliser`; see [`Surrogate`] and [`Objective`]. `normaliser`: the number
-/// of response tokens in the whole minibatch.
+/// `sum_t (surrogate_t + weight * kl_t) / normaliser`, or with [`Average::Responses`] each response's mean in place of its sum;
+/// see [`Surrogate`] and [`Objective`]. `normaliser`: of the whole minibatch, the number of response tokens, or of responses.
 ///
 /// # Errors
 /// If lengths differ, the normaliser is not positive and finite, or the loss is NaN or infinite.
 pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: f64) -> Result<Loss<PolicyStats>> {
-    let PolicyTokens { logprobs, old_logprobs, advantages, ref_logprobs } = tokens;
-    let n = checked_len([logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len()], normaliser)?;
+    let PolicyTokens { lengths, logprobs, old_logprobs, advantages, ref_logprobs } = tokens;
+    let whole = [logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len(), lengths.iter().sum()];
+    let n = checked_len(whole, normaliser)?;
     let mut out = Loss { loss: 0.0, grad: Vec::with_capacity(n), stats: PolicyStats::default() };
-    let stats = &mut out.stats;
-    stats.tokens = n as u64;
-    for t in 0..n {
-        let advantage = f64::from(advantages[t]);
-        let logprob = f64::from(logprobs[t]);
-        let unclamped = logprob - f64::from(old_logprobs[t]);
-        // Not f64::clamp, which panics if a configured limit is NaN.
-        let log_ratio = unclamped.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
-        let (mut loss, mut slope, clipped) = objective.token(logprob, log_ratio, advantage);
-        if log_ratio != unclamped {
-            slope = 0.0;
-        }
-        if let Some((estimator, weight)) = objective.kl {
-            let ref_logprob = f64::from(ref_logprobs[t]);
-            loss += weight * estimator.of(logprob, ref_logprob);
-            slope += weight * estimator.slope(logprob, ref_logprob);
-            stats.kl_clamped += u64::from(estimator.is_clamped(logprob, ref_logprob));
-        }
-        let ratio = log_ratio.exp();
-        out.loss += loss;
-        out.grad.push((slope / normaliser) as f32);
-        stats.clipped += u64::from(clipped);
-        stats.half_squares += 0.5 * log_ratio * log_ratio;
-        stats.ratio_minus_one += ratio - 1.0;
-        stats.ratio_minus_one_squares += (ratio - 1.0).powi(2);
-        // Clamping makes an infinite log-ratio finite, so the unclamped one is checked.
-        ensure!(
-            loss.is_finite() && ratio.is_finite() && unclamped.is_finite(),
-            diverged!("token {t}: log-ratio {unclamped}, advantage {advantage}: the policy loss is NaN or infinite")
-        );
+    out.stats.tokens = n as u64;
+    let mut from = 0;
+    for &length in lengths {
+        let range = from..from + length;
+        from = range.end;
+        let part = |all: &'_ [f32]| -> Vec<f64> { all[range.clone()].iter().map(|&x| f64::from(x)).collect() };
+        let response = Response {
+            first: range.start,
+            logprobs: part(logprobs),
+            old_logprobs: part(old_logprobs),
+            advantages: part(advantages),
+            ref_logprobs: part(ref_logprobs),
+        };
+        response.add_to(&mut out, objective, normaliser)?;
     }
     out.loss /= normaliser;
     Ok(out)
+}
+
+/// One response's part of [`PolicyTokens`].
+struct Response {
+    /// Number of the tokens before it.
+    first: usize,
+    logprobs: Vec<f64>,
+    old_logprobs: Vec<f64>,
+    advantages: Vec<f64>,
+    ref_logprobs: Vec<f64>,
+}
+
+impl Response {
+    /// Adds its statistics, its derivatives, and its loss before the division by the normaliser.
+    fn add_to(&self, out: &mut Loss<PolicyStats>, objective: &Objective, normaliser: f64) -> Result<()> {
+        let length = self.logprobs.len();
+        let share = if objective.average == Average::Responses { length as f64 } else { 1.0 };
+        let own: Vec<f64> = self.logprobs.iter().zip(&self.old_logprobs).map(|(now, old)| now - old).collect();
+        let mean = own.iter().sum::<f64>() / length.max(1) as f64;
+        // What all tokens of the response do to their common ratio.
+        let mut shared = 0.0;
+        for t in 0..length {
+            let (logprob, advantage) = (self.logprobs[t], self.advantages[t]);
+            let unclamped = if objective.level == RatioLevel::Sequence { mean } else { own[t] };
+            // Not f64::clamp, which panics if a configured limit is NaN.
+            let log_ratio = unclamped.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
+            let ratio = log_ratio.exp();
+            let Term { mut loss, mut by_ratio, mut by_logprob, clipped } =
+                objective.token(logprob, log_ratio, advantage);
+            if log_ratio != unclamped {
+                by_ratio = 0.0;
+                // `-A logp` has no ratio to clamp: its gradient ends there, too.
+                by_logprob = if objective.surrogate == Surrogate::Gradient { 0.0 } else { by_logprob };
+            }
+            if let Some((estimator, weight)) = objective.kl {
+                let reference = self.ref_logprobs[t];
+                let (kl, slope) = (estimator.of(logprob, reference), estimator.slope(logprob, reference));
+                let times = if objective.kl_times_ratio { ratio } else { 1.0 };
+                loss += weight * times * kl;
+                by_logprob += weight * times * slope;
+                // Past the clamp the ratio is a constant.
+                let moves = objective.kl_times_ratio && log_ratio == unclamped;
+                by_ratio += if moves { weight * times * kl } else { 0.0 };
+                out.stats.kl_clamped += u64::from(estimator.is_clamped(logprob, reference));
+            }
+            let own_slope = match objective.level {
+                RatioLevel::Token => by_ratio + by_logprob,
+                RatioLevel::Sequence => {
+                    shared += by_ratio / length as f64;
+                    by_logprob
+                }
+            };
+            out.loss += loss / share;
+            out.grad.push((own_slope / (normaliser * share)) as f32);
+            let stats = &mut out.stats;
+            stats.clipped += u64::from(clipped);
+            stats.half_squares += 0.5 * log_ratio * log_ratio;
+            stats.ratio_minus_one += ratio - 1.0;
+            stats.ratio_minus_one_squares += (ratio - 1.0).powi(2);
+            // Clamping makes an infinite log-ratio finite, so the unclamped one is checked.
+            ensure!(
+                loss.is_finite() && ratio.is_finite() && unclamped.is_finite(),
+                diverged!(
+                    "token {}: log-ratio {unclamped}, advantage {advantage}: the policy loss is NaN or infinite",
+                    self.first + t
+                )
+            );
+        }
+        if objective.level == RatioLevel::Sequence {
+            let first = out.grad.len() - length;
+            for slope in &mut out.grad[first..] {
+                *slope += (shared / (normaliser * share)) as f32;
+            }
+        }
+        Ok(())
+    }
 }
 
 /// Sums from which the actor's metrics are computed.
@@ -198,110 +335,13 @@ impl PolicyStats {
     }
 }
 
-/// Inputs of the value loss: each (N,), in the units of rewards.
-#[derive(Clone, Copy, Debug)]
-pub struct ValueTokens<'a> {
-    /// Values of the current critic.
-    pub values: &'a [f32],
-    /// Values of the critic at the rollout.
-    pub old_values: &'a [f32],
-    /// Returns: the targets.
-    pub returns: &'a [f32],
-}
-
-/// `sum_t max((V_t - R_t)², (clamp(V_t, Vold_t ± clip) - R_t)²) / (2 normaliser)`; an infinite `clip` disables clipping.
-/// Source: openai/baselines ppo2; DeepSpeed-Chat and TRL have the same.
-///
-/// # Errors
-/// Those of [`policy_loss`].
-pub fn value_loss(tokens: ValueTokens<'_>, clip: f64, normaliser: f64) -> Result<Loss<ValueStats>> {
-    let ValueTokens { values, old_values, returns } = tokens;
-    let n = checked_len([values.len(), old_values.len(), returns.len()], normaliser)?;
-    let mut out = Loss { loss: 0.0, grad: Vec::with_capacity(n), stats: ValueStats::default() };
-    let stats = &mut out.stats;
-    stats.tokens = n as u64;
-    for t in 0..n {
-        let (value, old, target) = (f64::from(values[t]), f64::from(old_values[t]), f64::from(returns[t]));
-        let error = value - target;
-        let clipped_error = value.max(old - clip).min(old + clip) - target;
-        let clipped = clipped_error * clipped_error > error * error;
-        out.loss += 0.5 * error.powi(2).max(clipped_error.powi(2));
-        out.grad.push(if clipped { 0.0 } else { (error / normaliser) as f32 });
-        stats.clipped += u64::from(clipped);
-        stats.value += value;
-        stats.target += target;
-        stats.target_squares += target * target;
-        stats.error += error;
-        stats.error_squares += error * error;
-        ensure!(
-            error.is_finite(),
-            diverged!("token {t}: value {value}, return {target}: the value loss is NaN or infinite")
-        );
-    }
-    out.loss /= normaliser;
-    Ok(out)
-}
-
-/// Sums from which the critic's metrics are computed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct ValueStats {
-    tokens: u64,
-    clipped: u64,
-    value: f64,
-    target: f64,
-    target_squares: f64,
-    error: f64,
-    error_squares: f64,
-}
-
-impl ValueStats {
-    /// Adds another micro-batch.
-    pub fn merge(&mut self, other: &Self) {
-        self.tokens += other.tokens;
-        self.clipped += other.clipped;
-        self.value += other.value;
-        self.target += other.target;
-        self.target_squares += other.target_squares;
-        self.error += other.error;
-        self.error_squares += other.error_squares;
-    }
-
-    /// Number of tokens.
-    pub fn tokens(&self) -> u64 {
-        self.tokens
-    }
-
-    /// Share of tokens for which clipping is active.
-    pub fn clipfrac(&self) -> f64 {
-        self.mean(self.clipped as f64)
-    }
-
-    /// Mean value.
-    pub fn mean_value(&self) -> f64 {
-        self.mean(self.value)
-    }
-
-    /// Mean return.
-    pub fn mean_return(&self) -> f64 {
-        self.mean(self.target)
-    }
-
-    /// `1 - Var(R - V) / Var(R)`: 1 for a perfect critic, 0 for a constant one. `None` if all returns are equal.
-    pub fn explained_variance(&self) -> Option<f64> {
-        let total = sample_variance(self.tokens, self.target, self.target_squares);
-        (total > 0.0).then(|| 1.0 - sample_variance(self.tokens, self.error, self.error_squares) / total)
-    }
-
-    fn mean(&self, sum: f64) -> f64 {
-        sum / self.tokens.max(1) as f64
-    }
-}
-
-fn sample_variance(n: u64, sum: f64, squares: f64) -> f64 {
+/// The variance of `n` numbers by their sum and the sum of their squares, with n - 1 as the divisor.
+pub(super) fn sample_variance(n: u64, sum: f64, squares: f64) -> f64 {
     if n < 2 { 0.0 } else { ((squares - sum * sum / n as f64) / (n - 1) as f64).max(0.0) }
 }
 
-fn checked_len<const N: usize>(lengths: [usize; N], normaliser: f64) -> Result<usize> {
+/// The common length of per-token inputs.
+pub(super) fn checked_len<const N: usize>(lengths: [usize; N], normaliser: f64) -> Result<usize> {
     let n = lengths.first().copied().unwrap_or(0);
     ensure!(lengths.iter().all(|&l| l == n), "the per-token inputs have lengths {lengths:?}");
     ensure!(normaliser.is_finite() && normaliser > 0.0, "normaliser must be positive and finite, got {normaliser}");
@@ -309,192 +349,4 @@ fn checked_len<const N: usize>(lengths: [usize; N], normaliser: f64) -> Result<u
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::Value;
-
-    use super::*;
-    use crate::ppo::golden::{assert_close, assert_number, floats, ppo};
-
-    struct Lists([Vec<f32>; 3]);
-
-    impl Lists {
-        fn of(golden: &Value, keys: [&str; 3]) -> Self {
-            Self(keys.map(|k| floats(&golden[k])))
-        }
-
-        fn policy(&self, range: std::ops::Range<usize>) -> PolicyTokens<'_> {
-            let [logprobs, old_logprobs, advantages] = self.0.each_ref().map(|l| &l[range.clone()]);
-            PolicyTokens { logprobs, old_logprobs, advantages, ref_logprobs: old_logprobs }
-        }
-
-        fn value(&self, range: std::ops::Range<usize>) -> ValueTokens<'_> {
-            let [values, old_values, returns] = self.0.each_ref().map(|l| &l[range.clone()]);
-            ValueTokens { values, old_values, returns }
-        }
-    }
-
-    const POLICY: [&str; 3] = ["logprobs", "old", "advantages"];
-    const VALUE: [&str; 3] = ["values", "old_values", "returns"];
-
-    #[test]
-    fn policy_loss_and_gradient_match_autograd_golden() {
-        let golden = ppo();
-        let lists = Lists::of(&golden, POLICY);
-        for case in golden["policy"].as_array().unwrap() {
-            let (clip, normaliser) = (case["clip"].as_f64().unwrap(), case["normaliser"].as_f64().unwrap());
-            let out = policy_loss(lists.policy(0..18), &Objective::clip(clip), normaliser).unwrap();
-            assert_number(out.loss, &case["loss"], "loss");
-            assert_close(&out.grad, &case["grad"], 1.0, "grad");
-            assert_number(out.stats.clipfrac(), &case["clipfrac"], "clipfrac");
-            assert_number(out.stats.approx_kl(), &case["approx_kl"], "approx_kl");
-            assert_number(out.stats.mean_ratio(), &case["mean_ratio"], "mean_ratio");
-            assert_number(out.stats.ratio_variance(), &case["ratio_variance"], "ratio_variance");
-            assert!(out.stats.clipfrac() > 0.1 && out.stats.clipfrac() < 0.9, "the golden reaches both branches");
-        }
-    }
-
-    /// Loss and derivative of one token with ratio e^log_ratio.
-    fn token(objective: Objective, log_ratio: f32, advantage: f32) -> (f64, f32) {
-        let one = PolicyTokens {
-            logprobs: &[log_ratio - 1.0],
-            old_logprobs: &[-1.0],
-            advantages: &[advantage],
-            ref_logprobs: &[-1.5],
-        };
-        let out = policy_loss(one, &objective, 1.0).unwrap();
-        (out.loss, out.grad[0])
-    }
-
-    #[test]
-    fn clips_and_clamps_bound_the_loss_and_remove_the_gradient() {
-        let clip =
-            |low, high, dual| Objective { surrogate: Surrogate::Clip { low, high, dual }, ..Objective::clip(0.2) };
-        let (up, down) = (0.5f32, -0.5f32); // ratios 1.65 and 0.61
-        assert_eq!(token(clip(0.2, 0.3, None), up, 1.0), (-1.3, 0.0), "the upper clip range is its own");
-        assert_eq!(token(clip(0.3, 0.2, None), down, -1.0), (0.7, 0.0), "and so is the lower");
-        assert!(token(clip(0.2, 0.7, None), up, 1.0).1 < 0.0, "within the range there is a gradient");
-        let (loss, grad) = token(clip(0.2, 0.2, Some(1.5)), up, -2.0);
-        assert_eq!((loss, grad), (3.0, 0.0), "the loss of a negative advantage is bounded at r = 1.5");
-        for at in [up, down, 0.125] {
-            let (with, without) = (clip(0.2, 0.2, Some(1.5)), clip(0.2, 0.2, None));
-            assert_eq!(token(with, at, 2.0), token(without, at, 2.0), "a positive advantage is not affected at {at}");
-        }
-        let clamped = Objective { log_ratio_clamp: 0.25, surrogate: Surrogate::KlPenalty { coef: 0.0 }, kl: None };
-        for bad in [f32::NAN, f32::NEG_INFINITY] {
-            let tokens =
-                PolicyTokens { logprobs: &[bad], old_logprobs: &[-1.0], advantages: &[1.0], ref_logprobs: &[-1.0] };
-            assert!(policy_loss(tokens, &clamped, 1.0).is_err(), "a clamp must not hide {bad}");
-        }
-        let (loss, grad) = token(clamped, up, 1.0);
-        assert!((loss + 0.25f64.exp()).abs() < 1e-7 && grad == 0.0, "{loss} {grad}");
-    }
-
-    #[test]
-    fn every_surrogates_derivative_is_the_central_difference_of_its_loss() {
-        let surrogates = [
-            Surrogate::Clip { low: 0.3, high: 0.4, dual: Some(3.0) },
-            Surrogate::KlPenalty { coef: 0.75 },
-            Surrogate::Gradient,
-        ];
-        for surrogate in surrogates {
-            for kl in [None, Some((Estimator::K2, 0.5)), Some((Estimator::K3, 0.5))] {
-                let objective = Objective { surrogate, log_ratio_clamp: f64::INFINITY, kl };
-                for (at, advantage) in [(0.125f32, 1.5f32), (-0.25, -1.5), (0.25, -0.5)] {
-                    let step = 1.0 / 1024.0;
-                    let rise = token(objective, at + step, advantage).0 - token(objective, at - step, advantage).0;
-                    let (want, got) = (rise / f64::from(2.0 * step), token(objective, at, advantage).1);
-                    // Third derivatives of magnitude 1 times step²/6.
-                    assert!((f64::from(got) - want).abs() < 2e-6, "{objective:?} {at} {advantage}: {got} {want}");
-                }
-            }
-        }
-        let penalty = Objective { surrogate: Surrogate::KlPenalty { coef: 2.0 }, ..Objective::clip(0.2) };
-        let (loss, _) = token(penalty, 0.5, 0.0);
-        assert!((loss - 2.0 * (0.5f64.exp() - 1.5)).abs() < 1e-7, "an estimate of KL(old || current)");
-    }
-
-    #[test]
-    fn tokens_whose_k3_is_clamped_are_counted_and_only_with_the_kl_in_the_loss() {
-        let far = PolicyTokens {
-            logprobs: &[-1.0, -30.0, -1.0],
-            old_logprobs: &[-1.0, -30.0, -1.0],
-            advantages: &[0.0; 3],
-            ref_logprobs: &[-1.5, -1.0, -25.0],
-        };
-        let with = |kl| policy_loss(far, &Objective { kl, ..Objective::clip(0.2) }, 3.0).unwrap();
-        let k3 = with(Some((Estimator::K3, 0.5)));
-        assert_eq!(k3.stats.kl_clamped(), 2);
-        assert_eq!((k3.grad[1], k3.grad[2]), (0.0, 0.0), "29 and 24 nats apart");
-        let mut twice = k3.stats;
-        twice.merge(&k3.stats);
-        assert_eq!(twice.kl_clamped(), 4);
-        assert_eq!([with(None), with(Some((Estimator::K2, 0.5)))].map(|l| l.stats.kl_clamped()), [0, 0]);
-    }
-
-    #[test]
-    fn value_loss_and_gradient_match_autograd_golden() {
-        let golden = ppo();
-        let lists = Lists::of(&golden, VALUE);
-        for case in golden["value"].as_array().unwrap() {
-            let (clip, normaliser) = (case["clip"].as_f64().unwrap(), case["normaliser"].as_f64().unwrap());
-            let out = value_loss(lists.value(0..18), clip, normaliser).unwrap();
-            assert_number(out.loss, &case["loss"], "loss");
-            assert_close(&out.grad, &case["grad"], 1.0, "grad");
-            assert_number(out.stats.clipfrac(), &case["clipfrac"], "clipfrac");
-            assert_number(out.stats.mean_value(), &case["mean_value"], "mean_value");
-            assert_number(out.stats.mean_return(), &case["mean_return"], "mean_return");
-            assert_number(out.stats.explained_variance().unwrap(), &case["explained_variance"], "explained_variance");
-        }
-        let clipped = value_loss(lists.value(0..18), 0.2, 18.0).unwrap();
-        assert!(clipped.stats.clipfrac() > 0.0 && clipped.stats.clipfrac() < 1.0);
-        let open = value_loss(lists.value(0..18), f64::INFINITY, 18.0).unwrap();
-        assert_eq!(open.stats.clipfrac(), 0.0);
-    }
-
-    #[test]
-    fn micro_batches_add_up_to_the_minibatch() {
-        let golden = ppo();
-        let (policy, value) = (Lists::of(&golden, POLICY), Lists::of(&golden, VALUE));
-        let whole = policy_loss(policy.policy(0..18), &Objective::clip(0.2), 18.0).unwrap();
-        let mut parts = policy_loss(policy.policy(0..6), &Objective::clip(0.2), 18.0).unwrap();
-        let rest = policy_loss(policy.policy(6..18), &Objective::clip(0.2), 18.0).unwrap();
-        assert_eq!([&parts.grad[..], &rest.grad[..]].concat(), whole.grad);
-        assert!((parts.loss + rest.loss - whole.loss).abs() < 1e-15);
-        parts.stats.merge(&rest.stats);
-        assert!((parts.stats.ratio_variance() - whole.stats.ratio_variance()).abs() < 1e-12);
-        assert_eq!(parts.stats.clipfrac(), whole.stats.clipfrac());
-        assert_eq!(parts.stats.tokens(), 18);
-
-        let whole = value_loss(value.value(0..18), 0.2, 18.0).unwrap();
-        let mut parts = value_loss(value.value(0..1), 0.2, 18.0).unwrap();
-        let rest = value_loss(value.value(1..18), 0.2, 18.0).unwrap();
-        assert_eq!([&parts.grad[..], &rest.grad[..]].concat(), whole.grad);
-        assert_eq!(parts.stats.explained_variance(), None, "one token");
-        parts.stats.merge(&rest.stats);
-        let (a, b) = (parts.stats.explained_variance().unwrap(), whole.stats.explained_variance().unwrap());
-        assert!((a - b).abs() < 1e-12);
-    }
-
-    #[test]
-    fn before_the_first_step_the_gradient_is_the_advantage_and_nothing_is_clipped() {
-        let golden = ppo();
-        let lists = Lists::of(&golden, ["old", "old", "advantages"]);
-        let out = policy_loss(lists.policy(0..18), &Objective::clip(0.2), 1.0).unwrap();
-        for (gradient, advantage) in out.grad.iter().zip(&lists.0[2]) {
-            assert_eq!(*gradient, -advantage);
-        }
-        let stats = (out.stats.clipfrac(), out.stats.mean_ratio(), out.stats.ratio_variance(), out.stats.approx_kl());
-        assert_eq!(stats, (0.0, 1.0, 0.0, 0.0));
-    }
-
-    #[test]
-    fn unequal_lists_empty_normalisers_and_infinite_losses_are_errors() {
-        let one = PolicyTokens { logprobs: &[0.0], old_logprobs: &[0.0], advantages: &[1.0], ref_logprobs: &[0.0] };
-        assert!(policy_loss(PolicyTokens { advantages: &[], ..one }, &Objective::clip(0.2), 1.0).is_err());
-        assert!(policy_loss(one, &Objective::clip(0.2), 0.0).is_err());
-        assert!(policy_loss(PolicyTokens { advantages: &[f32::NAN], ..one }, &Objective::clip(0.2), 1.0).is_err());
-        assert!(policy_loss(PolicyTokens { logprobs: &[1e4], ..one }, &Objective::clip(0.2), 1.0).is_err());
-        let one = ValueTokens { values: &[f32::INFINITY], old_values: &[0.0], returns: &[1.0] };
-        assert!(value_loss(one, 0.2, 1.0).is_err());
-    }
-}
+mod tests;

@@ -22,6 +22,7 @@ pub mod state;
 pub mod token_detail;
 pub mod train;
 pub mod update;
+pub mod value_loss;
 pub mod warnings;
 
 #[cfg(test)]

@@ -6,10 +6,11 @@ use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 
 use super::experience::{Experience, estimator};
-use super::loss::{Objective, PolicyStats, PolicyTokens, Surrogate, ValueStats, ValueTokens, policy_loss, value_loss};
+use super::loss::{Average, Objective, PolicyStats, PolicyTokens, RatioLevel, Surrogate, policy_loss};
 use super::ptx;
 use super::run::PpoRun;
-use crate::config::{KlIn, PolicyLoss, Ptx};
+use super::value_loss::{ValueStats, ValueTokens, value_loss};
+use crate::config::{ImportanceSamplingLevel, KlIn, LossType, PolicyLoss, Ptx};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::data::examples::objectives::SftExample;
@@ -89,9 +90,19 @@ pub struct Step<'s> {
 }
 
 impl Step<'_> {
-    /// Response tokens of the minibatch: the normaliser of both losses.
+    /// Response tokens of the minibatch: the normaliser of the value loss.
     fn tokens(&self) -> f64 {
         self.experience.tokens_of(self.rows) as f64
+    }
+
+    /// What the policy loss is divided by.
+    fn normaliser(&self) -> f64 {
+        let responses = self.rows.len() as f64;
+        match self.run.config.loss_type {
+            LossType::Dapo => self.tokens(),
+            LossType::Grpo => responses,
+            LossType::DrGrpo => responses * self.run.config.response_length as f64,
+        }
     }
 }
 
@@ -175,7 +186,7 @@ impl Update {
     /// Gradient of the policy loss over the minibatch; `None` if the process was asked to stop.
     fn actor(&mut self, actor: &Learner, step: &Step<'_>) -> Result<Option<Gradients>> {
         let (run, rollout) = (step.run, &step.experience.rollout);
-        let (base, config, tokens) = (run.base, run.config, step.tokens());
+        let (base, config, tokens, normaliser) = (run.base, run.config, step.tokens(), step.normaliser());
         let objective = objective(step);
         // The exact KL is computed if it is part of the loss, and in the first epoch for the metrics.
         let exact_weight =
@@ -188,6 +199,7 @@ impl Update {
                 return Ok(None);
             }
             let (batch, targets) = rollout.batch(rows)?;
+            let lengths: Vec<usize> = rows.iter().map(|&i| rollout.responses[i].tokens.len()).collect();
             let old_logprobs = concat(rows, |i| &rollout.responses[i].logprobs);
             let advantages = concat(rows, |i| &step.experience.advantages[i]);
             let ref_logprobs = concat(rows, |i| &rollout.ref_logprobs[i]);
@@ -203,12 +215,13 @@ impl Update {
             let policy = Policy::new(base, Some(actor.weights().view()));
             let loss = |token_stats: &TokenStats, exact: &[f32]| {
                 let inputs = PolicyTokens {
+                    lengths: &lengths,
                     logprobs: &token_stats.logprobs,
                     old_logprobs: &old_logprobs,
                     advantages: &advantages,
                     ref_logprobs: &ref_logprobs,
                 };
-                let loss = policy_loss(inputs, &objective, tokens)?;
+                let loss = policy_loss(inputs, &objective, normaliser)?;
                 let entropy = sum(&token_stats.entropy) / tokens;
                 let exact_loss = exact_weight.map_or(0.0, |weight| weight * sum(exact) / tokens);
                 self.policy_loss += loss.loss + exact_loss - config.entropy_coef * entropy;
@@ -299,11 +312,30 @@ fn objective(step: &Step<'_>) -> Objective {
             Surrogate::Clip { low: c.cliprange, high: c.cliprange_high.unwrap_or(c.cliprange), dual: c.dual_clip }
         }
         PolicyLoss::KlPenalty => Surrogate::KlPenalty { coef: step.kl_penalty },
+        PolicyLoss::Cispo => Surrogate::Cispo { cap: c.cliprange_high.unwrap_or(CISPO_CAP) },
+        PolicyLoss::Sapo => Surrogate::Sapo {
+            positive: c.sapo_temperature_pos.unwrap_or(1.0),
+            negative: c.sapo_temperature_neg.unwrap_or(1.05),
+        },
         PolicyLoss::Gradient => Surrogate::Gradient,
     };
     let kl = estimator(c.kl_estimator).filter(|_| c.kl_in == KlIn::Loss).map(|e| (e, step.kl_coef));
-    Objective { surrogate, log_ratio_clamp: c.log_ratio_clamp.unwrap_or(f64::INFINITY), kl }
+    let level = match c.importance_sampling_level {
+        ImportanceSamplingLevel::Token => RatioLevel::Token,
+        ImportanceSamplingLevel::Sequence => RatioLevel::Sequence,
+    };
+    Objective {
+        log_ratio_clamp: c.log_ratio_clamp.unwrap_or(f64::INFINITY),
+        kl,
+        kl_times_ratio: c.use_bias_correction_kl,
+        level,
+        average: if c.loss_type == LossType::Grpo { Average::Responses } else { Average::Tokens },
+        ..Objective::of(surrogate)
+    }
 }
+
+/// CISPO's cap on the ratio: arXiv:2506.13585 as TRL's documentation gives it.
+const CISPO_CAP: f64 = 5.0;
 
 fn sum(values: &[f32]) -> f64 {
     values.iter().map(|&v| f64::from(v)).sum()

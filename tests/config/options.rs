@@ -176,6 +176,16 @@ const PPO: &[Row] = &[
     ("ratio_threshold", "", "1.0000001"),
     ("log_ratio_clamp", "", "0.001"),
     ("kl_penalty_coef", "policy_loss = 'kl_penalty'", "9.0"),
+    ("loss_type", "", "'grpo'"),
+    ("loss_type", "", "'dr_grpo'"),
+    ("importance_sampling_level", "num_ppo_epochs = 2", "'sequence'"),
+    ("policy_loss", "", "'cispo'"),
+    ("policy_loss", "", "'sapo'"),
+    ("sapo_temperature_pos", "policy_loss = 'sapo'", "9.0"),
+    ("sapo_temperature_neg", "policy_loss = 'sapo'", "9.0"),
+    ("use_bias_correction_kl", "kl_estimator = 'k3'\nkl_in = 'loss'\nnum_ppo_epochs = 2", "true"),
+    ("scale_rewards", "advantage_estimator = 'grpo'\nnum_generations = 2", "'none'"),
+    ("scale_rewards", "advantage_estimator = 'grpo'\nnum_generations = 2", "'batch'"),
 ];
 
 const PTX: &[Row] = &[

@@ -56,6 +56,8 @@ fn every_algorithm_raises_the_gold_score() {
         (ReinforcePlusPlus, PolicyLoss::Clip),
         (Rloo, PolicyLoss::Clip),
         (Grpo, PolicyLoss::Clip),
+        (Grpo, PolicyLoss::Sapo),
+        (ReinforcePlusPlusBaseline, PolicyLoss::Clip),
     ] {
         let num_generations = if estimator.has_groups() { 4 } else { 1 };
         let config = Ppo { advantage_estimator: estimator, policy_loss, num_generations, ..config.clone() };
