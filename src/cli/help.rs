@@ -169,7 +169,8 @@ mod tests {
         let mut grouped: Vec<&str> = GROUPS.iter().flat_map(|(_, names)| *names).copied().collect();
         let plain = Cli::command();
         let mut all: Vec<&str> = plain.get_subcommands().map(Command::get_name).collect();
-        (grouped.sort_unstable(), all.sort_unstable());
+        grouped.sort_unstable();
+        all.sort_unstable();
         assert_eq!(grouped, all);
         assert!(help.lines().all(|line| line.chars().count() <= WIDTH + 20), "{help}");
         assert!(help.contains("--version") && !help.contains('\u{1b}'), "{help}");

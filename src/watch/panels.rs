@@ -16,19 +16,24 @@ const DIM: Style = Style::new().add_modifier(Modifier::DIM);
 /// Columns of the table of phases.
 pub(super) const PHASES: u16 = 56;
 
-/// The pace in one line, for windows without room for a table.
-pub(super) fn pace_line(facts: &Facts) -> Line<'_> {
-    let mut parts = vec![];
+/// The pace in one line of at most `width` columns, for windows without room for a table.
+pub(super) fn pace_line(facts: &Facts, width: u16) -> String {
+    let mut line = String::new();
     for pace in &facts.pace {
         let rate = pace.tokens_per_second.map(|rate| format!("{} tok/s", short(rate)));
         let time = pace.seconds.filter(|_| pace.phase == "all").map(|seconds| format!("{} s per line", short(seconds)));
         let found: Vec<String> = rate.into_iter().chain(time).collect();
         let name = if pace.phase == "all" { "" } else { &pace.phase };
         if !found.is_empty() {
-            parts.push(format!("{name} {}", found.join(", ")).trim().to_owned());
+            let part = format!("{name} {}", found.join(", "));
+            let longer = if line.is_empty() { part.trim().into() } else { format!("{line} · {}", part.trim()) };
+            if longer.chars().count() > usize::from(width) && !line.is_empty() {
+                break;
+            }
+            line = longer;
         }
     }
-    Line::from(parts.join(" · "))
+    line
 }
 
 /// Pace and memory by phase as a table.

@@ -80,7 +80,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, facts: &Facts, choice: &Choice, now: f
     lines(frame, notes_rows, notes);
     if is_low {
         let [pace, sample] = Layout::vertical([Constraint::Length(1), Constraint::Fill(1)]).areas(below);
-        frame.render_widget(panels::pace_line(facts), pace);
+        frame.render_widget(Line::from(panels::pace_line(facts, pace.width)), pace);
         panels::sample(frame, sample, facts, choice.sample);
     } else if area.width >= NARROW {
         let [left, _, right] =

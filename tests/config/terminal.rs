@@ -29,11 +29,10 @@ impl Terminal {
         let (mut master, mut slave) = (0, 0);
         let null = std::ptr::null_mut();
         let size = libc::winsize { ws_row: 30, ws_col: 110, ws_xpixel: 0, ws_ypixel: 0 };
+        let size = (&raw const size).cast_mut();
         // SAFETY: both descriptors are written by the call, and the size is read; name and settings are left to the system.
-        assert_eq!(
-            unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), (&raw const size).cast_mut()) },
-            0
-        );
+        let opened = unsafe { libc::openpty(&mut master, &mut slave, null, null.cast(), size) };
+        assert_eq!(opened, 0);
         // SAFETY: the descriptors are open and belong to nobody else.
         let (master, slave) = unsafe { (File::from_raw_fd(master), OwnedFd::from_raw_fd(slave)) };
         let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));

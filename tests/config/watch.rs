@@ -27,7 +27,10 @@ fn files(place: &Place, folder: &str) -> BTreeMap<PathBuf, (u64, SystemTime)> {
 #[test]
 fn a_finished_run_of_every_stage_is_told_as_text_and_as_an_object_with_the_values_of_metrics() {
     let place = Place::new();
-    let answer = |i: usize| json!({"prompt": "Is it?", "completion": if i % 2 == 0 { " Yes." } else { " No." }, "label": i % 2 == 0});
+    let answer = |i: usize| {
+        let (completion, label) = [(" Yes.", true), (" No.", false)][i % 2];
+        json!({"prompt": "Is it?", "completion": completion, "label": label})
+    };
     let answers = (0..6).map(answer);
     place.write("answers.jsonl", answers.map(|line| format!("{line}\n")).collect::<String>());
     let stages = [
