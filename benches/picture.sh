@@ -11,7 +11,7 @@ trap 'rm -rf "$scratch"' EXIT
 run=${1:-$scratch/run}
 [ -d "$run" ] || target/release/fourfold quickstart --out "$run" >&2
 # The curves of PPO alone: warnings, SFT's and the reward model's stand above them.
-sed 's#</head>#<style>section:nth-of-type(-n+3) { display: none }</style></head>#' "$run/report.html" >"$scratch/page.html"
+sed 's|</head>|<style>#warnings, section:not([id]):has(~ section:not([id])) { display: none }</style></head>|' "$run/report.html" >"$scratch/page.html"
 page=$scratch/page.html
 "$chromium" --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1100,842 --force-device-scale-factor=1 \
     --user-data-dir="$scratch/profile" --screenshot="$PWD/benches/report.png" "file://$page" >/dev/null 2>&1

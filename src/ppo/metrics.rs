@@ -56,10 +56,12 @@ pub fn iteration(
             .map(|group| group.iter().fold(f32::MIN, |a, &b| a.max(b)));
         put("objective/best_of_n", best.map(f64::from).sum::<f64>() * run.config.num_generations as f64 / n);
     }
-    put("policy/approxkl_avg", update.policy.approx_kl());
-    put("policy/clipfrac_avg", update.policy.clipfrac());
-    put("policy/entropy_avg", update.entropy / minibatches);
-    put("loss/policy_avg", update.policy_loss / minibatches);
+    // While only the critic trains there is nothing to measure of the actor: NaN, which is null in metrics.jsonl.
+    let of_actor = |x: f64| if update.minibatches > 0 { x } else { f64::NAN };
+    put("policy/approxkl_avg", of_actor(update.policy.approx_kl()));
+    put("policy/clipfrac_avg", of_actor(update.policy.clipfrac()));
+    put("policy/entropy_avg", of_actor(update.entropy / minibatches));
+    put("loss/policy_avg", of_actor(update.policy_loss / minibatches));
     if run.ptx_mixture().is_some() {
         put("loss/ptx_avg", update.ptx_loss / minibatches);
     }
@@ -70,10 +72,10 @@ pub fn iteration(
         put("val/explained_variance", update.value.explained_variance().unwrap_or(f64::NAN));
         put("grad_norm/critic", update.critic_norm / minibatches);
     }
-    put("val/ratio", update.policy.mean_ratio());
-    put("val/ratio_var", update.policy.ratio_variance());
+    put("val/ratio", of_actor(update.policy.mean_ratio()));
+    put("val/ratio_var", of_actor(update.policy.ratio_variance()));
     put("val/first_ratio", update.first_ratio.unwrap_or(f64::NAN));
-    put("grad_norm/actor", update.actor_norm / minibatches);
+    put("grad_norm/actor", of_actor(update.actor_norm / minibatches));
     put("response_length", mean(rollout.response_tokens() as f64));
     if run.config.adap_kl_ctrl {
         put("objective/kl_coef", kl_coef);

@@ -17,8 +17,8 @@ pub struct WatchedMetrics {
     pub kl: f64,
     /// Mean number of tokens per response.
     pub length: f64,
-    /// Entropy of the policy, nats per token.
-    pub entropy: f64,
+    /// Entropy of the policy, nats per token; none while only the critic trains.
+    pub entropy: Option<f64>,
     /// Mean score of the reward source that the policy is trained on.
     pub score: f64,
     /// Mean gold score of the held-out responses, in iterations with an evaluation.
@@ -45,7 +45,7 @@ impl WatchedMetrics {
         Self {
             kl: known("objective/kl"),
             length: known("response_length"),
-            entropy: known("policy/entropy_avg"),
+            entropy: get("policy/entropy_avg"),
             score: known("objective/scores"),
             gold: get("eval/gold"),
             disagreement: metrics.iter().find(|(key, _)| key.ends_with("/disagreement")).and_then(|(_, v)| v.as_f64()),
@@ -157,7 +157,8 @@ impl Monitor {
     /// Adds an iteration. Returns the warnings that apply now, and those of them that never applied before: a warning
     /// that comes and goes is new once.
     pub fn add(&mut self, metrics: WatchedMetrics) -> (Vec<Warning>, Vec<Warning>) {
-        self.first.get_or_insert(metrics);
+        let first = self.first.get_or_insert(metrics);
+        first.entropy = first.entropy.or(metrics.entropy);
         if self.recent.len() == WINDOW {
             self.recent.remove(0);
         }
@@ -182,7 +183,7 @@ pub fn warnings(first: &WatchedMetrics, recent: &[WatchedMetrics]) -> Vec<Warnin
     let lowest = recent.iter().map(|v| v.kl).fold(f64::INFINITY, f64::min);
     check(recent.len() > 1 && now.kl > 5.0 && now.kl > 3.0 * lowest.max(1.0), Warning::KlBlowUp);
     check(now.length > 2.0 * first.length && now.length > 16.0, Warning::LengthBlowUp);
-    check(now.entropy < 0.1 * first.entropy, Warning::EntropyCollapse);
+    check(now.entropy.zip(first.entropy).is_some_and(|(now, first)| now < 0.1 * first), Warning::EntropyCollapse);
     let score = trend(&known(recent, |v| Some(v.score)));
     let gold = trend(&known(recent, |v| v.gold));
     let disagreement = known(recent, |v| v.disagreement);
@@ -218,7 +219,7 @@ mod tests {
         WatchedMetrics {
             kl: 2.0,
             length: 20.0,
-            entropy: 1.5,
+            entropy: Some(1.5),
             score: 0.5,
             explained_variance: Some(0.4),
             ..WatchedMetrics::default()
@@ -237,7 +238,13 @@ mod tests {
         let learning = |i: usize| {
             let t = i as f64;
             let gold = i.is_multiple_of(2).then_some(3.0 + 0.1 * t);
-            WatchedMetrics { kl: 2.0 + 0.2 * t, score: 0.5 + 0.05 * t, entropy: 1.5 - 0.01 * t, gold, ..healthy() }
+            WatchedMetrics {
+                kl: 2.0 + 0.2 * t,
+                score: 0.5 + 0.05 * t,
+                entropy: Some(1.5 - 0.01 * t),
+                gold,
+                ..healthy()
+            }
         };
         let mut monitor = Monitor::default();
         for i in 0..40 {
@@ -250,7 +257,7 @@ mod tests {
         let is = |metrics: WatchedMetrics, warning| assert_eq!(after([metrics]), [warning]);
         is(WatchedMetrics { kl: 12.0, ..healthy() }, Warning::KlBlowUp);
         is(WatchedMetrics { length: 41.0, ..healthy() }, Warning::LengthBlowUp);
-        is(WatchedMetrics { entropy: 0.1, ..healthy() }, Warning::EntropyCollapse);
+        is(WatchedMetrics { entropy: Some(0.1), ..healthy() }, Warning::EntropyCollapse);
         is(WatchedMetrics { flat_advantages: true, ..healthy() }, Warning::FlatAdvantages);
         is(WatchedMetrics { truncated: 0.6, ..healthy() }, Warning::Truncated);
         is(WatchedMetrics { clipped: 0.3, ..healthy() }, Warning::SaturatedScores);
@@ -280,6 +287,19 @@ mod tests {
         assert_eq!(after(course(0.1, 0.05)), [Warning::RewardHacking]);
         let falling = course(-0.1, 0.0).map(|v| WatchedMetrics { score: -v.score, ..v });
         assert_eq!(after(falling), [], "both fall: no hacking, only a bad run");
+    }
+
+    #[test]
+    fn the_entropy_is_compared_with_the_first_that_was_measured() {
+        let with = |entropy| WatchedMetrics { entropy, ..healthy() };
+        let mut monitor = Monitor::default();
+        let active = [None, None, Some(1.5), Some(0.1)].map(|entropy| monitor.add(with(entropy)).0);
+        assert_eq!(active, [vec![], vec![], vec![], vec![Warning::EntropyCollapse]]);
+        // It is part of the state that a checkpoint holds.
+        let mut warm = Monitor::default();
+        warm.add(with(None));
+        let resumed: Monitor = serde_json::from_value(serde_json::to_value(&warm).unwrap()).unwrap();
+        assert_eq!(resumed, warm);
     }
 
     #[test]

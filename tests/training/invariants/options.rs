@@ -140,6 +140,7 @@ fn in_the_warm_up_only_the_critic_learns() {
     assert_eq!(bits(&trained.actor), bits(&world().sft));
     assert_ne!(bits(&trained.critic.unwrap()), bits(&world().rm));
     assert!(column(&lines, "grad_norm/critic").iter().all(|&norm| norm > 0.0));
+    assert!(lines.iter().all(|line| line["policy/entropy_avg"].is_null() && line["grad_norm/actor"].is_null()));
     assert_ne!(bits(&run(&Ppo { critic_warmup: 1, ..base() }).0.actor), bits(&world().sft));
 }
 
