@@ -218,9 +218,9 @@ impl Response {
         let mean = own.iter().sum::<f64>() / length.max(1) as f64;
         // What all tokens of the response do to their common ratio.
         let mut shared = 0.0;
-        for t in 0..length {
+        for (t, &own) in own.iter().enumerate() {
             let (logprob, advantage) = (self.logprobs[t], self.advantages[t]);
-            let unclamped = if objective.level == RatioLevel::Sequence { mean } else { own[t] };
+            let unclamped = if objective.level == RatioLevel::Sequence { mean } else { own };
             // Not f64::clamp, which panics if a configured limit is NaN.
             let log_ratio = unclamped.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
             let ratio = log_ratio.exp();
