@@ -26,7 +26,8 @@ pub enum AdvantageEstimator {
     /// A response's reward, standardised among the responses to its prompt; no critic. arXiv:2402.03300. In a config file
     /// it comes with the paper's KL for the keys that the file leaves open: `kl_in = "loss"`, `kl_estimator = "k3"`,
     /// `kl_coef = 0.04`. TRL's GRPOTrainer has the same term with weight 0 (`beta`); it does not clip scores (here
-    /// `score_clip`), and both take the mean of the loss over all tokens, where the paper takes each response's mean first.
+    /// `score_clip`), and both take the mean of the loss over all tokens, where the paper takes each response's mean first
+    /// (`loss_type = "grpo"`).
     Grpo,
     /// The discounted return, standardised over the rollout; no critic. arXiv:2501.03262.
     ReinforcePlusPlus,
@@ -223,8 +224,8 @@ optimised_section! {
         pub total_episodes: usize = 256,
         /// Responses of one rollout. Default 8.
         pub batch_size: usize = 8,
-        /// Responses per prompt: a rollout has `batch_size / num_generations` prompts. `rloo` and `grpo` need two or
-        /// more. Default 1 (TRL's GRPO: 8, its `rloo_k`: 2).
+        /// Responses per prompt: a rollout has `batch_size / num_generations` prompts. `rloo`, `grpo` and
+        /// `reinforce_plus_plus_baseline` need two or more. Default 1 (TRL's GRPO: 8, its `rloo_k`: 2).
         pub num_generations: usize = 1,
         /// Optimizer steps a pass over a rollout is cut into. Default 1 (TRL and DeepSpeed-Chat).
         pub num_mini_batches: usize = 1,
@@ -283,7 +284,8 @@ optimised_section! {
         pub use_bias_correction_kl: bool = false,
         /// The probability ratio is clipped to `1 ± cliprange`. Default 0.2 (arXiv:1707.06347).
         pub cliprange: f64 = 0.2,
-        /// Its upper side, `1 + cliprange_high`; absent = `cliprange`. (TRL: `epsilon_high`; DAPO, arXiv:2503.14476:
+        /// Its upper side, `1 + cliprange_high`; absent = `cliprange`. With `policy_loss = "cispo"` the cap on the ratio itself;
+        /// absent = 5. (TRL: `epsilon_high`; DAPO, arXiv:2503.14476:
         /// 0.28.)
         #[serde(skip_serializing_if = "Option::is_none")]
         pub cliprange_high: Option<f64> = None,
@@ -321,7 +323,7 @@ optimised_section! {
         /// One optimizer for actor and critic: the gradient's norm is clipped over both, and `critic_learning_rate` is
         /// not used. Default false (TRL: true).
         pub shared_optimizer: bool = false,
-        /// Discount of a later token's reward; without effect for `rloo` and `grpo`. Default 1.0 (TRL and DeepSpeed-Chat).
+        /// Discount of a later token's reward; without effect for estimators that compare a prompt's responses. Default 1.0 (TRL and DeepSpeed-Chat).
         pub gamma: f64 = 1.0,
         /// GAE's lambda, arXiv:1506.02438. Default 0.95 (TRL and DeepSpeed-Chat).
         pub lam: f64 = 0.95,

@@ -7,7 +7,9 @@
 use anyhow::Result;
 use toml::{Table, Value};
 
-use super::{AdvantageEstimator, Compat, CriticStart, KlEstimator, KlIn, PolicyLoss, Ppo, ScaleRewards};
+use super::{
+    AdvantageEstimator, Compat, CriticStart, ImportanceSamplingLevel, KlEstimator, KlIn, PolicyLoss, Ppo, ScaleRewards,
+};
 use crate::invalid;
 
 /// Fills in `kl_in = "loss"`, `kl_estimator = "k3"` and `kl_coef = 0.04` where `advantage_estimator = "grpo"` and the keys
@@ -87,6 +89,10 @@ impl Ppo {
             add("sapo_temperature_pos", self.sapo_temperature_pos.is_some(), reason);
             add("sapo_temperature_neg", self.sapo_temperature_neg.is_some(), reason);
         }
+        let is_sequence = self.importance_sampling_level != ImportanceSamplingLevel::Token;
+        let reads_ratio = self.policy_loss != PolicyLoss::Gradient || self.use_bias_correction_kl;
+        let reason = "with policy_loss = \"gradient\", which reads no ratio";
+        add("importance_sampling_level", is_sequence && !reads_ratio, reason);
         if estimator != AdvantageEstimator::Grpo {
             let reason = format!("{with_estimator}; it is GRPO's");
             add("scale_rewards", self.scale_rewards != ScaleRewards::Group, &reason);
@@ -179,6 +185,7 @@ mod tests {
             ("policy_loss = 'gradient'", "cliprange_high = 0.1", "policy_loss = 'cispo'"),
             ("", "sapo_temperature_pos = 2.0", "policy_loss = 'sapo'"),
             ("", "sapo_temperature_neg = 2.0", "policy_loss = 'sapo'"),
+            ("policy_loss = 'gradient'", "importance_sampling_level = 'sequence'", ""),
             ("", "scale_rewards = 'none'", "advantage_estimator = 'grpo'"),
             ("", "use_bias_correction_kl = true", "kl_in = 'loss'\nkl_estimator = 'k3'"),
             ("", "kl_penalty_coef = 2.0", "policy_loss = 'kl_penalty'"),

@@ -79,7 +79,7 @@ pub fn train(
     ));
     if good == 0 || good == examples.len() {
         let (there, missing) = if good == 0 { ("undesirable", "desirable") } else { ("desirable", "undesirable") };
-        session.report.note(&format!(
+        session.report.warn(&format!(
             "kto: warning: every response is labelled {there}, so nothing shows the model what tells good from bad; add \
              {missing} ones, or look at the label column of the data"
         ));

@@ -63,7 +63,7 @@ pub fn iteration(
     put("policy/entropy_avg", of_actor(update.entropy / minibatches));
     put("loss/policy_avg", of_actor(update.policy_loss / minibatches));
     if run.ptx_mixture().is_some() {
-        put("loss/ptx_avg", update.ptx_loss / minibatches);
+        put("loss/ptx_avg", of_actor(update.ptx_loss / minibatches));
     }
     if update.critic_minibatches > 0 {
         let minibatches = update.critic_minibatches as f64;

@@ -50,6 +50,47 @@ fn a_path_that_is_nearly_right_is_pointed_home() {
 }
 
 #[test]
+fn a_reward_models_adapter_is_no_policys() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    let rm = "out/reward/adapter";
+    let says = ["out/reward/adapter: this adapter has a score head", "fourfold score"];
+    refused(&p, &format!("generate --base base --prompt x --adapter {rm}"), &says);
+    refused(&p, &format!("sft run.toml --out o --set sft.adapter={rm}"), &says);
+    refused(&p, &format!("dpo run.toml --out o --set data.path=pairs.jsonl --set dpo.adapter={rm}"), &says);
+    let ppo = format!("ppo run.toml --out o --set data.path=prompts.jsonl --set ppo.reward_adapter={rm}");
+    refused(&p, &format!("{ppo} --set ppo.adapter={rm}"), &says);
+}
+
+#[test]
+fn every_choice_of_a_plan_takes_less_than_the_plan() {
+    let p = Place::new();
+    for room in ["", " --memory 64MiB", " --memory 1MiB"] {
+        let plan = object(&p, &format!("plan run.toml --phase sft --json{room}"));
+        let choices = plan["choices"].as_array().unwrap();
+        assert!(!choices.is_empty(), "{plan}");
+        for choice in choices {
+            assert!(choice["total"].as_u64().unwrap() < plan["peak"]["total"].as_u64().unwrap(), "{room}: {choice}");
+        }
+    }
+}
+
+#[test]
+fn responses_with_one_label_are_warned_of_also_where_quiet_was_asked_for() {
+    let p = Place::new();
+    let line =
+        |i: usize, label: bool| format!("{}\n", json!({"prompt": format!("q{i}"), "completion": " a", "label": label}));
+    p.write("good.jsonl", (0..6).map(|i| line(i, true)).collect::<String>());
+    p.write("both.jsonl", (0..6).map(|i| line(i, i % 2 == 0)).collect::<String>());
+    let warned = |data: &str| {
+        let ran = p.run(&format!("--quiet kto run.toml --set data.path={data} --out out/{data}"));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        ran.stderr.contains("kto: warning: every response is labelled desirable")
+    };
+    assert_eq!([warned("good.jsonl"), warned("both.jsonl")], [true, false]);
+}
+
+#[test]
 fn an_option_of_another_program_is_pointed_home() {
     let p = Place::new();
     refused(&p, "sft --config run.toml", &["tip: the config file needs no option: fourfold sft run.toml"]);

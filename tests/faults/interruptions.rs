@@ -35,6 +35,19 @@ fn a_signal_ends_the_run_with_130_and_a_command_that_goes_on_to_the_same_bytes()
 }
 
 #[test]
+fn a_signal_ends_a_quickstart_which_is_then_not_finished() {
+    let place = place();
+    let child = start(&place, "quickstart --out quick");
+    wait_for_lines(&place.path("quick/metrics.jsonl"), 1);
+    signal(&child, libc::SIGTERM);
+    let ran = finish(child);
+    assert!(ran.code == 130 && ran.stderr.contains("stopped after"), "{}: {}", ran.code, ran.stderr);
+    let about = place.run("inspect quick --json");
+    assert!(about.code == 0 && about.stdout.contains("not finished"), "{}", about.stdout);
+    assert!(!place.path("quick/summary.json").exists());
+}
+
+#[test]
 fn a_second_signal_ends_the_run_at_once() {
     let place = place();
     // One micro-batch of many long sequences: seconds of work before the first signal could be heeded.

@@ -341,7 +341,9 @@ impl<'e> Renderer<'e> {
         if !said.is_empty() && !learnt.contains(said) {
             let with = |content: &str| {
                 let mut other = turns.to_vec();
-                other.iter_mut().rev().take(1).for_each(|turn| turn.content = content.to_owned());
+                if let Some(last) = other.last_mut() {
+                    last.content = content.to_owned();
+                }
                 self.whole(&other)
             };
             if with("x")? == with("y")? {
@@ -352,7 +354,8 @@ impl<'e> Renderer<'e> {
                 );
             }
         }
-        let question = turns.iter().rfind(|turn| turn.role == "user").map_or("", |turn| turn.content.trim());
+        let asked = turns.iter().rfind(|turn| turn.role == "user").filter(|turn| turn.more.is_none());
+        let question = asked.map_or("", |turn| turn.content.trim());
         if self.template == Template::Chat && !layout.text.contains(question) {
             layout.remarks.insert(NO_QUESTION);
         }
