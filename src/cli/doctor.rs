@@ -218,8 +218,8 @@ struct Results {
 }
 
 fn flat(adapter: &Adapter, gradients: &crate::model::adapter::Gradients) -> Result<Vec<f32>> {
-    let trainable = adapter.to_trainable();
-    let all = trainable.flat_gradients(gradients)?;
+    let (trainable, gradients) = (adapter.to_trainable(), gradients.clone().to_host()?);
+    let all = trainable.flat_gradients(&gradients)?;
     all.into_iter().map(|g| Ok(g.flatten_all()?.to_vec1::<f32>()?)).collect::<Result<Vec<_>>>().map(|all| all.concat())
 }
 

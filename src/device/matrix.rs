@@ -211,6 +211,10 @@ impl Matrix {
         if bytes.is_empty() {
             return Ok(());
         }
+        self.device().count(|work| {
+            work.uploads += 1;
+            work.copied += bytes.len();
+        });
         // SAFETY: the memory is alive and has so many bytes.
         unsafe { self.device().machine().upload(bytes, self.address()) }
     }
@@ -276,6 +280,10 @@ impl Matrix {
         if to.is_empty() {
             return Ok(());
         }
+        self.device().count(|work| {
+            work.downloads += 1;
+            work.copied += to.len();
+        });
         // SAFETY: the memory is alive and has so many bytes.
         unsafe { self.device().machine().download(self.address(), to) }
     }

@@ -42,6 +42,35 @@ pub struct Usage {
     pub allocations: usize,
 }
 
+/// What was issued to a machine since it was opened. A pass over a large network costs about this many times the fixed time
+/// of each: some microseconds of the host a launch, and all of the machine's work so far a download.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Work {
+    /// Kernels.
+    pub launches: usize,
+    /// Calls of the matrix product.
+    pub products: usize,
+    /// Copies to the machine.
+    pub uploads: usize,
+    /// Copies to the host. Each waits until the machine has done everything before it.
+    pub downloads: usize,
+    /// Bytes that were copied to the machine and from it.
+    pub copied: usize,
+}
+
+impl std::ops::Sub for Work {
+    type Output = Self;
+    fn sub(self, before: Self) -> Self {
+        Self {
+            launches: self.launches - before.launches,
+            products: self.products - before.products,
+            uploads: self.uploads - before.uploads,
+            downloads: self.downloads - before.downloads,
+            copied: self.copied - before.copied,
+        }
+    }
+}
+
 /// The machine has too little memory. Recognise it by `error.downcast_ref::<OutOfMemory>()`.
 #[derive(Clone, Debug)]
 pub struct OutOfMemory {
@@ -76,6 +105,7 @@ type Watch = Box<dyn FnMut(Usage) + Send>;
 struct Shared {
     machine: Arc<dyn Machine>,
     usage: Mutex<Usage>,
+    work: Mutex<Work>,
     watch: Mutex<Option<Watch>>,
     indices: Mutex<pass::Indices>,
 }
@@ -98,7 +128,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Device {
     /// The checked face of a machine.
     pub fn new(machine: Arc<dyn Machine>) -> Self {
-        Self(Arc::new(Shared { machine, usage: Mutex::default(), watch: Mutex::default(), indices: Mutex::default() }))
+        let (usage, work, watch, indices) = Default::default();
+        Self(Arc::new(Shared { machine, usage, work, watch, indices }))
     }
 
     /// The card with this ordinal. Errors name what is missing and how to install it.
@@ -141,6 +172,15 @@ impl Device {
         *lock(&self.0.usage)
     }
 
+    /// What was issued so far.
+    pub fn work(&self) -> Work {
+        *lock(&self.0.work)
+    }
+
+    fn count(&self, count: impl FnOnce(&mut Work)) {
+        count(&mut lock(&self.0.work));
+    }
+
     /// Memory is counted and nothing is computed: a plan needs no numbers.
     pub fn is_dry(&self) -> bool {
         self.0.machine.is_dry()
@@ -178,6 +218,7 @@ impl Device {
         let grid_fits = grid[0] < 1 << 31 && grid[1] < 1 << 16 && grid[2] < 1 << 16;
         ensure!(grid_fits, "kernel {kernel}: a grid of {grid:?} is above what cards allow, [2147483647, 65535, 65535]");
         ensure!(size_of::<A>() <= 4096, "kernel {kernel}: arguments of {} bytes are above 4,096", size_of::<A>());
+        self.count(|work| work.launches += 1);
         let launch = Launch {
             kernel: &kernel,
             grid,
@@ -196,6 +237,7 @@ impl Device {
         if gemm.m == 0 || gemm.n == 0 || gemm.batch == 0 {
             return Ok(());
         }
+        self.count(|work| work.products += 1);
         // SAFETY: the operands are alive and lie inside of their matrices.
         unsafe { self.0.machine.gemm(&product) }.with_context(|| {
             let (x, w) = (if gemm.x_transposed { "x^T" } else { "x" }, if gemm.w_transposed { "w^T" } else { "w" });

@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
 use crate::device::{Device, DeviceChoice};
 use crate::host::meter::Phase;
-use crate::model::adapter::Adapter;
+use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::block::Recompute;
@@ -173,7 +173,7 @@ fn values(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Res
 }
 
 impl Roles<'_> {
-    fn policy_gradients(&self, base: &Base, lengths: &[usize], rows: usize, exact: Option<bool>) -> Result<()> {
+    fn policy_gradients(&self, base: &Base, lengths: &[usize], rows: usize, exact: Option<bool>) -> Result<Gradients> {
         let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(lengths)?);
         let targets = targets(rows, &batch);
         // The reference's hidden states come from the host.
@@ -184,14 +184,14 @@ impl Roles<'_> {
         let loss = |_: &_, _: &[f32]| {
             Ok(HeadGradients { logprobs: zeros(), entropy: zeros(), kl: (exact == Some(true)).then(zeros) })
         };
-        policy.gradients_against(&batch, &targets, other, 1.0, self.recompute, loss).map(drop)
+        Ok(policy.gradients_against(&batch, &targets, other, 1.0, self.recompute, loss)?.1)
     }
 
-    fn value_gradients(&self, base: &Base, lengths: &[usize], rows: usize) -> Result<()> {
+    fn value_gradients(&self, base: &Base, lengths: &[usize], rows: usize) -> Result<Gradients> {
         let batch = batch_of(lengths)?;
         let rows = targets(rows, &batch).rows;
         let model = ValueModel::new(base, &self.on.reward)?;
-        model.gradients(&batch, &rows, self.recompute, |values| Ok(vec![0.0; values.len()])).map(drop)
+        Ok(model.gradients(&batch, &rows, self.recompute, |values| Ok(vec![0.0; values.len()]))?.1)
     }
 
     /// Every response at its full length; `prompts` are adjacent where they are the same.
@@ -231,11 +231,13 @@ impl Roles<'_> {
             if let Some(pass) = largest(&work.reference) {
                 logprobs(base, adapter, &pass.lengths, pass.targets)?;
             }
-            match largest(&work.step) {
-                None => Ok(()),
-                Some(pass) if work.scorer => self.value_gradients(base, &pass.lengths, pass.targets),
-                Some(pass) => self.policy_gradients(base, &pass.lengths, pass.targets, None),
+            let Some(Pass { lengths, targets, .. }) = largest(&work.step) else { return Ok(()) };
+            let several = work.step.len() > 1;
+            match work.scorer {
+                true => summed(several, || self.value_gradients(base, lengths, *targets)),
+                false => summed(several, || self.policy_gradients(base, lengths, *targets, None)),
             }
+            .map(drop)
         })
     }
 
@@ -294,19 +296,30 @@ impl Roles<'_> {
             let Some(micro) = micro else { return Ok(()) };
             let lengths: Vec<usize> = micro.iter().map(|(prompt, response)| prompt + response).collect();
             let r: usize = micro.iter().map(|(_, response)| response).sum();
+            let several = work.micro.len() > 1;
             if let Some(base) = self.policy {
-                self.policy_gradients(base, &lengths, r, Some(work.exact.1))?;
+                let _actor = summed(several, || self.policy_gradients(base, &lengths, r, Some(work.exact.1)))?;
                 if let Some((blocks, tokens, a_pass)) = work.text {
                     let lengths = vec![tokens; a_pass.clamp(1, blocks.max(1))];
-                    self.policy_gradients(base, &lengths, lengths.len() * (tokens - 1), None)?;
+                    let rows = lengths.len() * (tokens - 1);
+                    summed(blocks > a_pass, || self.policy_gradients(base, &lengths, rows, None))?;
                 }
             }
             match critic.filter(|_| work.critic) {
-                Some(base) => self.value_gradients(base, &lengths, r),
+                Some(base) => summed(several, || self.value_gradients(base, &lengths, r)).map(drop),
                 None => Ok(()),
             }
         })
     }
+}
+
+/// The gradients of a pass, or of `several`: their sum stays on the device until the optimizer step.
+fn summed(several: bool, pass: impl Fn() -> Result<Gradients>) -> Result<Gradients> {
+    let mut sum = pass()?;
+    if several {
+        sum.add(pass()?)?;
+    }
+    Ok(sum)
 }
 
 /// Hidden states that come from the host.

@@ -247,7 +247,8 @@ impl Update {
         self.policy.merge(&stats);
         self.last_policy = stats;
         self.minibatches += 1;
-        Ok(Some(grads))
+        // The critic's passes find the device's memory free of them.
+        grads.to_host().map(Some)
     }
 
     /// Gradient of the pretraining loss over the next text blocks, one per sequence of the minibatch.

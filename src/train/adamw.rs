@@ -1,14 +1,18 @@
 //! AdamW with PyTorch's arithmetic, and gradient clipping.
 //!
 //! A step replaces each parameter by a new tensor, so a snapshot taken before the step keeps its values. [`AdamW`]
-//! itself works on a flat list of named tensors; [`AdamW::for_adapter`] and [`clip_grad_norm`] read that list from an
+//! itself works on a flat list of named tensors; [`AdamW::for_adapter`] and [`clipped_norm`] read that list from an
 //! adapter of `model/adapter`. It does not depend on a stage or a config. Read `schedule.rs` next.
+
+use std::ops::Deref;
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Result, bail, ensure};
 use candle_core::{DType, Tensor};
 
 use crate::diverged;
 use crate::model::adapter::{Gradients, TrainableAdapter};
+use crate::ops::cpu::{View, parallel, vectorised, view};
 
 /// The hyperparameters, without the learning rate.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -107,10 +111,11 @@ impl AdamW {
     /// If the lists do not match this optimizer's parameters one to one, a shape or type differs, the rate is
     /// NaN, infinite or negative, or a gradient is NaN or infinite; the message names the tensor.
     pub fn step(&mut self, parameters: Vec<&mut Tensor>, gradients: &[&Tensor], lr: f64) -> Result<()> {
-        self.step_with(parameters, gradients, |_| lr)
+        self.step_with(parameters, gradients, 1.0, |_| lr)
     }
 
-    /// As [`AdamW::step`], with a learning rate per parameter, chosen by its name.
+    /// As [`AdamW::step`], with gradients multiplied by `factor` (see [`clip_factor`]) and a learning rate per parameter,
+    /// chosen by its name.
     ///
     /// # Errors
     /// As for [`AdamW::step`].
@@ -118,6 +123,7 @@ impl AdamW {
         &mut self,
         parameters: Vec<&mut Tensor>,
         gradients: &[&Tensor],
+        factor: f64,
         rate: impl Fn(&str) -> f64,
     ) -> Result<()> {
         let known = self.state.moments.len();
@@ -134,15 +140,70 @@ impl AdamW {
         for ((parameter, gradient), moments) in parameters.iter().zip(gradients).zip(&self.state.moments) {
             check(moments, parameter, gradient)?;
         }
+        let gradients = gradients.iter().map(|g| Values::of(g)).collect::<Result<Vec<_>>>()?;
+        if let Some(bad) = in_parallel(&gradients, |g| !all_finite(g)).into_iter().position(|bad| bad) {
+            let value = gradients[bad].iter().find(|g| !g.is_finite()).copied().unwrap_or(f32::NAN);
+            let name = &self.state.moments[bad].name;
+            return Err(diverged!("the gradient of {name} holds {value}; nothing was stepped"));
+        }
         self.state.step += 1;
-        let all = parameters.into_iter().zip(gradients).zip(&mut self.state.moments).zip(rates);
-        for (((parameter, gradient), moments), lr) in all {
-            let mut values = row_major(parameter)?;
-            update(&self.config, self.state.step, lr, &mut values, &row_major(gradient)?, moments);
+        let stepped = {
+            let values = parameters.iter().map(|p| Values::of(p)).collect::<Result<Vec<_>>>()?;
+            let all = values.iter().zip(&gradients).zip(&mut self.state.moments).zip(rates);
+            let items: Vec<_> = all
+                .map(|(((values, gradient), moments), lr)| {
+                    let numbers = Numbers::of(&self.config, self.state.step, lr, factor);
+                    Mutex::new((&**values, &**gradient, moments, numbers))
+                })
+                .collect();
+            in_parallel(&items, |item| {
+                let (values, gradient, moments, numbers) = &mut *item.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut next = values.to_vec();
+                update(*numbers, &mut next, gradient, &mut moments.m, &mut moments.v);
+                next
+            })
+        };
+        for (parameter, values) in parameters.into_iter().zip(stepped) {
             *parameter = Tensor::from_vec(values, parameter.shape(), parameter.device())?;
         }
         Ok(())
     }
+}
+
+/// A tensor's numbers, row-major: where they lie, or copied if they lie otherwise.
+enum Values<'t> {
+    Lying(View<'t>),
+    Copied(Vec<f32>),
+}
+
+impl<'t> Values<'t> {
+    fn of(tensor: &'t Tensor) -> Result<Self> {
+        Ok(match view(tensor) {
+            Ok(view) => Self::Lying(view),
+            Err(_) => Self::Copied(tensor.flatten_all()?.to_vec1::<f32>()?),
+        })
+    }
+}
+
+impl Deref for Values<'_> {
+    type Target = [f32];
+    fn deref(&self) -> &[f32] {
+        match self {
+            Self::Lying(view) => view,
+            Self::Copied(values) => values,
+        }
+    }
+}
+
+/// `of` each item, on all cores: an item is one thread's, so results do not depend on the number of threads.
+fn in_parallel<T: Sync, R: Send + Default>(items: &[T], of: impl Fn(&T) -> R + Sync) -> Vec<R> {
+    let results: Vec<Mutex<R>> = items.iter().map(|_| Mutex::default()).collect();
+    parallel(items.len(), usize::MAX, |range| {
+        for i in range {
+            *results[i].lock().unwrap_or_else(PoisonError::into_inner) = of(&items[i]);
+        }
+    });
+    results.into_iter().map(|result| result.into_inner().unwrap_or_else(PoisonError::into_inner)).collect()
 }
 
 fn check(moments: &Moments, parameter: &Tensor, gradient: &Tensor) -> Result<()> {
@@ -165,23 +226,54 @@ fn check(moments: &Moments, parameter: &Tensor, gradient: &Tensor) -> Result<()>
         parameter.dtype(),
         gradient.dtype()
     );
-    if let Some(bad) = row_major(gradient)?.iter().find(|g| !g.is_finite()) {
-        return Err(diverged!("the gradient of {name} holds {bad}; nothing was stepped"));
-    }
     Ok(())
 }
 
-fn update(config: &AdamWConfig, step: u64, lr: f64, values: &mut [f32], gradient: &[f32], moments: &mut Moments) {
-    let t = step as f64;
-    let keep = (1.0 - lr * config.weight_decay) as f32;
-    let rate = (lr / (1.0 - config.beta1.powf(t))) as f32;
-    let root = (1.0 - config.beta2.powf(t)).sqrt() as f32;
-    let (take1, beta2, take2, eps) =
-        ((1.0 - config.beta1) as f32, config.beta2 as f32, (1.0 - config.beta2) as f32, config.eps as f32);
-    for (((p, &g), m), v) in values.iter_mut().zip(gradient).zip(&mut moments.m).zip(&mut moments.v) {
-        *m += take1 * (g - *m);
-        *v = *v * beta2 + take2 * g * g;
-        *p = *p * keep - rate * (*m / (v.sqrt() / root + eps));
+vectorised! {
+    fn all_finite(values: &[f32]) -> bool {
+        // The exponent's bits are all ones in NaN and in the infinities.
+        values.iter().fold(true, |finite, v| finite & (v.to_bits() & 0x7f80_0000 != 0x7f80_0000))
+    }
+}
+
+/// What every element of one parameter's step is computed with.
+#[derive(Clone, Copy)]
+struct Numbers {
+    factor: f32,
+    keep: f32,
+    rate: f32,
+    root: f32,
+    take1: f32,
+    beta2: f32,
+    take2: f32,
+    eps: f32,
+}
+
+impl Numbers {
+    fn of(config: &AdamWConfig, step: u64, lr: f64, factor: f64) -> Self {
+        let t = step as f64;
+        Self {
+            factor: factor as f32,
+            keep: (1.0 - lr * config.weight_decay) as f32,
+            rate: (lr / (1.0 - config.beta1.powf(t))) as f32,
+            root: (1.0 - config.beta2.powf(t)).sqrt() as f32,
+            take1: (1.0 - config.beta1) as f32,
+            beta2: config.beta2 as f32,
+            take2: (1.0 - config.beta2) as f32,
+            eps: config.eps as f32,
+        }
+    }
+}
+
+vectorised! {
+    fn update(numbers: Numbers, values: &mut [f32], gradient: &[f32], m: &mut [f32], v: &mut [f32]) {
+        let Numbers { factor, keep, rate, root, take1, beta2, take2, eps } = numbers;
+        for (((p, &g), m), v) in values.iter_mut().zip(gradient).zip(m).zip(v) {
+            let g = g * factor;
+            *m += take1 * (g - *m);
+            *v = *v * beta2 + take2 * g * g;
+            *p = *p * keep - rate * (*m / (v.sqrt() / root + eps));
+        }
     }
 }
 
@@ -190,11 +282,9 @@ fn update(config: &AdamWConfig, step: u64, lr: f64, values: &mut [f32], gradient
 /// # Errors
 /// If a gradient is not f32.
 pub fn grad_norm(gradients: &[&Tensor]) -> Result<f64> {
-    let mut sum = 0.0;
-    for gradient in gradients {
-        sum += row_major(gradient)?.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
-    }
-    Ok(sum.sqrt())
+    let values = gradients.iter().map(|g| Values::of(g)).collect::<Result<Vec<_>>>()?;
+    let squares = |g: &Values<'_>| g.iter().map(|&g| f64::from(g) * f64::from(g)).sum::<f64>();
+    Ok(in_parallel(&values, squares).into_iter().sum::<f64>().sqrt())
 }
 
 /// The factor that brings a norm down to `max_norm`: `min(1, max_norm / (norm + 1e-6))`.
@@ -203,23 +293,15 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> f64 {
     (max_norm / (norm + 1e-6)).min(1.0)
 }
 
-/// Scales an adapter's gradients down to `max_norm` where they exceed it and returns the norm from before. The
+/// The norm of an adapter's gradients, and the factor that brings it down to `max_norm` where it exceeds that. The
 /// gradient of a fixed bias does not count.
 ///
 /// # Errors
 /// Those of [`TrainableAdapter::flat_gradients`], or if the norm is not finite.
-pub fn clip_grad_norm(learner: &TrainableAdapter, gradients: &mut Gradients, max_norm: f64) -> Result<f64> {
+pub fn clipped_norm(learner: &TrainableAdapter, gradients: &Gradients, max_norm: f64) -> Result<(f64, f64)> {
     let norm = grad_norm(&learner.flat_gradients(gradients)?)?;
     ensure!(norm.is_finite(), diverged!("the gradient norm is {norm}: training diverged; lower the learning_rate"));
-    let factor = clip_factor(norm, max_norm);
-    if factor < 1.0 {
-        gradients.scale(factor)?;
-    }
-    Ok(norm)
-}
-
-fn row_major(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(tensor.flatten_all()?.to_vec1::<f32>()?)
+    Ok((norm, clip_factor(norm, max_norm)))
 }
 
 #[cfg(test)]
@@ -279,7 +361,7 @@ mod tests {
                 adamw.step(parameters.iter_mut().collect(), &gradients.iter().collect::<Vec<_>>(), lr).unwrap();
                 for (i, parameter) in parameters.iter().enumerate() {
                     let what = format!("step {step} parameter {i}");
-                    assert_close(&row_major(parameter).unwrap(), &floats(&run["after"][step][i]), &what);
+                    assert_close(&Values::of(parameter).unwrap(), &floats(&run["after"][step][i]), &what);
                 }
             }
             for (i, moments) in adamw.state().moments.iter().enumerate() {
@@ -306,7 +388,7 @@ mod tests {
         let mut second = AdamW::from_state(first.config, first.state().clone()).unwrap();
         steps(&mut second, &mut b, 2..5);
         for (a, b) in a.iter().zip(&b) {
-            assert_eq!(row_major(a).unwrap(), row_major(b).unwrap());
+            assert_eq!(&*Values::of(a).unwrap(), &*Values::of(b).unwrap());
         }
         let mut broken = first.state().clone();
         broken.moments[1].v[0] = -1.0;
@@ -325,7 +407,7 @@ mod tests {
             let (mut one, mut two) = (start.clone(), start.clone());
             let message = adamw.step(vec![&mut one, &mut two], &[&good, gradient], 0.1).unwrap_err().to_string();
             assert!(message.contains("bad") && message.contains(says), "{message}");
-            assert_eq!((row_major(&one).unwrap(), adamw.state().step), (row_major(&start).unwrap(), 0));
+            assert_eq!((&*Values::of(&one).unwrap(), adamw.state().step), (&*Values::of(&start).unwrap(), 0));
         }
         let (mut one, mut two) = (start.clone(), start.clone());
         assert!(adamw.step(vec![&mut one, &mut two], &[&good], 0.1).is_err(), "a gradient is missing");
@@ -355,21 +437,23 @@ mod tests {
             gradients.layers[0][0] = Some((tensor("grads", 0, (2, 4)), tensor("grads", 1, (4, 2))).into());
             gradients.head_weight = Some(tensor("grads", 2, (1, 4)));
             gradients.head_bias = Some(Tensor::new(&[1e6f32], &Device::Cpu).unwrap()); // fixed: must not count
-            let norm = clip_grad_norm(&learner, &mut gradients, case["max_norm"].as_f64().unwrap()).unwrap();
+            let (norm, factor) = clipped_norm(&learner, &gradients, case["max_norm"].as_f64().unwrap()).unwrap();
             let want = case["norm"].as_f64().unwrap();
             assert!((norm - want).abs() < 1e-6 * want, "torch sums in f32: {norm} {want}");
             let flat = learner.flat_gradients(&gradients).unwrap();
             for (i, gradient) in flat.iter().enumerate() {
-                for (g, w) in row_major(gradient).unwrap().iter().zip(floats(&case["clipped"][i])) {
+                for (g, w) in Values::of(gradient).unwrap().iter().zip(floats(&case["clipped"][i])) {
+                    let g = g * factor as f32;
                     assert!((g - w).abs() <= 1e-6 * w.abs(), "torch's factor is rounded to f32: {g} {w}");
                 }
             }
             let mut parameters = learner.parameters().unwrap();
-            adamw.step(parameters.iter_mut().collect(), &flat, 0.01).unwrap();
+            adamw.step_with(parameters.iter_mut().collect(), &flat, factor, |_| 0.01).unwrap();
             learner.replace(parameters).unwrap();
         }
         for ((name, old), (_, new)) in before.named_tensors().into_iter().zip(learner.view().named_tensors()) {
-            assert!(row_major(old).unwrap().iter().zip(row_major(new).unwrap()).all(|(a, b)| *a != b), "{name}");
+            let (old, new) = (Values::of(old).unwrap(), Values::of(new).unwrap());
+            assert!(old.iter().zip(&*new).all(|(a, b)| a != b), "{name}");
         }
     }
 }

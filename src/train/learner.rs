@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use anyhow::{Result, ensure};
 use candle_core::Tensor;
 
-use super::adamw::{AdamW, AdamWConfig, AdamWState, clip_factor, clip_grad_norm};
+use super::adamw::{AdamW, AdamWConfig, AdamWState, clip_factor, clipped_norm};
 use crate::model::adapter::{Factor, Gradients, NonBlockModule, TargetModule, TrainableAdapter, factor_name};
 
 /// An adapter under training, with its optimizer.
@@ -19,11 +19,13 @@ pub struct Learner {
     max_grad_norm: f64,
 }
 
-/// Gradients that are complete, finite and clipped.
+/// Gradients that are complete and finite, and how far they are clipped.
 #[derive(Debug)]
 pub struct Checked {
     gradients: Gradients,
     norm: f64,
+    /// What the step multiplies the gradients by.
+    factor: f64,
 }
 
 impl Learner {
@@ -78,9 +80,9 @@ impl Learner {
     /// # Errors
     /// As for [`Learner::step`].
     pub fn checked(&self, gradients: Gradients) -> Result<Checked> {
-        let mut gradients = self.weights.without_frozen(gradients)?;
-        let norm = clip_grad_norm(&self.weights, &mut gradients, self.max_norm())?;
-        Ok(Checked { gradients, norm })
+        let gradients = self.weights.without_frozen(gradients.to_host()?)?;
+        let (norm, factor) = clipped_norm(&self.weights, &gradients, self.max_norm())?;
+        Ok(Checked { gradients, norm, factor })
     }
 
     /// One AdamW step with checked gradients of this learner; returns their norm before clipping.
@@ -88,7 +90,7 @@ impl Learner {
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn step_by(&mut self, checked: Checked, lr: f64) -> Result<f64> {
-        self.take(&checked.gradients, lr)?;
+        self.take(&checked.gradients, checked.factor, lr)?;
         Ok(checked.norm)
     }
 
@@ -99,22 +101,22 @@ impl Learner {
     /// As for [`Learner::step`].
     pub fn step_both(learners: [&mut Self; 2], gradients: [Gradients; 2], lr: f64) -> Result<[f64; 2]> {
         let [first, second] = gradients;
-        let mut gradients = [learners[0].weights.without_frozen(first)?, learners[1].weights.without_frozen(second)?];
+        let gradients = [
+            learners[0].weights.without_frozen(first.to_host()?)?,
+            learners[1].weights.without_frozen(second.to_host()?)?,
+        ];
         let mut norms = [0.0; 2];
-        for ((learner, gradients), norm) in learners.iter().zip(&mut gradients).zip(&mut norms) {
-            *norm = clip_grad_norm(&learner.weights, gradients, f64::INFINITY)?;
+        for ((learner, gradients), norm) in learners.iter().zip(&gradients).zip(&mut norms) {
+            (*norm, _) = clipped_norm(&learner.weights, gradients, f64::INFINITY)?;
         }
         let factor = clip_factor(norms[0].hypot(norms[1]), learners[0].max_norm());
-        for (learner, mut gradients) in learners.into_iter().zip(gradients) {
-            if factor < 1.0 {
-                gradients.scale(factor)?;
-            }
-            learner.take(&gradients, lr)?;
+        for (learner, gradients) in learners.into_iter().zip(gradients) {
+            learner.take(&gradients, factor, lr)?;
         }
         Ok(norms)
     }
 
-    fn take(&mut self, gradients: &Gradients, lr: f64) -> Result<()> {
+    fn take(&mut self, gradients: &Gradients, factor: f64, lr: f64) -> Result<()> {
         let mut parameters = self.weights.parameters()?;
         let flat = self.weights.flat_gradients(gradients)?;
         let ratio = self.weights.view().config().loraplus_lr_ratio;
@@ -126,7 +128,7 @@ impl Learner {
             .flat_map(|(slot, _)| [Factor::B, Factor::Magnitude].map(|f| factor_name(view.shapes(), slot, f)))
             .collect();
         let rate = |name: &str| if further.contains(name) { ratio * lr } else { lr };
-        self.optimizer.step_with(parameters.iter_mut().collect(), &flat, rate)?;
+        self.optimizer.step_with(parameters.iter_mut().collect(), &flat, factor, rate)?;
         self.weights.replace(parameters)
     }
 }

@@ -95,8 +95,8 @@ pub fn values(t: &Tensor) -> Vec<f32> {
 
 /// Names and numbers of all gradients of an adapter.
 pub fn named(adapter: &Adapter, gradients: &Gradients) -> Vec<(String, Vec<f32>)> {
-    let learner = adapter.to_trainable();
-    let flat = learner.flat_gradients(gradients).unwrap_or_else(|e| panic!("{e:#}"));
+    let (learner, gradients) = (adapter.to_trainable(), gradients.clone().to_host().unwrap());
+    let flat = learner.flat_gradients(&gradients).unwrap_or_else(|e| panic!("{e:#}"));
     learner.names().into_iter().zip(flat).map(|(name, g)| (name, values(g))).collect()
 }
 

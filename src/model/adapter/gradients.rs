@@ -37,7 +37,7 @@ impl Gradients {
         let (have, more) = (self.layers.len(), other.layers.len());
         anyhow::ensure!(have == more, "gradients of {have} and of {more} layers cannot be added");
         let theirs = other.layers.into_iter().flatten().chain(other.outer);
-        for (mine, theirs) in self.layers.iter_mut().flatten().chain(&mut self.outer).zip(theirs) {
+        for (mine, theirs) in self.branches_mut().zip(theirs) {
             *mine = sum(mine.take(), theirs)?;
         }
         for (mine, theirs) in [(&mut self.head_weight, other.head_weight), (&mut self.head_bias, other.head_bias)] {
@@ -54,12 +54,29 @@ impl Gradients {
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn scale(&mut self, factor: f64) -> Result<()> {
-        let branches = self.layers.iter_mut().flatten().chain(&mut self.outer).flatten();
-        let tensors = branches.flat_map(|g| [Some(&mut g.a), Some(&mut g.b), g.magnitude.as_mut()]).flatten();
-        for gradient in tensors.chain(&mut self.head_weight).chain(&mut self.head_bias) {
+        for gradient in self.branches_mut().flatten() {
+            *gradient = gradient.scaled(factor as f32)?;
+        }
+        for gradient in [&mut self.head_weight, &mut self.head_bias].into_iter().flatten() {
             *gradient = (&*gradient * factor)?;
         }
         Ok(())
+    }
+
+    /// The same gradients on the host, where they are stepped by. Those of a device lie there until then, so that nothing
+    /// waits for the device between micro-batches.
+    ///
+    /// # Errors
+    /// If a download fails.
+    pub fn to_host(mut self) -> Result<Self> {
+        for gradient in self.branches_mut().flatten() {
+            *gradient = gradient.to_host()?;
+        }
+        Ok(self)
+    }
+
+    fn branches_mut(&mut self) -> impl Iterator<Item = &mut Option<BranchGradient>> {
+        self.layers.iter_mut().flatten().chain(&mut self.outer)
     }
 
     /// Gradient of the branch on one target module.
@@ -74,14 +91,7 @@ impl Gradients {
 /// Sum of two gradients of one branch; `None` counts as zero.
 pub(crate) fn sum(one: Option<BranchGradient>, other: Option<BranchGradient>) -> Result<Option<BranchGradient>> {
     Ok(match (one, other) {
-        (Some(one), Some(other)) => Some(BranchGradient {
-            a: (one.a + other.a)?,
-            b: (one.b + other.b)?,
-            magnitude: match (one.magnitude, other.magnitude) {
-                (Some(m), Some(more)) => Some((m + more)?),
-                (one, other) => one.or(other),
-            },
-        }),
+        (Some(one), Some(other)) => Some(one.sum(&other)?),
         (one, other) => one.or(other),
     })
 }

@@ -6,6 +6,7 @@
 use anyhow::{Context, Result};
 use candle_core::{Device, Tensor};
 
+use crate::device::Array;
 use crate::invalid;
 use crate::model::adapter::branch::{Factor, HEAD_BIAS, HEAD_WEIGHT, factor_name};
 use crate::model::adapter::gradients::Gradients;
@@ -160,7 +161,7 @@ impl TrainableAdapter {
     pub fn without_frozen(&self, mut gradients: Gradients) -> Result<Gradients> {
         if self.view().frozen_half() {
             for g in gradients.layers.iter_mut().flatten().chain(&mut gradients.outer).flatten() {
-                (g.a, g.b) = (self.trained(&g.a, 0)?, self.trained(&g.b, 1)?);
+                (g.a, g.b) = (self.trained(g.a.host()?, 0)?.into(), self.trained(g.b.host()?, 1)?.into());
             }
         }
         Ok(gradients)
@@ -169,7 +170,8 @@ impl TrainableAdapter {
     /// Gradients in the flat order of [`Self::parameters`], after [`Self::without_frozen`].
     ///
     /// # Errors
-    /// If a parameter has no gradient, a gradient has no parameter, or a shape differs; the message names the tensor.
+    /// If a gradient lies on a device, a parameter has no gradient, a gradient has no parameter, or a shape differs; the
+    /// message names the tensor.
     /// The gradient of a fixed bias is ignored, because the backward pass of a head always returns one.
     pub fn flat_gradients<'g>(&self, gradients: &'g Gradients) -> Result<Vec<&'g Tensor>> {
         let adapter = self.view();
@@ -198,10 +200,11 @@ impl TrainableAdapter {
             let ((r, in_features), (out, _)) = (pair.a.dims2()?, pair.b.dims2()?);
             let r = if adapter.frozen_half() { r / 2 } else { r };
             let name = |factor| factor_name(shapes, slot, factor);
-            take(&[r, in_features], grads.map(|g| &g.a), name(Factor::A))?;
-            take(&[out, r], grads.map(|g| &g.b), name(Factor::B))?;
+            let host = |gradient: Option<&'g Array>| gradient.map(Array::host).transpose();
+            take(&[r, in_features], host(grads.map(|g| &g.a))?, name(Factor::A))?;
+            take(&[out, r], host(grads.map(|g| &g.b))?, name(Factor::B))?;
             if pair.magnitude.is_some() {
-                take(&[out], grads.and_then(|g| g.magnitude.as_ref()), name(Factor::Magnitude))?;
+                take(&[out], host(grads.and_then(|g| g.magnitude.as_ref()))?, name(Factor::Magnitude))?;
             }
         }
         match adapter.head() {
@@ -285,7 +288,7 @@ mod tests {
         assert!(refusal(&g).contains("score.weight"));
         let mut g = ones(&adapter, 1.0);
         let BranchGradient { a, b, .. } = g.layers[0][0].take().unwrap();
-        g.layers[0][0] = Some((b, a).into());
+        g.layers[0][0] = Some(BranchGradient { a: b, b: a, magnitude: None });
         assert!(refusal(&g).contains("layers.0.self_attn.q_proj.lora_A"));
         let headless = Adapter::init(config(), SHAPES, 3).unwrap().to_trainable();
         assert!(headless.flat_gradients(&ones(&adapter, 1.0)).is_err());

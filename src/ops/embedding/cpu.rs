@@ -71,5 +71,5 @@ pub fn backward(
         }
     }
     let db = transpose_scaled(&db_t, r, d, 1.0);
-    Ok(BranchGradient { a: tensor(da, (r, v))?, b: tensor(db, (d, r))?, magnitude })
+    Ok(BranchGradient::on_host(tensor(da, (r, v))?, tensor(db, (d, r))?, magnitude))
 }

@@ -250,7 +250,7 @@ pub fn backward(
                 db[j * r + i] = v;
             }
         }
-        lora.push(Some(BranchGradient { a: tensor(da, (r, k))?, b: tensor(db, (n, r))?, magnitude }));
+        lora.push(Some(BranchGradient::on_host(tensor(da, (r, k))?, tensor(db, (n, r))?, magnitude)));
         offset += r;
     }
     Ok(Gradients { input: input.map(Array::Host), lora })

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{Result, Tensor, TensorId};
 
-use crate::device::{Device, Element, Matrix};
+use crate::device::{Array, Device, Element};
+use crate::ops::columns;
 use crate::ops::cpu::gemm::{Into, Mat, NR, gemm};
 use crate::ops::cpu::pack::rows_as_columns;
 use crate::ops::cpu::scratch::with_scratch;
@@ -68,29 +69,70 @@ impl LowRank<'_> {
     }
 }
 
-impl BranchGradient {
-    /// The gradients of a device's LoRA weights, on the host.
-    pub(crate) fn download(gradient: LoraGradient) -> anyhow::Result<Self> {
-        let matrix = |m: &Matrix| -> anyhow::Result<Tensor> { Ok(tensor(m.to_f32()?, (m.rows(), m.cols()))?) };
-        let magnitude = gradient.magnitude.map(|m| -> anyhow::Result<Tensor> { Ok(tensor(m.to_f32()?, m.len())?) });
-        Ok(Self { a: matrix(&gradient.a)?, b: matrix(&gradient.b)?, magnitude: magnitude.transpose()? })
-    }
-}
-
-/// Gradients of one layer's LoRA weights.
+/// Gradients of one layer's LoRA weights, on the machine of the pass that computed them.
 #[derive(Clone, Debug)]
 pub struct BranchGradient {
     /// dL/dA (r, in) f32.
-    pub a: Tensor,
+    pub a: Array,
     /// dL/dB (out, r) f32.
-    pub b: Tensor,
-    /// dL/dm (out) f32, with DoRA.
-    pub magnitude: Option<Tensor>,
+    pub b: Array,
+    /// dL/dm f32, with DoRA: (out) on the host, (1, out) on a device.
+    pub magnitude: Option<Array>,
 }
 
 impl From<(Tensor, Tensor)> for BranchGradient {
     fn from((a, b): (Tensor, Tensor)) -> Self {
-        Self { a, b, magnitude: None }
+        Self::on_host(a, b, None)
+    }
+}
+
+impl From<LoraGradient> for BranchGradient {
+    fn from(g: LoraGradient) -> Self {
+        Self { a: g.a.into(), b: g.b.into(), magnitude: g.magnitude.map(Array::from) }
+    }
+}
+
+impl BranchGradient {
+    pub(crate) fn on_host(a: Tensor, b: Tensor, magnitude: Option<Tensor>) -> Self {
+        Self { a: a.into(), b: b.into(), magnitude: magnitude.map(Array::from) }
+    }
+
+    /// The sum with the same layer's gradients of another micro-batch.
+    ///
+    /// # Errors
+    /// If shapes or machines differ.
+    pub fn sum(&self, other: &Self) -> anyhow::Result<Self> {
+        let magnitude = match (&self.magnitude, &other.magnitude) {
+            (Some(Array::Host(m)), Some(more)) => Some(Array::Host((m + more.host()?)?)),
+            (Some(m), Some(more)) => Some(columns::add(m, more, 1.0)?),
+            (one, other) => one.as_ref().or(other.as_ref()).cloned(),
+        };
+        Ok(Self { a: columns::add(&self.a, &other.a, 1.0)?, b: columns::add(&self.b, &other.b, 1.0)?, magnitude })
+    }
+
+    /// The gradients times a factor.
+    ///
+    /// # Errors
+    /// If memory is out.
+    pub fn scaled(&self, factor: f32) -> anyhow::Result<Self> {
+        let magnitude = match &self.magnitude {
+            Some(Array::Host(m)) => Some(Array::Host((m * f64::from(factor))?)),
+            Some(m) => Some(columns::scale(m, factor)?),
+            None => None,
+        };
+        Ok(Self { a: columns::scale(&self.a, factor)?, b: columns::scale(&self.b, factor)?, magnitude })
+    }
+
+    /// The same gradients on the host.
+    ///
+    /// # Errors
+    /// If the download fails.
+    pub fn to_host(&self) -> anyhow::Result<Self> {
+        let magnitude = match &self.magnitude {
+            Some(Array::Device(m)) => Some(Array::Host(tensor(m.to_f32()?, m.len())?)),
+            host => host.clone(),
+        };
+        Ok(Self { a: self.a.to_host()?.into(), b: self.b.to_host()?.into(), magnitude })
     }
 }
 
@@ -390,9 +432,9 @@ mod tests {
         let g = linear::backward(&x, &part, &saved, &[&dy], InputGradient::Wanted).unwrap();
         assert!(y[0].host().unwrap().to_vec2::<f32>().unwrap().iter().all(|row| row[1] == 0.0 && row[0] != 0.0));
         let gradient = g.lora[0].as_ref().unwrap();
-        let magnitudes: Vec<f32> = gradient.magnitude.as_ref().unwrap().to_vec1().unwrap();
+        let magnitudes: Vec<f32> = gradient.magnitude.as_ref().unwrap().host().unwrap().to_vec1().unwrap();
         assert!(magnitudes[1] == 0.0 && magnitudes[0] != 0.0);
-        for t in [&gradient.a, &gradient.b, g.input.as_ref().unwrap().host().unwrap()] {
+        for t in [&gradient.a, &gradient.b, g.input.as_ref().unwrap()].map(|t| t.host().unwrap()) {
             assert!(t.flatten_all().unwrap().to_vec1::<f32>().unwrap().iter().all(|v| v.is_finite()));
         }
     }
@@ -405,7 +447,7 @@ mod tests {
         let gradient = |ids: &[u32], dx: &Tensor| {
             let (_, saved) = embedding::forward(&table, ids, Some(plain(&a, &b))).unwrap();
             let dx = Array::Host(dx.clone());
-            embedding::backward(&table, ids, plain(&a, &b), &saved.unwrap(), &dx).unwrap().a.to_vec2::<f32>().unwrap()
+            embedding::backward(&table, ids, plain(&a, &b), &saved.unwrap(), &dx).unwrap().a.host().unwrap().to_vec2::<f32>().unwrap()
         };
         let (one, two) = (matrix(1, d, 4), matrix(1, d, 5));
         let (first, second) = (gradient(&[3], &one), gradient(&[3], &two));

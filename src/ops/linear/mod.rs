@@ -208,8 +208,8 @@ pub fn backward(
             let (copies, compute) = (Copies::of(x, parts)?, gpu::Compute::new(operand(parts)));
             let wanted = wanted == InputGradient::Wanted;
             let g = gpu::backward(x, &copies.maps(), saved, &dys, wanted, compute)?;
-            let lora = g.lora.into_iter().map(|g| g.map(BranchGradient::download).transpose());
-            Ok(Gradients { input: g.input.map(Array::Device), lora: lora.collect::<Result<_>>()? })
+            let lora = g.lora.into_iter().map(|g| g.map(BranchGradient::from)).collect();
+            Ok(Gradients { input: g.input.map(Array::Device), lora })
         }
         _ => bail!("the input and the saved tensors of a linear group lie on two machines"),
     }

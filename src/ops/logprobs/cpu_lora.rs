@@ -153,11 +153,8 @@ impl<'s, 'a> LoraSums<'s, 'a> {
             let sums = self.dm.iter().map(|&s| f64::from(s)).collect();
             tensor(divide_by_norms(sums, norms), norms.len())
         });
-        Ok(BranchGradient {
-            a: tensor(da, (r, d))?,
-            b: tensor(self.db, (self.lora.vocab, r))?,
-            magnitude: magnitude.transpose()?,
-        })
+        let db = tensor(self.db, (self.lora.vocab, r))?;
+        Ok(BranchGradient::on_host(tensor(da, (r, d))?, db, magnitude.transpose()?))
     }
 }
 

@@ -11,7 +11,6 @@ use super::gpu::{DeviceStats, Loss, Running, Shape, backward as strip_gradient};
 use super::{Gradients, LmHead, TokenStats};
 use crate::device::{Element, Matrix};
 use crate::ops::columns::gpu::{add_sums, affine_in_place, cast, over_norms, scale};
-use crate::ops::linear::BranchGradient;
 use crate::ops::linear::gpu::{DeviceLora, LoraGradient, product, sum_over_rows};
 use crate::ops::storage::gpu::DeviceWeight;
 
@@ -207,7 +206,7 @@ impl Head {
             _ => None,
         };
         let gradient = LoraGradient { a: sum_over_rows(&dz, rows.h.whole(), d)?, b: of.db, magnitude };
-        Ok(Gradients { hidden: sums.dh.into(), lora: Some(BranchGradient::download(gradient)?) })
+        Ok(Gradients { hidden: sums.dh.into(), lora: Some(gradient.into()) })
     }
 
     /// Whether products before DoRA's factor are needed for the gradients.
