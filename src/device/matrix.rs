@@ -18,6 +18,11 @@ impl Ptr {
     /// For an argument that is absent.
     pub const NULL: Self = Self(0);
 
+    /// The address of the number `count` numbers further on. The caller checks that it exists.
+    pub fn offset(self, count: usize, element: Element) -> Self {
+        Self(self.0 + (count * element.bytes()) as u64)
+    }
+
     /// The same address, if it is a multiple of so many bytes, as kernels that load several numbers at once need.
     pub fn aligned(self, what: &str, bytes: u64) -> Result<Self> {
         ensure!(self.0.is_multiple_of(bytes), "{what}: its address is no multiple of {bytes} bytes");

@@ -26,4 +26,5 @@ mod support;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../support/tiny_decoders.rs"]
 mod tiny_decoders;
+mod work;
 mod world;

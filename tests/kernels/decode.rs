@@ -1,9 +1,11 @@
 //! The KV cache and attention of one query per sequence.
 
-use fourfold::device::Element;
+use fourfold::device::{Element, Matrix};
 use fourfold::device::testing::can_emulate;
 use fourfold::ops::attention::Heads;
 use fourfold::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
+use fourfold::ops::rope::Direction;
+use fourfold::ops::rope::gpu::DeviceRopeTable;
 
 use crate::support::*;
 
@@ -103,6 +105,52 @@ fn one_prompt_goes_to_several_slots_and_a_nan_key_shows() {
     cache.write(&bad, &good, &Writes::new(device, 10, &at).unwrap()).unwrap();
     let o = cache.decode(&q, &live, heads).unwrap().to_f32().unwrap();
     assert!(o[16..32].iter().all(|v| v.is_nan()) && o[..16].iter().chain(&o[32..]).all(|v| v.is_finite()));
+}
+
+/// One launch does what three rotations and writes did: q where it lies, k rotated and v into the row of the newest token,
+/// and no other row of the cache.
+#[test]
+fn a_token_is_rotated_and_appended_in_one_launch() {
+    if !can_emulate() {
+        return;
+    }
+    let (slots, lengths, capacity) = ([2, 0, 3], [7usize, 1, 9], 9);
+    let positions: Vec<u32> = lengths.iter().map(|&n| n as u32 - 1).collect();
+    for (device, (q_heads, kv, dim, half)) in devices().iter().cycle().zip([(4, 2, 10, 5), (3, 3, 64, 20), (5, 1, 7, 0)]) {
+        let heads = Heads::full(q_heads, kv, dim);
+        let angles: Vec<f32> = (0..9 * half).map(|i| (i / half) as f32 * 0.4f32.powi((i % half) as i32)).collect();
+        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
+        let tables = (half > 0).then(|| DeviceRopeTable::new(device, &cos, &sin, half, dim).unwrap());
+        let rotation = tables.as_ref().map(|tables| (tables, tables.place(&positions).unwrap()));
+        let rotation = rotation.as_ref().map(|(tables, at)| (*tables, at));
+        let rotate = |x: &Matrix| rotation.map_or(x.clone(), |(t, at)| t.rotate(x, at, Direction::Forward).unwrap());
+        for element in FLOATS {
+            let live = Live::new(device, capacity, &slots, &lengths).unwrap();
+            let [(q, _), (k, _), (v, _)] = [(q_heads, 1), (kv, 2), (kv, 3)]
+                .map(|(heads, seed)| random(device, element, slots.len(), heads * dim, seed));
+            let filled = || {
+                let cache = DeviceCache::new(device, element, 4, capacity, heads).unwrap();
+                let (old, _) = random(device, element, 4 * capacity, kv * dim, 4);
+                let all = [0, 1, 2, 3].map(|slot| Copied { rows: slot * capacity..(slot + 1) * capacity, slot, position: 0 });
+                cache.write(&old, &old, &Writes::new(device, capacity, &all).unwrap()).unwrap();
+                cache
+            };
+            let (want, got) = (filled(), filled());
+            want.write(&rotate(&k), &v, live.newest()).unwrap();
+            let turned = rotate(&q).to_f32().unwrap();
+            let before = device.work();
+            got.append([&q, &k, &v], &live, heads, rotation).unwrap();
+            assert_eq!((device.work() - before).launches, 1);
+            assert_eq!(q.to_f32().unwrap(), turned, "{element} {heads:?}: q");
+            same("cached keys", got.rows().0, want.rows().0);
+            same("cached values", got.rows().1, want.rows().1);
+        }
+        let (other, _) = random(device, Element::F32, 2, kv * dim, 5);
+        let (q, _) = random(device, Element::F32, 2, q_heads * dim, 6);
+        let cache = DeviceCache::new(device, Element::F32, 4, capacity, heads).unwrap();
+        let live = Live::new(device, capacity, &slots, &lengths).unwrap();
+        assert!(cache.append([&q, &other, &other], &live, heads, None).is_err(), "two rows for three sequences");
+    }
 }
 
 #[test]

@@ -12,7 +12,7 @@ use crate::model::block::residual::JoinSaved;
 use crate::ops::attention::{self, KvCache};
 use crate::ops::columns::Fusion;
 use crate::ops::linear::InputGradient;
-use crate::ops::rope::{self, Direction};
+use crate::ops::rope::{self, Direction, RopeTable};
 
 /// Tensors saved for the backward of attention.
 pub(super) struct AttentionSaved {
@@ -48,14 +48,23 @@ impl Pass<'_> {
 
     /// x (N, W), rotated by its positions if this layer has RoPE.
     fn rotate(self, x: Array, positions: &[u32], direction: Direction) -> Result<Array> {
-        match self.block.rotation {
-            Some(i) => rope::rotate(&x, positions, &self.geometry.rope_tables[i], direction),
+        match self.rotation(positions) {
+            Some((table, positions)) => rope::rotate(&x, positions, table, direction),
             None => Ok(x),
         }
     }
 
-    fn project(self, positions: &[u32], x: &Array) -> Result<Projected> {
-        let h = before(&self.block.attention_norms.before, x)?;
+    /// The table and the positions that this layer rotates q and k by, if it has RoPE.
+    fn rotation<'p>(self, positions: &'p [u32]) -> Option<(&'p RopeTable, &'p [u32])>
+    where
+        Self: 'p,
+    {
+        self.block.rotation.map(|i| (&self.geometry.rope_tables[i], positions))
+    }
+
+    /// q, k and v before their rotation.
+    fn project(self, x: &Array) -> Result<Projected> {
+        let h = before(&self.block.attention_norms.before, x, self.operand())?;
         let (outputs, z) = linear::forward(&h, &self.parts(0..self.attention_out()), None)?;
         drop(h);
         let heads = self.block.heads;
@@ -70,13 +79,18 @@ impl Pass<'_> {
             None => (q, k, None),
             Some([q_norm, k_norm]) => (q_norm.forward(&q)?, k_norm.forward(&k)?, Some([q, k])),
         };
+        Ok(Projected { z, raw, q, k, v })
+    }
+
+    fn project_and_rotate(self, positions: &[u32], x: &Array) -> Result<Projected> {
+        let Projected { z, raw, q, k, v } = self.project(x)?;
         let (q, k) = (self.rotate(q, positions, Direction::Forward)?, self.rotate(k, positions, Direction::Forward)?);
         Ok(Projected { z, raw, q, k, v })
     }
 
     /// x2 (N, D) of x (N, D), and the tensors saved for the backward.
     pub(super) fn attention(self, layout: Layout<'_>, x: &Array) -> Result<(Array, AttentionSaved)> {
-        let Projected { z: z_qkv, raw, q, k, v } = self.project(layout.positions, x)?;
+        let Projected { z: z_qkv, raw, q, k, v } = self.project_and_rotate(layout.positions, x)?;
         let o = attention::forward(&q, &k, &v, layout.sequences, self.block.heads)?;
         let end = self.join(&self.block.attention_norms);
         let (x2, z_o, join) = end.forward(&o, self.part(self.attention_out()), x)?;
@@ -90,7 +104,7 @@ impl Pass<'_> {
         x: &Array,
         read_kv: impl FnOnce(&Array, &Array) -> Result<()>,
     ) -> Result<Array> {
-        let Projected { q, k, v, .. } = self.project(layout.positions, x)?;
+        let Projected { q, k, v, .. } = self.project_and_rotate(layout.positions, x)?;
         let o = attention::forward(&q, &k, &v, layout.sequences, self.block.heads)?;
         read_kv(&k, &v)?;
         drop((q, k, v));
@@ -99,10 +113,9 @@ impl Pass<'_> {
 
     /// x2 (S, D) of x (S, D): one new token per sequence; its keys and values are appended to the cache.
     pub(super) fn attention_step(self, positions: &[u32], x: &Array, cache: &mut KvCache) -> Result<Array> {
-        let Projected { q, k, v, .. } = self.project(positions, x)?;
-        cache.append(&k, &v)?;
-        let o = attention::decode(&q, cache, self.block.heads)?;
-        drop((q, k, v));
+        let Projected { q, k, v, .. } = self.project(x)?;
+        let o = attention::step(q, k, &v, self.rotation(positions), cache, self.block.heads)?;
+        drop(v);
         Ok(self.join(&self.block.attention_norms).forward(&o, self.part(self.attention_out()), x)?.0)
     }
 
@@ -132,7 +145,7 @@ impl Pass<'_> {
             (Some([q_norm, k_norm]), Some([q, k])) => (q_norm.backward(q, &dq, None)?, k_norm.backward(k, &dk, None)?),
             _ => (dq, dk),
         };
-        let h = before(&self.block.attention_norms.before, x)?;
+        let h = before(&self.block.attention_norms.before, x, self.operand())?;
         let parts = self.parts(0..out);
         let g = match self.fusion() {
             None => linear::backward(&h, &parts, &saved.z_qkv, &[&dq, &dk, &dv], wanted)?,

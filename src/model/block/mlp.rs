@@ -46,7 +46,7 @@ impl Pass<'_> {
 
     /// Gate, if the MLP has one, and up of the MLP's input.
     fn gate_up(self, input: &Array) -> Result<Products> {
-        let h = before(&self.block.mlp_norms.before, input)?;
+        let h = before(&self.block.mlp_norms.before, input, self.operand())?;
         let (outputs, z) = linear::forward(&h, &self.parts(self.attention_out() + 1..self.mlp_out()), None)?;
         let (gate, up) = match self.geometry.mlp {
             Mlp::Gated => {
@@ -83,6 +83,18 @@ impl Pass<'_> {
         Ok((y, MlpSaved { x2: x2.clone(), gate_up, z_out, join }))
     }
 
+    /// The tensors that [`Pass::mlp`] saves, gate and up included, without y: the down projection's product is left out where
+    /// nothing saved depends on it.
+    pub(super) fn mlp_again(self, input: &Array, x2: &Array) -> Result<MlpSaved> {
+        let (end, out) = (self.join(&self.block.mlp_norms), self.part(self.mlp_out()));
+        if !end.saves_nothing() || out.lora.is_some_and(|lora| lora.dora.is_some()) {
+            return Ok(self.mlp(input, x2, GateUp::Saved)?.1);
+        }
+        let gate_up = self.gate_up(input)?;
+        let z_out = linear::saved_alone(&self.activate(&gate_up)?, &[out])?;
+        Ok(MlpSaved { x2: x2.clone(), gate_up: Some(gate_up), z_out, join: JoinSaved::default() })
+    }
+
     /// (dL/dx2 of the residual path, dL/dh), h being the MLP's normed input, of dL/dy (N, D).
     pub(super) fn mlp_backward(
         self,
@@ -117,7 +129,7 @@ impl Pass<'_> {
             None => vec![activation.backward(&gate_up.up, &dm)?],
         };
         drop(dm);
-        let h = before(&self.block.mlp_norms.before, input)?;
+        let h = before(&self.block.mlp_norms.before, input, self.operand())?;
         let d_in: Vec<&Array> = d_in.iter().collect();
         let g = linear::backward(&h, &self.parts(first..out), &gate_up.z, &d_in, InputGradient::Wanted)?;
         Ok((skip, store_and_take_input(grads, first, g)?))

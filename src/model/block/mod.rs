@@ -4,7 +4,7 @@
 
 use anyhow::{Result, anyhow};
 
-use crate::device::Array;
+use crate::device::{Array, Element};
 
 use super::adapter::MAX_LINEARS;
 use super::batch::Batch;
@@ -147,6 +147,11 @@ impl<'a> Pass<'a> {
         linears.map(|i| self.part(i)).collect()
     }
 
+    /// The element type of a device's products.
+    fn operand(self) -> Element {
+        self.block.linears.first().map_or(Element::F32, |linear| linear.weight.compute().element())
+    }
+
     /// Index of attention's output projection; the MLP's linear layers follow it.
     fn attention_out(self) -> usize {
         match self.geometry.qkv {
@@ -185,6 +190,13 @@ impl<'a> Pass<'a> {
         let (x2, attention) = self.attention(layout, x)?;
         let (y, mlp) = self.mlp(self.mlp_input(x, &x2), &x2, gate_up)?;
         Ok((y, attention, mlp))
+    }
+
+    /// The tensors saved for the backward, of x (N, D), without y.
+    fn run_again(self, layout: Layout<'_>, x: &Array) -> Result<(AttentionSaved, MlpSaved)> {
+        let (x2, attention) = self.attention(layout, x)?;
+        let mlp = self.mlp_again(self.mlp_input(x, &x2), &x2)?;
+        Ok((attention, mlp))
     }
 }
 
@@ -284,10 +296,7 @@ impl Block {
         let Saved { x, rest } = saved;
         let (attention, mlp) = match rest {
             Some(rest) => rest,
-            None => {
-                let (_, attention, mlp) = pass.run(layout, &x, GateUp::Saved)?;
-                (attention, mlp)
-            }
+            None => pass.run_again(layout, &x)?,
         };
         let mut grads = BlockGradients::default();
         // y = x2 + mlp(its input), x2 = x + attention(x)

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, anyhow};
 
-use crate::device::Array;
+use crate::device::{Array, Element};
 
 use super::{Norms, take};
 use crate::ops::columns;
@@ -24,6 +24,11 @@ pub(super) struct JoinSaved {
 }
 
 impl Join<'_> {
+    /// Whether the backward needs nothing that only the forward's output can tell.
+    pub(super) fn saves_nothing(&self) -> bool {
+        self.norms.inner.is_none() && self.norms.after.is_none()
+    }
+
     /// y of the residual x and of f = linear(input), with the tensors saved by the linear layer and by this connection.
     pub(super) fn forward(
         &self,
@@ -71,9 +76,9 @@ impl Join<'_> {
     }
 }
 
-/// The input of f: norm(x), or x without a norm.
-pub(super) fn before(norm: &Option<Norm>, x: &Array) -> Result<Array> {
-    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
+/// The input of f, which multiplies operands of `operand` on a device: norm(x), or x without a norm.
+pub(super) fn before(norm: &Option<Norm>, x: &Array, operand: Element) -> Result<Array> {
+    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward_to(x, operand))
 }
 
 /// dL/dx of dL/dh, h = before(x), plus `skip`, the gradient of the residual path.

@@ -12,6 +12,7 @@ use super::Heads;
 use super::gpu::check;
 use crate::device::{Arguments, Device, Element, Matrix, Ptr};
 use crate::ops::launch::{TILE_THREADS, blocks, device, shape, size, tiles, variant};
+use crate::ops::rope::gpu::DeviceRopeTable;
 
 /// Keys of a chunk, query heads of a block and the widest head, as in gpu.cu.
 const CHUNK: usize = 256;
@@ -78,6 +79,29 @@ struct AttentionCacheWrite {
 unsafe impl Arguments for AttentionCacheWrite {
     const NAME: &'static str = "attention_cache_write";
     const BLOCK: u32 = TILE_THREADS as u32;
+}
+
+#[repr(C)]
+struct AttentionAppend {
+    q: Ptr,
+    k: Ptr,
+    v: Ptr,
+    keys: Ptr,
+    values: Ptr,
+    targets: Ptr,
+    positions: Ptr,
+    cos: Ptr,
+    sin: Ptr,
+    count: u32,
+    heads: u32,
+    kv: u32,
+    dim: u32,
+    half: u32,
+}
+// SAFETY: the fields are those of `AttentionAppend` in gpu.cu.
+unsafe impl Arguments for AttentionAppend {
+    const NAME: &'static str = "attention_append";
+    const BLOCK: u32 = 256;
 }
 
 #[repr(C)]
@@ -260,6 +284,58 @@ impl DeviceCache {
             tiles,
         };
         device.launch(variant("cache", &[element])?, grid, arguments)
+    }
+
+    /// Rotates q (S, q * dim) where it lies, and writes k, rotated, and v (S, kv * dim) as the newest of each live sequence.
+    /// `rotation`: tables and the position of each sequence; without it nothing is rotated.
+    ///
+    /// # Errors
+    /// If shapes or types do not fit, or a slot does not exist.
+    pub fn append(
+        &self,
+        [q, k, v]: [&Matrix; 3],
+        live: &Live,
+        heads: Heads,
+        rotation: Option<(&DeviceRopeTable, &Matrix)>,
+    ) -> Result<()> {
+        check(heads)?;
+        let (element, count) = (self.keys.element(), live.count);
+        shape("append: q", q, count, heads.q * heads.dim)?;
+        shape("append: k", k, count, heads.kv * heads.dim)?;
+        shape("append: v", v, count, heads.kv * heads.dim)?;
+        ensure!(self.keys.cols() == k.cols(), "append: a cache of rows of {}, keys of {}", self.keys.cols(), k.cols());
+        ensure!(live.newest.target_rows <= self.keys.rows(), "append: a live slot is past the {} slots", self.slots);
+        let (planned, capacity) = (live.capacity, self.capacity);
+        ensure!(planned == capacity, "append: sequences planned for slots of {planned} tokens, where they have {capacity}");
+        let device = device("append", &self.keys, &[q, k, v, &live.slots])?;
+        let (mut positions_at, mut cos_at, mut sin_at, mut half) = (Ptr::NULL, Ptr::NULL, Ptr::NULL, 0);
+        if let Some((tables, positions)) = rotation {
+            let (cos, sin) = tables.tables();
+            let fits = positions.len() == count && tables.head() == heads.dim;
+            ensure!(fits, "append: {} positions and tables for heads of {}", positions.len(), tables.head());
+            positions_at = positions.input("append positions", Element::U32, count)?;
+            cos_at = cos.input("append cos", Element::F32, cos.len())?;
+            sin_at = sin.input("append sin", Element::F32, sin.len())?;
+            half = size("rope", cos.cols())?;
+        }
+        let arguments = AttentionAppend {
+            q: q.output("append q", element, q.len())?,
+            k: k.input("append k", element, k.len())?,
+            v: v.input("append v", element, v.len())?,
+            keys: self.keys.output("cached keys", element, self.keys.len())?,
+            values: self.values.output("cached values", element, self.values.len())?,
+            targets: live.newest.targets.input("append targets", Element::U32, count)?,
+            positions: positions_at,
+            cos: cos_at,
+            sin: sin_at,
+            count: size("append", count)?,
+            heads: size("heads", heads.q)?,
+            kv: size("heads", heads.kv)?,
+            dim: size("head", heads.dim)?,
+            half,
+        };
+        let warps = AttentionAppend::BLOCK as usize / 32;
+        device.launch(variant("append", &[element])?, blocks(count * (heads.q + 2 * heads.kv), warps)?, arguments)
     }
 
     /// o (S, q * dim) for one query per live sequence, q (S, q * dim), over the keys and values in their slots, the

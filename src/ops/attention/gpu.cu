@@ -94,6 +94,33 @@ template <class T> __device__ __forceinline__ void attention_cache_write(const A
     to.write(a.values, v);
 }
 
+// One token a sequence on its way into a layer's cache: q is rotated where it lies, k is rotated into the cache's row
+// `targets[s]`, v is copied there. A warp takes a head. Without rotation (`half` is 0) q stays as it is.
+template <class T> struct AttentionAppend {
+    T* q; const T* k; const T* v; T* keys; T* values; const u32* targets; const u32* positions; const float* cos; const float* sin;
+    u32 count, heads, kv, dim, half;
+};
+template <class T> __device__ __forceinline__ void attention_append(const AttentionAppend<T>& a) {
+    const u32 all = a.heads + 2 * a.kv, warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
+    const u32 s = warp / all, h = warp % all;
+    if (s >= a.count) return;
+    const bool of_q = h < a.heads, of_k = !of_q && h < a.heads + a.kv;
+    const u32 g = of_q ? h : (h - a.heads) % a.kv;
+    const u64 from = ((u64)s * (of_q ? a.heads : a.kv) + g) * a.dim, to = ((u64)a.targets[s] * a.kv + g) * a.dim;
+    const T* x = of_q ? a.q + from : of_k ? a.k + from : a.v + from;
+    T* y = of_q ? a.q + from : of_k ? a.keys + to : a.values + to;
+    const u32 half = of_q || of_k ? a.half : 0;
+    if (half) {
+        const u64 angles = (u64)a.positions[s] * half;
+        for (u32 j = lane; j < half; j += 32) {
+            const float c = a.cos[angles + j], sin = a.sin[angles + j], x0 = load(x + j), x1 = load(x + j + half);
+            store(y + j, x0 * c - x1 * sin);
+            store(y + j + half, x1 * c + x0 * sin);
+        }
+    }
+    if (!of_q) for (u32 j = 2 * half + lane; j < a.dim; j += 32) y[j] = x[j];
+}
+
 // ---- one query a sequence ----
 // A block takes 256 keys of one sequence and key/value head, for up to four of the query heads that share it, so that keys
 // and values are read once for them. Sequences of more keys are cut into chunks, whose sums `attention_merge` joins.
@@ -216,11 +243,13 @@ template <class T> __device__ __forceinline__ void attention_merge(const Attenti
     typedef AttentionSoftmax<T> AttentionSoftmax_##T; \
     typedef AttentionSoftmaxBackward<T> AttentionSoftmaxBackward_##T; \
     typedef AttentionCacheWrite<T> AttentionCacheWrite_##T; \
+    typedef AttentionAppend<T> AttentionAppend_##T; \
     typedef AttentionDecode<T> AttentionDecode_##T; \
     typedef AttentionMerge<T> AttentionMerge_##T; \
     KERNEL(attention_softmax_##T, AttentionSoftmax_##T, 256) { attention_softmax(a); } \
     KERNEL(attention_softmax_backward_##T, AttentionSoftmaxBackward_##T, 256) { attention_softmax_backward(a); } \
     KERNEL(attention_cache_write_##T, AttentionCacheWrite_##T, 256) { attention_cache_write(a); } \
+    KERNEL(attention_append_##T, AttentionAppend_##T, 256) { attention_append(a); } \
     KERNEL(attention_decode_##T, AttentionDecode_##T, 128) { attention_decode(a); } \
     KERNEL(attention_merge_##T, AttentionMerge_##T, 128) { attention_merge(a); }
 ATTENTION(f32)

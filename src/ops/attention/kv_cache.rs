@@ -8,6 +8,7 @@ use crate::device::{Array, Matrix};
 use crate::ops::attention::Heads;
 use crate::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
 use crate::ops::cpu::view;
+use crate::ops::rope::RopeTable;
 
 /// Keys and values of the sequences of a batch under generation, in one layer.
 pub struct KvCache {
@@ -162,6 +163,13 @@ impl KvCache {
         }
     }
 
+    pub(super) fn device_mut(&mut self) -> Result<&mut DeviceSlots> {
+        match &mut self.store {
+            Store::Device(device) => Ok(device),
+            Store::Host(_) => bail!("a query on a device for a KV cache on the host"),
+        }
+    }
+
     /// Keeps the sequences s for which `keep[s]` is true. On the host the memory of the others is freed; on a device it is
     /// freed with the cache.
     pub fn retain(&mut self, keep: &[bool]) {
@@ -203,13 +211,39 @@ impl DeviceSlots {
         Ok(Self { cache, slots: (0..slots).collect(), lengths })
     }
 
-    fn append(&mut self, k: &Matrix, v: &Matrix) -> Result<()> {
+    /// Room for one more token per sequence, which counts from now on.
+    fn extend(&mut self) -> Result<()> {
         let longest = self.lengths.iter().max().copied().unwrap_or(0) + 1;
         if longest > self.cache.capacity() {
             self.grow(longest.max(self.cache.capacity() + SLOT_GROWTH))?;
         }
         self.lengths.iter_mut().for_each(|length| *length += 1);
+        Ok(())
+    }
+
+    fn append(&mut self, k: &Matrix, v: &Matrix) -> Result<()> {
+        self.extend()?;
         self.cache.write(k, v, self.live()?.newest())
+    }
+
+    /// o (S, q * dim) of one new token per sequence, from its q, k and v before their rotation. q is overwritten.
+    pub(super) fn step(
+        &mut self,
+        [q, k, v]: [&Matrix; 3],
+        rotation: Option<(&RopeTable, &[u32])>,
+        heads: Heads,
+    ) -> Result<Matrix> {
+        self.extend()?;
+        let (device, live) = (q.device(), self.live()?);
+        let on_device = |(table, positions): (&RopeTable, &[u32])| -> Result<_> {
+            table.check(positions)?;
+            let last = positions.iter().copied().max().unwrap_or(0) as usize;
+            Ok((table.on(device, last)?, device.indices(positions)?))
+        };
+        let rotation = rotation.map(on_device).transpose()?;
+        let rotation = rotation.as_ref().map(|(table, positions)| (&**table, positions));
+        self.cache.append([q, k, v], &live, heads, rotation)?;
+        self.cache.decode(q, &live, heads)
     }
 
     /// Moves the live sequences into a new cache with `capacity` tokens per slot.

@@ -3,8 +3,8 @@
 //!
 //! o_i = sum_{j <= i} p_ij v_j, p_i = softmax_j(s_ij), s_ij = scale q_i . k_j, within each sequence and head. A window
 //! w restricts j to j > i - w; a soft cap c replaces the scores by c tanh(s / c). Scores exist for 48 queries at a
-//! time, never T x T for a long sequence. Saved for backward: q, k, v. It does not depend on weights or other
-//! operations. Read `kv_cache.rs` and `cpu.rs` beside it, then `logprobs/mod.rs`.
+//! time, never T x T for a long sequence. Saved for backward: q, k, v. A decoding step rotates its query and
+//! key too, by `rope`. It does not depend on weights. Read `kv_cache.rs` and `cpu.rs` beside it, then `logprobs/mod.rs`.
 
 mod cpu;
 pub mod device_cache;
@@ -17,6 +17,7 @@ use anyhow::{Result, bail};
 
 use crate::device::Array;
 use crate::ops::columns;
+use crate::ops::rope::{self, Direction, RopeTable};
 
 pub use kv_cache::KvCache;
 
@@ -137,6 +138,33 @@ pub fn backward(
             (dq.into(), dk.into(), dv.into())
         }
     })
+}
+
+/// Decoding: o (S, q * dim) of one new token per sequence, of its q (S, q * dim), k and v (S, kv * dim) before their
+/// rotation; `rotation` has the table and the tokens' positions (S). The rotated k and v are appended to the cache.
+///
+/// # Errors
+/// If shapes do not fit, or a position is past the context.
+pub fn step(
+    q: Array,
+    k: Array,
+    v: &Array,
+    rotation: Option<(&RopeTable, &[u32])>,
+    cache: &mut KvCache,
+    heads: Heads,
+) -> Result<Array> {
+    if let Array::Device(q) = &q {
+        return Ok(cache.device_mut()?.step([q, k.device()?, v.device()?], rotation, heads)?.into());
+    }
+    let (q, k) = match rotation {
+        Some((table, positions)) => {
+            let rotate = |x: Array| rope::rotate(&x, positions, table, Direction::Forward);
+            (rotate(q)?, rotate(k)?)
+        }
+        None => (q, k),
+    };
+    cache.append(&k, v)?;
+    decode(&q, cache, heads)
 }
 
 /// Decoding: o (S, q * dim) of one new query per sequence, q (S, q * dim). The cache already holds the new tokens' keys

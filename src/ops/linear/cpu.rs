@@ -126,6 +126,18 @@ pub fn forward(
     Ok((done, saved))
 }
 
+/// What [`forward`] saves for parts without DoRA, without the outputs.
+pub fn saved_alone(x: &Tensor, parts: &[LinearWithLora<'_>]) -> Result<HostSaved> {
+    let (m, k) = x.dims2()?;
+    let rank: usize = parts.iter().map(LinearWithLora::rank).sum();
+    let xs = view(x)?;
+    let z = match is_bf16(k, parts) {
+        true => PackedLhs::of(&xs, m, k, &stacked_a(parts, k, rank)?, rank).1,
+        false => low_rank_inputs(&xs, m, k, parts, rank)?,
+    };
+    Ok(HostSaved { z: tensor(z, (m, rank))?, directions: vec![None; parts.len()] })
+}
+
 /// g u + bias + residual, of u (N, out).
 fn scale_and_add(u: &Tensor, g: &[f32], bias: Option<&[f32]>, residual: Option<&[f32]>) -> Result<Tensor> {
     let y = low_rank::scale_columns(u, g)?;

@@ -27,9 +27,14 @@ pub struct Map<'a> {
     pub lora: Option<&'a DeviceLora>,
 }
 
-impl Map<'_> {
+impl<'a> Map<'a> {
     fn rank(&self) -> usize {
         self.lora.map_or(0, DeviceLora::rank)
+    }
+
+    /// What DoRA scales the output by.
+    fn scales(&self) -> Result<Option<&'a DoraScales>> {
+        self.lora.map_or(Ok(None), |lora| lora.row_scales(self.weight))
     }
 }
 
@@ -84,15 +89,20 @@ pub fn forward(
     let x = &cast(x, operand)?;
     let z = low_rank_inputs(x, maps, operand)?;
     let mut saved = Saved { z, directions: Vec::with_capacity(maps.len()) };
-    let (mut ys, mut offset) = (Vec::with_capacity(maps.len()), 0);
+    // With DoRA, bias and residual join after the scale.
+    let mut parts = vec![];
     for map in maps {
-        let branch = map.lora.zip(saved.z.as_ref().map(|z| columns_from(z, offset)));
-        offset += map.rank();
-        let scales = map.lora.map_or(Ok(None), |lora| lora.row_scales(map.weight))?;
-        let (y, direction) = match scales {
-            None => (output(x, map, branch, residual, to, compute)?, None),
+        parts.push(match map.scales()? {
+            None => Part { map: *map, residual, to },
+            Some(_) => Part { map: Map { bias: None, ..*map }, residual: None, to: operand },
+        });
+    }
+    let (outputs, mut ys) = (outputs(x, &parts, saved.z.as_ref(), compute)?, Vec::with_capacity(maps.len()));
+    for (map, y) in maps.iter().zip(outputs) {
+        let (y, direction) = match map.scales()? {
+            None => (y, None),
             Some(scales) => {
-                let u = output(x, &Map { bias: None, ..*map }, branch, None, operand, compute)?;
+                let u = y;
                 let y = affine(&u, Some(&scales.factors), map.bias, to)?;
                 if let Some(residual) = residual {
                     add_assign(&y, residual, 1.0)?;
@@ -104,6 +114,23 @@ pub fn forward(
         saved.directions.push(direction);
     }
     Ok((ys, saved))
+}
+
+/// What [`forward`] saves for maps without DoRA, without the outputs.
+///
+/// # Errors
+/// As for [`forward`].
+pub fn saved_alone(x: &Matrix, maps: &[Map<'_>], compute: Compute) -> Result<Saved> {
+    check(x, maps, compute.operand)?;
+    let z = low_rank_inputs(&cast(x, compute.operand)?, maps, compute.operand)?;
+    Ok(Saved { z, directions: vec![None; maps.len()] })
+}
+
+/// A map of a group, what joins its product, and the element type of the result.
+struct Part<'a> {
+    map: Map<'a>,
+    residual: Option<&'a Matrix>,
+    to: Element,
 }
 
 /// The gradients of the branches and, if `wants_input`, of x, from dL/dy_p (m, n_p), each f32 or T.
@@ -138,7 +165,7 @@ pub fn backward(
             lora_gradients.push(None);
             continue;
         }
-        let scales = map.lora.map_or(Ok(None), |lora| lora.row_scales(map.weight))?;
+        let scales = map.scales()?;
         let (dy, magnitude) = match scales.zip(direction.as_ref()) {
             None => (cast(dy, operand)?, None),
             Some((scales, u)) => {
@@ -208,6 +235,9 @@ fn low_rank_inputs(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<Opt
     if ranks == 0 {
         return Ok(None);
     }
+    if gpu_gemv::supports(m) {
+        return gpu_gemv::low_rank_inputs(x, &maps.iter().filter_map(|map| map.lora).collect::<Vec<_>>()).map(Some);
+    }
     let z = x.device().matrix(operand, m, ranks)?;
     let mut offset = 0;
     for lora in maps.iter().filter_map(|map| map.lora) {
@@ -218,38 +248,56 @@ fn low_rank_inputs(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<Opt
     Ok(Some(z))
 }
 
-/// x W^T + bias + residual + z B^T (m, n) of type `to`. x has the operands' type.
-fn output(
+/// x W^T + bias + residual + z B^T (m, n) of each part. x has the operands' type; z has the branches side by side.
+fn outputs(x: &Matrix, parts: &[Part<'_>], z: Option<&Matrix>, compute: Compute) -> Result<Vec<Matrix>> {
+    let (device, m) = (x.device(), x.rows());
+    if gpu_gemv::supports(m) {
+        // All results are there before the launch that several of them share.
+        let room = |part: &Part<'_>| device.matrix(part.to, m, part.map.weight.rows());
+        let ys = parts.iter().map(room).collect::<Result<Vec<_>>>()?;
+        let mut column = 0;
+        let few = parts.iter().zip(&ys).map(|(Part { map, residual, .. }, y)| {
+            let branch = map.lora.zip(z).map(|(lora, z)| (lora, z, column));
+            column += map.rank();
+            gpu_gemv::FewRows { weight: map.weight, y, bias: map.bias, residual: *residual, branch }
+        });
+        gpu_gemv::gemv_group(x, &few.collect::<Vec<_>>())?;
+        return Ok(ys);
+    }
+    let mut column = 0;
+    let many = |part: &Part<'_>| {
+        let branch = part.map.lora.zip(z.map(|z| columns_from(z, column)));
+        column += part.map.rank();
+        output_of_many_rows(x, part, branch, compute)
+    };
+    parts.iter().map(many).collect()
+}
+
+/// The same of one part, whose weight is dequantised in strips.
+fn output_of_many_rows(
     x: &Matrix,
-    map: &Map<'_>,
+    Part { map, residual, to }: &Part<'_>,
     branch: Option<(&DeviceLora, Strided<'_>)>,
-    residual: Option<&Matrix>,
-    to: Element,
     compute: Compute,
 ) -> Result<Matrix> {
     let (m, n, k) = (x.rows(), map.weight.rows(), x.cols());
-    let y = x.device().matrix(to, m, n)?;
+    let y = x.device().matrix(*to, m, n)?;
     if m == 0 {
         return Ok(y);
     }
-    let few = gpu_gemv::supports(m);
-    if few {
-        gpu_gemv::gemv(map.weight, x, &y, map.bias, residual)?;
-    } else {
-        if let Some(residual) = residual {
-            y.copy_from(residual)?;
-        }
-        let joins = if residual.is_some() { 1.0 } else { 0.0 };
-        read_strips(map.weight, compute.operand, compute.scratch, |rows, w| {
-            let part = columns_from(&y, rows.start);
-            product((m, rows.len(), k), (x.whole(), false), (w.whole(), true), part, (1.0, joins))
-        })?;
+    if let Some(residual) = residual {
+        y.copy_from(residual)?;
     }
+    let joins = if residual.is_some() { 1.0 } else { 0.0 };
+    read_strips(map.weight, compute.operand, compute.scratch, |rows, w| {
+        let part = columns_from(&y, rows.start);
+        product((m, rows.len(), k), (x.whole(), false), (w.whole(), true), part, (1.0, joins))
+    })?;
     if let Some((lora, z)) = branch {
         let b = lora.b_operand().whole();
         product((m, n, lora.rank()), (z, false), (b, true), y.whole(), (1.0, 1.0))?;
     }
-    if !few && map.bias.is_some() {
+    if map.bias.is_some() {
         affine_in_place(&y, None, map.bias)?;
     }
     Ok(y)

@@ -1,29 +1,54 @@
-// gemv: y (rows, n) = x (rows, k) W^T [+ bias] [+ residual] for at most 16 rows, straight from the stored bytes of
-// W (n, k), as decoding needs it: the time is that of reading W once. Sums are f32; W's values are rounded to x's
-// type T first, so that the result is that of dequantising to T and multiplying. Reads W through the storage types
-// of ops/storage/gpu.cu.
+// gemv: y (rows, n) = x (rows, k) W^T [+ z B^T] [+ bias] [+ residual] for at most 16 rows, straight from the stored bytes of
+// W (n, k), as decoding needs it: the time is that of reading W once. Up to three maps of one input go in one launch. Sums
+// are f32; W's values are rounded to x's type T first, so that the result is that of dequantising to T and multiplying. Reads
+// W through the storage types of ops/storage/gpu.cu.
 //
 // Two kernels: `gemv_<type>_<T>` takes every type, T and k; `gemv_tensor_` uses the tensor cores, for the
-// types that decoding meets most, T of two bytes and k a multiple of 64. gpu_gemv.rs chooses.
+// types that decoding meets most, T of two bytes and k a multiple of 64. gpu_gemv.rs chooses. `low_rank_inputs_<T>` makes
+// the z of all maps: s x A^T.
 
-// y, the residual: one of the two pointers each, by the element type; both null where there is no residual.
-template <class T> struct Gemv {
+// One map of a launch. y, the residual: one of the two pointers each, by the element type; both null where there is no
+// residual. z and b are null where there is no branch.
+template <class T> struct GemvMap {
     stored::Planes weight;
-    const T* x;
     float* y_f32; T* y;
     const float* residual_f32; const T* residual;
     const float* bias;
-    unsigned rows, n, k;
+    const T* z; const T* b;  // (rows, z_stride) from this map's first column on, and B (n, rank).
+    unsigned n, rank, z_stride, first_block;
+};
+template <class T> struct Gemv {
+    GemvMap<T> maps[3];
+    const T* x;
+    unsigned count, rows, k;
 };
 
 namespace stored {
-template <class T> __device__ __forceinline__ void finish(const Gemv<T>& a, unsigned m, unsigned n, float v) {
-    const size_t i = (size_t)m * a.n + n;
-    if (a.bias) v += a.bias[n];
-    if (a.residual_f32) v += a.residual_f32[i];
-    else if (a.residual) v += to_float(a.residual[i]);
-    if (a.y_f32) a.y_f32[i] = v;
-    else store(a.y + i, v);
+// The map that the block works for.
+template <class T> __device__ __forceinline__ const GemvMap<T>& map_of_block(const Gemv<T>& a) {
+    return a.maps[a.count > 2 && blockIdx.x >= a.maps[2].first_block ? 2 : a.count > 1 && blockIdx.x >= a.maps[1].first_block];
+}
+template <class T> __device__ __forceinline__ void finish(const GemvMap<T>& p, unsigned m, unsigned n, float v) {
+    const size_t i = (size_t)m * p.n + n;
+    if (p.b) {
+        const T *z = p.z + (size_t)m * p.z_stride, *b = p.b + (size_t)n * p.rank;
+        unsigned r = 0;
+        if ((((size_t)z | (size_t)b) & 15) == 0) {
+            for (; r + 8 <= p.rank; r += 8) {
+                float s[8], t[8];
+                load8(z + r, s);
+                load8(b + r, t);
+#pragma unroll
+                for (int e = 0; e < 8; e++) v += s[e] * t[e];
+            }
+        }
+        for (; r < p.rank; r++) v += load(z + r) * load(b + r);
+    }
+    if (p.bias) v += p.bias[n];
+    if (p.residual_f32) v += p.residual_f32[i];
+    else if (p.residual) v += to_float(p.residual[i]);
+    if (p.y_f32) p.y_f32[i] = v;
+    else store(p.y + i, v);
 }
 template <class T> __device__ __forceinline__ float rounded(float v) { return to_float(from_float<T>(v)); }
 
@@ -35,19 +60,20 @@ template <class S, class T> __device__ __forceinline__ void gemv_plain(const Gem
     __shared__ float sums[16][256];
     __shared__ float table[16];
     fill_table<S>(table);
-    const unsigned lane = threadIdx.x & 31, n = 8 * blockIdx.x + (threadIdx.x >> 5);
-    if (n >= a.n) return;
+    const GemvMap<T>& map = map_of_block(a);
+    const unsigned lane = threadIdx.x & 31, n = 8 * (blockIdx.x - map.first_block) + (threadIdx.x >> 5);
+    if (n >= map.n) return;
     for (unsigned m = 0; m < a.rows; m++) sums[m][threadIdx.x] = 0.f;
     if (S::DENSE && a.k % 16 != 0) {
         for (unsigned i = lane; i < a.k; i += 32) {
-            const float w = rounded<T>(Single<S, S::DENSE != 0>::number(a.weight, (size_t)n * a.k + i));
+            const float w = rounded<T>(Single<S, S::DENSE != 0>::number(map.weight, (size_t)n * a.k + i));
             for (unsigned m = 0; m < a.rows; m++) sums[m][threadIdx.x] += w * load(a.x + (size_t)m * a.k + i);
         }
     } else {
         const unsigned units = a.k / 16;
         for (unsigned u = lane; u < units; u += 32) {
             float w[16];
-            decode_unit<S>(a.weight, (size_t)n * units + u, w, table);
+            decode_unit<S>(map.weight, (size_t)n * units + u, w, table);
 #pragma unroll
             for (int i = 0; i < 16; i++) w[i] = rounded<T>(w[i]);
             const T* x = a.x + first_column<S>(u);
@@ -68,7 +94,7 @@ template <class S, class T> __device__ __forceinline__ void gemv_plain(const Gem
         const float all = warp_sum(sums[m][threadIdx.x]);
         if (lane == m) mine = all;
     }
-    if (lane < a.rows) finish(a, lane, n, mine);
+    if (lane < a.rows) finish(map, lane, n, mine);
 }
 
 // ---- tensor cores: a block of eight warps computes sixteen columns of y ---- The sixteen rows of W are the
@@ -106,10 +132,11 @@ template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Ge
     // Blocks of 256 numbers have one head a run; of smaller ones, each unit of a slab reads its own.
     enum { SHARED = S::BLOCK == 256, HEADS = SHARED ? 1 : 4, UNITS = S::BLOCK / 16 };
     const unsigned warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
-    const unsigned first = 16 * blockIdx.x, slabs = a.k / 64;
+    const GemvMap<T>& map = map_of_block(a);
+    const unsigned first = 16 * (blockIdx.x - map.first_block), slabs = a.k / 64;
     // The first units of this lane's two rows of W. A ragged end reads the last row again, and nothing comes of it.
-    const size_t row[2] = {(size_t)min(first + g, a.n - 1) * (a.k / 16),
-                           (size_t)min(first + g + 8, a.n - 1) * (a.k / 16)};
+    const size_t row[2] = {(size_t)min(first + g, map.n - 1) * (a.k / 16),
+                           (size_t)min(first + g + 8, map.n - 1) * (a.k / 16)};
     const T* x[2];
     float c[2][4];
 #pragma unroll
@@ -126,8 +153,8 @@ template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Ge
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const size_t unit = row[r] + 4 * (base + i) + t;
-                    if (i == 0 || !SHARED) heads[r][SHARED ? 0 : i] = S::head(a.weight, unit / UNITS);
-                    raw[r][i] = S::fetch(a.weight, unit);
+                    if (i == 0 || !SHARED) heads[r][SHARED ? 0 : i] = S::head(map.weight, unit / UNITS);
+                    raw[r][i] = S::fetch(map.weight, unit);
                 }
             }
         }
@@ -160,12 +187,69 @@ template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Ge
         for (int i = 0; i < 4; i++) sums[warp][8 * m + 2 * t + (i & 1)][g + 8 * (i >> 1)] = c[m][i];
     __syncthreads();
     const unsigned m = threadIdx.x >> 4, n = first + (threadIdx.x & 15);
-    if (m >= a.rows || n >= a.n) return;
+    if (m >= a.rows || n >= map.n) return;
     float v = 0.f;
     for (int w = 0; w < 8; w++) v += sums[w][m][threadIdx.x & 15];
-    finish(a, m, n, v);
+    finish(map, m, n, v);
 }
 }  // namespace stored
+
+// z (rows, stride) = scale x A^T for up to three maps side by side: a block computes one column for all rows.
+template <class T> struct LowRankInputs {
+    const T* a[3];
+    const T* x;
+    T* z;
+    float scale[3];
+    unsigned end[3];  // One past the last column of each map.
+    unsigned rows, k, stride, wide;  // `wide`: eight numbers can be loaded at once.
+};
+template <class T> __device__ __forceinline__ void low_rank_inputs(const LowRankInputs<T>& a) {
+    __shared__ float sums[8][16];
+    const unsigned j = blockIdx.x, map = (j >= a.end[0]) + (j >= a.end[1]);
+    const T* w = a.a[map] + (size_t)(j - (map ? a.end[map - 1] : 0)) * a.k;
+    float s[16];
+#pragma unroll
+    for (unsigned m = 0; m < 16; m++) s[m] = 0.f;
+    if (a.wide) {
+        for (unsigned c = 8 * threadIdx.x; c < a.k; c += 8 * blockDim.x) {
+            float v[8];
+            stored::load8(w + c, v);
+#pragma unroll
+            for (unsigned m = 0; m < 16; m++) {
+                if (m < a.rows) {
+                    float u[8];
+                    stored::load8(a.x + (size_t)m * a.k + c, u);
+#pragma unroll
+                    for (int e = 0; e < 8; e++) s[m] += v[e] * u[e];
+                }
+            }
+        }
+    } else {
+        for (unsigned c = threadIdx.x; c < a.k; c += blockDim.x) {
+            const float v = load(w + c);
+#pragma unroll
+            for (unsigned m = 0; m < 16; m++) if (m < a.rows) s[m] += v * load(a.x + (size_t)m * a.k + c);
+        }
+    }
+#pragma unroll
+    for (unsigned m = 0; m < 16; m++) {
+        if (m < a.rows) {
+            const float all = warp_sum(s[m]);
+            if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5][m] = all;
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < a.rows) {
+        float all = 0.f;
+        for (int w = 0; w < 8; w++) all += sums[w][threadIdx.x];
+        store(a.z + (size_t)threadIdx.x * a.stride + j, a.scale[map] * all);
+    }
+}
+#define LOW_RANK_INPUTS(T) KERNEL(low_rank_inputs_##T, LowRankInputs<T>, 256) { low_rank_inputs(a); }
+typedef float f32;
+LOW_RANK_INPUTS(f32)
+LOW_RANK_INPUTS(bf16)
+LOW_RANK_INPUTS(f16)
 
 #define GEMV(name, S) \
     KERNEL(gemv_##name##_f32, Gemv<float>, 256) { stored::gemv_plain<S, float>(a); } \

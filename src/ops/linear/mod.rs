@@ -129,6 +129,23 @@ pub fn forward(x: &Array, parts: &[LinearWithLora<'_>], residual: Option<&Array>
     })
 }
 
+/// The tensors that [`forward`] saves, without the outputs, for parts without DoRA: x is (N, in).
+///
+/// # Errors
+/// If shapes do not fit, or a part has DoRA, whose backward needs an output.
+pub fn saved_alone(x: &Array, parts: &[LinearWithLora<'_>]) -> Result<Saved> {
+    check(x.dims2()?.1, parts)?;
+    if parts.iter().any(|part| part.dora().is_some()) {
+        bail!("DoRA's backward needs the outputs of its forward");
+    }
+    Ok(match x {
+        Array::Host(x) => Saved::Host(cpu::saved_alone(x, parts)?),
+        Array::Device(x) => {
+            Saved::Device(gpu::saved_alone(x, &Copies::of(x, parts)?.maps(), gpu::Compute::new(operand(parts)))?)
+        }
+    })
+}
+
 /// The element type of a device's products.
 fn operand(parts: &[LinearWithLora<'_>]) -> Element {
     parts.first().map_or(Element::F32, |p| p.weight.compute().element())

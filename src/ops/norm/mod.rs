@@ -8,7 +8,7 @@ pub mod gpu;
 
 use anyhow::{Result, bail};
 
-use crate::device::{Array, Resident};
+use crate::device::{Array, Element, Resident};
 use gpu::DeviceNorm;
 
 /// The frozen parameters of a norm.
@@ -62,10 +62,22 @@ impl Norm {
     /// # Errors
     /// If W is not a multiple of D.
     pub fn forward(&self, x: &Array) -> Result<Array> {
+        self.forward_to(x, x.element())
+    }
+
+    /// As [`Norm::forward`], for products whose operands on a device are of `operand`: an f32 x gives y in that type. On the
+    /// host y is f32.
+    ///
+    /// # Errors
+    /// As for [`Norm::forward`].
+    pub fn forward_to(&self, x: &Array, operand: Element) -> Result<Array> {
         self.check(x)?;
         Ok(match x {
             Array::Host(x) => cpu::forward(self, x)?.into(),
-            Array::Device(x) => self.on(x.device())?.forward(x, x.element())?.into(),
+            Array::Device(x) => {
+                let to = if x.element() == Element::F32 { operand } else { x.element() };
+                self.on(x.device())?.forward(x, to)?.into()
+            }
         })
     }
 

@@ -49,6 +49,16 @@ impl DeviceRopeTable {
         Ok(Self { cos: table(cos)?, sin: table(sin)?, head })
     }
 
+    /// cos and sin, (positions, h) f32 each.
+    pub(crate) fn tables(&self) -> (&Matrix, &Matrix) {
+        (&self.cos, &self.sin)
+    }
+
+    /// Numbers of a head.
+    pub(crate) fn head(&self) -> usize {
+        self.head
+    }
+
     /// How many positions the tables have.
     pub fn positions(&self) -> usize {
         self.cos.rows()

@@ -55,9 +55,20 @@ impl RopeTable {
         self.positions
     }
 
+    /// Whether all positions lie in the context.
+    ///
+    /// # Errors
+    /// If one does not.
+    pub(crate) fn check(&self, positions: &[u32]) -> Result<()> {
+        if let Some(p) = positions.iter().find(|&&p| p as usize >= self.positions) {
+            bail!("position {p} is past the context of {}", self.positions);
+        }
+        Ok(())
+    }
+
     /// The table on a device, for positions up to `last` at least. It holds whole blocks of positions and is made anew when a
     /// longer sequence comes.
-    fn on(&self, device: &Device, last: usize) -> Result<std::sync::Arc<DeviceRopeTable>> {
+    pub(crate) fn on(&self, device: &Device, last: usize) -> Result<std::sync::Arc<DeviceRopeTable>> {
         let wanted = self.positions.min((last / BLOCK + 1) * BLOCK);
         if self.copy.get().is_some_and(|copy| copy.positions() < wanted) {
             self.copy.clear();
@@ -112,9 +123,7 @@ pub fn rotate(x: &Array, positions: &[u32], table: &RopeTable, direction: Direct
     if positions.len() != n || head < 2 * half || width % head.max(1) != 0 {
         bail!("{} positions and heads of {head} for an input ({n}, {width})", positions.len());
     }
-    if let Some(p) = positions.iter().find(|&&p| p as usize >= table.positions()) {
-        bail!("position {p} is past the context of {}", table.positions());
-    }
+    table.check(positions)?;
     Ok(match x {
         Array::Host(x) => cpu::rotate(x, positions, table, direction)?.into(),
         Array::Device(x) => {

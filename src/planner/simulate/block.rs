@@ -174,6 +174,30 @@ impl Layer<'_> {
         self.mlp(m, if self.net.config.placement == Placement::Parallel { x } else { &x2 }, false).0
     }
 
+    /// `mlp::mlp_again`: gate and up, and the saved tensors of the MLP's end.
+    fn mlp_again(&self, m: usize, x: &Tensor) -> (Vec<Tensor>, Vec<Tensor>) {
+        let (f, parts) = (self.net.config.intermediate_size, self.parts(self.last_map()..self.last_map() + 1));
+        if self.has_inner()
+            || self.net.config.placement == Placement::AfterSum
+            || parts.iter().any(|part| part.dora && part.rank > 0)
+        {
+            let (_, ends, wide) = self.mlp(m, x, true);
+            return (ends, wide.unwrap_or_default());
+        }
+        let wide = self.widened(m, x);
+        let activated = self.rows(m, f);
+        let ends = self.walk.linear_saved_alone(m, f, &parts);
+        drop(activated);
+        (ends, wide)
+    }
+
+    fn run_again(&self, lengths: &[usize], x: &Tensor) -> Inside {
+        let m = lengths.iter().sum();
+        let (x2, attention) = self.attention(lengths, x, true);
+        let (mlp, wide) = self.mlp_again(m, &x2);
+        Inside { attention, x2, mlp, wide: Some(wide) }
+    }
+
     fn run(&self, lengths: &[usize], x: &Tensor, keep_wide: bool) -> (Tensor, Inside) {
         let m = lengths.iter().sum();
         let (x2, attention) = self.attention(lengths, x, true);
@@ -243,7 +267,7 @@ impl Layer<'_> {
         let (f, heads) = (c.intermediate_size, c.heads(self.index));
         let width = heads.q * heads.dim;
         let Kept { _x: x, rest } = kept;
-        let Inside { attention, x2, mlp, wide } = rest.unwrap_or_else(|| self.run(lengths, &x, true).1);
+        let Inside { attention, x2, mlp, wide } = rest.unwrap_or_else(|| self.run_again(lengths, &x));
         let (first, last) = (self.net.attention_out() + 1, self.last_map());
         let is_parallel = c.placement == Placement::Parallel;
         // The MLP's backward.

@@ -120,20 +120,7 @@ impl Simulator {
         let rank: usize = parts.iter().map(|p| p.rank).sum();
         let outputs: usize = parts.iter().map(|p| p.out).sum();
         let who = self.parallel(parts.iter().map(|p| p.out.div_ceil(NR)).sum(), m * k * outputs);
-        let is_bf16 =
-            self.compute == ComputeDtype::Bf16 && k.is_multiple_of(2) && parts.iter().all(|p| p.out.is_multiple_of(2));
-        let (left, z) = match is_bf16 {
-            true => {
-                let _stacked = self.list(MemoryCategory::Blocks, rank * k);
-                let (left, z) = self.left(m, k, rank);
-                (Some(left), z)
-            }
-            false => {
-                let z = self.list(MemoryCategory::Blocks, m * rank);
-                drop(self.list(MemoryCategory::Blocks, k * rank));
-                (None, z)
-            }
-        };
+        let (left, z) = self.low_rank_inputs(m, k, parts);
         let ys: Vec<Allocation> = parts.iter().map(|p| self.list(MemoryCategory::Blocks, m * p.out)).collect();
         let words = bf16::words(k + rank);
         match &left {
@@ -157,6 +144,26 @@ impl Simulator {
             kept.push(std::mem::replace(y, scaled));
         }
         (outputs, kept)
+    }
+
+    /// `linear::saved_alone`, for parts without DoRA.
+    pub fn linear_saved_alone(&self, m: usize, k: usize, parts: &[Part]) -> Vec<Tensor> {
+        vec![Tensor(Rc::new(RefCell::new(self.low_rank_inputs(m, k, parts).1)))]
+    }
+
+    /// z, and in bf16 the rounded rows.
+    fn low_rank_inputs(&self, m: usize, k: usize, parts: &[Part]) -> (Option<[Allocation; 2]>, Allocation) {
+        let rank: usize = parts.iter().map(|p| p.rank).sum();
+        let is_bf16 =
+            self.compute == ComputeDtype::Bf16 && k.is_multiple_of(2) && parts.iter().all(|p| p.out.is_multiple_of(2));
+        if is_bf16 {
+            let _stacked = self.list(MemoryCategory::Blocks, rank * k);
+            let (left, z) = self.left(m, k, rank);
+            return (Some(left), z);
+        }
+        let z = self.list(MemoryCategory::Blocks, m * rank);
+        drop(self.list(MemoryCategory::Blocks, k * rank));
+        (None, z)
     }
 
     /// `cpu_bf16::PackedLhs::of`: the rounded rows with their low-rank columns, and z.
