@@ -55,9 +55,9 @@ pub fn text() -> &'static str {
 /// Texts that together have every kernel of [`text`] once. A part declares the kernels of files that it only shares as
 /// functions that nobody calls.
 pub fn parts() -> Vec<String> {
-    let kernel = |becomes: &str| format!("#undef KERNEL\n#define KERNEL(name, Args, threads) {becomes}\n");
+    let kernel = |becomes: &str| format!("#undef KERNEL\n#define KERNEL(name, Args, threads, ...) {becomes}\n");
     let declared = kernel("static __device__ __forceinline__ void name(const Args& a)");
-    let entry = kernel("ENTRY(name, Args, threads)");
+    let entry = kernel("ENTRY(name, Args, threads, ##__VA_ARGS__)");
     let part = |own: &&[&str]| {
         let mut all = String::new();
         for (name, text) in TEXTS.iter().filter(|(name, _)| own.contains(name) || SHARED.contains(name)) {

@@ -11,7 +11,8 @@
 //     }
 //
 // The arguments are called `a`. A type with a comma, such as Norm<float, bf16>, needs a `using` before KERNEL. Blocks are
-// one-dimensional, of a multiple of 32 threads and at most 1,024. Kernels use no atomics between blocks, so that results
+// one-dimensional, of a multiple of 32 threads and at most 1,024. A fourth argument of 1 lets the compiler give a
+// thread all the registers that it wants, where it would spill some for the sake of more blocks at once. Kernels use no atomics between blocks, so that results
 // do not depend on the order of blocks. Shared memory is `__shared__` arrays of at most 48 KiB a kernel.
 
 typedef unsigned char u8;
@@ -28,8 +29,8 @@ struct alignas(16) F4 { float x, y, z, w; };
 #ifdef EMULATED
 #include "host.h"
 #else
-#define ENTRY(name, Args, threads) extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args a)
-#define KERNEL(name, Args, threads) ENTRY(name, Args, threads)
+#define ENTRY(name, Args, threads, ...) extern "C" __global__ void __launch_bounds__(threads, ##__VA_ARGS__) name(const __grid_constant__ Args a)
+#define KERNEL(name, Args, threads, ...) ENTRY(name, Args, threads, ##__VA_ARGS__)
 __device__ __forceinline__ float to_float(f16 h) { float r; asm("cvt.f32.f16 %0, %1;" : "=f"(r) : "h"(h.bits)); return r; }
 #if __CUDA_ARCH__ >= 800
 __device__ __forceinline__ void round_to(float v, bf16& to) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(to.bits) : "f"(v)); }

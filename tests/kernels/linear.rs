@@ -38,7 +38,7 @@ fn groups_of_three_maps_with_any_number_of_rows() {
         return;
     }
     for operand in FLOATS {
-        for rows in [1, 3, 16, 17, 40] {
+        for rows in [1, 3, 16, 17, 40, 64, 65] {
             let wide_input = rows % 2 == 0;
             for to in [Element::F32, operand] {
                 let case = Case::new(rows, 256, operand, three(operand));
@@ -121,12 +121,12 @@ fn strips_bound_the_scratch_matrix() {
     let device = Device::dry();
     let (n, k) = (1024, 256);
     let weight = DeviceWeight::reserve(&device, StorageDType::Q4K, n, k).unwrap();
-    let x = device.matrix(Element::Bf16, 20, k).unwrap();
-    let dy = device.matrix(Element::Bf16, 20, n).unwrap();
+    let x = device.matrix(Element::Bf16, 70, k).unwrap();
+    let dy = device.matrix(Element::Bf16, 70, n).unwrap();
     let maps = [Map { weight: &weight, bias: None, lora: None }];
     for (scratch, rows) in [(SCRATCH, n), (130 * k * 2, 128), (5 * k * 2, 5), (1, 1)] {
         let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
-        for (both, result) in [(false, 20 * n * 2), (true, 20 * k * 4)] {
+        for (both, result) in [(false, 70 * n * 2), (true, 70 * k * 4)] {
             device.reset_peak();
             let before = device.usage().live;
             if both {

@@ -231,6 +231,29 @@ fn gemv_of_other_heights() {
     }
 }
 
+/// Tensor cores take up to 64 rows, and several groups of sixteen columns in a block.
+#[test]
+fn gemv_of_up_to_64_rows() {
+    if !can_emulate() {
+        return;
+    }
+    let mut tried = 0;
+    for dtype in StorageDType::ALL {
+        for (n, k) in [(21, 256), (129, 768)] {
+            let host = Host::random(dtype, n, k, true, n as u64);
+            for element in [Element::Bf16, Element::F16] {
+                for m in [17, 24, 40, 64] {
+                    if supports(m, element, [&host.upload(device())]) {
+                        check_gemv(device(), &host, m, element, (m != 24, m != 40, if m == 64 { element } else { Element::F32 }));
+                        tried += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(tried, 7 * 2 * 2 * 4);
+}
+
 /// More columns than the warps of a block take in one round, and with some of the warps idle in the last one.
 #[test]
 fn gemv_of_long_rows() {
@@ -394,8 +417,22 @@ fn misuse_is_refused() {
     refused(weight.dequantise(0..2, &matrix(Element::F32, 2, 32)), "into (2, 32)");
     refused(weight.dequantise(0..2, &matrix(Element::U32, 2, 64)), "not u32");
     let (x, y) = (matrix(Element::Bf16, 17, 64), matrix(Element::F32, 17, 4));
-    refused(gemv(&weight, &x, &y, None, None), "17 rows; 1 to 16");
-    assert!(!supports(17) && !supports(0) && supports(16));
+    assert!(gemv(&weight, &x, &y, None, None).is_ok(), "tensor cores take 17 rows");
+    let (x, y) = (matrix(Element::Bf16, 65, 64), matrix(Element::F32, 65, 4));
+    refused(gemv(&weight, &x, &y, None, None), "65 rows are none or too many");
+    let (x, y) = (matrix(Element::F32, 17, 64), matrix(Element::F32, 17, 4));
+    refused(gemv(&weight, &x, &y, None, None), "17 rows are none or too many");
+    let plain = Host::random(StorageDType::Q5K, 4, 256, true, 1).upload(device);
+    for (rows, element, weights, fits) in [
+        (0, Element::F16, vec![&weight], false),
+        (16, Element::F32, vec![&weight, &plain], true),
+        (17, Element::F32, vec![&weight], false),
+        (64, Element::F16, vec![&weight], true),
+        (65, Element::F16, vec![&weight], false),
+        (17, Element::F16, vec![&weight, &plain], false),
+    ] {
+        assert_eq!(supports(rows, element, weights), fits, "{rows} rows of {element}");
+    }
     let x = matrix(Element::Bf16, 2, 64);
     refused(gemv(&weight, &x, &matrix(Element::F16, 2, 4), None, None), "the kernel needs bf16");
     refused(gemv(&weight, &x, &matrix(Element::F32, 2, 5), None, None), "y is (2, 5)");

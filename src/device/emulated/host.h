@@ -63,7 +63,7 @@ extern Entry* kernels;
 namespace emulated {
 struct Registration : Entry { Registration(const char* n, void (*r)(const void*), size_t b, unsigned t) : Entry{n, r, b, t, kernels} { kernels = this; } };
 }
-#define KERNEL(name, Args, threads) \
+#define KERNEL(name, Args, threads, ...) \
     static void name(const Args& a); \
     static emulated::Registration registered_##name(#name, [](const void* a) { name(*(const Args*)a); }, sizeof(Args), threads); \
     static void name(const Args& a)

@@ -59,7 +59,7 @@ pub struct Gradients {
 /// y_p (m, n_p) of type `to` for each map of x (m, k).
 ///
 /// x is f32 or T, the operands' type, and is rounded to T first. `to` is T or f32. A residual (m, n) f32 may join the
-/// output of a single map, and then `to` is f32. At most `gpu_gemv::MAX_ROWS` rows are multiplied straight from the
+/// output of a single map, and then `to` is f32. Few rows (`gpu_gemv::supports`) are multiplied straight from the
 /// stored bytes. With more rows, each weight is dequantised into a scratch matrix of T, or read in place if T is its
 /// stored type.
 ///
@@ -235,7 +235,7 @@ fn low_rank_inputs(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<Opt
     if ranks == 0 {
         return Ok(None);
     }
-    if gpu_gemv::supports(m) {
+    if (1..=gpu_gemv::MAX_TENSOR_ROWS).contains(&m) {
         return gpu_gemv::low_rank_inputs(x, &maps.iter().filter_map(|map| map.lora).collect::<Vec<_>>()).map(Some);
     }
     let z = x.device().matrix(operand, m, ranks)?;
@@ -251,7 +251,7 @@ fn low_rank_inputs(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<Opt
 /// x W^T + bias + residual + z B^T (m, n) of each part. x has the operands' type; z has the branches side by side.
 fn outputs(x: &Matrix, parts: &[Part<'_>], z: Option<&Matrix>, compute: Compute) -> Result<Vec<Matrix>> {
     let (device, m) = (x.device(), x.rows());
-    if gpu_gemv::supports(m) {
+    if gpu_gemv::supports(m, x.element(), parts.iter().map(|part| part.map.weight)) {
         // All results are there before the launch that several of them share.
         let room = |part: &Part<'_>| device.matrix(part.to, m, part.map.weight.rows());
         let ys = parts.iter().map(room).collect::<Result<Vec<_>>>()?;

@@ -1,11 +1,11 @@
-// gemv: y (rows, n) = x (rows, k) W^T [+ z B^T] [+ bias] [+ residual] for at most 16 rows, straight from the stored bytes of
+// gemv: y (rows, n) = x (rows, k) W^T [+ z B^T] [+ bias] [+ residual] for few rows, straight from the stored bytes of
 // W (n, k), as decoding needs it: the time is that of reading W once. Up to three maps of one input go in one launch. Sums
 // are f32; W's values are rounded to x's type T first, so that the result is that of dequantising to T and multiplying. Reads
 // W through the storage types of ops/storage/gpu.cu.
 //
-// Two kernels: `gemv_<type>_<T>` takes every type, T and k; `gemv_tensor_` uses the tensor cores, for the
-// types that decoding meets most, T of two bytes and k a multiple of 64. gpu_gemv.rs chooses. `low_rank_inputs_<T>` makes
-// the z of all maps: s x A^T.
+// Three kernels: `gemv_<type>_<T>` takes every type, T and k, and up to 16 rows; `gemv_tensor_` and `gemv_wide_` use the
+// tensor cores, for the types that decoding meets most, T of two bytes and k a multiple of 64, the first up to 16 rows and the
+// second up to 64. gpu_gemv.rs chooses. `low_rank_inputs_<T>` makes the z of all maps: s x A^T.
 
 // One map of a launch. y, the residual: one of the two pointers each, by the element type; both null where there is no
 // residual. z and b are null where there is no branch.
@@ -97,11 +97,12 @@ template <class S, class T> __device__ __forceinline__ void gemv_plain(const Gem
     if (lane < a.rows) finish(map, lane, n, mine);
 }
 
-// ---- tensor cores: a block of eight warps computes sixteen columns of y ---- The sixteen rows of W are the
-// operand with 16 rows of mma.m16n8k16, x (eight of its rows at a time) the one with 8 columns. A slab is 64
-// numbers of k. Each warp takes every eighth run of four slabs. Of a slab, lane 4g + t holds unit t of W's rows g
+// ---- tensor cores: a block of eight warps computes sixteen columns of y per GROUP, for up to 8 TILES rows ---- Sixteen
+// rows of W are the operand with 16 rows of mma.m16n8k16, x (eight of its rows at a time) the one with 8 columns. A slab is
+// 64 numbers of k. The warps of a group share its slabs in runs of four. Of a slab, lane 4g + t holds unit t of W's rows g
 // and g + 8 and the same sixteen columns of x's row g; which of them the hardware calls which k does not matter,
-// because the sum is over all.
+// because the sum is over all. With more rows, x is what a block reads most of: several groups then read the same of it at
+// about the same time, once from the second cache.
 
 // A unit as eight words of two T each. Dense weights of type T are used as they lie.
 template <class S, class T> struct Words {
@@ -125,26 +126,30 @@ template <class T, int WIDTH> struct Words<Dense<T, WIDTH>, T> {
     }
 };
 
-template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Gemv<T>& a) {
-    __shared__ float sums[8][16][16];
+template <class S, class T, int TILES, int GROUPS> __device__ __forceinline__ void gemv_tensor(const Gemv<T>& a) {
+    enum { SHARES = 8 / GROUPS, COLUMNS = 16 * GROUPS };
+    __shared__ float sums[SHARES][8 * TILES][COLUMNS];
     __shared__ float table[16];
     fill_table<S>(table);
     // Blocks of 256 numbers have one head a run; of smaller ones, each unit of a slab reads its own.
     enum { SHARED = S::BLOCK == 256, HEADS = SHARED ? 1 : 4, UNITS = S::BLOCK / 16 };
     const unsigned warp = threadIdx.x >> 5, lane = threadIdx.x & 31, g = lane >> 2, t = lane & 3;
     const GemvMap<T>& map = map_of_block(a);
-    const unsigned first = 16 * (blockIdx.x - map.first_block), slabs = a.k / 64;
+    const unsigned first = COLUMNS * (blockIdx.x - map.first_block), slabs = a.k / 64;
+    const unsigned share = warp / GROUPS, group = 16 * (warp % GROUPS);
     // The first units of this lane's two rows of W. A ragged end reads the last row again, and nothing comes of it.
-    const size_t row[2] = {(size_t)min(first + g, map.n - 1) * (a.k / 16),
-                           (size_t)min(first + g + 8, map.n - 1) * (a.k / 16)};
-    const T* x[2];
-    float c[2][4];
+    const unsigned row[2] = {min(first + group + g, map.n - 1) * (a.k / 16),
+                             min(first + group + g + 8, map.n - 1) * (a.k / 16)};
+    // Few addresses are kept in registers; many would not fit there.
+    enum { KEPT = TILES <= 2 };
+    const T* rows_of_x[TILES];
+    float c[TILES][4];
 #pragma unroll
-    for (int m = 0; m < 2; m++) {
-        x[m] = a.x + (size_t)min(8 * m + g, a.rows - 1) * a.k;
+    for (int m = 0; m < TILES; m++) {
+        if (KEPT) rows_of_x[m] = a.x + (size_t)min(8 * m + g, a.rows - 1) * a.k;
         for (int i = 0; i < 4; i++) c[m][i] = 0.f;
     }
-    for (unsigned base = 4 * warp; base < slabs; base += 32) {
+    for (unsigned base = 4 * share; base < slabs; base += 4 * SHARES) {
         typename S::Head heads[2][HEADS];
         typename S::Raw raw[2][4];
 #pragma unroll
@@ -152,7 +157,7 @@ template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Ge
             if (base + i < slabs) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
-                    const size_t unit = row[r] + 4 * (base + i) + t;
+                    const unsigned unit = row[r] + 4 * (base + i) + t;
                     if (i == 0 || !SHARED) heads[r][SHARED ? 0 : i] = S::head(map.weight, unit / UNITS);
                     raw[r][i] = S::fetch(map.weight, unit);
                 }
@@ -167,9 +172,10 @@ template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Ge
                     Words<S, T>::of(heads[r][SHARED ? 0 : i], raw[r][i], (4 * i + t) % UNITS, w[r], table);
                 const size_t column = first_column<S>(4 * (base + i) + t);
 #pragma unroll
-                for (int m = 0; m < 2; m++) {
-                    if (m == 1 && a.rows <= 8) break;
-                    const U4 v[2] = {*(const U4*)(x[m] + column), *(const U4*)(x[m] + column + S::SPAN / 2)};
+                for (int m = 0; m < TILES; m++) {
+                    if (m > 0 && a.rows <= 8u * m) break;
+                    const T* x = (KEPT ? rows_of_x[m] : a.x + (size_t)min(8 * m + g, a.rows - 1) * a.k) + column;
+                    const U4 v[2] = {*(const U4*)x, *(const U4*)(x + S::SPAN / 2)};
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         const unsigned *p = w[0] + 4 * h, *q = w[1] + 4 * h;
@@ -183,18 +189,20 @@ template <class S, class T> __device__ __forceinline__ void gemv_tensor(const Ge
         }
     }
 #pragma unroll
-    for (int m = 0; m < 2; m++)
-        for (int i = 0; i < 4; i++) sums[warp][8 * m + 2 * t + (i & 1)][g + 8 * (i >> 1)] = c[m][i];
+    for (int m = 0; m < TILES; m++)
+        for (int i = 0; i < 4; i++) sums[share][8 * m + 2 * t + (i & 1)][group + g + 8 * (i >> 1)] = c[m][i];
     __syncthreads();
-    const unsigned m = threadIdx.x >> 4, n = first + (threadIdx.x & 15);
-    if (m >= a.rows || n >= map.n) return;
-    float v = 0.f;
-    for (int w = 0; w < 8; w++) v += sums[w][m][threadIdx.x & 15];
-    finish(map, m, n, v);
+    for (unsigned i = threadIdx.x; i < a.rows * COLUMNS; i += blockDim.x) {
+        const unsigned m = i / COLUMNS, n = i % COLUMNS;
+        if (first + n >= map.n) continue;
+        float v = 0.f;
+        for (int s = 0; s < SHARES; s++) v += sums[s][m][n];
+        finish(map, m, first + n, v);
+    }
 }
 }  // namespace stored
 
-// z (rows, stride) = scale x A^T for up to three maps side by side: a block computes one column for all rows.
+// z (rows, stride) = scale x A^T for up to three maps side by side: a block computes one column for eight rows.
 template <class T> struct LowRankInputs {
     const T* a[3];
     const T* x;
@@ -204,21 +212,22 @@ template <class T> struct LowRankInputs {
     unsigned rows, k, stride, wide;  // `wide`: eight numbers can be loaded at once.
 };
 template <class T> __device__ __forceinline__ void low_rank_inputs(const LowRankInputs<T>& a) {
-    __shared__ float sums[8][16];
-    const unsigned j = blockIdx.x, map = (j >= a.end[0]) + (j >= a.end[1]);
+    __shared__ float sums[8][8];
+    const unsigned j = blockIdx.x, map = (j >= a.end[0]) + (j >= a.end[1]), from = 8 * blockIdx.y, rows = min(8u, a.rows - from);
+    const T* x = a.x + (size_t)from * a.k;
     const T* w = a.a[map] + (size_t)(j - (map ? a.end[map - 1] : 0)) * a.k;
-    float s[16];
+    float s[8];
 #pragma unroll
-    for (unsigned m = 0; m < 16; m++) s[m] = 0.f;
+    for (unsigned m = 0; m < 8; m++) s[m] = 0.f;
     if (a.wide) {
         for (unsigned c = 8 * threadIdx.x; c < a.k; c += 8 * blockDim.x) {
             float v[8];
             stored::load8(w + c, v);
 #pragma unroll
-            for (unsigned m = 0; m < 16; m++) {
-                if (m < a.rows) {
+            for (unsigned m = 0; m < 8; m++) {
+                if (m < rows) {
                     float u[8];
-                    stored::load8(a.x + (size_t)m * a.k + c, u);
+                    stored::load8(x + (size_t)m * a.k + c, u);
 #pragma unroll
                     for (int e = 0; e < 8; e++) s[m] += v[e] * u[e];
                 }
@@ -228,21 +237,21 @@ template <class T> __device__ __forceinline__ void low_rank_inputs(const LowRank
         for (unsigned c = threadIdx.x; c < a.k; c += blockDim.x) {
             const float v = load(w + c);
 #pragma unroll
-            for (unsigned m = 0; m < 16; m++) if (m < a.rows) s[m] += v * load(a.x + (size_t)m * a.k + c);
+            for (unsigned m = 0; m < 8; m++) if (m < rows) s[m] += v * load(x + (size_t)m * a.k + c);
         }
     }
 #pragma unroll
-    for (unsigned m = 0; m < 16; m++) {
-        if (m < a.rows) {
+    for (unsigned m = 0; m < 8; m++) {
+        if (m < rows) {
             const float all = warp_sum(s[m]);
             if ((threadIdx.x & 31) == 0) sums[threadIdx.x >> 5][m] = all;
         }
     }
     __syncthreads();
-    if (threadIdx.x < a.rows) {
+    if (threadIdx.x < rows) {
         float all = 0.f;
         for (int w = 0; w < 8; w++) all += sums[w][threadIdx.x];
-        store(a.z + (size_t)threadIdx.x * a.stride + j, a.scale[map] * all);
+        store(a.z + (size_t)(from + threadIdx.x) * a.stride + j, a.scale[map] * all);
     }
 }
 #define LOW_RANK_INPUTS(T) KERNEL(low_rank_inputs_##T, LowRankInputs<T>, 256) { low_rank_inputs(a); }
@@ -261,8 +270,10 @@ FOR_EVERY_STORED_TYPE(GEMV)
 typedef stored::Dense<f16, 64> DenseF16;
 typedef stored::Dense<bf16, 64> DenseBf16;
 #define GEMV_TENSOR(name, S) \
-    KERNEL(gemv_tensor_##name##_bf16, Gemv<bf16>, 256) { stored::gemv_tensor<S, bf16>(a); } \
-    KERNEL(gemv_tensor_##name##_f16, Gemv<f16>, 256) { stored::gemv_tensor<S, f16>(a); }
+    KERNEL(gemv_tensor_##name##_bf16, Gemv<bf16>, 256, 1) { stored::gemv_tensor<S, bf16, 2, 1>(a); } \
+    KERNEL(gemv_tensor_##name##_f16, Gemv<f16>, 256, 1) { stored::gemv_tensor<S, f16, 2, 1>(a); } \
+    KERNEL(gemv_wide_##name##_bf16, Gemv<bf16>, 256, 1) { stored::gemv_tensor<S, bf16, 8, 4>(a); } \
+    KERNEL(gemv_wide_##name##_f16, Gemv<f16>, 256, 1) { stored::gemv_tensor<S, f16, 8, 4>(a); }
 GEMV_TENSOR(f16, DenseF16)
 GEMV_TENSOR(bf16, DenseBf16)
 GEMV_TENSOR(q8_0, stored::Q8_0)

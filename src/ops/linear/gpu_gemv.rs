@@ -11,8 +11,11 @@ use crate::ops::storage::gpu::DeviceWeight;
 use crate::ops::storage::gpu::Planes;
 use crate::ops::weight::StorageDType;
 
-/// The most rows of x.
+/// The most rows of x for weights of any type.
 pub const MAX_ROWS: usize = 16;
+
+/// The most rows of x where tensor cores can multiply.
+pub const MAX_TENSOR_ROWS: usize = 64;
 
 /// The most maps of a launch.
 const MAX_MAPS: usize = 3;
@@ -82,16 +85,27 @@ unsafe impl Arguments for Tensor {
     const BLOCK: u32 = 256;
 }
 
-/// Can `gemv` multiply so many rows? With more, dequantise the weight and call `Device::gemm`.
-pub fn supports(rows: usize) -> bool {
-    (1..=MAX_ROWS).contains(&rows)
+/// The kernel that uses tensor cores for more rows.
+#[repr(transparent)]
+struct Wide(Fields);
+
+// SAFETY: the fields are those of `Gemv` in gpu_gemv.cu.
+unsafe impl Arguments for Wide {
+    const NAME: &'static str = "gemv_wide";
+    const BLOCK: u32 = 256;
+}
+
+/// Can `gemv` multiply so many rows of `element` by all these weights? Otherwise dequantise and call `Device::gemm`.
+pub fn supports<'w>(rows: usize, element: Element, weights: impl IntoIterator<Item = &'w DeviceWeight>) -> bool {
+    (1..=MAX_ROWS).contains(&rows) || (1..=MAX_TENSOR_ROWS).contains(&rows) && weights.into_iter().all(|w| uses_tensor_cores(w, element))
 }
 
 /// Tensor cores multiply numbers of two bytes, 64 columns at a time. The types are those that weights usually have;
 /// every further one would lengthen the compilation of the kernels.
-fn uses_tensor_cores(dtype: StorageDType, element: Element, k: usize) -> bool {
+fn uses_tensor_cores(weight: &DeviceWeight, element: Element) -> bool {
+    let (n, k) = (weight.rows(), weight.cols());
     let usual = matches!(
-        dtype,
+        weight.dtype(),
         StorageDType::F16
             | StorageDType::BF16
             | StorageDType::Q8_0
@@ -100,7 +114,8 @@ fn uses_tensor_cores(dtype: StorageDType, element: Element, k: usize) -> bool {
             | StorageDType::Q6K
             | StorageDType::NF4
     );
-    usual && element != Element::F32 && k.is_multiple_of(64)
+    // The kernel counts units of sixteen numbers in 32 bits.
+    usual && element != Element::F32 && k.is_multiple_of(64) && n.saturating_mul(k / 16) < 1 << 32
 }
 
 /// One map of a group, and where its product goes.
@@ -132,14 +147,14 @@ pub fn gemv(
     gemv_group(x, &[FewRows { weight, y, bias, residual, branch: None }])
 }
 
-/// y = x W^T [+ z B^T] [+ bias] [+ residual] for each map of x (rows, k), with W as it is stored and at most 16 rows.
-/// Neighbouring maps of one stored type go in one launch.
+/// y = x W^T [+ z B^T] [+ bias] [+ residual] for each map of x (rows, k), with W as it is stored and few rows (see
+/// [`supports`]). Neighbouring maps of one stored type go in one launch.
 ///
 /// x has the type T of f32, bf16 or f16, to which W's values are rounded before they are multiplied: the operands
 /// are those of `DeviceWeight::dequantise` and `Device::gemm`. Sums are f32, the branch's included.
 ///
 /// # Errors
-/// More than 16 rows or none, operands whose shapes or types do not fit, or operands on two devices.
+/// No rows or too many, operands whose shapes or types do not fit, or operands on two devices.
 pub fn gemv_group(x: &Matrix, maps: &[FewRows<'_>]) -> Result<()> {
     for alike in maps.chunk_by(|one, next| one.weight.dtype() == next.weight.dtype()) {
         alike.chunks(MAX_MAPS).try_for_each(|maps| launch(x, maps))?;
@@ -150,10 +165,15 @@ pub fn gemv_group(x: &Matrix, maps: &[FewRows<'_>]) -> Result<()> {
 fn launch(x: &Matrix, maps: &[FewRows<'_>]) -> Result<()> {
     let Some(first) = maps.first() else { return Ok(()) };
     let (rows, k, element, device) = (x.rows(), x.cols(), x.element(), x.device());
-    ensure!(supports(rows), "gemv: {rows} rows; 1 to {MAX_ROWS} are possible, use dequantise and gemm for more");
+    let fits = supports(rows, element, maps.iter().map(|map| map.weight));
+    ensure!(fits, "gemv: {rows} rows are none or too many for these weights; use dequantise and gemm");
     ensure!(element.is_float(), "gemv: x is {element}; f32, bf16 or f16 is needed");
-    let tensor = uses_tensor_cores(first.weight.dtype(), element, k);
-    let columns_of_block = if tensor { 16 } else { 8 };
+    let tensor = maps.iter().all(|map| uses_tensor_cores(map.weight, element));
+    let columns_of_block = match tensor {
+        false => 8,
+        true if rows <= MAX_ROWS => 16,
+        true => 64,
+    };
     let (mut fields, mut blocks) = (vec![], 0);
     for map in maps {
         fields.push(map.fields(x, size("blocks", blocks)?)?);
@@ -169,7 +189,11 @@ fn launch(x: &Matrix, maps: &[FewRows<'_>]) -> Result<()> {
         k: size("columns", k)?,
     };
     let (variant, grid): (Variant, _) = (first.weight.variant(element), [size("blocks", blocks)?, 1, 1]);
-    if tensor { device.launch(variant, grid, Tensor(fields)) } else { device.launch(variant, grid, Plain(fields)) }
+    match columns_of_block {
+        8 => device.launch(variant, grid, Plain(fields)),
+        16 => device.launch(variant, grid, Tensor(fields)),
+        _ => device.launch(variant, grid, Wide(fields)),
+    }
 }
 
 impl FewRows<'_> {
@@ -223,13 +247,14 @@ impl FewRows<'_> {
     }
 }
 
-/// z (rows, sum of ranks) of x's type T: s x A^T of all branches side by side, for at most 16 rows of x (rows, k).
+/// z (rows, sum of ranks) of x's type T: s x A^T of all branches side by side, for up to 64 rows of x (rows, k).
 ///
 /// # Errors
 /// If shapes or types do not fit, or memory is out.
 pub fn low_rank_inputs(x: &Matrix, branches: &[&DeviceLora]) -> Result<Matrix> {
     let (rows, k, element, device) = (x.rows(), x.cols(), x.element(), x.device());
-    ensure!(supports(rows), "low-rank inputs: {rows} rows; 1 to {MAX_ROWS} are possible");
+    let fits = (1..=MAX_TENSOR_ROWS).contains(&rows);
+    ensure!(fits, "low-rank inputs: {rows} rows; 1 to {MAX_TENSOR_ROWS} are possible");
     let total: usize = branches.iter().map(|lora| lora.rank()).sum();
     let z = device.matrix(element, rows, total)?;
     let variant = Variant::of(&[element]);
@@ -255,7 +280,8 @@ pub fn low_rank_inputs(x: &Matrix, branches: &[&DeviceLora]) -> Result<Matrix> {
             stride: size("ranks", total)?,
             wide: u32::from(k.is_multiple_of(8) && x.input("x", element, 0)?.aligned("x", 16).is_ok()),
         };
-        device.launch(variant.clone(), [size("ranks", columns)?, 1, 1], arguments)?;
+        let grid = [size("ranks", columns)?, rows.div_ceil(8) as u32, 1];
+        device.launch(variant.clone(), grid, arguments)?;
         column += columns;
     }
     Ok(z)
