@@ -18,7 +18,9 @@ fn report(part: &str, parameters: usize, mut run: impl FnMut() -> anyhow::Result
     let mut seconds = (0..7).map(|_| run()).collect::<anyhow::Result<Vec<_>>>()?;
     seconds.sort_by(f64::total_cmp);
     let (median, least) = (seconds[3], seconds[0]);
-    println!("{{\"bench\":\"optimizer/{part}\",\"parameters\":{parameters},\"seconds\":{median:.4},\"min\":{least:.4}}}");
+    println!(
+        "{{\"bench\":\"optimizer/{part}\",\"parameters\":{parameters},\"seconds\":{median:.4},\"min\":{least:.4}}}"
+    );
     Ok(())
 }
 

@@ -18,6 +18,7 @@ const TEXTS: &[(&str, &str)] = &[
     ("columns/gpu.cu", include_str!("../ops/columns/gpu.cu")),
     ("activation/gpu.cu", include_str!("../ops/activation/gpu.cu")),
     ("attention/gpu.cu", include_str!("../ops/attention/gpu.cu")),
+    ("attention/gpu_tiles.cu", include_str!("../ops/attention/gpu_tiles.cu")),
     ("logprobs/gpu.cu", include_str!("../ops/logprobs/gpu.cu")),
     ("kl/gpu.cu", include_str!("../ops/kl/gpu.cu")),
     ("rows/gpu.cu", include_str!("../ops/rows/gpu.cu")),
@@ -31,6 +32,7 @@ const PARTS: &[&[&str]] = &[
     &["norm/gpu.cu", "rope/gpu.cu"],
     &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu"],
     &["attention/gpu.cu", "logprobs/gpu.cu", "kl/gpu.cu"],
+    &["attention/gpu_tiles.cu"],
 ];
 
 /// Files whose types and helpers other files use.

@@ -36,7 +36,8 @@ fn a_decoding_step_is_thirteen_launches_a_layer() {
             let prompts = Batch::new(&[vec![3, 4, 5], vec![6, 7]]).unwrap();
             let (_, mut cache) = policy.base().prefill(&prompts, &[0, 1], policy.adapter(), 40).unwrap();
             for step in 0..steps {
-                let hidden = policy.base().decode(&[1, 2], &[3 + step, 2 + step], policy.adapter(), &mut cache).unwrap();
+                let hidden =
+                    policy.base().decode(&[1, 2], &[3 + step, 2 + step], policy.adapter(), &mut cache).unwrap();
                 policy.base().logits(&hidden, policy.adapter()).unwrap();
             }
         })
@@ -58,9 +59,8 @@ fn nothing_waits_for_the_device_within_a_backward() {
         let policy = of(|policy, _| {
             let batch = Batch::new(&[ids(20), ids(31)]).unwrap();
             let targets = Targets::responses(&batch, &[7, 9]).unwrap();
-            let (_, gradients) = policy
-                .gradients(&batch, &targets, 1.0, recompute, |_| Ok((vec![0.5; 16], vec![0.0; 16])))
-                .unwrap();
+            let (_, gradients) =
+                policy.gradients(&batch, &targets, 1.0, recompute, |_| Ok((vec![0.5; 16], vec![0.0; 16]))).unwrap();
             assert!(gradients.layers.iter().flatten().flatten().all(|g| g.a.place().is_some()));
         });
         assert!(policy.downloads <= 4, "statistics of the targets: {policy:?}");
@@ -68,6 +68,6 @@ fn nothing_waits_for_the_device_within_a_backward() {
             let batch = Batch::new(&[ids(20), ids(31)]).unwrap();
             model.gradients(&batch, &[3, 40], recompute, |v| Ok(vec![0.5; v.len()])).unwrap();
         });
-        assert!(value.downloads <= 2, "values, and the head's gradient: {value:?}");
+        assert!(value.downloads <= 3, "values, and the head's gradients: {value:?}");
     }
 }

@@ -143,6 +143,29 @@ fn a_sequence_of_more_queries_than_a_panel() {
     compare(device(), Element::Bf16, &[0, 530], Some(&[400]), Heads { window: None, ..heads }, None);
 }
 
+/// Tiles of 64 queries and keys: heads that fill them and that do not, windows and caps that end in the middle of one, groups,
+/// readable keys that end before the queries.
+#[test]
+fn long_sequences_in_tiles() {
+    if !can_emulate() {
+        return;
+    }
+    let shapes = [Heads::full(4, 2, 64), Heads::full(2, 1, 128), Heads::full(3, 3, 90), Heads::full(2, 2, 33)];
+    let (cu_seqlens, key_len) = ([0, 150, 151, 215, 345], [150, 1, 40, 70]);
+    for (device, (heads, element)) in
+        devices().iter().cycle().zip(shapes.into_iter().zip([Element::Bf16, Element::F16].into_iter().cycle()))
+    {
+        for (window, soft_cap, key_len) in [
+            (None, None, None),
+            (Some(70), None, Some(&key_len[..])),
+            (Some(5), Some(1.5), None),
+            (Some(64), None, None),
+        ] {
+            compare(device, element, &cu_seqlens, key_len, Heads { window, soft_cap, ..heads }, None);
+        }
+    }
+}
+
 #[test]
 fn the_same_bits_every_time_and_in_any_order_of_threads() {
     if !can_emulate() {

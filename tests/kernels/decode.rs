@@ -1,7 +1,7 @@
 //! The KV cache and attention of one query per sequence.
 
-use fourfold::device::{Element, Matrix};
 use fourfold::device::testing::can_emulate;
+use fourfold::device::{Element, Matrix};
 use fourfold::ops::attention::Heads;
 use fourfold::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
 use fourfold::ops::rope::Direction;
@@ -116,7 +116,9 @@ fn a_token_is_rotated_and_appended_in_one_launch() {
     }
     let (slots, lengths, capacity) = ([2, 0, 3], [7usize, 1, 9], 9);
     let positions: Vec<u32> = lengths.iter().map(|&n| n as u32 - 1).collect();
-    for (device, (q_heads, kv, dim, half)) in devices().iter().cycle().zip([(4, 2, 10, 5), (3, 3, 64, 20), (5, 1, 7, 0)]) {
+    for (device, (q_heads, kv, dim, half)) in
+        devices().iter().cycle().zip([(4, 2, 10, 5), (3, 3, 64, 20), (5, 1, 7, 0)])
+    {
         let heads = Heads::full(q_heads, kv, dim);
         let angles: Vec<f32> = (0..9 * half).map(|i| (i / half) as f32 * 0.4f32.powi((i % half) as i32)).collect();
         let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
@@ -131,7 +133,8 @@ fn a_token_is_rotated_and_appended_in_one_launch() {
             let filled = || {
                 let cache = DeviceCache::new(device, element, 4, capacity, heads).unwrap();
                 let (old, _) = random(device, element, 4 * capacity, kv * dim, 4);
-                let all = [0, 1, 2, 3].map(|slot| Copied { rows: slot * capacity..(slot + 1) * capacity, slot, position: 0 });
+                let all =
+                    [0, 1, 2, 3].map(|slot| Copied { rows: slot * capacity..(slot + 1) * capacity, slot, position: 0 });
                 cache.write(&old, &old, &Writes::new(device, capacity, &all).unwrap()).unwrap();
                 cache
             };

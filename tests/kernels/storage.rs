@@ -244,7 +244,13 @@ fn gemv_of_up_to_64_rows() {
             for element in [Element::Bf16, Element::F16] {
                 for m in [17, 24, 40, 64] {
                     if supports(m, element, [&host.upload(device())]) {
-                        check_gemv(device(), &host, m, element, (m != 24, m != 40, if m == 64 { element } else { Element::F32 }));
+                        check_gemv(
+                            device(),
+                            &host,
+                            m,
+                            element,
+                            (m != 24, m != 40, if m == 64 { element } else { Element::F32 }),
+                        );
                         tried += 1;
                     }
                 }

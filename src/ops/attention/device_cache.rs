@@ -306,7 +306,10 @@ impl DeviceCache {
         ensure!(self.keys.cols() == k.cols(), "append: a cache of rows of {}, keys of {}", self.keys.cols(), k.cols());
         ensure!(live.newest.target_rows <= self.keys.rows(), "append: a live slot is past the {} slots", self.slots);
         let (planned, capacity) = (live.capacity, self.capacity);
-        ensure!(planned == capacity, "append: sequences planned for slots of {planned} tokens, where they have {capacity}");
+        ensure!(
+            planned == capacity,
+            "append: sequences planned for slots of {planned} tokens, where they have {capacity}"
+        );
         let device = device("append", &self.keys, &[q, k, v, &live.slots])?;
         let (mut positions_at, mut cos_at, mut sin_at, mut half) = (Ptr::NULL, Ptr::NULL, Ptr::NULL, 0);
         if let Some((tables, positions)) = rotation {

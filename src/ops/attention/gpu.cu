@@ -1,6 +1,7 @@
-// Causal attention. For whole sequences gpu.rs multiplies panels of queries with keys, and these kernels turn the scores
-// of a panel into probabilities and their gradients into those of the scores. For decoding one kernel attends from one
-// query a sequence to the cached keys and values. Depends on ops/common.cu.
+// Causal attention. For whole sequences in bf16 and f16, gpu_tiles.cu keeps scores in registers. Where it cannot (f32, wide
+// heads), gpu.rs multiplies panels of queries with keys, and the softmax kernels turn the scores of a panel into probabilities
+// and their gradients into those of the scores. For decoding one kernel attends from one query a sequence to the cached keys
+// and values. Depends on ops/common.cu.
 
 // ---- the softmax of a panel ----
 // Rows stand by sequence, head and query; a warp takes one. Query i of its sequence sees keys first .. end, of which the

@@ -97,7 +97,8 @@ unsafe impl Arguments for Wide {
 
 /// Can `gemv` multiply so many rows of `element` by all these weights? Otherwise dequantise and call `Device::gemm`.
 pub fn supports<'w>(rows: usize, element: Element, weights: impl IntoIterator<Item = &'w DeviceWeight>) -> bool {
-    (1..=MAX_ROWS).contains(&rows) || (1..=MAX_TENSOR_ROWS).contains(&rows) && weights.into_iter().all(|w| uses_tensor_cores(w, element))
+    (1..=MAX_ROWS).contains(&rows)
+        || (1..=MAX_TENSOR_ROWS).contains(&rows) && weights.into_iter().all(|w| uses_tensor_cores(w, element))
 }
 
 /// Tensor cores multiply numbers of two bytes, 64 columns at a time. The types are those that weights usually have;

@@ -447,7 +447,13 @@ mod tests {
         let gradient = |ids: &[u32], dx: &Tensor| {
             let (_, saved) = embedding::forward(&table, ids, Some(plain(&a, &b))).unwrap();
             let dx = Array::Host(dx.clone());
-            embedding::backward(&table, ids, plain(&a, &b), &saved.unwrap(), &dx).unwrap().a.host().unwrap().to_vec2::<f32>().unwrap()
+            embedding::backward(&table, ids, plain(&a, &b), &saved.unwrap(), &dx)
+                .unwrap()
+                .a
+                .host()
+                .unwrap()
+                .to_vec2::<f32>()
+                .unwrap()
         };
         let (one, two) = (matrix(1, d, 4), matrix(1, d, 5));
         let (first, second) = (gradient(&[3], &one), gradient(&[3], &two));
