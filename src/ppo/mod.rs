@@ -5,6 +5,7 @@
 
 pub mod advantages;
 pub mod dschat;
+pub mod dynamic;
 pub mod ema;
 pub mod evaluate;
 pub mod experience;
