@@ -13,8 +13,8 @@ use serde::{Deserialize, Serialize};
 use super::optimisation::optimised_section;
 use super::rewards::RewardPart;
 use super::{
-    AdvantageEstimator, Aggregation, Config, ImportanceSamplingLevel, KlEstimator, KlIn, LossType, Origin, PolicyLoss,
-    Ppo, RecomputeSetting, ScaleRewards,
+    AdvantageEstimator, Aggregation, Config, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator, KlIn,
+    LossType, Origin, PolicyLoss, Ppo, RecomputeSetting, ScaleRewards,
 };
 use crate::invalid;
 
@@ -386,6 +386,14 @@ group_section! {
         /// The policy gradient is taken at this share of an optimizer step's tokens, those with the highest entropy. Default
         /// 1.0 = all. (arXiv:2506.01939: 0.2.)
         pub top_entropy_quantile: f64 = 1.0,
+        /// What is done where the sampler's log-probabilities are not the trainer's. Default `none`: the sampler is this
+        /// program (TRL with vLLM: `sequence_mask`).
+        pub importance_sampling_correction: ImportanceSamplingCorrection = ImportanceSamplingCorrection::None,
+        /// Its upper bound. Default 3.0.
+        pub importance_sampling_clip_max: f64 = 3.0,
+        /// Its lower bound; absent = none.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub importance_sampling_clip_min: Option<f64> = None,
         /// Weight of the entropy bonus, reward units per nat. Default 0.
         pub entropy_coef: f64 = 0.0,
         /// With `beta`: the KL's estimate is multiplied by the probability ratio, which makes it unbiased for the actor
@@ -412,6 +420,9 @@ impl Grpo {
             sapo_temperature_neg: is(PolicyLoss::Sapo).then_some(self.sapo_temperature_neg),
             aggregation: self.multi_objective_aggregation,
             top_entropy_quantile: self.top_entropy_quantile,
+            importance_sampling_correction: self.importance_sampling_correction,
+            importance_sampling_clip_max: self.importance_sampling_clip_max,
+            importance_sampling_clip_min: self.importance_sampling_clip_min,
             entropy_coef: self.entropy_coef,
             use_bias_correction_kl: self.use_bias_correction_kl,
             ..self.shared(Origin::Grpo)
@@ -443,12 +454,20 @@ impl Grpo {
         let (is_clip, is_sapo) = (policy_loss == PolicyLoss::Clip, policy_loss == PolicyLoss::Sapo);
         let clip = "with a loss_type that does not clip";
         let gate = "without loss_type = \"sapo\"";
+        let uncorrected = "without importance_sampling_correction";
+        let is_corrected = self.importance_sampling_correction != ImportanceSamplingCorrection::None;
         let own = [
             ("epsilon", self.epsilon != usual.epsilon && !is_clip, clip),
             ("epsilon_high", self.epsilon_high.is_some() && is_sapo, clip),
             ("delta", self.delta.is_some() && !is_clip, clip),
             ("sapo_temperature_pos", self.sapo_temperature_pos != usual.sapo_temperature_pos && !is_sapo, gate),
             ("sapo_temperature_neg", self.sapo_temperature_neg != usual.sapo_temperature_neg && !is_sapo, gate),
+            (
+                "importance_sampling_clip_max",
+                self.importance_sampling_clip_max != usual.importance_sampling_clip_max && !is_corrected,
+                uncorrected,
+            ),
+            ("importance_sampling_clip_min", self.importance_sampling_clip_min.is_some() && !is_corrected, uncorrected),
             ("use_bias_correction_kl", !self.use_bias_correction_kl && self.beta == 0.0, "without beta"),
         ];
         idle("grpo", own.into_iter().chain(self.idle_shared()))

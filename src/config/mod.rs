@@ -44,8 +44,8 @@ pub use keys::{Key, keys, keys_of_section};
 pub use memory::{ByteSize, Memory};
 pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
 pub use ppo::{
-    AdvantageEstimator, Aggregation, CriticStart, ImportanceSamplingLevel, KlEstimator, KlIn, LossType, Origin,
-    PolicyLoss, Ppo, ScaleRewards, WhitenRewards,
+    AdvantageEstimator, Aggregation, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator,
+    KlIn, LossType, Origin, PolicyLoss, Ppo, ScaleRewards, WhitenRewards,
 };
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};

@@ -137,6 +137,25 @@ pub enum ImportanceSamplingLevel {
     Product,
 }
 
+/// What is done about a sampler whose log-probabilities are not the trainer's with the same weights, as in f16 on a card. But
+/// for `none` the trainer's are computed after each rollout, which costs a forward pass; ratios are then to those, and a
+/// token's policy loss is multiplied by the ratio of the two within bounds. The names are TRL's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImportanceSamplingCorrection {
+    /// Nothing: ratios are to the sampler's own log-probabilities.
+    #[default]
+    None,
+    /// Each token's ratio, held within the bounds.
+    TokenTruncate,
+    /// Each token's ratio, and 0 beyond the bounds.
+    TokenMask,
+    /// The product over a response's tokens, held within the bounds.
+    SequenceTruncate,
+    /// The product over a response's tokens, and 0 beyond the bounds.
+    SequenceMask,
+}
+
 /// The section that holds the settings of a run with rollouts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Origin {
@@ -194,6 +213,10 @@ fn is_default<T: Default + PartialEq>(value: &T) -> bool {
 
 fn is_true(value: &bool) -> bool {
     *value
+}
+
+fn is_three(value: &f64) -> bool {
+    *value == 3.0
 }
 
 fn is_one(value: &f64) -> bool {
@@ -382,6 +405,16 @@ optimised_section! {
         /// none. (DAPO, arXiv:2503.14476; verl: `filter_groups`.)
         #[serde(skip_serializing_if = "is_default")]
         pub dynamic_sampling_rollouts: usize = 0,
+        /// What is done where the sampler's log-probabilities are not the trainer's. Default `none` (TRL with vLLM:
+        /// `sequence_mask`).
+        #[serde(skip_serializing_if = "is_default")]
+        pub importance_sampling_correction: ImportanceSamplingCorrection = ImportanceSamplingCorrection::None,
+        /// Its upper bound. Default 3.0 (TRL).
+        #[serde(skip_serializing_if = "is_three")]
+        pub importance_sampling_clip_max: f64 = 3.0,
+        /// Its lower bound; absent = none (TRL).
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub importance_sampling_clip_min: Option<f64> = None,
         /// With `kl_in = "loss"`: the KL's estimate is multiplied by the probability ratio, which makes it unbiased for the
         /// actor although the tokens were sampled by an older one. Default false (TRL; DeepSeek-V3.2, arXiv:2512.02556: true).
         #[serde(skip_serializing_if = "std::ops::Not::not")]

@@ -8,7 +8,8 @@ use anyhow::Result;
 use toml::{Table, Value};
 
 use super::{
-    AdvantageEstimator, Compat, CriticStart, ImportanceSamplingLevel, KlEstimator, KlIn, PolicyLoss, Ppo, ScaleRewards,
+    AdvantageEstimator, Compat, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator, KlIn,
+    PolicyLoss, Ppo, ScaleRewards,
 };
 use crate::invalid;
 
@@ -116,6 +117,12 @@ impl Ppo {
         let reads_ratio = self.policy_loss != PolicyLoss::Gradient || self.use_bias_correction_kl;
         let reason = "with policy_loss = \"gradient\", which reads no ratio";
         add("importance_sampling_level", is_sequence && !reads_ratio, reason);
+        if self.importance_sampling_correction == ImportanceSamplingCorrection::None {
+            let reason = "without importance_sampling_correction";
+            let is_moved = self.importance_sampling_clip_max != usual.importance_sampling_clip_max;
+            add("importance_sampling_clip_max", is_moved, reason);
+            add("importance_sampling_clip_min", self.importance_sampling_clip_min.is_some(), reason);
+        }
         if !estimator.has_groups() {
             let reason = format!("{with_estimator}, which compares no group");
             add("dynamic_sampling_rollouts", self.dynamic_sampling_rollouts > 0, &reason);
@@ -219,6 +226,8 @@ mod tests {
             ("policy_loss = 'gradient'", "importance_sampling_level = 'sequence'", ""),
             ("", "scale_rewards = 'none'", "advantage_estimator = 'grpo'"),
             ("", "normalize_advantages = true", "advantage_estimator = 'rloo'"),
+            ("", "importance_sampling_clip_max = 2.0", "importance_sampling_correction = 'token_mask'"),
+            ("", "importance_sampling_clip_min = 0.5", "importance_sampling_correction = 'token_mask'"),
             ("", "dynamic_sampling_rollouts = 2", "advantage_estimator = 'rloo'"),
             ("", "use_bias_correction_kl = true", "kl_in = 'loss'\nkl_estimator = 'k3'"),
             ("", "kl_penalty_coef = 2.0", "policy_loss = 'kl_penalty'"),

@@ -131,6 +131,8 @@ const ROWS: &[Row] = &[
     (PPO, "kl_penalty_coef", "", positive!("1")),
     (PPO, "kl_penalty_target", "nats per token", positive!("0.01")),
     (PPO, "target_kl", "nats per token", positive!("0.01")),
+    (&["ppo", "grpo"], "importance_sampling_clip_max", "", positive!("2 to 5")),
+    (&["ppo", "grpo"], "importance_sampling_clip_min", "", positive!("0.2 to 0.5")),
     (ROLLOUTS, "dynamic_sampling_rollouts", "rollouts", WHOLE),
     (
         &["ppo", "grpo"],

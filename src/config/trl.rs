@@ -53,8 +53,7 @@ const REASONS: &[(&[&str], &str)] = &[
             "vllm_importance_sampling_clip_min",
             "vllm_importance_sampling_cap",
         ],
-        "the ratio is to the sampler's own log-probabilities here, so nothing is left to correct; how far they are from the \
-         trainer's is the metric sampling/sampling_logp_difference; remove the key",
+        "there is no vLLM; the keys of this program's own sampler are importance_sampling_correction, _clip_max and _clip_min",
     ),
     (&["router_aux_loss_coef"], "mixtures of experts are not among the model families; remove the key"),
     (&["cast_lm_head_to_fp32"], "logits are in f32 whatever the products are computed in; remove the key"),

@@ -5,9 +5,9 @@ use anyhow::Result;
 use toml::Table;
 
 use super::{
-    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Grpo, InitLoraWeights, KlEstimator, KlIn, Kto, Lora,
-    MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Rloo, Source, TargetModules,
-    Template, ranges,
+    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Grpo, ImportanceSamplingCorrection, InitLoraWeights,
+    KlEstimator, KlIn, Kto, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart,
+    Rloo, Source, TargetModules, Template, ranges,
 };
 use crate::invalid;
 
@@ -236,6 +236,19 @@ fn ppo_together(section: &Ppo) -> Result<()> {
     }
     section.check_bootstrap()?;
     section.check_measured()?;
+    let low = section.importance_sampling_clip_min.filter(|&low| low > section.importance_sampling_clip_max);
+    if let Some(low) = low {
+        return Err(invalid!(
+            "{} = {low} is more than importance_sampling_clip_max = {}",
+            section.origin.key("importance_sampling_clip_min"),
+            section.importance_sampling_clip_max
+        ));
+    }
+    if section.compat.is_some() && section.importance_sampling_correction != ImportanceSamplingCorrection::None {
+        return Err(invalid!(
+            "[ppo] compat = \"dschat\" takes the trainer's log-probabilities already; remove importance_sampling_correction"
+        ));
+    }
     for (key, value) in
         [("overlong_buffer_len", section.overlong_buffer_len), ("min_response_length", section.min_response_length)]
     {

@@ -276,7 +276,7 @@ impl Roles<'_> {
                 if let Some(base) = self.policy {
                     let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(&chunk)?);
                     let targets = targets(r, &batch);
-                    let hidden = match work.reference {
+                    let hidden = match work.reference || work.recomputes {
                         true => Some(policy.rows(&batch, &targets)?),
                         false => None,
                     };

@@ -6,8 +6,8 @@
 use anyhow::Result;
 
 use crate::config::{
-    AdvantageEstimator, Config, CriticStart, EvalSize, KlEstimator, KlIn, RewardKind, RewardLoss, Stage,
-    Supervised as _,
+    AdvantageEstimator, Config, CriticStart, EvalSize, ImportanceSamplingCorrection, KlEstimator, KlIn, RewardKind,
+    RewardLoss, Stage, Supervised as _,
 };
 use crate::data::examples::batch_sampler::{BatchSampler, endless};
 use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
@@ -338,6 +338,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         evaluation,
         evaluates_within: c.eval_every > 0,
         reference: c.measure_kl,
+        recomputes: c.importance_sampling_correction != ImportanceSamplingCorrection::None,
         refills: c.dynamic_sampling_rollouts > 0,
         critic: matches!(c.advantage_estimator, AdvantageEstimator::Gae | AdvantageEstimator::A2c),
         critic_on_policy: c.critic == CriticStart::Actor || asked.other_tokens,

@@ -98,6 +98,7 @@ impl Rollout {
         self.last_values.extend(more.last_values);
         self.scores.extend(more.scores);
         self.trained.extend(more.trained);
+        self.sampler_logprobs.extend(more.sampler_logprobs);
         self.parts.iter_mut().zip(more.parts).for_each(|(part, more)| part.scores.extend(more.scores));
         self.source_metrics = more.source_metrics;
     }
@@ -118,6 +119,7 @@ impl Rollout {
             last_values: of(&self.last_values, rows),
             scores: of(&self.scores, rows),
             trained: of(&self.trained, rows),
+            sampler_logprobs: of(&self.sampler_logprobs, rows),
             parts: self.parts.iter().map(part).collect(),
             sampled: self.sampled,
             source_metrics: self.source_metrics.clone(),

@@ -22,8 +22,8 @@ pub struct PolicyTokens<'a> {
     pub advantages: &'a [f32],
     /// log pi_ref(token) under the reference.
     pub ref_logprobs: &'a [f32],
-    /// Whether a token's surrogate counts; the KL counts at every token. None = all do.
-    pub chosen: Option<&'a [bool]>,
+    /// Weights of the tokens' surrogates, which are constants; the KL counts fully at every token. None = 1 for all.
+    pub weights: Option<&'a [f32]>,
 }
 
 /// Terms of the policy loss.
@@ -181,10 +181,10 @@ pub struct Loss<S> {
 /// # Errors
 /// If lengths differ, the normaliser is not positive and finite, or the loss is NaN or infinite.
 pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: f64) -> Result<Loss<PolicyStats>> {
-    let PolicyTokens { lengths, logprobs, old_logprobs, advantages, ref_logprobs, chosen } = tokens;
-    let of_chosen = chosen.map_or(logprobs.len(), <[bool]>::len);
+    let PolicyTokens { lengths, logprobs, old_logprobs, advantages, ref_logprobs, weights } = tokens;
+    let of_weights = weights.map_or(logprobs.len(), <[f32]>::len);
     let whole =
-        [logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len(), lengths.iter().sum(), of_chosen];
+        [logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len(), lengths.iter().sum(), of_weights];
     let n = checked_len(whole, normaliser)?;
     let mut out = Loss { loss: 0.0, grad: Vec::with_capacity(n), stats: PolicyStats::default() };
     out.stats.tokens = n as u64;
@@ -199,7 +199,7 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: 
             old_logprobs: part(old_logprobs),
             advantages: part(advantages),
             ref_logprobs: part(ref_logprobs),
-            chosen: chosen.map(|chosen| &chosen[range.clone()]),
+            weights: weights.map(|weights| &weights[range.clone()]),
         };
         response.add_to(&mut out, objective, normaliser)?;
     }
@@ -215,7 +215,7 @@ struct Response<'a> {
     old_logprobs: Vec<f64>,
     advantages: Vec<f64>,
     ref_logprobs: Vec<f64>,
-    chosen: Option<&'a [bool]>,
+    weights: Option<&'a [f32]>,
 }
 
 impl Response<'_> {
@@ -245,8 +245,9 @@ impl Response<'_> {
                 // `-A logp` has no ratio to clamp: its gradient ends there, too.
                 by_logprob = if objective.surrogate == Surrogate::Gradient { 0.0 } else { by_logprob };
             }
-            if self.chosen.is_some_and(|chosen| !chosen[t]) {
-                (loss, by_ratio, by_logprob) = (0.0, 0.0, 0.0);
+            if let Some(weights) = self.weights {
+                let weight = f64::from(weights[t]);
+                (loss, by_ratio, by_logprob) = (weight * loss, weight * by_ratio, weight * by_logprob);
             }
             if let Some((estimator, weight)) = objective.kl {
                 let reference = self.ref_logprobs[t];

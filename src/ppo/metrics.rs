@@ -4,6 +4,7 @@
 use anyhow::Result;
 use serde_json::json;
 
+use super::correction;
 use super::experience::Experience;
 use super::run::PpoRun;
 use super::token_detail;
@@ -71,6 +72,16 @@ pub fn iteration(
     if let Some(mean) = update.mismatch.mean() {
         put("sampling/sampling_logp_difference/mean", mean);
         put("sampling/sampling_logp_difference/max", update.mismatch.max);
+    }
+    let weights =
+        rollout.responses.iter().enumerate().filter_map(|(i, response)| {
+            correction::weights(&response.logprobs, rollout.sampler_logprobs(i), run.config)
+        });
+    let weights: Vec<f64> = weights.flatten().map(f64::from).collect();
+    if !weights.is_empty() {
+        put("sampling/importance_sampling_ratio/min", weights.iter().copied().fold(f64::INFINITY, f64::min));
+        put("sampling/importance_sampling_ratio/mean", weights.iter().sum::<f64>() / weights.len() as f64);
+        put("sampling/importance_sampling_ratio/max", weights.iter().copied().fold(0.0, f64::max));
     }
     // While only the critic trains there is nothing to measure of the actor: NaN, which is null in metrics.jsonl.
     let of_actor = |x: f64| if update.minibatches > 0 { x } else { f64::NAN };

@@ -45,6 +45,10 @@ pub struct Rollout {
     pub scores: Vec<f32>,
     /// (B) number of actions of each response that are trained on, under `compat = "dschat"`; empty if all are.
     pub trained: Vec<usize>,
+    /// (B, R) log-probabilities of the sampled tokens as the sampler computed them, where `responses` have the trainer's:
+    /// with an importance sampling correction. Else empty.
+    #[serde(default)]
+    pub sampler_logprobs: Vec<Vec<f32>>,
     /// The terms of the scores, if the source is a weighted sum.
     #[serde(default)]
     pub parts: Vec<PartScores>,
@@ -72,6 +76,11 @@ impl Rollout {
         let batch = Batch::new(&sequences)?;
         let targets = Targets::responses(&batch, &lengths)?;
         Ok((batch, targets))
+    }
+
+    /// (R,) log-probabilities of response `i` as the sampler computed them.
+    pub fn sampler_logprobs(&self, i: usize) -> &[f32] {
+        self.sampler_logprobs.get(i).unwrap_or(&self.responses[i].logprobs)
     }
 
     /// Number of responses that ended with a stop token.
@@ -102,6 +111,8 @@ pub struct Readers<'w> {
     pub entries: &'w [usize],
     /// Decodes token ids, for reward sources that read text.
     pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// Whether the trainer's log-probabilities take the place of the sampler's in the responses.
+    pub recomputes: bool,
     /// Pad token, if the rollout is to be read as DeepSpeed-Chat does.
     pub pad: Option<u32>,
 }
@@ -166,11 +177,12 @@ pub fn read(
         }
     };
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
-    let is_read = readers.reference.is_some() || readers.critic.is_some() || scored.is_some();
+    let recomputes = scored.is_some() || readers.recomputes;
+    let is_read = readers.reference.is_some() || readers.critic.is_some() || recomputes;
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS).into_iter().filter(|_| is_read) {
         let (batch, targets) = rollout.batch(&rows)?;
         // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
-        let recomputed = scored.is_some().then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
+        let recomputed = recomputes.then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
         let of_reference = match readers.reference {
             Some(reference) => {
                 let hidden = reference.rows(&batch, &targets)?;
@@ -193,7 +205,9 @@ pub fn read(
         for &i in &rows {
             let next = at + rollout.responses[i].tokens.len();
             if let Some(recomputed) = &recomputed {
-                rollout.responses[i].logprobs = recomputed.logprobs[at..next].to_vec();
+                let trainers = recomputed.logprobs[at..next].to_vec();
+                let samplers = std::mem::replace(&mut rollout.responses[i].logprobs, trainers);
+                rollout.sampler_logprobs.extend(readers.recomputes.then_some(samplers));
             }
             if let Some((logprobs, exact, hidden, d)) = &of_reference {
                 rollout.ref_logprobs.push(logprobs[at..next].to_vec());

@@ -14,7 +14,7 @@ use super::rollout::{Readers, collect, kl_to_sampler, sampling_params};
 use super::run::PpoRun;
 use super::update::{Step, Update};
 use super::warnings::{Monitor, WatchedMetrics};
-use crate::config::{CriticStart, KlEstimator, KlIn, Optimised as _, PolicyLoss};
+use crate::config::{CriticStart, ImportanceSamplingCorrection, KlEstimator, KlIn, Optimised as _, PolicyLoss};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::error::Diverged;
@@ -141,6 +141,7 @@ impl State {
             source: run.source,
             entries: &[],
             decode: run.decode,
+            recomputes: config.importance_sampling_correction != ImportanceSamplingCorrection::None,
             pad: run.pad,
         };
         let actor = Policy::new(run.base, Some(self.actor.weights().view()));

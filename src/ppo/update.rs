@@ -7,10 +7,11 @@ use serde::{Deserialize, Serialize};
 
 use super::experience::{Experience, estimator};
 use super::loss::{Average, Objective, PolicyStats, PolicyTokens, RatioLevel, Surrogate, policy_loss};
-use super::ptx;
+use super::rollout::Rollout;
 use super::run::PpoRun;
 use super::value_loss::{ValueStats, ValueTokens, value_loss};
-use crate::config::{ImportanceSamplingLevel, KlIn, LossType, PolicyLoss, Ptx};
+use super::{correction, ptx};
+use crate::config::{ImportanceSamplingLevel, KlIn, LossType, PolicyLoss, Ppo, Ptx};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::data::examples::objectives::SftExample;
@@ -257,6 +258,9 @@ impl Update {
             let lengths: Vec<usize> = rows.iter().map(|&i| rollout.responses[i].tokens.len()).collect();
             let old_logprobs = concat(rows, |i| &rollout.responses[i].logprobs);
             let advantages = concat(rows, |i| &step.experience.advantages[i]);
+            // The sampler's own, where the ratio is to the trainer's.
+            let sampled = concat(rows, |i| rollout.sampler_logprobs(i));
+            let weights = token_weights(rollout, rows, chosen, config);
             // Without a reference the loss has no KL and reads none of these.
             let ref_logprobs = match step.reference {
                 Some(_) => concat(rows, |i| &rollout.ref_logprobs[i]),
@@ -279,11 +283,11 @@ impl Update {
                     old_logprobs: &old_logprobs,
                     advantages: &advantages,
                     ref_logprobs: &ref_logprobs,
-                    chosen,
+                    weights: weights.as_deref(),
                 };
                 let loss = policy_loss(inputs, &objective, normaliser)?;
                 if is_first {
-                    self.mismatch.add(&old_logprobs, &token_stats.logprobs);
+                    self.mismatch.add(&sampled, &token_stats.logprobs);
                 }
                 let entropy = sum(&token_stats.entropy) / tokens;
                 let counts = |t: usize| chosen.is_none_or(|chosen| chosen[t]);
@@ -375,6 +379,18 @@ fn snapshot(learner: &Learner) -> Result<Snapshot> {
     let mut snapshot = Snapshot::default();
     snapshot.put_learner(ACTOR, learner)?;
     Ok(snapshot)
+}
+
+/// Weights of the surrogates of the tokens of `rows`: of those that are not chosen 0, of the others what corrects for the
+/// sampler. `None` if all are 1.
+fn token_weights(rollout: &Rollout, rows: &[usize], chosen: Option<&[bool]>, config: &Ppo) -> Option<Vec<f32>> {
+    let of = |&i: &usize| correction::weights(&rollout.responses[i].logprobs, rollout.sampler_logprobs(i), config);
+    let corrected: Option<Vec<Vec<f32>>> = rows.iter().map(of).collect();
+    let chosen = chosen.map(|chosen| chosen.iter().map(|&chosen| if chosen { 1.0 } else { 0.0 }).collect::<Vec<f32>>());
+    match (corrected.map(|weights| weights.concat()), chosen) {
+        (Some(weights), Some(chosen)) => Some(weights.iter().zip(&chosen).map(|(a, b)| a * b).collect()),
+        (weights, chosen) => weights.or(chosen),
+    }
 }
 
 /// Which tokens of the sequences `rows` are among the minibatch's share `top_entropy_quantile` with the highest entropy under

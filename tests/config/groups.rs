@@ -119,6 +119,7 @@ fn what_does_not_go_together_is_refused_with_a_remedy() {
         ("grpo", "multi_objective_aggregation = 'normalize_then_sum'\nscale_rewards = 'none'", "remove scale_rewards"),
         ("rloo", "reward_clip_range = [0.0, 3.0]", "use [-3, 3]"),
         ("grpo", "reward = [{ kind = 'regex' }]", "[[grpo.reward]] of kind = \"regex\" needs pattern"),
+        ("grpo", "importance_sampling_clip_min = 4.0", "[grpo] importance_sampling_clip_min = 4 is more than"),
         ("grpo", "lerning_rate = 1.0", "did you mean \"learning_rate\"?"),
     ] {
         let found = refusal(section, lines);
@@ -298,6 +299,8 @@ fn keys_that_change_nothing_are_named_and_a_bound_on_a_kl_needs_one() {
         ("grpo", "sapo_temperature_pos = 2.0", "sapo_temperature_pos"),
         ("grpo", "sapo_temperature_neg = 2.0", "sapo_temperature_neg"),
         ("grpo", "use_bias_correction_kl = false", "use_bias_correction_kl"),
+        ("grpo", "importance_sampling_clip_max = 2.0", "importance_sampling_clip_max"),
+        ("grpo", "importance_sampling_clip_min = 0.5", "importance_sampling_clip_min"),
         ("grpo", "beta = 0.1\nref_model_sync_steps = 4", "ref_model_sync_steps"),
         ("rloo", "ref_model_mixup_alpha = 0.5", "ref_model_mixup_alpha"),
         ("rloo", "max_steps = 4\nnum_train_epochs = 2", "num_train_epochs"),
@@ -386,4 +389,35 @@ fn the_other_commands_know_a_run_and_a_file_of_a_group_method() {
         let ran = p.run(&format!("{name} --help"));
         assert!(ran.stdout.contains(&format!("fourfold {name} ")), "{}", ran.stdout);
     }
+}
+
+#[test]
+fn a_correction_for_the_sampler_is_a_weight_of_one_here_and_the_bounds_hold() {
+    let p = place();
+    let plain = run(&p, "grpo", "plain", "grpo", GROUPS);
+    for mode in ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"] {
+        let lines = format!("{GROUPS}\nimportance_sampling_correction = '{mode}'");
+        let found = run(&p, "grpo", mode, "grpo", &lines);
+        let of = |key: &str| found[0][key].as_f64().unwrap();
+        for side in ["min", "mean", "max"] {
+            assert!(
+                (of(&format!("sampling/importance_sampling_ratio/{side}")) - 1.0).abs() < 1e-3,
+                "{mode}: {found:?}"
+            );
+        }
+        // The trainer's log-probabilities are what the ratio is to, and the sampler's are what they are compared with.
+        assert_eq!(of("val/first_ratio"), 1.0, "{mode}");
+        let mismatch = "sampling/sampling_logp_difference/max";
+        assert_eq!(found[0][mismatch], plain[0][mismatch], "{mode}");
+        let [a, b] = [&plain, &found].map(|run| run[0]["grad_norm/actor"].as_f64().unwrap());
+        assert!(a > 0.0 && (a - b).abs() < 1e-3 * a, "{mode}: {a} and {b}");
+    }
+    // Bounds that every ratio exceeds: half of the gradient, and none.
+    let base =
+        format!("{GROUPS}\nmax_grad_norm = 0.0\nimportance_sampling_clip_max = 0.5\nimportance_sampling_correction");
+    let halved = run(&p, "grpo", "halved", "grpo", &format!("{base} = 'token_truncate'"));
+    let none = run(&p, "grpo", "masked", "grpo", &format!("{base} = 'token_mask'"));
+    assert_eq!(halved[0]["sampling/importance_sampling_ratio/max"], 0.5);
+    assert_eq!((&none[0]["loss/policy_avg"], &none[0]["grad_norm/actor"]), (&json!(0.0), &json!(0.0)));
+    assert_ne!(halved[0]["grad_norm/actor"], json!(0.0));
 }

@@ -4,7 +4,8 @@ and src/ppo/experience.rs.
 Prints group_loss.json. `cases`: `GRPOTrainer._compute_loss` as in grpo_loss.py, on its recorded tensors, with recorded
 entropies and `top_entropy_quantile`, and with responses that `mask_truncated_completions` masks (their rows of the completion
 mask are 0, as in `_generate_and_score_completions`). `rloo`: `RLOOTrainer._compute_loss`, whose ratio is the response's.
-`advantages`: the lines of `_generate_and_score_completions` between two of its comments, run as they stand in the installed
+`corrected`: the same
+with weights for another sampler (`importance_sampling_ratio`). `correction` and `advantages`: the lines of `_generate_and_score_completions` between two of its comments, run as they stand in the installed
 files, for two rewards of six responses.
 trl 1.16.0, torch 2.15.0.   Run: python tests/golden/group_loss.py > tests/golden/group_loss.json
 """
@@ -12,6 +13,7 @@ trl 1.16.0, torch 2.15.0.   Run: python tests/golden/group_loss.py > tests/golde
 import collections
 import inspect
 import json
+import math
 import textwrap
 import types
 
@@ -55,6 +57,15 @@ def rloo_advantages(rewards, group, normalize):
     scope = dict(self=me, rewards=rewards, num_generations=group, torch=torch, nanstd=nanstd, unscorable_mask=torch.zeros(len(rewards)) > 0)
     exec(between(RLOOTrainer._generate_and_score_completions, "grouped_rewards =", "# Slice to keep"), scope)
     return scope["advantages"].tolist()
+
+
+def correction(old, sampler, mask, mode, low, high):
+    """TRL's weights (B, T) or (B, 1), by its own lines."""
+    me = types.SimpleNamespace(
+        vllm_importance_sampling_mode=mode, vllm_importance_sampling_clip_min=low, vllm_importance_sampling_clip_max=high)
+    scope = dict(self=me, per_token_logps_diff=(old - sampler) * mask, torch=torch, math=math)
+    exec(between(GRPOTrainer._generate_and_score_completions, "sequence_level_is =", "# Compute the per-token log prob"), scope)
+    return scope["vllm_importance_sampling_ratio"]
 
 
 def of_trainer(case, logprobs, entropies):
@@ -107,6 +118,25 @@ if __name__ == "__main__":
         loss = RLOOTrainer._compute_loss(me, None, inputs)
         loss.backward()
         rloo.append(dict(epsilon=epsilon, epsilon_high=high, loss=loss.item(), grad=logprobs.grad[whole.bool()].tolist()))
+    # A sampler whose log-probabilities are not the trainer's, with bounds that some of the ratios exceed.
+    sampler = (old + 0.3 * torch.randn(rows, max(LENGTHS))).float().double()
+    clip = (0.8, 1.25)
+    ratios = {mode: correction(old, sampler, whole, mode, *clip)
+              for mode in ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]}
+    corrected = []
+    for case in [dict(loss_type="dapo", mode="token_truncate"), dict(loss_type="grpo", mode="sequence_mask", beta=0.1),
+                 dict(loss_type="dr_grpo", mode="token_mask"), dict(loss_type="grpo", mode="sequence_truncate",
+                                                                    importance_sampling_level="sequence", epsilon=0.05)]:
+        logprobs = now.clone().requires_grad_()
+        me = of_trainer({key: case[key] for key in case if key != "mode"}, logprobs, entropies)
+        me.use_vllm, me.vllm_importance_sampling_correction = True, True
+        inputs = dict(
+            prompt_ids=torch.zeros(rows, 1), prompt_mask=torch.ones(rows, 1), completion_ids=torch.zeros_like(whole),
+            completion_mask=whole, advantages=weights, old_per_token_logps=old, ref_per_token_logps=reference,
+            num_items_in_batch=whole.sum(), importance_sampling_ratio=ratios[case["mode"]].float().double())
+        loss = GRPOTrainer._compute_loss(me, None, inputs)
+        loss.backward()
+        corrected.append(dict(case, loss=loss.item(), grad=logprobs.grad[whole.bool()].tolist()))
     # Two rewards; the second has no variance in the first group.
     both = torch.tensor([[1.0, 0.5], [-0.5, 0.5], [2.0, 0.5], [0.25, 0.0], [0.25, 1.0], [-1.5, 0.25]])
     by = torch.tensor([1.0, 4.0])
@@ -118,6 +148,7 @@ if __name__ == "__main__":
     flat = torch.tensor([[1.0], [1.0], [1.0], [0.0], [1.0], [0.0]])
     share = grpo_advantages(flat, torch.ones(1), 3, "sum_then_normalize", "group")[1]
     print(json.dumps(dict(
-        entropies=entropies[whole.bool()].tolist(), cases=cases, rloo=rloo, group=3, rewards=both.tolist(), weights=by.tolist(),
+        entropies=entropies[whole.bool()].tolist(), sampler=sampler[whole.bool()].tolist(), clip=clip, corrected=corrected,
+        correction={mode: ratio.expand(whole.shape)[whole.bool()].tolist() for mode, ratio in ratios.items()}, cases=cases, rloo=rloo, group=3, rewards=both.tolist(), weights=by.tolist(),
         advantages=advantages, flat=flat.flatten().tolist(), frac_reward_zero_std=share,
         rloo_advantages=dict(plain=rloo_advantages(both[:, 0], 3, False), normalized=rloo_advantages(both[:, 0], 3, True)))))

@@ -65,6 +65,8 @@ pub struct Rollouts {
     pub evaluates_within: bool,
     /// A reference is held, and the KL to it measured.
     pub reference: bool,
+    /// The actor's log-probabilities are computed again after a rollout.
+    pub recomputes: bool,
     /// Groups of a rollout may be refilled, beside which the rollout is held.
     pub refills: bool,
     /// The advantages need a critic.
@@ -351,6 +353,9 @@ impl StageShape {
             let mut rows = vec![];
             in_chunks(&whole(&work.prompts), &mut |chunk| {
                 let r = chunk.len() * work.response;
+                if work.recomputes {
+                    drop(actor_view.logprobs(chunk, r));
+                }
                 let hidden = work.reference.then(|| {
                     let (hidden, stats) = actor_view.logprobs(chunk, r);
                     drop(stats);

@@ -22,7 +22,7 @@ impl Lists {
             old_logprobs,
             advantages,
             ref_logprobs: old_logprobs,
-            chosen: None,
+            weights: None,
         }
     }
 
@@ -60,7 +60,7 @@ fn token(objective: Objective, log_ratio: f32, advantage: f32) -> (f64, f32) {
         old_logprobs: &[-1.0],
         advantages: &[advantage],
         ref_logprobs: &[-1.5],
-        chosen: None,
+        weights: None,
     };
     let out = policy_loss(one, &objective, 1.0).unwrap();
     (out.loss, out.grad[0])
@@ -87,7 +87,7 @@ fn clips_and_clamps_bound_the_loss_and_remove_the_gradient() {
             old_logprobs: &[-1.0],
             advantages: &[1.0],
             ref_logprobs: &[-1.0],
-            chosen: None,
+            weights: None,
         };
         assert!(policy_loss(tokens, &clamped, 1.0).is_err(), "a clamp must not hide {bad}");
     }
@@ -128,7 +128,7 @@ fn tokens_whose_k3_is_clamped_are_counted_and_only_with_the_kl_in_the_loss() {
         old_logprobs: &[-1.0, -30.0, -1.0],
         advantages: &[0.0; 3],
         ref_logprobs: &[-1.5, -1.0, -25.0],
-        chosen: None,
+        weights: None,
     };
     let with = |kl| policy_loss(far, &Objective { kl, ..Objective::clip(0.2) }, 3.0).unwrap();
     let k3 = with(Some((Estimator::K3, 0.5)));
@@ -204,7 +204,7 @@ fn unequal_lists_empty_normalisers_and_infinite_losses_are_errors() {
         old_logprobs: &[0.0],
         advantages: &[1.0],
         ref_logprobs: &[0.0],
-        chosen: None,
+        weights: None,
     };
     assert!(policy_loss(PolicyTokens { advantages: &[], ..one }, &Objective::clip(0.2), 1.0).is_err());
     assert!(policy_loss(one, &Objective::clip(0.2), 0.0).is_err());
@@ -256,7 +256,7 @@ fn the_group_methods_losses_and_gradients_are_trls_golden() {
         old_logprobs: &old,
         advantages: &advantages,
         ref_logprobs: &reference,
-        chosen: None,
+        weights: None,
     };
     let cases = golden["cases"].as_array().unwrap();
     for case in cases {
@@ -281,23 +281,23 @@ fn masked_tokens_and_responses_and_a_responses_ratio_are_trls_golden() {
     let recorded: Value = serde_json::from_str(include_str!("../../../tests/golden/grpo_loss.json")).unwrap();
     let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/group_loss.json")).unwrap();
     let lengths: Vec<usize> = serde_json::from_value(recorded["lengths"].clone()).unwrap();
-    let [logprobs, old, reference, weights] =
+    let [logprobs, old, reference, of_rows] =
         ["logprobs", "old", "reference", "weights"].map(|key| floats(&recorded[key]));
     let entropies = floats(&golden["entropies"]);
-    let check = |case: &Value, objective: &Objective, normaliser: f64, rows: &[usize], chosen: Option<&[bool]>| {
+    let check = |case: &Value, objective: &Objective, normaliser: f64, rows: &[usize], weights: Option<&[f32]>| {
         // Responses that are left out are not read at all, and keep a derivative of 0.
         let starts: Vec<usize> = lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
         let places: Vec<usize> = rows.iter().flat_map(|&row| starts[row]..starts[row] + lengths[row]).collect();
         let of = |all: &[f32]| -> Vec<f32> { places.iter().map(|&at| all[at]).collect() };
         let kept: Vec<usize> = rows.iter().map(|&row| lengths[row]).collect();
-        let advantages: Vec<f32> = rows.iter().flat_map(|&row| vec![weights[row]; lengths[row]]).collect();
+        let advantages: Vec<f32> = rows.iter().flat_map(|&row| vec![of_rows[row]; lengths[row]]).collect();
         let tokens = PolicyTokens {
             lengths: &kept,
             logprobs: &of(&logprobs),
             old_logprobs: &of(&old),
             advantages: &advantages,
             ref_logprobs: &of(&reference),
-            chosen,
+            weights,
         };
         let out = policy_loss(tokens, objective, normaliser).unwrap();
         let want = case["loss"].as_f64().unwrap();
@@ -313,7 +313,7 @@ fn masked_tokens_and_responses_and_a_responses_ratio_are_trls_golden() {
         let rows: Vec<usize> = (0..lengths.len()).filter(|row| !truncated.contains(row)).collect();
         let tokens: usize = rows.iter().map(|&row| lengths[row]).sum();
         let (objective, normaliser) = of_trl(case, &recorded, (lengths.len(), tokens));
-        let chosen = case["top_entropy_quantile"].as_f64().map(|share| {
+        let weights = case["top_entropy_quantile"].as_f64().map(|share| {
             let mut at = 0;
             let places = lengths.iter().enumerate().flat_map(|(row, n)| {
                 at += n;
@@ -321,9 +321,9 @@ fn masked_tokens_and_responses_and_a_responses_ratio_are_trls_golden() {
             });
             let kept: Vec<f32> = places.map(|at| entropies[at]).collect();
             let bound = crate::ppo::update::quantile(&kept, 1.0 - share);
-            kept.iter().map(|&entropy| f64::from(entropy) >= bound).collect::<Vec<bool>>()
+            kept.iter().map(|&entropy| f32::from(u8::from(f64::from(entropy) >= bound))).collect::<Vec<f32>>()
         });
-        check(case, &objective, normaliser, &rows, chosen.as_deref());
+        check(case, &objective, normaliser, &rows, weights.as_deref());
     }
     let all: Vec<usize> = (0..lengths.len()).collect();
     let rloo = golden["rloo"].as_array().unwrap();
@@ -334,5 +334,12 @@ fn masked_tokens_and_responses_and_a_responses_ratio_are_trls_golden() {
             Objective { level: RatioLevel::Product, average: Average::Responses, ..Objective::of(surrogate) };
         check(case, &objective, lengths.len() as f64, &all, None);
     }
-    assert_eq!((cases.len(), rloo.len()), (9, 3));
+    // Weights that correct for another sampler.
+    let corrected = golden["corrected"].as_array().unwrap();
+    for case in corrected {
+        let weights = floats(&golden["correction"][case["mode"].as_str().unwrap()]);
+        let (objective, normaliser) = of_trl(case, &recorded, (lengths.len(), logprobs.len()));
+        check(case, &objective, normaliser, &all, Some(&weights));
+    }
+    assert_eq!((cases.len(), rloo.len(), corrected.len()), (9, 3, 4));
 }
