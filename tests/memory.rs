@@ -143,6 +143,27 @@ fn ppo_is_predicted_within_5_percent_in_every_phase_of_three_shapes() {
     }
 }
 
+#[test]
+fn grpo_and_rloo_are_predicted_within_5_percent_in_every_phase_with_and_without_a_reference() {
+    let p = place();
+    with_reward_adapter(&p);
+    let of = |section: &str| {
+        let common = CONFIG.split("[sft]").next().unwrap();
+        format!(
+            "{common}[{section}]\nreward_adapter = \"out/reward/adapter\"\nnum_generations = 4\n\
+             per_device_train_batch_size = 8\nsteps_per_generation = 2\ngradient_accumulation_steps = 2\n\
+             max_completion_length = 48\neval_prompts = 8\n"
+        )
+    };
+    let phases = ["load", "rollout", "scoring", "update", "step", "evaluation", "save"];
+    let file = fs::read_to_string(p.path("run.toml")).unwrap();
+    for (section, more) in [("grpo", ""), ("grpo", "--set grpo.beta=0.04"), ("rloo", "--set rloo.checkpoint=\"mlp\"")] {
+        p.write("run.toml", of(section));
+        agrees(&p, &format!("--phase {section} --set data.path=prompts.jsonl {more}"), &phases);
+    }
+    p.write("run.toml", file);
+}
+
 /// The words after `--set` in a refusal.
 fn named_change(message: &str) -> Vec<String> {
     let (_, change) = message.split_once(": --set ").unwrap_or_else(|| panic!("no change is named: {message}"));

@@ -29,6 +29,8 @@ pub(super) enum Stage {
     Dpo,
     Kto,
     Ppo,
+    Grpo,
+    Rloo,
 }
 
 #[derive(Args)]
@@ -66,7 +68,9 @@ pub(super) fn show(args: &Show) -> Result<()> {
         Stage::Kto => {
             look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
         }
-        Stage::Ppo => look.at::<PromptExample>("ppo", true, |e| vec![vec![(&e.tokens[..], false)]]),
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => {
+            look.at::<PromptExample>(stage.of_config().name(), true, |e| vec![vec![(&e.tokens[..], false)]])
+        }
     }
 }
 
@@ -79,6 +83,8 @@ impl Stage {
             Self::Dpo => config::Stage::Dpo,
             Self::Kto => config::Stage::Kto,
             Self::Ppo => config::Stage::Ppo,
+            Self::Grpo => config::Stage::Grpo,
+            Self::Rloo => config::Stage::Rloo,
         }
     }
 }
@@ -90,12 +96,16 @@ pub(super) fn only_stage(config: &Config) -> Result<Stage> {
         config.reward.is_some().then_some(Stage::Reward),
         config.dpo.is_some().then_some(Stage::Dpo),
         config.kto.is_some().then_some(Stage::Kto),
-        config.ppo.is_some().then_some(Stage::Ppo),
+        config.rollouts(config::Stage::Ppo).is_ok().then_some(Stage::Ppo),
+        config.grpo.is_some().then_some(Stage::Grpo),
+        config.rloo.is_some().then_some(Stage::Rloo),
     ];
     let mut there = sections.into_iter().flatten();
     match (there.next(), there.next()) {
         (Some(stage), None) => Ok(stage),
-        _ => Err(invalid!("the file has not exactly one stage's section; give --phase sft, reward, dpo, kto or ppo")),
+        _ => Err(invalid!(
+            "the file has not exactly one stage's section; give --phase sft, reward, dpo, kto, ppo, grpo or rloo"
+        )),
     }
 }
 

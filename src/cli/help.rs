@@ -13,7 +13,7 @@ const NAMES: usize = 15;
 
 /// The commands by what they are for.
 const GROUPS: &[(&str, &[&str])] = &[
-    ("Training", &["quickstart", "init", "sft", "reward", "dpo", "kto", "ppo", "data", "keys"]),
+    ("Training", &["quickstart", "init", "sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "data", "keys"]),
     ("Models", &["merge", "generate", "chat", "score", "logprobs", "inspect"]),
     ("Runs", &["watch", "report"]),
     ("Machine", &["plan", "bench", "doctor", "completions", "man"]),
@@ -28,6 +28,8 @@ const EXAMPLES: &[(&[&str], &str)] = &[
     (&["dpo"], "fourfold dpo dpo.toml --set dpo.beta=0.05 --out runs/dpo --resume latest"),
     (&["kto"], "fourfold kto kto.toml --out runs/kto"),
     (&["ppo"], "fourfold ppo configs/smollm2-135m/ppo.toml --set ppo.kl_coef=0.1 --out runs/ppo"),
+    (&["grpo"], "fourfold grpo configs/recipes/grpo.toml --set grpo.beta=0.04 --out runs/grpo"),
+    (&["rloo"], "fourfold rloo rloo.toml --set rloo.num_generations=4 --out runs/rloo"),
     (&["data"], "fourfold data configs/smollm2-135m/sft.toml --head 5"),
     (&["plan"], "fourfold plan configs/smollm2-135m/ppo.toml --memory 8GiB"),
     (&["bench"], "fourfold bench memory configs/smollm2-135m/ppo.toml"),

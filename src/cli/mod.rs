@@ -62,6 +62,10 @@ enum Command {
     Kto(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
+    /// GRPO: an aligned adapter from prompts and a reward, by comparing the responses to each prompt; no critic.
+    Grpo(Training),
+    /// RLOO: the same with the mean of the other responses as the baseline.
+    Rloo(Training),
     /// What a stage would train on: counts, lengths, what is dropped and why, examples with the loss mask in colour.
     Data(data::Show),
     /// The memory of a stage, phase by phase, computed from shapes without loading weights; and the change that makes it fit.
@@ -183,6 +187,8 @@ pub fn run() -> Result<()> {
         Command::Dpo(args) => train(Stage::Dpo, &args),
         Command::Kto(args) => train(Stage::Kto, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
+        Command::Grpo(args) => train(Stage::Grpo, &args),
+        Command::Rloo(args) => train(Stage::Rloo, &args),
         Command::Data(args) => data::show(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Bench(args) => bench::run(&args),

@@ -91,8 +91,8 @@ fn config(args: &Arguments) -> Result<Config> {
             // Lengths may be set without data.
             let placeholder = "data.path=[\"none\"]".to_owned();
             let mut set = vec![format!("base.path={}", serde_json::to_string(&path)?), placeholder];
-            if args.phase == Some(data::Stage::Ppo) {
-                set.push("ppo.reward_adapter=runs/reward/adapter".into());
+            if let Some(stage) = args.phase.map(data::Stage::of_config).filter(|stage| stage.has_rollouts()) {
+                set.push(format!("{}.reward_adapter=runs/reward/adapter", stage.name()));
             }
             set.extend(args.set.iter().cloned());
             let mut config = config::from_defaults(&set)?;
@@ -134,7 +134,7 @@ impl Shown<'_> {
             Stage::Reward => self.config.reward().per_device_train_batch_size,
             Stage::Dpo => self.config.dpo().per_device_train_batch_size,
             Stage::Kto => self.config.kto().per_device_train_batch_size,
-            Stage::Ppo => self.config.ppo().map_or(0, |ppo| ppo.micro_batch_size),
+            Stage::Ppo | Stage::Grpo | Stage::Rloo => self.config.ppo().map_or(0, |ppo| ppo.micro_batch_size),
         }
     }
 

@@ -225,7 +225,8 @@ mod tests {
     #[test]
     fn the_defaults_printed_are_those_that_a_config_gets() {
         let config: Config =
-            toml::from_str("[base]\npath = 'b'\n[sft]\n[reward]\n[dpo]\n[kto]\n[ppo]\n[data]\n").unwrap();
+            toml::from_str("[base]\npath = 'b'\n[sft]\n[reward]\n[dpo]\n[kto]\n[ppo]\n[grpo]\n[rloo]\n[data]\n")
+                .unwrap();
         let written: toml::Table = config.to_toml().unwrap().parse().unwrap();
         let mut compared = 0;
         for key in keys() {

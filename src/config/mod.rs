@@ -9,6 +9,7 @@ mod checkpoint;
 mod dpo;
 mod dschat;
 mod expand;
+mod group;
 mod keys;
 mod located;
 mod memory;
@@ -22,6 +23,7 @@ mod rewards;
 mod schema;
 mod sources;
 mod stages;
+mod trl;
 mod validate;
 
 use std::path::{Path, PathBuf};
@@ -36,12 +38,14 @@ use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use checkpoint::{CheckpointConfig, Guard};
 pub use dpo::{Dpo, DpoLoss, Kto};
+pub(crate) use group::GroupKeys;
+pub use group::{GroupLoss, Grpo, Rloo};
 pub use keys::{Key, keys, keys_of_section};
 pub use memory::{ByteSize, Memory};
 pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
 pub use ppo::{
-    AdvantageEstimator, CriticStart, ImportanceSamplingLevel, KlEstimator, KlIn, LossType, PolicyLoss, Ppo,
-    ScaleRewards, WhitenRewards,
+    AdvantageEstimator, Aggregation, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator,
+    KlIn, LossType, Origin, PolicyLoss, Ppo, ScaleRewards, WhitenRewards,
 };
 pub use ptx::Ptx;
 pub use rewards::{RewardKind, RewardPart};
@@ -99,9 +103,20 @@ pub struct Config {
     /// Kahneman-Tversky optimisation; read it with [`Config::kto`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kto: Option<Kto>,
-    /// PPO; read it with [`Config::ppo`].
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    /// PPO; read it with [`Config::ppo`]. The settings made from `[grpo]` or `[rloo]`, where the file has one of those.
+    #[serde(default, skip_serializing_if = "is_made")]
     pub ppo: Option<Ppo>,
+    /// Group relative policy optimisation; read it with [`Config::ppo`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grpo: Option<Grpo>,
+    /// REINFORCE with the other responses as the baseline; read it with [`Config::ppo`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rloo: Option<Rloo>,
+}
+
+/// Whether there are no settings of PPO's loop, or such as another section holds.
+fn is_made(ppo: &Option<Ppo>) -> bool {
+    ppo.as_ref().is_none_or(|ppo| ppo.origin != Origin::Ppo)
 }
 
 /// The stages of a run.
@@ -117,9 +132,18 @@ pub enum Stage {
     Kto,
     /// Proximal policy optimisation.
     Ppo,
+    /// Group relative policy optimisation.
+    Grpo,
+    /// REINFORCE with a leave-one-out baseline.
+    Rloo,
 }
 
 impl Stage {
+    /// Whether the policy is trained on responses that it samples: the stages that PPO's loop runs.
+    pub fn has_rollouts(self) -> bool {
+        matches!(self, Self::Ppo | Self::Grpo | Self::Rloo)
+    }
+
     /// The name of its section and of its default output folder.
     pub fn name(self) -> &'static str {
         match self {
@@ -128,6 +152,8 @@ impl Stage {
             Self::Dpo => "dpo",
             Self::Kto => "kto",
             Self::Ppo => "ppo",
+            Self::Grpo => "grpo",
+            Self::Rloo => "rloo",
         }
     }
 }
@@ -182,13 +208,54 @@ impl Config {
         self.kto.clone().unwrap_or_default()
     }
 
-    /// `[ppo]`.
+    /// The settings of PPO's loop: `[ppo]`, or what `[grpo]` or `[rloo]` mean.
     ///
     /// # Errors
     /// The section is absent.
     pub fn ppo(&self) -> Result<&Ppo> {
-        let missing = || invalid!("the section [ppo] is missing; it needs at least reward_adapter = \"runs/reward/…\"");
-        self.ppo.as_ref().ok_or_else(missing)
+        self.ppo.as_ref().ok_or_else(|| missing(Stage::Ppo))
+    }
+
+    /// The settings of PPO's loop for one of the stages that it runs, from that stage's own section.
+    ///
+    /// # Errors
+    /// The section is absent, or the file has the one of another of these stages.
+    pub fn rollouts(&self, stage: Stage) -> Result<&Ppo> {
+        match &self.ppo {
+            Some(ppo) if ppo.origin.stage() == stage => Ok(ppo),
+            Some(ppo) => Err(invalid!(
+                "the section [{}] is missing, and the file has [{}]: run `fourfold {1}`",
+                stage.name(),
+                ppo.origin.name()
+            )),
+            None => Err(missing(stage)),
+        }
+    }
+
+    /// `[grpo]` or `[rloo]`, whichever the stage has.
+    pub(crate) fn group_mut(&mut self, stage: Stage) -> Option<&mut dyn GroupKeys> {
+        match stage {
+            Stage::Grpo => self.grpo.as_mut().map(|section| section as &mut dyn GroupKeys),
+            Stage::Rloo => self.rloo.as_mut().map(|section| section as &mut dyn GroupKeys),
+            _ => None,
+        }
+    }
+
+    /// Changes `[grpo]` or `[rloo]`, and with it the settings of PPO's loop; `None` for other stages.
+    pub(crate) fn change_group<T>(&mut self, stage: Stage, change: impl FnOnce(&mut dyn GroupKeys) -> T) -> Option<T> {
+        let changed = self.group_mut(stage).map(change);
+        group::translate(self);
+        changed
+    }
+
+    /// The keys of a stage's section that are set and change nothing, each as a sentence with the reason.
+    pub fn idle_keys(&self, stage: Stage) -> Vec<String> {
+        match stage {
+            Stage::Ppo => self.ppo.as_ref().map(Ppo::idle_keys).unwrap_or_default(),
+            Stage::Grpo => self.grpo.as_ref().map(Grpo::idle_keys).unwrap_or_default(),
+            Stage::Rloo => self.rloo.as_ref().map(Rloo::idle_keys).unwrap_or_default(),
+            _ => vec![],
+        }
     }
 
     /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no
@@ -204,7 +271,7 @@ impl Config {
             Stage::Reward => Some(self.reward().supervised()),
             Stage::Dpo => Some(self.dpo().supervised()),
             Stage::Kto => Some(self.kto().supervised()),
-            Stage::Ppo => None,
+            Stage::Ppo | Stage::Grpo | Stage::Rloo => None,
         }
     }
 
@@ -215,7 +282,7 @@ impl Config {
             Stage::Reward => Some(self.reward.get_or_insert_default()),
             Stage::Dpo => Some(self.dpo.get_or_insert_default()),
             Stage::Kto => Some(self.kto.get_or_insert_default()),
-            Stage::Ppo => None,
+            Stage::Ppo | Stage::Grpo | Stage::Rloo => None,
         }
     }
 
@@ -226,6 +293,9 @@ impl Config {
 
     /// Sets `checkpoint` in a stage's section.
     pub fn set_checkpoint(&mut self, stage: Stage, checkpoint: RecomputeSetting) {
+        if self.change_group(stage, |section| section.set_recompute(checkpoint)).is_some() {
+            return;
+        }
         match self.supervised_mut(stage) {
             Some(section) => section.set_checkpoint(checkpoint),
             None => self.ppo.iter_mut().for_each(|ppo| ppo.set_checkpoint(checkpoint)),
@@ -263,6 +333,14 @@ impl Config {
             paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
             let texts = ppo.ptx.iter_mut().flat_map(|ptx| ptx.path.as_mut_slice());
             paths.extend(texts.map(|path| ("[ppo.ptx] path", path)));
+        }
+        let mut paths: Vec<(String, &mut PathBuf)> =
+            paths.into_iter().map(|(key, path)| (key.to_owned(), path)).collect();
+        if let Some(grpo) = &mut self.grpo {
+            paths.extend(grpo.paths().into_iter().map(|(key, path)| (format!("[grpo] {key}"), path)));
+        }
+        if let Some(rloo) = &mut self.rloo {
+            paths.extend(rloo.paths().into_iter().map(|(key, path)| (format!("[rloo] {key}"), path)));
         }
         for (key, path) in paths {
             if let Some(text) = path.to_str() {
@@ -338,12 +416,31 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
         other.device = other.device.or(config.base.device);
     }
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
+    one_of_rollouts(&config).map_err(|error| invalid!("{file}: {error}"))?;
+    group::translate(&mut config);
     validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;
     Ok(config)
 }
 
+/// A stage's section is not in the file.
+fn missing(stage: Stage) -> anyhow::Error {
+    invalid!("the section [{}] is missing; it needs at least reward_adapter = \"runs/reward/…\"", stage.name())
+}
+
+/// Checks that a file has one section of those whose stages PPO's loop runs.
+fn one_of_rollouts(config: &Config) -> Result<()> {
+    let there = [config.ppo.is_some(), config.grpo.is_some(), config.rloo.is_some()];
+    let mut names = ["[ppo]", "[grpo]", "[rloo]"].into_iter().zip(there).filter(|(_, there)| *there);
+    match (names.next(), names.next()) {
+        (Some((first, _)), Some((second, _))) => {
+            Err(invalid!("there are {first} and {second}; a file has one of [ppo], [grpo] and [rloo], so remove one"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 12] {
+fn sections() -> [(&'static str, &'static [&'static str]); 14] {
     [
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
@@ -357,12 +454,19 @@ fn sections() -> [(&'static str, &'static [&'static str]); 12] {
         ("dpo", keys_of::<Dpo>()),
         ("kto", keys_of::<Kto>()),
         ("ppo", keys_of::<Ppo>()),
+        ("grpo", keys_of::<Grpo>()),
+        ("rloo", keys_of::<Rloo>()),
     ]
 }
 
 /// Every section with the keys that it knows, those inside `[ppo]` by their own path.
 pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
-    let inside = [("ppo.reward", keys_of::<RewardPart>()), ("ppo.ptx", keys_of::<Ptx>())];
+    let inside = [
+        ("ppo.reward", keys_of::<RewardPart>()),
+        ("ppo.ptx", keys_of::<Ptx>()),
+        ("grpo.reward", keys_of::<RewardPart>()),
+        ("rloo.reward", keys_of::<RewardPart>()),
+    ];
     sections().into_iter().chain(inside).collect()
 }
 
@@ -459,6 +563,8 @@ fn describe(error: &KeyError, table: &Table) -> String {
         Fault::UnknownKey { key, expected } => {
             let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
             let known = ELSEWHERE.iter().any(|(theirs, _)| theirs == key).then(|| elsewhere(key)).flatten();
+            let of_trl = trl::reason(error.path.first().map_or("", String::as_str), key).map(str::to_owned);
+            let known = of_trl.or(known);
             let hint = known.or(near).or_else(|| elsewhere(key)).unwrap_or_else(|| guess(key, expected));
             format!("{at} has no key {key:?}; {hint}")
         }

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Compat;
 use super::optimisation::optimised_section;
 use super::ptx::Ptx;
 use super::rewards::RewardPart;
+use super::{Compat, Stage};
 
 /// How rewards become the weights of the policy gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
@@ -112,6 +112,18 @@ pub enum ScaleRewards {
     None,
 }
 
+/// The order in which several rewards become a response's advantage.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Aggregation {
+    /// The weighted sum of the rewards, normalised in its group.
+    #[default]
+    SumThenNormalize,
+    /// Each reward normalised in its group, then their weighted sum, standardised over the rollout: a reward with a small spread
+    /// counts as much as one with a large one. GDPO, arXiv:2601.05242.
+    NormalizeThenSum,
+}
+
 /// Whose probability ratio the policy loss reads.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -121,10 +133,94 @@ pub enum ImportanceSamplingLevel {
     Token,
     /// The geometric mean over a response's tokens: GSPO, arXiv:2507.18071.
     Sequence,
+    /// The product over a response's tokens, the probability ratio of the whole response: TRL's RLOO.
+    Product,
+}
+
+/// What is done about a sampler whose log-probabilities are not the trainer's with the same weights, as in f16 on a card. But
+/// for `none` the trainer's are computed after each rollout, which costs a forward pass; ratios are then to those, and a
+/// token's policy loss is multiplied by the ratio of the two within bounds. The names are TRL's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ImportanceSamplingCorrection {
+    /// Nothing: ratios are to the sampler's own log-probabilities.
+    #[default]
+    None,
+    /// Each token's ratio, held within the bounds.
+    TokenTruncate,
+    /// Each token's ratio, and 0 beyond the bounds.
+    TokenMask,
+    /// The product over a response's tokens, held within the bounds.
+    SequenceTruncate,
+    /// The product over a response's tokens, and 0 beyond the bounds.
+    SequenceMask,
+}
+
+/// The section that holds the settings of a run with rollouts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Origin {
+    /// `[ppo]`, which has the keys of [`Ppo`] themselves.
+    #[default]
+    Ppo,
+    /// `[grpo]`.
+    Grpo,
+    /// `[rloo]`.
+    Rloo,
+}
+
+impl Origin {
+    /// The stage that reads the section.
+    pub fn stage(self) -> Stage {
+        match self {
+            Self::Ppo => Stage::Ppo,
+            Self::Grpo => Stage::Grpo,
+            Self::Rloo => Stage::Rloo,
+        }
+    }
+
+    /// The section's name.
+    pub fn name(self) -> &'static str {
+        self.stage().name()
+    }
+
+    /// A key of `[ppo]` as the section calls it, with the section: `[grpo] max_completion_length`.
+    pub fn key(self, key: &str) -> String {
+        format!("[{}] {}", self.name(), self.own(key))
+    }
+
+    /// The same as `--set` takes it: `grpo.max_completion_length`.
+    pub fn path(self, key: &str) -> String {
+        format!("{}.{}", self.name(), self.own(key))
+    }
+
+    fn own(self, key: &str) -> &str {
+        match (self, key) {
+            (Self::Ppo, _) => key,
+            (_, "response_length") => "max_completion_length",
+            (_, "kl_coef") => "beta",
+            (_, "total_episodes") => "num_train_epochs or max_steps",
+            (_, "cliprange") => "epsilon",
+            (_, "cliprange_high") => "epsilon_high",
+            (_, "dual_clip") => "delta",
+            _ => key,
+        }
+    }
 }
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
+}
+
+fn is_true(value: &bool) -> bool {
+    *value
+}
+
+fn is_three(value: &f64) -> bool {
+    *value == 3.0
+}
+
+fn is_one(value: &f64) -> bool {
+    *value == 1.0
 }
 
 /// How the KL divergence from actor to reference is measured at a token, http://joschu.net/blog/kl-approx.html.
@@ -183,6 +279,15 @@ optimised_section! {
     /// `[ppo]`: proximal policy optimisation of the actor's adapter against a reward model.
     pub struct Ppo;
     first {
+        /// The section that these settings were made from.
+        #[serde(skip)]
+        pub origin: Origin = Origin::Ppo,
+        /// Passes over the prompts that `total_episodes` stands for, once they are counted.
+        #[serde(skip)]
+        pub num_train_epochs: Option<usize> = None,
+        /// The order in which several rewards are normalised and added; `[grpo]` alone has the key.
+        #[serde(skip)]
+        pub aggregation: Aggregation = Aggregation::SumThenNormalize,
         /// Whose behaviour to keep. `"dschat"`: DeepSpeed-Chat's padded rows: responses of one token or none are
         /// dropped, the score is read at the last token that is no pad and rewarded one action later, and no loss sees
         /// that action; and its values for the keys that the file leaves open, which the run's config.toml then shows.
@@ -250,6 +355,10 @@ optimised_section! {
         /// Weight of the KL penalty. Default 0.05 (TRL; DeepSpeed-Chat: 0.1), with `advantage_estimator = "grpo"` 0.04
         /// (arXiv:2402.03300; TRL's GRPO: 0).
         pub kl_coef: f64 = 0.05,
+        /// Measure the KL to the reference even where nothing uses it. false, which needs `kl_coef = 0`: no reference is held,
+        /// its log-probabilities are not computed, and the metrics have no KL. Default true (TRL's GRPO with `beta = 0`: false).
+        #[serde(skip_serializing_if = "is_true")]
+        pub measure_kl: bool = true,
         /// Adapt that weight to the KL that the rollouts have; `kl_coef` is then where it starts. Default false (TRL's
         /// first PPO trainer: true).
         pub adap_kl_ctrl: bool = false,
@@ -272,12 +381,40 @@ optimised_section! {
         /// With `advantage_estimator = "grpo"`: what a group's rewards are divided by. Default `group` (TRL).
         #[serde(skip_serializing_if = "is_default")]
         pub scale_rewards: ScaleRewards = ScaleRewards::Group,
+        /// With `advantage_estimator = "rloo"`: divide the advantages by their deviation over the rollout's responses. Default
+        /// false (TRL's RLOO).
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        pub normalize_advantages: bool = false,
         /// With `policy_loss = "sapo"`: the gate's temperature for a positive advantage. Default 1.0 (TRL, arXiv:2511.20347).
         #[serde(skip_serializing_if = "Option::is_none")]
         pub sapo_temperature_pos: Option<f64> = None,
         /// With `policy_loss = "sapo"`: the gate's temperature for any other advantage. Default 1.05 (TRL).
         #[serde(skip_serializing_if = "Option::is_none")]
         pub sapo_temperature_neg: Option<f64> = None,
+        /// Leave responses that `response_length` cut off out of the policy loss; their rewards still count in the
+        /// advantages. Default false. (TRL's GRPO; DAPO's overlong filtering.)
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        pub mask_truncated_completions: bool = false,
+        /// The policy gradient is taken at this share of a minibatch's tokens, those with the highest entropy under the
+        /// actor, which costs a forward pass more. Default 1.0 = all. (TRL's GRPO; arXiv:2506.01939: 0.2.)
+        #[serde(skip_serializing_if = "is_one")]
+        pub top_entropy_quantile: f64 = 1.0,
+        /// Dynamic sampling, for estimators that compare a prompt's responses: groups whose scores are all equal are left
+        /// out and other prompts are answered in their place, in at most this many more rollouts per iteration, each as
+        /// large as what is missing. What is still missing then is filled with the first that were left out. Default 0 =
+        /// none. (DAPO, arXiv:2503.14476; verl: `filter_groups`.)
+        #[serde(skip_serializing_if = "is_default")]
+        pub dynamic_sampling_rollouts: usize = 0,
+        /// What is done where the sampler's log-probabilities are not the trainer's. Default `none` (TRL with vLLM:
+        /// `sequence_mask`).
+        #[serde(skip_serializing_if = "is_default")]
+        pub importance_sampling_correction: ImportanceSamplingCorrection = ImportanceSamplingCorrection::None,
+        /// Its upper bound. Default 3.0 (TRL).
+        #[serde(skip_serializing_if = "is_three")]
+        pub importance_sampling_clip_max: f64 = 3.0,
+        /// Its lower bound; absent = none (TRL).
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub importance_sampling_clip_min: Option<f64> = None,
         /// With `kl_in = "loss"`: the KL's estimate is multiplied by the probability ratio, which makes it unbiased for the
         /// actor although the tokens were sampled by an older one. Default false (TRL; DeepSeek-V3.2, arXiv:2512.02556: true).
         #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -383,7 +520,7 @@ optimised_section! {
     }
 }
 
-fn is_empty(path: &Path) -> bool {
+pub(super) fn is_empty(path: &Path) -> bool {
     path.as_os_str().is_empty()
 }
 
@@ -407,6 +544,16 @@ impl Ppo {
     /// The bound of a score, where there is one.
     pub fn score_clip(&self) -> Option<f64> {
         (self.score_clip > 0.0).then_some(self.score_clip)
+    }
+
+    /// These settings over `prompts` prompts: passes over them become `total_episodes`, in whole rollouts.
+    pub fn over(&self, prompts: usize) -> Self {
+        let mut settings = self.clone();
+        if let Some(epochs) = settings.num_train_epochs.take() {
+            let per_rollout = (self.batch_size / self.num_generations.max(1)).max(1);
+            settings.total_episodes = (epochs * prompts / per_rollout).max(1) * self.batch_size;
+        }
+        settings
     }
 
     /// Rollouts of the whole run.

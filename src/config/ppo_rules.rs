@@ -8,7 +8,8 @@ use anyhow::Result;
 use toml::{Table, Value};
 
 use super::{
-    AdvantageEstimator, Compat, CriticStart, ImportanceSamplingLevel, KlEstimator, KlIn, PolicyLoss, Ppo, ScaleRewards,
+    AdvantageEstimator, Compat, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator, KlIn,
+    PolicyLoss, Ppo, ScaleRewards,
 };
 use crate::invalid;
 
@@ -49,6 +50,29 @@ impl Ppo {
             ));
         }
         Ok(())
+    }
+
+    /// Checks `measure_kl = false` against the keys that read a KL or a reference.
+    ///
+    /// # Errors
+    /// If one of them is set.
+    pub(super) fn check_measured(&self) -> Result<()> {
+        if self.measure_kl {
+            return Ok(());
+        }
+        let needs = [
+            (format!("kl_coef = {}", self.kl_coef), self.kl_coef != 0.0),
+            ("adap_kl_ctrl = true".into(), self.adap_kl_ctrl),
+            ("kl_estimator = \"exact\"".into(), self.kl_estimator == KlEstimator::Exact),
+            ("ref_model_sync_iterations".into(), self.ref_model_sync_iterations > 0),
+            ("compat = \"dschat\"".into(), self.compat.is_some()),
+        ];
+        match needs.into_iter().find(|(_, set)| *set) {
+            Some((key, _)) => Err(invalid!(
+                "[ppo] {key} reads the reference, which measure_kl = false leaves out; remove one of them"
+            )),
+            None => Ok(()),
+        }
     }
 
     /// The keys that differ from their defaults and change nothing beside the other keys, each as a sentence with the
@@ -93,9 +117,23 @@ impl Ppo {
         let reads_ratio = self.policy_loss != PolicyLoss::Gradient || self.use_bias_correction_kl;
         let reason = "with policy_loss = \"gradient\", which reads no ratio";
         add("importance_sampling_level", is_sequence && !reads_ratio, reason);
+        if self.importance_sampling_correction == ImportanceSamplingCorrection::None {
+            let reason = "without importance_sampling_correction";
+            let is_moved = self.importance_sampling_clip_max != usual.importance_sampling_clip_max;
+            add("importance_sampling_clip_max", is_moved, reason);
+            add("importance_sampling_clip_min", self.importance_sampling_clip_min.is_some(), reason);
+        }
+        if !estimator.has_groups() {
+            let reason = format!("{with_estimator}, which compares no group");
+            add("dynamic_sampling_rollouts", self.dynamic_sampling_rollouts > 0, &reason);
+        }
         if estimator != AdvantageEstimator::Grpo {
             let reason = format!("{with_estimator}; it is GRPO's");
             add("scale_rewards", self.scale_rewards != ScaleRewards::Group, &reason);
+        }
+        if estimator != AdvantageEstimator::Rloo {
+            let reason = format!("{with_estimator}; it is RLOO's");
+            add("normalize_advantages", self.normalize_advantages, &reason);
         }
         let has_estimate_in_loss = self.kl_in == KlIn::Loss && self.kl_estimator != KlEstimator::Exact;
         let reason = "without kl_in = \"loss\" and an estimate from the sampled tokens (k2 or k3)";
@@ -187,6 +225,10 @@ mod tests {
             ("", "sapo_temperature_neg = 2.0", "policy_loss = 'sapo'"),
             ("policy_loss = 'gradient'", "importance_sampling_level = 'sequence'", ""),
             ("", "scale_rewards = 'none'", "advantage_estimator = 'grpo'"),
+            ("", "normalize_advantages = true", "advantage_estimator = 'rloo'"),
+            ("", "importance_sampling_clip_max = 2.0", "importance_sampling_correction = 'token_mask'"),
+            ("", "importance_sampling_clip_min = 0.5", "importance_sampling_correction = 'token_mask'"),
+            ("", "dynamic_sampling_rollouts = 2", "advantage_estimator = 'rloo'"),
             ("", "use_bias_correction_kl = true", "kl_in = 'loss'\nkl_estimator = 'k3'"),
             ("", "kl_penalty_coef = 2.0", "policy_loss = 'kl_penalty'"),
             ("", "kl_penalty_target = 2.0", "policy_loss = 'kl_penalty'"),
@@ -200,6 +242,22 @@ mod tests {
             let said = idle(&format!("{with}\n{key}"));
             assert!(said.len() == 1 && said[0].starts_with(&format!("[ppo] {name}")), "{with} {key}: {said:?}");
             assert!(idle(&format!("{without}\n{key}")).is_empty(), "{without} {key}");
+        }
+    }
+
+    #[test]
+    fn without_a_reference_nothing_may_read_one() {
+        let refusal = |keys: &str| read(&format!("measure_kl = false\n{keys}")).check_measured();
+        assert!(refusal("kl_coef = 0.0").is_ok() && read("kl_coef = 0.0").check_measured().is_ok());
+        for (keys, named) in [
+            ("", "kl_coef = 0.05"),
+            ("kl_coef = 0.0\nadap_kl_ctrl = true", "adap_kl_ctrl"),
+            ("kl_coef = 0.0\nkl_estimator = 'exact'", "kl_estimator"),
+            ("kl_coef = 0.0\nref_model_sync_iterations = 2", "ref_model_sync_iterations"),
+            ("kl_coef = 0.0\ncompat = 'dschat'", "compat"),
+        ] {
+            let said = refusal(keys).unwrap_err().to_string();
+            assert!(said.starts_with(&format!("[ppo] {named}")), "{keys}: {said}");
         }
     }
 

@@ -44,11 +44,14 @@ const LORA: &[&str] = &["lora"];
 const DATA: &[&str] = &["data"];
 const SOURCES: &[&str] = &["data.sources"];
 const GUARD: &[&str] = &["guard"];
-const STAGES: &[&str] = &["sft", "reward", "dpo", "kto", "ppo"];
+const STAGES: &[&str] = &["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo"];
 const SUPERVISED: &[&str] = &["sft", "reward", "dpo", "kto"];
 const PPO: &[&str] = &["ppo"];
+const GRPO: &[&str] = &["grpo"];
+const GROUPS: &[&str] = &["grpo", "rloo"];
+const ROLLOUTS: &[&str] = &["ppo", "grpo", "rloo"];
 const PTX: &[&str] = &["ppo.ptx"];
-const PARTS: &[&str] = &["ppo.reward", "ppo.gold"];
+const PARTS: &[&str] = &["ppo.reward", "ppo.gold", "grpo.reward", "grpo.gold", "rloo.reward", "rloo.gold"];
 
 const ROWS: &[Row] = &[
     (TOP, "seed", "", WHOLE),
@@ -106,29 +109,38 @@ const ROWS: &[Row] = &[
     (PPO, "critic_warmup", "iterations", WHOLE),
     (PPO, "total_episodes", "responses", ONE),
     (PPO, "batch_size", "responses", ONE),
-    (PPO, "num_generations", "responses per prompt", ONE),
+    (ROLLOUTS, "num_generations", "responses per prompt", ONE),
     (PPO, "num_mini_batches", "optimizer steps", ONE),
     (PPO, "num_ppo_epochs", "passes", ONE),
     (PPO, "micro_batch_size", "sequences", ONE),
-    (PPO, "local_rollout_forward_batch_size", "prompts", ONE),
+    (ROLLOUTS, "local_rollout_forward_batch_size", "prompts", ONE),
     (PPO, "response_length", "tokens", ONE),
-    (PPO, "temperature", "", NOT_NEGATIVE),
-    (PPO, "top_k", "tokens", WHOLE),
-    (PPO, "top_p", "", range("a number above 0 and at most 1; 1 samples from all", |v| v > 0.0 && v <= 1.0)),
+    (ROLLOUTS, "temperature", "", NOT_NEGATIVE),
+    (ROLLOUTS, "top_k", "tokens", WHOLE),
+    (ROLLOUTS, "top_p", "", range("a number above 0 and at most 1; 1 samples from all", |v| v > 0.0 && v <= 1.0)),
     (PPO, "kl_coef", "reward per nat", NOT_NEGATIVE),
     (PPO, "target", "nats per response", positive!("6 nats a response")),
     (PPO, "horizon", "responses", positive!("10000 responses")),
     (PPO, "cliprange", "", range("a number between 0 and 1, usually 0.2", |v| v > 0.0 && v < 1.0)),
     (PPO, "cliprange_high", "", positive!("0.2 to 0.3")),
     (PPO, "dual_clip", "", ABOVE_ONE),
-    (PPO, "sapo_temperature_pos", "", positive!("1")),
-    (PPO, "sapo_temperature_neg", "", positive!("1.05")),
+    (&["ppo", "grpo"], "sapo_temperature_pos", "", positive!("1")),
+    (&["ppo", "grpo"], "sapo_temperature_neg", "", positive!("1.05")),
     (PPO, "ratio_threshold", "", ABOVE_ONE),
     (PPO, "log_ratio_clamp", "nats", positive!("20")),
     (PPO, "kl_penalty_coef", "", positive!("1")),
     (PPO, "kl_penalty_target", "nats per token", positive!("0.01")),
     (PPO, "target_kl", "nats per token", positive!("0.01")),
-    (PPO, "entropy_coef", "reward per nat", NOT_NEGATIVE),
+    (&["ppo", "grpo"], "importance_sampling_clip_max", "", positive!("2 to 5")),
+    (&["ppo", "grpo"], "importance_sampling_clip_min", "", positive!("0.2 to 0.5")),
+    (ROLLOUTS, "dynamic_sampling_rollouts", "rollouts", WHOLE),
+    (
+        &["ppo", "grpo"],
+        "top_entropy_quantile",
+        "",
+        range("a number above 0, up to 1, usually 0.2", |v| v > 0.0 && v <= 1.0),
+    ),
+    (&["ppo", "grpo"], "entropy_coef", "reward per nat", NOT_NEGATIVE),
     (PPO, "cliprange_value", "reward", positive!("0.2")),
     (PPO, "vf_coef", "", NOT_NEGATIVE),
     (PPO, "gamma", "", DISCOUNT),
@@ -142,10 +154,23 @@ const ROWS: &[Row] = &[
     (PPO, "overlong_penalty_factor", "reward", NOT_NEGATIVE),
     (PPO, "ema_decay", "", range("a number from 0 to 1, usually 0.99", |v| (0.0..=1.0).contains(&v))),
     (PPO, "ref_model_sync_iterations", "iterations", WHOLE),
-    (PPO, "ref_model_mixup_alpha", "", SHARE),
-    (PPO, "eval_prompts", "prompts", WHOLE),
-    (PPO, "eval_every", "iterations", WHOLE),
-    (PPO, "save_samples", "samples", WHOLE),
+    (ROLLOUTS, "ref_model_mixup_alpha", "", SHARE),
+    (ROLLOUTS, "eval_prompts", "prompts", WHOLE),
+    (ROLLOUTS, "eval_every", "iterations", WHOLE),
+    (ROLLOUTS, "save_samples", "samples", WHOLE),
+    (GROUPS, "num_train_epochs", "passes", ONE),
+    (GROUPS, "max_steps", "optimizer steps", ONE),
+    (GROUPS, "per_device_train_batch_size", "responses", ONE),
+    (GROUPS, "gradient_accumulation_steps", "passes", ONE),
+    (GROUPS, "steps_per_generation", "passes", ONE),
+    (GROUPS, "generation_batch_size", "responses", ONE),
+    (GROUPS, "num_iterations", "passes", ONE),
+    (GROUPS, "max_completion_length", "tokens", ONE),
+    (GROUPS, "beta", "reward per nat", NOT_NEGATIVE),
+    (GROUPS, "epsilon", "", range("a number between 0 and 1, usually 0.2", |v| v > 0.0 && v < 1.0)),
+    (GROUPS, "epsilon_high", "", positive!("0.2 to 0.3")),
+    (GROUPS, "ref_model_sync_steps", "optimizer steps", ONE),
+    (GRPO, "delta", "", ABOVE_ONE),
     (PTX, "coef", "", range("0 or more, usually 27.8", |v| v >= 0.0)),
     (PTX, "block_size", "tokens", Range { text: "2 or more", fault: "has nothing to predict", inside: |v| v >= 2.0 }),
     (PARTS, "weight", "", ANY),

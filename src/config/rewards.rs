@@ -10,6 +10,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
+use super::Origin;
 use crate::invalid;
 
 /// What gives the scores.
@@ -208,9 +209,9 @@ impl RewardPart {
     }
 
     /// What a kind needs.
-    pub(super) fn check(&self) -> Result<()> {
-        let kind = self.kind.name();
-        let needs = |what: &str| Err(invalid!("[[ppo.reward]] of kind = \"{kind}\" needs {what}"));
+    pub(super) fn check(&self, origin: Origin) -> Result<()> {
+        let (kind, section) = (self.kind.name(), origin.name());
+        let needs = |what: &str| Err(invalid!("[[{section}.reward]] of kind = \"{kind}\" needs {what}"));
         match self.kind {
             RewardKind::Adapter if self.adapters.is_empty() => needs("adapters = [\"runs/reward/adapter\"]"),
             RewardKind::Command if self.command.iter().all(String::is_empty) => {
@@ -218,7 +219,7 @@ impl RewardPart {
             }
             RewardKind::Http | RewardKind::Judge if self.url.starts_with("https://") && !cfg!(feature = "hub") => {
                 Err(invalid!(
-                    "[[ppo.reward]] url = {:?}: only plain http is spoken; build with --features hub, or put a local proxy \
+                    "[[{section}.reward]] url = {:?}: only plain http is spoken; build with --features hub, or put a local proxy \
                      before that endpoint",
                     self.url
                 ))
@@ -231,26 +232,26 @@ impl RewardPart {
             RewardKind::Judge if self.model.is_empty() => needs("model = \"the judging model's name\""),
             RewardKind::Judge if self.range().0 > self.range().1 => {
                 let (low, high) = self.range();
-                Err(invalid!("[[ppo.reward]] no score is from min_score = {low} to max_score = {high}"))
+                Err(invalid!("[[{section}.reward]] no score is from min_score = {low} to max_score = {high}"))
             }
             RewardKind::Regex if self.pattern.is_none() => needs("pattern = \"…\""),
             RewardKind::Length if self.max_tokens.is_some_and(|max| max < self.min_tokens) => Err(invalid!(
-                "[[ppo.reward]] max_tokens is less than min_tokens = {}; no response would pass",
+                "[[{section}.reward]] max_tokens is less than min_tokens = {}; no response would pass",
                 self.min_tokens
             )),
             _ => Ok(()),
         }?;
-        self.check_keys()?;
+        self.check_keys(section)?;
         if let Some(pattern) = &self.pattern
             && let Err(error) = regex::Regex::new(pattern)
         {
-            return Err(invalid!("[[ppo.reward]] pattern = {pattern:?} is no regular expression: {error}"));
+            return Err(invalid!("[[{section}.reward]] pattern = {pattern:?} is no regular expression: {error}"));
         }
         Ok(())
     }
 
     /// Refuses a key with another value than its default that this kind does not read.
-    fn check_keys(&self) -> Result<()> {
+    fn check_keys(&self, section: &str) -> Result<()> {
         let (written, usual) = (Table::try_from(self)?, Table::try_from(Self::default())?);
         let is_read = |key: &str| ["kind", "name", "weight"].contains(&key) || self.kind.keys().contains(&key);
         let Some(key) = written.keys().find(|key| written.get(*key) != usual.get(*key) && !is_read(key)) else {
@@ -262,7 +263,7 @@ impl RewardPart {
             .map(RewardKind::name)
             .collect();
         Err(invalid!(
-            "[[ppo.reward]] of kind = \"{}\" does not read {key}, which is for kind = {}; remove the key, or change the kind",
+            "[[{section}.reward]] of kind = \"{}\" does not read {key}, which is for kind = {}; remove the key, or change the kind",
             self.kind.name(),
             readers.iter().map(|kind| format!("\"{kind}\"")).collect::<Vec<_>>().join(" or ")
         ))
@@ -304,10 +305,10 @@ mod tests {
     #[test]
     fn a_key_that_the_kind_does_not_read_is_refused_with_the_kinds_that_do() {
         let part = RewardPart { kind: RewardKind::JsonValid, retries: 5, ..RewardPart::default() };
-        let message = part.check().unwrap_err().to_string();
+        let message = part.check(Origin::Ppo).unwrap_err().to_string();
         assert!(message.contains("kind = \"json_valid\" does not read retries"), "{message}");
         assert!(message.contains("\"command\" or \"http\" or \"judge\""), "{message}");
         // The default written out is no mistake: resolved configs are read again.
-        assert!(RewardPart { kind: RewardKind::JsonValid, ..RewardPart::default() }.check().is_ok());
+        assert!(RewardPart { kind: RewardKind::JsonValid, ..RewardPart::default() }.check(Origin::Ppo).is_ok());
     }
 }

@@ -5,8 +5,9 @@ use anyhow::Result;
 use toml::Table;
 
 use super::{
-    AdvantageEstimator, Base, Compat, Config, Data, Dpo, InitLoraWeights, KlEstimator, KlIn, Kto, Lora, MixStrategy,
-    Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart, Source, TargetModules, Template, ranges,
+    AdvantageEstimator, Base, Compat, Config, Data, Dpo, Grpo, ImportanceSamplingCorrection, InitLoraWeights,
+    KlEstimator, KlIn, Kto, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart,
+    Rloo, Source, TargetModules, Template, ranges,
 };
 use crate::invalid;
 
@@ -20,6 +21,18 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     config.reward.as_ref().map_or(Ok(()), reward)?;
     config.dpo.as_ref().map_or(Ok(()), Dpo::check)?;
     config.kto.as_ref().map_or(Ok(()), Kto::check)?;
+    config.grpo.as_ref().map_or(Ok(()), Grpo::check)?;
+    config.rloo.as_ref().map_or(Ok(()), Rloo::check)?;
+    if let (Some(most), Some(section)) = (config.guard.max_kl, config.ppo.as_ref().filter(|ppo| !ppo.measure_kl)) {
+        return Err(invalid!(
+            "[guard] max_kl = {most} bounds a KL that is not measured: set {}, or remove max_kl",
+            if section.origin == Origin::Ppo {
+                "[ppo] measure_kl = true".into()
+            } else {
+                section.origin.key("kl_coef")
+            }
+        ));
+    }
     config.ppo.as_ref().map_or(Ok(()), ppo)
 }
 
@@ -155,11 +168,12 @@ fn ppo(section: &Ppo) -> Result<()> {
             "[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote, or a [[ppo.reward]]"
         ));
     }
-    section.reward.iter().chain(&section.gold).try_for_each(RewardPart::check)?;
+    section.reward.iter().chain(&section.gold).try_for_each(|part| part.check(section.origin))?;
     let mut names: Vec<&str> = section.reward.iter().map(RewardPart::name).collect();
     names.sort_unstable();
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        return Err(invalid!("two [[ppo.reward]] are called {:?}; give each a name = \"…\" of its own", twice[0]));
+        let name = section.origin.name();
+        return Err(invalid!("two [[{name}.reward]] are called {:?}; give each a name = \"…\" of its own", twice[0]));
     }
     if section.eval_every > 0 && section.eval_prompts == 0 {
         return Err(invalid!("[ppo] eval_every = {} evaluates nothing; set eval_prompts", section.eval_every));
@@ -221,6 +235,20 @@ fn ppo_together(section: &Ppo) -> Result<()> {
         ));
     }
     section.check_bootstrap()?;
+    section.check_measured()?;
+    let low = section.importance_sampling_clip_min.filter(|&low| low > section.importance_sampling_clip_max);
+    if let Some(low) = low {
+        return Err(invalid!(
+            "{} = {low} is more than importance_sampling_clip_max = {}",
+            section.origin.key("importance_sampling_clip_min"),
+            section.importance_sampling_clip_max
+        ));
+    }
+    if section.compat.is_some() && section.importance_sampling_correction != ImportanceSamplingCorrection::None {
+        return Err(invalid!(
+            "[ppo] compat = \"dschat\" takes the trainer's log-probabilities already; remove importance_sampling_correction"
+        ));
+    }
     for (key, value) in
         [("overlong_buffer_len", section.overlong_buffer_len), ("min_response_length", section.min_response_length)]
     {

@@ -73,6 +73,15 @@ pub(crate) const CHARTS: &[Entry] = &[
         ),
         &["truncated"],
     ),
+    watched(
+        entry("Groups of equal rewards", &["frac_reward_zero_std"], "Share of prompts; their responses teach nothing."),
+        &["equal_groups"],
+    ),
+    entry(
+        "Sampler against trainer",
+        &["sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"],
+        "Difference of a token's log-probabilities with the same weights, nats: rounding alone where both are right.",
+    ),
     entry("Policy loss", &["loss/policy_avg", "loss/ptx_avg"], ""),
     entry("Value loss", &["loss/value_avg"], ""),
     watched(

@@ -13,6 +13,7 @@ use super::html::{escape, json_in_script, short, table};
 use super::run_files::{RunFiles, Stage};
 use super::thin::Point;
 use super::{compare, settings, status};
+use crate::config::{Grpo, Rloo};
 use crate::stats::Histogram;
 
 /// The most bytes of a page.
@@ -153,8 +154,8 @@ fn id(stage: &str, title: &str) -> String {
 /// The columns of a stage, and the shares that are computed from them.
 pub(super) fn derived(run: &RunFiles, stage: &Stage) -> Vec<(String, Vec<Point>)> {
     let mut columns = stage.columns.clone();
-    // PPO logs how many of a rollout's responses ended.
-    let batch = setting(run, "ppo", "batch_size").filter(|batch| *batch > 0.0);
+    // Stages with rollouts log how many of a rollout's responses ended.
+    let batch = rollout_size(run).filter(|batch| *batch > 0.0);
     if let (Some(ended), Some(batch)) = (stage.column("val/num_eos_tokens"), batch) {
         let dropped = |step: f64| {
             let column = stage.column("val/dropped")?;
@@ -166,6 +167,14 @@ pub(super) fn derived(run: &RunFiles, stage: &Stage) -> Vec<(String, Vec<Point>)
         columns.push(("share ended".into(), shares));
     }
     columns
+}
+
+/// Responses of one rollout.
+fn rollout_size(run: &RunFiles) -> Option<f64> {
+    let section = |name: &str| run.settings.as_ref()?.1.get(name).cloned();
+    let grpo = || Some(section("grpo")?.try_into::<Grpo>().ok()?.to_ppo().batch_size as f64);
+    let rloo = || Some(section("rloo")?.try_into::<Rloo>().ok()?.to_ppo().batch_size as f64);
+    setting(run, "ppo", "batch_size").or_else(grpo).or_else(rloo)
 }
 
 fn setting(run: &RunFiles, section: &str, key: &str) -> Option<f64> {

@@ -19,7 +19,7 @@ pub(super) fn keys(settings: &Table) -> BTreeMap<String, String> {
 
 /// The defaults of every key that has one.
 fn defaults() -> BTreeMap<String, String> {
-    let sections = "[base]\npath = \"\"\n[data]\n[sft]\n[reward]\n[dpo]\n[kto]\n[ppo]\n";
+    let sections = "[base]\npath = \"\"\n[data]\n[sft]\n[reward]\n[dpo]\n[kto]\n[ppo]\n[grpo]\n[rloo]\n";
     let config: Option<Config> = toml::from_str(sections).ok();
     let table = config.and_then(|config| config.to_toml().ok()).and_then(|text| text.parse::<Table>().ok());
     table.map_or_else(BTreeMap::new, |table| keys(&table))
@@ -64,7 +64,7 @@ pub(super) fn commands(run: &RunFiles) -> Vec<(String, String)> {
     }
     if let Some((by, _)) = &run.settings {
         let (adapter, format) = match by.as_str() {
-            "ppo" => ("actor", ""),
+            "ppo" | "grpo" | "rloo" => ("actor", ""),
             "reward" => ("adapter", " --format classifier"),
             _ => ("adapter", ""),
         };

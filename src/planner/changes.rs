@@ -51,7 +51,10 @@ fn micro_batch(stage: Stage, config: &Config) -> Option<Knob> {
     })
 }
 
-fn set_micro_batch(_: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+fn set_micro_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, String)> {
+    if let Some(set) = config.change_group(stage, |section| section.set_micro_batch(size)) {
+        return set.into_iter().map(|(key, value)| pair(&format!("{}.{key}", stage.name()), value)).collect();
+    }
     if let Some(ppo) = &mut config.ppo {
         ppo.micro_batch_size = size;
     }
@@ -89,8 +92,8 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
         format!("frozen weights are unpacked {times} times as often in updates")
     });
-    if stage == Stage::Ppo {
-        cuts = halved(0.05, cuts, at_once(config), |times| format!("responses are sampled in {times} turns"));
+    if stage.has_rollouts() {
+        cuts = halved(0.05, cuts, at_once(stage, config), |times| format!("responses are sampled in {times} turns"));
     }
     let least = cuts.last().map(|(_, change)| change.clone());
     let mut ladder: Vec<(f64, Change)> = vec![];
@@ -126,12 +129,14 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
             all.push(change);
         }
     }
-    if stage == Stage::Ppo {
+    if stage.has_rollouts() {
         for _ in 0..6 {
             let Some(ppo) = &mut last.config.ppo else { break };
-            ppo.response_length = ppo.response_length.div_ceil(2);
+            let (tokens, key) = (ppo.response_length.div_ceil(2), ppo.origin.path("response_length"));
+            ppo.response_length = tokens;
+            last.config.change_group(stage, |section| section.set_response_length(tokens));
             let mut shorter = last.clone();
-            shorter.set.push(pair("ppo.response_length", shorter.config.ppo().map_or(0, |ppo| ppo.response_length)));
+            shorter.set.push(pair(&key, tokens));
             shorter.costs = join(&shorter.costs, "shorter responses");
             all.push(shorter);
         }
@@ -172,15 +177,16 @@ fn halved(
 }
 
 /// The key that says how many prompts are answered at once.
-fn at_once(config: &Config) -> Option<Knob> {
+fn at_once(stage: Stage, config: &Config) -> Option<Knob> {
     Some(Knob {
         value: config.ppo().ok()?.at_once(),
-        stage: Stage::Ppo,
-        set: |_, config, size| {
+        stage,
+        set: |stage, config, size| {
+            config.change_group(stage, |section| section.set_at_once(size));
             if let Some(ppo) = &mut config.ppo {
                 ppo.local_rollout_forward_batch_size = Some(size);
             }
-            vec![pair("ppo.local_rollout_forward_batch_size", size)]
+            vec![pair(&format!("{}.local_rollout_forward_batch_size", stage.name()), size)]
         },
     })
 }

@@ -256,7 +256,9 @@ impl Roles<'_> {
                 let lengths = whole(&work.evaluation);
                 if let Some(base) = self.policy {
                     self.generate(base, &work.evaluation, 1, work.response)?;
-                    logprobs(base, &self.on.start, &lengths, work.evaluation.len() * work.response)?;
+                    if work.reference {
+                        logprobs(base, &self.on.start, &lengths, work.evaluation.len() * work.response)?;
+                    }
                 }
                 if let Some(base) = self.scorer.filter(|_| work.reward_model) {
                     let chunk = largest_chunk(&lengths);
@@ -276,13 +278,18 @@ impl Roles<'_> {
                 if let Some(base) = self.policy {
                     let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(&chunk)?);
                     let targets = targets(r, &batch);
-                    let hidden = policy.rows(&batch, &targets)?;
-                    policy.logprobs_of(&hidden, &targets, 1.0)?;
+                    let hidden = match work.reference || work.recomputes {
+                        true => Some(policy.rows(&batch, &targets)?),
+                        false => None,
+                    };
+                    if let Some(hidden) = &hidden {
+                        policy.logprobs_of(hidden, &targets, 1.0)?;
+                    }
                     if let Some(base) = critic.filter(|_| work.critic) {
                         values(base, &self.on.reward, &chunk, r)?;
                     }
-                    if work.exact.0 {
-                        policy.kl(&policy.rows(&batch, &targets)?, (policy, &hidden), 1.0)?;
+                    if let Some(hidden) = hidden.as_ref().filter(|_| work.exact.0) {
+                        policy.kl(&policy.rows(&batch, &targets)?, (policy, hidden), 1.0)?;
                     }
                 }
                 match self.scorer.filter(|_| work.reward_model) {
@@ -298,7 +305,8 @@ impl Roles<'_> {
             let r: usize = micro.iter().map(|(_, response)| response).sum();
             let several = work.micro.len() > 1;
             if let Some(base) = self.policy {
-                let _actor = summed(several, || self.policy_gradients(base, &lengths, r, Some(work.exact.1)))?;
+                let exact = work.reference.then_some(work.exact.1);
+                let _actor = summed(several, || self.policy_gradients(base, &lengths, r, exact))?;
                 if let Some((blocks, tokens, a_pass)) = work.text {
                     let lengths = vec![tokens; a_pass.clamp(1, blocks.max(1))];
                     let rows = lengths.len() * (tokens - 1);

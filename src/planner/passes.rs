@@ -6,8 +6,8 @@
 use anyhow::Result;
 
 use crate::config::{
-    AdvantageEstimator, Config, CriticStart, EvalSize, KlEstimator, KlIn, RewardKind, RewardLoss, Stage,
-    Supervised as _,
+    AdvantageEstimator, Config, CriticStart, EvalSize, ImportanceSamplingCorrection, KlEstimator, KlIn, RewardKind,
+    RewardLoss, Stage, Supervised as _,
 };
 use crate::data::examples::batch_sampler::{BatchSampler, endless};
 use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
@@ -277,7 +277,7 @@ pub struct Asked<'a> {
 /// # Errors
 /// If `[ppo]` is missing.
 pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked: Asked<'_>) -> Result<Work> {
-    let c = config.ppo()?;
+    let c = &config.ppo()?.over(prompts.len());
     let most = config.data.as_ref().map_or(usize::MAX, |data| data.max_prompt_length);
     let length = |row: usize| prompts.tokens(row).min(most);
     let asked_a_time = (c.batch_size / c.num_generations.max(1)).max(1);
@@ -285,10 +285,16 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     let full = |prompt: usize| response.min(asked.context.saturating_sub(prompt)).max(1);
     let (mut rollout, mut micro): (Vec<usize>, Vec<Vec<usize>>) = (vec![], vec![]);
     let tokens = |lengths: &[usize]| lengths.iter().sum::<usize>();
+    let mut longest: Vec<usize> = (0..if c.dynamic_sampling_rollouts > 0 { prompts.len() } else { 0 }).collect();
+    longest.sort_by_key(|&row| std::cmp::Reverse(length(row)));
     let iterations = c.iterations().min(1 + MOST_ROWS / prompts.len().max(1));
     for iteration in 0..if prompts.is_empty() { 0 } else { iterations } {
         let from = iteration * asked_a_time;
-        let rows = endless(config.seed, settings::PROMPT_ORDER, prompts.len(), from, asked_a_time);
+        let rows = match c.dynamic_sampling_rollouts {
+            0 => endless(config.seed, settings::PROMPT_ORDER, prompts.len(), from, asked_a_time),
+            // Which prompts meet in a rollout is not known before: the longest are assumed to.
+            _ => (0..asked_a_time).map(|i| longest[i % longest.len()]).collect(),
+        };
         let lengths: Vec<usize> =
             rows.into_iter().flat_map(|row| std::iter::repeat_n(length(row), c.num_generations)).collect();
         for epoch in 0..c.num_ppo_epochs {
@@ -331,6 +337,9 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         text,
         evaluation,
         evaluates_within: c.eval_every > 0,
+        reference: c.measure_kl,
+        recomputes: c.importance_sampling_correction != ImportanceSamplingCorrection::None,
+        refills: c.dynamic_sampling_rollouts > 0,
         critic: matches!(c.advantage_estimator, AdvantageEstimator::Gae | AdvantageEstimator::A2c),
         critic_on_policy: c.critic == CriticStart::Actor || asked.other_tokens,
         exact: (
@@ -369,12 +378,12 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
         Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),
         Stage::Dpo => dpo(config, &vec![ranked(); n], &vec![ranked(); held]),
         Stage::Kto => kto(config, &vec![judged(); n], &vec![judged(); held]),
-        Stage::Ppo => {
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => {
             let prompt = data.max_prompt_length.min(context.saturating_sub(1)).max(1);
             let held_out = vec![prompt; config.ppo()?.eval_prompts];
             let mut once = config.clone();
             if let Some(ppo) = &mut once.ppo {
-                ppo.total_episodes = ppo.batch_size;
+                (ppo.total_episodes, ppo.num_train_epochs) = (ppo.batch_size, None);
             }
             ppo(&once, &vec![vec![0u32; prompt]; 1], Asked { held_out: &held_out, context, other_tokens: false })
         }

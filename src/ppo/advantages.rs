@@ -32,6 +32,18 @@ pub fn group_standardised(rewards: &[f64]) -> Vec<f64> {
     group_centred(rewards).into_iter().map(|r| r / scale).collect()
 }
 
+/// Several rewards, each standardised in its group before their weighted sum, which is standardised over all groups: a reward
+/// counts by its weight and not by its spread (GDPO). `parts`: weight and (B,) rewards of each; groups are `group` neighbours.
+/// Returns (B,). Source: arXiv:2601.05242; the 1e-4 are TRL's (`normalize_then_sum`).
+pub fn normalised_then_summed(parts: &[(f64, Vec<f64>)], group: usize) -> Vec<f64> {
+    let mut sums = vec![0.0; parts.first().map_or(0, |(_, rewards)| rewards.len())];
+    for (weight, rewards) in parts {
+        let standardised = rewards.chunks(group.max(1)).flat_map(group_standardised);
+        sums.iter_mut().zip(standardised).for_each(|(sum, a)| *sum += weight * a);
+    }
+    group_standardised(&sums)
+}
+
 /// The standard deviation, with n - 1 as the variance's divisor.
 pub fn deviation(values: &[f64]) -> f64 {
     let squares: f64 = group_centred(values).iter().map(|r| r.powi(2)).sum();

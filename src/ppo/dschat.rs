@@ -166,6 +166,7 @@ mod tests {
                 old_logprobs: &old,
                 advantages: &advantages,
                 ref_logprobs: &old,
+                weights: None,
             };
             let actor = policy_loss(inputs, &Objective::clip(0.2), n).unwrap();
             assert_number(actor.loss, &case["actor_loss"], "actor loss");

@@ -49,7 +49,7 @@ pub struct Evaluated {
     pub scores: Vec<f64>,
     /// Scores of the gold source.
     pub gold: Option<Vec<f64>>,
-    /// Sum of log-probabilities minus those of the SFT model, nats per response.
+    /// Sum of log-probabilities minus those of the SFT model, nats per response; empty where no KL is measured.
     pub kl: Vec<f64>,
 }
 
@@ -110,7 +110,8 @@ impl<'w> Evaluation<'w> {
         let EvaluationInputs { base, sft, source, gold, prompts, stop, decode } = self.inputs;
         let sampling = sampling_params(self.config, stop);
         let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
-        let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
+        let policy = Policy::new(base, Some(adapter));
+        let reference = self.config.measure_kl.then(|| Policy::new(base, Some(sft)));
         let mut found = Evaluated { gold: gold.map(|_| vec![]), ..Evaluated::default() };
         let mut samples = vec![];
         for chunk in prompts.chunks(self.config.at_once()) {
@@ -123,19 +124,22 @@ impl<'w> Evaluation<'w> {
             let batch = Batch::new(&sequences)?;
             let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
             let targets = Targets::responses(&batch, &lengths)?;
-            let mut ref_logprobs = reference.logprobs(&batch, &targets, temperature)?.logprobs.into_iter();
+            let of_reference = reference.map(|reference| reference.logprobs(&batch, &targets, temperature));
+            let mut ref_logprobs = of_reference.transpose()?.map(|stats| stats.logprobs.into_iter());
             let entries: Vec<usize> = chunk.iter().map(|p| p.entry).collect();
             let inputs = RewardInputs { prompts: &ids, responses: &responses, entries: &entries, decode };
             let scores = source.scores(&inputs)?;
             let gold_scores = gold.map(|gold| gold.scores(&inputs)).transpose()?;
             for (i, (prompt, response)) in chunk.iter().zip(&responses).enumerate() {
-                let kl: f64 = response.logprobs.iter().zip(&mut ref_logprobs).map(|(a, b)| f64::from(a - b)).sum();
+                let kl = ref_logprobs.as_mut().map(|reference| -> f64 {
+                    response.logprobs.iter().zip(reference).map(|(a, b)| f64::from(a - b)).sum()
+                });
                 let mut sample = json!({
                     "evaluation": when,
                     "prompt": prompt.text,
                     "response": decode(&response.tokens),
                     "score": number(f64::from(scores[i])),
-                    "kl": number(kl),
+                    "kl": kl.map(number),
                     "finish_reason": response.finish.name(),
                 });
                 if let (Some(gold_scores), Some(all)) = (&gold_scores, &mut found.gold) {
@@ -143,13 +147,14 @@ impl<'w> Evaluation<'w> {
                     all.push(f64::from(gold_scores[i]));
                 }
                 samples.push(sample);
-                found.kl.push(kl);
+                found.kl.extend(kl);
                 found.scores.push(f64::from(scores[i]));
             }
             found.responses.extend(responses);
             let when = when.as_str().map_or_else(|| when.to_string(), str::to_owned);
             report.note(&format!(
-                "ppo: evaluation {when}: {} of {} prompts, mean score {:.3}",
+                "{}: evaluation {when}: {} of {} prompts, mean score {:.3}",
+                self.config.origin.name(),
                 found.scores.len(),
                 prompts.len(),
                 mean(&found.scores)
@@ -172,7 +177,9 @@ impl<'w> Evaluation<'w> {
         if let Some(gold) = &evaluated.gold {
             put("gold", mean(gold));
         }
-        put("kl", mean(&evaluated.kl));
+        if !evaluated.kl.is_empty() {
+            put("kl", mean(&evaluated.kl));
+        }
         put("length", mean(&lengths));
         put("ended", ended as f64 / texts.len() as f64);
         put("distinct_1", distinct_n(&texts, 1));

@@ -4,21 +4,24 @@
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use super::advantages::{deviation, discounted_returns, group_centred, group_standardised, leave_one_out};
+use super::advantages::{
+    deviation, discounted_returns, group_centred, group_standardised, leave_one_out, normalised_then_summed,
+};
 use super::gae::gae;
 use super::kl;
 use super::kl::Estimator;
 use super::rewards::{Ending, Overlong, Shaping, scale_to_unit_variance, shape, whiten};
 use super::rollout::Rollout;
-use crate::config::{AdvantageEstimator, KlEstimator, KlIn, Ppo, ScaleRewards, WhitenRewards};
+use crate::config::{AdvantageEstimator, Aggregation, KlEstimator, KlIn, Ppo, ScaleRewards, WhitenRewards};
 use crate::model::generate::FinishReason;
+use crate::reward::source::PartScores;
 
 /// A rollout with everything that the update reads. Per-token vectors, one per sequence.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Experience {
     /// Responses with the outputs of the roles.
     pub rollout: Rollout,
-    /// (B, R) estimates of KL(actor || reference), nats, for every rewarded action.
+    /// (B, R) estimates of KL(actor || reference), nats, for every rewarded action; empty where no KL is measured.
     pub kl: Vec<Vec<f32>>,
     /// (B, R) advantages: the weight of each token's policy gradient.
     pub advantages: Vec<Vec<f32>>,
@@ -57,10 +60,11 @@ impl Experience {
         let (mut kls, mut rewards, mut last_values) = (vec![], vec![], vec![]);
         let (mut kl_clamped, mut clipped) = (0, 0);
         for (i, response) in rollout.responses.iter().enumerate() {
-            let (now, reference) = (&response.logprobs, &rollout.ref_logprobs[i]);
-            let kl = match (rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
-                (Some(exact), _) => exact.clone(),
-                (None, e) => {
+            let (now, reference) = (&response.logprobs, rollout.ref_logprobs.get(i));
+            let kl = match (reference, rollout.exact_kl.get(i), estimator(config.kl_estimator)) {
+                (None, ..) => vec![0.0; response.tokens.len()],
+                (_, Some(exact), _) => exact.clone(),
+                (Some(reference), None, e) => {
                     let e = e.unwrap_or(Estimator::K1);
                     kl_clamped +=
                         now.iter().zip(reference).filter(|&(&p, &q)| e.is_clamped(p.into(), q.into())).count();
@@ -78,7 +82,7 @@ impl Experience {
             clipped += usize::from(score.abs() > shaping.score_clip);
             rewards.push(shape(&kl, score, ending, &shaping)?);
             last_values.push(last_value.map_or(0.0, |&v| f64::from(v)));
-            kls.push(kl);
+            kls.extend(reference.map(|_| kl));
         }
         match config.whiten_rewards {
             WhitenRewards::No => {}
@@ -86,7 +90,8 @@ impl Experience {
             WhitenRewards::RemoveMean => over_all(&mut rewards, whiten),
         }
         let totals = rewards.iter().map(|row| row.iter().map(|&r| f64::from(r)).sum()).collect();
-        let (mut advantages, mut returns) = advantages(&rewards, (&rollout.values, &last_values), config)?;
+        let (mut advantages, mut returns) =
+            advantages(&rewards, (&rollout.values, &last_values), &rollout.parts, config)?;
         let mut rollout = rollout;
         drop_untrained(&mut rollout, &mut advantages, &mut returns);
         if config.whiten_advantages() {
@@ -95,10 +100,10 @@ impl Experience {
         Ok(Self { rollout, kl: kls, advantages, returns, rewards: totals, kl_clamped, clipped })
     }
 
-    /// Mean KL per response, summed over its tokens, nats.
-    pub fn mean_kl(&self) -> f64 {
+    /// Mean KL per response, summed over its tokens, nats; none where no KL is measured.
+    pub fn mean_kl(&self) -> Option<f64> {
         let sums = self.kl.iter().map(|kl| kl.iter().map(|&k| f64::from(k)).sum::<f64>());
-        sums.sum::<f64>() / self.kl.len() as f64
+        (!self.kl.is_empty()).then(|| sums.sum::<f64>() / self.kl.len() as f64)
     }
 
     /// Number of response tokens of some sequences.
@@ -148,11 +153,12 @@ pub fn estimator(kl: KlEstimator) -> Option<Estimator> {
 /// (B, R) values of response tokens.
 type PerToken = Vec<Vec<f32>>;
 
-/// (advantages, returns), (B, R) each. `values`: (B, R), with (B) values of the state after the last token. Returns are the
-/// critic's targets, and empty without one.
+/// (advantages, returns), (B, R) each. `values`: (B, R), with (B) values of the state after the last token. `parts`: the terms
+/// of the scores, if they are a sum. Returns are the critic's targets, and empty without one.
 fn advantages(
     rewards: &[Vec<f32>],
     (values, last_values): (&[Vec<f32>], &[f64]),
+    parts: &[PartScores],
     config: &Ppo,
 ) -> Result<(PerToken, PerToken)> {
     let with_critic = |lam: f64| {
@@ -173,8 +179,26 @@ fn advantages(
         AdvantageEstimator::Reinforce | AdvantageEstimator::ReinforcePlusPlus => {
             Ok((rewards.iter().map(|rewards| discounted_returns(rewards, config.gamma)).collect(), vec![]))
         }
-        AdvantageEstimator::Rloo => Ok((by_group(&leave_one_out), vec![])),
+        AdvantageEstimator::Rloo => match config.normalize_advantages {
+            false => Ok((by_group(&leave_one_out), vec![])),
+            true => {
+                // Their mean is 0: those of a group add up to it.
+                let plain: Vec<f64> = totals().chunks(config.num_generations).flat_map(leave_one_out).collect();
+                let scale = deviation(&plain) + 1e-4;
+                let of = |rewards: &[f64]| leave_one_out(rewards).into_iter().map(|a| a / scale).collect();
+                Ok((by_group(&of), vec![]))
+            }
+        },
         AdvantageEstimator::ReinforcePlusPlusBaseline => Ok((by_group(&group_centred), vec![])),
+        AdvantageEstimator::Grpo if config.aggregation == Aggregation::NormalizeThenSum => {
+            let doubles = |part: &PartScores| part.scores.iter().map(|&s| f64::from(s)).collect();
+            let mut terms: Vec<(f64, Vec<f64>)> = parts.iter().map(|part| (part.weight, doubles(part))).collect();
+            if terms.is_empty() {
+                terms.push((1.0, totals()));
+            }
+            let each = normalised_then_summed(&terms, config.num_generations);
+            Ok((each.into_iter().zip(rewards).map(|(a, rewards)| vec![a as f32; rewards.len()]).collect(), vec![]))
+        }
         AdvantageEstimator::Grpo => match config.scale_rewards {
             ScaleRewards::Group => Ok((by_group(&group_standardised), vec![])),
             ScaleRewards::None => Ok((by_group(&group_centred), vec![])),
@@ -298,7 +322,7 @@ mod tests {
         let experience = Experience::of(exact, scale, &ppo()).unwrap();
         assert_eq!(experience.kl[1], [1.0, 0.0, 2.0]);
         assert_eq!(experience.returns[0], [1.0 - 0.375, 1.0 - 0.25]);
-        assert!((experience.mean_kl() - 3.75 / 2.0).abs() < 1e-12);
+        assert!((experience.mean_kl().unwrap() - 3.75 / 2.0).abs() < 1e-12);
         let in_loss = experience_of(&Ppo { kl_in: KlIn::Loss, kl_estimator: KlEstimator::K2, ..ppo() });
         assert_eq!(in_loss.returns, [vec![1.0; 2], vec![2.0; 3]]);
     }
@@ -396,5 +420,58 @@ mod tests {
         whiten(&mut want);
         assert_eq!(got, want);
         assert!((got.iter().map(|a| a * a).sum::<f32>() / 6.0 - 1.0).abs() < 0.2 && got[2] > 1.0);
+    }
+
+    /// Two rewards of two groups of three, and TRL's advantages of them (tests/golden/group_loss.py).
+    #[test]
+    fn several_rewards_are_normalised_as_trl_normalises_them_golden() {
+        let golden: serde_json::Value =
+            serde_json::from_str(include_str!("../../tests/golden/group_loss.json")).unwrap();
+        let rewards: Vec<[f32; 2]> = serde_json::from_value(golden["rewards"].clone()).unwrap();
+        let weights: Vec<f64> = serde_json::from_value(golden["weights"].clone()).unwrap();
+        let parts: Vec<PartScores> = weights
+            .iter()
+            .enumerate()
+            .map(|(i, &weight)| PartScores {
+                weight,
+                scores: rewards.iter().map(|both| both[i]).collect(),
+                ..PartScores::default()
+            })
+            .collect();
+        let sums = rewards.iter().map(|both| (0..2).map(|i| weights[i] * f64::from(both[i])).sum::<f64>() as f32);
+        let of = |scores: Vec<f32>, parts: &[PartScores], config: Ppo| {
+            let one = Response { tokens: vec![9], logprobs: vec![-1.0], finish: FinishReason::Stop };
+            let rollout = Rollout {
+                prompts: vec![vec![1]; 6],
+                responses: vec![one; 6],
+                scores,
+                parts: parts.to_vec(),
+                ..Rollout::default()
+            };
+            let config = Ppo { num_generations: 3, score_clip: 0.0, kl_coef: 0.0, measure_kl: false, ..config };
+            let found = Experience::of(rollout, Scale { kl_coef: 0.0, shift: 0.0, deviation: 1.0 }, &config).unwrap();
+            assert!(found.kl.is_empty() && found.mean_kl().is_none(), "there is no reference");
+            found.advantages.concat()
+        };
+        let close = |got: Vec<f32>, want: &serde_json::Value| {
+            let want: Vec<f32> = serde_json::from_value(want.clone()).unwrap();
+            assert!(got.iter().zip(&want).all(|(a, b)| (a - b).abs() < 1e-6), "{got:?} and {want:?}");
+        };
+        let cases = golden["advantages"].as_array().unwrap();
+        for case in cases {
+            let config = Ppo {
+                advantage_estimator: AdvantageEstimator::Grpo,
+                scale_rewards: serde_json::from_value(case["scale_rewards"].clone()).unwrap(),
+                aggregation: serde_json::from_value(case["aggregation"].clone()).unwrap(),
+                ..Ppo::default()
+            };
+            close(of(sums.clone().collect(), &parts, config), &case["advantages"]);
+        }
+        assert_eq!(cases.len(), 4);
+        for (key, normalize_advantages) in [("plain", false), ("normalized", true)] {
+            let first = rewards.iter().map(|both| both[0]).collect();
+            let rloo = Ppo { advantage_estimator: AdvantageEstimator::Rloo, normalize_advantages, ..Ppo::default() };
+            close(of(first, &[], rloo), &golden["rloo_advantages"][key]);
+        }
     }
 }

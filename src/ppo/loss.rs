@@ -22,6 +22,8 @@ pub struct PolicyTokens<'a> {
     pub advantages: &'a [f32],
     /// log pi_ref(token) under the reference.
     pub ref_logprobs: &'a [f32],
+    /// Weights of the tokens' surrogates, which are constants; the KL counts fully at every token. None = 1 for all.
+    pub weights: Option<&'a [f32]>,
 }
 
 /// Terms of the policy loss.
@@ -50,6 +52,9 @@ pub enum RatioLevel {
     Token,
     /// The geometric mean over a response's tokens, for all of them. Source: GSPO, arXiv:2507.18071 eq. 7.
     Sequence,
+    /// The product over a response's tokens, for all of them: the ratio of the probabilities of the whole response. Source:
+    /// RLOO, arXiv:2402.14740, as TRL clips it.
+    Product,
 }
 
 /// How the losses of tokens become one.
@@ -176,8 +181,10 @@ pub struct Loss<S> {
 /// # Errors
 /// If lengths differ, the normaliser is not positive and finite, or the loss is NaN or infinite.
 pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: f64) -> Result<Loss<PolicyStats>> {
-    let PolicyTokens { lengths, logprobs, old_logprobs, advantages, ref_logprobs } = tokens;
-    let whole = [logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len(), lengths.iter().sum()];
+    let PolicyTokens { lengths, logprobs, old_logprobs, advantages, ref_logprobs, weights } = tokens;
+    let of_weights = weights.map_or(logprobs.len(), <[f32]>::len);
+    let whole =
+        [logprobs.len(), old_logprobs.len(), advantages.len(), ref_logprobs.len(), lengths.iter().sum(), of_weights];
     let n = checked_len(whole, normaliser)?;
     let mut out = Loss { loss: 0.0, grad: Vec::with_capacity(n), stats: PolicyStats::default() };
     out.stats.tokens = n as u64;
@@ -192,6 +199,7 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: 
             old_logprobs: part(old_logprobs),
             advantages: part(advantages),
             ref_logprobs: part(ref_logprobs),
+            weights: weights.map(|weights| &weights[range.clone()]),
         };
         response.add_to(&mut out, objective, normaliser)?;
     }
@@ -200,27 +208,33 @@ pub fn policy_loss(tokens: PolicyTokens<'_>, objective: &Objective, normaliser: 
 }
 
 /// One response's part of [`PolicyTokens`].
-struct Response {
+struct Response<'a> {
     /// Number of the tokens before it.
     first: usize,
     logprobs: Vec<f64>,
     old_logprobs: Vec<f64>,
     advantages: Vec<f64>,
     ref_logprobs: Vec<f64>,
+    weights: Option<&'a [f32]>,
 }
 
-impl Response {
+impl Response<'_> {
     /// Adds its statistics, its derivatives, and its loss before the division by the normaliser.
     fn add_to(&self, out: &mut Loss<PolicyStats>, objective: &Objective, normaliser: f64) -> Result<()> {
         let length = self.logprobs.len();
         let share = if objective.average == Average::Responses { length as f64 } else { 1.0 };
         let own: Vec<f64> = self.logprobs.iter().zip(&self.old_logprobs).map(|(now, old)| now - old).collect();
-        let mean = own.iter().sum::<f64>() / length.max(1) as f64;
+        let total = own.iter().sum::<f64>();
+        let mean = total / length.max(1) as f64;
         // What all tokens of the response do to their common ratio.
         let mut shared = 0.0;
         for (t, &own) in own.iter().enumerate() {
             let (logprob, advantage) = (self.logprobs[t], self.advantages[t]);
-            let unclamped = if objective.level == RatioLevel::Sequence { mean } else { own };
+            let unclamped = match objective.level {
+                RatioLevel::Token => own,
+                RatioLevel::Sequence => mean,
+                RatioLevel::Product => total,
+            };
             // Not f64::clamp, which panics if a configured limit is NaN.
             let log_ratio = unclamped.min(objective.log_ratio_clamp).max(-objective.log_ratio_clamp);
             let ratio = log_ratio.exp();
@@ -230,6 +244,10 @@ impl Response {
                 by_ratio = 0.0;
                 // `-A logp` has no ratio to clamp: its gradient ends there, too.
                 by_logprob = if objective.surrogate == Surrogate::Gradient { 0.0 } else { by_logprob };
+            }
+            if let Some(weights) = self.weights {
+                let weight = f64::from(weights[t]);
+                (loss, by_ratio, by_logprob) = (weight * loss, weight * by_ratio, weight * by_logprob);
             }
             if let Some((estimator, weight)) = objective.kl {
                 let reference = self.ref_logprobs[t];
@@ -246,6 +264,10 @@ impl Response {
                 RatioLevel::Token => by_ratio + by_logprob,
                 RatioLevel::Sequence => {
                     shared += by_ratio / length as f64;
+                    by_logprob
+                }
+                RatioLevel::Product => {
+                    shared += by_ratio;
                     by_logprob
                 }
             };
@@ -265,7 +287,7 @@ impl Response {
                 )
             );
         }
-        if objective.level == RatioLevel::Sequence {
+        if objective.level != RatioLevel::Token {
             let first = out.grad.len() - length;
             for slope in &mut out.grad[first..] {
                 *slope += (shared / (normaliser * share)) as f32;

@@ -4,6 +4,7 @@
 use anyhow::Result;
 use serde_json::json;
 
+use super::correction;
 use super::experience::Experience;
 use super::run::PpoRun;
 use super::token_detail;
@@ -29,18 +30,21 @@ pub fn iteration(
     let rollout = &experience.rollout;
     let n = rollout.prompts.len() as f64;
     let mean = |x: f64| x / n;
+    // Without a reference the KL has no name in the metrics, and no weight.
     let kl = mean(experience.kl.iter().map(|k| sum(k)).sum());
     let scores = mean(sum(&rollout.scores));
     let minibatches = update.minibatches.max(1) as f64;
     let mut metrics = Metrics::new();
     let mut put = |name: &str, x: f64| metrics.insert(name.into(), number(x));
-    put("objective/kl", kl);
+    if run.config.measure_kl {
+        put("objective/kl", kl);
+    }
     put("objective/entropy", mean(rollout.responses.iter().map(|r| -sum(&r.logprobs)).sum()));
     put("objective/non_score_reward", if run.config.kl_in == KlIn::Reward { -kl_coef * kl } else { 0.0 });
     put("objective/rlhf_reward", mean(experience.rewards.iter().sum()));
     put("objective/rlhf_reward_raw", scores - kl_coef * kl);
     put("objective/scores", scores);
-    if run.config.kl_estimator == KlEstimator::K3 {
+    if run.config.kl_estimator == KlEstimator::K3 && run.config.measure_kl {
         put("objective/kl_clamped", experience.kl_clamped as f64);
     }
     if run.config.score_clip().is_some() {
@@ -55,6 +59,29 @@ pub fn iteration(
             .chunks(run.config.num_generations)
             .map(|group| group.iter().fold(f32::MIN, |a, &b| a.max(b)));
         put("objective/best_of_n", best.map(f64::from).sum::<f64>() * run.config.num_generations as f64 / n);
+    }
+    if let Some(share) = rollout.sampled.flat_share() {
+        put("frac_reward_zero_std", share);
+    }
+    if run.config.dynamic_sampling_rollouts > 0 {
+        let count = rollout.prompts.len() / run.config.num_generations.max(1);
+        put("sampling/refills", rollout.sampled.refills as f64);
+        put("sampling/extra_groups", rollout.sampled.groups.saturating_sub(count) as f64);
+    }
+    // TRL's names.
+    if let Some(mean) = update.mismatch.mean() {
+        put("sampling/sampling_logp_difference/mean", mean);
+        put("sampling/sampling_logp_difference/max", update.mismatch.max);
+    }
+    let weights =
+        rollout.responses.iter().enumerate().filter_map(|(i, response)| {
+            correction::weights(&response.logprobs, rollout.sampler_logprobs(i), run.config)
+        });
+    let weights: Vec<f64> = weights.flatten().map(f64::from).collect();
+    if !weights.is_empty() {
+        put("sampling/importance_sampling_ratio/min", weights.iter().copied().fold(f64::INFINITY, f64::min));
+        put("sampling/importance_sampling_ratio/mean", weights.iter().sum::<f64>() / weights.len() as f64);
+        put("sampling/importance_sampling_ratio/max", weights.iter().copied().fold(0.0, f64::max));
     }
     // While only the critic trains there is nothing to measure of the actor: NaN, which is null in metrics.jsonl.
     let of_actor = |x: f64| if update.minibatches > 0 { x } else { f64::NAN };
@@ -84,7 +111,7 @@ pub fn iteration(
         put("policy/kl_to_old", kl_to_old.unwrap_or(f64::NAN));
         put("policy/kl_penalty_coef", kl_penalty);
     }
-    if (run.config.kl_estimator, run.config.kl_in) == (KlEstimator::K3, KlIn::Loss) {
+    if (run.config.kl_estimator, run.config.kl_in) == (KlEstimator::K3, KlIn::Loss) && run.config.measure_kl {
         put("policy/kl_clamped", update.policy.kl_clamped() as f64);
     }
     if run.config.ratio_threshold.is_some() {
@@ -117,7 +144,7 @@ pub fn samples(experience: &Experience, iteration: usize, run: &PpoRun<'_>, repo
             "prompt": decode(&rollout.prompts[i]),
             "response": decode(&rollout.responses[i].tokens),
             "score": number(f64::from(rollout.scores[i])),
-            "kl": number(sum(&experience.kl[i])),
+            "kl": experience.kl.get(i).map(|kl| number(sum(kl))),
             "finish_reason": rollout.responses[i].finish.name(),
         });
         if let Some(sample) =

@@ -4,7 +4,9 @@
 //! numbers that do not depend on the model. Read `train.rs` next.
 
 pub mod advantages;
+pub mod correction;
 pub mod dschat;
+pub mod dynamic;
 pub mod ema;
 pub mod evaluate;
 pub mod experience;

@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::dschat;
+use super::dynamic::Sampled;
 use super::kl::Estimator;
 use crate::config::Ppo;
 use crate::diverged;
@@ -14,7 +15,7 @@ use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::ops::cpu;
 use crate::report::Metrics;
-use crate::reward::source::{RewardInputs, RewardSource};
+use crate::reward::source::{PartScores, RewardInputs, RewardSource};
 
 /// Tokens per forward pass of the scoring roles: enough to use all cores, few enough to need little memory.
 const SCORING_TOKENS: usize = 2048;
@@ -26,11 +27,11 @@ pub struct Rollout {
     pub prompts: Vec<Vec<u32>>,
     /// (B) sampled responses with the actor's log-probabilities (`old_logprobs` of the loss).
     pub responses: Vec<Response>,
-    /// (B, R) log-probabilities of the sampled tokens under the reference.
+    /// (B, R) log-probabilities of the sampled tokens under the reference; empty without one.
     #[serde(rename = "reference_logprobs")]
     pub ref_logprobs: Vec<Vec<f32>>,
     /// (B, R D) hidden states of the reference from which `ref_logprobs` were computed: the exact KL of a later actor needs
-    /// them. Checkpoints store them separately, because they are large.
+    /// them. Empty without a reference. Checkpoints store them separately, because they are large.
     #[serde(skip)]
     pub ref_hidden: Vec<Vec<f32>>,
     /// (B, R) exact KL from the actor to the reference, nats; empty unless the reward uses it.
@@ -44,6 +45,16 @@ pub struct Rollout {
     pub scores: Vec<f32>,
     /// (B) number of actions of each response that are trained on, under `compat = "dschat"`; empty if all are.
     pub trained: Vec<usize>,
+    /// (B, R) log-probabilities of the sampled tokens as the sampler computed them, where `responses` have the trainer's:
+    /// with an importance sampling correction. Else empty.
+    #[serde(default)]
+    pub sampler_logprobs: Vec<Vec<f32>>,
+    /// The terms of the scores, if the source is a weighted sum.
+    #[serde(default)]
+    pub parts: Vec<PartScores>,
+    /// What dynamic sampling sampled for this rollout.
+    #[serde(default)]
+    pub sampled: Sampled,
     /// Extra metrics reported by the reward source.
     #[serde(rename = "told")]
     pub source_metrics: Metrics,
@@ -67,6 +78,11 @@ impl Rollout {
         Ok((batch, targets))
     }
 
+    /// (R,) log-probabilities of response `i` as the sampler computed them.
+    pub fn sampler_logprobs(&self, i: usize) -> &[f32] {
+        self.sampler_logprobs.get(i).unwrap_or(&self.responses[i].logprobs)
+    }
+
     /// Number of responses that ended with a stop token.
     pub fn stopped(&self) -> usize {
         self.responses.iter().filter(|r| r.finish == FinishReason::Stop).count()
@@ -81,8 +97,8 @@ impl Rollout {
 /// The roles that score a rollout, and how they read it.
 #[derive(Clone, Copy)]
 pub struct Readers<'w> {
-    /// Reference policy of the KL.
-    pub reference: Policy<'w>,
+    /// Reference policy of the KL; none where no KL is measured.
+    pub reference: Option<Policy<'w>>,
     /// Critic, if there is one.
     pub critic: Option<ValueModel<'w>>,
     /// Whether the exact KL is needed, which takes a forward pass of the actor.
@@ -95,6 +111,8 @@ pub struct Readers<'w> {
     pub entries: &'w [usize],
     /// Decodes token ids, for reward sources that read text.
     pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// Whether the trainer's log-probabilities take the place of the sampler's in the responses.
+    pub recomputes: bool,
     /// Pad token, if the rollout is to be read as DeepSpeed-Chat does.
     pub pad: Option<u32>,
 }
@@ -159,34 +177,44 @@ pub fn read(
         }
     };
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
-    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
+    let recomputes = scored.is_some() || readers.recomputes;
+    let is_read = readers.reference.is_some() || readers.critic.is_some() || recomputes;
+    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS).into_iter().filter(|_| is_read) {
         let (batch, targets) = rollout.batch(&rows)?;
         // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
-        let recomputed = scored.is_some().then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
-        let hidden = readers.reference.rows(&batch, &targets)?;
-        let ref_logprobs = readers.reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
+        let recomputed = recomputes.then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
+        let of_reference = match readers.reference {
+            Some(reference) => {
+                let hidden = reference.rows(&batch, &targets)?;
+                let logprobs = reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
+                let exact = match readers.exact_kl {
+                    true => Some(actor.kl(&actor.rows(&batch, &targets)?, (reference, &hidden), temperature)?),
+                    false => None,
+                };
+                let (_, d) = hidden.dims2()?;
+                Some((logprobs, exact, hidden.to_host()?, d))
+            }
+            None => None,
+        };
         let states = match readers.last_values {
             true => [&targets.rows[..], &batch.last_rows()].concat(),
             false => targets.rows.clone(),
         };
         let values = readers.critic.map(|critic| critic.values(&batch, &states)).transpose()?;
-        let exact = match readers.exact_kl {
-            true => Some(actor.kl(&actor.rows(&batch, &targets)?, (readers.reference, &hidden), temperature)?),
-            false => None,
-        };
-        let (_, d) = hidden.dims2()?;
-        let hidden = hidden.to_host()?;
-        let hidden = cpu::view(&hidden)?;
         let mut at = 0;
         for &i in &rows {
             let next = at + rollout.responses[i].tokens.len();
             if let Some(recomputed) = &recomputed {
-                rollout.responses[i].logprobs = recomputed.logprobs[at..next].to_vec();
+                let trainers = recomputed.logprobs[at..next].to_vec();
+                let samplers = std::mem::replace(&mut rollout.responses[i].logprobs, trainers);
+                rollout.sampler_logprobs.extend(readers.recomputes.then_some(samplers));
             }
-            rollout.ref_logprobs.push(ref_logprobs[at..next].to_vec());
-            rollout.ref_hidden.push(hidden[at * d..next * d].to_vec());
+            if let Some((logprobs, exact, hidden, d)) = &of_reference {
+                rollout.ref_logprobs.push(logprobs[at..next].to_vec());
+                rollout.ref_hidden.push(cpu::view(hidden)?[at * d..next * d].to_vec());
+                rollout.exact_kl.extend(exact.as_ref().map(|exact| exact[at..next].to_vec()));
+            }
             rollout.values.extend(values.as_ref().map(|values| values[at..next].to_vec()));
-            rollout.exact_kl.extend(exact.as_ref().map(|exact| exact[at..next].to_vec()));
             at = next;
         }
         rollout.last_values.extend(values.iter().flat_map(|values| &values[at..]));
@@ -203,7 +231,7 @@ pub fn read(
     if let Some(bad) = rollout.scores.iter().find(|score| !score.is_finite()) {
         return Err(diverged!("the score of a response is {bad}"));
     }
-    rollout.source_metrics = readers.source.metrics();
+    (rollout.source_metrics, rollout.parts) = (readers.source.metrics(), readers.source.parts());
     let (scores, responses) = (rollout.scores.len(), rollout.prompts.len());
     ensure!(scores == responses, "the reward source returned {scores} scores for {responses} responses");
     Ok(rollout)

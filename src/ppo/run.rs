@@ -105,11 +105,12 @@ pub fn check(
     config: &Ppo,
 ) -> Result<()> {
     if prompts.is_empty() {
-        return Err(invalid!("[ppo] there is no prompt to answer"));
+        return Err(invalid!("[{}] there is no prompt to answer", config.origin.name()));
     }
     if config.total_episodes < config.batch_size {
         return Err(invalid!(
-            "[ppo] total_episodes = {} is less than one rollout of batch_size = {}",
+            "{} = {} is less than one rollout of batch_size = {}",
+            config.origin.key("total_episodes"),
             config.total_episodes,
             config.batch_size
         ));
@@ -132,9 +133,10 @@ pub fn check(
     let longest = prompts.longest_sequence();
     if longest + config.response_length > context {
         return Err(invalid!(
-            "[ppo] a prompt of {longest} tokens and response_length = {} do not fit the context of {context}; lower \
-             response_length or [data] max_prompt_length",
-            config.response_length
+            "{response} = {} and a prompt of {longest} tokens do not fit the context of {context}; lower {response} or [data] \
+             max_prompt_length",
+            config.response_length,
+            response = config.origin.key("response_length"),
         ));
     }
     Ok(())

@@ -4,6 +4,7 @@
 
 use anyhow::{Context, Result};
 
+use super::dynamic::collect_groups;
 use super::ema::lerp;
 use super::experience::{Experience, Scale};
 use super::kl_controller::{AdaptiveKlController, RunningMoments, adapt_kl_penalty};
@@ -13,7 +14,7 @@ use super::rollout::{Readers, collect, kl_to_sampler, sampling_params};
 use super::run::PpoRun;
 use super::update::{Step, Update};
 use super::warnings::{Monitor, WatchedMetrics};
-use crate::config::{CriticStart, KlEstimator, KlIn, Optimised as _, PolicyLoss};
+use crate::config::{CriticStart, ImportanceSamplingCorrection, KlEstimator, KlIn, Optimised as _, PolicyLoss};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::error::Diverged;
@@ -21,7 +22,7 @@ use crate::host::give_back_freed;
 use crate::invalid;
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, ValueModel};
-use crate::report::{Metrics, Report};
+use crate::report::{Metrics, Report, number};
 use crate::rng::{SplitMix64, derive};
 use crate::stats::Histogram;
 use crate::train::learner::Learner;
@@ -45,8 +46,9 @@ pub struct State {
     pub actor: Learner,
     /// Value function under training, if the advantage estimator has a critic.
     pub critic: Option<Learner>,
-    /// Reference policy of the KL: the SFT adapter, unless `ref_model_sync_iterations` updates it.
-    pub reference: Adapter,
+    /// Reference policy of the KL: the SFT adapter, unless `ref_model_sync_iterations` updates it. None where no KL is
+    /// measured.
+    pub reference: Option<Adapter>,
     /// Exponential moving average of the actor, if `ema_decay` is set.
     pub ema: Option<Adapter>,
     /// Completed iterations.
@@ -59,6 +61,8 @@ pub struct State {
     pub step: usize,
     /// Minibatches so far, including those without an optimizer step. Checkpoints are numbered by it.
     pub turns: usize,
+    /// Prompts that dynamic sampling has taken so far beside those of each iteration.
+    pub extra_prompts: usize,
     /// Coefficient of the KL to the reference.
     pub kl_coef: f64,
     /// Coefficient of the KL to the policy that sampled the rollout, if `policy_loss = "kl_penalty"`.
@@ -99,13 +103,14 @@ impl State {
         Ok(Self {
             actor: Learner::new(run.sft.to_trainable(), adamw, config.max_grad_norm)?,
             critic,
-            reference: run.sft.clone(),
+            reference: config.measure_kl.then(|| run.sft.clone()),
             ema: config.ema_decay.map(|_| run.sft.clone()),
             iteration: 0,
             epoch: 0,
             minibatch: 0,
             step: 0,
             turns: 0,
+            extra_prompts: 0,
             kl_coef: config.kl_coef,
             kl_penalty: config.kl_penalty_coef,
             scores: RunningMoments::default(),
@@ -127,24 +132,29 @@ impl State {
         let config = run.config;
         let iteration = self.iteration as u64;
         let count = config.batch_size / config.num_generations;
-        let selected = select_prompts(run.prompts, self.iteration * count, count, run.seed)?;
-        let repeated = selected.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations));
-        let (entries, prompts): (Vec<usize>, Vec<Vec<u32>>) = repeated.unzip();
-        let seeds: Vec<u64> =
-            (0..prompts.len() as u64).map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
+        let first = self.iteration * count + self.extra_prompts;
         let readers = Readers {
-            reference: Policy::new(run.base, Some(&self.reference)),
+            reference: self.reference.as_ref().map(|reference| Policy::new(run.base, Some(reference))),
             critic: self.critic.as_ref().map(|c| ValueModel::new(run.critic_base(), c.weights().view())).transpose()?,
             exact_kl: config.kl_estimator == KlEstimator::Exact && config.kl_in == KlIn::Reward,
             last_values: config.bootstrap_truncated && self.critic.is_some(),
             source: run.source,
-            entries: &entries,
+            entries: &[],
             decode: run.decode,
+            recomputes: config.importance_sampling_correction != ImportanceSamplingCorrection::None,
             pad: run.pad,
         };
         let actor = Policy::new(run.base, Some(self.actor.weights().view()));
         let sampling = sampling_params(config, run.stop);
-        let rollout = collect(actor, readers, prompts, &seeds, &sampling, config.at_once())?;
+        let rollout = collect_groups(config, |before, wanted| {
+            let selected = select_prompts(run.prompts, first + before, wanted, run.seed)?;
+            let repeated = selected.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations));
+            let (entries, prompts): (Vec<usize>, Vec<Vec<u32>>) = repeated.unzip();
+            let numbers = (0..prompts.len()).map(|i| (before * config.num_generations + i) as u64);
+            let seeds: Vec<u64> = numbers.map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
+            collect(actor, Readers { entries: &entries, ..readers }, prompts, &seeds, &sampling, config.at_once())
+        })?;
+        self.extra_prompts += rollout.sampled.groups.saturating_sub(count);
         // The updates allocate other sizes than KV cache and scoring passes did.
         give_back_freed();
         if rollout.prompts.is_empty() {
@@ -190,7 +200,7 @@ impl State {
             run,
             experience,
             rows,
-            reference: &self.reference,
+            reference: self.reference.as_ref(),
             actor_lr: actor_lr * lr_factor,
             critic_lr: critic_lr * lr_factor,
             kl_coef: self.kl_coef,
@@ -241,7 +251,8 @@ impl State {
     pub fn check_rollout(&self, session: &mut Session) -> Result<()> {
         let experience = self.experience.as_ref().context("there is no current rollout")?;
         let responses = experience.rollout.responses.len() as f64;
-        session.check_rollout(experience.mean_kl(), experience.rollout.response_tokens() as f64 / responses)
+        session
+            .check_rollout(experience.mean_kl().unwrap_or(0.0), experience.rollout.response_tokens() as f64 / responses)
     }
 
     /// Drops the current rollout and counts the iteration as completed.
@@ -264,11 +275,14 @@ impl State {
         let mut into = Snapshot::default();
         into.put_learner("actor", &self.actor)?;
         self.critic.as_ref().map_or(Ok(()), |critic| into.put_learner("critic", critic))?;
-        if run.config.ref_model_sync_iterations > 0 {
-            into.put_adapter("reference", &self.reference)?;
+        if let Some(reference) = self.reference.as_ref().filter(|_| run.config.ref_model_sync_iterations > 0) {
+            into.put_adapter("reference", reference)?;
         }
         self.ema.as_ref().map_or(Ok(()), |ema| into.put_adapter("ema", ema))?;
         into.put("place", &(self.iteration, self.epoch, self.minibatch, self.step, self.turns))?;
+        if run.config.dynamic_sampling_rollouts > 0 {
+            into.put("extra_prompts", &self.extra_prompts)?;
+        }
         into.put("kl", &(self.kl_coef, self.kl_penalty))?;
         into.put("scores", &self.scores)?;
         for (name, rows, experience) in
@@ -292,13 +306,16 @@ impl State {
     /// If an entry is missing or has another shape.
     pub fn load(&mut self, from: &Snapshot, run: &PpoRun<'_>) -> Result<()> {
         self.learners().into_iter().try_for_each(|(name, learner)| from.restore_learner(name, learner))?;
-        if run.config.ref_model_sync_iterations > 0 {
-            self.reference = from.adapter("reference", &self.reference)?;
+        if let Some(reference) = self.reference.as_mut().filter(|_| run.config.ref_model_sync_iterations > 0) {
+            *reference = from.adapter("reference", reference)?;
         }
         if let Some(ema) = &mut self.ema {
             *ema = from.adapter("ema", ema)?;
         }
         (self.iteration, self.epoch, self.minibatch, self.step, self.turns) = from.get("place")?;
+        if run.config.dynamic_sampling_rollouts > 0 {
+            self.extra_prompts = from.get("extra_prompts")?;
+        }
         (self.kl_coef, self.kl_penalty) = from.get("kl")?;
         self.scores = from.get("scores")?;
         for (name, rows, experience) in
@@ -334,13 +351,14 @@ impl State {
         self.iteration += 1;
         if config.adap_kl_ctrl {
             let controller = AdaptiveKlController { target: config.target, horizon: config.horizon };
-            self.kl_coef = controller.next(self.kl_coef, experience.mean_kl(), config.batch_size);
+            self.kl_coef = controller.next(self.kl_coef, experience.mean_kl().unwrap_or(0.0), config.batch_size);
         }
         if let Some(kl) = kl_to_old {
             self.kl_penalty = adapt_kl_penalty(self.kl_penalty, kl, config.kl_penalty_target);
         }
-        if config.ref_model_sync_iterations > 0 && self.iteration.is_multiple_of(config.ref_model_sync_iterations) {
-            self.reference = lerp(&self.reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
+        let every = config.ref_model_sync_iterations;
+        if let Some(reference) = self.reference.as_mut().filter(|_| every > 0 && self.iteration.is_multiple_of(every)) {
+            *reference = lerp(reference, self.actor.weights().view(), config.ref_model_mixup_alpha)?;
         }
         Ok(())
     }
@@ -364,9 +382,14 @@ impl State {
         report: &mut Report,
     ) -> Result<()> {
         let config = run.config;
-        let coefficients = (self.kl_coef, self.kl_penalty);
+        let (coefficients, name) = ((self.kl_coef, self.kl_penalty), config.origin.name());
         self.last = metrics::iteration(experience, &self.update, self.iteration, coefficients, kl_to_old, run);
         self.last.extend(experience.rollout.source_metrics.clone());
+        // A source knows the last responses that it scored, which are not all where groups were refilled.
+        for part in experience.rollout.parts.iter().filter(|_| experience.rollout.sampled.refills > 0) {
+            let mean = part.scores.iter().map(|&s| f64::from(s)).sum::<f64>() / part.scores.len() as f64;
+            self.last.insert(format!("rewards/{}/mean", part.name), number(mean));
+        }
         let now = self.iteration + 1;
         let due = config.eval_every > 0 && now.is_multiple_of(config.eval_every);
         let scores = experience.rollout.scores.iter().map(|&score| f64::from(score));
@@ -379,7 +402,7 @@ impl State {
                     distributions.extend(evaluated.distributions());
                 }
                 // The next rollout uses the same weights, and the guard checks it.
-                Err(error) if error.is::<Diverged>() => report.warn(&format!("ppo: no evaluation {now}: {error}")),
+                Err(error) if error.is::<Diverged>() => report.warn(&format!("{name}: no evaluation {now}: {error}")),
                 Err(error) => return Err(error),
             }
         }
@@ -389,7 +412,7 @@ impl State {
             self.last.insert("warnings".into(), active.iter().map(|w| w.name()).collect::<Vec<_>>().into());
         }
         for warning in new {
-            report.warn(&format!("ppo: warning at iteration {now}: {}", warning.text()));
+            report.warn(&format!("{name}: warning at iteration {now}: {}", warning.text()));
         }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
         let mut line = self.last.clone();

@@ -14,13 +14,15 @@ pub fn is_due(iteration: usize, iterations: usize) -> bool {
     iteration == 1 || iteration == iterations || iteration.is_multiple_of(iterations.div_ceil(ITERATIONS).max(1))
 }
 
-/// `tokens`, `log_ratio`, `advantages` and, with a critic, `values` of the response `row`.
+/// `tokens`, `advantages`, with a reference `log_ratio` and with a critic `values` of the response `row`.
 pub fn of(experience: &Experience, row: usize, decode: &dyn Fn(&[u32]) -> String) -> Map<String, Value> {
     let (rollout, response) = (&experience.rollout, &experience.rollout.responses[row]);
-    let log_ratio = response.logprobs.iter().zip(&rollout.ref_logprobs[row]).map(|(a, b)| a - b);
     let mut detail = Map::new();
     detail.insert("tokens".into(), texts(&response.tokens, decode).into());
-    detail.insert("log_ratio".into(), log_ratio.map(rounded).collect());
+    if let Some(reference) = rollout.ref_logprobs.get(row) {
+        let log_ratio = response.logprobs.iter().zip(reference).map(|(a, b)| a - b);
+        detail.insert("log_ratio".into(), log_ratio.map(rounded).collect());
+    }
     detail.insert("advantages".into(), experience.advantages[row].iter().copied().map(rounded).collect());
     if let Some(values) = rollout.values.get(row) {
         detail.insert("values".into(), values.iter().copied().map(rounded).collect());

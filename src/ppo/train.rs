@@ -65,7 +65,7 @@ pub fn train_then<T>(
 /// If the guard gives up, the report cannot be written, or the process was asked to stop.
 pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Result<()> {
     let iterations = run.config.iterations();
-    session.report.stage("ppo", iterations);
+    session.report.stage(run.config.origin.name(), iterations);
     session.watch(&state.learners())?;
     while state.iteration < iterations {
         session.checkpoint(state.turns, || state.snapshot(run))?;
@@ -112,7 +112,8 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
     session.report.done();
     for (warning, count) in state.monitor.counts() {
         let name = warning.name();
-        session.report.warn(&format!("ppo: warning {name} held in {count} of {iterations} iterations"));
+        let stage = run.config.origin.name();
+        session.report.warn(&format!("{stage}: warning {name} held in {count} of {iterations} iterations"));
     }
     Ok(())
 }

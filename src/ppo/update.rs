@@ -7,16 +7,18 @@ use serde::{Deserialize, Serialize};
 
 use super::experience::{Experience, estimator};
 use super::loss::{Average, Objective, PolicyStats, PolicyTokens, RatioLevel, Surrogate, policy_loss};
-use super::ptx;
+use super::rollout::Rollout;
 use super::run::PpoRun;
 use super::value_loss::{ValueStats, ValueTokens, value_loss};
-use crate::config::{ImportanceSamplingLevel, KlIn, LossType, PolicyLoss, Ptx};
+use super::{correction, ptx};
+use crate::config::{ImportanceSamplingLevel, KlIn, LossType, PolicyLoss, Ppo, Ptx};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::data::examples::objectives::SftExample;
 use crate::device::Array;
 use crate::host::meter::{Phase, within};
 use crate::model::adapter::{Adapter, Gradients};
+use crate::model::generate::FinishReason;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::ops::cpu;
 use crate::ops::logprobs::TokenStats;
@@ -58,10 +60,38 @@ pub struct Update {
     pub critic_norm: f64,
     /// Mean ratio of the first minibatch: 1 if sampling and training compute the same log-probabilities.
     pub first_ratio: Option<f64>,
+    /// Sampler against trainer: differences of log-probabilities over the first minibatch, before a step.
+    #[serde(default)]
+    pub mismatch: Mismatch,
     /// Learning rate of the actor's last step.
     pub actor_lr: f64,
     /// Learning rate of the critic's last step.
     pub critic_lr: f64,
+}
+
+/// `|log p(token) of the sampler - log p(token) of the trainer|` with the same weights, nats: what the two compute differently.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Mismatch {
+    tokens: u64,
+    sum: f64,
+    /// The largest difference.
+    pub max: f64,
+}
+
+impl Mismatch {
+    fn add(&mut self, sampler: &[f32], trainer: &[f32]) {
+        for (a, b) in sampler.iter().zip(trainer) {
+            let difference = (f64::from(*a) - f64::from(*b)).abs();
+            self.tokens += 1;
+            self.sum += difference;
+            self.max = self.max.max(difference);
+        }
+    }
+
+    /// The mean difference; none without tokens.
+    pub fn mean(&self) -> Option<f64> {
+        (self.tokens > 0).then(|| self.sum / self.tokens as f64)
+    }
 }
 
 /// The inputs of one minibatch update besides the learners.
@@ -73,8 +103,8 @@ pub struct Step<'s> {
     pub experience: &'s Experience,
     /// Sequences of the minibatch.
     pub rows: &'s [usize],
-    /// Reference policy: the one that computed the rollout's `ref_hidden`.
-    pub reference: &'s Adapter,
+    /// Reference policy: the one that computed the rollout's `ref_hidden`. None where no KL is measured.
+    pub reference: Option<&'s Adapter>,
     /// Learning rate of the actor.
     pub actor_lr: f64,
     /// Learning rate of the critic.
@@ -95,11 +125,19 @@ impl Step<'_> {
         self.experience.tokens_of(self.rows) as f64
     }
 
-    /// What the policy loss is divided by.
-    fn normaliser(&self) -> f64 {
+    /// The sequences whose tokens are in the policy loss.
+    fn actor_rows(&self) -> Vec<usize> {
+        let is_whole = |&row: &usize| self.experience.rollout.responses[row].finish == FinishReason::Stop;
+        let masks = self.run.config.mask_truncated_completions;
+        self.rows.iter().copied().filter(|row| !masks || is_whole(row)).collect()
+    }
+
+    /// What the policy loss over `tokens` tokens is divided by. A response that is left out counts as one of no loss where
+    /// responses are counted, as TRL has it.
+    fn normaliser(&self, tokens: f64) -> f64 {
         let responses = self.rows.len() as f64;
         match self.run.config.loss_type {
-            LossType::Dapo => self.tokens(),
+            LossType::Dapo => tokens,
             LossType::Grpo => responses,
             LossType::DrGrpo => responses * self.run.config.response_length as f64,
         }
@@ -125,9 +163,11 @@ impl Update {
     ) -> Result<Option<bool>> {
         let run = step.run;
         let update = within(Phase::Update);
-        // 1. The actor's gradient, and whether the mean ratio is small enough to step by it.
-        let actor = match actor {
-            Some(learner) => match self.actor(learner, step)? {
+        // 1. The actor's gradient, and whether the mean ratio is small enough to step by it. Where every response is left out
+        //    of the loss there is none, and no step.
+        let (rows, had_actor) = (step.actor_rows(), actor.is_some());
+        let actor = match actor.filter(|_| !rows.is_empty()) {
+            Some(learner) => match self.actor(learner, step, &rows)? {
                 Some(gradients) => Some((gradients, learner)),
                 None => return Ok(None),
             },
@@ -150,6 +190,7 @@ impl Update {
         drop(update);
         let _phase = within(Phase::Step);
         (self.actor_lr, self.critic_lr) = (step.actor_lr, step.critic_lr);
+        let is_left_out = had_actor && actor.is_none();
         match (actor, critic) {
             (Some((a, actor)), Some((c, critic))) if run.config.shared_optimizer => {
                 self.critic_lr = step.actor_lr;
@@ -180,29 +221,51 @@ impl Update {
                 }
             }
         }
-        Ok(Some(true))
+        Ok(Some(!is_left_out))
     }
 
-    /// Gradient of the policy loss over the minibatch; `None` if the process was asked to stop.
-    fn actor(&mut self, actor: &Learner, step: &Step<'_>) -> Result<Option<Gradients>> {
+    /// Gradient of the policy loss over the sequences `rows` of the minibatch; `None` if the process was asked to stop.
+    fn actor(&mut self, actor: &Learner, step: &Step<'_>, rows: &[usize]) -> Result<Option<Gradients>> {
         let (run, rollout) = (step.run, &step.experience.rollout);
-        let (base, config, tokens, normaliser) = (run.base, run.config, step.tokens(), step.normaliser());
+        let tokens = step.experience.tokens_of(rows) as f64;
+        let (base, config, normaliser) = (run.base, run.config, step.normaliser(tokens));
+        let chosen = match config.top_entropy_quantile < 1.0 {
+            true => match uncertain(Policy::new(base, Some(actor.weights().view())), step, rows)? {
+                Some(chosen) => Some(chosen),
+                None => return Ok(None),
+            },
+            false => None,
+        };
+        // Tokens that the entropy bonus acts on.
+        let bonus_tokens = chosen.as_ref().map_or(tokens, |chosen| chosen.iter().filter(|&&c| c).count().max(1) as f64);
+        let is_first = self.first_ratio.is_none();
+        let mut at = 0;
         let objective = objective(step);
         // The exact KL is computed if it is part of the loss, and in the first epoch for the metrics.
         let exact_weight =
             (config.kl_in == KlIn::Loss && estimator(config.kl_estimator).is_none()).then_some(step.kl_coef);
-        let needs_exact = step.first_epoch || exact_weight.is_some();
+        let needs_exact = step.reference.is_some() && (step.first_epoch || exact_weight.is_some());
         let mut grads = Gradients::none(base.shapes().layers);
         let mut stats = PolicyStats::default();
-        for rows in step.rows.chunks(config.micro_batch_size) {
+        for rows in rows.chunks(config.micro_batch_size) {
             if stop::requested() {
                 return Ok(None);
             }
             let (batch, targets) = rollout.batch(rows)?;
+            let range = at..at + targets.rows.len();
+            at = range.end;
+            let chosen = chosen.as_ref().map(|chosen| &chosen[range.clone()]);
             let lengths: Vec<usize> = rows.iter().map(|&i| rollout.responses[i].tokens.len()).collect();
             let old_logprobs = concat(rows, |i| &rollout.responses[i].logprobs);
             let advantages = concat(rows, |i| &step.experience.advantages[i]);
-            let ref_logprobs = concat(rows, |i| &rollout.ref_logprobs[i]);
+            // The sampler's own, where the ratio is to the trainer's.
+            let sampled = concat(rows, |i| rollout.sampler_logprobs(i));
+            let weights = token_weights(rollout, rows, chosen, config);
+            // Without a reference the loss has no KL and reads none of these.
+            let ref_logprobs = match step.reference {
+                Some(_) => concat(rows, |i| &rollout.ref_logprobs[i]),
+                None => old_logprobs.clone(),
+            };
             let ref_hidden = match needs_exact {
                 true => {
                     let hidden = concat(rows, |i| &rollout.ref_hidden[i]);
@@ -220,22 +283,36 @@ impl Update {
                     old_logprobs: &old_logprobs,
                     advantages: &advantages,
                     ref_logprobs: &ref_logprobs,
+                    weights: weights.as_deref(),
                 };
                 let loss = policy_loss(inputs, &objective, normaliser)?;
+                if is_first {
+                    self.mismatch.add(&sampled, &token_stats.logprobs);
+                }
                 let entropy = sum(&token_stats.entropy) / tokens;
+                let counts = |t: usize| chosen.is_none_or(|chosen| chosen[t]);
+                let bonus = match chosen {
+                    None => entropy,
+                    Some(_) => {
+                        let of_chosen = token_stats.entropy.iter().enumerate().filter(|&(t, _)| counts(t));
+                        of_chosen.map(|(_, &e)| f64::from(e)).sum::<f64>() / bonus_tokens
+                    }
+                };
                 let exact_loss = exact_weight.map_or(0.0, |weight| weight * sum(exact) / tokens);
-                self.policy_loss += loss.loss + exact_loss - config.entropy_coef * entropy;
+                self.policy_loss += loss.loss + exact_loss - config.entropy_coef * bonus;
                 self.entropy += entropy;
-                if step.first_epoch {
+                if step.first_epoch && needs_exact {
                     self.exact_kl += sum(exact);
                     self.exact_responses += rows.len();
                 }
                 stats.merge(&loss.stats);
                 let each = |weight: f64| vec![(weight / tokens) as f32; loss.grad.len()];
-                let (entropy, kl) = (each(-config.entropy_coef), exact_weight.map(each));
+                let of_bonus = (-config.entropy_coef / bonus_tokens) as f32;
+                let entropy = (0..loss.grad.len()).map(|t| if counts(t) { of_bonus } else { 0.0 }).collect();
+                let kl = exact_weight.map(each);
                 Ok(HeadGradients { logprobs: loss.grad, entropy, kl })
             };
-            let reference = ref_hidden.as_ref().map(|hidden| (Policy::new(base, Some(step.reference)), hidden));
+            let reference = ref_hidden.as_ref().map(|hidden| (Policy::new(base, step.reference), hidden));
             let (_, g) =
                 policy.gradients_against(&batch, &targets, reference, run.temperature(), run.recompute, loss)?;
             grads.add(g)?;
@@ -305,6 +382,45 @@ fn snapshot(learner: &Learner) -> Result<Snapshot> {
     Ok(snapshot)
 }
 
+/// Weights of the surrogates of the tokens of `rows`: of those that are not chosen 0, of the others what corrects for the
+/// sampler. `None` if all are 1.
+fn token_weights(rollout: &Rollout, rows: &[usize], chosen: Option<&[bool]>, config: &Ppo) -> Option<Vec<f32>> {
+    let of = |&i: &usize| correction::weights(&rollout.responses[i].logprobs, rollout.sampler_logprobs(i), config);
+    let corrected: Option<Vec<Vec<f32>>> = rows.iter().map(of).collect();
+    let chosen = chosen.map(|chosen| chosen.iter().map(|&chosen| if chosen { 1.0 } else { 0.0 }).collect::<Vec<f32>>());
+    match (corrected.map(|weights| weights.concat()), chosen) {
+        (Some(weights), Some(chosen)) => Some(weights.iter().zip(&chosen).map(|(a, b)| a * b).collect()),
+        (weights, chosen) => weights.or(chosen),
+    }
+}
+
+/// Which tokens of the sequences `rows` are among the minibatch's share `top_entropy_quantile` with the highest entropy under
+/// the actor; `None` if the process was asked to stop. The bound is of the whole minibatch, so that a micro-batch's size
+/// changes nothing.
+fn uncertain(actor: Policy<'_>, step: &Step<'_>, rows: &[usize]) -> Result<Option<Vec<bool>>> {
+    let config = step.run.config;
+    let mut entropies = vec![];
+    for rows in rows.chunks(config.micro_batch_size) {
+        if stop::requested() {
+            return Ok(None);
+        }
+        let (batch, targets) = step.experience.rollout.batch(rows)?;
+        entropies.extend(actor.logprobs(&batch, &targets, step.run.temperature())?.entropy);
+    }
+    let bound = quantile(&entropies, 1.0 - config.top_entropy_quantile);
+    Ok(Some(entropies.iter().map(|&entropy| f64::from(entropy) >= bound).collect()))
+}
+
+/// The value below which a share `q` of the values lies, between two of them by a straight line (`torch.quantile`).
+pub(super) fn quantile(values: &[f32], q: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_unstable_by(f32::total_cmp);
+    let place = q * sorted.len().saturating_sub(1) as f64;
+    let at = |i: usize| sorted.get(i).copied().map_or(f64::INFINITY, f64::from);
+    let (low, part) = (place.floor() as usize, place.fract());
+    if part == 0.0 { at(low) } else { at(low) + part * (at(low + 1) - at(low)) }
+}
+
 /// The policy loss that the settings choose.
 fn objective(step: &Step<'_>) -> Objective {
     let c = step.run.config;
@@ -324,6 +440,7 @@ fn objective(step: &Step<'_>) -> Objective {
     let level = match c.importance_sampling_level {
         ImportanceSamplingLevel::Token => RatioLevel::Token,
         ImportanceSamplingLevel::Sequence => RatioLevel::Sequence,
+        ImportanceSamplingLevel::Product => RatioLevel::Product,
     };
     Objective {
         log_ratio_clamp: c.log_ratio_clamp.unwrap_or(f64::INFINITY),
@@ -340,4 +457,27 @@ const CISPO_CAP: f64 = 5.0;
 
 fn sum(values: &[f32]) -> f64 {
     values.iter().map(|&v| f64::from(v)).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_quantile_lies_between_two_values_as_torch_has_it() {
+        // torch.quantile(torch.tensor([3., 1., 2., 10.]), q)
+        for (q, want) in [(0.0, 1.0), (0.5, 2.5), (1.0, 10.0), (0.8, 5.8), (1.0 / 3.0, 2.0)] {
+            assert!((quantile(&[3.0, 1.0, 2.0, 10.0], q) - want).abs() < 1e-12, "{q}");
+        }
+        assert_eq!(quantile(&[4.0], 0.3), 4.0);
+    }
+
+    #[test]
+    fn the_mismatch_is_the_mean_and_the_largest_difference() {
+        let mut found = Mismatch::default();
+        assert_eq!(found.mean(), None);
+        found.add(&[-1.0, -2.0], &[-1.5, -2.0]);
+        found.add(&[-1.0], &[-0.75]);
+        assert_eq!((found.mean(), found.max), (Some(0.25), 0.5));
+    }
 }

@@ -34,6 +34,9 @@ pub struct WatchedMetrics {
     /// Share of responses whose score was clipped.
     #[serde(default)]
     pub clipped: f64,
+    /// Share of groups whose rewards were all equal.
+    #[serde(default)]
+    pub flat_groups: f64,
 }
 
 impl WatchedMetrics {
@@ -43,7 +46,8 @@ impl WatchedMetrics {
         let known = |key: &str| get(key).unwrap_or(f64::NAN);
         let ended = known("val/num_eos_tokens");
         Self {
-            kl: known("objective/kl"),
+            // Not NaN where no KL is measured: a checkpoint holds these numbers, and JSON has no NaN.
+            kl: get("objective/kl").unwrap_or(0.0),
             length: known("response_length"),
             entropy: get("policy/entropy_avg"),
             score: known("objective/scores"),
@@ -53,6 +57,7 @@ impl WatchedMetrics {
             flat_advantages,
             truncated: 1.0 - ended / responses as f64,
             clipped: get("objective/score_clipfrac").unwrap_or(0.0),
+            flat_groups: get("frac_reward_zero_std").unwrap_or(0.0),
         }
     }
 }
@@ -77,6 +82,8 @@ pub enum Warning {
     Truncated,
     /// The scores of more than a quarter of the responses were clipped.
     SaturatedScores,
+    /// The rewards of more than half of the groups were all equal in three consecutive iterations.
+    EqualGroups,
 }
 
 impl Warning {
@@ -91,6 +98,7 @@ impl Warning {
             Self::FlatAdvantages => "flat_advantages",
             Self::Truncated => "truncated",
             Self::SaturatedScores => "saturated_scores",
+            Self::EqualGroups => "equal_groups",
         }
     }
 
@@ -128,6 +136,11 @@ impl Warning {
             Self::SaturatedScores => {
                 "the scores of more than a quarter of the responses lie beyond score_clip: clipped, they no longer say which is \
                  better; raise score_clip, set use_score_scaling = true, or look whether the reward model fits these responses"
+            }
+            Self::EqualGroups => {
+                "in more than half of the groups every response has had the same reward for three iterations, and those teach \
+                 nothing: the prompts are too easy or too hard, or the reward is too coarse; set dynamic_sampling_rollouts, \
+                 raise num_generations, or change the prompts"
             }
         }
     }
@@ -194,6 +207,8 @@ pub fn warnings(first: &WatchedMetrics, recent: &[WatchedMetrics]) -> Vec<Warnin
     check(now.flat_advantages, Warning::FlatAdvantages);
     check(now.truncated > 0.5, Warning::Truncated);
     check(now.clipped > 0.25, Warning::SaturatedScores);
+    let equal = recent.iter().rev().take_while(|v| v.flat_groups > 0.5).count();
+    check(equal >= 3, Warning::EqualGroups);
     found
 }
 
@@ -264,6 +279,9 @@ mod tests {
         let bad = WatchedMetrics { explained_variance: Some(-0.2), ..healthy() };
         assert_eq!(after([bad; 4]), []);
         assert_eq!(after([bad; 5]), [Warning::UselessCritic]);
+        let equal = WatchedMetrics { flat_groups: 0.6, ..healthy() };
+        assert_eq!((after([equal; 2]), after([equal; 3])), (vec![], vec![Warning::EqualGroups]));
+        assert_eq!(after([equal, equal, WatchedMetrics { flat_groups: 0.5, ..healthy() }, equal]), []);
         let unknown = WatchedMetrics { explained_variance: None, ..healthy() };
         assert_eq!(after([bad, bad, unknown, bad, bad]), [], "five consecutive iterations");
     }
@@ -323,11 +341,12 @@ mod tests {
     fn metrics_are_read_by_name_and_missing_ones_raise_no_warning() {
         let logged: Metrics = serde_json::from_str(
             r#"{"objective/kl": 3.5, "response_length": 9, "policy/entropy_avg": 1.0, "objective/scores": 0.2,
-                "val/num_eos_tokens": 2, "val/explained_variance": null, "rewards/adapter/disagreement": 0.3}"#,
+                "val/num_eos_tokens": 2, "frac_reward_zero_std": 0.5, "val/explained_variance": null, "rewards/adapter/disagreement": 0.3}"#,
         )
         .unwrap();
         let metrics = WatchedMetrics::of(&logged, 8, false);
         assert_eq!((metrics.kl, metrics.length, metrics.truncated), (3.5, 9.0, 0.75));
+        assert_eq!(metrics.flat_groups, 0.5);
         assert_eq!((metrics.explained_variance, metrics.gold, metrics.disagreement), (None, None, Some(0.3)));
         let nothing = WatchedMetrics::of(&Metrics::new(), 8, false);
         assert_eq!(warnings(&nothing, &[nothing; 10]), []);

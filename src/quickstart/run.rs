@@ -78,6 +78,8 @@ pub fn config(seed: u64) -> Config {
         }),
         dpo: None,
         kto: None,
+        grpo: None,
+        rloo: None,
         ppo: Some(config::Ppo {
             learning_rate: 2e-3,
             total_episodes: 40 * 64,

@@ -11,6 +11,7 @@ pub mod retry;
 pub mod verify;
 
 use anyhow::Result;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::data::stream::columns::{Columns, RecordColumns};
@@ -45,6 +46,17 @@ impl RewardInputs<'_> {
     }
 }
 
+/// One term of a weighted sum of rewards.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct PartScores {
+    /// Its name in the metrics.
+    pub name: String,
+    /// Its weight.
+    pub weight: f64,
+    /// (B) scores before the weight.
+    pub scores: Vec<f32>,
+}
+
 /// Scores responses.
 pub trait RewardSource {
     /// (B) scores, one per response, in reward units.
@@ -52,6 +64,11 @@ pub trait RewardSource {
     /// # Errors
     /// If the scores cannot be obtained, and the source has no fallback score.
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>>;
+
+    /// The terms of which the last scores are the weighted sum; empty for a source that is no sum.
+    fn parts(&self) -> Vec<PartScores> {
+        vec![]
+    }
 
     /// Extra metrics: failure counts, or the parts of the last scores.
     fn metrics(&self) -> Metrics {

@@ -65,7 +65,7 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
         Stage::Reward => bench.reward(&mut config),
         Stage::Dpo => bench.dpo(&mut config),
         Stage::Kto => bench.kto(&mut config),
-        Stage::Ppo => bench.ppo(&mut config),
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => bench.ppo(&mut config),
     }
 }
 
@@ -198,7 +198,7 @@ impl Bench<'_> {
     }
 
     fn ppo(&self, config: &mut Config) -> Result<Measured> {
-        let mut c = config.ppo()?.clone();
+        let mut c = config.rollouts(self.stage)?.clone();
         c.compat = None; // it does not matter here which responses are kept
         if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
@@ -208,7 +208,7 @@ impl Bench<'_> {
         let train = some(&data.train, STEPS * c.batch_size)?;
         let asked = some(&data.held_out, c.eval_prompts)?;
         drop(data);
-        c.total_episodes = STEPS * c.batch_size;
+        (c.total_episodes, c.num_train_epochs) = (STEPS * c.batch_size, None);
         config.ppo = Some(c.clone());
         let prompts = Ids(&train);
         let model = self.model(checkpoint, config)?;
@@ -227,7 +227,7 @@ impl Bench<'_> {
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
         let facts = passes::Asked { held_out: &lengths, context, other_tokens: false };
-        let parts = Parts { stage: Stage::Ppo, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
+        let parts = Parts { stage: self.stage, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
         let admission = parts.admit(config, |config| passes::ppo(config, &prompts, facts))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);

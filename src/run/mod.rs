@@ -84,7 +84,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
         Stage::Reward => reward::run(config, out, launch),
         Stage::Dpo => dpo::run(config, out, launch),
         Stage::Kto => dpo::run_kto(config, out, launch),
-        Stage::Ppo => ppo::run(config, out, launch),
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => ppo::run(stage, config, out, launch),
     };
     let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;
     if let Some(object) = object.as_object_mut() {
@@ -109,7 +109,7 @@ pub(crate) fn finish_page(out: &Path, ended: Result<(), &anyhow::Error>) {
 /// The machines of a stage's bases in words; one if they share it.
 fn device_name(stage: Stage, config: &Config) -> Result<String> {
     let trained = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-    let other = if stage == Stage::Ppo { config.reward_base() } else { trained };
+    let other = if stage.has_rollouts() { config.reward_base() } else { trained };
     let name = |section: &crate::config::Base| -> Result<String> {
         Ok(select(section.device())?.device.map_or_else(|| "cpu".into(), |device| device.name()))
     };

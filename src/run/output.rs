@@ -32,6 +32,7 @@ pub(super) fn adapters_of(by: &str) -> &'static [&'static str] {
     match by {
         "quickstart" => &["sft", "reward", "actor", "critic"],
         "ppo" => &["actor", "critic", "actor_ema"],
+        "grpo" | "rloo" => &["actor"],
         _ => &["adapter"],
     }
 }
@@ -69,7 +70,7 @@ pub fn check_output(out: &Path, by: &str) -> Result<()> {
 pub(super) fn stage_of(dir: &Path) -> Option<&'static str> {
     let settings = fs::read_to_string(dir.join(RESOLVED)).ok()?;
     let first = settings.lines().next()?;
-    ["sft", "reward", "dpo", "kto", "ppo", "quickstart"].into_iter().find(|by| first == mark(by))
+    ["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "quickstart"].into_iter().find(|by| first == mark(by))
 }
 
 /// The base of the run in `dir`: the reward model's for a reward run.

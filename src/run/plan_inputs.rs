@@ -136,7 +136,7 @@ impl PlanInputs {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
         check_base_path(&section.path)?;
         let policy = Headers::open(&section.path)?;
-        let other = config.reward_base.as_ref().filter(|base| stage == Stage::Ppo && **base != config.base);
+        let other = config.reward_base.as_ref().filter(|base| stage.has_rollouts() && **base != config.base);
         let scorer = other.map(|base| Headers::open(&base.path)).transpose()?;
         let tokenizer = policy.tokenizer()?;
         let data = read(tokenizer.as_ref())?;
@@ -145,9 +145,9 @@ impl PlanInputs {
             Stage::Reward => config.reward().adapter,
             Stage::Dpo => config.dpo().adapter,
             Stage::Kto => config.kto().adapter,
-            Stage::Ppo => config.ppo()?.adapter.clone(),
+            Stage::Ppo | Stage::Grpo | Stage::Rloo => config.rollouts(stage)?.adapter.clone(),
         };
-        let reward = if stage == Stage::Ppo { Some(config.ppo()?.reward_adapter.clone()) } else { None };
+        let reward = if stage.has_rollouts() { Some(config.rollouts(stage)?.reward_adapter.clone()) } else { None };
         let open = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Adapter>> {
             let there = path.filter(|path| path.join("adapter_config.json").is_file());
             there.map(|path| Adapter::load(&path, of.config().shapes())).transpose()
@@ -283,6 +283,6 @@ fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
         Stage::Sft => Data::Sft(of(config, tokenizer, config.sft().completion_only_loss)?),
         Stage::Reward | Stage::Dpo => Data::Ranked(of(config, tokenizer, true)?),
         Stage::Kto => Data::Judged(of(config, tokenizer, true)?),
-        Stage::Ppo => Data::Prompts(of(config, tokenizer, true)?),
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
     })
 }

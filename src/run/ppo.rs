@@ -1,4 +1,4 @@
-//! `fourfold ppo`: opens models and data, trains, and evaluates on held-out prompts before and after. Read
+//! `fourfold ppo`, `fourfold grpo` and `fourfold rloo`: opens models and data, trains, and evaluates on held-out prompts before and after. Read
 //! `ppo/train.rs` for the training loop, `rewards.rs` for how reward sources are built.
 
 use std::borrow::Cow;
@@ -27,9 +27,9 @@ use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
 use crate::stats::mean_and_error;
 
-pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<Value> {
-    let ppo = config.ppo()?;
-    ppo.idle_keys().iter().for_each(|idle| eprintln!("ppo: {idle}"));
+pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOptions) -> Result<Value> {
+    let (ppo, name) = (config.rollouts(stage)?, stage.name());
+    config.idle_keys(stage).iter().for_each(|idle| eprintln!("{name}: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.
     let other = match &config.reward_base {
@@ -38,6 +38,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     };
     let scorer = other.as_ref().unwrap_or(&model);
     let Prepared { train: prompts, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let ppo = &ppo.over(prompts.len());
     let eval_prompts: Vec<PromptExample> = (0..held_out.len().min(ppo.eval_prompts))
         .map(|row| held_out.get(row).map(Cow::into_owned))
         .collect::<Result<_>>()?;
@@ -45,15 +46,16 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let translated = match first_token_difference(&model, scorer) {
         None => None,
         Some(difference) => {
-            note!("ppo: {difference}: the reward model reads prompts and responses in its own tokens");
+            note!("{name}: {difference}: the reward model reads prompts and responses in its own tokens");
             let end = end_of_responses(&reward_encoder, config.data()?)?;
             Some((translate(all_prompts(&prompts, &eval_prompts), &reward_encoder, scorer, config)?, end))
         }
     };
     let sft = match &ppo.adapter {
-        Some(path) => {
-            model.policy_adapter(path).context("[ppo] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
-        }
+        Some(path) => model
+            .policy_adapter(path)
+            .with_context(|| ppo.origin.key("adapter"))?
+            .with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio),
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let adapters = Adapters::open(ppo, scorer)?;
@@ -79,7 +81,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let source = builder.source(ppo, &adapters)?;
     let gold = builder.gold(ppo, &adapters)?;
     let given = ppo.adapter.as_ref().map(|_| &sft);
-    let mut inputs = Inputs::new(Stage::Ppo, config)?.model("", &model)?.model("reward ", scorer)?;
+    let mut inputs = Inputs::new(stage, config)?.model("", &model)?.model("reward ", scorer)?;
     inputs = inputs.adapter("adapter", given)?;
     for (name, adapter) in adapters.all() {
         inputs = inputs.adapter(&name, Some(adapter))?;
@@ -108,8 +110,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let contexts = [&model.base, reward_base].map(|base| base.config().max_position_embeddings);
     let facts =
         passes::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
-    let parts =
-        Parts { stage: Stage::Ppo, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
+    let parts = Parts { stage, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
     let preflight = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, options)?;
     let memory = preflight.report(&mut session);
@@ -158,7 +159,7 @@ pub(super) fn run(config: &Config, out: &Path, options: &RunOptions) -> Result<V
     let gain: Vec<f64> = after.scores.iter().zip(&before.scores).map(|(a, b)| a - b).collect();
     let last = trained.last;
     Ok(json!({
-        "stage": "ppo",
+        "stage": name,
         "memory": memory,
         "kl": last.get("objective/kl"),
         "scores": last.get("objective/scores"),

@@ -38,7 +38,8 @@ pub(super) fn columns(
     if !ppo.reward.iter().chain(&ppo.gold).any(|part| part.kind.reads_columns()) {
         return Ok(None);
     }
-    let count = ppo.iterations() * ppo.batch_size / ppo.num_generations;
+    // Every refill of a rollout may answer as many prompts again.
+    let count = ppo.iterations() * ppo.batch_size / ppo.num_generations * (1 + ppo.dynamic_sampling_rollouts);
     let rows: BTreeSet<usize> = match count < prompts.len() {
         true => endless(config.seed, settings::PROMPT_ORDER, prompts.len(), 0, count).into_iter().collect(),
         false => (0..prompts.len()).collect(),

@@ -71,17 +71,20 @@ pub(super) struct Adapters {
 impl Adapters {
     /// Opens every reward adapter that the section names.
     pub(super) fn open(settings: &Ppo, scorer: &Model) -> Result<Self> {
+        let section = settings.origin.name();
         let open = |path: &std::path::PathBuf, key: &str| {
             let adapter = scorer.adapter(path).with_context(|| key.to_owned())?;
             ValueModel::new(&scorer.base, &adapter).with_context(|| format!("{key} = {}", path.display()))?;
             Ok(adapter)
         };
         let all = |part: &RewardPart| -> Result<Vec<Adapter>> {
-            part.adapters.iter().map(|path| open(path, "[[ppo.reward]] adapters")).collect()
+            part.adapters.iter().map(|path| open(path, &format!("[[{section}.reward]] adapters"))).collect()
         };
         let has_main = !settings.reward_adapter.as_os_str().is_empty();
         Ok(Self {
-            main: has_main.then(|| open(&settings.reward_adapter, "[ppo] reward_adapter")).transpose()?,
+            main: has_main
+                .then(|| open(&settings.reward_adapter, &settings.origin.key("reward_adapter")))
+                .transpose()?,
             parts: settings.reward.iter().map(all).collect::<Result<_>>()?,
             gold: settings.gold.as_ref().map(all).transpose()?.unwrap_or_default(),
         })
@@ -129,7 +132,7 @@ impl<'w> RewardSourceBuilder<'w> {
     pub(super) fn source(&self, settings: &Ppo, adapters: &'w Adapters) -> Result<Boxed<'w>> {
         let main = adapters.main.as_ref().map(|adapter| self.model(adapter)).transpose()?;
         if settings.reward.is_empty() {
-            return main.context("[ppo] has no reward_adapter");
+            return main.with_context(|| format!("[{}] has no reward_adapter", settings.origin.name()));
         }
         let mut parts: Vec<Part<'w>> =
             main.into_iter().map(|source| Part { name: "reward_adapter".into(), weight: 1.0, source }).collect();

@@ -74,6 +74,8 @@ fn every_stage_gets_a_config_that_loads_fits_and_runs_as_it_is() {
         ("dpo", "pairs", "--adapter out/sft", "seed=0"),
         ("kto", "judged", "", "seed=0"),
         ("ppo", "prompts", "--adapter out/sft --reward-adapter out/reward", "ppo.response_length=8"),
+        ("grpo", "prompts", "--adapter out/sft --reward-adapter out/reward", "grpo.max_completion_length=8"),
+        ("rloo", "prompts", "--reward-adapter out/reward", "rloo.max_completion_length=8"),
     ] {
         let ran = done(
             &p,
@@ -92,6 +94,10 @@ fn every_stage_gets_a_config_that_loads_fits_and_runs_as_it_is() {
         // Two steps of few sequences, and each key as it is else.
         let two = match stage {
             "ppo" => "--set ppo.total_episodes=4 --set ppo.batch_size=2 --set ppo.eval_prompts=1".to_owned(),
+            "grpo" | "rloo" => format!(
+                "--set {stage}.max_steps=2 --set {stage}.num_generations=2 --set {stage}.per_device_train_batch_size=2 --set \
+                 {stage}.gradient_accumulation_steps=1 --set {stage}.eval_prompts=1"
+            ),
             _ => format!(
                 "--set data.max_rows=6 --set data.eval_rows=2 --set {stage}.per_device_train_batch_size=2 --set \
                  {stage}.gradient_accumulation_steps=1"
@@ -104,6 +110,8 @@ fn every_stage_gets_a_config_that_loads_fits_and_runs_as_it_is() {
     }
     let ppo = config::load(&p.path("ppo.toml"), &[]).unwrap();
     assert_eq!(ppo.ppo().unwrap().reward_adapter, std::path::Path::new("out/reward/adapter"));
+    let grpo = config::load(&p.path("grpo.toml"), &[]).unwrap();
+    assert_eq!(grpo.grpo.unwrap().reward_adapter, std::path::Path::new("out/reward/adapter"));
     assert!(!fs::read_to_string(p.path("ppo.toml")).unwrap().contains("\n[lora]\n"), "the adapter's shape counts");
     // Three times as many responses are bad as good.
     let kto = config::load(&p.path("kto.toml"), &[]).unwrap().kto();

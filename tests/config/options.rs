@@ -179,6 +179,15 @@ const PPO: &[Row] = &[
     ("loss_type", "", "'grpo'"),
     ("loss_type", "", "'dr_grpo'"),
     ("importance_sampling_level", "num_ppo_epochs = 2", "'sequence'"),
+    ("importance_sampling_level", "num_ppo_epochs = 2", "'product'"),
+    ("measure_kl", "kl_coef = 0.0", "false"),
+    ("normalize_advantages", "advantage_estimator = 'rloo'\nnum_generations = 2", "true"),
+    ("mask_truncated_completions", "", "true"),
+    ("top_entropy_quantile", "", "0.5"),
+    ("importance_sampling_correction", "", "'token_mask'"),
+    ("importance_sampling_clip_max", "importance_sampling_correction = 'token_truncate'", "0.5"),
+    ("importance_sampling_clip_min", "importance_sampling_correction = 'sequence_mask'", "2.0"),
+    ("dynamic_sampling_rollouts", EQUAL, "2"),
     ("policy_loss", "", "'cispo'"),
     ("policy_loss", "", "'sapo'"),
     ("sapo_temperature_pos", "policy_loss = 'sapo'", "9.0"),
@@ -187,6 +196,64 @@ const PPO: &[Row] = &[
     ("scale_rewards", "advantage_estimator = 'grpo'\nnum_generations = 2", "'none'"),
     ("scale_rewards", "advantage_estimator = 'grpo'\nnum_generations = 2", "'batch'"),
 ];
+
+/// A rule by which the rewards of many groups are all equal.
+const EQUAL: &str = "advantage_estimator = 'grpo'\nnum_generations = 2\nreward_adapter = ''\nreward = [{ kind = 'length', max_tokens = 4 }]";
+
+/// Of the group methods.
+const GROUPS: &[Row] = &[
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("reward_adapter", "", "'WORLD/reward/adapter_of_sft'"),
+    ("reward", "", "[{ kind = 'length', max_tokens = 4 }]"),
+    ("gold", "eval_prompts = 2", "{ kind = 'regex', pattern = 'a' }"),
+    ("num_generations", "", "4"),
+    ("num_train_epochs", "", "2"),
+    ("max_steps", "", "4"),
+    ("per_device_train_batch_size", "", "8"),
+    ("gradient_accumulation_steps", "", "1"),
+    ("steps_per_generation", "", "4"),
+    ("generation_batch_size", "", "16"),
+    ("num_iterations", "", "1"),
+    ("local_rollout_forward_batch_size", "", "SAME 3"),
+    ("max_completion_length", "", "9"),
+    ("temperature", "", "0.7"),
+    ("top_k", "", "3"),
+    ("top_p", "", "0.5"),
+    ("beta", "", "0.5"),
+    ("epsilon", "learning_rate = 5e-2", "0.001"),
+    ("epsilon_high", "learning_rate = 5e-2", "0.001"),
+    ("mask_truncated_completions", "", "true"),
+    ("dynamic_sampling_rollouts", "reward_adapter = ''\nreward = [{ kind = 'length', max_tokens = 4 }]", "2"),
+    ("sync_ref_model", "beta = 0.5\nref_model_sync_steps = 4", "true"),
+    ("ref_model_mixup_alpha", "beta = 0.5\nref_model_sync_steps = 4\nsync_ref_model = true", "0.1"),
+    ("ref_model_sync_steps", "beta = 0.5\nref_model_sync_steps = 4\nsync_ref_model = true", "8"),
+    ("eval_prompts", "", "2"),
+    ("eval_every", "eval_prompts = 2", "1"),
+    ("save_samples", "", "3"),
+];
+
+const GRPO: &[Row] = &[
+    ("delta", "learning_rate = 5e-2", "1.001"),
+    ("loss_type", "", "'grpo'"),
+    ("loss_type", "", "'dr_grpo'"),
+    ("loss_type", "", "SAME 'bnpo'"),
+    ("loss_type", "", "'cispo'"),
+    ("loss_type", "", "'sapo'"),
+    ("sapo_temperature_pos", "loss_type = 'sapo'", "9.0"),
+    ("sapo_temperature_neg", "loss_type = 'sapo'", "9.0"),
+    ("importance_sampling_level", "", "'sequence'"),
+    ("scale_rewards", "", "'none'"),
+    ("scale_rewards", "", "'batch'"),
+    ("multi_objective_aggregation", "reward = [{ kind = 'length', max_tokens = 6 }]", "'normalize_then_sum'"),
+    ("top_entropy_quantile", "", "0.5"),
+    ("importance_sampling_correction", "", "'sequence_truncate'"),
+    ("importance_sampling_clip_max", "importance_sampling_correction = 'token_truncate'", "0.5"),
+    ("importance_sampling_clip_min", "importance_sampling_correction = 'sequence_mask'", "2.0"),
+    ("entropy_coef", "", "0.1"),
+    ("use_bias_correction_kl", "beta = 0.5", "false"),
+];
+
+const RLOO: &[Row] = &[("normalize_advantages", "", "true"), ("reward_clip_range", "", "[-0.05, 0.05]")];
 
 const PTX: &[Row] = &[
     ("path", "path = 'WORLD/text.txt'", "'WORLD/other.txt'"),
@@ -321,6 +388,8 @@ fn stage_of(section: &str) -> Stage {
         "reward" => Stage::Reward,
         "dpo" => Stage::Dpo,
         "kto" => Stage::Kto,
+        "grpo" => Stage::Grpo,
+        "rloo" => Stage::Rloo,
         _ => Stage::Ppo,
     }
 }
@@ -388,6 +457,10 @@ fn before(section: &str) -> &'static str {
         "ppo" | "ppo.ptx" | "ppo.reward" => {
             "learning_rate = 5e-3\ntotal_episodes = 16\nbatch_size = 8\nnum_mini_batches = 2\nnum_ppo_epochs = 2\n\
              response_length = 12\nreward_adapter = 'WORLD/reward/adapter'"
+        }
+        "grpo" | "rloo" => {
+            "learning_rate = 5e-3\nper_device_train_batch_size = 4\ngradient_accumulation_steps = 2\nnum_generations = 2\n\
+             num_iterations = 2\nnum_train_epochs = 1\nmax_completion_length = 12\nreward_adapter = 'WORLD/reward/adapter'"
         }
         _ => "learning_rate = 5e-3\nper_device_train_batch_size = 4",
     }
@@ -462,6 +535,12 @@ fn every_key_of_kto_has_an_effect() {
 #[test]
 fn every_key_of_ppo_has_an_effect() {
     check("ppo", &[PPO, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_grpo_and_rloo_has_an_effect() {
+    check("grpo", &[GROUPS, GRPO, OPTIMIZER]);
+    check("rloo", &[GROUPS, RLOO, OPTIMIZER]);
 }
 
 #[test]

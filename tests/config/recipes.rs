@@ -42,7 +42,7 @@ const RECIPES: [(&str, Stage); 6] = [
     ("dpo", Stage::Dpo),
     ("kto", Stage::Kto),
     ("ppo", Stage::Ppo),
-    ("grpo", Stage::Ppo),
+    ("grpo", Stage::Grpo),
 ];
 
 fn root() -> &'static Path {

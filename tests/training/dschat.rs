@@ -186,7 +186,8 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
         };
         let responses = recorded.answers.iter().map(response).collect();
         let readers = Readers {
-            reference: Policy::new(base, None),
+            reference: Some(Policy::new(base, None)),
+            recomputes: false,
             critic: Some(ValueModel::new(base, &rm).unwrap()),
             exact_kl: false,
             last_values: false,

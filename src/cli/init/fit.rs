@@ -8,7 +8,7 @@ use super::document::Document;
 use super::look::Seen;
 use super::propose::{Asked, Bases};
 use crate::config;
-use crate::config::{ByteSize, Config, Quantize, Stage};
+use crate::config::{ByteSize, Config, Quantize};
 use crate::invalid;
 use crate::planner::changes::Change;
 use crate::planner::dry;
@@ -146,7 +146,7 @@ impl Fitter<'_> {
     fn is_worth_it(&self, change: &Change) -> bool {
         let config = &change.config;
         let response = config.ppo.as_ref().map_or(usize::MAX, |ppo| ppo.response_length);
-        if self.asked.stage == Stage::Ppo {
+        if self.asked.stage.has_rollouts() {
             return response >= SHORTEST;
         }
         let length = config.data.as_ref().map_or(usize::MAX, |data| data.max_length);
@@ -193,7 +193,7 @@ impl Fitter<'_> {
             false => needed(own),
         };
         let needs = ByteSize(needs.next_multiple_of(1 << 20));
-        let other = if self.asked.stage == Stage::Ppo { "shorter responses" } else { "shorter records" };
+        let other = if self.asked.stage.has_rollouts() { "shorter responses" } else { "shorter records" };
         invalid!(
             "{stage} over {base} does not fit: with one sequence a pass, everything recomputed and the base as small as it can \
              be, it still needs --memory {needs}, and {have}; take a smaller base or {other}"
@@ -216,7 +216,8 @@ fn is_quantised(change: &Change) -> bool {
 }
 
 fn is_shortened(change: &Change) -> bool {
-    change.set.iter().any(|(key, _)| key == "data.max_length" || key == "ppo.response_length")
+    let shortens = |key: &str| key.ends_with(".response_length") || key.ends_with(".max_completion_length");
+    change.set.iter().any(|(key, _)| key == "data.max_length" || shortens(key))
 }
 
 /// A change on top of the one that its search began at.

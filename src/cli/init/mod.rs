@@ -45,7 +45,7 @@ pub(super) struct Init {
     /// The base: a Hugging Face folder or a .gguf file.
     #[arg(long, value_name = "MODEL")]
     base: PathBuf,
-    /// Another base for the reward model and the critic; for reward and ppo.
+    /// Another base for the reward model and the critic; for reward, ppo, grpo and rloo.
     #[arg(long, value_name = "MODEL")]
     reward_base: Option<PathBuf>,
     /// Files, patterns or folders of records, whose lengths are measured.
@@ -60,7 +60,7 @@ pub(super) struct Init {
     /// The adapter to start from, or the folder of the run that trained it.
     #[arg(long, value_name = "RUN_OR_DIR")]
     adapter: Option<PathBuf>,
-    /// The reward model's adapter, or the folder of the reward run; for ppo.
+    /// The reward model's adapter, or the folder of the reward run; for ppo, grpo and rloo.
     #[arg(long, value_name = "RUN_OR_DIR")]
     reward_adapter: Option<PathBuf>,
     /// The file to write; else the config goes to stdout.
@@ -119,15 +119,22 @@ fn commands(stage: Stage, config: &Path) -> [String; 2] {
 /// The arguments, with folders of runs resolved to their adapters.
 fn asked(args: &Init) -> Result<Asked> {
     let stage = args.stage.of_config();
-    if args.reward_base.is_some() && !matches!(stage, Stage::Reward | Stage::Ppo) {
-        return Err(invalid!("--reward-base is for reward and ppo, and {} has one base; leave it out", stage.name()));
-    }
-    if args.reward_adapter.is_some() && stage != Stage::Ppo {
-        return Err(invalid!("--reward-adapter is for ppo, and {} has no reward model; leave it out", stage.name()));
-    }
-    if args.reward_adapter.is_none() && stage == Stage::Ppo {
+    if args.reward_base.is_some() && stage != Stage::Reward && !stage.has_rollouts() {
         return Err(invalid!(
-            "ppo needs --reward-adapter, the folder of a run of the reward stage; `fourfold init reward` configures one"
+            "--reward-base is for reward, ppo, grpo and rloo, and {} has one base; leave it out",
+            stage.name()
+        ));
+    }
+    if args.reward_adapter.is_some() && !stage.has_rollouts() {
+        return Err(invalid!(
+            "--reward-adapter is for ppo, grpo and rloo, and {} has no reward model; leave it out",
+            stage.name()
+        ));
+    }
+    if args.reward_adapter.is_none() && stage.has_rollouts() {
+        return Err(invalid!(
+            "{} needs --reward-adapter, the folder of a run of the reward stage; `fourfold init reward` configures one",
+            stage.name()
         ));
     }
     let place = match args.device.unwrap_or_default() {
@@ -258,7 +265,7 @@ impl Opened {
             _ => std::iter::once(&self.policy).chain(&self.reward).collect(),
         };
         let context = |model: &&Model| model.contents.config.max_position_embeddings;
-        let other_tokens = self.reward.as_ref().filter(|_| stage == Stage::Ppo).is_some_and(|reward| {
+        let other_tokens = self.reward.as_ref().filter(|_| stage.has_rollouts()).is_some_and(|reward| {
             let rows = |model: &Model| model.contents.config.vocab_size;
             let ids = rows(&self.policy).max(rows(reward)) as u32;
             (0..ids).any(|id| self.policy.tokenizer.token(id) != reward.tokenizer.token(id))

@@ -103,6 +103,7 @@ impl Draft<'_> {
         }
         match self.asked.stage {
             Stage::Ppo => self.ppo(examples),
+            Stage::Grpo | Stage::Rloo => self.group(examples),
             _ => self.supervised(examples),
         }
         self.document
@@ -145,7 +146,7 @@ impl Draft<'_> {
         let value = if let [only] = &names[..] { only.clone() } else { Value::Array(names) };
         self.put("data", "path", value, format!("It holds records of these kinds: {}.", kinds.join(", ")));
         let examples = match self.asked.stage {
-            Stage::Ppo => {
+            Stage::Ppo | Stage::Grpo | Stage::Rloo => {
                 let (response, _) = self.response_length();
                 let most = self.bases.context.saturating_sub(response).max(1);
                 let (limit, why) = limit(&seen.lengths, seen, most, "prompts");
@@ -274,7 +275,8 @@ impl Draft<'_> {
 
     /// The length of a response, and why.
     fn response_length(&self) -> (usize, String) {
-        let usual = self.defaults.whole("ppo", "response_length");
+        let key = if self.asked.stage == Stage::Ppo { "response_length" } else { "max_completion_length" };
+        let usual = self.defaults.whole(self.asked.stage.name(), key);
         let most = (self.bases.context / 2).max(1);
         match self.seen.filter(|seen| seen.responses.len() > 0) {
             Some(seen) => limit(&seen.responses, seen, most, "responses in the data"),
@@ -315,6 +317,44 @@ impl Draft<'_> {
             self.put("ppo", "eval_prompts", whole(self.held.min(MOST_EVAL_PROMPTS)), why);
         }
         self.checkpoint("ppo");
+    }
+
+    /// `[grpo]` or `[rloo]`.
+    fn group(&mut self, examples: Option<usize>) {
+        let section = self.asked.stage.name();
+        self.adapter(section);
+        if let Some(reward) = &self.asked.reward_adapter {
+            self.put(section, "reward_adapter", path(reward), "As --reward-adapter says.");
+        }
+        self.rate(section);
+        let generations = self.defaults.whole(section, "num_generations");
+        self.put(section, "num_generations", whole(generations), "TRL's.");
+        let micro = self.defaults.whole(section, "per_device_train_batch_size");
+        let passes = if examples.is_some_and(|n| n >= 2000) { 8 } else { 2 };
+        let batch = micro * passes;
+        let n = examples.unwrap_or(self.defaults.whole("ppo", "total_episodes") / generations);
+        let steps = ((n * generations).min(MOST_EPISODES) / batch).max(10);
+        let why = match examples {
+            Some(n) => format!(
+                "{} responses to {} prompts, {generations} to each, out of {}.",
+                grouped(steps * batch),
+                grouped(steps * batch / generations),
+                grouped(n)
+            ),
+            None => format!("{} responses, {generations} to a prompt.", grouped(steps * batch)),
+        };
+        self.put(section, "max_steps", whole(steps), why);
+        self.put(section, "per_device_train_batch_size", whole(micro), "As many at once as fit.");
+        let why = format!("{batch} responses an optimizer step: more make a steadier estimate and a longer iteration.");
+        self.put(section, "gradient_accumulation_steps", whole(passes), why);
+        let (response, why) = self.response_length();
+        self.put(section, "max_completion_length", whole(response), why);
+        if examples.is_some() {
+            self.warmup(section, steps);
+            let why = format!("{MOST_EVAL_PROMPTS} of those held out at most: each is answered to the end.");
+            self.put(section, "eval_prompts", whole(self.held.min(MOST_EVAL_PROMPTS)), why);
+        }
+        self.checkpoint(section);
     }
 }
 

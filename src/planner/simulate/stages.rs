@@ -63,6 +63,12 @@ pub struct Rollouts {
     pub evaluation: Vec<usize>,
     /// Whether they are evaluated during the run, and not only before and after it.
     pub evaluates_within: bool,
+    /// A reference is held, and the KL to it measured.
+    pub reference: bool,
+    /// The actor's log-probabilities are computed again after a rollout.
+    pub recomputes: bool,
+    /// Groups of a rollout may be refilled, beside which the rollout is held.
+    pub refills: bool,
     /// The advantages need a critic.
     pub critic: bool,
     /// The critic lives on the policy's base.
@@ -328,7 +334,9 @@ impl StageShape {
             ledger.enter(Phase::Evaluation);
             actor_view.generate(&work.evaluation, 1, work.response);
             let lengths = whole(&work.evaluation);
-            drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
+            if work.reference {
+                drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
+            }
             if work.reward_model {
                 in_chunks(&lengths, &mut |chunk| reward_view.values(chunk, chunk.len()));
             }
@@ -345,8 +353,14 @@ impl StageShape {
             let mut rows = vec![];
             in_chunks(&whole(&work.prompts), &mut |chunk| {
                 let r = chunk.len() * work.response;
-                let (hidden, stats) = actor_view.logprobs(chunk, r);
-                drop(stats);
+                if work.recomputes {
+                    drop(actor_view.logprobs(chunk, r));
+                }
+                let hidden = work.reference.then(|| {
+                    let (hidden, stats) = actor_view.logprobs(chunk, r);
+                    drop(stats);
+                    hidden
+                });
                 if work.critic {
                     critic_view.values(chunk, r);
                 }
@@ -356,11 +370,19 @@ impl StageShape {
                     drop(actor_view.divergence(r));
                     drop(mine);
                 }
-                rows.push(ledger.take(MemoryCategory::Data, r * e * size_of::<f32>()));
+                if work.reference {
+                    rows.push(ledger.take(MemoryCategory::Data, r * e * size_of::<f32>()));
+                }
                 drop(hidden);
             });
+            if work.refills && work.reference {
+                rows.push(ledger.take(MemoryCategory::Data, responses * e * size_of::<f32>()));
+            }
             if work.reward_model {
                 in_chunks(&whole(&work.prompts), &mut |chunk| reward_view.values(chunk, chunk.len()));
+            }
+            if work.refills && work.reference {
+                rows.pop();
             }
             ledger.enter(Phase::Update);
             let grads = self.actor_gradients(walk, actor_view, work);
@@ -384,7 +406,15 @@ impl StageShape {
             }
             let learners: Vec<&Learner> = [&actor].into_iter().chain(&critic).collect();
             if number + 1 == work.steps.clamp(1, STEPS) {
-                self.save(walk, &learners, 7 * responses + work.prompts.iter().sum::<usize>(), responses * e);
+                self.save(
+                    walk,
+                    &learners,
+                    // Of a response's token: itself, log-probability and advantage; of the reference log-probability
+                    // and KL; of the critic value and return.
+                    (3 + if work.reference { 2 } else { 0 } + if work.critic { 2 } else { 0 }) * responses
+                        + work.prompts.iter().sum::<usize>(),
+                    if work.reference { responses * e } else { 0 },
+                );
             }
         }
         if !work.evaluates_within {
@@ -403,8 +433,9 @@ impl StageShape {
             let e = view.net.config.embedding_width;
             let _batch = walk.ledger.take(MemoryCategory::Data, m * OF_TOKEN + r * (OF_TARGET + 12));
             // The reference's hidden states of these responses: the exact KL is a metric of the first pass.
-            let other = walk.rows(MemoryCategory::Head, r, e);
-            let g = view.policy_gradients(&lengths, r, Some(work.exact.1), self.checkpoint);
+            let other = work.reference.then(|| walk.rows(MemoryCategory::Head, r, e));
+            let against = work.reference.then_some(work.exact.1);
+            let g = view.policy_gradients(&lengths, r, against, self.checkpoint);
             drop(other);
             sum = add(sum, g);
         }

@@ -16,7 +16,14 @@ impl Lists {
 
     fn policy(&self, range: std::ops::Range<usize>) -> PolicyTokens<'_> {
         let [logprobs, old_logprobs, advantages] = self.0.each_ref().map(|l| &l[range.clone()]);
-        PolicyTokens { lengths: &self.1[..range.len()], logprobs, old_logprobs, advantages, ref_logprobs: old_logprobs }
+        PolicyTokens {
+            lengths: &self.1[..range.len()],
+            logprobs,
+            old_logprobs,
+            advantages,
+            ref_logprobs: old_logprobs,
+            weights: None,
+        }
     }
 
     fn value(&self, range: std::ops::Range<usize>) -> ValueTokens<'_> {
@@ -53,6 +60,7 @@ fn token(objective: Objective, log_ratio: f32, advantage: f32) -> (f64, f32) {
         old_logprobs: &[-1.0],
         advantages: &[advantage],
         ref_logprobs: &[-1.5],
+        weights: None,
     };
     let out = policy_loss(one, &objective, 1.0).unwrap();
     (out.loss, out.grad[0])
@@ -79,6 +87,7 @@ fn clips_and_clamps_bound_the_loss_and_remove_the_gradient() {
             old_logprobs: &[-1.0],
             advantages: &[1.0],
             ref_logprobs: &[-1.0],
+            weights: None,
         };
         assert!(policy_loss(tokens, &clamped, 1.0).is_err(), "a clamp must not hide {bad}");
     }
@@ -119,6 +128,7 @@ fn tokens_whose_k3_is_clamped_are_counted_and_only_with_the_kl_in_the_loss() {
         old_logprobs: &[-1.0, -30.0, -1.0],
         advantages: &[0.0; 3],
         ref_logprobs: &[-1.5, -1.0, -25.0],
+        weights: None,
     };
     let with = |kl| policy_loss(far, &Objective { kl, ..Objective::clip(0.2) }, 3.0).unwrap();
     let k3 = with(Some((Estimator::K3, 0.5)));
@@ -194,6 +204,7 @@ fn unequal_lists_empty_normalisers_and_infinite_losses_are_errors() {
         old_logprobs: &[0.0],
         advantages: &[1.0],
         ref_logprobs: &[0.0],
+        weights: None,
     };
     assert!(policy_loss(PolicyTokens { advantages: &[], ..one }, &Objective::clip(0.2), 1.0).is_err());
     assert!(policy_loss(one, &Objective::clip(0.2), 0.0).is_err());
@@ -201,6 +212,34 @@ fn unequal_lists_empty_normalisers_and_infinite_losses_are_errors() {
     assert!(policy_loss(PolicyTokens { logprobs: &[1e4], ..one }, &Objective::clip(0.2), 1.0).is_err());
     let one = ValueTokens { values: &[f32::INFINITY], old_values: &[0.0], returns: &[1.0] };
     assert!(value_loss(one, 0.2, 1.0).is_err());
+}
+
+/// The objective of a golden case and what it is divided by, for `responses` with `tokens` in all.
+fn of_trl(case: &Value, golden: &Value, (responses, tokens): (usize, usize)) -> (Objective, f64) {
+    let number = |key: &str| case[key].as_f64();
+    let kind = case["loss_type"].as_str().unwrap();
+    let low = number("epsilon").unwrap_or(0.2);
+    let high = number("epsilon_high").unwrap_or(low);
+    let surrogate = match kind {
+        "cispo" => Surrogate::Cispo { cap: high },
+        "sapo" => Surrogate::Sapo { positive: 1.0, negative: 1.05 },
+        _ => Surrogate::Clip { low, high, dual: number("delta") },
+    };
+    let by_response = ["grpo", "sapo"].contains(&kind);
+    let normaliser = match kind {
+        "dr_grpo" => responses as f64 * golden["most"].as_f64().unwrap(),
+        _ if by_response => responses as f64,
+        _ => tokens as f64,
+    };
+    let is_sequence = case["importance_sampling_level"] == "sequence";
+    let objective = Objective {
+        kl: number("beta").map(|beta| (Estimator::K3, beta)),
+        kl_times_ratio: case["use_bias_correction_kl"] == true,
+        level: if is_sequence { RatioLevel::Sequence } else { RatioLevel::Token },
+        average: if by_response { Average::Responses } else { Average::Tokens },
+        ..Objective::of(surrogate)
+    };
+    (objective, normaliser)
 }
 
 /// `GRPOTrainer._compute_loss` on the same numbers (tests/golden/grpo_loss.py), which are exact in f32.
@@ -217,32 +256,13 @@ fn the_group_methods_losses_and_gradients_are_trls_golden() {
         old_logprobs: &old,
         advantages: &advantages,
         ref_logprobs: &reference,
+        weights: None,
     };
     let cases = golden["cases"].as_array().unwrap();
     for case in cases {
         let number = |key: &str| case[key].as_f64();
         let kind = case["loss_type"].as_str().unwrap();
-        let low = number("epsilon").unwrap_or(0.2);
-        let high = number("epsilon_high").unwrap_or(low);
-        let surrogate = match kind {
-            "cispo" => Surrogate::Cispo { cap: high },
-            "sapo" => Surrogate::Sapo { positive: 1.0, negative: 1.05 },
-            _ => Surrogate::Clip { low, high, dual: number("delta") },
-        };
-        let by_response = ["grpo", "sapo"].contains(&kind);
-        let normaliser = match kind {
-            "dr_grpo" => lengths.len() as f64 * golden["most"].as_f64().unwrap(),
-            _ if by_response => lengths.len() as f64,
-            _ => logprobs.len() as f64,
-        };
-        let is_sequence = case["importance_sampling_level"] == "sequence";
-        let objective = Objective {
-            kl: number("beta").map(|beta| (Estimator::K3, beta)),
-            kl_times_ratio: case["use_bias_correction_kl"] == true,
-            level: if is_sequence { RatioLevel::Sequence } else { RatioLevel::Token },
-            average: if by_response { Average::Responses } else { Average::Tokens },
-            ..Objective::of(surrogate)
-        };
+        let (objective, normaliser) = of_trl(case, &golden, (lengths.len(), logprobs.len()));
         let out = policy_loss(tokens, &objective, normaliser).unwrap();
         let want = number("loss").unwrap();
         assert!((out.loss - want).abs() < 1e-12, "{case}: {} and {want}", out.loss);
@@ -253,4 +273,73 @@ fn the_group_methods_losses_and_gradients_are_trls_golden() {
         }
     }
     assert_eq!(cases.len(), 14);
+}
+
+/// Recorded tensors of six responses, and what TRL's code makes of masks on them (tests/golden/group_loss.py).
+#[test]
+fn masked_tokens_and_responses_and_a_responses_ratio_are_trls_golden() {
+    let recorded: Value = serde_json::from_str(include_str!("../../../tests/golden/grpo_loss.json")).unwrap();
+    let golden: Value = serde_json::from_str(include_str!("../../../tests/golden/group_loss.json")).unwrap();
+    let lengths: Vec<usize> = serde_json::from_value(recorded["lengths"].clone()).unwrap();
+    let [logprobs, old, reference, of_rows] =
+        ["logprobs", "old", "reference", "weights"].map(|key| floats(&recorded[key]));
+    let entropies = floats(&golden["entropies"]);
+    let check = |case: &Value, objective: &Objective, normaliser: f64, rows: &[usize], weights: Option<&[f32]>| {
+        // Responses that are left out are not read at all, and keep a derivative of 0.
+        let starts: Vec<usize> = lengths.iter().scan(0, |at, n| Some(std::mem::replace(at, *at + n))).collect();
+        let places: Vec<usize> = rows.iter().flat_map(|&row| starts[row]..starts[row] + lengths[row]).collect();
+        let of = |all: &[f32]| -> Vec<f32> { places.iter().map(|&at| all[at]).collect() };
+        let kept: Vec<usize> = rows.iter().map(|&row| lengths[row]).collect();
+        let advantages: Vec<f32> = rows.iter().flat_map(|&row| vec![of_rows[row]; lengths[row]]).collect();
+        let tokens = PolicyTokens {
+            lengths: &kept,
+            logprobs: &of(&logprobs),
+            old_logprobs: &of(&old),
+            advantages: &advantages,
+            ref_logprobs: &of(&reference),
+            weights,
+        };
+        let out = policy_loss(tokens, objective, normaliser).unwrap();
+        let want = case["loss"].as_f64().unwrap();
+        assert!((out.loss - want).abs() < 1e-12, "{case}: {} and {want}", out.loss);
+        let mut grad = vec![0.0; logprobs.len()];
+        places.iter().zip(&out.grad).for_each(|(&at, &slope)| grad[at] = f64::from(slope));
+        let wanted: Vec<f64> = serde_json::from_value(case["grad"].clone()).unwrap();
+        assert!(grad.iter().zip(&wanted).all(|(a, b)| (a - b).abs() < 1e-8), "{case}: {grad:?}");
+    };
+    let cases = golden["cases"].as_array().unwrap();
+    for case in cases {
+        let truncated: Vec<usize> = serde_json::from_value(case["truncated"].clone()).unwrap_or_default();
+        let rows: Vec<usize> = (0..lengths.len()).filter(|row| !truncated.contains(row)).collect();
+        let tokens: usize = rows.iter().map(|&row| lengths[row]).sum();
+        let (objective, normaliser) = of_trl(case, &recorded, (lengths.len(), tokens));
+        let weights = case["top_entropy_quantile"].as_f64().map(|share| {
+            let mut at = 0;
+            let places = lengths.iter().enumerate().flat_map(|(row, n)| {
+                at += n;
+                (at - n..at).filter(|_| !truncated.contains(&row)).collect::<Vec<_>>()
+            });
+            let kept: Vec<f32> = places.map(|at| entropies[at]).collect();
+            let bound = crate::ppo::update::quantile(&kept, 1.0 - share);
+            kept.iter().map(|&entropy| f32::from(u8::from(f64::from(entropy) >= bound))).collect::<Vec<f32>>()
+        });
+        check(case, &objective, normaliser, &rows, weights.as_deref());
+    }
+    let all: Vec<usize> = (0..lengths.len()).collect();
+    let rloo = golden["rloo"].as_array().unwrap();
+    for case in rloo {
+        let side = |key: &str| case[key].as_f64().unwrap();
+        let surrogate = Surrogate::Clip { low: side("epsilon"), high: side("epsilon_high"), dual: None };
+        let objective =
+            Objective { level: RatioLevel::Product, average: Average::Responses, ..Objective::of(surrogate) };
+        check(case, &objective, lengths.len() as f64, &all, None);
+    }
+    // Weights that correct for another sampler.
+    let corrected = golden["corrected"].as_array().unwrap();
+    for case in corrected {
+        let weights = floats(&golden["correction"][case["mode"].as_str().unwrap()]);
+        let (objective, normaliser) = of_trl(case, &recorded, (lengths.len(), logprobs.len()));
+        check(case, &objective, normaliser, &all, Some(&weights));
+    }
+    assert_eq!((cases.len(), rloo.len(), corrected.len()), (9, 3, 4));
 }

@@ -6,7 +6,7 @@ use std::cell::RefCell;
 use anyhow::{Result, ensure};
 use serde_json::Value;
 
-use super::{RewardInputs, RewardSource};
+use super::{PartScores, RewardInputs, RewardSource};
 use crate::report::{Metrics, number};
 
 /// One term of a weighted sum.
@@ -23,20 +23,20 @@ pub struct Part<'w> {
 /// own metrics.
 pub struct WeightedSum<'w> {
     parts: Vec<Part<'w>>,
-    means: RefCell<Vec<f64>>,
+    last: RefCell<Vec<Vec<f32>>>,
 }
 
 impl<'w> WeightedSum<'w> {
     /// Combines one or more parts.
     pub fn new(parts: Vec<Part<'w>>) -> Self {
-        Self { means: RefCell::new(vec![f64::NAN; parts.len()]), parts }
+        Self { last: RefCell::new(vec![vec![]; parts.len()]), parts }
     }
 }
 
 impl RewardSource for WeightedSum<'_> {
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let mut sums = vec![0f64; inputs.responses.len()];
-        for (part, mean) in self.parts.iter().zip(self.means.borrow_mut().iter_mut()) {
+        for (part, last) in self.parts.iter().zip(self.last.borrow_mut().iter_mut()) {
             let scores = part.source.scores(inputs)?;
             ensure!(
                 scores.len() == sums.len(),
@@ -48,14 +48,21 @@ impl RewardSource for WeightedSum<'_> {
             for (sum, &score) in sums.iter_mut().zip(&scores) {
                 *sum += part.weight * f64::from(score);
             }
-            *mean = scores.iter().map(|&s| f64::from(s)).sum::<f64>() / scores.len() as f64;
+            *last = scores;
         }
         Ok(sums.into_iter().map(|s| s as f32).collect())
     }
 
+    fn parts(&self) -> Vec<PartScores> {
+        let last = self.last.borrow();
+        let both = self.parts.iter().zip(last.iter().cloned());
+        both.map(|(part, scores)| PartScores { name: part.name.clone(), weight: part.weight, scores }).collect()
+    }
+
     fn metrics(&self) -> Metrics {
         let mut metrics = Metrics::new();
-        for (part, &mean) in self.parts.iter().zip(self.means.borrow().iter()) {
+        for (part, scores) in self.parts.iter().zip(self.last.borrow().iter()) {
+            let mean = scores.iter().map(|&s| f64::from(s)).sum::<f64>() / scores.len() as f64;
             metrics.insert(format!("rewards/{}/mean", part.name), number(mean));
             let more = part.source.metrics().into_iter();
             metrics.extend(more.map(|(key, value)| (format!("rewards/{}/{key}", part.name), value)));
@@ -155,6 +162,8 @@ mod tests {
         let inputs =
             RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
         assert_eq!(sum.scores(&inputs).unwrap(), [-1.0, -2.0]);
+        let parts = sum.parts();
+        assert_eq!((parts[1].name.as_str(), parts[1].weight, &parts[1].scores[..]), ("b", -0.5, &[4.0, 8.0][..]));
         let metrics = sum.metrics();
         assert_eq!((&metrics["rewards/a/mean"], &metrics["rewards/b/mean"]), (&1.5.into(), &6.0.into()));
         assert_eq!(metrics["rewards/b/bad_scores"], 3);

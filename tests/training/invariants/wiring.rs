@@ -73,7 +73,7 @@ pub(super) fn responses(state: &State) -> Vec<Vec<u32>> {
 /// A state after a rollout whose reference is another policy than the actor.
 pub(super) fn rolled_out(run: &PpoRun<'_>) -> State {
     let mut state = State::new(run).unwrap();
-    state.reference = world().other.clone();
+    state.reference = Some(world().other.clone());
     state.roll_out(run).unwrap();
     state
 }
@@ -192,7 +192,7 @@ fn exact_kl(run: &PpoRun<'_>, state: &State, temperature: f64) -> Vec<f32> {
         };
         logits.into_iter().map(row).collect()
     };
-    let (actor, reference) = (log_softmax(run.sft), log_softmax(&state.reference));
+    let (actor, reference) = (log_softmax(run.sft), log_softmax(state.reference.as_ref().unwrap()));
     let kl = |(p, q): (&Vec<f64>, &Vec<f64>)| p.iter().zip(q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>() as f32;
     actor.iter().zip(&reference).map(kl).collect()
 }
@@ -394,7 +394,7 @@ fn the_logged_reward_is_what_was_trained_on_and_the_raw_one_stands_beside_it() {
             let rollout = &experience.rollout;
             let n = rollout.scores.len() as f64;
             let scores = rollout.scores.iter().map(|&s| f64::from(s)).sum::<f64>() / n;
-            let kl = experience.mean_kl();
+            let kl = experience.mean_kl().unwrap();
             let shaped = |i: usize| {
                 f64::from(rollout.scores[i]).clamp(-0.25, 0.25) - 0.125 * rollout.responses[i].tokens.len() as f64
             };

@@ -56,7 +56,7 @@ fn the_kl_in_the_reward_has_the_adapted_weight_and_scores_the_running_scale() {
     let config = Ppo { use_score_scaling: true, use_score_norm: true, score_clip: 1.5, ..still() };
     with_run(&config, |run| {
         let mut state = State::new(&run).unwrap();
-        state.reference = world().other.clone();
+        state.reference = Some(world().other.clone());
         let mut all: Vec<f64> = vec![];
         for iteration in 0..2 {
             (state.iteration, state.kl_coef) = (iteration, 0.3);
