@@ -96,6 +96,7 @@ pub fn train(
     let stage = Responses { base, judge, examples, sampler, stored, held, held_reference, recompute };
     let Trained { adapter: trained, steps, tokens } = training.run(&stage, session)?;
     let after = stage.evaluation(&trained)?;
+    after.distributions("kto/eval_").for_each(|(name, found)| session.report.fact(&name, &found));
     session.report.done();
     let loss = if held_out.len() < 2 { f64::NAN } else { after.loss };
     if held_out.len() > 1 {
@@ -196,7 +197,7 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        Ok(self.evaluation(adapter)?.figures("eval_"))
+        Ok(self.evaluation(adapter)?.evaluation())
     }
 }
 

@@ -71,6 +71,7 @@ pub fn train(
     let stage = Comparisons { base, judge, stored, held_out, held_reference, recompute };
     let Trained { adapter: trained, steps, tokens } = training.run(&stage, session)?;
     let after = stage.evaluation(&trained)?;
+    after.distributions("dpo/eval_").for_each(|(name, found)| session.report.fact(&name, &found));
     session.report.done();
     let loss = if held_out.is_empty() { f64::NAN } else { after.loss };
     let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens };
@@ -150,7 +151,7 @@ impl SupervisedStage<RankedExample> for Comparisons<'_> {
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        Ok(self.evaluation(adapter)?.figures("eval_"))
+        Ok(self.evaluation(adapter)?.evaluation())
     }
 }
 

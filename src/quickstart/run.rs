@@ -56,6 +56,7 @@ pub fn config(seed: u64) -> Config {
         compat: None,
         seed,
         output_dir: None,
+        report_to: config::ReportTo::default(),
         base: config::Base::at("embedded"),
         reward_base: None,
         checkpoint: config::CheckpointConfig::default(),

@@ -91,9 +91,7 @@ impl Report {
     /// # Errors
     /// If the files cannot be made.
     pub fn to_dir(dir: &Path) -> Result<Self> {
-        let open = |name: &'static str| Lines::begin(&dir.join(name), name);
-        let (metrics, samples, events) = (open(METRICS)?, open(SAMPLES)?, Events::begin(dir)?);
-        Ok(Self { metrics: Some(metrics), samples: Some(samples), events: Some(events), ..Self::silent() })
+        Self::open(dir, None, true)
     }
 
     /// Into the same files after their first bytes, as many as `positions` says; what came after is cut off.
@@ -101,9 +99,27 @@ impl Report {
     /// # Errors
     /// If the files cannot be opened and cut.
     pub fn go_on(dir: &Path, positions: Positions) -> Result<Self> {
-        let open = |name: &'static str, at| Lines::go_on(&dir.join(name), name, at);
-        let (metrics, samples) = (open(METRICS, positions.metrics)?, open(SAMPLES, positions.samples)?);
-        let events = Some(Events::go_on(dir, positions.events)?);
+        Self::open(dir, Some(positions), true)
+    }
+
+    /// As [`Report::go_on`] where there are positions, else as [`Report::to_dir`]; without `has_events`, TensorBoard's file
+    /// is not written, and a run that begins removes a former run's.
+    ///
+    /// # Errors
+    /// As for these two.
+    pub fn open(dir: &Path, from: Option<Positions>, has_events: bool) -> Result<Self> {
+        let lines = |name: &'static str, at: fn(Positions) -> u64| match from {
+            Some(positions) => Lines::go_on(&dir.join(name), name, at(positions)),
+            None => Lines::begin(&dir.join(name), name),
+        };
+        let (metrics, samples) = (lines(METRICS, |at| at.metrics)?, lines(SAMPLES, |at| at.samples)?);
+        let events = match (has_events, from) {
+            (true, Some(positions)) => Some(Events::go_on(dir, positions.events)?),
+            (true, None) => Some(Events::begin(dir)?),
+            (false, None) => Events::remove(dir).map(|()| None)?,
+            // The events before the checkpoint stay.
+            (false, Some(_)) => None,
+        };
         Ok(Self { metrics: Some(metrics), samples: Some(samples), events, ..Self::silent() })
     }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::config::{Config, Stage};
+use crate::config::{Config, ReportTo, Stage};
 use crate::data::examples::{Example, Examples};
 use crate::host::meter;
 use crate::invalid;
@@ -96,15 +96,16 @@ impl Inputs {
             None => None,
         };
         let settings = self.config.to_toml()?;
+        let has_events = self.config.report_to == ReportTo::Tensorboard;
         let report = match &found {
             Some(found) => {
                 store.remove_after(&found.path)?;
                 output::go_on(out, self.stage.name(), &settings)?;
-                Report::go_on(out, found.manifest.positions)?
+                Report::open(out, Some(found.manifest.positions), has_events)?
             }
             None => {
                 output::begin(out, self.stage.name(), &settings)?;
-                Report::to_dir(out)?
+                Report::open(out, None, has_events)?
             }
         };
         let report = LivePage::follow(report, out, self.about(launch)?, found.is_some());
