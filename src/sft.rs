@@ -10,6 +10,7 @@ use anyhow::Result;
 use crate::config::{Sft, Supervised};
 use crate::data::examples::objectives::SftExample;
 use crate::data::examples::{Examples, chunks, pick};
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -63,8 +64,8 @@ pub fn train(
     let perplexity_before = found.unwrap_or(f64::NAN);
     training.resume(session)?;
     session.report.note(&match held_out.len() {
-        0 => format!("sft: {} records, none held out", examples.len()),
-        _ => format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()),
+        0 => format!("sft: {}, none held out", counted(examples.len(), "record")),
+        _ => format!("sft: {}, held-out perplexity {perplexity_before:.3} before", counted(examples.len(), "record")),
     });
     let trained = training.run(&CrossEntropy { base, held_out, recompute }, session)?;
     let perplexity_after = perplexity(base, &trained.adapter, held_out)?;

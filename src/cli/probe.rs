@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::text::Weights;
 use crate::data::stream::ids;
+use crate::error::counted;
 use crate::invalid;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;
@@ -70,7 +71,10 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
         rest = after;
         let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
         let perplexity = (-sum / row.len() as f64).exp();
-        super::say(&format!("sequence {i}: {} tokens, sum {sum:.4}, perplexity {perplexity:.4}\n", row.len()))?;
+        super::say(&format!(
+            "sequence {i}: {}, sum {sum:.4}, perplexity {perplexity:.4}\n",
+            counted(row.len(), "token")
+        ))?;
     }
     Ok(())
 }

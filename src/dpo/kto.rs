@@ -12,6 +12,7 @@ use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as s
 use crate::config::{Kto, Supervised};
 use crate::data::examples::batch_sampler::BatchSampler;
 use crate::data::examples::objectives::UnpairedExample;
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -56,11 +57,7 @@ pub fn train(
     max_length: usize,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
-    if examples.len() < 2 {
-        return Err(invalid!(
-            "[kto] needs two records or more to train on: the KL term puts one's response to another"
-        ));
-    }
+    check(examples.len(), held_out.len())?;
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
     let Setup { base, start, recompute, .. } = setup;
     let judge = Judge {
@@ -73,8 +70,8 @@ pub fn train(
     let good = examples.iter().filter(|e| e.desirable).count();
     session.report.stage("kto", training.steps());
     session.report.note(&format!(
-        "kto: {good} good and {} bad responses, {} held out",
-        examples.len() - good,
+        "kto: {good} good and {}, {} held out",
+        counted(examples.len() - good, "bad response"),
         held_out.len()
     ));
     if good == 0 || good == examples.len() {
@@ -104,6 +101,26 @@ pub fn train(
     }
     let counts = [good, examples.len() - good];
     Ok((trained, Summary { margin: after.margin(), loss, counts, steps, tokens }))
+}
+
+/// Refuses too few responses to train on.
+///
+/// # Errors
+/// If there are fewer than two.
+pub fn check(train: usize, held_out: usize) -> Result<()> {
+    if train >= 2 {
+        return Ok(());
+    }
+    let remedy = match held_out {
+        0 => "give more records".to_owned(),
+        1 => format!("1 of {} is held out: give more, or set [data] eval_rows = 0", train + 1),
+        _ => format!("{held_out} of {} are held out: give more, or set [data] eval_rows = 0", train + held_out),
+    };
+    Err(invalid!(
+        "[kto] needs two responses or more to train on, because the KL term puts one's response after another's prompt, and \
+         there {} {train}; {remedy}",
+        if train == 1 { "is" } else { "are" }
+    ))
 }
 
 /// The stage's loss and evaluation.

@@ -11,6 +11,7 @@ use super::loss::{PairLoss, Response};
 use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use crate::config::{Dpo, DpoLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -61,7 +62,7 @@ pub fn train(
     let start = start.clone().with_score_head(None)?;
     let mut training = Training::new(setup, &start, config.supervised(), settings::DPO_ORDER, examples)?;
     session.report.stage("dpo", training.steps());
-    session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
+    session.report.note(&format!("dpo: {}, {} held out", counted(examples.len(), "comparison"), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
         false => None,

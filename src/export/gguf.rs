@@ -161,7 +161,11 @@ fn with_card(
 ) -> Result<Comparison> {
     let beside = card::beside(out);
     if beside.exists() {
-        return Err(invalid!("{} already exists; remove it or name another --out", beside.display()));
+        return Err(invalid!(
+            "{}, the model card beside {}, already exists; remove it or name another --out",
+            beside.display(),
+            out.display()
+        ));
     }
     let comparison = staged::staged_files(paths, make)?;
     fs::write(&beside, card.text(source, &comparison)).with_context(|| format!("writing {}", beside.display()))?;

@@ -347,15 +347,21 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
     let mut notes = vec![];
     if let (Kind::Classifier, Some(head)) = (settings.kind, source.adapter.head()) {
         notes.push("score: one label, the score of a sequence's last token".to_string());
-        if head.bias != 0.0 {
-            notes.push(format!(
-                "the head was trained with a bias of {}, which transformers has no place for: scores here are lower by \
-                 it; differences of scores are the same",
-                head.bias
-            ));
-        }
+        notes.extend(without_bias(head.bias));
     }
     Card { front, made, weights: settings.dtype.torch_name(), notes }
+}
+
+/// What becomes of a score without the head's bias; `None` if it has none.
+pub fn without_bias(bias: f32) -> Option<String> {
+    let moved = if bias > 0.0 { "lower" } else { "higher" };
+    (bias != 0.0).then(|| {
+        format!(
+            "the head's bias of {bias} is left out, since a sequence classifier of transformers has none: its scores are {moved} \
+             by {} than those of `fourfold score`, and differences of scores are the same",
+            bias.abs()
+        )
+    })
 }
 
 fn verify(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {

@@ -13,6 +13,7 @@ use super::html::{escape, json_in_script, short, table};
 use super::run_files::{RunFiles, Stage};
 use super::thin::Point;
 use super::{compare, settings, status};
+use crate::error::counted;
 use crate::stats::Histogram;
 
 /// The most bytes of a page.
@@ -96,7 +97,7 @@ fn single(run: &RunFiles, draw: &mut Draw<'_>) -> Result<String> {
 }
 
 fn several(runs: &[RunFiles], draw: &mut Draw<'_>) -> Result<String> {
-    let mut out = format!("<header><h1>{} runs compared</h1>", runs.len());
+    let mut out = format!("<header><h1>{} compared</h1>", counted(runs.len(), "run"));
     for (i, (run, name)) in runs.iter().zip(compare::names(runs)).enumerate() {
         let _ = write!(out, "<div class=run><i class=\"k{}\"></i>{}</div>", i % COLOURS, head(run, &name));
     }
@@ -132,9 +133,10 @@ fn warnings(run: &RunFiles) -> String {
         });
         let (count, first, last) = notice.steps;
         format!(
-            "<li><b>{}</b>: {} <span class=say>(in {count} steps of {}, from {first} to {last})</span>{link}</li>",
+            "<li><b>{}</b>: {} <span class=say>(in {} of {}, from {first} to {last})</span>{link}</li>",
             escape(&notice.name),
             escape(&notice.text),
+            counted(count, "step"),
             escape(&notice.stage)
         )
     });
@@ -244,7 +246,7 @@ fn distributions(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
     for (of, (when, found)) in newest {
         let (title, name) = titled(&stage.name, of);
         let mean = short(found.sum / found.num as f64);
-        let count = if found.num == 1 { "1 response".into() } else { format!("{} responses", found.num) };
+        let count = counted(found.num, "response");
         let note = format!("{name}: {count} at {when}, mean {mean}.");
         let at = figures.iter().position(|figure| figure.title == title).unwrap_or_else(|| {
             figures.push(Figure { id: id(&stage.name, &title), title, x: "value", ..Figure::default() });

@@ -23,6 +23,7 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
+use crate::page;
 use crate::page::{About, LivePage};
 use crate::planner::plan;
 use crate::ppo::rollout::sampling_params;
@@ -123,12 +124,28 @@ pub fn run_on(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Re
     run_with(out, &config(seed).on(device))
 }
 
-/// Runs all stages with other settings, for studies.
+/// Runs all stages with other settings, for studies. A finished quickstart in the folder stays until the new one is.
 ///
 /// # Errors
 /// Those of [`run`].
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     stop::listen()?;
+    if !out.join("summary.json").exists() {
+        return run_in(out, config);
+    }
+    let made = run::replaced(out, "quickstart", &["merged"], |new| {
+        let outcome = Outcome { out: out.to_path_buf(), ..run_in(new, config)? };
+        write_summary(new, &outcome.to_json())?;
+        Ok(outcome)
+    })?;
+    // Its page names the folder that it was made in.
+    if let Err(error) = page::write(&[out.to_path_buf()], &out.join(page::NAME)) {
+        eprintln!("{error:#}; `fourfold report {}` makes the page again", out.display());
+    }
+    Ok(made)
+}
+
+fn run_in(out: &Path, config: &Config) -> Result<Outcome> {
     let outcome = all_stages(out, config).inspect_err(|error| finish_page(out, Err(error)))?;
     write_summary(out, &outcome.to_json())?;
     finish_page(out, Ok(()));

@@ -61,6 +61,14 @@ pub trait Follower: Send {
     fn fact(&mut self, name: &str, fact: &Value) -> Result<()>;
 }
 
+/// Removes TensorBoard's files of the run in `dir`.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn remove_events(dir: &Path) -> Result<()> {
+    Events::remove(dir)
+}
+
 /// Where a stage's metrics go.
 pub struct Report {
     metrics: Option<Lines>,

@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use crate::config::{Config, ReportTo, Stage};
 use crate::data::examples::{Example, Examples};
+use crate::error::counted;
 use crate::host::meter;
 use crate::invalid;
 use crate::model::adapter::Adapter;
@@ -167,7 +168,7 @@ impl Inputs {
                 changes.mathematics.join(", ")
             ));
         }
-        note!("going on from {}, after {} steps", found.path.display(), found.manifest.step);
+        note!("going on from {}, after {}", found.path.display(), counted(found.manifest.step, "step"));
         Ok(Some(found))
     }
 }

@@ -64,11 +64,21 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
         note(&format!("device: {}; products in {}", selected.name(), compute.name()));
     }
     if let Some(reason) = &selected.reason {
-        note(&format!("device: the CPU, because no card can be used: {reason}"));
+        note(&format!("device: the CPU ({}; `fourfold doctor` says more)", in_short(reason)));
     }
     section.device = Some(selected.choice);
     section.compute_dtype = Some(compute);
     Ok(selected.device)
+}
+
+/// Why no card is used, without what to do about it: most machines have none, and that is no fault.
+pub fn in_short(reason: &str) -> String {
+    if reason.contains("driver is missing") {
+        return "no NVIDIA driver found".into();
+    }
+    // A reason is a list of `what is wrong: what to do`.
+    let faults: Vec<&str> = reason.split("; ").map(|part| part.split(": ").next().unwrap_or(part)).collect();
+    faults.join("; ")
 }
 
 /// What products are computed in on a device where a base overflows f16, with a line that says so.
