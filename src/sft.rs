@@ -18,6 +18,7 @@ use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
+use crate::report::progress::{Progress, Unit};
 use crate::report::{Figures, number};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -153,7 +154,9 @@ pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)>
 pub fn perplexity(base: &Base, adapter: &Adapter, examples: &(impl Examples<SftExample> + ?Sized)) -> Result<f64> {
     let _phase = within(Phase::Evaluation);
     let (mut sum, mut count) = (0f64, 0usize);
+    let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("record"));
     for rows in chunks(examples.len(), EVAL_BATCH) {
+        progress.set(rows.start);
         let (batch, targets) = pack(&pick(examples, rows)?)?;
         let stats = Policy::new(base, Some(adapter)).logprobs(&batch, &targets, 1.0)?;
         sum -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>();

@@ -17,9 +17,9 @@ use crate::error::counted;
 use crate::invalid;
 use crate::note;
 use crate::report::number;
+use crate::report::progress::{Progress, Unit};
 use crate::reward::train as reward;
 use crate::run::Model;
-use crate::run::progress::Progress;
 
 #[derive(Args)]
 pub(super) struct Score {
@@ -188,7 +188,7 @@ pub(super) fn score(args: &Score) -> Result<()> {
         return Err(invalid!("{}: no record can be scored: {}{remedy}", args.data.display(), counts(&report, 0)));
     }
     let mut lines = args.out.as_deref().map(create).transpose()?;
-    let mut progress = Progress::new("score".into(), |records| format!("{records} records"));
+    let mut progress = Progress::new("score", all, Unit::Of("record"));
     let (mut scores, mut places, mut rest) = (Vec::with_capacity(all), vec![], &items[..]);
     // As many examples at once as an evaluation of the reward stage takes, whatever was skipped between them.
     while !rest.is_empty() {
@@ -215,9 +215,9 @@ pub(super) fn score(args: &Score) -> Result<()> {
                 scores.push(scored);
             }
         }
-        progress.show(scores.len(), all);
+        progress.set(scores.len());
     }
-    progress.finish(all);
+    progress.finish();
     say(args, &report, &scores, places)
 }
 

@@ -8,7 +8,7 @@ use std::borrow::Cow;
 use anyhow::{Context, Result};
 
 use super::loss::{KtoLoss, mismatched_kl};
-use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
+use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, summed_logprobs_with, sums as sums_of};
 use crate::config::{Kto, Supervised};
 use crate::data::examples::batch_sampler::BatchSampler;
 use crate::data::examples::objectives::UnpairedExample;
@@ -19,6 +19,7 @@ use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
+use crate::report::progress::{Progress, Unit};
 use crate::report::{Figures, number};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -242,8 +243,10 @@ impl Judge<'_> {
     /// or in every step.
     fn reference_of(&self, examples: &[&UnpairedExample]) -> Result<Vec<f64>> {
         let mut all = Vec::with_capacity(examples.len());
+        let mut progress = Progress::new("reference", examples.len(), Unit::Of("response"));
         for sequence in sequences(examples) {
             all.extend(summed_logprobs(self.reference, &[sequence])?);
+            progress.add(1);
         }
         Ok(all)
     }
@@ -284,7 +287,8 @@ impl Judge<'_> {
         let mut tally = Tally::default();
         if let Some(last) = examples.last().filter(|_| examples.len() > 1) {
             let kl = self.kl(policy, examples, last)?;
-            let logps = summed_logprobs(policy, &sequences(examples))?;
+            let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("response"));
+            let logps = summed_logprobs_with(policy, &sequences(examples), |more| progress.add(more))?;
             self.weigh(examples, &logps, references, kl, 1.0 / examples.len() as f64, &mut tally)?;
         }
         Ok(tally)

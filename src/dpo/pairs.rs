@@ -19,6 +19,7 @@ use crate::model::base::Base;
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::report::Figures;
+use crate::report::progress::{Progress, Unit};
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
@@ -184,7 +185,13 @@ impl Judge<'_> {
     /// with other rows beside them rounds the last bit differently, and the values computed once must equal those of
     /// every step.
     fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
-        examples.iter().map(|&example| summed_logprobs(self.reference, &sequences(&[example]))).collect()
+        let mut progress = Progress::new("reference", examples.len(), Unit::Of("comparison"));
+        let one = |&example: &&RankedExample| {
+            let found = summed_logprobs(self.reference, &sequences(&[example]));
+            progress.add(1);
+            found
+        };
+        examples.iter().map(one).collect()
     }
 
     /// dL/dlogp of every response; `weight` divides by the comparisons of the step.
@@ -229,10 +236,12 @@ impl Judge<'_> {
     fn evaluate(&self, policy: Policy<'_>, examples: &[RankedExample], references: &[Vec<f64>]) -> Result<Tally> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
+        let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("comparison"));
         for (some, references) in examples.chunks(EVAL_BATCH).zip(references.chunks(EVAL_BATCH)) {
             let some: Vec<&RankedExample> = some.iter().collect();
             let logps = summed_logprobs(policy, &sequences(&some))?;
             self.compare(&some, &logps, references, 1.0 / examples.len() as f64, &mut tally)?;
+            progress.add(some.len());
         }
         Ok(tally)
     }

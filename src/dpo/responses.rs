@@ -49,12 +49,22 @@ pub(super) fn spread(sequences: &[Sequence<'_>], by_sum: &[f64]) -> Vec<f32> {
 
 /// log p(response | prompt) of each sequence, nats.
 pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) -> Result<Vec<f64>> {
+    summed_logprobs_with(policy, sequences, |_| {})
+}
+
+/// The same; `passed` gets the number of sequences of each pass.
+pub(super) fn summed_logprobs_with(
+    policy: Policy<'_>,
+    sequences: &[Sequence<'_>],
+    mut passed: impl FnMut(usize),
+) -> Result<Vec<f64>> {
     let lengths: Vec<usize> = sequences.iter().map(|s| s.prompt.len() + s.response.len()).collect();
     let mut all = Vec::with_capacity(sequences.len());
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
         let some: Vec<Sequence<'_>> = rows.iter().map(|&i| sequences[i]).collect();
         let (batch, targets) = pack(&some)?;
         all.extend(sums(&some, &policy.logprobs(&batch, &targets, 1.0)?.logprobs));
+        passed(some.len());
     }
     Ok(all)
 }

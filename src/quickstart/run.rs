@@ -30,6 +30,7 @@ use crate::ppo::rollout::sampling_params;
 use crate::ppo::run::{PpoRun, micro_batch_tokens};
 use crate::ppo::train::train;
 use crate::report::Report;
+use crate::report::progress::{Progress, Unit};
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
 use crate::run;
@@ -349,6 +350,7 @@ fn evaluate(
     let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
     let reward = ValueModel::new(base, reward)?;
     let mut found = Responses::default();
+    let mut progress = Progress::new("judging", held_out.len(), Unit::Of("question"));
     for (chunk, (rows, ids)) in held_out.chunks(BATCH).zip(questions.chunks(BATCH)).enumerate() {
         let first = (chunk * BATCH) as u64;
         let seeds: Vec<u64> = (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
@@ -370,6 +372,7 @@ fn evaluate(
             found.ended += usize::from(ended);
             found.texts.push(text);
         }
+        progress.add(rows.len());
     }
     Ok(found)
 }

@@ -5,6 +5,7 @@
 pub mod clocks;
 mod events;
 mod lines;
+pub mod progress;
 pub mod quiet;
 
 use std::io::IsTerminal;
@@ -12,7 +13,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -197,11 +198,7 @@ impl Report {
             return;
         }
         // A hidden bar still counts.
-        let target = if quiet::is_set() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        self.bar = ProgressBar::with_draw_target(Some(steps as u64), target);
-        if let Ok(style) = ProgressStyle::with_template(BAR) {
-            self.bar.set_style(style);
-        }
+        self.bar = progress::bar(steps as u64, BAR);
         self.bar.set_prefix(stage);
         self.bar.enable_steady_tick(Duration::from_millis(500));
         self.follow(|follower| follower.stage(stage, steps));
@@ -316,7 +313,7 @@ mod tests {
     use std::io;
     use std::sync::{Arc, Mutex};
 
-    use indicatif::TermLike;
+    use indicatif::{ProgressDrawTarget, TermLike};
 
     use super::*;
 

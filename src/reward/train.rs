@@ -23,6 +23,7 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::block::Recompute;
 use crate::model::roles::ValueModel;
+use crate::report::progress::{Progress, Unit};
 use crate::report::{Figures, number};
 use crate::rng::derive;
 use crate::stats::Histogram;
@@ -347,7 +348,9 @@ fn scores_of_rows(
     let _phase = within(Phase::Evaluation);
     let scorer = ValueModel::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
+    let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("comparison"));
     for rows in chunks(examples.len(), EVAL_BATCH) {
+        progress.set(rows.start);
         let some = pick(examples, rows)?;
         let scores = match padding {
             None => scorer.scores(&pack(&some)?)?,

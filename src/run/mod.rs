@@ -15,7 +15,6 @@ mod output;
 pub mod placement;
 mod plan_inputs;
 mod ppo;
-pub(crate) mod progress;
 mod prompts;
 mod reward;
 mod rewards;

@@ -11,12 +11,12 @@ use std::sync::Mutex;
 use anyhow::{Error, Result};
 
 use super::output;
-use super::progress::Progress;
 use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config};
 use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
 use crate::model::base::Base;
 use crate::planner::plan::text;
+use crate::report::progress::{Progress, Unit};
 use crate::report::quiet;
 
 /// Prints a line once per process, unless people asked for quiet.
@@ -167,9 +167,9 @@ pub fn place(base: Base, device: &Device) -> Result<Base> {
     if let Some(room) = device.room()?.filter(|&room| bytes > room) {
         return Err(too_large(&device.name(), bytes, room, dense));
     }
-    let mut progress = Progress::new(format!("weights to {}", device.name()), text);
-    let placed = base.on(Some(device.clone()), |done, all| progress.show(done, all));
-    progress.finish(bytes);
+    let mut progress = Progress::new(format!("weights to {}", device.name()), bytes, Unit::Bytes);
+    let placed = base.on(Some(device.clone()), |done, _| progress.set(done));
+    progress.finish();
     placed.map_err(|error| match error.downcast_ref::<OutOfMemory>() {
         Some(OutOfMemory { live, free, .. }) => {
             too_large(&device.name(), bytes, live + free.map_or(0, |free| free as usize), dense)
