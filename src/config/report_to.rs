@@ -12,6 +12,6 @@ pub enum ReportTo {
     /// TensorBoard's event file in the run's folder, `tb/`; TensorBoard, trackio and `wandb sync` read it.
     #[default]
     Tensorboard,
-    /// None: metrics.jsonl, samples.jsonl and report.html are written all the same.
+    /// No such file; metrics.jsonl, samples.jsonl and report.html are written all the same.
     None,
 }

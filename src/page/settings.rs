@@ -90,7 +90,9 @@ pub(super) fn commands(run: &RunFiles) -> Vec<(String, String)> {
         }
     }
     commands.push(("make this page again".into(), format!("fourfold report {}", word(&out))));
-    commands.push(("the curves in TensorBoard".into(), format!("tensorboard --logdir {}", word(&out))));
+    if run.path.join("tb").is_dir() {
+        commands.push(("see the curves in TensorBoard".into(), format!("tensorboard --logdir {}", word(&out))));
+    }
     commands
 }
 

@@ -137,6 +137,8 @@ fn report_to_none_writes_no_tensorboard_files_and_changes_nothing_else() {
     run("sft run.toml --out a");
     run("sft run.toml --out b --set report_to=none");
     assert!(place.path("a/tb").is_dir() && !place.path("b/tb").exists());
+    let offers = |run: &str| page(&place.path(&format!("{run}/report.html"))).contains("tensorboard --logdir");
+    assert!(offers("a") && !offers("b"), "what is not there is not offered");
     let bytes = |path: &str| fs::read(place.path(path)).unwrap();
     assert_eq!(bytes("a/adapter/adapter_model.safetensors"), bytes("b/adapter/adapter_model.safetensors"));
     assert!(place.path("b/metrics.jsonl").is_file() && place.path("b/report.html").is_file());
