@@ -76,6 +76,8 @@ pub struct Report {
     samples: Option<Lines>,
     /// `None` once it could not be written: TensorBoard's view is no reason to end a run.
     events: Option<Events>,
+    /// Where a run that is resumed without them left them, so that a later resume with them goes on there.
+    events_left_at: u64,
     bar: ProgressBar,
     stage: &'static str,
     /// Steps of the stage.
@@ -126,10 +128,10 @@ impl Report {
             (true, Some(positions)) => Some(Events::go_on(dir, positions.events)?),
             (true, None) => Some(Events::begin(dir)?),
             (false, None) => Events::remove(dir).map(|()| None)?,
-            // The events before the checkpoint stay.
             (false, Some(_)) => None,
         };
-        Ok(Self { metrics: Some(metrics), samples: Some(samples), events, ..Self::silent() })
+        let events_left_at = from.filter(|_| !has_events).map_or(0, |positions| positions.events);
+        Ok(Self { metrics: Some(metrics), samples: Some(samples), events, events_left_at, ..Self::silent() })
     }
 
     /// How far the files go, after everything in them has reached the disk.
@@ -138,7 +140,7 @@ impl Report {
     /// If the disk refuses.
     pub fn positions(&self) -> Result<Positions> {
         let of = |lines: &Option<Lines>| lines.as_ref().map_or(Ok(0), Lines::synced);
-        let events = self.events.as_ref().map_or(Ok(0), Events::synced)?;
+        let events = self.events.as_ref().map_or(Ok(self.events_left_at), Events::synced)?;
         Ok(Positions { metrics: of(&self.metrics)?, samples: of(&self.samples)?, events })
     }
 
@@ -148,6 +150,7 @@ impl Report {
             metrics: None,
             samples: None,
             events: None,
+            events_left_at: 0,
             bar: ProgressBar::hidden(),
             stage: "",
             steps: 0,
@@ -369,6 +372,30 @@ mod tests {
         assert!(bars.iter().all(|line| line.trim_end().chars().count() <= 80), "{bars:?}");
         assert!(bars.last().unwrap().contains("scores -12345.678"), "{bars:?}");
         assert_eq!(beside_bar(&figures, &shown), "scores -12345.678");
+    }
+
+    #[test]
+    fn events_that_a_resume_leaves_out_are_gone_on_from_by_one_with_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let loss = Figures::from_iter([("loss".to_owned(), number(0.5))]);
+        let step = |report: &mut Report, number: usize| {
+            report.stage("sft", 9);
+            report.step(number, &loss, &[]).unwrap();
+            report.positions().unwrap()
+        };
+        let first = step(&mut Report::to_dir(dir.path()).unwrap(), 1);
+        assert!(first.events > 0);
+        let without = step(&mut Report::open(dir.path(), Some(first), false).unwrap(), 2);
+        assert_eq!(without.events, first.events);
+        let again = step(&mut Report::go_on(dir.path(), without).unwrap(), 3);
+        // A step of the same metrics takes the same bytes.
+        let file = std::fs::read_dir(dir.path().join("tb")).unwrap().next().unwrap().unwrap();
+        assert_eq!(file.metadata().unwrap().len(), again.events);
+        let other = tempfile::tempdir().unwrap();
+        let mut whole = Report::to_dir(other.path()).unwrap();
+        step(&mut whole, 1);
+        assert_eq!(step(&mut whole, 3).events, again.events);
+        assert_eq!(std::fs::read_to_string(dir.path().join(METRICS)).unwrap().lines().count(), 3);
     }
 
     #[test]
