@@ -24,9 +24,15 @@ impl ModelFiles {
     /// has one that the configuration has no place for.
     pub fn base(&self) -> Result<Base> {
         self.contents().check_unread()?;
-        // Mapped files open at once; what is quantised on the way takes its time.
-        let weights: usize = self.contents().tensors().map(|(_, shape, _)| shape.iter().product::<usize>()).sum();
-        let progress = RefCell::new(Progress::new("quantising", weights, Unit::Of("weight")));
+        // Mapped files open at once; what is quantised or turned on the way takes its time.
+        let what = if self.is_quantising() { "quantising" } else { "loading" };
+        let weights: usize = self
+            .contents()
+            .tensors()
+            .filter(|(_, shape, _)| shape.len() > 1)
+            .map(|(_, shape, _)| shape.iter().product::<usize>())
+            .sum();
+        let progress = RefCell::new(Progress::new(what, weights, Unit::Of("weight")));
         let weight = |name: &str, rows: usize, cols: usize| {
             let weight = self.weight(name, rows, cols);
             progress.borrow_mut().add(rows * cols);

@@ -6,7 +6,9 @@ use std::io::{IsTerminal, Read};
 use std::sync::LazyLock;
 use std::time::{Duration, Instant};
 
-use indicatif::{BinaryBytes, HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{
+    BinaryBytes, HumanCount, HumanDuration, MultiProgress, ProgressBar, ProgressDrawTarget, ProgressStyle,
+};
 
 use super::quiet;
 
@@ -48,7 +50,7 @@ impl Unit {
     fn amount(self, number: usize) -> String {
         match self {
             Self::Bytes => BinaryBytes(number as u64).to_string(),
-            Self::Of(noun) => format!("{number} {noun}{}", if number == 1 { "" } else { "s" }),
+            Self::Of(noun) => format!("{} {noun}{}", HumanCount(number as u64), if number == 1 { "" } else { "s" }),
         }
     }
 
@@ -56,7 +58,7 @@ impl Unit {
     fn share(self, done: usize, all: usize) -> String {
         match self {
             Self::Bytes => format!("{} of {}", self.amount(done), self.amount(all)),
-            Self::Of(_) => format!("{done} of {}", self.amount(all)),
+            Self::Of(_) => format!("{} of {}", HumanCount(done as u64), self.amount(all)),
         }
     }
 
@@ -64,7 +66,7 @@ impl Unit {
         match self {
             Self::Bytes => format!("{} per second", self.amount(per_second as usize)),
             Self::Of(_) if per_second < 10.0 => format!("{per_second:.1} per second"),
-            Self::Of(_) => format!("{per_second:.0} per second"),
+            Self::Of(_) => format!("{} per second", HumanCount(per_second as u64)),
         }
     }
 }
@@ -215,7 +217,7 @@ mod tests {
         let records = Unit::Of("record");
         assert_eq!(text(2.0, records, 12, 30), "40%, 12 of 30 records, 6.0 per second, 3s left");
         assert_eq!(text(10.0, records, 1, 1), "100%, 1 of 1 record, 0.1 per second, 0s left");
-        assert_eq!(text(4.0, Unit::Of("token"), 2000, 100_000), "2%, 2000 of 100000 tokens, 500 per second, 3m left");
+        assert_eq!(text(4.0, Unit::Of("token"), 2000, 100_000), "2%, 2,000 of 100,000 tokens, 500 per second, 3m left");
         assert_eq!(text(2.0, Unit::Bytes, 3 << 20, 6 << 20), "50%, 3.00 MiB of 6.00 MiB, 1.50 MiB per second, 2s left");
         assert_eq!(text(2.0, records, 0, 5), "0%, 0 of 5 records, 0.0 per second", "nothing is known of the time left");
         assert!(text(2.0, records, 0, 0).starts_with("0%, 0 of 0 records"));

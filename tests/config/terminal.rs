@@ -251,7 +251,7 @@ fn work_that_takes_long_shows_a_bar_in_a_terminal_a_line_elsewhere_and_nothing_w
     terminal.until("score: ");
     let bar = terminal.until(" left");
     assert!(bar.contains("% ") || bar.contains("%, "), "{bar:?}");
-    assert!(bar.contains(" of 60000 records, ") && bar.contains(" per second, "), "{bar:?}");
+    assert!(bar.contains(" of 60,000 records, ") && bar.contains(" per second, "), "{bar:?}");
     drop(terminal);
     let spawn = |args: &[&str]| {
         let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
@@ -261,7 +261,7 @@ fn work_that_takes_long_shows_a_bar_in_a_terminal_a_line_elsewhere_and_nothing_w
     let mut child = spawn(&args);
     let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
     let line = lines.by_ref().map(Result::unwrap).find(|line| line.starts_with("score: ")).unwrap();
-    assert!(line.contains("%, ") && line.contains(" of 60000 records, ") && line.ends_with(" left"), "{line:?}");
+    assert!(line.contains("%, ") && line.contains(" of 60,000 records, ") && line.ends_with(" left"), "{line:?}");
     assert!(!line.contains(['\r', '\x1b']), "{line:?}");
     child.kill().unwrap();
     let output = child.wait_with_output().unwrap();
