@@ -127,6 +127,11 @@ pub fn exit_code(error: &anyhow::Error) -> i32 {
     }
 }
 
+/// A number with its noun, which has a regular plural: `1 record`, `2 records`.
+pub fn counted(number: usize, noun: &str) -> String {
+    format!("{number} {noun}{}", if number == 1 { "" } else { "s" })
+}
+
 /// The most characters of a word that are printed.
 const WORD: usize = 240;
 /// The most characters of a message that are printed.

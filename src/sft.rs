@@ -10,6 +10,7 @@ use anyhow::Result;
 use crate::config::{Sft, Supervised};
 use crate::data::examples::objectives::SftExample;
 use crate::data::examples::{Examples, chunks, pick};
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -17,6 +18,7 @@ use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
+use crate::report::progress::{Progress, Unit};
 use crate::report::{Figures, number};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -63,8 +65,8 @@ pub fn train(
     let perplexity_before = found.unwrap_or(f64::NAN);
     training.resume(session)?;
     session.report.note(&match held_out.len() {
-        0 => format!("sft: {} records, none held out", examples.len()),
-        _ => format!("sft: {} records, held-out perplexity {perplexity_before:.3} before", examples.len()),
+        0 => format!("sft: {}, none held out", counted(examples.len(), "record")),
+        _ => format!("sft: {}, held-out perplexity {perplexity_before:.3} before", counted(examples.len(), "record")),
     });
     let trained = training.run(&CrossEntropy { base, held_out, recompute }, session)?;
     let perplexity_after = perplexity(base, &trained.adapter, held_out)?;
@@ -152,7 +154,9 @@ pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)>
 pub fn perplexity(base: &Base, adapter: &Adapter, examples: &(impl Examples<SftExample> + ?Sized)) -> Result<f64> {
     let _phase = within(Phase::Evaluation);
     let (mut sum, mut count) = (0f64, 0usize);
+    let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("record"));
     for rows in chunks(examples.len(), EVAL_BATCH) {
+        progress.set(rows.start);
         let (batch, targets) = pack(&pick(examples, rows)?)?;
         let stats = Policy::new(base, Some(adapter)).logprobs(&batch, &targets, 1.0)?;
         sum -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>();

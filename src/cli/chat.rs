@@ -14,6 +14,7 @@ use rustyline::error::ReadlineError;
 use serde_json::json;
 
 use super::text::{How, Printer, Weights, encode, response};
+use crate::error::{counted, exit_code, printable};
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::generate::SamplingParams;
@@ -84,6 +85,8 @@ impl<'l> Asked<'l> {
 /// A line, or why there is none.
 enum Read {
     Line(String),
+    /// A line that is not UTF-8.
+    Unreadable,
     Interrupted,
     End,
 }
@@ -114,9 +117,13 @@ impl Lines {
                 Err(error) => Err(error).context("reading the terminal"),
             },
             Self::Pipe => {
-                let mut line = String::new();
-                let bytes = std::io::stdin().lock().read_line(&mut line).context("reading stdin")?;
-                Ok(if bytes == 0 { Read::End } else { Read::Line(line) })
+                let mut line = vec![];
+                let bytes = std::io::stdin().lock().read_until(b'\n', &mut line).context("reading stdin")?;
+                match String::from_utf8(line) {
+                    _ if bytes == 0 => Ok(Read::End),
+                    Ok(line) => Ok(Read::Line(line)),
+                    Err(_) => Ok(Read::Unreadable),
+                }
             }
         }
     }
@@ -174,7 +181,7 @@ impl Dialogue<'_> {
         self.turns += 1;
         let (tokens, seconds) = (found.tokens.len(), began.elapsed().as_secs_f64());
         let stopped = if stop.load(Ordering::Relaxed) { ", stopped" } else { "" };
-        note!("({tokens} tokens, {:.1} tokens per second{stopped})", tokens as f64 / seconds.max(1e-9));
+        note!("({}, {:.1} tokens per second{stopped})", counted(tokens, "token"), tokens as f64 / seconds.max(1e-9));
         Ok(tokenizer.decode(&found.tokens)?.trim().to_owned())
     }
 
@@ -221,14 +228,21 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
     let at_terminal = matches!(lines, Lines::Terminal(_));
     let stop = if at_terminal { listen()? } else { Arc::default() };
     note!("Write a message; /help lists the commands, /exit ends.");
+    let (mut number, mut failed) = (0, vec![]);
     loop {
+        number += 1;
         let line = match lines.read()? {
             Read::Line(line) => line,
+            Read::Unreadable => {
+                eprintln!("line {number} is not UTF-8; save the text as UTF-8");
+                failed.push(number);
+                continue;
+            }
             Read::Interrupted => {
                 eprintln!("/exit or Ctrl-D ends");
                 continue;
             }
-            Read::End => return Ok(()),
+            Read::End => return at_the_end(&failed),
         };
         let done = match Asked::of(&line) {
             Asked::Nothing => Ok(()),
@@ -249,7 +263,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
                 Ok(())
             }
             Asked::Save(file) => dialogue.save(file),
-            Asked::Exit => return Ok(()),
+            Asked::Exit => return at_the_end(&failed),
             Asked::Unknown(word) => Err(invalid!("there is no command {word}; /help lists them")),
             Asked::Message(text) => {
                 let sent = dialogue.send(text, &stop);
@@ -257,10 +271,26 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
                 sent
             }
         };
-        match done {
-            Err(error) if at_terminal => eprintln!("{}", crate::error::printable(&format!("{error:#}"))),
-            done => done?,
+        if let Err(error) = done {
+            // A machine that fails will fail again.
+            if exit_code(&error) != 2 && !at_terminal {
+                return Err(error);
+            }
+            let line = if at_terminal { String::new() } else { format!("line {number}: ") };
+            eprintln!("{line}{}", printable(&format!("{error:#}")));
+            failed.extend((!at_terminal).then_some(number));
         }
+    }
+}
+
+/// The end of a dialogue from a pipe, whose caller sees the exit code alone.
+///
+/// # Errors
+/// If a line had an error: 2.
+fn at_the_end(failed: &[usize]) -> Result<()> {
+    match failed {
+        [] => Ok(()),
+        [first, ..] => Err(invalid!("{} had an error, the first of them line {first}", counted(failed.len(), "line"))),
     }
 }
 

@@ -60,7 +60,8 @@ pub(super) fn show(args: &Show) -> Result<()> {
     let base = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     check_base_path(&base.path)?;
     let checkpoint = ModelFiles::open(&base.path)?;
-    let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args };
+    let context = checkpoint.config().max_position_embeddings;
+    let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args, context };
     match stage {
         Stage::Sft => look.at::<SftExample>("sft", config.sft().completion_only_loss, sft_pieces),
         Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
@@ -134,6 +135,8 @@ fn ranked_pieces(example: &RankedExample) -> Pieces<'_> {
 }
 
 struct Look<'a> {
+    /// Tokens that the model takes.
+    context: usize,
     tokenizer: &'a Tokenizer,
     config: &'a Config,
     args: &'a Show,
@@ -150,7 +153,8 @@ impl Look<'_> {
         let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
         lengths.sort_unstable();
         let report = &found.report;
-        let warnings = data_warnings(report, self.config.data()?, found.train.len(), found.held_out.len());
+        let mut warnings = data_warnings(report, self.config.data()?, found.train.len(), found.held_out.len());
+        warnings.extend(self.too_long(stage, found.train.longest_sequence()));
         let mut samples = vec![];
         for row in 0..self.args.head.min(found.train.len()) {
             samples.push(self.sample(&pieces(&*found.train.get(row)?))?);
@@ -196,6 +200,23 @@ impl Look<'_> {
         Ok(())
     }
 
+    /// What the stage will refuse, in its words.
+    fn too_long(&self, stage: &str, longest: usize) -> Option<String> {
+        let context = self.context;
+        match self.config.ppo.as_ref().filter(|_| stage == "ppo") {
+            Some(ppo) if longest + ppo.response_length > context => Some(format!(
+                "[ppo] a prompt of {longest} tokens and response_length = {} do not fit the context of {context}, so `fourfold \
+                 ppo` will refuse to start; lower response_length or [data] max_prompt_length",
+                ppo.response_length
+            )),
+            None if longest > context => Some(format!(
+                "[data] a sequence of {longest} tokens is longer than the model's context of {context}, so `fourfold {stage}` \
+                 will refuse to start; set max_length = {context} or less"
+            )),
+            _ => None,
+        }
+    }
+
     fn sample(&self, sequences: &Pieces<'_>) -> Result<Vec<Vec<Piece>>> {
         let piece = |&(tokens, learnt): &(&[u32], bool)| {
             let text = self.tokenizer.decode_with_special_tokens(tokens)?;
@@ -235,12 +256,14 @@ fn text<T: Objective>(
     let report = &found.report;
     let mut out = String::new();
     for (file, records) in &report.sources {
-        let _ = writeln!(out, "{records:>9} records  {}", plain(file));
+        let noun = if *records == 1 { "record " } else { "records" };
+        let _ = writeln!(out, "{records:>9} {noun}  {}", plain(file));
     }
     let _ = writeln!(
         out,
-        "{:>9} sequences for {stage}: {} to train on, {} held out",
+        "{:>9} {} for {stage}: {} to train on, {} held out",
         report.kept,
+        if report.kept == 1 { "sequence" } else { "sequences" },
         found.train.len(),
         found.held_out.len()
     );

@@ -7,7 +7,8 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::json;
 
-use crate::config::{Base, ComputeDtype};
+use crate::config::{Base, ByteSize, ComputeDtype};
+use crate::error::counted;
 use crate::export::card::{BY, Card};
 use crate::export::combine::combine;
 use crate::export::gguf;
@@ -39,8 +40,8 @@ pub(super) struct Merge {
     /// Type of the merged weights; bf16 unless given. q8_0 and q4_k_m are for GGUF.
     #[arg(long, value_enum)]
     dtype: Option<Type>,
-    /// Most bytes of weights in one file: 500MB, 5GB. Unless given, 5GB for safetensors and no limit for GGUF.
-    #[arg(long, value_parser = size)]
+    /// Most bytes of weights in one file: 500MB, 1.5GB, 200KiB. Unless given, 5GB for safetensors and no limit for GGUF.
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>().map(|size| size.0))]
     max_shard_size: Option<usize>,
     #[command(flatten)]
     on: super::OnDevice,
@@ -100,20 +101,6 @@ impl Type {
     }
 }
 
-/// A number of bytes as transformers writes it: 5GB, 500MB, 1000.
-fn size(text: &str) -> Result<usize, String> {
-    let digits = text.trim_end_matches(|c: char| c.is_ascii_alphabetic());
-    let unit = match text[digits.len()..].to_ascii_uppercase().as_str() {
-        "" => 1,
-        "KB" => 1000,
-        "MB" => 1_000_000,
-        "GB" => 1_000_000_000,
-        other => return Err(format!("{other} is none of KB, MB and GB")),
-    };
-    let number = digits.parse::<usize>().ok().filter(|&n| n > 0).and_then(|n| n.checked_mul(unit));
-    number.ok_or_else(|| format!("{text} is no number of bytes above 0"))
-}
-
 /// Texts that an export is compared on: prose, code, figures, another script.
 const COMPARED_ON: [&str; 4] = [
     "The old lighthouse keeper climbed the stairs every evening, and",
@@ -160,6 +147,10 @@ fn named(out: &Path, format: Format) -> Result<PathBuf> {
 
 pub(super) fn merge(args: Merge) -> Result<()> {
     let args = &Merge { out: named(&args.out, args.format)?, ..args };
+    // Known before a large base is opened, and under the name that --out gives.
+    if args.out.exists() {
+        return Err(invalid!("{} already exists; remove it or name another --out", args.out.display()));
+    }
     let weights: Vec<(PathBuf, f64)> = args.adapter.iter().map(|text| weighted(text)).collect::<Result<_>>()?;
     // Rounded products would hide rounded weights.
     let exact = Some(ComputeDtype::F32);
@@ -210,6 +201,9 @@ pub(super) fn merge(args: Merge) -> Result<()> {
     let drops_the_head = matches!(args.format, Format::Safetensors | Format::Gguf | Format::GgufLora);
     if adapter.head().is_some() && drops_the_head {
         eprintln!("the adapter's scalar head stays behind: this is a language model; --format classifier keeps it");
+    }
+    if let Some(bias) = adapter.head().map(|head| head.bias).filter(|_| args.format == Format::Classifier) {
+        merged::without_bias(bias).iter().for_each(|text| note!("{text}"));
     }
     say(args, &made, dtype, &comparison)
 }
@@ -276,14 +270,13 @@ fn say(args: &Merge, made: &Path, dtype: Type, c: &Comparison) -> Result<()> {
         }));
     }
     note!(
-        "{}: largest logit difference {:.2e} (largest logit {:.1}), mean KL {:.1e} nats, greedy agreement {:.1}% over \
-         {} positions",
+        "{}: largest logit difference {:.2e} (largest logit {:.1}), mean KL {:.1e} nats, greedy agreement {:.1}% over {}",
         made.display(),
         c.max_logit_difference,
         c.max_logit,
         c.mean_kl,
         100.0 * c.greedy_agreement,
-        c.positions
+        counted(c.positions, "position")
     );
     Ok(())
 }

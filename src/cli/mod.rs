@@ -19,9 +19,9 @@ mod text;
 mod watch;
 
 use std::io::{BufWriter, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use clap::{Args, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
@@ -175,7 +175,8 @@ pub fn run() -> Result<()> {
             if !args.overwrite {
                 quickstart::check_free(&args.out, args.seed, args.on.device)?;
             }
-            let outcome = quickstart::run_on(&args.out, args.seed, args.on.device)?;
+            let outcome = quickstart::run_on(&args.out, args.seed, args.on.device);
+            let outcome = outcome.inspect_err(|error| show_stopped(args.json, "quickstart", &args.out, error))?;
             match args.json {
                 true => print_json(&outcome.to_json()),
                 false => say(&format!("{}\n", outcome.table())),
@@ -209,7 +210,8 @@ pub fn run() -> Result<()> {
             }
             let mut found = inspect::inspect(&path)?;
             let selected = select(DeviceChoice::Auto)?;
-            let why = selected.reason.as_ref().map(|reason| format!(" ({reason})")).unwrap_or_default();
+            let why = selected.reason.as_deref().map(run::placement::in_short);
+            let why = why.map(|why| format!(" ({why}; `fourfold doctor` says more)")).unwrap_or_default();
             found["device"] = format!("{}{why}", selected.name()).into();
             match json {
                 true => print_json(&found),
@@ -234,6 +236,14 @@ fn print_json(value: &Value) -> Result<()> {
     say(&format!("{value}\n"))
 }
 
+/// Prints the one object of `--json` of a command that was stopped on request; its error is printed as any other.
+fn show_stopped(json: bool, stage: &str, out: &Path, error: &Error) {
+    if let Some(stopped) = run::stopped(stage, out, error).filter(|_| json) {
+        // The pipe may be closed by the same Ctrl-C; the error that is returned says what happened.
+        let _ = print_json(&stopped);
+    }
+}
+
 fn train(stage: Stage, args: &Training) -> Result<()> {
     let config = config::load(&args.config, &args.set)?.on(args.on.device);
     let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
@@ -244,7 +254,8 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
         overwrite: args.overwrite,
         command: run::resuming_command(std::env::args()),
     };
-    let summary = run::stage(stage, &config, &out, &launch)?;
+    let summary = run::stage(stage, &config, &out, &launch);
+    let summary = summary.inspect_err(|error| show_stopped(args.json, stage.name(), &out, error))?;
     if args.json {
         return print_json(&summary);
     }

@@ -16,6 +16,7 @@ use crate::cli::data;
 use crate::config;
 use crate::config::{ByteSize, Config, DeviceChoice, Stage};
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
+use crate::error::counted;
 use crate::host::LimitSource;
 use crate::host::meter::Phase;
 use crate::invalid;
@@ -45,7 +46,8 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
     device: Option<DeviceChoice>,
     /// What the run may take of that device's memory, or of the machine's on the CPU, such as 8GiB; else [memory]
-    /// device_limit or limit, else what is free on the CPU.
+    /// device_limit or limit, else what is free on the CPU. A plan that does not fit a limit that was named, here or in
+    /// [memory], ends with exit code 2.
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>())]
     memory: Option<ByteSize>,
     /// One JSON object on stdout.
@@ -74,8 +76,27 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let choices = plan::choices(stage, &config, &shapes, &plan)?;
     let kto = source.kto_lengths(&config)?;
     let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices, kto };
-    if args.json { print_json(&shown.json()) } else { say(&shown.table()) }
+    if args.json {
+        print_json(&shown.json())?
+    } else {
+        say(&shown.table())?
+    }
+    let named = [args.memory, config.memory.limit, config.memory.device_limit].iter().any(Option::is_some);
+    if named && !fits {
+        // As the table counts the rooms.
+        let devices =
+            plan.devices.iter().map(|of| format!("{} of {}", plan::text(of.peak().1 + dry::BESIDE), of.device));
+        let host = plan::text(plan.peak().1.own());
+        let host = if plan.devices.is_empty() { host } else { format!("{host} of the host") };
+        let needs: Vec<String> = devices.chain([host]).collect();
+        let (stage, needs) = (stage.name(), needs.join(" and "));
+        return Err(invalid!("the {stage} stage does not fit the memory that was named; it needs {needs}"));
+    }
+    Ok(())
 }
+
+/// A path under which no adapter can lie, so that the reward model is planned with the shape of `[lora]`.
+const NO_ADAPTER: &str = "/dev/null/adapter";
 
 /// The config of a file, or the defaults over a base.
 fn config(args: &Arguments) -> Result<Config> {
@@ -86,13 +107,13 @@ fn config(args: &Arguments) -> Result<Config> {
             if is_model { hint().context(error.to_string()) } else { error }
         }),
         (None, base) => {
-            // JSON's string is TOML's; and PPO's section has to name a reward model, which need not be there.
+            // JSON's string is TOML's; and PPO's section has to name a reward model.
             let path = base.as_deref().unwrap_or(Path::new("")).display().to_string();
             // Lengths may be set without data.
             let placeholder = "data.path=[\"none\"]".to_owned();
             let mut set = vec![format!("base.path={}", serde_json::to_string(&path)?), placeholder];
             if let Some(stage) = args.phase.map(data::Stage::of_config).filter(|stage| stage.has_rollouts()) {
-                set.push(format!("{}.reward_adapter=runs/reward/adapter", stage.name()));
+                set.push(format!("{}.reward_adapter={NO_ADAPTER}", stage.name()));
             }
             set.extend(args.set.iter().cloned());
             let mut config = config::from_defaults(&set)?;
@@ -187,15 +208,15 @@ impl Shown<'_> {
     fn table(&self) -> String {
         let mut out = String::new();
         let lengths = match self.source.examples() {
-            Some(n) => format!("lengths of {n} examples"),
+            Some(n) => format!("lengths of {}", counted(n, "example")),
             None => "every sequence as long as [data] allows".into(),
         };
         let _ = writeln!(
             out,
-            "{}: MiB by phase, {lengths}; checkpoint = {}, {} sequences or examples a pass\n",
+            "{}: MiB by phase, {lengths}; checkpoint = {}, {} per pass\n",
             self.stage.name(),
             self.plan.checkpoint.name(),
-            self.micro_batch()
+            counted(self.micro_batch(), "example")
         );
         if let Some((own, mismatched)) = self.kto {
             let _ = writeln!(

@@ -9,9 +9,11 @@ use serde::Serialize;
 
 use super::text::Weights;
 use crate::data::stream::ids;
+use crate::error::counted;
 use crate::invalid;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;
+use crate::report::progress::{Progress, Unit};
 
 #[derive(Args)]
 pub(super) struct Logprobs {
@@ -37,6 +39,7 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
     let lengths: Vec<usize> = input_ids.iter().map(<[u32]>::len).collect();
     // The tokens that have a log-probability: all but the first of each sequence, one after another.
     let mut logprobs = Vec::with_capacity(input_ids.tokens() - lengths.len());
+    let mut progress = Progress::new("logprobs", input_ids.tokens(), Unit::Of("token"));
     for rows in chunks_by_tokens(&lengths, PASS) {
         let sequences: Vec<&[u32]> = rows.iter().map(|&i| input_ids.get(i)).collect();
         let batch = Batch::new(&sequences)?;
@@ -48,12 +51,14 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
             ));
         }
         logprobs.extend(stats.logprobs);
+        progress.add(batch.tokens().len());
         // The ids have been used: the most likely tokens take their place, so that a long file is not held twice.
         let mut argmax = stats.argmax.into_iter();
         for row in rows {
             input_ids.get_mut(row)[1..].iter_mut().zip(&mut argmax).for_each(|(id, most_likely)| *id = most_likely);
         }
     }
+    progress.finish();
     if args.json {
         return super::say_with(|out| {
             // Row by row: a tree of JSON values would take many times the file's size.
@@ -70,7 +75,10 @@ pub(super) fn logprobs(args: &Logprobs) -> Result<()> {
         rest = after;
         let sum: f64 = row.iter().map(|&l| f64::from(l)).sum();
         let perplexity = (-sum / row.len() as f64).exp();
-        super::say(&format!("sequence {i}: {} tokens, sum {sum:.4}, perplexity {perplexity:.4}\n", row.len()))?;
+        super::say(&format!(
+            "sequence {i}: {}, sum {sum:.4}, perplexity {perplexity:.4}\n",
+            counted(row.len(), "token")
+        ))?;
     }
     Ok(())
 }

@@ -13,12 +13,13 @@ use crate::config::{Data, OnBadRecord, Paths, Truncation};
 use crate::data;
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample, Report};
 use crate::data::{ModelEncoder, Place, Record, Text};
+use crate::error::counted;
 use crate::invalid;
 use crate::note;
 use crate::report::number;
+use crate::report::progress::{Progress, Unit};
 use crate::reward::train as reward;
 use crate::run::Model;
-use crate::run::progress::Progress;
 
 #[derive(Args)]
 pub(super) struct Score {
@@ -93,6 +94,33 @@ fn with_responses(record: Record) -> Record {
     }
 }
 
+/// An outcome whose reason names this command's option, where that of `[data]` has another form.
+fn of_this_command(outcome: Outcome<RankedExample>) -> Outcome<RankedExample> {
+    let reworded = |reason: String| reason.replace("max_length = ", "--max-length ");
+    match outcome {
+        Outcome::Drop(reason) => Outcome::Drop(reworded(reason)),
+        Outcome::TooLong { limit, needs, reason } => Outcome::TooLong { limit, needs, reason: reworded(reason) },
+        kept @ Outcome::Keep { .. } => kept,
+    }
+}
+
+/// What became of the records, in words.
+fn counts(report: &Report, scored: usize) -> String {
+    let mut text = format!("{}, {scored} scored", counted(report.read, "record"));
+    if report.truncated > 0 {
+        text += &format!(" ({} with a shortened prompt)", report.truncated);
+    }
+    let reasons: Vec<String> = report.dropped.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
+    if !reasons.is_empty() {
+        text += &format!("; {} skipped: {}", report.dropped.values().sum::<usize>(), reasons.join(", "));
+    }
+    if let Some(first) = &report.first_bad {
+        text += &format!(" (first: {first})");
+    }
+    report.remarks.iter().for_each(|(remark, count)| text += &format!("; {count} {remark}"));
+    text
+}
+
 /// Every record of the data, in its order, as an example or with the reason why there is none.
 fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Report)> {
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
@@ -108,7 +136,14 @@ fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Repo
             }
         };
         let place = entry.place;
-        let outcome = RankedExample::of(&with_responses(entry.record), &encoding);
+        let outcome = match with_responses(entry.record) {
+            record @ Record::Ranked { .. } => RankedExample::of(&record, &encoding).map(of_this_command),
+            record => Err(invalid!(
+                "there is no response to score: this record is {}, and \"chosen\" and \"rejected\", \"responses\" or \
+                 \"completion\" hold some",
+                record.kind()
+            )),
+        };
         let (reason, truncated) = match &outcome {
             Ok(Outcome::Keep { truncated, .. }) => (String::new(), *truncated),
             Ok(Outcome::TooLong { needs, reason, .. }) if on_long == OnLong::Error => {
@@ -146,14 +181,14 @@ pub(super) fn score(args: &Score) -> Result<()> {
     let (items, report) = items(&data, &model, args.on_long)?;
     let all = items.iter().filter(|item| item.example.is_ok()).count();
     if all == 0 {
-        return Err(invalid!(
-            "{} with --max-length {}: no record can be scored: {report}; raise --max-length, or use --on-long cut",
-            args.data.display(),
-            max_length
-        ));
+        let remedy = match report.needed.is_empty() {
+            true => "",
+            false => "; raise --max-length, or use --on-long cut",
+        };
+        return Err(invalid!("{}: no record can be scored: {}{remedy}", args.data.display(), counts(&report, 0)));
     }
     let mut lines = args.out.as_deref().map(create).transpose()?;
-    let mut progress = Progress::new("score".into(), |records| format!("{records} records"));
+    let mut progress = Progress::new("score", all, Unit::Of("record"));
     let (mut scores, mut places, mut rest) = (Vec::with_capacity(all), vec![], &items[..]);
     // As many examples at once as an evaluation of the reward stage takes, whatever was skipped between them.
     while !rest.is_empty() {
@@ -180,9 +215,9 @@ pub(super) fn score(args: &Score) -> Result<()> {
                 scores.push(scored);
             }
         }
-        progress.show(scores.len(), all);
+        progress.set(scores.len());
     }
-    progress.finish(all);
+    progress.finish();
     say(args, &report, &scores, places)
 }
 
@@ -207,16 +242,22 @@ fn say(args: &Score, report: &Report, scores: &[Vec<f32>], places: Vec<Value>) -
             "out": args.out.as_ref().map(|out| out.display().to_string()),
         }));
     }
-    note!("data: {report}");
+    note!("score: {}", counts(report, scores.len()));
     if let Some(out) = &args.out {
         note!("one line per record: {}", out.display());
     }
     match summary {
         Some(summary) => super::say(&format!(
-            "accuracy {:.3} over {} pairs; mean score of the best responses {:.3}, of the others {:.3}\n",
-            summary.accuracy, summary.pairs, summary.mean_chosen, summary.mean_rejected
+            "accuracy {:.3} over {}; mean score of the best responses {:.3}, of the others {:.3}\n",
+            summary.accuracy,
+            counted(summary.pairs, "pair"),
+            summary.mean_chosen,
+            summary.mean_rejected
         )),
-        None => super::say(&format!("mean score {mean:.3} over {responses} responses, none of them compared\n")),
+        None => super::say(&format!(
+            "mean score {mean:.3} over {}, none of them compared\n",
+            counted(responses, "response")
+        )),
     }
 }
 

@@ -19,6 +19,7 @@ mod ppo;
 mod ppo_rules;
 mod ptx;
 mod ranges;
+mod report_to;
 mod rewards;
 mod schema;
 mod sources;
@@ -48,6 +49,7 @@ pub use ppo::{
     KlIn, LossType, Origin, PolicyLoss, Ppo, ScaleRewards, WhitenRewards,
 };
 pub use ptx::Ptx;
+pub use report_to::ReportTo;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, InitLoraWeights, Lora,
@@ -71,6 +73,10 @@ pub struct Config {
     /// Folder a run writes to. Default `runs/<stage>`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub output_dir: Option<PathBuf>,
+    /// Which files of another program a run writes beside its own. Default `tensorboard` (transformers: every program
+    /// that is installed).
+    #[serde(default)]
+    pub report_to: ReportTo,
     /// The policy's frozen checkpoint. Required.
     pub base: Base,
     /// The reward model's and the critic's frozen checkpoint; absent = the policy's.
@@ -470,6 +476,9 @@ pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
     sections().into_iter().chain(inside).collect()
 }
 
+/// Keys outside the sections that other trainers have among all others.
+const AT_THE_TOP: [&str; 3] = ["seed", "output_dir", "report_to"];
+
 /// What other trainers call our keys: (their name, our section and key).
 const ELSEWHERE: &[(&str, &str)] = &[
     ("model_name_or_path", "[base] path"),
@@ -518,7 +527,7 @@ pub fn key_path(name: &str, stage: &str) -> Option<String> {
             None => Some(format!("{stage}.{ours}")),
         };
     }
-    if name == "seed" {
+    if AT_THE_TOP.contains(&name) {
         return Some(name.to_owned());
     }
     all.iter().find(|(_, keys)| keys.contains(&name)).map(|(section, _)| format!("{section}.{name}"))
@@ -529,7 +538,7 @@ fn elsewhere(key: &str) -> Option<String> {
     if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
         return Some(format!("it is {ours} here"));
     }
-    if key == "seed" || key == "output_dir" {
+    if AT_THE_TOP.contains(&key) {
         return Some(format!("{key} stands at the top of the file, before any section"));
     }
     let owners: Vec<&str> =

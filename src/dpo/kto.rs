@@ -8,16 +8,18 @@ use std::borrow::Cow;
 use anyhow::{Context, Result};
 
 use super::loss::{KtoLoss, mismatched_kl};
-use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
+use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, summed_logprobs_with, sums as sums_of};
 use crate::config::{Kto, Supervised};
 use crate::data::examples::batch_sampler::BatchSampler;
 use crate::data::examples::objectives::UnpairedExample;
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
+use crate::report::progress::{Progress, Unit};
 use crate::report::{Figures, number};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -56,11 +58,7 @@ pub fn train(
     max_length: usize,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
-    if examples.len() < 2 {
-        return Err(invalid!(
-            "[kto] needs two records or more to train on: the KL term puts one's response to another"
-        ));
-    }
+    check(examples.len(), held_out.len())?;
     let Kto { beta, desirable_weight, undesirable_weight, .. } = *config;
     let Setup { base, start, recompute, .. } = setup;
     let judge = Judge {
@@ -73,8 +71,8 @@ pub fn train(
     let good = examples.iter().filter(|e| e.desirable).count();
     session.report.stage("kto", training.steps());
     session.report.note(&format!(
-        "kto: {good} good and {} bad responses, {} held out",
-        examples.len() - good,
+        "kto: {good} good and {}, {} held out",
+        counted(examples.len() - good, "bad response"),
         held_out.len()
     ));
     if good == 0 || good == examples.len() {
@@ -96,6 +94,7 @@ pub fn train(
     let stage = Responses { base, judge, examples, sampler, stored, held, held_reference, recompute };
     let Trained { adapter: trained, steps, tokens } = training.run(&stage, session)?;
     let after = stage.evaluation(&trained)?;
+    after.distributions("kto/eval_").for_each(|(name, found)| session.report.fact(&name, &found));
     session.report.done();
     let loss = if held_out.len() < 2 { f64::NAN } else { after.loss };
     if held_out.len() > 1 {
@@ -103,6 +102,26 @@ pub fn train(
     }
     let counts = [good, examples.len() - good];
     Ok((trained, Summary { margin: after.margin(), loss, counts, steps, tokens }))
+}
+
+/// Refuses too few responses to train on.
+///
+/// # Errors
+/// If there are fewer than two.
+pub fn check(train: usize, held_out: usize) -> Result<()> {
+    if train >= 2 {
+        return Ok(());
+    }
+    let remedy = match held_out {
+        0 => "give more records".to_owned(),
+        1 => format!("1 of {} is held out: give more, or set [data] eval_rows = 0", train + 1),
+        _ => format!("{held_out} of {} are held out: give more, or set [data] eval_rows = 0", train + held_out),
+    };
+    Err(invalid!(
+        "[kto] needs two responses or more to train on, because the KL term puts one's response after another's prompt, and \
+         there {} {train}; {remedy}",
+        if train == 1 { "is" } else { "are" }
+    ))
 }
 
 /// The stage's loss and evaluation.
@@ -196,7 +215,7 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        Ok(self.evaluation(adapter)?.figures("eval_"))
+        Ok(self.evaluation(adapter)?.evaluation())
     }
 }
 
@@ -224,8 +243,10 @@ impl Judge<'_> {
     /// or in every step.
     fn reference_of(&self, examples: &[&UnpairedExample]) -> Result<Vec<f64>> {
         let mut all = Vec::with_capacity(examples.len());
+        let mut progress = Progress::new("reference", examples.len(), Unit::Of("response"));
         for sequence in sequences(examples) {
             all.extend(summed_logprobs(self.reference, &[sequence])?);
+            progress.add(1);
         }
         Ok(all)
     }
@@ -266,7 +287,8 @@ impl Judge<'_> {
         let mut tally = Tally::default();
         if let Some(last) = examples.last().filter(|_| examples.len() > 1) {
             let kl = self.kl(policy, examples, last)?;
-            let logps = summed_logprobs(policy, &sequences(examples))?;
+            let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("response"));
+            let logps = summed_logprobs_with(policy, &sequences(examples), |more| progress.add(more))?;
             self.weigh(examples, &logps, references, kl, 1.0 / examples.len() as f64, &mut tally)?;
         }
         Ok(tally)

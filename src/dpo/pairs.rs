@@ -11,6 +11,7 @@ use super::loss::{PairLoss, Response};
 use super::responses::{Sequence, Tally, pack, spread, summed_logprobs, sums as sums_of};
 use crate::config::{Dpo, DpoLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -18,6 +19,7 @@ use crate::model::base::Base;
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::report::Figures;
+use crate::report::progress::{Progress, Unit};
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
@@ -61,7 +63,7 @@ pub fn train(
     let start = start.clone().with_score_head(None)?;
     let mut training = Training::new(setup, &start, config.supervised(), settings::DPO_ORDER, examples)?;
     session.report.stage("dpo", training.steps());
-    session.report.note(&format!("dpo: {} comparisons, {} held out", examples.len(), held_out.len()));
+    session.report.note(&format!("dpo: {}, {} held out", counted(examples.len(), "comparison"), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
         false => None,
@@ -71,6 +73,7 @@ pub fn train(
     let stage = Comparisons { base, judge, stored, held_out, held_reference, recompute };
     let Trained { adapter: trained, steps, tokens } = training.run(&stage, session)?;
     let after = stage.evaluation(&trained)?;
+    after.distributions("dpo/eval_").for_each(|(name, found)| session.report.fact(&name, &found));
     session.report.done();
     let loss = if held_out.is_empty() { f64::NAN } else { after.loss };
     let summary = Summary { accuracy: after.accuracy(), margin: after.margin(), loss, steps, tokens };
@@ -150,7 +153,7 @@ impl SupervisedStage<RankedExample> for Comparisons<'_> {
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        Ok(self.evaluation(adapter)?.figures("eval_"))
+        Ok(self.evaluation(adapter)?.evaluation())
     }
 }
 
@@ -182,7 +185,13 @@ impl Judge<'_> {
     /// with other rows beside them rounds the last bit differently, and the values computed once must equal those of
     /// every step.
     fn references(&self, examples: &[&RankedExample]) -> Result<Vec<Vec<f64>>> {
-        examples.iter().map(|&example| summed_logprobs(self.reference, &sequences(&[example]))).collect()
+        let mut progress = Progress::new("reference", examples.len(), Unit::Of("comparison"));
+        let one = |&example: &&RankedExample| {
+            let found = summed_logprobs(self.reference, &sequences(&[example]));
+            progress.add(1);
+            found
+        };
+        examples.iter().map(one).collect()
     }
 
     /// dL/dlogp of every response; `weight` divides by the comparisons of the step.
@@ -227,10 +236,12 @@ impl Judge<'_> {
     fn evaluate(&self, policy: Policy<'_>, examples: &[RankedExample], references: &[Vec<f64>]) -> Result<Tally> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
+        let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("comparison"));
         for (some, references) in examples.chunks(EVAL_BATCH).zip(references.chunks(EVAL_BATCH)) {
             let some: Vec<&RankedExample> = some.iter().collect();
             let logps = summed_logprobs(policy, &sequences(&some))?;
             self.compare(&some, &logps, references, 1.0 / examples.len() as f64, &mut tally)?;
+            progress.add(some.len());
         }
         Ok(tally)
     }

@@ -3,11 +3,13 @@
 //! It does not depend on a config. Read `loss.rs` next.
 
 use anyhow::Result;
+use serde_json::Value;
 
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::roles::Policy;
 use crate::ops::logprobs::TokenStats;
 use crate::report::{Figures, number};
+use crate::stats::{Histogram, mean};
 
 /// Tokens per scoring pass.
 pub(crate) const SCORING_TOKENS: usize = 4096;
@@ -47,12 +49,22 @@ pub(super) fn spread(sequences: &[Sequence<'_>], by_sum: &[f64]) -> Vec<f32> {
 
 /// log p(response | prompt) of each sequence, nats.
 pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) -> Result<Vec<f64>> {
+    summed_logprobs_with(policy, sequences, |_| {})
+}
+
+/// The same; `passed` gets the number of sequences of each pass.
+pub(super) fn summed_logprobs_with(
+    policy: Policy<'_>,
+    sequences: &[Sequence<'_>],
+    mut passed: impl FnMut(usize),
+) -> Result<Vec<f64>> {
     let lengths: Vec<usize> = sequences.iter().map(|s| s.prompt.len() + s.response.len()).collect();
     let mut all = Vec::with_capacity(sequences.len());
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
         let some: Vec<Sequence<'_>> = rows.iter().map(|&i| sequences[i]).collect();
         let (batch, targets) = pack(&some)?;
         all.extend(sums(&some, &policy.logprobs(&batch, &targets, 1.0)?.logprobs));
+        passed(some.len());
     }
     Ok(all)
 }
@@ -60,14 +72,17 @@ pub(super) fn summed_logprobs(policy: Policy<'_>, sequences: &[Sequence<'_>]) ->
 /// Sums over the desirable (chosen) or the undesirable (rejected) responses.
 #[derive(Default)]
 struct Side {
-    count: usize,
-    rewards: f64,
+    rewards: Vec<f64>,
     logps: f64,
 }
 
 impl Side {
-    fn mean(&self, of: impl Fn(&Self) -> f64) -> f64 {
-        of(self) / self.count as f64
+    fn mean_reward(&self) -> f64 {
+        mean(&self.rewards)
+    }
+
+    fn mean_logp(&self) -> f64 {
+        self.logps / self.rewards.len() as f64
     }
 }
 
@@ -88,8 +103,7 @@ impl Tally {
     /// Adds a response with its reward, beta times the log-ratio.
     pub fn response(&mut self, good: bool, reward: f64, logp: f64) {
         let side = if good { &mut self.chosen } else { &mut self.rejected };
-        side.count += 1;
-        side.rewards += reward;
+        side.rewards.push(reward);
         side.logps += logp;
     }
 
@@ -113,7 +127,7 @@ impl Tally {
 
     /// Mean reward of the desirable responses minus that of the undesirable; NaN if one kind is missing.
     pub fn margin(&self) -> f64 {
-        self.chosen.mean(|s| s.rewards) - self.rejected.mean(|s| s.rewards)
+        self.chosen.mean_reward() - self.rejected.mean_reward()
     }
 
     /// The metrics under TRL's names; a metric without values is left out.
@@ -125,14 +139,29 @@ impl Tally {
             }
         };
         put("loss", self.loss);
-        put("rewards/chosen", self.chosen.mean(|s| s.rewards));
-        put("rewards/rejected", self.rejected.mean(|s| s.rewards));
+        put("rewards/chosen", self.chosen.mean_reward());
+        put("rewards/rejected", self.rejected.mean_reward());
         put("rewards/accuracies", self.accuracy());
         put("rewards/margins", self.margin());
-        put("logps/chosen", self.chosen.mean(|s| s.logps));
-        put("logps/rejected", self.rejected.mean(|s| s.logps));
+        put("logps/chosen", self.chosen.mean_logp());
+        put("logps/rejected", self.rejected.mean_logp());
         put("entropy", self.entropy / self.tokens as f64);
         put("mean_token_accuracy", self.likeliest as f64 / self.tokens as f64);
+        figures
+    }
+
+    /// The distributions of the rewards, by the names that [`Tally::figures`] gives their means; none of a kind without
+    /// responses.
+    pub fn distributions(&self, prefix: &str) -> impl Iterator<Item = (String, Value)> {
+        let of = |side: &Side| Histogram::of(side.rewards.iter().copied()).map(|found| found.to_json());
+        let found = [("chosen", of(&self.chosen)), ("rejected", of(&self.rejected))];
+        found.into_iter().filter_map(move |(name, of)| Some((format!("histogram/{prefix}rewards/{name}"), of?)))
+    }
+
+    /// The figures of an evaluation with the distributions of the rewards.
+    pub fn evaluation(&self) -> Figures {
+        let mut figures = self.figures("eval_");
+        figures.extend(self.distributions("eval_"));
         figures
     }
 }
@@ -164,5 +193,7 @@ mod tests {
         for absent in ["eval_rewards/rejected", "eval_rewards/margins", "eval_rewards/accuracies", "eval_entropy"] {
             assert!(!figures.contains_key(absent), "{absent}");
         }
+        assert_eq!(tally.evaluation()["histogram/eval_rewards/chosen"]["num"], 2);
+        assert!(!tally.evaluation().contains_key("histogram/eval_rewards/rejected"));
     }
 }

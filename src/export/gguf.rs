@@ -26,6 +26,7 @@ use crate::model_files::gguf::Gguf;
 use crate::model_files::{ModelFiles, map};
 use crate::ops::cpu;
 use crate::ops::weight::{Bytes, RowOrder, StorageDType, Weight};
+use crate::report::progress::{Progress, Unit};
 use crate::tokenizer::SpecialTokens;
 
 /// The type of weights of a merged GGUF file.
@@ -136,7 +137,14 @@ pub fn merge(
         },
     };
     let comparison = with_card(source, &card, out, &paths, |dir| {
-        parts.write(dir, &keys, &table, |i| fill(&fillings[i], table[i].dtype))?;
+        let bytes = table.iter().filter_map(Entry::size).sum();
+        let mut progress = Progress::new("export", bytes, Unit::Bytes);
+        parts.write(dir, &keys, &table, |i| {
+            let bytes = fill(&fillings[i], table[i].dtype)?;
+            progress.add(bytes.len());
+            Ok(bytes)
+        })?;
+        progress.finish();
         let first = paths[0].file_name().context("the output needs a name")?;
         let reopened = ModelFiles::open(&dir.join(first)).context("reopening the GGUF file")?;
         architecture::same_decoder(source.base.config(), reopened.config())?;
@@ -161,7 +169,11 @@ fn with_card(
 ) -> Result<Comparison> {
     let beside = card::beside(out);
     if beside.exists() {
-        return Err(invalid!("{} already exists; remove it or name another --out", beside.display()));
+        return Err(invalid!(
+            "{}, the model card beside {}, already exists; remove it or name another --out",
+            beside.display(),
+            out.display()
+        ));
     }
     let comparison = staged::staged_files(paths, make)?;
     fs::write(&beside, card.text(source, &comparison)).with_context(|| format!("writing {}", beside.display()))?;

@@ -27,6 +27,7 @@ use crate::ops::cpu;
 use crate::ops::linear::low_rank::NormAxis;
 use crate::ops::storage::quantise::quantise;
 use crate::ops::weight::{StorageDType, Weight};
+use crate::report::progress::{Progress, Unit};
 
 /// The type of weights of a merged model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -271,23 +272,27 @@ fn write_shards(dir: &Path, tensors: &[Planned<'_>], dtype: MergedType, most: us
             last.push(tensor);
         }
     }
+    let bytes: usize = tensors.iter().map(|tensor| tensor.size(dtype)).sum();
+    let mut progress = Progress::new("export", bytes, Unit::Bytes);
     if let [only] = &shards[..] {
-        return write_safetensors(&dir.join("model.safetensors"), only, dtype);
+        write_safetensors(&dir.join("model.safetensors"), only, dtype, &mut progress)?;
+        progress.finish();
+        return Ok(());
     }
     let mut map = BTreeMap::new();
     for (i, shard) in shards.iter().enumerate() {
         let file = format!("model-{:05}-of-{:05}.safetensors", i + 1, shards.len());
-        write_safetensors(&dir.join(&file), shard, dtype)?;
+        write_safetensors(&dir.join(&file), shard, dtype, &mut progress)?;
         map.extend(shard.iter().map(|t| (t.name.clone(), file.clone())));
     }
-    let total: usize = tensors.iter().map(|t| t.size(dtype)).sum();
-    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+    progress.finish();
+    let index = json!({"metadata": {"total_size": bytes}, "weight_map": map});
     let path = dir.join("model.safetensors.index.json");
     fs::write(&path, serde_json::to_vec_pretty(&index)?).with_context(|| format!("writing {}", path.display()))
 }
 
 /// Writes one safetensors file, with one tensor in memory at a time.
-fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType) -> Result<()> {
+fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType, progress: &mut Progress) -> Result<()> {
     let mut header = serde_json::Map::new();
     header.insert("__metadata__".into(), json!({"format": "pt"}));
     let mut at = 0;
@@ -299,12 +304,13 @@ fn write_safetensors(path: &Path, tensors: &[&Planned<'_>], dtype: MergedType) -
     }
     let mut text = serde_json::to_vec(&header)?;
     text.resize(text.len().next_multiple_of(8), b' ');
-    let write = || -> Result<()> {
+    let mut write = || -> Result<()> {
         let mut file = BufWriter::new(fs::File::create(path)?);
         file.write_all(&(text.len() as u64).to_le_bytes())?;
         file.write_all(&text)?;
         for tensor in tensors {
             file.write_all(&tensor.bytes(dtype)?)?;
+            progress.add(tensor.size(dtype));
         }
         Ok(file.into_inner().map_err(std::io::IntoInnerError::into_error)?.sync_all()?)
     };
@@ -347,15 +353,21 @@ fn card(source: &Source<'_>, settings: Settings) -> Card<'static> {
     let mut notes = vec![];
     if let (Kind::Classifier, Some(head)) = (settings.kind, source.adapter.head()) {
         notes.push("score: one label, the score of a sequence's last token".to_string());
-        if head.bias != 0.0 {
-            notes.push(format!(
-                "the head was trained with a bias of {}, which transformers has no place for: scores here are lower by \
-                 it; differences of scores are the same",
-                head.bias
-            ));
-        }
+        notes.extend(without_bias(head.bias));
     }
     Card { front, made, weights: settings.dtype.torch_name(), notes }
+}
+
+/// What becomes of a score without the head's bias; `None` if it has none.
+pub fn without_bias(bias: f32) -> Option<String> {
+    let moved = if bias > 0.0 { "lower" } else { "higher" };
+    (bias != 0.0).then(|| {
+        format!(
+            "the head's bias of {bias} is left out, since a sequence classifier of transformers has none: its scores are {moved} \
+             by {} than those of `fourfold score`, and differences of scores are the same",
+            bias.abs()
+        )
+    })
 }
 
 fn verify(source: &Source<'_>, settings: Settings, dir: &Path) -> Result<Comparison> {

@@ -8,6 +8,7 @@ use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::ops::cpu;
+use crate::report::progress::{Progress, Unit};
 
 /// How an exported model compares with base + adapter.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,7 +77,9 @@ pub fn compare_through(
     let mut c =
         Comparison { max_logit_difference: 0.0, max_logit: 0.0, mean_kl: 0.0, greedy_agreement: 0.0, positions: 0 };
     let mut agreed = 0u32;
-    for prompt in prompts {
+    let mut progress = Progress::new("verification", prompts.len(), Unit::Of("prompt"));
+    for (done, prompt) in prompts.iter().enumerate() {
+        progress.set(done);
         let batch = Batch::new(std::slice::from_ref(prompt))?;
         let ours = want.0.logits(&want.0.hidden(&batch, Some(want.1))?, Some(want.1))?;
         let theirs = table.logits(&got.0.hidden(&batch, got.1)?, got.1)?;
@@ -94,6 +97,8 @@ pub fn compare_through(
             }
         }
     }
+    progress.set(prompts.len());
+    progress.finish();
     anyhow::ensure!(c.positions > 0, "no prompt to compare the export on");
     c.greedy_agreement = f64::from(agreed) / c.positions as f64;
     c.mean_kl = (c.mean_kl / c.positions as f64).max(0.0);

@@ -100,6 +100,11 @@ impl ModelFiles {
         self
     }
 
+    /// Whether [`ModelFiles::weight`] quantises.
+    pub(super) fn is_quantising(&self) -> bool {
+        self.quantise.is_some() && !self.on_the_way
+    }
+
     /// The configuration and tensors, without the tokenizer.
     pub(crate) fn contents(&self) -> &FileContents {
         &self.contents

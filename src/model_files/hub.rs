@@ -16,6 +16,7 @@ use serde::Deserialize;
 use ureq::http::StatusCode;
 
 use crate::invalid;
+use crate::report::progress::{Progress, Unit};
 
 /// Kind of a repository.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -191,7 +192,10 @@ impl Hub {
         }
         let response = response?;
         let length = response.headers().get("content-length").and_then(|text| text.to_str().ok()?.parse::<u64>().ok());
-        let copied = std::io::copy(&mut response.into_body().into_reader(), &mut file);
+        let name = target.file_name().unwrap_or_default().to_string_lossy();
+        let bytes = length.map_or(usize::MAX, |length| (start + length) as usize);
+        let mut progress = Progress::resumed(format!("fetching {name}"), start as usize, bytes, Unit::Bytes);
+        let copied = std::io::copy(&mut progress.reading(response.into_body().into_reader()), &mut file);
         let copied = copied.map_err(|e| anyhow::anyhow!("the connection broke off ({e}); start again to go on"))?;
         file.flush()?;
         file.sync_all()?;
@@ -202,6 +206,7 @@ impl Hub {
                 start + copied
             ));
         }
+        progress.finish();
         fs::rename(&part, target)?;
         Ok(())
     }

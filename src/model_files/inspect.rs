@@ -10,12 +10,14 @@ use std::path::Path;
 
 use anyhow::Result;
 use safetensors::SafeTensors;
+use safetensors::tensor::TensorView;
 use serde_json::{Map, Value, json};
 
 use crate::invalid;
 use crate::model::config::RopeScaling;
 use crate::model_files::contents::{FileContents, FileOrigin};
 use crate::model_files::convert;
+use crate::model_files::peft::VALUE_HEAD_FILE;
 use crate::model_files::tensor_table::map;
 
 /// Describes the files at `path`: an adapter if there is an adapter_config.json, otherwise a model.
@@ -25,6 +27,9 @@ use crate::model_files::tensor_table::map;
 pub fn inspect(path: &Path) -> Result<Value> {
     if path.join("adapter_config.json").exists() { inspect_adapter(path) } else { inspect_model(path) }
 }
+
+/// Names of scalar and classification heads beside a decoder: transformers' and TRL's.
+const HEADS: [&str; 3] = ["score", "classifier", "v_head"];
 
 fn inspect_model(path: &Path) -> Result<Value> {
     let contents = FileContents::open(path)?;
@@ -66,7 +71,12 @@ fn inspect_model(path: &Path) -> Result<Value> {
         }
         Err(e) => json!({"error": format!("{e:#}")}),
     };
-    Ok(json!({
+    let head: Vec<Value> = contents
+        .tensors()
+        .filter(|(name, ..)| HEADS.iter().any(|head| name.strip_prefix(head).is_some_and(|rest| rest.starts_with('.'))))
+        .map(|(name, shape, _)| json!({"name": name, "shape": shape}))
+        .collect();
+    let mut described = json!({
         "path": path.display().to_string(),
         "kind": kind,
         "container": container,
@@ -94,7 +104,11 @@ fn inspect_model(path: &Path) -> Result<Value> {
         "tokenizer": tokenizer,
         "files": contents.files.iter().map(|f| f.display().to_string()).collect::<Vec<_>>(),
         "fingerprint": contents.fingerprint(),
-    }))
+    });
+    if !head.is_empty() {
+        described["head"] = head.into();
+    }
+    Ok(described)
 }
 
 fn inspect_adapter(dir: &Path) -> Result<Value> {
@@ -111,17 +125,14 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
             convert::pickled(dir, "adapter_model.bin")
         ));
     }
-    let bytes = map(&weights)?;
-    let file = SafeTensors::deserialize(bytes.get())
-        .map_err(|e| invalid!("{} is not a whole safetensors file ({e})", weights.display()))?;
     let mut by_type: BTreeMap<String, Count> = BTreeMap::new();
     let mut total = Count::default();
     let mut head = Vec::new();
     let mut layers = std::collections::BTreeSet::new();
-    for (name, view) in file.iter() {
+    let mut count = |name: &str, view: &TensorView<'_>| {
         // A matrix of the base, which PEFT saves with a branch on the embedding or lm_head.
         if name.contains(".base_layer.") {
-            continue;
+            return;
         }
         let parameters: usize = view.shape().iter().product();
         by_type.entry(format!("{:?}", view.dtype()).to_lowercase()).or_default().add(parameters, view.data().len());
@@ -133,6 +144,14 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
         if let Some((_, rest)) = name.split_once("layers.") {
             layers.extend(rest.split('.').next().and_then(|n| n.parse::<u32>().ok()));
         }
+    };
+    // TRL and LLaMA-Factory keep a scalar head in a file of its own.
+    let value_head = Some(dir.join(VALUE_HEAD_FILE)).filter(|path| path.is_file());
+    for path in [Some(weights), value_head].into_iter().flatten() {
+        let bytes = map(&path)?;
+        let file = SafeTensors::deserialize(bytes.get())
+            .map_err(|e| invalid!("{} is not a whole safetensors file ({e})", path.display()))?;
+        file.iter().for_each(|(name, view)| count(name, &view));
     }
     head.sort_by_key(|h| h["name"].to_string());
     let get = |key: &str| config.get(key).cloned().unwrap_or(Value::Null);
@@ -248,7 +267,6 @@ mod tests {
     use super::*;
     use crate::model_files::tests::{directory, gguf};
     use safetensors::Dtype;
-    use safetensors::tensor::TensorView;
 
     #[test]
     fn directories_and_gguf_files_are_described_with_their_counts() {
@@ -299,6 +317,19 @@ mod tests {
         assert_eq!(described["parameters"], 16 + 16 + 8);
         assert_eq!(described["head"], json!([{"name": "base_model.model.score.weight", "shape": [1, 8]}]));
         assert!(render(&described).contains("q_proj"));
+        // TRL's file beside it.
+        let bias = 1.5f32.to_le_bytes();
+        let views = [
+            ("v_head.summary.weight", TensorView::new(Dtype::F32, vec![1, 8], &head).unwrap()),
+            ("v_head.summary.bias", TensorView::new(Dtype::F32, vec![1], &bias).unwrap()),
+        ];
+        let value_head = dir.path().join(VALUE_HEAD_FILE);
+        fs::write(&value_head, safetensors::serialize(views, None).unwrap()).unwrap();
+        let described = inspect(dir.path()).unwrap();
+        let names: Vec<&Value> = described["head"].as_array().unwrap().iter().map(|head| &head["name"]).collect();
+        assert_eq!(names, ["base_model.model.score.weight", "v_head.summary.bias", "v_head.summary.weight"]);
+        assert_eq!(described["parameters"], 16 + 16 + 8 + 8 + 1);
+        fs::remove_file(value_head).unwrap();
         for len in (0..bytes.len()).step_by(64) {
             fs::write(dir.path().join("adapter_model.safetensors"), &bytes[..len]).unwrap();
             assert!(inspect(dir.path()).is_err(), "cut at {len}");

@@ -3,6 +3,8 @@
 //! Matrices stay as they are stored; norms and biases become f32. It does not depend on the file format: `files.rs` returns
 //! every tensor under its Hugging Face name. Read `model/base.rs` next.
 
+use std::cell::RefCell;
+
 use anyhow::Result;
 
 use crate::model::base::{Base, Weights};
@@ -12,6 +14,7 @@ use crate::model_files::files::ModelFiles;
 use crate::ops::linear::Bias;
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::weight::Weight;
+use crate::report::progress::{Progress, Unit};
 
 impl ModelFiles {
     /// The frozen base: matrices as the files store them, norms and biases in f32.
@@ -21,8 +24,23 @@ impl ModelFiles {
     /// has one that the configuration has no place for.
     pub fn base(&self) -> Result<Base> {
         self.contents().check_unread()?;
-        let weight = |name: &str, rows: usize, cols: usize| self.weight(name, rows, cols);
-        assemble(self.config().clone(), &weight, &|name, len| self.vector(name, len), self.fingerprint())
+        // Mapped files open at once; what is quantised or turned on the way takes its time.
+        let what = if self.is_quantising() { "quantising" } else { "loading" };
+        let weights: usize = self
+            .contents()
+            .tensors()
+            .filter(|(_, shape, _)| shape.len() > 1)
+            .map(|(_, shape, _)| shape.iter().product::<usize>())
+            .sum();
+        let progress = RefCell::new(Progress::new(what, weights, Unit::Of("weight")));
+        let weight = |name: &str, rows: usize, cols: usize| {
+            let weight = self.weight(name, rows, cols);
+            progress.borrow_mut().add(rows * cols);
+            weight
+        };
+        let base = assemble(self.config().clone(), &weight, &|name, len| self.vector(name, len), self.fingerprint())?;
+        progress.into_inner().finish();
+        Ok(base)
     }
 }
 

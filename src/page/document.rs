@@ -14,6 +14,7 @@ use super::run_files::{RunFiles, Stage};
 use super::thin::Point;
 use super::{compare, settings, status};
 use crate::config::{Grpo, Rloo};
+use crate::error::counted;
 use crate::stats::Histogram;
 
 /// The most bytes of a page.
@@ -97,7 +98,7 @@ fn single(run: &RunFiles, draw: &mut Draw<'_>) -> Result<String> {
 }
 
 fn several(runs: &[RunFiles], draw: &mut Draw<'_>) -> Result<String> {
-    let mut out = format!("<header><h1>{} runs compared</h1>", runs.len());
+    let mut out = format!("<header><h1>{} compared</h1>", counted(runs.len(), "run"));
     for (i, (run, name)) in runs.iter().zip(compare::names(runs)).enumerate() {
         let _ = write!(out, "<div class=run><i class=\"k{}\"></i>{}</div>", i % COLOURS, head(run, &name));
     }
@@ -133,9 +134,10 @@ fn warnings(run: &RunFiles) -> String {
         });
         let (count, first, last) = notice.steps;
         format!(
-            "<li><b>{}</b>: {} <span class=say>(in {count} steps of {}, from {first} to {last})</span>{link}</li>",
+            "<li><b>{}</b>: {} <span class=say>(in {} of {}, from {first} to {last})</span>{link}</li>",
             escape(&notice.name),
             escape(&notice.text),
+            counted(count, "step"),
             escape(&notice.stage)
         )
     });
@@ -251,20 +253,33 @@ fn distributions(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
     }
     let mut figures: Vec<Figure> = vec![];
     for (of, (when, found)) in newest {
-        let pair = of.ends_with("chosen") || of.ends_with("rejected");
-        let title = if pair { "Scores of chosen and rejected".to_owned() } else { format!("Distribution of {of}") };
-        let colour = figures.iter().find(|figure| figure.title == title).map_or(0, |figure| figure.curves.len());
-        let curve = outline(&found, of.clone(), colour);
-        match figures.iter_mut().find(|figure| figure.title == title) {
-            Some(figure) => figure.curves.push(curve),
-            None => {
-                let mean = short(found.sum / found.num as f64);
-                let note = format!("{} responses at {when}; {of} has the mean {mean}.", found.num);
-                figures.push(Figure { id: id(&stage.name, &title), title, note, curves: vec![curve], x: "value" });
-            }
-        }
+        let (title, name) = titled(&stage.name, of);
+        let mean = short(found.sum / found.num as f64);
+        let count = counted(found.num, "response");
+        let note = format!("{name}: {count} at {when}, mean {mean}.");
+        let at = figures.iter().position(|figure| figure.title == title).unwrap_or_else(|| {
+            figures.push(Figure { id: id(&stage.name, &title), title, x: "value", ..Figure::default() });
+            figures.len() - 1
+        });
+        let figure = &mut figures[at];
+        figure.curves.push(outline(&found, name, figure.curves.len()));
+        figure.note += if figure.note.is_empty() { "" } else { " " };
+        figure.note += &note;
     }
     figures
+}
+
+/// The title of a distribution's figure and its name there. The better and the worse responses share a figure.
+fn titled(stage: &str, of: String) -> (String, String) {
+    let Some(side) = ["chosen", "rejected"].into_iter().find(|side| of.ends_with(side)) else {
+        return (format!("Distribution of {of}"), of);
+    };
+    match (stage, side) {
+        ("kto", "chosen") => ("Rewards of desirable and undesirable".into(), "desirable".into()),
+        ("kto", _) => ("Rewards of desirable and undesirable".into(), "undesirable".into()),
+        ("dpo", side) => ("Rewards of chosen and rejected".into(), side.into()),
+        _ => ("Scores of chosen and rejected".into(), of),
+    }
 }
 
 /// A histogram as the outline of its bars over the values.

@@ -153,6 +153,7 @@ impl Figure {
         let missing: usize = self.curves.iter().map(|c| c.points.iter().filter(|p| p.1.is_none()).count()).sum();
         let gaps = match missing {
             0 => String::new(),
+            1 => "<p class=bad>1 value is NaN or infinite: the gap in the curve.</p>".into(),
             n => format!("<p class=bad>{n} values are NaN or infinite: the gaps in the curve.</p>"),
         };
         let note =
@@ -238,7 +239,7 @@ mod tests {
             html.contains("class=\"l0\"") && html.contains("class=\"b0\"") && html.contains("class=\"d0\""),
             "{html}"
         );
-        assert!(html.contains("a &lt;b&gt; <b>2</b>") && html.contains("1 values are NaN"), "{html}");
+        assert!(html.contains("a &lt;b&gt; <b>2</b>") && html.contains("1 value is NaN"), "{html}");
         assert!(!html.contains("#01") && !html.contains("width=\"440\""), "{html}");
         assert_eq!(data["s"][0]["p"].to_string(), "[[1,0.1],[2,-0.123456789012345],[3,null],[4,2]]");
     }

@@ -68,7 +68,11 @@ pub(super) fn commands(run: &RunFiles) -> Vec<(String, String)> {
             "reward" => ("adapter", " --format classifier"),
             _ => ("adapter", ""),
         };
+        let there = |name: &str, file: &str| run.path.join(name).join(file).is_file();
         match run.base() {
+            // Of a run that is not finished, there is nothing to open yet.
+            _ if by == "quickstart" && !there("merged", "config.json") => {}
+            Some(_) if by != "quickstart" && !there(adapter, "adapter_config.json") => {}
             _ if by == "quickstart" => commands.push((
                 "talk with what it made".into(),
                 format!("fourfold chat --base {}", word(&format!("{out}/merged"))),
@@ -86,7 +90,9 @@ pub(super) fn commands(run: &RunFiles) -> Vec<(String, String)> {
         }
     }
     commands.push(("make this page again".into(), format!("fourfold report {}", word(&out))));
-    commands.push(("the curves in TensorBoard".into(), format!("tensorboard --logdir {}", word(&out))));
+    if run.path.join("tb").is_dir() {
+        commands.push(("see the curves in TensorBoard".into(), format!("tensorboard --logdir {}", word(&out))));
+    }
     commands
 }
 

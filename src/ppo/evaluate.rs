@@ -6,7 +6,7 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::rollout::sampling_params;
+use super::rollout::{SampledTokens, sampling_params};
 use crate::config::Ppo;
 use crate::data::examples::objectives::PromptExample;
 use crate::host::meter::{Phase, within};
@@ -114,11 +114,13 @@ impl<'w> Evaluation<'w> {
         let reference = self.config.measure_kl.then(|| Policy::new(base, Some(sft)));
         let mut found = Evaluated { gold: gold.map(|_| vec![]), ..Evaluated::default() };
         let mut samples = vec![];
+        let mut sampled = SampledTokens::new("evaluation", prompts.len(), &sampling);
         for chunk in prompts.chunks(self.config.at_once()) {
             let ids: Vec<Vec<u32>> = chunk.iter().map(|p| p.tokens.clone()).collect();
             let numbers = found.scores.len() as u64..(found.scores.len() + ids.len()) as u64;
             let seeds: Vec<u64> = numbers.map(|i| derive(self.seed, &[settings::EVALUATION, i])).collect();
-            let responses = generate(policy, &ids, &seeds, &sampling, |_, _| {})?;
+            sampled.batch(ids.len());
+            let responses = generate(policy, &ids, &seeds, &sampling, |s, token| sampled.token(s, token))?;
             let sequences: Vec<Vec<u32>> =
                 ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
             let batch = Batch::new(&sequences)?;

@@ -15,6 +15,7 @@ use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::ops::cpu;
 use crate::report::Metrics;
+use crate::report::progress::{Progress, Unit};
 use crate::reward::source::{PartScores, RewardInputs, RewardSource};
 
 /// Tokens per forward pass of the scoring roles: enough to use all cores, few enough to need little memory.
@@ -128,6 +129,34 @@ pub fn sampling_params(config: &Ppo, stop: &[u32]) -> SamplingParams {
     }
 }
 
+/// The progress of sampling by tokens: those that a response does not have, since it ended before its limit, fall away.
+pub(super) struct SampledTokens<'s> {
+    progress: Progress,
+    sampling: &'s SamplingParams,
+    /// Tokens of each response of the batch.
+    lengths: Vec<usize>,
+}
+
+impl<'s> SampledTokens<'s> {
+    pub(super) fn new(what: &str, prompts: usize, sampling: &'s SamplingParams) -> Self {
+        let most = prompts.saturating_mul(sampling.max_new_tokens);
+        Self { progress: Progress::new(what, most, Unit::Of("token")), sampling, lengths: vec![] }
+    }
+
+    /// A batch of so many responses begins.
+    pub(super) fn batch(&mut self, responses: usize) {
+        self.lengths = vec![0; responses];
+    }
+
+    pub(super) fn token(&mut self, response: usize, token: u32) {
+        self.lengths[response] += 1;
+        self.progress.add(1);
+        if self.sampling.stop.contains(&token) {
+            self.progress.skip(self.sampling.max_new_tokens - self.lengths[response]);
+        }
+    }
+}
+
 /// Samples responses to `prompts` from the actor and scores them. `seeds` (B): one per sequence. At most `at_once` prompts
 /// are generated in one batch; a response does not depend on the other sequences of its batch.
 ///
@@ -143,10 +172,12 @@ pub fn collect(
 ) -> Result<Rollout> {
     let generating = within(Phase::Rollout);
     let mut responses = Vec::with_capacity(prompts.len());
+    let mut sampled = SampledTokens::new("rollout", prompts.len(), sampling);
     for (prompts, seeds) in prompts.chunks(at_once).zip(seeds.chunks(at_once)) {
-        responses.extend(generate(actor, prompts, seeds, sampling, |_, _| {})?);
+        sampled.batch(prompts.len());
+        responses.extend(generate(actor, prompts, seeds, sampling, |s, token| sampled.token(s, token))?);
     }
-    drop(generating);
+    drop((generating, sampled));
     // Log-probabilities are at temperature 1 for greedy decoding, as in `generate`, and always for DeepSpeed-Chat.
     let temperature = if sampling.temperature > 0.0 && readers.pad.is_none() { sampling.temperature } else { 1.0 };
     read(actor, readers, prompts, responses, temperature)

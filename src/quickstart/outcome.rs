@@ -143,6 +143,7 @@ impl Outcome {
     pub fn to_json(&self) -> Value {
         let path = |name: &str| self.out.join(name).display().to_string();
         json!({
+            "status": "finished",
             "seed": self.seed,
             "device": self.device,
             "sft_ppl_before": number(self.sft_ppl.0),

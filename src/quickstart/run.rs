@@ -23,12 +23,14 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
+use crate::page;
 use crate::page::{About, LivePage};
 use crate::planner::plan;
 use crate::ppo::rollout::sampling_params;
 use crate::ppo::run::{PpoRun, micro_batch_tokens};
 use crate::ppo::train::train;
 use crate::report::Report;
+use crate::report::progress::{Progress, Unit};
 use crate::reward::source::RewardModel;
 use crate::rng::derive;
 use crate::run;
@@ -56,6 +58,7 @@ pub fn config(seed: u64) -> Config {
         compat: None,
         seed,
         output_dir: None,
+        report_to: config::ReportTo::default(),
         base: config::Base::at("embedded"),
         reward_base: None,
         checkpoint: config::CheckpointConfig::default(),
@@ -124,12 +127,28 @@ pub fn run_on(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Re
     run_with(out, &config(seed).on(device))
 }
 
-/// Runs all stages with other settings, for studies.
+/// Runs all stages with other settings, for studies. A finished quickstart in the folder stays until the new one is.
 ///
 /// # Errors
 /// Those of [`run`].
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     stop::listen()?;
+    if !out.join("summary.json").exists() {
+        return run_in(out, config);
+    }
+    let made = run::replaced(out, "quickstart", &["merged"], |new| {
+        let outcome = Outcome { out: out.to_path_buf(), ..run_in(new, config)? };
+        write_summary(new, &outcome.to_json())?;
+        Ok(outcome)
+    })?;
+    // Its page names the folder that it was made in.
+    if let Err(error) = page::write(&[out.to_path_buf()], &out.join(page::NAME)) {
+        eprintln!("{error:#}; `fourfold report {}` makes the page again", out.display());
+    }
+    Ok(made)
+}
+
+fn run_in(out: &Path, config: &Config) -> Result<Outcome> {
     let outcome = all_stages(out, config).inspect_err(|error| finish_page(out, Err(error)))?;
     write_summary(out, &outcome.to_json())?;
     finish_page(out, Ok(()));
@@ -333,6 +352,7 @@ fn evaluate(
     let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(sft)));
     let reward = ValueModel::new(base, reward)?;
     let mut found = Responses::default();
+    let mut progress = Progress::new("judging", held_out.len(), Unit::Of("question"));
     for (chunk, (rows, ids)) in held_out.chunks(BATCH).zip(questions.chunks(BATCH)).enumerate() {
         let first = (chunk * BATCH) as u64;
         let seeds: Vec<u64> = (0..ids.len() as u64).map(|i| derive(seed, &[settings::EVALUATION, first + i])).collect();
@@ -354,6 +374,7 @@ fn evaluate(
             found.ended += usize::from(ended);
             found.texts.push(text);
         }
+        progress.add(rows.len());
     }
     Ok(found)
 }

@@ -5,6 +5,7 @@
 pub mod clocks;
 mod events;
 mod lines;
+pub mod progress;
 pub mod quiet;
 
 use std::io::IsTerminal;
@@ -12,7 +13,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::ProgressBar;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -61,12 +62,22 @@ pub trait Follower: Send {
     fn fact(&mut self, name: &str, fact: &Value) -> Result<()>;
 }
 
+/// Removes TensorBoard's files of the run in `dir`.
+///
+/// # Errors
+/// If one cannot be removed.
+pub fn remove_events(dir: &Path) -> Result<()> {
+    Events::remove(dir)
+}
+
 /// Where a stage's metrics go.
 pub struct Report {
     metrics: Option<Lines>,
     samples: Option<Lines>,
     /// `None` once it could not be written: TensorBoard's view is no reason to end a run.
     events: Option<Events>,
+    /// Where a run that is resumed without them left them, so that a later resume with them goes on there.
+    events_left_at: u64,
     bar: ProgressBar,
     stage: &'static str,
     /// Steps of the stage.
@@ -91,9 +102,7 @@ impl Report {
     /// # Errors
     /// If the files cannot be made.
     pub fn to_dir(dir: &Path) -> Result<Self> {
-        let open = |name: &'static str| Lines::begin(&dir.join(name), name);
-        let (metrics, samples, events) = (open(METRICS)?, open(SAMPLES)?, Events::begin(dir)?);
-        Ok(Self { metrics: Some(metrics), samples: Some(samples), events: Some(events), ..Self::silent() })
+        Self::open(dir, None, true)
     }
 
     /// Into the same files after their first bytes, as many as `positions` says; what came after is cut off.
@@ -101,10 +110,28 @@ impl Report {
     /// # Errors
     /// If the files cannot be opened and cut.
     pub fn go_on(dir: &Path, positions: Positions) -> Result<Self> {
-        let open = |name: &'static str, at| Lines::go_on(&dir.join(name), name, at);
-        let (metrics, samples) = (open(METRICS, positions.metrics)?, open(SAMPLES, positions.samples)?);
-        let events = Some(Events::go_on(dir, positions.events)?);
-        Ok(Self { metrics: Some(metrics), samples: Some(samples), events, ..Self::silent() })
+        Self::open(dir, Some(positions), true)
+    }
+
+    /// As [`Report::go_on`] where there are positions, else as [`Report::to_dir`]; without `has_events`, TensorBoard's file
+    /// is not written, and a run that begins removes a former run's.
+    ///
+    /// # Errors
+    /// As for these two.
+    pub fn open(dir: &Path, from: Option<Positions>, has_events: bool) -> Result<Self> {
+        let lines = |name: &'static str, at: fn(Positions) -> u64| match from {
+            Some(positions) => Lines::go_on(&dir.join(name), name, at(positions)),
+            None => Lines::begin(&dir.join(name), name),
+        };
+        let (metrics, samples) = (lines(METRICS, |at| at.metrics)?, lines(SAMPLES, |at| at.samples)?);
+        let events = match (has_events, from) {
+            (true, Some(positions)) => Some(Events::go_on(dir, positions.events)?),
+            (true, None) => Some(Events::begin(dir)?),
+            (false, None) => Events::remove(dir).map(|()| None)?,
+            (false, Some(_)) => None,
+        };
+        let events_left_at = from.filter(|_| !has_events).map_or(0, |positions| positions.events);
+        Ok(Self { metrics: Some(metrics), samples: Some(samples), events, events_left_at, ..Self::silent() })
     }
 
     /// How far the files go, after everything in them has reached the disk.
@@ -113,7 +140,7 @@ impl Report {
     /// If the disk refuses.
     pub fn positions(&self) -> Result<Positions> {
         let of = |lines: &Option<Lines>| lines.as_ref().map_or(Ok(0), Lines::synced);
-        let events = self.events.as_ref().map_or(Ok(0), Events::synced)?;
+        let events = self.events.as_ref().map_or(Ok(self.events_left_at), Events::synced)?;
         Ok(Positions { metrics: of(&self.metrics)?, samples: of(&self.samples)?, events })
     }
 
@@ -123,6 +150,7 @@ impl Report {
             metrics: None,
             samples: None,
             events: None,
+            events_left_at: 0,
             bar: ProgressBar::hidden(),
             stage: "",
             steps: 0,
@@ -173,11 +201,7 @@ impl Report {
             return;
         }
         // A hidden bar still counts.
-        let target = if quiet::is_set() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
-        self.bar = ProgressBar::with_draw_target(Some(steps as u64), target);
-        if let Ok(style) = ProgressStyle::with_template(BAR) {
-            self.bar.set_style(style);
-        }
+        self.bar = progress::bar(steps as u64, BAR);
         self.bar.set_prefix(stage);
         self.bar.enable_steady_tick(Duration::from_millis(500));
         self.follow(|follower| follower.stage(stage, steps));
@@ -292,7 +316,7 @@ mod tests {
     use std::io;
     use std::sync::{Arc, Mutex};
 
-    use indicatif::TermLike;
+    use indicatif::{ProgressDrawTarget, TermLike};
 
     use super::*;
 
@@ -348,6 +372,30 @@ mod tests {
         assert!(bars.iter().all(|line| line.trim_end().chars().count() <= 80), "{bars:?}");
         assert!(bars.last().unwrap().contains("scores -12345.678"), "{bars:?}");
         assert_eq!(beside_bar(&figures, &shown), "scores -12345.678");
+    }
+
+    #[test]
+    fn events_that_a_resume_leaves_out_are_gone_on_from_by_one_with_them() {
+        let dir = tempfile::tempdir().unwrap();
+        let loss = Figures::from_iter([("loss".to_owned(), number(0.5))]);
+        let step = |report: &mut Report, number: usize| {
+            report.stage("sft", 9);
+            report.step(number, &loss, &[]).unwrap();
+            report.positions().unwrap()
+        };
+        let first = step(&mut Report::to_dir(dir.path()).unwrap(), 1);
+        assert!(first.events > 0);
+        let without = step(&mut Report::open(dir.path(), Some(first), false).unwrap(), 2);
+        assert_eq!(without.events, first.events);
+        let again = step(&mut Report::go_on(dir.path(), without).unwrap(), 3);
+        // A step of the same metrics takes the same bytes.
+        let file = std::fs::read_dir(dir.path().join("tb")).unwrap().next().unwrap().unwrap();
+        assert_eq!(file.metadata().unwrap().len(), again.events);
+        let other = tempfile::tempdir().unwrap();
+        let mut whole = Report::to_dir(other.path()).unwrap();
+        step(&mut whole, 1);
+        assert_eq!(step(&mut whole, 3).events, again.events);
+        assert_eq!(std::fs::read_to_string(dir.path().join(METRICS)).unwrap().lines().count(), 3);
     }
 
     #[test]

@@ -3,6 +3,7 @@
 
 use super::center::{Centering, LEAST_DEVIATION};
 use super::train::Evaluation;
+use crate::error::counted;
 use crate::stats::Share;
 
 /// Fewer training comparisons than this teach nothing that can be shown.
@@ -15,17 +16,18 @@ pub(super) fn warnings(comparisons: usize, after: &Evaluation, center: Option<&C
     let mut warnings = vec![];
     if comparisons < FEW {
         warnings.push(format!(
-            "it was trained on {comparisons} comparisons; a reward model from fewer than {FEW} has learned nothing that can \
-             be shown: use more records"
+            "it was trained on {}; a reward model from fewer than {FEW} has learned nothing that can \
+             be shown: use more records",
+            counted(comparisons, "comparison")
         ));
     }
     let accuracy = Share::of(after.accuracy, after.pairs);
     if after.pairs > 0 && accuracy.low <= 0.5 {
         warnings.push(format!(
-            "its held-out accuracy of {:.3} on {} pairs (95% interval {:.3} to {:.3}) does not differ from a coin's 0.5; \
+            "its held-out accuracy of {:.3} on {} (95% interval {:.3} to {:.3}) does not differ from a coin's 0.5; \
              use more or cleaner comparisons, or train longer",
             after.accuracy,
-            after.pairs,
+            counted(after.pairs, "pair"),
             accuracy.low.max(0.0),
             accuracy.high.min(1.0)
         ));

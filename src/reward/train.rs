@@ -15,6 +15,7 @@ use super::shown;
 use crate::config::{Reward, RewardLoss, Supervised};
 use crate::data::examples::objectives::RankedExample;
 use crate::data::examples::{Examples, chunks, pick};
+use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, Gradients};
@@ -22,6 +23,7 @@ use crate::model::base::Base;
 use crate::model::batch::Batch;
 use crate::model::block::Recompute;
 use crate::model::roles::ValueModel;
+use crate::report::progress::{Progress, Unit};
 use crate::report::{Figures, number};
 use crate::rng::derive;
 use crate::stats::Histogram;
@@ -120,8 +122,12 @@ pub fn train_on_rows(
     let before = Evaluation::from_json(before);
     training.resume(session)?;
     session.report.note(&match held_out.len() {
-        0 => format!("reward: {} comparisons, none held out", examples.len()),
-        _ => format!("reward: {} comparisons, held-out accuracy {:.3} before", examples.len(), before.accuracy),
+        0 => format!("reward: {}, none held out", counted(examples.len(), "comparison")),
+        _ => format!(
+            "reward: {}, held-out accuracy {:.3} before",
+            counted(examples.len(), "comparison"),
+            before.accuracy
+        ),
     });
     let stage = BradleyTerry { base, held_out, loss: config.loss, padding, recompute };
     let Trained { adapter: mut trained, steps, tokens } = training.run(&stage, session)?;
@@ -139,8 +145,12 @@ pub fn train_on_rows(
     session.report.done();
     if !held_out.is_empty() {
         session.report.note(&format!(
-            "reward: held-out accuracy {:.3} -> {:.3} on {} pairs, mean chosen {:.3}, rejected {:.3}",
-            before.accuracy, after.accuracy, after.pairs, after.mean_chosen, after.mean_rejected
+            "reward: held-out accuracy {:.3} -> {:.3} on {}, mean chosen {:.3}, rejected {:.3}",
+            before.accuracy,
+            after.accuracy,
+            counted(after.pairs, "pair"),
+            after.mean_chosen,
+            after.mean_rejected
         ));
     }
     for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
@@ -338,7 +348,9 @@ fn scores_of_rows(
     let _phase = within(Phase::Evaluation);
     let scorer = ValueModel::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
+    let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("comparison"));
     for rows in chunks(examples.len(), EVAL_BATCH) {
+        progress.set(rows.start);
         let some = pick(examples, rows)?;
         let scores = match padding {
             None => scorer.scores(&pack(&some)?)?,

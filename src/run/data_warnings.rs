@@ -3,6 +3,7 @@
 
 use crate::config::{Data, EvalSize, Truncation};
 use crate::data::examples::objectives::Report;
+use crate::error::counted;
 
 /// The share of dropped records above which there is a warning.
 const DROPPED: f64 = 0.2;
@@ -15,7 +16,9 @@ pub fn data_warnings(report: &Report, data: &Data, train: usize, held_out: usize
     let dropped: usize = report.dropped.values().sum();
     if dropped as f64 > DROPPED * report.read as f64 {
         let percent = 100.0 * dropped as f64 / report.read as f64;
-        let mut text = format!("[data] {dropped} of {} records are dropped ({percent:.0}%)", report.read);
+        let of = counted(report.read, "record");
+        let mut text =
+            format!("[data] {dropped} of {of} {} dropped ({percent:.0}%)", if dropped == 1 { "is" } else { "are" });
         for (limit, needed) in &report.needed {
             let (value, kept) = proposal(report.read - dropped, needed);
             text.push_str(&format!("; {limit} = {value} would keep {kept}"));

@@ -8,6 +8,7 @@ use anyhow::Result;
 use serde_json::{Map, Value, json};
 
 use super::output;
+use crate::error::counted;
 use crate::host::date::utc_of;
 use crate::model_files::inspect::inspect;
 use crate::train::lock;
@@ -84,9 +85,9 @@ fn state(dir: &Path, adapters: &Map<String, Value>) -> String {
     }
     match Store::at(dir.join(output::CHECKPOINTS)).newest() {
         Ok((Some(found), _)) => format!(
-            "not finished: the newest checkpoint is {}, after {} steps, of {}; --resume goes on from it",
+            "not finished: the newest checkpoint is {}, after {}, of {}; --resume goes on from it",
             found.path.display(),
-            found.manifest.step,
+            counted(found.manifest.step, "step"),
             time(&found.path)
         ),
         _ if adapters.is_empty() => "not finished: there is no checkpoint to go on from".into(),

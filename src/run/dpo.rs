@@ -68,6 +68,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let settings = config.kto();
     let model = Model::of_section(&config.base)?;
     let data: Prepared<UnpairedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    kto::check(data.train.len(), data.held_out.len())?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     check_context(&model, data.train.longest_sequence())?;
     // The KL term puts responses after each other's prompts.

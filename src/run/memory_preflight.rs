@@ -145,10 +145,11 @@ impl MemoryPreflight {
         let auto = if self.asked == RecomputeSetting::Auto { " (by memory)" } else { "" };
         let mapped = match peak.of(MemoryCategory::Mapped) {
             0 => String::new(),
-            bytes => format!(" and {} of mapped base", plan::text(bytes)),
+            bytes => format!(" and {} of the base's mapped file", plan::text(bytes)),
         };
         session.report.note(&format!(
-            "memory: {} at most, in {}{mapped}; checkpoint = {checkpoint}{auto}",
+            "memory: {} of heap and stacks at most, in {}; resident memory (RSS) has the program{mapped} beside it; \
+             checkpoint = {checkpoint}{auto}",
             plan::text(peak.own()),
             phase.name()
         ));

@@ -15,7 +15,6 @@ mod output;
 pub mod placement;
 mod plan_inputs;
 mod ppo;
-pub(crate) mod progress;
 mod prompts;
 mod reward;
 mod rewards;
@@ -34,7 +33,7 @@ use crate::data::examples::Examples as _;
 use crate::data::examples::objectives::Objective;
 use crate::data::stream::cache::Stored;
 use crate::device::select;
-use crate::error::F16Overflow;
+use crate::error::{F16Overflow, counted};
 use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::page;
@@ -49,7 +48,7 @@ pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, resuming_command};
-pub use output::{check_free, check_output, is_of, prepare_output, settings_beside, write_summary};
+pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
 pub use plan_inputs::PlanInputs;
 
 /// Runs one stage of a config; returns the object that `--json` prints.
@@ -88,6 +87,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     };
     let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;
     if let Some(object) = object.as_object_mut() {
+        object.insert("status".into(), "finished".into());
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
         let peak = host::peak_rss_bytes().map(|bytes| bytes as f64 / f64::from(1 << 20));
         object.insert("peak_rss_mib".into(), peak.map_or(Value::Null, number));
@@ -137,7 +137,8 @@ fn prepared<T: Objective + Stored>(
 ) -> Result<Prepared<T>> {
     let prepared: Prepared<T> = data::prepare(config.data()?, tokenizer, config.seed, completion_only)?;
     if let Some(first) = prepared.ignored.first() {
-        eprintln!("data: {} files are not read, {} is the first", prepared.ignored.len(), first.display());
+        let are = if prepared.ignored.len() == 1 { "is" } else { "are" };
+        eprintln!("data: {} {are} not read; the first: {}", counted(prepared.ignored.len(), "file"), first.display());
     }
     let report = &prepared.report;
     match &prepared.cache {

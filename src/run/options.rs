@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
-use crate::config::{Config, Stage};
+use crate::config::{Config, ReportTo, Stage};
 use crate::data::examples::{Example, Examples};
+use crate::error::counted;
 use crate::host::meter;
 use crate::invalid;
 use crate::model::adapter::Adapter;
@@ -96,15 +97,16 @@ impl Inputs {
             None => None,
         };
         let settings = self.config.to_toml()?;
+        let has_events = self.config.report_to == ReportTo::Tensorboard;
         let report = match &found {
             Some(found) => {
                 store.remove_after(&found.path)?;
                 output::go_on(out, self.stage.name(), &settings)?;
-                Report::go_on(out, found.manifest.positions)?
+                Report::open(out, Some(found.manifest.positions), has_events)?
             }
             None => {
                 output::begin(out, self.stage.name(), &settings)?;
-                Report::to_dir(out)?
+                Report::open(out, None, has_events)?
             }
         };
         let report = LivePage::follow(report, out, self.about(launch)?, found.is_some());
@@ -166,7 +168,7 @@ impl Inputs {
                 changes.mathematics.join(", ")
             ));
         }
-        note!("going on from {}, after {} steps", found.path.display(), found.manifest.step);
+        note!("going on from {}, after {}", found.path.display(), counted(found.manifest.step, "step"));
         Ok(Some(found))
     }
 }

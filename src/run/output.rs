@@ -7,9 +7,10 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::Path;
 
-use anyhow::{Context, Result};
-use serde_json::Value;
+use anyhow::{Context, Error, Result};
+use serde_json::{Value, json};
 
+use crate::error::Interrupted;
 use crate::host::date::utc_of;
 use crate::invalid;
 use crate::train::lock;
@@ -134,6 +135,18 @@ pub fn write_summary(out: &Path, summary: &Value) -> Result<()> {
     fs::write(&path, format!("{summary}\n")).with_context(|| format!("writing {}", path.display()))
 }
 
+/// The object of `--json` of a run that was stopped on request; `None` for any other error.
+pub fn stopped(by: &str, out: &Path, error: &Error) -> Option<Value> {
+    let text = error.chain().find_map(|cause| cause.downcast_ref::<Interrupted>())?.to_string();
+    let (message, resume) = match text.split_once(". To go on:\n") {
+        Some((message, command)) => (message.to_owned(), Some(command.trim())),
+        None => (text, None),
+    };
+    Some(json!({
+        "stage": by, "status": "stopped", "message": message, "resume": resume, "output_dir": out.display().to_string(),
+    }))
+}
+
 /// Removes the files that a former run of the same command left in a folder, so that no adapter stands beside a config
 /// that it was not trained by, and writes the resolved config into it. Whatever else lies there stays, folders of the
 /// same names with other files in them included.
@@ -141,6 +154,12 @@ pub fn write_summary(out: &Path, summary: &Value) -> Result<()> {
 /// # Errors
 /// If the folder cannot be written to.
 pub(super) fn begin(out: &Path, by: &str, settings: &str) -> Result<()> {
+    clear(out, by)?;
+    go_on(out, by, settings)
+}
+
+/// Removes what [`begin`] removes.
+fn clear(out: &Path, by: &str) -> Result<()> {
     let adapters = adapters_of(by).iter().flat_map(|name| ADAPTER_FILES.map(|file| out.join(name).join(file)));
     for path in FILES.map(|name| out.join(name)).into_iter().chain(adapters) {
         match fs::remove_file(&path) {
@@ -153,7 +172,57 @@ pub(super) fn begin(out: &Path, by: &str, settings: &str) -> Result<()> {
     let empty = adapters_of(by).iter().chain(&[CHECKPOINTS]);
     Store::at(out.join(CHECKPOINTS)).clear()?;
     empty.for_each(|name| drop(fs::remove_dir(out.join(name)))); // fails, rightly, where something is left in it
-    go_on(out, by, settings)
+    Ok(())
+}
+
+/// Where [`replaced`] makes a run that takes a finished one's place.
+const NEW: &str = ".new";
+
+/// Has `make` make a run of the command `by` in a folder of its own inside `out`, whose finished run stays whole until the new
+/// one is; then the new one's files take its place. `whole` are folders that belong to the command as a whole. Whatever else
+/// lies in `out` stays, and all of it if `make` fails.
+///
+/// # Errors
+/// Those of `make`; if `out` is in use or cannot be written to.
+pub fn replaced<T>(out: &Path, by: &str, whole: &[&str], make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    check_output(out, by)?;
+    let _lock = lock::lock(out)?;
+    let new = out.join(NEW);
+    let remove = || match fs::remove_dir_all(&new) {
+        Err(e) if e.kind() != ErrorKind::NotFound => Err(e).with_context(|| format!("removing {}", new.display())),
+        _ => Ok(()),
+    };
+    remove()?; // left by a run that was killed
+    let made = match make(&new) {
+        Ok(made) => made,
+        Err(error) => {
+            // The error of `make` counts.
+            let _ = remove();
+            return Err(error);
+        }
+    };
+    clear(out, by)?;
+    crate::report::remove_events(out)?;
+    for folder in whole.iter().map(|name| out.join(name)).filter(|folder| folder.exists()) {
+        fs::remove_dir_all(&folder).with_context(|| format!("replacing {}", folder.display()))?;
+    }
+    move_into(&new, out).with_context(|| format!("moving {} to {}", new.display(), out.display()))?;
+    remove()?;
+    Ok(made)
+}
+
+/// Moves files and folders; files replace those of their names, and folders are merged. The lock stays.
+fn move_into(from: &Path, to: &Path) -> std::io::Result<()> {
+    for entry in fs::read_dir(from)? {
+        let (path, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
+        let target = to.join(&name);
+        match name == lock::NAME {
+            true => {}
+            false if path.is_dir() && target.is_dir() => move_into(&path, &target)?,
+            false => fs::rename(&path, &target)?,
+        }
+    }
+    Ok(())
 }
 
 /// Writes the resolved config of a run that goes on; it is not finished any more.
@@ -194,6 +263,63 @@ pub fn settings_beside(adapter: &Path) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_finished_run_stays_whole_until_its_replacement_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path();
+        drop(prepare_output(out, "quickstart", "seed = 1").unwrap());
+        let write = |root: &Path, name: &str, text: &str| {
+            fs::create_dir_all(root.join(name).parent().unwrap()).unwrap();
+            fs::write(root.join(name), text).unwrap();
+        };
+        let old = ["summary.json", "actor/adapter_model.safetensors", "merged/old.safetensors", "tb/notes", "notes"];
+        old.iter().for_each(|name| write(out, name, "old"));
+        let read = |name: &str| fs::read_to_string(out.join(name)).ok();
+        let make = |new: &Path| {
+            let _lock = prepare_output(new, "quickstart", "seed = 2")?;
+            for name in ["summary.json", "actor/adapter_model.safetensors", "merged/new.safetensors", "tb/events"] {
+                write(new, name, "new");
+            }
+            Ok(())
+        };
+        let failed: Result<()> = replaced(out, "quickstart", &["merged"], |new| {
+            make(new)?;
+            assert!(old.iter().all(|name| read(name).as_deref() == Some("old")), "while it is made");
+            assert!(lock::lock(out).is_err(), "nobody else may begin there");
+            Err(invalid!("stopped"))
+        });
+        assert_eq!(failed.unwrap_err().to_string(), "stopped");
+        assert!(old.iter().all(|name| read(name).as_deref() == Some("old")) && !out.join(NEW).exists());
+        // One that was killed left its folder.
+        write(out, ".new/half", "x");
+        replaced(out, "quickstart", &["merged"], make).unwrap();
+        for name in ["summary.json", "actor/adapter_model.safetensors", "merged/new.safetensors", "tb/events"] {
+            assert_eq!(read(name).as_deref(), Some("new"), "{name}");
+        }
+        assert!(read("config.toml").unwrap().ends_with("seed = 2"));
+        assert_eq!((read("notes").as_deref(), read("tb/notes").as_deref()), (Some("old"), Some("old")));
+        assert!(!out.join("merged/old.safetensors").exists() && !out.join(NEW).exists() && !out.join("half").exists());
+    }
+
+    #[test]
+    fn a_stopped_run_is_an_object_with_the_command_that_resumes_it() {
+        let stop = |text: &str| Error::new(Interrupted(text.into()));
+        let found =
+            stopped("sft", Path::new("o"), &stop("stopped after 1 step; all is kept in o/c. To go on:\n  f --resume"));
+        assert_eq!(
+            found.unwrap(),
+            json!({"stage": "sft", "status": "stopped", "message": "stopped after 1 step; all is kept in o/c",
+                   "resume": "f --resume", "output_dir": "o"})
+        );
+        let found =
+            stopped("ppo", Path::new("o"), &stop("stopped after 2 steps; nothing was kept").context("ppo")).unwrap();
+        assert_eq!(
+            (&found["resume"], &found["message"]),
+            (&Value::Null, &json!("stopped after 2 steps; nothing was kept"))
+        );
+        assert!(stopped("ppo", Path::new("o"), &invalid!("no")).is_none());
+    }
 
     #[test]
     fn a_new_run_removes_only_its_own_files() {

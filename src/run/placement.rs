@@ -11,12 +11,12 @@ use std::sync::Mutex;
 use anyhow::{Error, Result};
 
 use super::output;
-use super::progress::Progress;
 use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config};
 use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
 use crate::model::base::Base;
 use crate::planner::plan::text;
+use crate::report::progress::{Progress, Unit};
 use crate::report::quiet;
 
 /// Prints a line once per process, unless people asked for quiet.
@@ -64,11 +64,21 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
         note(&format!("device: {}; products in {}", selected.name(), compute.name()));
     }
     if let Some(reason) = &selected.reason {
-        note(&format!("device: the CPU, because no card can be used: {reason}"));
+        note(&format!("device: the CPU ({}; `fourfold doctor` says more)", in_short(reason)));
     }
     section.device = Some(selected.choice);
     section.compute_dtype = Some(compute);
     Ok(selected.device)
+}
+
+/// Why no card is used, without what to do about it: most machines have none, and that is no fault.
+pub fn in_short(reason: &str) -> String {
+    if reason.contains("driver is missing") {
+        return "no NVIDIA driver found".into();
+    }
+    // A reason is a list of `what is wrong: what to do`.
+    let faults: Vec<&str> = reason.split("; ").map(|part| part.split(": ").next().unwrap_or(part)).collect();
+    faults.join("; ")
 }
 
 /// What products are computed in on a device where a base overflows f16, with a line that says so.
@@ -157,9 +167,9 @@ pub fn place(base: Base, device: &Device) -> Result<Base> {
     if let Some(room) = device.room()?.filter(|&room| bytes > room) {
         return Err(too_large(&device.name(), bytes, room, dense));
     }
-    let mut progress = Progress::new(format!("weights to {}", device.name()), text);
-    let placed = base.on(Some(device.clone()), |done, all| progress.show(done, all));
-    progress.finish(bytes);
+    let mut progress = Progress::new(format!("weights to {}", device.name()), bytes, Unit::Bytes);
+    let placed = base.on(Some(device.clone()), |done, _| progress.set(done));
+    progress.finish();
     placed.map_err(|error| match error.downcast_ref::<OutOfMemory>() {
         Some(OutOfMemory { live, free, .. }) => {
             too_large(&device.name(), bytes, live + free.map_or(0, |free| free as usize), dense)

@@ -9,6 +9,7 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 
 use crate::config::CheckpointConfig;
+use crate::error::counted;
 use crate::model_files::ModelFiles;
 use crate::report::Report;
 use crate::train::fingerprint::RunFingerprint;
@@ -66,7 +67,9 @@ impl CheckpointManager {
     /// The last checkpoint, for messages.
     pub fn last_good(&self) -> String {
         match &self.last {
-            Some((step, path)) => format!("the last good checkpoint is {}, after {step} steps", path.display()),
+            Some((step, path)) => {
+                format!("the last good checkpoint is {}, after {}", path.display(), counted(*step, "step"))
+            }
             None => "there is no checkpoint yet".into(),
         }
     }

@@ -20,6 +20,7 @@ use crate::tokenizer::Tokenizer;
 /// path is among them because its fingerprint is compared, and so are the paths of data and adapters.
 const HARMLESS: &[&str] = &[
     "output_dir",
+    "report_to",
     "base.path",
     "reward_base.path",
     "base.device",

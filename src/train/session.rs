@@ -12,6 +12,7 @@ use super::learner::Learner;
 use super::snapshot::Snapshot;
 use super::stop;
 use crate::error::Interrupted;
+use crate::error::counted;
 use crate::host::give_back_freed;
 use crate::host::meter::{Phase, within};
 use crate::report::{Figures, Report, number};
@@ -113,7 +114,7 @@ impl Session {
     fn keep(&mut self, step: usize, due: bool, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
         let stop = stop::requested();
         let Some(checkpoints) = &mut self.checkpoints else {
-            anyhow::ensure!(!stop, Interrupted(format!("stopped after {step} steps; nothing was kept")));
+            anyhow::ensure!(!stop, Interrupted(format!("stopped after {}; nothing was kept", counted(step, "step"))));
             return Ok(());
         };
         if !stop && !due {
@@ -128,7 +129,10 @@ impl Session {
             (false, Ok(_)) => Ok(()),
             (false, Err(error)) if error.chain().any(|cause| cause.is::<std::io::Error>()) => {
                 let last = checkpoints.last_good();
-                self.report.warn(&format!("no checkpoint after {step} steps: {error:#}; training goes on; {last}"));
+                self.report.warn(&format!(
+                    "no checkpoint after {}: {error:#}; training goes on; {last}",
+                    counted(step, "step")
+                ));
                 Ok(())
             }
             (false, Err(error)) => Err(error.context(checkpoints.last_good())),
@@ -137,12 +141,14 @@ impl Session {
                 Err(anyhow::Error::new(Interrupted(match written {
                     Ok(path) => {
                         format!(
-                            "stopped after {step} steps; all is kept in {path}. To go on:\n  {}",
+                            "stopped after {}; all is kept in {path}. To go on:\n  {}",
+                            counted(step, "step"),
                             checkpoints.command
                         )
                     }
                     Err(error) => format!(
-                        "stopped after {step} steps, which could not be kept: {error:#}; {}. To go on:\n  {}",
+                        "stopped after {}, which could not be kept: {error:#}; {}. To go on:\n  {}",
+                        counted(step, "step"),
                         checkpoints.last_good(),
                         checkpoints.command
                     ),
@@ -165,7 +171,11 @@ impl Session {
             Ok(path) => format!("all before it is kept in {path}"),
             Err(trouble) => format!("it could not be kept ({trouble:#}); {}", checkpoints.last_good()),
         };
-        error.context(format!("stopped after {step} steps; {kept}. To go on:\n  {}\nThe reason", checkpoints.command))
+        error.context(format!(
+            "stopped after {}; {kept}. To go on:\n  {}\nThe reason",
+            counted(step, "step"),
+            checkpoints.command
+        ))
     }
 
     /// The factor of the learning rate for the next step.

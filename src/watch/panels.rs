@@ -8,6 +8,7 @@ use ratatui::widgets::{Cell, Row, Table};
 
 use super::facts::{Facts, Pace};
 use super::visible::wrapped;
+use crate::error::counted;
 use crate::page::html::short;
 
 const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
@@ -62,7 +63,13 @@ pub(super) fn notes(facts: &Facts, width: u16) -> Vec<Line<'static>> {
     let mut notes: Vec<(Style, String)> = vec![];
     let say = |notice: &crate::page::status::Notice| {
         let (count, first, last) = notice.steps;
-        format!("{}: {} (in {count} steps of {}, from {first} to {last})", notice.name, notice.text, notice.stage)
+        format!(
+            "{}: {} (in {} of {}, from {first} to {last})",
+            notice.name,
+            notice.text,
+            counted(count, "step"),
+            notice.stage
+        )
     };
     let (now, before): (Vec<_>, Vec<_>) = facts.notices.iter().partition(|notice| facts.is_current(notice));
     notes.extend(now.into_iter().map(|notice| (Style::new().fg(Color::Yellow), say(notice))));

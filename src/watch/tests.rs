@@ -399,7 +399,7 @@ fn a_warning_of_now_stands_above_an_earlier_one_with_its_meaning() {
     let shown = screen(&facts, &Choice::default(), SIZES[2]);
     let (now, before) = (shown.find("kl_blow_up: ").unwrap(), shown.find("earlier: useless_critic: ").unwrap());
     assert!(now < before, "{shown}");
-    assert!(shown.contains("(in 1 steps of ppo, from 2 to 2)"), "{shown}");
+    assert!(shown.contains("(in 1 step of ppo, from 2 to 2)"), "{shown}");
     let json = facts.to_json();
     let of =
         |name: &str| json["warnings"].as_array().unwrap().iter().find(|w| w["name"] == name).unwrap()["now"].clone();

@@ -4,6 +4,7 @@ use std::fmt::Write;
 
 use super::facts::{Facts, Pace, last};
 use super::visible::wrapped;
+use crate::error::counted;
 use crate::page::html::short;
 
 /// Columns of a text.
@@ -28,8 +29,11 @@ pub(super) fn render(facts: &Facts) -> String {
         let (count, first, last) = notice.steps;
         let when = if facts.is_current(notice) { "warning" } else { "earlier warning" };
         let line = format!(
-            "{when}: {}: {} (in {count} steps of {}, from {first} to {last})",
-            notice.name, notice.text, notice.stage
+            "{when}: {}: {} (in {} of {}, from {first} to {last})",
+            notice.name,
+            notice.text,
+            counted(count, "step"),
+            notice.stage
         );
         paragraph(&mut out, &line, "");
     }

@@ -257,11 +257,14 @@ fn data_that_cannot_be_used_is_named_with_its_line() {
     let score = |data: &str| format!("score --base base --adapter out/reward/adapter --data {data} --json");
     p.refuses(&score("empty.jsonl"), &["empty.jsonl", "holds no record"]);
     p.refuses(&score("broken.jsonl"), &["broken.jsonl, line 2"]);
-    p.refuses(&score("prompts.jsonl"), &["prompts.jsonl, line 1", "chosen"]);
-    let long = ["pairs.jsonl, line 1", "longer than max_length = 3", "--on-long cut or skip"];
+    p.refuses(&score("prompts.jsonl"), &["prompts.jsonl, line 1", "no response to score", "prompt_only"]);
+    let long = ["pairs.jsonl, line 1", "longer than --max-length 3", "--on-long cut or skip"];
     p.refuses(&score("pairs.jsonl --max-length 3 --on-long error"), &long);
     p.refuses(&score("pairs.jsonl --out run.toml"), &["--out run.toml exists"]);
-    p.refuses(&score("pairs.jsonl --max-length 3"), &["pairs.jsonl", "longer than max_length = 3"]);
+    p.refuses(
+        &score("pairs.jsonl --max-length 3"),
+        &["pairs.jsonl", "6 records, 0 scored", "longer than --max-length 3"],
+    );
 }
 
 #[test]

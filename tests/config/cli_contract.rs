@@ -284,7 +284,7 @@ fn score_goes_record_by_record_with_what_it_cuts_and_skips() {
     assert_eq!(out.iter().map(|line| line["record"].as_u64().unwrap()).collect::<Vec<_>>(), [1, 2, 3, 4]);
     assert_eq!(out[0]["scores"], found["scores"][0]);
     assert!(out[1]["skipped"].as_str().unwrap().contains("question"), "{}", out[1]);
-    assert_eq!(out[2]["skipped"], "longer than max_length = 40");
+    assert_eq!(out[2]["skipped"], "longer than --max-length 40");
     // The prompt loses its first tokens, and the record is scored.
     let cut = p.words(&format!("{score} --on-long cut --out cut.jsonl"));
     assert_eq!((&cut["dropped"], &cut["truncated"]), (&json!(1), &json!(1)));

@@ -66,7 +66,9 @@ fn a_reward_models_adapter_is_no_policys() {
 fn every_choice_of_a_plan_takes_less_than_the_plan() {
     let p = Place::new();
     for room in ["", " --memory 64MiB", " --memory 1MiB"] {
-        let plan = object(&p, &format!("plan run.toml --phase sft --json{room}"));
+        // One that does not fit is shown, too.
+        let ran = p.run(&format!("plan run.toml --phase sft --json{room}"));
+        let plan: Value = serde_json::from_str(&ran.stdout).unwrap();
         let choices = plan["choices"].as_array().unwrap();
         assert!(!choices.is_empty(), "{plan}");
         for choice in choices {
@@ -180,4 +182,153 @@ fn dropped_records_and_a_reward_model_that_learned_nothing_are_warned_of() {
     assert!(ran.code == 0 && ran.stderr.contains("eval_rows = 5 of 6 sequences: 3 are held out"), "{}", ran.stderr);
     let ran = p.run("reward run.toml --set data.path=pairs.jsonl --out out/rm --set reward.adapter=few/adapter");
     assert!(ran.code == 0 && ran.stderr.contains("reward: warning: it was trained on 4 comparisons"), "{}", ran.stderr);
+}
+
+#[test]
+fn a_plan_that_does_not_fit_a_named_limit_fails_after_it_is_shown() {
+    let p = Place::new();
+    let plan = "plan --base base --phase sft";
+    for more in ["--memory 3MiB", "--set memory.limit=3MiB", "--device cuda --memory 620MiB"] {
+        let ran = p.run(&format!("{plan} {more}"));
+        assert_eq!(ran.code, 2, "{more}: {}", ran.stderr);
+        assert!(ran.stdout.contains("it does not fit"), "{more}: {}", ran.stdout);
+        assert!(ran.stderr.starts_with("error: the sft stage does not fit"), "{more}: {}", ran.stderr);
+        let shown = p.run(&format!("{plan} {more} --json"));
+        let shown: Value = serde_json::from_str(&shown.stdout).unwrap();
+        assert_eq!(shown["fits"], false, "{more}");
+    }
+    for more in ["--memory 2GiB", "", "--device cuda --memory 4GiB"] {
+        let ran = p.run(&format!("{plan} {more}"));
+        assert_eq!((ran.code, ran.stderr.as_str()), (0, ""), "{more}");
+    }
+}
+
+#[test]
+fn a_plan_without_a_config_reads_no_adapter_of_the_folder_that_it_is_made_in() {
+    let p = Place::new();
+    let plan = "plan --base base --phase ppo --memory 2GiB --json";
+    let before = object(&p, plan);
+    // Of another rank, where a reward run would have left one.
+    for (stage, more) in [("sft", ""), ("reward", "--set data.path=pairs.jsonl --set reward.adapter=out/sft/adapter")] {
+        let out = if stage == "sft" { "out/sft" } else { "runs/reward" };
+        let ran = p.run(&format!("{stage} run.toml --set lora.r=32 --out {out} {more}"));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+    }
+    let after = object(&p, plan);
+    // What the process itself holds differs by pages from run to run.
+    for of in ["adapters", "gradients", "optimizer"] {
+        let bytes = |plan: &Value| plan["phases"]["update"][of].clone();
+        assert_eq!(bytes(&before), bytes(&after), "{of}: {}", before["phases"]["update"]);
+    }
+    let named = object(&p, &format!("{plan} --set ppo.reward_adapter=runs/reward/adapter"));
+    assert_ne!(
+        named["phases"]["update"]["adapters"], after["phases"]["update"]["adapters"],
+        "one that is named is read"
+    );
+}
+
+#[test]
+fn messages_name_the_cause_that_it_is() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    // A rank that was changed by hand is no other base.
+    let config = p.path("out/sft/adapter/adapter_config.json");
+    let text = fs::read_to_string(&config).unwrap();
+    fs::write(&config, text.replace("\"r\": 2", "\"r\": 6").replace("\"r\":2", "\"r\":6")).unwrap();
+    let line = "generate --base base --prompt x --adapter out/sft/adapter";
+    let ran = refused(&p, line, &["has rank 2, and adapter_config.json says 6", "put 2 back"]);
+    assert!(!ran.stderr.contains("another base"), "{}", ran.stderr);
+    fs::write(&config, text).unwrap();
+    // KTO needs two responses, and one of two is held out.
+    let line = |i: i32| format!("{}\n", json!({"prompt": format!("q{i}"), "completion": " b", "label": i == 0}));
+    p.write("two.jsonl", (0..2).map(line).collect::<String>());
+    let kto = "kto run.toml --out o --set data.path=two.jsonl --set data.eval_rows=1";
+    refused(&p, kto, &["there is 1; 1 of 2 is held out", "eval_rows = 0"]);
+    assert!(!p.path("o").exists());
+    let ran = p.run("kto run.toml --out o --set data.path=two.jsonl --set data.eval_rows=0");
+    assert_eq!(ran.code, 0, "the remedy mends it: {}", ran.stderr);
+    // A GGUF file that is there is named as it was given, before a base is opened.
+    let merge = "merge --base base --adapter out/sft/adapter --format gguf --dtype f32 --out m";
+    assert_eq!(p.run(merge).code, 0);
+    let ran = refused(&p, merge, &["error: m.gguf already exists"]);
+    assert!(!ran.stderr.contains(".gguf.md") && !ran.stderr.contains("device:"), "{}", ran.stderr);
+    fs::remove_file(p.path("m.gguf")).unwrap();
+    refused(&p, merge, &["m.gguf.md, the model card beside m.gguf, already exists"]);
+    // What a stage will refuse is a warning of `data`, whose own work is done.
+    let long = json!({"prompt": "a", "completion": "hello ".repeat(400)});
+    p.write("long.jsonl", format!("{long}\n{long}\n{long}\n"));
+    let ran =
+        p.run("data run.toml --phase sft --set data.path=long.jsonl --set data.max_length=5000 --set data.eval_rows=1");
+    let says = "longer than the model's context of 256, so `fourfold sft` will refuse to start; set max_length = 256";
+    assert!(ran.code == 0 && ran.stderr.contains(says), "{}", ran.stderr);
+    let data =
+        object(&p, "data run.toml --phase ppo --set data.path=prompts.jsonl --set ppo.response_length=250 --json");
+    assert!(
+        data["warnings"][0].as_str().unwrap().contains("`fourfold ppo` will refuse to start"),
+        "{}",
+        data["warnings"]
+    );
+    let data = object(&p, "data run.toml --phase ppo --set data.path=prompts.jsonl --json");
+    assert_eq!(data["warnings"], json!([]));
+}
+
+#[test]
+fn exports_with_a_head_show_it_and_say_what_becomes_of_its_bias() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    let merge = |format: &str| {
+        p.run(&format!("merge --base base --adapter out/reward/adapter --out {format} --format {format}"))
+    };
+    let ran = merge("classifier");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let score = |more: &str| {
+        object(&p, &format!("score --base base --adapter out/reward/adapter --data pairs.jsonl {more} --json"))
+    };
+    let adapter = object(&p, "inspect out/reward/adapter --json");
+    assert_eq!(adapter["head"].as_array().unwrap().len(), 2, "weight and bias: {}", adapter["head"]);
+    assert!(score("")["mean_score"].is_number());
+    let bias = ran.stderr.split("the head's bias of ").nth(1).unwrap().split(' ').next().unwrap();
+    let way = if bias.starts_with('-') { "higher" } else { "lower" };
+    let says = format!("its scores are {way} by {} than", bias.trim_start_matches('-'));
+    assert!(ran.stderr.contains(&says), "{}", ran.stderr);
+    assert_eq!(object(&p, "inspect classifier --json")["head"], json!([{"name": "score.weight", "shape": [1, 128]}]));
+    assert_eq!(merge("value-head").code, 0);
+    let head = object(&p, "inspect value-head --json")["head"].clone();
+    let names: Vec<&Value> = head.as_array().unwrap().iter().map(|head| &head["name"]).collect();
+    assert_eq!(names, ["v_head.summary.bias", "v_head.summary.weight"]);
+    assert!(object(&p, "inspect base --json").get("head").is_none());
+    // Sizes as people write them.
+    for size in ["500MB", "1.5GB", "200KiB", "300000B", "0.5MiB"] {
+        let ran = p.run(&format!("merge --base base --adapter out/sft/adapter --out m{size} --max-shard-size {size}"));
+        assert_eq!(ran.code, 0, "{size}: {}", ran.stderr);
+    }
+    assert!(p.path("m500MB/model.safetensors").is_file() && p.path("m200KiB/model.safetensors.index.json").is_file());
+}
+
+#[test]
+fn a_dialogue_from_a_pipe_goes_on_after_a_line_that_cannot_be_used() {
+    let p = Place::new();
+    let chat = ["chat", "--base", "base", "--max-new-tokens", "4"];
+    let ran = p.run_with(&chat, "How?\n/hepl\n/save\nWhy?\n");
+    assert_eq!(ran.code, 2);
+    assert_eq!(ran.stderr.matches(" tokens per second").count(), 2, "both messages have a response: {}", ran.stderr);
+    assert!(ran.stderr.contains("line 2: there is no command /hepl") && ran.stderr.contains("line 3: /save needs"));
+    assert!(ran.stderr.ends_with("error: 2 lines had an error, the first of them line 2\n"), "{}", ran.stderr);
+    let ran = p.run_bytes(&chat, b"\xff\xfe\nWhy?\n");
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("line 1 is not UTF-8") && ran.stderr.matches(" tokens per second").count() == 1);
+    assert_eq!(p.run_with(&chat, "How?\n/exit\n").code, 0);
+}
+
+#[test]
+fn the_page_of_a_run_without_an_adapter_offers_nothing_to_merge() {
+    let p = Place::new();
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    let page = || {
+        assert_eq!(p.run("report out/sft").code, 0);
+        fs::read_to_string(p.path("out/sft/report.html")).unwrap()
+    };
+    assert!(page().contains("fourfold merge --base base --adapter out/sft/adapter"));
+    fs::remove_dir_all(p.path("out/sft/adapter")).unwrap();
+    assert!(!page().contains("fourfold merge"));
 }

@@ -243,6 +243,10 @@ fn a_card_is_planned_without_one_where_its_memory_is_given() {
     assert!(found["plan"]["devices"]["cuda:0"].as_u64().unwrap() < 2 << 30, "{found}");
     let plan = object(&p, "plan card.toml --json");
     assert_eq!(plan["fits"], true, "{plan}");
+    // The file says that the plan is of no card's own memory; one for the CPU has nothing to say.
+    let says = |file: &str| fs::read_to_string(p.path(file)).unwrap().contains("No card was asked");
+    done(&p, "init sft --base base --data sft.jsonl --device cpu --memory 2GiB --out cpu.toml");
+    assert!(says("card.toml") && !says("cpu.toml"));
     refused(&p, "init sft --base base --data sft.jsonl --device cuda --memory 10MiB", &["does not fit", "--memory"]);
 }
 

@@ -84,6 +84,77 @@ fn every_stage_leaves_a_page_whose_curves_are_its_metrics() {
 }
 
 #[test]
+fn dpo_and_kto_show_the_rewards_of_their_held_out_responses_as_distributions() {
+    let place = Place::new();
+    for (stage, title, names, more) in [
+        ("dpo", "Rewards of chosen and rejected", ["chosen", "rejected"], "--set dpo.eval_steps=1"),
+        ("kto", "Rewards of desirable and undesirable", ["desirable", "undesirable"], ""),
+    ] {
+        let told = told(&place, &format!("{stage} run.toml --out out/{stage} --set data.path=pairs.jsonl {more}"));
+        let page = page(&place.path(&format!("out/{stage}/report.html")));
+        assert_self_contained(&page);
+        assert!(page.contains(title), "{stage}");
+        // The outline counts each held-out response once.
+        let found = curves(&page);
+        let figures: Vec<&Value> =
+            found.as_object().unwrap().values().filter(|figure| figure["h"] == "value").collect();
+        let [figure] = figures[..] else { panic!("{stage}: {} distributions", figures.len()) };
+        let counts = names.map(|name| {
+            let curve = figure["s"].as_array().unwrap().iter().find(|curve| curve["n"] == name).unwrap();
+            // Two corners per bar, and the two ends of the axis.
+            curve["p"].as_array().unwrap().iter().map(|p| p[1].as_f64().unwrap()).sum::<f64>() / 2.0
+        });
+        let held_out = told["eval_records"].as_f64().unwrap();
+        match stage {
+            "dpo" => assert_eq!(counts, [held_out; 2]),
+            _ => assert_eq!(counts.iter().sum::<f64>(), held_out),
+        }
+        // The mean beside the distribution is the summary's.
+        let about: Value =
+            serde_json::from_str(&fs::read_to_string(place.path(&format!("out/{stage}/about.json"))).unwrap()).unwrap();
+        let mean = |side: &str| {
+            let found = &about["facts"][format!("histogram/{stage}/eval_rewards/{side}")];
+            found["sum"].as_f64().unwrap() / found["num"].as_f64().unwrap()
+        };
+        let margin = told["eval_rewards/margins"].as_f64().unwrap();
+        assert!((mean("chosen") - mean("rejected") - margin).abs() < 1e-9, "{stage}: {about}");
+    }
+    // Of an evaluation during the run, in metrics.jsonl and as the band around its mean.
+    let metrics = fs::read_to_string(place.path("out/dpo/metrics.jsonl")).unwrap();
+    let line: Value = serde_json::from_str(metrics.lines().next().unwrap()).unwrap();
+    let found = &line["histogram/eval_rewards/chosen"];
+    let mean = found["sum"].as_f64().unwrap() / found["num"].as_f64().unwrap();
+    assert!((mean - line["eval_rewards/chosen"].as_f64().unwrap()).abs() < 1e-9, "{line}");
+}
+
+#[test]
+fn report_to_none_writes_no_tensorboard_files_and_changes_nothing_else() {
+    let place = Place::new();
+    let run = |line: &str| {
+        let ran = place.run(line);
+        assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    };
+    run("sft run.toml --out a");
+    run("sft run.toml --out b --set report_to=none");
+    assert!(place.path("a/tb").is_dir() && !place.path("b/tb").exists());
+    let offers = |run: &str| page(&place.path(&format!("{run}/report.html"))).contains("tensorboard --logdir");
+    assert!(offers("a") && !offers("b"), "what is not there is not offered");
+    let bytes = |path: &str| fs::read(place.path(path)).unwrap();
+    assert_eq!(bytes("a/adapter/adapter_model.safetensors"), bytes("b/adapter/adapter_model.safetensors"));
+    assert!(place.path("b/metrics.jsonl").is_file() && place.path("b/report.html").is_file());
+    // A new run in a folder does not leave the events of the one before.
+    fs::write(place.path("a/tb/notes"), "mine").unwrap();
+    run("sft run.toml --out a --overwrite --set report_to=none");
+    let left: Vec<_> = fs::read_dir(place.path("a/tb")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["notes"]);
+    let ran = place.run("sft run.toml --out c --set report_to=wandb");
+    assert_eq!(ran.code, 2);
+    assert!(ran.stderr.contains("report_to = \"wandb\" is not one of \"tensorboard\", \"none\""), "{}", ran.stderr);
+    let ran = place.run("sft run.toml --out c --set sft.report_to=none");
+    assert!(ran.stderr.contains("report_to stands at the top of the file"), "{}", ran.stderr);
+}
+
+#[test]
 fn two_runs_share_axes_and_what_differs_in_their_settings_is_a_table() {
     let place = Place::new();
     for (name, rate) in [("one", "1e-3"), ("two", "2e-3")] {

@@ -2,7 +2,7 @@
 //! `watch` in a terminal: it follows a run that trains, and gives the terminal back however it ends.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
@@ -237,4 +237,38 @@ fn no_color_takes_the_colours_from_everything_that_has_some() {
         let (_, shown) = Terminal::open_with(&place, &["--help"], &[("NO_COLOR", value)]).end();
         assert_eq!(shown.contains("\x1b["), styled, "NO_COLOR={value}: {shown:?}");
     }
+}
+
+#[test]
+fn work_that_takes_long_shows_a_bar_in_a_terminal_a_line_elsewhere_and_nothing_where_quiet_was_asked_for() {
+    let place = Place::new();
+    place.train_sft_and_reward();
+    // More than any machine scores in the two seconds before progress is shown; the program is ended once it was.
+    let pairs = std::fs::read_to_string(place.path("pairs.jsonl")).unwrap();
+    place.write("many.jsonl", pairs.repeat(10_000));
+    let args = ["score", "--base", "base", "--adapter", "out/reward/adapter", "--data", "many.jsonl"];
+    let mut terminal = Terminal::open(&place, &args);
+    terminal.until("score: ");
+    let bar = terminal.until(" left");
+    assert!(bar.contains("% ") || bar.contains("%, "), "{bar:?}");
+    assert!(bar.contains(" of 60,000 records, ") && bar.contains(" per second, "), "{bar:?}");
+    drop(terminal);
+    let spawn = |args: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+        command.args(args).current_dir(place.path("")).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command.spawn().unwrap()
+    };
+    let mut child = spawn(&args);
+    let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+    let line = lines.by_ref().map(Result::unwrap).find(|line| line.starts_with("score: ")).unwrap();
+    assert!(line.contains("%, ") && line.contains(" of 60,000 records, ") && line.ends_with(" left"), "{line:?}");
+    assert!(!line.contains(['\r', '\x1b']), "{line:?}");
+    child.kill().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert!(output.stdout.is_empty(), "progress is no result");
+    let mut child = spawn(&[&["--quiet"], &args[..]].concat());
+    std::thread::sleep(Duration::from_secs(4));
+    child.kill().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "");
 }

@@ -37,11 +37,16 @@ fn a_signal_ends_the_run_with_130_and_a_command_that_goes_on_to_the_same_bytes()
 #[test]
 fn a_signal_ends_a_quickstart_which_is_then_not_finished() {
     let place = place();
-    let child = start(&place, "quickstart --out quick");
+    let child = start(&place, "quickstart --out quick --json");
     wait_for_lines(&place.path("quick/metrics.jsonl"), 1);
     signal(&child, libc::SIGTERM);
     let ran = finish(child);
     assert!(ran.code == 130 && ran.stderr.contains("stopped after"), "{}: {}", ran.code, ran.stderr);
+    let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(
+        (&told["status"], &told["stage"], &told["resume"]),
+        (&"stopped".into(), &"quickstart".into(), &().into())
+    );
     let about = place.run("inspect quick --json");
     assert!(about.code == 0 && about.stdout.contains("not finished"), "{}", about.stdout);
     assert!(!place.path("quick/summary.json").exists());

@@ -113,7 +113,7 @@ pub fn start(place: &Place, line: &str) -> Child {
         .args(line.split_whitespace())
         .current_dir(place.path(""))
         .stdin(Stdio::null())
-        .stdout(Stdio::null())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap()
@@ -130,7 +130,7 @@ pub fn finish(child: Child) -> Ran {
     let output = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!stderr.contains("panicked"), "{stderr}");
-    Ran { code: output.status.code().unwrap_or(-1), stdout: String::new(), stderr }
+    Ran { code: output.status.code().unwrap_or(-1), stdout: String::from_utf8(output.stdout).unwrap(), stderr }
 }
 
 /// Waits until a file has so many lines.

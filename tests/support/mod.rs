@@ -94,6 +94,11 @@ impl Place {
 
     /// Runs `fourfold` with the words of `line`, and `stdin` piped in.
     pub fn run_with(&self, args: &[&str], stdin: &str) -> Ran {
+        self.run_bytes(args, stdin.as_bytes())
+    }
+
+    /// The same with a `stdin` that need not be text.
+    pub fn run_bytes(&self, args: &[&str], stdin: &[u8]) -> Ran {
         let mut child = Command::new(env!("CARGO_BIN_EXE_fourfold"))
             .args(args)
             .current_dir(self.dir.path())
@@ -103,7 +108,7 @@ impl Place {
             .spawn()
             .unwrap();
         // A command that fails at once may have closed the pipe already.
-        child.stdin.take().unwrap().write_all(stdin.as_bytes()).ok();
+        child.stdin.take().unwrap().write_all(stdin).ok();
         let output = child.wait_with_output().unwrap();
         let ran = Ran {
             code: output.status.code().unwrap_or(-1),

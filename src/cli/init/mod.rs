@@ -54,7 +54,8 @@ pub(super) struct Init {
     /// What the run may take of the machine's memory, or of the card's, such as 8GiB; else what is free.
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>())]
     memory: Option<ByteSize>,
-    /// Where the base will lie: cpu, cuda or cuda:N; else a card if there is one here that can be used.
+    /// Where the base will lie: cpu, cuda or cuda:N; else a card if there is one here that can be used. A card is asked only
+    /// for its free memory: with --memory none need be here.
     #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
     device: Option<DeviceChoice>,
     /// The adapter to start from, or the folder of the run that trained it.
@@ -279,6 +280,10 @@ impl Opened {
     }
 }
 
+/// What a plan for a device with `--memory` is based on.
+const NO_CARD_ASKED: &str = "No card was asked: the plan is computed from shapes for the memory that was named, so that it can be \
+                             made on another machine. `fourfold doctor` on the card's machine shows whether it can be used.";
+
 /// The comment at the top of the file.
 fn head(asked: &Asked, seen: Option<&Seen>, fitted: &Fitted, config: &Path) -> Vec<String> {
     let stage = asked.stage.name();
@@ -301,6 +306,9 @@ fn head(asked: &Asked, seen: Option<&Seen>, fitted: &Fitted, config: &Path) -> V
         String::new(),
         format!("Planned on {place}: {} of {of} at most, in {}, {lengths}.", fitted.plan.needs(), phase(&fitted.plan)),
     ];
+    if asked.memory.is_some() && asked.is_on_device() {
+        head.push(NO_CARD_ASKED.into());
+    }
     if !fitted.is_comfortable {
         head.push(
             "The base does not stay in memory beside that and is read from its file in every pass, which is slow."

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::config::OnBadRecord;
 use crate::data::record::{Place, Skipped};
+use crate::error::counted;
 use crate::invalid;
 
 /// Counts of what was made of the records.
@@ -37,7 +38,7 @@ pub struct Report {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} records, {} sequences", self.read, self.kept)?;
+        write!(f, "{}, {}", counted(self.read, "record"), counted(self.kept, "sequence"))?;
         if self.truncated > 0 {
             write!(f, " ({} truncated)", self.truncated)?;
         }

@@ -21,6 +21,7 @@ use serde_json::{Map, Number, Value};
 
 use crate::data::files::json_limits::MAX_RECORD_BYTES;
 use crate::data::files::parquet_page::Page;
+use crate::data::files::read::count_read;
 use crate::data::files::{holes, parquet_footer, parquet_page};
 use crate::data::record::{Hole, Place, RawSink};
 use crate::error::unless_it_panics;
@@ -193,7 +194,7 @@ impl Read for EofLimit {
     fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
         /// A correct reader reads once or twice at the end.
         const MAX_READS_AT_END: u32 = 8;
-        let read = self.file.read(buffer)?;
+        let read = self.file.read(buffer).inspect(|&read| count_read(read))?;
         if read == 0 && !buffer.is_empty() {
             self.reads_at_end += 1;
             if self.reads_at_end > MAX_READS_AT_END {

@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::Result;
 use flate2::bufread::MultiGzDecoder;
@@ -22,6 +23,28 @@ use crate::data::files::{delimited, holes, parquet};
 use crate::data::record::{Hole, Place, RawRecord, RawSink};
 use crate::invalid;
 
+/// Bytes of data files that this process has read, for the progress of a run that reads one set of records at a time.
+static BYTES_READ: AtomicUsize = AtomicUsize::new(0);
+
+/// Number of bytes of data files read so far, by all that read some.
+pub(crate) fn bytes_read() -> usize {
+    BYTES_READ.load(Ordering::Relaxed)
+}
+
+/// Counts bytes of a data file as read.
+pub(super) fn count_read(bytes: usize) {
+    BYTES_READ.fetch_add(bytes, Ordering::Relaxed);
+}
+
+/// A data file whose bytes are counted as they are read.
+struct CountedFile(File);
+
+impl Read for CountedFile {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.0.read(buffer).inspect(|&read| count_read(read))
+    }
+}
+
 /// Passes every record of a file to `sink` until it returns false.
 ///
 /// # Errors
@@ -32,7 +55,7 @@ pub(crate) fn records(path: &Path, sink: &mut RawSink) -> Result<()> {
     if file_type == Some(FileType::Parquet) {
         return parquet::rows(path, sink);
     }
-    let mut raw = BufReader::new(File::open(path).map_err(failed)?);
+    let mut raw = BufReader::new(CountedFile(File::open(path).map_err(failed)?));
     let is_gzip = path.extension().is_some_and(|end| end.eq_ignore_ascii_case("gz"));
     if is_gzip && !raw.fill_buf().map_err(failed)?.starts_with(&[0x1F, 0x8B]) {
         return Err(invalid!("{}: is not gzip, though its name ends in .gz", path.display()));

@@ -22,12 +22,14 @@ use crate::config::{Data, EvalSize, Paths};
 use crate::data::examples::encoder::ModelEncoder;
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RawText, Report, for_each};
 use crate::data::examples::{Example, Examples, SftExample};
+use crate::data::files::read::bytes_read;
 use crate::data::record::{Entry, Place, Record, Skipped, Text};
 use crate::data::stream::cache::{Cache, Key, Stored, Writer};
 use crate::data::stream::scan::{input_files, scan};
 use crate::data::stream::sources::NO_THREAD;
 use crate::data::stream::split::{group, split};
 use crate::invalid;
+use crate::report::progress::{Progress, Unit};
 use crate::tokenizer::Tokenizer;
 use crate::tokenizer::chat_template::Message;
 
@@ -237,22 +239,27 @@ fn key(data: &Data, files: &[PathBuf], tokenizer: &Tokenizer, seed: u64, name: &
         let days = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |t| t.as_secs() / 86_400);
         part(&days.to_le_bytes());
     }
+    let bytes = states(files)?.iter().map(|state| state.0 as usize).sum();
+    let mut progress = Progress::new("comparing the data with the cache", bytes, Unit::Bytes);
     for file in files {
         part(file.file_name().unwrap_or_default().as_encoded_bytes()); // the ending determines the file type
-        part(&digest(file)?);
+        part(&digest(file, &mut progress)?);
     }
     Ok(hash.finalize().into())
 }
 
 /// SHA-256 of a file.
-fn digest(file: &Path) -> Result<[u8; 32]> {
+fn digest(file: &Path, progress: &mut Progress) -> Result<[u8; 32]> {
     let failed = |e: std::io::Error| invalid!("{}: {e}", file.display());
     let mut open = File::open(file).map_err(failed)?;
     let (mut hash, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
     loop {
         match open.read(&mut buffer).map_err(failed)? {
             0 => return Ok(hash.finalize().into()),
-            read => hash.update(&buffer[..read]),
+            read => {
+                hash.update(&buffer[..read]);
+                progress.add(read);
+            }
         }
     }
 }
@@ -313,7 +320,9 @@ fn encode<T: Objective>(
             }
         }
         drop(to_sink);
-        let result = collect(data, made, permits, sink);
+        let bytes = input_files(data).and_then(|(files, _)| states(&files));
+        let bytes = bytes.map_or(0, |states| states.iter().map(|state| state.0 as usize).sum());
+        let result = collect(data, made, permits, sink, Progress::new("tokenising", bytes, Unit::Bytes));
         // After an error the workers have ended, and the reader may wait for a permit: it gets one and stops reading.
         stop_reader(ended, permits);
         let work = work.lock().unwrap_or_else(PoisonError::into_inner);
@@ -447,13 +456,16 @@ fn collect<T: Objective>(
     made: Receiver<Batch<T>>,
     permits: &SyncSender<()>,
     sink: &mut ExampleSink<T>,
+    mut progress: Progress,
 ) -> Result<Report> {
+    let before = bytes_read();
     let mut report = Report::default();
     let (mut waiting, mut next, mut record) = (BTreeMap::new(), 0, 0);
     for (number, batch) in made {
         waiting.insert(number, batch);
         while let Some(batch) = waiting.remove(&next) {
             next += 1;
+            progress.set(bytes_read() - before);
             let _ = permits.send(()); // there is room, since each batch took one; the reader may have ended
             for found in batch {
                 match found {
@@ -469,6 +481,7 @@ fn collect<T: Objective>(
             }
         }
     }
+    progress.finish();
     Ok(report)
 }
 

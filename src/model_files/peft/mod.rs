@@ -4,7 +4,7 @@
 //! and is not supported is refused by name. It does not depend on the base, only on its [`LinearShapes`]. Read
 //! `model/adapter/mod.rs` first.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -134,7 +134,7 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     let FileConfig { lora, heads, base_model } = config;
 
     let mut unread = names(&file)?;
-    let there: BTreeSet<String> = unread.keys().cloned().collect();
+    let there = unread.clone();
     let mut take = |name: &str, dims: &[usize]| -> Result<Tensor> {
         let Some(stored) = unread.remove(name) else {
             return Err(invalid!("{name} is missing, and {CONFIG_FILE} promises it; the adapter is incomplete"));
@@ -147,6 +147,9 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
         let path = shapes.path(slot);
         let (r, scale) = (lora.rank_of(&path), lora.scaling_of(&path));
         let name = |factor| factor_name(&shapes, slot, factor);
+        if let Some(stored) = there.get(&name(Factor::A)).and_then(|name| file.tensor(name).ok()) {
+            check_rank(&name(Factor::A), stored.shape(), [r, in_features])?;
+        }
         let (a, b) = (take(&name(Factor::A), &[r, in_features])?, take(&name(Factor::B), &[out_features, r])?);
         let magnitude = lora.use_dora.then(|| take(&name(Factor::Magnitude), &[out_features])).transpose()?;
         pairs.push((slot, LoraLayer::new(a, b, scale).with_magnitude(magnitude)));
@@ -156,7 +159,7 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
         heads => {
             let places =
                 heads.iter().flat_map(|head| ["", ".summary"].map(|of| format!("base_model.model.{head}{of}")));
-            let there = |place: &String| there.contains(&format!("{place}.weight"));
+            let there = |place: &String| there.contains_key(&format!("{place}.weight"));
             // If there is no head, the error message names the first place.
             let place = places.clone().find(there).or(places.clone().next()).unwrap_or_default();
             let (weight, bias) = (format!("{place}.weight"), format!("{place}.bias"));
@@ -185,6 +188,21 @@ fn read_tensors(bytes: &[u8], config: FileConfig, shapes: LinearShapes) -> Resul
     let provenance = Provenance { base_model, base_fingerprint: fingerprint };
     let adapter = Adapter::from_pairs(lora, shapes, pairs, head, provenance)?;
     if frozen { adapter.with_frozen_half() } else { Ok(adapter) }
+}
+
+/// Tells a rank that the config has wrong from a base that the adapter was not trained over: only the first dimension of the
+/// factor A differs.
+///
+/// # Errors
+/// If the rank is another.
+fn check_rank(name: &str, stored: &[usize], [r, in_features]: [usize; 2]) -> Result<()> {
+    match *stored {
+        [rank, width] if width == in_features && rank != r => Err(invalid!(
+            "{name} has rank {rank}, and {CONFIG_FILE} says {r}: its \"r\" or \"rank_pattern\" was changed after the \
+             training; put {rank} back"
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Reads the head of a [`VALUE_HEAD_FILE`]: TRL's linear map from hidden states to one number.

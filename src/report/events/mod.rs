@@ -34,9 +34,7 @@ pub(super) struct Events {
 impl Events {
     /// A new file for the run in `run`; those of a former run are removed. The settings are read from its config.toml.
     pub(super) fn begin(run: &Path) -> Result<Self> {
-        for path in files(run) {
-            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
-        }
+        Self::remove(run)?;
         let folder = run.join(FOLDER);
         fs::create_dir_all(&folder).with_context(|| format!("making {}", folder.display()))?;
         let path = folder.join(format!("events.out.tfevents.{:010}.fourfold", now() as u64));
@@ -49,6 +47,15 @@ impl Events {
             events.summary(0, vec![SummaryValue::hyperparameters(&settings, now())])?;
         }
         Ok(events)
+    }
+
+    /// Removes the files of a former run, and their folder if nothing else is in it.
+    pub(super) fn remove(run: &Path) -> Result<()> {
+        for path in files(run) {
+            fs::remove_file(&path).with_context(|| format!("removing {}", path.display()))?;
+        }
+        let _ = fs::remove_dir(run.join(FOLDER)); // fails, rightly, where something is left in it
+        Ok(())
     }
 
     /// The first `bytes` bytes of the file that is there, or its whole records where it is shorter. Without a file, as

@@ -31,7 +31,7 @@ fn the_sft_mask_is_exactly_the_assistants_text_and_end_tokens() {
         let (examples, report) = sft_examples(&dataset(two_rounds()).entries, &encoder, &data, true).unwrap();
         assert_eq!(decode(&examples[0].tokens), whole);
         assert_eq!(trained_text(&examples[0]), expected);
-        assert_eq!(report.to_string(), "1 records, 1 sequences");
+        assert_eq!(report.to_string(), "1 record, 1 sequence");
         let (examples, _) = sft_examples(&dataset(two_rounds()).entries, &encoder, &data, false).unwrap();
         let first = decode(&examples[0].tokens[..1]).len();
         assert_eq!(trained_text(&examples[0]), whole[first..], "everything but the first token");
@@ -70,7 +70,7 @@ fn sft_trains_on_the_best_response_and_on_desirable_ones() {
     ]));
     let (examples, report) = sft_examples(&unpaired.entries, &BARE, &Data::default(), true).unwrap();
     assert_eq!((examples.len(), trained_text(&examples[0]).as_str()), (1, "yes<e>"));
-    assert_eq!(report.to_string(), "2 records, 1 sequences; 1 dropped: 1 judged bad");
+    assert_eq!(report.to_string(), "2 records, 1 sequence; 1 dropped: 1 judged bad");
 }
 
 #[test]
@@ -139,7 +139,7 @@ fn truncation_follows_the_policy_and_is_counted() {
 
     let (sft, report) = sft_examples(entries, &BARE, &with(Truncation::Drop), true).unwrap();
     assert_eq!((sft.len(), counted(&report)), (1, (3, 1, 0, 2)));
-    assert_eq!(report.to_string(), "3 records, 1 sequences; 2 dropped: 2 longer than max_length = 10");
+    assert_eq!(report.to_string(), "3 records, 1 sequence; 2 dropped: 2 longer than max_length = 10");
     let (sft, report) = sft_examples(entries, &BARE, &with(Truncation::Left), true).unwrap();
     assert_eq!((decode(&sft[1].tokens).as_str(), trained_text(&sft[1]).as_str()), ("efghijkxy<e>", "xy<e>"));
     assert_eq!(counted(&report), (3, 2, 1, 1));
@@ -202,7 +202,7 @@ fn a_template_that_rewrites_earlier_turns_trains_on_what_multi_turn_says() {
     for multi_turn in [MultiTurn::Last, MultiTurn::Each, MultiTurn::Error] {
         let (examples, report) = sft_examples(&entries, &CHAT, &with(Some(multi_turn)), true).unwrap();
         assert_eq!((examples.len(), trained_text(&examples[0]).as_str()), (1, "né 1\n<e>a2<e>"));
-        assert_eq!(report.to_string(), "1 records, 1 sequences");
+        assert_eq!(report.to_string(), "1 record, 1 sequence");
     }
 }
 

@@ -102,7 +102,7 @@ fn a_turn_of_weight_0_is_in_the_text_and_not_learnt() {
     let (examples, report) = sft_examples(&dataset(row).entries, &CHAT, &Data::default(), true).unwrap();
     assert_eq!(
         (examples.len(), report.to_string().as_str()),
-        (1, "2 records, 1 sequences; 1 dropped: 1 whose assistant turns all have the weight 0")
+        (1, "2 records, 1 sequence; 1 dropped: 1 whose assistant turns all have the weight 0")
     );
     let half = load("x.json", json!([{"messages": [user, turn("x", json!(0.5))]}]).to_string().as_bytes());
     let error = half.unwrap_err();
