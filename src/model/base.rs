@@ -74,6 +74,16 @@ impl KvCache {
     pub fn size_in_bytes(&self) -> usize {
         self.layers.iter().map(attention::KvCache::size_in_bytes).sum()
     }
+
+    /// Whether the next step takes memory of another size than this one, in any layer.
+    pub(crate) fn next_step_differs(&self) -> bool {
+        self.layers.iter().any(attention::KvCache::next_step_differs)
+    }
+
+    /// Counts one more token per sequence, for a plan.
+    pub(crate) fn advance(&mut self) -> Result<()> {
+        self.layers.iter_mut().try_for_each(attention::KvCache::advance)
+    }
 }
 
 impl Base {

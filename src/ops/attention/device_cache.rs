@@ -15,7 +15,7 @@ use crate::ops::launch::{TILE_THREADS, blocks, device, shape, size, tiles, varia
 use crate::ops::rope::gpu::DeviceRopeTable;
 
 /// Keys of a chunk, query heads of a block and the widest head, as in gpu.cu.
-const CHUNK: usize = 256;
+pub(super) const CHUNK: usize = 256;
 const TILE: usize = 4;
 const WIDEST: usize = 256;
 

@@ -6,7 +6,7 @@ use candle_core::Tensor;
 
 use crate::device::{Array, Matrix};
 use crate::ops::attention::Heads;
-use crate::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
+use crate::ops::attention::device_cache::{CHUNK, Copied, DeviceCache, Live, Writes};
 use crate::ops::cpu::view;
 use crate::ops::rope::RopeTable;
 
@@ -161,6 +161,26 @@ impl KvCache {
             }
             Store::Device(device) => device.append(k.device()?, v.device()?),
         }
+    }
+
+    /// Whether a device's next step needs memory of another size than this one: a full cache grows, and sums of more chunks
+    /// meet. A plan runs such steps, and passes over the others by [`KvCache::advance`].
+    pub fn next_step_differs(&self) -> bool {
+        match &self.store {
+            Store::Host(_) => true,
+            Store::Device(device) => {
+                let longest = device.lengths.iter().max().copied().unwrap_or(0) + 1;
+                longest > device.cache.capacity() || longest % CHUNK <= 1
+            }
+        }
+    }
+
+    /// Counts one more token per sequence without its keys and values: for plans, whose numbers nobody reads.
+    ///
+    /// # Errors
+    /// If the cache lies on the host, or device memory is out.
+    pub fn advance(&mut self) -> Result<()> {
+        self.device_mut()?.extend()
     }
 
     pub(super) fn device_mut(&mut self) -> Result<&mut DeviceSlots> {

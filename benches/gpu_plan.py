@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""Which models fit which cards, by the planner, and what a step would take at least, by the cards' own figures.
+
+    benches/gpu_plan.py target/release/fourfold > benches/records/gpu.md
+
+PPO with four roles on one base, 8 prompts of 256 tokens and responses of 256, LoRA r = 16 on all linear maps, a critic. Memory
+is `fourfold plan --device cuda --memory`: the passes themselves on a machine that counts. Times are floors and not
+measurements: bytes over bandwidth for decoding, products over the card's rate for the rest.
+"""
+import json
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+BINARY = sys.argv[1]
+PROMPTS, PROMPT, RESPONSE, RANK = 8, 256, 256, 16
+# Name: hidden, intermediate, layers, heads, key/value heads, vocabulary, tied.
+MODELS = {
+    "1B (Llama 3.2)": (2048, 8192, 16, 32, 8, 128256, True),
+    "7B (Llama 2)": (4096, 11008, 32, 32, 32, 32000, False),
+    "8B (Llama 3.1)": (4096, 14336, 32, 32, 8, 128256, False),
+    "14B (Qwen 2.5)": (5120, 13824, 48, 40, 8, 152064, False),
+}
+# Bytes of a stored number.
+TYPES = {"q4_k": 144 / 256, "bf16": 2.0}
+SIZES = [8, 12, 16, 24]
+# Name: bytes per second, products per second of 16-bit operands with f32 sums. The H100's are measured (the log beside this);
+# the others' are multiprocessors times boost clock times 1,024 operations, by NVIDIA's data sheets.
+CARDS = {
+    "H100": (2.958e12, 683e12),
+    "RTX 4090, 24 GB": (1.008e12, 128 * 2.52e9 * 512),
+    "RTX 4060, 8 GB": (0.272e12, 24 * 2.46e9 * 512),
+    "RTX 3060, 12 GB": (0.360e12, 28 * 1.777e9 * 512),
+}
+
+
+def config(model):
+    hidden, wide, layers, heads, kv, vocab, tied = MODELS[model]
+    return dict(
+        architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=vocab, hidden_size=hidden,
+        intermediate_size=wide, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv,
+        head_dim=128 if hidden > 2048 else 64, max_position_embeddings=8192, rms_norm_eps=1e-5, rope_theta=5e5,
+        tie_word_embeddings=tied, hidden_act="silu", torch_dtype="bfloat16",
+    )
+
+
+def plan(folder, model, dtype, gib):
+    path = f"{folder}/{list(MODELS).index(model)}.json"
+    with open(path, "w") as file:
+        json.dump(config(model), file)
+    settings = {
+        "lora.r": RANK, "ppo.batch_size": PROMPTS, "ppo.response_length": RESPONSE, "data.max_prompt_length": PROMPT,
+        "ppo.micro_batch_size": 4,
+    }
+    if dtype != "bf16":
+        settings["base.quantize"] = dtype
+    command = [BINARY, "plan", "--base", path, "--phase", "ppo", "--device", "cuda", "--memory", f"{gib}GiB", "--json"]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if not done.stdout:
+        sys.exit(f"{model}, {dtype}, {gib} GiB: {done.stderr}")
+    return json.loads(done.stdout)
+
+
+def cell(found):
+    if found["fits"]:
+        device = next(iter(found["devices"].values()))
+        return f"{device['total'] / 2**30:.1f} GiB"
+    change = found["smallest_change"]
+    if not change:
+        return "no"
+    short = {"ppo.micro_batch_size": "micro", "ppo.local_rollout_forward_batch_size": "at once", "ppo.checkpoint": "checkpoint"}
+    return ", ".join(f"{short.get(key, key.split('.')[-1])} {value}" for key, value in change["set"].items())
+
+
+def matrices(model):
+    hidden, wide, layers, heads, kv, vocab, _ = MODELS[model]
+    head = 128 if hidden > 2048 else 64
+    attention = hidden * head * (heads + 2 * kv) + heads * head * hidden
+    return layers * (attention + 3 * hidden * wide), hidden * vocab
+
+
+def floors(model, dtype, bandwidth, rate):
+    """Seconds of decoding, of scoring and of the update, at least."""
+    _, _, layers, _, kv, _, _ = MODELS[model]
+    head = 128 if MODELS[model][0] > 2048 else 64
+    blocks, lm_head = matrices(model)
+    cache = PROMPTS * (PROMPT + RESPONSE / 2) * layers * 2 * kv * head * 2
+    decoding = RESPONSE * ((blocks + lm_head) * TYPES[dtype] + cache) / bandwidth
+    tokens, responses = PROMPTS * (PROMPT + RESPONSE), PROMPTS * RESPONSE
+    forward, of_head = 2 * blocks * tokens, 2 * lm_head * responses
+    # Reference, critic and reward model score; actor and critic run forward, again for the blocks' activations, and back.
+    scoring = (3 * forward + of_head) / rate
+    update = (2 * 3 * forward + 4 * of_head) / rate
+    return decoding, scoring, update
+
+
+with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+    jobs = {(m, t, s): pool.submit(plan, folder, m, t, s) for m in MODELS for t in TYPES for s in SIZES}
+    plans = {key: job.result() for key, job in jobs.items()}
+
+print(f"""# What fits a card, and floors of a step
+
+Written by `benches/gpu_plan.py`. Nothing here was measured on a card but the H100's two figures below; what was is in
+`gpu_h100.log`, and `benches/gpu_check.sh` measures a card at hand.
+
+PPO, four roles on one base, {PROMPTS} x ({PROMPT} + {RESPONSE}) tokens, LoRA r = {RANK} on all linear maps, micro-batches of 4, products in f16.
+
+## Memory, by `plan --device cuda`
+
+The device's peak with context and cuBLAS, or the smallest change that fits: `micro` is `ppo.micro_batch_size`, `at once`
+`ppo.local_rollout_forward_batch_size`.
+
+| model | base | {' | '.join(f'{size} GiB' for size in SIZES)} |
+|---|---|{'---|' * len(SIZES)}""")
+for model in MODELS:
+    for dtype in TYPES:
+        print(f"| {model} | {dtype} | {' | '.join(cell(plans[model, dtype, size]) for size in SIZES)} |")
+print("""
+## Floors of a step, seconds: decoding + scoring + update
+
+Expected, not measured: decoding reads the base and the cache once per token at the card's bandwidth; scoring and update do
+their products at the card's rate. Real steps take longer: small kernels, attention, unpacking and the host come on top.
+
+| model, base | """ + " | ".join(CARDS) + " |\n|---|" + "---|" * len(CARDS))
+for model, dtype in [("1B (Llama 3.2)", "bf16"), ("7B (Llama 2)", "q4_k"), ("8B (Llama 3.1)", "q4_k"), ("14B (Qwen 2.5)", "q4_k")]:
+    cells = []
+    for bandwidth, rate in CARDS.values():
+        parts = floors(model, dtype, bandwidth, rate)
+        cells.append(f"{sum(parts):.1f} ({' + '.join(f'{part:.1f}' for part in parts)})")
+    print(f"| {model}, {dtype} | {' | '.join(cells)} |")
