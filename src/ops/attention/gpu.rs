@@ -4,13 +4,14 @@
 //! panel at a time: some queries of every head of a few sequences of one length. A panel is
 //! multiplied by `Device::gemm`, whose strides pick heads out of rows, so that nothing is copied and heads of a group
 //! read the same keys. Probabilities are computed again in the backward pass. It does not depend on layers.
-//! Read `device_cache.rs` beside it next: one query per sequence.
+//! Read `gpu_tiles.rs` beside it next, then `device_cache.rs`: one query per sequence.
 
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
 use super::Heads;
+use super::gpu_tiles;
 use crate::device::{Arguments, Device, Element, Gemm, Matrix, Ptr, Strided};
 use crate::ops::columns;
 use crate::ops::launch::{blocks, device, shape, size, variant};
@@ -28,7 +29,7 @@ const WARPS: usize = 8;
 /// Where the sequences of a batch lie, and what of them may be seen. Made once per batch and used by all layers.
 #[derive(Clone, Debug)]
 pub struct DeviceSequences {
-    cu_seqlens: Vec<usize>,
+    pub(super) cu_seqlens: Vec<usize>,
     key_len: Option<(Vec<usize>, Matrix)>,
     panel_bytes: usize,
     panel_queries: usize,
@@ -67,7 +68,7 @@ impl DeviceSequences {
         self.cu_seqlens.last().copied().unwrap_or(0)
     }
 
-    fn key_len(&self, sequence: usize) -> usize {
+    pub(super) fn key_len(&self, sequence: usize) -> usize {
         self.key_len.as_ref().map_or(usize::MAX, |(key_len, _)| key_len[sequence])
     }
 }
@@ -207,179 +208,11 @@ unsafe impl Arguments for AttentionSoftmaxBackward {
     const BLOCK: u32 = 256;
 }
 
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AttentionTiles {
-    q: Ptr,
-    k: Ptr,
-    v: Ptr,
-    o: Ptr,
-    tiles: Ptr,
-    heads: u32,
-    kv: u32,
-    dim: u32,
-    window: u32,
-    wide: u32,
-    scale: f32,
-    cap: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct AttentionTilesBackward {
-    q: Ptr,
-    k: Ptr,
-    v: Ptr,
-    d_o: Ptr,
-    dq: Ptr,
-    dk: Ptr,
-    dv: Ptr,
-    stats: Ptr,
-    tiles: Ptr,
-    heads: u32,
-    kv: u32,
-    dim: u32,
-    window: u32,
-    wide: u32,
-    scale: f32,
-    cap: f32,
-}
-
-/// The kernel of a name for heads of up to 64 numbers and the one for up to 128.
-macro_rules! tiles_arguments {
-    ($narrow:ident, $wide:ident, $fields:ident, $name:literal) => {
-        #[repr(transparent)]
-        struct $narrow($fields);
-        // SAFETY: the fields are those of the struct of this name in gpu_tiles.cu.
-        unsafe impl Arguments for $narrow {
-            const NAME: &'static str = concat!($name, "_64");
-            const BLOCK: u32 = 128;
-        }
-        #[repr(transparent)]
-        struct $wide($fields);
-        // SAFETY: as above.
-        unsafe impl Arguments for $wide {
-            const NAME: &'static str = concat!($name, "_128");
-            const BLOCK: u32 = 128;
-        }
-    };
-}
-tiles_arguments!(Forward64, Forward128, AttentionTiles, "attention_tiles");
-tiles_arguments!(QueryGradient64, QueryGradient128, AttentionTilesBackward, "attention_tiles_dq");
-tiles_arguments!(KeyGradient64, KeyGradient128, AttentionTilesBackward, "attention_tiles_dkv");
-
-/// Queries of a tile.
-const TILE: usize = 64;
-/// The widest head whose scores are kept in tiles.
-const WIDEST_OF_TILES: usize = 128;
-
-/// Does the tensor cores' way take these heads?
-fn fits_tiles(element: Element, heads: Heads) -> bool {
-    element != Element::F32 && heads.dim <= WIDEST_OF_TILES
-}
-
-/// Every tile of rows of the batch, those that see most keys first: its sequence's first row and length, its first row there
-/// and the keys that may be seen.
-fn tiles(batch: &DeviceSequences) -> Result<Vec<[u32; 4]>> {
-    let mut all = vec![];
-    for (s, ends) in batch.cu_seqlens.windows(2).enumerate() {
-        let length = ends[1] - ends[0];
-        for row in (0..length).step_by(TILE) {
-            let numbers = [ends[0], length, row, batch.key_len(s).min(length)];
-            all.push(numbers.map(|n| size("attention tiles", n)));
-        }
-    }
-    let mut all = all.into_iter().map(|[a, b, c, d]| Ok([a?, b?, c?, d?])).collect::<Result<Vec<_>>>()?;
-    all.sort_by_key(|tile| std::cmp::Reverse(tile[2]));
-    Ok(all)
-}
-
-/// Can all of these be read eight numbers at a time?
-fn are_wide(heads: Heads, matrices: &[&Matrix]) -> bool {
-    let aligned =
-        |m: &&Matrix| m.input("attention", m.element(), 0).is_ok_and(|at| at.aligned("attention", 16).is_ok());
-    heads.dim.is_multiple_of(8) && matrices.iter().all(aligned)
-}
-
-/// The forward on tensor cores, which holds no scores in memory.
-fn forward_in_tiles(pass: &Pass<'_>, [q, k, v]: [&Matrix; 3]) -> Result<Matrix> {
-    let (device, heads, element) = (&pass.device, pass.heads, q.element());
-    let o = device.matrix(element, q.rows(), q.cols())?;
-    let all = tiles(pass.batch)?;
-    let tiles = device.indices(all.as_flattened())?;
-    let arguments = AttentionTiles {
-        q: q.input("attention q", element, q.len())?,
-        k: k.input("attention k", element, k.len())?,
-        v: v.input("attention v", element, v.len())?,
-        o: o.output("attention o", element, o.len())?,
-        tiles: tiles.input("attention tiles", Element::U32, 4 * all.len())?.aligned("attention tiles", 16)?,
-        heads: size("heads", heads.q)?,
-        kv: size("heads", heads.kv)?,
-        dim: size("head", heads.dim)?,
-        window: heads.window.map_or(Ok(0), |w| size("attention window", w))?,
-        wide: u32::from(are_wide(heads, &[q, k, v, &o])),
-        scale: heads.scale,
-        cap: heads.soft_cap.unwrap_or(0.0),
-    };
-    let (kernel, grid) = (variant("attention", &[element])?, [size("tiles", all.len())?, size("heads", heads.q)?, 1]);
-    match heads.dim <= 64 {
-        true => device.launch(kernel, grid, Forward64(arguments))?,
-        false => device.launch(kernel, grid, Forward128(arguments))?,
-    }
-    Ok(o)
-}
-
-/// The backward on tensor cores.
-fn backward_in_tiles(pass: &Pass<'_>, [q, k, v, d_o]: [&Matrix; 4]) -> Result<(Matrix, Matrix, Matrix)> {
-    let (device, heads, element) = (&pass.device, pass.heads, q.element());
-    let room = |like: &Matrix| device.matrix(element, like.rows(), like.cols());
-    let (dq, dk, dv) = (room(q)?, room(k)?, room(v)?);
-    let stats = device.matrix(Element::F32, q.rows(), 2 * heads.q)?;
-    let of_queries = tiles(pass.batch)?;
-    let of_keys: Vec<[u32; 4]> = of_queries.iter().rev().copied().collect();
-    let (query_tiles, key_tiles) =
-        (device.indices(of_queries.as_flattened())?, device.indices(of_keys.as_flattened())?);
-    let arguments = |tiles: &Matrix| -> Result<AttentionTilesBackward> {
-        Ok(AttentionTilesBackward {
-            q: q.input("attention q", element, q.len())?,
-            k: k.input("attention k", element, k.len())?,
-            v: v.input("attention v", element, v.len())?,
-            d_o: d_o.input("attention do", element, d_o.len())?,
-            dq: dq.output("attention dq", element, dq.len())?,
-            dk: dk.output("attention dk", element, dk.len())?,
-            dv: dv.output("attention dv", element, dv.len())?,
-            stats: stats.output("attention stats", Element::F32, stats.len())?,
-            tiles: tiles.input("attention tiles", Element::U32, tiles.len())?.aligned("attention tiles", 16)?,
-            heads: size("heads", heads.q)?,
-            kv: size("heads", heads.kv)?,
-            dim: size("head", heads.dim)?,
-            window: heads.window.map_or(Ok(0), |w| size("attention window", w))?,
-            wide: u32::from(are_wide(heads, &[q, k, v, d_o, &dq, &dk, &dv])),
-            scale: heads.scale,
-            cap: heads.soft_cap.unwrap_or(0.0),
-        })
-    };
-    let (kernel, count) = (variant("attention backward", &[element])?, size("tiles", of_queries.len())?);
-    let (by_query, by_key) = ([count, size("heads", heads.q)?, 1], [count, size("heads", heads.kv)?, 1]);
-    let (queries, keys) = (arguments(&query_tiles)?, arguments(&key_tiles)?);
-    match heads.dim <= 64 {
-        true => {
-            device.launch(kernel.clone(), by_query, QueryGradient64(queries))?;
-            device.launch(kernel, by_key, KeyGradient64(keys))?;
-        }
-        false => {
-            device.launch(kernel.clone(), by_query, QueryGradient128(queries))?;
-            device.launch(kernel, by_key, KeyGradient128(keys))?;
-        }
-    }
-    Ok((dq, dk, dv))
-}
-
 /// One call's checked operands.
-struct Pass<'a> {
-    device: Device,
-    heads: Heads,
-    batch: &'a DeviceSequences,
+pub(super) struct Pass<'a> {
+    pub(super) device: Device,
+    pub(super) heads: Heads,
+    pub(super) batch: &'a DeviceSequences,
     panels: Vec<Panel>,
 }
 
@@ -505,8 +338,8 @@ pub(super) fn check(heads: Heads) -> Result<()> {
 pub fn forward(q: &Matrix, k: &Matrix, v: &Matrix, batch: &DeviceSequences, heads: Heads) -> Result<Matrix> {
     let element = q.element();
     let pass = Pass::new(q, [k, v], heads, batch, Element::F32.bytes() + element.bytes())?;
-    if fits_tiles(element, heads) {
-        return forward_in_tiles(&pass, [q, k, v]);
+    if gpu_tiles::fits(element, heads) {
+        return gpu_tiles::forward(&pass, [q, k, v]);
     }
     let (kernel, device) = (variant("attention", &[element])?, &pass.device);
     let o = device.matrix(element, q.rows(), q.cols())?;
@@ -542,9 +375,9 @@ pub fn backward(
     let pass = Pass::new(q, [k, v], heads, batch, 2 * (Element::F32.bytes() + element.bytes()))?;
     device("attention backward", q, &[d_o])?;
     shape("attention backward: the gradient", d_o, q.rows(), q.cols())?;
-    if fits_tiles(element, heads) {
+    if gpu_tiles::fits(element, heads) {
         ensure!(d_o.element() == element, "attention backward: a gradient of {} for {element}", d_o.element());
-        return backward_in_tiles(&pass, [q, k, v, d_o]);
+        return gpu_tiles::backward(&pass, [q, k, v, d_o]);
     }
     let (kernel, device) = (variant("attention backward", &[element])?, &pass.device);
     let dq = device.matrix(element, q.rows(), q.cols())?;

@@ -9,6 +9,7 @@
 mod cpu;
 pub mod device_cache;
 pub mod gpu;
+mod gpu_tiles;
 mod kv_cache;
 
 use std::ops::Range;
