@@ -210,6 +210,7 @@ pub fn read(
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
     let recomputes = scored.is_some() || readers.recomputes;
     let is_read = readers.reference.is_some() || readers.critic.is_some() || recomputes;
+    let mut progress = Progress::new("scoring", lengths.len(), Unit::Of("response"));
     for rows in chunks_by_tokens(&lengths, SCORING_TOKENS).into_iter().filter(|_| is_read) {
         let (batch, targets) = rollout.batch(&rows)?;
         // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
@@ -249,7 +250,9 @@ pub fn read(
             at = next;
         }
         rollout.last_values.extend(values.iter().flat_map(|values| &values[at..]));
+        progress.add(rows.len());
     }
+    drop(progress);
     if rollout.prompts.is_empty() {
         return Ok(rollout);
     }
