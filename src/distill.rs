@@ -19,7 +19,7 @@ use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets};
 use crate::model::block::Recompute;
-use crate::model::generate::{FinishReason, SamplingParams, generate};
+use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
 use crate::model::roles::Policy;
 use crate::ops::divergence::Divergence;
 use crate::report::progress::{Progress, Unit};
@@ -178,15 +178,21 @@ impl<H: ?Sized, T: Prompted> Distillation<'_, H, T> {
         let on_token =
             |_, _| if is_step && stop::requested() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) };
         let responses = generate(by, prompts, &seeds, &sampling, on_token)?;
-        Ok(prompts
-            .iter()
-            .zip(responses)
-            .map(|(prompt, response)| Sequence {
-                mask: (0..prompt.len() + response.tokens.len()).map(|at| at >= prompt.len()).collect(),
-                tokens: [&prompt[..], &response.tokens].concat(),
-                ended: response.finish == FinishReason::Stop,
-            })
-            .collect())
+        let rows = |base: &Base| base.lm_head(None).weight.rows();
+        let ids = rows(self.base).min(rows(self.teaching.teacher.base()));
+        let sequence = |(prompt, response): (&Vec<u32>, Response)| {
+            let (mut tokens, mut ended) = (response.tokens, response.finish == FinishReason::Stop);
+            // A padding row of the larger lm_head, which only its model can read, ends a response. As the last of it nothing
+            // is predicted from what stands in its place.
+            if let Some(at) = tokens.iter().position(|&token| token as usize >= ids) {
+                tokens.truncate(at);
+                tokens.push(0);
+                ended = true;
+            }
+            let mask = (0..prompt.len() + tokens.len()).map(|at| at >= prompt.len()).collect();
+            Sequence { tokens: [&prompt[..], &tokens].concat(), mask, ended }
+        };
+        Ok(prompts.iter().zip(responses).map(sequence).collect())
     }
 
     fn held_out_loss(&self, adapter: &Adapter) -> Result<f64>
