@@ -28,6 +28,7 @@ pub(super) enum Stage {
     Reward,
     Dpo,
     Kto,
+    Distill,
     Ppo,
     Grpo,
     Rloo,
@@ -69,7 +70,8 @@ pub(super) fn show(args: &Show) -> Result<()> {
         Stage::Kto => {
             look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
         }
-        Stage::Ppo | Stage::Grpo | Stage::Rloo => {
+        Stage::Distill if !config.distill().samples_all() => look.at::<SftExample>("distill", true, sft_pieces),
+        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
             look.at::<PromptExample>(stage.of_config().name(), true, |e| vec![vec![(&e.tokens[..], false)]])
         }
     }
@@ -83,6 +85,7 @@ impl Stage {
             Self::Reward => config::Stage::Reward,
             Self::Dpo => config::Stage::Dpo,
             Self::Kto => config::Stage::Kto,
+            Self::Distill => config::Stage::Distill,
             Self::Ppo => config::Stage::Ppo,
             Self::Grpo => config::Stage::Grpo,
             Self::Rloo => config::Stage::Rloo,
@@ -97,6 +100,7 @@ pub(super) fn only_stage(config: &Config) -> Result<Stage> {
         config.reward.is_some().then_some(Stage::Reward),
         config.dpo.is_some().then_some(Stage::Dpo),
         config.kto.is_some().then_some(Stage::Kto),
+        config.distill.is_some().then_some(Stage::Distill),
         config.rollouts(config::Stage::Ppo).is_ok().then_some(Stage::Ppo),
         config.grpo.is_some().then_some(Stage::Grpo),
         config.rloo.is_some().then_some(Stage::Rloo),
@@ -105,7 +109,7 @@ pub(super) fn only_stage(config: &Config) -> Result<Stage> {
     match (there.next(), there.next()) {
         (Some(stage), None) => Ok(stage),
         _ => Err(invalid!(
-            "the file has not exactly one stage's section; give --phase sft, reward, dpo, kto, ppo, grpo or rloo"
+            "the file has not exactly one stage's section; give --phase sft, reward, dpo, kto, distill, ppo, grpo or rloo"
         )),
     }
 }

@@ -13,7 +13,10 @@ const NAMES: usize = 15;
 
 /// The commands by what they are for.
 const GROUPS: &[(&str, &[&str])] = &[
-    ("Training", &["quickstart", "init", "sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "data", "keys"]),
+    (
+        "Training",
+        &["quickstart", "init", "sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo", "data", "keys"],
+    ),
     ("Models", &["merge", "generate", "chat", "score", "logprobs", "inspect"]),
     ("Runs", &["watch", "report"]),
     ("Machine", &["plan", "bench", "doctor", "completions", "man"]),
@@ -27,6 +30,7 @@ const EXAMPLES: &[(&[&str], &str)] = &[
     (&["reward"], "fourfold reward configs/smollm2-135m/reward.toml --device cuda"),
     (&["dpo"], "fourfold dpo dpo.toml --set dpo.beta=0.05 --out runs/dpo --resume latest"),
     (&["kto"], "fourfold kto kto.toml --out runs/kto"),
+    (&["distill"], "fourfold distill distill.toml --set distill.beta=1 --out runs/distill"),
     (&["ppo"], "fourfold ppo configs/smollm2-135m/ppo.toml --set ppo.kl_coef=0.1 --out runs/ppo"),
     (&["grpo"], "fourfold grpo configs/recipes/grpo.toml --set grpo.beta=0.04 --out runs/grpo"),
     (&["rloo"], "fourfold rloo rloo.toml --set rloo.num_generations=4 --out runs/rloo"),

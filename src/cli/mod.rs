@@ -60,6 +60,8 @@ enum Command {
     Dpo(Training),
     /// KTO: an aligned adapter from responses labelled desirable or undesirable, without a reward model.
     Kto(Training),
+    /// Distillation: an adapter that learns a teacher's whole distribution on responses that it samples itself.
+    Distill(Training),
     /// PPO: an aligned adapter from prompts and a reward adapter.
     Ppo(Training),
     /// GRPO: an aligned adapter from prompts and a reward, by comparing the responses to each prompt; no critic.
@@ -187,6 +189,7 @@ pub fn run() -> Result<()> {
         Command::Reward(args) => train(Stage::Reward, &args),
         Command::Dpo(args) => train(Stage::Dpo, &args),
         Command::Kto(args) => train(Stage::Kto, &args),
+        Command::Distill(args) => train(Stage::Distill, &args),
         Command::Ppo(args) => train(Stage::Ppo, &args),
         Command::Grpo(args) => train(Stage::Grpo, &args),
         Command::Rloo(args) => train(Stage::Rloo, &args),

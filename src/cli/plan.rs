@@ -63,7 +63,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     };
     let source = PlanInputs::open(stage, &config)?;
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-    let on_device = [section.device(), config.reward_base().device()].into_iter().any(dry::is_device);
+    let on_device = [section.device(), config.second_base(stage).device()].into_iter().any(dry::is_device);
     let limit = args.memory.filter(|_| !on_device).or(config.memory.limit).map(|limit| limit.0);
     // This machine may be another than the one with the device.
     let budget =
@@ -155,6 +155,7 @@ impl Shown<'_> {
             Stage::Reward => self.config.reward().per_device_train_batch_size,
             Stage::Dpo => self.config.dpo().per_device_train_batch_size,
             Stage::Kto => self.config.kto().per_device_train_batch_size,
+            Stage::Distill => self.config.distill().per_device_train_batch_size,
             Stage::Ppo | Stage::Grpo | Stage::Rloo => self.config.ppo().map_or(0, |ppo| ppo.micro_batch_size),
         }
     }

@@ -6,6 +6,7 @@
 //! read `schema.rs`, `stages.rs` and `ppo.rs` next.
 
 mod checkpoint;
+mod distill;
 mod dpo;
 mod dschat;
 mod expand;
@@ -23,6 +24,7 @@ mod report_to;
 mod rewards;
 mod schema;
 mod sources;
+mod stage;
 mod stages;
 mod trl;
 mod validate;
@@ -38,6 +40,7 @@ use crate::invalid;
 use located::{Fault, KeyError, keys_of, nearest, quoted};
 
 pub use checkpoint::{CheckpointConfig, Guard};
+pub use distill::Distill;
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub(crate) use group::GroupKeys;
 pub use group::{GroupLoss, Grpo, Rloo};
@@ -56,6 +59,7 @@ pub use schema::{
     MultiTurn, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
+pub use stage::Stage;
 pub use stages::{LrScheduler, RecomputeSetting, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
@@ -82,6 +86,9 @@ pub struct Config {
     /// The reward model's and the critic's frozen checkpoint; absent = the policy's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reward_base: Option<Base>,
+    /// The teacher's frozen checkpoint, for `[distill]`; absent = the policy's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub teacher: Option<Base>,
     /// The shape of new adapters.
     #[serde(default)]
     pub lora: Lora,
@@ -109,6 +116,9 @@ pub struct Config {
     /// Kahneman-Tversky optimisation; read it with [`Config::kto`].
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kto: Option<Kto>,
+    /// On-policy distillation; read it with [`Config::distill`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub distill: Option<Distill>,
     /// PPO; read it with [`Config::ppo`]. The settings made from `[grpo]` or `[rloo]`, where the file has one of those.
     #[serde(default, skip_serializing_if = "is_made")]
     pub ppo: Option<Ppo>,
@@ -125,45 +135,6 @@ fn is_made(ppo: &Option<Ppo>) -> bool {
     ppo.as_ref().is_none_or(|ppo| ppo.origin != Origin::Ppo)
 }
 
-/// The stages of a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stage {
-    /// Supervised fine-tuning.
-    Sft,
-    /// Reward modelling.
-    Reward,
-    /// Direct preference optimisation.
-    Dpo,
-    /// Kahneman-Tversky optimisation.
-    Kto,
-    /// Proximal policy optimisation.
-    Ppo,
-    /// Group relative policy optimisation.
-    Grpo,
-    /// REINFORCE with a leave-one-out baseline.
-    Rloo,
-}
-
-impl Stage {
-    /// Whether the policy is trained on responses that it samples: the stages that PPO's loop runs.
-    pub fn has_rollouts(self) -> bool {
-        matches!(self, Self::Ppo | Self::Grpo | Self::Rloo)
-    }
-
-    /// The name of its section and of its default output folder.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Sft => "sft",
-            Self::Reward => "reward",
-            Self::Dpo => "dpo",
-            Self::Kto => "kto",
-            Self::Ppo => "ppo",
-            Self::Grpo => "grpo",
-            Self::Rloo => "rloo",
-        }
-    }
-}
-
 impl Config {
     /// The folder a stage writes to.
     pub fn output_dir(&self, stage: Stage) -> PathBuf {
@@ -175,12 +146,22 @@ impl Config {
         self.reward_base.as_ref().unwrap_or(&self.base)
     }
 
-    /// Both bases on one device, as `--device` says.
+    /// The teacher's checkpoint: `[teacher]`, or the policy's.
+    pub fn teacher(&self) -> &Base {
+        self.teacher.as_ref().unwrap_or(&self.base)
+    }
+
+    /// The checkpoint that a stage reads beside the one that it trains over; the same one where it has none of its own.
+    pub fn second_base(&self, stage: Stage) -> &Base {
+        if stage == Stage::Distill { self.teacher() } else { self.reward_base() }
+    }
+
+    /// All bases on one device, as `--device` says.
     #[must_use]
     pub fn on(mut self, device: Option<DeviceChoice>) -> Self {
         if device.is_some() {
             self.base.device = device;
-            self.reward_base.iter_mut().for_each(|base| base.device = device);
+            self.reward_base.iter_mut().chain(&mut self.teacher).for_each(|base| base.device = device);
         }
         self
     }
@@ -212,6 +193,11 @@ impl Config {
     /// `[kto]`, or its defaults.
     pub fn kto(&self) -> Kto {
         self.kto.clone().unwrap_or_default()
+    }
+
+    /// `[distill]`, or its defaults.
+    pub fn distill(&self) -> Distill {
+        self.distill.clone().unwrap_or_default()
     }
 
     /// The settings of PPO's loop: `[ppo]`, or what `[grpo]` or `[rloo]` mean.
@@ -277,6 +263,7 @@ impl Config {
             Stage::Reward => Some(self.reward().supervised()),
             Stage::Dpo => Some(self.dpo().supervised()),
             Stage::Kto => Some(self.kto().supervised()),
+            Stage::Distill => Some(self.distill().supervised()),
             Stage::Ppo | Stage::Grpo | Stage::Rloo => None,
         }
     }
@@ -288,6 +275,7 @@ impl Config {
             Stage::Reward => Some(self.reward.get_or_insert_default()),
             Stage::Dpo => Some(self.dpo.get_or_insert_default()),
             Stage::Kto => Some(self.kto.get_or_insert_default()),
+            Stage::Distill => Some(self.distill.get_or_insert_default()),
             Stage::Ppo | Stage::Grpo | Stage::Rloo => None,
         }
     }
@@ -321,6 +309,7 @@ impl Config {
         let mut paths: Vec<(&str, &mut PathBuf)> = vec![("[base] path", &mut self.base.path)];
         paths.extend(self.output_dir.as_mut().map(|path| ("output_dir", path)));
         paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
+        paths.extend(self.teacher.as_mut().map(|base| ("[teacher] path", &mut base.path)));
         if let Some(data) = &mut self.data {
             paths.extend(data.path.as_mut_slice().iter_mut().map(|path| ("[data] path", path)));
             paths.extend(data.cache_dir.as_mut().map(|path| ("[data] cache_dir", path)));
@@ -332,6 +321,10 @@ impl Config {
         paths.extend(self.reward.as_mut().and_then(|rm| rm.adapter.as_mut()).map(|path| ("[reward] adapter", path)));
         paths.extend(self.dpo.as_mut().and_then(|dpo| dpo.adapter.as_mut()).map(|path| ("[dpo] adapter", path)));
         paths.extend(self.kto.as_mut().and_then(|kto| kto.adapter.as_mut()).map(|path| ("[kto] adapter", path)));
+        if let Some(distill) = &mut self.distill {
+            paths.extend(distill.adapter.as_mut().map(|path| ("[distill] adapter", path)));
+            paths.extend(distill.teacher_adapter.as_mut().map(|path| ("[distill] teacher_adapter", path)));
+        }
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
             paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
@@ -418,7 +411,15 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     if let Some(data) = &mut config.data {
         data.seed = config.seed;
     }
-    if let Some(other) = &mut config.reward_base {
+    if let Some(path) = config.distill.as_mut().and_then(|distill| distill.teacher_model_name_or_path.take()) {
+        if config.teacher.is_some() {
+            return Err(invalid!(
+                "{file}: [distill] has teacher_model_name_or_path beside [teacher]; remove one of them"
+            ));
+        }
+        config.teacher = Some(Base::at(path));
+    }
+    for other in config.reward_base.iter_mut().chain(&mut config.teacher) {
         other.device = other.device.or(config.base.device);
     }
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
@@ -446,10 +447,11 @@ fn one_of_rollouts(config: &Config) -> Result<()> {
 }
 
 /// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 14] {
+fn sections() -> [(&'static str, &'static [&'static str]); 16] {
     [
         ("base", keys_of::<Base>()),
         ("reward_base", keys_of::<Base>()),
+        ("teacher", keys_of::<Base>()),
         ("lora", keys_of::<Lora>()),
         ("checkpoint", keys_of::<CheckpointConfig>()),
         ("guard", keys_of::<Guard>()),
@@ -459,6 +461,7 @@ fn sections() -> [(&'static str, &'static [&'static str]); 14] {
         ("reward", keys_of::<Reward>()),
         ("dpo", keys_of::<Dpo>()),
         ("kto", keys_of::<Kto>()),
+        ("distill", keys_of::<Distill>()),
         ("ppo", keys_of::<Ppo>()),
         ("grpo", keys_of::<Grpo>()),
         ("rloo", keys_of::<Rloo>()),

@@ -29,7 +29,8 @@ pub struct Optimisation {
     pub checkpoint: RecomputeSetting,
 }
 
-/// The keys of a stage that trains on a fixed set of examples: `[sft]`, `[reward]`, `[dpo]` and `[kto]`.
+/// The keys of a stage that trains on a fixed set of examples: `[sft]`, `[reward]`, `[dpo]`,
+/// `[kto]` and `[distill]`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SupervisedKeys {
     /// The keys shared with `[ppo]`.
@@ -171,7 +172,7 @@ macro_rules! supervised_section {
                 /// InstructGPT, appendix C.2).
                 pub num_train_epochs: usize = 1,
                 /// Examples per forward and backward pass: sequences of `[sft]`, comparisons of `[reward]` and `[dpo]`
-                /// with all their responses, responses of `[kto]`. Default 8 (transformers).
+                /// with all their responses, responses of `[kto]`, prompts of `[distill]`. Default 8 (transformers).
                 pub per_device_train_batch_size: usize = 8,
                 $($(#[$mb])* pub max_tokens_per_batch: $tb = $db,)?
                 /// Passes summed into one optimizer step. Default 1.

@@ -44,8 +44,9 @@ const LORA: &[&str] = &["lora"];
 const DATA: &[&str] = &["data"];
 const SOURCES: &[&str] = &["data.sources"];
 const GUARD: &[&str] = &["guard"];
-const STAGES: &[&str] = &["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo"];
-const SUPERVISED: &[&str] = &["sft", "reward", "dpo", "kto"];
+const STAGES: &[&str] = &["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo"];
+const SUPERVISED: &[&str] = &["sft", "reward", "dpo", "kto", "distill"];
+const DISTILL: &[&str] = &["distill"];
 const PPO: &[&str] = &["ppo"];
 const GRPO: &[&str] = &["grpo"];
 const GROUPS: &[&str] = &["grpo", "rloo"];
@@ -103,6 +104,10 @@ const ROWS: &[Row] = &[
         "",
         range("a share from 0 to below 0.5, usually 0 to 0.2", |v| (0.0..0.5).contains(&v)),
     ),
+    (DISTILL, "temperature", "", positive!("0.9 or 1")),
+    (DISTILL, "lmbda", "", SHARE),
+    (DISTILL, "beta", "", SHARE),
+    (DISTILL, "max_new_tokens", "tokens", ONE),
     (&["kto"], "desirable_weight", "", NOT_NEGATIVE),
     (&["kto"], "undesirable_weight", "", NOT_NEGATIVE),
     (PPO, "critic_learning_rate", "", positive!("1e-6 to 1e-3")),

@@ -1,4 +1,4 @@
-//! The sections that every stage shares: `[base]`, `[reward_base]`, `[lora]` and `[data]`. Read `stages.rs` next.
+//! The sections that every stage shares: `[base]`, `[reward_base]`, `[teacher]`, `[lora]` and `[data]`. Read `stages.rs` next.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ pub use crate::device::DeviceChoice;
 pub use crate::ops::weight::ComputeDtype;
 use crate::ops::weight::StorageDType;
 
-/// `[base]`, `[reward_base]`: a frozen checkpoint.
+/// `[base]`, `[reward_base]`, `[teacher]`: a frozen checkpoint.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct Base {
@@ -35,7 +35,8 @@ pub struct Base {
     /// Where the frozen weights lie and passes run: `"cpu"`, `"cuda"` (which is `"cuda:0"`), `"cuda:N"`, or `"auto"`:
     /// the first card if the NVIDIA driver, NVRTC and cuBLAS are there, else the CPU. `"emulated"` runs the card's
     /// kernels on the CPU, slowly: it is for tests. Whatever trains stays on the host, and a resumed run may move to
-    /// another machine. Default `"auto"`; in `[reward_base]` what `[base]` says.
+    /// another machine. Default `"auto"`; in `[reward_base]` and `[teacher]` what
+    /// `[base]` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub device: Option<DeviceChoice>,

@@ -1,4 +1,4 @@
-//! Keys of TRL's GRPOConfig and RLOOConfig (1.16) that mean nothing here, each with the reason or with what stands for it.
+//! Keys of TRL's GRPOConfig, RLOOConfig and GKDConfig (1.16) that mean nothing here, each with the reason or with what stands for it.
 //! A file that has one is refused with these words. It does not depend on a stage. Read `group.rs` for the keys that are there.
 
 /// The keys' names, and what is said of them.
@@ -82,8 +82,22 @@ const REASONS: &[(&[&str], &str)] = &[
     (&["critic_learning_rate", "cliprange_value", "vf_coef", "lam", "gamma"], "a group method has no critic"),
 ];
 
-/// Why a key is none of `[grpo]` and `[rloo]`; `None` in another section, or for a key that TRL does not have either.
+/// The same of GKDConfig.
+const OF_DISTILLATION: &[(&[&str], &str)] = &[
+    (&["teacher_model_init_kwargs"], "the teacher is described in [teacher]"),
+    (&["disable_dropout"], "there is no dropout; remove the key"),
+    (&["max_length"], "it is [data] max_length here"),
+    (&["gradient_checkpointing"], "checkpoint says what is recomputed: auto, none, mlp or block"),
+    (&["max_steps"], "num_train_epochs says how long a run is"),
+];
+
+/// Why a key is none of `[grpo]`, `[rloo]` and `[distill]`; `None` in another section, or for a key that TRL does not have
+/// either.
 pub(super) fn reason(section: &str, key: &str) -> Option<&'static str> {
-    let is_group = ["grpo", "rloo"].contains(&section);
-    REASONS.iter().find(|(keys, _)| is_group && keys.contains(&key)).map(|(_, reason)| *reason)
+    let reasons = match section {
+        "grpo" | "rloo" => REASONS,
+        "distill" => OF_DISTILLATION,
+        _ => &[],
+    };
+    reasons.iter().find(|(keys, _)| keys.contains(&key)).map(|(_, reason)| *reason)
 }

@@ -16,11 +16,13 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     ranges::check(&Table::try_from(config)?)?;
     base("base", &config.base)?;
     config.reward_base.as_ref().map_or(Ok(()), |section| base("reward_base", section))?;
+    config.teacher.as_ref().map_or(Ok(()), |section| base("teacher", section))?;
     lora(&config.lora)?;
     config.data.as_ref().map_or(Ok(()), data)?;
     config.reward.as_ref().map_or(Ok(()), reward)?;
     config.dpo.as_ref().map_or(Ok(()), Dpo::check)?;
     config.kto.as_ref().map_or(Ok(()), Kto::check)?;
+    config.distill.as_ref().map_or(Ok(()), |distill| distill.check(config.teacher.is_some()))?;
     config.grpo.as_ref().map_or(Ok(()), Grpo::check)?;
     config.rloo.as_ref().map_or(Ok(()), Rloo::check)?;
     if let (Some(most), Some(section)) = (config.guard.max_kl, config.ppo.as_ref().filter(|ppo| !ppo.measure_kl)) {

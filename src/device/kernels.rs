@@ -21,6 +21,7 @@ const TEXTS: &[(&str, &str)] = &[
     ("attention/gpu_tiles.cu", include_str!("../ops/attention/gpu_tiles.cu")),
     ("logprobs/gpu.cu", include_str!("../ops/logprobs/gpu.cu")),
     ("kl/gpu.cu", include_str!("../ops/kl/gpu.cu")),
+    ("divergence/gpu.cu", include_str!("../ops/divergence/gpu.cu")),
     ("rows/gpu.cu", include_str!("../ops/rows/gpu.cu")),
 ];
 
@@ -31,7 +32,7 @@ const PARTS: &[&[&str]] = &[
     &["linear/gpu_gemv.cu"],
     &["norm/gpu.cu", "rope/gpu.cu"],
     &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu"],
-    &["attention/gpu.cu", "logprobs/gpu.cu", "kl/gpu.cu"],
+    &["attention/gpu.cu", "logprobs/gpu.cu", "kl/gpu.cu", "divergence/gpu.cu"],
     &["attention/gpu_tiles.cu"],
 ];
 

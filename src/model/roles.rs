@@ -14,6 +14,7 @@ use crate::model::adapter::NonBlockModule;
 use crate::model::adapter::gradients::sum;
 use crate::model::block::Recompute;
 use crate::ops::columns;
+use crate::ops::divergence::{self, Divergence};
 use crate::ops::kl::{self, Side};
 use crate::ops::logprobs::{self, TokenStats};
 use crate::ops::rows::{gather_rows, scatter_rows};
@@ -196,6 +197,60 @@ impl<'w> Policy<'w> {
             scale.undo(&mut grads)?;
         }
         Ok((stats, grads))
+    }
+}
+
+/// Distillation: the student's side.
+impl Policy<'_> {
+    fn divergence_side<'a>(&'a self, hidden: &'a Array) -> divergence::Side<'a> {
+        divergence::Side { hidden, head: self.base.lm_head(self.adapter) }
+    }
+
+    /// The divergence (R), nats, between this policy with hidden states `rows` (R, D) and a teacher with its own, which may
+    /// be of another base with the same tokens.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or the two lie on different machines.
+    pub fn divergence(&self, rows: &Array, teacher: (Policy<'_>, &Array), of: Divergence) -> Result<Vec<f32>> {
+        Ok(divergence::forward(self.divergence_side(rows), teacher.0.divergence_side(teacher.1), of)?.value)
+    }
+
+    /// One forward and backward pass of `weight` times the sum of the divergences to a teacher at the targets' rows. The
+    /// teacher is given with its hidden states (R, D). Returns the divergences (R) and the gradients.
+    ///
+    /// # Errors
+    /// As for [`Policy::divergence`]; if the policy has no adapter, or a sequence is longer than the context.
+    pub fn divergence_gradients(
+        &self,
+        batch: &Batch,
+        targets: &Targets,
+        teacher: (Policy<'_>, &Array),
+        of: Divergence,
+        recompute: Recompute,
+        weight: f32,
+    ) -> Result<(Vec<f32>, Gradients)> {
+        let adapter = self.adapter.context("a bare base has nothing to train")?;
+        let (hidden, tape) = self.base.forward(batch, adapter, recompute)?;
+        let rows = gather_rows(&hidden, &targets.rows)?;
+        let (n, _) = hidden.dims2()?;
+        drop(hidden);
+        let (ours, theirs) = (self.divergence_side(&rows), teacher.0.divergence_side(teacher.1));
+        let saved = divergence::forward(ours, theirs, of)?;
+        let mut d = vec![weight; saved.value.len()];
+        let scale = self.base.scales_gradients().then(|| GradientScale::of(d.iter()));
+        if let Some(scale) = &scale {
+            scale.apply(d.iter_mut());
+        }
+        let logprobs::Gradients { hidden: d_rows, lora } = divergence::backward(ours, theirs, of, &saved, &d)?;
+        drop(rows);
+        let dh = scatter_rows(&d_rows, &targets.rows, n)?;
+        drop(d_rows);
+        let mut grads = self.base.backward(batch, adapter, tape, dh)?;
+        grads.outer[NonBlockModule::Head as usize] = lora;
+        if let Some(scale) = scale {
+            scale.undo(&mut grads)?;
+        }
+        Ok((saved.value, grads))
     }
 }
 

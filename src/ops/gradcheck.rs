@@ -12,6 +12,7 @@ use crate::ops::attention;
 use crate::ops::attention::{Heads, KvCache};
 use crate::ops::columns;
 use crate::ops::columns::Fusion;
+use crate::ops::divergence;
 use crate::ops::embedding;
 use crate::ops::kl;
 use crate::ops::linear;
@@ -563,7 +564,9 @@ impl Branch {
         on.assert_within(limit, "dB", &got.b, want.get(&self.b).unwrap());
         assert_eq!(got.magnitude.is_some(), self.magnitude.is_some());
         if let (Some(got), Some(magnitude)) = (&got.magnitude, &self.magnitude) {
-            on.assert_within(limit, "dm", got, want.get(magnitude).unwrap());
+            // A device has it as a row.
+            let want = want.get(magnitude).unwrap();
+            on.assert_within(limit, "dm", &Array::from(got.values().reshape(want.dims()).unwrap()), want);
         }
     }
 }
@@ -681,6 +684,54 @@ fn the_exact_kl_between_two_branches_of_one_lm_head_equals_autograd() -> Result<
             let got = kl::backward(p, q, temperature, &saved, &dkl.to_vec1::<f32>()?)?;
             on.assert_close("dh", &got.hidden, grads.get(&h).unwrap());
             ours.assert_gradients(on, CLOSE, &got.lora.unwrap(), &grads);
+        }
+        Ok(())
+    })
+}
+
+/// The student has 700 ids; the teacher's lm_head is of another width and has more rows, or fewer.
+#[test]
+fn the_divergence_to_a_teacher_with_another_lm_head_equals_autograd() -> Result<()> {
+    on_every_machine(|on| {
+        let (r, d, wide, v) = (9, 24, 32, 700);
+        let (w, dense) = weight(v, d, 1);
+        let w = on.weight(w);
+        for (beta, rows) in [(0.0, 700), (1.0, 710), (0.3, 640), (0.9, 700)] {
+            let (other, other_dense) = weight(rows, wide, 5);
+            let other = on.weight(other);
+            let ids = v.min(rows);
+            for (multiplier, soft_cap, temperature, dora) in HEADS {
+                let (h, g, weights) = (Var::from_tensor(&random(&[r, d], 2))?, random(&[r, wide], 3), random(&[r], 4));
+                let (ours, theirs) = (Branch::new(3, d, v, dora)?, Branch::new(2, wide, rows, false)?);
+                let s = LmHead { multiplier, soft_cap, lora: Some(ours.low_rank()), ..LmHead::plain(&w) };
+                let t = LmHead { soft_cap: Some(5.0), lora: Some(theirs.low_rank()), ..LmHead::plain(&other) };
+                // Renormalised over the ids that both have.
+                let among = |logp: Tensor| -> Result<Tensor> {
+                    let logp = logp.narrow(1, 0, ids)?;
+                    Ok(logp.broadcast_sub(&logp.exp()?.sum_keepdim(D::Minus1)?.log()?)?)
+                };
+                let logs = among(log_softmax(&h, &s, &dense, &ours, temperature)?)?;
+                let logt = among(log_softmax(&g, &t, &other_dense, &theirs, temperature)?.detach())?;
+                let kl = |p: &Tensor, q: &Tensor| -> Result<Tensor> { Ok((p.exp()? * (p - q)?)?.sum(D::Minus1)?) };
+                let want = match beta {
+                    0.0 => kl(&logt, &logs)?,
+                    1.0 => kl(&logs, &logt)?,
+                    _ => {
+                        let m = ((logs.exp()? * (1.0 - beta))? + (logt.exp()? * beta)?)?.log()?;
+                        ((kl(&logt, &m)? * beta)? + (kl(&logs, &m)? * (1.0 - beta))?)?
+                    }
+                };
+                let grads = (&want * &weights)?.sum_all()?.backward()?;
+                let (hs, gs) = (on.put(&h), on.put(&g));
+                let student = divergence::Side { hidden: &hs, head: s };
+                let teacher = divergence::Side { hidden: &gs, head: t };
+                let of = divergence::Divergence { beta, temperature };
+                let saved = divergence::forward(student, teacher, of)?;
+                on.assert_close("divergence", &saved.value, &want);
+                let got = divergence::backward(student, teacher, of, &saved, &weights.to_vec1::<f32>()?)?;
+                on.assert_close("dh", &got.hidden, grads.get(&h).unwrap());
+                ours.assert_gradients(on, CLOSE, &got.lora.unwrap(), &grads);
+            }
         }
         Ok(())
     })

@@ -3,13 +3,14 @@
 //! Operations depend on tensors and stored weights; they do not depend on layers, adapters or configuration.
 //!
 //! Read `weight.rs` (frozen matrices), `linear/mod.rs` (with LoRA and DoRA), `embedding/mod.rs`, then `norm`, `rope`,
-//! `columns`, `activation`, `attention`, `logprobs`, `kl`, and the small ones: `rows`, `score`, `sample`.
+//! `columns`, `activation`, `attention`, `logprobs`, `kl`, `divergence`, and the small ones: `rows`, `score`, `sample`.
 //! `storage` holds the storage types, `cpu` the support that all CPU kernels share.
 
 pub mod activation;
 pub mod attention;
 pub mod columns;
 pub mod cpu;
+pub mod divergence;
 pub mod embedding;
 pub mod kl;
 pub mod launch;

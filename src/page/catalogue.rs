@@ -160,7 +160,7 @@ pub(crate) fn matches(key: &str, column: &str) -> bool {
 }
 
 /// Columns that are no curve.
-pub(crate) const NO_CURVE: &[&str] = &["epoch", "tokens", "num_tokens", "val/num_eos_tokens"];
+pub(crate) const NO_CURVE: &[&str] = &["epoch", "tokens", "num_tokens", "record_tokens", "val/num_eos_tokens"];
 
 /// Columns that are the bounds of another column's band.
 pub(crate) fn is_bound(column: &str) -> bool {

@@ -17,6 +17,7 @@ use crate::model::block::Recompute;
 use crate::model::generate::MAX_INITIAL_CAPACITY;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::model_files::assemble;
+use crate::ops::divergence::Divergence;
 use crate::ops::weight::Weight;
 use crate::planner::simulate::shape::Network;
 use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
@@ -224,7 +225,45 @@ impl Roles<'_> {
         Ok(())
     }
 
+    /// Distillation: both hidden states of the sequences, and the student's gradients.
+    fn distill(&self, ledger: &mut Ledger, work: &Supervised, response: usize) -> Result<()> {
+        let (Some(base), Some(theirs)) = (self.policy, self.scorer) else { return Ok(()) };
+        let (policy, teacher) = (Policy::new(base, Some(&self.on.start)), Policy::new(theirs, None));
+        let of = Divergence { beta: 0.5, temperature: 1.0 };
+        let sample = |pass: &Pass| {
+            let prompts: Vec<usize> =
+                pass.lengths.iter().map(|length| length.saturating_sub(response).max(1)).collect();
+            self.generate(base, &prompts, 1, response)
+        };
+        let packed = |pass: &Pass| -> Result<(Batch, Targets)> {
+            let batch = batch_of(&pass.lengths)?;
+            let targets = targets(pass.targets, &batch);
+            Ok((batch, targets))
+        };
+        if let Some(pass) = &work.evaluation {
+            ledger.within(Phase::Evaluation, || {
+                sample(pass)?;
+                let (batch, targets) = packed(pass)?;
+                let rows = teacher.rows(&batch, &targets)?;
+                policy.divergence(&policy.rows(&batch, &targets)?, (teacher, &rows), of).map(drop)
+            })?;
+        }
+        let Some(pass) = largest(&work.step) else { return Ok(()) };
+        ledger.within(Phase::Rollout, || sample(pass))?;
+        ledger.within(Phase::Update, || {
+            let (batch, targets) = packed(pass)?;
+            let gradients = || {
+                let rows = teacher.rows(&batch, &targets)?;
+                Ok(policy.divergence_gradients(&batch, &targets, (teacher, &rows), of, self.recompute, 0.0)?.1)
+            };
+            summed(work.step.len() > 1, gradients).map(drop)
+        })
+    }
+
     fn supervised(&self, ledger: &mut Ledger, work: &Supervised) -> Result<()> {
+        if let Some(response) = work.response {
+            return self.distill(ledger, work, response);
+        }
         let Some(base) = self.policy else { return Ok(()) };
         let adapter = if work.scorer { &self.on.reward } else { &self.on.start };
         if let Some(pass) = &work.evaluation {

@@ -10,13 +10,13 @@ use crate::config::{
     RewardLoss, Stage, Supervised as _,
 };
 use crate::data::examples::batch_sampler::{BatchSampler, endless};
-use crate::data::examples::objectives::{RankedExample, SftExample, UnpairedExample};
+use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples};
 use crate::model::batch::chunks_by_tokens;
 use crate::planner::simulate::stages::{Pass, Rollouts, Supervised, Work};
 use crate::rng::{SplitMix64, derive};
 use crate::train::settings;
-use crate::{dpo, reward, sft};
+use crate::{distill, dpo, reward, sft};
 
 /// The number of rows searched for the largest batch; later rows are assumed to be no larger.
 const MOST_ROWS: usize = 20_000_000;
@@ -108,6 +108,7 @@ pub fn sft(
         reference: vec![],
         evaluation: (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?,
         scorer: false,
+        response: None,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -152,6 +153,7 @@ pub fn reward(
         reference: vec![],
         evaluation,
         scorer: true,
+        response: None,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -187,6 +189,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
         evaluation,
         scorer: false,
+        response: None,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -257,6 +260,57 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
         reference: vec![reference],
         evaluation,
         scorer: false,
+        response: None,
+        steps: plan.steps(examples, c.num_train_epochs),
+    }))
+}
+
+/// An example that a response is sampled to.
+pub trait Sampled: distill::Prompted {
+    /// Adds its sequence to a pass: the longer one of the prompt with a response of `response` tokens and of the record's.
+    fn put_sampled(&self, response: usize, pass: &mut Pass) {
+        let whole = self.whole().map_or((0, 0), |(tokens, mask)| (tokens.len(), mask.iter().filter(|&&m| m).count()));
+        pass.lengths.push((self.prompt().len() + response).max(whole.0));
+        pass.targets += response.max(whole.1);
+    }
+}
+
+impl Sampled for PromptExample {}
+
+impl Sampled for SftExample {}
+
+/// `[distill]`'s passes, every response at its full length.
+///
+/// # Errors
+/// If the examples cannot be read.
+pub fn distill<T: Sampled>(
+    config: &Config,
+    examples: &(impl Examples<T> + ?Sized),
+    held_out: &(impl Examples<T> + ?Sized),
+) -> Result<Work> {
+    let c = config.distill();
+    let plan = settings::sampler(&c.supervised(), config.seed, settings::DISTILL_ORDER);
+    let pass = |rows: &[usize], of: &dyn Fn(usize, &mut Pass) -> Result<()>| -> Result<Pass> {
+        let mut pass = Pass::default();
+        rows.iter().try_for_each(|&row| of(row, &mut pass))?;
+        Ok(pass)
+    };
+    let put = |row: usize, pass: &mut Pass| {
+        examples.get(row)?.put_sampled(c.max_new_tokens, pass);
+        Ok(())
+    };
+    let put_held = |row: usize, pass: &mut Pass| {
+        held_out.get(row)?.put_sampled(c.max_new_tokens, pass);
+        Ok(())
+    };
+    let step = largest_step(plan, examples, c.num_train_epochs);
+    let held = largest_chunk(held_out, distill::EVAL_BATCH);
+    Ok(Work::Supervised(Supervised {
+        step: step.iter().map(|rows| pass(rows, &put)).collect::<Result<_>>()?,
+        reference: vec![],
+        evaluation: (!held.is_empty()).then(|| pass(&held, &put_held)).transpose()?,
+        scorer: false,
+        response: Some(c.max_new_tokens),
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -378,6 +432,14 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
         Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),
         Stage::Dpo => dpo(config, &vec![ranked(); n], &vec![ranked(); held]),
         Stage::Kto => kto(config, &vec![judged(); n], &vec![judged(); held]),
+        Stage::Distill => {
+            let prompt = data.max_prompt_length.min(context.saturating_sub(config.distill().max_new_tokens)).max(1);
+            let asked = PromptExample { tokens: vec![0; prompt], text: String::new(), answer: None, entry: 0 };
+            match config.distill().samples_all() {
+                true => distill(config, &vec![asked.clone(); n], &vec![asked; held]),
+                false => distill(config, &vec![tokens(); n], &vec![tokens(); held]),
+            }
+        }
         Stage::Ppo | Stage::Grpo | Stage::Rloo => {
             let prompt = data.max_prompt_length.min(context.saturating_sub(1)).max(1);
             let held_out = vec![prompt; config.ppo()?.eval_prompts];

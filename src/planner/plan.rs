@@ -184,7 +184,7 @@ fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
         return Recompute::Off;
     }
     let pass = Pass { lengths: vec![tokens], targets: tokens };
-    let work = Supervised { step: vec![pass], reference: vec![], evaluation: None, scorer: false, steps: 3 };
+    let work = Supervised { step: vec![pass], steps: 3, ..Supervised::default() };
     let standing = policy.owned + policy.mapped + policy.vectors();
     let job = StageShape {
         policy,

@@ -61,6 +61,7 @@ pub fn config(seed: u64) -> Config {
         report_to: config::ReportTo::default(),
         base: config::Base::at("embedded"),
         reward_base: None,
+        teacher: None,
         checkpoint: config::CheckpointConfig::default(),
         guard: config::Guard::default(),
         memory: config::Memory::default(),
@@ -81,6 +82,7 @@ pub fn config(seed: u64) -> Config {
         }),
         dpo: None,
         kto: None,
+        distill: None,
         grpo: None,
         rloo: None,
         ppo: Some(config::Ppo {

@@ -13,13 +13,15 @@ use super::rewards::Adapters;
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
-use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample, UnpairedExample};
+use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples, Ids};
+use crate::data::stream::cache::Stored;
 use crate::dpo::{kto, pairs};
 use crate::host::meter;
 use crate::host::meter::Phase;
 use crate::host::peak_rss_bytes;
 use crate::model::adapter::Adapter;
+use crate::model::roles::Policy;
 use crate::model_files::ModelFiles;
 use crate::planner::passes;
 use crate::planner::plan::Plan;
@@ -30,7 +32,7 @@ use crate::run::placement;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
 use crate::train::supervised::Setup;
-use crate::{invalid, ppo, reward, sft};
+use crate::{distill, invalid, ppo, reward, sft};
 
 /// The memory that was predicted and the memory that was measured.
 pub struct Measured {
@@ -65,6 +67,8 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
         Stage::Reward => bench.reward(&mut config),
         Stage::Dpo => bench.dpo(&mut config),
         Stage::Kto => bench.kto(&mut config),
+        Stage::Distill if config.distill().samples_all() => bench.distill::<PromptExample>(&mut config),
+        Stage::Distill => bench.distill::<SftExample>(&mut config),
         Stage::Ppo | Stage::Grpo | Stage::Rloo => bench.ppo(&mut config),
     }
 }
@@ -193,6 +197,35 @@ impl Bench<'_> {
         let reference = c.adapter.as_ref().map(|_| &start);
         let max_length = config.data()?.max_length.min(model.base.config().max_position_embeddings);
         let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, max_length, &mut session)?;
+        save(adapter, &model, &self.out.join("adapter"))?;
+        Ok(self.found(admission))
+    }
+
+    fn distill<T: Objective + Stored + passes::Sampled>(&self, config: &mut Config) -> Result<Measured> {
+        let mut c = config.distill();
+        let checkpoint = ModelFiles::open(&config.base.path)?;
+        let other = config.teacher.as_ref().filter(|base| **base != config.base);
+        let files = other.map(|base| ModelFiles::open(&base.path)).transpose()?;
+        let data: Prepared<T> = prepared(config, checkpoint.tokenizer(), true)?;
+        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * distill::EVAL_BATCH)?);
+        drop(data);
+        c.num_train_epochs = STEPS;
+        config.distill = Some(c.clone());
+        let model = self.model(checkpoint, config)?;
+        let other = files.map(|files| Model::of_opened(files, config.teacher())).transpose()?;
+        let start = self.start(&model, c.adapter.as_ref(), config)?;
+        let teacher = other.as_ref().unwrap_or(&model);
+        let taught = c.teacher_adapter.as_ref().map(|path| teacher.policy_adapter(path)).transpose()?;
+        let parts =
+            Parts { stage: self.stage, policy: &model, scorer: other.as_ref(), start: &start, reward: taught.as_ref() };
+        let admission = parts.admit(config, |config| passes::distill(config, &train, &held_out))?;
+        let mut session = self.session(&model, config)?;
+        let _step = meter::within(Phase::Step);
+        let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
+        // No token ends a response.
+        let teaching = distill::Teaching { teacher: Policy::new(&teacher.base, taught.as_ref()), stop: &[] };
+        let (adapter, _) = distill::train(setup, teaching, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
     }

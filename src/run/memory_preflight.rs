@@ -49,17 +49,17 @@ pub(crate) struct Parts<'p> {
     pub stage: Stage,
     /// The base that is trained over: the policy's.
     pub policy: &'p Model,
-    /// The reward model's base, if it is another.
+    /// The reward model's base, or the teacher's, if it is another.
     pub scorer: Option<&'p Model>,
     /// The adapter that training starts from.
     pub start: &'p Adapter,
-    /// The reward model's adapter.
+    /// The reward model's adapter, or the teacher's.
     pub reward: Option<&'p Adapter>,
 }
 
 impl Parts<'_> {
     fn sections<'c>(&self, config: &'c Config) -> (&'c config::Base, &'c config::Base) {
-        (policy_section(self.stage, config), config.reward_base())
+        (policy_section(self.stage, config), config.second_base(self.stage))
     }
 
     fn networks(&self, config: &Config) -> Result<(Network, Option<Network>)> {
@@ -70,7 +70,7 @@ impl Parts<'_> {
 
     /// Where the bases lie; `None` if both lie on the CPU.
     fn on_device(&self, config: &Config, policy: &config::Base) -> Result<Option<OnDevice>> {
-        let (policy, scorer) = (policy.device(), config.reward_base().device());
+        let (policy, scorer) = (policy.device(), config.second_base(self.stage).device());
         let mut rooms = BTreeMap::new();
         let limit = config.memory.device_limit.map(|limit| limit.0.saturating_sub(dry::BESIDE));
         for (choice, model) in [(policy, Some(self.policy)), (scorer, self.scorer)] {

@@ -5,6 +5,7 @@
 
 mod data_warnings;
 mod describe;
+mod distill;
 mod dpo;
 mod hints;
 mod measure;
@@ -77,12 +78,14 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
+    config.teacher.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "teacher"))?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let ran = match stage {
         Stage::Sft => sft::run(config, out, launch),
         Stage::Reward => reward::run(config, out, launch),
         Stage::Dpo => dpo::run(config, out, launch),
         Stage::Kto => dpo::run_kto(config, out, launch),
+        Stage::Distill => distill::run(config, out, launch),
         Stage::Ppo | Stage::Grpo | Stage::Rloo => ppo::run(stage, config, out, launch),
     };
     let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;

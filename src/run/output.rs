@@ -71,7 +71,9 @@ pub fn check_output(out: &Path, by: &str) -> Result<()> {
 pub(super) fn stage_of(dir: &Path) -> Option<&'static str> {
     let settings = fs::read_to_string(dir.join(RESOLVED)).ok()?;
     let first = settings.lines().next()?;
-    ["sft", "reward", "dpo", "kto", "ppo", "grpo", "rloo", "quickstart"].into_iter().find(|by| first == mark(by))
+    ["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo", "quickstart"]
+        .into_iter()
+        .find(|by| first == mark(by))
 }
 
 /// The base of the run in `dir`: the reward model's for a reward run.

@@ -98,6 +98,7 @@ pub fn leave_f16(asked: &Config, settled: &mut Config, overflow: &Error) -> Resu
     let sections = [
         Some(&mut settled.base).filter(|_| open(&asked.base)),
         settled.reward_base.as_mut().filter(|_| asked.reward_base.as_ref().is_some_and(open)),
+        settled.teacher.as_mut().filter(|_| asked.teacher.as_ref().is_some_and(open)),
     ];
     let mut left = false;
     for section in sections.into_iter().flatten().filter(|section| section.compute_dtype == Some(ComputeDtype::F16)) {
@@ -109,7 +110,7 @@ pub fn leave_f16(asked: &Config, settled: &mut Config, overflow: &Error) -> Resu
     Ok(left)
 }
 
-/// The config of a run with both bases settled. A run that is resumed keeps the type of products that it began with, unless
+/// The config of a run with all bases settled. A run that is resumed keeps the type of products that it began with, unless
 /// the config names another or the machine does not have it.
 ///
 /// # Errors
@@ -132,6 +133,7 @@ pub fn settled(config: &Config, resumed: Option<&Path>) -> Result<Config> {
     };
     settle(&mut config.base, "base")?;
     config.reward_base.as_mut().map_or(Ok(()), |base| settle(base, "reward_base"))?;
+    config.teacher.as_mut().map_or(Ok(()), |base| settle(base, "teacher"))?;
     Ok(config)
 }
 

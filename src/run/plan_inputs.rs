@@ -136,7 +136,8 @@ impl PlanInputs {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
         check_base_path(&section.path)?;
         let policy = Headers::open(&section.path)?;
-        let other = config.reward_base.as_ref().filter(|base| stage.has_rollouts() && **base != config.base);
+        let second = Some(config.second_base(stage)).filter(|_| stage.has_rollouts() || stage == Stage::Distill);
+        let other = second.filter(|base| **base != config.base);
         let scorer = other.map(|base| Headers::open(&base.path)).transpose()?;
         let tokenizer = policy.tokenizer()?;
         let data = read(tokenizer.as_ref())?;
@@ -145,9 +146,14 @@ impl PlanInputs {
             Stage::Reward => config.reward().adapter,
             Stage::Dpo => config.dpo().adapter,
             Stage::Kto => config.kto().adapter,
+            Stage::Distill => config.distill().adapter,
             Stage::Ppo | Stage::Grpo | Stage::Rloo => config.rollouts(stage)?.adapter.clone(),
         };
-        let reward = if stage.has_rollouts() { Some(config.rollouts(stage)?.reward_adapter.clone()) } else { None };
+        let reward = match stage {
+            Stage::Distill => config.distill().teacher_adapter,
+            _ if stage.has_rollouts() => Some(config.rollouts(stage)?.reward_adapter.clone()),
+            _ => None,
+        };
         let open = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Adapter>> {
             let there = path.filter(|path| path.join("adapter_config.json").is_file());
             there.map(|path| Adapter::load(&path, of.config().shapes())).transpose()
@@ -174,7 +180,7 @@ impl PlanInputs {
     pub fn job(&self, stage: Stage, config: &Config, room: Option<usize>) -> Result<StageShape> {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
         let policy = self.policy.network(section)?;
-        let scorer = self.scorer.as_ref().map(|headers| headers.network(config.reward_base())).transpose()?;
+        let scorer = self.scorer.as_ref().map(|headers| headers.network(config.second_base(stage))).transpose()?;
         let [start, reward] = &self.adapters;
         let lora = lora_config(&config.lora);
         let fresh = |net: &Network| Branches::of(&lora, net);
@@ -184,7 +190,7 @@ impl PlanInputs {
             None if scorer.is_none() => branches.clone(),
             None => fresh(scorer.as_ref().unwrap_or(&policy))?,
         };
-        let places = (section.device(), config.reward_base().device());
+        let places = (section.device(), config.second_base(stage).device());
         let on_device = match [places.0, places.1].into_iter().any(dry::is_device) {
             false => None,
             true => {
@@ -230,6 +236,8 @@ impl PlanInputs {
 
     fn work(&self, stage: Stage, config: &Config) -> Result<Work> {
         match (&self.data, stage) {
+            (Data::Sft(data), Stage::Distill) => passes::distill(config, &data.train, &data.held_out),
+            (Data::Prompts(data), Stage::Distill) => passes::distill(config, &data.train, &data.held_out),
             (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out),
             (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out),
             (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
@@ -283,6 +291,7 @@ fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
         Stage::Sft => Data::Sft(of(config, tokenizer, config.sft().completion_only_loss)?),
         Stage::Reward | Stage::Dpo => Data::Ranked(of(config, tokenizer, true)?),
         Stage::Kto => Data::Judged(of(config, tokenizer, true)?),
-        Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
+        Stage::Distill if !config.distill().samples_all() => Data::Sft(of(config, tokenizer, true)?),
+        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
     })
 }

@@ -31,6 +31,10 @@ pub const PTX_ORDER: u64 = 10;
 pub const DPO_ORDER: u64 = 21;
 /// The order of KTO's responses.
 pub const KTO_ORDER: u64 = 22;
+/// The order of distillation's prompts.
+pub const DISTILL_ORDER: u64 = 23;
+/// Distillation's sampling, and in which steps the policy samples.
+pub const DISTILL_SAMPLES: u64 = 24;
 
 /// AdamW's settings.
 pub fn adamw(keys: &Optimisation) -> AdamWConfig {

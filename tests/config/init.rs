@@ -73,6 +73,7 @@ fn every_stage_gets_a_config_that_loads_fits_and_runs_as_it_is() {
         ("reward", "pairs", "--adapter out/sft", "seed=0"),
         ("dpo", "pairs", "--adapter out/sft", "seed=0"),
         ("kto", "judged", "", "seed=0"),
+        ("distill", "sft", "--adapter out/sft --teacher base", "distill.max_new_tokens=8"),
         ("ppo", "prompts", "--adapter out/sft --reward-adapter out/reward", "ppo.response_length=8"),
         ("grpo", "prompts", "--adapter out/sft --reward-adapter out/reward", "grpo.max_completion_length=8"),
         ("rloo", "prompts", "--reward-adapter out/reward", "rloo.max_completion_length=8"),

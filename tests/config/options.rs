@@ -56,6 +56,18 @@ const KTO: &[Row] = &[
     ("precompute_ref_log_probs", "", "SAME true"),
 ];
 
+const DISTILL: &[Row] = &[
+    ("adapter", "", "'WORLD/sft/adapter'"),
+    ("teacher_model_name_or_path", "", "SAME 'WORLD/copy'"),
+    ("teacher_adapter", "", "'WORLD/taught/adapter'"),
+    ("temperature", "", "0.5"),
+    ("lmbda", "", "1.0"),
+    ("beta", "", "0.0"),
+    ("beta", "", "1.0"),
+    ("max_new_tokens", "", "3"),
+    ("seq_kd", "", "true"),
+];
+
 const LORA: &[Row] = &[
     ("compat", "", "'dschat'"),
     ("use_dora", "", "true"),
@@ -327,6 +339,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     let world = World { dir, server: server() };
     for (out, section, keys) in [
         ("sft", "sft", "learning_rate = 5e-3"),
+        ("taught", "sft", "learning_rate = 1e-2"),
         ("reward", "reward", "learning_rate = 5e-3"),
         ("other", "reward", "learning_rate = 5e-3\nadapter = 'WORLD/sft/adapter'"),
     ] {
@@ -388,6 +401,7 @@ fn stage_of(section: &str) -> Stage {
         "reward" => Stage::Reward,
         "dpo" => Stage::Dpo,
         "kto" => Stage::Kto,
+        "distill" => Stage::Distill,
         "grpo" => Stage::Grpo,
         "rloo" => Stage::Rloo,
         _ => Stage::Ppo,
@@ -462,6 +476,10 @@ fn before(section: &str) -> &'static str {
             "learning_rate = 5e-3\nper_device_train_batch_size = 4\ngradient_accumulation_steps = 2\nnum_generations = 2\n\
              num_iterations = 2\nnum_train_epochs = 1\nmax_completion_length = 12\nreward_adapter = 'WORLD/reward/adapter'"
         }
+        "distill" => {
+            "learning_rate = 5e-3\nper_device_train_batch_size = 4\nmax_new_tokens = 5\n\
+             teacher_adapter = 'WORLD/sft/adapter'"
+        }
         _ => "learning_rate = 5e-3\nper_device_train_batch_size = 4",
     }
 }
@@ -530,6 +548,11 @@ fn every_key_of_dpo_has_an_effect() {
 #[test]
 fn every_key_of_kto_has_an_effect() {
     check("kto", &[KTO, OF_ALL, OPTIMIZER]);
+}
+
+#[test]
+fn every_key_of_distill_has_an_effect() {
+    check("distill", &[DISTILL, OF_ALL, OPTIMIZER]);
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! numbers and against invariants.
 
 mod context_edges;
+mod distill;
 mod dpo;
 mod dschat;
 mod families;

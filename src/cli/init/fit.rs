@@ -129,6 +129,10 @@ impl Fitter<'_> {
                 other.quantize = Some(quantize);
                 set.push(("reward_base.quantize".into(), name.into()));
             }
+            if let Some(other) = &mut config.teacher {
+                other.quantize = Some(quantize);
+                set.push(("teacher.quantize".into(), name.into()));
+            }
             Change { set, costs: String::new(), config }
         };
         let mut starts = vec![Change { set: vec![], costs: String::new(), config: config.clone() }];

@@ -124,7 +124,7 @@ pub(super) fn look(stage: Stage, paths: &[PathBuf], tokenizer: &Tokenizer) -> Re
         Stage::Sft => seen.measure::<SftExample>(&sample, &with),
         Stage::Reward | Stage::Dpo => seen.measure::<RankedExample>(&sample, &with),
         Stage::Kto => seen.measure::<UnpairedExample>(&sample, &with),
-        Stage::Ppo | Stage::Grpo | Stage::Rloo => {
+        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
             seen.measure::<PromptExample>(&sample, &with)?;
             seen.responses = Lengths::new(sample.iter().flat_map(|entry| responses(&entry.record, &with)).collect());
             Ok(())

@@ -48,6 +48,9 @@ pub(super) struct Init {
     /// Another base for the reward model and the critic; for reward, ppo, grpo and rloo.
     #[arg(long, value_name = "MODEL")]
     reward_base: Option<PathBuf>,
+    /// The model that is distilled; for distill.
+    #[arg(long, value_name = "MODEL")]
+    teacher: Option<PathBuf>,
     /// Files, patterns or folders of records, whose lengths are measured.
     #[arg(long, value_name = "FILE", num_args = 1..)]
     data: Vec<PathBuf>,
@@ -126,6 +129,12 @@ fn asked(args: &Init) -> Result<Asked> {
             stage.name()
         ));
     }
+    if args.teacher.is_some() != (stage == Stage::Distill) {
+        return Err(match stage {
+            Stage::Distill => invalid!("distill needs --teacher, the model that is distilled"),
+            _ => invalid!("--teacher is for distill; leave it out"),
+        });
+    }
     if args.reward_adapter.is_some() && !stage.has_rollouts() {
         return Err(invalid!(
             "--reward-adapter is for ppo, grpo and rloo, and {} has no reward model; leave it out",
@@ -145,7 +154,7 @@ fn asked(args: &Init) -> Result<Asked> {
     Ok(Asked {
         stage,
         base: args.base.clone(),
-        reward_base: args.reward_base.clone(),
+        second_base: args.reward_base.clone().or_else(|| args.teacher.clone()),
         data: args.data.clone(),
         memory: args.memory,
         device: args.device.filter(|&device| device != DeviceChoice::Auto),
@@ -251,7 +260,8 @@ struct Opened {
 impl Opened {
     fn of(asked: &Asked) -> Result<Self> {
         let policy = Model::open(&asked.base).context("--base")?;
-        let other = asked.reward_base.as_deref().map(Model::open).transpose().context("--reward-base")?;
+        let other = asked.second_base.as_deref().map(Model::open).transpose();
+        let other = other.context(if asked.stage == Stage::Distill { "--teacher" } else { "--reward-base" })?;
         Ok(Self { policy, reward: other, trains_reward: asked.stage == Stage::Reward })
     }
 

@@ -13,7 +13,8 @@ use crate::config::{ByteSize, DeviceChoice, Key, Stage, keys};
 pub(super) struct Asked {
     pub(super) stage: Stage,
     pub(super) base: PathBuf,
-    pub(super) reward_base: Option<PathBuf>,
+    /// The reward model's base or the teacher's, if it is another.
+    pub(super) second_base: Option<PathBuf>,
     pub(super) data: Vec<PathBuf>,
     pub(super) memory: Option<ByteSize>,
     /// `--device`.
@@ -120,8 +121,9 @@ impl Draft<'_> {
         if let Some(device) = self.asked.device {
             self.put("base", "device", device.to_string(), "As --device says.");
         }
-        if let Some(other) = &self.asked.reward_base {
-            self.put("reward_base", "path", path(other), second);
+        if let Some(other) = &self.asked.second_base {
+            let section = if self.asked.stage == Stage::Distill { "teacher" } else { "reward_base" };
+            self.put(section, "path", path(other), second);
         }
         if let Some(memory) = self.asked.memory {
             let key = if self.asked.is_on_device() { "device_limit" } else { "limit" };
@@ -146,7 +148,7 @@ impl Draft<'_> {
         let value = if let [only] = &names[..] { only.clone() } else { Value::Array(names) };
         self.put("data", "path", value, format!("It holds records of these kinds: {}.", kinds.join(", ")));
         let examples = match self.asked.stage {
-            Stage::Ppo | Stage::Grpo | Stage::Rloo => {
+            Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
                 let (response, _) = self.response_length();
                 let most = self.bases.context.saturating_sub(response).max(1);
                 let (limit, why) = limit(&seen.lengths, seen, most, "prompts");
@@ -254,6 +256,12 @@ impl Draft<'_> {
         if stage == Stage::Kto {
             self.kto_weights();
         }
+        if stage == Stage::Distill {
+            let why = "Every response is the policy's own: it is corrected where it goes by itself.";
+            self.put(section, "lmbda", 1.0, why);
+            let (response, why) = self.response_length();
+            self.put(section, "max_new_tokens", whole(response), why);
+        }
         self.checkpoint(section);
     }
 
@@ -275,7 +283,11 @@ impl Draft<'_> {
 
     /// The length of a response, and why.
     fn response_length(&self) -> (usize, String) {
-        let key = if self.asked.stage == Stage::Ppo { "response_length" } else { "max_completion_length" };
+        let key = match self.asked.stage {
+            Stage::Ppo => "response_length",
+            Stage::Distill => "max_new_tokens",
+            _ => "max_completion_length",
+        };
         let usual = self.defaults.whole(self.asked.stage.name(), key);
         let most = (self.bases.context / 2).max(1);
         match self.seen.filter(|seen| seen.responses.len() > 0) {

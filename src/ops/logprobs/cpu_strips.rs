@@ -46,38 +46,52 @@ pub(crate) fn strips_and_products(
     products: &mut [f32],
     mut f: impl FnMut(usize, usize, &mut [f32], &[f32]),
 ) {
-    let (r, vocab, d, isa) = (hidden.r, weight.rows(), weight.cols(), Isa::detect());
+    let (r, vocab, d) = (hidden.r, weight.rows(), weight.cols());
     let all = vocab.div_ceil(STRIP);
     let (first, last) = (all * run / RUNS, all * (run + 1) / RUNS);
     with_scratch(r * STRIP + d * NR, |scratch| {
         let (logits, panel) = scratch.split_at_mut(r * STRIP);
         for v0 in (first..last).map(|s| s * STRIP) {
             let width = STRIP.min(vocab - v0);
-            for j in (0..width).step_by(NR) {
-                let (from, columns) = (v0 + j, NR.min(width - j));
-                // SAFETY: logits holds r rows of STRIP elements, of which columns j.. are written.
-                unsafe {
-                    let c = logits.as_mut_ptr().add(j);
-                    match &hidden.packed {
-                        Some(lhs) => lhs.forward_columns(weight, None, (from, columns), (c, STRIP), Into::Fresh),
-                        None => {
-                            rows_as_columns(weight, from..from + columns, panel);
-                            let (h, b) = (Mat::rows(hidden.hs, d), Mat::rows(panel, NR));
-                            gemm(isa, r, columns, d, h, b, c, STRIP, Into::Fresh);
-                        }
-                    }
-                    for lora in hidden.loras {
-                        lora.add(v0, from, columns, logits.as_mut_ptr());
-                    }
-                }
-            }
-            if !products.is_empty() {
-                products.copy_from_slice(logits);
-            }
-            for lora in hidden.loras {
-                lora.scale(v0, width, logits);
-            }
+            one_strip(hidden, weight, (v0, width), panel, logits, products);
             f(v0, width, logits, products);
         }
     });
+}
+
+/// The logits (r, STRIP) of `width` ids from `v0`, the first of a strip; unless `products` (r, STRIP) is empty, it
+/// receives them before DoRA's scale. `panel`: scratch of d NR numbers.
+pub(crate) fn one_strip(
+    hidden: &Hidden<'_>,
+    weight: &Weight,
+    (v0, width): (usize, usize),
+    panel: &mut [f32],
+    logits: &mut [f32],
+    products: &mut [f32],
+) {
+    let (r, d, isa) = (hidden.r, weight.cols(), Isa::detect());
+    for j in (0..width).step_by(NR) {
+        let (from, columns) = (v0 + j, NR.min(width - j));
+        // SAFETY: logits holds r rows of STRIP elements, of which columns j.. are written.
+        unsafe {
+            let c = logits.as_mut_ptr().add(j);
+            match &hidden.packed {
+                Some(lhs) => lhs.forward_columns(weight, None, (from, columns), (c, STRIP), Into::Fresh),
+                None => {
+                    rows_as_columns(weight, from..from + columns, panel);
+                    let (h, b) = (Mat::rows(hidden.hs, d), Mat::rows(panel, NR));
+                    gemm(isa, r, columns, d, h, b, c, STRIP, Into::Fresh);
+                }
+            }
+            for lora in hidden.loras {
+                lora.add(v0, from, columns, logits.as_mut_ptr());
+            }
+        }
+    }
+    if !products.is_empty() {
+        products.copy_from_slice(logits);
+    }
+    for lora in hidden.loras {
+        lora.scale(v0, width, logits);
+    }
 }

@@ -38,6 +38,14 @@ pub(crate) struct Head {
     strip: usize,
 }
 
+/// Where the rows of a strip come from.
+enum Source {
+    /// The whole matrix in the operands' type.
+    Dense(Matrix),
+    /// Room for one strip.
+    Scratch(Matrix),
+}
+
 /// The sums of an lm_head's gradients while the strips go by.
 pub(crate) struct Sums {
     /// dL/dh (R, D) f32.
@@ -91,25 +99,48 @@ impl Head {
 
     /// Calls `each(ids, W of these ids)` for every strip in order.
     pub(crate) fn strips(&self, mut each: impl FnMut(Range<usize>, &Matrix) -> Result<()>) -> Result<()> {
-        let dense = self.weight.dense(self.operand);
-        let scratch = match dense {
-            Some(_) => None,
-            None => Some(self.weight.device().matrix(self.operand, self.strip, self.weight.cols())?),
-        };
+        let source = self.source()?;
         for first in (0..self.weight.rows()).step_by(self.strip) {
             let ids = first..self.weight.rows().min(first + self.strip);
-            let w = match (&dense, &scratch) {
-                (Some(dense), _) => dense.row_range(ids.clone())?,
-                (None, Some(scratch)) => {
-                    let w = scratch.row_range(0..ids.len())?;
-                    self.weight.dequantise(ids.clone(), &w)?;
-                    w
-                }
-                (None, None) => anyhow::bail!("an lm_head without rows"),
-            };
+            let w = self.matrix(&source, &ids)?;
             each(ids, &w)?;
         }
         Ok(())
+    }
+
+    /// Calls `each(ids, W of these ids here, W of them in the other)` for every strip of the ids that both have, in order.
+    pub(crate) fn strips_of_both(
+        &self,
+        other: &Self,
+        mut each: impl FnMut(Range<usize>, &Matrix, &Matrix) -> Result<()>,
+    ) -> Result<()> {
+        let (strip, all) = (self.strip.min(other.strip), self.weight.rows().min(other.weight.rows()));
+        let (ours, theirs) = (self.source()?, other.source()?);
+        for first in (0..all).step_by(strip) {
+            let ids = first..all.min(first + strip);
+            let (w, v) = (self.matrix(&ours, &ids)?, other.matrix(&theirs, &ids)?);
+            each(ids, &w, &v)?;
+        }
+        Ok(())
+    }
+
+    fn source(&self) -> Result<Source> {
+        Ok(match self.weight.dense(self.operand) {
+            Some(dense) => Source::Dense(dense),
+            None => Source::Scratch(self.weight.device().matrix(self.operand, self.strip, self.weight.cols())?),
+        })
+    }
+
+    /// W of a strip's ids; the one before it is overwritten where the matrix is dequantised.
+    fn matrix(&self, source: &Source, ids: &Range<usize>) -> Result<Matrix> {
+        match source {
+            Source::Dense(dense) => dense.row_range(ids.clone()),
+            Source::Scratch(scratch) => {
+                let w = scratch.row_range(0..ids.len())?;
+                self.weight.dequantise(ids.clone(), &w)?;
+                Ok(w)
+            }
+        }
     }
 
     /// A buffer for one strip's numbers.
@@ -159,6 +190,14 @@ impl Head {
             }
         };
         Ok(Sums { dh: device.matrix(Element::F32, r, rows.h.cols())?, begun: false, lora })
+    }
+
+    /// Sets the gradients of ids from `first` on to zero: no strip adds to them.
+    pub(crate) fn leave_out(&self, sums: &Sums, first: usize) -> Result<()> {
+        match &sums.lora {
+            Some(lora) if first < self.weight.rows() => lora.db.row_range(first..self.weight.rows())?.fill_zero(),
+            _ => Ok(()),
+        }
     }
 
     /// Adds one strip's gradients of dL/dy, `d` (R, width) f32. `unscaled` is what [`Head::products`] wrote there.

@@ -38,6 +38,8 @@ pub struct Supervised {
     pub evaluation: Option<Pass>,
     /// Whether there is a scalar head.
     pub scorer: bool,
+    /// Tokens of a sampled response, where a teacher is distilled: each sequence of a pass ends with one.
+    pub response: Option<usize>,
     /// Optimizer steps of the run.
     pub steps: usize,
 }
@@ -114,7 +116,7 @@ impl Work {
 pub struct StageShape {
     /// The base of the trained adapter; of actor and reference in PPO.
     pub policy: Network,
-    /// The base of critic and reward model, if it is another one.
+    /// The base of critic and reward model, or the teacher's, if it is another one.
     pub scorer: Option<Network>,
     /// LoRA layers of the trained adapter; the actor's in PPO.
     pub branches: Branches,
@@ -263,13 +265,28 @@ impl StageShape {
         let start = adapter(walk, branches, net);
         let view = View { walk, net, branches: Some(branches) };
         let ledger = &walk.ledger;
+        let teacher_net = self.scorer.as_ref().unwrap_or(net);
+        let teacher = View { walk, net: teacher_net, branches: None };
+        // The teacher's adapter, or as much where it has none.
+        let _taught = work.response.map(|_| adapter(walk, &self.reward, teacher_net));
+        let sample = |pass: &Pass, response: usize| {
+            let prompts: Vec<usize> =
+                pass.lengths.iter().map(|length| length.saturating_sub(response).max(1)).collect();
+            view.generate(&prompts, 1, response);
+        };
         let evaluate = || {
             if let Some(pass) = &work.evaluation {
                 ledger.enter(Phase::Evaluation);
                 let _batch = ledger.take(MemoryCategory::Data, pass.tokens() * OF_TOKEN + pass.targets * OF_TARGET);
-                match work.scorer {
-                    true => view.values(&pass.lengths, pass.targets),
-                    false => drop(view.logprobs(&pass.lengths, pass.targets)),
+                match (work.scorer, work.response) {
+                    (true, _) => view.values(&pass.lengths, pass.targets),
+                    (false, None) => drop(view.logprobs(&pass.lengths, pass.targets)),
+                    (false, Some(response)) => {
+                        sample(pass, response);
+                        let theirs = teacher.logprobs(&pass.lengths, pass.targets);
+                        let mine = view.logprobs(&pass.lengths, pass.targets);
+                        drop((theirs, mine, view.divergence(pass.targets)));
+                    }
                 }
             }
         };
@@ -277,18 +294,27 @@ impl StageShape {
         let mut learner = Learner::new(walk, start.clone(), branches, net);
         evaluate();
         for number in 0..work.steps.clamp(1, STEPS) {
-            ledger.enter(Phase::Update);
             let batches = work.step.iter().map(|p| p.tokens() * OF_TOKEN + p.targets * OF_TARGET).sum();
+            if let Some(response) = work.response {
+                ledger.enter(Phase::Rollout);
+                work.step.iter().for_each(|pass| sample(pass, response));
+            }
+            ledger.enter(Phase::Update);
             let _batches = ledger.take(MemoryCategory::Data, batches);
             let mut grads: Gradients = vec![];
             for pass in &work.step {
+                let theirs = work.response.map(|_| teacher.logprobs(&pass.lengths, pass.targets));
                 for pass in &work.reference {
                     drop(view.logprobs(&pass.lengths, pass.targets));
                 }
                 let g = match work.scorer {
                     true => view.scorer_gradients(&pass.lengths, pass.targets, self.checkpoint),
-                    false => view.policy_gradients(&pass.lengths, pass.targets, None, self.checkpoint),
+                    false => {
+                        let against = work.response.map(|_| true);
+                        view.policy_gradients(&pass.lengths, pass.targets, against, self.checkpoint)
+                    }
                 };
+                drop(theirs);
                 grads = add(grads, g);
             }
             ledger.enter(Phase::Step);

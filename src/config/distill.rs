@@ -1,0 +1,62 @@
+//! The section `[distill]`: on-policy distillation from a teacher.
+//!
+//! Names and defaults are those of TRL's GKDConfig (1.16) where no other source is given. It does not depend on a model. Read
+//! `validate.rs` next.
+
+use std::path::PathBuf;
+
+use anyhow::Result;
+
+use super::optimisation::{optimised_section, supervised_section};
+use crate::invalid;
+
+supervised_section! {
+    /// `[distill]`: on-policy distillation (GKD, arXiv:2306.13649): the policy's adapter learns a teacher's distribution
+    /// over the whole vocabulary, at every token of responses that the policy samples itself.
+    pub struct Distill;
+    first {
+        /// Adapter folder (PEFT layout) to continue from; absent = a fresh one shaped by `[lora]`.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub adapter: Option<PathBuf> = None,
+        /// TRL's name for `[teacher] path`, under which it is kept. Absent = the section `[teacher]`, or, with a
+        /// `teacher_adapter`, the policy's base.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub teacher_model_name_or_path: Option<PathBuf> = None,
+        /// The teacher's adapter folder (PEFT layout) over its base; absent = the bare base.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub teacher_adapter: Option<PathBuf> = None,
+        /// Divides the logits where responses are sampled; the loss is at temperature 1, as TRL's. Default 0.9.
+        pub temperature: f64 = 0.9,
+        /// Share of the optimizer steps whose responses the policy samples; the others have the responses of the records,
+        /// or with `seq_kd` the teacher's. Default 0.5. With 1, or `seq_kd`, records need no response.
+        pub lmbda: f64 = 0.5,
+        /// The loss: 0 = the forward KL, from the teacher to the policy; 1 = the reverse KL, from the policy to the teacher;
+        /// between them the generalized Jensen-Shannon divergence. Default 0.5.
+        pub beta: f64 = 0.5,
+        /// Most tokens of a sampled response. Default 128.
+        pub max_new_tokens: usize = 128,
+        /// Whether the teacher samples the responses of steps in which the policy does not. Default false.
+        pub seq_kd: bool = false,
+    }
+    /// Peak learning rate. Default 2e-4, as for SFT (TRL's 2e-5 is for full fine-tuning).
+    learning_rate = 2e-4;
+    batch {}
+    after_norm {}
+}
+
+impl Distill {
+    /// Whether every response is sampled, so that a record needs a prompt alone.
+    pub fn samples_all(&self) -> bool {
+        self.seq_kd || self.lmbda == 1.0
+    }
+
+    /// Rules between keys; `has_teacher`: whether there is a `[teacher]`.
+    pub(super) fn check(&self, has_teacher: bool) -> Result<()> {
+        if !has_teacher && self.teacher_adapter.is_none() {
+            return Err(invalid!(
+                "[distill] has no teacher: add [teacher] path = \"a model\", or teacher_adapter for an adapter of [base]"
+            ));
+        }
+        Ok(())
+    }
+}
