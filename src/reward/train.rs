@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::center::Centering;
 use super::dschat::{Padding, Rows};
+use super::length::LengthReport;
 use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
 use super::shown;
 use crate::config::{Reward, RewardLoss, Supervised};
@@ -70,6 +71,8 @@ pub struct Summary {
     pub before: Evaluation,
     /// Results on the held-out comparisons after training.
     pub after: Evaluation,
+    /// Scores after training against the lengths of the held-out responses.
+    pub lengths: LengthReport,
     /// Optimizer steps.
     pub steps: usize,
     /// Tokens that went through the network in training.
@@ -141,6 +144,7 @@ pub fn train_on_rows(
     }
     let scores = scores_of_rows(base, &trained, held_out, padding)?;
     let after = summarise(&scores)?;
+    let lengths = LengthReport::of(&scores, &response_lengths(held_out)?);
     distributions(&scores).for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
     session.report.done();
     if !held_out.is_empty() {
@@ -156,7 +160,7 @@ pub fn train_on_rows(
     for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
         session.report.warn(&format!("reward: warning: {warning}"));
     }
-    Ok((trained, Summary { before, after, steps, tokens, center }))
+    Ok((trained, Summary { before, after, lengths, steps, tokens, center }))
 }
 
 /// The stage's loss and evaluation.
@@ -224,6 +228,7 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
             ("eval_rejected", evaluation.mean_rejected),
         ];
         let mut metrics: Figures = means.map(|(name, mean)| (name.to_owned(), number(mean))).into_iter().collect();
+        metrics.extend(LengthReport::of(&scores, &response_lengths(self.held_out)?).named("eval_"));
         metrics.extend(distributions(&scores).map(|(name, found)| (format!("histogram/{name}"), found)));
         Ok(metrics)
     }
@@ -364,6 +369,15 @@ fn scores_of_rows(
             all.push(scores[at..at + example.responses.len()].to_vec());
             at += example.responses.len();
         }
+    }
+    Ok(all)
+}
+
+/// Lengths of the responses in tokens, one list per example.
+fn response_lengths(examples: &(impl Examples<RankedExample> + ?Sized)) -> Result<Vec<Vec<usize>>> {
+    let mut all = Vec::with_capacity(examples.len());
+    for rows in chunks(examples.len(), EVAL_BATCH) {
+        all.extend(pick(examples, rows)?.iter().map(|e| e.responses.iter().map(Vec::len).collect::<Vec<_>>()));
     }
     Ok(all)
 }
