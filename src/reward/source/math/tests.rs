@@ -41,6 +41,9 @@ const RIGHT: &[(&str, &str)] = &[
     ("\\boxed{10\\text{ miles per hour}}", "10"),
     ("\\boxed{9.8 m/s^2}", "9.8"),
     ("\\boxed{5cm}", "5"),
+    ("\\boxed{5 sec}", "5"),
+    ("She has 8 quarters", "8"),
+    ("#### 8 quarters", "8"),
     ("\\boxed{\\$18.90}", "18.9"),
     ("\\boxed{10,\\!080}", "10080"),
     ("\\boxed{1{,}234}", "1234"),
@@ -89,6 +92,10 @@ const WRONG: &[(&str, &str)] = &[
     ("\\boxed{5\\pi}", "5"),
     ("\\boxed{5 pi}", "5"),
     ("\\boxed{2 sin}", "2"),
+    ("\\boxed{5m}", "5"),
+    ("\\boxed{3 squared}", "3"),
+    ("\\boxed{5 million}", "5"),
+    ("\\boxed{2 \\text{ dozen eggs}}", "2"),
     ("\\boxed{5}", "50\\%"),
     ("\\boxed{0.5\\%}", "0.5\\% of nothing"),
     ("\\boxed{1.234}", "1,234"),
@@ -114,6 +121,12 @@ fn every_right_answer_passes_and_every_wrong_one_fails() {
     assert!(failed.is_empty(), "right, and refused: {failed:#?}");
     let passed: Vec<_> = WRONG.iter().filter(|(response, reference)| is_right(response, reference)).collect();
     assert!(passed.is_empty(), "wrong, and passed: {passed:#?}");
+}
+
+#[test]
+fn an_answer_of_ten_thousand_brackets_is_a_text() {
+    let deep = format!("\\boxed{{{}5{}}}", "(".repeat(10_000), ")".repeat(10_000));
+    assert!(!is_right(&deep, "5") && is_right(&deep, &deep));
 }
 
 #[test]

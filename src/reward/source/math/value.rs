@@ -27,7 +27,9 @@ pub(super) enum Value {
 impl Value {
     /// The meaning of an answer's text.
     pub(super) fn of(text: &str) -> Self {
-        parse(&plain(text))
+        let text = plain(text);
+        // An answer is short; brackets in brackets without end are none.
+        if text.len() > LONGEST { Self::Text(text) } else { parse(&text) }
     }
 
     /// Whether two answers are equal: numbers as rationals (a percentage equals its number with or without the sign: 50% equals
@@ -51,6 +53,9 @@ impl Value {
         }
     }
 }
+
+/// Bytes of the longest answer that is taken apart.
+const LONGEST: usize = 1000;
 
 /// Units that a number may have without a space. Other words need a space and three letters.
 const UNITS: &str = "km|cm|mm|nm|ft|in|yd|mi|kg|mg|lb|lbs|oz|ml|mL|dl|cl|hr|hrs|min|mins|sec|secs|ms|am|pm|mph|kmh|kph|Hz|kHz|MHz|\
@@ -83,8 +88,12 @@ static UNIT: LazyLock<Regex> = LazyLock::new(|| {
 });
 static PERCENT: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"^(.*?)\s*(?:\\?%|\bpercent)$").expect("a valid pattern"));
-static FUNCTION: LazyLock<Regex> =
-    LazyLock::new(|| Regex::new(r"\b(?:sin|cos|tan|cot|sec|csc|log|exp|sqrt|and|or)\b").expect("a valid pattern"));
+/// Words after a number that are no unit: they change its value, or join it with another.
+static FUNCTION: LazyLock<Regex> = LazyLock::new(|| {
+    let operations = "sin|cos|tan|cot|csc|log|exp|sqrt|and|or|squared|cubed|factorial|plus|minus|over|mod|choose";
+    let numbers = "half|halves|thirds?|tenths?|dozens?|(?:hundred|thousand|million|billion|trillion)(?:s|ths?)?";
+    Regex::new(&format!(r"(?i)\b(?:{operations}|{numbers})\b")).expect("a valid pattern")
+});
 static THOUSANDS: LazyLock<Regex> =
     LazyLock::new(|| Regex::new(r"^[-+]?\s?\d{1,3}(?:,\d{3})+(?:\.\d+)?\b").expect("a valid pattern"));
 static BETWEEN: LazyLock<Regex> = LazyLock::new(|| Regex::new(r"\s+(?:and|or)\s+").expect("a valid pattern"));
