@@ -144,7 +144,19 @@ pub(crate) const GROUPS: &[(&str, &[&str])] = &[
             "Scores",
         ],
     ),
-    ("reward", &["Gold score", "Wins against SFT", "Total reward", "Implicit rewards", "Scores", "Reward margin"]),
+    (
+        "reward",
+        &[
+            "Gold score",
+            "Wins against SFT",
+            "Total reward",
+            "Implicit rewards",
+            "Scores",
+            "Reward margin",
+            "Accuracy by length",
+            "Score and length",
+        ],
+    ),
     (
         "policy",
         &[
