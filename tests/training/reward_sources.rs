@@ -320,7 +320,7 @@ column = "solution"
 "#;
     let record =
         |i: usize| json!({ "prompt": format!("How is dish {i}?"), "solution": format!("so #### {i}"), "level": i });
-    let (_, metrics, _) = run_on(&format!("eval_prompts = 4\n{keys}"), record).unwrap();
+    let (_, metrics, _) = run_on(&format!("critic = \"own\"\neval_prompts = 4\n{keys}"), record).unwrap();
     let last = metrics.last().unwrap();
     for name in ["math", "json_schema", "second"] {
         assert_eq!(last[format!("rewards/{name}/mean")], 0.0, "the base writes no numbers: {last}");
