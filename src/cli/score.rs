@@ -13,7 +13,7 @@ use super::subsets::{self, Subset};
 use crate::config::{Data, OnBadRecord, Paths, Truncation};
 use crate::data;
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample, Report};
-use crate::data::{ModelEncoder, Place, Record, Text};
+use crate::data::{ModelEncoder, PairLabel, Place, Record, Text};
 use crate::error::counted;
 use crate::invalid;
 use crate::note;
@@ -89,13 +89,17 @@ struct Item {
 fn with_responses(record: Record) -> Record {
     match record {
         Record::PromptCompletion { prompt, completion } | Record::Unpaired { prompt, completion, .. } => {
-            Record::Ranked { prompt, responses: vec![completion] }
+            Record::Ranked { prompt, responses: vec![completion], label: Default::default() }
         }
         Record::LanguageModeling(Text::Dialogue(mut turns))
             if turns.len() > 1 && turns.last().is_some_and(|turn| turn.role == "assistant") =>
         {
             let response = turns.split_off(turns.len() - 1);
-            Record::Ranked { prompt: Text::Dialogue(turns), responses: vec![Text::Dialogue(response)] }
+            Record::Ranked {
+                prompt: Text::Dialogue(turns),
+                responses: vec![Text::Dialogue(response)],
+                label: Default::default(),
+            }
         }
         other => other,
     }
@@ -201,8 +205,14 @@ pub(super) fn score(args: &Score) -> Result<()> {
     let scored = || items.iter().filter_map(|item| Some((item.entry?, item.example.as_ref().ok()?)));
     let entries: Vec<usize> = scored().map(|(entry, _)| entry).collect();
     let names = subsets::names(&data, &entries, args.by.as_deref())?;
-    let lengths: Vec<Vec<usize>> =
-        scored().map(|(_, (example, _))| example.responses.iter().map(Vec::len).collect()).collect();
+    // Ties and pairs whose rejected response is preferred: the accuracy compares what the label prefers.
+    let labels: Vec<PairLabel> = scored().map(|(_, (example, _))| example.label).collect();
+    let lengths: Vec<Vec<usize>> = scored()
+        .map(|(_, (example, _))| {
+            let lengths = example.responses.iter().map(Vec::len).collect();
+            example.label.preferred_first(lengths).unwrap_or_default()
+        })
+        .collect();
     let mut lines = args.out.as_deref().map(create).transpose()?;
     let mut progress = Progress::new("score", all, Unit::Of("record"));
     let (mut scores, mut places, mut rest) = (Vec::with_capacity(all), vec![], &items[..]);
@@ -234,19 +244,24 @@ pub(super) fn score(args: &Score) -> Result<()> {
         progress.set(scores.len());
     }
     progress.finish();
-    let subsets = names.map(|names| subsets::accuracies(&names, &scores)).transpose()?.unwrap_or_default();
-    say(args, &report, &scores, places, &subsets, &LengthReport::of(&scores, &lengths))
+    let judged: Vec<Vec<f32>> = labels
+        .iter()
+        .zip(&scores)
+        .map(|(label, scores)| label.preferred_first(scores.clone()).unwrap_or_default())
+        .collect();
+    let subsets = names.map(|names| subsets::accuracies(&names, &judged)).transpose()?.unwrap_or_default();
+    say(args, &report, [&scores, &judged], places, &subsets, &LengthReport::of(&judged, &lengths))
 }
 
 fn say(
     args: &Score,
     report: &Report,
-    scores: &[Vec<f32>],
+    [scores, judged]: [&[Vec<f32>]; 2],
     places: Vec<Value>,
     subsets: &[Subset],
     lengths: &LengthReport,
 ) -> Result<()> {
-    let compared: Vec<Vec<f32>> = scores.iter().filter(|scores| scores.len() > 1).cloned().collect();
+    let compared: Vec<Vec<f32>> = judged.iter().filter(|scores| scores.len() > 1).cloned().collect();
     let summary = if compared.is_empty() { None } else { Some(reward::summarise(&compared)?) };
     let responses = scores.iter().map(Vec::len).sum::<usize>();
     let mean = scores.iter().flatten().map(|&score| f64::from(score)).sum::<f64>() / responses as f64;
@@ -310,8 +325,11 @@ fn line(item: &Item, scores: Option<&[f32]>) -> Value {
     match (&item.example, scores) {
         (Ok((example, truncated)), Some(scores)) => {
             line["scores"] = json!(scores);
-            if let Some((best, others)) = scores.split_first().filter(|(_, others)| !others.is_empty()) {
-                line["right"] = others.iter().all(|other| best > other).into();
+            if scores.len() > 1 {
+                line["right"] = match example.label.preferred_first(scores.to_vec()) {
+                    Some(judged) => judged[1..].iter().all(|other| judged[0] > *other).into(),
+                    None => Value::Null,
+                };
             }
             let tokens = example.responses.iter().map(|response| example.prompt.len() + response.len());
             line["tokens"] = tokens.collect::<Value>();

@@ -79,3 +79,34 @@ fn another_column_is_named_and_one_that_is_missing_is_an_error() {
     let plain: Value = serde_json::from_str(&score(&place, &["--json"]).stdout).unwrap();
     assert_eq!((&plain["subsets"], &plain["subset_mean_accuracy"]), (&json!([]), &Value::Null));
 }
+
+#[test]
+fn soft_labels_are_read_from_their_columns_and_decide_what_is_right() {
+    let place = place();
+    let with = |more: Value| {
+        let mut line =
+            json!({"prompt": "How was it?", "chosen": " It was lovely and warm.", "rejected": " It was awful."});
+        line.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        place.write("bench.jsonl", format!("{line}\n"));
+        score(&place, &["--json"])
+    };
+    let found = |more: Value| -> Value {
+        let ran = with(more);
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        serde_json::from_str(&ran.stdout).unwrap()
+    };
+    let plain = found(json!({}));
+    let accuracy = plain["accuracy"].as_f64().unwrap();
+    assert_eq!(plain["pairs"], 1);
+    let other = found(json!({"chosen_probability": 0, "margin": 2.5}));
+    assert_eq!((&other["accuracy"], &other["scores"]), (&json!(1.0 - accuracy), &plain["scores"]));
+    assert_eq!(other["mean_chosen_score"], plain["mean_rejected_score"]);
+    let tie = found(json!({"chosen_probability": 0.5}));
+    assert_eq!((&tie["accuracy"], &tie["pairs"]), (&Value::Null, &json!(0)));
+    // A column of the same name that holds no number is another one.
+    assert_eq!(found(json!({"margin": "significantly better"}))["accuracy"], plain["accuracy"]);
+    let ran = with(json!({"chosen_probability": 1.5}));
+    assert!(ran.code == 2 && ran.stderr.contains("expected a number from 0 to 1, found 1.5"), "{}", ran.stderr);
+    let ran = with(json!({"margin": 1e300}));
+    assert!(ran.code == 2 && ran.stderr.contains("margin"), "{}", ran.stderr);
+}
