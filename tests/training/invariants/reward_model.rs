@@ -103,7 +103,7 @@ fn soft_labels_ties_and_margins_enter_both_losses_and_ties_no_accuracy() {
     let right = scores.iter().enumerate().filter(|(i, s)| if *i == 1 { s[1] > s[0] } else { *i > 0 && s[0] > s[1] });
     assert_eq!(summary.before.accuracy, right.count() as f64 / 11.0);
     // The loss over all tokens reads the labels, too.
-    let config = Reward { loss: RewardLoss::DivergenceToEnd, ..config };
+    let config = Reward { loss: RewardLoss::DivergenceToEnd, eval_steps: 1, ..config };
     let (soft, _) = train_reward(&model, &start, &examples, &config);
     examples.iter_mut().for_each(|example| example.label = PairLabel::default());
     let (plain, _) = train_reward(&model, &start, &examples, &config);
