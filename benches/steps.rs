@@ -225,8 +225,13 @@ fn main() -> Result<()> {
             let rows = ids(8, 256, 8 * rep);
             // One shared token stands for the prompt; lengths are those of the peers.
             let answers = |i: usize| vec![rows[i][1..].to_vec(), rows[i + 4][1..].to_vec()];
-            let examples: Vec<RankedExample> =
-                (0..4).map(|i| RankedExample { prompt: rows[i][..1].to_vec(), responses: answers(i) }).collect();
+            let examples: Vec<RankedExample> = (0..4)
+                .map(|i| RankedExample {
+                    prompt: rows[i][..1].to_vec(),
+                    responses: answers(i),
+                    label: Default::default(),
+                })
+                .collect();
             let setup = Setup { base, start: &scorer, recompute, seed: 0 };
             seconds_of_step(|session| reward::train::train(setup, &examples, &[], &config, session).map(drop))
         })?;

@@ -305,7 +305,11 @@ fn sampled_pairs(
             let [a, b] = [2 * i, 2 * i + 1].map(|j| (scores[j], responses[j].tokens.clone()));
             if a.1 != b.1 {
                 let (better, worse) = if a.0 >= b.0 { (a.1, b.1) } else { (b.1, a.1) };
-                found.push(RankedExample { prompt: prompt.clone(), responses: vec![better, worse] });
+                found.push(RankedExample {
+                    prompt: prompt.clone(),
+                    responses: vec![better, worse],
+                    label: Default::default(),
+                });
             }
         }
     }

@@ -358,7 +358,8 @@ mod tests {
 
     #[test]
     fn responses_are_marked_from_where_they_differ() {
-        let example = RankedExample { prompt: vec![1, 2], responses: vec![vec![5, 6], vec![5, 7, 8]] };
+        let example =
+            RankedExample { prompt: vec![1, 2], responses: vec![vec![5, 6], vec![5, 7, 8]], label: Default::default() };
         let marked: Vec<_> = ranked_pieces(&example).into_iter().map(|mut pieces| pieces.remove(2)).collect();
         assert_eq!(marked, [(&[6u32][..], true), (&[7, 8][..], true)]);
         let example = SftExample { tokens: vec![1, 2, 3, 4], loss_mask: vec![false, true, true, false] };

@@ -15,6 +15,7 @@ mod plan;
 mod probe;
 mod report;
 mod score;
+mod subsets;
 mod text;
 mod watch;
 

@@ -9,15 +9,17 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
+use super::subsets::{self, Subset};
 use crate::config::{Data, OnBadRecord, Paths, Truncation};
 use crate::data;
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample, Report};
-use crate::data::{ModelEncoder, Place, Record, Text};
+use crate::data::{ModelEncoder, PairLabel, Place, Record, Text};
 use crate::error::counted;
 use crate::invalid;
 use crate::note;
 use crate::report::number;
 use crate::report::progress::{Progress, Unit};
+use crate::reward::length::LengthReport;
 use crate::reward::train as reward;
 use crate::run::Model;
 
@@ -41,6 +43,9 @@ pub(super) struct Score {
     /// What happens to a record that cannot be read.
     #[arg(long, value_enum, default_value = "error")]
     on_bad_record: OnBad,
+    /// The column by whose values the accuracy is broken down too. Without it: `subset`, where the records have that.
+    #[arg(long, value_name = "COLUMN")]
+    by: Option<String>,
     /// A new file of JSON lines, one per record: file, record number, scores, tokens; or why it was skipped.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -75,6 +80,8 @@ const AT_ONCE: usize = 8;
 /// A record with its example, or why it has none.
 struct Item {
     place: Place,
+    /// The record's number among the usable ones, which an unreadable record has not.
+    entry: Option<usize>,
     example: Result<(RankedExample, bool), String>,
 }
 
@@ -82,13 +89,17 @@ struct Item {
 fn with_responses(record: Record) -> Record {
     match record {
         Record::PromptCompletion { prompt, completion } | Record::Unpaired { prompt, completion, .. } => {
-            Record::Ranked { prompt, responses: vec![completion] }
+            Record::Ranked { prompt, responses: vec![completion], label: Default::default() }
         }
         Record::LanguageModeling(Text::Dialogue(mut turns))
             if turns.len() > 1 && turns.last().is_some_and(|turn| turn.role == "assistant") =>
         {
             let response = turns.split_off(turns.len() - 1);
-            Record::Ranked { prompt: Text::Dialogue(turns), responses: vec![Text::Dialogue(response)] }
+            Record::Ranked {
+                prompt: Text::Dialogue(turns),
+                responses: vec![Text::Dialogue(response)],
+                label: Default::default(),
+            }
         }
         other => other,
     }
@@ -125,17 +136,17 @@ fn counts(report: &Report, scored: usize) -> String {
 fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Report)> {
     let encoder = ModelEncoder::new(model.checkpoint.tokenizer())?;
     let encoding = Encoding::new(&encoder, data, true)?;
-    let (mut items, mut report) = (vec![], Report::default());
+    let (mut items, mut report, mut usable) = (vec![], Report::default(), 0..);
     data::scan(data, &mut |found| {
         let entry = match found {
             Ok(entry) => entry,
             Err(skipped) => {
                 report.skip(&skipped);
-                items.push(Item { place: skipped.place, example: Err(skipped.fault) });
+                items.push(Item { place: skipped.place, entry: None, example: Err(skipped.fault) });
                 return Ok(true);
             }
         };
-        let place = entry.place;
+        let (place, number) = (entry.place, usable.next());
         let outcome = match with_responses(entry.record) {
             record @ Record::Ranked { .. } => RankedExample::of(&record, &encoding).map(of_this_command),
             record => Err(invalid!(
@@ -155,7 +166,11 @@ fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Repo
             Err(error) => (format!("{error:#}"), false),
         };
         let mut examples = report.add(&place, outcome, data.on_bad_record)?;
-        items.push(Item { place, example: examples.pop().map(|example| (example, truncated)).ok_or(reason) });
+        items.push(Item {
+            place,
+            entry: number,
+            example: examples.pop().map(|example| (example, truncated)).ok_or(reason),
+        });
         Ok(true)
     })?;
     Ok((items, report))
@@ -187,6 +202,17 @@ pub(super) fn score(args: &Score) -> Result<()> {
         };
         return Err(invalid!("{}: no record can be scored: {}{remedy}", args.data.display(), counts(&report, 0)));
     }
+    let scored = || items.iter().filter_map(|item| Some((item.entry?, item.example.as_ref().ok()?)));
+    let entries: Vec<usize> = scored().map(|(entry, _)| entry).collect();
+    let names = subsets::names(&data, &entries, args.by.as_deref())?;
+    // Ties and pairs whose rejected response is preferred: the accuracy compares what the label prefers.
+    let labels: Vec<PairLabel> = scored().map(|(_, (example, _))| example.label).collect();
+    let lengths: Vec<Vec<usize>> = scored()
+        .map(|(_, (example, _))| {
+            let lengths = example.responses.iter().map(Vec::len).collect();
+            example.label.preferred_first(lengths).unwrap_or_default()
+        })
+        .collect();
     let mut lines = args.out.as_deref().map(create).transpose()?;
     let mut progress = Progress::new("score", all, Unit::Of("record"));
     let (mut scores, mut places, mut rest) = (Vec::with_capacity(all), vec![], &items[..]);
@@ -218,16 +244,29 @@ pub(super) fn score(args: &Score) -> Result<()> {
         progress.set(scores.len());
     }
     progress.finish();
-    say(args, &report, &scores, places)
+    let judged: Vec<Vec<f32>> = labels
+        .iter()
+        .zip(&scores)
+        .map(|(label, scores)| label.preferred_first(scores.clone()).unwrap_or_default())
+        .collect();
+    let subsets = names.map(|names| subsets::accuracies(&names, &judged)).transpose()?.unwrap_or_default();
+    say(args, &report, [&scores, &judged], places, &subsets, &LengthReport::of(&judged, &lengths))
 }
 
-fn say(args: &Score, report: &Report, scores: &[Vec<f32>], places: Vec<Value>) -> Result<()> {
-    let compared: Vec<Vec<f32>> = scores.iter().filter(|scores| scores.len() > 1).cloned().collect();
+fn say(
+    args: &Score,
+    report: &Report,
+    [scores, judged]: [&[Vec<f32>]; 2],
+    places: Vec<Value>,
+    subsets: &[Subset],
+    lengths: &LengthReport,
+) -> Result<()> {
+    let compared: Vec<Vec<f32>> = judged.iter().filter(|scores| scores.len() > 1).cloned().collect();
     let summary = if compared.is_empty() { None } else { Some(reward::summarise(&compared)?) };
     let responses = scores.iter().map(Vec::len).sum::<usize>();
     let mean = scores.iter().flatten().map(|&score| f64::from(score)).sum::<f64>() / responses as f64;
     if args.json {
-        return super::print_json(&json!({
+        let mut found = json!({
             "scores": scores,
             "places": places,
             "accuracy": summary.map(|s| number(s.accuracy)),
@@ -240,19 +279,29 @@ fn say(args: &Score, report: &Report, scores: &[Vec<f32>], places: Vec<Value>) -
             "dropped_reasons": report.dropped,
             "truncated": report.truncated,
             "out": args.out.as_ref().map(|out| out.display().to_string()),
-        }));
+            "subsets": subsets::to_json(subsets),
+            "subset_mean_accuracy": number(subsets::mean_accuracy(subsets)),
+        });
+        lengths.named("").into_iter().for_each(|(name, value)| found[name] = value);
+        return super::print_json(&found);
     }
     note!("score: {}", counts(report, scores.len()));
     if let Some(out) = &args.out {
         note!("one line per record: {}", out.display());
     }
+    if !subsets.is_empty() {
+        super::say(&subsets::table(subsets))?;
+    }
     match summary {
         Some(summary) => super::say(&format!(
-            "accuracy {:.3} over {}; mean score of the best responses {:.3}, of the others {:.3}\n",
+            "accuracy {:.3} over {}; mean score of the best responses {:.3}, of the others {:.3}; correlation of score and length \
+             {:.3}, accuracy with the length difference controlled {:.3}\n",
             summary.accuracy,
             counted(summary.pairs, "pair"),
             summary.mean_chosen,
-            summary.mean_rejected
+            summary.mean_rejected,
+            lengths.correlation,
+            lengths.controlled()
         )),
         None => super::say(&format!(
             "mean score {mean:.3} over {}, none of them compared\n",
@@ -276,8 +325,11 @@ fn line(item: &Item, scores: Option<&[f32]>) -> Value {
     match (&item.example, scores) {
         (Ok((example, truncated)), Some(scores)) => {
             line["scores"] = json!(scores);
-            if let Some((best, others)) = scores.split_first().filter(|(_, others)| !others.is_empty()) {
-                line["right"] = others.iter().all(|other| best > other).into();
+            if scores.len() > 1 {
+                line["right"] = match example.label.preferred_first(scores.to_vec()) {
+                    Some(judged) => judged[1..].iter().all(|other| judged[0] > *other).into(),
+                    None => Value::Null,
+                };
             }
             let tokens = example.responses.iter().map(|response| example.prompt.len() + response.len());
             line["tokens"] = tokens.collect::<Value>();

@@ -11,6 +11,7 @@ mod dpo;
 mod dschat;
 mod expand;
 mod group;
+pub mod json_schema;
 mod keys;
 mod located;
 mod memory;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::Origin;
+use super::json_schema::JsonSchema as Checked;
 use crate::invalid;
 
 /// What gives the scores.
@@ -34,10 +35,14 @@ pub enum RewardKind {
     Length,
     /// 1 where the response is the one that its record gives (the completion of a prompt_completion record), else 0.
     Exact,
+    /// 1 where the final answer of the response equals the one in a column of its record, else 0.
+    Math,
+    /// 1 where the response, or the last fenced block in it, is JSON that satisfies `schema`, else 0.
+    JsonSchema,
 }
 
 impl RewardKind {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 10] = [
         Self::Adapter,
         Self::Command,
         Self::Http,
@@ -46,6 +51,8 @@ impl RewardKind {
         Self::JsonValid,
         Self::Length,
         Self::Exact,
+        Self::Math,
+        Self::JsonSchema,
     ];
 
     fn name(self) -> &'static str {
@@ -58,6 +65,8 @@ impl RewardKind {
             Self::JsonValid => "json_valid",
             Self::Length => "length",
             Self::Exact => "exact",
+            Self::Math => "math",
+            Self::JsonSchema => "json_schema",
         }
     }
 
@@ -86,12 +95,14 @@ impl RewardKind {
             Self::Regex | Self::Exact => &["pattern"],
             Self::JsonValid => &[],
             Self::Length => &["min_tokens", "max_tokens"],
+            Self::Math => &["column"],
+            Self::JsonSchema => &["schema"],
         }
     }
 
-    /// Whether the source is outside of the process and gets the columns of the records.
+    /// Whether the source gets the columns of the records.
     pub fn reads_columns(self) -> bool {
-        matches!(self, Self::Command | Self::Http | Self::Judge)
+        matches!(self, Self::Command | Self::Http | Self::Judge | Self::Math)
     }
 }
 
@@ -152,6 +163,12 @@ pub struct RewardPart {
     /// in the reply, the first group of the last match; absent = the number after the last "score".
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<String>,
+    /// `math`: the column with the right answer, or with a solution in which `\boxed{}` or `####` marks it; absent = `answer`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub column: Option<String>,
+    /// `json_schema`: a JSON schema as text, in `'''`. It may have the keywords that `configs/features.md` lists.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub schema: Option<String>,
     /// `length`: no fewer tokens. Default 1.
     pub min_tokens: usize,
     /// `length`: no more tokens; absent = no bound.
@@ -187,6 +204,8 @@ impl Default for RewardPart {
             input_price: None,
             output_price: None,
             pattern: None,
+            column: None,
+            schema: None,
             min_tokens: 1,
             max_tokens: None,
             timeout_seconds: 60.0,
@@ -206,6 +225,16 @@ impl RewardPart {
     pub fn range(&self) -> (f64, f64) {
         let usual = if self.template.is_some() { (f64::NEG_INFINITY, f64::INFINITY) } else { (1.0, 10.0) };
         (self.min_score.unwrap_or(usual.0), self.max_score.unwrap_or(usual.1))
+    }
+
+    /// The schema of a `json_schema`, if there is one.
+    ///
+    /// # Errors
+    /// If it is no JSON, or no schema that can be checked.
+    pub fn json_schema(&self) -> Result<Option<Checked>> {
+        let Some(text) = &self.schema else { return Ok(None) };
+        let json = serde_json::from_str(text).map_err(|error| invalid!("schema is no JSON: {error}"))?;
+        Checked::new(json).map(Some).map_err(|error| invalid!("schema {error:#}"))
     }
 
     /// What a kind needs.
@@ -235,6 +264,7 @@ impl RewardPart {
                 Err(invalid!("[[{section}.reward]] no score is from min_score = {low} to max_score = {high}"))
             }
             RewardKind::Regex if self.pattern.is_none() => needs("pattern = \"…\""),
+            RewardKind::JsonSchema if self.schema.is_none() => needs("schema = '''{\"type\": \"object\"}'''"),
             RewardKind::Length if self.max_tokens.is_some_and(|max| max < self.min_tokens) => Err(invalid!(
                 "[[{section}.reward]] max_tokens is less than min_tokens = {}; no response would pass",
                 self.min_tokens
@@ -242,6 +272,7 @@ impl RewardPart {
             _ => Ok(()),
         }?;
         self.check_keys(section)?;
+        self.json_schema().map_err(|error| invalid!("[[{section}.reward]] {error:#}"))?;
         if let Some(pattern) = &self.pattern
             && let Err(error) = regex::Regex::new(pattern)
         {
@@ -288,6 +319,8 @@ mod tests {
             input_price: Some(1.0),
             output_price: Some(1.0),
             pattern: Some("p".into()),
+            column: Some("c".into()),
+            schema: Some("{}".into()),
             max_tokens: Some(2),
             fallback_score: Some(0.0),
             ..RewardPart::default()

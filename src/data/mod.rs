@@ -17,6 +17,6 @@ pub mod stream;
 
 pub use crate::tokenizer::chat_template::Message;
 pub use examples::encoder::ModelEncoder;
-pub use record::{Entry, Place, Record, Skipped, Text};
+pub use record::{Entry, PairLabel, Place, Record, Skipped, Text};
 pub use stream::pipeline::{Prepared, Subset, prepare, ptx_blocks};
 pub use stream::scan::{Dataset, input_files, load, scan};

@@ -22,6 +22,58 @@ pub enum Text {
     Dialogue(Vec<Message>),
 }
 
+/// What raters said about a pair of responses beside which is the better one. The numbers are kept as their bits, so that examples
+/// can be compared and stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PairLabel {
+    chosen_probability: u32,
+    margin: u32,
+}
+
+impl Default for PairLabel {
+    /// The chosen response is the better one, by no margin.
+    fn default() -> Self {
+        Self::new(1.0, 0.0)
+    }
+}
+
+impl PairLabel {
+    /// `chosen_probability`: share of raters, 0 to 1, who prefer the chosen response; 1/2 is a tie. `margin`: by how much its score
+    /// should be higher at least.
+    pub fn new(chosen_probability: f32, margin: f32) -> Self {
+        Self { chosen_probability: chosen_probability.to_bits(), margin: margin.to_bits() }
+    }
+
+    /// Share of raters, 0 to 1, who prefer the chosen response.
+    pub fn chosen_probability(self) -> f32 {
+        f32::from_bits(self.chosen_probability)
+    }
+
+    /// By how much the chosen response's score should be higher at least.
+    pub fn margin(self) -> f32 {
+        f32::from_bits(self.margin)
+    }
+
+    /// Both numbers as words.
+    pub fn to_words(self) -> [u32; 2] {
+        [self.chosen_probability, self.margin]
+    }
+
+    /// Reads what [`PairLabel::to_words`] wrote.
+    pub fn from_words([chosen_probability, margin]: [u32; 2]) -> Self {
+        Self { chosen_probability, margin }
+    }
+
+    /// What there is of each response, chosen first, with that of the preferred one first; `None` for a tie.
+    pub fn preferred_first<T>(self, mut of_each: Vec<T>) -> Option<Vec<T>> {
+        let probability = self.chosen_probability();
+        if probability < 0.5 {
+            of_each.reverse();
+        }
+        (probability != 0.5).then_some(of_each)
+    }
+}
+
 /// One training record, in the terms of TRL's dataset types.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Record {
@@ -40,6 +92,8 @@ pub enum Record {
         prompt: Text,
         /// The responses; dialogues exactly where `prompt` is one.
         responses: Vec<Text>,
+        /// What the record says about a pair beside its order.
+        label: PairLabel,
     },
     /// A prompt and a response that was labelled desirable or undesirable.
     Unpaired {
@@ -74,7 +128,7 @@ impl Record {
             Self::PromptCompletion { prompt, completion } | Self::Unpaired { prompt, completion, .. } => {
                 vec![prompt, completion]
             }
-            Self::Ranked { prompt, responses } => std::iter::once(prompt).chain(responses).collect(),
+            Self::Ranked { prompt, responses, .. } => std::iter::once(prompt).chain(responses).collect(),
         }
     }
 

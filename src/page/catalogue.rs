@@ -52,6 +52,16 @@ pub(crate) const CHARTS: &[Entry] = &[
         &["rewards/chosen", "rewards/rejected", "eval_rewards/chosen", "eval_rewards/rejected"],
         "beta times the log-ratio to the reference.",
     ),
+    entry(
+        "Accuracy by length",
+        &["eval_accuracy_chosen_shorter", "eval_accuracy_chosen_longer", "eval_length_controlled_accuracy"],
+        "Share of held-out pairs whose better response is the shorter one, the longer one, and the mean of both.",
+    ),
+    entry(
+        "Score and length",
+        &["eval_score_length_correlation"],
+        "Correlation of a held-out response's score with its tokens; 0 is a score that does not follow length.",
+    ),
     entry("Scores", &["eval_chosen", "eval_rejected"], "Mean held-out scores, with the mean's 95% band."),
     entry(
         "Log-probabilities",
@@ -134,7 +144,19 @@ pub(crate) const GROUPS: &[(&str, &[&str])] = &[
             "Scores",
         ],
     ),
-    ("reward", &["Gold score", "Wins against SFT", "Total reward", "Implicit rewards", "Scores", "Reward margin"]),
+    (
+        "reward",
+        &[
+            "Gold score",
+            "Wins against SFT",
+            "Total reward",
+            "Implicit rewards",
+            "Scores",
+            "Reward margin",
+            "Accuracy by length",
+            "Score and length",
+        ],
+    ),
     (
         "policy",
         &[

@@ -416,7 +416,11 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
     let length = data.max_length.min(context).max(2);
     let response = vec![0u32; length - 1];
     let (some, mut held) = (64, 16);
-    let ranked = || RankedExample { prompt: vec![0], responses: vec![response.clone(); responses.max(2)] };
+    let ranked = || RankedExample {
+        prompt: vec![0],
+        responses: vec![response.clone(); responses.max(2)],
+        label: Default::default(),
+    };
     let judged = || UnpairedExample { prompt: vec![0], response: response.clone(), desirable: true };
     let tokens = || SftExample { tokens: vec![0; length], loss_mask: (0..length).map(|i| i > 0).collect() };
     if stage == Stage::Kto {

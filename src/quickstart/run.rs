@@ -332,7 +332,7 @@ impl Text<'_> {
 
     fn ranked(&self, row: &Row, responses: [&String; 2]) -> Result<RankedExample> {
         let responses = responses.into_iter().map(|a| self.response(a)).collect::<Result<Vec<_>>>()?;
-        Ok(RankedExample { prompt: self.encode(&row.prompt)?, responses })
+        Ok(RankedExample { prompt: self.encode(&row.prompt)?, responses, label: Default::default() })
     }
 }
 

@@ -108,7 +108,7 @@ mod tests {
 
     fn example(prompt: &[u32], responses: &[&[u32]]) -> Cow<'static, RankedExample> {
         let responses = responses.iter().map(|response| response.to_vec()).collect();
-        Cow::Owned(RankedExample { prompt: prompt.to_vec(), responses })
+        Cow::Owned(RankedExample { prompt: prompt.to_vec(), responses, label: Default::default() })
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use anyhow::{Result, ensure};
 
+use crate::data::PairLabel;
 use crate::diverged;
 use crate::invalid;
 
@@ -35,7 +36,7 @@ pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
     let (mut loss, mut right, mut grads) = (0.0, 0, vec![0.0f64; k]);
     for i in 0..k {
         for j in i + 1..k {
-            let pair = Pair::of(scores[i], scores[j]);
+            let pair = Pair::of(scores[i], scores[j], PairLabel::default());
             loss += pair.loss;
             grads[i] += pair.slope;
             grads[j] -= pair.slope;
@@ -44,6 +45,25 @@ pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
     }
     let grads = grads.into_iter().map(|g| (g / pairs as f64) as f32).collect();
     Ok(RankedLoss { loss: loss / pairs as f64, grads, right, pairs })
+}
+
+/// `-p log sigmoid(x) - (1 - p) log sigmoid(-x)` with `x = s_0 - s_1 - margin` for a pair that is not simply ordered: p is the share
+/// of raters who prefer the first response, 1/2 for a tie, and `margin` as in TRL (arXiv:2307.09288 eq. 2). With p = 1 and no margin
+/// it is [`ranked`]. A tie is no pair of the accuracy; below 1/2 the second response is the better one.
+///
+/// # Errors
+/// If a score is NaN or infinite.
+pub fn labelled(scores: [f32; 2], label: PairLabel) -> Result<RankedLoss> {
+    check_finite(&scores)?;
+    let pair = Pair::of(scores[0], scores[1], label);
+    let [right, pairs] = judged(scores, label);
+    Ok(RankedLoss { loss: pair.loss, grads: vec![pair.slope as f32, -pair.slope as f32], right, pairs })
+}
+
+/// Of a pair: whether the preferred response has the strictly higher score, and whether one is preferred at all, as counts.
+pub fn judged(scores: [f32; 2], label: PairLabel) -> [usize; 2] {
+    let preferred = label.preferred_first(scores.to_vec());
+    [preferred.as_ref().map_or(0, |scores| usize::from(scores[0] > scores[1])), usize::from(preferred.is_some())]
 }
 
 /// Loss and derivatives of one pair over a window of positions.
@@ -80,6 +100,14 @@ pub struct Scored<'a> {
 /// # Errors
 /// If a list is empty or its length differs from its tokens', a score is NaN or infinite, or the first tokens differ.
 pub fn divergence_to_end(chosen: Scored<'_>, rejected: Scored<'_>) -> Result<WindowLoss> {
+    divergence_to_end_labelled(chosen, rejected, PairLabel::default())
+}
+
+/// As [`divergence_to_end`], with the loss of [`labelled`] at each position.
+///
+/// # Errors
+/// Those of [`divergence_to_end`].
+pub fn divergence_to_end_labelled(chosen: Scored<'_>, rejected: Scored<'_>, label: PairLabel) -> Result<WindowLoss> {
     for side in [chosen, rejected] {
         let (tokens, scores) = (side.tokens.len(), side.scores.len());
         ensure!(tokens == scores && tokens > 0, "{tokens} tokens with {scores} scores");
@@ -90,7 +118,7 @@ pub fn divergence_to_end(chosen: Scored<'_>, rejected: Scored<'_>) -> Result<Win
         true => end - 1,
         false => c_len.min(r_len),
     });
-    window_loss(chosen.scores, rejected.scores, start..end, [c_len, r_len], chosen.tokens != rejected.tokens)
+    window_loss(chosen.scores, rejected.scores, start..end, [c_len, r_len], chosen.tokens != rejected.tokens, label)
 }
 
 /// The same loss over rows padded to one length, position by position as in DeepSpeed-Chat: a response ends at
@@ -122,9 +150,9 @@ pub fn divergence_to_end_padded(
             if start >= end {
                 return Err(invalid!("the two responses of a pair differ only after their ends"));
             }
-            window_loss(chosen.scores, rejected.scores, start..end, ends, true)
+            window_loss(chosen.scores, rejected.scores, start..end, ends, true, PairLabel::default())
         }
-        None => window_loss(chosen.scores, rejected.scores, length - 1..length, ends, false),
+        None => window_loss(chosen.scores, rejected.scores, length - 1..length, ends, false, PairLabel::default()),
     }
 }
 
@@ -139,6 +167,7 @@ fn window_loss(
     window: std::ops::Range<usize>,
     ends: [usize; 2],
     differ: bool,
+    label: PairLabel,
 ) -> Result<WindowLoss> {
     if window.start == 0 && differ {
         return Err(invalid!("the two responses of a pair differ from the first token on: they need the same prompt"));
@@ -149,7 +178,7 @@ fn window_loss(
     for t in window.clone() {
         let (c, r) = (t.min(c_last), t.min(r_last));
         check_finite(&[chosen[c], rejected[r]])?;
-        let pair = Pair::of(chosen[c], rejected[r]);
+        let pair = Pair::of(chosen[c], rejected[r], label);
         loss += pair.loss;
         c_grad[c] += pair.slope;
         r_grad[r] -= pair.slope;
@@ -166,19 +195,23 @@ fn window_loss(
     })
 }
 
-/// `-log sigmoid(better - worse)` and its derivative with respect to `better` (the negative of that with respect to `worse`).
+/// `-p log sigmoid(x) - (1 - p) log sigmoid(-x)` with `x = better - worse - margin`, and its derivative `sigmoid(x) - p` with respect
+/// to `better` (the negative of that with respect to `worse`). p is the probability that `better` is preferred.
 struct Pair {
     loss: f64,
     slope: f64,
 }
 
 impl Pair {
-    fn of(better: f32, worse: f32) -> Self {
-        let x = f64::from(better) - f64::from(worse);
-        // Both use exp(-|x|), which cannot overflow.
+    fn of(better: f32, worse: f32, label: PairLabel) -> Self {
+        let x = f64::from(better) - f64::from(worse) - f64::from(label.margin());
+        let p = f64::from(label.chosen_probability());
+        // All use exp(-|x|), which cannot overflow.
         let small = (-x.abs()).exp();
-        let wrong = if x < 0.0 { 1.0 } else { small } / (1.0 + small); // sigmoid(-x)
-        Self { loss: (-x).max(0.0) + small.ln_1p(), slope: -wrong }
+        let side = |is_small| if is_small { small } else { 1.0 } / (1.0 + small);
+        let (right, wrong) = (side(x < 0.0), side(x >= 0.0)); // sigmoid(x), sigmoid(-x)
+        let loss = |x: f64| (-x).max(0.0) + small.ln_1p(); // -log sigmoid(x)
+        Self { loss: p * loss(x) + (1.0 - p) * loss(-x), slope: (1.0 - p) * right - p * wrong }
     }
 }
 
@@ -229,6 +262,33 @@ mod tests {
             assert_eq!(out.right as u64, case["right"].as_u64().unwrap());
             assert_eq!(out.pairs, out.grads.len() * (out.grads.len() - 1) / 2);
         }
+    }
+
+    #[test]
+    fn labelled_pairs_match_the_formula_in_50_digits() {
+        let golden: Value = serde_json::from_str(include_str!("../../tests/golden/reward_labels.json")).unwrap();
+        for case in golden.as_array().unwrap() {
+            let scores: [f32; 2] = floats(&case["scores"]).try_into().unwrap();
+            let at = |key: &str| case[key].as_f64().unwrap();
+            let label = PairLabel::new(at("chosen_probability") as f32, at("margin") as f32);
+            let out = labelled(scores, label).unwrap();
+            assert_loss(out.loss, &case["loss"]);
+            assert_grads(&out.grads, &case["grad"], &case.to_string());
+            assert_eq!((out.right, out.pairs), (at("right") as usize, at("pairs") as usize), "{case}");
+            // The same at every position of a window.
+            let row = |tokens: &'static [u32], score: f32| (tokens, vec![score; 3]);
+            let (chosen, rejected) = (row(&[7, 1, 2], scores[0]), row(&[7, 3, 4], scores[1]));
+            let scored = |row: &(&'static [u32], Vec<f32>)| (row.0, row.1.clone());
+            let ((c, cs), (r, rs)) = (scored(&chosen), scored(&rejected));
+            let (c, r) = (Scored { tokens: c, scores: &cs }, Scored { tokens: r, scores: &rs });
+            let window = divergence_to_end_labelled(c, r, label).unwrap();
+            assert_loss(window.loss, &case["loss"]);
+            let halves = window.chosen_grad.iter().map(|&g| f64::from(g)).sum::<f64>();
+            assert!((halves - f64::from(out.grads[0])).abs() < 1e-7, "{case}");
+        }
+        let plain = [0.25, -1.0];
+        let (labelled, ranked) = (labelled(plain, PairLabel::default()).unwrap(), ranked(&plain).unwrap());
+        assert_eq!((labelled.loss, labelled.grads, labelled.right), (ranked.loss, ranked.grads, ranked.right));
     }
 
     #[test]

@@ -6,6 +6,7 @@ pub mod command;
 mod endpoint;
 pub mod http;
 pub mod judge;
+pub mod math;
 pub mod retokenised;
 pub mod retry;
 pub mod verify;

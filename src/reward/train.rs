@@ -10,9 +10,11 @@ use serde_json::Value;
 
 use super::center::Centering;
 use super::dschat::{Padding, Rows};
-use super::loss::{Scored, WindowLoss, divergence_to_end, ranked};
+use super::length::LengthReport;
+use super::loss::{Scored, WindowLoss, divergence_to_end_labelled, judged, labelled, ranked};
 use super::shown;
 use crate::config::{Reward, RewardLoss, Supervised};
+use crate::data::PairLabel;
 use crate::data::examples::objectives::RankedExample;
 use crate::data::examples::{Examples, chunks, pick};
 use crate::error::counted;
@@ -70,6 +72,8 @@ pub struct Summary {
     pub before: Evaluation,
     /// Results on the held-out comparisons after training.
     pub after: Evaluation,
+    /// Scores after training against the lengths of the held-out responses.
+    pub lengths: LengthReport,
     /// Optimizer steps.
     pub steps: usize,
     /// Tokens that went through the network in training.
@@ -139,8 +143,9 @@ pub fn train_on_rows(
         let scores: Vec<f64> = scores.into_iter().flatten().map(f64::from).collect();
         trained = center.insert(Centering::of(&scores)).apply(trained)?;
     }
-    let scores = scores_of_rows(base, &trained, held_out, padding)?;
+    let (scores, lengths) = preferred_first(scores_of_rows(base, &trained, held_out, padding)?, held_out)?;
     let after = summarise(&scores)?;
+    let lengths = LengthReport::of(&scores, &lengths);
     distributions(&scores).for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
     session.report.done();
     if !held_out.is_empty() {
@@ -156,7 +161,7 @@ pub fn train_on_rows(
     for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
         session.report.warn(&format!("reward: warning: {warning}"));
     }
-    Ok((trained, Summary { before, after, steps, tokens, center }))
+    Ok((trained, Summary { before, after, lengths, steps, tokens, center }))
 }
 
 /// The stage's loss and evaluation.
@@ -217,6 +222,7 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
         let scores = scores_of_rows(self.base, adapter, self.held_out, self.padding)?;
+        let (scores, lengths) = preferred_first(scores, self.held_out)?;
         let evaluation = summarise(&scores)?;
         let means = [
             ("eval_accuracy", evaluation.accuracy),
@@ -224,6 +230,7 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
             ("eval_rejected", evaluation.mean_rejected),
         ];
         let mut metrics: Figures = means.map(|(name, mean)| (name.to_owned(), number(mean))).into_iter().collect();
+        metrics.extend(LengthReport::of(&scores, &lengths).named("eval_"));
         metrics.extend(distributions(&scores).map(|(name, found)| (format!("histogram/{name}"), found)));
         Ok(metrics)
     }
@@ -256,10 +263,11 @@ struct StepSums {
 }
 
 impl StepSums {
-    fn window(&mut self, loss: &WindowLoss, share: f64) {
+    fn window(&mut self, loss: &WindowLoss, share: f64, label: PairLabel) {
         self.loss += loss.loss * share;
-        self.right += usize::from(loss.chosen_end > loss.rejected_end);
-        self.pairs += 1;
+        let [right, pairs] = judged([loss.chosen_end, loss.rejected_end], label);
+        self.right += right;
+        self.pairs += pairs;
     }
 }
 
@@ -268,7 +276,7 @@ fn padded(rows: &Rows, scores: &[f32], padding: &Padding, weight: f64, sums: &mu
     let mut grads = Vec::with_capacity(scores.len());
     for pair in 0..rows.ends.len() / 2 {
         let loss = rows.loss(pair, scores, padding)?;
-        sums.window(&loss, weight);
+        sums.window(&loss, weight, PairLabel::default());
         grads.extend(loss.chosen_grad.iter().chain(&loss.rejected_grad).map(|&g| (f64::from(g) * weight) as f32));
     }
     Ok(grads)
@@ -285,7 +293,10 @@ fn last_token(
     let mut at = 0;
     for example in examples {
         let next = at + example.responses.len();
-        let loss = ranked(&scores[at..next])?;
+        let loss = match &scores[at..next] {
+            &[chosen, rejected] => labelled([chosen, rejected], example.label)?,
+            more => ranked(more)?,
+        };
         sums.loss += loss.loss * weight;
         sums.right += loss.right;
         sums.pairs += loss.pairs;
@@ -313,8 +324,8 @@ fn divergence(
         let scored = |i: usize| Scored { tokens: &batch.tokens()[rows(i)], scores: &scores[rows(i)] };
         for better in 0..k {
             for worse in better + 1..k {
-                let loss = divergence_to_end(scored(better), scored(worse))?;
-                sums.window(&loss, share);
+                let loss = divergence_to_end_labelled(scored(better), scored(worse), example.label)?;
+                sums.window(&loss, share, example.label);
                 for (i, g) in [(better, &loss.chosen_grad), (worse, &loss.rejected_grad)] {
                     for (sum, &g) in grads[rows(i)].iter_mut().zip(g) {
                         *sum += (f64::from(g) * share) as f32;
@@ -368,6 +379,22 @@ fn scores_of_rows(
     Ok(all)
 }
 
+/// Scores and lengths in tokens of the examples' responses, the preferred one first, without the ties among pairs.
+fn preferred_first(
+    scores: Vec<Vec<f32>>,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+) -> Result<(Vec<Vec<f32>>, Vec<Vec<usize>>)> {
+    let (mut kept, mut lengths, mut scores) = (vec![], vec![], scores.into_iter());
+    for rows in chunks(examples.len(), EVAL_BATCH) {
+        for example in pick(examples, rows)? {
+            let Some(found) = scores.next().and_then(|scores| example.label.preferred_first(scores)) else { continue };
+            kept.push(found);
+            lengths.extend(example.label.preferred_first(example.responses.iter().map(Vec::len).collect::<Vec<_>>()));
+        }
+    }
+    Ok((kept, lengths))
+}
+
 /// Accuracy and mean scores over comparisons.
 ///
 /// # Errors
@@ -390,7 +417,7 @@ pub fn evaluate_rows(
     examples: &(impl Examples<RankedExample> + ?Sized),
     padding: Option<Padding>,
 ) -> Result<Evaluation> {
-    summarise(&scores_of_rows(base, adapter, examples, padding)?)
+    summarise(&preferred_first(scores_of_rows(base, adapter, examples, padding)?, examples)?.0)
 }
 
 /// Accuracy and means of scores, one list per comparison, best response first.

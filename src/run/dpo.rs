@@ -8,9 +8,9 @@ use serde_json::{Value, json};
 
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
-use crate::data::Prepared;
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{RankedExample, UnpairedExample};
+use crate::data::{PairLabel, Prepared};
 use crate::dpo::{kto, pairs};
 use crate::model::adapter::Adapter;
 use crate::planner::passes;
@@ -46,6 +46,12 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
+    if train.iter().any(|example| example.label != PairLabel::default()) {
+        session.report.warn(
+            "dpo: warning: records have \"chosen_probability\" or \"margin\", which only the reward stage reads; here every chosen \
+             response counts as the better one",
+        );
+    }
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;

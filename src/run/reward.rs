@@ -41,7 +41,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = reward::train::train_on_rows(setup, &train, &held_out, &settings, padding, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
-    Ok(json!({
+    let mut found = json!({
         "stage": "reward",
         "memory": memory,
         "accuracy_before": number(summary.before.accuracy),
@@ -56,7 +56,10 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         "tokens": summary.tokens,
         "train_records": train.len(),
         "adapter": path,
-    }))
+    });
+    // Beside the accuracy that they explain.
+    summary.lengths.named("").into_iter().for_each(|(name, value)| found[name] = value);
+    Ok(found)
 }
 
 /// DeepSpeed-Chat's rows by the settings.

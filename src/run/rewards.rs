@@ -22,6 +22,7 @@ use crate::reward::source::command::CommandReward;
 use crate::reward::source::http::HttpReward;
 use crate::reward::source::judge;
 use crate::reward::source::judge::{Judge, Rules};
+use crate::reward::source::math::{self, MathReward};
 use crate::reward::source::retokenised::RetokenisedModel;
 use crate::reward::source::retry::RetryPolicy;
 use crate::reward::source::verify::{Solutions, Verifier};
@@ -184,6 +185,13 @@ impl<'w> RewardSourceBuilder<'w> {
             }
             RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("the config check requires a pattern")?)),
             RewardKind::JsonValid => Box::new(Verifier::JsonValid),
+            RewardKind::JsonSchema => {
+                Box::new(Verifier::JsonSchema(part.json_schema()?.context("the config check requires a schema")?))
+            }
+            RewardKind::Math => {
+                let columns = self.columns.context("the columns are read for every kind that needs them")?;
+                Box::new(MathReward::new(columns, part.column.as_deref().unwrap_or(math::COLUMN))?)
+            }
             RewardKind::Length => {
                 Box::new(Verifier::Length { min: part.min_tokens, max: part.max_tokens.unwrap_or(usize::MAX) })
             }

@@ -289,6 +289,9 @@ const PART: &[Row] = &[
     ("command", DEAD, "['/bin/sh', '-c', 'while read -r line; do echo 2; done']"),
     ("url", "kind = 'http'\nurl = 'SERVER/1'", "'SERVER/2'"),
     ("pattern", "kind = 'regex'\npattern = 'a'", "'zzz'"),
+    // The quickstart's base writes neither numbers nor JSON.
+    ("column", "kind = 'math'\ncolumn = 'chosen'", "SAME 'prompt'"),
+    ("schema", "kind = 'json_schema'\nschema = '{}'", "SAME 'true'"),
     ("min_tokens", "kind = 'length'", "9"),
     ("max_tokens", "kind = 'length'", "4"),
     (

@@ -103,7 +103,7 @@ fn prompts_with_completions_have_trls_tokens_golden() {
             continue; // a ranking needs a prompt of its own
         }
         let responses = vec![text("completion"), Text::Verbatim(" no!".to_owned())];
-        let ranked = [entry(Record::Ranked { prompt: text("prompt"), responses })];
+        let ranked = [entry(Record::Ranked { prompt: text("prompt"), responses, label: Default::default() })];
         let (examples, _) = ranked_examples(&ranked, &encoder, &Data::default()).unwrap();
         let example = &examples[0];
         assert_eq!([&example.prompt[..], &example.responses[0]].concat(), ids, "{case}");

@@ -9,6 +9,7 @@ mod formats;
 #[cfg(feature = "hub")]
 mod hub;
 mod pipeline;
+mod score;
 mod sources;
 #[path = "../support/mod.rs"]
 mod support;

@@ -80,14 +80,25 @@ fn parquet_of_every_compression_gives_rows_with_nested_messages() {
                 turns(&[("assistant", &format!("good {i}"))]),
                 turns(&[("assistant", &format!("bad {i}"))]),
             ],
+            label: Default::default(),
         })
         .collect();
     for codec in ["snappy", "zstd", "gzip", "lz4", "brotli", "none"] {
         assert_eq!(records(&at(golden(&format!("messages-{codec}.parquet")))), expected, "{codec}");
     }
     let ranked = records(&at(golden("ranked.parquet")));
-    assert_eq!(ranked[0], Record::Ranked { prompt: text("first"), responses: vec![text("b"), text("a")] });
-    assert_eq!(ranked[1], Record::Ranked { prompt: text("second"), responses: vec![text("c"), text("e"), text("d")] });
+    assert_eq!(
+        ranked[0],
+        Record::Ranked { prompt: text("first"), responses: vec![text("b"), text("a")], label: Default::default() }
+    );
+    assert_eq!(
+        ranked[1],
+        Record::Ranked {
+            prompt: text("second"),
+            responses: vec![text("c"), text("e"), text("d")],
+            label: Default::default()
+        }
+    );
 }
 
 #[test]
@@ -195,10 +206,15 @@ fn comma_and_tab_separated_tables_are_read() {
     let folder =
         Folder::new(&[("a.csv", csv.as_bytes()), ("b.tsv", tsv.as_bytes()), ("c.csv.gz", &gzip(csv.as_bytes()))]);
     let expected = [
-        Record::Ranked { prompt: text("a, \"b\"\nc"), responses: vec![text("good"), text("bad")] },
+        Record::Ranked {
+            prompt: text("a, \"b\"\nc"),
+            responses: vec![text("good"), text("bad")],
+            label: Default::default(),
+        },
         Record::Ranked {
             prompt: turns(&[("user", "q")]),
             responses: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+            label: Default::default(),
         },
     ];
     assert_eq!(records(&at(folder.path("a.csv"))), expected);
@@ -415,6 +431,7 @@ fn sources_columns_and_tags_are_read_from_the_config_file() {
         Record::Ranked {
             prompt: turns(&[("user", "q\nc")]),
             responses: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+            label: Default::default(),
         },
     ];
     assert_eq!(records(data), expected);
@@ -452,6 +469,7 @@ fn records_of_other_trainers_and_public_data_sets_are_read() {
     let ranked = |prompt: &[(&str, &str)]| Record::Ranked {
         prompt: turns(prompt),
         responses: vec![turns(&[("assistant", "good")]), turns(&[("assistant", "bad")])],
+        label: Default::default(),
     };
     let u = json!({"role": "user", "content": "q"});
     let says = |word: &str| json!({"role": "assistant", "content": word});
@@ -507,7 +525,8 @@ fn records_of_other_trainers_and_public_data_sets_are_read() {
 fn each_deepspeed_chat_data_set_is_read_by_its_preset() {
     let q = || turns(&[("user", "q")]);
     let says = |word: &str| turns(&[("assistant", word)]);
-    let pair = |a: &str, b: &str| Record::Ranked { prompt: q(), responses: vec![says(a), says(b)] };
+    let pair =
+        |a: &str, b: &str| Record::Ranked { prompt: q(), responses: vec![says(a), says(b)], label: Default::default() };
     let completed = |a: &str| Record::PromptCompletion { prompt: q(), completion: says(a) };
     let hh = json!({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"});
     let passage = |text: &str| json!([{"docid": "1", "title": "t", "text": text}]);
@@ -566,7 +585,11 @@ fn each_deepspeed_chat_data_set_is_read_by_its_preset() {
             Preset::LocalJson,
             "local/jsonfile",
             json!({"prompt": "Human: q Assistant:", "chosen": "good", "rejected": "bad"}),
-            Record::Ranked { prompt: text(" Human: q Assistant:"), responses: vec![text(" good"), text(" bad")] },
+            Record::Ranked {
+                prompt: text(" Human: q Assistant:"),
+                responses: vec![text(" good"), text(" bad")],
+                label: Default::default(),
+            },
         ),
     ];
     assert_eq!(cases.len(), 16);
@@ -588,8 +611,11 @@ fn each_deepspeed_chat_data_set_is_read_by_its_preset() {
 #[test]
 fn under_dschat_transcripts_stay_verbatim() {
     let hh = json!({"prompt": "\n\nHuman: q\n\nAssistant:", "chosen": " good", "rejected": " bad"});
-    let verbatim =
-        Record::Ranked { prompt: text("\n\nHuman: q\n\nAssistant:"), responses: vec![text(" good"), text(" bad")] };
+    let verbatim = Record::Ranked {
+        prompt: text("\n\nHuman: q\n\nAssistant:"),
+        responses: vec![text(" good"), text(" bad")],
+        label: Default::default(),
+    };
     for preset in [None, Some(Preset::RmStatic)] {
         let found = one(&hh, |data| (data.preset, data.compat) = (preset, Some(Compat::Dschat)));
         assert_eq!(found.unwrap(), verbatim);

@@ -79,7 +79,11 @@ impl Golden {
     }
 
     fn ranked(&self) -> Vec<RankedExample> {
-        let example = |r: &Ranked| RankedExample { prompt: r.prompt.clone(), responses: r.answers.clone() };
+        let example = |r: &Ranked| RankedExample {
+            prompt: r.prompt.clone(),
+            responses: r.answers.clone(),
+            label: Default::default(),
+        };
         self.ranked.iter().map(example).collect()
     }
 }

@@ -217,7 +217,11 @@ fn token_caches_are_read_or_refused() {
     campaign("data::token_caches_are_read_or_refused", || {
         let sft =
             |n: u32| SftExample { tokens: (0..n).collect(), loss_mask: (0..n).map(|t| t > 1 && t % 5 != 0).collect() };
-        let ranked = |n: u32| RankedExample { prompt: vec![n, 5], responses: vec![vec![1, n, 0], vec![2, 0]] };
+        let ranked = |n: u32| RankedExample {
+            prompt: vec![n, 5],
+            responses: vec![vec![1, n, 0], vec![2, 0]],
+            label: Default::default(),
+        };
         let judged = |n: u32| UnpairedExample { prompt: vec![n], response: vec![n, 0], desirable: n.is_multiple_of(2) };
         let prompt = |n: u32| PromptExample {
             tokens: vec![n; 3],

@@ -76,7 +76,11 @@ impl World {
     }
 
     fn compared(&self) -> Vec<RankedExample> {
-        let example = |c: &Compared| RankedExample { prompt: c.prompt.clone(), responses: c.answers.clone() };
+        let example = |c: &Compared| RankedExample {
+            prompt: c.prompt.clone(),
+            responses: c.answers.clone(),
+            label: Default::default(),
+        };
         self.golden.compared.iter().map(example).collect()
     }
 

@@ -276,7 +276,7 @@ fn loss_gradient_and_accuracy_of_padded_comparisons_equal_the_float64_golden() {
             let shared = chosen.iter().zip(rejected).take_while(|(a, b)| a == b).count();
             let shared = shared.min(chosen.len() - 1).min(rejected.len() - 1);
             let responses = vec![chosen[shared..].to_vec(), rejected[shared..].to_vec()];
-            RankedExample { prompt: chosen[..shared].to_vec(), responses }
+            RankedExample { prompt: chosen[..shared].to_vec(), responses, label: Default::default() }
         };
         let examples: Vec<RankedExample> = case.pairs.iter().map(example).collect();
         let padding = Padding { pad: case.pad, num_padding_at_beginning: case.leading, max_length: case.length };

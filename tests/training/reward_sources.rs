@@ -302,6 +302,31 @@ pattern = "a"
     }
 }
 
+#[test]
+fn ppo_compares_answers_with_the_records_column_and_checks_a_schema() {
+    let keys = r#"[[ppo.reward]]
+kind = "math"
+column = "solution"
+[[ppo.reward]]
+kind = "json_schema"
+schema = '''{"type": "object"}'''
+[[ppo.reward]]
+kind = "math"
+name = "second"
+column = "level"
+[ppo.gold]
+kind = "math"
+column = "solution"
+"#;
+    let record =
+        |i: usize| json!({ "prompt": format!("How is dish {i}?"), "solution": format!("so #### {i}"), "level": i });
+    let (_, metrics, _) = run_on(&format!("critic = \"own\"\neval_prompts = 4\n{keys}"), record).unwrap();
+    let last = metrics.last().unwrap();
+    for name in ["math", "json_schema", "second"] {
+        assert_eq!(last[format!("rewards/{name}/mean")], 0.0, "the base writes no numbers: {last}");
+    }
+}
+
 /// The quickstart's base with a tokenizer in which two frequent tokens have each other's ids.
 fn base_with_other_tokens(dir: &Path) {
     for file in fs::read_dir(here("src/quickstart/assets/base")).unwrap() {
@@ -353,6 +378,13 @@ fn missing_settings_of_a_source_are_reported_before_anything_runs() {
     assert!(with("kind = \"http\"\nurl = \"ftp://x\"").contains("needs url"));
     assert!(with("kind = \"regex\"").contains("needs pattern"));
     assert!(with("kind = \"regex\"\npattern = \"(\"").contains("is no regular expression"));
+    assert!(with("kind = \"json_schema\"").contains("needs schema = "));
+    assert!(with("kind = \"json_schema\"\nschema = '{'").contains("[[ppo.reward]] schema is no JSON"));
+    let unknown = with("kind = \"json_schema\"\nschema = '''{\"properties\": {\"a\": {\"multipleOf\": 2}}}'''");
+    assert!(unknown.contains("[[ppo.reward]] schema at /properties/a/multipleOf: the keyword is not"), "{unknown}");
+    assert!(with("kind = \"json_valid\"\ncolumn = \"a\"").contains("which is for kind = \"math\""));
+    let math = with("kind = \"math\"");
+    assert!(math.contains("\"answer\"") && math.contains("data.jsonl:1\" has no such column"), "{math}");
     assert!(with("kind = \"length\"\nmin_tokens = 4\nmax_tokens = 3").contains("less than min_tokens = 4"));
     assert!(with("kind = \"adapter\"").contains("needs adapters"));
     assert!(with("kind = \"adapter\"\nadapters = [\"/no/such\"]").contains("/no/such"));

@@ -12,7 +12,7 @@ use crate::data::examples::encoder::TextEncoder;
 use crate::data::examples::example::{RankedExample, SftExample};
 use crate::data::examples::render::Renderer;
 use crate::data::examples::report::Outcome;
-use crate::data::record::{Record, Text};
+use crate::data::record::{PairLabel, Record, Text};
 
 /// DeepSpeed-Chat's default split of the records into shares for SFT, reward modelling and PPO.
 pub(crate) const DEFAULT_SPLIT: &str = "2,4,4";
@@ -55,7 +55,7 @@ pub(crate) fn sft(
         Record::LanguageModeling(Text::Dialogue(turns)) => renderer.whole(turns)?,
         Record::PromptCompletion { prompt, completion: response }
         | Record::Unpaired { prompt, completion: response, label: true } => joined(renderer, prompt, response)?,
-        Record::Ranked { prompt, responses } => joined(renderer, prompt, &responses[0])?,
+        Record::Ranked { prompt, responses, .. } => joined(renderer, prompt, &responses[0])?,
         Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
         Record::PromptOnly(_) => bail!("SFT needs a response, and a prompt_only record has none"),
     };
@@ -76,9 +76,14 @@ pub(crate) fn ranked(
     encoder: &dyn TextEncoder,
     data: &Data,
 ) -> Result<Outcome<RankedExample>> {
-    let Record::Ranked { prompt, responses } = record else {
+    let Record::Ranked { prompt, responses, label } = record else {
         bail!("reward modelling needs comparisons, and this record is {}", record.kind());
     };
+    if *label != PairLabel::default() {
+        bail!(
+            "DeepSpeed-Chat's loss has neither \"chosen_probability\" nor \"margin\": remove these columns, or compat"
+        );
+    }
     let mut cut = false;
     let mut sequence = |response| -> Result<Vec<u32>> {
         let text = joined(renderer, prompt, response)?;
@@ -93,7 +98,7 @@ pub(crate) fn ranked(
     let (prompt, responses) = dschat::diverge(chosen, rejected);
     match prompt.is_empty() {
         true => Ok(Outcome::Drop("with responses that share no first token".to_owned())),
-        false => Ok(Outcome::keep(RankedExample { prompt, responses: responses.into() }, cut)),
+        false => Ok(Outcome::keep(RankedExample { prompt, responses: responses.into(), label: *label }, cut)),
     }
 }
 

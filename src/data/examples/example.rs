@@ -1,11 +1,13 @@
 //! The training examples of each objective as token ids ([`SftExample`], [`RankedExample`], [`UnpairedExample`],
 //! [`PromptExample`]), and [`Examples`], a list of them in memory or in a file.
 //!
-//! This file does not depend on records or text. Read `data/examples/encoder.rs` next.
+//! This file does not depend on text or the model. Read `data/examples/encoder.rs` next.
 
 use std::borrow::Cow;
 
 use anyhow::Result;
+
+use crate::data::record::PairLabel;
 
 /// A sequence for supervised fine-tuning.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +26,8 @@ pub struct RankedExample {
     /// (K,) lists of token ids of the responses, K >= 2, best first, all different. Each has its end token unless
     /// `truncation = "right"` cut it off.
     pub responses: Vec<Vec<u32>>,
+    /// What is known of a pair beside its order; of a longer ranking, nothing. Only the reward stage reads it.
+    pub label: PairLabel,
 }
 
 impl RankedExample {
@@ -91,6 +95,9 @@ impl Example for RankedExample {
     fn numbers(&self, to: &mut dyn FnMut(&[u32])) {
         to(&self.prompt);
         self.responses.iter().for_each(|response| to(response));
+        if self.label != PairLabel::default() {
+            to(&self.label.to_words());
+        }
     }
 
     fn longest_sequence(&self) -> usize {
@@ -257,7 +264,11 @@ mod tests {
 
     #[test]
     fn a_ranking_counts_its_prompt_once_per_response() {
-        let example = RankedExample { prompt: vec![1, 2, 3], responses: vec![vec![4], vec![5, 6], vec![7]] };
+        let example = RankedExample {
+            prompt: vec![1, 2, 3],
+            responses: vec![vec![4], vec![5, 6], vec![7]],
+            label: Default::default(),
+        };
         assert_eq!((example.tokens(), example.longest_sequence()), (4 + 5 + 4, 5));
         let all = vec![example.clone(), RankedExample { prompt: vec![1], ..example.clone() }];
         assert_eq!((Examples::tokens(&all, 1), all.longest_sequence()), (7, 5));

@@ -18,7 +18,7 @@ pub use crate::data::examples::example::{PromptExample, RankedExample, SftExampl
 use crate::data::examples::render::Renderer;
 pub use crate::data::examples::report::{Outcome, Report};
 use crate::data::examples::sequence::{self, Continued, Sequence};
-use crate::data::record::{Entry, Record, Text};
+use crate::data::record::{Entry, PairLabel, Record, Text};
 use crate::tokenizer::chat_template::Message;
 
 /// The settings with which records become examples.
@@ -164,7 +164,7 @@ impl Objective for SftExample {
             Record::LanguageModeling(Text::Dialogue(turns)) => renderer.conversation(turns, 0)?,
             Record::PromptCompletion { prompt, completion: response }
             | Record::Unpaired { prompt, completion: response, label: true } => renderer.response(prompt, response)?,
-            Record::Ranked { prompt, responses } => renderer.response(prompt, &responses[0])?,
+            Record::Ranked { prompt, responses, .. } => renderer.response(prompt, &responses[0])?,
             Record::Unpaired { label: false, .. } => return Ok(Outcome::Drop("judged bad".to_owned())),
             Record::PromptOnly(_) => bail!("SFT needs a response, and a prompt_only record has none"),
         };
@@ -319,7 +319,7 @@ impl Objective for RankedExample {
         if data.compat.is_some() {
             return compat::ranked(record, renderer, *encoder, data);
         }
-        let Record::Ranked { prompt, responses } = record else {
+        let Record::Ranked { prompt, responses, label } = record else {
             bail!(
                 "reward modelling needs comparisons (\"chosen\" and \"rejected\", or ranked \"responses\"), and this record is {}",
                 record.kind()
@@ -351,7 +351,7 @@ impl Objective for RankedExample {
             // The texts differ: only truncation, or a tokenizer that normalises, makes the tokens equal.
             return Ok(Outcome::Drop("with responses that are the same tokens".to_owned()));
         }
-        let examples = vec![RankedExample { prompt: tokens, responses: encoded }];
+        let examples = vec![RankedExample { prompt: tokens, responses: encoded, label: *label }];
         Ok(Outcome::Keep { examples, truncated: over > 0, remarks })
     }
 }
@@ -366,7 +366,7 @@ impl Objective for UnpairedExample {
         let limit = data.max_length;
         let (prompt, labelled) = match record {
             Record::Unpaired { prompt, completion, label } => (prompt, vec![(completion, *label)]),
-            Record::Ranked { prompt, responses } if responses.len() == 2 => {
+            Record::Ranked { prompt, responses, .. } if responses.len() == 2 => {
                 (prompt, vec![(&responses[0], true), (&responses[1], false)])
             }
             _ => bail!(
@@ -375,7 +375,11 @@ impl Objective for UnpairedExample {
             ),
         };
         let layouts = labelled.iter().map(|(response, _)| renderer.pair(prompt, response)).collect::<Result<_>>()?;
-        let Continued { prompt: tokens, responses, remarks } = sequence::continued(layouts, renderer.ends(), *encoder)?;
+        let Continued { prompt: tokens, responses, mut remarks } =
+            sequence::continued(layouts, renderer.ends(), *encoder)?;
+        if matches!(record, Record::Ranked { label, .. } if *label != PairLabel::default()) {
+            remarks.insert("with \"chosen_probability\" or \"margin\", which only the reward stage reads");
+        }
         let (mut examples, mut truncated) = (Vec::new(), false);
         for (mut response, (_, desirable)) in responses.into_iter().zip(labelled) {
             let mut prompt = tokens.clone();

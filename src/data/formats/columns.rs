@@ -13,7 +13,7 @@ use crate::data::formats::detect::detect;
 use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, ranked, starts_with_assistant, text_of};
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::transcript::turns;
-use crate::data::record::{Object, Parsed, Record, Remarked, Text};
+use crate::data::record::{Object, PairLabel, Parsed, Record, Remarked, Text};
 use crate::tokenizer::chat_template::Message;
 
 /// The columns of one record, under fourfold's names for them.
@@ -41,6 +41,11 @@ impl<'a> Columns<'a> {
     /// A column is missing or wrong.
     pub(crate) fn remarked(&self, format: Format) -> Parsed<Remarked> {
         let mut record = self.record(format)?;
+        if let Record::Ranked { responses, label, .. } = &mut record
+            && responses.len() == 2
+        {
+            *label = self.label()?;
+        }
         if let Some(first) = record.first_turn_mut() {
             let variables = self.variables()?;
             if !variables.is_empty() {
@@ -52,6 +57,32 @@ impl<'a> Columns<'a> {
         let unread =
             self.object.iter().filter(is_unread).map(|(key, _)| format!("with a column {key:?} that is not read"));
         Ok((record, unread.collect()))
+    }
+
+    /// What a pair's columns `chosen_probability` and `margin` hold. Columns of these names that hold no number mean something else,
+    /// and are reported as not read.
+    ///
+    /// # Errors
+    /// A probability is not from 0 to 1, or a margin no f32.
+    fn label(&self) -> Parsed<PairLabel> {
+        let number = |key, default: f64| match self.object.get(key).and_then(Value::as_f64) {
+            Some(value) => {
+                self.get(key);
+                value
+            }
+            None => default,
+        };
+        let (probability, margin) = (number("chosen_probability", 1.0), number("margin", 0.0));
+        if !(0.0..=1.0).contains(&probability) {
+            return Err(column_fault(
+                "chosen_probability",
+                format!("expected a number from 0 to 1, found {probability}"),
+            ));
+        }
+        if !(margin as f32).is_finite() {
+            return Err(column_fault("margin", format!("{margin} is too large")));
+        }
+        Ok(PairLabel::new(probability as f32, margin as f32))
     }
 
     /// The variables of the chat template that a record gives: `tools` and `documents`, and the entries of

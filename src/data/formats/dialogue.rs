@@ -9,7 +9,7 @@ use crate::config::Tags;
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::rename::{role, turn_keys};
 use crate::data::formats::transcript::{common_text, common_turns};
-use crate::data::record::{Object, Parsed, Record, Text};
+use crate::data::record::{Object, PairLabel, Parsed, Record, Text};
 use crate::tokenizer::chat_template::{Content, Message, More};
 
 /// A text from a string, or a dialogue from a list of turns or from one turn.
@@ -171,7 +171,7 @@ pub(crate) fn ranked(prompt: Text, responses: Vec<(&str, Text)>) -> Parsed<Recor
             });
         }
     }
-    Ok(Record::Ranked { prompt, responses })
+    Ok(Record::Ranked { prompt, responses, label: PairLabel::default() })
 }
 
 /// The fault of a dialogue that lacks a prompt because the assistant speaks first; `None` if it does not.

@@ -19,9 +19,10 @@ use sha2::{Digest, Sha256};
 
 use crate::data::examples::objectives::Report;
 use crate::data::examples::{Example, Examples, PromptExample, RankedExample, SftExample, UnpairedExample};
+use crate::data::record::PairLabel;
 
 /// Names the layout. Increase the digit when the layout or the making of examples changes: every cache is then stale.
-const MAGIC: &[u8; 16] = b"fourfold-tokens2";
+const MAGIC: &[u8; 16] = b"fourfold-tokens3";
 const HEADER: usize = 16 + 32 + 4 * 8 + 32;
 /// Bytes of an example's index entry: its first word (u64), its group (u64), its number of words and of tokens (u32
 /// each).
@@ -80,20 +81,23 @@ impl Stored for SftExample {
     }
 }
 
-/// The words: the prompt, then each response.
+/// The words: the label, the prompt, then each response.
 impl Stored for RankedExample {
     fn write(&self, words: &mut Vec<u32>) {
+        words.extend(self.label.to_words());
         put(words, &self.prompt);
         self.responses.iter().for_each(|response| put(words, response));
     }
 
     fn read(mut words: &[u32]) -> Option<Self> {
+        let (&label, rest) = words.split_first_chunk()?;
+        words = rest;
         let prompt = take(&mut words)?.to_vec();
         let mut responses = vec![];
         while !words.is_empty() {
             responses.push(take(&mut words)?.to_vec());
         }
-        Some(Self { prompt, responses })
+        Some(Self { prompt, responses, label: PairLabel::from_words(label) })
     }
 }
 
@@ -428,6 +432,7 @@ mod tests {
         let mut ranked = |k| RankedExample {
             prompt: random_tokens(&mut rng, 9),
             responses: (0..k).map(|_| random_tokens(&mut rng, 9)).collect(),
+            label: PairLabel::new(0.25 * k as f32, -1.5),
         };
         assert_round_trip(&[2, 2, 5, 3].map(&mut ranked));
         let unpaired =

@@ -152,7 +152,10 @@ mod tests {
         let text = |text: &str| Text::Verbatim(text.to_owned());
         let expected = group(&Record::PromptOnly(text("why?")));
         let responses = vec![dialogue(&[("assistant", "a")]), dialogue(&[("assistant", "b")])];
-        assert_eq!(group(&Record::Ranked { prompt: dialogue(&[("user", "why?")]), responses }), expected);
+        assert_eq!(
+            group(&Record::Ranked { prompt: dialogue(&[("user", "why?")]), responses, label: Default::default() }),
+            expected
+        );
         let whole = dialogue(&[("user", "why?"), ("assistant", "x"), ("user", "and?"), ("assistant", "y")]);
         assert_eq!(group(&Record::LanguageModeling(whole)), expected);
         assert_ne!(group(&Record::PromptOnly(dialogue(&[("system", "s"), ("user", "why?")]))), expected);

@@ -1,13 +1,15 @@
 //! Rule-based rewards: 1 if a response passes, 0 if not. Each rule reads the response's text without the end token. It does
-//! not depend on bases or adapters. Read `retry.rs` next.
+//! not depend on bases or adapters. Read `math/mod.rs` for answers of mathematics, `retry.rs` next.
 
 use std::collections::{BTreeSet, HashMap};
 
 use anyhow::Result;
 use regex::Regex;
 use serde::de::IgnoredAny;
+use serde_json::Value;
 
 use super::{RewardInputs, RewardSource};
+use crate::config::json_schema::JsonSchema;
 use crate::model::generate::{FinishReason, Response};
 
 /// Correct answers of each prompt, by the prompt's token ids.
@@ -20,6 +22,8 @@ pub enum Verifier {
     Regex(Regex),
     /// The response is one JSON value, apart from surrounding whitespace.
     JsonValid,
+    /// The response, or the last fenced block in it, is JSON that satisfies a schema.
+    JsonSchema(JsonSchema),
     /// The response has this many tokens, without the end token.
     Length {
         /// Minimum number of tokens.
@@ -42,6 +46,7 @@ impl Verifier {
         match self {
             Self::Regex(pattern) => pattern.is_match(text),
             Self::JsonValid => serde_json::from_str::<IgnoredAny>(text).is_ok(),
+            Self::JsonSchema(schema) => json_of(text).is_some_and(|value| schema.allows(&value)),
             Self::Length { min, max } => {
                 let tokens = response.tokens.len() - usize::from(response.finish == FinishReason::Stop);
                 (*min..=*max).contains(&tokens)
@@ -60,6 +65,18 @@ impl Verifier {
             }
         }
     }
+}
+
+/// The JSON of a response: all of it, or else what its last complete block between ```` ```json ```` and ```` ``` ```` holds.
+fn json_of(text: &str) -> Option<Value> {
+    let whole = serde_json::from_str(text).ok();
+    whole.or_else(|| {
+        let after = text.rmatch_indices("```json").find_map(|(at, fence)| {
+            let rest = &text[at + fence.len()..];
+            rest.find("```").map(|end| &rest[..end])
+        })?;
+        serde_json::from_str(after).ok()
+    })
 }
 
 impl RewardSource for Verifier {
@@ -93,6 +110,35 @@ mod tests {
         }
         // Deep nesting must not overflow the stack.
         assert!(!passes(&Verifier::JsonValid, &"[".repeat(100_000)));
+    }
+
+    #[test]
+    fn json_that_satisfies_the_schema_passes_by_itself_or_in_the_last_fenced_block() {
+        let schema = serde_json::json!({"type": "object", "required": ["answer"], "properties": {"answer": {"type": "integer"}}});
+        let verifier = Verifier::JsonSchema(JsonSchema::new(schema).unwrap());
+        for text in [
+            "{\"answer\": 4}",
+            " {\"answer\": 4, \"why\": \"2 + 2\"}\n",
+            "So:\n```json\n{\"answer\": 4}\n```\nDone.",
+            "```json\n{\"answer\": \"x\"}\n```\nNo:\n```json\n{\"answer\": 5}\n```",
+            "```json\n{\"answer\": 4}\n```\n```json\n{\"ans",
+        ] {
+            assert!(passes(&verifier, text), "{text}");
+        }
+        for text in [
+            "",
+            "4",
+            "{}",
+            "{\"answer\": \"4\"}",
+            "{\"answer\": 4",
+            "The answer is {\"answer\": 4}",
+            "```json\n{\"answer\": 4}",
+            "```json\n{\"answer\": 4}\n```\n```json\n{\"answer\": null}\n```",
+            "```\n{\"answer\": 4}\n```",
+        ] {
+            assert!(!passes(&verifier, text), "{text}");
+        }
+        assert!(!passes(&verifier, &"[".repeat(100_000)));
     }
 
     #[test]

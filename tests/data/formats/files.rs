@@ -4,7 +4,11 @@ use super::*;
 
 #[test]
 fn every_format_is_detected_and_read() {
-    let ranked = |prompt, responses: &[Text]| Record::Ranked { prompt, responses: responses.to_vec() };
+    let ranked = |prompt, responses: &[Text]| Record::Ranked {
+        prompt,
+        responses: responses.to_vec(),
+        label: Default::default(),
+    };
     let user = || turns(&[("user", "q")]);
     let (good, bad) = (turns(&[("assistant", "good")]), turns(&[("assistant", "bad")]));
     let q = json!([{"role": "user", "content": "q"}]);

@@ -2,6 +2,7 @@
 //! depend on PPO; the golden values of the formulas are in src/reward/loss.rs.
 
 use fourfold::config::{Reward, RewardLoss};
+use fourfold::data::PairLabel;
 use fourfold::data::examples::objectives::RankedExample;
 use fourfold::model::adapter::Adapter;
 use fourfold::model::block::Recompute;
@@ -74,6 +75,42 @@ fn divergence_to_end_loss_falls_and_differs_from_the_last_token_loss() {
     assert!(losses[7] < 0.8 * losses[0], "{losses:?}");
     assert!(summary.after.accuracy > summary.before.accuracy.min(0.99), "{summary:?}");
     assert!((losses[0] - column(&last, "loss")[0]).abs() > 1e-3, "it reads more tokens than the last");
+}
+
+#[test]
+fn soft_labels_ties_and_margins_enter_both_losses_and_ties_no_accuracy() {
+    let model = model();
+    // Of twelve pairs a tie, one whose rejected response is preferred, a doubtful one and one with a margin; the rest are plain.
+    let labels = [(0.5, 0.0), (0.0, 0.0), (0.75, 0.0), (1.0, 0.5)];
+    let mut examples = comparisons(&model, 12);
+    for (example, (probability, margin)) in examples.iter_mut().zip(labels) {
+        example.label = PairLabel::new(probability, margin);
+    }
+    let start = scorer_start(&model);
+    let config = Reward { num_train_epochs: 1, per_device_train_batch_size: 12, ..reward_config() };
+    let (lines, summary) = train_reward(&model, &start, &examples, &config);
+    let scores = reward::train::scores(&model.base, &start, &examples).unwrap();
+    let log_sigmoid = |x: f64| -(-x).exp().ln_1p();
+    let by_hand = scores.iter().zip(&examples).map(|(scores, example)| {
+        let (p, margin) = (f64::from(example.label.chosen_probability()), f64::from(example.label.margin()));
+        let x = f64::from(scores[0]) - f64::from(scores[1]) - margin;
+        -p * log_sigmoid(x) - (1.0 - p) * log_sigmoid(-x)
+    });
+    let by_hand = by_hand.sum::<f64>() / 12.0;
+    let loss = column(&lines, "loss")[0];
+    assert!((loss - by_hand).abs() < 1e-5, "{loss} {by_hand}");
+    assert_eq!((summary.before.pairs, summary.after.pairs), (11, 11));
+    let right = scores.iter().enumerate().filter(|(i, s)| if *i == 1 { s[1] > s[0] } else { *i > 0 && s[0] > s[1] });
+    assert_eq!(summary.before.accuracy, right.count() as f64 / 11.0);
+    // The loss over all tokens reads the labels, too.
+    let config = Reward { loss: RewardLoss::DivergenceToEnd, eval_steps: 1, ..config };
+    let (soft, _) = train_reward(&model, &start, &examples, &config);
+    examples.iter_mut().for_each(|example| example.label = PairLabel::default());
+    let (plain, _) = train_reward(&model, &start, &examples, &config);
+    assert!((column(&soft, "loss")[0] - column(&plain, "loss")[0]).abs() > 1e-3);
+    for name in ["eval_score_length_correlation", "eval_length_controlled_accuracy"] {
+        assert!(plain.iter().any(|line| line[name].is_number()), "{name}: {plain:?}");
+    }
 }
 
 #[test]

@@ -62,7 +62,10 @@ pub fn comparisons(model: &Model, n: usize) -> Vec<RankedExample> {
     let answers = |p: &fourfold::quickstart::task::Pair| {
         vec![answer_ids(model, &p.chosen), answer_ids(model, &p.rejected)] // best first
     };
-    pairs.iter().map(|p| RankedExample { prompt: ids(model, &p.row.prompt), responses: answers(p) }).collect()
+    pairs
+        .iter()
+        .map(|p| RankedExample { prompt: ids(model, &p.row.prompt), responses: answers(p), label: Default::default() })
+        .collect()
 }
 
 pub fn questions(model: &Model, n: usize) -> Vec<Vec<u32>> {

@@ -1,0 +1,129 @@
+//! The accuracy of `score` by a column of the records, as RewardBench has it by `subset`. It does not depend on the model. Read
+//! `score.rs` for where the scores come from.
+
+use std::collections::BTreeSet;
+
+use anyhow::Result;
+use serde_json::{Value, json};
+
+use crate::config::Data;
+use crate::data::stream::columns::{Columns, columns};
+use crate::invalid;
+use crate::report::number;
+use crate::reward::train as reward;
+use crate::stats::{Share, mean};
+
+/// The column that RewardBench's files have.
+const USUAL: &str = "subset";
+
+/// What each of `entries` holds in the column `by`, or else in `subset` if the first of them has that: `None` without either.
+/// `entries`: the records' numbers among all usable ones, ascending.
+///
+/// # Errors
+/// If the files cannot be read, or a record lacks the column `by`.
+pub(super) fn names(data: &Data, entries: &[usize], by: Option<&str>) -> Result<Option<Vec<String>>> {
+    let read = |wanted: &[usize]| columns(data, &wanted.iter().copied().collect::<BTreeSet<_>>());
+    let column = by.unwrap_or(USUAL);
+    let value =
+        |found: &Columns, entry: &usize| found.get(entry).and_then(|record| record.columns.get(column)).cloned();
+    if by.is_none() {
+        let Some(first) = entries.first() else { return Ok(None) };
+        if value(&read(&[*first])?, first).is_none() {
+            return Ok(None);
+        }
+    }
+    let found = read(entries)?;
+    let name = |entry: &usize| match value(&found, entry) {
+        Some(Value::String(text)) => Ok(text),
+        None | Some(Value::Null) if by.is_none() => Ok("(none)".to_owned()),
+        None | Some(Value::Null) => {
+            let record = found.get(entry).map_or(Value::Null, |record| record.id.clone());
+            Err(invalid!(
+                "--by {column}: record {record} has no such column; name one that every record has, or leave --by out"
+            ))
+        }
+        Some(other) => Ok(other.to_string()),
+    };
+    entries.iter().map(name).collect::<Result<_>>().map(Some)
+}
+
+/// The comparisons of one subset.
+pub(super) struct Subset {
+    name: String,
+    pairs: usize,
+    accuracy: Share,
+}
+
+/// Accuracy of each subset, in the order in which they first appear; those without a comparison are left out. `names` and
+/// `scores`: one per record, best response first.
+///
+/// # Errors
+/// If a score is NaN or infinite.
+pub(super) fn accuracies(names: &[String], scores: &[Vec<f32>]) -> Result<Vec<Subset>> {
+    let mut groups: Vec<(&str, Vec<Vec<f32>>)> = vec![];
+    for (name, scores) in names.iter().zip(scores).filter(|(_, scores)| scores.len() > 1) {
+        match groups.iter_mut().find(|(known, _)| known == name) {
+            Some((_, group)) => group.push(scores.clone()),
+            None => groups.push((name, vec![scores.clone()])),
+        }
+    }
+    let subset = |(name, scores): (&str, Vec<Vec<f32>>)| {
+        let found = reward::summarise(&scores)?;
+        let (name, pairs) = (name.to_owned(), found.pairs);
+        Ok(Subset { name, pairs, accuracy: Share::of(found.accuracy, pairs) })
+    };
+    groups.into_iter().map(subset).collect()
+}
+
+/// The mean of the subsets' accuracies, in which a small one counts as much as a large one; NaN without any.
+pub(super) fn mean_accuracy(subsets: &[Subset]) -> f64 {
+    mean(&subsets.iter().map(|subset| subset.accuracy.rate).collect::<Vec<_>>())
+}
+
+/// One object per subset: name, pairs, accuracy and its 95% interval.
+pub(super) fn to_json(subsets: &[Subset]) -> Value {
+    let one = |subset: &Subset| {
+        let Share { rate, low, high } = subset.accuracy;
+        json!({ "subset": subset.name, "pairs": subset.pairs, "accuracy": number(rate), "low": number(low), "high": number(high) })
+    };
+    subsets.iter().map(one).collect()
+}
+
+/// The table in words, with a last line for the mean.
+pub(super) fn table(subsets: &[Subset]) -> String {
+    let width = subsets.iter().map(|subset| subset.name.chars().count()).chain([6]).max().unwrap_or(6);
+    let mut text = format!("{:width$}  {:>6}  accuracy  95% interval\n", "subset", "pairs");
+    for Subset { name, pairs, accuracy } in subsets {
+        let Share { rate, low, high } = accuracy;
+        // Rounding errors of the interval at 0 and 1.
+        let (low, high) = (low.max(0.0), high.min(1.0));
+        text += &format!("{name:width$}  {pairs:>6}  {rate:>8.3}  {low:.3} to {high:.3}\n");
+    }
+    text + &format!("{:width$}  {:>6}  {:>8.3}\n", "mean", "", mean_accuracy(subsets))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pairs_are_counted_by_subset_and_the_mean_weighs_subsets_alike() {
+        let names: Vec<String> = ["chat", "safety", "chat", "chat", "alone"].map(str::to_owned).into();
+        let scores = [vec![2.0, 1.0], vec![0.0, 1.0], vec![1.0, 1.0], vec![3.0, 2.0, 4.0], vec![5.0]];
+        let subsets = accuracies(&names, &scores).unwrap();
+        // Chat: right, a tie (which is not right), and of three responses one pair in three.
+        let found: Vec<_> = subsets.iter().map(|s| (s.name.as_str(), s.pairs, s.accuracy.rate)).collect();
+        assert_eq!(found, [("chat", 5, 0.4), ("safety", 1, 0.0)]);
+        assert_eq!(mean_accuracy(&subsets), 0.2);
+        let table = table(&subsets);
+        // Wilson's interval of 2 in 5 is 0.118 to 0.769.
+        assert!(table.contains("chat         5     0.400  0.118 to 0.769\n"), "{table}");
+        assert!(table.ends_with("mean               0.200\n"), "{table}");
+        let json = to_json(&subsets);
+        assert_eq!(
+            (&json[0]["subset"], &json[0]["pairs"], &json[1]["accuracy"]),
+            (&json!("chat"), &json!(5), &json!(0.0))
+        );
+        assert!((json[1]["high"].as_f64().unwrap() - 0.793_456_7).abs() < 1e-6, "{json}");
+    }
+}
