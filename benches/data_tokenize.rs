@@ -46,7 +46,7 @@ fn texts(data: &Data, most: usize) -> Result<(Vec<String>, usize, usize)> {
     let (mut some, mut bytes, mut records) = (vec![], 0, 0);
     data::scan(data, &mut |found| {
         let Ok(entry) = found else { return Ok(true) };
-        let Record::Ranked { prompt, responses } = entry.record else { return Ok(true) };
+        let Record::Ranked { prompt, responses, .. } = entry.record else { return Ok(true) };
         records += 1;
         for text in std::iter::once(prompt).chain(responses) {
             if let Text::Verbatim(text) = text {

@@ -379,11 +379,14 @@ fn scores_of_rows(
     Ok(all)
 }
 
+/// One list of scores, and one of lengths, per comparison.
+type ScoresAndLengths = (Vec<Vec<f32>>, Vec<Vec<usize>>);
+
 /// Scores and lengths in tokens of the examples' responses, the preferred one first, without the ties among pairs.
 fn preferred_first(
     scores: Vec<Vec<f32>>,
     examples: &(impl Examples<RankedExample> + ?Sized),
-) -> Result<(Vec<Vec<f32>>, Vec<Vec<usize>>)> {
+) -> Result<ScoresAndLengths> {
     let (mut kept, mut lengths, mut scores) = (vec![], vec![], scores.into_iter());
     for rows in chunks(examples.len(), EVAL_BATCH) {
         for example in pick(examples, rows)? {
