@@ -188,7 +188,7 @@ fn dropped_records_and_a_reward_model_that_learned_nothing_are_warned_of() {
 fn a_plan_that_does_not_fit_a_named_limit_fails_after_it_is_shown() {
     let p = Place::new();
     let plan = "plan --base base --phase sft";
-    for more in ["--memory 3MiB", "--set memory.limit=3MiB", "--device cuda --memory 620MiB"] {
+    for more in ["--memory 3MiB", "--set memory.limit=3MiB", "--device cuda --memory 596MiB"] {
         let ran = p.run(&format!("{plan} {more}"));
         assert_eq!(ran.code, 2, "{more}: {}", ran.stderr);
         assert!(ran.stdout.contains("it does not fit"), "{more}: {}", ran.stdout);

@@ -276,7 +276,7 @@ fn what_cannot_be_used_is_one_line_that_says_what_to_do() {
     fs::create_dir(p.path("bare")).unwrap();
     fs::copy(p.path("base/config.json"), p.path("bare/config.json")).unwrap();
     refused(&p, "init sft --base bare", &["bare has neither model.safetensors"]);
-    refused(&p, &init("dpo", "--reward-base base"), &["--reward-base is for reward and ppo"]);
+    refused(&p, &init("dpo", "--reward-base base"), &["--reward-base is for reward, ppo, grpo and rloo"]);
     // The data.
     refused(&p, &init("sft", "--data none.jsonl"), &["none.jsonl"]);
     p.write("broken.jsonl", "{\"prompt\": \"x\", \"completion\": \"y\"}\n{\"prompt\": \n");
