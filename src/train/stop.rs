@@ -7,12 +7,19 @@ use std::sync::{Arc, LazyLock};
 
 use anyhow::{Context, Result};
 
+#[cfg(unix)]
+use crate::report::quiet;
+
 static REQUESTED: LazyLock<Arc<AtomicBool>> = LazyLock::new(Arc::default);
 
 /// The exit code of a run that was stopped, as a shell reports SIGINT.
 pub const EXIT_CODE: i32 = 130;
 
-/// Installs the handlers: the first SIGINT or SIGTERM sets the flag, and a second one ends the process at once. A write
+/// What the first signal prints at once.
+#[cfg(unix)]
+const TOLD: &str = "\nstopping after this step; a second signal ends the process at once, without saving\n";
+
+/// Installs the handlers: the first SIGINT or SIGTERM says so and sets the flag, and a second one ends the process at once. A write
 /// beyond the file size limit then fails like a write to a full disk, instead of killing the process.
 ///
 /// # Errors
@@ -25,6 +32,16 @@ pub fn listen() -> Result<()> {
         for signal in [SIGINT, SIGTERM] {
             // In this order: the first signal finds the flag unset, passes the shutdown by, and sets it.
             register_conditional_shutdown(signal, EXIT_CODE, REQUESTED.clone()).context("handling signals")?;
+            let requested = REQUESTED.clone();
+            // A step may take minutes, and whoever sees nothing happen presses again.
+            let told = move || {
+                if !requested.load(Ordering::Relaxed) && !quiet::is_set() {
+                    // SAFETY: write may be called in a signal handler, with bytes that live for ever.
+                    unsafe { libc::write(libc::STDERR_FILENO, TOLD.as_ptr().cast(), TOLD.len()) };
+                }
+            };
+            // SAFETY: the action reads two flags and calls write, all of which a signal handler may do.
+            unsafe { signal_hook::low_level::register(signal, told) }.context("handling signals")?;
             register(signal, REQUESTED.clone()).context("handling signals")?;
         }
         register(SIGXFSZ, Arc::default()).context("handling signals")?;

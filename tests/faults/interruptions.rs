@@ -19,6 +19,7 @@ fn a_signal_ends_the_run_with_130_and_a_command_that_goes_on_to_the_same_bytes()
         fs::remove_dir_all(stopped.path("out/ppo")).ok();
         let ran = interrupted(&stopped, "ppo", 1, number);
         assert_eq!(ran.code, 130, "{}", ran.stderr);
+        assert_eq!(ran.stderr.matches("stopping after this step; a second signal").count(), 1, "{}", ran.stderr);
         let command = ran.stderr.lines().last().unwrap().trim();
         assert!(ran.stderr.contains("stopped after") && command.ends_with("--resume"), "{}", ran.stderr);
         let again = stopped.run(&line("ppo"));
@@ -74,6 +75,7 @@ fn a_second_signal_ends_the_run_at_once() {
     signal(&child, libc::SIGINT);
     let ran = finish(child);
     assert_eq!(ran.code, 130);
+    assert_eq!(ran.stderr.matches("a second signal ends the process at once").count(), 1, "{}", ran.stderr);
     assert!(!ran.stderr.contains("stopped after"), "it was heeded only after the step: {}", ran.stderr);
 }
 
