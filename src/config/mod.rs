@@ -369,8 +369,19 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
 }
 
 fn parsed(text: &str, file: &str) -> Result<Table> {
-    text.parse().map_err(|error: toml::de::Error| invalid!("{file}: {}", error.to_string().trim()))
+    text.parse().map_err(|error: toml::de::Error| {
+        // The parser shows the whole line that it stopped at, however long.
+        let cut = |line: &str| match line.char_indices().nth(MOST_OF_A_LINE) {
+            Some((at, _)) => format!("{}…", &line[..at]),
+            None => line.to_owned(),
+        };
+        let lines: Vec<String> = error.to_string().trim().lines().map(cut).collect();
+        invalid!("{file}: {}", lines.join("\n"))
+    })
 }
+
+/// Characters of a line of a file that a message shows.
+const MOST_OF_A_LINE: usize = 300;
 
 /// The config of a text that is not in a file yet, called `name` in messages.
 ///

@@ -30,7 +30,7 @@ fn resumed_from_any_step_every_stage_ends_with_the_same_bytes() {
         for step in (1..=steps).rev() {
             let ran = other.run(&format!("{every} --resume out/{stage}/checkpoints/checkpoint-{step}"));
             assert_eq!(ran.code, 0, "{stage} from {step}: {}", ran.stderr);
-            assert!(ran.stderr.contains(&format!("after {step} steps")), "{}", ran.stderr);
+            assert!(ran.stderr.contains(&format!("after {step} step")), "{}", ran.stderr);
             assert_same(&whole, &other, stage, &format!("resumed after step {step}"));
         }
     }

@@ -33,7 +33,7 @@ fn a_disk_too_full_for_a_checkpoint_stops_no_training_and_one_too_full_for_the_r
     let blocks = (adapter + 16384) / 512;
     let ran = limited(&starved, &format!("-f {blocks}"), &line("sft"));
     assert_eq!(ran.code, 0, "{}", ran.stderr);
-    assert!(ran.stderr.contains("no checkpoint after 1 steps") && ran.stderr.contains("training goes on"));
+    assert!(ran.stderr.contains("no checkpoint after 1 step:") && ran.stderr.contains("training goes on"));
     assert_same(&whole, &starved, "sft", "without checkpoints");
     assert_eq!(fs::read_dir(starved.path("out/sft/checkpoints")).unwrap().count(), 0, "no half of one is left");
     // 2. A good checkpoint stands; then there is no room even for the result.
