@@ -336,7 +336,7 @@ fn the_page_of_a_run_without_an_adapter_offers_nothing_to_merge() {
 #[test]
 fn a_long_line_that_is_no_toml_is_shown_in_part() {
     let p = Place::new();
-    p.write("long.toml", &format!("[base]\npath = {}\n", "é".repeat(40_000)));
+    p.write("long.toml", format!("[base]\npath = {}\n", "é".repeat(40_000)));
     let ran = p.run("plan long.toml");
     assert_eq!(ran.code, 2, "{}", ran.stderr);
     assert!(ran.stderr.len() < 2000 && ran.stderr.contains("line 2") && ran.stderr.contains('…'), "{}", ran.stderr);
