@@ -143,10 +143,10 @@ impl KvCache {
         Ok(())
     }
 
-    /// Appends one token per sequence: k and v (S, kv * dim).
+    /// Appends one token per sequence on the host: k and v (S, kv * dim). On a device `step` of mod.rs does it.
     ///
     /// # Errors
-    /// If shapes do not fit, or device memory is out.
+    /// If shapes do not fit, or the cache lies on a device.
     pub fn append(&mut self, k: &Array, v: &Array) -> Result<()> {
         let (n, width) = k.dims2()?;
         if n != self.len() || v.dims2()? != (n, width) {
@@ -159,7 +159,7 @@ impl KvCache {
                 host.sequences.iter_mut().zip(new).for_each(|(sequence, (k, v))| sequence.extend(k, v));
                 Ok(())
             }
-            Store::Device(device) => device.append(k.device()?, v.device()?),
+            Store::Device(_) => bail!("a device's cache is appended to by the step that rotates"),
         }
     }
 
@@ -239,11 +239,6 @@ impl DeviceSlots {
         }
         self.lengths.iter_mut().for_each(|length| *length += 1);
         Ok(())
-    }
-
-    fn append(&mut self, k: &Matrix, v: &Matrix) -> Result<()> {
-        self.extend()?;
-        self.cache.write(k, v, self.live()?.newest())
     }
 
     /// o (S, q * dim) of one new token per sequence, from its q, k and v before their rotation. q is overwritten.
