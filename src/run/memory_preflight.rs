@@ -110,6 +110,8 @@ impl Parts<'_> {
         known +=
             held(&policy, self.policy) + scorer.as_ref().zip(self.scorer).map_or(0, |(net, model)| held(net, model));
         let data = meter::current().saturating_sub(known);
+        // Once: what the plans themselves take of the process is free again before the run, and all are compared.
+        let process = crate::host::beside_heap_bytes();
         let shapes = |config: &Config| {
             let (policy, scorer) = self.networks(config)?;
             Ok(StageShape {
@@ -121,7 +123,7 @@ impl Parts<'_> {
                 checkpoint: Recompute::Off,
                 work: work(config)?,
                 data,
-                process: crate::host::beside_heap_bytes(),
+                process,
                 threads: crate::ops::cpu::pool::threads(),
             })
         };

@@ -105,7 +105,10 @@ pub struct PlanInputs {
     /// Adapters of the same shapes as fresh ones, for the bases of both; made once, because no change that is tried touches
     /// them.
     fresh: [OnceCell<Adapter>; 2],
+    /// Bytes of the heap that tokenizer and examples hold.
     held: usize,
+    /// Bytes of the process beside its heap, taken once: every plan that is compared counts the same ones.
+    process: usize,
     _tokenizer: Option<Tokenizer>,
 }
 
@@ -168,6 +171,7 @@ impl PlanInputs {
             adapters,
             fresh: Default::default(),
             held: meter::current(),
+            process: beside_heap_bytes(),
             _tokenizer: tokenizer,
         })
     }
@@ -211,7 +215,7 @@ impl PlanInputs {
             reward: of_reward.with_head(),
             checkpoint: Recompute::Off,
             data: self.held,
-            process: beside_heap_bytes(),
+            process: self.process,
             threads: crate::ops::cpu::pool::threads(),
             policy,
             scorer,
