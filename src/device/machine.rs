@@ -221,4 +221,15 @@ pub trait Machine: Send + Sync {
 
     /// Waits until all is done, and reports errors of earlier work.
     fn synchronize(&self) -> Result<()>;
+
+    /// A point in the order of work, for `elapsed`. A machine whose work is done when its calls return takes the host's clock.
+    fn mark(&self) -> Result<u64> {
+        static BEGAN: std::sync::LazyLock<std::time::Instant> = std::sync::LazyLock::new(std::time::Instant::now);
+        Ok(BEGAN.elapsed().as_nanos() as u64)
+    }
+
+    /// Waits for two marks, each of which is used once, and returns the seconds between them.
+    fn elapsed(&self, from: u64, to: u64) -> Result<f64> {
+        Ok(to.saturating_sub(from) as f64 * 1e-9)
+    }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
 
+use super::profile::note_operand;
 use super::{Device, Element, Strided};
 
 /// An address as a kernel takes it. It comes from a matrix that stays alive until the launch has been called.
@@ -173,6 +174,7 @@ impl Matrix {
     pub fn input(&self, what: &'static str, element: Element, len: usize) -> Result<Ptr> {
         ensure!(self.element == element, "{what}: the kernel needs {element}, and the matrix holds {}", self.element);
         ensure!(len <= self.len(), "{what}: the kernel would use {len} of {} numbers", self.len());
+        note_operand(self.address(), len * element.bytes());
         Ok(Ptr(self.address()))
     }
 

@@ -16,6 +16,7 @@ pub mod machine;
 mod matrix;
 mod pass;
 mod pinned;
+pub mod profile;
 mod resident;
 pub mod select;
 #[doc(hidden)]
@@ -108,6 +109,7 @@ struct Shared {
     work: Mutex<Work>,
     watch: Mutex<Option<Watch>>,
     indices: Mutex<pass::Indices>,
+    profile: Mutex<Option<profile::Profile>>,
 }
 
 /// A machine, ready for use. Clones are the same machine, and any thread may use them.
@@ -128,8 +130,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Device {
     /// The checked face of a machine.
     pub fn new(machine: Arc<dyn Machine>) -> Self {
-        let (usage, work, watch, indices) = Default::default();
-        Self(Arc::new(Shared { machine, usage, work, watch, indices }))
+        let (usage, work, watch, indices, profile) = Default::default();
+        Self(Arc::new(Shared { machine, usage, work, watch, indices, profile }))
     }
 
     /// The card with this ordinal. Errors name what is missing and how to install it.
@@ -226,9 +228,17 @@ impl Device {
             arguments: (&raw const arguments).cast(),
             bytes: size_of::<A>(),
         };
+        let from = self.mark()?;
         // SAFETY: `Arguments` promises the struct's fields; matrices of this device are the only source of addresses,
         // and the caller has checked their lengths by `Matrix::input` and `Matrix::output`.
-        unsafe { self.0.machine.launch(&launch) }.with_context(|| format!("kernel {kernel} on {}", self.name()))
+        unsafe { self.0.machine.launch(&launch) }.with_context(|| format!("kernel {kernel} on {}", self.name()))?;
+        if from.is_none() {
+            return Ok(());
+        }
+        // SAFETY: the struct has so many bytes; words may lie at any address.
+        let word = |i: usize| unsafe { launch.arguments.cast::<u64>().add(i).read_unaligned() };
+        let bytes = profile::bytes_of_operands((0..launch.bytes / 8).map(word));
+        self.timed(from, || kernel.clone(), (0.0, bytes as f64))
     }
 
     /// Matrix products, see `Gemm`. A product whose operands leave their matrix or have unsuitable types is refused.
@@ -238,12 +248,17 @@ impl Device {
             return Ok(());
         }
         self.count(|work| work.products += 1);
+        let from = self.mark()?;
         // SAFETY: the operands are alive and lie inside of their matrices.
         unsafe { self.0.machine.gemm(&product) }.with_context(|| {
             let (x, w) = (if gemm.x_transposed { "x^T" } else { "x" }, if gemm.w_transposed { "w^T" } else { "w" });
             let (m, n, k, batch) = (gemm.m, gemm.n, gemm.k, gemm.batch);
             format!("{batch} products {x} {w} with m = {m}, n = {n}, k = {k} on {}", self.name())
-        })
+        })?;
+        let (x, y) = (product.x.element, product.y.element);
+        let batch = if gemm.batch == 1 { String::new() } else { format!("{} of ", gemm.batch) };
+        let name = || format!("product_{x}_{y} {batch}{}x{}x{}", gemm.m, gemm.n, gemm.k);
+        self.timed(from, name, profile::of_product(&product))
     }
 
     fn product(&self, gemm: &Gemm<'_>) -> Result<Product> {

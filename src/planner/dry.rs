@@ -10,7 +10,7 @@ use anyhow::Result;
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
 use crate::device::{Device, DeviceChoice};
 use crate::host::meter::Phase;
-use crate::model::adapter::{Adapter, Gradients};
+use crate::model::adapter::{Adapter, Gradients, TargetModule};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::block::Recompute;
@@ -127,7 +127,8 @@ pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
             base.logits(&hidden, None).map(drop)
         })
     })?;
-    let roles = Roles { policy: policy.as_ref(), scorer, on, recompute: job.checkpoint };
+    let (actor, critic) = (on.start.clone().with_own_caches(), on.reward.clone().with_own_caches());
+    let roles = Roles { policy: policy.as_ref(), scorer, on, actor, critic, recompute: job.checkpoint };
     match &job.work {
         Work::Supervised(work) => roles.supervised(&mut ledger, work)?,
         Work::Rollouts(work) => roles.rollouts(&mut ledger, work)?,
@@ -146,7 +147,18 @@ struct Roles<'w> {
     policy: Option<&'w Base>,
     scorer: Option<&'w Base>,
     on: &'w OnDevice,
+    /// The trained adapters: after the first step they are others than those that training started from.
+    actor: Adapter,
+    critic: Adapter,
     recompute: Recompute,
+}
+
+/// Copies an adapter to the device of a base, as its first pass does, which leaves it there.
+fn settle(base: Option<&Base>, adapter: &Adapter) -> Result<()> {
+    let Some((base, device)) = base.and_then(|base| Some((base, base.place()?))) else { return Ok(()) };
+    let operand = base.lm_head(None).weight.compute().element();
+    let layers = adapter.pairs().filter(|(module, _)| matches!(module, TargetModule::Block { .. }));
+    layers.map(|(_, layer)| layer.low_rank().on(device, operand).map(drop)).collect()
 }
 
 fn batch_of(lengths: &[usize]) -> Result<Batch> {
@@ -175,12 +187,13 @@ fn values(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Res
 
 impl Roles<'_> {
     fn policy_gradients(&self, base: &Base, lengths: &[usize], rows: usize, exact: Option<bool>) -> Result<Gradients> {
-        let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(lengths)?);
+        let (policy, batch) = (Policy::new(base, Some(&self.actor)), batch_of(lengths)?);
         let targets = targets(rows, &batch);
         // The reference's hidden states come from the host.
         let width = base.config().embedding_width;
         let theirs = exact.map(|_| zeros(base, targets.rows.len(), width)).transpose()?;
-        let other = theirs.as_ref().map(|theirs| (policy, theirs));
+        let reference = Policy::new(base, Some(&self.on.start));
+        let other = theirs.as_ref().map(|theirs| (reference, theirs));
         let zeros = || vec![0f32; targets.rows.len()];
         let loss = |_: &_, _: &[f32]| {
             Ok(HeadGradients { logprobs: zeros(), entropy: zeros(), kl: (exact == Some(true)).then(zeros) })
@@ -191,14 +204,14 @@ impl Roles<'_> {
     fn value_gradients(&self, base: &Base, lengths: &[usize], rows: usize) -> Result<Gradients> {
         let batch = batch_of(lengths)?;
         let rows = targets(rows, &batch).rows;
-        let model = ValueModel::new(base, &self.on.reward)?;
+        let model = ValueModel::new(base, &self.critic)?;
         Ok(model.gradients(&batch, &rows, self.recompute, |values| Ok(vec![0.0; values.len()]))?.1)
     }
 
     /// Every response at its full length; `prompts` are adjacent where they are the same.
     fn generate(&self, base: &Base, prompts: &[usize], generations: usize, response: usize) -> Result<()> {
         let Some(&longest) = prompts.iter().max() else { return Ok(()) };
-        let adapter = Some(&self.on.start);
+        let adapter = Some(&self.actor);
         let generations = generations.max(1);
         let distinct: Vec<usize> = prompts.chunks(generations).filter_map(|same| same.first().copied()).collect();
         let sources: Vec<usize> = (0..prompts.len()).map(|i| i / generations).collect();
@@ -228,7 +241,7 @@ impl Roles<'_> {
     /// Distillation: both hidden states of the sequences, and the student's gradients.
     fn distill(&self, ledger: &mut Ledger, work: &Supervised, response: usize) -> Result<()> {
         let (Some(base), Some(theirs)) = (self.policy, self.scorer) else { return Ok(()) };
-        let (policy, teacher) = (Policy::new(base, Some(&self.on.start)), Policy::new(theirs, None));
+        let (policy, teacher) = (Policy::new(base, Some(&self.actor)), Policy::new(theirs, None));
         let of = Divergence { beta: 0.5, temperature: 1.0 };
         let sample = |pass: &Pass| {
             let prompts: Vec<usize> =
@@ -265,7 +278,7 @@ impl Roles<'_> {
             return self.distill(ledger, work, response);
         }
         let Some(base) = self.policy else { return Ok(()) };
-        let adapter = if work.scorer { &self.on.reward } else { &self.on.start };
+        let adapter = if work.scorer { &self.critic } else { &self.actor };
         if let Some(pass) = &work.evaluation {
             ledger.within(Phase::Evaluation, || match work.scorer {
                 true => values(base, adapter, &pass.lengths, pass.targets),
@@ -274,7 +287,8 @@ impl Roles<'_> {
         }
         ledger.within(Phase::Update, || {
             if let Some(pass) = largest(&work.reference) {
-                logprobs(base, adapter, &pass.lengths, pass.targets)?;
+                let reference = if work.reference_is_adapter { &self.on.start } else { adapter };
+                logprobs(base, reference, &pass.lengths, pass.targets)?;
             }
             let Some(Pass { lengths, targets, .. }) = largest(&work.step) else { return Ok(()) };
             let several = work.step.len() > 1;
@@ -296,6 +310,11 @@ impl Roles<'_> {
             chunks.max_by_key(|chunk| tokens(chunk)).unwrap_or_default()
         };
         let critic = if work.critic_on_policy { self.policy } else { self.scorer };
+        // From the second iteration on, all of them are there in every phase.
+        settle(self.policy, &self.actor)?;
+        settle(self.policy.filter(|_| work.reference), &self.on.start)?;
+        settle(critic.filter(|_| work.critic), &self.critic)?;
+        settle(self.scorer.filter(|_| work.reward_model), &self.on.reward)?;
         if !work.evaluation.is_empty() {
             ledger.within(Phase::Evaluation, || {
                 let lengths = whole(&work.evaluation);
@@ -321,7 +340,8 @@ impl Roles<'_> {
             ledger.within(Phase::Scoring, || {
                 let r = chunk.len() * work.response;
                 if let Some(base) = self.policy {
-                    let (policy, batch) = (Policy::new(base, Some(&self.on.start)), batch_of(&chunk)?);
+                    let scored = if work.reference { &self.on.start } else { &self.actor };
+                    let (policy, batch) = (Policy::new(base, Some(scored)), batch_of(&chunk)?);
                     let targets = targets(r, &batch);
                     let hidden = match work.reference || work.recomputes {
                         true => Some(policy.rows(&batch, &targets)?),
@@ -331,10 +351,11 @@ impl Roles<'_> {
                         policy.logprobs_of(hidden, &targets, 1.0)?;
                     }
                     if let Some(base) = critic.filter(|_| work.critic) {
-                        values(base, &self.on.reward, &chunk, r)?;
+                        values(base, &self.critic, &chunk, r)?;
                     }
                     if let Some(hidden) = hidden.as_ref().filter(|_| work.exact.0) {
-                        policy.kl(&policy.rows(&batch, &targets)?, (policy, hidden), 1.0)?;
+                        let actor = Policy::new(base, Some(&self.actor));
+                        actor.kl(&actor.rows(&batch, &targets)?, (policy, hidden), 1.0)?;
                     }
                 }
                 match self.scorer.filter(|_| work.reward_model) {

@@ -106,6 +106,7 @@ pub fn sft(
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: vec![],
+        reference_is_adapter: false,
         evaluation: (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?,
         scorer: false,
         response: None,
@@ -151,6 +152,7 @@ pub fn reward(
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most).map(targets)).collect::<Result<_>>()?,
         reference: vec![],
+        reference_is_adapter: false,
         evaluation,
         scorer: true,
         response: None,
@@ -187,6 +189,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
+        reference_is_adapter: c.adapter.is_some(),
         evaluation,
         scorer: false,
         response: None,
@@ -258,6 +261,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: vec![reference],
+        reference_is_adapter: c.adapter.is_some(),
         evaluation,
         scorer: false,
         response: None,
@@ -308,6 +312,7 @@ pub fn distill<T: Sampled>(
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(rows, &put)).collect::<Result<_>>()?,
         reference: vec![],
+        reference_is_adapter: false,
         evaluation: (!held.is_empty()).then(|| pass(&held, &put_held)).transpose()?,
         scorer: false,
         response: Some(c.max_new_tokens),

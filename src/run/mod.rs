@@ -5,6 +5,7 @@
 
 mod data_warnings;
 mod describe;
+pub mod device_bench;
 mod distill;
 mod dpo;
 mod hints;

@@ -3,6 +3,7 @@
 //!
 //! The emulated machine needs a C++ compiler. Without one these tests fail, unless `FOURFOLD_SKIP_EMULATED` is 1.
 
+mod bench;
 mod commands;
 mod doctor;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]

@@ -278,7 +278,7 @@ fn the_embedding_and_its_branch() {
             ] {
                 let (n, s) = (ids.len(), 1.5);
                 let (a, b, m) = (numbers(r * v, 1), numbers(d * r, 2), numbers(d, 3));
-                let lora = DeviceLora::new(device, operand, &a, (r, v), &b, d, s, dora.then_some(&m)).unwrap();
+                let lora = DeviceLora::new_exact(device, operand, &a, (r, v), &b, d, s, dora.then_some(&m)).unwrap();
                 let lora = lora.with_scratch(if n == 7 { 5 * d * 4 } else { SCRATCH });
                 let (x, saved) = embedding::forward(&table, &ids, Some(&lora)).unwrap();
                 // The formulas: rows, z, u, g.
@@ -346,7 +346,7 @@ fn memory_is_that_of_the_dry_machine() {
             let (v, d, r) = (37, 256, 2);
             let table = Host::random(StorageDType::Q4K, v, d, true, 11).upload(&device);
             let (a, b, m) = (numbers(r * v, 1), numbers(d * r, 2), numbers(d, 3));
-            let lora = DeviceLora::new(&device, operand, &a, (r, v), &b, d, 2.0, Some(&m)).unwrap();
+            let lora = DeviceLora::new_exact(&device, operand, &a, (r, v), &b, d, 2.0, Some(&m)).unwrap();
             let (x, saved) = embedding::forward(&table, &[4, 36, 4], Some(&lora)).unwrap();
             embedding::backward(&table, &lora, &saved.unwrap(), &x).unwrap();
         }

@@ -367,6 +367,26 @@ impl Machine for Cuda {
             ))
         })
     }
+
+    fn mark(&self) -> Result<u64> {
+        self.handles.bind()?;
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT)?;
+        // SAFETY: event and stream are alive.
+        unsafe { result::event::record(event, self.handles.stream) }?;
+        Ok(event as u64)
+    }
+
+    fn elapsed(&self, from: u64, to: u64) -> Result<f64> {
+        self.handles.bind()?;
+        let [from, to] = [from, to].map(|mark| mark as sys::CUevent);
+        // SAFETY: both come from `mark`, and each is used once.
+        unsafe {
+            let milliseconds = result::event::synchronize(to).and_then(|()| result::event::elapsed(from, to));
+            result::event::destroy(from)?;
+            result::event::destroy(to)?;
+            Ok(f64::from(milliseconds?) * 1e-3)
+        }
+    }
 }
 
 fn kind(place: &Place) -> Result<blas_sys::cudaDataType_t> {

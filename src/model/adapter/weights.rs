@@ -291,6 +291,15 @@ impl Adapter {
         Ok(moved)
     }
 
+    /// The same weights with copies on devices of their own.
+    #[must_use]
+    pub(crate) fn with_own_caches(mut self) -> Self {
+        for pair in self.pairs_mut() {
+            *pair = pair.clone().with_own_caches();
+        }
+        self
+    }
+
     /// The hyperparameters.
     pub fn config(&self) -> &LoraConfig {
         &self.config

@@ -82,7 +82,7 @@ pub fn forward(table: &DeviceWeight, ids: &[u32], lora: Option<&DeviceLora>) -> 
     let Some(lora) = lora else { return Ok((x, None)) };
     let r = lora.rank();
     let index = factor_index(device, ids, r, vocabulary)?;
-    let columns = gather(&lora.a().reshape(r * vocabulary, 1)?, &index, Element::F32)?.reshape(ids.len(), r)?;
+    let columns = gather(&lora.exact()?.0.reshape(r * vocabulary, 1)?, &index, Element::F32)?.reshape(ids.len(), r)?;
     let z = scale(&columns, lora.scale(), lora.operand())?;
     let b = lora.b_operand().whole();
     product((ids.len(), d, r), (z.whole(), false), (b, true), x.whole(), (1.0, 1.0))?;
@@ -145,10 +145,11 @@ fn column_scales<'a>(table: &DeviceWeight, lora: &'a DeviceLora) -> Result<Optio
     lora.scales(|| {
         let (vocabulary, d, r) = (table.rows(), table.cols(), lora.rank());
         let squares = table.device().zeros(Element::F32, 1, d)?;
+        let (a, b) = lora.exact()?;
         dequantised_strips(table, Element::F32, lora.scratch(), |rows, w| {
-            let a = Strided { matrix: lora.a(), offset: rows.start, row: vocabulary, next: 0 };
+            let a = Strided { matrix: a, offset: rows.start, row: vocabulary, next: 0 };
             let factors = (lora.scale(), 1.0);
-            product((rows.len(), d, r), (a, true), (lora.b().whole(), true), w.whole(), factors)?;
+            product((rows.len(), d, r), (a, true), (b.whole(), true), w.whole(), factors)?;
             add_sums(w, Some(w), None, &squares)
         })?;
         Ok(squares)

@@ -49,7 +49,7 @@ pub fn forward(table: &Weight, ids: &[u32], lora: Option<LowRank<'_>>) -> Result
             (x.into(), saved.map(Saved::Host))
         }
         Some(device) => {
-            let lora = lora.map(|lora| lora.on(device, table.compute().element())).transpose()?;
+            let lora = lora.map(|lora| lora.exact_on(device, table.compute().element())).transpose()?;
             let (x, saved) = gpu::forward(&*table.on(device)?, ids, lora.as_deref())?;
             (x.into(), saved.map(|saved| Saved::Device(Box::new(saved))))
         }
@@ -75,7 +75,7 @@ pub fn backward(table: &Weight, ids: &[u32], lora: LowRank<'_>, saved: &Saved, d
         }
         (Saved::Device(saved), Array::Device(dx)) => {
             let device = dx.device();
-            let copy = lora.on(device, table.compute().element())?;
+            let copy = lora.exact_on(device, table.compute().element())?;
             Ok(gpu::backward(&*table.on(device)?, &copy, saved, dx)?.into())
         }
         _ => bail!("the gradient and the saved tensors of an embedding lie on two machines"),

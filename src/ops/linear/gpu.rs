@@ -333,7 +333,7 @@ fn check(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<()> {
             let (outputs, inputs, element) = (lora.outputs(), lora.inputs(), lora.operand());
             ensure!((outputs, inputs) == (n, k), "linear: LoRA's B A of ({outputs}, {inputs}) meets ({n}, {k})");
             ensure!(element == operand, "linear: LoRA's operands of {element} meet products of {operand}");
-            operand_of(x, "LoRA's factors", lora.a())?;
+            operand_of(x, "LoRA's factors", lora.a_operand())?;
         }
     }
     Ok(())

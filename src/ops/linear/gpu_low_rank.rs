@@ -19,8 +19,8 @@ use crate::ops::storage::gpu::DeviceWeight;
 /// taken at the first use and kept.
 #[derive(Debug)]
 pub struct DeviceLora {
-    a: Matrix,
-    b: Matrix,
+    /// A and B in f32, where something needs them so.
+    exact: Option<(Matrix, Matrix)>,
     a_operand: Matrix,
     b_operand: Matrix,
     scale: f32,
@@ -56,13 +56,33 @@ pub struct LoraGradient {
 
 impl DeviceLora {
     /// Copies A (`a_shape` = (r, k)), B (n, r) and DoRA's n magnitudes to the device, row by row. `operand` is the
-    /// element type T of the products that the branch takes part in; the factors are kept as f32 and as T. `scale` is
-    /// s: lora_alpha / r, or lora_alpha / sqrt(r).
+    /// element type T of the products that the branch takes part in, and the factors are kept as T; of DoRA, whose norms
+    /// are taken in f32, they are kept as f32, too. `scale` is s: lora_alpha / r, or lora_alpha / sqrt(r).
     ///
     /// # Errors
     /// If lengths do not fit the shapes, a dimension is 0, `operand` is no float, or memory is short.
     #[allow(clippy::too_many_arguments)]
     pub fn new(
+        device: &Device,
+        operand: Element,
+        a: &[f32],
+        a_shape: (usize, usize),
+        b: &[f32],
+        n: usize,
+        scale: f32,
+        magnitude: Option<&[f32]>,
+    ) -> Result<Self> {
+        let mut lora = Self::new_exact(device, operand, a, a_shape, b, n, scale, magnitude)?;
+        lora.exact = lora.exact.filter(|_| lora.dora.is_some());
+        Ok(lora)
+    }
+
+    /// The same with factors in f32, too.
+    ///
+    /// # Errors
+    /// As for [`DeviceLora::new`].
+    #[allow(clippy::too_many_arguments)]
+    pub fn new_exact(
         device: &Device,
         operand: Element,
         a: &[f32],
@@ -79,7 +99,7 @@ impl DeviceLora {
         let magnitude = magnitude.map(|m| device.upload_f32(m, 1, n).context("DoRA's magnitudes")).transpose()?;
         let (a_operand, b_operand) = (cast(&a, operand)?, cast(&b, operand)?);
         let dora = magnitude.map(|magnitude| Dora { magnitude, scales: OnceLock::new() });
-        Ok(Self { a, b, a_operand, b_operand, scale, dora, scratch: SCRATCH })
+        Ok(Self { exact: Some((a, b)), a_operand, b_operand, scale, dora, scratch: SCRATCH })
     }
 
     /// The same branch whose DoRA norms are taken over strips of at most so many bytes of dequantised rows.
@@ -88,14 +108,12 @@ impl DeviceLora {
         Self { scratch: bytes, ..self }
     }
 
-    /// A (r, k) f32.
-    pub fn a(&self) -> &Matrix {
-        &self.a
-    }
-
-    /// B (n, r) f32.
-    pub fn b(&self) -> &Matrix {
-        &self.b
+    /// A (r, k) and B (n, r) in f32.
+    ///
+    /// # Errors
+    /// If they were not kept.
+    pub fn exact(&self) -> Result<(&Matrix, &Matrix)> {
+        self.exact.as_ref().map(|(a, b)| (a, b)).context("LoRA: the factors were kept in the operands' type alone")
     }
 
     /// A rounded to the operands' type.
@@ -120,17 +138,17 @@ impl DeviceLora {
 
     /// r.
     pub fn rank(&self) -> usize {
-        self.a.rows()
+        self.a_operand.rows()
     }
 
     /// k.
     pub fn inputs(&self) -> usize {
-        self.a.cols()
+        self.a_operand.cols()
     }
 
     /// n.
     pub fn outputs(&self) -> usize {
-        self.b.rows()
+        self.b_operand.rows()
     }
 
     /// The element type of the products.
@@ -140,7 +158,7 @@ impl DeviceLora {
 
     /// The device that it lies on.
     pub fn device(&self) -> &Device {
-        self.a.device()
+        self.a_operand.device()
     }
 
     /// The most bytes of dequantised rows while norms are taken.
@@ -159,11 +177,12 @@ impl DeviceLora {
             let fits = (self.outputs(), self.inputs()) == (n, k);
             ensure!(fits, "DoRA: B A is ({}, {}), where ({n}, {k}) is needed", self.outputs(), self.inputs());
             let squares = self.device().matrix(Element::F32, n, 1)?;
+            let (a, b) = self.exact()?;
             // Numbers of the operands' type are used as they lie; all others become exact f32.
             let element = weight.dense(self.operand()).map_or(Element::F32, |dense| dense.element());
             read_strips(weight, element, self.scratch, |rows, w| {
-                let (b, squares) = (self.b.row_range(rows.clone())?, squares.row_range(rows)?);
-                squared_row_norms(w, &self.a, &b, self.scale, &squares)
+                let (b, squares) = (b.row_range(rows.clone())?, squares.row_range(rows)?);
+                squared_row_norms(w, a, &b, self.scale, &squares)
             })?;
             Ok(squares)
         })

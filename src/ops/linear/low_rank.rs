@@ -34,7 +34,7 @@ pub struct LowRank<'a> {
 }
 
 /// Identifies the tensors that a copy was made of.
-type CopyKey = (TensorId, TensorId, Option<TensorId>, Element);
+type CopyKey = (TensorId, TensorId, Option<TensorId>, Element, bool);
 type Copied = (CopyKey, Device, Arc<DeviceLora>);
 
 /// The copy of one layer's LoRA weights on a device, made at its first use there; an optimiser step makes new tensors and so
@@ -48,8 +48,20 @@ impl LowRank<'_> {
     /// # Errors
     /// If device memory is out.
     pub fn on(&self, device: &Device, operand: Element) -> anyhow::Result<Arc<DeviceLora>> {
+        self.copied(device, operand, false)
+    }
+
+    /// The same with factors in f32 beside those in `operand`, which a lookup of single columns needs.
+    ///
+    /// # Errors
+    /// As for [`LowRank::on`].
+    pub fn exact_on(&self, device: &Device, operand: Element) -> anyhow::Result<Arc<DeviceLora>> {
+        self.copied(device, operand, true)
+    }
+
+    fn copied(&self, device: &Device, operand: Element, exact: bool) -> anyhow::Result<Arc<DeviceLora>> {
         let magnitude = self.dora.map(|dora| dora.magnitude);
-        let key = (self.a.id(), self.b.id(), magnitude.map(Tensor::id), operand);
+        let key = (self.a.id(), self.b.id(), magnitude.map(Tensor::id), operand, exact);
         let unshared = LoraCopy::default();
         let mut slot = self.copy.unwrap_or(&unshared).0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((of, place, copy)) = &*slot
@@ -62,8 +74,8 @@ impl LowRank<'_> {
         let ((r, k), (n, _)) = (self.a.dims2()?, self.b.dims2()?);
         let (a, b, scale) = (view(self.a)?, view(self.b)?, self.scale as f32);
         let magnitude = magnitude.map(view).transpose()?;
-        let copy = DeviceLora::new(device, operand, &a, (r, k), &b, n, scale, magnitude.as_deref())?;
-        let copy = Arc::new(copy);
+        let make = if exact { DeviceLora::new_exact } else { DeviceLora::new };
+        let copy = Arc::new(make(device, operand, &a, (r, k), &b, n, scale, magnitude.as_deref())?);
         *slot = Some((key, device.clone(), copy.clone()));
         Ok(copy)
     }

@@ -34,6 +34,8 @@ pub struct Supervised {
     pub step: Vec<Pass>,
     /// Passes under the reference before each micro-batch (DPO, KTO).
     pub reference: Vec<Pass>,
+    /// Whether the reference is the adapter that training starts from, and not the base alone.
+    pub reference_is_adapter: bool,
     /// The largest pass of an evaluation, where something is held out.
     pub evaluation: Option<Pass>,
     /// Whether there is a scalar head.

@@ -4,24 +4,18 @@ use std::fmt::Write as _;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use clap::{Args, Subcommand};
+use clap::Args;
 use serde_json::{Value, json};
 
-use super::data::only_stage;
-use super::{print_json, say};
 use crate::cli::data;
+use crate::cli::data::only_stage;
+use crate::cli::{OnDevice, print_json, say};
 use crate::config;
 use crate::planner::sim_allocator::MemoryCategory;
 use crate::run::{Measured, measure};
 
-#[derive(Subcommand)]
-pub(super) enum Bench {
-    /// Two steps of a config's stage under the meter, beside what `plan` says of the same passes.
-    Memory(Memory),
-}
-
 #[derive(Args)]
-pub(super) struct Memory {
+pub(in crate::cli) struct Memory {
     /// The TOML file of a stage.
     config: PathBuf,
     /// For which stage; else the one whose section the file has.
@@ -31,14 +25,13 @@ pub(super) struct Memory {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     #[command(flatten)]
-    on: super::OnDevice,
+    on: OnDevice,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
 }
 
-pub(super) fn run(bench: &Bench) -> Result<()> {
-    let Bench::Memory(args) = bench;
+pub(super) fn run(args: &Memory) -> Result<()> {
     let config = config::load(&args.config, &args.set)?.on(args.on.device);
     let stage = match args.phase {
         Some(stage) => stage.of_config(),

@@ -1,0 +1,84 @@
+//! `bench gpu` on the emulated machine: what it counts and what it plans are right, whatever its times say there.
+
+use serde_json::Value;
+
+use crate::support::Place;
+use crate::world::{emulated, timed};
+
+const SMALL: &str = "bench gpu --device emulated --model tiny --batch-size 8 --prompt-length 12 --response-length 6 --rank 4 \
+                     --steps 2 --sequences 2";
+
+fn lines(place: &Place, words: &str) -> Vec<Value> {
+    let ran = place.run(&format!("{SMALL} {words} --json"));
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn of<'v>(all: &'v [Value], bench: &'v str) -> impl Iterator<Item = &'v Value> {
+    all.iter().filter(move |line| line["bench"] == bench)
+}
+
+#[test]
+fn planned_memory_is_what_steps_take_and_every_kernel_of_a_step_is_counted() {
+    if emulated().is_none() {
+        return;
+    }
+    let _time = timed("bench gpu");
+    let place = Place::new();
+    let all = lines(&place, "--methods ppo,grpo");
+    assert_eq!(of(&all, "gpu/card").count(), 1);
+    let steps: Vec<&Value> = of(&all, "gpu/step").collect();
+    assert_eq!(steps.iter().map(|step| step["method"].as_str().unwrap()).collect::<Vec<_>>(), ["ppo", "grpo"]);
+    for step in steps {
+        // The copies of all adapters, and gradients between micro-batches, are part of it.
+        assert_eq!(step["planned_bytes"], step["device_bytes"], "{step}");
+        let phases = step["phases"].as_object().unwrap();
+        let sum: f64 = ["rollout", "scoring", "update"].iter().map(|phase| phases[*phase].as_f64().unwrap()).sum();
+        let (seconds, most) = (step["seconds"].as_f64().unwrap(), step["max"].as_f64().unwrap());
+        assert!(sum > 0.0 && seconds > 0.0 && seconds <= most, "{step}");
+        assert!(step["first_ratio_var"].as_f64().unwrap() < 1e-4, "rollout and update compute the same: {step}");
+    }
+    for (method, whole) in ["ppo", "grpo"].into_iter().zip(of(&all, "gpu/kernels")) {
+        let kernels: Vec<&Value> = of(&all, "gpu/kernel").filter(|kernel| kernel["method"] == method).collect();
+        let sum = |key: &str| kernels.iter().map(|kernel| kernel[key].as_f64().unwrap()).sum::<f64>();
+        assert_eq!(sum("calls"), whole["launches"].as_f64().unwrap());
+        assert!((sum("ms") / 1e3 - whole["in_kernels"].as_f64().unwrap()).abs() < 1e-9);
+        assert!(whole["in_kernels"].as_f64().unwrap() <= whole["seconds"].as_f64().unwrap(), "{whole}");
+        let calls = |name: &str| {
+            let found = kernels.iter().find(|kernel| kernel["name"] == name);
+            found.unwrap_or_else(|| panic!("{method}: no {name}"))["calls"].as_u64().unwrap()
+        };
+        // Two layers, and the first of six tokens comes from the prompts' pass.
+        assert_eq!(calls("attention_append_f16"), 2 * 5);
+        let micro_batches = 2;
+        let trained = if method == "ppo" { 2 } else { 1 };
+        assert_eq!(calls("attention_tiles_dkv_64_f16"), 2 * micro_batches * trained);
+        // Every kernel but those over indices alone has operands.
+        let idle: Vec<&Value> = kernels.iter().copied().filter(|kernel| kernel["gb_per_s"] == 0.0).collect();
+        assert!(idle.is_empty(), "{idle:?}");
+    }
+}
+
+#[test]
+fn what_cannot_be_measured_is_refused_before_anything_is() {
+    let place = Place::new();
+    for (words, says) in [
+        ("--model 70b", "70b is no shape; take one of 135m (SmolLM2)"),
+        ("--methods grpo --batch-size 12", "give --batch-size a multiple of 8"),
+        ("--steps 0", "--steps 0: give 1 or more"),
+        ("--device cpu", "bench gpu measures a card; name one with --device cuda"),
+        ("--prompt-length 65536", "tiny has a context of 65536 tokens, and prompt and response have 65542"),
+    ] {
+        // The last word of an option counts.
+        let given: Vec<&str> = words.split_whitespace().collect();
+        let kept: Vec<&str> = SMALL.split_whitespace().collect();
+        let mut line: Vec<&str> = kept[..2].to_vec();
+        for pair in kept[2..].chunks(2).filter(|pair| !given.contains(&pair[0])) {
+            line.extend(pair);
+        }
+        line.extend(given);
+        let ran = place.run(&line.join(" "));
+        assert_eq!(ran.code, 2, "{words}: {}", ran.stderr);
+        assert!(ran.stderr.contains(says), "{words}: {}", ran.stderr);
+    }
+}
