@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# One command for a machine with a card: the card, doctor, the quickstart on the card and on the CPU, what plans say and what
-# the card takes. It prints as it goes, ends within 8 minutes, and each part stands alone, so that it is useful when cut short.
+# One command for a machine with a card: the card, doctor, steps of PPO and GRPO over bases of known sizes with every kernel's
+# time and planned beside measured memory, the quickstart on the card and on the CPU. It prints as it goes, ends within 8
+# minutes, and each part stands alone, so that it is useful when cut short.
 #
 #   FOURFOLD_BINARY=target/release/fourfold benches/gpu_check.sh [DEVICE]     (default cuda)
 #
-# With OUT set, every result is also written there: doctor.json, quickstart_*.json, plan_7b.json, log.txt.
+# With OUT set, every result is also written there: doctor.json, bench_*.jsonl, quickstart_*.json, log.txt.
 set -uo pipefail
 binary=${FOURFOLD_BINARY:-target/release/fourfold}
 device=${1:-cuda}
@@ -47,6 +48,17 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used,power.limit 
     echo "no nvidia-smi"
 part "doctor" 120 "$binary" doctor --device "$device"
 part "doctor, JSON" 120 bash -c 'kept doctor.json "$@"' _ "$binary" doctor --device "$device" --json
+# The figures of benches/records/gpu.md, the most wanted first; TMPDIR holds metrics of a few kilobytes.
+bench() { # file, most seconds, arguments of bench gpu ...
+    local file=$1 most=$2
+    shift 2
+    part "bench gpu $*" "$most" bash -c 'file=$1; shift; kept "$file" "$@"' _ "$file" "$binary" bench gpu --device "$device" --json "$@"
+}
+bench bench_7b_q4_k.jsonl 90 --model 7b --stored q4_k
+bench bench_7b_bf16.jsonl 60 --model 7b --stored bf16 --no-kernels --sequences 8,64
+bench bench_135m.jsonl 40 --model 135m --stored bf16,q8_0 --prompt-length 64 --response-length 64 --rank 8 --sequences 8
+bench bench_7b_grpo.jsonl 60 --model 7b --stored q4_k --methods grpo --batch-size 64 --response-length 512 --steps 1 \
+    --sequences 64 --no-kernels
 part "quickstart on $device" 200 bash -c 'kept quickstart_device.json "$@"' _ \
     "$binary" quickstart --device "$device" --out "$scratch/device" --json
 nvidia-smi --query-gpu=memory.used --format=csv,noheader 2>/dev/null
@@ -77,27 +89,5 @@ TOML
 fi
 part "quickstart on the CPU" 200 bash -c 'kept quickstart_cpu.json "$@"' _ \
     "$binary" quickstart --device cpu --out "$scratch/cpu" --json
-mkdir -p "$scratch/7b"
-cat >"$scratch/7b/config.json" <<'JSON'
-{"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 11008,
- "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 32000,
- "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": false,
- "hidden_act": "silu", "torch_dtype": "bfloat16", "bos_token_id": 1, "eos_token_id": 2}
-JSON
-cat >"$scratch/7b.toml" <<TOML
-[base]
-path = "$scratch/7b"
-quantize = "q4_k"
-[lora]
-r = 16
-[ppo]
-reward_adapter = "none"
-batch_size = 8
-micro_batch_size = 4
-total_episodes = 8
-response_length = 256
-TOML
-part "plan of a 7B PPO step" 60 bash -c 'kept plan_7b.json "$@"' _ \
-    "$binary" plan "$scratch/7b.toml" --phase ppo --device cuda --memory 24GiB --json
 echo "gpu_check: $SECONDS s$([ "$failed" = 0 ] || echo ', something FAILED')"
 exit "$failed"
