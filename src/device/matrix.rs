@@ -178,6 +178,11 @@ impl Matrix {
         Ok(Ptr(self.address()))
     }
 
+    /// Tells the profile that the kernel which is launched next uses so few numbers of this operand, whatever it is given.
+    pub(crate) fn counts_as(&self, numbers: usize) {
+        note_operand(self.address(), numbers.min(self.len()) * self.element.bytes());
+    }
+
     /// The address for a kernel that writes `len` numbers of `element`.
     pub fn output(&self, what: &'static str, element: Element, len: usize) -> Result<Ptr> {
         self.input(what, element, len)

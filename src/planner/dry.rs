@@ -444,7 +444,8 @@ mod tests {
         let (base, start) = opened(&some);
         let (policy, scorer) = (DeviceChoice::Emulated, DeviceChoice::Emulated);
         let on = OnDevice { policy, scorer, reward: start.clone(), start, rooms: BTreeMap::new() };
-        let roles = Roles { policy: Some(&base), scorer: None, on: &on, recompute: Recompute::Off };
+        let (actor, critic) = (on.start.clone(), on.reward.clone());
+        let roles = Roles { policy: Some(&base), scorer: None, on: &on, actor, critic, recompute: Recompute::Off };
         roles.generate(&base, &[30, 11, 11, 7], 1, response).unwrap();
         assert_eq!(some.usage().peak, all.usage().peak);
         assert!(some.usage().allocations * 10 < all.usage().allocations);

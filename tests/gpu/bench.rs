@@ -59,6 +59,43 @@ fn planned_memory_is_what_steps_take_and_every_kernel_of_a_step_is_counted() {
     }
 }
 
+/// Counting needs neither a card nor a compiler, and tells the bytes that a hand counts.
+#[test]
+fn a_roofline_counts_the_launches_bytes_and_operations_of_a_step() {
+    let place = Place::new();
+    let words = "bench gpu --roofline 1000,100 --model tiny --batch-size 8 --prompt-length 12 --response-length 6 --rank 8 --json";
+    let ran = place.run(words);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let all: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let kernel = |name: &str| {
+        let found = of(&all, "gpu/kernel").find(|kernel| kernel["name"] == name);
+        found.unwrap_or_else(|| panic!("no {name} in {all:?}"))
+    };
+    // Per layer and step, 8 sequences: q of 256 numbers and k and v of 128 are read and written where they lie, k and v are
+    // written to the cache, cosines and sines of 32 pairs and indices of 4 bytes are read.
+    let append = kernel("attention_append_f16");
+    let (calls, numbers) = (2 * 5, 8 * (256 + 2 * 128 + 2 * 128));
+    assert_eq!(append["calls"], calls);
+    assert_eq!(append["bytes"].as_f64().unwrap() as usize, calls * (2 * numbers + 8 * (2 * 32 * 4 + 4 + 4)));
+    // gate and up of a micro-batch of 4 x 18 tokens: 2 m n k of each.
+    let product = kernel("product_f16_f16 72x512x256");
+    assert_eq!(
+        product["operations"].as_f64().unwrap() / product["calls"].as_f64().unwrap(),
+        (2 * 72 * 512 * 256) as f64
+    );
+    let floor = |kernel: &Value| kernel["floor_ms"].as_f64().unwrap();
+    let bytes = 2.0 * (72.0 * 256.0 + 512.0 * 256.0 + 72.0 * 512.0);
+    let want = f64::max(bytes / 1e12, (2 * 72 * 512 * 256) as f64 / 1e14) * 1e3;
+    assert!((floor(product) / product["calls"].as_f64().unwrap() / want - 1.0).abs() < 1e-9);
+    let floors: Vec<f64> = of(&all, "gpu/kernel").map(floor).collect();
+    assert!(floors.is_sorted_by(|a, b| a >= b), "the longest first");
+    let whole = of(&all, "gpu/kernels").next().unwrap()["floor_seconds"].as_f64().unwrap();
+    assert!((floors.iter().sum::<f64>() / 1e3 / whole - 1.0).abs() < 1e-9);
+    assert!(of(&all, "gpu/step").chain(of(&all, "gpu/decode")).next().is_none(), "nothing was measured");
+    let refused = place.run("bench gpu --roofline 1000");
+    assert!(refused.code == 2 && refused.stderr.contains("such as 2958,683"), "{}", refused.stderr);
+}
+
 #[test]
 fn what_cannot_be_measured_is_refused_before_anything_is() {
     let place = Place::new();

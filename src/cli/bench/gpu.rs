@@ -1,22 +1,28 @@
 //! `bench gpu`: the table of `run/device_bench`, a row as soon as it is measured.
 
+use std::path::Path;
+
 use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
 use crate::cli::{print_json, say};
 use crate::config::{ComputeDtype, DeviceChoice, Quantize};
-use crate::device::select;
+use crate::device::{Device, select};
 use crate::model::block::Recompute;
 use crate::ops::weight::StorageDType;
 use crate::run::device_bench;
-use crate::run::device_bench::{Asked, Method, synthetic};
+use crate::run::device_bench::{Asked, Ceilings, Method, synthetic};
 
 #[derive(Args)]
 pub(in crate::cli) struct Gpu {
     /// The card: cuda or cuda:N; emulated runs its kernels on the CPU, whose times say nothing of a card.
     #[arg(long, value_name = "DEVICE", default_value = "cuda", value_parser = |text: &str| text.parse::<DeviceChoice>())]
     device: DeviceChoice,
+    /// Computes nothing and needs no card: counts the launches, bytes and operations of a step, and prints the least time of each
+    /// kernel on a card of so many GB/s and, in products, TFLOP/s: 2958,683 is an H100.
+    #[arg(long, value_name = "GB/S,TFLOP/S", conflicts_with = "device", value_parser = ceilings)]
+    roofline: Option<Ceilings>,
     /// Shapes of bases, whose weights are random: 135m (SmolLM2), 1b (Llama 3.2), 7b (Llama 2), 8b (Llama 3.1), tiny, or a
     /// config.json.
     #[arg(long, value_delimiter = ',', default_value = "7b")]
@@ -90,6 +96,15 @@ enum Kept {
     None,
     Mlp,
     Block,
+}
+
+fn ceilings(text: &str) -> Result<Ceilings, String> {
+    let numbers =
+        text.split(',').map(|word| word.trim().parse::<f64>().ok().filter(|rate| rate.is_finite() && *rate > 0.0));
+    match numbers.collect::<Option<Vec<f64>>>().as_deref() {
+        Some(&[copy, product]) => Ok(Ceilings { copy: copy * 1e9, product: product * 1e12 }),
+        _ => Err("give two positive numbers, such as 2958,683".into()),
+    }
 }
 
 impl Gpu {
@@ -173,20 +188,28 @@ impl Gpu {
 
 pub(super) fn run(args: &Gpu) -> Result<()> {
     let asked = args.asked()?;
-    let choice = if args.device == DeviceChoice::Auto { DeviceChoice::Cuda(0) } else { args.device };
-    let device = select(choice)?.device.ok_or_else(|| {
-        crate::invalid!("bench gpu measures a card; name one with --device cuda (benches/steps.rs is the CPU's)")
-    })?;
     let scratch = std::env::temp_dir().join(format!("fourfold-bench-gpu-{}", std::process::id()));
     let mut show = |found: Value| if args.json { print_json(&found) } else { say(&row(&found)) };
-    let measured = device_bench::card(&device, args.compute(), &mut show).and_then(|ceilings| {
-        asked.iter().try_for_each(|asked| device_bench::model(&device, choice, asked, ceilings, &scratch, &mut show))
-    });
+    let measured = match args.roofline {
+        Some(ceilings) => asked.iter().try_for_each(|asked| {
+            device_bench::model(&Device::dry(), DeviceChoice::Cuda(0), asked, ceilings, &scratch, &mut show)
+        }),
+        None => on_card(args, &asked, &scratch, &mut show),
+    };
     let removed = std::fs::remove_dir_all(&scratch).or_else(|error| match error.kind() {
         std::io::ErrorKind::NotFound => Ok(()),
         _ => Err(error).with_context(|| format!("removing {}", scratch.display())),
     });
     measured.and(removed)
+}
+
+fn on_card(args: &Gpu, asked: &[Asked], scratch: &Path, show: &mut dyn FnMut(Value) -> Result<()>) -> Result<()> {
+    let choice = if args.device == DeviceChoice::Auto { DeviceChoice::Cuda(0) } else { args.device };
+    let device = select(choice)?.device.ok_or_else(|| {
+        crate::invalid!("bench gpu measures a card; name one with --device cuda (benches/steps.rs is the CPU's)")
+    })?;
+    let ceilings = device_bench::card(&device, args.compute(), show)?;
+    asked.iter().try_for_each(|asked| device_bench::model(&device, choice, asked, ceilings, scratch, show))
 }
 
 /// A result as a line or two of a table.
@@ -241,6 +264,23 @@ fn row(found: &Value) -> String {
                 number("planned_over_measured")
             )
         }
+        "gpu/kernels" if found["in_kernels"].is_null() => format!(
+            "  {} step: {} launches, {:.3} s if each kernel took no longer than its bytes or operations\n    {:<44}{:>9}{:>11}{:>8}\n",
+            text("method"),
+            number("launches"),
+            number("floor_seconds"),
+            "kernel",
+            "launches",
+            "floor, ms",
+            "share"
+        ),
+        "gpu/kernel" if found["ms"].is_null() => format!(
+            "    {:<44}{:>9}{:>11.2}{:>7.1}%\n",
+            text("name"),
+            number("calls"),
+            number("floor_ms"),
+            100.0 * number("share")
+        ),
         "gpu/kernels" => format!(
             "  {} step, timed kernel by kernel: {} launches, {:.3} of {:.3} s in kernels\n    {:<44}{:>9}{:>11}{:>8}{:>9}{:>10}{:>9}\n",
             text("method"),

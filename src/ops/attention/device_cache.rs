@@ -337,6 +337,13 @@ impl DeviceCache {
             dim: size("head", heads.dim)?,
             half,
         };
+        for matrix in [&self.keys, &self.values] {
+            matrix.counts_as(k.len());
+        }
+        if let Some((tables, _)) = rotation {
+            let (cos, sin) = tables.tables();
+            [cos, sin].into_iter().for_each(|table| table.counts_as(count * table.cols()));
+        }
         let warps = AttentionAppend::BLOCK as usize / 32;
         device.launch(variant("append", &[element])?, blocks(count * (heads.q + 2 * heads.kv), warps)?, arguments)
     }
@@ -396,6 +403,9 @@ impl DeviceCache {
             scale: heads.scale,
             cap: heads.soft_cap.unwrap_or(0.0),
         };
+        for matrix in [&self.keys, &self.values] {
+            matrix.counts_as(count * heads.window.unwrap_or(usize::MAX).min(live.longest) * width);
+        }
         let tiles = size("heads", (heads.q / heads.kv).div_ceil(TILE))?;
         device.launch(kernel.clone(), [blocks(count * heads.kv, 1)?[0], tiles, size("chunks", chunks)?], arguments)?;
         if several > 0 {

@@ -50,6 +50,7 @@ pub fn embedding(table: &DeviceWeight, ids: &Matrix, out: &Matrix) -> Result<()>
         rows: u32::try_from(table.rows())?,
         cols: u32::try_from(cols)?,
     };
+    table.counts_as_rows(tokens);
     table.device().launch(Variant::named(table.dtype().name()), [u32::try_from(tokens)?, 1, 1], arguments)
 }
 

@@ -240,6 +240,13 @@ impl DeviceWeight {
         Ok(Planes { main: address(&self.main)?, scales: self.scales.as_ref().map_or(Ok(Ptr::NULL), address)? })
     }
 
+    /// Tells the profile that the kernel which is launched next reads so few rows.
+    pub(crate) fn counts_as_rows(&self, rows: usize) {
+        for plane in [&self.main].into_iter().chain(&self.scales) {
+            plane.counts_as(rows * plane.cols());
+        }
+    }
+
     /// The suffixes of kernels that read this storage type and compute with this element type.
     pub(crate) fn variant(&self, element: Element) -> Variant {
         Variant::named(&format!("{}_{element}", self.dtype.name()))

@@ -87,7 +87,7 @@ impl Method {
 }
 
 /// What a device can do by itself; others are compared with it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Ceilings {
     /// Bytes a second that a copy inside of the device's memory reads and writes.
     pub copy: f64,
@@ -215,32 +215,58 @@ pub fn model(
     let sft = Adapter::init(lora_config(&lora), base.shapes(), 0)?;
     let reward = Adapter::init(lora_config(&lora), base.shapes(), 1)?.with_head(1)?;
     let roles = Roles { base, sft, reward };
-    for &sequences in &asked.sequences {
+    // A machine that computes nothing has no times: its steps are counted, kernel by kernel.
+    let sequences = if device.is_dry() { &[][..] } else { &asked.sequences };
+    for &sequences in sequences {
         show(with("gpu/decode", roles.decode(asked, sequences, bytes as f64, ceilings)?))?;
     }
     for &method in &asked.methods {
-        show(with("gpu/step", roles.step(device, choice, asked, method, scratch)?))?;
+        if !device.is_dry() {
+            show(with("gpu/step", roles.step(device, choice, asked, method, scratch)?))?;
+        }
         if asked.kernels {
-            let (seconds, all) = roles.profiled(device, asked, method, scratch)?;
-            let busy: f64 = all.iter().map(|kernel| kernel.seconds).sum();
+            let (seconds, mut all) = roles.profiled(device, asked, method, scratch)?;
+            let is_dry = device.is_dry();
+            if is_dry {
+                all.sort_by(|a, b| floor(b, ceilings).total_cmp(&floor(a, ceilings)));
+            }
+            let busy: f64 = match is_dry {
+                true => all.iter().map(|kernel| floor(kernel, ceilings)).sum(),
+                false => all.iter().map(|kernel| kernel.seconds).sum(),
+            };
+            let launches = all.iter().map(|kernel| kernel.calls).sum::<usize>();
             show(with(
                 "gpu/kernels",
-                json!({"method": method.name(), "seconds": number(seconds), "in_kernels": number(busy),
-                       "launches": all.iter().map(|kernel| kernel.calls).sum::<usize>()}),
+                match is_dry {
+                    true => json!({"method": method.name(), "floor_seconds": number(busy), "launches": launches}),
+                    false => json!({"method": method.name(), "seconds": number(seconds), "in_kernels": number(busy),
+                                    "launches": launches}),
+                },
             ))?;
             for kernel in &all {
-                show(with("gpu/kernel", of_kernel(kernel, method, busy, ceilings)))?;
+                show(with("gpu/kernel", of_kernel(kernel, method, busy, ceilings, is_dry)))?;
             }
         }
     }
     Ok(())
 }
 
-fn of_kernel(kernel: &KernelTime, method: Method, busy: f64, ceilings: Ceilings) -> Value {
+/// No kernel can be faster than the slower of its bytes and its operations.
+fn floor(kernel: &KernelTime, ceilings: Ceilings) -> f64 {
+    (kernel.bytes / ceilings.copy).max(kernel.operations / ceilings.product)
+}
+
+/// `busy`: the seconds of all kernels, or on a machine that computes nothing their floors.
+fn of_kernel(kernel: &KernelTime, method: Method, busy: f64, ceilings: Ceilings, is_dry: bool) -> Value {
     let (rate, speed) = (kernel.bytes / kernel.seconds, kernel.operations / kernel.seconds);
     let is_product = kernel.operations > 0.0;
-    // No kernel can be faster than the slower of its bytes and its operations.
-    let floor = (kernel.bytes / ceilings.copy).max(kernel.operations / ceilings.product);
+    let floor = floor(kernel, ceilings);
+    if is_dry {
+        return json!({
+            "method": method.name(), "name": kernel.name, "calls": kernel.calls, "bytes": kernel.bytes,
+            "operations": kernel.operations, "floor_ms": number(floor * 1e3), "share": number(floor / busy),
+        });
+    }
     json!({
         "method": method.name(), "name": kernel.name, "calls": kernel.calls, "ms": number(kernel.seconds * 1e3),
         "share": number(kernel.seconds / busy), "gb_per_s": number(rate / 1e9),
