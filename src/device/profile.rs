@@ -2,7 +2,7 @@
 //! on the kernels' texts. Read `machine.rs` for the marks.
 
 use std::cell::Cell;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::Result;
 
@@ -65,7 +65,9 @@ pub(super) fn bytes_of_operands(words: impl Iterator<Item = u64>) -> usize {
         })
         .find(|&bytes| bytes > 0)
     };
-    words.filter_map(newest).sum::<u64>() as usize
+    // An address that stands twice, as where a group of maps has fewer than it may have, is one operand.
+    let distinct: BTreeSet<u64> = words.collect();
+    distinct.into_iter().filter_map(newest).sum::<u64>() as usize
 }
 
 /// Multiplications and additions of a product, and the bytes of its operands.
@@ -193,8 +195,8 @@ mod tests {
         note_operand(1 << 20, 512);
         note_operand(2 << 20, 1024);
         (0..40).for_each(|i| note_operand((9 + i) << 20, 8));
-        // A scalar is no address, an absent operand is none, and a part is what follows it.
-        let words = [(1 << 20) + 12, 7, 0, 2 << 20];
+        // A scalar is no address, an absent operand is none, a part is what follows it, and an address that stands twice is one.
+        let words = [(1 << 20) + 12, 7, 0, 2 << 20, 2 << 20];
         assert_eq!(bytes_of_operands(words.into_iter()), 500 + 1024);
         // The same address again, as an operand of another size.
         note_operand(2 << 20, 64);
