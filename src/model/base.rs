@@ -18,7 +18,7 @@ use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
 use crate::ops::attention;
 use crate::ops::linear::InputGradient;
-use crate::ops::logprobs::{self, LmHead};
+use crate::ops::logprobs::{self, LmHead, Logits};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::RopeTable;
 use crate::ops::rows::gather_rows;
@@ -465,12 +465,20 @@ impl Base {
         embeddings.output(x, &mut unused)
     }
 
-    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S
-    /// is small. Log-probabilities are computed by `ops::logprobs`, without logits.
+    /// Logits (S, vocab) of hidden states (S, D) on the host, with the adapter's LoRA weights on the lm_head. Log-probabilities
+    /// are computed by `ops::logprobs`, without logits.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn logits(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<candle_core::Tensor> {
+        self.logits_in_place(hidden, adapter)?.to_host()
+    }
+
+    /// As [`Base::logits`], where they were computed: for sampling, where S is small.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn logits_in_place(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<Logits> {
         logprobs::logits(hidden, &self.lm_head(adapter))
     }
 }

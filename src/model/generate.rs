@@ -124,7 +124,7 @@ pub fn generate<C: Continuation>(
     let distribution = Distribution { temperature, top_k, top_p };
     loop {
         // 2. One token per live sequence.
-        let logits = policy.base().logits(&hidden, policy.adapter())?;
+        let logits = policy.base().logits_in_place(&hidden, policy.adapter())?;
         let draw = |&s: &usize| SplitMix64::new(derive(seeds[s], &[responses[s].tokens.len() as u64])).uniform();
         let sampled = sampler.sample(&logits, distribution, &live.iter().map(draw).collect::<Vec<_>>())?;
         drop(logits);

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use anyhow::Result;
 
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
-use crate::device::{Device, DeviceChoice};
+use crate::device::{Array, Device, DeviceChoice};
 use crate::host::meter::Phase;
 use crate::model::adapter::{Adapter, Gradients};
 use crate::model::base::Base;
@@ -18,6 +18,7 @@ use crate::model::generate::MAX_INITIAL_CAPACITY;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::model_files::assemble;
 use crate::ops::divergence::Divergence;
+use crate::ops::sample::{Distribution, Sampler};
 use crate::ops::weight::Weight;
 use crate::planner::simulate::shape::Network;
 use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
@@ -153,6 +154,13 @@ fn batch_of(lengths: &[usize]) -> Result<Batch> {
     Batch::new(&lengths.iter().map(|&length| vec![0u32; length]).collect::<Vec<_>>())
 }
 
+/// One token per hidden state (S, D), of which nobody reads which.
+fn sample(base: &Base, hidden: &Array, adapter: Option<&Adapter>) -> Result<()> {
+    let (rows, _) = hidden.dims2()?;
+    let by = Distribution { temperature: 1.0, top_k: 0, top_p: 1.0 };
+    Sampler::default().sample(&base.logits_in_place(hidden, adapter)?, by, &vec![0.0; rows]).map(drop)
+}
+
 fn targets(rows: usize, batch: &Batch) -> Targets {
     let rows = rows.min(batch.tokens().len());
     Targets { rows: (0..rows).collect(), tokens: vec![0; rows] }
@@ -205,7 +213,7 @@ impl Roles<'_> {
         let room = base.config().max_position_embeddings.saturating_sub(longest).max(1);
         let capacity = response.min(room).min(MAX_INITIAL_CAPACITY);
         let (hidden, mut cache) = base.prefill(&batch_of(&distinct)?, &sources, adapter, capacity)?;
-        base.logits(&hidden, adapter)?;
+        sample(base, &hidden, adapter)?;
         drop(hidden);
         let tokens = vec![0u32; prompts.len()];
         let steps = response.min(room).saturating_sub(1);
@@ -219,7 +227,7 @@ impl Roles<'_> {
             let hidden = base.decode(&tokens, &positions, adapter, &mut cache)?;
             // Each step's logits take the same.
             if step == 0 {
-                base.logits(&hidden, adapter)?;
+                sample(base, &hidden, adapter)?;
             }
         }
         Ok(())
@@ -412,12 +420,12 @@ mod tests {
         let lengths = [30usize, 11, 7];
         let (hidden, mut cache) =
             base.prefill(&batch_of(&lengths).unwrap(), &[0, 1, 1, 2], Some(&start), MAX_INITIAL_CAPACITY).unwrap();
-        base.logits(&hidden, Some(&start)).unwrap();
+        sample(&base, &hidden, Some(&start)).unwrap();
         drop(hidden);
         for step in 0..response - 1 {
             let positions: Vec<u32> = prompts.iter().map(|&prompt| (prompt + step) as u32).collect();
             let hidden = base.decode(&[0; 4], &positions, Some(&start), &mut cache).unwrap();
-            base.logits(&hidden, Some(&start)).unwrap();
+            sample(&base, &hidden, Some(&start)).unwrap();
         }
         let some = Device::dry();
         let (base, start) = opened(&some);
