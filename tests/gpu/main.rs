@@ -4,6 +4,7 @@
 //! The emulated machine needs a C++ compiler. Without one these tests fail, unless `FOURFOLD_SKIP_EMULATED` is 1.
 
 mod commands;
+mod decoding;
 mod doctor;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]

@@ -111,19 +111,30 @@ impl Mode {
     }
 }
 
-/// Draws a token per row on the logits' device; `None` in place of rows that the host has to draw, `None` at all if it has to
-/// draw every row (see `Mode::of`), or if the logits lie on the host. `draws` (S): uniform numbers in [0, 1).
+/// Starts to draw a token per row on the logits' device, (S, 4) as gpu.cu's `drawn`; `None` if the host has to draw every row
+/// (see `Mode::of`), or if the logits lie on the host. `draws` (S): uniform numbers in [0, 1).
 ///
 /// # Errors
 /// If memory is out, or a copy fails.
-pub(super) fn sample(logits: &Logits, by: Distribution, draws: &[f64]) -> Result<Option<Vec<Option<Drawn>>>> {
+pub(super) fn begin(logits: &Logits, by: Distribution, draws: &[f64]) -> Result<Option<Matrix>> {
     let Some(products) = logits.on_device() else { return Ok(None) };
-    let (rows, vocab, device) = (products.rows(), products.cols(), products.device());
-    let Some(mode) = Mode::of(by, vocab) else { return Ok(None) };
-    let bytes: Vec<u8> = draws.iter().flat_map(|draw| draw.to_ne_bytes()).collect();
-    let drawn = enqueue(products, logits, by, mode, &device.upload_bytes(&bytes)?)?.to_u32()?;
-    debug_assert_eq!(drawn.len(), 4 * rows);
-    Ok(Some(drawn.as_chunks::<4>().0.iter().map(|&row| read(row)).collect()))
+    let Some(mode) = Mode::of(by, products.cols()) else { return Ok(None) };
+    let draws = products.device().input("draws", &words(draws))?;
+    enqueue(products, logits, by, mode, &draws).map(Some)
+}
+
+/// The input "draws": the draws in memory, two words each.
+pub(super) fn words(draws: &[f64]) -> Vec<u32> {
+    let bytes = draws.iter().map(|draw| draw.to_ne_bytes());
+    bytes.flat_map(|b| [[b[0], b[1], b[2], b[3]], [b[4], b[5], b[6], b[7]]].map(u32::from_ne_bytes)).collect()
+}
+
+/// Waits for what [`begin`] started; `None` in place of rows that the host has to draw.
+///
+/// # Errors
+/// If the download fails.
+pub(super) fn finish(drawn: &Matrix) -> Result<Vec<Option<Drawn>>> {
+    Ok(drawn.to_u32()?.as_chunks::<4>().0.iter().map(|&row| read(row)).collect())
 }
 
 /// A row of the kernels' results.
@@ -133,7 +144,6 @@ fn read([token, shifted, sum, _]: [u32; 4]) -> Option<Drawn> {
     (token != NONE && sum.is_finite()).then_some(Drawn { token, shifted, sum })
 }
 
-/// Starts the kernels; (S, 4) as gpu.cu's `drawn`.
 fn enqueue(products: &Matrix, logits: &Logits, by: Distribution, mode: Mode, draws: &Matrix) -> Result<Matrix> {
     let (rows, vocab, device) = (products.rows(), products.cols(), products.device());
     let cap = logits.soft_cap.unwrap_or(0.0);
@@ -146,7 +156,7 @@ fn enqueue(products: &Matrix, logits: &Logits, by: Distribution, mode: Mode, dra
     let drawn = device.matrix(Element::U32, rows, 4)?;
     let (numbers, count) = (size_of::<f64>() * rows, size("vocabulary", vocab)?);
     let logits_at = products.input("sample logits", Element::F32, products.len())?;
-    let draws_at = draws.input("sample draws", Element::U8, numbers)?;
+    let draws_at = draws.input("sample draws", Element::U32, 2 * rows)?.aligned("sample draws", 8)?;
     let drawn_at = drawn.output("sample tokens", Element::U32, drawn.len())?;
     let arguments = SampleTop {
         logits: logits_at,

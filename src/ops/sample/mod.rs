@@ -10,6 +10,7 @@ mod gpu;
 
 use anyhow::Result;
 
+use crate::device::Matrix;
 use crate::ops::cpu::view;
 use crate::ops::logprobs::Logits;
 
@@ -48,6 +49,9 @@ impl Drawn {
     }
 }
 
+/// Draws that a device makes; none for the host.
+pub struct Pending(Option<Matrix>);
+
 /// Draws tokens from logits; keeps its buffers between calls.
 #[derive(Default)]
 pub struct Sampler {
@@ -66,10 +70,33 @@ impl Sampler {
     /// # Errors
     /// If shapes do not fit, or logits are NaN or infinite.
     pub fn sample(&mut self, logits: &Logits, distribution: Distribution, draws: &[f64]) -> Result<Vec<(u32, f32)>> {
+        let pending = self.begin(logits, distribution, draws)?;
+        self.finish(logits, &pending, distribution, draws)
+    }
+
+    /// The first half of [`Sampler::sample`]: what a device does, without waiting for it.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or device memory is out.
+    pub fn begin(&self, logits: &Logits, distribution: Distribution, draws: &[f64]) -> Result<Pending> {
         let (s, vocab) = logits.dims2()?;
         anyhow::ensure!(s == draws.len() && vocab > 0, "{} draws for logits ({s}, {vocab})", draws.len());
-        let Some(drawn) = gpu::sample(logits, distribution, draws)? else {
-            let all = logits.to_host()?;
+        Ok(Pending(gpu::begin(logits, distribution, draws)?))
+    }
+
+    /// The second half of [`Sampler::sample`].
+    ///
+    /// # Errors
+    /// If logits are NaN or infinite, or a download fails.
+    pub fn finish(
+        &mut self,
+        logits: &Logits,
+        pending: &Pending,
+        distribution: Distribution,
+        draws: &[f64],
+    ) -> Result<Vec<(u32, f32)>> {
+        let Some(drawn) = &pending.0 else {
+            let (all, (_, vocab)) = (logits.to_host()?, logits.dims2()?);
             let rows = view(&all)?;
             let rows = rows.chunks_exact(vocab).zip(draws);
             return rows.map(|(row, &draw)| Ok(self.on_host(row, distribution, draw)?.with_logprob())).collect();
@@ -78,7 +105,12 @@ impl Sampler {
             Some(drawn) => Ok(drawn.with_logprob()),
             None => Ok(self.on_host(&view(&logits.row(i)?.to_host()?)?, distribution, draw)?.with_logprob()),
         };
-        drawn.into_iter().zip(draws).enumerate().map(row).collect()
+        gpu::finish(drawn)?.into_iter().zip(draws).enumerate().map(row).collect()
+    }
+
+    /// The words of the input "draws" that the kernels read.
+    pub fn draws_as_input(draws: &[f64]) -> Vec<u32> {
+        gpu::words(draws)
     }
 
     fn on_host(&mut self, row: &[f32], distribution: Distribution, draw: f64) -> Result<Drawn> {
