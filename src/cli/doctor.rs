@@ -22,6 +22,8 @@ use crate::model::block::Recompute;
 use crate::model::generate::{SamplingParams, generate};
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::ops::cpu;
+use crate::ops::logprobs::Logits;
+use crate::ops::sample::{Distribution, Sampler};
 use crate::ops::weight::{Bytes, StorageDType, Weight};
 use crate::quickstart::run::embedded;
 use crate::report::number;
@@ -101,6 +103,7 @@ pub(super) fn run(args: &Doctor) -> Result<()> {
     for check in storage(&device) {
         show(check)?;
     }
+    show(sampling(&device))?;
     for compute in [ComputeDtype::F32, ComputeDtype::Bf16, ComputeDtype::F16] {
         if device.supports(compute.element()) {
             for check in network(&device, compute)? {
@@ -128,6 +131,7 @@ pub(super) fn run(args: &Doctor) -> Result<()> {
             "gemm_tflop_per_s": speeds.iter().map(|(name, s)| ((*name).to_owned(), number(*s)))
                 .collect::<serde_json::Map<String, Value>>(),
             "peak_bytes": usage.peak,
+            "replayed_steps": device.work().replays,
             "usable": usable,
         }))?;
     } else {
@@ -190,6 +194,26 @@ fn storage(device: &Device) -> Vec<Check> {
         })
     };
     StorageDType::ALL.into_iter().map(check).collect()
+}
+
+/// Tokens and log-probabilities drawn from the same logits: how many rows differ in any bit.
+fn sampling(device: &Device) -> Check {
+    Check::of("tokens drawn from the same logits", 0.0, || {
+        let (rows, vocab, mut rng) = (16, 20_011, SplitMix64::new(7));
+        let logits: Vec<f32> =
+            (0..rows * vocab).map(|_| (0..3).map(|_| 6.0 * (rng.uniform() as f32 - 0.5)).sum()).collect();
+        let there = Logits::new(device.upload_f32(&logits, rows, vocab)?.into(), 1.1, Some(8.0));
+        let here = Tensor::from_vec(logits, (rows, vocab), &candle_core::Device::Cpu)?;
+        let here = Logits::new(here.into(), 1.1, Some(8.0));
+        let (mut sampler, mut differ) = (Sampler::default(), 0);
+        for (temperature, top_k, top_p) in [(0.0, 0, 1.0), (1.0, 0, 1.0), (0.7, 50, 0.9), (0.3, 0, 0.5)] {
+            let by = Distribution { temperature, top_k, top_p };
+            let draws: Vec<f64> = (0..rows).map(|_| rng.uniform()).collect();
+            let (want, got) = (sampler.sample(&here, by, &draws)?, sampler.sample(&there, by, &draws)?);
+            differ += want.iter().zip(&got).filter(|((t, p), (u, q))| (t, p.to_bits()) != (u, q.to_bits())).count();
+        }
+        Ok(differ as f64)
+    })
 }
 
 /// A matrix in a storage type. Types that are read and never written are encoded by candle.

@@ -23,6 +23,7 @@ const TEXTS: &[(&str, &str)] = &[
     ("kl/gpu.cu", include_str!("../ops/kl/gpu.cu")),
     ("divergence/gpu.cu", include_str!("../ops/divergence/gpu.cu")),
     ("rows/gpu.cu", include_str!("../ops/rows/gpu.cu")),
+    ("sample/gpu.cu", include_str!("../ops/sample/gpu.cu")),
 ];
 
 /// The files whose kernels a part holds. Every file stands in exactly one part but the first and `common.cu`, which have
@@ -31,7 +32,7 @@ const PARTS: &[&[&str]] = &[
     &["storage/gpu.cu", "embedding/gpu.cu"],
     &["linear/gpu_gemv.cu"],
     &["norm/gpu.cu", "rope/gpu.cu"],
-    &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu"],
+    &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu", "sample/gpu.cu"],
     &["attention/gpu.cu", "logprobs/gpu.cu", "kl/gpu.cu", "divergence/gpu.cu"],
     &["attention/gpu_tiles.cu"],
 ];

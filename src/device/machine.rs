@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use std::fmt;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 
 /// The type of the numbers in memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -70,6 +70,37 @@ pub struct Launch<'a> {
     pub arguments: *const c_void,
     /// The size of that struct.
     pub bytes: usize,
+}
+
+/// A launch that is kept, with a copy of its arguments.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recorded {
+    kernel: String,
+    grid: [u32; 3],
+    block: u32,
+    /// The struct's bytes, the last word filled up with zeros.
+    arguments: Vec<u64>,
+    bytes: usize,
+}
+
+impl Recorded {
+    /// A copy of a launch.
+    pub fn of(launch: &Launch<'_>) -> Self {
+        let mut arguments = vec![0u64; launch.bytes.div_ceil(size_of::<u64>())];
+        // SAFETY: `arguments` points to a struct of so many bytes, and the words have room for them.
+        unsafe {
+            let from = launch.arguments.cast::<u8>();
+            arguments.as_mut_ptr().cast::<u8>().copy_from_nonoverlapping(from, launch.bytes);
+        }
+        let Launch { kernel, grid, block, bytes, .. } = *launch;
+        Self { kernel: kernel.into(), grid, block, arguments, bytes }
+    }
+
+    /// The launch, which points to the copy of its arguments.
+    pub fn launch(&self) -> Launch<'_> {
+        let Self { kernel, grid, block, arguments, bytes } = self;
+        Launch { kernel, grid: *grid, block: *block, arguments: arguments.as_ptr().cast(), bytes: *bytes }
+    }
 }
 
 /// A row-major matrix in memory, or the first of a batch.
@@ -218,6 +249,22 @@ pub trait Machine: Send + Sync {
     /// # Safety
     /// The matrices lie in memory of this machine.
     unsafe fn gemm(&self, product: &Product) -> Result<()>;
+
+    /// Keeps launches as one piece that [`Machine::replay`] issues in their order. Nothing runs yet.
+    fn record(&self, launches: Vec<Recorded>) -> Result<u64> {
+        bail!("{} cannot keep {} launches", self.name(), launches.len())
+    }
+
+    /// Issues recorded launches, each with the arguments that it was recorded with.
+    ///
+    /// # Safety
+    /// As for `launch`, for each of them.
+    unsafe fn replay(&self, recording: u64) -> Result<()> {
+        bail!("{} keeps no recording {recording}", self.name())
+    }
+
+    /// Forgets a recording after everything that was issued so far. Destructors call it, so it reports nothing.
+    fn forget(&self, _: u64) {}
 
     /// Waits until all is done, and reports errors of earlier work.
     fn synchronize(&self) -> Result<()>;

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use anyhow::{Result, ensure};
 use half::{bf16, f16};
 
+use super::graph::Pool;
 use super::profile::note_operand;
 use super::{Device, Element, Strided};
 
@@ -37,11 +38,16 @@ struct Memory {
     device: Device,
     address: u64,
     bytes: usize,
+    /// The recording that it belongs to.
+    pool: Option<Arc<Pool>>,
 }
 
 impl Drop for Memory {
     fn drop(&mut self) {
-        self.device.give_back(self.address, self.bytes);
+        match &self.pool {
+            Some(pool) => pool.give_back(self.address, self.bytes),
+            None => self.device.give_back(self.address, self.bytes),
+        }
     }
 }
 
@@ -62,8 +68,8 @@ impl Device {
     pub fn matrix(&self, element: Element, rows: usize, cols: usize) -> Result<Matrix> {
         let bytes = rows.checked_mul(cols).and_then(|len| len.checked_mul(element.bytes())).filter(|b| *b < 1 << 47);
         let Some(bytes) = bytes else { anyhow::bail!("a matrix of ({rows}, {cols}) is beyond any memory") };
-        let (address, bytes) = self.allocate(bytes)?;
-        let memory = Arc::new(Memory { device: self.clone(), address, bytes });
+        let (address, bytes, pool) = self.allocate(bytes)?;
+        let memory = Arc::new(Memory { device: self.clone(), address, bytes, pool });
         Ok(Matrix { memory, offset: 0, element, rows, cols })
     }
 

@@ -11,6 +11,7 @@ mod array;
 pub mod cuda;
 pub mod dry;
 pub mod emulated;
+mod graph;
 pub mod kernels;
 pub mod machine;
 mod matrix;
@@ -23,6 +24,7 @@ pub mod select;
 pub mod testing;
 
 pub use array::Array;
+pub use graph::{Inputs, Recording};
 pub use machine::{Element, Info, LibraryInfo, Machine};
 pub use matrix::{Matrix, Ptr};
 pub use pass::Pass;
@@ -47,8 +49,10 @@ pub struct Usage {
 /// of each: some microseconds of the host a launch, and all of the machine's work so far a download.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
-    /// Kernels.
+    /// Kernels, without those of replays.
     pub launches: usize,
+    /// Recorded launches that were issued again as one piece.
+    pub replays: usize,
     /// Calls of the matrix product.
     pub products: usize,
     /// Copies to the machine.
@@ -64,6 +68,7 @@ impl std::ops::Sub for Work {
     fn sub(self, before: Self) -> Self {
         Self {
             launches: self.launches - before.launches,
+            replays: self.replays - before.replays,
             products: self.products - before.products,
             uploads: self.uploads - before.uploads,
             downloads: self.downloads - before.downloads,
@@ -110,6 +115,7 @@ struct Shared {
     watch: Mutex<Option<Watch>>,
     indices: Mutex<pass::Indices>,
     profile: Mutex<Option<profile::Profile>>,
+    graph: Mutex<graph::State>,
 }
 
 /// A machine, ready for use. Clones are the same machine, and any thread may use them.
@@ -130,8 +136,8 @@ pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Device {
     /// The checked face of a machine.
     pub fn new(machine: Arc<dyn Machine>) -> Self {
-        let (usage, work, watch, indices, profile) = Default::default();
-        Self(Arc::new(Shared { machine, usage, work, watch, indices, profile }))
+        let (usage, work, watch, indices, profile, graph) = Default::default();
+        Self(Arc::new(Shared { machine, usage, work, watch, indices, profile, graph }))
     }
 
     /// The card with this ordinal. Errors name what is missing and how to install it.
@@ -232,6 +238,7 @@ impl Device {
         // SAFETY: `Arguments` promises the struct's fields; matrices of this device are the only source of addresses,
         // and the caller has checked their lengths by `Matrix::input` and `Matrix::output`.
         unsafe { self.0.machine.launch(&launch) }.with_context(|| format!("kernel {kernel} on {}", self.name()))?;
+        self.note(&launch);
         if from.is_none() {
             return Ok(());
         }
@@ -250,7 +257,7 @@ impl Device {
         self.count(|work| work.products += 1);
         let from = self.mark()?;
         // SAFETY: the operands are alive and lie inside of their matrices.
-        unsafe { self.0.machine.gemm(&product) }.with_context(|| {
+        unsafe { self.machine().gemm(&product) }.with_context(|| {
             let (x, w) = (if gemm.x_transposed { "x^T" } else { "x" }, if gemm.w_transposed { "w^T" } else { "w" });
             let (m, n, k, batch) = (gemm.m, gemm.n, gemm.k, gemm.batch);
             format!("{batch} products {x} {w} with m = {m}, n = {n}, k = {k} on {}", self.name())
@@ -302,9 +309,14 @@ impl Device {
         Ok(Place { address, element: matrix.element(), row: at.row.max(cols), next: at.next })
     }
 
-    /// So many bytes, rounded up; the ledger knows of them afterwards. Returns the address and the rounded size.
-    fn allocate(&self, bytes: usize) -> Result<(u64, usize)> {
+    /// So many bytes, rounded up; the ledger knows of them afterwards. Returns the address, the rounded size, and the
+    /// recording that the memory belongs to.
+    fn allocate(&self, bytes: usize) -> Result<(u64, usize, Option<Arc<graph::Pool>>)> {
         let bytes = bytes.max(1).checked_next_multiple_of(512).context("an allocation beyond the address space")?;
+        let pool = self.recording_pool();
+        if let Some(address) = pool.as_ref().and_then(|pool| pool.take(bytes)) {
+            return Ok((address, bytes, pool));
+        }
         let address = match self.0.machine.allocate(bytes) {
             Ok(address) => address,
             Err(Refusal::Full { free }) => {
@@ -325,7 +337,10 @@ impl Device {
         if let Some(watch) = lock(&self.0.watch).as_mut() {
             watch(usage);
         }
-        Ok((address, bytes))
+        if let Some(pool) = &pool {
+            pool.add(address, bytes);
+        }
+        Ok((address, bytes, pool))
     }
 
     /// For the destructor of memory.
@@ -335,7 +350,9 @@ impl Device {
         lock(&self.0.usage).live -= bytes;
     }
 
+    /// The machine for work other than launches, which a recording cannot hold.
     fn machine(&self) -> &dyn Machine {
+        self.note_other_work();
         &*self.0.machine
     }
 }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use crate::device::{Array, Device, Element, Pass};
 
 use std::borrow::Cow;
+use std::sync::Arc;
 
 use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
@@ -18,9 +19,10 @@ use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
 use crate::ops::attention;
 use crate::ops::linear::InputGradient;
-use crate::ops::logprobs::{self, LmHead};
+use crate::ops::logprobs::{self, LmHead, Logits};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::RopeTable;
+use crate::ops::rope::gpu::DeviceRopeTable;
 use crate::ops::rows::gather_rows;
 use crate::ops::weight::{ComputeDtype, Weight};
 
@@ -75,12 +77,17 @@ impl KvCache {
         self.layers.iter().map(attention::KvCache::size_in_bytes).sum()
     }
 
+    /// What the next step reads of the cache, the same in all layers; `None` if it cannot be repeated.
+    pub(super) fn next_step(&self) -> Result<Option<attention::NextStep>> {
+        self.layers.first().map_or(Ok(None), attention::KvCache::next_step)
+    }
+
     /// Whether the next step takes memory of another size than this one, in any layer.
     pub(crate) fn next_step_differs(&self) -> bool {
         self.layers.iter().any(attention::KvCache::next_step_differs)
     }
 
-    /// Counts one more token per sequence, for a plan.
+    /// Counts one more token per sequence, for a plan, or for a step that was issued again.
     pub(crate) fn advance(&mut self) -> Result<()> {
         self.layers.iter_mut().try_for_each(attention::KvCache::advance)
     }
@@ -199,6 +206,11 @@ impl Base {
         self.place().is_some() && self.weights.embedding.compute() == ComputeDtype::F16
     }
 
+    /// The tables on the device that rotate positions up to `last`.
+    pub(super) fn rope_tables_on(&self, device: &Device, last: usize) -> Result<Vec<Arc<DeviceRopeTable>>> {
+        self.geometry.rope_tables.iter().map(|table| table.on(device, last)).collect()
+    }
+
     /// Begins a pass on the base's device, which lasts as long as the value.
     fn pass(&self) -> Option<Pass> {
         self.place().map(Device::pass)
@@ -313,7 +325,7 @@ impl Base {
             + self.vectors().iter().map(|(_, v)| size_of_val(&v[..])).sum::<usize>()
     }
 
-    fn check(&self, adapter: Option<&Adapter>, longest: usize) -> Result<()> {
+    pub(super) fn check(&self, adapter: Option<&Adapter>, longest: usize) -> Result<()> {
         if let Some(adapter) = adapter
             && *adapter.shapes() != self.shapes()
         {
@@ -465,12 +477,20 @@ impl Base {
         embeddings.output(x, &mut unused)
     }
 
-    /// Logits (S, vocab) of hidden states (S, D), with the adapter's LoRA weights on the lm_head: for sampling, where S
-    /// is small. Log-probabilities are computed by `ops::logprobs`, without logits.
+    /// Logits (S, vocab) of hidden states (S, D) on the host, with the adapter's LoRA weights on the lm_head. Log-probabilities
+    /// are computed by `ops::logprobs`, without logits.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn logits(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<candle_core::Tensor> {
+        self.logits_in_place(hidden, adapter)?.to_host()
+    }
+
+    /// As [`Base::logits`], where they were computed: for sampling, where S is small.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn logits_in_place(&self, hidden: &Array, adapter: Option<&Adapter>) -> Result<Logits> {
         logprobs::logits(hidden, &self.lm_head(adapter))
     }
 }

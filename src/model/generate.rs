@@ -1,6 +1,6 @@
 //! Batched generation with a KV cache: finished sequences leave the batch, each sequence has its own random numbers,
 //! and the log-probability of every sampled token is returned. It does not depend on text: read `tokenizer/mod.rs` for
-//! that. Read `ops/sample/mod.rs` for the choice of a token.
+//! that. Read `decoding.rs` for a step, and `ops/sample/mod.rs` for the choice of a token.
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
@@ -9,9 +9,10 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
 use super::batch::Batch;
+use super::decoding::Decoding;
 use super::roles::Policy;
 use crate::invalid;
-use crate::ops::sample::{Distribution, Sampler};
+use crate::ops::sample::Distribution;
 use crate::rng::{SplitMix64, derive};
 
 /// Sampling parameters.
@@ -116,20 +117,19 @@ pub fn generate<C: Continuation>(
     let sources: Vec<usize> = prompts.iter().map(&mut index_of).collect();
     let longest = prompts.iter().map(Vec::len).max().unwrap_or(0);
     let capacity = sampling.max_new_tokens.min(context - longest).min(MAX_INITIAL_CAPACITY);
-    let (mut hidden, mut cache) =
-        policy.base().prefill(&Batch::new(&distinct)?, &sources, policy.adapter(), capacity)?;
-    let mut live: Vec<usize> = (0..prompts.len()).collect();
-    let mut sampler = Sampler::default();
     let SamplingParams { temperature, top_k, top_p, .. } = *sampling;
-    let distribution = Distribution { temperature, top_k, top_p };
-    loop {
-        // 2. One token per live sequence.
-        let logits = policy.base().logits(&hidden, policy.adapter())?;
+    let by = Distribution { temperature, top_k, top_p };
+    let mut decoding = Decoding::start(policy, &Batch::new(&distinct)?, &sources, capacity, by)?;
+    let mut live: Vec<usize> = (0..prompts.len()).collect();
+    let draws_of = |live: &[usize], responses: &[Response]| -> Vec<f64> {
         let draw = |&s: &usize| SplitMix64::new(derive(seeds[s], &[responses[s].tokens.len() as u64])).uniform();
-        let sampled = sampler.sample(&logits, distribution, &live.iter().map(draw).collect::<Vec<_>>())?;
-        drop(logits);
+        live.iter().map(draw).collect()
+    };
+    // 2. One token per live sequence.
+    let mut sampled = decoding.first(&draws_of(&live, &responses))?;
+    loop {
         let mut is_ended = false;
-        for ((token, logprob), &s) in sampled.into_iter().zip(&live) {
+        for (&(token, logprob), &s) in sampled.iter().zip(&live) {
             responses[s].tokens.push(token);
             responses[s].logprobs.push(logprob);
             is_ended |= on_token(s, token).is_end();
@@ -148,17 +148,17 @@ pub fn generate<C: Continuation>(
             *keep = !stopped && !full;
         }
         if keep.contains(&false) {
-            cache.retain(&keep);
+            decoding.retain(&keep);
             let mut flags = keep.iter();
             live.retain(|_| *flags.next().unwrap_or(&true));
         }
         if live.is_empty() {
             return Ok(responses);
         }
-        // 4. The next hidden states.
+        // 4. The next token of each.
         let tokens: Vec<u32> = live.iter().filter_map(|&s| responses[s].tokens.last().copied()).collect();
         let positions: Vec<u32> =
             live.iter().map(|&s| (prompts[s].len() + responses[s].tokens.len() - 1) as u32).collect();
-        hidden = policy.base().decode(&tokens, &positions, policy.adapter(), &mut cache)?;
+        sampled = decoding.step(&tokens, &positions, &draws_of(&live, &responses))?;
     }
 }

@@ -2,13 +2,14 @@
 //! stages.
 //!
 //! Read `base` (frozen weights), `adapter` (trained weights), `block` (forward and backward of one layer), `roles` (policy
-//! and value model as views), `generate`.
+//! and value model as views), `decoding` and `generate`.
 
 pub mod adapter;
 pub mod base;
 pub mod batch;
 pub mod block;
 pub mod config;
+pub mod decoding;
 mod embeddings;
 pub mod generate;
 pub mod init;

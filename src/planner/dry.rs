@@ -14,10 +14,12 @@ use crate::model::adapter::{Adapter, Gradients, TargetModule};
 use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::block::Recompute;
+use crate::model::decoding::Decoding;
 use crate::model::generate::MAX_INITIAL_CAPACITY;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::model_files::assemble;
 use crate::ops::divergence::Divergence;
+use crate::ops::sample::Distribution;
 use crate::ops::weight::Weight;
 use crate::planner::simulate::shape::Network;
 use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
@@ -165,6 +167,9 @@ fn batch_of(lengths: &[usize]) -> Result<Batch> {
     Batch::new(&lengths.iter().map(|&length| vec![0u32; length]).collect::<Vec<_>>())
 }
 
+/// How a plan draws tokens, of which nobody reads which.
+const ANY_TOKEN: Distribution = Distribution { temperature: 1.0, top_k: 0, top_p: 1.0 };
+
 fn targets(rows: usize, batch: &Batch) -> Targets {
     let rows = rows.min(batch.tokens().len());
     Targets { rows: (0..rows).collect(), tokens: vec![0; rows] }
@@ -217,23 +222,20 @@ impl Roles<'_> {
         let sources: Vec<usize> = (0..prompts.len()).map(|i| i / generations).collect();
         let room = base.config().max_position_embeddings.saturating_sub(longest).max(1);
         let capacity = response.min(room).min(MAX_INITIAL_CAPACITY);
-        let (hidden, mut cache) = base.prefill(&batch_of(&distinct)?, &sources, adapter, capacity)?;
-        base.logits(&hidden, adapter)?;
-        drop(hidden);
-        let tokens = vec![0u32; prompts.len()];
+        let policy = Policy::new(base, adapter);
+        let mut decoding = Decoding::start(policy, &batch_of(&distinct)?, &sources, capacity, ANY_TOKEN)?;
+        let (tokens, draws) = (vec![0u32; prompts.len()], vec![0.0; prompts.len()]);
+        decoding.first(&draws)?;
         let steps = response.min(room).saturating_sub(1);
         for step in 0..steps {
             // Most steps take what the one before took.
-            if step > 0 && step + 1 < steps && !cache.next_step_differs() {
-                cache.advance()?;
+            let is_like = decoding.is_settled() && !decoding.cache().next_step_differs();
+            if step > 0 && step + 1 < steps && is_like {
+                decoding.cache().advance()?;
                 continue;
             }
             let positions: Vec<u32> = prompts.iter().map(|&prompt| (prompt + step) as u32).collect();
-            let hidden = base.decode(&tokens, &positions, adapter, &mut cache)?;
-            // Each step's logits take the same.
-            if step == 0 {
-                base.logits(&hidden, adapter)?;
-            }
+            decoding.step(&tokens, &positions, &draws)?;
         }
         Ok(())
     }
@@ -431,15 +433,15 @@ mod tests {
         let all = Device::dry();
         let (base, start) = opened(&all);
         let lengths = [30usize, 11, 7];
-        let (hidden, mut cache) =
-            base.prefill(&batch_of(&lengths).unwrap(), &[0, 1, 1, 2], Some(&start), MAX_INITIAL_CAPACITY).unwrap();
-        base.logits(&hidden, Some(&start)).unwrap();
-        drop(hidden);
+        let policy = Policy::new(&base, Some(&start));
+        let batch = batch_of(&lengths).unwrap();
+        let mut decoding = Decoding::start(policy, &batch, &[0, 1, 1, 2], MAX_INITIAL_CAPACITY, ANY_TOKEN).unwrap();
+        decoding.first(&[0.0; 4]).unwrap();
         for step in 0..response - 1 {
             let positions: Vec<u32> = prompts.iter().map(|&prompt| (prompt + step) as u32).collect();
-            let hidden = base.decode(&[0; 4], &positions, Some(&start), &mut cache).unwrap();
-            base.logits(&hidden, Some(&start)).unwrap();
+            decoding.step(&[0; 4], &positions, &[0.0; 4]).unwrap();
         }
+        drop(decoding);
         let some = Device::dry();
         let (base, start) = opened(&some);
         let (policy, scorer) = (DeviceChoice::Emulated, DeviceChoice::Emulated);
@@ -448,6 +450,7 @@ mod tests {
         let roles = Roles { policy: Some(&base), scorer: None, on: &on, actor, critic, recompute: Recompute::Off };
         roles.generate(&base, &[30, 11, 11, 7], 1, response).unwrap();
         assert_eq!(some.usage().peak, all.usage().peak);
-        assert!(some.usage().allocations * 10 < all.usage().allocations);
+        // Each step downloads its tokens.
+        assert!(some.work().downloads * 10 < all.work().downloads);
     }
 }

@@ -35,6 +35,9 @@ fn doctor_compares_every_storage_type_and_the_passes_of_a_model() {
         }
     }
     assert!(has("a greedy response in f32"));
+    assert!(has("tokens drawn from the same logits"));
+    // Twelve tokens of three responses in three types: one step as it is, one recorded, the others replayed.
+    assert_eq!(found["replayed_steps"], 3 * 9, "{found}");
 }
 
 /// Without a driver it is the driver that is missing, with one it is the card: in both cases the device is not usable.

@@ -10,6 +10,7 @@ use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::init::dora::with_magnitudes;
 use fourfold::model::roles::{HeadGradients, Policy, ValueModel};
+use fourfold::ops::sample::{Distribution, Sampler};
 use fourfold::ops::storage::dtype::StorageDType;
 use fourfold::ops::weight::ComputeDtype;
 
@@ -72,8 +73,10 @@ fn run(shape: &Shape, device: &Device) -> Log {
         let (mut hidden, mut cache) =
             base.prefill(&Batch::new(&prompts).unwrap(), &sources, Some(&actor), capacity).unwrap();
         let mut live: Vec<usize> = sources.iter().map(|&s| prompts[s].len()).collect();
+        let by = Distribution { temperature: 1.0, top_k: 0, top_p: 0.9 };
         for step in 0..shape.response {
-            base.logits(&hidden, Some(&actor)).unwrap();
+            let logits = base.logits_in_place(&hidden, Some(&actor)).unwrap();
+            Sampler::default().sample(&logits, by, &vec![0.5; live.len()]).unwrap();
             if step == 2 {
                 let keep: Vec<bool> = (0..live.len()).map(|i| i != 1).collect();
                 cache.retain(&keep);

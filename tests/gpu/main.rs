@@ -5,6 +5,7 @@
 
 mod bench;
 mod commands;
+mod decoding;
 mod doctor;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]

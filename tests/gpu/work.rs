@@ -5,7 +5,9 @@ use fourfold::device::{Device, Work};
 use fourfold::model::adapter::TargetModules;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
+use fourfold::model::decoding::Decoding;
 use fourfold::model::roles::{Policy, ValueModel};
+use fourfold::ops::sample::{Distribution, Sampler};
 use fourfold::ops::storage::dtype::StorageDType;
 use fourfold::ops::weight::ComputeDtype;
 
@@ -31,6 +33,7 @@ fn of(pass: impl Fn(Policy<'_>, ValueModel<'_>)) -> Work {
 
 #[test]
 fn a_decoding_step_is_thirteen_launches_a_layer() {
+    let by = Distribution { temperature: 1.0, top_k: 0, top_p: 1.0 };
     let steps = |steps: u32| {
         of(|policy, _| {
             let prompts = Batch::new(&[vec![3, 4, 5], vec![6, 7]]).unwrap();
@@ -38,17 +41,41 @@ fn a_decoding_step_is_thirteen_launches_a_layer() {
             for step in 0..steps {
                 let hidden =
                     policy.base().decode(&[1, 2], &[3 + step, 2 + step], policy.adapter(), &mut cache).unwrap();
-                policy.base().logits(&hidden, policy.adapter()).unwrap();
+                let logits = policy.base().logits_in_place(&hidden, policy.adapter()).unwrap();
+                Sampler::default().sample(&logits, by, &[0.5; 2]).unwrap();
             }
         })
     };
     let one = steps(3) - steps(2);
     // A norm, z, q k v, rotation and cache, attention, z and the output projection; a norm, z, gate and up, activation, z, down.
     let outside = one.launches.saturating_sub(13 * LAYERS);
-    assert!(outside <= 4, "{one:?}: {outside} launches outside of the blocks");
+    // The embedding, the last norm and the lm_head, and two to sample.
+    assert!(outside <= 6, "{one:?}: {outside} launches outside of the blocks");
     assert_eq!(one.products, 0, "{one:?}");
-    assert_eq!(one.downloads, 1, "the logits and nothing else: {one:?}");
-    assert!(one.uploads <= 3, "tokens, positions, lengths: {one:?}");
+    assert_eq!(one.downloads, 1, "the sampled tokens and nothing else: {one:?}");
+    assert!(one.uploads <= 4, "tokens, positions, lengths, draws: {one:?}");
+    assert!(one.copied <= 128, "logits of two sequences alone are {}: {one:?}", 2 * 4 * 1024);
+}
+
+#[test]
+fn a_step_like_the_one_before_is_one_upload_one_replay_and_one_download() {
+    let by = Distribution { temperature: 1.0, top_k: 0, top_p: 1.0 };
+    let steps = |steps: u32| {
+        of(|policy, _| {
+            let prompts = Batch::new(&[vec![3, 4, 5], vec![6, 7]]).unwrap();
+            let mut decoding = Decoding::start(policy, &prompts, &[0, 1], 40, by).unwrap();
+            decoding.first(&[0.5; 2]).unwrap();
+            for step in 0..steps {
+                decoding.step(&[1, 2], &[3 + step, 2 + step], &[0.5; 2]).unwrap();
+            }
+        })
+    };
+    // The first step runs as it is, the second is recorded.
+    let (second, third) = (steps(2) - steps(1), steps(3) - steps(2));
+    assert!(second.launches > 13 * LAYERS && second.replays == 0, "{second:?}");
+    // Draws, tokens, positions, slots, lengths and rows of two sequences; two drawn tokens with what their log-probabilities are of.
+    let copied = 2 * (8 + 4 * 5) + 2 * 16;
+    assert_eq!(third, Work { launches: 0, replays: 1, products: 0, uploads: 1, downloads: 1, copied });
 }
 
 #[test]

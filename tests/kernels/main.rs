@@ -16,6 +16,7 @@ mod linear;
 mod prelude;
 mod reference;
 mod rows;
+mod sample;
 mod storage;
 mod support;
 mod vocabulary;

@@ -8,17 +8,18 @@ use std::ffi::{CString, c_void};
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{result, sys};
 
 pub mod checks;
+mod graph;
 pub mod libraries;
 pub mod nvrtc;
 mod staging;
 
 use super::emulated::cache_folder;
-use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Place, Product, Refusal};
+use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Place, Product, Recorded, Refusal};
 use super::{kernels, lock};
 use checks::{BF16_CARD, Card, Driver, RealDriver};
 use libraries::{Finder, Library, Opened};
@@ -354,6 +355,28 @@ impl Machine for Cuda {
             )?;
         }
         Ok(())
+    }
+
+    fn record(&self, launches: Vec<Recorded>) -> Result<u64> {
+        self.handles.bind()?;
+        // cuGraphAddKernelNode_v2 came with CUDA 12.
+        ensure!(self.driver >= 12_000, "the driver is older than CUDA 12");
+        let nodes = launches.iter().map(|launch| Ok((launch.launch(), self.function(launch.launch().kernel)?)));
+        // SAFETY: the context is bound, and the functions are of loaded modules.
+        unsafe { graph::instantiate(&nodes.collect::<Result<Vec<_>>>()?) }
+    }
+
+    unsafe fn replay(&self, recording: u64) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller; the stream is alive.
+        unsafe { graph::launch(recording, self.handles.stream) }
+    }
+
+    fn forget(&self, recording: u64) {
+        if self.handles.bind().is_ok() {
+            // SAFETY: it comes from `record` and is used for the last time.
+            unsafe { graph::destroy(recording) };
+        }
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -21,7 +21,7 @@ mod gemm;
 mod pool;
 
 use super::dry::{free_host_memory, host_memory};
-use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Product, Refusal};
+use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Product, Recorded, Refusal};
 use super::{kernels, lock};
 use compile::{Fault, Found, Library};
 
@@ -45,6 +45,15 @@ pub struct Emulated {
     allocations: Countdown,
     launches: Countdown,
     copies: Countdown,
+    recordings: Countdown,
+    kept: Mutex<Kept>,
+}
+
+/// Recorded launches by number, and the next number.
+#[derive(Default)]
+struct Kept {
+    recordings: HashMap<u64, Arc<Vec<Recorded>>>,
+    next: u64,
 }
 
 #[derive(Default)]
@@ -102,6 +111,8 @@ impl Emulated {
             allocations: Countdown::never(),
             launches: Countdown::never(),
             copies: Countdown::never(),
+            recordings: Countdown::never(),
+            kept: Mutex::default(),
         })
     }
 
@@ -125,6 +136,16 @@ impl Emulated {
     /// So many more uploads and downloads succeed, and all later ones fail; `None` ends that.
     pub fn fail_copy_after(&self, count: Option<u64>) {
         self.copies.set(count);
+    }
+
+    /// So many more recordings and replays succeed, and all later ones fail; `None` ends that.
+    pub fn fail_recording_after(&self, count: Option<u64>) {
+        self.recordings.set(count);
+    }
+
+    /// How many recordings it keeps.
+    pub fn recordings(&self) -> usize {
+        lock(&self.kept).recordings.len()
     }
 
     /// Bytes in use, counted from the buffers and not from the ledger.
@@ -344,6 +365,30 @@ impl Machine for Emulated {
         // SAFETY: promised by the caller.
         unsafe { gemm::gemm(product) };
         lock(&self.memory).check([product.x.address, product.w.address, product.y.address])
+    }
+
+    fn record(&self, launches: Vec<Recorded>) -> Result<u64> {
+        ensure!(!self.recordings.fails(), "the recording failed, as a test asked for");
+        let mut kept = lock(&self.kept);
+        kept.next += 1;
+        let number = kept.next;
+        kept.recordings.insert(number, Arc::new(launches));
+        Ok(number)
+    }
+
+    unsafe fn replay(&self, recording: u64) -> Result<()> {
+        ensure!(!self.recordings.fails(), "the replay failed, as a test asked for");
+        let launches = lock(&self.kept).recordings.get(&recording).cloned().context("there is no such recording")?;
+        for launch in &*launches {
+            let launch = launch.launch();
+            // SAFETY: promised by the caller.
+            unsafe { self.launch(&launch) }.with_context(|| format!("kernel {} of a replay", launch.kernel))?;
+        }
+        Ok(())
+    }
+
+    fn forget(&self, recording: u64) {
+        lock(&self.kept).recordings.remove(&recording);
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -187,6 +187,21 @@ impl Live {
     /// # Errors
     /// If a length is 0 or above `capacity`, or two sequences have one slot.
     pub fn new(device: &Device, capacity: usize, slots: &[usize], lengths: &[usize]) -> Result<Self> {
+        let (numbers, count) = (Self::numbers(capacity, slots, lengths)?, slots.len());
+        let target_rows = highest(&numbers[2 * count..])?;
+        let mut sorted = slots.to_vec();
+        sorted.sort_unstable();
+        ensure!(sorted.windows(2).all(|w| w[0] != w[1]), "two live sequences have one slot: {slots:?}");
+        let all = device.input("cache", &numbers)?.reshape(3, count)?;
+        let targets = all.row_range(2..3)?;
+        let newest = Writes { sources: None, targets, count, source_rows: count, target_rows, capacity };
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let (slots, lengths) = (all.row_range(0..1)?, all.row_range(1..2)?);
+        Ok(Self { slots, lengths, newest, longest, count, capacity })
+    }
+
+    /// (3, S): slots, lengths, and the rows of the cache where the newest keys and values go.
+    pub(super) fn numbers(capacity: usize, slots: &[usize], lengths: &[usize]) -> Result<Vec<u32>> {
         let count = slots.len();
         ensure!(lengths.len() == count, "{count} slots and {} lengths", lengths.len());
         if let Some(length) = lengths.iter().find(|&&n| n == 0 || n > capacity) {
@@ -202,16 +217,7 @@ impl Live {
         for (&slot, &length) in slots.iter().zip(lengths) {
             numbers.push(size("cache", slot * capacity + length - 1)?);
         }
-        let target_rows = highest(&numbers[2 * count..])?;
-        let mut sorted = slots.to_vec();
-        sorted.sort_unstable();
-        ensure!(sorted.windows(2).all(|w| w[0] != w[1]), "two live sequences have one slot: {slots:?}");
-        let all = device.indices(&numbers)?.reshape(3, count)?;
-        let targets = all.row_range(2..3)?;
-        let newest = Writes { sources: None, targets, count, source_rows: count, target_rows, capacity };
-        let longest = lengths.iter().copied().max().unwrap_or(0);
-        let (slots, lengths) = (all.row_range(0..1)?, all.row_range(1..2)?);
-        Ok(Self { slots, lengths, newest, longest, count, capacity })
+        Ok(numbers)
     }
 
     /// Rows 0, 1, 2, .. become the newest of each sequence.

@@ -44,6 +44,14 @@ pub(super) struct CachedSequence {
     pub(super) values: Vec<f32>,
 }
 
+/// What a decoding step on a device reads of a cache.
+pub struct NextStep {
+    /// The input "cache": slots, lengths and the newest rows of the live sequences.
+    pub numbers: Vec<u32>,
+    /// Chunks that the longest sequence is cut into: the kernels' grid and memory depend on them alone, windowed or not.
+    pub chunks: usize,
+}
+
 /// A full list grows by at least this many elements: doubling would leave half of a long one unused.
 const GROWTH: usize = 1 << 14;
 
@@ -163,6 +171,21 @@ impl KvCache {
         }
     }
 
+    /// What the next step on a device reads of this cache; `None` if the cache grows first, or lies on the host.
+    ///
+    /// # Errors
+    /// If a number does not fit 32 bits.
+    pub fn next_step(&self) -> Result<Option<NextStep>> {
+        let Store::Device(DeviceSlots { cache, slots, lengths }) = &self.store else { return Ok(None) };
+        let lengths: Vec<usize> = lengths.iter().map(|length| length + 1).collect();
+        let longest = lengths.iter().max().copied().unwrap_or(0);
+        if longest > cache.capacity() {
+            return Ok(None);
+        }
+        let numbers = Live::numbers(cache.capacity(), slots, &lengths)?;
+        Ok(Some(NextStep { numbers, chunks: longest.div_ceil(CHUNK) }))
+    }
+
     /// Whether a device's next step needs memory of another size than this one: a full cache grows, and sums of more chunks
     /// meet. A plan runs such steps, and passes over the others by [`KvCache::advance`].
     pub fn next_step_differs(&self) -> bool {
@@ -253,7 +276,7 @@ impl DeviceSlots {
         let on_device = |(table, positions): (&RopeTable, &[u32])| -> Result<_> {
             table.check(positions)?;
             let last = positions.iter().copied().max().unwrap_or(0) as usize;
-            Ok((table.on(device, last)?, device.indices(positions)?))
+            Ok((table.on(device, last)?, device.input("positions", positions)?))
         };
         let rotation = rotation.map(on_device).transpose()?;
         let rotation = rotation.as_ref().map(|(table, positions)| (&**table, positions));

@@ -20,7 +20,7 @@ use crate::device::Array;
 use crate::ops::columns;
 use crate::ops::rope::{self, Direction, RopeTable};
 
-pub use kv_cache::KvCache;
+pub use kv_cache::{KvCache, NextStep};
 
 /// Queries whose scores exist at once.
 pub(crate) const QUERIES: usize = 48;

@@ -79,7 +79,7 @@ pub fn forward(table: &DeviceWeight, ids: &[u32], lora: Option<&DeviceLora>) -> 
         check(table, lora)?;
     }
     let x = device.matrix(Element::F32, ids.len(), d)?;
-    embedding(table, &device.upload_u32(ids)?, &x)?;
+    embedding(table, &device.input("embedding", ids)?, &x)?;
     let Some(lora) = lora else { return Ok((x, None)) };
     let r = lora.rank();
     let index = factor_index(device, ids, r, vocabulary)?;

@@ -135,10 +135,10 @@ pub fn backward(
 }
 
 /// Products h W^T -> logits at temperature 1: the multiplier and the soft cap, in place.
-pub fn shape(head: &LmHead<'_>, logits: &mut [f32]) {
-    match head.soft_cap {
-        Some(cap) => soft_cap(logits, head.multiplier / cap, cap),
-        None if head.multiplier != 1.0 => logits.iter_mut().for_each(|l| *l *= head.multiplier),
+pub fn shape(multiplier: f32, soft_cap_at: Option<f32>, logits: &mut [f32]) {
+    match soft_cap_at {
+        Some(cap) => soft_cap(logits, multiplier / cap, cap),
+        None if multiplier != 1.0 => logits.iter_mut().for_each(|l| *l *= multiplier),
         None => {}
     }
 }

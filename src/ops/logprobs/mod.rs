@@ -16,7 +16,7 @@ pub mod gpu_head;
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 
-use crate::device::Array;
+use crate::device::{Array, Matrix};
 
 use crate::ops::cpu::{tensor, view};
 use crate::ops::linear::{self, BranchGradient, LinearWithLora, LowRank};
@@ -72,26 +72,74 @@ impl<'a> LmHead<'a> {
     }
 }
 
+/// Logits (S, vocab) at temperature 1, where they were computed.
+pub struct Logits {
+    /// h W^T, before multiplier and soft cap.
+    products: Array,
+    /// m of [`LmHead`].
+    pub(crate) multiplier: f32,
+    /// c of [`LmHead`].
+    pub(crate) soft_cap: Option<f32>,
+}
+
+impl Logits {
+    /// Logits of products (S, vocab), f32 if they lie on a device.
+    pub fn new(products: Array, multiplier: f32, soft_cap: Option<f32>) -> Self {
+        Self { products, multiplier, soft_cap }
+    }
+
+    /// (S, vocab).
+    ///
+    /// # Errors
+    /// If a tensor is not a matrix.
+    pub fn dims2(&self) -> Result<(usize, usize)> {
+        self.products.dims2()
+    }
+
+    /// The products, if they lie on a device.
+    pub(crate) fn on_device(&self) -> Option<&Matrix> {
+        self.products.device().ok()
+    }
+
+    /// The logits of one sequence, (1, vocab).
+    pub(crate) fn row(&self, row: usize) -> Result<Self> {
+        let products = match &self.products {
+            Array::Host(tensor) => tensor.narrow(0, row, 1)?.into(),
+            Array::Device(matrix) => matrix.row_range(row..row + 1)?.into(),
+        };
+        Ok(Self { products, ..*self })
+    }
+
+    /// The logits as a tensor on the host.
+    ///
+    /// # Errors
+    /// If the download fails.
+    pub fn to_host(&self) -> Result<Tensor> {
+        let products = self.products.to_host()?;
+        if self.multiplier == 1.0 && self.soft_cap.is_none() {
+            return Ok(products);
+        }
+        let mut shaped = view(&products)?.to_vec();
+        cpu::shape(self.multiplier, self.soft_cap, &mut shaped);
+        Ok(tensor(shaped, products.dims2()?)?)
+    }
+}
+
 /// Logits (S, vocab) at temperature 1 of hidden states h (S, D): for sampling, where S is small.
 ///
 /// # Errors
 /// If shapes do not fit.
-pub fn logits(h: &Array, head: &LmHead<'_>) -> Result<Tensor> {
-    let logits = match h {
+pub fn logits(h: &Array, head: &LmHead<'_>) -> Result<Logits> {
+    let products = match h {
         Array::Host(_) => {
             let part = LinearWithLora { weight: head.weight, bias: None, lora: head.lora };
             let (mut logits, _) = linear::forward(h, &[part], None)?;
             let Some(logits) = logits.pop() else { bail!("a linear group of one part has one output") };
-            logits.to_host()?
+            logits
         }
-        Array::Device(h) => Array::Device(gpu_head::products(h, head)?).to_host()?,
+        Array::Device(h) => gpu_head::products(h, head)?.into(),
     };
-    if head.multiplier == 1.0 && head.soft_cap.is_none() {
-        return Ok(logits);
-    }
-    let mut shaped = view(&logits)?.to_vec();
-    cpu::shape(head, &mut shaped);
-    Ok(tensor(shaped, logits.dims2()?)?)
+    Ok(Logits::new(products, head.multiplier, head.soft_cap))
 }
 
 /// Log-probability of `targets` (R) and the entropy at each of the hidden states h (R, D), which are already normed.

@@ -1,8 +1,9 @@
-//! Sampling on the CPU, one row of logits at a time. Read `mod.rs` beside it for the distribution.
+//! Sampling on the CPU, one row of logits at a time. gpu.cu does the same operations in the same order where it says so. Read
+//! `mod.rs` beside it for the distribution.
 
 use anyhow::Result;
 
-use super::Distribution;
+use super::{Distribution, Drawn};
 use crate::diverged;
 use crate::ops::cpu::{exp, lane_sum, vectorised};
 
@@ -14,15 +15,15 @@ pub struct Buffers {
 }
 
 impl Buffers {
-    /// The token for a uniform `draw` in [0, 1), and its log-probability.
-    pub fn sample_row(&mut self, logits: &[f32], distribution: Distribution, draw: f64) -> Result<(u32, f32)> {
+    /// The token for a uniform `draw` in [0, 1).
+    pub fn sample_row(&mut self, logits: &[f32], distribution: Distribution, draw: f64) -> Result<Drawn> {
         let (best, top) = logits.iter().enumerate().fold(
             (0, f32::NEG_INFINITY),
             |(b, t), (i, &l)| {
                 if l > t { (i, l) } else { (b, t) }
             },
         );
-        let inverse = if distribution.temperature > 0.0 { (1.0 / distribution.temperature) as f32 } else { 1.0 };
+        let inverse = distribution.inverse();
         self.weights.resize(logits.len(), 0.0);
         let sum = exponentials(logits, top, inverse, &mut self.weights);
         if !(sum.is_finite() && top.is_finite()) {
@@ -31,9 +32,9 @@ impl Buffers {
                  adapter again with a lower learning_rate"
             ));
         }
-        let logprob = |token: usize| (logits[token] - top) * inverse - sum.ln();
+        let drawn = |token: usize| Drawn { token: token as u32, shifted: (logits[token] - top) * inverse, sum };
         if distribution.temperature <= 0.0 {
-            return Ok((best as u32, logprob(best)));
+            return Ok(drawn(best));
         }
         let token = if distribution.top_k == 0 && distribution.top_p >= 1.0 {
             first_above((0..logits.len()).map(|i| (i, self.weights[i])), f64::from(sum), draw)
@@ -60,7 +61,7 @@ impl Buffers {
             }
             first_above(self.order[..nucleus].iter().map(|&i| (i as usize, weights[i as usize])), mass, draw)
         };
-        Ok((token as u32, logprob(token)))
+        Ok(drawn(token))
     }
 }
 

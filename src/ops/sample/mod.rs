@@ -2,14 +2,17 @@
 //!
 //! p = softmax(l / T). top_k keeps the k most likely tokens, top_p then the most likely of those whose probabilities
 //! sum to top_p; a uniform draw selects a token in proportion to p. T = 0 is greedy: the most likely token. It does not
-//! depend on models or on random number generators. Read `cpu.rs` beside it, then `model/generate.rs` for the use.
+//! depend on models or on random number generators. Read `cpu.rs` and `gpu.rs` beside it, then `model/generate.rs` for the
+//! use.
 
 mod cpu;
+mod gpu;
 
 use anyhow::Result;
-use candle_core::Tensor;
 
+use crate::device::Matrix;
 use crate::ops::cpu::view;
+use crate::ops::logprobs::Logits;
 
 /// The distribution that tokens are drawn from.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -22,6 +25,33 @@ pub struct Distribution {
     pub top_p: f64,
 }
 
+impl Distribution {
+    /// 1 / T, and 1 if greedy.
+    fn inverse(self) -> f32 {
+        if self.temperature > 0.0 { (1.0 / self.temperature) as f32 } else { 1.0 }
+    }
+}
+
+/// A token, and what its log-probability is made of.
+#[derive(Clone, Copy, Debug)]
+struct Drawn {
+    token: u32,
+    /// (l - max l) / T of the token.
+    shifted: f32,
+    /// The sum of e^((l - max l) / T) over the vocabulary.
+    sum: f32,
+}
+
+impl Drawn {
+    /// The token and its log-probability, nats.
+    fn with_logprob(self) -> (u32, f32) {
+        (self.token, self.shifted - self.sum.ln())
+    }
+}
+
+/// Draws that a device makes; none for the host.
+pub struct Pending(Option<Matrix>);
+
 /// Draws tokens from logits; keeps its buffers between calls.
 #[derive(Default)]
 pub struct Sampler {
@@ -32,13 +62,58 @@ impl Sampler {
     /// One token per row of `logits` (S, vocab), and its log-probability under softmax(l / T) over the whole vocabulary
     /// (T = 1 if greedy), nats. `draws` (S): uniform numbers in [0, 1).
     ///
+    /// Logits on a device stay there, and tokens and log-probabilities are those of the host in every bit. The host draws
+    /// from downloaded logits where that cannot be: all rows for a top-k of more than 1,024 (but less than the vocabulary)
+    /// and vocabularies above 524,288 tokens; single rows where top-p leaves more than 1,024 tokens, or the draw is so near
+    /// to the boundary of two tokens that the order of sums decides.
+    ///
     /// # Errors
     /// If shapes do not fit, or logits are NaN or infinite.
-    pub fn sample(&mut self, logits: &Tensor, distribution: Distribution, draws: &[f64]) -> Result<Vec<(u32, f32)>> {
+    pub fn sample(&mut self, logits: &Logits, distribution: Distribution, draws: &[f64]) -> Result<Vec<(u32, f32)>> {
+        let pending = self.begin(logits, distribution, draws)?;
+        self.finish(logits, &pending, distribution, draws)
+    }
+
+    /// The first half of [`Sampler::sample`]: what a device does, without waiting for it.
+    ///
+    /// # Errors
+    /// If shapes do not fit, or device memory is out.
+    pub fn begin(&self, logits: &Logits, distribution: Distribution, draws: &[f64]) -> Result<Pending> {
         let (s, vocab) = logits.dims2()?;
-        anyhow::ensure!(s == draws.len() && vocab > 0, "{} draws for logits {:?}", draws.len(), logits.dims());
-        let rows = view(logits)?;
-        let rows = rows.chunks_exact(vocab).zip(draws);
-        rows.map(|(row, &draw)| self.buffers.sample_row(row, distribution, draw)).collect()
+        anyhow::ensure!(s == draws.len() && vocab > 0, "{} draws for logits ({s}, {vocab})", draws.len());
+        Ok(Pending(gpu::begin(logits, distribution, draws)?))
+    }
+
+    /// The second half of [`Sampler::sample`].
+    ///
+    /// # Errors
+    /// If logits are NaN or infinite, or a download fails.
+    pub fn finish(
+        &mut self,
+        logits: &Logits,
+        pending: &Pending,
+        distribution: Distribution,
+        draws: &[f64],
+    ) -> Result<Vec<(u32, f32)>> {
+        let Some(drawn) = &pending.0 else {
+            let (all, (_, vocab)) = (logits.to_host()?, logits.dims2()?);
+            let rows = view(&all)?;
+            let rows = rows.chunks_exact(vocab).zip(draws);
+            return rows.map(|(row, &draw)| Ok(self.on_host(row, distribution, draw)?.with_logprob())).collect();
+        };
+        let row = |(i, (drawn, &draw)): (usize, (Option<Drawn>, &f64))| match drawn {
+            Some(drawn) => Ok(drawn.with_logprob()),
+            None => Ok(self.on_host(&view(&logits.row(i)?.to_host()?)?, distribution, draw)?.with_logprob()),
+        };
+        gpu::finish(drawn)?.into_iter().zip(draws).enumerate().map(row).collect()
+    }
+
+    /// The words of the input "draws" that the kernels read.
+    pub fn draws_as_input(draws: &[f64]) -> Vec<u32> {
+        gpu::words(draws)
+    }
+
+    fn on_host(&mut self, row: &[f32], distribution: Distribution, draw: f64) -> Result<Drawn> {
+        self.buffers.sample_row(row, distribution, draw)
     }
 }

@@ -1,0 +1,286 @@
+//! Decoding steps that are recorded and issued again, against the same steps launch by launch: the same launches, tokens and
+//! log-probabilities, and what happens when a machine refuses or an input is not written.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex};
+
+use anyhow::Result;
+use fourfold::device::emulated::Emulated;
+use fourfold::device::machine::{Launch, Product, Recorded, Refusal};
+use fourfold::device::{Device, Element, Info, Machine};
+use fourfold::model::adapter::TargetModules;
+use fourfold::model::base::Base;
+use fourfold::model::batch::Batch;
+use fourfold::model::decoding::Decoding;
+use fourfold::model::generate::{Response, SamplingParams, generate};
+use fourfold::model::roles::Policy;
+use fourfold::ops::sample::Distribution;
+use fourfold::ops::storage::dtype::StorageDType;
+use fourfold::ops::weight::ComputeDtype;
+
+use crate::parity::families;
+use crate::tiny_decoders::open;
+use crate::world::*;
+
+type Log = Vec<(String, [u32; 3])>;
+
+fn entry(launch: &Launch<'_>) -> (String, [u32; 3]) {
+    (launch.kernel.to_string(), launch.grid)
+}
+
+/// The emulated machine, with a list of all its launches. It can leave a part of an input as it was.
+struct Watched {
+    inner: Arc<Emulated>,
+    log: Mutex<Log>,
+    recordings: Mutex<HashMap<u64, Log>>,
+    /// Bytes of the input, and those of them that only its first write reaches.
+    stale: Option<(usize, Range<usize>)>,
+    inputs: Mutex<Vec<u64>>,
+}
+
+impl Watched {
+    fn open(inner: &Arc<Emulated>, stale: Option<(usize, Range<usize>)>) -> (Arc<Self>, Device) {
+        let inner = Arc::clone(inner);
+        let machine =
+            Self { inner, log: Mutex::default(), recordings: Mutex::default(), stale, inputs: Mutex::default() };
+        let machine = Arc::new(machine);
+        (machine.clone(), Device::new(machine))
+    }
+
+    fn log(&self) -> Log {
+        std::mem::take(&mut self.log.lock().unwrap())
+    }
+}
+
+impl Machine for Watched {
+    fn name(&self) -> String {
+        "the watched machine".into()
+    }
+    fn info(&self) -> Result<Info> {
+        self.inner.info()
+    }
+    fn supports(&self, element: Element) -> bool {
+        self.inner.supports(element)
+    }
+    fn allocate(&self, bytes: usize) -> Result<u64, Refusal> {
+        self.inner.allocate(bytes)
+    }
+    unsafe fn free(&self, address: u64, bytes: usize) {
+        // SAFETY: promised by the caller, as in all functions below.
+        unsafe { self.inner.free(address, bytes) }
+    }
+    fn allocate_host(&self, bytes: usize) -> Result<*mut u8> {
+        self.inner.allocate_host(bytes)
+    }
+    unsafe fn free_host(&self, address: *mut u8, bytes: usize) {
+        // SAFETY: as above.
+        unsafe { self.inner.free_host(address, bytes) }
+    }
+    unsafe fn upload(&self, from: &[u8], to: u64) -> Result<()> {
+        if let Some((bytes, stale)) = self.stale.clone().filter(|(bytes, _)| *bytes == from.len()) {
+            let mut inputs = self.inputs.lock().unwrap();
+            if inputs.contains(&to) {
+                for part in [0..stale.start, stale.end..bytes].into_iter().filter(|part| !part.is_empty()) {
+                    // SAFETY: as above; a part lies inside of the whole.
+                    unsafe { self.inner.upload(&from[part.clone()], to + part.start as u64) }?;
+                }
+                return Ok(());
+            }
+            inputs.push(to);
+        }
+        // SAFETY: as above.
+        unsafe { self.inner.upload(from, to) }
+    }
+    unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.inner.download(from, to) }
+    }
+    unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.inner.zero(address, bytes) }
+    }
+    unsafe fn copy(&self, from: u64, to: u64, bytes: usize) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.inner.copy(from, to, bytes) }
+    }
+    unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
+        self.log.lock().unwrap().push(entry(launch));
+        // SAFETY: as above.
+        unsafe { self.inner.launch(launch) }
+    }
+    unsafe fn gemm(&self, product: &Product) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { self.inner.gemm(product) }
+    }
+    fn record(&self, launches: Vec<Recorded>) -> Result<u64> {
+        let log = launches.iter().map(|kept| entry(&kept.launch())).collect();
+        let number = self.inner.record(launches)?;
+        self.recordings.lock().unwrap().insert(number, log);
+        Ok(number)
+    }
+    unsafe fn replay(&self, recording: u64) -> Result<()> {
+        let launches = self.recordings.lock().unwrap()[&recording].clone();
+        self.log.lock().unwrap().extend(launches);
+        // SAFETY: as above.
+        unsafe { self.inner.replay(recording) }
+    }
+    fn forget(&self, recording: u64) {
+        self.inner.forget(recording);
+    }
+    fn synchronize(&self) -> Result<()> {
+        self.inner.synchronize()
+    }
+}
+
+/// A machine that keeps no recordings.
+fn refusing() -> (Arc<Emulated>, Device) {
+    let (machine, device) = machine().unwrap();
+    machine.fail_recording_after(Some(0));
+    (machine, device)
+}
+
+fn small(device: &Device) -> Base {
+    let base = embedded(2).quantised(Some(StorageDType::Q8_0)).base().unwrap().computing_in(ComputeDtype::F16);
+    on(base, device)
+}
+
+/// Prompts of which one crosses a chunk of the cache, and settings under which some end early.
+fn prompts() -> Vec<Vec<u32>> {
+    let of = |n: u32, seed: u32| (0..n).map(|i| (i * 7 + seed * 31) % 900 + 3).collect();
+    vec![of(251, 1), of(5, 2), of(9, 3), of(5, 2)]
+}
+
+fn settings() -> SamplingParams {
+    SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 24, stop: (0..25).collect() }
+}
+
+fn rollout(base: &Base, prompts: &[Vec<u32>], sampling: &SamplingParams) -> Vec<Response> {
+    try_rollout(base, prompts, sampling).unwrap_or_else(|e| panic!("{e:#}"))
+}
+
+fn try_rollout(base: &Base, prompts: &[Vec<u32>], sampling: &SamplingParams) -> Result<Vec<Response>> {
+    let adapter = adapter(base, TargetModules::AllLinear, 3, 5);
+    let seeds: Vec<u64> = (0..prompts.len() as u64).map(|s| 90 + s).collect();
+    generate(Policy::new(base, Some(&adapter)), prompts, &seeds, sampling, |_, _| {})
+}
+
+#[test]
+fn steps_issued_again_have_the_launches_and_tokens_of_steps_launch_by_launch() {
+    let Some((kept, _)) = machine() else { return };
+    let _time = timed("recorded decoding steps");
+    let (watched, device) = Watched::open(&kept, None);
+    let (one_by_one, plain) = Watched::open(&refusing().0, None);
+    let (base, other) = (small(&device), small(&plain));
+    let narrow = SamplingParams { top_k: 40, top_p: 0.95, temperature: 0.8, ..settings() };
+    // The host draws from more than 1,024 tokens: the recorded step ends with the logits.
+    let of_host = SamplingParams { temperature: 0.0, top_k: 0, ..settings() };
+    for sampling in [settings(), narrow, of_host] {
+        let (got, want) = (rollout(&base, &prompts(), &sampling), rollout(&other, &prompts(), &sampling));
+        let lengths: Vec<usize> = want.iter().map(|r| r.tokens.len()).collect();
+        assert_eq!(got, want, "{sampling:?}");
+        let (ours, theirs) = (watched.log(), one_by_one.log());
+        assert_eq!(ours.len(), theirs.len(), "{sampling:?}: responses of {lengths:?} tokens");
+        assert_eq!(ours, theirs, "{sampling:?}");
+        say(&format!("responses of {lengths:?} tokens: {} launches", ours.len()));
+        assert!(lengths.iter().any(|&n| n != lengths[0]) || sampling.temperature == 0.0, "{lengths:?}");
+    }
+    let (work, none) = (device.work(), plain.work());
+    say(&format!("with recordings {work:?}, without {none:?}"));
+    assert!(work.replays >= 8 && none.replays == 0, "{work:?} {none:?}");
+    assert!(work.uploads < none.uploads && work.launches < none.launches, "{work:?} {none:?}");
+    assert_eq!(kept.recordings(), 0, "recordings outlive their rollout");
+}
+
+#[test]
+fn an_input_that_is_not_written_again_changes_what_is_sampled() {
+    let Some((inner, _)) = machine() else { return };
+    let _time = timed("inputs of another step");
+    // Their lengths together are no array of the input's size.
+    let prompts = [prompts()[1].clone(), prompts()[2][..8].to_vec()];
+    let sampling = SamplingParams { stop: vec![], max_new_tokens: 10, ..settings() };
+    let (_, device) = Watched::open(&inner, None);
+    let want = rollout(&small(&device), &prompts, &sampling);
+    // Words of the draws, tokens, positions, and slots, lengths and rows of two sequences.
+    let (all, words) = (14, [0..4, 4..6, 6..8, 10..12, 12..14]);
+    for part in words {
+        let (_, device) = Watched::open(&inner, Some((4 * all, 4 * part.start..4 * part.end)));
+        let got = try_rollout(&small(&device), &prompts, &sampling);
+        assert!(device.work().replays > 0);
+        match got {
+            Ok(got) => {
+                assert_eq!(got[0].tokens[..3], want[0].tokens[..3], "the steps before the first replay");
+                assert_ne!(got, want, "words {part:?} of the input do not matter");
+            }
+            // Keys that were never written are NaN on this machine.
+            Err(error) => {
+                assert!(part == (12..14) && format!("{error:#}").contains("NaN"), "words {part:?}: {error:#}")
+            }
+        }
+    }
+    // Nothing is left out: the same machine, with a part of no words.
+    let (_, device) = Watched::open(&inner, Some((4 * all, 8..8)));
+    assert_eq!(rollout(&small(&device), &prompts, &sampling), want);
+}
+
+#[test]
+fn a_machine_that_refuses_a_recording_or_a_replay_goes_on_launch_by_launch() {
+    let Some((machine, device)) = machine() else { return };
+    let base = small(&device);
+    let (prompts, sampling) = (prompts(), SamplingParams { stop: vec![], max_new_tokens: 9, ..settings() });
+    let want = rollout(&base, &prompts, &sampling);
+    assert!(device.work().replays > 0 && device.can_record());
+    let live = device.usage().live;
+    assert_eq!(rollout(&base, &prompts, &sampling), want);
+    assert_eq!(device.usage().live, live, "a recording's memory outlives its rollout");
+    for after in [0, 1, 3] {
+        let (machine, device) = (machine.clone(), Device::new(machine.clone()));
+        machine.fail_recording_after(Some(after));
+        let base = small(&device);
+        assert_eq!(rollout(&base, &prompts, &sampling), want, "failure after {after}");
+        assert!(!device.can_record() && device.work().replays <= after as usize);
+        assert_eq!(device.usage().live, live, "memory of a recording is left");
+        machine.fail_recording_after(None);
+    }
+    assert_eq!(machine.recordings(), 0);
+}
+
+#[test]
+fn every_family_decodes_alike_with_and_without_recordings() {
+    let Some((_, device)) = machine() else { return };
+    let (_, plain) = refusing();
+    let _time = timed("recorded steps of the families");
+    for path in families() {
+        let (base, other) = (on(open(&path).base, &device), on(open(&path).base, &plain));
+        let vocab = base.config().vocab_size as u32;
+        let prompts: Vec<Vec<u32>> = vec![(0..5).map(|i| i % vocab).collect(), vec![1, 2]];
+        let sampling = SamplingParams { stop: vec![3], max_new_tokens: 8, ..settings() };
+        let before = device.work();
+        assert_eq!(rollout(&base, &prompts, &sampling), rollout(&other, &prompts, &sampling), "{path}");
+        let work = device.work() - before;
+        assert!(work.replays > 0, "{path}: {work:?}");
+    }
+}
+
+#[test]
+fn a_cache_that_grows_ends_a_recording() {
+    let Some((_, device)) = machine() else { return };
+    let (_, plain) = refusing();
+    let run = |device: &Device| {
+        let base = small(device);
+        let by = Distribution { temperature: 1.0, top_k: 0, top_p: 1.0 };
+        let prompts = Batch::new(&[vec![3, 4, 5], vec![6, 7]]).unwrap();
+        let mut decoding = Decoding::start(Policy::new(&base, None), &prompts, &[0, 1], 4, by).unwrap();
+        let mut all = decoding.first(&[0.3, 0.8]).unwrap();
+        for step in 0..9 {
+            let tokens: Vec<u32> = all[all.len() - 2..].iter().map(|(token, _)| *token).collect();
+            let draw = f64::from(step) / 10.0 + 0.013;
+            all.extend(decoding.step(&tokens, &[3 + step, 2 + step], &[draw, 1.0 - draw]).unwrap());
+        }
+        all
+    };
+    let (got, want) = (run(&device), run(&plain));
+    assert_eq!(got, want);
+    // Four steps fit: one as it is, one recorded, two replays; the fifth grows the cache, then again.
+    assert_eq!((device.work().replays, plain.work().replays), (4, 0));
+}
