@@ -12,6 +12,7 @@ pub mod cuda;
 pub mod dry;
 pub mod emulated;
 pub mod kernels;
+mod landing;
 pub mod machine;
 mod matrix;
 mod pass;
@@ -22,6 +23,7 @@ pub mod select;
 pub mod testing;
 
 pub use array::Array;
+pub use landing::{HostCopy, Landing};
 pub use machine::{Element, Info, LibraryInfo, Machine};
 pub use matrix::{Matrix, Ptr};
 pub use pass::Pass;
@@ -56,6 +58,8 @@ pub struct Work {
     pub downloads: usize,
     /// Bytes that were copied to the machine and from it.
     pub copied: usize,
+    /// Bytes that were copied to the machine beside the order of work, from pinned memory: layers that are streamed.
+    pub streamed: usize,
 }
 
 impl std::ops::Sub for Work {
@@ -67,6 +71,7 @@ impl std::ops::Sub for Work {
             uploads: self.uploads - before.uploads,
             downloads: self.downloads - before.downloads,
             copied: self.copied - before.copied,
+            streamed: self.streamed - before.streamed,
         }
     }
 }

@@ -1,8 +1,9 @@
 //! The changes of a config that make a stage smaller, the cheapest first, each with its cost in words. It does not depend on
 //! the planner's sums: `plan.rs` beside it tries the changes one after another.
 
-use crate::config::{Config, Quantize, RecomputeSetting, Stage};
+use crate::config::{Config, Offload, Quantize, RecomputeSetting, Stage};
 use crate::model::block::Recompute;
+use crate::planner::dry::is_device;
 
 /// A change of settings that needs less.
 #[derive(Clone, Debug, PartialEq)]
@@ -81,7 +82,7 @@ fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, Str
 }
 
 /// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a
-/// forward or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
+/// forward or a whole one, layers that a device does not keep the time of their copies, a quantised base some accuracy, shorter or fewer sequences another training.
 pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
     let recomputes: &[Recomputed] = match config.checkpoint(stage) {
@@ -113,6 +114,7 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
     // On top of the last of them: changes that affect more than time.
     let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
+    all.extend(offloading(stage, config, recomputes.last()));
     for (quantize, name, costs) in [
         (Quantize::Q8_0, "q8_0", "weights of a dense base are rounded to 8.5 bits"),
         (Quantize::Q4K, "q4_k", "weights of a dense base are rounded to 4.5 bits"),
@@ -214,6 +216,31 @@ const RECOMPUTED: [Recomputed; 2] = [
         price: 0.4,
     },
 ];
+
+/// Layers that a device does not keep, as few as let the run fit. Micro-batches stay as large as they are: the larger they are,
+/// the better they hide the copies.
+fn offloading(stage: Stage, config: &Config, recomputed: Option<&Recomputed>) -> Option<Change> {
+    let mut change = Change { set: vec![], costs: String::new(), config: config.clone() };
+    if let Some(recomputed) = recomputed {
+        change = recomputing(stage, change, recomputed);
+    }
+    let sections = [
+        ("base", Some(&mut change.config.base)),
+        ("reward_base", change.config.reward_base.as_mut()),
+        ("teacher", change.config.teacher.as_mut()),
+    ];
+    let before = change.set.len();
+    for (name, section) in sections {
+        if let Some(section) = section.filter(|of| is_device(of.device()) && of.offload() != Offload::Auto) {
+            section.offload = Some(Offload::Auto);
+            change.set.push(pair(&format!("{name}.offload"), "auto"));
+        }
+    }
+    let costs =
+        "layers that do not fit are copied from the host at every pass, so that decoding runs at the link's speed";
+    change.costs = join(&change.costs, costs);
+    (change.set.len() > before).then_some(change)
+}
 
 fn recomputing(stage: Stage, change: Change, by: &Recomputed) -> Change {
     let mut set = change.set;
