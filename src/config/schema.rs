@@ -65,6 +65,11 @@ pub enum Offload {
 }
 
 impl Offload {
+    /// Is it `"auto"`, chosen or not?
+    pub const fn is_auto(self) -> bool {
+        matches!(self, Self::Auto | Self::Chosen(_))
+    }
+
     /// The number of layers; `"auto"` counts as none until a plan has chosen.
     pub const fn layers(self) -> usize {
         match self {

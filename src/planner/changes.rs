@@ -3,7 +3,6 @@
 
 use crate::config::{Config, Offload, Quantize, RecomputeSetting, Stage};
 use crate::model::block::Recompute;
-use crate::planner::dry::is_device;
 
 /// A change of settings that needs less.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,7 +81,8 @@ fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, Str
 }
 
 /// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a
-/// forward or a whole one, layers that a device does not keep the time of their copies, a quantised base some accuracy, shorter or fewer sequences another training.
+/// forward or a whole one, layers that a device does not keep the time of their copies, a quantised base some accuracy,
+/// shorter or fewer sequences another training.
 pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
     let recomputes: &[Recomputed] = match config.checkpoint(stage) {
@@ -90,9 +90,11 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         RecomputeSetting::Mlp => &RECOMPUTED[1..],
         RecomputeSetting::Block | RecomputeSetting::Auto => &[],
     };
-    let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
+    let mut cuts = halved(0.03, vec![(0.0, blank.clone())], micro_batch(stage, config), |times| {
         format!("frozen weights are unpacked {times} times as often in updates")
     });
+    // The larger a micro-batch, the better it hides the copies of layers.
+    let large: Vec<Change> = cuts.iter().map(|(_, cut)| cut.clone()).collect();
     if stage.has_rollouts() {
         cuts = halved(0.05, cuts, at_once(stage, config), |times| format!("responses are sampled in {times} turns"));
     }
@@ -113,8 +115,12 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     });
     let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
     // On top of the last of them: changes that affect more than time.
-    let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
-    all.extend(offloading(stage, config, recomputes.last()));
+    let mut last = least.unwrap_or(blank);
+    let recomputing_all = |cut| match recomputes.last() {
+        Some(recomputed) => recomputing(stage, cut, recomputed),
+        None => cut,
+    };
+    all.extend(large.into_iter().map(recomputing_all).chain([last.clone()]).filter_map(offloading));
     for (quantize, name, costs) in [
         (Quantize::Q8_0, "q8_0", "weights of a dense base are rounded to 8.5 bits"),
         (Quantize::Q4K, "q4_k", "weights of a dense base are rounded to 4.5 bits"),
@@ -217,13 +223,9 @@ const RECOMPUTED: [Recomputed; 2] = [
     },
 ];
 
-/// Layers that a device does not keep, as few as let the run fit. Micro-batches stay as large as they are: the larger they are,
-/// the better they hide the copies.
-fn offloading(stage: Stage, config: &Config, recomputed: Option<&Recomputed>) -> Option<Change> {
-    let mut change = Change { set: vec![], costs: String::new(), config: config.clone() };
-    if let Some(recomputed) = recomputed {
-        change = recomputing(stage, change, recomputed);
-    }
+/// The change with layers that a device does not keep, as few as let the run fit; `None` if there is no device, or the config
+/// says so already.
+fn offloading(mut change: Change) -> Option<Change> {
     let sections = [
         ("base", Some(&mut change.config.base)),
         ("reward_base", change.config.reward_base.as_mut()),
@@ -231,7 +233,7 @@ fn offloading(stage: Stage, config: &Config, recomputed: Option<&Recomputed>) ->
     ];
     let before = change.set.len();
     for (name, section) in sections {
-        if let Some(section) = section.filter(|of| is_device(of.device()) && of.offload() != Offload::Auto) {
+        if let Some(section) = section.filter(|of| of.device().is_device() && !of.offload().is_auto()) {
             section.offload = Some(Offload::Auto);
             change.set.push(pair(&format!("{name}.offload"), "auto"));
         }

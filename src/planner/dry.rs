@@ -49,7 +49,7 @@ pub const BESIDE: usize = CONTEXT_BYTES + WORKSPACE_BYTES;
 
 /// Does a choice name a device?
 pub fn is_device(choice: DeviceChoice) -> bool {
-    matches!(choice, DeviceChoice::Cuda(_) | DeviceChoice::Emulated)
+    choice.is_device()
 }
 
 /// Memory of one device.

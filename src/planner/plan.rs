@@ -195,22 +195,23 @@ pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shap
         job.scorer.iter_mut().for_each(|net| take(net, scorer));
         Plan::of(job)
     };
+    let Some(most) = choices.last() else { return Ok(plan) };
+    let mut found = offloading(most)?;
+    if !fits(&found) {
+        return Ok(found);
+    }
     // More layers take less, so that half of what is left is ruled out by each plan.
-    let (mut low, mut high, mut found) = (0, choices.len(), None);
+    let (mut low, mut high) = (0, choices.len() - 1);
     while low < high {
         let middle = usize::midpoint(low, high);
         let tried = offloading(&choices[middle])?;
         if fits(&tried) {
-            (high, found) = (middle, Some(tried));
+            (high, found) = (middle, tried);
         } else {
             low = middle + 1;
         }
     }
-    match (found, choices.last()) {
-        (Some(found), _) => Ok(found),
-        (None, Some(most)) => offloading(most),
-        (None, None) => Ok(plan),
-    }
+    Ok(found)
 }
 
 /// The plan of shapes with what the config's `checkpoint` recomputes.
