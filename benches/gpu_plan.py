@@ -21,6 +21,7 @@ MODELS = {
     "7B (Llama 2)": (4096, 11008, 32, 32, 32, 32000, False),
     "8B (Llama 3.1)": (4096, 14336, 32, 32, 8, 128256, False),
     "14B (Qwen 2.5)": (5120, 13824, 48, 40, 8, 152064, False),
+    "32B (Qwen 2.5)": (5120, 27648, 64, 40, 8, 152064, False),
 }
 # Bytes of a stored number.
 TYPES = {"q4_k": 144 / 256, "bf16": 2.0}
@@ -45,7 +46,7 @@ def config(model):
     )
 
 
-def plan(folder, model, dtype, gib):
+def plan(folder, model, dtype, gib, more=()):
     path = f"{folder}/{list(MODELS).index(model)}.json"
     with open(path, "w") as file:
         json.dump(config(model), file)
@@ -55,12 +56,18 @@ def plan(folder, model, dtype, gib):
     }
     if dtype != "bf16":
         settings["base.quantize"] = dtype
+    settings |= dict(more)
     command = [BINARY, "plan", "--base", path, "--phase", "ppo", "--device", "cuda", "--memory", f"{gib}GiB", "--json"]
     command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     done = subprocess.run(command, capture_output=True, text=True)
     if not done.stdout:
         sys.exit(f"{model}, {dtype}, {gib} GiB: {done.stderr}")
-    return json.loads(done.stdout)
+    found = json.loads(done.stdout)
+    change = (found["smallest_change"] or {}).get("set", {})
+    if "base.offload" in change and not more:
+        # How many layers that is.
+        found["layers"] = plan(folder, model, dtype, gib, change.items())["offload"]["layers"]
+    return found
 
 
 def cell(found):
@@ -71,6 +78,7 @@ def cell(found):
     if not change:
         return "no"
     short = {"ppo.micro_batch_size": "micro", "ppo.local_rollout_forward_batch_size": "at once", "ppo.checkpoint": "checkpoint"}
+    change["set"] = {k: v if k != "base.offload" else f"{found['layers']} layers" for k, v in change["set"].items()}
     return ", ".join(f"{short.get(key, key.split('.')[-1])} {value}" for key, value in change["set"].items())
 
 
@@ -110,7 +118,7 @@ PPO, four roles on one base, {PROMPTS} x ({PROMPT} + {RESPONSE}) tokens, LoRA r 
 ## Memory, by `plan --device cuda`
 
 The device's peak with context and cuBLAS, or the smallest change that fits: `micro` is `ppo.micro_batch_size`, `at once`
-`ppo.local_rollout_forward_batch_size`.
+`ppo.local_rollout_forward_batch_size`, `offload` the layers that stay in the host's pinned memory.
 
 | model | base | {' | '.join(f'{size} GiB' for size in SIZES)} |
 |---|---|{'---|' * len(SIZES)}""")

@@ -199,6 +199,11 @@ impl Shown<'_> {
                 });
                 (device.device.to_string(), of)
             }).collect::<serde_json::Map<_, _>>(),
+            "offload": {
+                "layers": self.plan.job.policy.offload.layers(),
+                "second_base": self.plan.job.scorer.as_ref().map(|net| net.offload.layers()),
+                "pinned": self.plan.job.pinned(),
+            },
             "arrangements": Arrangement::ALL.map(|of| {
                 let (phase, bytes) = of.peak(self.plan);
                 json!({"name": of.name(), "phase": phase.name(), "bytes": classes(&bytes)})
@@ -263,6 +268,9 @@ impl Shown<'_> {
                 let verdict = if device.fits(0) { "it fits" } else { "it does not fit" };
                 let _ = writeln!(out, "room: {}; {verdict}", plan::text(room + dry::BESIDE));
             }
+        }
+        for line in self.plan.offloaded() {
+            let _ = writeln!(out, "{line}");
         }
         let (phase, peak) = self.plan.peak();
         let _ = writeln!(

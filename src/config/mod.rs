@@ -57,7 +57,7 @@ pub use report_to::ReportTo;
 pub use rewards::{RewardKind, RewardPart};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, InitLoraWeights, Lora,
-    MultiTurn, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stage::Stage;

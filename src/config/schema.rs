@@ -40,6 +40,78 @@ pub struct Base {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub device: Option<DeviceChoice>,
+    /// How many layers a card does not keep: they lie in pinned memory of the host and are copied while the layers before
+    /// them compute. `"none"`, a number, or `"auto"`: as few as let the planned run fit, none where it fits without. The numbers
+    /// are the same either way. Passes of some thousand tokens hide the copies; decoding runs at the speed of the link
+    /// whatever the number of sequences, so generate all at once. On the CPU it has no effect. Default `"none"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<WrittenOffload>")]
+    pub offload: Option<Offload>,
+}
+
+/// `offload`: the layers that a card does not keep.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(try_from = "WrittenOffload", into = "WrittenOffload")]
+pub enum Offload {
+    /// `"none"`: it keeps all.
+    #[default]
+    None,
+    /// `"auto"`: as few as let the run fit.
+    Auto,
+    /// `"auto"`, for which a plan has chosen this many.
+    Chosen(usize),
+    /// This many.
+    Layers(usize),
+}
+
+impl Offload {
+    /// Is it `"auto"`, chosen or not?
+    pub const fn is_auto(self) -> bool {
+        matches!(self, Self::Auto | Self::Chosen(_))
+    }
+
+    /// The number of layers; `"auto"` counts as none until a plan has chosen.
+    pub const fn layers(self) -> usize {
+        match self {
+            Self::None | Self::Auto => 0,
+            Self::Chosen(layers) | Self::Layers(layers) => layers,
+        }
+    }
+}
+
+/// `offload` as written: a word or a number.
+#[derive(Deserialize, JsonSchema, Serialize)]
+#[serde(untagged, expecting = "must be \"auto\", \"none\" or a number of layers")]
+enum WrittenOffload {
+    /// `"auto"` or `"none"`.
+    Word(String),
+    /// A number of layers.
+    Layers(usize),
+}
+
+impl TryFrom<WrittenOffload> for Offload {
+    type Error = String;
+
+    fn try_from(written: WrittenOffload) -> Result<Self, String> {
+        match written {
+            WrittenOffload::Layers(layers) => Ok(Self::Layers(layers)),
+            WrittenOffload::Word(word) => match word.as_str() {
+                "none" => Ok(Self::None),
+                "auto" => Ok(Self::Auto),
+                _ => Err(format!("{word:?} is no offload; use \"auto\", \"none\" or a number of layers")),
+            },
+        }
+    }
+}
+
+impl From<Offload> for WrittenOffload {
+    fn from(offload: Offload) -> Self {
+        match offload {
+            Offload::None => Self::Word("none".into()),
+            Offload::Auto | Offload::Chosen(_) => Self::Word("auto".into()),
+            Offload::Layers(layers) => Self::Layers(layers),
+        }
+    }
 }
 
 /// The type of products on a card, unless `compute_dtype` names one or a base overflows it. The first probability ratio of
@@ -49,12 +121,17 @@ pub const COMPUTE_DTYPE_ON_CARDS: ComputeDtype = ComputeDtype::F16;
 impl Base {
     /// A model with every key at its default.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), quantize: None, compute_dtype: None, device: None }
+        Self { path: path.into(), quantize: None, compute_dtype: None, device: None, offload: None }
     }
 
     /// `device`, or its default.
     pub fn device(&self) -> DeviceChoice {
         self.device.unwrap_or_default()
+    }
+
+    /// `offload`, or its default.
+    pub fn offload(&self) -> Offload {
+        self.offload.unwrap_or_default()
     }
 
     /// `compute_dtype`, or its default by `device` as it is written: `"auto"` counts as the CPU here, until the run has

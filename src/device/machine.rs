@@ -182,7 +182,7 @@ pub struct LibraryInfo {
 }
 
 /// A machine that work is issued to. It has one order of work, and that order is the only synchronisation: what is
-/// issued later sees the results of what was issued earlier. Any thread may issue.
+/// issued later sees the results of what was issued earlier. Any thread may issue. Only a lane's fills run beside that order.
 pub trait Machine: Send + Sync {
     /// A short name for messages, for example `cuda:0 (NVIDIA H100)`.
     fn name(&self) -> String;
@@ -278,5 +278,37 @@ pub trait Machine: Send + Sync {
     /// Waits for two marks, each of which is used once, and returns the seconds between them.
     fn elapsed(&self, from: u64, to: u64) -> Result<f64> {
         Ok(to.saturating_sub(from) as f64 * 1e-9)
+    }
+
+    /// Opens a lane, through which one buffer is filled from pinned memory beside the order of work: on a second stream of
+    /// copies. All that was issued so far, the buffer's allocation among it, is done before the lane's first fill begins.
+    ///
+    /// A machine without a second stream needs none of the four functions: its fills are uploads in the order of work.
+    fn open_lane(&self) -> Result<u64> {
+        Ok(0)
+    }
+
+    /// Waits until the lane's last fill is over and ends the lane. Destructors call it, so it reports nothing.
+    fn close_lane(&self, _lane: u64) {}
+
+    /// Starts a copy, which begins once all that was issued before the lane's last `release` is done. It returns at once:
+    /// until `arrive`, the buffer's content is undefined.
+    ///
+    /// # Safety
+    /// `from` is memory of `allocate_host` and stays as it is until the fill is over; `to` is memory of this machine with so
+    /// many bytes, the same buffer in every call of the lane.
+    unsafe fn fill(&self, _lane: u64, from: &[u8], to: u64) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.upload(from, to) }
+    }
+
+    /// What is issued from now on sees the lane's last fill.
+    fn arrive(&self, _lane: u64) -> Result<()> {
+        Ok(())
+    }
+
+    /// What was issued so far is the last that uses the lane's buffer before its next fill.
+    fn release(&self, _lane: u64) -> Result<()> {
+        Ok(())
     }
 }

@@ -169,6 +169,16 @@ impl Matrix {
         Ok(Self { offset, rows: rows.len(), ..self.clone() })
     }
 
+    /// A view, `offset` bytes from the start of this matrix, of other numbers than it holds. The offset is a multiple of 256
+    /// bytes, so that an allocation's view is aligned as an allocation is.
+    pub fn window(&self, offset: usize, element: Element, rows: usize, cols: usize) -> Result<Self> {
+        let end =
+            rows.checked_mul(cols).and_then(|n| n.checked_mul(element.bytes())).and_then(|n| n.checked_add(offset));
+        let fits = offset.is_multiple_of(256) && end.is_some_and(|end| end <= self.bytes());
+        ensure!(fits, "({rows}, {cols}) of {element} at byte {offset} of {}", self.bytes());
+        Ok(Self { memory: self.memory.clone(), offset: self.offset + offset, element, rows, cols })
+    }
+
     /// The same numbers in another shape, as a view that shares the memory.
     pub fn reshape(&self, rows: usize, cols: usize) -> Result<Self> {
         let fits = rows.checked_mul(cols) == Some(self.len());

@@ -13,6 +13,7 @@ pub mod dry;
 pub mod emulated;
 mod graph;
 pub mod kernels;
+mod landing;
 pub mod machine;
 mod matrix;
 mod pass;
@@ -25,6 +26,7 @@ pub mod testing;
 
 pub use array::Array;
 pub use graph::{Inputs, Recording};
+pub use landing::{HostCopy, Landing};
 pub use machine::{Element, Info, LibraryInfo, Machine};
 pub use matrix::{Matrix, Ptr};
 pub use pass::Pass;
@@ -61,6 +63,8 @@ pub struct Work {
     pub downloads: usize,
     /// Bytes that were copied to the machine and from it.
     pub copied: usize,
+    /// Bytes that were copied to the machine beside the order of work, from pinned memory: layers that are streamed.
+    pub streamed: usize,
 }
 
 impl std::ops::Sub for Work {
@@ -73,6 +77,7 @@ impl std::ops::Sub for Work {
             uploads: self.uploads - before.uploads,
             downloads: self.downloads - before.downloads,
             copied: self.copied - before.copied,
+            streamed: self.streamed - before.streamed,
         }
     }
 }

@@ -28,6 +28,20 @@ impl Device {
     }
 }
 
+impl Pinned {
+    /// The bytes of the numbers.
+    pub fn as_bytes(&self) -> &[u8] {
+        // SAFETY: allocated with this length; numbers have no padding.
+        unsafe { std::slice::from_raw_parts(self.address, self.len * size_of::<f32>()) }
+    }
+
+    /// The bytes of the numbers, to be overwritten.
+    pub fn as_bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as above; every pattern of bits is a number, and the handle is borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.address, self.len * size_of::<f32>()) }
+    }
+}
+
 impl Deref for Pinned {
     type Target = [f32];
     fn deref(&self) -> &[f32] {

@@ -32,6 +32,11 @@ impl<T> Resident<T> {
         Ok(copy)
     }
 
+    /// Puts a copy that was made elsewhere in place of the one that is there.
+    pub fn put(&self, device: &Device, copy: Arc<T>) {
+        *lock(&self.0) = Some((device.clone(), copy));
+    }
+
     /// The copy, wherever it lies.
     pub fn get(&self) -> Option<Arc<T>> {
         lock(&self.0).as_ref().map(|(_, copy)| Arc::clone(copy))

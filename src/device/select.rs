@@ -28,6 +28,13 @@ pub enum DeviceChoice {
     Emulated,
 }
 
+impl DeviceChoice {
+    /// Does it name a device? `"auto"` does not: nothing is chosen yet.
+    pub const fn is_device(self) -> bool {
+        matches!(self, Self::Cuda(_) | Self::Emulated)
+    }
+}
+
 impl FromStr for DeviceChoice {
     type Err = String;
 

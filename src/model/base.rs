@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 
-use crate::device::{Array, Device, Element, Pass};
+use crate::device::{Array, Device, Pass};
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -13,6 +13,7 @@ use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
 use super::block::{Block, Geometry, Layout};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
+use super::stream::{self, Course, LayerStream, Visit};
 use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
@@ -32,6 +33,8 @@ pub struct Base {
     weights: Weights,
     geometry: Geometry,
     fingerprint: String,
+    /// The layers that a device does not keep.
+    stream: Option<LayerStream>,
 }
 
 /// All weights of a decoder.
@@ -118,7 +121,7 @@ impl Base {
             residual_multiplier: config.residual_multiplier as f32,
             rope_tables,
         };
-        let base = Self { config, weights, geometry, fingerprint };
+        let base = Self { config, weights, geometry, fingerprint, stream: None };
         let (shapes, d, e) = (base.shapes(), base.config.hidden_size, base.config.embedding_width);
         let check = |name: &str, have: [usize; 2], want: [usize; 2]| {
             anyhow::ensure!(have == want, "{name} is {have:?}, the configuration requires {want:?}");
@@ -169,31 +172,98 @@ impl Base {
     ///
     /// # Errors
     /// If the device does not support the type that products are computed in, device memory is out, or a copy fails.
-    pub fn on(mut self, device: Option<Device>, mut progress: impl FnMut(usize, usize)) -> Result<Self> {
+    pub fn on(self, device: Option<Device>, progress: impl FnMut(usize, usize)) -> Result<Self> {
+        self.streaming(device, 0, progress)
+    }
+
+    /// The same base on a device that keeps all but `layers` of its layers. Those lie in pinned memory of the host and are copied
+    /// while the layers before them compute, whenever a pass needs them. On the host, `layers` has no effect.
+    ///
+    /// # Errors
+    /// As for [`Base::on`]; if the base has fewer layers, or the host has too little memory to pin.
+    pub fn streaming(
+        mut self,
+        device: Option<Device>,
+        layers: usize,
+        mut progress: impl FnMut(usize, usize),
+    ) -> Result<Self> {
+        self.stream = None;
         let w = &mut self.weights;
+        if layers > w.blocks.len() {
+            return Err(invalid!(
+                "offload = {layers} is more than the base's {} layers; use \"auto\", or {} to keep none on the device",
+                w.blocks.len(),
+                w.blocks.len()
+            ));
+        }
         let linears = w.blocks.iter_mut().flat_map(|b| &mut b.linears).map(|l| &mut l.weight);
         let outside = [&mut w.embedding].into_iter().chain(&mut w.positions).chain(w.projections.iter_mut().flatten());
-        let mut all: Vec<&mut Weight> = outside.chain(linears).chain(&mut w.output).collect();
-        for weight in &mut all {
-            **weight = weight.clone().with_place(device.clone());
+        for weight in outside.chain(linears).chain(&mut w.output) {
+            *weight = weight.clone().with_place(device.clone());
         }
-        if let Some(device) = &device {
-            let element = all.first().map_or(Element::F32, |weight| weight.compute().element());
-            if !device.supports(element) {
-                return Err(invalid!(
-                    "{} does not compute in {element}; set [base] compute_dtype = \"f16\" or \"f32\"",
-                    device.name()
-                ));
-            }
-            let bytes = all.iter().map(|weight| weight.size_in_bytes()).sum();
-            let mut done = 0;
-            for weight in all {
-                weight.on(device)?;
-                done += weight.size_in_bytes();
-                progress(done, bytes);
-            }
+        let Some(device) = device else { return Ok(self) };
+        let element = self.weights.embedding.compute().element();
+        if !device.supports(element) {
+            return Err(invalid!(
+                "{} does not compute in {element}; set [base] compute_dtype = \"f16\" or \"f32\"",
+                device.name()
+            ));
+        }
+        let bytes = self.weights().iter().map(|(_, weight)| weight.size_in_bytes()).sum();
+        let (mut done, of) = (0, self.weights.blocks.len());
+        let mut more = |size: usize| {
+            done += size;
+            progress(done, bytes);
+        };
+        let is_streamed = |layer: usize| stream::is_streamed(layer, layers, of);
+        let kept = self.weights.blocks.iter().enumerate().filter(|(layer, _)| !is_streamed(*layer));
+        let kept = kept.flat_map(|(_, block)| &block.linears).map(|linear| &linear.weight);
+        let w = &self.weights;
+        let outside = [&w.embedding].into_iter().chain(&w.positions).chain(w.projections.iter().flatten());
+        for weight in outside.chain(kept).chain(&w.output) {
+            weight.on(&device)?;
+            more(weight.size_in_bytes());
+        }
+        if layers > 0 {
+            self.stream = Some(LayerStream::new(&device, &mut self.weights.blocks, layers, more)?);
         }
         Ok(self)
+    }
+
+    /// Bytes that a device needs for the matrices if it does not keep `layers` of the layers.
+    pub fn bytes_on_device(&self, layers: usize) -> usize {
+        let bytes = |block: &Block| block.linears.iter().map(|linear| linear.weight.size_in_bytes()).sum::<usize>();
+        let blocks = &self.weights.blocks;
+        let streamed = blocks.iter().enumerate().filter(|(i, _)| stream::is_streamed(*i, layers, blocks.len()));
+        let streamed: Vec<usize> = streamed.map(|(_, block)| bytes(block)).collect();
+        let all = self.weights().iter().map(|(_, weight)| weight.size_in_bytes()).sum::<usize>();
+        let buffers = stream::BUFFERS.min(streamed.len()) * streamed.iter().max().copied().unwrap_or(0);
+        all - streamed.iter().sum::<usize>() + buffers
+    }
+
+    /// The number of layers that the device does not keep.
+    pub fn streamed_layers(&self) -> usize {
+        self.stream.as_ref().map_or(0, LayerStream::count)
+    }
+
+    /// Whether passes copy layers to the device. Such a pass waits for copies of a second stream, so it cannot be recorded once
+    /// and replayed.
+    pub fn streams(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// Bytes of pinned memory of the host that hold layers which the device does not keep.
+    pub fn pinned_bytes(&self) -> usize {
+        self.stream.as_ref().map_or(0, LayerStream::pinned_bytes)
+    }
+
+    /// A block for one step of a pass: the only place where a block's matrices come from.
+    fn block(&self, layer: usize, course: Course) -> Result<Visit<'_>> {
+        let block = &self.weights.blocks[layer];
+        match &self.stream {
+            Some(stream) => stream.visit(block, layer, course),
+            None => Ok(Visit::resident(block)),
+        }
     }
 
     /// The device that passes run on; `None` is the host.
@@ -359,7 +429,8 @@ impl Base {
         let layout = Layout::of(batch);
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut unused)?;
-        for (layer, block) in self.weights.blocks.iter().enumerate() {
+        for layer in 0..self.weights.blocks.len() {
+            let block = self.block(layer, Course::Forward)?;
             x = block.forward(layer_lora(adapter, layer), &self.geometry, layout, &x)?;
         }
         embeddings.output(x, &mut unused)
@@ -382,8 +453,8 @@ impl Base {
         };
         let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut saved)?;
         let mut blocks = Vec::with_capacity(self.weights.blocks.len() - first);
-        for (layer, block) in self.weights.blocks.iter().enumerate() {
-            let lora = layer_lora(Some(adapter), layer);
+        for layer in 0..self.weights.blocks.len() {
+            let (block, lora) = (self.block(layer, Course::ThenBack)?, layer_lora(Some(adapter), layer));
             if layer < first {
                 x = block.forward(lora, &self.geometry, layout, &x)?;
             } else {
@@ -413,7 +484,8 @@ impl Base {
             let unused = layer == tape.first && !embeddings.train_below_blocks();
             let wanted = if unused { InputGradient::Unused } else { InputGradient::Wanted };
             let lora = layer_lora(Some(adapter), layer);
-            let (dx, g) = self.weights.blocks[layer].backward(lora, &self.geometry, layout, saved, dy, wanted)?;
+            let block = self.block(layer, Course::Back { to: tape.first })?;
+            let (dx, g) = block.backward(lora, &self.geometry, layout, saved, dy, wanted)?;
             grads.layers[layer] = g;
             match dx {
                 Some(dx) => dy = dx,
@@ -445,8 +517,8 @@ impl Base {
         let mut layers = Vec::with_capacity(self.weights.blocks.len());
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut unused)?;
-        for (layer, block) in self.weights.blocks.iter().enumerate() {
-            let mut cache = attention::KvCache::new(capacity);
+        for layer in 0..self.weights.blocks.len() {
+            let (block, mut cache) = (self.block(layer, Course::Forward)?, attention::KvCache::new(capacity));
             x = block.prefill(layer_lora(adapter, layer), &self.geometry, (layout, prompts), &x, &mut cache)?;
             layers.push(cache);
         }
@@ -471,7 +543,8 @@ impl Base {
         self.check(adapter, positions.iter().max().map_or(0, |&p| p as usize + 1))?;
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(tokens, positions, &mut unused)?;
-        for ((layer, block), cache) in self.weights.blocks.iter().enumerate().zip(&mut cache.layers) {
+        for (layer, cache) in cache.layers.iter_mut().enumerate() {
+            let block = self.block(layer, Course::Forward)?;
             x = block.decode(layer_lora(adapter, layer), &self.geometry, positions, &x, cache)?;
         }
         embeddings.output(x, &mut unused)

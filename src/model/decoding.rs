@@ -98,7 +98,9 @@ impl<'p> Decoding<'p> {
     ) -> Result<Self> {
         let (hidden, cache) = policy.base().prefill(prompts, sources, policy.adapter(), capacity)?;
         let sampler = Sampler::default();
-        Ok(Self { policy, cache, sampler, by, hidden: Some(hidden), recorded: None, last: None, tries: 2 })
+        // Copies of layers that the device does not keep are no launches.
+        let tries = if policy.base().streams() { 0 } else { 2 };
+        Ok(Self { policy, cache, sampler, by, hidden: Some(hidden), recorded: None, last: None, tries })
     }
 
     /// The cache.

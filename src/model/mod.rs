@@ -14,6 +14,7 @@ mod embeddings;
 pub mod generate;
 pub mod init;
 pub mod roles;
+pub mod stream;
 
 #[cfg(test)]
 pub(crate) mod gradcheck;

@@ -11,7 +11,7 @@ use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
 
 use super::cpu::parallel;
-use crate::device::{Device, Element, Resident};
+use crate::device::{Device, Element, Matrix, Resident};
 use crate::invalid;
 pub use crate::ops::storage::dtype::StorageDType;
 use crate::ops::storage::dtype::unpack;
@@ -182,6 +182,8 @@ pub struct Weight {
     id: u64,
     place: Option<Device>,
     copy: Resident<DeviceWeight>,
+    /// The copy on a device is there only while it is lent.
+    is_lent: bool,
 }
 
 /// An id that no other matrix of this process has.
@@ -209,7 +211,8 @@ impl Weight {
             ));
         }
         let (order, compute) = (RowOrder::AsStored, ComputeDtype::F32);
-        Ok(Self { bytes, dtype, rows, cols, order, compute, id: fresh_id(), place: None, copy: Resident::default() })
+        let (id, place, copy, is_lent) = (fresh_id(), None, Resident::default(), false);
+        Ok(Self { bytes, dtype, rows, cols, order, compute, id, place, copy, is_lent })
     }
 
     /// A dense f32 matrix owned in memory (tests, synthetic bases).
@@ -233,8 +236,49 @@ impl Weight {
     /// The same matrix, whose products are computed on `place`; `None` is the host.
     #[must_use]
     pub fn with_place(mut self, place: Option<Device>) -> Self {
+        if self.is_lent {
+            (self.is_lent, self.copy) = (false, Resident::default());
+        }
         self.place = place;
         self
+    }
+
+    /// The same matrix on a device that does not keep it: its copy there is lent for the time of each use
+    /// ([`Weight::lend`]).
+    #[must_use]
+    pub fn streamed(self, place: Device) -> Self {
+        Self { place: Some(place), copy: Resident::default(), is_lent: true, ..self }
+    }
+
+    /// Bytes of the matrix as it lies on a device, padding included.
+    pub fn packed_bytes(&self) -> usize {
+        DeviceWeight::packed_bytes(self.dtype, self.rows, self.cols)
+    }
+
+    /// Writes the matrix as it lies on a device into `out`, of [`Weight::packed_bytes`]; pages of a mapped file are released.
+    ///
+    /// # Errors
+    /// If the bytes cannot be made, or `out` has another length.
+    pub fn pack(&self, out: &mut [u8]) -> Result<()> {
+        let bytes = self.bytes.for_upload()?;
+        DeviceWeight::pack(self.dtype, self.rows, self.cols, |row| self.row_of(&bytes, row), out)?;
+        self.bytes.release();
+        Ok(())
+    }
+
+    /// Lends the copy whose packed bytes begin at byte `at` of a buffer, until [`Weight::take_back`].
+    ///
+    /// # Errors
+    /// If it reaches past the buffer.
+    pub fn lend(&self, buffer: &Matrix, at: usize) -> Result<()> {
+        let copy = DeviceWeight::within(buffer, at, self.dtype, self.rows, self.cols)?;
+        self.copy.put(buffer.device(), Arc::new(copy));
+        Ok(())
+    }
+
+    /// Ends a lending.
+    pub fn take_back(&self) {
+        self.copy.clear();
     }
 
     /// The device that products are computed on; `None` is the host.
@@ -249,6 +293,7 @@ impl Weight {
     /// If device memory is out or the copy fails.
     pub fn on(&self, device: &Device) -> Result<Arc<DeviceWeight>> {
         self.copy.on(device, || {
+            anyhow::ensure!(!self.is_lent, "a matrix of a layer that is streamed was used outside of its layer");
             if device.is_dry() {
                 return DeviceWeight::reserve(device, self.dtype, self.rows, self.cols);
             }

@@ -56,6 +56,7 @@ impl Arrangement {
             Self::FullModels => {
                 let weights = |net: &Network| net.parameters() * if is_f32(net) { 4 } else { 2 };
                 bytes.set(MemoryCategory::Mapped, 0);
+                bytes.set(MemoryCategory::Pinned, 0);
                 bytes.set(MemoryCategory::Base, roles * weights(net));
                 bytes.set(MemoryCategory::Adapters, 0);
                 bytes.set(MemoryCategory::Gradients, trained * weights(net));
@@ -69,10 +70,9 @@ impl Arrangement {
         };
         // A second base that the config has is there already.
         let have = if plan.job.scorer.is_some() { 2 } else { 1 };
-        let one = |class: MemoryCategory| bytes.of(class) / have;
-        let (base, mapped) = (one(MemoryCategory::Base), one(MemoryCategory::Mapped));
-        bytes.set(MemoryCategory::Base, copies * base);
-        bytes.set(MemoryCategory::Mapped, copies * mapped);
+        for class in [MemoryCategory::Base, MemoryCategory::Mapped, MemoryCategory::Pinned] {
+            bytes.set(class, copies * (bytes.of(class) / have));
+        }
         bytes
     }
 }

@@ -1,7 +1,7 @@
 //! The changes of a config that make a stage smaller, the cheapest first, each with its cost in words. It does not depend on
 //! the planner's sums: `plan.rs` beside it tries the changes one after another.
 
-use crate::config::{Config, Quantize, RecomputeSetting, Stage};
+use crate::config::{Config, Offload, Quantize, RecomputeSetting, Stage};
 use crate::model::block::Recompute;
 
 /// A change of settings that needs less.
@@ -81,7 +81,8 @@ fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, Str
 }
 
 /// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a
-/// forward or a whole one, a quantised base some accuracy, shorter or fewer sequences another training.
+/// forward or a whole one, layers that a device does not keep the time of their copies, a quantised base some accuracy,
+/// shorter or fewer sequences another training.
 pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let blank = Change { set: vec![], costs: String::new(), config: config.clone() };
     let recomputes: &[Recomputed] = match config.checkpoint(stage) {
@@ -89,9 +90,11 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         RecomputeSetting::Mlp => &RECOMPUTED[1..],
         RecomputeSetting::Block | RecomputeSetting::Auto => &[],
     };
-    let mut cuts = halved(0.03, vec![(0.0, blank)], micro_batch(stage, config), |times| {
+    let mut cuts = halved(0.03, vec![(0.0, blank.clone())], micro_batch(stage, config), |times| {
         format!("frozen weights are unpacked {times} times as often in updates")
     });
+    // The larger a micro-batch, the better it hides the copies of layers.
+    let large: Vec<Change> = cuts.iter().map(|(_, cut)| cut.clone()).collect();
     if stage.has_rollouts() {
         cuts = halved(0.05, cuts, at_once(stage, config), |times| format!("responses are sampled in {times} turns"));
     }
@@ -112,7 +115,12 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     });
     let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
     // On top of the last of them: changes that affect more than time.
-    let mut last = least.unwrap_or(Change { set: vec![], costs: String::new(), config: config.clone() });
+    let mut last = least.unwrap_or(blank);
+    let recomputing_all = |cut| match recomputes.last() {
+        Some(recomputed) => recomputing(stage, cut, recomputed),
+        None => cut,
+    };
+    all.extend(large.into_iter().map(recomputing_all).chain([last.clone()]).filter_map(offloading));
     for (quantize, name, costs) in [
         (Quantize::Q8_0, "q8_0", "weights of a dense base are rounded to 8.5 bits"),
         (Quantize::Q4K, "q4_k", "weights of a dense base are rounded to 4.5 bits"),
@@ -214,6 +222,27 @@ const RECOMPUTED: [Recomputed; 2] = [
         price: 0.4,
     },
 ];
+
+/// The change with layers that a device does not keep, as few as let the run fit; `None` if there is no device, or the config
+/// says so already.
+fn offloading(mut change: Change) -> Option<Change> {
+    let sections = [
+        ("base", Some(&mut change.config.base)),
+        ("reward_base", change.config.reward_base.as_mut()),
+        ("teacher", change.config.teacher.as_mut()),
+    ];
+    let before = change.set.len();
+    for (name, section) in sections {
+        if let Some(section) = section.filter(|of| of.device().is_device() && !of.offload().is_auto()) {
+            section.offload = Some(Offload::Auto);
+            change.set.push(pair(&format!("{name}.offload"), "auto"));
+        }
+    }
+    let costs =
+        "layers that do not fit are copied from the host at every pass, so that decoding runs at the link's speed";
+    change.costs = join(&change.costs, costs);
+    (change.set.len() > before).then_some(change)
+}
 
 fn recomputing(stage: Stage, change: Change, by: &Recomputed) -> Change {
     let mut set = change.set;

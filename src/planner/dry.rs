@@ -51,7 +51,7 @@ pub const BESIDE: usize = CONTEXT_BYTES + WORKSPACE_BYTES;
 
 /// Does a choice name a device?
 pub fn is_device(choice: DeviceChoice) -> bool {
-    matches!(choice, DeviceChoice::Cuda(_) | DeviceChoice::Emulated)
+    choice.is_device()
 }
 
 /// Memory of one device.
@@ -61,7 +61,7 @@ pub struct DevicePlan {
     pub device: DeviceChoice,
     /// The most bytes in use in each phase; 0 for a phase without passes.
     pub phases: [(Phase, usize); Phase::ALL.len()],
-    /// Bytes of the frozen weights.
+    /// Bytes of the frozen weights that the device keeps, and of the buffers for those that it does not.
     pub base: usize,
     /// Bytes that there is room for, where that is known.
     pub room: Option<usize>,
@@ -84,7 +84,7 @@ fn planned(net: &Network, device: &Device) -> Result<Base> {
     let dtype = |name: &str| net.dtypes.get(name).copied().unwrap_or(net.table);
     let weight = |name: &str, rows: usize, cols: usize| Weight::planned(dtype(name), rows, cols);
     let base = assemble(net.config.clone(), &weight, &|_, len| Ok(vec![1.0; len]), "planned".into())?;
-    base.computing_in(net.compute).on(Some(device.clone()), |_, _| {})
+    base.computing_in(net.compute).streaming(Some(device.clone()), net.offload.layers(), |_, _| {})
 }
 
 /// The machines that count, by the device each stands for.

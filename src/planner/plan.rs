@@ -5,7 +5,7 @@
 
 use anyhow::Result;
 
-use crate::config::{Config, RecomputeSetting, Stage};
+use crate::config::{Config, Offload, RecomputeSetting, Stage};
 use crate::data::examples::batch_sampler::BatchSize;
 use crate::data::examples::{Example, Examples};
 use crate::device::{Device, DeviceChoice};
@@ -104,6 +104,37 @@ impl Plan {
             && self.devices.iter().all(|device| device.fits(device.room.map_or(0, spare)))
     }
 
+    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs.
+    pub fn offloaded(&self) -> Vec<String> {
+        let Some(on) = &self.job.on_device else { return vec![] };
+        let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];
+        let there = nets.into_iter().filter(|(_, choice, _)| dry::is_device(*choice));
+        let line = |(name, choice, net): (&str, DeviceChoice, Option<&Network>)| {
+            let net = net.filter(|net| net.offload.layers() > 0)?;
+            let why =
+                if matches!(net.offload, Offload::Chosen(_)) { ", the fewest with which the run fits" } else { "" };
+            let decodes = match &self.job.work {
+                Work::Rollouts(_) => true,
+                Work::Supervised(work) => work.response.is_some(),
+            };
+            let costs = match decodes && name == "base" {
+                true => {
+                    "; each step of decoding copies them all, whatever the number of sequences, so generate all responses \
+                     at once"
+                }
+                false => "",
+            };
+            Some(format!(
+                "offload: {} of {} layers of the {name} are not kept by {choice}{why}: {} of pinned host memory, copied at every \
+                 pass{costs}",
+                net.offload.layers(),
+                net.config.num_hidden_layers,
+                text(net.pinned())
+            ))
+        };
+        there.filter_map(line).collect()
+    }
+
     /// Bytes that a saving is measured by: of the devices, or of the host if there are none.
     pub fn size(&self) -> usize {
         match self.devices.is_empty() {
@@ -131,12 +162,60 @@ impl Plan {
 pub const RESERVE: usize = 32;
 
 /// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory,
-/// mapped base included, and recomputes the rest.
+/// mapped base included, and recomputes the rest. `offload = "auto"` takes as few layers from a device as let the rest fit, with
+/// blocks recomputed, which costs less than copies.
 ///
 /// # Errors
 /// Those of `shapes`.
 pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
-    let job = shapes(config)?;
+    let plan = recomputing(stage, config, budget, shapes(config)?)?;
+    let fits = |plan: &Plan| plan.devices.iter().all(|device| device.fits(device.room.unwrap_or(0) / RESERVE));
+    if fits(&plan) {
+        return Ok(plan);
+    }
+    // All choices, the one with the fewest layers first: those of the policy's base, then those of the other one, too.
+    let layers = |net: &Network| match net.offload {
+        // The buffers take two layers' room.
+        Offload::Auto => 3..=net.config.num_hidden_layers,
+        Offload::None | Offload::Chosen(_) | Offload::Layers(_) => 0..=0,
+    };
+    let job = &plan.job;
+    let (one, other) = (layers(&job.policy), job.scorer.as_ref().map(layers));
+    let all = *one.end();
+    let choices = one.map(|layers| (layers, 0)).chain(other.into_iter().flatten().map(|layers| (all, layers)));
+    let choices: Vec<(usize, usize)> = choices.filter(|&choice| choice != (0, 0)).collect();
+    let offloading = |&(policy, scorer): &(usize, usize)| {
+        let take = |net: &mut Network, layers: usize| {
+            if net.offload == Offload::Auto && layers > 0 {
+                net.offload = Offload::Chosen(layers);
+            }
+        };
+        let mut job = job.clone();
+        take(&mut job.policy, policy);
+        job.scorer.iter_mut().for_each(|net| take(net, scorer));
+        Plan::of(job)
+    };
+    let Some(most) = choices.last() else { return Ok(plan) };
+    let mut found = offloading(most)?;
+    if !fits(&found) {
+        return Ok(found);
+    }
+    // More layers take less, so that half of what is left is ruled out by each plan.
+    let (mut low, mut high) = (0, choices.len() - 1);
+    while low < high {
+        let middle = usize::midpoint(low, high);
+        let tried = offloading(&choices[middle])?;
+        if fits(&tried) {
+            (high, found) = (middle, tried);
+        } else {
+            low = middle + 1;
+        }
+    }
+    Ok(found)
+}
+
+/// The plan of shapes with what the config's `checkpoint` recomputes.
+fn recomputing(stage: Stage, config: &Config, budget: Option<Budget>, job: StageShape) -> Result<Plan> {
     let with = |checkpoint| Plan::of(StageShape { checkpoint, ..job.clone() });
     match config.checkpoint(stage) {
         RecomputeSetting::None => with(Recompute::Off),

@@ -32,11 +32,13 @@ pub enum MemoryCategory {
     Data,
     /// Memory of the process beside its heap: program, stacks, the allocator's reserve.
     Process,
+    /// Pinned memory with the layers of frozen weights that a device does not keep.
+    Pinned,
 }
 
 impl MemoryCategory {
     /// All categories, in the order of a table's columns.
-    pub const ALL: [Self; 11] = [
+    pub const ALL: [Self; 12] = [
         Self::Base,
         Self::Mapped,
         Self::Adapters,
@@ -48,6 +50,7 @@ impl MemoryCategory {
         Self::Head,
         Self::Data,
         Self::Process,
+        Self::Pinned,
     ];
 
     /// Whether a device holds it, if passes run on one: weights and activations, and nothing that trains.
@@ -69,6 +72,7 @@ impl MemoryCategory {
             Self::Head => "head",
             Self::Data => "data",
             Self::Process => "process",
+            Self::Pinned => "pinned",
         }
     }
 }
@@ -88,9 +92,9 @@ impl Bytes {
         self.0[class as usize] = bytes;
     }
 
-    /// Heap bytes: all categories but mapped files and the process's own.
+    /// Heap bytes: all categories but mapped files, the process's own and pinned memory, which the driver allocates.
     pub fn heap(&self) -> usize {
-        self.own() - self.of(MemoryCategory::Process)
+        self.own() - self.of(MemoryCategory::Process) - self.of(MemoryCategory::Pinned)
     }
 
     /// Bytes that the system cannot drop: all but mapped files.

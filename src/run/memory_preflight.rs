@@ -24,6 +24,7 @@ use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{StageShape, Work};
 use crate::report::number;
 use crate::run::Model;
+use crate::run::offload::policy_section;
 use crate::train::session::Session;
 
 /// Refuses a base that is quantised as it opens and would not even lie in memory, before it is opened.
@@ -37,11 +38,6 @@ pub(crate) fn check_base(section: &config::Base, config: &Config, of: &str) -> R
     let Some(budget) = plan::Budget::of(config.memory.limit.map(|limit| limit.0)) else { return Ok(()) };
     let net = Network::of_section(&Files::open(&section.path)?, section)?;
     plan::admit_base(&net, budget, of)
-}
-
-/// The section of the base that is trained over.
-fn policy_section(stage: Stage, config: &Config) -> &config::Base {
-    if stage == Stage::Reward { config.reward_base() } else { &config.base }
 }
 
 /// The opened bases and adapters of a stage.
@@ -165,6 +161,7 @@ impl MemoryPreflight {
                 plan::text(device.base)
             ));
         }
+        self.plan.offloaded().iter().for_each(|line| session.report.note(line));
         let mib = |bytes: usize| number(bytes as f64 / f64::from(1 << 20));
         for (phase, bytes) in self.plan.phases.iter().filter(|(_, bytes)| bytes.own() > 0) {
             session.report.fact(&format!("memory/{}", phase.name()), &mib(bytes.own()));

@@ -12,6 +12,7 @@ mod hints;
 mod measure;
 mod memory_preflight;
 mod model;
+mod offload;
 mod options;
 mod output;
 pub mod placement;
@@ -80,6 +81,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
     config.teacher.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "teacher"))?;
+    let config = &offload::chosen(stage, config)?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let ran = match stage {
         Stage::Sft => sft::run(config, out, launch),

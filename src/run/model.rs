@@ -73,7 +73,8 @@ impl Model {
         let checkpoint = checkpoint.quantised(section.quantize.map(config::Quantize::stored));
         let Some(device) = device else { return Ok(Self::of(checkpoint)?.computing_in(section.compute_dtype())) };
         let checkpoint = checkpoint.for_device(true);
-        let base = place(checkpoint.base()?.computing_in(section.compute_dtype()), &device)?;
+        let base = checkpoint.base()?.computing_in(section.compute_dtype());
+        let base = place(base, &device, section.offload().layers())?;
         let model = Self { checkpoint, base };
         match model.check_finite() {
             Err(error) if open && error.is::<F16Overflow>() => {

@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use anyhow::{Error, Result};
 
 use super::output;
-use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config};
+use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config, Offload};
 use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
 use crate::model::base::Base;
@@ -62,6 +62,9 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
     let compute = compute_dtype(section.compute_dtype, selected.device.as_ref())?;
     if selected.device.is_some() {
         note(&format!("device: {}; products in {}", selected.name(), compute.name()));
+    }
+    if selected.device.is_none() && section.offload() != Offload::None {
+        note("offload: the base lies on the CPU, where it has no effect");
     }
     if let Some(reason) = &selected.reason {
         note(&format!("device: the CPU ({}; `fourfold doctor` says more)", in_short(reason)));
@@ -149,28 +152,28 @@ fn too_large(device: &str, bytes: usize, room: usize, dense: bool) -> Error {
         false => "take a smaller file, such as one in Q4_K",
     };
     invalid!(
-        "the base does not fit: its weights take {} and {device} has room for {}; {smaller}, or run on the CPU with device = \
-         \"cpu\"",
+        "the base does not fit: its weights take {} and {device} has room for {}; {smaller}, keep more of its layers on the \
+         host ([base] offload = \"auto\" or a number), or run on the CPU with device = \"cpu\"",
         text(bytes),
         text(room)
     )
 }
 
-/// Puts a base on a device, matrix by matrix in its own order. The host keeps no copy of what it quantised on the way, and
-/// the pages of mapped files are released.
+/// Puts a base on a device that keeps all but `layers` of its layers, matrix by matrix. The host keeps no other copy of what it
+/// quantised on the way, and the pages of mapped files are released.
 ///
 /// # Errors
 /// If the base does not fit, or a copy fails.
-pub fn place(base: Base, device: &Device) -> Result<Base> {
-    let weights = base.weights();
-    let bytes = weights.iter().map(|(_, weight)| weight.size_in_bytes()).sum();
+pub fn place(base: Base, device: &Device, layers: usize) -> Result<Base> {
+    let (weights, bytes) = (base.weights(), base.bytes_on_device(layers));
+    let all = weights.iter().map(|(_, weight)| weight.size_in_bytes()).sum();
     let dense = weights.iter().any(|(_, weight)| weight.dtype().is_dense());
     drop(weights);
     if let Some(room) = device.room()?.filter(|&room| bytes > room) {
         return Err(too_large(&device.name(), bytes, room, dense));
     }
-    let mut progress = Progress::new(format!("weights to {}", device.name()), bytes, Unit::Bytes);
-    let placed = base.on(Some(device.clone()), |done, _| progress.set(done));
+    let mut progress = Progress::new(format!("weights to {}", device.name()), all, Unit::Bytes);
+    let placed = base.streaming(Some(device.clone()), layers, |done, _| progress.set(done));
     progress.finish();
     placed.map_err(|error| match error.downcast_ref::<OutOfMemory>() {
         Some(OutOfMemory { live, free, .. }) => {
@@ -286,11 +289,11 @@ mod tests {
         // The embedded base has 1.8 MB. A card that reports its memory is asked first.
         for reported in [Some(1 << 20), None] {
             let device = Card::with(1 << 20, reported, true);
-            let message = refusal(place(embedded().base().unwrap(), &device));
+            let message = refusal(place(embedded().base().unwrap(), &device, 0));
             assert!(message.contains("does not fit") && message.contains("q4_k"), "{message}");
             assert!(message.contains("a card of the test") && message.contains("device = \"cpu\""), "{message}");
         }
-        place(embedded().base().unwrap(), &Card::with(64 << 20, Some(64 << 20), true)).unwrap();
+        place(embedded().base().unwrap(), &Card::with(64 << 20, Some(64 << 20), true), 0).unwrap();
     }
 
     #[test]
@@ -300,7 +303,7 @@ mod tests {
         let eager = embedded().quantised(Some(q8_0)).base().unwrap();
         let base = embedded().quantised(Some(q8_0)).for_device(true).base().unwrap();
         let embedded_part = embedded().base().unwrap();
-        let placed = place(base, &Card::with(64 << 20, None, true)).unwrap();
+        let placed = place(base, &Card::with(64 << 20, None, true), 0).unwrap();
         assert_eq!(held(&placed), 0);
         assert!(held(&eager) > 0 && placed.size_in_bytes() == eager.size_in_bytes());
         assert!(placed.size_in_bytes() < embedded_part.size_in_bytes());

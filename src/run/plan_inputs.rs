@@ -74,10 +74,11 @@ impl Headers {
 
     fn network(&self, section: &config::Base) -> Result<Network> {
         let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype());
-        match self {
+        let net = match self {
             Self::Whole(contents) => Network::of(contents, quantise, compute),
             Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
-        }
+        };
+        Ok(net?.offloading(section.offload()))
     }
 
     fn config(&self) -> &DecoderConfig {

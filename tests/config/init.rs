@@ -252,6 +252,49 @@ fn a_card_is_planned_without_one_where_its_memory_is_given() {
 }
 
 #[test]
+fn layers_for_which_a_card_has_no_room_are_planned_on_the_host() {
+    let p = place();
+    let config = json!({
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    p.write("large.json", config.to_string());
+    let plan = |more: &str| -> Value {
+        let ran = p
+            .run(&format!("plan --base large.json --phase ppo --device cuda --set ppo.checkpoint=block --json {more}"));
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{more}: {e}: {}", ran.stderr))
+    };
+    let total = |plan: &Value| plan["devices"]["cuda:0"]["total"].as_u64().unwrap();
+    // 4 x 1024 x 1024 + 3 x 1024 x 4096 numbers of two bytes.
+    let layer: u64 = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096);
+    let (whole, some) = (plan(""), plan("--set base.offload=14"));
+    assert_eq!(whole["offload"], json!({"layers": 0, "second_base": null, "pinned": 0}));
+    assert_eq!(some["offload"], json!({"layers": 14, "second_base": null, "pinned": 14 * layer}));
+    // The device has two buffers for the fourteen.
+    assert_eq!(total(&whole) - total(&some), 12 * layer);
+    let own = |plan: &Value| plan["peak"]["own"].as_u64().unwrap();
+    let pinned = own(&some) - own(&whole);
+    assert!(pinned.abs_diff(14 * layer) < 4 << 20, "{pinned}");
+    // A room between two numbers of layers: the larger one is taken, and the reserve of one part in 32 stays free.
+    let beside = whole["devices"]["cuda:0"]["context"].as_u64().unwrap()
+        + whole["devices"]["cuda:0"]["workspace"].as_u64().unwrap();
+    let room = |plan: &Value| (total(plan) - beside + layer / 2) * 32 / 31 + beside;
+    let limit = format!("--memory {}", room(&some));
+    let chosen = plan(&format!("{limit} --set base.offload=\"auto\""));
+    assert_eq!((&chosen["offload"]["layers"], &chosen["fits"]), (&json!(14), &json!(true)));
+    // Without, it is proposed: it costs time alone.
+    let proposed = plan(&limit);
+    let change = &proposed["smallest_change"];
+    assert_eq!((&proposed["fits"], &change["set"]["base.offload"]), (&json!(false), &json!("auto")), "{change}");
+    assert_eq!(change["set"]["base.quantize"], Value::Null);
+    assert!(change["costs"].as_str().unwrap().contains("decoding runs at the link's speed"), "{change}");
+    let ran = p.run(&format!("plan --base large.json --phase ppo --device cuda {limit} --set base.offload=\"auto\""));
+    let says = "offload: 14 of 24 layers of the base are not kept by cuda:0, the fewest with which the run fits";
+    assert!(ran.stdout.contains(says) && ran.stdout.contains("generate all responses at once"), "{}", ran.stdout);
+}
+
+#[test]
 fn without_data_the_rest_is_proposed_and_the_file_says_what_is_missing() {
     let p = place();
     done(&p, "init sft --base base --device cpu --out bare.toml");

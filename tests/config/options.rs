@@ -91,6 +91,7 @@ const BASE: &[Row] = &[
     ("quantize", "", "'q8_0'"),
     ("compute_dtype", "", "'bf16'"),
     ("device", "", "SAME 'cpu'"),
+    ("offload", "", "SAME 1"),
 ];
 
 /// Of the stages with one learner.

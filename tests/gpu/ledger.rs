@@ -28,6 +28,8 @@ struct Shape {
     recompute: Recompute,
     dora: bool,
     ends: bool,
+    /// Layers that the device does not keep.
+    offload: usize,
 }
 
 /// Runs every kind of pass on one device.
@@ -44,7 +46,8 @@ fn run(shape: &Shape, device: &Device) -> Log {
     let mut base: Option<Base> = None;
     part("load", &mut || {
         let files = embedded(shape.layers).quantised(shape.quantised);
-        base = Some(on(files.base().unwrap().computing_in(shape.compute), device));
+        let opened = files.base().unwrap().computing_in(shape.compute);
+        base = Some(opened.streaming(Some(device.clone()), shape.offload, |_, _| {}).unwrap());
     });
     let base = &base.unwrap();
     let targets = match shape.ends {
@@ -140,11 +143,13 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
         recompute: Recompute::Off,
         dora: true,
         ends: false,
+        offload: 0,
     };
     let shapes = [
         Shape { layers: 2, lengths: &[1, 21, 9], response: 6, compute: ComputeDtype::Bf16, dora: false, ..small },
         Shape {
-            layers: 2,
+            layers: 3,
+            offload: 3,
             lengths: &[30, 30, 2],
             compute: ComputeDtype::F16,
             quantised: Some(StorageDType::Q8_0),
@@ -152,7 +157,7 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
             ends: true,
             ..small
         },
-        Shape { recompute: Recompute::Mlp, ..small },
+        Shape { recompute: Recompute::Mlp, offload: 1, ..small },
     ];
     let mut count = 0;
     for (i, shape) in shapes.iter().enumerate() {

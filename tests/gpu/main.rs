@@ -22,6 +22,7 @@ mod ppo_world;
 mod real_files;
 mod stages;
 mod stored_types;
+mod streaming;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../support/mod.rs"]
 mod support;

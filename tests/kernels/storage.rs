@@ -9,7 +9,7 @@ use fourfold::device::testing::can_emulate;
 use fourfold::device::{Device, Element, Matrix};
 use fourfold::ops::embedding::gpu::embedding;
 use fourfold::ops::linear::gpu_gemv::{gemv, supports};
-use fourfold::ops::storage::gpu::DeviceWeight;
+use fourfold::ops::storage::gpu::{ALIGNMENT, DeviceWeight};
 use fourfold::ops::weight::{Bytes, RowOrder, StorageDType, Weight};
 use half::{bf16, f16};
 
@@ -95,6 +95,21 @@ fn a_weights_copy_has_the_rows_that_the_host_reads() {
                 let rows: Vec<f32> =
                     ids.iter().flat_map(|&i| &expected[i as usize * cols..][..cols]).copied().collect();
                 assert_same_bits(&out.to_f32().unwrap(), &rows, &what);
+                // The copy of a layer that is streamed, behind another matrix in its buffer.
+                let lent = weight.clone().streamed(device.clone());
+                let refused = lent.on(device).err().map(|error| error.to_string());
+                assert!(refused.is_some_and(|text| text.contains("outside of its layer")), "{what}");
+                let mut packed = vec![0xFF; ALIGNMENT + lent.packed_bytes()];
+                lent.pack(&mut packed[ALIGNMENT..]).unwrap();
+                lent.lend(&device.upload_bytes(&packed).unwrap(), ALIGNMENT).unwrap();
+                let out = device.matrix(Element::F32, expected.len() / cols, cols).unwrap();
+                lent.on(device).unwrap().dequantise(0..out.rows(), &out).unwrap();
+                assert_same_bits(&out.to_f32().unwrap(), &expected, &what);
+                assert!(
+                    lent.lend(&device.upload_bytes(&packed[..packed.len() - ALIGNMENT]).unwrap(), ALIGNMENT).is_err()
+                );
+                lent.take_back();
+                assert!(lent.on(device).is_err(), "{what}");
             }
         }
     }

@@ -69,7 +69,7 @@ impl Fitter<'_> {
     /// The change with which the config fits, if it needs one, and the plan.
     ///
     /// In this order: as it is; with smaller passes; over a quantised base; with a base that is read from its file in every
-    /// pass; with shorter sequences.
+    /// pass; with layers that the card does not keep; with shorter sequences.
     fn settle(&self, config: &Config, inputs: &PlanInputs) -> Result<(Option<Change>, Plan)> {
         let (stage, budget) = (self.asked.stage, self.budget());
         let shapes = |config: &Config| inputs.job(stage, config, self.room);
@@ -88,7 +88,7 @@ impl Fitter<'_> {
             }
             keep_least(&mut least, &plan);
             let mut accept = |change: &Change, plan: &Plan| {
-                if is_quantised(change) || is_shortened(change) {
+                if is_quantised(change) || is_shortened(change) || is_offloaded(change) {
                     return false;
                 }
                 keep_least(&mut least, plan);
@@ -104,7 +104,18 @@ impl Fitter<'_> {
         if let Some(found) = fitting {
             return Ok(found);
         }
+        // Over the smallest base: the fewest copies.
         if let Some(start) = starts.last() {
+            let mut accept = |change: &Change, plan: &Plan| {
+                let is_tried = is_offloaded(change) && !is_shortened(change);
+                if is_tried {
+                    keep_least(&mut least, plan);
+                }
+                is_tried && fits(plan)
+            };
+            if let Some((change, plan)) = plan::first_change(stage, &start.config, budget, &shapes, &mut accept)? {
+                return Ok((Some(then(start, &change)), plan));
+            }
             let mut accept = |change: &Change, plan: &Plan| {
                 let is_tried = !is_quantised(change) && is_shortened(change) && self.is_worth_it(change);
                 if is_tried {
@@ -221,6 +232,10 @@ fn size(plan: &Plan) -> usize {
 
 fn is_quantised(change: &Change) -> bool {
     change.set.iter().any(|(key, _)| key == "base.quantize")
+}
+
+fn is_offloaded(change: &Change) -> bool {
+    change.set.iter().any(|(key, _)| key == "base.offload")
 }
 
 fn is_shortened(change: &Change) -> bool {

@@ -1,6 +1,6 @@
 //! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is
 //! refused with a reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes
-//! to one stream, memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
+//! to one stream, but for the copies of layers that are streamed (lanes.rs); memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
 //! `synchronize` and uploads that overtake their staging memory. Read libraries.rs next.
 
 use std::collections::HashMap;
@@ -14,6 +14,7 @@ use cudarc::driver::{result, sys};
 
 pub mod checks;
 mod graph;
+mod lanes;
 pub mod libraries;
 pub mod nvrtc;
 mod staging;
@@ -22,6 +23,7 @@ use super::emulated::cache_folder;
 use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Place, Product, Recorded, Refusal};
 use super::{kernels, lock};
 use checks::{BF16_CARD, Card, Driver, RealDriver};
+use lanes::Lanes;
 use libraries::{Finder, Library, Opened};
 use staging::Staging;
 
@@ -38,6 +40,7 @@ pub struct Cuda {
     /// One thread at a time uses the handle of cuBLAS.
     blas: Mutex<()>,
     staging: Mutex<Staging>,
+    lanes: Mutex<Lanes>,
 }
 
 /// What the driver gave. Dropped last and in order.
@@ -162,6 +165,7 @@ impl Cuda {
             functions: Mutex::default(),
             blas: Mutex::default(),
             staging: Mutex::default(),
+            lanes: Mutex::default(),
         })
     }
 
@@ -410,6 +414,36 @@ impl Machine for Cuda {
             Ok(f64::from(milliseconds?) * 1e-3)
         }
     }
+
+    fn open_lane(&self) -> Result<u64> {
+        self.handles.bind()?;
+        // SAFETY: the context is bound and the stream is its own.
+        unsafe { lock(&self.lanes).open(self.handles.stream) }
+    }
+
+    fn close_lane(&self, lane: u64) {
+        if self.handles.bind().is_ok() {
+            lock(&self.lanes).close(lane);
+        }
+    }
+
+    unsafe fn fill(&self, lane: u64, from: &[u8], to: u64) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller; the context is bound.
+        unsafe { lock(&self.lanes).fill(lane, from, to) }
+    }
+
+    fn arrive(&self, lane: u64) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: the context is bound and the stream is its own.
+        unsafe { lock(&self.lanes).arrive(lane, self.handles.stream) }
+    }
+
+    fn release(&self, lane: u64) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: the context is bound and the stream is its own.
+        unsafe { lock(&self.lanes).release(lane, self.handles.stream) }
+    }
 }
 
 fn kind(place: &Place) -> Result<blas_sys::cudaDataType_t> {
@@ -424,6 +458,7 @@ fn kind(place: &Place) -> Result<blas_sys::cudaDataType_t> {
 impl Drop for Cuda {
     fn drop(&mut self) {
         if self.handles.bind().is_ok() {
+            lock(&self.lanes).end();
             lock(&self.staging).close(self.handles.stream);
         }
     }

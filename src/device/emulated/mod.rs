@@ -1,8 +1,9 @@
 //! The machine that runs the card's kernels on the CPU, slowly and strictly. The kernels' text is compiled as C++ at
 //! run time (compile.rs) and run block by block on all cores (host.cpp, pool.rs). What a card would do silently is an
 //! error: writing past a buffer, a barrier that some threads never reach, an index outside of an array, an address that
-//! is not aligned, arguments of another size. Fresh memory holds NaN. Tests can make any allocation, launch or copy
-//! fail. It does not depend on CUDA. Read `compile.rs` beside it next, then host.h.
+//! is not aligned, arguments of another size. Fresh memory holds NaN, and so does a buffer that is filled beside the order
+//! of work, from the moment the copy may begin until its arrival is waited for. Tests can make any allocation, launch or
+//! copy fail. It does not depend on CUDA. Read `compile.rs` beside it next, then host.h.
 //!
 //! Each buffer lies between two guards of 256 bytes. After a launch, the buffers whose addresses are among its
 //! arguments are looked at; those of a product, an upload or a download too. All buffers are looked at after every 64th
@@ -47,6 +48,7 @@ pub struct Emulated {
     copies: Countdown,
     recordings: Countdown,
     kept: Mutex<Kept>,
+    lanes: Mutex<Lanes>,
 }
 
 /// Recorded launches by number, and the next number.
@@ -54,6 +56,23 @@ pub struct Emulated {
 struct Kept {
     recordings: HashMap<u64, Arc<Vec<Recorded>>>,
     next: u64,
+}
+
+/// The lanes that are open, by number.
+#[derive(Default)]
+struct Lanes {
+    open: BTreeMap<u64, Lane>,
+    next: u64,
+    /// Nobody waits for arrivals: for tests of the poison.
+    unawaited: bool,
+}
+
+#[derive(Clone, Copy, Default)]
+struct Lane {
+    /// Memory of the host, the buffer, and the number of bytes of a copy that nobody has waited for.
+    under_way: Option<(usize, u64, usize)>,
+    /// It has arrived and was not released since.
+    in_use: bool,
 }
 
 #[derive(Default)]
@@ -113,6 +132,7 @@ impl Emulated {
             copies: Countdown::never(),
             recordings: Countdown::never(),
             kept: Mutex::default(),
+            lanes: Mutex::default(),
         })
     }
 
@@ -146,6 +166,11 @@ impl Emulated {
     /// How many recordings it keeps.
     pub fn recordings(&self) -> usize {
         lock(&self.kept).recordings.len()
+    }
+
+    /// With `true`, no fill is waited for any more, as if a program had forgotten to: what reads a filled buffer reads NaN.
+    pub fn forget_arrivals(&self, forget: bool) {
+        lock(&self.lanes).unawaited = forget;
     }
 
     /// Bytes in use, counted from the buffers and not from the ledger.
@@ -393,6 +418,47 @@ impl Machine for Emulated {
 
     fn synchronize(&self) -> Result<()> {
         lock(&self.memory).check_all()
+    }
+
+    fn open_lane(&self) -> Result<u64> {
+        let mut lanes = lock(&self.lanes);
+        lanes.next += 1;
+        let lane = lanes.next;
+        lanes.open.insert(lane, Lane::default());
+        Ok(lane)
+    }
+
+    fn close_lane(&self, lane: u64) {
+        lock(&self.lanes).open.remove(&lane);
+    }
+
+    /// What the buffer held is lost at once, and what comes is there at the last moment: a card may do either.
+    unsafe fn fill(&self, lane: u64, from: &[u8], to: u64) -> Result<()> {
+        ensure!(!self.copies.fails(), "the fill failed, as a test asked for");
+        let mut lanes = lock(&self.lanes);
+        let state = lanes.open.get_mut(&lane).context("a fill through a lane that is not open")?;
+        ensure!(!state.in_use, "a buffer is filled while work that was issued may still use it: it was not released");
+        // SAFETY: promised by the caller.
+        unsafe { (to as *mut u8).write_bytes(POISON, from.len()) };
+        state.under_way = Some((from.as_ptr() as usize, to, from.len()));
+        lock(&self.memory).check([to])
+    }
+
+    fn arrive(&self, lane: u64) -> Result<()> {
+        let mut lanes = lock(&self.lanes);
+        let unawaited = lanes.unawaited;
+        let state = lanes.open.get_mut(&lane).context("a wait for a lane that is not open")?;
+        state.in_use = true;
+        if let Some((from, to, bytes)) = state.under_way.take_if(|_| !unawaited) {
+            // SAFETY: the caller of `fill` promised that both stay until the fill is over.
+            unsafe { (to as *mut u8).copy_from_nonoverlapping(from as *const u8, bytes) };
+        }
+        Ok(())
+    }
+
+    fn release(&self, lane: u64) -> Result<()> {
+        lock(&self.lanes).open.get_mut(&lane).context("a release of a lane that is not open")?.in_use = false;
+        Ok(())
     }
 }
 

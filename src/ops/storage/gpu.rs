@@ -56,6 +56,35 @@ const fn dense_element(dtype: StorageDType) -> Option<Element> {
     }
 }
 
+/// Planes of a packed matrix begin at multiples of so many bytes, as allocations do.
+pub const ALIGNMENT: usize = 256;
+
+/// Appends the stored bytes of row `i` to its planes.
+fn split(
+    dtype: StorageDType,
+    cols: usize,
+    i: usize,
+    row: &[u8],
+    mains: &mut Vec<u8>,
+    scales: &mut Vec<u8>,
+) -> Result<()> {
+    let (block, bytes) = dtype.block();
+    let (name, len, row_len) = (dtype.name(), row.len(), cols / block * bytes);
+    ensure!(len == row_len, "row {i} of a {name} weight has {len} bytes; {row_len} are needed");
+    match layout(dtype).scale {
+        None => mains.extend_from_slice(row),
+        Some((at, element)) => {
+            for stored in row.chunks_exact(bytes) {
+                let end = at + element.bytes();
+                mains.extend_from_slice(&stored[..at]);
+                mains.extend_from_slice(&stored[end..]);
+                scales.extend_from_slice(&stored[at..end]);
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The addresses of a weight's planes, as kernels take them.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
@@ -97,6 +126,61 @@ impl DeviceWeight {
     ///
     /// Errors: `cols` is no whole number of blocks, a dimension is 0 or 2^31 or more, or memory is short.
     pub fn reserve(device: &Device, dtype: StorageDType, rows: usize, cols: usize) -> Result<Self> {
+        Self::of_planes(dtype, rows, cols, |element, rows, cols| device.matrix(element, rows, cols))
+    }
+
+    /// The matrix whose packed bytes (see `pack`) begin at byte `at` of a buffer, as a view of it.
+    ///
+    /// Errors: those of `reserve`; it reaches past the buffer, or `at` is no multiple of `ALIGNMENT`.
+    pub fn within(buffer: &Matrix, at: usize, dtype: StorageDType, rows: usize, cols: usize) -> Result<Self> {
+        let mut next = at;
+        Self::of_planes(dtype, rows, cols, |element, rows, cols| {
+            let plane = buffer.window(next, element, rows, cols)?;
+            next += plane.bytes().next_multiple_of(ALIGNMENT);
+            Ok(plane)
+        })
+    }
+
+    /// Bytes of a packed matrix, a multiple of `ALIGNMENT`: its planes one after another, each at such a multiple.
+    pub fn packed_bytes(dtype: StorageDType, rows: usize, cols: usize) -> usize {
+        let (block, bytes) = dtype.block();
+        let (main, blocks) = (layout(dtype).main, rows * (cols / block));
+        (blocks * main).next_multiple_of(ALIGNMENT) + (blocks * (bytes - main)).next_multiple_of(ALIGNMENT)
+    }
+
+    /// Writes a matrix as it lies on a device into `out`, which has its `packed_bytes`. `row_bytes` is that of `upload`.
+    ///
+    /// Errors: a row that has another number of bytes than its type says, or an `out` of another length.
+    pub fn pack<'a>(
+        dtype: StorageDType,
+        rows: usize,
+        cols: usize,
+        row_bytes: impl Fn(usize) -> &'a [u8],
+        out: &mut [u8],
+    ) -> Result<()> {
+        let want = Self::packed_bytes(dtype, rows, cols);
+        ensure!(out.len() == want, "a packed ({rows}, {cols}) weight has {want} bytes, not {}", out.len());
+        let (block, bytes) = dtype.block();
+        let main = layout(dtype).main;
+        let (main_row, scale_row) = (cols / block * main, cols / block * (bytes - main));
+        let scales_at = (rows * main_row).next_multiple_of(ALIGNMENT);
+        let (mut mains, mut scales) = (Vec::with_capacity(main_row), Vec::with_capacity(scale_row));
+        for i in 0..rows {
+            mains.clear();
+            scales.clear();
+            split(dtype, cols, i, row_bytes(i), &mut mains, &mut scales)?;
+            out[i * main_row..][..main_row].copy_from_slice(&mains);
+            out[scales_at + i * scale_row..][..scale_row].copy_from_slice(&scales);
+        }
+        Ok(())
+    }
+
+    fn of_planes(
+        dtype: StorageDType,
+        rows: usize,
+        cols: usize,
+        mut plane: impl FnMut(Element, usize, usize) -> Result<Matrix>,
+    ) -> Result<Self> {
         let name = dtype.name();
         let fits = [rows, cols].iter().all(|n| (1..1 << 31).contains(n));
         ensure!(fits, "a {name} weight of ({rows}, {cols}): both dimensions need to be between 1 and 2^31 - 1");
@@ -105,10 +189,10 @@ impl DeviceWeight {
         ensure!(whole, "a {name} weight with rows of {cols} numbers, which are no whole blocks of {block}");
         let Layout { main, scale } = layout(dtype);
         let main = match dense_element(dtype) {
-            Some(element) => device.matrix(element, rows, cols)?,
-            None => device.matrix(Element::U8, rows, cols / block * main)?,
+            Some(element) => plane(element, rows, cols)?,
+            None => plane(Element::U8, rows, cols / block * main)?,
         };
-        let scales = scale.map(|(_, element)| device.matrix(element, rows, cols / block)).transpose()?;
+        let scales = scale.map(|(_, element)| plane(element, rows, cols / block)).transpose()?;
         Ok(Self { dtype, rows, cols, main, scales })
     }
 
@@ -140,7 +224,7 @@ impl DeviceWeight {
         let (block, bytes) = dtype.block();
         let row_len = cols / block * bytes;
         let rows_at_once = (staging / row_len).clamp(1, rows);
-        let Layout { main, scale } = layout(dtype);
+        let main = layout(dtype).main;
         let blocks = rows_at_once * (cols / block);
         let mut mains = Vec::with_capacity(blocks * main);
         let mut scales = Vec::with_capacity(blocks * (bytes - main));
@@ -149,20 +233,7 @@ impl DeviceWeight {
             mains.clear();
             scales.clear();
             for i in chunk.clone() {
-                let row = row_bytes(i);
-                let (name, len) = (dtype.name(), row.len());
-                ensure!(len == row_len, "row {i} of a {name} weight has {len} bytes; {row_len} are needed");
-                match scale {
-                    None => mains.extend_from_slice(row),
-                    Some((at, element)) => {
-                        for stored in row.chunks_exact(bytes) {
-                            let end = at + element.bytes();
-                            mains.extend_from_slice(&stored[..at]);
-                            mains.extend_from_slice(&stored[end..]);
-                            scales.extend_from_slice(&stored[at..end]);
-                        }
-                    }
-                }
+                split(dtype, cols, i, row_bytes(i), &mut mains, &mut scales)?;
             }
             weight.main.row_range(chunk.clone())?.write_bytes(&mains)?;
             if let Some(plane) = &weight.scales {

@@ -5,12 +5,15 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
+use crate::config::Offload;
 use crate::model::adapter::TargetModule;
 use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, LoraLayer, LoraLayers, MAX_LINEARS, NonBlockModule};
 use crate::model::base::Base;
 use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNorm, Qkv};
+use crate::model::stream::is_streamed;
 use crate::model_files::{FileContents, ModelFiles};
 use crate::ops::rope;
+use crate::ops::storage::gpu::DeviceWeight;
 use crate::ops::weight::{ComputeDtype, StorageDType};
 use crate::{config, invalid};
 
@@ -35,6 +38,8 @@ pub struct Network {
     pub quantised_cols: usize,
     /// Stored type of each matrix by its Hugging Face name, after quantisation.
     pub dtypes: HashMap<String, StorageDType>,
+    /// The layers that a device does not keep.
+    pub offload: Offload,
 }
 
 impl Network {
@@ -68,7 +73,24 @@ impl Network {
     /// As for opening the model files.
     pub fn of_section(checkpoint: &ModelFiles, section: &config::Base) -> Result<Self> {
         let quantise = section.quantize.map(config::Quantize::stored);
-        Self::of(checkpoint.contents(), quantise, section.compute_dtype())
+        Ok(Self::of(checkpoint.contents(), quantise, section.compute_dtype())?.offloading(section.offload()))
+    }
+
+    /// The same shapes with layers that a device does not keep.
+    #[must_use]
+    pub fn offloading(self, offload: Offload) -> Self {
+        Self { offload, ..self }
+    }
+
+    /// Bytes of pinned memory of the host that hold those layers while the others lie on a device.
+    pub fn pinned(&self) -> usize {
+        let (count, of) = (self.offload.layers(), self.config.num_hidden_layers);
+        let layers = self.stored.iter().enumerate().filter(|(layer, _)| is_streamed(*layer, count.min(of), of));
+        let maps = |stored: &[StorageDType; MAX_LINEARS]| -> usize {
+            let maps = self.maps.linears().iter().zip(stored);
+            maps.map(|(map, &dtype)| DeviceWeight::packed_bytes(dtype, map.out_features, map.in_features)).sum()
+        };
+        layers.map(|(_, stored)| maps(stored)).sum()
     }
 
     /// Shapes of an open base.
@@ -82,7 +104,11 @@ impl Network {
             let found = all.iter().find(|(n, _)| n == name).ok_or_else(|| invalid!("the base has no {name}"))?;
             Ok((found.1.dtype(), false))
         };
-        Self::made(base.config().clone(), None, compute, true, find)
+        let offload = match base.streamed_layers() {
+            0 => Offload::None,
+            layers => Offload::Layers(layers),
+        };
+        Ok(Self::made(base.config().clone(), None, compute, true, find)?.offloading(offload))
     }
 
     /// Shapes from a configuration alone, all matrices stored as `dtype` and then quantised.
@@ -152,7 +178,8 @@ impl Network {
             // Compiled in: neither mapped by us nor of the heap.
             mapped = 0;
         }
-        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols, dtypes })
+        let offload = Offload::None;
+        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols, dtypes, offload })
     }
 
     /// Bytes of norms, biases and the rotations of the first positions, which are made together.

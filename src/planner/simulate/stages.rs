@@ -5,7 +5,7 @@
 use crate::host::meter::Phase;
 use crate::model::batch::chunks_by_tokens;
 use crate::model::block::Recompute;
-use crate::planner::dry::OnDevice;
+use crate::planner::dry::{OnDevice, is_device};
 use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAllocator};
 use crate::planner::simulate::network::{Gradients, View};
 use crate::planner::simulate::ops::{Simulator, Tensor};
@@ -217,6 +217,13 @@ fn add(sum: Gradients, more: Gradients) -> Gradients {
 }
 
 impl StageShape {
+    /// Bytes of pinned memory of the host, of the bases that lie on devices.
+    pub fn pinned(&self) -> usize {
+        let Some(on) = &self.on_device else { return 0 };
+        let nets = [(on.policy, Some(&self.policy)), (on.scorer, self.scorer.as_ref())];
+        nets.into_iter().filter(|(choice, _)| is_device(*choice)).filter_map(|(_, net)| net).map(Network::pinned).sum()
+    }
+
     /// The peaks of every phase.
     pub fn walk(&self) -> [(Phase, Bytes); Phase::ALL.len()] {
         let nets = [Some(&self.policy), self.scorer.as_ref()];
@@ -226,6 +233,7 @@ impl StageShape {
         standing.set(MemoryCategory::Mapped, all(|net| net.mapped));
         standing.set(MemoryCategory::Data, self.data);
         standing.set(MemoryCategory::Process, self.process);
+        standing.set(MemoryCategory::Pinned, self.pinned());
         let whole = self.on_device.as_ref().is_some_and(OnDevice::is_whole);
         let ledger = SimAllocator::new(standing, whole);
         for net in nets.into_iter().flatten() {
