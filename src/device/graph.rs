@@ -51,6 +51,8 @@ pub(super) struct Pool {
 struct Blocks {
     all: Vec<(u64, usize)>,
     unused: Vec<(u64, usize)>,
+    /// There is no recording: blocks go back to the device one by one.
+    is_disbanded: bool,
 }
 
 impl Pool {
@@ -66,7 +68,24 @@ impl Pool {
     }
 
     pub(super) fn give_back(&self, address: u64, bytes: usize) {
-        lock(&self.blocks).unused.push((address, bytes));
+        let blocks = &mut *lock(&self.blocks);
+        blocks.unused.push((address, bytes));
+        if blocks.is_disbanded {
+            self.free_unused(blocks);
+        }
+    }
+
+    fn disband(&self) {
+        let blocks = &mut *lock(&self.blocks);
+        blocks.is_disbanded = true;
+        self.free_unused(blocks);
+    }
+
+    fn free_unused(&self, blocks: &mut Blocks) {
+        for (address, bytes) in blocks.unused.drain(..) {
+            blocks.all.retain(|block| block.0 != address);
+            self.device.give_back(address, bytes);
+        }
     }
 }
 
@@ -156,11 +175,15 @@ impl Device {
         }
         let stop = Stop(self);
         let result = work()?;
-        let Some(recorder) = stop.take().filter(|recorder| recorder.is_fit) else { return Ok((result, None)) };
+        let Some(recorder) = stop.take().filter(|recorder| recorder.is_fit) else {
+            pool.disband();
+            return Ok((result, None));
+        };
         let launches = recorder.launches.len();
         match self.0.machine.record(recorder.launches) {
             Ok(id) => Ok((result, Some(Recording { id, launches, pool }))),
             Err(error) => {
+                pool.disband();
                 self.stop_recording(&error);
                 Ok((result, None))
             }

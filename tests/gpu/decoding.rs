@@ -284,3 +284,23 @@ fn a_cache_that_grows_ends_a_recording() {
     // Four steps fit: one as it is, one recorded, two replays; the fifth grows the cache, then again.
     assert_eq!((device.work().replays, plain.work().replays), (4, 0));
 }
+
+#[test]
+fn memory_of_work_that_cannot_be_recorded_is_given_back_matrix_by_matrix() {
+    let device = Device::dry();
+    let row = |n| device.matrix(Element::F32, 1, n);
+    let ((kept, also), recording) = device
+        .record(|| {
+            let (kept, also) = (row(100)?, row(200)?);
+            drop(row(1000)?);
+            kept.fill_zero()?;
+            Ok((kept, also))
+        })
+        .unwrap();
+    assert!(recording.is_none(), "a fill is no launch");
+    assert_eq!(device.usage().live, 512 + 1024);
+    drop(also);
+    assert_eq!(device.usage().live, 512);
+    drop(kept);
+    assert_eq!(device.usage().live, 0);
+}

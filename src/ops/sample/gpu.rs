@@ -5,8 +5,8 @@
 //! log-probability has the host's bits. The draw walks the weights in f64. From the most likely tokens that top-k leaves, the
 //! walk is the host's own. From all tokens, and for the mass that top-p is a share of, the device sums in an order of its own:
 //! both sums are within n 2^-53 of the exact one, so the token is the host's whenever the draw is further than that from the
-//! token's two ends. Where it is nearer (less than one draw in 100,000), or where top-p leaves more than 1,024 tokens, there
-//! is no token, and the host draws from the one row's logits.
+//! token's two ends. Where it is nearer (at most n^2 draws in 2^50: one in 50,000 from 150,000 equally likely tokens), or
+//! where top-p leaves more than 1,024 tokens, there is no token, and the host draws from the one row's logits.
 
 use anyhow::Result;
 
