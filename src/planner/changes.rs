@@ -20,6 +20,11 @@ impl Change {
     pub fn text(&self) -> String {
         self.set.iter().map(|(key, value)| format!("{key}={value}")).collect::<Vec<_>>().join(" ")
     }
+
+    /// Does it take layers from a device?
+    pub fn is_offloaded(&self) -> bool {
+        self.set.iter().any(|(key, _)| key.ends_with(".offload"))
+    }
 }
 
 pub(super) fn with_checkpoint(stage: Stage, config: &Config, checkpoint: RecomputeSetting) -> Config {

@@ -349,6 +349,10 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>, current: &Pla
     let mut all = vec![];
     let mut least = current.size();
     for change in changes(stage, &kept) {
+        // One is enough: it takes as much as is missing, and its plans are many.
+        if change.is_offloaded() && all.iter().any(|(before, _): &(Change, Plan)| before.is_offloaded()) {
+            continue;
+        }
         let plan = plan(stage, &change.config, None, shapes)?;
         // A saving of less than 1% does not count.
         if plan.size() < least - least / 100 {

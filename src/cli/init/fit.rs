@@ -88,7 +88,7 @@ impl Fitter<'_> {
             }
             keep_least(&mut least, &plan);
             let mut accept = |change: &Change, plan: &Plan| {
-                if is_quantised(change) || is_shortened(change) || is_offloaded(change) {
+                if is_quantised(change) || is_shortened(change) || change.is_offloaded() {
                     return false;
                 }
                 keep_least(&mut least, plan);
@@ -107,7 +107,7 @@ impl Fitter<'_> {
         // Over the smallest base: the fewest copies.
         if let Some(start) = starts.last() {
             let mut accept = |change: &Change, plan: &Plan| {
-                let is_tried = is_offloaded(change) && !is_shortened(change);
+                let is_tried = change.is_offloaded() && !is_shortened(change);
                 if is_tried {
                     keep_least(&mut least, plan);
                 }
@@ -232,10 +232,6 @@ fn size(plan: &Plan) -> usize {
 
 fn is_quantised(change: &Change) -> bool {
     change.set.iter().any(|(key, _)| key == "base.quantize")
-}
-
-fn is_offloaded(change: &Change) -> bool {
-    change.set.iter().any(|(key, _)| key == "base.offload")
 }
 
 fn is_shortened(change: &Change) -> bool {
