@@ -141,7 +141,9 @@ pub(super) fn finish(drawn: &Matrix) -> Result<Vec<Option<Drawn>>> {
 fn read([token, shifted, sum, _]: [u32; 4]) -> Option<Drawn> {
     let (shifted, sum) = (f32::from_bits(shifted), f32::from_bits(sum));
     // The host reports logits that are NaN or infinite.
-    (token != NONE && sum.is_finite()).then_some(Drawn { token, shifted, sum })
+    let is_there = token != NONE && sum.is_finite();
+    // The most likely token weighs 1; a machine that only counts gives 0, whose log would end the run that is counted.
+    is_there.then_some(Drawn { token, shifted, sum: sum.max(1.0) })
 }
 
 fn enqueue(products: &Matrix, logits: &Logits, by: Distribution, mode: Mode, draws: &Matrix) -> Result<Matrix> {
