@@ -21,6 +21,7 @@ use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
+use crate::train::stop;
 
 /// Translates a config into shapes; called again for each change that is tried.
 pub type Shapes<'a> = dyn Fn(&Config) -> Result<StageShape> + 'a;
@@ -136,6 +137,7 @@ pub const RESERVE: usize = 32;
 /// # Errors
 /// Those of `shapes`.
 pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
+    stop::check()?;
     let job = shapes(config)?;
     let with = |checkpoint| Plan::of(StageShape { checkpoint, ..job.clone() });
     match config.checkpoint(stage) {
