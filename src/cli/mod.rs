@@ -30,6 +30,7 @@ use crate::config;
 use crate::config::{DeviceChoice, Stage};
 use crate::device::select::select;
 use crate::error::StdoutClosed;
+use crate::invalid;
 use crate::model_files::inspect;
 use crate::note;
 use crate::quickstart;
@@ -238,6 +239,17 @@ fn say_with(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result
         ErrorKind::BrokenPipe => Error::new(StdoutClosed),
         _ => Error::new(error).context("writing to stdout"),
     })
+}
+
+/// Refuses a file whose folder is not there, before anything is computed for it. (Commands that write a folder make those above
+/// it.)
+fn check_folder_of(out: &Path) -> Result<()> {
+    match out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        Some(folder) => {
+            Err(invalid!("--out {}: there is no folder {}; make it first", out.display(), folder.display()))
+        }
+        None => Ok(()),
+    }
 }
 
 fn print_json(value: &Value) -> Result<()> {

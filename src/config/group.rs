@@ -343,9 +343,9 @@ macro_rules! group_section {
     };
 }
 
-/// Most responses of one rollout, eight times those of DAPO (arXiv:2503.14476): all of them are held at once, and the plan
+/// Most responses of one rollout, four times those of DAPO (arXiv:2503.14476): all of them are held at once, and the plan
 /// goes through each.
-pub(super) const MOST_RESPONSES: usize = 65_536;
+pub(super) const MOST_RESPONSES: usize = 32_768;
 
 /// Refuses a rollout that is too large.
 pub(super) fn check_rollout(section: &str, key: &str, size: usize) -> Result<()> {

@@ -22,7 +22,7 @@ use crate::{distill, dpo, reward, sft};
 const MOST_ROWS: usize = 20_000_000;
 
 /// The same of a run with rollouts: responses, times the passes over them.
-const MOST_RESPONSES: usize = 4_000_000;
+const MOST_RESPONSES: usize = 1_000_000;
 
 /// The step of a run that has the micro-batch with the most tokens, as rows.
 ///

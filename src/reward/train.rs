@@ -162,21 +162,23 @@ pub fn train_members(
         Some(snapshot) => Finished::load(snapshot, &started(0)?)?,
         None => Finished::default(),
     };
-    let (mut before, mut found) = (vec![], (0, 0));
+    let (mut before, first) = (vec![], finished.adapters.len());
+    // The last one's optimizer goes with it, after the evaluation: a plan counts it there.
+    let mut last = None;
     for member in 0..config.ensemble {
-        let evaluated = |adapter: &Adapter| Ok(evaluate_rows(base, adapter, held_out, padding)?.to_json());
-        let name = if member == 0 { "before".to_owned() } else { format!("before {member}") };
-        if member < finished.adapters.len() {
-            before.push(Evaluation::from_json(session.once(&name, |_| evaluated(&started(member)?))?));
-            continue;
-        }
+        drop(last.take());
         let start = started(member)?;
+        let name = if member == 0 { "before".to_owned() } else { format!("before {member}") };
         let setup = Setup { base, start: &start, recompute, seed: seed.wrapping_add(member as u64) };
         let mut training = Training::new(setup, &start, config.supervised(), settings::REWARD_ORDER, examples)?;
-        if found.0 == 0 {
+        if member == 0 {
             session.report.stage("reward", config.ensemble * training.steps());
         }
-        before.push(Evaluation::from_json(session.once(&name, |_| evaluated(&start))?));
+        let found = session.once(&name, |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
+        before.push(Evaluation::from_json(found));
+        if member < first {
+            continue;
+        }
         training.go_on(resumed.take(), session)?;
         session.report.note(&match held_out.len() {
             0 => format!("reward: {}, none held out", counted(examples.len(), "comparison")),
@@ -187,17 +189,16 @@ pub fn train_members(
                 if config.ensemble > 1 { format!(", member {member}") } else { String::new() }
             ),
         });
-        let Trained { adapter, steps, tokens } = if config.ensemble == 1 {
-            training.run(&stage, session)?
-        } else {
-            training.run_after(&finished, &stage, session)?
+        let Trained { adapter, steps, tokens } = match config.ensemble {
+            1 => training.run(&stage, session)?,
+            _ => training.run_after(&finished, &stage, session)?,
         };
-        found = (steps, tokens);
         finished.adapters.push(adapter);
         finished.steps += steps;
         finished.tokens += tokens;
+        last = Some(training);
     }
-    let (steps, tokens) = if config.ensemble == 1 { found } else { (finished.steps, finished.tokens) };
+    let (steps, tokens) = (finished.steps, finished.tokens);
     let mut members = vec![];
     for (member, (mut trained, before)) in finished.adapters.into_iter().zip(before).enumerate() {
         let mut center = None;
@@ -236,6 +237,7 @@ pub fn train_members(
         });
     }
     session.report.done();
+    drop(last);
     Ok(members)
 }
 

@@ -221,15 +221,15 @@ fn a_key_in_the_wrong_place_is_pointed_to_the_right_one() {
 #[test]
 fn a_rollout_too_large_to_hold_is_refused_at_once_and_the_largest_is_planned_within_seconds() {
     let p = place();
-    let says = ["[grpo] a rollout of", "is more than 65536; use fewer"];
+    let says = ["[grpo] a rollout of", "is more than 32768; use fewer"];
     refused(&p, "grpo grpo.toml --out o --set grpo.gradient_accumulation_steps=4000000000000", &says);
     refused(&p, "grpo grpo.toml --out o --set grpo.generation_batch_size=400000", &says);
     refused(&p, "ppo run.toml --out o --set ppo.batch_size=4000000000000", &["[ppo] a rollout of 4000000000000"]);
     refused(&p, "grpo grpo.toml --out o --set grpo.num_generations=100000", &["lower num_generations"]);
-    let most = "--set grpo.gradient_accumulation_steps=16384 --set grpo.max_steps=10000 --set memory.limit=1MiB";
+    let most = "--set grpo.gradient_accumulation_steps=8192 --set grpo.max_steps=10000 --set memory.limit=1MiB";
     let began = std::time::Instant::now();
     refused(&p, &format!("grpo grpo.toml --out o {most}"), &["memory"]);
-    assert!(began.elapsed().as_secs() < 60, "{:?}", began.elapsed());
+    assert!(began.elapsed().as_secs() < 120, "{:?}", began.elapsed());
     // Passes that a plan leaves out take nothing that it counts: with a reference, whose rows are kept, it grows evenly.
     let needs = |accumulation: usize| {
         let set = format!("--set grpo.gradient_accumulation_steps={accumulation} --set grpo.beta=0.1");
@@ -244,7 +244,7 @@ fn a_rollout_too_large_to_hold_is_refused_at_once_and_the_largest_is_planned_wit
 #[test]
 fn a_run_that_is_asked_to_stop_while_it_plans_stops() {
     let p = place();
-    let set = ["grpo.gradient_accumulation_steps=16384", "grpo.max_steps=1000000", "memory.limit=1MiB"];
+    let set = ["grpo.gradient_accumulation_steps=8192", "grpo.max_steps=1000000", "memory.limit=1MiB"];
     let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
     command.args(["grpo", "grpo.toml", "--out", "o"]).args(set.iter().flat_map(|set| ["--set", set]));
     let mut child = command.current_dir(p.path("")).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
@@ -341,6 +341,13 @@ fn an_output_that_does_not_come_about_leaves_no_folder() {
     assert_ne!(p.run(head).code, 0);
     assert!(!p.path("nope").exists(), "folders that were made for it are gone again");
     done(&p, "merge --base base --adapter out/sft/adapter --out made/deep/m");
+    for line in [
+        "init sft --base base --data sft.jsonl --device cpu --out nope/a.toml",
+        "score --base base --adapter out/reward/adapter --data pairs.jsonl --out nope/a.jsonl",
+        "report out/sft --out nope/a.html",
+    ] {
+        refused(&p, line, &["--out nope/a.", "there is no folder nope; make it first"]);
+    }
     assert!(p.path("made/deep/m/config.json").exists());
 }
 
