@@ -117,6 +117,7 @@ pub fn sft(
         scorer: false,
         members: 1,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -163,6 +164,7 @@ pub fn reward(
         scorer: true,
         members: c.ensemble,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -200,6 +202,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         scorer: false,
         members: 1,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -272,6 +275,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
         scorer: false,
         members: 1,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -323,6 +327,7 @@ pub fn distill<T: Sampled>(
         scorer: false,
         members: 1,
         response: Some(c.max_new_tokens),
+        taught: c.teacher_adapter.is_some(),
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }

@@ -42,6 +42,8 @@ pub struct Supervised {
     pub members: usize,
     /// Tokens of a sampled response, where a teacher is distilled: each sequence of a pass ends with one.
     pub response: Option<usize>,
+    /// Whether that teacher has an adapter.
+    pub taught: bool,
     /// Optimizer steps of the run.
     pub steps: usize,
 }
@@ -272,9 +274,11 @@ impl StageShape {
         let ledger = &walk.ledger;
         let teacher_net = self.scorer.as_ref().unwrap_or(net);
         let teacher = View { walk, net: teacher_net, branches: None };
-        // The teacher's adapter, or as much where it has none.
-        let _taught = work.response.map(|_| adapter(walk, &self.reward, teacher_net));
-        let _finished: Vec<_> = (1..work.members).map(|_| adapter(walk, branches, net)).collect();
+        let _taught = work.taught.then(|| adapter(walk, &self.reward, teacher_net));
+        if work.taught {
+            // The file that it was read from.
+            drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(teacher_net)));
+        }
         let sample = |pass: &Pass, response: usize| {
             let prompts: Vec<usize> =
                 pass.lengths.iter().map(|length| length.saturating_sub(response).max(1)).collect();
@@ -297,6 +301,7 @@ impl StageShape {
             }
         };
         ledger.enter(Phase::Step);
+        let _finished: Vec<_> = (1..work.members).map(|_| adapter(walk, branches, net)).collect();
         let mut learner = Learner::new(walk, start.clone(), branches, net);
         evaluate();
         for number in 0..work.steps.clamp(1, STEPS) {
