@@ -87,7 +87,7 @@ fn keys_of_lora_beside_an_adapter_of_another_shape_are_named_by_every_stage() {
         done(&p, &format!("{line} --out new/{stage} --overwrite")).stderr
     };
     let pairs = "--set data.path=pairs.jsonl";
-    let label = |i: usize| json!({"prompt": format!("q{i}"), "completion": " a", "label": i % 2 == 0});
+    let label = |i: usize| json!({"prompt": format!("q{i}"), "completion": " a", "label": i.is_multiple_of(2)});
     p.write("labels.jsonl", (0..6).map(|i| format!("{}\n", label(i))).collect::<String>());
     let of = "out/sft/adapter";
     for (line, is_said) in [
