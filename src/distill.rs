@@ -8,6 +8,7 @@ use std::borrow::Cow;
 use std::ops::ControlFlow;
 
 use anyhow::Result;
+use serde_json::{Value, json};
 
 use crate::config::{Distill, Supervised};
 use crate::data::examples::objectives::{PromptExample, SftExample};
@@ -23,7 +24,7 @@ use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
 use crate::model::roles::Policy;
 use crate::ops::divergence::Divergence;
 use crate::report::progress::{Progress, Unit};
-use crate::report::{Figures, number};
+use crate::report::{Figures, Report, number};
 use crate::rng::{SplitMix64, derive};
 use crate::train::session::Session;
 use crate::train::settings;
@@ -72,6 +73,8 @@ pub struct Teaching<'w> {
     pub teacher: Policy<'w>,
     /// Tokens that end a response.
     pub stop: &'w [u32],
+    /// Decodes token ids, for samples.jsonl.
+    pub decode: &'w dyn Fn(&[u32]) -> String,
 }
 
 /// The stage's results.
@@ -110,7 +113,8 @@ pub fn train<T: Prompted>(
     session.report.stage("distill", training.steps());
     let stage = Distillation { base, teaching, held_out, config, recompute, seed, example: std::marker::PhantomData };
     // JSON has no NaN, so the finding is an option.
-    let found = session.once("loss_before", |_| stage.held_out_loss(&start).map(Some))?;
+    let found =
+        session.once("loss_before", |report| stage.held_out_loss(&start, Some((report, "before"))).map(Some))?;
     let loss_before = found.unwrap_or(f64::NAN);
     training.resume(session)?;
     session.report.note(&match held_out.len() {
@@ -118,7 +122,7 @@ pub fn train<T: Prompted>(
         _ => format!("distill: {}, held-out loss {loss_before:.4} before", counted(examples.len(), "prompt")),
     });
     let trained = training.run(&stage, session)?;
-    let loss_after = stage.held_out_loss(&trained.adapter)?;
+    let loss_after = stage.held_out_loss(&trained.adapter, Some((&mut session.report, "after")))?;
     session.report.done();
     if !held_out.is_empty() {
         session.report.note(&format!("distill: held-out loss {loss_before:.4} -> {loss_after:.4} nats per token"));
@@ -146,6 +150,41 @@ struct Sequence {
     ended: bool,
 }
 
+impl Sequence {
+    /// A line of samples.jsonl. `when`: `iteration` or `evaluation`, with its value; `loss`: nats per token.
+    fn sample(&self, when: (&str, Value), by: Option<&str>, loss: f64, decode: &dyn Fn(&[u32]) -> String) -> Value {
+        let first = self.mask.iter().position(|&marked| marked).unwrap_or(self.tokens.len());
+        let (prompt, response) = self.tokens.split_at(first);
+        let mut sample = json!({
+            when.0: when.1,
+            "prompt": decode(prompt),
+            "response": decode(response),
+            "loss": number(loss),
+            "finish_reason": if self.ended { FinishReason::Stop } else { FinishReason::Length }.name(),
+        });
+        if let Some(by) = by {
+            sample["by"] = by.into();
+        }
+        sample
+    }
+
+    /// Tokens that the loss is on.
+    fn targets(&self) -> usize {
+        self.mask.iter().filter(|&&marked| marked).count()
+    }
+}
+
+/// The mean of each sequence's values, which are those of its targets one after another.
+fn means(sequences: &[Sequence], values: &[f32]) -> Vec<f64> {
+    let mut rest = values;
+    let mean = |sequence: &Sequence| {
+        let (own, after) = rest.split_at(sequence.targets());
+        rest = after;
+        own.iter().map(|&value| f64::from(value)).sum::<f64>() / own.len() as f64
+    };
+    sequences.iter().map(mean).collect()
+}
+
 /// The sequences and the loss of a step.
 struct StepSums {
     sequences: Vec<Sequence>,
@@ -155,6 +194,8 @@ struct StepSums {
     weight: f64,
     on_policy: bool,
     loss: f64,
+    /// Of each sequence that is through the mean divergence, nats per token.
+    means: Vec<f64>,
 }
 
 impl<H: ?Sized, T: Prompted> Distillation<'_, H, T> {
@@ -195,7 +236,9 @@ impl<H: ?Sized, T: Prompted> Distillation<'_, H, T> {
         Ok(prompts.iter().zip(responses).map(sequence).collect())
     }
 
-    fn held_out_loss(&self, adapter: &Adapter) -> Result<f64>
+    /// The mean divergence over the tokens of the policy's responses to held-out prompts. With a report, some of them go to
+    /// samples.jsonl, marked with the word.
+    fn held_out_loss(&self, adapter: &Adapter, mut shown: Option<(&mut Report, &str)>) -> Result<f64>
     where
         H: Examples<T>,
     {
@@ -217,6 +260,13 @@ impl<H: ?Sized, T: Prompted> Distillation<'_, H, T> {
             )?;
             sum += values.iter().map(|&value| f64::from(value)).sum::<f64>();
             count += values.len();
+            if let Some((report, when)) = &mut shown {
+                let left = self.config.save_samples.saturating_sub(rows.start);
+                for (sequence, loss) in sequences.iter().zip(means(&sequences, &values)).take(left) {
+                    let when = ("evaluation", Value::from(*when));
+                    report.sample(&sequence.sample(when, None, loss, self.teaching.decode))?;
+                }
+            }
         }
         Ok(sum / count as f64)
     }
@@ -262,7 +312,7 @@ impl<H: Examples<T> + ?Sized, T: Prompted> SupervisedStage<T> for Distillation<'
             }
         }
         let targets = sequences.iter().flat_map(|sequence| &sequence.mask).filter(|&&marked| marked).count();
-        Ok(StepSums { sequences, done: 0, weight: 1.0 / targets as f64, on_policy, loss: 0.0 })
+        Ok(StepSums { sequences, done: 0, weight: 1.0 / targets as f64, on_policy, loss: 0.0, means: vec![] })
     }
 
     fn gradients(
@@ -272,7 +322,8 @@ impl<H: Examples<T> + ?Sized, T: Prompted> SupervisedStage<T> for Distillation<'
         examples: &[Cow<'_, T>],
         sums: &mut StepSums,
     ) -> Result<Gradients> {
-        let (batch, targets) = pack(&sums.sequences[sums.done..sums.done + examples.len()])?;
+        let here = sums.done..sums.done + examples.len();
+        let (batch, targets) = pack(&sums.sequences[here.clone()])?;
         sums.done += examples.len();
         let theirs = self.teaching.teacher.rows(&batch, &targets)?;
         let teacher = (self.teaching.teacher, &theirs);
@@ -286,6 +337,7 @@ impl<H: Examples<T> + ?Sized, T: Prompted> SupervisedStage<T> for Distillation<'
             sums.weight as f32,
         )?;
         sums.loss += values.iter().map(|&value| f64::from(value)).sum::<f64>() * sums.weight;
+        sums.means.extend(means(&sums.sequences[here], &values));
         Ok(gradients)
     }
 
@@ -304,8 +356,19 @@ impl<H: Examples<T> + ?Sized, T: Prompted> SupervisedStage<T> for Distillation<'
         ])
     }
 
+    fn samples(&self, sums: &StepSums, step: usize) -> Vec<Value> {
+        let by = match (sums.on_policy, self.config.seq_kd) {
+            (true, _) => "policy",
+            (false, true) => "teacher",
+            (false, false) => "record",
+        };
+        let all = sums.sequences.iter().zip(&sums.means).take(self.config.save_samples);
+        all.map(|(sequence, &loss)| sequence.sample(("iteration", step.into()), Some(by), loss, self.teaching.decode))
+            .collect()
+    }
+
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        Ok(Figures::from_iter([("eval_loss".to_owned(), number(self.held_out_loss(adapter)?))]))
+        Ok(Figures::from_iter([("eval_loss".to_owned(), number(self.held_out_loss(adapter, None)?))]))
     }
 }
 
@@ -320,6 +383,20 @@ fn pack(sequences: &[Sequence]) -> Result<(Batch, Targets)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_sequences_loss_is_the_mean_over_its_own_targets() {
+        let sequence =
+            |mask: &[bool], ended| Sequence { tokens: (0..mask.len() as u32).collect(), mask: mask.to_vec(), ended };
+        let both = [sequence(&[false, true, true], true), sequence(&[false, false, true], false)];
+        assert_eq!(means(&both, &[1.0, 2.0, 5.0]), [1.5, 5.0]);
+        let decode = |ids: &[u32]| format!("{ids:?}");
+        let said = both[1].sample(("iteration", 3.into()), Some("policy"), 5.0, &decode);
+        let want = json!({
+            "iteration": 3, "prompt": "[0, 1]", "response": "[2]", "loss": 5.0, "finish_reason": "length", "by": "policy"
+        });
+        assert_eq!(said, want);
+    }
 
     #[test]
     fn the_prompt_of_a_dialogue_is_what_stands_before_its_last_response() {

@@ -82,6 +82,18 @@ impl fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
+/// The reader of stdout is gone, as `head` is after its lines: no fault, and nobody is there to be told.
+#[derive(Debug)]
+pub struct StdoutClosed;
+
+impl fmt::Display for StdoutClosed {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("stdout was closed")
+    }
+}
+
+impl std::error::Error for StdoutClosed {}
+
 /// Builds an `anyhow::Error` of kind [`Invalid`](crate::error::Invalid): exit code 2.
 #[macro_export]
 macro_rules! invalid {
@@ -116,12 +128,14 @@ fn is_of_path(cause: &(dyn std::error::Error + 'static)) -> bool {
     })
 }
 
-/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 2 if one is [`Invalid`], [`Diverged`],
+/// The exit code of an error: 130 if any cause in its chain is [`Interrupted`], 141 if it is [`StdoutClosed`] (as a shell
+/// reports SIGPIPE), 2 if one is [`Invalid`], [`Diverged`],
 /// [`F16Overflow`] or a path that cannot be used, 1 otherwise. (A training run handles [`Diverged`] itself; elsewhere the given
 /// weights are the cause.)
 pub fn exit_code(error: &anyhow::Error) -> i32 {
     match error {
         _ if error.chain().any(|cause| cause.is::<Interrupted>()) => 130,
+        _ if error.is::<StdoutClosed>() => 141,
         _ if error.chain().any(|cause| is_of_input(cause) || is_of_path(cause)) => 2,
         _ => 1,
     }

@@ -1,6 +1,7 @@
 //! The program: arguments -> a command of `cli` -> an exit code.
 //!
-//! 0 is success, 2 an invalid input or configuration, 130 a run stopped on request, 1 any other failure. The chain of an
+//! 0 is success, 2 an invalid input or configuration, 130 a run stopped on request, 141 a reader of stdout that is gone, 1 any
+//! other failure. The chain of an
 //! error's causes is printed once, on stderr. Read `cli/mod.rs` next.
 
 #[global_allocator]
@@ -23,6 +24,7 @@ fn main() {
     fourfold::host::keep_freed_memory();
     let code = match fourfold::cli::run() {
         Ok(()) => 0,
+        Err(error) if error.is::<fourfold::error::StdoutClosed>() => fourfold::error::exit_code(&error),
         Err(error) => {
             let is_interrupted = error.is::<fourfold::error::Interrupted>();
             let text = fourfold::error::printable(&format!("{error:#}"));

@@ -113,6 +113,7 @@ fn sft_and_reward_are_predicted_within_5_percent_in_every_phase_of_three_shapes(
         "",
         "--set reward.per_device_train_batch_size=2 --set reward.gradient_accumulation_steps=3 --set reward.checkpoint=\"mlp\"",
         "--set reward.checkpoint=\"block\" --set reward.loss=\"divergence_to_end\"",
+        "--set reward.ensemble=4 --set lora.r=32",
     ] {
         agrees(&p, &format!("--phase reward --set data.path=pairs.jsonl {shape}"), &ALL);
     }
@@ -160,6 +161,31 @@ fn grpo_and_rloo_are_predicted_within_5_percent_in_every_phase_with_and_without_
     for (section, more) in [("grpo", ""), ("grpo", "--set grpo.beta=0.04"), ("rloo", "--set rloo.checkpoint=\"mlp\"")] {
         p.write("run.toml", of(section));
         agrees(&p, &format!("--phase {section} --set data.path=prompts.jsonl {more}"), &phases);
+    }
+    p.write("run.toml", file);
+}
+
+#[test]
+fn distillation_is_predicted_within_5_percent_in_every_phase_with_teachers_of_both_kinds() {
+    let p = place();
+    let ran = run(&p, "sft run.toml --set data.max_rows=16 --out out/sft", &[]);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    p.write_base("teacher");
+    let file = fs::read_to_string(p.path("run.toml")).unwrap();
+    let common = file.split("[sft]").next().unwrap();
+    let phases = ["load", "rollout", "update", "step", "evaluation", "save"];
+    let section = "[distill]\nper_device_train_batch_size = 8\nmax_new_tokens = 48\nlmbda = 1.0\n";
+    for (keys, more) in [
+        // An adapter over the policy's base, and a base of its own, from which products are rounded otherwise.
+        ("teacher_adapter = \"out/sft/adapter\"\n", "--set data.path=prompts.jsonl"),
+        (
+            "[teacher]\npath = \"teacher\"\ncompute_dtype = \"bf16\"\n",
+            "--set data.path=prompts.jsonl --set distill.checkpoint=\"block\" --set distill.beta=1.0 \
+             --set distill.per_device_train_batch_size=4 --set distill.gradient_accumulation_steps=2",
+        ),
+    ] {
+        p.write("run.toml", format!("{common}{section}{keys}"));
+        agrees(&p, &format!("--phase distill {more}"), &phases);
     }
     p.write("run.toml", file);
 }

@@ -207,11 +207,12 @@ impl Look<'_> {
     /// What the stage will refuse, in its words.
     fn too_long(&self, stage: &str, longest: usize) -> Option<String> {
         let context = self.context;
-        match self.config.ppo.as_ref().filter(|_| stage == "ppo") {
+        match self.config.ppo.as_ref().filter(|ppo| stage == ppo.origin.name()) {
             Some(ppo) if longest + ppo.response_length > context => Some(format!(
-                "[ppo] a prompt of {longest} tokens and response_length = {} do not fit the context of {context}, so `fourfold \
-                 ppo` will refuse to start; lower response_length or [data] max_prompt_length",
-                ppo.response_length
+                "a prompt of {longest} tokens and {length} = {} do not fit the context of {context}, so `fourfold {stage}` will \
+                 refuse to start; lower {length} or [data] max_prompt_length",
+                ppo.response_length,
+                length = ppo.origin.key("response_length"),
             )),
             None if longest > context => Some(format!(
                 "[data] a sequence of {longest} tokens is longer than the model's context of {context}, so `fourfold {stage}` \

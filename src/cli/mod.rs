@@ -19,16 +19,18 @@ mod subsets;
 mod text;
 mod watch;
 
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Error, Result};
+use anyhow::{Error, Result};
 use clap::{Args, FromArgMatches, Parser, Subcommand};
 use serde_json::Value;
 
 use crate::config;
 use crate::config::{DeviceChoice, Stage};
 use crate::device::select::select;
+use crate::error::StdoutClosed;
+use crate::invalid;
 use crate::model_files::inspect;
 use crate::note;
 use crate::quickstart;
@@ -233,7 +235,21 @@ fn say(text: &str) -> Result<()> {
 /// The same for text that is written piece by piece.
 fn say_with(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result<()> {
     let mut out = BufWriter::new(std::io::stdout().lock());
-    write(&mut out).and_then(|()| out.flush()).context("writing to stdout")
+    write(&mut out).and_then(|()| out.flush()).map_err(|error| match error.kind() {
+        ErrorKind::BrokenPipe => Error::new(StdoutClosed),
+        _ => Error::new(error).context("writing to stdout"),
+    })
+}
+
+/// Refuses a file whose folder is not there, before anything is computed for it. (Commands that write a folder make those above
+/// it.)
+fn check_folder_of(out: &Path) -> Result<()> {
+    match out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        Some(folder) => {
+            Err(invalid!("--out {}: there is no folder {}; make it first", out.display(), folder.display()))
+        }
+        None => Ok(()),
+    }
 }
 
 fn print_json(value: &Value) -> Result<()> {

@@ -37,6 +37,9 @@ supervised_section! {
         pub max_new_tokens: usize = 128,
         /// Whether the teacher samples the responses of steps in which the policy does not. Default false.
         pub seq_kd: bool = false,
+        /// Responses that samples.jsonl gets of each logged step, and of the held-out prompts before and after training.
+        /// Default 2.
+        pub save_samples: usize = 2,
     }
     /// Peak learning rate. Default 2e-4, as for SFT (TRL's 2e-5 is for full fine-tuning).
     learning_rate = 2e-4;

@@ -156,8 +156,10 @@ macro_rules! group_section {
                 let micro = self.per_device_train_batch_size.max(1);
                 let (batch, steps) = (self.rollout_size(), self.steps_of_rollout());
                 let turns = (steps / accumulation).max(1);
-                let optimizer_steps = turns * self.num_iterations.max(1);
-                let episodes = self.max_steps.map_or(batch, |most| most.div_ceil(optimizer_steps) * batch);
+                // The check comes after this, and refuses what does not fit.
+                let optimizer_steps = turns.saturating_mul(self.num_iterations.max(1));
+                let episodes =
+                    self.max_steps.map_or(batch, |most| most.div_ceil(optimizer_steps).saturating_mul(batch));
                 let sync = (self.ref_model_sync_steps / optimizer_steps).max(1);
                 Ppo {
                     origin,
@@ -210,7 +212,7 @@ macro_rules! group_section {
 
             /// Responses of one rollout.
             fn rollout_size(&self) -> usize {
-                self.per_device_train_batch_size.max(1) * self.steps_of_rollout()
+                self.per_device_train_batch_size.max(1).saturating_mul(self.steps_of_rollout())
             }
 
             /// The shared keys that are set and change nothing: (key, whether it is so, reason).
@@ -229,6 +231,8 @@ macro_rules! group_section {
             /// The rules between the shared keys.
             fn check_shared(&self, section: &str) -> Result<()> {
                 let unit = self.per_device_train_batch_size;
+                let (generations, size) = (self.num_generations, self.rollout_size());
+                check_rollout(section, "per_device_train_batch_size times steps_per_generation", size)?;
                 if let (Some(size), Some(steps)) = (self.generation_batch_size, self.steps_per_generation) {
                     return Err(invalid!(
                         "[{section}] has both generation_batch_size = {size} and steps_per_generation = {steps}; keep one of \
@@ -250,19 +254,17 @@ macro_rules! group_section {
                         steps.next_multiple_of(accumulation)
                     ));
                 }
-                let (generations, size) = (self.num_generations, self.rollout_size());
-                if generations < 2 {
-                    return Err(invalid!(
-                        "[{section}] num_generations = {generations} leaves nothing to compare a response with; use 2 or more"
-                    ));
-                }
                 if !size.is_multiple_of(generations) {
-                    let steps = (1..=generations).find(|n| (n * unit * accumulation).is_multiple_of(generations));
+                    let fits = |n: &usize| (n * unit * accumulation).is_multiple_of(generations);
+                    let most = MOST_RESPONSES / (unit * accumulation);
+                    let remedy = match (1..=generations.min(most)).find(fits) {
+                        Some(steps) => format!("try steps_per_generation = {}", steps * accumulation),
+                        None => "lower num_generations".into(),
+                    };
                     return Err(invalid!(
-                        "[{section}] a rollout of {size} responses (per_device_train_batch_size = {unit} times {steps_made}) is \
-                         not a multiple of num_generations = {generations}; try steps_per_generation = {}",
-                        steps.unwrap_or(generations) * accumulation,
-                        steps_made = self.steps_of_rollout(),
+                        "[{section}] a rollout of {size} responses (per_device_train_batch_size = {unit} times {}) is not a \
+                         multiple of num_generations = {generations}; {remedy}",
+                        self.steps_of_rollout(),
                     ));
                 }
                 if self.temperature == 0.0 {
@@ -339,6 +341,20 @@ macro_rules! group_section {
             }
         }
     };
+}
+
+/// Most responses of one rollout, four times those of DAPO (arXiv:2503.14476): all of them are held at once, and the plan
+/// goes through each.
+pub(super) const MOST_RESPONSES: usize = 32_768;
+
+/// Refuses a rollout that is too large.
+pub(super) fn check_rollout(section: &str, key: &str, size: usize) -> Result<()> {
+    match size > MOST_RESPONSES {
+        true => {
+            Err(invalid!("[{section}] a rollout of {size} responses ({key}) is more than {MOST_RESPONSES}; use fewer"))
+        }
+        false => Ok(()),
+    }
 }
 
 /// What a plan of the memory changes in a section of a group method.

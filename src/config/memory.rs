@@ -41,6 +41,9 @@ const UNITS: [(&str, usize); 7] = [
     ("GB", 1_000_000_000),
 ];
 
+/// Below this many bytes a number needs a unit.
+const BARE: f64 = 1024.0 * 1024.0;
+
 impl FromStr for ByteSize {
     type Err = String;
 
@@ -49,7 +52,15 @@ impl FromStr for ByteSize {
         let unit = text.trim()[digits.len()..].to_ascii_lowercase();
         let factor = match UNITS.iter().find(|(name, _)| name.to_ascii_lowercase() == unit) {
             Some((_, factor)) => *factor,
-            None if unit.is_empty() => 1,
+            None if unit.is_empty() => {
+                // Whoever writes 10 means another unit: nothing here takes or gives less than this.
+                let few = digits.trim().parse::<f64>().ok().filter(|n| (1.0..BARE).contains(n));
+                if let Some(few) = few {
+                    let unit = if few < 1024.0 { "GiB" } else { "MiB" };
+                    return Err(format!("without a unit is {few} bytes; did you mean \"{few}{unit}\"?"));
+                }
+                1
+            }
             None => return Err(format!("{text:?} is in none of B, KiB, MiB, GiB, KB, MB and GB")),
         };
         let number: Option<f64> = digits.trim().parse().ok();
@@ -102,13 +113,17 @@ mod tests {
         let bytes = |text: &str| text.parse::<ByteSize>().map(|b| b.0);
         assert_eq!(bytes("8GiB"), Ok(8 << 30));
         assert_eq!(bytes("1.5 gib"), Ok(3 << 29));
-        assert_eq!((bytes("5GB"), bytes("700")), (Ok(5_000_000_000), Ok(700)));
+        assert_eq!((bytes("5GB"), bytes("700B"), bytes("2000000")), (Ok(5_000_000_000), Ok(700), Ok(2_000_000)));
         assert!(["", "GiB", "-1GiB", "0", "8 apples", "1e40GiB", "NaN"].iter().all(|t| bytes(t).is_err()));
+        for (bare, meant) in [("10", "10GiB"), ("1.5", "1.5GiB"), ("700", "700GiB"), ("8192", "8192MiB")] {
+            let said = bare.parse::<ByteSize>().unwrap_err();
+            assert_eq!(said, format!("without a unit is {bare} bytes; did you mean \"{meant}\"?"));
+        }
         for size in [1, 700, 8 << 30, (8 << 30) + 1, 5_000_000_000] {
             assert_eq!(ByteSize(size).to_string().parse(), Ok(ByteSize(size)));
         }
-        let config: Memory = toml::from_str("limit = 4096").unwrap();
-        assert_eq!(config.limit, Some(ByteSize(4096)));
-        assert_eq!(toml::to_string(&config).unwrap(), "limit = \"4KiB\"\n");
+        let config: Memory = toml::from_str("limit = 4194304").unwrap();
+        assert_eq!(config.limit, Some(ByteSize(4 << 20)));
+        assert_eq!(toml::to_string(&config).unwrap(), "limit = \"4MiB\"\n");
     }
 }

@@ -6,6 +6,7 @@
 //! read `schema.rs`, `stages.rs` and `ppo.rs` next.
 
 mod checkpoint;
+mod describe;
 mod distill;
 mod dpo;
 mod dschat;
@@ -38,9 +39,11 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::invalid;
-use located::{Fault, KeyError, keys_of, nearest, quoted};
+use describe::describe;
+use located::Fault;
 
 pub use checkpoint::{CheckpointConfig, Guard};
+pub use describe::{key_path, known_keys};
 pub use distill::Distill;
 pub use dpo::{Dpo, DpoLoss, Kto};
 pub(crate) use group::GroupKeys;
@@ -54,14 +57,14 @@ pub use ppo::{
 };
 pub use ptx::Ptx;
 pub use report_to::ReportTo;
-pub use rewards::{RewardKind, RewardPart};
+pub use rewards::{EnsembleScore, RewardKind, RewardPart};
 pub use schema::{
-    Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, InitLoraWeights, Lora,
-    MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
+    Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stage::Stage;
-pub use stages::{LrScheduler, RecomputeSetting, Reward, RewardLoss, Sft};
+pub use stages::{LrScheduler, MOST_MEMBERS, RecomputeSetting, Reward, RewardLoss, Sft};
 
 /// A whole file. Sections of stages that do not run may be absent.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
@@ -243,12 +246,40 @@ impl Config {
 
     /// The keys of a stage's section that are set and change nothing, each as a sentence with the reason.
     pub fn idle_keys(&self, stage: Stage) -> Vec<String> {
-        match stage {
+        let mut idle = match stage {
             Stage::Ppo => self.ppo.as_ref().map(Ppo::idle_keys).unwrap_or_default(),
             Stage::Grpo => self.grpo.as_ref().map(Grpo::idle_keys).unwrap_or_default(),
             Stage::Rloo => self.rloo.as_ref().map(Rloo::idle_keys).unwrap_or_default(),
             _ => vec![],
-        }
+        };
+        idle.extend(self.ppo.as_ref().filter(|_| stage.has_rollouts()).map(Ppo::reward_remarks).unwrap_or_default());
+        idle
+    }
+
+    /// That a stage will run with the defaults of every key of its section, where the file has no such section and those of
+    /// others.
+    pub fn without_section(&self, stage: Stage) -> Option<String> {
+        let ppo = self.ppo.as_ref().filter(|ppo| ppo.origin == Origin::Ppo);
+        let there = [
+            (Stage::Sft, self.sft.is_some()),
+            (Stage::Reward, self.reward.is_some()),
+            (Stage::Dpo, self.dpo.is_some()),
+            (Stage::Kto, self.kto.is_some()),
+            (Stage::Distill, self.distill.is_some()),
+            (Stage::Ppo, ppo.is_some()),
+            (Stage::Grpo, self.grpo.is_some()),
+            (Stage::Rloo, self.rloo.is_some()),
+        ];
+        let others: Vec<&str> = there.iter().filter(|(_, is_there)| *is_there).map(|(of, _)| of.name()).collect();
+        let listed = |of: fn(&&str) -> String, between: &str| others.iter().map(of).collect::<Vec<_>>().join(between);
+        (!others.is_empty() && !others.contains(&stage.name())).then(|| {
+            format!(
+                "the file has no [{}], so all of its keys have their defaults; it has {}, for {}",
+                stage.name(),
+                listed(|name| format!("[{name}]"), " and "),
+                listed(|name| format!("`fourfold {name}`"), " and ")
+            )
+        })
     }
 
     /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no
@@ -405,6 +436,8 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     for text in set {
         changed.push((overrides::apply(&mut table, text)?, text));
     }
+    let lora = table.get("lora").and_then(Value::as_table);
+    let given = Given(lora.map(|keys| keys.keys().cloned().collect()).unwrap_or_default());
     dschat::fill(&mut table);
     ppo_rules::fill(&mut table);
     let mut config: Config = located::from_table(table.clone()).map_err(|error| {
@@ -420,6 +453,7 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
             None => invalid!("{file}: {}", describe(&error, &table)),
         }
     })?;
+    config.lora.given = given;
     if let Some(data) = &mut config.data {
         data.seed = config.seed;
     }
@@ -455,151 +489,5 @@ fn one_of_rollouts(config: &Config) -> Result<()> {
             Err(invalid!("there are {first} and {second}; a file has one of [ppo], [grpo] and [rloo], so remove one"))
         }
         _ => Ok(()),
-    }
-}
-
-/// Every section with its keys.
-fn sections() -> [(&'static str, &'static [&'static str]); 16] {
-    [
-        ("base", keys_of::<Base>()),
-        ("reward_base", keys_of::<Base>()),
-        ("teacher", keys_of::<Base>()),
-        ("lora", keys_of::<Lora>()),
-        ("checkpoint", keys_of::<CheckpointConfig>()),
-        ("guard", keys_of::<Guard>()),
-        ("memory", keys_of::<Memory>()),
-        ("data", keys_of::<Data>()),
-        ("sft", keys_of::<Sft>()),
-        ("reward", keys_of::<Reward>()),
-        ("dpo", keys_of::<Dpo>()),
-        ("kto", keys_of::<Kto>()),
-        ("distill", keys_of::<Distill>()),
-        ("ppo", keys_of::<Ppo>()),
-        ("grpo", keys_of::<Grpo>()),
-        ("rloo", keys_of::<Rloo>()),
-    ]
-}
-
-/// Every section with the keys that it knows, those inside `[ppo]` by their own path.
-pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
-    let inside = [
-        ("ppo.reward", keys_of::<RewardPart>()),
-        ("ppo.ptx", keys_of::<Ptx>()),
-        ("grpo.reward", keys_of::<RewardPart>()),
-        ("rloo.reward", keys_of::<RewardPart>()),
-    ];
-    sections().into_iter().chain(inside).collect()
-}
-
-/// Keys outside the sections that other trainers have among all others.
-const AT_THE_TOP: [&str; 3] = ["seed", "output_dir", "report_to"];
-
-/// What other trainers call our keys: (their name, our section and key).
-const ELSEWHERE: &[(&str, &str)] = &[
-    ("model_name_or_path", "[base] path"),
-    ("actor_model_name_or_path", "[base] path"),
-    ("critic_model_name_or_path", "[reward_base] path"),
-    ("lora_r", "[lora] r"),
-    ("lora_rank", "[lora] r"),
-    ("lora_dim", "[lora] r"),
-    ("actor_lora_dim", "[lora] r"),
-    ("rank", "[lora] r"),
-    ("lora_target", "[lora] target_modules"),
-    ("lora_target_modules", "[lora] target_modules"),
-    ("data_path", "[data] path"),
-    ("dataset", "[data] path"),
-    ("formatting", "[data] format"),
-    ("interleave_probs", "[[data.sources]] weight"),
-    ("max_samples", "[data] max_rows"),
-    ("cutoff_len", "[data] max_length"),
-    ("max_seq_len", "[data] max_length"),
-    ("max_seq_length", "[data] max_length"),
-    ("max_prompt_seq_len", "[data] max_prompt_length"),
-    ("max_answer_seq_len", "[ppo] response_length"),
-    ("max_new_tokens", "[ppo] response_length"),
-    ("actor_learning_rate", "[ppo] learning_rate"),
-    ("ppo_epochs", "[ppo] num_ppo_epochs"),
-    ("kl_ctl", "[ppo] kl_coef"),
-    ("init_kl_coef", "[ppo] kl_coef"),
-    ("lambda", "[ppo] lam"),
-    ("clip_reward_value", "[ppo] score_clip"),
-    ("reward_model", "[ppo] reward_adapter"),
-    ("warmup_ratio", "warmup_steps"),
-    ("num_warmup_steps", "warmup_steps"),
-];
-
-/// The path that `--set` takes for a key of ours or of another trainer: in the section `stage` if it is there.
-pub fn key_path(name: &str, stage: &str) -> Option<String> {
-    let all = sections();
-    let has = |section: &str, key: &str| all.iter().any(|(of, keys)| *of == section && keys.contains(&key));
-    if has(stage, name) {
-        return Some(format!("{stage}.{name}"));
-    }
-    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == name) {
-        return match ours.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
-            Some((section, key)) if !section.starts_with('[') => Some(format!("{section}.{key}")),
-            Some(_) => None,
-            None => Some(format!("{stage}.{ours}")),
-        };
-    }
-    if AT_THE_TOP.contains(&name) {
-        return Some(name.to_owned());
-    }
-    all.iter().find(|(_, keys)| keys.contains(&name)).map(|(section, _)| format!("{section}.{name}"))
-}
-
-/// Where a key that does not belong here may have been meant to go.
-fn elsewhere(key: &str) -> Option<String> {
-    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
-        return Some(format!("it is {ours} here"));
-    }
-    if AT_THE_TOP.contains(&key) {
-        return Some(format!("{key} stands at the top of the file, before any section"));
-    }
-    let owners: Vec<&str> =
-        sections().into_iter().filter(|(_, keys)| keys.contains(&key)).map(|(name, _)| name).collect();
-    let owners: Vec<String> = owners.iter().map(|name| format!("[{name}]")).collect();
-    (!owners.is_empty()).then(|| format!("{} has it", owners.join(", ")))
-}
-
-fn describe(error: &KeyError, table: &Table) -> String {
-    let at = match error.path.as_slice() {
-        [] => String::new(),
-        [key] if !table.get(key).is_some_and(Value::is_table) => key.clone(),
-        [section] => format!("[{section}]"),
-        [section, key @ ..] => format!("[{section}] {}", key.join(".")),
-    };
-    let guess = |wrong: &str, names: &[&str]| match nearest(wrong, names) {
-        Some(name) => format!("did you mean {name:?}?"),
-        None => format!("there are {}", quoted(names)),
-    };
-    match &error.fault {
-        Fault::UnknownKey { key, expected } if error.path.is_empty() => {
-            let is_section = table.get(key).is_some_and(Value::is_table);
-            match elsewhere(key).filter(|_| !is_section) {
-                Some(hint) => format!("there is no key {key:?} outside the sections; {hint}"),
-                None if is_section => {
-                    format!("there is no section [{key}]; {}", guess(key, &sections().map(|(name, _)| name)))
-                }
-                None => format!("there is no key {key:?} outside the sections; {}", guess(key, expected)),
-            }
-        }
-        Fault::UnknownKey { key, expected } => {
-            let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
-            let known = ELSEWHERE.iter().any(|(theirs, _)| theirs == key).then(|| elsewhere(key)).flatten();
-            let of_trl = trl::reason(error.path.first().map_or("", String::as_str), key).map(str::to_owned);
-            let known = of_trl.or(known);
-            let hint = known.or(near).or_else(|| elsewhere(key)).unwrap_or_else(|| guess(key, expected));
-            format!("{at} has no key {key:?}; {hint}")
-        }
-        Fault::UnknownValue { value, expected } => {
-            let near = nearest(value, expected).map(|name| format!("; did you mean {name:?}?")).unwrap_or_default();
-            format!("{at} = {value:?} is not one of {}{near}", quoted(expected))
-        }
-        Fault::Missing("base") => {
-            "the section [base] is missing; it needs path = \"a Hugging Face folder or .gguf\"".into()
-        }
-        Fault::Missing(key) => format!("{at} needs the key {key:?}"),
-        Fault::Mismatch(text) => format!("{at} {text}").trim_start().to_owned(),
     }
 }

@@ -178,6 +178,11 @@ impl Origin {
         }
     }
 
+    /// The section of this name; `[ppo]` for any other.
+    pub fn of(name: &str) -> Self {
+        [Self::Grpo, Self::Rloo].into_iter().find(|origin| origin.name() == name).unwrap_or_default()
+    }
+
     /// The section's name.
     pub fn name(self) -> &'static str {
         self.stage().name()

@@ -8,8 +8,8 @@ use anyhow::Result;
 use toml::{Table, Value};
 
 use super::{
-    AdvantageEstimator, Compat, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator, KlIn,
-    PolicyLoss, Ppo, ScaleRewards,
+    AdvantageEstimator, Compat, CriticStart, EnsembleScore, ImportanceSamplingCorrection, ImportanceSamplingLevel,
+    KlEstimator, KlIn, PolicyLoss, Ppo, RewardPart, ScaleRewards,
 };
 use crate::invalid;
 
@@ -73,6 +73,59 @@ impl Ppo {
             )),
             None => Ok(()),
         }
+    }
+
+    /// What the sources of the reward make of the run beside what one would expect, each as a sentence: one source named
+    /// twice, and a gold reward that judges nothing.
+    pub fn reward_remarks(&self) -> Vec<String> {
+        let (section, mut said) = (self.origin.name(), vec![]);
+        // The same in all but name and weight.
+        let bare = |part: &RewardPart| RewardPart { name: None, weight: 1.0, weight_end: None, ..part.clone() };
+        for (at, part) in self.reward.iter().enumerate() {
+            let before = self.reward[..at].iter().find(|before| bare(before) == bare(part));
+            if let Some(before) = before {
+                said.push(format!(
+                    "[[{section}.reward]] {:?} is the same source as {:?}, so its scores count with both weights",
+                    part.name(),
+                    before.name()
+                ));
+            }
+        }
+        let main = Some(&self.reward_adapter).filter(|path| !path.as_os_str().is_empty());
+        let parts = self.reward.iter().flat_map(|part| part.adapters.iter().map(move |path| (part, path)));
+        for (part, path) in parts.filter(|(_, path)| Some(*path) == main) {
+            said.push(format!(
+                "[[{section}.reward]] {:?} has {}, which is reward_adapter too: it counts in both",
+                part.name(),
+                path.display()
+            ));
+        }
+        for part in self.reward.iter().chain(&self.gold) {
+            let twice = part.adapters.iter().enumerate().find(|(at, path)| part.adapters[..*at].contains(path));
+            if let Some((_, path)) = twice {
+                said.push(format!(
+                    "{:?} has {} twice among its adapters: it counts twice",
+                    part.name(),
+                    path.display()
+                ));
+            }
+        }
+        let usual = RewardPart::default();
+        for part in self.reward.iter().chain(&self.gold) {
+            if part.std_coef != usual.std_coef && part.aggregate != EnsembleScore::MeanMinusStd {
+                said.push(format!("{:?}: std_coef has no effect without aggregate = \"mean_minus_std\"", part.name()));
+            }
+            if part.aggregate != usual.aggregate && part.adapters.len() == 1 {
+                said.push(format!("{:?}: aggregate has no effect on a single adapter", part.name()));
+            }
+        }
+        if self.gold.as_ref().is_some_and(|gold| gold.weight_end.is_some()) {
+            said.push(format!("[{section}.gold] weight_end has no effect: the policy is not trained on it"));
+        }
+        if self.gold.is_some() && self.eval_prompts == 0 {
+            said.push(format!("[{section}.gold] has no effect without eval_prompts, whose responses it judges"));
+        }
+        said
     }
 
     /// The keys that differ from their defaults and change nothing beside the other keys, each as a sentence with the

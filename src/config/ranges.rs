@@ -25,6 +25,8 @@ const fn range(text: &'static str, inside: fn(f64) -> bool) -> Range {
 /// Whole numbers, whose type is their range.
 const WHOLE: Range = range("0 or more", |_| true);
 const ONE: Range = Range { text: "1 or more", fault: "does nothing", inside: |v| v >= 1.0 };
+const COMPARED: Range =
+    Range { text: "2 or more", fault: "leaves nothing to compare a response with", inside: |v| v >= 2.0 };
 const NOT_NEGATIVE: Range = range("0 or a number above it", |v| v >= 0.0);
 const ANY: Range = range("a number", |_| true);
 const BETA: Range = range("a number from 0 to below 1, usually 0.9 to 0.999", |v| (0.0..1.0).contains(&v));
@@ -96,6 +98,16 @@ const ROWS: &[Row] = &[
     (SUPERVISED, "gradient_accumulation_steps", "passes", ONE),
     (SUPERVISED, "logging_steps", "optimizer steps", ONE),
     (SUPERVISED, "eval_steps", "optimizer steps", WHOLE),
+    (
+        &["reward"],
+        "ensemble",
+        "reward models",
+        Range {
+            text: "1 to 16, usually 3 to 5",
+            fault: "is out of range",
+            inside: |v| (1.0..=crate::config::MOST_MEMBERS as f64).contains(&v),
+        },
+    ),
     (&["reward"], "num_padding_at_beginning", "tokens", WHOLE),
     (&["dpo", "kto"], "beta", "", positive!("0.01 to 0.5")),
     (
@@ -114,7 +126,8 @@ const ROWS: &[Row] = &[
     (PPO, "critic_warmup", "iterations", WHOLE),
     (PPO, "total_episodes", "responses", ONE),
     (PPO, "batch_size", "responses", ONE),
-    (ROLLOUTS, "num_generations", "responses per prompt", ONE),
+    (PPO, "num_generations", "responses per prompt", ONE),
+    (GROUPS, "num_generations", "responses per prompt", COMPARED),
     (PPO, "num_mini_batches", "optimizer steps", ONE),
     (PPO, "num_ppo_epochs", "passes", ONE),
     (PPO, "micro_batch_size", "sequences", ONE),
@@ -162,7 +175,7 @@ const ROWS: &[Row] = &[
     (ROLLOUTS, "ref_model_mixup_alpha", "", SHARE),
     (ROLLOUTS, "eval_prompts", "prompts", WHOLE),
     (ROLLOUTS, "eval_every", "iterations", WHOLE),
-    (ROLLOUTS, "save_samples", "samples", WHOLE),
+    (&["ppo", "grpo", "rloo", "distill"], "save_samples", "samples", WHOLE),
     (GROUPS, "num_train_epochs", "passes", ONE),
     (GROUPS, "max_steps", "optimizer steps", ONE),
     (GROUPS, "per_device_train_batch_size", "responses", ONE),
@@ -179,6 +192,7 @@ const ROWS: &[Row] = &[
     (PTX, "coef", "", range("0 or more, usually 27.8", |v| v >= 0.0)),
     (PTX, "block_size", "tokens", Range { text: "2 or more", fault: "has nothing to predict", inside: |v| v >= 2.0 }),
     (PARTS, "weight", "", ANY),
+    (PARTS, "weight_end", "", ANY),
     (PARTS, "std_coef", "", NOT_NEGATIVE),
     (PARTS, "min_tokens", "tokens", WHOLE),
     (PARTS, "max_tokens", "tokens", WHOLE),

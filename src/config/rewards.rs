@@ -73,7 +73,7 @@ impl RewardKind {
     /// The keys that it reads beside `kind`, `name` and `weight`.
     fn keys(self) -> &'static [&'static str] {
         match self {
-            Self::Adapter => &["adapters", "std_coef"],
+            Self::Adapter => &["adapters", "aggregate", "std_coef"],
             Self::Command => &["command", "timeout_seconds", "retries", "fallback_score"],
             Self::Http => &["url", "api_key_env", "timeout_seconds", "retries", "fallback_score"],
             Self::Judge => &[
@@ -106,6 +106,19 @@ impl RewardKind {
     }
 }
 
+/// How the scores of an ensemble of reward models become one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EnsembleScore {
+    /// Their mean less `std_coef` times their deviation: where they disagree, a response scores lower.
+    #[default]
+    MeanMinusStd,
+    /// Their mean.
+    Mean,
+    /// The lowest: the policy is optimised for the worst case.
+    Min,
+}
+
 /// One `[[ppo.reward]]`. The reward of a response is the sum of all of them and of `reward_adapter`, each times its
 /// weight.
 #[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
@@ -118,9 +131,15 @@ pub struct RewardPart {
     pub name: Option<String>,
     /// What its scores are multiplied by. Default 1.0.
     pub weight: f64,
-    /// `adapter`: folders of reward adapters. Several are an ensemble: the mean of their scores less `std_coef` times
-    /// their deviation.
+    /// The weight in the run's last iteration: from `weight` in the first it goes there in a straight line, and evaluations
+    /// have it throughout. Absent = `weight` in all of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight_end: Option<f64>,
+    /// `adapter`: folders of reward adapters over the one base. Several are an ensemble, whose scores `aggregate` makes one.
     pub adapters: Vec<PathBuf>,
+    /// `adapter`: how an ensemble's scores become one (arXiv:2310.02743). Default `mean_minus_std`.
+    #[serde(skip_serializing_if = "is_usual")]
+    pub aggregate: EnsembleScore,
     /// `adapter`: how much an ensemble's disagreement costs. Default 1.0 (arXiv:2310.02743 tries 0.1 to 1).
     pub std_coef: f64,
     /// `command`: the program and its arguments, run without a shell.
@@ -190,7 +209,9 @@ impl Default for RewardPart {
             kind: RewardKind::Adapter,
             name: None,
             weight: 1.0,
+            weight_end: None,
             adapters: Vec::new(),
+            aggregate: EnsembleScore::MeanMinusStd,
             std_coef: 1.0,
             command: Vec::new(),
             url: String::new(),
@@ -213,6 +234,10 @@ impl Default for RewardPart {
             fallback_score: None,
         }
     }
+}
+
+fn is_usual(score: &EnsembleScore) -> bool {
+    *score == EnsembleScore::default()
 }
 
 impl RewardPart {
@@ -284,7 +309,8 @@ impl RewardPart {
     /// Refuses a key with another value than its default that this kind does not read.
     fn check_keys(&self, section: &str) -> Result<()> {
         let (written, usual) = (Table::try_from(self)?, Table::try_from(Self::default())?);
-        let is_read = |key: &str| ["kind", "name", "weight"].contains(&key) || self.kind.keys().contains(&key);
+        let is_read =
+            |key: &str| ["kind", "name", "weight", "weight_end"].contains(&key) || self.kind.keys().contains(&key);
         let Some(key) = written.keys().find(|key| written.get(*key) != usual.get(*key) && !is_read(key)) else {
             return Ok(());
         };
@@ -309,6 +335,8 @@ mod tests {
     fn every_key_is_read_by_a_kind_and_no_kind_reads_one_that_is_not_there() {
         let full = RewardPart {
             name: Some("n".into()),
+            weight_end: Some(2.0),
+            aggregate: EnsembleScore::Min,
             api_key_env: Some("K".into()),
             model: "m".into(),
             template: Some("t".into()),
@@ -327,7 +355,7 @@ mod tests {
         };
         let all = Table::try_from(&full).unwrap();
         let read: Vec<&str> = RewardKind::ALL.iter().flat_map(|kind| kind.keys()).copied().collect();
-        for key in all.keys().filter(|key| !["kind", "name", "weight"].contains(&key.as_str())) {
+        for key in all.keys().filter(|key| !["kind", "name", "weight", "weight_end"].contains(&key.as_str())) {
             assert!(read.contains(&key.as_str()), "no kind reads {key}");
         }
         for key in read {

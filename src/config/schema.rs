@@ -211,6 +211,20 @@ pub struct Lora {
     /// LoRA+, arXiv:2402.12354: the second factor learns with this many times the learning rate. Default 1, as without
     /// (PEFT's `create_loraplus_optimizer`; the paper's advice is 16).
     pub loraplus_lr_ratio: f64,
+    /// The keys that the file has. They decide nothing: a message names them where an adapter's own shape counts.
+    #[serde(skip)]
+    pub given: Given,
+}
+
+/// Names of keys that a file has; two lists are equal whatever they hold, since a key that is written out with its default
+/// means the same.
+#[derive(Clone, Debug, Default)]
+pub struct Given(pub Vec<String>);
+
+impl PartialEq for Given {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
 }
 
 /// `init_lora_weights`.
@@ -245,6 +259,7 @@ impl Default for Lora {
             init_lora_weights: InitLoraWeights::Default,
             use_dora: false,
             loraplus_lr_ratio: 1.0,
+            given: Given::default(),
         }
     }
 }

@@ -66,6 +66,9 @@ supervised_section! {
     }
 }
 
+/// Most reward models of one run.
+pub const MOST_MEMBERS: usize = 16;
+
 /// The loss of a reward model on a comparison.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -100,6 +103,10 @@ supervised_section! {
         /// standard deviation 1, which changes no comparison and gives PPO a reward in known units. Default true
         /// (InstructGPT shifts to 0).
         pub center: bool = true,
+        /// Reward models trained one after another over the one base, each from a head and an order of the records of its
+        /// own: member m as a run with `seed + m` on the same split. They are saved as `adapter`, `adapter_1`, ..., for
+        /// `[[ppo.reward]] adapters` (arXiv:2310.02743 has five). Default 1.
+        pub ensemble: usize = 1,
     }
     /// Peak learning rate. Default 2e-4, as for SFT (DeepSpeed-Chat's for LoRA: 5e-4).
     learning_rate = 2e-4;

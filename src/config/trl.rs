@@ -42,7 +42,7 @@ const REASONS: &[(&[&str], &str)] = &[
         &["log_completions", "num_completions_to_print", "log_unique_prompts", "log_completions_hub_repo"],
         "save_samples says how many responses go to samples.jsonl",
     ),
-    (&["logging_steps", "report_to"], "every iteration is logged to metrics.jsonl; remove the key"),
+    (&["logging_steps"], "every iteration is logged to metrics.jsonl; remove the key"),
     (&["num_generations_eval", "per_device_eval_batch_size"], "a held-out prompt is answered once; remove the key"),
     (&["min_p", "repetition_penalty", "generation_kwargs"], "sampling has temperature, top_k and top_p"),
     (
@@ -90,6 +90,21 @@ const OF_DISTILLATION: &[(&[&str], &str)] = &[
     (&["gradient_checkpointing"], "checkpoint says what is recomputed: auto, none, mlp or block"),
     (&["max_steps"], "num_train_epochs says how long a run is"),
 ];
+
+/// Keys that other trainers have in any section.
+const NOWHERE: &[(&[&str], &str)] = &[
+    (&["lora_dropout"], "adapters have no dropout here; remove the key"),
+    (&["rloo_k"], "it is num_generations here, as in TRL's RLOOConfig today"),
+    (
+        &["token_level_kl"],
+        "the KL of a response is taken from its reward as one sum (TRL's token_level_kl = False); remove the key",
+    ),
+];
+
+/// Why a key is in no section, or what stands for it; `None` for a key that is not known.
+pub(super) fn nowhere(key: &str) -> Option<&'static str> {
+    NOWHERE.iter().find(|(keys, _)| keys.contains(&key)).map(|(_, reason)| *reason)
+}
 
 /// Why a key is none of `[grpo]`, `[rloo]` and `[distill]`; `None` in another section, or for a key that TRL does not have
 /// either.

@@ -4,6 +4,7 @@
 use anyhow::Result;
 use toml::Table;
 
+use super::group::check_rollout;
 use super::{
     AdvantageEstimator, Base, Compat, Config, Data, Dpo, Grpo, ImportanceSamplingCorrection, InitLoraWeights,
     KlEstimator, KlIn, Kto, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart,
@@ -173,10 +174,22 @@ fn ppo(section: &Ppo) -> Result<()> {
     section.reward.iter().chain(&section.gold).try_for_each(|part| part.check(section.origin))?;
     let mut names: Vec<&str> = section.reward.iter().map(RewardPart::name).collect();
     names.sort_unstable();
+    let name = section.origin.name();
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
-        let name = section.origin.name();
         return Err(invalid!("two [[{name}.reward]] are called {:?}; give each a name = \"…\" of its own", twice[0]));
     }
+    let has_main = !section.reward_adapter.as_os_str().is_empty();
+    if has_main && names.contains(&"reward_adapter") {
+        return Err(invalid!(
+            "[[{name}.reward]] name = \"reward_adapter\" is what [{name}] reward_adapter is called by; give another name"
+        ));
+    }
+    if !has_main && section.reward.iter().all(|part| part.weight == 0.0 && part.weight_end.unwrap_or(0.0) == 0.0) {
+        return Err(invalid!(
+            "[[{name}.reward]] weight = 0 for every source, so no response gets a reward; give one of them a weight"
+        ));
+    }
+    check_rollout(name, "batch_size", section.batch_size)?;
     if section.eval_every > 0 && section.eval_prompts == 0 {
         return Err(invalid!("[ppo] eval_every = {} evaluates nothing; set eval_prompts", section.eval_every));
     }

@@ -14,13 +14,26 @@ use crate::invalid;
 /// # Errors
 /// If `out` exists, or `make` or the renaming fails; nothing is left under either name then.
 pub fn staged<T>(out: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let missing = missing_folders(out);
     let temporary = temporary(out)?;
     let result = make(&temporary).and_then(|made| rename(&temporary, out).map(|()| made));
     if result.is_err() {
         // The original error is returned even if the temporary files cannot be removed.
         if temporary.is_dir() { fs::remove_dir_all(&temporary) } else { fs::remove_file(&temporary) }.ok();
+        remove_folders(&missing);
     }
     result
+}
+
+/// The folders above `out` that are not there yet, the innermost first.
+fn missing_folders(out: &Path) -> Vec<PathBuf> {
+    let above = out.ancestors().skip(1).filter(|folder| !folder.as_os_str().is_empty());
+    above.take_while(|folder| !folder.exists()).map(Path::to_path_buf).collect()
+}
+
+/// Removes folders that were made for an output which did not come about; one that holds something else stays.
+fn remove_folders(made: &[PathBuf]) {
+    made.iter().for_each(|folder| drop(fs::remove_dir(folder)));
 }
 
 /// Lets `make` write files into a temporary folder under the names of `outs`, which lie in one folder, and renames them to
@@ -29,6 +42,7 @@ pub fn staged<T>(out: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T>
 /// # Errors
 /// If one of `outs` exists, or `make` or a renaming fails; nothing is left under any name then.
 pub fn staged_files<T>(outs: &[PathBuf], make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
+    let missing = outs.first().map(|out| missing_folders(out)).unwrap_or_default();
     let named = outs.iter().map(|out| Ok((temporary(out)?, out))).collect::<Result<Vec<_>>>()?;
     let (folder, _) = named.first().context("the output needs a name")?;
     let write = || {
@@ -45,6 +59,9 @@ pub fn staged_files<T>(outs: &[PathBuf], make: impl FnOnce(&Path) -> Result<T>) 
     };
     let result = write();
     fs::remove_dir_all(folder).ok();
+    if result.is_err() {
+        remove_folders(&missing);
+    }
     result
 }
 

@@ -84,6 +84,14 @@ pub(crate) const CHARTS: &[Entry] = &[
         &["truncated"],
     ),
     watched(
+        entry(
+            "Masked responses",
+            &["policy/masked", "policy/masked_steps"],
+            "Shares: of responses that were cut off and left out of the loss, and of steps without any other.",
+        ),
+        &["masked_steps"],
+    ),
+    watched(
         entry("Groups of equal rewards", &["frac_reward_zero_std"], "Share of prompts; their responses teach nothing."),
         &["equal_groups"],
     ),
@@ -115,7 +123,10 @@ pub(crate) const CHARTS: &[Entry] = &[
     ),
     entry("Total reward", &["objective/rlhf_reward", "objective/non_score_reward"], "Score and KL penalty."),
     entry("Diversity", &["eval/distinct_1", "eval/distinct_2"], "Distinct n-grams over all n-grams."),
-    entry("Gradient norm", &["grad_norm", "grad_norm/actor", "grad_norm/critic"], "Before clipping."),
+    watched(
+        entry("Gradient norm", &["grad_norm", "grad_norm/actor", "grad_norm/critic"], "Before clipping."),
+        &["zero_gradient", "zero_b"],
+    ),
     entry("Learning rate", &["lr", "critic_lr", "lr_factor"], ""),
     entry(
         "Tokens per second",
@@ -171,7 +182,10 @@ pub(crate) const GROUPS: &[(&str, &[&str])] = &[
             "Token accuracy",
         ],
     ),
-    ("responses", &["Response length", "Responses that ended", "Groups of equal rewards", "Diversity"]),
+    (
+        "responses",
+        &["Response length", "Responses that ended", "Masked responses", "Groups of equal rewards", "Diversity"],
+    ),
     ("optimizer", &["Loss", "Gradient norm", "Learning rate"]),
     ("speed", &["Tokens per second", "Seconds"]),
 ];
@@ -182,7 +196,8 @@ pub(crate) fn matches(key: &str, column: &str) -> bool {
 }
 
 /// Columns that are no curve.
-pub(crate) const NO_CURVE: &[&str] = &["epoch", "tokens", "num_tokens", "record_tokens", "val/num_eos_tokens"];
+pub(crate) const NO_CURVE: &[&str] =
+    &["epoch", "member", "tokens", "num_tokens", "record_tokens", "val/num_eos_tokens"];
 
 /// Columns that are the bounds of another column's band.
 pub(crate) fn is_bound(column: &str) -> bool {

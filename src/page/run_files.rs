@@ -18,6 +18,7 @@ use crate::invalid;
 use crate::report::{Metrics, clocks};
 use crate::stats::Histogram;
 use crate::train::lock;
+use crate::train::store::Store;
 
 const METRICS: &str = "metrics.jsonl";
 
@@ -36,6 +37,8 @@ pub(crate) struct RunFiles {
     pub summary: Option<Value>,
     /// Whether the process that trains lives.
     pub alive: bool,
+    /// Whether there is a checkpoint to resume from.
+    pub has_checkpoint: bool,
     /// What was wrong with the files, a line each.
     pub problems: Vec<String>,
     metrics: Tail,
@@ -152,6 +155,7 @@ impl RunFiles {
             settings: None,
             summary: None,
             alive: false,
+            has_checkpoint: false,
             problems: vec![],
             metrics: Tail::of(path.join(METRICS)),
             samples_file: Tail::of(path.join("samples.jsonl")),
@@ -198,11 +202,21 @@ impl RunFiles {
             (Some(about), false) => Path::new("/proc").join(about.process.to_string()).exists(),
             (None, false) => false,
         };
+        self.has_checkpoint = !Store::at(self.path.join("checkpoints")).is_empty();
         self.read_metrics()?;
         let samples = &mut self.samples;
         self.samples_file.read(|line| samples.add(line))?;
         self.report_lines();
         Ok(())
+    }
+
+    /// The command that goes on with a run which has not finished, where one is known: from its newest checkpoint, or from its
+    /// start where a process died before its first.
+    pub fn resuming(&self) -> Option<String> {
+        let about = self.about.as_ref().filter(|about| about.resume.ends_with(" --resume"))?;
+        let died = matches!(about.state, State::Running | State::Failed) && !self.alive;
+        let from = if died && !self.has_checkpoint { " --from-start" } else { "" };
+        Some(format!("{}{from}", about.resume))
     }
 
     /// Differs from that of an earlier moment if anything was written since.

@@ -49,6 +49,8 @@ pub(crate) struct Sample {
     pub score: Option<f64>,
     pub gold: Option<f64>,
     pub kl: Option<f64>,
+    /// Distillation's loss, nats per token.
+    pub loss: Option<f64>,
     pub finish: String,
     tokens: Vec<String>,
     /// By token: log-ratio, advantage, value.
@@ -68,6 +70,7 @@ impl Sample {
             score: number("score"),
             gold: number("gold"),
             kl: number("kl"),
+            loss: number("loss"),
             finish: text("finish_reason"),
             tokens: list("tokens").iter().map(|v| v.as_str().unwrap_or_default().to_owned()).collect(),
             by_token: ["log_ratio", "advantages", "values"].map(numbers),
@@ -77,12 +80,13 @@ impl Sample {
     /// When it was made, its figures and how it ended, in a line.
     pub(crate) fn line(&self) -> String {
         let when = match self.when.as_str() {
+            "before" if self.loss.is_some() => "before training".into(),
             "before" => "before training (SFT)".into(),
             "after" => "after training".into(),
             iteration => format!("iteration {iteration}"),
         };
         let mut parts = vec![when];
-        for (name, value) in [("score", self.score), ("gold", self.gold), ("KL", self.kl)] {
+        for (name, value) in [("score", self.score), ("gold", self.gold), ("KL", self.kl), ("loss", self.loss)] {
             parts.extend(value.map(|value| format!("{name} {}", short(value))));
         }
         parts.push(match self.finish.as_str() {

@@ -58,8 +58,8 @@ pub(super) fn commands(run: &RunFiles) -> Vec<(String, String)> {
     if let Some(about) = run.about.as_ref().filter(|about| !about.resume.is_empty()) {
         let again = about.resume.strip_suffix(" --resume").unwrap_or(&about.resume);
         commands.push(("run it again (in another folder: --out)".into(), again.into()));
-        if about.resume.ends_with(" --resume") {
-            commands.push(("resume it".into(), about.resume.clone()));
+        if let Some(line) = run.resuming() {
+            commands.push(("resume it".into(), line));
         }
     }
     if let Some((by, _)) = &run.settings {

@@ -7,6 +7,7 @@ use super::about::{PhaseMemory, State};
 use super::catalogue::CHARTS;
 use super::html::{escape, short, span};
 use super::run_files::{RunFiles, Stage};
+use crate::config::Origin;
 use crate::host::date::utc;
 use crate::host::meter::Phase;
 use crate::ppo::warnings::Warning;
@@ -90,7 +91,7 @@ pub(super) fn line(run: &RunFiles) -> (&'static str, String) {
     };
     let end = match (Standing::of(run), &run.about) {
         (Standing::Starting | Standing::Running, Some(about)) => format!(", as of {}", utc(about.updated)),
-        (Standing::Stopped | Standing::Killed, Some(about)) if about.resume.ends_with(" --resume") => {
+        (Standing::Stopped | Standing::Killed, Some(_)) if run.resuming().is_some() => {
             "; the command below resumes it".into()
         }
         _ => String::new(),
@@ -152,7 +153,7 @@ pub(crate) fn notices(run: &RunFiles) -> Vec<Notice> {
             notices.push(Notice {
                 stage: stage.name.clone(),
                 name: name.clone(),
-                text: warning.map_or("", Warning::text).into(),
+                text: warning.map(|warning| warning.text(Origin::of(&stage.name))).unwrap_or_default(),
                 steps: (steps.len(), *steps.first().unwrap_or(&0.0), *steps.last().unwrap_or(&0.0)),
                 chart: CHARTS.iter().find(|chart| chart.warnings.contains(&name.as_str())).map(|chart| chart.title),
             });

@@ -15,22 +15,29 @@ use crate::data::examples::{Example, Examples};
 use crate::model::batch::chunks_by_tokens;
 use crate::planner::simulate::stages::{Pass, Rollouts, Supervised, Work};
 use crate::rng::{SplitMix64, derive};
-use crate::train::settings;
+use crate::train::{settings, stop};
 use crate::{distill, dpo, reward, sft};
 
 /// The number of rows searched for the largest batch; later rows are assumed to be no larger.
 const MOST_ROWS: usize = 20_000_000;
 
+/// The same of a run with rollouts: responses, times the passes over them.
+const MOST_RESPONSES: usize = 1_000_000;
+
 /// The step of a run that has the micro-batch with the most tokens, as rows.
+///
+/// # Errors
+/// If the process was asked to stop.
 fn largest_step<T: Example>(
     plan: BatchSampler,
     examples: &(impl Examples<T> + ?Sized),
     epochs: usize,
-) -> Vec<Vec<usize>> {
+) -> Result<Vec<Vec<usize>>> {
     let (mut most, mut largest) = (0, vec![]);
     for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
         let order = plan.epoch(examples, epoch);
         for position in 0..order.steps() {
+            stop::check()?;
             let step = order.step(position);
             let tokens = |rows: &&[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
             let here = step.batches.iter().map(tokens).max().unwrap_or(0);
@@ -39,7 +46,7 @@ fn largest_step<T: Example>(
             }
         }
     }
-    largest
+    Ok(largest)
 }
 
 /// The rows of the largest of all runs of `size` rows.
@@ -101,7 +108,7 @@ pub fn sft(
 ) -> Result<Work> {
     let (c, most) = (config.sft(), most_tokens(config));
     let plan = settings::sampler(&c.supervised(), config.seed, settings::SFT_ORDER);
-    let step = largest_step(plan, examples, c.num_train_epochs);
+    let step = largest_step(plan, examples, c.num_train_epochs)?;
     let held = largest_chunk(held_out, sft::EVAL_BATCH);
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
@@ -109,7 +116,9 @@ pub fn sft(
         reference_is_adapter: false,
         evaluation: (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?,
         scorer: false,
+        members: 1,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -148,14 +157,16 @@ pub fn reward(
             }
         }
     }
-    let step = largest_step(plan, examples, c.num_train_epochs);
+    let step = largest_step(plan, examples, c.num_train_epochs)?;
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most).map(targets)).collect::<Result<_>>()?,
         reference: vec![],
         reference_is_adapter: false,
         evaluation,
         scorer: true,
+        members: c.ensemble,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -178,7 +189,7 @@ fn scored(pass: &Pass) -> Pass {
 pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExample]) -> Result<Work> {
     let (c, most) = (config.dpo(), most_tokens(config));
     let plan = settings::sampler(&c.supervised(), config.seed, settings::DPO_ORDER);
-    let step = largest_step(plan, examples, c.num_train_epochs);
+    let step = largest_step(plan, examples, c.num_train_epochs)?;
     let longest = largest_chunk(examples, 1);
     let held = largest_chunk(held_out, dpo::EVAL_BATCH);
     let reference = scored(&pass(examples, &longest, most)?);
@@ -192,7 +203,9 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         reference_is_adapter: c.adapter.is_some(),
         evaluation,
         scorer: false,
+        members: 1,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -244,7 +257,7 @@ fn largest_mismatched(plan: BatchSampler, examples: &[UnpairedExample], epochs: 
 pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedExample]) -> Result<Work> {
     let (c, most) = (config.kto(), most_tokens(config));
     let plan = settings::sampler(&c.supervised(), config.seed, settings::KTO_ORDER);
-    let step = largest_step(plan, examples, c.num_train_epochs);
+    let step = largest_step(plan, examples, c.num_train_epochs)?;
     let larger = |a: Pass, b: Pass| if b.tokens() > a.tokens() { b } else { a };
     // The KL term scores a step's prompts with each other's responses; the reference scores responses one by one.
     let own = pass(examples, &largest_chunk(examples, 1), most)?;
@@ -264,7 +277,9 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
         reference_is_adapter: c.adapter.is_some(),
         evaluation,
         scorer: false,
+        members: 1,
         response: None,
+        taught: false,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -307,7 +322,7 @@ pub fn distill<T: Sampled>(
         held_out.get(row)?.put_sampled(c.max_new_tokens, pass);
         Ok(())
     };
-    let step = largest_step(plan, examples, c.num_train_epochs);
+    let step = largest_step(plan, examples, c.num_train_epochs)?;
     let held = largest_chunk(held_out, distill::EVAL_BATCH);
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(rows, &put)).collect::<Result<_>>()?,
@@ -315,9 +330,28 @@ pub fn distill<T: Sampled>(
         reference_is_adapter: false,
         evaluation: (!held.is_empty()).then(|| pass(&held, &put_held)).transpose()?,
         scorer: false,
+        members: 1,
         response: Some(c.max_new_tokens),
+        taught: c.teacher_adapter.is_some(),
         steps: plan.steps(examples, c.num_train_epochs),
     }))
+}
+
+/// Most passes of an optimizer step that a plan goes through.
+const MOST_PASSES: usize = 64;
+
+/// Of many passes the first and the largest, in their order: the others take no more, and what is held between two passes, the
+/// sum of the gradients, does not grow.
+fn fewer(passes: Vec<Vec<usize>>, tokens: impl Fn(&[usize]) -> usize) -> Vec<Vec<usize>> {
+    if passes.len() <= MOST_PASSES {
+        return passes;
+    }
+    let mut rows: Vec<usize> = (1..passes.len()).collect();
+    rows.sort_by_key(|&row| std::cmp::Reverse(tokens(&passes[row])));
+    rows.truncate(MOST_PASSES - 1);
+    rows.push(0);
+    rows.sort_unstable();
+    rows.into_iter().map(|row| passes[row].clone()).collect()
 }
 
 /// Facts about a PPO run besides its config.
@@ -346,8 +380,10 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     let tokens = |lengths: &[usize]| lengths.iter().sum::<usize>();
     let mut longest: Vec<usize> = (0..if c.dynamic_sampling_rollouts > 0 { prompts.len() } else { 0 }).collect();
     longest.sort_by_key(|&row| std::cmp::Reverse(length(row)));
-    let iterations = c.iterations().min(1 + MOST_ROWS / prompts.len().max(1));
+    let passes = MOST_RESPONSES / (c.batch_size * c.num_ppo_epochs).max(1);
+    let iterations = c.iterations().min(1 + passes.min(MOST_ROWS / prompts.len().max(1)));
     for iteration in 0..if prompts.is_empty() { 0 } else { iterations } {
+        stop::check()?;
         let from = iteration * asked_a_time;
         let rows = match c.dynamic_sampling_rollouts {
             0 => endless(config.seed, settings::PROMPT_ORDER, prompts.len(), from, asked_a_time),
@@ -392,7 +428,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         generations: c.num_generations,
         at_once: c.at_once(),
         steps: c.iterations() * c.num_ppo_epochs * c.num_mini_batches,
-        micro: micro.iter().map(|rows| rows.iter().map(|&p| (p, full(p))).collect()).collect(),
+        micro: fewer(micro, tokens).iter().map(|rows| rows.iter().map(|&p| (p, full(p))).collect()).collect(),
         text,
         evaluation,
         evaluates_within: c.eval_every > 0,
@@ -435,7 +471,9 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
         held = held.min(rows);
     }
     let keys = config.supervised(stage);
-    let n = keys.map_or(some, |keys| some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps));
+    let n = keys.map_or(some, |keys| {
+        some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps.min(MOST_PASSES))
+    });
     match stage {
         Stage::Sft => sft(config, &vec![tokens(); n], &vec![tokens(); held]),
         Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),

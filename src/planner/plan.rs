@@ -21,6 +21,7 @@ use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
+use crate::train::stop;
 
 /// Translates a config into shapes; called again for each change that is tried.
 pub type Shapes<'a> = dyn Fn(&Config) -> Result<StageShape> + 'a;
@@ -168,6 +169,7 @@ pub const RESERVE: usize = 32;
 /// # Errors
 /// Those of `shapes`.
 pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
+    stop::check()?;
     let plan = recomputing(stage, config, budget, shapes(config)?)?;
     let fits = |plan: &Plan| plan.devices.iter().all(|device| device.fits(device.room.unwrap_or(0) / RESERVE));
     if fits(&plan) {
@@ -204,6 +206,7 @@ pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shap
     let (mut low, mut high) = (0, choices.len() - 1);
     while low < high {
         let middle = usize::midpoint(low, high);
+        stop::check()?;
         let tried = offloading(&choices[middle])?;
         if fits(&tried) {
             (high, found) = (middle, tried);

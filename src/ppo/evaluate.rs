@@ -108,6 +108,8 @@ impl<'w> Evaluation<'w> {
     pub fn run(&self, when: &Value, adapter: &Adapter, report: &mut Report) -> Result<Evaluated> {
         let _phase = within(Phase::Evaluation);
         let EvaluationInputs { base, sft, source, gold, prompts, stop, decode } = self.inputs;
+        // Evaluations are compared with each other, so that a weight which moves has its last value in all of them.
+        source.set_progress(1.0);
         let sampling = sampling_params(self.config, stop);
         let temperature = if sampling.temperature > 0.0 { sampling.temperature } else { 1.0 };
         let policy = Policy::new(base, Some(adapter));

@@ -83,6 +83,11 @@ pub fn iteration(
         put("sampling/importance_sampling_ratio/mean", weights.iter().sum::<f64>() / weights.len() as f64);
         put("sampling/importance_sampling_ratio/max", weights.iter().copied().fold(0.0, f64::max));
     }
+    if run.config.mask_truncated_completions {
+        put("policy/masked", mean((rollout.prompts.len() - rollout.stopped()) as f64));
+        let steps = update.minibatches + update.left_out;
+        put("policy/masked_steps", if steps > 0 { update.left_out as f64 / steps as f64 } else { f64::NAN });
+    }
     // While only the critic trains there is nothing to measure of the actor: NaN, which is null in metrics.jsonl.
     let of_actor = |x: f64| if update.minibatches > 0 { x } else { f64::NAN };
     put("policy/approxkl_avg", of_actor(update.policy.approx_kl()));

@@ -13,7 +13,7 @@ use super::pace::Pace;
 use super::rollout::{Readers, collect, kl_to_sampler, sampling_params};
 use super::run::PpoRun;
 use super::update::{Step, Update};
-use super::warnings::{Monitor, WatchedMetrics};
+use super::warnings::{FIRST_STEPS, Monitor, WatchedMetrics};
 use crate::config::{CriticStart, ImportanceSamplingCorrection, KlEstimator, KlIn, Optimised as _, PolicyLoss};
 use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
@@ -144,6 +144,7 @@ impl State {
             recomputes: config.importance_sampling_correction != ImportanceSamplingCorrection::None,
             pad: run.pad,
         };
+        run.source.set_progress(self.iteration as f64 / config.iterations().saturating_sub(1).max(1) as f64);
         let actor = Policy::new(run.base, Some(self.actor.weights().view()));
         let sampling = sampling_params(config, run.stop);
         let rollout = collect_groups(config, |before, wanted| {
@@ -407,12 +408,14 @@ impl State {
             }
         }
         let flat = experience.advantages.iter().flatten().all(|&a| a == 0.0);
-        let (active, new) = self.monitor.add(WatchedMetrics::of(&self.last, experience.rollout.prompts.len(), flat));
+        let zero_b = self.step >= FIRST_STEPS && self.actor.weights().view().is_unmoved()?;
+        let watched = WatchedMetrics::of(&self.last, experience.rollout.prompts.len(), flat);
+        let (active, new) = self.monitor.add(WatchedMetrics { zero_b, ..watched });
         if !active.is_empty() {
             self.last.insert("warnings".into(), active.iter().map(|w| w.name()).collect::<Vec<_>>().into());
         }
         for warning in new {
-            report.warn(&format!("{name}: warning at iteration {now}: {}", warning.text()));
+            report.warn(&format!("{name}: warning at iteration {now}: {}", warning.text(config.origin)));
         }
         let shown = ["objective/scores", "objective/kl", "policy/clipfrac_avg", "loss/value_avg"];
         let mut line = self.last.clone();

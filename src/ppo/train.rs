@@ -6,10 +6,12 @@ use anyhow::Result;
 
 use super::run::PpoRun;
 use super::state::{Minibatch, State};
+use crate::config::Optimised as _;
 use crate::error::{Diverged, is_of_machine};
 use crate::model::adapter::Adapter;
 use crate::report::{Metrics, Report};
 use crate::train::session::Session;
+use crate::train::settings;
 
 /// The trained adapters.
 #[derive(Clone, Debug)]
@@ -67,6 +69,10 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
     let iterations = run.config.iterations();
     session.report.stage(run.config.origin.name(), iterations);
     session.watch(&state.learners())?;
+    let steps = iterations * run.config.num_ppo_epochs * run.config.num_mini_batches;
+    if let Some(text) = settings::unreached(&run.config.optimisation(), steps) {
+        session.report.warn(&format!("{}: warning: {text}", run.config.origin.name()));
+    }
     while state.iteration < iterations {
         session.checkpoint(state.turns, || state.snapshot(run))?;
         let number = state.iteration + 1;

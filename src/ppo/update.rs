@@ -33,6 +33,9 @@ pub struct Update {
     pub minibatches: usize,
     /// Number of them without an optimizer step, because the mean ratio exceeded `ratio_threshold`.
     pub skipped: usize,
+    /// Minibatches of which every response was left out of the policy loss.
+    #[serde(default)]
+    pub left_out: usize,
     /// Minibatches whose value loss was computed.
     pub critic_minibatches: usize,
     /// Sum of policy losses.
@@ -191,6 +194,7 @@ impl Update {
         let _phase = within(Phase::Step);
         (self.actor_lr, self.critic_lr) = (step.actor_lr, step.critic_lr);
         let is_left_out = had_actor && actor.is_none();
+        self.left_out += usize::from(is_left_out);
         match (actor, critic) {
             (Some((a, actor)), Some((c, critic))) if run.config.shared_optimizer => {
                 self.critic_lr = step.actor_lr;

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::config::Origin;
 use crate::report::Metrics;
 use crate::stats::{mean, standard_error};
 
@@ -37,7 +38,19 @@ pub struct WatchedMetrics {
     /// Share of groups whose rewards were all equal.
     #[serde(default)]
     pub flat_groups: f64,
+    /// Share of optimizer steps of which every response was left out of the loss.
+    #[serde(default)]
+    pub masked_steps: f64,
+    /// Norm of the actor's gradient, the mean over the iteration's steps; none where none was computed.
+    #[serde(default)]
+    pub gradient: Option<f64>,
+    /// Whether every LoRA B is 0 after [`FIRST_STEPS`] optimizer steps of the actor.
+    #[serde(default)]
+    pub zero_b: bool,
 }
+
+/// Optimizer steps after which a B that is 0 has not moved at all: the first one may have a learning rate of 0 (warm-up).
+pub const FIRST_STEPS: usize = 3;
 
 impl WatchedMetrics {
     /// Reads them from an iteration's metrics. `responses`: the size of the rollout.
@@ -58,6 +71,9 @@ impl WatchedMetrics {
             truncated: 1.0 - ended / responses as f64,
             clipped: get("objective/score_clipfrac").unwrap_or(0.0),
             flat_groups: get("frac_reward_zero_std").unwrap_or(0.0),
+            masked_steps: get("policy/masked_steps").unwrap_or(0.0),
+            gradient: get("grad_norm/actor"),
+            zero_b: false,
         }
     }
 }
@@ -84,6 +100,12 @@ pub enum Warning {
     SaturatedScores,
     /// The rewards of more than half of the groups were all equal in three consecutive iterations.
     EqualGroups,
+    /// Every response of an optimizer step was left out of the loss: the step trained nothing.
+    MaskedSteps,
+    /// The actor's gradient is exactly 0 although advantages are not.
+    ZeroGradient,
+    /// Every LoRA B is still 0 after the first steps: the actor is the model that it started as.
+    ZeroB,
 }
 
 impl Warning {
@@ -99,49 +121,89 @@ impl Warning {
             Self::Truncated => "truncated",
             Self::SaturatedScores => "saturated_scores",
             Self::EqualGroups => "equal_groups",
+            Self::MaskedSteps => "masked_steps",
+            Self::ZeroGradient => "zero_gradient",
+            Self::ZeroB => "zero_b",
         }
     }
 
-    /// Description, likely cause and remedy.
-    pub fn text(self) -> &'static str {
+    /// Description, likely cause and remedy, in the keys of the section that the run was made from.
+    pub fn text(self, origin: Origin) -> String {
+        let is_ppo = origin == Origin::Ppo;
+        let of = |ppo: &'static str, group: &'static str| if is_ppo { ppo } else { group };
+        let kl = of("kl_coef", "beta");
         match self {
-            Self::KlBlowUp => {
-                "the KL to the reference more than tripled within ten iterations: the policy is diverging from it; raise \
-                 kl_coef, or lower learning_rate or num_ppo_epochs"
-            }
-            Self::LengthBlowUp => {
-                "responses are more than twice as long as at the start: the reward favours length; set a length or \
-                 missing_eos penalty, or look at the longest samples"
-            }
-            Self::EntropyCollapse => {
-                "the policy's entropy is less than a tenth of its initial value: its responses are all alike; raise kl_coef or \
-                 an entropy bonus, or lower learning_rate"
-            }
-            Self::RewardHacking => {
-                "the score rises while the gold score falls or the reward models disagree ever more: the policy exploits \
-                 the reward model; stop at an earlier checkpoint, raise kl_coef, or use an ensemble with std_coef"
-            }
-            Self::UselessCritic => {
-                "the critic has explained none of the returns' variance for five iterations: advantages are noise; raise \
-                 critic_learning_rate, warm the critic up, or use an estimator without critic"
-            }
-            Self::FlatAdvantages => {
-                "all advantages are 0, so the policy does not learn: every response got the same reward; check the reward source, \
-                 score_clip and fallback_score"
-            }
+            Self::KlBlowUp => format!(
+                "the KL to the reference more than tripled within ten iterations: the policy is diverging from it; raise {kl}, or \
+                 lower learning_rate or {}",
+                of("num_ppo_epochs", "num_iterations")
+            ),
+            Self::LengthBlowUp => format!(
+                "responses are more than twice as long as at the start: the reward favours length; {}, or look at the longest \
+                 samples",
+                match origin {
+                    Origin::Ppo => "set length_penalty or missing_eos_penalty",
+                    Origin::Grpo => "add a [[grpo.reward]] of kind = \"length\"",
+                    Origin::Rloo => "add a [[rloo.reward]] of kind = \"length\"",
+                }
+            ),
+            Self::EntropyCollapse => format!(
+                "the policy's entropy is less than a tenth of its initial value: its responses are all alike; raise {kl}{}, or \
+                 lower learning_rate",
+                if origin == Origin::Rloo { "" } else { " or entropy_coef" }
+            ),
+            Self::RewardHacking => format!(
+                "the score rises while the gold score falls or the reward models disagree ever more: the policy exploits the \
+                 reward model; stop at an earlier checkpoint, raise {kl}, or use an ensemble with std_coef"
+            ),
+            Self::UselessCritic => "the critic has explained none of the returns' variance for five iterations: advantages are \
+                                    noise; raise critic_learning_rate, warm the critic up, or use an estimator without critic"
+                .into(),
+            Self::FlatAdvantages => format!(
+                "all advantages are 0, so the policy does not learn: every response got the same reward; check the reward \
+                 source{} and fallback_score",
+                match origin {
+                    Origin::Ppo => ", score_clip",
+                    Origin::Grpo => "",
+                    Origin::Rloo => ", reward_clip_range",
+                }
+            ),
             Self::Truncated => {
-                "more than half of the responses were truncated at response_length: their end is never scored; raise \
-                 response_length or set missing_eos_penalty"
+                let length = of("response_length", "max_completion_length");
+                format!(
+                    "more than half of the responses were truncated at {length}: their end is never scored; raise {length} or set {}",
+                    of("missing_eos_penalty", "mask_truncated_completions = true")
+                )
             }
-            Self::SaturatedScores => {
-                "the scores of more than a quarter of the responses lie beyond score_clip: clipped, they no longer say which is \
-                 better; raise score_clip, set use_score_scaling = true, or look whether the reward model fits these responses"
-            }
-            Self::EqualGroups => {
-                "in more than half of the groups every response has had the same reward for three iterations, and those teach \
-                 nothing: the prompts are too easy or too hard, or the reward is too coarse; set dynamic_sampling_rollouts, \
-                 raise num_generations, or change the prompts"
-            }
+            Self::SaturatedScores => format!(
+                "the scores of more than a quarter of the responses lie beyond {}, or look whether the reward model fits these \
+                 responses",
+                of(
+                    "score_clip: clipped, they no longer say which is better; raise score_clip, set use_score_scaling = true",
+                    "reward_clip_range: clipped, they no longer say which is better; widen reward_clip_range"
+                )
+            ),
+            Self::EqualGroups => "in more than half of the groups every response has had the same reward for three iterations, and \
+                                  those teach nothing: the prompts are too easy or too hard, or the reward is too coarse; set \
+                                  dynamic_sampling_rollouts, raise num_generations, or change the prompts"
+                .into(),
+            Self::MaskedSteps => format!(
+                "every response of an optimizer step was truncated, and mask_truncated_completions leaves those out of the loss: the \
+                 step trained nothing; raise {}, or set mask_truncated_completions = false",
+                of("response_length", "max_completion_length")
+            ),
+            Self::ZeroGradient => format!(
+                "the actor's gradient is exactly 0 although advantages are not: every token is clipped or has a weight of 0; look \
+                 at {}",
+                match origin {
+                    Origin::Ppo => "cliprange, log_ratio_clamp, importance_sampling_correction and its bounds",
+                    Origin::Grpo => "epsilon, importance_sampling_correction and its bounds",
+                    Origin::Rloo => "epsilon",
+                }
+            ),
+            Self::ZeroB => "every LoRA B is still 0 after the first optimizer steps, so the actor is the model that it started as: \
+                            most often all rewards of a group are equal, or learning_rate is 0 or too small to be stored"
+                .into(),
         }
     }
 }
@@ -209,6 +271,9 @@ pub fn warnings(first: &WatchedMetrics, recent: &[WatchedMetrics]) -> Vec<Warnin
     check(now.clipped > 0.25, Warning::SaturatedScores);
     let equal = recent.iter().rev().take_while(|v| v.flat_groups > 0.5).count();
     check(equal >= 3, Warning::EqualGroups);
+    check(now.masked_steps > 0.0, Warning::MaskedSteps);
+    check(now.gradient == Some(0.0) && !now.flat_advantages, Warning::ZeroGradient);
+    check(now.zero_b, Warning::ZeroB);
     found
 }
 
@@ -276,6 +341,12 @@ mod tests {
         is(WatchedMetrics { flat_advantages: true, ..healthy() }, Warning::FlatAdvantages);
         is(WatchedMetrics { truncated: 0.6, ..healthy() }, Warning::Truncated);
         is(WatchedMetrics { clipped: 0.3, ..healthy() }, Warning::SaturatedScores);
+        is(WatchedMetrics { masked_steps: 0.25, ..healthy() }, Warning::MaskedSteps);
+        is(WatchedMetrics { gradient: Some(0.0), ..healthy() }, Warning::ZeroGradient);
+        is(WatchedMetrics { zero_b: true, ..healthy() }, Warning::ZeroB);
+        let flat = WatchedMetrics { gradient: Some(0.0), flat_advantages: true, ..healthy() };
+        assert_eq!(after([flat]), [Warning::FlatAdvantages], "its cause is named already");
+        assert_eq!(after([WatchedMetrics { gradient: Some(1e-12), ..healthy() }]), []);
         let bad = WatchedMetrics { explained_variance: Some(-0.2), ..healthy() };
         assert_eq!(after([bad; 4]), []);
         assert_eq!(after([bad; 5]), [Warning::UselessCritic]);
@@ -350,5 +421,46 @@ mod tests {
         assert_eq!((metrics.explained_variance, metrics.gold, metrics.disagreement), (None, None, Some(0.3)));
         let nothing = WatchedMetrics::of(&Metrics::new(), 8, false);
         assert_eq!(warnings(&nothing, &[nothing; 10]), []);
+    }
+
+    /// Every word with an underscore in a warning is a key of the section that the run was made from.
+    #[test]
+    fn a_warning_names_keys_of_the_section_that_the_run_has() {
+        use Warning::{
+            EntropyCollapse, EqualGroups, FlatAdvantages, KlBlowUp, LengthBlowUp, MaskedSteps, RewardHacking,
+            SaturatedScores, Truncated, UselessCritic, ZeroB, ZeroGradient,
+        };
+        let all = [
+            KlBlowUp,
+            LengthBlowUp,
+            EntropyCollapse,
+            RewardHacking,
+            UselessCritic,
+            FlatAdvantages,
+            Truncated,
+            SaturatedScores,
+            EqualGroups,
+            MaskedSteps,
+            ZeroGradient,
+            ZeroB,
+        ];
+        for origin in [Origin::Ppo, Origin::Grpo, Origin::Rloo] {
+            let section = origin.name();
+            let of = |name: &str| crate::config::known_keys().into_iter().find(|(of, _)| *of == name).unwrap().1;
+            let keys = [of(section), of(&format!("{section}.reward"))].concat();
+            for warning in all {
+                // There is no critic in a group method, and GRPO clips no score.
+                let is_possible = match warning {
+                    UselessCritic => origin == Origin::Ppo,
+                    SaturatedScores => origin != Origin::Grpo,
+                    _ => true,
+                };
+                let text = warning.text(origin);
+                let words = text.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+                for word in words.filter(|word| word.contains('_') && is_possible) {
+                    assert!(keys.contains(&word), "[{section}] has no {word}: {text}");
+                }
+            }
+        }
     }
 }

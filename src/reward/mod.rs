@@ -3,6 +3,7 @@
 
 pub mod center;
 pub mod dschat;
+pub mod ensemble;
 pub mod length;
 pub mod loss;
 mod shown;

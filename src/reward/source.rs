@@ -66,6 +66,10 @@ pub trait RewardSource {
     /// If the scores cannot be obtained, and the source has no fallback score.
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>>;
 
+    /// Where the run is, 0 in its first iteration and 1 in its last: what a weight that moves depends on. Called before scores
+    /// are asked for.
+    fn set_progress(&self, _share: f64) {}
+
     /// The terms of which the last scores are the weighted sum; empty for a source that is no sum.
     fn parts(&self) -> Vec<PartScores> {
         vec![]

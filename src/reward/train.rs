@@ -5,7 +5,7 @@
 
 use std::borrow::Cow;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use super::center::Centering;
@@ -31,7 +31,7 @@ use crate::rng::derive;
 use crate::stats::Histogram;
 use crate::train::session::Session;
 use crate::train::settings;
-use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
+use crate::train::supervised::{Finished, OptimizerStep, Setup, SupervisedStage, Trained, Training};
 
 /// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
@@ -74,7 +74,7 @@ pub struct Summary {
     pub after: Evaluation,
     /// Scores after training against the lengths of the held-out responses.
     pub lengths: LengthReport,
-    /// Optimizer steps.
+    /// Optimizer steps, of all members of an ensemble.
     pub steps: usize,
     /// Tokens that went through the network in training.
     pub tokens: usize,
@@ -111,57 +111,134 @@ pub fn train_on_rows(
     padding: Option<Padding>,
     session: &mut Session,
 ) -> Result<(Adapter, Summary)> {
+    let start = setup.start;
+    let members = train_members(setup, &|_| Ok(start.clone()), examples, held_out, config, padding, session)?;
+    let first = members.into_iter().next().context("an ensemble has a member")?;
+    Ok((first.adapter, first.summary))
+}
+
+/// A trained reward model.
+#[derive(Clone, Debug)]
+pub struct Member {
+    /// Its adapter.
+    pub adapter: Adapter,
+    /// Its results.
+    pub summary: Summary,
+    /// Its scores of the held-out comparisons without ties, the preferred response first.
+    pub scores: Vec<Vec<f32>>,
+}
+
+/// Trains `ensemble` reward models one after another over the one base, of which only the one in training has an optimizer:
+/// member m from `start(m)`, with a fresh head where it has none and an order of the examples by `seed + m`. The first is what
+/// [`train_on_rows`] makes.
+///
+/// # Errors
+/// Those of [`train_on_rows`] and of `start`.
+#[allow(clippy::too_many_arguments)]
+pub fn train_members(
+    setup: Setup<'_>,
+    start: &dyn Fn(usize) -> Result<Adapter>,
+    examples: &(impl Examples<RankedExample> + ?Sized),
+    held_out: &(impl Examples<RankedExample> + ?Sized),
+    config: &Reward,
+    padding: Option<Padding>,
+    session: &mut Session,
+) -> Result<Vec<Member>> {
     ensure!(padding.is_some() == config.compat.is_some(), "rows have pads if and only if [reward] has compat");
     if examples.is_empty() {
         return Err(invalid!("[reward] there is no comparison to train on"));
     }
-    let Setup { base, start, recompute, seed } = setup;
-    let start = match start.head() {
-        Some(_) => start.clone(),
-        None => start.clone().with_head(derive(seed, &[settings::HEAD]))?,
+    let Setup { base, recompute, seed, .. } = setup;
+    let started = |member: usize| {
+        let start = start(member)?;
+        match start.head() {
+            Some(_) => Ok(start),
+            None => start.with_head(derive(seed.wrapping_add(member as u64), &[settings::HEAD])),
+        }
     };
-    let mut training = Training::new(setup, &start, config.supervised(), settings::REWARD_ORDER, examples)?;
-    session.report.stage("reward", training.steps());
-    let before = session.once("before", |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
-    let before = Evaluation::from_json(before);
-    training.resume(session)?;
-    session.report.note(&match held_out.len() {
-        0 => format!("reward: {}, none held out", counted(examples.len(), "comparison")),
-        _ => format!(
-            "reward: {}, held-out accuracy {:.3} before",
-            counted(examples.len(), "comparison"),
-            before.accuracy
-        ),
-    });
     let stage = BradleyTerry { base, held_out, loss: config.loss, padding, recompute };
-    let Trained { adapter: mut trained, steps, tokens } = training.run(&stage, session)?;
-    let mut center = None;
-    if config.center {
-        let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
-        let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
-        let scores = scores_of_rows(base, &trained, &some, padding)?;
-        let scores: Vec<f64> = scores.into_iter().flatten().map(f64::from).collect();
-        trained = center.insert(Centering::of(&scores)).apply(trained)?;
+    let mut resumed = session.resumed()?;
+    let mut finished = match &resumed {
+        Some(snapshot) => Finished::load(snapshot, &started(0)?)?,
+        None => Finished::default(),
+    };
+    let (mut before, first) = (vec![], finished.adapters.len());
+    // The last one's optimizer goes with it, after the evaluation: a plan counts it there.
+    let mut last = None;
+    for member in 0..config.ensemble {
+        drop(last.take());
+        let start = started(member)?;
+        let name = if member == 0 { "before".to_owned() } else { format!("before {member}") };
+        let setup = Setup { base, start: &start, recompute, seed: seed.wrapping_add(member as u64) };
+        let mut training = Training::new(setup, &start, config.supervised(), settings::REWARD_ORDER, examples)?;
+        if member == 0 {
+            session.report.stage("reward", config.ensemble * training.steps());
+        }
+        let found = session.once(&name, |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
+        before.push(Evaluation::from_json(found));
+        if member < first {
+            continue;
+        }
+        training.go_on(resumed.take(), session)?;
+        session.report.note(&match held_out.len() {
+            0 => format!("reward: {}, none held out", counted(examples.len(), "comparison")),
+            _ => format!(
+                "reward: {}, held-out accuracy {:.3} before{}",
+                counted(examples.len(), "comparison"),
+                before[member].accuracy,
+                if config.ensemble > 1 { format!(", member {member}") } else { String::new() }
+            ),
+        });
+        let Trained { adapter, steps, tokens } = match config.ensemble {
+            1 => training.run(&stage, session)?,
+            _ => training.run_after(&finished, &stage, session)?,
+        };
+        finished.adapters.push(adapter);
+        finished.steps += steps;
+        finished.tokens += tokens;
+        last = Some(training);
     }
-    let (scores, lengths) = preferred_first(scores_of_rows(base, &trained, held_out, padding)?, held_out)?;
-    let after = summarise(&scores)?;
-    let lengths = LengthReport::of(&scores, &lengths);
-    distributions(&scores).for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
+    let (steps, tokens) = (finished.steps, finished.tokens);
+    let mut members = vec![];
+    for (member, (mut trained, before)) in finished.adapters.into_iter().zip(before).enumerate() {
+        let mut center = None;
+        if config.center {
+            let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
+            let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
+            let scores = scores_of_rows(base, &trained, &some, padding)?;
+            let scores: Vec<f64> = scores.into_iter().flatten().map(f64::from).collect();
+            trained = center.insert(Centering::of(&scores)).apply(trained)?;
+        }
+        let (scores, lengths) = preferred_first(scores_of_rows(base, &trained, held_out, padding)?, held_out)?;
+        let after = summarise(&scores)?;
+        let lengths = LengthReport::of(&scores, &lengths);
+        if member == 0 {
+            let found = distributions(&scores);
+            found.for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
+        }
+        let named = if config.ensemble > 1 { format!("reward, member {member}") } else { "reward".into() };
+        if !held_out.is_empty() {
+            session.report.note(&format!(
+                "{named}: held-out accuracy {:.3} -> {:.3} on {}, mean chosen {:.3}, rejected {:.3}",
+                before.accuracy,
+                after.accuracy,
+                counted(after.pairs, "pair"),
+                after.mean_chosen,
+                after.mean_rejected
+            ));
+        }
+        for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
+            session.report.warn(&format!("{named}: warning: {warning}"));
+        }
+        members.push(Member {
+            adapter: trained,
+            summary: Summary { before, after, lengths, steps, tokens, center },
+            scores,
+        });
+    }
     session.report.done();
-    if !held_out.is_empty() {
-        session.report.note(&format!(
-            "reward: held-out accuracy {:.3} -> {:.3} on {}, mean chosen {:.3}, rejected {:.3}",
-            before.accuracy,
-            after.accuracy,
-            counted(after.pairs, "pair"),
-            after.mean_chosen,
-            after.mean_rejected
-        ));
-    }
-    for warning in shown::warnings(examples.len(), &after, center.as_ref()) {
-        session.report.warn(&format!("reward: warning: {warning}"));
-    }
-    Ok((trained, Summary { before, after, lengths, steps, tokens, center }))
+    drop(last);
+    Ok(members)
 }
 
 /// The stage's loss and evaluation.

@@ -36,6 +36,22 @@ pub fn data_warnings(report: &Report, data: &Data, train: usize, held_out: usize
         warnings.push(text);
     }
     let all = train + held_out;
+    let wanted = match (data.eval_rows, data.eval_fraction) {
+        (Some(rows), _) => Some((rows, format!("eval_rows = {rows}"))),
+        (None, Some(share)) => Some(((share * all as f64).round() as usize, format!("eval_fraction = {share}"))),
+        (None, None) => None,
+    };
+    // A fraction of few sequences is one.
+    let few = wanted.filter(|(rows, text)| {
+        all > 1 && (*rows).min(all / 2) > 2 * held_out || held_out == 0 && all > 1 && !text.ends_with(" 0")
+    });
+    if let Some((_, asked)) = few {
+        let held = if held_out == 0 { "none".to_owned() } else { held_out.to_string() };
+        warnings.push(format!(
+            "[data] {asked} of {all} sequences: {held} can be held out, since all sequences of one prompt stay on one side; set a \
+             larger number, or give records with more prompts"
+        ));
+    }
     let asked = match data.eval_size() {
         EvalSize::Rows(rows) if rows > all / 2 => Some(format!("eval_rows = {rows}")),
         EvalSize::Fraction(share) if share > 0.5 && all > 1 => Some(format!("eval_fraction = {share}")),

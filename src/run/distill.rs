@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::continued::continued;
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::examples::Examples;
@@ -56,10 +57,7 @@ fn over<T: Objective + Stored + Prompted + passes::Sampled>(
     check_context(&model, train.longest_sequence())?;
     check_lengths(&[(&model, "[base]"), (teacher, "[teacher]")], [longest(&train)?, longest(&held_out)?], &settings)?;
     let start = match &settings.adapter {
-        Some(path) => model
-            .policy_adapter(path)
-            .context("[distill] adapter")?
-            .with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio),
+        Some(path) => continued(&model, path, config, Stage::Distill).context("[distill] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let taught = settings.teacher_adapter.as_ref().map(|path| teacher.policy_adapter(path)).transpose();
@@ -75,7 +73,8 @@ fn over<T: Objective + Stored + Prompted + passes::Sampled>(
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let stop = ends_of_responses(&ModelEncoder::new(model.checkpoint.tokenizer())?, config.data()?)?;
-    let teaching = Teaching { teacher: Policy::new(&teacher.base, taught.as_ref()), stop: &stop };
+    let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
+    let teaching = Teaching { teacher: Policy::new(&teacher.base, taught.as_ref()), stop: &stop, decode: &decode };
     let (adapter, summary) = distill::train(setup, teaching, &train, &held_out, &settings, &mut session)?;
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::continued::continued;
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::examples::Examples;
@@ -22,10 +23,15 @@ use crate::train::supervised::Setup;
 
 /// Where training starts, and the reference: the SFT adapter is both; without one a fresh adapter starts, and the bare
 /// base is the reference.
-fn start(config: &Config, model: &Model, adapter: Option<&PathBuf>) -> Result<(Adapter, Option<Adapter>)> {
+fn start(
+    config: &Config,
+    model: &Model,
+    adapter: Option<&PathBuf>,
+    stage: Stage,
+) -> Result<(Adapter, Option<Adapter>)> {
     match adapter {
         Some(path) => {
-            let sft = model.policy_adapter(path)?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio);
+            let sft = continued(model, path, config, stage)?;
             Ok((sft.clone(), Some(sft)))
         }
         None => Ok((model.fresh_adapter(&config.lora, config.seed)?, None)),
@@ -39,7 +45,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
     check_context(&model, data.train.longest_sequence())?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
-    let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[dpo] adapter")?;
+    let (start, reference) = start(config, &model, settings.adapter.as_ref(), Stage::Dpo).context("[dpo] adapter")?;
     let inputs = Inputs::new(Stage::Dpo, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
@@ -79,7 +85,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     check_context(&model, data.train.longest_sequence())?;
     // The KL term puts responses after each other's prompts.
     let max_length = config.data()?.max_length.min(model.base.config().max_position_embeddings);
-    let (start, reference) = start(config, &model, settings.adapter.as_ref()).context("[kto] adapter")?;
+    let (start, reference) = start(config, &model, settings.adapter.as_ref(), Stage::Kto).context("[kto] adapter")?;
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };

@@ -224,7 +224,9 @@ impl Bench<'_> {
         let _step = meter::within(Phase::Step);
         let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
         // No token ends a response.
-        let teaching = distill::Teaching { teacher: Policy::new(&teacher.base, taught.as_ref()), stop: &[] };
+        let decode = |_: &[u32]| String::new();
+        let teacher = Policy::new(&teacher.base, taught.as_ref());
+        let teaching = distill::Teaching { teacher, stop: &[], decode: &decode };
         let (adapter, _) = distill::train(setup, teaching, &train, &held_out, &c, &mut session)?;
         save(adapter, &model, &self.out.join("adapter"))?;
         Ok(self.found(admission))
@@ -255,6 +257,7 @@ impl Bench<'_> {
             eval_prompts: &asked,
             pad: None,
             columns: columns.as_ref(),
+            section: c.origin.name(),
         };
         let source = builder.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();

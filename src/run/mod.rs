@@ -3,6 +3,7 @@
 //! This is the only place where configuration, data, model and stages meet, with one file per stage. Read `sft.rs`
 //! first, then the stages themselves: `../sft.rs`, `reward/train.rs`, `dpo/pairs.rs` and `ppo/train.rs`.
 
+mod continued;
 mod data_warnings;
 mod describe;
 pub mod device_bench;
@@ -77,6 +78,9 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
         return Ok(summary);
     }
     options::check(stage, out, launch)?;
+    if let Some(text) = config.without_section(stage) {
+        eprintln!("{}: warning: {text}", stage.name());
+    }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;

@@ -10,6 +10,7 @@ use std::path::Path;
 use anyhow::{Context, Error, Result};
 use serde_json::{Value, json};
 
+use crate::config::MOST_MEMBERS;
 use crate::error::Interrupted;
 use crate::host::date::utc_of;
 use crate::invalid;
@@ -28,12 +29,33 @@ const FILES: [&str; 5] = [SUMMARY, "metrics.jsonl", "samples.jsonl", "about.json
 /// What an adapter's folder holds.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
+/// The adapters of a reward run: of one model, or of an ensemble's members.
+pub(super) const MEMBERS: [&str; MOST_MEMBERS] = [
+    "adapter",
+    "adapter_1",
+    "adapter_2",
+    "adapter_3",
+    "adapter_4",
+    "adapter_5",
+    "adapter_6",
+    "adapter_7",
+    "adapter_8",
+    "adapter_9",
+    "adapter_10",
+    "adapter_11",
+    "adapter_12",
+    "adapter_13",
+    "adapter_14",
+    "adapter_15",
+];
+
 /// The adapters' folders that a command writes.
 pub(super) fn adapters_of(by: &str) -> &'static [&'static str] {
     match by {
         "quickstart" => &["sft", "reward", "actor", "critic"],
         "ppo" => &["actor", "critic", "actor_ema"],
         "grpo" | "rloo" => &["actor"],
+        "reward" => &MEMBERS,
         _ => &["adapter"],
     }
 }

@@ -8,6 +8,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
 use super::{Model, prepared, save};
@@ -42,6 +43,14 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     let eval_prompts: Vec<PromptExample> = (0..held_out.len().min(ppo.eval_prompts))
         .map(|row| held_out.get(row).map(Cow::into_owned))
         .collect::<Result<_>>()?;
+    if ppo.eval_prompts > 0 && eval_prompts.is_empty() {
+        eprintln!(
+            "{name}: warning: {} = {} has no prompts to evaluate on: [data] holds none out; set eval_rows or eval_fraction, or \
+             give other prompts",
+            ppo.origin.key("eval_prompts"),
+            ppo.eval_prompts
+        );
+    }
     let reward_encoder = ModelEncoder::new(scorer.checkpoint.tokenizer())?;
     let translated = match first_token_difference(&model, scorer) {
         None => None,
@@ -52,10 +61,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         }
     };
     let sft = match &ppo.adapter {
-        Some(path) => model
-            .policy_adapter(path)
-            .with_context(|| ppo.origin.key("adapter"))?
-            .with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio),
+        Some(path) => continued(&model, path, config, stage).with_context(|| ppo.origin.key("adapter"))?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let adapters = Adapters::open(ppo, scorer)?;
@@ -77,6 +83,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         eval_prompts: &eval_prompts,
         pad,
         columns: columns.as_ref(),
+        section: ppo.origin.name(),
     };
     let source = builder.source(ppo, &adapters)?;
     let gold = builder.gold(ppo, &adapters)?;

@@ -5,7 +5,8 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Model, check_context, prepared, save};
+use super::continued::continued;
+use super::{Model, check_context, output, prepared, save};
 use crate::config::{Config, Reward, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
@@ -14,6 +15,7 @@ use crate::planner::passes;
 use crate::report::number;
 use crate::reward;
 use crate::reward::dschat::Padding;
+use crate::reward::ensemble::Agreement;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
@@ -25,9 +27,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let Prepared { train, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
-        Some(path) => {
-            model.adapter(path).context("[reward] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
-        }
+        Some(path) => continued(&model, path, config, Stage::Reward).context("[reward] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let given = settings.adapter.as_ref().map(|_| &start);
@@ -39,8 +39,28 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
-    let (adapter, summary) = reward::train::train_on_rows(setup, &train, &held_out, &settings, padding, &mut session)?;
-    let path = save(adapter, &model, &out.join("adapter"))?;
+    // Each member of an ensemble starts from a fresh adapter of its own, or all from the one that is given.
+    let started = |member: usize| match member {
+        0 => Ok(start.clone()),
+        _ if settings.adapter.is_some() => Ok(start.clone()),
+        _ => model.fresh_adapter(&config.lora, config.seed.wrapping_add(member as u64)),
+    };
+    let members = reward::train::train_members(setup, &started, &train, &held_out, &settings, padding, &mut session)?;
+    let summary = members.first().context("an ensemble has a member")?.summary;
+    let scores: Vec<Vec<Vec<f32>>> = members.iter().map(|member| member.scores.clone()).collect();
+    let agreement = (members.len() > 1).then(|| Agreement::of(&scores)).transpose()?;
+    let mut paths = vec![];
+    for (member, name) in members.into_iter().zip(output::MEMBERS) {
+        paths.push(save(member.adapter, &model, &out.join(name))?);
+    }
+    if let Some(found) = agreement.as_ref().filter(|_| !held_out.is_empty()) {
+        session.report.note(&format!(
+            "reward: the mean of {} members has a held-out accuracy of {:.3}; their scores deviate by {:.3}",
+            paths.len(),
+            found.of_mean.accuracy,
+            found.disagreement
+        ));
+    }
     let mut found = json!({
         "stage": "reward",
         "memory": memory,
@@ -55,8 +75,12 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         "steps": summary.steps,
         "tokens": summary.tokens,
         "train_records": train.len(),
-        "adapter": path,
+        "adapter": paths[0],
     });
+    if let Some(agreement) = agreement {
+        found["ensemble"] = agreement.to_json();
+        found["adapters"] = paths.into();
+    }
     // Beside the accuracy that they explain.
     summary.lengths.named("").into_iter().for_each(|(name, value)| found[name] = value);
     Ok(found)

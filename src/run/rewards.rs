@@ -10,14 +10,14 @@ use regex::Regex;
 
 use super::Model;
 use super::prompts::all_prompts;
-use crate::config::{Ppo, RewardKind, RewardPart};
+use crate::config::{EnsembleScore, Ppo, RewardKind, RewardPart};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
 use crate::data::stream::columns::Columns;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::roles::ValueModel;
-use crate::reward::source::combine::{Ensemble, Part, WeightedSum};
+use crate::reward::source::combine::{Aggregate, Ensemble, Part, WeightedSum};
 use crate::reward::source::command::CommandReward;
 use crate::reward::source::http::HttpReward;
 use crate::reward::source::judge;
@@ -35,11 +35,13 @@ const CONCURRENCY: NonZeroUsize = NonZeroUsize::new(8).expect("8 is not 0");
 ///
 /// # Errors
 /// If the variable that should hold it is not set.
-fn api_key(part: &RewardPart) -> Result<Option<String>> {
+fn api_key(part: &RewardPart, section: &str) -> Result<Option<String>> {
     let Some(name) = &part.api_key_env else { return Ok(None) };
     match std::env::var(name) {
         Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_owned())),
-        _ => Err(invalid!("[[ppo.reward]] api_key_env = {name:?}: that variable is not set; `export {name}=…` first")),
+        _ => Err(invalid!(
+            "[[{section}.reward]] api_key_env = {name:?}: that variable is not set; `export {name}=…` first"
+        )),
     }
 }
 
@@ -124,6 +126,8 @@ pub(super) struct RewardSourceBuilder<'w> {
     pub pad: Option<u32>,
     /// Columns of the records, if a source reads them.
     pub columns: Option<&'w Columns>,
+    /// The section that names the sources: ppo, grpo or rloo.
+    pub section: &'static str,
 }
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
@@ -135,10 +139,13 @@ impl<'w> RewardSourceBuilder<'w> {
         if settings.reward.is_empty() {
             return main.with_context(|| format!("[{}] has no reward_adapter", settings.origin.name()));
         }
-        let mut parts: Vec<Part<'w>> =
-            main.into_iter().map(|source| Part { name: "reward_adapter".into(), weight: 1.0, source }).collect();
+        let mut parts: Vec<Part<'w>> = main
+            .into_iter()
+            .map(|source| Part { name: "reward_adapter".into(), weight: 1.0, weight_end: None, source })
+            .collect();
         for (part, adapters) in settings.reward.iter().zip(&adapters.parts) {
-            parts.push(Part { name: part.name().into(), weight: part.weight, source: self.part(part, adapters)? });
+            let source = self.part(part, adapters)?;
+            parts.push(Part { name: part.name().into(), weight: part.weight, weight_end: part.weight_end, source });
         }
         Ok(Box::new(WeightedSum::new(parts)))
     }
@@ -175,14 +182,27 @@ impl<'w> RewardSourceBuilder<'w> {
                 let mut members = adapters.iter().map(|a| self.model(a)).collect::<Result<Vec<_>>>()?;
                 match members.len() {
                     1 => members.remove(0),
-                    _ => Box::new(Ensemble::new(members, part.std_coef)),
+                    _ => {
+                        let aggregate = match part.aggregate {
+                            EnsembleScore::MeanMinusStd => Aggregate::MeanMinusStd(part.std_coef),
+                            EnsembleScore::Mean => Aggregate::Mean,
+                            EnsembleScore::Min => Aggregate::Min,
+                        };
+                        Box::new(Ensemble::new(members, aggregate))
+                    }
                 }
             }
             RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), self.columns, retry)?),
-            RewardKind::Http => Box::new(HttpReward::new(part.url.clone(), api_key(part)?, self.columns, retry)),
-            RewardKind::Judge => {
-                Box::new(Judge::new(&part.url, api_key(part)?, rules(part, pattern)?, self.columns, retry)?)
+            RewardKind::Http => {
+                Box::new(HttpReward::new(part.url.clone(), api_key(part, self.section)?, self.columns, retry))
             }
+            RewardKind::Judge => Box::new(Judge::new(
+                &part.url,
+                api_key(part, self.section)?,
+                rules(part, pattern)?,
+                self.columns,
+                retry,
+            )?),
             RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("the config check requires a pattern")?)),
             RewardKind::JsonValid => Box::new(Verifier::JsonValid),
             RewardKind::JsonSchema => {
@@ -206,8 +226,9 @@ impl<'w> RewardSourceBuilder<'w> {
             let prompt = prompt?;
             let Some(answer) = &prompt.answer else {
                 return Err(invalid!(
-                    "[[ppo.reward]] of kind = \"exact\" compares with the answer that a record gives, and the prompt {:?} \
+                    "[[{}.reward]] of kind = \"exact\" compares with the answer that a record gives, and the prompt {:?} \
                      has none; use records with \"prompt\" and \"completion\"",
+                    self.section,
                     prompt.text.chars().take(60).collect::<String>()
                 ));
             };

@@ -5,6 +5,7 @@ use std::path::Path;
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
+use super::continued::continued;
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
@@ -24,9 +25,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let Prepared { train, held_out, .. } = data;
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
-        Some(path) => {
-            model.policy_adapter(path).context("[sft] adapter")?.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio)
-        }
+        Some(path) => continued(&model, path, config, Stage::Sft).context("[sft] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
     let given = settings.adapter.as_ref().map(|_| &start);

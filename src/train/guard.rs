@@ -56,6 +56,11 @@ impl Guard {
         Self { config, ..Self::default() }
     }
 
+    /// Its limits.
+    pub fn config(&self) -> &config::Guard {
+        &self.config
+    }
+
     /// The factor of the learning rate: `lr_backoff` to the power of skips in a row and rollbacks so far.
     pub fn factor(&self) -> f64 {
         self.config.lr_backoff.powi((self.counts.in_a_row + self.counts.rollbacks) as i32)

@@ -82,6 +82,11 @@ impl Session {
         Ok(resumed)
     }
 
+    /// Another learner is trained from here on: the guard forgets the former one's weights and what it skipped.
+    pub fn next_learner(&mut self) {
+        self.guard = Guard::new(self.guard.config().clone());
+    }
+
     /// Gives the guard the learners' first weights. Called once, before a stage's loop. Memory freed after opening
     /// files is returned to the system.
     ///

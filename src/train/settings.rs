@@ -6,6 +6,7 @@ use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config::{LrScheduler, Optimisation, SupervisedKeys};
 use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
+use crate::error::counted;
 
 /// Streams of the seed: every random choice of a run has its own.
 pub const INIT: u64 = 1;
@@ -54,6 +55,18 @@ pub fn schedule(keys: &Optimisation, lr: f64) -> Schedule {
         LrScheduler::Constant => Decay::Constant,
     };
     Schedule { lr, warmup_steps: keys.warmup_steps, decay }
+}
+
+/// That a run of `steps` optimizer steps ends before its warm-up does, in a sentence.
+pub fn unreached(keys: &Optimisation, steps: usize) -> Option<String> {
+    (keys.warmup_steps > 0 && keys.warmup_steps >= steps).then(|| {
+        format!(
+            "warmup_steps = {} and the run has {}: the learning rate never reaches {}; lower warmup_steps",
+            keys.warmup_steps,
+            counted(steps, "optimizer step"),
+            keys.learning_rate
+        )
+    })
 }
 
 /// The size of a micro-batch: by tokens where the section has a budget.

@@ -5,8 +5,9 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 
+use crate::error::Interrupted;
 #[cfg(unix)]
 use crate::report::quiet;
 
@@ -47,6 +48,17 @@ pub fn listen() -> Result<()> {
         register(SIGXFSZ, Arc::default()).context("handling signals")?;
     }
     Ok(())
+}
+
+/// Ends what comes before the first step, such as planning, once the process has been asked to stop.
+///
+/// # Errors
+/// That the run was stopped, if it was.
+pub fn check() -> Result<()> {
+    match requested() {
+        true => Err(Error::new(Interrupted("stopped before the first step; nothing was made".into()))),
+        false => Ok(()),
+    }
 }
 
 /// Whether the process has been asked to stop.

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::time::Instant;
 
 use anyhow::{Result, ensure};
+use serde_json::Value;
 
 use crate::config::SupervisedKeys;
 use crate::data::examples::batch_sampler::BatchSampler;
@@ -23,6 +24,7 @@ use crate::report::{Figures, number};
 use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
+use crate::train::snapshot::Snapshot;
 use crate::train::{settings, stop};
 
 /// What a supervised stage trains from, besides its examples and its section of the config.
@@ -92,6 +94,11 @@ pub trait SupervisedStage<T: Clone> {
     /// The step's metrics, the loss among them.
     fn metrics(sums: &Self::Sums) -> Figures;
 
+    /// What samples.jsonl gets of a logged step; nothing for a stage that samples nothing.
+    fn samples(&self, _sums: &Self::Sums, _step: usize) -> Vec<Value> {
+        vec![]
+    }
+
     /// Metrics of the held-out examples under the adapter.
     ///
     /// # Errors
@@ -117,6 +124,40 @@ pub struct Trained {
     pub steps: usize,
     /// Tokens of the examples trained on.
     pub tokens: usize,
+}
+
+/// The learners of the same run that are trained already, one after another.
+#[derive(Clone, Debug, Default)]
+pub struct Finished {
+    /// Their adapters.
+    pub adapters: Vec<Adapter>,
+    /// Their optimizer steps, all together.
+    pub steps: usize,
+    /// Their tokens, likewise.
+    pub tokens: usize,
+}
+
+const FINISHED: &str = "finished";
+
+impl Finished {
+    /// Those of a checkpoint; none where it has none. `like` has the adapters' shape.
+    ///
+    /// # Errors
+    /// If they are of another shape.
+    pub fn load(from: &Snapshot, like: &Adapter) -> Result<Self> {
+        if !from.has(FINISHED) {
+            return Ok(Self::default());
+        }
+        let (count, steps, tokens): (usize, usize, usize) = from.get(FINISHED)?;
+        let adapters = (0..count).map(|i| from.adapter(&format!("{FINISHED} {i}"), like)).collect::<Result<_>>()?;
+        Ok(Self { adapters, steps, tokens })
+    }
+
+    fn save(&self, into: &mut Snapshot) -> Result<()> {
+        into.put(FINISHED, &(self.adapters.len(), self.steps, self.tokens))?;
+        let mut all = self.adapters.iter().enumerate();
+        all.try_for_each(|(i, adapter)| into.put_adapter(&format!("{FINISHED} {i}"), adapter))
+    }
 }
 
 impl<'e, E: ?Sized> Training<'e, E> {
@@ -157,7 +198,16 @@ impl<'e, E: ?Sized> Training<'e, E> {
     /// # Errors
     /// If the checkpoint is of another shape.
     pub fn resume(&mut self, session: &mut Session) -> Result<()> {
-        if let Some(snapshot) = session.resumed()? {
+        let snapshot = session.resumed()?;
+        self.go_on(snapshot, session)
+    }
+
+    /// Takes up a checkpoint that the session gave already, where there is one.
+    ///
+    /// # Errors
+    /// As for [`Training::resume`].
+    pub fn go_on(&mut self, from: Option<Snapshot>, session: &mut Session) -> Result<()> {
+        if let Some(snapshot) = from {
             self.progress.load(&snapshot)?;
         }
         session.watch(&[("learner", &mut self.progress.learner)])
@@ -175,11 +225,53 @@ impl<'e, E: ?Sized> Training<'e, E> {
     where
         E: Examples<T>,
     {
+        self.run_behind(None, stage, session)
+    }
+
+    /// The same as one of several learners: steps are counted behind those of the finished ones, which checkpoints hold, too,
+    /// and metrics have the number of the member.
+    ///
+    /// # Errors
+    /// Those of [`Training::run`].
+    pub fn run_after<T: Example + Clone, S: SupervisedStage<T>>(
+        &mut self,
+        finished: &Finished,
+        stage: &S,
+        session: &mut Session,
+    ) -> Result<Trained>
+    where
+        E: Examples<T>,
+    {
+        if !finished.adapters.is_empty() && self.progress.step == 0 {
+            session.next_learner();
+            session.watch(&[("learner", &mut self.progress.learner)])?;
+        }
+        self.run_behind(Some(finished), stage, session)
+    }
+
+    fn run_behind<T: Example + Clone, S: SupervisedStage<T>>(
+        &mut self,
+        finished: Option<&Finished>,
+        stage: &S,
+        session: &mut Session,
+    ) -> Result<Trained>
+    where
+        E: Examples<T>,
+    {
         let (keys, steps, progress) = (self.keys, self.steps, &mut self.progress);
+        let before = finished.map_or(0, |finished| finished.steps);
+        let snapshot = |progress: &Progress| -> Result<Snapshot> {
+            let mut snapshot = progress.snapshot()?;
+            finished.map_or(Ok(()), |finished| finished.save(&mut snapshot))?;
+            Ok(snapshot)
+        };
+        if let Some(text) = settings::unreached(&keys.optimisation, steps) {
+            session.report.warn(&format!("warning: {text}"));
+        }
         let schedule = settings::schedule(&keys.optimisation, keys.optimisation.learning_rate);
         let mut order = self.sampler.from(self.examples, progress.cursor, keys.num_train_epochs);
         loop {
-            session.checkpoint(progress.step, || progress.snapshot())?;
+            session.checkpoint(before + progress.step, || snapshot(progress))?;
             let Some(step) = order.next_step() else { break };
             let batches = step.batches.iter().map(|rows| pick(self.examples, rows.iter().copied()));
             let batches = batches.collect::<Result<Vec<_>>>()?;
@@ -195,7 +287,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
             let gradients = match gradients {
                 // No learner has stepped: a resumed run repeats this step.
                 Err(error) if is_of_machine(&error) => {
-                    return Err(session.failed(error, progress.step, || progress.snapshot()));
+                    return Err(session.failed(error, before + progress.step, || snapshot(progress)));
                 }
                 gradients => gradients,
             };
@@ -209,12 +301,12 @@ impl<'e, E: ?Sized> Training<'e, E> {
             progress.tokens += if outcome.is_ok() || S::COUNTS_REJECTED { tokens } else { 0 };
             let step = progress.step;
             session.report.passed(tokens, begun.elapsed());
-            let stepped = session.judge(step, outcome, &mut [("learner", &mut progress.learner)])?;
+            let stepped = session.judge(before + step, outcome, &mut [("learner", &mut progress.learner)])?;
             if step == steps {
                 let (rows, batches) = (&[&first_rows[..]], &batches[..1]);
                 let first = OptimizerStep { number: step - 1, rows, batches };
                 let outcome = prove(stage, progress.learner.weights().view(), &first, self.layers);
-                session.settle(step, outcome, &mut [("learner", &mut progress.learner)])?;
+                session.settle(before + step, outcome, &mut [("learner", &mut progress.learner)])?;
             }
             let Some((sums, grad_norm)) = stepped else { continue };
             // 3. Metrics.
@@ -222,12 +314,16 @@ impl<'e, E: ?Sized> Training<'e, E> {
                 let mut metrics = S::metrics(&sums);
                 metrics.insert("grad_norm".into(), number(grad_norm));
                 metrics.insert("lr".into(), number(lr));
+                if let Some(finished) = finished {
+                    metrics.insert("member".into(), finished.adapters.len().into());
+                }
                 metrics.insert(S::TOKENS.into(), progress.tokens.into());
                 metrics.insert("epoch".into(), number((step * keys.num_train_epochs) as f64 / steps as f64));
                 if keys.eval_steps > 0 && step.is_multiple_of(keys.eval_steps) {
                     metrics.extend(stage.evaluate(progress.learner.weights().view())?);
                 }
-                session.report.step(step, &metrics, S::SHOWN)?;
+                session.report.step(before + step, &metrics, S::SHOWN)?;
+                stage.samples(&sums, before + step).iter().try_for_each(|sample| session.report.sample(sample))?;
             }
         }
         Ok(Trained { adapter: progress.learner.weights().snapshot(), steps, tokens: progress.tokens })

@@ -77,7 +77,7 @@ impl Facts {
         let about = run.about.as_ref();
         let stage = run.stages.last();
         let resumes = matches!(standing, Standing::Stopped | Standing::Killed);
-        let resume = about.map(|about| &about.resume).filter(|line| resumes && line.ends_with(" --resume"));
+        let resume = run.resuming().filter(|_| resumes);
         let sentence = status::sentence(run);
         Self {
             run: in_a_line(&run.path.display().to_string()),
@@ -88,7 +88,7 @@ impl Facts {
             standing,
             sentence: in_a_line(&sentence),
             reason: visible(about.map_or("", |about| &about.reason)),
-            resume: resume.map(|line| in_a_line(line)),
+            resume: resume.map(|line| in_a_line(&line)),
             at: Progress::of(run).map(|at| At {
                 stage: in_a_line(at.stage),
                 step: at.step,

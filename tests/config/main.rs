@@ -14,4 +14,5 @@ mod report;
 mod support;
 #[cfg(unix)]
 mod terminal;
+mod told;
 mod watch;

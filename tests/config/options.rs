@@ -35,6 +35,7 @@ const REWARD: &[Row] = &[
     ("adapter", "", "'WORLD/sft/adapter'"),
     ("loss", "", "'divergence_to_end'"),
     ("center", "", "false"),
+    ("ensemble", "", "2"),
     ("max_tokens_per_batch", "", "64"),
 ];
 
@@ -66,6 +67,7 @@ const DISTILL: &[Row] = &[
     ("beta", "", "1.0"),
     ("max_new_tokens", "", "3"),
     ("seq_kd", "", "true"),
+    ("save_samples", "", "1"),
 ];
 
 const LORA: &[Row] = &[
@@ -277,6 +279,8 @@ const PTX: &[Row] = &[
 
 const DEAD: &str = "kind = 'command'\ncommand = ['/bin/sh', '-c', 'exit 1']\nfallback_score = 0.5\nretries = 0";
 const PAIR: &str = "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD/reward/adapter_of_sft']";
+const MEAN_OF_PAIR: &str =
+    "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD/reward/adapter_of_sft']\naggregate = 'mean'";
 
 const JUDGE: &str =
     "kind = 'judge'\nurl = 'SERVER/3'\nmodel = 'a'\ntemplate = '{{ response }}'\nfallback_score = 0.5\nretries = 0";
@@ -285,8 +289,12 @@ const PART: &[Row] = &[
     ("kind", "kind = 'length'", "'json_valid'"),
     ("name", "kind = 'length'\nmax_tokens = 4", "'brevity'"),
     ("weight", "kind = 'length'", "3.0"),
+    ("weight_end", "kind = 'length'", "3.0"),
     ("adapters", "kind = 'adapter'\nadapters = ['WORLD/reward/adapter']", "['WORLD/reward/adapter_of_sft']"),
     ("std_coef", PAIR, "5.0"),
+    ("aggregate", PAIR, "'mean'"),
+    // Of two scores the lower one is their mean less their deviation.
+    ("aggregate", MEAN_OF_PAIR, "'min'"),
     ("command", DEAD, "['/bin/sh', '-c', 'while read -r line; do echo 2; done']"),
     ("url", "kind = 'http'\nurl = 'SERVER/1'", "'SERVER/2'"),
     ("pattern", "kind = 'regex'\npattern = 'a'", "'zzz'"),

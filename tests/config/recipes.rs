@@ -36,13 +36,14 @@ const MODELS: [(&str, &str, f64); 17] = [
     ("Gemma 3 4B, text", "gemma-3-4b", 3880.0),
 ];
 
-const RECIPES: [(&str, Stage); 6] = [
+const RECIPES: [(&str, Stage); 7] = [
     ("sft", Stage::Sft),
     ("reward", Stage::Reward),
     ("dpo", Stage::Dpo),
     ("kto", Stage::Kto),
     ("ppo", Stage::Ppo),
     ("grpo", Stage::Grpo),
+    ("distill", Stage::Distill),
 ];
 
 fn root() -> &'static Path {
@@ -55,7 +56,11 @@ fn model(file: &str) -> PathBuf {
 
 fn recipe(name: &str, model: &Path) -> Config {
     let file = root().join("configs/recipes").join(format!("{name}.toml"));
-    config::load(&file, &[format!("base.path={}", model.display()), "data.path=records.jsonl".into()]).unwrap()
+    let mut set = vec![format!("base.path={}", model.display()), "data.path=records.jsonl".into()];
+    if name == "distill" {
+        set.push(format!("teacher.path={}", model.display()));
+    }
+    config::load(&file, &set).unwrap()
 }
 
 /// The plan with every activation recomputed, 8 threads, and nothing for the program itself and its data.
@@ -83,6 +88,7 @@ fn cell(name: &str, stage: Stage, model: &Path) -> String {
     assert!(whole.own() < whole.total(), "{name}: the base is mapped");
     let mut on_card = recipe(name, model).on(Some(DeviceChoice::Cuda(0)));
     on_card.base.quantize = Some(Quantize::Q4K);
+    on_card.teacher.iter_mut().for_each(|teacher| teacher.quantize = Some(Quantize::Q4K));
     let card = planned(stage, &on_card);
     assert_eq!(card.devices.len(), 1);
     format!("{} · {}", gib(whole.total()), gib(card.devices[0].peak().1 + dry::BESIDE))

@@ -22,6 +22,7 @@ use fourfold::train::supervised::Setup;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
+use crate::support::Place;
 use crate::tiny_decoders;
 
 #[derive(Deserialize)]
@@ -59,7 +60,8 @@ fn three_steps_take_torchs_course_under_trls_loss() {
         loss_mask: (0..prompt.len() + answer.len()).map(|at| at >= prompt.len()).collect(),
     };
     let examples: Vec<SftExample> = golden.prompts.iter().zip(&golden.answers).map(example).collect();
-    let teaching = Teaching { teacher: Policy::new(&model.base, None), stop: &[0] };
+    let decode = |ids: &[u32]| format!("{ids:?}");
+    let teaching = Teaching { teacher: Policy::new(&model.base, None), stop: &[0], decode: &decode };
     let mut furthest = 0f64;
     for course in &golden.courses {
         let config = Distill {
@@ -229,4 +231,44 @@ fn a_teacher_that_does_not_fit_is_refused() {
     fs::write(place.join("tokenizer.json"), json.to_string()).unwrap();
     let found = refusal(&named, "");
     assert!(found.contains("another vocabulary than [base]: token 1000 is"), "{found}");
+}
+
+#[test]
+fn samples_of_the_logged_steps_and_of_the_held_out_prompts_are_kept() {
+    let p = Place::new();
+    let keys = "teacher_adapter = 'sft/adapter'\nlmbda = 1.0\nmax_new_tokens = 6\nper_device_train_batch_size = 2\n\
+                save_samples = 2\nnum_train_epochs = 2\n";
+    let common = fs::read_to_string(p.path("run.toml")).unwrap();
+    p.write("run.toml", common.split("[reward]").next().unwrap());
+    assert_eq!(p.run("sft run.toml --out sft").code, 0);
+    let samples = |name: &str, more: &str| -> Vec<Value> {
+        p.write("distill.toml", format!("{}[distill]\n{keys}{more}", common.split("[sft]").next().unwrap()));
+        let ran = p.run(&format!("distill distill.toml --out {name}"));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let text = fs::read_to_string(p.path(&format!("{name}/samples.jsonl"))).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let found = samples("own", "");
+    let steps = metrics(&p.path("own"));
+    let marks: Vec<Value> =
+        found.iter().map(|line| line.get("evaluation").or(line.get("iteration")).unwrap().clone()).collect();
+    // Two held-out prompts before, two responses of each of four steps, and the two held-out prompts after.
+    assert_eq!(steps.len(), 4);
+    let wanted = [json!("before"), json!(1), json!(2), json!(3), json!(4), json!("after")];
+    assert_eq!(marks, wanted.iter().flat_map(|mark| [mark.clone(), mark.clone()]).collect::<Vec<_>>());
+    for line in &found {
+        assert!(line["prompt"].as_str().unwrap().contains("Human:") && line["loss"].as_f64().unwrap() > 0.0, "{line}");
+        assert!(["stop", "length"].contains(&line["finish_reason"].as_str().unwrap()), "{line}");
+    }
+    assert!(found[2..10].iter().all(|line| line["by"] == "policy"), "{found:?}");
+    // A step's two responses are all of it: their losses are the step's, weighted by their tokens.
+    for (pair, step) in found[2..10].chunks(2).zip(&steps) {
+        let [low, high] = [0, 1].map(|i| pair[i]["loss"].as_f64().unwrap());
+        let loss = step["loss"].as_f64().unwrap();
+        assert!(loss >= low.min(high) - 1e-6 && loss <= low.max(high) + 1e-6, "{pair:?} {step}");
+    }
+    let evaluated = samples("evaluated", "eval_steps = 2\n");
+    assert_eq!(evaluated.len(), 12, "an evaluation within the run leaves no samples");
+    let page = fs::read_to_string(p.path("own/report.html")).unwrap();
+    assert!(page.contains("before training") && !page.contains("before training (SFT)"));
 }

@@ -5,6 +5,7 @@ mod context_edges;
 mod distill;
 mod dpo;
 mod dschat;
+mod ensembles;
 mod families;
 mod invariants;
 mod judge;
@@ -13,5 +14,7 @@ mod lora_targets;
 mod ppo_update;
 mod reward_sources;
 mod shipped_adapters;
+#[path = "../support/mod.rs"]
+mod support;
 #[path = "../support/tiny_decoders.rs"]
 mod tiny_decoders;

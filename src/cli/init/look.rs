@@ -12,6 +12,7 @@ use crate::data::examples::objectives::{
     Encoding, Objective, Outcome, PromptExample, RankedExample, SftExample, UnpairedExample,
 };
 use crate::data::stream::pipeline::IN_MEMORY_BYTES;
+use crate::data::stream::split::group;
 use crate::data::{Entry, Record, Text, input_files, scan};
 use crate::host::meter;
 use crate::invalid;
@@ -83,6 +84,8 @@ pub(super) struct Seen {
     pub(super) labels: [usize; 2],
     /// Whether every record is raw text, which is cut into blocks where it is too long.
     pub(super) is_raw_text: bool,
+    /// Examples of the sampled records by prompt: the size of each group that the split keeps on one side, ascending.
+    pub(super) groups: Vec<usize>,
     /// Bytes of the heap that the examples of all records will take.
     pub(super) bytes: usize,
     /// Whether the files are so small that a run keeps their tokens in memory.
@@ -150,9 +153,11 @@ impl Seen {
     fn measure<T: Objective>(&mut self, sample: &[Entry], with: &Encoding) -> Result<()> {
         let before = meter::current();
         let (mut lengths, mut all) = (vec![], vec![]);
+        let mut groups: BTreeMap<u64, usize> = BTreeMap::new();
         for Entry { place, record, .. } in sample {
             match T::of(record, with) {
                 Ok(Outcome::Keep { examples, .. }) => {
+                    *groups.entry(group(record)).or_default() += examples.len();
                     lengths.extend(examples.iter().map(T::longest_sequence).max());
                     all.extend(examples);
                 }
@@ -170,6 +175,8 @@ impl Seen {
         let rows = self.records as f64 * self.per_record;
         self.bytes = if self.is_small { held } else { rows * BYTES_OF_ROW } as usize;
         self.lengths = Lengths::new(lengths);
+        self.groups = groups.into_values().collect();
+        self.groups.sort_unstable();
         Ok(())
     }
 }

@@ -82,6 +82,7 @@ pub(super) fn run(args: &Init) -> Result<()> {
     if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.overwrite) {
         return Err(invalid!("{} is there already; give another --out, or --overwrite to replace it", out.display()));
     }
+    args.out.as_deref().map_or(Ok(()), super::check_folder_of)?;
     let asked = asked(args)?;
     let opened = Opened::of(&asked)?;
     asked.check_adapters(&opened)?;

@@ -167,9 +167,28 @@ impl Draft<'_> {
                 }
             }
         };
-        let held = if examples < 2 { 0 } else { (examples / 20).clamp(1, MOST_HELD_OUT) };
+        let wanted = if examples < 2 { 0 } else { (examples / 20).clamp(1, MOST_HELD_OUT) };
+        // All examples of a prompt stay on one side, so that no fewer than the smallest group can be held out.
+        let least = seen.groups.first().map_or(1, |size| size * seen.records / seen.sampled.max(1));
+        let held = match (wanted, seen.groups.len()) {
+            (1.., 0..=1) => 0,
+            (1.., _) if least > wanted => {
+                if least <= examples / 2 {
+                    least
+                } else {
+                    0
+                }
+            }
+            _ => wanted,
+        };
         let why = match held {
-            0 => "One example has to be trained on.".to_owned(),
+            0 if examples < 2 => "One example has to be trained on.".to_owned(),
+            0 => {
+                "All examples of one prompt stay on one side, and here a prompt has too many to be held out.".to_owned()
+            }
+            _ if held > wanted => {
+                format!("All examples of one prompt stay on one side, and the rarest prompt has {}.", grouped(held))
+            }
             MOST_HELD_OUT => {
                 format!("Of {} examples; evaluation takes time, and more would tell little more.", grouped(examples))
             }

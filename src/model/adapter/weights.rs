@@ -10,6 +10,7 @@ use crate::invalid;
 use crate::model::adapter::branch::{Factor, HEAD_WEIGHT, LoraLayer, factor_name};
 use crate::model::adapter::shapes::{LinearShapes, MAX_LINEARS, NonBlockModule, TargetModule};
 use crate::model::adapter::targets::{LoraConfig, TargetModules};
+use crate::ops::cpu;
 use crate::rng::{SplitMix64, derive};
 
 /// The scalar head of a reward model or critic: `score = weight · hidden + bias`, on hidden states after the final norm.
@@ -364,6 +365,19 @@ impl Adapter {
         }
         named.extend(self.head.iter().map(|head| (HEAD_WEIGHT.to_string(), &head.weight)));
         named
+    }
+
+    /// Whether every factor B is 0, so that the adapter changes nothing: as a fresh one starts.
+    ///
+    /// # Errors
+    /// If a factor is not on the host.
+    pub fn is_unmoved(&self) -> Result<bool> {
+        for (_, pair) in self.pairs() {
+            if cpu::view(&pair.b)?.iter().any(|&b| b != 0.0) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// Number of parameters; the head's bias is counted if it is not 0.

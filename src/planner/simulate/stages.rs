@@ -40,8 +40,12 @@ pub struct Supervised {
     pub evaluation: Option<Pass>,
     /// Whether there is a scalar head.
     pub scorer: bool,
+    /// Reward models that are trained one after another, whose adapters are kept.
+    pub members: usize,
     /// Tokens of a sampled response, where a teacher is distilled: each sequence of a pass ends with one.
     pub response: Option<usize>,
+    /// Whether that teacher has an adapter.
+    pub taught: bool,
     /// Optimizer steps of the run.
     pub steps: usize,
 }
@@ -216,6 +220,9 @@ fn add(sum: Gradients, more: Gradients) -> Gradients {
     more
 }
 
+/// Scoring passes at the start and at the end of a rollout that a plan goes through.
+const SOME: usize = 32;
+
 impl StageShape {
     /// Bytes of pinned memory of the host, of the bases that lie on devices.
     pub fn pinned(&self) -> usize {
@@ -277,8 +284,11 @@ impl StageShape {
         let ledger = &walk.ledger;
         let teacher_net = self.scorer.as_ref().unwrap_or(net);
         let teacher = View { walk, net: teacher_net, branches: None };
-        // The teacher's adapter, or as much where it has none.
-        let _taught = work.response.map(|_| adapter(walk, &self.reward, teacher_net));
+        let _taught = work.taught.then(|| adapter(walk, &self.reward, teacher_net));
+        if work.taught {
+            // The file that it was read from.
+            drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(teacher_net)));
+        }
         let sample = |pass: &Pass, response: usize| {
             let prompts: Vec<usize> =
                 pass.lengths.iter().map(|length| length.saturating_sub(response).max(1)).collect();
@@ -301,6 +311,7 @@ impl StageShape {
             }
         };
         ledger.enter(Phase::Step);
+        let _finished: Vec<_> = (1..work.members).map(|_| adapter(walk, branches, net)).collect();
         let mut learner = Learner::new(walk, start.clone(), branches, net);
         evaluate();
         for number in 0..work.steps.clamp(1, STEPS) {
@@ -356,11 +367,25 @@ impl StageShape {
         let critic_start = if work.critic_on_policy { adapter(walk, &self.reward, net) } else { reward.clone() };
         let mut critic = work.critic.then(|| Learner::new(walk, critic_start, &self.reward, critic_net));
         let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|p| p + work.response).collect() };
-        let in_chunks = |lengths: &[usize], pass: &mut dyn FnMut(&[usize])| {
-            for rows in chunks_by_tokens(lengths, SCORING_TOKENS) {
+        // What is left of a pass, the rows of the reference, counts for all; of many passes only some are gone through, the
+        // largest and the last among them.
+        let in_chunks = |lengths: &[usize], pass: &mut dyn FnMut(&[usize], bool)| {
+            let chunks = chunks_by_tokens(lengths, SCORING_TOKENS);
+            let tokens = |at: usize| chunks[at].iter().map(|&i| lengths[i]).sum::<usize>();
+            let largest = (0..chunks.len()).max_by_key(|&at| tokens(at));
+            for (at, rows) in chunks.iter().enumerate() {
                 let chunk: Vec<usize> = rows.iter().map(|&i| lengths[i]).collect();
+                if at >= SOME && at + SOME < chunks.len() && Some(at) != largest {
+                    pass(&chunk, false);
+                    continue;
+                }
                 let _batch = ledger.take(MemoryCategory::Data, chunk.iter().sum::<usize>() * (OF_TOKEN + OF_TARGET));
-                pass(&chunk);
+                pass(&chunk, true);
+            }
+        };
+        let score = |chunk: &[usize], is_gone_through: bool| {
+            if is_gone_through {
+                reward_view.values(chunk, chunk.len());
             }
         };
         let evaluate = || {
@@ -374,7 +399,7 @@ impl StageShape {
                 drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
             }
             if work.reward_model {
-                in_chunks(&lengths, &mut |chunk| reward_view.values(chunk, chunk.len()));
+                in_chunks(&lengths, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
             }
         };
         evaluate();
@@ -382,13 +407,22 @@ impl StageShape {
             ledger.enter(Phase::Rollout);
             let responses = work.prompts.len() * work.response;
             let _tokens = ledger.take(MemoryCategory::Data, responses * OF_RESPONSE_TOKEN);
-            for prompts in work.prompts.chunks(work.at_once.max(1)) {
+            // Nothing is left of a batch of responses, so that of many only some are gone through, the largest among them.
+            let batches: Vec<&[usize]> = work.prompts.chunks(work.at_once.max(1)).collect();
+            let largest = batches.iter().max_by_key(|prompts| prompts.iter().sum::<usize>());
+            for prompts in batches.iter().take(2 * SOME).chain(largest.filter(|_| batches.len() > 2 * SOME)) {
                 actor_view.generate(prompts, work.generations, work.response);
             }
             ledger.enter(Phase::Scoring);
             let mut rows = vec![];
-            in_chunks(&whole(&work.prompts), &mut |chunk| {
+            in_chunks(&whole(&work.prompts), &mut |chunk, is_gone_through| {
                 let r = chunk.len() * work.response;
+                if !is_gone_through {
+                    if work.reference {
+                        rows.push(ledger.take(MemoryCategory::Data, r * e * size_of::<f32>()));
+                    }
+                    return;
+                }
                 if work.recomputes {
                     drop(actor_view.logprobs(chunk, r));
                 }
@@ -415,7 +449,7 @@ impl StageShape {
                 rows.push(ledger.take(MemoryCategory::Data, responses * e * size_of::<f32>()));
             }
             if work.reward_model {
-                in_chunks(&whole(&work.prompts), &mut |chunk| reward_view.values(chunk, chunk.len()));
+                in_chunks(&whole(&work.prompts), &mut |chunk, is_gone_through| score(chunk, is_gone_through));
             }
             if work.refills && work.reference {
                 rows.pop();

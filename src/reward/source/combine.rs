@@ -1,7 +1,7 @@
 //! Combinations of reward sources: a weighted sum of any sources, and a conservative ensemble of reward models. It does not
 //! depend on how a source computes its scores. Read `command.rs` next.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 
 use anyhow::{Result, ensure};
 use serde_json::Value;
@@ -13,23 +13,33 @@ use crate::report::{Metrics, number};
 pub struct Part<'w> {
     /// Name in the metrics.
     pub name: String,
-    /// Weight of its scores.
+    /// Weight of its scores in the first iteration.
     pub weight: f64,
+    /// Weight in the last one, to which it goes in a straight line; none where it stays.
+    pub weight_end: Option<f64>,
     /// Source of the scores.
     pub source: Box<dyn RewardSource + 'w>,
 }
 
-/// `sum_i weight_i * score_i`. Metrics: each part's mean score as `rewards/<name>/mean`, TRL's name for it, and the part's
-/// own metrics.
+impl Part<'_> {
+    /// Its weight at a share of the run.
+    fn weight_at(&self, share: f64) -> f64 {
+        self.weight_end.map_or(self.weight, |end| self.weight + (end - self.weight) * share)
+    }
+}
+
+/// `sum_i weight_i * score_i`. Metrics: each part's mean score as `rewards/<name>/mean`, TRL's name for it, its weight as
+/// `rewards/<name>/weight` where it moves, and the part's own metrics.
 pub struct WeightedSum<'w> {
     parts: Vec<Part<'w>>,
     last: RefCell<Vec<Vec<f32>>>,
+    share: Cell<f64>,
 }
 
 impl<'w> WeightedSum<'w> {
     /// Combines one or more parts.
     pub fn new(parts: Vec<Part<'w>>) -> Self {
-        Self { last: RefCell::new(vec![vec![]; parts.len()]), parts }
+        Self { last: RefCell::new(vec![vec![]; parts.len()]), share: Cell::new(0.0), parts }
     }
 }
 
@@ -45,18 +55,25 @@ impl RewardSource for WeightedSum<'_> {
                 scores.len(),
                 sums.len()
             );
+            let weight = part.weight_at(self.share.get());
             for (sum, &score) in sums.iter_mut().zip(&scores) {
-                *sum += part.weight * f64::from(score);
+                *sum += weight * f64::from(score);
             }
             *last = scores;
         }
         Ok(sums.into_iter().map(|s| s as f32).collect())
     }
 
+    fn set_progress(&self, share: f64) {
+        self.share.set(share);
+        self.parts.iter().for_each(|part| part.source.set_progress(share));
+    }
+
     fn parts(&self) -> Vec<PartScores> {
-        let last = self.last.borrow();
+        let (last, share) = (self.last.borrow(), self.share.get());
         let both = self.parts.iter().zip(last.iter().cloned());
-        both.map(|(part, scores)| PartScores { name: part.name.clone(), weight: part.weight, scores }).collect()
+        both.map(|(part, scores)| PartScores { name: part.name.clone(), weight: part.weight_at(share), scores })
+            .collect()
     }
 
     fn metrics(&self) -> Metrics {
@@ -64,6 +81,9 @@ impl RewardSource for WeightedSum<'_> {
         for (part, scores) in self.parts.iter().zip(self.last.borrow().iter()) {
             let mean = scores.iter().map(|&s| f64::from(s)).sum::<f64>() / scores.len() as f64;
             metrics.insert(format!("rewards/{}/mean", part.name), number(mean));
+            if part.weight_end.is_some() {
+                metrics.insert(format!("rewards/{}/weight", part.name), number(part.weight_at(self.share.get())));
+            }
             let more = part.source.metrics().into_iter();
             metrics.extend(more.map(|(key, value)| (format!("rewards/{}/{key}", part.name), value)));
         }
@@ -82,18 +102,29 @@ impl RewardSource for WeightedSum<'_> {
     }
 }
 
-/// `mean - std_coef * deviation` over reward models: a response on which they disagree scores lower, so that a
-/// policy gains little by exploiting one of them. The deviation has their number as divisor. Source: arXiv:2310.02743.
+/// How the scores of several reward models become one. Source: arXiv:2310.02743.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Aggregate {
+    /// `mean - coef * deviation`, with their number as the deviation's divisor: a response on which they disagree scores lower,
+    /// so that a policy gains little by exploiting one of them. (The paper takes the variance in place of the deviation.)
+    MeanMinusStd(f64),
+    /// The mean.
+    Mean,
+    /// The lowest score: worst-case optimisation.
+    Min,
+}
+
+/// Several reward models as one source. Metrics: the mean over the last responses of the scores' deviation, `disagreement`.
 pub struct Ensemble<'w> {
     members: Vec<Box<dyn RewardSource + 'w>>,
-    std_coef: f64,
+    aggregate: Aggregate,
     disagreement: RefCell<f64>,
 }
 
 impl<'w> Ensemble<'w> {
     /// Combines reward models; disagreement is meaningful for two or more.
-    pub fn new(members: Vec<Box<dyn RewardSource + 'w>>, std_coef: f64) -> Self {
-        Self { members, std_coef, disagreement: RefCell::new(f64::NAN) }
+    pub fn new(members: Vec<Box<dyn RewardSource + 'w>>, aggregate: Aggregate) -> Self {
+        Self { members, aggregate, disagreement: RefCell::new(f64::NAN) }
     }
 }
 
@@ -102,8 +133,13 @@ impl RewardSource for Ensemble<'_> {
         let all = self.members.iter().map(|m| m.scores(inputs)).collect::<Result<Vec<_>>>()?;
         let (mut scores, mut disagreement) = (Vec::with_capacity(inputs.responses.len()), 0.0);
         for i in 0..inputs.responses.len() {
-            let (mean, deviation) = mean_and_deviation(all.iter().map(|member| f64::from(member[i])));
-            scores.push((mean - self.std_coef * deviation) as f32);
+            let of_all = all.iter().map(|member| f64::from(member[i]));
+            let (mean, deviation) = mean_and_deviation(of_all.clone());
+            scores.push(match self.aggregate {
+                Aggregate::MeanMinusStd(coef) => mean - coef * deviation,
+                Aggregate::Mean => mean,
+                Aggregate::Min => of_all.fold(f64::INFINITY, f64::min),
+            } as f32);
             disagreement += deviation / inputs.responses.len() as f64;
         }
         *self.disagreement.borrow_mut() = disagreement;
@@ -115,7 +151,7 @@ impl RewardSource for Ensemble<'_> {
     }
 }
 
-fn mean_and_deviation(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
+pub(crate) fn mean_and_deviation(values: impl Iterator<Item = f64> + Clone) -> (f64, f64) {
     let n = values.clone().count() as f64;
     let mean = values.clone().sum::<f64>() / n;
     (mean, (values.map(|v| (v - mean).powi(2)).sum::<f64>() / n).sqrt())
@@ -155,6 +191,7 @@ mod tests {
         let part = |name: &str, weight, scores: [f32; 2]| Part {
             name: name.into(),
             weight,
+            weight_end: None,
             source: Box::new(Fixed(scores.to_vec())),
         };
         let sum = WeightedSum::new(vec![part("a", 1.0, [1.0, 2.0]), part("b", -0.5, [4.0, 8.0])]);
@@ -172,6 +209,28 @@ mod tests {
     }
 
     #[test]
+    fn a_weight_goes_in_a_straight_line_from_the_first_iteration_to_the_last() {
+        let part = |name: &str, weight, weight_end| Part {
+            name: name.into(),
+            weight,
+            weight_end,
+            source: Box::new(Fixed(vec![1.0, 2.0])),
+        };
+        let sum = WeightedSum::new(vec![part("moves", 2.0, Some(-1.0)), part("stays", 1.0, None)]);
+        let (prompts, responses) = self::responses();
+        let inputs =
+            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
+        for (share, weight) in [(0.0, 2.0), (0.5, 0.5), (1.0, -1.0)] {
+            sum.set_progress(share);
+            assert_eq!(sum.scores(&inputs).unwrap(), [1.0 + weight as f32, 2.0 + 2.0 * weight as f32], "{share}");
+            assert_eq!(sum.parts().iter().map(|part| part.weight).collect::<Vec<_>>(), [weight, 1.0]);
+            let metrics = sum.metrics();
+            assert_eq!(metrics["rewards/moves/weight"], weight);
+            assert!(metrics.get("rewards/stays/weight").is_none());
+        }
+    }
+
+    #[test]
     fn an_ensemble_is_its_members_mean_less_their_deviation() {
         let base = tiny_base();
         let adapters = [adapter(&base, None, 3), adapter(&base, None, 4), adapter(&base, None, 5)];
@@ -181,8 +240,9 @@ mod tests {
             RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
         let alone: Vec<Vec<f32>> = members.iter().map(|m| m.scores(&inputs).unwrap()).collect();
         let boxed = || members.iter().map(|&m| Box::new(m) as Box<dyn RewardSource>).collect();
-        let bold = Ensemble::new(boxed(), 0.0).scores(&inputs).unwrap();
-        let cautious = Ensemble::new(boxed(), 2.0);
+        let bold = Ensemble::new(boxed(), Aggregate::Mean).scores(&inputs).unwrap();
+        let worst = Ensemble::new(boxed(), Aggregate::Min).scores(&inputs).unwrap();
+        let cautious = Ensemble::new(boxed(), Aggregate::MeanMinusStd(2.0));
         let scores = cautious.scores(&inputs).unwrap();
         let mut disagreement = 0.0;
         for i in 0..2 {
@@ -190,6 +250,7 @@ mod tests {
             let mean = x.iter().sum::<f64>() / 3.0;
             let deviation = (x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 3.0).sqrt();
             assert!((f64::from(bold[i]) - mean).abs() < 1e-6);
+            assert_eq!(worst[i], alone.iter().map(|s| s[i]).fold(f32::INFINITY, f32::min));
             assert!((f64::from(scores[i]) - (mean - 2.0 * deviation)).abs() < 1e-6 && deviation > 1e-3);
             disagreement += deviation / 2.0;
         }

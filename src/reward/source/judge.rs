@@ -160,7 +160,7 @@ impl<'w> Judge<'w> {
             let (prompt, response) = ((inputs.decode)(prompt), inputs.text(response));
             let rendered = template.render(context! { prompt, response, columns });
             let of = || record.map_or_else(|| format!("prompt {i}"), |record| format!("record {}", record.id));
-            rendered.map_err(|error| invalid!("[[ppo.reward]] template, for {}: {error}", of()))
+            rendered.map_err(|error| invalid!("the template of kind = \"judge\", for {}: {error}", of()))
         };
         inputs.prompts.iter().zip(inputs.responses).enumerate().map(question).collect()
     }

@@ -1,0 +1,383 @@
+//! What is told of settings that train nothing, stand in the wrong place or ask for what is not there: masked responses,
+//! `[lora]` beside an adapter, one source of the reward twice, held-out prompts that there are none of, a rollout that is too
+//! large, a section of another stage, a warm-up longer than the run, a run that died before its first checkpoint.
+
+use std::fs;
+use std::io::Read;
+use std::process::{Command, Stdio};
+
+use fourfold::config;
+use fourfold::config::Stage;
+use serde_json::{Value, json};
+
+use crate::support::{Place, Ran};
+
+const GRPO: &str = "seed = 3\n[base]\npath = 'base'\n[lora]\nr = 2\n[data]\npath = 'asked.jsonl'\neval_rows = 2\n[grpo]\n\
+                    learning_rate = 1e-3\nnum_generations = 4\nper_device_train_batch_size = 4\nmax_steps = 4\n\
+                    max_completion_length = 12\nlr_scheduler_type = 'constant'\nTHE_KEYS\n[[grpo.reward]]\nkind = 'length'\n\
+                    max_tokens = 9\n";
+
+fn place() -> Place {
+    let p = Place::new();
+    let prompt = |i: usize| json!({"prompt": format!("\n\nHuman: How was the soup, number {i}?\n\nAssistant:")});
+    p.write("asked.jsonl", (0..14).map(|i| format!("{}\n", prompt(i))).collect::<String>());
+    p.write("same.jsonl", format!("{}\n", prompt(0)).repeat(14));
+    p.write("grpo.toml", with(""));
+    p
+}
+
+fn with(keys: &str) -> String {
+    GRPO.replace("THE_KEYS", keys)
+}
+
+fn done(p: &Place, line: &str) -> Ran {
+    let ran = p.run(line);
+    assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    ran
+}
+
+fn refused(p: &Place, line: &str, says: &[&str]) {
+    let ran = p.run(line);
+    assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}: {}", ran.stderr);
+    says.iter().for_each(|say| assert!(ran.stderr.contains(say), "{line}: no {say:?} in {}", ran.stderr));
+}
+
+fn metrics(p: &Place, name: &str) -> Vec<Value> {
+    let text = fs::read_to_string(p.path(&format!("{name}/metrics.jsonl"))).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+}
+
+fn refusal(text: &str) -> String {
+    config::from_text(text, "test").unwrap_err().to_string()
+}
+
+#[test]
+fn a_step_of_which_every_response_is_masked_is_warned_of_with_its_share() {
+    let p = place();
+    // No response ends with its first token.
+    p.write("short.toml", with("mask_truncated_completions = true").replace("= 12", "= 1"));
+    let ran = done(&p, "grpo short.toml --set grpo.max_steps=2 --out short");
+    let warned = "grpo: warning at iteration 1: every response of an optimizer step was truncated";
+    assert!(ran.stderr.contains(warned) && ran.stderr.contains("raise max_completion_length"), "{}", ran.stderr);
+    assert!(!ran.stderr.contains("response_length") && !ran.stderr.contains("missing_eos"), "{}", ran.stderr);
+    for line in metrics(&p, "short") {
+        assert_eq!((&line["policy/masked"], &line["policy/masked_steps"]), (&json!(1.0), &json!(1.0)), "{line}");
+        assert!(line["warnings"].as_array().unwrap().contains(&json!("masked_steps")), "{line}");
+        assert!(line["grad_norm/actor"].is_null());
+    }
+    let told: Value = serde_json::from_str(&done(&p, "watch short --json").stdout).unwrap();
+    assert!(told["warnings"].to_string().contains("raise max_completion_length"), "{told}");
+    p.write("long.toml", with("mask_truncated_completions = true"));
+    done(&p, "grpo long.toml --out long");
+    done(&p, "grpo grpo.toml --out none");
+    for (line, plain) in metrics(&p, "long").iter().zip(metrics(&p, "none")) {
+        let ended = line["val/num_eos_tokens"].as_f64().unwrap();
+        assert_eq!(line["policy/masked"].as_f64(), Some(1.0 - ended / 4.0), "{line}");
+        assert_eq!(line["policy/masked_steps"].as_f64(), Some(if ended == 0.0 { 1.0 } else { 0.0 }));
+        assert!(plain.get("policy/masked").is_none());
+    }
+}
+
+#[test]
+fn keys_of_lora_beside_an_adapter_of_another_shape_are_named_by_every_stage() {
+    let p = place();
+    p.train_sft_and_reward();
+    let run = |line: &str| {
+        let stage = line.split(' ').next().unwrap();
+        done(&p, &format!("{line} --out new/{stage} --overwrite")).stderr
+    };
+    let pairs = "--set data.path=pairs.jsonl";
+    let label = |i: usize| json!({"prompt": format!("q{i}"), "completion": " a", "label": i.is_multiple_of(2)});
+    p.write("labels.jsonl", (0..6).map(|i| format!("{}\n", label(i))).collect::<String>());
+    let of = "out/sft/adapter";
+    for (line, is_said) in [
+        (format!("sft run.toml --set sft.adapter={of} --set lora.r=4"), true),
+        (format!("reward run.toml {pairs} --set lora.r=4"), true),
+        (format!("dpo run.toml {pairs} --set dpo.adapter={of} --set lora.r=4"), true),
+        (format!("kto run.toml --set data.path=labels.jsonl --set kto.adapter={of} --set lora.r=4"), true),
+        (
+            format!(
+                "distill run.toml --set distill.adapter={of} --set distill.teacher_adapter={of} --set distill.max_new_tokens=4 \
+                 --set lora.r=4"
+            ),
+            true,
+        ),
+        ("ppo run.toml --set data.path=prompts.jsonl --set lora.r=4".to_owned(), true),
+        (format!("grpo grpo.toml --set grpo.adapter={of} --set lora.r=4"), true),
+        // The file's own r is the adapter's, and without an adapter the key counts.
+        (format!("sft run.toml --set sft.adapter={of}"), false),
+        ("sft run.toml --set lora.r=4".to_owned(), false),
+    ] {
+        let stderr = run(&line);
+        let stage = line.split(' ').next().unwrap();
+        let says = format!("{stage}: [lora] r has no effect: {of} goes on in its own shape (r = 2, scale 8, on ");
+        assert_eq!(stderr.contains(&says), is_said, "{line}: {stderr}");
+        assert_eq!(stderr.contains("has no effect"), is_said, "{line}: {stderr}");
+    }
+    let more = "--set lora.lora_alpha=4 --set lora.target_modules=q_proj --set lora.use_dora=true";
+    let stderr = run(&format!("sft run.toml --set sft.adapter={of} {more}"));
+    assert!(stderr.contains("[lora] lora_alpha, target_modules and use_dora have no effect"), "{stderr}");
+}
+
+#[test]
+fn sources_of_the_reward_that_count_twice_or_not_at_all_are_told() {
+    let config = |more: &str| config::from_text(&format!("{}{more}", with("")), "test").unwrap();
+    let said = |more: &str| config(more).idle_keys(Stage::Grpo);
+    assert!(said("").is_empty());
+    let twice = said("[[grpo.reward]]\nname = 'again'\nkind = 'length'\nmax_tokens = 9\nweight = 0.5\n");
+    assert!(twice.len() == 1 && twice[0].contains("\"again\" is the same source as \"length\""), "{twice:?}");
+    assert!(said("[[grpo.reward]]\nname = 'other'\nkind = 'length'\nmax_tokens = 8\n").is_empty());
+    let both = "[[grpo.reward]]\nadapters = ['a', 'a', 'b']\n";
+    let adapters = said(both);
+    assert!(adapters.len() == 1 && adapters[0].contains("has a twice among its adapters"), "{adapters:?}");
+    let main = config::from_text(&format!("{}{both}", with("reward_adapter = 'b'")), "test").unwrap();
+    assert!(main.idle_keys(Stage::Grpo)[0].contains("has b, which is reward_adapter too"));
+    let gold = "[grpo.gold]\nkind = 'json_valid'\n";
+    assert!(said(gold)[0].starts_with("[grpo.gold] has no effect without eval_prompts"), "{:?}", said(gold));
+    let evaluated = config::from_text(&format!("{}{gold}", with("eval_prompts = 2")), "test").unwrap();
+    assert!(evaluated.idle_keys(Stage::Grpo).is_empty());
+    let weightless = with("").replace("max_tokens = 9", "max_tokens = 9\nweight = 0.0");
+    assert!(refusal(&weightless).contains("[[grpo.reward]] weight = 0 for every source"), "{}", refusal(&weightless));
+    config::from_text(&format!("{weightless}[[grpo.reward]]\nkind = 'json_valid'\n"), "test").unwrap();
+    let named =
+        format!("{}[[grpo.reward]]\nkind = 'json_valid'\nname = 'reward_adapter'\n", with("reward_adapter = 'r'"));
+    assert!(refusal(&named).contains("give another name"), "{}", refusal(&named));
+}
+
+#[test]
+fn held_out_prompts_that_there_are_none_of_are_told_and_init_asks_for_none() {
+    let p = place();
+    let ran = done(&p, "grpo grpo.toml --set data.path=same.jsonl --set grpo.eval_prompts=2 --out o");
+    assert!(ran.stderr.contains("[data] eval_rows = 2 of 14 sequences: none can be held out"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("grpo: warning: [grpo] eval_prompts = 2 has no prompts to evaluate on"),
+        "{}",
+        ran.stderr
+    );
+    let ran = done(&p, "grpo grpo.toml --set grpo.eval_prompts=2 --out o2");
+    assert!(!ran.stderr.contains("held out") && !ran.stderr.contains("eval_prompts"), "{}", ran.stderr);
+    p.train_sft_and_reward();
+    let found = |data: &str| -> Value {
+        let line = format!("init grpo --base base --device cpu --reward-adapter out/reward --data {data} --json");
+        serde_json::from_str(&done(&p, &line).stdout).unwrap()
+    };
+    let same = found("same.jsonl");
+    assert_eq!((&same["set"]["data.eval_rows"], &same["set"]["grpo.eval_prompts"]), (&json!(0), &json!(0)), "{same}");
+    assert_eq!(found("asked.jsonl")["set"]["data.eval_rows"], 1);
+    // Two prompts, seven records each: one of them can be held out whole.
+    let two: String = (0..14).map(|i| format!("{}\n", json!({"prompt": format!("q{}", i % 2)}))).collect();
+    p.write("two.jsonl", two);
+    let two = found("two.jsonl");
+    assert_eq!(two["set"]["data.eval_rows"], 7, "{two}");
+    p.write("two.toml", two["config"].as_str().unwrap());
+    let shown: Value = serde_json::from_str(&done(&p, "data two.toml --json").stdout).unwrap();
+    assert_eq!((&shown["train"], &shown["held_out"]), (&json!(7), &json!(7)), "{shown}");
+}
+
+#[test]
+fn a_key_in_the_wrong_place_is_pointed_to_the_right_one() {
+    let file = |lines: &str| format!("[base]\npath = 'b'\n[data]\npath = 'd'\n{lines}\n");
+    let below = refusal(&with("").replace("max_tokens = 9", "max_tokens = 9\nmax_steps = 3"));
+    assert!(below.contains("[[grpo.reward]] has no key \"max_steps\", which is one of [grpo]"), "{below}");
+    assert!(below.contains("write max_steps above"), "{below}");
+    let unknown = refusal(&with("").replace("max_tokens = 9", "max_tokenz = 9"));
+    assert!(unknown.contains("[[grpo.reward]] has no key \"max_tokenz\"; did you mean \"max_tokens\"?"), "{unknown}");
+    let reward = refusal(&file("[[reward]]\nkind = 'length'"));
+    assert!(reward.contains("reward must be a section of keys, not a list"), "{reward}");
+    assert!(reward.contains("[[ppo.reward]], [[grpo.reward]] or [[rloo.reward]]"), "{reward}");
+    assert!(refusal(&file("[[sft]]\nadapter = 'a'")).contains("write [sft], with one pair of brackets"));
+    for (lines, says) in [
+        ("[rloo]\ntop_entropy_quantile = 0.2", "[rloo] has no key \"top_entropy_quantile\"; [ppo], [grpo] have it"),
+        ("[lora]\nlora_dropout = 0.1", "there is no dropout"),
+        ("[rloo]\nrloo_k = 4", "it is num_generations here"),
+        ("[rloo]\ntoken_level_kl = true", "as one sum"),
+        (
+            "[grpo]\nnum_generations = 0",
+            "[grpo] num_generations = 0 leaves nothing to compare a response with; use 2 or more",
+        ),
+        (
+            "[grpo]\nnum_generations = 1",
+            "[grpo] num_generations = 1 leaves nothing to compare a response with; use 2 or more",
+        ),
+        (
+            "[grpo]\nreport_to = 'none'",
+            "report_to stands at the top of the file, before any section (--set report_to=…)",
+        ),
+    ] {
+        let found = refusal(&file(lines));
+        let says = says.replace("there is no dropout", "adapters have no dropout here");
+        assert!(found.contains(&says), "{lines}: {found}");
+    }
+    let p = place();
+    let exact = with("").replace("'length'\nmax_tokens = 9", "'exact'");
+    p.write("exact.toml", exact);
+    refused(&p, "grpo exact.toml --out o", &["[[grpo.reward]] of kind = \"exact\" compares with the answer"]);
+    let key =
+        with("").replace("'length'\nmax_tokens = 9", "'http'\nurl = 'http://127.0.0.1:9/'\napi_key_env = 'NO_SUCH'");
+    p.write("key.toml", key);
+    refused(&p, "grpo key.toml --out o", &["[[grpo.reward]] api_key_env = \"NO_SUCH\""]);
+}
+
+#[test]
+fn a_rollout_too_large_to_hold_is_refused_at_once_and_the_largest_is_planned_within_seconds() {
+    let p = place();
+    let says = ["[grpo] a rollout of", "is more than 32768; use fewer"];
+    refused(&p, "grpo grpo.toml --out o --set grpo.gradient_accumulation_steps=4000000000000", &says);
+    refused(&p, "grpo grpo.toml --out o --set grpo.generation_batch_size=400000", &says);
+    refused(&p, "ppo run.toml --out o --set ppo.batch_size=4000000000000", &["[ppo] a rollout of 4000000000000"]);
+    refused(&p, "grpo grpo.toml --out o --set grpo.num_generations=100000", &["lower num_generations"]);
+    let most = "--set grpo.gradient_accumulation_steps=8192 --set grpo.max_steps=10000 --set memory.limit=1MiB";
+    let began = std::time::Instant::now();
+    refused(&p, &format!("grpo grpo.toml --out o {most}"), &["memory"]);
+    assert!(began.elapsed().as_secs() < 120, "{:?}", began.elapsed());
+    // Passes that a plan leaves out take nothing that it counts: with a reference, whose rows are kept, it grows evenly.
+    let needs = |accumulation: usize| {
+        let set = format!("--set grpo.gradient_accumulation_steps={accumulation} --set grpo.beta=0.1");
+        let plan: Value = serde_json::from_str(&done(&p, &format!("plan grpo.toml --json {set}")).stdout).unwrap();
+        plan["phases"]["scoring"]["own"].as_f64().unwrap()
+    };
+    let [a, b, c] = [256, 512, 768].map(needs);
+    assert!(b > a && ((c - b) / (b - a) - 1.0).abs() < 0.05, "{a} {b} {c}");
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_that_is_asked_to_stop_while_it_plans_stops() {
+    let p = place();
+    let set = ["grpo.gradient_accumulation_steps=8192", "grpo.max_steps=1000000", "memory.limit=1MiB"];
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    command.args(["grpo", "grpo.toml", "--out", "o"]).args(set.iter().flat_map(|set| ["--set", set]));
+    let mut child = command.current_dir(p.path("")).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
+    // It plans once it has read its data, and goes on for seconds.
+    std::thread::sleep(std::time::Duration::from_millis(1500));
+    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(killed.success());
+    let began = std::time::Instant::now();
+    let code = child.wait().unwrap().code();
+    let mut stderr = String::new();
+    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+    assert_eq!(code, Some(130), "{stderr}");
+    assert!(stderr.contains("stopped before the first step"), "{stderr}");
+    assert!(began.elapsed().as_secs() < 5 && !p.path("o").exists(), "{:?}", began.elapsed());
+}
+
+#[test]
+fn a_stage_without_its_section_says_that_its_keys_have_their_defaults() {
+    let p = place();
+    let line = "sft grpo.toml --set data.path=sft.jsonl --set memory.limit=64KiB --out o";
+    let ran = p.run(line);
+    let says = "sft: warning: the file has no [sft], so all of its keys have their defaults; it has [grpo], for `fourfold grpo`";
+    assert!(ran.stderr.contains(says), "{}", ran.stderr);
+    let of = |text: &str, stage: Stage| config::from_text(text, "test").unwrap().without_section(stage);
+    assert_eq!(of("[base]\npath = 'b'\n", Stage::Sft), None, "a file of no stage is for any");
+    assert_eq!(of(&with(""), Stage::Grpo), None);
+    let many = of("[base]\npath = 'b'\n[sft]\n[dpo]\n", Stage::Kto).unwrap();
+    assert!(many.ends_with("it has [sft] and [dpo], for `fourfold sft` and `fourfold dpo`"), "{many}");
+}
+
+#[test]
+fn a_warm_up_that_outlasts_the_run_is_warned_of() {
+    let p = place();
+    let of = |line: &str| {
+        let stage = line.split(' ').next().unwrap();
+        done(&p, &format!("{line} --out out/{stage} --overwrite")).stderr
+    };
+    let says = "the learning rate never reaches 0.001; lower warmup_steps";
+    let grpo = of("grpo grpo.toml --set grpo.warmup_steps=9");
+    assert!(
+        grpo.contains(&format!("grpo: warning: warmup_steps = 9 and the run has 4 optimizer steps: {says}")),
+        "{grpo}"
+    );
+    let sft = of("sft run.toml --set sft.warmup_steps=99");
+    assert!(sft.contains("warning: warmup_steps = 99 and the run has ") && sft.contains(says), "{sft}");
+    assert!(!of("grpo grpo.toml --set grpo.warmup_steps=3").contains("warmup_steps"));
+}
+
+#[test]
+fn what_is_offered_for_a_run_that_died_before_its_first_checkpoint_works() {
+    let p = place();
+    done(&p, "grpo grpo.toml --out o");
+    // As a killed process leaves it: no summary, no checkpoint, and the page's file says that it runs.
+    fs::remove_file(p.path("o/summary.json")).unwrap();
+    ["checkpoints", "actor"].iter().for_each(|name| drop(fs::remove_dir_all(p.path(&format!("o/{name}")))));
+    let about = fs::read_to_string(p.path("o/about.json")).unwrap();
+    let mut about: Value = serde_json::from_str(&about).unwrap();
+    (about["state"], about["process"]) = (json!("running"), json!(u32::MAX));
+    p.write("o/about.json", about.to_string());
+    let told: Value = serde_json::from_str(&done(&p, "watch o --json").stdout).unwrap();
+    assert_eq!(told["state"], "killed");
+    let offered = told["resume"].as_str().unwrap();
+    assert!(offered.ends_with("grpo grpo.toml --out o --resume --from-start"), "{offered}");
+    done(&p, offered.split_once(' ').unwrap().1);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_reader_of_stdout_that_is_gone_ends_a_command_quietly() {
+    let p = place();
+    for line in
+        ["keys", "keys --json", "man", "init sft --base base --data sft.jsonl --device cpu", "inspect base --json"]
+    {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+        command.args(line.split(' ')).arg("--quiet").current_dir(p.path(""));
+        let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let ended = child.wait().unwrap();
+        let mut stderr = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+        assert_eq!((ended.code(), stderr.as_str()), (Some(141), ""), "{line}");
+    }
+}
+
+#[test]
+fn an_output_that_does_not_come_about_leaves_no_folder() {
+    let p = place();
+    p.train_sft_and_reward();
+    let merge = "merge --base base --adapter out/reward/adapter";
+    // An f16 classifier cannot be made of a name that is a folder's; and a language model has no value head.
+    refused(&p, &format!("{merge} --dtype q8_0 --out nope/deep/m"), &["--dtype q8_0"]);
+    assert!(!p.path("nope").exists());
+    let head = "merge --base base --adapter out/sft/adapter --format classifier --out nope/deep/m";
+    assert_ne!(p.run(head).code, 0);
+    assert!(!p.path("nope").exists(), "folders that were made for it are gone again");
+    done(&p, "merge --base base --adapter out/sft/adapter --out made/deep/m");
+    for line in [
+        "init sft --base base --data sft.jsonl --device cpu --out nope/a.toml",
+        "score --base base --adapter out/reward/adapter --data pairs.jsonl --out nope/a.jsonl",
+        "report out/sft --out nope/a.html",
+    ] {
+        refused(&p, line, &["--out nope/a.", "there is no folder nope; make it first"]);
+    }
+    assert!(p.path("made/deep/m/config.json").exists());
+}
+
+#[test]
+fn a_size_without_a_unit_that_is_too_small_to_be_meant_asks_for_the_unit() {
+    let p = place();
+    let says = "limit without a unit is 10 bytes; did you mean \"10GiB\"?";
+    refused(&p, "grpo grpo.toml --out o --set memory.limit=10", &[says]);
+    refused(&p, "plan grpo.toml --memory 8192", &["did you mean \"8192MiB\"?"]);
+    refused(&p, "merge --base base --adapter a --out m --max-shard-size 500", &["did you mean \"500GiB\"?"]);
+}
+
+#[test]
+fn an_actor_that_cannot_move_is_warned_of_with_what_usually_causes_it() {
+    let p = place();
+    let warned = |name: &str, set: &str| -> (String, Vec<Value>) {
+        let ran = done(&p, &format!("grpo grpo.toml --out {name} {set}"));
+        let lines = metrics(&p, name);
+        (ran.stderr, lines.into_iter().map(|line| line["warnings"].clone()).collect())
+    };
+    let has = |of: &Value, name: &str| of.as_array().is_some_and(|all| all.contains(&json!(name)));
+    let (stderr, usual) = warned("usual", "");
+    assert!(!usual.iter().any(|of| has(of, "zero_b") || has(of, "zero_gradient")), "{stderr}");
+    // A step of so little is 0 in the adapter's numbers.
+    let (stderr, tiny) = warned("tiny", "--set grpo.learning_rate=1e-60");
+    assert_eq!(tiny.iter().map(|of| has(of, "zero_b")).collect::<Vec<_>>(), [false, false, true, true], "{stderr}");
+    assert!(stderr.contains("every LoRA B is still 0") && stderr.contains("learning_rate"), "{stderr}");
+    // Ratios of 1 lie beyond the bound, so that no token counts.
+    let mask = "--set grpo.importance_sampling_correction=token_mask --set grpo.importance_sampling_clip_max=0.5";
+    let (stderr, masked) = warned("masked", mask);
+    assert!(masked.iter().any(|of| has(of, "zero_gradient")), "{stderr}");
+    assert!(stderr.contains("the actor's gradient is exactly 0") && stderr.contains("its bounds"), "{stderr}");
+}
