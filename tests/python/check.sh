@@ -51,6 +51,7 @@ fi
 export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONDONTWRITEBYTECODE=1
 "$python" "$root/tests/python/check_interop.py" "$binary"
 "$python" "$root/tests/python/check_tensorboard.py" "$binary"
+"$python" "$root/tests/python/check_gpu_compare.py" "$binary"
 if "$python" -c 'import xllamacpp' 2>/dev/null; then
     "$python" "$root/tests/python/check_llama_cpp.py" "$binary"
     exec "$python" "$root/tests/python/check_llama_cpp_families.py" "$binary"
