@@ -25,7 +25,7 @@ MODELS = {
 }
 # Bytes of a stored number.
 TYPES = {"q4_k": 144 / 256, "bf16": 2.0}
-SIZES = [8, 12, 16, 24]
+SIZES = [8, 12, 16, 24, 48]
 # Name: bytes per second, products per second of 16-bit operands with f32 sums. The H100's are measured (the log beside this);
 # the others' are multiprocessors times boost clock times 1,024 operations, by NVIDIA's data sheets.
 CARDS = {
@@ -138,3 +138,28 @@ for model, dtype in [("1B (Llama 3.2)", "bf16"), ("7B (Llama 2)", "q4_k"), ("8B 
         parts = floors(model, dtype, bandwidth, rate)
         cells.append(f"{sum(parts):.1f} ({' + '.join(f'{part:.1f}' for part in parts)})")
     print(f"| {model}, {dtype} | {' | '.join(cells)} |")
+
+bandwidth, rate = CARDS["H100"]
+command = [BINARY, "--quiet", "bench", "gpu", "--roofline", f"{bandwidth / 1e9:g},{rate / 1e12:g}", "--model", "7b", "--json"]
+done = subprocess.run(command, capture_output=True, text=True)
+lines = [json.loads(line) for line in done.stdout.splitlines()]
+kernels = [line for line in lines if line["bench"] == "gpu/kernel"]
+whole = next(line for line in lines if line["bench"] == "gpu/kernels")
+print(f"""
+## Floors by kernel of a step of the 7B in q4_k on the H100
+
+`fourfold bench gpu --roofline {bandwidth / 1e9:g},{rate / 1e12:g}` counts the launches of the very step that runs, the bytes of
+their operands and the products' operations. Nothing in the table was measured on a card: a kernel's floor is the longer of its
+bytes at the card's bandwidth and its operations at the card's rate, and `bench gpu` on a card prints the measured time beside it.
+All {whole["launches"]:,} launches: {whole["floor_seconds"]:.2f} s with `checkpoint = "block"`. Products are named by rows x columns
+x terms.
+
+| kernel | launches | GB | TFLOP | floor, ms | share |
+|---|---|---|---|---|---|""")
+shown = [kernel for kernel in kernels if kernel["share"] >= 0.002]
+for k in shown:
+    operations = f"{k['operations'] / 1e12:.1f}" if k["operations"] else ""
+    print(f"| {k['name']} | {k['calls']:,} | {k['bytes'] / 1e9:.1f} | {operations} | {k['floor_ms']:.1f} | {k['share']:.1%} |")
+rest = [kernel for kernel in kernels if kernel["share"] < 0.002]
+print(f"| {len(rest)} others | {sum(k['calls'] for k in rest):,} | {sum(k['bytes'] for k in rest) / 1e9:.1f} | "
+      f"| {sum(k['floor_ms'] for k in rest):.1f} | {sum(k['share'] for k in rest):.1%} |")

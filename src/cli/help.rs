@@ -38,6 +38,7 @@ const EXAMPLES: &[(&[&str], &str)] = &[
     (&["plan"], "fourfold plan configs/smollm2-135m/ppo.toml --memory 8GiB"),
     (&["bench"], "fourfold bench memory configs/smollm2-135m/ppo.toml"),
     (&["bench", "memory"], "fourfold bench memory configs/smollm2-135m/ppo.toml --json"),
+    (&["bench", "gpu"], "fourfold bench gpu --model 7b,8b --stored q4_k"),
     (&["doctor"], "fourfold doctor --device cuda:1"),
     (&["merge"], "fourfold merge --base model.gguf --adapter runs/ppo/actor --out merged --dtype bf16"),
     (&["generate"], "fourfold generate --base merged --prompt \"How was the soup?\" --temperature 0.7"),

@@ -31,7 +31,9 @@ pub(super) fn report(args: &Report) -> Result<()> {
         (None, [run]) => run.join(page::NAME),
         (None, _) => PathBuf::from(page::NAME),
     };
-    super::check_folder_of(&out)?;
+    if let Some(out) = &args.out {
+        super::check_folder_of(out)?;
+    }
     let written = page::write(&args.runs, &out)?;
     for problem in written["problems"].as_array().into_iter().flatten().filter_map(Value::as_str) {
         eprintln!("{problem}");

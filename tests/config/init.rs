@@ -347,5 +347,9 @@ fn what_cannot_be_used_is_one_line_that_says_what_to_do() {
     assert_eq!(fs::read_to_string(p.path("there.toml")).unwrap(), "mine");
     done(&p, &init("sft", "--out there.toml --overwrite"));
     assert!(fs::read_to_string(p.path("there.toml")).unwrap().starts_with("# sft over base"));
-    refused(&p, &init("sft", "--out no/such/folder.toml"), &["no/such/folder.toml cannot be written"]);
+    refused(
+        &p,
+        &init("sft", "--out no/such/folder.toml"),
+        &["--out no/such/folder.toml: there is no folder no/such; make it first"],
+    );
 }
