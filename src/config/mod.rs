@@ -57,7 +57,7 @@ pub use ppo::{
 };
 pub use ptx::Ptx;
 pub use report_to::ReportTo;
-pub use rewards::{EnsembleScore, RewardKind, RewardPart};
+pub use rewards::{EnsembleScore, RewardApi, RewardInput, RewardKind, RewardPart};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
     Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,

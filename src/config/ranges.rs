@@ -199,6 +199,7 @@ const ROWS: &[Row] = &[
     (PARTS, "timeout_seconds", "seconds", SECONDS),
     (PARTS, "retries", "tries", WHOLE),
     (PARTS, "fallback_score", "reward", ANY),
+    (PARTS, "score_index", "", WHOLE),
     (PARTS, "min_score", "reward", ANY),
     (PARTS, "max_score", "reward", ANY),
     (PARTS, "concurrency", "requests", ONE),

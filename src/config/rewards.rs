@@ -23,7 +23,8 @@ pub enum RewardKind {
     Adapter,
     /// A program: JSON lines on its stdin and stdout.
     Command,
-    /// An endpoint: `POST {"prompts", "responses", "record_ids", "columns"}`, answered by `{"scores"}`.
+    /// An endpoint that speaks `api`: scores by `POST {"prompts", "responses", "record_ids", "columns"}`, answered by
+    /// `{"scores"}`, or a reward model behind vLLM or SGLang.
     Http,
     /// A language model behind an OpenAI-compatible endpoint, asked about each response by a template.
     Judge,
@@ -75,7 +76,19 @@ impl RewardKind {
         match self {
             Self::Adapter => &["adapters", "aggregate", "std_coef"],
             Self::Command => &["command", "timeout_seconds", "retries", "fallback_score"],
-            Self::Http => &["url", "api_key_env", "timeout_seconds", "retries", "fallback_score"],
+            Self::Http => &[
+                "url",
+                "api",
+                "api_key_env",
+                "model",
+                "input",
+                "template",
+                "score_index",
+                "request",
+                "timeout_seconds",
+                "retries",
+                "fallback_score",
+            ],
             Self::Judge => &[
                 "url",
                 "api_key_env",
@@ -104,6 +117,47 @@ impl RewardKind {
     pub fn reads_columns(self) -> bool {
         matches!(self, Self::Command | Self::Http | Self::Judge | Self::Math)
     }
+}
+
+/// What an `http` endpoint speaks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RewardApi {
+    /// `POST {"prompts", "responses", "record_ids", "columns"}`, answered by `{"scores"}`: a service of one's own.
+    #[default]
+    Fourfold,
+    /// vLLM's `/classify` and SGLang's `/v1/classify`.
+    Classify,
+    /// vLLM's `/pooling`.
+    Pooling,
+    /// vLLM's `/score` and `/v1/score`: the texts of prompt and response as a pair.
+    Score,
+    /// SGLang's `/classify`.
+    SglangClassify,
+    /// SGLang's `/v1/score`: the probability of a label's token after prompt and response.
+    SglangScore,
+}
+
+impl RewardApi {
+    /// Whether it reads whole sequences, of which `input` says how they are sent.
+    fn needs_input(self) -> bool {
+        !matches!(self, Self::Fourfold | Self::Score)
+    }
+
+    /// Whether sequences are sent as one text each, which a template may give.
+    fn reads_template(self) -> bool {
+        matches!(self, Self::Classify | Self::Pooling | Self::SglangClassify)
+    }
+}
+
+/// How sequences are sent to a reward model behind a server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RewardInput {
+    /// The policy's token ids, the end of the response among them: for a reward model with the policy's tokenizer.
+    Ids,
+    /// Text, without special tokens but those that a template or the server adds.
+    Text,
 }
 
 /// How the scores of an ensemble of reward models become one.
@@ -150,11 +204,22 @@ pub struct RewardPart {
     /// `http`, `judge`: the environment variable that holds the bearer token; absent = none is sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api_key_env: Option<String>,
-    /// `judge`: the judging model's name.
+    /// `http`: what the endpoint speaks. Default `fourfold`; the others are reward models behind vLLM or SGLang, whose scores are
+    /// the numbers before any softmax or sigmoid (vLLM's `use_activation = false`) unless `request` says otherwise.
+    #[serde(skip_serializing_if = "is_own")]
+    pub api: RewardApi,
+    /// `http`: how prompt and response reach a reward model. `ids` are the policy's tokens, so it needs the same tokenizer; `text`
+    /// is tokenised by the server. Every `api` but `fourfold` and `score` needs it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub input: Option<RewardInput>,
+    /// `http`: which of the numbers that a reward model returns for a response is its score, from 0; absent = it returns one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub score_index: Option<usize>,
+    /// `judge`: the judging model's name. `http`: the served reward model's; absent = the server's own choice.
     #[serde(skip_serializing_if = "String::is_empty")]
     pub model: String,
     /// `judge`: the question, a Jinja template over `prompt`, `response` and the record's `columns`. Absent = a grade from
-    /// 1 to 10.
+    /// 1 to 10. `http` with `input = "text"`: the text that a reward model reads. Absent = the prompt and the response.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub template: Option<String>,
     /// `judge`: smallest valid score; a reply with another counts as one without a score. Absent = 1 without a template,
@@ -165,7 +230,7 @@ pub struct RewardPart {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_score: Option<f64>,
     /// `judge`: more keys of the request, such as `{ temperature = 1, max_tokens = 256, seed = 1 }`. Default none; the
-    /// temperature is 0.
+    /// temperature is 0. `http`: those of a reward model's server, such as `{ label_token_ids = [9891], apply_softmax = true }`.
     #[serde(skip_serializing_if = "Table::is_empty")]
     #[schemars(with = "std::collections::BTreeMap<String, serde_json::Value>")]
     pub request: Table,
@@ -216,6 +281,9 @@ impl Default for RewardPart {
             command: Vec::new(),
             url: String::new(),
             api_key_env: None,
+            api: RewardApi::Fourfold,
+            input: None,
+            score_index: None,
             model: String::new(),
             template: None,
             min_score: None,
@@ -238,6 +306,10 @@ impl Default for RewardPart {
 
 fn is_usual(score: &EnsembleScore) -> bool {
     *score == EnsembleScore::default()
+}
+
+fn is_own(api: &RewardApi) -> bool {
+    *api == RewardApi::Fourfold
 }
 
 impl RewardPart {
@@ -283,6 +355,7 @@ impl RewardPart {
             {
                 needs("url = \"http://host:port/path\"")
             }
+            RewardKind::Http => self.check_api(section),
             RewardKind::Judge if self.model.is_empty() => needs("model = \"the judging model's name\""),
             RewardKind::Judge if self.range().0 > self.range().1 => {
                 let (low, high) = self.range();
@@ -302,6 +375,52 @@ impl RewardPart {
             && let Err(error) = regex::Regex::new(pattern)
         {
             return Err(invalid!("[[{section}.reward]] pattern = {pattern:?} is no regular expression: {error}"));
+        }
+        Ok(())
+    }
+
+    /// What an `api` needs and does not read.
+    fn check_api(&self, section: &str) -> Result<()> {
+        let api = serde_json::to_value(self.api)?;
+        let says = |text: String| Err(invalid!("[[{section}.reward]] api = {api}: {text}"));
+        if self.api == RewardApi::Fourfold {
+            let keys = [
+                ("model", !self.model.is_empty()),
+                ("input", self.input.is_some()),
+                ("template", self.template.is_some()),
+                ("score_index", self.score_index.is_some()),
+                ("request", !self.request.is_empty()),
+            ];
+            return match keys.iter().find(|(_, is_set)| *is_set) {
+                Some((key, _)) => says(format!(
+                    "{key} is for a reward model behind vLLM or SGLang; set api = \"classify\", \"pooling\", \"score\", \
+                     \"sglang_classify\" or \"sglang_score\", or remove the key"
+                )),
+                None => Ok(()),
+            };
+        }
+        if self.api.needs_input() && self.input.is_none() {
+            return says(
+                "it needs input = \"ids\" for a reward model with the policy's tokenizer, or input = \"text\" for one with another"
+                    .into(),
+            );
+        }
+        if self.api == RewardApi::Score && self.input == Some(RewardInput::Ids) {
+            return says(
+                "vLLM reads pairs as text alone; remove input, or use api = \"classify\" or \"pooling\"".into(),
+            );
+        }
+        if self.template.is_some() && !(self.api.reads_template() && self.input == Some(RewardInput::Text)) {
+            return says(
+                "template gives the text of a sequence: it needs input = \"text\" and api = \"classify\", \"pooling\" or \
+                 \"sglang_classify\""
+                    .into(),
+            );
+        }
+        if self.api == RewardApi::SglangScore && !self.request.contains_key("label_token_ids") {
+            return says(
+                "it needs request = { label_token_ids = [N] }, the token whose probability is the score".into(),
+            );
         }
         Ok(())
     }
@@ -337,6 +456,9 @@ mod tests {
             name: Some("n".into()),
             weight_end: Some(2.0),
             aggregate: EnsembleScore::Min,
+            api: RewardApi::Classify,
+            input: Some(RewardInput::Ids),
+            score_index: Some(0),
             api_key_env: Some("K".into()),
             model: "m".into(),
             template: Some("t".into()),

@@ -7,8 +7,11 @@ mod endpoint;
 pub mod http;
 pub mod judge;
 pub mod math;
+mod reply;
 pub mod retokenised;
 pub mod retry;
+pub mod served;
+pub mod template;
 pub mod verify;
 
 use anyhow::Result;

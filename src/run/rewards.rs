@@ -10,7 +10,7 @@ use regex::Regex;
 
 use super::Model;
 use super::prompts::all_prompts;
-use crate::config::{EnsembleScore, Ppo, RewardKind, RewardPart};
+use crate::config::{EnsembleScore, Ppo, RewardApi, RewardInput, RewardKind, RewardPart};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
 use crate::data::stream::columns::Columns;
@@ -25,6 +25,7 @@ use crate::reward::source::judge::{Judge, Rules};
 use crate::reward::source::math::{self, MathReward};
 use crate::reward::source::retokenised::RetokenisedModel;
 use crate::reward::source::retry::RetryPolicy;
+use crate::reward::source::served::{self, Dialect, ServedReward, ServedRules};
 use crate::reward::source::verify::{Solutions, Verifier};
 use crate::reward::source::{RewardModel, RewardSource, Unpadded};
 
@@ -59,6 +60,27 @@ fn rules(part: &RewardPart, pattern: Option<Regex>) -> Result<Rules> {
         concurrency: part.concurrency.unwrap_or(CONCURRENCY),
         prices: (part.input_price.unwrap_or(0.0), part.output_price.unwrap_or(0.0)),
     })
+}
+
+/// How a reward model behind a server is asked; `None` for a service with our own requests. `pad`: the pad token that leads
+/// prompts under `compat`.
+///
+/// # Errors
+/// If `request` has no form in JSON.
+fn served_rules(part: &RewardPart, pad: Option<u32>) -> Result<Option<ServedRules>> {
+    let dialect = match part.api {
+        RewardApi::Fourfold => return Ok(None),
+        RewardApi::Classify => Dialect::Classify,
+        RewardApi::Pooling => Dialect::Pooling,
+        RewardApi::Score => Dialect::Score,
+        RewardApi::SglangClassify => Dialect::SglangClassify,
+        RewardApi::SglangScore => Dialect::SglangScore,
+    };
+    let is_text = part.input == Some(RewardInput::Text);
+    let template = part.template.clone().unwrap_or_else(|| served::TEMPLATE.into());
+    let request = serde_json::from_value(serde_json::to_value(&part.request)?)?;
+    let template = is_text.then_some(template);
+    Ok(Some(ServedRules { dialect, model: part.model.clone(), template, index: part.score_index, request, pad }))
 }
 
 /// Wait before the first retry.
@@ -194,7 +216,11 @@ impl<'w> RewardSourceBuilder<'w> {
             }
             RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), self.columns, retry)?),
             RewardKind::Http => {
-                Box::new(HttpReward::new(part.url.clone(), api_key(part, self.section)?, self.columns, retry))
+                let (url, key) = (part.url.clone(), api_key(part, self.section)?);
+                match served_rules(part, self.pad)? {
+                    None => Box::new(HttpReward::new(url, key, self.columns, retry)),
+                    Some(rules) => Box::new(ServedReward::new(url, key, rules, self.columns, retry)?),
+                }
             }
             RewardKind::Judge => Box::new(Judge::new(
                 &part.url,

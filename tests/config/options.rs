@@ -282,6 +282,8 @@ const PAIR: &str = "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD
 const MEAN_OF_PAIR: &str =
     "kind = 'adapter'\nadapters = ['WORLD/reward/adapter', 'WORLD/reward/adapter_of_sft']\naggregate = 'mean'";
 
+const SERVED: &str = "kind = 'http'\nurl = 'SERVER/1'\ninput = 'text'\nscore_index = 0\napi = 'score'";
+
 const JUDGE: &str =
     "kind = 'judge'\nurl = 'SERVER/3'\nmodel = 'a'\ntemplate = '{{ response }}'\nfallback_score = 0.5\nretries = 0";
 
@@ -297,6 +299,10 @@ const PART: &[Row] = &[
     ("aggregate", MEAN_OF_PAIR, "'min'"),
     ("command", DEAD, "['/bin/sh', '-c', 'while read -r line; do echo 2; done']"),
     ("url", "kind = 'http'\nurl = 'SERVER/1'", "'SERVER/2'"),
+    ("api", SERVED, "'pooling'"),
+    ("input", "kind = 'http'\nurl = 'SERVER/1'\napi = 'pooling'\nscore_index = 0\ninput = 'ids'", "'text'"),
+    ("score_index", "kind = 'http'\nurl = 'SERVER/1'\napi = 'pooling'\ninput = 'ids'\nscore_index = 0", "1"),
+    ("api_key_env", SERVED, "'PATH'"),
     ("pattern", "kind = 'regex'\npattern = 'a'", "'zzz'"),
     // The quickstart's base writes neither numbers nor JSON.
     ("column", "kind = 'math'\ncolumn = 'chosen'", "SAME 'prompt'"),
@@ -389,7 +395,19 @@ fn server() -> String {
             let asked: Value = serde_json::from_slice(&body).unwrap();
             let score: f64 = first.split([' ', '/']).nth(2).unwrap().parse().unwrap();
             let body = match asked["messages"][0]["content"].as_str() {
-                None => json!({ "scores": vec![score; asked["responses"].as_array().unwrap().len()] }),
+                None if asked["responses"].is_array() => {
+                    json!({ "scores": vec![score; asked["responses"].as_array().unwrap().len()] })
+                }
+                // A reward model behind vLLM: one number for a pair, two for a sequence, others for text and with a key.
+                None => {
+                    let score = score + f64::from(u8::from(has_key)) / 4.0;
+                    let entry = |of: &Value| match asked["text_1"].is_array() {
+                        true => json!({ "score": score }),
+                        false => json!({ "data": [score + if of.is_string() { 2.0 } else { 1.0 }, score + 3.0] }),
+                    };
+                    let asked = asked["text_1"].as_array().or(asked["input"].as_array()).unwrap();
+                    json!({ "data": asked.iter().map(entry).collect::<Vec<_>>() })
+                }
                 Some(question) => {
                     let model = asked["model"].as_str().unwrap().len() as f64 / 8.0;
                     let more =

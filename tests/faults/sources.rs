@@ -2,7 +2,9 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::TcpListener;
+use std::net::{TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::support::Place;
 use crate::world::{assert_same, line, place, results, run_all};
@@ -136,21 +138,26 @@ fn a_judge_that_dies_in_an_evaluation_loses_no_iteration() {
     assert_same(&whole, &broken, "ppo", "after the judge came back");
 }
 
+/// The JSON body of a request.
+fn asked(stream: &TcpStream) -> serde_json::Value {
+    let mut reader = BufReader::new(stream);
+    let (mut length, mut line) = (0, String::new());
+    while reader.read_line(&mut line).unwrap() > 2 {
+        if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
+            length = value.trim().parse().unwrap();
+        }
+        line.clear();
+    }
+    let mut body = vec![0; length];
+    reader.read_exact(&mut body).unwrap();
+    serde_json::from_slice(&body).unwrap()
+}
+
 /// Answers every question with the same scores, once it is there.
 fn serve(listener: TcpListener) {
     for stream in listener.incoming() {
         let mut stream = stream.unwrap();
-        let mut reader = BufReader::new(stream.try_clone().unwrap());
-        let (mut length, mut line) = (0, String::new());
-        while reader.read_line(&mut line).unwrap() > 2 {
-            if let Some(value) = line.to_ascii_lowercase().strip_prefix("content-length:") {
-                length = value.trim().parse().unwrap();
-            }
-            line.clear();
-        }
-        let mut body = vec![0; length];
-        reader.read_exact(&mut body).unwrap();
-        let asked: serde_json::Value = serde_json::from_slice(&body).unwrap();
+        let asked = asked(&stream);
         let lengths = asked["responses"].as_array().unwrap().iter().map(|r| r.as_str().unwrap().len() % 7);
         let body = serde_json::json!({"scores": lengths.collect::<Vec<_>>()}).to_string();
         write!(stream, "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len()).unwrap();
@@ -187,4 +194,75 @@ fn a_reward_service_that_is_not_there_stops_the_run_before_anything_is_lost_and_
         metrics.lines().last().unwrap().contains("/failed_tries\":2"),
         "the tries before it came back are counted: {metrics}"
     );
+}
+
+/// A reward model behind vLLM's `/pooling`. Once `last` requests have been replied to, it replies `wrong` to each.
+fn pooling_server(last: usize, wrong: impl Fn() -> String + Send + 'static) -> (String, Arc<AtomicUsize>) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}/pooling", listener.local_addr().unwrap());
+    let left = Arc::new(AtomicUsize::new(last));
+    let count = left.clone();
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.unwrap();
+            let asked = asked(&stream);
+            if count.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |n| n.checked_sub(1)).is_err() {
+                let _ = stream.write_all(wrong().as_bytes());
+                continue;
+            }
+            let score = |ids: &serde_json::Value| {
+                ids.as_array().unwrap().iter().map(|id| id.as_u64().unwrap()).sum::<u64>() % 9
+            };
+            let entry = |(index, ids)| serde_json::json!({ "index": index, "object": "pooling", "data": [score(ids)] });
+            let data: Vec<_> = asked["input"].as_array().unwrap().iter().enumerate().map(entry).collect();
+            let body = serde_json::json!({ "object": "list", "model": "rm", "data": data }).to_string();
+            let head = format!("HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {}\r\n\r\n", body.len());
+            stream.write_all((head + &body).as_bytes()).unwrap();
+        }
+    });
+    (url, left)
+}
+
+#[test]
+fn a_reward_models_server_that_replies_wrongly_stops_the_run_with_its_state_kept_and_mended_it_ends_with_the_same_weights()
+ {
+    let with = |url: &str| {
+        let place = place();
+        run_all(&place, &["sft", "reward"]);
+        let config = fs::read_to_string(place.path("run.toml")).unwrap();
+        let part = format!(
+            "\n[[ppo.reward]]\nkind = \"http\"\napi = \"pooling\"\ninput = \"ids\"\nurl = \"{url}\"\nretries = 1\n"
+        );
+        place.write("run.toml", config + &part);
+        place
+    };
+    let reply = |status: &str, body: &str| {
+        format!("HTTP/1.1 {status}\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len())
+    };
+    let (url, _) = pooling_server(usize::MAX, String::new);
+    let whole = with(&url);
+    run_all(&whole, &["ppo"]);
+    let few = r#"{"object": "list", "data": [{"index": 0, "data": [1.0]}]}"#;
+    let dead = r#"{"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError"}}"#;
+    for (status, body, said) in [
+        ("200 OK", few, "it returned 1 scores for 4 responses"),
+        ("500 Internal Server Error", dead, "EngineCore encountered an issue."),
+        ("200 OK", "{\"data\": [{\"data\": [NaN]}]}", "its reply is not JSON"),
+    ] {
+        // The evaluation before training and the first rollout; the second fails.
+        let wrong = reply(status, body);
+        let (url, left) = pooling_server(2, move || wrong.clone());
+        let broken = with(&url);
+        let ran = broken.run(&line("ppo"));
+        assert_eq!(ran.code, 1, "{}", ran.stderr);
+        for said in [said, "all before it is kept in", "--resume", "reward model at http://"] {
+            assert!(ran.stderr.contains(said), "{said}: {}", ran.stderr);
+        }
+        left.store(usize::MAX, Ordering::SeqCst);
+        let ran = broken.run(&format!("{} --resume", line("ppo")));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        for ((name, a), (_, b)) in results(&whole, "ppo").into_iter().zip(results(&broken, "ppo")) {
+            assert!(name == "metrics.jsonl" || (!a.is_empty() && a == b), "{said}: {name} differs");
+        }
+    }
 }

@@ -13,6 +13,7 @@ mod kl_penalty;
 mod lora_targets;
 mod ppo_update;
 mod reward_sources;
+mod served_rewards;
 mod shipped_adapters;
 #[path = "../support/mod.rs"]
 mod support;

@@ -4,6 +4,7 @@
 use serde_json::Value;
 use ureq::Agent;
 
+use super::reply::error_text;
 use super::retry::{Failure, excerpt};
 
 /// Maximum size of a reply's body.
@@ -44,7 +45,9 @@ impl Endpoint {
         let text = text.map_err(|error| Failure::Passing(format!("reading its reply: {error}")))?;
         let text = String::from_utf8_lossy(&text);
         if !status.is_success() {
-            let fault = format!("HTTP status {status}: {}", excerpt(&text));
+            let reply: Option<Value> = serde_json::from_str(&text).ok();
+            let message = reply.as_ref().and_then(error_text).unwrap_or(&text);
+            let fault = format!("HTTP status {status}: {}", excerpt(message));
             // Server errors, time-outs and rate limits may pass; a wrong address or key does not.
             let passes = status.is_server_error() || [408, 425, 429].contains(&status.as_u16());
             return Err(if passes { Failure::Passing(fault) } else { Failure::Final(fault) });

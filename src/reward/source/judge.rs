@@ -1,7 +1,7 @@
 //! A reward source that asks a language model behind an OpenAI-compatible endpoint (`/v1/chat/completions`: OpenAI, vLLM,
 //! llama.cpp's server, Ollama): one request per response, several at once. A template makes the question, a pattern finds the
-//! score in the reply, and requests, tokens and cost are counted. It does not depend on the policy's model. Read `retry.rs`
-//! for how failures are handled.
+//! score in the reply, and requests, tokens and cost are counted. It does not depend on the policy's model. Read `template.rs`
+//! for the question and `retry.rs` for how failures are handled.
 
 use std::num::NonZeroUsize;
 use std::sync::Mutex;
@@ -10,15 +10,14 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use anyhow::{Context, Result};
-use minijinja::{Environment, UndefinedBehavior, context};
 use regex::Regex;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::endpoint::Endpoint;
+use super::template::{self, check_template};
 use super::{RewardInputs, RewardSource};
 use crate::data::stream::columns::Columns;
-use crate::invalid;
 use crate::report::{Metrics, number};
 use crate::reward::source::retry::{Failure, RetryPolicy, Troubles, excerpt};
 
@@ -28,9 +27,6 @@ pub const TEMPLATE: &str = "You grade the response of an assistant to a prompt.\
     reasons, then on a line of its own\nScore: N\nwith N from 1 (worst) to 10 (best).";
 /// Where a score is looked for without a pattern.
 pub const PATTERN: &str = r"(?i)score\W*?(-?\d+(?:\.\d+)?)";
-/// Template operations per question; those of a question of text and columns are some dozens.
-const FUEL: u64 = 100_000;
-
 /// What a judge is asked and how its reply is read.
 #[derive(Clone, Debug)]
 pub struct Rules {
@@ -92,34 +88,6 @@ fn completions(url: &str) -> String {
     if base.ends_with("/chat/completions") { base.into() } else { format!("{base}/chat/completions") }
 }
 
-fn environment(template: &str) -> Result<Environment<'_>, minijinja::Error> {
-    let mut env = Environment::new();
-    env.set_undefined_behavior(UndefinedBehavior::Strict);
-    env.set_fuel(Some(FUEL));
-    env.add_template("template", template)?;
-    Ok(env)
-}
-
-/// Checks that a template can be read and asks about the response. Returns whether it reads columns.
-///
-/// # Errors
-/// If it is no Jinja template, does not have `{{ response }}`, or names another variable than `prompt`, `response` and
-/// `columns`.
-pub fn check_template(template: &str) -> Result<bool> {
-    let found = environment(template).and_then(|env| Ok(env.get_template("template")?.undeclared_variables(false)));
-    let names = found.map_err(|error| invalid!("the template cannot be read: {error}"))?;
-    if !names.contains("response") {
-        return Err(invalid!("the template does not show the response; write {{{{ response }}}} where it belongs"));
-    }
-    let known = ["prompt", "response", "columns"];
-    if let Some(other) = names.iter().find(|name| !known.contains(&name.as_str())) {
-        return Err(invalid!(
-            "the template names {other}; it may name prompt, response and columns (a column is {{{{ columns.{other} }}}})"
-        ));
-    }
-    Ok(names.contains("columns"))
-}
-
 /// The score in a reply: a finite number in the range, in the last match of the pattern.
 fn score(reply: &str, pattern: &Regex, (low, high): (f64, f64)) -> Option<f32> {
     let found = pattern.captures_iter(reply).last()?;
@@ -148,21 +116,6 @@ impl<'w> Judge<'w> {
     /// Requests, tokens and failures so far.
     pub fn counts(&self) -> (Spent, Troubles) {
         *self.counts.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// The question about each response.
-    fn questions(&self, inputs: &RewardInputs<'_>) -> Result<Vec<String>> {
-        let env = environment(&self.rules.template)?;
-        let template = env.get_template("template")?;
-        let question = |(i, (prompt, response)): (usize, (&Vec<u32>, _))| {
-            let record = self.columns.and_then(|columns| inputs.record(columns, i));
-            let columns = record.map(|record| &record.columns);
-            let (prompt, response) = ((inputs.decode)(prompt), inputs.text(response));
-            let rendered = template.render(context! { prompt, response, columns });
-            let of = || record.map_or_else(|| format!("prompt {i}"), |record| format!("record {}", record.id));
-            rendered.map_err(|error| invalid!("the template of kind = \"judge\", for {}: {error}", of()))
-        };
-        inputs.prompts.iter().zip(inputs.responses).enumerate().map(question).collect()
     }
 
     /// Asks one question once.
@@ -199,7 +152,7 @@ impl<'w> Judge<'w> {
 
 impl RewardSource for Judge<'_> {
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
-        let questions = self.questions(inputs)?;
+        let questions = template::texts(&self.rules.template, "judge", inputs, self.columns)?;
         let name = format!("judge {} at {}", self.rules.model, self.endpoint.url);
         let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
         let scores: Vec<Mutex<Option<Result<f32>>>> = questions.iter().map(|_| Mutex::default()).collect();
@@ -276,20 +229,6 @@ mod tests {
         assert_eq!(score("2 or 4", &bare, (f64::NEG_INFINITY, f64::INFINITY)), Some(4.0), "the whole match");
         let yes = Regex::new("(?i)yes").unwrap();
         assert_eq!(score("yes", &yes, (0.0, 1.0)), None, "no number");
-    }
-
-    #[test]
-    fn a_template_shows_the_response_and_names_what_there_is() {
-        assert!(!check_template(TEMPLATE).unwrap());
-        assert!(check_template("{{ response }} {{ columns.answer }}").unwrap());
-        for (template, said) in [
-            ("{{ prompt }}", "does not show the response"),
-            ("{{ response", "cannot be read"),
-            ("{{ response }} {{ answer }}", "{{ columns.answer }}"),
-        ] {
-            let found = check_template(template).unwrap_err().to_string();
-            assert!(found.contains(said), "{template}: {found}");
-        }
     }
 
     #[test]
