@@ -2,13 +2,19 @@
 //! questions against the KL to the SFT model. It prints one JSON line per point; benches/learning/trl_side.py is TRL's side.
 //!
 //! cargo bench --bench learning -- --out DIR [--seeds 0,1,2,3,4] [--methods ppo_clip,ppo_kl,rloo,grpo,dpo] [--no-train]
+//!     [--study sections] [--learning-rate 2e-3] [--results FILE]
+//! cargo bench --bench learning -- --greedy BASE,DATA[,ADAPTER]     greedy accuracy, for arithmetic.py
 //!
 //! For each seed the quickstart makes base, SFT adapter and reward adapter (DIR/<seed>/). Each method then trains on 2560
 //! responses: PPO and its variants in 40 rollouts of 64, DPO on 1280 pairs that the SFT model sampled and the reward model
 //! ordered. All start from the SFT adapter, except `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
 //! how TRL keeps its reference. The same pairs, questions and adapters are written to DIR/<seed>/ for TRL. No method uses
-//! the gold rule. results.jsonl holds the results of five seeds on both sides; rows with `processor` avx2 were made on
+//! the gold rule. `--study sections` runs the methods of `sections.rs` instead. Lines are added to `--results`, and what it
+//! holds is not run again. results.jsonl holds the results of five seeds on both sides; rows with `processor` avx2 were made on
 //! another machine, where decoding samples other responses.
+
+mod greedy;
+mod sections;
 
 use std::collections::HashMap;
 use std::fs;
@@ -16,7 +22,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use fourfold::config::{Dpo, Ppo, Supervised as _};
+use fourfold::data::examples::Examples as _;
 use fourfold::data::examples::objectives::{PromptExample, RankedExample};
+use fourfold::distill::{self, Teaching};
 use fourfold::dpo::pairs;
 use fourfold::export::Source;
 use fourfold::export::merged;
@@ -43,6 +51,7 @@ use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
 use fourfold::train::settings;
 use fourfold::train::supervised::Setup;
+use sections::Lines;
 use serde_json::{Value, json};
 
 #[global_allocator]
@@ -59,6 +68,8 @@ const METHODS: &[(&str, &str)] = &[
 const DPO_RATES: &[(&str, f64)] = &[("dpo", 1e-3), ("dpo_3e-4", 3e-4)];
 const QUESTIONS: usize = 256;
 const PAIRS: usize = 1280;
+/// Longest response to a sum, `max_completion_length` of arithmetic.toml.
+const GREEDY_TOKENS: usize = 6;
 /// Random stream of the pairs' sampling.
 const PAIR_STREAM: u64 = 0x5041_4952;
 
@@ -81,6 +92,12 @@ struct Arguments {
     seeds: Vec<u64>,
     methods: Vec<String>,
     train: bool,
+    /// The methods of `sections.rs`.
+    sections: bool,
+    learning_rate: f64,
+    results: Option<PathBuf>,
+    /// The arithmetic study's question: base, data, and an adapter if there is one.
+    greedy: Option<Vec<PathBuf>>,
 }
 
 fn arguments() -> Result<Arguments> {
@@ -94,24 +111,46 @@ fn arguments() -> Result<Arguments> {
             .chain(["dpo_fresh".to_owned()])
             .collect(),
         train: true,
+        sections: false,
+        learning_rate: 2e-3,
+        results: None,
+        greedy: None,
     };
+    let mut methods: Option<Vec<String>> = None;
     let mut rest = std::env::args().skip(1);
     while let Some(flag) = rest.next() {
         let mut value = || rest.next().with_context(|| format!("{flag} needs a value"));
         match flag.as_str() {
             "--out" => found.out = value()?.into(),
             "--seeds" => found.seeds = value()?.split(',').map(str::parse).collect::<Result<_, _>>()?,
-            "--methods" => found.methods = value()?.split(',').map(str::to_owned).collect(),
+            "--methods" => methods = Some(value()?.split(',').map(str::to_owned).collect()),
+            "--study" => match value()?.as_str() {
+                sections::STUDY => found.sections = true,
+                other => bail!("no study {other}; there is {}", sections::STUDY),
+            },
+            "--learning-rate" => found.learning_rate = value()?.parse()?,
+            "--greedy" => found.greedy = Some(value()?.split(',').map(PathBuf::from).collect()),
+            "--results" => found.results = Some(value()?.into()),
             "--no-train" => found.train = false, // writes only the inputs of TRL's side
             "--bench" => {}                      // cargo's
             other => bail!("unknown argument {other}"),
         }
     }
+    if found.sections {
+        found.methods = sections::METHODS.iter().map(|&name| name.to_owned()).collect();
+    }
+    found.methods = methods.unwrap_or(found.methods);
     Ok(found)
 }
 
 fn main() -> Result<()> {
     let arguments = arguments()?;
+    if let Some(paths) = &arguments.greedy {
+        let (base, data) = (paths.first(), paths.get(1));
+        let (base, data) = base.zip(data).context("--greedy takes BASE,DATA or BASE,DATA,ADAPTER")?;
+        println!("{}", greedy::accuracy(base, paths.get(2).map(PathBuf::as_path), data, GREEDY_TOKENS)?);
+        return Ok(());
+    }
     for &seed in &arguments.seeds {
         let dir = arguments.out.join(seed.to_string());
         if !dir.join("reward").exists() {
@@ -153,7 +192,11 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         stop,
         decode: &decode,
     };
-    let found = sampled_pairs(&model, &sft, &source, &questions, ppo, &decode, seed)?;
+    // The methods of `sections.rs` read no pairs.
+    let found = match arguments.sections {
+        true => vec![],
+        false => sampled_pairs(&model, &sft, &source, &questions, ppo, &decode, seed)?,
+    };
     for_trl(dir, &asked, &held_out, &found, &decode)?;
     if !arguments.train {
         return Ok(());
@@ -161,8 +204,45 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     let evaluation = Evaluation::new(inputs, ppo, seed);
     let before = evaluation.before(&mut Report::silent())?;
     let evaluation = evaluation.with_baseline(before);
-    point(seed, "sft", 0, &evaluation, evaluation.baseline());
+    let marks = match arguments.sections {
+        true => json!({
+            "study": sections::STUDY, "learning_rate": arguments.learning_rate, "processor": sections::processor(),
+        }),
+        false => json!({}),
+    };
+    let is_there = |method: &str| sections::is_there(arguments.results.as_ref(), &marks, method, seed);
+    if !is_there("sft")? {
+        let mut lines = Lines::new(arguments.results.as_ref(), marks.clone());
+        lines.add(point(seed, "sft", 0, &evaluation, evaluation.baseline()));
+        lines.finish()?;
+    }
     for method in &arguments.methods {
+        if is_there(method)? {
+            continue;
+        }
+        let mut lines = Lines::new(arguments.results.as_ref(), marks.clone());
+        if arguments.sections && method == "distill" {
+            let teacher =
+                model.adapter(&dir.join("actor_ppo")).context("distill needs the actor of ppo; run it first")?;
+            let settings = sections::distill(ppo, arguments.learning_rate);
+            let example = |(entry, tokens): (usize, &Vec<u32>)| PromptExample {
+                tokens: tokens.clone(),
+                text: asked[entry].prompt.clone(),
+                answer: None,
+                entry,
+            };
+            let train: Vec<PromptExample> = questions.iter().enumerate().map(example).collect();
+            let tokens = (train.longest_sequence() + settings.max_new_tokens) * settings.per_device_train_batch_size;
+            let recompute = plan::resolve(settings.checkpoint, &model.base, &sft, tokens);
+            let setup = Setup { base: &model.base, start: &sft, recompute, seed };
+            let teaching = Teaching { teacher: Policy::new(&model.base, Some(&teacher)), stop, decode: &decode };
+            let nobody: &[PromptExample] = &[];
+            let (actor, _) = distill::train(setup, teaching, &train[..], nobody, &settings, &mut Session::silent())?;
+            let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
+            lines.add(point(seed, method, train.len(), &evaluation, &after));
+            lines.finish()?;
+            continue;
+        }
         if method == "dpo_fresh" {
             let merged = merged(dir, &model, &sft, &questions)?;
             let none = merged.fresh_adapter(&config(seed).lora, seed)?;
@@ -177,7 +257,8 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             };
             let (actor, _) = pairs::train(setup, None, &found, &[], &settings, &mut Session::silent())?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
-            point(seed, method, 2 * found.len(), &evaluation, &after);
+            lines.add(point(seed, method, 2 * found.len(), &evaluation, &after));
+            lines.finish()?;
             continue;
         }
         if let Some((_, learning_rate)) = DPO_RATES.iter().find(|(name, _)| name == method) {
@@ -191,12 +272,19 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             };
             let (actor, _) = pairs::train(setup, Some(&sft), &found, &[], &settings, &mut session)?;
             let after = evaluation.run(&"after".into(), &actor, &mut Report::silent())?;
-            point(seed, method, 2 * found.len(), &evaluation, &after);
+            lines.add(point(seed, method, 2 * found.len(), &evaluation, &after));
+            lines.finish()?;
             continue;
         }
-        let (_, keys) = METHODS.iter().find(|(name, _)| name == method).with_context(|| format!("no {method}"))?;
-        let settings = changed(ppo, keys)?;
-        let settings = Ppo { eval_every: 10, eval_prompts: QUESTIONS, ..settings };
+        let settings = if arguments.sections {
+            sections::settings(method, ppo, arguments.learning_rate)?
+        } else {
+            let (_, keys) = METHODS.iter().find(|(name, _)| name == method).with_context(|| format!("no {method}"))?;
+            changed(ppo, keys)?
+        };
+        // Of 40 iterations; the point after the last one comes below.
+        let eval_every = if arguments.sections { 15 } else { 10 };
+        let settings = Ppo { eval_every, eval_prompts: QUESTIONS, ..settings };
         let metrics = tempfile::tempdir()?;
         let mut session = Session::new(Report::to_dir(metrics.path())?);
         let run = PpoRun {
@@ -220,15 +308,18 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             let line: Value = serde_json::from_str(line)?;
             let at = |key: &str| line.get(key).and_then(Value::as_f64);
             if let (Some(gold), Some(kl), Some(score)) = (at("eval/gold"), at("eval/kl"), at("eval/score")) {
-                println!(
-                    "{}",
-                    json!({ "side": "fourfold", "seed": seed, "method": method, "samples": line["episode"],
-                            "gold": gold, "kl": kl, "score": score })
-                );
+                lines.add(json!({
+                    "side": "fourfold", "seed": seed, "method": method, "samples": line["episode"],
+                    "gold": gold, "kl": kl, "score": score,
+                }));
             }
         }
         let after = evaluation.run(&"after".into(), &trained.actor, &mut Report::silent())?;
-        point(seed, method, ppo.total_episodes, &evaluation, &after);
+        if arguments.sections && method == "ppo" {
+            trained.actor.with_provenance(model.provenance()).save(&dir.join("actor_ppo"))?;
+        }
+        lines.add(point(seed, method, ppo.total_episodes, &evaluation, &after));
+        lines.finish()?;
     }
     Ok(())
 }
@@ -268,20 +359,17 @@ fn changed(ppo: &Ppo, keys: &str) -> Result<Ppo> {
     Ok(toml::from_str(&toml::to_string(&table)?)?)
 }
 
-/// Prints a method's last point: means with the standard error over 256 questions, and the win rate against SFT.
-fn point(seed: u64, method: &str, samples: usize, evaluation: &Evaluation<'_>, evaluated: &Evaluated) {
+/// A method's last point: means with the standard error over 256 questions, and the win rate against SFT.
+fn point(seed: u64, method: &str, samples: usize, evaluation: &Evaluation<'_>, evaluated: &Evaluated) -> Value {
     let metrics = evaluation.metrics(evaluated);
     let gold = evaluated.gold.as_deref().unwrap_or_default();
-    println!(
-        "{}",
-        json!({
-            "side": "fourfold", "seed": seed, "method": method, "samples": samples, "last": true,
-            "gold": metrics["eval/gold"], "gold_standard_error": standard_error(gold), "kl": metrics["eval/kl"],
-            "score": metrics["eval/score"], "length": metrics["eval/length"], "ended": metrics["eval/ended"],
-            "win_rate": metrics["eval/win_rate"],
-            "win_rate_interval": [metrics["eval/win_rate_low"], metrics["eval/win_rate_high"]],
-        })
-    );
+    json!({
+        "side": "fourfold", "seed": seed, "method": method, "samples": samples, "last": true,
+        "gold": metrics["eval/gold"], "gold_standard_error": standard_error(gold), "kl": metrics["eval/kl"],
+        "score": metrics["eval/score"], "length": metrics["eval/length"], "ended": metrics["eval/ended"],
+        "win_rate": metrics["eval/win_rate"],
+        "win_rate_interval": [metrics["eval/win_rate_low"], metrics["eval/win_rate_high"]],
+    })
 }
 
 /// Two responses of the SFT model to each question, ordered by the reward model; equal responses are left out.
