@@ -27,6 +27,7 @@ pub const TEMPLATE: &str = "You grade the response of an assistant to a prompt.\
     reasons, then on a line of its own\nScore: N\nwith N from 1 (worst) to 10 (best).";
 /// Where a score is looked for without a pattern.
 pub const PATTERN: &str = r"(?i)score\W*?(-?\d+(?:\.\d+)?)";
+
 /// What a judge is asked and how its reply is read.
 #[derive(Clone, Debug)]
 pub struct Rules {

@@ -22,14 +22,15 @@ impl Dialect {
     }
 
     /// The list of entries, one per sequence.
-    fn entries(self, reply: &Value) -> Option<&Vec<Value>> {
-        match self {
+    fn entries(self, reply: &Value) -> Option<&[Value]> {
+        let list = match self {
             Self::Classify | Self::Pooling | Self::Score => reply.get("data"),
             // One sequence is replied to without a list.
+            Self::SglangClassify if reply["embedding"].is_array() => return Some(std::slice::from_ref(reply)),
             Self::SglangClassify => Some(reply),
             Self::SglangScore => reply.get("scores"),
-        }
-        .and_then(Value::as_array)
+        };
+        list.and_then(Value::as_array).map(Vec::as_slice)
     }
 }
 
@@ -54,9 +55,7 @@ pub(super) fn scores(
     if let Some(text) = error_text(reply) {
         return Err(Failure::Passing(format!("its reply is an error: {}", excerpt(text))));
     }
-    let one = [reply.clone()].to_vec();
     let entries = match dialect.entries(reply) {
-        None if dialect == Dialect::SglangClassify && reply["embedding"].is_array() => &one,
         Some(entries) => entries,
         None => {
             let place = match dialect {
@@ -80,7 +79,12 @@ pub(super) fn scores(
         if at >= count || std::mem::replace(&mut filled[at], true) {
             return Err(Failure::Passing(format!("its reply has index {} twice or beyond {count}", entry["index"])));
         }
-        let value = if dialect.field().is_empty() { entry } else { &entry[dialect.field()] };
+        let value = if dialect.field().is_empty() { Some(entry) } else { entry.get(dialect.field()) };
+        // A null is a score that the model did not have; without the key the reply is of another dialect.
+        let Some(value) = value else {
+            let (field, found) = (dialect.field(), excerpt(&entry.to_string()));
+            return Err(Failure::Passing(format!("an entry of its reply has no numbers in {field:?}: {found}")));
+        };
         scores[at] = number(dialect, value, index)?;
     }
     let ones = scores.iter().all(|&score| score == Some(1.0));
