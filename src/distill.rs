@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::ops::ControlFlow;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use serde_json::{Value, json};
 
 use crate::config::{Distill, Supervised};
@@ -30,6 +30,7 @@ use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::stop;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Training};
+use crate::train::world::World;
 
 /// Held-out prompts that are answered in one batch.
 pub(crate) const EVAL_BATCH: usize = 16;
@@ -109,7 +110,8 @@ pub fn train<T: Prompted>(
     }
     let Setup { base, start, recompute, seed } = setup;
     let start = start.clone().with_score_head(None)?;
-    let mut training = Training::new(setup, &start, config.supervised(), settings::DISTILL_ORDER, examples)?;
+    let mut training =
+        Training::new(setup, &start, config.supervised(), settings::DISTILL_ORDER, examples, &session.world)?;
     session.report.stage("distill", training.steps());
     let stage = Distillation { base, teaching, held_out, config, recompute, seed, example: std::marker::PhantomData };
     // JSON has no NaN, so the finding is an option.
@@ -315,6 +317,11 @@ impl<H: Examples<T> + ?Sized, T: Prompted> SupervisedStage<T> for Distillation<'
         Ok(StepSums { sequences, done: 0, weight: 1.0 / targets as f64, on_policy, loss: 0.0, means: vec![] })
     }
 
+    fn share(_: &mut StepSums, world: &World) -> Result<()> {
+        ensure!(world.is_alone(), "distillation trains in one process");
+        Ok(())
+    }
+
     fn gradients(
         &self,
         adapter: &Adapter,
@@ -339,6 +346,10 @@ impl<H: Examples<T> + ?Sized, T: Prompted> SupervisedStage<T> for Distillation<'
         sums.loss += values.iter().map(|&value| f64::from(value)).sum::<f64>() * sums.weight;
         sums.means.extend(means(&sums.sequences[here], &values));
         Ok(gradients)
+    }
+
+    fn total(_: &mut StepSums, _: &World) -> Result<()> {
+        Ok(())
     }
 
     fn loss(sums: &StepSums) -> f64 {

@@ -4,6 +4,8 @@
 //! other failure. The chain of an
 //! error's causes is printed once, on stderr. Read `cli/mod.rs` next.
 
+use fourfold::train::world::launch;
+
 #[global_allocator]
 static ALLOCATOR: fourfold::host::meter::Counting<fourfold::host::allocator::Allocator> =
     fourfold::host::meter::Counting(fourfold::host::allocator::Allocator);
@@ -22,15 +24,21 @@ static BEFORE_MAIN: extern "C" fn() = {
 fn main() {
     #[cfg(not(target_os = "linux"))]
     fourfold::host::keep_freed_memory();
-    let code = match fourfold::cli::run() {
+    let ran = fourfold::cli::run();
+    let is_stopped = |error: &anyhow::Error| error.chain().any(|cause| cause.is::<fourfold::error::Interrupted>());
+    let is_failure = ran.as_ref().is_err_and(|error| !is_stopped(error));
+    let code = match ran {
         Ok(()) => 0,
         Err(error) if error.is::<fourfold::error::StdoutClosed>() => fourfold::error::exit_code(&error),
+        // Another rank of the same run reports it.
+        Err(error) if !launch::reports(&error) => fourfold::error::exit_code(&error),
         Err(error) => {
             let is_interrupted = error.is::<fourfold::error::Interrupted>();
             let text = fourfold::error::printable(&format!("{error:#}"));
-            eprintln!("{}{text}", if is_interrupted { "" } else { "error: " });
+            eprintln!("{}{}{text}", launch::prefix(), if is_interrupted { "" } else { "error: " });
             fourfold::error::exit_code(&error)
         }
     };
+    launch::leave(code, is_failure);
     std::process::exit(code);
 }

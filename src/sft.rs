@@ -23,6 +23,7 @@ use crate::report::{Figures, number};
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Training};
+use crate::train::world::World;
 
 /// Sequences per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 16;
@@ -32,7 +33,7 @@ pub(crate) const EVAL_BATCH: usize = 16;
 pub struct Summary {
     /// e^(mean negative log-probability) of the held-out targets before training; NaN if nothing is held out.
     pub perplexity_before: f64,
-    /// The same after training.
+    /// The same after training, on rank 0; NaN on others.
     pub perplexity_after: f64,
     /// Optimizer steps.
     pub steps: usize,
@@ -58,7 +59,8 @@ pub fn train(
     }
     let Setup { base, start, recompute, .. } = setup;
     let start = start.clone().with_score_head(None)?;
-    let mut training = Training::new(setup, &start, config.supervised(), settings::SFT_ORDER, examples)?;
+    let mut training =
+        Training::new(setup, &start, config.supervised(), settings::SFT_ORDER, examples, &session.world)?;
     session.report.stage("sft", training.steps());
     // JSON has no NaN, so the finding is an option.
     let found = session.once("perplexity_before", |_| perplexity(base, &start, held_out).map(Some))?;
@@ -69,7 +71,10 @@ pub fn train(
         _ => format!("sft: {}, held-out perplexity {perplexity_before:.3} before", counted(examples.len(), "record")),
     });
     let trained = training.run(&CrossEntropy { base, held_out, recompute }, session)?;
-    let perplexity_after = perplexity(base, &trained.adapter, held_out)?;
+    let perplexity_after = match session.world.is_first() {
+        true => perplexity(base, &trained.adapter, held_out)?,
+        false => f64::NAN,
+    };
     session.report.done();
     if !held_out.is_empty() {
         session.report.note(&format!("sft: held-out perplexity {perplexity_before:.3} -> {perplexity_after:.3}"));
@@ -87,7 +92,10 @@ struct CrossEntropy<'w, H: ?Sized> {
 
 /// The loss of a step.
 struct StepLoss {
-    /// 1 / the step's number of targets. It divides every micro-batch's loss, so accumulation changes nothing.
+    /// This rank's number of targets in the step.
+    targets: usize,
+    /// 1 / the number of targets in the step, of all ranks. It divides every micro-batch's loss, so accumulation and ranks
+    /// change nothing.
     weight: f64,
     loss: f64,
 }
@@ -101,8 +109,15 @@ impl<H: Examples<SftExample> + ?Sized> SupervisedStage<SftExample> for CrossEntr
 
     fn begin(&self, _: &Adapter, step: &OptimizerStep<'_, SftExample>) -> Result<StepLoss> {
         let targets = |example: &Cow<'_, SftExample>| example.loss_mask.iter().filter(|&&marked| marked).count();
-        let count: usize = step.batches.iter().flatten().map(targets).sum();
-        Ok(StepLoss { weight: 1.0 / count as f64, loss: 0.0 })
+        let targets: usize = step.batches.iter().flatten().map(targets).sum();
+        Ok(StepLoss { targets, weight: f64::NAN, loss: 0.0 })
+    }
+
+    fn share(sums: &mut StepLoss, world: &World) -> Result<()> {
+        let mut targets = [sums.targets as f64];
+        world.sum(&mut targets)?;
+        sums.weight = 1.0 / targets[0];
+        Ok(())
     }
 
     fn gradients(
@@ -119,6 +134,10 @@ impl<H: Examples<SftExample> + ?Sized> SupervisedStage<SftExample> for CrossEntr
             Ok((vec![-sums.weight as f32; stats.logprobs.len()], vec![0.0; stats.logprobs.len()]))
         })?;
         Ok(gradients)
+    }
+
+    fn total(sums: &mut StepLoss, world: &World) -> Result<()> {
+        world.sum(std::slice::from_mut(&mut sums.loss))
     }
 
     fn loss(sums: &StepLoss) -> f64 {

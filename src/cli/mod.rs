@@ -37,6 +37,7 @@ use crate::quickstart;
 use crate::report::quiet;
 use crate::run;
 use crate::run::RunOptions;
+use crate::train::world::{World, launch};
 
 /// RLHF on one machine: actor, reference, critic and reward model as small adapters over one frozen base.
 #[derive(Parser)]
@@ -177,6 +178,7 @@ pub fn run() -> Result<()> {
     quiet::set(parsed.quiet);
     match parsed.command {
         Command::Quickstart(args) => {
+            launch::alone("quickstart")?;
             if !args.overwrite {
                 quickstart::check_free(&args.out, args.seed, args.on.device)?;
             }
@@ -265,6 +267,16 @@ fn show_stopped(json: bool, stage: &str, out: &Path, error: &Error) {
 }
 
 fn train(stage: Stage, args: &Training) -> Result<()> {
+    let world = match stage {
+        Stage::Sft | Stage::Reward | Stage::Dpo | Stage::Kto => launch::world(stage.name())?,
+        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
+            launch::alone(stage.name())?;
+            World::default()
+        }
+    };
+    if !world.is_first() {
+        quiet::mute();
+    }
     let config = config::load(&args.config, &args.set)?.on(args.on.device);
     let out = args.out.clone().unwrap_or_else(|| config.output_dir(stage));
     let launch = RunOptions {
@@ -272,10 +284,18 @@ fn train(stage: Stage, args: &Training) -> Result<()> {
         force: args.force,
         from_start: args.from_start,
         overwrite: args.overwrite,
-        command: run::resuming_command(std::env::args()),
+        command: match world.is_alone() {
+            true => run::resuming_command(std::env::args()),
+            false => format!("mpirun -n {} {}", world.size(), run::resuming_command(std::env::args())),
+        },
+        world: world.clone(),
     };
     let summary = run::stage(stage, &config, &out, &launch);
-    let summary = summary.inspect_err(|error| show_stopped(args.json, stage.name(), &out, error))?;
+    let json = args.json && world.is_first();
+    let summary = summary.inspect_err(|error| show_stopped(json, stage.name(), &out, error))?;
+    if !world.is_first() {
+        return Ok(());
+    }
     if args.json {
         return print_json(&summary);
     }

@@ -17,7 +17,7 @@ use crate::invalid;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Deserialize, Serialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum DeviceChoice {
-    /// `"auto"`: the first card, if it can be used, else the CPU.
+    /// `"auto"`: the first card, or among several processes of one machine each one's own, if it can be used, else the CPU.
     #[default]
     Auto,
     /// `"cpu"`.
@@ -108,7 +108,8 @@ pub fn select(choice: DeviceChoice) -> Result<Selected> {
         DeviceChoice::Auto => Ok(match known() {
             Some(reason) => on_cpu(Some(reason)),
             None => {
-                let selected = automatic(|| opened(DeviceChoice::Cuda(0), &|| Device::cuda(0)));
+                let card = |ordinal| opened(DeviceChoice::Cuda(ordinal), &|| Device::cuda(ordinal));
+                let selected = automatic(local_rank(|name| std::env::var(name).ok()), card);
                 lock(&REASON).clone_from(&selected.reason);
                 selected
             }
@@ -136,10 +137,21 @@ const fn on_cpu(reason: Option<String>) -> Selected {
     Selected { choice: DeviceChoice::Cpu, device: None, reason }
 }
 
-/// The first card, or the CPU with the reason.
-fn automatic(open: impl FnOnce() -> Result<Device>) -> Selected {
-    match open() {
-        Ok(device) => Selected { choice: DeviceChoice::Cuda(0), device: Some(device), reason: None },
+/// The number of this process among those of `mpirun` on this machine, by the variables that `get` reads.
+fn local_rank(get: impl Fn(&str) -> Option<String>) -> usize {
+    let names = ["OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID"];
+    names.iter().find_map(|name| get(name)?.parse().ok()).unwrap_or(0)
+}
+
+/// The card of a local rank, or the first one where there are fewer, or the CPU with the reason.
+fn automatic(rank: usize, open: impl Fn(usize) -> Result<Device>) -> Selected {
+    let opened = |ordinal| open(ordinal).map(|device| (ordinal, device));
+    let found = match opened(rank) {
+        Err(_) if rank > 0 => opened(0),
+        found => found,
+    };
+    match found {
+        Ok((ordinal, device)) => Selected { choice: DeviceChoice::Cuda(ordinal), device: Some(device), reason: None },
         // One line: several missing libraries are a line each.
         Err(error) => on_cpu(Some(format!("{error:#}").replace('\n', "; "))),
     }
@@ -206,12 +218,23 @@ mod tests {
 
     #[test]
     fn auto_falls_back_to_the_cpu_with_the_reason_on_one_line() {
-        let selected = automatic(|| Err(anyhow!("NVRTC is missing: run x\ncuBLAS is missing: run y")));
+        let selected = automatic(0, |_| Err(anyhow!("NVRTC is missing: run x\ncuBLAS is missing: run y")));
         assert_eq!(selected.choice, DeviceChoice::Cpu);
         assert!(selected.device.is_none());
         assert_eq!(selected.reason.unwrap(), "NVRTC is missing: run x; cuBLAS is missing: run y");
-        let selected = automatic(|| Ok(Device::dry()));
+        let selected = automatic(0, |_| Ok(Device::dry()));
         assert_eq!((selected.choice, selected.reason), (DeviceChoice::Cuda(0), None));
+    }
+
+    #[test]
+    fn auto_takes_the_card_of_the_local_rank_where_there_are_several() {
+        let of = |cards: usize, rank: usize| {
+            automatic(rank, |ordinal| if ordinal < cards { Ok(Device::dry()) } else { Err(anyhow!("no card")) }).choice
+        };
+        let found = [of(2, 0), of(2, 1), of(1, 1), of(0, 1)];
+        assert_eq!(found, [DeviceChoice::Cuda(0), DeviceChoice::Cuda(1), DeviceChoice::Cuda(0), DeviceChoice::Cpu]);
+        let set = |name: &str| (name == "OMPI_COMM_WORLD_LOCAL_RANK").then(|| "3".to_owned());
+        assert_eq!((local_rank(set), local_rank(|_| None)), (3, 0));
     }
 
     #[test]

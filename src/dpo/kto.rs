@@ -4,6 +4,7 @@
 //! It does not depend on a tokenizer or the planner. Read `loss.rs` next.
 
 use std::borrow::Cow;
+use std::collections::HashSet;
 
 use anyhow::{Context, Result};
 
@@ -24,8 +25,9 @@ use crate::report::{Figures, number};
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
+use crate::train::world::World;
 
-/// The stage's results.
+/// The stage's results; among several ranks, those of the held-out responses are rank 0's alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// Mean reward of the desirable held-out responses minus that of the undesirable; NaN if one kind is missing.
@@ -67,7 +69,8 @@ pub fn train(
         max_length,
     };
     let start = start.clone().with_score_head(None)?;
-    let mut training = Training::new(setup, &start, config.supervised(), settings::KTO_ORDER, examples)?;
+    let mut training =
+        Training::new(setup, &start, config.supervised(), settings::KTO_ORDER, examples, &session.world)?;
     let good = examples.iter().filter(|e| e.desirable).count();
     session.report.stage("kto", training.steps());
     session.report.note(&format!(
@@ -87,6 +90,8 @@ pub fn train(
         true => Some(judge.reference_of(&all)?),
         false => None,
     };
+    // Rank 0 evaluates.
+    let held_out = if session.world.is_first() { held_out } else { &[] };
     let held: Vec<&UnpairedExample> = held_out.iter().collect();
     let held_reference = judge.reference_of(&held)?;
     training.resume(session)?;
@@ -146,8 +151,11 @@ impl Responses<'_> {
 
 /// Metrics of a step.
 struct StepTally {
-    /// 1 / the step's number of responses. It divides every micro-batch's loss, so accumulation changes nothing.
+    /// 1 / the number of responses in the step, of all ranks. It divides every micro-batch's loss, so accumulation and ranks
+    /// change nothing.
     weight: f64,
+    /// This rank's log-ratios of the responses that the KL term is computed from.
+    log_ratios: Vec<f64>,
     /// The KL term of the step, nats.
     kl: f64,
     tally: Tally,
@@ -163,8 +171,7 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
     /// Computes the KL term from responses after prompts that they were not given to. A step with a single record (the
     /// last of an epoch) takes the last response of the step before.
     fn begin(&self, adapter: &Adapter, step: &OptimizerStep<'_, UnpairedExample>) -> Result<StepTally> {
-        let rows: Vec<usize> = step.rows.concat();
-        let examples: Vec<&UnpairedExample> = rows.iter().map(|&row| &self.examples[row]).collect();
+        let rows: Vec<usize> = step.of_all.concat();
         let before = match rows.len() {
             1 => {
                 let per_epoch = self.sampler.steps(self.examples, 1);
@@ -174,9 +181,18 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
             _ => rows.last().copied(),
         };
         let before = before.context("a step has a record")?;
-        let policy = Policy::new(self.base, Some(adapter));
-        let kl = self.judge.kl(policy, &examples, &self.examples[before])?;
-        Ok(StepTally { weight: 1.0 / rows.len() as f64, kl, tally: Tally::default() })
+        // Each row with the one in front of it, whichever rank has that.
+        let own: HashSet<usize> = step.rows.concat().into_iter().collect();
+        let others = std::iter::once(before).chain(rows.iter().copied());
+        let pairs = rows.iter().copied().zip(others).filter(|(row, _)| own.contains(row));
+        let pairs: Vec<_> = pairs.map(|(row, other)| (&self.examples[row], &self.examples[other])).collect();
+        let log_ratios = self.judge.log_ratios(Policy::new(self.base, Some(adapter)), &pairs)?;
+        Ok(StepTally { weight: 1.0 / rows.len() as f64, log_ratios, kl: f64::NAN, tally: Tally::default() })
+    }
+
+    fn share(sums: &mut StepTally, world: &World) -> Result<()> {
+        sums.kl = mismatched_kl(&world.concat(std::mem::take(&mut sums.log_ratios))?);
+        Ok(())
     }
 
     fn gradients(
@@ -186,7 +202,7 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
         examples: &[Cow<'_, UnpairedExample>],
         sums: &mut StepTally,
     ) -> Result<Gradients> {
-        let StepTally { weight, kl, tally } = sums;
+        let StepTally { weight, kl, tally, .. } = sums;
         let examples: Vec<&UnpairedExample> = examples.iter().map(|example| &**example).collect();
         let references = match &self.stored {
             Some(all) => rows.iter().map(|&i| all[i]).collect(),
@@ -202,6 +218,10 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
             Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
         })?;
         Ok(gradients)
+    }
+
+    fn total(sums: &mut StepTally, world: &World) -> Result<()> {
+        sums.tally.total(world)
     }
 
     fn loss(sums: &StepTally) -> f64 {
@@ -251,14 +271,12 @@ impl Judge<'_> {
         Ok(all)
     }
 
-    /// The KL term of `examples`: each prompt with the response of the example in front of it; before the first,
-    /// `before`.
-    fn kl(&self, policy: Policy<'_>, examples: &[&UnpairedExample], before: &UnpairedExample) -> Result<f64> {
-        let responses = std::iter::once(before).chain(examples.iter().copied());
+    /// log(policy / reference) of each first example's prompt with the second's response.
+    fn log_ratios(&self, policy: Policy<'_>, pairs: &[(&UnpairedExample, &UnpairedExample)]) -> Result<Vec<f64>> {
         let mixed: Vec<Sequence<'_>> =
-            examples.iter().zip(responses).map(|(e, other)| mismatched(e, other, self.max_length)).collect();
+            pairs.iter().map(|(example, other)| mismatched(example, other, self.max_length)).collect();
         let (ours, theirs) = (summed_logprobs(policy, &mixed)?, summed_logprobs(self.reference, &mixed)?);
-        Ok(mismatched_kl(&ours.iter().zip(&theirs).map(|(a, b)| a - b).collect::<Vec<_>>()))
+        Ok(ours.iter().zip(&theirs).map(|(a, b)| a - b).collect())
     }
 
     /// dL/dlogp of every response; `weight` divides by the responses of the step.
@@ -286,7 +304,9 @@ impl Judge<'_> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
         if let Some(last) = examples.last().filter(|_| examples.len() > 1) {
-            let kl = self.kl(policy, examples, last)?;
+            let others = std::iter::once(*last).chain(examples.iter().copied());
+            let pairs: Vec<_> = examples.iter().copied().zip(others).collect();
+            let kl = mismatched_kl(&self.log_ratios(policy, &pairs)?);
             let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("response"));
             let logps = summed_logprobs_with(policy, &sequences(examples), |more| progress.add(more))?;
             self.weigh(examples, &logps, references, kl, 1.0 / examples.len() as f64, &mut tally)?;

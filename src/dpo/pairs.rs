@@ -23,11 +23,12 @@ use crate::report::progress::{Progress, Unit};
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
+use crate::train::world::World;
 
 /// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
 
-/// The stage's results.
+/// The stage's results; among several ranks, those of the held-out comparisons are rank 0's alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
     /// Share of held-out pairs whose better response has the higher reward; NaN if nothing is held out.
@@ -61,13 +62,16 @@ pub fn train(
     let Setup { base, start, recompute, .. } = setup;
     let judge = Judge { reference: Policy::new(base, reference), loss: loss_of(config), beta: config.beta };
     let start = start.clone().with_score_head(None)?;
-    let mut training = Training::new(setup, &start, config.supervised(), settings::DPO_ORDER, examples)?;
+    let mut training =
+        Training::new(setup, &start, config.supervised(), settings::DPO_ORDER, examples, &session.world)?;
     session.report.stage("dpo", training.steps());
     session.report.note(&format!("dpo: {}, {} held out", counted(examples.len(), "comparison"), held_out.len()));
     let stored = match config.precompute_ref_log_probs {
         true => Some(judge.references(&examples.iter().collect::<Vec<_>>())?),
         false => None,
     };
+    // Rank 0 evaluates.
+    let held_out = if session.world.is_first() { held_out } else { &[] };
     let held_reference = judge.references(&held_out.iter().collect::<Vec<_>>())?;
     training.resume(session)?;
     let stage = Comparisons { base, judge, stored, held_out, held_reference, recompute };
@@ -103,7 +107,8 @@ impl Comparisons<'_> {
 
 /// Metrics of a step.
 struct StepTally {
-    /// 1 / the step's number of comparisons. It divides every micro-batch's loss, so accumulation changes nothing.
+    /// 1 / the number of comparisons in the step, of all ranks. It divides every micro-batch's loss, so accumulation and ranks
+    /// change nothing.
     weight: f64,
     tally: Tally,
 }
@@ -117,6 +122,10 @@ impl SupervisedStage<RankedExample> for Comparisons<'_> {
 
     fn begin(&self, _: &Adapter, step: &OptimizerStep<'_, RankedExample>) -> Result<StepTally> {
         Ok(StepTally { weight: 1.0 / step.examples() as f64, tally: Tally::default() })
+    }
+
+    fn share(_: &mut StepTally, _: &World) -> Result<()> {
+        Ok(())
     }
 
     fn gradients(
@@ -142,6 +151,10 @@ impl SupervisedStage<RankedExample> for Comparisons<'_> {
             Ok((spread(&sequences, &by_sum), vec![0.0; stats.logprobs.len()]))
         })?;
         Ok(gradients)
+    }
+
+    fn total(sums: &mut StepTally, world: &World) -> Result<()> {
+        sums.tally.total(world)
     }
 
     fn loss(sums: &StepTally) -> f64 {

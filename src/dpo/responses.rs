@@ -10,6 +10,7 @@ use crate::model::roles::Policy;
 use crate::ops::logprobs::TokenStats;
 use crate::report::{Figures, number};
 use crate::stats::{Histogram, mean};
+use crate::train::world::World;
 
 /// Tokens per scoring pass.
 pub(crate) const SCORING_TOKENS: usize = 4096;
@@ -118,6 +119,26 @@ impl Tally {
         self.tokens += targets.tokens.len();
         self.entropy += stats.entropy.iter().map(|&e| f64::from(e)).sum::<f64>();
         self.likeliest += stats.argmax.iter().zip(&targets.tokens).filter(|(a, t)| a == t).count();
+    }
+
+    /// Puts the sums of all ranks in the place of this rank's.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn total(&mut self, world: &World) -> Result<()> {
+        if world.is_alone() {
+            return Ok(());
+        }
+        let counts = [self.right, self.pairs, self.tokens, self.likeliest].map(|count| count as f64);
+        let mut all = [self.loss, self.entropy, self.chosen.logps, self.rejected.logps].to_vec();
+        all.extend(counts);
+        world.sum(&mut all)?;
+        [self.loss, self.entropy, self.chosen.logps, self.rejected.logps] = [all[0], all[1], all[2], all[3]];
+        [self.right, self.pairs, self.tokens, self.likeliest] = [4, 5, 6, 7].map(|at| all[at] as usize);
+        for side in [&mut self.chosen, &mut self.rejected] {
+            side.rewards = world.concat(std::mem::take(&mut side.rewards))?;
+        }
+        Ok(())
     }
 
     /// Share of pairs in which the better response has the higher reward; NaN if there is no pair.

@@ -159,8 +159,8 @@ struct Roles<'w> {
 fn settle(base: Option<&Base>, adapter: &Adapter) -> Result<()> {
     let Some((base, device)) = base.and_then(|base| Some((base, base.place()?))) else { return Ok(()) };
     let operand = base.lm_head(None).weight.compute().element();
-    let layers = adapter.pairs().filter(|(module, _)| matches!(module, TargetModule::Block { .. }));
-    layers.map(|(_, layer)| layer.low_rank().on(device, operand).map(drop)).collect()
+    let mut layers = adapter.pairs().filter(|(module, _)| matches!(module, TargetModule::Block { .. }));
+    layers.try_for_each(|(_, layer)| layer.low_rank().on(device, operand).map(drop))
 }
 
 fn batch_of(lengths: &[usize]) -> Result<Batch> {

@@ -32,6 +32,7 @@ use crate::stats::Histogram;
 use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{Finished, OptimizerStep, Setup, SupervisedStage, Trained, Training};
+use crate::train::world::World;
 
 /// Comparisons per scoring pass.
 pub(crate) const EVAL_BATCH: usize = 8;
@@ -130,7 +131,7 @@ pub struct Member {
 
 /// Trains `ensemble` reward models one after another over the one base, of which only the one in training has an optimizer:
 /// member m from `start(m)`, with a fresh head where it has none and an order of the examples by `seed + m`. The first is what
-/// [`train_on_rows`] makes.
+/// [`train_on_rows`] makes. Among several ranks, rank 0 alone gets them.
 ///
 /// # Errors
 /// Those of [`train_on_rows`] and of `start`.
@@ -170,7 +171,8 @@ pub fn train_members(
         let start = started(member)?;
         let name = if member == 0 { "before".to_owned() } else { format!("before {member}") };
         let setup = Setup { base, start: &start, recompute, seed: seed.wrapping_add(member as u64) };
-        let mut training = Training::new(setup, &start, config.supervised(), settings::REWARD_ORDER, examples)?;
+        let mut training =
+            Training::new(setup, &start, config.supervised(), settings::REWARD_ORDER, examples, &session.world)?;
         if member == 0 {
             session.report.stage("reward", config.ensemble * training.steps());
         }
@@ -199,6 +201,9 @@ pub fn train_members(
         last = Some(training);
     }
     let (steps, tokens) = (finished.steps, finished.tokens);
+    if !session.world.is_first() {
+        return Ok(vec![]);
+    }
     let mut members = vec![];
     for (member, (mut trained, before)) in finished.adapters.into_iter().zip(before).enumerate() {
         let mut center = None;
@@ -261,6 +266,10 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
         Ok(StepSums { weight: 1.0 / step.examples() as f64, ..StepSums::default() })
     }
 
+    fn share(_: &mut StepSums, _: &World) -> Result<()> {
+        Ok(())
+    }
+
     fn gradients(
         &self,
         adapter: &Adapter,
@@ -286,6 +295,13 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
             RewardLoss::DivergenceToEnd => divergence(examples, &batch, scores, weight, sums),
         })?;
         Ok(gradients)
+    }
+
+    fn total(sums: &mut StepSums, world: &World) -> Result<()> {
+        let mut all = [sums.loss, sums.right as f64, sums.pairs as f64];
+        world.sum(&mut all)?;
+        (sums.loss, sums.right, sums.pairs) = (all[0], all[1] as usize, all[2] as usize);
+        Ok(())
     }
 
     fn loss(sums: &StepSums) -> f64 {
@@ -332,7 +348,8 @@ fn pack(examples: &[Cow<'_, RankedExample>]) -> Result<Batch> {
 /// Loss and accuracy of a step's pairs.
 #[derive(Default)]
 struct StepSums {
-    /// 1 / the step's number of examples. It divides every micro-batch's loss, so accumulation changes nothing.
+    /// 1 / the number of examples in the step, of all ranks. It divides every micro-batch's loss, so accumulation and ranks
+    /// change nothing.
     weight: f64,
     loss: f64,
     right: usize,

@@ -9,6 +9,7 @@ use super::{Model, lora_config};
 use crate::config::{Config, InitLoraWeights, Lora, Stage};
 use crate::error::counted;
 use crate::model::adapter::Adapter;
+use crate::warning;
 
 /// Opens the adapter that a stage starts from: a policy's, or for the reward stage any.
 ///
@@ -17,7 +18,7 @@ use crate::model::adapter::Adapter;
 pub(super) fn continued(model: &Model, path: &Path, config: &Config, stage: Stage) -> Result<Adapter> {
     let adapter = if stage == Stage::Reward { model.adapter(path)? } else { model.policy_adapter(path)? };
     if let Some(text) = overruled(&config.lora, &adapter, path) {
-        eprintln!("{}: {text}", stage.name());
+        warning!("{}: {text}", stage.name());
     }
     Ok(adapter.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio))
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::continued::continued;
-use super::{Model, check_context, prepared, save};
+use super::{Model, check_context, prepared_among, save};
 use crate::config::{Config, Stage};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{RankedExample, UnpairedExample};
@@ -42,7 +42,7 @@ fn start(
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.dpo();
     let model = Model::of_section(&config.base)?;
-    let data: Prepared<RankedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let data: Prepared<RankedExample> = prepared_among(&launch.world, config, model.checkpoint.tokenizer(), true)?;
     check_context(&model, data.train.longest_sequence())?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     let (start, reference) = start(config, &model, settings.adapter.as_ref(), Stage::Dpo).context("[dpo] adapter")?;
@@ -60,6 +60,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     }
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
+    if !launch.world.is_first() {
+        return Ok(Value::Null);
+    }
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "dpo",
@@ -79,7 +82,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
 pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.kto();
     let model = Model::of_section(&config.base)?;
-    let data: Prepared<UnpairedExample> = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let data: Prepared<UnpairedExample> = prepared_among(&launch.world, config, model.checkpoint.tokenizer(), true)?;
     kto::check(data.train.len(), data.held_out.len())?;
     let (train, held_out) = (data.train.to_vec()?, data.held_out.to_vec()?);
     check_context(&model, data.train.longest_sequence())?;
@@ -95,6 +98,9 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) =
         kto::train(setup, reference.as_ref(), &train, &held_out, &settings, max_length, &mut session)?;
+    if !launch.world.is_first() {
+        return Ok(Value::Null);
+    }
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "kto",

@@ -44,7 +44,8 @@ use crate::page;
 use crate::report::number;
 use crate::tokenizer::Tokenizer;
 use crate::train::stop;
-use crate::{host, invalid, note};
+use crate::train::world::World;
+use crate::{host, invalid, note, warning};
 
 pub use data_warnings::data_warnings;
 pub use describe::describe;
@@ -55,13 +56,15 @@ pub use options::{RunOptions, resuming_command};
 pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
 pub use plan_inputs::PlanInputs;
 
-/// Runs one stage of a config; returns the object that `--json` prints.
+/// Runs one stage of a config; returns the object that `--json` prints, on rank 0 where there are several.
 ///
 /// # Errors
 /// If the configuration, the base or the data cannot be used, the folder is another's or in use, training fails, or the
 /// process was asked to stop.
 pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
-    check_output(out, stage.name())?;
+    if launch.world.is_first() {
+        check_output(out, stage.name())?;
+    }
     let mut settled = placement::settled(config, launch.resume.as_ref().map(|_| out))?;
     match settled_stage(stage, &settled, out, launch) {
         // The folder is untouched: a base is opened before it is made.
@@ -74,12 +77,16 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> 
 
 fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let started = Instant::now();
-    if let Some(summary) = options::finished(stage, config, out, launch)? {
+    // Rank 0 alone looks into the folder.
+    let finished = launch.world.first(|| match options::finished(stage, config, out, launch)? {
+        Some(summary) => Ok(Some(summary)),
+        None => options::check(stage, out, launch).map(|()| None),
+    })?;
+    if let Some(summary) = finished {
         return Ok(summary);
     }
-    options::check(stage, out, launch)?;
     if let Some(text) = config.without_section(stage) {
-        eprintln!("{}: warning: {text}", stage.name());
+        warning!("{}: warning: {text}", stage.name());
     }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
@@ -95,6 +102,9 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
         Stage::Distill => distill::run(config, out, launch),
         Stage::Ppo | Stage::Grpo | Stage::Rloo => ppo::run(stage, config, out, launch),
     };
+    if !launch.world.is_first() {
+        return ran;
+    }
     let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;
     if let Some(object) = object.as_object_mut() {
         object.insert("status".into(), "finished".into());
@@ -145,10 +155,22 @@ fn prepared<T: Objective + Stored>(
     tokenizer: &Tokenizer,
     completion_only: bool,
 ) -> Result<Prepared<T>> {
-    let prepared: Prepared<T> = data::prepare(config.data()?, tokenizer, config.seed, completion_only)?;
+    prepared_among(&World::default(), config, tokenizer, completion_only)
+}
+
+/// The same on every rank; rank 0 has the word.
+fn prepared_among<T: Objective + Stored>(
+    world: &World,
+    config: &Config,
+    tokenizer: &Tokenizer,
+    completion_only: bool,
+) -> Result<Prepared<T>> {
+    // Rank 0 writes the cache, which the others read.
+    let prepared: Prepared<T> =
+        world.first_then_others(|| data::prepare(config.data()?, tokenizer, config.seed, completion_only))?;
     if let Some(first) = prepared.ignored.first() {
         let are = if prepared.ignored.len() == 1 { "is" } else { "are" };
-        eprintln!("data: {} {are} not read; the first: {}", counted(prepared.ignored.len(), "file"), first.display());
+        warning!("data: {} {are} not read; the first: {}", counted(prepared.ignored.len(), "file"), first.display());
     }
     let report = &prepared.report;
     match &prepared.cache {
@@ -156,7 +178,7 @@ fn prepared<T: Objective + Stored>(
         None => note!("data: {report}"),
     }
     for warning in data_warnings(report, config.data()?, prepared.train.len(), prepared.held_out.len()) {
-        eprintln!("warning: {warning}");
+        warning!("warning: {warning}");
     }
     Ok(prepared)
 }

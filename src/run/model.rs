@@ -24,6 +24,7 @@ use crate::rng::derive;
 use crate::run::hints::{check_adapter_path, check_base_path};
 use crate::run::placement::{instead_of_f16, place, settle};
 use crate::train::settings;
+use crate::warning;
 
 /// An opened base with its tokenizer.
 pub struct Model {
@@ -50,7 +51,7 @@ impl Model {
         check_base_path(&base.path)?;
         let files = ModelFiles::open(&base.path)?;
         for remark in files.remarks()? {
-            eprintln!("{remark}");
+            warning!("{remark}");
         }
         Self::of_opened(files, base)
     }

@@ -25,11 +25,13 @@ use crate::train::fingerprint::{
 use crate::train::guard::Guard;
 use crate::train::lock;
 use crate::train::session::Session;
+use crate::train::snapshot::Snapshot;
 use crate::train::store;
 use crate::train::store::{Found, Store};
+use crate::train::world::World;
 
 /// The options of the command line, besides the config.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default)]
 pub struct RunOptions {
     /// `--resume`: a checkpoint, or `latest`.
     pub resume: Option<PathBuf>,
@@ -41,7 +43,12 @@ pub struct RunOptions {
     pub overwrite: bool,
     /// The command that resumes the run, for messages.
     pub command: String,
+    /// The ranks that run the stage together.
+    pub world: World,
 }
+
+/// The number of ranks among the inputs of a run.
+const RANKS: &str = "number of ranks (mpirun -n)";
 
 /// The inputs of a stage, for a later resume to compare with.
 pub(crate) struct Inputs {
@@ -83,11 +90,55 @@ impl Inputs {
         Ok(self)
     }
 
-    /// Takes the folder. Nothing is written before this.
+    /// Takes the folder. Nothing is written before this. Among several ranks, rank 0 takes it, and the others get the state to
+    /// resume from by it.
     ///
     /// # Errors
-    /// If the folder is another's or in use, or the run in it is not this one.
-    pub(crate) fn begin(self, out: &Path, launch: &RunOptions) -> Result<Session> {
+    /// If the folder is another's or in use, or the run in it is not this one; if ranks read different inputs.
+    pub(crate) fn begin(mut self, out: &Path, launch: &RunOptions) -> Result<Session> {
+        let world = &launch.world;
+        if world.is_alone() {
+            return self.begin_in(out, launch).map(|(session, _)| session);
+        }
+        let first = world.first(|| Ok(self.origin.clone()))?;
+        world.agree(self.same_as(&first))?;
+        // Who resumes with another number is refused: the order of the examples is another.
+        self.origin.add(RANKS, world.size().to_string());
+        let guard = Guard::new(self.config.guard.clone());
+        // Rank 0 alone calls this.
+        let mut begun = None;
+        let resumes = world.first(|| {
+            let (session, resumed) = self.begin_in(out, launch)?;
+            Ok(begun.insert((session, resumed)).1.is_some())
+        })?;
+        let (session, mut resumed) = begun.unwrap_or_else(|| (Session::new(Report::silent()).guarded(guard), None));
+        if resumes {
+            let (facts, arrays) = resumed.as_ref().map_or_else(|| Ok(Default::default()), Snapshot::to_bytes)?;
+            let (facts, arrays) = (world.broadcast(facts)?, world.broadcast(arrays)?);
+            if !world.is_first() {
+                resumed = Some(Snapshot::from_bytes(&facts, &arrays)?);
+            }
+        }
+        let session = if world.is_first() { session } else { session.resuming(resumed) };
+        Ok(session.among(world.clone()))
+    }
+
+    /// Refuses other inputs than those of rank 0.
+    fn same_as(&self, first: &RunFingerprint) -> Result<()> {
+        let names = self.origin.digests.iter().filter(|(name, digest)| first.digests.get(*name) != Some(digest));
+        let mut differ: Vec<String> = names.map(|(name, _)| name.clone()).collect();
+        differ.extend(self.origin.changes(first)?.mathematics);
+        match differ.is_empty() {
+            true => Ok(()),
+            false => Err(invalid!(
+                "this rank has not the inputs of rank 0: {}; give all ranks the same files and settings",
+                differ.join(", ")
+            )),
+        }
+    }
+
+    /// The session of a rank that writes, and the state that it resumes from.
+    fn begin_in(self, out: &Path, launch: &RunOptions) -> Result<(Session, Option<Snapshot>)> {
         let _phase = meter::within(meter::Phase::Save);
         output::make(out, self.stage.name())?;
         let lock = lock::lock(out)?;
@@ -120,7 +171,8 @@ impl Inputs {
             lock,
         };
         let session = Session::new(report).guarded(Guard::new(self.config.guard.clone()));
-        Ok(session.kept(checkpoints, found.map(|found| found.snapshot)))
+        let resumed = found.map(|found| found.snapshot);
+        Ok((session.kept(checkpoints, resumed.clone()), resumed))
     }
 
     /// What the run's page says of how it was started.

@@ -18,6 +18,7 @@ use crate::model::base::Base;
 use crate::planner::plan::text;
 use crate::report::progress::{Progress, Unit};
 use crate::report::quiet;
+use crate::warning;
 
 /// Prints a line once per process, unless people asked for quiet.
 fn note(line: &str) {
@@ -31,7 +32,7 @@ fn warn(line: &str) {
     static SAID: Mutex<Option<HashSet<String>>> = Mutex::new(None);
     let mut said = SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
     if said.get_or_insert_default().insert(line.to_owned()) {
-        eprintln!("{line}");
+        warning!("{line}");
     }
 }
 

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::continued::continued;
-use super::{Model, check_context, output, prepared, save};
+use super::{Model, check_context, output, prepared_among, save};
 use crate::config::{Config, Reward, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
@@ -24,7 +24,7 @@ use crate::train::supervised::Setup;
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.reward();
     let model = Model::of_section(config.reward_base())?;
-    let Prepared { train, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let Prepared { train, held_out, .. } = prepared_among(&launch.world, config, model.checkpoint.tokenizer(), true)?;
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
         Some(path) => continued(&model, path, config, Stage::Reward).context("[reward] adapter")?,
@@ -46,6 +46,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         _ => model.fresh_adapter(&config.lora, config.seed.wrapping_add(member as u64)),
     };
     let members = reward::train::train_members(setup, &started, &train, &held_out, &settings, padding, &mut session)?;
+    if !launch.world.is_first() {
+        return Ok(Value::Null);
+    }
     let summary = members.first().context("an ensemble has a member")?.summary;
     let scores: Vec<Vec<Vec<f32>>> = members.iter().map(|member| member.scores.clone()).collect();
     let agreement = (members.len() > 1).then(|| Agreement::of(&scores)).transpose()?;

@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::continued::continued;
-use super::{Model, check_context, prepared, save};
+use super::{Model, check_context, prepared_among, save};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::Examples;
@@ -21,7 +21,7 @@ use crate::train::supervised::Setup;
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     let settings = config.sft();
     let model = Model::of_section(&config.base)?;
-    let data = prepared(config, model.checkpoint.tokenizer(), settings.completion_only_loss)?;
+    let data = prepared_among(&launch.world, config, model.checkpoint.tokenizer(), settings.completion_only_loss)?;
     let Prepared { train, held_out, .. } = data;
     check_context(&model, train.longest_sequence())?;
     let start = match &settings.adapter {
@@ -37,6 +37,9 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
     let (adapter, summary) = sft::train(setup, &train, &held_out, &settings, &mut session)?;
+    if !launch.world.is_first() {
+        return Ok(Value::Null);
+    }
     let path = save(adapter, &model, &out.join("adapter"))?;
     Ok(json!({
         "stage": "sft",

@@ -15,3 +15,4 @@ pub mod snapshot;
 pub mod stop;
 pub mod store;
 pub mod supervised;
+pub mod world;

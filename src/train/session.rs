@@ -11,6 +11,7 @@ use super::guard::{Guard, Verdict};
 use super::learner::Learner;
 use super::snapshot::Snapshot;
 use super::stop;
+use super::world::World;
 use crate::error::Interrupted;
 use crate::error::counted;
 use crate::host::give_back_freed;
@@ -24,6 +25,8 @@ const FINDINGS: &str = "findings";
 pub struct Session {
     /// Where metrics and notices are written.
     pub report: Report,
+    /// The ranks that train together. Rank 0 alone has a report and checkpoints.
+    pub world: World,
     guard: Guard,
     checkpoints: Option<CheckpointManager>,
     resumed: Option<Snapshot>,
@@ -34,7 +37,8 @@ pub struct Session {
 impl Session {
     /// A session without checkpoints, with the default `[guard]`.
     pub fn new(report: Report) -> Self {
-        Self { report, guard: Guard::default(), checkpoints: None, resumed: None, findings: Snapshot::default() }
+        let (world, guard, findings) = (World::default(), Guard::default(), Snapshot::default());
+        Self { report, world, guard, checkpoints: None, resumed: None, findings }
     }
 
     /// A session that reports nothing and saves nothing.
@@ -48,14 +52,26 @@ impl Session {
         self
     }
 
-    /// Adds checkpoints, and resumes from `resumed`.
-    pub fn kept(mut self, checkpoints: CheckpointManager, resumed: Option<Snapshot>) -> Self {
-        self.findings = resumed.as_ref().and_then(|snapshot| snapshot.all(FINDINGS)).unwrap_or_default();
-        (self.checkpoints, self.resumed) = (Some(checkpoints), resumed);
+    /// Trains among the ranks of `world`.
+    pub fn among(mut self, world: World) -> Self {
+        self.world = world;
         self
     }
 
-    /// The result of `find`, computed once per run however often the run is resumed.
+    /// Resumes from `resumed` without checkpoints, as ranks other than 0 do.
+    pub fn resuming(mut self, resumed: Option<Snapshot>) -> Self {
+        self.findings = resumed.as_ref().and_then(|snapshot| snapshot.all(FINDINGS)).unwrap_or_default();
+        self.resumed = resumed;
+        self
+    }
+
+    /// Adds checkpoints, and resumes from `resumed`.
+    pub fn kept(mut self, checkpoints: CheckpointManager, resumed: Option<Snapshot>) -> Self {
+        self.checkpoints = Some(checkpoints);
+        self.resuming(resumed)
+    }
+
+    /// The result of `find`, computed by rank 0 once per run however often the run is resumed.
     ///
     /// # Errors
     /// Those of `find`; if the checkpoint holds something else under that name.
@@ -67,7 +83,8 @@ impl Session {
         if self.findings.has(name) {
             return self.findings.get(name);
         }
-        let found = find(&mut self.report)?;
+        let report = &mut self.report;
+        let found = self.world.first(|| find(report))?;
         self.findings.put(name, &found)?;
         Ok(found)
     }
@@ -117,7 +134,13 @@ impl Session {
     }
 
     fn keep(&mut self, step: usize, due: bool, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
-        let stop = stop::requested();
+        let stop = self.world.any(stop::requested())?;
+        let kept = self.keep_own(step, stop, due, state);
+        // No rank ends the others before rank 0 has kept the state.
+        if stop { self.world.barrier().and(kept) } else { kept }
+    }
+
+    fn keep_own(&mut self, step: usize, stop: bool, due: bool, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
         let Some(checkpoints) = &mut self.checkpoints else {
             anyhow::ensure!(!stop, Interrupted(format!("stopped after {}; nothing was kept", counted(step, "step"))));
             return Ok(());
@@ -165,6 +188,13 @@ impl Session {
     /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and
     /// adds the command that resumes the run to the error.
     pub fn failed(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
+        let error = self.failed_own(error, step, state);
+        // A rank that is gone has no part in this, and the error is the one to report.
+        let _ = self.world.barrier();
+        error
+    }
+
+    fn failed_own(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
         let Some(checkpoints) = &mut self.checkpoints else { return error };
         self.report.done();
         let kept = state().and_then(|mut snapshot| {

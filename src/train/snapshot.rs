@@ -203,6 +203,16 @@ impl Snapshot {
         Ok(())
     }
 
+    /// Both, in memory.
+    ///
+    /// # Errors
+    /// As for [`Snapshot::write_arrays`].
+    pub fn to_bytes(&self) -> Result<(Vec<u8>, Vec<u8>)> {
+        let mut arrays = vec![];
+        self.write_arrays(&mut arrays)?;
+        Ok((self.facts_bytes()?, arrays))
+    }
+
     /// Reads both back.
     ///
     /// # Errors

@@ -12,7 +12,7 @@ use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use crate::config::SupervisedKeys;
-use crate::data::examples::batch_sampler::BatchSampler;
+use crate::data::examples::batch_sampler::{BatchSampler, Shard};
 use crate::data::examples::{Example, Examples, pick};
 use crate::diverged;
 use crate::error::is_of_machine;
@@ -25,6 +25,7 @@ use crate::train::learner::Learner;
 use crate::train::progress::Progress;
 use crate::train::session::Session;
 use crate::train::snapshot::Snapshot;
+use crate::train::world::World;
 use crate::train::{settings, stop};
 
 /// What a supervised stage trains from, besides its examples and its section of the config.
@@ -41,7 +42,7 @@ pub struct Setup<'w> {
     pub seed: u64,
 }
 
-/// The examples of one optimizer step.
+/// A rank's examples of one optimizer step.
 pub struct OptimizerStep<'s, T: Clone> {
     /// Number of the step in the run, from 0.
     pub number: usize,
@@ -49,12 +50,14 @@ pub struct OptimizerStep<'s, T: Clone> {
     pub rows: &'s [&'s [usize]],
     /// The examples of each micro-batch, in the order of `rows`.
     pub batches: &'s [Vec<Cow<'s, T>>],
+    /// Rows of each micro-batch of all ranks, as one rank would have them.
+    pub of_all: &'s [&'s [usize]],
 }
 
 impl<T: Clone> OptimizerStep<'_, T> {
-    /// The number of examples in the step.
+    /// The number of examples in the step, of all ranks.
     pub fn examples(&self) -> usize {
-        self.batches.iter().map(Vec::len).sum()
+        self.of_all.iter().map(|rows| rows.len()).sum()
     }
 }
 
@@ -76,6 +79,12 @@ pub trait SupervisedStage<T: Clone> {
     /// Those of a forward pass, where the stage needs one.
     fn begin(&self, adapter: &Adapter, step: &OptimizerStep<'_, T>) -> Result<Self::Sums>;
 
+    /// Called behind [`SupervisedStage::begin`]: puts what the step's loss needs of all ranks into `sums`.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    fn share(sums: &mut Self::Sums, world: &World) -> Result<()>;
+
     /// Gradients of one micro-batch's share of the step's loss; what it adds to the metrics goes into `sums`.
     ///
     /// # Errors
@@ -87,6 +96,12 @@ pub trait SupervisedStage<T: Clone> {
         examples: &[Cow<'_, T>],
         sums: &mut Self::Sums,
     ) -> Result<Gradients>;
+
+    /// Called behind the last micro-batch: the sums of all ranks take the place of this rank's.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    fn total(sums: &mut Self::Sums, world: &World) -> Result<()>;
 
     /// The step's loss.
     fn loss(sums: &Self::Sums) -> f64;
@@ -161,7 +176,8 @@ impl Finished {
 }
 
 impl<'e, E: ?Sized> Training<'e, E> {
-    /// Prepares the training of `start`. `stream` is the stage's stream of the seed for the order of its examples.
+    /// Prepares the training of `start` among the ranks of `world`. `stream` is the stage's stream of the seed for the order of
+    /// its examples.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
@@ -171,13 +187,15 @@ impl<'e, E: ?Sized> Training<'e, E> {
         keys: SupervisedKeys,
         stream: u64,
         examples: &'e E,
+        world: &World,
     ) -> Result<Self>
     where
         E: Examples<T>,
     {
         let adamw = settings::adamw(&keys.optimisation);
         let learner = Learner::new(start.to_trainable(), adamw, keys.optimisation.max_grad_norm)?;
-        let sampler = settings::sampler(&keys, setup.seed, stream);
+        let shard = Shard { rank: world.rank(), world_size: world.size() };
+        let sampler = BatchSampler { shard, ..settings::sampler(&keys, setup.seed, stream) };
         let steps = sampler.steps(examples, keys.num_train_epochs);
         let layers = setup.base.shapes().layers;
         Ok(Self { examples, keys, sampler, steps, progress: Progress::new(learner), layers })
@@ -188,9 +206,9 @@ impl<'e, E: ?Sized> Training<'e, E> {
         self.steps
     }
 
-    /// The order of the examples.
+    /// The order of the examples of all ranks.
     pub fn sampler(&self) -> BatchSampler {
-        self.sampler
+        self.sampler.of_all()
     }
 
     /// Takes up the checkpoint that the session resumes from, where there is one.
@@ -259,6 +277,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
         E: Examples<T>,
     {
         let (keys, steps, progress) = (self.keys, self.steps, &mut self.progress);
+        let world = session.world.clone();
         let before = finished.map_or(0, |finished| finished.steps);
         let snapshot = |progress: &Progress| -> Result<Snapshot> {
             let mut snapshot = progress.snapshot()?;
@@ -275,13 +294,17 @@ impl<'e, E: ?Sized> Training<'e, E> {
             let Some(step) = order.next_step() else { break };
             let batches = step.batches.iter().map(|rows| pick(self.examples, rows.iter().copied()));
             let batches = batches.collect::<Result<Vec<_>>>()?;
-            let tokens: usize = step.rows().map(|row| self.examples.tokens(row)).sum();
-            let first_rows = step.batches.first().map(|rows| rows.to_vec()).unwrap_or_default();
-            let step = OptimizerStep { number: progress.step, rows: &step.batches, batches: &batches };
+            let tokens: usize = step.of_all.concat().into_iter().map(|row| self.examples.tokens(row)).sum();
+            let owned = |of: &[&[usize]], most: usize| -> Vec<Vec<usize>> {
+                of.iter().take(most).map(|rows| rows.to_vec()).collect()
+            };
+            let first = [owned(&step.batches, 1), owned(&step.of_all, world.size())];
+            let (rows, of_all) = (&step.batches, &step.of_all);
+            let step = OptimizerStep { number: progress.step, rows, batches: &batches, of_all };
             // 1. Forward and backward.
             let begun = Instant::now();
             let update = within(Phase::Update);
-            let gradients = gradients(stage, progress.learner.weights().view(), &step, self.layers);
+            let gradients = gradients(stage, progress.learner.weights().view(), &step, self.layers, &world);
             // Asked to stop: the checkpoint at the top of the loop ends the stage.
             let Some(gradients) = gradients.transpose() else { continue };
             let gradients = match gradients {
@@ -303,9 +326,10 @@ impl<'e, E: ?Sized> Training<'e, E> {
             session.report.passed(tokens, begun.elapsed());
             let stepped = session.judge(before + step, outcome, &mut [("learner", &mut progress.learner)])?;
             if step == steps {
-                let (rows, batches) = (&[&first_rows[..]], &batches[..1]);
-                let first = OptimizerStep { number: step - 1, rows, batches };
-                let outcome = prove(stage, progress.learner.weights().view(), &first, self.layers);
+                let [rows, of_all] = first.each_ref().map(|of| of.iter().map(Vec::as_slice).collect::<Vec<_>>());
+                let batches = &batches[..rows.len()];
+                let first = OptimizerStep { number: step - 1, rows: &rows, batches, of_all: &of_all };
+                let outcome = prove(stage, progress.learner.weights().view(), &first, self.layers, &world);
                 session.settle(before + step, outcome, &mut [("learner", &mut progress.learner)])?;
             }
             let Some((sums, grad_norm)) = stepped else { continue };
@@ -320,43 +344,54 @@ impl<'e, E: ?Sized> Training<'e, E> {
                 metrics.insert(S::TOKENS.into(), progress.tokens.into());
                 metrics.insert("epoch".into(), number((step * keys.num_train_epochs) as f64 / steps as f64));
                 if keys.eval_steps > 0 && step.is_multiple_of(keys.eval_steps) {
-                    metrics.extend(stage.evaluate(progress.learner.weights().view())?);
+                    metrics.extend(world.first(|| stage.evaluate(progress.learner.weights().view()))?);
                 }
                 session.report.step(before + step, &metrics, S::SHOWN)?;
                 stage.samples(&sums, before + step).iter().try_for_each(|sample| session.report.sample(sample))?;
             }
         }
+        world.check_equal(&progress.learner.weights().parameters()?)?;
         Ok(Trained { adapter: progress.learner.weights().snapshot(), steps, tokens: progress.tokens })
     }
 }
 
-/// A pass of a micro-batch of the last step with the weights that the step led to. A step's loss is that of the weights before
-/// it, and after the last one no other step shows whether they are good.
+/// A pass of each rank's first micro-batch of the last step with the weights that the step led to. A step's loss is that of the
+/// weights before it, and after the last one no other step shows whether they are good.
 fn prove<T: Clone, S: SupervisedStage<T>>(
     stage: &S,
     adapter: &Adapter,
     step: &OptimizerStep<'_, T>,
     layers: usize,
+    world: &World,
 ) -> Result<()> {
     let _update = within(Phase::Update);
-    gradients(stage, adapter, step, layers).map(drop)
+    gradients(stage, adapter, step, layers, world).map(drop)
 }
 
-/// The gradients of a step and its sums; `None` where the process was asked to stop before the last micro-batch.
+/// The gradients of a step and its sums, of all ranks; `None` where the process was asked to stop before the last micro-batch.
+/// Several ranks stop between two steps alone, since they have to do so together.
 fn gradients<T: Clone, S: SupervisedStage<T>>(
     stage: &S,
     adapter: &Adapter,
     step: &OptimizerStep<'_, T>,
     layers: usize,
+    world: &World,
 ) -> Result<Option<(Gradients, S::Sums)>> {
-    let mut sums = stage.begin(adapter, step)?;
-    let mut gradients = Gradients::none(layers);
-    for (rows, examples) in step.rows.iter().zip(step.batches) {
-        if stop::requested() {
-            return Ok(None);
+    let mut sums = world.agree(stage.begin(adapter, step))?;
+    S::share(&mut sums, world)?;
+    let mut own = || {
+        let mut gradients = Gradients::none(layers);
+        for (rows, examples) in step.rows.iter().zip(step.batches) {
+            if world.is_alone() && stop::requested() {
+                return Ok(None);
+            }
+            gradients.add(stage.gradients(adapter, rows, examples, &mut sums)?)?;
         }
-        gradients.add(stage.gradients(adapter, rows, examples, &mut sums)?)?;
-    }
+        Ok(Some(gradients))
+    };
+    let Some(gradients) = world.agree(own())? else { return Ok(None) };
+    let gradients = world.sum_gradients(gradients)?;
+    S::total(&mut sums, world)?;
     let loss = S::loss(&sums);
     ensure!(loss.is_finite(), diverged!("the loss is {loss}"));
     Ok(Some((gradients, sums)))

@@ -12,6 +12,7 @@ mod judge;
 mod kl_penalty;
 mod lora_targets;
 mod ppo_update;
+mod ranks;
 mod reward_sources;
 mod served_rewards;
 mod shipped_adapters;

@@ -64,6 +64,11 @@ const WINDOW: usize = 4096;
 const BATCH_ORDER: u64 = 0x0062_6174_6368;
 
 impl BatchSampler {
+    /// The sampler of one process that takes in each step what all ranks take together.
+    pub fn of_all(&self) -> Self {
+        Self { accumulate: self.accumulate.max(1) * self.shard.world_size, shard: Shard::default(), ..*self }
+    }
+
     /// The batches of one pass. Every example is in exactly one batch of exactly one rank. All ranks have the same
     /// number of steps; the last one may be empty on some ranks.
     ///
@@ -163,9 +168,10 @@ impl Epoch {
     pub fn step(&self, position: usize) -> Step<'_> {
         let per_step = self.accumulate * self.shard.world_size;
         let all = self.starts.len() - 1;
-        let mine = (position * per_step..all.min((position + 1) * per_step)).skip(self.shard.rank);
+        let whole = position * per_step..all.min((position + 1) * per_step);
         let rows = |batch: usize| &self.order[self.starts[batch]..self.starts[batch + 1]];
-        Step { batches: mine.step_by(self.shard.world_size).map(rows).collect() }
+        let mine = whole.clone().skip(self.shard.rank).step_by(self.shard.world_size);
+        Step { batches: mine.map(rows).collect(), of_all: whole.map(rows).collect() }
     }
 }
 
@@ -174,6 +180,8 @@ impl Epoch {
 pub struct Step<'o> {
     /// The rows of each batch.
     pub batches: Vec<&'o [usize]>,
+    /// The rows of each batch of all ranks, as one rank would have them.
+    pub of_all: Vec<&'o [usize]>,
 }
 
 impl Step<'_> {
@@ -306,11 +314,13 @@ mod tests {
                 for rank in 0..world_size {
                     let sampler = BatchSampler { shard: Shard { rank, world_size }, ..sampler };
                     let epoch = sampler.epoch(&examples, 2);
+                    let whole = sampler.of_all().epoch(&examples, 2);
                     steps.insert(epoch.steps());
                     assert_eq!(sampler.steps(&examples, 1), sampler.epoch(&examples, 0).steps());
                     for position in 0..epoch.steps() {
                         let step = epoch.step(position);
                         assert!(step.batches.len() <= sampler.accumulate);
+                        assert_eq!(step.of_all, whole.step(position).batches);
                         seen.extend(step.rows());
                     }
                 }

@@ -6,6 +6,7 @@
 use anyhow::Result;
 use candle_core::Tensor;
 
+use crate::device::Array;
 use crate::model::adapter::shapes::{MAX_LINEARS, TargetModule};
 pub use crate::ops::linear::BranchGradient;
 
@@ -73,6 +74,41 @@ impl Gradients {
             *gradient = gradient.to_host()?;
         }
         Ok(self)
+    }
+
+    /// The gradients in a fixed order: A, B and the magnitude of each branch, then the head's. All lie on the host.
+    ///
+    /// # Errors
+    /// If a download fails.
+    pub fn into_slots(self) -> Result<Vec<Option<Tensor>>> {
+        let gradients = self.to_host()?;
+        let mut slots = vec![];
+        for branch in gradients.layers.iter().flatten().chain(&gradients.outer) {
+            let on_host = |array: &Array| array.host().cloned();
+            slots.push(branch.as_ref().map(|branch| on_host(&branch.a)).transpose()?);
+            slots.push(branch.as_ref().map(|branch| on_host(&branch.b)).transpose()?);
+            slots.push(branch.as_ref().and_then(|branch| branch.magnitude.as_ref()).map(on_host).transpose()?);
+        }
+        slots.extend([gradients.head_weight, gradients.head_bias]);
+        Ok(slots)
+    }
+
+    /// The gradients of [`Gradients::into_slots`] for `layers` blocks.
+    ///
+    /// # Errors
+    /// If their number is another's.
+    pub fn from_slots(layers: usize, slots: Vec<Option<Tensor>>) -> Result<Self> {
+        let mut gradients = Self::none(layers);
+        let expected = 3 * gradients.branches_mut().count() + 2;
+        anyhow::ensure!(slots.len() == expected, "{} gradients where {expected} belong", slots.len());
+        let mut slots = slots.into_iter();
+        let mut next = || slots.next().flatten();
+        for branch in gradients.branches_mut() {
+            let (a, b, magnitude) = (next(), next(), next());
+            *branch = a.zip(b).map(|(a, b)| BranchGradient::on_host(a, b, magnitude));
+        }
+        (gradients.head_weight, gradients.head_bias) = (next(), next());
+        Ok(gradients)
     }
 
     fn branches_mut(&mut self) -> impl Iterator<Item = &mut Option<BranchGradient>> {

@@ -1,0 +1,306 @@
+//! A world: the processes (ranks) that train one adapter together, and their arithmetic.
+//!
+//! Everything is added up by rank 0 in the order of the ranks and returned by it, so that one seed and one number of ranks give
+//! one set of bytes. A world of one does nothing. Its ranks are processes under MPI (feature `mpi`) or, in tests, threads. It
+//! does not depend on a stage. Read `launch.rs` for how a process learns of the others, and `../supervised.rs` for the loop over it.
+
+mod failure;
+pub mod launch;
+#[cfg(feature = "mpi")]
+mod processes;
+pub mod threads;
+
+use std::fmt;
+use std::sync::Arc;
+
+use anyhow::{Context, Result, ensure};
+use candle_core::{Device, Tensor};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::model::adapter::Gradients;
+use crate::ops::cpu;
+use failure::Failure;
+
+/// How a rank reaches the others. Messages between two ranks arrive in the order in which they were sent.
+pub trait Ranks: Send + Sync {
+    /// Number of this rank, from 0.
+    fn rank(&self) -> usize;
+
+    /// Number of ranks.
+    fn size(&self) -> usize;
+
+    /// Sends a message to a rank.
+    ///
+    /// # Errors
+    /// If the rank is gone.
+    fn send(&self, to: usize, message: &[u8]) -> Result<()>;
+
+    /// Waits for the next message of a rank.
+    ///
+    /// # Errors
+    /// If the rank is gone.
+    fn receive(&self, from: usize) -> Result<Vec<u8>>;
+}
+
+/// The ranks that train together, seen from one of them. The default is a world of one.
+///
+/// Every method but [`World::rank`], [`World::size`], [`World::is_first`] and [`World::is_alone`] is a meeting: all ranks call it,
+/// in the same order.
+#[derive(Clone, Default)]
+pub struct World(Option<Arc<dyn Ranks>>);
+
+impl fmt::Debug for World {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "rank {} of {}", self.rank(), self.size())
+    }
+}
+
+impl World {
+    /// The world of these ranks; one rank is a world of one.
+    pub fn of(ranks: impl Ranks + 'static) -> Self {
+        Self((ranks.size() > 1).then(|| Arc::new(ranks) as Arc<dyn Ranks>))
+    }
+
+    /// Number of this rank, from 0.
+    pub fn rank(&self) -> usize {
+        self.0.as_ref().map_or(0, |ranks| ranks.rank())
+    }
+
+    /// Number of ranks.
+    pub fn size(&self) -> usize {
+        self.0.as_ref().map_or(1, |ranks| ranks.size())
+    }
+
+    /// Whether this is rank 0, which alone reports and writes files.
+    pub fn is_first(&self) -> bool {
+        self.rank() == 0
+    }
+
+    /// Whether there is no other rank.
+    pub fn is_alone(&self) -> bool {
+        self.0.is_none()
+    }
+
+    /// Messages of all ranks put together by rank 0, in the order of the ranks.
+    fn fold(&self, mine: Vec<u8>, mut add: impl FnMut(&mut Vec<u8>, &[u8]) -> Result<()>) -> Result<Vec<u8>> {
+        let Some(ranks) = &self.0 else { return Ok(mine) };
+        if ranks.rank() > 0 {
+            ranks.send(0, &mine)?;
+            return ranks.receive(0);
+        }
+        let mut all = mine;
+        for from in 1..ranks.size() {
+            add(&mut all, &ranks.receive(from)?)?;
+        }
+        (1..ranks.size()).try_for_each(|to| ranks.send(to, &all))?;
+        Ok(all)
+    }
+
+    /// Waits for all ranks.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn barrier(&self) -> Result<()> {
+        self.fold(vec![], |_, _| Ok(())).map(drop)
+    }
+
+    /// Rank 0's message on every rank.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn broadcast(&self, message: Vec<u8>) -> Result<Vec<u8>> {
+        self.fold(message, |_, _| Ok(()))
+    }
+
+    /// Replaces each number by its sum over the ranks.
+    ///
+    /// # Errors
+    /// If a rank is gone, or has another number of them.
+    pub fn sum(&self, values: &mut [f64]) -> Result<()> {
+        if self.is_alone() {
+            return Ok(());
+        }
+        let all = self.fold(bytes_of(values), |all, more| {
+            ensure!(all.len() == more.len(), "ranks sum {} and {} bytes", all.len(), more.len());
+            let sums: Vec<f64> = doubles(all).zip(doubles(more)).map(|(a, b)| a + b).collect();
+            *all = bytes_of(&sums);
+            Ok(())
+        })?;
+        values.iter_mut().zip(doubles(&all)).for_each(|(value, sum)| *value = sum);
+        Ok(())
+    }
+
+    /// The numbers of all ranks, one rank's behind the other's.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn concat(&self, values: Vec<f64>) -> Result<Vec<f64>> {
+        if self.is_alone() {
+            return Ok(values);
+        }
+        let all = self.fold(bytes_of(&values), |all, more| {
+            all.extend_from_slice(more);
+            Ok(())
+        })?;
+        Ok(doubles(&all).collect())
+    }
+
+    /// Whether it is so on any rank.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn any(&self, here: bool) -> Result<bool> {
+        let mut count = [f64::from(u8::from(here))];
+        self.sum(&mut count)?;
+        Ok(count[0] > 0.0)
+    }
+
+    /// The gradients of all ranks, added up; a missing one counts as zero. The sum lies on the host.
+    ///
+    /// # Errors
+    /// If a rank is gone, or shapes differ.
+    pub fn sum_gradients(&self, gradients: Gradients) -> Result<Gradients> {
+        if self.is_alone() {
+            return Ok(gradients);
+        }
+        let layers = gradients.layers.len();
+        let mine = encode(&gradients.into_slots()?)?;
+        let sum = self.fold(mine, |all, more| {
+            let (mut sum, more) = (decode(all)?, decode(more)?);
+            ensure!(sum.len() == more.len(), "ranks sum {} and {} gradients", sum.len(), more.len());
+            for (one, other) in sum.iter_mut().zip(more) {
+                *one = match (one.take(), other) {
+                    (Some(one), Some(other)) => Some((one + other)?),
+                    (one, other) => one.or(other),
+                };
+            }
+            *all = encode(&sum)?;
+            Ok(())
+        })?;
+        Gradients::from_slots(layers, decode(&sum)?)
+    }
+
+    /// What rank 0 found by `find`, on every rank.
+    ///
+    /// # Errors
+    /// Those of `find`, on every rank; if rank 0 is gone.
+    pub fn first<T: Serialize + DeserializeOwned>(&self, find: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Some(ranks) = &self.0 else { return find() };
+        if ranks.rank() > 0 {
+            let found: std::result::Result<T, Failure> = serde_json::from_slice(&ranks.receive(0)?)?;
+            return found.map_err(|failure| failure.error(0));
+        }
+        let found = find();
+        let said = serde_json::to_vec(&found.as_ref().map_err(Failure::of)).context("what rank 0 found")?;
+        (1..ranks.size()).try_for_each(|to| ranks.send(to, &said))?;
+        found
+    }
+
+    /// A rank's own outcome where all ranks succeeded; else the failure of the first rank that failed, on every rank.
+    ///
+    /// # Errors
+    /// That failure; if a rank is gone.
+    pub fn agree<T>(&self, outcome: Result<T>) -> Result<T> {
+        if self.is_alone() {
+            return outcome;
+        }
+        let mine = match &outcome {
+            Ok(_) => vec![],
+            Err(error) => serde_json::to_vec(&(self.rank(), Failure::of(error)))?,
+        };
+        let said = self.fold(mine, |all, more| {
+            if all.is_empty() {
+                *all = more.to_vec();
+            }
+            Ok(())
+        })?;
+        if said.is_empty() {
+            return outcome;
+        }
+        let (rank, failure): (usize, Failure) = serde_json::from_slice(&said)?;
+        match outcome {
+            Err(error) if rank == self.rank() => Err(error),
+            _ => Err(failure.error(rank)),
+        }
+    }
+
+    /// Calls `make` on rank 0 before it is called on the others, which may then read what rank 0 wrote.
+    ///
+    /// # Errors
+    /// Those of `make`; if a rank is gone.
+    pub fn first_then_others<T>(&self, make: impl FnOnce() -> Result<T>) -> Result<T> {
+        if self.is_first() {
+            let made = make()?;
+            self.barrier()?;
+            return Ok(made);
+        }
+        self.barrier()?;
+        make()
+    }
+
+    /// Checks that the weights of all ranks are equal, as they are after the same steps on the same kind of processor.
+    ///
+    /// # Errors
+    /// If they are not; if a rank is gone.
+    pub fn check_equal(&self, weights: &[Tensor]) -> Result<()> {
+        if self.is_alone() {
+            return Ok(());
+        }
+        let mut digest = 0;
+        for weight in weights {
+            let weight = weight.contiguous()?;
+            for value in cpu::view(&weight)?.iter() {
+                digest = crc32c::crc32c_append(digest, &value.to_le_bytes());
+            }
+        }
+        let all = self.concat(vec![f64::from(digest)])?;
+        let other = all.iter().position(|&one| one != all[0]);
+        ensure!(
+            other.is_none(),
+            "rank {} holds other weights than rank 0 after the same steps: start all ranks on machines of one kind",
+            other.unwrap_or(0)
+        );
+        Ok(())
+    }
+}
+
+fn bytes_of(values: &[f64]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
+
+fn doubles(bytes: &[u8]) -> impl Iterator<Item = f64> {
+    bytes.as_chunks().0.iter().map(|&eight| f64::from_le_bytes(eight))
+}
+
+/// Tensors as their shapes in JSON behind that text's length, and their values.
+fn encode(tensors: &[Option<Tensor>]) -> Result<Vec<u8>> {
+    let shapes: Vec<Option<&[usize]>> = tensors.iter().map(|tensor| tensor.as_ref().map(Tensor::dims)).collect();
+    let head = serde_json::to_vec(&shapes)?;
+    let mut bytes = (head.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(head);
+    for tensor in tensors.iter().flatten() {
+        let tensor = tensor.contiguous()?;
+        bytes.extend(cpu::view(&tensor)?.iter().flat_map(|value| value.to_le_bytes()));
+    }
+    Ok(bytes)
+}
+
+fn decode(bytes: &[u8]) -> Result<Vec<Option<Tensor>>> {
+    let (length, rest) = bytes.split_first_chunk().context("a message without a head")?;
+    let (head, values) = rest.split_at_checked(u64::from_le_bytes(*length) as usize).context("a cut message")?;
+    let shapes: Vec<Option<Vec<usize>>> = serde_json::from_slice(head)?;
+    let mut values = values.as_chunks().0.iter().map(|&four| f32::from_le_bytes(four));
+    let one = |shape: Option<Vec<usize>>| {
+        shape
+            .map(|shape| {
+                let data: Vec<f32> = values.by_ref().take(shape.iter().product()).collect();
+                Ok(Tensor::from_vec(data, shape, &Device::Cpu)?)
+            })
+            .transpose()
+    };
+    shapes.into_iter().map(one).collect()
+}
+
+#[cfg(test)]
+mod tests;
