@@ -67,7 +67,7 @@ def main():
     seconds = time.time() - began
     print(json.dumps({
         "study": "arithmetic", "side": "fourfold", "seed": arguments.seed, "steps": arguments.steps,
-        "learning_rate": arguments.learning_rate, "before": before, "after": accuracy(out / "grpo/adapter"),
+        "learning_rate": arguments.learning_rate, "before": before, "after": accuracy(out / "grpo/actor"),
         "seconds": round(seconds),
     }), flush=True)
 
