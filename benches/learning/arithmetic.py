@@ -41,7 +41,7 @@ def main():
     arguments.add_argument("--learning", type=pathlib.Path, required=True)
     arguments.add_argument("--steps", type=int, default=200)
     arguments.add_argument("--seed", type=int, default=0)
-    arguments.add_argument("--learning-rate", type=float, default=3e-4)
+    arguments.add_argument("--learning-rate", type=float, default=5e-4)
     arguments = arguments.parse_args()
     out, base = arguments.out.absolute(), arguments.base.expanduser().absolute()
     fourfold, learning = arguments.fourfold.absolute(), arguments.learning.absolute()
@@ -67,7 +67,7 @@ def main():
     seconds = time.time() - began
     print(json.dumps({
         "study": "arithmetic", "side": "fourfold", "seed": arguments.seed, "steps": arguments.steps,
-        "learning_rate": arguments.learning_rate, "before": before, "after": accuracy(out / "grpo/adapter"),
+        "learning_rate": arguments.learning_rate, "before": before, "after": accuracy(out / "grpo/actor"),
         "seconds": round(seconds),
     }), flush=True)
 

@@ -1,10 +1,12 @@
 """TRL's side of benches/learning: PPO, RLOO, GRPO and DPO on the base, SFT adapter, reward adapter, questions and pairs that
 the Rust side wrote to DIR/<seed>/, scored on the same 256 held-out questions by the same gold rule.
 
-usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods ppo,rloo,grpo,dpo]
-It prints one JSON line per method and seed. RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl
-1.16.0, datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO needs trl 1.12.0,
-the last version with a PPO trainer (`trl.experimental.ppo`); it ran on an AVX2 machine, as did our PPO for comparison.
+usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods ppo,rloo,grpo,dpo] [--study sections] [--results FILE]
+It prints one JSON line per method and seed. `--study sections` has the methods of sections.rs that TRL has, with the same
+keys: two optimizer steps of 32 responses a rollout. Lines are added to FILE, and what it holds is not run again.
+RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0, datasets 4.8.4, pyarrow 21.0.0, dill
+0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO needs trl 1.12.0, the last version with a PPO trainer
+(`trl.experimental.ppo`); it ran on an AVX2 machine, as did our PPO for comparison.
 
 The SFT adapter is merged into the base first, so that TRL's reference (the adapter disabled) is the SFT model; a fresh
 adapter of the same shape (r 8, alpha 16, all linear modules) trains on it. Budget and learning rates are the Rust side's:
@@ -31,6 +33,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "src/quickstart/pytho
 import task  # noqa: E402  the gold rule, which the Rust side equals on its golden values
 
 NEW_TOKENS, CHUNK = 48, 64
+# The keys of GRPOConfig that make the methods of sections.rs; cispo's cap on the ratio is 5 there by default, and here the
+# epsilon of a clip.
+SECTIONS = dict(
+    grpo=dict(loss_type="grpo"), dr_grpo=dict(loss_type="dr_grpo", scale_rewards="none"),
+    dapo=dict(loss_type="dapo", epsilon_high=0.28), cispo=dict(loss_type="cispo", epsilon_high=5.0),
+    gspo=dict(loss_type="grpo", importance_sampling_level="sequence"),
+)
 
 
 def rows(path):
@@ -136,7 +145,7 @@ def ppo(folder, tokenizer, lora, common, questions):
     return trainer.accelerator.unwrap_model(trainer.model).policy
 
 
-def train(method, folder, tokenizer, reward, seed, scratch):
+def train(method, folder, tokenizer, reward, seed, scratch, study):
     common = dict(
         output_dir=scratch, seed=seed, report_to="none", save_strategy="no", logging_strategy="no", use_cpu=True,
         bf16=False, lr_scheduler_type="linear", warmup_steps=6, gradient_checkpointing=False, disable_tqdm=True,
@@ -153,10 +162,16 @@ def train(method, folder, tokenizer, reward, seed, scratch):
         trainer = DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
     else:
         data = Dataset.from_list([{"prompt": row["prompt"]} for row in rows(folder / "questions.jsonl")])
-        of_config, of_trainer = dict(rloo=(RLOOConfig, RLOOTrainer), grpo=(GRPOConfig, GRPOTrainer))[method]
+        of_config, of_trainer = (RLOOConfig, RLOOTrainer) if method == "rloo" else (GRPOConfig, GRPOTrainer)
+        rollouts = dict(per_device_train_batch_size=64, max_steps=40)
+        if study == "sections":
+            rollouts = dict(
+                per_device_train_batch_size=32, steps_per_generation=2, gradient_accumulation_steps=1, max_steps=80,
+                **SECTIONS.get(method, {}),
+            )
         config = of_config(
-            **common, learning_rate=2e-3, per_device_train_batch_size=64, num_generations=4, max_steps=40, beta=0.1,
-            max_completion_length=NEW_TOKENS, temperature=1.0,
+            **common, **rollouts, learning_rate=2e-3, num_generations=4, beta=0.1, max_completion_length=NEW_TOKENS,
+            temperature=1.0,
         )
 
         def scored(prompts, completion_ids, **_):
@@ -175,22 +190,43 @@ def main():
     arguments = argparse.ArgumentParser()
     arguments.add_argument("--out", type=pathlib.Path, required=True)
     arguments.add_argument("--seeds", default="0,1,2,3,4")
-    arguments.add_argument("--methods", default="ppo,rloo,grpo,dpo")
+    arguments.add_argument("--methods")
+    arguments.add_argument("--study", choices=["sections"])
+    arguments.add_argument("--results", type=pathlib.Path)
     arguments = arguments.parse_args()
+    methods = arguments.methods or ("grpo,dr_grpo,rloo,cispo,gspo,dapo" if arguments.study else "ppo,rloo,grpo,dpo")
+    marks = dict(side="trl", last=True)
+    if arguments.study:
+        avx512 = "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
+        marks |= dict(study=arguments.study, learning_rate=2e-3, processor="avx512" if avx512 else "avx2")
+
+    def is_there(seed, method):
+        found = rows(arguments.results) if arguments.results and arguments.results.exists() else []
+        want = marks | dict(seed=seed, method=method)
+        return any(all(row.get(key) == value for key, value in want.items()) for row in found)
+
+    def add(line):
+        print(line, flush=True)
+        if arguments.results:
+            with arguments.results.open("a") as file:
+                file.write(line + "\n")
+
     for seed in map(int, arguments.seeds.split(",")):
         folder = arguments.out / str(seed)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "base")
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         reward, held, reference = Reward(folder), rows(folder / "held_out.jsonl"), sft_model(folder).eval()
-        point = lambda method, samples, model: print(json.dumps(dict(
-            side="trl", seed=seed, method=method, samples=samples, last=True,
-            **judge(model, reference, reward, tokenizer, held, seed),
-        )), flush=True)
-        point("sft", 0, reference)
-        for method in arguments.methods.split(","):
+        point = lambda method, samples, model: add(json.dumps(dict(
+            marks, seed=seed, method=method, samples=samples, **judge(model, reference, reward, tokenizer, held, seed),
+        )))
+        if not is_there(seed, "sft"):
+            point("sft", 0, reference)
+        for method in methods.split(","):
+            if is_there(seed, method):
+                continue
             with tempfile.TemporaryDirectory() as scratch:
                 samples = 2 * len(rows(folder / "pairs.jsonl")) if method == "dpo" else 2560
-                point(method, samples, train(method, folder, tokenizer, reward, seed, scratch))
+                point(method, samples, train(method, folder, tokenizer, reward, seed, scratch, arguments.study))
 
 
 if __name__ == "__main__":
