@@ -427,7 +427,11 @@ fn what_does_not_fit_is_refused_with_a_reason() {
 
     let text = |error: Option<anyhow::Error>| error.unwrap().to_string();
     assert!(text(embedding::forward(&weight, &[0, 8], None).err()).contains("token id 8"));
-    let table_lora = lora(bf16, r, n, k);
+    // A lookup takes single columns of A in f32.
+    let rounded = lora(bf16, r, n, k);
+    assert!(text(embedding::forward(&weight, &[0], Some(&rounded)).err()).contains("in the operands' type alone"));
+    let (a, b) = (vec![0.0; r * n], vec![0.0; k * r]);
+    let table_lora = DeviceLora::new_exact(&device, bf16, &a, (r, n), &b, k, 1.0, None).unwrap();
     assert!(text(embedding::forward(&weight, &[0], Some(&good)).err()).contains("table of (32, 8)"));
     let (_, saved) = embedding::forward(&weight, &[0, 1], Some(&table_lora)).unwrap();
     let dx = matrix(Element::F32, 3, k);
