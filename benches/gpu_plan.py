@@ -48,8 +48,6 @@ def config(model):
 
 def plan(folder, model, dtype, gib, more=()):
     path = f"{folder}/{list(MODELS).index(model)}.json"
-    with open(path, "w") as file:
-        json.dump(config(model), file)
     settings = {
         "lora.r": RANK, "ppo.batch_size": PROMPTS, "ppo.response_length": RESPONSE, "data.max_prompt_length": PROMPT,
         "ppo.micro_batch_size": 4,
@@ -105,6 +103,9 @@ def floors(model, dtype, bandwidth, rate):
 
 
 with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
+    for i, model in enumerate(MODELS):
+        with open(f"{folder}/{i}.json", "w") as file:
+            json.dump(config(model), file)
     jobs = {(m, t, s): pool.submit(plan, folder, m, t, s) for m in MODELS for t in TYPES for s in SIZES}
     plans = {key: job.result() for key, job in jobs.items()}
 
