@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::{print_json, say};
 use crate::config::{ComputeDtype, DeviceChoice, Lora};
-use crate::device::{Device, Element, Gemm, Selected, select};
+use crate::device::{Device, Element, Selected, select};
 use crate::error::Unusable;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
@@ -29,6 +29,7 @@ use crate::quickstart::run::embedded;
 use crate::report::number;
 use crate::rng::SplitMix64;
 use crate::run::Model;
+use crate::run::device_bench::square;
 
 #[derive(Args)]
 pub(super) struct Doctor {
@@ -347,31 +348,7 @@ fn speeds(device: &Device, choice: DeviceChoice) -> Result<Vec<(&'static str, f6
     let n = if matches!(choice, DeviceChoice::Cuda(_)) { 4096 } else { 256 };
     let mut all = vec![];
     for element in [Element::F32, Element::Bf16, Element::F16].into_iter().filter(|&e| device.supports(e)) {
-        let [x, w] = [device.zeros(element, n, n)?, device.zeros(element, n, n)?];
-        let y = device.matrix(Element::F32, n, n)?;
-        let multiply = || {
-            device.gemm(Gemm {
-                m: n,
-                n,
-                k: n,
-                batch: 1,
-                x: x.whole(),
-                x_transposed: false,
-                w: w.whole(),
-                w_transposed: true,
-                y: y.whole(),
-                alpha: 1.0,
-                beta: 0.0,
-            })
-        };
-        multiply()?;
-        device.synchronize()?;
-        let (began, times) = (Instant::now(), 10);
-        for _ in 0..times {
-            multiply()?;
-        }
-        device.synchronize()?;
-        let seconds = began.elapsed().as_secs_f64() / f64::from(times);
+        let seconds = square(device, element, n)?;
         all.push((element.name(), 2.0 * (n as f64).powi(3) / seconds / 1e12));
     }
     Ok(all)

@@ -18,8 +18,8 @@ pub struct KernelTime {
     pub calls: usize,
     /// Seconds on the device, from one mark to the next. A few microseconds of each launch belong to the marks.
     pub seconds: f64,
-    /// Bytes of the operands, each counted once a launch: at least these cross the memory bus, unless a cache holds them. An
-    /// operand that is used in part, such as a key-value cache with spare room, counts whole.
+    /// Bytes of the operands, each counted once a launch: at least these cross the memory bus, unless a cache holds them. Of a
+    /// key-value cache and an embedding, what the kernel uses counts ([`Matrix::counts_as`](super::Matrix)).
     pub bytes: f64,
     /// Multiplications and additions, of products alone.
     pub operations: f64,
@@ -34,30 +34,23 @@ pub(super) struct Profile {
     pending: Vec<(String, u64, u64)>,
 }
 
-/// Operands that a thread asked for last, as (address, bytes). No kernel has so many.
-#[derive(Clone, Copy)]
-struct Operands {
-    last: [(u64, usize); 64],
-    next: usize,
-}
-
 thread_local! {
-    static OPERANDS: Cell<Operands> = const { Cell::new(Operands { last: [(0, 0); 64], next: 0 }) };
+    /// Operands that a thread asked for last, as (address, bytes), and where the next one goes. No kernel has so many. Every launch
+    /// notes some, profiled or not, so one entry is written and nothing else touched.
+    static OPERANDS: [Cell<(u64, usize)>; 64] = const { [const { Cell::new((0, 0)) }; 64] };
+    static NEXT: Cell<usize> = const { Cell::new(0) };
 }
 
 /// Notes an operand that a kernel will get.
 pub(super) fn note_operand(address: u64, bytes: usize) {
-    OPERANDS.with(|cell| {
-        let mut operands = cell.get();
-        operands.last[operands.next] = (address, bytes);
-        operands.next = (operands.next + 1) % operands.last.len();
-        cell.set(operands);
-    });
+    let next = NEXT.get();
+    OPERANDS.with(|last| last[next].set((address, bytes)));
+    NEXT.set((next + 1) % 64);
 }
 
 /// Bytes of the operands whose addresses are among the words of a kernel's arguments; from where an address points to the end.
 pub(super) fn bytes_of_operands(words: impl Iterator<Item = u64>) -> usize {
-    let Operands { last, next } = OPERANDS.get();
+    let (next, last) = (NEXT.get(), OPERANDS.with(|last| last.each_ref().map(Cell::get)));
     let newest = |word: u64| {
         let all = last[..next].iter().rev().chain(last[next..].iter().rev());
         all.map(|&(address, bytes)| {

@@ -146,7 +146,10 @@ fn seconds(device: &Device, times: u32, mut work: impl FnMut() -> Result<()>) ->
 }
 
 /// Seconds of an (n, n) x (n, n) product of random numbers: zeros would need less power, and a card clocks higher on them.
-fn square(device: &Device, element: Element, n: usize) -> Result<f64> {
+///
+/// # Errors
+/// Those of the device.
+pub fn square(device: &Device, element: Element, n: usize) -> Result<f64> {
     let mut rng = SplitMix64::new(1);
     let values: Vec<f32> = (0..n * n).map(|_| rng.uniform() as f32 - 0.5).collect();
     let [x, w] = [device.upload_as(element, &values, n, n)?, device.upload_as(element, &values, n, n)?];
