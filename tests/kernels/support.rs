@@ -7,10 +7,17 @@ use fourfold::device::{Device, Element, Matrix};
 
 pub const FLOATS: [Element; 3] = [Element::F32, Element::Bf16, Element::F16];
 
-/// One machine with threads in plain order, and two with other orders, in which a missing barrier shows.
+/// One machine with threads in plain order, and two with other orders, in which a missing barrier shows. All tests of
+/// this process share them and run at the same time, so what [`Device::work`] and [`Device::usage`] count on them is
+/// nobody's own: a test that counts opens [`own_devices`].
 pub fn devices() -> &'static [Device; 3] {
     static DEVICES: OnceLock<[Device; 3]> = OnceLock::new();
-    DEVICES.get_or_init(|| [0, 7, 1234].map(|seed| Device::new(Arc::new(Emulated::open().unwrap().shuffled(seed)))))
+    DEVICES.get_or_init(own_devices)
+}
+
+/// The machines of [`devices`], opened for the caller alone.
+pub fn own_devices() -> [Device; 3] {
+    [0, 7, 1234].map(|seed| Device::new(Arc::new(Emulated::open().unwrap().shuffled(seed))))
 }
 
 /// The machine with plain order.
