@@ -34,6 +34,7 @@ use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
 use fourfold::train::supervised::Setup;
+use fourfold::train::world::World;
 use fourfold::{reward, sft};
 
 #[global_allocator]
@@ -254,6 +255,7 @@ fn main() -> Result<()> {
             let decode = |_: &[u32]| String::new();
             let prompts = ids(8, 64, 8 * rep);
             let run = PpoRun {
+                world: World::alone(),
                 base,
                 reward_base: base,
                 sft: &fresh,

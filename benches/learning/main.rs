@@ -51,6 +51,7 @@ use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
 use fourfold::train::settings;
 use fourfold::train::supervised::Setup;
+use fourfold::train::world::World;
 use sections::Lines;
 use serde_json::{Value, json};
 
@@ -184,6 +185,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let stop = tokenizer.eos_ids();
     let inputs = EvaluationInputs {
+        world: World::alone(),
         base: &model.base,
         sft: &sft,
         source: &source,
@@ -288,6 +290,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
         let metrics = tempfile::tempdir()?;
         let mut session = Session::new(Report::to_dir(metrics.path())?);
         let run = PpoRun {
+            world: World::alone(),
             base: &model.base,
             reward_base: &model.base,
             sft: &sft,

@@ -268,11 +268,11 @@ fn show_stopped(json: bool, stage: &str, out: &Path, error: &Error) {
 
 fn train(stage: Stage, args: &Training) -> Result<()> {
     let world = match stage {
-        Stage::Sft | Stage::Reward | Stage::Dpo | Stage::Kto => launch::world(stage.name())?,
-        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
+        Stage::Distill => {
             launch::alone(stage.name())?;
             World::default()
         }
+        _ => launch::world(stage.name())?,
     };
     if !world.is_first() {
         quiet::mute();

@@ -320,6 +320,12 @@ macro_rules! group_section {
                 set
             }
 
+            fn set_ranks(&mut self, ranks: usize) {
+                self.gradient_accumulation_steps = self.gradient_accumulation_steps.saturating_mul(ranks);
+                let sizes = [&mut self.steps_per_generation, &mut self.generation_batch_size];
+                sizes.into_iter().flatten().for_each(|size| *size = size.saturating_mul(ranks));
+            }
+
             fn set_at_once(&mut self, prompts: usize) {
                 self.local_rollout_forward_batch_size = Some(prompts);
             }
@@ -361,6 +367,9 @@ pub(super) fn check_rollout(section: &str, key: &str, size: usize) -> Result<()>
 pub(crate) trait GroupKeys {
     /// Sets the responses of one pass and keeps those of an optimizer step and of a rollout; the keys that changed.
     fn set_micro_batch(&mut self, size: usize) -> Vec<(&'static str, usize)>;
+
+    /// Gives an optimizer step and a rollout as many passes more as there are ranks, which share them.
+    fn set_ranks(&mut self, ranks: usize);
 
     /// Sets `local_rollout_forward_batch_size`.
     fn set_at_once(&mut self, prompts: usize);

@@ -228,6 +228,18 @@ impl Config {
         }
     }
 
+    /// These settings as those of all ranks together: `per_device_train_batch_size` of `[grpo]` and `[rloo]` is per rank, so
+    /// that an optimizer step and a rollout have as many passes more, which the ranks share. `batch_size` of `[ppo]` is that of all
+    /// already.
+    #[must_use]
+    pub fn of_ranks(&self, stage: Stage, ranks: usize) -> Self {
+        let mut all = self.clone();
+        if ranks > 1 {
+            all.change_group(stage, |keys| keys.set_ranks(ranks));
+        }
+        all
+    }
+
     /// `[grpo]` or `[rloo]`, whichever the stage has.
     pub(crate) fn group_mut(&mut self, stage: Stage) -> Option<&mut dyn GroupKeys> {
         match stage {

@@ -20,6 +20,7 @@ use crate::reward::source::{RewardInputs, RewardSource};
 use crate::rng::derive;
 use crate::stats::{Histogram, Share, distinct_n, mean};
 use crate::train::settings;
+use crate::train::world::World;
 
 /// The inputs of an evaluation.
 #[derive(Clone, Copy)]
@@ -38,6 +39,8 @@ pub struct EvaluationInputs<'w> {
     pub stop: &'w [u32],
     /// Decodes token ids.
     pub decode: &'w dyn Fn(&[u32]) -> String,
+    /// The ranks that share the prompts.
+    pub world: &'w World,
 }
 
 /// One policy's responses to the held-out prompts with their scores. Every list has one entry per prompt.
@@ -65,6 +68,23 @@ impl Evaluated {
     fn deciding_scores(&self) -> &[f64] {
         self.gold.as_ref().unwrap_or(&self.scores)
     }
+}
+
+/// (B) sums of the log-probabilities of responses less those of the reference, nats.
+fn kl_of_responses(
+    reference: Policy<'_>,
+    prompts: &[Vec<u32>],
+    responses: &[Response],
+    temperature: f64,
+) -> Result<Vec<f64>> {
+    let both = prompts.iter().zip(responses);
+    let sequences: Vec<Vec<u32>> = both.map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
+    let batch = Batch::new(&sequences)?;
+    let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
+    let targets = Targets::responses(&batch, &lengths)?;
+    let mut found = reference.logprobs(&batch, &targets, temperature)?.logprobs.into_iter();
+    let of = |response: &Response| response.logprobs.iter().zip(&mut found).map(|(a, b)| f64::from(a - b)).sum();
+    Ok(responses.iter().map(of).collect())
 }
 
 /// A repeatable evaluation: the baseline is the SFT model, and the random numbers are the same in every call.
@@ -107,7 +127,7 @@ impl<'w> Evaluation<'w> {
     /// Those of generation and of the reward sources; if the report cannot be written.
     pub fn run(&self, when: &Value, adapter: &Adapter, report: &mut Report) -> Result<Evaluated> {
         let _phase = within(Phase::Evaluation);
-        let EvaluationInputs { base, sft, source, gold, prompts, stop, decode } = self.inputs;
+        let EvaluationInputs { base, sft, source, gold, prompts, stop, decode, world } = self.inputs;
         // Evaluations are compared with each other, so that a weight which moves has its last value in all of them.
         source.set_progress(1.0);
         let sampling = sampling_params(self.config, stop);
@@ -121,23 +141,30 @@ impl<'w> Evaluation<'w> {
             let ids: Vec<Vec<u32>> = chunk.iter().map(|p| p.tokens.clone()).collect();
             let numbers = found.scores.len() as u64..(found.scores.len() + ids.len()) as u64;
             let seeds: Vec<u64> = numbers.map(|i| derive(self.seed, &[settings::EVALUATION, i])).collect();
-            sampled.batch(ids.len());
-            let responses = generate(policy, &ids, &seeds, &sampling, |s, token| sampled.token(s, token))?;
-            let sequences: Vec<Vec<u32>> =
-                ids.iter().zip(&responses).map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
-            let batch = Batch::new(&sequences)?;
-            let lengths: Vec<usize> = responses.iter().map(|r| r.tokens.len()).collect();
-            let targets = Targets::responses(&batch, &lengths)?;
-            let of_reference = reference.map(|reference| reference.logprobs(&batch, &targets, temperature));
-            let mut ref_logprobs = of_reference.transpose()?.map(|stats| stats.logprobs.into_iter());
+            let of_rank = world.share(ids.len(), |mine| {
+                let (ids, seeds) = (&ids[mine.clone()], &seeds[mine]);
+                if ids.is_empty() {
+                    return Ok(vec![]);
+                }
+                sampled.batch(ids.len());
+                let responses = generate(policy, ids, seeds, &sampling, |s, token| sampled.token(s, token))?;
+                let kl = match reference {
+                    Some(reference) => Some(kl_of_responses(reference, ids, &responses, temperature)?),
+                    None => None,
+                };
+                Ok(responses
+                    .into_iter()
+                    .enumerate()
+                    .map(|(i, response)| (response, kl.as_ref().map(|kl| kl[i])))
+                    .collect())
+            })?;
+            let (responses, kl): (Vec<Response>, Vec<Option<f64>>) = of_rank.into_iter().unzip();
             let entries: Vec<usize> = chunk.iter().map(|p| p.entry).collect();
             let inputs = RewardInputs { prompts: &ids, responses: &responses, entries: &entries, decode };
             let scores = source.scores(&inputs)?;
             let gold_scores = gold.map(|gold| gold.scores(&inputs)).transpose()?;
             for (i, (prompt, response)) in chunk.iter().zip(&responses).enumerate() {
-                let kl = ref_logprobs.as_mut().map(|reference| -> f64 {
-                    response.logprobs.iter().zip(reference).map(|(a, b)| f64::from(a - b)).sum()
-                });
+                let kl = kl[i];
                 let mut sample = json!({
                     "evaluation": when,
                     "prompt": prompt.text,

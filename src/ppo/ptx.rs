@@ -11,6 +11,7 @@ use crate::model::adapter::Gradients;
 use crate::model::block::Recompute;
 use crate::model::roles::Policy;
 use crate::sft::pack;
+use crate::train::world::World;
 
 /// `L = -coef / tokens * sum(logprobs)`: the share of a micro-batch in a loss over `tokens` tokens. Returns (L, dL/dlogp).
 pub fn loss(logprobs: &[f32], coef: f64, tokens: f64) -> (f64, Vec<f32>) {
@@ -19,10 +20,12 @@ pub fn loss(logprobs: &[f32], coef: f64, tokens: f64) -> (f64, Vec<f32>) {
     (-weight * sum, vec![-weight as f32; logprobs.len()])
 }
 
-/// Loss of the text blocks `rows` under `policy` and its gradient, in micro-batches of `micro_batch_size` blocks.
+/// Loss of the text blocks `rows` under `policy` and its gradient, in micro-batches of `micro_batch_size` blocks. Where several
+/// ranks share the micro-batches, the loss is that of all, and the gradient is this rank's share.
 ///
 /// # Errors
 /// If the blocks cannot be read, or a tensor cannot be allocated.
+#[allow(clippy::too_many_arguments)]
 pub fn gradients(
     policy: Policy<'_>,
     layers: usize,
@@ -31,20 +34,25 @@ pub fn gradients(
     config: &Ptx,
     micro_batch_size: usize,
     recompute: Recompute,
+    world: &World,
 ) -> Result<(f64, Gradients)> {
     // Every token of a block but the first is a target; all blocks have the same length.
     let tokens: usize = rows.iter().map(|&row| blocks.tokens(row) - 1).sum();
-    let (mut total, mut grads) = (0.0, Gradients::none(layers));
-    for rows in rows.chunks(micro_batch_size) {
+    let chunks: Vec<&[usize]> = rows.chunks(micro_batch_size).collect();
+    let mut grads = Gradients::none(layers);
+    let mut of = |rows: &&[usize]| {
         let (batch, targets) = pack(&pick(blocks, rows.iter().copied())?)?;
+        let mut part = 0.0;
         let (_, g) = policy.gradients(&batch, &targets, 1.0, recompute, |stats| {
-            let (part, logprobs) = loss(&stats.logprobs, config.coef, tokens as f64);
-            total += part;
+            let (loss, logprobs) = loss(&stats.logprobs, config.coef, tokens as f64);
+            part = loss;
             Ok((logprobs, vec![0.0; stats.logprobs.len()]))
         })?;
         grads.add(g)?;
-    }
-    Ok((total, grads))
+        Ok(part)
+    };
+    let parts = world.share(chunks.len(), |mine| chunks[mine].iter().map(&mut of).collect())?;
+    Ok((parts.into_iter().sum(), grads))
 }
 
 #[cfg(test)]

@@ -17,6 +17,7 @@ use crate::ops::cpu;
 use crate::report::Metrics;
 use crate::report::progress::{Progress, Unit};
 use crate::reward::source::{PartScores, RewardInputs, RewardSource};
+use crate::train::world::World;
 
 /// Tokens per forward pass of the scoring roles: enough to use all cores, few enough to need little memory.
 const SCORING_TOKENS: usize = 2048;
@@ -116,6 +117,8 @@ pub struct Readers<'w> {
     pub recomputes: bool,
     /// Pad token, if the rollout is to be read as DeepSpeed-Chat does.
     pub pad: Option<u32>,
+    /// The ranks that share the sequences.
+    pub world: &'w World,
 }
 
 /// Sampling parameters of the actor, for rollouts and evaluations alike.
@@ -171,16 +174,89 @@ pub fn collect(
     at_once: usize,
 ) -> Result<Rollout> {
     let generating = within(Phase::Rollout);
-    let mut responses = Vec::with_capacity(prompts.len());
-    let mut sampled = SampledTokens::new("rollout", prompts.len(), sampling);
-    for (prompts, seeds) in prompts.chunks(at_once).zip(seeds.chunks(at_once)) {
-        sampled.batch(prompts.len());
-        responses.extend(generate(actor, prompts, seeds, sampling, |s, token| sampled.token(s, token))?);
-    }
-    drop((generating, sampled));
+    let responses = readers.world.share(prompts.len(), |mine| {
+        let (prompts, seeds) = (&prompts[mine.clone()], &seeds[mine]);
+        let mut responses = Vec::with_capacity(prompts.len());
+        let mut sampled = SampledTokens::new("rollout", prompts.len(), sampling);
+        for (prompts, seeds) in prompts.chunks(at_once).zip(seeds.chunks(at_once)) {
+            sampled.batch(prompts.len());
+            responses.extend(generate(actor, prompts, seeds, sampling, |s, token| sampled.token(s, token))?);
+        }
+        Ok(responses)
+    })?;
+    drop(generating);
     // Log-probabilities are at temperature 1 for greedy decoding, as in `generate`, and always for DeepSpeed-Chat.
     let temperature = if sampling.temperature > 0.0 && readers.pad.is_none() { sampling.temperature } else { 1.0 };
     read(actor, readers, prompts, responses, temperature)
+}
+
+/// What the roles find for a response, one number per token where nothing else is said.
+#[derive(Serialize, Deserialize)]
+struct Outputs {
+    /// The actor's log-probabilities, if they are needed again.
+    recomputed: Option<Vec<f32>>,
+    /// Log-probabilities of the reference, and its hidden states (R D).
+    of_reference: Option<(Vec<f32>, Vec<f32>)>,
+    /// Exact KL from actor to reference, if it is needed.
+    exact_kl: Option<Vec<f32>>,
+    values: Option<Vec<f32>>,
+    /// Value of the state after the last token, if it is needed.
+    last_value: Option<f32>,
+}
+
+/// Reads the sequences `rows` of a rollout in one pass per role.
+fn outputs(
+    actor: Policy<'_>,
+    readers: &Readers<'_>,
+    rollout: &Rollout,
+    rows: &[usize],
+    recomputes: bool,
+    temperature: f64,
+) -> Result<Vec<Outputs>> {
+    let (batch, targets) = rollout.batch(rows)?;
+    // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
+    let recomputed = recomputes.then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
+    let of_reference = match readers.reference {
+        Some(reference) => {
+            let hidden = reference.rows(&batch, &targets)?;
+            let logprobs = reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
+            let exact = match readers.exact_kl {
+                true => Some(actor.kl(&actor.rows(&batch, &targets)?, (reference, &hidden), temperature)?),
+                false => None,
+            };
+            let (_, d) = hidden.dims2()?;
+            Some((logprobs, exact, hidden.to_host()?, d))
+        }
+        None => None,
+    };
+    let states = match readers.last_values {
+        true => [&targets.rows[..], &batch.last_rows()].concat(),
+        false => targets.rows.clone(),
+    };
+    let values = readers.critic.map(|critic| critic.values(&batch, &states)).transpose()?;
+    let mut last_values = values.iter().flat_map(|values| &values[targets.rows.len()..]);
+    let mut at = 0;
+    let mut of = |&i: &usize| {
+        let tokens = at..at + rollout.responses[i].tokens.len();
+        at = tokens.end;
+        let of_tokens = |all: &Vec<f32>| all[tokens.clone()].to_vec();
+        let exact_kl = of_reference.as_ref().and_then(|(_, exact, ..)| exact.as_ref()).map(of_tokens);
+        let of_reference = match &of_reference {
+            Some((logprobs, _, hidden, d)) => {
+                let hidden = cpu::view(hidden)?[tokens.start * d..tokens.end * d].to_vec();
+                Some((of_tokens(logprobs), hidden))
+            }
+            None => None,
+        };
+        Ok(Outputs {
+            recomputed: recomputed.as_ref().map(|stats| of_tokens(&stats.logprobs)),
+            of_reference,
+            exact_kl,
+            values: values.as_ref().map(of_tokens),
+            last_value: last_values.next().copied(),
+        })
+    };
+    rows.iter().map(&mut of).collect()
 }
 
 /// Scores given responses by actor, reference, critic and reward source. If `readers` has a pad token, responses are
@@ -210,49 +286,30 @@ pub fn read(
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
     let recomputes = scored.is_some() || readers.recomputes;
     let is_read = readers.reference.is_some() || readers.critic.is_some() || recomputes;
-    let mut progress = Progress::new("scoring", lengths.len(), Unit::Of("response"));
-    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS).into_iter().filter(|_| is_read) {
-        let (batch, targets) = rollout.batch(&rows)?;
-        // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
-        let recomputed = recomputes.then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
-        let of_reference = match readers.reference {
-            Some(reference) => {
-                let hidden = reference.rows(&batch, &targets)?;
-                let logprobs = reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
-                let exact = match readers.exact_kl {
-                    true => Some(actor.kl(&actor.rows(&batch, &targets)?, (reference, &hidden), temperature)?),
-                    false => None,
-                };
-                let (_, d) = hidden.dims2()?;
-                Some((logprobs, exact, hidden.to_host()?, d))
-            }
-            None => None,
+    let chunks = if is_read { chunks_by_tokens(&lengths, SCORING_TOKENS) } else { vec![] };
+    let outputs = readers.world.share(chunks.len(), |mine| {
+        let chunks = &chunks[mine];
+        let mut progress = Progress::new("scoring", chunks.iter().map(Vec::len).sum(), Unit::Of("response"));
+        let of = |rows: &Vec<usize>| {
+            let outputs = outputs(actor, &readers, &rollout, rows, recomputes, temperature);
+            progress.add(rows.len());
+            outputs
         };
-        let states = match readers.last_values {
-            true => [&targets.rows[..], &batch.last_rows()].concat(),
-            false => targets.rows.clone(),
-        };
-        let values = readers.critic.map(|critic| critic.values(&batch, &states)).transpose()?;
-        let mut at = 0;
-        for &i in &rows {
-            let next = at + rollout.responses[i].tokens.len();
-            if let Some(recomputed) = &recomputed {
-                let trainers = recomputed.logprobs[at..next].to_vec();
-                let samplers = std::mem::replace(&mut rollout.responses[i].logprobs, trainers);
-                rollout.sampler_logprobs.extend(readers.recomputes.then_some(samplers));
-            }
-            if let Some((logprobs, exact, hidden, d)) = &of_reference {
-                rollout.ref_logprobs.push(logprobs[at..next].to_vec());
-                rollout.ref_hidden.push(cpu::view(hidden)?[at * d..next * d].to_vec());
-                rollout.exact_kl.extend(exact.as_ref().map(|exact| exact[at..next].to_vec()));
-            }
-            rollout.values.extend(values.as_ref().map(|values| values[at..next].to_vec()));
-            at = next;
+        chunks.iter().map(of).collect()
+    })?;
+    for (i, outputs) in outputs.into_iter().flatten().enumerate() {
+        if let Some(trainers) = outputs.recomputed {
+            let samplers = std::mem::replace(&mut rollout.responses[i].logprobs, trainers);
+            rollout.sampler_logprobs.extend(readers.recomputes.then_some(samplers));
         }
-        rollout.last_values.extend(values.iter().flat_map(|values| &values[at..]));
-        progress.add(rows.len());
+        if let Some((logprobs, hidden)) = outputs.of_reference {
+            rollout.ref_logprobs.push(logprobs);
+            rollout.ref_hidden.push(hidden);
+        }
+        rollout.exact_kl.extend(outputs.exact_kl);
+        rollout.values.extend(outputs.values);
+        rollout.last_values.extend(outputs.last_value);
     }
-    drop(progress);
     if rollout.prompts.is_empty() {
         return Ok(rollout);
     }
@@ -277,16 +334,18 @@ pub fn read(
 ///
 /// # Errors
 /// Those of the forward passes.
-pub fn kl_to_sampler(actor: Policy<'_>, rollout: &Rollout, temperature: f64) -> Result<f64> {
+pub fn kl_to_sampler(actor: Policy<'_>, rollout: &Rollout, temperature: f64, world: &World) -> Result<f64> {
     let _scoring = within(Phase::Scoring);
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
-    let (mut sum, mut tokens) = (0.0, 0);
-    for rows in chunks_by_tokens(&lengths, SCORING_TOKENS) {
-        let (batch, targets) = rollout.batch(&rows)?;
+    let chunks = chunks_by_tokens(&lengths, SCORING_TOKENS);
+    let of = |rows: &Vec<usize>| -> Result<(f64, usize)> {
+        let (batch, targets) = rollout.batch(rows)?;
         let now = actor.logprobs(&batch, &targets, temperature)?.logprobs;
         let sampled = rows.iter().flat_map(|&i| &rollout.responses[i].logprobs);
-        sum += sampled.zip(&now).map(|(&old, &now)| Estimator::K3.of(old.into(), now.into())).sum::<f64>();
-        tokens += now.len();
-    }
+        let sum = sampled.zip(&now).map(|(&old, &now)| Estimator::K3.of(old.into(), now.into())).sum::<f64>();
+        Ok((sum, now.len()))
+    };
+    let sums = world.share(chunks.len(), |mine| chunks[mine].iter().map(of).collect())?;
+    let (sum, tokens) = sums.into_iter().fold((0.0, 0), |(sum, tokens), (more, n)| (sum + more, tokens + n));
     Ok(sum / tokens.max(1) as f64)
 }

@@ -14,6 +14,7 @@ use crate::model::base::Base;
 use crate::model::block::Recompute;
 use crate::model::roles::ValueModel;
 use crate::reward::source::RewardSource;
+use crate::train::world::World;
 
 /// The inputs of a PPO run. `reward_base` may be the same object as `base`: the four roles then share one frozen base.
 #[derive(Clone, Copy)]
@@ -46,6 +47,9 @@ pub struct PpoRun<'w> {
     pub seed: u64,
     /// Activations that blocks recompute in the backward pass. The caller has resolved `checkpoint = "auto"`.
     pub recompute: Recompute,
+    /// The ranks that share the work. All hold the same state: each samples, scores and computes gradients of its share of the
+    /// sequences, and what it finds goes to all.
+    pub world: &'w World,
 }
 
 impl<'w> PpoRun<'w> {

@@ -143,6 +143,7 @@ impl State {
             decode: run.decode,
             recomputes: config.importance_sampling_correction != ImportanceSamplingCorrection::None,
             pad: run.pad,
+            world: run.world,
         };
         run.source.set_progress(self.iteration as f64 / config.iterations().saturating_sub(1).max(1) as f64);
         let actor = Policy::new(run.base, Some(self.actor.weights().view()));
@@ -371,7 +372,7 @@ impl State {
         let adapts = run.config.policy_loss == PolicyLoss::KlPenalty && self.update.minibatches > 0;
         let Some(experience) = self.experience.as_ref().filter(|_| adapts) else { return Ok(None) };
         let actor = Policy::new(run.base, Some(self.actor.weights().view()));
-        kl_to_sampler(actor, &experience.rollout, run.temperature()).map(Some)
+        kl_to_sampler(actor, &experience.rollout, run.temperature(), run.world).map(Some)
     }
 
     /// Logs the iteration's metrics, samples, evaluation and warnings.
@@ -421,6 +422,10 @@ impl State {
         let mut line = self.last.clone();
         line.extend(self.pace.lap(experience, config, report));
         line.extend(distributions);
+        if let Some(lap) = run.world.lap()? {
+            lap.warning.iter().for_each(|text| report.warn(&format!("{name}: warning: {text}")));
+            line.extend(lap.metrics());
+        }
         report.step(now, &line, &shown)?;
         metrics::samples(experience, now, run, report)
     }

@@ -49,6 +49,9 @@ pub fn train_then<T>(
         state.load(&snapshot, run)?;
     }
     advance(run, &mut state, session)?;
+    for (_, learner) in state.learners() {
+        run.world.check_equal(&learner.weights().parameters()?)?;
+    }
     let trained = Trained {
         actor: state.actor.weights().snapshot(),
         critic: state.critic.as_ref().map(|critic| critic.weights().snapshot()),
@@ -135,6 +138,7 @@ mod tests {
     use crate::model_files::ModelFiles;
     use crate::quickstart::base::BASE;
     use crate::reward::source::RewardModel;
+    use crate::train::world::World;
 
     #[test]
     fn invalid_inputs_are_refused_before_a_token_is_sampled() {
@@ -158,6 +162,7 @@ mod tests {
         let config = Ppo { total_episodes: 8, batch_size: 8, response_length: 12, ..Ppo::default() };
         let prompts = vec![vec![5; 10]];
         let run = PpoRun {
+            world: World::alone(),
             base: &base,
             reward_base: &base,
             sft: &sft,

@@ -3,6 +3,7 @@
 //! formulas.
 
 use anyhow::{Context, Result};
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::experience::{Experience, estimator};
@@ -24,6 +25,7 @@ use crate::ops::cpu;
 use crate::ops::logprobs::TokenStats;
 use crate::train::learner::Learner;
 use crate::train::snapshot::Snapshot;
+use crate::train::world::World;
 use crate::train::{settings, stop};
 
 /// Sums over an iteration's minibatches.
@@ -82,6 +84,12 @@ pub struct Mismatch {
 }
 
 impl Mismatch {
+    fn merge(&mut self, other: &Self) {
+        self.tokens += other.tokens;
+        self.sum += other.sum;
+        self.max = self.max.max(other.max);
+    }
+
     fn add(&mut self, sampler: &[f32], trainer: &[f32]) {
         for (a, b) in sampler.iter().zip(trainer) {
             let difference = (f64::from(*a) - f64::from(*b)).abs();
@@ -95,6 +103,32 @@ impl Mismatch {
     pub fn mean(&self) -> Option<f64> {
         (self.tokens > 0).then(|| self.sum / self.tokens as f64)
     }
+}
+
+/// What one micro-batch adds to the actor's sums.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+struct ActorSums {
+    policy_loss: f64,
+    entropy: f64,
+    exact_kl: f64,
+    exact_responses: usize,
+    mismatch: Mismatch,
+    stats: PolicyStats,
+}
+
+/// What `of` finds for the micro-batches, each of one rank; it is given a micro-batch's number. `None` if the process was asked to
+/// stop. Several ranks stop between two steps alone, since they have to do so together.
+fn by_micro_batches<T: Serialize + DeserializeOwned>(
+    world: &World,
+    count: usize,
+    mut of: impl FnMut(usize) -> Result<T>,
+) -> Result<Option<Vec<T>>> {
+    let mut unless_stopped = |number| match world.is_alone() && stop::requested() {
+        true => Ok(None),
+        false => of(number).map(Some),
+    };
+    let found = world.share(count, |mine| mine.map(&mut unless_stopped).collect())?;
+    Ok(found.into_iter().collect())
 }
 
 /// The inputs of one minibatch update besides the learners.
@@ -214,6 +248,7 @@ impl Update {
                     self.actor_norm += learner.step_by(gradients, step.actor_lr)?;
                     if let Some(((config, blocks), before)) = mixture.zip(before) {
                         let gradients = self.ptx(learner, config, blocks, step);
+                        let gradients = gradients.and_then(|own| run.world.sum_gradients(own));
                         if let Err(error) = gradients.and_then(|g| learner.step(g, step.actor_lr)) {
                             before.restore_learner(ACTOR, learner)?;
                             return Err(error);
@@ -243,22 +278,18 @@ impl Update {
         // Tokens that the entropy bonus acts on.
         let bonus_tokens = chosen.as_ref().map_or(tokens, |chosen| chosen.iter().filter(|&&c| c).count().max(1) as f64);
         let is_first = self.first_ratio.is_none();
-        let mut at = 0;
         let objective = objective(step);
         // The exact KL is computed if it is part of the loss, and in the first epoch for the metrics.
         let exact_weight =
             (config.kl_in == KlIn::Loss && estimator(config.kl_estimator).is_none()).then_some(step.kl_coef);
         let needs_exact = step.reference.is_some() && (step.first_epoch || exact_weight.is_some());
+        let chunks: Vec<&[usize]> = rows.chunks(config.micro_batch_size).collect();
         let mut grads = Gradients::none(base.shapes().layers);
-        let mut stats = PolicyStats::default();
-        for rows in rows.chunks(config.micro_batch_size) {
-            if stop::requested() {
-                return Ok(None);
-            }
+        let sums = by_micro_batches(run.world, chunks.len(), |number| {
+            let rows = chunks[number];
             let (batch, targets) = rollout.batch(rows)?;
-            let range = at..at + targets.rows.len();
-            at = range.end;
-            let chosen = chosen.as_ref().map(|chosen| &chosen[range.clone()]);
+            let before: usize = chunks[..number].iter().map(|rows| step.experience.tokens_of(rows)).sum();
+            let chosen = chosen.as_ref().map(|chosen| &chosen[before..before + targets.rows.len()]);
             let lengths: Vec<usize> = rows.iter().map(|&i| rollout.responses[i].tokens.len()).collect();
             let old_logprobs = concat(rows, |i| &rollout.responses[i].logprobs);
             let advantages = concat(rows, |i| &step.experience.advantages[i]);
@@ -280,6 +311,7 @@ impl Update {
                 false => None,
             };
             let policy = Policy::new(base, Some(actor.weights().view()));
+            let mut sums = ActorSums::default();
             let loss = |token_stats: &TokenStats, exact: &[f32]| {
                 let inputs = PolicyTokens {
                     lengths: &lengths,
@@ -291,25 +323,24 @@ impl Update {
                 };
                 let loss = policy_loss(inputs, &objective, normaliser)?;
                 if is_first {
-                    self.mismatch.add(&sampled, &token_stats.logprobs);
+                    sums.mismatch.add(&sampled, &token_stats.logprobs);
                 }
-                let entropy = sum(&token_stats.entropy) / tokens;
+                sums.entropy = sum(&token_stats.entropy) / tokens;
                 let counts = |t: usize| chosen.is_none_or(|chosen| chosen[t]);
                 let bonus = match chosen {
-                    None => entropy,
+                    None => sums.entropy,
                     Some(_) => {
                         let of_chosen = token_stats.entropy.iter().enumerate().filter(|&(t, _)| counts(t));
                         of_chosen.map(|(_, &e)| f64::from(e)).sum::<f64>() / bonus_tokens
                     }
                 };
                 let exact_loss = exact_weight.map_or(0.0, |weight| weight * sum(exact) / tokens);
-                self.policy_loss += loss.loss + exact_loss - config.entropy_coef * bonus;
-                self.entropy += entropy;
+                sums.policy_loss = loss.loss + exact_loss - config.entropy_coef * bonus;
                 if step.first_epoch && needs_exact {
-                    self.exact_kl += sum(exact);
-                    self.exact_responses += rows.len();
+                    sums.exact_kl = sum(exact);
+                    sums.exact_responses = rows.len();
                 }
-                stats.merge(&loss.stats);
+                sums.stats = loss.stats;
                 let each = |weight: f64| vec![(weight / tokens) as f32; loss.grad.len()];
                 let of_bonus = (-config.entropy_coef / bonus_tokens) as f32;
                 let entropy = (0..loss.grad.len()).map(|t| if counts(t) { of_bonus } else { 0.0 }).collect();
@@ -320,6 +351,17 @@ impl Update {
             let (_, g) =
                 policy.gradients_against(&batch, &targets, reference, run.temperature(), run.recompute, loss)?;
             grads.add(g)?;
+            Ok(sums)
+        })?;
+        let Some(sums) = sums else { return Ok(None) };
+        let mut stats = PolicyStats::default();
+        for part in &sums {
+            self.policy_loss += part.policy_loss;
+            self.entropy += part.entropy;
+            self.exact_kl += part.exact_kl;
+            self.exact_responses += part.exact_responses;
+            self.mismatch.merge(&part.mismatch);
+            stats.merge(&part.stats);
         }
         if let Some((config, blocks)) = run.ptx_mixture().filter(|(config, _)| !config.separate_step) {
             grads.add(self.ptx(actor, config, blocks, step)?)?;
@@ -329,10 +371,10 @@ impl Update {
         self.last_policy = stats;
         self.minibatches += 1;
         // The critic's passes find the device's memory free of them.
-        grads.to_host().map(Some)
+        run.world.sum_gradients(grads.to_host()?).map(Some)
     }
 
-    /// Gradient of the pretraining loss over the next text blocks, one per sequence of the minibatch.
+    /// This rank's share of the gradient of the pretraining loss over the next text blocks, one per sequence of the minibatch.
     fn ptx(
         &mut self,
         actor: &Learner,
@@ -345,7 +387,7 @@ impl Update {
         let policy = Policy::new(run.base, Some(actor.weights().view()));
         let layers = run.base.shapes().layers;
         let micro = run.config.micro_batch_size;
-        let (loss, gradients) = ptx::gradients(policy, layers, blocks, &rows, config, micro, run.recompute)?;
+        let (loss, gradients) = ptx::gradients(policy, layers, blocks, &rows, config, micro, run.recompute, run.world)?;
         self.ptx_loss += loss;
         Ok(gradients)
     }
@@ -354,26 +396,31 @@ impl Update {
     fn critic(&mut self, critic: &Learner, step: &Step<'_>) -> Result<Option<Gradients>> {
         let (run, experience) = (step.run, step.experience);
         let (base, config, tokens) = (run.critic_base(), run.config, step.tokens());
+        let chunks: Vec<&[usize]> = step.rows.chunks(config.micro_batch_size).collect();
         let mut grads = Gradients::none(base.shapes().layers);
-        for rows in step.rows.chunks(config.micro_batch_size) {
-            if stop::requested() {
-                return Ok(None);
-            }
+        let sums = by_micro_batches(run.world, chunks.len(), |number| {
+            let rows = chunks[number];
             let (batch, targets) = experience.rollout.batch(rows)?;
             let old_values = concat(rows, |i| &experience.rollout.values[i]);
             let returns = concat(rows, |i| &experience.returns[i]);
             let value_model = ValueModel::new(base, critic.weights().view())?;
+            let mut sums = (0.0, ValueStats::default());
             let (_, g) = value_model.gradients(&batch, &targets.rows, run.recompute, |values| {
                 let inputs = ValueTokens { values, old_values: &old_values, returns: &returns };
                 let loss = value_loss(inputs, config.cliprange_value, tokens)?;
-                self.value_loss += loss.loss;
-                self.value.merge(&loss.stats);
+                sums = (loss.loss, loss.stats);
                 Ok(loss.grad.into_iter().map(|g| g * config.vf_coef as f32).collect())
             })?;
             grads.add(g)?;
+            Ok(sums)
+        })?;
+        let Some(sums) = sums else { return Ok(None) };
+        for (loss, stats) in &sums {
+            self.value_loss += loss;
+            self.value.merge(stats);
         }
         self.critic_minibatches += 1;
-        Ok(Some(grads))
+        run.world.sum_gradients(grads).map(Some)
     }
 }
 
@@ -403,14 +450,12 @@ fn token_weights(rollout: &Rollout, rows: &[usize], chosen: Option<&[bool]>, con
 /// changes nothing.
 fn uncertain(actor: Policy<'_>, step: &Step<'_>, rows: &[usize]) -> Result<Option<Vec<bool>>> {
     let config = step.run.config;
-    let mut entropies = vec![];
-    for rows in rows.chunks(config.micro_batch_size) {
-        if stop::requested() {
-            return Ok(None);
-        }
-        let (batch, targets) = step.experience.rollout.batch(rows)?;
-        entropies.extend(actor.logprobs(&batch, &targets, step.run.temperature())?.entropy);
-    }
+    let chunks: Vec<&[usize]> = rows.chunks(config.micro_batch_size).collect();
+    let entropies = by_micro_batches(step.run.world, chunks.len(), |number| {
+        let (batch, targets) = step.experience.rollout.batch(chunks[number])?;
+        Ok(actor.logprobs(&batch, &targets, step.run.temperature())?.entropy)
+    })?;
+    let Some(entropies) = entropies.map(|entropies| entropies.concat()) else { return Ok(None) };
     let bound = quantile(&entropies, 1.0 - config.top_entropy_quantile);
     Ok(Some(entropies.iter().map(|&entropy| f64::from(entropy) >= bound).collect()))
 }

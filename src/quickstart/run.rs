@@ -40,6 +40,7 @@ use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::stop;
 use crate::train::supervised::Setup;
+use crate::train::world::World;
 use crate::{reward, sft};
 
 /// Sizes of the data sets.
@@ -211,6 +212,7 @@ fn all_stages(out: &Path, config: &Config) -> Result<Outcome> {
     let source = RewardModel(ValueModel::new(base, &reward_adapter)?);
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap_or_default();
     let run = PpoRun {
+        world: World::alone(),
         base,
         reward_base: base,
         sft: &sft_adapter,

@@ -1,6 +1,7 @@
 //! Reward sources: where a response's score comes from. PPO depends on the [`RewardSource`] trait only: token ids and texts
 //! in, scores out. It does not depend on reward shaping: read `ppo/rewards.rs` for that, `source/combine.rs` next.
 
+pub mod among;
 pub mod combine;
 pub mod command;
 mod endpoint;

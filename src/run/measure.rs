@@ -32,6 +32,7 @@ use crate::run::placement;
 use crate::run::rewards::RewardSourceBuilder;
 use crate::train::session::Session;
 use crate::train::supervised::Setup;
+use crate::train::world::World;
 use crate::{distill, invalid, ppo, reward, sft};
 
 /// The memory that was predicted and the memory that was measured.
@@ -251,6 +252,7 @@ impl Bench<'_> {
         let adapters = Adapters::open(&c, &model)?;
         let columns = columns(&train, &asked, &c, config)?;
         let builder = RewardSourceBuilder {
+            world: World::alone(),
             scorer: &model,
             retokenise: None,
             prompts: &train,
@@ -269,6 +271,7 @@ impl Bench<'_> {
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
         let judges = ppo::evaluate::EvaluationInputs {
+            world: World::alone(),
             base: &model.base,
             sft: &sft,
             source: &*source,
@@ -281,6 +284,7 @@ impl Bench<'_> {
         let before = evaluation.before(&mut session.report)?;
         let evaluation = evaluation.with_baseline(before);
         let run = ppo::run::PpoRun {
+            world: World::alone(),
             base: &model.base,
             reward_base: &model.base,
             sft: &sft,

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
-use super::{Model, prepared, save};
+use super::{Model, prepared_among, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
 use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, end_of_responses, ends_of_responses};
@@ -29,8 +29,10 @@ use crate::run::options::Inputs;
 use crate::stats::mean_and_error;
 
 pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOptions) -> Result<Value> {
-    let (ppo, name) = (config.rollouts(stage)?, stage.name());
-    config.idle_keys(stage).iter().for_each(|idle| eprintln!("{name}: {idle}"));
+    let world = &options.world;
+    let (of_all, name) = (config.of_ranks(stage, world.size()), stage.name());
+    let ppo = of_all.rollouts(stage)?;
+    config.idle_keys(stage).iter().filter(|_| world.is_first()).for_each(|idle| eprintln!("{name}: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.
     let other = match &config.reward_base {
@@ -38,12 +40,12 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         _ => None,
     };
     let scorer = other.as_ref().unwrap_or(&model);
-    let Prepared { train: prompts, held_out, .. } = prepared(config, model.checkpoint.tokenizer(), true)?;
+    let Prepared { train: prompts, held_out, .. } = prepared_among(world, config, model.checkpoint.tokenizer(), true)?;
     let ppo = &ppo.over(prompts.len());
     let eval_prompts: Vec<PromptExample> = (0..held_out.len().min(ppo.eval_prompts))
         .map(|row| held_out.get(row).map(Cow::into_owned))
         .collect::<Result<_>>()?;
-    if ppo.eval_prompts > 0 && eval_prompts.is_empty() {
+    if ppo.eval_prompts > 0 && eval_prompts.is_empty() && world.is_first() {
         eprintln!(
             "{name}: warning: {} = {} has no prompts to evaluate on: [data] holds none out; set eval_rows or eval_fraction, or \
              give other prompts",
@@ -84,6 +86,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         pad,
         columns: columns.as_ref(),
         section: ppo.origin.name(),
+        world,
     };
     let source = builder.source(ppo, &adapters)?;
     let gold = builder.gold(ppo, &adapters)?;
@@ -118,7 +121,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     let facts =
         passes::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
     let parts = Parts { stage, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
-    let preflight = parts.admit(config, |config| passes::ppo(config, &ids, facts))?;
+    let preflight = parts.admit(&of_all, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, options)?;
     let memory = preflight.report(&mut session);
     let tokenizer = model.checkpoint.tokenizer();
@@ -136,9 +139,10 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         prompts: &eval_prompts,
         stop,
         decode: &decode,
+        world,
     };
     let evaluation = Evaluation::new(inputs, ppo, config.seed);
-    let before = session.once("before", |report| evaluation.before(report))?;
+    let before = session.once_together("before", |report| evaluation.before(report))?;
     let evaluation = evaluation.with_baseline(before);
     let run = PpoRun {
         base: &model.base,
@@ -155,9 +159,13 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         config: ppo,
         seed: config.seed,
         recompute: preflight.plan.checkpoint,
+        world,
     };
     let (trained, after) =
         train_then(&run, &mut session, |trained, report| evaluation.run(&"after".into(), &trained.actor, report))?;
+    if !world.is_first() {
+        return Ok(Value::Null);
+    }
     let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
     let critic_model = if ppo.critic == CriticStart::Actor || translated.is_some() { &model } else { scorer };
     let critic = trained.critic.map(|critic| save(critic, critic_model, &out.join("critic"))).transpose()?;

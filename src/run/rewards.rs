@@ -17,6 +17,7 @@ use crate::data::stream::columns::Columns;
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::roles::ValueModel;
+use crate::reward::source::among::{OfFirst, Shared};
 use crate::reward::source::combine::{Aggregate, Ensemble, Part, WeightedSum};
 use crate::reward::source::command::CommandReward;
 use crate::reward::source::http::HttpReward;
@@ -28,6 +29,7 @@ use crate::reward::source::retry::RetryPolicy;
 use crate::reward::source::served::{self, Dialect, ServedReward, ServedRules};
 use crate::reward::source::verify::{Solutions, Verifier};
 use crate::reward::source::{RewardModel, RewardSource, Unpadded};
+use crate::train::world::World;
 
 /// Requests of a judge at once.
 const CONCURRENCY: NonZeroUsize = NonZeroUsize::new(8).expect("8 is not 0");
@@ -150,6 +152,8 @@ pub(super) struct RewardSourceBuilder<'w> {
     pub columns: Option<&'w Columns>,
     /// The section that names the sources: ppo, grpo or rloo.
     pub section: &'static str,
+    /// The ranks that share the responses.
+    pub world: &'w World,
 }
 
 type Boxed<'w> = Box<dyn RewardSource + 'w>;
@@ -179,7 +183,7 @@ impl<'w> RewardSourceBuilder<'w> {
 
     fn model(&self, adapter: &'w Adapter) -> Result<Boxed<'w>> {
         let scorer = ValueModel::new(&self.scorer.base, adapter)?;
-        Ok(match self.retokenise {
+        let source: Boxed<'w> = match self.retokenise {
             None => match self.pad {
                 None => Box::new(RewardModel(scorer)),
                 Some(pad) => Box::new(Unpadded { model: RewardModel(scorer), pad }),
@@ -188,7 +192,13 @@ impl<'w> RewardSourceBuilder<'w> {
                 let context = self.scorer.base.config().max_position_embeddings;
                 Box::new(RetokenisedModel { scorer, encoder, end, prompts, context })
             }
-        })
+        };
+        Ok(Box::new(Shared { source, world: self.world }))
+    }
+
+    /// A source outside this process.
+    fn outside(&self, open: impl FnOnce() -> Result<Boxed<'w>>) -> Result<Boxed<'w>> {
+        Ok(Box::new(OfFirst::new(self.world, open)?))
     }
 
     fn part(&self, part: &RewardPart, adapters: &'w [Adapter]) -> Result<Boxed<'w>> {
@@ -214,21 +224,22 @@ impl<'w> RewardSourceBuilder<'w> {
                     }
                 }
             }
-            RewardKind::Command => Box::new(CommandReward::start(part.command.clone(), self.columns, retry)?),
+            RewardKind::Command => {
+                self.outside(|| Ok(Box::new(CommandReward::start(part.command.clone(), self.columns, retry)?)))?
+            }
             RewardKind::Http => {
                 let (url, key) = (part.url.clone(), api_key(part, self.section)?);
                 match served_rules(part, self.pad)? {
-                    None => Box::new(HttpReward::new(url, key, self.columns, retry)),
-                    Some(rules) => Box::new(ServedReward::new(url, key, rules, self.columns, retry)?),
+                    None => self.outside(|| Ok(Box::new(HttpReward::new(url, key, self.columns, retry))))?,
+                    Some(rules) => {
+                        self.outside(|| Ok(Box::new(ServedReward::new(url, key, rules, self.columns, retry)?)))?
+                    }
                 }
             }
-            RewardKind::Judge => Box::new(Judge::new(
-                &part.url,
-                api_key(part, self.section)?,
-                rules(part, pattern)?,
-                self.columns,
-                retry,
-            )?),
+            RewardKind::Judge => {
+                let (key, rules) = (api_key(part, self.section)?, rules(part, pattern)?);
+                self.outside(|| Ok(Box::new(Judge::new(&part.url, key, rules, self.columns, retry)?)))?
+            }
             RewardKind::Regex => Box::new(Verifier::Regex(pattern.context("the config check requires a pattern")?)),
             RewardKind::JsonValid => Box::new(Verifier::JsonValid),
             RewardKind::JsonSchema => {

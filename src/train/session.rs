@@ -89,6 +89,24 @@ impl Session {
         Ok(found)
     }
 
+    /// The same where all ranks find it together, and each finds the same.
+    ///
+    /// # Errors
+    /// Those of `find` on any rank; if the checkpoint holds something else under that name.
+    pub fn once_together<T: Serialize + DeserializeOwned>(
+        &mut self,
+        name: &str,
+        find: impl FnOnce(&mut Report) -> Result<T>,
+    ) -> Result<T> {
+        if self.findings.has(name) {
+            return self.findings.get(name);
+        }
+        let found = find(&mut self.report);
+        let found = self.world.agree(found)?;
+        self.findings.put(name, &found)?;
+        Ok(found)
+    }
+
     /// The state that the run resumes from. Called once, at the start of a stage's loop.
     ///
     /// # Errors

@@ -346,6 +346,10 @@ impl<'e, E: ?Sized> Training<'e, E> {
                 if keys.eval_steps > 0 && step.is_multiple_of(keys.eval_steps) {
                     metrics.extend(world.first(|| stage.evaluate(progress.learner.weights().view()))?);
                 }
+                if let Some(lap) = world.lap()? {
+                    lap.warning.iter().for_each(|text| session.report.warn(&format!("warning: {text}")));
+                    metrics.extend(lap.metrics());
+                }
                 session.report.step(before + step, &metrics, S::SHOWN)?;
                 stage.samples(&sums, before + step).iter().try_for_each(|sample| session.report.sample(sample))?;
             }

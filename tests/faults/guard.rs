@@ -15,6 +15,7 @@ use fourfold::reward::source::{RewardInputs, RewardSource};
 use fourfold::run::Model;
 use fourfold::train::guard::Guard;
 use fourfold::train::session::Session;
+use fourfold::train::world::World;
 
 /// Scores of which some rollouts' are poison.
 struct Poisoned<F: Fn(usize) -> bool> {
@@ -55,6 +56,7 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
     };
     let source = Poisoned { rollout: Cell::new(0), is_poison, poison };
     let run = PpoRun {
+        world: World::alone(),
         base: &model.base,
         reward_base: &model.base,
         sft: &sft,

@@ -40,4 +40,4 @@ if [ -z "${FOURFOLD_BINARY:-}" ]; then
     (cd "$root" && cargo build --profile "$profile" --features mpi --target-dir target/mpi >&2) || fail "it does not build"
     FOURFOLD_BINARY=$root/target/mpi/$profile/fourfold
 fi
-exec python3 "$root/tests/python/check_mpi.py" "$FOURFOLD_BINARY" "$root/src/quickstart/assets/base"
+exec python3 "$root/tests/python/check_mpi.py" "$FOURFOLD_BINARY" "$root/src/quickstart/assets/base" "$root/adapters/quickstart"

@@ -16,6 +16,7 @@ use fourfold::quickstart::base::BASE;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::world::World;
 use safetensors::tensor::{Dtype, TensorView};
 
 fn embedded() -> Model {
@@ -41,6 +42,7 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
     };
     let source = RewardModel(ValueModel::new(&model.base, &reward)?);
     let run = PpoRun {
+        world: World::alone(),
         base: &model.base,
         reward_base: &model.base,
         sft: &sft,

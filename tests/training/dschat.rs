@@ -27,6 +27,7 @@ use fourfold::run::Model;
 use fourfold::sft;
 use fourfold::train::session::Session;
 use fourfold::train::supervised::Setup;
+use fourfold::train::world::World;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -163,6 +164,7 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
         let texts: Vec<SftExample> = recorded.texts.iter().map(block).collect();
         let source = Unpadded { model: RewardModel(ValueModel::new(base, &judge).unwrap()), pad: recorded.pad };
         let run = PpoRun {
+            world: World::alone(),
             base,
             reward_base: base,
             sft: &lm,
@@ -186,6 +188,7 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
         };
         let responses = recorded.answers.iter().map(response).collect();
         let readers = Readers {
+            world: World::alone(),
             reference: Some(Policy::new(base, None)),
             recomputes: false,
             critic: Some(ValueModel::new(base, &rm).unwrap()),
@@ -440,6 +443,7 @@ fn a_rollout_with_all_responses_dropped_is_refused_if_first_and_else_repeats_the
         ..Ppo::default()
     };
     let run = |stop| PpoRun {
+        world: World::alone(),
         base,
         reward_base: base,
         sft: &lm,

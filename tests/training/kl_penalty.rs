@@ -19,6 +19,7 @@ use fourfold::report::Report;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
 use fourfold::train::session::Session;
+use fourfold::train::world::World;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -100,6 +101,7 @@ fn the_penalty_is_adapted_by_the_kl_after_the_last_of_two_updates() {
             ..Ppo::default()
         };
         let run = PpoRun {
+            world: World::alone(),
             base: &model.base,
             reward_base: &model.base,
             sft: &lm,

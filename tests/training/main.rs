@@ -13,6 +13,7 @@ mod kl_penalty;
 mod lora_targets;
 mod ppo_update;
 mod ranks;
+mod ranks_rollouts;
 mod reward_sources;
 mod served_rewards;
 mod shipped_adapters;

@@ -15,6 +15,7 @@ use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::state::State;
 use fourfold::reward::source::RewardModel;
 use fourfold::run::Model;
+use fourfold::train::world::World;
 use serde::Deserialize;
 
 #[derive(Deserialize)]
@@ -103,6 +104,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
     assert!(apart.0 < 1e-4 && apart.1 < 1e-4, "{apart:?}");
     let source = RewardModel(scorer);
     let run = PpoRun {
+        world: World::alone(),
         base,
         reward_base: base,
         sft: &lm,

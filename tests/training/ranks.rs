@@ -91,22 +91,27 @@ impl Place {
 }
 
 /// Every number under its path, but the distributions', whose buckets are as wide as the least and the largest value say.
-fn numbers(at: &str, value: &Value, into: &mut Vec<(String, f64)>) {
+pub fn numbers(at: &str, value: &Value, into: &mut Vec<(String, f64)>) {
     match value {
         Value::Object(entries) => {
             let named = entries.iter().filter(|(key, _)| !key.starts_with("histogram/"));
             named.for_each(|(key, value)| numbers(&format!("{at}/{key}"), value, into));
         }
+        Value::Array(all) => all.iter().enumerate().for_each(|(i, value)| numbers(&format!("{at}/{i}"), value, into)),
         Value::Number(number) => into.push((at.into(), number.as_f64().unwrap())),
         _ => into.push((format!("{at}: {value}"), 0.0)),
     }
 }
 
-fn assert_close(one: &[(String, f64)], other: &[(String, f64)], context: &str) {
+pub fn assert_close(one: &[(String, f64)], other: &[(String, f64)], context: &str) {
+    assert_within(1e-5, one, other, context);
+}
+
+pub fn assert_within(tolerance: f64, one: &[(String, f64)], other: &[(String, f64)], context: &str) {
     assert_eq!(one.len(), other.len(), "{context}");
     for ((name, a), (same, b)) in one.iter().zip(other) {
         assert_eq!(name, same, "{context}");
-        assert!((a - b).abs() <= 1e-5 * a.abs().max(1.0), "{context}: {name} is {a} and {b}");
+        assert!((a - b).abs() <= tolerance * a.abs().max(1.0), "{context}: {name} is {a} and {b}");
     }
 }
 

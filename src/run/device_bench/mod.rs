@@ -35,6 +35,7 @@ use crate::reward::source::RewardModel;
 use crate::rng::SplitMix64;
 use crate::run::model::lora_config;
 use crate::train::session::Session;
+use crate::train::world::World;
 
 /// What is measured over one base.
 #[derive(Clone, Debug)]
@@ -393,6 +394,7 @@ impl Roles {
         let source = RewardModel(ValueModel::new(&self.base, &self.reward)?);
         let decode = |_: &[u32]| String::new();
         let run = PpoRun {
+            world: World::alone(),
             base: &self.base,
             reward_base: &self.base,
             sft: &self.sft,

@@ -69,7 +69,7 @@ pub fn alone(command: &str) -> Result<()> {
         (_, 0 | 1) => Ok(()),
         (_, size) => Err(invalid!(
             "`fourfold {command}` trains in one process, and {size} were started together; start it without mpirun (sft, \
-             reward, dpo and kto train among several)"
+             reward, dpo, kto, ppo, grpo and rloo train among several)"
         )),
     }
 }

@@ -5,12 +5,14 @@
 //! does not depend on a stage. Read `launch.rs` for how a process learns of the others, and `../supervised.rs` for the loop over it.
 
 mod failure;
+mod lap;
 pub mod launch;
 #[cfg(feature = "mpi")]
 mod processes;
 pub mod threads;
 
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
@@ -21,6 +23,7 @@ use serde::de::DeserializeOwned;
 use crate::model::adapter::Gradients;
 use crate::ops::cpu;
 use failure::Failure;
+use lap::{Clocks, Lap};
 
 /// How a rank reaches the others. Messages between two ranks arrive in the order in which they were sent.
 pub trait Ranks: Send + Sync {
@@ -48,7 +51,13 @@ pub trait Ranks: Send + Sync {
 /// Every method but [`World::rank`], [`World::size`], [`World::is_first`] and [`World::is_alone`] is a meeting: all ranks call it,
 /// in the same order.
 #[derive(Clone, Default)]
-pub struct World(Option<Arc<dyn Ranks>>);
+pub struct World(Option<Arc<Others>>);
+
+/// How this rank reaches the others, and its clocks.
+struct Others {
+    ranks: Box<dyn Ranks>,
+    clocks: Clocks,
+}
 
 impl fmt::Debug for World {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -56,20 +65,27 @@ impl fmt::Debug for World {
     }
 }
 
+static ALONE: World = World(None);
+
 impl World {
+    /// The world of one.
+    pub fn alone() -> &'static Self {
+        &ALONE
+    }
+
     /// The world of these ranks; one rank is a world of one.
     pub fn of(ranks: impl Ranks + 'static) -> Self {
-        Self((ranks.size() > 1).then(|| Arc::new(ranks) as Arc<dyn Ranks>))
+        Self((ranks.size() > 1).then(|| Arc::new(Others { ranks: Box::new(ranks), clocks: Clocks::default() })))
     }
 
     /// Number of this rank, from 0.
     pub fn rank(&self) -> usize {
-        self.0.as_ref().map_or(0, |ranks| ranks.rank())
+        self.0.as_ref().map_or(0, |others| others.ranks.rank())
     }
 
     /// Number of ranks.
     pub fn size(&self) -> usize {
-        self.0.as_ref().map_or(1, |ranks| ranks.size())
+        self.0.as_ref().map_or(1, |others| others.ranks.size())
     }
 
     /// Whether this is rank 0, which alone reports and writes files.
@@ -84,7 +100,8 @@ impl World {
 
     /// Messages of all ranks put together by rank 0, in the order of the ranks.
     fn fold(&self, mine: Vec<u8>, mut add: impl FnMut(&mut Vec<u8>, &[u8]) -> Result<()>) -> Result<Vec<u8>> {
-        let Some(ranks) = &self.0 else { return Ok(mine) };
+        let Some(Others { ranks, clocks }) = self.0.as_deref() else { return Ok(mine) };
+        let _waiting = clocks.waiting();
         if ranks.rank() > 0 {
             ranks.send(0, &mine)?;
             return ranks.receive(0);
@@ -146,6 +163,17 @@ impl World {
         Ok(doubles(&all).collect())
     }
 
+    /// The time that each rank worked since the last call, seconds, and a warning the first time that one of them takes much longer
+    /// than the others. `None` for a world of one.
+    ///
+    /// # Errors
+    /// If a rank is gone.
+    pub fn lap(&self) -> Result<Option<Lap>> {
+        let Some(Others { clocks, .. }) = self.0.as_deref() else { return Ok(None) };
+        let seconds = self.concat(vec![clocks.lap()])?;
+        Ok(Some(Lap { warning: clocks.slow(&seconds), seconds }))
+    }
+
     /// Whether it is so on any rank.
     ///
     /// # Errors
@@ -154,6 +182,49 @@ impl World {
         let mut count = [f64::from(u8::from(here))];
         self.sum(&mut count)?;
         Ok(count[0] > 0.0)
+    }
+
+    /// A rank's share of `count` things, one rank's behind the other's: no rank has two more than another.
+    fn share_of(&self, count: usize) -> Range<usize> {
+        let (rank, size) = (self.rank(), self.size());
+        rank * count / size..(rank + 1) * count / size
+    }
+
+    /// What `of` finds for each of `count` things, in their order, where each rank finds its share of them: `of` is called once,
+    /// with the numbers of the things that this rank has. A world of one has all, and sends nothing.
+    ///
+    /// # Errors
+    /// Those of `of` on the first rank that failed, on every rank; if a rank is gone.
+    pub fn share<T: Serialize + DeserializeOwned>(
+        &self,
+        count: usize,
+        of: impl FnOnce(Range<usize>) -> Result<Vec<T>>,
+    ) -> Result<Vec<T>> {
+        let mine = self.share_of(count);
+        let expected = mine.len();
+        let found = of(mine).and_then(|found| {
+            ensure!(found.len() == expected, "{} results for {expected} things", found.len());
+            Ok(found)
+        });
+        if self.is_alone() {
+            return found;
+        }
+        let found = self.agree(found)?;
+        // Each rank's results behind the length of their encoding.
+        let framed = |bytes: Vec<u8>| [&(bytes.len() as u64).to_le_bytes()[..], &bytes].concat();
+        let all = self.fold(framed(postcard::to_allocvec(&found)?), |all, more| {
+            all.extend_from_slice(more);
+            Ok(())
+        })?;
+        let (mut rest, mut found) = (&all[..], Vec::with_capacity(count));
+        while !rest.is_empty() {
+            let (length, behind) = rest.split_first_chunk().context("a message without a head")?;
+            let cut = behind.split_at_checked(u64::from_le_bytes(*length) as usize).context("a cut message")?;
+            found.extend(postcard::from_bytes::<Vec<T>>(cut.0)?);
+            rest = cut.1;
+        }
+        ensure!(found.len() == count, "all ranks together found {} of {count} results", found.len());
+        Ok(found)
     }
 
     /// The gradients of all ranks, added up; a missing one counts as zero. The sum lies on the host.
@@ -186,8 +257,9 @@ impl World {
     /// # Errors
     /// Those of `find`, on every rank; if rank 0 is gone.
     pub fn first<T: Serialize + DeserializeOwned>(&self, find: impl FnOnce() -> Result<T>) -> Result<T> {
-        let Some(ranks) = &self.0 else { return find() };
+        let Some(Others { ranks, clocks }) = self.0.as_deref() else { return find() };
         if ranks.rank() > 0 {
+            let _waiting = clocks.waiting();
             let found: std::result::Result<T, Failure> = serde_json::from_slice(&ranks.receive(0)?)?;
             return found.map_err(|failure| failure.error(0));
         }

@@ -270,6 +270,7 @@ fn an_evaluation_has_a_seed_per_prompt_the_same_in_every_call_and_compares_with_
     let prompts: Vec<PromptExample> = (0..8).map(prompt).collect();
     let config = Ppo { temperature: 0.6, local_rollout_forward_batch_size: Some(3), ..still() };
     let inputs = EvaluationInputs {
+        world: fourfold::train::world::World::alone(),
         base: &model.base,
         sft,
         source: &source,

@@ -23,6 +23,7 @@ use fourfold::run::Model;
 use fourfold::tokenizer::SpecialTokens;
 use fourfold::train::session::Session;
 use fourfold::train::supervised::Setup;
+use fourfold::train::world::World;
 use fourfold::{reward, sft};
 use serde_json::Value;
 
@@ -150,6 +151,7 @@ pub fn ppo_run<'w>(
         RecomputeSetting::Block => Recompute::Block,
     };
     PpoRun {
+        world: World::alone(),
         base,
         reward_base,
         sft,
