@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
+use super::served_rollouts::ServedSampler;
 use super::{Model, prepared_among, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
@@ -22,6 +23,7 @@ use crate::note;
 use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, EvaluationInputs};
 use crate::ppo::run::{PpoRun, check};
+use crate::ppo::sampler::Sampler;
 use crate::ppo::train::train_then;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
@@ -141,6 +143,13 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         decode: &decode,
         world,
     };
+    let served = ppo.rollout.as_ref().filter(|rollout| rollout.is_served());
+    let open = |rollout| ServedSampler::new(rollout, &model, ppo.origin.name(), out, world.is_first());
+    let sampler = served.map(open).transpose()?;
+    // Rank 0 alone asks the servers.
+    if let Some(sampler) = &sampler {
+        world.first(|| sampler.begin(&sft))?;
+    }
     let evaluation = Evaluation::new(inputs, ppo, config.seed);
     let before = session.once_together("before", |report| evaluation.before(report))?;
     let evaluation = evaluation.with_baseline(before);
@@ -156,6 +165,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         evaluation: Some(&evaluation).filter(|_| !eval_prompts.is_empty()),
         ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
         pad,
+        sampler: sampler.as_ref().map(|sampler| sampler as &dyn Sampler),
         config: ppo,
         seed: config.seed,
         recompute: preflight.plan.checkpoint,

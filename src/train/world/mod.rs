@@ -269,6 +269,15 @@ impl World {
         found
     }
 
+    /// As [`World::first`] of something outside this process, for which rank 0 waits, too: its time is no work.
+    ///
+    /// # Errors
+    /// As for [`World::first`].
+    pub fn first_waiting<T: Serialize + DeserializeOwned>(&self, find: impl FnOnce() -> Result<T>) -> Result<T> {
+        let _waiting = self.0.as_deref().filter(|_| self.is_first()).map(|others| others.clocks.waiting());
+        self.first(find)
+    }
+
     /// A rank's own outcome where all ranks succeeded; else the failure of the first rank that failed, on every rank.
     ///
     /// # Errors
