@@ -195,6 +195,7 @@ const ROWS: &[Row] = &[
     (SAMPLERS, "max_mismatch", "nats per token", positive!("0.05 to 0.5")),
     (SAMPLERS, "concurrency", "requests", ONE),
     (SAMPLERS, "timeout_seconds", "seconds", SECONDS),
+    (SAMPLERS, "async_rollouts", "rollouts", range("0 or 1", |v| v <= 1.0)),
     (SAMPLERS, "retries", "tries", WHOLE),
     (PARTS, "weight", "", ANY),
     (PARTS, "weight_end", "", ANY),

@@ -9,7 +9,7 @@ use anyhow::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::Ppo;
+use super::{ImportanceSamplingCorrection, Origin, Ppo};
 use crate::invalid;
 
 /// What samples the responses.
@@ -70,6 +70,9 @@ pub struct RolloutEngine {
     pub concurrency: NonZeroUsize,
     /// Longest wait for a reply. Default 600.
     pub timeout_seconds: f64,
+    /// Rollouts that are sampled ahead, 0 or 1. With 1 the servers sample the next rollout while the updates of this one run, from
+    /// the actor before those updates: `importance_sampling_correction` weights it by what they moved. Default 0.
+    pub async_rollouts: usize,
     /// Tries after a failed one, at the next server, half a second later and then twice as long each time. Default 3.
     pub retries: usize,
 }
@@ -86,17 +89,25 @@ impl Default for RolloutEngine {
             max_mismatch: 0.2,
             concurrency: NonZeroUsize::new(32).expect("32 is not 0"),
             timeout_seconds: 600.0,
+            async_rollouts: 0,
             retries: 3,
         }
     }
 }
 
-impl RolloutEngine {
-    /// Whether servers sample.
-    pub fn is_served(&self) -> bool {
-        self.engine != Engine::Own
+impl Ppo {
+    /// The servers that sample the rollouts, if this process does not.
+    pub fn servers(&self) -> Option<&RolloutEngine> {
+        self.rollout.as_ref().filter(|rollout| rollout.engine != Engine::Own)
     }
 
+    /// Whether the next rollout is sampled while the updates of this one run.
+    pub fn samples_ahead(&self) -> bool {
+        self.servers().is_some_and(|servers| servers.async_rollouts > 0)
+    }
+}
+
+impl RolloutEngine {
     /// What an engine needs, from its own keys and from the section's sampling parameters.
     ///
     /// # Errors
@@ -106,6 +117,13 @@ impl RolloutEngine {
         let says = |text: String| Err(invalid!("[{name}.rollout] {text}"));
         let engine = serde_json::to_value(self.engine)?;
         match self.engine {
+            Engine::Own if self.async_rollouts > 0 => {
+                return says(
+                    "async_rollouts = 1 has a server sample while this process updates, and engine = \"self\" has none; set engine = \
+                     \"vllm\" with urls, or async_rollouts = 0"
+                        .into(),
+                );
+            }
             Engine::Own if *self != Self::default() => {
                 return says(
                     "has keys of a server, and engine = \"self\"; set engine = \"vllm\", or remove them".into(),
@@ -138,6 +156,16 @@ impl RolloutEngine {
         }
         if self.engine == Engine::Openai && section.top_k > 0 {
             return says(format!("engine = \"openai\" has no top_k = {}; set it to 0, or use \"vllm\"", section.top_k));
+        }
+        let corrected = section.importance_sampling_correction != ImportanceSamplingCorrection::None;
+        if self.async_rollouts > 0 && !corrected {
+            return says(format!(
+                "async_rollouts = 1 samples from the actor before its last updates, which importance_sampling_correction weights; {}",
+                match section.origin {
+                    Origin::Rloo => "RLOO has none: use `fourfold grpo`, or async_rollouts = 0",
+                    _ => "set it to \"token_truncate\", or async_rollouts to 0",
+                }
+            ));
         }
         let temperature = section.temperature;
         match self.logprobs_mode {

@@ -98,9 +98,19 @@ pub(crate) const CHARTS: &[Entry] = &[
     entry(
         "Sampler against trainer",
         &["sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"],
-        "Difference of a token's log-probabilities with the same weights, nats: rounding alone where both are right.",
+        "Difference of a token's log-probabilities, nats: rounding alone, unless a rollout was sampled ahead.",
     ),
     entry("KL of a rollout server to the actor", &["sampling/sampler_kl_k3"], "Nats per token, the k3 estimate."),
+    entry(
+        "Rollout server against the weights it has",
+        &["sampling/server_mismatch"],
+        "Mean difference of log-probabilities, nats per token; beyond max_mismatch the run stops.",
+    ),
+    entry(
+        "Iterations that a rollout is behind",
+        &["sampling/policy_lag"],
+        "Iterations of updates between the actor that was sampled from and the one that is trained.",
+    ),
     entry("Policy loss", &["loss/policy_avg", "loss/ptx_avg"], ""),
     entry("Value loss", &["loss/value_avg"], ""),
     watched(
@@ -179,6 +189,8 @@ pub(crate) const GROUPS: &[(&str, &[&str])] = &[
             "Clip fraction",
             "Sampler against trainer",
             "KL of a rollout server to the actor",
+            "Rollout server against the weights it has",
+            "Iterations that a rollout is behind",
             "Surprise of responses",
             "Log-probabilities",
             "Token accuracy",

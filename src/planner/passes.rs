@@ -422,7 +422,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     evaluation.truncate(c.eval_prompts);
     let largest = evaluation.chunks(c.at_once()).max_by_key(|chunk| tokens(chunk));
     let evaluation = largest.map(|chunk| chunk.iter().map(|&t| t.min(most)).collect()).unwrap_or_default();
-    let is_served = c.rollout.as_ref().is_some_and(|rollout| rollout.is_served());
+    let is_served = c.servers().is_some();
     Ok(Work::Rollouts(Rollouts {
         prompts: rollout,
         served: is_served,
@@ -445,7 +445,10 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         ),
         more_rewards,
         reward_model: !c.reward_adapter.as_os_str().is_empty() || more_rewards > 0,
-        copies: usize::from(c.ema_decay.is_some()) + usize::from(c.ref_model_sync_iterations > 0),
+        copies: [c.ema_decay.is_some(), c.ref_model_sync_iterations > 0, c.samples_ahead()]
+            .map(usize::from)
+            .iter()
+            .sum(),
     }))
 }
 

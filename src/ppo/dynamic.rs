@@ -89,6 +89,7 @@ pub fn collect_groups(config: &Ppo, mut sample: impl FnMut(usize, usize) -> Resu
 impl Rollout {
     /// Adds the responses of another rollout, whose source's metrics are the newer ones.
     fn append(&mut self, more: Rollout) {
+        self.served.add(self.response_tokens(), more.served, more.response_tokens());
         self.prompts.extend(more.prompts);
         self.responses.extend(more.responses);
         self.ref_logprobs.extend(more.ref_logprobs);
@@ -120,6 +121,7 @@ impl Rollout {
             scores: of(&self.scores, rows),
             trained: of(&self.trained, rows),
             sampler_logprobs: of(&self.sampler_logprobs, rows),
+            served: self.served,
             parts: self.parts.iter().map(part).collect(),
             sampled: self.sampled,
             source_metrics: self.source_metrics.clone(),

@@ -76,6 +76,10 @@ pub fn iteration(
     }
     if run.sampler.is_some() {
         put("sampling/sampler_kl_k3", sampler::k3(rollout));
+        put("sampling/server_mismatch", rollout.served.mismatch);
+    }
+    if run.config.samples_ahead() {
+        put("sampling/policy_lag", rollout.served.lag as f64);
     }
     let weights =
         rollout.responses.iter().enumerate().filter_map(|(i, response)| {

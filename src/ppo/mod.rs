@@ -4,6 +4,7 @@
 //! numbers that do not depend on the model. Read `train.rs` next.
 
 pub mod advantages;
+pub mod ahead;
 pub mod correction;
 pub mod dschat;
 pub mod dynamic;

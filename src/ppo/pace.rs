@@ -35,9 +35,11 @@ impl Pace {
                 put(&format!("seconds/{}", phase.name()), took(phase).as_secs_f64());
             }
         }
+        // Of a rollout that was sampled ahead, only the time that was left to wait is known, which is no rate of sampling.
+        let generating = if experience.rollout.served.lag == 0 { took(Phase::Rollout) } else { Duration::ZERO };
         // Generation counts the tokens that it makes; the other phases read prompts, too.
         let passes = [
-            ("rollout", sampled, took(Phase::Rollout)),
+            ("rollout", sampled, generating),
             ("scoring", whole, took(Phase::Scoring)),
             ("update", whole * config.num_ppo_epochs, update),
         ];

@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::dschat;
 use super::dynamic::Sampled;
 use super::kl::Estimator;
+use super::sampler::Served;
 use crate::config::Ppo;
 use crate::diverged;
 use crate::host::meter::{Phase, within};
@@ -51,6 +52,9 @@ pub struct Rollout {
     /// with an importance sampling correction. Else empty.
     #[serde(default)]
     pub sampler_logprobs: Vec<Vec<f32>>,
+    /// How it was sampled, if outside this process.
+    #[serde(default)]
+    pub served: Served,
     /// The terms of the scores, if the source is a weighted sum.
     #[serde(default)]
     pub parts: Vec<PartScores>,
@@ -326,6 +330,23 @@ pub fn read(
     let (scores, responses) = (rollout.scores.len(), rollout.prompts.len());
     ensure!(scores == responses, "the reward source returned {scores} scores for {responses} responses");
     Ok(rollout)
+}
+
+/// (B, R) log-probabilities of a rollout's tokens under `policy`.
+///
+/// # Errors
+/// Those of the forward passes.
+pub fn logprobs_under(policy: Policy<'_>, rollout: &Rollout, temperature: f64, world: &World) -> Result<Vec<Vec<f32>>> {
+    let _scoring = within(Phase::Scoring);
+    let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
+    let chunks = chunks_by_tokens(&lengths, SCORING_TOKENS);
+    let of = |rows: &Vec<usize>| -> Result<Vec<Vec<f32>>> {
+        let (batch, targets) = rollout.batch(rows)?;
+        let mut logprobs = policy.logprobs(&batch, &targets, temperature)?.logprobs.into_iter();
+        Ok(rows.iter().map(|&i| logprobs.by_ref().take(rollout.responses[i].tokens.len()).collect()).collect())
+    };
+    let found = world.share(chunks.len(), |mine| chunks[mine].iter().map(of).collect())?;
+    Ok(found.into_iter().flatten().collect())
 }
 
 /// Mean KL(sampling policy || `actor`) over a rollout's tokens, nats per token, by the k3 estimate `r - 1 - log r` from the

@@ -4,15 +4,16 @@
 
 use anyhow::{Context, Result};
 
+use super::ahead::{Ahead, ask};
 use super::dynamic::collect_groups;
 use super::ema::lerp;
 use super::experience::{Experience, Scale};
 use super::kl_controller::{AdaptiveKlController, RunningMoments, adapt_kl_penalty};
 use super::metrics;
 use super::pace::Pace;
-use super::rollout::{Readers, collect, kl_to_sampler, read, sampling_params};
+use super::rollout::{Readers, collect, kl_to_sampler, logprobs_under, read};
 use super::run::PpoRun;
-use super::sampler;
+use super::sampler::{self, Served, Started};
 use super::update::{Step, Update};
 use super::warnings::{FIRST_STEPS, Monitor, WatchedMetrics};
 use crate::config::{CriticStart, ImportanceSamplingCorrection, KlEstimator, KlIn, Optimised as _, PolicyLoss};
@@ -73,6 +74,8 @@ pub struct State {
     pub scores: RunningMoments,
     /// The current rollout with its rewards and advantages; `None` between two iterations.
     pub experience: Option<Experience>,
+    /// The next iteration's rollout, where a server samples it ahead.
+    pub ahead: Option<Ahead>,
     /// The previous rollout, under `compat`: it is trained on again if every response of a rollout is dropped.
     pub previous: Option<Experience>,
     /// Running sums over this iteration's minibatches.
@@ -117,6 +120,7 @@ impl State {
             kl_penalty: config.kl_penalty_coef,
             scores: RunningMoments::default(),
             experience: None,
+            ahead: None,
             previous: None,
             update: Update::default(),
             monitor: Monitor::default(),
@@ -129,12 +133,11 @@ impl State {
     /// rewards, advantages and returns.
     ///
     /// # Errors
-    /// Those of generation, of the forward passes and of the reward source; if a value is NaN or infinite.
+    /// Those of generation, of the forward passes and of the reward source; if a value is NaN or infinite; if the process is
+    /// asked to stop while it waits for a sampler, and the state is then unchanged.
     pub fn roll_out(&mut self, run: &PpoRun<'_>) -> Result<()> {
         let config = run.config;
-        let iteration = self.iteration as u64;
         let count = config.batch_size / config.num_generations;
-        let first = self.iteration * count + self.extra_prompts;
         let readers = Readers {
             reference: self.reference.as_ref().map(|reference| Policy::new(run.base, Some(reference))),
             critic: self.critic.as_ref().map(|c| ValueModel::new(run.critic_base(), c.weights().view())).transpose()?,
@@ -150,27 +153,40 @@ impl State {
         };
         run.source.set_progress(self.iteration as f64 / config.iterations().saturating_sub(1).max(1) as f64);
         let actor = Policy::new(run.base, Some(self.actor.weights().view()));
-        let sampling = sampling_params(config, run.stop);
         let rollout = collect_groups(config, |before, wanted| {
-            let selected = select_prompts(run.prompts, first + before, wanted, run.seed)?;
-            let repeated = selected.into_iter().flat_map(|prompt| std::iter::repeat_n(prompt, config.num_generations));
-            let (entries, prompts): (Vec<usize>, Vec<Vec<u32>>) = repeated.unzip();
-            let numbers = (0..prompts.len()).map(|i| (before * config.num_generations + i) as u64);
-            let seeds: Vec<u64> = numbers.map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
-            let readers = Readers { entries: &entries, ..readers };
+            let asked = ask(run, self.iteration, self.extra_prompts, (before, wanted))?;
+            let readers = Readers { entries: &asked.entries, ..readers };
             let Some(sampler) = run.sampler else {
-                return collect(actor, readers, prompts, &seeds, &sampling, config.at_once());
+                return collect(actor, readers, asked.prompts, &asked.seeds, &asked.sampling, config.at_once());
             };
             let generating = within(Phase::Rollout);
             // Rank 0 asks for all.
             let responses = run.world.first_waiting(|| {
-                let sampled = sampler.sample(self.actor.weights().view(), self.iteration, &prompts, &seeds, &sampling);
-                sampled.map_err(|error| sampler::cause(error, actor, &prompts))
+                let (sampled, sampled_from) = match &mut self.ahead {
+                    Some(ahead) => (ahead.responses(sampler, &asked), Policy::new(run.base, Some(&ahead.adapter))),
+                    None => {
+                        let weights = self.actor.weights().view();
+                        let started = sampler.start(weights, self.iteration, asked.clone(), true);
+                        (started.and_then(Started::wait), actor)
+                    }
+                };
+                sampled.map_err(|error| sampler::cause(error, sampled_from, &asked.prompts))
             })?;
             drop(generating);
-            let rollout = read(actor, readers, prompts, responses, run.temperature())?;
-            sampler::check(&rollout, sampler.max_mismatch()).map(|()| rollout)
+            let mut rollout = read(actor, readers, asked.prompts, responses, run.temperature())?;
+            let version = match &self.ahead {
+                Some(Ahead { adapter, .. }) => {
+                    let older = Policy::new(run.base, Some(adapter));
+                    Some(logprobs_under(older, &rollout, run.temperature(), run.world)?)
+                }
+                None => None,
+            };
+            let mismatch = sampler::check(&rollout, version.as_deref(), sampler.max_mismatch())?;
+            let lag = self.ahead.as_ref().map_or(0, |ahead| self.iteration - ahead.version);
+            rollout.served = Served { lag, mismatch };
+            Ok(rollout)
         })?;
+        self.ahead = None;
         self.extra_prompts += rollout.sampled.groups.saturating_sub(count);
         // The updates allocate other sizes than KV cache and scoring passes did.
         give_back_freed();
@@ -193,6 +209,26 @@ impl State {
         self.experience = Some(Experience::of(rollout, scale, config)?);
         (self.epoch, self.minibatch, self.update) = (0, 0, Update::default());
         Ok(())
+    }
+
+    /// Has a server begin the next iteration's rollout, if `async_rollouts` asks for it, there is a next iteration and it has not
+    /// begun. Called before each minibatch.
+    ///
+    /// # Errors
+    /// Those of the sampler.
+    pub fn sample_ahead(&mut self, run: &PpoRun<'_>) -> Result<()> {
+        let (config, next) = (run.config, self.iteration + 1);
+        let Some(sampler) = run.sampler.filter(|_| config.samples_ahead() && next < config.iterations()) else {
+            return Ok(());
+        };
+        let ahead = self.ahead.get_or_insert_with(|| Ahead::new(self.actor.weights().snapshot(), self.iteration));
+        let groups = config.batch_size / config.num_generations;
+        if ahead.begun {
+            return Ok(());
+        }
+        ahead.begun = true;
+        // Rank 0 asks for all.
+        run.world.first(|| ahead.start(sampler, ask(run, next, self.extra_prompts, (0, groups))?))
     }
 
     /// Whether the current rollout has another minibatch to train on.
@@ -274,7 +310,7 @@ impl State {
 
     /// Drops the current rollout and counts the iteration as completed.
     pub fn skip_iteration(&mut self) {
-        self.experience = None;
+        (self.experience, self.ahead) = (None, None);
         self.iteration += 1;
     }
 
@@ -300,6 +336,7 @@ impl State {
         if run.config.dynamic_sampling_rollouts > 0 {
             into.put("extra_prompts", &self.extra_prompts)?;
         }
+        self.ahead.as_ref().map_or(Ok(()), |ahead| ahead.save(&mut into))?;
         into.put("kl", &(self.kl_coef, self.kl_penalty))?;
         into.put("scores", &self.scores)?;
         for (name, rows, experience) in
@@ -333,6 +370,7 @@ impl State {
         if run.config.dynamic_sampling_rollouts > 0 {
             self.extra_prompts = from.get("extra_prompts")?;
         }
+        self.ahead = Ahead::load(from, run.sft)?;
         (self.kl_coef, self.kl_penalty) = from.get("kl")?;
         self.scores = from.get("scores")?;
         for (name, rows, experience) in
@@ -464,7 +502,7 @@ fn initial_critic(run: &PpoRun<'_>) -> Result<Adapter> {
 ///
 /// # Errors
 /// If the file that holds them is damaged.
-fn select_prompts(
+pub(super) fn select_prompts(
     prompts: &dyn Examples<Vec<u32>>,
     from: usize,
     count: usize,

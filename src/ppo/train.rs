@@ -7,7 +7,7 @@ use anyhow::Result;
 use super::run::PpoRun;
 use super::state::{Minibatch, State};
 use crate::config::Optimised as _;
-use crate::error::{Diverged, is_of_machine};
+use crate::error::{Diverged, Interrupted, is_of_machine};
 use crate::model::adapter::Adapter;
 use crate::report::{Metrics, Report};
 use crate::train::session::Session;
@@ -84,6 +84,10 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
             //    advantages and returns follow.
             let rolled_out = state.roll_out(run).and_then(|()| state.check_rollout(session));
             if let Err(error) = rolled_out {
+                if error.is::<Interrupted>() {
+                    // The state is kept above.
+                    continue;
+                }
                 if !error.is::<Diverged>() {
                     // Most often the reward source is unavailable: a resumed run repeats this rollout.
                     return Err(session.failed(error, state.turns, || state.snapshot(run)));
@@ -93,7 +97,11 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
                 state.skip_iteration();
             }
         } else if state.has_minibatch(run) {
-            // 2. Update: one minibatch of actor and critic, for num_ppo_epochs passes over the rollout.
+            // 2. Update: one minibatch of actor and critic, for num_ppo_epochs passes over the rollout. With async_rollouts a
+            //    server samples the next rollout meanwhile.
+            if let Err(error) = state.sample_ahead(run) {
+                return Err(session.failed(error, state.turns, || state.snapshot(run)));
+            }
             let outcome = match state.minibatch(run, session.lr_factor()) {
                 // No learner has stepped: a resumed run repeats this minibatch.
                 Err(error) if is_of_machine(&error) => {

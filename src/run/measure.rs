@@ -236,7 +236,7 @@ impl Bench<'_> {
     fn ppo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.rollouts(self.stage)?.clone();
         c.compat = None; // it does not matter here which responses are kept
-        if c.rollout.as_ref().is_some_and(|rollout| rollout.is_served()) {
+        if c.servers().is_some() {
             return Err(invalid!(
                 "bench memory asks no server: remove [{}.rollout], and rollouts are sampled here, which takes more",
                 c.origin.name()

@@ -143,9 +143,8 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         decode: &decode,
         world,
     };
-    let served = ppo.rollout.as_ref().filter(|rollout| rollout.is_served());
-    let open = |rollout| ServedSampler::new(rollout, &model, ppo.origin.name(), out, world.is_first());
-    let sampler = served.map(open).transpose()?;
+    let open = |servers| ServedSampler::new(servers, &model, ppo.origin.name(), out, world.is_first());
+    let sampler = ppo.servers().map(open).transpose()?;
     // Rank 0 alone asks the servers.
     if let Some(sampler) = &sampler {
         world.first(|| sampler.begin(&sft))?;

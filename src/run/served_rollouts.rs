@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -17,7 +17,7 @@ use super::rewards::key_of;
 use crate::config::{Engine, RolloutEngine};
 use crate::model::adapter::Adapter;
 use crate::model::generate::{FinishReason, Response, SamplingParams};
-use crate::ppo::sampler::Sampler;
+use crate::ppo::sampler::{Asked, Sampler, Started};
 use crate::report::progress::{Progress, Unit};
 use crate::reward::source::endpoint::Endpoint;
 use crate::reward::source::retry::{Failure, LONGEST_WAIT, excerpt};
@@ -42,12 +42,19 @@ struct Loaded {
     servers: Vec<usize>,
 }
 
+/// The servers and what they are asked by: what a thread that samples ahead needs.
+struct Clients {
+    servers: Vec<Server>,
+    settings: RolloutEngine,
+    /// Token ids of the base.
+    vocab: usize,
+}
+
 /// Servers that sample.
 pub(super) struct ServedSampler<'w> {
     /// ppo, grpo or rloo.
     section: &'static str,
-    servers: Vec<Server>,
-    settings: &'w RolloutEngine,
+    clients: Arc<Clients>,
     model: &'w Model,
     folder: PathBuf,
     folder_there: String,
@@ -63,7 +70,7 @@ impl<'w> ServedSampler<'w> {
     /// # Errors
     /// If the key's variable is not set, or the run's folder has no absolute path.
     pub(super) fn new(
-        settings: &'w RolloutEngine,
+        settings: &RolloutEngine,
         model: &'w Model,
         section: &'static str,
         out: &Path,
@@ -92,25 +99,8 @@ impl<'w> ServedSampler<'w> {
         let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
         let tag = format!("{:x}-{:x}", std::process::id(), started);
         let servers = settings.urls.iter().map(server).collect();
-        Ok(Self { section, servers, settings, model, folder, folder_there, tag, loaded: Mutex::default() })
-    }
-
-    /// Tries until one succeeds or none can. `of(tried)`: the address for messages, and the outcome.
-    fn tries<T>(&self, of: impl Fn(usize) -> (String, Result<T, Failure>)) -> Result<T, Failure> {
-        let (mut wait, mut last) = (BACKOFF, String::new());
-        for tried in 0..=self.settings.retries {
-            if tried > 0 {
-                thread::sleep(wait);
-                wait = (wait * 2).min(LONGEST_WAIT);
-            }
-            let (at, outcome) = of(tried);
-            match outcome {
-                Ok(found) => return Ok(found),
-                Err(Failure::Final(text)) => return Err(Failure::Final(format!("rollout server {at}: {text}"))),
-                Err(Failure::Passing(text) | Failure::Unscored(text)) => last = format!("rollout server {at}: {text}"),
-            }
-        }
-        Err(Failure::Passing(last))
+        let clients = Clients { servers, settings: settings.clone(), vocab: model.base.config().vocab_size };
+        Ok(Self { section, clients: clients.into(), model, folder, folder_there, tag, loaded: Mutex::default() })
     }
 
     /// Loads the adapter on every server unless they have it, and has them forget the one before. A server that is dead is left
@@ -127,8 +117,8 @@ impl<'w> ServedSampler<'w> {
         super::save(adapter.clone(), self.model, &self.folder.join(&name))?;
         let body = json!({ "lora_name": name, "lora_path": format!("{}/{name}", self.folder_there) });
         let (mut servers, mut dead) = (vec![], vec![]);
-        for (number, server) in self.servers.iter().enumerate() {
-            let outcome = self.tries(|_| {
+        for (number, server) in self.clients.servers.iter().enumerate() {
+            let outcome = self.clients.tries(|_| {
                 let outcome = match server.load.send(&body) {
                     Ok(_) => Ok(()),
                     // The reply to an earlier try did not arrive.
@@ -176,9 +166,29 @@ impl<'w> ServedSampler<'w> {
     /// Has servers forget an adapter and removes its folder. Nothing depends on it: names are never used again.
     fn forget(&self, name: &str, servers: &[usize]) {
         for &number in servers {
-            let _ = self.servers[number].unload.send(&json!({ "lora_name": name }));
+            let _ = self.clients.servers[number].unload.send(&json!({ "lora_name": name }));
         }
         let _ = fs::remove_dir_all(self.folder.join(name));
+    }
+}
+
+impl Clients {
+    /// Tries until one succeeds or none can. `of(tried)`: the address for messages, and the outcome.
+    fn tries<T>(&self, of: impl Fn(usize) -> (String, Result<T, Failure>)) -> Result<T, Failure> {
+        let (mut wait, mut last) = (BACKOFF, String::new());
+        for tried in 0..=self.settings.retries {
+            if tried > 0 {
+                thread::sleep(wait);
+                wait = (wait * 2).min(LONGEST_WAIT);
+            }
+            let (at, outcome) = of(tried);
+            match outcome {
+                Ok(found) => return Ok(found),
+                Err(Failure::Final(text)) => return Err(Failure::Final(format!("rollout server {at}: {text}"))),
+                Err(Failure::Passing(text) | Failure::Unscored(text)) => last = format!("rollout server {at}: {text}"),
+            }
+        }
+        Err(Failure::Passing(last))
     }
 
     /// Every parameter is given, so that no default of the server's or of its model's generation_config.json holds.
@@ -209,6 +219,51 @@ impl<'w> ServedSampler<'w> {
             body["add_special_tokens"] = false.into();
         }
         body
+    }
+
+    /// Sends a request per prompt to those of the servers that have the adapter `name`, in turn. No more are sent once one has
+    /// failed or `abandoned` is set.
+    fn sample(
+        &self,
+        name: &str,
+        servers: &[usize],
+        asked: &Asked,
+        abandoned: &AtomicBool,
+        one_more: &(dyn Fn() + Sync),
+    ) -> Result<Vec<Response>> {
+        let Asked { prompts, seeds, sampling, .. } = asked;
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let found: Vec<Mutex<Option<Result<Response>>>> = prompts.iter().map(|_| Mutex::default()).collect();
+        // Each thread takes the next prompt.
+        let work = || {
+            while !failed.load(Ordering::Relaxed) && !abandoned.load(Ordering::Relaxed) {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some((prompt, &seed)) = prompts.get(i).zip(seeds.get(i)) else { return };
+                let body = self.request(name, prompt, seed, sampling);
+                let sampled = self.tries(|tried| {
+                    let server = &self.servers[servers[(i + tried) % servers.len()]];
+                    let reply = server.completions.post(&body);
+                    let sampled = reply.and_then(|reply| response(&reply, prompt, sampling, self.vocab));
+                    (server.completions.url.clone(), sampled)
+                });
+                failed.fetch_or(sampled.is_err(), Ordering::Relaxed);
+                one_more();
+                *found[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled.map_err(said));
+            }
+        };
+        let more = self.settings.concurrency.get().min(prompts.len()).saturating_sub(1);
+        thread::scope(|scope| {
+            for _ in 0..more {
+                // Where no further thread can be started, those that there are do the work.
+                if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                    break;
+                }
+            }
+            work();
+        });
+        let found = found.into_iter().filter_map(|one| one.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let sampled = found.collect::<Result<Vec<Response>>>()?;
+        (sampled.len() == prompts.len()).then_some(sampled).context("a prompt was not sent")
     }
 }
 
@@ -284,53 +339,23 @@ fn response(reply: &Value, prompt: &[u32], sampling: &SamplingParams, vocab: usi
 }
 
 impl Sampler for ServedSampler<'_> {
-    fn sample(
-        &self,
-        adapter: &Adapter,
-        version: usize,
-        prompts: &[Vec<u32>],
-        seeds: &[u64],
-        sampling: &SamplingParams,
-    ) -> Result<Vec<Response>> {
+    fn start(&self, adapter: &Adapter, version: usize, asked: Asked, shown: bool) -> Result<Started> {
         let (name, servers) = self.load(adapter, version)?;
-        let vocab = self.model.base.config().vocab_size;
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let found: Vec<Mutex<Option<Result<Response>>>> = prompts.iter().map(|_| Mutex::default()).collect();
-        let progress = Mutex::new(Progress::new("rollout", prompts.len(), Unit::Of("response")));
-        // Each thread takes the next prompt; after a failure none is sent any more.
-        let work = || {
-            while !failed.load(Ordering::Relaxed) {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                let Some((prompt, &seed)) = prompts.get(i).zip(seeds.get(i)) else { return };
-                let body = self.request(&name, prompt, seed, sampling);
-                let sampled = self.tries(|tried| {
-                    let server = &self.servers[servers[(i + tried) % servers.len()]];
-                    let reply = server.completions.post(&body);
-                    let sampled = reply.and_then(|reply| response(&reply, prompt, sampling, vocab));
-                    (server.completions.url.clone(), sampled)
-                });
-                failed.fetch_or(sampled.is_err(), Ordering::Relaxed);
-                progress.lock().unwrap_or_else(PoisonError::into_inner).add(1);
-                *found[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled.map_err(said));
-            }
-        };
-        let more = self.settings.concurrency.get().min(prompts.len()).saturating_sub(1);
-        thread::scope(|scope| {
-            for _ in 0..more {
-                // Where no further thread can be started, those that there are do the work.
-                if thread::Builder::new().spawn_scoped(scope, work).is_err() {
-                    break;
+        let clients = self.clients.clone();
+        Started::new(move |abandoned| {
+            let progress = shown.then(|| Progress::new("rollout", asked.prompts.len(), Unit::Of("response")));
+            let progress = Mutex::new(progress);
+            let one_more = || {
+                if let Some(progress) = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner) {
+                    progress.add(1);
                 }
-            }
-            work();
-        });
-        let found = found.into_iter().filter_map(|one| one.into_inner().unwrap_or_else(PoisonError::into_inner));
-        let sampled = found.collect::<Result<Vec<Response>>>()?;
-        (sampled.len() == prompts.len()).then_some(sampled).context("a prompt was not sent")
+            };
+            clients.sample(&name, &servers, &asked, abandoned, &one_more)
+        })
     }
 
     fn max_mismatch(&self) -> f64 {
-        self.settings.max_mismatch
+        self.clients.settings.max_mismatch
     }
 }
 

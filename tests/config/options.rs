@@ -348,6 +348,7 @@ const ROLLOUT: &[Row] = &[
     ("max_mismatch", SERVER, "SAME 9.0"),
     ("concurrency", SERVER, "SAME 1"),
     ("timeout_seconds", SERVER, "SAME 300.0"),
+    ("async_rollouts", SERVER, "1"),
     ("retries", SERVER, "SAME 1"),
 ];
 
@@ -524,7 +525,11 @@ impl World {
 /// The stage's section before a row's own settings: a run of some steps, off the first ratio.
 fn before(section: &str) -> &'static str {
     match section {
-        "ppo" | "ppo.ptx" | "ppo.reward" | "ppo.rollout" => {
+        "ppo.rollout" => {
+            "learning_rate = 5e-3\ntotal_episodes = 16\nbatch_size = 8\nnum_mini_batches = 2\nnum_ppo_epochs = 2\n\
+             response_length = 12\nreward_adapter = 'WORLD/reward/adapter'\nimportance_sampling_correction = 'token_truncate'"
+        }
+        "ppo" | "ppo.ptx" | "ppo.reward" => {
             "learning_rate = 5e-3\ntotal_episodes = 16\nbatch_size = 8\nnum_mini_batches = 2\nnum_ppo_epochs = 2\n\
              response_length = 12\nreward_adapter = 'WORLD/reward/adapter'"
         }

@@ -9,9 +9,13 @@ mod inputs;
 mod interruptions;
 mod kills;
 mod secrets;
+mod servers;
 mod soak;
 mod sources;
 mod starved;
 #[path = "../support/mod.rs"]
 mod support;
+#[allow(dead_code, reason = "the server does nothing wrong here")]
+#[path = "../support/vllm.rs"]
+mod vllm;
 mod world;

@@ -15,6 +15,7 @@ mod ppo_update;
 mod ranks;
 mod ranks_rollouts;
 mod reward_sources;
+mod rollouts_ahead;
 mod served_rewards;
 mod served_rollouts;
 mod shipped_adapters;

@@ -228,18 +228,21 @@ fn rloo_on_two_and_three_ranks_follows_one() {
 
 #[test]
 fn rollouts_of_a_server_on_two_and_three_ranks_follow_one_and_rank_0_asks_for_all() {
-    let (url, log) = server(|_, _, _| Deed::Answer);
-    ranks_follow_one(
-        Stage::Grpo,
-        &format!(
-            "num_generations = 2\nmax_steps = 4\nreward_adapter = \"ROOT/adapters/quickstart/reward\"\n\
-             importance_sampling_correction = \"token_truncate\"\n[grpo.rollout]\nengine = \"vllm\"\nurls = [{url:?}]\n"
-        ),
-        1,
-    );
-    // Two rollouts of twelve on one, two, three and again two ranks, and the second of these again.
-    let asked = log.lock().unwrap().iter().filter(|(path, _)| path.ends_with("/completions")).count();
-    assert_eq!(asked, 4 * 24 + 12);
+    for async_rollouts in [0, 1] {
+        let (url, log) = server(|_, _, _| Deed::Answer);
+        ranks_follow_one(
+            Stage::Grpo,
+            &format!(
+                "num_generations = 2\nmax_steps = 4\nreward_adapter = \"ROOT/adapters/quickstart/reward\"\n\
+                 importance_sampling_correction = \"token_truncate\"\n[grpo.rollout]\nengine = \"vllm\"\nurls = [{url:?}]\n\
+                 async_rollouts = {async_rollouts}\n"
+            ),
+            1,
+        );
+        // Two rollouts of twelve on one, two, three and again two ranks, and the second of these again.
+        let asked = log.lock().unwrap().iter().filter(|(path, _)| path.ends_with("/completions")).count();
+        assert_eq!(asked, 4 * 24 + 12);
+    }
 }
 
 #[cfg(unix)]

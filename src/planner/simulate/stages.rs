@@ -89,7 +89,7 @@ pub struct Rollouts {
     pub more_rewards: usize,
     /// Whether a reward adapter scores the responses.
     pub reward_model: bool,
-    /// Copies of the actor that are kept: its moving average, a reference that follows it.
+    /// Copies of the actor that are kept: its moving average, a reference that follows it, one that is sampled from ahead.
     pub copies: usize,
 }
 

@@ -4,7 +4,7 @@
 use anyhow::{Error, anyhow};
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Diverged, F16Overflow, Invalid};
+use crate::error::{Diverged, F16Overflow, Interrupted, Invalid};
 use crate::{diverged, invalid};
 
 /// What the program does about a failure.
@@ -14,6 +14,8 @@ enum Kind {
     Diverged,
     /// Another type of products is taken.
     F16Overflow,
+    /// The process was asked to stop.
+    Interrupted,
     /// Exit code 2.
     Invalid,
     /// Exit code 1.
@@ -32,6 +34,7 @@ impl Failure {
         let kind = match error {
             _ if error.chain().any(|cause| cause.is::<Diverged>()) => Kind::Diverged,
             _ if error.chain().any(|cause| cause.is::<F16Overflow>()) => Kind::F16Overflow,
+            _ if error.chain().any(|cause| cause.is::<Interrupted>()) => Kind::Interrupted,
             _ if error.chain().any(|cause| cause.is::<Invalid>()) => Kind::Invalid,
             _ => Kind::Other,
         };
@@ -44,6 +47,7 @@ impl Failure {
             // The reason is written into the metrics, wherever the step diverged.
             Kind::Diverged => diverged!("{}", self.text),
             Kind::F16Overflow => Error::new(F16Overflow(self.text)),
+            Kind::Interrupted => Error::new(Interrupted(self.text)),
             Kind::Invalid => invalid!("rank {rank}: {}", self.text),
             Kind::Other => anyhow!("rank {rank}: {}", self.text),
         }

@@ -2,6 +2,7 @@
 //! stays frozen, that the first ratio is 1 and the first KL 0, and which models score and are compared. It does not compare
 //! with other implementations; tests/exports/peft_logits.rs and tests/python/check_interop.py do.
 
+mod ahead;
 mod algorithms;
 mod options;
 mod ptx;
