@@ -3,7 +3,7 @@
 
 pub mod combine;
 pub mod command;
-mod endpoint;
+pub mod endpoint;
 pub mod http;
 pub mod judge;
 pub mod math;

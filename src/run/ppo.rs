@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
+use super::served_rollouts::ServedSampler;
 use super::{Model, prepared, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
@@ -22,6 +23,7 @@ use crate::note;
 use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, EvaluationInputs};
 use crate::ppo::run::{PpoRun, check};
+use crate::ppo::sampler::Sampler;
 use crate::ppo::train::train_then;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
@@ -137,6 +139,9 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         stop,
         decode: &decode,
     };
+    let served = ppo.rollout.as_ref().filter(|rollout| rollout.is_served());
+    let sampler = served.map(|rollout| ServedSampler::new(rollout, &model, ppo.origin.name(), out)).transpose()?;
+    sampler.as_ref().map_or(Ok(()), |sampler| sampler.begin(&sft))?;
     let evaluation = Evaluation::new(inputs, ppo, config.seed);
     let before = session.once("before", |report| evaluation.before(report))?;
     let evaluation = evaluation.with_baseline(before);
@@ -152,6 +157,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         evaluation: Some(&evaluation).filter(|_| !eval_prompts.is_empty()),
         ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
         pad,
+        sampler: sampler.as_ref().map(|sampler| sampler as &dyn Sampler),
         config: ppo,
         seed: config.seed,
         recompute: preflight.plan.checkpoint,
