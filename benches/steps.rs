@@ -267,6 +267,7 @@ fn main() -> Result<()> {
                 evaluation: None,
                 ptx: None,
                 pad: None,
+                sampler: None,
                 config: &config,
                 seed: rep as u64,
                 recompute,

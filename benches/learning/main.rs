@@ -302,6 +302,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             evaluation: Some(&evaluation),
             ptx: None,
             pad: None,
+            sampler: None,
             config: &settings,
             seed,
             recompute: plan::resolve(settings.checkpoint, &model.base, &sft, micro_batch_tokens(&questions, &settings)),

@@ -7,7 +7,7 @@ use toml::{Table, Value};
 use super::located::{Fault, KeyError, keys_of, nearest, quoted};
 use super::{
     Base, CheckpointConfig, Data, Distill, Dpo, Grpo, Guard, Kto, Lora, Memory, Ppo, Ptx, Reward, RewardPart, Rloo,
-    Sft, trl,
+    RolloutEngine, Sft, trl,
 };
 
 /// Every section with its keys.
@@ -37,6 +37,9 @@ pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
     let inside = [
         ("ppo.reward", keys_of::<RewardPart>()),
         ("ppo.ptx", keys_of::<Ptx>()),
+        ("ppo.rollout", keys_of::<RolloutEngine>()),
+        ("grpo.rollout", keys_of::<RolloutEngine>()),
+        ("rloo.rollout", keys_of::<RolloutEngine>()),
         ("grpo.reward", keys_of::<RewardPart>()),
         ("rloo.reward", keys_of::<RewardPart>()),
     ];
@@ -44,7 +47,7 @@ pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
 }
 
 /// The tables inside a section, whose header ends it: a key of the section that is written below belongs to the table.
-const INNER: [&str; 4] = ["reward", "gold", "ptx", "sources"];
+const INNER: [&str; 5] = ["reward", "gold", "ptx", "rollout", "sources"];
 
 /// Keys outside the sections that other trainers have among all others.
 const AT_THE_TOP: [&str; 3] = ["seed", "output_dir", "report_to"];

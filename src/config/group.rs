@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::optimisation::optimised_section;
 use super::rewards::RewardPart;
+use super::rollout::RolloutEngine;
 use super::{
     AdvantageEstimator, Aggregation, Config, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator, KlIn,
     LossType, Origin, PolicyLoss, Ppo, RecomputeSetting, ScaleRewards,
@@ -77,6 +78,10 @@ macro_rules! group_section {
                 /// What the held-out responses are judged by besides, and the policy never trained on. Default none.
                 #[serde(skip_serializing_if = "Option::is_none")]
                 pub gold: Option<RewardPart> = None,
+                /// What samples the responses: this process, or servers that load the adapter. Default this process. (TRL:
+                /// `use_vllm` and `vllm_server_base_url`.)
+                #[serde(skip_serializing_if = "Option::is_none")]
+                pub rollout: Option<RolloutEngine> = None,
             }
             /// Peak learning rate. Default 1e-5: ten times TRL's 1e-6, since only low-rank factors are trained.
             learning_rate = 1e-5;
@@ -168,6 +173,7 @@ macro_rules! group_section {
                     reward_adapter: self.reward_adapter.clone(),
                     reward: self.reward.clone(),
                     gold: self.gold.clone(),
+                    rollout: self.rollout.clone(),
                     learning_rate: self.learning_rate,
                     total_episodes: episodes,
                     batch_size: batch,
@@ -343,7 +349,9 @@ macro_rules! group_section {
                 let adapters = parts.flat_map(|part| &mut part.adapters).map(|path| ("reward adapters", path));
                 let own = self.adapter.as_mut().map(|path| ("adapter", path));
                 let main = [("reward_adapter", &mut self.reward_adapter)];
-                own.into_iter().chain(main).chain(adapters).collect()
+                let folder = self.rollout.as_mut().and_then(|rollout| rollout.adapter_dir.as_mut());
+                let folder = folder.map(|path| ("rollout adapter_dir", path));
+                own.into_iter().chain(main).chain(adapters).chain(folder).collect()
             }
         }
     };

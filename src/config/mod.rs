@@ -24,6 +24,7 @@ mod ptx;
 mod ranges;
 mod report_to;
 mod rewards;
+mod rollout;
 mod schema;
 mod sources;
 mod stage;
@@ -58,6 +59,7 @@ pub use ppo::{
 pub use ptx::Ptx;
 pub use report_to::ReportTo;
 pub use rewards::{EnsembleScore, RewardApi, RewardInput, RewardKind, RewardPart};
+pub use rollout::{Engine, LogprobsMode, RolloutEngine};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
     Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
@@ -376,6 +378,8 @@ impl Config {
             paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
             let texts = ppo.ptx.iter_mut().flat_map(|ptx| ptx.path.as_mut_slice());
             paths.extend(texts.map(|path| ("[ppo.ptx] path", path)));
+            let folder = ppo.rollout.as_mut().and_then(|rollout| rollout.adapter_dir.as_mut());
+            paths.extend(folder.map(|path| ("[ppo.rollout] adapter_dir", path)));
         }
         let mut paths: Vec<(String, &mut PathBuf)> =
             paths.into_iter().map(|(key, path)| (key.to_owned(), path)).collect();

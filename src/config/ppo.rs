@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use super::optimisation::optimised_section;
 use super::ptx::Ptx;
 use super::rewards::RewardPart;
+use super::rollout::RolloutEngine;
 use super::{Compat, Stage};
 
 /// How rewards become the weights of the policy gradient.
@@ -317,6 +318,9 @@ optimised_section! {
         /// `[ppo.ptx]`: texts that the actor goes on learning from beside the reward. Default none.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub ptx: Option<Ptx> = None,
+        /// `[ppo.rollout]`: what samples the responses. Default this process.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub rollout: Option<RolloutEngine> = None,
     }
     /// Peak learning rate of the actor. Default 3e-5: ten times TRL's 3e-6, since only low-rank factors are trained.
     learning_rate = 3e-5;

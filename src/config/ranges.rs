@@ -54,6 +54,7 @@ const GRPO: &[&str] = &["grpo"];
 const GROUPS: &[&str] = &["grpo", "rloo"];
 const ROLLOUTS: &[&str] = &["ppo", "grpo", "rloo"];
 const PTX: &[&str] = &["ppo.ptx"];
+const SAMPLERS: &[&str] = &["ppo.rollout", "grpo.rollout", "rloo.rollout"];
 const PARTS: &[&str] = &["ppo.reward", "ppo.gold", "grpo.reward", "grpo.gold", "rloo.reward", "rloo.gold"];
 
 const ROWS: &[Row] = &[
@@ -191,6 +192,10 @@ const ROWS: &[Row] = &[
     (GRPO, "delta", "", ABOVE_ONE),
     (PTX, "coef", "", range("0 or more, usually 27.8", |v| v >= 0.0)),
     (PTX, "block_size", "tokens", Range { text: "2 or more", fault: "has nothing to predict", inside: |v| v >= 2.0 }),
+    (SAMPLERS, "max_mismatch", "nats per token", positive!("0.05 to 0.5")),
+    (SAMPLERS, "concurrency", "requests", ONE),
+    (SAMPLERS, "timeout_seconds", "seconds", SECONDS),
+    (SAMPLERS, "retries", "tries", WHOLE),
     (PARTS, "weight", "", ANY),
     (PARTS, "weight_end", "", ANY),
     (PARTS, "std_coef", "", NOT_NEGATIVE),

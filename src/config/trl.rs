@@ -7,13 +7,19 @@ const REASONS: &[(&[&str], &str)] = &[
         &[
             "use_vllm",
             "vllm_mode",
-            "vllm_model_impl",
-            "vllm_enable_sleep_mode",
-            "vllm_structured_outputs_regex",
             "vllm_server_base_url",
             "vllm_server_host",
             "vllm_server_port",
             "vllm_server_timeout",
+        ],
+        "responses are sampled by this program, or by a vLLM server whose address is in the section's table rollout: engine = \"vllm\", \
+         urls and timeout_seconds (`fourfold keys grpo.rollout`)",
+    ),
+    (
+        &[
+            "vllm_model_impl",
+            "vllm_enable_sleep_mode",
+            "vllm_structured_outputs_regex",
             "vllm_group_port",
             "vllm_gpu_memory_utilization",
             "vllm_max_model_length",
@@ -23,7 +29,7 @@ const REASONS: &[(&[&str], &str)] = &[
             "transformers_continuous_batching_config",
             "cache_implementation",
         ],
-        "responses are sampled by this program itself, from the weights that are trained; remove the key",
+        "responses are sampled by this program itself, or by a server that is started with its own options; remove the key",
     ),
     (
         &["reward_funcs", "reward_weights"],
@@ -53,7 +59,7 @@ const REASONS: &[(&[&str], &str)] = &[
             "vllm_importance_sampling_clip_min",
             "vllm_importance_sampling_cap",
         ],
-        "there is no vLLM; the keys of this program's own sampler are importance_sampling_correction, _clip_max and _clip_min",
+        "the keys are importance_sampling_correction, _clip_max and _clip_min, without vllm",
     ),
     (&["router_aux_loss_coef"], "mixtures of experts are not among the model families; remove the key"),
     (&["cast_lm_head_to_fp32"], "logits are in f32 whatever the products are computed in; remove the key"),

@@ -200,6 +200,7 @@ fn ppo(section: &Ppo) -> Result<()> {
         return Err(invalid!("[ppo] use_score_norm = true works with use_score_scaling = true only; set both"));
     }
     section.ptx.as_ref().map_or(Ok(()), Ptx::check)?;
+    section.rollout.as_ref().map_or(Ok(()), |rollout| rollout.check(section))?;
     ppo_together(section)
 }
 

@@ -100,6 +100,7 @@ pub(crate) const CHARTS: &[Entry] = &[
         &["sampling/sampling_logp_difference/mean", "sampling/sampling_logp_difference/max"],
         "Difference of a token's log-probabilities with the same weights, nats: rounding alone where both are right.",
     ),
+    entry("KL of a rollout server to the actor", &["sampling/sampler_kl_k3"], "Nats per token, the k3 estimate."),
     entry("Policy loss", &["loss/policy_avg", "loss/ptx_avg"], ""),
     entry("Value loss", &["loss/value_avg"], ""),
     watched(
@@ -177,6 +178,7 @@ pub(crate) const GROUPS: &[(&str, &[&str])] = &[
             "Ratio",
             "Clip fraction",
             "Sampler against trainer",
+            "KL of a rollout server to the actor",
             "Surprise of responses",
             "Log-probabilities",
             "Token accuracy",

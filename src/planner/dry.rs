@@ -334,7 +334,8 @@ impl Roles<'_> {
             })?;
         }
         let batches = work.prompts.chunks(work.at_once.max(1));
-        if let (Some(base), Some(prompts)) = (self.policy, batches.max_by_key(|prompts| tokens(prompts))) {
+        let largest = batches.max_by_key(|prompts| tokens(prompts)).filter(|_| !work.served);
+        if let (Some(base), Some(prompts)) = (self.policy, largest) {
             ledger.within(Phase::Rollout, || self.generate(base, prompts, work.generations, work.response))?;
         }
         let chunk = largest_chunk(&whole(&work.prompts));

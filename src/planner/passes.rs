@@ -422,8 +422,10 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     evaluation.truncate(c.eval_prompts);
     let largest = evaluation.chunks(c.at_once()).max_by_key(|chunk| tokens(chunk));
     let evaluation = largest.map(|chunk| chunk.iter().map(|&t| t.min(most)).collect()).unwrap_or_default();
+    let is_served = c.rollout.as_ref().is_some_and(|rollout| rollout.is_served());
     Ok(Work::Rollouts(Rollouts {
         prompts: rollout,
+        served: is_served,
         response,
         generations: c.num_generations,
         at_once: c.at_once(),
@@ -433,7 +435,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         evaluation,
         evaluates_within: c.eval_every > 0,
         reference: c.measure_kl,
-        recomputes: c.importance_sampling_correction != ImportanceSamplingCorrection::None,
+        recomputes: is_served || c.importance_sampling_correction != ImportanceSamplingCorrection::None,
         refills: c.dynamic_sampling_rollouts > 0,
         critic: matches!(c.advantage_estimator, AdvantageEstimator::Gae | AdvantageEstimator::A2c),
         critic_on_policy: c.critic == CriticStart::Actor || asked.other_tokens,

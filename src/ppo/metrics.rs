@@ -7,6 +7,7 @@ use serde_json::json;
 use super::correction;
 use super::experience::Experience;
 use super::run::PpoRun;
+use super::sampler;
 use super::token_detail;
 use super::update::Update;
 use crate::config::{KlEstimator, KlIn, PolicyLoss};
@@ -72,6 +73,9 @@ pub fn iteration(
     if let Some(mean) = update.mismatch.mean() {
         put("sampling/sampling_logp_difference/mean", mean);
         put("sampling/sampling_logp_difference/max", update.mismatch.max);
+    }
+    if run.sampler.is_some() {
+        put("sampling/sampler_kl_k3", sampler::k3(rollout));
     }
     let weights =
         rollout.responses.iter().enumerate().filter_map(|(i, response)| {

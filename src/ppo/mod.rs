@@ -20,6 +20,7 @@ pub mod ptx;
 pub mod rewards;
 pub mod rollout;
 pub mod run;
+pub mod sampler;
 pub mod state;
 pub mod token_detail;
 pub mod train;

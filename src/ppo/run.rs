@@ -5,6 +5,7 @@
 use anyhow::Result;
 
 use super::evaluate::Evaluation;
+use super::sampler::Sampler;
 use crate::config::{CriticStart, Ppo, Ptx};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::SftExample;
@@ -41,6 +42,8 @@ pub struct PpoRun<'w> {
     pub ptx: Option<&'w dyn Examples<SftExample>>,
     /// Pad token, if `compat` asks for DeepSpeed-Chat's rows. It must be one of `stop`.
     pub pad: Option<u32>,
+    /// What samples the responses, if this process does not.
+    pub sampler: Option<&'w dyn Sampler>,
     /// Settings of `[ppo]`.
     pub config: &'w Ppo,
     /// Seed of every random choice.

@@ -10,8 +10,9 @@ use super::experience::{Experience, Scale};
 use super::kl_controller::{AdaptiveKlController, RunningMoments, adapt_kl_penalty};
 use super::metrics;
 use super::pace::Pace;
-use super::rollout::{Readers, collect, kl_to_sampler, sampling_params};
+use super::rollout::{Readers, collect, kl_to_sampler, read, sampling_params};
 use super::run::PpoRun;
+use super::sampler;
 use super::update::{Step, Update};
 use super::warnings::{FIRST_STEPS, Monitor, WatchedMetrics};
 use crate::config::{CriticStart, ImportanceSamplingCorrection, KlEstimator, KlIn, Optimised as _, PolicyLoss};
@@ -19,6 +20,7 @@ use crate::data::examples::Examples;
 use crate::data::examples::batch_sampler::endless;
 use crate::error::Diverged;
 use crate::host::give_back_freed;
+use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, HeadBias};
 use crate::model::roles::{Policy, ValueModel};
@@ -141,7 +143,8 @@ impl State {
             source: run.source,
             entries: &[],
             decode: run.decode,
-            recomputes: config.importance_sampling_correction != ImportanceSamplingCorrection::None,
+            recomputes: run.sampler.is_some()
+                || config.importance_sampling_correction != ImportanceSamplingCorrection::None,
             pad: run.pad,
             world: run.world,
         };
@@ -154,7 +157,16 @@ impl State {
             let (entries, prompts): (Vec<usize>, Vec<Vec<u32>>) = repeated.unzip();
             let numbers = (0..prompts.len()).map(|i| (before * config.num_generations + i) as u64);
             let seeds: Vec<u64> = numbers.map(|i| derive(run.seed, &[settings::ROLLOUT, iteration, i])).collect();
-            collect(actor, Readers { entries: &entries, ..readers }, prompts, &seeds, &sampling, config.at_once())
+            let readers = Readers { entries: &entries, ..readers };
+            let Some(sampler) = run.sampler else {
+                return collect(actor, readers, prompts, &seeds, &sampling, config.at_once());
+            };
+            let generating = within(Phase::Rollout);
+            let sampled = sampler.sample(self.actor.weights().view(), self.iteration, &prompts, &seeds, &sampling);
+            drop(generating);
+            let responses = sampled.map_err(|error| sampler::cause(error, actor, &prompts))?;
+            let rollout = read(actor, readers, prompts, responses, run.temperature())?;
+            sampler::check(&rollout, sampler.max_mismatch()).map(|()| rollout)
         })?;
         self.extra_prompts += rollout.sampled.groups.saturating_sub(count);
         // The updates allocate other sizes than KV cache and scoring passes did.

@@ -174,6 +174,7 @@ mod tests {
             evaluation: None,
             ptx: None,
             pad: None,
+            sampler: None,
             config: &config,
             seed: 1,
             recompute: Recompute::Off,

@@ -224,6 +224,7 @@ fn all_stages(out: &Path, config: &Config) -> Result<Outcome> {
         evaluation: None,
         ptx: None,
         pad: None,
+        sampler: None,
         config: ppo_config,
         seed,
         recompute: plan::resolve(ppo_config.checkpoint, base, &sft_adapter, micro_batch_tokens(&questions, ppo_config)),

@@ -4,7 +4,7 @@
 pub mod among;
 pub mod combine;
 pub mod command;
-mod endpoint;
+pub mod endpoint;
 pub mod http;
 pub mod judge;
 pub mod math;

@@ -236,6 +236,12 @@ impl Bench<'_> {
     fn ppo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.rollouts(self.stage)?.clone();
         c.compat = None; // it does not matter here which responses are kept
+        if c.rollout.as_ref().is_some_and(|rollout| rollout.is_served()) {
+            return Err(invalid!(
+                "bench memory asks no server: remove [{}.rollout], and rollouts are sampled here, which takes more",
+                c.origin.name()
+            ));
+        }
         if config.reward_base.as_ref().is_some_and(|base| *base != config.base) {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
         }
@@ -296,6 +302,7 @@ impl Bench<'_> {
             evaluation: None,
             ptx: None,
             pad: None,
+            sampler: None,
             config: &c,
             seed: config.seed,
             recompute: admission.plan.checkpoint,

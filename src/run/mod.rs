@@ -22,6 +22,7 @@ mod ppo;
 mod prompts;
 mod reward;
 mod rewards;
+mod served_rollouts;
 mod sft;
 
 use std::path::{Path, PathBuf};

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
+use super::served_rollouts::ServedSampler;
 use super::{Model, prepared_among, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
@@ -22,6 +23,7 @@ use crate::note;
 use crate::planner::passes;
 use crate::ppo::evaluate::{Evaluation, EvaluationInputs};
 use crate::ppo::run::{PpoRun, check};
+use crate::ppo::sampler::Sampler;
 use crate::ppo::train::train_then;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
@@ -32,6 +34,13 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     let world = &options.world;
     let (of_all, name) = (config.of_ranks(stage, world.size()), stage.name());
     let ppo = of_all.rollouts(stage)?;
+    if ppo.rollout.as_ref().is_some_and(|rollout| rollout.is_served()) && !world.is_alone() {
+        return Err(invalid!(
+            "[{name}.rollout] engine: servers sample for one process, and {} were started together; start it without mpirun, or set \
+             engine = \"self\", which shares the sampling among them",
+            world.size()
+        ));
+    }
     config.idle_keys(stage).iter().filter(|_| world.is_first()).for_each(|idle| eprintln!("{name}: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.
@@ -141,6 +150,9 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         decode: &decode,
         world,
     };
+    let served = ppo.rollout.as_ref().filter(|rollout| rollout.is_served());
+    let sampler = served.map(|rollout| ServedSampler::new(rollout, &model, ppo.origin.name(), out)).transpose()?;
+    sampler.as_ref().map_or(Ok(()), |sampler| sampler.begin(&sft))?;
     let evaluation = Evaluation::new(inputs, ppo, config.seed);
     let before = session.once_together("before", |report| evaluation.before(report))?;
     let evaluation = evaluation.with_baseline(before);
@@ -156,6 +168,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         evaluation: Some(&evaluation).filter(|_| !eval_prompts.is_empty()),
         ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
         pad,
+        sampler: sampler.as_ref().map(|sampler| sampler as &dyn Sampler),
         config: ppo,
         seed: config.seed,
         recompute: preflight.plan.checkpoint,

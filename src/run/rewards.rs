@@ -37,14 +37,20 @@ const CONCURRENCY: NonZeroUsize = NonZeroUsize::new(8).expect("8 is not 0");
 /// The bearer token of a source.
 ///
 /// # Errors
-/// If the variable that should hold it is not set.
+/// Those of [`key_of`].
 fn api_key(part: &RewardPart, section: &str) -> Result<Option<String>> {
-    let Some(name) = &part.api_key_env else { return Ok(None) };
+    key_of(part.api_key_env.as_deref(), &format!("[[{section}.reward]]"))
+}
+
+/// The bearer token in a variable. `section`: whose key names it, for messages.
+///
+/// # Errors
+/// If the variable that should hold it is not set.
+pub(super) fn key_of(name: Option<&str>, section: &str) -> Result<Option<String>> {
+    let Some(name) = name else { return Ok(None) };
     match std::env::var(name) {
         Ok(key) if !key.trim().is_empty() => Ok(Some(key.trim().to_owned())),
-        _ => Err(invalid!(
-            "[[{section}.reward]] api_key_env = {name:?}: that variable is not set; `export {name}=…` first"
-        )),
+        _ => Err(invalid!("{section} api_key_env = {name:?}: that variable is not set; `export {name}=…` first")),
     }
 }
 

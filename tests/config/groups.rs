@@ -421,3 +421,26 @@ fn a_correction_for_the_sampler_is_a_weight_of_one_here_and_the_bounds_hold() {
     assert_eq!((&none[0]["loss/policy_avg"], &none[0]["grad_norm/actor"]), (&json!(0.0), &json!(0.0)));
     assert_ne!(halved[0]["grad_norm/actor"], json!(0.0));
 }
+
+#[test]
+fn a_plan_counts_no_sampling_where_a_server_samples() {
+    let p = place();
+    let keys = GROUPS.replace("eval_prompts = 2", "eval_prompts = 0").replace("length = 12", "length = 64");
+    let rule = RULE.replace("SECTION", "grpo");
+    let peak = |name: &str, more: &str| {
+        p.write(name, format!("{RUN}[grpo]\nlearning_rate = 1e-3\n{keys}\n{rule}{more}"));
+        let ran = p.run(&format!("plan {name} --json"));
+        assert_eq!(ran.code, 0, "{}", ran.stderr);
+        let plan: Value = serde_json::from_str(&ran.stdout).unwrap();
+        let of = |phase: &str| plan["phases"][phase]["own"].as_u64().unwrap();
+        [of("rollout"), of("scoring")]
+    };
+    let here = peak("here.toml", "");
+    let there = peak("there.toml", "[grpo.rollout]\nengine = 'vllm'\nurls = ['http://127.0.0.1:9/v1']\n");
+    // Keys and values of 16 sequences of 64 tokens and more, in f32.
+    let base: Value = serde_json::from_str(&fs::read_to_string(p.path("base/config.json")).unwrap()).unwrap();
+    let of = |key: &str| base[key].as_u64().unwrap();
+    let cache = 16 * 64 * 2 * of("num_hidden_layers") * of("num_key_value_heads") * of("head_dim") * 4;
+    assert!(here[0] >= there[0] + cache, "{here:?} {there:?} {cache}");
+    assert!(there[1] > here[1], "the actor scores what it did not sample: {here:?} {there:?}");
+}

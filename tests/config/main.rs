@@ -15,4 +15,8 @@ mod support;
 #[cfg(unix)]
 mod terminal;
 mod told;
+// The server does nothing wrong here.
+#[allow(dead_code)]
+#[path = "../support/vllm.rs"]
+mod vllm;
 mod watch;

@@ -19,6 +19,8 @@ use fourfold::run::RunOptions;
 use serde_json::{Value, json};
 use toml::Table;
 
+use crate::vllm;
+
 /// A row: the key, what else is set on both sides, the key's other value.
 type Row = (&'static str, &'static str, &'static str);
 
@@ -155,6 +157,7 @@ const PPO: &[Row] = &[
     ("reward", "", "[{ kind = 'length', max_tokens = 4 }]"),
     ("gold", "eval_prompts = 2", "{ kind = 'regex', pattern = 'a' }"),
     ("ptx", "", "{ path = 'WORLD/text.txt' }"),
+    ("rollout", "", "{ engine = 'vllm', urls = ['VLLM'] }"),
     ("critic_learning_rate", "", "1e-4"),
     ("advantage_estimator", "", "'reinforce'"),
     ("advantage_estimator", "", "'a2c'"),
@@ -221,6 +224,7 @@ const GROUPS: &[Row] = &[
     ("reward_adapter", "", "'WORLD/reward/adapter_of_sft'"),
     ("reward", "", "[{ kind = 'length', max_tokens = 4 }]"),
     ("gold", "eval_prompts = 2", "{ kind = 'regex', pattern = 'a' }"),
+    ("rollout", "", "{ engine = 'vllm', urls = ['VLLM'] }"),
     ("num_generations", "", "4"),
     ("num_train_epochs", "", "2"),
     ("max_steps", "", "4"),
@@ -327,6 +331,26 @@ const PART: &[Row] = &[
     ("fallback_score", DEAD, "-4.0"),
 ];
 
+const SERVER: &str = "engine = 'vllm'\nurls = ['VLLM']";
+
+/// Servers sample from the same weights, so that none of these keys moves a result.
+const ROLLOUT: &[Row] = &[
+    ("engine", SERVER, "SAME 'openai'"),
+    ("urls", SERVER, "SAME ['VLLM', 'VLLM/']"),
+    ("api_key_env", SERVER, "SAME 'PATH'"),
+    ("logprobs_mode", SERVER, "SAME 'processed_logprobs'"),
+    ("adapter_dir", SERVER, "SAME 'WORLD/rollouts'"),
+    (
+        "server_adapter_dir",
+        "engine = 'vllm'\nurls = ['VLLM']\nadapter_dir = 'WORLD/rollouts'",
+        "SAME 'WORLD/rollouts/'",
+    ),
+    ("max_mismatch", SERVER, "SAME 9.0"),
+    ("concurrency", SERVER, "SAME 1"),
+    ("timeout_seconds", SERVER, "SAME 300.0"),
+    ("retries", SERVER, "SAME 1"),
+];
+
 /// What a run leaves: files and their bytes.
 type Left = BTreeMap<PathBuf, Vec<u8>>;
 
@@ -334,6 +358,7 @@ type Left = BTreeMap<PathBuf, Vec<u8>>;
 struct World {
     dir: tempfile::TempDir,
     server: String,
+    vllm: String,
 }
 
 static WORLD: LazyLock<World> = LazyLock::new(|| {
@@ -354,7 +379,7 @@ static WORLD: LazyLock<World> = LazyLock::new(|| {
     }
     fs::write(dir.path().join("text.txt"), "The soup at the Blue Door was lovely and warm. ".repeat(20)).unwrap();
     fs::write(dir.path().join("other.txt"), "Nobody names a place where the coffee was cold. ".repeat(20)).unwrap();
-    let world = World { dir, server: server() };
+    let world = World { dir, server: server(), vllm: vllm::server(|_, _, _| vllm::Deed::Answer).0 };
     for (out, section, keys) in [
         ("sft", "sft", "learning_rate = 5e-3"),
         ("taught", "sft", "learning_rate = 1e-2"),
@@ -446,7 +471,8 @@ impl World {
             "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\nmax_prompt_length = 64\n",
             base.display()
         );
-        let text = format!("{head}{text}").replace("WORLD", &dir).replace("SERVER", &self.server);
+        let text =
+            format!("{head}{text}").replace("WORLD", &dir).replace("SERVER", &self.server).replace("VLLM", &self.vllm);
         text.parse().unwrap_or_else(|error| panic!("{error}\n{text}"))
     }
 
@@ -498,7 +524,7 @@ impl World {
 /// The stage's section before a row's own settings: a run of some steps, off the first ratio.
 fn before(section: &str) -> &'static str {
     match section {
-        "ppo" | "ppo.ptx" | "ppo.reward" => {
+        "ppo" | "ppo.ptx" | "ppo.reward" | "ppo.rollout" => {
             "learning_rate = 5e-3\ntotal_episodes = 16\nbatch_size = 8\nnum_mini_batches = 2\nnum_ppo_epochs = 2\n\
              response_length = 12\nreward_adapter = 'WORLD/reward/adapter'"
         }
@@ -599,6 +625,11 @@ fn every_key_of_grpo_and_rloo_has_an_effect() {
 #[test]
 fn every_key_of_ptx_has_an_effect() {
     check("ppo.ptx", &[PTX]);
+}
+
+#[test]
+fn every_key_of_a_rollouts_engine_has_an_effect() {
+    check("ppo.rollout", &[ROLLOUT]);
 }
 
 #[test]

@@ -68,6 +68,7 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         evaluation: None,
         ptx: None,
         pad: None,
+        sampler: None,
         config: &config,
         seed: 1,
         recompute: Recompute::Off,

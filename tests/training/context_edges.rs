@@ -54,6 +54,7 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
         evaluation: None,
         ptx: None,
         pad: None,
+        sampler: None,
         config: &config,
         seed: 1,
         recompute: Recompute::Off,

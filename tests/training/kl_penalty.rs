@@ -113,6 +113,7 @@ fn the_penalty_is_adapted_by_the_kl_after_the_last_of_two_updates() {
             evaluation: None,
             ptx: None,
             pad: None,
+            sampler: None,
             config: &config,
             seed: 0,
             recompute: Recompute::Off,

@@ -16,8 +16,11 @@ mod ranks;
 mod ranks_rollouts;
 mod reward_sources;
 mod served_rewards;
+mod served_rollouts;
 mod shipped_adapters;
 #[path = "../support/mod.rs"]
 mod support;
 #[path = "../support/tiny_decoders.rs"]
 mod tiny_decoders;
+#[path = "../support/vllm.rs"]
+mod vllm;

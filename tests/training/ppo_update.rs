@@ -116,6 +116,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         evaluation: None,
         ptx: None,
         pad: None,
+        sampler: None,
         config: &config,
         seed: 0,
         recompute: Recompute::Off,

@@ -55,6 +55,8 @@ pub struct Supervised {
 pub struct Rollouts {
     /// Prompts of the largest rollout.
     pub prompts: Vec<usize>,
+    /// Their responses are sampled outside this process.
+    pub served: bool,
     /// Responses to each of them, which are adjacent in `prompts`.
     pub generations: usize,
     /// Tokens of a response.
@@ -410,7 +412,8 @@ impl StageShape {
             // Nothing is left of a batch of responses, so that of many only some are gone through, the largest among them.
             let batches: Vec<&[usize]> = work.prompts.chunks(work.at_once.max(1)).collect();
             let largest = batches.iter().max_by_key(|prompts| prompts.iter().sum::<usize>());
-            for prompts in batches.iter().take(2 * SOME).chain(largest.filter(|_| batches.len() > 2 * SOME)) {
+            let some = batches.iter().take(2 * SOME).chain(largest.filter(|_| batches.len() > 2 * SOME));
+            for prompts in some.filter(|_| !work.served) {
                 actor_view.generate(prompts, work.generations, work.response);
             }
             ledger.enter(Phase::Scoring);

@@ -1,5 +1,5 @@
 //! `POST` of a JSON object to an HTTP service, and which failures may pass. It does not depend on what is asked or on the
-//! model. Read `http.rs` and `judge.rs` for its users.
+//! model. Read `http.rs`, `judge.rs` and `run/served_rollouts.rs` for its users.
 
 use serde_json::Value;
 use ureq::Agent;
@@ -11,15 +11,16 @@ use super::retry::{Failure, excerpt};
 const LONGEST_BODY: u64 = 16 << 20;
 
 /// An address with its client.
-pub(super) struct Endpoint {
-    pub(super) url: String,
+pub struct Endpoint {
+    /// The address.
+    pub url: String,
     key: Option<String>,
     agent: Agent,
 }
 
 impl Endpoint {
     /// Creates the client; nothing is sent yet. `key`: the bearer token of the `Authorization` header.
-    pub(super) fn new(url: String, key: Option<String>, timeout: std::time::Duration) -> Self {
+    pub fn new(url: String, key: Option<String>, timeout: std::time::Duration) -> Self {
         let config = Agent::config_builder()
             .timeout_global(Some(timeout))
             .http_status_as_error(false)
@@ -32,8 +33,17 @@ impl Endpoint {
     /// The JSON value that the service replies with.
     ///
     /// # Errors
-    /// If there is no reply in time, its status is not a success, or it is not JSON.
-    pub(super) fn post(&self, body: &Value) -> Result<Value, Failure> {
+    /// Those of [`Endpoint::send`]; if the reply is not JSON.
+    pub fn post(&self, body: &Value) -> Result<Value, Failure> {
+        let text = self.send(body)?;
+        serde_json::from_str(&text).map_err(|_| Failure::Passing(format!("its reply is not JSON: {}", excerpt(&text))))
+    }
+
+    /// The text that the service replies with.
+    ///
+    /// # Errors
+    /// If there is no reply in time, or its status is not a success.
+    pub fn send(&self, body: &Value) -> Result<String, Failure> {
         let mut request = self.agent.post(&self.url).header("content-type", "application/json");
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
@@ -43,7 +53,7 @@ impl Endpoint {
         let status = response.status();
         let text = response.body_mut().with_config().limit(LONGEST_BODY).read_to_vec();
         let text = text.map_err(|error| Failure::Passing(format!("reading its reply: {error}")))?;
-        let text = String::from_utf8_lossy(&text);
+        let text = String::from_utf8_lossy(&text).into_owned();
         if !status.is_success() {
             let reply: Option<Value> = serde_json::from_str(&text).ok();
             let message = reply.as_ref().and_then(error_text).unwrap_or(&text);
@@ -52,6 +62,6 @@ impl Endpoint {
             let passes = status.is_server_error() || [408, 425, 429].contains(&status.as_u16());
             return Err(if passes { Failure::Passing(fault) } else { Failure::Final(fault) });
         }
-        serde_json::from_str(&text).map_err(|_| Failure::Passing(format!("its reply is not JSON: {}", excerpt(&text))))
+        Ok(text)
     }
 }

@@ -406,6 +406,7 @@ impl Roles {
             evaluation: None,
             ptx: None,
             pad: None,
+            sampler: None,
             config: settings.ppo()?,
             seed: 0,
             recompute: asked.recompute,

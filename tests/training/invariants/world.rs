@@ -163,6 +163,7 @@ pub fn ppo_run<'w>(
         evaluation: None,
         ptx: None,
         pad: None,
+        sampler: None,
         config,
         seed,
         recompute,

@@ -1,0 +1,156 @@
+//! The section `[ppo.rollout]`: what samples the responses of a rollout, this process or servers that load the actor's adapter.
+//!
+//! Read `ppo.rs` before this file and `ppo/sampler.rs` for what a sampler does.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use anyhow::Result;
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use super::Ppo;
+use crate::invalid;
+
+/// What samples the responses.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Engine {
+    /// This process.
+    #[default]
+    #[serde(rename = "self")]
+    Own,
+    /// vLLM's server: `/v1/completions` with token ids, `/v1/load_lora_adapter` and `/v1/unload_lora_adapter`.
+    Vllm,
+    /// Another server with these three, and no sampling parameter beyond OpenAI's.
+    Openai,
+    /// llama.cpp's server, which cannot load an adapter while it runs: refused.
+    #[serde(rename = "llama.cpp")]
+    LlamaCpp,
+}
+
+/// Which log-probabilities a server returns (vLLM's `--logprobs-mode`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
+pub enum LogprobsMode {
+    /// Those of the logits as they are, before temperature, top-k and top-p.
+    #[default]
+    #[serde(rename = "raw_logprobs")]
+    Raw,
+    /// Those after them.
+    #[serde(rename = "processed_logprobs")]
+    Processed,
+}
+
+/// `[ppo.rollout]`: what samples the responses of a rollout. Evaluations are always sampled by this process.
+#[derive(Clone, Debug, PartialEq, Deserialize, JsonSchema, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct RolloutEngine {
+    /// What samples. Default `self`, this process.
+    pub engine: Engine,
+    /// The servers' addresses, `http://host:port/v1`: requests go to them in turn, and each loads the adapter. `https://` needs a
+    /// build with the feature `hub`.
+    pub urls: Vec<String>,
+    /// The environment variable that holds the servers' bearer token; absent = none is sent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub api_key_env: Option<String>,
+    /// The log-probabilities that the servers return, by which their samples are checked and corrected. Default `raw_logprobs`
+    /// (vLLM's), which need temperature 0 or 1.
+    pub logprobs_mode: LogprobsMode,
+    /// Where the actor's adapter is written for the servers to read, one folder per iteration, the last one alone kept. Absent =
+    /// `rollout` in the run's folder.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub adapter_dir: Option<PathBuf>,
+    /// The path of that folder on the servers' machine, where it is another there. Absent = the same.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub server_adapter_dir: Option<String>,
+    /// The run stops, its state kept, where the servers' log-probabilities are further than this from the actor's on average over
+    /// a rollout's tokens: they sampled from other weights. Default 0.2; other number formats differ by some hundredths.
+    pub max_mismatch: f64,
+    /// Requests at once, one per response. Default 32.
+    pub concurrency: NonZeroUsize,
+    /// Longest wait for a reply. Default 600.
+    pub timeout_seconds: f64,
+    /// Tries after a failed one, at the next server, half a second later and then twice as long each time. Default 3.
+    pub retries: usize,
+}
+
+impl Default for RolloutEngine {
+    fn default() -> Self {
+        Self {
+            engine: Engine::Own,
+            urls: Vec::new(),
+            api_key_env: None,
+            logprobs_mode: LogprobsMode::Raw,
+            adapter_dir: None,
+            server_adapter_dir: None,
+            max_mismatch: 0.2,
+            concurrency: NonZeroUsize::new(32).expect("32 is not 0"),
+            timeout_seconds: 600.0,
+            retries: 3,
+        }
+    }
+}
+
+impl RolloutEngine {
+    /// Whether servers sample.
+    pub fn is_served(&self) -> bool {
+        self.engine != Engine::Own
+    }
+
+    /// What an engine needs, from its own keys and from the section's sampling parameters.
+    ///
+    /// # Errors
+    /// If it cannot sample what the section asks for, with what to do.
+    pub(super) fn check(&self, section: &Ppo) -> Result<()> {
+        let name = section.origin.name();
+        let says = |text: String| Err(invalid!("[{name}.rollout] {text}"));
+        let engine = serde_json::to_value(self.engine)?;
+        match self.engine {
+            Engine::Own if *self != Self::default() => {
+                return says(
+                    "has keys of a server, and engine = \"self\"; set engine = \"vllm\", or remove them".into(),
+                );
+            }
+            Engine::Own => return Ok(()),
+            Engine::LlamaCpp => {
+                return says(
+                    "engine = \"llama.cpp\": its server reads adapters when it starts and loads none later, and the actor is another \
+                     after every update; use engine = \"vllm\" with a vLLM server, or \"self\""
+                        .into(),
+                );
+            }
+            Engine::Vllm | Engine::Openai => {}
+        }
+        let has_scheme = |url: &String| ["http://", "https://"].iter().any(|scheme| url.starts_with(scheme));
+        if self.urls.is_empty() || !self.urls.iter().all(has_scheme) {
+            return says(format!("engine = {engine} needs urls = [\"http://host:port/v1\"]"));
+        }
+        if self.urls.iter().any(|url| url.starts_with("https://")) && !cfg!(feature = "hub") {
+            return says(
+                "urls: only plain http is spoken; build with --features hub, or put a local proxy before it".into(),
+            );
+        }
+        if self.server_adapter_dir.is_some() && self.adapter_dir.is_none() {
+            return says("server_adapter_dir is another path of adapter_dir, which is absent; set it".into());
+        }
+        if section.compat.is_some() {
+            return says(format!("engine = {engine} samples no padded rows; remove compat = \"dschat\""));
+        }
+        if self.engine == Engine::Openai && section.top_k > 0 {
+            return says(format!("engine = \"openai\" has no top_k = {}; set it to 0, or use \"vllm\"", section.top_k));
+        }
+        let temperature = section.temperature;
+        match self.logprobs_mode {
+            LogprobsMode::Raw if temperature != 0.0 && temperature != 1.0 => says(format!(
+                "raw_logprobs are those of temperature 1, and temperature = {temperature}; set it to 1, or start vLLM with \
+                 --logprobs-mode processed_logprobs and set logprobs_mode = \"processed_logprobs\""
+            )),
+            LogprobsMode::Processed if temperature == 0.0 || section.top_k > 0 || section.top_p < 1.0 => says(
+                "processed_logprobs are those of the tokens that greedy decoding, top_k and top_p leave; set temperature above 0, \
+                 top_k = 0 and top_p = 1, or use raw_logprobs"
+                    .into(),
+            ),
+            _ => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,387 @@
+//! Rollouts that servers sample: the actor's adapter is written and loaded under a new name per version, responses come back as
+//! token ids with their log-probabilities, one request each. It does not depend on rewards or updates. Read `ppo/sampler.rs` for
+//! what is made of them.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, anyhow};
+use serde_json::{Value, json};
+
+use super::Model;
+use super::rewards::key_of;
+use crate::config::{Engine, RolloutEngine};
+use crate::model::adapter::Adapter;
+use crate::model::generate::{FinishReason, Response, SamplingParams};
+use crate::ppo::sampler::Sampler;
+use crate::report::progress::{Progress, Unit};
+use crate::reward::source::endpoint::Endpoint;
+use crate::reward::source::retry::{Failure, LONGEST_WAIT, excerpt};
+
+/// Wait before the first retry.
+const BACKOFF: Duration = Duration::from_millis(500);
+/// Longest wait for a server that is asked to forget an adapter, which nothing depends on.
+const FORGETTING: Duration = Duration::from_secs(10);
+
+/// The endpoints of a server.
+struct Server {
+    completions: Endpoint,
+    load: Endpoint,
+    unload: Endpoint,
+}
+
+/// The adapter that servers have.
+struct Loaded {
+    version: usize,
+    name: String,
+    /// Those that have it, by number.
+    servers: Vec<usize>,
+}
+
+/// Servers that sample.
+pub(super) struct ServedSampler<'w> {
+    /// ppo, grpo or rloo.
+    section: &'static str,
+    servers: Vec<Server>,
+    settings: &'w RolloutEngine,
+    model: &'w Model,
+    folder: PathBuf,
+    folder_there: String,
+    /// Another one in each process: a server may still have the adapters of a run that was killed.
+    tag: String,
+    loaded: Mutex<Option<Loaded>>,
+}
+
+impl<'w> ServedSampler<'w> {
+    /// Creates the clients; nothing is sent yet. `out`: the run's folder.
+    ///
+    /// # Errors
+    /// If the key's variable is not set, or the run's folder has no absolute path.
+    pub(super) fn new(
+        settings: &'w RolloutEngine,
+        model: &'w Model,
+        section: &'static str,
+        out: &Path,
+    ) -> Result<Self> {
+        let key = key_of(settings.api_key_env.as_deref(), &format!("[{section}.rollout]"))?;
+        let timeout = Duration::from_secs_f64(settings.timeout_seconds);
+        let server = |url: &String| {
+            let base = url.trim_end_matches('/');
+            let at = |path: &str, timeout| Endpoint::new(format!("{base}/{path}"), key.clone(), timeout);
+            Server {
+                completions: at("completions", timeout),
+                load: at("load_lora_adapter", timeout),
+                unload: at("unload_lora_adapter", FORGETTING.min(timeout)),
+            }
+        };
+        let folder = settings.adapter_dir.clone().unwrap_or_else(|| out.join("rollout"));
+        if settings.adapter_dir.is_none() {
+            remove_left(&folder);
+        }
+        let folder = std::path::absolute(&folder).with_context(|| folder.display().to_string())?;
+        let folder_there = match &settings.server_adapter_dir {
+            Some(there) => there.trim_end_matches('/').to_owned(),
+            None => folder.display().to_string(),
+        };
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let tag = format!("{:x}-{:x}", std::process::id(), started);
+        let servers = settings.urls.iter().map(server).collect();
+        Ok(Self { section, servers, settings, model, folder, folder_there, tag, loaded: Mutex::default() })
+    }
+
+    /// Tries until one succeeds or none can. `of(tried)`: the address for messages, and the outcome.
+    fn tries<T>(&self, of: impl Fn(usize) -> (String, Result<T, Failure>)) -> Result<T, Failure> {
+        let (mut wait, mut last) = (BACKOFF, String::new());
+        for tried in 0..=self.settings.retries {
+            if tried > 0 {
+                thread::sleep(wait);
+                wait = (wait * 2).min(LONGEST_WAIT);
+            }
+            let (at, outcome) = of(tried);
+            match outcome {
+                Ok(found) => return Ok(found),
+                Err(Failure::Final(text)) => return Err(Failure::Final(format!("rollout server {at}: {text}"))),
+                Err(Failure::Passing(text) | Failure::Unscored(text)) => last = format!("rollout server {at}: {text}"),
+            }
+        }
+        Err(Failure::Passing(last))
+    }
+
+    /// Loads the adapter on every server unless they have it, and has them forget the one before. A server that is dead is left
+    /// out until the next version where another one lives.
+    ///
+    /// # Errors
+    /// If the adapter cannot be written, a server refuses it, or all servers are dead.
+    fn load(&self, adapter: &Adapter, version: usize) -> Result<(String, Vec<usize>)> {
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = loaded.as_ref().filter(|loaded| loaded.version == version) {
+            return Ok((loaded.name.clone(), loaded.servers.clone()));
+        }
+        let name = format!("fourfold-{}-{version}", self.tag);
+        super::save(adapter.clone(), self.model, &self.folder.join(&name))?;
+        let body = json!({ "lora_name": name, "lora_path": format!("{}/{name}", self.folder_there) });
+        let (mut servers, mut dead) = (vec![], vec![]);
+        for (number, server) in self.servers.iter().enumerate() {
+            let outcome = self.tries(|_| {
+                let outcome = match server.load.send(&body) {
+                    Ok(_) => Ok(()),
+                    // The reply to an earlier try did not arrive.
+                    Err(Failure::Final(text)) if text.contains("already") => Ok(()),
+                    Err(Failure::Final(text)) if text.contains("status 404") => Err(Failure::Final(format!(
+                        "{text}; it has no such endpoint, or no such folder: start vLLM with --enable-lora --max-lora-rank {} and \
+                         VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a machine that sees {}, or set server_adapter_dir",
+                        adapter.config().r,
+                        self.folder.display()
+                    ))),
+                    Err(failure) => Err(failure),
+                };
+                (server.load.url.clone(), outcome)
+            });
+            match outcome {
+                Ok(()) => servers.push(number),
+                Err(Failure::Passing(text) | Failure::Unscored(text)) => dead.push(text),
+                Err(failure) => {
+                    self.forget(&name, &servers);
+                    return Err(said(failure));
+                }
+            }
+        }
+        if servers.is_empty() {
+            self.forget(&name, &[]);
+            return Err(said(Failure::Passing(dead.join("; "))));
+        }
+        for text in dead {
+            eprintln!("{}: warning: {text}; it is left out until the next version is loaded", self.section);
+        }
+        if let Some(before) = loaded.replace(Loaded { version, name: name.clone(), servers: servers.clone() }) {
+            self.forget(&before.name, &before.servers);
+        }
+        Ok((name, servers))
+    }
+
+    /// Loads the adapter that the run begins with, so that servers which cannot sample are found before minutes of work.
+    ///
+    /// # Errors
+    /// As for a rollout.
+    pub(super) fn begin(&self, first: &Adapter) -> Result<()> {
+        self.load(first, 0).map(drop)
+    }
+
+    /// Has servers forget an adapter and removes its folder. Nothing depends on it: names are never used again.
+    fn forget(&self, name: &str, servers: &[usize]) {
+        for &number in servers {
+            let _ = self.servers[number].unload.send(&json!({ "lora_name": name }));
+        }
+        let _ = fs::remove_dir_all(self.folder.join(name));
+    }
+
+    /// Every parameter is given, so that no default of the server's or of its model's generation_config.json holds.
+    fn request(&self, adapter: &str, prompt: &[u32], seed: u64, sampling: &SamplingParams) -> Value {
+        let mut body = json!({
+            "model": adapter,
+            "prompt": prompt,
+            "max_tokens": sampling.max_new_tokens,
+            "n": 1,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "seed": seed as i64,
+            "logprobs": 1,
+            "return_token_ids": true,
+            "stream": false,
+        });
+        if self.settings.engine == Engine::Vllm {
+            body["top_k"] = if sampling.top_k == 0 { (-1).into() } else { sampling.top_k.into() };
+            body["min_p"] = 0.0.into();
+            body["min_tokens"] = 0.into();
+            body["repetition_penalty"] = 1.0.into();
+            // The tokens that end a response are ours, not the model's.
+            body["ignore_eos"] = true.into();
+            body["stop_token_ids"] = sampling.stop.clone().into();
+            body["skip_special_tokens"] = false.into();
+            body["add_special_tokens"] = false.into();
+        }
+        body
+    }
+}
+
+/// What is said of a failure that ends the run.
+fn said(failure: Failure) -> anyhow::Error {
+    match failure {
+        Failure::Final(text) => anyhow!("{text}"),
+        Failure::Passing(text) | Failure::Unscored(text) => {
+            anyhow!("{text}; fix it, or raise timeout_seconds or retries of the rollout's section")
+        }
+    }
+}
+
+/// Removes the adapters that a run which was killed left in its folder.
+fn remove_left(folder: &Path) {
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("fourfold-") {
+            let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// The response in a server's reply: our stop token ends it, whatever the server sampled after it.
+///
+/// # Errors
+/// If the reply has no ids or log-probabilities, is about another prompt, or ends where no response does.
+fn response(reply: &Value, prompt: &[u32], sampling: &SamplingParams, vocab: usize) -> Result<Response, Failure> {
+    let choice = &reply["choices"][0];
+    let ids = |value: &Value| -> Option<Vec<u32>> {
+        value.as_array()?.iter().map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok())).collect()
+    };
+    if !choice.is_object() {
+        return Err(Failure::Passing(format!("its reply has no choices[0]: {}", excerpt(&reply.to_string()))));
+    }
+    let Some(mut tokens) = ids(&choice["token_ids"]) else {
+        return Err(Failure::Final(
+            "its reply has no choices[0].token_ids, and text does not give them back: it needs return_token_ids (vLLM 0.10.2 or \
+             newer); use such a server, or engine = \"self\""
+                .into(),
+        ));
+    };
+    let read = [&choice["prompt_token_ids"], &reply["prompt_token_ids"]].into_iter().find_map(ids);
+    if read.is_some_and(|read| read != prompt) {
+        return Err(Failure::Final("it read other prompt tokens than it was sent; add no special tokens there".into()));
+    }
+    let logprobs = choice["logprobs"]["token_logprobs"].as_array();
+    let logprobs: Option<Vec<f32>> =
+        logprobs.and_then(|all| all.iter().map(|value| value.as_f64().map(|value| value as f32)).collect());
+    let Some(mut logprobs) = logprobs.filter(|all| all.len() == tokens.len()) else {
+        return Err(Failure::Final(
+            "its reply has no choices[0].logprobs.token_logprobs, one number per token, by which its samples are checked".into(),
+        ));
+    };
+    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
+        return Err(Failure::Final(format!(
+            "it sampled token {token}, and [base] has {vocab}: it serves another base"
+        )));
+    }
+    if let Some(at) = tokens.iter().position(|token| sampling.stop.contains(token)) {
+        tokens.truncate(at + 1);
+        logprobs.truncate(at + 1);
+        return Ok(Response { tokens, logprobs, finish: FinishReason::Stop });
+    }
+    let (found, most, why) =
+        (tokens.len(), sampling.max_new_tokens, choice["finish_reason"].as_str().unwrap_or("none"));
+    if found != most {
+        return Err(Failure::Final(format!(
+            "it ended a response after {found} of {most} tokens at none of the tokens that end one here (finish_reason {why}); raise \
+             its --max-model-len, and give its base the same end of sequence"
+        )));
+    }
+    Ok(Response { tokens, logprobs, finish: FinishReason::Length })
+}
+
+impl Sampler for ServedSampler<'_> {
+    fn sample(
+        &self,
+        adapter: &Adapter,
+        version: usize,
+        prompts: &[Vec<u32>],
+        seeds: &[u64],
+        sampling: &SamplingParams,
+    ) -> Result<Vec<Response>> {
+        let (name, servers) = self.load(adapter, version)?;
+        let vocab = self.model.base.config().vocab_size;
+        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let found: Vec<Mutex<Option<Result<Response>>>> = prompts.iter().map(|_| Mutex::default()).collect();
+        let progress = Mutex::new(Progress::new("rollout", prompts.len(), Unit::Of("response")));
+        // Each thread takes the next prompt; after a failure none is sent any more.
+        let work = || {
+            while !failed.load(Ordering::Relaxed) {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                let Some((prompt, &seed)) = prompts.get(i).zip(seeds.get(i)) else { return };
+                let body = self.request(&name, prompt, seed, sampling);
+                let sampled = self.tries(|tried| {
+                    let server = &self.servers[servers[(i + tried) % servers.len()]];
+                    let reply = server.completions.post(&body);
+                    let sampled = reply.and_then(|reply| response(&reply, prompt, sampling, vocab));
+                    (server.completions.url.clone(), sampled)
+                });
+                failed.fetch_or(sampled.is_err(), Ordering::Relaxed);
+                progress.lock().unwrap_or_else(PoisonError::into_inner).add(1);
+                *found[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled.map_err(said));
+            }
+        };
+        let more = self.settings.concurrency.get().min(prompts.len()).saturating_sub(1);
+        thread::scope(|scope| {
+            for _ in 0..more {
+                // Where no further thread can be started, those that there are do the work.
+                if thread::Builder::new().spawn_scoped(scope, work).is_err() {
+                    break;
+                }
+            }
+            work();
+        });
+        let found = found.into_iter().filter_map(|one| one.into_inner().unwrap_or_else(PoisonError::into_inner));
+        let sampled = found.collect::<Result<Vec<Response>>>()?;
+        (sampled.len() == prompts.len()).then_some(sampled).context("a prompt was not sent")
+    }
+
+    fn max_mismatch(&self) -> f64 {
+        self.settings.max_mismatch
+    }
+}
+
+impl Drop for ServedSampler<'_> {
+    fn drop(&mut self) {
+        let loaded = self.loaded.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(loaded) = loaded {
+            self.forget(&loaded.name, &loaded.servers);
+        }
+        // Empty, unless it holds what is not ours.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(reply: Value) -> Result<Response, Failure> {
+        let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 3, stop: vec![0, 9] };
+        response(&reply, &[5, 6], &sampling, 20)
+    }
+
+    fn reply(ids: Value, logprobs: Value) -> Value {
+        json!({ "choices": [{ "token_ids": ids, "logprobs": { "token_logprobs": logprobs }, "finish_reason": "length" }] })
+    }
+
+    #[test]
+    fn a_response_ends_at_our_stop_token_or_at_its_limit() {
+        let whole = read(reply(json!([1, 2, 3]), json!([-0.5, -1.0, -2.0]))).unwrap();
+        assert_eq!((whole.tokens, whole.finish), (vec![1, 2, 3], FinishReason::Length));
+        let ended = read(reply(json!([1, 9, 3]), json!([-0.5, -1.0, -2.0]))).unwrap();
+        assert_eq!((ended.tokens, ended.logprobs, ended.finish), (vec![1, 9], vec![-0.5, -1.0], FinishReason::Stop));
+    }
+
+    #[test]
+    fn what_is_no_response_to_the_prompt_is_refused_with_the_reason() {
+        let mut other = reply(json!([1, 2, 3]), json!([0, 0, 0]));
+        other["choices"][0]["prompt_token_ids"] = json!([1, 5, 6]);
+        for (reply, said) in [
+            (json!({ "choices": [{ "text": "abc", "logprobs": null }] }), "no choices[0].token_ids"),
+            (reply(json!([1, 2, 3]), json!([0, 0])), "no choices[0].logprobs.token_logprobs"),
+            (reply(json!([1, 2, 3]), json!([0, null, 0])), "no choices[0].logprobs.token_logprobs"),
+            (reply(json!([1, 2]), json!([0, 0])), "after 2 of 3 tokens"),
+            (reply(json!([1, 2, 3, 4]), json!([0, 0, 0, 0])), "after 4 of 3 tokens"),
+            (reply(json!([1, 20, 3]), json!([0, 0, 0])), "sampled token 20"),
+            (other, "other prompt tokens"),
+        ] {
+            match read(reply) {
+                Err(Failure::Final(text)) => assert!(text.contains(said), "{said}: {text}"),
+                found => panic!("{said}: {found:?}"),
+            }
+        }
+        assert!(matches!(read(json!({ "choices": [] })), Err(Failure::Passing(_))));
+    }
+}
