@@ -127,7 +127,7 @@ const RECIPES: [Recipe; 16] = {
 };
 
 fn of(preset: Preset) -> &'static Recipe {
-    // Every preset has its row: tests/data/sources.rs reads each.
+    // Every preset has its row: tests/data/sources/public_sets.rs reads each.
     RECIPES.iter().find(|recipe| recipe.preset == preset).unwrap_or(&RECIPES[0])
 }
 
