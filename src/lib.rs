@@ -16,7 +16,7 @@
 //! - [`sft`], [`reward`], [`dpo`], [`distill`], [`ppo`] the stages. PPO's loop is [`ppo::train`], its loss [`ppo::loss::policy_loss`]
 //! - [`planner`] predicts a stage's memory; [`export`] merged models and GGUF files; [`page`] the page of a run
 //! - [`watch`] a run in a terminal; [`run`] runs a stage from its config to its output folder; [`quickstart`] all stages on
-//!   a tiny embedded base; [`cli`] the commands
+//!   a tiny embedded base; [`serve`] an HTTP server over a base and its adapters; [`cli`] the commands
 //!
 //! ```
 //! use fourfold::model::roles::{Policy, ValueModel};
@@ -55,6 +55,7 @@ pub mod report;
 pub mod reward;
 pub mod rng;
 pub mod run;
+pub mod serve;
 pub mod sft;
 pub mod stats;
 pub mod tokenizer;

@@ -20,7 +20,7 @@ const FLOORS: &[&[&str]] = &[
     &["ppo"],
     &["export", "planner", "page"],
     &["run", "watch"],
-    &["quickstart"],
+    &["quickstart", "serve"],
     &["cli"],
 ];
 

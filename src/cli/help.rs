@@ -17,7 +17,7 @@ const GROUPS: &[(&str, &[&str])] = &[
         "Training",
         &["quickstart", "init", "sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo", "data", "keys"],
     ),
-    ("Models", &["merge", "generate", "chat", "score", "logprobs", "inspect"]),
+    ("Models", &["merge", "generate", "chat", "serve", "score", "logprobs", "inspect"]),
     ("Runs", &["watch", "report"]),
     ("Machine", &["plan", "bench", "doctor", "completions", "man"]),
 ];
@@ -43,6 +43,10 @@ const EXAMPLES: &[(&[&str], &str)] = &[
     (&["merge"], "fourfold merge --base model.gguf --adapter runs/ppo/actor --out merged --dtype bf16"),
     (&["generate"], "fourfold generate --base merged --prompt \"How was the soup?\" --temperature 0.7"),
     (&["chat"], "fourfold chat --base model.gguf --adapter runs/ppo/actor --system \"Be brief.\""),
+    (
+        &["serve"],
+        "fourfold serve --base model.gguf --adapter runs/ppo/actor --adapter reward=runs/reward/adapter --port 8000",
+    ),
     (
         &["score"],
         "fourfold score --base model.gguf --adapter runs/reward/adapter --data pairs.jsonl --out scores.jsonl",

@@ -15,6 +15,7 @@ mod plan;
 mod probe;
 mod report;
 mod score;
+mod serve;
 mod subsets;
 mod text;
 mod watch;
@@ -88,6 +89,8 @@ enum Command {
     Generate(text::Generate),
     /// A dialogue with a model in the terminal.
     Chat(chat::Chat),
+    /// An HTTP server over a base and adapters that speaks OpenAI's and vLLM's requests: text, log-probabilities, scores.
+    Serve(serve::Serve),
     /// Rewards of the responses in a data file, record by record, and the accuracy over its comparisons.
     Score(score::Score),
     /// Log-probabilities of given token ids.
@@ -205,6 +208,7 @@ pub fn run() -> Result<()> {
         Command::Merge(args) => merge::merge(args),
         Command::Generate(args) => text::generate(&args),
         Command::Chat(args) => chat::chat(&args),
+        Command::Serve(args) => serve::serve(&args),
         Command::Score(args) => score::score(&args),
         Command::Logprobs(args) => probe::logprobs(&args),
         Command::Report(args) => report::report(&args),

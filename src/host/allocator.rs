@@ -10,6 +10,8 @@ use mimalloc::MiMalloc;
 thread_local! {
     /// Bytes that this thread may still allocate under a limit, and the message that is printed when it asks for more.
     static LEFT: Cell<Option<(usize, &'static str)>> = const { Cell::new(None) };
+    /// Whether [`within`] limits nothing on this thread.
+    static UNLIMITED: Cell<bool> = const { Cell::new(false) };
 }
 
 /// The global allocator of `fourfold`.
@@ -25,7 +27,21 @@ pub fn within<T>(bytes: usize, said: &'static str, run: impl FnOnce() -> T) -> T
             LEFT.set(self.0);
         }
     }
-    let _ends = Ends(LEFT.replace(Some((bytes, said))));
+    let _ends = Ends(LEFT.replace(Some((bytes, said)).filter(|_| !UNLIMITED.get())));
+    run()
+}
+
+/// Runs a function in which [`within`] limits nothing: for a server, which must not end when one request asks for much and which
+/// bounds the size of requests instead.
+pub fn without_limits<T>(run: impl FnOnce() -> T) -> T {
+    /// Restores what was before, also when a panic unwinds.
+    struct Ends(bool);
+    impl Drop for Ends {
+        fn drop(&mut self) {
+            UNLIMITED.set(self.0);
+        }
+    }
+    let _ends = Ends(UNLIMITED.replace(true));
     run()
 }
 
@@ -143,6 +159,8 @@ mod tests {
             LEFT.get()
         });
         assert_eq!((inside, LEFT.get()), (Some((60, "too much")), None));
+        let unlimited = without_limits(|| within(100, "too much", || LEFT.get()));
+        assert_eq!((unlimited, UNLIMITED.get()), (None, false));
         let panicked = std::panic::catch_unwind(|| within(100, "too much", || panic!("on purpose")));
         assert!(panicked.is_err() && LEFT.get().is_none());
     }

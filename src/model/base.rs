@@ -75,6 +75,15 @@ impl KvCache {
         self.layers.iter_mut().for_each(|layer| layer.retain(keep));
     }
 
+    /// Takes over the sequences of another cache of the same base; they come after its own. After an error neither is usable.
+    ///
+    /// # Errors
+    /// If the caches are of different bases or machines, or device memory is out.
+    pub fn join(&mut self, other: Self) -> Result<()> {
+        anyhow::ensure!(self.layers.len() == other.layers.len(), "caches of different bases cannot be joined");
+        self.layers.iter_mut().zip(other.layers).try_for_each(|(ours, theirs)| ours.join(theirs))
+    }
+
     /// Allocated bytes of keys and values.
     pub fn size_in_bytes(&self) -> usize {
         self.layers.iter().map(attention::KvCache::size_in_bytes).sum()

@@ -3,11 +3,13 @@
 //! (tokens, positions, lengths, draws) lies in one input on the device, which is written before each step. It does not depend
 //! on prompts or stop tokens. Read `generate.rs` for the use, and `device/graph.rs` for recordings.
 
+use std::ops::Deref;
 use std::sync::Arc;
 
 use anyhow::{Context, Result, ensure};
 
-use super::base::KvCache;
+use super::adapter::Adapter;
+use super::base::{Base, KvCache};
 use super::batch::Batch;
 use super::roles::Policy;
 use crate::device::{Array, Device, Element, Inputs, Matrix, Recording};
@@ -15,12 +17,35 @@ use crate::ops::logprobs::Logits;
 use crate::ops::rope::gpu::DeviceRopeTable;
 use crate::ops::sample::{Distribution, Pending, Sampler};
 
+/// An adapter that a batch is generated with.
+enum Held<'p> {
+    Borrowed(&'p Adapter),
+    /// One that others may let go of before the batch ends.
+    Shared(Arc<Adapter>),
+}
+
+impl Deref for Held<'_> {
+    type Target = Adapter;
+
+    fn deref(&self) -> &Adapter {
+        match self {
+            Self::Borrowed(adapter) => adapter,
+            Self::Shared(adapter) => adapter,
+        }
+    }
+}
+
+/// What reads the logits (S, vocab) of a step and the tokens that were drawn from them, with their log-probabilities.
+pub type Read<'r> = dyn FnMut(&Logits, &mut [(u32, f32)]) -> Result<()> + 'r;
+
 /// A batch under generation.
 pub struct Decoding<'p> {
-    policy: Policy<'p>,
+    base: &'p Base,
+    adapter: Option<Held<'p>>,
     cache: KvCache,
     sampler: Sampler,
-    by: Distribution,
+    /// What each sequence's tokens are drawn from, (S).
+    by: Vec<Distribution>,
     /// The hidden states (S, D) that the newest tokens were drawn from.
     hidden: Option<Array>,
     recorded: Option<Recorded>,
@@ -45,14 +70,15 @@ struct Shape {
     sequences: usize,
     /// Chunks of the cache, as `attention::NextStep` has them.
     chunks: usize,
+    by: Distribution,
     rope_tables: Vec<Arc<DeviceRopeTable>>,
 }
 
 impl PartialEq for Shape {
     fn eq(&self, other: &Self) -> bool {
         let tables = || self.rope_tables.iter().zip(&other.rope_tables);
-        (self.sequences, self.chunks, self.rope_tables.len())
-            == (other.sequences, other.chunks, other.rope_tables.len())
+        (self.sequences, self.chunks, self.by, self.rope_tables.len())
+            == (other.sequences, other.chunks, other.by, other.rope_tables.len())
             && tables().all(|(ours, theirs)| Arc::ptr_eq(ours, theirs))
     }
 }
@@ -96,11 +122,40 @@ impl<'p> Decoding<'p> {
         capacity: usize,
         by: Distribution,
     ) -> Result<Self> {
-        let (hidden, cache) = policy.base().prefill(prompts, sources, policy.adapter(), capacity)?;
+        let adapter = policy.adapter().map(Held::Borrowed);
+        Self::of(policy.base(), adapter, prompts, sources, capacity, vec![by; sources.len()])
+    }
+
+    /// As [`Decoding::start`], with an adapter that the batch keeps for as long as it needs it, and a distribution of its own for
+    /// each response, `by` (S).
+    ///
+    /// # Errors
+    /// As for `Base::prefill`.
+    pub fn start_shared(
+        base: &'p Base,
+        adapter: Option<Arc<Adapter>>,
+        prompts: &Batch,
+        sources: &[usize],
+        capacity: usize,
+        by: Vec<Distribution>,
+    ) -> Result<Self> {
+        ensure!(by.len() == sources.len(), "{} distributions for {} responses", by.len(), sources.len());
+        Self::of(base, adapter.map(Held::Shared), prompts, sources, capacity, by)
+    }
+
+    fn of(
+        base: &'p Base,
+        adapter: Option<Held<'p>>,
+        prompts: &Batch,
+        sources: &[usize],
+        capacity: usize,
+        by: Vec<Distribution>,
+    ) -> Result<Self> {
+        let (hidden, cache) = base.prefill(prompts, sources, adapter.as_deref(), capacity)?;
         let sampler = Sampler::default();
         // Copies of layers that the device does not keep are no launches.
-        let tries = if policy.base().streams() { 0 } else { 2 };
-        Ok(Self { policy, cache, sampler, by, hidden: Some(hidden), recorded: None, last: None, tries })
+        let tries = if base.streams() { 0 } else { 2 };
+        Ok(Self { base, adapter, cache, sampler, by, hidden: Some(hidden), recorded: None, last: None, tries })
     }
 
     /// The cache.
@@ -111,6 +166,26 @@ impl<'p> Decoding<'p> {
     /// Keeps the sequences s for which `keep[s]` is true.
     pub fn retain(&mut self, keep: &[bool]) {
         self.cache.retain(keep);
+        let mut flags = keep.iter();
+        self.by.retain(|_| *flags.next().unwrap_or(&true));
+    }
+
+    /// Takes over the sequences of another batch of this base and adapter, whose first tokens are drawn; they come after its own.
+    /// After an error the batch is not usable.
+    ///
+    /// # Errors
+    /// If base or adapter is another, or device memory is out.
+    pub fn join(&mut self, other: Self) -> Result<()> {
+        let same = match (self.adapter.as_deref(), other.adapter.as_deref()) {
+            (Some(ours), Some(theirs)) => std::ptr::eq(ours, theirs),
+            (None, None) => true,
+            _ => false,
+        };
+        ensure!(same && std::ptr::eq(self.base, other.base), "batches of different policies cannot be joined");
+        // The cache may move, and a recorded step reads it where it was.
+        (self.recorded, self.last, self.hidden) = (None, None, None);
+        self.by.extend(other.by);
+        self.cache.join(other.cache)
     }
 
     /// Whether the next step like the one before is issued as one piece, or will never be.
@@ -123,9 +198,19 @@ impl<'p> Decoding<'p> {
     /// # Errors
     /// If the logits are NaN or infinite, or a device fails.
     pub fn first(&mut self, draws: &[f64]) -> Result<Vec<(u32, f32)>> {
+        self.first_reading(draws, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Decoding::first`]; `read` gets the logits (S, vocab) and what was drawn, which it may change.
+    ///
+    /// # Errors
+    /// As for [`Decoding::first`]; the error of `read`.
+    pub fn first_reading(&mut self, draws: &[f64], read: &mut Read<'_>) -> Result<Vec<(u32, f32)>> {
         let hidden = self.hidden.as_ref().context("tokens after the prompts are drawn before the first step")?;
-        let logits = self.policy.base().logits_in_place(hidden, self.policy.adapter())?;
-        self.sampler.sample(&logits, self.by, draws)
+        let logits = self.base.logits_in_place(hidden, self.adapter.as_deref())?;
+        let mut sampled = self.sampler.sample_each(&logits, &self.by, draws)?;
+        read(&logits, &mut sampled)?;
+        Ok(sampled)
     }
 
     /// The tokens after `tokens` (S), which are the newest of their sequences and stand at `positions` (S).
@@ -133,18 +218,38 @@ impl<'p> Decoding<'p> {
     /// # Errors
     /// If a sequence would be longer than the context, the logits are NaN or infinite, or a device fails.
     pub fn step(&mut self, tokens: &[u32], positions: &[u32], draws: &[f64]) -> Result<Vec<(u32, f32)>> {
-        let base = self.policy.base();
-        let next = if self.tries > 0 { self.cache.next_step()? } else { None };
-        let (Some(device), Some(next)) = (base.place(), next) else {
+        self.step_reading(tokens, positions, draws, &mut |_, _| Ok(()))
+    }
+
+    /// As [`Decoding::step`]; `read` gets the logits (S, vocab) and what was drawn, which it may change.
+    ///
+    /// # Errors
+    /// As for [`Decoding::step`]; the error of `read`.
+    pub fn step_reading(
+        &mut self,
+        tokens: &[u32],
+        positions: &[u32],
+        draws: &[f64],
+        read: &mut Read<'_>,
+    ) -> Result<Vec<(u32, f32)>> {
+        let base = self.base;
+        let next = match self.by.split_first() {
+            // Launches that draw from several distributions are not recorded.
+            Some((by, others)) if self.tries > 0 && others.iter().all(|other| other == by) => {
+                self.cache.next_step()?.map(|next| (next, *by))
+            }
+            _ => None,
+        };
+        let (Some(device), Some((next, by))) = (base.place(), next) else {
             (self.recorded, self.last) = (None, None);
-            return self.eager(tokens, positions, draws);
+            return self.eager(tokens, positions, draws, read);
         };
         let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        base.check(self.policy.adapter(), longest)?;
+        base.check(self.adapter.as_deref(), longest)?;
         let vocab = base.config().vocab_size;
         ensure!(tokens.iter().all(|&t| (t as usize) < vocab), "a token is past the vocabulary of {vocab}");
         let rope_tables = base.rope_tables_on(device, longest.saturating_sub(1))?;
-        let shape = Shape { sequences: tokens.len(), chunks: next.chunks, rope_tables };
+        let shape = Shape { sequences: tokens.len(), chunks: next.chunks, by, rope_tables };
         let mut parts = Parts(vec![
             ("draws", Sampler::draws_as_input(draws)),
             ("embedding", tokens.to_vec()),
@@ -159,13 +264,15 @@ impl<'p> Decoding<'p> {
                 Ok(()) => {
                     self.cache.advance()?;
                     let Some(Recorded { logits, pending, .. }) = &self.recorded else { unreachable!("matched above") };
-                    return self.sampler.finish(logits, pending, self.by, draws);
+                    let mut sampled = self.sampler.finish(logits, pending, by, draws)?;
+                    read(logits, &mut sampled)?;
+                    return Ok(sampled);
                 }
                 // The launches one by one do it, or report what is wrong.
                 Err(error) => {
                     device.stop_recording(&error);
                     (self.recorded, self.tries) = (None, 0);
-                    return self.eager(tokens, positions, draws);
+                    return self.eager(tokens, positions, draws, read);
                 }
             },
             _ => self.recorded = None,
@@ -173,41 +280,51 @@ impl<'p> Decoding<'p> {
         // A recording pays from the second replay on, so only the second step of a shape is recorded.
         if self.last.as_ref() != Some(&shape) || !parts.are_distinct() {
             self.last = Some(shape);
-            return self.eager(tokens, positions, draws);
+            return self.eager(tokens, positions, draws, read);
         }
         self.hidden = None;
         let input = device.matrix(Element::U32, parts.numbers().len(), 1)?;
         input.write_u32(&parts.numbers())?;
         let inputs = parts.provide(device, &input)?;
         let ((logits, pending), recording) = device.record(|| {
-            let (policy, cache) = (self.policy, &mut self.cache);
-            let hidden = policy.base().decode(tokens, positions, policy.adapter(), cache)?;
-            let logits = policy.base().logits_in_place(&hidden, policy.adapter())?;
-            let pending = self.sampler.begin(&logits, self.by, draws)?;
+            let (adapter, cache) = (self.adapter.as_deref(), &mut self.cache);
+            let hidden = base.decode(tokens, positions, adapter, cache)?;
+            let logits = base.logits_in_place(&hidden, adapter)?;
+            let pending = self.sampler.begin(&logits, by, draws)?;
             Ok((logits, pending))
         })?;
         drop(inputs);
-        let sampled = self.sampler.finish(&logits, &pending, self.by, draws);
+        let mut sampled = self.sampler.finish(&logits, &pending, by, draws)?;
+        read(&logits, &mut sampled)?;
         match recording {
             Some(recording) => self.recorded = Some(Recorded { shape, recording, input, logits, pending }),
             None => self.tries -= 1,
         }
-        sampled
+        Ok(sampled)
     }
 
     /// Issues the recorded step with other numbers in its input.
     fn again(&self, recorded: &Recorded, parts: &Parts) -> Result<()> {
         recorded.input.write_u32(&parts.numbers())?;
-        // SAFETY: the policy's weights and adapter are borrowed, and their copies on the device stay with them; `self` has the
-        // cache, which has not grown (it would have no `next_step`), and `recorded` the input, the tables and the results.
+        // SAFETY: the base's weights and the adapter are borrowed or shared, and their copies on the device stay with them; `self`
+        // has the cache, which has not grown (it would have no `next_step`, and `join` forgets what was recorded), and `recorded`
+        // the input, the tables and the results.
         unsafe { recorded.recording.replay() }
     }
 
-    fn eager(&mut self, tokens: &[u32], positions: &[u32], draws: &[f64]) -> Result<Vec<(u32, f32)>> {
-        let (base, adapter) = (self.policy.base(), self.policy.adapter());
-        self.hidden = Some(base.decode(tokens, positions, adapter, &mut self.cache)?);
+    fn eager(
+        &mut self,
+        tokens: &[u32],
+        positions: &[u32],
+        draws: &[f64],
+        read: &mut Read<'_>,
+    ) -> Result<Vec<(u32, f32)>> {
+        let adapter = self.adapter.as_deref();
+        self.hidden = Some(self.base.decode(tokens, positions, adapter, &mut self.cache)?);
         let Some(hidden) = &self.hidden else { unreachable!("just computed") };
-        let logits = base.logits_in_place(hidden, adapter)?;
-        self.sampler.sample(&logits, self.by, draws)
+        let logits = self.base.logits_in_place(hidden, adapter)?;
+        let mut sampled = self.sampler.sample_each(&logits, &self.by, draws)?;
+        read(&logits, &mut sampled)?;
+        Ok(sampled)
     }
 }

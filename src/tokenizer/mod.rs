@@ -248,7 +248,12 @@ impl Tokenizer {
 
     /// A streaming decoder, token by token.
     pub fn stream(&self) -> TextStream<'_> {
-        TextStream { tokenizer: self, ids: Vec::new(), read: 0 }
+        TextStream { tokenizer: self, ids: Vec::new(), read: 0, with_special_tokens: false }
+    }
+
+    /// The same for a text with its special tokens.
+    pub fn stream_with_special_tokens(&self) -> TextStream<'_> {
+        TextStream { with_special_tokens: true, ..self.stream() }
     }
 
     /// Number of tokens, including added ones.
@@ -419,6 +424,7 @@ pub struct TextStream<'t> {
     ids: Vec<u32>,
     /// The number of `ids` whose text was returned; they are kept as context for the next.
     read: usize,
+    with_special_tokens: bool,
 }
 
 /// The most tokens of one character: a character has at most four bytes.
@@ -452,8 +458,11 @@ impl TextStream<'_> {
     /// The text that has not been returned. It is decoded together with the previous piece, because decoders treat the
     /// beginning of a text specially (SentencePiece drops a space there).
     fn unread(&self) -> Result<String> {
-        let before = self.tokenizer.decode(&self.ids[..self.read])?;
-        let whole = self.tokenizer.decode(&self.ids)?;
+        let decode = |ids: &[u32]| match self.with_special_tokens {
+            true => self.tokenizer.decode_with_special_tokens(ids),
+            false => self.tokenizer.decode(ids),
+        };
+        let (before, whole) = (decode(&self.ids[..self.read])?, decode(&self.ids)?);
         Ok(whole.get(before.len()..).unwrap_or_default().to_owned())
     }
 }

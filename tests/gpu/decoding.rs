@@ -285,6 +285,76 @@ fn a_cache_that_grows_ends_a_recording() {
     assert_eq!((device.work().replays, plain.work().replays), (4, 0));
 }
 
+/// Tokens and log-probabilities of some of four sequences, which join and leave a batch at steps of their own. The third is drawn
+/// from another distribution.
+fn joining(base: &Base, which: &[usize]) -> Vec<Vec<(u32, f32)>> {
+    let prompts = [vec![3, 4, 5], vec![6, 7], vec![8, 9, 10, 11, 12], vec![5]];
+    // The fourth finds the slot that the first has left; the cache has grown before, for the third and for length.
+    let (starts, ends) = ([0, 0, 3, 8], [7, 16, 12, 16]);
+    let by =
+        |i: usize| Distribution { temperature: if i == 2 { 0.7 } else { 1.0 }, top_k: [0, 0, 5, 0][i], top_p: 1.0 };
+    let mut found: Vec<Vec<(u32, f32)>> = vec![vec![]; 4];
+    let draw = |i: usize, k: usize| (0.37 * i as f64 + 0.613 * k as f64 + 0.013).fract();
+    let (mut batch, mut live): (Option<Decoding<'_>>, Vec<usize>) = (None, vec![]);
+    for step in 0..16 {
+        if let Some(decoding) = &mut batch {
+            let keep: Vec<bool> = live.iter().map(|&i| ends[i] > step).collect();
+            decoding.retain(&keep);
+            live.retain(|&i| ends[i] > step);
+        }
+        if live.is_empty() {
+            batch = None;
+        }
+        if let Some(decoding) = &mut batch {
+            let tokens: Vec<u32> = live.iter().map(|&i| found[i].last().unwrap().0).collect();
+            let positions: Vec<u32> = live.iter().map(|&i| (prompts[i].len() + found[i].len() - 1) as u32).collect();
+            let draws: Vec<f64> = live.iter().map(|&i| draw(i, found[i].len())).collect();
+            let next = decoding.step(&tokens, &positions, &draws).unwrap();
+            live.iter().zip(next).for_each(|(&i, token)| found[i].push(token));
+        }
+        let new: Vec<usize> = which.iter().copied().filter(|&i| starts[i] == step).collect();
+        if new.is_empty() {
+            continue;
+        }
+        let some: Vec<&Vec<u32>> = new.iter().map(|&i| &prompts[i]).collect();
+        let sources: Vec<usize> = (0..new.len()).collect();
+        let by = new.iter().map(|&i| by(i)).collect();
+        let mut begun = Decoding::start_shared(base, None, &Batch::new(&some).unwrap(), &sources, 4, by).unwrap();
+        let draws: Vec<f64> = new.iter().map(|&i| draw(i, 0)).collect();
+        let firsts = begun.first(&draws).unwrap();
+        new.iter().zip(firsts).for_each(|(&i, token)| found[i].push(token));
+        live.extend(new);
+        match &mut batch {
+            Some(decoding) => decoding.join(begun).unwrap(),
+            None => batch = Some(begun),
+        }
+    }
+    found
+}
+
+#[test]
+fn sequences_that_join_a_batch_are_generated_as_alone_recorded_or_not() {
+    let Some((_, device)) = machine() else { return };
+    let (_, plain) = refusing();
+    let (base, other) = (small(&device), small(&plain));
+    let together = joining(&base, &[0, 1, 2, 3]);
+    assert_eq!(together.iter().map(Vec::len).collect::<Vec<_>>(), [7, 16, 9, 8]);
+    assert!(device.work().replays > 0 && plain.work().replays == 0);
+    assert_eq!(together, joining(&other, &[0, 1, 2, 3]), "every bit, with and without recordings");
+    for (i, together) in together.iter().enumerate() {
+        let alone = joining(&base, &[i]).swap_remove(i);
+        assert!(
+            alone.iter().zip(together).all(|(a, b)| a.0 == b.0 && (a.1 - b.1).abs() < 1e-3),
+            "{alone:?} {together:?}"
+        );
+    }
+    let host = joining(&open(&families()[0]).base, &[0, 1, 2, 3]);
+    let of_host = |i: usize| joining(&open(&families()[0]).base, &[i]).swap_remove(i);
+    for (i, together) in host.iter().enumerate() {
+        assert!(of_host(i).iter().zip(together).all(|(a, b)| a.0 == b.0 && (a.1 - b.1).abs() < 1e-4), "{i}");
+    }
+}
+
 #[test]
 fn memory_of_work_that_cannot_be_recorded_is_given_back_matrix_by_matrix() {
     let device = Device::dry();

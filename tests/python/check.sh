@@ -1,7 +1,7 @@
 #!/bin/sh
-# Checks the program against Python's transformers and PEFT, in both directions, its events in TensorBoard's reader, and what
-# it exports in llama.cpp; see tests/python/check_interop.py, check_tensorboard.py, check_llama_cpp.py and
-# check_llama_cpp_families.py.
+# Checks the program against Python's transformers and PEFT, in both directions, its events in TensorBoard's reader, its server with
+# OpenAI's client, and what it exports in llama.cpp; see tests/python/check_interop.py, check_tensorboard.py, check_serve.py,
+# check_llama_cpp.py and check_llama_cpp_families.py.
 # Prints one line a check and fails if any failed. Needs no model: it makes tiny ones.
 # Usage: check_python.sh
 #   FOURFOLD_PYTHON   an interpreter that has the packages of tests/python/requirements.txt (other versions may do);
@@ -37,7 +37,7 @@ else
         cp "$wanted" "$venv/requirements.txt"
     fi
 fi
-"$python" -c 'import peft, safetensors, tensorboard, tokenizers, torch, transformers' ||
+"$python" -c 'import openai, peft, safetensors, tensorboard, tokenizers, torch, transformers' ||
     fail "$python misses a package of tests/python/requirements.txt"
 
 if [ -n "${FOURFOLD_BINARY:-}" ]; then
@@ -52,6 +52,7 @@ export HF_HUB_OFFLINE=1 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" PYTHONDONTWRITEB
 "$python" "$root/tests/python/check_interop.py" "$binary"
 "$python" "$root/tests/python/check_tensorboard.py" "$binary"
 "$python" "$root/tests/python/check_gpu_compare.py" "$binary"
+"$python" "$root/tests/python/check_serve.py" "$binary"
 if "$python" -c 'import xllamacpp' 2>/dev/null; then
     "$python" "$root/tests/python/check_llama_cpp.py" "$binary"
     exec "$python" "$root/tests/python/check_llama_cpp_families.py" "$binary"

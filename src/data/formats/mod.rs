@@ -6,7 +6,7 @@
 
 mod columns;
 mod detect;
-mod dialogue;
+pub(crate) mod dialogue;
 mod fault;
 pub(super) mod parser;
 pub mod presets;

@@ -230,6 +230,21 @@ impl KvCache {
         }
     }
 
+    /// Takes over the sequences of another cache of this layer; they come after its own.
+    ///
+    /// # Errors
+    /// If the caches lie on different machines or differ in width, or device memory is out.
+    pub fn join(&mut self, other: Self) -> Result<()> {
+        match (&mut self.store, other.store) {
+            (Store::Host(ours), Store::Host(theirs)) => {
+                ours.sequences.extend(theirs.sequences);
+                Ok(())
+            }
+            (Store::Device(ours), Store::Device(theirs)) => ours.join(theirs),
+            _ => bail!("a KV cache on the host and one on a device cannot be joined"),
+        }
+    }
+
     /// Allocated bytes of keys and values.
     pub fn size_in_bytes(&self) -> usize {
         match &self.store {
@@ -258,7 +273,7 @@ impl DeviceSlots {
     fn extend(&mut self) -> Result<()> {
         let longest = self.lengths.iter().max().copied().unwrap_or(0) + 1;
         if longest > self.cache.capacity() {
-            self.grow(longest.max(self.cache.capacity() + SLOT_GROWTH))?;
+            self.grow(self.slots.len(), longest.max(self.cache.capacity() + SLOT_GROWTH))?;
         }
         self.lengths.iter_mut().for_each(|length| *length += 1);
         Ok(())
@@ -284,18 +299,45 @@ impl DeviceSlots {
         self.cache.decode(q, &live, heads)
     }
 
-    /// Moves the live sequences into a new cache with `capacity` tokens per slot.
-    fn grow(&mut self, capacity: usize) -> Result<()> {
-        let (keys, values) = self.cache.rows();
-        let (device, old) = (keys.device(), self.cache.capacity());
-        let cache = DeviceCache::new(device, keys.element(), self.slots.len(), capacity, row(keys.cols()))?;
-        let places = self.slots.iter().zip(&self.lengths).enumerate();
-        let copied: Vec<Copied> = places
-            .map(|(slot, (&from, &length))| Copied { rows: from * old..from * old + length, slot, position: 0 })
+    /// Moves the live sequences into a new cache of `slots` slots with `capacity` tokens each.
+    fn grow(&mut self, slots: usize, capacity: usize) -> Result<()> {
+        let (keys, _) = self.cache.rows();
+        let cache = DeviceCache::new(keys.device(), keys.element(), slots, capacity, row(keys.cols()))?;
+        let places: Vec<usize> = (0..self.slots.len()).collect();
+        self.copy_to(&cache, &places)?;
+        (self.slots, self.cache) = (places, cache);
+        Ok(())
+    }
+
+    /// Copies the live sequences into the slots `places` of another cache.
+    fn copy_to(&self, cache: &DeviceCache, places: &[usize]) -> Result<()> {
+        let ((keys, values), old) = (self.cache.rows(), self.cache.capacity());
+        let live = self.slots.iter().zip(&self.lengths).zip(places);
+        let copied: Vec<Copied> = live
+            .map(|((&from, &length), &slot)| Copied { rows: from * old..from * old + length, slot, position: 0 })
             .collect();
-        cache.write(keys, values, &Writes::new(device, capacity, &copied)?)?;
-        self.slots = (0..self.slots.len()).collect();
-        self.cache = cache;
+        cache.write(keys, values, &Writes::new(keys.device(), cache.capacity(), &copied)?)
+    }
+
+    /// Takes over the sequences of another cache: into slots that sequences have left, or into more of them.
+    fn join(&mut self, other: Self) -> Result<()> {
+        if self.slots.is_empty() || other.slots.is_empty() {
+            if self.slots.is_empty() {
+                *self = other;
+            }
+            return Ok(());
+        }
+        let (wanted, have) = (self.slots.len() + other.slots.len(), self.cache.slots());
+        let capacity = self.cache.capacity().max(other.cache.capacity());
+        if wanted > have || capacity > self.cache.capacity() {
+            let slots = if wanted > have { wanted.max(have + have / 2) } else { have };
+            self.grow(slots, capacity)?;
+        }
+        let mut free: Vec<usize> = (0..self.cache.slots()).filter(|slot| !self.slots.contains(slot)).collect();
+        free.truncate(other.slots.len());
+        other.copy_to(&self.cache, &free)?;
+        self.slots.extend(free);
+        self.lengths.extend(other.lengths);
         Ok(())
     }
 

@@ -13,6 +13,8 @@ pub(crate) mod cpu_strips;
 pub mod gpu;
 pub mod gpu_head;
 
+use std::ops::Range;
+
 use anyhow::{Result, bail};
 use candle_core::Tensor;
 
@@ -103,9 +105,14 @@ impl Logits {
 
     /// The logits of one sequence, (1, vocab).
     pub(crate) fn row(&self, row: usize) -> Result<Self> {
+        self.rows(row..row + 1)
+    }
+
+    /// The logits of some neighbouring sequences.
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Result<Self> {
         let products = match &self.products {
-            Array::Host(tensor) => tensor.narrow(0, row, 1)?.into(),
-            Array::Device(matrix) => matrix.row_range(row..row + 1)?.into(),
+            Array::Host(tensor) => tensor.narrow(0, rows.start, rows.len())?.into(),
+            Array::Device(matrix) => matrix.row_range(rows)?.into(),
         };
         Ok(Self { products, ..*self })
     }

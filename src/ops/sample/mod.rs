@@ -49,6 +49,27 @@ impl Drawn {
     }
 }
 
+/// Log-probabilities of one row of logits (vocab), nats, under softmax(l / T): of `token`, and of the `count` most likely tokens,
+/// the most likely first and of equals the lower id.
+///
+/// # Errors
+/// If logits are NaN or infinite, or the token is past the vocabulary.
+pub fn ranked(row: &[f32], temperature: f64, token: u32, count: usize) -> Result<(f32, Vec<(u32, f32)>)> {
+    let inverse = Distribution { temperature, top_k: 0, top_p: 1.0 }.inverse();
+    let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|l| f64::from((l - top) * inverse).exp()).sum();
+    anyhow::ensure!(sum.is_finite() && (token as usize) < row.len(), "no log-probability of token {token}");
+    let logprob = |token: u32| (f64::from((row[token as usize] - top) * inverse) - sum.ln()) as f32;
+    let mut order: Vec<u32> = (0..row.len() as u32).collect();
+    let by_logit = |a: &u32, b: &u32| row[*b as usize].total_cmp(&row[*a as usize]).then(a.cmp(b));
+    if count < order.len() {
+        order.select_nth_unstable_by(count, by_logit);
+        order.truncate(count);
+    }
+    order.sort_unstable_by(by_logit);
+    Ok((logprob(token), order.into_iter().map(|token| (token, logprob(token))).collect()))
+}
+
 /// Draws that a device makes; none for the host.
 pub struct Pending(Option<Matrix>);
 
@@ -72,6 +93,40 @@ impl Sampler {
     pub fn sample(&mut self, logits: &Logits, distribution: Distribution, draws: &[f64]) -> Result<Vec<(u32, f32)>> {
         let pending = self.begin(logits, distribution, draws)?;
         self.finish(logits, &pending, distribution, draws)
+    }
+
+    /// As [`Sampler::sample`], each row from a distribution of its own, `by` (S).
+    ///
+    /// # Errors
+    /// As for [`Sampler::sample`].
+    pub fn sample_each(&mut self, logits: &Logits, by: &[Distribution], draws: &[f64]) -> Result<Vec<(u32, f32)>> {
+        let (s, vocab) = logits.dims2()?;
+        anyhow::ensure!(by.len() == s && draws.len() == s, "{} distributions for logits ({s}, {vocab})", by.len());
+        if let [first, others @ ..] = by
+            && others.iter().all(|other| other == first)
+        {
+            return self.sample(logits, *first, draws);
+        }
+        if logits.on_device().is_none() {
+            let all = logits.to_host()?;
+            let rows = view(&all)?;
+            let rows = rows.chunks_exact(vocab).zip(by).zip(draws);
+            return rows.map(|((row, &by), &draw)| Ok(self.on_host(row, by, draw)?.with_logprob())).collect();
+        }
+        // Neighbours of one distribution are drawn at once, and all draws are under way before the first is waited for.
+        let (mut begun, mut at) = (vec![], 0);
+        for run in by.chunk_by(|a, b| a == b) {
+            let rows = at..at + run.len();
+            at = rows.end;
+            let part = logits.rows(rows.clone())?;
+            let pending = self.begin(&part, run[0], &draws[rows.clone()])?;
+            begun.push((part, pending, run[0], rows));
+        }
+        let mut sampled = Vec::with_capacity(s);
+        for (part, pending, by, rows) in begun {
+            sampled.extend(self.finish(&part, &pending, by, &draws[rows])?);
+        }
+        Ok(sampled)
     }
 
     /// The first half of [`Sampler::sample`]: what a device does, without waiting for it.
