@@ -24,6 +24,7 @@ static BEFORE_MAIN: extern "C" fn() = {
 fn main() {
     #[cfg(not(target_os = "linux"))]
     fourfold::host::keep_freed_memory();
+    fourfold::report::quiet::print_directly();
     let ran = fourfold::cli::run();
     let is_stopped = |error: &anyhow::Error| error.chain().any(|cause| cause.is::<fourfold::error::Interrupted>());
     let is_failure = ran.as_ref().is_err_and(|error| !is_stopped(error));
@@ -35,7 +36,7 @@ fn main() {
         Err(error) => {
             let is_interrupted = error.is::<fourfold::error::Interrupted>();
             let text = fourfold::error::printable(&format!("{error:#}"));
-            eprintln!("{}{}{text}", launch::prefix(), if is_interrupted { "" } else { "error: " });
+            fourfold::tell!("{}{}{text}", launch::prefix(), if is_interrupted { "" } else { "error: " });
             fourfold::error::exit_code(&error)
         }
     };

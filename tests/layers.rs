@@ -311,3 +311,21 @@ fn the_tree_in_the_readme_names_every_room_and_no_other() {
         "README's tree lacks {missing:?} and names {surplus:?}, which are not there"
     );
 }
+
+/// `eprintln!` and `println!` panic where nobody reads what they print, and a run of hours would end by it.
+#[test]
+fn nothing_is_printed_by_what_panics_when_it_cannot_be_printed() {
+    let mut paths = vec![];
+    rust_files(&root().join("src"), &mut paths);
+    let mut faults = vec![];
+    for path in paths.into_iter().filter(|path| !path.ends_with("report/quiet.rs")) {
+        let text = fs::read_to_string(&path).unwrap();
+        let ours = text.split("#[cfg(test)]\nmod tests").next().unwrap_or_default();
+        let lines = ours.lines().enumerate().filter(|(_, line)| {
+            let line = line.trim_start();
+            ["println!(", "print!(", "eprintln!(", "eprint!("].iter().any(|name| line.starts_with(name))
+        });
+        faults.extend(lines.map(|(i, line)| format!("{}:{}: {}", path.display(), i + 1, line.trim())));
+    }
+    report(faults);
+}

@@ -234,12 +234,12 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
         let line = match lines.read()? {
             Read::Line(line) => line,
             Read::Unreadable => {
-                eprintln!("line {number} is not UTF-8; save the text as UTF-8");
+                crate::tell!("line {number} is not UTF-8; save the text as UTF-8");
                 failed.push(number);
                 continue;
             }
             Read::Interrupted => {
-                eprintln!("/exit or Ctrl-D ends");
+                crate::tell!("/exit or Ctrl-D ends");
                 continue;
             }
             Read::End => return at_the_end(&failed),
@@ -247,7 +247,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
         let done = match Asked::of(&line) {
             Asked::Nothing => Ok(()),
             Asked::Help => {
-                eprint!("{HELP}");
+                crate::report::quiet::print(format_args!("{HELP}"));
                 Ok(())
             }
             Asked::Reset => {
@@ -255,7 +255,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
                 Ok(())
             }
             Asked::System("") => {
-                eprintln!("{}", dialogue.system().unwrap_or("there is no system message"));
+                crate::tell!("{}", dialogue.system().unwrap_or("there is no system message"));
                 Ok(())
             }
             Asked::System(text) => {
@@ -277,7 +277,7 @@ pub(super) fn chat(args: &Chat) -> Result<()> {
                 return Err(error);
             }
             let line = if at_terminal { String::new() } else { format!("line {number}: ") };
-            eprintln!("{line}{}", printable(&format!("{error:#}")));
+            crate::tell!("{line}{}", printable(&format!("{error:#}")));
             failed.extend((!at_terminal).then_some(number));
         }
     }

@@ -200,7 +200,7 @@ impl Look<'_> {
         }
         let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
         super::say(&text(stage, &found, &lengths, &samples, colour))?;
-        warnings.iter().for_each(|warning| eprintln!("warning: {warning}"));
+        warnings.iter().for_each(|warning| crate::tell!("warning: {warning}"));
         Ok(())
     }
 

@@ -200,7 +200,7 @@ pub(super) fn merge(args: Merge) -> Result<()> {
     };
     let drops_the_head = matches!(args.format, Format::Safetensors | Format::Gguf | Format::GgufLora);
     if adapter.head().is_some() && drops_the_head {
-        eprintln!("the adapter's scalar head stays behind: this is a language model; --format classifier keeps it");
+        crate::tell!("the adapter's scalar head stays behind: this is a language model; --format classifier keeps it");
     }
     if let Some(bias) = adapter.head().map(|head| head.bias).filter(|_| args.format == Format::Classifier) {
         merged::without_bias(bias).iter().for_each(|text| note!("{text}"));

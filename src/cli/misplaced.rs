@@ -13,7 +13,7 @@ pub(super) fn exit(error: &clap::Error, words: impl Iterator<Item = String>) -> 
         && let Some(hint) = hint(option, &words)
     {
         let _ = error.print();
-        eprintln!("  tip: {hint}");
+        crate::tell!("  tip: {hint}");
         std::process::exit(2);
     }
     error.exit()

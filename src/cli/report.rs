@@ -36,7 +36,7 @@ pub(super) fn report(args: &Report) -> Result<()> {
     }
     let written = page::write(&args.runs, &out)?;
     for problem in written["problems"].as_array().into_iter().flatten().filter_map(Value::as_str) {
-        eprintln!("{problem}");
+        crate::tell!("{problem}");
     }
     if args.json {
         return print_json(&written);

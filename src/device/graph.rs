@@ -205,7 +205,7 @@ impl Device {
     pub fn stop_recording(&self, error: &anyhow::Error) {
         let was_refused = std::mem::replace(&mut lock(&self.0.graph).is_refused, true);
         if !was_refused {
-            eprintln!("{}: the launches of a step are issued one by one, which is slower: {error:#}", self.name());
+            crate::tell!("{}: the launches of a step are issued one by one, which is slower: {error:#}", self.name());
         }
     }
 

@@ -33,7 +33,7 @@ impl LivePage {
         match Self::begin(out, about, resumed) {
             Ok(page) => report.followed_by(page),
             Err(error) => {
-                eprintln!("{error:#}; the run has no page");
+                crate::tell!("{error:#}; the run has no page");
                 report
             }
         }

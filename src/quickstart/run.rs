@@ -146,7 +146,7 @@ pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     })?;
     // Its page names the folder that it was made in.
     if let Err(error) = page::write(&[out.to_path_buf()], &out.join(page::NAME)) {
-        eprintln!("{error:#}; `fourfold report {}` makes the page again", out.display());
+        crate::tell!("{error:#}; `fourfold report {}` makes the page again", out.display());
     }
     Ok(made)
 }

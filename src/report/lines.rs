@@ -30,7 +30,7 @@ impl Lines {
         let length = file.metadata().with_context(|| format!("reading {}", path.display()))?.len();
         let keep = if length >= bytes { bytes } else { whole_lines(&mut file)? };
         if length < bytes {
-            eprintln!(
+            crate::tell!(
                 "{}: {length} bytes, and the checkpoint was written after {bytes}: lines of before it are lost; going \
                  on after the last whole line, at byte {keep}",
                 path.display()

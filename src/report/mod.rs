@@ -239,7 +239,7 @@ impl Report {
                 self.last_line.is_none_or(|t| t.elapsed() >= LINE_EVERY) || self.bar.length() == Some(step as u64);
             if !std::io::stderr().is_terminal() && due && !quiet::is_set() {
                 self.last_line = Some(Instant::now());
-                eprintln!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
+                crate::tell!("{:>7} {step}/{}  {text}", self.stage, self.bar.length().unwrap_or(0));
             }
             let stage = self.stage;
             self.log_events(|events| events.step(stage, step, figures));
@@ -271,7 +271,7 @@ impl Report {
     /// A line for people who asked for quiet, too.
     pub fn warn(&self, text: &str) {
         if self.metrics.is_some() {
-            self.bar.suspend(|| eprintln!("{text}"));
+            self.bar.suspend(|| crate::tell!("{text}"));
         }
     }
 

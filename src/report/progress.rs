@@ -123,7 +123,7 @@ impl Progress {
         if self.shown.is_some() {
             let (all, seconds) = (self.unit.amount(self.done), self.began.elapsed().as_secs_f64());
             let line = format!("{}: {all} in {seconds:.1} s", self.what);
-            BARS.suspend(|| eprintln!("{line}"));
+            BARS.suspend(|| crate::tell!("{line}"));
         }
     }
 
@@ -134,7 +134,7 @@ impl Progress {
         self.shown = Some(now);
         let text = self.text(now);
         match is_terminal {
-            false => eprintln!("{}: {text}", self.what),
+            false => crate::tell!("{}: {text}", self.what),
             true => {
                 let bar = self.bar.get_or_insert_with(|| bar(0, BAR));
                 bar.set_prefix(self.what.clone());

@@ -123,7 +123,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
 /// Writes a run's last page; a failure is reported, since it costs nothing that was trained.
 pub(crate) fn finish_page(out: &Path, ended: Result<(), &anyhow::Error>) {
     if let Err(error) = page::finish(out, ended) {
-        eprintln!("{error:#}; `fourfold report {}` makes the page again", out.display());
+        crate::tell!("{error:#}; `fourfold report {}` makes the page again", out.display());
     }
 }
 

@@ -186,7 +186,7 @@ impl Inputs {
         let found = if asks_for_newest(from, out) {
             let (found, passed) = store.newest()?;
             for reason in passed {
-                eprintln!("passed over {reason}");
+                crate::tell!("passed over {reason}");
             }
             found
         } else {
@@ -211,7 +211,7 @@ impl Inputs {
         self.origin.check_inputs(&found.manifest.origin)?;
         let changes = self.origin.changes(&found.manifest.origin)?;
         for line in changes.harmless.iter().chain(&changes.mathematics) {
-            eprintln!("changed since {}: {line}", found.path.display());
+            crate::tell!("changed since {}: {line}", found.path.display());
         }
         if !changes.mathematics.is_empty() && !launch.force {
             return Err(invalid!(

@@ -41,7 +41,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
             world.size()
         ));
     }
-    config.idle_keys(stage).iter().filter(|_| world.is_first()).for_each(|idle| eprintln!("{name}: {idle}"));
+    config.idle_keys(stage).iter().filter(|_| world.is_first()).for_each(|idle| crate::tell!("{name}: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.
     let other = match &config.reward_base {
@@ -55,7 +55,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         .map(|row| held_out.get(row).map(Cow::into_owned))
         .collect::<Result<_>>()?;
     if ppo.eval_prompts > 0 && eval_prompts.is_empty() && world.is_first() {
-        eprintln!(
+        crate::tell!(
             "{name}: warning: {} = {} has no prompts to evaluate on: [data] holds none out; set eval_rows or eval_fraction, or \
              give other prompts",
             ppo.origin.key("eval_prompts"),

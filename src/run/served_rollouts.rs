@@ -147,7 +147,7 @@ impl<'w> ServedSampler<'w> {
             return Err(said(Failure::Passing(dead.join("; "))));
         }
         for text in dead {
-            eprintln!("{}: warning: {text}; it is left out until the next version is loaded", self.section);
+            crate::tell!("{}: warning: {text}; it is left out until the next version is loaded", self.section);
         }
         if let Some(before) = loaded.replace(Loaded { version, name: name.clone(), servers: servers.clone() }) {
             self.forget(&before.name, &before.servers);

@@ -53,7 +53,10 @@ pub fn lock(dir: &Path) -> Result<Lock> {
         }
         Err(TryLockError::Error(e)) => return Err(e).with_context(|| format!("locking {}", path.display())),
         Ok(()) if !text.is_empty() => {
-            eprintln!("{}: the previous run ({owner}) did not shut down cleanly; taking over its lock", dir.display())
+            crate::tell!(
+                "{}: the previous run ({owner}) did not shut down cleanly; taking over its lock",
+                dir.display()
+            )
         }
         Ok(()) => {}
     }

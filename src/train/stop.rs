@@ -1,4 +1,4 @@
-//! Requests to stop: SIGINT and SIGTERM set a flag that the training loops read between two micro-batches.
+//! Requests to stop: SIGINT, SIGTERM and SIGHUP (a closed terminal) set a flag that the training loops read between two micro-batches.
 //!
 //! A process has one set of signals, so there is one flag. It does not depend on a stage.
 
@@ -20,7 +20,18 @@ pub const EXIT_CODE: i32 = 130;
 #[cfg(unix)]
 const TOLD: &str = "\nstopping after this step; a second signal ends the process at once, without saving\n";
 
-/// Installs the handlers: the first SIGINT or SIGTERM says so and sets the flag, and a second one ends the process at once. A write
+/// Whether a signal is ignored, as `nohup` has it for SIGHUP.
+#[cfg(unix)]
+fn is_ignored(signal: i32) -> bool {
+    // SAFETY: a null action changes nothing, and all zeros are a valid value of the struct that the call fills.
+    unsafe {
+        let mut now: libc::sigaction = std::mem::zeroed();
+        libc::sigaction(signal, std::ptr::null(), &raw mut now) == 0 && now.sa_sigaction == libc::SIG_IGN
+    }
+}
+
+/// Installs the handlers: the first SIGINT, SIGTERM or SIGHUP says so and sets the flag, and a second one ends the process at once;
+/// a signal that is ignored stays so. A write
 /// beyond the file size limit then fails like a write to a full disk, instead of killing the process.
 ///
 /// # Errors
@@ -28,9 +39,9 @@ const TOLD: &str = "\nstopping after this step; a second signal ends the process
 pub fn listen() -> Result<()> {
     #[cfg(unix)]
     {
-        use signal_hook::consts::{SIGINT, SIGTERM, SIGXFSZ};
+        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
         use signal_hook::flag::{register, register_conditional_shutdown};
-        for signal in [SIGINT, SIGTERM] {
+        for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal)) {
             // In this order: the first signal finds the flag unset, passes the shutdown by, and sets it.
             register_conditional_shutdown(signal, EXIT_CODE, REQUESTED.clone()).context("handling signals")?;
             let requested = REQUESTED.clone();

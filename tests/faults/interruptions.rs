@@ -156,3 +156,61 @@ fn no_decision_is_made_by_the_time_of_day() {
     // metrics, events and pages have the time in columns of their own.
     assert_eq!(users, ["clocks.rs", "lock.rs", "pipeline.rs", "strftime.rs"], "nothing else may ask");
 }
+
+/// Starts SFT with a signal's disposition as a shell or `nohup` leaves it.
+fn start_with_hangups(place: &crate::world::Place, disposition: libc::sighandler_t) -> std::process::Child {
+    use std::os::unix::process::CommandExt;
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    command.args(line("sft").split_whitespace()).current_dir(place.path(""));
+    command
+        .stdin(std::process::Stdio::null())
+        .stdout(std::process::Stdio::piped())
+        .stderr(std::process::Stdio::piped());
+    // SAFETY: signal may be called between fork and exec.
+    let set = move || match unsafe { libc::signal(libc::SIGHUP, disposition) } {
+        libc::SIG_ERR => Err(std::io::Error::last_os_error()),
+        _ => Ok(()),
+    };
+    // SAFETY: it calls signal alone.
+    unsafe { command.pre_exec(set) }.spawn().unwrap()
+}
+
+#[test]
+fn a_closed_terminal_stops_a_run_as_other_signals_do_unless_hangups_are_ignored() {
+    let place = place();
+    let metrics = place.path("out/sft/metrics.jsonl");
+    let child = start_with_hangups(&place, libc::SIG_DFL);
+    wait_for_lines(&metrics, 1);
+    signal(&child, libc::SIGHUP);
+    let ran = finish(child);
+    assert!(ran.code == 130 && ran.stderr.contains("stopped after"), "{}: {}", ran.code, ran.stderr);
+    fs::remove_dir_all(place.path("out/sft")).unwrap();
+    let child = start_with_hangups(&place, libc::SIG_IGN);
+    wait_for_lines(&metrics, 1);
+    signal(&child, libc::SIGHUP);
+    let ran = finish(child);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+}
+
+#[test]
+fn a_stderr_that_takes_nothing_ends_no_run() {
+    let place = place();
+    run_all(&place, &["sft"]);
+    let whole = fs::read(place.path("out/sft/adapter/adapter_model.safetensors")).unwrap();
+    let run = |to: Option<&str>| {
+        fs::remove_dir_all(place.path("out/sft")).unwrap();
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fourfold"));
+        command.args(line("sft").split_whitespace()).current_dir(place.path("")).stdout(std::process::Stdio::null());
+        let mut child = match to {
+            Some(file) => command.stderr(fs::File::options().write(true).open(file).unwrap()).spawn().unwrap(),
+            None => command.stderr(std::process::Stdio::piped()).spawn().unwrap(),
+        };
+        drop(child.stderr.take());
+        assert_eq!(child.wait().unwrap().code(), Some(0), "{to:?}");
+        assert!(fs::read(place.path("out/sft/adapter/adapter_model.safetensors")).unwrap() == whole, "{to:?}");
+    };
+    run(None);
+    if cfg!(target_os = "linux") {
+        run(Some("/dev/full"));
+    }
+}

@@ -112,7 +112,7 @@ pub(super) fn run(args: &Init) -> Result<()> {
     let written =
         args.out.as_ref().map_or_else(|| "save it, then".to_owned(), |out| format!("{} is written;", out.display()));
     let [first, second] = commands(asked.stage, named);
-    eprintln!("init: {written} `{first}` shows what it trains on, and `{second}` runs it");
+    crate::tell!("init: {written} `{first}` shows what it trains on, and `{second}` runs it");
     Ok(())
 }
 

@@ -194,7 +194,7 @@ fn cached<T: Example + Stored + Send + Sync + 'static>(
     let _ = lock.lock();
     match Cache::open(&path, &key) {
         Ok(cache) => return Ok(opened(cache)),
-        Err(error) if path.exists() => eprintln!("data: {}: {error}; the cache is rebuilt", path.display()),
+        Err(error) if path.exists() => crate::tell!("data: {}: {error}; the cache is rebuilt", path.display()),
         Err(_) => {}
     }
     let mut writer = Writer::create(&path, key)?;
