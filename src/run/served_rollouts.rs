@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::{Value, json};
@@ -96,7 +96,7 @@ impl<'w> ServedSampler<'w> {
             Some(there) => there.trim_end_matches('/').to_owned(),
             None => folder.display().to_string(),
         };
-        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+        let started = (crate::report::clocks::now() * 1e6) as u64;
         let tag = format!("{:x}-{:x}", std::process::id(), started);
         let servers = settings.urls.iter().map(server).collect();
         let clients = Clients { servers, settings: settings.clone(), vocab: model.base.config().vocab_size };

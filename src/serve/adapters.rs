@@ -31,7 +31,7 @@ pub(super) struct Adapters {
 
 /// Seconds since 1970.
 pub(super) fn now() -> u64 {
-    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default().as_secs()
+    crate::report::clocks::now() as u64
 }
 
 impl Adapters {

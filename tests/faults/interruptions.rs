@@ -158,7 +158,7 @@ fn no_decision_is_made_by_the_time_of_day() {
 }
 
 /// Starts SFT with a signal's disposition as a shell or `nohup` leaves it.
-fn start_with_hangups(place: &crate::world::Place, disposition: libc::sighandler_t) -> std::process::Child {
+fn start_with_hangups(place: &crate::support::Place, disposition: libc::sighandler_t) -> std::process::Child {
     use std::os::unix::process::CommandExt;
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_fourfold"));
     command.args(line("sft").split_whitespace()).current_dir(place.path(""));
