@@ -256,7 +256,7 @@ fn one_rank_starts_a_reward_program_and_its_failure_ends_all_with_the_state_kept
     fs::write(place.path("reward.py"), program).unwrap();
     let section = "num_generations = 2\nmax_steps = 4\n[[rloo.reward]]\nkind = \"command\"\nretries = 0\n\
                    command = [\"python3\", \"PLACE/reward.py\", \"PLACE/started\", \"PLACE/mended\"]\n";
-    let failed = place.run(Stage::Rloo, &section, 2, "out", None);
+    let failed = place.run(Stage::Rloo, section, 2, "out", None);
     for (rank, ran) in failed.into_iter().enumerate() {
         let error = format!("{:#}", ran.unwrap_err());
         assert!(error.contains("reward"), "rank {rank}: {error}");
@@ -267,7 +267,7 @@ fn one_rank_starts_a_reward_program_and_its_failure_ends_all_with_the_state_kept
     let checkpoints = place.path("out/checkpoints");
     let mut all: Vec<PathBuf> = fs::read_dir(checkpoints).unwrap().map(|entry| entry.unwrap().path()).collect();
     all.sort();
-    let resumed = place.run(Stage::Rloo, &section, 2, "out", all.last().map(PathBuf::as_path));
+    let resumed = place.run(Stage::Rloo, section, 2, "out", all.last().map(PathBuf::as_path));
     resumed.into_iter().for_each(|ran| drop(ran.unwrap()));
     let lines = place.lines("out", "metrics.jsonl");
     assert_eq!(lines.lines().count(), 2, "{lines}");
