@@ -2,7 +2,7 @@
 //! from the parser's own definition. Read `help.rs` for the groups and examples in it.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use clap::{Args, Command};
@@ -44,6 +44,12 @@ pub(super) fn manual(args: &Manual) -> Result<()> {
         return say(&page);
     };
     fs::create_dir_all(out).map_err(|e| invalid!("{}: {e}; name another folder with --out", out.display()))?;
+    if let Some(path) = pages.iter().map(|(name, _)| out.join(name)).find(|path| !is_replaceable(path)) {
+        return Err(invalid!(
+            "{} is there already and is no page of fourfold, so it stays as it is; name another folder with --out",
+            path.display()
+        ));
+    }
     let mut names = vec![];
     for (name, page) in &pages {
         let path = out.join(name);
@@ -55,6 +61,11 @@ pub(super) fn manual(args: &Manual) -> Result<()> {
     }
     note!("{} pages are in {}; `man -l {}` shows one", pages.len(), out.display(), names[0]);
     Ok(())
+}
+
+/// Whether there is no such file, or one of this program's manual pages.
+fn is_replaceable(path: &Path) -> bool {
+    !path.exists() || fs::read(path).is_ok_and(|page| String::from_utf8_lossy(&page).contains(".TH fourfold"))
 }
 
 /// Each page with its file's name, the program's own first.

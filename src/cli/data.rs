@@ -11,7 +11,6 @@ use serde_json::{Value, json};
 
 use crate::config;
 use crate::config::Config;
-use crate::data;
 use crate::data::Prepared;
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
@@ -19,7 +18,7 @@ use crate::data::stream::cache::Stored;
 use crate::host::peak_rss_bytes;
 use crate::invalid;
 use crate::model_files::ModelFiles;
-use crate::run::{check_base_path, data_warnings};
+use crate::run::{check_base_path, data_warnings, examples};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -153,7 +152,7 @@ impl Look<'_> {
         completion_only: bool,
         pieces: fn(&T) -> Pieces<'_>,
     ) -> Result<()> {
-        let found: Prepared<T> = data::prepare(self.config.data()?, self.tokenizer, self.config.seed, completion_only)?;
+        let found: Prepared<T> = examples(self.config, self.tokenizer, completion_only)?;
         let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
         lengths.sort_unstable();
         let report = &found.report;

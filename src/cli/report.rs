@@ -17,7 +17,8 @@ pub(super) struct Report {
     /// Folders of runs.
     #[arg(required = true, value_name = "RUN")]
     runs: Vec<PathBuf>,
-    /// Where the page goes; else report.html in the run's folder, or in the current one for several runs.
+    /// Where the page goes; else report.html in the run's folder, or in the current one for several runs. Of what is there, only a
+    /// page is replaced.
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
     /// One JSON object on stdout.
@@ -33,6 +34,10 @@ pub(super) fn report(args: &Report) -> Result<()> {
     };
     if let Some(out) = &args.out {
         super::check_folder_of(out)?;
+    }
+    // The page in a run's own folder is the run's; any other place may hold something else.
+    if args.out.is_some() || args.runs.len() > 1 {
+        page::check_replaceable(&out)?;
     }
     let written = page::write(&args.runs, &out)?;
     for problem in written["problems"].as_array().into_iter().flatten().filter_map(Value::as_str) {

@@ -58,7 +58,7 @@ pub use ppo::{
 };
 pub use ptx::Ptx;
 pub use report_to::ReportTo;
-pub use rewards::{EnsembleScore, RewardApi, RewardInput, RewardKind, RewardPart};
+pub use rewards::{ANSWER, ColumnsRead, EnsembleScore, RewardApi, RewardInput, RewardKind, RewardPart};
 pub use rollout::{Engine, LogprobsMode, RolloutEngine};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,

@@ -8,8 +8,8 @@ use anyhow::Result;
 use toml::{Table, Value};
 
 use super::{
-    AdvantageEstimator, Compat, CriticStart, EnsembleScore, ImportanceSamplingCorrection, ImportanceSamplingLevel,
-    KlEstimator, KlIn, PolicyLoss, Ppo, RewardPart, ScaleRewards,
+    AdvantageEstimator, ColumnsRead, Compat, CriticStart, EnsembleScore, ImportanceSamplingCorrection,
+    ImportanceSamplingLevel, KlEstimator, KlIn, PolicyLoss, Ppo, RewardPart, ScaleRewards,
 };
 use crate::invalid;
 
@@ -73,6 +73,15 @@ impl Ppo {
             )),
             None => Ok(()),
         }
+    }
+
+    /// The columns of the records that a source of the reward or the gold reward reads.
+    pub fn columns_read(&self) -> ColumnsRead {
+        let parts = self.reward.iter().chain(&self.gold).map(RewardPart::columns_read);
+        parts.fold(ColumnsRead::Named(vec![]), |all, part| match (all, part) {
+            (ColumnsRead::Named(all), ColumnsRead::Named(part)) => ColumnsRead::Named([all, part].concat()),
+            _ => ColumnsRead::All,
+        })
     }
 
     /// What the sources of the reward make of the run beside what one would expect, each as a sentence: one source named

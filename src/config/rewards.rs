@@ -14,6 +14,9 @@ use super::Origin;
 use super::json_schema::JsonSchema as Checked;
 use crate::invalid;
 
+/// The column that `math` reads unless it names one.
+pub const ANSWER: &str = "answer";
+
 /// What gives the scores.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
@@ -312,7 +315,25 @@ fn is_own(api: &RewardApi) -> bool {
     *api == RewardApi::Fourfold
 }
 
+/// Which columns of a record are read beside those of its format.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ColumnsRead {
+    /// Columns by the names that they have in the file.
+    Named(Vec<String>),
+    /// Every column.
+    All,
+}
+
 impl RewardPart {
+    /// The columns that the source reads or is sent.
+    pub fn columns_read(&self) -> ColumnsRead {
+        match (self.kind, &self.column) {
+            (RewardKind::Math, column) => ColumnsRead::Named(vec![column.as_deref().unwrap_or(ANSWER).to_owned()]),
+            (kind, _) if kind.reads_columns() => ColumnsRead::All,
+            _ => ColumnsRead::Named(vec![]),
+        }
+    }
+
     /// What its figures are called by.
     pub fn name(&self) -> &str {
         self.name.as_deref().unwrap_or(self.kind.name())

@@ -12,9 +12,10 @@ use super::figure::{COLOURS, Curve, Figure};
 use super::html::{escape, json_in_script, short, table};
 use super::run_files::{RunFiles, Stage};
 use super::thin::Point;
-use super::{compare, settings, status};
+use super::{MARK, compare, settings, status};
 use crate::config::{Grpo, Rloo};
 use crate::error::counted;
+use crate::ppo::metrics::OF_ACTOR;
 use crate::stats::Histogram;
 
 /// The most bytes of a page.
@@ -53,7 +54,7 @@ fn document(runs: &[RunFiles], stretches: usize) -> Result<String> {
         runs => ("runs compared".into(), several(runs, &mut draw)?),
     };
     Ok(format!(
-        "<!doctype html>\n<html lang=en><head><meta charset=utf-8><meta name=viewport \
+        "<!doctype html>\n<html lang=en><head><meta charset=utf-8>{MARK}<meta name=viewport \
          content=\"width=device-width,initial-scale=1\"><meta name=color-scheme content=\"light dark\">\
          <meta http-equiv=Content-Security-Policy content=\"default-src 'none'; style-src 'unsafe-inline'; script-src \
          'unsafe-inline'\"><title>{}</title><style>{}</style></head>\n<body>{body}<div id=tip role=status></div>\
@@ -156,6 +157,11 @@ fn id(stage: &str, title: &str) -> String {
 /// The columns of a stage, and the shares that are computed from them.
 pub(super) fn derived(run: &RunFiles, stage: &Stage) -> Vec<(String, Vec<Point>)> {
     let mut columns = stage.columns.clone();
+    // What is not trained has no value, which is no fault; a value that is missing later is one.
+    let warmup = critic_warmup(run);
+    for (_, points) in columns.iter_mut().filter(|(name, _)| warmup > 0.0 && OF_ACTOR.contains(&name.as_str())) {
+        points.retain(|(step, value)| value.is_some() || *step > warmup);
+    }
     // Stages with rollouts log how many of a rollout's responses ended.
     let batch = rollout_size(run).filter(|batch| *batch > 0.0);
     if let (Some(ended), Some(batch)) = (stage.column("val/num_eos_tokens"), batch) {
@@ -169,6 +175,11 @@ pub(super) fn derived(run: &RunFiles, stage: &Stage) -> Vec<(String, Vec<Point>)
         columns.push(("share ended".into(), shares));
     }
     columns
+}
+
+/// The first iterations in which only the critic trains; 0 without any.
+fn critic_warmup(run: &RunFiles) -> f64 {
+    setting(run, "ppo", "critic_warmup").unwrap_or(0.0)
 }
 
 /// Responses of one rollout.
@@ -206,7 +217,13 @@ pub(crate) fn figures(run: &RunFiles, stage: &Stage) -> Vec<Figure> {
         if *title == "KL to the reference" {
             curves.extend(target(run, stage, curves.len()));
         }
-        let figure = Figure { id: id(&stage.name, title), title: (*title).into(), note: (*note).into(), curves, x: "" };
+        let mut note = (*note).to_owned();
+        let warmup = critic_warmup(run);
+        if warmup > 0.0 && curves.iter().any(|curve| OF_ACTOR.contains(&curve.name.as_str())) {
+            note += if note.is_empty() { "" } else { " " };
+            note += &format!("The actor has no values up to step {warmup} (critic_warmup): only the critic trains.");
+        }
+        let figure = Figure { id: id(&stage.name, title), title: (*title).into(), note, curves, x: "" };
         figures.extend((!figure.is_empty()).then_some(figure));
     }
     for (name, points) in

@@ -19,7 +19,7 @@ mod tail;
 pub(crate) mod thin;
 
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
@@ -30,8 +30,42 @@ pub use live::{LivePage, finish};
 
 use run_files::RunFiles;
 
+use crate::invalid;
+
 /// The page's name in a run's folder.
 pub const NAME: &str = "report.html";
+/// By this a page is known as one of this program's; it stands in the file's first bytes.
+const MARK: &str = "<meta name=generator content=\"fourfold report\">";
+/// The bytes of a file among which [`MARK`] is looked for.
+const HEAD: u64 = 512;
+
+/// Refuses to replace anything but a page of this program, or an empty file.
+///
+/// # Errors
+/// If something else has the name of the page, or of the file that it is written to first.
+pub fn check_replaceable(page: &Path) -> Result<()> {
+    for path in [page.to_path_buf(), beside(page)] {
+        let shown = path.display();
+        let refused = |what: &str| invalid!("{shown} {what}, and it stays as it is; name another file with --out");
+        let about = match fs::metadata(&path) {
+            Err(error) if error.kind() == ErrorKind::NotFound => continue,
+            found => found.map_err(|error| invalid!("{shown}: {error}; name another file with --out"))?,
+        };
+        if about.is_dir() {
+            return Err(invalid!("{shown} is a folder; name a file in it with --out"));
+        }
+        if !about.is_file() {
+            return Err(refused("is no regular file"));
+        }
+        let mut head = vec![];
+        let read = fs::File::open(&path).and_then(|file| file.take(HEAD).read_to_end(&mut head));
+        read.map_err(|error| invalid!("{shown}: {error}; name another file with --out"))?;
+        if !head.is_empty() && !String::from_utf8_lossy(&head).contains(MARK) {
+            return Err(refused("is there already and is no page of fourfold"));
+        }
+    }
+    Ok(())
+}
 
 /// Makes the page of one run, or one page of several runs, and writes it to `to`. Returns where it is, its size and what
 /// was wrong with the runs' files.
@@ -46,11 +80,16 @@ pub fn write(runs: &[PathBuf], to: &Path) -> Result<Value> {
     Ok(json!({ "report": to.display().to_string(), "bytes": text.len(), "runs": runs.len(), "problems": problems }))
 }
 
-/// Writes a file beside its place and renames it: a reader never sees half of it.
-fn write_atomically(path: &Path, text: &str) -> Result<()> {
+/// Where a file is written before it takes its place.
+fn beside(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(".new");
-    let new = path.with_file_name(name);
+    path.with_file_name(name)
+}
+
+/// Writes a file beside its place and renames it: a reader never sees half of it.
+fn write_atomically(path: &Path, text: &str) -> Result<()> {
+    let new = beside(path);
     let written = fs::File::create(&new)
         .and_then(|mut file| file.write_all(text.as_bytes()))
         .and_then(|()| fs::rename(&new, path));

@@ -193,9 +193,13 @@ pub(super) fn figures(run: &RunFiles) -> String {
             let interval = interval.map(|(low, high)| format!(" ({} to {})", share(low), share(high)));
             Some(format!("{}{}", share(of("eval/win_rate")?), interval.unwrap_or_default()))
         });
+        let accuracy = match summary.contains_key("ensemble") {
+            true => "held-out accuracy of the ensemble",
+            false => "held-out accuracy",
+        };
         let found = [
             ("held-out perplexity", pair("perplexity_before", "perplexity_after")),
-            ("held-out accuracy", number("accuracy").map(share)),
+            (accuracy, number("accuracy").map(share)),
             ("held-out score", score.map(|(a, b)| format!("{} → {}", short(a), short(b)))),
             ("wins against SFT", wins),
             ("KL", number("kl").map(|kl| format!("{} nats", short(kl)))),

@@ -13,6 +13,21 @@ use super::update::Update;
 use crate::config::{KlEstimator, KlIn, PolicyLoss};
 use crate::report::{Metrics, Report, number};
 
+/// The metrics of the actor's training, which have no value in an iteration that trains the critic alone: null in metrics.jsonl,
+/// as NaN is.
+pub const OF_ACTOR: [&str; 10] = [
+    "policy/approxkl_avg",
+    "policy/clipfrac_avg",
+    "policy/entropy_avg",
+    "loss/policy_avg",
+    "loss/ptx_avg",
+    "val/ratio",
+    "val/ratio_var",
+    "val/first_ratio",
+    "grad_norm/actor",
+    "policy/masked_steps",
+];
+
 /// Metrics of iteration `iteration` (counted from 0) with its rollout and its update's sums. `coefficients`: those of the
 /// KL to the reference and of the KL to the policy that sampled. `kl_to_old`: that KL after the updates, if a penalty on it
 /// is adapted.

@@ -12,7 +12,9 @@ use crate::report::number;
 /// What the members of an ensemble make of held-out comparisons.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Agreement {
-    /// Results of the mean of the members' scores.
+    /// The mean of the members' scores of each response, a list per comparison with the best response first.
+    pub means: Vec<Vec<f32>>,
+    /// Results of these means.
     pub of_mean: Evaluation,
     /// Mean over all responses of the deviation of the members' scores, in score units.
     pub disagreement: f64,
@@ -35,7 +37,7 @@ impl Agreement {
         }
         let accuracies = members.iter().map(|scores| Ok(summarise(scores)?.accuracy)).collect::<Result<_>>()?;
         let disagreement = deviations.iter().sum::<f64>() / deviations.len() as f64;
-        Ok(Self { of_mean: summarise(&means)?, disagreement, accuracies })
+        Ok(Self { of_mean: summarise(&means)?, means, disagreement, accuracies })
     }
 
     /// Its part of the summary.
@@ -57,6 +59,7 @@ mod tests {
         // Two comparisons. The second member is wrong on the first one, by less than the first is right.
         let members = [vec![vec![3.0, 0.0], vec![1.0, 0.0]], vec![vec![-1.0, 0.0], vec![2.0, 1.0]]];
         let found = Agreement::of(&members).unwrap();
+        assert_eq!(found.means, [[1.0, 0.0], [1.5, 0.5]]);
         assert_eq!((found.of_mean.accuracy, found.of_mean.pairs), (1.0, 2));
         assert_eq!((found.of_mean.mean_chosen, found.of_mean.mean_rejected), (1.25, 0.25));
         assert_eq!(found.accuracies, [1.0, 0.5]);

@@ -127,6 +127,8 @@ pub struct Member {
     pub summary: Summary,
     /// Its scores of the held-out comparisons without ties, the preferred response first.
     pub scores: Vec<Vec<f32>>,
+    /// The lengths of those responses in tokens.
+    pub response_lengths: Vec<Vec<usize>>,
 }
 
 /// Trains `ensemble` reward models one after another over the one base, of which only the one in training has an optimizer:
@@ -216,10 +218,9 @@ pub fn train_members(
         }
         let (scores, lengths) = preferred_first(scores_of_rows(base, &trained, held_out, padding)?, held_out)?;
         let after = summarise(&scores)?;
-        let lengths = LengthReport::of(&scores, &lengths);
-        if member == 0 {
-            let found = distributions(&scores);
-            found.for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
+        let report = LengthReport::of(&scores, &lengths);
+        if config.ensemble == 1 {
+            log_distributions(&scores, session);
         }
         let named = if config.ensemble > 1 { format!("reward, member {member}") } else { "reward".into() };
         if !held_out.is_empty() {
@@ -237,8 +238,9 @@ pub fn train_members(
         }
         members.push(Member {
             adapter: trained,
-            summary: Summary { before, after, lengths, steps, tokens, center },
+            summary: Summary { before, after, lengths: report, steps, tokens, center },
             scores,
+            response_lengths: lengths,
         });
     }
     session.report.done();
@@ -327,6 +329,12 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
         metrics.extend(distributions(&scores).map(|(name, found)| (format!("histogram/{name}"), found)));
         Ok(metrics)
     }
+}
+
+/// Logs the distributions of the held-out scores after training.
+pub(crate) fn log_distributions(comparisons: &[Vec<f32>], session: &mut Session) {
+    let found = distributions(comparisons);
+    found.for_each(|(name, found)| session.report.fact(&format!("histogram/reward/{name}"), &found));
 }
 
 /// The distributions of the best responses' scores and of all others'.

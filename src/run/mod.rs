@@ -35,7 +35,7 @@ use crate::config::{Config, Stage};
 use crate::data;
 use crate::data::Prepared;
 use crate::data::examples::Examples as _;
-use crate::data::examples::objectives::Objective;
+use crate::data::examples::objectives::{Objective, PromptExample};
 use crate::data::stream::cache::Stored;
 use crate::device::select;
 use crate::error::{F16Overflow, counted};
@@ -54,7 +54,9 @@ pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, resuming_command};
-pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
+pub use output::{
+    MEMBERS, check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary,
+};
 pub use plan_inputs::PlanInputs;
 
 /// Runs one stage of a config; returns the object that `--json` prints, on rank 0 where there are several.
@@ -159,6 +161,22 @@ fn prepared<T: Objective + Stored>(
     prepared_among(&World::default(), config, tokenizer, completion_only)
 }
 
+/// The examples of `[data]` for an objective. Columns that the reward of a stage with rollouts reads are not reported as unread.
+///
+/// # Errors
+/// Those of [`data::prepare`].
+pub fn examples<T: Objective + Stored>(
+    config: &Config,
+    tokenizer: &Tokenizer,
+    completion_only: bool,
+) -> Result<Prepared<T>> {
+    let mut prepared: Prepared<T> = data::prepare(config.data()?, tokenizer, config.seed, completion_only)?;
+    if let Some(ppo) = config.ppo.as_ref().filter(|_| T::NAME == PromptExample::NAME) {
+        prepared.report.without_unread(&ppo.columns_read(), config.data()?);
+    }
+    Ok(prepared)
+}
+
 /// The same on every rank; rank 0 has the word.
 fn prepared_among<T: Objective + Stored>(
     world: &World,
@@ -167,8 +185,7 @@ fn prepared_among<T: Objective + Stored>(
     completion_only: bool,
 ) -> Result<Prepared<T>> {
     // Rank 0 writes the cache, which the others read.
-    let prepared: Prepared<T> =
-        world.first_then_others(|| data::prepare(config.data()?, tokenizer, config.seed, completion_only))?;
+    let prepared: Prepared<T> = world.first_then_others(|| examples(config, tokenizer, completion_only))?;
     if let Some(first) = prepared.ignored.first() {
         let are = if prepared.ignored.len() == 1 { "is" } else { "are" };
         warning!("data: {} {are} not read; the first: {}", counted(prepared.ignored.len(), "file"), first.display());

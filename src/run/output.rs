@@ -30,7 +30,7 @@ const FILES: [&str; 5] = [SUMMARY, "metrics.jsonl", "samples.jsonl", "about.json
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// The adapters of a reward run: of one model, or of an ensemble's members.
-pub(super) const MEMBERS: [&str; MOST_MEMBERS] = [
+pub const MEMBERS: [&str; MOST_MEMBERS] = [
     "adapter",
     "adapter_1",
     "adapter_2",

@@ -16,6 +16,8 @@ use crate::report::number;
 use crate::reward;
 use crate::reward::dschat::Padding;
 use crate::reward::ensemble::Agreement;
+use crate::reward::length::LengthReport;
+use crate::reward::train::log_distributions;
 use crate::run::RunOptions;
 use crate::run::memory_preflight::Parts;
 use crate::run::options::Inputs;
@@ -49,7 +51,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     if !launch.world.is_first() {
         return Ok(Value::Null);
     }
-    let summary = members.first().context("an ensemble has a member")?.summary;
+    let first = members.first().context("an ensemble has a member")?;
+    let (summary, response_lengths) = (first.summary, first.response_lengths.clone());
     let scores: Vec<Vec<Vec<f32>>> = members.iter().map(|member| member.scores.clone()).collect();
     let agreement = (members.len() > 1).then(|| Agreement::of(&scores)).transpose()?;
     let mut paths = vec![];
@@ -64,14 +67,22 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
             found.disagreement
         ));
     }
+    // The result of several members is that of the mean of their scores, which no training step has computed before the end.
+    let (before, after, lengths) = match &agreement {
+        None => (summary.before.accuracy, summary.after, summary.lengths),
+        Some(found) => (f64::NAN, found.of_mean, LengthReport::of(&found.means, &response_lengths)),
+    };
+    if let Some(found) = &agreement {
+        log_distributions(&found.means, &mut session);
+    }
     let mut found = json!({
         "stage": "reward",
         "memory": memory,
-        "accuracy_before": number(summary.before.accuracy),
-        "accuracy": number(summary.after.accuracy),
-        "mean_chosen_score": number(summary.after.mean_chosen),
-        "mean_rejected_score": number(summary.after.mean_rejected),
-        "eval_pairs": summary.after.pairs,
+        "accuracy_before": number(before),
+        "accuracy": number(after.accuracy),
+        "mean_chosen_score": number(after.mean_chosen),
+        "mean_rejected_score": number(after.mean_rejected),
+        "eval_pairs": after.pairs,
         "center": summary.center.map(|center| json!({
             "mean": number(center.mean), "deviation": number(center.deviation), "scaled": center.is_scaled,
         })),
@@ -85,7 +96,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         found["adapters"] = paths.into();
     }
     // Beside the accuracy that they explain.
-    summary.lengths.named("").into_iter().for_each(|(name, value)| found[name] = value);
+    lengths.named("").into_iter().for_each(|(name, value)| found[name] = value);
     Ok(found)
 }
 

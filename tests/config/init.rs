@@ -120,6 +120,47 @@ fn every_stage_gets_a_config_that_loads_fits_and_runs_as_it_is() {
 }
 
 #[test]
+fn all_members_of_an_ensemble_are_the_reward() {
+    let p = place();
+    p.train_sft_and_reward();
+    done(&p, "reward run.toml --set data.path=pairs.jsonl --set reward.ensemble=3 --out three");
+    for (stage, short) in [
+        (
+            "ppo",
+            "--set ppo.total_episodes=2 --set ppo.batch_size=2 --set ppo.response_length=8 --set ppo.eval_prompts=1",
+        ),
+        (
+            "grpo",
+            "--set grpo.max_steps=1 --set grpo.num_generations=2 --set grpo.per_device_train_batch_size=2 --set \
+             grpo.gradient_accumulation_steps=1 --set grpo.max_completion_length=8 --set grpo.eval_prompts=1",
+        ),
+        (
+            "rloo",
+            "--set rloo.max_steps=1 --set rloo.num_generations=2 --set rloo.per_device_train_batch_size=2 --set \
+             rloo.gradient_accumulation_steps=1 --set rloo.max_completion_length=8 --set rloo.eval_prompts=1",
+        ),
+    ] {
+        let init = format!("init {stage} --base base --data prompts.jsonl --device cpu --reward-adapter");
+        done(&p, &format!("{init} three --out {stage}.toml"));
+        let text = fs::read_to_string(p.path(&format!("{stage}.toml"))).unwrap();
+        is_commented(&text);
+        assert!(text.contains(&format!("\n[[{stage}.reward]]\n")) && !text.contains("reward_adapter"), "{text}");
+        let config = config::load(&p.path(&format!("{stage}.toml")), &[]).unwrap();
+        let [source] = &config.ppo.as_ref().unwrap().reward[..] else { panic!("{stage}: one source") };
+        let members = ["three/adapter", "three/adapter_1", "three/adapter_2"].map(std::path::PathBuf::from);
+        assert_eq!(source.adapters, members, "{stage}");
+        let ran = object(&p, &format!("{stage} {stage}.toml {short} --out out/{stage} --json"));
+        assert_eq!(ran["stage"], stage);
+        let line = fs::read_to_string(p.path(&format!("out/{stage}/metrics.jsonl"))).unwrap();
+        assert!(line.contains("rewards/adapter/disagreement"), "{line}");
+        // One member that is named is that one.
+        done(&p, &format!("{init} three/adapter_1 --out one.toml --overwrite"));
+        let one = config::load(&p.path("one.toml"), &[]).unwrap().ppo.unwrap();
+        assert_eq!((one.reward_adapter, one.reward.len()), ("three/adapter_1".into(), 0), "{stage}");
+    }
+}
+
+#[test]
 fn lengths_are_those_that_data_counts_and_percentiles_those_counted_by_hand() {
     let p = place();
     let found = object(&p, "init sft --base base --data sft.jsonl --device cpu --json");

@@ -176,6 +176,81 @@ fn two_runs_share_axes_and_what_differs_in_their_settings_is_a_table() {
 }
 
 #[test]
+fn a_page_replaces_a_page_and_nothing_else() {
+    let place = Place::new();
+    let ran = place.run("sft run.toml --out one");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    fs::create_dir(place.path("man")).unwrap();
+    place.write("notes.html", "<!doctype html>\n<html><head><title>mine</title></head></html>");
+    place.write("report.html", "<html>of another program</html>");
+    place.write("half.html.new", "mine");
+    place.write("man/fourfold-sft.1", "my own page");
+    let weights = "one/adapter/adapter_model.safetensors";
+    for (line, file) in [
+        ("report one --out sft.jsonl".to_owned(), "sft.jsonl"),
+        ("report one --out run.toml".to_owned(), "run.toml"),
+        (format!("report one --out {weights}"), weights),
+        ("report one --out notes.html".to_owned(), "notes.html"),
+        ("report one --out half.html".to_owned(), "half.html.new"),
+        ("report one one".to_owned(), "report.html"),
+        ("man --out man".to_owned(), "man/fourfold-sft.1"),
+    ] {
+        let before = fs::read(place.path(file)).unwrap();
+        let ran = place.run(&line);
+        assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}: {}", ran.stderr);
+        let says = format!("{file} is there already and is no page of fourfold, so it stays as it is; name another");
+        let says = if line.starts_with("man") { says } else { says.replace(", so it", ", and it") };
+        assert!(ran.stderr.contains(&says) && ran.stderr.trim().lines().count() == 1, "{line}: {}", ran.stderr);
+        assert_eq!(fs::read(place.path(file)).unwrap(), before, "{line}");
+    }
+    assert!(!place.path("half.html").exists());
+    let ran = place.run("report one --out man");
+    assert!(ran.code == 2 && ran.stderr.contains("man is a folder; name a file in it"), "{}", ran.stderr);
+    // An empty file holds nothing to lose; a page may be made again anywhere, and so may a manual.
+    place.write("again.html", "");
+    for line in
+        ["report one --out again.html", "report one --out again.html", "report one", "man --out m", "man --out m"]
+    {
+        let ran = place.run(line);
+        assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+    }
+    assert_eq!(page(&place.path("again.html")), page(&place.path("one/report.html")));
+}
+
+#[test]
+fn an_actor_that_waits_for_its_critic_is_no_fault_and_any_other_missing_value_is() {
+    let place = Place::new();
+    place.train_sft_and_reward();
+    let ran = place.run("ppo run.toml --out out/ppo --set data.path=prompts.jsonl --set ppo.critic_warmup=1");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let metrics = fs::read_to_string(place.path("out/ppo/metrics.jsonl")).unwrap();
+    let lines: Vec<Value> = metrics.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.len() == 2 && lines[0]["policy/approxkl_avg"].is_null(), "{metrics}");
+    let waited = "The actor has no values up to step 1 (critic_warmup): only the critic trains.";
+    let healthy = page(&place.path("out/ppo/report.html"));
+    assert!(healthy.contains(waited) && !healthy.contains("NaN or infinite"), "what a warm-up leaves out is no fault");
+    assert_eq!(column(&healthy, "policy/approxkl_avg"), [(2.0, lines[1]["policy/approxkl_avg"].as_f64())]);
+    // A value that is missing later, or of what trains from the start, is one.
+    for (step, key) in [(1, "policy/approxkl_avg"), (0, "loss/value_avg"), (0, "objective/kl")] {
+        let mut lines = lines.clone();
+        lines[step][key] = Value::Null;
+        // One more line, so that the curve has a value.
+        lines.push(json!({"stage": "ppo", "step": 3, key: 0.5}));
+        place.write("out/ppo/metrics.jsonl", lines.iter().map(|line| format!("{line}\n")).collect::<String>());
+        told(&place, "report out/ppo");
+        let page = page(&place.path("out/ppo/report.html"));
+        assert_eq!(page.matches("<p class=bad>1 value is NaN or infinite").count(), 1, "{key}");
+    }
+    // Without a warm-up there is nothing to wait for.
+    let settings = fs::read_to_string(place.path("out/ppo/config.toml")).unwrap();
+    place.write("out/ppo/config.toml", settings.replace("critic_warmup = 1", "critic_warmup = 0"));
+    place.write("out/ppo/metrics.jsonl", &metrics);
+    told(&place, "report out/ppo");
+    let page = page(&place.path("out/ppo/report.html"));
+    assert!(page.contains("NaN or infinite") && !page.contains("critic_warmup)"), "no warm-up");
+}
+
+#[test]
 fn files_that_are_cut_off_empty_newer_or_missing_are_named_in_a_line_and_the_rest_is_shown() {
     let place = Place::new();
     let ran = place.run("sft run.toml --out out");

@@ -145,6 +145,49 @@ fn sources_of_the_reward_that_count_twice_or_not_at_all_are_told() {
 }
 
 #[test]
+fn a_column_that_a_source_of_the_reward_reads_is_not_told_as_unread() {
+    let p = place();
+    let record =
+        |i: usize| json!({"prompt": format!("\n\nHuman: {i} + 1?\n\nAssistant:"), "answer": i + 1, "source": "web"});
+    p.write("sums.jsonl", (0..14).map(|i| format!("{}\n", record(i))).collect::<String>());
+    let unread = |name: &str| (format!("with a column {name:?} that is not read"), json!(14));
+    let rule = "[[grpo.reward]]\nkind = 'length'\nmax_tokens = 9\n";
+    let program = "[[grpo.reward]]\nkind = 'command'\ncommand = ['sh', '-c', 'while read -r line; do echo 1; done']\n";
+    for (sources, data, left) in [
+        (rule.to_owned(), "", vec!["answer", "source"]),
+        ("[[grpo.reward]]\nkind = 'math'\n".into(), "", vec!["source"]),
+        ("[[grpo.reward]]\nkind = 'math'\ncolumn = 'source'\n".into(), "", vec!["answer"]),
+        // Under the name that the column has in the file, whatever it is called here.
+        ("[[grpo.reward]]\nkind = 'math'\n".into(), "columns.label = 'answer'\n", vec!["source"]),
+        (rule.to_owned(), "columns.label = 'answer'\n", vec!["label", "source"]),
+        (program.into(), "", vec![]),
+        ("[[grpo.reward]]\nkind = 'http'\nurl = 'http://127.0.0.1:9/'\n".into(), "", vec![]),
+        ("[[grpo.reward]]\nkind = 'judge'\nurl = 'http://127.0.0.1:9/v1'\nmodel = 'm'\n".into(), "", vec![]),
+        // The gold reward reads columns, too.
+        (format!("{rule}[grpo.gold]\nkind = 'math'\n"), "", vec!["source"]),
+    ] {
+        let text = with("eval_prompts = 2")
+            .replace(rule, &sources)
+            .replace("'asked.jsonl'\n", &format!("'sums.jsonl'\n{data}"));
+        assert!(text.contains(&sources), "{text}");
+        p.write("sums.toml", text);
+        let told: Value = serde_json::from_str(&done(&p, "data sums.toml --json").stdout).unwrap();
+        let want: serde_json::Map<String, Value> = left.iter().map(|name| unread(name)).collect();
+        assert_eq!(told["remarks"], Value::from(want), "{sources}{data}");
+        if sources == program {
+            let ran = done(&p, "grpo sums.toml --out sums --set grpo.max_steps=1");
+            assert!(!ran.stderr.contains("that is not read"), "{}", ran.stderr);
+        }
+    }
+    // No other stage has a reward.
+    let pair = |i: usize| json!({"prompt": format!("{i} + 1?"), "completion": format!("{}", i + 1), "answer": i + 1});
+    p.write("pairs_of_sums.jsonl", (0..14).map(|i| format!("{}\n", pair(i))).collect::<String>());
+    let sft = "data sums.toml --phase sft --set data.path=pairs_of_sums.jsonl --json";
+    let told: Value = serde_json::from_str(&done(&p, sft).stdout).unwrap();
+    assert_eq!(told["remarks"][unread("answer").0], 14, "{told}");
+}
+
+#[test]
 fn held_out_prompts_that_there_are_none_of_are_told_and_init_asks_for_none() {
     let p = place();
     let ran = done(&p, "grpo grpo.toml --set data.path=same.jsonl --set grpo.eval_prompts=2 --out o");

@@ -52,8 +52,10 @@ const MEMBERS: [&str; 3] = ["adapter", "adapter_1", "adapter_2"];
 #[test]
 fn members_differ_the_first_is_a_run_of_its_own_and_a_resumed_run_has_the_same_bytes() {
     let p = place();
-    object(&p, "reward reward.toml --out alone --json");
-    let summary = object(&p, "reward reward.toml --set reward.ensemble=3 --out three --json");
+    let alone = object(&p, "reward reward.toml --out alone --json");
+    let ran = p.run("reward reward.toml --set reward.ensemble=3 --out three --json");
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    let summary: Value = serde_json::from_str(&ran.stdout).unwrap();
     let members = || MEMBERS.map(|name| weights(&p, &format!("three/{name}")));
     let whole = members();
     assert_eq!(whole[0], weights(&p, "alone/adapter"), "the first member is what a run of one makes");
@@ -63,6 +65,25 @@ fn members_differ_the_first_is_a_run_of_its_own_and_a_resumed_run_has_the_same_b
     let ensemble = &summary["ensemble"];
     assert!(ensemble["disagreement"].as_f64().unwrap() > 0.0 && ensemble["accuracy"].is_number(), "{summary}");
     assert_eq!(ensemble["members"].as_array().unwrap().len(), 3);
+    // The results are those of the members' mean; the scores of each are in the notes.
+    assert_eq!((&summary["accuracy"], &summary["accuracy_before"]), (&ensemble["accuracy"], &Value::Null));
+    assert_eq!((&alone["accuracy"], alone["accuracy_before"].is_number()), (&ensemble["members"][0], true));
+    for (key, said) in [("mean_chosen_score", "mean chosen "), ("mean_rejected_score", ", rejected ")] {
+        let of = |line: &str| {
+            let end = line.split_once(said).unwrap().1;
+            end.split(',').next().unwrap().trim().parse::<f64>().unwrap()
+        };
+        let all: Vec<f64> =
+            ran.stderr.lines().filter(|line| line.contains(", member ") && line.contains(said)).map(of).collect();
+        let mean = all.iter().sum::<f64>() / 3.0;
+        assert!(all.len() == 3 && (summary[key].as_f64().unwrap() - mean).abs() < 1.1e-3, "{key}: {all:?} {summary}");
+        assert_ne!(summary[key], alone[key], "{key} is not the first member's");
+    }
+    let [one, three] = ["alone", "three"].map(|run| fs::read_to_string(p.path(&format!("{run}/report.html"))).unwrap());
+    let tile = |summary: &Value, of: &str| {
+        format!("<span>held-out accuracy{of}</span><b>{:.1}%</b>", 100.0 * summary["accuracy"].as_f64().unwrap())
+    };
+    assert!(one.contains(&tile(&alone, "")) && three.contains(&tile(&summary, " of the ensemble")), "{summary}");
     let lines = metrics(&p, "three");
     assert_eq!(lines.len(), 12);
     for (i, line) in lines.iter().enumerate() {

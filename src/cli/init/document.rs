@@ -70,7 +70,9 @@ impl Document {
             }
         }
         for section in self.sections() {
-            let _ = writeln!(out, "\n[{section}]");
+            // The sources of a reward are a list.
+            let (open, close) = if section.ends_with(".reward") { ("[[", "]]") } else { ("[", "]") };
+            let _ = writeln!(out, "\n{open}{section}{close}");
             let of_section = self.proposals.iter().filter(|proposal| proposal.section == section);
             for (number, proposal) in of_section.enumerate() {
                 let key = table.iter().find(|key| key.section == section && key.name == proposal.key);

@@ -34,7 +34,7 @@ use crate::model_files::FileContents;
 use crate::ops::weight::ComputeDtype;
 use crate::planner::plan;
 use crate::planner::simulate::shape::Network;
-use crate::run::{check_adapter_path, check_base_path};
+use crate::run::{MEMBERS, check_adapter_path, check_base_path};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
@@ -64,7 +64,8 @@ pub(super) struct Init {
     /// The adapter to start from, or the folder of the run that trained it.
     #[arg(long, value_name = "RUN_OR_DIR")]
     adapter: Option<PathBuf>,
-    /// The reward model's adapter, or the folder of the reward run; for ppo, grpo and rloo.
+    /// The reward model's adapter, or the folder of the reward run, of which an ensemble's members all count; for ppo, grpo and
+    /// rloo.
     #[arg(long, value_name = "RUN_OR_DIR")]
     reward_adapter: Option<PathBuf>,
     /// The file to write; else the config goes to stdout.
@@ -161,19 +162,34 @@ fn asked(args: &Init) -> Result<Asked> {
         device: args.device.filter(|&device| device != DeviceChoice::Auto),
         place,
         adapter: args.adapter.as_deref().map(|path| adapter_in(path, "--adapter")).transpose()?,
-        reward_adapter: args.reward_adapter.as_deref().map(|path| adapter_in(path, "--reward-adapter")).transpose()?,
+        reward_adapters: match &args.reward_adapter {
+            Some(path) => members_in(path, "--reward-adapter")?,
+            None => vec![],
+        },
     })
 }
 
 /// The adapter that a path means: itself, or the trained one in a run's folder.
 fn adapter_in(path: &Path, option: &str) -> Result<PathBuf> {
-    let is_adapter = |path: &PathBuf| path.join("adapter_config.json").is_file();
     let candidates = [path.to_path_buf(), path.join("adapter"), path.join("actor")];
-    if let Some(found) = candidates.into_iter().find(is_adapter) {
+    if let Some(found) = candidates.into_iter().find(|path| is_adapter(path)) {
         return Ok(found);
     }
     check_adapter_path(path).context(option.to_owned())?;
     Err(invalid!("{option} {}: there is no adapter_config.json; give an adapter's folder, or a run's", path.display()))
+}
+
+/// The adapters that a path means: those of all members where it is the folder of a run that trained an ensemble.
+fn members_in(path: &Path, option: &str) -> Result<Vec<PathBuf>> {
+    let first = adapter_in(path, option)?;
+    match path.join(MEMBERS[0]) == first {
+        true => Ok(MEMBERS.iter().map(|name| path.join(name)).filter(|member| is_adapter(member)).collect()),
+        false => Ok(vec![first]),
+    }
+}
+
+fn is_adapter(path: &Path) -> bool {
+    path.join("adapter_config.json").is_file()
 }
 
 impl Asked {
@@ -199,7 +215,7 @@ impl Asked {
         if let Some(path) = &self.adapter {
             Adapter::load(path, opened.trained().contents.config.shapes()).context("--adapter")?;
         }
-        if let Some(path) = &self.reward_adapter {
+        for path in &self.reward_adapters {
             let scorer = opened.reward.as_ref().unwrap_or(&opened.policy);
             let reward = Adapter::load(path, scorer.contents.config.shapes()).context("--reward-adapter")?;
             if reward.head().is_none() {

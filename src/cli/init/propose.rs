@@ -22,7 +22,8 @@ pub(super) struct Asked {
     /// Where the bases will lie; never `auto`.
     pub(super) place: DeviceChoice,
     pub(super) adapter: Option<PathBuf>,
-    pub(super) reward_adapter: Option<PathBuf>,
+    /// The reward model's adapter; of an ensemble, all members.
+    pub(super) reward_adapters: Vec<PathBuf>,
 }
 
 impl Asked {
@@ -221,6 +222,20 @@ impl Draft<'_> {
         }
     }
 
+    /// The reward: one model's, or in `sources` that of the members of an ensemble.
+    fn reward(&mut self, section: &'static str, sources: &'static str) {
+        match &self.asked.reward_adapters[..] {
+            [] => {}
+            [one] => self.put(section, "reward_adapter", path(one), "As --reward-adapter says."),
+            all => {
+                let why = format!("All {} members of the run that --reward-adapter names.", all.len());
+                let all: Vec<Value> = all.iter().map(|one| path(one).into()).collect();
+                self.put(sources, "kind", "adapter", "The members are adapters over one base.");
+                self.put(sources, "adapters", all, why);
+            }
+        }
+    }
+
     fn rate(&mut self, section: &'static str) {
         self.put(section, "learning_rate", self.defaults.of(section, "learning_rate"), RATE);
     }
@@ -317,14 +332,15 @@ impl Draft<'_> {
 
     fn ppo(&mut self, examples: Option<usize>) {
         self.adapter("ppo");
-        if let Some(reward) = &self.asked.reward_adapter {
-            self.put("ppo", "reward_adapter", path(reward), "As --reward-adapter says.");
-        }
+        self.rate("ppo");
+        self.reward("ppo", "ppo.reward");
         if self.bases.other_tokens {
             let why = "[reward_base] has other tokens, and the critic's values belong to the policy's.";
             self.put("ppo", "critic", "actor", why);
+        } else if self.asked.reward_adapters.len() > 1 {
+            let why = "There is no one reward model to start from: the reward is that of several.";
+            self.put("ppo", "critic", "actor", why);
         }
-        self.rate("ppo");
         let usual = self.defaults.whole("ppo", "batch_size");
         let batch = if examples.is_some_and(|n| n >= 2000) { 4 * usual } else { usual };
         let n = examples.unwrap_or(self.defaults.whole("ppo", "total_episodes"));
@@ -354,10 +370,8 @@ impl Draft<'_> {
     fn group(&mut self, examples: Option<usize>) {
         let section = self.asked.stage.name();
         self.adapter(section);
-        if let Some(reward) = &self.asked.reward_adapter {
-            self.put(section, "reward_adapter", path(reward), "As --reward-adapter says.");
-        }
         self.rate(section);
+        self.reward(section, if self.asked.stage == Stage::Grpo { "grpo.reward" } else { "rloo.reward" });
         let generations = self.defaults.whole(section, "num_generations");
         self.put(section, "num_generations", whole(generations), "TRL's.");
         let micro = self.defaults.whole(section, "per_device_train_batch_size");

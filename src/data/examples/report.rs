@@ -9,7 +9,8 @@ use std::fmt;
 use anyhow::Result;
 use serde::{Deserialize, Serialize};
 
-use crate::config::OnBadRecord;
+use crate::config::{ColumnsRead, Data, OnBadRecord};
+use crate::data::formats::columns::{is_unread, unread};
 use crate::data::record::{Place, Skipped};
 use crate::error::counted;
 use crate::invalid;
@@ -140,6 +141,24 @@ impl Report {
         };
         *self.dropped.entry(reason).or_default() += 1;
         Ok(vec![])
+    }
+
+    /// Takes back the remarks that a column of `data` is not read, for those that something else reads.
+    pub(crate) fn without_unread(&mut self, read: &ColumnsRead, data: &Data) {
+        let ColumnsRead::Named(names) = read else {
+            self.remarks.retain(|remark, _| !is_unread(remark));
+            return;
+        };
+        for name in names {
+            self.remarks.remove(&unread(name));
+            // A remark has the name that the column has here.
+            for names in data.all_sources().iter().filter_map(|source| source.columns.as_ref()) {
+                let ours = names.pairs().filter(|(_, theirs)| theirs == name).map(|(ours, _)| ours);
+                for ours in ours {
+                    self.remarks.remove(&unread(ours));
+                }
+            }
+        }
     }
 
     /// Counts what is to be said of a used record.

@@ -28,6 +28,18 @@ pub(crate) struct Columns<'a> {
     read: RefCell<Vec<&'a str>>,
 }
 
+const UNREAD: [&str; 2] = ["with a column ", " that is not read"];
+
+/// The remark on a column that is not read.
+pub(crate) fn unread(column: &str) -> String {
+    format!("{}{column:?}{}", UNREAD[0], UNREAD[1])
+}
+
+/// Whether a remark is that of [`unread`] for any column.
+pub(crate) fn is_unread(remark: &str) -> bool {
+    remark.starts_with(UNREAD[0]) && remark.ends_with(UNREAD[1])
+}
+
 impl<'a> Columns<'a> {
     /// The columns of `object`.
     pub(crate) fn new(object: &'a Object, tags: &'a Tags, verbatim: bool) -> Self {
@@ -54,8 +66,7 @@ impl<'a> Columns<'a> {
         }
         let read = self.read.borrow();
         let is_unread = |(key, value): &(&String, &Value)| !value.is_null() && !read.contains(&key.as_str());
-        let unread =
-            self.object.iter().filter(is_unread).map(|(key, _)| format!("with a column {key:?} that is not read"));
+        let unread = self.object.iter().filter(is_unread).map(|(key, _)| unread(key));
         Ok((record, unread.collect()))
     }
 

@@ -4,7 +4,7 @@
 //! An error is a sentence about a column; the caller puts the record's place in front. These files do not depend on
 //! `files` or `examples`. Read `data/formats/parser.rs` next.
 
-mod columns;
+pub(crate) mod columns;
 mod detect;
 pub(crate) mod dialogue;
 mod fault;

@@ -18,7 +18,7 @@ use crate::data::stream::columns::{Columns, RecordColumns};
 use crate::invalid;
 
 /// The column that is compared with, unless the config names another.
-pub const COLUMN: &str = "answer";
+pub const COLUMN: &str = crate::config::ANSWER;
 
 /// Whether the final answer of `response` equals that of `reference`. A reference without a mark (`\boxed`, `####`) is the
 /// answer as a whole.
