@@ -111,6 +111,7 @@ pub(crate) const CHARTS: &[Entry] = &[
         &["sampling/policy_lag"],
         "Iterations of updates between the actor that was sampled from and the one that is trained.",
     ),
+    entry("KL of a rollout server to the actor", &["sampling/sampler_kl_k3"], "Nats per token, the k3 estimate."),
     entry("Policy loss", &["loss/policy_avg", "loss/ptx_avg"], ""),
     entry("Value loss", &["loss/value_avg"], ""),
     watched(

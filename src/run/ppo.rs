@@ -34,6 +34,13 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     let world = &options.world;
     let (of_all, name) = (config.of_ranks(stage, world.size()), stage.name());
     let ppo = of_all.rollouts(stage)?;
+    if ppo.rollout.as_ref().is_some_and(|rollout| rollout.is_served()) && !world.is_alone() {
+        return Err(invalid!(
+            "[{name}.rollout] engine: servers sample for one process, and {} were started together; start it without mpirun, or set \
+             engine = \"self\", which shares the sampling among them",
+            world.size()
+        ));
+    }
     config.idle_keys(stage).iter().filter(|_| world.is_first()).for_each(|idle| eprintln!("{name}: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.

@@ -272,3 +272,18 @@ fn one_rank_starts_a_reward_program_and_its_failure_ends_all_with_the_state_kept
     let lines = place.lines("out", "metrics.jsonl");
     assert_eq!(lines.lines().count(), 2, "{lines}");
 }
+
+#[test]
+fn servers_sample_for_one_process_alone() {
+    let place = Place::new();
+    let section = "reward_adapter = \"ROOT/adapters/quickstart/reward\"\n[ppo.rollout]\nengine = \"vllm\"\nurls = [\"http://127.0.0.1:9/v1\"]\n";
+    for ran in place.run(Stage::Ppo, section, 2, "out", None) {
+        let error = ran.unwrap_err();
+        assert_eq!(exit_code(&error), 2, "{error:#}");
+        assert!(
+            format!("{error:#}").starts_with("[ppo.rollout] engine: servers sample for one process, and 2"),
+            "{error:#}"
+        );
+    }
+    assert!(!place.path("out").exists());
+}
