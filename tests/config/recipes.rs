@@ -10,7 +10,6 @@ use fourfold::config;
 use fourfold::config::{Config, DeviceChoice, Quantize, RecomputeSetting, Stage};
 use fourfold::model::config::DecoderConfig;
 use fourfold::ops::weight::{ComputeDtype, StorageDType};
-use fourfold::planner::dry;
 use fourfold::planner::plan::{Plan, plan};
 use fourfold::planner::simulate::shape::Network;
 use fourfold::run::PlanInputs;
