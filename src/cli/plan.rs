@@ -23,6 +23,7 @@ use crate::invalid;
 use crate::planner::arrangements::Arrangement;
 use crate::planner::changes::Change;
 use crate::planner::dry;
+use crate::planner::dry::DevicePlan;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
@@ -68,14 +69,16 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     // This machine may be another than the one with the device.
     let budget =
         if on_device { limit.map(|room| Budget { room, bound: LimitSource::Asked }) } else { Budget::of(limit) };
-    let room = args.memory.or(config.memory.device_limit).map(|size| size.0.saturating_sub(dry::BESIDE));
+    let device_limit = args.memory.or(config.memory.device_limit).map(|size| size.0);
+    let room = device_limit.map(|size| size.saturating_sub(dry::BESIDE));
     let shapes = |config: &Config| source.job(stage, config, room);
     let plan = plan::plan(stage, &config, budget, &shapes)?;
     let fits = plan.fits(budget, None);
     let change = if fits { None } else { plan::smallest_change(stage, &config, budget, &shapes)? };
     let choices = plan::choices(stage, &config, &shapes, &plan)?;
     let kto = source.kto_lengths(&config)?;
-    let shown = Shown { stage, config: &config, source: &source, plan: &plan, budget, fits, change, choices, kto };
+    let (config, source) = (&config, &source);
+    let shown = Shown { stage, config, source, plan: &plan, budget, device_limit, fits, change, choices, kto };
     if args.json {
         print_json(&shown.json())?
     } else {
@@ -83,13 +86,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     }
     let named = [args.memory, config.memory.limit, config.memory.device_limit].iter().any(Option::is_some);
     if named && !fits {
-        // As the table counts the rooms.
-        let devices =
-            plan.devices.iter().map(|of| format!("{} of {}", plan::text(of.peak().1 + dry::BESIDE), of.device));
-        let host = plan::text(plan.peak().1.own());
-        let host = if plan.devices.is_empty() { host } else { format!("{host} of the host") };
-        let needs: Vec<String> = devices.chain([host]).collect();
-        let (stage, needs) = (stage.name(), needs.join(" and "));
+        let (stage, needs) = (stage.name(), plan.needs());
         return Err(invalid!("the {stage} stage does not fit the memory that was named; it needs {needs}"));
     }
     Ok(())
@@ -132,6 +129,8 @@ struct Shown<'s> {
     source: &'s PlanInputs,
     plan: &'s Plan,
     budget: Option<Budget>,
+    /// Bytes that a device may be taken of, where that was named.
+    device_limit: Option<usize>,
     fits: bool,
     change: Option<(Change, Plan)>,
     choices: Vec<(Change, Plan)>,
@@ -166,7 +165,7 @@ impl Shown<'_> {
         let change = |(change, plan): &(Change, Plan)| {
             let set: serde_json::Map<String, Value> =
                 change.set.iter().map(|(key, value)| (key.clone(), value.as_str().into())).collect();
-            let devices: usize = plan.devices.iter().map(|device| device.peak().1).sum();
+            let devices: usize = plan.devices.iter().map(DevicePlan::total).sum();
             json!({
                 "set": set, "costs": change.costs, "own": plan.peak().1.own(), "total": plan.peak().1.total(),
                 "device": devices,
@@ -194,8 +193,8 @@ impl Shown<'_> {
                     "peak": {"phase": phase.name(), "bytes": peak},
                     "context": CONTEXT_BYTES,
                     "workspace": WORKSPACE_BYTES,
-                    "total": peak + dry::BESIDE,
-                    "room": device.room.map(|room| room + dry::BESIDE),
+                    "total": device.total(),
+                    "room": device.whole_room(self.device_limit),
                 });
                 (device.device.to_string(), of)
             }).collect::<serde_json::Map<_, _>>(),
@@ -264,9 +263,9 @@ impl Shown<'_> {
                     [device.base, bytes - device.base, CONTEXT_BYTES, WORKSPACE_BYTES, bytes + dry::BESIDE].map(mib);
                 line(&mut out, Phase::name(*phase), &cells);
             }
-            if let Some(room) = device.room {
+            if let Some(room) = device.whole_room(self.device_limit) {
                 let verdict = if device.fits(0) { "it fits" } else { "it does not fit" };
-                let _ = writeln!(out, "room: {}; {verdict}", plan::text(room + dry::BESIDE));
+                let _ = writeln!(out, "room: {}; {verdict}", plan::text(room));
             }
         }
         for line in self.plan.offloaded() {
@@ -298,7 +297,7 @@ impl Shown<'_> {
         }
         let _ = writeln!(out, "\nwhat would take less:");
         for (change, plan) in &self.choices {
-            let _ = writeln!(out, "{:>10}  {}  ({})", plan::text(plan.size()), change.text(), change.costs);
+            let _ = writeln!(out, "{:>10}  {}  ({})", plan::text(plan.total()), change.text(), change.costs);
         }
         out
     }

@@ -30,6 +30,7 @@ mod sources;
 mod stage;
 mod stages;
 mod trl;
+mod url;
 mod validate;
 
 use std::path::{Path, PathBuf};

@@ -10,8 +10,8 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use toml::Table;
 
-use super::Origin;
 use super::json_schema::JsonSchema as Checked;
+use super::{Origin, url};
 use crate::invalid;
 
 /// The column that `math` reads unless it names one.
@@ -234,6 +234,7 @@ pub struct RewardPart {
     pub max_score: Option<f64>,
     /// `judge`: more keys of the request, such as `{ temperature = 1, max_tokens = 256, seed = 1 }`. Default none; the
     /// temperature is 0. `http`: those of a reward model's server, such as `{ label_token_ids = [9891], apply_softmax = true }`.
+    /// The texts that are asked about and the model are not among them.
     #[serde(skip_serializing_if = "Table::is_empty")]
     #[schemars(with = "std::collections::BTreeMap<String, serde_json::Value>")]
     pub request: Table,
@@ -364,18 +365,7 @@ impl RewardPart {
             RewardKind::Command if self.command.iter().all(String::is_empty) => {
                 needs("command = [\"program\", \"argument\"]")
             }
-            RewardKind::Http | RewardKind::Judge if self.url.starts_with("https://") && !cfg!(feature = "hub") => {
-                Err(invalid!(
-                    "[[{section}.reward]] url = {:?}: only plain http is spoken; build with --features hub, or put a local proxy \
-                     before that endpoint",
-                    self.url
-                ))
-            }
-            RewardKind::Http | RewardKind::Judge
-                if !["http://", "https://"].iter().any(|s| self.url.starts_with(s)) =>
-            {
-                needs("url = \"http://host:port/path\"")
-            }
+            RewardKind::Http | RewardKind::Judge if self.url.is_empty() => needs("url = \"http://host:port/path\""),
             RewardKind::Http => self.check_api(section),
             RewardKind::Judge if self.model.is_empty() => needs("model = \"the judging model's name\""),
             RewardKind::Judge if self.range().0 > self.range().1 => {
@@ -390,6 +380,10 @@ impl RewardPart {
             )),
             _ => Ok(()),
         }?;
+        if matches!(self.kind, RewardKind::Http | RewardKind::Judge) {
+            url::check(&format!("[[{section}.reward]] url"), &self.url)?;
+            self.check_request(section)?;
+        }
         self.check_keys(section)?;
         self.json_schema().map_err(|error| invalid!("[[{section}.reward]] {error:#}"))?;
         if let Some(pattern) = &self.pattern
@@ -442,6 +436,26 @@ impl RewardPart {
             return says(
                 "it needs request = { label_token_ids = [N] }, the token whose probability is the score".into(),
             );
+        }
+        Ok(())
+    }
+
+    /// Refuses keys of `request` that every request has by itself: what is asked, and of which model.
+    fn check_request(&self, section: &str) -> Result<()> {
+        let own: &[&str] = match (self.kind, self.api) {
+            (RewardKind::Judge, _) => &["messages"],
+            (_, RewardApi::Fourfold) => &[],
+            (_, RewardApi::Classify | RewardApi::Pooling) => &["input"],
+            (_, RewardApi::Score) => &["text_1", "text_2"],
+            (_, RewardApi::SglangClassify) => &["input_ids", "text"],
+            (_, RewardApi::SglangScore) => &["query", "items"],
+        };
+        let says = |text: String| Err(invalid!("[[{section}.reward]] request = {{ {text}"));
+        if let Some(key) = own.iter().find(|key| self.request.contains_key(**key)) {
+            return says(format!("{key} = … }} would replace what each request sends there itself; remove it"));
+        }
+        if self.request.contains_key("model") {
+            return says("model = … } is what the key model is for; set that one, and remove it from request".into());
         }
         Ok(())
     }
@@ -503,6 +517,54 @@ mod tests {
         }
         for key in read {
             assert!(all.contains_key(key), "there is no key {key}");
+        }
+    }
+
+    #[test]
+    fn a_request_may_have_more_keys_and_none_that_it_has_by_itself() {
+        let part = |kind, api, key: &str| RewardPart {
+            kind,
+            api,
+            url: "http://127.0.0.1:9/x".into(),
+            model: "m".into(),
+            input: (api != RewardApi::Fourfold).then_some(RewardInput::Text),
+            request: Table::from_iter([("label_token_ids".to_owned(), 1.into()), (key.to_owned(), "x".into())]),
+            ..RewardPart::default()
+        };
+        for (kind, api, own) in [
+            (RewardKind::Judge, RewardApi::Fourfold, &["messages", "model"][..]),
+            (RewardKind::Http, RewardApi::Classify, &["input", "model"]),
+            (RewardKind::Http, RewardApi::Pooling, &["input", "model"]),
+            (RewardKind::Http, RewardApi::Score, &["text_1", "text_2", "model"]),
+            (RewardKind::Http, RewardApi::SglangClassify, &["input_ids", "text", "model"]),
+            (RewardKind::Http, RewardApi::SglangScore, &["query", "items", "model"]),
+        ] {
+            for key in own {
+                let error = part(kind, api, key).check(Origin::Grpo).unwrap_err();
+                assert_eq!(crate::error::exit_code(&error), 2);
+                let said = error.to_string();
+                assert!(said.starts_with(&format!("[[grpo.reward]] request = {{ {key} = … }}")), "{api:?}: {said}");
+            }
+            // What has a default, and may be another.
+            for key in ["temperature", "use_activation", "seed"] {
+                part(kind, api, key).check(Origin::Grpo).unwrap();
+            }
+        }
+    }
+
+    #[test]
+    fn a_service_has_an_address_that_can_be_one() {
+        for kind in [RewardKind::Http, RewardKind::Judge] {
+            let part = |url: &str| {
+                let model = if kind == RewardKind::Judge { "m" } else { "" };
+                RewardPart { kind, url: url.into(), model: model.into(), ..RewardPart::default() }.check(Origin::Rloo)
+            };
+            part("http://127.0.0.1:9/v1").unwrap();
+            assert!(part("").unwrap_err().to_string().contains("needs url"));
+            for url in ["http://127.0.0.1:99999/x", "http://:8917/x", "ftp://x"] {
+                let said = part(url).unwrap_err().to_string();
+                assert!(said.starts_with(&format!("[[rloo.reward]] url = {url:?}: ")), "{said}");
+            }
         }
     }
 

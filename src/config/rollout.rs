@@ -9,7 +9,7 @@ use anyhow::Result;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ImportanceSamplingCorrection, Origin, Ppo};
+use super::{ImportanceSamplingCorrection, Origin, Ppo, url};
 use crate::invalid;
 
 /// What samples the responses.
@@ -139,15 +139,10 @@ impl RolloutEngine {
             }
             Engine::Vllm | Engine::Openai => {}
         }
-        let has_scheme = |url: &String| ["http://", "https://"].iter().any(|scheme| url.starts_with(scheme));
-        if self.urls.is_empty() || !self.urls.iter().all(has_scheme) {
+        if self.urls.is_empty() {
             return says(format!("engine = {engine} needs urls = [\"http://host:port/v1\"]"));
         }
-        if self.urls.iter().any(|url| url.starts_with("https://")) && !cfg!(feature = "hub") {
-            return says(
-                "urls: only plain http is spoken; build with --features hub, or put a local proxy before it".into(),
-            );
-        }
+        self.urls.iter().try_for_each(|address| url::check(&format!("[{name}.rollout] urls"), address))?;
         if self.server_adapter_dir.is_some() && self.adapter_dir.is_none() {
             return says("server_adapter_dir is another path of adapter_dir, which is absent; set it".into());
         }

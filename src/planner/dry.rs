@@ -73,6 +73,17 @@ impl DevicePlan {
         self.phases.into_iter().max_by_key(|(_, bytes)| *bytes).unwrap_or_default()
     }
 
+    /// The bytes in use at the peak as the device counts them: with what is beside the allocations.
+    pub fn total(&self) -> usize {
+        self.peak().1 + BESIDE
+    }
+
+    /// Bytes of the device that the run may take, of which `room` is left for allocations. `limit`: the one that was named, if
+    /// one was; it may be less than what is beside them.
+    pub fn whole_room(&self, limit: Option<usize>) -> Option<usize> {
+        self.room.map(|room| limit.unwrap_or(room + BESIDE))
+    }
+
     /// Whether it fits with `spare` bytes to spare.
     pub fn fits(&self, spare: usize) -> bool {
         self.room.is_none_or(|room| self.peak().1 + spare <= room)

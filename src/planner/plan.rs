@@ -136,7 +136,8 @@ impl Plan {
         there.filter_map(line).collect()
     }
 
-    /// Bytes that a saving is measured by: of the devices, or of the host if there are none.
+    /// Bytes that a saving is measured by: of the devices without what is beside their allocations, which no change saves, or of
+    /// the host if there are none.
     pub fn size(&self) -> usize {
         match self.devices.is_empty() {
             true => self.peak().1.total(),
@@ -144,11 +145,19 @@ impl Plan {
         }
     }
 
+    /// The bytes at the peak: of the devices, as they count them, or of the host if there are none.
+    pub fn total(&self) -> usize {
+        match self.devices.is_empty() {
+            true => self.peak().1.total(),
+            false => self.devices.iter().map(DevicePlan::total).sum(),
+        }
+    }
+
     /// The bytes that must be there, in words.
     pub fn needs(&self) -> String {
         let host = text(self.peak().1.own());
         let devices: Vec<String> =
-            self.devices.iter().map(|d| format!("{} of {}", text(d.peak().1), d.device)).collect();
+            self.devices.iter().map(|d| format!("{} of {}", text(d.total()), d.device)).collect();
         if devices.is_empty() { host } else { format!("{} and {host} of the host", devices.join(" and ")) }
     }
 
@@ -390,7 +399,7 @@ pub fn admit(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Plan>
     let (phase, peak) = plan.peak();
     let what = match budget.filter(|budget| !budget.fits(&peak)) {
         Some(budget) => too_much_of_the_host(stage, phase, &peak, budget),
-        None => too_much_of_a_device(stage, &plan),
+        None => too_much_of_a_device(stage, &plan, config.memory.device_limit.map(|limit| limit.0)),
     };
     Err(refusal(&what, change.as_ref()))
 }
@@ -413,17 +422,18 @@ pub fn admit_base(net: &Network, budget: Budget, of: &str) -> Result<()> {
     ))
 }
 
-fn too_much_of_a_device(stage: Stage, plan: &Plan) -> String {
+fn too_much_of_a_device(stage: Stage, plan: &Plan, limit: Option<usize>) -> String {
     let Some(device) = plan.devices.iter().find(|device| !device.fits(0)) else { return String::new() };
-    let (phase, peak) = device.peak();
     format!(
-        "{} does not fit: its {} would take {} of {}, {} of it for the frozen weights, and there is room for {}",
+        "{} does not fit: its {} would take {} of {}, {} of it for the frozen weights and {} for the context and cuBLAS, and there is \
+         room for {}",
         stage.name(),
-        phase.name(),
-        text(peak),
+        device.peak().0.name(),
+        text(device.total()),
         device.device,
         text(device.base),
-        text(device.room.unwrap_or(0))
+        text(dry::BESIDE),
+        text(device.whole_room(limit).unwrap_or(0))
     )
 }
 

@@ -210,7 +210,9 @@ impl Inputs {
         };
         self.origin.check_inputs(&found.manifest.origin)?;
         let changes = self.origin.changes(&found.manifest.origin)?;
-        for line in changes.harmless.iter().chain(&changes.mathematics) {
+        // The refusal names the others.
+        let taken = if launch.force { &changes.mathematics[..] } else { &[] };
+        for line in changes.harmless.iter().chain(taken) {
             crate::tell!("changed since {}: {line}", found.path.display());
         }
         if !changes.mathematics.is_empty() && !launch.force {

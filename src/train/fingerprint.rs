@@ -2,11 +2,12 @@
 //!
 //! It does not depend on a stage. Read `store.rs` next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use toml::{Table, Value};
 
 use crate::config::Config;
 use crate::data::examples::{Example, Examples};
@@ -31,6 +32,7 @@ const HARMLESS: &[&str] = &[
     "teacher.device",
     "teacher.offload",
     "data.path",
+    "data.sources.path",
     "*.adapter",
     "*.teacher_adapter",
     "*.reward_adapter",
@@ -48,6 +50,20 @@ const HARMLESS: &[&str] = &[
     "*.rollout.retries",
     "checkpoint.*",
     "memory.*",
+];
+
+/// Those of a source of the reward, `[[ppo.reward]]` and `[ppo.gold]`: where it is, what it costs, how long it is waited for, and
+/// what a response counts that it gave no score, which is the way on where it fails.
+const HARMLESS_OF_A_SOURCE: &[&str] = &[
+    "name",
+    "url",
+    "api_key_env",
+    "concurrency",
+    "input_price",
+    "output_price",
+    "timeout_seconds",
+    "retries",
+    "fallback_score",
 ];
 
 /// A run's settings and digests.
@@ -112,24 +128,14 @@ impl RunFingerprint {
     /// # Errors
     /// If the former config cannot be read.
     pub fn changes(&self, then: &RunFingerprint) -> Result<Changes> {
-        let keys = |text: &str| -> Result<BTreeMap<String, String>> {
-            let table: toml::Table = text.parse().context("the config in the checkpoint")?;
-            let mut flat = BTreeMap::new();
-            flatten("", &toml::Value::Table(table), &mut flat);
-            Ok(flat)
-        };
-        let (now, was) = (keys(&self.config)?, keys(&then.config)?);
+        let table =
+            |text: &str| -> Result<Value> { Ok(Value::Table(text.parse().context("the config in the checkpoint")?)) };
+        let (now, was) = (table(&self.config)?, table(&then.config)?);
+        let mut all = BTreeMap::new();
+        differences("", Some(&was), Some(&now), &mut all);
         let mut changes = Changes::default();
-        let all = now.keys().chain(was.keys().filter(|k| !now.contains_key(*k)));
-        for key in all.filter(|key| now.get(*key) != was.get(*key)) {
-            let unset = String::from("unset");
-            let line = format!("{key}: {} -> {}", was.get(key).unwrap_or(&unset), now.get(key).unwrap_or(&unset));
-            // The CPU has no products in f16, so that a run which moves there computes in the nearest type above it.
-            let is = |of: &BTreeMap<String, String>, key: &str, value: &str| of.get(key).is_some_and(|v| v == value);
-            let moved = key.strip_suffix("compute_dtype").is_some_and(|section| {
-                is(&now, &format!("{section}device"), "\"cpu\"") && is(&was, key, "\"f16\"") && is(&now, key, "\"f32\"")
-            });
-            match moved || is_harmless(key) {
+        for (key, line) in all {
+            match moved_to_the_cpu(&key, &was, &now) || is_harmless(&key) {
                 true => changes.harmless.push(line),
                 false => changes.mathematics.push(line),
             }
@@ -138,8 +144,57 @@ impl RunFingerprint {
     }
 }
 
+/// Whether a type of products changed because the base moved: the CPU has none in f16, so that a run which moves there computes in
+/// the nearest type above it.
+fn moved_to_the_cpu(key: &str, was: &Value, now: &Value) -> bool {
+    let Some(section) = key.strip_suffix(".compute_dtype") else { return false };
+    let is = |of: &Value, key: &str, value: &str| {
+        of.get(section).and_then(|of| of.get(key)).and_then(Value::as_str) == Some(value)
+    };
+    is(now, "device", "cpu") && is(was, "compute_dtype", "f16") && is(now, "compute_dtype", "f32")
+}
+
+/// The lines of the keys that differ, by key: tables key by key, and arrays of tables entry by entry, as
+/// `ppo.reward[0].score_index: 1 -> 0`. An entry that one side lacks is a line as a whole.
+fn differences(at: &str, was: Option<&Value>, now: Option<&Value>, into: &mut BTreeMap<String, String>) {
+    if was == now {
+        return;
+    }
+    let is_table = |of: Option<&Value>| of.is_none_or(Value::is_table);
+    if is_table(was) && is_table(now) {
+        let keys = [was, now].into_iter().flatten().filter_map(Value::as_table).flat_map(Table::keys);
+        for key in keys.collect::<BTreeSet<_>>() {
+            let path = if at.is_empty() { key.clone() } else { format!("{at}.{key}") };
+            differences(&path, was.and_then(|of| of.get(key)), now.and_then(|of| of.get(key)), into);
+        }
+        return;
+    }
+    let text = |value: Option<&Value>| value.map_or_else(|| "unset".to_owned(), Value::to_string);
+    if let (Some(was), Some(now)) = (entries(was), entries(now))
+        && was.len() + now.len() > 0
+    {
+        for i in 0..was.len().max(now.len()) {
+            let path = format!("{at}[{i}]");
+            match (was.get(i), now.get(i)) {
+                (Some(was), Some(now)) => differences(&path, Some(was), Some(now), into),
+                (was, now) => {
+                    into.insert(path.clone(), format!("{path}: {} -> {}", text(was), text(now)));
+                }
+            }
+        }
+        return;
+    }
+    into.insert(at.into(), format!("{at}: {} -> {}", text(was), text(now)));
+}
+
+/// An array of tables, where nothing is an empty one.
+fn entries(of: Option<&Value>) -> Option<&[Value]> {
+    let Some(of) = of else { return Some(&[]) };
+    of.as_array().map(Vec::as_slice).filter(|all| all.iter().all(Value::is_table))
+}
+
 /// The keys of a TOML table by their paths, each with its value as TOML writes it.
-pub fn flatten(at: &str, value: &toml::Value, into: &mut BTreeMap<String, String>) {
+pub fn flatten(at: &str, value: &Value, into: &mut BTreeMap<String, String>) {
     match value.as_table() {
         Some(table) => {
             for (key, value) in table {
@@ -154,13 +209,29 @@ pub fn flatten(at: &str, value: &toml::Value, into: &mut BTreeMap<String, String
 }
 
 fn is_harmless(key: &str) -> bool {
+    let key = without_numbers(key);
+    let key = key.as_str();
     let tail = key.split_once('.').map_or("", |(_, tail)| tail);
     let head = key.split_once('.').map_or(key, |(head, _)| head);
+    let of_source = tail.strip_prefix("reward.").or_else(|| tail.strip_prefix("gold."));
+    if of_source.is_some_and(|key| HARMLESS_OF_A_SOURCE.contains(&key)) {
+        return true;
+    }
     HARMLESS.iter().any(|pattern| match (pattern.strip_prefix("*."), pattern.strip_suffix(".*")) {
         (Some(end), _) => tail == end,
         (_, Some(start)) => head == start,
         _ => key == *pattern,
     })
+}
+
+/// A key with the numbers of entries left out: `ppo.reward.url` for `ppo.reward[0].url`. A whole entry keeps its own, as no pattern
+/// of a key is meant for it.
+fn without_numbers(key: &str) -> String {
+    let part = |part: &str| match part.split_once('[') {
+        Some((name, _)) => name.to_owned(),
+        None => part.to_owned(),
+    };
+    if key.ends_with(']') { key.into() } else { key.split('.').map(part).collect::<Vec<_>>().join(".") }
 }
 
 /// A digest of what every token id means.
@@ -231,7 +302,7 @@ mod tests {
         assert_eq!(changes.mathematics, ["sft.learning_rate: 0.1 -> 0.2"]);
         assert_eq!(
             changes.harmless,
-            ["checkpoint.save_steps: unset -> 3", "sft.logging_steps: 1 -> 5", "output_dir: \"a\" -> unset"]
+            ["checkpoint.save_steps: unset -> 3", "output_dir: \"a\" -> unset", "sft.logging_steps: 1 -> 5"]
         );
         assert_eq!(now.changes(&now).unwrap(), Changes::default());
         let on =
@@ -240,6 +311,52 @@ mod tests {
         assert_eq!(mathematics(on("cpu", "f32"), on("cuda:0", "f16")), 0);
         assert_eq!(mathematics(on("cpu", "f32"), on("cuda:0", "bf16")), 1);
         assert_eq!(mathematics(on("cuda:0", "f16"), on("cpu", "f32")), 1);
+    }
+
+    #[test]
+    fn sources_of_the_reward_are_compared_entry_by_entry_and_key_by_key() {
+        let source = |more: &str| format!("[[grpo.reward]]\nkind = \"http\"\nweight = 1.0\n{more}\n");
+        let regex = "[[grpo.reward]]\nkind = \"regex\"\npattern = \"a\"\n";
+        let changes = |was: &str, now: &str| {
+            let changes = origin(now).changes(&origin(was)).unwrap();
+            (changes.mathematics, changes.harmless)
+        };
+        let lines = |lines: &[&str]| lines.iter().map(|line| (*line).to_owned()).collect::<Vec<_>>();
+        let was = source("score_index = 1\nretries = 0\nurl = \"http://a\"\n[grpo.reward.request]\nseed = 1") + regex;
+        // Where it is and how long it is waited for.
+        let moved = was.replace("retries = 0", "retries = 1").replace("http://a", "http://b");
+        let moved = moved.replacen("weight = 1.0", "weight = 1.0\nfallback_score = 0.0", 1);
+        let want = [
+            "grpo.reward[0].fallback_score: unset -> 0.0",
+            "grpo.reward[0].retries: 0 -> 1",
+            "grpo.reward[0].url: \"http://a\" -> \"http://b\"",
+        ];
+        assert_eq!(changes(&was, &moved), (vec![], lines(&want)));
+        // What it is asked, and what is read of its reply.
+        let other = was.replace("score_index = 1", "score_index = 0").replace("seed = 1", "seed = 2");
+        let want = ["grpo.reward[0].request.seed: 1 -> 2", "grpo.reward[0].score_index: 1 -> 0"];
+        assert_eq!(changes(&was, &other), (lines(&want), vec![]));
+        let other = was.replace("pattern = \"a\"", "pattern = \"b\"");
+        assert_eq!(changes(&was, &other).0, ["grpo.reward[1].pattern: \"a\" -> \"b\""]);
+        // A whole entry, of one or of all.
+        let added = "grpo.reward[1]: unset -> { kind = \"regex\", pattern = \"a\" }";
+        assert_eq!(changes(&source(""), &(source("") + regex)), (lines(&[added]), vec![]));
+        let removed = "grpo.reward[0]: { kind = \"regex\", pattern = \"a\" } -> unset";
+        for without in ["", "[grpo]\nreward = []\n"] {
+            assert_eq!(changes(regex, without), (lines(&[removed]), vec![]), "{without}");
+        }
+        // A table alone, and the stage that has the same name.
+        let gold = |text: &str| format!("[ppo.gold]\n{text}\n[reward]\nseed = 1\n");
+        let (mathematics, harmless) =
+            changes(&gold("retries = 1\ncolumn = \"a\""), &gold("retries = 2\ncolumn = \"b\""));
+        assert_eq!(
+            (&mathematics[..], &harmless[..]),
+            (&["ppo.gold.column: \"a\" -> \"b\"".to_owned()][..], &["ppo.gold.retries: 1 -> 2".to_owned()][..])
+        );
+        let sources = |path: &str, weight: &str| format!("[[data.sources]]\npath = {path:?}\nweight = {weight}\n");
+        let (mathematics, harmless) = changes(&sources("a", "1.0"), &sources("b", "2.0"));
+        assert_eq!(mathematics, ["data.sources[0].weight: 1.0 -> 2.0"]);
+        assert_eq!(harmless, ["data.sources[0].path: \"a\" -> \"b\""]);
     }
 
     #[test]

@@ -4,6 +4,7 @@
 use std::fs;
 
 use fourfold::config;
+use fourfold::planner::plan::text;
 use fourfold::quickstart::base::BASE;
 use serde_json::{Value, json};
 
@@ -282,14 +283,65 @@ fn a_card_is_planned_without_one_where_its_memory_is_given() {
     let config = config::load(&p.path("card.toml"), &[]).unwrap();
     assert_eq!(config.base.device().to_string(), "cuda:0");
     assert_eq!(config.memory.device_limit.map(|limit| limit.0), Some(2 << 30));
-    assert!(found["plan"]["devices"]["cuda:0"].as_u64().unwrap() < 2 << 30, "{found}");
+    let planned = found["plan"]["devices"]["cuda:0"].as_u64().unwrap();
+    assert!(planned < 2 << 30, "{found}");
     let plan = object(&p, "plan card.toml --json");
-    assert_eq!(plan["fits"], true, "{plan}");
+    assert_eq!((&plan["fits"], plan["devices"]["cuda:0"]["total"].as_u64()), (&json!(true), Some(planned)), "{plan}");
+    let head = format!("Planned on cuda:0: {} of cuda:0 and ", text(planned as usize));
+    assert!(fs::read_to_string(p.path("card.toml")).unwrap().contains(&head), "{head}");
     // The file says that the plan is of no card's own memory; one for the CPU has nothing to say.
     let says = |file: &str| fs::read_to_string(p.path(file)).unwrap().contains("No card was asked");
     done(&p, "init sft --base base --data sft.jsonl --device cpu --memory 2GiB --out cpu.toml");
     assert!(says("card.toml") && !says("cpu.toml"));
     refused(&p, "init sft --base base --data sft.jsonl --device cuda --memory 10MiB", &["does not fit", "--memory"]);
+}
+
+#[test]
+fn the_sizes_that_a_plan_names_on_a_card_are_those_of_its_table() {
+    let p = place();
+    let config = json!({
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    p.write("middle.json", config.to_string());
+    let line = |more: &str| format!("plan --base middle.json --phase sft --device cuda {more}");
+    let plan = |more: &str| -> Value {
+        let ran = p.run(&line(&format!("--json {more}")));
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{more}: {e}: {}", ran.stderr))
+    };
+    let total = |plan: &Value| plan["devices"]["cuda:0"]["total"].as_u64().unwrap() as usize;
+    let whole = plan("--set sft.checkpoint=none");
+    let beside = ["context", "workspace"].map(|of| whole["devices"]["cuda:0"][of].as_u64().unwrap() as usize);
+    let beside: usize = beside.iter().sum();
+    let passes = total(&whole) - beside;
+    assert!(passes > 64 << 20, "{whole}");
+    for choice in whole["choices"].as_array().unwrap() {
+        let takes = choice["device"].as_u64().unwrap() as usize;
+        assert!((beside..total(&whole)).contains(&takes), "{choice}");
+    }
+    // Three quarters of the passes' memory.
+    let limit = format!("--memory {}", beside + passes * 3 / 4);
+    let proposed = plan(&format!("{limit} --set sft.checkpoint=none"));
+    assert_eq!(proposed["fits"], false);
+    let change = &proposed["smallest_change"];
+    let set = change["set"].as_object().unwrap().iter();
+    let set: String = set.map(|(key, value)| format!(" --set {key}={}", value.as_str().unwrap())).collect();
+    let changed = plan(&format!("{limit} --set sft.checkpoint=none{set}"));
+    assert_eq!((&changed["fits"], change["device"].as_u64()), (&json!(true), Some(total(&changed) as u64)), "{change}");
+    let ran = p.run(&line(&format!("{limit} --set sft.checkpoint=none")));
+    let needs = format!("it needs {} of cuda:0 and ", text(total(&whole)));
+    assert!(ran.code == 2 && ran.stderr.contains(&needs), "{needs}: {}", ran.stderr);
+    let first = format!("the smallest change that fits, in {} of cuda:0 and ", text(total(&changed)));
+    assert!(ran.stdout.contains(&first), "{first}: {}", ran.stdout);
+    let choice = &proposed["choices"][0];
+    let listed = format!("\n{:>10}  ", text(choice["device"].as_u64().unwrap() as usize));
+    assert!(ran.stdout.contains(&listed), "{listed}: {}", ran.stdout);
+    // A limit below what the context takes.
+    let none = plan("--memory 300MiB");
+    assert_eq!((&none["fits"], &none["devices"]["cuda:0"]["room"]), (&json!(false), &json!(300 << 20)));
+    let ran = p.run(&line("--memory 300MiB"));
+    assert!(ran.code == 2 && ran.stdout.contains("room: 300 MiB; it does not fit"), "{}", ran.stdout);
 }
 
 #[test]

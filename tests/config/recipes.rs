@@ -10,7 +10,6 @@ use fourfold::config;
 use fourfold::config::{Config, DeviceChoice, Quantize, RecomputeSetting, Stage};
 use fourfold::model::config::DecoderConfig;
 use fourfold::ops::weight::{ComputeDtype, StorageDType};
-use fourfold::planner::dry;
 use fourfold::planner::plan::{Plan, plan};
 use fourfold::planner::simulate::shape::Network;
 use fourfold::run::PlanInputs;
@@ -91,7 +90,7 @@ fn cell(name: &str, stage: Stage, model: &Path) -> String {
     on_card.teacher.iter_mut().for_each(|teacher| teacher.quantize = Some(Quantize::Q4K));
     let card = planned(stage, &on_card);
     assert_eq!(card.devices.len(), 1);
-    format!("{} · {}", gib(whole.total()), gib(card.devices[0].peak().1 + dry::BESIDE))
+    format!("{} · {}", gib(whole.total()), gib(card.devices[0].total()))
 }
 
 fn row(name: &str, file: &str) -> String {

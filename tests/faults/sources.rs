@@ -179,15 +179,32 @@ fn a_reward_service_that_is_not_there_stops_the_run_before_anything_is_lost_and_
     );
     let ran = place.run(&line("ppo"));
     assert_eq!(ran.code, 1, "{}", ran.stderr);
-    for said in
-        ["stopped after 0 steps", "all before it is kept in", &format!("reward endpoint http://{address}/score")]
-    {
+    for said in [
+        "stopped after 0 steps",
+        "all before it is kept in",
+        "--force",
+        &format!("reward endpoint http://{address}/score"),
+    ] {
         assert!(ran.stderr.contains(said), "{said}: {}", ran.stderr);
     }
-    let listener = TcpListener::bind(address).unwrap();
+    // Another weight is another reward: it is refused, and named once.
+    let config = fs::read_to_string(place.path("run.toml")).unwrap();
+    place.write("run.toml", config.replace("retries = 1\n", "retries = 1\nweight = 2.0\n"));
+    let ran = place.run(&format!("{} --resume", line("ppo")));
+    assert_eq!(ran.code, 2, "{}", ran.stderr);
+    let said = "ppo.reward[0].weight: 1.0 -> 2.0; put them back, or go on with --force";
+    assert!(ran.stderr.contains(said) && ran.stderr.matches("ppo.reward").count() == 1, "{}", ran.stderr);
+    // Another place and more tries are not.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let now = listener.local_addr().unwrap();
+    let moved = config.replace(&format!("//{address}/"), &format!("//{now}/"));
+    place.write("run.toml", moved.replace("retries = 1\n", "retries = 2\nfallback_score = 0.0\n"));
     std::thread::spawn(move || serve(listener));
     let ran = place.run(&format!("{} --resume", line("ppo")));
     assert_eq!(ran.code, 0, "{}", ran.stderr);
+    for key in ["url: ", "retries: 1 -> 2", "fallback_score: unset -> 0.0"] {
+        assert!(ran.stderr.contains(&format!(": ppo.reward[0].{key}")), "{key}: {}", ran.stderr);
+    }
     let metrics = fs::read_to_string(place.path("out/ppo/metrics.jsonl")).unwrap();
     assert_eq!(metrics.lines().count(), 3);
     assert!(

@@ -304,6 +304,13 @@ fn a_run_with_auto_takes_as_few_layers_from_the_device_as_fit_and_says_so() {
     let limit = limit(&three);
     let ran = run(&limit);
     assert!(ran.code == 2 && ran.stderr.contains("--set base.offload=auto"), "{}", ran.stderr);
+    // As the plan's table counts, with what is beside the allocations.
+    let in_words = |bytes: &str| fourfold::planner::plan::text(bytes.parse::<usize>().unwrap());
+    let asked = in_words(limit.rsplit_once('=').unwrap().1);
+    let (took, change) = (in_words(&peak(&all).to_string()), in_words(&peak(&three).to_string()));
+    for said in [format!("would take {took} of"), format!("room for {asked}"), format!("fits, in {change} of")] {
+        assert!(ran.stderr.contains(&said), "{said}: {}", ran.stderr);
+    }
     let ran = run(&format!("{limit} --set base.offload=\"auto\""));
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     let (bytes, said) = left(&place, &ran.stderr);

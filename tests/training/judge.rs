@@ -252,6 +252,7 @@ fn what_a_judge_lacks_is_said_before_anything_runs() {
     assert!(with("template = \"{{ response }}{{ gold }}\"").contains("{{ columns.gold }}"));
     assert!(with("min_score = 5\nmax_score = 1").contains("no score is from min_score = 5 to max_score = 1"));
     assert!(with("concurrency = 0").contains("concurrency"));
+    assert!(with("request = { messages = [] }").contains("[[ppo.reward]] request = { messages = … }"));
     assert!(with("input_price = -1.0").contains("input_price = -1 is out of range"));
     assert!(with("api_key_env = \"FOURFOLD_NO_SUCH_KEY\"").contains("export FOURFOLD_NO_SUCH_KEY="));
 }

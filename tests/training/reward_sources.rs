@@ -375,7 +375,9 @@ fn missing_settings_of_a_source_are_reported_before_anything_runs() {
     assert!(with("kind = \"command\"").contains("needs command = ["));
     assert!(with("kind = \"command\"\ncommand = [\"/no/such\"]").contains("cannot be started"));
     assert!(with("kind = \"http\"\nurl = \"https://x\"").contains("only plain http"));
-    assert!(with("kind = \"http\"\nurl = \"ftp://x\"").contains("needs url"));
+    assert!(with("kind = \"http\"").contains("needs url"));
+    assert!(with("kind = \"http\"\nurl = \"ftp://x\"").contains("does not begin with http://"));
+    assert!(with("kind = \"http\"\nurl = \"http://127.0.0.1:99999/x\"").contains("[[ppo.reward]] url = "));
     assert!(with("kind = \"regex\"").contains("needs pattern"));
     assert!(with("kind = \"regex\"\npattern = \"(\"").contains("is no regular expression"));
     assert!(with("kind = \"json_schema\"").contains("needs schema = "));

@@ -237,6 +237,7 @@ fn what_an_api_lacks_or_does_not_read_is_said_before_anything_runs() {
         ("api = \"pooling\"\ninput = \"text\"\ntemplate = \"{{ prompt }}\"", "does not show the response"),
         ("api = \"classify\"\ninput = \"tokens\"", "ids"),
         ("api = \"clasify\"", "classify"),
+        ("api = \"classify\"\ninput = \"ids\"\nrequest = { input = \"x\" }", "[[ppo.reward]] request = { input = … }"),
         ("api = \"classify\"\ninput = \"ids\"\napi_key_env = \"FOURFOLD_NO_SUCH_KEY\"", "export FOURFOLD_NO_SUCH_KEY="),
         ("api = \"classify\"\ninput = \"ids\"\ncolumn = \"a\"", "does not read column"),
     ] {

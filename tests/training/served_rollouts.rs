@@ -303,6 +303,12 @@ fn what_an_engine_lacks_is_said_before_anything_runs() {
     for (keys, more, said) in [
         ("engine = \"llama.cpp\"".to_owned(), "", "loads none later"),
         ("engine = \"vllm\"".to_owned(), "", "needs urls"),
+        (
+            "engine = \"vllm\"\nurls = [\"http://127.0.0.1:9/v1\", \"http://127.0.0.1:99999/v1\"]".to_owned(),
+            "",
+            "[ppo.rollout] urls = \"http://127.0.0.1:99999/v1\": its port",
+        ),
+        ("engine = \"openai\"\nurls = [\"http://:9/v1\"]".to_owned(), "", "it has no host"),
         ("urls = [\"http://127.0.0.1:9/v1\"]".to_owned(), "", "set engine = \"vllm\""),
         (with(""), "temperature = 0.7", "logprobs_mode = \"processed_logprobs\""),
         (with("logprobs_mode = \"processed_logprobs\""), "top_k = 5", "top_k = 0"),

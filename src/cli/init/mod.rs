@@ -384,7 +384,7 @@ fn report(asked: &Asked, seen: Option<&Seen>, fitted: &Fitted, out: Option<&Path
             "own": peak.own(),
             "total": peak.total(),
             "devices": fitted.plan.devices.iter().map(|device| {
-                (device.device.to_string(), (device.peak().1 + crate::planner::dry::BESIDE).into())
+                (device.device.to_string(), device.total().into())
             }).collect::<serde_json::Map<String, Value>>(),
             "comfortable": fitted.is_comfortable,
         },

@@ -120,7 +120,10 @@ impl RetryPolicy {
             }
         }
         let Some(fallback) = self.fallback else {
-            bail!("{name}: {fault}; fix it, raise its timeout or retries, or set fallback_score to go on without it");
+            bail!(
+                "{name}: {fault}; fix it, raise its timeout_seconds or retries, or set fallback_score to go on without it (--resume \
+                 takes these and another url; another question, or another reading of the reply, needs --force beside it)"
+            );
         };
         let scores = best.unwrap_or_else(|| vec![None; count]);
         troubles.fallbacks += scores.iter().filter(|s| s.is_none()).count() as u64;
