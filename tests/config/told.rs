@@ -158,8 +158,8 @@ fn a_column_that_a_source_of_the_reward_reads_is_not_told_as_unread() {
         ("[[grpo.reward]]\nkind = 'math'\n".into(), "", vec!["source"]),
         ("[[grpo.reward]]\nkind = 'math'\ncolumn = 'source'\n".into(), "", vec!["answer"]),
         // Under the name that the column has in the file, whatever it is called here.
-        ("[[grpo.reward]]\nkind = 'math'\n".into(), "columns.label = 'answer'\n", vec!["source"]),
-        (rule.to_owned(), "columns.label = 'answer'\n", vec!["label", "source"]),
+        ("[[grpo.reward]]\nkind = 'math'\n".into(), "columns.text = 'answer'\n", vec!["source"]),
+        (rule.to_owned(), "columns.text = 'answer'\n", vec!["text", "source"]),
         (program.into(), "", vec![]),
         ("[[grpo.reward]]\nkind = 'http'\nurl = 'http://127.0.0.1:9/'\n".into(), "", vec![]),
         ("[[grpo.reward]]\nkind = 'judge'\nurl = 'http://127.0.0.1:9/v1'\nmodel = 'm'\n".into(), "", vec![]),
