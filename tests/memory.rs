@@ -216,7 +216,9 @@ fn a_stage_that_would_not_fit_refuses_with_code_2_and_the_change_it_names_fits()
         let (own, choices) = (plan["peak"]["own"].as_u64().unwrap(), plan["choices"].as_array().unwrap());
         let least = choices.iter().map(|c| c["own"].as_u64().unwrap()).min().unwrap();
         assert!(least < own * 9 / 10, "{stage}: {plan}");
-        let limit = format!("memory.limit={}", (own + least) / 2);
+        // Half the micro-batch takes about two thirds, and what the process holds beside its heap differs from run to run by more
+        // than a limit at that border leaves.
+        let limit = format!("memory.limit={}", (2 * own + least) / 3);
         let words = format!("{stage} run.toml --out refused/{stage}");
         let refused = run(&p, &words, &[&common[..], &["--set", &limit]].concat());
         assert_eq!(refused.code, 2, "{stage}: {}", refused.stderr);
@@ -247,7 +249,9 @@ fn auto_recomputes_as_much_as_the_limit_asks_for_and_all_ways_end_in_the_same_by
     let p = place();
     let plan = |checkpoint: &str| {
         let set = format!("sft.checkpoint=\"{checkpoint}\"");
-        object(&p, "plan run.toml --phase sft --json --set", &[&set])["peak"]["total"].as_u64().unwrap()
+        object(&p, "plan run.toml --phase sft --json --set data.max_rows=24 --set", &[&set])["peak"]["total"]
+            .as_u64()
+            .unwrap()
     };
     let (none, mlp, block) = (plan("none"), plan("mlp"), plan("block"));
     let bytes = |out: &str| fs::read(p.path(out).join("adapter/adapter_model.safetensors")).unwrap();
