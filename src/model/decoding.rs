@@ -319,12 +319,7 @@ impl<'p> Decoding<'p> {
         draws: &[f64],
         read: &mut Read<'_>,
     ) -> Result<Vec<(u32, f32)>> {
-        let adapter = self.adapter.as_deref();
-        self.hidden = Some(self.base.decode(tokens, positions, adapter, &mut self.cache)?);
-        let Some(hidden) = &self.hidden else { unreachable!("just computed") };
-        let logits = self.base.logits_in_place(hidden, adapter)?;
-        let mut sampled = self.sampler.sample_each(&logits, &self.by, draws)?;
-        read(&logits, &mut sampled)?;
-        Ok(sampled)
+        self.hidden = Some(self.base.decode(tokens, positions, self.adapter.as_deref(), &mut self.cache)?);
+        self.first_reading(draws, read)
     }
 }

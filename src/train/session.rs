@@ -80,13 +80,7 @@ impl Session {
         name: &str,
         find: impl FnOnce(&mut Report) -> Result<T>,
     ) -> Result<T> {
-        if self.findings.has(name) {
-            return self.findings.get(name);
-        }
-        let report = &mut self.report;
-        let found = self.world.first(|| find(report))?;
-        self.findings.put(name, &found)?;
-        Ok(found)
+        self.kept_or(name, |report, world| world.first(|| find(report)))
     }
 
     /// The same where all ranks find it together, and each finds the same.
@@ -98,11 +92,19 @@ impl Session {
         name: &str,
         find: impl FnOnce(&mut Report) -> Result<T>,
     ) -> Result<T> {
+        self.kept_or(name, |report, world| world.agree(find(report)))
+    }
+
+    /// The result that a checkpoint has under this name, or what `find` finds, which checkpoints have from now on.
+    fn kept_or<T: Serialize + DeserializeOwned>(
+        &mut self,
+        name: &str,
+        find: impl FnOnce(&mut Report, &World) -> Result<T>,
+    ) -> Result<T> {
         if self.findings.has(name) {
             return self.findings.get(name);
         }
-        let found = find(&mut self.report);
-        let found = self.world.agree(found)?;
+        let found = find(&mut self.report, &self.world)?;
         self.findings.put(name, &found)?;
         Ok(found)
     }
