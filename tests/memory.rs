@@ -216,9 +216,7 @@ fn a_stage_that_would_not_fit_refuses_with_code_2_and_the_change_it_names_fits()
         let (own, choices) = (plan["peak"]["own"].as_u64().unwrap(), plan["choices"].as_array().unwrap());
         let least = choices.iter().map(|c| c["own"].as_u64().unwrap()).min().unwrap();
         assert!(least < own * 9 / 10, "{stage}: {plan}");
-        // Half the micro-batch takes about two thirds, and what the process holds beside its heap differs from run to run by more
-        // than a limit at that border leaves.
-        let limit = format!("memory.limit={}", (2 * own + least) / 3);
+        let limit = format!("memory.limit={}", (own + least) / 2);
         let words = format!("{stage} run.toml --out refused/{stage}");
         let refused = run(&p, &words, &[&common[..], &["--set", &limit]].concat());
         assert_eq!(refused.code, 2, "{stage}: {}", refused.stderr);

@@ -6,4 +6,7 @@ pub mod date;
 pub mod limits;
 pub mod meter;
 
-pub use limits::{LimitSource, available_bytes, beside_heap_bytes, give_back_freed, keep_freed_memory, peak_rss_bytes};
+pub use limits::{
+    LimitSource, available_bytes, beside_heap_bytes, give_back_all_freed, give_back_freed, keep_freed_memory,
+    peak_rss_bytes,
+};

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use crate::config;
 use crate::config::{Config, RecomputeSetting, Stage};
-use crate::host::give_back_freed;
+use crate::host::give_back_all_freed;
 use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::model::block::Recompute;
@@ -93,7 +93,7 @@ impl Parts<'_> {
         let branches = Branches::of_adapter(self.start);
         let with_head = |branches: Branches| branches.with_head();
         let reward = self.reward.map_or_else(|| with_head(branches.clone()), Branches::of_adapter);
-        give_back_freed();
+        give_back_all_freed();
         // The rest of the heap, beside bases and adapters, is tokenizer and examples.
         let (policy, scorer) = self.networks(config)?;
         let mut known =

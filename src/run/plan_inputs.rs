@@ -17,7 +17,7 @@ use crate::data::examples::objectives::{Objective, PromptExample, RankedExample,
 use crate::data::examples::{Example, Examples, Ids};
 use crate::data::stream::cache::Stored;
 use crate::data::{Prepared, Subset, prepare};
-use crate::host::{beside_heap_bytes, give_back_freed, meter};
+use crate::host::{beside_heap_bytes, give_back_all_freed, meter};
 use crate::invalid;
 use crate::model::adapter::{Adapter, LoraConfig};
 use crate::model::block::Recompute;
@@ -164,7 +164,7 @@ impl PlanInputs {
         };
         let adapters = [open(start, &policy)?, open(reward, scorer.as_ref().unwrap_or(&policy))?];
         // What reading a large tokenizer took is free again, and a run gives it back before it plans.
-        give_back_freed();
+        give_back_all_freed();
         Ok(Self {
             policy,
             scorer,
