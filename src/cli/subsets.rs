@@ -12,6 +12,7 @@ use crate::invalid;
 use crate::report::number;
 use crate::reward::train as reward;
 use crate::stats::{Share, mean};
+use crate::watch::in_a_line;
 
 /// The column that RewardBench's files have.
 const USUAL: &str = "subset";
@@ -91,9 +92,11 @@ pub(super) fn to_json(subsets: &[Subset]) -> Value {
 
 /// The table in words, with a last line for the mean.
 pub(super) fn table(subsets: &[Subset]) -> String {
-    let width = subsets.iter().map(|subset| subset.name.chars().count()).chain([6]).max().unwrap_or(6);
+    // A name is text of the records: none of it may be an instruction to the terminal.
+    let names: Vec<String> = subsets.iter().map(|subset| in_a_line(&subset.name)).collect();
+    let width = names.iter().map(|name| name.chars().count()).chain([6]).max().unwrap_or(6);
     let mut text = format!("{:width$}  {:>6}  accuracy  95% interval\n", "subset", "pairs");
-    for Subset { name, pairs, accuracy } in subsets {
+    for (name, Subset { pairs, accuracy, .. }) in names.iter().zip(subsets) {
         let Share { rate, low, high } = accuracy;
         // Rounding errors of the interval at 0 and 1.
         let (low, high) = (low.max(0.0), high.min(1.0));
@@ -119,6 +122,10 @@ mod tests {
         // Wilson's interval of 2 in 5 is 0.118 to 0.769.
         assert!(table.contains("chat         5     0.400  0.118 to 0.769\n"), "{table}");
         assert!(table.ends_with("mean               0.200\n"), "{table}");
+        let steering = ["a\u{1b}[2Jb", "c\nd"].map(str::to_owned);
+        let shown = super::table(&accuracies(&steering, &scores[..2]).unwrap());
+        assert!(shown.contains("a␛[2Jb") && shown.contains("c␊d") && !shown.contains('\u{1b}'), "{shown}");
+        assert_eq!(shown.lines().count(), 4, "{shown}");
         let json = to_json(&subsets);
         assert_eq!(
             (&json[0]["subset"], &json[0]["pairs"], &json[1]["accuracy"]),

@@ -53,6 +53,27 @@ impl Distill {
         self.seq_kd || self.lmbda == 1.0
     }
 
+    /// The keys that are set and change nothing beside the others, each as a sentence with the reason.
+    pub(super) fn idle_keys(&self, has_teacher: bool) -> Vec<String> {
+        let all = "with lmbda = 1: the policy samples every response";
+        let mut idle = vec![];
+        if self.seq_kd && self.lmbda == 1.0 {
+            idle.push(format!("[distill] seq_kd has no effect {all}"));
+        }
+        if self.max_new_tokens != Self::default().max_new_tokens && !self.seq_kd && self.lmbda == 0.0 {
+            idle.push(
+                "[distill] max_new_tokens has no effect with lmbda = 0 and no seq_kd: no response is sampled".into(),
+            );
+        }
+        if !has_teacher && self.teacher_adapter.is_some() && self.teacher_adapter == self.adapter {
+            idle.push(
+                "[distill] the teacher is the very adapter that the policy begins with: there is nothing to learn"
+                    .into(),
+            );
+        }
+        idle
+    }
+
     /// Rules between keys; `has_teacher`: whether there is a `[teacher]`.
     pub(super) fn check(&self, has_teacher: bool) -> Result<()> {
         if !has_teacher && self.teacher_adapter.is_none() {

@@ -265,8 +265,18 @@ impl Config {
             Stage::Ppo => self.ppo.as_ref().map(Ppo::idle_keys).unwrap_or_default(),
             Stage::Grpo => self.grpo.as_ref().map(Grpo::idle_keys).unwrap_or_default(),
             Stage::Rloo => self.rloo.as_ref().map(Rloo::idle_keys).unwrap_or_default(),
+            Stage::Distill => self.distill().idle_keys(self.teacher.is_some()),
             _ => vec![],
         };
+        // A file may hold the sections of several stages, each with what it reads.
+        if self.teacher.is_some() && self.distill.is_none() && stage != Stage::Distill {
+            idle.push(format!("[teacher] has no effect on {}: `fourfold distill` alone has a teacher", stage.name()));
+        }
+        let reads_rewards =
+            self.reward.is_some() || self.ppo.is_some() || stage == Stage::Reward || stage.has_rollouts();
+        if self.reward_base.is_some() && !reads_rewards {
+            idle.push(format!("[reward_base] has no effect on {}, which has no reward model", stage.name()));
+        }
         idle.extend(self.ppo.as_ref().filter(|_| stage.has_rollouts()).map(Ppo::reward_remarks).unwrap_or_default());
         idle
     }
@@ -351,8 +361,21 @@ impl Config {
         toml::to_string_pretty(self).context("writing the resolved config as TOML")
     }
 
-    /// Expands `~` and `$VAR` in every path.
-    fn expand_paths(&mut self) -> Result<()> {
+    /// The paths that a run of `stage` reads, each with the key that names it.
+    pub(crate) fn inputs(&self, stage: Stage) -> Vec<(String, PathBuf)> {
+        let written = ["output_dir", " cache_dir", " adapter_dir"];
+        let is_read = |key: &str| {
+            let section = key.trim_start_matches('[').split([']', '.']).next();
+            let is_own =
+                ["base", "reward_base", "teacher", "data", stage.name()].iter().any(|own| section == Some(own));
+            is_own && !written.iter().any(|name| key.ends_with(name))
+        };
+        let mut own = self.clone();
+        own.paths_mut().into_iter().filter(|(key, _)| is_read(key)).map(|(key, path)| (key, path.clone())).collect()
+    }
+
+    /// Every path of the config and the key that names it.
+    fn paths_mut(&mut self) -> Vec<(String, &mut PathBuf)> {
         let mut paths: Vec<(&str, &mut PathBuf)> = vec![("[base] path", &mut self.base.path)];
         paths.extend(self.output_dir.as_mut().map(|path| ("output_dir", path)));
         paths.extend(self.reward_base.as_mut().map(|base| ("[reward_base] path", &mut base.path)));
@@ -390,7 +413,12 @@ impl Config {
         if let Some(rloo) = &mut self.rloo {
             paths.extend(rloo.paths().into_iter().map(|(key, path)| (format!("[rloo] {key}"), path)));
         }
-        for (key, path) in paths {
+        paths
+    }
+
+    /// Expands `~` and `$VAR` in every path.
+    fn expand_paths(&mut self) -> Result<()> {
+        for (key, path) in self.paths_mut() {
             if let Some(text) = path.to_str() {
                 let expanded = expand::expand(text, |name| std::env::var(name).ok());
                 *path = expanded.map_err(|error| invalid!("{key}: {error}"))?.into();

@@ -86,6 +86,7 @@ pub struct Report {
     clocks: Clocks,
     follower: Option<Box<dyn Follower>>,
     has_complained: bool,
+    has_warnings: bool,
 }
 
 /// Without a terminal, a line of metrics at most this often, and one for the last step.
@@ -158,7 +159,14 @@ impl Report {
             clocks: Clocks::default(),
             follower: None,
             has_complained: false,
+            has_warnings: true,
         }
+    }
+
+    /// Keeps warnings and notes off stderr: what is measured on random weights would set each of them off.
+    #[must_use]
+    pub fn without_warnings(self) -> Self {
+        Self { has_warnings: false, ..self }
     }
 
     /// Has `follower` follow the run.
@@ -270,7 +278,7 @@ impl Report {
 
     /// A line for people who asked for quiet, too.
     pub fn warn(&self, text: &str) {
-        if self.metrics.is_some() {
+        if self.metrics.is_some() && self.has_warnings {
             self.bar.suspend(|| crate::tell!("{text}"));
         }
     }

@@ -83,13 +83,16 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     // Rank 0 alone looks into the folder.
     let finished = launch.world.first(|| match options::finished(stage, config, out, launch)? {
         Some(summary) => Ok(Some(summary)),
-        None => options::check(stage, out, launch).map(|()| None),
+        None => options::check(stage, config, out, launch).map(|()| None),
     })?;
     if let Some(summary) = finished {
         return Ok(summary);
     }
     if let Some(text) = config.without_section(stage) {
         warning!("{}: warning: {text}", stage.name());
+    }
+    if launch.world.is_first() {
+        config.idle_keys(stage).iter().for_each(|idle| crate::tell!("{}: {idle}", stage.name()));
     }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;

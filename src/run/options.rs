@@ -243,16 +243,18 @@ fn without_checkpoint(out: &Path) -> anyhow::Error {
 /// Checks, before anything is opened, that the folder allows what the options ask for.
 ///
 /// # Errors
-/// If a run in the folder would be lost without `--overwrite`, or `--resume` finds no checkpoint.
-pub(crate) fn check(stage: Stage, out: &Path, launch: &RunOptions) -> Result<()> {
+/// If a run in the folder would be lost without `--overwrite`, or an input of this run with it, or `--resume` finds no
+/// checkpoint.
+pub(crate) fn check(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<()> {
     match &launch.resume {
-        None if launch.overwrite => Ok(()),
-        None => output::check_free(out, stage.name()),
-        Some(from) if !asks_for_newest(from, out) || output::has_checkpoint(out) => Ok(()),
-        Some(_) if !launch.from_start => Err(without_checkpoint(out)),
+        None if launch.overwrite => {}
+        None => output::check_free(out, stage.name())?,
+        Some(from) if !asks_for_newest(from, out) || output::has_checkpoint(out) => return Ok(()),
+        Some(_) if !launch.from_start => return Err(without_checkpoint(out)),
         // A finished run without checkpoints, of other settings: to begin at step 0 is to replace it.
-        Some(_) => output::check_free(out, stage.name()),
+        Some(_) => output::check_free(out, stage.name())?,
     }
+    output::check_inputs(out, stage.name(), &config.inputs(stage))
 }
 
 fn same(a: &Path, b: &Path) -> bool {

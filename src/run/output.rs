@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Error, Result};
 use serde_json::{Value, json};
@@ -134,6 +134,29 @@ pub fn check_free(out: &Path, by: &str) -> Result<()> {
         out.display(),
         when.map_or_else(|_| String::new(), |when| format!(" of {}", utc_of(when)))
     ))
+}
+
+/// Refuses an input that [`begin`] would remove, which a run that begins anew in its own start's folder would lose.
+///
+/// # Errors
+/// If one of `inputs`, paths with the keys that name them, lies there.
+pub(super) fn check_inputs(out: &Path, by: &str, inputs: &[(String, PathBuf)]) -> Result<()> {
+    let removed: Vec<PathBuf> = adapters_of(by)
+        .iter()
+        .chain(&[CHECKPOINTS])
+        .chain(&FILES)
+        .filter_map(|name| fs::canonicalize(out.join(name)).ok())
+        .collect();
+    let is_removed =
+        |path: &Path| fs::canonicalize(path).is_ok_and(|path| removed.iter().any(|removed| path.starts_with(removed)));
+    match inputs.iter().find(|(_, path)| is_removed(path)) {
+        Some((key, path)) => Err(invalid!(
+            "{key} = \"{}\" is a part of the run in {}, which this run would replace; name another folder with --out",
+            path.display(),
+            out.display()
+        )),
+        None => Ok(()),
+    }
 }
 
 /// Whether `out` holds a checkpoint, complete or not.

@@ -18,6 +18,7 @@ use crate::data;
 use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, end_of_responses, ends_of_responses};
 use crate::data::examples::{Examples, Ids};
 use crate::data::{ModelEncoder, Prepared, Subset};
+use crate::error::counted;
 use crate::invalid;
 use crate::note;
 use crate::planner::passes;
@@ -34,7 +35,6 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     let world = &options.world;
     let (of_all, name) = (config.of_ranks(stage, world.size()), stage.name());
     let ppo = of_all.rollouts(stage)?;
-    config.idle_keys(stage).iter().filter(|_| world.is_first()).for_each(|idle| crate::tell!("{name}: {idle}"));
     let model = Model::of_section(&config.base)?;
     // One base serves all four roles if both sections name the same files with the same options.
     let other = match &config.reward_base {
@@ -53,6 +53,13 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
              give other prompts",
             ppo.origin.key("eval_prompts"),
             ppo.eval_prompts
+        );
+    } else if eval_prompts.len() < ppo.eval_prompts && world.is_first() {
+        crate::tell!(
+            "{name}: {} = {}, and [data] holds {} out: these are evaluated",
+            ppo.origin.key("eval_prompts"),
+            ppo.eval_prompts,
+            counted(eval_prompts.len(), "prompt")
         );
     }
     let reward_encoder = ModelEncoder::new(scorer.checkpoint.tokenizer())?;

@@ -26,6 +26,7 @@ use crate::page::status::Standing;
 use facts::Facts;
 
 pub use terminal::{follow, is_possible};
+pub(crate) use visible::in_a_line;
 
 /// Time between two looks at the run's files.
 const EVERY: Duration = Duration::from_millis(500);

@@ -29,7 +29,7 @@ pub(super) fn visible(text: &str) -> String {
 }
 
 /// The same in one line: line breaks are pictures, too.
-pub(super) fn in_a_line(text: &str) -> String {
+pub(crate) fn in_a_line(text: &str) -> String {
     visible(text).replace('\n', "\u{240a}")
 }
 

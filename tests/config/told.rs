@@ -1,6 +1,7 @@
 //! What is told of settings that train nothing, stand in the wrong place or ask for what is not there: masked responses,
 //! `[lora]` beside an adapter, one source of the reward twice, held-out prompts that there are none of, a rollout that is too
-//! large, a section of another stage, a warm-up longer than the run, a run that died before its first checkpoint.
+//! large, a section of another stage, inputs that the run would replace, a warm-up longer than the run, a run that died before
+//! its first checkpoint.
 
 use std::fs;
 use std::io::Read;
@@ -199,6 +200,9 @@ fn held_out_prompts_that_there_are_none_of_are_told_and_init_asks_for_none() {
     );
     let ran = done(&p, "grpo grpo.toml --set grpo.eval_prompts=2 --out o2");
     assert!(!ran.stderr.contains("held out") && !ran.stderr.contains("eval_prompts"), "{}", ran.stderr);
+    let ran = done(&p, "grpo grpo.toml --set grpo.eval_prompts=3 --out o3");
+    let says = "grpo: [grpo] eval_prompts = 3, and [data] holds 2 prompts out: these are evaluated";
+    assert!(ran.stderr.contains(says), "{}", ran.stderr);
     p.train_sft_and_reward();
     let found = |data: &str| -> Value {
         let line = format!("init grpo --base base --device cpu --reward-adapter out/reward --data {data} --json");
@@ -215,6 +219,74 @@ fn held_out_prompts_that_there_are_none_of_are_told_and_init_asks_for_none() {
     p.write("two.toml", two["config"].as_str().unwrap());
     let shown: Value = serde_json::from_str(&done(&p, "data two.toml --json").stdout).unwrap();
     assert_eq!((&shown["train"], &shown["held_out"]), (&json!(7), &json!(7)), "{shown}");
+}
+
+#[test]
+fn sections_and_keys_that_a_stage_does_not_read_are_told() {
+    let at = |text: &str, stage: Stage| config::from_text(text, "test").unwrap().idle_keys(stage);
+    let (base, teacher) = ("[base]\npath = 'b'\n[data]\npath = 'd'\n", "[teacher]\npath = 't'\n");
+    let distilled = |keys: &str| at(&format!("{base}{teacher}[distill]\n{keys}\n"), Stage::Distill);
+    assert!(distilled("").is_empty() && distilled("seq_kd = true").is_empty() && distilled("lmbda = 1.0").is_empty());
+    let both = distilled("seq_kd = true\nlmbda = 1.0");
+    assert!(both.len() == 1 && both[0].starts_with("[distill] seq_kd has no effect with lmbda = 1"), "{both:?}");
+    let unsampled = distilled("lmbda = 0.0\nmax_new_tokens = 8");
+    assert!(unsampled.len() == 1 && unsampled[0].contains("max_new_tokens has no effect"), "{unsampled:?}");
+    assert!(distilled("lmbda = 0.0\nmax_new_tokens = 8\nseq_kd = true").is_empty());
+    let itself = at(&format!("{base}[distill]\nadapter = 'a'\nteacher_adapter = 'a'\n"), Stage::Distill);
+    assert!(itself.len() == 1 && itself[0].contains("nothing to learn"), "{itself:?}");
+    let grpo = format!("{}{teacher}", with(""));
+    let told = at(&grpo, Stage::Grpo);
+    assert!(told.len() == 1 && told[0].starts_with("[teacher] has no effect on grpo"), "{told:?}");
+    assert!(at(&format!("{grpo}[distill]\n"), Stage::Grpo).is_empty(), "the other stage of the file reads it");
+    let scorer = format!("{base}[reward_base]\npath = 'r'\n");
+    let told = at(&format!("{scorer}[sft]\n"), Stage::Sft);
+    assert!(told.len() == 1 && told[0].starts_with("[reward_base] has no effect on sft"), "{told:?}");
+    assert!(at(&format!("{scorer}[sft]\n[reward]\n"), Stage::Sft).is_empty());
+}
+
+#[test]
+fn a_run_never_replaces_the_adapter_or_the_data_that_it_begins_with() {
+    let p = place();
+    p.train_sft_and_reward();
+    let bytes = |name: &str| fs::read(p.path(name)).unwrap();
+    let (kept, scores) =
+        (bytes("out/sft/adapter/adapter_model.safetensors"), bytes("out/reward/adapter/adapter_model.safetensors"));
+    let of = "out/sft/adapter";
+    for (line, key) in [
+        (format!("sft run.toml --set sft.adapter={of} --out out/sft"), "[sft] adapter"),
+        (
+            format!(
+                "reward run.toml --set data.path=pairs.jsonl --set reward.adapter=out/reward/adapter --out out/reward"
+            ),
+            "[reward] adapter",
+        ),
+    ] {
+        let says = [&format!("{key} = \"out/"), "which this run would replace; name another folder with --out"];
+        refused(&p, &format!("{line} --overwrite"), &says);
+    }
+    // Samples of a former run, trained on by the next one in its folder.
+    done(&p, &format!("grpo grpo.toml --set grpo.adapter={of} --out own"));
+    let samples = bytes("own/samples.jsonl");
+    refused(
+        &p,
+        "grpo grpo.toml --set data.path=own/samples.jsonl --out own --overwrite",
+        &["[data] path = \"own/samples.jsonl\""],
+    );
+    refused(
+        &p,
+        "grpo grpo.toml --set grpo.adapter=own/actor --out own --overwrite",
+        &["[grpo] adapter = \"own/actor\""],
+    );
+    assert_eq!(bytes("out/sft/adapter/adapter_model.safetensors"), kept);
+    assert_eq!(bytes("out/reward/adapter/adapter_model.safetensors"), scores);
+    assert_eq!(bytes("own/samples.jsonl"), samples);
+    // What another stage of the same file reads is no input of this one.
+    done(
+        &p,
+        &format!(
+            "sft run.toml --set ppo.adapter={of} --set ppo.reward_adapter=out/reward/adapter --out out/sft --overwrite"
+        ),
+    );
 }
 
 #[test]

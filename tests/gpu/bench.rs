@@ -66,6 +66,7 @@ fn a_roofline_counts_the_launches_bytes_and_operations_of_a_step() {
     let words = "bench gpu --roofline 1000,100 --model tiny --batch-size 8 --prompt-length 12 --response-length 6 --rank 8 --json";
     let ran = place.run(words);
     assert_eq!(ran.code, 0, "{}", ran.stderr);
+    assert!(!ran.stderr.contains("warning"), "random weights set training's warnings off: {}", ran.stderr);
     let all: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let kernel = |name: &str| {
         let found = of(&all, "gpu/kernel").find(|kernel| kernel["name"] == name);
