@@ -10,7 +10,7 @@
 //! ordered. All start from the SFT adapter, except `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
 //! how TRL keeps its reference. The same pairs, questions and adapters are written to DIR/<seed>/ for TRL. No method uses
 //! the gold rule. `--study sections` runs the methods of `sections.rs` instead. Lines are added to `--results`, and what it
-//! holds is not run again. results.jsonl holds the results of five seeds on both sides, and the first of the study `sections`; rows with
+//! holds is not run again. results.jsonl holds the results of five seeds on both sides, and of the study `sections` on ours; rows with
 //! `processor` avx2 were made on another machine, where decoding samples other responses.
 
 mod greedy;

