@@ -1,13 +1,88 @@
-//! Atomic outputs: a file or folder is written under a temporary name and renamed when it is complete and verified.
+//! Atomic outputs: a file or folder is written under a temporary name and renamed when it is complete and verified. An error
+//! and a signal (SIGINT, SIGTERM, SIGHUP) leave neither.
 //!
 //! It does not depend on what is written. Read `merged.rs` next.
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, Once, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context, Result};
 
 use crate::invalid;
+use crate::train::stop;
+
+/// What is written under a temporary name now, and the folders that were made for it.
+static UNFINISHED: Mutex<Vec<(PathBuf, Vec<PathBuf>)>> = Mutex::new(vec![]);
+/// Time between two looks for a signal.
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+
+fn unfinished() -> MutexGuard<'static, Vec<(PathBuf, Vec<PathBuf>)>> {
+    UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A temporary output that a signal removes, for as long as this value lives.
+struct Unfinished<'p>(&'p Path);
+
+impl<'p> Unfinished<'p> {
+    fn new(path: &'p Path, folders: &[PathBuf]) -> Result<Self> {
+        static ONCE: Once = Once::new();
+        let mut listening = Ok(());
+        ONCE.call_once(|| listening = listen());
+        listening?;
+        unfinished().push((path.into(), folders.to_vec()));
+        Ok(Self(path))
+    }
+
+    /// Lets `finish` give the output its name; a signal comes before it or after it.
+    fn finish<T>(&self, finish: impl FnOnce() -> T) -> T {
+        let mut all = unfinished();
+        let done = finish();
+        all.retain(|(path, _)| path != self.0);
+        done
+    }
+}
+
+impl Drop for Unfinished<'_> {
+    fn drop(&mut self) {
+        self.finish(|| ());
+    }
+}
+
+/// Has a thread wait for the first signal, which removes what is not finished and ends the process with exit code 130.
+fn listen() -> Result<()> {
+    let asked = Arc::new(AtomicBool::new(false));
+    stop::to_flag(&asked)?;
+    let wait = move || {
+        while !asked.load(Ordering::Relaxed) {
+            std::thread::sleep(LOOK_EVERY);
+        }
+        // Held until the process ends: nothing gets its name any more.
+        let all = unfinished();
+        for (path, folders) in all.iter() {
+            // A file that was just made in the folder fails the first try.
+            for _ in 0..3 {
+                if remove(path).is_ok() {
+                    break;
+                }
+            }
+            remove_folders(folders);
+        }
+        match all.is_empty() {
+            true => crate::tell!("stopped"),
+            false => crate::tell!("stopped; nothing was written"),
+        }
+        std::process::exit(stop::EXIT_CODE);
+    };
+    std::thread::Builder::new().name("signals".into()).spawn(wait).context("waiting for signals")?;
+    Ok(())
+}
+
+fn remove(path: &Path) -> std::io::Result<()> {
+    if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+}
 
 /// Lets `make` write a file or folder under a temporary name beside `out`, and renames it to `out` on success.
 ///
@@ -16,10 +91,11 @@ use crate::invalid;
 pub fn staged<T>(out: &Path, make: impl FnOnce(&Path) -> Result<T>) -> Result<T> {
     let missing = missing_folders(out);
     let temporary = temporary(out)?;
-    let result = make(&temporary).and_then(|made| rename(&temporary, out).map(|()| made));
+    let unfinished = Unfinished::new(&temporary, &missing)?;
+    let result = make(&temporary).and_then(|made| unfinished.finish(|| rename(&temporary, out)).map(|()| made));
     if result.is_err() {
         // The original error is returned even if the temporary files cannot be removed.
-        if temporary.is_dir() { fs::remove_dir_all(&temporary) } else { fs::remove_file(&temporary) }.ok();
+        remove(&temporary).ok();
         remove_folders(&missing);
     }
     result
@@ -45,9 +121,8 @@ pub fn staged_files<T>(outs: &[PathBuf], make: impl FnOnce(&Path) -> Result<T>) 
     let missing = outs.first().map(|out| missing_folders(out)).unwrap_or_default();
     let named = outs.iter().map(|out| Ok((temporary(out)?, out))).collect::<Result<Vec<_>>>()?;
     let (folder, _) = named.first().context("the output needs a name")?;
-    let write = || {
-        fs::create_dir(folder).with_context(|| format!("making {}", folder.display()))?;
-        let made = make(folder)?;
+    let unfinished = Unfinished::new(folder, &missing)?;
+    let name_all = || -> Result<()> {
         for (i, out) in outs.iter().enumerate().rev() {
             let renamed = rename(&folder.join(out.file_name().unwrap_or_default()), out);
             if renamed.is_err() {
@@ -55,7 +130,12 @@ pub fn staged_files<T>(outs: &[PathBuf], make: impl FnOnce(&Path) -> Result<T>) 
             }
             renamed?;
         }
-        Ok(made)
+        Ok(())
+    };
+    let write = || {
+        fs::create_dir(folder).with_context(|| format!("making {}", folder.display()))?;
+        let made = make(folder)?;
+        unfinished.finish(name_all).map(|()| made)
     };
     let result = write();
     fs::remove_dir_all(folder).ok();

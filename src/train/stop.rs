@@ -30,6 +30,13 @@ fn is_ignored(signal: i32) -> bool {
     }
 }
 
+/// The signals that ask for an end and are not ignored.
+#[cfg(unix)]
+fn stopping() -> impl Iterator<Item = i32> {
+    use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+    [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal))
+}
+
 /// Installs the handlers: the first SIGINT, SIGTERM or SIGHUP says so and sets the flag, and a second one ends the process at once;
 /// a signal that is ignored stays so. A write
 /// beyond the file size limit then fails like a write to a full disk, instead of killing the process.
@@ -39,9 +46,9 @@ fn is_ignored(signal: i32) -> bool {
 pub fn listen() -> Result<()> {
     #[cfg(unix)]
     {
-        use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGXFSZ};
+        use signal_hook::consts::SIGXFSZ;
         use signal_hook::flag::{register, register_conditional_shutdown};
-        for signal in [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal)) {
+        for signal in stopping() {
             // In this order: the first signal finds the flag unset, passes the shutdown by, and sets it.
             register_conditional_shutdown(signal, EXIT_CODE, REQUESTED.clone()).context("handling signals")?;
             let requested = REQUESTED.clone();
@@ -57,6 +64,20 @@ pub fn listen() -> Result<()> {
             register(signal, REQUESTED.clone()).context("handling signals")?;
         }
         register(SIGXFSZ, Arc::default()).context("handling signals")?;
+    }
+    Ok(())
+}
+
+/// Has the first SIGINT, SIGTERM or SIGHUP set `flag`, and a second one end the process at once; a signal that is ignored stays so.
+///
+/// # Errors
+/// If the system refuses the handlers.
+pub fn to_flag(flag: &Arc<AtomicBool>) -> Result<()> {
+    #[cfg(unix)]
+    for signal in stopping() {
+        use signal_hook::flag::{register, register_conditional_shutdown};
+        register_conditional_shutdown(signal, EXIT_CODE, flag.clone()).context("handling signals")?;
+        register(signal, flag.clone()).context("handling signals")?;
     }
     Ok(())
 }

@@ -225,3 +225,38 @@ fn a_stderr_that_takes_nothing_ends_no_run() {
         run(Some("/dev/full"));
     }
 }
+
+#[test]
+fn a_signal_during_a_merge_leaves_neither_its_folder_nor_what_it_began() {
+    let place = place();
+    let root = env!("CARGO_MANIFEST_DIR");
+    let line = format!(
+        "merge --base {root}/src/quickstart/assets/base --adapter {root}/adapters/quickstart/sft --out made/for/merged"
+    );
+    let begun = || fs::read_dir(place.path("made/for")).is_ok_and(|entries| entries.count() > 0);
+    let mut stopped = 0;
+    // A merge that ended before the signal came is begun again.
+    for _ in 0..40 {
+        let child = start(&place, &line);
+        let since = Instant::now();
+        while !begun() {
+            assert!(since.elapsed() < Duration::from_secs(60), "the merge never began");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        signal(&child, [libc::SIGTERM, libc::SIGINT, libc::SIGHUP][stopped]);
+        let ran = finish(child);
+        if ran.code == 0 {
+            assert!(place.path("made/for/merged/config.json").exists(), "{}", ran.stderr);
+            fs::remove_dir_all(place.path("made")).unwrap();
+            continue;
+        }
+        assert_eq!((ran.code, ran.stdout.as_str()), (130, ""), "{}", ran.stderr);
+        assert!(ran.stderr.contains("stopped; nothing was written"), "{}", ran.stderr);
+        assert!(!place.path("made").exists(), "what was begun is left");
+        stopped += 1;
+        if stopped == 3 {
+            return;
+        }
+    }
+    panic!("{stopped} of 3 signals came in time");
+}
