@@ -18,7 +18,7 @@ use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
-use crate::ops::attention;
+use crate::ops::attention::{self, KvCacheType};
 use crate::ops::linear::InputGradient;
 use crate::ops::logprobs::{self, LmHead, Logits};
 use crate::ops::norm::{Norm, NormKind};
@@ -33,6 +33,8 @@ pub struct Base {
     weights: Weights,
     geometry: Geometry,
     fingerprint: String,
+    /// What keys and values are cached as.
+    kv_cache_type: KvCacheType,
     /// The layers that a device does not keep.
     stream: Option<LayerStream>,
 }
@@ -130,7 +132,8 @@ impl Base {
             residual_multiplier: config.residual_multiplier as f32,
             rope_tables,
         };
-        let base = Self { config, weights, geometry, fingerprint, stream: None };
+        let kv_cache_type = KvCacheType::Auto;
+        let base = Self { config, weights, geometry, fingerprint, kv_cache_type, stream: None };
         let (shapes, d, e) = (base.shapes(), base.config.hidden_size, base.config.embedding_width);
         let check = |name: &str, have: [usize; 2], want: [usize; 2]| {
             anyhow::ensure!(have == want, "{name} is {have:?}, the configuration requires {want:?}");
@@ -174,6 +177,25 @@ impl Base {
             *weight = weight.clone().with_compute(compute);
         }
         self
+    }
+
+    /// The same base, whose caches of keys and values are stored as `kind`; only a device's can be other than `Auto`.
+    ///
+    /// # Errors
+    /// If the model's heads are no whole number of blocks.
+    pub fn caching_in(self, kind: KvCacheType) -> Result<Self> {
+        let dim = self.config.head_dim;
+        if kind == KvCacheType::Q8_0 && !dim.is_multiple_of(attention::device_cache::BLOCK) {
+            return Err(invalid!(
+                "kv_cache_type = \"q8_0\" has blocks of 32 numbers along a head, and the heads of this model have {dim}; remove it"
+            ));
+        }
+        Ok(Self { kv_cache_type: kind, ..self })
+    }
+
+    /// What keys and values are cached as.
+    pub fn kv_cache_type(&self) -> KvCacheType {
+        self.kv_cache_type
     }
 
     /// The same base on a device, or on the host for `None`: the device's passes read copies of the weights there, which are
@@ -527,7 +549,8 @@ impl Base {
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut unused)?;
         for layer in 0..self.weights.blocks.len() {
-            let (block, mut cache) = (self.block(layer, Course::Forward)?, attention::KvCache::new(capacity));
+            let block = self.block(layer, Course::Forward)?;
+            let mut cache = attention::KvCache::new(capacity, self.kv_cache_type);
             x = block.prefill(layer_lora(adapter, layer), &self.geometry, (layout, prompts), &x, &mut cache)?;
             layers.push(cache);
         }
