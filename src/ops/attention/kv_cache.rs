@@ -21,7 +21,7 @@ pub struct KvCache {
 
 enum Store {
     Host(HostCache),
-    Device(DeviceSlots),
+    Device(Box<DeviceSlots>),
 }
 
 /// Keys and values of each sequence in lists of its own.
@@ -127,7 +127,8 @@ impl KvCache {
             Array::Host(k) => self.append_host_prompts(k, v.host()?, width, cu_seqlens, prompts),
             Array::Device(k) => {
                 let rows = [k, v.device()?];
-                self.store = Store::Device(DeviceSlots::new(rows, cu_seqlens, prompts, (self.capacity, self.kind))?);
+                let slots = DeviceSlots::new(rows, cu_seqlens, prompts, (self.capacity, self.kind))?;
+                self.store = Store::Device(Box::new(slots));
                 Ok(())
             }
         }
@@ -182,7 +183,8 @@ impl KvCache {
     /// # Errors
     /// If a number does not fit 32 bits.
     pub fn next_step(&self) -> Result<Option<NextStep>> {
-        let Store::Device(DeviceSlots { cache, slots, lengths }) = &self.store else { return Ok(None) };
+        let Store::Device(device) = &self.store else { return Ok(None) };
+        let DeviceSlots { cache, slots, lengths } = &**device;
         let lengths: Vec<usize> = lengths.iter().map(|length| length + 1).collect();
         let longest = lengths.iter().max().copied().unwrap_or(0);
         if longest > cache.capacity() {
@@ -246,7 +248,7 @@ impl KvCache {
                 ours.sequences.extend(theirs.sequences);
                 Ok(())
             }
-            (Store::Device(ours), Store::Device(theirs)) => ours.join(theirs),
+            (Store::Device(ours), Store::Device(theirs)) => ours.join(*theirs),
             _ => bail!("a KV cache on the host and one on a device cannot be joined"),
         }
     }
