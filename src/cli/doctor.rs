@@ -21,6 +21,7 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::block::Recompute;
 use crate::model::generate::{SamplingParams, generate};
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
+use crate::ops::attention::KvCacheType;
 use crate::ops::cpu;
 use crate::ops::logprobs::Logits;
 use crate::ops::sample::{Distribution, Sampler};
@@ -285,6 +286,22 @@ fn results(base: &Base, adapter: &Adapter, other: &Adapter) -> Result<Results> {
     })
 }
 
+/// How far log-probabilities of tokens that were sampled over a cache in q8_0 are from those of a pass over all of them, which
+/// reads no cache.
+fn apart_over_q8_0(base: Base, adapter: &Adapter) -> Result<f64> {
+    let base = base.caching_in(KvCacheType::Q8_0)?;
+    let policy = Policy::new(&base, Some(adapter));
+    let prompts: Vec<Vec<u32>> =
+        [23u32, 7, 40].iter().map(|&n| (0..n).map(|j| (j * 37 + n) % 400 + 2).collect()).collect();
+    let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 12, stop: vec![] };
+    let responses = generate(policy, &prompts, &[1, 2, 3], &sampling, |_, _| {})?;
+    let whole: Vec<Vec<u32>> = prompts.iter().zip(&responses).map(|(p, r)| [&p[..], &r.tokens].concat()).collect();
+    let batch = Batch::new(&whole)?;
+    let targets = Targets::responses(&batch, &responses.iter().map(|r| r.tokens.len()).collect::<Vec<_>>())?;
+    let sampled: Vec<f32> = responses.into_iter().flat_map(|response| response.logprobs).collect();
+    Ok(apart(&policy.logprobs(&batch, &targets, 1.0)?.logprobs, &sampled))
+}
+
 /// The embedded model on both machines: its passes use every kernel of its family.
 fn network(device: &Device, compute: ComputeDtype) -> Result<Vec<Check>> {
     let host = Model::of(embedded()?)?;
@@ -324,6 +341,8 @@ fn network(device: &Device, compute: ComputeDtype) -> Result<Vec<Check>> {
     if let Some(last) = checks.last_mut() {
         last.seconds = seconds;
     }
+    let limit = values.max(2e-2);
+    checks.push(Check::of(&format!("a cache in q8_0 in {name}"), limit, || apart_over_q8_0(base, &adapter)));
     Ok(checks)
 }
 

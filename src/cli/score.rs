@@ -181,7 +181,7 @@ pub(super) fn score(args: &Score) -> Result<()> {
         return Err(invalid!("--out {} exists; name a new file, or remove it", out.display()));
     }
     args.out.as_deref().map_or(Ok(()), super::check_folder_of)?;
-    let model = Model::open_on(&args.base, args.on.device)?;
+    let model = Model::open_on(&args.base, args.on.device, None)?;
     let adapter = model.adapter(&args.adapter)?;
     let max_length = args.max_length.min(model.base.config().max_position_embeddings);
     let data = Data {

@@ -48,6 +48,8 @@ pub(super) struct Serve {
     logprobs_mode: LogprobsMode,
     #[command(flatten)]
     on: super::OnDevice,
+    #[command(flatten)]
+    cache: super::KvCache,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -142,7 +144,7 @@ pub(super) fn serve(args: &Serve) -> Result<()> {
     let listener = TcpListener::bind(&addresses[..])
         .map_err(|error| invalid!("--host {} --port {}: {error}", args.host, args.port))?;
     let address = listener.local_addr().context("the server's address")?;
-    let model = Model::open_on(&args.base, args.on.device)?;
+    let model = Model::open_on(&args.base, args.on.device, args.cache.kind())?;
     let device = model.base.place().map_or_else(|| "the CPU".to_owned(), |device| device.name());
     let limits = Limits { max_batch: args.max_batch.into(), max_queue: args.max_queue };
     let raw_logprobs = args.logprobs_mode == LogprobsMode::Raw;

@@ -26,11 +26,13 @@ pub(super) struct Weights {
     adapter: Option<PathBuf>,
     #[command(flatten)]
     on: super::OnDevice,
+    #[command(flatten)]
+    cache: super::KvCache,
 }
 
 impl Weights {
     pub(super) fn open(&self) -> Result<(Model, Option<Adapter>)> {
-        let model = Model::open_on(&self.base, self.on.device)?;
+        let model = Model::open_on(&self.base, self.on.device, self.cache.kind())?;
         let adapter = self.adapter.as_deref().map(|path| model.policy_adapter(path)).transpose()?;
         Ok((model, adapter))
     }

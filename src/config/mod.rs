@@ -63,7 +63,7 @@ pub use rewards::{ANSWER, ColumnsRead, EnsembleScore, RewardApi, RewardInput, Re
 pub use rollout::{Engine, LogprobsMode, RolloutEngine};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
-    Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stage::Stage;
@@ -512,6 +512,10 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     }
     for other in config.reward_base.iter_mut().chain(&mut config.teacher) {
         other.device = other.device.or(config.base.device);
+        // What is one base for both roles stays one.
+        if (&other.path, other.device) == (&config.base.path, config.base.device) {
+            other.kv_cache_type = other.kv_cache_type.or(config.base.kv_cache_type);
+        }
     }
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
     one_of_rollouts(&config).map_err(|error| invalid!("{file}: {error}"))?;

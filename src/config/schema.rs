@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use crate::device::DeviceChoice;
+pub use crate::ops::attention::KvCacheType;
 pub use crate::ops::weight::ComputeDtype;
 use crate::ops::weight::StorageDType;
 
@@ -47,6 +48,15 @@ pub struct Base {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<WrittenOffload>")]
     pub offload: Option<Offload>,
+    /// What the keys and values of text under generation are kept as on a card: `"auto"` is the type of the products, and `"q8_0"`
+    /// ggml's blocks of 32 signed bytes with a scale, along a head, in 34/64 of f16's memory. Log-probabilities of sampled
+    /// tokens move by about 0.01, those of scoring and training do not: where PPO, GRPO or RLOO take the old ones from the
+    /// sampler, the ratio begins off 1 by that, which `sampling/sampling_logp_difference` shows and
+    /// `importance_sampling_correction` weights. It needs heads of a multiple of 32 numbers, and is refused on the CPU, whose
+    /// cache is f32, and in `[reward_base]`, which generates nothing. Default `"auto"`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub kv_cache_type: Option<KvCacheType>,
 }
 
 /// `offload`: the layers that a card does not keep.
@@ -121,7 +131,14 @@ pub const COMPUTE_DTYPE_ON_CARDS: ComputeDtype = ComputeDtype::F16;
 impl Base {
     /// A model with every key at its default.
     pub fn at(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into(), quantize: None, compute_dtype: None, device: None, offload: None }
+        Self {
+            path: path.into(),
+            quantize: None,
+            compute_dtype: None,
+            device: None,
+            offload: None,
+            kv_cache_type: None,
+        }
     }
 
     /// `device`, or its default.
@@ -132,6 +149,11 @@ impl Base {
     /// `offload`, or its default.
     pub fn offload(&self) -> Offload {
         self.offload.unwrap_or_default()
+    }
+
+    /// `kv_cache_type`, or its default.
+    pub fn kv_cache_type(&self) -> KvCacheType {
+        self.kv_cache_type.unwrap_or_default()
     }
 
     /// `compute_dtype`, or its default by `device` as it is written: `"auto"` counts as the CPU here, until the run has

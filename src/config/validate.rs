@@ -7,8 +7,8 @@ use toml::Table;
 use super::group::check_rollout;
 use super::{
     AdvantageEstimator, Base, Compat, Config, Data, Dpo, Grpo, ImportanceSamplingCorrection, InitLoraWeights,
-    KlEstimator, KlIn, Kto, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss, RewardPart,
-    Rloo, Source, TargetModules, Template, ranges,
+    KlEstimator, KlIn, Kto, KvCacheType, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss,
+    RewardPart, Rloo, Source, TargetModules, Template, ranges,
 };
 use crate::invalid;
 
@@ -17,6 +17,7 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     ranges::check(&Table::try_from(config)?)?;
     base("base", &config.base)?;
     config.reward_base.as_ref().map_or(Ok(()), |section| base("reward_base", section))?;
+    config.reward_base.as_ref().map_or(Ok(()), |section| reward_cache(section, &config.base))?;
     config.teacher.as_ref().map_or(Ok(()), |section| base("teacher", section))?;
     lora(&config.lora)?;
     config.data.as_ref().map_or(Ok(()), data)?;
@@ -37,6 +38,16 @@ pub(super) fn validate(config: &Config) -> Result<()> {
         ));
     }
     config.ppo.as_ref().map_or(Ok(()), ppo)
+}
+
+/// A reward model's base has a cache of keys and values only where it is the policy's base, too.
+fn reward_cache(section: &Base, policy: &Base) -> Result<()> {
+    if section.kv_cache_type() != KvCacheType::Auto && section.path != policy.path {
+        return Err(invalid!(
+            "[reward_base] kv_cache_type has no effect, since nothing is generated with a reward model; write it in [base]"
+        ));
+    }
+    Ok(())
 }
 
 fn base(name: &'static str, section: &Base) -> Result<()> {

@@ -13,12 +13,13 @@ use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
 use super::block::{Block, Geometry, Layout};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
+use super::kv_cache::KvCache;
 use super::stream::{self, Course, LayerStream, Visit};
 use crate::invalid;
 use crate::model::adapter::{LoraLayer, LoraLayers, NonBlockModule, TargetModule};
 use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
-use crate::ops::attention;
+use crate::ops::attention::{self, KvCacheType};
 use crate::ops::linear::InputGradient;
 use crate::ops::logprobs::{self, LmHead, Logits};
 use crate::ops::norm::{Norm, NormKind};
@@ -33,6 +34,8 @@ pub struct Base {
     weights: Weights,
     geometry: Geometry,
     fingerprint: String,
+    /// What keys and values are cached as.
+    kv_cache_type: KvCacheType,
     /// The layers that a device does not keep.
     stream: Option<LayerStream>,
 }
@@ -64,47 +67,6 @@ pub struct Tape {
     embeddings: embeddings::Saved,
 }
 
-/// Keys and values of a batch under generation, one cache per layer.
-pub struct KvCache {
-    layers: Vec<attention::KvCache>,
-}
-
-impl KvCache {
-    /// Keeps the sequences s for which `keep[s]` is true and frees the memory of the others.
-    pub fn retain(&mut self, keep: &[bool]) {
-        self.layers.iter_mut().for_each(|layer| layer.retain(keep));
-    }
-
-    /// Takes over the sequences of another cache of the same base; they come after its own. After an error neither is usable.
-    ///
-    /// # Errors
-    /// If the caches are of different bases or machines, or device memory is out.
-    pub fn join(&mut self, other: Self) -> Result<()> {
-        anyhow::ensure!(self.layers.len() == other.layers.len(), "caches of different bases cannot be joined");
-        self.layers.iter_mut().zip(other.layers).try_for_each(|(ours, theirs)| ours.join(theirs))
-    }
-
-    /// Allocated bytes of keys and values.
-    pub fn size_in_bytes(&self) -> usize {
-        self.layers.iter().map(attention::KvCache::size_in_bytes).sum()
-    }
-
-    /// What the next step reads of the cache, the same in all layers; `None` if it cannot be repeated.
-    pub(super) fn next_step(&self) -> Result<Option<attention::NextStep>> {
-        self.layers.first().map_or(Ok(None), attention::KvCache::next_step)
-    }
-
-    /// Whether the next step takes memory of another size than this one, in any layer.
-    pub(crate) fn next_step_differs(&self) -> bool {
-        self.layers.iter().any(attention::KvCache::next_step_differs)
-    }
-
-    /// Counts one more token per sequence, for a plan, or for a step that was issued again.
-    pub(crate) fn advance(&mut self) -> Result<()> {
-        self.layers.iter_mut().try_for_each(attention::KvCache::advance)
-    }
-}
-
 impl Base {
     /// A base of existing weights.
     ///
@@ -130,7 +92,8 @@ impl Base {
             residual_multiplier: config.residual_multiplier as f32,
             rope_tables,
         };
-        let base = Self { config, weights, geometry, fingerprint, stream: None };
+        let kv_cache_type = KvCacheType::Auto;
+        let base = Self { config, weights, geometry, fingerprint, kv_cache_type, stream: None };
         let (shapes, d, e) = (base.shapes(), base.config.hidden_size, base.config.embedding_width);
         let check = |name: &str, have: [usize; 2], want: [usize; 2]| {
             anyhow::ensure!(have == want, "{name} is {have:?}, the configuration requires {want:?}");
@@ -174,6 +137,25 @@ impl Base {
             *weight = weight.clone().with_compute(compute);
         }
         self
+    }
+
+    /// The same base, whose caches of keys and values are stored as `kind`; only a device's can be other than `Auto`.
+    ///
+    /// # Errors
+    /// If the model's heads are no whole number of blocks.
+    pub fn caching_in(self, kind: KvCacheType) -> Result<Self> {
+        let dim = self.config.head_dim;
+        if kind == KvCacheType::Q8_0 && !dim.is_multiple_of(attention::device_cache::BLOCK) {
+            return Err(invalid!(
+                "kv_cache_type = \"q8_0\" has blocks of 32 numbers along a head, and the heads of this model have {dim}; remove it"
+            ));
+        }
+        Ok(Self { kv_cache_type: kind, ..self })
+    }
+
+    /// What keys and values are cached as.
+    pub fn kv_cache_type(&self) -> KvCacheType {
+        self.kv_cache_type
     }
 
     /// The same base on a device, or on the host for `None`: the device's passes read copies of the weights there, which are
@@ -527,7 +509,8 @@ impl Base {
         let (embeddings, mut unused) = (Embeddings::of(self, adapter), embeddings::Saved::default());
         let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut unused)?;
         for layer in 0..self.weights.blocks.len() {
-            let (block, mut cache) = (self.block(layer, Course::Forward)?, attention::KvCache::new(capacity));
+            let block = self.block(layer, Course::Forward)?;
+            let mut cache = attention::KvCache::new(capacity, self.kv_cache_type);
             x = block.prefill(layer_lora(adapter, layer), &self.geometry, (layout, prompts), &x, &mut cache)?;
             layers.push(cache);
         }

@@ -9,8 +9,9 @@ use std::sync::Arc;
 use anyhow::{Context, Result, ensure};
 
 use super::adapter::Adapter;
-use super::base::{Base, KvCache};
+use super::base::Base;
 use super::batch::Batch;
+use super::kv_cache::KvCache;
 use super::roles::Policy;
 use crate::device::{Array, Device, Element, Inputs, Matrix, Recording};
 use crate::ops::logprobs::Logits;

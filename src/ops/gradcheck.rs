@@ -9,7 +9,7 @@ use candle_core::{D, DType, Device, IndexOp, Tensor, Var};
 use crate::device::{self, Array, testing};
 use crate::ops::activation::Activation;
 use crate::ops::attention;
-use crate::ops::attention::{Heads, KvCache};
+use crate::ops::attention::{Heads, KvCache, KvCacheType};
 use crate::ops::columns;
 use crate::ops::columns::Fusion;
 use crate::ops::divergence;
@@ -416,7 +416,7 @@ fn ragged_grouped_attention_equals_autograd_with_windows_and_caps() -> Result<()
             on.assert_close("dv", &dv, grads.get(&v).unwrap());
 
             let last = on.put(&Tensor::cat(&[q.i(48..49)?, q.i(163..164)?], 0)?);
-            let mut cache = KvCache::new(0);
+            let mut cache = KvCache::new(0, KvCacheType::Auto);
             cache.append_prompts(&ks, &vs, &cu_seqlens, &[1, 3])?;
             let decoded = attention::decode(&last, &cache, heads)?;
             on.assert_close("decode", &decoded, &Tensor::cat(&[want.i(48..49)?, want.i(163..164)?], 0)?);

@@ -95,7 +95,11 @@ fn planned(net: &Network, device: &Device) -> Result<Base> {
     let dtype = |name: &str| net.dtypes.get(name).copied().unwrap_or(net.table);
     let weight = |name: &str, rows: usize, cols: usize| Weight::planned(dtype(name), rows, cols);
     let base = assemble(net.config.clone(), &weight, &|_, len| Ok(vec![1.0; len]), "planned".into())?;
-    base.computing_in(net.compute).streaming(Some(device.clone()), net.offload.layers(), |_, _| {})
+    base.computing_in(net.compute).caching_in(net.kv_cache_type)?.streaming(
+        Some(device.clone()),
+        net.offload.layers(),
+        |_, _| {},
+    )
 }
 
 /// The machines that count, by the device each stands for.

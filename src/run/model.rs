@@ -56,12 +56,16 @@ impl Model {
         Self::of_opened(files, base)
     }
 
-    /// Opens a model on the machine that `--device` names.
+    /// Opens a model on the machine that `--device` names, to generate with it if `kv_cache_type` is given.
     ///
     /// # Errors
     /// As for [`Model::of_section`].
-    pub fn open_on(path: &Path, device: Option<DeviceChoice>) -> Result<Self> {
-        Self::of_section(&config::Base { device, ..config::Base::at(path) })
+    pub fn open_on(
+        path: &Path,
+        device: Option<DeviceChoice>,
+        kv_cache_type: Option<config::KvCacheType>,
+    ) -> Result<Self> {
+        Self::of_section(&config::Base { device, kv_cache_type, ..config::Base::at(path) })
     }
 
     /// The same, of files that are open.
@@ -75,7 +79,7 @@ impl Model {
         let Some(device) = device else { return Ok(Self::of(checkpoint)?.computing_in(section.compute_dtype())) };
         let checkpoint = checkpoint.for_device(true);
         let base = checkpoint.base()?.computing_in(section.compute_dtype());
-        let base = place(base, &device, section.offload().layers())?;
+        let base = place(base.caching_in(section.kv_cache_type())?, &device, section.offload().layers())?;
         let model = Self { checkpoint, base };
         match model.check_finite() {
             Err(error) if open && error.is::<F16Overflow>() => {

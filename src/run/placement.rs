@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use anyhow::{Error, Result};
 
 use super::output;
-use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config, Offload};
+use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config, KvCacheType, Offload};
 use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
 use crate::model::base::Base;
@@ -54,6 +54,20 @@ fn compute_dtype(asked: Option<ComputeDtype>, device: Option<&Device>) -> Result
     }
 }
 
+/// What keys and values are cached as on a card, or not on one.
+///
+/// # Errors
+/// If the CPU is asked for what only cards have.
+pub fn kv_cache_type(asked: KvCacheType, is_on_card: bool) -> Result<KvCacheType> {
+    if asked == KvCacheType::Q8_0 && !is_on_card {
+        return Err(invalid!(
+            "kv_cache_type = \"q8_0\" is for cards, and this base lies on the CPU, whose cache is f32: remove it, or use device = \
+             \"cuda\""
+        ));
+    }
+    Ok(asked)
+}
+
 /// Opens the machine that a section names and writes into the section what will be used.
 ///
 /// # Errors
@@ -61,8 +75,10 @@ fn compute_dtype(asked: Option<ComputeDtype>, device: Option<&Device>) -> Result
 pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
     let selected = select(section.device())?;
     let compute = compute_dtype(section.compute_dtype, selected.device.as_ref())?;
+    let cached = kv_cache_type(section.kv_cache_type(), selected.device.is_some())?;
     if selected.device.is_some() {
-        note(&format!("device: {}; products in {}", selected.name(), compute.name()));
+        let cache = if cached == KvCacheType::Q8_0 { ", keys and values cached in q8_0" } else { "" };
+        note(&format!("device: {}; products in {}{cache}", selected.name(), compute.name()));
     }
     if selected.device.is_none() && section.offload() != Offload::None {
         note("offload: the base lies on the CPU, where it has no effect");

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Result;
 use serde_json::Value;
 
-use super::{check_base_path, lora_config};
+use super::{check_base_path, lora_config, placement};
 use crate::config;
 use crate::config::{Config, Stage};
 use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
@@ -78,7 +78,8 @@ impl Headers {
             Self::Whole(contents) => Network::of(contents, quantise, compute),
             Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
         };
-        Ok(net?.offloading(section.offload()))
+        let kv_cache_type = placement::kv_cache_type(section.kv_cache_type(), section.device().is_device())?;
+        Ok(net?.offloading(section.offload()).caching_in(kv_cache_type))
     }
 
     fn config(&self) -> &DecoderConfig {

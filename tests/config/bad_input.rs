@@ -295,6 +295,24 @@ fn a_config_that_cannot_be_used_names_the_key() {
 }
 
 #[test]
+fn a_cache_in_q8_0_is_refused_where_there_is_none() {
+    let p = Place::new();
+    let on_cpu = ["kv_cache_type = \"q8_0\" is for cards", "remove it, or use device = \"cuda\""];
+    let base = "--base base --device cpu --kv-cache-type q8_0";
+    p.refuses(&format!("generate --prompt x {base}"), &on_cpu);
+    p.refuses(&format!("chat {base}"), &on_cpu);
+    p.refuses(&format!("serve --port 0 {base}"), &on_cpu);
+    let set = "--set base.kv_cache_type=\"q8_0\"";
+    p.refuses(&format!("plan run.toml --phase ppo --device cpu {set}"), &on_cpu);
+    p.refuses(&format!("sft run.toml --out o --device cpu {set}"), &on_cpu);
+    let with = |extra: &str| fs::read_to_string(p.path("run.toml")).unwrap().replace("[lora]", extra);
+    p.write("reward.toml", with("[reward_base]\npath = \"other\"\nkv_cache_type = \"q8_0\"\n[lora]"));
+    p.refuses("ppo reward.toml --out o", &["[reward_base] kv_cache_type has no effect", "write it in [base]"]);
+    p.write("four.toml", with("kv_cache_type = \"q4_0\"\n[lora]"));
+    p.refuses("ppo four.toml --out o", &["kv_cache_type = \"q4_0\"", "\"auto\"", "\"q8_0\""]);
+}
+
+#[test]
 fn what_does_not_fit_the_context_is_refused_before_anything_is_made() {
     let p = Place::new();
     p.train_sft_and_reward();

@@ -388,6 +388,36 @@ fn layers_for_which_a_card_has_no_room_are_planned_on_the_host() {
 }
 
 #[test]
+fn a_cache_in_q8_0_is_planned_in_34_of_64_bytes_and_never_proposed() {
+    let p = place();
+    let config = json!({
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 6,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    p.write("model.json", config.to_string());
+    let sizes = "--set ppo.batch_size=8 --set ppo.local_rollout_forward_batch_size=8 --set ppo.response_length=700 \
+                 --set data.max_prompt_length=100 --set data.max_length=800";
+    let plan = |more: &str| -> Value {
+        let ran = p.run(&format!("plan --base model.json --phase ppo --device cuda {sizes} --json {more}"));
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{more}: {e}: {}", ran.stderr))
+    };
+    let rollout = |plan: &Value| plan["devices"]["cuda:0"]["phases"]["rollout"].as_u64().unwrap();
+    let (plain, small) = (plan(""), plan("--set base.kv_cache_type=\"q8_0\""));
+    // Keys and values of 4 heads of 64 numbers in six layers, for 8 sequences of 800 tokens.
+    let numbers: u64 = 6 * 2 * 8 * 800 * 4 * 64;
+    assert_eq!(rollout(&plain) - rollout(&small), numbers * 30 / 32);
+    let tight = plan("--memory 600MiB --set ppo.checkpoint=block");
+    assert!(!tight.to_string().contains("kv_cache_type"), "{tight}");
+    let odd = json!({ "head_dim": 80 });
+    let mut config = config;
+    config.as_object_mut().unwrap().extend(odd.as_object().unwrap().clone());
+    p.write("odd.json", config.to_string());
+    let line = "plan --base odd.json --phase ppo --device cuda --set base.kv_cache_type=\"q8_0\"";
+    refused(&p, line, &["the heads of this model have 80; remove it"]);
+}
+
+#[test]
 fn without_data_the_rest_is_proposed_and_the_file_says_what_is_missing() {
     let p = place();
     done(&p, "init sft --base base --device cpu --out bare.toml");

@@ -93,6 +93,13 @@ fn a_roofline_counts_the_launches_bytes_and_operations_of_a_step() {
     let whole = of(&all, "gpu/kernels").next().unwrap()["floor_seconds"].as_f64().unwrap();
     assert!((floors.iter().sum::<f64>() / 1e3 / whole - 1.0).abs() < 1e-9);
     assert!(of(&all, "gpu/step").chain(of(&all, "gpu/decode")).next().is_none(), "nothing was measured");
+    // A cache in q8_0 has 34 bytes where f16 has 64: keys and values of 13 to 17 tokens are read, in two layers.
+    let ran = place.run(&format!("{words} --kv-cache-type q8_0"));
+    let of_q8: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let other = of(&of_q8, "gpu/kernel").find(|kernel| kernel["name"] == "attention_decode_q8_0_f16").unwrap();
+    let bytes = |kernel: &Value| kernel["bytes"].as_f64().unwrap() as usize;
+    let numbers = 2 * 2 * 8 * 128 * (13..=17).sum::<usize>();
+    assert_eq!(bytes(kernel("attention_decode_f16")) - bytes(other), numbers * 30 / 32);
     let refused = place.run("bench gpu --roofline 1000");
     assert!(refused.code == 2 && refused.stderr.contains("such as 2958,683"), "{}", refused.stderr);
 }

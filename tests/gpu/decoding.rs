@@ -1,5 +1,5 @@
 //! Decoding steps that are recorded and issued again, against the same steps launch by launch: the same launches, tokens and
-//! log-probabilities, and what happens when a machine refuses or an input is not written.
+//! log-probabilities, and what happens when a machine refuses or an input is not written. Read `kv_cache.rs` for a cache in q8_0.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -23,14 +23,14 @@ use crate::parity::families;
 use crate::tiny_decoders::open;
 use crate::world::*;
 
-type Log = Vec<(String, [u32; 3])>;
+pub type Log = Vec<(String, [u32; 3])>;
 
 fn entry(launch: &Launch<'_>) -> (String, [u32; 3]) {
     (launch.kernel.to_string(), launch.grid)
 }
 
 /// The emulated machine, with a list of all its launches. It can leave a part of an input as it was.
-struct Watched {
+pub struct Watched {
     inner: Arc<Emulated>,
     log: Mutex<Log>,
     recordings: Mutex<HashMap<u64, Log>>,
@@ -40,7 +40,7 @@ struct Watched {
 }
 
 impl Watched {
-    fn open(inner: &Arc<Emulated>, stale: Option<(usize, Range<usize>)>) -> (Arc<Self>, Device) {
+    pub fn open(inner: &Arc<Emulated>, stale: Option<(usize, Range<usize>)>) -> (Arc<Self>, Device) {
         let inner = Arc::clone(inner);
         let machine =
             Self { inner, log: Mutex::default(), recordings: Mutex::default(), stale, inputs: Mutex::default() };
@@ -48,7 +48,7 @@ impl Watched {
         (machine.clone(), Device::new(machine))
     }
 
-    fn log(&self) -> Log {
+    pub fn log(&self) -> Log {
         std::mem::take(&mut self.log.lock().unwrap())
     }
 }
@@ -134,28 +134,28 @@ impl Machine for Watched {
 }
 
 /// A machine that keeps no recordings.
-fn refusing() -> (Arc<Emulated>, Device) {
+pub fn refusing() -> (Arc<Emulated>, Device) {
     let (machine, device) = machine().unwrap();
     machine.fail_recording_after(Some(0));
     (machine, device)
 }
 
-fn small(device: &Device) -> Base {
+pub fn small(device: &Device) -> Base {
     let base = embedded(2).quantised(Some(StorageDType::Q8_0)).base().unwrap().computing_in(ComputeDtype::F16);
     on(base, device)
 }
 
 /// Prompts of which one crosses a chunk of the cache, and settings under which some end early.
-fn prompts() -> Vec<Vec<u32>> {
+pub fn prompts() -> Vec<Vec<u32>> {
     let of = |n: u32, seed: u32| (0..n).map(|i| (i * 7 + seed * 31) % 900 + 3).collect();
     vec![of(251, 1), of(5, 2), of(9, 3), of(5, 2)]
 }
 
-fn settings() -> SamplingParams {
+pub fn settings() -> SamplingParams {
     SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 24, stop: (0..25).collect() }
 }
 
-fn rollout(base: &Base, prompts: &[Vec<u32>], sampling: &SamplingParams) -> Vec<Response> {
+pub fn rollout(base: &Base, prompts: &[Vec<u32>], sampling: &SamplingParams) -> Vec<Response> {
     try_rollout(base, prompts, sampling).unwrap_or_else(|e| panic!("{e:#}"))
 }
 
@@ -287,7 +287,7 @@ fn a_cache_that_grows_ends_a_recording() {
 
 /// Tokens and log-probabilities of some of four sequences, which join and leave a batch at steps of their own. The third is drawn
 /// from another distribution.
-fn joining(base: &Base, which: &[usize]) -> Vec<Vec<(u32, f32)>> {
+pub fn joining(base: &Base, which: &[usize]) -> Vec<Vec<(u32, f32)>> {
     let prompts = [vec![3, 4, 5], vec![6, 7], vec![8, 9, 10, 11, 12], vec![5]];
     // The fourth finds the slot that the first has left; the cache has grown before, for the third and for length.
     let (starts, ends) = ([0, 0, 3, 8], [7, 16, 12, 16]);

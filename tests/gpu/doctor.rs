@@ -30,14 +30,17 @@ fn doctor_compares_every_storage_type_and_the_passes_of_a_model() {
         assert!(has(&format!("unpacking {}", dtype.name())), "{} is not compared", dtype.name());
     }
     for dtype in ["f32", "bf16", "f16"] {
-        for what in ["log-probabilities", "exact KL", "gradients of a policy", "gradients of a value model"] {
+        for what in
+            ["log-probabilities", "exact KL", "gradients of a policy", "gradients of a value model", "a cache in q8_0"]
+        {
             assert!(has(&format!("{what} in {dtype}")), "{what} in {dtype} are not compared");
         }
     }
     assert!(has("a greedy response in f32"));
     assert!(has("tokens drawn from the same logits"));
-    // Twelve tokens of three responses in three types: one step as it is, one recorded, the others replayed.
-    assert_eq!(found["replayed_steps"], 3 * 9, "{found}");
+    // Twelve tokens of three responses in three types, with each type of cache: one step as it is, one recorded, the others
+    // replayed.
+    assert_eq!(found["replayed_steps"], 2 * 3 * 9, "{found}");
 }
 
 /// Without a driver it is the driver that is missing, with one it is the card: in both cases the device is not usable.

@@ -10,6 +10,7 @@ use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::init::dora::with_magnitudes;
 use fourfold::model::roles::{HeadGradients, Policy, ValueModel};
+use fourfold::ops::attention::KvCacheType;
 use fourfold::ops::sample::{Distribution, Sampler};
 use fourfold::ops::storage::dtype::StorageDType;
 use fourfold::ops::weight::ComputeDtype;
@@ -30,6 +31,7 @@ struct Shape {
     ends: bool,
     /// Layers that the device does not keep.
     offload: usize,
+    kv_cache_type: KvCacheType,
 }
 
 /// Runs every kind of pass on one device.
@@ -46,7 +48,7 @@ fn run(shape: &Shape, device: &Device) -> Log {
     let mut base: Option<Base> = None;
     part("load", &mut || {
         let files = embedded(shape.layers).quantised(shape.quantised);
-        let opened = files.base().unwrap().computing_in(shape.compute);
+        let opened = files.base().unwrap().computing_in(shape.compute).caching_in(shape.kv_cache_type).unwrap();
         base = Some(opened.streaming(Some(device.clone()), shape.offload, |_, _| {}).unwrap());
     });
     let base = &base.unwrap();
@@ -144,6 +146,7 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
         dora: true,
         ends: false,
         offload: 0,
+        kv_cache_type: KvCacheType::Auto,
     };
     let shapes = [
         Shape { layers: 2, lengths: &[1, 21, 9], response: 6, compute: ComputeDtype::Bf16, dora: false, ..small },
@@ -158,6 +161,7 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
             ..small
         },
         Shape { recompute: Recompute::Mlp, offload: 1, ..small },
+        Shape { compute: ComputeDtype::F16, kv_cache_type: KvCacheType::Q8_0, layers: 2, response: 6, ..small },
     ];
     let mut count = 0;
     for (i, shape) in shapes.iter().enumerate() {

@@ -13,6 +13,7 @@ mod fault_world;
 #[path = "../support/real_files.rs"]
 mod files;
 mod kept;
+mod kv_cache;
 mod ledger;
 mod narrow;
 mod parity;

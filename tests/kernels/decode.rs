@@ -1,17 +1,17 @@
-//! The KV cache and attention of one query per sequence.
+//! The KV cache and attention of one query per sequence. Read `decode_q8.rs` for a cache in q8_0.
 
 use fourfold::device::testing::can_emulate;
 use fourfold::device::{Element, Matrix};
-use fourfold::ops::attention::Heads;
 use fourfold::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
+use fourfold::ops::attention::{Heads, KvCacheType};
 use fourfold::ops::rope::Direction;
 use fourfold::ops::rope::gpu::DeviceRopeTable;
 
 use crate::support::*;
 
-const CAPACITY: usize = 700;
-const SLOTS: [usize; 4] = [5, 0, 3, 2];
-const LENGTHS: [usize; 4] = [1, 300, 37, 650];
+pub const CAPACITY: usize = 700;
+pub const SLOTS: [usize; 4] = [5, 0, 3, 2];
+pub const LENGTHS: [usize; 4] = [1, 300, 37, 650];
 
 #[test]
 fn one_query_over_a_cache_is_the_formula() {
@@ -24,7 +24,7 @@ fn one_query_over_a_cache_is_the_formula() {
             for (window, soft_cap) in [(None, None), (Some(290), None), (Some(16), Some(1.5))] {
                 let heads = Heads { window, soft_cap, ..heads };
                 let width = heads.kv * heads.dim;
-                let cache = DeviceCache::new(device, element, 6, CAPACITY, heads).unwrap();
+                let cache = DeviceCache::new(device, (element, KvCacheType::Auto), 6, CAPACITY, heads).unwrap();
                 // All but the newest tokens come from a ragged batch of their own; the newest ones from a second write.
                 let (mut copied, mut rows) = (vec![], 0);
                 for (&slot, &length) in SLOTS.iter().zip(&LENGTHS) {
@@ -50,7 +50,7 @@ fn one_query_over_a_cache_is_the_formula() {
 }
 
 /// The keys and values of the four sequences lie one after the other.
-fn reference(q: &[f64], k: &[f64], v: &[f64], heads: Heads) -> Vec<f64> {
+pub fn reference(q: &[f64], k: &[f64], v: &[f64], heads: Heads) -> Vec<f64> {
     let (dim, width) = (heads.dim, heads.kv * heads.dim);
     let mut o = vec![0f64; q.len()];
     let mut start = 0;
@@ -83,7 +83,7 @@ fn one_prompt_goes_to_several_slots_and_a_nan_key_shows() {
     }
     let device = device();
     let heads = Heads::full(2, 1, 8);
-    let cache = DeviceCache::new(device, Element::F32, 3, 10, heads).unwrap();
+    let cache = DeviceCache::new(device, (Element::F32, KvCacheType::Auto), 3, 10, heads).unwrap();
     let (k, _) = random(device, Element::F32, 5, 8, 1);
     let (v, _) = random(device, Element::F32, 5, 8, 2);
     let copied = [0, 1, 2].map(|slot| Copied { rows: 1..5, slot, position: 0 });
@@ -131,7 +131,7 @@ fn a_token_is_rotated_and_appended_in_one_launch() {
             let [(q, _), (k, _), (v, _)] = [(q_heads, 1), (kv, 2), (kv, 3)]
                 .map(|(heads, seed)| random(device, element, slots.len(), heads * dim, seed));
             let filled = || {
-                let cache = DeviceCache::new(device, element, 4, capacity, heads).unwrap();
+                let cache = DeviceCache::new(device, (element, KvCacheType::Auto), 4, capacity, heads).unwrap();
                 let (old, _) = random(device, element, 4 * capacity, kv * dim, 4);
                 let all =
                     [0, 1, 2, 3].map(|slot| Copied { rows: slot * capacity..(slot + 1) * capacity, slot, position: 0 });
@@ -150,7 +150,7 @@ fn a_token_is_rotated_and_appended_in_one_launch() {
         }
         let (other, _) = random(device, Element::F32, 2, kv * dim, 5);
         let (q, _) = random(device, Element::F32, 2, q_heads * dim, 6);
-        let cache = DeviceCache::new(device, Element::F32, 4, capacity, heads).unwrap();
+        let cache = DeviceCache::new(device, (Element::F32, KvCacheType::Auto), 4, capacity, heads).unwrap();
         let live = Live::new(device, capacity, &slots, &lengths).unwrap();
         assert!(cache.append([&q, &other, &other], &live, heads, None).is_err(), "two rows for three sequences");
     }
@@ -163,7 +163,7 @@ fn the_cache_refuses_what_does_not_fit() {
     }
     let device = device();
     let heads = Heads::full(2, 1, 8);
-    let cache = DeviceCache::new(device, Element::F32, 3, 10, heads).unwrap();
+    let cache = DeviceCache::new(device, (Element::F32, KvCacheType::Auto), 3, 10, heads).unwrap();
     assert_eq!((cache.slots(), cache.capacity()), (3, 10));
     assert!(Live::new(device, 10, &[0], &[11]).is_err());
     assert!(Live::new(device, 10, &[0], &[0]).is_err());

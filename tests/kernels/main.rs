@@ -7,6 +7,7 @@
 mod attention;
 mod columns;
 mod decode;
+mod decode_q8;
 mod elementwise;
 mod emulated;
 mod gemm;

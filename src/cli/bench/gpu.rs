@@ -6,7 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
-use crate::cli::{print_json, say};
+use crate::cli::{KvCache, print_json, say};
 use crate::config::{ComputeDtype, DeviceChoice, Quantize};
 use crate::device::{Device, select};
 use crate::model::block::Recompute;
@@ -33,6 +33,8 @@ pub(in crate::cli) struct Gpu {
     /// The type that products are computed in.
     #[arg(long, value_enum, default_value = "f16")]
     compute_dtype: Compute,
+    #[command(flatten)]
+    cache: KvCache,
     /// Methods whose steps are measured.
     #[arg(long, value_enum, value_delimiter = ',', default_value = "ppo")]
     methods: Vec<Of>,
@@ -150,6 +152,7 @@ impl Gpu {
                         Stored::F16 => StorageDType::F16,
                     },
                     compute: self.compute(),
+                    kv_cache_type: self.cache.kind().unwrap_or_default(),
                     methods: self
                         .methods
                         .iter()
@@ -217,7 +220,8 @@ fn row(found: &Value) -> String {
     let number = |key: &str| found[key].as_f64().unwrap_or(f64::NAN);
     let text = |key: &str| found[key].as_str().unwrap_or_default();
     let gib = |key: &str| number(key) / (1u64 << 30) as f64;
-    let base = format!("{} in {}, products in {}", text("model"), text("stored"), text("compute"));
+    let cache = if text("kv_cache_type") == "q8_0" { ", keys and values in q8_0" } else { "" };
+    let base = format!("{} in {}, products in {}{cache}", text("model"), text("stored"), text("compute"));
     match text("bench") {
         "gpu/card" => {
             let products: Vec<String> = found["product_tflop_per_s"]

@@ -1,16 +1,16 @@
 //! The KV cache on a device, and attention of one new query per sequence over it. Kernels are in gpu.cu.
 //!
 //! A cache has slots of equal capacity. Which slots live and how long their sequences are is an argument of every step,
-//! so that a finished sequence leaves without moving memory. It does not depend on layers. Read `kv_cache.rs`
-//! beside it for the use.
+//! so that a finished sequence leaves without moving memory. Keys and values lie there in the type of the products or in q8_0
+//! blocks. It does not depend on layers. Read `kv_cache.rs` beside it for the use.
 
 use std::ops::Range;
 
 use anyhow::{Result, ensure};
 
-use super::Heads;
 use super::gpu::check;
-use crate::device::{Arguments, Device, Element, Matrix, Ptr};
+use super::{Heads, KvCacheType};
+use crate::device::{Arguments, Device, Element, Matrix, Ptr, Variant};
 use crate::ops::launch::{TILE_THREADS, blocks, device, shape, size, tiles, variant};
 use crate::ops::rope::gpu::DeviceRopeTable;
 
@@ -19,13 +19,65 @@ pub(super) const CHUNK: usize = 256;
 const TILE: usize = 4;
 const WIDEST: usize = 256;
 
+/// Numbers of a q8_0 block. Blocks lie along a head, so a head is a whole number of them.
+pub(crate) const BLOCK: usize = 32;
+
 /// Keys and values of one layer: rows slot * capacity + position of (slots * capacity, kv * dim) each.
 #[derive(Clone, Debug)]
 pub struct DeviceCache {
-    keys: Matrix,
-    values: Matrix,
+    keys: Rows,
+    values: Rows,
+    /// The type of queries, new keys and values, and outputs.
+    element: Element,
     slots: usize,
     capacity: usize,
+}
+
+/// Rows of keys or of values.
+#[derive(Clone, Debug)]
+struct Rows {
+    /// (slots * capacity, kv * dim): numbers of the products' type, or the bytes of q8_0 blocks.
+    numbers: Matrix,
+    /// (slots * capacity, kv * dim / 32) f16: the scales of the blocks.
+    scales: Option<Matrix>,
+}
+
+/// Addresses of rows of keys or of values.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Cached {
+    numbers: Ptr,
+    /// Null where there are none.
+    scales: Ptr,
+}
+
+impl Rows {
+    fn new(device: &Device, (element, kind): (Element, KvCacheType), rows: usize, width: usize) -> Result<Self> {
+        Ok(match kind {
+            KvCacheType::Auto => Self { numbers: device.matrix(element, rows, width)?, scales: None },
+            KvCacheType::Q8_0 => {
+                ensure!(width.is_multiple_of(BLOCK), "cache: rows of {width} numbers are no blocks of {BLOCK}");
+                let numbers = device.matrix(Element::U8, rows, width)?;
+                Self { numbers, scales: Some(device.matrix(Element::F16, rows, width / BLOCK)?) }
+            }
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        self.numbers.bytes() + self.scales.as_ref().map_or(0, Matrix::bytes)
+    }
+
+    /// The addresses of all rows, for a kernel that reads or writes them.
+    fn addresses(&self) -> Result<Cached> {
+        let whole = |of: &Matrix| of.output("cached rows", of.element(), of.len());
+        Ok(Cached { numbers: whole(&self.numbers)?, scales: self.scales.as_ref().map_or(Ok(Ptr::NULL), whole)? })
+    }
+
+    /// Tells the profile that a kernel uses so few numbers of them.
+    fn counts_as(&self, numbers: usize) {
+        self.numbers.counts_as(numbers);
+        self.scales.iter().for_each(|scales| scales.counts_as(numbers / BLOCK));
+    }
 }
 
 /// The sequences of one decoding step, on the device. Made once per step and used by all layers.
@@ -68,8 +120,8 @@ pub struct Copied {
 struct AttentionCacheWrite {
     k: Ptr,
     v: Ptr,
-    keys: Ptr,
-    values: Ptr,
+    keys: Cached,
+    values: Cached,
     sources: Ptr,
     targets: Ptr,
     width: u32,
@@ -86,8 +138,8 @@ struct AttentionAppend {
     q: Ptr,
     k: Ptr,
     v: Ptr,
-    keys: Ptr,
-    values: Ptr,
+    keys: Cached,
+    values: Cached,
     targets: Ptr,
     positions: Ptr,
     cos: Ptr,
@@ -107,8 +159,8 @@ unsafe impl Arguments for AttentionAppend {
 #[repr(C)]
 struct AttentionDecode {
     q: Ptr,
-    keys: Ptr,
-    values: Ptr,
+    keys: Cached,
+    values: Cached,
     slots: Ptr,
     lengths: Ptr,
     o: Ptr,
@@ -227,15 +279,48 @@ impl Live {
 }
 
 impl DeviceCache {
-    /// Uninitialised room for `slots` sequences of up to `capacity` tokens.
+    /// Uninitialised room for `slots` sequences of up to `capacity` tokens, whose keys and values of type `element` lie there as
+    /// `kind` says.
     ///
     /// # Errors
-    /// If memory is out.
-    pub fn new(device: &Device, element: Element, slots: usize, capacity: usize, heads: Heads) -> Result<Self> {
+    /// If memory is out, or rows are no whole number of blocks.
+    pub fn new(
+        device: &Device,
+        (element, kind): (Element, KvCacheType),
+        slots: usize,
+        capacity: usize,
+        heads: Heads,
+    ) -> Result<Self> {
         check(heads)?;
         size("cache", slots * capacity)?;
-        let room = || device.matrix(element, slots * capacity, heads.kv * heads.dim);
-        Ok(Self { keys: room()?, values: room()?, slots, capacity })
+        let room = || Rows::new(device, (element, kind), slots * capacity, heads.kv * heads.dim);
+        Ok(Self { keys: room()?, values: room()?, element, slots, capacity })
+    }
+
+    /// As what keys and values lie there.
+    pub fn kind(&self) -> KvCacheType {
+        if self.keys.scales.is_some() { KvCacheType::Q8_0 } else { KvCacheType::Auto }
+    }
+
+    /// An empty cache of the same device, types and width.
+    ///
+    /// # Errors
+    /// As for [`DeviceCache::new`].
+    pub(super) fn alike(&self, slots: usize, capacity: usize) -> Result<Self> {
+        let row = Heads::full(1, 1, self.keys.numbers.cols());
+        Self::new(self.device(), (self.element, self.kind()), slots, capacity, row)
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        self.keys.numbers.device()
+    }
+
+    fn check(&self, heads: Heads) -> Result<()> {
+        check(heads)?;
+        let fits = self.kind() == KvCacheType::Auto || heads.dim.is_multiple_of(BLOCK);
+        ensure!(fits, "a cache in q8_0 needs heads of a multiple of {BLOCK} numbers, not of {}", heads.dim);
+        Ok(())
     }
 
     /// Slots.
@@ -248,9 +333,14 @@ impl DeviceCache {
         self.capacity
     }
 
-    /// Keys and values, (slots * capacity, kv * dim) each.
+    /// Keys and values, (slots * capacity, kv * dim) each: numbers, or the signed bytes of q8_0 blocks.
     pub fn rows(&self) -> (&Matrix, &Matrix) {
-        (&self.keys, &self.values)
+        (&self.keys.numbers, &self.values.numbers)
+    }
+
+    /// The scales of the blocks of keys and of values, (slots * capacity, kv * dim / 32) each.
+    pub fn scales(&self) -> Option<(&Matrix, &Matrix)> {
+        self.keys.scales.as_ref().zip(self.values.scales.as_ref())
     }
 
     /// Bytes of keys and values.
@@ -258,15 +348,63 @@ impl DeviceCache {
         self.keys.bytes() + self.values.bytes()
     }
 
+    fn variant(&self, what: &str) -> Result<Variant> {
+        Ok(match self.kind() {
+            KvCacheType::Auto => variant(what, &[self.element])?,
+            KvCacheType::Q8_0 => {
+                variant(what, &[self.element])?;
+                Variant::named(&format!("q8_0_{}", self.element))
+            }
+        })
+    }
+
+    /// Copies rows of another cache of the same kind into this one.
+    ///
+    /// # Errors
+    /// If rows or types do not fit.
+    pub(super) fn copy(&self, from: &Self, writes: &Writes) -> Result<()> {
+        ensure!(self.kind() == from.kind(), "cache: rows of {:?} cannot become rows of {:?}", from.kind(), self.kind());
+        let (Some((keys, values)), Some((from_keys, from_values))) = (self.scales(), from.scales()) else {
+            let (keys, values) = from.rows();
+            return self.write(keys, values, writes);
+        };
+        // Bytes move as words: floats are loaded and stored as they are.
+        let words = |rows: &Matrix| rows.window(0, Element::F32, rows.rows(), rows.cols() / Element::F32.bytes());
+        let ((k, v), (to_k, to_v)) = (from.rows(), self.rows());
+        self.move_rows([&words(k)?, &words(v)?], [&words(to_k)?, &words(to_v)?], writes)?;
+        self.move_rows([from_keys, from_values], [keys, values], writes)
+    }
+
     /// Writes rows of k and v (R, kv * dim) into the cache.
     ///
     /// # Errors
     /// If rows or types do not fit.
     pub fn write(&self, k: &Matrix, v: &Matrix, writes: &Writes) -> Result<()> {
-        let (element, width) = (self.keys.element(), self.keys.cols());
+        let (to, kernel) = ([self.keys.addresses()?, self.values.addresses()?], self.variant("cache")?);
+        self.launch_write([k, v], (self.element, self.keys.numbers.cols()), to, kernel, writes)
+    }
+
+    /// Writes rows of k and v into rows of the cache or of a part of it, which have their type.
+    fn move_rows(&self, [k, v]: [&Matrix; 2], [keys, values]: [&Matrix; 2], writes: &Writes) -> Result<()> {
+        let (element, width) = (keys.element(), keys.cols());
+        let plain = |to: &Matrix| -> Result<Cached> {
+            Ok(Cached { numbers: to.output("cached rows", element, to.len())?, scales: Ptr::NULL })
+        };
+        let (to, kernel) = ([plain(keys)?, plain(values)?], variant("cache", &[element])?);
+        self.launch_write([k, v], (element, width), to, kernel, writes)
+    }
+
+    fn launch_write(
+        &self,
+        [k, v]: [&Matrix; 2],
+        (element, width): (Element, usize),
+        [keys, values]: [Cached; 2],
+        kernel: Variant,
+        writes: &Writes,
+    ) -> Result<()> {
         shape("cache: k", k, k.rows(), width)?;
         shape("cache: v", v, k.rows(), width)?;
-        let (rows, cached) = (k.rows(), self.keys.rows());
+        let (rows, cached) = (k.rows(), self.keys.numbers.rows());
         let (planned, capacity) = (writes.capacity, self.capacity);
         ensure!(planned == capacity, "cache: rows planned for slots of {planned} tokens, where they have {capacity}");
         let inside = writes.source_rows <= rows && writes.target_rows <= cached;
@@ -276,20 +414,20 @@ impl DeviceCache {
             writes.source_rows,
             writes.target_rows
         );
-        let device = device("cache", &self.keys, &[k, v, &writes.targets])?;
+        let device = device("cache", &self.keys.numbers, &[k, v, &writes.targets])?;
         let (grid, tiles) = tiles(writes.count, width)?;
         let sources = writes.sources.as_ref();
         let arguments = AttentionCacheWrite {
             k: k.input("cache k", element, k.len())?,
             v: v.input("cache v", element, v.len())?,
-            keys: self.keys.output("cached keys", element, self.keys.len())?,
-            values: self.values.output("cached values", element, self.values.len())?,
+            keys,
+            values,
             sources: sources.map_or(Ok(Ptr::NULL), |s| s.input("cache sources", Element::U32, writes.count))?,
             targets: writes.targets.input("cache targets", Element::U32, writes.count)?,
             width: size("cache", width)?,
             tiles,
         };
-        device.launch(variant("cache", &[element])?, grid, arguments)
+        device.launch(kernel, grid, arguments)
     }
 
     /// Rotates q (S, q * dim) where it lies, and writes k, rotated, and v (S, kv * dim) as the newest of each live sequence.
@@ -304,19 +442,20 @@ impl DeviceCache {
         heads: Heads,
         rotation: Option<(&DeviceRopeTable, &Matrix)>,
     ) -> Result<()> {
-        check(heads)?;
-        let (element, count) = (self.keys.element(), live.count);
+        self.check(heads)?;
+        let (element, count) = (self.element, live.count);
         shape("append: q", q, count, heads.q * heads.dim)?;
         shape("append: k", k, count, heads.kv * heads.dim)?;
         shape("append: v", v, count, heads.kv * heads.dim)?;
-        ensure!(self.keys.cols() == k.cols(), "append: a cache of rows of {}, keys of {}", self.keys.cols(), k.cols());
-        ensure!(live.newest.target_rows <= self.keys.rows(), "append: a live slot is past the {} slots", self.slots);
+        let (numbers, width) = (&self.keys.numbers, k.cols());
+        ensure!(numbers.cols() == width, "append: a cache of rows of {}, keys of {width}", numbers.cols());
+        ensure!(live.newest.target_rows <= numbers.rows(), "append: a live slot is past the {} slots", self.slots);
         let (planned, capacity) = (live.capacity, self.capacity);
         ensure!(
             planned == capacity,
             "append: sequences planned for slots of {planned} tokens, where they have {capacity}"
         );
-        let device = device("append", &self.keys, &[q, k, v, &live.slots])?;
+        let device = device("append", numbers, &[q, k, v, &live.slots])?;
         let (mut positions_at, mut cos_at, mut sin_at, mut half) = (Ptr::NULL, Ptr::NULL, Ptr::NULL, 0);
         if let Some((tables, positions)) = rotation {
             let (cos, sin) = tables.tables();
@@ -331,8 +470,8 @@ impl DeviceCache {
             q: q.output("append q", element, q.len())?,
             k: k.input("append k", element, k.len())?,
             v: v.input("append v", element, v.len())?,
-            keys: self.keys.output("cached keys", element, self.keys.len())?,
-            values: self.values.output("cached values", element, self.values.len())?,
+            keys: self.keys.addresses()?,
+            values: self.values.addresses()?,
             targets: live.newest.targets.input("append targets", Element::U32, count)?,
             positions: positions_at,
             cos: cos_at,
@@ -343,15 +482,15 @@ impl DeviceCache {
             dim: size("head", heads.dim)?,
             half,
         };
-        for matrix in [&self.keys, &self.values] {
-            matrix.counts_as(k.len());
+        for rows in [&self.keys, &self.values] {
+            rows.counts_as(k.len());
         }
         if let Some((tables, _)) = rotation {
             let (cos, sin) = tables.tables();
             [cos, sin].into_iter().for_each(|table| table.counts_as(count * table.cols()));
         }
         let warps = AttentionAppend::BLOCK as usize / 32;
-        device.launch(variant("append", &[element])?, blocks(count * (heads.q + 2 * heads.kv), warps)?, arguments)
+        device.launch(self.variant("append")?, blocks(count * (heads.q + 2 * heads.kv), warps)?, arguments)
     }
 
     /// o (S, q * dim) for one query per live sequence, q (S, q * dim), over the keys and values in their slots, the
@@ -360,21 +499,21 @@ impl DeviceCache {
     /// # Errors
     /// If shapes or types do not fit, or a slot does not exist.
     pub fn decode(&self, q: &Matrix, live: &Live, heads: Heads) -> Result<Matrix> {
-        check(heads)?;
-        let (element, count) = (self.keys.element(), live.count);
+        self.check(heads)?;
+        let (element, count) = (self.element, live.count);
         shape("decode: q", q, count, heads.q * heads.dim)?;
         ensure!(heads.dim <= WIDEST, "decode: a head of {} numbers is above {WIDEST}", heads.dim);
-        let (cols, width) = (self.keys.cols(), heads.kv * heads.dim);
+        let (numbers, width) = (&self.keys.numbers, heads.kv * heads.dim);
+        let cols = numbers.cols();
         ensure!(cols == width, "decode: a cache of rows of {cols} numbers for heads of {width}");
-        ensure!(live.newest.target_rows <= self.keys.rows(), "decode: a live slot is past the {} slots", self.slots);
+        ensure!(live.newest.target_rows <= numbers.rows(), "decode: a live slot is past the {} slots", self.slots);
         let (planned, capacity) = (live.capacity, self.capacity);
         ensure!(
             planned == capacity,
             "decode: sequences planned for slots of {planned} tokens, where they have {capacity}"
         );
-        let device = device("decode", &self.keys, &[q, &live.slots])?;
+        let device = device("decode", numbers, &[q, &live.slots])?;
         let o = device.matrix(element, count, q.cols())?;
-        let kernel = variant("decode", &[element])?;
         let chunks = heads.window.unwrap_or(usize::MAX).min(live.longest).div_ceil(CHUNK).max(1);
         // Chunks of one sequence meet in f32.
         let several = if chunks > 1 { count * heads.q * chunks } else { 0 };
@@ -393,8 +532,8 @@ impl DeviceCache {
             (o.output("decode o", element, o.len())?, size("head", heads.dim)?, size("heads", heads.q)?);
         let arguments = AttentionDecode {
             q: q.input("decode q", element, q.len())?,
-            keys: self.keys.input("cached keys", element, self.keys.len())?,
-            values: self.values.input("cached values", element, self.values.len())?,
+            keys: self.keys.addresses()?,
+            values: self.values.addresses()?,
             slots: live.slots.input("decode slots", Element::U32, count)?,
             lengths,
             o: o_at,
@@ -409,11 +548,12 @@ impl DeviceCache {
             scale: heads.scale,
             cap: heads.soft_cap.unwrap_or(0.0),
         };
-        for matrix in [&self.keys, &self.values] {
-            matrix.counts_as(count * heads.window.unwrap_or(usize::MAX).min(live.longest) * width);
+        for rows in [&self.keys, &self.values] {
+            rows.counts_as(count * heads.window.unwrap_or(usize::MAX).min(live.longest) * width);
         }
         let tiles = size("heads", (heads.q / heads.kv).div_ceil(TILE))?;
-        device.launch(kernel.clone(), [blocks(count * heads.kv, 1)?[0], tiles, size("chunks", chunks)?], arguments)?;
+        let grid = [blocks(count * heads.kv, 1)?[0], tiles, size("chunks", chunks)?];
+        device.launch(self.variant("decode")?, grid, arguments)?;
         if several > 0 {
             let arguments = AttentionMerge {
                 parts: parts_at,
@@ -425,7 +565,7 @@ impl DeviceCache {
                 window,
                 chunks: size("chunks", chunks)?,
             };
-            device.launch(kernel, blocks(count * heads.q, 1)?, arguments)?;
+            device.launch(variant("decode", &[element])?, blocks(count * heads.q, 1)?, arguments)?;
         }
         Ok(o)
     }

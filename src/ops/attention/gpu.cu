@@ -81,45 +81,94 @@ template <class T> __device__ __forceinline__ void attention_softmax_backward(co
 
 // ---- the cache: keys and values (slots, capacity, width), a row a token ----
 
+// Numbers of the products' type.
+template <class T> struct CachedNumbers { T* numbers; const void* unused; };
+// Blocks of 32 numbers along a row, ggml's q8_0: signed bytes in one plane, and in another the scale that a block's bytes are
+// multiplied by.
+struct CachedBlocks { u8* bytes; f16* scales; };
+
+// A warp writes a block, of which each lane has a number. The bytes are those of ggml's quantize_row_q8_0_ref; a NaN or infinite
+// number makes the scale NaN or infinite, and with it every number of the block.
+__device__ __forceinline__ void write_block(const CachedBlocks& to, u64 block, u32 lane, float v) {
+    const float d = __fdiv_rn(warp_max(fabsf(v)), 127.f), inverse = d == 0.f ? 0.f : __fdiv_rn(1.f, d);
+    const float q = fminf(fmaxf(roundf(__fmul_rn(v, inverse)), -128.f), 127.f);
+    to.bytes[32 * block + lane] = (u8)(signed char)__float2int_rn(q);
+    if (lane == 0) store(to.scales + block, d);
+}
+
 // Row targets[i] of the cache becomes row sources[i] of new keys and values; null sources are 0, 1, 2, ..
-template <class T> struct AttentionCacheWrite { const T* k; const T* v; T* keys; T* values; const u32* sources; const u32* targets; u32 width, tiles; };
-template <class T> __device__ __forceinline__ void attention_cache_write(const AttentionCacheWrite<T>& a) {
+template <class T, class Cached> struct AttentionCacheWrite { const T* k; const T* v; Cached keys; Cached values; const u32* sources; const u32* targets; u32 width, tiles; };
+template <class T> __device__ __forceinline__ void attention_cache_write(const AttentionCacheWrite<T, CachedNumbers<T> >& a) {
     const Columns c(a.tiles);
     if (c.column >= a.width) return;
     const u64 source = a.sources ? a.sources[c.row] : c.row, left = a.width - c.column;
     const Four from(source * a.width + c.column, left), to((u64)a.targets[c.row] * a.width + c.column, left);
     float v[4];
     from.read(a.k, v);
-    to.write(a.keys, v);
+    to.write(a.keys.numbers, v);
     from.read(a.v, v);
-    to.write(a.values, v);
+    to.write(a.values.numbers, v);
+}
+template <class T> __device__ __forceinline__ void attention_cache_write(const AttentionCacheWrite<T, CachedBlocks>& a) {
+    const u64 i = blockIdx.x / a.tiles, source = a.sources ? a.sources[i] : i;
+    const u32 of_tile = blockDim.x / 8, first = blockIdx.x % a.tiles * of_tile, lane = threadIdx.x & 31;
+    const u64 from = source * a.width + lane, to = (u64)a.targets[i] * (a.width / 32);
+    for (u32 b = first + (threadIdx.x >> 5); b < min(first + of_tile, a.width / 32); b += blockDim.x >> 5) {
+        write_block(a.keys, to + b, lane, load(a.k + from + 32 * b));
+        write_block(a.values, to + b, lane, load(a.v + from + 32 * b));
+    }
+}
+
+// The rotation of one head by the angles of its position; without rotation `half` is 0.
+struct AttentionTurn {
+    const float* cos;
+    const float* sin;
+    u32 half;
+    // A warp's share of the numbers that rotate, from x to y.
+    template <class T> __device__ __forceinline__ void pairs(const T* x, T* y, u32 lane) const {
+        for (u32 j = lane; j < half; j += 32) {
+            const float c = cos[j], s = sin[j], x0 = load(x + j), x1 = load(x + j + half);
+            store(y + j, x0 * c - x1 * s);
+            store(y + j + half, x1 * c + x0 * s);
+        }
+    }
+    // Number d as `pairs` leaves it.
+    template <class T> __device__ __forceinline__ float number(const T* x, u32 d) const {
+        if (d >= 2 * half) return load(x + d);
+        const u32 j = d < half ? d : d - half;
+        const float c = cos[j], s = sin[j], x0 = load(x + j), x1 = load(x + j + half);
+        return to_float(from_float<T>(d < half ? x0 * c - x1 * s : x1 * c + x0 * s));
+    }
+};
+template <class T> __device__ __forceinline__ void append_head(const CachedNumbers<T>& to, u64 at, const T* x, const AttentionTurn& turn, u32 dim, u32 lane) {
+    turn.pairs(x, to.numbers + at, lane);
+    for (u32 j = 2 * turn.half + lane; j < dim; j += 32) to.numbers[at + j] = x[j];
+}
+template <class T> __device__ __forceinline__ void append_head(const CachedBlocks& to, u64 at, const T* x, const AttentionTurn& turn, u32 dim, u32 lane) {
+    for (u32 j = 0; j < dim; j += 32) write_block(to, (at + j) / 32, lane, turn.number(x, j + lane));
 }
 
 // One token a sequence on its way into a layer's cache: q is rotated where it lies, k is rotated into the cache's row
 // `targets[s]`, v is copied there. A warp takes a head. Without rotation (`half` is 0) q stays as it is.
-template <class T> struct AttentionAppend {
-    T* q; const T* k; const T* v; T* keys; T* values; const u32* targets; const u32* positions; const float* cos; const float* sin;
+template <class T, class Cached> struct AttentionAppend {
+    T* q; const T* k; const T* v; Cached keys; Cached values; const u32* targets; const u32* positions; const float* cos; const float* sin;
     u32 count, heads, kv, dim, half;
 };
-template <class T> __device__ __forceinline__ void attention_append(const AttentionAppend<T>& a) {
+template <class T, class Cached> __device__ __forceinline__ void attention_append(const AttentionAppend<T, Cached>& a) {
     const u32 all = a.heads + 2 * a.kv, warp = blockIdx.x * (blockDim.x >> 5) + (threadIdx.x >> 5), lane = threadIdx.x & 31;
     const u32 s = warp / all, h = warp % all;
     if (s >= a.count) return;
     const bool of_q = h < a.heads, of_k = !of_q && h < a.heads + a.kv;
     const u32 g = of_q ? h : (h - a.heads) % a.kv;
     const u64 from = ((u64)s * (of_q ? a.heads : a.kv) + g) * a.dim, to = ((u64)a.targets[s] * a.kv + g) * a.dim;
-    const T* x = of_q ? a.q + from : of_k ? a.k + from : a.v + from;
-    T* y = of_q ? a.q + from : of_k ? a.keys + to : a.values + to;
-    const u32 half = of_q || of_k ? a.half : 0;
-    if (half) {
-        const u64 angles = (u64)a.positions[s] * half;
-        for (u32 j = lane; j < half; j += 32) {
-            const float c = a.cos[angles + j], sin = a.sin[angles + j], x0 = load(x + j), x1 = load(x + j + half);
-            store(y + j, x0 * c - x1 * sin);
-            store(y + j + half, x1 * c + x0 * sin);
-        }
+    AttentionTurn turn = {a.cos, a.sin, of_q || of_k ? a.half : 0};
+    if (turn.half) {
+        const u64 angles = (u64)a.positions[s] * turn.half;
+        turn.cos += angles;
+        turn.sin += angles;
     }
-    if (!of_q) for (u32 j = 2 * half + lane; j < a.dim; j += 32) y[j] = x[j];
+    if (of_q) turn.pairs(a.q + from, a.q + from, lane);
+    else append_head(of_k ? a.keys : a.values, to, (of_k ? a.k : a.v) + from, turn, a.dim, lane);
 }
 
 // ---- one query a sequence ----
@@ -138,8 +187,18 @@ template <class T> __device__ __forceinline__ void attention_eight(const T* row,
     }
 }
 
-template <class T> struct AttentionDecode {
-    const T* q; const T* keys; const T* values; const u32* slots; const u32* lengths; T* o;
+// The same of a cached head whose first number is number `at` of the cache.
+template <class T> __device__ __forceinline__ void cached_eight(const CachedNumbers<T>& from, u64 at, u32 c, u32 dim, float* v) {
+    attention_eight(from.numbers + at, c, dim, v);
+}
+__device__ __forceinline__ void cached_eight(const CachedBlocks& from, u64 at, u32 c, u32, float* v) {
+    const U2 bytes = *(const U2*)(from.bytes + at + 8 * c);
+    const float d = load(from.scales + at / 32 + c / 4);
+    for (u32 i = 0; i < 8; i++) v[i] = signed_byte_float(i < 4 ? bytes.x : bytes.y, i & 3) * d;
+}
+
+template <class T, class Cached> struct AttentionDecode {
+    const T* q; Cached keys; Cached values; const u32* slots; const u32* lengths; T* o;
     float* parts; float* part_sums;  // (S, heads, chunks, dim) and (S, heads, chunks, 2), where there are several chunks.
     u32 heads, kv, dim, capacity, window, chunks;
     float scale, cap;
@@ -147,7 +206,7 @@ template <class T> struct AttentionDecode {
 // The keys that the last query of a sequence of `length` sees begin here.
 __device__ __forceinline__ u32 attention_first(u32 length, u32 window) { return window && length > window ? length - window : 0; }
 
-template <class T> __device__ __forceinline__ void attention_decode(const AttentionDecode<T>& a) {
+template <class T, class Cached> __device__ __forceinline__ void attention_decode(const AttentionDecode<T, Cached>& a) {
     __shared__ float q[ATTENTION_TILE][ATTENTION_DIM], p[ATTENTION_TILE][ATTENTION_CHUNK], tops[ATTENTION_TILE], totals[ATTENTION_TILE];
     __shared__ float partial[ATTENTION_TILE][8 * ATTENTION_THREADS];
     const u32 s = blockIdx.x / a.kv, g = blockIdx.x % a.kv, group = a.heads / a.kv;
@@ -168,12 +227,12 @@ template <class T> __device__ __forceinline__ void attention_decode(const Attent
     const u32 lane = threadIdx.x & 7;
     for (u32 j0 = 0; j0 < count; j0 += ATTENTION_THREADS / 8) {
         const u32 j = j0 + threadIdx.x / 8;
-        const T* key = a.keys + cached + min(j, count - 1) * next;
+        const u64 key = cached + min(j, count - 1) * next;
         float dots[ATTENTION_TILE];
         for (u32 h = 0; h < ATTENTION_TILE; h++) dots[h] = 0.f;
         for (u32 c = lane; c < eights; c += 8) {
             float k[8];
-            attention_eight(key, c, a.dim, k);
+            cached_eight(a.keys, key, c, a.dim, k);
             for (u32 h = 0; h < ATTENTION_TILE; h++) for (u32 e = 0; e < 8; e++) dots[h] += q[h][8 * c + e] * k[e];
         }
         for (u32 h = 0; h < ATTENTION_TILE; h++) {
@@ -201,7 +260,7 @@ template <class T> __device__ __forceinline__ void attention_decode(const Attent
         for (u32 h = 0; h < ATTENTION_TILE; h++) for (u32 e = 0; e < 8; e++) sums[h][e] = 0.f;
         for (u32 j = mine; j < count; j += at_once) {
             float v[8];
-            attention_eight(a.values + cached + j * next, c, a.dim, v);
+            cached_eight(a.values, cached + j * next, c, a.dim, v);
             for (u32 h = 0; h < ATTENTION_TILE; h++) for (u32 e = 0; e < 8; e++) sums[h][e] += p[h][j] * v[e];
         }
         for (u32 h = 0; h < ATTENTION_TILE; h++) for (u32 e = 0; e < 8; e++) partial[h][(mine * eights + c) * 8 + e] = sums[h][e];
@@ -243,15 +302,21 @@ template <class T> __device__ __forceinline__ void attention_merge(const Attenti
 #define ATTENTION(T) \
     typedef AttentionSoftmax<T> AttentionSoftmax_##T; \
     typedef AttentionSoftmaxBackward<T> AttentionSoftmaxBackward_##T; \
-    typedef AttentionCacheWrite<T> AttentionCacheWrite_##T; \
-    typedef AttentionAppend<T> AttentionAppend_##T; \
-    typedef AttentionDecode<T> AttentionDecode_##T; \
+    typedef AttentionCacheWrite<T, CachedNumbers<T> > AttentionCacheWrite_##T; \
+    typedef AttentionAppend<T, CachedNumbers<T> > AttentionAppend_##T; \
+    typedef AttentionDecode<T, CachedNumbers<T> > AttentionDecode_##T; \
+    typedef AttentionCacheWrite<T, CachedBlocks> AttentionCacheWrite_q8_0_##T; \
+    typedef AttentionAppend<T, CachedBlocks> AttentionAppend_q8_0_##T; \
+    typedef AttentionDecode<T, CachedBlocks> AttentionDecode_q8_0_##T; \
     typedef AttentionMerge<T> AttentionMerge_##T; \
     KERNEL(attention_softmax_##T, AttentionSoftmax_##T, 256) { attention_softmax(a); } \
     KERNEL(attention_softmax_backward_##T, AttentionSoftmaxBackward_##T, 256) { attention_softmax_backward(a); } \
     KERNEL(attention_cache_write_##T, AttentionCacheWrite_##T, 256) { attention_cache_write(a); } \
     KERNEL(attention_append_##T, AttentionAppend_##T, 256) { attention_append(a); } \
     KERNEL(attention_decode_##T, AttentionDecode_##T, 128) { attention_decode(a); } \
+    KERNEL(attention_cache_write_q8_0_##T, AttentionCacheWrite_q8_0_##T, 256) { attention_cache_write(a); } \
+    KERNEL(attention_append_q8_0_##T, AttentionAppend_q8_0_##T, 256) { attention_append(a); } \
+    KERNEL(attention_decode_q8_0_##T, AttentionDecode_q8_0_##T, 128) { attention_decode(a); } \
     KERNEL(attention_merge_##T, AttentionMerge_##T, 128) { attention_merge(a); }
 ATTENTION(f32)
 ATTENTION(bf16)

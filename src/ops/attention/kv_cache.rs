@@ -5,8 +5,8 @@ use anyhow::{Result, bail};
 use candle_core::Tensor;
 
 use crate::device::{Array, Matrix};
-use crate::ops::attention::Heads;
 use crate::ops::attention::device_cache::{CHUNK, Copied, DeviceCache, Live, Writes};
+use crate::ops::attention::{Heads, KvCacheType};
 use crate::ops::cpu::view;
 use crate::ops::rope::RopeTable;
 
@@ -14,12 +14,14 @@ use crate::ops::rope::RopeTable;
 pub struct KvCache {
     /// Tokens per sequence that memory is reserved for beyond the prompt.
     capacity: usize,
+    /// What keys and values are stored as.
+    kind: KvCacheType,
     store: Store,
 }
 
 enum Store {
     Host(HostCache),
-    Device(DeviceSlots),
+    Device(Box<DeviceSlots>),
 }
 
 /// Keys and values of each sequence in lists of its own.
@@ -77,8 +79,8 @@ fn row(width: usize) -> Heads {
 
 impl KvCache {
     /// An empty cache that will reserve memory for `capacity` tokens per sequence beyond its prompt.
-    pub fn new(capacity: usize) -> Self {
-        Self { capacity, store: Store::Host(HostCache::default()) }
+    pub fn new(capacity: usize, kind: KvCacheType) -> Self {
+        Self { capacity, kind, store: Store::Host(HostCache::default()) }
     }
 
     /// Number of sequences.
@@ -124,7 +126,9 @@ impl KvCache {
         match k {
             Array::Host(k) => self.append_host_prompts(k, v.host()?, width, cu_seqlens, prompts),
             Array::Device(k) => {
-                self.store = Store::Device(DeviceSlots::new(k, v.device()?, cu_seqlens, prompts, self.capacity)?);
+                let rows = [k, v.device()?];
+                let slots = DeviceSlots::new(rows, cu_seqlens, prompts, (self.capacity, self.kind))?;
+                self.store = Store::Device(Box::new(slots));
                 Ok(())
             }
         }
@@ -140,6 +144,9 @@ impl KvCache {
     ) -> Result<()> {
         let (k, v) = (view(k)?, view(v)?);
         let Store::Host(host) = &mut self.store else { bail!("keys on the host for a KV cache on a device") };
+        if self.kind != KvCacheType::Auto {
+            bail!("a KV cache in {:?} is a device's, and these keys are on the host", self.kind);
+        }
         host.sequences.reserve_exact(prompts.len());
         for &prompt in prompts {
             let rows = cu_seqlens[prompt] * width..cu_seqlens[prompt + 1] * width;
@@ -176,7 +183,8 @@ impl KvCache {
     /// # Errors
     /// If a number does not fit 32 bits.
     pub fn next_step(&self) -> Result<Option<NextStep>> {
-        let Store::Device(DeviceSlots { cache, slots, lengths }) = &self.store else { return Ok(None) };
+        let Store::Device(device) = &self.store else { return Ok(None) };
+        let DeviceSlots { cache, slots, lengths } = &**device;
         let lengths: Vec<usize> = lengths.iter().map(|length| length + 1).collect();
         let longest = lengths.iter().max().copied().unwrap_or(0);
         if longest > cache.capacity() {
@@ -240,7 +248,7 @@ impl KvCache {
                 ours.sequences.extend(theirs.sequences);
                 Ok(())
             }
-            (Store::Device(ours), Store::Device(theirs)) => ours.join(theirs),
+            (Store::Device(ours), Store::Device(theirs)) => ours.join(*theirs),
             _ => bail!("a KV cache on the host and one on a device cannot be joined"),
         }
     }
@@ -257,12 +265,17 @@ impl KvCache {
 }
 
 impl DeviceSlots {
-    fn new(k: &Matrix, v: &Matrix, cu_seqlens: &[usize], prompts: &[usize], capacity: usize) -> Result<Self> {
+    fn new(
+        [k, v]: [&Matrix; 2],
+        cu_seqlens: &[usize],
+        prompts: &[usize],
+        (capacity, kind): (usize, KvCacheType),
+    ) -> Result<Self> {
         let rows = |prompt: usize| cu_seqlens[prompt]..cu_seqlens[prompt + 1];
         let lengths: Vec<usize> = prompts.iter().map(|&p| rows(p).len()).collect();
         let capacity = lengths.iter().max().copied().unwrap_or(0) + capacity;
         let (device, slots) = (k.device(), prompts.len());
-        let cache = DeviceCache::new(device, k.element(), slots, capacity, row(k.cols()))?;
+        let cache = DeviceCache::new(device, (k.element(), kind), slots, capacity, row(k.cols()))?;
         let copied: Vec<Copied> =
             prompts.iter().enumerate().map(|(slot, &p)| Copied { rows: rows(p), slot, position: 0 }).collect();
         cache.write(k, v, &Writes::new(device, capacity, &copied)?)?;
@@ -301,8 +314,7 @@ impl DeviceSlots {
 
     /// Moves the live sequences into a new cache of `slots` slots with `capacity` tokens each.
     fn grow(&mut self, slots: usize, capacity: usize) -> Result<()> {
-        let (keys, _) = self.cache.rows();
-        let cache = DeviceCache::new(keys.device(), keys.element(), slots, capacity, row(keys.cols()))?;
+        let cache = self.cache.alike(slots, capacity)?;
         let places: Vec<usize> = (0..self.slots.len()).collect();
         self.copy_to(&cache, &places)?;
         (self.slots, self.cache) = (places, cache);
@@ -311,12 +323,12 @@ impl DeviceSlots {
 
     /// Copies the live sequences into the slots `places` of another cache.
     fn copy_to(&self, cache: &DeviceCache, places: &[usize]) -> Result<()> {
-        let ((keys, values), old) = (self.cache.rows(), self.cache.capacity());
+        let old = self.cache.capacity();
         let live = self.slots.iter().zip(&self.lengths).zip(places);
         let copied: Vec<Copied> = live
             .map(|((&from, &length), &slot)| Copied { rows: from * old..from * old + length, slot, position: 0 })
             .collect();
-        cache.write(keys, values, &Writes::new(keys.device(), cache.capacity(), &copied)?)
+        cache.copy(&self.cache, &Writes::new(cache.device(), cache.capacity(), &copied)?)
     }
 
     /// Takes over the sequences of another cache: into slots that sequences have left, or into more of them.
@@ -342,7 +354,7 @@ impl DeviceSlots {
     }
 
     fn live(&self) -> Result<Live> {
-        Live::new(self.cache.rows().0.device(), self.cache.capacity(), &self.slots, &self.lengths)
+        Live::new(self.cache.device(), self.cache.capacity(), &self.slots, &self.lengths)
     }
 
     /// o (S, q * dim) of one query per live sequence.

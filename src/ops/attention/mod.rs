@@ -15,6 +15,7 @@ mod kv_cache;
 use std::ops::Range;
 
 use anyhow::{Result, bail};
+use serde::{Deserialize, Serialize};
 
 use crate::device::Array;
 use crate::ops::columns;
@@ -24,6 +25,28 @@ pub use kv_cache::{KvCache, NextStep};
 
 /// Queries whose scores exist at once.
 pub(crate) const QUERIES: usize = 48;
+
+/// What the keys and values of a KV cache are stored as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+pub enum KvCacheType {
+    /// The type of the products.
+    #[default]
+    #[serde(rename = "auto")]
+    Auto,
+    /// ggml's blocks of 32 signed bytes with a scale, along a head: 8.5 bits a number. Only devices have it.
+    #[serde(rename = "q8_0")]
+    Q8_0,
+}
+
+impl KvCacheType {
+    /// The value of the `kv_cache_type` key.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::Q8_0 => "q8_0",
+        }
+    }
+}
 
 /// Heads of one attention layer, and which keys they attend to.
 #[derive(Clone, Copy, Debug, PartialEq)]

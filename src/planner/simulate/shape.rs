@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
-use crate::config::Offload;
+use crate::config::{KvCacheType, Offload};
 use crate::model::adapter::TargetModule;
 use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, LoraLayer, LoraLayers, MAX_LINEARS, NonBlockModule};
 use crate::model::base::Base;
@@ -40,6 +40,8 @@ pub struct Network {
     pub dtypes: HashMap<String, StorageDType>,
     /// The layers that a device does not keep.
     pub offload: Offload,
+    /// What keys and values are cached as.
+    pub kv_cache_type: KvCacheType,
 }
 
 impl Network {
@@ -73,7 +75,14 @@ impl Network {
     /// As for opening the model files.
     pub fn of_section(checkpoint: &ModelFiles, section: &config::Base) -> Result<Self> {
         let quantise = section.quantize.map(config::Quantize::stored);
-        Ok(Self::of(checkpoint.contents(), quantise, section.compute_dtype())?.offloading(section.offload()))
+        let net = Self::of(checkpoint.contents(), quantise, section.compute_dtype())?;
+        Ok(net.offloading(section.offload()).caching_in(section.kv_cache_type()))
+    }
+
+    /// The same shapes with keys and values cached as `kv_cache_type`.
+    #[must_use]
+    pub fn caching_in(self, kv_cache_type: KvCacheType) -> Self {
+        Self { kv_cache_type, ..self }
     }
 
     /// The same shapes with layers that a device does not keep.
@@ -108,7 +117,8 @@ impl Network {
             0 => Offload::None,
             layers => Offload::Layers(layers),
         };
-        Ok(Self::made(base.config().clone(), None, compute, true, find)?.offloading(offload))
+        let net = Self::made(base.config().clone(), None, compute, true, find)?;
+        Ok(net.offloading(offload).caching_in(base.kv_cache_type()))
     }
 
     /// Shapes from a configuration alone, all matrices stored as `dtype` and then quantised.
@@ -178,8 +188,8 @@ impl Network {
             // Compiled in: neither mapped by us nor of the heap.
             mapped = 0;
         }
-        let offload = Offload::None;
-        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols, dtypes, offload })
+        let (offload, kv_cache_type) = (Offload::None, KvCacheType::Auto);
+        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols, dtypes, offload, kv_cache_type })
     }
 
     /// Bytes of norms, biases and the rotations of the first positions, which are made together.

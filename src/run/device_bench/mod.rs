@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::config;
-use crate::config::Lora;
+use crate::config::{KvCacheType, Lora};
 use crate::device::profile::KernelTime;
 use crate::device::{Array, Device, DeviceChoice, Element, Gemm};
 use crate::host::meter::Phase;
@@ -46,6 +46,8 @@ pub struct Asked {
     pub stored: StorageDType,
     /// The type that products are computed in.
     pub compute: ComputeDtype,
+    /// What keys and values are cached as.
+    pub kv_cache_type: KvCacheType,
     /// Optimisation methods whose steps are measured.
     pub methods: Vec<Method>,
     /// Responses of a step.
@@ -198,6 +200,7 @@ pub fn model(
             ("model", asked.model.as_str().into()),
             ("stored", asked.stored.name().into()),
             ("compute", asked.compute.element().name().into()),
+            ("kv_cache_type", asked.kv_cache_type.name().into()),
         ];
         of.into_iter().map(|(key, value): (_, Value)| (key.to_owned(), value)).collect::<Map<_, _>>()
     };
@@ -207,8 +210,8 @@ pub fn model(
         Value::Object(all)
     };
     let began = Instant::now();
-    let base =
-        synthetic::base(config, asked.stored)?.computing_in(asked.compute).on(Some(device.clone()), |_, _| {})?;
+    let base = synthetic::base(config, asked.stored)?.computing_in(asked.compute).caching_in(asked.kv_cache_type)?;
+    let base = base.on(Some(device.clone()), |_, _| {})?;
     device.synchronize()?;
     let bytes: usize = base.weights().iter().map(|(_, w)| w.size_in_bytes()).sum();
     show(with(
