@@ -91,13 +91,11 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     if let Some(text) = config.without_section(stage) {
         warning!("{}: warning: {text}", stage.name());
     }
-<<<<<<< HEAD
     if launch.world.is_first() {
         config.idle_keys(stage).iter().for_each(|idle| crate::tell!("{}: {idle}", stage.name()));
-=======
+    }
     if let Some(text) = kv_cache_without_use(stage, config) {
         warning!("{}: warning: {text}", stage.name());
->>>>>>> 871fb63224def364152c09da29ed1946bb902c46
     }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
