@@ -46,6 +46,8 @@ struct Loaded {
 struct Clients {
     servers: Vec<Server>,
     settings: RolloutEngine,
+    /// The adapters' folder as the servers see it.
+    folder_there: String,
     /// Token ids of the base.
     vocab: usize,
 }
@@ -57,7 +59,6 @@ pub(super) struct ServedSampler<'w> {
     clients: Arc<Clients>,
     model: &'w Model,
     folder: PathBuf,
-    folder_there: String,
     /// Another one in each process: a server may still have the adapters of a run that was killed.
     tag: String,
     loaded: Mutex<Option<Loaded>>,
@@ -99,8 +100,9 @@ impl<'w> ServedSampler<'w> {
         let started = (crate::report::clocks::now() * 1e6) as u64;
         let tag = format!("{:x}-{:x}", std::process::id(), started);
         let servers = settings.urls.iter().map(server).collect();
-        let clients = Clients { servers, settings: settings.clone(), vocab: model.base.config().vocab_size };
-        Ok(Self { section, clients: clients.into(), model, folder, folder_there, tag, loaded: Mutex::default() })
+        let vocab = model.base.config().vocab_size;
+        let clients = Clients { servers, settings: settings.clone(), folder_there, vocab };
+        Ok(Self { section, clients: clients.into(), model, folder, tag, loaded: Mutex::default() })
     }
 
     /// Loads the adapter on every server unless they have it, and has them forget the one before. A server that is dead is left
@@ -115,21 +117,20 @@ impl<'w> ServedSampler<'w> {
         }
         let name = format!("fourfold-{}-{version}", self.tag);
         super::save(adapter.clone(), self.model, &self.folder.join(&name))?;
-        let body = json!({ "lora_name": name, "lora_path": format!("{}/{name}", self.folder_there) });
         let (mut servers, mut dead) = (vec![], vec![]);
         for (number, server) in self.clients.servers.iter().enumerate() {
             let outcome = self.clients.tries(|_| {
-                let outcome = match server.load.send(&body) {
-                    Ok(_) => Ok(()),
-                    // The reply to an earlier try did not arrive.
-                    Err(Failure::Final(text)) if text.contains("already") => Ok(()),
+                let outcome = match self.clients.load(server, &name) {
                     Err(Failure::Final(text)) if text.contains("status 404") => Err(Failure::Final(format!(
                         "{text}; it has no such endpoint, or no such folder: start vLLM with --enable-lora --max-lora-rank {} and \
                          VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on a machine that sees {}, or set server_adapter_dir",
                         adapter.config().r,
                         self.folder.display()
                     ))),
-                    Err(failure) => Err(failure),
+                    Err(Failure::Final(text)) if text.contains("max_lora_rank") => {
+                        Err(Failure::Final(format!("{text}; start vLLM with --max-lora-rank {}", adapter.config().r)))
+                    }
+                    outcome => outcome,
                 };
                 (server.load.url.clone(), outcome)
             });
@@ -191,6 +192,28 @@ impl Clients {
         Err(Failure::Passing(last))
     }
 
+    /// Loads the written adapter `name` on a server.
+    fn load(&self, server: &Server, name: &str) -> Result<(), Failure> {
+        let body = json!({ "lora_name": name, "lora_path": format!("{}/{name}", self.folder_there) });
+        match server.load.send(&body) {
+            // The reply to an earlier try did not arrive, or another request was first.
+            Err(Failure::Final(text)) if text.contains("already") => Ok(()),
+            // vLLM's status is 500 for an adapter that it cannot take, as one of a larger rank than it was started with.
+            Err(Failure::Passing(text)) if text.contains("add_lora") => Err(Failure::Final(text)),
+            outcome => outcome.map(drop),
+        }
+    }
+
+    /// A server that was started again while a rollout was sampled has no adapter: it loads it, and the request may be sent again.
+    fn reload(&self, server: &Server, name: &str, failure: Failure) -> Failure {
+        match failure {
+            Failure::Final(text) if text.contains("status 404") && self.load(server, name).is_ok() => {
+                Failure::Passing(text)
+            }
+            failure => failure,
+        }
+    }
+
     /// Every parameter is given, so that no default of the server's or of its model's generation_config.json holds.
     fn request(&self, adapter: &str, prompt: &[u32], seed: u64, sampling: &SamplingParams) -> Value {
         let mut body = json!({
@@ -242,7 +265,7 @@ impl Clients {
                 let body = self.request(name, prompt, seed, sampling);
                 let sampled = self.tries(|tried| {
                     let server = &self.servers[servers[(i + tried) % servers.len()]];
-                    let reply = server.completions.post(&body);
+                    let reply = server.completions.post(&body).map_err(|failure| self.reload(server, name, failure));
                     let sampled = reply.and_then(|reply| response(&reply, prompt, sampling, self.vocab));
                     (server.completions.url.clone(), sampled)
                 });

@@ -21,6 +21,7 @@ use super::http::{self, Asked, Reply};
 use super::reply::{Frame, Written};
 use super::request::{Request, Text};
 use super::score::Scoring;
+use super::tokens;
 use crate::model::adapter::Adapter;
 use crate::model::generate::SamplingParams;
 use crate::rng::derive;
@@ -52,6 +53,15 @@ pub(super) async fn of(state: &Arc<State>, asked: Asked, body: Bytes) -> Answer 
             elsewhere(move || adapter(&state, asked == Asked::Load, &body)).await.map(http::sentence)
         }
         Asked::Score | Asked::Classify => score(state, asked == Asked::Score, body).await,
+        Asked::Tokenize | Asked::Detokenize => {
+            let state = state.clone();
+            let reply = elsewhere(move || {
+                let of = if asked == Asked::Tokenize { tokens::tokenize } else { tokens::detokenize };
+                let (name, reply) = of(&body, &state.model)?;
+                state.adapters.find(name.as_deref()).map(|_| reply)
+            });
+            Ok(http::json(200, &reply.await?))
+        }
     }
 }
 

@@ -103,6 +103,8 @@ pub(super) enum Asked {
     Unload,
     Score,
     Classify,
+    Tokenize,
+    Detokenize,
 }
 
 const PATHS: &[(&str, &str, Asked)] = &[
@@ -115,6 +117,8 @@ const PATHS: &[(&str, &str, Asked)] = &[
     ("POST", "/score", Asked::Score),
     ("POST", "/v1/score", Asked::Score),
     ("POST", "/classify", Asked::Classify),
+    ("POST", "/tokenize", Asked::Tokenize),
+    ("POST", "/detokenize", Asked::Detokenize),
 ];
 
 /// Compares without a hint, in the time that it takes, at which byte two keys differ.

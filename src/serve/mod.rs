@@ -3,8 +3,8 @@
 //!
 //! - `engine.rs` generates: one thread that owns the model's work, where requests share decoding steps;
 //! - `http.rs` and `answers.rs` are connections, paths and what each path does;
-//! - `fields.rs`, `request.rs`, `prompt.rs` and `score.rs` read bodies; `choice.rs` and `reply.rs` write replies; `fault.rs` is what a
-//!   client is told when there is none; `adapters.rs` holds the names.
+//! - `fields.rs`, `request.rs`, `prompt.rs`, `score.rs` and `tokens.rs` read bodies; `choice.rs` and `reply.rs` write replies;
+//!   `fault.rs` is what a client is told when there is none; `adapters.rs` holds the names.
 //!
 //! It does not depend on stages. Read `engine.rs` next; `configs/serve.md` says what is supported.
 
@@ -19,6 +19,7 @@ mod prompt;
 mod reply;
 mod request;
 mod score;
+mod tokens;
 
 use std::net::{SocketAddr, TcpListener};
 use std::path::Path;

@@ -86,17 +86,17 @@ pub(super) fn dialogue(messages: &Value, variables: Map<String, Value>, open: bo
 }
 
 impl Prompt {
-    /// Its token ids: at least one, all of the vocabulary, and fewer than the context.
+    /// Its token ids, as many as there are.
     ///
     /// # Errors
-    /// If there is none, one has no embedding, they fill the context, or the template refuses the dialogue.
-    pub fn ids(&self, model: &Model, add_special_tokens: bool) -> Result<Vec<u32>> {
+    /// If the template refuses the dialogue.
+    pub fn encode(&self, model: &Model, add_special_tokens: bool) -> Result<Vec<u32>> {
         let tokenizer = model.checkpoint.tokenizer();
         let plain = |text: &str| -> Result<Vec<u32>> {
             let front = if add_special_tokens { tokenizer.front() } else { &[] };
             Ok([front, &tokenizer.encode(text, SpecialTokens::None)?].concat())
         };
-        let ids = match self {
+        Ok(match self {
             Self::Text(text) => plain(text)?,
             Self::Ids(ids) => ids.clone(),
             Self::Dialogue { messages, open } if tokenizer.chat_template().is_some() => {
@@ -109,7 +109,15 @@ impl Prompt {
                 let texts: Vec<&str> = messages.iter().map(|message| message.content.as_str()).collect();
                 [tokenizer.front(), &tokenizer.encode(&texts.join("\n"), SpecialTokens::None)?].concat()
             }
-        };
+        })
+    }
+
+    /// Its token ids: at least one, all of the vocabulary, and fewer than the context.
+    ///
+    /// # Errors
+    /// If there is none, one has no embedding, they fill the context, or the template refuses the dialogue.
+    pub fn ids(&self, model: &Model, add_special_tokens: bool) -> Result<Vec<u32>> {
+        let ids = self.encode(model, add_special_tokens)?;
         let (vocab, context) = (model.base.config().vocab_size, model.base.config().max_position_embeddings);
         if ids.is_empty() {
             return Err(invalid!("the prompt is empty; give at least one token"));

@@ -115,6 +115,33 @@ fn a_server_that_is_dead_is_left_out_where_another_lives() {
 }
 
 #[test]
+fn a_server_that_is_started_again_amid_a_rollout_is_given_the_adapter_anew() {
+    let own = run_on(KEYS, record).unwrap();
+    // The process that takes its place knows no adapter until it has loaded one.
+    let (restarted, knows) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    let (url, log) = server(move |n, path, body| match path {
+        "/v1/load_lora_adapter"
+            if restarted.load(Ordering::SeqCst) > 0 && knows.fetch_add(1, Ordering::SeqCst) == 0 =>
+        {
+            Deed::Reply(reply("200 OK", "Success: LoRA adapter added successfully."))
+        }
+        "/v1/completions" if n >= 3 && knows.load(Ordering::SeqCst) == 0 => {
+            restarted.store(1, Ordering::SeqCst);
+            let message =
+                format!("The model `{}` does not exist. Valid aliases: base.", body["model"].as_str().unwrap());
+            Deed::Reply(fault("404 Not Found", &message))
+        }
+        _ => Deed::Answer,
+    });
+    let served = run_on(&format!("{KEYS}{}", section(&[&url])), record).unwrap();
+    assert_same(&own, &served);
+    let log = log.lock().unwrap();
+    let loads: Vec<&Value> =
+        log.iter().filter(|(path, _)| path == "/v1/load_lora_adapter").map(|(_, body)| body).collect();
+    assert!(loads.len() > 2 && loads[0] == loads[1], "the same name and path: {loads:?}");
+}
+
+#[test]
 fn what_a_server_computes_otherwise_is_measured_and_corrected_within_the_bound() {
     let keys = KEYS.replace("num_ppo_epochs = 2\nnum_mini_batches = 2", "num_ppo_epochs = 1\nnum_mini_batches = 1");
     let of = |shift: f64, high: f64| {
@@ -210,7 +237,7 @@ fn openais_engine_sends_openais_parameters_alone() {
 #[test]
 fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
     type Wrong = fn(&str) -> Deed;
-    let cases: [(Wrong, &[&str]); 6] = [
+    let cases: [(Wrong, &[&str]); 5] = [
         (
             |path| if path.ends_with("completions") { Deed::WithoutAdapter } else { Deed::Answer },
             &["nats per token", "max_mismatch"],
@@ -222,10 +249,6 @@ fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
             &["VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"],
         ),
         (
-            |_| Deed::Reply(fault("400 Bad Request", "LoRA rank 8 is greater than max_lora_rank 4.")),
-            &["LoRA rank 8 is greater than max_lora_rank 4."],
-        ),
-        (
             |path| if path.ends_with("completions") { Deed::Reply(reply("200 OK", "<html>")) } else { Deed::Answer },
             &["not JSON", "retries"],
         ),
@@ -235,6 +258,18 @@ fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
         let error = format!("{:#}", run_on(&format!("{KEYS}{}", section(&[&url])), record).unwrap_err());
         assert!(said.iter().all(|said| error.contains(said)), "{said:?}: {error}");
     }
+}
+
+#[test]
+fn an_adapter_that_vllm_cannot_take_ends_the_run_at_once_with_what_to_do() {
+    // The reply of vLLM 0.32.0.
+    let said = "Call to add_lora method failed: Worker failed with error 'LoRA rank 8 is greater than max_lora_rank 4.', please check \
+                the stack trace above for the root cause";
+    let (url, log) = server(|_, _, _| Deed::Reply(fault("500 Internal Server Error", said)));
+    let error = format!("{:#}", run_on(&format!("{KEYS}{}", section(&[&url])), record).unwrap_err());
+    assert!(error.contains("LoRA rank 8 is greater than max_lora_rank 4."), "{error}");
+    assert!(error.contains("--max-lora-rank 8") && !error.contains("retries"), "{error}");
+    assert_eq!(log.lock().unwrap().len(), 1, "no other try would end otherwise");
 }
 
 #[test]

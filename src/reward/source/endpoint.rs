@@ -5,10 +5,12 @@ use serde_json::Value;
 use ureq::Agent;
 
 use super::reply::error_text;
-use super::retry::{Failure, excerpt};
+use super::retry::{Failure, beginning, excerpt};
 
 /// Maximum size of a reply's body.
 const LONGEST_BODY: u64 = 16 << 20;
+/// Characters of an error's own words: vLLM names the cause after a hundred.
+const LONGEST_MESSAGE: usize = 400;
 
 /// An address with its client.
 pub struct Endpoint {
@@ -56,8 +58,9 @@ impl Endpoint {
         let text = String::from_utf8_lossy(&text).into_owned();
         if !status.is_success() {
             let reply: Option<Value> = serde_json::from_str(&text).ok();
-            let message = reply.as_ref().and_then(error_text).unwrap_or(&text);
-            let fault = format!("HTTP status {status}: {}", excerpt(message));
+            let said = reply.as_ref().and_then(error_text);
+            let said = said.map_or_else(|| excerpt(&text), |said| beginning(said, LONGEST_MESSAGE));
+            let fault = format!("HTTP status {status}: {said}");
             // Server errors, time-outs and rate limits may pass; a wrong address or key does not.
             let passes = status.is_server_error() || [408, 425, 429].contains(&status.as_u16());
             return Err(if passes { Failure::Passing(fault) } else { Failure::Final(fault) });

@@ -138,7 +138,12 @@ pub fn score_of(value: &Value) -> Option<f32> {
 
 /// The beginning of a text, for a message.
 pub fn excerpt(text: &str) -> String {
-    let mut short: String = text.trim_end().chars().take(80).collect();
+    beginning(text, 80)
+}
+
+/// The first `most` characters of a text, in quotes.
+pub fn beginning(text: &str, most: usize) -> String {
+    let mut short: String = text.trim_end().chars().take(most).collect();
     if short.len() < text.trim_end().len() {
         short.push('…');
     }

@@ -270,3 +270,47 @@ fn every_sampling_parameter_is_honoured() {
     let alone = |prompt: &str| of(json!({ "prompt": prompt, "seed": 9, "n": 2 }));
     assert_eq!(two, [alone("The soup"), alone("A room")].concat(), "in the order of the prompts");
 }
+
+#[test]
+fn texts_become_the_ids_that_prompts_become_and_ids_their_texts_again() {
+    let (_running, client) = served(options());
+    let model = model();
+    let tokenizer = model.checkpoint.tokenizer();
+    // What vLLM's benchmark client asks before it begins. A text longer than the context has its length, too.
+    for (text, ends) in
+        [("\n\nHuman: Hi, zoë!<|endoftext|>".to_owned(), true), ("word ".repeat(400), false), (String::new(), false)]
+    {
+        let body = json!({ "model": "actor", "prompt": text, "add_special_tokens": false, "return_token_strs": true });
+        let answer = client.ok("/tokenize", &body);
+        let want = tokenizer.encode(&text, fourfold::tokenizer::SpecialTokens::None).unwrap();
+        assert_eq!(ids(&answer["tokens"]), want);
+        assert_eq!((&answer["count"], &answer["max_model_len"]), (&json!(want.len()), &json!(256)));
+        let strings = answer["token_strs"].as_array().unwrap();
+        assert_eq!(strings.len(), want.len());
+        assert_eq!(strings.last() == Some(&json!("<|endoftext|>")), ends);
+        let back = client.ok("/detokenize", &json!({ "model": "reward", "tokens": want }));
+        assert_eq!(back, json!({ "prompt": text }));
+    }
+    let messages = json!([{ "role": "user", "content": "How was the soup?" }]);
+    let chat = json!({ "messages": messages, "max_tokens": 1, "return_token_ids": true });
+    let read = ids(&client.ok("/v1/chat/completions", &chat)["prompt_token_ids"]);
+    let answer = client.ok("/tokenize", &json!({ "messages": messages }));
+    assert_eq!((ids(&answer["tokens"]), &answer["token_strs"]), (read.clone(), &Value::Null));
+    let closed = client.ok("/tokenize", &json!({ "messages": messages, "add_generation_prompt": false }));
+    assert!(ids(&closed["tokens"]).len() < read.len());
+    for (path, body, status, said) in [
+        ("/tokenize", json!({}), 400, "either prompt or messages"),
+        ("/tokenize", json!({ "prompt": "a", "messages": messages }), 400, "either prompt or messages"),
+        ("/tokenize", json!({ "prompt": [1] }), 400, "expected a string"),
+        ("/tokenize", json!({ "prompt": "a", "model": "nobody" }), 404, "nobody"),
+        ("/detokenize", json!({ "tokens": [1024] }), 400, "below 1024"),
+        ("/detokenize", json!({ "tokens": "a" }), 400, "expected a list"),
+        ("/detokenize", json!({}), 400, "tokens"),
+    ] {
+        let (found, answer) = client.post(path, &body);
+        assert!(
+            found == status && answer["error"]["message"].as_str().unwrap().contains(said),
+            "{path} {body}: {answer}"
+        );
+    }
+}
