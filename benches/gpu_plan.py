@@ -142,10 +142,19 @@ for model, dtype in [("1B (Llama 3.2)", "bf16"), ("7B (Llama 2)", "q4_k"), ("8B 
 
 bandwidth, rate = CARDS["H100"]
 command = [BINARY, "--quiet", "bench", "gpu", "--roofline", f"{bandwidth / 1e9:g},{rate / 1e12:g}", "--model", "7b", "--json"]
-done = subprocess.run(command, capture_output=True, text=True)
-lines = [json.loads(line) for line in done.stdout.splitlines()]
-kernels = [line for line in lines if line["bench"] == "gpu/kernel"]
-whole = next(line for line in lines if line["bench"] == "gpu/kernels")
+
+
+def roofline(*more):
+    """The kernels of a step, and their sum."""
+    done = subprocess.run([*command, *more], capture_output=True, text=True, check=True)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    return [k for k in lines if k["bench"] == "gpu/kernel"], next(line for line in lines if line["bench"] == "gpu/kernels")
+
+
+kernels, whole = roofline()
+q8_kernels, q8_whole = roofline("--kv-cache-type", "q8_0")
+decoding = lambda of, name: next(k for k in of if k["name"] == name)
+cached, q8_cached = decoding(kernels, "attention_decode_f16"), decoding(q8_kernels, "attention_decode_q8_0_f16")
 print(f"""
 ## Floors by kernel of a step of the 7B in q4_k on the H100
 
@@ -154,6 +163,9 @@ their operands and the products' operations. Nothing in the table was measured o
 bytes at the card's bandwidth and its operations at the card's rate, and `bench gpu` on a card prints the measured time beside it.
 All {whole["launches"]:,} launches: {whole["floor_seconds"]:.2f} s with `checkpoint = "block"`. Products are named by rows x columns
 x terms.
+
+With `--kv-cache-type q8_0` (expected as well) `attention_decode_q8_0_f16` reads {q8_cached["bytes"] / 1e9:.1f} GB in place of {cached["bytes"] / 1e9:.1f}: {q8_cached["floor_ms"]:.1f} ms, and all
+launches {q8_whole["floor_seconds"]:.2f} s.
 
 | kernel | launches | GB | TFLOP | floor, ms | share |
 |---|---|---|---|---|---|""")
