@@ -18,6 +18,8 @@ const GRPO: &str = "seed = 3\n[base]\npath = 'base'\n[lora]\nr = 2\n[data]\npath
                     max_completion_length = 12\nlr_scheduler_type = 'constant'\nTHE_KEYS\n[[grpo.reward]]\nkind = 'length'\n\
                     max_tokens = 9\n";
 
+const PAIRS: &str = "--set data.path=pairs.jsonl";
+
 fn place() -> Place {
     let p = Place::new();
     let prompt = |i: usize| json!({"prompt": format!("\n\nHuman: How was the soup, number {i}?\n\nAssistant:")});
@@ -87,14 +89,13 @@ fn keys_of_lora_beside_an_adapter_of_another_shape_are_named_by_every_stage() {
         let stage = line.split(' ').next().unwrap();
         done(&p, &format!("{line} --out new/{stage} --overwrite")).stderr
     };
-    let pairs = "--set data.path=pairs.jsonl";
     let label = |i: usize| json!({"prompt": format!("q{i}"), "completion": " a", "label": i.is_multiple_of(2)});
     p.write("labels.jsonl", (0..6).map(|i| format!("{}\n", label(i))).collect::<String>());
     let of = "out/sft/adapter";
     for (line, is_said) in [
         (format!("sft run.toml --set sft.adapter={of} --set lora.r=4"), true),
-        (format!("reward run.toml {pairs} --set lora.r=4"), true),
-        (format!("dpo run.toml {pairs} --set dpo.adapter={of} --set lora.r=4"), true),
+        (format!("reward run.toml {PAIRS} --set lora.r=4"), true),
+        (format!("dpo run.toml {PAIRS} --set dpo.adapter={of} --set lora.r=4"), true),
         (format!("kto run.toml --set data.path=labels.jsonl --set kto.adapter={of} --set lora.r=4"), true),
         (
             format!(
@@ -255,9 +256,7 @@ fn a_run_never_replaces_the_adapter_or_the_data_that_it_begins_with() {
     for (line, key) in [
         (format!("sft run.toml --set sft.adapter={of} --out out/sft"), "[sft] adapter"),
         (
-            format!(
-                "reward run.toml --set data.path=pairs.jsonl --set reward.adapter=out/reward/adapter --out out/reward"
-            ),
+            format!("reward run.toml {PAIRS} --set reward.adapter=out/reward/adapter --out out/reward"),
             "[reward] adapter",
         ),
     ] {
