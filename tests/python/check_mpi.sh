@@ -37,11 +37,11 @@ if [ -z "${FOURFOLD_BINARY:-}" ]; then
     LIBCLANG_PATH=$(dirname "$(find "$prefix" -name 'libclang*.so*' | head -n 1)")
     BINDGEN_EXTRA_CLANG_ARGS=-I$(cc -print-file-name=include)
     export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
-    # Dependencies are those of the program without the feature, so they are built once. The program is copied: the next build
-    # without the feature takes its place.
+    # Built for a test, whose dependencies are those of the other tests: they are not built again. The program is copied: the
+    # next build without the feature takes its place.
     target=${CARGO_TARGET_DIR:-$root/target}
     cd "$root"
-    cargo build --profile "$profile" --features mpi --bin fourfold >&2 || fail "it does not build"
+    cargo test --profile "$profile" --features mpi --test layers --no-run >&2 || fail "it does not build"
     mkdir -p "$target/mpi" && cp "$target/$profile/fourfold" "$target/mpi/fourfold" || fail "it cannot be copied to $target/mpi"
     FOURFOLD_BINARY=$target/mpi/fourfold
 fi
