@@ -147,9 +147,13 @@ pub(super) fn check_inputs(out: &Path, by: &str, inputs: &[(String, PathBuf)]) -
         .chain(&FILES)
         .filter_map(|name| fs::canonicalize(out.join(name)).ok())
         .collect();
-    let is_removed =
-        |path: &Path| fs::canonicalize(path).is_ok_and(|path| removed.iter().any(|removed| path.starts_with(removed)));
-    match inputs.iter().find(|(_, path)| is_removed(path)) {
+    if removed.is_empty() {
+        return Ok(());
+    }
+    let is_removed = |path: &PathBuf| {
+        fs::canonicalize(path).is_ok_and(|path| removed.iter().any(|removed| path.starts_with(removed)))
+    };
+    match inputs.iter().find(|(key, path)| reached(key, path).iter().any(is_removed)) {
         Some((key, path)) => Err(invalid!(
             "{key} = \"{}\" is a part of the run in {}, which this run would replace; name another folder with --out",
             path.display(),
@@ -157,6 +161,28 @@ pub(super) fn check_inputs(out: &Path, by: &str, inputs: &[(String, PathBuf)]) -
         )),
         None => Ok(()),
     }
+}
+
+/// What is read of the path of a key: itself, an adapter's files, and for data what matches a pattern and the files of folders.
+/// Any of it may be a link.
+fn reached(key: &str, path: &Path) -> Vec<PathBuf> {
+    let mut all = vec![path.to_path_buf()];
+    if key.contains("adapter") {
+        all.extend(ADAPTER_FILES.map(|file| path.join(file)));
+    }
+    if key.contains("[data") || key.contains("ptx") {
+        let matching = path.to_str().filter(|_| !path.exists()).and_then(|pattern| glob::glob(pattern).ok());
+        all.extend(matching.into_iter().flatten().flatten());
+        let mut at = 0;
+        while at < all.len() {
+            // A link to a folder above it would have no end.
+            let folder = fs::read_dir(&all[at]).ok().filter(|_| at == 0 || !all[at].is_symlink());
+            let within: Vec<PathBuf> = folder.into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+            all.extend(within);
+            at += 1;
+        }
+    }
+    all
 }
 
 /// Whether `out` holds a checkpoint, complete or not.

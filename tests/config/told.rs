@@ -276,6 +276,17 @@ fn a_run_never_replaces_the_adapter_or_the_data_that_it_begins_with() {
         "grpo grpo.toml --set grpo.adapter=own/actor --out own --overwrite",
         &["[grpo] adapter = \"own/actor\""],
     );
+    // The same by a pattern, by the folder itself, and by links in folders elsewhere, as caches lay them out.
+    for folder in ["data", "cache"] {
+        fs::create_dir(p.path(folder)).unwrap();
+    }
+    std::os::unix::fs::symlink("../own/samples.jsonl", p.path("data/asked.jsonl")).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        std::os::unix::fs::symlink(format!("../own/actor/{file}"), p.path(&format!("cache/{file}"))).unwrap();
+    }
+    for set in ["data.path=own/sam*.jsonl", "data.path=own", "data.path=data", "grpo.adapter=cache"] {
+        refused(&p, &format!("grpo grpo.toml --set {set} --out own --overwrite"), &["which this run would replace"]);
+    }
     assert_eq!(bytes("out/sft/adapter/adapter_model.safetensors"), kept);
     assert_eq!(bytes("out/reward/adapter/adapter_model.safetensors"), scores);
     assert_eq!(bytes("own/samples.jsonl"), samples);
