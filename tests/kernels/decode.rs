@@ -1,7 +1,7 @@
 //! The KV cache and attention of one query per sequence. Read `decode_q8.rs` for a cache in q8_0.
 
 use fourfold::device::testing::can_emulate;
-use fourfold::device::{Element, Matrix};
+use fourfold::device::{Device, Element, Matrix};
 use fourfold::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
 use fourfold::ops::attention::{Heads, KvCacheType};
 use fourfold::ops::rope::Direction;
@@ -109,6 +109,13 @@ fn one_prompt_goes_to_several_slots_and_a_nan_key_shows() {
 
 /// One launch does what three rotations and writes did: q where it lies, k rotated and v into the row of the newest token,
 /// and no other row of the cache.
+/// The rotations of `half` pairs of a head at nine positions; `None` for no pair.
+pub fn rope_table(device: &Device, half: usize, dim: usize) -> Option<DeviceRopeTable> {
+    let angles: Vec<f32> = (0..9 * half).map(|i| (i / half) as f32 * 0.4f32.powi((i % half) as i32)).collect();
+    let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
+    (half > 0).then(|| DeviceRopeTable::new(device, &cos, &sin, half, dim).unwrap())
+}
+
 #[test]
 fn a_token_is_rotated_and_appended_in_one_launch() {
     if !can_emulate() {
@@ -120,9 +127,7 @@ fn a_token_is_rotated_and_appended_in_one_launch() {
         own_devices().iter().cycle().zip([(4, 2, 10, 5), (3, 3, 64, 20), (5, 1, 7, 0)])
     {
         let heads = Heads::full(q_heads, kv, dim);
-        let angles: Vec<f32> = (0..9 * half).map(|i| (i / half) as f32 * 0.4f32.powi((i % half) as i32)).collect();
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
-        let tables = (half > 0).then(|| DeviceRopeTable::new(device, &cos, &sin, half, dim).unwrap());
+        let tables = rope_table(device, half, dim);
         let rotation = tables.as_ref().map(|tables| (tables, tables.place(&positions).unwrap()));
         let rotation = rotation.as_ref().map(|(tables, at)| (*tables, at));
         let rotate = |x: &Matrix| rotation.map_or(x.clone(), |(t, at)| t.rotate(x, at, Direction::Forward).unwrap());

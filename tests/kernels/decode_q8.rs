@@ -8,12 +8,11 @@ use fourfold::device::{Array, Device, Element, Matrix};
 use fourfold::ops::attention;
 use fourfold::ops::attention::device_cache::{Copied, DeviceCache, Live, Writes};
 use fourfold::ops::attention::{Heads, KvCache, KvCacheType};
-use fourfold::ops::rope::gpu::DeviceRopeTable;
 use fourfold::ops::rope::{Direction, RopeTable};
 use fourfold::ops::storage::dtype::StorageDType;
 use fourfold::ops::storage::quantise::quantise;
 
-use crate::decode::{CAPACITY, LENGTHS, SLOTS, reference};
+use crate::decode::{CAPACITY, LENGTHS, SLOTS, reference, rope_table};
 use crate::support::*;
 
 /// A block as ggml has it: an f16 scale and 32 signed bytes.
@@ -108,9 +107,7 @@ fn an_appended_token_has_the_blocks_of_its_rotated_key() {
         own_devices().iter().cycle().zip([(4, 2, 32, 16), (3, 3, 64, 20), (5, 1, 96, 0), (2, 2, 256, 128)])
     {
         let heads = Heads::full(q_heads, kv, dim);
-        let angles: Vec<f32> = (0..9 * half).map(|i| (i / half) as f32 * 0.4f32.powi((i % half) as i32)).collect();
-        let (cos, sin): (Vec<f32>, Vec<f32>) = angles.iter().map(|a| (a.cos(), a.sin())).unzip();
-        let tables = (half > 0).then(|| DeviceRopeTable::new(device, &cos, &sin, half, dim).unwrap());
+        let tables = rope_table(device, half, dim);
         let rotation = tables.as_ref().map(|tables| (tables, tables.place(&positions).unwrap()));
         let rotation = rotation.as_ref().map(|(tables, at)| (*tables, at));
         let rotate = |x: &Matrix| rotation.map_or(x.clone(), |(t, at)| t.rotate(x, at, Direction::Forward).unwrap());
