@@ -277,6 +277,17 @@ impl Config {
         if self.reward_base.is_some() && !reads_rewards {
             idle.push(format!("[reward_base] has no effect on {}, which has no reward model", stage.name()));
         }
+        if self.base.kv_cache_type() == KvCacheType::Q8_0 {
+            let served = || self.rollouts(stage).is_ok_and(|rollouts| rollouts.servers().is_some());
+            if !stage.has_rollouts() && stage != Stage::Distill {
+                idle.push(format!("[base] kv_cache_type has no effect on {}, which generates nothing", stage.name()));
+            } else if stage.has_rollouts() && served() {
+                idle.push(
+                    "[base] kv_cache_type is for evaluations alone: the servers that sample have caches of their own"
+                        .into(),
+                );
+            }
+        }
         idle.extend(self.ppo.as_ref().filter(|_| stage.has_rollouts()).map(Ppo::reward_remarks).unwrap_or_default());
         idle
     }

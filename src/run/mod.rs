@@ -31,7 +31,7 @@ use std::time::Instant;
 use anyhow::Result;
 use serde_json::Value;
 
-use crate::config::{Config, KvCacheType, Stage};
+use crate::config::{Config, Stage};
 use crate::data;
 use crate::data::Prepared;
 use crate::data::examples::Examples as _;
@@ -94,9 +94,6 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     if launch.world.is_first() {
         config.idle_keys(stage).iter().for_each(|idle| crate::tell!("{}: {idle}", stage.name()));
     }
-    if let Some(text) = kv_cache_without_use(stage, config) {
-        warning!("{}: warning: {text}", stage.name());
-    }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
@@ -126,19 +123,6 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
     write_summary(out, &object)?;
     finish_page(out, Ok(()));
     Ok(object)
-}
-
-/// Where a cache of its own type is asked for and little or nothing is generated here.
-fn kv_cache_without_use(stage: Stage, config: &Config) -> Option<&'static str> {
-    let generates = stage.has_rollouts() || stage == Stage::Distill;
-    let served = || config.rollouts(stage).is_ok_and(|rollouts| rollouts.servers().is_some());
-    match config.base.kv_cache_type() {
-        KvCacheType::Q8_0 if !generates => Some("kv_cache_type has no effect here, since this stage generates nothing"),
-        KvCacheType::Q8_0 if stage.has_rollouts() && served() => {
-            Some("kv_cache_type is for evaluations alone here: the servers that sample have caches of their own")
-        }
-        _ => None,
-    }
 }
 
 /// Writes a run's last page; a failure is reported, since it costs nothing that was trained.

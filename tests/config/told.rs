@@ -243,6 +243,13 @@ fn sections_and_keys_that_a_stage_does_not_read_are_told() {
     let told = at(&format!("{scorer}[sft]\n"), Stage::Sft);
     assert!(told.len() == 1 && told[0].starts_with("[reward_base] has no effect on sft"), "{told:?}");
     assert!(at(&format!("{scorer}[sft]\n[reward]\n"), Stage::Sft).is_empty());
+    let cached = |text: &str| text.replacen("[base]\n", "[base]\nkv_cache_type = 'q8_0'\n", 1);
+    let told = at(&cached(&format!("{base}[sft]\n")), Stage::Sft);
+    assert!(told.len() == 1 && told[0].starts_with("[base] kv_cache_type has no effect on sft"), "{told:?}");
+    assert!(at(&cached(&with("")), Stage::Grpo).is_empty(), "rollouts are generated");
+    let servers = "[grpo.rollout]\nengine = 'vllm'\nurls = ['http://127.0.0.1:9/v1']\n";
+    let told = at(&cached(&format!("{}{servers}", with(""))), Stage::Grpo);
+    assert!(told.len() == 1 && told[0].contains("for evaluations alone"), "{told:?}");
 }
 
 #[test]
