@@ -189,6 +189,12 @@ pub(super) fn from_table<T: DeserializeOwned>(table: toml::Table) -> Result<T, K
     T::deserialize(Node(Value::Table(table)))
 }
 
+/// Reads a config, a section or a value of a run's file, of which no error is reported. The whole program reads configs by this one
+/// deserialiser: serde compiles every section anew for each further one, 0.1 MB of the binary.
+pub(crate) fn from_value<T: DeserializeOwned>(value: Value) -> Option<T> {
+    T::deserialize(Node(value)).ok()
+}
+
 /// The keys of a struct with `deny_unknown_fields`, as serde derived them: asked for by offering one no struct has.
 pub(super) fn keys_of<T: for<'de> Deserialize<'de>>() -> &'static [&'static str] {
     let probe = toml::Table::from_iter([(String::new(), Value::Boolean(true))]);

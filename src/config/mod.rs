@@ -43,6 +43,7 @@ use toml::{Table, Value};
 use crate::invalid;
 use describe::describe;
 use located::Fault;
+pub(crate) use located::from_value;
 
 pub use checkpoint::{CheckpointConfig, Guard};
 pub use describe::{key_path, known_keys};

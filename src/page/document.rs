@@ -13,7 +13,7 @@ use super::html::{escape, json_in_script, short, table};
 use super::run_files::{RunFiles, Stage};
 use super::thin::Point;
 use super::{MARK, compare, settings, status};
-use crate::config::{Grpo, Rloo};
+use crate::config::{Grpo, Rloo, from_value};
 use crate::error::counted;
 use crate::ppo::metrics::OF_ACTOR;
 use crate::stats::Histogram;
@@ -185,8 +185,8 @@ fn critic_warmup(run: &RunFiles) -> f64 {
 /// Responses of one rollout.
 fn rollout_size(run: &RunFiles) -> Option<f64> {
     let section = |name: &str| run.settings.as_ref()?.1.get(name).cloned();
-    let grpo = || Some(section("grpo")?.try_into::<Grpo>().ok()?.to_ppo().batch_size as f64);
-    let rloo = || Some(section("rloo")?.try_into::<Rloo>().ok()?.to_ppo().batch_size as f64);
+    let grpo = || Some(from_value::<Grpo>(section("grpo")?)?.to_ppo().batch_size as f64);
+    let rloo = || Some(from_value::<Rloo>(section("rloo")?)?.to_ppo().batch_size as f64);
     setting(run, "ppo", "batch_size").or_else(grpo).or_else(rloo)
 }
 

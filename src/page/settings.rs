@@ -7,7 +7,7 @@ use toml::{Table, Value};
 
 use super::html::{escape, table};
 use super::run_files::RunFiles;
-use crate::config::Config;
+use crate::config::{Config, from_value};
 use crate::train::fingerprint::flatten;
 
 /// The keys of a run's settings by their paths.
@@ -19,8 +19,9 @@ pub(super) fn keys(settings: &Table) -> BTreeMap<String, String> {
 
 /// The defaults of every key that has one.
 fn defaults() -> BTreeMap<String, String> {
-    let sections = "[base]\npath = \"\"\n[data]\n[sft]\n[reward]\n[dpo]\n[kto]\n[ppo]\n[grpo]\n[rloo]\n";
-    let config: Option<Config> = toml::from_str(sections).ok();
+    let bases = "[base]\npath = \"\"\n[reward_base]\npath = \"\"\n[teacher]\npath = \"\"\n";
+    let sections = format!("{bases}[data]\n[sft]\n[reward]\n[dpo]\n[kto]\n[ppo]\n[grpo]\n[rloo]\n[distill]\n");
+    let config: Option<Config> = sections.parse().ok().and_then(|table| from_value(Value::Table(table)));
     let table = config.and_then(|config| config.to_toml().ok()).and_then(|text| text.parse::<Table>().ok());
     table.map_or_else(BTreeMap::new, |table| keys(&table))
 }
@@ -103,8 +104,10 @@ mod tests {
     #[test]
     fn every_section_has_its_defaults() {
         let defaults = defaults();
-        for key in ["seed", "sft.learning_rate", "reward.loss", "dpo.beta", "ppo.kl_coef", "lora.r", "data.max_length"]
-        {
+        for section in ["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo"] {
+            assert!(defaults.keys().any(|key| key.starts_with(&format!("{section}."))), "{section}");
+        }
+        for key in ["seed", "lora.r", "data.max_length", "reward_base.path", "teacher.path", "ppo.kl_coef"] {
             assert!(defaults.contains_key(key), "{key}");
         }
     }

@@ -141,7 +141,7 @@ pub fn settled(config: &Config, resumed: Option<&Path>) -> Result<Config> {
         resumed.and_then(|out| fs::read_to_string(out.join(output::RESOLVED)).ok()?.parse().ok());
     let former = |section: &str| {
         let dtype = before.as_ref()?.get(section)?.get("compute_dtype")?;
-        dtype.clone().try_into::<ComputeDtype>().ok()
+        config::from_value::<ComputeDtype>(dtype.clone())
     };
     let settle = |base: &mut config::Base, name: &str| -> Result<()> {
         if base.compute_dtype.is_none() {
