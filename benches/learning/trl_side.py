@@ -4,9 +4,9 @@ the Rust side wrote to DIR/<seed>/, scored on the same 256 held-out questions by
 usage: trl_side.py --out DIR [--seeds 0,1,2,3,4] [--methods ppo,rloo,grpo,dpo] [--study sections] [--results FILE]
 It prints one JSON line per method and seed. `--study sections` has the methods of sections.rs that TRL has, with the same
 keys: two optimizer steps of 32 responses a rollout. Lines are added to FILE, and what it holds is not run again.
-RLOO, GRPO and DPO ran with torch 2.15.0, transformers 5.23.0, peft 0.21.2, trl 1.16.0, datasets 4.8.4, pyarrow 21.0.0, dill
-0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO needs trl 1.12.0, the last version with a PPO trainer
-(`trl.experimental.ppo`); it ran on an AVX2 machine, as did our PPO for comparison.
+RLOO, GRPO, DPO and distillation (`DistillationTrainer`, from the actor of our PPO) ran with torch 2.15.0, transformers 5.23.0,
+peft 0.21.2, trl 1.16.0, datasets 4.8.4, pyarrow 21.0.0, dill 0.4.0 (datasets cannot hash its tables with pyarrow 26). PPO needs
+trl 1.12.0, the last version with a PPO trainer (`trl.experimental.ppo`); it ran on an AVX2 machine, as did our PPO for comparison.
 
 The SFT adapter is merged into the base first, so that TRL's reference (the adapter disabled) is the SFT model; a fresh
 adapter of the same shape (r 8, alpha 16, all linear modules) trains on it. Budget and learning rates are the Rust side's:
@@ -156,7 +156,20 @@ def train(method, folder, tokenizer, reward, seed, scratch, study):
     from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
     model = sft_model(folder)
-    if method == "dpo":
+    if method == "distill":
+        from trl import DistillationConfig, DistillationTrainer
+
+        base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+        teacher = PeftModel.from_pretrained(base, folder / "actor_ppo").merge_and_unload()
+        data = Dataset.from_list([{"prompt": row["prompt"]} for row in rows(folder / "questions.jsonl")])
+        config = DistillationConfig(
+            **common, learning_rate=2e-3, per_device_train_batch_size=32, num_train_epochs=1, beta=1.0, temperature=1.0,
+            max_completion_length=NEW_TOKENS,
+        )
+        trainer = DistillationTrainer(
+            model=model, teacher_model=teacher, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora,
+        )
+    elif method == "dpo":
         data = Dataset.from_list([{k: p[k] for k in ("prompt", "chosen", "rejected")} for p in rows(folder / "pairs.jsonl")])
         config = DPOConfig(**common, learning_rate=1e-3, per_device_train_batch_size=32, num_train_epochs=1, beta=0.1)
         trainer = DPOTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer, peft_config=lora)
@@ -194,7 +207,7 @@ def main():
     arguments.add_argument("--study", choices=["sections"])
     arguments.add_argument("--results", type=pathlib.Path)
     arguments = arguments.parse_args()
-    methods = arguments.methods or ("grpo,dr_grpo,rloo,cispo,gspo,dapo" if arguments.study else "ppo,rloo,grpo,dpo")
+    methods = arguments.methods or ("grpo,dr_grpo,rloo,cispo,gspo,dapo,distill" if arguments.study else "ppo,rloo,grpo,dpo")
     marks = dict(side="trl", last=True)
     if arguments.study:
         avx512 = "avx512f" in pathlib.Path("/proc/cpuinfo").read_text()
