@@ -233,6 +233,7 @@ fn recomputing(stage: Stage, config: &Config, budget: Option<Budget>, job: Stage
         RecomputeSetting::None => with(Recompute::Off),
         RecomputeSetting::Mlp => with(Recompute::Mlp),
         RecomputeSetting::Block => with(Recompute::Block),
+        RecomputeSetting::Offload => with(Recompute::Offload),
         RecomputeSetting::Auto => {
             for checkpoint in [Recompute::Off, Recompute::Mlp] {
                 let plan = with(checkpoint)?;
@@ -254,6 +255,7 @@ pub fn resolve(setting: RecomputeSetting, base: &Base, adapter: &Adapter, tokens
         RecomputeSetting::None => Recompute::Off,
         RecomputeSetting::Mlp => Recompute::Mlp,
         RecomputeSetting::Block => Recompute::Block,
+        RecomputeSetting::Offload => Recompute::Offload,
         RecomputeSetting::Auto => largest_that_fits(base, adapter, tokens),
     }
 }
@@ -294,7 +296,7 @@ fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
         let on_host = free.is_none_or(|free| plan.peak().1.total().saturating_sub(standing) <= free);
         on_host && plan.fits(None, Some(RESERVE))
     };
-    Recompute::ALL.into_iter().find(fits).unwrap_or(Recompute::Block)
+    Recompute::AUTO.into_iter().find(fits).unwrap_or(Recompute::Block)
 }
 
 /// A base on an open device, with an adapter over it. The device's name does not matter here.
@@ -356,6 +358,7 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>, current: &Pla
             Recompute::Off => RecomputeSetting::None,
             Recompute::Mlp => RecomputeSetting::Mlp,
             Recompute::Block => RecomputeSetting::Block,
+            Recompute::Offload => RecomputeSetting::Offload,
         },
     );
     let mut all = vec![];
