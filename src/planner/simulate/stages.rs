@@ -236,7 +236,7 @@ impl StageShape {
     }
 
     /// Bytes of pinned memory for the inputs of blocks: each base that a trained adapter lies over keeps those of its largest pass.
-    fn host_inputs(&self, on: &OnDevice) -> usize {
+    pub fn host_inputs(&self, on: &OnDevice) -> usize {
         if self.checkpoint != Recompute::Offload {
             return 0;
         }
