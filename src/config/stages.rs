@@ -38,6 +38,9 @@ pub enum RecomputeSetting {
     Mlp,
     /// Each block saves only its input and runs forward again in the backward pass; least memory.
     Block,
+    /// As `block`, and on a card the blocks' inputs wait in pinned memory of the host, from which they are copied back beside the
+    /// backward pass; for long sequences. `auto` never chooses it. On the CPU it is `block`.
+    Offload,
 }
 
 supervised_section! {

@@ -1,6 +1,7 @@
-//! Memory that is filled beside the order of work: a `Landing` is a buffer of the device, a `HostCopy` is what the host keeps to
-//! fill it with. While the device computes, the next copy is on its way. It does not depend on operations. Read `machine.rs`
-//! beside it for the rules of lanes, and `model/stream.rs` for the layers of a network that pass through.
+//! Memory that is filled, and copied to the host, beside the order of work: a `Landing` is a buffer of the device, a `HostCopy` is
+//! what the host keeps for it. While the device computes, the next copy is on its way. It does not depend on operations. Read
+//! `machine.rs` beside it for the rules of lanes, `model/stream.rs` for the layers of a network that pass through, and
+//! `model/inputs.rs` for the blocks' inputs.
 
 use anyhow::{Context, Result, ensure};
 
@@ -43,7 +44,7 @@ impl Device {
         ensure!(bytes.is_multiple_of(size_of::<f32>()), "{bytes} bytes of pinned memory are no multiple of 4");
         let pinned = || {
             self.pinned(bytes / size_of::<f32>()).with_context(|| {
-                format!("{bytes} bytes of pinned host memory; keep fewer layers on the host with [base] offload")
+                format!("{bytes} bytes of pinned host memory; keep fewer layers on the host with [base] offload, or set checkpoint = \"block\"")
             })
         };
         let memory = (!self.is_dry()).then(pinned).transpose()?;
@@ -75,18 +76,65 @@ impl Landing {
     /// # Safety
     /// `from` lives until this buffer is filled again and has arrived, or is dropped.
     pub unsafe fn fill(&self, from: &HostCopy) -> Result<()> {
-        ensure!(from.bytes <= self.buffer.bytes(), "{} bytes for a buffer of {}", from.bytes, self.buffer.bytes());
-        let device = self.buffer.device();
-        if let Some(memory) = &from.memory {
-            // SAFETY: pinned memory that lives long enough, as the caller promises, and that nobody writes to while `from` is
-            // shared; the buffer is alive until `Drop` has waited.
-            unsafe { device.machine().fill(self.lane, memory.as_bytes(), self.buffer.address())? };
-        }
-        device.count(|work| work.streamed += from.bytes);
+        // SAFETY: promised by the caller.
+        unsafe { self.start_fill(from, from.bytes)? };
+        self.buffer.device().count(|work| work.streamed += from.bytes);
         Ok(())
     }
 
-    /// Work that is issued from now on sees the last fill.
+    /// As [`Landing::fill`], with the first `bytes` of what `spill` has copied.
+    ///
+    /// # Errors
+    /// As there.
+    ///
+    /// # Safety
+    /// As there.
+    pub unsafe fn fill_back(&self, from: &HostCopy, bytes: usize) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.start_fill(from, bytes)? };
+        self.buffer.device().count(|work| work.spilled += bytes);
+        Ok(())
+    }
+
+    /// # Safety
+    /// As for [`Landing::fill`].
+    unsafe fn start_fill(&self, from: &HostCopy, bytes: usize) -> Result<()> {
+        self.check(from, bytes)?;
+        let Some(memory) = &from.memory else { return Ok(()) };
+        // SAFETY: pinned memory that lives long enough, as the caller promises, and that nobody writes to while `from` is
+        // shared; the buffer is alive until `Drop` has waited.
+        unsafe { self.buffer.device().machine().fill(self.lane, &memory.as_bytes()[..bytes], self.buffer.address()) }
+    }
+
+    /// Starts a copy of the buffer's first `bytes` to the host, once the work before the last `release` is done. `arrive` comes
+    /// before the next work that writes to the buffer.
+    ///
+    /// # Errors
+    /// If it does not fit, or the copy cannot be started.
+    ///
+    /// # Safety
+    /// Until this buffer is dropped, `to` lives, and nothing but the buffers of the same device uses it.
+    pub unsafe fn spill(&self, to: &mut HostCopy, bytes: usize) -> Result<()> {
+        self.check(to, bytes)?;
+        let device = self.buffer.device();
+        if let Some(memory) = &mut to.memory {
+            // SAFETY: promised by the caller; the buffer is alive until `Drop` has waited.
+            unsafe { device.machine().spill(self.lane, self.buffer.address(), &mut memory.as_bytes_mut()[..bytes])? };
+        }
+        device.count(|work| work.spilled += bytes);
+        Ok(())
+    }
+
+    fn check(&self, host: &HostCopy, bytes: usize) -> Result<()> {
+        let (buffer, host) = (self.buffer.bytes(), host.bytes);
+        ensure!(
+            bytes <= buffer.min(host),
+            "{bytes} bytes between a buffer of {buffer} and a copy of {host} on the host"
+        );
+        Ok(())
+    }
+
+    /// Work that is issued from now on sees the last fill, and may overwrite what the last spill read.
     ///
     /// # Errors
     /// If the machine refuses.
@@ -105,7 +153,7 @@ impl Landing {
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        // It waits for the last fill, so that neither side's memory is given back during a copy.
+        // It waits for the last copy, so that neither side's memory is given back during a copy.
         self.buffer.device().machine().close_lane(self.lane);
     }
 }

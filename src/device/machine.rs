@@ -280,15 +280,15 @@ pub trait Machine: Send + Sync {
         Ok(to.saturating_sub(from) as f64 * 1e-9)
     }
 
-    /// Opens a lane, through which one buffer is filled from pinned memory beside the order of work: on a second stream of
-    /// copies. All that was issued so far, the buffer's allocation among it, is done before the lane's first fill begins.
+    /// Opens a lane, through which one buffer is filled from pinned memory, and copied to it, beside the order of work: on a
+    /// second stream of copies. All that was issued so far, the buffer's allocation among it, is done before the lane's first fill begins.
     ///
-    /// A machine without a second stream needs none of the four functions: its fills are uploads in the order of work.
+    /// A machine without a second stream needs none of these functions: its copies are in the order of work.
     fn open_lane(&self) -> Result<u64> {
         Ok(0)
     }
 
-    /// Waits until the lane's last fill is over and ends the lane. Destructors call it, so it reports nothing.
+    /// Waits until the lane's last copy is over and ends the lane. Destructors call it, so it reports nothing.
     fn close_lane(&self, _lane: u64) {}
 
     /// Starts a copy, which begins once all that was issued before the lane's last `release` is done. It returns at once:
@@ -302,7 +302,20 @@ pub trait Machine: Send + Sync {
         unsafe { self.upload(from, to) }
     }
 
-    /// What is issued from now on sees the lane's last fill.
+    /// Starts a copy of the lane's buffer to the host, which begins once all that was issued before the lane's last `release` is
+    /// done. It returns at once. Until `arrive` the buffer must not be written to; the host's memory is undefined until a later
+    /// copy of any lane has arrived. Copies of all lanes are done in the order in which they are started, so that a fill may
+    /// follow from the same memory.
+    ///
+    /// # Safety
+    /// `to` is memory of `allocate_host`, which nothing but later copies uses until the lane is closed; `from` is the lane's
+    /// buffer, with so many bytes.
+    unsafe fn spill(&self, _lane: u64, from: u64, to: &mut [u8]) -> Result<()> {
+        // SAFETY: promised by the caller.
+        unsafe { self.download(from, to) }
+    }
+
+    /// What is issued from now on sees the lane's last fill, and may overwrite what its last spill read.
     fn arrive(&self, _lane: u64) -> Result<()> {
         Ok(())
     }

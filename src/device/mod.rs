@@ -65,6 +65,8 @@ pub struct Work {
     pub copied: usize,
     /// Bytes that were copied to the machine beside the order of work, from pinned memory: layers that are streamed.
     pub streamed: usize,
+    /// Bytes that were copied to pinned memory, and back, beside the order of work: blocks' inputs.
+    pub spilled: usize,
 }
 
 impl std::ops::Sub for Work {
@@ -78,6 +80,7 @@ impl std::ops::Sub for Work {
             downloads: self.downloads - before.downloads,
             copied: self.copied - before.copied,
             streamed: self.streamed - before.streamed,
+            spilled: self.spilled - before.spilled,
         }
     }
 }

@@ -2,7 +2,7 @@
 //! cannot be cloned, so that all roles share one copy; adapters are passed to each forward and backward. It does not
 //! depend on roles. Read `embeddings.rs` and `block/mod.rs` beside it, then `roles.rs`.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::device::{Array, Device, Pass};
 
@@ -13,6 +13,7 @@ use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
 use super::block::{Block, Geometry, Layout};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
+use super::inputs::{self, HostInputs};
 use super::kv_cache::KvCache;
 use super::stream::{self, Course, LayerStream, Visit};
 use crate::invalid;
@@ -38,6 +39,8 @@ pub struct Base {
     kv_cache_type: KvCacheType,
     /// The layers that a device does not keep.
     stream: Option<LayerStream>,
+    /// Pinned memory of the inputs of blocks under `Recompute::Offload`.
+    inputs: inputs::Pool,
 }
 
 /// All weights of a decoder.
@@ -58,7 +61,9 @@ pub struct Weights {
 
 /// Tensors that a training pass saves between forward and backward.
 pub struct Tape {
+    /// Empty where the blocks' inputs wait on the host.
     blocks: Vec<Saved>,
+    inputs: Option<HostInputs>,
     /// Output of the last block.
     last: Array,
     /// The first block that saved tensors: blocks below it need no backward, as neither they nor the embedding have LoRA
@@ -93,7 +98,15 @@ impl Base {
             rope_tables,
         };
         let kv_cache_type = KvCacheType::Auto;
-        let base = Self { config, weights, geometry, fingerprint, kv_cache_type, stream: None };
+        let base = Self {
+            config,
+            weights,
+            geometry,
+            fingerprint,
+            kv_cache_type,
+            stream: None,
+            inputs: inputs::Pool::default(),
+        };
         let (shapes, d, e) = (base.shapes(), base.config.hidden_size, base.config.embedding_width);
         let check = |name: &str, have: [usize; 2], want: [usize; 2]| {
             anyhow::ensure!(have == want, "{name} is {have:?}, the configuration requires {want:?}");
@@ -243,9 +256,9 @@ impl Base {
         self.stream.is_some()
     }
 
-    /// Bytes of pinned memory of the host that hold layers which the device does not keep.
+    /// Bytes of pinned memory of the host that hold layers which the device does not keep, and inputs of blocks between passes.
     pub fn pinned_bytes(&self) -> usize {
-        self.stream.as_ref().map_or(0, LayerStream::pinned_bytes)
+        self.stream.as_ref().map_or(0, LayerStream::pinned_bytes) + self.inputs.bytes()
     }
 
     /// A block for one step of a pass: the only place where a block's matrices come from.
@@ -443,10 +456,18 @@ impl Base {
             false => lowest.unwrap_or(self.weights.blocks.len()),
         };
         let mut x = embeddings.input(batch.tokens(), batch.positions(), &mut saved)?;
-        let mut blocks = Vec::with_capacity(self.weights.blocks.len() - first);
+        let trained = self.weights.blocks.len() - first;
+        let mut inputs = match x.place().filter(|_| recompute == Recompute::Offload && trained > 0) {
+            Some(device) => Some(HostInputs::new(device, &self.inputs, trained, x.dims2()?)?),
+            None => None,
+        };
+        let mut blocks = Vec::with_capacity(trained);
         for layer in 0..self.weights.blocks.len() {
             let (block, lora) = (self.block(layer, Course::ThenBack)?, layer_lora(Some(adapter), layer));
-            if layer < first {
+            if let (Some(inputs), Some(index)) = (&mut inputs, layer.checked_sub(first)) {
+                inputs.store(index, &x)?;
+                x = block.forward(lora, &self.geometry, layout, &x)?;
+            } else if layer < first {
                 x = block.forward(lora, &self.geometry, layout, &x)?;
             } else {
                 let (y, saved) = block.forward_saving(lora, &self.geometry, layout, x, recompute)?;
@@ -455,7 +476,7 @@ impl Base {
             }
         }
         let h = embeddings.output(x.clone(), &mut saved)?;
-        Ok((h, Tape { blocks, last: x, first, embeddings: saved }))
+        Ok((h, Tape { blocks, inputs, last: x, first, embeddings: saved }))
     }
 
     /// Gradients of the adapter's LoRA weights of dL/dh (N, D), except those on the lm_head, which `ops::logprobs`
@@ -463,21 +484,27 @@ impl Base {
     ///
     /// # Errors
     /// If shapes do not fit.
-    pub fn backward(&self, batch: &Batch, adapter: &Adapter, tape: Tape, dh: Array) -> Result<Gradients> {
+    pub fn backward(&self, batch: &Batch, adapter: &Adapter, mut tape: Tape, dh: Array) -> Result<Gradients> {
         let _pass = self.pass();
         let layout = Layout::of(batch);
         let mut grads = Gradients::none(self.weights.blocks.len());
         let embeddings = Embeddings::of(self, Some(adapter));
         let mut dy = embeddings.output_backward(&tape.last, &tape.embeddings, &dh, &mut grads)?;
         drop((tape.last, dh));
-        let blocks = tape.blocks.into_iter().enumerate().map(|(i, saved)| (tape.first + i, saved));
-        for (layer, saved) in blocks.collect::<Vec<_>>().into_iter().rev() {
+        tape.inputs.as_ref().map_or(Ok(()), HostInputs::turn_back)?;
+        for layer in (tape.first..self.weights.blocks.len()).rev() {
+            let index = layer - tape.first;
+            let saved = match &tape.inputs {
+                Some(inputs) => Saved::input(inputs.get(index)?),
+                None => tape.blocks.pop().context("a block saved nothing")?,
+            };
             let unused = layer == tape.first && !embeddings.train_below_blocks();
             let wanted = if unused { InputGradient::Unused } else { InputGradient::Wanted };
             let lora = layer_lora(Some(adapter), layer);
             let block = self.block(layer, Course::Back { to: tape.first })?;
             let (dx, g) = block.backward(lora, &self.geometry, layout, saved, dy, wanted)?;
             grads.layers[layer] = g;
+            tape.inputs.as_ref().map_or(Ok(()), |inputs| inputs.done(index))?;
             match dx {
                 Some(dx) => dy = dx,
                 None => return Ok(grads),

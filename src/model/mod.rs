@@ -13,6 +13,7 @@ pub mod decoding;
 mod embeddings;
 pub mod generate;
 pub mod init;
+pub mod inputs;
 pub mod kv_cache;
 pub mod roles;
 pub mod stream;

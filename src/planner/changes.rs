@@ -93,8 +93,11 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let recomputes: &[Recomputed] = match config.checkpoint(stage) {
         RecomputeSetting::None => &RECOMPUTED,
         RecomputeSetting::Mlp => &RECOMPUTED[1..],
-        RecomputeSetting::Block | RecomputeSetting::Auto => &[],
+        RecomputeSetting::Block | RecomputeSetting::Auto | RecomputeSetting::Offload => &[],
     };
+    let on_device =
+        [Some(&config.base), config.reward_base.as_ref()].into_iter().flatten().any(|of| of.device().is_device());
+    let offloaded = Some(INPUTS_ON_HOST).filter(|_| on_device && config.checkpoint(stage) != RecomputeSetting::Offload);
     let mut cuts = halved(0.03, vec![(0.0, blank.clone())], micro_batch(stage, config), |times| {
         format!("frozen weights are unpacked {times} times as often in updates")
     });
@@ -109,7 +112,7 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         if !cut.set.is_empty() {
             ladder.push((price, cut.clone()));
         }
-        for recomputed in recomputes {
+        for recomputed in recomputes.iter().chain(&offloaded) {
             ladder.push((recomputed.price + price, recomputing(stage, cut.clone(), recomputed)));
         }
     }
@@ -227,6 +230,14 @@ const RECOMPUTED: [Recomputed; 2] = [
         price: 0.4,
     },
 ];
+
+/// What a card can do beside them.
+const INPUTS_ON_HOST: Recomputed = Recomputed {
+    checkpoint: RecomputeSetting::Offload,
+    name: Recompute::Offload.name(),
+    costs: "one more forward in every update, and blocks' inputs are copied to the host and back",
+    price: 0.6,
+};
 
 /// The change with layers that a device does not keep, as few as let the run fit; `None` if there is no device, or the config
 /// says so already.

@@ -105,7 +105,8 @@ impl Plan {
             && self.devices.iter().all(|device| device.fits(device.room.map_or(0, spare)))
     }
 
-    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs.
+    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs; and one for
+    /// the inputs of blocks that wait on the host.
     pub fn offloaded(&self) -> Vec<String> {
         let Some(on) = &self.job.on_device else { return vec![] };
         let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];
@@ -133,7 +134,13 @@ impl Plan {
                 text(net.pinned())
             ))
         };
-        there.filter_map(line).collect()
+        let inputs = Some(self.job.host_inputs(on)).filter(|&bytes| bytes > 0).map(|bytes| {
+            format!(
+                "checkpoint = offload: the blocks' inputs wait in {} of pinned host memory between forward and backward",
+                text(bytes)
+            )
+        });
+        there.filter_map(line).chain(inputs).collect()
     }
 
     /// Bytes that a saving is measured by: of the devices without what is beside their allocations, which no change saves, or of
@@ -233,6 +240,9 @@ fn recomputing(stage: Stage, config: &Config, budget: Option<Budget>, job: Stage
         RecomputeSetting::None => with(Recompute::Off),
         RecomputeSetting::Mlp => with(Recompute::Mlp),
         RecomputeSetting::Block => with(Recompute::Block),
+        // On the CPU the inputs are on the host anyway.
+        RecomputeSetting::Offload if job.on_device.is_none() => with(Recompute::Block),
+        RecomputeSetting::Offload => with(Recompute::Offload),
         RecomputeSetting::Auto => {
             for checkpoint in [Recompute::Off, Recompute::Mlp] {
                 let plan = with(checkpoint)?;
@@ -254,6 +264,7 @@ pub fn resolve(setting: RecomputeSetting, base: &Base, adapter: &Adapter, tokens
         RecomputeSetting::None => Recompute::Off,
         RecomputeSetting::Mlp => Recompute::Mlp,
         RecomputeSetting::Block => Recompute::Block,
+        RecomputeSetting::Offload => Recompute::Offload,
         RecomputeSetting::Auto => largest_that_fits(base, adapter, tokens),
     }
 }
@@ -294,7 +305,7 @@ fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
         let on_host = free.is_none_or(|free| plan.peak().1.total().saturating_sub(standing) <= free);
         on_host && plan.fits(None, Some(RESERVE))
     };
-    Recompute::ALL.into_iter().find(fits).unwrap_or(Recompute::Block)
+    Recompute::AUTO.into_iter().find(fits).unwrap_or(Recompute::Block)
 }
 
 /// A base on an open device, with an adapter over it. The device's name does not matter here.
@@ -356,6 +367,7 @@ pub fn choices(stage: Stage, config: &Config, shapes: &Shapes<'_>, current: &Pla
             Recompute::Off => RecomputeSetting::None,
             Recompute::Mlp => RecomputeSetting::Mlp,
             Recompute::Block => RecomputeSetting::Block,
+            Recompute::Offload => RecomputeSetting::Offload,
         },
     );
     let mut all = vec![];

@@ -140,14 +140,20 @@ impl MemoryPreflight {
     pub fn report(&self, session: &mut Session) -> Value {
         let (phase, peak) = self.plan.peak();
         let checkpoint = self.plan.checkpoint.name();
-        let auto = if self.asked == RecomputeSetting::Auto { " (by memory)" } else { "" };
+        let why = match self.asked {
+            RecomputeSetting::Auto => " (by memory)",
+            RecomputeSetting::Offload if self.plan.checkpoint != Recompute::Offload => {
+                " (on the CPU, the blocks' inputs are on the host anyway)"
+            }
+            _ => "",
+        };
         let mapped = match peak.of(MemoryCategory::Mapped) {
             0 => String::new(),
             bytes => format!(" and {} of the base's mapped file", plan::text(bytes)),
         };
         session.report.note(&format!(
             "memory: {} of heap and stacks at most, in {}; resident memory (RSS) has the program{mapped} beside it; \
-             checkpoint = {checkpoint}{auto}",
+             checkpoint = {checkpoint}{why}",
             plan::text(peak.own()),
             phase.name()
         ));

@@ -388,6 +388,47 @@ fn layers_for_which_a_card_has_no_room_are_planned_on_the_host() {
 }
 
 #[test]
+fn inputs_of_blocks_are_planned_on_the_host_where_checkpoint_says_so() {
+    let p = place();
+    let config = json!({
+        "model_type": "llama", "vocab_size": 1024, "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 24,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "max_position_embeddings": 2048, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "torch_dtype": "bfloat16"
+    });
+    p.write("long.json", config.to_string());
+    let sizes = "--set ppo.batch_size=2 --set ppo.local_rollout_forward_batch_size=1 --set ppo.micro_batch_size=1 \
+                 --set ppo.response_length=924 --set data.max_prompt_length=100";
+    let line = |more: &str| format!("plan --base long.json --phase ppo {sizes} --device {more}");
+    let plan = |more: &str| -> Value {
+        let ran = p.run(&line(&format!("{more} --json")));
+        serde_json::from_str(&ran.stdout).unwrap_or_else(|e| panic!("{more}: {e}: {}", ran.stderr))
+    };
+    let (block, offload) = (plan("cuda --set ppo.checkpoint=block"), plan("cuda --set ppo.checkpoint=offload"));
+    // 1,024 tokens of 1,024 numbers of four bytes.
+    let input: u64 = 1024 * 1024 * 4;
+    let update = |plan: &Value| plan["devices"]["cuda:0"]["phases"]["update"].as_u64().unwrap();
+    // Two of 24 inputs have a buffer, and the update's peak moves to where other things are held.
+    let saved = update(&block) - update(&offload);
+    assert!((18 * input..=22 * input).contains(&saved), "{saved}");
+    assert_eq!((&block["offload"]["pinned"], &offload["offload"]["pinned"]), (&json!(0), &json!(24 * input)));
+    let own = |plan: &Value| plan["peak"]["own"].as_u64().unwrap();
+    let pinned = own(&offload) - own(&block);
+    assert!(pinned.abs_diff(24 * input) < 4 << 20, "{pinned}");
+    let says = "checkpoint = offload: the blocks' inputs wait in 96 MiB of pinned host memory";
+    let table = p.run(&line("cuda --set ppo.checkpoint=offload"));
+    assert!(table.stdout.contains(says), "{}", table.stdout);
+    // It is proposed where recomputation alone is not enough, before layers leave the card.
+    let total = |plan: &Value| plan["devices"]["cuda:0"]["total"].as_u64().unwrap();
+    let limit = (total(&block) - input) / (1 << 20);
+    let tight = plan(&format!("cuda --set ppo.checkpoint=block --memory {limit}MiB"));
+    let change = &tight["smallest_change"];
+    assert_eq!((&tight["fits"], &change["set"]), (&json!(false), &json!({"ppo.checkpoint": "offload"})), "{change}");
+    // On the CPU they are there anyway.
+    let host = plan("cpu --set ppo.checkpoint=offload");
+    assert_eq!((&host["checkpoint"], &host["offload"]["pinned"]), (&json!("block"), &json!(0)));
+}
+
+#[test]
 fn a_cache_in_q8_0_is_planned_in_34_of_64_bytes_and_never_proposed() {
     let p = place();
     let config = json!({

@@ -161,6 +161,8 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
             ..small
         },
         Shape { recompute: Recompute::Mlp, offload: 1, ..small },
+        Shape { recompute: Recompute::Offload, layers: 3, ..small },
+        Shape { recompute: Recompute::Offload, layers: 3, offload: 2, compute: ComputeDtype::F16, ends: true, ..small },
         Shape { compute: ComputeDtype::F16, kv_cache_type: KvCacheType::Q8_0, layers: 2, response: 6, ..small },
     ];
     let mut count = 0;

@@ -12,6 +12,7 @@ mod doctor;
 mod fault_world;
 #[path = "../support/real_files.rs"]
 mod files;
+mod inputs_on_host;
 mod kept;
 mod kv_cache;
 mod ledger;

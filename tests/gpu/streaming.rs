@@ -29,10 +29,10 @@ use crate::stages::{adapters, short_ppo};
 use crate::support::Place;
 use crate::world::{adapter, drawn, embedded, emulated, machine, say, timed};
 
-const LAYERS: usize = 4;
+pub const LAYERS: usize = 4;
 
 /// The quickstart's base, of which the device does not keep `layers`.
-fn base(device: &Device, layers: usize, compute: ComputeDtype, stored: Option<StorageDType>) -> Base {
+pub fn base(device: &Device, layers: usize, compute: ComputeDtype, stored: Option<StorageDType>) -> Base {
     let base = embedded(LAYERS).quantised(stored).base().unwrap().computing_in(compute);
     base.streaming(Some(device.clone()), layers, |_, _| {}).unwrap()
 }
@@ -42,7 +42,7 @@ fn model(device: &Device, layers: usize) -> Model {
     Model { base: model.base.streaming(Some(device.clone()), layers, |_, _| {}).unwrap(), ..model }
 }
 
-fn sequences() -> Vec<Vec<u32>> {
+pub fn sequences() -> Vec<Vec<u32>> {
     let of = |n: u32, step: u32| (0..n).map(|i| (i * step + 5) % 90 + 3).collect::<Vec<u32>>();
     vec![of(13, 17), of(2, 29), of(7, 7)]
 }
@@ -222,7 +222,7 @@ fn sft_and_ppo_over_streamed_bases_leave_the_same_bytes() {
         assert!(short_sft(&streamed, recompute) == short_sft(&resident, recompute), "sft, {recompute:?}");
     }
     // One base for all roles, and two.
-    let settings = [RecomputeSetting::None, RecomputeSetting::Mlp, RecomputeSetting::Block];
+    let settings = [RecomputeSetting::None, RecomputeSetting::Mlp, RecomputeSetting::Block, RecomputeSetting::Offload];
     for (checkpoint, other) in settings.into_iter().zip([&streamed, &some, &resident]) {
         let want = ppo(&resident, &resident, checkpoint);
         assert!(!want.0.is_empty() && want.1.len() == 2);

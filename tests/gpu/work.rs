@@ -75,7 +75,10 @@ fn a_step_like_the_one_before_is_one_upload_one_replay_and_one_download() {
     assert!(second.launches > 13 * LAYERS && second.replays == 0, "{second:?}");
     // Draws, tokens, positions, slots, lengths and rows of two sequences; two drawn tokens with what their log-probabilities are of.
     let copied = 2 * (8 + 4 * 5) + 2 * 16;
-    assert_eq!(third, Work { launches: 0, replays: 1, products: 0, uploads: 1, downloads: 1, copied, streamed: 0 });
+    assert_eq!(
+        third,
+        Work { launches: 0, replays: 1, products: 0, uploads: 1, downloads: 1, copied, streamed: 0, spilled: 0 }
+    );
 }
 
 #[test]

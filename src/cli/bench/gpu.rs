@@ -98,6 +98,7 @@ enum Kept {
     None,
     Mlp,
     Block,
+    Offload,
 }
 
 fn ceilings(text: &str) -> Result<Ceilings, String> {
@@ -170,6 +171,7 @@ impl Gpu {
                         Kept::None => Recompute::Off,
                         Kept::Mlp => Recompute::Mlp,
                         Kept::Block => Recompute::Block,
+                        Kept::Offload => Recompute::Offload,
                     },
                     steps: self.steps,
                     sequences: self.sequences.clone(),

@@ -1,8 +1,8 @@
 //! Copies beside the order of work: a second stream, and two events for each buffer that is filled there. It does not depend
 //! on matrices or kernels. Read `../machine.rs` for the rules, which the events keep:
 //!
-//! - `release` records the work stream's place, and the copy stream waits for it before it overwrites the buffer;
-//! - `fill` records the copy stream's place after the copy, and `arrive` makes the work stream wait for it.
+//! - `release` records the work stream's place, and the copy stream waits for it before it overwrites or reads the buffer;
+//! - `fill` and `spill` record the copy stream's place after the copy, and `arrive` makes the work stream wait for it.
 //!
 //! A wait counts for the record that is there when it is issued, and the host issues all of these under one lock and in order,
 //! so a later record changes nothing about it.
@@ -61,7 +61,7 @@ impl Lanes {
         Ok(self.next)
     }
 
-    /// Waits for the last fill and ends the lane. An event that was never recorded is not waited for.
+    /// Waits for the last copy and ends the lane. An event that was never recorded is not waited for.
     pub fn close(&mut self, lane: u64) {
         let Some(lane) = self.open.remove(&lane) else { return };
         // SAFETY: the events are alive and used for the last time.
@@ -86,7 +86,21 @@ impl Lanes {
         }
     }
 
-    /// `work` waits for the lane's last fill.
+    /// Starts a copy to the host behind the lane's last release. `close` waits for it, as for a fill.
+    ///
+    /// # Safety
+    /// As for `Machine::spill`.
+    pub unsafe fn spill(&self, lane: u64, from: u64, to: &mut [u8]) -> Result<()> {
+        let lane = self.lane(lane)?;
+        // SAFETY: promised by the caller; stream and events are alive.
+        unsafe {
+            result::stream::wait_event(self.copies, lane.released, PLAIN)?;
+            result::memcpy_dtoh_async(to, from, self.copies)?;
+            Ok(result::event::record(lane.filled, self.copies)?)
+        }
+    }
+
+    /// `work` waits for the lane's last copy.
     ///
     /// # Safety
     /// `work` is a stream of the bound context.

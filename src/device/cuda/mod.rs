@@ -1,6 +1,6 @@
 //! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is
 //! refused with a reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes
-//! to one stream, but for the copies of layers that are streamed (lanes.rs); memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
+//! to one stream, but for the copies of layers that are streamed and of blocks' inputs that wait on the host (lanes.rs); memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
 //! `synchronize` and uploads that overtake their staging memory. Read libraries.rs next.
 
 use std::collections::HashMap;
@@ -431,6 +431,12 @@ impl Machine for Cuda {
         self.handles.bind()?;
         // SAFETY: promised by the caller; the context is bound.
         unsafe { lock(&self.lanes).fill(lane, from, to) }
+    }
+
+    unsafe fn spill(&self, lane: u64, from: u64, to: &mut [u8]) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller; the context is bound.
+        unsafe { lock(&self.lanes).spill(lane, from, to) }
     }
 
     fn arrive(&self, lane: u64) -> Result<()> {

@@ -10,7 +10,7 @@
 //! launch, by `synchronize`, and each one when it is freed. So a write past an argument's end is blamed on its kernel,
 //! and a write to the edges of any other buffer is found soon after.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::ffi::CString;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -63,16 +63,50 @@ struct Kept {
 struct Lanes {
     open: BTreeMap<u64, Lane>,
     next: u64,
+    /// Copies that nobody has waited for, in the order in which they were started.
+    under_way: VecDeque<Copying>,
     /// Nobody waits for arrivals: for tests of the poison.
     unawaited: bool,
 }
 
 #[derive(Clone, Copy, Default)]
 struct Lane {
-    /// Memory of the host, the buffer, and the number of bytes of a copy that nobody has waited for.
-    under_way: Option<(usize, u64, usize)>,
     /// It has arrived and was not released since.
     in_use: bool,
+}
+
+/// A copy through a lane, between memory of the host and the lane's buffer.
+struct Copying {
+    lane: u64,
+    from: usize,
+    to: usize,
+    bytes: usize,
+}
+
+impl Lanes {
+    /// A copy is started: what `to` held is lost at once, and what comes is there at the last moment. A card may do either.
+    ///
+    /// # Safety
+    /// Both are memory of so many bytes that stays until the copy is over.
+    unsafe fn start(&mut self, copying: Copying) -> Result<()> {
+        let state = self.open.get(&copying.lane).context("a copy through a lane that is not open")?;
+        ensure!(!state.in_use, "a buffer is copied while work that was issued may still use it: it was not released");
+        // Copies are done in order: an earlier one has read what this one overwrites.
+        self.finish(|earlier| earlier.from == copying.to || earlier.to == copying.to);
+        // SAFETY: promised by the caller.
+        unsafe { (copying.to as *mut u8).write_bytes(POISON, copying.bytes) };
+        self.under_way.push_back(copying);
+        Ok(())
+    }
+
+    /// Copies up to the last one of these are done.
+    fn finish(&mut self, these: impl FnMut(&Copying) -> bool) {
+        let Some(last) = self.under_way.iter().rposition(these) else { return };
+        for Copying { from, to, bytes, .. } in self.under_way.drain(..=last) {
+            // SAFETY: whoever started the copy promised that both stay until it is over.
+            unsafe { (to as *mut u8).copy_from_nonoverlapping(from as *const u8, bytes) };
+        }
+    }
 }
 
 #[derive(Default)]
@@ -429,30 +463,32 @@ impl Machine for Emulated {
     }
 
     fn close_lane(&self, lane: u64) {
-        lock(&self.lanes).open.remove(&lane);
+        let mut lanes = lock(&self.lanes);
+        lanes.finish(|copying| copying.lane == lane);
+        lanes.open.remove(&lane);
     }
 
-    /// What the buffer held is lost at once, and what comes is there at the last moment: a card may do either.
     unsafe fn fill(&self, lane: u64, from: &[u8], to: u64) -> Result<()> {
         ensure!(!self.copies.fails(), "the fill failed, as a test asked for");
-        let mut lanes = lock(&self.lanes);
-        let state = lanes.open.get_mut(&lane).context("a fill through a lane that is not open")?;
-        ensure!(!state.in_use, "a buffer is filled while work that was issued may still use it: it was not released");
+        let copying = Copying { lane, from: from.as_ptr() as usize, to: to as usize, bytes: from.len() };
         // SAFETY: promised by the caller.
-        unsafe { (to as *mut u8).write_bytes(POISON, from.len()) };
-        state.under_way = Some((from.as_ptr() as usize, to, from.len()));
+        unsafe { lock(&self.lanes).start(copying)? };
         lock(&self.memory).check([to])
+    }
+
+    unsafe fn spill(&self, lane: u64, from: u64, to: &mut [u8]) -> Result<()> {
+        ensure!(!self.copies.fails(), "the copy to the host failed, as a test asked for");
+        let copying = Copying { lane, from: from as usize, to: to.as_mut_ptr() as usize, bytes: to.len() };
+        // SAFETY: promised by the caller.
+        unsafe { lock(&self.lanes).start(copying) }
     }
 
     fn arrive(&self, lane: u64) -> Result<()> {
         let mut lanes = lock(&self.lanes);
-        let unawaited = lanes.unawaited;
-        let state = lanes.open.get_mut(&lane).context("a wait for a lane that is not open")?;
-        state.in_use = true;
-        if let Some((from, to, bytes)) = state.under_way.take_if(|_| !unawaited) {
-            // SAFETY: the caller of `fill` promised that both stay until the fill is over.
-            unsafe { (to as *mut u8).copy_from_nonoverlapping(from as *const u8, bytes) };
+        if !lanes.unawaited {
+            lanes.finish(|copying| copying.lane == lane);
         }
+        lanes.open.get_mut(&lane).context("a wait for a lane that is not open")?.in_use = true;
         Ok(())
     }
 

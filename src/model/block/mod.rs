@@ -35,11 +35,15 @@ pub enum Recompute {
     Mlp,
     /// The block's input only; the backward repeats the block's forward.
     Block,
+    /// As `Block`. On a device, the inputs wait in memory of the host: see `Base::forward`.
+    Offload,
 }
 
 impl Recompute {
     /// All settings, the one that saves most first.
-    pub const ALL: [Self; 3] = [Self::Off, Self::Mlp, Self::Block];
+    pub const ALL: [Self; 4] = [Self::Off, Self::Mlp, Self::Block, Self::Offload];
+    /// Those that `checkpoint = "auto"` chooses from.
+    pub const AUTO: [Self; 3] = [Self::Off, Self::Mlp, Self::Block];
 
     /// Its value of the `checkpoint` key.
     pub const fn name(self) -> &'static str {
@@ -47,6 +51,7 @@ impl Recompute {
             Self::Off => "none",
             Self::Mlp => "mlp",
             Self::Block => "block",
+            Self::Offload => "offload",
         }
     }
 }
@@ -123,6 +128,13 @@ impl<'a> Layout<'a> {
 pub struct Saved {
     x: Array,
     rest: Option<(AttentionSaved, MlpSaved)>,
+}
+
+impl Saved {
+    /// The input of a block that saved nothing else.
+    pub fn input(x: Array) -> Self {
+        Self { x, rest: None }
+    }
 }
 
 /// Gradients of each linear layer's LoRA weights, in the order of `LinearShapes::linears`.
@@ -235,9 +247,9 @@ impl Block {
         let gate_up = match recompute {
             Recompute::Off => GateUp::Saved,
             Recompute::Mlp => GateUp::Recomputed,
-            Recompute::Block => {
+            Recompute::Block | Recompute::Offload => {
                 let y = pass.forward(layout, &x, |_, _| Ok(()))?;
-                return Ok((y, Saved { x, rest: None }));
+                return Ok((y, Saved::input(x)));
             }
         };
         let (y, attention, mlp) = pass.run(layout, &x, gate_up)?;

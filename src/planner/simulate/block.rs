@@ -207,7 +207,7 @@ impl Layer<'_> {
 
     /// y of x, with saved tensors.
     pub fn forward_kept(&self, lengths: &[usize], x: Tensor, checkpoint: Recompute) -> (Tensor, Kept) {
-        if checkpoint == Recompute::Block {
+        if matches!(checkpoint, Recompute::Block | Recompute::Offload) {
             let y = self.forward(lengths, &x);
             return (y, Kept { _x: x.becomes(MemoryCategory::Inputs), rest: None });
         }

@@ -5,6 +5,7 @@
 use crate::host::meter::Phase;
 use crate::model::batch::chunks_by_tokens;
 use crate::model::block::Recompute;
+use crate::model::inputs::pinned_bytes;
 use crate::planner::dry::{OnDevice, is_device};
 use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAllocator};
 use crate::planner::simulate::network::{Gradients, View};
@@ -230,7 +231,30 @@ impl StageShape {
     pub fn pinned(&self) -> usize {
         let Some(on) = &self.on_device else { return 0 };
         let nets = [(on.policy, Some(&self.policy)), (on.scorer, self.scorer.as_ref())];
-        nets.into_iter().filter(|(choice, _)| is_device(*choice)).filter_map(|(_, net)| net).map(Network::pinned).sum()
+        let there = nets.into_iter().filter(|(choice, _)| is_device(*choice)).filter_map(|(_, net)| net);
+        there.map(Network::pinned).sum::<usize>() + self.host_inputs(on)
+    }
+
+    /// Bytes of pinned memory for the inputs of blocks: each base that a trained adapter lies over keeps those of its largest pass.
+    pub fn host_inputs(&self, on: &OnDevice) -> usize {
+        if self.checkpoint != Recompute::Offload {
+            return 0;
+        }
+        let (policy, scorer) = match &self.work {
+            Work::Supervised(work) => (work.step.iter().map(Pass::tokens).max(), None),
+            Work::Rollouts(work) => {
+                let micro = work.micro.iter().map(|micro| sizes(micro).0.iter().sum()).max();
+                let text = work.text.map(|(blocks, tokens, a_pass)| blocks.min(a_pass) * tokens);
+                (micro.max(text), micro.filter(|_| work.critic && !work.critic_on_policy))
+            }
+        };
+        let nets = [(on.policy, Some(&self.policy), policy), (on.scorer, self.scorer.as_ref(), scorer)];
+        let of = |net: &Network, tokens: usize| {
+            let config = &net.config;
+            config.num_hidden_layers * pinned_bytes(tokens * config.hidden_size * size_of::<f32>())
+        };
+        let there = nets.into_iter().filter(|(choice, ..)| is_device(*choice));
+        there.filter_map(|(_, net, tokens)| Some(of(net?, tokens?))).sum()
     }
 
     /// The peaks of every phase.

@@ -149,6 +149,7 @@ pub fn ppo_run<'w>(
         RecomputeSetting::None | RecomputeSetting::Auto => Recompute::Off,
         RecomputeSetting::Mlp => Recompute::Mlp,
         RecomputeSetting::Block => Recompute::Block,
+        RecomputeSetting::Offload => Recompute::Offload,
     };
     PpoRun {
         world: World::alone(),
