@@ -11,6 +11,7 @@ Prints one JSON line a finding, on stdout; runs log into DIR, which must not exi
 """
 import argparse
 import json
+import os
 import pathlib
 import re
 import signal
@@ -62,11 +63,11 @@ class LlamaBench(Bench):
         file = self.out / "killed/metrics.jsonl"
         while process.poll() is None and not (file.exists() and file.read_text().count("\n") >= 4):
             time.sleep(0.02)
-        # The child of this run alone, once the next one has started.
-        before, child = None, self.child(process.pid)
+        # Amid the next rollout: the child that takes the place of this one. Only this run's is killed.
+        before = child = self.child(process.pid)
         while process.poll() is None and child in (None, before):
-            before, child = before or child, self.child(process.pid)
-        subprocess.run(["kill", f"-{signal.SIGKILL}", str(child)], check=True)
+            child = self.child(process.pid)
+        os.kill(child, signal.SIGKILL)
         code, said = process.wait(), (self.out / "killed.log").read_text().splitlines()[-9:]
         kept = len(self.metrics("killed"))
         self.run("killed", *self.engine(), resume=True)

@@ -92,9 +92,13 @@ fn serve(words: &[String]) {
     let (file, lora) = (of("--journal").unwrap(), of("--lora").unwrap());
     let parts = (BASE.generation_config, BASE.tokenizer, BASE.tokenizer_config, BASE.weights);
     let model = Model::of(ModelFiles::from_embedded(BASE.config, parts.0, parts.1, parts.2, parts.3).unwrap()).unwrap();
-    let shape = model.fresh_adapter(&Lora::default(), 1).unwrap();
-    let source = Source { files: &model.checkpoint, base: &model.base, adapter: &shape, prompts: &[], about: "" };
-    let adapter = gguf::read_lora(&source, Path::new(&lora)).unwrap();
+    // A GGUF-LoRA file does not say its rank.
+    let of_rank = |r| {
+        let shape = model.fresh_adapter(&Lora { r, ..Lora::default() }, 1).unwrap();
+        let source = Source { files: &model.checkpoint, base: &model.base, adapter: &shape, prompts: &[], about: "" };
+        gguf::read_lora(&source, Path::new(&lora)).ok()
+    };
+    let adapter = (1..=16).find_map(of_rank).unwrap();
     let bytes = fs::read(&lora).unwrap();
     let hash = bytes.iter().fold(5381u64, |hash, &byte| hash.wrapping_mul(33) ^ u64::from(byte));
     let mut journal = fs::OpenOptions::new().create(true).append(true).open(&file).unwrap();
