@@ -388,6 +388,29 @@ mod tests {
         assert_eq!((of(&[5, 6], &[6, 5]), of(&[5], &[5, 5])), (None, None));
     }
 
+    /// llama-server 0.5.0-dev (0c1e570) over the quickstart's base in f32, prompt [200, 300], seed 6, temperature 60: the last token is the
+    /// first byte of a character.
+    #[test]
+    fn a_recorded_reply_has_no_log_probability_of_the_beginning_of_a_character() {
+        let tokens = [971, 217, 66, 382, 1008, 102, 624, 544, 496, 848, 773, 403, 246, 159];
+        let logprobs = [
+            -17.762, -16.593, -14.903, -11.655, -8.296, -11.608, -9.678, -9.555, -10.232, -20.286, -13.239, -14.16,
+            -10.607,
+        ];
+        let reported: Vec<Value> =
+            tokens.iter().zip(logprobs).map(|(id, logprob)| json!({ "id": id, "logprob": logprob })).collect();
+        let reply = json!({
+            "index": 0, "content": " ri\u{1b}a diMoon\u{fffd} cleiet foundsy dullked\u{fffd}\u{fffd}", "tokens": tokens,
+            "id_slot": 14, "stop": true, "tokens_predicted": 14, "tokens_evaluated": 2, "has_new_line": false,
+            "truncated": false, "stop_type": "limit", "stopping_word": "", "tokens_cached": 15,
+            "completion_probabilities": reported,
+        });
+        let (read, of_read) = part(&reply, 2, 14, 1024).unwrap();
+        assert_eq!(read, tokens);
+        assert_eq!(of_read[..13], logprobs.map(|logprob| logprob as f32));
+        assert_eq!(of_read[13], UNREPORTED);
+    }
+
     #[test]
     fn seeds_have_31_bits() {
         let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 3, stop: vec![] };
