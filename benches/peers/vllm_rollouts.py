@@ -180,7 +180,7 @@ class Bench:
             scores="objective/scores", kl="objective/kl", entropy="objective/entropy", length="response_length",
             logp_difference_mean="sampling/sampling_logp_difference/mean", sampler_kl_k3="sampling/sampler_kl_k3",
             logp_difference_max="sampling/sampling_logp_difference/max", server_mismatch="sampling/server_mismatch",
-            policy_lag="sampling/policy_lag", seconds_rollout="seconds/rollout", seconds="seconds",
+            policy_lag="sampling/policy_lag", unreported_tokens="sampling/unreported_tokens", seconds_rollout="seconds/rollout", seconds="seconds",
         )
         rows = self.metrics(name)
         short = lambda x: x if x is None else float(f"{x:.4g}")  # noqa: E731
@@ -201,7 +201,7 @@ class Bench:
             tell(part="rollouts", engine="vllm", seed=seed, **self.curve(f"vllm-{seed}"))
         self.interval()
 
-    def interval(self):
+    def interval(self, engine="vllm", seeds=VLLM_SEEDS):
         # The first updates of the actor follow the third rollout: until then KL is that of rounding.
         for of, begin in [("scores", 0), ("kl", 3)]:
             own = [self.curve(f"self-{seed}")[of] for seed in range(OWN_SEEDS)]
@@ -210,11 +210,12 @@ class Bench:
                 column = [curve[i] for curve in own]
                 mean = statistics.mean(column)
                 half = T * statistics.stdev(column) * (1 + 1 / OWN_SEEDS) ** 0.5
-                found = [self.curve(f"vllm-{seed}")[of][i] for seed in range(VLLM_SEEDS)]
+                found = [self.curve(f"{engine}-{seed}")[of][i] for seed in range(seeds)]
                 inside += sum(abs(one - mean) <= half for one in found)
                 all_ += len(found)
                 rows.append([round(mean - half, 3), round(mean + half, 3), *found])
-            tell(part="rollouts", of=of, first_iteration=begin + 1, low_high_and_vllm=rows, inside=inside, all=all_)
+            rows = {f"low_high_and_{engine}": rows}
+            tell(part="rollouts", of=of, first_iteration=begin + 1, **rows, inside=inside, all=all_)
 
     def ahead(self, server):
         correction = "ppo.importance_sampling_correction=token_truncate"

@@ -24,7 +24,8 @@ pub enum Engine {
     Vllm,
     /// Another server with these three, and no sampling parameter beyond OpenAI's.
     Openai,
-    /// llama.cpp's server, which cannot load an adapter while it runs: refused.
+    /// llama.cpp's server, a child process of this one. It loads no adapter while it runs, so it is started anew with each version of
+    /// the actor's: `/completion` with token ids, `/health`.
     #[serde(rename = "llama.cpp")]
     LlamaCpp,
 }
@@ -50,14 +51,18 @@ pub struct RolloutEngine {
     /// The servers' addresses, `http://host:port/v1`: requests go to them in turn, and each loads the adapter. `https://` needs a
     /// build with the feature `hub`.
     pub urls: Vec<String>,
+    /// llama.cpp's server and its arguments, started without a shell: `["llama-server", "-m", "base.gguf"]` with the GGUF file of
+    /// `[base]`. `--lora`, `--host` and `--port` are added.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub server: Vec<String>,
     /// The environment variable that holds the servers' bearer token; absent = none is sent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub api_key_env: Option<String>,
     /// The log-probabilities that the servers return, by which their samples are checked and corrected. Default `raw_logprobs`
     /// (vLLM's), which need temperature 0 or 1.
     pub logprobs_mode: LogprobsMode,
-    /// Where the actor's adapter is written for the servers to read, one folder per iteration, the last one alone kept. Absent =
-    /// `rollout` in the run's folder.
+    /// Where the actor's adapter is written for the servers to read, one folder per iteration (for llama.cpp one GGUF-LoRA file), the
+    /// last one alone kept. Absent = `rollout` in the run's folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_dir: Option<PathBuf>,
     /// The path of that folder on the servers' machine, where it is another there. Absent = the same.
@@ -68,7 +73,7 @@ pub struct RolloutEngine {
     pub max_mismatch: f64,
     /// Requests at once, one per response. Default 32.
     pub concurrency: NonZeroUsize,
-    /// Longest wait for a reply. Default 600.
+    /// Longest wait for a reply, and for llama.cpp's server to load its model. Default 600.
     pub timeout_seconds: f64,
     /// Rollouts that are sampled ahead, 0 or 1. With 1 the servers sample the next rollout while the updates of this one run, from
     /// the actor before those updates: `importance_sampling_correction` weights it by what they moved. Default 0.
@@ -82,6 +87,7 @@ impl Default for RolloutEngine {
         Self {
             engine: Engine::Own,
             urls: Vec::new(),
+            server: Vec::new(),
             api_key_env: None,
             logprobs_mode: LogprobsMode::Raw,
             adapter_dir: None,
@@ -131,15 +137,19 @@ impl RolloutEngine {
             }
             Engine::Own => return Ok(()),
             Engine::LlamaCpp => {
-                return says(
-                    "engine = \"llama.cpp\": its server reads adapters when it starts and loads none later, and the actor is another \
-                     after every update; use engine = \"vllm\" with a vLLM server, or \"self\""
-                        .into(),
-                );
+                if let Some(problem) = self.of_llama_cpp() {
+                    return says(format!("engine = \"llama.cpp\" {problem}"));
+                }
+            }
+            Engine::Vllm | Engine::Openai if !self.server.is_empty() => {
+                return says(format!(
+                    "server is a command that engine = \"llama.cpp\" starts, and engine = {engine} asks servers that run; set urls in \
+                     its place"
+                ));
             }
             Engine::Vllm | Engine::Openai => {}
         }
-        if self.urls.is_empty() {
+        if self.engine != Engine::LlamaCpp && self.urls.is_empty() {
             return says(format!("engine = {engine} needs urls = [\"http://host:port/v1\"]"));
         }
         self.urls.iter().try_for_each(|address| url::check(&format!("[{name}.rollout] urls"), address))?;
@@ -164,6 +174,12 @@ impl RolloutEngine {
         }
         let temperature = section.temperature;
         match self.logprobs_mode {
+            LogprobsMode::Raw if temperature != 0.0 && temperature != 1.0 && self.engine == Engine::LlamaCpp => {
+                says(format!(
+                    "llama.cpp's log-probabilities are those of temperature 1, and temperature = {temperature}; set it to 1 or 0, or \
+                     engine to \"self\""
+                ))
+            }
             LogprobsMode::Raw if temperature != 0.0 && temperature != 1.0 => says(format!(
                 "raw_logprobs are those of temperature 1, and temperature = {temperature}; set it to 1, or start vLLM with \
                  --logprobs-mode processed_logprobs and set logprobs_mode = \"processed_logprobs\""
@@ -175,5 +191,40 @@ impl RolloutEngine {
             ),
             _ => Ok(()),
         }
+    }
+
+    /// What a config for llama.cpp's server lacks or has too much of.
+    fn of_llama_cpp(&self) -> Option<String> {
+        let command = "server = [\"llama-server\", \"-m\", \"base.gguf\"]";
+        let is_set = [
+            ("urls", !self.urls.is_empty()),
+            ("api_key_env", self.api_key_env.is_some()),
+            ("server_adapter_dir", self.server_adapter_dir.is_some()),
+            ("logprobs_mode", self.logprobs_mode != LogprobsMode::Raw),
+        ];
+        if self.server.first().is_none_or(String::is_empty) {
+            return Some(format!(
+                "starts the server itself, anew for each version of the adapter, and needs its command: {command}"
+            ));
+        }
+        if let Some((key, _)) = is_set.iter().find(|(_, is_set)| *is_set) {
+            return Some(format!("starts the server itself and has no use for {key}; remove it"));
+        }
+        let refused = [
+            (
+                &["--host", "--port", "--api-key", "--api-key-file", "--api-prefix"][..],
+                "asks the server at an address that it chooses, without a key",
+            ),
+            // What they leave out is in the log-probabilities, and so no check would find it.
+            (
+                &["--grammar", "--grammar-file", "-j", "--json-schema", "-jf", "--json-schema-file"],
+                "samples from all tokens",
+            ),
+        ];
+        let is_in = |argument: &String, names: &[&str]| names.contains(&argument.split('=').next().unwrap_or_default());
+        self.server.iter().find_map(|argument| {
+            let (_, why) = refused.iter().find(|(names, _)| is_in(argument, names))?;
+            Some(format!("{why}; remove {argument} from server"))
+        })
     }
 }

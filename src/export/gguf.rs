@@ -292,13 +292,45 @@ fn same_tokens(ours: &ModelFiles, written: &ModelFiles) -> Result<()> {
 }
 
 /// Writes the adapter as a GGUF-LoRA file to `out`, which must not exist, for `llama.cpp --lora` over the base: over the same
-/// file if that is a GGUF file, over its conversion if it is a Hugging Face model.
+/// file if that is a GGUF file, over its conversion if it is a Hugging Face model. A model card lies beside it.
 ///
 /// # Errors
 /// If llama.cpp does not have the base's architecture, the file cannot be written, or the reopened adapter differs; `out` does
 /// not exist then.
 pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
-    source.check_gguf_lora()?;
+    if source.files.gguf().is_none() {
+        architecture::name(source.base.config())?;
+    }
+    if let Some(what) = source.gguf_lora_obstacle() {
+        return Err(invalid!(
+            "{what}; merge the adapter into the base instead: `--format gguf` or `--format safetensors`"
+        ));
+    }
+    let card = Card {
+        front: "library_name: gguf\nbase_model_relation: adapter",
+        made: format!(
+            "A LoRA adapter for {} from {BY}; llama.cpp runs it over the base's GGUF file with `--lora`.",
+            source.base.config().model_name
+        ),
+        weights: "f32",
+        notes: vec![],
+    };
+    with_card(source, &card, out, &[out.to_owned()], |dir| {
+        let path = dir.join(out.file_name().context("the output needs a name")?);
+        write_lora(source, &path)?;
+        let read = read_lora(source, &path).context("reopening the GGUF-LoRA file")?;
+        let comparison = compare((source.base, source.adapter), (source.base, Some(&read)), source.prompts)?;
+        comparison.check(MergedType::F32.tolerance())?;
+        Ok(comparison)
+    })
+}
+
+/// Writes the GGUF-LoRA file alone, under its name at once and without a comparison: a run that samples from it compares
+/// log-probabilities.
+///
+/// # Errors
+/// If a branch has no name in llama.cpp, or the file cannot be written.
+pub fn write_lora(source: &Source<'_>, path: &Path) -> Result<()> {
     let adapter = source.adapter;
     let alpha = adapter.config().lora_alpha;
     let architecture = match source.files.gguf() {
@@ -314,38 +346,29 @@ pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
         ("adapter.type".into(), KeyValue::String("lora".into())),
         ("adapter.lora.alpha".into(), KeyValue::F32(alpha as f32)),
     ];
-    let (mut table, mut fillings) = (vec![], vec![]);
+    let (mut table, mut factors) = (vec![], vec![]);
     for (name, weight) in source.base.weights() {
         let Some(pair) = pair_of(adapter, &name) else { continue };
         let (ggml, order) = place(source, &name, weight)?;
         let (r, in_features) = pair.a.dims2()?;
-        // llama.cpp multiplies by alpha / r; a different scale (rsLoRA) is included in B.
-        let more = pair.scale * r as f64 / f64::from(alpha as f32);
-        let b: Vec<f32> = cpu::view(&pair.b)?.iter().map(|&v| (f64::from(v) * more) as f32).collect();
-        for (factor, shape, values) in [
-            ("a", vec![r, in_features], cpu::view(&pair.a)?.to_vec()),
-            ("b", vec![weight.rows(), r], order.store(&b, r)),
-        ] {
+        for (factor, shape) in [('a', vec![r, in_features]), ('b', vec![weight.rows(), r])] {
             table.push(Entry { name: format!("{ggml}.lora_{factor}"), shape, dtype: StorageDType::F32 });
-            fillings.push(values);
+            factors.push((factor, pair, order));
         }
     }
-    let card = Card {
-        front: "library_name: gguf\nbase_model_relation: adapter",
-        made: format!(
-            "A LoRA adapter for {} from {BY}; llama.cpp runs it over the base's GGUF file with `--lora`.",
-            source.base.config().model_name
-        ),
-        weights: "f32",
-        notes: vec![],
-    };
-    with_card(source, &card, out, &[out.to_owned()], |dir| {
-        let path = dir.join(out.file_name().context("the output needs a name")?);
-        write(&path, &keys, &table, |i| Ok(fillings[i].iter().flat_map(|v| v.to_le_bytes()).collect()))?;
-        let read = read_lora(source, &path).context("reopening the GGUF-LoRA file")?;
-        let comparison = compare((source.base, adapter), (source.base, Some(&read)), source.prompts)?;
-        comparison.check(MergedType::F32.tolerance())?;
-        Ok(comparison)
+    write(path, &keys, &table, |i| {
+        let (factor, pair, order) = &factors[i];
+        let values = match factor {
+            'a' => cpu::view(&pair.a)?.to_vec(),
+            _ => {
+                // llama.cpp multiplies by alpha / r; a different scale (rsLoRA) is included in B.
+                let r = pair.a.dims2()?.0;
+                let more = pair.scale * r as f64 / f64::from(alpha as f32);
+                let b: Vec<f32> = cpu::view(&pair.b)?.iter().map(|&v| (f64::from(v) * more) as f32).collect();
+                order.store(&b, r)
+            }
+        };
+        Ok(values.iter().flat_map(|v| v.to_le_bytes()).collect())
     })
 }
 
@@ -360,8 +383,11 @@ fn place(source: &Source<'_>, name: &str, weight: &Weight) -> Result<(String, Ro
     Ok((tensor.name.clone(), weight.row_order()))
 }
 
-/// Reads a GGUF-LoRA file as llama.cpp does, for the verification.
-fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
+/// Reads a GGUF-LoRA file over the source's base as llama.cpp does. The source's adapter says what shape it has.
+///
+/// # Errors
+/// If the file is no such file, or is cut.
+pub fn read_lora(source: &Source<'_>, path: &Path) -> Result<Adapter> {
     let file = Gguf::parse(map(path)?, &path.display().to_string())?;
     let alpha = file.float("adapter.lora.alpha")?.context("adapter.lora.alpha is missing")?;
     let shapes = source.base.shapes();

@@ -67,19 +67,19 @@ impl Source<'_> {
         Ok(())
     }
 
-    /// Checks that a GGUF-LoRA file can express the adapter.
-    ///
-    /// # Errors
-    /// If it has DoRA magnitudes, or branches on embedding or lm_head.
-    fn check_gguf_lora(&self) -> Result<()> {
+    /// Why a GGUF-LoRA file cannot express the adapter, or llama.cpp not run its base: DoRA magnitudes, branches on embedding or
+    /// lm_head, an architecture that llama.cpp does not have. `None` where nothing is in the way.
+    pub fn gguf_lora_obstacle(&self) -> Option<String> {
         let tables = [NonBlockModule::Embedding, NonBlockModule::Head];
-        let what = if self.adapter.config().use_dora {
-            "a GGUF-LoRA file cannot store a DoRA adapter's magnitudes"
+        let config = self.base.config();
+        if self.adapter.config().use_dora {
+            Some("a GGUF-LoRA file cannot store a DoRA adapter's magnitudes".into())
         } else if tables.into_iter().any(|outer| self.adapter.outer(outer).is_some()) {
-            "branches on the embedding or lm_head cannot be written to GGUF-LoRA files"
+            Some("branches on the embedding or lm_head cannot be written to GGUF-LoRA files".into())
+        } else if self.files.gguf().is_none() && gguf_architecture::name(config).is_err() {
+            Some(format!("llama.cpp has no {} architecture", config.names().model_type))
         } else {
-            return Ok(());
-        };
-        Err(invalid!("{what}; merge the adapter into the base instead: `--format gguf` or `--format safetensors`"))
+            None
+        }
     }
 }

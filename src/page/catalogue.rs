@@ -107,6 +107,11 @@ pub(crate) const CHARTS: &[Entry] = &[
         "Mean difference of log-probabilities, nats per token; beyond max_mismatch the run stops.",
     ),
     entry(
+        "Tokens without a log-probability of the server",
+        &["sampling/unreported_tokens"],
+        "Per rollout; llama.cpp reports none in the middle of a character. They are neither checked nor weighted.",
+    ),
+    entry(
         "Iterations that a rollout is behind",
         &["sampling/policy_lag"],
         "Iterations of updates between the actor that was sampled from and the one that is trained.",
@@ -190,6 +195,7 @@ pub(crate) const GROUPS: &[(&str, &[&str])] = &[
             "Sampler against trainer",
             "KL of a rollout server to the actor",
             "Rollout server against the weights it has",
+            "Tokens without a log-probability of the server",
             "Iterations that a rollout is behind",
             "Surprise of responses",
             "Log-probabilities",

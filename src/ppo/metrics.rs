@@ -10,7 +10,7 @@ use super::run::PpoRun;
 use super::sampler;
 use super::token_detail;
 use super::update::Update;
-use crate::config::{KlEstimator, KlIn, PolicyLoss};
+use crate::config::{Engine, KlEstimator, KlIn, PolicyLoss};
 use crate::report::{Metrics, Report, number};
 
 /// The metrics of the actor's training, which have no value in an iteration that trains the critic alone: null in metrics.jsonl,
@@ -92,6 +92,10 @@ pub fn iteration(
     if run.sampler.is_some() {
         put("sampling/sampler_kl_k3", sampler::k3(rollout));
         put("sampling/server_mismatch", rollout.served.mismatch);
+    }
+    // The other engines report every token's.
+    if run.config.servers().is_some_and(|servers| servers.engine == Engine::LlamaCpp) {
+        put("sampling/unreported_tokens", rollout.served.unreported as f64);
     }
     if run.config.samples_ahead() {
         put("sampling/policy_lag", rollout.served.lag as f64);

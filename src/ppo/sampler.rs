@@ -8,7 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::thread;
 use std::time::Duration;
 
-use anyhow::{Error, Result, bail};
+use anyhow::{Error, Result, bail, ensure};
 use serde::{Deserialize, Serialize};
 
 use super::kl::Estimator;
@@ -20,6 +20,9 @@ use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{Response, SamplingParams};
 use crate::model::roles::Policy;
 use crate::train::stop;
+
+/// Stands for a log-probability that a sampler did not report: a number, since ranks pass responses on as JSON, which has no NaN.
+pub const UNREPORTED: f32 = f32::MAX;
 
 /// How often a wait for responses looks whether the process was asked to stop.
 const GLANCE: Duration = Duration::from_millis(100);
@@ -39,8 +42,9 @@ pub struct Asked {
 
 /// A sampler outside this process.
 pub trait Sampler {
-    /// Begins (B) one response per prompt, sampled from the policy `adapter`, with the sampler's own log-probabilities. Returns once
-    /// the sampler has the adapter. `version` is another one whenever the adapter's weights are. `shown`: its progress is.
+    /// Begins (B) one response per prompt, sampled from the policy `adapter`, with the sampler's own log-probabilities or
+    /// [`UNREPORTED`]. Returns once the sampler has the adapter. `version` is another one whenever the adapter's weights are.
+    /// `shown`: its progress is.
     ///
     /// # Errors
     /// If the sampler does not take the adapter, or no thread can be started.
@@ -102,6 +106,9 @@ pub struct Served {
     pub lag: usize,
     /// Mean of `|log p of that version, computed here - log p of the sampler|` over the tokens, nats.
     pub mismatch: f64,
+    /// Tokens whose log-probability the sampler did not report.
+    #[serde(default)]
+    pub unreported: usize,
 }
 
 impl Served {
@@ -110,6 +117,7 @@ impl Served {
         let (a, b) = (tokens as f64, more_tokens as f64);
         self.mismatch = (self.mismatch * a + more.mismatch * b) / (a + b).max(1.0);
         self.lag = self.lag.max(more.lag);
+        self.unreported += more.unreported;
     }
 }
 
@@ -126,6 +134,27 @@ fn mean<'r>(rollout: &'r Rollout, here: &dyn Fn(usize) -> &'r [f32], of: impl Fn
         sum += both.map(|(&here, &sampler)| of(here.into(), sampler.into())).sum::<f64>();
     }
     sum / rollout.response_tokens().max(1) as f64
+}
+
+/// Has tokens of which the sampler reported no log-probability neither corrected nor checked: they get the one computed here under the
+/// weights that the sampler was given. `version`: as in [`check`]. Returns how many they are.
+///
+/// # Errors
+/// If the sampler reported none at all.
+pub fn fill(rollout: &mut Rollout, version: Option<&[Vec<f32>]>) -> Result<usize> {
+    let mut unreported = 0;
+    for (i, reported) in rollout.sampler_logprobs.iter_mut().enumerate() {
+        let here = version.map_or(&rollout.responses[i].logprobs, |version| &version[i]);
+        for (reported, &here) in reported.iter_mut().zip(here).filter(|(reported, _)| **reported == UNREPORTED) {
+            *reported = here;
+            unreported += 1;
+        }
+    }
+    ensure!(
+        unreported == 0 || unreported < rollout.response_tokens(),
+        "the rollout server reported no token's log-probability, by which its samples are checked"
+    );
+    Ok(unreported)
 }
 
 /// Checks that a rollout was sampled from the weights that the sampler was given. `version`: (B, R) the sampled tokens'
@@ -224,9 +253,23 @@ mod tests {
 
     #[test]
     fn a_rollout_of_two_parts_has_their_mean_by_tokens_and_the_larger_lag() {
-        let mut served = Served { lag: 0, mismatch: 0.1 };
-        served.add(30, Served { lag: 1, mismatch: 0.2 }, 10);
-        assert!((served.mismatch - 0.125).abs() < 1e-12 && served.lag == 1);
+        let mut served = Served { lag: 0, mismatch: 0.1, unreported: 2 };
+        served.add(30, Served { lag: 1, mismatch: 0.2, unreported: 1 }, 10);
+        assert!((served.mismatch - 0.125).abs() < 1e-12 && (served.lag, served.unreported) == (1, 3));
+    }
+
+    #[test]
+    fn a_token_without_a_reported_log_probability_is_neither_checked_nor_weighted() {
+        let mut found = rollout([-1.0, -2.0], [-1.5, UNREPORTED]);
+        assert_eq!(fill(&mut found, None).unwrap(), 1);
+        assert_eq!(found.sampler_logprobs, [[-1.5, -2.0]]);
+        assert_eq!(check(&found, None, 0.25).unwrap(), 0.25);
+        // Of a version before the actor's it is that version's, and the weight is what the actor moved since.
+        let mut found = rollout([-1.0, -2.0], [-1.5, UNREPORTED]);
+        assert_eq!(fill(&mut found, Some(&[vec![-1.5, -2.5]])).unwrap(), 1);
+        assert_eq!(found.sampler_logprobs, [[-1.5, -2.5]]);
+        assert_eq!(fill(&mut found, None).unwrap(), 0);
+        assert!(fill(&mut rollout([-1.0, -2.0], [UNREPORTED; 2]), None).is_err());
     }
 
     #[test]

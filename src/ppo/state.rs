@@ -181,9 +181,10 @@ impl State {
                 }
                 None => None,
             };
+            let unreported = sampler::fill(&mut rollout, version.as_deref())?;
             let mismatch = sampler::check(&rollout, version.as_deref(), sampler.max_mismatch())?;
             let lag = self.ahead.as_ref().map_or(0, |ahead| self.iteration - ahead.version);
-            rollout.served = Served { lag, mismatch };
+            rollout.served = Served { lag, mismatch, unreported };
             Ok(rollout)
         })?;
         self.ahead = None;

@@ -10,6 +10,8 @@ pub mod device_bench;
 mod distill;
 mod dpo;
 mod hints;
+mod llama_cpp;
+mod llama_process;
 mod measure;
 mod memory_preflight;
 mod model;
@@ -22,6 +24,7 @@ mod ppo;
 mod prompts;
 mod reward;
 mod rewards;
+mod rollout_servers;
 mod served_rollouts;
 mod sft;
 

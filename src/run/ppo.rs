@@ -11,8 +11,7 @@ use serde_json::{Value, json};
 use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
-use super::served_rollouts::ServedSampler;
-use super::{Model, prepared_among, save};
+use super::{Model, llama_cpp, prepared_among, rollout_servers, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
 use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, end_of_responses, ends_of_responses};
@@ -75,6 +74,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         Some(path) => continued(&model, path, config, stage).with_context(|| ppo.origin.key("adapter"))?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
     };
+    ppo.servers().map_or(Ok(()), |servers| llama_cpp::check(servers, &model, &sft, ppo.origin.name()))?;
     let adapters = Adapters::open(ppo, scorer)?;
     // The critic's values belong to the policy's tokens: if the reward model has other tokens, the critic uses the policy's
     // base and cannot be initialised from the reward model.
@@ -150,7 +150,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         decode: &decode,
         world,
     };
-    let open = |servers| ServedSampler::new(servers, &model, ppo.origin.name(), out, world.is_first());
+    let open = |servers| rollout_servers::open(servers, &model, ppo.origin.name(), out, world.is_first());
     let sampler = ppo.servers().map(open).transpose()?;
     // Rank 0 alone asks the servers.
     if let Some(sampler) = &sampler {
@@ -171,7 +171,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         evaluation: Some(&evaluation).filter(|_| !eval_prompts.is_empty()),
         ptx: text.as_ref().map(|blocks| blocks as &dyn Examples<SftExample>),
         pad,
-        sampler: sampler.as_ref().map(|sampler| sampler as &dyn Sampler),
+        sampler: sampler.as_deref().map(|sampler| sampler as &dyn Sampler),
         config: ppo,
         seed: config.seed,
         recompute: preflight.plan.checkpoint,

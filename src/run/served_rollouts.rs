@@ -1,29 +1,25 @@
 //! Rollouts that servers sample: the actor's adapter is written and loaded under a new name per version, responses come back as
-//! token ids with their log-probabilities, one request each. It does not depend on rewards or updates. Read `ppo/sampler.rs` for
-//! what is made of them.
+//! token ids with their log-probabilities, one request each. It does not depend on rewards or updates. Read `rollout_servers.rs`
+//! before it, `ppo/sampler.rs` for what is made of the responses.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread;
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::Result;
 use serde_json::{Value, json};
 
 use super::Model;
 use super::rewards::key_of;
+use super::rollout_servers::{RolloutServer, adapters_folder, check_tokens, said, sample, tag, tries, whole};
 use crate::config::{Engine, RolloutEngine};
 use crate::model::adapter::Adapter;
-use crate::model::generate::{FinishReason, Response, SamplingParams};
+use crate::model::generate::{Response, SamplingParams};
 use crate::ppo::sampler::{Asked, Sampler, Started};
-use crate::report::progress::{Progress, Unit};
 use crate::reward::source::endpoint::Endpoint;
-use crate::reward::source::retry::{Failure, LONGEST_WAIT, excerpt};
+use crate::reward::source::retry::{Failure, excerpt};
 
-/// Wait before the first retry.
-const BACKOFF: Duration = Duration::from_millis(500);
 /// Longest wait for a server that is asked to forget an adapter, which nothing depends on.
 const FORGETTING: Duration = Duration::from_secs(10);
 
@@ -88,21 +84,15 @@ impl<'w> ServedSampler<'w> {
                 unload: at("unload_lora_adapter", FORGETTING.min(timeout)),
             }
         };
-        let folder = settings.adapter_dir.clone().unwrap_or_else(|| out.join("rollout"));
-        if settings.adapter_dir.is_none() && asks {
-            remove_left(&folder);
-        }
-        let folder = std::path::absolute(&folder).with_context(|| folder.display().to_string())?;
+        let folder = adapters_folder(settings, out, asks)?;
         let folder_there = match &settings.server_adapter_dir {
             Some(there) => there.trim_end_matches('/').to_owned(),
             None => folder.display().to_string(),
         };
-        let started = (crate::report::clocks::now() * 1e6) as u64;
-        let tag = format!("{:x}-{:x}", std::process::id(), started);
         let servers = settings.urls.iter().map(server).collect();
         let vocab = model.base.config().vocab_size;
         let clients = Clients { servers, settings: settings.clone(), folder_there, vocab };
-        Ok(Self { section, clients: clients.into(), model, folder, tag, loaded: Mutex::default() })
+        Ok(Self { section, clients: clients.into(), model, folder, tag: tag(), loaded: Mutex::default() })
     }
 
     /// Loads the adapter on every server unless they have it, and has them forget the one before. A server that is dead is left
@@ -119,7 +109,7 @@ impl<'w> ServedSampler<'w> {
         super::save(adapter.clone(), self.model, &self.folder.join(&name))?;
         let (mut servers, mut dead) = (vec![], vec![]);
         for (number, server) in self.clients.servers.iter().enumerate() {
-            let outcome = self.clients.tries(|_| {
+            let outcome = tries(self.clients.settings.retries, |_| {
                 let outcome = match self.clients.load(server, &name) {
                     Err(Failure::Final(text)) if text.contains("status 404") => Err(Failure::Final(format!(
                         "{text}; it has no such endpoint, or no such folder: start vLLM with --enable-lora --max-lora-rank {} and \
@@ -156,14 +146,6 @@ impl<'w> ServedSampler<'w> {
         Ok((name, servers))
     }
 
-    /// Loads the adapter that the run begins with, so that servers which cannot sample are found before minutes of work.
-    ///
-    /// # Errors
-    /// As for a rollout.
-    pub(super) fn begin(&self, first: &Adapter) -> Result<()> {
-        self.load(first, 0).map(drop)
-    }
-
     /// Has servers forget an adapter and removes its folder. Nothing depends on it: names are never used again.
     fn forget(&self, name: &str, servers: &[usize]) {
         for &number in servers {
@@ -174,24 +156,6 @@ impl<'w> ServedSampler<'w> {
 }
 
 impl Clients {
-    /// Tries until one succeeds or none can. `of(tried)`: the address for messages, and the outcome.
-    fn tries<T>(&self, of: impl Fn(usize) -> (String, Result<T, Failure>)) -> Result<T, Failure> {
-        let (mut wait, mut last) = (BACKOFF, String::new());
-        for tried in 0..=self.settings.retries {
-            if tried > 0 {
-                thread::sleep(wait);
-                wait = (wait * 2).min(LONGEST_WAIT);
-            }
-            let (at, outcome) = of(tried);
-            match outcome {
-                Ok(found) => return Ok(found),
-                Err(Failure::Final(text)) => return Err(Failure::Final(format!("rollout server {at}: {text}"))),
-                Err(Failure::Passing(text) | Failure::Unscored(text)) => last = format!("rollout server {at}: {text}"),
-            }
-        }
-        Err(Failure::Passing(last))
-    }
-
     /// Loads the written adapter `name` on a server.
     fn load(&self, server: &Server, name: &str) -> Result<(), Failure> {
         let body = json!({ "lora_name": name, "lora_path": format!("{}/{name}", self.folder_there) });
@@ -244,68 +208,20 @@ impl Clients {
         body
     }
 
-    /// Sends a request per prompt to those of the servers that have the adapter `name`, in turn. No more are sent once one has
-    /// failed or `abandoned` is set.
-    fn sample(
+    /// Gets a response from those of the servers that have the adapter `name`, in turn; `i`: the prompt's number.
+    fn response(
         &self,
-        name: &str,
-        servers: &[usize],
-        asked: &Asked,
-        abandoned: &AtomicBool,
-        one_more: &(dyn Fn() + Sync),
-    ) -> Result<Vec<Response>> {
-        let Asked { prompts, seeds, sampling, .. } = asked;
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let found: Vec<Mutex<Option<Result<Response>>>> = prompts.iter().map(|_| Mutex::default()).collect();
-        // Each thread takes the next prompt.
-        let work = || {
-            while !failed.load(Ordering::Relaxed) && !abandoned.load(Ordering::Relaxed) {
-                let i = next.fetch_add(1, Ordering::Relaxed);
-                let Some((prompt, &seed)) = prompts.get(i).zip(seeds.get(i)) else { return };
-                let body = self.request(name, prompt, seed, sampling);
-                let sampled = self.tries(|tried| {
-                    let server = &self.servers[servers[(i + tried) % servers.len()]];
-                    let reply = server.completions.post(&body).map_err(|failure| self.reload(server, name, failure));
-                    let sampled = reply.and_then(|reply| response(&reply, prompt, sampling, self.vocab));
-                    (server.completions.url.clone(), sampled)
-                });
-                failed.fetch_or(sampled.is_err(), Ordering::Relaxed);
-                one_more();
-                *found[i].lock().unwrap_or_else(PoisonError::into_inner) = Some(sampled.map_err(said));
-            }
-        };
-        let more = self.settings.concurrency.get().min(prompts.len()).saturating_sub(1);
-        thread::scope(|scope| {
-            for _ in 0..more {
-                // Where no further thread can be started, those that there are do the work.
-                if thread::Builder::new().spawn_scoped(scope, work).is_err() {
-                    break;
-                }
-            }
-            work();
-        });
-        let found = found.into_iter().filter_map(|one| one.into_inner().unwrap_or_else(PoisonError::into_inner));
-        let sampled = found.collect::<Result<Vec<Response>>>()?;
-        (sampled.len() == prompts.len()).then_some(sampled).context("a prompt was not sent")
-    }
-}
-
-/// What is said of a failure that ends the run.
-fn said(failure: Failure) -> anyhow::Error {
-    match failure {
-        Failure::Final(text) => anyhow!("{text}"),
-        Failure::Passing(text) | Failure::Unscored(text) => {
-            anyhow!("{text}; fix it, or raise timeout_seconds or retries of the rollout's section")
-        }
-    }
-}
-
-/// Removes the adapters that a run which was killed left in its folder.
-fn remove_left(folder: &Path) {
-    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        if entry.file_name().to_string_lossy().starts_with("fourfold-") {
-            let _ = fs::remove_dir_all(entry.path());
-        }
+        (name, servers): (&str, &[usize]),
+        (i, prompt, seed): (usize, &[u32], u64),
+        sampling: &SamplingParams,
+    ) -> Result<Response, Failure> {
+        let body = self.request(name, prompt, seed, sampling);
+        tries(self.settings.retries, |tried| {
+            let server = &self.servers[servers[(i + tried) % servers.len()]];
+            let reply = server.completions.post(&body).map_err(|failure| self.reload(server, name, failure));
+            let sampled = reply.and_then(|reply| response(&reply, prompt, sampling, self.vocab));
+            (server.completions.url.clone(), sampled)
+        })
     }
 }
 
@@ -321,7 +237,7 @@ fn response(reply: &Value, prompt: &[u32], sampling: &SamplingParams, vocab: usi
     if !choice.is_object() {
         return Err(Failure::Passing(format!("its reply has no choices[0]: {}", excerpt(&reply.to_string()))));
     }
-    let Some(mut tokens) = ids(&choice["token_ids"]) else {
+    let Some(tokens) = ids(&choice["token_ids"]) else {
         return Err(Failure::Final(
             "its reply has no choices[0].token_ids, and text does not give them back: it needs return_token_ids (vLLM 0.10.2 or \
              newer); use such a server, or engine = \"self\""
@@ -335,30 +251,20 @@ fn response(reply: &Value, prompt: &[u32], sampling: &SamplingParams, vocab: usi
     let logprobs = choice["logprobs"]["token_logprobs"].as_array();
     let logprobs: Option<Vec<f32>> =
         logprobs.and_then(|all| all.iter().map(|value| value.as_f64().map(|value| value as f32)).collect());
-    let Some(mut logprobs) = logprobs.filter(|all| all.len() == tokens.len()) else {
+    let Some(logprobs) = logprobs.filter(|all| all.len() == tokens.len()) else {
         return Err(Failure::Final(
             "its reply has no choices[0].logprobs.token_logprobs, one number per token, by which its samples are checked".into(),
         ));
     };
-    if let Some(token) = tokens.iter().find(|&&token| token as usize >= vocab) {
-        return Err(Failure::Final(format!(
-            "it sampled token {token}, and [base] has {vocab}: it serves another base"
-        )));
-    }
-    if let Some(at) = tokens.iter().position(|token| sampling.stop.contains(token)) {
-        tokens.truncate(at + 1);
-        logprobs.truncate(at + 1);
-        return Ok(Response { tokens, logprobs, finish: FinishReason::Stop });
-    }
-    let (found, most, why) =
-        (tokens.len(), sampling.max_new_tokens, choice["finish_reason"].as_str().unwrap_or("none"));
-    if found != most {
-        return Err(Failure::Final(format!(
+    check_tokens(&tokens, vocab)?;
+    whole(&tokens, &logprobs, sampling).ok_or_else(|| {
+        let (found, most, why) =
+            (tokens.len(), sampling.max_new_tokens, choice["finish_reason"].as_str().unwrap_or("none"));
+        Failure::Final(format!(
             "it ended a response after {found} of {most} tokens at none of the tokens that end one here (finish_reason {why}); raise \
              its --max-model-len, and give its base the same end of sequence"
-        )));
-    }
-    Ok(Response { tokens, logprobs, finish: FinishReason::Length })
+        ))
+    })
 }
 
 impl Sampler for ServedSampler<'_> {
@@ -366,19 +272,20 @@ impl Sampler for ServedSampler<'_> {
         let (name, servers) = self.load(adapter, version)?;
         let clients = self.clients.clone();
         Started::new(move |abandoned| {
-            let progress = shown.then(|| Progress::new("rollout", asked.prompts.len(), Unit::Of("response")));
-            let progress = Mutex::new(progress);
-            let one_more = || {
-                if let Some(progress) = &mut *progress.lock().unwrap_or_else(PoisonError::into_inner) {
-                    progress.add(1);
-                }
-            };
-            clients.sample(&name, &servers, &asked, abandoned, &one_more)
+            sample(&asked, &clients.settings, abandoned, shown, |i, prompt, seed| {
+                clients.response((&name, &servers), (i, prompt, seed), &asked.sampling)
+            })
         })
     }
 
     fn max_mismatch(&self) -> f64 {
         self.clients.settings.max_mismatch
+    }
+}
+
+impl RolloutServer for ServedSampler<'_> {
+    fn begin(&self, first: &Adapter) -> Result<()> {
+        self.load(first, 0).map(drop)
     }
 }
 
@@ -396,6 +303,7 @@ impl Drop for ServedSampler<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::generate::FinishReason;
 
     fn read(reply: Value) -> Result<Response, Failure> {
         let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: 3, stop: vec![0, 9] };

@@ -41,6 +41,7 @@ const HARMLESS: &[&str] = &[
     "*.checkpoint",
     "*.eval_steps",
     "*.rollout.urls",
+    "*.rollout.server",
     "*.rollout.api_key_env",
     "*.rollout.adapter_dir",
     "*.rollout.server_adapter_dir",

@@ -7,6 +7,8 @@ mod errors;
 mod groups;
 mod guidance;
 mod init;
+#[path = "../support/llama_cpp.rs"]
+mod llama_cpp;
 mod options;
 mod recipes;
 mod report;

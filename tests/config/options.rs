@@ -19,7 +19,7 @@ use fourfold::run::RunOptions;
 use serde_json::{Value, json};
 use toml::Table;
 
-use crate::vllm;
+use crate::{llama_cpp, vllm};
 
 mod rows;
 
@@ -145,8 +145,13 @@ impl World {
             "seed = 3\n[base]\npath = '{}'\n[lora]\nr = 2\n[data]\npath = '{dir}/data.jsonl'\neval_rows = 4\nmax_prompt_length = 64\n",
             base.display()
         );
-        let text =
-            format!("{head}{text}").replace("WORLD", &dir).replace("SERVER", &self.server).replace("VLLM", &self.vllm);
+        let llama_cpp = |words: &[&str]| format!("{:?}", llama_cpp::command(self.dir.path(), words));
+        let text = format!("{head}{text}")
+            .replace("LLAMA_SERVER", &llama_cpp(&[]))
+            .replace("LLAMA_OTHER", &llama_cpp(&["--alias", "actor"]))
+            .replace("WORLD", &dir)
+            .replace("SERVER", &self.server)
+            .replace("VLLM", &self.vllm);
         text.parse().unwrap_or_else(|error| panic!("{error}\n{text}"))
     }
 

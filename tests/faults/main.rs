@@ -8,6 +8,8 @@ mod guard;
 mod inputs;
 mod interruptions;
 mod kills;
+#[path = "../support/llama_cpp.rs"]
+mod llama_cpp;
 mod secrets;
 mod servers;
 mod soak;

@@ -57,19 +57,15 @@ pub fn fault(status: &str, message: &str) -> String {
     reply(status, &json!({ "error": { "message": message, "type": "BadRequestError" } }).to_string())
 }
 
-fn serve(
-    mut stream: TcpStream,
-    log: &Log,
-    adapters: &Mutex<HashMap<String, PathBuf>>,
-    deed: &dyn Fn(usize, &str, &Value) -> Deed,
-) {
-    let mut reader = BufReader::new(stream.try_clone().unwrap());
+/// Path and body of a request; no body is null. `None` if the connection is closed before it is whole.
+pub fn request(stream: &TcpStream) -> Option<(String, Value)> {
+    let mut reader = BufReader::new(stream);
     let (mut first, mut length) = (String::new(), 0);
-    reader.read_line(&mut first).unwrap();
+    reader.read_line(&mut first).ok()?;
     loop {
         let mut line = String::new();
         if reader.read_line(&mut line).unwrap_or(0) == 0 {
-            return;
+            return None;
         }
         if let Some(n) = line.to_ascii_lowercase().strip_prefix("content-length:") {
             length = n.trim().parse().unwrap();
@@ -79,9 +75,18 @@ fn serve(
         }
     }
     let mut body = vec![0; length];
-    reader.read_exact(&mut body).unwrap();
-    let body: Value = serde_json::from_slice(&body).unwrap();
-    let path = first.split(' ').nth(1).unwrap().to_owned();
+    reader.read_exact(&mut body).ok()?;
+    let body = if body.is_empty() { Value::Null } else { serde_json::from_slice(&body).unwrap() };
+    Some((first.split(' ').nth(1)?.to_owned(), body))
+}
+
+fn serve(
+    mut stream: TcpStream,
+    log: &Log,
+    adapters: &Mutex<HashMap<String, PathBuf>>,
+    deed: &dyn Fn(usize, &str, &Value) -> Deed,
+) {
+    let Some((path, body)) = request(&stream) else { return };
     let number = {
         let mut log = log.lock().unwrap();
         log.push((path.clone(), body.clone()));

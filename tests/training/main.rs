@@ -10,6 +10,9 @@ mod families;
 mod invariants;
 mod judge;
 mod kl_penalty;
+#[path = "../support/llama_cpp.rs"]
+mod llama_cpp;
+mod llama_cpp_rollouts;
 mod lora_targets;
 mod ppo_update;
 mod ranks;

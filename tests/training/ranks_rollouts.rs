@@ -12,6 +12,7 @@ use fourfold::run::{self, Model, RunOptions};
 use fourfold::train::world::threads::worlds;
 use serde_json::{Value, json};
 
+use super::llama_cpp;
 use super::vllm::{Deed, server};
 use crate::ranks::{assert_close, assert_within, numbers};
 
@@ -243,6 +244,25 @@ fn rollouts_of_a_server_on_two_and_three_ranks_follow_one_and_rank_0_asks_for_al
         let asked = log.lock().unwrap().iter().filter(|(path, _)| path.ends_with("/completions")).count();
         assert_eq!(asked, 4 * 24 + 12);
     }
+}
+
+#[test]
+fn rollouts_of_llama_cpps_server_on_two_and_three_ranks_follow_one_and_rank_0_starts_it() {
+    let folder = tempfile::tempdir().unwrap();
+    // It reports no log-probability of some tokens, which all ranks count.
+    let server = llama_cpp::command(folder.path(), &["--deed", "silent"]);
+    ranks_follow_one(
+        Stage::Grpo,
+        &format!(
+            "num_generations = 2\nmax_steps = 4\nreward_adapter = \"ROOT/adapters/quickstart/reward\"\n\
+             importance_sampling_correction = \"token_truncate\"\n[grpo.rollout]\nengine = \"llama.cpp\"\nserver = {server:?}\n"
+        ),
+        1,
+    );
+    let journal = llama_cpp::journal(folder.path());
+    let (starts, asked): (Vec<_>, Vec<_>) = journal.iter().partition(|line| line.get("start").is_some());
+    // Two rollouts of twelve on one, two, three and again two ranks; the second of these again, whose run begins with the first adapter.
+    assert_eq!((starts.len(), asked.len()), (4 * 2 + 2, 4 * 24 + 12));
 }
 
 #[cfg(unix)]

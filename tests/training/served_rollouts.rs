@@ -18,10 +18,10 @@ use super::reward_sources::run_on;
 use super::vllm::{Deed, fault, reply, server};
 
 /// Both have the trainer's log-probabilities in place of the sampler's.
-const KEYS: &str = "reward_adapter = REWARD\nlearning_rate = 1e-3\nnum_ppo_epochs = 2\nnum_mini_batches = 2\n\
+pub(super) const KEYS: &str = "reward_adapter = REWARD\nlearning_rate = 1e-3\nnum_ppo_epochs = 2\nnum_mini_batches = 2\n\
                     importance_sampling_correction = \"token_truncate\"\n";
 
-fn record(i: usize) -> Value {
+pub(super) fn record(i: usize) -> Value {
     json!({ "prompt": format!("How is dish {i}?") })
 }
 
@@ -30,7 +30,7 @@ fn section(urls: &[&String]) -> String {
 }
 
 /// Texts and scores of the rollouts, and two metrics, of a run and of one that ought to be the same.
-fn assert_same(of: &(Value, Vec<Value>, Vec<Value>), other: &(Value, Vec<Value>, Vec<Value>)) {
+pub(super) fn assert_same(of: &(Value, Vec<Value>, Vec<Value>), other: &(Value, Vec<Value>, Vec<Value>)) {
     assert_eq!(of.2.len(), other.2.len());
     for (a, b) in of.2.iter().zip(&other.2) {
         assert_eq!((&a["response"], &a["finish_reason"]), (&b["response"], &b["finish_reason"]));
@@ -336,7 +336,6 @@ fn what_an_engine_lacks_is_said_before_anything_runs() {
     let vllm = "engine = \"vllm\"\nurls = [\"http://127.0.0.1:9/v1\"]\n";
     let with = |keys: &str| format!("{vllm}{keys}");
     for (keys, more, said) in [
-        ("engine = \"llama.cpp\"".to_owned(), "", "loads none later"),
         ("engine = \"vllm\"".to_owned(), "", "needs urls"),
         (
             "engine = \"vllm\"\nurls = [\"http://127.0.0.1:9/v1\", \"http://127.0.0.1:99999/v1\"]".to_owned(),
@@ -349,6 +348,7 @@ fn what_an_engine_lacks_is_said_before_anything_runs() {
         (with("logprobs_mode = \"processed_logprobs\""), "top_k = 5", "top_k = 0"),
         (with("").replace("vllm", "openai"), "top_k = 5", "has no top_k = 5"),
         (with("server_adapter_dir = \"/x\""), "", "adapter_dir"),
+        (with("server = [\"llama-server\"]"), "", "set urls in its place"),
         (with("api_key_env = \"FOURFOLD_NO_SUCH_KEY\""), "", "export FOURFOLD_NO_SUCH_KEY="),
         (with("max_mismatch = 0.0"), "", "max_mismatch = 0"),
         (with("retires = 2"), "", "did you mean \"retries\"?"),

@@ -1,8 +1,9 @@
-//! `POST` of a JSON object to an HTTP service, and which failures may pass. It does not depend on what is asked or on the
-//! model. Read `http.rs`, `judge.rs` and `run/served_rollouts.rs` for its users.
+//! `POST` of a JSON object to an HTTP service, or `GET` from one, and which failures may pass. It does not depend on what is asked or
+//! on the model. Read `http.rs`, `judge.rs`, `run/served_rollouts.rs` and `run/llama_cpp.rs` for its users.
 
+use http::Response;
 use serde_json::Value;
-use ureq::Agent;
+use ureq::{Agent, Body};
 
 use super::reply::error_text;
 use super::retry::{Failure, beginning, excerpt};
@@ -50,7 +51,18 @@ impl Endpoint {
         if let Some(key) = &self.key {
             request = request.header("authorization", format!("Bearer {key}"));
         }
-        let response = request.send(body.to_string().as_bytes());
+        Self::read(request.send(body.to_string().as_bytes()))
+    }
+
+    /// The text that the service replies with to a `GET`.
+    ///
+    /// # Errors
+    /// Those of [`Endpoint::send`].
+    pub fn get(&self) -> Result<String, Failure> {
+        Self::read(self.agent.get(&self.url).call())
+    }
+
+    fn read(response: Result<Response<Body>, ureq::Error>) -> Result<String, Failure> {
         let mut response = response.map_err(|error| Failure::Passing(error.to_string()))?;
         let status = response.status();
         let text = response.body_mut().with_config().limit(LONGEST_BODY).read_to_vec();

@@ -314,12 +314,14 @@ pub(super) const PART: &[Row] = &[
     ("fallback_score", DEAD, "-4.0"),
 ];
 
+const LLAMA_CPP: &str = "engine = 'llama.cpp'\nserver = LLAMA_SERVER";
 pub(super) const SERVER: &str = "engine = 'vllm'\nurls = ['VLLM']";
 
 /// Servers sample from the same weights, so that none of these keys moves a result.
 pub(super) const ROLLOUT: &[Row] = &[
     ("engine", SERVER, "SAME 'openai'"),
     ("urls", SERVER, "SAME ['VLLM', 'VLLM/']"),
+    ("server", LLAMA_CPP, "SAME LLAMA_OTHER"),
     ("api_key_env", SERVER, "SAME 'PATH'"),
     ("logprobs_mode", SERVER, "SAME 'processed_logprobs'"),
     ("adapter_dir", SERVER, "SAME 'WORLD/rollouts'"),

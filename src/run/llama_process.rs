@@ -1,0 +1,265 @@
+//! A server program as a child process: it is started with an adapter and a free port, waited for until it is healthy, and ended with
+//! the run in every case. It does not depend on the model or on what is asked of it. Read `llama_cpp.rs` for its user.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::net::{Ipv4Addr, TcpListener};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result};
+
+use crate::invalid;
+use crate::reward::source::endpoint::Endpoint;
+use crate::reward::source::retry::Failure;
+
+/// How often a wait for the server looks at it.
+const GLANCE: Duration = Duration::from_millis(20);
+/// Longest wait for a reply about its health.
+const HEALTH: Duration = Duration::from_secs(5);
+/// Time for the server to exit by itself before it is killed.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long after a failed request a server may be found to have ended: its sockets close before it does.
+const DYING: Duration = Duration::from_millis(300);
+/// What is quoted of its log.
+const QUOTED_LINES: usize = 6;
+
+/// A server that was started. Dropping it ends it.
+#[derive(Debug)]
+pub(super) struct ServerProcess {
+    child: Mutex<Child>,
+    /// Its program, for messages.
+    pub(super) name: String,
+    /// Its address.
+    pub(super) url: String,
+    log: PathBuf,
+}
+
+impl ServerProcess {
+    /// Starts `command` with `--lora`, `--host` and `--port` behind its own arguments, and what it writes in the file `log`, anew. To be
+    /// called by a thread that lives as long as the run: on Linux the kernel ends the server when that thread ends, however that is.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub(super) fn start(command: &[String], lora: &Path, log: &Path) -> Result<Self> {
+        let [program, arguments @ ..] = command else { return Err(invalid!("server names no program")) };
+        let file = File::create(log).with_context(|| log.display().to_string())?;
+        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr());
+        let port = port.context("finding a free port")?.port();
+        let mut command = Command::new(program);
+        command.args(arguments).arg("--lora").arg(lora).args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
+        with_this_process(&mut command);
+        let child = command.spawn().map_err(|error| {
+            let what_to_do = match error.kind() {
+                ErrorKind::NotFound => "; install it, or give its path",
+                _ => "",
+            };
+            invalid!("server = [{program:?}, …] cannot be started: {error}{what_to_do}")
+        })?;
+        let url = format!("http://127.0.0.1:{port}");
+        Ok(Self { child: child.into(), name: program.clone(), url, log: log.into() })
+    }
+
+    /// Waits until it is healthy.
+    ///
+    /// # Errors
+    /// If it ends, is not healthy within `timeout`, or `abandoned` says that nobody waits any more.
+    pub(super) fn wait(&self, timeout: Duration, abandoned: &dyn Fn() -> bool) -> Result<(), Failure> {
+        let (began, health) =
+            (Instant::now(), Endpoint::new(format!("{}/health", self.url), None, HEALTH.min(timeout)));
+        loop {
+            let last = match health.get() {
+                Ok(_) => return Ok(()),
+                Err(Failure::Final(text) | Failure::Passing(text) | Failure::Unscored(text)) => text,
+            };
+            if let Some(text) = self.ended(Duration::ZERO) {
+                return Err(Failure::Final(text));
+            }
+            if abandoned() {
+                return Err(Failure::Final("nobody waits for it any more".into()));
+            }
+            if began.elapsed() >= timeout {
+                return Err(Failure::Final(format!(
+                    "it was not healthy within timeout_seconds = {} ({last}); raise it, or see its log{}",
+                    timeout.as_secs_f64(),
+                    self.quoted()
+                )));
+            }
+            thread::sleep(GLANCE);
+        }
+    }
+
+    /// That it has ended, or does so within `wait`, with the last lines of its log.
+    pub(super) fn ended(&self, wait: Duration) -> Option<String> {
+        let began = Instant::now();
+        loop {
+            match self.child().try_wait() {
+                Ok(Some(status)) => return Some(format!("it ended ({status}); see its log{}", self.quoted())),
+                Ok(None) if began.elapsed() < wait => {}
+                _ => return None,
+            }
+            thread::sleep(GLANCE);
+        }
+    }
+
+    /// A request's failure, which is final where the server has ended.
+    pub(super) fn cause(&self, failure: Failure) -> Failure {
+        self.ended(DYING).map_or(failure, Failure::Final)
+    }
+
+    /// Ends it and waits for its end.
+    pub(super) fn end(&self) {
+        let mut child = self.child();
+        if !matches!(child.try_wait(), Ok(None)) {
+            return;
+        }
+        let began = Instant::now();
+        terminate(&child);
+        while began.elapsed() < EXIT_TIMEOUT && matches!(child.try_wait(), Ok(None)) {
+            thread::sleep(GLANCE);
+        }
+        kill(&mut child);
+        let _ = child.wait();
+    }
+
+    fn child(&self) -> MutexGuard<'_, Child> {
+        self.child.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The name of its log and the last lines of it.
+    fn quoted(&self) -> String {
+        let text = fs::read(&self.log).unwrap_or_default();
+        let text = String::from_utf8_lossy(&text);
+        let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
+        let last = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
+        let last: String = last.iter().map(|line| format!("\n  {}", line.trim_end())).collect();
+        format!(" {}{}{last}", self.log.display(), if last.is_empty() { ", which is empty" } else { ", which ends:" })
+    }
+}
+
+impl Drop for ServerProcess {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// Has the child end with this process, even if that is killed, and lead a group of its own: Ctrl-C in a terminal reaches this
+/// process alone, which then ends the child.
+#[cfg(unix)]
+fn with_this_process(command: &mut Command) {
+    use std::os::unix::process::CommandExt;
+    command.process_group(0);
+    #[cfg(target_os = "linux")]
+    {
+        let parent = std::process::id();
+        let tie = move || {
+            // SAFETY: both calls only pass numbers, and may be made between fork and exec.
+            let (tied, now) = unsafe { (libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL), libc::getppid()) };
+            match tied {
+                0 if now as u32 == parent => Ok(()),
+                0 => Err(std::io::Error::from(ErrorKind::Interrupted)),
+                _ => Err(std::io::Error::last_os_error()),
+            }
+        };
+        // SAFETY: the closure makes two system calls and allocates nothing.
+        unsafe { command.pre_exec(tie) };
+    }
+}
+
+#[cfg(not(unix))]
+fn with_this_process(_: &mut Command) {}
+
+/// Asks the child and what it started to end.
+#[cfg(unix)]
+fn terminate(child: &Child) {
+    // SAFETY: the call only passes numbers; the child leads the group and was not waited for, so the number is still its own.
+    unsafe { libc::kill(-(child.id() as i32), libc::SIGTERM) };
+}
+
+#[cfg(not(unix))]
+fn terminate(_: &Child) {}
+
+/// Kills the child and what it started.
+#[cfg(unix)]
+fn kill(child: &mut Child) {
+    // SAFETY: the call only passes numbers. A group keeps its number while it has a member, and without one there is nobody to kill.
+    unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
+}
+
+#[cfg(not(unix))]
+fn kill(child: &mut Child) {
+    let _ = child.kill();
+}
+
+#[cfg(all(test, unix))]
+mod tests {
+    use super::*;
+
+    fn start(script: &str, folder: &Path) -> ServerProcess {
+        let command = ["/bin/sh", "-c", script].map(String::from);
+        ServerProcess::start(&command, Path::new("x.gguf"), &folder.join("log")).unwrap()
+    }
+
+    fn lives(pid: i32) -> bool {
+        // SAFETY: signal 0 reaches nobody.
+        unsafe { libc::kill(pid, 0) == 0 }
+    }
+
+    #[test]
+    fn it_is_given_adapter_and_address_and_its_last_lines_are_quoted() {
+        let folder = tempfile::tempdir().unwrap();
+        let process = start("echo \"$0 $*\"; for i in 1 2 3 4 5 6; do echo line $i >&2; done; exit 3", folder.path());
+        let Err(Failure::Final(text)) = process.wait(Duration::from_secs(60), &|| false) else { panic!("healthy") };
+        assert!(text.contains("exit status: 3") && text.contains("which ends:\n  line 1\n"), "{text}");
+        assert!(text.ends_with("line 6") && text.contains(&folder.path().join("log").display().to_string()), "{text}");
+        let log = fs::read_to_string(folder.path().join("log")).unwrap();
+        let port = process.url.rsplit(':').next().unwrap();
+        assert!(log.starts_with(&format!("--lora x.gguf --host 127.0.0.1 --port {port}\n")), "{log}");
+    }
+
+    #[test]
+    fn it_and_what_it_started_end_with_it_at_once_or_after_a_while() {
+        for (script, at_least) in
+            [("sleep 600 & echo $!; wait", Duration::ZERO), ("trap '' TERM; sleep 600 & echo $!; wait", EXIT_TIMEOUT)]
+        {
+            let folder = tempfile::tempdir().unwrap();
+            let process = start(script, folder.path());
+            let pid = || fs::read_to_string(folder.path().join("log")).unwrap().trim().parse::<i32>().ok();
+            let began = Instant::now();
+            while pid().is_none() && began.elapsed() < Duration::from_secs(60) {
+                thread::sleep(GLANCE);
+            }
+            let (of, own) = (pid().unwrap(), process.child().id() as i32);
+            assert!(lives(of) && lives(own));
+            let began = Instant::now();
+            drop(process);
+            assert!(began.elapsed() >= at_least, "{script}");
+            // Its parent is gone: whoever adopted it may take a moment to wait for it.
+            let began = Instant::now();
+            while lives(of) && began.elapsed() < Duration::from_secs(10) {
+                thread::sleep(GLANCE);
+            }
+            assert!(!lives(own), "{script}");
+            assert!(!lives(of) || is_zombie(of), "{script}");
+        }
+    }
+
+    /// Where nobody waits for orphans, as in some containers, they stay as zombies.
+    fn is_zombie(pid: i32) -> bool {
+        fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| stat.contains(") Z "))
+    }
+
+    #[test]
+    fn one_that_is_never_healthy_is_said_and_one_that_nobody_waits_for_is_left() {
+        let folder = tempfile::tempdir().unwrap();
+        let process = start("echo loading; exec sleep 600", folder.path());
+        let Err(Failure::Final(text)) = process.wait(Duration::from_millis(300), &|| false) else { panic!("healthy") };
+        assert!(text.contains("timeout_seconds = 0.3") && text.ends_with("loading"), "{text}");
+        assert!(process.wait(Duration::from_secs(600), &|| true).is_err());
+        assert_eq!(process.cause(Failure::Passing("slow".into())), Failure::Passing("slow".into()));
+    }
+}
