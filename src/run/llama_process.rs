@@ -20,8 +20,8 @@ use crate::reward::source::retry::Failure;
 const GLANCE: Duration = Duration::from_millis(20);
 /// Longest wait for a reply about its health.
 const HEALTH: Duration = Duration::from_secs(5);
-/// Time for the server to exit by itself before it is killed.
-const EXIT_TIMEOUT: Duration = Duration::from_secs(5);
+/// Time for the server to exit by itself before it is killed: llama.cpp's waits for requests that it has begun to answer.
+const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long after a failed request a server may be found to have ended: its sockets close before it does.
 const DYING: Duration = Duration::from_millis(300);
 /// What is quoted of its log.

@@ -54,7 +54,9 @@ pub fn command(folder: &Path, words: &[&str]) -> Vec<String> {
 #[allow(dead_code, reason = "not every test binary reads it")]
 pub fn journal(folder: &Path) -> Vec<Value> {
     let text = fs::read_to_string(folder.join("journal")).unwrap_or_default();
-    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    // The last line may not be whole yet.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    whole.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 /// Whether a process runs: not one that has ended and that nobody has waited for.
@@ -102,7 +104,7 @@ fn serve(words: &[String]) {
     let bytes = fs::read(&lora).unwrap();
     let hash = bytes.iter().fold(5381u64, |hash, &byte| hash.wrapping_mul(33) ^ u64::from(byte));
     let mut journal = fs::OpenOptions::new().create(true).append(true).open(&file).unwrap();
-    writeln!(journal, "{}", json!({ "start": words, "pid": std::process::id(), "adapter": hash })).unwrap();
+    note(&mut journal, &json!({ "start": words, "pid": std::process::id(), "adapter": hash }));
     let starts = fs::read_to_string(&file).unwrap().lines().filter(|line| line.starts_with("{\"start\"")).count();
     let eog = of("--eog").map(|id| id.parse().unwrap());
     let listener = TcpListener::bind(format!("{}:{}", of("--host").unwrap(), of("--port").unwrap())).unwrap();
@@ -111,6 +113,10 @@ fn serve(words: &[String]) {
         let server = server.clone();
         thread::spawn(move || server.handle(stream));
     }
+}
+
+fn note(journal: &mut fs::File, what: &Value) {
+    journal.write_all(format!("{what}\n").as_bytes()).unwrap();
 }
 
 impl Server {
@@ -123,7 +129,7 @@ impl Server {
             }
             "/health" => reply("200 OK", "{\"status\":\"ok\"}"),
             "/completion" => {
-                writeln!(self.journal.lock().unwrap(), "{}", json!({ "body": body })).unwrap();
+                note(&mut self.journal.lock().unwrap(), &json!({ "body": body }));
                 if self.starts > 1 && self.deed == "dies" {
                     eprintln!("out of memory");
                     std::process::exit(9);
