@@ -68,6 +68,29 @@ def plan(folder, model, dtype, gib, more=()):
     return found
 
 
+def rollouts(folder, phase, prompt, response, checkpoint, cache):
+    """A 7B in Q4_K: eight responses in a step, one in a pass; what the card and pinned memory hold."""
+    settings = {
+        "base.quantize": "q4_k", "base.kv_cache_type": cache, "lora.r": RANK, "data.max_prompt_length": prompt,
+        f"{phase}.checkpoint": checkpoint, f"{phase}.local_rollout_forward_batch_size": 1,
+    }
+    if phase == "ppo":
+        settings |= {"ppo.batch_size": 8, "ppo.micro_batch_size": 1, "ppo.response_length": response}
+    else:
+        settings |= {
+            "grpo.num_generations": 8, "grpo.per_device_train_batch_size": 1, "grpo.gradient_accumulation_steps": 8,
+            "grpo.max_completion_length": response,
+        }
+    path = f"{folder}/long.json"
+    command = [BINARY, "plan", "--base", path, "--phase", phase, "--device", "cuda", "--memory", "512GiB", "--json"]
+    command += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    device = next(iter(found["devices"].values()))
+    beside = device["context"] + device["workspace"]
+    phases = [device["phases"][name] + beside for name in ("rollout", "update")]
+    return [f"{size / 2**30:.1f} GiB" for size in (device["total"], *phases, found["offload"]["pinned"])]
+
+
 def cell(found):
     if found["fits"]:
         device = next(iter(found["devices"].values()))
@@ -107,7 +130,15 @@ with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
         with open(f"{folder}/{i}.json", "w") as file:
             json.dump(config(model), file)
     jobs = {(m, t, s): pool.submit(plan, folder, m, t, s) for m in MODELS for t in TYPES for s in SIZES}
+    with open(f"{folder}/long.json", "w") as file:
+        json.dump(config("7B (Llama 2)") | {"max_position_embeddings": 32768}, file)
+    ways = [("block", "auto"), ("offload", "auto"), ("offload", "q8_0")]
+    long_jobs = {
+        (phase, length, *way): pool.submit(rollouts, folder, phase, length // 2, length // 2, *way)
+        for phase in ("ppo", "grpo") for length in (8192, 32768) for way in ways
+    }
     plans = {key: job.result() for key, job in jobs.items()}
+    long_plans = {key: job.result() for key, job in long_jobs.items()}
 
 print(f"""# What fits a card, and floors of a step
 
@@ -126,6 +157,17 @@ The device's peak with context and cuBLAS, or the smallest change that fits: `mi
 for model in MODELS:
     for dtype in TYPES:
         print(f"| {model} | {dtype} | {' | '.join(cell(plans[model, dtype, size]) for size in SIZES)} |")
+print("""
+## Long sequences, by the planner
+
+A 7B in Q4_K, r = 16, half of each sequence its response; eight responses in a step, one in a pass (`micro_batch_size`,
+`local_rollout_forward_batch_size` 1). GRPO has no critic and the default `beta = 0`. `checkpoint = "offload"` keeps the blocks' inputs in pinned
+memory; `q8_0` is `kv_cache_type`, which changes numbers.
+
+| method | tokens | checkpoint | cache | card, all | rollout | update | pinned |
+|---|---|---|---|---|---|---|---|""")
+for (phase, length, checkpoint, cache), cells in long_plans.items():
+    print(f"| {phase} | {length:,} | {checkpoint} | {'f16' if cache == 'auto' else cache} | {' | '.join(cells)} |")
 print("""
 ## Floors of a step, seconds: decoding + scoring + update
 
