@@ -101,6 +101,7 @@ async fn listen(stop: watch::Sender<Stop>) {
             warning!("serve: warning: signals cannot be handled; one ends the server at once");
             return std::future::pending().await;
         };
+        crate::train::stop::heard(false);
         for how in [Stop::Finish, Stop::Cut] {
             std::future::poll_fn(|context| {
                 match interrupt.poll_recv(context).is_ready() || terminate.poll_recv(context).is_ready() {
