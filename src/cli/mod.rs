@@ -276,6 +276,9 @@ fn say_with(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result
 /// it.)
 fn check_folder_of(out: &Path) -> Result<()> {
     match out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        Some(folder) if folder.exists() => {
+            Err(invalid!("--out {}: {} is a file, not a folder; name another", out.display(), folder.display()))
+        }
         Some(folder) => {
             Err(invalid!("--out {}: there is no folder {}; make it first", out.display(), folder.display()))
         }

@@ -53,7 +53,7 @@ pub use describe::describe;
 pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
 pub use model::{Model, lora_config};
-pub use options::{RunOptions, resuming_command};
+pub use options::{RunOptions, quoted, resuming_command};
 pub use output::{
     MEMBERS, check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary,
 };
@@ -128,7 +128,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
 /// Writes a run's last page; a failure is reported, since it costs nothing that was trained.
 pub(crate) fn finish_page(out: &Path, ended: Result<(), &anyhow::Error>) {
     if let Err(error) = page::finish(out, ended) {
-        crate::tell!("{error:#}; `fourfold report {}` makes the page again", out.display());
+        crate::tell!("{error:#}; `fourfold report {}` makes the page again", quoted(&out.display().to_string()));
     }
 }
 

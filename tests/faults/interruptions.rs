@@ -45,6 +45,7 @@ fn a_signal_ends_a_quickstart_which_is_then_not_finished() {
     signal(&child, libc::SIGTERM);
     let ran = finish(child);
     assert!(ran.code == 130 && ran.stderr.contains("stopped after"), "{}: {}", ran.code, ran.stderr);
+    assert!(ran.stderr.contains("no stage was finished; the same command begins anew"), "{}", ran.stderr);
     let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(
         (&told["status"], &told["stage"], &told["resume"]),

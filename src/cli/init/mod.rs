@@ -34,7 +34,7 @@ use crate::model_files::FileContents;
 use crate::ops::weight::ComputeDtype;
 use crate::planner::plan;
 use crate::planner::simulate::shape::Network;
-use crate::run::{MEMBERS, check_adapter_path, check_base_path};
+use crate::run::{MEMBERS, check_adapter_path, check_base_path, quoted};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
@@ -80,6 +80,13 @@ pub(super) struct Init {
 }
 
 pub(super) fn run(args: &Init) -> Result<()> {
+    if let Some(out) = args.out.as_ref().filter(|out| out.is_dir()) {
+        return Err(invalid!(
+            "--out {} is a folder; name a file, such as {}",
+            out.display(),
+            out.join(format!("{}.toml", args.stage.of_config().name())).display()
+        ));
+    }
     if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.overwrite) {
         return Err(invalid!("{} is there already; give another --out, or --overwrite to replace it", out.display()));
     }
@@ -119,7 +126,8 @@ pub(super) fn run(args: &Init) -> Result<()> {
 
 /// The two commands to go on with.
 fn commands(stage: Stage, config: &Path) -> [String; 2] {
-    [format!("fourfold data {}", config.display()), format!("fourfold {} {}", stage.name(), config.display())]
+    let file = quoted(&config.display().to_string());
+    [format!("fourfold data {file}"), format!("fourfold {} {file}", stage.name())]
 }
 
 /// The arguments, with folders of runs resolved to their adapters.
@@ -133,7 +141,9 @@ fn asked(args: &Init) -> Result<Asked> {
     }
     if args.teacher.is_some() != (stage == Stage::Distill) {
         return Err(match stage {
-            Stage::Distill => invalid!("distill needs --teacher, the model that is distilled"),
+            Stage::Distill => {
+                invalid!("distill needs --teacher, the model that is distilled: a folder or a .gguf file")
+            }
             _ => invalid!("--teacher is for distill; leave it out"),
         });
     }
@@ -145,7 +155,8 @@ fn asked(args: &Init) -> Result<Asked> {
     }
     if args.reward_adapter.is_none() && stage.has_rollouts() {
         return Err(invalid!(
-            "{} needs --reward-adapter, the folder of a run of the reward stage; `fourfold init reward` configures one",
+            "{0} needs --reward-adapter, the folder of a run of the reward stage; `fourfold init reward` configures one. Rules, programs \
+             and endpoints are not proposed here: `fourfold keys {0}.reward` has their keys",
             stage.name()
         ));
     }
