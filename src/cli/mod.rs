@@ -15,6 +15,7 @@ mod plan;
 mod probe;
 mod report;
 mod score;
+mod scored;
 mod serve;
 mod subsets;
 mod text;

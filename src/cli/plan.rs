@@ -27,7 +27,7 @@ use crate::planner::dry::DevicePlan;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
-use crate::run::PlanInputs;
+use crate::run::{PlanInputs, with_members};
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -62,6 +62,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
+    let config = with_members(stage, &config)?;
     let source = PlanInputs::open(stage, &config)?;
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     let on_device = [section.device(), config.second_base(stage).device()].into_iter().any(dry::is_device);

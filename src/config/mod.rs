@@ -10,6 +10,7 @@ mod describe;
 mod distill;
 mod dpo;
 mod dschat;
+mod ensembles;
 mod expand;
 mod group;
 pub mod json_schema;
@@ -18,6 +19,7 @@ mod located;
 mod memory;
 mod optimisation;
 mod overrides;
+mod paths;
 mod ppo;
 mod ppo_rules;
 mod ptx;
@@ -48,11 +50,13 @@ pub use checkpoint::{CheckpointConfig, Guard};
 pub use describe::{key_path, known_keys};
 pub use distill::Distill;
 pub use dpo::{Dpo, DpoLoss, Kto};
+pub use ensembles::REWARD_ADAPTER;
 pub(crate) use group::GroupKeys;
 pub use group::{GroupLoss, Grpo, Rloo};
 pub use keys::{Key, keys, keys_of_section};
 pub use memory::{ByteSize, Memory};
 pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
+pub use paths::Paths;
 pub use ppo::{
     AdvantageEstimator, Aggregation, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator,
     KlIn, LossType, Origin, PolicyLoss, Ppo, ScaleRewards, WhitenRewards,
@@ -63,7 +67,7 @@ pub use rewards::{ANSWER, ColumnsRead, EnsembleScore, RewardApi, RewardInput, Re
 pub use rollout::{Engine, LogprobsMode, RolloutEngine};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
-    KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stage::Stage;
@@ -408,7 +412,8 @@ impl Config {
         }
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
-            paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
+            let main = ppo.reward_adapter.as_mut_slice();
+            paths.extend(main.iter_mut().map(|path| ("[ppo] reward_adapter", path)));
             let parts = ppo.reward.iter_mut().chain(&mut ppo.gold);
             paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
             let texts = ppo.ptx.iter_mut().flat_map(|ptx| ptx.path.as_mut_slice());

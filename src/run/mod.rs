@@ -11,6 +11,7 @@ mod distill;
 mod dpo;
 mod hints;
 mod measure;
+mod members;
 mod memory_preflight;
 mod model;
 mod offload;
@@ -52,12 +53,12 @@ pub use data_warnings::data_warnings;
 pub use describe::describe;
 pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
+pub use members::{members, with_members};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, quoted, resuming_command};
-pub use output::{
-    MEMBERS, check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary,
-};
+pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
 pub use plan_inputs::PlanInputs;
+pub use rewards::aggregate;
 
 /// Runs one stage of a config; returns the object that `--json` prints, on rank 0 where there are several.
 ///
@@ -68,6 +69,7 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> 
     if launch.world.is_first() {
         check_output(out, stage.name())?;
     }
+    let config = &with_members(stage, config)?;
     let mut settled = placement::settled(config, launch.resume.as_ref().map(|_| out))?;
     match settled_stage(stage, &settled, out, launch) {
         // The folder is untouched: a base is opened before it is made.

@@ -115,7 +115,8 @@ pub struct PlanInputs {
 }
 
 impl PlanInputs {
-    /// Opens what the config names: bases, data and, where they are there already, adapters. Without data, or without a
+    /// Opens what the config, with all members of an ensemble written out, names: bases, data and, where they are there
+    /// already, adapters. Without data, or without a
     /// tokenizer to read it with, sequences are as long as `[data]` allows.
     ///
     /// # Errors
@@ -156,7 +157,7 @@ impl PlanInputs {
         };
         let reward = match stage {
             Stage::Distill => config.distill().teacher_adapter,
-            _ if stage.has_rollouts() => Some(config.rollouts(stage)?.reward_adapter.clone()),
+            _ if stage.has_rollouts() => config.rollouts(stage)?.reward_adapter.as_slice().first().cloned(),
             _ => None,
         };
         let open = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Adapter>> {

@@ -132,6 +132,20 @@ fn sources_of_the_reward_that_count_twice_or_not_at_all_are_told() {
     let both = "[[grpo.reward]]\nadapters = ['a', 'a', 'b']\n";
     let adapters = said(both);
     assert!(adapters.len() == 1 && adapters[0].contains("has a twice among its adapters"), "{adapters:?}");
+    for (keys, says) in [
+        ("adapters = ['a']\nstd_coef = 2.0", "std_coef has no effect on a single adapter"),
+        ("adapters = ['a']\naggregate = 'min'", "aggregate has no effect on a single adapter"),
+        ("adapters = ['a', 'b']\naggregate = 'min'\nstd_coef = 2.0", "std_coef has no effect without aggregate"),
+    ] {
+        let found = said(&format!("[[grpo.reward]]\n{keys}\n"));
+        assert!(found.len() == 1 && found[0].contains(says), "{keys}: {found:?}");
+    }
+    let shared =
+        said("[[grpo.reward]]\nname = 'one'\nadapters = ['a', 'b']\n[[grpo.reward]]\nname = 'two'\nadapters = ['b']\n");
+    assert!(
+        shared.len() == 1 && shared[0].contains("\"two\" has b, which \"one\" has too: it counts in both"),
+        "{shared:?}"
+    );
     let main = config::from_text(&format!("{}{both}", with("reward_adapter = 'b'")), "test").unwrap();
     assert!(main.idle_keys(Stage::Grpo)[0].contains("has b, which is reward_adapter too"));
     let gold = "[grpo.gold]\nkind = 'json_valid'\n";

@@ -34,7 +34,7 @@ use crate::model_files::FileContents;
 use crate::ops::weight::ComputeDtype;
 use crate::planner::plan;
 use crate::planner::simulate::shape::Network;
-use crate::run::{MEMBERS, check_adapter_path, check_base_path, quoted};
+use crate::run::{check_adapter_path, check_base_path, members, quoted};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
@@ -192,10 +192,9 @@ fn adapter_in(path: &Path, option: &str) -> Result<PathBuf> {
 
 /// The adapters that a path means: those of all members where it is the folder of a run that trained an ensemble.
 fn members_in(path: &Path, option: &str) -> Result<Vec<PathBuf>> {
-    let first = adapter_in(path, option)?;
-    match path.join(MEMBERS[0]) == first {
-        true => Ok(MEMBERS.iter().map(|name| path.join(name)).filter(|member| is_adapter(member)).collect()),
-        false => Ok(vec![first]),
+    match &members(path).context(option.to_owned())?[..] {
+        [_] => adapter_in(path, option).map(|found| vec![found]),
+        all => Ok(all.to_vec()),
     }
 }
 
