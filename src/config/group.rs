@@ -74,10 +74,10 @@ macro_rules! group_section {
                 pub reward_adapter: Paths = Paths::default(),
                 /// Sources of the reward, each a table of its own: rules, programs, endpoints, more adapters. Default
                 /// none. (TRL: `reward_funcs` and `reward_weights`.)
-                #[serde(skip_serializing_if = "Vec::is_empty")]
+                #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::reward_rules::write_all")]
                 pub reward: Vec<RewardPart> = Vec::new(),
                 /// What the held-out responses are judged by besides, and the policy never trained on. Default none.
-                #[serde(skip_serializing_if = "Option::is_none")]
+                #[serde(skip_serializing_if = "Option::is_none", serialize_with = "super::reward_rules::write_one")]
                 pub gold: Option<RewardPart> = None,
                 /// What samples the responses: this process, or servers that load the adapter. Default this process. (TRL:
                 /// `use_vllm` and `vllm_server_base_url`.)

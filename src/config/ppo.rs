@@ -311,11 +311,11 @@ optimised_section! {
         #[serde(skip_serializing_if = "Paths::is_blank")]
         pub reward_adapter: Paths = Paths::default(),
         /// `[[ppo.reward]]`: more sources of the reward, or others than an adapter. Default none.
-        #[serde(skip_serializing_if = "Vec::is_empty")]
+        #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::reward_rules::write_all")]
         pub reward: Vec<RewardPart> = Vec::new(),
         /// `[ppo.gold]`: what the held-out responses are judged by besides, and the policy never trained on. Default
         /// none.
-        #[serde(skip_serializing_if = "Option::is_none")]
+        #[serde(skip_serializing_if = "Option::is_none", serialize_with = "super::reward_rules::write_one")]
         pub gold: Option<RewardPart> = None,
         /// `[ppo.ptx]`: texts that the actor goes on learning from beside the reward. Default none.
         #[serde(skip_serializing_if = "Option::is_none")]

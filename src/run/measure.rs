@@ -59,7 +59,7 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
         ));
     }
     // The search for a card's libraries is not part of any phase.
-    let mut config = offload::chosen(stage, &placement::settled(&with_members(stage, config)?, None)?)?;
+    let mut config = offload::chosen(stage, &placement::settled(&with_members(stage, config)?.read_by(stage), None)?)?;
     config.checkpoint.save_steps = 1;
     config.checkpoint.save_total_limit = 1;
     let bench = Bench { stage, out, launch: RunOptions { overwrite: true, ..RunOptions::default() } };

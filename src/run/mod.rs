@@ -70,17 +70,20 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> 
         check_output(out, stage.name())?;
     }
     let config = &with_members(stage, config)?;
+    let idle = config.idle_keys(stage);
+    let config = &config.read_by(stage);
     let mut settled = placement::settled(config, launch.resume.as_ref().map(|_| out))?;
-    match settled_stage(stage, &settled, out, launch) {
+    match settled_stage(stage, &settled, out, launch, &idle) {
         // The folder is untouched: a base is opened before it is made.
         Err(error) if error.is::<F16Overflow>() && placement::leave_f16(config, &mut settled, &error)? => {
-            settled_stage(stage, &settled, out, launch)
+            // Its keys were named the first time.
+            settled_stage(stage, &settled, out, launch, &[])
         }
         done => done,
     }
 }
 
-fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
+fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions, idle: &[String]) -> Result<Value> {
     let started = Instant::now();
     // Rank 0 alone looks into the folder.
     let finished = launch.world.first(|| match options::finished(stage, config, out, launch)? {
@@ -94,7 +97,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
         warning!("{}: warning: {text}", stage.name());
     }
     if launch.world.is_first() {
-        config.idle_keys(stage).iter().for_each(|idle| crate::tell!("{}: {idle}", stage.name()));
+        idle.iter().for_each(|idle| warning!("{}: warning: {idle}", stage.name()));
     }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
