@@ -3,6 +3,7 @@
 
 mod bench;
 mod chat;
+mod completed;
 mod completions;
 mod data;
 mod doctor;
@@ -27,6 +28,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Error, Result};
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
+
+use completed::DeviceValue;
 
 use crate::config;
 use crate::config::{DeviceChoice, KvCacheType, Stage};
@@ -121,7 +124,7 @@ enum Command {
 struct OnDevice {
     /// Where the base lies and passes run: auto (a card if one can be used, else the CPU), cpu, cuda, cuda:N; emulated is
     /// for tests.
-    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceValue, hide_possible_values = true)]
     device: Option<DeviceChoice>,
 }
 

@@ -10,6 +10,7 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::completed::DeviceValue;
 use super::data::only_stage;
 use super::{print_json, say};
 use crate::cli::data;
@@ -45,7 +46,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Where the bases would lie: cpu, or cuda, for which no card is needed; else what the config says (auto is the CPU here).
-    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceValue, hide_possible_values = true)]
     device: Option<DeviceChoice>,
     /// What the run may take of that device's memory, or of the machine's on the CPU, such as 8GiB; else [memory]
     /// device_limit or limit, else what is free on the CPU. A plan that does not fit a limit that was named, here or in

@@ -24,6 +24,7 @@ use self::document::{Document, grouped};
 use self::fit::{Fitted, Fitter};
 use self::look::{Lengths, Seen, look};
 use self::propose::{Asked, Bases, propose};
+use super::completed::DeviceValue;
 use super::data;
 use crate::config;
 use crate::config::{ByteSize, DeviceChoice, Stage};
@@ -59,7 +60,7 @@ pub(super) struct Init {
     memory: Option<ByteSize>,
     /// Where the base will lie: cpu, cuda or cuda:N; else a card if there is one here that can be used. A card is asked only
     /// for its free memory: with --memory none need be here.
-    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceValue, hide_possible_values = true)]
     device: Option<DeviceChoice>,
     /// The adapter to start from, or the folder of the run that trained it.
     #[arg(long, value_name = "RUN_OR_DIR")]
