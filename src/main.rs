@@ -25,7 +25,7 @@ fn main() {
     #[cfg(not(target_os = "linux"))]
     fourfold::host::keep_freed_memory();
     fourfold::report::quiet::print_directly();
-    let ran = fourfold::cli::run();
+    let ran = fourfold::train::stop::end_by_default().and_then(|()| fourfold::cli::run());
     let is_stopped = |error: &anyhow::Error| error.chain().any(|cause| cause.is::<fourfold::error::Interrupted>());
     let is_failure = ran.as_ref().is_err_and(|error| !is_stopped(error));
     let code = match ran {

@@ -131,6 +131,27 @@ mod tests {
     }
 
     #[test]
+    fn devices_and_the_keys_of_a_stage_are_completed() {
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            let script = script(shell);
+            for key in ["sft.learning_rate=", "ppo.kl_coef=", "ppo.ptx.coef=", "base.offload=", "data.max_length="] {
+                assert!(script.contains(key), "{shell}: {key}");
+            }
+            assert!(!script.contains("data.sources.weight=") && !script.contains("grpo.reward.api="), "{shell}");
+        }
+        let bash = script(Shell::Bash);
+        assert!(bash.contains("compgen -W \"auto cpu cuda\""), "{bash}");
+        // The keys of a stage are those that it reads.
+        let of = |stage: &str| {
+            let from = bash.split(&format!("fourfold__subcmd__{stage})")).nth(1).unwrap();
+            from.split(";;").take_while(|part| !part.contains("fourfold__subcmd__")).collect::<String>()
+        };
+        let sft = of("sft");
+        assert!(sft.contains("sft.learning_rate=") && !sft.contains("ppo.kl_coef="), "{sft}");
+        assert!(help::command().render_long_help().to_string().len() < 20_000);
+    }
+
+    #[test]
     fn every_command_has_a_page_with_its_options_and_groff_has_no_complaint() {
         let pages = pages().unwrap();
         let mut command = help::command().disable_help_subcommand(true);

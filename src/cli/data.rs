@@ -18,7 +18,7 @@ use crate::data::stream::cache::Stored;
 use crate::host::peak_rss_bytes;
 use crate::invalid;
 use crate::model_files::ModelFiles;
-use crate::run::{check_base_path, data_warnings, examples};
+use crate::run::{check_base_path, data_warnings, examples, with_members};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -62,16 +62,16 @@ pub(super) fn show(args: &Show) -> Result<()> {
     let checkpoint = ModelFiles::open(&base.path)?;
     let context = checkpoint.config().max_position_embeddings;
     let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args, context };
+    let of = stage.of_config();
     match stage {
-        Stage::Sft => look.at::<SftExample>("sft", config.sft().completion_only_loss, sft_pieces),
-        Stage::Reward => look.at::<RankedExample>("reward", true, ranked_pieces),
-        Stage::Dpo => look.at::<RankedExample>("dpo", true, ranked_pieces),
+        Stage::Sft => look.at::<SftExample>(of, config.sft().completion_only_loss, sft_pieces),
+        Stage::Reward | Stage::Dpo => look.at::<RankedExample>(of, true, ranked_pieces),
         Stage::Kto => {
-            look.at::<UnpairedExample>("kto", true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
+            look.at::<UnpairedExample>(of, true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
         }
-        Stage::Distill if !config.distill().samples_all() => look.at::<SftExample>("distill", true, sft_pieces),
+        Stage::Distill if !config.distill().samples_all() => look.at::<SftExample>(of, true, sft_pieces),
         Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
-            look.at::<PromptExample>(stage.of_config().name(), true, |e| vec![vec![(&e.tokens[..], false)]])
+            look.at::<PromptExample>(of, true, |e| vec![vec![(&e.tokens[..], false)]])
         }
     }
 }
@@ -148,7 +148,7 @@ struct Look<'a> {
 impl Look<'_> {
     fn at<T: Objective + Stored>(
         &self,
-        stage: &str,
+        stage: config::Stage,
         completion_only: bool,
         pieces: fn(&T) -> Pieces<'_>,
     ) -> Result<()> {
@@ -157,7 +157,11 @@ impl Look<'_> {
         lengths.sort_unstable();
         let report = &found.report;
         let mut warnings = data_warnings(report, self.config.data()?, found.train.len(), found.held_out.len());
-        warnings.extend(self.too_long(stage, found.train.longest_sequence()));
+        warnings.extend(self.too_long(stage.name(), found.train.longest_sequence()));
+        // Whether a reward model's folder is whole is the stage's concern.
+        let config = with_members(stage, self.config).unwrap_or_else(|_| self.config.clone());
+        warnings.extend(config.idle_keys(stage));
+        let stage = stage.name();
         let mut samples = vec![];
         for row in 0..self.args.head.min(found.train.len()) {
             samples.push(self.sample(&pieces(&*found.train.get(row)?))?);

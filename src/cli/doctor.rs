@@ -11,6 +11,7 @@ use candle_core::quantized::{GgmlDType, QTensor};
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::completed::DeviceValue;
 use super::{print_json, say};
 use crate::config::{ComputeDtype, DeviceChoice, Lora};
 use crate::device::{Device, Element, Selected, select};
@@ -35,7 +36,7 @@ use crate::run::device_bench::square;
 #[derive(Args)]
 pub(super) struct Doctor {
     /// The device to look at: cuda, cuda:N, or emulated; auto is the first card.
-    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", default_value = "auto", value_parser = DeviceValue, hide_possible_values = true)]
     device: DeviceChoice,
     /// One JSON object on stdout.
     #[arg(long)]

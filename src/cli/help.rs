@@ -5,6 +5,7 @@ use clap::{Command, CommandFactory};
 use textwrap::{Options, WordSplitter, wrap};
 
 use super::Cli;
+use super::completed::KeyAndValue;
 
 /// Columns of the list of commands.
 const WIDTH: usize = 100;
@@ -62,7 +63,7 @@ const EXAMPLES: &[(&[&str], &str)] = &[
 
 /// The program's command line, with groups and examples.
 pub(super) fn command() -> Command {
-    let mut command = with_examples(Cli::command(), &mut vec![]);
+    let mut command = with_keys(with_examples(Cli::command(), &mut vec![]));
     let template = format!(
         "{{about-with-newline}}\n{{usage-heading}} {{usage}}\n\n{}{}\n{{options}}{{after-help}}",
         list(&command),
@@ -71,6 +72,20 @@ pub(super) fn command() -> Command {
     command = command.help_template(template);
     command
         .after_help("`fourfold COMMAND --help` has every option and an example; `fourfold keys` every key of a config.")
+}
+
+/// The keys that a shell completes after `--set`: a stage's own, or all.
+fn with_keys(mut command: Command) -> Command {
+    let set = |command: Command, stage| {
+        command.mut_arg("set", |arg| arg.value_parser(KeyAndValue(stage)).hide_possible_values(true))
+    };
+    for stage in ["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo"] {
+        command = command.mut_subcommand(stage, |below| set(below, Some(stage)));
+    }
+    for other in ["data", "plan"] {
+        command = command.mut_subcommand(other, |below| set(below, None));
+    }
+    command.mut_subcommand("bench", |bench| bench.mut_subcommand("memory", |below| set(below, None)))
 }
 
 /// A heading as clap shows its own: in its style where the terminal has styles.
@@ -163,6 +178,49 @@ mod tests {
             assert!(help.contains(&format!("Example:\n  {example}")), "{path:?}: {help}");
         }
         assert_eq!(EXAMPLES.len(), all.len(), "an example of a command that there is not");
+    }
+
+    /// The options in a text, without the two dashes.
+    fn options(text: &str) -> std::collections::BTreeSet<String> {
+        let is_name = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        let after = text.split("--").skip(1);
+        after
+            .map(|rest| rest.chars().take_while(|&c| is_name(c)).collect())
+            .filter(|name: &String| !name.is_empty())
+            .collect()
+    }
+
+    #[test]
+    fn the_documentation_of_the_commands_has_the_options_of_the_parser() {
+        let text = include_str!("../../configs/commands.md");
+        let block = text.split("```").nth(1).unwrap();
+        // A line that begins with a blank goes on with the one before.
+        let mut lines: Vec<String> = vec![];
+        for line in block.lines().filter(|line| !line.is_empty()) {
+            match lines.last_mut().filter(|_| line.starts_with(' ')) {
+                Some(last) => *last += line,
+                None => lines.push(line.to_owned()),
+            }
+        }
+        let mut built = command();
+        built.build();
+        let mut all = vec![];
+        paths(&built, &[], &mut all);
+        for path in &all {
+            let of = path.iter().fold(&built, |command, name| command.find_subcommand(name).unwrap());
+            if of.get_subcommands().any(|below| below.get_name() != "help") {
+                continue;
+            }
+            let is_it = |line: &&String| {
+                let words: Vec<&str> = line.split_whitespace().skip(1).take(path.len()).collect();
+                words.iter().zip(path).all(|(word, name)| word.split('|').any(|one| one == name))
+            };
+            let documented: Vec<&String> = lines.iter().filter(is_it).collect();
+            assert_eq!(documented.len(), 1, "{path:?} has one line in configs/commands.md: {documented:?}");
+            let shown = of.get_arguments().filter(|arg| !arg.is_hide_set()).filter_map(clap::Arg::get_long);
+            let own = shown.filter(|name| !["help", "version", "quiet"].contains(name)).map(str::to_owned);
+            assert_eq!(options(documented[0]), own.collect(), "{path:?}: left documented, right the parser's");
+        }
     }
 
     #[test]

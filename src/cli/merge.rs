@@ -146,6 +146,8 @@ fn named(out: &Path, format: Format) -> Result<PathBuf> {
 }
 
 pub(super) fn merge(args: Merge) -> Result<()> {
+    // Opening a large base takes time, in which a signal ends the command as it does later.
+    staged::listen()?;
     let args = &Merge { out: named(&args.out, args.format)?, ..args };
     // Known before a large base is opened, and under the name that --out gives.
     if args.out.exists() {

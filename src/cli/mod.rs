@@ -3,6 +3,7 @@
 
 mod bench;
 mod chat;
+mod completed;
 mod completions;
 mod data;
 mod doctor;
@@ -15,6 +16,7 @@ mod plan;
 mod probe;
 mod report;
 mod score;
+mod scored;
 mod serve;
 mod subsets;
 mod text;
@@ -26,6 +28,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Error, Result};
 use clap::{Args, FromArgMatches, Parser, Subcommand, ValueEnum};
 use serde_json::Value;
+
+use completed::DeviceValue;
 
 use crate::config;
 use crate::config::{DeviceChoice, KvCacheType, Stage};
@@ -120,7 +124,7 @@ enum Command {
 struct OnDevice {
     /// Where the base lies and passes run: auto (a card if one can be used, else the CPU), cpu, cuda, cuda:N; emulated is
     /// for tests.
-    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceValue, hide_possible_values = true)]
     device: Option<DeviceChoice>,
 }
 
@@ -276,6 +280,9 @@ fn say_with(write: impl FnOnce(&mut dyn Write) -> std::io::Result<()>) -> Result
 /// it.)
 fn check_folder_of(out: &Path) -> Result<()> {
     match out.parent().filter(|folder| !folder.as_os_str().is_empty() && !folder.is_dir()) {
+        Some(folder) if folder.exists() => {
+            Err(invalid!("--out {}: {} is a file, not a folder; name another", out.display(), folder.display()))
+        }
         Some(folder) => {
             Err(invalid!("--out {}: there is no folder {}; make it first", out.display(), folder.display()))
         }

@@ -10,11 +10,12 @@ use anyhow::Result;
 use clap::Args;
 use serde_json::{Value, json};
 
+use super::completed::DeviceValue;
 use super::data::only_stage;
 use super::{print_json, say};
 use crate::cli::data;
 use crate::config;
-use crate::config::{ByteSize, Config, DeviceChoice, Stage};
+use crate::config::{ByteSize, Config, DeviceChoice, Offload, Stage};
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
 use crate::error::counted;
 use crate::host::LimitSource;
@@ -27,7 +28,8 @@ use crate::planner::dry::DevicePlan;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
-use crate::run::PlanInputs;
+use crate::run::{PlanInputs, with_members};
+use crate::warning;
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -44,7 +46,7 @@ pub(super) struct Arguments {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     /// Where the bases would lie: cpu, or cuda, for which no card is needed; else what the config says (auto is the CPU here).
-    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceValue, hide_possible_values = true)]
     device: Option<DeviceChoice>,
     /// What the run may take of that device's memory, or of the machine's on the CPU, such as 8GiB; else [memory]
     /// device_limit or limit, else what is free on the CPU. A plan that does not fit a limit that was named, here or in
@@ -62,6 +64,18 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
+    let config = with_members(stage, &config)?;
+    let idle = config.idle_keys(stage);
+    idle.iter().for_each(|idle| warning!("plan: warning: {idle}"));
+    let config = config.read_by(stage);
+    let bases = [
+        ("base", Some(&config.base)),
+        ("reward_base", config.reward_base.as_ref()),
+        ("teacher", config.teacher.as_ref()),
+    ];
+    for (name, _) in bases.iter().filter(|(_, base)| base.is_some_and(is_idle_offload)) {
+        warning!("plan: warning: [{name}] offload has no effect on the CPU; --device cuda plans it for a card");
+    }
     let source = PlanInputs::open(stage, &config)?;
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     let on_device = [section.device(), config.second_base(stage).device()].into_iter().any(dry::is_device);
@@ -90,6 +104,11 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         return Err(invalid!("the {stage} stage does not fit the memory that was named; it needs {needs}"));
     }
     Ok(())
+}
+
+/// Whether a base that lies on the CPU asks for layers that a card does not keep.
+fn is_idle_offload(base: &config::Base) -> bool {
+    base.offload() != Offload::None && !dry::is_device(base.device())
 }
 
 /// A path under which no adapter can lie, so that the reward model is planned with the shape of `[lora]`.

@@ -1,5 +1,5 @@
-//! `score`: rewards of the responses in a data file, record by record, and the accuracy over its comparisons. It does not
-//! train a model. Read `reward/train.rs` for the scores.
+//! `score`: rewards of the responses in a data file, record by record, and the accuracy over its comparisons, of one reward
+//! model or of an ensemble. It does not train a model. Read `reward/train.rs` for the scores, `scored.rs` for what is printed.
 
 use std::fs::File;
 use std::io::Write;
@@ -9,28 +9,34 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
-use super::subsets::{self, Subset};
-use crate::config::{Data, OnBadRecord, Paths, Truncation};
+use super::scored::{Asked, Found, Scores};
+use super::subsets;
+use crate::config::{ColumnsRead, Data, EnsembleScore, OnBadRecord, Paths, RewardPart, Truncation};
 use crate::data;
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample, Report};
 use crate::data::{ModelEncoder, PairLabel, Place, Record, Text};
 use crate::error::counted;
-use crate::invalid;
-use crate::note;
-use crate::report::number;
+use crate::model::adapter::Adapter;
 use crate::report::progress::{Progress, Unit};
-use crate::reward::length::LengthReport;
+use crate::reward::source::combine::Aggregate;
 use crate::reward::train as reward;
-use crate::run::Model;
+use crate::run::{Model, aggregate, members};
+use crate::{invalid, note, warning};
 
 #[derive(Args)]
 pub(super) struct Score {
     /// Model directory or .gguf file.
     #[arg(long)]
     base: PathBuf,
-    /// Reward adapter directory.
-    #[arg(long)]
-    adapter: PathBuf,
+    /// Reward adapter directory; several times, or the folder of a run of [reward] ensemble: an ensemble.
+    #[arg(long, required = true)]
+    adapter: Vec<PathBuf>,
+    /// How an ensemble's scores become one, as in [[ppo.reward]]; else mean_minus_std.
+    #[arg(long, value_enum)]
+    aggregate: Option<Aggregation>,
+    /// How much an ensemble's disagreement costs in mean_minus_std; else 1.
+    #[arg(long, value_name = "NUMBER", value_parser = coefficient)]
+    std_coef: Option<f64>,
     /// Records with responses: chosen and rejected, responses best first, or a single one.
     #[arg(long)]
     data: PathBuf,
@@ -72,6 +78,36 @@ enum OnBad {
     Skip,
     /// The command ends with the record's number.
     Error,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Aggregation {
+    /// Their mean less --std-coef times their deviation.
+    #[default]
+    MeanMinusStd,
+    /// Their mean.
+    Mean,
+    /// The lowest.
+    Min,
+}
+
+impl Aggregation {
+    fn of_config(self) -> EnsembleScore {
+        match self {
+            Self::MeanMinusStd => EnsembleScore::MeanMinusStd,
+            Self::Mean => EnsembleScore::Mean,
+            Self::Min => EnsembleScore::Min,
+        }
+    }
+}
+
+/// `--std-coef`, in the range of `[[ppo.reward]] std_coef`.
+fn coefficient(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(number) if number.is_finite() && number >= 0.0 => Ok(number),
+        _ => Err("use 0 or a number above it".into()),
+    }
 }
 
 /// Comparisons, or responses without one, that are scored at once.
@@ -147,8 +183,12 @@ fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Repo
             }
         };
         let (place, number) = (entry.place, usable.next());
+        report.remark(entry.remarks);
         let outcome = match with_responses(entry.record) {
-            record @ Record::Ranked { .. } => RankedExample::of(&record, &encoding).map(of_this_command),
+            record @ Record::Ranked { .. } => {
+                report.remark(encoding.unread::<RankedExample>(&record));
+                RankedExample::of(&record, &encoding).map(of_this_command)
+            }
             record => Err(invalid!(
                 "there is no response to score: this record is {}, and \"chosen\" and \"rejected\", \"responses\" or \
                  \"completion\" hold some",
@@ -176,13 +216,52 @@ fn items(data: &Data, model: &Model, on_long: OnLong) -> Result<(Vec<Item>, Repo
     Ok((items, report))
 }
 
+/// The reward models that are asked, and how their scores become one.
+struct Scorers {
+    paths: Vec<PathBuf>,
+    adapters: Vec<Adapter>,
+    aggregate: Aggregate,
+}
+
+impl Scorers {
+    /// Opens the adapters that `--adapter` names.
+    fn open(args: &Score, model: &Model) -> Result<Self> {
+        let paths = args.adapter.iter().map(|path| members(path).context("--adapter")).collect::<Result<Vec<_>>>()?;
+        let paths = paths.concat();
+        let of = args.aggregate.unwrap_or_default();
+        let idle = [("--aggregate", args.aggregate.is_some()), ("--std-coef", args.std_coef.is_some())];
+        for (option, _) in idle.iter().filter(|(_, is_given)| *is_given && paths.len() == 1) {
+            warning!("score: warning: {option} has no effect on a single adapter");
+        }
+        if args.std_coef.is_some() && of != Aggregation::MeanMinusStd {
+            warning!("score: warning: --std-coef has no effect without --aggregate mean_minus_std");
+        }
+        if let Some((_, twice)) = paths.iter().enumerate().find(|(i, path)| paths[..*i].contains(path)) {
+            warning!("score: warning: {} is there twice: it counts twice", twice.display());
+        }
+        let adapters = paths.iter().map(|path| model.adapter(path)).collect::<Result<_>>()?;
+        let std_coef = args.std_coef.unwrap_or(RewardPart::default().std_coef);
+        Ok(Self { paths, adapters, aggregate: aggregate(of.of_config(), std_coef) })
+    }
+
+    /// The scores of some examples: one list per example, of one list per member.
+    fn scores(&self, model: &Model, examples: &Vec<RankedExample>) -> Result<Vec<Vec<Vec<f32>>>> {
+        let mut all = vec![vec![]; examples.len()];
+        for (path, adapter) in self.paths.iter().zip(&self.adapters) {
+            let found = reward::scores(&model.base, adapter, examples).with_context(|| path.display().to_string())?;
+            all.iter_mut().zip(found).for_each(|(members, scores)| members.push(scores));
+        }
+        Ok(all)
+    }
+}
+
 pub(super) fn score(args: &Score) -> Result<()> {
     if let Some(out) = args.out.as_deref().filter(|out| out.exists()) {
         return Err(invalid!("--out {} exists; name a new file, or remove it", out.display()));
     }
     args.out.as_deref().map_or(Ok(()), super::check_folder_of)?;
     let model = Model::open_on(&args.base, args.on.device, None)?;
-    let adapter = model.adapter(&args.adapter)?;
+    let scorers = Scorers::open(args, &model)?;
     let max_length = args.max_length.min(model.base.config().max_position_embeddings);
     let data = Data {
         path: Paths::One(args.data.clone()),
@@ -194,7 +273,7 @@ pub(super) fn score(args: &Score) -> Result<()> {
         },
         ..Data::default()
     };
-    let (items, report) = items(&data, &model, args.on_long)?;
+    let (items, mut report) = items(&data, &model, args.on_long)?;
     let all = items.iter().filter(|item| item.example.is_ok()).count();
     if all == 0 {
         let remedy = match report.needed.is_empty() {
@@ -206,6 +285,9 @@ pub(super) fn score(args: &Score) -> Result<()> {
     let scored = || items.iter().filter_map(|item| Some((item.entry?, item.example.as_ref().ok()?)));
     let entries: Vec<usize> = scored().map(|(entry, _)| entry).collect();
     let names = subsets::names(&data, &entries, args.by.as_deref())?;
+    if names.is_some() {
+        report.without_unread(&ColumnsRead::Named(vec![subsets::column(args.by.as_deref()).to_owned()]), &data);
+    }
     // Ties and pairs whose rejected response is preferred: the accuracy compares what the label prefers.
     let labels: Vec<PairLabel> = scored().map(|(_, (example, _))| example.label).collect();
     let lengths: Vec<Vec<usize>> = scored()
@@ -216,7 +298,7 @@ pub(super) fn score(args: &Score) -> Result<()> {
         .collect();
     let mut lines = args.out.as_deref().map(create).transpose()?;
     let mut progress = Progress::new("score", all, Unit::Of("record"));
-    let (mut scores, mut places, mut rest) = (Vec::with_capacity(all), vec![], &items[..]);
+    let (mut scores, mut places, mut rest) = (Scores::new(&scorers.paths, scorers.aggregate), vec![], &items[..]);
     // As many examples at once as an evaluation of the reward stage takes, whatever was skipped between them.
     while !rest.is_empty() {
         let mut examples = vec![];
@@ -226,89 +308,47 @@ pub(super) fn score(args: &Score) -> Result<()> {
         });
         let (now, later) = rest.split_at(until.map_or(rest.len(), |at| at + 1));
         rest = later;
-        let found =
-            reward::scores(&model.base, &adapter, &examples).with_context(|| args.adapter.display().to_string())?;
-        let mut found = found.into_iter();
+        let mut found = scorers.scores(&model, &examples)?.into_iter();
         for item in now {
-            let scored = item.example.as_ref().ok().and_then(|_| found.next());
-            if let Some((file, path)) = &mut lines {
-                writeln!(file, "{}", line(item, scored.as_deref())).with_context(|| path.clone())?;
-            }
-            if let Some(scored) = scored {
-                if let Some(bad) = scored.iter().find(|score| !score.is_finite()) {
-                    return Err(invalid!("{}: its score is {bad}; check {}", item.place, args.adapter.display()));
+            let of_members = item.example.as_ref().ok().and_then(|_| found.next());
+            let is_scored = of_members.is_some();
+            if let Some(of_members) = of_members {
+                for (path, of_member) in scorers.paths.iter().zip(&of_members) {
+                    if let Some(bad) = of_member.iter().find(|score| !score.is_finite()) {
+                        return Err(invalid!("{}: its score is {bad}; check {}", item.place, path.display()));
+                    }
                 }
                 places.push(json!({"file": item.place.file.display().to_string(), "record": item.place.record}));
-                scores.push(scored);
+                scores.push(of_members);
+            }
+            if let Some((file, path)) = &mut lines {
+                let written = line(item, Some(&scores).filter(|_| is_scored));
+                writeln!(file, "{written}").with_context(|| path.clone())?;
             }
         }
         progress.set(scores.len());
     }
     progress.finish();
-    let judged: Vec<Vec<f32>> = labels
-        .iter()
-        .zip(&scores)
-        .map(|(label, scores)| label.preferred_first(scores.clone()).unwrap_or_default())
-        .collect();
-    let subsets = names.map(|names| subsets::accuracies(&names, &judged)).transpose()?.unwrap_or_default();
-    say(args, &report, [&scores, &judged], places, &subsets, &LengthReport::of(&judged, &lengths))
-}
-
-fn say(
-    args: &Score,
-    report: &Report,
-    [scores, judged]: [&[Vec<f32>]; 2],
-    places: Vec<Value>,
-    subsets: &[Subset],
-    lengths: &LengthReport,
-) -> Result<()> {
-    let compared: Vec<Vec<f32>> = judged.iter().filter(|scores| scores.len() > 1).cloned().collect();
-    let summary = if compared.is_empty() { None } else { Some(reward::summarise(&compared)?) };
-    let responses = scores.iter().map(Vec::len).sum::<usize>();
-    let mean = scores.iter().flatten().map(|&score| f64::from(score)).sum::<f64>() / responses as f64;
+    let found = Found::of(&scores, &Asked { labels: &labels, lengths: &lengths, names: names.as_deref() })?;
     if args.json {
-        let mut found = json!({
-            "scores": scores,
+        let mut json = found.to_json();
+        let of_records = json!({
             "places": places,
-            "accuracy": summary.map(|s| number(s.accuracy)),
-            "mean_chosen_score": summary.map(|s| number(s.mean_chosen)),
-            "mean_rejected_score": summary.map(|s| number(s.mean_rejected)),
-            "mean_score": number(mean),
-            "pairs": summary.map_or(0, |s| s.pairs),
             "records": report.read,
             "dropped": report.read - scores.len(),
             "dropped_reasons": report.dropped,
             "truncated": report.truncated,
+            "remarks": report.remarks,
             "out": args.out.as_ref().map(|out| out.display().to_string()),
-            "subsets": subsets::to_json(subsets),
-            "subset_mean_accuracy": number(subsets::mean_accuracy(subsets)),
         });
-        lengths.named("").into_iter().for_each(|(name, value)| found[name] = value);
-        return super::print_json(&found);
+        json.extend(of_records.as_object().cloned().unwrap_or_default());
+        return super::print_json(&json.into());
     }
-    note!("score: {}", counts(report, scores.len()));
+    note!("score: {}", counts(&report, scores.len()));
     if let Some(out) = &args.out {
         note!("one line per record: {}", out.display());
     }
-    if !subsets.is_empty() {
-        super::say(&subsets::table(subsets))?;
-    }
-    match summary {
-        Some(summary) => super::say(&format!(
-            "accuracy {:.3} over {}; mean score of the best responses {:.3}, of the others {:.3}; correlation of score and length \
-             {:.3}, accuracy with the length difference controlled {:.3}\n",
-            summary.accuracy,
-            counted(summary.pairs, "pair"),
-            summary.mean_chosen,
-            summary.mean_rejected,
-            lengths.correlation,
-            lengths.controlled()
-        )),
-        None => super::say(&format!(
-            "mean score {mean:.3} over {}, none of them compared\n",
-            counted(responses, "response")
-        )),
-    }
+    super::say(&found.text())
 }
 
 /// A new file, with its name for messages.
@@ -317,15 +357,18 @@ fn create(path: &Path) -> Result<(File, String)> {
     Ok((File::create_new(path).map_err(|error| invalid!("{name}: {error}"))?, name))
 }
 
-/// A record's line of `--out`.
-fn line(item: &Item, scores: Option<&[f32]>) -> Value {
+/// A record's line of `--out`; `scores`: those of all records up to this one, if it has some.
+fn line(item: &Item, scores: Option<&Scores>) -> Value {
     let mut line = json!({"file": item.place.file.display().to_string(), "record": item.place.record});
     if let Some(number) = item.place.line {
         line["line"] = number.into();
     }
-    match (&item.example, scores) {
-        (Ok((example, truncated)), Some(scores)) => {
+    match (&item.example, scores.map(Scores::last)) {
+        (Ok((example, truncated)), Some((scores, members))) => {
             line["scores"] = json!(scores);
+            if !members.is_empty() {
+                line["members"] = json!(members);
+            }
             if scores.len() > 1 {
                 line["right"] = match example.label.preferred_first(scores.to_vec()) {
                     Some(judged) => judged[1..].iter().all(|other| judged[0] > *other).into(),

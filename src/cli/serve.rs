@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::error::counted;
 use crate::invalid;
-use crate::run::{Model, check_adapter_path, check_base_path};
+use crate::run::{Model, check_adapter_path, check_base_path, members};
 use crate::serve::engine::Limits;
 use crate::serve::{Options, Server, Stop};
 use crate::{note, warning};
@@ -101,6 +101,7 @@ async fn listen(stop: watch::Sender<Stop>) {
             warning!("serve: warning: signals cannot be handled; one ends the server at once");
             return std::future::pending().await;
         };
+        crate::train::stop::heard(false);
         for how in [Stop::Finish, Stop::Cut] {
             std::future::poll_fn(|context| {
                 match interrupt.poll_recv(context).is_ready() || terminate.poll_recv(context).is_ready() {
@@ -133,6 +134,14 @@ pub(super) fn serve(args: &Serve) -> Result<()> {
     let adapters = args.adapter.iter().map(|given| named(given)).collect::<Result<Vec<_>>>()?;
     let name = args.served_model_name.clone().unwrap_or_else(|| args.base.display().to_string());
     for (i, (known, path)) in adapters.iter().enumerate() {
+        if let [first, .., last] = &members(path)?[..] {
+            return Err(invalid!(
+                "--adapter {}: this is the folder of an ensemble, and a request is answered by one adapter; give those that                  clients may name, from --adapter NAME={} to --adapter NAME={}",
+                path.display(),
+                first.display(),
+                last.display()
+            ));
+        }
         check_adapter_path(path)?;
         if !path.exists() {
             return Err(invalid!("--adapter {}: there is no such folder", path.display()));

@@ -17,6 +17,11 @@ use crate::watch::in_a_line;
 /// The column that RewardBench's files have.
 const USUAL: &str = "subset";
 
+/// The column by whose values the accuracy is broken down.
+pub(super) fn column(by: Option<&str>) -> &str {
+    by.unwrap_or(USUAL)
+}
+
 /// What each of `entries` holds in the column `by`, or else in `subset` if the first of them has that: `None` without either.
 /// `entries`: the records' numbers among all usable ones, ascending.
 ///
@@ -24,7 +29,7 @@ const USUAL: &str = "subset";
 /// If the files cannot be read, or a record lacks the column `by`.
 pub(super) fn names(data: &Data, entries: &[usize], by: Option<&str>) -> Result<Option<Vec<String>>> {
     let read = |wanted: &[usize]| columns(data, &wanted.iter().copied().collect::<BTreeSet<_>>());
-    let column = by.unwrap_or(USUAL);
+    let column = column(by);
     let value =
         |found: &Columns, entry: &usize| found.get(entry).and_then(|record| record.columns.get(column)).cloned();
     if by.is_none() {
@@ -90,19 +95,28 @@ pub(super) fn to_json(subsets: &[Subset]) -> Value {
     subsets.iter().map(one).collect()
 }
 
-/// The table in words, with a last line for the mean.
-pub(super) fn table(subsets: &[Subset]) -> String {
+/// The table in words, with a last line for the mean, and a column for each member of an ensemble: the same subsets by its own
+/// scores.
+pub(super) fn table(subsets: &[Subset], members: &[&[Subset]]) -> String {
     // A name is text of the records: none of it may be an instruction to the terminal.
     let names: Vec<String> = subsets.iter().map(|subset| in_a_line(&subset.name)).collect();
     let width = names.iter().map(|name| name.chars().count()).chain([6]).max().unwrap_or(6);
-    let mut text = format!("{:width$}  {:>6}  accuracy  95% interval\n", "subset", "pairs");
-    for (name, Subset { pairs, accuracy, .. }) in names.iter().zip(subsets) {
+    let row = |of: &dyn Fn(usize, &[Subset]) -> String| -> String {
+        members.iter().enumerate().map(|(number, member)| format!("  {:>9}", of(number, member))).collect()
+    };
+    let mut text = format!("{:width$}  {:>6}  accuracy  95% interval", "subset", "pairs");
+    text += if members.is_empty() { "" } else { "  " };
+    text += &format!("{}\n", row(&|number, _| format!("member {number}")));
+    for (i, (name, Subset { pairs, accuracy, .. })) in names.iter().zip(subsets).enumerate() {
         let Share { rate, low, high } = accuracy;
         // Rounding errors of the interval at 0 and 1.
         let (low, high) = (low.max(0.0), high.min(1.0));
-        text += &format!("{name:width$}  {pairs:>6}  {rate:>8.3}  {low:.3} to {high:.3}\n");
+        text += &format!("{name:width$}  {pairs:>6}  {rate:>8.3}  {low:.3} to {high:.3}");
+        text += &format!("{}\n", row(&|_, member| format!("{:.3}", member[i].accuracy.rate)));
     }
-    text + &format!("{:width$}  {:>6}  {:>8.3}\n", "mean", "", mean_accuracy(subsets))
+    text += &format!("{:width$}  {:>6}  {:>8.3}", "mean", "", mean_accuracy(subsets));
+    let interval = if members.is_empty() { String::new() } else { " ".repeat(16) };
+    text + &format!("{interval}{}\n", row(&|_, member| format!("{:.3}", mean_accuracy(member))))
 }
 
 #[cfg(test)]
@@ -118,14 +132,22 @@ mod tests {
         let found: Vec<_> = subsets.iter().map(|s| (s.name.as_str(), s.pairs, s.accuracy.rate)).collect();
         assert_eq!(found, [("chat", 5, 0.4), ("safety", 1, 0.0)]);
         assert_eq!(mean_accuracy(&subsets), 0.2);
-        let table = table(&subsets);
+        let table = table(&subsets, &[]);
         // Wilson's interval of 2 in 5 is 0.118 to 0.769.
         assert!(table.contains("chat         5     0.400  0.118 to 0.769\n"), "{table}");
         assert!(table.ends_with("mean               0.200\n"), "{table}");
         let steering = ["a\u{1b}[2Jb", "c\nd"].map(str::to_owned);
-        let shown = super::table(&accuracies(&steering, &scores[..2]).unwrap());
+        let shown = super::table(&accuracies(&steering, &scores[..2]).unwrap(), &[]);
         assert!(shown.contains("a␛[2Jb") && shown.contains("c␊d") && !shown.contains('\u{1b}'), "{shown}");
         assert_eq!(shown.lines().count(), 4, "{shown}");
+        // A member that has both comparisons of `chat` with two responses wrong.
+        let other =
+            accuracies(&names, &[vec![1.0, 2.0], vec![1.0, 0.0], vec![0.0, 1.0], vec![3.0, 2.0, 4.0], vec![5.0]]);
+        let shown = super::table(&subsets, &[&subsets, &other.unwrap()]);
+        let lines: Vec<&str> = shown.lines().collect();
+        assert_eq!(lines[0], "subset   pairs  accuracy  95% interval     member 0   member 1", "{shown}");
+        assert_eq!(lines[1], "chat         5     0.400  0.118 to 0.769      0.400      0.200");
+        assert_eq!(lines[3], "mean               0.200                      0.200      0.600");
         let json = to_json(&subsets);
         assert_eq!(
             (&json[0]["subset"], &json[0]["pairs"], &json[1]["accuracy"]),

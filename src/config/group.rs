@@ -15,7 +15,7 @@ use super::rewards::RewardPart;
 use super::rollout::RolloutEngine;
 use super::{
     AdvantageEstimator, Aggregation, Config, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator, KlIn,
-    LossType, Origin, PolicyLoss, Ppo, RecomputeSetting, ScaleRewards,
+    LossType, Origin, Paths, PolicyLoss, Ppo, RecomputeSetting, ScaleRewards,
 };
 use crate::invalid;
 
@@ -67,16 +67,17 @@ macro_rules! group_section {
                 /// the bare base is the reference and the actor starts from a fresh adapter shaped by `[lora]`.
                 #[serde(skip_serializing_if = "Option::is_none")]
                 pub adapter: Option<PathBuf> = None,
-                /// The reward adapter with its scalar head (folder, PEFT layout). Required unless there is a
-                /// `reward` of another source; beside those it is one more, of weight 1.
-                #[serde(skip_serializing_if = "super::ppo::is_empty")]
-                pub reward_adapter: PathBuf = PathBuf::new(),
+                /// The reward adapter with its scalar head (folder, PEFT layout). The folder of a run of `[reward] ensemble`,
+                /// or a list, is the ensemble of all its members: the mean of their scores less their deviation. Required
+                /// unless there is a `reward` of another source; beside those it is one more, of weight 1.
+                #[serde(skip_serializing_if = "Paths::is_blank")]
+                pub reward_adapter: Paths = Paths::default(),
                 /// Sources of the reward, each a table of its own: rules, programs, endpoints, more adapters. Default
                 /// none. (TRL: `reward_funcs` and `reward_weights`.)
-                #[serde(skip_serializing_if = "Vec::is_empty")]
+                #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::reward_rules::write_all")]
                 pub reward: Vec<RewardPart> = Vec::new(),
                 /// What the held-out responses are judged by besides, and the policy never trained on. Default none.
-                #[serde(skip_serializing_if = "Option::is_none")]
+                #[serde(skip_serializing_if = "Option::is_none", serialize_with = "super::reward_rules::write_one")]
                 pub gold: Option<RewardPart> = None,
                 /// What samples the responses: this process, or servers that load the adapter. Default this process. (TRL:
                 /// `use_vllm` and `vllm_server_base_url`.)
@@ -279,7 +280,7 @@ macro_rules! group_section {
                          use 0.7 to 1.0"
                     ));
                 }
-                if self.reward_adapter.as_os_str().is_empty() && self.reward.is_empty() {
+                if self.reward_adapter.is_blank() && self.reward.is_empty() {
                     return Err(invalid!(
                         "[{section}] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote, or a \
                          [[{section}.reward]]"
@@ -348,7 +349,7 @@ macro_rules! group_section {
                 let parts = self.reward.iter_mut().chain(&mut self.gold);
                 let adapters = parts.flat_map(|part| &mut part.adapters).map(|path| ("reward adapters", path));
                 let own = self.adapter.as_mut().map(|path| ("adapter", path));
-                let main = [("reward_adapter", &mut self.reward_adapter)];
+                let main = self.reward_adapter.as_mut_slice().iter_mut().map(|path| ("reward_adapter", path));
                 let folder = self.rollout.as_mut().and_then(|rollout| rollout.adapter_dir.as_mut());
                 let folder = folder.map(|path| ("rollout adapter_dir", path));
                 own.into_iter().chain(main).chain(adapters).chain(folder).collect()

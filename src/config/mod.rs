@@ -10,19 +10,23 @@ mod describe;
 mod distill;
 mod dpo;
 mod dschat;
+mod ensembles;
 mod expand;
 mod group;
+mod idle;
 pub mod json_schema;
 mod keys;
 mod located;
 mod memory;
 mod optimisation;
 mod overrides;
+mod paths;
 mod ppo;
 mod ppo_rules;
 mod ptx;
 mod ranges;
 mod report_to;
+mod reward_rules;
 mod rewards;
 mod rollout;
 mod schema;
@@ -49,11 +53,13 @@ pub use checkpoint::{CheckpointConfig, Guard};
 pub use describe::{key_path, known_keys};
 pub use distill::Distill;
 pub use dpo::{Dpo, DpoLoss, Kto};
+pub use ensembles::REWARD_ADAPTER;
 pub(crate) use group::GroupKeys;
 pub use group::{GroupLoss, Grpo, Rloo};
 pub use keys::{Key, keys, keys_of_section};
 pub use memory::{ByteSize, Memory};
 pub use optimisation::{Optimisation, Optimised, Supervised, SupervisedKeys};
+pub use paths::Paths;
 pub use ppo::{
     AdvantageEstimator, Aggregation, CriticStart, ImportanceSamplingCorrection, ImportanceSamplingLevel, KlEstimator,
     KlIn, LossType, Origin, PolicyLoss, Ppo, ScaleRewards, WhitenRewards,
@@ -64,7 +70,7 @@ pub use rewards::{ANSWER, ColumnsRead, EnsembleScore, RewardApi, RewardInput, Re
 pub use rollout::{Engine, LogprobsMode, RolloutEngine};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
-    KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Paths, Quantize, TargetModules, Template, Truncation,
+    KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stage::Stage;
@@ -260,65 +266,6 @@ impl Config {
         changed
     }
 
-    /// The keys of a stage's section that are set and change nothing, each as a sentence with the reason.
-    pub fn idle_keys(&self, stage: Stage) -> Vec<String> {
-        let mut idle = match stage {
-            Stage::Ppo => self.ppo.as_ref().map(Ppo::idle_keys).unwrap_or_default(),
-            Stage::Grpo => self.grpo.as_ref().map(Grpo::idle_keys).unwrap_or_default(),
-            Stage::Rloo => self.rloo.as_ref().map(Rloo::idle_keys).unwrap_or_default(),
-            Stage::Distill => self.distill().idle_keys(self.teacher.is_some()),
-            _ => vec![],
-        };
-        // A file may hold the sections of several stages, each with what it reads.
-        if self.teacher.is_some() && self.distill.is_none() && stage != Stage::Distill {
-            idle.push(format!("[teacher] has no effect on {}: `fourfold distill` alone has a teacher", stage.name()));
-        }
-        let reads_rewards =
-            self.reward.is_some() || self.ppo.is_some() || stage == Stage::Reward || stage.has_rollouts();
-        if self.reward_base.is_some() && !reads_rewards {
-            idle.push(format!("[reward_base] has no effect on {}, which has no reward model", stage.name()));
-        }
-        if self.base.kv_cache_type() == KvCacheType::Q8_0 {
-            let served = || self.rollouts(stage).is_ok_and(|rollouts| rollouts.servers().is_some());
-            if !stage.has_rollouts() && stage != Stage::Distill {
-                idle.push(format!("[base] kv_cache_type has no effect on {}, which generates nothing", stage.name()));
-            } else if stage.has_rollouts() && served() {
-                idle.push(
-                    "[base] kv_cache_type is for evaluations alone: the servers that sample have caches of their own"
-                        .into(),
-                );
-            }
-        }
-        idle.extend(self.ppo.as_ref().filter(|_| stage.has_rollouts()).map(Ppo::reward_remarks).unwrap_or_default());
-        idle
-    }
-
-    /// That a stage will run with the defaults of every key of its section, where the file has no such section and those of
-    /// others.
-    pub fn without_section(&self, stage: Stage) -> Option<String> {
-        let ppo = self.ppo.as_ref().filter(|ppo| ppo.origin == Origin::Ppo);
-        let there = [
-            (Stage::Sft, self.sft.is_some()),
-            (Stage::Reward, self.reward.is_some()),
-            (Stage::Dpo, self.dpo.is_some()),
-            (Stage::Kto, self.kto.is_some()),
-            (Stage::Distill, self.distill.is_some()),
-            (Stage::Ppo, ppo.is_some()),
-            (Stage::Grpo, self.grpo.is_some()),
-            (Stage::Rloo, self.rloo.is_some()),
-        ];
-        let others: Vec<&str> = there.iter().filter(|(_, is_there)| *is_there).map(|(of, _)| of.name()).collect();
-        let listed = |of: fn(&&str) -> String, between: &str| others.iter().map(of).collect::<Vec<_>>().join(between);
-        (!others.is_empty() && !others.contains(&stage.name())).then(|| {
-            format!(
-                "the file has no [{}], so all of its keys have their defaults; it has {}, for {}",
-                stage.name(),
-                listed(|name| format!("[{name}]"), " and "),
-                listed(|name| format!("`fourfold {name}`"), " and ")
-            )
-        })
-    }
-
     /// The optimisation keys of a stage's section, or their defaults; `None` for PPO without `[ppo]`, which has no
     /// defaults.
     pub fn optimisation(&self, stage: Stage) -> Option<Optimisation> {
@@ -409,7 +356,8 @@ impl Config {
         }
         if let Some(ppo) = &mut self.ppo {
             paths.extend(ppo.adapter.as_mut().map(|path| ("[ppo] adapter", path)));
-            paths.push(("[ppo] reward_adapter", &mut ppo.reward_adapter));
+            let main = ppo.reward_adapter.as_mut_slice();
+            paths.extend(main.iter_mut().map(|path| ("[ppo] reward_adapter", path)));
             let parts = ppo.reward.iter_mut().chain(&mut ppo.gold);
             paths.extend(parts.flat_map(|part| &mut part.adapters).map(|path| ("[[ppo.reward]] adapters", path)));
             let texts = ppo.ptx.iter_mut().flat_map(|ptx| ptx.path.as_mut_slice());
@@ -532,6 +480,7 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
     one_of_rollouts(&config).map_err(|error| invalid!("{file}: {error}"))?;
     group::translate(&mut config);
+    reward_rules::check_written(&table, &config).map_err(|error| invalid!("{file}: {error}"))?;
     validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;
     Ok(config)
 }

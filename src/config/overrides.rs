@@ -6,6 +6,9 @@ use toml::{Table, Value};
 
 use crate::invalid;
 
+/// The keys that hold lists of tables.
+const LISTS: [&str; 4] = ["ppo.reward", "grpo.reward", "rloo.reward", "data.sources"];
+
 /// Writes one `section.key=value` into `table` and returns the key's path.
 ///
 /// The value is read as TOML (`3`, `1e-4`, `true`, `["a", "b"]`, `"text"`); what is no TOML value is a string.
@@ -22,7 +25,15 @@ pub(super) fn apply(table: &mut Table, text: &str) -> Result<Vec<String>> {
     }
     let (last, sections) = path.split_last().expect("split yields at least one part");
     let mut at = table;
-    for section in sections {
+    for (i, section) in sections.iter().enumerate() {
+        let list = sections[..=i].join(".");
+        if LISTS.contains(&list.as_str()) {
+            return Err(invalid!(
+                "--set {text}: [[{list}]] is a list of tables, and --set enters none of them: change the file, or give the whole list, \
+                 as in --set '{list}=[{{ {} }}]'",
+                if list == "data.sources" { "path = \"a.jsonl\"" } else { "kind = \"length\", max_tokens = 64" }
+            ));
+        }
         at = match at.entry(section.clone()).or_insert_with(|| Value::Table(Table::new())) {
             Value::Table(inner) => inner,
             other => {
@@ -71,6 +82,14 @@ mod tests {
         assert_eq!(table["ppo"]["kl_coef"].as_float(), Some(0.2));
         assert_eq!(table["data"]["path"].as_str(), Some("x.json"));
         assert!(apply(&mut table, "seed.x=1").unwrap_err().to_string().contains("not a section"));
+        for list in ["grpo.reward", "data.sources"] {
+            let said = apply(&mut table, &format!("{list}.weight=2")).unwrap_err().to_string();
+            assert!(said.contains(&format!("[[{list}]] is a list of tables")), "{said}");
+            let whole = said.split('\'').nth(1).unwrap();
+            apply(&mut table, whole).unwrap();
+            let (section, key) = list.split_once('.').unwrap();
+            assert!(table[section][key].as_array().is_some_and(|all| all[0].is_table()), "{whole}");
+        }
         assert!(apply(&mut table, "ppo.kl_coef").unwrap_err().to_string().contains("section.key=value"));
         assert!(apply(&mut table, "ppo..x=1").unwrap_err().to_string().contains("empty part"));
     }

@@ -1,6 +1,6 @@
 //! The section `[ppo]`. Names and defaults are TRL's where no other source is given. Read `validate.rs` next.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -9,7 +9,7 @@ use super::optimisation::optimised_section;
 use super::ptx::Ptx;
 use super::rewards::RewardPart;
 use super::rollout::RolloutEngine;
-use super::{Compat, Stage};
+use super::{Compat, Paths, Stage};
 
 /// How rewards become the weights of the policy gradient.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
@@ -305,15 +305,17 @@ optimised_section! {
         #[serde(skip_serializing_if = "Option::is_none")]
         pub adapter: Option<PathBuf> = None,
         /// The reward adapter with its scalar head (folder, PEFT layout): the reward model, and where the critic
-        /// starts. Required unless there is a `[[ppo.reward]]`; beside those it is one more, of weight 1.
-        #[serde(skip_serializing_if = "is_empty")]
-        pub reward_adapter: PathBuf = PathBuf::new(),
+        /// starts. The folder of a run of `[reward] ensemble`, or a list, is the ensemble of all its members: the mean of
+        /// their scores less their deviation, beside which `critic` has to be another. Required unless there is a
+        /// `[[ppo.reward]]`; beside those it is one more, of weight 1.
+        #[serde(skip_serializing_if = "Paths::is_blank")]
+        pub reward_adapter: Paths = Paths::default(),
         /// `[[ppo.reward]]`: more sources of the reward, or others than an adapter. Default none.
-        #[serde(skip_serializing_if = "Vec::is_empty")]
+        #[serde(skip_serializing_if = "Vec::is_empty", serialize_with = "super::reward_rules::write_all")]
         pub reward: Vec<RewardPart> = Vec::new(),
         /// `[ppo.gold]`: what the held-out responses are judged by besides, and the policy never trained on. Default
         /// none.
-        #[serde(skip_serializing_if = "Option::is_none")]
+        #[serde(skip_serializing_if = "Option::is_none", serialize_with = "super::reward_rules::write_one")]
         pub gold: Option<RewardPart> = None,
         /// `[ppo.ptx]`: texts that the actor goes on learning from beside the reward. Default none.
         #[serde(skip_serializing_if = "Option::is_none")]
@@ -527,10 +529,6 @@ optimised_section! {
         /// Sample texts logged an iteration. Default 2.
         pub save_samples: usize = 2,
     }
-}
-
-pub(super) fn is_empty(path: &Path) -> bool {
-    path.as_os_str().is_empty()
 }
 
 impl Ppo {

@@ -100,14 +100,24 @@ impl Ppo {
                 ));
             }
         }
-        let main = Some(&self.reward_adapter).filter(|path| !path.as_os_str().is_empty());
-        let parts = self.reward.iter().flat_map(|part| part.adapters.iter().map(move |path| (part, path)));
-        for (part, path) in parts.filter(|(_, path)| Some(*path) == main) {
-            said.push(format!(
-                "[[{section}.reward]] {:?} has {}, which is reward_adapter too: it counts in both",
-                part.name(),
-                path.display()
-            ));
+        // A source and one before it, or reward_adapter, with a member in common.
+        let main = self.reward_adapter.as_slice();
+        for (at, part) in self.reward.iter().enumerate() {
+            let distinct = part.adapters.iter().enumerate().filter(|(i, path)| !part.adapters[..*i].contains(path));
+            for (_, path) in distinct {
+                let of_other = self.reward[..at]
+                    .iter()
+                    .find(|before| bare(before) != bare(part) && before.adapters.contains(path))
+                    .map(|before| format!("{:?} has too", before.name()));
+                let of_main = main.contains(path).then(|| "is reward_adapter too".to_owned());
+                if let Some(other) = of_main.or(of_other) {
+                    said.push(format!(
+                        "[[{section}.reward]] {:?} has {}, which {other}: it counts in both",
+                        part.name(),
+                        path.display()
+                    ));
+                }
+            }
         }
         for part in self.reward.iter().chain(&self.gold) {
             let twice = part.adapters.iter().enumerate().find(|(at, path)| part.adapters[..*at].contains(path));
@@ -123,6 +133,12 @@ impl Ppo {
         for part in self.reward.iter().chain(&self.gold) {
             if part.std_coef != usual.std_coef && part.aggregate != EnsembleScore::MeanMinusStd {
                 said.push(format!("{:?}: std_coef has no effect without aggregate = \"mean_minus_std\"", part.name()));
+            }
+            if part.std_coef != usual.std_coef
+                && part.aggregate == EnsembleScore::MeanMinusStd
+                && part.adapters.len() == 1
+            {
+                said.push(format!("{:?}: std_coef has no effect on a single adapter", part.name()));
             }
             if part.aggregate != usual.aggregate && part.adapters.len() == 1 {
                 said.push(format!("{:?}: aggregate has no effect on a single adapter", part.name()));

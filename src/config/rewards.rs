@@ -1,6 +1,6 @@
 //! The sections `[[ppo.reward]]` and `[ppo.gold]`: sources of scores besides, or instead of, `reward_adapter`.
 //!
-//! Read `ppo.rs` before this file and `validate.rs` after it.
+//! Read `ppo.rs` before this file and `reward_rules.rs` after it.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -11,7 +11,6 @@ use serde::{Deserialize, Serialize};
 use toml::Table;
 
 use super::json_schema::JsonSchema as Checked;
-use super::{Origin, url};
 use crate::invalid;
 
 /// The column that `math` reads unless it names one.
@@ -46,7 +45,7 @@ pub enum RewardKind {
 }
 
 impl RewardKind {
-    const ALL: [Self; 10] = [
+    pub(super) const ALL: [Self; 10] = [
         Self::Adapter,
         Self::Command,
         Self::Http,
@@ -59,7 +58,7 @@ impl RewardKind {
         Self::JsonSchema,
     ];
 
-    fn name(self) -> &'static str {
+    pub(super) fn name(self) -> &'static str {
         match self {
             Self::Adapter => "adapter",
             Self::Command => "command",
@@ -75,7 +74,7 @@ impl RewardKind {
     }
 
     /// The keys that it reads beside `kind`, `name` and `weight`.
-    fn keys(self) -> &'static [&'static str] {
+    pub(super) fn keys(self) -> &'static [&'static str] {
         match self {
             Self::Adapter => &["adapters", "aggregate", "std_coef"],
             Self::Command => &["command", "timeout_seconds", "retries", "fallback_score"],
@@ -143,12 +142,12 @@ pub enum RewardApi {
 
 impl RewardApi {
     /// Whether it reads whole sequences, of which `input` says how they are sent.
-    fn needs_input(self) -> bool {
+    pub(super) fn needs_input(self) -> bool {
         !matches!(self, Self::Fourfold | Self::Score)
     }
 
     /// Whether sequences are sent as one text each, which a template may give.
-    fn reads_template(self) -> bool {
+    pub(super) fn reads_template(self) -> bool {
         matches!(self, Self::Classify | Self::Pooling | Self::SglangClassify)
     }
 }
@@ -355,135 +354,12 @@ impl RewardPart {
         let json = serde_json::from_str(text).map_err(|error| invalid!("schema is no JSON: {error}"))?;
         Checked::new(json).map(Some).map_err(|error| invalid!("schema {error:#}"))
     }
-
-    /// What a kind needs.
-    pub(super) fn check(&self, origin: Origin) -> Result<()> {
-        let (kind, section) = (self.kind.name(), origin.name());
-        let needs = |what: &str| Err(invalid!("[[{section}.reward]] of kind = \"{kind}\" needs {what}"));
-        match self.kind {
-            RewardKind::Adapter if self.adapters.is_empty() => needs("adapters = [\"runs/reward/adapter\"]"),
-            RewardKind::Command if self.command.iter().all(String::is_empty) => {
-                needs("command = [\"program\", \"argument\"]")
-            }
-            RewardKind::Http | RewardKind::Judge if self.url.is_empty() => needs("url = \"http://host:port/path\""),
-            RewardKind::Http => self.check_api(section),
-            RewardKind::Judge if self.model.is_empty() => needs("model = \"the judging model's name\""),
-            RewardKind::Judge if self.range().0 > self.range().1 => {
-                let (low, high) = self.range();
-                Err(invalid!("[[{section}.reward]] no score is from min_score = {low} to max_score = {high}"))
-            }
-            RewardKind::Regex if self.pattern.is_none() => needs("pattern = \"…\""),
-            RewardKind::JsonSchema if self.schema.is_none() => needs("schema = '''{\"type\": \"object\"}'''"),
-            RewardKind::Length if self.max_tokens.is_some_and(|max| max < self.min_tokens) => Err(invalid!(
-                "[[{section}.reward]] max_tokens is less than min_tokens = {}; no response would pass",
-                self.min_tokens
-            )),
-            _ => Ok(()),
-        }?;
-        if matches!(self.kind, RewardKind::Http | RewardKind::Judge) {
-            url::check(&format!("[[{section}.reward]] url"), &self.url)?;
-            self.check_request(section)?;
-        }
-        self.check_keys(section)?;
-        self.json_schema().map_err(|error| invalid!("[[{section}.reward]] {error:#}"))?;
-        if let Some(pattern) = &self.pattern
-            && let Err(error) = regex::Regex::new(pattern)
-        {
-            return Err(invalid!("[[{section}.reward]] pattern = {pattern:?} is no regular expression: {error}"));
-        }
-        Ok(())
-    }
-
-    /// What an `api` needs and does not read.
-    fn check_api(&self, section: &str) -> Result<()> {
-        let api = serde_json::to_value(self.api)?;
-        let says = |text: String| Err(invalid!("[[{section}.reward]] api = {api}: {text}"));
-        if self.api == RewardApi::Fourfold {
-            let keys = [
-                ("model", !self.model.is_empty()),
-                ("input", self.input.is_some()),
-                ("template", self.template.is_some()),
-                ("score_index", self.score_index.is_some()),
-                ("request", !self.request.is_empty()),
-            ];
-            return match keys.iter().find(|(_, is_set)| *is_set) {
-                Some((key, _)) => says(format!(
-                    "{key} is for a reward model behind vLLM or SGLang; set api = \"classify\", \"pooling\", \"score\", \
-                     \"sglang_classify\" or \"sglang_score\", or remove the key"
-                )),
-                None => Ok(()),
-            };
-        }
-        if self.api.needs_input() && self.input.is_none() {
-            return says(
-                "it needs input = \"ids\" for a reward model with the policy's tokenizer, or input = \"text\" for one with another"
-                    .into(),
-            );
-        }
-        if self.api == RewardApi::Score && self.input == Some(RewardInput::Ids) {
-            return says(
-                "vLLM reads pairs as text alone; remove input, or use api = \"classify\" or \"pooling\"".into(),
-            );
-        }
-        if self.template.is_some() && !(self.api.reads_template() && self.input == Some(RewardInput::Text)) {
-            return says(
-                "template gives the text of a sequence: it needs input = \"text\" and api = \"classify\", \"pooling\" or \
-                 \"sglang_classify\""
-                    .into(),
-            );
-        }
-        if self.api == RewardApi::SglangScore && !self.request.contains_key("label_token_ids") {
-            return says(
-                "it needs request = { label_token_ids = [N] }, the token whose probability is the score".into(),
-            );
-        }
-        Ok(())
-    }
-
-    /// Refuses keys of `request` that every request has by itself: what is asked, and of which model.
-    fn check_request(&self, section: &str) -> Result<()> {
-        let own: &[&str] = match (self.kind, self.api) {
-            (RewardKind::Judge, _) => &["messages"],
-            (_, RewardApi::Fourfold) => &[],
-            (_, RewardApi::Classify | RewardApi::Pooling) => &["input"],
-            (_, RewardApi::Score) => &["text_1", "text_2"],
-            (_, RewardApi::SglangClassify) => &["input_ids", "text"],
-            (_, RewardApi::SglangScore) => &["query", "items"],
-        };
-        let says = |text: String| Err(invalid!("[[{section}.reward]] request = {{ {text}"));
-        if let Some(key) = own.iter().find(|key| self.request.contains_key(**key)) {
-            return says(format!("{key} = … }} would replace what each request sends there itself; remove it"));
-        }
-        if self.request.contains_key("model") {
-            return says("model = … } is what the key model is for; set that one, and remove it from request".into());
-        }
-        Ok(())
-    }
-
-    /// Refuses a key with another value than its default that this kind does not read.
-    fn check_keys(&self, section: &str) -> Result<()> {
-        let (written, usual) = (Table::try_from(self)?, Table::try_from(Self::default())?);
-        let is_read =
-            |key: &str| ["kind", "name", "weight", "weight_end"].contains(&key) || self.kind.keys().contains(&key);
-        let Some(key) = written.keys().find(|key| written.get(*key) != usual.get(*key) && !is_read(key)) else {
-            return Ok(());
-        };
-        let readers: Vec<&str> = RewardKind::ALL
-            .into_iter()
-            .filter(|kind| kind.keys().contains(&key.as_str()))
-            .map(RewardKind::name)
-            .collect();
-        Err(invalid!(
-            "[[{section}.reward]] of kind = \"{}\" does not read {key}, which is for kind = {}; remove the key, or change the kind",
-            self.kind.name(),
-            readers.iter().map(|kind| format!("\"{kind}\"")).collect::<Vec<_>>().join(" or ")
-        ))
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Origin;
 
     #[test]
     fn every_key_is_read_by_a_kind_and_no_kind_reads_one_that_is_not_there() {
@@ -574,7 +450,6 @@ mod tests {
         let message = part.check(Origin::Ppo).unwrap_err().to_string();
         assert!(message.contains("kind = \"json_valid\" does not read retries"), "{message}");
         assert!(message.contains("\"command\" or \"http\" or \"judge\""), "{message}");
-        // The default written out is no mistake: resolved configs are read again.
         assert!(RewardPart { kind: RewardKind::JsonValid, ..RewardPart::default() }.check(Origin::Ppo).is_ok());
     }
 }

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use super::{ColumnNames, MixStrategy, Preset, Source, Tags};
+use super::{ColumnNames, MixStrategy, Paths, Preset, Source, Tags};
 pub use crate::device::DeviceChoice;
 pub use crate::ops::attention::KvCacheType;
 pub use crate::ops::weight::ComputeDtype;
@@ -469,44 +469,6 @@ pub enum EvalSize {
     Fraction(f64),
     /// A number of records.
     Rows(usize),
-}
-
-/// One path or several.
-#[derive(Clone, Debug, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
-#[serde(untagged, expecting = "must be a path or a list of paths")]
-pub enum Paths {
-    /// `path = "a.json"`
-    One(PathBuf),
-    /// `path = ["a.json", "folder"]`
-    List(Vec<PathBuf>),
-}
-
-impl Default for Paths {
-    fn default() -> Self {
-        Self::List(Vec::new())
-    }
-}
-
-impl Paths {
-    /// No path at all?
-    pub fn is_empty(&self) -> bool {
-        self.as_slice().is_empty()
-    }
-
-    /// All of them, in order.
-    pub fn as_slice(&self) -> &[PathBuf] {
-        match self {
-            Self::One(path) => std::slice::from_ref(path),
-            Self::List(paths) => paths,
-        }
-    }
-
-    pub(super) fn as_mut_slice(&mut self) -> &mut [PathBuf] {
-        match self {
-            Self::One(path) => std::slice::from_mut(path),
-            Self::List(paths) => paths,
-        }
-    }
 }
 
 /// What a record holds. The names are TRL's dataset types and LLaMA-Factory's formats.

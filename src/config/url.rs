@@ -14,8 +14,16 @@ use crate::invalid;
 /// If it has another scheme than HTTP's, or `https` in a build without TLS; if it has no host; if its port is not from 1 to
 /// 65535; if it has a user or a password, which would not be sent, and would be read in the run's files and pages.
 pub(super) fn check(key: &str, url: &str) -> Result<()> {
-    let says =
-        |what: String| Err(invalid!("{key} = {url:?}: {what}; an address is such as \"http://127.0.0.1:8000/path\""));
+    let says = |what: String| {
+        // What stands before the "@" may be a password, of which the message shows nothing.
+        Err(match url.contains('@') {
+            true => invalid!(
+                "{key}: this is no address such as \"http://127.0.0.1:8000/path\", and it has an \"@\", so it is not shown here; \
+                 leave a user and a password out, and name an environment variable that holds a bearer token in api_key_env"
+            ),
+            false => invalid!("{key} = {url:?}: {what}; an address is such as \"http://127.0.0.1:8000/path\""),
+        })
+    };
     let after_scheme = url.split_once("://").map_or(url, |(_, rest)| rest);
     let authority = after_scheme.split(['/', '?', '#']).next().unwrap_or_default();
     if authority.contains('@') {
@@ -29,8 +37,9 @@ pub(super) fn check(key: &str, url: &str) -> Result<()> {
         return says("it does not begin with http:// or https://".into());
     }
     if url.starts_with("https://") && !cfg!(feature = "hub") {
+        let shown = if url.contains('@') { String::new() } else { format!(" = {url:?}") };
         return Err(invalid!(
-            "{key} = {url:?}: only plain http is spoken; build with --features hub, or put a local proxy before it"
+            "{key}{shown}: only plain http is spoken; build with --features hub, or put a local proxy before it"
         ));
     }
     let uri: Uri = match url.parse() {
@@ -96,6 +105,22 @@ mod tests {
             let found = found.to_string();
             let says = found.starts_with("[ppo.rollout] urls: ") && found.contains("api_key_env");
             assert!(says && !found.contains("secret"), "{found}");
+        }
+        // A "/", "?" or "#" in a password, which then ends the authority, and addresses that are written otherwise.
+        for url in [
+            "http://user:se/cret@host",
+            "http://user:se?cret@host/x",
+            "http://user:se#cret@host",
+            "http:/user:secret@host",
+            "http:///user:secret@host/x",
+            "http//user:secret@host",
+            "ftp://host/secret@x",
+            "https://user:se/cret@host",
+        ] {
+            let found = check("[ppo.rollout] urls", url).unwrap_err();
+            assert_eq!(crate::error::exit_code(&found), 2, "{url}");
+            let found = found.to_string();
+            assert!(found.starts_with("[ppo.rollout] urls: ") && !found.contains("cret"), "{url}: {found}");
         }
         assert_eq!(check("url", "https://host/x").is_ok(), cfg!(feature = "hub"));
     }

@@ -7,8 +7,8 @@ use toml::Table;
 use super::group::check_rollout;
 use super::{
     AdvantageEstimator, Base, Compat, Config, Data, Dpo, Grpo, ImportanceSamplingCorrection, InitLoraWeights,
-    KlEstimator, KlIn, Kto, KvCacheType, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, Reward, RewardLoss,
-    RewardPart, Rloo, Source, TargetModules, Template, ranges,
+    KlEstimator, KlIn, Kto, KvCacheType, Lora, MixStrategy, Origin, Paths, PolicyLoss, Ppo, Ptx, REWARD_ADAPTER,
+    Reward, RewardLoss, RewardPart, Rloo, Source, TargetModules, Template, ranges,
 };
 use crate::invalid;
 
@@ -177,7 +177,7 @@ fn reward(section: &Reward) -> Result<()> {
 }
 
 fn ppo(section: &Ppo) -> Result<()> {
-    if section.reward_adapter.as_os_str().is_empty() && section.reward.is_empty() {
+    if section.reward_adapter.is_blank() && section.reward.is_empty() {
         return Err(invalid!(
             "[ppo] needs reward_adapter = \"runs/reward/…\", the folder the reward stage wrote, or a [[ppo.reward]]"
         ));
@@ -189,8 +189,11 @@ fn ppo(section: &Ppo) -> Result<()> {
     if let Some(twice) = names.windows(2).find(|pair| pair[0] == pair[1]) {
         return Err(invalid!("two [[{name}.reward]] are called {:?}; give each a name = \"…\" of its own", twice[0]));
     }
-    let has_main = !section.reward_adapter.as_os_str().is_empty();
-    if has_main && names.contains(&"reward_adapter") {
+    let has_main = !section.reward_adapter.is_blank();
+    if has_main && section.reward_adapter.as_slice().iter().any(|path| path.as_os_str().is_empty()) {
+        return Err(invalid!("[{name}] reward_adapter has an empty path among others; remove it"));
+    }
+    if has_main && names.contains(&REWARD_ADAPTER) {
         return Err(invalid!(
             "[[{name}.reward]] name = \"reward_adapter\" is what [{name}] reward_adapter is called by; give another name"
         ));

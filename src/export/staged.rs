@@ -28,10 +28,7 @@ struct Unfinished<'p>(&'p Path);
 
 impl<'p> Unfinished<'p> {
     fn new(path: &'p Path, folders: &[PathBuf]) -> Result<Self> {
-        static ONCE: Once = Once::new();
-        let mut listening = Ok(());
-        ONCE.call_once(|| listening = listen());
-        listening?;
+        listen()?;
         unfinished().push((path.into(), folders.to_vec()));
         Ok(Self(path))
     }
@@ -51,8 +48,19 @@ impl Drop for Unfinished<'_> {
     }
 }
 
-/// Has a thread wait for the first signal, which removes what is not finished and ends the process with exit code 130.
-fn listen() -> Result<()> {
+/// Has a thread wait for the first signal, which removes what is not finished and ends the process with exit code 130. Whoever
+/// computes for long before the output is begun calls it first.
+///
+/// # Errors
+/// If the system refuses the handlers or the thread.
+pub fn listen() -> Result<()> {
+    static ONCE: Once = Once::new();
+    let mut listening = Ok(());
+    ONCE.call_once(|| listening = begin_to_listen());
+    listening
+}
+
+fn begin_to_listen() -> Result<()> {
     let asked = Arc::new(AtomicBool::new(false));
     stop::to_flag(&asked)?;
     let wait = move || {

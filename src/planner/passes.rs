@@ -444,7 +444,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
             c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Loss,
         ),
         more_rewards,
-        reward_model: !c.reward_adapter.as_os_str().is_empty() || more_rewards > 0,
+        reward_model: !c.reward_adapter.is_blank() || more_rewards > 0,
         copies: [c.ema_decay.is_some(), c.ref_model_sync_iterations > 0, c.samples_ahead()]
             .map(usize::from)
             .iter()

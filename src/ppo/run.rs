@@ -131,8 +131,8 @@ pub fn check(
     }
     if reward.is_none() && config.advantage_estimator.has_critic() && config.critic == CriticStart::Reward {
         return Err(invalid!(
-            "[ppo] critic = \"reward\" starts as the reward adapter, and there is none over the policy's tokens; use critic = \
-             \"actor\" or \"own\", or an advantage_estimator without a critic"
+            "[ppo] critic = \"reward\" starts as the one reward_adapter, and there is none over the policy's tokens, or several; \
+             use critic = \"actor\" or \"own\", or an advantage_estimator without a critic"
         ));
     }
     reward.map_or(Ok(()), |reward| ValueModel::new(reward_base, reward).map(drop))?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 
 use super::base::BASE;
 use super::gold::{Gold, gold};
@@ -14,6 +14,7 @@ use super::task::{Row, Split, pairs, prompts, sft_rows};
 use crate::config;
 use crate::config::{Config, Supervised as _};
 use crate::data::examples::objectives::{RankedExample, SftExample};
+use crate::error::Interrupted;
 use crate::export::Source;
 use crate::export::merged;
 use crate::export::merged::{Kind, MAX_SHARD_SIZE, MergedType};
@@ -116,8 +117,9 @@ pub fn run(out: &Path, seed: u64) -> Result<Outcome> {
 /// Refuses to replace a quickstart of other settings; the same settings give the same bytes again.
 ///
 /// # Errors
-/// If there is one.
+/// If there is one; if something else is under that name.
 pub fn check_free(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Result<()> {
+    run::check_output(out, "quickstart")?;
     let config = placement::settled(&config(seed).on(device), None)?;
     if is_of(out, "quickstart", &config.to_toml()?) { Ok(()) } else { run::check_free(out, "quickstart") }
 }
@@ -137,18 +139,37 @@ pub fn run_on(out: &Path, seed: u64, device: Option<config::DeviceChoice>) -> Re
 pub fn run_with(out: &Path, config: &Config) -> Result<Outcome> {
     stop::listen()?;
     if !out.join("summary.json").exists() {
-        return run_in(out, config);
+        return run_in(out, config).map_err(|error| stopped(error, &kept(out)));
     }
     let made = run::replaced(out, "quickstart", &["merged"], |new| {
         let outcome = Outcome { out: out.to_path_buf(), ..run_in(new, config)? };
         write_summary(new, &outcome.to_json())?;
         Ok(outcome)
-    })?;
+    })
+    .map_err(|error| stopped(error, &format!("the quickstart that was in {} is as it was", out.display())))?;
     // Its page names the folder that it was made in.
     if let Err(error) = page::write(&[out.to_path_buf()], &out.join(page::NAME)) {
-        crate::tell!("{error:#}; `fourfold report {}` makes the page again", out.display());
+        crate::tell!("{error:#}; `fourfold report {}` makes the page again", run::quoted(&out.display().to_string()));
     }
     Ok(made)
+}
+
+/// What a quickstart that was stopped leaves.
+fn kept(out: &Path) -> String {
+    let is_saved = |name: &&str| out.join(name).join("adapter_config.json").exists();
+    let saved: Vec<&str> = ["sft", "reward", "actor", "critic"].into_iter().filter(is_saved).collect();
+    match saved.is_empty() {
+        true => "no stage was finished".into(),
+        false => format!("the adapters of the finished stages are in {}: {}", out.display(), saved.join(", ")),
+    }
+}
+
+/// The error of a quickstart that was stopped on request with what is left of it; any other error as it is.
+fn stopped(error: Error, left: &str) -> Error {
+    match error.downcast::<Interrupted>() {
+        Ok(Interrupted(text)) => Interrupted(format!("{text}; {left}; the same command begins anew")).into(),
+        Err(error) => error,
+    }
 }
 
 fn run_in(out: &Path, config: &Config) -> Result<Outcome> {
@@ -382,4 +403,27 @@ fn evaluate(
         progress.add(rows.len());
     }
     Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::invalid;
+
+    #[test]
+    fn a_quickstart_that_was_stopped_names_the_adapters_that_are_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path();
+        let says = |error: Error| stopped(error, &kept(out)).to_string();
+        let stop = || Error::from(Interrupted("stopped after 3 steps".into()));
+        assert_eq!(says(stop()), "stopped after 3 steps; no stage was finished; the same command begins anew");
+        for name in ["sft", "reward"] {
+            fs::create_dir(out.join(name)).unwrap();
+            fs::write(out.join(name).join("adapter_config.json"), "{}").unwrap();
+        }
+        let left = format!("the adapters of the finished stages are in {}: sft, reward", out.display());
+        assert_eq!(says(stop()), format!("stopped after 3 steps; {left}; the same command begins anew"));
+        assert!(stopped(stop(), "x").is::<Interrupted>(), "its exit code is that of a run that was stopped");
+        assert_eq!(says(invalid!("no")), "no");
+    }
 }

@@ -18,7 +18,7 @@ use crate::warning;
 pub(super) fn continued(model: &Model, path: &Path, config: &Config, stage: Stage) -> Result<Adapter> {
     let adapter = if stage == Stage::Reward { model.adapter(path)? } else { model.policy_adapter(path)? };
     if let Some(text) = overruled(&config.lora, &adapter, path) {
-        warning!("{}: {text}", stage.name());
+        warning!("{}: warning: {text}", stage.name());
     }
     Ok(adapter.with_loraplus_lr_ratio(config.lora.loraplus_lr_ratio))
 }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::prompts::columns;
 use super::rewards::Adapters;
-use super::{Model, check_context, offload, prepared, save};
+use super::{Model, check_context, offload, prepared, save, with_members};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
@@ -59,7 +59,7 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
         ));
     }
     // The search for a card's libraries is not part of any phase.
-    let mut config = offload::chosen(stage, &placement::settled(config, None)?)?;
+    let mut config = offload::chosen(stage, &placement::settled(&with_members(stage, config)?.read_by(stage), None)?)?;
     config.checkpoint.save_steps = 1;
     config.checkpoint.save_total_limit = 1;
     let bench = Bench { stage, out, launch: RunOptions { overwrite: true, ..RunOptions::default() } };

@@ -13,6 +13,7 @@ mod hints;
 mod llama_cpp;
 mod llama_process;
 mod measure;
+mod members;
 mod memory_preflight;
 mod model;
 mod offload;
@@ -55,12 +56,12 @@ pub use data_warnings::data_warnings;
 pub use describe::describe;
 pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
+pub use members::{members, with_members};
 pub use model::{Model, lora_config};
-pub use options::{RunOptions, resuming_command};
-pub use output::{
-    MEMBERS, check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary,
-};
+pub use options::{RunOptions, quoted, resuming_command};
+pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
 pub use plan_inputs::PlanInputs;
+pub use rewards::aggregate;
 
 /// Runs one stage of a config; returns the object that `--json` prints, on rank 0 where there are several.
 ///
@@ -71,17 +72,21 @@ pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> 
     if launch.world.is_first() {
         check_output(out, stage.name())?;
     }
+    let config = &with_members(stage, config)?;
+    let idle = config.idle_keys(stage);
+    let config = &config.read_by(stage);
     let mut settled = placement::settled(config, launch.resume.as_ref().map(|_| out))?;
-    match settled_stage(stage, &settled, out, launch) {
+    match settled_stage(stage, &settled, out, launch, &idle) {
         // The folder is untouched: a base is opened before it is made.
         Err(error) if error.is::<F16Overflow>() && placement::leave_f16(config, &mut settled, &error)? => {
-            settled_stage(stage, &settled, out, launch)
+            // Its keys were named the first time.
+            settled_stage(stage, &settled, out, launch, &[])
         }
         done => done,
     }
 }
 
-fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
+fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions, idle: &[String]) -> Result<Value> {
     let started = Instant::now();
     // Rank 0 alone looks into the folder.
     let finished = launch.world.first(|| match options::finished(stage, config, out, launch)? {
@@ -95,7 +100,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
         warning!("{}: warning: {text}", stage.name());
     }
     if launch.world.is_first() {
-        config.idle_keys(stage).iter().for_each(|idle| crate::tell!("{}: {idle}", stage.name()));
+        idle.iter().for_each(|idle| warning!("{}: warning: {idle}", stage.name()));
     }
     stop::listen()?;
     memory_preflight::check_base(&config.base, config, "base")?;
@@ -131,7 +136,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions)
 /// Writes a run's last page; a failure is reported, since it costs nothing that was trained.
 pub(crate) fn finish_page(out: &Path, ended: Result<(), &anyhow::Error>) {
     if let Err(error) = page::finish(out, ended) {
-        crate::tell!("{error:#}; `fourfold report {}` makes the page again", out.display());
+        crate::tell!("{error:#}; `fourfold report {}` makes the page again", quoted(&out.display().to_string()));
     }
 }
 

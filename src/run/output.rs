@@ -76,6 +76,13 @@ fn resolved(by: &str, settings: &str) -> String {
 /// # Errors
 /// If there is something else under that name: another's files, or what another stage made.
 pub fn check_output(out: &Path, by: &str) -> Result<()> {
+    if let Some(file) = out.ancestors().skip(1).find(|above| above.is_file()) {
+        return Err(invalid!(
+            "{}: {} is a file, not a folder; name another folder with --out",
+            out.display(),
+            file.display()
+        ));
+    }
     let empty = out.is_dir() && fs::read_dir(out).is_ok_and(|mut entries| entries.all(|e| is_lock(&e)));
     if !out.exists() || empty {
         return Ok(());

@@ -8,7 +8,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Mutex;
 
-use anyhow::{Error, Result};
+use anyhow::{Context, Error, Result};
 
 use super::output;
 use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config, KvCacheType, Offload};
@@ -81,7 +81,7 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
         note(&format!("device: {}; products in {}{cache}", selected.name(), compute.name()));
     }
     if selected.device.is_none() && section.offload() != Offload::None {
-        note("offload: the base lies on the CPU, where it has no effect");
+        warn("warning: offload has no effect: the base lies on the CPU");
     }
     if let Some(reason) = &selected.reason {
         note(&format!("device: the CPU ({}; `fourfold doctor` says more)", in_short(reason)));
@@ -149,7 +149,7 @@ pub fn settled(config: &Config, resumed: Option<&Path>) -> Result<Config> {
             // The CPU has no products in f16: a run that moves there goes on in f32.
             base.compute_dtype = former(name).filter(|&dtype| dtype != ComputeDtype::F16 || on_card);
         }
-        settle(base).map(drop)
+        settle(base).map(drop).with_context(|| format!("[{name}]"))
     };
     settle(&mut config.base, "base")?;
     config.reward_base.as_mut().map_or(Ok(()), |base| settle(base, "reward_base"))?;

@@ -7,7 +7,7 @@
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use super::{check_base_path, lora_config, placement};
@@ -72,13 +72,14 @@ impl Headers {
         Ok(Self::Whole(Box::new(FileContents::open(path)?)))
     }
 
-    fn network(&self, section: &config::Base) -> Result<Network> {
+    fn network(&self, section: &config::Base, name: &str) -> Result<Network> {
         let (quantise, compute) = (section.quantize.map(config::Quantize::stored), section.compute_dtype());
         let net = match self {
             Self::Whole(contents) => Network::of(contents, quantise, compute),
             Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
         };
-        let kv_cache_type = placement::kv_cache_type(section.kv_cache_type(), section.device().is_device())?;
+        let kv_cache_type = placement::kv_cache_type(section.kv_cache_type(), section.device().is_device())
+            .with_context(|| format!("[{name}]"))?;
         Ok(net?.offloading(section.offload()).caching_in(kv_cache_type))
     }
 
@@ -115,7 +116,8 @@ pub struct PlanInputs {
 }
 
 impl PlanInputs {
-    /// Opens what the config names: bases, data and, where they are there already, adapters. Without data, or without a
+    /// Opens what the config, with all members of an ensemble written out, names: bases, data and, where they are there
+    /// already, adapters. Without data, or without a
     /// tokenizer to read it with, sequences are as long as `[data]` allows.
     ///
     /// # Errors
@@ -156,7 +158,7 @@ impl PlanInputs {
         };
         let reward = match stage {
             Stage::Distill => config.distill().teacher_adapter,
-            _ if stage.has_rollouts() => Some(config.rollouts(stage)?.reward_adapter.clone()),
+            _ if stage.has_rollouts() => config.rollouts(stage)?.reward_adapter.as_slice().first().cloned(),
             _ => None,
         };
         let open = |path: Option<PathBuf>, of: &Headers| -> Result<Option<Adapter>> {
@@ -185,8 +187,15 @@ impl PlanInputs {
     /// Sizes that overflow; examples that cannot be read.
     pub fn job(&self, stage: Stage, config: &Config, room: Option<usize>) -> Result<StageShape> {
         let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
-        let policy = self.policy.network(section)?;
-        let scorer = self.scorer.as_ref().map(|headers| headers.network(config.second_base(stage))).transpose()?;
+        // A section that is absent stands for [base].
+        let name = |other: &Option<config::Base>, name| if other.is_some() { name } else { "base" };
+        let of_scorer = match stage {
+            Stage::Distill => name(&config.teacher, "teacher"),
+            _ => name(&config.reward_base, "reward_base"),
+        };
+        let policy = self.policy.network(section, if stage == Stage::Reward { of_scorer } else { "base" })?;
+        let scorer =
+            self.scorer.as_ref().map(|headers| headers.network(config.second_base(stage), of_scorer)).transpose()?;
         let [start, reward] = &self.adapters;
         let lora = lora_config(&config.lora);
         let fresh = |net: &Network| Branches::of(&lora, net);

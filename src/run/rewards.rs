@@ -10,7 +10,7 @@ use regex::Regex;
 
 use super::Model;
 use super::prompts::all_prompts;
-use crate::config::{EnsembleScore, Ppo, RewardApi, RewardInput, RewardKind, RewardPart};
+use crate::config::{EnsembleScore, Ppo, REWARD_ADAPTER, RewardApi, RewardInput, RewardKind, RewardPart};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
 use crate::data::stream::columns::Columns;
@@ -91,6 +91,15 @@ fn served_rules(part: &RewardPart, pad: Option<u32>) -> Result<Option<ServedRule
     Ok(Some(ServedRules { dialect, model: part.model.clone(), template, index: part.score_index, request, pad }))
 }
 
+/// How the scores of an ensemble become one.
+pub fn aggregate(score: EnsembleScore, std_coef: f64) -> Aggregate {
+    match score {
+        EnsembleScore::MeanMinusStd => Aggregate::MeanMinusStd(std_coef),
+        EnsembleScore::Mean => Aggregate::Mean,
+        EnsembleScore::Min => Aggregate::Min,
+    }
+}
+
 /// Wait before the first retry.
 const BACKOFF: Duration = Duration::from_millis(500);
 
@@ -113,11 +122,10 @@ impl Adapters {
         let all = |part: &RewardPart| -> Result<Vec<Adapter>> {
             part.adapters.iter().map(|path| open(path, &format!("[[{section}.reward]] adapters"))).collect()
         };
-        let has_main = !settings.reward_adapter.as_os_str().is_empty();
+        // Several are a source of their own by now.
+        let main = settings.reward_adapter.as_slice().iter().find(|path| !path.as_os_str().is_empty());
         Ok(Self {
-            main: has_main
-                .then(|| open(&settings.reward_adapter, &settings.origin.key("reward_adapter")))
-                .transpose()?,
+            main: main.map(|path| open(path, &settings.origin.key(REWARD_ADAPTER))).transpose()?,
             parts: settings.reward.iter().map(all).collect::<Result<_>>()?,
             gold: settings.gold.as_ref().map(all).transpose()?.unwrap_or_default(),
         })
@@ -173,7 +181,7 @@ impl<'w> RewardSourceBuilder<'w> {
         }
         let mut parts: Vec<Part<'w>> = main
             .into_iter()
-            .map(|source| Part { name: "reward_adapter".into(), weight: 1.0, weight_end: None, source })
+            .map(|source| Part { name: REWARD_ADAPTER.into(), weight: 1.0, weight_end: None, source })
             .collect();
         for (part, adapters) in settings.reward.iter().zip(&adapters.parts) {
             let source = self.part(part, adapters)?;
@@ -220,14 +228,7 @@ impl<'w> RewardSourceBuilder<'w> {
                 let mut members = adapters.iter().map(|a| self.model(a)).collect::<Result<Vec<_>>>()?;
                 match members.len() {
                     1 => members.remove(0),
-                    _ => {
-                        let aggregate = match part.aggregate {
-                            EnsembleScore::MeanMinusStd => Aggregate::MeanMinusStd(part.std_coef),
-                            EnsembleScore::Mean => Aggregate::Mean,
-                            EnsembleScore::Min => Aggregate::Min,
-                        };
-                        Box::new(Ensemble::new(members, aggregate))
-                    }
+                    _ => Box::new(Ensemble::new(members, aggregate(part.aggregate, part.std_coef))),
                 }
             }
             RewardKind::Command => {

@@ -162,7 +162,8 @@ impl Session {
 
     fn keep_own(&mut self, step: usize, stop: bool, due: bool, state: impl FnOnce() -> Result<Snapshot>) -> Result<()> {
         let Some(checkpoints) = &mut self.checkpoints else {
-            anyhow::ensure!(!stop, Interrupted(format!("stopped after {}; nothing was kept", counted(step, "step"))));
+            let text = || format!("stopped after {}; no state of the training was kept", counted(step, "step"));
+            anyhow::ensure!(!stop, Interrupted(text()));
             return Ok(());
         };
         if !stop && !due {

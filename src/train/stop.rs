@@ -37,13 +37,44 @@ fn stopping() -> impl Iterator<Item = i32> {
     [SIGINT, SIGTERM, SIGHUP].into_iter().filter(|&signal| !is_ignored(signal))
 }
 
-/// Installs the handlers: the first SIGINT, SIGTERM or SIGHUP says so and sets the flag, and a second one ends the process at once;
+/// Whether no command listens for SIGTERM, and for SIGHUP, yet, so that one ends the process by itself.
+static UNHEARD: LazyLock<[Arc<AtomicBool>; 2]> = LazyLock::new(|| [true, true].map(|is| Arc::new(AtomicBool::new(is))));
+
+/// Has SIGTERM and SIGHUP end the process with [`EXIT_CODE`] until a command listens for them itself; a signal that is ignored stays
+/// so. SIGINT keeps the system's action, by which a shell ends its loop, too.
+///
+/// # Errors
+/// If the system refuses the handlers.
+pub fn end_by_default() -> Result<()> {
+    #[cfg(unix)]
+    for signal in stopping() {
+        use signal_hook::consts::{SIGHUP, SIGTERM};
+        use signal_hook::flag::register_conditional_shutdown;
+        let Some(of) = [SIGTERM, SIGHUP].iter().position(|known| *known == signal) else { continue };
+        register_conditional_shutdown(signal, EXIT_CODE, UNHEARD[of].clone()).context("handling signals")?;
+    }
+    Ok(())
+}
+
+/// Leaves SIGTERM, and SIGHUP too or not, to the command, which has handlers of its own by now.
+pub fn heard(hangup: bool) {
+    let [terminate, hang_up] = &*UNHEARD;
+    terminate.store(false, Ordering::Relaxed);
+    hang_up.fetch_and(!hangup, Ordering::Relaxed);
+}
+
+/// Installs the handlers, once per process: the first SIGINT, SIGTERM or SIGHUP says so and sets the flag, and a second one ends the process at once;
 /// a signal that is ignored stays so. A write
 /// beyond the file size limit then fails like a write to a full disk, instead of killing the process.
 ///
 /// # Errors
 /// If the system refuses the handlers.
 pub fn listen() -> Result<()> {
+    // A second set of handlers would take the first signal for the second.
+    static LISTENING: AtomicBool = AtomicBool::new(false);
+    if LISTENING.swap(true, Ordering::Relaxed) {
+        return Ok(());
+    }
     #[cfg(unix)]
     {
         use signal_hook::consts::SIGXFSZ;
@@ -65,6 +96,7 @@ pub fn listen() -> Result<()> {
         }
         register(SIGXFSZ, Arc::default()).context("handling signals")?;
     }
+    heard(true);
     Ok(())
 }
 
@@ -79,6 +111,7 @@ pub fn to_flag(flag: &Arc<AtomicBool>) -> Result<()> {
         register_conditional_shutdown(signal, EXIT_CODE, flag.clone()).context("handling signals")?;
         register(signal, flag.clone()).context("handling signals")?;
     }
+    heard(true);
     Ok(())
 }
 

@@ -17,6 +17,7 @@ use super::visible::in_a_line;
 use super::{EVERY, Watched};
 use crate::error::Interrupted;
 use crate::report::clocks::now;
+use crate::train::stop;
 
 /// A screen on which nothing changed is drawn again after this time.
 const CLOCK: Duration = Duration::from_secs(1);
@@ -50,6 +51,7 @@ fn end_by_signal() -> Result<Arc<AtomicBool>> {
     for signal in [signal_hook::consts::SIGTERM, signal_hook::consts::SIGINT, signal_hook::consts::SIGHUP] {
         signal_hook::flag::register(signal, ended.clone()).context("handling signals")?;
     }
+    stop::heard(true);
     Ok(ended)
 }
 

@@ -50,6 +50,47 @@ fn a_path_that_is_nearly_right_is_pointed_home() {
 }
 
 #[test]
+fn what_is_said_of_an_output_that_cannot_be_is_true_and_commands_are_quoted() {
+    let p = Place::new();
+    fs::create_dir(p.path("folder")).unwrap();
+    for more in ["", " --overwrite"] {
+        let line = format!("init sft --base base --out folder{more}");
+        refused(&p, &line, &["--out folder is a folder; name a file, such as folder/sft.toml"]);
+    }
+    for line in [
+        "init sft --base base --out run.toml/x.toml",
+        "score --base base --adapter a --data pairs.jsonl --out run.toml/x.jsonl",
+    ] {
+        refused(&p, line, &["--out run.toml/x.", "run.toml is a file, not a folder; name another"]);
+    }
+    refused(&p, "init sft --base base --out none/x.toml", &["there is no folder none; make it first"]);
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    let ran = refused(&p, "quickstart --out out/sft", &["out/sft holds a run of `fourfold sft`"]);
+    assert!(!ran.stderr.contains("quickstart"), "{}", ran.stderr);
+    refused(&p, "quickstart --out folder/../run.toml", &["run.toml exists and is no folder of a former run"]);
+    refused(&p, "quickstart --out run.toml/x", &["run.toml/x: run.toml is a file, not a folder"]);
+    p.write("shape.json", "{\"model_type\": \"llama\"}");
+    let ran = refused(&p, "plan --base shape.json --phase sft", &["shape.json"]);
+    assert!(!ran.stderr.contains("config.json"), "{}", ran.stderr);
+    refused(&p, "plan --base none.json --phase sft", &["none.json"]);
+    // A path with a blank is one word of the commands to go on with, in the file, too.
+    let ran = p.run_with(&["init", "sft", "--base", "base", "--out", "my config.toml"], "");
+    assert!(ran.code == 0 && ran.stderr.contains("`fourfold sft 'my config.toml'` runs it"), "{}", ran.stderr);
+    let text = fs::read_to_string(p.path("my config.toml")).unwrap();
+    assert!(
+        text.contains("fourfold data 'my config.toml' ") && text.contains("fourfold sft 'my config.toml' "),
+        "{text}"
+    );
+    let init = "init grpo --base base --data prompts.jsonl";
+    refused(&p, init, &["grpo needs --reward-adapter", "fourfold init reward", "`fourfold keys grpo.reward`"]);
+    p.write("rule.toml", "[base]\npath='base'\n[data]\npath='prompts.jsonl'\n[[grpo.reward]]\nkind='json_valid'\n");
+    for (file, key) in [("rule.toml", "grpo.reward.api"), ("run.toml", "ppo.reward.weight")] {
+        let says = format!("[[{}]] is a list of tables, and --set enters none", key.rsplit_once('.').unwrap().0);
+        refused(&p, &format!("plan {file} --phase sft --set {key}=score"), &[&says, "change the file"]);
+    }
+}
+
+#[test]
 fn a_reward_models_adapter_is_no_policys() {
     let p = Place::new();
     p.train_sft_and_reward();

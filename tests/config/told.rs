@@ -112,7 +112,8 @@ fn keys_of_lora_beside_an_adapter_of_another_shape_are_named_by_every_stage() {
     ] {
         let stderr = run(&line);
         let stage = line.split(' ').next().unwrap();
-        let says = format!("{stage}: [lora] r has no effect: {of} goes on in its own shape (r = 2, scale 8, on ");
+        let says =
+            format!("{stage}: warning: [lora] r has no effect: {of} goes on in its own shape (r = 2, scale 8, on ");
         assert_eq!(stderr.contains(&says), is_said, "{line}: {stderr}");
         assert_eq!(stderr.contains("has no effect"), is_said, "{line}: {stderr}");
     }
@@ -132,6 +133,20 @@ fn sources_of_the_reward_that_count_twice_or_not_at_all_are_told() {
     let both = "[[grpo.reward]]\nadapters = ['a', 'a', 'b']\n";
     let adapters = said(both);
     assert!(adapters.len() == 1 && adapters[0].contains("has a twice among its adapters"), "{adapters:?}");
+    for (keys, says) in [
+        ("adapters = ['a']\nstd_coef = 2.0", "std_coef has no effect on a single adapter"),
+        ("adapters = ['a']\naggregate = 'min'", "aggregate has no effect on a single adapter"),
+        ("adapters = ['a', 'b']\naggregate = 'min'\nstd_coef = 2.0", "std_coef has no effect without aggregate"),
+    ] {
+        let found = said(&format!("[[grpo.reward]]\n{keys}\n"));
+        assert!(found.len() == 1 && found[0].contains(says), "{keys}: {found:?}");
+    }
+    let shared =
+        said("[[grpo.reward]]\nname = 'one'\nadapters = ['a', 'b']\n[[grpo.reward]]\nname = 'two'\nadapters = ['b']\n");
+    assert!(
+        shared.len() == 1 && shared[0].contains("\"two\" has b, which \"one\" has too: it counts in both"),
+        "{shared:?}"
+    );
     let main = config::from_text(&format!("{}{both}", with("reward_adapter = 'b'")), "test").unwrap();
     assert!(main.idle_keys(Stage::Grpo)[0].contains("has b, which is reward_adapter too"));
     let gold = "[grpo.gold]\nkind = 'json_valid'\n";
@@ -243,6 +258,30 @@ fn sections_and_keys_that_a_stage_does_not_read_are_told() {
     let told = at(&format!("{scorer}[sft]\n"), Stage::Sft);
     assert!(told.len() == 1 && told[0].starts_with("[reward_base] has no effect on sft"), "{told:?}");
     assert!(at(&format!("{scorer}[sft]\n[reward]\n"), Stage::Sft).is_empty());
+    // A reward of rules alone has no model; one of an adapter has, and so have the gold reward and a critic of its own.
+    let scorer = "[reward_base]\npath = 'r'\n";
+    for (keys, is_idle) in [
+        ("", true),
+        ("reward_adapter = 'a'", false),
+        ("gold = { adapters = ['a'] }\neval_prompts = 1", false),
+        ("gold = { kind = 'json_valid' }\neval_prompts = 1", true),
+    ] {
+        let told = at(&format!("{}{scorer}", with(keys)), Stage::Grpo);
+        assert_eq!(
+            told.iter().any(|line| line.starts_with("[reward_base] has no effect on grpo")),
+            is_idle,
+            "{told:?}"
+        );
+    }
+    assert!(at(&format!("{}{scorer}[reward]\n", with("")), Stage::Grpo).is_empty(), "the reward stage reads it");
+    let ppo = |keys: &str| {
+        let rule = "[[ppo.reward]]\nkind = 'json_valid'\n";
+        at(&format!("{base}{scorer}[ppo]\n{keys}\n{rule}"), Stage::Ppo)
+    };
+    assert!(ppo("critic = 'own'").is_empty() && ppo("advantage_estimator = 'a2c'\ncritic = 'own'").is_empty());
+    for keys in ["critic = 'actor'", "advantage_estimator = 'reinforce'"] {
+        assert!(ppo(keys).iter().any(|line| line.starts_with("[reward_base] has no effect on ppo")), "{keys}");
+    }
     let cached = |text: &str| text.replacen("[base]\n", "[base]\nkv_cache_type = 'q8_0'\n", 1);
     let told = at(&cached(&format!("{base}[sft]\n")), Stage::Sft);
     assert!(told.len() == 1 && told[0].starts_with("[base] kv_cache_type has no effect on sft"), "{told:?}");
@@ -250,6 +289,87 @@ fn sections_and_keys_that_a_stage_does_not_read_are_told() {
     let servers = "[grpo.rollout]\nengine = 'vllm'\nurls = ['http://127.0.0.1:9/v1']\n";
     let told = at(&cached(&format!("{}{servers}", with(""))), Stage::Grpo);
     assert!(told.len() == 1 && told[0].contains("for evaluations alone"), "{told:?}");
+}
+
+#[test]
+fn a_checkpoint_that_a_stage_does_not_read_is_not_opened_and_told_by_every_command_that_reads_the_file() {
+    let p = place();
+    let says = "warning: [reward_base] has no effect on grpo";
+    // There is no such model: opening it would be an error.
+    p.write("rules.toml", with("") + "[reward_base]\npath = 'nowhere'\nquantize = 'q8_0'\n");
+    // An idle key is a warning, which --quiet keeps.
+    for line in ["--quiet grpo rules.toml --out o", "--quiet plan rules.toml", "--quiet data rules.toml"] {
+        let ran = done(&p, line);
+        assert_eq!(ran.stderr.matches(says).count(), 1, "{line}: {}", ran.stderr);
+        assert!(!ran.stdout.contains("reward_base"), "{line}: {}", ran.stdout);
+    }
+    let plan: Value = serde_json::from_str(&done(&p, "plan rules.toml --json").stdout).unwrap();
+    assert!(!plan["choices"].to_string().contains("reward_base"), "{plan}");
+    let data: Value = serde_json::from_str(&done(&p, "data rules.toml --json").stdout).unwrap();
+    assert!(data["warnings"].to_string().contains("[reward_base] has no effect on grpo"), "{data}");
+    let resolved = fs::read_to_string(p.path("o/config.toml")).unwrap();
+    assert!(!resolved.contains("[reward_base]"), "what a run writes is what it ran: {resolved}");
+    // A teacher whose cache the CPU does not have, in a file that sft is run from.
+    let teacher = "[teacher]\npath = 'nowhere'\nkv_cache_type = 'q8_0'\n";
+    p.write("taught.toml", fs::read_to_string(p.path("run.toml")).unwrap() + teacher + "[distill]\n");
+    done(&p, "sft taught.toml --out sft");
+    done(&p, "plan taught.toml --phase sft");
+    // Where it is read, its section is named.
+    p.write_base("other");
+    for line in ["distill taught.toml --device cpu --out d", "plan taught.toml --phase distill"] {
+        let line = format!("{line} --set teacher.path=other");
+        refused(&p, &line, &["[teacher]: kv_cache_type = \"q8_0\" is for cards"]);
+    }
+    let line = "grpo grpo.toml --out o2 --set base.device=cpu --set base.kv_cache_type=q8_0";
+    refused(&p, line, &["[base]: kv_cache_type = \"q8_0\" is for cards"]);
+    // Layers that the CPU keeps anyway.
+    for line in
+        ["plan grpo.toml --set base.offload=auto", "--quiet grpo grpo.toml --device cpu --set base.offload=2 --out o3"]
+    {
+        assert!(done(&p, line).stderr.contains("offload has no effect"), "{line}");
+    }
+    assert!(
+        !done(&p, "plan grpo.toml --set base.offload=auto --device cuda --memory 4GiB").stderr.contains("no effect")
+    );
+}
+
+#[test]
+fn a_key_of_another_kind_of_source_is_refused_whatever_its_value() {
+    let ppo = "[base]\npath = 'b'\n[data]\npath = 'd'\n[ppo]\nadvantage_estimator = 'reinforce'\n".to_owned();
+    for (section, head) in [("grpo", with("")), ("ppo", ppo)] {
+        for (kind, key, value) in [
+            ("length", "timeout_seconds", "60.0"),
+            ("length", "retries", "3"),
+            ("length", "adapters", "[]"),
+            ("length", "aggregate", "'mean_minus_std'"),
+            ("json_valid", "std_coef", "1.0"),
+            ("json_valid", "url", "''"),
+            ("json_valid", "request", "{}"),
+            ("regex", "api", "'fourfold'"),
+            ("math", "min_tokens", "1"),
+        ] {
+            let more = if kind == "regex" { "pattern = 'a'\n" } else { "" };
+            let source = format!("kind = '{kind}'\nname = 'x'\n{more}{key} = {value}\n");
+            let said = refusal(&format!("{head}[[{section}.reward]]\n{source}"));
+            let says =
+                format!("test: [[{section}.reward]] of kind = \"{kind}\" does not read {key}, which is for kind = ");
+            assert!(said.starts_with(&says), "{said}");
+            let said = refusal(&format!("{head}[{section}.gold]\n{source}"));
+            assert!(said.starts_with(&says.replace("[[", "[").replace(".reward]]", ".gold]")), "{said}");
+        }
+    }
+    // What a run writes of its settings has the keys of each kind, and is read again to the same.
+    let more = "[[grpo.reward]]\nkind = 'regex'\npattern = 'a'\n[[grpo.reward]]\nname = 'two'\nadapters = ['a', 'b']\n\
+                [grpo.gold]\nkind = 'math'\n";
+    let config = config::from_text(&(with("eval_prompts = 1") + more), "test").unwrap();
+    let written = config.to_toml().unwrap();
+    assert_eq!(config::from_text(&written, "written").unwrap(), config, "{written}");
+    let count = |key: &str| written.lines().filter(|line| line.starts_with(&format!("{key} = "))).count();
+    assert_eq!(
+        ["min_tokens", "max_tokens", "std_coef", "adapters", "retries", "url"].map(count),
+        [1, 1, 1, 1, 0, 0],
+        "{written}"
+    );
 }
 
 #[test]

@@ -1,8 +1,10 @@
 //! Signals, a second process, and files that change under a run.
 
 use std::fs;
+use std::os::unix::fs::OpenOptionsExt;
 use std::time::{Duration, Instant};
 
+use crate::support::Place;
 use crate::world::{assert_same, finish, interrupted, line, place, run_all, signal, start, wait_for_lines};
 
 #[test]
@@ -43,6 +45,7 @@ fn a_signal_ends_a_quickstart_which_is_then_not_finished() {
     signal(&child, libc::SIGTERM);
     let ran = finish(child);
     assert!(ran.code == 130 && ran.stderr.contains("stopped after"), "{}: {}", ran.code, ran.stderr);
+    assert!(ran.stderr.contains("no stage was finished; the same command begins anew"), "{}", ran.stderr);
     let told: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
     assert_eq!(
         (&told["status"], &told["stage"], &told["resume"]),
@@ -259,4 +262,41 @@ fn a_signal_during_a_merge_leaves_neither_its_folder_nor_what_it_began() {
         }
     }
     panic!("{stopped} of 2 signals came in time");
+}
+
+#[test]
+fn a_signal_before_the_base_is_open_ends_with_the_same_code_as_later() {
+    let place = Place::new();
+    let root = env!("CARGO_MANIFEST_DIR");
+    let adapter = format!("--adapter {root}/adapters/quickstart/sft");
+    // The base is not open before someone writes its last file.
+    let file = place.path("base/generation_config.json");
+    fs::remove_file(&file).unwrap();
+    let name = std::ffi::CString::new(file.as_os_str().as_encoded_bytes()).unwrap();
+    // SAFETY: makes a named pipe at a path of this test's own.
+    assert_eq!(unsafe { libc::mkfifo(name.as_ptr(), 0o600) }, 0);
+    let merge = format!("merge --base base {adapter} --out made/merged");
+    for (line, number) in [
+        (&merge, libc::SIGTERM),
+        (&merge, libc::SIGINT),
+        (&format!("generate --base base --prompt x {adapter}"), libc::SIGTERM),
+        (&"init sft --base base --out sft.toml".to_owned(), libc::SIGTERM),
+    ] {
+        let child = start(&place, line);
+        let since = Instant::now();
+        // Opened once the command reads there, and held, so that it waits.
+        let held = loop {
+            match fs::OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK).open(&file) {
+                Ok(held) => break held,
+                Err(_) => assert!(since.elapsed() < Duration::from_secs(60), "{line}: the base was never opened"),
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        };
+        signal(&child, number);
+        let ran = finish(child);
+        drop(held);
+        assert_eq!((ran.code, ran.stdout.as_str()), (130, ""), "{line} {number}: {}", ran.stderr);
+        assert_eq!(ran.stderr.contains("stopped"), line == &merge, "{line}: {}", ran.stderr);
+        assert!(!place.path("made").exists() && !place.path("sft.toml").exists(), "{line}");
+    }
 }

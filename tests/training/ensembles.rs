@@ -1,5 +1,5 @@
 //! Ensembles of reward models: trained in one run over one base, resumed from any checkpoint to the same bytes, planned with the
-//! adapters that are kept, and aggregated in a reward; and rewards whose weights move from iteration to iteration.
+//! adapters that are kept, and aggregated in a reward, by a table or by `reward_adapter`; and rewards whose weights move from iteration to iteration.
 
 use std::fs;
 
@@ -197,4 +197,79 @@ fn a_weight_moves_from_iteration_to_iteration_and_a_resumed_run_has_the_same_byt
     assert_eq!(p.run("grpo still.toml --out still").code, 0);
     assert_ne!(weights(&p, "still/actor"), whole.0);
     assert_eq!(metrics(&p, "still")[0]["objective/scores"], whole.1[0]["objective/scores"]);
+}
+
+/// A plan's bytes by phase, without those that depend on the process that plans.
+fn planned(plan: &Value) -> Vec<(String, Vec<u64>)> {
+    let classes = ["base", "mapped", "adapters", "gradients", "optimizer", "kv_cache", "inputs", "blocks", "head"];
+    let of = |bytes: &Value| classes.map(|class| bytes[class].as_u64().unwrap()).into();
+    plan["phases"].as_object().unwrap().iter().map(|(phase, bytes)| (phase.clone(), of(bytes))).collect()
+}
+
+#[test]
+fn a_reward_adapter_that_is_an_ensemble_is_the_table_of_its_members_in_every_byte() {
+    let p = place();
+    object(&p, "reward reward.toml --set reward.ensemble=3 --out three --json");
+    let adapters = MEMBERS.map(|name| format!("'three/{name}'")).join(", ");
+    let ppo = GRPO.split("[grpo]").next().unwrap().to_owned()
+        + "[ppo]\nlearning_rate = 1e-3\nbatch_size = 4\ntotal_episodes = 8\nresponse_length = 12\neval_prompts = 2\n\
+           critic = 'own'\n";
+    for (stage, head) in [("grpo", GRPO.to_owned()), ("rloo", GRPO.replace("[grpo]", "[rloo]")), ("ppo", ppo.clone())] {
+        fs::remove_dir_all(p.path("run")).ok();
+        let rule = format!("[[{stage}.reward]]\nkind = 'length'\nmax_tokens = 9\n");
+        let table = format!("{head}[[{stage}.reward]]\nname = 'reward_adapter'\nadapters = [{adapters}]\n{rule}");
+        let left = |text: &str| {
+            p.write("run.toml", text);
+            let plan = planned(&object(&p, &format!("plan run.toml --phase {stage} --json")));
+            let ran = p.run(&format!("{stage} run.toml --out run --overwrite"));
+            assert_eq!(ran.code, 0, "{stage}: {}", ran.stderr);
+            let config = fs::read_to_string(p.path("run/config.toml")).unwrap();
+            let samples = fs::read_to_string(p.path("run/samples.jsonl")).unwrap();
+            let resumed = format!("{stage} run.toml --out run --resume {}", checkpoints(&p, "run")[0]);
+            let whole = (weights(&p, "run/actor"), metrics(&p, "run"));
+            fs::remove_file(p.path("run/summary.json")).unwrap();
+            let ran = p.run(&resumed);
+            assert_eq!(ran.code, 0, "{stage}: {}", ran.stderr);
+            assert_eq!((weights(&p, "run/actor"), metrics(&p, "run")), whole, "{stage} resumed");
+            (plan, whole, config, samples)
+        };
+        let want = left(&table);
+        let line = &want.1.1[0];
+        assert!(line["rewards/reward_adapter/disagreement"].as_f64().unwrap() > 0.0, "{line}");
+        for main in ["'three'".to_owned(), format!("[{adapters}]")] {
+            let text = format!("{head}reward_adapter = {main}\n{rule}");
+            let found = left(&text);
+            assert_eq!(found.0, want.0, "{main}: the plan");
+            assert_eq!((&found.2, &found.3), (&want.2, &want.3), "{main}");
+            assert!(found.1 == want.1, "{stage}, {main}: metrics or weights differ");
+        }
+        // The folder is as good among the adapters of a table.
+        let folder = left(&format!("{head}[[{stage}.reward]]\nname = 'reward_adapter'\nadapters = ['three']\n{rule}"));
+        assert!(folder == want, "{stage}");
+    }
+    // What an ensemble cannot be.
+    let refused = |text: &str, line: &str, says: &[&str]| {
+        p.write("run.toml", text);
+        let ran = p.run(line);
+        assert_eq!(ran.code, 2, "{line}: {}", ran.stderr);
+        for say in says {
+            assert!(ran.stderr.contains(say), "{line}: no {say:?} in {}", ran.stderr);
+        }
+    };
+    let main = |text: &str| format!("{text}reward_adapter = 'three'\n");
+    let says = ["[ppo] critic = \"reward\"", "or several", "critic = \"actor\""];
+    refused(&main(&ppo.replace("critic = 'own'\n", "")), "ppo run.toml --out o", &says);
+    fs::rename(p.path("three/adapter_1"), p.path("away")).unwrap();
+    let says = ["[grpo] reward_adapter", "three is the folder of a run of 3 reward models and holds 2 of them"];
+    refused(&main(GRPO), "grpo run.toml --out o", &says);
+    refused(&main(GRPO), "plan run.toml", &says);
+    refused(
+        &format!("{GRPO}reward_adapter = ['a', '']\n"),
+        "grpo run.toml --out o",
+        &["has an empty path among others"],
+    );
+    // The run that trains the members is not kept from it by a section that will read them.
+    p.write("both.toml", format!("{REWARD}{}", "[ppo]\nreward_adapter = 'three'\n"));
+    let ran = p.run("reward both.toml --set reward.ensemble=3 --out three --overwrite");
+    assert!(ran.code == 0 && p.path("three/adapter_1").exists(), "{}", ran.stderr);
 }

@@ -391,7 +391,8 @@ fn missing_settings_of_a_source_are_reported_before_anything_runs() {
     assert!(with("kind = \"adapter\"").contains("needs adapters"));
     assert!(with("kind = \"adapter\"\nadapters = [\"/no/such\"]").contains("/no/such"));
     assert!(with("kind = \"json_valid\"\nweight = nan").contains("weight = NaN is out of range"));
-    assert!(with("kind = \"json_valid\"\ntimeout_seconds = 0").contains("timeout_seconds = 0"));
+    let waits = with("kind = \"command\"\ncommand = [\"true\"]\ntimeout_seconds = 0");
+    assert!(waits.contains("timeout_seconds = 0"), "{waits}");
     assert!(with("kind = \"jsonvalid\"").contains("did you mean \"json_valid\"?"));
     let twice = "kind = \"json_valid\"\n[[ppo.reward]]\nkind = \"json_valid\"";
     assert!(with(twice).contains("two [[ppo.reward]] are called \"json_valid\""));

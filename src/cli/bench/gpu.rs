@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::Value;
 
+use crate::cli::completed::DeviceValue;
 use crate::cli::{KvCache, print_json, say};
 use crate::config::{ComputeDtype, DeviceChoice, Quantize};
 use crate::device::{Device, select};
@@ -17,7 +18,7 @@ use crate::run::device_bench::{Asked, Ceilings, Method, synthetic};
 #[derive(Args)]
 pub(in crate::cli) struct Gpu {
     /// The card: cuda or cuda:N; emulated runs its kernels on the CPU, whose times say nothing of a card.
-    #[arg(long, value_name = "DEVICE", default_value = "cuda", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", default_value = "cuda", value_parser = DeviceValue, hide_possible_values = true)]
     device: DeviceChoice,
     /// Computes nothing and needs no card: counts the launches, bytes and operations of a step, and prints the least time of each
     /// kernel on a card of so many GB/s and, in products, TFLOP/s: 2958,683 is an H100.

@@ -24,6 +24,7 @@ use self::document::{Document, grouped};
 use self::fit::{Fitted, Fitter};
 use self::look::{Lengths, Seen, look};
 use self::propose::{Asked, Bases, propose};
+use super::completed::DeviceValue;
 use super::data;
 use crate::config;
 use crate::config::{ByteSize, DeviceChoice, Stage};
@@ -34,7 +35,7 @@ use crate::model_files::FileContents;
 use crate::ops::weight::ComputeDtype;
 use crate::planner::plan;
 use crate::planner::simulate::shape::Network;
-use crate::run::{MEMBERS, check_adapter_path, check_base_path};
+use crate::run::{check_adapter_path, check_base_path, members, quoted};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
@@ -59,7 +60,7 @@ pub(super) struct Init {
     memory: Option<ByteSize>,
     /// Where the base will lie: cpu, cuda or cuda:N; else a card if there is one here that can be used. A card is asked only
     /// for its free memory: with --memory none need be here.
-    #[arg(long, value_name = "DEVICE", value_parser = |text: &str| text.parse::<DeviceChoice>())]
+    #[arg(long, value_name = "DEVICE", value_parser = DeviceValue, hide_possible_values = true)]
     device: Option<DeviceChoice>,
     /// The adapter to start from, or the folder of the run that trained it.
     #[arg(long, value_name = "RUN_OR_DIR")]
@@ -80,6 +81,13 @@ pub(super) struct Init {
 }
 
 pub(super) fn run(args: &Init) -> Result<()> {
+    if let Some(out) = args.out.as_ref().filter(|out| out.is_dir()) {
+        return Err(invalid!(
+            "--out {} is a folder; name a file, such as {}",
+            out.display(),
+            out.join(format!("{}.toml", args.stage.of_config().name())).display()
+        ));
+    }
     if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.overwrite) {
         return Err(invalid!("{} is there already; give another --out, or --overwrite to replace it", out.display()));
     }
@@ -119,7 +127,8 @@ pub(super) fn run(args: &Init) -> Result<()> {
 
 /// The two commands to go on with.
 fn commands(stage: Stage, config: &Path) -> [String; 2] {
-    [format!("fourfold data {}", config.display()), format!("fourfold {} {}", stage.name(), config.display())]
+    let file = quoted(&config.display().to_string());
+    [format!("fourfold data {file}"), format!("fourfold {} {file}", stage.name())]
 }
 
 /// The arguments, with folders of runs resolved to their adapters.
@@ -133,7 +142,9 @@ fn asked(args: &Init) -> Result<Asked> {
     }
     if args.teacher.is_some() != (stage == Stage::Distill) {
         return Err(match stage {
-            Stage::Distill => invalid!("distill needs --teacher, the model that is distilled"),
+            Stage::Distill => {
+                invalid!("distill needs --teacher, the model that is distilled: a folder or a .gguf file")
+            }
             _ => invalid!("--teacher is for distill; leave it out"),
         });
     }
@@ -145,7 +156,8 @@ fn asked(args: &Init) -> Result<Asked> {
     }
     if args.reward_adapter.is_none() && stage.has_rollouts() {
         return Err(invalid!(
-            "{} needs --reward-adapter, the folder of a run of the reward stage; `fourfold init reward` configures one",
+            "{0} needs --reward-adapter, the folder of a run of the reward stage; `fourfold init reward` configures one. Rules, programs \
+             and endpoints are not proposed here: `fourfold keys {0}.reward` has their keys",
             stage.name()
         ));
     }
@@ -181,10 +193,9 @@ fn adapter_in(path: &Path, option: &str) -> Result<PathBuf> {
 
 /// The adapters that a path means: those of all members where it is the folder of a run that trained an ensemble.
 fn members_in(path: &Path, option: &str) -> Result<Vec<PathBuf>> {
-    let first = adapter_in(path, option)?;
-    match path.join(MEMBERS[0]) == first {
-        true => Ok(MEMBERS.iter().map(|name| path.join(name)).filter(|member| is_adapter(member)).collect()),
-        false => Ok(vec![first]),
+    match &members(path).context(option.to_owned())?[..] {
+        [_] => adapter_in(path, option).map(|found| vec![found]),
+        all => Ok(all.to_vec()),
     }
 }
 

@@ -16,12 +16,15 @@ use crate::invalid;
 use crate::ops::activation::Activation;
 
 impl DecoderConfig {
-    /// Parses config.json and, if there is one, generation_config.json. `source` is the model's name in error messages.
+    /// Parses config.json and, if there is one, generation_config.json. `source` is the model's name in error messages: its folder,
+    /// or the path of a JSON file that stands alone.
     ///
     /// # Errors
     /// If either is not a JSON object, the family is not supported, or a number is missing or out of range.
     pub fn from_hf(config: &str, generation_config: Option<&str>, source: &str) -> Result<Self> {
-        let file = format!("{source}/config.json");
+        let of_folder =
+            |name: &str| if source.ends_with(".json") { source.to_owned() } else { format!("{source}/{name}") };
+        let file = of_folder("config.json");
         let root = object(config, &file)?;
         let json = Reader { json: &root, file: &file };
         let model_type = json.get("model_type").and_then(Value::as_str).unwrap_or("(none)");
@@ -34,10 +37,10 @@ impl DecoderConfig {
             ));
         }
         let mut c = json.family(family)?;
-        let generation = generation_config.map(|text| object(text, &format!("{source}/generation_config.json")));
+        let generation = generation_config.map(|text| object(text, &of_folder("generation_config.json")));
         let generation = generation.transpose()?.unwrap_or_default();
         for (from, name) in [(&generation, "generation_config.json"), (&root, "config.json")] {
-            for id in token_ids(from.get("eos_token_id"), &format!("{source}/{name}: eos_token_id"))? {
+            for id in token_ids(from.get("eos_token_id"), &format!("{}: eos_token_id", of_folder(name)))? {
                 if !c.eos_token_ids.contains(&id) {
                     c.eos_token_ids.push(id);
                 }

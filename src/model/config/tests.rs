@@ -91,7 +91,9 @@ fn unsupported_settings_are_refused_by_name() {
         let message = refusal(&[(key, value.clone())]);
         assert!(message.contains(says), "{key} = {value}: {message}");
     }
-    assert!(DecoderConfig::from_hf("[1]", None, "m").is_err());
+    let said = |source: &str| DecoderConfig::from_hf("[1]", None, source).unwrap_err().to_string();
+    assert_eq!(said("m"), "m/config.json is not a JSON object");
+    assert_eq!(said("shapes/7b.json"), "shapes/7b.json is not a JSON object", "a file that stands alone");
     assert!(DecoderConfig::from_hf("{", None, "m").is_err());
     // null means no window; a missing key means transformers' default.
     for (edit, window) in [(vec![("sliding_window", Value::Null)], None), (vec![], Some(4096))] {

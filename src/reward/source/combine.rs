@@ -114,6 +114,21 @@ pub enum Aggregate {
     Min,
 }
 
+impl Aggregate {
+    /// One score of those that the members give a response, and their deviation, with their number as its divisor. There is one
+    /// member or more.
+    pub fn of(self, scores: impl Iterator<Item = f32> + Clone) -> (f32, f64) {
+        let scores = scores.map(f64::from);
+        let (mean, deviation) = mean_and_deviation(scores.clone());
+        let score = match self {
+            Self::MeanMinusStd(coef) => mean - coef * deviation,
+            Self::Mean => mean,
+            Self::Min => scores.fold(f64::INFINITY, f64::min),
+        };
+        (score as f32, deviation)
+    }
+}
+
 /// Several reward models as one source. Metrics: the mean over the last responses of the scores' deviation, `disagreement`.
 pub struct Ensemble<'w> {
     members: Vec<Box<dyn RewardSource + 'w>>,
@@ -133,13 +148,8 @@ impl RewardSource for Ensemble<'_> {
         let all = self.members.iter().map(|m| m.scores(inputs)).collect::<Result<Vec<_>>>()?;
         let (mut scores, mut disagreement) = (Vec::with_capacity(inputs.responses.len()), 0.0);
         for i in 0..inputs.responses.len() {
-            let of_all = all.iter().map(|member| f64::from(member[i]));
-            let (mean, deviation) = mean_and_deviation(of_all.clone());
-            scores.push(match self.aggregate {
-                Aggregate::MeanMinusStd(coef) => mean - coef * deviation,
-                Aggregate::Mean => mean,
-                Aggregate::Min => of_all.fold(f64::INFINITY, f64::min),
-            } as f32);
+            let (score, deviation) = self.aggregate.of(all.iter().map(|member| member[i]));
+            scores.push(score);
             disagreement += deviation / inputs.responses.len() as f64;
         }
         *self.disagreement.borrow_mut() = disagreement;
