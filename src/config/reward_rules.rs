@@ -124,7 +124,7 @@ impl RewardPart {
 
 impl RewardKind {
     /// Whether a source of this kind reads a key.
-    fn reads(self, key: &str) -> bool {
+    pub(crate) fn reads(self, key: &str) -> bool {
         ["kind", "name", "weight", "weight_end"].contains(&key) || self.keys().contains(&key)
     }
 

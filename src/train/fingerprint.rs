@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use toml::{Table, Value};
 
-use crate::config::Config;
+use crate::config::{Config, RewardKind};
 use crate::data::examples::{Example, Examples};
 use crate::invalid;
 use crate::model::adapter::Adapter;
@@ -131,7 +131,8 @@ impl RunFingerprint {
     pub fn changes(&self, then: &RunFingerprint) -> Result<Changes> {
         let table =
             |text: &str| -> Result<Value> { Ok(Value::Table(text.parse().context("the config in the checkpoint")?)) };
-        let (now, was) = (table(&self.config)?, table(&then.config)?);
+        let (now, mut was) = (table(&self.config)?, table(&then.config)?);
+        leave_out_unread(&self.stage, &mut was);
         let mut all = BTreeMap::new();
         differences("", Some(&was), Some(&now), &mut all);
         let mut changes = Changes::default();
@@ -142,6 +143,30 @@ impl RunFingerprint {
             }
         }
         Ok(changes)
+    }
+}
+
+/// Leaves out what earlier versions wrote of a run's settings although nothing reads it: keys of a source of the reward that are for
+/// another kind, and checkpoints of other stages.
+fn leave_out_unread(stage: &str, config: &mut Value) {
+    let Some(config) = config.as_table_mut() else { return };
+    let has_rollouts = ["ppo", "grpo", "rloo"].contains(&stage);
+    if stage != "distill" {
+        config.remove("teacher");
+    }
+    if stage != "reward" && !has_rollouts {
+        config.remove("reward_base");
+    }
+    let Some(section) = config.get_mut(stage).filter(|_| has_rollouts).and_then(Value::as_table_mut) else { return };
+    for (_, value) in section.iter_mut().filter(|(key, _)| ["reward", "gold"].contains(&key.as_str())) {
+        let sources = match value {
+            Value::Array(all) => all.iter_mut().filter_map(Value::as_table_mut).collect(),
+            one => Vec::from_iter(one.as_table_mut()),
+        };
+        for source in sources {
+            let kind = source.get("kind").cloned().and_then(|kind| kind.try_into::<RewardKind>().ok());
+            source.retain(|key, _| kind.is_none_or(|kind| kind.reads(key)));
+        }
     }
 }
 
@@ -358,6 +383,25 @@ mod tests {
         let (mathematics, harmless) = changes(&sources("a", "1.0"), &sources("b", "2.0"));
         assert_eq!(mathematics, ["data.sources[0].weight: 1.0 -> 2.0"]);
         assert_eq!(harmless, ["data.sources[0].path: \"a\" -> \"b\""]);
+    }
+
+    #[test]
+    fn what_earlier_versions_wrote_and_nothing_reads_is_no_change() {
+        let of = |stage: &str, config: &str| RunFingerprint { stage: stage.into(), ..origin(config) };
+        let teacher = "[teacher]\npath = \"t\"\nquantize = \"q8_0\"\n";
+        let sources = |more: &str| {
+            format!(
+                "[[grpo.reward]]\nkind = \"length\"\nmin_tokens = 1\n{more}[grpo.gold]\nkind = \"math\"\nweight = 1.0\n{more}"
+            )
+        };
+        let then = of("grpo", &(sources("adapters = []\nretries = 3\nurl = \"\"\n") + teacher));
+        assert_eq!(of("grpo", &sources("")).changes(&then).unwrap(), Changes::default());
+        let other = sources("").replace("min_tokens = 1", "min_tokens = 2");
+        let changes = of("grpo", &other).changes(&then).unwrap();
+        assert_eq!(changes.mathematics, ["grpo.reward[0].min_tokens: 1 -> 2"]);
+        let then = of("sft", &teacher.replace("teacher", "reward_base"));
+        assert_eq!(of("sft", "").changes(&then).unwrap(), Changes::default());
+        assert_eq!(of("distill", "").changes(&of("distill", teacher)).unwrap().mathematics.len(), 1, "it was read");
     }
 
     #[test]
