@@ -63,8 +63,9 @@ pub fn heard(hangup: bool) {
     hang_up.fetch_and(!hangup, Ordering::Relaxed);
 }
 
-/// Installs the handlers, once per process: the first SIGINT, SIGTERM or SIGHUP says so and sets the flag, and a second one ends the
-/// process at once; a signal that is ignored stays so. A write beyond the file size limit then fails like a write to a full disk, instead of killing the process.
+/// Installs the handlers, once per process: the first SIGINT, SIGTERM or SIGHUP says so and sets the flag, and a second one
+/// ends the process at once; a signal that is ignored stays so. A write beyond the file size limit then fails like a write to a
+/// full disk, instead of killing the process.
 ///
 /// # Errors
 /// If the system refuses the handlers.

@@ -1,7 +1,8 @@
-//! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is
-//! refused with a reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes
-//! to one stream, but for the copies of layers that are streamed and of blocks' inputs that wait on the host (lanes.rs); memory comes from the driver's stream-ordered pool, and nothing waits for the card but `download`,
-//! `synchronize` and uploads that overtake their staging memory. Read libraries.rs next.
+//! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is refused with a
+//! reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes to one stream, but for
+//! the copies of layers that are streamed and of blocks' inputs that wait on the host (lanes.rs); memory comes from the
+//! driver's stream-ordered pool, and nothing waits for the card but `download`, `synchronize` and uploads that overtake their
+//! staging memory. Read libraries.rs next.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
