@@ -161,8 +161,8 @@ print("""
 ## Long sequences, by the planner
 
 A 7B in Q4_K, r = 16, half of each sequence its response; eight responses in a step, one in a pass (`micro_batch_size`,
-`local_rollout_forward_batch_size` 1). GRPO has no critic and the default `beta = 0`. `checkpoint = "offload"` keeps the blocks' inputs in pinned
-memory; `q8_0` is `kv_cache_type`, which changes numbers.
+`local_rollout_forward_batch_size` 1). GRPO has no critic and the default `beta = 0`. `checkpoint = "offload"` keeps the blocks'
+inputs in pinned memory; `q8_0` is `kv_cache_type`, which changes numbers.
 
 | method | tokens | checkpoint | cache | card, all | rollout | update | pinned |
 |---|---|---|---|---|---|---|---|""")
