@@ -56,6 +56,10 @@ bench() { # file, most seconds, arguments of bench gpu ...
 }
 bench bench_7b_q4_k.jsonl 90 --model 7b --stored q4_k
 bench bench_7b_bf16.jsonl 60 --model 7b --stored bf16 --no-kernels --sequences 8,64
+for checkpoint in block offload; do
+    bench "bench_7b_long_$checkpoint.jsonl" 40 --model 7b --stored q4_k --batch-size 2 --micro-batch-size 1 --prompt-length 7936 \
+        --response-length 256 --checkpoint $checkpoint --steps 1 --sequences 1 --no-kernels
+done
 bench bench_135m.jsonl 40 --model 135m --stored bf16,q8_0 --prompt-length 64 --response-length 64 --rank 8 --sequences 8
 bench bench_7b_grpo.jsonl 60 --model 7b --stored q4_k --methods grpo --batch-size 64 --response-length 512 --steps 1 \
     --sequences 64 --no-kernels

@@ -272,8 +272,9 @@ fn results(base: &Base, adapter: &Adapter, other: &Adapter) -> Result<Results> {
         policy.gradients_against(&batch, &targets, Some((reference, &theirs)), 1.0, Recompute::Mlp, loss)?;
     let scorer = adapter.clone().with_head(3)?;
     let model = ValueModel::new(base, &scorer)?;
+    // On a card, the blocks' inputs go to the host and come back beside the passes.
     let (values, of_values) =
-        model.gradients(&batch, &targets.rows, Recompute::Block, |values| Ok(weights(values.len())))?;
+        model.gradients(&batch, &targets.rows, Recompute::Offload, |values| Ok(weights(values.len())))?;
     let sampling = SamplingParams { temperature: 0.0, top_k: 0, top_p: 1.0, max_new_tokens: 12, stop: vec![] };
     let responses = generate(policy, &sequences, &[1, 2, 3], &sampling, |_, _| {})?;
     Ok(Results {
