@@ -158,6 +158,7 @@ pub(super) fn merge(args: Merge) -> Result<()> {
     let exact = Some(ComputeDtype::F32);
     let model = Model::of_section(&Base { device: args.on.device, compute_dtype: exact, ..Base::at(&args.base) })?;
     let opened = weights.iter().map(|(path, _)| model.adapter(path)).collect::<Result<Vec<_>>>()?;
+    check_heads(args.format, &weights, &opened)?;
     let adapter = match (&opened[..], &weights[..]) {
         ([one], [(_, 1.0)]) => one.clone(),
         _ => combine(&opened.iter().zip(&weights).map(|(a, (_, weight))| (a, *weight)).collect::<Vec<_>>())?,
@@ -211,6 +212,28 @@ pub(super) fn merge(args: Merge) -> Result<()> {
 }
 
 /// The adapter as a PEFT directory, read again and compared.
+/// A sum of adapters has no scalar head that follows from theirs: one that is taken from one of them scores another network's hidden
+/// states.
+///
+/// # Errors
+/// If the format keeps a head, and one of several or a weighted one would be kept.
+fn check_heads(format: Format, weights: &[(PathBuf, f64)], opened: &[Adapter]) -> Result<()> {
+    let keeps = matches!(format, Format::Classifier | Format::Peft | Format::ValueHead);
+    let headed: Vec<_> = weights.iter().zip(opened).filter(|(_, adapter)| adapter.head().is_some()).collect();
+    let Some(((path, _), _)) = headed.iter().find(|((_, weight), _)| headed.len() > 1 || *weight != 1.0) else {
+        return Ok(());
+    };
+    if !keeps {
+        return Ok(());
+    }
+    Err(invalid!(
+        "{} has a scalar head, and heads are neither weighted nor added up: the sum would score otherwise than any of the reward models. \
+         `fourfold score` and the adapters of a reward take several, as an ensemble; --format safetensors, gguf and gguf-lora leave \
+         the heads behind",
+        path.display()
+    ))
+}
+
 fn save(source: &Source<'_>, args: &Merge) -> Result<Comparison> {
     staged::staged(&args.out, |dir| {
         match args.format {

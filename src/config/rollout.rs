@@ -211,8 +211,9 @@ impl RolloutEngine {
             return Some(format!("starts the server itself and has no use for {key}; remove it"));
         }
         let refused = [
+            (&["--lora", "--lora-scaled"][..], "gives the server the actor's adapter, and no other beside it"),
             (
-                &["--host", "--port", "--api-key", "--api-key-file", "--api-prefix"][..],
+                &["--host", "--port", "--api-key", "--api-key-file", "--api-prefix"],
                 "asks the server at an address that it chooses, without a key",
             ),
             // What they leave out is in the log-probabilities, and so no check would find it.

@@ -51,6 +51,7 @@ impl ServerProcess {
         let port = port.context("finding a free port")?.port();
         let mut command = Command::new(program);
         command.args(arguments).arg("--lora").arg(lora).args(["--host", "127.0.0.1", "--port", &port.to_string()]);
+        without_key(&mut command);
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         with_this_process(&mut command);
         let child = command.spawn().map_err(|error| {
@@ -147,6 +148,11 @@ impl Drop for ServerProcess {
     }
 }
 
+/// Takes the key out of the child's environment: requests to it have none.
+fn without_key(command: &mut Command) {
+    command.env_remove("LLAMA_API_KEY");
+}
+
 /// Has the child end with this process, even if that is killed, and lead a group of its own: Ctrl-C in a terminal reaches this
 /// process alone, which then ends the child.
 #[cfg(unix)]
@@ -219,6 +225,14 @@ mod tests {
         let log = fs::read_to_string(folder.path().join("log")).unwrap();
         let port = process.url.rsplit(':').next().unwrap();
         assert!(log.starts_with(&format!("--lora x.gguf --host 127.0.0.1 --port {port}\n")), "{log}");
+    }
+
+    #[test]
+    fn it_asks_for_no_key_that_this_process_has() {
+        let mut command = Command::new("/bin/sh");
+        command.env("LLAMA_API_KEY", "secret").args(["-c", "echo ${LLAMA_API_KEY-none}"]);
+        without_key(&mut command);
+        assert_eq!(command.output().unwrap().stdout, b"none\n");
     }
 
     #[test]

@@ -25,8 +25,8 @@ pub fn members(path: &Path) -> Result<Vec<PathBuf>> {
     match found.len() == wanted {
         true => Ok(found),
         false => Err(invalid!(
-            "{} is the folder of a run of {} and holds {} of them; finish the run with --resume, or name the adapters that \
-             are meant one by one",
+            "{} is the folder of a run of {} and holds {} of them; if the run was stopped, finish it with --resume; if \
+             not, name the adapters that are meant one by one",
             path.display(),
             counted(wanted, "reward model"),
             found.len()

@@ -158,15 +158,15 @@ fn adapters_add_up_with_their_weights_in_every_format() {
     p.merge("--adapter out/sft/adapter=1 --adapter out/sft/adapter=-1 --dtype f32 --out nothing");
     assert!(furthest(&logprobs(&p.model("nothing"), None), &logprobs(&base, None)) < 1e-5);
     // Two adapters: the merged sum is the first merged, and then the second over it.
-    p.merge("--adapter out/sft/adapter --adapter out/reward/adapter=0.7 --dtype f32 --out sum");
-    p.merge("--adapter out/sft/adapter --adapter out/reward/adapter=0.7 --format gguf-lora --out sum.gguf");
+    p.merge("--adapter out/reward/adapter --adapter out/sft/adapter=0.7 --dtype f32 --out sum");
+    p.merge("--adapter out/reward/adapter --adapter out/sft/adapter=0.7 --format gguf-lora --out sum.gguf");
     for line in ["generate --base base --adapter sum.gguf --prompt hi", "generate --base sum.gguf --prompt hi"] {
         let ran = p.run(line);
         assert!(ran.code == 2 && ran.stderr.contains("sum.gguf is a LoRA adapter in GGUF"), "{line}: {}", ran.stderr);
     }
-    p.merge("--adapter out/sft/adapter --dtype f32 --out first");
-    p.merge("--adapter out/reward/adapter=0.7 --format peft --out second");
-    let stacked = logprobs(&p.model("first"), Some(&p.adapter("second").with_score_head(None).unwrap()));
+    p.merge("--adapter out/reward/adapter --dtype f32 --out first");
+    p.merge("--adapter out/sft/adapter=0.7 --format peft --out second");
+    let stacked = logprobs(&p.model("first"), Some(&p.adapter("second")));
     assert!(furthest(&logprobs(&p.model("sum"), None), &stacked) < 1e-4);
 }
 
@@ -180,6 +180,9 @@ fn an_export_that_cannot_be_leaves_nothing_behind() {
         ("--adapter out/sft/adapter --max-shard-size 5XB --out new", "KB, MB and GB"),
         ("--adapter out/sft/adapter --format value-head --out new", "scalar head"),
         ("--adapter out/sft/adapter --out base", "already exists"),
+        ("--adapter out/reward/adapter=0.5 --format peft --out new", "heads are neither weighted nor added up"),
+        ("--adapter out/sft/adapter --adapter out/reward/adapter=0.5 --format value-head --out new", "scalar head"),
+        ("--adapter out/reward/adapter --adapter out/reward/adapter --format classifier --out new", "scalar head"),
     ] {
         let ran = p.run(&format!("merge --base base {line}"));
         assert!(ran.code == 2 && ran.stderr.contains(says), "{line}: {} {}", ran.code, ran.stderr);

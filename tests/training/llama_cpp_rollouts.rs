@@ -237,6 +237,7 @@ fn what_the_engine_lacks_is_said_before_anything_is_trained() {
         (&of_file, &["ppo.rollout.api_key_env=\"PATH\""], "no use for api_key_env"),
         (&of_file, &["ppo.rollout.logprobs_mode=\"processed_logprobs\""], "no use for logprobs_mode"),
         (&of_file, &["ppo.rollout.server=[\"llama-server\", \"--port\", \"8080\"]"], "remove --port from server"),
+        (&of_file, &["ppo.rollout.server=[\"llama-server\", \"--lora\", \"a.gguf\"]"], "remove --lora from server"),
         (&of_file, &["ppo.rollout.server=[\"llama-server\", \"--grammar\", \"root\"]"], "remove --grammar from server"),
         (&of_file, &["ppo.rollout.adapter_dir=\"a,b\""], "takes no comma"),
         (&of_file, &["ppo.temperature=0.7"], "set it to 1 or 0"),
