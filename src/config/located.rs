@@ -190,7 +190,7 @@ pub(super) fn from_table<T: DeserializeOwned>(table: toml::Table) -> Result<T, K
 }
 
 /// Reads a config, a section or a value of a run's file, of which no error is reported. The whole program reads configs by this one
-/// deserialiser: serde compiles every section anew for each further one, 0.1 MB of the binary.
+/// deserialiser: serde compiles every section anew for each further one, and two more made the binary 1.9 MB larger.
 pub(crate) fn from_value<T: DeserializeOwned>(value: Value) -> Option<T> {
     T::deserialize(Node(value)).ok()
 }

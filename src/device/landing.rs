@@ -44,7 +44,10 @@ impl Device {
         ensure!(bytes.is_multiple_of(size_of::<f32>()), "{bytes} bytes of pinned memory are no multiple of 4");
         let pinned = || {
             self.pinned(bytes / size_of::<f32>()).with_context(|| {
-                format!("{bytes} bytes of pinned host memory; keep fewer layers on the host with [base] offload, or set checkpoint = \"block\"")
+                format!(
+                    "{bytes} bytes of pinned host memory; keep fewer layers on the host with [base] offload, or set checkpoint = \
+                     \"block\""
+                )
             })
         };
         let memory = (!self.is_dry()).then(pinned).transpose()?;

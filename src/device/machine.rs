@@ -281,7 +281,8 @@ pub trait Machine: Send + Sync {
     }
 
     /// Opens a lane, through which one buffer is filled from pinned memory, and copied to it, beside the order of work: on a
-    /// second stream of copies. All that was issued so far, the buffer's allocation among it, is done before the lane's first fill begins.
+    /// second stream of copies. All that was issued so far, the buffer's allocation among it, is done before the lane's first
+    /// fill begins.
     ///
     /// A machine without a second stream needs none of these functions: its copies are in the order of work.
     fn open_lane(&self) -> Result<u64> {

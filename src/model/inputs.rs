@@ -84,15 +84,13 @@ impl HostInputs {
     /// If it is not an f32 matrix of this size, or the copy cannot be started.
     pub fn store(&mut self, block: usize, x: &Array) -> Result<()> {
         ensure!(x.dims2()? == self.shape, "an input of {:?}, and not of {:?}", x.dims2()?, self.shape);
-        let bytes = self.bytes();
-        let at = block % self.buffers.len();
+        self.buffer(block).arrive()?;
+        self.content(block)?.copy_from(x.device()?)?;
+        self.buffer(block).release()?;
+        let (bytes, at) = (self.bytes(), block % self.buffers.len());
         let copy = self.copies.get_mut(block).context("a block more than the pass has")?;
-        let buffer = &self.buffers[at];
-        buffer.arrive()?;
-        buffer.buffer().window(0, Element::F32, self.shape.0, self.shape.1)?.copy_from(x.device()?)?;
-        buffer.release()?;
         // SAFETY: the buffers are dropped before the copies are given to another pass, and only they use the copies.
-        unsafe { buffer.spill(copy, bytes) }
+        unsafe { self.buffers[at].spill(copy, bytes) }
     }
 
     fn fill(&self, block: usize) -> Result<()> {

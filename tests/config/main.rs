@@ -7,6 +7,7 @@ mod errors;
 mod groups;
 mod guidance;
 mod init;
+mod large_rollouts;
 #[path = "../support/llama_cpp.rs"]
 mod llama_cpp;
 mod options;

@@ -1,6 +1,6 @@
 //! What is told of settings that train nothing, stand in the wrong place or ask for what is not there: masked responses,
-//! `[lora]` beside an adapter, one source of the reward twice, held-out prompts that there are none of, a rollout that is too
-//! large, a section of another stage, inputs that the run would replace, a warm-up longer than the run, a run that died before
+//! `[lora]` beside an adapter, one source of the reward twice, held-out prompts that there are none of, a
+//! section of another stage, inputs that the run would replace, a warm-up longer than the run, a run that died before
 //! its first checkpoint.
 
 use std::fs;
@@ -20,7 +20,7 @@ const GRPO: &str = "seed = 3\n[base]\npath = 'base'\n[lora]\nr = 2\n[data]\npath
 
 const PAIRS: &str = "--set data.path=pairs.jsonl";
 
-fn place() -> Place {
+pub fn place() -> Place {
     let p = Place::new();
     let prompt = |i: usize| json!({"prompt": format!("\n\nHuman: How was the soup, number {i}?\n\nAssistant:")});
     p.write("asked.jsonl", (0..14).map(|i| format!("{}\n", prompt(i))).collect::<String>());
@@ -33,13 +33,13 @@ fn with(keys: &str) -> String {
     GRPO.replace("THE_KEYS", keys)
 }
 
-fn done(p: &Place, line: &str) -> Ran {
+pub fn done(p: &Place, line: &str) -> Ran {
     let ran = p.run(line);
     assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
     ran
 }
 
-fn refused(p: &Place, line: &str, says: &[&str]) {
+pub fn refused(p: &Place, line: &str, says: &[&str]) {
     let ran = p.run(line);
     assert_eq!((ran.code, ran.stdout.as_str()), (2, ""), "{line}: {}", ran.stderr);
     says.iter().for_each(|say| assert!(ran.stderr.contains(say), "{line}: no {say:?} in {}", ran.stderr));
@@ -468,51 +468,6 @@ fn a_key_in_the_wrong_place_is_pointed_to_the_right_one() {
         with("").replace("'length'\nmax_tokens = 9", "'http'\nurl = 'http://127.0.0.1:9/'\napi_key_env = 'NO_SUCH'");
     p.write("key.toml", key);
     refused(&p, "grpo key.toml --out o", &["[[grpo.reward]] api_key_env = \"NO_SUCH\""]);
-}
-
-#[test]
-fn a_rollout_too_large_to_hold_is_refused_at_once_and_the_largest_is_planned_within_seconds() {
-    let p = place();
-    let says = ["[grpo] a rollout of", "is more than 32768; use fewer"];
-    refused(&p, "grpo grpo.toml --out o --set grpo.gradient_accumulation_steps=4000000000000", &says);
-    refused(&p, "grpo grpo.toml --out o --set grpo.generation_batch_size=400000", &says);
-    refused(&p, "ppo run.toml --out o --set ppo.batch_size=4000000000000", &["[ppo] a rollout of 4000000000000"]);
-    refused(&p, "grpo grpo.toml --out o --set grpo.num_generations=100000", &["lower num_generations"]);
-    let most = "--set grpo.gradient_accumulation_steps=8192 --set grpo.max_steps=10000 --set memory.limit=1MiB";
-    let began = std::time::Instant::now();
-    refused(&p, &format!("grpo grpo.toml --out o {most}"), &["memory"]);
-    assert!(began.elapsed().as_secs() < 120, "{:?}", began.elapsed());
-    // Passes that a plan leaves out take nothing that it counts: with a reference, whose rows are kept, it grows evenly.
-    let needs = |accumulation: usize| {
-        let set = format!("--set grpo.gradient_accumulation_steps={accumulation} --set grpo.beta=0.1");
-        let plan: Value = serde_json::from_str(&done(&p, &format!("plan grpo.toml --json {set}")).stdout).unwrap();
-        let bytes = |of: &str| plan["phases"]["scoring"][of].as_f64().unwrap();
-        // The process's own bytes differ from one plan to the next.
-        bytes("own") - bytes("process")
-    };
-    let [a, b, c] = [256, 512, 768].map(needs);
-    assert!(b > a && ((c - b) / (b - a) - 1.0).abs() < 0.05, "{a} {b} {c}");
-}
-
-#[cfg(unix)]
-#[test]
-fn a_run_that_is_asked_to_stop_while_it_plans_stops() {
-    let p = place();
-    let set = ["grpo.gradient_accumulation_steps=8192", "grpo.max_steps=1000000", "memory.limit=1MiB"];
-    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
-    command.args(["grpo", "grpo.toml", "--out", "o"]).args(set.iter().flat_map(|set| ["--set", set]));
-    let mut child = command.current_dir(p.path("")).stderr(Stdio::piped()).stdout(Stdio::null()).spawn().unwrap();
-    // It plans once it has read its data, and goes on for seconds.
-    std::thread::sleep(std::time::Duration::from_millis(1500));
-    let killed = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(killed.success());
-    let began = std::time::Instant::now();
-    let code = child.wait().unwrap().code();
-    let mut stderr = String::new();
-    child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
-    assert_eq!(code, Some(130), "{stderr}");
-    assert!(stderr.contains("stopped before the first step"), "{stderr}");
-    assert!(began.elapsed().as_secs() < 5 && !p.path("o").exists(), "{:?}", began.elapsed());
 }
 
 #[test]
