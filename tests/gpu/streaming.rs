@@ -65,7 +65,8 @@ fn text_bits(of: &[Response]) -> Vec<(Vec<u32>, Vec<u32>)> {
 
 #[test]
 fn streamed_and_resident_passes_give_the_same_bytes() {
-    let Some(device) = emulated() else { return };
+    // Its own: other tests copy layers to the one that they share.
+    let Some((_machine, device)) = machine() else { return };
     let _time = timed("streamed passes");
     let (exact, half) = (ComputeDtype::F32, ComputeDtype::F16);
     for (compute_in, stored, counts) in [(exact, Some(StorageDType::Q8_0), &[1, 3, 4][..]), (half, None, &[4])] {
@@ -87,11 +88,12 @@ fn streamed_and_resident_passes_give_the_same_bytes() {
             let streamed = base(&device, layers, compute_in, stored);
             assert_eq!((streamed.streams(), streamed.streamed_layers()), (true, layers));
             assert_eq!(streamed.fingerprint(), resident.fingerprint());
-            let before = device.work();
+            // Of the layers alone: inputs of blocks come to it in the passes.
+            let (before, pinned) = (device.work(), streamed.pinned_bytes());
             assert!(results(&streamed) == want, "{compute_in:?}, {layers} of {LAYERS} layers");
             let copied = (device.work() - before).streamed;
             // Two layers find room in the buffers and stay there.
-            assert_eq!(copied > streamed.pinned_bytes(), layers > 2, "{layers}: {copied}");
+            assert_eq!(copied > pinned, layers > 2, "{layers}: {copied}");
         }
     }
 }
