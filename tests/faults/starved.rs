@@ -146,7 +146,7 @@ fn too_little_memory_ends_with_a_message() {
     let begun = Instant::now();
     let (mut short, mut worked) = (0, 0);
     let program = std::fs::metadata(env!("CARGO_BIN_EXE_fourfold")).unwrap().len();
-    for mib in [20u64, 40, 60, 80, 90, 100, 110, 120, 140, 160, 200, 260, 400] {
+    for mib in [20u64, 40, 60, 80, 90, 100, 110, 120, 140, 160, 200, 260, 400].map(|mib| mib + threads() * (mib / 80)) {
         let ran = limited(&place, &format!("-v {}", mib << 10), &format!("{} --overwrite", line("sft")));
         assert!(begun.elapsed() < Duration::from_secs(200), "it hangs");
         match ran.code {
@@ -184,6 +184,11 @@ fn large_batches(place: &Place) -> (u64, u64, String) {
     (bytes(&plan["peak"]), least, format!("sft {words} --out out/sft"))
 }
 
+/// As many as compute in a run.
+fn threads() -> u64 {
+    candle_core::utils::get_num_threads() as u64
+}
+
 /// `--set KEY=VALUE ...` of a refusal's smallest change, in the form that a command line takes.
 #[cfg(target_os = "linux")]
 fn named_change(told: &str) -> String {
@@ -205,8 +210,8 @@ fn a_plan_beyond_the_systems_limits_is_refused_before_anything_is_written_and_th
     let (own, least, line) = large_batches(&place);
     assert!(least * 2 < own && own > 200 << 20, "{least} {own}");
     let between = (own + least) / 2;
-    // Program and libraries take of the address space, too, and so do gaps between blocks.
-    let bytes = between * 3 / 2 + (32 << 20);
+    // Program and libraries take of the address space, too, and so do threads and gaps between blocks.
+    let bytes = between * 3 / 2 + (32 << 20) + threads() * (6 << 20);
     let quoted = |line: &str| line.replace("\"none\"", "'\"none\"'");
     for (flag, said) in [("-v", "(ulimit -v)"), ("-d", "(ulimit -d)")] {
         let under = |line: &str| limited(&place, &format!("{flag} {}", bytes / 1024), line);
