@@ -15,6 +15,7 @@ pub mod generate;
 pub mod init;
 pub mod inputs;
 pub mod kv_cache;
+pub mod readers;
 pub mod roles;
 pub mod stream;
 

@@ -16,13 +16,17 @@ use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::block::Recompute;
 use crate::model::decoding::Decoding;
 use crate::model::generate::MAX_INITIAL_CAPACITY;
+use crate::model::readers::Sharing;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::model_files::assemble;
 use crate::ops::divergence::Divergence;
 use crate::ops::sample::Distribution;
 use crate::ops::weight::Weight;
+use crate::planner::plan::RESERVE;
 use crate::planner::simulate::shape::Network;
-use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
+use crate::planner::simulate::stages::{Pass, Rollouts, StageShape, Supervised, Work};
+use crate::ppo::scoring::{Scoring, score};
+use crate::reward::source::SCORING_TOKENS;
 
 /// Where the bases of a stage lie, and the adapters over them.
 #[derive(Clone, Debug)]
@@ -65,6 +69,9 @@ pub struct DevicePlan {
     pub base: usize,
     /// Bytes that there is room for, where that is known.
     pub room: Option<usize>,
+    /// What the roles that score a rollout have in common: as much as the devices have room for, or, where that is not known, as leaves
+    /// their peaks where they are.
+    pub sharing: Sharing,
 }
 
 impl DevicePlan {
@@ -127,6 +134,47 @@ impl Ledger {
 /// Those of the passes, as for a sequence longer than the context.
 pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
     let Some(on) = &job.on_device else { return Ok(vec![]) };
+    let (ledger, base) = opened(job, on, |roles, ledger| match &job.work {
+        Work::Supervised(work) => roles.supervised(ledger, work),
+        Work::Rollouts(work) => roles.rollouts(ledger, work),
+    })?;
+    let plan = |(choice, peaks): (DeviceChoice, [usize; Phase::ALL.len()])| DevicePlan {
+        device: choice,
+        phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
+        base: base.get(&choice).copied().unwrap_or(0),
+        room: on.rooms.get(&choice).copied(),
+        sharing: Sharing::Apart,
+    };
+    let plans: Vec<DevicePlan> = ledger.peaks.into_iter().map(plan).collect();
+    let Work::Rollouts(work) = &job.work else { return Ok(plans) };
+    for sharing in [Sharing::Weights, Sharing::Blocks] {
+        let (ledger, _) = opened(job, on, |roles, ledger| {
+            roles.settle_all(work)?;
+            roles.scoring(ledger, work, sharing)
+        })?;
+        let shared = |plan: &DevicePlan| {
+            let mut plan = DevicePlan { sharing, ..plan.clone() };
+            plan.phases[Phase::Scoring as usize].1 =
+                ledger.peaks.get(&plan.device).map_or(0, |peaks| peaks[Phase::Scoring as usize]);
+            plan
+        };
+        let allows = |plan: &DevicePlan| {
+            let shared = shared(plan);
+            shared.peak().1 <= plan.peak().1 || shared.room.is_some_and(|room| shared.fits(room / RESERVE))
+        };
+        if plans.iter().all(allows) {
+            return Ok(plans.iter().map(shared).collect());
+        }
+    }
+    Ok(plans)
+}
+
+/// The ledger of some passes over the bases of a stage, and the bytes of the frozen weights on each device.
+fn opened(
+    job: &StageShape,
+    on: &OnDevice,
+    passes: impl FnOnce(&Roles<'_>, &mut Ledger) -> Result<()>,
+) -> Result<(Ledger, BTreeMap<DeviceChoice, usize>)> {
     let mut ledger = Ledger { devices: BTreeMap::new(), peaks: BTreeMap::new() };
     let mut open = |choice: DeviceChoice, net: &Network| -> Result<Option<Base>> {
         if !is_device(choice) {
@@ -146,17 +194,8 @@ pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
     })?;
     let (actor, critic) = (on.start.clone().with_own_caches(), on.reward.clone().with_own_caches());
     let roles = Roles { policy: policy.as_ref(), scorer, on, actor, critic, recompute: job.checkpoint };
-    match &job.work {
-        Work::Supervised(work) => roles.supervised(&mut ledger, work)?,
-        Work::Rollouts(work) => roles.rollouts(&mut ledger, work)?,
-    }
-    let plan = |(choice, peaks): (DeviceChoice, [usize; Phase::ALL.len()])| DevicePlan {
-        device: choice,
-        phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
-        base: base.get(&choice).copied().unwrap_or(0),
-        room: on.rooms.get(&choice).copied(),
-    };
-    Ok(ledger.peaks.into_iter().map(plan).collect())
+    passes(&roles, &mut ledger)?;
+    Ok((ledger, base))
 }
 
 /// The bases that lie on devices; passes over a base on the CPU are left out.
@@ -193,6 +232,13 @@ fn targets(rows: usize, batch: &Batch) -> Targets {
 /// The pass with the most tokens.
 fn largest<'p>(passes: impl IntoIterator<Item = &'p Pass>) -> Option<&'p Pass> {
     passes.into_iter().max_by_key(|pass| pass.tokens())
+}
+
+/// Scoring runs chunk by chunk; the largest counts.
+fn largest_chunk(lengths: &[usize]) -> Vec<usize> {
+    let chunks = chunks_by_tokens(lengths, SCORING_TOKENS).into_iter();
+    let chunks = chunks.map(|rows| rows.iter().map(|&i| lengths[i]).collect::<Vec<_>>());
+    chunks.max_by_key(|chunk| chunk.iter().sum::<usize>()).unwrap_or_default()
 }
 
 fn logprobs(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Result<()> {
@@ -317,21 +363,51 @@ impl Roles<'_> {
         })
     }
 
-    fn rollouts(&self, ledger: &mut Ledger, work: &Rollouts) -> Result<()> {
-        let tokens = |lengths: &[usize]| lengths.iter().sum::<usize>();
-        let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|prompt| prompt + work.response).collect() };
-        // Scoring runs chunk by chunk; the largest counts.
-        let largest_chunk = |lengths: &[usize]| -> Vec<usize> {
-            let chunks = chunks_by_tokens(lengths, SCORING_TOKENS).into_iter();
-            let chunks = chunks.map(|rows| rows.iter().map(|&i| lengths[i]).collect::<Vec<_>>());
-            chunks.max_by_key(|chunk| tokens(chunk)).unwrap_or_default()
-        };
-        let critic = if work.critic_on_policy { self.policy } else { self.scorer };
-        // From the second iteration on, all of them are there in every phase.
+    fn critic_base(&self, work: &Rollouts) -> Option<&Base> {
+        if work.critic_on_policy { self.policy } else { self.scorer }
+    }
+
+    /// From the second iteration on, all adapters are there in every phase.
+    fn settle_all(&self, work: &Rollouts) -> Result<()> {
         settle(self.policy, &self.actor)?;
         settle(self.policy.filter(|_| work.reference), &self.on.start)?;
-        settle(critic.filter(|_| work.critic), &self.critic)?;
-        settle(self.scorer.filter(|_| work.reward_model), &self.on.reward)?;
+        settle(self.critic_base(work).filter(|_| work.critic), &self.critic)?;
+        settle(self.scorer.filter(|_| work.reward_model), &self.on.reward)
+    }
+
+    /// The largest pass of the roles over whole sequences.
+    fn scoring(&self, ledger: &mut Ledger, work: &Rollouts, sharing: Sharing) -> Result<()> {
+        let lengths: Vec<usize> = work.prompts.iter().map(|prompt| prompt + work.response).collect();
+        let chunk = largest_chunk(&lengths);
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let batch = batch_of(&chunk)?;
+        let targets = targets(chunk.len() * work.response, &batch);
+        let critic = self.critic_base(work).filter(|_| work.critic);
+        let model = self.scorer.filter(|_| work.reward_model).map(|base| ValueModel::new(base, &self.on.reward));
+        // Beside the first, each of the others over the same base has hidden states of its own in a pass of all.
+        let models = model.transpose()?.into_iter().cycle().take(work.scoring_models);
+        ledger.within(Phase::Scoring, || {
+            let asked = Scoring {
+                actor: self.policy.map(|base| Policy::new(base, Some(&self.actor))),
+                recomputes: work.recomputes,
+                reference: self.policy.filter(|_| work.reference).map(|base| Policy::new(base, Some(&self.on.start))),
+                exact_kl: work.exact.0,
+                critic: critic.map(|base| ValueModel::new(base, &self.critic)).transpose()?,
+                last_values: false,
+                models: &models.collect::<Vec<_>>(),
+                sharing,
+                temperature: 1.0,
+            };
+            score(&batch, &targets, asked, |_| Ok(())).map(drop)
+        })
+    }
+
+    fn rollouts(&self, ledger: &mut Ledger, work: &Rollouts) -> Result<()> {
+        let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|prompt| prompt + work.response).collect() };
+        let critic = self.critic_base(work);
+        self.settle_all(work)?;
         if !work.evaluation.is_empty() {
             ledger.within(Phase::Evaluation, || {
                 let lengths = whole(&work.evaluation);
@@ -349,39 +425,11 @@ impl Roles<'_> {
             })?;
         }
         let batches = work.prompts.chunks(work.at_once.max(1));
-        let largest = batches.max_by_key(|prompts| tokens(prompts)).filter(|_| !work.served);
+        let largest = batches.max_by_key(|prompts| prompts.iter().sum::<usize>()).filter(|_| !work.served);
         if let (Some(base), Some(prompts)) = (self.policy, largest) {
             ledger.within(Phase::Rollout, || self.generate(base, prompts, work.generations, work.response))?;
         }
-        let chunk = largest_chunk(&whole(&work.prompts));
-        if !chunk.is_empty() {
-            ledger.within(Phase::Scoring, || {
-                let r = chunk.len() * work.response;
-                if let Some(base) = self.policy {
-                    let scored = if work.reference { &self.on.start } else { &self.actor };
-                    let (policy, batch) = (Policy::new(base, Some(scored)), batch_of(&chunk)?);
-                    let targets = targets(r, &batch);
-                    let hidden = match work.reference || work.recomputes {
-                        true => Some(policy.rows(&batch, &targets)?),
-                        false => None,
-                    };
-                    if let Some(hidden) = &hidden {
-                        policy.logprobs_of(hidden, &targets, 1.0)?;
-                    }
-                    if let Some(base) = critic.filter(|_| work.critic) {
-                        values(base, &self.critic, &chunk, r)?;
-                    }
-                    if let Some(hidden) = hidden.as_ref().filter(|_| work.exact.0) {
-                        let actor = Policy::new(base, Some(&self.actor));
-                        actor.kl(&actor.rows(&batch, &targets)?, (policy, hidden), 1.0)?;
-                    }
-                }
-                match self.scorer.filter(|_| work.reward_model) {
-                    Some(base) => values(base, &self.on.reward, &chunk, chunk.len()),
-                    None => Ok(()),
-                }
-            })?;
-        }
+        self.scoring(ledger, work, Sharing::Apart)?;
         ledger.within(Phase::Update, || {
             let micro = work.micro.iter().max_by_key(|micro| micro.iter().map(|(p, r)| p + r).sum::<usize>());
             let Some(micro) = micro else { return Ok(()) };

@@ -22,6 +22,7 @@ pub mod rewards;
 pub mod rollout;
 pub mod run;
 pub mod sampler;
+pub mod scoring;
 pub mod state;
 pub mod token_detail;
 pub mod train;

@@ -123,7 +123,7 @@ fn strips_bound_the_scratch_matrix() {
     let weight = DeviceWeight::reserve(&device, StorageDType::Q4K, n, k).unwrap();
     let x = device.matrix(Element::Bf16, 70, k).unwrap();
     let dy = device.matrix(Element::Bf16, 70, n).unwrap();
-    let maps = [Map { weight: &weight, bias: None, lora: None }];
+    let maps = [Map { weight: &weight, kept: None, bias: None, lora: None }];
     for (scratch, rows) in [(SCRATCH, n), (130 * k * 2, 128), (5 * k * 2, 5), (1, 1)] {
         let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
         for (both, result) in [(false, 70 * n * 2), (true, 70 * k * 4)] {
@@ -169,13 +169,13 @@ fn gradients_are_the_slopes_of_the_forward() {
     // The loss is the sum of dy y.
     let loss = |x: &[f32], a: &[f32], b: &[f32]| -> f64 {
         let lora = DeviceLora::new(device, Element::F32, a, (r, k), b, n, 0.7, None).unwrap();
-        let maps = [Map { weight: &weight, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(x, m, k).unwrap();
         let (y, _) = forward(&x, &maps, None, Element::F32, compute).unwrap();
         y[0].to_f32().unwrap().iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum()
     };
     let lora = DeviceLora::new(device, Element::F32, &a, (r, k), &b, n, 0.7, None).unwrap();
-    let maps = [Map { weight: &weight, bias: None, lora: Some(&lora) }];
+    let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
     let xd = device.upload_f32(&x, m, k).unwrap();
     let (_, saved) = forward(&xd, &maps, None, Element::F32, compute).unwrap();
     let dyd = device.upload_f32(&dy, m, n).unwrap();
@@ -209,7 +209,7 @@ fn dora_of_a_row_of_zeros() {
     for operand in FLOATS {
         let lora =
             DeviceLora::new(device, operand, &numbers(r * k, 2), (r, k), &zeros, n, 1.5, Some(&[0.7; 4])).unwrap();
-        let maps = [Map { weight: &weight, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(&numbers(m * k, 3), m, k).unwrap();
         let dy = device.upload_f32(&numbers(m * n, 4), m, n).unwrap();
         let (y, saved) = forward(&x, &maps, None, Element::F32, Compute::new(operand)).unwrap();
@@ -376,7 +376,7 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     };
     let (x, good) = (matrix(Element::Bf16, m, k), lora(Element::Bf16, r, k, n));
     let compute = Compute::new(Element::Bf16);
-    let map = Map { weight: &weight, bias: None, lora: Some(&good) };
+    let map = Map { weight: &weight, kept: None, bias: None, lora: Some(&good) };
     let refused = |x: &Matrix, maps: &[Map<'_>], residual: Option<&Matrix>, to, reason: &str| {
         let error = forward(x, maps, residual, to, compute).err().unwrap().to_string();
         assert!(error.contains(reason), "{error}");
