@@ -134,47 +134,6 @@ impl Ledger {
 /// Those of the passes, as for a sequence longer than the context.
 pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
     let Some(on) = &job.on_device else { return Ok(vec![]) };
-    let (ledger, base) = opened(job, on, |roles, ledger| match &job.work {
-        Work::Supervised(work) => roles.supervised(ledger, work),
-        Work::Rollouts(work) => roles.rollouts(ledger, work),
-    })?;
-    let plan = |(choice, peaks): (DeviceChoice, [usize; Phase::ALL.len()])| DevicePlan {
-        device: choice,
-        phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
-        base: base.get(&choice).copied().unwrap_or(0),
-        room: on.rooms.get(&choice).copied(),
-        sharing: Sharing::Apart,
-    };
-    let plans: Vec<DevicePlan> = ledger.peaks.into_iter().map(plan).collect();
-    let Work::Rollouts(work) = &job.work else { return Ok(plans) };
-    for sharing in [Sharing::Weights, Sharing::Blocks] {
-        let (ledger, _) = opened(job, on, |roles, ledger| {
-            roles.settle_all(work)?;
-            roles.scoring(ledger, work, sharing)
-        })?;
-        let shared = |plan: &DevicePlan| {
-            let mut plan = DevicePlan { sharing, ..plan.clone() };
-            plan.phases[Phase::Scoring as usize].1 =
-                ledger.peaks.get(&plan.device).map_or(0, |peaks| peaks[Phase::Scoring as usize]);
-            plan
-        };
-        let allows = |plan: &DevicePlan| {
-            let shared = shared(plan);
-            shared.peak().1 <= plan.peak().1 || shared.room.is_some_and(|room| shared.fits(room / RESERVE))
-        };
-        if plans.iter().all(allows) {
-            return Ok(plans.iter().map(shared).collect());
-        }
-    }
-    Ok(plans)
-}
-
-/// The ledger of some passes over the bases of a stage, and the bytes of the frozen weights on each device.
-fn opened(
-    job: &StageShape,
-    on: &OnDevice,
-    passes: impl FnOnce(&Roles<'_>, &mut Ledger) -> Result<()>,
-) -> Result<(Ledger, BTreeMap<DeviceChoice, usize>)> {
     let mut ledger = Ledger { devices: BTreeMap::new(), peaks: BTreeMap::new() };
     let mut open = |choice: DeviceChoice, net: &Network| -> Result<Option<Base>> {
         if !is_device(choice) {
@@ -192,17 +151,49 @@ fn opened(
             base.logits(&hidden, None).map(drop)
         })
     })?;
-    let (actor, critic) = (on.start.clone().with_own_caches(), on.reward.clone().with_own_caches());
-    let roles = Roles { policy: policy.as_ref(), scorer, on, actor, critic, recompute: job.checkpoint };
-    passes(&roles, &mut ledger)?;
-    Ok((ledger, base))
+    let roles = || Roles::new(policy.as_ref(), scorer, on, job.checkpoint);
+    match &job.work {
+        Work::Supervised(work) => roles().supervised(&mut ledger, work)?,
+        Work::Rollouts(work) => roles().rollouts(&mut ledger, work)?,
+    }
+    let plan = |(choice, peaks): (&DeviceChoice, &[usize; Phase::ALL.len()])| DevicePlan {
+        device: *choice,
+        phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
+        base: base.get(choice).copied().unwrap_or(0),
+        room: on.rooms.get(choice).copied(),
+        sharing: Sharing::Apart,
+    };
+    let plans: Vec<DevicePlan> = ledger.peaks.iter().map(plan).collect();
+    let Work::Rollouts(work) = &job.work else { return Ok(plans) };
+    for sharing in [Sharing::Weights, Sharing::Blocks] {
+        // New adapters, whose first pass this is.
+        let (roles, mut ledger) = (roles(), Ledger { devices: ledger.devices.clone(), peaks: BTreeMap::new() });
+        roles.settle_all(work)?;
+        roles.scoring(&mut ledger, work, sharing)?;
+        let shared = |plan: &DevicePlan| {
+            let mut plan = DevicePlan { sharing, ..plan.clone() };
+            plan.phases[Phase::Scoring as usize].1 =
+                ledger.peaks.get(&plan.device).map_or(0, |peaks| peaks[Phase::Scoring as usize]);
+            plan
+        };
+        let allows = |plan: &DevicePlan| {
+            let shared = shared(plan);
+            shared.peak().1 <= plan.peak().1 || shared.room.is_some_and(|room| shared.fits(room / RESERVE))
+        };
+        if plans.iter().all(allows) {
+            return Ok(plans.iter().map(shared).collect());
+        }
+    }
+    Ok(plans)
 }
 
 /// The bases that lie on devices; passes over a base on the CPU are left out.
 struct Roles<'w> {
     policy: Option<&'w Base>,
     scorer: Option<&'w Base>,
-    on: &'w OnDevice,
+    /// The adapters that training starts from and that responses are scored with.
+    start: Adapter,
+    reward: Adapter,
     /// The trained adapters: after the first step they are others than those that training started from.
     actor: Adapter,
     critic: Adapter,
@@ -251,14 +242,20 @@ fn values(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Res
     ValueModel::new(base, adapter)?.values(&batch, &targets(rows, &batch).rows).map(drop)
 }
 
-impl Roles<'_> {
+impl<'w> Roles<'w> {
+    fn new(policy: Option<&'w Base>, scorer: Option<&'w Base>, on: &OnDevice, recompute: Recompute) -> Self {
+        let own = |adapter: &Adapter| adapter.clone().with_own_caches();
+        let (start, reward, actor, critic) = (own(&on.start), own(&on.reward), own(&on.start), own(&on.reward));
+        Self { policy, scorer, start, reward, actor, critic, recompute }
+    }
+
     fn policy_gradients(&self, base: &Base, lengths: &[usize], rows: usize, exact: Option<bool>) -> Result<Gradients> {
         let (policy, batch) = (Policy::new(base, Some(&self.actor)), batch_of(lengths)?);
         let targets = targets(rows, &batch);
         // The reference's hidden states come from the host.
         let width = base.config().embedding_width;
         let theirs = exact.map(|_| zeros(base, targets.rows.len(), width)).transpose()?;
-        let reference = Policy::new(base, Some(&self.on.start));
+        let reference = Policy::new(base, Some(&self.start));
         let other = theirs.as_ref().map(|theirs| (reference, theirs));
         let zeros = || vec![0f32; targets.rows.len()];
         let loss = |_: &_, _: &[f32]| {
@@ -350,7 +347,7 @@ impl Roles<'_> {
         }
         ledger.within(Phase::Update, || {
             if let Some(pass) = largest(&work.reference) {
-                let reference = if work.reference_is_adapter { &self.on.start } else { adapter };
+                let reference = if work.reference_is_adapter { &self.start } else { adapter };
                 logprobs(base, reference, &pass.lengths, pass.targets)?;
             }
             let Some(Pass { lengths, targets, .. }) = largest(&work.step) else { return Ok(()) };
@@ -370,9 +367,9 @@ impl Roles<'_> {
     /// From the second iteration on, all adapters are there in every phase.
     fn settle_all(&self, work: &Rollouts) -> Result<()> {
         settle(self.policy, &self.actor)?;
-        settle(self.policy.filter(|_| work.reference), &self.on.start)?;
+        settle(self.policy.filter(|_| work.reference), &self.start)?;
         settle(self.critic_base(work).filter(|_| work.critic), &self.critic)?;
-        settle(self.scorer.filter(|_| work.reward_model), &self.on.reward)
+        settle(self.scorer.filter(|_| work.reward_model), &self.reward)
     }
 
     /// The largest pass of the roles over whole sequences.
@@ -385,14 +382,14 @@ impl Roles<'_> {
         let batch = batch_of(&chunk)?;
         let targets = targets(chunk.len() * work.response, &batch);
         let critic = self.critic_base(work).filter(|_| work.critic);
-        let model = self.scorer.filter(|_| work.reward_model).map(|base| ValueModel::new(base, &self.on.reward));
+        let model = self.scorer.filter(|_| work.reward_model).map(|base| ValueModel::new(base, &self.reward));
         // Beside the first, each of the others over the same base has hidden states of its own in a pass of all.
         let models = model.transpose()?.into_iter().cycle().take(work.scoring_models);
         ledger.within(Phase::Scoring, || {
             let asked = Scoring {
                 actor: self.policy.map(|base| Policy::new(base, Some(&self.actor))),
                 recomputes: work.recomputes,
-                reference: self.policy.filter(|_| work.reference).map(|base| Policy::new(base, Some(&self.on.start))),
+                reference: self.policy.filter(|_| work.reference).map(|base| Policy::new(base, Some(&self.start))),
                 exact_kl: work.exact.0,
                 critic: critic.map(|base| ValueModel::new(base, &self.critic)).transpose()?,
                 last_values: false,
@@ -414,12 +411,12 @@ impl Roles<'_> {
                 if let Some(base) = self.policy {
                     self.generate(base, &work.evaluation, 1, work.response)?;
                     if work.reference {
-                        logprobs(base, &self.on.start, &lengths, work.evaluation.len() * work.response)?;
+                        logprobs(base, &self.start, &lengths, work.evaluation.len() * work.response)?;
                     }
                 }
                 if let Some(base) = self.scorer.filter(|_| work.reward_model) {
                     let chunk = largest_chunk(&lengths);
-                    values(base, &self.on.reward, &chunk, chunk.len())?;
+                    values(base, &self.reward, &chunk, chunk.len())?;
                 }
                 Ok(())
             })?;
@@ -510,8 +507,7 @@ mod tests {
         let (base, start) = opened(&some);
         let (policy, scorer) = (DeviceChoice::Emulated, DeviceChoice::Emulated);
         let on = OnDevice { policy, scorer, reward: start.clone(), start, rooms: BTreeMap::new() };
-        let (actor, critic) = (on.start.clone(), on.reward.clone());
-        let roles = Roles { policy: Some(&base), scorer: None, on: &on, actor, critic, recompute: Recompute::Off };
+        let roles = Roles::new(Some(&base), None, &on, Recompute::Off);
         roles.generate(&base, &[30, 11, 11, 7], 1, response).unwrap();
         assert_eq!(some.usage().peak, all.usage().peak);
         // Each step downloads its tokens.
