@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use fourfold::device::testing::can_emulate;
 use fourfold::device::{Device, Element, Matrix, Usage};
 use fourfold::ops::embedding::gpu as embedding;
-use fourfold::ops::linear::gpu::{Compute, DeviceLora, Map, SCRATCH, backward, forward};
+use fourfold::ops::linear::gpu::{Compute, DeviceLora, Kept, Map, SCRATCH, backward, forward};
 use fourfold::ops::storage::gpu::DeviceWeight;
 use fourfold::ops::weight::StorageDType;
 
@@ -109,6 +109,44 @@ fn weights_in_strips_give_the_same_numbers() {
             let mut maps = three(operand);
             maps[0].n = 301;
             Case { scratch: bytes, ..Case::new(18, 256, operand, maps) }.check(device());
+        }
+    }
+}
+
+/// Products that find a weight's numbers kept have the bits of those that dequantise it, strip by strip, and it is dequantised once.
+#[test]
+fn kept_numbers_give_the_bits_of_dequantised_ones() {
+    if !can_emulate() {
+        return;
+    }
+    // A machine of its own: launches are counted.
+    let device = Device::emulated().unwrap();
+    let (m, n, k) = (70, 301, 256);
+    for operand in FLOATS {
+        let weight = Host::random(StorageDType::Q4K, n, k, false, 7).upload(&device);
+        let x = device.upload_as(operand, &numbers(m * k, 1), m, k).unwrap();
+        let dy = device.upload_as(operand, &numbers(m * n, 2), m, n).unwrap();
+        // All rows at once, 128 of them, three.
+        for scratch in [SCRATCH, 140 * k * operand.bytes(), 3 * k * operand.bytes()] {
+            let compute = Compute { scratch, ..Compute::new(operand) };
+            let of = |kept: Option<&Kept>| {
+                let maps = [Map { weight: &weight, kept, bias: None, lora: None }];
+                device.begin_profile().unwrap();
+                let (ys, saved) = forward(&x, &maps, None, Element::F32, compute).unwrap();
+                let dx = backward(&x, &maps, &saved, &[&dy], true, compute).unwrap().input.unwrap();
+                let kernels = device.end_profile().unwrap();
+                let calls = kernels.iter().filter(|kernel| kernel.name.starts_with("dequantise_")).map(|k| k.calls);
+                (ys[0].to_bytes().unwrap(), dx.to_bytes().unwrap(), calls.sum::<usize>())
+            };
+            let (want, kept) = (of(None), Kept::default());
+            let found = of(Some(&kept));
+            assert!((&found.0, &found.1) == (&want.0, &want.1), "{operand}, {scratch}");
+            assert!(want.2 >= 2 && found.2 == 1, "{operand}, {scratch}: {} and {} launches", want.2, found.2);
+            let other = if operand == Element::F32 { Element::F16 } else { Element::F32 };
+            let x = device.upload_as(other, &numbers(m * k, 1), m, k).unwrap();
+            let maps = [Map { weight: &weight, kept: Some(&kept), bias: None, lora: None }];
+            let error = forward(&x, &maps, None, Element::F32, Compute::new(other)).unwrap_err();
+            assert!(format!("{error:#}").contains("kept of another weight"), "{error:#}");
         }
     }
 }
