@@ -25,6 +25,7 @@ use fourfold::host::peak_rss_bytes;
 use fourfold::model::base::Base;
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{SamplingParams, generate};
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ops::weight::Weight;
 use fourfold::ppo::run::PpoRun;
@@ -271,6 +272,7 @@ fn main() -> Result<()> {
                 config: &config,
                 seed: rep as u64,
                 recompute,
+                sharing: Sharing::default(),
             };
             train(&run, &mut Session::silent()).map(|_| None)
         })?;

@@ -33,6 +33,7 @@ use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, generate};
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::planner::plan;
 use fourfold::ppo::evaluate::{Evaluated, Evaluation, EvaluationInputs};
@@ -306,6 +307,7 @@ fn study(seed: u64, dir: &Path, arguments: &Arguments) -> Result<()> {
             config: &settings,
             seed,
             recompute: plan::resolve(settings.checkpoint, &model.base, &sft, micro_batch_tokens(&questions, &settings)),
+            sharing: Sharing::default(),
         };
         let trained = train(&run, &mut session)?;
         for line in fs::read_to_string(metrics.path().join("metrics.jsonl"))?.lines() {
@@ -392,7 +394,13 @@ fn sampled_pairs(
         let twice: Vec<Vec<u32>> = asked.iter().flat_map(|q| [q.clone(), q.clone()]).collect();
         let seeds: Vec<u64> = (0..twice.len() as u64).map(|i| derive(seed, &[PAIR_STREAM, chunk as u64, i])).collect();
         let responses = generate(Policy::new(&model.base, Some(sft)), &twice, &seeds, &params, |_, _| {})?;
-        let scores = source.scores(&RewardInputs { prompts: &twice, responses: &responses, entries: &[], decode })?;
+        let scores = source.scores(&RewardInputs {
+            prompts: &twice,
+            responses: &responses,
+            entries: &[],
+            decode,
+            known: &[],
+        })?;
         for (i, prompt) in asked.iter().enumerate() {
             let [a, b] = [2 * i, 2 * i + 1].map(|j| (scores[j], responses[j].tokens.clone()));
             if a.1 != b.1 {

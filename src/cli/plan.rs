@@ -209,6 +209,7 @@ impl Shown<'_> {
                     "phases": ran.map(|(phase, bytes)| (phase.name().to_owned(), (*bytes).into()))
                         .collect::<serde_json::Map<String, Value>>(),
                     "base": device.base,
+                    "roles_share": device.sharing.name(),
                     "peak": {"phase": phase.name(), "bytes": peak},
                     "context": CONTEXT_BYTES,
                     "workspace": WORKSPACE_BYTES,

@@ -33,7 +33,7 @@ use crate::ops::weight::{ComputeDtype, Weight};
 pub struct Base {
     config: DecoderConfig,
     weights: Weights,
-    geometry: Geometry,
+    pub(super) geometry: Geometry,
     fingerprint: String,
     /// What keys and values are cached as.
     kv_cache_type: KvCacheType,
@@ -262,7 +262,7 @@ impl Base {
     }
 
     /// A block for one step of a pass: the only place where a block's matrices come from.
-    fn block(&self, layer: usize, course: Course) -> Result<Visit<'_>> {
+    pub(super) fn block(&self, layer: usize, course: Course) -> Result<Visit<'_>> {
         let block = &self.weights.blocks[layer];
         match &self.stream {
             Some(stream) => stream.visit(block, layer, course),
@@ -286,7 +286,7 @@ impl Base {
     }
 
     /// Begins a pass on the base's device, which lasts as long as the value.
-    fn pass(&self) -> Option<Pass> {
+    pub(super) fn pass(&self) -> Option<Pass> {
         self.place().map(Device::pass)
     }
 
@@ -588,6 +588,6 @@ impl Base {
 }
 
 /// The adapter's LoRA weights of one layer.
-fn layer_lora(adapter: Option<&Adapter>, layer: usize) -> Option<&LoraLayers> {
+pub(super) fn layer_lora(adapter: Option<&Adapter>, layer: usize) -> Option<&LoraLayers> {
     adapter.and_then(|a| a.layers().get(layer))
 }

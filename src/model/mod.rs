@@ -2,7 +2,7 @@
 //! stages.
 //!
 //! Read `base` (frozen weights), `adapter` (trained weights), `block` (forward and backward of one layer), `roles` (policy
-//! and value model as views), `decoding` and `generate`.
+//! and value model as views), `readers` (several of them in one pass), `decoding` and `generate`.
 
 pub mod adapter;
 pub mod base;
@@ -15,6 +15,7 @@ pub mod generate;
 pub mod init;
 pub mod inputs;
 pub mod kv_cache;
+pub mod readers;
 pub mod roles;
 pub mod stream;
 

@@ -9,6 +9,7 @@ use crate::device::Array;
 use super::adapter::{Adapter, Gradients};
 use super::base::Base;
 use super::batch::{Batch, Targets};
+use super::readers::Reader;
 use crate::invalid;
 use crate::model::adapter::NonBlockModule;
 use crate::model::adapter::gradients::sum;
@@ -107,6 +108,14 @@ impl<'w> Policy<'w> {
     pub fn rows(&self, batch: &Batch, targets: &Targets) -> Result<Array> {
         let hidden = self.base.hidden(batch, self.adapter)?;
         gather_rows(&hidden, &targets.rows)
+    }
+
+    /// This policy as a reader of its base at some rows of a batch.
+    pub fn reader<'a>(&self, rows: &'a [usize]) -> Reader<'a>
+    where
+        'w: 'a,
+    {
+        Reader { adapter: self.adapter, rows }
     }
 
     /// As [`Policy::logprobs`], from the result of [`Policy::rows`].
@@ -276,7 +285,29 @@ impl<'w> ValueModel<'w> {
         Ok(Self { base, adapter })
     }
 
-    fn values_of(&self, rows: &Array) -> Result<Vec<f32>> {
+    /// The base.
+    pub fn base(&self) -> &'w Base {
+        self.base
+    }
+
+    /// Whether both are the same base through the same adapter.
+    pub fn is_same(&self, other: &ValueModel<'_>) -> bool {
+        std::ptr::eq(self.base, other.base) && std::ptr::eq(self.adapter, other.adapter)
+    }
+
+    /// This model as a reader of its base at some rows of a batch.
+    pub fn reader<'a>(&self, rows: &'a [usize]) -> Reader<'a>
+    where
+        'w: 'a,
+    {
+        Reader { adapter: Some(self.adapter), rows }
+    }
+
+    /// Values (R) of hidden states (R, D).
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn values_of(&self, rows: &Array) -> Result<Vec<f32>> {
         let head = self.adapter.head().context("checked in new")?;
         score::forward(rows, &head.weight, head.bias)
     }

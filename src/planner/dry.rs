@@ -16,13 +16,17 @@ use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::block::Recompute;
 use crate::model::decoding::Decoding;
 use crate::model::generate::MAX_INITIAL_CAPACITY;
+use crate::model::readers::Sharing;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::model_files::assemble;
 use crate::ops::divergence::Divergence;
 use crate::ops::sample::Distribution;
 use crate::ops::weight::Weight;
+use crate::planner::plan::RESERVE;
 use crate::planner::simulate::shape::Network;
-use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
+use crate::planner::simulate::stages::{Pass, Rollouts, StageShape, Supervised, Work};
+use crate::ppo::scoring::{Scoring, score};
+use crate::reward::source::SCORING_TOKENS;
 
 /// Where the bases of a stage lie, and the adapters over them.
 #[derive(Clone, Debug)]
@@ -65,6 +69,9 @@ pub struct DevicePlan {
     pub base: usize,
     /// Bytes that there is room for, where that is known.
     pub room: Option<usize>,
+    /// What the roles that score a rollout have in common: as much as the devices have room for, or, where that is not known, as leaves
+    /// their peaks where they are.
+    pub sharing: Sharing,
 }
 
 impl DevicePlan {
@@ -144,26 +151,49 @@ pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
             base.logits(&hidden, None).map(drop)
         })
     })?;
-    let (actor, critic) = (on.start.clone().with_own_caches(), on.reward.clone().with_own_caches());
-    let roles = Roles { policy: policy.as_ref(), scorer, on, actor, critic, recompute: job.checkpoint };
+    let roles = || Roles::new(policy.as_ref(), scorer, on, job.checkpoint);
     match &job.work {
-        Work::Supervised(work) => roles.supervised(&mut ledger, work)?,
-        Work::Rollouts(work) => roles.rollouts(&mut ledger, work)?,
+        Work::Supervised(work) => roles().supervised(&mut ledger, work)?,
+        Work::Rollouts(work) => roles().rollouts(&mut ledger, work)?,
     }
-    let plan = |(choice, peaks): (DeviceChoice, [usize; Phase::ALL.len()])| DevicePlan {
-        device: choice,
+    let plan = |(choice, peaks): (&DeviceChoice, &[usize; Phase::ALL.len()])| DevicePlan {
+        device: *choice,
         phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
-        base: base.get(&choice).copied().unwrap_or(0),
-        room: on.rooms.get(&choice).copied(),
+        base: base.get(choice).copied().unwrap_or(0),
+        room: on.rooms.get(choice).copied(),
+        sharing: Sharing::Apart,
     };
-    Ok(ledger.peaks.into_iter().map(plan).collect())
+    let plans: Vec<DevicePlan> = ledger.peaks.iter().map(plan).collect();
+    let Work::Rollouts(work) = &job.work else { return Ok(plans) };
+    for sharing in [Sharing::Weights, Sharing::Blocks] {
+        // New adapters, whose first pass this is.
+        let (roles, mut ledger) = (roles(), Ledger { devices: ledger.devices.clone(), peaks: BTreeMap::new() });
+        roles.settle_all(work)?;
+        roles.scoring(&mut ledger, work, sharing)?;
+        let shared = |plan: &DevicePlan| {
+            let mut plan = DevicePlan { sharing, ..plan.clone() };
+            plan.phases[Phase::Scoring as usize].1 =
+                ledger.peaks.get(&plan.device).map_or(0, |peaks| peaks[Phase::Scoring as usize]);
+            plan
+        };
+        let allows = |plan: &DevicePlan| {
+            let shared = shared(plan);
+            shared.peak().1 <= plan.peak().1 || shared.room.is_some_and(|room| shared.fits(room / RESERVE))
+        };
+        if plans.iter().all(allows) {
+            return Ok(plans.iter().map(shared).collect());
+        }
+    }
+    Ok(plans)
 }
 
 /// The bases that lie on devices; passes over a base on the CPU are left out.
 struct Roles<'w> {
     policy: Option<&'w Base>,
     scorer: Option<&'w Base>,
-    on: &'w OnDevice,
+    /// The adapters that training starts from and that responses are scored with.
+    start: Adapter,
+    reward: Adapter,
     /// The trained adapters: after the first step they are others than those that training started from.
     actor: Adapter,
     critic: Adapter,
@@ -195,6 +225,13 @@ fn largest<'p>(passes: impl IntoIterator<Item = &'p Pass>) -> Option<&'p Pass> {
     passes.into_iter().max_by_key(|pass| pass.tokens())
 }
 
+/// Scoring runs chunk by chunk; the largest counts.
+fn largest_chunk(lengths: &[usize]) -> Vec<usize> {
+    let chunks = chunks_by_tokens(lengths, SCORING_TOKENS).into_iter();
+    let chunks = chunks.map(|rows| rows.iter().map(|&i| lengths[i]).collect::<Vec<_>>());
+    chunks.max_by_key(|chunk| chunk.iter().sum::<usize>()).unwrap_or_default()
+}
+
 fn logprobs(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Result<()> {
     let batch = batch_of(lengths)?;
     Policy::new(base, Some(adapter)).logprobs(&batch, &targets(rows, &batch), 1.0).map(drop)
@@ -205,14 +242,20 @@ fn values(base: &Base, adapter: &Adapter, lengths: &[usize], rows: usize) -> Res
     ValueModel::new(base, adapter)?.values(&batch, &targets(rows, &batch).rows).map(drop)
 }
 
-impl Roles<'_> {
+impl<'w> Roles<'w> {
+    fn new(policy: Option<&'w Base>, scorer: Option<&'w Base>, on: &OnDevice, recompute: Recompute) -> Self {
+        let own = |adapter: &Adapter| adapter.clone().with_own_caches();
+        let (start, reward, actor, critic) = (own(&on.start), own(&on.reward), own(&on.start), own(&on.reward));
+        Self { policy, scorer, start, reward, actor, critic, recompute }
+    }
+
     fn policy_gradients(&self, base: &Base, lengths: &[usize], rows: usize, exact: Option<bool>) -> Result<Gradients> {
         let (policy, batch) = (Policy::new(base, Some(&self.actor)), batch_of(lengths)?);
         let targets = targets(rows, &batch);
         // The reference's hidden states come from the host.
         let width = base.config().embedding_width;
         let theirs = exact.map(|_| zeros(base, targets.rows.len(), width)).transpose()?;
-        let reference = Policy::new(base, Some(&self.on.start));
+        let reference = Policy::new(base, Some(&self.start));
         let other = theirs.as_ref().map(|theirs| (reference, theirs));
         let zeros = || vec![0f32; targets.rows.len()];
         let loss = |_: &_, _: &[f32]| {
@@ -304,7 +347,7 @@ impl Roles<'_> {
         }
         ledger.within(Phase::Update, || {
             if let Some(pass) = largest(&work.reference) {
-                let reference = if work.reference_is_adapter { &self.on.start } else { adapter };
+                let reference = if work.reference_is_adapter { &self.start } else { adapter };
                 logprobs(base, reference, &pass.lengths, pass.targets)?;
             }
             let Some(Pass { lengths, targets, .. }) = largest(&work.step) else { return Ok(()) };
@@ -317,71 +360,73 @@ impl Roles<'_> {
         })
     }
 
-    fn rollouts(&self, ledger: &mut Ledger, work: &Rollouts) -> Result<()> {
-        let tokens = |lengths: &[usize]| lengths.iter().sum::<usize>();
-        let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|prompt| prompt + work.response).collect() };
-        // Scoring runs chunk by chunk; the largest counts.
-        let largest_chunk = |lengths: &[usize]| -> Vec<usize> {
-            let chunks = chunks_by_tokens(lengths, SCORING_TOKENS).into_iter();
-            let chunks = chunks.map(|rows| rows.iter().map(|&i| lengths[i]).collect::<Vec<_>>());
-            chunks.max_by_key(|chunk| tokens(chunk)).unwrap_or_default()
-        };
-        let critic = if work.critic_on_policy { self.policy } else { self.scorer };
-        // From the second iteration on, all of them are there in every phase.
+    fn critic_base(&self, work: &Rollouts) -> Option<&Base> {
+        if work.critic_on_policy { self.policy } else { self.scorer }
+    }
+
+    /// From the second iteration on, all adapters are there in every phase.
+    fn settle_all(&self, work: &Rollouts) -> Result<()> {
         settle(self.policy, &self.actor)?;
-        settle(self.policy.filter(|_| work.reference), &self.on.start)?;
-        settle(critic.filter(|_| work.critic), &self.critic)?;
-        settle(self.scorer.filter(|_| work.reward_model), &self.on.reward)?;
+        settle(self.policy.filter(|_| work.reference), &self.start)?;
+        settle(self.critic_base(work).filter(|_| work.critic), &self.critic)?;
+        settle(self.scorer.filter(|_| work.reward_model), &self.reward)
+    }
+
+    /// The largest pass of the roles over whole sequences.
+    fn scoring(&self, ledger: &mut Ledger, work: &Rollouts, sharing: Sharing) -> Result<()> {
+        let lengths: Vec<usize> = work.prompts.iter().map(|prompt| prompt + work.response).collect();
+        let chunk = largest_chunk(&lengths);
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        let batch = batch_of(&chunk)?;
+        let targets = targets(chunk.len() * work.response, &batch);
+        let critic = self.critic_base(work).filter(|_| work.critic);
+        let model = self.scorer.filter(|_| work.reward_model).map(|base| ValueModel::new(base, &self.reward));
+        // Beside the first, each of the others over the same base has hidden states of its own in a pass of all.
+        let models = model.transpose()?.into_iter().cycle().take(work.scoring_models);
+        ledger.within(Phase::Scoring, || {
+            let asked = Scoring {
+                actor: self.policy.map(|base| Policy::new(base, Some(&self.actor))),
+                recomputes: work.recomputes,
+                reference: self.policy.filter(|_| work.reference).map(|base| Policy::new(base, Some(&self.start))),
+                exact_kl: work.exact.0,
+                critic: critic.map(|base| ValueModel::new(base, &self.critic)).transpose()?,
+                last_values: false,
+                models: &models.collect::<Vec<_>>(),
+                sharing,
+                temperature: 1.0,
+            };
+            score(&batch, &targets, asked, |_| Ok(())).map(drop)
+        })
+    }
+
+    fn rollouts(&self, ledger: &mut Ledger, work: &Rollouts) -> Result<()> {
+        let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|prompt| prompt + work.response).collect() };
+        let critic = self.critic_base(work);
+        self.settle_all(work)?;
         if !work.evaluation.is_empty() {
             ledger.within(Phase::Evaluation, || {
                 let lengths = whole(&work.evaluation);
                 if let Some(base) = self.policy {
                     self.generate(base, &work.evaluation, 1, work.response)?;
                     if work.reference {
-                        logprobs(base, &self.on.start, &lengths, work.evaluation.len() * work.response)?;
+                        logprobs(base, &self.start, &lengths, work.evaluation.len() * work.response)?;
                     }
                 }
                 if let Some(base) = self.scorer.filter(|_| work.reward_model) {
                     let chunk = largest_chunk(&lengths);
-                    values(base, &self.on.reward, &chunk, chunk.len())?;
+                    values(base, &self.reward, &chunk, chunk.len())?;
                 }
                 Ok(())
             })?;
         }
         let batches = work.prompts.chunks(work.at_once.max(1));
-        let largest = batches.max_by_key(|prompts| tokens(prompts)).filter(|_| !work.served);
+        let largest = batches.max_by_key(|prompts| prompts.iter().sum::<usize>()).filter(|_| !work.served);
         if let (Some(base), Some(prompts)) = (self.policy, largest) {
             ledger.within(Phase::Rollout, || self.generate(base, prompts, work.generations, work.response))?;
         }
-        let chunk = largest_chunk(&whole(&work.prompts));
-        if !chunk.is_empty() {
-            ledger.within(Phase::Scoring, || {
-                let r = chunk.len() * work.response;
-                if let Some(base) = self.policy {
-                    let scored = if work.reference { &self.on.start } else { &self.actor };
-                    let (policy, batch) = (Policy::new(base, Some(scored)), batch_of(&chunk)?);
-                    let targets = targets(r, &batch);
-                    let hidden = match work.reference || work.recomputes {
-                        true => Some(policy.rows(&batch, &targets)?),
-                        false => None,
-                    };
-                    if let Some(hidden) = &hidden {
-                        policy.logprobs_of(hidden, &targets, 1.0)?;
-                    }
-                    if let Some(base) = critic.filter(|_| work.critic) {
-                        values(base, &self.critic, &chunk, r)?;
-                    }
-                    if let Some(hidden) = hidden.as_ref().filter(|_| work.exact.0) {
-                        let actor = Policy::new(base, Some(&self.actor));
-                        actor.kl(&actor.rows(&batch, &targets)?, (policy, hidden), 1.0)?;
-                    }
-                }
-                match self.scorer.filter(|_| work.reward_model) {
-                    Some(base) => values(base, &self.on.reward, &chunk, chunk.len()),
-                    None => Ok(()),
-                }
-            })?;
-        }
+        self.scoring(ledger, work, Sharing::Apart)?;
         ledger.within(Phase::Update, || {
             let micro = work.micro.iter().max_by_key(|micro| micro.iter().map(|(p, r)| p + r).sum::<usize>());
             let Some(micro) = micro else { return Ok(()) };
@@ -462,8 +507,7 @@ mod tests {
         let (base, start) = opened(&some);
         let (policy, scorer) = (DeviceChoice::Emulated, DeviceChoice::Emulated);
         let on = OnDevice { policy, scorer, reward: start.clone(), start, rooms: BTreeMap::new() };
-        let (actor, critic) = (on.start.clone(), on.reward.clone());
-        let roles = Roles { policy: Some(&base), scorer: None, on: &on, actor, critic, recompute: Recompute::Off };
+        let roles = Roles::new(Some(&base), None, &on, Recompute::Off);
         roles.generate(&base, &[30, 11, 11, 7], 1, response).unwrap();
         assert_eq!(some.usage().peak, all.usage().peak);
         // Each step downloads its tokens.

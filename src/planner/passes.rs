@@ -414,6 +414,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
     let is_adapter = |kind: RewardKind| kind == RewardKind::Adapter;
     let parts = c.reward.iter().chain(&c.gold).filter(|part| is_adapter(part.kind));
     let more_rewards = parts.map(|part| part.adapters.len()).sum();
+    let scoring = c.reward.iter().filter(|part| is_adapter(part.kind)).map(|part| part.adapters.len()).sum::<usize>();
     let text = c.ptx.as_ref().filter(|ptx| ptx.coef > 0.0).map(|ptx| {
         let tokens = ptx.block_size.unwrap_or(most.saturating_add(c.response_length)).min(asked.context);
         (c.batch_size.div_ceil(c.num_mini_batches), tokens, c.micro_batch_size)
@@ -445,6 +446,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         ),
         more_rewards,
         reward_model: !c.reward_adapter.is_blank() || more_rewards > 0,
+        scoring_models: scoring + usize::from(!c.reward_adapter.is_blank()),
         copies: [c.ema_decay.is_some(), c.ref_model_sync_iterations > 0, c.samples_ahead()]
             .map(usize::from)
             .iter()

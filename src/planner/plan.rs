@@ -15,6 +15,7 @@ use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::block::Recompute;
+use crate::model::readers::Sharing;
 use crate::planner::changes::{Change, changes, with_checkpoint};
 use crate::planner::dry;
 use crate::planner::dry::{DevicePlan, OnDevice};
@@ -95,6 +96,11 @@ impl Plan {
     /// Those of passes on a device that counts.
     pub fn of(job: StageShape) -> Result<Self> {
         Ok(Self { phases: job.walk(), checkpoint: job.checkpoint, devices: dry::walk(&job)?, job })
+    }
+
+    /// What the roles that score a rollout have in common where they read one base on a device.
+    pub fn sharing(&self) -> Sharing {
+        self.devices.first().map_or(Sharing::Apart, |device| device.sharing)
     }
 
     /// Whether host and devices have room for it, with a reserve of one part in `reserve`.

@@ -160,7 +160,7 @@ impl<'w> Evaluation<'w> {
             })?;
             let (responses, kl): (Vec<Response>, Vec<Option<f64>>) = of_rank.into_iter().unzip();
             let entries: Vec<usize> = chunk.iter().map(|p| p.entry).collect();
-            let inputs = RewardInputs { prompts: &ids, responses: &responses, entries: &entries, decode };
+            let inputs = RewardInputs { prompts: &ids, responses: &responses, entries: &entries, decode, known: &[] };
             let scores = source.scores(&inputs)?;
             let gold_scores = gold.map(|gold| gold.scores(&inputs)).transpose()?;
             for (i, (prompt, response)) in chunk.iter().zip(&responses).enumerate() {

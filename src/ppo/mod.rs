@@ -1,5 +1,5 @@
 //! Proximal policy optimisation (PPO). `train.rs` is the loop over the inputs of `run.rs`; everything that changes is in
-//! `state.rs`. A rollout (`rollout.rs`) becomes experience (`experience.rs`), and experience becomes updates (`update.rs`).
+//! `state.rs`. A rollout (`rollout.rs`, scored by `scoring.rs`) becomes experience (`experience.rs`), and experience becomes updates (`update.rs`).
 //! The mathematics is in `rewards.rs`, `kl.rs`, `gae.rs`, `advantages.rs`, `kl_controller.rs` and `loss.rs`: functions of
 //! numbers that do not depend on the model. Read `train.rs` next.
 
@@ -22,6 +22,7 @@ pub mod rewards;
 pub mod rollout;
 pub mod run;
 pub mod sampler;
+pub mod scoring;
 pub mod state;
 pub mod token_detail;
 pub mod train;

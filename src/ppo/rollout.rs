@@ -8,20 +8,19 @@ use super::dschat;
 use super::dynamic::Sampled;
 use super::kl::Estimator;
 use super::sampler::Served;
+use super::scoring::{Scoring, score};
 use crate::config::Ppo;
 use crate::diverged;
 use crate::host::meter::{Phase, within};
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
+use crate::model::readers::Sharing;
 use crate::model::roles::{Policy, ValueModel};
 use crate::ops::cpu;
 use crate::report::Metrics;
 use crate::report::progress::{Progress, Unit};
-use crate::reward::source::{PartScores, RewardInputs, RewardSource};
+use crate::reward::source::{KnownScores, PartScores, RewardInputs, RewardSource, SCORING_TOKENS};
 use crate::train::world::World;
-
-/// Tokens per forward pass of the scoring roles: enough to use all cores, few enough to need little memory.
-const SCORING_TOKENS: usize = 2048;
 
 /// B responses with the outputs of the four roles. Per-token vectors are as long as the response.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -121,6 +120,8 @@ pub struct Readers<'w> {
     pub recomputes: bool,
     /// Pad token, if the rollout is to be read as DeepSpeed-Chat does.
     pub pad: Option<u32>,
+    /// What readers over one base on a device have in common.
+    pub sharing: Sharing,
     /// The ranks that share the sequences.
     pub world: &'w World,
 }
@@ -206,61 +207,42 @@ struct Outputs {
     values: Option<Vec<f32>>,
     /// Value of the state after the last token, if it is needed.
     last_value: Option<f32>,
+    /// Scores of the reward models that are read with the other roles.
+    scores: Vec<f32>,
 }
 
-/// Reads the sequences `rows` of a rollout in one pass per role.
-fn outputs(
-    actor: Policy<'_>,
-    readers: &Readers<'_>,
-    rollout: &Rollout,
-    rows: &[usize],
-    recomputes: bool,
-    temperature: f64,
-) -> Result<Vec<Outputs>> {
+/// Reads the sequences `rows` of a rollout.
+fn outputs(rollout: &Rollout, rows: &[usize], asked: Scoring<'_>) -> Result<Vec<Outputs>> {
     let (batch, targets) = rollout.batch(rows)?;
-    // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
-    let recomputed = recomputes.then(|| actor.logprobs(&batch, &targets, temperature)).transpose()?;
-    let of_reference = match readers.reference {
-        Some(reference) => {
-            let hidden = reference.rows(&batch, &targets)?;
-            let logprobs = reference.logprobs_of(&hidden, &targets, temperature)?.logprobs;
-            let exact = match readers.exact_kl {
-                true => Some(actor.kl(&actor.rows(&batch, &targets)?, (reference, &hidden), temperature)?),
-                false => None,
-            };
-            let (_, d) = hidden.dims2()?;
-            Some((logprobs, exact, hidden.to_host()?, d))
-        }
-        None => None,
-    };
-    let states = match readers.last_values {
-        true => [&targets.rows[..], &batch.last_rows()].concat(),
-        false => targets.rows.clone(),
-    };
-    let values = readers.critic.map(|critic| critic.values(&batch, &states)).transpose()?;
-    let mut last_values = values.iter().flat_map(|values| &values[targets.rows.len()..]);
+    let mut hidden = None;
+    let scored = score(&batch, &targets, asked, |rows| {
+        let (_, d) = rows.dims2()?;
+        hidden = Some((rows.to_host()?, d));
+        Ok(())
+    })?;
+    let mut last_values = scored.values.iter().flat_map(|values| &values[targets.rows.len()..]);
     let mut at = 0;
-    let mut of = |&i: &usize| {
+    let mut of = |(number, &i): (usize, &usize)| {
         let tokens = at..at + rollout.responses[i].tokens.len();
         at = tokens.end;
         let of_tokens = |all: &Vec<f32>| all[tokens.clone()].to_vec();
-        let exact_kl = of_reference.as_ref().and_then(|(_, exact, ..)| exact.as_ref()).map(of_tokens);
-        let of_reference = match &of_reference {
-            Some((logprobs, _, hidden, d)) => {
+        let of_reference = match scored.ref_logprobs.as_ref().zip(hidden.as_ref()) {
+            Some((logprobs, (hidden, d))) => {
                 let hidden = cpu::view(hidden)?[tokens.start * d..tokens.end * d].to_vec();
                 Some((of_tokens(logprobs), hidden))
             }
             None => None,
         };
         Ok(Outputs {
-            recomputed: recomputed.as_ref().map(|stats| of_tokens(&stats.logprobs)),
+            recomputed: scored.logprobs.as_ref().map(of_tokens),
             of_reference,
-            exact_kl,
-            values: values.as_ref().map(of_tokens),
+            exact_kl: scored.exact_kl.as_ref().map(of_tokens),
+            values: scored.values.as_ref().map(of_tokens),
             last_value: last_values.next().copied(),
+            scores: scored.scores.iter().map(|scores| scores[number]).collect(),
         })
     };
-    rows.iter().map(&mut of).collect()
+    rows.iter().enumerate().map(&mut of).collect()
 }
 
 /// Scores given responses by actor, reference, critic and reward source. If `readers` has a pad token, responses are
@@ -289,19 +271,38 @@ pub fn read(
     };
     let lengths: Vec<usize> = (0..rollout.prompts.len()).map(|i| rollout.sequence(i).len()).collect();
     let recomputes = scored.is_some() || readers.recomputes;
-    let is_read = readers.reference.is_some() || readers.critic.is_some() || recomputes;
+    // Reward models over a base on a device are read with the roles beside them, which see the same sequences.
+    let joins = readers.sharing != Sharing::Apart && scored.is_none();
+    let mut models = if joins { readers.source.models() } else { vec![] };
+    models.retain(|model| model.base().place().is_some());
+    let asked = Scoring {
+        actor: Some(actor),
+        // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
+        recomputes,
+        reference: readers.reference,
+        exact_kl: readers.exact_kl,
+        critic: readers.critic,
+        last_values: readers.last_values,
+        models: &models,
+        sharing: readers.sharing,
+        temperature,
+    };
+    let is_read = readers.reference.is_some() || readers.critic.is_some() || recomputes || !models.is_empty();
     let chunks = if is_read { chunks_by_tokens(&lengths, SCORING_TOKENS) } else { vec![] };
     let outputs = readers.world.share(chunks.len(), |mine| {
         let chunks = &chunks[mine];
         let mut progress = Progress::new("scoring", chunks.iter().map(Vec::len).sum(), Unit::Of("response"));
         let of = |rows: &Vec<usize>| {
-            let outputs = outputs(actor, &readers, &rollout, rows, recomputes, temperature);
+            let outputs = outputs(&rollout, rows, asked);
             progress.add(rows.len());
             outputs
         };
         chunks.iter().map(of).collect()
     })?;
+    let known = |model| KnownScores { model, scores: Vec::with_capacity(lengths.len()) };
+    let mut known: Vec<KnownScores<'_>> = models.iter().copied().map(known).collect();
     for (i, outputs) in outputs.into_iter().flatten().enumerate() {
+        known.iter_mut().zip(outputs.scores).for_each(|(known, score)| known.scores.push(score));
         if let Some(trainers) = outputs.recomputed {
             let samplers = std::mem::replace(&mut rollout.responses[i].logprobs, trainers);
             rollout.sampler_logprobs.extend(readers.recomputes.then_some(samplers));
@@ -321,7 +322,7 @@ pub fn read(
         None => (&rollout.prompts, &rollout.responses),
         Some((prompts, responses)) => (prompts, responses),
     };
-    let inputs = RewardInputs { prompts, responses, entries: &entries, decode: readers.decode };
+    let inputs = RewardInputs { prompts, responses, entries: &entries, decode: readers.decode, known: &known };
     rollout.scores = readers.source.scores(&inputs)?;
     if let Some(bad) = rollout.scores.iter().find(|score| !score.is_finite()) {
         return Err(diverged!("the score of a response is {bad}"));

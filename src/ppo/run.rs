@@ -13,6 +13,7 @@ use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::block::Recompute;
+use crate::model::readers::Sharing;
 use crate::model::roles::ValueModel;
 use crate::reward::source::RewardSource;
 use crate::train::world::World;
@@ -50,6 +51,9 @@ pub struct PpoRun<'w> {
     pub seed: u64,
     /// Activations that blocks recompute in the backward pass. The caller has resolved `checkpoint = "auto"`.
     pub recompute: Recompute,
+    /// What the roles that score a rollout have in common where they read one base on a device. The caller knows by a plan what memory
+    /// allows.
+    pub sharing: Sharing,
     /// The ranks that share the work. All hold the same state: each samples, scores and computes gradients of its share of the
     /// sequences, and what it finds goes to all.
     pub world: &'w World,

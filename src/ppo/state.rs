@@ -149,6 +149,7 @@ impl State {
             recomputes: run.sampler.is_some()
                 || config.importance_sampling_correction != ImportanceSamplingCorrection::None,
             pad: run.pad,
+            sharing: run.sharing,
             world: run.world,
         };
         run.source.set_progress(self.iteration as f64 / config.iterations().saturating_sub(1).max(1) as f64);

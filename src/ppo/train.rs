@@ -186,6 +186,7 @@ mod tests {
             config: &config,
             seed: 1,
             recompute: Recompute::Off,
+            sharing: crate::model::readers::Sharing::default(),
         };
         let refusal = |run: PpoRun<'_>| {
             let error = train(&run, &mut Session::silent()).unwrap_err();

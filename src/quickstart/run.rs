@@ -22,6 +22,7 @@ use crate::host;
 use crate::model::adapter::Adapter;
 use crate::model::batch::{Batch, Targets};
 use crate::model::generate::{FinishReason, SamplingParams, generate};
+use crate::model::readers::Sharing;
 use crate::model::roles::{Policy, ValueModel};
 use crate::model_files::ModelFiles;
 use crate::page;
@@ -249,6 +250,7 @@ fn all_stages(out: &Path, config: &Config) -> Result<Outcome> {
         config: ppo_config,
         seed,
         recompute: plan::resolve(ppo_config.checkpoint, base, &sft_adapter, micro_batch_tokens(&questions, ppo_config)),
+        sharing: Sharing::default(),
     };
     let trained = train(&run, &mut session)?;
     save(&model, &trained.actor, &out.join("actor"))?;

@@ -36,6 +36,17 @@ pub struct RewardInputs<'a> {
     pub entries: &'a [usize],
     /// Decodes token ids.
     pub decode: &'a dyn Fn(&[u32]) -> String,
+    /// Scores of these responses that are known already, of models that [`RewardSource::models`] returned.
+    pub known: &'a [KnownScores<'a>],
+}
+
+/// Scores that a model gave in a pass which other roles shared.
+#[derive(Clone)]
+pub struct KnownScores<'a> {
+    /// The model.
+    pub model: ValueModel<'a>,
+    /// (B) values at the last token of each response.
+    pub scores: Vec<f32>,
 }
 
 impl RewardInputs<'_> {
@@ -70,6 +81,12 @@ pub trait RewardSource {
     /// If the scores cannot be obtained, and the source has no fallback score.
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>>;
 
+    /// The models whose values at the last tokens of prompt and response the scores are made of, if they can be read in a pass
+    /// with other roles: those that [`RewardInputs::known`] has are not read again.
+    fn models(&self) -> Vec<ValueModel<'_>> {
+        vec![]
+    }
+
     /// Where the run is, 0 in its first iteration and 1 in its last: what a weight that moves depends on. Called before scores
     /// are asked for.
     fn set_progress(&self, _share: f64) {}
@@ -100,14 +117,21 @@ pub fn without_leading(prompt: &[u32], pad: u32) -> &[u32] {
 }
 
 /// Tokens per scoring pass: enough to use all cores, few enough to need little memory.
-const SCORING_TOKENS: usize = 2048;
+pub(crate) const SCORING_TOKENS: usize = 2048;
 
 /// A learned reward: the value at the last token of the response.
 #[derive(Clone, Copy)]
 pub struct RewardModel<'w>(pub ValueModel<'w>);
 
 impl RewardSource for RewardModel<'_> {
+    fn models(&self) -> Vec<ValueModel<'_>> {
+        vec![self.0]
+    }
+
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
+        if let Some(known) = inputs.known.iter().find(|known| known.model.is_same(&self.0)) {
+            return Ok(known.scores.clone());
+        }
         let both = inputs.prompts.iter().zip(inputs.responses);
         let sequences: Vec<Vec<u32>> = both.map(|(p, r)| p.iter().chain(&r.tokens).copied().collect()).collect();
         let lengths: Vec<usize> = sequences.iter().map(Vec::len).collect();

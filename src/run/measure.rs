@@ -306,6 +306,7 @@ impl Bench<'_> {
             config: &c,
             seed: config.seed,
             recompute: admission.plan.checkpoint,
+            sharing: admission.plan.sharing(),
         };
         let trained = ppo::train::train(&run, &mut session)?;
         save(trained.actor.clone(), &model, &self.out.join("actor"))?;

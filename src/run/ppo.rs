@@ -175,6 +175,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         config: ppo,
         seed: config.seed,
         recompute: preflight.plan.checkpoint,
+        sharing: preflight.plan.sharing(),
         world,
     };
     let (trained, after) =

@@ -72,6 +72,7 @@ fn run(limits: Limits, poison: f32, is_poison: impl Fn(usize) -> bool, metrics: 
         config: &config,
         seed: 1,
         recompute: Recompute::Off,
+        sharing: fourfold::model::readers::Sharing::default(),
     };
     let mut session = Session::new(Report::to_dir(metrics)?).guarded(Guard::new(limits));
     train(&run, &mut session)

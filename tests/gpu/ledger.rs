@@ -9,6 +9,7 @@ use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::init::dora::with_magnitudes;
+use fourfold::model::readers::{Reader, Sharing};
 use fourfold::model::roles::{HeadGradients, Policy, ValueModel};
 use fourfold::ops::attention::KvCacheType;
 use fourfold::ops::sample::{Distribution, Sampler};
@@ -125,6 +126,19 @@ fn run(shape: &Shape, device: &Device) -> Log {
             .unwrap();
         model.gradients(&batch, &responses.rows, shape.recompute, |v| Ok(vec![0.5; v.len()])).unwrap();
     });
+    part("readers", &mut || {
+        let last = batch.last_rows();
+        let of = |adapter, rows| Reader { adapter, rows };
+        let readers = [
+            of(Some(&actor), &responses.rows[..]),
+            of(None, &last),
+            of(Some(&reward), &last),
+            of(Some(&reference), &last),
+        ];
+        for sharing in Sharing::ALL {
+            base.read(&batch, &readers, sharing, |_, rows| rows.to_host().map(drop)).unwrap();
+        }
+    });
     part("a new adapter", &mut || {
         let next = drawn(&actor, 10);
         Policy::new(base, Some(&next)).logprobs(&batch, &responses, 1.0).unwrap();
@@ -153,7 +167,7 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
         Shape {
             layers: 3,
             offload: 3,
-            lengths: &[30, 30, 2],
+            lengths: &[30, 41, 2],
             compute: ComputeDtype::F16,
             quantised: Some(StorageDType::Q8_0),
             recompute: Recompute::Block,

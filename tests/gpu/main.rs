@@ -21,6 +21,7 @@ mod parity;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../training/invariants/world.rs"]
 mod ppo_world;
+mod readers;
 mod real_files;
 mod stages;
 mod stored_types;

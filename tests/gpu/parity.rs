@@ -123,7 +123,7 @@ fn both(path: &str, device: &Device) -> [Base; 2] {
     [open(path).base, on(open(path).base, device)]
 }
 
-fn golden(folder: &str, ends_with: &str) -> Vec<PathBuf> {
+pub fn golden(folder: &str, ends_with: &str) -> Vec<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(folder);
     let mut found: Vec<PathBuf> = std::fs::read_dir(folder).unwrap().map(|e| e.unwrap().path()).collect();
     found.retain(|p| ends_with.is_empty() || p.to_string_lossy().ends_with(ends_with));

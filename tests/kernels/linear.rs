@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use fourfold::device::testing::can_emulate;
 use fourfold::device::{Device, Element, Matrix, Usage};
 use fourfold::ops::embedding::gpu as embedding;
-use fourfold::ops::linear::gpu::{Compute, DeviceLora, Map, SCRATCH, backward, forward};
+use fourfold::ops::linear::gpu::{Compute, DeviceLora, Kept, Map, SCRATCH, backward, forward};
 use fourfold::ops::storage::gpu::DeviceWeight;
 use fourfold::ops::weight::StorageDType;
 
@@ -113,6 +113,44 @@ fn weights_in_strips_give_the_same_numbers() {
     }
 }
 
+/// Products that find a weight's numbers kept have the bits of those that dequantise it, strip by strip, and it is dequantised once.
+#[test]
+fn kept_numbers_give_the_bits_of_dequantised_ones() {
+    if !can_emulate() {
+        return;
+    }
+    // A machine of its own: launches are counted.
+    let device = Device::emulated().unwrap();
+    let (m, n, k) = (70, 301, 256);
+    for operand in FLOATS {
+        let weight = Host::random(StorageDType::Q4K, n, k, false, 7).upload(&device);
+        let x = device.upload_as(operand, &numbers(m * k, 1), m, k).unwrap();
+        let dy = device.upload_as(operand, &numbers(m * n, 2), m, n).unwrap();
+        // All rows at once, 128 of them, three.
+        for scratch in [SCRATCH, 140 * k * operand.bytes(), 3 * k * operand.bytes()] {
+            let compute = Compute { scratch, ..Compute::new(operand) };
+            let of = |kept: Option<&Kept>| {
+                let maps = [Map { weight: &weight, kept, bias: None, lora: None }];
+                device.begin_profile().unwrap();
+                let (ys, saved) = forward(&x, &maps, None, Element::F32, compute).unwrap();
+                let dx = backward(&x, &maps, &saved, &[&dy], true, compute).unwrap().input.unwrap();
+                let kernels = device.end_profile().unwrap();
+                let calls = kernels.iter().filter(|kernel| kernel.name.starts_with("dequantise_")).map(|k| k.calls);
+                (ys[0].to_bytes().unwrap(), dx.to_bytes().unwrap(), calls.sum::<usize>())
+            };
+            let (want, kept) = (of(None), Kept::default());
+            let found = of(Some(&kept));
+            assert!((&found.0, &found.1) == (&want.0, &want.1), "{operand}, {scratch}");
+            assert!(want.2 >= 2 && found.2 == 1, "{operand}, {scratch}: {} and {} launches", want.2, found.2);
+            let other = if operand == Element::F32 { Element::F16 } else { Element::F32 };
+            let x = device.upload_as(other, &numbers(m * k, 1), m, k).unwrap();
+            let maps = [Map { weight: &weight, kept: Some(&kept), bias: None, lora: None }];
+            let error = forward(&x, &maps, None, Element::F32, Compute::new(other)).unwrap_err();
+            assert!(format!("{error:#}").contains("kept of another weight"), "{error:#}");
+        }
+    }
+}
+
 #[test]
 fn strips_bound_the_scratch_matrix() {
     if !can_emulate() {
@@ -123,7 +161,7 @@ fn strips_bound_the_scratch_matrix() {
     let weight = DeviceWeight::reserve(&device, StorageDType::Q4K, n, k).unwrap();
     let x = device.matrix(Element::Bf16, 70, k).unwrap();
     let dy = device.matrix(Element::Bf16, 70, n).unwrap();
-    let maps = [Map { weight: &weight, bias: None, lora: None }];
+    let maps = [Map { weight: &weight, kept: None, bias: None, lora: None }];
     for (scratch, rows) in [(SCRATCH, n), (130 * k * 2, 128), (5 * k * 2, 5), (1, 1)] {
         let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
         for (both, result) in [(false, 70 * n * 2), (true, 70 * k * 4)] {
@@ -169,13 +207,13 @@ fn gradients_are_the_slopes_of_the_forward() {
     // The loss is the sum of dy y.
     let loss = |x: &[f32], a: &[f32], b: &[f32]| -> f64 {
         let lora = DeviceLora::new(device, Element::F32, a, (r, k), b, n, 0.7, None).unwrap();
-        let maps = [Map { weight: &weight, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(x, m, k).unwrap();
         let (y, _) = forward(&x, &maps, None, Element::F32, compute).unwrap();
         y[0].to_f32().unwrap().iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum()
     };
     let lora = DeviceLora::new(device, Element::F32, &a, (r, k), &b, n, 0.7, None).unwrap();
-    let maps = [Map { weight: &weight, bias: None, lora: Some(&lora) }];
+    let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
     let xd = device.upload_f32(&x, m, k).unwrap();
     let (_, saved) = forward(&xd, &maps, None, Element::F32, compute).unwrap();
     let dyd = device.upload_f32(&dy, m, n).unwrap();
@@ -209,7 +247,7 @@ fn dora_of_a_row_of_zeros() {
     for operand in FLOATS {
         let lora =
             DeviceLora::new(device, operand, &numbers(r * k, 2), (r, k), &zeros, n, 1.5, Some(&[0.7; 4])).unwrap();
-        let maps = [Map { weight: &weight, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(&numbers(m * k, 3), m, k).unwrap();
         let dy = device.upload_f32(&numbers(m * n, 4), m, n).unwrap();
         let (y, saved) = forward(&x, &maps, None, Element::F32, Compute::new(operand)).unwrap();
@@ -376,7 +414,7 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     };
     let (x, good) = (matrix(Element::Bf16, m, k), lora(Element::Bf16, r, k, n));
     let compute = Compute::new(Element::Bf16);
-    let map = Map { weight: &weight, bias: None, lora: Some(&good) };
+    let map = Map { weight: &weight, kept: None, bias: None, lora: Some(&good) };
     let refused = |x: &Matrix, maps: &[Map<'_>], residual: Option<&Matrix>, to, reason: &str| {
         let error = forward(x, maps, residual, to, compute).err().unwrap().to_string();
         assert!(error.contains(reason), "{error}");

@@ -128,8 +128,13 @@ fn ask(source: &dyn RewardSource) -> Result<()> {
     let response = |i| Response { tokens: vec![i, 0], logprobs: vec![0.0; 2], finish: FinishReason::Stop };
     let responses: Vec<Response> = (0..3).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
-    let scores =
-        source.scores(&RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &decode })?;
+    let scores = source.scores(&RewardInputs {
+        prompts: &prompts,
+        responses: &responses,
+        entries: &[],
+        decode: &decode,
+        known: &[],
+    })?;
     anyhow::ensure!(scores.len() == 3 && scores.iter().all(|score| score.is_finite()), "scores that are none");
     Ok(())
 }

@@ -7,6 +7,7 @@ use anyhow::Result;
 use fourfold::config::{Lora, Ppo};
 use fourfold::model::adapter::Adapter;
 use fourfold::model::block::Recompute;
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::ValueModel;
 use fourfold::model_files::ModelFiles;
 use fourfold::ppo::rewards::{Ending, Shaping, shape};
@@ -58,6 +59,7 @@ fn iterate(model: &Model, prompts: &Vec<Vec<u32>>, response: usize, stop: &[u32]
         config: &config,
         seed: 1,
         recompute: Recompute::Off,
+        sharing: Sharing::default(),
     };
     train(&run, &mut Session::silent())
 }

@@ -14,6 +14,7 @@ use fourfold::model::adapter::{Adapter, ScoreHead};
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::{Readers, Rollout, read};
@@ -180,6 +181,7 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
             config: &config,
             seed: 0,
             recompute: Recompute::Off,
+            sharing: Sharing::default(),
         };
         // 1. Log-probabilities, values and scores of the recorded tokens; the reference is the base without an adapter.
         let response = |tokens: &Vec<u32>| Response {
@@ -199,6 +201,7 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
             entries: &[],
             decode: &|_| String::new(),
             pad: Some(recorded.pad),
+            sharing: Sharing::default(),
         };
         let actor = Policy::new(base, Some(&lm));
         let rollout = read(actor, readers, recorded.prompts.clone(), responses, 1.0).unwrap();
@@ -460,6 +463,7 @@ fn a_rollout_with_all_responses_dropped_is_refused_if_first_and_else_repeats_the
         config: &config,
         seed: 0,
         recompute: Recompute::Off,
+        sharing: Sharing::default(),
     };
     let all_end = run(&every);
     all_end.check().unwrap();

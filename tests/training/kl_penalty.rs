@@ -10,6 +10,7 @@ use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::Experience;
 use fourfold::ppo::rollout::Rollout;
@@ -117,6 +118,7 @@ fn the_penalty_is_adapted_by_the_kl_after_the_last_of_two_updates() {
             config: &config,
             seed: 0,
             recompute: Recompute::Off,
+            sharing: Sharing::default(),
         };
         let mut state = State::new(&run).unwrap();
         state.experience = Some(experience(&golden, &model.base, &lm));

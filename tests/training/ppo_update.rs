@@ -8,6 +8,7 @@ use fourfold::config::Ppo;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
 use fourfold::model::generate::{FinishReason, Response};
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::ppo::experience::{Experience, Scale};
 use fourfold::ppo::rollout::Rollout;
@@ -120,6 +121,7 @@ fn four_updates_of_actor_and_critic_follow_torch_and_peft() {
         config: &config,
         seed: 0,
         recompute: Recompute::Off,
+        sharing: Sharing::default(),
     };
     let mut state = State::new(&run).unwrap();
     state.experience = Some(experience);

@@ -32,7 +32,13 @@ pub fn ask(source: &dyn RewardSource, n: usize) -> anyhow::Result<Vec<f32>> {
     let responses: Vec<Response> = (0..n as u32).map(response).collect();
     let decode = |ids: &[u32]| ids.iter().map(u32::to_string).collect::<Vec<_>>().join(" ");
     let entries: Vec<usize> = (10..10 + n).collect();
-    source.scores(&RewardInputs { prompts: &prompts, responses: &responses, entries: &entries, decode: &decode })
+    source.scores(&RewardInputs {
+        prompts: &prompts,
+        responses: &responses,
+        entries: &entries,
+        decode: &decode,
+        known: &[],
+    })
 }
 
 fn program(script: &str, policy: RetryPolicy) -> CommandReward<'static> {

@@ -108,6 +108,7 @@ fn responses_to_one_prompt_are_one_request_of_sglangs_score() {
         responses: &[1, 2, 3, 4, 5].map(response),
         entries: &[],
         decode: &|_| String::new(),
+        known: &[],
     };
     let source = served(&url, rules(Dialect::SglangScore, None), 0, None);
     assert_eq!(source.scores(&inputs).unwrap(), [11.0, 22.0, 13.0, 24.0, 15.0]);

@@ -13,6 +13,7 @@ use crate::model::adapter::{LoraLayer, LoraLayers};
 use crate::ops::activation::Activation;
 use crate::ops::attention::{Heads, KvCache, Sequences};
 use crate::ops::columns;
+use crate::ops::linear::gpu::Kept;
 use crate::ops::linear::{self, Bias, BranchGradient, InputGradient, LinearWithLora};
 use crate::ops::norm::Norm;
 use crate::ops::rope::RopeTable;
@@ -91,6 +92,10 @@ pub struct Block {
     pub rotation: Option<usize>,
 }
 
+/// The dequantised weights of one block on a device, kept while several readers go through it.
+#[derive(Debug, Default)]
+pub struct KeptWeights([Kept; MAX_LINEARS]);
+
 /// Settings that all blocks of a base share.
 pub struct Geometry {
     /// Layout of q, k and v.
@@ -146,13 +151,20 @@ struct Pass<'a> {
     block: &'a Block,
     lora: Option<&'a LoraLayers>,
     geometry: &'a Geometry,
+    /// One per linear layer, where dequantised weights are kept.
+    kept: Option<&'a [Kept]>,
 }
 
 impl<'a> Pass<'a> {
     fn part(self, linear: usize) -> LinearWithLora<'a> {
         let frozen = &self.block.linears[linear];
         let lora = self.lora.and_then(|layers| layers[linear].as_ref());
-        LinearWithLora { weight: &frozen.weight, bias: frozen.bias.as_ref(), lora: lora.map(LoraLayer::low_rank) }
+        LinearWithLora {
+            weight: &frozen.weight,
+            kept: self.kept.and_then(|kept| kept.get(linear)),
+            bias: frozen.bias.as_ref(),
+            lora: lora.map(LoraLayer::low_rank),
+        }
     }
 
     fn parts(self, linears: std::ops::Range<usize>) -> Vec<LinearWithLora<'a>> {
@@ -214,7 +226,7 @@ impl<'a> Pass<'a> {
 
 impl Block {
     fn pass<'a>(&'a self, lora: Option<&'a LoraLayers>, geometry: &'a Geometry) -> Pass<'a> {
-        Pass { block: self, lora, geometry }
+        Pass { block: self, lora, geometry, kept: None }
     }
 
     /// y (N, D) of x (N, D); saves nothing.
@@ -229,6 +241,21 @@ impl Block {
         x: &Array,
     ) -> Result<Array> {
         self.pass(lora, geometry).forward(layout, x, |_, _| Ok(()))
+    }
+
+    /// As [`Block::forward`]. On a device, dequantised weights are found in `kept`, or left there for the next call.
+    ///
+    /// # Errors
+    /// If shapes do not fit.
+    pub fn forward_keeping(
+        &self,
+        kept: &KeptWeights,
+        lora: Option<&LoraLayers>,
+        geometry: &Geometry,
+        layout: Layout<'_>,
+        x: &Array,
+    ) -> Result<Array> {
+        Pass { kept: Some(&kept.0), ..self.pass(lora, geometry) }.forward(layout, x, |_, _| Ok(()))
     }
 
     /// y (N, D) of x (N, D), and the tensors saved for `backward`.

@@ -180,7 +180,7 @@ impl DeviceLora {
             let (a, b) = self.exact()?;
             // Numbers of the operands' type are used as they lie; all others become exact f32.
             let element = weight.dense(self.operand()).map_or(Element::F32, |dense| dense.element());
-            read_strips(weight, element, self.scratch, |rows, w| {
+            read_strips(weight, None, element, self.scratch, |rows, w| {
                 let (b, squares) = (b.row_range(rows.clone())?, squares.row_range(rows)?);
                 squared_row_norms(w, a, &b, self.scale, &squares)
             })?;

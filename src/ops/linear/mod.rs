@@ -31,6 +31,8 @@ use crate::ops::weight::Weight;
 pub struct LinearWithLora<'a> {
     /// W, (out, in), as stored.
     pub weight: &'a Weight,
+    /// On a device, where W's numbers are kept once they are dequantised, if other products are to find them.
+    pub kept: Option<&'a gpu::Kept>,
     /// b, (out), if the layer has one. It is frozen and has no gradient.
     pub bias: Option<&'a Bias>,
     /// LoRA weights, if the role's adapter has them here.
@@ -163,27 +165,34 @@ pub(crate) fn on_device(
 }
 
 /// A group's weights, biases and LoRA weights on a device.
-struct Copies {
+struct Copies<'a> {
     weights: Vec<Arc<DeviceWeight>>,
+    kept: Vec<Option<&'a gpu::Kept>>,
     biases: Vec<Option<Arc<Matrix>>>,
     lora: Vec<Option<Arc<gpu::DeviceLora>>>,
 }
 
-impl Copies {
-    fn of(x: &Matrix, parts: &[LinearWithLora<'_>]) -> Result<Self> {
+impl<'a> Copies<'a> {
+    fn of(x: &Matrix, parts: &[LinearWithLora<'a>]) -> Result<Self> {
         let (device, operand) = (x.device(), operand(parts));
+        let kept = parts.iter().map(|part| part.kept).collect();
         let (mut weights, mut biases, mut lora) = (vec![], vec![], vec![]);
         for part in parts {
             weights.push(part.weight.on(device)?);
             biases.push(part.bias.map(|bias| bias.on(device)).transpose()?);
             lora.push(part.lora.map(|lora| lora.on(device, operand)).transpose()?);
         }
-        Ok(Self { weights, biases, lora })
+        Ok(Self { weights, kept, biases, lora })
     }
 
     fn maps(&self) -> Vec<gpu::Map<'_>> {
-        let parts = self.weights.iter().zip(&self.biases).zip(&self.lora);
-        parts.map(|((weight, bias), lora)| gpu::Map { weight, bias: bias.as_deref(), lora: lora.as_deref() }).collect()
+        let map = |i: usize| gpu::Map {
+            weight: &self.weights[i],
+            kept: self.kept[i],
+            bias: self.biases[i].as_deref(),
+            lora: self.lora[i].as_deref(),
+        };
+        (0..self.weights.len()).map(map).collect()
     }
 }
 

@@ -11,6 +11,7 @@ use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAlloca
 use crate::planner::simulate::network::{Gradients, View};
 use crate::planner::simulate::ops::{Simulator, Tensor};
 use crate::planner::simulate::shape::{Branches, Network};
+use crate::reward::source::SCORING_TOKENS;
 
 /// One pass through a network.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -90,6 +91,8 @@ pub struct Rollouts {
     pub more_rewards: usize,
     /// Whether a reward adapter scores the responses.
     pub reward_model: bool,
+    /// Reward adapters that score the responses of a rollout.
+    pub scoring_models: usize,
     /// Copies of the actor that are kept: its moving average, a reference that follows it, one that is sampled from ahead.
     pub copies: usize,
 }
@@ -149,8 +152,6 @@ pub struct StageShape {
 /// and those that are made.
 const STEPS: usize = 3;
 
-/// Tokens of one scoring pass in `ppo::rollout` and in `reward::source`.
-pub(crate) const SCORING_TOKENS: usize = 2048;
 /// Bytes of a batch per token: its id, its position; and of a target: its row and its id.
 const OF_TOKEN: usize = 8;
 const OF_TARGET: usize = 12;
@@ -450,7 +451,8 @@ impl StageShape {
                     }
                     return;
                 }
-                if work.recomputes {
+                // For the exact KL it is read once.
+                if work.recomputes && !work.exact.0 {
                     drop(actor_view.logprobs(chunk, r));
                 }
                 let hidden = work.reference.then(|| {

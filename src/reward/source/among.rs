@@ -6,6 +6,7 @@ use anyhow::Result;
 use serde_json::Value;
 
 use super::{PartScores, RewardInputs, RewardSource};
+use crate::model::roles::ValueModel;
 use crate::report::Metrics;
 use crate::train::world::World;
 
@@ -18,6 +19,11 @@ pub struct Shared<'w> {
 }
 
 impl RewardSource for Shared<'_> {
+    /// Of several ranks each reads its share of the responses, and not that of the other roles.
+    fn models(&self) -> Vec<ValueModel<'_>> {
+        if self.world.is_alone() { self.source.models() } else { vec![] }
+    }
+
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
         self.world.share(inputs.responses.len(), |mine| {
             if mine.is_empty() {

@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use super::{PartScores, RewardInputs, RewardSource};
+use crate::model::roles::ValueModel;
 use crate::report::{Metrics, number};
 
 /// One term of a weighted sum.
@@ -44,6 +45,10 @@ impl<'w> WeightedSum<'w> {
 }
 
 impl RewardSource for WeightedSum<'_> {
+    fn models(&self) -> Vec<ValueModel<'_>> {
+        self.parts.iter().flat_map(|part| part.source.models()).collect()
+    }
+
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let mut sums = vec![0f64; inputs.responses.len()];
         for (part, last) in self.parts.iter().zip(self.last.borrow_mut().iter_mut()) {
@@ -144,6 +149,10 @@ impl<'w> Ensemble<'w> {
 }
 
 impl RewardSource for Ensemble<'_> {
+    fn models(&self) -> Vec<ValueModel<'_>> {
+        self.members.iter().flat_map(|member| member.models()).collect()
+    }
+
     fn scores(&self, inputs: &RewardInputs<'_>) -> Result<Vec<f32>> {
         let all = self.members.iter().map(|m| m.scores(inputs)).collect::<Result<Vec<_>>>()?;
         let (mut scores, mut disagreement) = (Vec::with_capacity(inputs.responses.len()), 0.0);
@@ -206,8 +215,13 @@ mod tests {
         };
         let sum = WeightedSum::new(vec![part("a", 1.0, [1.0, 2.0]), part("b", -0.5, [4.0, 8.0])]);
         let (prompts, responses) = self::responses();
-        let inputs =
-            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
+        let inputs = RewardInputs {
+            prompts: &prompts,
+            responses: &responses,
+            entries: &[],
+            decode: &|_| String::new(),
+            known: &[],
+        };
         assert_eq!(sum.scores(&inputs).unwrap(), [-1.0, -2.0]);
         let parts = sum.parts();
         assert_eq!((parts[1].name.as_str(), parts[1].weight, &parts[1].scores[..]), ("b", -0.5, &[4.0, 8.0][..]));
@@ -228,8 +242,13 @@ mod tests {
         };
         let sum = WeightedSum::new(vec![part("moves", 2.0, Some(-1.0)), part("stays", 1.0, None)]);
         let (prompts, responses) = self::responses();
-        let inputs =
-            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
+        let inputs = RewardInputs {
+            prompts: &prompts,
+            responses: &responses,
+            entries: &[],
+            decode: &|_| String::new(),
+            known: &[],
+        };
         for (share, weight) in [(0.0, 2.0), (0.5, 0.5), (1.0, -1.0)] {
             sum.set_progress(share);
             assert_eq!(sum.scores(&inputs).unwrap(), [1.0 + weight as f32, 2.0 + 2.0 * weight as f32], "{share}");
@@ -246,8 +265,13 @@ mod tests {
         let adapters = [adapter(&base, None, 3), adapter(&base, None, 4), adapter(&base, None, 5)];
         let members: Vec<_> = adapters.iter().map(|a| RewardModel(ValueModel::new(&base, a).unwrap())).collect();
         let (prompts, responses) = self::responses();
-        let inputs =
-            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &|_| String::new() };
+        let inputs = RewardInputs {
+            prompts: &prompts,
+            responses: &responses,
+            entries: &[],
+            decode: &|_| String::new(),
+            known: &[],
+        };
         let alone: Vec<Vec<f32>> = members.iter().map(|m| m.scores(&inputs).unwrap()).collect();
         let boxed = || members.iter().map(|&m| Box::new(m) as Box<dyn RewardSource>).collect();
         let bold = Ensemble::new(boxed(), Aggregate::Mean).scores(&inputs).unwrap();

@@ -123,12 +123,14 @@ mod tests {
             response(&[7000, 7001], FinishReason::Length),
             response(&[7002, 7002], FinishReason::Length),
         ];
-        let inputs = RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &decode };
+        let inputs =
+            RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &decode, known: &[] };
         // Two letters and the end token; three letters, truncated; six letters, of which three fit the context.
         let want = vec![vec![40, 14, 15, 12, 12, 0], vec![16, 12, 12, 12], vec![40, 14, 15, 12, 12, 12]];
         assert_eq!(model.sequences(&inputs).unwrap(), want);
         assert_eq!(model.scores(&inputs).unwrap(), scorer.scores(&Batch::new(&want).unwrap()).unwrap());
-        let unknown = RewardInputs { prompts: &[vec![1]], responses: &responses[..1], entries: &[], decode: &decode };
+        let unknown =
+            RewardInputs { prompts: &[vec![1]], responses: &responses[..1], entries: &[], decode: &decode, known: &[] };
         assert!(model.scores(&unknown).unwrap_err().to_string().contains("without an encoding"));
     }
 }

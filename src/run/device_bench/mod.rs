@@ -24,7 +24,7 @@ use crate::model::roles::{Policy, ValueModel};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::weight::{ComputeDtype, StorageDType};
 use crate::planner::dry;
-use crate::planner::dry::OnDevice;
+use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::passes;
 use crate::planner::simulate::shape::{Branches, Network};
 use crate::planner::simulate::stages::StageShape;
@@ -177,6 +177,8 @@ pub fn square(device: &Device, element: Element, n: usize) -> Result<f64> {
 /// A base on a device with the adapters of actor and reward model.
 struct Roles {
     base: Base,
+    /// The device's name in plans.
+    choice: DeviceChoice,
     sft: Adapter,
     reward: Adapter,
 }
@@ -221,7 +223,7 @@ pub fn model(
     let lora = Lora { r: asked.rank, ..Lora::default() };
     let sft = Adapter::init(lora_config(&lora), base.shapes(), 0)?;
     let reward = Adapter::init(lora_config(&lora), base.shapes(), 1)?.with_head(1)?;
-    let roles = Roles { base, sft, reward };
+    let roles = Roles { base, choice, sft, reward };
     // A machine that computes nothing has no times: its steps are counted, kernel by kernel.
     let sequences = if device.is_dry() { &[][..] } else { &asked.sequences };
     for &sequences in sequences {
@@ -229,7 +231,7 @@ pub fn model(
     }
     for &method in &asked.methods {
         if !device.is_dry() {
-            show(with("gpu/step", roles.step(device, choice, asked, method, scratch)?))?;
+            show(with("gpu/step", roles.step(device, asked, method, scratch)?))?;
         }
         if asked.kernels {
             let (seconds, mut all) = roles.profiled(device, asked, method, scratch)?;
@@ -317,14 +319,7 @@ impl Roles {
     }
 
     /// The seconds of a step and of its phases, and the device's memory beside the plan's.
-    fn step(
-        &self,
-        device: &Device,
-        choice: DeviceChoice,
-        asked: &Asked,
-        method: Method,
-        scratch: &Path,
-    ) -> Result<Value> {
+    fn step(&self, device: &Device, asked: &Asked, method: Method, scratch: &Path) -> Result<Value> {
         device.reset_peak();
         let lines = self.run(asked, method, asked.steps + 1, scratch)?;
         let measured = device.usage().peak;
@@ -338,7 +333,7 @@ impl Roles {
         let mut whole = of("seconds");
         whole.sort_by(f64::total_cmp);
         let (settings, responses) = (self.settings(asked, method, asked.steps + 1)?, asked.batch);
-        let planned = self.planned(choice, asked, &settings)?;
+        let planned = self.plan(asked, &settings)?.peak().1;
         Ok(json!({
             "method": method.name(), "responses": responses, "prompt": asked.prompt, "response": asked.response,
             "micro_batch_size": asked.micro_batch, "r": asked.rank, "checkpoint": asked.recompute.name(),
@@ -413,6 +408,7 @@ impl Roles {
             config: settings.ppo()?,
             seed: 0,
             recompute: asked.recompute,
+            sharing: self.plan(asked, &settings)?.sharing,
         };
         let out = scratch.join(method.name());
         std::fs::create_dir_all(&out).with_context(|| format!("making {}", out.display()))?;
@@ -423,16 +419,16 @@ impl Roles {
         text.lines().map(|line| serde_json::from_str(line).context("a line of metrics")).collect()
     }
 
-    /// The peak of the device's memory by the planner, bytes.
-    fn planned(&self, choice: DeviceChoice, asked: &Asked, settings: &config::Config) -> Result<usize> {
+    /// The device's plan.
+    fn plan(&self, asked: &Asked, settings: &config::Config) -> Result<DevicePlan> {
         let steps = settings.ppo()?.total_episodes / asked.batch;
         let method = if settings.ppo()?.num_generations > 1 { Method::Grpo } else { Method::Ppo };
         let prompts = self.prompts(asked, method, steps);
         let context = self.base.config().max_position_embeddings;
         let facts = passes::Asked { held_out: &[], context, other_tokens: false };
         let on = OnDevice {
-            policy: choice,
-            scorer: choice,
+            policy: self.choice,
+            scorer: self.choice,
             start: self.sft.clone(),
             reward: self.reward.clone(),
             rooms: Default::default(),
@@ -449,7 +445,7 @@ impl Roles {
             threads: 1,
             on_device: Some(on),
         };
-        Ok(dry::walk(&shape)?.first().context("the plan of a device")?.peak().1)
+        dry::walk(&shape)?.into_iter().next().context("the plan of a device")
     }
 }
 

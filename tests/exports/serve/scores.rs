@@ -99,7 +99,7 @@ fn classify_is_vllms_and_both_reward_sources_read_the_server() {
     ));
     // The sources of `[[ppo.reward]] kind = "http"`.
     let decode = |ids: &[u32]| tokenizer.decode(ids).unwrap();
-    let inputs = RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &decode };
+    let inputs = RewardInputs { prompts: &prompts, responses: &responses, entries: &[], decode: &decode, known: &[] };
     let retry =
         || RetryPolicy { timeout: Duration::from_secs(60), retries: 0, backoff: Duration::ZERO, fallback: None };
     let rules = |dialect| ServedRules {

@@ -11,6 +11,7 @@ use fourfold::model::adapter::Adapter;
 use fourfold::model::base::Base;
 use fourfold::model::batch::{Batch, Targets};
 use fourfold::model::block::Recompute;
+use fourfold::model::readers::Sharing;
 use fourfold::model::roles::{Policy, ValueModel};
 use fourfold::model_files::ModelFiles;
 use fourfold::ppo::run::PpoRun;
@@ -168,6 +169,7 @@ pub fn ppo_run<'w>(
         config,
         seed,
         recompute,
+        sharing: Sharing::default(),
     }
 }
 

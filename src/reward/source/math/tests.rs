@@ -152,7 +152,8 @@ fn answers_come_from_the_records_column() {
         .into();
     let prompts = vec![vec![1]; 3];
     let decode = |tokens: &[u32]| format!("It is {}", tokens[0]);
-    let inputs = RewardInputs { prompts: &prompts, responses: &responses, entries: &[0, 4, 4], decode: &decode };
+    let inputs =
+        RewardInputs { prompts: &prompts, responses: &responses, entries: &[0, 4, 4], decode: &decode, known: &[] };
     assert_eq!(source.scores(&inputs).unwrap(), [1.0, 1.0, 0.0]);
     let error = source.scores(&RewardInputs { entries: &[], ..inputs }).unwrap_err().to_string();
     assert!(error.contains("no right answer for a prompt"), "{error}");
