@@ -28,7 +28,7 @@ use crate::planner::dry::DevicePlan;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
-use crate::run::{PlanInputs, with_members};
+use crate::run::{PlanInputs, memory_beside, refusals, with_members};
 use crate::warning;
 
 #[derive(Args)]
@@ -77,6 +77,8 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         warning!("plan: warning: [{name}] offload has no effect on the CPU; --device cuda plans it for a card");
     }
     let source = PlanInputs::open(stage, &config)?;
+    let refused = refusals(stage, &config, source.longest_sequence(), source.context());
+    refused.iter().for_each(|text| warning!("plan: warning: {text}"));
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     let on_device = [section.device(), config.second_base(stage).device()].into_iter().any(dry::is_device);
     let limit = args.memory.filter(|_| !on_device).or(config.memory.limit).map(|limit| limit.0);
@@ -92,7 +94,8 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let choices = plan::choices(stage, &config, &shapes, &plan)?;
     let kto = source.kto_lengths(&config)?;
     let (config, source) = (&config, &source);
-    let shown = Shown { stage, config, source, plan: &plan, budget, device_limit, fits, change, choices, kto };
+    let beside = config.rollouts(stage).ok().and_then(memory_beside);
+    let shown = Shown { stage, config, source, plan: &plan, budget, device_limit, fits, change, choices, kto, beside };
     if args.json {
         print_json(&shown.json())?
     } else {
@@ -155,6 +158,8 @@ struct Shown<'s> {
     choices: Vec<(Change, Plan)>,
     /// KTO's longest sequence, and its longest prompt with another's response.
     kto: Option<(usize, usize)>,
+    /// What a server that the run starts takes beside it, and the bytes of its model file where they are known.
+    beside: Option<(String, Option<u64>)>,
 }
 
 /// Bytes of each category, of all, and of what cannot be dropped, in JSON.
@@ -222,6 +227,7 @@ impl Shown<'_> {
                 "second_base": self.plan.job.scorer.as_ref().map(|net| net.offload.layers()),
                 "pinned": self.plan.job.pinned(),
             },
+            "rollout_server": self.beside.as_ref().map(|(text, bytes)| json!({"model_bytes": bytes, "note": text})),
             "arrangements": Arrangement::ALL.map(|of| {
                 let (phase, bytes) = of.peak(self.plan);
                 json!({"name": of.name(), "phase": phase.name(), "bytes": classes(&bytes)})
@@ -289,6 +295,9 @@ impl Shown<'_> {
         }
         for line in self.plan.offloaded() {
             let _ = writeln!(out, "{line}");
+        }
+        if let Some((text, _)) = &self.beside {
+            let _ = writeln!(out, "\n{text}");
         }
         let (phase, peak) = self.plan.peak();
         let _ = writeln!(

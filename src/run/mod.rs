@@ -52,7 +52,7 @@ use crate::train::stop;
 use crate::train::world::World;
 use crate::{host, invalid, note, warning};
 
-pub use data_warnings::data_warnings;
+pub use data_warnings::{data_warnings, refusals};
 pub use describe::describe;
 pub use hints::{check_adapter_path, check_base_path};
 pub use measure::{Measured, measure};
@@ -62,6 +62,7 @@ pub use options::{RunOptions, quoted, resuming_command};
 pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
 pub use plan_inputs::PlanInputs;
 pub use rewards::aggregate;
+pub use rollout_servers::memory_beside;
 
 /// Runs one stage of a config; returns the object that `--json` prints, on rank 0 where there are several.
 ///

@@ -294,6 +294,19 @@ impl PlanInputs {
     }
 }
 
+impl PlanInputs {
+    /// Tokens of the longest training sequence; 0 without data.
+    pub fn longest_sequence(&self) -> usize {
+        match &self.data {
+            Data::Sft(data) => data.train.longest_sequence(),
+            Data::Ranked(data) => data.train.longest_sequence(),
+            Data::Judged(data) => data.train.longest_sequence(),
+            Data::Prompts(data) => data.train.longest_sequence(),
+            Data::Full(_) => 0,
+        }
+    }
+}
+
 fn has_data(config: &Config) -> bool {
     config.data.as_ref().is_some_and(|data| !data.path.as_slice().is_empty() || !data.sources.is_empty())
 }
@@ -306,7 +319,13 @@ fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
         Stage::Sft => Data::Sft(of(config, tokenizer, config.sft().completion_only_loss)?),
         Stage::Reward | Stage::Dpo => Data::Ranked(of(config, tokenizer, true)?),
         Stage::Kto => Data::Judged(of(config, tokenizer, true)?),
-        Stage::Distill if !config.distill().samples_all() => Data::Sft(of(config, tokenizer, true)?),
-        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
+        Stage::Distill => {
+            let about = || config.distill().about_records();
+            match config.distill().samples_all() {
+                true => Data::Prompts(of(config, tokenizer, true).with_context(about)?),
+                false => Data::Sft(of(config, tokenizer, true).with_context(about)?),
+            }
+        }
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
     })
 }
