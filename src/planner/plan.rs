@@ -105,8 +105,8 @@ impl Plan {
             && self.devices.iter().all(|device| device.fits(device.room.map_or(0, spare)))
     }
 
-    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs; and one for
-    /// the inputs of blocks that wait on the host.
+    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs; and one
+    /// for the inputs of blocks that wait on the host.
     pub fn offloaded(&self) -> Vec<String> {
         let Some(on) = &self.job.on_device else { return vec![] };
         let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];

@@ -2,7 +2,8 @@
 //!
 //! Everything is added up by rank 0 in the order of the ranks and returned by it, so that one seed and one number of ranks give
 //! one set of bytes. A world of one does nothing. Its ranks are processes under MPI (feature `mpi`) or, in tests, threads. It
-//! does not depend on a stage. Read `launch.rs` for how a process learns of the others, and `../supervised.rs` for the loop over it.
+//! does not depend on a stage. Read `launch.rs` for how a process learns of the others, and `../supervised.rs` for the loop over
+//! it.
 
 mod failure;
 mod lap;
