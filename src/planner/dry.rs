@@ -348,7 +348,7 @@ impl Roles<'_> {
                 Ok(())
             })?;
         }
-        let batches = work.prompts.chunks(work.at_once.max(1));
+        let batches = work.own().chunks(work.at_once.max(1));
         let largest = batches.max_by_key(|prompts| tokens(prompts)).filter(|_| !work.served);
         if let (Some(base), Some(prompts)) = (self.policy, largest) {
             ledger.within(Phase::Rollout, || self.generate(base, prompts, work.generations, work.response))?;

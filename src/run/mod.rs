@@ -55,7 +55,7 @@ use crate::{host, invalid, note, warning};
 pub use data_warnings::{data_warnings, refusals};
 pub use describe::describe;
 pub use hints::{check_adapter_path, check_base_path};
-pub use measure::{Measured, measure};
+pub use measure::{Measured, measure, measure_among};
 pub use members::{members, with_members};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, quoted, resuming_command};
@@ -107,7 +107,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
     config.teacher.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "teacher"))?;
-    let config = &offload::chosen(stage, config)?;
+    let config = &offload::chosen(stage, config, launch.world.size())?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let ran = match stage {
         Stage::Sft => sft::run(config, out, launch),

@@ -112,21 +112,25 @@ pub struct PlanInputs {
     held: usize,
     /// Bytes of the process beside its heap, taken once: every plan that is compared counts the same ones.
     process: usize,
+    /// Ranks of a run, of which one is planned.
+    ranks: usize,
     _tokenizer: Option<Tokenizer>,
 }
 
 impl PlanInputs {
     /// Opens what the config, with all members of an ensemble written out, names: bases, data and, where they are there
     /// already, adapters. Without data, or without a
-    /// tokenizer to read it with, sequences are as long as `[data]` allows.
+    /// tokenizer to read it with, sequences are as long as `[data]` allows. The plan is that of one of `ranks` ranks, and the config
+    /// that of all ([`Config::of_ranks`]).
     ///
     /// # Errors
     /// A base, an adapter or records that cannot be used; no `[ppo]` where it is asked for.
-    pub fn open(stage: Stage, config: &Config) -> Result<Self> {
-        Self::with(stage, config, |tokenizer| match tokenizer {
+    pub fn open(stage: Stage, config: &Config, ranks: usize) -> Result<Self> {
+        let inputs = Self::with(stage, config, |tokenizer| match tokenizer {
             Some(tokenizer) if has_data(config) => read(stage, config, tokenizer),
             _ => Ok(Data::Full(2)),
-        })
+        })?;
+        Ok(Self { ranks, ..inputs })
     }
 
     /// As [`PlanInputs::open`], with every sequence as long as `[data]` allows and `responses` in every comparison, whatever
@@ -176,6 +180,7 @@ impl PlanInputs {
             fresh: Default::default(),
             held: meter::current(),
             process: beside_heap_bytes(),
+            ranks: 1,
             _tokenizer: tokenizer,
         })
     }
@@ -253,17 +258,20 @@ impl PlanInputs {
         match (&self.data, stage) {
             (Data::Sft(data), Stage::Distill) => passes::distill(config, &data.train, &data.held_out),
             (Data::Prompts(data), Stage::Distill) => passes::distill(config, &data.train, &data.held_out),
-            (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out),
-            (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out),
-            (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
-            (Data::Judged(data), _) => passes::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
+            (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out, self.ranks),
+            (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out, self.ranks),
+            (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?, self.ranks),
+            (Data::Judged(data), _) => passes::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?, self.ranks),
             (Data::Prompts(data), _) => {
                 let count = data.held_out.len().min(config.ppo()?.eval_prompts);
                 let held_out: Vec<usize> = (0..count).map(|row| data.held_out.tokens(row)).collect();
-                let asked = passes::Asked { held_out: &held_out, context: self.context(), other_tokens: false };
+                let (context, ranks) = (self.context(), self.ranks);
+                let asked = passes::Asked { held_out: &held_out, context, other_tokens: false, ranks };
                 passes::ppo(config, &Ids(&data.train), asked)
             }
-            (Data::Full(responses), stage) => passes::full_length(stage, config, self.context(), *responses),
+            (Data::Full(responses), stage) => {
+                passes::full_length(stage, config, self.context(), *responses, self.ranks)
+            }
         }
     }
 

@@ -127,8 +127,12 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     }
     let lengths: Vec<usize> = eval_prompts.iter().map(|prompt| prompt.tokens.len()).collect();
     let contexts = [&model.base, reward_base].map(|base| base.config().max_position_embeddings);
-    let facts =
-        passes::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
+    let facts = passes::Asked {
+        held_out: &lengths,
+        context: contexts[0].min(contexts[1]),
+        other_tokens: translated.is_some(),
+        ranks: world.size(),
+    };
     let open = |servers| rollout_servers::open(servers, &model, ppo.origin.name(), out, world.is_first());
     let sampler = ppo.servers().map(open).transpose()?;
     let parts = Parts { stage, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };

@@ -2,11 +2,14 @@
 //! are simulated, since each starts with more than the one before: stepped weights, the guard's copy. Read ../plan.rs for
 //! the plan that is made of it.
 
+use std::ops::Range;
+
 use crate::host::meter::Phase;
 use crate::model::batch::chunks_by_tokens;
 use crate::model::block::Recompute;
 use crate::model::inputs::pinned_bytes;
 use crate::planner::dry::{OnDevice, is_device};
+use crate::planner::passes::largest_share;
 use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAllocator};
 use crate::planner::simulate::network::{Gradients, View};
 use crate::planner::simulate::ops::{Simulator, Tensor};
@@ -47,6 +50,8 @@ pub struct Supervised {
     pub response: Option<usize>,
     /// Whether that teacher has an adapter.
     pub taught: bool,
+    /// Ranks that train together, of which this is one.
+    pub ranks: usize,
     /// Optimizer steps of the run.
     pub steps: usize,
 }
@@ -54,8 +59,10 @@ pub struct Supervised {
 /// Passes of PPO.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Rollouts {
-    /// Prompts of the largest rollout.
+    /// Prompts of the largest rollout, of all ranks.
     pub prompts: Vec<usize>,
+    /// Ranks that share the sequences. Micro-batches, text and evaluation are those of one.
+    pub ranks: usize,
     /// Their responses are sampled outside this process.
     pub served: bool,
     /// Responses to each of them, which are adjacent in `prompts`.
@@ -86,12 +93,24 @@ pub struct Rollouts {
     pub critic_on_policy: bool,
     /// The KL is taken over the whole vocabulary: in the rollout, in every pass of the loss.
     pub exact: (bool, bool),
-    /// Reward adapters beside the first, gold ones among them.
+    /// Whether `reward_adapter` is one adapter.
+    pub main_reward: bool,
+    /// Reward adapters beside that, gold ones among them.
     pub more_rewards: usize,
+    /// The critic starts as that adapter, and not as a fresh one.
+    pub critic_is_reward: bool,
     /// Whether a reward adapter scores the responses.
     pub reward_model: bool,
     /// Copies of the actor that are kept: its moving average, a reference that follows it, one that is sampled from ahead.
     pub copies: usize,
+}
+
+impl Rollouts {
+    /// The prompts that one rank samples responses to, the most tokens of all; whole groups, since equal prompts are read once.
+    pub fn own(&self) -> &[usize] {
+        let share = largest_share(self.ranks, self.prompts.len(), |share| self.prompts[share].iter().sum::<usize>());
+        &self.prompts[share.start / self.generations.max(1) * self.generations.max(1)..share.end]
+    }
 }
 
 /// A stage's work.
@@ -158,6 +177,11 @@ const OF_TARGET: usize = 12;
 /// the room that growing lists leave.
 const OF_RESPONSE_TOKEN: usize = 40;
 
+/// Numbers of a response token that ranks exchange beside the reference's hidden state: its log-probabilities, KL and values.
+const OF_OUTPUTS: usize = 5;
+/// Bytes of a response token in JSON: its id, its log-probability, and the room of a text that grows.
+const OF_JSON_TOKEN: usize = 50;
+
 /// A number of a rollout in a checkpoint: a JSON value (32), one of its bits (32) as a text (32), a line of the file (31, in a
 /// text that grew by doubling).
 const OF_FACT: usize = 160;
@@ -210,6 +234,13 @@ impl Learner {
 
     fn bytes(&self) -> usize {
         self.sizes.iter().sum()
+    }
+}
+
+/// `World::sum_gradients` on rank 0: beside its own the message of one other rank and what it says.
+fn exchange_gradients(ledger: &SimAllocator, ranks: usize, learner: &Learner) {
+    if ranks > 1 {
+        drop(ledger.take(MemoryCategory::Gradients, 2 * learner.bytes()));
     }
 }
 
@@ -364,6 +395,7 @@ impl StageShape {
                 drop(theirs);
                 grads = add(grads, g);
             }
+            exchange_gradients(ledger, work.ranks, &learner);
             ledger.enter(Phase::Step);
             learner.step(walk, grads);
             if number == 0 {
@@ -379,9 +411,12 @@ impl StageShape {
         let (net, ledger) = (&self.policy, &walk.ledger);
         let scorer_net = self.scorer.as_ref().unwrap_or(net);
         let critic_net = if work.critic_on_policy { net } else { scorer_net };
-        let (sft, reward) = (adapter(walk, &self.branches, net), adapter(walk, &self.reward, scorer_net));
-        // The file that it was read from.
-        drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(scorer_net)));
+        let sft = adapter(walk, &self.branches, net);
+        let reward = work.main_reward.then(|| adapter(walk, &self.reward, scorer_net));
+        if work.reward_model {
+            // The file that it was read from.
+            drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(scorer_net)));
+        }
         let more: Vec<_> = (0..work.more_rewards).map(|_| adapter(walk, &self.reward, scorer_net)).collect();
         let copies: Vec<_> = (0..work.copies).map(|_| adapter(walk, &self.branches, net)).collect();
         let actor_view = View { walk, net, branches: Some(&self.branches) };
@@ -390,13 +425,18 @@ impl StageShape {
         let e = net.config.embedding_width;
         ledger.enter(Phase::Step);
         let mut actor = Learner::new(walk, sft.clone(), &self.branches, net);
-        let critic_start = if work.critic_on_policy { adapter(walk, &self.reward, net) } else { reward.clone() };
-        let mut critic = work.critic.then(|| Learner::new(walk, critic_start, &self.reward, critic_net));
+        let start = || match reward.as_ref().filter(|_| work.critic_is_reward && !work.critic_on_policy) {
+            Some(reward) => reward.clone(),
+            None => adapter(walk, &self.reward, critic_net),
+        };
+        let mut critic = work.critic.then(|| Learner::new(walk, start(), &self.reward, critic_net));
         let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|p| p + work.response).collect() };
         // What is left of a pass, the rows of the reference, counts for all; of many passes only some are gone through, the
         // largest and the last among them.
-        let in_chunks = |lengths: &[usize], pass: &mut dyn FnMut(&[usize], bool)| {
+        let in_chunks = |lengths: &[usize], ranks: usize, pass: &mut dyn FnMut(&[usize], bool)| {
             let chunks = chunks_by_tokens(lengths, SCORING_TOKENS);
+            let tokens = |chunks: &[Vec<usize>]| chunks.iter().flatten().map(|&i| lengths[i]).sum::<usize>();
+            let chunks = &chunks[largest_share(ranks, chunks.len(), |share| tokens(&chunks[share]))];
             let tokens = |at: usize| chunks[at].iter().map(|&i| lengths[i]).sum::<usize>();
             let largest = (0..chunks.len()).max_by_key(|&at| tokens(at));
             for (at, rows) in chunks.iter().enumerate() {
@@ -425,7 +465,7 @@ impl StageShape {
                 drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
             }
             if work.reward_model {
-                in_chunks(&lengths, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
+                in_chunks(&lengths, 1, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
             }
         };
         evaluate();
@@ -434,15 +474,21 @@ impl StageShape {
             let responses = work.prompts.len() * work.response;
             let _tokens = ledger.take(MemoryCategory::Data, responses * OF_RESPONSE_TOKEN);
             // Nothing is left of a batch of responses, so that of many only some are gone through, the largest among them.
-            let batches: Vec<&[usize]> = work.prompts.chunks(work.at_once.max(1)).collect();
+            let batches: Vec<&[usize]> = work.own().chunks(work.at_once.max(1)).collect();
             let largest = batches.iter().max_by_key(|prompts| prompts.iter().sum::<usize>());
             let some = batches.iter().take(2 * SOME).chain(largest.filter(|_| batches.len() > 2 * SOME));
             for prompts in some.filter(|_| !work.served) {
                 actor_view.generate(prompts, work.generations, work.response);
             }
+            if work.ranks > 1 && work.served {
+                // Rank 0's responses go to the others as one JSON text, which grew by doubling.
+                drop(ledger.take(MemoryCategory::Data, responses * OF_JSON_TOKEN));
+            }
             ledger.enter(Phase::Scoring);
             let mut rows = vec![];
-            in_chunks(&whole(&work.prompts), &mut |chunk, is_gone_through| {
+            let mut own = 0;
+            in_chunks(&whole(&work.prompts), work.ranks, &mut |chunk, is_gone_through| {
+                own += chunk.len() * work.response;
                 let r = chunk.len() * work.response;
                 if !is_gone_through {
                     if work.reference {
@@ -472,24 +518,40 @@ impl StageShape {
                 }
                 drop(hidden);
             });
+            if work.ranks > 1 {
+                // `World::share`: the messages of all ranks take the place of the own results; each is read, and goes.
+                rows.clear();
+                let of_token = (if work.reference { e } else { 0 } + OF_OUTPUTS) * size_of::<f32>();
+                rows.push(ledger.take(MemoryCategory::Data, responses * of_token));
+                drop(ledger.take(MemoryCategory::Data, own * of_token));
+                rows.clear();
+                rows.extend(
+                    work.reference.then(|| ledger.take(MemoryCategory::Data, responses * e * size_of::<f32>())),
+                );
+            }
             if work.refills && work.reference {
                 rows.push(ledger.take(MemoryCategory::Data, responses * e * size_of::<f32>()));
             }
             if work.reward_model {
-                in_chunks(&whole(&work.prompts), &mut |chunk, is_gone_through| score(chunk, is_gone_through));
+                let lengths = whole(&work.prompts);
+                let tokens = |share: Range<usize>| lengths[share].iter().sum::<usize>();
+                let lengths = &lengths[largest_share(work.ranks, lengths.len(), tokens)];
+                in_chunks(lengths, 1, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
             }
             if work.refills && work.reference {
                 rows.pop();
             }
             ledger.enter(Phase::Update);
             let grads = self.actor_gradients(walk, actor_view, work);
-            let critic_grads = critic.as_ref().map(|_| {
+            exchange_gradients(ledger, work.ranks, &actor);
+            let critic_grads = critic.as_ref().map(|critic| {
                 let mut sum: Gradients = vec![];
                 for micro in &work.micro {
                     let (lengths, r) = sizes(micro);
                     let g = critic_view.scorer_gradients(&lengths, r, self.checkpoint);
                     sum = add(sum, g);
                 }
+                exchange_gradients(ledger, work.ranks, critic);
                 sum
             });
             ledger.enter(Phase::Step);
