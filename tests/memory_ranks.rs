@@ -1,5 +1,6 @@
-//! The plan of one of several ranks: its share of the sequences beside a plan of that share alone, and every phase within 5% of what
-//! the allocators of processes that train together count. The processes are this binary again, connected by sockets in place of MPI.
+//! The plan of one of several ranks: its share of the sequences beside a plan of that share alone, and every phase within 5% of
+//! what the allocators of processes that train together count. The processes are this binary again, connected by sockets in place
+//! of MPI.
 #![cfg(unix)]
 
 mod support;
@@ -143,9 +144,9 @@ fn place() -> Place {
     p
 }
 
-/// Each phase of the largest rank is predicted within 5%. A helper thread may have been kept away from the largest item: the highest
-/// of up to three runs counts. Rank 0 alone saves, and its kernels' buffers may never have grown to those of the rank that had the
-/// largest pass, which the plan counts: there it may be 15% above.
+/// Each phase of the largest rank is predicted within 5%. A helper thread may have been kept away from the largest item: the
+/// highest of up to three runs counts. Rank 0 alone saves, and its kernels' buffers may never have grown to those of the rank that
+/// had the largest pass, which the plan counts: there it may be 15% above.
 fn agrees(stage: &str, size: usize, keys: &str) {
     let p = place();
     let adapters = Path::new(env!("CARGO_MANIFEST_DIR")).join("adapters/quickstart");

@@ -22,7 +22,8 @@ use crate::ops::divergence::Divergence;
 use crate::ops::sample::Distribution;
 use crate::ops::weight::Weight;
 use crate::planner::simulate::shape::Network;
-use crate::planner::simulate::stages::{Pass, Rollouts, SCORING_TOKENS, StageShape, Supervised, Work};
+use crate::planner::simulate::stages::{SCORING_TOKENS, StageShape};
+use crate::planner::simulate::work::{Pass, Rollouts, Supervised, Work};
 
 /// Where the bases of a stage lie, and the adapters over them.
 #[derive(Clone, Debug)]

@@ -1,7 +1,7 @@
 //! The largest passes of each stage: the largest micro-batch that its loop will run, found with the loop's own
 //! shuffling.
 //!
-//! It does not compute bytes. Read `simulate/stages.rs` for what a pass takes.
+//! It does not compute bytes. Read `simulate/work.rs` for what a pass is, `simulate/stages.rs` for what it takes.
 
 use std::ops::Range;
 
@@ -16,7 +16,7 @@ use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample
 use crate::data::examples::{Example, Examples};
 use crate::dpo::kto::with_others;
 use crate::model::batch::chunks_by_tokens;
-use crate::planner::simulate::stages::{Pass, Rollouts, Supervised, Work};
+use crate::planner::simulate::work::{Pass, Rollouts, Supervised, Work};
 use crate::rng::{SplitMix64, derive};
 use crate::train::world::share_of;
 use crate::train::{settings, stop};

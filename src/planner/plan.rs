@@ -20,7 +20,8 @@ use crate::planner::dry;
 use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
-use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
+use crate::planner::simulate::stages::StageShape;
+use crate::planner::simulate::work::{Pass, Supervised, Work};
 use crate::train::stop;
 
 /// Translates a config into shapes; called again for each change that is tried.

@@ -28,7 +28,8 @@ use crate::planner::dry;
 use crate::planner::dry::OnDevice;
 use crate::planner::passes;
 use crate::planner::simulate::shape::{Branches, Network};
-use crate::planner::simulate::stages::{StageShape, Work};
+use crate::planner::simulate::stages::StageShape;
+use crate::planner::simulate::work::Work;
 use crate::tokenizer::Tokenizer;
 
 /// The examples, if there are any.
@@ -120,8 +121,8 @@ pub struct PlanInputs {
 impl PlanInputs {
     /// Opens what the config, with all members of an ensemble written out, names: bases, data and, where they are there
     /// already, adapters. Without data, or without a
-    /// tokenizer to read it with, sequences are as long as `[data]` allows. The plan is that of one of `ranks` ranks, and the config
-    /// that of all ([`Config::of_ranks`]).
+    /// tokenizer to read it with, sequences are as long as `[data]` allows. The plan is that of one of `ranks` ranks, and the
+    /// config that of all ([`Config::of_ranks`]).
     ///
     /// # Errors
     /// A base, an adapter or records that cannot be used; no `[ppo]` where it is asked for.
