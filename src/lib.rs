@@ -13,7 +13,8 @@
 //! - [`tokenizer`] text <-> token ids, chat templates; [`model_files`] Hugging Face directories, GGUF files and PEFT adapters
 //! - [`config`] TOML -> checked settings; [`data`] files of many formats -> token sequences; [`report`] and [`stats`] metrics
 //! - [`train`] what all stages share: learner, AdamW, schedules, checkpoints
-//! - [`sft`], [`reward`], [`dpo`], [`distill`], [`ppo`] the stages. PPO's loop is [`ppo::train`], its loss [`ppo::loss::policy_loss`]
+//! - [`sft`], [`reward`], [`dpo`], [`distill`], [`ppo`] the stages. PPO's loop is [`ppo::train`], its loss
+//!   [`ppo::loss::policy_loss`]
 //! - [`planner`] predicts a stage's memory; [`export`] merged models and GGUF files; [`page`] the page of a run
 //! - [`watch`] a run in a terminal; [`run`] runs a stage from its config to its output folder; [`quickstart`] all stages on
 //!   a tiny embedded base; [`serve`] an HTTP server over a base and its adapters; [`cli`] the commands

@@ -1,5 +1,6 @@
 //! The walls of the house, read off the sources: the order of the rooms, what a header says its file does not depend on,
-//! the files that headers point at, and the tree in README.md. A rule that is broken is named with file and line.
+//! the files that headers point at, the width of comments, and the tree in README.md. A rule that is broken is named with file and
+//! line.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -310,6 +311,26 @@ fn the_tree_in_the_readme_names_every_room_and_no_other() {
         missing.is_empty() && surplus.is_empty(),
         "README's tree lacks {missing:?} and names {surplus:?}, which are not there"
     );
+}
+
+/// `rustfmt` wraps code and no comment.
+#[test]
+fn no_comment_is_longer_than_132_columns() {
+    let mut paths = vec![];
+    ["src", "tests", "benches"].iter().for_each(|folder| rust_files(&root().join(folder), &mut paths));
+    let (mut faults, mut checked) = (vec![], 0);
+    for path in paths {
+        let text = fs::read_to_string(&path).unwrap();
+        for (i, line) in text.lines().enumerate().filter(|(_, line)| line.trim_start().starts_with("//")) {
+            checked += 1;
+            let columns = line.chars().count();
+            if columns > 132 {
+                faults.push(format!("{}:{}: the comment has {columns} columns", path.display(), i + 1));
+            }
+        }
+    }
+    assert!(checked > 10_000, "only {checked} lines of comments were found");
+    report(faults);
 }
 
 /// `eprintln!` and `println!` panic where nobody reads what they print, and a run of hours would end by it.

@@ -10,8 +10,8 @@
 //! ordered. All start from the SFT adapter, except `dpo_fresh`: it trains a fresh adapter on the merged SFT model, which is
 //! how TRL keeps its reference. The same pairs, questions and adapters are written to DIR/<seed>/ for TRL. No method uses
 //! the gold rule. `--study sections` runs the methods of `sections.rs` instead. Lines are added to `--results`, and what it
-//! holds is not run again. results.jsonl holds the results of five seeds on both sides, and of the study `sections` on ours; rows with
-//! `processor` avx2 were made on another machine, where decoding samples other responses.
+//! holds is not run again. results.jsonl holds the results of five seeds on both sides, and of the study `sections` on ours; rows
+//! with `processor` avx2 were made on another machine, where decoding samples other responses.
 
 mod greedy;
 mod sections;

@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 use std::io::IsTerminal;
 use std::path::PathBuf;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Args, ValueEnum};
 use serde_json::{Value, json};
 
@@ -18,7 +18,7 @@ use crate::data::stream::cache::Stored;
 use crate::host::peak_rss_bytes;
 use crate::invalid;
 use crate::model_files::ModelFiles;
-use crate::run::{check_base_path, data_warnings, examples, with_members};
+use crate::run::{check_base_path, data_warnings, examples, refusals, with_members};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -152,14 +152,18 @@ impl Look<'_> {
         completion_only: bool,
         pieces: fn(&T) -> Pieces<'_>,
     ) -> Result<()> {
-        let found: Prepared<T> = examples(self.config, self.tokenizer, completion_only)?;
+        let found: Result<Prepared<T>> = examples(self.config, self.tokenizer, completion_only);
+        let found = match stage {
+            config::Stage::Distill => found.with_context(|| self.config.distill().about_records())?,
+            _ => found?,
+        };
         let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
         lengths.sort_unstable();
         let report = &found.report;
         let mut warnings = data_warnings(report, self.config.data()?, found.train.len(), found.held_out.len());
-        warnings.extend(self.too_long(stage.name(), found.train.longest_sequence()));
         // Whether a reward model's folder is whole is the stage's concern.
         let config = with_members(stage, self.config).unwrap_or_else(|_| self.config.clone());
+        warnings.extend(refusals(stage, &config, found.train.longest_sequence(), self.context));
         warnings.extend(config.idle_keys(stage));
         let stage = stage.name();
         let mut samples = vec![];
@@ -205,24 +209,6 @@ impl Look<'_> {
         super::say(&text(stage, &found, &lengths, &samples, colour))?;
         warnings.iter().for_each(|warning| crate::tell!("warning: {warning}"));
         Ok(())
-    }
-
-    /// What the stage will refuse, in its words.
-    fn too_long(&self, stage: &str, longest: usize) -> Option<String> {
-        let context = self.context;
-        match self.config.ppo.as_ref().filter(|ppo| stage == ppo.origin.name()) {
-            Some(ppo) if longest + ppo.response_length > context => Some(format!(
-                "a prompt of {longest} tokens and {length} = {} do not fit the context of {context}, so `fourfold {stage}` will \
-                 refuse to start; lower {length} or [data] max_prompt_length",
-                ppo.response_length,
-                length = ppo.origin.key("response_length"),
-            )),
-            None if longest > context => Some(format!(
-                "[data] a sequence of {longest} tokens is longer than the model's context of {context}, so `fourfold {stage}` \
-                 will refuse to start; set max_length = {context} or less"
-            )),
-            _ => None,
-        }
     }
 
     fn sample(&self, sequences: &Pieces<'_>) -> Result<Vec<Vec<Piece>>> {

@@ -212,8 +212,8 @@ pub(super) fn merge(args: Merge) -> Result<()> {
 }
 
 /// The adapter as a PEFT directory, read again and compared.
-/// A sum of adapters has no scalar head that follows from theirs: one that is taken from one of them scores another network's hidden
-/// states.
+/// A sum of adapters has no scalar head that follows from theirs: one that is taken from one of them scores another network's
+/// hidden states.
 ///
 /// # Errors
 /// If the format keeps a head, and one of several or a weighted one would be kept.

@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
+use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -28,7 +29,7 @@ use crate::planner::dry::DevicePlan;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
-use crate::run::{PlanInputs, with_members};
+use crate::run::{PlanInputs, memory_beside, refusals, with_members};
 use crate::warning;
 
 #[derive(Args)]
@@ -53,6 +54,9 @@ pub(super) struct Arguments {
     /// [memory], ends with exit code 2.
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>())]
     memory: Option<ByteSize>,
+    /// Plans one of so many ranks, as `mpirun -n N` starts them; else a run of one process.
+    #[arg(long, value_name = "N", default_value = "1")]
+    ranks: NonZeroUsize,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
@@ -64,7 +68,11 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
-    let config = with_members(stage, &config)?;
+    let ranks = args.ranks.get();
+    if ranks > 1 && stage == Stage::Distill {
+        return Err(invalid!("--ranks {ranks}: distill trains in one process; leave --ranks out"));
+    }
+    let config = with_members(stage, &config)?.of_ranks(stage, ranks);
     let idle = config.idle_keys(stage);
     idle.iter().for_each(|idle| warning!("plan: warning: {idle}"));
     let config = config.read_by(stage);
@@ -76,7 +84,9 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     for (name, _) in bases.iter().filter(|(_, base)| base.is_some_and(is_idle_offload)) {
         warning!("plan: warning: [{name}] offload has no effect on the CPU; --device cuda plans it for a card");
     }
-    let source = PlanInputs::open(stage, &config)?;
+    let source = PlanInputs::open(stage, &config, ranks)?;
+    let refused = refusals(stage, &config, source.longest_sequence(), source.context());
+    refused.iter().for_each(|text| warning!("plan: warning: {text}"));
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     let on_device = [section.device(), config.second_base(stage).device()].into_iter().any(dry::is_device);
     let limit = args.memory.filter(|_| !on_device).or(config.memory.limit).map(|limit| limit.0);
@@ -92,7 +102,9 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let choices = plan::choices(stage, &config, &shapes, &plan)?;
     let kto = source.kto_lengths(&config)?;
     let (config, source) = (&config, &source);
-    let shown = Shown { stage, config, source, plan: &plan, budget, device_limit, fits, change, choices, kto };
+    let beside = config.rollouts(stage).ok().and_then(memory_beside);
+    let plan = &plan;
+    let shown = Shown { stage, ranks, config, source, plan, budget, device_limit, fits, change, choices, kto, beside };
     if args.json {
         print_json(&shown.json())?
     } else {
@@ -144,6 +156,8 @@ fn config(args: &Arguments) -> Result<Config> {
 /// The contents of the output.
 struct Shown<'s> {
     stage: Stage,
+    /// Ranks of the run, of which one is planned.
+    ranks: usize,
     config: &'s Config,
     source: &'s PlanInputs,
     plan: &'s Plan,
@@ -155,6 +169,8 @@ struct Shown<'s> {
     choices: Vec<(Change, Plan)>,
     /// KTO's longest sequence, and its longest prompt with another's response.
     kto: Option<(usize, usize)>,
+    /// What a server that the run starts takes beside it, and the bytes of its model file where they are known.
+    beside: Option<(String, Option<u64>)>,
 }
 
 /// Bytes of each category, of all, and of what cannot be dropped, in JSON.
@@ -192,6 +208,7 @@ impl Shown<'_> {
         };
         json!({
             "stage": self.stage.name(),
+            "ranks": self.ranks,
             "checkpoint": self.plan.checkpoint.name(),
             "micro_batch_size": self.micro_batch(),
             "lengths": if self.source.examples().is_some() { "data" } else { "longest" },
@@ -223,6 +240,7 @@ impl Shown<'_> {
                 "second_base": self.plan.job.scorer.as_ref().map(|net| net.offload.layers()),
                 "pinned": self.plan.job.pinned(),
             },
+            "rollout_server": self.beside.as_ref().map(|(text, bytes)| json!({"model_bytes": bytes, "note": text})),
             "arrangements": Arrangement::ALL.map(|of| {
                 let (phase, bytes) = of.peak(self.plan);
                 json!({"name": of.name(), "phase": phase.name(), "bytes": classes(&bytes)})
@@ -238,8 +256,9 @@ impl Shown<'_> {
         };
         let _ = writeln!(
             out,
-            "{}: MiB by phase, {lengths}; checkpoint = {}, {} per pass\n",
+            "{}: MiB by phase{}, {lengths}; checkpoint = {}, {} per pass\n",
             self.stage.name(),
+            if self.ranks > 1 { format!(" of one of {} ranks", self.ranks) } else { String::new() },
             self.plan.checkpoint.name(),
             counted(self.micro_batch(), "example")
         );
@@ -290,6 +309,9 @@ impl Shown<'_> {
         }
         for line in self.plan.offloaded() {
             let _ = writeln!(out, "{line}");
+        }
+        if let Some((text, _)) = &self.beside {
+            let _ = writeln!(out, "\n{text}");
         }
         let (phase, peak) = self.plan.peak();
         let _ = writeln!(

@@ -4,7 +4,7 @@
 
 use toml::{Table, Value};
 
-use super::located::{Fault, KeyError, keys_of, nearest, quoted};
+use super::located::{Fault, KeyError, containing, keys_of, nearest, quoted};
 use super::{
     Base, CheckpointConfig, Data, Distill, Dpo, Grpo, Guard, Kto, Lora, Memory, Ppo, Ptx, Reward, RewardPart, Rloo,
     RolloutEngine, Sft, trl,
@@ -82,6 +82,13 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("lambda", "[ppo] lam"),
     ("clip_reward_value", "[ppo] score_clip"),
     ("reward_model", "[ppo] reward_adapter"),
+    ("reward_model_path", "[ppo] reward_adapter"),
+    ("actor", "[ppo] adapter"),
+    ("policy", "[ppo] adapter"),
+    ("actor_adapter", "[ppo] adapter"),
+    ("policy_adapter", "[ppo] adapter"),
+    ("sft_adapter", "[ppo] adapter"),
+    ("lr", "learning_rate"),
     ("warmup_ratio", "warmup_steps"),
     ("num_warmup_steps", "warmup_steps"),
 ];
@@ -106,10 +113,22 @@ pub fn key_path(name: &str, stage: &str) -> Option<String> {
     all.iter().find(|(_, keys)| keys.contains(&name)).map(|(section, _)| format!("{section}.{name}"))
 }
 
+/// What another trainer's key is here, for a section that has it or not.
+fn known_as(key: &str, section: &str) -> Option<String> {
+    let (_, ours) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key)?;
+    let name = ours.rsplit_once("] ").map_or(*ours, |(_, name)| name);
+    if has(section, name) {
+        return Some(format!("it is [{section}] {name} here"));
+    }
+    // [grpo] and [rloo] have other names than [ppo] for some.
+    let of_trl = trl::reason(section, name).map(str::to_owned);
+    Some(of_trl.unwrap_or_else(|| format!("it is {ours} here")))
+}
+
 /// Where a key that does not belong here may have been meant to go.
-fn elsewhere(key: &str) -> Option<String> {
-    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key) {
-        return Some(format!("it is {ours} here"));
+pub(super) fn elsewhere(key: &str) -> Option<String> {
+    if let Some(known) = known_as(key, "") {
+        return Some(known);
     }
     if AT_THE_TOP.contains(&key) {
         return Some(format!("{key} stands at the top of the file, before any section (--set {key}=…)"));
@@ -153,11 +172,14 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
         Fault::UnknownKey { key, expected } => {
             let at = if inner(&error.path).is_some() { shown_table(&error.path) } else { at };
             let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
-            let known = ELSEWHERE.iter().any(|(theirs, _)| theirs == key).then(|| elsewhere(key)).flatten();
-            let of_trl = trl::reason(error.path.first().map_or("", String::as_str), key).map(str::to_owned);
-            let known = of_trl.or(known).or_else(|| trl::nowhere(key).map(str::to_owned));
+            let section = error.path.first().map_or("", String::as_str);
+            let of_trl = trl::reason(section, key).map(str::to_owned);
+            let known = of_trl.or_else(|| known_as(key, section)).or_else(|| trl::nowhere(key).map(str::to_owned));
+            // `batch_size` of [ppo] is less likely meant than per_device_train_batch_size of the section itself.
+            let part =
+                containing(key, expected).filter(|_| key.contains('_')).map(|name| format!("did you mean {name:?}?"));
             // A key that is spelt right and stands in the wrong place comes before one that is spelt alike.
-            let hint = known.or_else(|| elsewhere(key)).or(near).unwrap_or_else(|| guess(key, expected));
+            let hint = known.or(part).or_else(|| elsewhere(key)).or(near).unwrap_or_else(|| guess(key, expected));
             format!("{at} has no key {key:?}; {hint}")
         }
         Fault::UnknownValue { value, expected } => {

@@ -74,6 +74,17 @@ impl Distill {
         idle
     }
 
+    /// What an error about the records stands behind in a message: the section, and which records it needs.
+    pub fn about_records(&self) -> String {
+        match self.samples_all() {
+            true => "[distill]".to_owned(),
+            false => format!(
+                "[distill] lmbda = {} takes some responses from the records (with lmbda = 1 or seq_kd = true none)",
+                self.lmbda
+            ),
+        }
+    }
+
     /// Rules between keys; `has_teacher`: whether there is a `[teacher]`.
     pub(super) fn check(&self, has_teacher: bool) -> Result<()> {
         if !has_teacher && self.teacher_adapter.is_none() {

@@ -7,6 +7,7 @@
 use schemars::schema_for;
 use serde_json::{Map, Value};
 
+use super::describe::elsewhere;
 use super::located::nearest;
 use super::{Config, ranges};
 use crate::invalid;
@@ -64,9 +65,10 @@ pub fn keys_of_section(wanted: &str) -> anyhow::Result<Vec<Key>> {
     let mut names: Vec<&str> = all.iter().flat_map(|key| [key.section.as_str(), key.name.as_str()]).collect();
     names.retain(|name| !name.is_empty());
     names.dedup();
-    let hint = nearest(wanted, &names).map_or_else(
+    let near = elsewhere(wanted).or_else(|| nearest(wanted, &names).map(|name| format!("did you mean {name:?}?")));
+    let hint = near.map_or_else(
         || "`fourfold keys` prints them all".to_owned(),
-        |name| format!("did you mean {name:?}? `fourfold keys` prints them all"),
+        |near| format!("{near}{} `fourfold keys` prints them all", if near.ends_with('?') { "" } else { ";" }),
     );
     Err(invalid!("there is no section and no key {wanted:?}; {hint}"))
 }

@@ -209,10 +209,18 @@ pub(super) fn quoted(names: &[&str]) -> String {
     names.iter().map(|name| format!("{name:?}")).collect::<Vec<_>>().join(", ")
 }
 
-/// The name most like `wrong`, where one is like it at all.
+/// The name most like `wrong`, where one is like it at all, or the one that it is a part of.
 pub(super) fn nearest<'n>(wrong: &str, names: &[&'n str]) -> Option<&'n str> {
     let likeness = |name: &str| strsim::jaro_winkler(&wrong.to_lowercase(), name);
     let best = names.iter().copied().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    // 0.8 keeps a slip or a missing word part ("kl_coeff", "learning_rat", "epochs" no) and drops chance likeness.
-    (likeness(best) >= 0.8).then_some(best)
+    // 0.8 keeps a slip ("kl_coeff", "learning_rat") and drops chance likeness, and with it most parts of names.
+    if likeness(best) >= 0.8 { Some(best) } else { containing(wrong, names) }
+}
+
+/// The one name that has all words of `wrong` in their order beside others: "num_train_epochs" for "epochs". `None` where there are
+/// several.
+pub(super) fn containing<'n>(wrong: &str, names: &[&'n str]) -> Option<&'n str> {
+    let wrong = format!("_{}_", wrong.to_lowercase());
+    let mut found = names.iter().copied().filter(|name| format!("_{name}_").contains(&wrong));
+    found.next().filter(|first| found.all(|more| more == *first))
 }

@@ -471,7 +471,8 @@ optimised_section! {
         /// One optimizer for actor and critic: the gradient's norm is clipped over both, and `critic_learning_rate` is
         /// not used. Default false (TRL: true).
         pub shared_optimizer: bool = false,
-        /// Discount of a later token's reward; without effect for estimators that compare a prompt's responses. Default 1.0 (TRL and DeepSpeed-Chat).
+        /// Discount of a later token's reward; without effect for estimators that compare a prompt's responses. Default 1.0 (TRL
+        /// and DeepSpeed-Chat).
         pub gamma: f64 = 1.0,
         /// GAE's lambda, arXiv:1506.02438. Default 0.95 (TRL and DeepSpeed-Chat).
         pub lam: f64 = 0.95,

@@ -32,6 +32,21 @@ pub(super) fn fill(table: &mut Table) {
 }
 
 impl Ppo {
+    /// Checks that the critic has something to start as; `has_reward`: whether there is one `reward_adapter`, over the policy's
+    /// tokens.
+    ///
+    /// # Errors
+    /// If it starts as one that is not there.
+    pub fn check_critic(&self, has_reward: bool) -> Result<()> {
+        if has_reward || !self.advantage_estimator.has_critic() || self.critic != CriticStart::Reward {
+            return Ok(());
+        }
+        Err(invalid!(
+            "[ppo] critic = \"reward\" starts as the one reward_adapter, and there is none over the policy's tokens, or several; \
+             use critic = \"actor\" or \"own\", or an advantage_estimator without a critic"
+        ))
+    }
+
     /// Checks `bootstrap_truncated` against the other keys.
     ///
     /// # Errors

@@ -24,8 +24,8 @@ pub enum Engine {
     Vllm,
     /// Another server with these three, and no sampling parameter beyond OpenAI's.
     Openai,
-    /// llama.cpp's server, a child process of this one. It loads no adapter while it runs, so it is started anew with each version of
-    /// the actor's: `/completion` with token ids, `/health`.
+    /// llama.cpp's server, a child process of this one. It loads no adapter while it runs, so it is started anew with each version
+    /// of the actor's: `/completion` with token ids, `/health`.
     #[serde(rename = "llama.cpp")]
     LlamaCpp,
 }
@@ -61,8 +61,8 @@ pub struct RolloutEngine {
     /// The log-probabilities that the servers return, by which their samples are checked and corrected. Default `raw_logprobs`
     /// (vLLM's), which need temperature 0 or 1.
     pub logprobs_mode: LogprobsMode,
-    /// Where the actor's adapter is written for the servers to read, one folder per iteration (for llama.cpp one GGUF-LoRA file), the
-    /// last one alone kept. Absent = `rollout` in the run's folder.
+    /// Where the actor's adapter is written for the servers to read, one folder per iteration (for llama.cpp one GGUF-LoRA file),
+    /// the last one alone kept. Absent = `rollout` in the run's folder.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub adapter_dir: Option<PathBuf>,
     /// The path of that folder on the servers' machine, where it is another there. Absent = the same.

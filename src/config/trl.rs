@@ -1,5 +1,5 @@
-//! Keys of TRL's GRPOConfig, RLOOConfig and GKDConfig (1.16) that mean nothing here, each with the reason or with what stands for it.
-//! A file that has one is refused with these words. It does not depend on a stage. Read `group.rs` for the keys that are there.
+//! Keys of TRL's GRPOConfig, RLOOConfig and GKDConfig (1.16) that mean nothing here, each with the reason or with what stands for
+//! it. A file that has one is refused with these words. It does not depend on a stage. Read `group.rs` for the keys that are there.
 
 /// The keys' names, and what is said of them.
 const REASONS: &[(&[&str], &str)] = &[

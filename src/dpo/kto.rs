@@ -161,6 +161,14 @@ struct StepTally {
     tally: Tally,
 }
 
+/// The rows `own` of a rank, each with the one in front of it among `rows`, those of all ranks in a step, whichever rank has that;
+/// `before` stands in front of the first.
+pub(crate) fn with_others(rows: &[usize], own: &[usize], before: usize) -> Vec<(usize, usize)> {
+    let own: HashSet<usize> = own.iter().copied().collect();
+    let others = std::iter::once(before).chain(rows.iter().copied());
+    rows.iter().copied().zip(others).filter(|(row, _)| own.contains(row)).collect()
+}
+
 impl SupervisedStage<UnpairedExample> for Responses<'_> {
     type Sums = StepTally;
 
@@ -181,10 +189,7 @@ impl SupervisedStage<UnpairedExample> for Responses<'_> {
             _ => rows.last().copied(),
         };
         let before = before.context("a step has a record")?;
-        // Each row with the one in front of it, whichever rank has that.
-        let own: HashSet<usize> = step.rows.concat().into_iter().collect();
-        let others = std::iter::once(before).chain(rows.iter().copied());
-        let pairs = rows.iter().copied().zip(others).filter(|(row, _)| own.contains(row));
+        let pairs = with_others(&rows, &step.rows.concat(), before).into_iter();
         let pairs: Vec<_> = pairs.map(|(row, other)| (&self.examples[row], &self.examples[other])).collect();
         let log_ratios = self.judge.log_ratios(Policy::new(self.base, Some(adapter)), &pairs)?;
         Ok(StepTally { weight: 1.0 / rows.len() as f64, log_ratios, kl: f64::NAN, tally: Tally::default() })

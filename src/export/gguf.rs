@@ -298,13 +298,12 @@ fn same_tokens(ours: &ModelFiles, written: &ModelFiles) -> Result<()> {
 /// If llama.cpp does not have the base's architecture, the file cannot be written, or the reopened adapter differs; `out` does
 /// not exist then.
 pub fn lora(source: &Source<'_>, out: &Path) -> Result<Comparison> {
-    if source.files.gguf().is_none() {
-        architecture::name(source.base.config())?;
-    }
     if let Some(what) = source.gguf_lora_obstacle() {
-        return Err(invalid!(
-            "{what}; merge the adapter into the base instead: `--format gguf` or `--format safetensors`"
-        ));
+        let formats = match source.check_gguf_model() {
+            Ok(()) => "`--format gguf` or `--format safetensors`",
+            Err(_) => "`--format safetensors`",
+        };
+        return Err(invalid!("{what}; merge the adapter into the base instead: {formats}"));
     }
     let card = Card {
         front: "library_name: gguf\nbase_model_relation: adapter",

@@ -1,9 +1,9 @@
 //! Exports: merged models, classifiers, GGUF files and GGUF-LoRA adapters.
 //!
 //! Each is reopened and compared with base + adapter before it is renamed into place. It does not depend on stages or the
-//! configuration of runs. Read `verify` (the comparison) and `staged` (the renaming), then `merged` (Hugging Face directories), `gguf` (llama.cpp's files,
-//! with `gguf_container`, `gguf_parts`, `gguf_architecture` and `gguf_vocabulary`), `combine` (a weighted sum of adapters),
-//! `card` (the model card).
+//! configuration of runs. Read `verify` (the comparison) and `staged` (the renaming), then `merged` (Hugging Face directories),
+//! `gguf` (llama.cpp's files, with `gguf_container`, `gguf_parts`, `gguf_architecture` and `gguf_vocabulary`), `combine` (a
+//! weighted sum of adapters), `card` (the model card).
 
 pub mod card;
 pub mod combine;
@@ -51,8 +51,11 @@ impl Source<'_> {
     /// Checks that a GGUF file can express the merged model.
     ///
     /// # Errors
-    /// If the adapter has a branch on a tied lm_head, or on the embedding.
+    /// If llama.cpp does not have the base's architecture, or the adapter has a branch on a tied lm_head, or on the embedding.
     fn check_gguf_model(&self) -> Result<()> {
+        if self.files.gguf().is_none() {
+            gguf_architecture::name(self.base.config())?;
+        }
         if merged::unties(self.base, self.adapter) {
             return Err(invalid!(
                 "embedding and lm_head of the base are tied and the adapter has a branch on one, so the merged model is \

@@ -18,8 +18,8 @@ const BUFFERS: usize = 2;
 #[derive(Clone, Debug, Default)]
 pub(super) struct Pool(Arc<Mutex<Vec<HostCopy>>>);
 
-/// Bytes of pinned memory for an input of so many bytes: rounded up to a multiple of a power of two that is an eighth to a quarter of
-/// them, so that passes that grow by some tokens find memory that is large enough.
+/// Bytes of pinned memory for an input of so many bytes: rounded up to a multiple of a power of two that is an eighth to a quarter
+/// of them, so that passes that grow by some tokens find memory that is large enough.
 pub fn pinned_bytes(bytes: usize) -> usize {
     bytes.next_multiple_of(((bytes.max(64) / 8).next_power_of_two()).max(8))
 }

@@ -4,6 +4,7 @@
 //! a base (`model::base`). Read `tensor_table.rs` for how tensors are found, `files.rs` for the whole model.
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -12,7 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::invalid;
 use crate::model::config::{DecoderConfig, gguf_names};
 use crate::model_files::gguf::Gguf;
-use crate::model_files::resolve::{Resolved, resolve};
+use crate::model_files::resolve::{Resolved, SIDE_FILES, resolve};
 use crate::model_files::tensor_table::{StoredForm, StoredTensor, TensorTable, gguf_form, map, shards};
 use crate::model_files::{convert, gguf_config, gguf_tokenizer};
 use crate::ops::weight::{StorageDType, Weight};
@@ -64,8 +65,22 @@ impl FileContents {
         if kind.is_dir() {
             return Self::open_directory(path);
         }
-        if path.extension().is_some_and(|e| e.eq_ignore_ascii_case("safetensors")) {
+        let ends_in = |ending: &str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(ending));
+        let is_beside =
+            SIDE_FILES.iter().any(|file| path.ends_with(file)) && path.with_file_name(SIDE_FILES[0]).is_file();
+        if ends_in("safetensors") || is_beside {
             return Err(invalid!("{name} is one file of a model; give the directory that it lies in"));
+        }
+        // A file that is called otherwise may still be one.
+        let begins = || {
+            let mut first = [0; 4];
+            fs::File::open(path).and_then(|mut file| file.read_exact(&mut first)).is_ok_and(|()| first == *b"GGUF")
+        };
+        if !ends_in("gguf") && !begins() {
+            let what = if ends_in("json") { "a JSON file, " } else { "" };
+            let alone =
+                if ends_in("json") { " (`plan --base` alone takes a configuration without weights)" } else { "" };
+            return Err(invalid!("{name} is {what}no model; give a Hugging Face directory or a .gguf file{alone}"));
         }
         Self::open_gguf(path)
     }

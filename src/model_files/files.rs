@@ -1,7 +1,8 @@
 //! An opened base model: frozen weights under Hugging Face's names, the configuration and the tokenizer.
 //!
 //! The source is a Hugging Face directory, a GGUF file, or bytes compiled into the program. It does not depend on
-//! the base (`model::base`) that is built from it. Read `contents.rs` for how files are opened, `load.rs` for how weights become a base.
+//! the base (`model::base`) that is built from it. Read `contents.rs` for how files are opened, `load.rs` for how weights become a
+//! base.
 
 use std::fs;
 use std::path::{Path, PathBuf};

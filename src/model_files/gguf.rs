@@ -128,6 +128,11 @@ impl Gguf {
         self.version
     }
 
+    /// Whether it says that it is an adapter and no model.
+    pub fn is_adapter(&self) -> bool {
+        self.string("general.type").is_ok_and(|kind| kind == Some("adapter"))
+    }
+
     /// All tensors, in the order of their data, part by part.
     pub fn tensors(&self) -> &[GgufTensor] {
         &self.tensors

@@ -1,9 +1,9 @@
-//! Describes a model directory, a GGUF file or a PEFT adapter directory, as JSON and as text for people.
+//! Describes a model directory, a GGUF file of a model or an adapter, or a PEFT adapter directory, as JSON and as text for people.
 //!
 //! It serves the command `inspect`. It does not depend on `ModelFiles`: a model without a readable tokenizer can be
 //! described. Read `contents.rs` next.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -17,15 +17,68 @@ use crate::invalid;
 use crate::model::config::RopeScaling;
 use crate::model_files::contents::{FileContents, FileOrigin};
 use crate::model_files::convert;
+use crate::model_files::gguf::Gguf;
 use crate::model_files::peft::VALUE_HEAD_FILE;
 use crate::model_files::tensor_table::map;
 
-/// Describes the files at `path`: an adapter if there is an adapter_config.json, otherwise a model.
+/// Describes the files at `path`: an adapter if there is an adapter_config.json or it is a GGUF file of one, otherwise a model.
 ///
 /// # Errors
 /// If they cannot be read. A model whose tokenizer cannot be read is described with the reason.
 pub fn inspect(path: &Path) -> Result<Value> {
-    if path.join("adapter_config.json").exists() { inspect_adapter(path) } else { inspect_model(path) }
+    if path.join("adapter_config.json").exists() {
+        return inspect_adapter(path);
+    }
+    // A file that cannot be read is the model's to report.
+    let file = Some(path).filter(|path| path.is_file()).and_then(|path| Gguf::open(path).ok());
+    match file.filter(Gguf::is_adapter) {
+        Some(file) => inspect_gguf_adapter(path, &file),
+        None => inspect_model(path),
+    }
+}
+
+/// Describes an adapter that llama.cpp reads: two matrices `NAME.lora_a` and `NAME.lora_b` for each tensor of the base that has a
+/// branch.
+fn inspect_gguf_adapter(path: &Path, file: &Gguf) -> Result<Value> {
+    let mut by_type: BTreeMap<&str, Count> = BTreeMap::new();
+    let mut total = Count::default();
+    let (mut layers, mut targets, mut ranks) = (BTreeSet::new(), BTreeSet::new(), BTreeSet::<usize>::new());
+    for tensor in file.tensors() {
+        let parameters: usize = tensor.shape.iter().product();
+        let bytes = tensor.range.len();
+        by_type.entry(tensor.dtype.name()).or_default().add(parameters, bytes);
+        total.add(parameters, bytes);
+        let Some((of, factor)) = tensor.name.rsplit_once(".lora_") else { continue };
+        if factor == "a" {
+            ranks.extend(tensor.shape.first());
+        }
+        let of = of.trim_end_matches(".weight");
+        match of.strip_prefix("blk.").and_then(|rest| rest.split_once('.')) {
+            Some((layer, name)) => {
+                layers.insert(layer);
+                targets.insert(name);
+            }
+            None => drop(targets.insert(of)),
+        }
+    }
+    Ok(json!({
+        "path": path.display().to_string(),
+        "kind": "gguf-lora",
+        "container": format!("GGUF version {}", file.version()),
+        "architecture": file.string("general.architecture")?,
+        "name": file.string("general.name")?,
+        "adapter_type": file.string("adapter.type")?,
+        "r": ranks,
+        "lora_alpha": file.float("adapter.lora.alpha")?,
+        "target_tensors": targets,
+        "layers": layers.len(),
+        "parameters": total.parameters,
+        "bytes": total.bytes,
+        "tensors": total.tensors,
+        "types": counts_json(&by_type),
+        "notes": ["an adapter for llama.cpp (--lora) beside the GGUF file of its base; commands here take the folder with \
+                   adapter_config.json that it was made from"],
+    }))
 }
 
 /// Names of scalar and classification heads beside a decoder: transformers' and TRL's.
@@ -128,7 +181,7 @@ fn inspect_adapter(dir: &Path) -> Result<Value> {
     let mut by_type: BTreeMap<String, Count> = BTreeMap::new();
     let mut total = Count::default();
     let mut head = Vec::new();
-    let mut layers = std::collections::BTreeSet::new();
+    let mut layers = BTreeSet::new();
     let mut count = |name: &str, view: &TensorView<'_>| {
         // A matrix of the base, which PEFT saves with a branch on the embedding or lm_head.
         if name.contains(".base_layer.") {

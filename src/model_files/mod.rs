@@ -2,9 +2,9 @@
 //!
 //! They are one room, so that nothing in `model` depends on a file format. The room does not depend on the configuration of
 //! runs, on data or on stages. Reading order: `resolve` (a name -> a path), `files` ([`ModelFiles`]: what was opened), `load`
-//! (-> a frozen base), `contents` and `tensor_table` (how tensors are found), `unread` (tensors that nothing reads), `gguf` with `gguf_config` and `gguf_tokenizer`
-//! (llama.cpp's container), `peft` (adapters), `hub` (downloads), `inspect` (a description for people), `convert` (commands for
-//! files that are not read).
+//! (-> a frozen base), `contents` and `tensor_table` (how tensors are found), `unread` (tensors that nothing reads), `gguf` with
+//! `gguf_config` and `gguf_tokenizer` (llama.cpp's container), `peft` (adapters), `hub` (downloads), `inspect` (a description for
+//! people), `convert` (commands for files that are not read).
 
 mod contents;
 pub(crate) mod convert;

@@ -6,7 +6,7 @@ use crate::ops::weight::StorageDType;
 use crate::planner::plan::Plan;
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::Network;
-use crate::planner::simulate::stages::Work;
+use crate::planner::simulate::work::Work;
 
 /// What the same training takes with other arrangements of the four roles' weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

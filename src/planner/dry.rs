@@ -24,7 +24,8 @@ use crate::ops::sample::Distribution;
 use crate::ops::weight::Weight;
 use crate::planner::plan::RESERVE;
 use crate::planner::simulate::shape::Network;
-use crate::planner::simulate::stages::{Pass, Rollouts, StageShape, Supervised, Work};
+use crate::planner::simulate::stages::StageShape;
+use crate::planner::simulate::work::{Pass, Rollouts, Supervised, Work};
 use crate::ppo::scoring::{Scoring, score};
 use crate::reward::source::SCORING_TOKENS;
 
@@ -421,7 +422,7 @@ impl<'w> Roles<'w> {
                 Ok(())
             })?;
         }
-        let batches = work.prompts.chunks(work.at_once.max(1));
+        let batches = work.own().chunks(work.at_once.max(1));
         let largest = batches.max_by_key(|prompts| prompts.iter().sum::<usize>()).filter(|_| !work.served);
         if let (Some(base), Some(prompts)) = (self.policy, largest) {
             ledger.within(Phase::Rollout, || self.generate(base, prompts, work.generations, work.response))?;

@@ -1,20 +1,24 @@
 //! The largest passes of each stage: the largest micro-batch that its loop will run, found with the loop's own
 //! shuffling.
 //!
-//! It does not compute bytes. Read `simulate/stages.rs` for what a pass takes.
+//! It does not compute bytes. Read `simulate/work.rs` for what a pass is, `simulate/stages.rs` for what it takes.
+
+use std::ops::Range;
 
 use anyhow::Result;
 
 use crate::config::{
     AdvantageEstimator, Config, CriticStart, EvalSize, ImportanceSamplingCorrection, KlEstimator, KlIn, RewardKind,
-    RewardLoss, Stage, Supervised as _,
+    RewardLoss, Stage, Supervised as _, SupervisedKeys,
 };
-use crate::data::examples::batch_sampler::{BatchSampler, endless};
+use crate::data::examples::batch_sampler::{BatchSampler, Shard, endless};
 use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples};
+use crate::dpo::kto::with_others;
 use crate::model::batch::chunks_by_tokens;
-use crate::planner::simulate::stages::{Pass, Rollouts, Supervised, Work};
+use crate::planner::simulate::work::{Pass, Rollouts, Supervised, Work};
 use crate::rng::{SplitMix64, derive};
+use crate::train::world::share_of;
 use crate::train::{settings, stop};
 use crate::{distill, dpo, reward, sft};
 
@@ -24,7 +28,7 @@ const MOST_ROWS: usize = 20_000_000;
 /// The same of a run with rollouts: responses, times the passes over them.
 const MOST_RESPONSES: usize = 1_000_000;
 
-/// The step of a run that has the micro-batch with the most tokens, as rows.
+/// The step of a run, and of one of its ranks, that has the micro-batch with the most tokens, as rows.
 ///
 /// # Errors
 /// If the process was asked to stop.
@@ -36,9 +40,9 @@ fn largest_step<T: Example>(
     let (mut most, mut largest) = (0, vec![]);
     for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
         let order = plan.epoch(examples, epoch);
-        for position in 0..order.steps() {
+        for (position, rank) in steps(&plan, order.steps()) {
             stop::check()?;
-            let step = order.step(position);
+            let step = order.step_of(position, rank);
             let tokens = |rows: &&[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
             let here = step.batches.iter().map(tokens).max().unwrap_or(0);
             if here > most {
@@ -47,6 +51,24 @@ fn largest_step<T: Example>(
         }
     }
     Ok(largest)
+}
+
+/// Each of `count` steps with each rank.
+fn steps(plan: &BatchSampler, count: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+    let ranks = plan.shard.world_size;
+    (0..count).flat_map(move |position| (0..ranks).map(move |rank| (position, rank)))
+}
+
+/// The order in which a supervised stage reads its examples among `ranks` ranks.
+fn sampler(keys: &SupervisedKeys, seed: u64, stream: u64, ranks: usize) -> BatchSampler {
+    BatchSampler { shard: Shard { rank: 0, world_size: ranks.max(1) }, ..settings::sampler(keys, seed, stream) }
+}
+
+/// Of the shares that ranks have in `count` things the one with the largest `size`.
+pub(crate) fn largest_share<S: Ord>(ranks: usize, count: usize, size: impl Fn(Range<usize>) -> S) -> Range<usize> {
+    let ranks = ranks.max(1);
+    let shares = (0..ranks).map(|rank| share_of(count, rank, ranks));
+    shares.max_by_key(|share| size(share.clone())).unwrap_or_default()
 }
 
 /// The rows of the largest of all runs of `size` rows.
@@ -97,7 +119,7 @@ fn most_tokens(config: &Config) -> usize {
     config.data.as_ref().map_or(usize::MAX, |data| data.max_length)
 }
 
-/// `[sft]`'s passes.
+/// `[sft]`'s passes of one of `ranks` ranks, the largest of all.
 ///
 /// # Errors
 /// If the examples cannot be read.
@@ -105,9 +127,10 @@ pub fn sft(
     config: &Config,
     examples: &(impl Examples<SftExample> + ?Sized),
     held_out: &(impl Examples<SftExample> + ?Sized),
+    ranks: usize,
 ) -> Result<Work> {
     let (c, most) = (config.sft(), most_tokens(config));
-    let plan = settings::sampler(&c.supervised(), config.seed, settings::SFT_ORDER);
+    let plan = sampler(&c.supervised(), config.seed, settings::SFT_ORDER, ranks);
     let step = largest_step(plan, examples, c.num_train_epochs)?;
     let held = largest_chunk(held_out, sft::EVAL_BATCH);
     Ok(Work::Supervised(Supervised {
@@ -119,11 +142,12 @@ pub fn sft(
         members: 1,
         response: None,
         taught: false,
+        ranks,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
 
-/// `[reward]`'s passes.
+/// `[reward]`'s passes of one of `ranks` ranks, the largest of all.
 ///
 /// # Errors
 /// If the examples cannot be read.
@@ -131,9 +155,10 @@ pub fn reward(
     config: &Config,
     examples: &(impl Examples<RankedExample> + ?Sized),
     held_out: &(impl Examples<RankedExample> + ?Sized),
+    ranks: usize,
 ) -> Result<Work> {
     let (c, most) = (config.reward(), most_tokens(config));
-    let plan = settings::sampler(&c.supervised(), config.seed, settings::REWARD_ORDER);
+    let plan = sampler(&c.supervised(), config.seed, settings::REWARD_ORDER, ranks);
     let targets = |mut pass: Pass| {
         pass.targets = match c.loss {
             RewardLoss::LastToken => pass.lengths.len(),
@@ -167,6 +192,7 @@ pub fn reward(
         members: c.ensemble,
         response: None,
         taught: false,
+        ranks,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -182,13 +208,13 @@ fn scored(pass: &Pass) -> Pass {
     Pass { lengths, targets }
 }
 
-/// `[dpo]`'s passes.
+/// `[dpo]`'s passes of one of `ranks` ranks, the largest of all.
 ///
 /// # Errors
 /// If the examples cannot be read.
-pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExample]) -> Result<Work> {
+pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExample], ranks: usize) -> Result<Work> {
     let (c, most) = (config.dpo(), most_tokens(config));
-    let plan = settings::sampler(&c.supervised(), config.seed, settings::DPO_ORDER);
+    let plan = sampler(&c.supervised(), config.seed, settings::DPO_ORDER, ranks);
     let step = largest_step(plan, examples, c.num_train_epochs)?;
     let longest = largest_chunk(examples, 1);
     let held = largest_chunk(held_out, dpo::EVAL_BATCH);
@@ -206,6 +232,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         members: 1,
         response: None,
         taught: false,
+        ranks,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -217,10 +244,10 @@ pub fn kto_lengths(config: &Config, examples: &[UnpairedExample]) -> (usize, usi
     (longest(Example::tokens), mismatched.min(most_tokens(config)))
 }
 
-/// The KL term's pass over `rows`: each prompt with the response of the row in front of it, `before` for the first.
-fn mismatched(examples: &[UnpairedExample], rows: &[usize], before: usize, most: usize) -> Pass {
+/// The KL term's pass over pairs of rows: the prompt of the first with the response of the other.
+fn mismatched(examples: &[UnpairedExample], pairs: &[(usize, usize)], most: usize) -> Pass {
     let mut pass = Pass::default();
-    for (&row, &other) in rows.iter().zip(std::iter::once(&before).chain(rows)) {
+    for &(row, other) in pairs {
         let prompt = examples[row].prompt.len();
         let response = examples[other].response.len().min(most.saturating_sub(prompt).max(1));
         pass.lengths.push(prompt + response);
@@ -235,28 +262,30 @@ fn largest_mismatched(plan: BatchSampler, examples: &[UnpairedExample], epochs: 
     for epoch in 0..epochs.min(1 + MOST_ROWS / examples.len().max(1)) {
         let order = plan.epoch(examples, epoch);
         let mut before = None;
-        for position in 0..order.steps() {
-            let rows: Vec<usize> = order.step(position).rows().collect();
+        for (position, rank) in steps(&plan, order.steps()) {
+            let step = order.step_of(position, rank);
+            let rows = step.of_all.concat();
             let last = rows.last().copied();
             // A step of one record takes the last response of the step before.
             let first = if rows.len() == 1 { before.or(last) } else { last };
-            let here = scored(&mismatched(examples, &rows, first.unwrap_or(0), most));
+            let pairs = with_others(&rows, &step.batches.concat(), first.unwrap_or(0));
+            let here = scored(&mismatched(examples, &pairs, most));
             if here.tokens() > largest.tokens() {
                 largest = here;
             }
-            before = last;
+            before = if rank + 1 == plan.shard.world_size { last } else { before };
         }
     }
     largest
 }
 
-/// `[kto]`'s passes.
+/// `[kto]`'s passes of one of `ranks` ranks, the largest of all.
 ///
 /// # Errors
 /// If the examples cannot be read.
-pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedExample]) -> Result<Work> {
+pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedExample], ranks: usize) -> Result<Work> {
     let (c, most) = (config.kto(), most_tokens(config));
-    let plan = settings::sampler(&c.supervised(), config.seed, settings::KTO_ORDER);
+    let plan = sampler(&c.supervised(), config.seed, settings::KTO_ORDER, ranks);
     let step = largest_step(plan, examples, c.num_train_epochs)?;
     let larger = |a: Pass, b: Pass| if b.tokens() > a.tokens() { b } else { a };
     // The KL term scores a step's prompts with each other's responses; the reference scores responses one by one.
@@ -266,7 +295,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
     let held: Vec<usize> = (0..held_out.len()).collect();
     let evaluation = match held.last() {
         Some(&last) if held.len() > 1 => {
-            let mixed = scored(&mismatched(held_out, &held, last, most));
+            let mixed = scored(&mismatched(held_out, &with_others(&held, &held, last), most));
             Some(larger(scored(&pass(held_out, &held, most)?), mixed))
         }
         _ => None,
@@ -280,6 +309,7 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
         members: 1,
         response: None,
         taught: false,
+        ranks,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -333,6 +363,7 @@ pub fn distill<T: Sampled>(
         members: 1,
         response: Some(c.max_new_tokens),
         taught: c.teacher_adapter.is_some(),
+        ranks: 1,
         steps: plan.steps(examples, c.num_train_epochs),
     }))
 }
@@ -363,6 +394,8 @@ pub struct Asked<'a> {
     pub context: usize,
     /// Critic and reward model read other tokens than the policy: the critic is then over the policy's base.
     pub other_tokens: bool,
+    /// Ranks that share the sequences. The config is that of all.
+    pub ranks: usize,
 }
 
 /// `[ppo]`'s passes, every response at its full length.
@@ -411,21 +444,35 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
             rollout = lengths;
         }
     }
+    // A rank's passes: of the micro-batches the share with the largest one.
+    let of_micro = |rows: &Vec<usize>| tokens(rows) + rows.len() * response;
+    let own = largest_share(asked.ranks, micro.len(), |share| micro[share].iter().map(of_micro).max());
+    micro.truncate(own.end);
+    micro.drain(..own.start);
     let is_adapter = |kind: RewardKind| kind == RewardKind::Adapter;
     let parts = c.reward.iter().chain(&c.gold).filter(|part| is_adapter(part.kind));
     let more_rewards = parts.map(|part| part.adapters.len()).sum();
     let scoring = c.reward.iter().filter(|part| is_adapter(part.kind)).map(|part| part.adapters.len()).sum::<usize>();
     let text = c.ptx.as_ref().filter(|ptx| ptx.coef > 0.0).map(|ptx| {
         let tokens = ptx.block_size.unwrap_or(most.saturating_add(c.response_length)).min(asked.context);
-        (c.batch_size.div_ceil(c.num_mini_batches), tokens, c.micro_batch_size)
+        let (blocks, a_pass) = (c.batch_size.div_ceil(c.num_mini_batches), c.micro_batch_size.max(1));
+        let own = largest_share(asked.ranks, blocks.div_ceil(a_pass), |share| share.len());
+        (blocks.min(own.len() * a_pass), tokens, c.micro_batch_size)
     });
     let mut evaluation = asked.held_out.to_vec();
     evaluation.truncate(c.eval_prompts);
     let largest = evaluation.chunks(c.at_once()).max_by_key(|chunk| tokens(chunk));
-    let evaluation = largest.map(|chunk| chunk.iter().map(|&t| t.min(most)).collect()).unwrap_or_default();
+    let own = |chunk: &[usize]| {
+        chunk[largest_share(asked.ranks, chunk.len(), |share| tokens(&chunk[share]))]
+            .iter()
+            .map(|&t| t.min(most))
+            .collect()
+    };
+    let evaluation = largest.map(own).unwrap_or_default();
     let is_served = c.servers().is_some();
     Ok(Work::Rollouts(Rollouts {
         prompts: rollout,
+        ranks: asked.ranks,
         served: is_served,
         response,
         generations: c.num_generations,
@@ -444,7 +491,9 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
             c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Reward,
             c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Loss,
         ),
+        main_reward: !c.reward_adapter.is_blank(),
         more_rewards,
+        critic_is_reward: c.critic == CriticStart::Reward,
         reward_model: !c.reward_adapter.is_blank() || more_rewards > 0,
         scoring_models: scoring + usize::from(!c.reward_adapter.is_blank()),
         copies: [c.ema_decay.is_some(), c.ref_model_sync_iterations > 0, c.samples_ahead()]
@@ -459,7 +508,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
 ///
 /// # Errors
 /// If `[ppo]` is missing and asked for.
-pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usize) -> Result<Work> {
+pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usize, ranks: usize) -> Result<Work> {
     let data = config.data.clone().unwrap_or_default();
     let length = data.max_length.min(context).max(2);
     let response = vec![0u32; length - 1];
@@ -479,13 +528,13 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
     }
     let keys = config.supervised(stage);
     let n = keys.map_or(some, |keys| {
-        some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps.min(MOST_PASSES))
+        some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps.min(MOST_PASSES) * ranks)
     });
     match stage {
-        Stage::Sft => sft(config, &vec![tokens(); n], &vec![tokens(); held]),
-        Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held]),
-        Stage::Dpo => dpo(config, &vec![ranked(); n], &vec![ranked(); held]),
-        Stage::Kto => kto(config, &vec![judged(); n], &vec![judged(); held]),
+        Stage::Sft => sft(config, &vec![tokens(); n], &vec![tokens(); held], ranks),
+        Stage::Reward => reward(config, &vec![ranked(); n], &vec![ranked(); held], ranks),
+        Stage::Dpo => dpo(config, &vec![ranked(); n], &vec![ranked(); held], ranks),
+        Stage::Kto => kto(config, &vec![judged(); n], &vec![judged(); held], ranks),
         Stage::Distill => {
             let prompt = data.max_prompt_length.min(context.saturating_sub(config.distill().max_new_tokens)).max(1);
             let asked = PromptExample { tokens: vec![0; prompt], text: String::new(), answer: None, entry: 0 };
@@ -501,7 +550,7 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
             if let Some(ppo) = &mut once.ppo {
                 (ppo.total_episodes, ppo.num_train_epochs) = (ppo.batch_size, None);
             }
-            ppo(&once, &vec![vec![0u32; prompt]; 1], Asked { held_out: &held_out, context, other_tokens: false })
+            ppo(&once, &vec![vec![0u32; prompt]; 1], Asked { held_out: &held_out, context, other_tokens: false, ranks })
         }
     }
 }

@@ -21,7 +21,8 @@ use crate::planner::dry;
 use crate::planner::dry::{DevicePlan, OnDevice};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
 use crate::planner::simulate::shape::{Branches, Network};
-use crate::planner::simulate::stages::{Pass, StageShape, Supervised, Work};
+use crate::planner::simulate::stages::StageShape;
+use crate::planner::simulate::work::{Pass, Supervised, Work};
 use crate::train::stop;
 
 /// Translates a config into shapes; called again for each change that is tried.
@@ -111,8 +112,8 @@ impl Plan {
             && self.devices.iter().all(|device| device.fits(device.room.map_or(0, spare)))
     }
 
-    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs; and one for
-    /// the inputs of blocks that wait on the host.
+    /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs; and one
+    /// for the inputs of blocks that wait on the host.
     pub fn offloaded(&self) -> Vec<String> {
         let Some(on) = &self.job.on_device else { return vec![] };
         let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];

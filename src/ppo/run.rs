@@ -133,12 +133,7 @@ pub fn check(
              policy's tokenizer"
         ));
     }
-    if reward.is_none() && config.advantage_estimator.has_critic() && config.critic == CriticStart::Reward {
-        return Err(invalid!(
-            "[ppo] critic = \"reward\" starts as the one reward_adapter, and there is none over the policy's tokens, or several; \
-             use critic = \"actor\" or \"own\", or an advantage_estimator without a critic"
-        ));
-    }
+    config.check_critic(reward.is_some())?;
     reward.map_or(Ok(()), |reward| ValueModel::new(reward_base, reward).map(drop))?;
     let context = base.config().max_position_embeddings.min(reward_base.config().max_position_embeddings);
     let longest = prompts.longest_sequence();

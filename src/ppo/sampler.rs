@@ -52,6 +52,9 @@ pub trait Sampler {
 
     /// The largest mean difference of log-probabilities, nats per token, at which its samples are taken for the actor's.
     fn max_mismatch(&self) -> f64;
+
+    /// What to check where its log-probabilities differ by more: "its base and …".
+    fn to_check(&self) -> &'static str;
 }
 
 /// Responses that a thread is getting. Dropping it abandons them.
@@ -136,8 +139,8 @@ fn mean<'r>(rollout: &'r Rollout, here: &dyn Fn(usize) -> &'r [f32], of: impl Fn
     sum / rollout.response_tokens().max(1) as f64
 }
 
-/// Has tokens of which the sampler reported no log-probability neither corrected nor checked: they get the one computed here under the
-/// weights that the sampler was given. `version`: as in [`check`]. Returns how many they are.
+/// Has tokens of which the sampler reported no log-probability neither corrected nor checked: they get the one computed here under
+/// the weights that the sampler was given. `version`: as in [`check`]. Returns how many they are.
 ///
 /// # Errors
 /// If the sampler reported none at all.
@@ -162,8 +165,9 @@ pub fn fill(rollout: &mut Rollout, version: Option<&[Vec<f32>]>) -> Result<usize
 /// sampler|`, nats per token.
 ///
 /// # Errors
-/// If that is more than `most`, or the sampler's log-probabilities are NaN; a divergence if those computed here are.
-pub fn check(rollout: &Rollout, version: Option<&[Vec<f32>]>, most: f64) -> Result<f64> {
+/// If that is more than `most`, or the sampler's log-probabilities are NaN, with what `to_check`; a divergence if those computed
+/// here are.
+pub fn check(rollout: &Rollout, version: Option<&[Vec<f32>]>, (most, to_check): (f64, &str)) -> Result<f64> {
     let actors = rollout.responses.iter().map(|response| &response.logprobs);
     let mut computed = actors.chain(version.into_iter().flatten()).flatten().copied();
     if let Some(bad) = computed.find(|logprob| !logprob.is_finite()) {
@@ -175,8 +179,8 @@ pub fn check(rollout: &Rollout, version: Option<&[Vec<f32>]>, most: f64) -> Resu
     if found.is_nan() || found > most {
         bail!(
             "the rollout server's log-probabilities differ from the actor's by {found:.3} nats per token on average, more than \
-             max_mismatch = {most}: it sampled from another base or adapter, or returns log-probabilities of another mode; check its \
-             base, its log and logprobs_mode, or raise max_mismatch of the rollout's section"
+             max_mismatch = {most}: it sampled from another base or adapter, or by other rules; check {to_check}, or raise \
+             max_mismatch of the rollout's section"
         );
     }
     Ok(found)
@@ -235,17 +239,20 @@ mod tests {
         let found = rollout([-1.0, -2.0], [-1.5, -2.0]);
         // k3 = r - 1 - log r with log r = trainer - sampler = 0.5 at the first token.
         assert!((k3(&found) - (0.5_f64.exp() - 1.5) / 2.0).abs() < 1e-12);
-        assert_eq!(check(&found, None, 0.25).unwrap(), 0.25);
-        let message = check(&found, None, 0.2).unwrap_err().to_string();
-        assert!(message.contains("0.250 nats") && message.contains("max_mismatch = 0.2"), "{message}");
+        let check = |version: Option<&[Vec<f32>]>, most: f64| check(&found, version, (most, "its base"));
+        assert_eq!(check(None, 0.25).unwrap(), 0.25);
+        let message = check(None, 0.2).unwrap_err().to_string();
+        for say in ["0.250 nats", "max_mismatch = 0.2", "check its base, or"] {
+            assert!(message.contains(say), "{message}");
+        }
         // The weights that it was sampled from, where the actor has moved on.
-        assert_eq!(check(&found, Some(&[vec![-1.5, -2.5]]), 0.25).unwrap(), 0.25);
-        assert!(check(&found, Some(&[vec![-1.5, -3.0]]), 0.25).is_err());
+        assert_eq!(check(Some(&[vec![-1.5, -2.5]]), 0.25).unwrap(), 0.25);
+        assert!(check(Some(&[vec![-1.5, -3.0]]), 0.25).is_err());
     }
 
     #[test]
     fn a_nan_of_the_actors_is_the_guards_to_judge_and_one_of_the_samplers_ends_the_run() {
-        let of = |trainer, sampler, version| check(&rollout(trainer, sampler), version, 9.0).unwrap_err();
+        let of = |trainer, sampler, version| check(&rollout(trainer, sampler), version, (9.0, "")).unwrap_err();
         assert!(!of([0.0, 0.0], [f32::NAN, 0.0], None).is::<Diverged>());
         assert!(of([f32::NAN, 0.0], [0.0, 0.0], None).is::<Diverged>());
         assert!(of([0.0, 0.0], [0.0, 0.0], Some(&[vec![f32::NAN, 0.0]])).is::<Diverged>());
@@ -263,7 +270,7 @@ mod tests {
         let mut found = rollout([-1.0, -2.0], [-1.5, UNREPORTED]);
         assert_eq!(fill(&mut found, None).unwrap(), 1);
         assert_eq!(found.sampler_logprobs, [[-1.5, -2.0]]);
-        assert_eq!(check(&found, None, 0.25).unwrap(), 0.25);
+        assert_eq!(check(&found, None, (0.25, "")).unwrap(), 0.25);
         // Of a version before the actor's it is that version's, and the weight is what the actor moved since.
         let mut found = rollout([-1.0, -2.0], [-1.5, UNREPORTED]);
         assert_eq!(fill(&mut found, Some(&[vec![-1.5, -2.5]])).unwrap(), 1);

@@ -183,7 +183,7 @@ impl State {
                 None => None,
             };
             let unreported = sampler::fill(&mut rollout, version.as_deref())?;
-            let mismatch = sampler::check(&rollout, version.as_deref(), sampler.max_mismatch())?;
+            let mismatch = sampler::check(&rollout, version.as_deref(), (sampler.max_mismatch(), sampler.to_check()))?;
             let lag = self.ahead.as_ref().map_or(0, |ahead| self.iteration - ahead.version);
             rollout.served = Served { lag, mismatch, unreported };
             Ok(rollout)

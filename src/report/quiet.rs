@@ -1,5 +1,6 @@
-//! Printing on stderr: whether it is for errors and warnings alone, as `--quiet` asks, and that a stderr which takes nothing (a reader
-//! that is gone, a full disk, a closed terminal) ends no run: `eprintln!` would panic. It does not depend on what is printed.
+//! Printing on stderr: whether it is for errors and warnings alone, as `--quiet` asks, and that a stderr which takes nothing (a
+//! reader that is gone, a full disk, a closed terminal) ends no run: `eprintln!` would panic. It does not depend on what is
+//! printed.
 
 use std::fmt;
 use std::io::Write;

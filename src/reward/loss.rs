@@ -47,9 +47,9 @@ pub fn ranked(scores: &[f32]) -> Result<RankedLoss> {
     Ok(RankedLoss { loss: loss / pairs as f64, grads, right, pairs })
 }
 
-/// `-p log sigmoid(x) - (1 - p) log sigmoid(-x)` with `x = s_0 - s_1 - margin` for a pair that is not simply ordered: p is the share
-/// of raters who prefer the first response, 1/2 for a tie, and `margin` as in TRL (arXiv:2307.09288 eq. 2). With p = 1 and no margin
-/// it is [`ranked`]. A tie is no pair of the accuracy; below 1/2 the second response is the better one.
+/// `-p log sigmoid(x) - (1 - p) log sigmoid(-x)` with `x = s_0 - s_1 - margin` for a pair that is not simply ordered: p is the
+/// share of raters who prefer the first response, 1/2 for a tie, and `margin` as in TRL (arXiv:2307.09288 eq. 2). With p = 1 and no
+/// margin it is [`ranked`]. A tie is no pair of the accuracy; below 1/2 the second response is the better one.
 ///
 /// # Errors
 /// If a score is NaN or infinite.
@@ -93,9 +93,9 @@ pub struct Scored<'a> {
 }
 
 /// `mean over t in [first difference, longer length) of -log sigmoid(c_t - r_t)` without any padding. Past a sequence's
-/// end the score of its last token is used, and accumulates the derivatives. (DeepSpeed-Chat scores PAD tokens there; see [`divergence_to_end_padded`].) If one sequence
-/// continues the other, the first difference is the shorter one's length. Identical sequences compare their last
-/// position: log 2 if their scores are equal, with opposite derivatives.
+/// end the score of its last token is used, and accumulates the derivatives. (DeepSpeed-Chat scores PAD tokens there; see
+/// [`divergence_to_end_padded`].) If one sequence continues the other, the first difference is the shorter one's length. Identical
+/// sequences compare their last position: log 2 if their scores are equal, with opposite derivatives.
 ///
 /// # Errors
 /// If a list is empty or its length differs from its tokens', a score is NaN or infinite, or the first tokens differ.
@@ -195,8 +195,8 @@ fn window_loss(
     })
 }
 
-/// `-p log sigmoid(x) - (1 - p) log sigmoid(-x)` with `x = better - worse - margin`, and its derivative `sigmoid(x) - p` with respect
-/// to `better` (the negative of that with respect to `worse`). p is the probability that `better` is preferred.
+/// `-p log sigmoid(x) - (1 - p) log sigmoid(-x)` with `x = better - worse - margin`, and its derivative `sigmoid(x) - p` with
+/// respect to `better` (the negative of that with respect to `worse`). p is the probability that `better` is preferred.
 struct Pair {
     loss: f64,
     slope: f64,

@@ -184,14 +184,11 @@ pub fn train_members(
             continue;
         }
         training.go_on(resumed.take(), session)?;
+        let of = if config.ensemble > 1 { format!(", member {member}") } else { String::new() };
+        let comparisons = counted(examples.len(), "comparison");
         session.report.note(&match held_out.len() {
-            0 => format!("reward: {}, none held out", counted(examples.len(), "comparison")),
-            _ => format!(
-                "reward: {}, held-out accuracy {:.3} before{}",
-                counted(examples.len(), "comparison"),
-                before[member].accuracy,
-                if config.ensemble > 1 { format!(", member {member}") } else { String::new() }
-            ),
+            0 => format!("reward: {comparisons}, none held out{of}"),
+            _ => format!("reward: {comparisons}, held-out accuracy {:.3} before{of}", before[member].accuracy),
         });
         let Trained { adapter, steps, tokens } = match config.ensemble {
             1 => training.run(&stage, session)?,

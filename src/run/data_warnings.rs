@@ -1,7 +1,8 @@
 //! Warnings about what became of the records of `[data]`: many were dropped, or fewer than asked are held out. Each names
-//! the key to change and what that would keep. It does not depend on a stage.
+//! the key to change and what that would keep. And what a stage will refuse to start with, for the commands that show it before.
+//! It does not depend on a stage.
 
-use crate::config::{Data, EvalSize, Truncation};
+use crate::config::{Config, Data, EvalSize, Stage, Truncation};
 use crate::data::examples::objectives::Report;
 use crate::error::counted;
 
@@ -64,6 +65,35 @@ pub fn data_warnings(report: &Report, data: &Data, train: usize, held_out: usize
         ));
     }
     warnings
+}
+
+/// What `stage` will refuse to start with, in its words; `config` with all members of an ensemble written out. `longest`: tokens of
+/// its longest training sequence, of `context` that the model takes.
+pub fn refusals(stage: Stage, config: &Config, longest: usize, context: usize) -> Vec<String> {
+    let name = stage.name();
+    let Some(ppo) = config.rollouts(stage).ok() else {
+        let is_too_long = longest > context;
+        let text = || {
+            format!(
+                "[data] a sequence of {longest} tokens is longer than the model's context of {context}, so `fourfold {name}` will \
+                 refuse to start; set max_length = {context} or less"
+            )
+        };
+        return is_too_long.then(text).into_iter().collect();
+    };
+    let mut said = vec![];
+    if longest + ppo.response_length > context {
+        said.push(format!(
+            "a prompt of {longest} tokens and {length} = {} do not fit the context of {context}, so `fourfold {name}` will refuse to \
+             start; lower {length} or [data] max_prompt_length",
+            ppo.response_length,
+            length = ppo.origin.key("response_length"),
+        ));
+    }
+    if let Err(error) = ppo.check_critic(!ppo.reward_adapter.is_blank()) {
+        said.push(format!("`fourfold {name}` will refuse to start: {error}"));
+    }
+    said
 }
 
 /// A limit and how many records it keeps: beside the `kept` ones, those that need no more tokens.

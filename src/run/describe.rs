@@ -2,7 +2,7 @@
 //! and does not depend on a stage's code. Read `output.rs` for what a folder holds.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde_json::{Map, Value, json};
@@ -38,7 +38,8 @@ pub fn describe(dir: &Path) -> Result<Option<Value>> {
     let mut adapters = Map::new();
     for name in output::adapters_of(stage) {
         let path = dir.join(name);
-        if path.join("adapter_config.json").is_file() {
+        // What lacks its weights is told of beside the state.
+        if path.join("adapter_config.json").is_file() && path.join("adapter_model.safetensors").is_file() {
             let found = inspect(&path)?;
             let keys = ["r", "lora_alpha", "parameters", "bytes"].map(|key| (key.to_owned(), found[key].clone()));
             let mut about: Map<String, Value> = keys.into_iter().collect();
@@ -48,12 +49,15 @@ pub fn describe(dir: &Path) -> Result<Option<Value>> {
         }
     }
     let figures = figures(dir);
+    let summary: Option<Value> =
+        fs::read(dir.join(output::SUMMARY)).ok().and_then(|text| serde_json::from_slice(&text).ok());
+    let missing = summary.as_ref().map_or_else(Vec::new, |summary| output::missing(dir, stage, summary));
     let mut described = json!({
         "path": dir.display().to_string(),
         "kind": "run",
         "stage": stage,
         "base": output::base_of(dir),
-        "state": state(dir, &adapters),
+        "state": state(dir, &adapters, &missing),
         "last_step": figures.last_step,
         "adapters": adapters,
         "best": figures.best,
@@ -61,9 +65,7 @@ pub fn describe(dir: &Path) -> Result<Option<Value>> {
     if figures.damaged > 0 {
         described["damaged_lines"] = figures.damaged.into();
     }
-    if let Some(summary) = fs::read(dir.join(output::SUMMARY)).ok().and_then(|text| serde_json::from_slice(&text).ok())
-    {
-        let mut summary: Value = summary;
+    if let Some(mut summary) = summary {
         if let Some(summary) = summary.as_object_mut() {
             summary.retain(|_, value| value.is_number() || value.is_string());
         }
@@ -72,8 +74,8 @@ pub fn describe(dir: &Path) -> Result<Option<Value>> {
     Ok(Some(described))
 }
 
-/// Finished, in use, or stopped, and when.
-fn state(dir: &Path, adapters: &Map<String, Value>) -> String {
+/// Finished, in use, or stopped, and when. `missing`: files that a finished run had.
+fn state(dir: &Path, adapters: &Map<String, Value>, missing: &[PathBuf]) -> String {
     if let Some(owner) = lock::owner(dir) {
         return format!("running: {owner}");
     }
@@ -81,7 +83,9 @@ fn state(dir: &Path, adapters: &Map<String, Value>) -> String {
         |path: &Path| fs::metadata(path).and_then(|about| about.modified()).map_or_else(|_| String::new(), utc_of);
     let summary = dir.join(output::SUMMARY);
     if summary.exists() {
-        return format!("finished {}", time(&summary));
+        let lacks = missing.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
+        let lacks = if lacks.is_empty() { lacks } else { format!(", but without {lacks}") };
+        return format!("finished {}{lacks}", time(&summary));
     }
     match Store::at(dir.join(output::CHECKPOINTS)).newest() {
         Ok((Some(found), _)) => format!(

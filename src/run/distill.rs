@@ -46,13 +46,7 @@ fn over<T: Objective + Stored + Prompted + passes::Sampled>(
     let teacher = other.as_ref().unwrap_or(&model);
     check_teacher(&model, teacher)?;
     let data: Prepared<T> =
-        prepared(config, model.checkpoint.tokenizer(), true).with_context(|| match settings.samples_all() {
-            true => "[distill]".to_owned(),
-            false => format!(
-                "[distill] lmbda = {} takes some responses from the records (with lmbda = 1 or seq_kd = true none)",
-                settings.lmbda
-            ),
-        })?;
+        prepared(config, model.checkpoint.tokenizer(), true).with_context(|| settings.about_records())?;
     let (train, held_out) = (data.train, data.held_out);
     check_context(&model, train.longest_sequence())?;
     check_lengths(&[(&model, "[base]"), (teacher, "[teacher]")], [longest(&train)?, longest(&held_out)?], &settings)?;

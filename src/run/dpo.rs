@@ -49,7 +49,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let inputs = Inputs::new(Stage::Dpo, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Dpo, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::dpo(config, &train, &held_out, launch.world.size()))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     if train.iter().any(|example| example.label != PairLabel::default()) {
@@ -92,7 +92,7 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let inputs = Inputs::new(Stage::Kto, config)?.model("", &model)?.adapter("adapter", reference.as_ref())?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Kto, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::kto(config, &train, &held_out, launch.world.size()))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };

@@ -31,8 +31,7 @@ const GGUF_ADAPTER: &str = "is a LoRA adapter in GGUF, which llama.cpp reads (--
                             adapter_config.json that it was made from as the adapter, and a model as the base";
 
 fn is_gguf_adapter(path: &Path) -> bool {
-    path.extension().is_some_and(|ending| ending == "gguf")
-        && Gguf::open(path).is_ok_and(|file| file.string("general.type").is_ok_and(|kind| kind == Some("adapter")))
+    path.extension().is_some_and(|ending| ending == "gguf") && Gguf::open(path).is_ok_and(|file| file.is_adapter())
 }
 
 /// Checks that a path given as an adapter is not something else that is known.

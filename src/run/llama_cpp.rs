@@ -1,10 +1,11 @@
 //! Rollouts that llama.cpp's server samples. It reads adapters when it starts and loads none later, so this process starts it, one
-//! child at a time, anew for each version of the actor's adapter, which it writes as a GGUF-LoRA file. It does not depend on rewards or
-//! updates. Read `rollout_servers.rs` and `llama_process.rs` before it, `ppo/sampler.rs` for what is made of the responses.
+//! child at a time, anew for each version of the actor's adapter, which it writes as a GGUF-LoRA file. It does not depend on
+//! rewards or updates. Read `rollout_servers.rs` and `llama_process.rs` before it, `ppo/sampler.rs` for what is made of the
+//! responses.
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,8 +13,10 @@ use anyhow::{Context, Error, Result};
 use serde_json::{Value, json};
 
 use super::Model;
-use super::llama_process::ServerProcess;
-use super::rollout_servers::{RolloutServer, adapters_folder, check_tokens, said, sample, tag, tries, whole};
+use super::llama_process::{self, ServerProcess};
+use super::rollout_servers::{
+    RolloutServer, adapters_folder, check_tokens, remove_abandoned, said, sample, tag, tries, whole,
+};
 use crate::config::{Engine, RolloutEngine};
 use crate::error::Interrupted;
 use crate::export::{Source, gguf};
@@ -57,6 +60,8 @@ pub(super) struct LlamaCppSampler<'w> {
     log: PathBuf,
     tag: String,
     running: Mutex<Option<Running>>,
+    /// Whether the folder of adapters was written to.
+    has_written: AtomicBool,
 }
 
 /// What an adapter is exported from. Log-probabilities are compared in each rollout, and so no prompts are here.
@@ -83,7 +88,7 @@ impl<'w> LlamaCppSampler<'w> {
     /// As [`super::rollout_servers::open`].
     ///
     /// # Errors
-    /// If the run's folder has no absolute path.
+    /// If the run's folder has no absolute path, or the server's program or model file is not there.
     pub(super) fn new(
         settings: &RolloutEngine,
         model: &'w Model,
@@ -91,7 +96,7 @@ impl<'w> LlamaCppSampler<'w> {
         out: &Path,
         asks: bool,
     ) -> Result<Self> {
-        let folder = adapters_folder(settings, out, asks)?;
+        let folder = adapters_folder(settings, out)?;
         // `--lora` takes several files with commas between them.
         if folder.display().to_string().contains(',') {
             return Err(invalid!(
@@ -99,8 +104,11 @@ impl<'w> LlamaCppSampler<'w> {
                 folder.display()
             ));
         }
-        let (settings, running) = (settings.clone(), Mutex::default());
-        Ok(Self { section, settings, model, folder, log: out.join(LOG), tag: tag(), running })
+        if asks {
+            llama_process::check(&settings.server).with_context(|| format!("[{section}.rollout]"))?;
+        }
+        let (settings, running, log) = (settings.clone(), Mutex::default(), out.join(LOG));
+        Ok(Self { section, settings, model, folder, log, tag: tag(), running, has_written: AtomicBool::new(false) })
     }
 
     /// The server that has the adapter, started if it is another one than before; it may not be healthy yet.
@@ -114,6 +122,7 @@ impl<'w> LlamaCppSampler<'w> {
         }
         let file = self.folder.join(format!("fourfold-{}-{version}.gguf", self.tag));
         let saving = meter::within(meter::Phase::Save);
+        self.has_written.store(true, Ordering::Relaxed);
         fs::create_dir_all(&self.folder).with_context(|| self.folder.display().to_string())?;
         gguf::write_lora(&source(self.model, adapter), &file)?;
         drop(saving);
@@ -125,6 +134,7 @@ impl<'w> LlamaCppSampler<'w> {
         }
         end(running.take());
         let process = ServerProcess::start(&self.settings.server, &file, &self.log)
+            .inspect_err(|_| drop(fs::remove_file(&file)))
             .with_context(|| format!("[{}.rollout]", self.section))?;
         let timeout = Duration::from_secs_f64(self.settings.timeout_seconds);
         let client = Arc::new(Client {
@@ -160,8 +170,8 @@ impl Client {
         })
     }
 
-    /// A response to a prompt. The server ends a text at each token that its file names as an end, whatever it is asked for; one that is
-    /// no end here is a token like others, after which another request goes on.
+    /// A response to a prompt. The server ends a text at each token that its file names as an end, whatever it is asked for; one
+    /// that is no end here is a token like others, after which another request goes on.
     fn response(&self, prompt: &[u32], seed: u64, sampling: &SamplingParams) -> Result<Response, Failure> {
         let (mut tokens, mut logprobs) = (vec![], vec![]);
         loop {
@@ -262,9 +272,9 @@ fn part(reply: &Value, read: usize, left: usize, vocab: usize) -> Result<(Vec<u3
     }
 }
 
-/// (R,) the log-probabilities that were reported for `tokens` (R,), in their order. llama.cpp reports none for a token that ends in the
-/// middle of a character, and where it cannot be said which of two equal tokens one is of, both are [`UNREPORTED`]. `None` if they are
-/// of other tokens.
+/// (R,) the log-probabilities that were reported for `tokens` (R,), in their order. llama.cpp reports none for a token that ends in
+/// the middle of a character, and where it cannot be said which of two equal tokens one is of, both are [`UNREPORTED`]. `None` if
+/// they are of other tokens.
 fn aligned(tokens: &[u32], reported: &[(u32, f32)]) -> Option<Vec<f32>> {
     // The first place that each can have, and the last one.
     let (mut first, mut last) = (Vec::with_capacity(reported.len()), Vec::with_capacity(reported.len()));
@@ -301,10 +311,15 @@ impl Sampler for LlamaCppSampler<'_> {
     fn max_mismatch(&self) -> f64 {
         self.settings.max_mismatch
     }
+
+    fn to_check(&self) -> &'static str {
+        "that the model file in its command, server, is that of [base], and its log, llama-server.log in the run's folder"
+    }
 }
 
 impl RolloutServer for LlamaCppSampler<'_> {
     fn begin(&self, first: &Adapter) -> Result<()> {
+        remove_abandoned(&self.settings, &self.folder);
         let waited = self.serve(first, 0)?.wait(&stop::requested);
         match waited {
             Ok(()) => Ok(()),
@@ -320,7 +335,9 @@ impl Drop for LlamaCppSampler<'_> {
     fn drop(&mut self) {
         end(self.running.get_mut().unwrap_or_else(PoisonError::into_inner).take());
         // Empty, unless it holds what is not ours.
-        let _ = fs::remove_dir(&self.folder);
+        if self.has_written.load(Ordering::Relaxed) {
+            let _ = fs::remove_dir(&self.folder);
+        }
     }
 }
 
@@ -388,8 +405,8 @@ mod tests {
         assert_eq!((of(&[5, 6], &[6, 5]), of(&[5], &[5, 5])), (None, None));
     }
 
-    /// llama-server 0.5.0-dev (0c1e570) over the quickstart's base in f32, prompt [200, 300], seed 6, temperature 60: the last token is the
-    /// first byte of a character.
+    /// llama-server 0.5.0-dev (0c1e570) over the quickstart's base in f32, prompt [200, 300], seed 6, temperature 60: the last
+    /// token is the first byte of a character.
     #[test]
     fn a_recorded_reply_has_no_log_probability_of_the_beginning_of_a_character() {
         let tokens = [971, 217, 66, 382, 1008, 102, 624, 544, 496, 848, 773, 403, 246, 159];

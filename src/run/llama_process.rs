@@ -1,5 +1,5 @@
-//! A server program as a child process: it is started with an adapter and a free port, waited for until it is healthy, and ended with
-//! the run in every case. It does not depend on the model or on what is asked of it. Read `llama_cpp.rs` for its user.
+//! A server program as a child process: it is started with an adapter and a free port, waited for until it is healthy, and ended
+//! with the run in every case. It does not depend on the model or on what is asked of it. Read `llama_cpp.rs` for its user.
 
 use std::fs::{self, File};
 use std::io::ErrorKind;
@@ -39,8 +39,9 @@ pub(super) struct ServerProcess {
 }
 
 impl ServerProcess {
-    /// Starts `command` with `--lora`, `--host` and `--port` behind its own arguments, and what it writes in the file `log`, anew. To be
-    /// called by a thread that lives as long as the run: on Linux the kernel ends the server when that thread ends, however that is.
+    /// Starts `command` with `--lora`, `--host` and `--port` behind its own arguments, and what it writes in the file `log`, anew.
+    /// To be called by a thread that lives as long as the run: on Linux the kernel ends the server when that thread ends, however
+    /// that is.
     ///
     /// # Errors
     /// If it cannot be started.
@@ -54,13 +55,7 @@ impl ServerProcess {
         without_key(&mut command);
         command.stdin(Stdio::null()).stdout(file.try_clone()?).stderr(file);
         with_this_process(&mut command);
-        let child = command.spawn().map_err(|error| {
-            let what_to_do = match error.kind() {
-                ErrorKind::NotFound => "; install it, or give its path",
-                _ => "",
-            };
-            invalid!("server = [{program:?}, …] cannot be started: {error}{what_to_do}")
-        })?;
+        let child = command.spawn().map_err(|error| cannot_start(program, &error.to_string()))?;
         let url = format!("http://127.0.0.1:{port}");
         Ok(Self { child: child.into(), name: program.clone(), url, log: log.into() })
     }
@@ -148,6 +143,45 @@ impl Drop for ServerProcess {
     }
 }
 
+fn cannot_start(program: &str, why: &str) -> anyhow::Error {
+    invalid!("server = [{program:?}, …] cannot be started: {why}; install it, or give its path")
+}
+
+/// Checks what can be known of a command before it is started: that its program is there, and where that is llama-server the model
+/// file, too. A script may start it elsewhere.
+///
+/// # Errors
+/// If one of them is not.
+pub(super) fn check(command: &[String]) -> Result<()> {
+    let [program, arguments @ ..] = command else { return Err(invalid!("server names no program")) };
+    let at = Path::new(program);
+    if at.components().count() > 1 || at.is_absolute() {
+        fs::metadata(at).map_err(|error| cannot_start(program, &error.to_string()))?;
+    } else if let Some(folders) = std::env::var_os("PATH") {
+        let names = [program.clone(), format!("{program}{}", std::env::consts::EXE_SUFFIX)];
+        let is_in = |folder: PathBuf| names.iter().any(|name| folder.join(name).is_file());
+        if !std::env::split_paths(&folders).any(is_in) {
+            return Err(cannot_start(program, "it is in no folder of PATH"));
+        }
+    }
+    match model_file(program, arguments) {
+        Some(file) if !Path::new(file).is_file() => {
+            Err(invalid!("server: its model file, {file}, is not there; name the GGUF file of [base]"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// The file that llama-server is told to load, by `-m FILE`, `--model FILE` or `--model=FILE`; `None` of another program.
+pub(super) fn model_file<'c>(program: &str, arguments: &'c [String]) -> Option<&'c str> {
+    if Path::new(program).file_stem().is_none_or(|name| name != "llama-server") {
+        return None;
+    }
+    let after = arguments.iter().position(|word| word == "-m" || word == "--model");
+    let file = after.and_then(|at| arguments.get(at + 1)).map(String::as_str);
+    file.or_else(|| arguments.iter().find_map(|word| word.strip_prefix("--model=")))
+}
+
 /// Takes the key out of the child's environment: requests to it have none.
 fn without_key(command: &mut Command) {
     command.env_remove("LLAMA_API_KEY");
@@ -192,7 +226,8 @@ fn terminate(_: &Child) {}
 /// Kills the child and what it started.
 #[cfg(unix)]
 fn kill(child: &mut Child) {
-    // SAFETY: the call only passes numbers. A group keeps its number while it has a member, and without one there is nobody to kill.
+    // SAFETY: the call only passes numbers. A group keeps its number while it has a member, and without one there is nobody to
+    // kill.
     unsafe { libc::kill(-(child.id() as i32), libc::SIGKILL) };
 }
 
@@ -208,6 +243,33 @@ mod tests {
     fn start(script: &str, folder: &Path) -> ServerProcess {
         let command = ["/bin/sh", "-c", script].map(String::from);
         ServerProcess::start(&command, Path::new("x.gguf"), &folder.join("log")).unwrap()
+    }
+
+    #[test]
+    fn a_command_whose_program_or_model_file_is_not_there_is_refused_before_it_is_started() {
+        let folder = tempfile::tempdir().unwrap();
+        let of = |words: &[&str]| check(&words.iter().map(ToString::to_string).collect::<Vec<_>>());
+        let server = folder.path().join("llama-server");
+        let (program, file) = (server.to_str().unwrap(), folder.path().join("base.gguf"));
+        let model = file.to_str().unwrap();
+        assert!(of(&["sh", "-c", "x"]).is_ok() && of(&["/bin/sh", "-m", "none.gguf"]).is_ok());
+        for (words, said) in [
+            (&["no-such-llama-server", "-m", model][..], "it is in no folder of PATH; install it"),
+            (&[program, "-m", model], "cannot be started: No such file"),
+        ] {
+            let error = of(words).unwrap_err().to_string();
+            assert!(error.contains(said), "{error}");
+        }
+        fs::write(&server, "").unwrap();
+        let equals = format!("--model={model}");
+        for words in [&[program, "-m", model][..], &[program, "--model", model], &[program, &equals]] {
+            let error = of(words).unwrap_err().to_string();
+            assert!(error.contains(&format!("its model file, {model}, is not there")), "{error}");
+        }
+        fs::write(&file, "").unwrap();
+        for words in [&[program, "-m", model][..], &[program, "--model", model], &[program, &equals], &[program]] {
+            of(words).unwrap();
+        }
     }
 
     fn lives(pid: i32) -> bool {

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 use super::prompts::columns;
 use super::rewards::Adapters;
-use super::{Model, check_context, offload, prepared, save, with_members};
+use super::{Model, check_context, offload, prepared_among, save, with_members};
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
 use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
@@ -53,16 +53,30 @@ const STEPS: usize = 2;
 /// # Errors
 /// Those of the stage; if this process's allocator does not count.
 pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
+    measure_among(stage, config, out, &World::default())
+}
+
+/// The same of one of several ranks, each a process of its own; rank 0 alone writes.
+///
+/// # Errors
+/// Those of [`measure`]; if a rank fails or is gone, or the stage runs in one process.
+pub fn measure_among(stage: Stage, config: &Config, out: &Path, world: &World) -> Result<Measured> {
     if meter::current() == 0 {
         return Err(invalid!(
             "this program's allocator does not count; `fourfold bench memory` is of the fourfold binary"
         ));
     }
     // The search for a card's libraries is not part of any phase.
-    let mut config = offload::chosen(stage, &placement::settled(&with_members(stage, config)?.read_by(stage), None)?)?;
+    let ranks = world.size();
+    if ranks > 1 && stage == Stage::Distill {
+        return Err(invalid!("distill trains in one process"));
+    }
+    let settled = placement::settled(&with_members(stage, config)?.read_by(stage), None)?;
+    let mut config = offload::chosen(stage, &settled, ranks)?.of_ranks(stage, ranks);
     config.checkpoint.save_steps = 1;
     config.checkpoint.save_total_limit = 1;
-    let bench = Bench { stage, out, launch: RunOptions { overwrite: true, ..RunOptions::default() } };
+    let launch = RunOptions { overwrite: true, world: world.clone(), ..RunOptions::default() };
+    let bench = Bench { stage, out, ranks, launch };
     match stage {
         Stage::Sft => bench.sft(&mut config),
         Stage::Reward => bench.reward(&mut config),
@@ -77,6 +91,7 @@ pub fn measure(stage: Stage, config: &Config, out: &Path) -> Result<Measured> {
 struct Bench<'b> {
     stage: Stage,
     out: &'b Path,
+    ranks: usize,
     launch: RunOptions,
 }
 
@@ -104,6 +119,14 @@ impl Bench<'_> {
         Inputs::new(self.stage, config)?.model("", model)?.begin(self.out, &self.launch)
     }
 
+    /// Saves an adapter on the rank that writes.
+    fn save(&self, adapter: Adapter, model: &Model, name: &str) -> Result<()> {
+        match self.launch.world.is_first() {
+            true => save(adapter, model, &self.out.join(name)).map(drop),
+            false => Ok(()),
+        }
+    }
+
     fn found(&self, admission: MemoryPreflight) -> Measured {
         Measured { plan: admission.plan, peaks: meter::peaks(), peak_rss: peak_rss_bytes() }
     }
@@ -111,9 +134,11 @@ impl Bench<'_> {
     fn sft(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.sft();
         let checkpoint = ModelFiles::open(&config.base.path)?;
-        let data: Prepared<SftExample> = prepared(config, checkpoint.tokenizer(), c.completion_only_loss)?;
-        let per_step =
-            c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
+        let data: Prepared<SftExample> =
+            prepared_among(&self.launch.world, config, checkpoint.tokenizer(), c.completion_only_loss)?;
+        let per_step = c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64)
+            * c.gradient_accumulation_steps
+            * self.ranks;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * sft::EVAL_BATCH)?);
         drop(data);
         c.num_train_epochs = STEPS;
@@ -121,12 +146,13 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         check_context(&model, train.longest_sequence())?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| passes::sft(config, &train, &held_out))?;
+        let admission =
+            self.parts(&model, &start).admit(config, |config| passes::sft(config, &train, &held_out, self.ranks))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
         let (adapter, _) = sft::train(setup, &train, &held_out, &c, &mut session)?;
-        save(adapter, &model, &self.out.join("adapter"))?;
+        self.save(adapter, &model, "adapter")?;
         Ok(self.found(admission))
     }
 
@@ -138,9 +164,10 @@ impl Bench<'_> {
         let mut c = config.reward();
         c.compat = None; // pads are few and need no memory of their own
         let checkpoint = ModelFiles::open(&config.reward_base().path)?;
-        let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
-        let per_step =
-            c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64) * c.gradient_accumulation_steps;
+        let data: Prepared<RankedExample> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
+        let per_step = c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64)
+            * c.gradient_accumulation_steps
+            * self.ranks;
         let train = some(&data.train, per_step)?;
         let held_out = some(&data.held_out, 2 * reward::train::EVAL_BATCH)?;
         drop(data);
@@ -149,20 +176,21 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         check_context(&model, train.longest_sequence())?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| passes::reward(config, &train, &held_out))?;
+        let admission =
+            self.parts(&model, &start).admit(config, |config| passes::reward(config, &train, &held_out, self.ranks))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
         let (adapter, _) = reward::train::train(setup, &train, &held_out, &c, &mut session)?;
-        save(adapter, &model, &self.out.join("adapter"))?;
+        self.save(adapter, &model, "adapter")?;
         Ok(self.found(admission))
     }
 
     fn dpo(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.dpo();
         let checkpoint = ModelFiles::open(&config.base.path)?;
-        let data: Prepared<RankedExample> = prepared(config, checkpoint.tokenizer(), true)?;
-        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+        let data: Prepared<RankedExample> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
+        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
         drop(data);
         c.num_train_epochs = STEPS;
@@ -170,35 +198,37 @@ impl Bench<'_> {
         let model = self.model(checkpoint, config)?;
         check_context(&model, train.longest_sequence())?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| passes::dpo(config, &train, &held_out))?;
+        let admission =
+            self.parts(&model, &start).admit(config, |config| passes::dpo(config, &train, &held_out, self.ranks))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
         let reference = c.adapter.as_ref().map(|_| &start);
         let (adapter, _) = pairs::train(setup, reference, &train, &held_out, &c, &mut session)?;
-        save(adapter, &model, &self.out.join("adapter"))?;
+        self.save(adapter, &model, "adapter")?;
         Ok(self.found(admission))
     }
 
     fn kto(&self, config: &mut Config) -> Result<Measured> {
         let mut c = config.kto();
         let checkpoint = ModelFiles::open(&config.base.path)?;
-        let data: Prepared<UnpairedExample> = prepared(config, checkpoint.tokenizer(), true)?;
-        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+        let data: Prepared<UnpairedExample> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
+        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
         drop(data);
         c.num_train_epochs = STEPS;
         config.kto = Some(c.clone());
         let model = self.model(checkpoint, config)?;
         let start = self.start(&model, c.adapter.as_ref(), config)?;
-        let admission = self.parts(&model, &start).admit(config, |config| passes::kto(config, &train, &held_out))?;
+        let admission =
+            self.parts(&model, &start).admit(config, |config| passes::kto(config, &train, &held_out, self.ranks))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
         let reference = c.adapter.as_ref().map(|_| &start);
         let max_length = config.data()?.max_length.min(model.base.config().max_position_embeddings);
         let (adapter, _) = kto::train(setup, reference, &train, &held_out, &c, max_length, &mut session)?;
-        save(adapter, &model, &self.out.join("adapter"))?;
+        self.save(adapter, &model, "adapter")?;
         Ok(self.found(admission))
     }
 
@@ -207,8 +237,8 @@ impl Bench<'_> {
         let checkpoint = ModelFiles::open(&config.base.path)?;
         let other = config.teacher.as_ref().filter(|base| **base != config.base);
         let files = other.map(|base| ModelFiles::open(&base.path)).transpose()?;
-        let data: Prepared<T> = prepared(config, checkpoint.tokenizer(), true)?;
-        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps;
+        let data: Prepared<T> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
+        let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks;
         let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * distill::EVAL_BATCH)?);
         drop(data);
         c.num_train_epochs = STEPS;
@@ -229,7 +259,7 @@ impl Bench<'_> {
         let teacher = Policy::new(&teacher.base, taught.as_ref());
         let teaching = distill::Teaching { teacher, stop: &[], decode: &decode };
         let (adapter, _) = distill::train(setup, teaching, &train, &held_out, &c, &mut session)?;
-        save(adapter, &model, &self.out.join("adapter"))?;
+        self.save(adapter, &model, "adapter")?;
         Ok(self.found(admission))
     }
 
@@ -246,7 +276,7 @@ impl Bench<'_> {
             return Err(invalid!("bench memory measures PPO over one base; remove [reward_base]"));
         }
         let checkpoint = ModelFiles::open(&config.base.path)?;
-        let data: Prepared<PromptExample> = prepared(config, checkpoint.tokenizer(), true)?;
+        let data: Prepared<PromptExample> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
         let train = some(&data.train, STEPS * c.batch_size)?;
         let asked = some(&data.held_out, c.eval_prompts)?;
         drop(data);
@@ -258,7 +288,7 @@ impl Bench<'_> {
         let adapters = Adapters::open(&c, &model)?;
         let columns = columns(&train, &asked, &c, config)?;
         let builder = RewardSourceBuilder {
-            world: World::alone(),
+            world: &self.launch.world,
             scorer: &model,
             retokenise: None,
             prompts: &train,
@@ -270,14 +300,14 @@ impl Bench<'_> {
         let source = builder.source(&c, &adapters)?;
         let lengths: Vec<usize> = asked.iter().map(|prompt| prompt.tokens.len()).collect();
         let context = model.base.config().max_position_embeddings;
-        let facts = passes::Asked { held_out: &lengths, context, other_tokens: false };
+        let facts = passes::Asked { held_out: &lengths, context, other_tokens: false, ranks: self.ranks };
         let parts = Parts { stage: self.stage, policy: &model, scorer: None, start: &sft, reward: adapters.main() };
         let admission = parts.admit(config, |config| passes::ppo(config, &prompts, facts))?;
         let mut session = self.session(&model, config)?;
         let _step = meter::within(Phase::Step);
         let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
         let judges = ppo::evaluate::EvaluationInputs {
-            world: World::alone(),
+            world: &self.launch.world,
             base: &model.base,
             sft: &sft,
             source: &*source,
@@ -290,7 +320,7 @@ impl Bench<'_> {
         let before = evaluation.before(&mut session.report)?;
         let evaluation = evaluation.with_baseline(before);
         let run = ppo::run::PpoRun {
-            world: World::alone(),
+            world: &self.launch.world,
             base: &model.base,
             reward_base: &model.base,
             sft: &sft,
@@ -309,7 +339,7 @@ impl Bench<'_> {
             sharing: admission.plan.sharing(),
         };
         let trained = ppo::train::train(&run, &mut session)?;
-        save(trained.actor.clone(), &model, &self.out.join("actor"))?;
+        self.save(trained.actor.clone(), &model, "actor")?;
         evaluation.run(&"after".into(), &trained.actor, &mut session.report)?;
         Ok(self.found(admission))
     }

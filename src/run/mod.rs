@@ -52,16 +52,17 @@ use crate::train::stop;
 use crate::train::world::World;
 use crate::{host, invalid, note, warning};
 
-pub use data_warnings::data_warnings;
+pub use data_warnings::{data_warnings, refusals};
 pub use describe::describe;
 pub use hints::{check_adapter_path, check_base_path};
-pub use measure::{Measured, measure};
+pub use measure::{Measured, measure, measure_among};
 pub use members::{members, with_members};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, quoted, resuming_command};
 pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
 pub use plan_inputs::PlanInputs;
 pub use rewards::aggregate;
+pub use rollout_servers::memory_beside;
 
 /// Runs one stage of a config; returns the object that `--json` prints, on rank 0 where there are several.
 ///
@@ -106,7 +107,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
     memory_preflight::check_base(&config.base, config, "base")?;
     config.reward_base.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "reward_base"))?;
     config.teacher.as_ref().map_or(Ok(()), |base| memory_preflight::check_base(base, config, "teacher"))?;
-    let config = &offload::chosen(stage, config)?;
+    let config = &offload::chosen(stage, config, launch.world.size())?;
     // Everything that can be wrong with the input is found before the folder is touched.
     let ran = match stage {
         Stage::Sft => sft::run(config, out, launch),

@@ -1,5 +1,5 @@
 //! `offload = "auto"`, settled before a base is opened: the planner reads the headers of the bases and the lengths of the
-//! examples, and takes as few layers from a device as let the whole run fit.
+//! examples, and takes as few layers from a device as let the whole run fit, or one of its ranks.
 //!
 //! It does not depend on a stage's loop. Read `planner/plan.rs` for the search, and `model/stream.rs` for the layers.
 
@@ -15,7 +15,7 @@ use crate::planner::{dry, simulate::shape::Network};
 ///
 /// # Errors
 /// Those of a plan: bases or records that cannot be used.
-pub(super) fn chosen(stage: Stage, config: &Config) -> Result<Config> {
+pub(super) fn chosen(stage: Stage, config: &Config, ranks: usize) -> Result<Config> {
     let mut config = config.clone();
     let asks = |section: &config::Base| section.offload() == Offload::Auto && dry::is_device(section.device());
     let used = [policy_section(stage, &config), config.second_base(stage)];
@@ -30,9 +30,10 @@ pub(super) fn chosen(stage: Stage, config: &Config) -> Result<Config> {
             }
         }
     }
-    let inputs = PlanInputs::open(stage, &config)?;
+    let of_all = config.of_ranks(stage, ranks);
+    let inputs = PlanInputs::open(stage, &of_all, ranks)?;
     let budget = Budget::of(config.memory.limit.map(|limit| limit.0));
-    let job = plan::plan(stage, &config, budget, &|config| inputs.job(stage, config, room))?.job;
+    let job = plan::plan(stage, &of_all, budget, &|config| inputs.job(stage, config, room))?.job;
     let layers = |net: &Network| net.offload.layers();
     let (policy, other) = (layers(&job.policy), layers(job.scorer.as_ref().unwrap_or(&job.policy)));
     let shared = job.scorer.is_none();

@@ -243,9 +243,11 @@ fn without_checkpoint(out: &Path) -> anyhow::Error {
 /// Checks, before anything is opened, that the folder allows what the options ask for.
 ///
 /// # Errors
-/// If a run in the folder would be lost without `--overwrite`, or an input of this run with it, or `--resume` finds no
-/// checkpoint.
+/// If a process uses the folder, a run in it would be lost without `--overwrite`, or an input of this run with it, or `--resume`
+/// finds no checkpoint.
 pub(crate) fn check(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<()> {
+    // What else is wrong with the folder of a live run may be right in a minute.
+    lock::check(out)?;
     match &launch.resume {
         None if launch.overwrite => {}
         None => output::check_free(out, stage.name())?,
@@ -261,18 +263,37 @@ fn same(a: &Path, b: &Path) -> bool {
     fs::canonicalize(a).ok().zip(fs::canonicalize(b).ok()).is_some_and(|(a, b)| a == b)
 }
 
-/// The summary of the finished run in `out`, if `--resume` asks for the same run.
+/// The summary of the finished run in `out`, if `--resume` asks for the same run. One whose adapters are not all there is made
+/// again from its newest checkpoint (a notice is printed).
 ///
 /// # Errors
-/// If the config has no form in TOML.
+/// If the config has no form in TOML; if an adapter is missing and there is no checkpoint.
 pub(crate) fn finished(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Option<Value>> {
     let asked = launch.resume.as_deref().is_some_and(|from| asks_for_newest(from, out));
     if !asked || !output::is_of(out, stage.name(), &config.to_toml()?) {
         return Ok(None);
     }
     let Ok(text) = fs::read_to_string(out.join(output::SUMMARY)) else { return Ok(None) };
-    note!("{}: this run is finished; there is nothing to resume", out.display());
-    serde_json::from_str(&text).map(Some).with_context(|| format!("reading {}", out.join(output::SUMMARY).display()))
+    let summary: Value =
+        serde_json::from_str(&text).with_context(|| format!("reading {}", out.join(output::SUMMARY).display()))?;
+    let finished = format!("{}: this run is finished", out.display());
+    match output::missing(out, stage.name(), &summary).first() {
+        None => note!("{finished}; there is nothing to resume"),
+        Some(file) if output::has_checkpoint(out) => {
+            crate::tell!(
+                "{finished}, and {} is missing; the run goes on from a checkpoint to write it",
+                file.display()
+            );
+            return Ok(None);
+        }
+        Some(file) => {
+            return Err(invalid!(
+                "{finished}, and {} is missing; put it back, or train again with --overwrite in place of --resume",
+                file.display()
+            ));
+        }
+    }
+    Ok(Some(summary))
 }
 
 /// The words of this process's command line, changed so that they resume the run.

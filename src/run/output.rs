@@ -215,6 +215,17 @@ pub fn write_summary(out: &Path, summary: &Value) -> Result<()> {
     fs::write(&path, format!("{summary}\n")).with_context(|| format!("writing {}", path.display()))
 }
 
+/// The files of the adapters that a finished run's summary names and that its folder lacks, in the order of the adapters. Names
+/// count and not whole paths: a folder may have been moved since.
+pub(super) fn missing(out: &Path, by: &str, summary: &Value) -> Vec<PathBuf> {
+    let values = summary.as_object().into_iter().flat_map(|summary| summary.values());
+    let texts = values.flat_map(|value| value.as_array().map_or(std::slice::from_ref(value), Vec::as_slice));
+    let named: Vec<&str> = texts.filter_map(|text| Path::new(text.as_str()?).file_name()?.to_str()).collect();
+    let written = adapters_of(by).iter().filter(|name| named.contains(name));
+    let files = written.flat_map(|name| ADAPTER_FILES.map(|file| out.join(name).join(file)));
+    files.filter(|file| !file.is_file()).collect()
+}
+
 /// The object of `--json` of a run that was stopped on request; `None` for any other error.
 pub fn stopped(by: &str, out: &Path, error: &Error) -> Option<Value> {
     let text = error.chain().find_map(|cause| cause.downcast_ref::<Interrupted>())?.to_string();

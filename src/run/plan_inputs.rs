@@ -28,7 +28,8 @@ use crate::planner::dry;
 use crate::planner::dry::OnDevice;
 use crate::planner::passes;
 use crate::planner::simulate::shape::{Branches, Network};
-use crate::planner::simulate::stages::{StageShape, Work};
+use crate::planner::simulate::stages::StageShape;
+use crate::planner::simulate::work::Work;
 use crate::tokenizer::Tokenizer;
 
 /// The examples, if there are any.
@@ -112,21 +113,25 @@ pub struct PlanInputs {
     held: usize,
     /// Bytes of the process beside its heap, taken once: every plan that is compared counts the same ones.
     process: usize,
+    /// Ranks of a run, of which one is planned.
+    ranks: usize,
     _tokenizer: Option<Tokenizer>,
 }
 
 impl PlanInputs {
     /// Opens what the config, with all members of an ensemble written out, names: bases, data and, where they are there
     /// already, adapters. Without data, or without a
-    /// tokenizer to read it with, sequences are as long as `[data]` allows.
+    /// tokenizer to read it with, sequences are as long as `[data]` allows. The plan is that of one of `ranks` ranks, and the
+    /// config that of all ([`Config::of_ranks`]).
     ///
     /// # Errors
     /// A base, an adapter or records that cannot be used; no `[ppo]` where it is asked for.
-    pub fn open(stage: Stage, config: &Config) -> Result<Self> {
-        Self::with(stage, config, |tokenizer| match tokenizer {
+    pub fn open(stage: Stage, config: &Config, ranks: usize) -> Result<Self> {
+        let inputs = Self::with(stage, config, |tokenizer| match tokenizer {
             Some(tokenizer) if has_data(config) => read(stage, config, tokenizer),
             _ => Ok(Data::Full(2)),
-        })
+        })?;
+        Ok(Self { ranks, ..inputs })
     }
 
     /// As [`PlanInputs::open`], with every sequence as long as `[data]` allows and `responses` in every comparison, whatever
@@ -176,6 +181,7 @@ impl PlanInputs {
             fresh: Default::default(),
             held: meter::current(),
             process: beside_heap_bytes(),
+            ranks: 1,
             _tokenizer: tokenizer,
         })
     }
@@ -253,17 +259,20 @@ impl PlanInputs {
         match (&self.data, stage) {
             (Data::Sft(data), Stage::Distill) => passes::distill(config, &data.train, &data.held_out),
             (Data::Prompts(data), Stage::Distill) => passes::distill(config, &data.train, &data.held_out),
-            (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out),
-            (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out),
-            (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
-            (Data::Judged(data), _) => passes::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?),
+            (Data::Sft(data), _) => passes::sft(config, &data.train, &data.held_out, self.ranks),
+            (Data::Ranked(data), Stage::Reward) => passes::reward(config, &data.train, &data.held_out, self.ranks),
+            (Data::Ranked(data), _) => passes::dpo(config, &data.train.to_vec()?, &data.held_out.to_vec()?, self.ranks),
+            (Data::Judged(data), _) => passes::kto(config, &data.train.to_vec()?, &data.held_out.to_vec()?, self.ranks),
             (Data::Prompts(data), _) => {
                 let count = data.held_out.len().min(config.ppo()?.eval_prompts);
                 let held_out: Vec<usize> = (0..count).map(|row| data.held_out.tokens(row)).collect();
-                let asked = passes::Asked { held_out: &held_out, context: self.context(), other_tokens: false };
+                let (context, ranks) = (self.context(), self.ranks);
+                let asked = passes::Asked { held_out: &held_out, context, other_tokens: false, ranks };
                 passes::ppo(config, &Ids(&data.train), asked)
             }
-            (Data::Full(responses), stage) => passes::full_length(stage, config, self.context(), *responses),
+            (Data::Full(responses), stage) => {
+                passes::full_length(stage, config, self.context(), *responses, self.ranks)
+            }
         }
     }
 
@@ -294,6 +303,19 @@ impl PlanInputs {
     }
 }
 
+impl PlanInputs {
+    /// Tokens of the longest training sequence; 0 without data.
+    pub fn longest_sequence(&self) -> usize {
+        match &self.data {
+            Data::Sft(data) => data.train.longest_sequence(),
+            Data::Ranked(data) => data.train.longest_sequence(),
+            Data::Judged(data) => data.train.longest_sequence(),
+            Data::Prompts(data) => data.train.longest_sequence(),
+            Data::Full(_) => 0,
+        }
+    }
+}
+
 fn has_data(config: &Config) -> bool {
     config.data.as_ref().is_some_and(|data| !data.path.as_slice().is_empty() || !data.sources.is_empty())
 }
@@ -306,7 +328,13 @@ fn read(stage: Stage, config: &Config, tokenizer: &Tokenizer) -> Result<Data> {
         Stage::Sft => Data::Sft(of(config, tokenizer, config.sft().completion_only_loss)?),
         Stage::Reward | Stage::Dpo => Data::Ranked(of(config, tokenizer, true)?),
         Stage::Kto => Data::Judged(of(config, tokenizer, true)?),
-        Stage::Distill if !config.distill().samples_all() => Data::Sft(of(config, tokenizer, true)?),
-        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
+        Stage::Distill => {
+            let about = || config.distill().about_records();
+            match config.distill().samples_all() {
+                true => Data::Prompts(of(config, tokenizer, true).with_context(about)?),
+                false => Data::Sft(of(config, tokenizer, true).with_context(about)?),
+            }
+        }
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => Data::Prompts(of(config, tokenizer, true)?),
     })
 }

@@ -1,5 +1,5 @@
-//! `fourfold ppo`, `fourfold grpo` and `fourfold rloo`: opens models and data, trains, and evaluates on held-out prompts before and after. Read
-//! `ppo/train.rs` for the training loop, `rewards.rs` for how reward sources are built.
+//! `fourfold ppo`, `fourfold grpo` and `fourfold rloo`: opens models and data, trains, and evaluates on held-out prompts before and
+//! after. Read `ppo/train.rs` for the training loop, `rewards.rs` for how reward sources are built.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -127,12 +127,21 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     }
     let lengths: Vec<usize> = eval_prompts.iter().map(|prompt| prompt.tokens.len()).collect();
     let contexts = [&model.base, reward_base].map(|base| base.config().max_position_embeddings);
-    let facts =
-        passes::Asked { held_out: &lengths, context: contexts[0].min(contexts[1]), other_tokens: translated.is_some() };
+    let facts = passes::Asked {
+        held_out: &lengths,
+        context: contexts[0].min(contexts[1]),
+        other_tokens: translated.is_some(),
+        ranks: world.size(),
+    };
+    let open = |servers| rollout_servers::open(servers, &model, ppo.origin.name(), out, world.is_first());
+    let sampler = ppo.servers().map(open).transpose()?;
     let parts = Parts { stage, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
     let preflight = parts.admit(&of_all, |config| passes::ppo(config, &ids, facts))?;
     let mut session = inputs.begin(out, options)?;
     let memory = preflight.report(&mut session);
+    if let Some((text, _)) = rollout_servers::memory_beside(ppo) {
+        session.report.note(&text);
+    }
     let tokenizer = model.checkpoint.tokenizer();
     let mut stop = match ppo.compat {
         Some(_) => tokenizer.eos_ids().to_vec(),
@@ -150,8 +159,6 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         decode: &decode,
         world,
     };
-    let open = |servers| rollout_servers::open(servers, &model, ppo.origin.name(), out, world.is_first());
-    let sampler = ppo.servers().map(open).transpose()?;
     // Rank 0 alone asks the servers.
     if let Some(sampler) = &sampler {
         world.first(|| sampler.begin(&sft))?;

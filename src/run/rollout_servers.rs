@@ -13,10 +13,12 @@ use anyhow::{Context, Result, anyhow};
 
 use super::Model;
 use super::llama_cpp::LlamaCppSampler;
+use super::llama_process;
 use super::served_rollouts::ServedSampler;
-use crate::config::{Engine, RolloutEngine};
+use crate::config::{Engine, Ppo, RolloutEngine};
 use crate::model::adapter::Adapter;
 use crate::model::generate::{FinishReason, Response, SamplingParams};
+use crate::planner::plan::text;
 use crate::ppo::sampler::{Asked, Sampler};
 use crate::report::progress::{Progress, Unit};
 use crate::reward::source::retry::{Failure, LONGEST_WAIT};
@@ -33,11 +35,11 @@ pub(super) trait RolloutServer: Sampler {
     fn begin(&self, first: &Adapter) -> Result<()>;
 }
 
-/// The client of the servers that a section names; nothing is sent or started yet. `section`: ppo, grpo or rloo. `out`: the run's
-/// folder. `asks`: whether this process will ask them, and not another rank for it.
+/// The client of the servers that a section names; nothing is sent, started or written yet. `section`: ppo, grpo or rloo. `out`:
+/// the run's folder. `asks`: whether this process will ask them, and not another rank for it.
 ///
 /// # Errors
-/// If a key's variable is not set, or the run's folder has no absolute path.
+/// If a key's variable is not set, the run's folder has no absolute path, or a program that is to be started is not there.
 pub(super) fn open<'w>(
     settings: &RolloutEngine,
     model: &'w Model,
@@ -53,21 +55,43 @@ pub(super) fn open<'w>(
     })
 }
 
-/// The folder in which adapters are written for servers, without those that a killed run left in the run's own.
+/// The folder in which adapters are written for servers.
 ///
 /// # Errors
 /// If it has no absolute path.
-pub(super) fn adapters_folder(settings: &RolloutEngine, out: &Path, asks: bool) -> Result<PathBuf> {
+pub(super) fn adapters_folder(settings: &RolloutEngine, out: &Path) -> Result<PathBuf> {
     let folder = settings.adapter_dir.clone().unwrap_or_else(|| out.join("rollout"));
-    if settings.adapter_dir.is_none() && asks {
-        for entry in fs::read_dir(&folder).into_iter().flatten().flatten() {
-            if entry.file_name().to_string_lossy().starts_with("fourfold-") {
-                let path = entry.path();
-                let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
-            }
+    std::path::absolute(&folder).with_context(|| folder.display().to_string())
+}
+
+/// Removes the adapters that a killed run left in that folder, where it is the run's own.
+pub(super) fn remove_abandoned(settings: &RolloutEngine, folder: &Path) {
+    let entries = settings.adapter_dir.is_none().then(|| fs::read_dir(folder));
+    for entry in entries.into_iter().flatten().flatten().flatten() {
+        if entry.file_name().to_string_lossy().starts_with("fourfold-") {
+            let path = entry.path();
+            let _ = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
         }
     }
-    std::path::absolute(&folder).with_context(|| folder.display().to_string())
+}
+
+/// What a server that the run starts takes of the machine's memory beside it, in words, and the bytes of its model file where they
+/// are known; `None` where no server is started.
+pub fn memory_beside(ppo: &Ppo) -> Option<(String, Option<u64>)> {
+    let servers = ppo.servers().filter(|servers| servers.engine == Engine::LlamaCpp)?;
+    let (program, arguments) = servers.server.split_first()?;
+    let file = llama_process::model_file(program, arguments);
+    let bytes = file.and_then(|file| Some(fs::metadata(file).ok()?.len()));
+    let of = match (file, bytes) {
+        (Some(file), Some(bytes)) => format!("{file} of {}", text(bytes as usize)),
+        _ => "its GGUF file".into(),
+    };
+    Some((
+        format!(
+            "llama.cpp's server loads the base once more beside the run: {of} and a KV cache, which are not counted here"
+        ),
+        bytes,
+    ))
 }
 
 /// A part of names that is another one in each process: the adapters of a run that was killed may still be there.

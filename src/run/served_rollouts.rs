@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -12,7 +13,9 @@ use serde_json::{Value, json};
 
 use super::Model;
 use super::rewards::key_of;
-use super::rollout_servers::{RolloutServer, adapters_folder, check_tokens, said, sample, tag, tries, whole};
+use super::rollout_servers::{
+    RolloutServer, adapters_folder, check_tokens, remove_abandoned, said, sample, tag, tries, whole,
+};
 use crate::config::{Engine, RolloutEngine};
 use crate::model::adapter::Adapter;
 use crate::model::generate::{Response, SamplingParams};
@@ -58,11 +61,13 @@ pub(super) struct ServedSampler<'w> {
     /// Another one in each process: a server may still have the adapters of a run that was killed.
     tag: String,
     loaded: Mutex<Option<Loaded>>,
+    /// Whether the folder of adapters was written to.
+    has_written: AtomicBool,
 }
 
 impl<'w> ServedSampler<'w> {
-    /// Creates the clients; nothing is sent yet. `out`: the run's folder. `asks`: whether this process will ask them, and not another
-    /// rank for it.
+    /// Creates the clients; nothing is sent yet. `out`: the run's folder. `asks`: whether this process will ask them, and not
+    /// another rank for it.
     ///
     /// # Errors
     /// If the key's variable is not set, or the run's folder has no absolute path.
@@ -84,7 +89,7 @@ impl<'w> ServedSampler<'w> {
                 unload: at("unload_lora_adapter", FORGETTING.min(timeout)),
             }
         };
-        let folder = adapters_folder(settings, out, asks)?;
+        let folder = adapters_folder(settings, out)?;
         let folder_there = match &settings.server_adapter_dir {
             Some(there) => there.trim_end_matches('/').to_owned(),
             None => folder.display().to_string(),
@@ -92,7 +97,8 @@ impl<'w> ServedSampler<'w> {
         let servers = settings.urls.iter().map(server).collect();
         let vocab = model.base.config().vocab_size;
         let clients = Clients { servers, settings: settings.clone(), folder_there, vocab };
-        Ok(Self { section, clients: clients.into(), model, folder, tag: tag(), loaded: Mutex::default() })
+        let (loaded, has_written) = (Mutex::default(), AtomicBool::new(false));
+        Ok(Self { section, clients: clients.into(), model, folder, tag: tag(), loaded, has_written })
     }
 
     /// Loads the adapter on every server unless they have it, and has them forget the one before. A server that is dead is left
@@ -106,6 +112,7 @@ impl<'w> ServedSampler<'w> {
             return Ok((loaded.name.clone(), loaded.servers.clone()));
         }
         let name = format!("fourfold-{}-{version}", self.tag);
+        self.has_written.store(true, Ordering::Relaxed);
         super::save(adapter.clone(), self.model, &self.folder.join(&name))?;
         let (mut servers, mut dead) = (vec![], vec![]);
         for (number, server) in self.clients.servers.iter().enumerate() {
@@ -281,10 +288,15 @@ impl Sampler for ServedSampler<'_> {
     fn max_mismatch(&self) -> f64 {
         self.clients.settings.max_mismatch
     }
+
+    fn to_check(&self) -> &'static str {
+        "its base, its log and logprobs_mode"
+    }
 }
 
 impl RolloutServer for ServedSampler<'_> {
     fn begin(&self, first: &Adapter) -> Result<()> {
+        remove_abandoned(&self.clients.settings, &self.folder);
         self.load(first, 0).map(drop)
     }
 }
@@ -296,7 +308,9 @@ impl Drop for ServedSampler<'_> {
             self.forget(&loaded.name, &loaded.servers);
         }
         // Empty, unless it holds what is not ours.
-        let _ = fs::remove_dir(&self.folder);
+        if self.has_written.load(Ordering::Relaxed) {
+            let _ = fs::remove_dir(&self.folder);
+        }
     }
 }
 

@@ -32,7 +32,7 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let inputs = Inputs::new(Stage::Sft, config)?.model("", &model)?.adapter("adapter", given)?;
     let inputs = inputs.examples("data", &train)?.examples("held-out data", &held_out)?;
     let parts = Parts { stage: Stage::Sft, policy: &model, scorer: None, start: &start, reward: None };
-    let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out))?;
+    let admission = parts.admit(config, |config| passes::sft(config, &train, &held_out, launch.world.size()))?;
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };

@@ -146,8 +146,8 @@ impl RunFingerprint {
     }
 }
 
-/// Leaves out what earlier versions wrote of a run's settings although nothing reads it: keys of a source of the reward that are for
-/// another kind, and checkpoints of other stages.
+/// Leaves out what earlier versions wrote of a run's settings although nothing reads it: keys of a source of the reward that are
+/// for another kind, and checkpoints of other stages.
 fn leave_out_unread(stage: &str, config: &mut Value) {
     let Some(config) = config.as_table_mut() else { return };
     let has_rollouts = ["ppo", "grpo", "rloo"].contains(&stage);

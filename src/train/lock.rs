@@ -46,10 +46,7 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     let (text, owner) = read(&mut file);
     match locked {
         Err(TryLockError::WouldBlock) => {
-            return Err(invalid!(
-                "{} is in use by {owner}; wait for it, stop it, or name another folder with --out",
-                dir.display()
-            ));
+            return Err(in_use(dir, &owner));
         }
         Err(TryLockError::Error(e)) => return Err(e).with_context(|| format!("locking {}", path.display())),
         Ok(()) if !text.is_empty() => {
@@ -64,6 +61,18 @@ pub fn lock(dir: &Path) -> Result<Lock> {
     let text = json!({ "pid": std::process::id(), "host": host(), "started": started }).to_string();
     write(&mut file, &text).with_context(|| format!("writing {}", path.display()))?;
     Ok(Lock(file))
+}
+
+fn in_use(dir: &Path, owner: &str) -> anyhow::Error {
+    invalid!("{} is in use by {owner}; wait for it, stop it, or name another folder with --out", dir.display())
+}
+
+/// Refuses a folder whose lock a process has; nothing is written.
+///
+/// # Errors
+/// If one has it.
+pub fn check(dir: &Path) -> Result<()> {
+    owner(dir).map_or(Ok(()), |owner| Err(in_use(dir, &owner)))
 }
 
 /// Whether a process has the lock of a folder.
@@ -121,11 +130,13 @@ mod tests {
         let first = lock(dir.path()).unwrap();
         let message = lock(dir.path()).unwrap_err().to_string();
         assert!(owner(dir.path()).unwrap().contains(&format!("process {}", std::process::id())));
+        assert_eq!(check(dir.path()).unwrap_err().to_string(), message);
         assert!(message.contains(&format!("process {}", std::process::id())), "{message}");
         let text = || std::fs::read_to_string(dir.path().join(NAME)).unwrap();
         assert!(text().contains("pid"));
         drop(first);
         assert_eq!(owner(dir.path()), None);
+        check(dir.path()).unwrap();
         assert_eq!(text(), "", "a dropped lock leaves an empty file");
         std::fs::write(dir.path().join(NAME), r#"{"pid": 1}"#).unwrap(); // as if killed
         lock(dir.path()).unwrap();

@@ -1,4 +1,5 @@
-//! Requests to stop: SIGINT, SIGTERM and SIGHUP (a closed terminal) set a flag that the training loops read between two micro-batches.
+//! Requests to stop: SIGINT, SIGTERM and SIGHUP (a closed terminal) set a flag that the training loops read between two
+//! micro-batches.
 //!
 //! A process has one set of signals, so there is one flag. It does not depend on a stage.
 
@@ -40,8 +41,8 @@ fn stopping() -> impl Iterator<Item = i32> {
 /// Whether no command listens for SIGTERM, and for SIGHUP, yet, so that one ends the process by itself.
 static UNHEARD: LazyLock<[Arc<AtomicBool>; 2]> = LazyLock::new(|| [true, true].map(|is| Arc::new(AtomicBool::new(is))));
 
-/// Has SIGTERM and SIGHUP end the process with [`EXIT_CODE`] until a command listens for them itself; a signal that is ignored stays
-/// so. SIGINT keeps the system's action, by which a shell ends its loop, too.
+/// Has SIGTERM and SIGHUP end the process with [`EXIT_CODE`] until a command listens for them itself; a signal that is ignored
+/// stays so. SIGINT keeps the system's action, by which a shell ends its loop, too.
 ///
 /// # Errors
 /// If the system refuses the handlers.

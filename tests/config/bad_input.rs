@@ -77,7 +77,7 @@ fn a_path_that_is_no_model_is_named() {
     fs::create_dir(p.path("empty")).unwrap();
     p.refuses_base("empty", &["empty has no config.json", ".gguf"]);
     p.refuses_base("base/model.safetensors", &["give the directory"]);
-    p.refuses_base("run.toml", &["run.toml is not a GGUF file"]);
+    p.refuses_base("run.toml", &["run.toml is no model; give a Hugging Face directory or a .gguf file"]);
     p.refuses("inspect nowhere --json", &["nowhere"]);
     p.refuses("sft run.toml --set base.path=nowhere --out o", &["nowhere"]);
     p.copy("base", "half");

@@ -75,9 +75,24 @@ fn a_key_in_the_wrong_section_or_of_another_trainer_is_pointed_home() {
     refuses("[ppo]\nmax_length = 3", "[data] has it");
     refuses("[lora]\nlora_rank = 3", "it is [lora] r here");
     refuses("[ppo]\nppo_epochs = 3", "it is [ppo] num_ppo_epochs here");
+    refuses("[ppo]\nactor = \"a\"", "it is [ppo] adapter here");
+    refuses("[grpo]\nactor = \"a\"", "it is [grpo] adapter here");
+    refuses("[grpo]\nreward_model = \"a\"", "it is [grpo] reward_adapter here");
+    refuses("[grpo]\ninit_kl_coef = 0.1", "it is beta here, as in TRL");
+    refuses("[sft]\nlr = 1e-4", "it is [sft] learning_rate here");
     refuses("[sft]\nseed = 3", "seed stands at the top of the file");
     let found = message("kl_coef = 0.1\n[base]\npath = \"m\"", &[]);
     assert!(found.contains("there is no key \"kl_coef\" outside the sections; [ppo] has it"), "{found}");
+}
+
+#[test]
+fn a_part_of_one_keys_name_is_a_hint_at_that_key() {
+    refuses("[sft]\nepochs = 3", "did you mean \"num_train_epochs\"?");
+    refuses("[ppo]\nepochs = 3", "did you mean \"num_ppo_epochs\"?");
+    // [ppo] has a key of that very name.
+    refuses("[sft]\nbatch_size = 3", "did you mean \"per_device_train_batch_size\"?");
+    // Several keys have the part.
+    refuses("[ppo]\ncoef = 3", "there are \"compat\"");
 }
 
 #[test]

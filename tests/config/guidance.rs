@@ -73,6 +73,15 @@ fn what_is_said_of_an_output_that_cannot_be_is_true_and_commands_are_quoted() {
     let ran = refused(&p, "plan --base shape.json --phase sft", &["shape.json"]);
     assert!(!ran.stderr.contains("config.json"), "{}", ran.stderr);
     refused(&p, "plan --base none.json --phase sft", &["none.json"]);
+    for line in ["init sft --base shape.json", "generate --base shape.json --prompt x", "inspect shape.json"] {
+        let says =
+            ["shape.json is a JSON file, no model; give a Hugging Face directory or a .gguf file", "plan --base"];
+        refused(&p, line, &says);
+    }
+    refused(&p, "init sft --base base/config.json", &["base/config.json is one file of a model; give the directory"]);
+    refused(&p, "init sft --base run.toml", &["run.toml is no model; give a Hugging Face directory or a .gguf file"]);
+    p.write("m.gguf", "GGML");
+    refused(&p, "init sft --base m.gguf", &["m.gguf is not a GGUF file"]);
     // A path with a blank is one word of the commands to go on with, in the file, too.
     let ran = p.run_with(&["init", "sft", "--base", "base", "--out", "my config.toml"], "");
     assert!(ran.code == 0 && ran.stderr.contains("`fourfold sft 'my config.toml'` runs it"), "{}", ran.stderr);
@@ -202,6 +211,7 @@ fn keys_are_printed_by_section_and_by_name() {
     assert!(text.starts_with("[data]\n") && text.contains("\n[data.columns]\n") && text.contains("max_length = 512"));
     assert!(!text.contains("kl_coef"));
     refused(&p, "keys kl_coeff", &["did you mean \"kl_coef\"?"]);
+    refused(&p, "keys actor", &["no key \"actor\"; it is [ppo] adapter here; `fourfold keys`"]);
 }
 
 #[test]

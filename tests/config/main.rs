@@ -4,6 +4,7 @@
 mod bad_input;
 mod cli_contract;
 mod errors;
+mod foreseen;
 mod groups;
 mod guidance;
 mod init;

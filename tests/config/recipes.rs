@@ -66,7 +66,7 @@ fn recipe(name: &str, model: &Path) -> Config {
 fn planned(stage: Stage, config: &Config) -> Plan {
     let mut config = config.clone();
     config.set_checkpoint(stage, RecomputeSetting::Block);
-    let inputs = PlanInputs::open(stage, &config).unwrap();
+    let inputs = PlanInputs::open(stage, &config, 1).unwrap();
     let shapes = |config: &Config| {
         let mut shape = inputs.job(stage, config, None)?;
         (shape.data, shape.process, shape.threads) = (0, 0, 8);

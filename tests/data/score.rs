@@ -1,5 +1,5 @@
-//! `score` on RewardBench-shaped files: the accuracy by subset, against the scores that it prints, and by length; and by an ensemble
-//! of reward models, whose members' scores become one by the formula.
+//! `score` on RewardBench-shaped files: the accuracy by subset, against the scores that it prints, and by length; and by an
+//! ensemble of reward models, whose members' scores become one by the formula.
 
 use std::path::Path;
 

@@ -1,4 +1,5 @@
-//! Models and adapters that leave or enter the program: PEFT's files, GGUF, safetensors, quantised bases, and the server of `serve`.
+//! Models and adapters that leave or enter the program: PEFT's files, GGUF, safetensors, quantised bases, and the server of
+//! `serve`.
 
 mod merged;
 mod peft_logits;

@@ -164,6 +164,16 @@ fn adapters_add_up_with_their_weights_in_every_format() {
         let ran = p.run(line);
         assert!(ran.code == 2 && ran.stderr.contains("sum.gguf is a LoRA adapter in GGUF"), "{line}: {}", ran.stderr);
     }
+    let found: Value = serde_json::from_str(&p.run("inspect sum.gguf --json").stdout).unwrap();
+    assert_eq!((&found["kind"], &found["architecture"]), (&"gguf-lora".into(), &"llama".into()), "{found}");
+    let [one, other] = ["out/reward/adapter", "out/sft/adapter"].map(|path| p.adapter(path));
+    assert_eq!(found["r"], serde_json::json!([one.config().r + other.config().r]));
+    assert_eq!(found["layers"], base.base.config().num_hidden_layers);
+    let targets = ["attn_k", "attn_output", "attn_q", "attn_v", "ffn_down", "ffn_gate", "ffn_up"];
+    assert_eq!(found["target_tensors"], serde_json::json!(targets));
+    assert_eq!(found["bytes"].as_u64(), found["parameters"].as_u64().map(|numbers| 4 * numbers));
+    let text = p.run("inspect sum.gguf").stdout;
+    assert!(text.contains("an adapter for llama.cpp (--lora)"), "{text}");
     p.merge("--adapter out/reward/adapter --dtype f32 --out first");
     p.merge("--adapter out/sft/adapter=0.7 --format peft --out second");
     let stacked = logprobs(&p.model("first"), Some(&p.adapter("second")));
@@ -173,6 +183,13 @@ fn adapters_add_up_with_their_weights_in_every_format() {
 #[test]
 fn an_export_that_cannot_be_leaves_nothing_behind() {
     let p = trained();
+    for (name, keys) in
+        [("dora", "--set lora.use_dora=true"), ("tokens", "--set lora.target_modules=[\"q_proj\",\"embed_tokens\"]")]
+    {
+        let ran = p.run(&format!("sft run.toml {keys} --out out/{name}"));
+        assert_eq!(ran.code, 0, "{name}: {}", ran.stderr);
+        fs::rename(p.path(&format!("out/{name}/adapter")), p.path(name)).unwrap();
+    }
     for (line, says) in [
         ("--adapter out/sft/adapter --dtype q8_0 --out new", "--format gguf"),
         ("--adapter out/sft/adapter --format gguf-lora --dtype bf16 --out new", "f32"),
@@ -183,6 +200,14 @@ fn an_export_that_cannot_be_leaves_nothing_behind() {
         ("--adapter out/reward/adapter=0.5 --format peft --out new", "heads are neither weighted nor added up"),
         ("--adapter out/sft/adapter --adapter out/reward/adapter=0.5 --format value-head --out new", "scalar head"),
         ("--adapter out/reward/adapter --adapter out/reward/adapter --format classifier --out new", "scalar head"),
+        (
+            "--adapter dora --format gguf-lora --out new",
+            "magnitudes; merge the adapter into the base instead: `--format gguf` or",
+        ),
+        (
+            "--adapter tokens --format gguf-lora --out new",
+            "GGUF-LoRA files; merge the adapter into the base instead: `--format safetensors`",
+        ),
     ] {
         let ran = p.run(&format!("merge --base base {line}"));
         assert!(ran.code == 2 && ran.stderr.contains(says), "{line}: {} {}", ran.code, ran.stderr);

@@ -91,6 +91,22 @@ fn a_second_signal_ends_the_run_at_once() {
 }
 
 #[test]
+fn a_live_run_is_said_to_be_in_use_before_what_else_its_folder_lacks() {
+    let place = place();
+    let long = format!("{} --set sft.num_train_epochs=2000 --set checkpoint.save_steps=0", line("sft"));
+    let first = start(&place, &long);
+    wait_for_lines(&place.path("out/sft/metrics.jsonl"), 1);
+    for more in ["", "--overwrite", "--resume", "--resume --from-start", "--set seed=9 --resume"] {
+        let ran = place.run(&format!("{long} {more}"));
+        assert!(!place.path("out/sft/checkpoints").exists());
+        let said = format!("error: out/sft is in use by process {}", first.id());
+        assert!(ran.code == 2 && ran.stderr.contains(&said), "{more}: {}", ran.stderr);
+    }
+    signal(&first, libc::SIGKILL);
+    finish(first);
+}
+
+#[test]
 fn a_second_process_on_one_folder_is_refused_with_the_firsts_name_and_a_stale_lock_is_taken_over() {
     let place = place();
     let long = format!("{} --set sft.num_train_epochs=2000", line("sft"));

@@ -73,7 +73,8 @@ fn a_step_like_the_one_before_is_one_upload_one_replay_and_one_download() {
     // The first step runs as it is, the second is recorded.
     let (second, third) = (steps(2) - steps(1), steps(3) - steps(2));
     assert!(second.launches > 13 * LAYERS && second.replays == 0, "{second:?}");
-    // Draws, tokens, positions, slots, lengths and rows of two sequences; two drawn tokens with what their log-probabilities are of.
+    // Draws, tokens, positions, slots, lengths and rows of two sequences; two drawn tokens with what their log-probabilities are
+    // of.
     let copied = 2 * (8 + 4 * 5) + 2 * 16;
     assert_eq!(
         third,

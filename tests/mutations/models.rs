@@ -99,7 +99,7 @@ fn configurations_without_weights_are_planned_or_refused() {
             let settings = config::load(&settings, &[])?;
             let job = StageShape {
                 on_device: None,
-                work: passes::full_length(Stage::Sft, &settings, context, 2)?,
+                work: passes::full_length(Stage::Sft, &settings, context, 2, 1)?,
                 reward: branches.clone().with_head(),
                 branches,
                 policy,

@@ -1,6 +1,6 @@
-//! A program that speaks as llama.cpp's server does over the quickstart's base: it is started by a command line, reads the GGUF-LoRA
-//! file of `--lora`, and samples with this program's own generation. The program is the test binary again, by its test `stand_in`.
-//! What it does not do as llama.cpp does is said by the words of its command line.
+//! A program that speaks as llama.cpp's server does over the quickstart's base: it is started by a command line, reads the
+//! GGUF-LoRA file of `--lora`, and samples with this program's own generation. The program is the test binary again, by its test
+//! `stand_in`. What it does not do as llama.cpp does is said by the words of its command line.
 
 use std::fs;
 use std::io::Write;

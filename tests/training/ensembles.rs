@@ -1,5 +1,6 @@
 //! Ensembles of reward models: trained in one run over one base, resumed from any checkpoint to the same bytes, planned with the
-//! adapters that are kept, and aggregated in a reward, by a table or by `reward_adapter`; and rewards whose weights move from iteration to iteration.
+//! adapters that are kept, and aggregated in a reward, by a table or by `reward_adapter`; and rewards whose weights move from
+//! iteration to iteration.
 
 use std::fs;
 
@@ -110,6 +111,33 @@ fn members_differ_the_first_is_a_run_of_its_own_and_a_resumed_run_has_the_same_b
     let ran = p.run("reward reward.toml --out three --overwrite");
     assert_eq!(ran.code, 0, "{}", ran.stderr);
     assert!(p.path("three/adapter").exists() && !p.path("three/adapter_1").exists());
+}
+
+#[test]
+fn members_are_named_where_nothing_is_held_out_and_one_that_is_lost_is_named_and_made_again() {
+    let p = place();
+    let line = "reward reward.toml --set data.eval_rows=0 --set reward.ensemble=2 --out two";
+    let ran = p.run(line);
+    assert_eq!(ran.code, 0, "{}", ran.stderr);
+    for member in 0..2 {
+        assert!(ran.stderr.contains(&format!("none held out, member {member}\n")), "{}", ran.stderr);
+    }
+    let whole = weights(&p, "two/adapter_1");
+    let state = || object(&p, "inspect two --json")["state"].as_str().unwrap().to_owned();
+    assert!(state().starts_with("finished ") && !state().contains("without"), "{}", state());
+    fs::remove_file(p.path("two/adapter_1/adapter_model.safetensors")).unwrap();
+    let lost = "two/adapter_1/adapter_model.safetensors";
+    assert!(state().contains(&format!(", but without {lost}")), "{}", state());
+    // From the newest checkpoint to the same bytes; without one there is no way.
+    let ran = p.run(&format!("{line} --resume"));
+    assert!(ran.code == 0 && ran.stderr.contains(&format!("is finished, and {lost} is missing")), "{}", ran.stderr);
+    assert!(weights(&p, "two/adapter_1") == whole && !state().contains("without"));
+    fs::remove_dir_all(p.path("two/adapter_1")).unwrap();
+    fs::remove_dir_all(p.path("two/checkpoints")).unwrap();
+    let ran = p.run(&format!("{line} --resume"));
+    let says = ["is finished, and two/adapter_1/adapter_config.json is missing", "--overwrite"];
+    assert!(ran.code == 2 && says.iter().all(|say| ran.stderr.contains(say)), "{}", ran.stderr);
+    assert!(state().contains("without two/adapter_1/adapter_config.json, two/adapter_1/adapter_model"), "{}", state());
 }
 
 #[test]
@@ -258,7 +286,19 @@ fn a_reward_adapter_that_is_an_ensemble_is_the_table_of_its_members_in_every_byt
     };
     let main = |text: &str| format!("{text}reward_adapter = 'three'\n");
     let says = ["[ppo] critic = \"reward\"", "or several", "critic = \"actor\""];
-    refused(&main(&ppo.replace("critic = 'own'\n", "")), "ppo run.toml --out o", &says);
+    let critic = main(&ppo.replace("critic = 'own'\n", ""));
+    refused(&critic, "ppo run.toml --out o", &says);
+    // The commands that show what a run will do tell of it.
+    for line in ["plan run.toml", "data run.toml"] {
+        let ran = p.run(line);
+        assert_eq!(ran.code, 0, "{line}: {}", ran.stderr);
+        let told = "`fourfold ppo` will refuse to start: [ppo] critic = \"reward\" starts as the one reward_adapter";
+        assert!(ran.stderr.contains(told), "{line}: {}", ran.stderr);
+        let other = p.run(&format!("{line} --set ppo.critic=actor"));
+        assert!(!other.stderr.contains("will refuse"), "{line}: {}", other.stderr);
+    }
+    let warnings = object(&p, "data run.toml --json")["warnings"].clone();
+    assert!(warnings.to_string().contains("will refuse to start: [ppo] critic"), "{warnings}");
     fs::rename(p.path("three/adapter_1"), p.path("away")).unwrap();
     let says = ["[grpo] reward_adapter", "three is the folder of a run of 3 reward models and holds 2 of them"];
     refused(&main(GRPO), "grpo run.toml --out o", &says);

@@ -1,6 +1,6 @@
 //! A tiny random decoder of every family against transformers and PEFT: logits of ragged batches, decoding over a cache,
-//! gradients of every LoRA factor, and what leaves as GGUF. tests/golden/families.py printed the numbers; weights are made on both sides from the
-//! tensors' names.
+//! gradients of every LoRA factor, and what leaves as GGUF. tests/golden/families.py printed the numbers; weights are made on both
+//! sides from the tensors' names.
 
 use std::fs;
 use std::path::PathBuf;

@@ -1,6 +1,7 @@
-//! Rollouts that llama.cpp's server samples, which the run starts as a child process: a run through it equals the run without one, it is
-//! started anew for each version of the actor with another file, and a server that dies, never becomes healthy, replies wrongly or has
-//! other weights is noticed and the run's state kept. The server is a program of the tests; it does not test llama.cpp.
+//! Rollouts that llama.cpp's server samples, which the run starts as a child process: a run through it equals the run without one,
+//! it is started anew for each version of the actor with another file, and a server that dies, never becomes healthy, replies
+//! wrongly or has other weights is noticed and the run's state kept. The server is a program of the tests; it does not test
+//! llama.cpp.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -139,7 +140,7 @@ fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
             "timeout_seconds = 1.5\n",
             &["not healthy within timeout_seconds = 1.5", "503", "Loading model"],
         ),
-        (["--deed", "bare"], "", &["nats per token", "max_mismatch"]),
+        (["--deed", "bare"], "", &["nats per token", "max_mismatch", "server, is that of [base]", "llama-server.log"]),
         (["--deed", "textual"], "", &["no tokens", "return_tokens"]),
     ] {
         let dir = tempfile::tempdir().unwrap();
@@ -148,6 +149,7 @@ fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
         let is_of_the_start = ["exit", "never"].contains(&words[1]);
         assert_eq!(exit_code(&error), if is_of_the_start { 2 } else { 1 }, "{error:#}");
         let error = format!("{error:#}");
+        assert!(!error.contains("logprobs_mode"), "it is no key of llama.cpp's: {error}");
         assert!(said.iter().all(|said| error.contains(said)), "{said:?}: {error}");
     }
 }
@@ -231,7 +233,7 @@ fn what_the_engine_lacks_is_said_before_anything_is_trained() {
     let fresh: String =
         of_file.lines().filter(|line| !line.starts_with("adapter = ")).flat_map(|line| [line, "\n"]).collect();
     for (n, (file, sets, said)) in [
-        (&of_file, &[][..], "server = [\"no-such-llama-server\", …] cannot be started: No such file"),
+        (&of_file, &[][..], "server = [\"no-such-llama-server\", …] cannot be started: it is in no folder of PATH"),
         (&of_file, &["ppo.rollout.server=[]"], "needs its command: server = [\"llama-server\""),
         (&of_file, &["ppo.rollout.urls=[\"http://127.0.0.1:9\"]"], "no use for urls"),
         (&of_file, &["ppo.rollout.api_key_env=\"PATH\""], "no use for api_key_env"),
@@ -251,5 +253,6 @@ fn what_the_engine_lacks_is_said_before_anything_is_trained() {
         let error = place.run(&format!("out-{n}"), false, None, sets).unwrap_err();
         assert_eq!(exit_code(&error), 2, "{error:#}");
         assert!(format!("{error:#}").contains(said), "{said}: {error:#}");
+        assert!(!place.path(&format!("out-{n}")).exists(), "{said}: nothing is written");
     }
 }

@@ -261,7 +261,8 @@ fn rollouts_of_llama_cpps_server_on_two_and_three_ranks_follow_one_and_rank_0_st
     );
     let journal = llama_cpp::journal(folder.path());
     let (starts, asked): (Vec<_>, Vec<_>) = journal.iter().partition(|line| line.get("start").is_some());
-    // Two rollouts of twelve on one, two, three and again two ranks; the second of these again, whose run begins with the first adapter.
+    // Two rollouts of twelve on one, two, three and again two ranks; the second of these again, whose run begins with the first
+    // adapter.
     assert_eq!((starts.len(), asked.len()), (4 * 2 + 2, 4 * 24 + 12));
 }
 

@@ -1,6 +1,6 @@
-//! Rollouts that a server samples: a run through a server that samples as this program does equals the run without one; each version
-//! of the actor is loaded under a name of its own; servers that die, reply wrongly or serve other weights are noticed and the
-//! run's state kept. The server is a thread that speaks as vLLM does; it does not test vLLM.
+//! Rollouts that a server samples: a run through a server that samples as this program does equals the run without one; each
+//! version of the actor is loaded under a name of its own; servers that die, reply wrongly or serve other weights are noticed and
+//! the run's state kept. The server is a thread that speaks as vLLM does; it does not test vLLM.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -240,7 +240,7 @@ fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
     let cases: [(Wrong, &[&str]); 5] = [
         (
             |path| if path.ends_with("completions") { Deed::WithoutAdapter } else { Deed::Answer },
-            &["nats per token", "max_mismatch"],
+            &["nats per token", "max_mismatch", "logprobs_mode"],
         ),
         (|_| Deed::Without("token_ids"), &["no choices[0].token_ids", "return_token_ids"]),
         (|_| Deed::Without("logprobs"), &["token_logprobs"]),

@@ -50,7 +50,7 @@ impl Fitter<'_> {
         };
         let config = read(&document)?;
         let inputs = match self.seen {
-            Some(seen) if seen.is_small => PlanInputs::open(stage, &config)?,
+            Some(seen) if seen.is_small => PlanInputs::open(stage, &config, 1)?,
             // All records would take long to tokenise; and no run takes more than one whose sequences are as long as they may be.
             Some(seen) => PlanInputs::at_full_length(stage, &config, seen.most_responses, seen.bytes)?,
             None => PlanInputs::at_full_length(stage, &config, 2, 0)?,

@@ -166,11 +166,16 @@ impl Epoch {
 
     /// This rank's batches of a step, each a list of rows. The batches go to the ranks in turn.
     pub fn step(&self, position: usize) -> Step<'_> {
+        self.step_of(position, self.shard.rank)
+    }
+
+    /// The batches of another rank of the same number of them.
+    pub fn step_of(&self, position: usize, rank: usize) -> Step<'_> {
         let per_step = self.accumulate * self.shard.world_size;
         let all = self.starts.len() - 1;
         let whole = position * per_step..all.min((position + 1) * per_step);
         let rows = |batch: usize| &self.order[self.starts[batch]..self.starts[batch + 1]];
-        let mine = whole.clone().skip(self.shard.rank).step_by(self.shard.world_size);
+        let mine = whole.clone().skip(rank).step_by(self.shard.world_size);
         Step { batches: mine.map(rows).collect(), of_all: whole.map(rows).collect() }
     }
 }

@@ -73,8 +73,8 @@ pub(crate) struct Files {
 
 /// The files of a source. A folder is read with its subfolders, in the order of the names: the files that have a known
 /// ending and, with `split`, that word in their name or their folder's. Names that begin with a dot or an underscore
-/// are ignored, as in every tool that writes marker files, and so are files that describe a data set. `train_split` is the split that the source's preset trains
-/// on: it applies where the source names no `split`, and only if a folder has files of it.
+/// are ignored, as in every tool that writes marker files, and so are files that describe a data set. `train_split` is the split
+/// that the source's preset trains on: it applies where the source names no `split`, and only if a folder has files of it.
 ///
 /// # Errors
 /// A path that does not exist or has no readable file.

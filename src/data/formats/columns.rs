@@ -70,8 +70,8 @@ impl<'a> Columns<'a> {
         Ok((record, unread.collect()))
     }
 
-    /// What a pair's columns `chosen_probability` and `margin` hold. Columns of these names that hold no number mean something else,
-    /// and are reported as not read.
+    /// What a pair's columns `chosen_probability` and `margin` hold. Columns of these names that hold no number mean something
+    /// else, and are reported as not read.
     ///
     /// # Errors
     /// A probability is not from 0 to 1, or a margin no f32.

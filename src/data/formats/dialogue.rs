@@ -15,7 +15,8 @@ use crate::tokenizer::chat_template::{Content, Message, More};
 /// A text from a string, or a dialogue from a list of turns or from one turn.
 ///
 /// # Errors
-/// Any other value; a turn that is empty or not of a known form, or has a weight other than 0 and 1; a system turn that is not the first.
+/// Any other value; a turn that is empty or not of a known form, or has a weight other than 0 and 1; a system turn that is not the
+/// first.
 pub(crate) fn text_of(value: &Value, tags: &Tags) -> Parsed<Text> {
     match value {
         Value::String(text) => Ok(Text::Verbatim(text.clone())),

@@ -1,9 +1,9 @@
 //! Adapters: the small trained weights over the frozen base (LoRA, DoRA, and the scalar head of a value model).
 //!
 //! It does not depend on the base, on files or on the optimizer. Each file depends only on those before it: `shapes` (the
-//! linear maps of a decoder), `targets` (which of them get a branch), `branch` (one low-rank branch), `weights` ([`Adapter`], read-only), `gradients` ([`Gradients`]),
-//! `trainable` ([`TrainableAdapter`], the only weights that can change). Read `model_files/peft/mod.rs` for an adapter's
-//! files and `train/adamw.rs` for the optimizer.
+//! linear maps of a decoder), `targets` (which of them get a branch), `branch` (one low-rank branch), `weights` ([`Adapter`],
+//! read-only), `gradients` ([`Gradients`]), `trainable` ([`TrainableAdapter`], the only weights that can change). Read
+//! `model_files/peft/mod.rs` for an adapter's files and `train/adamw.rs` for the optimizer.
 
 pub mod branch;
 pub mod gradients;

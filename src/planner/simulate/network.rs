@@ -202,8 +202,8 @@ impl View<'_> {
         grads
     }
 
-    /// `generate`: prompts of these lengths, of which each `shared` in a row are one, `new` tokens each. The last step is the largest; those before it take as much
-    /// in their scratch and less in nothing.
+    /// `generate`: prompts of these lengths, of which each `shared` in a row are one, `new` tokens each. The last step is the
+    /// largest; those before it take as much in their scratch and less in nothing.
     pub fn generate(&self, lengths: &[usize], shared: usize, new: usize) {
         let (d, e, vocab) = self.sizes();
         let s = lengths.len();

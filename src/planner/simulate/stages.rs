@@ -2,126 +2,20 @@
 //! are simulated, since each starts with more than the one before: stepped weights, the guard's copy. Read ../plan.rs for
 //! the plan that is made of it.
 
+use std::ops::Range;
+
 use crate::host::meter::Phase;
 use crate::model::batch::chunks_by_tokens;
 use crate::model::block::Recompute;
 use crate::model::inputs::pinned_bytes;
 use crate::planner::dry::{OnDevice, is_device};
+use crate::planner::passes::largest_share;
 use crate::planner::sim_allocator::{Allocation, Bytes, MemoryCategory, SimAllocator};
 use crate::planner::simulate::network::{Gradients, View};
 use crate::planner::simulate::ops::{Simulator, Tensor};
 use crate::planner::simulate::shape::{Branches, Network};
+use crate::planner::simulate::work::{Pass, Rollouts, Supervised, Work};
 use crate::reward::source::SCORING_TOKENS;
-
-/// One pass through a network.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Pass {
-    /// Tokens of each sequence.
-    pub lengths: Vec<usize>,
-    /// Rows whose logits or values are computed.
-    pub targets: usize,
-}
-
-impl Pass {
-    /// Tokens of all sequences.
-    pub fn tokens(&self) -> usize {
-        self.lengths.iter().sum()
-    }
-}
-
-/// Passes of a stage with one learner.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Supervised {
-    /// The micro-batches of the largest optimizer step.
-    pub step: Vec<Pass>,
-    /// Passes under the reference before each micro-batch (DPO, KTO).
-    pub reference: Vec<Pass>,
-    /// Whether the reference is the adapter that training starts from, and not the base alone.
-    pub reference_is_adapter: bool,
-    /// The largest pass of an evaluation, where something is held out.
-    pub evaluation: Option<Pass>,
-    /// Whether there is a scalar head.
-    pub scorer: bool,
-    /// Reward models that are trained one after another, whose adapters are kept.
-    pub members: usize,
-    /// Tokens of a sampled response, where a teacher is distilled: each sequence of a pass ends with one.
-    pub response: Option<usize>,
-    /// Whether that teacher has an adapter.
-    pub taught: bool,
-    /// Optimizer steps of the run.
-    pub steps: usize,
-}
-
-/// Passes of PPO.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Rollouts {
-    /// Prompts of the largest rollout.
-    pub prompts: Vec<usize>,
-    /// Their responses are sampled outside this process.
-    pub served: bool,
-    /// Responses to each of them, which are adjacent in `prompts`.
-    pub generations: usize,
-    /// Tokens of a response.
-    pub response: usize,
-    /// Number of prompts that are generated in one batch.
-    pub at_once: usize,
-    /// Minibatches of the run.
-    pub steps: usize,
-    /// The micro-batches of the largest minibatch, as (prompt, response) lengths.
-    pub micro: Vec<Vec<(usize, usize)>>,
-    /// Blocks of text beside each minibatch: (blocks, tokens each, blocks per pass).
-    pub text: Option<(usize, usize, usize)>,
-    /// Held-out prompts of one evaluation batch.
-    pub evaluation: Vec<usize>,
-    /// Whether they are evaluated during the run, and not only before and after it.
-    pub evaluates_within: bool,
-    /// A reference is held, and the KL to it measured.
-    pub reference: bool,
-    /// The actor's log-probabilities are computed again after a rollout.
-    pub recomputes: bool,
-    /// Groups of a rollout may be refilled, beside which the rollout is held.
-    pub refills: bool,
-    /// The advantages need a critic.
-    pub critic: bool,
-    /// The critic lives on the policy's base.
-    pub critic_on_policy: bool,
-    /// The KL is taken over the whole vocabulary: in the rollout, in every pass of the loss.
-    pub exact: (bool, bool),
-    /// Reward adapters beside the first, gold ones among them.
-    pub more_rewards: usize,
-    /// Whether a reward adapter scores the responses.
-    pub reward_model: bool,
-    /// Reward adapters that score the responses of a rollout.
-    pub scoring_models: usize,
-    /// Copies of the actor that are kept: its moving average, a reference that follows it, one that is sampled from ahead.
-    pub copies: usize,
-}
-
-/// A stage's work.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// One learner.
-    Supervised(Supervised),
-    /// Actor and critic.
-    Rollouts(Rollouts),
-}
-
-impl Work {
-    /// Tokens of the longest sequence.
-    fn longest(&self) -> usize {
-        match self {
-            Self::Supervised(work) => {
-                let passes = work.step.iter().chain(&work.reference).chain(&work.evaluation);
-                passes.flat_map(|pass| &pass.lengths).copied().max().unwrap_or(1)
-            }
-            Self::Rollouts(work) => {
-                let asked =
-                    work.prompts.iter().chain(&work.evaluation).max().map_or(1, |prompt| prompt + work.response);
-                asked.max(work.text.map_or(1, |(_, tokens, _)| tokens))
-            }
-        }
-    }
-}
 
 /// The inputs of a simulation.
 #[derive(Clone, Debug)]
@@ -158,6 +52,11 @@ const OF_TARGET: usize = 12;
 /// Bytes of a response token beside its hidden state: ids, log-probabilities of both, value, KL, advantage, return, and
 /// the room that growing lists leave.
 const OF_RESPONSE_TOKEN: usize = 40;
+
+/// Numbers of a response token that ranks exchange beside the reference's hidden state: its log-probabilities, KL and values.
+const OF_OUTPUTS: usize = 5;
+/// Bytes of a response token in JSON: its id, its log-probability, and the room of a text that grows.
+const OF_JSON_TOKEN: usize = 50;
 
 /// A number of a rollout in a checkpoint: a JSON value (32), one of its bits (32) as a text (32), a line of the file (31, in a
 /// text that grew by doubling).
@@ -211,6 +110,13 @@ impl Learner {
 
     fn bytes(&self) -> usize {
         self.sizes.iter().sum()
+    }
+}
+
+/// `World::sum_gradients` on rank 0: beside its own the message of one other rank and what it says.
+fn exchange_gradients(ledger: &SimAllocator, ranks: usize, learner: &Learner) {
+    if ranks > 1 {
+        drop(ledger.take(MemoryCategory::Gradients, 2 * learner.bytes()));
     }
 }
 
@@ -365,6 +271,7 @@ impl StageShape {
                 drop(theirs);
                 grads = add(grads, g);
             }
+            exchange_gradients(ledger, work.ranks, &learner);
             ledger.enter(Phase::Step);
             learner.step(walk, grads);
             if number == 0 {
@@ -380,9 +287,12 @@ impl StageShape {
         let (net, ledger) = (&self.policy, &walk.ledger);
         let scorer_net = self.scorer.as_ref().unwrap_or(net);
         let critic_net = if work.critic_on_policy { net } else { scorer_net };
-        let (sft, reward) = (adapter(walk, &self.branches, net), adapter(walk, &self.reward, scorer_net));
-        // The file that it was read from.
-        drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(scorer_net)));
+        let sft = adapter(walk, &self.branches, net);
+        let reward = work.main_reward.then(|| adapter(walk, &self.reward, scorer_net));
+        if work.reward_model {
+            // The file that it was read from.
+            drop(ledger.take(MemoryCategory::Adapters, self.reward.bytes(scorer_net)));
+        }
         let more: Vec<_> = (0..work.more_rewards).map(|_| adapter(walk, &self.reward, scorer_net)).collect();
         let copies: Vec<_> = (0..work.copies).map(|_| adapter(walk, &self.branches, net)).collect();
         let actor_view = View { walk, net, branches: Some(&self.branches) };
@@ -391,13 +301,18 @@ impl StageShape {
         let e = net.config.embedding_width;
         ledger.enter(Phase::Step);
         let mut actor = Learner::new(walk, sft.clone(), &self.branches, net);
-        let critic_start = if work.critic_on_policy { adapter(walk, &self.reward, net) } else { reward.clone() };
-        let mut critic = work.critic.then(|| Learner::new(walk, critic_start, &self.reward, critic_net));
+        let start = || match reward.as_ref().filter(|_| work.critic_is_reward && !work.critic_on_policy) {
+            Some(reward) => reward.clone(),
+            None => adapter(walk, &self.reward, critic_net),
+        };
+        let mut critic = work.critic.then(|| Learner::new(walk, start(), &self.reward, critic_net));
         let whole = |prompts: &[usize]| -> Vec<usize> { prompts.iter().map(|p| p + work.response).collect() };
         // What is left of a pass, the rows of the reference, counts for all; of many passes only some are gone through, the
         // largest and the last among them.
-        let in_chunks = |lengths: &[usize], pass: &mut dyn FnMut(&[usize], bool)| {
+        let in_chunks = |lengths: &[usize], ranks: usize, pass: &mut dyn FnMut(&[usize], bool)| {
             let chunks = chunks_by_tokens(lengths, SCORING_TOKENS);
+            let tokens = |chunks: &[Vec<usize>]| chunks.iter().flatten().map(|&i| lengths[i]).sum::<usize>();
+            let chunks = &chunks[largest_share(ranks, chunks.len(), |share| tokens(&chunks[share]))];
             let tokens = |at: usize| chunks[at].iter().map(|&i| lengths[i]).sum::<usize>();
             let largest = (0..chunks.len()).max_by_key(|&at| tokens(at));
             for (at, rows) in chunks.iter().enumerate() {
@@ -426,7 +341,7 @@ impl StageShape {
                 drop(actor_view.logprobs(&lengths, work.evaluation.len() * work.response));
             }
             if work.reward_model {
-                in_chunks(&lengths, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
+                in_chunks(&lengths, 1, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
             }
         };
         evaluate();
@@ -435,15 +350,21 @@ impl StageShape {
             let responses = work.prompts.len() * work.response;
             let _tokens = ledger.take(MemoryCategory::Data, responses * OF_RESPONSE_TOKEN);
             // Nothing is left of a batch of responses, so that of many only some are gone through, the largest among them.
-            let batches: Vec<&[usize]> = work.prompts.chunks(work.at_once.max(1)).collect();
+            let batches: Vec<&[usize]> = work.own().chunks(work.at_once.max(1)).collect();
             let largest = batches.iter().max_by_key(|prompts| prompts.iter().sum::<usize>());
             let some = batches.iter().take(2 * SOME).chain(largest.filter(|_| batches.len() > 2 * SOME));
             for prompts in some.filter(|_| !work.served) {
                 actor_view.generate(prompts, work.generations, work.response);
             }
+            if work.ranks > 1 && work.served {
+                // Rank 0's responses go to the others as one JSON text, which grew by doubling.
+                drop(ledger.take(MemoryCategory::Data, responses * OF_JSON_TOKEN));
+            }
             ledger.enter(Phase::Scoring);
             let mut rows = vec![];
-            in_chunks(&whole(&work.prompts), &mut |chunk, is_gone_through| {
+            let mut own = 0;
+            in_chunks(&whole(&work.prompts), work.ranks, &mut |chunk, is_gone_through| {
+                own += chunk.len() * work.response;
                 let r = chunk.len() * work.response;
                 if !is_gone_through {
                     if work.reference {
@@ -474,24 +395,40 @@ impl StageShape {
                 }
                 drop(hidden);
             });
+            if work.ranks > 1 {
+                // `World::share`: the messages of all ranks take the place of the own results; each is read, and goes.
+                rows.clear();
+                let of_token = (if work.reference { e } else { 0 } + OF_OUTPUTS) * size_of::<f32>();
+                rows.push(ledger.take(MemoryCategory::Data, responses * of_token));
+                drop(ledger.take(MemoryCategory::Data, own * of_token));
+                rows.clear();
+                rows.extend(
+                    work.reference.then(|| ledger.take(MemoryCategory::Data, responses * e * size_of::<f32>())),
+                );
+            }
             if work.refills && work.reference {
                 rows.push(ledger.take(MemoryCategory::Data, responses * e * size_of::<f32>()));
             }
             if work.reward_model {
-                in_chunks(&whole(&work.prompts), &mut |chunk, is_gone_through| score(chunk, is_gone_through));
+                let lengths = whole(&work.prompts);
+                let tokens = |share: Range<usize>| lengths[share].iter().sum::<usize>();
+                let lengths = &lengths[largest_share(work.ranks, lengths.len(), tokens)];
+                in_chunks(lengths, 1, &mut |chunk, is_gone_through| score(chunk, is_gone_through));
             }
             if work.refills && work.reference {
                 rows.pop();
             }
             ledger.enter(Phase::Update);
             let grads = self.actor_gradients(walk, actor_view, work);
-            let critic_grads = critic.as_ref().map(|_| {
+            exchange_gradients(ledger, work.ranks, &actor);
+            let critic_grads = critic.as_ref().map(|critic| {
                 let mut sum: Gradients = vec![];
                 for micro in &work.micro {
                     let (lengths, r) = sizes(micro);
                     let g = critic_view.scorer_gradients(&lengths, r, self.checkpoint);
                     sum = add(sum, g);
                 }
+                exchange_gradients(ledger, work.ranks, critic);
                 sum
             });
             ledger.enter(Phase::Step);

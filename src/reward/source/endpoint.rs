@@ -1,5 +1,5 @@
-//! `POST` of a JSON object to an HTTP service, or `GET` from one, and which failures may pass. It does not depend on what is asked or
-//! on the model. Read `http.rs`, `judge.rs`, `run/served_rollouts.rs` and `run/llama_cpp.rs` for its users.
+//! `POST` of a JSON object to an HTTP service, or `GET` from one, and which failures may pass. It does not depend on what is asked
+//! or on the model. Read `http.rs`, `judge.rs`, `run/served_rollouts.rs` and `run/llama_cpp.rs` for its users.
 
 use http::Response;
 use serde_json::Value;

@@ -425,7 +425,7 @@ impl Roles {
         let method = if settings.ppo()?.num_generations > 1 { Method::Grpo } else { Method::Ppo };
         let prompts = self.prompts(asked, method, steps);
         let context = self.base.config().max_position_embeddings;
-        let facts = passes::Asked { held_out: &[], context, other_tokens: false };
+        let facts = passes::Asked { held_out: &[], context, other_tokens: false, ranks: 1 };
         let on = OnDevice {
             policy: self.choice,
             scorer: self.choice,

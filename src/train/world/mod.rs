@@ -2,7 +2,8 @@
 //!
 //! Everything is added up by rank 0 in the order of the ranks and returned by it, so that one seed and one number of ranks give
 //! one set of bytes. A world of one does nothing. Its ranks are processes under MPI (feature `mpi`) or, in tests, threads. It
-//! does not depend on a stage. Read `launch.rs` for how a process learns of the others, and `../supervised.rs` for the loop over it.
+//! does not depend on a stage. Read `launch.rs` for how a process learns of the others, and `../supervised.rs` for the loop over
+//! it.
 
 mod failure;
 mod lap;
@@ -66,6 +67,11 @@ impl fmt::Debug for World {
 }
 
 static ALONE: World = World(None);
+
+/// The share of rank `rank` of `size` in `count` things, one rank's behind the other's: no rank has two more than another.
+pub fn share_of(count: usize, rank: usize, size: usize) -> Range<usize> {
+    rank * count / size..(rank + 1) * count / size
+}
 
 impl World {
     /// The world of one.
@@ -184,10 +190,23 @@ impl World {
         Ok(count[0] > 0.0)
     }
 
-    /// A rank's share of `count` things, one rank's behind the other's: no rank has two more than another.
-    fn share_of(&self, count: usize) -> Range<usize> {
-        let (rank, size) = (self.rank(), self.size());
-        rank * count / size..(rank + 1) * count / size
+    /// The messages of all ranks, in their order. Rank 0 passes them on one by one, so that no rank has them twice.
+    fn gather(&self, mine: Vec<u8>) -> Result<Vec<Vec<u8>>> {
+        let Some(Others { ranks, clocks }) = self.0.as_deref() else { return Ok(vec![mine]) };
+        let _waiting = clocks.waiting();
+        if ranks.rank() > 0 {
+            ranks.send(0, &mine)?;
+            drop(mine);
+            return (0..ranks.size()).map(|_| ranks.receive(0)).collect();
+        }
+        let mut all = vec![mine];
+        for from in 1..ranks.size() {
+            all.push(ranks.receive(from)?);
+        }
+        for to in 1..ranks.size() {
+            all.iter().try_for_each(|message| ranks.send(to, message))?;
+        }
+        Ok(all)
     }
 
     /// What `of` finds for each of `count` things, in their order, where each rank finds its share of them: `of` is called once,
@@ -200,7 +219,7 @@ impl World {
         count: usize,
         of: impl FnOnce(Range<usize>) -> Result<Vec<T>>,
     ) -> Result<Vec<T>> {
-        let mine = self.share_of(count);
+        let mine = share_of(count, self.rank(), self.size());
         let expected = mine.len();
         let found = of(mine).and_then(|found| {
             ensure!(found.len() == expected, "{} results for {expected} things", found.len());
@@ -210,21 +229,15 @@ impl World {
             return found;
         }
         let found = self.agree(found)?;
-        // Each rank's results behind the length of their encoding.
-        let framed = |bytes: Vec<u8>| [&(bytes.len() as u64).to_le_bytes()[..], &bytes].concat();
-        let all = self.fold(framed(postcard::to_allocvec(&found)?), |all, more| {
-            all.extend_from_slice(more);
-            Ok(())
-        })?;
-        let (mut rest, mut found) = (&all[..], Vec::with_capacity(count));
-        while !rest.is_empty() {
-            let (length, behind) = rest.split_first_chunk().context("a message without a head")?;
-            let cut = behind.split_at_checked(u64::from_le_bytes(*length) as usize).context("a cut message")?;
-            found.extend(postcard::from_bytes::<Vec<T>>(cut.0)?);
-            rest = cut.1;
+        // A text that grows by doubling would take twice its bytes.
+        let mine = postcard::to_extend(&found, Vec::with_capacity(postcard::experimental::serialized_size(&found)?))?;
+        drop(found);
+        let mut all = Vec::with_capacity(count);
+        for message in self.gather(mine)? {
+            all.extend(postcard::from_bytes::<Vec<T>>(&message)?);
         }
-        ensure!(found.len() == count, "all ranks together found {} of {count} results", found.len());
-        Ok(found)
+        ensure!(all.len() == count, "all ranks together found {} of {count} results", all.len());
+        Ok(all)
     }
 
     /// The gradients of all ranks, added up; a missing one counts as zero. The sum lies on the host.
@@ -232,13 +245,20 @@ impl World {
     /// # Errors
     /// If a rank is gone, or shapes differ.
     pub fn sum_gradients(&self, gradients: Gradients) -> Result<Gradients> {
-        if self.is_alone() {
-            return Ok(gradients);
-        }
+        let Some(Others { ranks, clocks }) = self.0.as_deref() else { return Ok(gradients) };
         let layers = gradients.layers.len();
-        let mine = encode(&gradients.into_slots()?)?;
-        let sum = self.fold(mine, |all, more| {
-            let (mut sum, more) = (decode(all)?, decode(more)?);
+        let mut sum = gradients.into_slots()?;
+        let _waiting = clocks.waiting();
+        if ranks.rank() > 0 {
+            let mine = encode(&sum)?;
+            drop(sum);
+            ranks.send(0, &mine)?;
+            drop(mine);
+            return Gradients::from_slots(layers, decode(&ranks.receive(0)?)?);
+        }
+        for from in 1..ranks.size() {
+            // One message at a time is held.
+            let more = decode(&ranks.receive(from)?)?;
             ensure!(sum.len() == more.len(), "ranks sum {} and {} gradients", sum.len(), more.len());
             for (one, other) in sum.iter_mut().zip(more) {
                 *one = match (one.take(), other) {
@@ -246,10 +266,10 @@ impl World {
                     (one, other) => one.or(other),
                 };
             }
-            *all = encode(&sum)?;
-            Ok(())
-        })?;
-        Gradients::from_slots(layers, decode(&sum)?)
+        }
+        let all = encode(&sum)?;
+        (1..ranks.size()).try_for_each(|to| ranks.send(to, &all))?;
+        Gradients::from_slots(layers, sum)
     }
 
     /// What rank 0 found by `find`, on every rank.
@@ -358,7 +378,9 @@ fn doubles(bytes: &[u8]) -> impl Iterator<Item = f64> {
 fn encode(tensors: &[Option<Tensor>]) -> Result<Vec<u8>> {
     let shapes: Vec<Option<&[usize]>> = tensors.iter().map(|tensor| tensor.as_ref().map(Tensor::dims)).collect();
     let head = serde_json::to_vec(&shapes)?;
-    let mut bytes = (head.len() as u64).to_le_bytes().to_vec();
+    let numbers: usize = tensors.iter().flatten().map(Tensor::elem_count).sum();
+    let mut bytes = Vec::with_capacity(size_of::<u64>() + head.len() + numbers * size_of::<f32>());
+    bytes.extend((head.len() as u64).to_le_bytes());
     bytes.extend(head);
     for tensor in tensors.iter().flatten() {
         let tensor = tensor.contiguous()?;

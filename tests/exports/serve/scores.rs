@@ -1,5 +1,5 @@
-//! Rewards over HTTP: those of `fourfold score` and of the adapter itself, in this program's own dialect and in vLLM's, as the reward
-//! sources of PPO read them.
+//! Rewards over HTTP: those of `fourfold score` and of the adapter itself, in this program's own dialect and in vLLM's, as the
+//! reward sources of PPO read them.
 
 use std::time::Duration;
 

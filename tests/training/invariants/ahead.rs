@@ -65,6 +65,10 @@ impl Sampler for Own<'_> {
     fn max_mismatch(&self) -> f64 {
         0.01
     }
+
+    fn to_check(&self) -> &'static str {
+        "the test"
+    }
 }
 
 /// Text blocks, which an update reads: it then waits for the thread that samples meanwhile.
