@@ -70,8 +70,8 @@ pub struct DevicePlan {
     pub base: usize,
     /// Bytes that there is room for, where that is known.
     pub room: Option<usize>,
-    /// What the roles that score a rollout have in common: as much as the devices have room for, or, where that is not known, as leaves
-    /// their peaks where they are.
+    /// What the roles that score a rollout have in common: as much as the devices have room for, or, where that is not known, as
+    /// leaves their peaks where they are.
     pub sharing: Sharing,
 }
 

@@ -1,7 +1,7 @@
 //! Proximal policy optimisation (PPO). `train.rs` is the loop over the inputs of `run.rs`; everything that changes is in
-//! `state.rs`. A rollout (`rollout.rs`, scored by `scoring.rs`) becomes experience (`experience.rs`), and experience becomes updates (`update.rs`).
-//! The mathematics is in `rewards.rs`, `kl.rs`, `gae.rs`, `advantages.rs`, `kl_controller.rs` and `loss.rs`: functions of
-//! numbers that do not depend on the model. Read `train.rs` next.
+//! `state.rs`. A rollout (`rollout.rs`, scored by `scoring.rs`) becomes experience (`experience.rs`), and experience becomes
+//! updates (`update.rs`). The mathematics is in `rewards.rs`, `kl.rs`, `gae.rs`, `advantages.rs`, `kl_controller.rs` and
+//! `loss.rs`: functions of numbers that do not depend on the model. Read `train.rs` next.
 
 pub mod advantages;
 pub mod ahead;

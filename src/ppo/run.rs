@@ -51,8 +51,8 @@ pub struct PpoRun<'w> {
     pub seed: u64,
     /// Activations that blocks recompute in the backward pass. The caller has resolved `checkpoint = "auto"`.
     pub recompute: Recompute,
-    /// What the roles that score a rollout have in common where they read one base on a device. The caller knows by a plan what memory
-    /// allows.
+    /// What the roles that score a rollout have in common where they read one base on a device. The caller knows by a plan what
+    /// memory allows.
     pub sharing: Sharing,
     /// The ranks that share the work. All hold the same state: each samples, scores and computes gradients of its share of the
     /// sequences, and what it finds goes to all.

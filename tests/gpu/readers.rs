@@ -1,5 +1,5 @@
-//! Several readers of one base in one pass: the bits of passes of their own, over resident and streamed layers; one copy of a layer and
-//! one dequantisation of a matrix for all of them; PPO's scoring with them; and the plan that decides it.
+//! Several readers of one base in one pass: the bits of passes of their own, over resident and streamed layers; one copy of a
+//! layer and one dequantisation of a matrix for all of them; PPO's scoring with them; and the plan that decides it.
 
 use std::collections::BTreeMap;
 

@@ -113,7 +113,8 @@ fn weights_in_strips_give_the_same_numbers() {
     }
 }
 
-/// Products that find a weight's numbers kept have the bits of those that dequantise it, strip by strip, and it is dequantised once.
+/// Products that find a weight's numbers kept have the bits of those that dequantise it, strip by strip, and it is dequantised
+/// once.
 #[test]
 fn kept_numbers_give_the_bits_of_dequantised_ones() {
     if !can_emulate() {
