@@ -2,8 +2,10 @@
 //! with the run in every case. It does not depend on the model or on what is asked of it. Read `llama_cpp.rs` for its user.
 
 use std::fs::{self, File};
+use std::hash::{BuildHasher, Hasher, RandomState};
 use std::io::ErrorKind;
 use std::net::{Ipv4Addr, TcpListener};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -48,8 +50,7 @@ impl ServerProcess {
     pub(super) fn start(command: &[String], lora: &Path, log: &Path) -> Result<Self> {
         let [program, arguments @ ..] = command else { return Err(invalid!("server names no program")) };
         let file = File::create(log).with_context(|| log.display().to_string())?;
-        let port = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).and_then(|free| free.local_addr());
-        let port = port.context("finding a free port")?.port();
+        let port = free_port()?;
         let mut command = Command::new(program);
         command.args(arguments).arg("--lora").arg(lora).args(["--host", "127.0.0.1", "--port", &port.to_string()]);
         without_key(&mut command);
@@ -135,6 +136,17 @@ impl ServerProcess {
         let last: String = last.iter().map(|line| format!("\n  {}", line.trim_end())).collect();
         format!(" {}{}{last}", self.log.display(), if last.is_empty() { ", which is empty" } else { ", which ends:" })
     }
+}
+
+/// Ports below those that a system gives to connections and to listeners that name none (Linux: from 32768 on; others: from 49152).
+const PORTS: Range<u16> = 20_000..30_000;
+
+/// A port that nobody listens at, one of [`PORTS`] if it can be: no other process is given it before the server binds it.
+fn free_port() -> Result<u16> {
+    let first = RandomState::new().build_hasher().finish();
+    let some = (0..50).map(|i| PORTS.start + (first.wrapping_add(i * 7919) % PORTS.len() as u64) as u16);
+    let free = |port: u16| TcpListener::bind((Ipv4Addr::LOCALHOST, port)).and_then(|free| free.local_addr());
+    Ok(some.chain([0]).find_map(|port| free(port).ok()).context("finding a free port")?.port())
 }
 
 impl Drop for ServerProcess {
@@ -337,5 +349,16 @@ mod tests {
         assert!(text.contains("timeout_seconds = 0.3") && text.ends_with("loading"), "{text}");
         assert!(process.wait(Duration::from_secs(600), &|| true).is_err());
         assert_eq!(process.cause(Failure::Passing("slow".into())), Failure::Passing("slow".into()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_servers_port_is_none_that_the_system_may_give_to_another() {
+        let ports: Vec<u16> = (0..20).map(|_| free_port().unwrap()).collect();
+        assert!(ports.iter().all(|port| PORTS.contains(port)), "{ports:?}");
     }
 }
