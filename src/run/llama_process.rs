@@ -350,11 +350,6 @@ mod tests {
         assert!(process.wait(Duration::from_secs(600), &|| true).is_err());
         assert_eq!(process.cause(Failure::Passing("slow".into())), Failure::Passing("slow".into()));
     }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
 
     #[test]
     fn a_servers_port_is_none_that_the_system_may_give_to_another() {
