@@ -245,4 +245,9 @@ fn a_plan_of_ranks_is_the_plan_of_a_ranks_share_and_of_what_they_exchange() {
     assert!(text.starts_with("sft: MiB by phase of one of 4 ranks, "), "{text}");
     let ran = p.run("plan --base base --phase distill --ranks 2 --set distill.teacher_adapter=a");
     assert!(ran.code == 2 && ran.stderr.contains("distill trains in one process"), "{}", ran.stderr);
+    for wrong in ["0", "-1", "1025", "4294967296"] {
+        let ran = p.run(&format!("plan --base base --phase grpo --ranks {wrong}"));
+        assert!(ran.code == 2 && ran.stderr.contains("1..=1024"), "{}", ran.stderr);
+    }
+    assert_eq!(p.run("plan --base base --phase grpo --ranks 1024").code, 0);
 }

@@ -4,7 +4,6 @@
 
 use std::borrow::Cow;
 use std::fmt::Write as _;
-use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use anyhow::Result;
@@ -54,9 +53,10 @@ pub(super) struct Arguments {
     /// [memory], ends with exit code 2.
     #[arg(long, value_name = "SIZE", value_parser = |text: &str| text.parse::<ByteSize>())]
     memory: Option<ByteSize>,
-    /// Plans one of so many ranks, as `mpirun -n N` starts them; else a run of one process.
-    #[arg(long, value_name = "N", default_value = "1")]
-    ranks: NonZeroUsize,
+    /// Plans one of so many ranks, as `mpirun -n N` starts them, 1024 at most; else a run of one process.
+    #[arg(long, value_name = "N", default_value = "1", allow_negative_numbers = true,
+          value_parser = clap::value_parser!(u16).range(1..=1024))]
+    ranks: u16,
     /// One JSON object on stdout.
     #[arg(long)]
     json: bool,
@@ -68,7 +68,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         Some(stage) => stage.of_config(),
         None => only_stage(&config)?.of_config(),
     };
-    let ranks = args.ranks.get();
+    let ranks = usize::from(args.ranks);
     if ranks > 1 && stage == Stage::Distill {
         return Err(invalid!("--ranks {ranks}: distill trains in one process; leave --ranks out"));
     }
