@@ -211,21 +211,19 @@ pub(super) fn merge(args: Merge) -> Result<()> {
     say(args, &made, dtype, &comparison)
 }
 
-/// The adapter as a PEFT directory, read again and compared.
 /// A sum of adapters has no scalar head that follows from theirs: one that is taken from one of them scores another network's
 /// hidden states.
 ///
 /// # Errors
 /// If the format keeps a head, and one of several or a weighted one would be kept.
 fn check_heads(format: Format, weights: &[(PathBuf, f64)], opened: &[Adapter]) -> Result<()> {
-    let keeps = matches!(format, Format::Classifier | Format::Peft | Format::ValueHead);
+    if !matches!(format, Format::Classifier | Format::Peft | Format::ValueHead) {
+        return Ok(());
+    }
     let headed: Vec<_> = weights.iter().zip(opened).filter(|(_, adapter)| adapter.head().is_some()).collect();
     let Some(((path, _), _)) = headed.iter().find(|((_, weight), _)| headed.len() > 1 || *weight != 1.0) else {
         return Ok(());
     };
-    if !keeps {
-        return Ok(());
-    }
     Err(invalid!(
         "{} has a scalar head, and heads are neither weighted nor added up: the sum would score otherwise than any of the reward models. \
          `fourfold score` and the adapters of a reward take several, as an ensemble; --format safetensors, gguf and gguf-lora leave \
@@ -234,6 +232,7 @@ fn check_heads(format: Format, weights: &[(PathBuf, f64)], opened: &[Adapter]) -
     ))
 }
 
+/// The adapter as a PEFT directory, read again and compared.
 fn save(source: &Source<'_>, args: &Merge) -> Result<Comparison> {
     staged::staged(&args.out, |dir| {
         match args.format {

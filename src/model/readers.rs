@@ -63,17 +63,14 @@ impl Base {
         sharing: Sharing,
         mut found: impl FnMut(usize, Array) -> Result<()>,
     ) -> Result<()> {
-        if self.place().is_none() || sharing == Sharing::Apart || readers.len() < 2 {
-            return readers.iter().enumerate().try_for_each(|(i, reader)| {
-                let hidden = self.hidden(batch, reader.adapter)?;
-                let rows = gather_rows(&hidden, reader.rows)?;
-                drop(hidden);
-                found(i, rows)
-            });
-        }
-        let outputs = self.outputs_of_blocks(batch, readers, sharing)?;
-        readers.iter().zip(outputs).enumerate().try_for_each(|(i, (reader, x))| {
-            let hidden = Embeddings::of(self, reader.adapter).output(x, &mut embeddings::Saved::default())?;
+        let together = self.place().is_some() && sharing != Sharing::Apart && readers.len() > 1;
+        let outputs = if together { self.outputs_of_blocks(batch, readers, sharing)? } else { vec![] };
+        let mut outputs = outputs.into_iter();
+        readers.iter().enumerate().try_for_each(|(i, reader)| {
+            let hidden = match outputs.next() {
+                Some(x) => Embeddings::of(self, reader.adapter).output(x, &mut embeddings::Saved::default())?,
+                None => self.hidden(batch, reader.adapter)?,
+            };
             let rows = gather_rows(&hidden, reader.rows)?;
             drop(hidden);
             found(i, rows)

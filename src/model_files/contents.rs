@@ -77,9 +77,10 @@ impl FileContents {
             fs::File::open(path).and_then(|mut file| file.read_exact(&mut first)).is_ok_and(|()| first == *b"GGUF")
         };
         if !ends_in("gguf") && !begins() {
-            let what = if ends_in("json") { "a JSON file, " } else { "" };
-            let alone =
-                if ends_in("json") { " (`plan --base` alone takes a configuration without weights)" } else { "" };
+            let (what, alone) = match ends_in("json") {
+                true => ("a JSON file, ", " (`plan --base` alone takes a configuration without weights)"),
+                false => ("", ""),
+            };
             return Err(invalid!("{name} is {what}no model; give a Hugging Face directory or a .gguf file{alone}"));
         }
         Self::open_gguf(path)

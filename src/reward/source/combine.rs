@@ -205,6 +205,10 @@ mod tests {
         (vec![vec![1, 2], vec![3]], vec![response(&[4, 5]), response(&[6])])
     }
 
+    fn inputs<'a>(prompts: &'a [Vec<u32>], responses: &'a [Response]) -> RewardInputs<'a> {
+        RewardInputs { prompts, responses, entries: &[], decode: &|_| String::new(), known: &[] }
+    }
+
     #[test]
     fn a_weighted_sum_adds_its_parts_and_reports_the_mean_of_each() {
         let part = |name: &str, weight, scores: [f32; 2]| Part {
@@ -215,13 +219,7 @@ mod tests {
         };
         let sum = WeightedSum::new(vec![part("a", 1.0, [1.0, 2.0]), part("b", -0.5, [4.0, 8.0])]);
         let (prompts, responses) = self::responses();
-        let inputs = RewardInputs {
-            prompts: &prompts,
-            responses: &responses,
-            entries: &[],
-            decode: &|_| String::new(),
-            known: &[],
-        };
+        let inputs = inputs(&prompts, &responses);
         assert_eq!(sum.scores(&inputs).unwrap(), [-1.0, -2.0]);
         let parts = sum.parts();
         assert_eq!((parts[1].name.as_str(), parts[1].weight, &parts[1].scores[..]), ("b", -0.5, &[4.0, 8.0][..]));
@@ -242,13 +240,7 @@ mod tests {
         };
         let sum = WeightedSum::new(vec![part("moves", 2.0, Some(-1.0)), part("stays", 1.0, None)]);
         let (prompts, responses) = self::responses();
-        let inputs = RewardInputs {
-            prompts: &prompts,
-            responses: &responses,
-            entries: &[],
-            decode: &|_| String::new(),
-            known: &[],
-        };
+        let inputs = inputs(&prompts, &responses);
         for (share, weight) in [(0.0, 2.0), (0.5, 0.5), (1.0, -1.0)] {
             sum.set_progress(share);
             assert_eq!(sum.scores(&inputs).unwrap(), [1.0 + weight as f32, 2.0 + 2.0 * weight as f32], "{share}");
@@ -265,13 +257,7 @@ mod tests {
         let adapters = [adapter(&base, None, 3), adapter(&base, None, 4), adapter(&base, None, 5)];
         let members: Vec<_> = adapters.iter().map(|a| RewardModel(ValueModel::new(&base, a).unwrap())).collect();
         let (prompts, responses) = self::responses();
-        let inputs = RewardInputs {
-            prompts: &prompts,
-            responses: &responses,
-            entries: &[],
-            decode: &|_| String::new(),
-            known: &[],
-        };
+        let inputs = inputs(&prompts, &responses);
         let alone: Vec<Vec<f32>> = members.iter().map(|m| m.scores(&inputs).unwrap()).collect();
         let boxed = || members.iter().map(|&m| Box::new(m) as Box<dyn RewardSource>).collect();
         let bold = Ensemble::new(boxed(), Aggregate::Mean).scores(&inputs).unwrap();

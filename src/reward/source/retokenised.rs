@@ -6,14 +6,11 @@ use std::collections::HashMap;
 
 use anyhow::{Context, Result};
 
-use super::{RewardInputs, RewardSource};
+use super::{RewardInputs, RewardSource, SCORING_TOKENS};
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
 use crate::model::batch::{Batch, chunks_by_tokens};
 use crate::model::generate::FinishReason;
 use crate::model::roles::ValueModel;
-
-/// Tokens per scoring pass.
-const SCORING_TOKENS: usize = 2048;
 
 /// A learned reward over another vocabulary.
 pub struct RetokenisedModel<'w> {
