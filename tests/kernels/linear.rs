@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 use fourfold::device::testing::can_emulate;
 use fourfold::device::{Device, Element, Matrix, Usage};
 use fourfold::ops::embedding::gpu as embedding;
-use fourfold::ops::linear::gpu::{Compute, DeviceLora, Kept, Map, SCRATCH, backward, forward};
+use fourfold::ops::linear::gpu::{Compute, Dequantised, DeviceLora, Map, Numbers, SCRATCH, backward, forward};
 use fourfold::ops::storage::gpu::DeviceWeight;
 use fourfold::ops::weight::StorageDType;
 
@@ -130,8 +130,9 @@ fn kept_numbers_give_the_bits_of_dequantised_ones() {
         // All rows at once, 128 of them, three.
         for scratch in [SCRATCH, 140 * k * operand.bytes(), 3 * k * operand.bytes()] {
             let compute = Compute { scratch, ..Compute::new(operand) };
-            let of = |kept: Option<&Kept>| {
-                let maps = [Map { weight: &weight, kept, bias: None, lora: None }];
+            let of = |numbers: Option<&Numbers>| {
+                let dequantised = numbers.map(|numbers| Dequantised { numbers, keeps: true, next: None });
+                let maps = [Map { weight: &weight, dequantised, bias: None, lora: None }];
                 device.begin_profile().unwrap();
                 let (ys, saved) = forward(&x, &maps, None, Element::F32, compute).unwrap();
                 let dx = backward(&x, &maps, &saved, &[&dy], true, compute).unwrap().input.unwrap();
@@ -139,16 +140,57 @@ fn kept_numbers_give_the_bits_of_dequantised_ones() {
                 let calls = kernels.iter().filter(|kernel| kernel.name.starts_with("dequantise_")).map(|k| k.calls);
                 (ys[0].to_bytes().unwrap(), dx.to_bytes().unwrap(), calls.sum::<usize>())
             };
-            let (want, kept) = (of(None), Kept::default());
+            let (want, kept) = (of(None), Numbers::default());
             let found = of(Some(&kept));
             assert!((&found.0, &found.1) == (&want.0, &want.1), "{operand}, {scratch}");
             assert!(want.2 >= 2 && found.2 == 1, "{operand}, {scratch}: {} and {} launches", want.2, found.2);
             let other = if operand == Element::F32 { Element::F16 } else { Element::F32 };
             let x = device.upload_as(other, &numbers(m * k, 1), m, k).unwrap();
-            let maps = [Map { weight: &weight, kept: Some(&kept), bias: None, lora: None }];
+            let dequantised = Some(Dequantised { numbers: &kept, keeps: true, next: None });
+            let maps = [Map { weight: &weight, dequantised, bias: None, lora: None }];
             let error = forward(&x, &maps, None, Element::F32, Compute::new(other)).unwrap_err();
             assert!(format!("{error:#}").contains("kept of another weight"), "{error:#}");
         }
+    }
+}
+
+/// Numbers that a product began for the next one are the bits that it would dequantise, are there for no other, and are given back
+/// after it; what a scratch matrix would not hold is dequantised in its turn.
+#[test]
+fn numbers_that_were_begun_beside_a_product_give_the_bits_of_dequantised_ones() {
+    if !can_emulate() {
+        return;
+    }
+    let device = Device::emulated().unwrap();
+    let (m, k) = (70, 256);
+    let weights = [(StorageDType::Q4K, 64), (StorageDType::Q6K, 301), (StorageDType::BF16, 32)]
+        .map(|(dtype, n)| Host::random(dtype, n, k, false, 7).upload(&device));
+    let x = device.upload_as(Element::Bf16, &numbers(m * k, 1), m, k).unwrap();
+    for (scratch, ahead) in [(SCRATCH, 1), (300 * k * 2, 0)] {
+        let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
+        let of = |numbers: Option<&[Numbers; 3]>| {
+            let before = (device.work(), device.usage().live);
+            let map = |i: usize| Map {
+                weight: &weights[i],
+                dequantised: numbers.map(|all| Dequantised {
+                    numbers: &all[i],
+                    keeps: false,
+                    next: weights.get(i + 1).map(|weight| (weight, &all[i + 1])),
+                }),
+                bias: None,
+                lora: None,
+            };
+            let (ys, _) = forward(&x, &[map(0), map(1), map(2)], None, Element::F32, compute).unwrap();
+            let bytes: Vec<Vec<u8>> = ys.iter().map(|y| y.to_bytes().unwrap()).collect();
+            drop(ys);
+            assert_eq!(device.usage().live, before.1, "the numbers were given back");
+            (bytes, device.work() - before.0)
+        };
+        let (want, in_turn) = of(None);
+        let (found, work) = of(Some(&Default::default()));
+        assert!(found == want, "{scratch}");
+        assert_eq!((in_turn.beside, work.beside), (0, ahead), "what is stored as products need it is read in place");
+        assert_eq!(work.launches, if ahead == 1 { 2 } else { in_turn.launches }, "{scratch}");
     }
 }
 
@@ -162,7 +204,7 @@ fn strips_bound_the_scratch_matrix() {
     let weight = DeviceWeight::reserve(&device, StorageDType::Q4K, n, k).unwrap();
     let x = device.matrix(Element::Bf16, 70, k).unwrap();
     let dy = device.matrix(Element::Bf16, 70, n).unwrap();
-    let maps = [Map { weight: &weight, kept: None, bias: None, lora: None }];
+    let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: None }];
     for (scratch, rows) in [(SCRATCH, n), (130 * k * 2, 128), (5 * k * 2, 5), (1, 1)] {
         let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
         for (both, result) in [(false, 70 * n * 2), (true, 70 * k * 4)] {
@@ -208,13 +250,13 @@ fn gradients_are_the_slopes_of_the_forward() {
     // The loss is the sum of dy y.
     let loss = |x: &[f32], a: &[f32], b: &[f32]| -> f64 {
         let lora = DeviceLora::new(device, Element::F32, a, (r, k), b, n, 0.7, None).unwrap();
-        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(x, m, k).unwrap();
         let (y, _) = forward(&x, &maps, None, Element::F32, compute).unwrap();
         y[0].to_f32().unwrap().iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum()
     };
     let lora = DeviceLora::new(device, Element::F32, &a, (r, k), &b, n, 0.7, None).unwrap();
-    let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
+    let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: Some(&lora) }];
     let xd = device.upload_f32(&x, m, k).unwrap();
     let (_, saved) = forward(&xd, &maps, None, Element::F32, compute).unwrap();
     let dyd = device.upload_f32(&dy, m, n).unwrap();
@@ -248,7 +290,7 @@ fn dora_of_a_row_of_zeros() {
     for operand in FLOATS {
         let lora =
             DeviceLora::new(device, operand, &numbers(r * k, 2), (r, k), &zeros, n, 1.5, Some(&[0.7; 4])).unwrap();
-        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(&numbers(m * k, 3), m, k).unwrap();
         let dy = device.upload_f32(&numbers(m * n, 4), m, n).unwrap();
         let (y, saved) = forward(&x, &maps, None, Element::F32, Compute::new(operand)).unwrap();
@@ -415,7 +457,7 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     };
     let (x, good) = (matrix(Element::Bf16, m, k), lora(Element::Bf16, r, k, n));
     let compute = Compute::new(Element::Bf16);
-    let map = Map { weight: &weight, kept: None, bias: None, lora: Some(&good) };
+    let map = Map { weight: &weight, dequantised: None, bias: None, lora: Some(&good) };
     let refused = |x: &Matrix, maps: &[Map<'_>], residual: Option<&Matrix>, to, reason: &str| {
         let error = forward(x, maps, residual, to, compute).err().unwrap().to_string();
         assert!(error.contains(reason), "{error}");

@@ -10,7 +10,7 @@ use anyhow::{Result, ensure};
 use super::gpu_gemv;
 pub use super::gpu_low_rank::{DeviceLora, DoraScales, LoraGradient};
 use super::gpu_strips::read_strips;
-pub use super::gpu_strips::{Compute, Kept, SCRATCH};
+pub use super::gpu_strips::{Compute, Dequantised, Dequantising, Numbers, SCRATCH};
 use crate::device::{Element, Gemm, Matrix, Strided};
 use crate::ops::columns::gpu::{add_assign, affine, affine_in_place, cast, magnitude_gradient};
 use crate::ops::launch::shape;
@@ -21,8 +21,8 @@ use crate::ops::storage::gpu::DeviceWeight;
 pub struct Map<'a> {
     /// W (n, k), as stored.
     pub weight: &'a DeviceWeight,
-    /// Where W's numbers are kept once they are dequantised, if other products are to find them.
-    pub kept: Option<&'a Kept>,
+    /// Where W's numbers are found or left, for passes that dequantise ahead or keep what they dequantised.
+    pub dequantised: Option<Dequantised<'a, DeviceWeight>>,
     /// The bias (1, n) f32, where there is one. It is frozen: the backward does not see it.
     pub bias: Option<&'a Matrix>,
     /// The low-rank branch, where the adapter has one here.
@@ -176,7 +176,7 @@ pub fn backward(
             }
         };
         if let Some(dx) = &input {
-            read_strips(map.weight, map.kept, operand, compute.scratch, |rows, w| {
+            read_strips(map.weight, map.dequantised, operand, compute.scratch, |rows, w| {
                 let part = columns_from(&dy, rows.start);
                 product((m, k, rows.len()), (part, false), (w.whole(), false), dx.whole(), (1.0, joins))?;
                 joins = 1.0;
@@ -291,7 +291,7 @@ fn output_of_many_rows(
         y.copy_from(residual)?;
     }
     let joins = if residual.is_some() { 1.0 } else { 0.0 };
-    read_strips(map.weight, map.kept, compute.operand, compute.scratch, |rows, w| {
+    read_strips(map.weight, map.dequantised, compute.operand, compute.scratch, |rows, w| {
         let part = columns_from(&y, rows.start);
         product((m, rows.len(), k), (x.whole(), false), (w.whole(), true), part, (1.0, joins))
     })?;
