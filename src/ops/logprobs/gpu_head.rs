@@ -244,7 +244,11 @@ impl Head {
             (Some(dm), Some(scales)) => Some(over_norms(&dm.reshape(1, dm.len())?, &scales.norms)?),
             _ => None,
         };
-        let gradient = LoraGradient { a: sum_over_rows(&dz, rows.h.whole(), d)?, b: of.db, magnitude };
+        let gradient = LoraGradient {
+            a: sum_over_rows((dz.whole(), dz.cols(), dz.rows()), rows.h.whole(), d)?,
+            b: of.db,
+            magnitude,
+        };
         Ok(Gradients { hidden: sums.dh.into(), lora: Some(gradient.into()) })
     }
 
