@@ -271,11 +271,25 @@ fn low_rank_inputs(x: &Matrix, maps: &[Map<'_>], operand: Element) -> Result<Opt
         return gpu_gemv::low_rank_inputs(x, &maps.iter().filter_map(|map| map.lora).collect::<Vec<_>>()).map(Some);
     }
     let z = x.device().matrix(operand, m, ranks)?;
-    let mut offset = 0;
-    for lora in maps.iter().filter_map(|map| map.lora) {
-        let (r, a) = (lora.rank(), lora.a_operand().whole());
-        product((m, r, k), (x.whole(), false), (a, true), columns_from(&z, offset), (lora.scale(), 0.0))?;
+    let all: Vec<&DeviceLora> = maps.iter().filter_map(|map| map.lora).collect();
+    let (mut offset, mut one_below_another) = (0, None);
+    if all.len() > 1 && all.iter().all(|lora| lora.scale() == all[0].scale()) {
+        // One product reads x once for all of them.
+        one_below_another = Some(x.device().matrix(operand, ranks, k)?);
+    }
+    for lora in &all {
+        let (r, a) = (lora.rank(), lora.a_operand());
+        match &one_below_another {
+            Some(rows) => rows.row_range(offset..offset + r)?.copy_from(a)?,
+            None => {
+                let z = columns_from(&z, offset);
+                product((m, r, k), (x.whole(), false), (a.whole(), true), z, (lora.scale(), 0.0))?;
+            }
+        }
         offset += r;
+    }
+    if let Some(a) = one_below_another {
+        product((m, ranks, k), (x.whole(), false), (a.whole(), true), z.whole(), (all[0].scale(), 0.0))?;
     }
     Ok(Some(z))
 }
