@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+import textwrap
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -60,6 +61,12 @@ CHECKS = {
     "grpo": "--model 7b --stored q4_k --methods grpo --batch-size 64 --response-length 512 --steps 1 --sequences 64 --no-kernels",
 }
 BF16_GOAL = 2.2
+
+
+def prose(text):
+    """Paragraphs, filled once the numbers are in them."""
+    for paragraph in filter(None, map(str.strip, text.split("\n\n"))):
+        print("\n" + textwrap.fill(" ".join(paragraph.split()), 128, break_long_words=False, break_on_hyphens=False))
 
 
 def measures(check, line):
@@ -448,12 +455,13 @@ tokens in the earlier state of `gpu_h100.log`.
 |---|---|---|---|---|---|""")
 for row in goals:
     print(f"| {' | '.join(row)} |")
-print(f"""
+prose(f"""
 Floors are at {bandwidth / 1e12:.3f} TB/s and {rate / 1e12:.0f} TFLOP/s, and count the bytes of every operand, also of one that is still
 in the card's cache. They leave out what a launch costs, measured there at 3.4 microseconds, and at 0.9 in a CUDA graph:
 {of_small * 0.9e-6:.2f} to {of_small * 3.4e-6:.2f} s of the 135M's step, which is more than its floor. Where a cell is empty, nothing was
 measured, or no goal is set.
-{below}
+
+{below.strip()}
 
 `bench gpu --roofline` has no line for decoding. Its floor is the sum of those kernels that only decoding launches (`gemv_*`,
 `attention_decode_*`, `attention_append_*`, `attention_merge_*`, `low_rank_inputs_*`, `sample_*`) in a step of 256 + 65 tokens, the
@@ -462,7 +470,8 @@ the names of those of scoring and are left out: 1 to 3% more.
 
 The planned memory is that of `gpu_check.sh`, `checkpoint = "block"` and eight responses at once. By default, where there is room,
 the same step takes {gib(total(goal_plans['default']))}, and the smallest settings without streamed layers {gib(smallest)}.
-Of the streamed base, each decoding step copies {gib(pinned_bytes)} at {link / 1e9:.0f} GB/s, for however many responses.""")
+Of the streamed base, each decoding step copies {gib(pinned_bytes)} at {link / 1e9:.0f} GB/s, for however many responses.
+""")
 
 
 def plain(*keys):
@@ -549,18 +558,17 @@ kernels = sorted(of_q4_k, key=lambda k: -k["floor_ms"])
 attention = lambda of, name: next(k for k in of if k["name"] == name)
 cached = attention(kernels, "attention_decode_f16")
 q8_cached = attention(counted["q8_0"], "attention_decode_q8_0_f16")
-print(f"""
-## Floors by kernel of a step of the 7B in q4_k on the H100
-
+print("\n## Floors by kernel of a step of the 7B in q4_k on the H100")
+prose(f"""
 `fourfold bench gpu --roofline {bandwidth / 1e9:g},{rate / 1e12:g}` counts the launches of the very step that runs, the bytes of
 their operands and the products' operations. Nothing in the table was measured on a card: a kernel's floor is the longer of its
 bytes at the card's bandwidth and its operations at the card's rate, and `bench gpu` on a card prints the measured time beside it.
-All {launches(kernels)}: {step:.2f} s with `checkpoint = "block"`. Products are named by rows x columns
-x terms.
+All {launches(kernels)}: {step:.2f} s with `checkpoint = "block"`. Products are named by rows x columns x terms.
 
-With `--kv-cache-type q8_0` (expected as well) `attention_decode_q8_0_f16` reads {q8_cached["bytes"] / 1e9:.1f} GB in place of {cached["bytes"] / 1e9:.1f}: {q8_cached["floor_ms"]:.1f} ms, and all
-launches {h100["q8_0"]:.2f} s.
-
+With `--kv-cache-type q8_0` (expected as well) `attention_decode_q8_0_f16` reads {q8_cached["bytes"] / 1e9:.1f} GB in place of
+{cached["bytes"] / 1e9:.1f}: {q8_cached["floor_ms"]:.1f} ms, and all launches {h100["q8_0"]:.2f} s.
+""")
+print("""
 | kernel | launches | GB | TFLOP | floor, ms | share |
 |---|---|---|---|---|---|""")
 shown = [kernel for kernel in kernels if kernel["share"] >= 0.002]
