@@ -56,6 +56,9 @@ bench() { # file, most seconds, arguments of bench gpu ...
     part "bench gpu $*" "$most" bash -c 'file=$1; shift; kept "$file" "$@"' _ "$file" "$binary" bench gpu --device "$device" --json "$@"
 }
 bench bench_7b_q4_k.jsonl 90 --model 7b --stored q4_k
+for order in in_turn ahead kept; do
+    bench "bench_7b_q4_k_$order.jsonl" 30 --model 7b --stored q4_k --no-kernels --sequences 8 --dequantise $order
+done
 bench bench_7b_bf16.jsonl 60 --model 7b --stored bf16 --no-kernels --sequences 8,64
 for checkpoint in block offload; do
     bench "bench_7b_long_$checkpoint.jsonl" 40 --model 7b --stored q4_k --batch-size 2 --micro-batch-size 1 --prompt-length 7936 \

@@ -57,7 +57,7 @@ fn main() -> anyhow::Result<()> {
                     let weight = weight.with_compute(compute);
                     let parts = [LinearWithLora {
                         weight: &weight,
-                        kept: None,
+                        dequantised: None,
                         bias: None,
                         lora: Some(LowRank { a: &a, b: &b, scale: 2.0, dora: None, copy: None }),
                     }];

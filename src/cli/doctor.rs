@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 
 use super::completed::DeviceValue;
 use super::{print_json, say};
-use crate::config::{ComputeDtype, DeviceChoice, Lora};
+use crate::config::{ComputeDtype, Dequantising, DeviceChoice, Lora};
 use crate::device::{Device, Element, Selected, select};
 use crate::error::Unusable;
 use crate::model::adapter::Adapter;
@@ -250,9 +250,12 @@ fn flat(adapter: &Adapter, gradients: &crate::model::adapter::Gradients) -> Resu
     all.into_iter().map(|g| Ok(g.flatten_all()?.to_vec1::<f32>()?)).collect::<Result<Vec<_>>>().map(|all| all.concat())
 }
 
+fn sequences() -> Vec<Vec<u32>> {
+    [23usize, 7, 40].iter().map(|&n| (0..n).map(|j| ((j * 37 + n * 11) % 400 + 2) as u32).collect()).collect()
+}
+
 fn results(base: &Base, adapter: &Adapter, other: &Adapter) -> Result<Results> {
-    let sequences: Vec<Vec<u32>> =
-        [23usize, 7, 40].iter().map(|&n| (0..n).map(|j| ((j * 37 + n * 11) % 400 + 2) as u32).collect()).collect();
+    let sequences = sequences();
     let batch = Batch::new(&sequences)?;
     let targets = Targets::responses(&batch, &[10, 3, 25])?;
     let (policy, reference) = (Policy::new(base, Some(adapter)), Policy::new(base, Some(other)));
@@ -304,6 +307,23 @@ fn apart_over_q8_0(base: Base, adapter: &Adapter) -> Result<f64> {
     Ok(apart(&policy.logprobs(&batch, &targets, 1.0)?.logprobs, &sampled))
 }
 
+/// How far values and gradients over weights that are dequantised while products run, and kept, are from those over weights that
+/// are dequantised one by one: no bit.
+fn apart_ahead(device: &Device, compute: ComputeDtype, adapter: &Adapter) -> Result<f64> {
+    let base = embedded()?.quantised(Some(StorageDType::Q8_0)).base()?.computing_in(compute);
+    let base = base.on(Some(device.clone()), |_, _| {})?;
+    let (scorer, batch) = (adapter.clone().with_head(3)?, Batch::new(&sequences())?);
+    let pass = |how: Dequantising| -> Result<[Vec<f32>; 2]> {
+        base.set_dequantise(how);
+        let model = ValueModel::new(&base, &scorer)?;
+        let rows = batch.last_rows();
+        let (values, gradients) = model.gradients(&batch, &rows, Recompute::Block, |v| Ok(vec![1.0; v.len()]))?;
+        Ok([values, flat(&scorer, &gradients)?])
+    };
+    let (want, got) = (pass(Dequantising::InTurn)?, pass(Dequantising::Kept)?);
+    Ok(f64::max(apart(&want[0], &got[0]), apart(&want[1], &got[1])))
+}
+
 /// The embedded model on both machines: its passes use every kernel of its family.
 fn network(device: &Device, compute: ComputeDtype) -> Result<Vec<Check>> {
     let host = Model::of(embedded()?)?;
@@ -343,6 +363,8 @@ fn network(device: &Device, compute: ComputeDtype) -> Result<Vec<Check>> {
     if let Some(last) = checks.last_mut() {
         last.seconds = seconds;
     }
+    let name_of = format!("weights dequantised beside products in {name}");
+    checks.push(Check::of(&name_of, 0.0, || apart_ahead(device, compute, &adapter)));
     let limit = values.max(2e-2);
     checks.push(Check::of(&format!("a cache in q8_0 in {name}"), limit, || apart_over_q8_0(base, &adapter)));
     Ok(checks)

@@ -227,6 +227,7 @@ impl Shown<'_> {
                         .collect::<serde_json::Map<String, Value>>(),
                     "base": device.base,
                     "roles_share": device.sharing.name(),
+                    "dequantise": self.plan.dequantise(&self.plan.job.policy).name(),
                     "peak": {"phase": phase.name(), "bytes": peak},
                     "context": CONTEXT_BYTES,
                     "workspace": WORKSPACE_BYTES,

@@ -69,8 +69,8 @@ pub use report_to::ReportTo;
 pub use rewards::{ANSWER, ColumnsRead, EnsembleScore, RewardApi, RewardInput, RewardKind, RewardPart};
 pub use rollout::{Engine, LogprobsMode, RolloutEngine};
 pub use schema::{
-    Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, DeviceChoice, EvalSize, Format, Given, InitLoraWeights,
-    KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Quantize, TargetModules, Template, Truncation,
+    Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, Dequantising, DeviceChoice, EvalSize, Format, Given,
+    InitLoraWeights, KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Quantize, TargetModules, Template, Truncation,
 };
 pub use sources::{ColumnNames, MixStrategy, Preset, Source, Tags};
 pub use stage::Stage;
@@ -472,6 +472,7 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     }
     for other in config.reward_base.iter_mut().chain(&mut config.teacher) {
         other.device = other.device.or(config.base.device);
+        other.dequantise = other.dequantise.or(config.base.dequantise);
         // What is one base for both roles stays one.
         if (&other.path, other.device) == (&config.base.path, config.base.device) {
             other.kv_cache_type = other.kv_cache_type.or(config.base.kv_cache_type);

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{ColumnNames, MixStrategy, Paths, Preset, Source, Tags};
 pub use crate::device::DeviceChoice;
 pub use crate::ops::attention::KvCacheType;
+pub use crate::ops::linear::gpu::Dequantising;
 pub use crate::ops::weight::ComputeDtype;
 use crate::ops::weight::StorageDType;
 
@@ -57,6 +58,14 @@ pub struct Base {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     #[schemars(with = "Option<String>")]
     pub kv_cache_type: Option<KvCacheType>,
+    /// How a card dequantises the weights that products of more than 64 rows read, for weights of another type than the products:
+    /// `"in_turn"` each before its product; `"ahead"` the next one on a second stream while a product runs, with memory for two;
+    /// `"kept"` so, and a backward with `checkpoint = "block"` or `"mlp"` keeps what the recomputation dequantised, with memory
+    /// for most of a layer in 16 bits; or `"auto"`: the last of these for which the planned run has room. The numbers are the
+    /// same bits, and on the CPU it has no effect. Default `"auto"`; in `[reward_base]` and `[teacher]` what `[base]` says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub dequantise: Option<Dequantising>,
 }
 
 /// `offload`: the layers that a card does not keep.
@@ -138,6 +147,7 @@ impl Base {
             device: None,
             offload: None,
             kv_cache_type: None,
+            dequantise: None,
         }
     }
 
@@ -154,6 +164,11 @@ impl Base {
     /// `kv_cache_type`, or its default.
     pub fn kv_cache_type(&self) -> KvCacheType {
         self.kv_cache_type.unwrap_or_default()
+    }
+
+    /// `dequantise`, or its default.
+    pub fn dequantise(&self) -> Dequantising {
+        self.dequantise.unwrap_or_default()
     }
 
     /// `compute_dtype`, or its default by `device` as it is written: `"auto"` counts as the CPU here, until the run has

@@ -17,7 +17,8 @@ pub struct Dry {
 
 impl Default for Dry {
     fn default() -> Self {
-        Self { next: AtomicU64::new(1 << 20) }
+        // Above every number that a kernel takes beside its addresses: a profile finds operands by their addresses.
+        Self { next: AtomicU64::new(1 << 48) }
     }
 }
 

@@ -13,6 +13,7 @@ const TEXTS: &[(&str, &str)] = &[
     ("embedding/gpu.cu", include_str!("../ops/embedding/gpu.cu")),
     ("linear/gpu_gemv.cu", include_str!("../ops/linear/gpu_gemv.cu")),
     ("common.cu", include_str!("../ops/common.cu")),
+    ("linear/gpu_low_rank.cu", include_str!("../ops/linear/gpu_low_rank.cu")),
     ("norm/gpu.cu", include_str!("../ops/norm/gpu.cu")),
     ("rope/gpu.cu", include_str!("../ops/rope/gpu.cu")),
     ("columns/gpu.cu", include_str!("../ops/columns/gpu.cu")),
@@ -32,7 +33,7 @@ const PARTS: &[&[&str]] = &[
     &["storage/gpu.cu", "embedding/gpu.cu"],
     &["linear/gpu_gemv.cu"],
     &["norm/gpu.cu", "rope/gpu.cu"],
-    &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu", "sample/gpu.cu"],
+    &["columns/gpu.cu", "activation/gpu.cu", "rows/gpu.cu", "sample/gpu.cu", "linear/gpu_low_rank.cu"],
     &["attention/gpu.cu", "logprobs/gpu.cu", "kl/gpu.cu", "divergence/gpu.cu"],
     &["attention/gpu_tiles.cu"],
 ];

@@ -182,7 +182,8 @@ pub struct LibraryInfo {
 }
 
 /// A machine that work is issued to. It has one order of work, and that order is the only synchronisation: what is
-/// issued later sees the results of what was issued earlier. Any thread may issue. Only a lane's fills run beside that order.
+/// issued later sees the results of what was issued earlier. Any thread may issue. Only a lane's copies, and the kernels of
+/// `launch_beside`, run beside that order.
 pub trait Machine: Send + Sync {
     /// A short name for messages, for example `cuda:0 (NVIDIA H100)`.
     fn name(&self) -> String;
@@ -249,6 +250,25 @@ pub trait Machine: Send + Sync {
     /// # Safety
     /// The matrices lie in memory of this machine.
     unsafe fn gemm(&self, product: &Product) -> Result<()>;
+
+    /// Starts a kernel beside the order of work, on a second stream, once all that was issued so far is done. It returns at once
+    /// with a ticket for [`Machine::join`]. Until then the memory that the kernel writes is undefined, and what it reads stays as
+    /// it is. Kernels that are started so run one after another.
+    ///
+    /// A machine without a second stream runs the kernel in the order of work.
+    ///
+    /// # Safety
+    /// As for `launch`. The kernel writes to the (address, bytes) of `writes` alone, which nothing else uses before the join.
+    unsafe fn launch_beside(&self, launch: &Launch<'_>, _writes: (u64, usize)) -> Result<u64> {
+        // SAFETY: promised by the caller.
+        unsafe { self.launch(launch) }?;
+        Ok(0)
+    }
+
+    /// What is issued from now on sees what the kernel with this ticket wrote. Each ticket is joined once.
+    fn join(&self, _ticket: u64) -> Result<()> {
+        Ok(())
+    }
 
     /// Keeps launches as one piece that [`Machine::replay`] issues in their order. Nothing runs yet.
     fn record(&self, launches: Vec<Recorded>) -> Result<u64> {

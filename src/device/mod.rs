@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result, ensure};
 
 mod array;
+mod beside;
 pub mod cuda;
 pub mod dry;
 pub mod emulated;
@@ -25,6 +26,7 @@ pub mod select;
 pub mod testing;
 
 pub use array::Array;
+pub use beside::Beside;
 pub use graph::{Inputs, Recording};
 pub use landing::{HostCopy, Landing};
 pub use machine::{Element, Info, LibraryInfo, Machine};
@@ -53,6 +55,8 @@ pub struct Usage {
 pub struct Work {
     /// Kernels, without those of replays.
     pub launches: usize,
+    /// Those of them that ran beside the order of work.
+    pub beside: usize,
     /// Recorded launches that were issued again as one piece.
     pub replays: usize,
     /// Calls of the matrix product.
@@ -74,6 +78,7 @@ impl std::ops::Sub for Work {
     fn sub(self, before: Self) -> Self {
         Self {
             launches: self.launches - before.launches,
+            beside: self.beside - before.beside,
             replays: self.replays - before.replays,
             products: self.products - before.products,
             uploads: self.uploads - before.uploads,
@@ -225,8 +230,35 @@ impl Device {
     /// Every `Ptr` of the arguments comes from a matrix of this device that is alive during the call. The memory may be
     /// given back right after it, because the machine keeps the order of work.
     pub fn launch<A: Arguments>(&self, variant: Variant, grid: [u32; 3], arguments: A) -> Result<()> {
-        if grid.contains(&0) {
+        self.prepare(variant, grid, &arguments, |launch| self.launch_in_order(launch, false)).map(drop)
+    }
+
+    fn launch_in_order(&self, launch: &Launch<'_>, could_be_beside: bool) -> Result<()> {
+        let from = self.mark()?;
+        // SAFETY: `Arguments` promises the struct's fields; matrices of this device are the only source of addresses,
+        // and the caller has checked their lengths by `Matrix::input` and `Matrix::output`.
+        unsafe { self.0.machine.launch(launch) }?;
+        self.note(launch);
+        if from.is_none() {
             return Ok(());
+        }
+        // SAFETY: the struct has so many bytes; words may lie at any address.
+        let word = |i: usize| unsafe { launch.arguments.cast::<u64>().add(i).read_unaligned() };
+        let bytes = profile::bytes_of_operands((0..launch.bytes / 8).map(word));
+        let cost = profile::Cost { bytes: bytes as f64, could_be_beside, ..profile::Cost::default() };
+        self.timed(from, || launch.kernel.to_owned(), cost)
+    }
+
+    /// Checks a launch and calls `start` with it, unless it is no work.
+    fn prepare<A: Arguments, T>(
+        &self,
+        variant: Variant,
+        grid: [u32; 3],
+        arguments: &A,
+        start: impl FnOnce(&Launch<'_>) -> Result<T>,
+    ) -> Result<Option<T>> {
+        if grid.contains(&0) {
+            return Ok(None);
         }
         let kernel = variant.of_kernel(A::NAME);
         let threads_fit = A::BLOCK > 0 && A::BLOCK <= 1024 && A::BLOCK.is_multiple_of(32);
@@ -235,25 +267,9 @@ impl Device {
         ensure!(grid_fits, "kernel {kernel}: a grid of {grid:?} is above what cards allow, [2147483647, 65535, 65535]");
         ensure!(size_of::<A>() <= 4096, "kernel {kernel}: arguments of {} bytes are above 4,096", size_of::<A>());
         self.count(|work| work.launches += 1);
-        let launch = Launch {
-            kernel: &kernel,
-            grid,
-            block: A::BLOCK,
-            arguments: (&raw const arguments).cast(),
-            bytes: size_of::<A>(),
-        };
-        let from = self.mark()?;
-        // SAFETY: `Arguments` promises the struct's fields; matrices of this device are the only source of addresses,
-        // and the caller has checked their lengths by `Matrix::input` and `Matrix::output`.
-        unsafe { self.0.machine.launch(&launch) }.with_context(|| format!("kernel {kernel} on {}", self.name()))?;
-        self.note(&launch);
-        if from.is_none() {
-            return Ok(());
-        }
-        // SAFETY: the struct has so many bytes; words may lie at any address.
-        let word = |i: usize| unsafe { launch.arguments.cast::<u64>().add(i).read_unaligned() };
-        let bytes = profile::bytes_of_operands((0..launch.bytes / 8).map(word));
-        self.timed(from, || kernel.clone(), (0.0, bytes as f64))
+        let arguments = (&raw const *arguments).cast();
+        let launch = Launch { kernel: &kernel, grid, block: A::BLOCK, arguments, bytes: size_of::<A>() };
+        start(&launch).map(Some).with_context(|| format!("kernel {kernel} on {}", self.name()))
     }
 
     /// Matrix products, see `Gemm`. A product whose operands leave their matrix or have unsuitable types is refused.

@@ -23,6 +23,19 @@ pub struct KernelTime {
     pub bytes: f64,
     /// Multiplications and additions, of products alone.
     pub operations: f64,
+    /// The part of `bytes` that belongs to launches which run beside the order of work while launches are not timed.
+    pub bytes_beside: f64,
+}
+
+/// What a launch or product does.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) struct Cost {
+    /// As in [`KernelTime`].
+    pub operations: f64,
+    /// As in [`KernelTime`].
+    pub bytes: f64,
+    /// It runs beside the order of work while launches are not timed.
+    pub could_be_beside: bool,
 }
 
 /// Marks that are not read yet; reading waits for the device.
@@ -64,13 +77,14 @@ pub(super) fn bytes_of_operands(words: impl Iterator<Item = u64>) -> usize {
 }
 
 /// Multiplications and additions of a product, and the bytes of its operands.
-pub(super) fn of_product(p: &Product) -> (f64, f64) {
+pub(super) fn of_product(p: &Product) -> Cost {
     let [m, n, k, batch] = [p.m, p.n, p.k, p.batch].map(|d| d as f64);
     // A factor without a distance to the next is one for the whole batch.
     let times = |place: &super::machine::Place| if place.next == 0 { 1.0 } else { batch };
     let bytes = |place: &super::machine::Place, numbers: f64| numbers * times(place) * place.element.bytes() as f64;
     let read = if p.beta == 0.0 { 1.0 } else { 2.0 };
-    (2.0 * m * n * k * batch, bytes(&p.x, m * k) + bytes(&p.w, k * n) + read * bytes(&p.y, m * n))
+    let bytes = bytes(&p.x, m * k) + bytes(&p.w, k * n) + read * bytes(&p.y, m * n);
+    Cost { operations: 2.0 * m * n * k * batch, bytes, could_be_beside: false }
 }
 
 impl Device {
@@ -107,12 +121,7 @@ impl Device {
     }
 
     /// Counts the work since the mark `from`, if there is one.
-    pub(super) fn timed(
-        &self,
-        from: Option<u64>,
-        name: impl FnOnce() -> String,
-        (operations, bytes): (f64, f64),
-    ) -> Result<()> {
+    pub(super) fn timed(&self, from: Option<u64>, name: impl FnOnce() -> String, cost: Cost) -> Result<()> {
         let Some(from) = from else { return Ok(()) };
         let to = self.0.machine.mark()?;
         let mut guard = lock(&self.0.profile);
@@ -124,8 +133,9 @@ impl Device {
             .entry(name.clone())
             .or_insert_with(|| KernelTime { name: name.clone(), ..KernelTime::default() });
         total.calls += 1;
-        total.bytes += bytes;
-        total.operations += operations;
+        total.bytes += cost.bytes;
+        total.operations += cost.operations;
+        total.bytes_beside += if cost.could_be_beside { cost.bytes } else { 0.0 };
         profile.pending.push((name, from, to));
         if profile.pending.len() >= MOST_PENDING { self.read_marks(profile) } else { Ok(()) }
     }
@@ -212,6 +222,7 @@ mod tests {
             alpha: 1.0,
             beta: 0.0,
         };
-        assert_eq!(of_product(&product), (480.0, 2.0 * (80.0 + 12.0 + 60.0)));
+        let bytes = 2.0 * (80.0 + 12.0 + 60.0);
+        assert_eq!(of_product(&product), Cost { operations: 480.0, bytes, could_be_beside: false });
     }
 }

@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use super::adapter::{Adapter, Gradients, LinearShapes};
 use super::batch::Batch;
-use super::block::{Block, Geometry, Layout};
+use super::block::{Block, Geometry, Layout, Setting};
 use super::config::{DecoderConfig, LayerRope, NormStyle, PROJECT_IN, PROJECT_OUT, Placement, RopeScaling};
 use super::inputs::{self, HostInputs};
 use super::kv_cache::KvCache;
@@ -22,6 +22,7 @@ use crate::model::block::{Recompute, Saved};
 use crate::model::embeddings::{self, Embeddings};
 use crate::ops::attention::{self, KvCacheType};
 use crate::ops::linear::InputGradient;
+use crate::ops::linear::gpu::Dequantising;
 use crate::ops::logprobs::{self, LmHead, Logits};
 use crate::ops::norm::{Norm, NormKind};
 use crate::ops::rope::RopeTable;
@@ -96,6 +97,7 @@ impl Base {
             parallel: config.placement == Placement::Parallel,
             residual_multiplier: config.residual_multiplier as f32,
             rope_tables,
+            dequantise: Setting::default(),
         };
         let kv_cache_type = KvCacheType::Auto;
         let base = Self {
@@ -169,6 +171,11 @@ impl Base {
     /// What keys and values are cached as.
     pub fn kv_cache_type(&self) -> KvCacheType {
         self.kv_cache_type
+    }
+
+    /// How passes that begin from now on dequantise weights on a device. No number depends on it.
+    pub fn set_dequantise(&self, how: Dequantising) {
+        self.geometry.dequantise.set(how);
     }
 
     /// The same base on a device, or on the host for `None`: the device's passes read copies of the weights there, which are

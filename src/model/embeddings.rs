@@ -43,7 +43,7 @@ impl<'a> Embeddings<'a> {
     }
 
     fn linear(self, weight: &'a Weight, module: NonBlockModule) -> LinearWithLora<'a> {
-        LinearWithLora { weight, kept: None, bias: None, lora: self.lora(module).map(LoraLayer::low_rank) }
+        LinearWithLora { weight, dequantised: None, bias: None, lora: self.lora(module).map(LoraLayer::low_rank) }
     }
 
     /// Whether any LoRA weights before the first block are trained.

@@ -9,7 +9,7 @@ use anyhow::Result;
 use super::adapter::Adapter;
 use super::base::{Base, layer_lora};
 use super::batch::Batch;
-use super::block::{KeptWeights, Layout};
+use super::block::{BlockNumbers, Layout};
 use super::embeddings::{self, Embeddings};
 use super::stream::Course;
 use crate::device::Array;
@@ -88,11 +88,11 @@ impl Base {
         }
         for layer in 0..self.config().num_hidden_layers {
             let block = self.block(layer, Course::Forward)?;
-            let kept = (sharing == Sharing::Weights).then(KeptWeights::default);
+            let numbers = (sharing == Sharing::Weights).then(BlockNumbers::default);
             for (reader, x) in readers.iter().zip(&mut xs) {
                 let lora = layer_lora(reader.adapter, layer);
-                *x = match &kept {
-                    Some(kept) => block.forward_keeping(kept, lora, &self.geometry, layout, x)?,
+                *x = match &numbers {
+                    Some(numbers) => block.forward_keeping(numbers, lora, &self.geometry, layout, x)?,
                     None => block.forward(lora, &self.geometry, layout, x)?,
                 };
             }

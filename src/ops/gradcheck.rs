@@ -126,7 +126,7 @@ fn linear_in_bf16_of_bf16_factors_equals_f32() -> Result<()> {
     for (m, n, k) in [(3, 66, 130), (16, 64, 64), (17, 40, 800), (70, 34, 576)] {
         let (x, dy, d) = (exact(random(&[m, k], 1))?, exact(random(&[m, n], 2))?, exact(random(&[n, k], 3))?);
         let w = Weight::from_f32(&d.flatten_all()?.to_vec1::<f32>()?, n, k).unwrap().with_compute(ComputeDtype::Bf16);
-        let parts = [LinearWithLora { weight: &w, kept: None, bias: None, lora: None }];
+        let parts = [LinearWithLora { weight: &w, dequantised: None, bias: None, lora: None }];
         let (on, xs, dys) = (Machine(None), Array::Host(x.clone()), Array::Host(dy.clone()));
         let (y, z) = linear::forward(&xs, &parts, None)?;
         on.assert_close("y", &y[0], &x.matmul(&d.t()?)?);
@@ -189,7 +189,7 @@ fn linear_group(on: &Machine, compute: ComputeDtype, close: f32) -> Result<()> {
             .zip(&biases)
             .map(|((weight, l), bias)| LinearWithLora {
                 weight,
-                kept: None,
+                dequantised: None,
                 bias: bias.as_ref(),
                 lora: l.as_ref().map(|(a, b, scale)| LowRank { a, b, scale: *scale, dora: None, copy: None }),
             })
@@ -237,7 +237,7 @@ fn linear_over_blocks_of_256_equals_linear_over_the_unpacked_weights() -> Result
             for m in [3, 30] {
                 let (x, dy) = (random(&[m, k], 6), random(&[m, n], 7));
                 let (xs, dys) = (on.put(&x), on.put(&dy));
-                let parts = [LinearWithLora { weight: &w, kept: None, bias: None, lora: None }];
+                let parts = [LinearWithLora { weight: &w, dequantised: None, bias: None, lora: None }];
                 let (y, z) = linear::forward(&xs, &parts, None)?;
                 assert_close("y", &y[0], &x.matmul(&dense.t()?)?);
                 let g = linear::backward(&xs, &parts, &z, &[&dys], InputGradient::Wanted)?;

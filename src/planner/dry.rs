@@ -20,6 +20,7 @@ use crate::model::readers::Sharing;
 use crate::model::roles::{HeadGradients, Policy, ValueModel};
 use crate::model_files::assemble;
 use crate::ops::divergence::Divergence;
+use crate::ops::linear::gpu::Dequantising;
 use crate::ops::sample::Distribution;
 use crate::ops::weight::Weight;
 use crate::planner::plan::RESERVE;
@@ -73,6 +74,8 @@ pub struct DevicePlan {
     /// What the roles that score a rollout have in common: as much as the devices have room for, or, where that is not known, as
     /// leaves their peaks where they are.
     pub sharing: Sharing,
+    /// How a base that leaves it open dequantises its weights: as much ahead, and kept, as there is room for in the same sense.
+    pub dequantise: Dequantising,
 }
 
 impl DevicePlan {
@@ -99,10 +102,11 @@ impl DevicePlan {
 }
 
 /// A base of shapes without numbers on a machine that counts.
-fn planned(net: &Network, device: &Device) -> Result<Base> {
+fn planned(net: &Network, device: &Device, open: Dequantising) -> Result<Base> {
     let dtype = |name: &str| net.dtypes.get(name).copied().unwrap_or(net.table);
     let weight = |name: &str, rows: usize, cols: usize| Weight::planned(dtype(name), rows, cols);
     let base = assemble(net.config.clone(), &weight, &|_, len| Ok(vec![1.0; len]), "planned".into())?;
+    base.set_dequantise(if net.dequantise == Dequantising::Auto { open } else { net.dequantise });
     base.computing_in(net.compute).caching_in(net.kv_cache_type)?.streaming(
         Some(device.clone()),
         net.offload.layers(),
@@ -135,57 +139,98 @@ impl Ledger {
 /// Those of the passes, as for a sequence longer than the context.
 pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
     let Some(on) = &job.on_device else { return Ok(vec![]) };
-    let mut ledger = Ledger { devices: BTreeMap::new(), peaks: BTreeMap::new() };
-    let mut open = |choice: DeviceChoice, net: &Network| -> Result<Option<Base>> {
-        if !is_device(choice) {
-            return Ok(None);
-        }
-        planned(net, ledger.devices.entry(choice).or_insert_with(Device::dry)).map(Some)
-    };
-    let policy = open(on.policy, &job.policy)?;
-    let other = job.scorer.as_ref().map(|net| open(on.scorer, net)).transpose()?.flatten();
-    let scorer = if job.scorer.is_some() { other.as_ref() } else { policy.as_ref() };
-    let base: BTreeMap<DeviceChoice, usize> = ledger.devices.iter().map(|(c, d)| (*c, d.usage().live)).collect();
-    ledger.within(Phase::Load, || {
-        [policy.as_ref(), other.as_ref()].into_iter().flatten().try_for_each(|base| {
-            let hidden = base.hidden(&Batch::new(&[[0u32]])?, None)?;
-            base.logits(&hidden, None).map(drop)
-        })
-    })?;
-    let roles = || Roles::new(policy.as_ref(), scorer, on, job.checkpoint);
-    match &job.work {
-        Work::Supervised(work) => roles().supervised(&mut ledger, work)?,
-        Work::Rollouts(work) => roles().rollouts(&mut ledger, work)?,
-    }
-    let plan = |(choice, peaks): (&DeviceChoice, &[usize; Phase::ALL.len()])| DevicePlan {
-        device: *choice,
-        phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
-        base: base.get(choice).copied().unwrap_or(0),
-        room: on.rooms.get(choice).copied(),
-        sharing: Sharing::Apart,
-    };
-    let plans: Vec<DevicePlan> = ledger.peaks.iter().map(plan).collect();
-    let Work::Rollouts(work) = &job.work else { return Ok(plans) };
-    for sharing in [Sharing::Weights, Sharing::Blocks] {
-        // New adapters, whose first pass this is.
-        let (roles, mut ledger) = (roles(), Ledger { devices: ledger.devices.clone(), peaks: BTreeMap::new() });
-        roles.settle_all(work)?;
-        roles.scoring(&mut ledger, work, sharing)?;
-        let shared = |plan: &DevicePlan| {
-            let mut plan = DevicePlan { sharing, ..plan.clone() };
-            plan.phases[Phase::Scoring as usize].1 =
-                ledger.peaks.get(&plan.device).map_or(0, |peaks| peaks[Phase::Scoring as usize]);
-            plan
-        };
-        let allows = |plan: &DevicePlan| {
-            let shared = shared(plan);
-            shared.peak().1 <= plan.peak().1 || shared.room.is_some_and(|room| shared.fits(room / RESERVE))
-        };
-        if plans.iter().all(allows) {
-            return Ok(plans.iter().map(shared).collect());
+    let plain = Walked::new(job, on, Dequantising::InTurn)?;
+    let chosen = |walked: Walked| walked.sharing(job, on);
+    let is_open = |net: &Network| net.dequantise == Dequantising::Auto && net.has_to_dequantise();
+    let has_room = |plan: &DevicePlan| plan.room.is_none_or(|room| plan.fits(room / RESERVE));
+    if [Some(&job.policy), job.scorer.as_ref()].into_iter().flatten().any(is_open) && plain.plans.iter().all(has_room) {
+        for how in [Dequantising::Kept, Dequantising::Ahead] {
+            let more = Walked::new(job, on, how)?;
+            if plain.plans.iter().zip(&more.plans).all(|(plain, more)| allows(plain, more)) {
+                return chosen(more);
+            }
         }
     }
-    Ok(plans)
+    chosen(plain)
+}
+
+/// Whether a device has room for a plan that takes more memory for less time, or, where its room is not known, whether the peak
+/// stays where it is.
+fn allows(plain: &DevicePlan, more: &DevicePlan) -> bool {
+    more.peak().1 <= plain.peak().1 || more.room.is_some_and(|room| more.fits(room / RESERVE))
+}
+
+/// The bases on machines that count, after all passes of a stage.
+struct Walked {
+    policy: Option<Base>,
+    scorer: Option<Base>,
+    devices: BTreeMap<DeviceChoice, Device>,
+    plans: Vec<DevicePlan>,
+}
+
+impl Walked {
+    fn new(job: &StageShape, on: &OnDevice, dequantise: Dequantising) -> Result<Self> {
+        let mut ledger = Ledger { devices: BTreeMap::new(), peaks: BTreeMap::new() };
+        let mut open = |choice: DeviceChoice, net: &Network| -> Result<Option<Base>> {
+            if !is_device(choice) {
+                return Ok(None);
+            }
+            planned(net, ledger.devices.entry(choice).or_insert_with(Device::dry), dequantise).map(Some)
+        };
+        let policy = open(on.policy, &job.policy)?;
+        let scorer = job.scorer.as_ref().map(|net| open(on.scorer, net)).transpose()?.flatten();
+        let base: BTreeMap<DeviceChoice, usize> =
+            ledger.devices.iter().map(|(choice, device)| (*choice, device.usage().live)).collect();
+        ledger.within(Phase::Load, || {
+            [policy.as_ref(), scorer.as_ref()].into_iter().flatten().try_for_each(|base| {
+                let hidden = base.hidden(&Batch::new(&[[0u32]])?, None)?;
+                base.logits(&hidden, None).map(drop)
+            })
+        })?;
+        let mut walked = Self { policy, scorer, devices: ledger.devices.clone(), plans: vec![] };
+        match &job.work {
+            Work::Supervised(work) => walked.roles(job, on).supervised(&mut ledger, work)?,
+            Work::Rollouts(work) => walked.roles(job, on).rollouts(&mut ledger, work)?,
+        }
+        let plan = |(choice, peaks): (&DeviceChoice, &[usize; Phase::ALL.len()])| DevicePlan {
+            device: *choice,
+            phases: Phase::ALL.map(|phase| (phase, peaks[phase as usize])),
+            base: base.get(choice).copied().unwrap_or(0),
+            room: on.rooms.get(choice).copied(),
+            sharing: Sharing::Apart,
+            dequantise,
+        };
+        walked.plans = ledger.peaks.iter().map(plan).collect();
+        Ok(walked)
+    }
+
+    /// New adapters over the bases.
+    fn roles(&self, job: &StageShape, on: &OnDevice) -> Roles<'_> {
+        let scorer = if job.scorer.is_some() { self.scorer.as_ref() } else { self.policy.as_ref() };
+        Roles::new(self.policy.as_ref(), scorer, on, job.checkpoint)
+    }
+
+    /// The plans, with as much in common among the roles that score a rollout as there is room for.
+    fn sharing(self, job: &StageShape, on: &OnDevice) -> Result<Vec<DevicePlan>> {
+        let Work::Rollouts(work) = &job.work else { return Ok(self.plans) };
+        for sharing in [Sharing::Weights, Sharing::Blocks] {
+            // New adapters, whose first pass this is.
+            let (roles, mut ledger) =
+                (self.roles(job, on), Ledger { devices: self.devices.clone(), peaks: BTreeMap::new() });
+            roles.settle_all(work)?;
+            roles.scoring(&mut ledger, work, sharing)?;
+            let shared = |plan: &DevicePlan| {
+                let mut plan = DevicePlan { sharing, ..plan.clone() };
+                plan.phases[Phase::Scoring as usize].1 =
+                    ledger.peaks.get(&plan.device).map_or(0, |peaks| peaks[Phase::Scoring as usize]);
+                plan
+            };
+            if self.plans.iter().all(|plan| allows(plan, &shared(plan))) {
+                return Ok(self.plans.iter().map(shared).collect());
+            }
+        }
+        Ok(self.plans)
+    }
 }
 
 /// The bases that lie on devices; passes over a base on the CPU are left out.

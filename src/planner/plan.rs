@@ -16,6 +16,7 @@ use crate::model::adapter::Adapter;
 use crate::model::base::Base;
 use crate::model::block::Recompute;
 use crate::model::readers::Sharing;
+use crate::ops::linear::gpu::Dequantising;
 use crate::planner::changes::{Change, changes, with_checkpoint};
 use crate::planner::dry;
 use crate::planner::dry::{DevicePlan, OnDevice};
@@ -102,6 +103,14 @@ impl Plan {
     /// What the roles that score a rollout have in common where they read one base on a device.
     pub fn sharing(&self) -> Sharing {
         self.devices.first().map_or(Sharing::Apart, |device| device.sharing)
+    }
+
+    /// How a base of these shapes dequantises its weights on a device.
+    pub fn dequantise(&self, net: &Network) -> Dequantising {
+        match net.dequantise {
+            Dequantising::Auto => self.devices.first().map_or(Dequantising::InTurn, |device| device.dequantise),
+            named => named,
+        }
     }
 
     /// Whether host and devices have room for it, with a reserve of one part in `reserve`.

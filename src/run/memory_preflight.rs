@@ -125,6 +125,10 @@ impl Parts<'_> {
             })
         };
         let plan = plan::admit(self.stage, config, &shapes)?;
+        let nets = [(Some(self.policy), Some(&plan.job.policy)), (self.scorer, plan.job.scorer.as_ref())];
+        for (model, net) in nets.into_iter().filter_map(|(model, net)| model.zip(net)) {
+            model.base.set_dequantise(plan.dequantise(net));
+        }
         Ok(MemoryPreflight { asked: config.checkpoint(self.stage), plan })
     }
 }

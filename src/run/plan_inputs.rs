@@ -79,9 +79,9 @@ impl Headers {
             Self::Whole(contents) => Network::of(contents, quantise, compute),
             Self::Bare(config, stored) => Network::planned((**config).clone(), *stored, quantise, compute),
         };
-        let kv_cache_type = placement::kv_cache_type(section.kv_cache_type(), section.device().is_device())
+        placement::kv_cache_type(section.kv_cache_type(), section.device().is_device())
             .with_context(|| format!("[{name}]"))?;
-        Ok(net?.offloading(section.offload()).caching_in(kv_cache_type))
+        Ok(net?.of_device_keys(section))
     }
 
     fn config(&self) -> &DecoderConfig {

@@ -26,6 +26,12 @@ fn planned_memory_is_what_steps_take_and_every_kernel_of_a_step_is_counted() {
     let _time = timed("bench gpu");
     let place = Place::new();
     let all = lines(&place, "--methods ppo,grpo");
+    // Dequantised ahead and kept, a step takes more, and what is planned.
+    let kept = lines(&place, "--dequantise kept --no-kernels");
+    let (kept, open) = (of(&kept, "gpu/step").next().unwrap(), of(&all, "gpu/step").next().unwrap());
+    assert_eq!((&kept["dequantise"], &open["dequantise"]), (&"kept".into(), &"in_turn".into()));
+    assert_eq!(kept["planned_bytes"], kept["device_bytes"], "{kept}");
+    assert!(kept["device_bytes"].as_u64() > open["device_bytes"].as_u64(), "{kept} {open}");
     assert_eq!(of(&all, "gpu/card").count(), 1);
     let steps: Vec<&Value> = of(&all, "gpu/step").collect();
     assert_eq!(steps.iter().map(|step| step["method"].as_str().unwrap()).collect::<Vec<_>>(), ["ppo", "grpo"]);
@@ -93,6 +99,22 @@ fn a_roofline_counts_the_launches_bytes_and_operations_of_a_step() {
     let whole = of(&all, "gpu/kernels").next().unwrap()["floor_seconds"].as_f64().unwrap();
     assert!((floors.iter().sum::<f64>() / 1e3 / whole - 1.0).abs() < 1e-9);
     assert!(of(&all, "gpu/step").chain(of(&all, "gpu/decode")).next().is_none(), "nothing was measured");
+    // Without a card there is room for all: what is dequantised beside products, of a step with its numbers kept.
+    let beside = |all: &[Value]| of(all, "gpu/kernels").next().unwrap()["floor_beside"].as_f64().unwrap();
+    let calls = |all: &[Value]| {
+        let found = of(all, "gpu/kernel").filter(|kernel| kernel["name"].as_str().unwrap().starts_with("dequantise_"));
+        found.map(|kernel| kernel["calls"].as_u64().unwrap()).sum::<u64>()
+    };
+    let in_turn = place.run(&format!("{words} --dequantise in_turn"));
+    let in_turn: Vec<Value> = in_turn.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(beside(&all) > 0.0 && beside(&all) < whole && beside(&in_turn) == 0.0, "{} {whole}", beside(&all));
+    let ahead = place.run(&format!("{words} --dequantise ahead"));
+    let ahead: Vec<Value> = ahead.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let all_of = |all: &[Value]| of(all, "gpu/kernels").next().unwrap()["floor_seconds"].as_f64().unwrap();
+    assert!((all_of(&ahead) / all_of(&in_turn) - 1.0).abs() < 1e-9, "the same launches in another order");
+    // Two layers of actor and critic, each in two micro-batches: gate, up, q, k, v and o are dequantised once less, but for the
+    // first layer's q, k and v, which a backward does not read.
+    assert_eq!(calls(&in_turn) - calls(&all), 2 * 2 * (2 * 6 - 3));
     // A cache in q8_0 has 34 bytes where f16 has 64: keys and values of 13 to 17 tokens are read, in two layers.
     let ran = place.run(&format!("{words} --kv-cache-type q8_0"));
     let of_q8: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

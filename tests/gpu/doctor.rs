@@ -30,9 +30,14 @@ fn doctor_compares_every_storage_type_and_the_passes_of_a_model() {
         assert!(has(&format!("unpacking {}", dtype.name())), "{} is not compared", dtype.name());
     }
     for dtype in ["f32", "bf16", "f16"] {
-        for what in
-            ["log-probabilities", "exact KL", "gradients of a policy", "gradients of a value model", "a cache in q8_0"]
-        {
+        for what in [
+            "log-probabilities",
+            "exact KL",
+            "gradients of a policy",
+            "gradients of a value model",
+            "weights dequantised beside products",
+            "a cache in q8_0",
+        ] {
             assert!(has(&format!("{what} in {dtype}")), "{what} in {dtype} are not compared");
         }
     }

@@ -12,6 +12,7 @@ use fourfold::model::init::dora::with_magnitudes;
 use fourfold::model::readers::{Reader, Sharing};
 use fourfold::model::roles::{HeadGradients, Policy, ValueModel};
 use fourfold::ops::attention::KvCacheType;
+use fourfold::ops::linear::gpu::Dequantising;
 use fourfold::ops::sample::{Distribution, Sampler};
 use fourfold::ops::storage::dtype::StorageDType;
 use fourfold::ops::weight::ComputeDtype;
@@ -33,6 +34,7 @@ struct Shape {
     /// Layers that the device does not keep.
     offload: usize,
     kv_cache_type: KvCacheType,
+    dequantise: Dequantising,
 }
 
 /// Runs every kind of pass on one device.
@@ -50,6 +52,7 @@ fn run(shape: &Shape, device: &Device) -> Log {
     part("load", &mut || {
         let files = embedded(shape.layers).quantised(shape.quantised);
         let opened = files.base().unwrap().computing_in(shape.compute).caching_in(shape.kv_cache_type).unwrap();
+        opened.set_dequantise(shape.dequantise);
         base = Some(opened.streaming(Some(device.clone()), shape.offload, |_, _| {}).unwrap());
     });
     let base = &base.unwrap();
@@ -161,6 +164,7 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
         ends: false,
         offload: 0,
         kv_cache_type: KvCacheType::Auto,
+        dequantise: Dequantising::InTurn,
     };
     let shapes = [
         Shape { layers: 2, lengths: &[1, 21, 9], response: 6, compute: ComputeDtype::Bf16, dora: false, ..small },
@@ -178,6 +182,25 @@ fn the_dry_machine_has_the_same_bytes_in_use_after_every_allocation() {
         Shape { recompute: Recompute::Offload, layers: 3, ..small },
         Shape { recompute: Recompute::Offload, layers: 3, offload: 2, compute: ComputeDtype::F16, ends: true, ..small },
         Shape { compute: ComputeDtype::F16, kv_cache_type: KvCacheType::Q8_0, layers: 2, response: 6, ..small },
+        Shape {
+            layers: 2,
+            offload: 1,
+            lengths: &[30, 41, 2],
+            compute: ComputeDtype::F16,
+            quantised: Some(StorageDType::Q8_0),
+            recompute: Recompute::Block,
+            dequantise: Dequantising::Kept,
+            ..small
+        },
+        Shape {
+            layers: 2,
+            lengths: &[30, 41, 2],
+            compute: ComputeDtype::F16,
+            recompute: Recompute::Mlp,
+            dequantise: Dequantising::Ahead,
+            dora: false,
+            ..small
+        },
     ];
     let mut count = 0;
     for (i, shape) in shapes.iter().enumerate() {

@@ -6,6 +6,7 @@
 mod bench;
 mod commands;
 mod decoding;
+mod dequantised;
 mod doctor;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]

@@ -33,7 +33,7 @@ use crate::tiny_decoders::open;
 use crate::world::{adapter, emulated, machine, timed};
 
 /// The golden sequences until they have more tokens than products straight from the stored bytes take.
-fn long(sequences: &[Vec<u32>]) -> Vec<Vec<u32>> {
+pub fn long(sequences: &[Vec<u32>]) -> Vec<Vec<u32>> {
     let each = sequences.iter().map(Vec::len).sum::<usize>().max(1);
     sequences.iter().cycle().take(sequences.len() * (64 / each + 1)).cloned().collect()
 }
@@ -96,7 +96,7 @@ fn readers_with_dora_and_with_lora_on_both_ends_find_the_bits_of_passes_of_their
 }
 
 /// Batches of this base are dequantised.
-fn quantised(device: &Device, layers: usize) -> (Base, Batch) {
+pub fn quantised(device: &Device, layers: usize) -> (Base, Batch) {
     let of = |n: u32, step: u32| (0..n).map(|i| (i * step + 5) % 90 + 3).collect::<Vec<u32>>();
     let base = base(device, layers, ComputeDtype::F16, Some(StorageDType::Q8_0));
     (base, Batch::new(&[of(40, 17), of(2, 29), of(33, 7)]).unwrap())
@@ -244,9 +244,9 @@ fn base_on_host() -> Base {
 }
 
 /// Metrics without times, and the bits of the adapters that a run leaves.
-type Left = (Vec<Value>, Vec<BTreeMap<String, Vec<u32>>>);
+pub type Left = (Vec<Value>, Vec<BTreeMap<String, Vec<u32>>>);
 
-fn ran(model: &Model, config: &Ppo, sharing: Sharing) -> Left {
+pub fn ran(model: &Model, config: &Ppo, sharing: Sharing) -> Left {
     let (sft, rm) = adapters(model);
     let roles = Roles { base: &model.base, reward_base: &model.base, sft: &sft, reward: Some(&rm) };
     let (prompts, source, dir) = (questions(model, 24), source_of(roles), tempfile::tempdir().unwrap());

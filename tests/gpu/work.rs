@@ -78,7 +78,17 @@ fn a_step_like_the_one_before_is_one_upload_one_replay_and_one_download() {
     let copied = 2 * (8 + 4 * 5) + 2 * 16;
     assert_eq!(
         third,
-        Work { launches: 0, replays: 1, products: 0, uploads: 1, downloads: 1, copied, streamed: 0, spilled: 0 }
+        Work {
+            launches: 0,
+            beside: 0,
+            replays: 1,
+            products: 0,
+            uploads: 1,
+            downloads: 1,
+            copied,
+            streamed: 0,
+            spilled: 0
+        }
     );
 }
 

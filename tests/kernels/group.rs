@@ -176,7 +176,7 @@ impl Case {
         let biases: Vec<Option<Matrix>> = self.maps.iter().zip(&all).map(bias_of).collect();
         let residual = self.residual.then(|| device.upload_f32(&self.residual(), m, self.maps[0].n).unwrap());
         let maps: Vec<Map<'_>> = (0..all.len())
-            .map(|p| Map { weight: &weights[p], kept: None, bias: biases[p].as_ref(), lora: loras[p].as_ref() })
+            .map(|p| Map { weight: &weights[p], dequantised: None, bias: biases[p].as_ref(), lora: loras[p].as_ref() })
             .collect();
         let element = |wide| if wide { Element::F32 } else { operand };
         let x = device.upload_as(element(self.wide_input), &numbers(m * k, 77), m, k).unwrap();

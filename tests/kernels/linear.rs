@@ -6,7 +6,8 @@ use std::sync::{Arc, Mutex};
 use fourfold::device::testing::can_emulate;
 use fourfold::device::{Device, Element, Matrix, Usage};
 use fourfold::ops::embedding::gpu as embedding;
-use fourfold::ops::linear::gpu::{Compute, DeviceLora, Kept, Map, SCRATCH, backward, forward};
+use fourfold::ops::linear::gpu::{Compute, Dequantised, DeviceLora, Map, Numbers, SCRATCH, backward, forward};
+use fourfold::ops::linear::gpu_low_rank::{FactorLayout, LowRankPart, low_rank_outputs};
 use fourfold::ops::storage::gpu::DeviceWeight;
 use fourfold::ops::weight::StorageDType;
 
@@ -80,6 +81,110 @@ fn a_residual_joins_one_map_with_and_without_bias_and_branch() {
     }
 }
 
+/// The low-rank parts of products of many rows, on tensor cores: ranks, columns and offsets that are multiples of what is loaded at once
+/// and that are not, from one part to three, in both layouts of the factors, against float64.
+#[test]
+fn low_rank_outputs_of_any_shape() {
+    if !can_emulate() {
+        return;
+    }
+    let device = device();
+    for operand in [Element::Bf16, Element::F16] {
+        for (m, n) in [(1, 1), (33, 8), (31, 64), (70, 257), (5, 301), (64, 520)] {
+            // Ranks of the parts, and columns of z that belong to none.
+            for (ranks, unused) in
+                [(&[16, 16, 16][..], 0), (&[8], 4), (&[3, 1, 17], 2), (&[4, 12], 0), (&[64], 0), (&[], 1)]
+            {
+                for layout in [FactorLayout::ByColumn, FactorLayout::ByRank] {
+                    for (to, residual, bias) in
+                        [(operand, false, true), (Element::F32, true, false), (operand, true, true)]
+                    {
+                        let all = ranks.iter().sum::<usize>() + unused;
+                        let z = numbers(m * all, 1);
+                        let factors: Vec<Vec<f32>> =
+                            ranks.iter().zip(2..).map(|(&rank, seed)| numbers(n * rank, seed)).collect();
+                        let (added, of_column) = (numbers(m * n, 8), numbers(n, 9));
+                        let mut want = vec![0f64; m * n];
+                        let mut column = unused;
+                        for (&rank, factor) in ranks.iter().zip(&factors) {
+                            let (z, factor) = (rounded(operand, &wide(&z)), rounded(operand, &wide(factor)));
+                            for (i, want) in want.iter_mut().enumerate() {
+                                let (row, col) = (i / n, i % n);
+                                for q in 0..rank {
+                                    let at = if layout == FactorLayout::ByRank { q * n + col } else { col * rank + q };
+                                    *want += z[row * all + column + q] * factor[at];
+                                }
+                            }
+                            column += rank;
+                        }
+                        for (i, want) in want.iter_mut().enumerate() {
+                            *want += if residual { f64::from(added[i]) } else { 0.0 };
+                            *want += if bias { f64::from(of_column[i % n]) } else { 0.0 };
+                        }
+                        let up = |element, values: &[f32], rows, cols| {
+                            device.upload_as(element, values, rows, cols).unwrap()
+                        };
+                        let z = up(operand, &z, m, all);
+                        let shape = |rank| if layout == FactorLayout::ByRank { (rank, n) } else { (n, rank) };
+                        let factors: Vec<Matrix> = ranks
+                            .iter()
+                            .zip(&factors)
+                            .map(|(&rank, factor)| up(operand, factor, shape(rank).0, shape(rank).1))
+                            .collect();
+                        let mut column = unused;
+                        let parts: Vec<LowRankPart<'_>> = ranks
+                            .iter()
+                            .zip(&factors)
+                            .map(|(&rank, factor)| {
+                                column += rank;
+                                LowRankPart { column: column - rank, factor, rank }
+                            })
+                            .collect();
+                        let added = residual.then(|| up(Element::F32, &added, m, n));
+                        let of_column = bias.then(|| up(Element::F32, &of_column, 1, n));
+                        let y = device.matrix(to, m, n).unwrap();
+                        let beside = (added.as_ref(), of_column.as_ref());
+                        low_rank_outputs(operand, (Some(&z), &parts), layout, beside, &y).unwrap();
+                        let name = format!("{operand}, ({m}, {n}), {ranks:?} from {unused}, {layout:?}, {to}");
+                        let limit = if to == Element::F32 { 1e-6 } else { tolerance(operand) };
+                        close(&name, limit, &y, &want);
+                    }
+                }
+            }
+        }
+    }
+    let z = device.matrix(Element::F16, 2, 4).unwrap();
+    let factor = device.matrix(Element::F16, 3, 4).unwrap();
+    let y = device.matrix(Element::F32, 2, 3).unwrap();
+    let part = LowRankPart { column: 0, factor: &factor, rank: 4 };
+    let of = |operand, parts: &[LowRankPart<'_>]| {
+        let error = low_rank_outputs(operand, (Some(&z), parts), FactorLayout::ByColumn, (None, None), &y).unwrap_err();
+        format!("{error:#}")
+    };
+    assert!(of(Element::F32, &[part]).contains("use bf16 or f16"));
+    assert!(of(Element::F16, &[part; 4]).contains("4 parts; 3 are possible"));
+    assert!(of(Element::F16, &[LowRankPart { column: 1, ..part }]).contains("z is (2, 4), where (2, 5) is needed"));
+    assert!(of(Element::F16, &[LowRankPart { rank: 3, ..part }]).contains("(3, 3) is needed"));
+}
+
+/// More rows than products straight from the stored bytes take, with ranks and columns beyond a tile.
+#[test]
+fn groups_of_many_rows() {
+    if !can_emulate() {
+        return;
+    }
+    for operand in FLOATS {
+        let maps = vec![
+            MapCase { dtype: StorageDType::Q4K, n: 264, kind: Kind::Lora(16), bias: true },
+            MapCase { dtype: StorageDType::Q8_0, n: 72, kind: Kind::Lora(33), bias: false },
+            MapCase { dtype: StorageDType::Q6K, n: 301, kind: Kind::Dora(5), bias: true },
+        ];
+        Case::new(70, 256, operand, maps).check(device());
+        let case = Case::new(97, 256, operand, one(StorageDType::Q8_0, Kind::Lora(16), true));
+        Case { residual: true, to: Element::F32, ..case }.check(device());
+    }
+}
+
 /// Widths that are no multiple of what kernels load at once.
 #[test]
 fn odd_widths() {
@@ -130,8 +235,9 @@ fn kept_numbers_give_the_bits_of_dequantised_ones() {
         // All rows at once, 128 of them, three.
         for scratch in [SCRATCH, 140 * k * operand.bytes(), 3 * k * operand.bytes()] {
             let compute = Compute { scratch, ..Compute::new(operand) };
-            let of = |kept: Option<&Kept>| {
-                let maps = [Map { weight: &weight, kept, bias: None, lora: None }];
+            let of = |numbers: Option<&Numbers>| {
+                let dequantised = numbers.map(|numbers| Dequantised { numbers, keeps: true, next: None });
+                let maps = [Map { weight: &weight, dequantised, bias: None, lora: None }];
                 device.begin_profile().unwrap();
                 let (ys, saved) = forward(&x, &maps, None, Element::F32, compute).unwrap();
                 let dx = backward(&x, &maps, &saved, &[&dy], true, compute).unwrap().input.unwrap();
@@ -139,16 +245,57 @@ fn kept_numbers_give_the_bits_of_dequantised_ones() {
                 let calls = kernels.iter().filter(|kernel| kernel.name.starts_with("dequantise_")).map(|k| k.calls);
                 (ys[0].to_bytes().unwrap(), dx.to_bytes().unwrap(), calls.sum::<usize>())
             };
-            let (want, kept) = (of(None), Kept::default());
+            let (want, kept) = (of(None), Numbers::default());
             let found = of(Some(&kept));
             assert!((&found.0, &found.1) == (&want.0, &want.1), "{operand}, {scratch}");
             assert!(want.2 >= 2 && found.2 == 1, "{operand}, {scratch}: {} and {} launches", want.2, found.2);
             let other = if operand == Element::F32 { Element::F16 } else { Element::F32 };
             let x = device.upload_as(other, &numbers(m * k, 1), m, k).unwrap();
-            let maps = [Map { weight: &weight, kept: Some(&kept), bias: None, lora: None }];
+            let dequantised = Some(Dequantised { numbers: &kept, keeps: true, next: None });
+            let maps = [Map { weight: &weight, dequantised, bias: None, lora: None }];
             let error = forward(&x, &maps, None, Element::F32, Compute::new(other)).unwrap_err();
             assert!(format!("{error:#}").contains("kept of another weight"), "{error:#}");
         }
+    }
+}
+
+/// Numbers that a product began for the next one are the bits that it would dequantise, are there for no other, and are given back
+/// after it; what a scratch matrix would not hold is dequantised in its turn.
+#[test]
+fn numbers_that_were_begun_beside_a_product_give_the_bits_of_dequantised_ones() {
+    if !can_emulate() {
+        return;
+    }
+    let device = Device::emulated().unwrap();
+    let (m, k) = (70, 256);
+    let weights = [(StorageDType::Q4K, 64), (StorageDType::Q6K, 301), (StorageDType::BF16, 32)]
+        .map(|(dtype, n)| Host::random(dtype, n, k, false, 7).upload(&device));
+    let x = device.upload_as(Element::Bf16, &numbers(m * k, 1), m, k).unwrap();
+    for (scratch, ahead) in [(SCRATCH, 1), (300 * k * 2, 0)] {
+        let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
+        let of = |numbers: Option<&[Numbers; 3]>| {
+            let before = (device.work(), device.usage().live);
+            let map = |i: usize| Map {
+                weight: &weights[i],
+                dequantised: numbers.map(|all| Dequantised {
+                    numbers: &all[i],
+                    keeps: false,
+                    next: weights.get(i + 1).map(|weight| (weight, &all[i + 1])),
+                }),
+                bias: None,
+                lora: None,
+            };
+            let (ys, _) = forward(&x, &[map(0), map(1), map(2)], None, Element::F32, compute).unwrap();
+            let bytes: Vec<Vec<u8>> = ys.iter().map(|y| y.to_bytes().unwrap()).collect();
+            drop(ys);
+            assert_eq!(device.usage().live, before.1, "the numbers were given back");
+            (bytes, device.work() - before.0)
+        };
+        let (want, in_turn) = of(None);
+        let (found, work) = of(Some(&Default::default()));
+        assert!(found == want, "{scratch}");
+        assert_eq!((in_turn.beside, work.beside), (0, ahead), "what is stored as products need it is read in place");
+        assert_eq!(work.launches, if ahead == 1 { 2 } else { in_turn.launches }, "{scratch}");
     }
 }
 
@@ -162,7 +309,7 @@ fn strips_bound_the_scratch_matrix() {
     let weight = DeviceWeight::reserve(&device, StorageDType::Q4K, n, k).unwrap();
     let x = device.matrix(Element::Bf16, 70, k).unwrap();
     let dy = device.matrix(Element::Bf16, 70, n).unwrap();
-    let maps = [Map { weight: &weight, kept: None, bias: None, lora: None }];
+    let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: None }];
     for (scratch, rows) in [(SCRATCH, n), (130 * k * 2, 128), (5 * k * 2, 5), (1, 1)] {
         let compute = Compute { scratch, ..Compute::new(Element::Bf16) };
         for (both, result) in [(false, 70 * n * 2), (true, 70 * k * 4)] {
@@ -208,13 +355,13 @@ fn gradients_are_the_slopes_of_the_forward() {
     // The loss is the sum of dy y.
     let loss = |x: &[f32], a: &[f32], b: &[f32]| -> f64 {
         let lora = DeviceLora::new(device, Element::F32, a, (r, k), b, n, 0.7, None).unwrap();
-        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(x, m, k).unwrap();
         let (y, _) = forward(&x, &maps, None, Element::F32, compute).unwrap();
         y[0].to_f32().unwrap().iter().zip(&dy).map(|(y, dy)| f64::from(*y) * f64::from(*dy)).sum()
     };
     let lora = DeviceLora::new(device, Element::F32, &a, (r, k), &b, n, 0.7, None).unwrap();
-    let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
+    let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: Some(&lora) }];
     let xd = device.upload_f32(&x, m, k).unwrap();
     let (_, saved) = forward(&xd, &maps, None, Element::F32, compute).unwrap();
     let dyd = device.upload_f32(&dy, m, n).unwrap();
@@ -248,7 +395,7 @@ fn dora_of_a_row_of_zeros() {
     for operand in FLOATS {
         let lora =
             DeviceLora::new(device, operand, &numbers(r * k, 2), (r, k), &zeros, n, 1.5, Some(&[0.7; 4])).unwrap();
-        let maps = [Map { weight: &weight, kept: None, bias: None, lora: Some(&lora) }];
+        let maps = [Map { weight: &weight, dequantised: None, bias: None, lora: Some(&lora) }];
         let x = device.upload_f32(&numbers(m * k, 3), m, k).unwrap();
         let dy = device.upload_f32(&numbers(m * n, 4), m, n).unwrap();
         let (y, saved) = forward(&x, &maps, None, Element::F32, Compute::new(operand)).unwrap();
@@ -415,7 +562,7 @@ fn what_does_not_fit_is_refused_with_a_reason() {
     };
     let (x, good) = (matrix(Element::Bf16, m, k), lora(Element::Bf16, r, k, n));
     let compute = Compute::new(Element::Bf16);
-    let map = Map { weight: &weight, kept: None, bias: None, lora: Some(&good) };
+    let map = Map { weight: &weight, dequantised: None, bias: None, lora: Some(&good) };
     let refused = |x: &Matrix, maps: &[Map<'_>], residual: Option<&Matrix>, to, reason: &str| {
         let error = forward(x, maps, residual, to, compute).err().unwrap().to_string();
         assert!(error.contains(reason), "{error}");

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::cli::completed::DeviceValue;
 use crate::cli::{KvCache, print_json, say};
-use crate::config::{ComputeDtype, DeviceChoice, Quantize};
+use crate::config::{ComputeDtype, Dequantising, DeviceChoice, Quantize};
 use crate::device::{Device, select};
 use crate::model::block::Recompute;
 use crate::ops::weight::StorageDType;
@@ -57,6 +57,9 @@ pub(in crate::cli) struct Gpu {
     /// The activations that blocks recompute in the backward pass.
     #[arg(long, value_enum, default_value = "block")]
     checkpoint: Kept,
+    /// How weights are dequantised for products of many rows; auto: as much ahead, and kept, as the device has room for.
+    #[arg(long, value_enum, default_value = "auto")]
+    dequantise: Order,
     /// Measured steps, after one that is not counted.
     #[arg(long, default_value_t = 3)]
     steps: usize,
@@ -100,6 +103,15 @@ enum Kept {
     Mlp,
     Block,
     Offload,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Order {
+    Auto,
+    #[value(name = "in_turn", alias = "in-turn")]
+    InTurn,
+    Ahead,
+    Kept,
 }
 
 fn ceilings(text: &str) -> Result<Ceilings, String> {
@@ -173,6 +185,12 @@ impl Gpu {
                         Kept::Mlp => Recompute::Mlp,
                         Kept::Block => Recompute::Block,
                         Kept::Offload => Recompute::Offload,
+                    },
+                    dequantise: match self.dequantise {
+                        Order::Auto => Dequantising::Auto,
+                        Order::InTurn => Dequantising::InTurn,
+                        Order::Ahead => Dequantising::Ahead,
+                        Order::Kept => Dequantising::Kept,
                     },
                     steps: self.steps,
                     sequences: self.sequences.clone(),
@@ -272,10 +290,12 @@ fn row(found: &Value) -> String {
             )
         }
         "gpu/kernels" if found["in_kernels"].is_null() => format!(
-            "  {} step: {} launches, {:.3} s if each kernel took no longer than its bytes or operations\n    {:<44}{:>9}{:>11}{:>8}\n",
+            "  {} step: {} launches, {:.3} s if each kernel took no longer than its bytes or operations, {:.3} s of them beside \
+             products\n    {:<44}{:>9}{:>11}{:>8}\n",
             text("method"),
             number("launches"),
             number("floor_seconds"),
+            number("floor_beside"),
             "kernel",
             "launches",
             "floor, ms",

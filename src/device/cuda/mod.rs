@@ -1,8 +1,8 @@
 //! The machine that is a card. The libraries are found at run time (libraries.rs), a card that cannot be used is refused with a
 //! reason (checks.rs), and the kernels are compiled for the card that is there (nvrtc.rs). All work goes to one stream, but for
-//! the copies of layers that are streamed and of blocks' inputs that wait on the host (lanes.rs); memory comes from the
-//! driver's stream-ordered pool, and nothing waits for the card but `download`, `synchronize` and uploads that overtake their
-//! staging memory. Read libraries.rs next.
+//! the copies of layers that are streamed and of blocks' inputs that wait on the host (lanes.rs), and the kernels that dequantise
+//! weights while a product runs (beside.rs); memory comes from the driver's stream-ordered pool, and nothing waits for the card
+//! but `download`, `synchronize` and uploads that overtake their staging memory. Read libraries.rs next.
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_void};
@@ -13,6 +13,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use cudarc::cublas::{result as blas, sys as blas_sys};
 use cudarc::driver::{result, sys};
 
+mod beside;
 pub mod checks;
 mod graph;
 mod lanes;
@@ -42,6 +43,7 @@ pub struct Cuda {
     blas: Mutex<()>,
     staging: Mutex<Staging>,
     lanes: Mutex<Lanes>,
+    beside: Mutex<beside::Kernels>,
 }
 
 /// What the driver gave. Dropped last and in order.
@@ -167,6 +169,7 @@ impl Cuda {
             blas: Mutex::default(),
             staging: Mutex::default(),
             lanes: Mutex::default(),
+            beside: Mutex::default(),
         })
     }
 
@@ -322,6 +325,19 @@ impl Machine for Cuda {
         Ok(())
     }
 
+    unsafe fn launch_beside(&self, launch: &Launch<'_>, _: (u64, usize)) -> Result<u64> {
+        self.handles.bind()?;
+        let function = self.function(launch.kernel)?;
+        // SAFETY: promised by the caller; the context is bound and the stream is its own.
+        Ok(unsafe { lock(&self.beside).launch(launch, function, self.handles.stream) }? as u64)
+    }
+
+    fn join(&self, ticket: u64) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: the ticket comes from `launch_beside`; the context is bound and the stream is its own.
+        unsafe { lock(&self.beside).join(ticket as sys::CUevent, self.handles.stream) }
+    }
+
     unsafe fn gemm(&self, p: &Product) -> Result<()> {
         use blas_sys::cublasComputeType_t::{CUBLAS_COMPUTE_32F, CUBLAS_COMPUTE_32F_PEDANTIC};
         use blas_sys::cublasOperation_t::{CUBLAS_OP_N, CUBLAS_OP_T};
@@ -466,6 +482,7 @@ impl Drop for Cuda {
     fn drop(&mut self) {
         if self.handles.bind().is_ok() {
             lock(&self.lanes).end();
+            lock(&self.beside).end();
             lock(&self.staging).close(self.handles.stream);
         }
     }

@@ -1,8 +1,8 @@
 //! The machine that runs the card's kernels on the CPU, slowly and strictly. The kernels' text is compiled as C++ at
 //! run time (compile.rs) and run block by block on all cores (host.cpp, pool.rs). What a card would do silently is an
 //! error: writing past a buffer, a barrier that some threads never reach, an index outside of an array, an address that
-//! is not aligned, arguments of another size. Fresh memory holds NaN, and so does a buffer that is filled beside the order
-//! of work, from the moment the copy may begin until its arrival is waited for. Tests can make any allocation, launch or
+//! is not aligned, arguments of another size. Fresh memory holds NaN, and so does a buffer that a copy or a kernel
+//! beside the order of work fills, from the moment it may begin until it is waited for. Tests can make any allocation, launch or
 //! copy fail. It does not depend on CUDA. Read `compile.rs` beside it next, then host.h.
 //!
 //! Each buffer lies between two guards of 256 bytes. After a launch, the buffers whose addresses are among its
@@ -49,6 +49,14 @@ pub struct Emulated {
     recordings: Countdown,
     kept: Mutex<Kept>,
     lanes: Mutex<Lanes>,
+    beside: Mutex<Waiting>,
+}
+
+/// Kernels that were started beside the order of work, by ticket, and the next ticket.
+#[derive(Default)]
+struct Waiting {
+    launches: BTreeMap<u64, Recorded>,
+    next: u64,
 }
 
 /// Recorded launches by number, and the next number.
@@ -167,6 +175,7 @@ impl Emulated {
             recordings: Countdown::never(),
             kept: Mutex::default(),
             lanes: Mutex::default(),
+            beside: Mutex::default(),
         })
     }
 
@@ -202,7 +211,8 @@ impl Emulated {
         lock(&self.kept).recordings.len()
     }
 
-    /// With `true`, no fill is waited for any more, as if a program had forgotten to: what reads a filled buffer reads NaN.
+    /// With `true`, no fill and no kernel beside the order of work is waited for any more, as if a program had forgotten to: what
+    /// reads their buffers reads NaN.
     pub fn forget_arrivals(&self, forget: bool) {
         lock(&self.lanes).unawaited = forget;
     }
@@ -221,6 +231,49 @@ impl Emulated {
             self.library.find(&CString::new(kernel)?).context("the kernels' text has no kernel of this name")?;
         found.insert(kernel.into(), entry);
         Ok(entry)
+    }
+
+    /// # Safety
+    /// As for `Machine::launch`.
+    unsafe fn run(&self, launch: &Launch<'_>) -> Result<()> {
+        let Found { entry, bytes, threads } = self.find(launch.kernel)?;
+        ensure!(bytes == launch.bytes, "its arguments are {bytes} bytes in the text and {} here", launch.bytes);
+        ensure!(threads == launch.block, "its blocks have {threads} threads in the text and {} here", launch.block);
+        let mut turn = lock(&self.turn);
+        *turn += 1;
+        let blocks = launch.grid.iter().map(|&g| u64::from(g)).product::<u64>();
+        let (arguments, grid, seed) = (launch.arguments as usize, launch.grid, self.shuffle.load(Ordering::SeqCst));
+        let fault = Mutex::new(None::<Fault>);
+        // A few blocks at a time: the calls are cheap beside the blocks, and all cores end at about the same time.
+        let chunk = (blocks / 64).clamp(1, 1024);
+        let run = |chunk_index: u64| {
+            let first = chunk_index * chunk;
+            // SAFETY: the entry is of this library, and the arguments have its size and live until all is done.
+            let failed = unsafe {
+                self.library.run(entry, &grid, first..(first + chunk).min(blocks), arguments as *const _, seed)
+            };
+            match failed {
+                None => true,
+                Some(failed) => {
+                    lock(&fault).get_or_insert(failed);
+                    false
+                }
+            }
+        };
+        // Work so small that another core would come too late stays on this one.
+        let alone = blocks * u64::from(threads) < 4096;
+        pool::parallel(blocks.div_ceil(chunk), alone, &run);
+        if let Some(fault) = lock(&fault).take() {
+            bail!("{fault}");
+        }
+        // SAFETY: the struct has so many bytes; words may lie at any address.
+        let words = (0..bytes / 8).map(|i| unsafe { launch.arguments.cast::<u64>().add(i).read_unaligned() });
+        let mut memory = lock(&self.memory);
+        memory.check(words)?;
+        if turn.is_multiple_of(ALL_GUARDS_EVERY) {
+            memory.check_all().context("found by the look at all buffers after every 64th launch")?;
+        }
+        Ok(())
     }
 }
 
@@ -378,44 +431,40 @@ impl Machine for Emulated {
 
     unsafe fn launch(&self, launch: &Launch<'_>) -> Result<()> {
         ensure!(!self.launches.fails(), "the launch failed, as a test asked for");
-        let Found { entry, bytes, threads } = self.find(launch.kernel)?;
-        ensure!(bytes == launch.bytes, "its arguments are {bytes} bytes in the text and {} here", launch.bytes);
-        ensure!(threads == launch.block, "its blocks have {threads} threads in the text and {} here", launch.block);
-        let mut turn = lock(&self.turn);
-        *turn += 1;
-        let blocks = launch.grid.iter().map(|&g| u64::from(g)).product::<u64>();
-        let (arguments, grid, seed) = (launch.arguments as usize, launch.grid, self.shuffle.load(Ordering::SeqCst));
-        let fault = Mutex::new(None::<Fault>);
-        // A few blocks at a time: the calls are cheap beside the blocks, and all cores end at about the same time.
-        let chunk = (blocks / 64).clamp(1, 1024);
-        let run = |chunk_index: u64| {
-            let first = chunk_index * chunk;
-            // SAFETY: the entry is of this library, and the arguments have its size and live until all is done.
-            let failed = unsafe {
-                self.library.run(entry, &grid, first..(first + chunk).min(blocks), arguments as *const _, seed)
+        // SAFETY: promised by the caller.
+        unsafe { self.run(launch) }
+    }
+
+    unsafe fn launch_beside(&self, launch: &Launch<'_>, (address, bytes): (u64, usize)) -> Result<u64> {
+        ensure!(!self.launches.fails(), "the launch failed, as a test asked for");
+        // What the memory held is lost at once, and the kernel runs at the last moment. A card may do either.
+        // SAFETY: promised by the caller.
+        unsafe { (address as *mut u8).write_bytes(POISON, bytes) };
+        let mut beside = lock(&self.beside);
+        beside.next += 1;
+        let ticket = beside.next;
+        beside.launches.insert(ticket, Recorded::of(launch));
+        Ok(ticket)
+    }
+
+    fn join(&self, ticket: u64) -> Result<()> {
+        let is_forgotten = lock(&self.lanes).unawaited;
+        // They run one after another, so those that were started before it are done as well.
+        loop {
+            let mut beside = lock(&self.beside);
+            let Some(first) = beside.launches.first_entry().filter(|first| *first.key() <= ticket) else {
+                return Ok(());
             };
-            match failed {
-                None => true,
-                Some(failed) => {
-                    lock(&fault).get_or_insert(failed);
-                    false
-                }
+            let recorded = first.remove();
+            drop(beside);
+            if is_forgotten {
+                continue;
             }
-        };
-        // Work so small that another core would come too late stays on this one.
-        let alone = blocks * u64::from(threads) < 4096;
-        pool::parallel(blocks.div_ceil(chunk), alone, &run);
-        if let Some(fault) = lock(&fault).take() {
-            bail!("{fault}");
+            let launch = recorded.launch();
+            // SAFETY: whoever started it promised what `launch` needs until the join.
+            unsafe { self.run(&launch) }
+                .with_context(|| format!("kernel {} beside the order of work", launch.kernel))?;
         }
-        // SAFETY: the struct has so many bytes; words may lie at any address.
-        let words = (0..bytes / 8).map(|i| unsafe { launch.arguments.cast::<u64>().add(i).read_unaligned() });
-        let mut memory = lock(&self.memory);
-        memory.check(words)?;
-        if turn.is_multiple_of(ALL_GUARDS_EVERY) {
-            memory.check_all().context("found by the look at all buffers after every 64th launch")?;
-        }
-        Ok(())
     }
 
     unsafe fn gemm(&self, product: &Product) -> Result<()> {

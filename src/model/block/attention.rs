@@ -136,7 +136,7 @@ impl Pass<'_> {
         grads: &mut BlockGradients,
     ) -> Result<Option<Array>> {
         let out = self.attention_out();
-        let g = linear::backward(&saved.o, &[self.part(out)], &saved.z_o, &[df], InputGradient::Wanted)?;
+        let g = linear::backward(&saved.o, &[self.part_back(out, wanted)], &saved.z_o, &[df], InputGradient::Wanted)?;
         let d_o = store_and_take_input(grads, out, g)?;
         let (dq, dk, dv) = attention::backward(&saved.q, &saved.k, &saved.v, layout.sequences, self.block.heads, &d_o)?;
         let dq = self.rotate(dq, layout.positions, Direction::Back)?;
@@ -146,7 +146,7 @@ impl Pass<'_> {
             _ => (dq, dk),
         };
         let h = before(&self.block.attention_norms.before, x, self.operand())?;
-        let parts = self.parts(0..out);
+        let parts = self.parts_back(0..out, wanted);
         let g = match self.fusion() {
             None => linear::backward(&h, &parts, &saved.z_qkv, &[&dq, &dk, &dv], wanted)?,
             Some(fusion) => {

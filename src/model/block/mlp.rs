@@ -114,7 +114,8 @@ impl Pass<'_> {
             }
         };
         let m = self.activate(gate_up)?;
-        let g = linear::backward(&m, &[self.part(out)], &saved.z_out, &[&df], InputGradient::Wanted)?;
+        let wanted = InputGradient::Wanted;
+        let g = linear::backward(&m, &[self.part_back(out, wanted)], &saved.z_out, &[&df], wanted)?;
         drop(m);
         let dm = store_and_take_input(grads, out, g)?;
         let activation = self.geometry.activation;
@@ -131,7 +132,7 @@ impl Pass<'_> {
         drop(dm);
         let h = before(&self.block.mlp_norms.before, input, self.operand())?;
         let d_in: Vec<&Array> = d_in.iter().collect();
-        let g = linear::backward(&h, &self.parts(first..out), &gate_up.z, &d_in, InputGradient::Wanted)?;
+        let g = linear::backward(&h, &self.parts_back(first..out, wanted), &gate_up.z, &d_in, wanted)?;
         Ok((skip, store_and_take_input(grads, first, g)?))
     }
 }

@@ -13,19 +13,22 @@ use crate::model::adapter::{LoraLayer, LoraLayers};
 use crate::ops::activation::Activation;
 use crate::ops::attention::{Heads, KvCache, Sequences};
 use crate::ops::columns;
-use crate::ops::linear::gpu::Kept;
+use crate::ops::linear::gpu::{Dequantised, Dequantising};
 use crate::ops::linear::{self, Bias, BranchGradient, InputGradient, LinearWithLora};
 use crate::ops::norm::Norm;
 use crate::ops::rope::RopeTable;
 use crate::ops::weight::Weight;
 
 mod attention;
+mod dequantised;
 mod mlp;
 mod residual;
 
 use attention::AttentionSaved;
 use mlp::{GateUp, MlpSaved};
 use residual::Join;
+
+pub use dequantised::{BlockNumbers, Setting};
 
 /// Activation recomputation: which activations a block saves for its backward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,10 +95,6 @@ pub struct Block {
     pub rotation: Option<usize>,
 }
 
-/// The dequantised weights of one block on a device, kept while several readers go through it.
-#[derive(Debug, Default)]
-pub struct KeptWeights([Kept; MAX_LINEARS]);
-
 /// Settings that all blocks of a base share.
 pub struct Geometry {
     /// Layout of q, k and v.
@@ -110,6 +109,8 @@ pub struct Geometry {
     pub residual_multiplier: f32,
     /// RoPE tables, one per rope base.
     pub rope_tables: Vec<RopeTable>,
+    /// How a device dequantises the weights.
+    pub dequantise: Setting,
 }
 
 /// Sequences and positions of a batch's tokens.
@@ -151,24 +152,17 @@ struct Pass<'a> {
     block: &'a Block,
     lora: Option<&'a LoraLayers>,
     geometry: &'a Geometry,
-    /// One per linear layer, where dequantised weights are kept.
-    kept: Option<&'a [Kept]>,
+    /// The weights that are dequantised on a device.
+    numbers: &'a BlockNumbers,
+    /// Whether those of a forward are kept for later products.
+    keeps: bool,
 }
 
 impl<'a> Pass<'a> {
-    fn part(self, linear: usize) -> LinearWithLora<'a> {
+    fn part_with(self, linear: usize, dequantised: Option<Dequantised<'a, Weight>>) -> LinearWithLora<'a> {
         let frozen = &self.block.linears[linear];
-        let lora = self.lora.and_then(|layers| layers[linear].as_ref());
-        LinearWithLora {
-            weight: &frozen.weight,
-            kept: self.kept.and_then(|kept| kept.get(linear)),
-            bias: frozen.bias.as_ref(),
-            lora: lora.map(LoraLayer::low_rank),
-        }
-    }
-
-    fn parts(self, linears: std::ops::Range<usize>) -> Vec<LinearWithLora<'a>> {
-        linears.map(|i| self.part(i)).collect()
+        let lora = self.lora.and_then(|layers| layers[linear].as_ref()).map(LoraLayer::low_rank);
+        LinearWithLora { weight: &frozen.weight, dequantised, bias: frozen.bias.as_ref(), lora }
     }
 
     /// The element type of a device's products.
@@ -225,8 +219,8 @@ impl<'a> Pass<'a> {
 }
 
 impl Block {
-    fn pass<'a>(&'a self, lora: Option<&'a LoraLayers>, geometry: &'a Geometry) -> Pass<'a> {
-        Pass { block: self, lora, geometry, kept: None }
+    fn pass<'a>(&'a self, lora: Option<&'a LoraLayers>, geometry: &'a Geometry, numbers: &'a BlockNumbers) -> Pass<'a> {
+        Pass { block: self, lora, geometry, numbers, keeps: false }
     }
 
     /// y (N, D) of x (N, D); saves nothing.
@@ -240,22 +234,22 @@ impl Block {
         layout: Layout<'_>,
         x: &Array,
     ) -> Result<Array> {
-        self.pass(lora, geometry).forward(layout, x, |_, _| Ok(()))
+        self.pass(lora, geometry, &BlockNumbers::default()).forward(layout, x, |_, _| Ok(()))
     }
 
-    /// As [`Block::forward`]. On a device, dequantised weights are found in `kept`, or left there for the next call.
+    /// As [`Block::forward`]. On a device, dequantised weights are found in `numbers`, or left there for the next call.
     ///
     /// # Errors
     /// If shapes do not fit.
     pub fn forward_keeping(
         &self,
-        kept: &KeptWeights,
+        numbers: &BlockNumbers,
         lora: Option<&LoraLayers>,
         geometry: &Geometry,
         layout: Layout<'_>,
         x: &Array,
     ) -> Result<Array> {
-        Pass { kept: Some(&kept.0), ..self.pass(lora, geometry) }.forward(layout, x, |_, _| Ok(()))
+        Pass { keeps: true, ..self.pass(lora, geometry, numbers) }.forward(layout, x, |_, _| Ok(()))
     }
 
     /// y (N, D) of x (N, D), and the tensors saved for `backward`.
@@ -270,7 +264,8 @@ impl Block {
         x: Array,
         recompute: Recompute,
     ) -> Result<(Array, Saved)> {
-        let pass = self.pass(lora, geometry);
+        let numbers = BlockNumbers::default();
+        let pass = self.pass(lora, geometry, &numbers);
         let gate_up = match recompute {
             Recompute::Off => GateUp::Saved,
             Recompute::Mlp => GateUp::Recomputed,
@@ -297,7 +292,7 @@ impl Block {
         cache: &mut KvCache,
     ) -> Result<Array> {
         let read_kv = |k: &Array, v: &Array| cache.append_prompts(k, v, layout.sequences.cu_seqlens, prompts);
-        self.pass(lora, geometry).forward(layout, x, read_kv)
+        self.pass(lora, geometry, &BlockNumbers::default()).forward(layout, x, read_kv)
     }
 
     /// y (S, D) of x (S, D): one new token per sequence, at `positions` (S). Its keys and values are appended to the
@@ -313,7 +308,8 @@ impl Block {
         x: &Array,
         cache: &mut KvCache,
     ) -> Result<Array> {
-        let pass = self.pass(lora, geometry);
+        let numbers = BlockNumbers::default();
+        let pass = self.pass(lora, geometry, &numbers);
         let x2 = pass.attention_step(positions, x, cache)?;
         pass.mlp_only(pass.mlp_input(x, &x2), &x2)
     }
@@ -331,7 +327,9 @@ impl Block {
         dy: Array,
         wanted: InputGradient,
     ) -> Result<(Option<Array>, BlockGradients)> {
-        let pass = self.pass(lora, geometry);
+        let numbers = BlockNumbers::default();
+        let keeps = geometry.dequantise.get() == Dequantising::Kept;
+        let pass = Pass { keeps, ..self.pass(lora, geometry, &numbers) };
         let Saved { x, rest } = saved;
         let (attention, mlp) = match rest {
             Some(rest) => rest,

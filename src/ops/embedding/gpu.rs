@@ -124,7 +124,7 @@ pub fn backward(table: &DeviceWeight, lora: &DeviceLora, saved: &Saved, dx: &Mat
     let dz = device.matrix(Element::F32, n, r)?;
     product((n, r, d), (dx.whole(), false), (lora.b_operand().whole(), false), dz.whole(), (lora.scale(), 0.0))?;
     let a = scatter(&dz.reshape(n * r, 1)?, &saved.index, Element::F32)?.reshape(r, vocabulary)?;
-    Ok(LoraGradient { a, b: sum_over_rows(&dx, saved.z.whole(), r)?, magnitude })
+    Ok(LoraGradient { a, b: sum_over_rows((dx.whole(), dx.cols(), dx.rows()), saved.z.whole(), r)?, magnitude })
 }
 
 fn check(table: &DeviceWeight, lora: &DeviceLora) -> Result<()> {

@@ -123,7 +123,8 @@ fn dora_of_a_linear_layer_equals_autograd_with_bias_and_residual() -> Result<()>
             let want = (branch.linear(&x, &dense)?.broadcast_add(&bias)? + &residual)?;
             let grads = (&want * &dy)?.sum_all()?.backward()?;
             let bias = Bias::from(bias.to_vec1::<f32>()?);
-            let parts = [LinearWithLora { weight: &w, kept: None, bias: Some(&bias), lora: Some(branch.low_rank()) }];
+            let parts =
+                [LinearWithLora { weight: &w, dequantised: None, bias: Some(&bias), lora: Some(branch.low_rank()) }];
             let xs = on.put(&x);
             let (y, saved) = linear::forward(&xs, &parts, Some(&on.put(&residual)))?;
             on.assert_close("y", &y[0], &want);

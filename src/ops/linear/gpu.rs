@@ -9,9 +9,10 @@ use anyhow::{Result, ensure};
 
 use super::gpu_gemv;
 pub use super::gpu_low_rank::{DeviceLora, DoraScales, LoraGradient};
+use super::gpu_low_rank::{FactorLayout, LowRankPart, MAX_PARTS, low_rank_outputs};
 use super::gpu_strips::read_strips;
-pub use super::gpu_strips::{Compute, Kept, SCRATCH};
-use crate::device::{Element, Gemm, Matrix, Strided};
+pub use super::gpu_strips::{Compute, Dequantised, Dequantising, Numbers, SCRATCH};
+use crate::device::{Device, Element, Gemm, Matrix, Strided};
 use crate::ops::columns::gpu::{add_assign, affine, affine_in_place, cast, magnitude_gradient};
 use crate::ops::launch::shape;
 use crate::ops::storage::gpu::DeviceWeight;
@@ -21,8 +22,8 @@ use crate::ops::storage::gpu::DeviceWeight;
 pub struct Map<'a> {
     /// W (n, k), as stored.
     pub weight: &'a DeviceWeight,
-    /// Where W's numbers are kept once they are dequantised, if other products are to find them.
-    pub kept: Option<&'a Kept>,
+    /// Where W's numbers are found or left, for passes that dequantise ahead or keep what they dequantised.
+    pub dequantised: Option<Dequantised<'a, DeviceWeight>>,
     /// The bias (1, n) f32, where there is one. It is frozen: the backward does not see it.
     pub bias: Option<&'a Matrix>,
     /// The low-rank branch, where the adapter has one here.
@@ -157,10 +158,11 @@ pub fn backward(
     check(x, maps, operand)?;
     check_gradients(x, maps, saved, dys, operand)?;
     let (device, m, k) = (x.device(), x.rows(), x.cols());
-    let input = if wants_input { Some(device.matrix(Element::F32, m, k)?) } else { None };
     // Only the branches' gradients need x.
     let x = saved.z.as_ref().map(|_| cast(x, operand)).transpose()?;
-    let (mut lora_gradients, mut offset, mut joins) = (Vec::with_capacity(maps.len()), 0, 0.0);
+    let ranks = maps.iter().map(Map::rank).sum();
+    let dz = saved.z.as_ref().map(|_| device.matrix(operand, m, ranks)).transpose()?;
+    let (mut lora_gradients, mut scaled, mut offset) = (Vec::with_capacity(maps.len()), vec![], 0);
     for ((map, dy), direction) in maps.iter().zip(dys).zip(&saved.directions) {
         let n = map.weight.rows();
         if map.lora.is_none() && !wants_input {
@@ -175,41 +177,69 @@ pub fn backward(
                 (affine(dy, Some(&scales.factors), None, operand)?, Some(magnitude))
             }
         };
-        if let Some(dx) = &input {
-            read_strips(map.weight, map.kept, operand, compute.scratch, |rows, w| {
-                let part = columns_from(&dy, rows.start);
-                product((m, k, rows.len()), (part, false), (w.whole(), false), dx.whole(), (1.0, joins))?;
-                joins = 1.0;
-                Ok(())
-            })?;
+        match (map.lora, &saved.z, &dz, &x) {
+            (Some(lora), Some(z), Some(dz), Some(x)) => {
+                let (r, b, mine) = (lora.rank(), lora.b_operand().whole(), columns_from(dz, offset));
+                product((m, r, n), (dy.whole(), false), (b, false), mine, (lora.scale(), 0.0))?;
+                let da = sum_over_rows((mine, r, m), x.whole(), k)?;
+                let db = sum_over_rows((dy.whole(), n, m), columns_from(z, offset), r)?;
+                lora_gradients.push(Some(LoraGradient { a: da, b: db, magnitude }));
+                offset += r;
+            }
+            _ => lora_gradients.push(None),
         }
-        let (Some(lora), Some(z), Some(x)) = (map.lora, &saved.z, &x) else {
-            lora_gradients.push(None);
-            continue;
-        };
-        let r = lora.rank();
-        let (a, b) = (lora.a_operand().whole(), lora.b_operand().whole());
-        let dz = device.matrix(operand, m, r)?;
-        product((m, r, n), (dy.whole(), false), (b, false), dz.whole(), (lora.scale(), 0.0))?;
-        if let Some(dx) = &input {
-            product((m, k, r), (dz.whole(), false), (a, false), dx.whole(), (1.0, 1.0))?;
+        if wants_input {
+            scaled.push((map, dy));
         }
-        let da = sum_over_rows(&dz, x.whole(), k)?;
-        let db = sum_over_rows(&dy, columns_from(z, offset), r)?;
-        lora_gradients.push(Some(LoraGradient { a: da, b: db, magnitude }));
-        offset += r;
     }
+    let input = if wants_input { Some(input_gradient((m, k), &scaled, dz.as_ref(), device, compute)?) } else { None };
     Ok(Gradients { input, lora: lora_gradients })
 }
 
-/// left^T right (p, q) f32 of left (m, p) and of q columns of m rows.
-pub(crate) fn sum_over_rows(left: &Matrix, right: Strided<'_>, q: usize) -> Result<Matrix> {
-    let (m, p) = (left.rows(), left.cols());
-    if m == 0 {
-        return left.device().zeros(Element::F32, p, q);
+/// dL/dx (m, k) f32 of each map's dL/dy and of dz, which has the branches side by side.
+fn input_gradient(
+    (m, k): (usize, usize),
+    maps: &[(&Map<'_>, Matrix)],
+    dz: Option<&Matrix>,
+    device: &Device,
+    compute: Compute,
+) -> Result<Matrix> {
+    let dx = device.matrix(Element::F32, m, k)?;
+    let mut parts = vec![];
+    for lora in maps.iter().filter_map(|(map, _)| map.lora) {
+        let column = parts.last().map_or(0, |last: &LowRankPart<'_>| last.column + last.rank);
+        parts.push(LowRankPart { column, factor: lora.a_operand(), rank: lora.rank() });
     }
-    let sum = left.device().matrix(Element::F32, p, q)?;
-    product((p, q, m), (left.whole(), true), (right, false), sum.whole(), (1.0, 0.0))?;
+    // In f32, which tensor cores do not have, the branches are products of their own.
+    let by_products = compute.operand == Element::F32 || parts.len() > MAX_PARTS;
+    let is_first = !by_products && !parts.is_empty() && m > 0;
+    if is_first {
+        low_rank_outputs(compute.operand, (dz, &parts), FactorLayout::ByRank, (None, None), &dx)?;
+    }
+    let mut joins = if is_first { 1.0 } else { 0.0 };
+    for (map, dy) in maps {
+        read_strips(map.weight, map.dequantised, compute.operand, compute.scratch, |rows, w| {
+            let part = columns_from(dy, rows.start);
+            product((m, k, rows.len()), (part, false), (w.whole(), false), dx.whole(), (1.0, joins))?;
+            joins = 1.0;
+            Ok(())
+        })?;
+    }
+    for (part, dz) in parts.iter().filter(|_| by_products).filter_map(|part| Some((part, dz?))) {
+        let (dz, a) = (columns_from(dz, part.column), part.factor.whole());
+        product((m, k, part.rank), (dz, false), (a, false), dx.whole(), (1.0, 1.0))?;
+    }
+    Ok(dx)
+}
+
+/// left^T right (p, q) f32 of p columns of m rows and of q columns of m rows.
+pub(crate) fn sum_over_rows((left, p, m): (Strided<'_>, usize, usize), right: Strided<'_>, q: usize) -> Result<Matrix> {
+    let device = left.matrix.device();
+    if m == 0 {
+        return device.zeros(Element::F32, p, q);
+    }
+    let sum = device.matrix(Element::F32, p, q)?;
+    product((p, q, m), (left, true), (right, false), sum.whole(), (1.0, 0.0))?;
     Ok(sum)
 }
 
@@ -268,18 +298,18 @@ fn outputs(x: &Matrix, parts: &[Part<'_>], z: Option<&Matrix>, compute: Compute)
     }
     let mut column = 0;
     let many = |part: &Part<'_>| {
-        let branch = part.map.lora.zip(z.map(|z| columns_from(z, column)));
+        let branch = part.map.lora.zip(z).map(|(lora, z)| (lora, column, z));
         column += part.map.rank();
         output_of_many_rows(x, part, branch, compute)
     };
     parts.iter().map(many).collect()
 }
 
-/// The same of one part, whose weight is dequantised in strips.
+/// The same of one part, whose weight is dequantised in strips. The product is added to all the rest, which one kernel writes.
 fn output_of_many_rows(
     x: &Matrix,
     Part { map, residual, to }: &Part<'_>,
-    branch: Option<(&DeviceLora, Strided<'_>)>,
+    branch: Option<(&DeviceLora, usize, &Matrix)>,
     compute: Compute,
 ) -> Result<Matrix> {
     let (m, n, k) = (x.rows(), map.weight.rows(), x.cols());
@@ -287,20 +317,34 @@ fn output_of_many_rows(
     if m == 0 {
         return Ok(y);
     }
-    if let Some(residual) = residual {
-        y.copy_from(residual)?;
-    }
-    let joins = if residual.is_some() { 1.0 } else { 0.0 };
-    read_strips(map.weight, map.kept, compute.operand, compute.scratch, |rows, w| {
+    // In f32, which tensor cores do not have, the branch is a product of its own, and the bias comes last.
+    let by_products = compute.operand == Element::F32;
+    let joins = match (residual, branch, map.bias) {
+        (None, None, None) => 0.0,
+        (residual, _, _) if by_products => match residual {
+            Some(residual) => y.copy_from(residual).map(|()| 1.0)?,
+            None => 0.0,
+        },
+        (residual, branch, bias) => {
+            let part =
+                branch.map(|(lora, column, _)| LowRankPart { column, factor: lora.b_operand(), rank: lora.rank() });
+            let (z, parts) = (branch.map(|(.., z)| z), part.as_slice());
+            low_rank_outputs(compute.operand, (z, parts), FactorLayout::ByColumn, (*residual, bias), &y)?;
+            1.0
+        }
+    };
+    read_strips(map.weight, map.dequantised, compute.operand, compute.scratch, |rows, w| {
         let part = columns_from(&y, rows.start);
         product((m, rows.len(), k), (x.whole(), false), (w.whole(), true), part, (1.0, joins))
     })?;
-    if let Some((lora, z)) = branch {
-        let b = lora.b_operand().whole();
-        product((m, n, lora.rank()), (z, false), (b, true), y.whole(), (1.0, 1.0))?;
-    }
-    if map.bias.is_some() {
-        affine_in_place(&y, None, map.bias)?;
+    if by_products {
+        if let Some((lora, column, z)) = branch {
+            let (z, b) = (columns_from(z, column), lora.b_operand().whole());
+            product((m, n, lora.rank()), (z, false), (b, true), y.whole(), (1.0, 1.0))?;
+        }
+        if map.bias.is_some() {
+            affine_in_place(&y, None, map.bias)?;
+        }
     }
     Ok(y)
 }

@@ -1,14 +1,15 @@
 //! The low-rank branch of one frozen matrix on a device: LoRA's factors, and with DoRA the magnitudes and the row norms
-//! that they are divided by. It does not depend on names of layers. Read `gpu.rs` beside it for the use in linear layers,
-//! or `embedding/gpu.rs` for the use on an embedding matrix.
+//! that they are divided by; and the low-rank parts of products of many rows. It does not depend on names of layers. Read `gpu.rs`
+//! beside it for the use in linear layers, or `embedding/gpu.rs` for the use on an embedding matrix.
 
 use std::sync::OnceLock;
 
 use anyhow::{Context, Result, ensure};
 
 use super::gpu_strips::{SCRATCH, read_strips};
-use crate::device::{Device, Element, Matrix};
+use crate::device::{Arguments, Device, Element, Matrix, Ptr};
 use crate::ops::columns::gpu::{cast, dora_factors, squared_row_norms};
+use crate::ops::launch::{shape, size, variant};
 use crate::ops::storage::gpu::DeviceWeight;
 
 /// LoRA's branch of one frozen matrix: it adds s B A, with A (r, k) and B (n, r), to a linear map W (n, k), and
@@ -198,4 +199,119 @@ impl DeviceLora {
         // Of two threads that come here at once, both have computed the same numbers.
         Ok(Some(dora.scales.get_or_init(|| DoraScales { norms, factors })))
     }
+}
+
+/// The most parts of one launch of [`low_rank_outputs`].
+pub const MAX_PARTS: usize = 3;
+/// Rows and columns of y that a block takes.
+const TILE: (usize, usize) = (32, 256);
+
+/// One low-rank part of a result: `rank` columns of z from `column` on, times F.
+#[derive(Clone, Copy, Debug)]
+pub struct LowRankPart<'a> {
+    /// Its first column of z.
+    pub column: usize,
+    /// F: B (n, rank), or A (rank, n).
+    pub factor: &'a Matrix,
+    /// Its rank.
+    pub rank: usize,
+}
+
+/// Which of LoRA's factors are multiplied.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FactorLayout {
+    /// B (n, rank): y = z B^T.
+    ByColumn,
+    /// A (rank, n): y = z A.
+    ByRank,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Part {
+    z: Ptr,
+    factor: Ptr,
+    rank: u32,
+}
+
+#[repr(C)]
+struct LowRankOutputs {
+    parts: [Part; MAX_PARTS],
+    residual: Ptr,
+    bias: Ptr,
+    y: Ptr,
+    count: u32,
+    rows: u32,
+    cols: u32,
+    z_stride: u32,
+    by_rank: u32,
+}
+// SAFETY: the fields are those of `LowRankOutputs` in gpu_low_rank.cu.
+unsafe impl Arguments for LowRankOutputs {
+    const NAME: &'static str = "low_rank_outputs";
+    const BLOCK: u32 = 128;
+}
+
+/// y (m, n) = residual + bias + the sum over the parts of Z F, with sums in f32. z (m, ranks) and the factors have one type of bf16
+/// and f16, y has that type or f32, the residual (m, n) and the bias (n) are f32. Products with frozen weights are added to it.
+///
+/// # Errors
+/// If there are more parts than [`MAX_PARTS`], shapes or types do not fit, or operands lie on two devices.
+pub fn low_rank_outputs(
+    operand: Element,
+    (z, parts): (Option<&Matrix>, &[LowRankPart<'_>]),
+    layout: FactorLayout,
+    (residual, bias): (Option<&Matrix>, Option<&Matrix>),
+    y: &Matrix,
+) -> Result<()> {
+    let (m, n, device, to) = (y.rows(), y.cols(), y.device(), y.element());
+    ensure!(operand.is_float() && operand != Element::F32, "low-rank outputs: factors of {operand}; use bf16 or f16");
+    ensure!(parts.len() <= MAX_PARTS, "low-rank outputs: {} parts; {MAX_PARTS} are possible", parts.len());
+    let others = [z, residual, bias].into_iter().flatten().chain(parts.iter().map(|part| part.factor));
+    for other in others {
+        ensure!(other.device().ptr_eq(device), "low-rank outputs: its operands lie on two devices");
+    }
+    let mut fields = [Part { z: Ptr::NULL, factor: Ptr::NULL, rank: 0 }; MAX_PARTS];
+    for (field, part) in fields.iter_mut().zip(parts) {
+        let (z, rank) = (z.context("low-rank outputs: parts without z")?, part.rank);
+        let fits = z.rows() == m && part.column + rank <= z.cols();
+        ensure!(
+            fits,
+            "low-rank outputs: z is ({}, {}), where ({m}, {}) is needed",
+            z.rows(),
+            z.cols(),
+            part.column + rank
+        );
+        let (rows, cols) = if layout == FactorLayout::ByColumn { (n, rank) } else { (rank, n) };
+        shape("low-rank outputs: a factor", part.factor, rows, cols)?;
+        *field = Part {
+            z: z.input("z", operand, z.len())?.offset(part.column, operand),
+            factor: part.factor.input("a factor", operand, n * rank)?,
+            rank: size("rank", rank)?,
+        };
+    }
+    let optional = |what: &'static str, matrix: Option<&Matrix>, len: usize| match matrix {
+        Some(matrix) => {
+            ensure!(
+                matrix.len() == len,
+                "low-rank outputs: {what} has {} numbers, where {len} are needed",
+                matrix.len()
+            );
+            matrix.input(what, Element::F32, len)
+        }
+        None => Ok(Ptr::NULL),
+    };
+    let arguments = LowRankOutputs {
+        parts: fields,
+        residual: optional("the residual", residual, m * n)?,
+        bias: optional("the bias", bias, n)?,
+        y: y.output("y", to, m * n)?,
+        count: parts.len() as u32,
+        rows: size("rows", m)?,
+        cols: size("columns", n)?,
+        z_stride: size("ranks", z.map_or(0, Matrix::cols))?,
+        by_rank: u32::from(layout == FactorLayout::ByRank),
+    };
+    let grid = [size("columns", n.div_ceil(TILE.1))?, size("rows", m.div_ceil(TILE.0))?, 1];
+    device.launch(variant("low-rank outputs", &[operand, to])?, grid, arguments)
 }

@@ -439,7 +439,7 @@ mod tests {
         let (magnitude, norms) = (tensor(vec![0.7; n], n).unwrap(), Norms::default());
         let lora = LowRank { dora: Some(Dora { magnitude: &magnitude, norms: &norms }), ..plain(&a, &b) };
         let (x, dy) = (Array::Host(matrix(5, k, 3)), Array::Host(matrix(5, n, 4)));
-        let part = [LinearWithLora { weight: &weight, kept: None, bias: None, lora: Some(lora) }];
+        let part = [LinearWithLora { weight: &weight, dequantised: None, bias: None, lora: Some(lora) }];
         let (y, saved) = linear::forward(&x, &part, None).unwrap();
         let g = linear::backward(&x, &part, &saved, &[&dy], InputGradient::Wanted).unwrap();
         assert!(y[0].host().unwrap().to_vec2::<f32>().unwrap().iter().all(|row| row[1] == 0.0 && row[0] != 0.0));

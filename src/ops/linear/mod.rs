@@ -31,8 +31,8 @@ use crate::ops::weight::Weight;
 pub struct LinearWithLora<'a> {
     /// W, (out, in), as stored.
     pub weight: &'a Weight,
-    /// On a device, where W's numbers are kept once they are dequantised, if other products are to find them.
-    pub kept: Option<&'a gpu::Kept>,
+    /// On a device, where W's numbers are found or left, for passes that dequantise ahead or keep what they dequantised.
+    pub dequantised: Option<gpu::Dequantised<'a, Weight>>,
     /// b, (out), if the layer has one. It is frozen and has no gradient.
     pub bias: Option<&'a Bias>,
     /// LoRA weights, if the role's adapter has them here.
@@ -167,7 +167,9 @@ pub(crate) fn on_device(
 /// A group's weights, biases and LoRA weights on a device.
 struct Copies<'a> {
     weights: Vec<Arc<DeviceWeight>>,
-    kept: Vec<Option<&'a gpu::Kept>>,
+    dequantised: Vec<Option<gpu::Dequantised<'a, Weight>>>,
+    /// The weights that products after each begin with.
+    next: Vec<Option<Arc<DeviceWeight>>>,
     biases: Vec<Option<Arc<Matrix>>>,
     lora: Vec<Option<Arc<gpu::DeviceLora>>>,
 }
@@ -175,20 +177,26 @@ struct Copies<'a> {
 impl<'a> Copies<'a> {
     fn of(x: &Matrix, parts: &[LinearWithLora<'a>]) -> Result<Self> {
         let (device, operand) = (x.device(), operand(parts));
-        let kept = parts.iter().map(|part| part.kept).collect();
-        let (mut weights, mut biases, mut lora) = (vec![], vec![], vec![]);
+        let dequantised: Vec<_> = parts.iter().map(|part| part.dequantised).collect();
+        let (mut weights, mut next, mut biases, mut lora) = (vec![], vec![], vec![], vec![]);
         for part in parts {
             weights.push(part.weight.on(device)?);
+            next.push(part.dequantised.and_then(|it| it.next).map(|(weight, _)| weight.on(device)).transpose()?);
             biases.push(part.bias.map(|bias| bias.on(device)).transpose()?);
             lora.push(part.lora.map(|lora| lora.on(device, operand)).transpose()?);
         }
-        Ok(Self { weights, kept, biases, lora })
+        Ok(Self { weights, dequantised, next, biases, lora })
     }
 
     fn maps(&self) -> Vec<gpu::Map<'_>> {
+        let dequantised = |i: usize| {
+            let gpu::Dequantised { numbers, keeps, next } = self.dequantised[i]?;
+            let next = self.next[i].as_deref().zip(next.map(|(_, numbers)| numbers));
+            Some(gpu::Dequantised { numbers, keeps, next })
+        };
         let map = |i: usize| gpu::Map {
             weight: &self.weights[i],
-            kept: self.kept[i],
+            dequantised: dequantised(i),
             bias: self.biases[i].as_deref(),
             lora: self.lora[i].as_deref(),
         };

@@ -244,7 +244,11 @@ impl Head {
             (Some(dm), Some(scales)) => Some(over_norms(&dm.reshape(1, dm.len())?, &scales.norms)?),
             _ => None,
         };
-        let gradient = LoraGradient { a: sum_over_rows(&dz, rows.h.whole(), d)?, b: of.db, magnitude };
+        let gradient = LoraGradient {
+            a: sum_over_rows((dz.whole(), dz.cols(), dz.rows()), rows.h.whole(), d)?,
+            b: of.db,
+            magnitude,
+        };
         Ok(Gradients { hidden: sums.dh.into(), lora: Some(gradient.into()) })
     }
 
@@ -261,7 +265,8 @@ fn columns(vector: &Matrix, ids: &Range<usize>) -> Result<Matrix> {
 
 /// Logits (S, vocab) f32 at temperature 1, before multiplier and soft cap.
 pub(crate) fn products(h: &Matrix, head: &LmHead<'_>) -> Result<Matrix> {
-    let part = crate::ops::linear::LinearWithLora { weight: head.weight, kept: None, bias: None, lora: head.lora };
+    let part =
+        crate::ops::linear::LinearWithLora { weight: head.weight, dequantised: None, bias: None, lora: head.lora };
     let (mut logits, _) = crate::ops::linear::on_device(h, &[part], None, Element::F32)?;
     logits.pop().ok_or_else(|| anyhow::anyhow!("a linear group of one part has one output"))
 }

@@ -139,7 +139,7 @@ impl Logits {
 pub fn logits(h: &Array, head: &LmHead<'_>) -> Result<Logits> {
     let products = match h {
         Array::Host(_) => {
-            let part = LinearWithLora { weight: head.weight, kept: None, bias: None, lora: head.lora };
+            let part = LinearWithLora { weight: head.weight, dequantised: None, bias: None, lora: head.lora };
             let (mut logits, _) = linear::forward(h, &[part], None)?;
             let Some(logits) = logits.pop() else { bail!("a linear group of one part has one output") };
             logits

@@ -7,7 +7,7 @@ use std::ops::Range;
 use anyhow::{Result, ensure};
 
 use super::dtype::StorageDType;
-use crate::device::{Arguments, Device, Element, Matrix, Ptr, Variant};
+use crate::device::{Arguments, Beside, Device, Element, Matrix, Ptr, Variant};
 
 /// Host memory through which `DeviceWeight::upload` copies, in bytes.
 const STAGING: usize = 8 << 20;
@@ -47,7 +47,7 @@ const fn layout(dtype: StorageDType) -> Layout {
 }
 
 /// The element type of a dense storage type.
-const fn dense_element(dtype: StorageDType) -> Option<Element> {
+pub(crate) const fn dense_element(dtype: StorageDType) -> Option<Element> {
     match dtype {
         StorageDType::F32 => Some(Element::F32),
         StorageDType::F16 => Some(Element::F16),
@@ -287,6 +287,21 @@ impl DeviceWeight {
     ///
     /// Errors: rows that do not exist, or an `out` of another shape, of integers or on another device.
     pub fn dequantise(&self, rows: Range<usize>, out: &Matrix) -> Result<()> {
+        let (grid, arguments) = self.dequantisation(rows, out)?;
+        self.device().launch(self.variant(out.element()), grid, arguments)
+    }
+
+    /// All numbers as `element`, (rows, cols), which are written beside the order of work: see [`Device::launch_beside`].
+    ///
+    /// # Errors
+    /// As for [`DeviceWeight::dequantise`], or memory is short.
+    pub fn dequantise_beside(&self, element: Element) -> Result<Beside> {
+        let out = self.device().matrix(element, self.rows, self.cols)?;
+        let (grid, arguments) = self.dequantisation(0..self.rows, &out)?;
+        self.device().launch_beside(self.variant(element), grid, arguments, &out)
+    }
+
+    fn dequantisation(&self, rows: Range<usize>, out: &Matrix) -> Result<([u32; 3], Dequantise)> {
         let element = out.element();
         ensure!(rows.start <= rows.end && rows.end <= self.rows, "dequantise: rows {rows:?} of {}", self.rows);
         ensure!(element.is_float(), "dequantise: weights become f32, bf16 or f16, not {element}");
@@ -302,7 +317,7 @@ impl DeviceWeight {
             count: count as u64,
         };
         let blocks = count.div_ceil(16 * Dequantise::BLOCK as usize);
-        self.device().launch(self.variant(element), [u32::try_from(blocks)?, 1, 1], arguments)
+        Ok(([u32::try_from(blocks)?, 1, 1], arguments))
     }
 
     /// The addresses for a kernel that reads the whole weight.

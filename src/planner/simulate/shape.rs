@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use anyhow::Result;
 
-use crate::config::{KvCacheType, Offload};
+use crate::config::{Dequantising, KvCacheType, Offload};
 use crate::model::adapter::TargetModule;
 use crate::model::adapter::{Adapter, LinearShapes, LoraConfig, LoraLayer, LoraLayers, MAX_LINEARS, NonBlockModule};
 use crate::model::base::Base;
@@ -13,7 +13,7 @@ use crate::model::config::{DecoderConfig, LayerRope, NormStyle, Placement, QkNor
 use crate::model::stream::is_streamed;
 use crate::model_files::{FileContents, ModelFiles};
 use crate::ops::rope;
-use crate::ops::storage::gpu::DeviceWeight;
+use crate::ops::storage::gpu::{DeviceWeight, dense_element};
 use crate::ops::weight::{ComputeDtype, StorageDType};
 use crate::{config, invalid};
 
@@ -42,6 +42,8 @@ pub struct Network {
     pub offload: Offload,
     /// What keys and values are cached as.
     pub kv_cache_type: KvCacheType,
+    /// How a device dequantises weights.
+    pub dequantise: Dequantising,
 }
 
 impl Network {
@@ -76,19 +78,20 @@ impl Network {
     pub fn of_section(checkpoint: &ModelFiles, section: &config::Base) -> Result<Self> {
         let quantise = section.quantize.map(config::Quantize::stored);
         let net = Self::of(checkpoint.contents(), quantise, section.compute_dtype())?;
-        Ok(net.offloading(section.offload()).caching_in(section.kv_cache_type()))
+        Ok(net.of_device_keys(section))
     }
 
-    /// The same shapes with keys and values cached as `kv_cache_type`.
+    /// The same shapes with what a section says about a device.
     #[must_use]
-    pub fn caching_in(self, kv_cache_type: KvCacheType) -> Self {
-        Self { kv_cache_type, ..self }
+    pub fn of_device_keys(self, section: &config::Base) -> Self {
+        let (offload, kv_cache_type, dequantise) = (section.offload(), section.kv_cache_type(), section.dequantise());
+        Self { offload, kv_cache_type, dequantise, ..self }
     }
 
-    /// The same shapes with layers that a device does not keep.
-    #[must_use]
-    pub fn offloading(self, offload: Offload) -> Self {
-        Self { offload, ..self }
+    /// Whether a device has to dequantise a matrix of a block: one that is stored in another type than the products'.
+    pub fn has_to_dequantise(&self) -> bool {
+        let (maps, element) = (self.maps.linears().len(), Some(self.compute.element()));
+        self.stored.iter().flat_map(|layer| &layer[..maps]).any(|&dtype| dense_element(dtype) != element)
     }
 
     /// Bytes of pinned memory of the host that hold those layers while the others lie on a device.
@@ -118,7 +121,7 @@ impl Network {
             layers => Offload::Layers(layers),
         };
         let net = Self::made(base.config().clone(), None, compute, true, find)?;
-        Ok(net.offloading(offload).caching_in(base.kv_cache_type()))
+        Ok(Self { offload, kv_cache_type: base.kv_cache_type(), ..net })
     }
 
     /// Shapes from a configuration alone, all matrices stored as `dtype` and then quantised.
@@ -188,8 +191,21 @@ impl Network {
             // Compiled in: neither mapped by us nor of the heap.
             mapped = 0;
         }
-        let (offload, kv_cache_type) = (Offload::None, KvCacheType::Auto);
-        Ok(Self { config, maps, stored, table, compute, mapped, owned, quantised_cols, dtypes, offload, kv_cache_type })
+        let (offload, kv_cache_type, dequantise) = Default::default();
+        Ok(Self {
+            config,
+            maps,
+            stored,
+            table,
+            compute,
+            mapped,
+            owned,
+            quantised_cols,
+            dtypes,
+            offload,
+            kv_cache_type,
+            dequantise,
+        })
     }
 
     /// Bytes of norms, biases and the rotations of the first positions, which are made together.

@@ -12,7 +12,7 @@ use anyhow::{Context, Result};
 use serde_json::{Map, Value, json};
 
 use crate::config;
-use crate::config::{KvCacheType, Lora};
+use crate::config::{Dequantising, KvCacheType, Lora};
 use crate::device::profile::KernelTime;
 use crate::device::{Array, Device, DeviceChoice, Element, Gemm};
 use crate::host::meter::Phase;
@@ -62,6 +62,8 @@ pub struct Asked {
     pub rank: usize,
     /// The activations that blocks recompute.
     pub recompute: Recompute,
+    /// How the device dequantises weights. `Auto`: as much ahead, and kept, as it has room for.
+    pub dequantise: Dequantising,
     /// Measured steps, after one that is not counted.
     pub steps: usize,
     /// Sequences that are decoded at once, each a measurement of its own.
@@ -244,12 +246,17 @@ pub fn model(
                 false => all.iter().map(|kernel| kernel.seconds).sum(),
             };
             let launches = all.iter().map(|kernel| kernel.calls).sum::<usize>();
+            // At best, all of these take no time of their own.
+            let beside: f64 = all.iter().map(|kernel| kernel.bytes_beside / ceilings.copy).sum();
             show(with(
                 "gpu/kernels",
                 match is_dry {
-                    true => json!({"method": method.name(), "floor_seconds": number(busy), "launches": launches}),
+                    true => {
+                        json!({"method": method.name(), "floor_seconds": number(busy), "floor_beside": number(beside),
+                                   "launches": launches})
+                    }
                     false => json!({"method": method.name(), "seconds": number(seconds), "in_kernels": number(busy),
-                                    "launches": launches}),
+                                    "floor_beside": number(beside), "launches": launches}),
                 },
             ))?;
             for kernel in &all {
@@ -333,10 +340,12 @@ impl Roles {
         let mut whole = of("seconds");
         whole.sort_by(f64::total_cmp);
         let (settings, responses) = (self.settings(asked, method, asked.steps + 1)?, asked.batch);
-        let planned = self.plan(asked, &settings)?.peak().1;
+        let plan = self.plan(asked, &settings)?;
+        let planned = plan.peak().1;
         Ok(json!({
             "method": method.name(), "responses": responses, "prompt": asked.prompt, "response": asked.response,
             "micro_batch_size": asked.micro_batch, "r": asked.rank, "checkpoint": asked.recompute.name(),
+            "dequantise": plan.dequantise.name(), "roles_share": plan.sharing.name(),
             "seconds": number(median(&whole)), "min": number(whole[0]), "max": number(whole[whole.len() - 1]),
             "phases": phases, "tokens_per_second": number((responses * asked.response) as f64 / median(&whole)),
             "first_ratio_var": number(median(&of("val/ratio_var"))), "device_bytes": measured, "planned_bytes": planned,
@@ -390,6 +399,8 @@ impl Roles {
     fn run(&self, asked: &Asked, method: Method, steps: usize, scratch: &Path) -> Result<Vec<Value>> {
         let (settings, prompts) = (self.settings(asked, method, steps)?, self.prompts(asked, method, steps));
         let source = RewardModel(ValueModel::new(&self.base, &self.reward)?);
+        let plan = self.plan(asked, &settings)?;
+        self.base.set_dequantise(plan.dequantise);
         let decode = |_: &[u32]| String::new();
         let run = PpoRun {
             world: World::alone(),
@@ -408,7 +419,7 @@ impl Roles {
             config: settings.ppo()?,
             seed: 0,
             recompute: asked.recompute,
-            sharing: self.plan(asked, &settings)?.sharing,
+            sharing: plan.sharing,
         };
         let out = scratch.join(method.name());
         std::fs::create_dir_all(&out).with_context(|| format!("making {}", out.display()))?;
@@ -419,22 +430,27 @@ impl Roles {
         text.lines().map(|line| serde_json::from_str(line).context("a line of metrics")).collect()
     }
 
-    /// The device's plan.
+    /// The device's plan. A machine that computes nothing stands for a card with room for everything.
     fn plan(&self, asked: &Asked, settings: &config::Config) -> Result<DevicePlan> {
         let steps = settings.ppo()?.total_episodes / asked.batch;
         let method = if settings.ppo()?.num_generations > 1 { Method::Grpo } else { Method::Ppo };
         let prompts = self.prompts(asked, method, steps);
         let context = self.base.config().max_position_embeddings;
         let facts = passes::Asked { held_out: &[], context, other_tokens: false, ranks: 1 };
+        let room = match self.base.place() {
+            Some(device) if device.is_dry() => Some(usize::MAX),
+            Some(device) => device.room()?,
+            None => None,
+        };
         let on = OnDevice {
             policy: self.choice,
             scorer: self.choice,
             start: self.sft.clone(),
             reward: self.reward.clone(),
-            rooms: Default::default(),
+            rooms: room.map(|room| (self.choice, room)).into_iter().collect(),
         };
         let shape = StageShape {
-            policy: Network::of_base(&self.base)?,
+            policy: Network { dequantise: asked.dequantise, ..Network::of_base(&self.base)? },
             scorer: None,
             branches: Branches::of_adapter(&self.sft),
             reward: Branches::of_adapter(&self.reward),
@@ -445,7 +461,9 @@ impl Roles {
             threads: 1,
             on_device: Some(on),
         };
-        dry::walk(&shape)?.into_iter().next().context("the plan of a device")
+        let plan = dry::walk(&shape)?.into_iter().next().context("the plan of a device")?;
+        let dequantise = if asked.dequantise == Dequantising::Auto { plan.dequantise } else { asked.dequantise };
+        Ok(DevicePlan { dequantise, ..plan })
     }
 }
 

@@ -76,6 +76,7 @@ pub(super) const BASE: &[Row] = &[
     ("compute_dtype", "", "'bf16'"),
     ("device", "", "SAME 'cpu'"),
     ("offload", "", "SAME 1"),
+    ("dequantise", "", "SAME 'ahead'"),
     // On the CPU there is no other; tests/gpu/kv_cache.rs has what the other changes.
     ("kv_cache_type", "", "SAME 'auto'"),
 ];
