@@ -83,6 +83,13 @@ def config(model, context=8192):
     )
 
 
+class Step(list):
+    """The kernels of a step, with their launches, bytes and operations; `beside`: bytes of those that a second stream runs while
+    products do."""
+
+    beside = 0.0
+
+
 class Shapes:
     """A config.json for each model, in a folder that goes away."""
 
@@ -106,7 +113,7 @@ class Shapes:
         return json.loads(done.stdout)
 
     def kernels(self, model, dtype, checkpoint="block", micro=4, more=()):
-        """The kernels of a step, with their launches, bytes and operations."""
+        """The kernels of a step."""
         bandwidth, rate, _ = CARDS["H100"]
         command = [BINARY, "--quiet", "bench", "gpu", "--roofline", f"{bandwidth / 1e9:g},{rate / 1e12:g}", "--json"]
         command += ["--model", model if model == "135m" else self.path(model), "--stored", dtype, "--checkpoint", checkpoint]
@@ -115,7 +122,9 @@ class Shapes:
         if done.returncode:
             sys.exit(f"{' '.join(command)}: {done.stderr}")
         lines = [json.loads(line) for line in done.stdout.splitlines()]
-        return [line for line in lines if line["bench"] == "gpu/kernel"]
+        step = Step(line for line in lines if line["bench"] == "gpu/kernel")
+        step.beside = sum(line.get("floor_beside", 0.0) for line in lines if line["bench"] == "gpu/kernels") * bandwidth
+        return step
 
 
 def ppo(**more):
@@ -192,8 +201,9 @@ def setting(found):
 
 
 def floor(kernels, bandwidth, rate):
-    """Seconds, at least."""
-    return sum(max(kernel["bytes"] / bandwidth, kernel["operations"] / rate) for kernel in kernels)
+    """Seconds, at least: what runs beside products takes none of its own."""
+    every = sum(max(kernel["bytes"] / bandwidth, kernel["operations"] / rate) for kernel in kernels)
+    return every - getattr(kernels, "beside", 0.0) / bandwidth
 
 
 def decoding(kernels, layers):
@@ -207,9 +217,10 @@ def of_step(model, kernels, card, streamed=None):
     bandwidth, rate, link = CARDS[card]
     of, steps = decoding(kernels, MODELS[model][2])
     first = floor(of, bandwidth, rate)
+    rest = floor(kernels, bandwidth, rate) - first
     if streamed:
         first = max(first, steps * streamed["offload"]["pinned"] / link)
-    return first, floor([kernel for kernel in kernels if kernel not in of], bandwidth, rate)
+    return first, rest
 
 
 def seconds(value):
@@ -366,10 +377,10 @@ print("""
 ## Floors of a step, seconds: decoding + the rest
 
 Expected, not measured: each kernel of the step takes at least its bytes at the card's bandwidth or its operations at the card's
-rate, the H100's as measured and the others' by their data sheets. The step is the one that the plan for a card of that size runs
-(`checkpoint = "none"` where there is room), on the H100 the one with `"block"`. A star marks a base that does not fit: its
-decoding copies the streamed layers at each step, at the link's rate. Real steps take longer: no kernel reaches its floor, and
-launches and the host come on top.
+rate, the H100's as measured and the others' by their data sheets. The step is the one that the plan for a card of that size
+runs (`checkpoint = "none"` where there is room), on the H100 the one with `"block"`. A star marks a base that does not fit: its
+decoding copies the streamed layers at each step, at the link's rate. What is dequantised beside products is left out. Real
+steps take longer: no kernel reaches its floor, and launches and the host come on top.
 
 | model, base | """ + " | ".join(CARDS) + " |\n|---|" + "---|" * len(CARDS))
 for model, dtype in STEPS:
@@ -431,7 +442,8 @@ goals = [
      "the same line"),
     ("7B in bf16 on a card of 8 GiB, layers streamed",
      "a pass of 8,192 rows takes 1.03 of the resident time, of 2,048 rows 2.6, of 8 rows 28", "",
-     f"planned: {streamed['offload']['layers']} layers in {gib(pinned_bytes)} of pinned memory, {gib(total(streamed))} of the card; "
+     f"planned: {streamed['offload']['layers']} layers in {gib(pinned_bytes)} of pinned memory, "
+     f"{gib(total(streamed))} of the card; "
      f"{over_link + rest_streamed:.0f} s, of it {over_link:.0f} for decoding's copies", "within 8 GiB", "none yet"),
 ]
 of_small = sum(kernel["calls"] for kernel in counted["135m"])
@@ -554,6 +566,7 @@ and was measured on no card: the card's memory with context and cuBLAS, and what
 for row in others:
     print(f"| {' | '.join(row)} |")
 
+beside = of_q4_k.beside / bandwidth
 kernels = sorted(of_q4_k, key=lambda k: -k["floor_ms"])
 attention = lambda of, name: next(k for k in of if k["name"] == name)
 cached = attention(kernels, "attention_decode_f16")
@@ -563,7 +576,8 @@ prose(f"""
 `fourfold bench gpu --roofline {bandwidth / 1e9:g},{rate / 1e12:g}` counts the launches of the very step that runs, the bytes of
 their operands and the products' operations. Nothing in the table was measured on a card: a kernel's floor is the longer of its
 bytes at the card's bandwidth and its operations at the card's rate, and `bench gpu` on a card prints the measured time beside it.
-All {launches(kernels)}: {step:.2f} s with `checkpoint = "block"`. Products are named by rows x columns x terms.
+All {launches(kernels)}: {step + beside:.2f} s with `checkpoint = "block"`, {beside:.2f} of them beside products, which the
+floors above leave out. Products are named by rows x columns x terms.
 
 With `--kv-cache-type q8_0` (expected as well) `attention_decode_q8_0_f16` reads {q8_cached["bytes"] / 1e9:.1f} GB in place of
 {cached["bytes"] / 1e9:.1f}: {q8_cached["floor_ms"]:.1f} ms, and all launches {h100["q8_0"]:.2f} s.
