@@ -17,8 +17,9 @@ pub struct Dry {
 
 impl Default for Dry {
     fn default() -> Self {
-        // Above every number that a kernel takes beside its addresses: a profile finds operands by their addresses.
-        Self { next: AtomicU64::new(1 << 48) }
+        // A profile finds operands by their addresses among the words of a kernel's arguments. No other word is one: numbers are
+        // smaller, and one that shares its word with what the host's stack held, the half of an address, has a smaller low half.
+        Self { next: AtomicU64::new((1 << 48) + (1 << 31)) }
     }
 }
 

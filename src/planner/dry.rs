@@ -140,18 +140,24 @@ impl Ledger {
 pub fn walk(job: &StageShape) -> Result<Vec<DevicePlan>> {
     let Some(on) = &job.on_device else { return Ok(vec![]) };
     let plain = Walked::new(job, on, Dequantising::InTurn)?;
-    let chosen = |walked: Walked| walked.sharing(job, on);
     let is_open = |net: &Network| net.dequantise == Dequantising::Auto && net.has_to_dequantise();
     let has_room = |plan: &DevicePlan| plan.room.is_none_or(|room| plan.fits(room / RESERVE));
-    if [Some(&job.policy), job.scorer.as_ref()].into_iter().flatten().any(is_open) && plain.plans.iter().all(has_room) {
+    let nets = || [Some(&job.policy), job.scorer.as_ref()].into_iter().flatten();
+    if nets().any(is_open) && plain.plans.iter().all(has_room) {
+        // Roles that share no blocks copy each streamed layer once for every role: that costs more time than dequantising.
+        let is_streamed = nets().any(|net| net.offload.layers() > 0);
+        let has_roles = matches!(&job.work, Work::Rollouts(_));
         for how in [Dequantising::Kept, Dequantising::Ahead] {
             let more = Walked::new(job, on, how)?;
             if plain.plans.iter().zip(&more.plans).all(|(plain, more)| allows(plain, more)) {
-                return chosen(more);
+                let more = more.sharing(job, on)?;
+                if !(is_streamed && has_roles) || more.iter().all(|plan| plan.sharing != Sharing::Apart) {
+                    return Ok(more);
+                }
             }
         }
     }
-    chosen(plain)
+    plain.sharing(job, on)
 }
 
 /// Whether a device has room for a plan that takes more memory for less time, or, where its room is not known, whether the peak

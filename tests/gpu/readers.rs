@@ -290,7 +290,7 @@ fn a_plan_shares_what_fits() {
         return;
     }
     let place = place();
-    let plan = |more: &str| -> Value {
+    let of = |more: &str| -> Value {
         let ran = place.run(&format!(
             "plan run.toml --phase ppo --set data.path=prompts.jsonl --device emulated --json \
              --set base.quantize=q8_0 --set base.compute_dtype=f16 {more}"
@@ -298,6 +298,7 @@ fn a_plan_shares_what_fits() {
         assert!([0, 2].contains(&ran.code), "{}", ran.stderr);
         serde_json::from_str::<Value>(&ran.stdout).unwrap()["devices"]["emulated"].clone()
     };
+    let plan = |more: &str| of(&format!("--set base.dequantise=in_turn {more}"));
     // Before the adapters are there, they are planned as those that a run has: the reference's and the reward model's apart.
     let wide = "--set ppo.micro_batch_size=4 --set ppo.checkpoint=none";
     let before = plan(wide);
@@ -320,4 +321,19 @@ fn a_plan_shares_what_fits() {
     let nothing = limited(peak(&blocks));
     assert_eq!((&nothing["roles_share"], peak(&nothing)), (&"nothing".into(), peak(&apart)), "{nothing}");
     assert!(peak(&weights) > peak(&blocks) && peak(&blocks) > peak(&apart));
+    // Roles that share streamed layers save more time than weights that are dequantised ahead: those come after them.
+    let streamed = |more: &str| of(&format!("{narrow} --set base.offload=2 {more}"));
+    let room = |bytes: u64| format!("--set memory.device_limit={}", bytes * 32 / 31 + 64 + beside);
+    let sharing = (1..64).map(|part| 2 * peak(&apart) * part / 64);
+    let alone = sharing.map(|bytes| streamed(&format!("--set base.dequantise=in_turn {}", room(bytes))));
+    let alone = alone.into_iter().find(|plan| plan["roles_share"] == "blocks").expect("a room where blocks are shared");
+    let limit = room(peak(&alone));
+    let kept = streamed(&format!("--set base.dequantise=kept {limit}"));
+    assert_eq!(
+        (&kept["roles_share"], peak(&kept) < peak(&alone)),
+        (&"nothing".into(), true),
+        "both are not possible: {kept}"
+    );
+    let open = streamed(&limit);
+    assert_eq!((&open["roles_share"], &open["dequantise"]), (&"blocks".into(), &"in_turn".into()), "{open}");
 }

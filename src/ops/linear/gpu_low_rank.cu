@@ -4,13 +4,13 @@
 // launches it.
 
 // Z (rows, rank) from its first column on; F (cols, rank), or (rank, cols) with `by_rank` of the launch.
-template <class T> struct LowRankPart { const T* z; const T* factor; u32 rank; };
+template <class T> struct LowRankPart { const T* z; const T* factor; u32 rank, unused; };
 template <class T, class Y> struct LowRankOutputs {
     LowRankPart<T> parts[3];
     const float* residual;  // (rows, cols), or null.
     const float* bias;      // (cols), or null.
     Y* y;
-    u32 count, rows, cols, z_stride, by_rank;
+    u32 count, rows, cols, z_stride, by_rank, unused;
 };
 
 // The four numbers p[0], p[step], ... as two words; from the rank on they are 0. `wide` loads them in one access.

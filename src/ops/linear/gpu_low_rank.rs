@@ -232,6 +232,7 @@ struct Part {
     z: Ptr,
     factor: Ptr,
     rank: u32,
+    unused: u32,
 }
 
 #[repr(C)]
@@ -245,6 +246,7 @@ struct LowRankOutputs {
     cols: u32,
     z_stride: u32,
     by_rank: u32,
+    unused: u32,
 }
 // SAFETY: the fields are those of `LowRankOutputs` in gpu_low_rank.cu.
 unsafe impl Arguments for LowRankOutputs {
@@ -271,7 +273,7 @@ pub fn low_rank_outputs(
     for other in others {
         ensure!(other.device().ptr_eq(device), "low-rank outputs: its operands lie on two devices");
     }
-    let mut fields = [Part { z: Ptr::NULL, factor: Ptr::NULL, rank: 0 }; MAX_PARTS];
+    let mut fields = [Part { z: Ptr::NULL, factor: Ptr::NULL, rank: 0, unused: 0 }; MAX_PARTS];
     for (field, part) in fields.iter_mut().zip(parts) {
         let (z, rank) = (z.context("low-rank outputs: parts without z")?, part.rank);
         let fits = z.rows() == m && part.column + rank <= z.cols();
@@ -288,6 +290,7 @@ pub fn low_rank_outputs(
             z: z.input("z", operand, z.len())?.offset(part.column, operand),
             factor: part.factor.input("a factor", operand, n * rank)?,
             rank: size("rank", rank)?,
+            unused: 0,
         };
     }
     let optional = |what: &'static str, matrix: Option<&Matrix>, len: usize| match matrix {
@@ -311,6 +314,7 @@ pub fn low_rank_outputs(
         cols: size("columns", n)?,
         z_stride: size("ranks", z.map_or(0, Matrix::cols))?,
         by_rank: u32::from(layout == FactorLayout::ByRank),
+        unused: 0,
     };
     let grid = [size("columns", n.div_ceil(TILE.1))?, size("rows", m.div_ceil(TILE.0))?, 1];
     device.launch(variant("low-rank outputs", &[operand, to])?, grid, arguments)
