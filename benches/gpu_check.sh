@@ -48,7 +48,8 @@ nvidia-smi --query-gpu=name,driver_version,memory.total,memory.used,power.limit 
     echo "no nvidia-smi"
 part "doctor" 120 "$binary" doctor --device "$device"
 part "doctor, JSON" 120 bash -c 'kept doctor.json "$@"' _ "$binary" doctor --device "$device" --json
-# The figures of benches/records/gpu.md, the most wanted first; TMPDIR holds metrics of a few kilobytes.
+# The figures of benches/records/gpu.md, the most wanted first; TMPDIR holds metrics of a few kilobytes. The goals there name these
+# commands, and benches/gpu_plan.py ends with an error where one of them is no longer here.
 bench() { # file, most seconds, arguments of bench gpu ...
     local file=$1 most=$2
     shift 2
