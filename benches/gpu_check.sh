@@ -64,6 +64,11 @@ for checkpoint in block offload; do
     bench "bench_7b_long_$checkpoint.jsonl" 40 --model 7b --stored q4_k --batch-size 2 --micro-batch-size 1 --prompt-length 7936 \
         --response-length 256 --checkpoint $checkpoint --steps 1 --sequences 1 --no-kernels
 done
+# 8,192 rows a pass, resident and streamed.
+bench bench_7b_resident.jsonl 40 --model 7b --stored bf16 --offload 0 --batch-size 16 --micro-batch-size 16 --prompt-length 480 \
+    --response-length 32 --steps 1 --sequences 64 --no-kernels
+bench bench_7b_streamed.jsonl 60 --model 7b --stored bf16 --offload 32 --batch-size 16 --micro-batch-size 16 --prompt-length 480 \
+    --response-length 32 --steps 1 --sequences 64 --no-kernels
 bench bench_135m.jsonl 40 --model 135m --stored bf16,q8_0 --prompt-length 64 --response-length 64 --rank 8 --sequences 8
 bench bench_7b_grpo.jsonl 60 --model 7b --stored q4_k --methods grpo --batch-size 64 --response-length 512 --steps 1 \
     --sequences 64 --no-kernels

@@ -57,6 +57,8 @@ DECODING = ("gemv_", "attention_decode_", "attention_append", "attention_merge",
 CHECKS = {
     "q4_k": "--model 7b --stored q4_k",
     "bf16": "--model 7b --stored bf16 --no-kernels --sequences 8,64",
+    "streamed": "--model 7b --stored bf16 --offload 32 --batch-size 16 --micro-batch-size 16 --prompt-length 480 "
+                "--response-length 32 --steps 1 --sequences 64 --no-kernels",
     "135m": "--model 135m --stored bf16,q8_0 --prompt-length 64 --response-length 64 --rank 8 --sequences 8",
     "grpo": "--model 7b --stored q4_k --methods grpo --batch-size 64 --response-length 512 --steps 1 --sequences 64 --no-kernels",
 }
@@ -444,7 +446,9 @@ goals = [
      "a pass of 8,192 rows takes 1.03 of the resident time, of 2,048 rows 2.6, of 8 rows 28", "",
      f"planned: {streamed['offload']['layers']} layers in {gib(pinned_bytes)} of pinned memory, "
      f"{gib(total(streamed))} of the card; "
-     f"{over_link + rest_streamed:.0f} s, of it {over_link:.0f} for decoding's copies", "within 8 GiB", "none yet"),
+     f"{over_link + rest_streamed:.0f} s, of it {over_link:.0f} for decoding's copies",
+     "within 8 GiB; scoring and update of 8,192 rows a pass 1.15 of the resident time, decoding 1.1 of the copies'",
+     measures("streamed", "step")),
 ]
 of_small = sum(kernel["calls"] for kernel in counted["135m"])
 below = "" if step_bf16 <= BF16_GOAL else f"""

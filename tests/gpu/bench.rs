@@ -44,6 +44,15 @@ fn planned_memory_is_what_steps_take_and_every_kernel_of_a_step_is_counted() {
         assert!(sum > 0.0 && seconds > 0.0 && seconds <= most, "{step}");
         assert!(step["first_ratio_var"].as_f64().unwrap() < 1e-4, "rollout and update compute the same: {step}");
     }
+    // Both layers streamed: fewer bytes there, and each pass copies them.
+    let streamed = lines(&place, "--offload 2 --no-kernels");
+    let base = |all: &[Value]| of(all, "gpu/base").next().unwrap().clone();
+    let layer = base(&streamed)["pinned_bytes"].as_u64().unwrap() / 2;
+    assert!(layer > 0 && base(&all)["pinned_bytes"] == 0);
+    let (step, decode) = (of(&streamed, "gpu/step").next().unwrap(), of(&streamed, "gpu/decode").next().unwrap());
+    assert_eq!((&step["planned_bytes"], &step["offload"]), (&step["device_bytes"], &2.into()), "{step}");
+    // Two buffers hold both layers once they are there.
+    assert!(step["streamed_bytes"].as_u64().unwrap() <= 2 * layer && decode["streamed_bytes"] == 0, "{step} {decode}");
     for (method, whole) in ["ppo", "grpo"].into_iter().zip(of(&all, "gpu/kernels")) {
         let kernels: Vec<&Value> = of(&all, "gpu/kernel").filter(|kernel| kernel["method"] == method).collect();
         let sum = |key: &str| kernels.iter().map(|kernel| kernel[key].as_f64().unwrap()).sum::<f64>();
@@ -134,6 +143,7 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
         ("--methods grpo --batch-size 12", "give --batch-size a multiple of 8"),
         ("--steps 0", "--steps 0: give 1 or more"),
         ("--device cpu", "bench gpu measures a card; name one with --device cuda"),
+        ("--offload 3", "offload = 3 is more than the base's 2 layers"),
         ("--prompt-length 65536", "tiny has a context of 65536 tokens, and prompt and response have 65542"),
     ] {
         // The last word of an option counts.

@@ -57,6 +57,9 @@ pub(in crate::cli) struct Gpu {
     /// The activations that blocks recompute in the backward pass.
     #[arg(long, value_enum, default_value = "block")]
     checkpoint: Kept,
+    /// Layers that the device does not keep: they lie in pinned memory of the host and are copied in every pass.
+    #[arg(long, default_value_t = 0)]
+    offload: usize,
     /// How weights are dequantised for products of many rows; auto: as much ahead, and kept, as the device has room for.
     #[arg(long, value_enum, default_value = "auto")]
     dequantise: Order,
@@ -186,6 +189,7 @@ impl Gpu {
                         Kept::Block => Recompute::Block,
                         Kept::Offload => Recompute::Offload,
                     },
+                    offload: self.offload,
                     dequantise: match self.dequantise {
                         Order::Auto => Dequantising::Auto,
                         Order::InTurn => Dequantising::InTurn,
@@ -242,7 +246,11 @@ fn row(found: &Value) -> String {
     let text = |key: &str| found[key].as_str().unwrap_or_default();
     let gib = |key: &str| number(key) / (1u64 << 30) as f64;
     let cache = if text("kv_cache_type") == "q8_0" { ", keys and values in q8_0" } else { "" };
-    let base = format!("{} in {}, products in {}{cache}", text("model"), text("stored"), text("compute"));
+    let streamed = match number("offload") {
+        layers if layers > 0.0 => format!(", {layers} layers streamed"),
+        _ => String::new(),
+    };
+    let base = format!("{} in {}, products in {}{cache}{streamed}", text("model"), text("stored"), text("compute"));
     match text("bench") {
         "gpu/card" => {
             let products: Vec<String> = found["product_tflop_per_s"]

@@ -62,6 +62,8 @@ pub struct Asked {
     pub rank: usize,
     /// The activations that blocks recompute.
     pub recompute: Recompute,
+    /// Layers that the device does not keep.
+    pub offload: usize,
     /// How the device dequantises weights. `Auto`: as much ahead, and kept, as it has room for.
     pub dequantise: Dequantising,
     /// Measured steps, after one that is not counted.
@@ -205,6 +207,7 @@ pub fn model(
             ("stored", asked.stored.name().into()),
             ("compute", asked.compute.element().name().into()),
             ("kv_cache_type", asked.kv_cache_type.name().into()),
+            ("offload", asked.offload.into()),
         ];
         of.into_iter().map(|(key, value): (_, Value)| (key.to_owned(), value)).collect::<Map<_, _>>()
     };
@@ -215,12 +218,13 @@ pub fn model(
     };
     let began = Instant::now();
     let base = synthetic::base(config, asked.stored)?.computing_in(asked.compute).caching_in(asked.kv_cache_type)?;
-    let base = base.on(Some(device.clone()), |_, _| {})?;
+    let base = base.streaming(Some(device.clone()), asked.offload, |_, _| {})?;
     device.synchronize()?;
     let bytes: usize = base.weights().iter().map(|(_, w)| w.size_in_bytes()).sum();
     show(with(
         "gpu/base",
-        json!({"stored_bytes": bytes, "device_bytes": device.usage().live, "seconds": number(began.elapsed().as_secs_f64())}),
+        json!({"stored_bytes": bytes, "device_bytes": device.usage().live,
+              "pinned_bytes": base.pinned_bytes(), "seconds": number(began.elapsed().as_secs_f64())}),
     ))?;
     let lora = Lora { r: asked.rank, ..Lora::default() };
     let sft = Adapter::init(lora_config(&lora), base.shapes(), 0)?;
@@ -298,14 +302,20 @@ fn prompts(count: usize, length: usize, vocab: usize) -> Vec<Vec<u32>> {
 }
 
 impl Roles {
+    /// Bytes of streamed layers that were copied to the device so far.
+    fn streamed(&self) -> usize {
+        self.base.place().map_or(0, |device| device.work().streamed)
+    }
+
     /// Milliseconds of a decoding step of so many sequences, prompts and first token left out.
     fn decode(&self, asked: &Asked, sequences: usize, stored: f64, ceilings: Ceilings) -> Result<Value> {
         let steps = asked.response.clamp(2, 65);
         let sampling = SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, max_new_tokens: steps, stop: vec![] };
         let prompts = prompts(sequences, asked.prompt, self.base.config().vocab_size);
         let seeds: Vec<u64> = (0..sequences as u64).collect();
-        let mut each = vec![];
+        let (mut each, mut streamed) = (vec![], 0);
         for _ in 0..=asked.steps.max(1) {
+            let before = self.streamed();
             let (began, mut told, mut first) = (Instant::now(), 0, 0.0);
             generate(Policy::new(&self.base, Some(&self.sft)), &prompts, &seeds, &sampling, |_, _| {
                 told += 1;
@@ -314,6 +324,8 @@ impl Roles {
                 }
             })?;
             each.push((began.elapsed().as_secs_f64() - first) / (steps - 1) as f64);
+            // The prompts' pass copies as much as a step.
+            streamed = (self.streamed() - before) / steps;
         }
         let step = median(&each[1..]);
         // Every step reads the base once; the key-value cache and the branches come on top.
@@ -321,15 +333,16 @@ impl Roles {
         Ok(json!({
             "sequences": sequences, "prompt": asked.prompt, "ms_per_step": number(step * 1e3),
             "tokens_per_second": number(sequences as f64 / step), "floor_ms": number(floor * 1e3),
-            "of_floor": number(step / floor),
+            "of_floor": number(step / floor), "streamed_bytes": streamed,
         }))
     }
 
     /// The seconds of a step and of its phases, and the device's memory beside the plan's.
     fn step(&self, device: &Device, asked: &Asked, method: Method, scratch: &Path) -> Result<Value> {
         device.reset_peak();
+        let before = self.streamed();
         let lines = self.run(asked, method, asked.steps + 1, scratch)?;
-        let measured = device.usage().peak;
+        let (measured, streamed) = (device.usage().peak, (self.streamed() - before) / (asked.steps + 1));
         let steps = lines.get(1..).filter(|steps| !steps.is_empty()).context("a step was measured")?;
         let of = |key: &str| -> Vec<f64> { steps.iter().filter_map(|line| line[key].as_f64()).collect() };
         let phases = [Phase::Rollout, Phase::Scoring, Phase::Update, Phase::Step];
@@ -350,7 +363,7 @@ impl Roles {
             "phases": phases, "tokens_per_second": number((responses * asked.response) as f64 / median(&whole)),
             "first_ratio_var": number(median(&of("val/ratio_var"))), "device_bytes": measured, "planned_bytes": planned,
             "planned_over_measured": number(planned as f64 / measured as f64),
-            "beside_bytes": dry::BESIDE,
+            "beside_bytes": dry::BESIDE, "streamed_bytes": streamed,
         }))
     }
 
