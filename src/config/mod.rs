@@ -33,6 +33,7 @@ mod schema;
 mod sources;
 mod stage;
 mod stages;
+mod synonyms;
 mod trl;
 mod url;
 mod validate;

@@ -211,7 +211,13 @@ fn keys_are_printed_by_section_and_by_name() {
     assert!(text.starts_with("[data]\n") && text.contains("\n[data.columns]\n") && text.contains("max_length = 512"));
     assert!(!text.contains("kl_coef"));
     refused(&p, "keys kl_coeff", &["did you mean \"kl_coef\"?"]);
-    refused(&p, "keys actor", &["no key \"actor\"; it is [ppo] adapter here; `fourfold keys`"]);
+    refused(
+        &p,
+        "keys actor",
+        &[
+            "no key \"actor\"; it is [sft], [reward], [dpo], [kto], [distill], [ppo], [grpo], [rloo] adapter here; `fourfold keys`",
+        ],
+    );
 }
 
 #[test]
