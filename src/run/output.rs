@@ -22,6 +22,8 @@ use crate::train::store::Store;
 pub(super) const RESOLVED: &str = "config.toml";
 /// What `--json` prints, written when a run is finished.
 pub(super) const SUMMARY: &str = "summary.json";
+/// What llama.cpp's server writes.
+pub(super) const SERVER_LOG: &str = "llama-server.log";
 /// Where a run's checkpoints lie.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
 /// Files that every command writes beside its folders.
@@ -247,6 +249,24 @@ pub fn stopped(by: &str, out: &Path, error: &Error) -> Option<Value> {
 pub(super) fn begin(out: &Path, by: &str, settings: &str) -> Result<()> {
     clear(out, by)?;
     go_on(out, by, settings)
+}
+
+/// Removes what a run that was refused before its first step has written, and its folder if `is_new`, that is if the run made
+/// it. Whatever else lies there stays.
+///
+/// # Errors
+/// If a file cannot be removed.
+pub(super) fn undo(out: &Path, by: &str, is_new: bool) -> Result<()> {
+    clear(out, by)?;
+    crate::report::remove_events(out)?;
+    for name in [RESOLVED, SERVER_LOG] {
+        let _ = fs::remove_file(out.join(name));
+    }
+    if is_new {
+        let _ = fs::remove_file(out.join(lock::NAME));
+        let _ = fs::remove_dir(out); // fails, rightly, where something is left in it
+    }
+    Ok(())
 }
 
 /// Removes what [`begin`] removes.
