@@ -208,7 +208,11 @@ fn a_column_that_a_source_of_the_reward_reads_is_not_told_as_unread() {
 fn held_out_prompts_that_there_are_none_of_are_told_and_init_asks_for_none() {
     let p = place();
     let ran = done(&p, "grpo grpo.toml --set data.path=same.jsonl --set grpo.eval_prompts=2 --out o");
-    assert!(ran.stderr.contains("[data] eval_rows = 2 of 14 sequences: none can be held out"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("[data] eval_rows = 2 of 14 sequences of 1 prompt: none can be held out"),
+        "{}",
+        ran.stderr
+    );
     assert!(
         ran.stderr.contains("grpo: warning: [grpo] eval_prompts = 2 has no prompts to evaluate on"),
         "{}",
@@ -245,7 +249,10 @@ fn sections_and_keys_that_a_stage_does_not_read_are_told() {
     assert!(distilled("").is_empty() && distilled("seq_kd = true").is_empty() && distilled("lmbda = 1.0").is_empty());
     let both = distilled("seq_kd = true\nlmbda = 1.0");
     assert!(both.len() == 1 && both[0].starts_with("[distill] seq_kd has no effect with lmbda = 1"), "{both:?}");
-    let unsampled = distilled("lmbda = 0.0\nmax_new_tokens = 8");
+    // Evaluations sample, too.
+    assert!(distilled("lmbda = 0.0\nmax_new_tokens = 8").is_empty());
+    let text = format!("{base}eval_rows = 0\n{teacher}[distill]\nlmbda = 0.0\nmax_new_tokens = 8\n");
+    let unsampled = at(&text, Stage::Distill);
     assert!(unsampled.len() == 1 && unsampled[0].contains("max_new_tokens has no effect"), "{unsampled:?}");
     assert!(distilled("lmbda = 0.0\nmax_new_tokens = 8\nseq_kd = true").is_empty());
     let itself = at(&format!("{base}[distill]\nadapter = 'a'\nteacher_adapter = 'a'\n"), Stage::Distill);

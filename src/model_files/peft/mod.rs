@@ -37,6 +37,13 @@ const FINGERPRINT_KEY: &str = "fourfold.base_fingerprint";
 /// Key in `__metadata__` of adapters whose second half of every rank is frozen (PiSSA, OLoRA).
 const FROZEN_KEY: &str = "fourfold.frozen_half";
 
+/// The error for a file of an adapter that cannot be read.
+fn unreadable(dir: &Path, file: &str, why: &std::io::Error) -> anyhow::Error {
+    let pickled = if file == TENSORS_FILE { convert::pickled(dir, "adapter_model.bin") } else { String::new() };
+    let path = dir.join(file);
+    invalid!("{}: {why}; a PEFT adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE}{pickled}", path.display())
+}
+
 impl Adapter {
     /// Reads a PEFT directory for a base of these shapes. Factors may be stored as f64, f32, f16 or bf16; they become f32.
     ///
@@ -44,17 +51,7 @@ impl Adapter {
     /// Invalid input if a file is missing or damaged, has an unsupported setting, was trained over another base, lacks a
     /// factor, or has an unknown tensor or one with NaN or infinite numbers.
     pub fn load(dir: &Path, shapes: LinearShapes) -> Result<Self> {
-        let read = |file: &str| {
-            let path = dir.join(file);
-            fs::read(&path).map_err(|e| {
-                let pickled =
-                    if file == TENSORS_FILE { convert::pickled(dir, "adapter_model.bin") } else { String::new() };
-                invalid!(
-                    "{}: {e}; a PEFT adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE}{pickled}",
-                    path.display()
-                )
-            })
-        };
+        let read = |file: &str| fs::read(dir.join(file)).map_err(|e| unreadable(dir, file, &e));
         let (config_bytes, tensor_bytes) = (read(CONFIG_FILE)?, read(TENSORS_FILE)?);
         let config = parse_config(&config_bytes).with_context(|| dir.join(CONFIG_FILE).display().to_string())?;
         let adapter = read_tensors(&tensor_bytes, config, shapes)
@@ -73,6 +70,15 @@ impl Adapter {
         let bytes = fs::read(&path).map_err(|e| invalid!("{}: {e}", path.display()))?;
         let head = read_value_head(&bytes, shapes.hidden).with_context(|| path.display().to_string())?;
         adapter.with_score_head(Some(head))
+    }
+
+    /// Checks that a folder has the files of an adapter; nothing is read of them.
+    ///
+    /// # Errors
+    /// As for [`Adapter::load`] where one cannot be opened.
+    pub fn check_files(dir: &Path) -> Result<()> {
+        let open = |file: &str| fs::File::open(dir.join(file)).map(drop).map_err(|e| unreadable(dir, file, &e));
+        [CONFIG_FILE, TENSORS_FILE].into_iter().try_for_each(open)
     }
 
     /// Writes a PEFT directory, atomically: the files are written into a sibling directory, which is then renamed. Equal
