@@ -55,12 +55,15 @@ use crate::{host, invalid, note, warning};
 pub use data_warnings::data_warnings;
 pub use describe::describe;
 pub use foreseen::{Lengths, absent_adapters, longest_prompt, refusals};
-pub use hints::{check_adapter_path, check_base_path};
+pub use hints::{check_adapter_path, check_base_path, check_described};
 pub use measure::{Measured, measure, measure_among};
 pub use members::{members, with_members};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, quoted, resuming_command};
-pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
+pub use output::{
+    check_free, check_not_of_run, check_output, is_of, prepare_output, replaced, settings_beside, stopped,
+    write_summary,
+};
 pub use plan_inputs::PlanInputs;
 pub use rewards::aggregate;
 pub use rollout_servers::memory_beside;

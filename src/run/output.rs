@@ -62,6 +62,23 @@ pub(super) fn adapters_of(by: &str) -> &'static [&'static str] {
     }
 }
 
+/// Refuses the name of what a run in the folder writes: an output of that name would end the run when it comes to write it.
+///
+/// # Errors
+/// If the path is one of its adapters' or its checkpoints'.
+pub fn check_not_of_run(out: &Path) -> Result<()> {
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = out.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    match stage_of(folder) {
+        Some(stage) if adapters_of(stage).contains(&name) || name == CHECKPOINTS => Err(invalid!(
+            "--out {}: the run in {} writes {name} itself; name another --out",
+            out.display(),
+            folder.display()
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// `by` is the command that writes the folder.
 fn mark(by: &str) -> String {
     format!("# fourfold {by}: the settings of this run, every default written out")
@@ -78,6 +95,7 @@ fn resolved(by: &str, settings: &str) -> String {
 /// # Errors
 /// If there is something else under that name: another's files, or what another stage made.
 pub fn check_output(out: &Path, by: &str) -> Result<()> {
+    check_not_of_run(out)?;
     if let Some(file) = out.ancestors().skip(1).find(|above| above.is_file()) {
         return Err(invalid!(
             "{}: {} is a file, not a folder; name another folder with --out",
