@@ -88,8 +88,11 @@ impl Distill {
         }
     }
 
-    /// Rules between keys; `has_teacher`: whether there is a `[teacher]`.
-    pub(super) fn check(&self, has_teacher: bool) -> Result<()> {
+    /// Checks that there is a teacher; `has_teacher`: whether there is a `[teacher]`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn check(&self, has_teacher: bool) -> Result<()> {
         if !has_teacher && self.teacher_adapter.is_none() {
             return Err(invalid!(
                 "[distill] has no teacher: add [teacher] path = \"a model\", or teacher_adapter for an adapter of [base]"

@@ -84,7 +84,8 @@ impl Config {
         ];
         let others: Vec<&str> = there.iter().filter(|(_, is_there)| *is_there).map(|(of, _)| of.name()).collect();
         let listed = |of: fn(&&str) -> String, between: &str| others.iter().map(of).collect::<Vec<_>>().join(between);
-        (!others.is_empty() && !others.contains(&stage.name())).then(|| {
+        // A stage with rollouts does not run without its section.
+        (!others.is_empty() && !others.contains(&stage.name()) && !stage.has_rollouts()).then(|| {
             format!(
                 "the file has no [{}], so all of its keys have their defaults; it has {}, for {}",
                 stage.name(),

@@ -27,6 +27,8 @@ use crate::run::placement::name_of;
 use crate::train::supervised::Setup;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
+    // A file without [distill] was not checked for it.
+    config.distill().check(config.teacher.is_some())?;
     match config.distill().samples_all() {
         true => over::<PromptExample>(config, out, launch),
         false => over::<SftExample>(config, out, launch),

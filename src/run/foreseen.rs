@@ -51,6 +51,11 @@ pub fn refusals(stage: Stage, config: &Config, lengths: Lengths) -> Vec<String> 
                      refuse to start; set max_length = {context} or less"
                 ));
             }
+            if stage == Stage::Distill
+                && let Err(error) = config.distill().check(config.teacher.is_some())
+            {
+                said.push(format!("`fourfold {name}` will refuse to start: {error}"));
+            }
             let most = config.distill().max_new_tokens;
             if stage == Stage::Distill && longest <= context && prompt + most > context {
                 said.push(format!(

@@ -109,9 +109,7 @@ pub fn check_described(path: &Path) -> Result<()> {
              file",
             output::RESOLVED
         )),
-        false => {
-            Err(invalid!("{shown} holds several things and is none of them itself; did you mean {}?", listed(&found)))
-        }
+        false => Err(invalid!("{shown} is itself no model, adapter or run; did you mean {}?", listed(&found))),
     }
 }
 

@@ -407,7 +407,7 @@ fn the_folder_of_a_run_without_adapters_and_what_lies_around_and_in_a_run_are_po
     let merged = "merge --base base --adapter out/sft/adapter";
     assert_eq!(p.run(&format!("{merged} --format gguf --out m.gguf")).code, 0);
     for (path, said) in [
-        ("out", "out holds several things and is none of them itself; did you mean out/sft?"),
+        ("out", "out is itself no model, adapter or run; did you mean out/sft?"),
         ("out/sft/checkpoints", "out/sft/checkpoints is a part of the run in out/sft; give that folder"),
         ("out/sft/metrics.jsonl", "out/sft/metrics.jsonl is a file of the run in out/sft; give that folder"),
         ("out/sft/adapter/adapter_config.json", "is a file; an adapter is its folder: out/sft/adapter"),
@@ -436,6 +436,9 @@ fn the_folder_of_a_run_without_adapters_and_what_lies_around_and_in_a_run_are_po
         refused(&p, "inspect out/sft/adapter", &["out/sft/adapter is not there: the run in out/sft ", said]);
     };
     both("is finished and has no such adapter");
+    p.write("out/sft/summary.json", "{");
+    let told = p.run("inspect out/sft").stdout;
+    assert!(told.contains("but its summary.json cannot be read"), "{told}");
     let running = fourfold::train::lock::lock(&p.path("out/sft")).unwrap();
     both("goes on (process ");
     drop(running);
@@ -445,4 +448,22 @@ fn the_folder_of_a_run_without_adapters_and_what_lies_around_and_in_a_run_are_po
     both("ended before it wrote its adapters and has no checkpoint to go on from");
     let base = refused(&p, "generate --prompt x --base out/sft", &["give its base (base) as the base"]);
     assert!(!base.stderr.contains("as the adapter"), "{}", base.stderr);
+}
+
+#[test]
+fn a_run_that_could_not_save_its_adapter_is_refused_before_it_trains() {
+    let p = Place::new();
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    p.write("out/sft/adapter/notes.md", "mine");
+    for more in ["--overwrite", "--set sft.num_train_epochs=2 --overwrite"] {
+        let ran = refused(
+            &p,
+            &format!("sft run.toml --out out/sft {more}"),
+            &["out/sft/adapter holds notes.md, which does not belong"],
+        );
+        assert!(!ran.stderr.contains("perplexity"), "{}", ran.stderr);
+    }
+    assert!(p.path("out/sft/adapter/adapter_model.safetensors").is_file(), "the run before is whole");
+    fs::remove_file(p.path("out/sft/adapter/notes.md")).unwrap();
+    assert_eq!(p.run("sft run.toml --out out/sft --overwrite").code, 0);
 }

@@ -486,6 +486,12 @@ fn a_stage_without_its_section_says_that_its_keys_have_their_defaults() {
     let of = |text: &str, stage: Stage| config::from_text(text, "test").unwrap().without_section(stage);
     assert_eq!(of("[base]\npath = 'b'\n", Stage::Sft), None, "a file of no stage is for any");
     assert_eq!(of(&with(""), Stage::Grpo), None);
+    // These two do not run so.
+    refused(&p, "rloo grpo.toml --out o", &["the section [rloo] is missing"]);
+    assert_eq!(of(&with(""), Stage::Rloo), None);
+    refused(&p, "distill grpo.toml --set data.path=sft.jsonl --out o", &["[distill] has no teacher: add [teacher]"]);
+    let told = done(&p, "plan grpo.toml --phase distill --set data.path=sft.jsonl").stderr;
+    assert!(told.contains("`fourfold distill` will refuse to start: [distill] has no teacher"), "{told}");
     let many = of("[base]\npath = 'b'\n[sft]\n[dpo]\n", Stage::Kto).unwrap();
     assert!(many.ends_with("it has [sft] and [dpo], for `fourfold sft` and `fourfold dpo`"), "{many}");
 }

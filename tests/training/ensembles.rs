@@ -303,6 +303,10 @@ fn a_reward_adapter_that_is_an_ensemble_is_the_table_of_its_members_in_every_byt
     let says = ["[grpo] reward_adapter", "three is the folder of a run of 3 reward models and holds 2 of them"];
     refused(&main(GRPO), "grpo run.toml --out o", &says);
     refused(&main(GRPO), "plan run.toml", &says);
+    let running = fourfold::train::lock::lock(&p.path("three")).unwrap();
+    let says = ["three is the folder of a run of 3 reward models that goes on (process ", "wait for its end"];
+    refused(&main(GRPO), "grpo run.toml --out o", &says);
+    drop(running);
     refused(
         &format!("{GRPO}reward_adapter = ['a', '']\n"),
         "grpo run.toml --out o",

@@ -81,6 +81,29 @@ impl Adapter {
         [CONFIG_FILE, TENSORS_FILE].into_iter().try_for_each(open)
     }
 
+    /// Checks that an adapter can be saved in a folder: it is new, empty or an adapter's.
+    ///
+    /// # Errors
+    /// If it holds other files, which would be lost.
+    pub fn check_replaceable(dir: &Path) -> Result<()> {
+        let entries = match fs::read_dir(dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(|e| invalid!("{}: {e}; an adapter is saved as a directory", dir.display()))?,
+        };
+        for entry in entries {
+            let name = entry?.file_name();
+            if name != CONFIG_FILE && name != TENSORS_FILE && name != VALUE_HEAD_FILE {
+                return Err(invalid!(
+                    "{} holds {}, which does not belong to an adapter and would be lost; choose a directory that is new, \
+                     empty, or holds only {CONFIG_FILE} and {TENSORS_FILE}",
+                    dir.display(),
+                    name.display()
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Writes a PEFT directory, atomically: the files are written into a sibling directory, which is then renamed. Equal
     /// adapters give equal bytes.
     ///
@@ -108,7 +131,7 @@ impl Adapter {
     }
 
     fn save_as(&self, dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        check_replaceable(dir)?;
+        Self::check_replaceable(dir)?;
         let name = dir
             .file_name()
             .ok_or_else(|| invalid!("{}: an adapter needs a directory name of its own", dir.display()))?
@@ -262,25 +285,6 @@ fn safetensors_bytes(tensors: &BTreeMap<String, &Tensor>, metadata: &BTreeMap<&s
         bytes.extend(tensor.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()));
     }
     Ok(bytes)
-}
-
-fn check_replaceable(dir: &Path) -> Result<()> {
-    let entries = match fs::read_dir(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|e| invalid!("{}: {e}; an adapter is saved as a directory", dir.display()))?,
-    };
-    for entry in entries {
-        let name = entry?.file_name();
-        if name != CONFIG_FILE && name != TENSORS_FILE && name != VALUE_HEAD_FILE {
-            return Err(invalid!(
-                "{} holds {}, which does not belong to an adapter and would be lost; choose a directory that is new, \
-                 empty, or holds only {CONFIG_FILE} and {TENSORS_FILE}",
-                dir.display(),
-                name.display()
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// Replaces `dir` by `new`; between two renames the former `dir` is at `old`.
