@@ -47,7 +47,7 @@ pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
 }
 
 /// The tables inside a section, whose header ends it: a key of the section that is written below belongs to the table.
-const INNER: [&str; 5] = ["reward", "gold", "ptx", "rollout", "sources"];
+const INNER: [&str; 7] = ["reward", "gold", "ptx", "rollout", "sources", "columns", "tags"];
 
 /// Keys outside the sections that other trainers have among all others.
 const AT_THE_TOP: [&str; 3] = ["seed", "output_dir", "report_to"];
@@ -115,7 +115,9 @@ fn known(key: &str, section: &str) -> Option<String> {
         return Some(format!("did you mean {key:?}?"));
     }
     let of_trl = trl::reason(section, key).map(str::to_owned);
-    of_trl.or_else(|| synonyms::known_as(key, section)).or_else(|| trl::anywhere(key).map(str::to_owned))
+    // [reward] is a section beside the tables of that name.
+    let own = || synonyms::inside(key, section).filter(|_| section != "reward");
+    of_trl.or_else(own).or_else(|| synonyms::known_as(key, section)).or_else(|| trl::anywhere(key).map(str::to_owned))
 }
 
 /// A key as ours are written, in lower case and without hyphens.
@@ -154,14 +156,16 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
         Fault::UnknownKey { key, expected } if inner(&error.path).is_some() => {
             let (section, table) = (&error.path[0], shown_table(&error.path));
             let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
+            let own = error.path.last().and_then(|table| synonyms::inside(&spelt(key), table));
             if has(section, key) {
-                let near = near.map(|near| format!("; or {near}")).unwrap_or_default();
+                let near = near.or(own).map(|near| format!("; or {near}")).unwrap_or_default();
                 return format!(
                     "{table} has no key {key:?}, which is one of [{section}]: what stands below {table} belongs to it, so write {key} \
                      above, before the first such table{near}"
                 );
             }
-            let hint = near.or_else(|| known(&spelt(key), section)).unwrap_or_else(|| guess(key, expected));
+            let of_trl = || trl::reason(section, &spelt(key)).or_else(|| trl::anywhere(&spelt(key))).map(str::to_owned);
+            let hint = own.or(near).or_else(of_trl).unwrap_or_else(|| guess(key, expected));
             format!("{table} has no key {key:?}; {hint}")
         }
         Fault::UnknownKey { key, expected } => {
@@ -202,7 +206,7 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
 /// The section around a table such as `[[ppo.reward]]`, if the path is one.
 fn inner(path: &[String]) -> Option<&str> {
     match path {
-        [section, table] if INNER.contains(&table.as_str()) => Some(section),
+        [section, .., table] if INNER.contains(&table.as_str()) => Some(section),
         _ => None,
     }
 }

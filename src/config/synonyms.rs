@@ -219,6 +219,35 @@ const NAMES: &[(&[&str], &[&str])] = &[
     (&["max_checkpoints", "keep_checkpoints", "max_ckpt_num"], &["checkpoint.save_total_limit"]),
 ];
 
+/// The same for tables inside sections and for small sections: the tables, their names, and the table's own key.
+const INSIDE: &[(&[&str], &[&str], &str)] = &[
+    (
+        &["rollout"],
+        &["address", "base_url", "endpoint", "host", "port", "server_url", "vllm_server_base_url", "vllm_server_host"],
+        "urls",
+    ),
+    (&["rollout"], &["backend", "kind", "sampler", "type", "vllm"], "engine"),
+    (&["rollout"], &["vllm_server_timeout", "request_timeout"], "timeout_seconds"),
+    (&["reward", "gold"], &["type"], "kind"),
+    (&["reward", "gold"], &["address", "base_url", "endpoint", "server"], "url"),
+    (&["reward", "gold"], &["prompt", "prompt_template"], "template"),
+    (&["reward", "gold"], &["regex", "regexp"], "pattern"),
+    (&["reward", "gold"], &["coef", "scale"], "weight"),
+    (
+        &["reward", "gold"],
+        &["adapter", "path", "reward_adapter", "reward_model", "reward_model_path", "rm"],
+        "adapters",
+    ),
+    (&["reward", "gold"], &["func", "function", "program", "script"], "command"),
+    (&["columns"], &["input", "instruction", "question", "user"], "prompt"),
+    (&["columns"], &["answer", "assistant", "output", "target"], "completion"),
+    (&["columns"], &["content", "conversation", "conversations", "dialogue"], "messages"),
+    (&["checkpoint"], &["every", "interval"], "save_steps"),
+    (&["checkpoint"], &["keep", "max_to_keep"], "save_total_limit"),
+    (&["memory"], &["cpu", "max", "max_memory", "ram"], "limit"),
+    (&["memory"], &["cuda", "gpu", "vram"], "device_limit"),
+];
+
 /// The sections of which one file has one; all others are read by every stage.
 const STAGES: [&str; 8] = ["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo"];
 
@@ -238,6 +267,12 @@ pub(super) fn in_section(name: &str, section: &str) -> Option<(String, &'static 
     let shared = || meant(name).find(|(of, _)| of.is_some_and(|of| !STAGES.contains(&root(of))));
     let (of, key) = own.or_else(shared)?;
     Some((of.unwrap_or(section).to_owned(), key))
+}
+
+/// A sentence on what another trainer's key is in a table, such as `rollout` of `[ppo.rollout]`.
+pub(super) fn inside(name: &str, table: &str) -> Option<String> {
+    let (.., key) = INSIDE.iter().find(|(tables, names, _)| tables.contains(&table) && names.contains(&name))?;
+    Some(format!("it is {key} here"))
 }
 
 /// `ppo` of `ppo.ptx`.
@@ -283,7 +318,20 @@ pub(super) fn known_as(name: &str, section: &str) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::config::known_keys;
+    use crate::config::located::keys_of;
+    use crate::config::{ColumnNames, known_keys};
+
+    #[test]
+    fn every_name_inside_a_table_is_for_a_key_that_it_has_and_is_none_of_its_keys() {
+        let all: Vec<_> = known_keys().into_iter().chain([("data.columns", keys_of::<ColumnNames>())]).collect();
+        for (tables, names, key) in INSIDE {
+            let of = all.iter().filter(|(of, _)| of.rsplit('.').next().is_some_and(|table| tables.contains(&table)));
+            // [reward] is a section, too.
+            let of: Vec<_> = of.filter(|(of, _)| *of != "reward").collect();
+            assert!(!of.is_empty() && of.iter().all(|(_, keys)| keys.contains(key)), "{tables:?} {key}");
+            assert!(names.iter().all(|name| of.iter().all(|(_, keys)| !keys.contains(name))), "{tables:?} {names:?}");
+        }
+    }
 
     #[test]
     fn every_name_stands_once_and_for_keys_that_there_are() {

@@ -155,6 +155,13 @@ fn a_key_that_stands_for_nothing_here_is_refused_with_the_reason() {
 fn a_key_below_a_table_of_its_section_may_be_the_tables_own_misspelt() {
     let of = |key: &str| format!("[ppo]\n[[ppo.reward]]\nkind = \"adapter\"\n{key} = \"a\"");
     refuses(&of("adapter"), "so write adapter above, before the first such table; or did you mean \"adapters\"?");
+    refuses(&of("path"), "[[ppo.reward]] has no key \"path\"; it is adapters here");
+    refuses(&of("type"), "it is kind here");
+    refuses("[ppo.rollout]\nbase_url = \"a\"", "[ppo.rollout] has no key \"base_url\"; it is urls here");
+    refuses("[data.columns]\noutput = \"a\"", "[data.columns] has no key \"output\"; it is completion here");
+    refuses("[data.columns]\nchosn = \"a\"", "[data.columns] has no key \"chosn\"; did you mean \"chosen\"?");
+    refuses("[checkpoint]\nevery = 3", "it is save_steps here");
+    refuses("[memory]\ngpu = \"1GiB\"", "it is device_limit here");
     refuses(&of("max_tokenz"), "[[ppo.reward]] has no key \"max_tokenz\"; did you mean \"max_tokens\"?");
 }
 
