@@ -137,7 +137,7 @@ const NO_ADAPTER: &str = "/dev/null/adapter";
 fn config(args: &Arguments) -> Result<Config> {
     match (&args.config, &args.base) {
         (Some(file), _) => config::load(file, &args.set).map_err(|error| {
-            let is_model = file.is_dir() || file.extension().is_some_and(|ending| ending == "gguf");
+            let is_model = file.is_dir() || file.extension().is_some_and(|ending| ending == "gguf" || ending == "json");
             let hint = || invalid!("plan wants a config, or --base {} with --phase sft, reward, …", file.display());
             if is_model { hint().context(error.to_string()) } else { error }
         }),

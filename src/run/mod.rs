@@ -61,7 +61,7 @@ pub use members::{members, with_members};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, quoted, resuming_command};
 pub use output::{
-    check_free, check_not_of_run, check_output, is_of, prepare_output, replaced, settings_beside, stopped,
+    check_free, check_not_of_run, check_output, is_of, is_settings, prepare_output, replaced, settings_beside, stopped,
     write_summary,
 };
 pub use plan_inputs::PlanInputs;

@@ -383,6 +383,11 @@ pub fn prepare_output(out: &Path, by: &str, settings: &str) -> Result<Lock> {
     Ok(lock)
 }
 
+/// Whether a file is the settings of a run, by which its folder is known.
+pub fn is_settings(file: &Path) -> bool {
+    file.file_name().is_some_and(|name| name == RESOLVED) && file.parent().and_then(stage_of).is_some()
+}
+
 /// The resolved settings of the run that an adapter's folder lies in, if it lies in one.
 pub fn settings_beside(adapter: &Path) -> Option<String> {
     let settings = fs::read_to_string(adapter.parent()?.join(RESOLVED)).ok()?;

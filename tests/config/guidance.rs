@@ -467,3 +467,28 @@ fn a_run_that_could_not_save_its_adapter_is_refused_before_it_trains() {
     fs::remove_file(p.path("out/sft/adapter/notes.md")).unwrap();
     assert_eq!(p.run("sft run.toml --out out/sft --overwrite").code, 0);
 }
+
+#[test]
+fn what_is_given_as_a_config_and_is_none_is_told_what_it_is_and_a_runs_settings_are_kept() {
+    let p = Place::new();
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    p.write("train.yaml", "stage: sft\n");
+    for command in ["sft", "ppo", "data", "plan"] {
+        for (file, said) in [
+            ("out/sft", "out/sft is a folder; did you mean out/sft/config.toml?"),
+            ("sft.jsonl", "sft.jsonl holds records, not a config; `fourfold init STAGE --base MODEL --data sft.jsonl`"),
+            ("base/config.json", "base/config.json is no config: that is a TOML file"),
+            ("train.yaml", "train.yaml is no config: that is a TOML file"),
+            ("nowhere.json", "nowhere.json: No such file"),
+        ] {
+            refused(&p, &format!("{command} {file}"), &[said]);
+        }
+    }
+    refused(&p, "plan base/config.json", &["or --base base/config.json"]);
+    let settings = fs::read(p.path("out/sft/config.toml")).unwrap();
+    for more in ["", "--overwrite"] {
+        let line = format!("init sft --base base --data sft.jsonl --out out/sft/config.toml {more}");
+        refused(&p, &line, &["--out out/sft/config.toml: it is the settings of a run"]);
+    }
+    assert!(fs::read(p.path("out/sft/config.toml")).unwrap() == settings);
+}
