@@ -172,7 +172,7 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
             let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
             let section = error.path.first().map_or("", String::as_str);
             let theirs = spelt(key);
-            // `batch_size` of [ppo] is less likely meant than per_device_train_batch_size of the section itself.
+            // A part of a name of this section is more likely meant than the whole name of another one.
             let part =
                 containing(key, expected).filter(|_| key.contains('_')).map(|name| format!("did you mean {name:?}?"));
             // A key that is spelt right and stands in the wrong place comes before one that is spelt alike.
