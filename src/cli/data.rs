@@ -17,8 +17,8 @@ use crate::data::examples::objectives::{Objective, PromptExample, RankedExample,
 use crate::data::stream::cache::Stored;
 use crate::host::peak_rss_bytes;
 use crate::invalid;
-use crate::model_files::ModelFiles;
-use crate::run::{check_base_path, data_warnings, examples, refusals, with_members};
+use crate::model_files::{FileContents, ModelFiles};
+use crate::run::{Lengths, check_base_path, data_warnings, examples, longest_prompt, refusals, with_members};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -61,18 +61,21 @@ pub(super) fn show(args: &Show) -> Result<()> {
     check_base_path(&base.path)?;
     let checkpoint = ModelFiles::open(&base.path)?;
     let context = checkpoint.config().max_position_embeddings;
-    let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args, context };
     let of = stage.of_config();
+    // Distillation reads with both models' tokens. One that cannot be opened is the stage's concern.
+    let teacher = config.teacher.as_ref().filter(|_| stage == Stage::Distill);
+    let teacher = teacher.and_then(|base| FileContents::open(&base.path).ok());
+    let context = teacher.map_or(context, |teacher| context.min(teacher.config.max_position_embeddings));
+    let look = Look { tokenizer: checkpoint.tokenizer(), config: &config, args, context };
     match stage {
-        Stage::Sft => look.at::<SftExample>(of, config.sft().completion_only_loss, sft_pieces),
-        Stage::Reward | Stage::Dpo => look.at::<RankedExample>(of, true, ranked_pieces),
-        Stage::Kto => {
-            look.at::<UnpairedExample>(of, true, |e| vec![vec![(&e.prompt[..], false), (&e.response[..], true)]])
+        Stage::Sft => look.at::<SftExample>(of, config.sft().completion_only_loss, sft_pieces, |_| Ok(0)),
+        Stage::Reward | Stage::Dpo => look.at::<RankedExample>(of, true, ranked_pieces, |_| Ok(0)),
+        Stage::Kto => look.at::<UnpairedExample>(of, true, unpaired_pieces, |_| Ok(0)),
+        Stage::Distill if !config.distill().samples_all() => {
+            look.at::<SftExample>(of, true, sft_pieces, longest_prompt)
         }
-        Stage::Distill if !config.distill().samples_all() => look.at::<SftExample>(of, true, sft_pieces),
-        Stage::Distill | Stage::Ppo | Stage::Grpo | Stage::Rloo => {
-            look.at::<PromptExample>(of, true, |e| vec![vec![(&e.tokens[..], false)]])
-        }
+        Stage::Distill => look.at::<PromptExample>(of, true, prompt_pieces, longest_prompt),
+        Stage::Ppo | Stage::Grpo | Stage::Rloo => look.at::<PromptExample>(of, true, prompt_pieces, |_| Ok(0)),
     }
 }
 
@@ -126,6 +129,14 @@ fn sft_pieces(example: &SftExample) -> Pieces<'_> {
     vec![runs.collect()]
 }
 
+fn unpaired_pieces(example: &UnpairedExample) -> Pieces<'_> {
+    vec![vec![(&example.prompt[..], false), (&example.response[..], true)]]
+}
+
+fn prompt_pieces(example: &PromptExample) -> Pieces<'_> {
+    vec![vec![(&example.tokens[..], false)]]
+}
+
 /// Every response after the prompt; the prefix that it shares with the best one (for the best, with the next) is not marked.
 fn ranked_pieces(example: &RankedExample) -> Pieces<'_> {
     let responses = example.responses.iter().enumerate();
@@ -146,11 +157,13 @@ struct Look<'a> {
 }
 
 impl Look<'_> {
+    /// `prompt`: tokens of the longest prompt, where a stage has whole sequences and continues prompts, too; else 0.
     fn at<T: Objective + Stored>(
         &self,
         stage: config::Stage,
         completion_only: bool,
         pieces: fn(&T) -> Pieces<'_>,
+        prompt: fn(&Prepared<T>) -> Result<usize>,
     ) -> Result<()> {
         let found: Result<Prepared<T>> = examples(self.config, self.tokenizer, completion_only);
         let found = match stage {
@@ -160,10 +173,12 @@ impl Look<'_> {
         let mut lengths: Vec<usize> = (0..found.train.len()).map(|row| found.train.tokens(row)).collect();
         lengths.sort_unstable();
         let report = &found.report;
-        let mut warnings = data_warnings(report, self.config.data()?, found.train.len(), found.held_out.len());
+        let mut warnings = data_warnings(&found, self.config.data()?);
         // Whether a reward model's folder is whole is the stage's concern.
         let config = with_members(stage, self.config).unwrap_or_else(|_| self.config.clone());
-        warnings.extend(refusals(stage, &config, found.train.longest_sequence(), self.context));
+        let of_run =
+            Lengths { sequence: found.train.longest_sequence(), prompt: prompt(&found)?, context: self.context };
+        warnings.extend(refusals(stage, &config, of_run));
         warnings.extend(config.idle_keys(stage));
         let stage = stage.name();
         let mut samples = vec![];

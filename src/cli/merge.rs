@@ -20,7 +20,7 @@ use crate::export::{Source, staged};
 use crate::invalid;
 use crate::model::adapter::Adapter;
 use crate::note;
-use crate::run::{Model, settings_beside};
+use crate::run::{Model, check_not_of_run, settings_beside};
 use crate::tokenizer::SpecialTokens;
 
 #[derive(Args)]
@@ -149,6 +149,7 @@ pub(super) fn merge(args: Merge) -> Result<()> {
     // Opening a large base takes time, in which a signal ends the command as it does later.
     staged::listen()?;
     let args = &Merge { out: named(&args.out, args.format)?, ..args };
+    check_not_of_run(&args.out)?;
     // Known before a large base is opened, and under the name that --out gives.
     if args.out.exists() {
         return Err(invalid!("{} already exists; remove it or name another --out", args.out.display()));

@@ -249,6 +249,7 @@ pub fn run() -> Result<()> {
             if let Some(run) = run::describe(&path)? {
                 return if json { print_json(&run) } else { say(&inspect::render(&run)) };
             }
+            run::check_described(&path)?;
             let mut found = inspect::inspect(&path)?;
             let selected = select(DeviceChoice::Auto)?;
             let why = selected.reason.as_deref().map(run::placement::in_short);

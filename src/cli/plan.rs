@@ -28,8 +28,8 @@ use crate::planner::dry::DevicePlan;
 use crate::planner::plan;
 use crate::planner::plan::{Budget, Plan};
 use crate::planner::sim_allocator::{Bytes, MemoryCategory};
-use crate::run::{PlanInputs, memory_beside, refusals, with_members};
-use crate::warning;
+use crate::run::{PlanInputs, absent_adapters, memory_beside, refusals, with_members};
+use crate::{note, warning};
 
 #[derive(Args)]
 pub(super) struct Arguments {
@@ -85,8 +85,15 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         warning!("plan: warning: [{name}] offload has no effect on the CPU; --device cuda plans it for a card");
     }
     let source = PlanInputs::open(stage, &config, ranks)?;
-    let refused = refusals(stage, &config, source.longest_sequence(), source.context());
+    let refused = refusals(stage, &config, source.lengths(stage)?);
     refused.iter().for_each(|text| warning!("plan: warning: {text}"));
+    for (key, path) in absent_adapters(stage, &config).iter().filter(|(_, path)| path != Path::new(NO_ADAPTER)) {
+        let (path, name) = (path.display(), stage.name());
+        note!(
+            "plan: {key} = \"{path}\" is not there yet: it is planned in the shape of [lora], and `fourfold {name}` will refuse to start \
+             without it"
+        );
+    }
     let section = if stage == Stage::Reward { config.reward_base() } else { &config.base };
     let on_device = [section.device(), config.second_base(stage).device()].into_iter().any(dry::is_device);
     let limit = args.memory.filter(|_| !on_device).or(config.memory.limit).map(|limit| limit.0);
@@ -130,7 +137,7 @@ const NO_ADAPTER: &str = "/dev/null/adapter";
 fn config(args: &Arguments) -> Result<Config> {
     match (&args.config, &args.base) {
         (Some(file), _) => config::load(file, &args.set).map_err(|error| {
-            let is_model = file.is_dir() || file.extension().is_some_and(|ending| ending == "gguf");
+            let is_model = file.is_dir() || file.extension().is_some_and(|ending| ending == "gguf" || ending == "json");
             let hint = || invalid!("plan wants a config, or --base {} with --phase sft, reward, …", file.display());
             if is_model { hint().context(error.to_string()) } else { error }
         }),

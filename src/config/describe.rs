@@ -1,13 +1,13 @@
 //! The words of an error in a config file: which key of which section, and what was meant instead. It knows the keys of every
-//! section and what other trainers call them. It does not depend on their values. Read `located.rs` for the faults, `trl.rs` for
-//! keys of TRL that mean nothing here.
+//! section. It does not depend on their values. Read `located.rs` for the faults, `synonyms.rs` for what other trainers call keys,
+//! `trl.rs` for theirs that mean nothing here.
 
 use toml::{Table, Value};
 
 use super::located::{Fault, KeyError, containing, keys_of, nearest, quoted};
 use super::{
     Base, CheckpointConfig, Data, Distill, Dpo, Grpo, Guard, Kto, Lora, Memory, Ppo, Ptx, Reward, RewardPart, Rloo,
-    RolloutEngine, Sft, trl,
+    RolloutEngine, Sft, synonyms, trl,
 };
 
 /// Every section with its keys.
@@ -47,96 +47,82 @@ pub fn known_keys() -> Vec<(&'static str, &'static [&'static str])> {
 }
 
 /// The tables inside a section, whose header ends it: a key of the section that is written below belongs to the table.
-const INNER: [&str; 5] = ["reward", "gold", "ptx", "rollout", "sources"];
+const INNER: [&str; 7] = ["reward", "gold", "ptx", "rollout", "sources", "columns", "tags"];
 
 /// Keys outside the sections that other trainers have among all others.
 const AT_THE_TOP: [&str; 3] = ["seed", "output_dir", "report_to"];
 
-/// What other trainers call our keys: (their name, our section and key).
-const ELSEWHERE: &[(&str, &str)] = &[
-    ("model_name_or_path", "[base] path"),
-    ("actor_model_name_or_path", "[base] path"),
-    ("critic_model_name_or_path", "[reward_base] path"),
-    ("lora_r", "[lora] r"),
-    ("lora_rank", "[lora] r"),
-    ("lora_dim", "[lora] r"),
-    ("actor_lora_dim", "[lora] r"),
-    ("rank", "[lora] r"),
-    ("lora_target", "[lora] target_modules"),
-    ("lora_target_modules", "[lora] target_modules"),
-    ("data_path", "[data] path"),
-    ("dataset", "[data] path"),
-    ("formatting", "[data] format"),
-    ("interleave_probs", "[[data.sources]] weight"),
-    ("max_samples", "[data] max_rows"),
-    ("cutoff_len", "[data] max_length"),
-    ("max_seq_len", "[data] max_length"),
-    ("max_seq_length", "[data] max_length"),
-    ("max_prompt_seq_len", "[data] max_prompt_length"),
-    ("max_answer_seq_len", "[ppo] response_length"),
-    ("max_new_tokens", "[ppo] response_length"),
-    ("actor_learning_rate", "[ppo] learning_rate"),
-    ("ppo_epochs", "[ppo] num_ppo_epochs"),
-    ("kl_ctl", "[ppo] kl_coef"),
-    ("init_kl_coef", "[ppo] kl_coef"),
-    ("lambda", "[ppo] lam"),
-    ("clip_reward_value", "[ppo] score_clip"),
-    ("reward_model", "[ppo] reward_adapter"),
-    ("reward_model_path", "[ppo] reward_adapter"),
-    ("actor", "[ppo] adapter"),
-    ("policy", "[ppo] adapter"),
-    ("actor_adapter", "[ppo] adapter"),
-    ("policy_adapter", "[ppo] adapter"),
-    ("sft_adapter", "[ppo] adapter"),
-    ("lr", "learning_rate"),
-    ("warmup_ratio", "warmup_steps"),
-    ("num_warmup_steps", "warmup_steps"),
+/// What other trainers call sections, and what is said of it.
+const SECTIONS: &[(&[&str], &str)] = &[
+    (&["model", "models", "base_model", "model_args"], "the model is in [base]"),
+    (
+        &["actor", "policy", "student"],
+        "the actor is [base] with the adapter of the stage's section, such as [ppo] adapter",
+    ),
+    (
+        &["ref", "reference", "ref_model"],
+        "the reference is what training starts from: the adapter of the stage's section over [base]",
+    ),
+    (&["critic", "value"], "[ppo] critic says what the critic starts as"),
+    (&["reward_model", "rm"], "the reward model is [ppo] reward_adapter over [reward_base]"),
+    (&["peft", "adapter", "qlora", "lora_config", "peft_config"], "adapters are shaped by [lora]"),
+    (&["dataset", "datasets", "data_args", "train_data"], "records are in [data]"),
+    (
+        &["train", "training", "trainer", "training_args", "algorithm", "optimizer", "optim"],
+        "how a stage trains is in its own section: [sft], [reward], [dpo], [kto], [distill], [ppo], [grpo] or [rloo]",
+    ),
+    (
+        &["rollout", "generation", "sampling", "vllm"],
+        "rollouts are in [ppo], [grpo] or [rloo], and their servers in [ppo.rollout]",
+    ),
+    (&["eval", "evaluation"], "[data] eval_rows or eval_fraction says how many records are held out to evaluate with"),
 ];
 
-/// The path that `--set` takes for a key of ours or of another trainer: in the section `stage` if it is there.
+/// The path that `--set` takes for a key of ours or of another trainer: in the section `stage` if it is there, else in one
+/// that every stage reads.
 pub fn key_path(name: &str, stage: &str) -> Option<String> {
-    let all = sections();
-    let has = |section: &str, key: &str| all.iter().any(|(of, keys)| *of == section && keys.contains(&key));
     if has(stage, name) {
         return Some(format!("{stage}.{name}"));
-    }
-    if let Some((_, ours)) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == name) {
-        return match ours.strip_prefix('[').and_then(|rest| rest.split_once("] ")) {
-            Some((section, key)) if !section.starts_with('[') => Some(format!("{section}.{key}")),
-            Some(_) => None,
-            None => Some(format!("{stage}.{ours}")),
-        };
     }
     if AT_THE_TOP.contains(&name) {
         return Some(name.to_owned());
     }
-    all.iter().find(|(_, keys)| keys.contains(&name)).map(|(section, _)| format!("{section}.{name}"))
-}
-
-/// What another trainer's key is here, for a section that has it or not.
-fn known_as(key: &str, section: &str) -> Option<String> {
-    let (_, ours) = ELSEWHERE.iter().find(|(theirs, _)| *theirs == key)?;
-    let name = ours.rsplit_once("] ").map_or(*ours, |(_, name)| name);
-    if has(section, name) {
-        return Some(format!("it is [{section}] {name} here"));
+    match synonyms::in_section(name, stage) {
+        Some((section, key)) if section.is_empty() => Some(key.to_owned()),
+        // A list of tables.
+        Some((section, _)) if section == "data.sources" => None,
+        Some((section, key)) => Some(format!("{section}.{key}")),
+        None => owners(name).first().map(|section| format!("{section}.{name}")),
     }
-    // [grpo] and [rloo] have other names than [ppo] for some.
-    let of_trl = trl::reason(section, name).map(str::to_owned);
-    Some(of_trl.unwrap_or_else(|| format!("it is {ours} here")))
 }
 
 /// Where a key that does not belong here may have been meant to go.
 pub(super) fn elsewhere(key: &str) -> Option<String> {
-    if let Some(known) = known_as(key, "") {
+    if let Some(known) = synonyms::known_as(key, "") {
         return Some(known);
     }
     if AT_THE_TOP.contains(&key) {
         return Some(format!("{key} stands at the top of the file, before any section (--set {key}=…)"));
     }
-    let owners: Vec<&str> =
-        sections().into_iter().filter(|(_, keys)| keys.contains(&key)).map(|(name, _)| name).collect();
-    let owners: Vec<String> = owners.iter().map(|name| format!("[{name}]")).collect();
-    (!owners.is_empty()).then(|| format!("{} {} it", owners.join(", "), if owners.len() == 1 { "has" } else { "have" }))
+    let owners: Vec<String> = owners(key).iter().map(|name| format!("[{name}]")).collect();
+    let has_it = || format!("{} {} it", owners.join(", "), if owners.len() == 1 { "has" } else { "have" });
+    (!owners.is_empty()).then(has_it).or_else(|| trl::anywhere(key).map(str::to_owned))
+}
+
+/// What an unknown key of a section stands for: another spelling of one that there is, or another trainer's name.
+fn known(key: &str, section: &str) -> Option<String> {
+    if has(section, key) {
+        return Some(format!("did you mean {key:?}?"));
+    }
+    let of_trl = trl::reason(section, key).map(str::to_owned);
+    // [reward] is a section beside the tables of that name.
+    let own = || synonyms::inside(key, section).filter(|_| section != "reward");
+    of_trl.or_else(own).or_else(|| synonyms::known_as(key, section)).or_else(|| trl::anywhere(key).map(str::to_owned))
+}
+
+/// A key as ours are written, in lower case and without hyphens.
+fn spelt(key: &str) -> String {
+    key.to_lowercase().replace('-', "_")
 }
 
 /// The message of a fault in a parsed file.
@@ -153,34 +139,45 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
     };
     match &error.fault {
         Fault::UnknownKey { key, expected } if error.path.is_empty() => {
-            let is_section = table.get(key).is_some_and(Value::is_table);
-            match elsewhere(key).filter(|_| !is_section) {
+            let is_tables =
+                |value: &Value| value.as_array().is_some_and(|all| all.first().is_some_and(Value::is_table));
+            let is_section = table.get(key).is_some_and(|value| value.is_table() || is_tables(value));
+            match elsewhere(&spelt(key)).filter(|_| !is_section) {
                 Some(hint) => format!("there is no key {key:?} outside the sections; {hint}"),
                 None if is_section => {
-                    format!("there is no section [{key}]; {}", guess(key, &sections().map(|(name, _)| name)))
+                    let names = sections().map(|(name, _)| name);
+                    let meant = SECTIONS.iter().find(|(theirs, _)| theirs.contains(&&*spelt(key)));
+                    let hint = meant.map_or_else(|| guess(key, &names), |(_, ours)| (*ours).to_owned());
+                    format!("there is no section [{key}]; {hint}")
                 }
                 None => format!("there is no key {key:?} outside the sections; {}", guess(key, expected)),
             }
         }
-        Fault::UnknownKey { key, .. } if inner(&error.path).is_some_and(|section| has(section, key)) => {
+        Fault::UnknownKey { key, expected } if inner(&error.path).is_some() => {
             let (section, table) = (&error.path[0], shown_table(&error.path));
-            format!(
-                "{table} has no key {key:?}, which is one of [{section}]: what stands below {table} belongs to it, so write {key} \
-                 above, before the first such table"
-            )
+            let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
+            let own = error.path.last().and_then(|table| synonyms::inside(&spelt(key), table));
+            if has(section, key) {
+                let near = near.or(own).map(|near| format!("; or {near}")).unwrap_or_default();
+                return format!(
+                    "{table} has no key {key:?}, which is one of [{section}]: what stands below {table} belongs to it, so write {key} \
+                     above, before the first such table{near}"
+                );
+            }
+            let of_trl = || trl::reason(section, &spelt(key)).or_else(|| trl::anywhere(&spelt(key))).map(str::to_owned);
+            let hint = own.or(near).or_else(of_trl).unwrap_or_else(|| guess(key, expected));
+            format!("{table} has no key {key:?}; {hint}")
         }
         Fault::UnknownKey { key, expected } => {
-            let at = if inner(&error.path).is_some() { shown_table(&error.path) } else { at };
             let near = nearest(key, expected).map(|name| format!("did you mean {name:?}?"));
             let section = error.path.first().map_or("", String::as_str);
-            let of_trl = trl::reason(section, key).map(str::to_owned);
-            let known = of_trl.or_else(|| known_as(key, section)).or_else(|| trl::nowhere(key).map(str::to_owned));
-            // `batch_size` of [ppo] is less likely meant than per_device_train_batch_size of the section itself.
+            let theirs = spelt(key);
+            // A part of a name of this section is more likely meant than the whole name of another one.
             let part =
                 containing(key, expected).filter(|_| key.contains('_')).map(|name| format!("did you mean {name:?}?"));
             // A key that is spelt right and stands in the wrong place comes before one that is spelt alike.
-            let hint = known.or(part).or_else(|| elsewhere(key)).or(near).unwrap_or_else(|| guess(key, expected));
-            format!("{at} has no key {key:?}; {hint}")
+            let hint = known(&theirs, section).or(part).or_else(|| elsewhere(&theirs)).or(near);
+            format!("{at} has no key {key:?}; {}", hint.unwrap_or_else(|| guess(key, expected)))
         }
         Fault::UnknownValue { value, expected } => {
             let near = nearest(value, expected).map(|name| format!("; did you mean {name:?}?")).unwrap_or_default();
@@ -209,7 +206,7 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
 /// The section around a table such as `[[ppo.reward]]`, if the path is one.
 fn inner(path: &[String]) -> Option<&str> {
     match path {
-        [section, table] if INNER.contains(&table.as_str()) => Some(section),
+        [section, .., table] if INNER.contains(&table.as_str()) => Some(section),
         _ => None,
     }
 }
@@ -221,6 +218,11 @@ fn shown_table(path: &[String]) -> String {
 }
 
 /// Whether a section has a key.
-fn has(section: &str, key: &str) -> bool {
+pub(super) fn has(section: &str, key: &str) -> bool {
     sections().iter().any(|(name, keys)| *name == section && keys.contains(&key))
+}
+
+/// The sections that have a key.
+pub(super) fn owners(key: &str) -> Vec<&'static str> {
+    sections().into_iter().filter(|(_, keys)| keys.contains(&key)).map(|(name, _)| name).collect()
 }

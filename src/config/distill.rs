@@ -54,15 +54,18 @@ impl Distill {
     }
 
     /// The keys that are set and change nothing beside the others, each as a sentence with the reason.
-    pub(super) fn idle_keys(&self, has_teacher: bool) -> Vec<String> {
+    /// `evaluates`: whether records are held out, whose prompts the policy continues in evaluations.
+    pub(super) fn idle_keys(&self, has_teacher: bool, evaluates: bool) -> Vec<String> {
         let all = "with lmbda = 1: the policy samples every response";
         let mut idle = vec![];
         if self.seq_kd && self.lmbda == 1.0 {
             idle.push(format!("[distill] seq_kd has no effect {all}"));
         }
-        if self.max_new_tokens != Self::default().max_new_tokens && !self.seq_kd && self.lmbda == 0.0 {
+        let samples = self.seq_kd || self.lmbda > 0.0 || evaluates;
+        if self.max_new_tokens != Self::default().max_new_tokens && !samples {
             idle.push(
-                "[distill] max_new_tokens has no effect with lmbda = 0 and no seq_kd: no response is sampled".into(),
+                "[distill] max_new_tokens has no effect with lmbda = 0, no seq_kd and no held-out records: no response is sampled"
+                    .into(),
             );
         }
         if !has_teacher && self.teacher_adapter.is_some() && self.teacher_adapter == self.adapter {
@@ -85,8 +88,11 @@ impl Distill {
         }
     }
 
-    /// Rules between keys; `has_teacher`: whether there is a `[teacher]`.
-    pub(super) fn check(&self, has_teacher: bool) -> Result<()> {
+    /// Checks that there is a teacher; `has_teacher`: whether there is a `[teacher]`.
+    ///
+    /// # Errors
+    /// If there is none.
+    pub fn check(&self, has_teacher: bool) -> Result<()> {
         if !has_teacher && self.teacher_adapter.is_none() {
             return Err(invalid!(
                 "[distill] has no teacher: add [teacher] path = \"a model\", or teacher_adapter for an adapter of [base]"

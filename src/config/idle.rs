@@ -1,7 +1,7 @@
 //! What of a config a stage does not read: keys and sections that change nothing, each with the reason. It does not depend on a
 //! model or data. Read `ppo_rules.rs` and `group.rs` for the keys of single sections.
 
-use super::{Config, CriticStart, Grpo, KvCacheType, Origin, Ppo, RewardKind, Rloo, Stage};
+use super::{Config, CriticStart, Data, EvalSize, Grpo, KvCacheType, Origin, Ppo, RewardKind, Rloo, Stage};
 
 impl Config {
     /// The keys of a stage's section, and the sections, that are set and change nothing, each as a sentence with the reason.
@@ -10,7 +10,10 @@ impl Config {
             Stage::Ppo => self.ppo.as_ref().map(Ppo::idle_keys).unwrap_or_default(),
             Stage::Grpo => self.grpo.as_ref().map(Grpo::idle_keys).unwrap_or_default(),
             Stage::Rloo => self.rloo.as_ref().map(Rloo::idle_keys).unwrap_or_default(),
-            Stage::Distill => self.distill().idle_keys(self.teacher.is_some()),
+            Stage::Distill => {
+                let evaluates = |data: &Data| ![EvalSize::Rows(0), EvalSize::Fraction(0.0)].contains(&data.eval_size());
+                self.distill().idle_keys(self.teacher.is_some(), self.data.as_ref().is_some_and(evaluates))
+            }
             _ => vec![],
         };
         // A file may hold the sections of several stages, each with what it reads.
@@ -81,7 +84,8 @@ impl Config {
         ];
         let others: Vec<&str> = there.iter().filter(|(_, is_there)| *is_there).map(|(of, _)| of.name()).collect();
         let listed = |of: fn(&&str) -> String, between: &str| others.iter().map(of).collect::<Vec<_>>().join(between);
-        (!others.is_empty() && !others.contains(&stage.name())).then(|| {
+        // A stage with rollouts does not run without its section.
+        (!others.is_empty() && !others.contains(&stage.name()) && !stage.has_rollouts()).then(|| {
             format!(
                 "the file has no [{}], so all of its keys have their defaults; it has {}, for {}",
                 stage.name(),

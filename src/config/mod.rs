@@ -33,6 +33,7 @@ mod schema;
 mod sources;
 mod stage;
 mod stages;
+mod synonyms;
 mod trl;
 mod url;
 mod validate;
@@ -398,6 +399,23 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     let endings = ["gguf", "safetensors", "bin"];
     if path.join("config.json").exists() || path.extension().is_some_and(|e| endings.iter().any(|known| e == *known)) {
         return Err(invalid!("{file} is a model, not a config; give a TOML file with [base] path = \"{file}\""));
+    }
+    match path.extension().and_then(|ending| ending.to_str()).filter(|_| path.is_file()) {
+        Some("jsonl" | "parquet" | "csv" | "tsv") => {
+            return Err(invalid!(
+                "{file} holds records, not a config; `fourfold init STAGE --base MODEL --data {file}` writes a config for them"
+            ));
+        }
+        Some("json" | "yaml" | "yml") => {
+            return Err(invalid!(
+                "{file} is no config: that is a TOML file; `fourfold init STAGE --base MODEL` writes one"
+            ));
+        }
+        _ => {}
+    }
+    let settings = path.join("config.toml");
+    if settings.is_file() {
+        return Err(invalid!("{file} is a folder; did you mean {}?", settings.display()));
     }
     let text =
         std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}; give the path of a TOML file"))?;

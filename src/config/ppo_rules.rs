@@ -9,7 +9,7 @@ use toml::{Table, Value};
 
 use super::{
     AdvantageEstimator, ColumnsRead, Compat, CriticStart, EnsembleScore, ImportanceSamplingCorrection,
-    ImportanceSamplingLevel, KlEstimator, KlIn, PolicyLoss, Ppo, RewardPart, ScaleRewards,
+    ImportanceSamplingLevel, KlEstimator, KlIn, PolicyLoss, Ppo, REWARD_ADAPTER, RewardPart, ScaleRewards,
 };
 use crate::invalid;
 
@@ -41,9 +41,16 @@ impl Ppo {
         if has_reward || !self.advantage_estimator.has_critic() || self.critic != CriticStart::Reward {
             return Ok(());
         }
+        let of_main =
+            self.reward.iter().find(|part| part.name() == REWARD_ADAPTER).map_or(0, |part| part.adapters.len());
+        let what = match of_main {
+            _ if !self.reward_adapter.is_blank() => "this one reads other tokens than the policy".to_owned(),
+            0 => "there is none".to_owned(),
+            n => format!("there are {n}"),
+        };
         Err(invalid!(
-            "[ppo] critic = \"reward\" starts as the one reward_adapter, and there is none over the policy's tokens, or several; \
-             use critic = \"actor\" or \"own\", or an advantage_estimator without a critic"
+            "[ppo] critic = \"reward\" starts as the one reward_adapter, and {what}; use critic = \"actor\" or \"own\", or an \
+             advantage_estimator without a critic"
         ))
     }
 

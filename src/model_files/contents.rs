@@ -83,12 +83,15 @@ impl FileContents {
             };
             return Err(invalid!("{name} is {what}no model; give a Hugging Face directory or a .gguf file{alone}"));
         }
-        Self::open_gguf(path)
+        Self::of_gguf(path, Gguf::open(path)?)
     }
 
-    fn open_gguf(path: &Path) -> Result<Self> {
+    /// Of the opened GGUF file at `path`.
+    ///
+    /// # Errors
+    /// As for [`Self::open`].
+    pub(crate) fn of_gguf(path: &Path, gguf: Gguf) -> Result<Self> {
         let name = path.display().to_string();
-        let gguf = Gguf::open(path)?;
         let config = gguf_config::decoder_config(&gguf)?;
         let mut table = TensorTable::default();
         for tensor in gguf.tensors() {

@@ -31,9 +31,10 @@ pub fn inspect(path: &Path) -> Result<Value> {
     }
     // A file that cannot be read is the model's to report.
     let file = Some(path).filter(|path| path.is_file()).and_then(|path| Gguf::open(path).ok());
-    match file.filter(Gguf::is_adapter) {
-        Some(file) => inspect_gguf_adapter(path, &file),
-        None => inspect_model(path),
+    match file {
+        Some(file) if file.is_adapter() => inspect_gguf_adapter(path, &file),
+        Some(file) => inspect_model(path, &FileContents::of_gguf(path, file)?),
+        None => inspect_model(path, &FileContents::open(path)?),
     }
 }
 
@@ -84,8 +85,7 @@ fn inspect_gguf_adapter(path: &Path, file: &Gguf) -> Result<Value> {
 /// Names of scalar and classification heads beside a decoder: transformers' and TRL's.
 const HEADS: [&str; 3] = ["score", "classifier", "v_head"];
 
-fn inspect_model(path: &Path) -> Result<Value> {
-    let contents = FileContents::open(path)?;
+fn inspect_model(path: &Path, contents: &FileContents) -> Result<Value> {
     let config = &contents.config;
     let mut by_type: BTreeMap<&str, Count> = BTreeMap::new();
     let mut total = Count::default();

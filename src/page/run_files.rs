@@ -293,12 +293,29 @@ fn settings_of(run: &Path) -> Option<(String, String)> {
 }
 
 fn no_run(path: &Path) -> anyhow::Error {
-    match path.is_dir() {
-        true => invalid!(
-            "{} holds no run: it has neither metrics.jsonl nor about.json; name the folder that a stage wrote to \
-             (--out, or output_dir of its config)",
-            path.display()
+    let shown = path.display();
+    let is_run = |folder: &Path| folder.join(METRICS).is_file() || matches!(About::read(folder), Ok(Some(_)));
+    let above = || path.ancestors().skip(1).take(3).find(|folder| is_run(folder));
+    if let Some(run) = above().filter(|_| path.exists()) {
+        let run = if run.as_os_str().is_empty() { Path::new(".") } else { run };
+        return invalid!("{shown} is a part of a run; name its folder, {}", run.display());
+    }
+    if path.is_file() {
+        return invalid!("{shown} is a file; name the folder of a run");
+    }
+    if !path.is_dir() {
+        return invalid!("{shown}: there is no such folder; name the folder of a run");
+    }
+    let entries = std::fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut runs: Vec<String> =
+        entries.filter(|folder| is_run(folder)).map(|folder| folder.display().to_string()).collect();
+    runs.sort();
+    match runs.as_slice() {
+        [] => invalid!(
+            "{shown} holds no run: it has neither metrics.jsonl nor about.json; name the folder that a stage wrote to (--out, or \
+             output_dir of its config)"
         ),
-        false => invalid!("{}: there is no such folder; name the folder of a run", path.display()),
+        [run] => invalid!("{shown} is the folder around a run; did you mean {run}?"),
+        [.., last] => invalid!("{shown} holds {} runs; name one of them, such as {last}", runs.len()),
     }
 }

@@ -1,9 +1,10 @@
 //! Warnings about what became of the records of `[data]`: many were dropped, or fewer than asked are held out. Each names
-//! the key to change and what that would keep. And what a stage will refuse to start with, for the commands that show it before.
-//! It does not depend on a stage.
+//! the key to change and what that would keep. It does not depend on a stage. Read `foreseen.rs` for what a stage will refuse.
 
-use crate::config::{Config, Data, EvalSize, Stage, Truncation};
+use crate::config::{Data, EvalSize, Truncation};
+use crate::data::Prepared;
 use crate::data::examples::objectives::Report;
+use crate::data::examples::{Example, Examples as _};
 use crate::error::counted;
 
 /// The share of dropped records above which there is a warning.
@@ -11,8 +12,13 @@ const DROPPED: f64 = 0.2;
 /// The share of the records that a proposed limit keeps, if a limit can.
 const KEPT: f64 = 0.95;
 
-/// Warnings about `report` and its split into `train` and `held_out` sequences; none where all is usual.
-pub fn data_warnings(report: &Report, data: &Data, train: usize, held_out: usize) -> Vec<String> {
+/// Warnings about what was made of the records and how it is split into training and held-out sequences; none where all is usual.
+pub fn data_warnings<T: Example>(prepared: &Prepared<T>, data: &Data) -> Vec<String> {
+    let (train, held_out) = (prepared.train.len(), prepared.held_out.len());
+    warnings_of(&prepared.report, data, [train, held_out], prepared.prompts)
+}
+
+fn warnings_of(report: &Report, data: &Data, [train, held_out]: [usize; 2], prompts: Option<usize>) -> Vec<String> {
     let mut warnings = vec![];
     let dropped: usize = report.dropped.values().sum();
     if dropped as f64 > DROPPED * report.read as f64 {
@@ -48,8 +54,9 @@ pub fn data_warnings(report: &Report, data: &Data, train: usize, held_out: usize
     });
     if let Some((_, asked)) = few {
         let held = if held_out == 0 { "none".to_owned() } else { held_out.to_string() };
+        let of = prompts.map(|prompts| format!(" of {}", counted(prompts, "prompt"))).unwrap_or_default();
         warnings.push(format!(
-            "[data] {asked} of {all} sequences: {held} can be held out, since all sequences of one prompt stay on one side; set a \
+            "[data] {asked} of {all} sequences{of}: {held} can be held out, since all sequences of one prompt stay on one side; set a \
              larger number, or give records with more prompts"
         ));
     }
@@ -65,35 +72,6 @@ pub fn data_warnings(report: &Report, data: &Data, train: usize, held_out: usize
         ));
     }
     warnings
-}
-
-/// What `stage` will refuse to start with, in its words; `config` with all members of an ensemble written out. `longest`: tokens of
-/// its longest training sequence, of `context` that the model takes.
-pub fn refusals(stage: Stage, config: &Config, longest: usize, context: usize) -> Vec<String> {
-    let name = stage.name();
-    let Some(ppo) = config.rollouts(stage).ok() else {
-        let is_too_long = longest > context;
-        let text = || {
-            format!(
-                "[data] a sequence of {longest} tokens is longer than the model's context of {context}, so `fourfold {name}` will \
-                 refuse to start; set max_length = {context} or less"
-            )
-        };
-        return is_too_long.then(text).into_iter().collect();
-    };
-    let mut said = vec![];
-    if longest + ppo.response_length > context {
-        said.push(format!(
-            "a prompt of {longest} tokens and {length} = {} do not fit the context of {context}, so `fourfold {name}` will refuse to \
-             start; lower {length} or [data] max_prompt_length",
-            ppo.response_length,
-            length = ppo.origin.key("response_length"),
-        ));
-    }
-    if let Err(error) = ppo.check_critic(!ppo.reward_adapter.is_blank()) {
-        said.push(format!("`fourfold {name}` will refuse to start: {error}"));
-    }
-    said
 }
 
 /// A limit and how many records it keeps: beside the `kept` ones, those that need no more tokens.
@@ -133,22 +111,29 @@ mod tests {
     fn many_dropped_records_name_the_limit_that_keeps_nearly_all() {
         let data = Data { max_length: 32, ..Data::default() };
         // 9 records fit; 85 need 100 tokens, 6 need 900.
-        let found = data_warnings(&report(100, &[(100, 85), (900, 6)]), &data, 9, 0);
+        let found = warnings_of(&report(100, &[(100, 85), (900, 6)]), &data, [9, 0], None);
         assert_eq!(found.len(), 1);
         assert!(found[0].contains("91 of 100 records are dropped (91%)"), "{found:?}");
         assert!(found[0].contains("max_length = 900 would keep 100"), "94 would miss the share: {found:?}");
-        let found = data_warnings(&report(100, &[(100, 86), (900, 5)]), &data, 9, 0);
+        let found = warnings_of(&report(100, &[(100, 86), (900, 5)]), &data, [9, 0], None);
         assert!(found[0].contains("max_length = 128 would keep 95"), "{found:?}");
         assert!(found[0].contains("truncation = \"left\""), "{found:?}");
-        assert_eq!(data_warnings(&report(100, &[(100, 20)]), &data, 76, 4), Vec::<String>::new(), "a fifth is usual");
+        assert_eq!(
+            warnings_of(&report(100, &[(100, 20)]), &data, [76, 4], None),
+            Vec::<String>::new(),
+            "a fifth is usual"
+        );
     }
 
     #[test]
     fn a_held_out_part_that_was_cut_is_said() {
         let data = Data { eval_rows: Some(6), ..Data::default() };
-        let found = data_warnings(&report(7, &[]), &data, 4, 3);
+        let found = warnings_of(&report(7, &[]), &data, [4, 3], Some(2));
         assert!(found.len() == 1 && found[0].contains("eval_rows = 6 of 7 sequences: 3 are held out"), "{found:?}");
-        assert!(data_warnings(&report(12, &[]), &data, 6, 6).is_empty());
+        let found = warnings_of(&report(14, &[]), &data, [14, 0], Some(1));
+        let says = "eval_rows = 6 of 14 sequences of 1 prompt: none can be held out, since all sequences of one prompt";
+        assert!(found.len() == 1 && found[0].contains(says), "{found:?}");
+        assert!(warnings_of(&report(12, &[]), &data, [6, 6], Some(12)).is_empty());
     }
 
     #[test]
@@ -156,7 +141,7 @@ mod tests {
         let mut skipped = report(10, &[]);
         skipped.dropped = BTreeMap::from([("bad".to_owned(), 3)]);
         skipped.first_bad = Some("a.jsonl, line 2: no prompt".into());
-        let found = data_warnings(&skipped, &Data::default(), 6, 1);
+        let found = warnings_of(&skipped, &Data::default(), [6, 1], Some(7));
         assert!(found[0].contains("a.jsonl, line 2: no prompt"), "{found:?}");
     }
 }

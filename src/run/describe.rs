@@ -52,12 +52,13 @@ pub fn describe(dir: &Path) -> Result<Option<Value>> {
     let summary: Option<Value> =
         fs::read(dir.join(output::SUMMARY)).ok().and_then(|text| serde_json::from_slice(&text).ok());
     let missing = summary.as_ref().map_or_else(Vec::new, |summary| output::missing(dir, stage, summary));
+    let state = state(dir, &adapters, &missing, summary.is_some());
     let mut described = json!({
         "path": dir.display().to_string(),
         "kind": "run",
         "stage": stage,
         "base": output::base_of(dir),
-        "state": state(dir, &adapters, &missing),
+        "state": state,
         "last_step": figures.last_step,
         "adapters": adapters,
         "best": figures.best,
@@ -74,8 +75,8 @@ pub fn describe(dir: &Path) -> Result<Option<Value>> {
     Ok(Some(described))
 }
 
-/// Finished, in use, or stopped, and when. `missing`: files that a finished run had.
-fn state(dir: &Path, adapters: &Map<String, Value>, missing: &[PathBuf]) -> String {
+/// Finished, in use, or stopped, and when. `missing`: files that a finished run had. `is_read`: whether its summary could be read.
+fn state(dir: &Path, adapters: &Map<String, Value>, missing: &[PathBuf], is_read: bool) -> String {
     if let Some(owner) = lock::owner(dir) {
         return format!("running: {owner}");
     }
@@ -85,7 +86,8 @@ fn state(dir: &Path, adapters: &Map<String, Value>, missing: &[PathBuf]) -> Stri
     if summary.exists() {
         let lacks = missing.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");
         let lacks = if lacks.is_empty() { lacks } else { format!(", but without {lacks}") };
-        return format!("finished {}{lacks}", time(&summary));
+        let unread = if is_read { "" } else { ", but its summary.json cannot be read" };
+        return format!("finished {}{lacks}{unread}", time(&summary));
     }
     match Store::at(dir.join(output::CHECKPOINTS)).newest() {
         Ok((Some(found), _)) => format!(

@@ -6,6 +6,7 @@ use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
 use super::continued::continued;
+use super::foreseen::longest_prompt;
 use super::{Model, check_context, prepared, save};
 use crate::config::{Config, Stage};
 use crate::data::examples::Examples;
@@ -26,6 +27,8 @@ use crate::run::placement::name_of;
 use crate::train::supervised::Setup;
 
 pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
+    // A file without [distill] was not checked for it.
+    config.distill().check(config.teacher.is_some())?;
     match config.distill().samples_all() {
         true => over::<PromptExample>(config, out, launch),
         false => over::<SftExample>(config, out, launch),
@@ -47,9 +50,10 @@ fn over<T: Objective + Stored + Prompted + passes::Sampled>(
     check_teacher(&model, teacher)?;
     let data: Prepared<T> =
         prepared(config, model.checkpoint.tokenizer(), true).with_context(|| settings.about_records())?;
+    check_context(&model, data.train.longest_sequence())?;
+    check_context(teacher, data.train.longest_sequence()).context("[teacher]")?;
+    check_lengths(&[(&model, "[base]"), (teacher, "[teacher]")], longest_prompt(&data)?, &settings)?;
     let (train, held_out) = (data.train, data.held_out);
-    check_context(&model, train.longest_sequence())?;
-    check_lengths(&[(&model, "[base]"), (teacher, "[teacher]")], [longest(&train)?, longest(&held_out)?], &settings)?;
     let start = match &settings.adapter {
         Some(path) => continued(&model, path, config, Stage::Distill).context("[distill] adapter")?,
         None => model.fresh_adapter(&config.lora, config.seed)?,
@@ -83,14 +87,8 @@ fn over<T: Objective + Stored + Prompted + passes::Sampled>(
     }))
 }
 
-/// The longest prompt.
-fn longest<T: Prompted>(examples: &impl Examples<T>) -> Result<usize> {
-    (0..examples.len()).try_fold(0, |most, row| Ok(most.max(examples.get(row)?.prompt().len())))
-}
-
 /// Refuses a prompt that leaves no room for a whole response.
-fn check_lengths(models: &[(&Model, &str)], longest: [usize; 2], settings: &crate::config::Distill) -> Result<()> {
-    let prompt = longest.into_iter().max().unwrap_or(0);
+fn check_lengths(models: &[(&Model, &str)], prompt: usize, settings: &crate::config::Distill) -> Result<()> {
     for (model, name) in models {
         let context = model.base.config().max_position_embeddings;
         if prompt + settings.max_new_tokens > context {

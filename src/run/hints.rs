@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::output;
 use crate::invalid;
 use crate::model_files::gguf::Gguf;
+use crate::train::lock;
 
 const ADAPTER: &str = "adapter_config.json";
 const MODEL: &str = "config.json";
@@ -22,8 +23,94 @@ fn below(dir: &Path, file: &str) -> Vec<PathBuf> {
     found
 }
 
+/// Paths that are named at most.
+const LISTED: usize = 8;
+
 fn listed(paths: &[PathBuf]) -> String {
-    paths.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(" or ")
+    let shown: Vec<String> = paths.iter().take(LISTED).map(|path| path.display().to_string()).collect();
+    match paths.len().checked_sub(LISTED + 1) {
+        None => shown.join(" or "),
+        Some(more) => format!("{} or one of {} more", shown.join(", "), more + 1),
+    }
+}
+
+/// The folder that a path lies in; the current one for a bare name.
+fn parent(path: &Path) -> &Path {
+    path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."))
+}
+
+/// That a path is the folder of a run without adapters, or the name of one that a run writes; `None` if it is neither.
+fn unwritten(path: &Path) -> Option<String> {
+    let (shown, folder) = (path.display(), parent(path));
+    let name = path.file_name().and_then(|name| name.to_str());
+    let is_of = |stage: &str| output::adapters_of(stage).iter().any(|adapter| Some(*adapter) == name);
+    let (run, what) = match (output::stage_of(path), output::stage_of(folder)) {
+        (Some(_), _) => (path, format!("{shown} is the folder of a run that")),
+        (None, Some(stage)) if is_of(stage) => {
+            (folder, format!("{shown} is not there: the run in {}", folder.display()))
+        }
+        _ => return None,
+    };
+    Some(match lock::owner(run) {
+        Some(owner) => format!("{what} goes on ({owner}) and writes its adapters when it ends; wait for that"),
+        None if run.join(output::SUMMARY).is_file() => format!("{what} is finished and has no such adapter"),
+        None if output::has_checkpoint(run) => format!(
+            "{what} ended before it wrote its adapters; go on with its command and --resume, from its newest checkpoint"
+        ),
+        None => format!("{what} ended before it wrote its adapters and has no checkpoint to go on from; run it again"),
+    })
+}
+
+/// Checks that what is to be described is not a part of a model, an adapter or a run, a folder with such below it, or a config.
+///
+/// # Errors
+/// If it is; the message says what to give.
+pub fn check_described(path: &Path) -> Result<()> {
+    let shown = path.display();
+    let run = [parent(path), parent(parent(path))].into_iter().find(|folder| output::stage_of(folder).is_some());
+    if path.is_file() {
+        if path.with_file_name(ADAPTER).is_file() {
+            return Err(invalid!("{shown} is a file; an adapter is its folder: {}", folder_of(path)));
+        }
+        let is_of_model =
+            path.with_file_name(MODEL).is_file() || path.extension().is_some_and(|ending| ending == "gguf");
+        if let Some(run) = run.filter(|_| !is_of_model) {
+            return Err(invalid!("{shown} is a file of the run in {}; give that folder", run.display()));
+        }
+        if path.extension().is_some_and(|ending| ending == "toml") {
+            return Err(invalid!(
+                "{shown} is a config; `fourfold plan {shown}` says what it takes, and `fourfold keys` what its keys mean"
+            ));
+        }
+        return Ok(());
+    }
+    if path.join(MODEL).is_file() || path.join(ADAPTER).is_file() {
+        return Ok(());
+    }
+    if let Some(text) = unwritten(path) {
+        return Err(invalid!("{text}"));
+    }
+    if !path.is_dir() {
+        return Ok(());
+    }
+    if let Some(run) = run {
+        return Err(invalid!("{shown} is a part of the run in {}; give that folder", run.display()));
+    }
+    let mut found = [below(path, ADAPTER), below(path, MODEL)].concat();
+    let entries = fs::read_dir(path).into_iter().flatten().flatten().map(|entry| entry.path());
+    found.extend(entries.filter(|path| {
+        output::stage_of(path).is_some() || path.is_file() && path.extension().is_some_and(|ending| ending == "gguf")
+    }));
+    found.sort();
+    found.dedup();
+    match found.is_empty() {
+        true => Err(invalid!(
+            "{shown} holds neither a model (config.json) nor an adapter ({ADAPTER}) nor a run ({}); give the folder of one, or a .gguf \
+             file",
+            output::RESOLVED
+        )),
+        false => Err(invalid!("{shown} is itself no model, adapter or run; did you mean {}?", listed(&found))),
+    }
 }
 
 /// The message for a LoRA adapter in GGUF: it is an export, which nothing here reads back.
@@ -47,6 +134,9 @@ pub fn check_adapter_path(path: &Path) -> Result<()> {
     if !adapters.is_empty() {
         let what = if output::stage_of(path).is_some() { "the folder of a run" } else { "no adapter" };
         return Err(invalid!("{shown} is {what}; did you mean {}?", listed(&adapters)));
+    }
+    if let Some(text) = unwritten(path) {
+        return Err(invalid!("{text}"));
     }
     if is_gguf_adapter(path) {
         return Err(invalid!("{shown} {GGUF_ADAPTER}"));
@@ -82,16 +172,17 @@ pub fn check_base_path(path: &Path) -> Result<()> {
         return Err(invalid!("{shown} is no model; did you mean {}?", listed(&models)));
     }
     if output::stage_of(path).is_some() {
+        let adapters = below(path, ADAPTER);
+        let and =
+            if adapters.is_empty() { String::new() } else { format!(", and {} as the adapter", listed(&adapters)) };
         return Err(invalid!(
-            "{shown} is the folder of a run, not a model; give its base ({}) as the base, and {} as the adapter",
-            output::base_of(path).unwrap_or_else(|| "see its config.toml".into()),
-            listed(&below(path, ADAPTER))
+            "{shown} is the folder of a run, not a model; give its base ({}) as the base{and}",
+            output::base_of(path).unwrap_or_else(|| "see its config.toml".into())
         ));
     }
     Ok(())
 }
 
 fn folder_of(path: &Path) -> String {
-    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    folder.display().to_string()
+    parent(path).display().to_string()
 }

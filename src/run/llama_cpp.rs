@@ -14,6 +14,7 @@ use serde_json::{Value, json};
 
 use super::Model;
 use super::llama_process::{self, ServerProcess};
+use super::output::SERVER_LOG;
 use super::rollout_servers::{
     RolloutServer, adapters_folder, check_tokens, remove_abandoned, said, sample, tag, tries, whole,
 };
@@ -29,9 +30,6 @@ use crate::reward::source::endpoint::Endpoint;
 use crate::reward::source::retry::{Failure, excerpt};
 use crate::rng::derive;
 use crate::train::stop;
-
-/// The server's log in the run's folder.
-const LOG: &str = "llama-server.log";
 
 /// A running server and what it is asked by: what a thread that samples ahead needs.
 struct Client {
@@ -107,7 +105,7 @@ impl<'w> LlamaCppSampler<'w> {
         if asks {
             llama_process::check(&settings.server).with_context(|| format!("[{section}.rollout]"))?;
         }
-        let (settings, running, log) = (settings.clone(), Mutex::default(), out.join(LOG));
+        let (settings, running, log) = (settings.clone(), Mutex::default(), out.join(SERVER_LOG));
         Ok(Self { section, settings, model, folder, log, tag: tag(), running, has_written: AtomicBool::new(false) })
     }
 
@@ -318,11 +316,15 @@ impl Sampler for LlamaCppSampler<'_> {
 }
 
 impl RolloutServer for LlamaCppSampler<'_> {
-    fn begin(&self, first: &Adapter) -> Result<()> {
+    fn begin(&self, first: &Adapter, stays: bool) -> Result<()> {
         remove_abandoned(&self.settings, &self.folder);
-        let waited = self.serve(first, 0)?.wait(&stop::requested);
-        match waited {
-            Ok(()) => Ok(()),
+        let client = self.serve(first, 0)?;
+        client.process.set_log_stays(stays);
+        match client.wait(&stop::requested) {
+            Ok(()) => {
+                client.process.set_log_stays(true);
+                Ok(())
+            }
             Err(_) if stop::requested() => {
                 Err(Error::new(Interrupted("stopped while the rollout server was started".into())))
             }

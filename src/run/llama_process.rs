@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, TcpListener};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -26,8 +27,8 @@ const HEALTH: Duration = Duration::from_secs(5);
 const EXIT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long after a failed request a server may be found to have ended: its sockets close before it does.
 const DYING: Duration = Duration::from_millis(300);
-/// What is quoted of its log.
-const QUOTED_LINES: usize = 6;
+/// What is quoted of its log, and of one that does not stay.
+const QUOTED_LINES: [usize; 2] = [6, 20];
 
 /// A server that was started. Dropping it ends it.
 #[derive(Debug)]
@@ -38,6 +39,8 @@ pub(super) struct ServerProcess {
     /// Its address.
     pub(super) url: String,
     log: PathBuf,
+    /// Whether its log stays where it is for whoever reads a message.
+    log_stays: AtomicBool,
 }
 
 impl ServerProcess {
@@ -58,7 +61,12 @@ impl ServerProcess {
         with_this_process(&mut command);
         let child = command.spawn().map_err(|error| cannot_start(program, &error.to_string()))?;
         let url = format!("http://127.0.0.1:{port}");
-        Ok(Self { child: child.into(), name: program.clone(), url, log: log.into() })
+        Ok(Self { child: child.into(), name: program.clone(), url, log: log.into(), log_stays: true.into() })
+    }
+
+    /// Whether its log stays: messages name it then, and quote more of it if it does not.
+    pub(super) fn set_log_stays(&self, stays: bool) {
+        self.log_stays.store(stays, Ordering::Relaxed);
     }
 
     /// Waits until it is healthy.
@@ -81,7 +89,7 @@ impl ServerProcess {
             }
             if began.elapsed() >= timeout {
                 return Err(Failure::Final(format!(
-                    "it was not healthy within timeout_seconds = {} ({last}); raise it, or see its log{}",
+                    "it was not healthy within timeout_seconds = {} ({last}); raise it{}",
                     timeout.as_secs_f64(),
                     self.quoted()
                 )));
@@ -95,7 +103,7 @@ impl ServerProcess {
         let began = Instant::now();
         loop {
             match self.child().try_wait() {
-                Ok(Some(status)) => return Some(format!("it ended ({status}); see its log{}", self.quoted())),
+                Ok(Some(status)) => return Some(format!("it ended ({status}){}", self.quoted())),
                 Ok(None) if began.elapsed() < wait => {}
                 _ => return None,
             }
@@ -127,14 +135,20 @@ impl ServerProcess {
         self.child.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The name of its log and the last lines of it.
+    /// What stands behind a message: the last lines of its log, and where it is if it stays.
     fn quoted(&self) -> String {
         let text = fs::read(&self.log).unwrap_or_default();
         let text = String::from_utf8_lossy(&text);
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
-        let last = &lines[lines.len().saturating_sub(QUOTED_LINES)..];
+        let stays = self.log_stays.load(Ordering::Relaxed);
+        let last = &lines[lines.len().saturating_sub(QUOTED_LINES[usize::from(!stays)])..];
         let last: String = last.iter().map(|line| format!("\n  {}", line.trim_end())).collect();
-        format!(" {}{}{last}", self.log.display(), if last.is_empty() { ", which is empty" } else { ", which ends:" })
+        match (stays, last.is_empty()) {
+            (true, false) => format!("; see its log {}, which ends:{last}", self.log.display()),
+            (true, true) => format!("; its log {} is empty", self.log.display()),
+            (false, false) => format!("; its log ends:{last}"),
+            (false, true) => "; its log is empty".into(),
+        }
     }
 }
 

@@ -10,6 +10,7 @@ use super::output::{MEMBERS, RESOLVED, stage_of};
 use crate::config::{Config, Stage};
 use crate::error::counted;
 use crate::invalid;
+use crate::train::lock;
 
 /// The adapters that a path stands for: all members if it is the folder of a run of `[reward] ensemble`, else itself.
 ///
@@ -22,16 +23,18 @@ pub fn members(path: &Path) -> Result<Vec<PathBuf>> {
     }
     let is_adapter = |path: &PathBuf| path.join("adapter_config.json").is_file();
     let found: Vec<PathBuf> = MEMBERS.iter().map(|name| path.join(name)).filter(is_adapter).collect();
-    match found.len() == wanted {
-        true => Ok(found),
-        false => Err(invalid!(
-            "{} is the folder of a run of {} and holds {} of them; if the run was stopped, finish it with --resume; if \
-             not, name the adapters that are meant one by one",
-            path.display(),
-            counted(wanted, "reward model"),
-            found.len()
-        )),
+    if found.len() == wanted {
+        return Ok(found);
     }
+    let (shown, of) = (path.display(), counted(wanted, "reward model"));
+    Err(match lock::owner(path) {
+        Some(owner) => invalid!("{shown} is the folder of a run of {of} that goes on ({owner}); wait for its end"),
+        None => invalid!(
+            "{shown} is the folder of a run of {of} and holds {} of them; if the run was stopped, finish it with --resume; if \
+             not, name the adapters that are meant one by one",
+            found.len()
+        ),
+    })
 }
 
 /// The number of reward models that the run in a folder trains; 1 if it is no run of the reward stage.

@@ -9,6 +9,7 @@ mod describe;
 pub mod device_bench;
 mod distill;
 mod dpo;
+mod foreseen;
 mod hints;
 mod llama_cpp;
 mod llama_process;
@@ -38,7 +39,6 @@ use serde_json::Value;
 use crate::config::{Config, Stage};
 use crate::data;
 use crate::data::Prepared;
-use crate::data::examples::Examples as _;
 use crate::data::examples::objectives::{Objective, PromptExample};
 use crate::data::stream::cache::Stored;
 use crate::device::select;
@@ -52,14 +52,18 @@ use crate::train::stop;
 use crate::train::world::World;
 use crate::{host, invalid, note, warning};
 
-pub use data_warnings::{data_warnings, refusals};
+pub use data_warnings::data_warnings;
 pub use describe::describe;
-pub use hints::{check_adapter_path, check_base_path};
+pub use foreseen::{Lengths, absent_adapters, longest_prompt, refusals};
+pub use hints::{check_adapter_path, check_base_path, check_described};
 pub use measure::{Measured, measure, measure_among};
 pub use members::{members, with_members};
 pub use model::{Model, lora_config};
 pub use options::{RunOptions, quoted, resuming_command};
-pub use output::{check_free, check_output, is_of, prepare_output, replaced, settings_beside, stopped, write_summary};
+pub use output::{
+    check_free, check_not_of_run, check_output, is_of, is_settings, prepare_output, replaced, settings_beside, stopped,
+    write_summary,
+};
 pub use plan_inputs::PlanInputs;
 pub use rewards::aggregate;
 pub use rollout_servers::memory_beside;
@@ -207,7 +211,7 @@ fn prepared_among<T: Objective + Stored>(
         Some(path) => note!("data: {report}; tokens in {}", path.display()),
         None => note!("data: {report}"),
     }
-    for warning in data_warnings(report, config.data()?, prepared.train.len(), prepared.held_out.len()) {
+    for warning in data_warnings(&prepared, config.data()?) {
         warning!("warning: {warning}");
     }
     Ok(prepared)

@@ -162,11 +162,7 @@ impl Model {
     pub fn policy_adapter(&self, path: &Path) -> Result<Adapter> {
         let adapter = self.adapter(path)?;
         match adapter.head() {
-            Some(_) => Err(invalid!(
-                "{}: this adapter has a score head, so it is a reward model's or a critic's and was not trained to write \
-                 text; give the adapter of an SFT, DPO or KTO run, or a PPO run's actor (`fourfold score` scores with this one)",
-                path.display()
-            )),
+            Some(_) => Err(has_score_head(path)),
             None => Ok(adapter),
         }
     }
@@ -248,6 +244,15 @@ impl Model {
         }
         Ok(())
     }
+}
+
+/// What is said of an adapter with a score head where a policy's is wanted.
+pub(super) fn has_score_head(path: &Path) -> Error {
+    invalid!(
+        "{}: this adapter has a score head, so it is a reward model's or a critic's and was not trained to write text; give the \
+         adapter of an SFT, DPO or KTO run, or a PPO run's actor (`fourfold score` scores with this one)",
+        path.display()
+    )
 }
 
 /// `[lora]` as the model has it.

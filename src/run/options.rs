@@ -248,6 +248,10 @@ fn without_checkpoint(out: &Path) -> anyhow::Error {
 pub(crate) fn check(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<()> {
     // What else is wrong with the folder of a live run may be right in a minute.
     lock::check(out)?;
+    // A run that cannot save what it has trained has trained for nothing.
+    let members = if stage == Stage::Reward { config.reward().ensemble } else { usize::MAX };
+    let adapters = output::adapters_of(stage.name()).iter().take(members);
+    adapters.into_iter().try_for_each(|name| Adapter::check_replaceable(&out.join(name)))?;
     match &launch.resume {
         None if launch.overwrite => {}
         None => output::check_free(out, stage.name())?,

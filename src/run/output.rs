@@ -22,6 +22,8 @@ use crate::train::store::Store;
 pub(super) const RESOLVED: &str = "config.toml";
 /// What `--json` prints, written when a run is finished.
 pub(super) const SUMMARY: &str = "summary.json";
+/// What llama.cpp's server writes.
+pub(super) const SERVER_LOG: &str = "llama-server.log";
 /// Where a run's checkpoints lie.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
 /// Files that every command writes beside its folders.
@@ -60,6 +62,23 @@ pub(super) fn adapters_of(by: &str) -> &'static [&'static str] {
     }
 }
 
+/// Refuses the name of what a run in the folder writes: an output of that name would end the run when it comes to write it.
+///
+/// # Errors
+/// If the path is one of its adapters' or its checkpoints'.
+pub fn check_not_of_run(out: &Path) -> Result<()> {
+    let folder = out.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = out.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    match stage_of(folder) {
+        Some(stage) if adapters_of(stage).contains(&name) || name == CHECKPOINTS => Err(invalid!(
+            "--out {}: the run in {} writes {name} itself; name another --out",
+            out.display(),
+            folder.display()
+        )),
+        _ => Ok(()),
+    }
+}
+
 /// `by` is the command that writes the folder.
 fn mark(by: &str) -> String {
     format!("# fourfold {by}: the settings of this run, every default written out")
@@ -76,6 +95,7 @@ fn resolved(by: &str, settings: &str) -> String {
 /// # Errors
 /// If there is something else under that name: another's files, or what another stage made.
 pub fn check_output(out: &Path, by: &str) -> Result<()> {
+    check_not_of_run(out)?;
     if let Some(file) = out.ancestors().skip(1).find(|above| above.is_file()) {
         return Err(invalid!(
             "{}: {} is a file, not a folder; name another folder with --out",
@@ -249,6 +269,24 @@ pub(super) fn begin(out: &Path, by: &str, settings: &str) -> Result<()> {
     go_on(out, by, settings)
 }
 
+/// Removes what a run that was refused before its first step has written, and its folder if `is_new`, that is if the run made
+/// it. Whatever else lies there stays.
+///
+/// # Errors
+/// If a file cannot be removed.
+pub(super) fn undo(out: &Path, by: &str, is_new: bool) -> Result<()> {
+    clear(out, by)?;
+    crate::report::remove_events(out)?;
+    for name in [RESOLVED, SERVER_LOG] {
+        let _ = fs::remove_file(out.join(name));
+    }
+    if is_new {
+        let _ = fs::remove_file(out.join(lock::NAME));
+        let _ = fs::remove_dir(out); // fails, rightly, where something is left in it
+    }
+    Ok(())
+}
+
 /// Removes what [`begin`] removes.
 fn clear(out: &Path, by: &str) -> Result<()> {
     let adapters = adapters_of(by).iter().flat_map(|name| ADAPTER_FILES.map(|file| out.join(name).join(file)));
@@ -343,6 +381,11 @@ pub fn prepare_output(out: &Path, by: &str, settings: &str) -> Result<Lock> {
     let lock = lock::lock(out)?;
     begin(out, by, settings)?;
     Ok(lock)
+}
+
+/// Whether a file is the settings of a run, by which its folder is known.
+pub fn is_settings(file: &Path) -> bool {
+    file.file_name().is_some_and(|name| name == RESOLVED) && file.parent().and_then(stage_of).is_some()
 }
 
 /// The resolved settings of the run that an adapter's folder lies in, if it lies in one.

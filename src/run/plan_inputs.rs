@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 use serde_json::Value;
 
+use super::foreseen::{Lengths, longest_prompt};
 use super::{check_base_path, lora_config, placement};
 use crate::config;
 use crate::config::{Config, Stage};
@@ -249,8 +250,21 @@ impl PlanInputs {
         Ok(self.fresh[of].get_or_init(|| fresh).clone())
     }
 
+    /// The lengths by which a stage may be refused.
+    ///
+    /// # Errors
+    /// Examples that cannot be read.
+    pub fn lengths(&self, stage: Stage) -> Result<Lengths> {
+        let prompt = match &self.data {
+            Data::Sft(data) if stage == Stage::Distill => longest_prompt(data)?,
+            Data::Prompts(data) if stage == Stage::Distill => longest_prompt(data)?,
+            _ => 0,
+        };
+        Ok(Lengths { sequence: self.longest_sequence(), prompt, context: self.context() })
+    }
+
     /// The longest sequence that both bases can take, in tokens.
-    pub fn context(&self) -> usize {
+    fn context(&self) -> usize {
         let of = |headers: &Headers| headers.config().max_position_embeddings;
         self.scorer.as_ref().map_or(usize::MAX, of).min(of(&self.policy))
     }
@@ -305,7 +319,7 @@ impl PlanInputs {
 
 impl PlanInputs {
     /// Tokens of the longest training sequence; 0 without data.
-    pub fn longest_sequence(&self) -> usize {
+    fn longest_sequence(&self) -> usize {
         match &self.data {
             Data::Sft(data) => data.train.longest_sequence(),
             Data::Ranked(data) => data.train.longest_sequence(),

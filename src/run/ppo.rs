@@ -11,7 +11,8 @@ use serde_json::{Value, json};
 use super::continued::continued;
 use super::prompts::{all_prompts, columns, first_token_difference, translate};
 use super::rewards::{Adapters, RewardSourceBuilder};
-use super::{Model, llama_cpp, prepared_among, rollout_servers, save};
+use super::rollout_servers::RolloutServer;
+use super::{Model, llama_cpp, output, prepared_among, rollout_servers, save};
 use crate::config::{Config, CriticStart, Ppo, Ptx, RewardKind, Stage};
 use crate::data;
 use crate::data::examples::objectives::{PromptExample, SftExample, TextEncoder, end_of_responses, ends_of_responses};
@@ -137,6 +138,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     let sampler = ppo.servers().map(open).transpose()?;
     let parts = Parts { stage, policy: &model, scorer: other.as_ref(), start: &sft, reward: adapters.main() };
     let preflight = parts.admit(&of_all, |config| passes::ppo(config, &ids, facts))?;
+    let is_new = !out.exists();
     let mut session = inputs.begin(out, options)?;
     let memory = preflight.report(&mut session);
     if let Some((text, _)) = rollout_servers::memory_beside(ppo) {
@@ -160,8 +162,15 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         world,
     };
     // Rank 0 alone asks the servers.
-    if let Some(sampler) = &sampler {
-        world.first(|| sampler.begin(&sft))?;
+    let asked = |sampler: &dyn RolloutServer| world.first(|| sampler.begin(&sft, session.is_resumed()));
+    if let Err(error) = sampler.as_deref().map_or(Ok(()), asked) {
+        // Its adapters go with it.
+        drop(sampler);
+        if world.is_first() && !session.is_resumed() {
+            // The error counts.
+            let _ = output::undo(out, name, is_new);
+        }
+        return Err(error);
     }
     let evaluation = Evaluation::new(inputs, ppo, config.seed);
     let before = session.once_together("before", |report| evaluation.before(report))?;

@@ -29,10 +29,11 @@ const BACKOFF: Duration = Duration::from_millis(500);
 /// A sampler that is a server.
 pub(super) trait RolloutServer: Sampler {
     /// Gives it the adapter that the run begins with, so that a server which cannot sample is found before minutes of work.
+    /// `stays`: whether the run's folder does where that fails.
     ///
     /// # Errors
     /// As for a rollout.
-    fn begin(&self, first: &Adapter) -> Result<()>;
+    fn begin(&self, first: &Adapter, stays: bool) -> Result<()>;
 }
 
 /// The client of the servers that a section names; nothing is sent, started or written yet. `section`: ppo, grpo or rloo. `out`:

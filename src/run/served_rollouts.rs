@@ -295,7 +295,7 @@ impl Sampler for ServedSampler<'_> {
 }
 
 impl RolloutServer for ServedSampler<'_> {
-    fn begin(&self, first: &Adapter) -> Result<()> {
+    fn begin(&self, first: &Adapter, _: bool) -> Result<()> {
         remove_abandoned(&self.clients.settings, &self.folder);
         self.load(first, 0).map(drop)
     }

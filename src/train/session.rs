@@ -109,6 +109,11 @@ impl Session {
         Ok(found)
     }
 
+    /// Whether the run goes on from a checkpoint; asked before [`Session::resumed`] is.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed.is_some()
+    }
+
     /// The state that the run resumes from. Called once, at the start of a stage's loop.
     ///
     /// # Errors

@@ -73,24 +73,102 @@ fn an_unknown_section_names_the_nearest_section() {
 #[test]
 fn a_key_in_the_wrong_section_or_of_another_trainer_is_pointed_home() {
     refuses("[ppo]\nmax_length = 3", "[data] has it");
-    refuses("[lora]\nlora_rank = 3", "it is [lora] r here");
-    refuses("[ppo]\nppo_epochs = 3", "it is [ppo] num_ppo_epochs here");
-    refuses("[ppo]\nactor = \"a\"", "it is [ppo] adapter here");
-    refuses("[grpo]\nactor = \"a\"", "it is [grpo] adapter here");
-    refuses("[grpo]\nreward_model = \"a\"", "it is [grpo] reward_adapter here");
-    refuses("[grpo]\ninit_kl_coef = 0.1", "it is beta here, as in TRL");
-    refuses("[sft]\nlr = 1e-4", "it is [sft] learning_rate here");
     refuses("[sft]\nseed = 3", "seed stands at the top of the file");
+    let here = |section: &str, key: &str, ours: &str| {
+        refuses(&format!("[{section}]\n{key} = 3"), &format!("[{section}] has no key {key:?}; it is {ours} here"));
+    };
+    for (section, key, ours) in [
+        ("lora", "lora_rank", "[lora] r"),
+        ("lora", "alpha", "[lora] lora_alpha"),
+        ("sft", "lora_target", "[lora] target_modules"),
+        ("sft", "cutoff_len", "[data] max_length"),
+        ("dpo", "max_seq_length", "[data] max_length"),
+        ("ppo", "model", "[base] path"),
+        ("sft", "model_name_or_path", "[base] path"),
+        ("sft", "dataset", "[data] path"),
+        ("sft", "lr", "[sft] learning_rate"),
+        ("sft", "batch_size", "[sft] per_device_train_batch_size"),
+        ("sft", "grad_clip", "[sft] max_grad_norm"),
+        ("sft", "out", "output_dir"),
+        ("ppo", "bs", "[ppo] batch_size"),
+        ("ppo", "per_device_train_batch_size", "[ppo] micro_batch_size"),
+        ("ppo", "kl", "[ppo] kl_coef"),
+        ("ppo", "beta", "[ppo] kl_coef"),
+        ("ppo", "init_kl_coef", "[ppo] kl_coef"),
+        ("ppo", "clip_ratio", "[ppo] cliprange"),
+        ("ppo", "ppo_epochs", "[ppo] num_ppo_epochs"),
+        ("ppo", "critic_lr", "[ppo] critic_learning_rate"),
+        ("ppo", "ptx_coef", "[ppo.ptx] coef"),
+        ("ppo", "actor", "[ppo] adapter"),
+        ("ppo", "ACTOR", "[ppo] adapter"),
+        ("grpo", "actor", "[grpo] adapter"),
+        ("grpo", "reward_model", "[grpo] reward_adapter"),
+        ("grpo", "init_kl_coef", "[grpo] beta"),
+        ("distill", "student", "[distill] adapter"),
+        ("distill", "teacher", "[teacher] path"),
+    ] {
+        here(section, key, ours);
+    }
+    refuses("[ppo]\nKL_Coef = 0.1", "did you mean \"kl_coef\"?");
+    refuses("[ppo]\nkl-coef = 0.1", "did you mean \"kl_coef\"?");
+    let base = message("[base]\nfiles = 3", &[]);
+    assert_eq!(base, "run.toml: [base] has no key \"files\"; it is [base] path here");
+    let others = "it belongs into another section: [dpo], [kto], [distill], [grpo], [rloo] beta; [ppo] kl_coef";
+    refuses("[sft]\nbeta = 0.1", others);
+    refuses("[dpo]\nkl = 0.1", "it belongs into another section: [ppo] kl_coef; [grpo], [rloo] beta");
     let found = message("kl_coef = 0.1\n[base]\npath = \"m\"", &[]);
-    assert!(found.contains("there is no key \"kl_coef\" outside the sections; [ppo] has it"), "{found}");
+    assert!(found.contains("there is no key \"kl_coef\" outside the sections; it is [ppo] kl_coef; [grpo], [rloo]"));
+    let found = message("bf16 = true\n[base]\npath = \"m\"", &[]);
+    assert!(found.contains("outside the sections; products are computed in [base] compute_dtype"), "{found}");
+}
+
+#[test]
+fn a_key_that_stands_for_nothing_here_is_refused_with_the_reason() {
+    for (section, key, said) in [
+        ("ppo", "critic_adapter", "[ppo] critic = \"reward\", \"actor\" or \"own\" says what it starts as"),
+        ("grpo", "critic_adapter", "a group method has no critic"),
+        ("ppo", "kl_penalty", "kl_coef is the weight of the KL penalty"),
+        ("ppo", "gradient_accumulation_steps", "an optimizer step batch_size / num_mini_batches"),
+        ("ppo", "num_train_epochs", "total_episodes says how long a run is"),
+        ("ppo", "reward_funcs", "[[ppo.reward]]"),
+        ("ppo", "logging_steps", "every iteration is logged"),
+        ("dpo", "ref_model", "the reference is what training starts from: the section's adapter over [base]"),
+        ("sft", "max_steps", "num_train_epochs says how long a run is"),
+        ("sft", "packing", "sequences are packed"),
+        ("sft", "bf16", "[base] compute_dtype"),
+        ("sft", "load_in_4bit", "[base] quantize = \"nf4\""),
+        ("sft", "val_size", "[data] eval_fraction or eval_rows"),
+        ("sft", "resume_from_checkpoint", "`--resume`"),
+        ("sft", "overwrite_output_dir", "`--overwrite`"),
+        ("lora", "lora_dropout", "adapters have no dropout here"),
+        ("lora", "modules_to_save", "nothing of the base itself is trained"),
+    ] {
+        refuses(&format!("[{section}]\n{key} = 3"), said);
+    }
+    for (section, said) in [("model", "the model is in [base]"), ("peft", "[lora]"), ("trainer", "in its own section")]
+    {
+        refuses(&format!("[{section}]\na = 1"), said);
+    }
+}
+
+#[test]
+fn a_key_below_a_table_of_its_section_may_be_the_tables_own_misspelt() {
+    let of = |key: &str| format!("[ppo]\n[[ppo.reward]]\nkind = \"adapter\"\n{key} = \"a\"");
+    refuses(&of("adapter"), "so write adapter above, before the first such table; or did you mean \"adapters\"?");
+    refuses(&of("path"), "[[ppo.reward]] has no key \"path\"; it is adapters here");
+    refuses(&of("type"), "it is kind here");
+    refuses("[ppo.rollout]\nbase_url = \"a\"", "[ppo.rollout] has no key \"base_url\"; it is urls here");
+    refuses("[data.columns]\noutput = \"a\"", "[data.columns] has no key \"output\"; it is completion here");
+    refuses("[data.columns]\nchosn = \"a\"", "[data.columns] has no key \"chosn\"; did you mean \"chosen\"?");
+    refuses("[checkpoint]\nevery = 3", "it is save_steps here");
+    refuses("[memory]\ngpu = \"1GiB\"", "it is device_limit here");
+    refuses(&of("max_tokenz"), "[[ppo.reward]] has no key \"max_tokenz\"; did you mean \"max_tokens\"?");
 }
 
 #[test]
 fn a_part_of_one_keys_name_is_a_hint_at_that_key() {
-    refuses("[sft]\nepochs = 3", "did you mean \"num_train_epochs\"?");
-    refuses("[ppo]\nepochs = 3", "did you mean \"num_ppo_epochs\"?");
-    // [ppo] has a key of that very name.
-    refuses("[sft]\nbatch_size = 3", "did you mean \"per_device_train_batch_size\"?");
+    refuses("[sft]\naccumulation = 3", "did you mean \"gradient_accumulation_steps\"?");
+    refuses("[ppo]\nmini_batches = 3", "did you mean \"num_mini_batches\"?");
     // Several keys have the part.
     refuses("[ppo]\ncoef = 3", "there are \"compat\"");
 }

@@ -211,7 +211,13 @@ fn keys_are_printed_by_section_and_by_name() {
     assert!(text.starts_with("[data]\n") && text.contains("\n[data.columns]\n") && text.contains("max_length = 512"));
     assert!(!text.contains("kl_coef"));
     refused(&p, "keys kl_coeff", &["did you mean \"kl_coef\"?"]);
-    refused(&p, "keys actor", &["no key \"actor\"; it is [ppo] adapter here; `fourfold keys`"]);
+    refused(
+        &p,
+        "keys actor",
+        &[
+            "no key \"actor\"; it is [sft], [reward], [dpo], [kto], [distill], [ppo], [grpo], [rloo] adapter here; `fourfold keys`",
+        ],
+    );
 }
 
 #[test]
@@ -391,4 +397,98 @@ fn a_long_line_that_is_no_toml_is_shown_in_part() {
     let ran = p.run("plan long.toml");
     assert_eq!(ran.code, 2, "{}", ran.stderr);
     assert!(ran.stderr.len() < 2000 && ran.stderr.contains("line 2") && ran.stderr.contains('…'), "{}", ran.stderr);
+}
+
+#[test]
+fn the_folder_of_a_run_without_adapters_and_what_lies_around_and_in_a_run_are_pointed_home() {
+    let p = Place::new();
+    let train = "sft run.toml --set sft.num_train_epochs=4 --set checkpoint.save_steps=1 --out out/sft";
+    assert_eq!(p.run(train).code, 0);
+    let merged = "merge --base base --adapter out/sft/adapter";
+    assert_eq!(p.run(&format!("{merged} --format gguf --out m.gguf")).code, 0);
+    for (path, said) in [
+        ("out", "out is itself no model, adapter or run; did you mean out/sft?"),
+        ("out/sft/checkpoints", "out/sft/checkpoints is a part of the run in out/sft; give that folder"),
+        ("out/sft/metrics.jsonl", "out/sft/metrics.jsonl is a file of the run in out/sft; give that folder"),
+        ("out/sft/adapter/adapter_config.json", "is a file; an adapter is its folder: out/sft/adapter"),
+        ("base/tokenizer.json", "base/tokenizer.json is one file of a model; give the directory"),
+        ("run.toml", "run.toml is a config; `fourfold plan run.toml`"),
+        (".", "did you mean ./base or ./m.gguf?"),
+        ("nowhere", "No such file or directory"),
+    ] {
+        refused(&p, &format!("inspect {path}"), &[said]);
+    }
+    fs::create_dir(p.path("empty")).unwrap();
+    refused(&p, "inspect empty", &["holds neither a model (config.json) nor an adapter", "nor a run (config.toml)"]);
+    refused(&p, "watch out --once", &["out is the folder around a run; did you mean out/sft?"]);
+    refused(&p, "report out/sft/metrics.jsonl", &["is a part of a run; name its folder, out/sft"]);
+    refused(&p, "watch sft.jsonl --once", &["sft.jsonl is a file; name the folder of a run"]);
+    // What a run will write is no name for anything else: the run would end when it comes to write it.
+    for line in [format!("{merged} --out out/sft/adapter"), "reward run.toml --out out/sft/checkpoints".to_owned()] {
+        refused(&p, &line, &["the run in out/sft writes ", "itself; name another --out"]);
+    }
+    // A run without its adapter: under way, stopped, killed before its first checkpoint, finished.
+    fs::rename(p.path("out/sft/adapter"), p.path("kept")).unwrap();
+    let generate = |adapter: &str| format!("generate --base base --prompt x --adapter {adapter}");
+    let both = |said: &str| {
+        refused(&p, &generate("out/sft"), &["out/sft is the folder of a run that ", said]);
+        refused(&p, &generate("out/sft/adapter"), &["out/sft/adapter is not there: the run in out/sft ", said]);
+        refused(&p, "inspect out/sft/adapter", &["out/sft/adapter is not there: the run in out/sft ", said]);
+    };
+    both("is finished and has no such adapter");
+    p.write("out/sft/summary.json", "{");
+    let told = p.run("inspect out/sft").stdout;
+    assert!(told.contains("but its summary.json cannot be read"), "{told}");
+    let running = fourfold::train::lock::lock(&p.path("out/sft")).unwrap();
+    both("goes on (process ");
+    drop(running);
+    fs::remove_file(p.path("out/sft/summary.json")).unwrap();
+    both("ended before it wrote its adapters; go on with its command and --resume, from its newest checkpoint");
+    fs::remove_dir_all(p.path("out/sft/checkpoints")).unwrap();
+    both("ended before it wrote its adapters and has no checkpoint to go on from");
+    let base = refused(&p, "generate --prompt x --base out/sft", &["give its base (base) as the base"]);
+    assert!(!base.stderr.contains("as the adapter"), "{}", base.stderr);
+}
+
+#[test]
+fn a_run_that_could_not_save_its_adapter_is_refused_before_it_trains() {
+    let p = Place::new();
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    p.write("out/sft/adapter/notes.md", "mine");
+    for more in ["--overwrite", "--set sft.num_train_epochs=2 --overwrite"] {
+        let ran = refused(
+            &p,
+            &format!("sft run.toml --out out/sft {more}"),
+            &["out/sft/adapter holds notes.md, which does not belong"],
+        );
+        assert!(!ran.stderr.contains("perplexity"), "{}", ran.stderr);
+    }
+    assert!(p.path("out/sft/adapter/adapter_model.safetensors").is_file(), "the run before is whole");
+    fs::remove_file(p.path("out/sft/adapter/notes.md")).unwrap();
+    assert_eq!(p.run("sft run.toml --out out/sft --overwrite").code, 0);
+}
+
+#[test]
+fn what_is_given_as_a_config_and_is_none_is_told_what_it_is_and_a_runs_settings_are_kept() {
+    let p = Place::new();
+    assert_eq!(p.run("sft run.toml --out out/sft").code, 0);
+    p.write("train.yaml", "stage: sft\n");
+    for command in ["sft", "ppo", "data", "plan"] {
+        for (file, said) in [
+            ("out/sft", "out/sft is a folder; did you mean out/sft/config.toml?"),
+            ("sft.jsonl", "sft.jsonl holds records, not a config; `fourfold init STAGE --base MODEL --data sft.jsonl`"),
+            ("base/config.json", "base/config.json is no config: that is a TOML file"),
+            ("train.yaml", "train.yaml is no config: that is a TOML file"),
+            ("nowhere.json", "nowhere.json: No such file"),
+        ] {
+            refused(&p, &format!("{command} {file}"), &[said]);
+        }
+    }
+    refused(&p, "plan base/config.json", &["or --base base/config.json"]);
+    let settings = fs::read(p.path("out/sft/config.toml")).unwrap();
+    for more in ["", "--overwrite"] {
+        let line = format!("init sft --base base --data sft.jsonl --out out/sft/config.toml {more}");
+        refused(&p, &line, &["--out out/sft/config.toml: it is the settings of a run"]);
+    }
+    assert!(fs::read(p.path("out/sft/config.toml")).unwrap() == settings);
 }

@@ -208,7 +208,11 @@ fn a_column_that_a_source_of_the_reward_reads_is_not_told_as_unread() {
 fn held_out_prompts_that_there_are_none_of_are_told_and_init_asks_for_none() {
     let p = place();
     let ran = done(&p, "grpo grpo.toml --set data.path=same.jsonl --set grpo.eval_prompts=2 --out o");
-    assert!(ran.stderr.contains("[data] eval_rows = 2 of 14 sequences: none can be held out"), "{}", ran.stderr);
+    assert!(
+        ran.stderr.contains("[data] eval_rows = 2 of 14 sequences of 1 prompt: none can be held out"),
+        "{}",
+        ran.stderr
+    );
     assert!(
         ran.stderr.contains("grpo: warning: [grpo] eval_prompts = 2 has no prompts to evaluate on"),
         "{}",
@@ -245,7 +249,10 @@ fn sections_and_keys_that_a_stage_does_not_read_are_told() {
     assert!(distilled("").is_empty() && distilled("seq_kd = true").is_empty() && distilled("lmbda = 1.0").is_empty());
     let both = distilled("seq_kd = true\nlmbda = 1.0");
     assert!(both.len() == 1 && both[0].starts_with("[distill] seq_kd has no effect with lmbda = 1"), "{both:?}");
-    let unsampled = distilled("lmbda = 0.0\nmax_new_tokens = 8");
+    // Evaluations sample, too.
+    assert!(distilled("lmbda = 0.0\nmax_new_tokens = 8").is_empty());
+    let text = format!("{base}eval_rows = 0\n{teacher}[distill]\nlmbda = 0.0\nmax_new_tokens = 8\n");
+    let unsampled = at(&text, Stage::Distill);
     assert!(unsampled.len() == 1 && unsampled[0].contains("max_new_tokens has no effect"), "{unsampled:?}");
     assert!(distilled("lmbda = 0.0\nmax_new_tokens = 8\nseq_kd = true").is_empty());
     let itself = at(&format!("{base}[distill]\nadapter = 'a'\nteacher_adapter = 'a'\n"), Stage::Distill);
@@ -440,8 +447,8 @@ fn a_key_in_the_wrong_place_is_pointed_to_the_right_one() {
     assert!(refusal(&file("[[sft]]\nadapter = 'a'")).contains("write [sft], with one pair of brackets"));
     for (lines, says) in [
         ("[rloo]\ntop_entropy_quantile = 0.2", "[rloo] has no key \"top_entropy_quantile\"; [ppo], [grpo] have it"),
-        ("[lora]\nlora_dropout = 0.1", "there is no dropout"),
-        ("[rloo]\nrloo_k = 4", "it is num_generations here"),
+        ("[lora]\nlora_dropout = 0.1", "adapters have no dropout here"),
+        ("[rloo]\nrloo_k = 4", "it is [rloo] num_generations here"),
         ("[rloo]\ntoken_level_kl = true", "as one sum"),
         (
             "[grpo]\nnum_generations = 0",
@@ -457,8 +464,7 @@ fn a_key_in_the_wrong_place_is_pointed_to_the_right_one() {
         ),
     ] {
         let found = refusal(&file(lines));
-        let says = says.replace("there is no dropout", "adapters have no dropout here");
-        assert!(found.contains(&says), "{lines}: {found}");
+        assert!(found.contains(says), "{lines}: {found}");
     }
     let p = place();
     let exact = with("").replace("'length'\nmax_tokens = 9", "'exact'");
@@ -480,6 +486,12 @@ fn a_stage_without_its_section_says_that_its_keys_have_their_defaults() {
     let of = |text: &str, stage: Stage| config::from_text(text, "test").unwrap().without_section(stage);
     assert_eq!(of("[base]\npath = 'b'\n", Stage::Sft), None, "a file of no stage is for any");
     assert_eq!(of(&with(""), Stage::Grpo), None);
+    // These two do not run so.
+    refused(&p, "rloo grpo.toml --out o", &["the section [rloo] is missing"]);
+    assert_eq!(of(&with(""), Stage::Rloo), None);
+    refused(&p, "distill grpo.toml --set data.path=sft.jsonl --out o", &["[distill] has no teacher: add [teacher]"]);
+    let told = done(&p, "plan grpo.toml --phase distill --set data.path=sft.jsonl").stderr;
+    assert!(told.contains("`fourfold distill` will refuse to start: [distill] has no teacher"), "{told}");
     let many = of("[base]\npath = 'b'\n[sft]\n[dpo]\n", Stage::Kto).unwrap();
     assert!(many.ends_with("it has [sft] and [dpo], for `fourfold sft` and `fourfold dpo`"), "{many}");
 }

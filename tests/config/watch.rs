@@ -91,7 +91,8 @@ fn a_finished_run_of_every_stage_is_told_as_text_and_as_an_object_with_the_value
 #[test]
 fn a_folder_without_a_run_is_one_error_with_exit_code_2() {
     let place = Place::new();
-    for (folder, what) in [("base", "base holds no run"), ("nowhere", "no such folder"), ("run.toml", "no such folder")]
+    for (folder, what) in
+        [("base", "base holds no run"), ("nowhere", "no such folder"), ("run.toml", "is a file; name the folder")]
     {
         for more in ["", "--json", "--once"] {
             let ran = place.run(&format!("watch {folder} {more}"));

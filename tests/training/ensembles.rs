@@ -285,7 +285,7 @@ fn a_reward_adapter_that_is_an_ensemble_is_the_table_of_its_members_in_every_byt
         }
     };
     let main = |text: &str| format!("{text}reward_adapter = 'three'\n");
-    let says = ["[ppo] critic = \"reward\"", "or several", "critic = \"actor\""];
+    let says = ["[ppo] critic = \"reward\" starts as the one reward_adapter, and there are 3; use critic = \"actor\""];
     let critic = main(&ppo.replace("critic = 'own'\n", ""));
     refused(&critic, "ppo run.toml --out o", &says);
     // The commands that show what a run will do tell of it.
@@ -303,6 +303,10 @@ fn a_reward_adapter_that_is_an_ensemble_is_the_table_of_its_members_in_every_byt
     let says = ["[grpo] reward_adapter", "three is the folder of a run of 3 reward models and holds 2 of them"];
     refused(&main(GRPO), "grpo run.toml --out o", &says);
     refused(&main(GRPO), "plan run.toml", &says);
+    let running = fourfold::train::lock::lock(&p.path("three")).unwrap();
+    let says = ["three is the folder of a run of 3 reward models that goes on (process ", "wait for its end"];
+    refused(&main(GRPO), "grpo run.toml --out o", &says);
+    drop(running);
     refused(
         &format!("{GRPO}reward_adapter = ['a', '']\n"),
         "grpo run.toml --out o",

@@ -134,7 +134,7 @@ fn a_server_whose_adapter_has_not_changed_is_kept() {
 #[test]
 fn a_server_that_cannot_sample_from_the_actor_is_refused_with_what_to_do() {
     for (words, more, said) in [
-        (["--deed", "exit"], "", &["exit status: 1", "failed to load model 'base.gguf'", "llama-server.log"][..]),
+        (["--deed", "exit"], "", &["exit status: 1); its log ends:", "failed to load model 'base.gguf'"][..]),
         (
             ["--deed", "never"],
             "timeout_seconds = 1.5\n",
@@ -224,6 +224,30 @@ fn a_server_that_dies_amid_the_run_leaves_the_state_and_the_resumed_run_ends_wit
     assert!(of("whole") == of("died"));
     let asked = journal(&place.path("died-server-true"));
     assert_eq!(bodies(&asked).len(), 8, "two of three rollouts");
+}
+
+#[test]
+fn a_server_that_ends_before_the_first_step_leaves_no_folder_and_one_of_a_resumed_run_leaves_it() {
+    let place = Place::new();
+    let refused = |out: &str, resume: bool| {
+        let error = place.run(out, resume, Some(&["--deed", "exit"]), &[]).unwrap_err();
+        assert_eq!(exit_code(&error), 2, "{error:#}");
+        format!("{error:#}")
+    };
+    let says =
+        |error: &str, said: &str| assert!(error.contains(said) && error.contains("failed to load model"), "{error}");
+    says(&refused("out", false), "its log ends:");
+    assert!(!place.path("out").exists());
+    // What was there stays, and the folder is free for any run.
+    fs::create_dir(place.path("empty")).unwrap();
+    says(&refused("empty", false), "its log ends:");
+    let left: Vec<_> = fs::read_dir(place.path("empty")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(left, ["run.lock"]);
+    place.run("empty", false, Some(&[]), &["ppo.total_episodes=4"]).unwrap();
+    // A run that has a checkpoint keeps all of it.
+    place.run("died", false, Some(&["--deed", "dies"]), &[]).unwrap_err();
+    says(&refused("died", true), &format!("see its log {}", place.path("died/llama-server.log").display()));
+    assert!(place.path("died/checkpoints").exists() && place.path("died/config.toml").exists());
 }
 
 #[test]

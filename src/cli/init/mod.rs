@@ -35,7 +35,7 @@ use crate::model_files::FileContents;
 use crate::ops::weight::ComputeDtype;
 use crate::planner::plan;
 use crate::planner::simulate::shape::Network;
-use crate::run::{check_adapter_path, check_base_path, members, quoted};
+use crate::run::{check_adapter_path, check_base_path, is_settings, members, quoted};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
@@ -86,6 +86,12 @@ pub(super) fn run(args: &Init) -> Result<()> {
             "--out {} is a folder; name a file, such as {}",
             out.display(),
             out.join(format!("{}.toml", args.stage.of_config().name())).display()
+        ));
+    }
+    if let Some(out) = args.out.as_ref().filter(|out| is_settings(out)) {
+        return Err(invalid!(
+            "--out {}: it is the settings of a run, by which its folder is known; give another --out",
+            out.display()
         ));
     }
     if let Some(out) = args.out.as_ref().filter(|out| out.exists() && !args.overwrite) {

@@ -77,6 +77,8 @@ pub struct Prepared<T: Example> {
     pub train: Subset<T>,
     /// Held-out examples, for evaluation.
     pub held_out: Subset<T>,
+    /// Number of prompts of all examples, each of which is in one of the two; counted where rows are held out.
+    pub prompts: Option<usize>,
     /// Counts of the records read, truncated and dropped.
     pub report: Report,
     /// The cache file, if there is one.
@@ -150,10 +152,11 @@ struct Unsplit<T: Example> {
 
 impl<T: Example> Unsplit<T> {
     fn split(self, eval: EvalSize, seed: u64) -> Result<Prepared<T>> {
-        let (train, held_out) = split(self.groups.into_iter(), eval, seed)?;
+        let (train, held_out, prompts) = split(self.groups.into_iter(), eval, seed)?;
         let subset = |rows| Subset { all: self.all.clone(), rows };
         let (train, held_out) = (subset(train), subset(held_out));
-        Ok(Prepared { train, held_out, report: self.report, cache: self.cache, ignored: self.ignored })
+        let Self { report, cache, ignored, .. } = self;
+        Ok(Prepared { train, held_out, prompts, report, cache, ignored })
     }
 }
 

@@ -45,15 +45,18 @@ pub(crate) fn group(record: &Record) -> u64 {
     digest.iter().take(8).fold(0, |number, &byte| number << 8 | u64::from(byte))
 }
 
-/// (training, held-out) rows of `groups`: disjoint, complete, each in the original order, with no group on both sides,
-/// and the same for the same seed and groups. Whole groups are held out, in a shuffled order, while they fit: the
-/// held-out part has the requested size if every group has one row, otherwise it may be smaller. It is never larger than
-/// the training part, whatever size is requested. A fraction above 0 holds out at least one row. Memory: 16 bytes per
-/// row during the call.
+/// Training rows, held-out rows, and the number of groups if it was counted.
+pub type Split = (Vec<u32>, Vec<u32>, Option<usize>);
+
+/// Training and held-out rows of `groups`, and how many groups there are if rows are held out. The rows are disjoint, complete,
+/// each in the original order, with no group on both sides, and the same for the same seed and groups. Whole groups are held
+/// out, in a shuffled order, while they fit: the held-out part has the requested size if every group has one row, otherwise
+/// it may be smaller. It is never larger than the training part, whatever size is requested. A fraction above 0 holds out at
+/// least one row. Memory: 16 bytes per row during the call.
 ///
 /// # Errors
 /// No row would remain for training.
-pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u64) -> Result<(Vec<u32>, Vec<u32>)> {
+pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u64) -> Result<Split> {
     let n = groups.len();
     ensure!(u32::try_from(n).is_ok(), "{n} examples are more than the 4294967295 that a run can have");
     let mut remaining = match eval {
@@ -69,10 +72,11 @@ pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u
     // Evaluation must not starve training.
     remaining = remaining.min(n / 2);
     if remaining == 0 {
-        return Ok(((0..n as u32).collect(), vec![]));
+        return Ok(((0..n as u32).collect(), vec![], None));
     }
     let mut shuffled: Vec<(u64, u32)> = groups.map(|group| derive(seed, &[STREAM, group])).zip(0..).collect();
     shuffled.sort_unstable();
+    let number = shuffled.chunk_by(|a, b| a.0 == b.0).count();
     let mut held_out = vec![];
     for group in shuffled.chunk_by(|a, b| a.0 == b.0) {
         if group.len() <= remaining {
@@ -87,7 +91,7 @@ pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u
     held_out.sort_unstable();
     let mut next = held_out.iter().copied().peekable();
     let train = (0..n as u32).filter(|row| next.next_if_eq(row).is_none()).collect();
-    Ok((train, held_out))
+    Ok((train, held_out, Some(number)))
 }
 
 #[cfg(test)]
@@ -102,12 +106,13 @@ mod tests {
         for (size, expected) in [(EvalSize::Fraction(0.05), 5), (EvalSize::Rows(17), 17), (EvalSize::Fraction(0.0), 0)]
         {
             let groups = || distinct_groups().collect::<Vec<_>>().into_iter();
-            let (train, held_out) = split(groups(), size, 3).unwrap();
+            let (train, held_out, prompts) = split(groups(), size, 3).unwrap();
+            assert_eq!(prompts, (expected > 0).then_some(100));
             assert_eq!(held_out.len(), expected);
             let mut all = [&train[..], &held_out].concat();
             all.sort_unstable();
             assert_eq!(all, (0..100).collect::<Vec<_>>());
-            assert_eq!((train, held_out.clone()), split(groups(), size, 3).unwrap());
+            assert_eq!((train, held_out.clone(), prompts), split(groups(), size, 3).unwrap());
             if expected > 0 {
                 assert_ne!(held_out, split(groups(), size, 4).unwrap().1);
                 assert_ne!(held_out, (0..expected as u32).collect::<Vec<_>>());
@@ -121,11 +126,12 @@ mod tests {
         for most in [1, 2, 5] {
             let groups: Vec<u64> = (0..200).map(|_| rng.below(200 / most) as u64).collect();
             for seed in 0..20 {
-                let (train, held_out) = split(groups.iter().copied(), EvalSize::Rows(20), seed).unwrap();
+                let (train, held_out, prompts) = split(groups.iter().copied(), EvalSize::Rows(20), seed).unwrap();
                 assert_eq!(train.len() + held_out.len(), 200);
                 assert!((10..=20).contains(&held_out.len()), "{}", held_out.len());
                 let of = |rows: &[u32]| rows.iter().map(|&r| groups[r as usize]).collect::<BTreeSet<_>>();
                 assert!(of(&train).is_disjoint(&of(&held_out)));
+                assert_eq!(prompts, Some(of(&train).len() + of(&held_out).len()));
             }
         }
     }
@@ -135,9 +141,9 @@ mod tests {
         let two = || [1u64, 2].into_iter();
         assert_eq!(split(two(), EvalSize::Fraction(0.01), 0).unwrap().1.len(), 1);
         assert_eq!(split(two(), EvalSize::Fraction(0.99), 0).unwrap().0.len(), 1);
-        assert_eq!(split([1u64].into_iter(), EvalSize::Fraction(0.5), 0).unwrap(), (vec![0], vec![]));
+        assert_eq!(split([1u64].into_iter(), EvalSize::Fraction(0.5), 0).unwrap(), (vec![0], vec![], None));
         for most in [EvalSize::Rows(6), EvalSize::Fraction(0.9)] {
-            let (train, held_out) = split((0..7u64).collect::<Vec<_>>().into_iter(), most, 0).unwrap();
+            let (train, held_out, _) = split((0..7u64).collect::<Vec<_>>().into_iter(), most, 0).unwrap();
             assert_eq!((train.len(), held_out.len()), (4, 3), "held-out rows never outnumber training rows");
         }
         let message = split(two(), EvalSize::Rows(2), 0).unwrap_err().to_string();

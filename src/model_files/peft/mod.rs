@@ -37,6 +37,13 @@ const FINGERPRINT_KEY: &str = "fourfold.base_fingerprint";
 /// Key in `__metadata__` of adapters whose second half of every rank is frozen (PiSSA, OLoRA).
 const FROZEN_KEY: &str = "fourfold.frozen_half";
 
+/// The error for a file of an adapter that cannot be read.
+fn unreadable(dir: &Path, file: &str, why: &std::io::Error) -> anyhow::Error {
+    let pickled = if file == TENSORS_FILE { convert::pickled(dir, "adapter_model.bin") } else { String::new() };
+    let path = dir.join(file);
+    invalid!("{}: {why}; a PEFT adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE}{pickled}", path.display())
+}
+
 impl Adapter {
     /// Reads a PEFT directory for a base of these shapes. Factors may be stored as f64, f32, f16 or bf16; they become f32.
     ///
@@ -44,17 +51,7 @@ impl Adapter {
     /// Invalid input if a file is missing or damaged, has an unsupported setting, was trained over another base, lacks a
     /// factor, or has an unknown tensor or one with NaN or infinite numbers.
     pub fn load(dir: &Path, shapes: LinearShapes) -> Result<Self> {
-        let read = |file: &str| {
-            let path = dir.join(file);
-            fs::read(&path).map_err(|e| {
-                let pickled =
-                    if file == TENSORS_FILE { convert::pickled(dir, "adapter_model.bin") } else { String::new() };
-                invalid!(
-                    "{}: {e}; a PEFT adapter is a directory with {CONFIG_FILE} and {TENSORS_FILE}{pickled}",
-                    path.display()
-                )
-            })
-        };
+        let read = |file: &str| fs::read(dir.join(file)).map_err(|e| unreadable(dir, file, &e));
         let (config_bytes, tensor_bytes) = (read(CONFIG_FILE)?, read(TENSORS_FILE)?);
         let config = parse_config(&config_bytes).with_context(|| dir.join(CONFIG_FILE).display().to_string())?;
         let adapter = read_tensors(&tensor_bytes, config, shapes)
@@ -73,6 +70,38 @@ impl Adapter {
         let bytes = fs::read(&path).map_err(|e| invalid!("{}: {e}", path.display()))?;
         let head = read_value_head(&bytes, shapes.hidden).with_context(|| path.display().to_string())?;
         adapter.with_score_head(Some(head))
+    }
+
+    /// Checks that a folder has the files of an adapter; nothing is read of them.
+    ///
+    /// # Errors
+    /// As for [`Adapter::load`] where one cannot be opened.
+    pub fn check_files(dir: &Path) -> Result<()> {
+        let open = |file: &str| fs::File::open(dir.join(file)).map(drop).map_err(|e| unreadable(dir, file, &e));
+        [CONFIG_FILE, TENSORS_FILE].into_iter().try_for_each(open)
+    }
+
+    /// Checks that an adapter can be saved in a folder: it is new, empty or an adapter's.
+    ///
+    /// # Errors
+    /// If it holds other files, which would be lost.
+    pub fn check_replaceable(dir: &Path) -> Result<()> {
+        let entries = match fs::read_dir(dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            other => other.map_err(|e| invalid!("{}: {e}; an adapter is saved as a directory", dir.display()))?,
+        };
+        for entry in entries {
+            let name = entry?.file_name();
+            if name != CONFIG_FILE && name != TENSORS_FILE && name != VALUE_HEAD_FILE {
+                return Err(invalid!(
+                    "{} holds {}, which does not belong to an adapter and would be lost; choose a directory that is new, \
+                     empty, or holds only {CONFIG_FILE} and {TENSORS_FILE}",
+                    dir.display(),
+                    name.display()
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// Writes a PEFT directory, atomically: the files are written into a sibling directory, which is then renamed. Equal
@@ -102,7 +131,7 @@ impl Adapter {
     }
 
     fn save_as(&self, dir: &Path, write: impl FnOnce(&Path) -> Result<()>) -> Result<()> {
-        check_replaceable(dir)?;
+        Self::check_replaceable(dir)?;
         let name = dir
             .file_name()
             .ok_or_else(|| invalid!("{}: an adapter needs a directory name of its own", dir.display()))?
@@ -256,25 +285,6 @@ fn safetensors_bytes(tensors: &BTreeMap<String, &Tensor>, metadata: &BTreeMap<&s
         bytes.extend(tensor.flatten_all()?.to_vec1::<f32>()?.iter().flat_map(|x| x.to_le_bytes()));
     }
     Ok(bytes)
-}
-
-fn check_replaceable(dir: &Path) -> Result<()> {
-    let entries = match fs::read_dir(dir) {
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-        other => other.map_err(|e| invalid!("{}: {e}; an adapter is saved as a directory", dir.display()))?,
-    };
-    for entry in entries {
-        let name = entry?.file_name();
-        if name != CONFIG_FILE && name != TENSORS_FILE && name != VALUE_HEAD_FILE {
-            return Err(invalid!(
-                "{} holds {}, which does not belong to an adapter and would be lost; choose a directory that is new, \
-                 empty, or holds only {CONFIG_FILE} and {TENSORS_FILE}",
-                dir.display(),
-                name.display()
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// Replaces `dir` by `new`; between two renames the former `dir` is at `old`.
