@@ -188,7 +188,8 @@ fn concat<'e>(rows: &[usize], of: impl Fn(usize) -> &'e [f32]) -> Vec<f32> {
 
 impl Update {
     /// Trains on one minibatch. `actor` is `None` during the critic's warm-up, `critic` if there is none. Returns whether an
-    /// optimizer step was made; `None` if the process was asked to stop, and then no learner has changed.
+    /// optimizer step was made; `None` if the process was asked to stop, and then no learner has changed. Nor has one after an
+    /// error of a pass or of a gradient.
     ///
     /// # Errors
     /// If a value is NaN or infinite.
@@ -203,7 +204,7 @@ impl Update {
         // 1. The actor's gradient, and whether the mean ratio is small enough to step by it. Where every response is left out
         //    of the loss there is none, and no step.
         let (rows, had_actor) = (step.actor_rows(), actor.is_some());
-        let actor = match actor.filter(|_| !rows.is_empty()) {
+        let mut actor = match actor.filter(|_| !rows.is_empty()) {
             Some(learner) => match self.actor(learner, step, &rows)? {
                 Some(gradients) => Some((gradients, learner)),
                 None => return Ok(None),
@@ -217,7 +218,7 @@ impl Update {
         }
         let is_left_out = had_actor && actor.is_none();
         // 2. The critic's gradient. On a device the actor's step is computed meanwhile, beside the actor.
-        let (mut actor, mut prepared) = (actor, None);
+        let mut prepared = None;
         let critic = match critic {
             Some(learner) => {
                 let gradients = match actor.take_if(|_| computes_step_meanwhile(run)) {
