@@ -543,6 +543,12 @@ impl Ppo {
         self.critic_learning_rate.unwrap_or(self.learning_rate)
     }
 
+    /// Whether the actor makes one optimizer step per minibatch, which depends on its own gradients alone.
+    pub fn steps_actor_by_its_gradients(&self) -> bool {
+        let again = self.ptx.as_ref().is_some_and(|ptx| ptx.coef > 0.0 && ptx.separate_step);
+        !self.shared_optimizer && !again
+    }
+
     /// Whether advantages are shifted and scaled over the rollout.
     pub fn whiten_advantages(&self) -> bool {
         self.advantage_estimator.is_standardised()

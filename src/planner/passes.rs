@@ -487,6 +487,7 @@ pub fn ppo(config: &Config, prompts: &(impl Examples<Vec<u32>> + ?Sized), asked:
         refills: c.dynamic_sampling_rollouts > 0,
         critic: matches!(c.advantage_estimator, AdvantageEstimator::Gae | AdvantageEstimator::A2c),
         critic_on_policy: c.critic == CriticStart::Actor || asked.other_tokens,
+        steps_actor_by_its_gradients: c.steps_actor_by_its_gradients(),
         exact: (
             c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Reward,
             c.kl_estimator == KlEstimator::Exact && c.kl_in == KlIn::Loss,

@@ -1,8 +1,8 @@
-//! One minibatch update: gradients accumulated over micro-batches, then an optimizer step of each learner. It also keeps
-//! the sums from which an iteration's metrics are computed. It does not depend on the training loop. Read `loss.rs` for the
-//! formulas.
+//! One minibatch update: gradients accumulated over micro-batches, then an optimizer step of each learner; on a device the
+//! actor's is computed while the critic's passes run. It also keeps the sums from which an iteration's metrics are computed. It
+//! does not depend on the training loop. Read `loss.rs` for the formulas.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -188,7 +188,8 @@ fn concat<'e>(rows: &[usize], of: impl Fn(usize) -> &'e [f32]) -> Vec<f32> {
 
 impl Update {
     /// Trains on one minibatch. `actor` is `None` during the critic's warm-up, `critic` if there is none. Returns whether an
-    /// optimizer step was made; `None` if the process was asked to stop, and then no learner has changed.
+    /// optimizer step was made; `None` if the process was asked to stop, and then no learner has changed. Nor has one after an
+    /// error of a pass or of a gradient.
     ///
     /// # Errors
     /// If a value is NaN or infinite.
@@ -203,7 +204,7 @@ impl Update {
         // 1. The actor's gradient, and whether the mean ratio is small enough to step by it. Where every response is left out
         //    of the loss there is none, and no step.
         let (rows, had_actor) = (step.actor_rows(), actor.is_some());
-        let actor = match actor.filter(|_| !rows.is_empty()) {
+        let mut actor = match actor.filter(|_| !rows.is_empty()) {
             Some(learner) => match self.actor(learner, step, &rows)? {
                 Some(gradients) => Some((gradients, learner)),
                 None => return Ok(None),
@@ -215,19 +216,31 @@ impl Update {
             self.skipped += 1;
             return Ok(Some(false));
         }
-        // 2. The critic's gradient.
+        let is_left_out = had_actor && actor.is_none();
+        // 2. The critic's gradient. On a device the actor's step is computed meanwhile, beside the actor.
+        let mut prepared = None;
         let critic = match critic {
-            Some(learner) => match self.critic(learner, step)? {
-                Some(gradients) => Some((gradients, learner)),
-                None => return Ok(None),
-            },
+            Some(learner) => {
+                let gradients = match actor.take_if(|_| computes_step_meanwhile(run)) {
+                    Some((gradients, actor)) => {
+                        let passes = || self.critic(learner, step);
+                        let (of_actor, found) = actor.prepared_while(gradients, step.actor_lr, passes)?;
+                        prepared = Some((of_actor, actor));
+                        found
+                    }
+                    None => self.critic(learner, step)?,
+                };
+                match gradients {
+                    Some(gradients) => Some((gradients, learner)),
+                    None => return Ok(None),
+                }
+            }
             None => None,
         };
         // 3. Two optimizer steps, or one over both learners.
         drop(update);
         let _phase = within(Phase::Step);
         (self.actor_lr, self.critic_lr) = (step.actor_lr, step.critic_lr);
-        let is_left_out = had_actor && actor.is_none();
         self.left_out += usize::from(is_left_out);
         match (actor, critic) {
             (Some((a, actor)), Some((c, critic))) if run.config.shared_optimizer => {
@@ -241,7 +254,11 @@ impl Update {
                 let checked = |both: Option<(Gradients, &'l mut Learner)>| -> Result<Option<_>> {
                     both.map(|(gradients, learner)| Ok((learner.checked(gradients)?, learner))).transpose()
                 };
+                let prepared = prepared.map(|(step, learner)| Ok::<_, Error>((step?, learner))).transpose()?;
                 let (actor, critic) = (checked(actor)?, checked(critic)?);
+                if let Some((step, learner)) = prepared {
+                    self.actor_norm += learner.commit(step)?;
+                }
                 if let Some((gradients, learner)) = actor {
                     let mixture = run.ptx_mixture().filter(|(config, _)| config.separate_step);
                     let before = mixture.map(|_| snapshot(learner)).transpose()?;
@@ -422,6 +439,13 @@ impl Update {
         self.critic_minibatches += 1;
         run.world.sum_gradients(grads).map(Some)
     }
+}
+
+/// Whether the actor's step is computed by a thread while the critic's passes run: where they run on a device, the host is
+/// otherwise idle. It is not where the step depends on the critic's gradients or is one of two, nor among ranks.
+fn computes_step_meanwhile(run: &PpoRun<'_>) -> bool {
+    let on_device = run.critic_base().place().is_some();
+    on_device && run.world.is_alone() && run.config.steps_actor_by_its_gradients()
 }
 
 const ACTOR: &str = "actor";

@@ -126,47 +126,115 @@ impl AdamW {
         factor: f64,
         rate: impl Fn(&str) -> f64,
     ) -> Result<()> {
-        let known = self.state.moments.len();
+        let stepped = {
+            let parameters: Vec<&Tensor> = parameters.iter().map(|parameter| &**parameter).collect();
+            let inputs = Inputs::of(&self.state, &parameters, gradients, rate)?;
+            inputs.step(&self.config, &mut self.state, factor)?
+        };
+        for (parameter, stepped) in parameters.into_iter().zip(stepped) {
+            *parameter = stepped;
+        }
+        Ok(())
+    }
+
+    /// What [`AdamW::step_with`] would make of the parameters and of this optimizer's state, to the same bits: new parameters, and
+    /// a new state beside this one, which stays. [`AdamW::replace_state`] takes it over.
+    ///
+    /// # Errors
+    /// As for [`AdamW::step`].
+    pub fn stepped(
+        &self,
+        parameters: &[Tensor],
+        gradients: &[&Tensor],
+        factor: f64,
+        rate: impl Fn(&str) -> f64,
+    ) -> Result<(Vec<Tensor>, AdamWState)> {
+        let parameters: Vec<&Tensor> = parameters.iter().collect();
+        let inputs = Inputs::of(&self.state, &parameters, gradients, rate)?;
+        let moments = in_parallel(&self.state.moments, |moments| Some(moments.clone())).into_iter().flatten().collect();
+        let mut state = AdamWState { step: self.state.step, moments };
+        let stepped = inputs.step(&self.config, &mut state, factor)?;
+        Ok((stepped, state))
+    }
+
+    /// Checks that [`AdamW::stepped`] made a state of this optimizer's own, which has not stepped since.
+    ///
+    /// # Errors
+    /// If it did not.
+    pub(super) fn check_next(&self, state: &AdamWState) -> Result<()> {
+        let names = |state: &AdamWState| state.moments.iter().map(|m| (m.name.clone(), m.m.len())).collect::<Vec<_>>();
+        ensure!(
+            state.step == self.state.step + 1 && names(state) == names(&self.state),
+            "a state of step {} is not the next one of an optimizer after {} steps, or it is of other parameters",
+            state.step,
+            self.state.step
+        );
+        Ok(())
+    }
+
+    /// Takes over the state of [`AdamW::stepped`], after [`AdamW::check_next`].
+    pub(super) fn replace_state(&mut self, state: AdamWState) {
+        self.state = state;
+    }
+}
+
+/// Parameters and gradients that match an optimizer's state, and the learning rate of each.
+struct Inputs<'t> {
+    parameters: &'t [&'t Tensor],
+    gradients: Vec<Values<'t>>,
+    rates: Vec<f64>,
+}
+
+impl<'t> Inputs<'t> {
+    /// Every check of a step.
+    fn of(
+        state: &AdamWState,
+        parameters: &'t [&'t Tensor],
+        gradients: &[&'t Tensor],
+        rate: impl Fn(&str) -> f64,
+    ) -> Result<Self> {
+        let known = state.moments.len();
         ensure!(
             parameters.len() == known && gradients.len() == known,
             "{} parameters and {} gradients for an optimizer of {known}",
             parameters.len(),
             gradients.len()
         );
-        let rates: Vec<f64> = self.state.moments.iter().map(|m| rate(&m.name)).collect();
+        let rates: Vec<f64> = state.moments.iter().map(|m| rate(&m.name)).collect();
         if let Some(lr) = rates.iter().find(|lr| !(lr.is_finite() && **lr >= 0.0)) {
             bail!("the learning rate is {lr}");
         }
-        for ((parameter, gradient), moments) in parameters.iter().zip(gradients).zip(&self.state.moments) {
+        for ((parameter, gradient), moments) in parameters.iter().zip(gradients).zip(&state.moments) {
             check(moments, parameter, gradient)?;
         }
         let gradients = gradients.iter().map(|g| Values::of(g)).collect::<Result<Vec<_>>>()?;
         if let Some(bad) = in_parallel(&gradients, |g| !all_finite(g)).into_iter().position(|bad| bad) {
             let value = gradients[bad].iter().find(|g| !g.is_finite()).copied().unwrap_or(f32::NAN);
-            let name = &self.state.moments[bad].name;
+            let name = &state.moments[bad].name;
             return Err(diverged!("the gradient of {name} holds {value}; nothing was stepped"));
         }
-        self.state.step += 1;
-        let stepped = {
-            let values = parameters.iter().map(|p| Values::of(p)).collect::<Result<Vec<_>>>()?;
-            let all = values.iter().zip(&gradients).zip(&mut self.state.moments).zip(rates);
-            let items: Vec<_> = all
-                .map(|(((values, gradient), moments), lr)| {
-                    let numbers = Numbers::of(&self.config, self.state.step, lr, factor);
-                    Mutex::new((&**values, &**gradient, moments, numbers))
-                })
-                .collect();
-            in_parallel(&items, |item| {
-                let (values, gradient, moments, numbers) = &mut *item.lock().unwrap_or_else(PoisonError::into_inner);
-                let mut next = values.to_vec();
-                update(*numbers, &mut next, gradient, &mut moments.m, &mut moments.v);
-                next
+        Ok(Self { parameters, gradients, rates })
+    }
+
+    /// Counts a step in `state`, whose moments become those after it, and returns the new parameters.
+    fn step(&self, config: &AdamWConfig, state: &mut AdamWState, factor: f64) -> Result<Vec<Tensor>> {
+        state.step += 1;
+        let values = self.parameters.iter().map(|p| Values::of(p)).collect::<Result<Vec<_>>>()?;
+        let all = values.iter().zip(&self.gradients).zip(&mut state.moments).zip(&self.rates);
+        let items: Vec<_> = all
+            .map(|(((values, gradient), moments), &lr)| {
+                let numbers = Numbers::of(config, state.step, lr, factor);
+                Mutex::new((&**values, &**gradient, moments, numbers))
             })
-        };
-        for (parameter, values) in parameters.into_iter().zip(stepped) {
-            *parameter = Tensor::from_vec(values, parameter.shape(), parameter.device())?;
-        }
-        Ok(())
+            .collect();
+        let stepped = in_parallel(&items, |item| {
+            let (values, gradient, moments, numbers) = &mut *item.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut next = values.to_vec();
+            update(*numbers, &mut next, gradient, &mut moments.m, &mut moments.v);
+            next
+        });
+        let made = stepped.into_iter().zip(self.parameters);
+        made.map(|(values, like)| Ok(Tensor::from_vec(values, like.shape(), like.device())?)).collect()
     }
 }
 
@@ -367,6 +435,32 @@ mod tests {
             for (i, moments) in adamw.state().moments.iter().enumerate() {
                 assert_close(&moments.m, &floats(&run["m"][i]), "m");
                 assert_close(&moments.v, &floats(&run["v"][i]), "v");
+            }
+        }
+    }
+
+    #[test]
+    fn a_step_computed_beside_has_the_bits_of_one_in_place_and_leaves_the_optimizer_as_it_is() {
+        for run in golden()["runs"].as_array().unwrap() {
+            let (mut in_place, mut beside) = (optimizer(run), optimizer(run));
+            let mut parameters = tensors(&run["start"], &run["shapes"]);
+            let mut others = parameters.clone();
+            let rate = |name: &str| if name == "p0" { 0.02 } else { 0.01 };
+            for step in 0..5 {
+                let gradients = tensors(&run["grads"][step], &run["shapes"]);
+                let gradients: Vec<&Tensor> = gradients.iter().collect();
+                let before = beside.state().clone();
+                let (new, state) = beside.stepped(&others, &gradients, 0.75, rate).unwrap();
+                assert_eq!(*beside.state(), before);
+                beside.check_next(&state).unwrap();
+                beside.replace_state(state);
+                others = new;
+                in_place.step_with(parameters.iter_mut().collect(), &gradients, 0.75, rate).unwrap();
+                assert_eq!(beside.state(), in_place.state());
+                assert!(beside.check_next(in_place.state()).is_err(), "it is no step further");
+                for (a, b) in parameters.iter().zip(&others) {
+                    assert_eq!(&*Values::of(a).unwrap(), &*Values::of(b).unwrap());
+                }
             }
         }
     }

@@ -3,6 +3,7 @@
 //!
 //! The emulated machine needs a C++ compiler. Without one these tests fail, unless `FOURFOLD_SKIP_EMULATED` is 1.
 
+mod actor_step;
 mod bench;
 mod commands;
 mod decoding;

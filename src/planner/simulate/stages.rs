@@ -97,6 +97,21 @@ impl Learner {
         drop(gradients);
     }
 
+    /// `Learner::prepared`: new weights and new means beside the old ones.
+    fn prepared(&self, walk: &Simulator) -> (Vec<Tensor>, Allocation) {
+        let means = walk.ledger.take(MemoryCategory::Optimizer, 2 * self.bytes());
+        (self.sizes.iter().map(|bytes| walk.tensor(MemoryCategory::Adapters, bytes / 4)).collect(), means)
+    }
+
+    /// `Learner::commit`: they take the place of the old ones.
+    fn commit(&mut self, (new, means): (Vec<Tensor>, Allocation)) {
+        let old = std::mem::replace(&mut self.weights, new);
+        if self.guarded.is_none() {
+            self.start = old;
+        }
+        self.means = Some(means);
+    }
+
     /// The guard's copy after a good step: the means copied, the weights before it held.
     fn guard(&mut self, walk: &Simulator) {
         let means = walk.ledger.take(MemoryCategory::Optimizer, 2 * self.sizes.iter().sum::<usize>());
@@ -421,6 +436,8 @@ impl StageShape {
             ledger.enter(Phase::Update);
             let grads = self.actor_gradients(walk, actor_view, work);
             exchange_gradients(ledger, work.ranks, &actor);
+            // A thread computes the actor's step while the critic's passes run, and is done with the gradients before they are.
+            let prepared = self.computes_step_meanwhile(work).then(|| actor.prepared(walk));
             let critic_grads = critic.as_ref().map(|critic| {
                 let mut sum: Gradients = vec![];
                 for micro in &work.micro {
@@ -431,8 +448,17 @@ impl StageShape {
                 exchange_gradients(ledger, work.ranks, critic);
                 sum
             });
-            ledger.enter(Phase::Step);
-            actor.step(walk, grads);
+            match prepared {
+                Some(prepared) => {
+                    drop(grads);
+                    ledger.enter(Phase::Step);
+                    actor.commit(prepared);
+                }
+                None => {
+                    ledger.enter(Phase::Step);
+                    actor.step(walk, grads);
+                }
+            }
             if let (Some(critic), Some(grads)) = (&mut critic, critic_grads) {
                 critic.step(walk, grads);
             }
@@ -459,6 +485,15 @@ impl StageShape {
         }
         evaluate();
         drop((sft, reward, more, copies));
+    }
+
+    /// Whether the actor's step is computed while the critic's passes run on a device.
+    fn computes_step_meanwhile(&self, work: &Rollouts) -> bool {
+        let is_on_device = self.on_device.as_ref().is_some_and(|on| match &self.scorer {
+            Some(_) if !work.critic_on_policy => is_device(on.scorer),
+            _ => is_device(on.policy),
+        });
+        is_on_device && work.critic && work.ranks <= 1 && work.steps_actor_by_its_gradients
     }
 
     fn actor_gradients(&self, walk: &Simulator, view: View<'_>, work: &Rollouts) -> Gradients {

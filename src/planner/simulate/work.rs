@@ -79,6 +79,9 @@ pub struct Rollouts {
     pub critic: bool,
     /// The critic lives on the policy's base.
     pub critic_on_policy: bool,
+    /// The actor's optimizer step depends on its own gradients alone: where the critic's passes run on a device, it is computed
+    /// meanwhile.
+    pub steps_actor_by_its_gradients: bool,
     /// The KL is taken over the whole vocabulary: in the rollout, in every pass of the loss.
     pub exact: (bool, bool),
     /// Whether `reward_adapter` is one adapter.
