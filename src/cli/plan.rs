@@ -15,7 +15,7 @@ use super::data::only_stage;
 use super::{print_json, say};
 use crate::cli::data;
 use crate::config;
-use crate::config::{ByteSize, Config, DeviceChoice, Offload, Stage};
+use crate::config::{ByteSize, Config, Dequantising, DeviceChoice, Offload, Stage};
 use crate::device::select::{CONTEXT_BYTES, WORKSPACE_BYTES};
 use crate::error::counted;
 use crate::host::LimitSource;
@@ -84,6 +84,10 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     for (name, _) in bases.iter().filter(|(_, base)| base.is_some_and(is_idle_offload)) {
         warning!("plan: warning: [{name}] offload has no effect on the CPU; --device cuda plans it for a card");
     }
+    // A section that names none has what [base] says.
+    if config.base.dequantise() != Dequantising::Auto && !bases.iter().any(|(_, base)| base.is_some_and(is_on_card)) {
+        warning!("plan: warning: [base] dequantise has no effect on the CPU; --device cuda plans it for a card");
+    }
     let source = PlanInputs::open(stage, &config, ranks)?;
     let refused = refusals(stage, &config, source.lengths(stage)?);
     refused.iter().for_each(|text| warning!("plan: warning: {text}"));
@@ -123,6 +127,10 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
         return Err(invalid!("the {stage} stage does not fit the memory that was named; it needs {needs}"));
     }
     Ok(())
+}
+
+fn is_on_card(base: &config::Base) -> bool {
+    dry::is_device(base.device())
 }
 
 /// Whether a base that lies on the CPU asks for layers that a card does not keep.
@@ -315,7 +323,7 @@ impl Shown<'_> {
                 let _ = writeln!(out, "room: {}; {verdict}", plan::text(room));
             }
         }
-        for line in self.plan.offloaded() {
+        for line in self.plan.offloaded().into_iter().chain(self.plan.dequantised()) {
             let _ = writeln!(out, "{line}");
         }
         if let Some((text, _)) = &self.beside {

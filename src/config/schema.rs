@@ -32,7 +32,6 @@ pub struct Base {
     /// `"f32"` on the CPU; on a card `"f16"`, or `"bf16"` (`"f32"` before sm_80) for a base whose activations overflow
     /// f16. A resumed run keeps what it began with.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<String>")]
     pub compute_dtype: Option<ComputeDtype>,
     /// Where the frozen weights lie and passes run: `"cpu"`, `"cuda"` (which is `"cuda:0"`), `"cuda:N"`, or `"auto"`:
     /// the first card if the NVIDIA driver, NVRTC and cuBLAS are there, else the CPU. `"emulated"` runs the card's
@@ -56,7 +55,6 @@ pub struct Base {
     /// `importance_sampling_correction` weights. It needs heads of a multiple of 32 numbers, and is refused on the CPU, whose
     /// cache is f32, and in `[reward_base]`, which generates nothing. Default `"auto"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<String>")]
     pub kv_cache_type: Option<KvCacheType>,
     /// How a card dequantises the weights that products of more than 64 rows read, for weights of another type than the products:
     /// `"in_turn"` each before its product; `"ahead"` the next one on a second stream while a product runs, with memory for two;
@@ -64,7 +62,6 @@ pub struct Base {
     /// for most of a layer in 16 bits; or `"auto"`: the last of these for which the planned run has room. The numbers are the
     /// same bits, and on the CPU it has no effect. Default `"auto"`; in `[reward_base]` and `[teacher]` what `[base]` says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    #[schemars(with = "Option<String>")]
     pub dequantise: Option<Dequantising>,
 }
 

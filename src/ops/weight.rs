@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use anyhow::Result;
 use memmap2::Mmap;
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use super::cpu::parallel;
@@ -134,7 +135,7 @@ impl Bytes {
 }
 
 /// The type that products with a frozen matrix are computed in. Sums are f32 in all of them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 pub enum ComputeDtype {
     /// Both factors are f32; values of the stored type are exact.
     #[default]

@@ -1,7 +1,7 @@
 //! The changes of a config that make a stage smaller, the cheapest first, each with its cost in words. It does not depend on
 //! the planner's sums: `plan.rs` beside it tries the changes one after another.
 
-use crate::config::{Config, Offload, Quantize, RecomputeSetting, Stage};
+use crate::config::{Config, Dequantising, Offload, Quantize, RecomputeSetting, Stage};
 use crate::model::block::Recompute;
 
 /// A change of settings that needs less.
@@ -121,7 +121,8 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
         Some(recomputed) => recomputing(stage, least, recomputed),
         None => least,
     });
-    let mut all: Vec<Change> = ladder.into_iter().map(|(_, change)| change).collect();
+    let mut all: Vec<Change> = dequantising(blank.clone()).into_iter().collect();
+    all.extend(ladder.into_iter().map(|(_, change)| change));
     // On top of the last of them: changes that affect more than time.
     let mut last = least.unwrap_or(blank);
     let recomputing_all = |cut| match recomputes.last() {
@@ -238,6 +239,23 @@ const INPUTS_ON_HOST: Recomputed = Recomputed {
     costs: "one more forward in every update, and blocks' inputs are copied to the host and back",
     price: 0.6,
 };
+
+/// The change with weights that are dequantised as memory allows; `None` if the config does not ask for more than that.
+fn dequantising(mut change: Change) -> Option<Change> {
+    let sections = [
+        ("base", Some(&mut change.config.base)),
+        ("reward_base", change.config.reward_base.as_mut()),
+        ("teacher", change.config.teacher.as_mut()),
+    ];
+    for (name, section) in sections {
+        if let Some(section) = section.filter(|of| of.device().is_device() && of.dequantise().is_ahead()) {
+            section.dequantise = Some(Dequantising::Auto);
+            change.set.push(pair(&format!("{name}.dequantise"), "auto"));
+        }
+    }
+    change.costs = "products wait for their weights to be dequantised where there is no room for more".into();
+    (!change.set.is_empty()).then_some(change)
+}
 
 /// The change with layers that a device does not keep, as few as let the run fit; `None` if there is no device, or the config
 /// says so already.

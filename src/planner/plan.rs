@@ -113,6 +113,19 @@ impl Plan {
         }
     }
 
+    /// One line for each base on a device that has weights to dequantise: how it does, and whether its memory decided.
+    pub fn dequantised(&self) -> Vec<String> {
+        let Some(on) = &self.job.on_device else { return vec![] };
+        let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];
+        let there = nets.into_iter().filter(|(_, choice, _)| dry::is_device(*choice));
+        let line = |(name, choice, net): (&str, DeviceChoice, Option<&Network>)| {
+            let net = net.filter(|net| net.has_to_dequantise())?;
+            let why = if net.dequantise == Dequantising::Auto { " (by memory)" } else { "" };
+            Some(format!("{choice}: dequantise = {} for the {name}{why}", self.dequantise(net).name()))
+        };
+        there.filter_map(line).collect()
+    }
+
     /// Whether host and devices have room for it, with a reserve of one part in `reserve`.
     pub fn fits(&self, budget: Option<Budget>, reserve: Option<usize>) -> bool {
         let spare = |room: usize| reserve.map_or(0, |part| room / part);

@@ -172,7 +172,7 @@ impl MemoryPreflight {
                 plan::text(device.base)
             ));
         }
-        self.plan.offloaded().iter().for_each(|line| session.report.note(line));
+        self.plan.offloaded().iter().chain(&self.plan.dequantised()).for_each(|line| session.report.note(line));
         let mib = |bytes: usize| number(bytes as f64 / f64::from(1 << 20));
         for (phase, bytes) in self.plan.phases.iter().filter(|(_, bytes)| bytes.own() > 0) {
             session.report.fact(&format!("memory/{}", phase.name()), &mib(bytes.own()));

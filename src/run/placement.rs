@@ -11,7 +11,7 @@ use std::sync::Mutex;
 use anyhow::{Context, Error, Result};
 
 use super::output;
-use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config, KvCacheType, Offload};
+use crate::config::{self, COMPUTE_DTYPE_ON_CARDS, ComputeDtype, Config, Dequantising, KvCacheType, Offload};
 use crate::device::{Device, Element, OutOfMemory, select};
 use crate::invalid;
 use crate::model::base::Base;
@@ -82,6 +82,9 @@ pub fn settle(section: &mut config::Base) -> Result<Option<Device>> {
     }
     if selected.device.is_none() && section.offload() != Offload::None {
         warn("warning: offload has no effect: the base lies on the CPU");
+    }
+    if selected.device.is_none() && section.dequantise() != Dequantising::Auto {
+        warn("warning: dequantise has no effect: the base lies on the CPU");
     }
     if let Some(reason) = &selected.reason {
         note(&format!("device: the CPU ({}; `fourfold doctor` says more)", in_short(reason)));

@@ -330,14 +330,15 @@ fn a_checkpoint_that_a_stage_does_not_read_is_not_opened_and_told_by_every_comma
     let line = "grpo grpo.toml --out o2 --set base.device=cpu --set base.kv_cache_type=q8_0";
     refused(&p, line, &["[base]: kv_cache_type = \"q8_0\" is for cards"]);
     // Layers that the CPU keeps anyway.
-    for line in
-        ["plan grpo.toml --set base.offload=auto", "--quiet grpo grpo.toml --device cpu --set base.offload=2 --out o3"]
-    {
-        assert!(done(&p, line).stderr.contains("offload has no effect"), "{line}");
+    for (key, value) in [("offload", "2"), ("dequantise", "ahead")] {
+        for (i, line) in ["plan grpo.toml", "--quiet grpo grpo.toml --device cpu"].iter().enumerate() {
+            let out = if i == 1 { format!("--out o_{key}") } else { String::new() };
+            let line = format!("{line} --set base.{key}={value} {out}");
+            assert!(done(&p, &line).stderr.contains(&format!("{key} has no effect")), "{line}");
+        }
+        let line = format!("plan grpo.toml --set base.{key}={value} --device cuda --memory 4GiB");
+        assert!(!done(&p, &line).stderr.contains("no effect"), "{line}");
     }
-    assert!(
-        !done(&p, "plan grpo.toml --set base.offload=auto --device cuda --memory 4GiB").stderr.contains("no effect")
-    );
 }
 
 #[test]

@@ -241,14 +241,15 @@ fn a_plan_dequantises_ahead_and_keeps_what_fits() {
     }
     let place = place();
     run_all(&place, &["sft"]);
-    let of = |more: &str| -> Value {
+    let whole = |more: &str| -> Value {
         let ran = place.run(&format!(
             "plan run.toml --phase sft --set data.path=sft.jsonl --device emulated --json --set sft.checkpoint=block \
              --set sft.per_device_train_batch_size=4 {more}"
         ));
         assert!([0, 2].contains(&ran.code), "{}", ran.stderr);
-        serde_json::from_str::<Value>(&ran.stdout).expect(&ran.stderr)["devices"]["emulated"].clone()
+        serde_json::from_str::<Value>(&ran.stdout).expect(&ran.stderr)
     };
+    let of = |more: &str| whole(more)["devices"]["emulated"].clone();
     let plan = |more: &str| of(&format!("--set base.quantize=q8_0 --set base.compute_dtype=f16 {more}"));
     let peak = |plan: &Value| plan["peak"]["bytes"].as_u64().unwrap();
     let open = plan("");
@@ -266,6 +267,12 @@ fn a_plan_dequantises_ahead_and_keeps_what_fits() {
         assert_eq!((&found["dequantise"], peak(&found)), (&name.into(), most), "{found}");
     }
     assert_eq!(peak(&open), peak(&plan("--set base.dequantise=in_turn")));
+    // More than there is room for is asked for: the change that fits is to leave it to the plan.
+    let tight = whole(&format!(
+        "--set base.quantize=q8_0 --set base.compute_dtype=f16 --set base.dequantise=kept --set memory.device_limit={}",
+        peak(&open) * 32 / 31 + 64 + beside
+    ));
+    assert_eq!(tight["smallest_change"]["set"], serde_json::json!({"base.dequantise": "auto"}), "{tight}");
     // What is stored as products need it is not dequantised.
     let dense = of("--set base.compute_dtype=bf16 --set memory.device_limit=64GiB");
     assert_eq!(dense["dequantise"], "in_turn", "{dense}");

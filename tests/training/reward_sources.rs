@@ -358,7 +358,10 @@ fn a_reward_base_with_other_tokens_scores_and_the_critic_uses_the_policys_base()
     let error = ppo(&keys("")).unwrap_err();
     assert_eq!(exit_code(&error), 2);
     let message = format!("{error:#}");
-    assert!(message.contains("reads other tokens than the policy") && message.contains("critic = \"actor\""), "{message}");
+    assert!(
+        message.contains("reads other tokens than the policy") && message.contains("critic = \"actor\""),
+        "{message}"
+    );
     let (_, same, _) = ppo("reward_adapter = REWARD\ncritic = \"actor\"\n").unwrap();
     for more in ["critic = \"actor\"", "critic = \"own\"", "advantage_estimator = \"rloo\"\nnum_generations = 2"] {
         let (_, metrics, _) = ppo(&keys(more)).unwrap();

@@ -297,18 +297,26 @@ fn row(found: &Value) -> String {
                 number("planned_over_measured")
             )
         }
-        "gpu/kernels" if found["in_kernels"].is_null() => format!(
-            "  {} step: {} launches, {:.3} s if each kernel took no longer than its bytes or operations, {:.3} s of them beside \
-             products\n    {:<44}{:>9}{:>11}{:>8}\n",
-            text("method"),
-            number("launches"),
-            number("floor_seconds"),
-            number("floor_beside"),
-            "kernel",
-            "launches",
-            "floor, ms",
-            "share"
-        ),
+        "gpu/kernels" if found["in_kernels"].is_null() => {
+            let copies = match number("streamed_bytes") {
+                bytes if bytes > 0.0 => {
+                    format!("\n    not counted: {:.1} GB of streamed layers, copied to the card", bytes / 1e9)
+                }
+                _ => String::new(),
+            };
+            format!(
+                "  {} step: {} launches, {:.3} s if each kernel took no longer than its bytes or operations, {:.3} s of them beside \
+                 products{copies}\n    {:<44}{:>9}{:>11}{:>8}\n",
+                text("method"),
+                number("launches"),
+                number("floor_seconds"),
+                number("floor_beside"),
+                "kernel",
+                "launches",
+                "floor, ms",
+                "share"
+            )
+        }
         "gpu/kernel" if found["ms"].is_null() => format!(
             "    {:<44}{:>9}{:>11.2}{:>7.1}%\n",
             text("name"),

@@ -15,6 +15,7 @@ mod kv_cache;
 use std::ops::Range;
 
 use anyhow::{Result, bail};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::device::Array;
@@ -27,7 +28,7 @@ pub use kv_cache::{KvCache, NextStep};
 pub(crate) const QUERIES: usize = 48;
 
 /// What the keys and values of a KV cache are stored as.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 pub enum KvCacheType {
     /// The type of the products.
     #[default]

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::sync::Mutex;
 
 use anyhow::{Result, ensure};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{Beside, Element, Matrix, lock};
@@ -35,7 +36,7 @@ impl Compute {
 }
 
 /// How passes over many rows dequantise a block's weights on a device. The numbers are the same bits; memory and time differ.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, JsonSchema, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Dequantising {
     /// As much of the below as the planned run has room for; `InTurn` until a plan has chosen.

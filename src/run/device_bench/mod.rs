@@ -240,7 +240,9 @@ pub fn model(
             show(with("gpu/step", roles.step(device, asked, method, scratch)?))?;
         }
         if asked.kernels {
+            let before = roles.streamed();
             let (seconds, mut all) = roles.profiled(device, asked, method, scratch)?;
+            let streamed = roles.streamed() - before;
             let is_dry = device.is_dry();
             if is_dry {
                 all.sort_by(|a, b| floor(b, ceilings).total_cmp(&floor(a, ceilings)));
@@ -257,10 +259,10 @@ pub fn model(
                 match is_dry {
                     true => {
                         json!({"method": method.name(), "floor_seconds": number(busy), "floor_beside": number(beside),
-                                   "launches": launches})
+                                   "launches": launches, "streamed_bytes": streamed})
                     }
                     false => json!({"method": method.name(), "seconds": number(seconds), "in_kernels": number(busy),
-                                    "floor_beside": number(beside), "launches": launches}),
+                                    "floor_beside": number(beside), "launches": launches, "streamed_bytes": streamed}),
                 },
             ))?;
             for kernel in &all {
