@@ -75,6 +75,19 @@ const SECTIONS: &[(&[&str], &str)] = &[
         &["rollout", "generation", "sampling", "vllm"],
         "rollouts are in [ppo], [grpo] or [rloo], and their servers in [ppo.rollout]",
     ),
+    (
+        &["deepspeed", "fsdp", "accelerate", "distributed"],
+        "several processes train together where `mpirun` starts them; remove the section",
+    ),
+    (
+        &["quantization", "quantisation", "quantization_config", "bitsandbytes", "bnb"],
+        "[base] quantize = \"nf4\", \"q4_k\" or \"q8_0\" quantises the base as it is opened",
+    ),
+    (
+        &["wandb", "tensorboard", "logging", "tracking"],
+        "report_to at the top of the file says whether a run writes TensorBoard's file, its folder tb, which `wandb sync` reads; remove \
+         the section",
+    ),
     (&["eval", "evaluation"], "[data] eval_rows or eval_fraction says how many records are held out to evaluate with"),
 ];
 
@@ -109,8 +122,28 @@ pub(super) fn elsewhere(key: &str) -> Option<String> {
     (!owners.is_empty()).then(has_it).or_else(|| trl::anywhere(key).map(str::to_owned))
 }
 
+/// What is said of a key outside the sections: what it would be in the section of a stage that the file has, else of any stage.
+fn at_the_top(key: &str, table: &Table) -> Option<String> {
+    let has_section = |stage: &str| table.get(stage).is_some_and(Value::is_table);
+    let any = !synonyms::STAGES.iter().any(|stage| has_section(stage));
+    // A stage's section that has the key comes before what the others make of it.
+    let stages = synonyms::STAGES.iter().filter(|stage| !has(stage, key) && (any || has_section(stage)));
+    let mut found: Vec<(Vec<String>, &str)> = Vec::new();
+    for stage in stages {
+        let Some(reason) = trl::reason(stage, key) else { continue };
+        match found.iter_mut().find(|(_, known)| *known == reason) {
+            Some((stages, _)) => stages.push(format!("[{stage}]")),
+            None => found.push((vec![format!("[{stage}]")], reason)),
+        }
+    }
+    let said = || found.iter().map(|(stages, reason)| format!("in {}: {reason}", stages.join(", ")));
+    let in_stages = (!found.is_empty()).then(|| said().collect::<Vec<_>>().join("; "));
+    // Without a stage's section, keys that there are come first.
+    if any { elsewhere(key).or(in_stages) } else { in_stages.or_else(|| elsewhere(key)) }
+}
+
 /// What an unknown key of a section stands for: another spelling of one that there is, or another trainer's name.
-fn known(key: &str, section: &str) -> Option<String> {
+pub(super) fn known(key: &str, section: &str) -> Option<String> {
     if has(section, key) {
         return Some(format!("did you mean {key:?}?"));
     }
@@ -142,7 +175,7 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
             let is_tables =
                 |value: &Value| value.as_array().is_some_and(|all| all.first().is_some_and(Value::is_table));
             let is_section = table.get(key).is_some_and(|value| value.is_table() || is_tables(value));
-            match elsewhere(&spelt(key)).filter(|_| !is_section) {
+            match at_the_top(&spelt(key), table).filter(|_| !is_section) {
                 Some(hint) => format!("there is no key {key:?} outside the sections; {hint}"),
                 None if is_section => {
                     let names = sections().map(|(name, _)| name);
@@ -180,8 +213,14 @@ pub(super) fn describe(error: &KeyError, table: &Table) -> String {
             format!("{at} has no key {key:?}; {}", hint.unwrap_or_else(|| guess(key, expected)))
         }
         Fault::UnknownValue { value, expected } => {
-            let near = nearest(value, expected).map(|name| format!("; did you mean {name:?}?")).unwrap_or_default();
-            format!("{at} = {value:?} is not one of {}{near}", quoted(expected))
+            let (theirs, key) = (spelt(value), error.path.last().map_or("", String::as_str));
+            let reason = trl::reason_of_value(error.path.first().map_or("", String::as_str), key, &theirs);
+            let near = || synonyms::value(&theirs, expected).or_else(|| nearest(value, expected));
+            let hint = match reason {
+                Some(reason) => format!("; {reason}"),
+                None => near().map(|name| format!("; did you mean {name:?}?")).unwrap_or_default(),
+            };
+            format!("{at} = {value:?} is not one of {}{hint}", quoted(expected))
         }
         Fault::Missing("base") => {
             "the section [base] is missing; it needs path = \"a Hugging Face folder or .gguf\"".into()
@@ -225,4 +264,120 @@ pub(super) fn has(section: &str, key: &str) -> bool {
 /// The sections that have a key.
 pub(super) fn owners(key: &str) -> Vec<&'static str> {
     sections().into_iter().filter(|(_, keys)| keys.contains(&key)).map(|(name, _)| name).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The runs of sections in a text, such as `[dpo], [kto]`, each with what follows it.
+    fn named(text: &str) -> Vec<(Vec<&str>, &str)> {
+        let mut found: Vec<(Vec<&str>, &str)> = Vec::new();
+        let mut rest = text;
+        let mut joins = false;
+        while let Some(at) = rest.find('[') {
+            joins = joins && [", ", " or "].contains(&&rest[..at]);
+            let Some(end) = rest[at..].find(']').map(|end| at + end) else { break };
+            let name = &rest[at + 1..end];
+            rest = &rest[end + 1..];
+            if !sections().iter().any(|(section, _)| *section == name) {
+                joins = false;
+            } else if let Some((run, after)) = found.last_mut().filter(|_| joins) {
+                run.push(name);
+                *after = rest;
+            } else {
+                found.push((vec![name], rest));
+                joins = true;
+            }
+        }
+        found
+    }
+
+    fn words(text: &str) -> impl Iterator<Item = &str> {
+        text.split(|letter: char| !(letter.is_alphanumeric() || letter == '_')).filter(|word| !word.is_empty())
+    }
+
+    /// What is wrong with where a hint sends a key.
+    fn misdirection(key: &str, hint: &str) -> Option<String> {
+        let is_a_key = |word: &str| !owners(word).is_empty();
+        for (run, after) in named(hint) {
+            // Stages whose reasons follow: they are read by their own sections below.
+            if after.starts_with(':') {
+                continue;
+            }
+            let word = after.strip_prefix(' ').and_then(|after| words(after).next()).unwrap_or_default();
+            for section in run {
+                let sends_to = match word {
+                    "has" | "have" => Some(key),
+                    _ if word.contains('_') || is_a_key(word) => Some(word),
+                    _ => None,
+                };
+                match sends_to {
+                    Some(to) if !has(section, to) => return Some(format!("[{section}] has no {to}")),
+                    None if !words(hint).any(|word| has(section, word)) && !hint.contains("remove the ") => {
+                        return Some(format!("no key of [{section}] is named"));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        None
+    }
+
+    #[test]
+    fn no_hint_sends_a_key_to_a_section_that_has_no_such_key() {
+        let names: Vec<&str> = synonyms::names().chain(trl::names()).collect();
+        let mut places: Vec<(Vec<String>, &'static [&'static str])> = vec![(vec![], &["seed", "output_dir"])];
+        places.extend(
+            known_keys().into_iter().map(|(path, keys)| (path.split('.').map(str::to_owned).collect::<Vec<_>>(), keys)),
+        );
+        let mut files = vec![Table::new()];
+        files.extend(synonyms::STAGES.map(|stage| Table::from_iter([(stage.to_owned(), Value::Table(Table::new()))])));
+        let mut read = 0;
+        for (path, expected) in places {
+            for key in names.iter().filter(|key| !expected.contains(key)) {
+                for table in files.iter().take(if path.is_empty() { files.len() } else { 1 }) {
+                    let fault = Fault::UnknownKey { key: (*key).to_owned(), expected };
+                    let said = describe(&KeyError { path: path.clone(), fault }, table);
+                    let (_, hint) = said.split_once("; ").unwrap_or_else(|| ("", said.rsplit(": ").next().unwrap()));
+                    assert_eq!(misdirection(key, hint), None, "{path:?} {key}: {said}");
+                    read += 1;
+                }
+            }
+        }
+        assert!(read > 10_000, "{read}");
+    }
+
+    #[test]
+    fn hints_that_send_a_key_astray_are_found() {
+        for (key, hint) in [
+            ("save_strategy", "it is in the section [checkpoint]"),
+            ("revision", "[base], [data] have it"),
+            ("lr", "it is [sft], [lora] learning_rate here"),
+            ("x", "[data] eval_rowz says how many"),
+            ("model_init_kwargs", "the model is described in [base]"),
+        ] {
+            assert!(misdirection(key, hint).is_some(), "{hint}");
+        }
+        for (key, hint) in [
+            ("revision", "[data] has it"),
+            ("lr", "it is [sft], [dpo] learning_rate here"),
+            ("x", "a table [[ppo.reward]] with [base] path"),
+            ("x", "[lora] shapes it; remove the key"),
+        ] {
+            assert_eq!(misdirection(key, hint), None, "{hint}");
+        }
+    }
+
+    #[test]
+    fn what_is_said_of_sections_names_sections_that_there_are_with_keys_of_theirs() {
+        for (theirs, said) in SECTIONS {
+            let is_ours = |name: &&str| sections().iter().any(|(section, _)| section == name);
+            assert!(!theirs.iter().any(is_ours), "{theirs:?}");
+            for (run, after) in named(said) {
+                let word = words(after).next().unwrap_or_default();
+                assert!(run.iter().all(|section| !word.contains('_') || has(section, word)), "{said}");
+            }
+        }
+    }
 }

@@ -7,7 +7,7 @@
 use schemars::schema_for;
 use serde_json::{Map, Value};
 
-use super::describe::elsewhere;
+use super::describe::{elsewhere, known};
 use super::located::nearest;
 use super::{Config, ranges};
 use crate::invalid;
@@ -65,7 +65,16 @@ pub fn keys_of_section(wanted: &str) -> anyhow::Result<Vec<Key>> {
     let mut names: Vec<&str> = all.iter().flat_map(|key| [key.section.as_str(), key.name.as_str()]).collect();
     names.retain(|name| !name.is_empty());
     names.dedup();
-    let near = elsewhere(wanted).or_else(|| nearest(wanted, &names).map(|name| format!("did you mean {name:?}?")));
+    // A key's path is wrong in its section or in its key: another key of the section is more like it than a key of another name.
+    let in_section = || {
+        let (section, name) = wanted.rsplit_once('.')?;
+        let own: Vec<&str> = all.iter().filter(|key| key.section == section).map(|key| key.name.as_str()).collect();
+        let near = || nearest(name, &own).map(|near| format!("did you mean {:?}?", format!("{section}.{near}")));
+        if own.is_empty() { elsewhere(name) } else { known(name, section).or_else(near) }
+    };
+    let near = elsewhere(wanted)
+        .or_else(in_section)
+        .or_else(|| nearest(wanted, &names).map(|name| format!("did you mean {name:?}?")));
     let hint = near.map_or_else(
         || "`fourfold keys` prints them all".to_owned(),
         |near| format!("{near}{} `fourfold keys` prints them all", if near.ends_with('?') { "" } else { ";" }),
@@ -222,6 +231,15 @@ mod tests {
         assert!(keys_of_section("[ppo]").unwrap().iter().any(|key| key.section == "ppo.ptx"));
         let error = keys_of_section("kl_coeff").unwrap_err().to_string();
         assert!(error.contains("did you mean \"kl_coef\"?"), "{error}");
+        for (path, said) in [
+            ("base.dequantize", "did you mean \"base.dequantise\"?"),
+            ("ppo.rollout.url", "did you mean \"ppo.rollout.urls\"?"),
+            ("sft.lr", "it is [sft] learning_rate here"),
+            ("zzz.kl_coef", "it is [ppo] kl_coef"),
+        ] {
+            let error = keys_of_section(path).unwrap_err().to_string();
+            assert!(error.contains(said), "{path}: {error}");
+        }
     }
 
     #[test]

@@ -56,6 +56,7 @@ const NAMES: &[(&[&str], &[&str])] = &[
             "reward_model_id",
             "reward_model_name_or_path",
             "reward_model_adapter",
+            "reward_adapters",
             "reward_pretrain",
             "rm",
             "rm_adapter",
@@ -129,7 +130,7 @@ const NAMES: &[(&[&str], &[&str])] = &[
     (&["lr"], &["learning_rate"]),
     (&["actor_learning_rate", "actor_lr", "policy_lr", "lr_actor"], &["learning_rate"]),
     (&["critic_lr", "lr_critic", "value_lr"], &["ppo.critic_learning_rate"]),
-    (&["warmup_ratio", "num_warmup_steps", "lr_warmup_steps", "lr_warmup_ratio"], &["warmup_steps"]),
+    (&["num_warmup_steps", "lr_warmup_steps"], &["warmup_steps"]),
     (&["scheduler", "lr_scheduler", "lr_schedule", "lr_decay_style"], &["lr_scheduler_type"]),
     (&["wd"], &["weight_decay"]),
     (&["adam_eps"], &["adam_epsilon"]),
@@ -161,6 +162,14 @@ const NAMES: &[(&[&str], &[&str])] = &[
     (&["ppo_epochs"], &["ppo.num_ppo_epochs", "grpo.num_iterations", "rloo.num_iterations"]),
     // Rollouts.
     (&["rollout_batch_size", "num_rollouts", "chunk_size"], &["ppo.batch_size"]),
+    (
+        &["micro_rollout_batch_size", "rollout_micro_batch_size"],
+        &[
+            "ppo.local_rollout_forward_batch_size",
+            "grpo.local_rollout_forward_batch_size",
+            "rloo.local_rollout_forward_batch_size",
+        ],
+    ),
     (
         &["group_size", "n_samples_per_prompt", "num_return_sequences", "rloo_k"],
         &["ppo.num_generations", "grpo.num_generations", "rloo.num_generations"],
@@ -199,6 +208,8 @@ const NAMES: &[(&[&str], &[&str])] = &[
         &["ppo.cliprange_high", "grpo.epsilon_high", "rloo.epsilon_high"],
     ),
     (&["value_clip", "value_clip_range", "vf_clip", "clip_range_value"], &["ppo.cliprange_value"]),
+    (&["adv_estimator", "advantage_type"], &["ppo.advantage_estimator"]),
+    (&["freezing_actor_steps"], &["ppo.critic_warmup"]),
     (&["vf_coeff", "value_coef", "value_loss_coef", "critic_coef"], &["ppo.vf_coef"]),
     (&["entropy_coeff", "ent_coef", "entropy_weight", "entropy_bonus"], &["ppo.entropy_coef", "grpo.entropy_coef"]),
     (&["lambda", "lambd", "gae_lambda"], &["ppo.lam"]),
@@ -235,7 +246,7 @@ const INSIDE: &[(&[&str], &[&str], &str)] = &[
     (&["reward", "gold"], &["coef", "scale"], "weight"),
     (
         &["reward", "gold"],
-        &["adapter", "path", "reward_adapter", "reward_model", "reward_model_path", "rm"],
+        &["adapter", "path", "reward_adapter", "reward_adapters", "reward_model", "reward_model_path", "rm"],
         "adapters",
     ),
     (&["reward", "gold"], &["func", "function", "program", "script"], "command"),
@@ -248,8 +259,25 @@ const INSIDE: &[(&[&str], &[&str], &str)] = &[
     (&["memory"], &["cuda", "gpu", "vram"], "device_limit"),
 ];
 
+/// What other trainers call the values of keys, and ours.
+const VALUES: &[(&[&str], &str)] = &[
+    (&["bfloat16", "bf16_true"], "bf16"),
+    (&["float16", "fp16", "half"], "f16"),
+    (&["float32", "fp32", "float"], "f32"),
+    (&["reinforce++"], "reinforce_plus_plus"),
+    (&["reinforce++_baseline", "reinforce_baseline"], "reinforce_plus_plus_baseline"),
+    (&["group_norm"], "grpo"),
+    (&["constant_with_warmup"], "constant"),
+];
+
+/// What another trainer's value is here, if it is one of `expected`.
+pub(super) fn value<'n>(theirs: &str, expected: &[&'n str]) -> Option<&'n str> {
+    let (_, ours) = VALUES.iter().find(|(names, _)| names.contains(&theirs))?;
+    expected.iter().copied().find(|value| value == ours)
+}
+
 /// The sections of which one file has one; all others are read by every stage.
-const STAGES: [&str; 8] = ["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo"];
+pub(super) const STAGES: [&str; 8] = ["sft", "reward", "dpo", "kto", "distill", "ppo", "grpo", "rloo"];
 
 /// Our keys for a name of another trainer, each as (section, key): the section is `None` for a key of any stage.
 fn meant(name: &str) -> impl Iterator<Item = (Option<&'static str>, &'static str)> {
@@ -313,6 +341,13 @@ pub(super) fn known_as(name: &str, section: &str) -> Option<String> {
             })
         }
     }
+}
+
+/// Every name that is in a table here.
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    let inside = INSIDE.iter().flat_map(|(_, names, _)| names.iter());
+    NAMES.iter().flat_map(|(names, _)| names.iter()).chain(inside).copied()
 }
 
 #[cfg(test)]

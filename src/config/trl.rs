@@ -5,6 +5,9 @@
 /// Keys' names, and what is said of them.
 type Reasons = &'static [(&'static [&'static str], &'static str)];
 
+/// Where the revision of a base is named.
+const REVISION: &str = "a model's revision is a part of its path: path = \"owner/name@revision\"";
+
 /// Of any section.
 const ANYWHERE: Reasons = &[
     (&["lora_dropout", "dropout"], "adapters have no dropout here; remove the key"),
@@ -27,7 +30,9 @@ const ANYWHERE: Reasons = &[
         &["tokenizer", "tokenizer_name", "tokenizer_name_or_path", "tokenizer_path"],
         "the tokenizer is the base's; remove the key",
     ),
-    (&["model_init_kwargs", "trust_remote_code"], "the model is described in [base]"),
+    (&["model_init_kwargs"], "[base] path, quantize, compute_dtype and device describe the model"),
+    (&["trust_remote_code"], "no code of a model's folder is run; remove the key"),
+    (&["model_revision"], REVISION),
     (
         &["gpu", "gpus", "cuda", "device_map", "no_cuda", "use_cpu", "use_cuda"],
         "[base] device says where the base lies",
@@ -73,9 +78,28 @@ const ANYWHERE: Reasons = &[
         "what is trained is an adapter, which [lora] shapes; remove the key",
     ),
     (&["do_train", "do_eval", "do_predict", "inference_mode"], "the command says what is done; remove the key"),
+    (&["modules_to_save", "bias", "additional_target"], "nothing of the base itself is trained; remove the key"),
+    (&["lora_bias"], "the branches have no biases, and the base's are not trained; remove the key"),
+    (&["fan_in_fan_out"], "the base's files say which way round a matrix is stored; remove the key"),
     (
-        &["modules_to_save", "bias", "additional_target", "fan_in_fan_out"],
-        "nothing of the base itself is trained; remove the key",
+        &["target_parameters"],
+        "branches are of linear layers and of the embedding, which [lora] target_modules names, not of single parameters; remove the key",
+    ),
+    (
+        &["use_qalora", "qalora_group_size"],
+        "QA-LoRA is not here: [base] quantize = \"nf4\" with an adapter over it is QLoRA; remove the key",
+    ),
+    (
+        &["adam_offload", "optimizer_offload", "offload_optimizer"],
+        "adapters and the optimizer's moments are always in the host's memory; remove the key",
+    ),
+    (
+        &["warmup_ratio", "lr_warmup_ratio", "warmup_share", "lr_warmup_steps_ratio"],
+        "warmup_steps in the stage's section is a number of optimizer steps, not a share of them",
+    ),
+    (
+        &["lr_scheduler_kwargs", "lr_scheduler_args"],
+        "the courses of lr_scheduler_type (linear, cosine, constant) have no parameters; remove the key",
     ),
     (&["betas", "adam_betas"], "they are adam_beta1 and adam_beta2"),
     (
@@ -84,18 +108,23 @@ const ANYWHERE: Reasons = &[
     ),
     (&["overwrite", "overwrite_output_dir"], "`--overwrite` on the command line replaces a run; remove the key"),
     (&["overwrite_cache"], "tokens are read anew wherever records or settings have changed; remove the key"),
-    (&["save_strategy", "save_only_model", "save_safetensors"], "it is in the section [checkpoint]"),
+    (&["save_strategy"], "[checkpoint] save_steps says after how many optimizer steps a checkpoint is saved"),
     (
-        &[
-            "plot_loss",
-            "logging_dir",
-            "run_name",
-            "logging_strategy",
-            "logging_first_step",
-            "disable_tqdm",
-            "log_level",
-        ],
+        &["save_only_model"],
+        "a checkpoint has the optimizer's state, from which `--resume` goes on, and the result is the adapter alone; remove the key",
+    ),
+    (&["save_safetensors"], "adapters are always saved as safetensors; remove the key"),
+    (
+        &["load_best_model_at_end", "metric_for_best_model", "greater_is_better"],
+        "the result is the adapter after the last step; remove the key",
+    ),
+    (
+        &["plot_loss", "logging_dir", "run_name", "logging_strategy", "logging_first_step"],
         "a run is named by its folder, which has metrics.jsonl and report.html with the curves; remove the key",
+    ),
+    (
+        &["disable_tqdm", "log_level"],
+        "`--quiet` on the command line leaves errors and warnings alone on stderr; remove the key",
     ),
     (&["wandb", "use_wandb", "wandb_project"], "`wandb sync` reads the tb folder of a run (report_to); remove the key"),
     (&["push_to_hub", "hub_model_id", "hub_token", "hub_strategy"], "nothing is uploaded; remove the key"),
@@ -103,6 +132,11 @@ const ANYWHERE: Reasons = &[
         &[
             "packing",
             "neat_packing",
+            "eval_packing",
+            "packing_samples",
+            "packing_strategy",
+            "use_packing",
+            "use_remove_padding",
             "padding_free",
             "pad_to_multiple_of",
             "padding_side",
@@ -175,7 +209,27 @@ const ANYWHERE: Reasons = &[
             "reference_model",
             "reference_adapter",
         ],
-        "the reference is what training starts from: the section's adapter over [base], or without one the bare base",
+        "the reference is what training starts from: the section's adapter over [base], or without one the bare base; remove the key",
+    ),
+    (&["reference_free"], "every preference loss here compares with the reference; remove the key"),
+    (
+        &["remote_rm_url", "reward_url", "reward_model_url", "rm_url", "reward_api_url", "reward_server"],
+        "a reward that a server computes is a table [[ppo.reward]], [[grpo.reward]] or [[rloo.reward]] with kind = \"http\" and url \
+         (`fourfold keys ppo.reward`)",
+    ),
+    (
+        &["reward_model_type"],
+        "a reward model is an adapter, reward_adapter of the stage's section; the kind of a table [[ppo.reward]], [[grpo.reward]] or \
+         [[rloo.reward]] names what else computes a reward (`fourfold keys ppo.reward`)",
+    ),
+    (
+        &["train_on_prompt", "train_on_inputs", "train_on_input"],
+        "[sft] completion_only_loss = false learns the prompts, too",
+    ),
+    (
+        &["mask_history"],
+        "SFT learns every response of a dialogue, or what [data] multi_turn says where the chat template renders earlier ones \
+         differently; remove the key",
     ),
     (
         &[
@@ -196,15 +250,25 @@ const ANYWHERE: Reasons = &[
     (&["router_aux_loss_coef"], "mixtures of experts are not among the model families; remove the key"),
 ];
 
+/// Of `[base]`, `[reward_base]` and `[teacher]`.
+const OF_BASES: Reasons = &[(&["revision"], REVISION)];
+
+/// Of the sections that learn records' own responses.
+const OF_RECORDS: Reasons = &[(
+    &["max_completion_length", "max_prompt_length", "max_target_length", "max_response_length"],
+    "[data] max_length bounds prompt and response together, and truncation says what becomes of longer ones",
+)];
+
 /// Of the sections whose training is one of passes over the records.
 const OF_PASSES: Reasons = &[
     (
         &["max_steps", "max_train_steps", "num_train_steps", "total_steps", "num_steps", "steps", "iterations"],
         "num_train_epochs says how long a run is",
     ),
+    (&["eval_strategy", "evaluation_strategy", "do_eval"], "eval_steps says when the held-out records are evaluated"),
     (
-        &["eval_strategy", "evaluation_strategy", "do_eval", "per_device_eval_batch_size"],
-        "eval_steps says when the held-out records are evaluated",
+        &["per_device_eval_batch_size", "eval_batch_size"],
+        "how many held-out records are evaluated at once is no setting; remove the key",
     ),
 ];
 
@@ -281,6 +345,7 @@ const OF_ROLLOUTS: Reasons = &[
 
 /// Of `[ppo]` alone.
 const OF_PPO: Reasons = &[
+    (&["reward_clip_range"], "it is score_clip here: one number c for scores between -c and c"),
     (
         &["kl_penalty"],
         "kl_coef is the weight of the KL penalty, kl_estimator what estimates it, and kl_in whether it is taken from the reward or added \
@@ -332,10 +397,20 @@ const OF_GROUPS: Reasons = &[
         &["vespo_k_pos", "vespo_k_neg", "vespo_lambda_pos", "vespo_lambda_neg", "off_policy_mask_threshold"],
         "that loss is not here; loss_type has dapo, bnpo, grpo, dr_grpo, cispo and sapo",
     ),
+    (
+        &["adv_estimator", "advantage_estimator", "advantage_type"],
+        "the section itself names the estimator, and [ppo] advantage_estimator has others",
+    ),
     (&["kl_coef", "kl_penalty"], "it is beta here, as in TRL"),
     (&["response_length", "max_new_tokens"], "it is max_completion_length here, as in TRL"),
-    (&["batch_size"], "a rollout has per_device_train_batch_size times steps_per_generation responses"),
-    (&["total_episodes", "total_steps", "steps", "iterations"], "num_train_epochs or max_steps says how long a run is"),
+    (
+        &["batch_size", "rollout_batch_size", "mini_batch_size"],
+        "a rollout has per_device_train_batch_size times steps_per_generation responses",
+    ),
+    (
+        &["total_episodes", "num_episodes", "total_steps", "steps", "iterations"],
+        "num_train_epochs or max_steps says how long a run is",
+    ),
     (
         &[
             "critic",
@@ -344,6 +419,7 @@ const OF_GROUPS: Reasons = &[
             "critic_learning_rate",
             "critic_lr",
             "critic_warmup",
+            "freezing_actor_steps",
             "cliprange_value",
             "vf_coef",
             "lam",
@@ -355,7 +431,37 @@ const OF_GROUPS: Reasons = &[
 ];
 
 /// Of TRL's GKDConfig.
-const OF_DISTILLATION: Reasons = &[(&["teacher_model_init_kwargs"], "the teacher is described in [teacher]")];
+const OF_DISTILLATION: Reasons =
+    &[(&["teacher_model_init_kwargs"], "[teacher] path, quantize, compute_dtype and device describe the teacher")];
+
+/// Values of `[dpo] loss_type` that other trainers have, and what is said of them.
+const DPO_LOSSES: Reasons = &[
+    (&["simpo", "orpo", "cpo"], "that loss has no reference, and every loss here compares with one"),
+    (&["kto_pair", "kto"], "KTO is a stage of its own, `fourfold kto`, on responses with a label each"),
+    (
+        &[
+            "aot",
+            "aot_pair",
+            "aot_unpaired",
+            "apo_down",
+            "apo_zero",
+            "bco_pair",
+            "discopo",
+            "exo_pair",
+            "nca_pair",
+            "sft",
+            "sigmoid_norm",
+            "sppo_hard",
+        ],
+        "that loss is not here",
+    ),
+];
+
+/// Why a value of a key is none here; `None` for one that is not known.
+pub(super) fn reason_of_value(section: &str, key: &str, value: &str) -> Option<&'static str> {
+    let found = DPO_LOSSES.iter().filter(|_| (section, key) == ("dpo", "loss_type"));
+    found.into_iter().find(|(values, _)| values.contains(&value)).map(|(_, reason)| *reason)
+}
 
 /// Why a key is in no section, or what stands for it, in the words for `section`; `None` for a key that is not known.
 pub(super) fn reason(section: &str, key: &str) -> Option<&'static str> {
@@ -363,7 +469,8 @@ pub(super) fn reason(section: &str, key: &str) -> Option<&'static str> {
         "ppo" => &[OF_PPO, OF_ROLLOUTS],
         "grpo" | "rloo" => &[OF_GROUPS, OF_ROLLOUTS],
         "distill" => &[OF_DISTILLATION, OF_PASSES],
-        "sft" | "reward" | "dpo" | "kto" => &[OF_PASSES],
+        "sft" | "reward" | "dpo" | "kto" => &[OF_RECORDS, OF_PASSES],
+        "base" | "reward_base" | "teacher" => &[OF_BASES],
         _ => &[],
     };
     let found = tables.iter().copied().flatten().find(|(keys, _)| keys.contains(&key));
@@ -373,4 +480,13 @@ pub(super) fn reason(section: &str, key: &str) -> Option<&'static str> {
 /// The same for a key that has the same reason in any section, of those that have it not.
 pub(super) fn anywhere(key: &str) -> Option<&'static str> {
     ANYWHERE.iter().find(|(keys, _)| keys.contains(&key)).map(|(_, reason)| *reason)
+}
+
+/// Every key that is in a table here.
+#[cfg(test)]
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    let all = [ANYWHERE, OF_BASES, OF_RECORDS, OF_PASSES, OF_ROLLOUTS, OF_PPO, OF_GROUPS, OF_DISTILLATION]
+        .into_iter()
+        .flatten();
+    all.flat_map(|(keys, _)| keys.iter().copied())
 }

@@ -152,6 +152,117 @@ fn a_key_that_stands_for_nothing_here_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_key_is_not_sent_back_to_the_section_that_it_is_in_or_to_a_key_of_another_meaning() {
+    for (section, key, said) in [
+        ("sft", "save_strategy", "; [checkpoint] save_steps says after how many optimizer steps"),
+        ("checkpoint", "save_strategy", "; [checkpoint] save_steps says"),
+        ("sft", "save_only_model", "; a checkpoint has the optimizer's state"),
+        ("sft", "save_safetensors", "; adapters are always saved as safetensors"),
+        ("base", "trust_remote_code", "; no code of a model's folder is run; remove the key"),
+        ("base", "model_init_kwargs", "; [base] path, quantize, compute_dtype and device describe the model"),
+        ("base", "revision", "; a model's revision is a part of its path: path = \"owner/name@revision\""),
+        ("teacher", "revision", "; a model's revision is a part of its path"),
+        ("ppo", "adv_estimator", "; it is [ppo] advantage_estimator here"),
+        ("ppo", "micro_rollout_batch_size", "; it is [ppo] local_rollout_forward_batch_size here"),
+        ("grpo", "micro_rollout_batch_size", "; it is [grpo] local_rollout_forward_batch_size here"),
+        ("ppo", "freezing_actor_steps", "; it is [ppo] critic_warmup here"),
+        ("grpo", "freezing_actor_steps", "; a group method has no critic"),
+        ("grpo", "adv_estimator", "; the section itself names the estimator, and [ppo] advantage_estimator has others"),
+        ("ppo", "reward_clip_range", "; it is score_clip here: one number c"),
+        ("dpo", "max_completion_length", "; [data] max_length bounds prompt and response together"),
+        ("distill", "max_completion_length", "; it is [distill] max_new_tokens here"),
+        ("sft", "warmup_ratio", "is a number of optimizer steps, not a share of them"),
+        ("ppo", "adam_offload", "; adapters and the optimizer's moments are always in the host's memory"),
+        ("sft", "use_remove_padding", "; sequences are packed and have no pads"),
+        ("sft", "eval_packing", "; sequences are packed and have no pads"),
+        ("sft", "packing_samples", "; sequences are packed and have no pads"),
+        ("lora", "lora_bias", "; the branches have no biases"),
+        ("lora", "target_parameters", "[lora] target_modules names, not of single parameters"),
+        ("lora", "use_qalora", "; QA-LoRA is not here"),
+        ("lora", "fan_in_fan_out", "; the base's files say which way round a matrix is stored"),
+        ("ppo", "reward_model_type", "; a reward model is an adapter, reward_adapter of the stage's section"),
+        ("ppo", "remote_rm_url", "kind = \"http\" and url"),
+        (
+            "sft",
+            "lr_scheduler_kwargs",
+            "; the courses of lr_scheduler_type (linear, cosine, constant) have no parameters",
+        ),
+        ("sft", "disable_tqdm", "; `--quiet` on the command line"),
+        ("sft", "per_device_eval_batch_size", "; how many held-out records are evaluated at once is no setting"),
+        ("sft", "train_on_prompt", "; [sft] completion_only_loss = false learns the prompts, too"),
+        ("sft", "mask_history", "; SFT learns every response of a dialogue"),
+        ("sft", "load_best_model_at_end", "; the result is the adapter after the last step"),
+        ("dpo", "reference_free", "; every preference loss here compares with the reference"),
+    ] {
+        let found = message(&format!("[{section}]\n{key} = 3"), &[]);
+        assert!(found.contains(said), "[{section}] {key}: {found}");
+    }
+    for (section, said) in [
+        ("deepspeed", "`mpirun` starts them"),
+        ("quantization", "[base] quantize = \"nf4\""),
+        ("wandb", "`wandb sync` reads"),
+    ] {
+        refuses(&format!("[{section}]\na = 1"), &format!("there is no section [{section}]; "));
+        refuses(&format!("[{section}]\na = 1"), said);
+    }
+}
+
+#[test]
+fn a_key_of_a_stage_outside_the_sections_gets_the_hint_of_that_stage() {
+    let flat = |key: &str, stage: &str| message(&format!("{key} = 3\n[{stage}]\n{BASE}"), &[]);
+    for (stage, key, said) in [
+        ("ppo", "num_episodes", "outside the sections; in [ppo]: total_episodes says how long a run is"),
+        ("grpo", "num_episodes", "; in [grpo]: num_train_epochs or max_steps says"),
+        ("ppo", "use_vllm", "; in [ppo]: responses are sampled by this program, or by a vLLM server"),
+        ("rloo", "stop_token", "; in [rloo]: a response ends at the end tokens"),
+        ("sft", "eval_strategy", "; in [sft]: eval_steps says"),
+        ("ppo", "eval_strategy", "; in [ppo]: eval_prompts and eval_every say"),
+        ("ppo", "kl_penalty", "; in [ppo]: kl_coef is the weight of the KL penalty"),
+        ("grpo", "kl_penalty", "; in [grpo]: it is beta here"),
+        ("ppo", "mini_batch_size", "; in [ppo]: a rollout has batch_size responses"),
+        ("ppo", "min_p", "; in [ppo]: sampling has temperature, top_k and top_p"),
+        ("ppo", "repetition_penalty", "; in [ppo]: sampling has temperature, top_k and top_p"),
+        ("grpo", "log_completions", "; in [grpo]: save_samples says"),
+        ("ppo", "max_epochs", "; in [ppo]: total_episodes says how long a run is"),
+        ("sft", "max_epochs", "num_train_epochs"),
+        ("ppo", "rollout_batch_size", "[ppo] batch_size"),
+        ("grpo", "rollout_batch_size", "; in [grpo]: a rollout has per_device_train_batch_size"),
+    ] {
+        let found = flat(key, stage);
+        assert!(found.contains(said), "{key} beside [{stage}]: {found}");
+    }
+    // Without a stage's section, what each stage makes of it.
+    let found = message(&format!("eval_strategy = \"steps\"\n{BASE}"), &[]);
+    assert!(found.contains("; in [sft], [reward], [dpo], [kto], [distill]: eval_steps says"), "{found}");
+    assert!(found.contains("; in [ppo], [grpo], [rloo]: eval_prompts and eval_every say"), "{found}");
+    let found = message(&format!("reward_adapters = [\"a\"]\n{BASE}"), &[]);
+    assert!(found.contains("; it is [ppo], [grpo], [rloo] reward_adapter here"), "{found}");
+}
+
+#[test]
+fn the_values_of_other_trainers_are_pointed_to_ours() {
+    for (section, line, said) in [
+        ("ppo", "advantage_estimator = \"reinforce++\"", "; did you mean \"reinforce_plus_plus\"?"),
+        ("ppo", "advantage_estimator = \"REINFORCE++-baseline\"", "; did you mean \"reinforce_plus_plus_baseline\"?"),
+        ("ppo", "advantage_estimator = \"reinforce_baseline\"", "; did you mean \"reinforce_plus_plus_baseline\"?"),
+        ("base", "compute_dtype = \"bfloat16\"", "; did you mean \"bf16\"?"),
+        ("base", "compute_dtype = \"float16\"", "; did you mean \"f16\"?"),
+        ("base", "compute_dtype = \"float32\"", "; did you mean \"f32\"?"),
+        (
+            "dpo",
+            "loss_type = \"simpo\"",
+            "\"hinge\"; that loss has no reference, and every loss here compares with one",
+        ),
+        ("dpo", "loss_type = \"kto_pair\"", "\"hinge\"; KTO is a stage of its own, `fourfold kto`"),
+        ("dpo", "loss_type = \"exo_pair\"", "\"hinge\"; that loss is not here"),
+        ("dpo", "loss_type = \"sigmoidd\"", "; did you mean \"sigmoid\"?"),
+    ] {
+        let found = message(&format!("[{section}]\n{line}"), &[]);
+        assert!(found.contains(said), "{line}: {found}");
+    }
+}
+
+#[test]
 fn a_key_below_a_table_of_its_section_may_be_the_tables_own_misspelt() {
     let of = |key: &str| format!("[ppo]\n[[ppo.reward]]\nkind = \"adapter\"\n{key} = \"a\"");
     refuses(&of("adapter"), "so write adapter above, before the first such table; or did you mean \"adapters\"?");
