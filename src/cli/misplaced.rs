@@ -50,7 +50,8 @@ mod tests {
         assert!(hint("sft a.toml --learning-rate=1e-4", "--learning-rate").ends_with("--set sft.learning_rate=1e-4"));
         assert!(hint("sft a.toml --lora_rank 8", "--lora_rank").ends_with("--set lora.r=8"));
         assert!(hint("ppo a.toml --ppo_epochs 4", "--ppo_epochs").ends_with("--set ppo.num_ppo_epochs=4"));
-        assert!(hint("sft a.toml --warmup_ratio 3", "--warmup_ratio").ends_with("--set sft.warmup_steps=3"));
+        // A share of the steps, which no key takes.
+        assert_eq!(hint("sft a.toml --warmup_ratio 0.1", "--warmup_ratio"), "");
         assert!(hint("sft a.toml --max_length --json", "--max_length").ends_with("--set data.max_length=VALUE"));
         assert_eq!(hint("sft a.toml --nonsense 3", "--nonsense"), "");
     }
