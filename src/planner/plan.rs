@@ -113,17 +113,22 @@ impl Plan {
         }
     }
 
+    /// The bases that lie on devices: what each is called, its device and its shapes.
+    fn on_devices(&self) -> impl Iterator<Item = (&'static str, DeviceChoice, &Network)> {
+        let of = |on: &OnDevice| {
+            [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())]
+        };
+        let nets = self.job.on_device.as_ref().map(of).into_iter().flatten();
+        nets.filter_map(|(name, choice, net)| Some((name, choice, net.filter(|_| dry::is_device(choice))?)))
+    }
+
     /// One line for each base on a device that has weights to dequantise: how it does, and whether its memory decided.
     pub fn dequantised(&self) -> Vec<String> {
-        let Some(on) = &self.job.on_device else { return vec![] };
-        let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];
-        let there = nets.into_iter().filter(|(_, choice, _)| dry::is_device(*choice));
-        let line = |(name, choice, net): (&str, DeviceChoice, Option<&Network>)| {
-            let net = net.filter(|net| net.has_to_dequantise())?;
+        let line = |(name, choice, net): (&str, DeviceChoice, &Network)| {
             let why = if net.dequantise == Dequantising::Auto { " (by memory)" } else { "" };
-            Some(format!("{choice}: dequantise = {} for the {name}{why}", self.dequantise(net).name()))
+            format!("{choice}: dequantise = {} for the {name}{why}", self.dequantise(net).name())
         };
-        there.filter_map(line).collect()
+        self.on_devices().filter(|(.., net)| net.has_to_dequantise()).map(line).collect()
     }
 
     /// Whether host and devices have room for it, with a reserve of one part in `reserve`.
@@ -138,10 +143,7 @@ impl Plan {
     /// for the inputs of blocks that wait on the host.
     pub fn offloaded(&self) -> Vec<String> {
         let Some(on) = &self.job.on_device else { return vec![] };
-        let nets = [("base", on.policy, Some(&self.job.policy)), ("second base", on.scorer, self.job.scorer.as_ref())];
-        let there = nets.into_iter().filter(|(_, choice, _)| dry::is_device(*choice));
-        let line = |(name, choice, net): (&str, DeviceChoice, Option<&Network>)| {
-            let net = net.filter(|net| net.offload.layers() > 0)?;
+        let line = |(name, choice, net): (&str, DeviceChoice, &Network)| {
             let why =
                 if matches!(net.offload, Offload::Chosen(_)) { ", the fewest with which the run fits" } else { "" };
             let decodes = match &self.job.work {
@@ -155,13 +157,13 @@ impl Plan {
                 }
                 false => "",
             };
-            Some(format!(
+            format!(
                 "offload: {} of {} layers of the {name} are not kept by {choice}{why}: {} of pinned host memory, copied at every \
                  pass{costs}",
                 net.offload.layers(),
                 net.config.num_hidden_layers,
                 text(net.pinned())
-            ))
+            )
         };
         let inputs = Some(self.job.host_inputs(on)).filter(|&bytes| bytes > 0).map(|bytes| {
             format!(
@@ -169,7 +171,7 @@ impl Plan {
                 text(bytes)
             )
         });
-        there.filter_map(line).chain(inputs).collect()
+        self.on_devices().filter(|(.., net)| net.offload.layers() > 0).map(line).chain(inputs).collect()
     }
 
     /// Bytes that a saving is measured by: of the devices without what is beside their allocations, which no change saves, or of

@@ -14,6 +14,7 @@ mod gemm;
 mod group;
 mod libraries;
 mod linear;
+mod low_rank;
 mod prelude;
 mod reference;
 mod rows;
