@@ -449,3 +449,16 @@ fn the_shipped_configs_load() {
         }
     }
 }
+
+#[test]
+fn a_size_without_a_unit_that_is_too_small_to_be_meant_asks_for_the_unit() {
+    let p = crate::told::place();
+    let says = "limit without a unit is 10 bytes; did you mean \"10GiB\"?";
+    crate::told::refused(&p, "grpo grpo.toml --out o --set memory.limit=10", &[says]);
+    crate::told::refused(&p, "plan grpo.toml --memory 8192", &["did you mean \"8192MiB\"?"]);
+    crate::told::refused(
+        &p,
+        "merge --base base --adapter a --out m --max-shard-size 500",
+        &["did you mean \"500GiB\"?"],
+    );
+}

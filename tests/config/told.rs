@@ -574,15 +574,6 @@ fn an_output_that_does_not_come_about_leaves_no_folder() {
 }
 
 #[test]
-fn a_size_without_a_unit_that_is_too_small_to_be_meant_asks_for_the_unit() {
-    let p = place();
-    let says = "limit without a unit is 10 bytes; did you mean \"10GiB\"?";
-    refused(&p, "grpo grpo.toml --out o --set memory.limit=10", &[says]);
-    refused(&p, "plan grpo.toml --memory 8192", &["did you mean \"8192MiB\"?"]);
-    refused(&p, "merge --base base --adapter a --out m --max-shard-size 500", &["did you mean \"500GiB\"?"]);
-}
-
-#[test]
 fn an_actor_that_cannot_move_is_warned_of_with_what_usually_causes_it() {
     let p = place();
     let warned = |name: &str, set: &str| -> (String, Vec<Value>) {
