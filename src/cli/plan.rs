@@ -108,7 +108,7 @@ pub(super) fn run(args: &Arguments) -> Result<()> {
     let room = device_limit.map(|size| size.saturating_sub(dry::BESIDE));
     let shapes = |config: &Config| source.job(stage, config, room);
     let plan = plan::plan(stage, &config, budget, &shapes)?;
-    let fits = plan.fits(budget, None);
+    let fits = plan.fits(budget);
     let change = if fits { None } else { plan::smallest_change(stage, &config, budget, &shapes)? };
     let choices = plan::choices(stage, &config, &shapes, &plan)?;
     let kto = source.kto_lengths(&config)?;

@@ -176,9 +176,11 @@ pub(crate) fn own_rss_bytes() -> Option<usize> {
 
 /// Bytes that the process holds beside the heap that the meter counts: program, stacks, and the allocator's reserve.
 pub fn beside_heap_bytes() -> usize {
+    // Counted page by page: some kernels' sum in `status` lacks what each processor has not yet added to it.
+    let counted = || proc_kib("/proc/self/smaps_rollup", "Anonymous:").map(|kib| kib * 1024);
     match meter::current() {
         0 => 0,
-        heap => own_rss_bytes().map_or(0, |own| own.saturating_sub(heap)),
+        heap => counted().or_else(own_rss_bytes).map_or(0, |own| own.saturating_sub(heap)),
     }
 }
 

@@ -59,6 +59,11 @@ impl Budget {
         if self.bound == LimitSource::Asked { own <= self.room } else { own - own / 20 <= self.room }
     }
 
+    /// What is left of it for a plan that the next run, too, must fit: one part in [`RESERVE`] and at least [`VARIES`] less.
+    fn less_reserve(self) -> Self {
+        Self { room: self.room.saturating_sub((self.room / RESERVE).max(VARIES)), ..self }
+    }
+
     fn text(&self) -> String {
         let room = text(self.room);
         match self.bound {
@@ -131,12 +136,15 @@ impl Plan {
         self.on_devices().filter(|(.., net)| net.has_to_dequantise()).map(line).collect()
     }
 
-    /// Whether host and devices have room for it, with a reserve of one part in `reserve`.
-    pub fn fits(&self, budget: Option<Budget>, reserve: Option<usize>) -> bool {
-        let spare = |room: usize| reserve.map_or(0, |part| room / part);
-        let host = budget.map(|budget| Budget { room: budget.room - spare(budget.room), ..budget });
-        host.is_none_or(|host| host.fits(&self.peak().1))
-            && self.devices.iter().all(|device| device.fits(device.room.map_or(0, spare)))
+    /// Whether host and devices have room for it.
+    pub fn fits(&self, budget: Option<Budget>) -> bool {
+        budget.is_none_or(|host| host.fits(&self.peak().1)) && self.devices.iter().all(|device| device.fits(0))
+    }
+
+    /// Whether host and devices have room for it and, too, for what differs from run to run.
+    pub fn fits_with_reserve(&self, budget: Option<Budget>) -> bool {
+        budget.is_none_or(|host| host.less_reserve().fits(&self.peak().1))
+            && self.devices.iter().all(|device| device.fits(device.room.unwrap_or(0) / RESERVE))
     }
 
     /// One line for each base of which a device does not keep all layers: how many, the pinned memory, and what it costs; and one
@@ -209,6 +217,10 @@ impl Plan {
 /// to run.
 pub const RESERVE: usize = 32;
 
+/// What the process takes beside its heap differs from run to run by less than this, however little the run takes (0.54 MiB
+/// over 180 runs): the next one, with the change or the memory that this one named, must fit.
+pub const VARIES: usize = 1 << 20;
+
 /// The plan of a config. `checkpoint = "auto"` keeps as much of the activations as lets the whole stay in memory,
 /// mapped base included, and recomputes the rest. `offload = "auto"` takes as few layers from a device as let the rest fit, with
 /// blocks recomputed, which costs less than copies.
@@ -218,7 +230,7 @@ pub const RESERVE: usize = 32;
 pub fn plan(stage: Stage, config: &Config, budget: Option<Budget>, shapes: &Shapes<'_>) -> Result<Plan> {
     stop::check()?;
     let plan = recomputing(stage, config, budget, shapes(config)?)?;
-    let fits = |plan: &Plan| plan.devices.iter().all(|device| device.fits(device.room.unwrap_or(0) / RESERVE));
+    let fits = |plan: &Plan| plan.fits_with_reserve(None);
     if fits(&plan) {
         return Ok(plan);
     }
@@ -278,7 +290,7 @@ fn recomputing(stage: Stage, config: &Config, budget: Option<Budget>, job: Stage
             for checkpoint in [Recompute::Off, Recompute::Mlp] {
                 let plan = with(checkpoint)?;
                 let on_host = budget.is_none_or(|budget| budget.is_comfortable(&plan.peak().1));
-                if on_host && plan.fits(None, Some(RESERVE)) {
+                if on_host && plan.fits_with_reserve(None) {
                     return Ok(plan);
                 }
             }
@@ -334,7 +346,7 @@ fn largest_that_fits(base: &Base, start: &Adapter, tokens: usize) -> Recompute {
     let fits = |&checkpoint: &Recompute| {
         let Ok(plan) = Plan::of(StageShape { checkpoint, ..job.clone() }) else { return false };
         let on_host = free.is_none_or(|free| plan.peak().1.total().saturating_sub(standing) <= free);
-        on_host && plan.fits(None, Some(RESERVE))
+        on_host && plan.fits_with_reserve(None)
     };
     Recompute::AUTO.into_iter().find(fits).unwrap_or(Recompute::Block)
 }
@@ -361,7 +373,7 @@ pub fn smallest_change(
     budget: Option<Budget>,
     shapes: &Shapes<'_>,
 ) -> Result<Option<(Change, Plan)>> {
-    first_change(stage, config, budget, shapes, &mut |_, plan| plan.fits(budget, Some(RESERVE)))
+    first_change(stage, config, budget, shapes, &mut |_, plan| plan.fits_with_reserve(budget))
 }
 
 /// The first change, from the cheapest on, that `accept` takes with its plan; `None` where it takes none.
@@ -435,7 +447,7 @@ pub fn text(bytes: usize) -> String {
 pub fn admit(stage: Stage, config: &Config, shapes: &Shapes<'_>) -> Result<Plan> {
     let budget = Budget::of(config.memory.limit.map(|limit| limit.0));
     let plan = plan(stage, config, budget, shapes)?;
-    if plan.fits(budget, None) {
+    if plan.fits(budget) {
         return Ok(plan);
     }
     let change = smallest_change(stage, config, budget, shapes)?;
@@ -507,6 +519,27 @@ fn refusal(what: &str, change: Option<&(Change, Plan)>) -> anyhow::Error {
         ),
         None => {
             invalid!("{what}; no smaller batch, shorter sequence or quantised base fits either: take a smaller model")
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_change_that_is_named_leaves_room_for_what_differs_from_run_to_run() {
+        let peak = |own: usize| {
+            let mut bytes = Bytes::default();
+            bytes.set(MemoryCategory::Blocks, own);
+            bytes
+        };
+        // One part in 32 of a small room is less than the process differs by; of a large one it is more.
+        for (room, left) in [(16 << 20, 15 << 20), (3 << 30, (3 << 30) / 32 * 31), (1 << 19, 0)] {
+            let budget = Budget { room, bound: LimitSource::Asked };
+            assert!(budget.less_reserve().fits(&peak(left)), "{room}");
+            assert!(!budget.less_reserve().fits(&peak(left + 1)), "{room}");
+            assert!(budget.fits(&peak(room)), "what was asked for itself needs no reserve");
         }
     }
 }

@@ -13,7 +13,7 @@ use crate::invalid;
 use crate::planner::changes::Change;
 use crate::planner::dry;
 use crate::planner::plan;
-use crate::planner::plan::{Budget, Plan, RESERVE};
+use crate::planner::plan::{Budget, Plan, RESERVE, VARIES};
 use crate::run::PlanInputs;
 
 /// The shortest sequence or response that a proposal is cut down to, in tokens.
@@ -73,7 +73,7 @@ impl Fitter<'_> {
     fn settle(&self, config: &Config, inputs: &PlanInputs) -> Result<(Option<Change>, Plan)> {
         let (stage, budget) = (self.asked.stage, self.budget());
         let shapes = |config: &Config| inputs.job(stage, config, self.room);
-        let fits = |plan: &Plan| plan.fits(budget, Some(RESERVE));
+        let fits = |plan: &Plan| plan.fits_with_reserve(budget);
         let is_comfortable = |plan: &Plan| budget.is_none_or(|budget| budget.is_comfortable(&plan.peak().1));
         let (mut fitting, mut least): (Option<(Option<Change>, Plan)>, Option<Plan>) = (None, None);
         let starts = self.starts(config);
@@ -205,7 +205,7 @@ impl Fitter<'_> {
         };
         let needs = match self.asked.is_on_device() {
             true => needed(size(least)) + dry::BESIDE,
-            false => needed(own + VARIES),
+            false => needed(own + 2 * VARIES),
         };
         let needs = ByteSize(needs.next_multiple_of(1 << 20));
         let other = if self.asked.stage.has_rollouts() { "shorter responses" } else { "shorter records" };
@@ -215,10 +215,6 @@ impl Fitter<'_> {
         )
     }
 }
-
-/// What the process takes beside its heap differs from run to run by less than this (0.3 MiB over 80 runs): the next one, with
-/// the memory that this one named, must fit.
-const VARIES: usize = 1 << 20;
 
 /// Room of which the reserve leaves `bytes`.
 fn needed(bytes: usize) -> usize {
