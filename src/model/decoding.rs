@@ -1,7 +1,8 @@
 //! Decoding steps of a batch: from one token per sequence to the next, drawn. On a device the launches of a step are recorded
 //! and issued again as one piece, as long as the sequences stay the same and their arguments can. What changes at every step
-//! (tokens, positions, lengths, draws) lies in one input on the device, which is written before each step. It does not depend
-//! on prompts or stop tokens. Read `generate.rs` for the use, and `device/graph.rs` for recordings.
+//! (tokens, positions, lengths, draws) lies in one input on the device, which is written before each step; of several steps in a
+//! row a kernel writes it from the tokens of the step before, so that the host waits once for all of them. It does not depend on
+//! prompts or stop tokens. Read `generate.rs` for the use, and `device/graph.rs` for recordings.
 
 use std::ops::Deref;
 use std::sync::Arc;
@@ -16,7 +17,7 @@ use super::roles::Policy;
 use crate::device::{Array, Device, Element, Inputs, Matrix, Recording};
 use crate::ops::logprobs::Logits;
 use crate::ops::rope::gpu::DeviceRopeTable;
-use crate::ops::sample::{Distribution, Pending, Sampler};
+use crate::ops::sample::{Distribution, Pending, Sampler, read_kept};
 
 /// An adapter that a batch is generated with.
 enum Held<'p> {
@@ -54,6 +55,10 @@ pub struct Decoding<'p> {
     last: Option<Shape>,
     /// How many more steps are tried after one that could not be recorded.
     tries: usize,
+    /// How many of the next steps run by themselves, since the host had to draw a token within several in a row: the next time for
+    /// twice as many, `caution`.
+    alone: usize,
+    caution: usize,
 }
 
 /// A step that can be issued again, and what it leaves on the device.
@@ -63,7 +68,17 @@ struct Recorded {
     input: Matrix,
     logits: Logits,
     pending: Pending,
+    /// Inputs of the steps after the next one, (AHEAD - 1) rows, and the results (S, 4) of each, AHEAD rows.
+    ahead: Option<(Matrix, Matrix)>,
 }
+
+/// The most steps that are issued before the host reads their tokens. A sequence that ends within them has been computed further for
+/// nothing, so more would cost what waiting less saves.
+pub const AHEAD: usize = 4;
+
+/// The most steps that run by themselves after several in a row of which the host had to draw a token: distributions that the device
+/// cannot draw from come often or never.
+const MOST_ALONE: usize = 64;
 
 /// What the launches of a step depend on, beside the input.
 #[derive(Clone)]
@@ -88,6 +103,11 @@ impl PartialEq for Shape {
 struct Parts(Vec<(&'static str, Vec<u32>)>);
 
 impl Parts {
+    /// Where the tokens of S sequences begin: after the draws, two words each.
+    const fn tokens_at(sequences: usize) -> usize {
+        2 * sequences
+    }
+
     /// Two arrays of one name with the same numbers cannot be told apart while a step is recorded.
     fn are_distinct(&self) -> bool {
         self.0.iter().enumerate().all(|(i, part)| !self.0[..i].contains(part))
@@ -156,7 +176,19 @@ impl<'p> Decoding<'p> {
         let sampler = Sampler::default();
         // Copies of layers that the device does not keep are no launches.
         let tries = if base.streams() { 0 } else { 2 };
-        Ok(Self { base, adapter, cache, sampler, by, hidden: Some(hidden), recorded: None, last: None, tries })
+        Ok(Self {
+            base,
+            adapter,
+            cache,
+            sampler,
+            by,
+            hidden: Some(hidden),
+            recorded: None,
+            last: None,
+            tries,
+            alone: 0,
+            caution: 0,
+        })
     }
 
     /// The cache.
@@ -234,32 +266,11 @@ impl<'p> Decoding<'p> {
         read: &mut Read<'_>,
     ) -> Result<Vec<(u32, f32)>> {
         let base = self.base;
-        let next = match self.by.split_first() {
-            // Launches that draw from several distributions are not recorded.
-            Some((by, others)) if self.tries > 0 && others.iter().all(|other| other == by) => {
-                self.cache.next_step()?.map(|next| (next, *by))
-            }
-            _ => None,
-        };
-        let (Some(device), Some((next, by))) = (base.place(), next) else {
+        let (Some(device), Some((shape, parts))) = (base.place(), self.next(tokens, positions, draws, 0)?) else {
             (self.recorded, self.last) = (None, None);
             return self.eager(tokens, positions, draws, read);
         };
-        let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
-        base.check(self.adapter.as_deref(), longest)?;
-        let vocab = base.config().vocab_size;
-        ensure!(tokens.iter().all(|&t| (t as usize) < vocab), "a token is past the vocabulary of {vocab}");
-        let rope_tables = base.rope_tables_on(device, longest.saturating_sub(1))?;
-        let shape = Shape { sequences: tokens.len(), chunks: next.chunks, by, rope_tables };
-        let mut parts = Parts(vec![
-            ("draws", Sampler::draws_as_input(draws)),
-            ("embedding", tokens.to_vec()),
-            ("positions", positions.to_vec()),
-            ("cache", next.numbers),
-        ]);
-        if let Some(first) = base.config().learned_positions {
-            parts.0.push(("embedding", positions.iter().map(|p| p + first as u32).collect()));
-        }
+        let by = shape.by;
         match &self.recorded {
             Some(recorded) if recorded.shape == shape => match self.again(recorded, &parts) {
                 Ok(()) => {
@@ -298,10 +309,136 @@ impl<'p> Decoding<'p> {
         let mut sampled = self.sampler.finish(&logits, &pending, by, draws)?;
         read(&logits, &mut sampled)?;
         match recording {
-            Some(recording) => self.recorded = Some(Recorded { shape, recording, input, logits, pending }),
+            Some(recording) => {
+                let numbers = |rows: usize, cols: usize| device.matrix(Element::U32, rows, cols);
+                let ahead = match pending.is_on_device() {
+                    true => Some((numbers(AHEAD - 1, input.len())?, numbers(AHEAD, 4 * shape.sequences)?)),
+                    false => None,
+                };
+                self.recorded = Some(Recorded { shape, recording, input, logits, pending, ahead });
+            }
             None => self.tries -= 1,
         }
         Ok(sampled)
+    }
+
+    /// As [`Decoding::step`], and up to `most` steps in a row, at most [`AHEAD`], if a device can begin each before the host has read
+    /// the tokens of the one before. `draws(i)` (S) are those of the i-th step. One result or more, in order: the same tokens and
+    /// log-probabilities as of steps one by one.
+    ///
+    /// # Errors
+    /// As for [`Decoding::step`].
+    pub fn steps(
+        &mut self,
+        tokens: &[u32],
+        positions: &[u32],
+        most: usize,
+        draws: impl Fn(usize) -> Vec<f64>,
+    ) -> Result<Vec<Vec<(u32, f32)>>> {
+        let longest = positions.iter().max().map_or(0, |&p| p as usize);
+        let room = self.base.config().max_position_embeddings.saturating_sub(longest);
+        let most = if self.alone > 0 { 1 } else { most.min(AHEAD).min(room) };
+        self.alone = self.alone.saturating_sub(1);
+        let inputs = self.repeatable(tokens, positions, most, &draws)?;
+        if inputs.len() > 1
+            && let (Some(device), Some(recorded)) = (self.base.place(), &self.recorded)
+        {
+            match self.run(recorded, &inputs) {
+                Ok(kept) => {
+                    let steps = kept.chunks(tokens.len()).map(|step| step.iter().copied().collect::<Option<Vec<_>>>());
+                    let drawn: Vec<Vec<(u32, f32)>> = steps.map_while(|step| step).collect();
+                    (0..drawn.len()).try_for_each(|_| self.cache.advance())?;
+                    let is_whole = drawn.len() == inputs.len();
+                    self.caution = if is_whole { self.caution / 2 } else { (2 * self.caution).clamp(1, MOST_ALONE) };
+                    self.alone = if is_whole { 0 } else { self.caution };
+                    if !drawn.is_empty() {
+                        return Ok(drawn);
+                    }
+                }
+                Err(error) => {
+                    device.stop_recording(&error);
+                    (self.recorded, self.tries) = (None, 0);
+                }
+            }
+        }
+        Ok(vec![self.step(tokens, positions, &draws(0))?])
+    }
+
+    /// The inputs of as many of the next `most` steps as the recorded one can be issued for, in order. Tokens after the first step's
+    /// are 0 here.
+    fn repeatable(
+        &self,
+        tokens: &[u32],
+        positions: &[u32],
+        most: usize,
+        draws: &impl Fn(usize) -> Vec<f64>,
+    ) -> Result<Vec<Vec<u32>>> {
+        let mut inputs = vec![];
+        let Some(recorded) = self.recorded.as_ref().filter(|recorded| recorded.ahead.is_some() && most > 1) else {
+            return Ok(inputs);
+        };
+        let unknown = vec![0; tokens.len()];
+        while inputs.len() < most {
+            let ahead = inputs.len();
+            let tokens = if ahead == 0 { tokens } else { &unknown };
+            let positions: Vec<u32> = positions.iter().map(|position| position + ahead as u32).collect();
+            match self.next(tokens, &positions, &draws(ahead), ahead)? {
+                Some((shape, parts)) if shape == recorded.shape => inputs.push(parts.numbers()),
+                _ => break,
+            }
+        }
+        Ok(inputs)
+    }
+
+    /// Issues the recorded step once for each input, and waits for the tokens and log-probabilities of all, (steps * S). `None` is a
+    /// token that the host has to draw; what follows in its sequence means nothing.
+    fn run(&self, recorded: &Recorded, inputs: &[Vec<u32>]) -> Result<Vec<Option<(u32, f32)>>> {
+        let (later, kept) = recorded.ahead.as_ref().context("steps ahead of tokens that the host draws")?;
+        let (Some((first, others)), steps) = (inputs.split_first(), inputs.len()) else { return Ok(vec![]) };
+        recorded.input.write_u32(first)?;
+        later.row_range(0..steps - 1)?.write_u32(&others.concat())?;
+        for step in 0..steps {
+            // SAFETY: as in `again`.
+            unsafe { recorded.recording.replay()? };
+            let next = if step + 1 < steps { Some(later.row_range(step..step + 1)?) } else { None };
+            let next = next.as_ref().map(|next| (next, &recorded.input));
+            recorded.pending.turn(
+                &kept.row_range(step..step + 1)?,
+                next,
+                Parts::tokens_at(recorded.shape.sequences),
+            )?;
+        }
+        read_kept(&kept.row_range(0..steps)?)
+    }
+
+    /// What the launches of the next step, or of the `ahead`-th after it, depend on, and its input; `None` if it cannot be recorded.
+    ///
+    /// # Errors
+    /// If a sequence would be longer than the context, or a token is past the vocabulary.
+    fn next(&self, tokens: &[u32], positions: &[u32], draws: &[f64], ahead: usize) -> Result<Option<(Shape, Parts)>> {
+        let base = self.base;
+        // Launches that draw from several distributions are not recorded.
+        let Some((&by, others)) = self.by.split_first() else { return Ok(None) };
+        if self.tries == 0 || others.iter().any(|other| *other != by) {
+            return Ok(None);
+        }
+        let (Some(device), Some(next)) = (base.place(), self.cache.next_step(ahead)?) else { return Ok(None) };
+        let longest = positions.iter().max().map_or(0, |&p| p as usize + 1);
+        base.check(self.adapter.as_deref(), longest)?;
+        let vocab = base.config().vocab_size;
+        ensure!(tokens.iter().all(|&t| (t as usize) < vocab), "a token is past the vocabulary of {vocab}");
+        let rope_tables = base.rope_tables_on(device, longest.saturating_sub(1))?;
+        let shape = Shape { sequences: tokens.len(), chunks: next.chunks, by, rope_tables };
+        let mut parts = Parts(vec![
+            ("draws", Sampler::draws_as_input(draws)),
+            ("embedding", tokens.to_vec()),
+            ("positions", positions.to_vec()),
+            ("cache", next.numbers),
+        ]);
+        if let Some(first) = base.config().learned_positions {
+            parts.0.push(("embedding", positions.iter().map(|p| p + first as u32).collect()));
+        }
+        Ok(Some((shape, parts)))
     }
 
     /// Issues the recorded step with other numbers in its input.

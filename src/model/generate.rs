@@ -121,32 +121,40 @@ pub fn generate<C: Continuation>(
     let by = Distribution { temperature, top_k, top_p };
     let mut decoding = Decoding::start(policy, &Batch::new(&distinct)?, &sources, capacity, by)?;
     let mut live: Vec<usize> = (0..prompts.len()).collect();
-    let draws_of = |live: &[usize], responses: &[Response]| -> Vec<f64> {
-        let draw = |&s: &usize| SplitMix64::new(derive(seeds[s], &[responses[s].tokens.len() as u64])).uniform();
+    // Of the token that follows `ahead` further ones.
+    let draws_of = |live: &[usize], responses: &[Response], ahead: usize| -> Vec<f64> {
+        let index = |s: usize| (responses[s].tokens.len() + ahead) as u64;
+        let draw = |&s: &usize| SplitMix64::new(derive(seeds[s], &[index(s)])).uniform();
         live.iter().map(draw).collect()
     };
-    // 2. One token per live sequence.
-    let mut sampled = decoding.first(&draws_of(&live, &responses))?;
+    let left = |s: usize, response: &Response| {
+        let (prompt, tokens) = (prompts[s].len(), response.tokens.len());
+        (sampling.max_new_tokens - tokens).min(context - (prompt + tokens))
+    };
+    // 2. One token per live sequence, of one step or of several in a row.
+    let mut steps = vec![decoding.first(&draws_of(&live, &responses, 0))?];
     loop {
-        let mut is_ended = false;
-        for (&(token, logprob), &s) in sampled.iter().zip(&live) {
-            responses[s].tokens.push(token);
-            responses[s].logprobs.push(logprob);
-            is_ended |= on_token(s, token).is_end();
-        }
-        if is_ended {
-            return Ok(responses);
+        let mut keep = vec![true; live.len()];
+        for sampled in steps {
+            let mut is_ended = false;
+            for ((&(token, logprob), &s), keep) in sampled.iter().zip(&live).zip(&mut keep) {
+                // What was sampled after a response's end is none of it.
+                if !*keep {
+                    continue;
+                }
+                let response = &mut responses[s];
+                response.tokens.push(token);
+                response.logprobs.push(logprob);
+                is_ended |= on_token(s, token).is_end();
+                let stopped = sampling.stop.contains(&token);
+                response.finish = if stopped { FinishReason::Stop } else { FinishReason::Length };
+                *keep = !stopped && left(s, response) > 0;
+            }
+            if is_ended {
+                return Ok(responses);
+            }
         }
         // 3. Finished sequences leave the batch.
-        let mut keep = vec![true; live.len()];
-        for (keep, &s) in keep.iter_mut().zip(&live) {
-            let response = &mut responses[s];
-            let stopped = response.tokens.last().is_some_and(|t| sampling.stop.contains(t));
-            response.finish = if stopped { FinishReason::Stop } else { FinishReason::Length };
-            let full =
-                response.tokens.len() == sampling.max_new_tokens || prompts[s].len() + response.tokens.len() >= context;
-            *keep = !stopped && !full;
-        }
         if keep.contains(&false) {
             decoding.retain(&keep);
             let mut flags = keep.iter();
@@ -155,10 +163,11 @@ pub fn generate<C: Continuation>(
         if live.is_empty() {
             return Ok(responses);
         }
-        // 4. The next token of each.
+        // 4. The next tokens of each.
         let tokens: Vec<u32> = live.iter().filter_map(|&s| responses[s].tokens.last().copied()).collect();
         let positions: Vec<u32> =
             live.iter().map(|&s| (prompts[s].len() + responses[s].tokens.len() - 1) as u32).collect();
-        sampled = decoding.step(&tokens, &positions, &draws_of(&live, &responses))?;
+        let most = live.iter().map(|&s| left(s, &responses[s])).min().unwrap_or(1);
+        steps = decoding.steps(&tokens, &positions, most, |ahead| draws_of(&live, &responses, ahead))?;
     }
 }

@@ -30,9 +30,9 @@ impl KvCache {
         self.layers.iter().map(attention::KvCache::size_in_bytes).sum()
     }
 
-    /// What the next step reads of the cache, the same in all layers; `None` if it cannot be repeated.
-    pub(super) fn next_step(&self) -> Result<Option<attention::NextStep>> {
-        self.layers.first().map_or(Ok(None), attention::KvCache::next_step)
+    /// What the next step, or the `ahead`-th after it, reads of the cache, the same in all layers; `None` if it cannot be repeated.
+    pub(super) fn next_step(&self, ahead: usize) -> Result<Option<attention::NextStep>> {
+        self.layers.first().map_or(Ok(None), |layer| layer.next_step(ahead))
     }
 
     /// Whether the next step takes memory of another size than this one, in any layer.

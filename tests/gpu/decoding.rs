@@ -37,13 +37,22 @@ pub struct Watched {
     /// Bytes of the input, and those of them that only its first write reaches.
     stale: Option<(usize, Range<usize>)>,
     inputs: Mutex<Vec<u64>>,
+    /// Results of so many bytes have no token at this word, as if the host had to draw it.
+    undrawn: Option<(usize, usize)>,
 }
 
 impl Watched {
     pub fn open(inner: &Arc<Emulated>, stale: Option<(usize, Range<usize>)>) -> (Arc<Self>, Device) {
-        let inner = Arc::clone(inner);
-        let machine =
-            Self { inner, log: Mutex::default(), recordings: Mutex::default(), stale, inputs: Mutex::default() };
+        Self::of(inner, stale, None)
+    }
+
+    fn of(
+        inner: &Arc<Emulated>,
+        stale: Option<(usize, Range<usize>)>,
+        undrawn: Option<(usize, usize)>,
+    ) -> (Arc<Self>, Device) {
+        let (inner, inputs) = (Arc::clone(inner), Mutex::default());
+        let machine = Self { inner, log: Mutex::default(), recordings: Mutex::default(), stale, inputs, undrawn };
         let machine = Arc::new(machine);
         (machine.clone(), Device::new(machine))
     }
@@ -94,7 +103,11 @@ impl Machine for Watched {
     }
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         // SAFETY: as above.
-        unsafe { self.inner.download(from, to) }
+        unsafe { self.inner.download(from, to) }?;
+        if let Some((_, word)) = self.undrawn.filter(|(bytes, _)| *bytes == to.len()) {
+            to[4 * word..4 * word + 4].fill(0xff);
+        }
+        Ok(())
     }
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
         // SAFETY: as above.
@@ -176,14 +189,22 @@ fn steps_issued_again_have_the_launches_and_tokens_of_steps_launch_by_launch() {
     // The host draws from more than 1,024 tokens: the recorded step ends with the logits.
     let of_host = SamplingParams { temperature: 0.0, top_k: 0, ..settings() };
     for sampling in [settings(), narrow, of_host] {
+        let lengths = |of: &[Response]| -> Vec<usize> { of.iter().map(|r| r.tokens.len()).collect() };
+        // Some responses end within steps in a row: their sequences leave the batch after them.
         let (got, want) = (rollout(&base, &prompts(), &sampling), rollout(&other, &prompts(), &sampling));
-        let lengths: Vec<usize> = want.iter().map(|r| r.tokens.len()).collect();
+        let some = lengths(&want);
         assert_eq!(got, want, "{sampling:?}");
+        assert!(some.iter().any(|&n| n != some[0]) || sampling.temperature == 0.0, "{some:?}");
         let (ours, theirs) = (watched.log(), one_by_one.log());
-        assert_eq!(ours.len(), theirs.len(), "{sampling:?}: responses of {lengths:?} tokens");
-        assert_eq!(ours, theirs, "{sampling:?}");
-        say(&format!("responses of {lengths:?} tokens: {} launches", ours.len()));
-        assert!(lengths.iter().any(|&n| n != lengths[0]) || sampling.temperature == 0.0, "{lengths:?}");
+        say(&format!("responses of {some:?} tokens: {} launches, {} one by one", ours.len(), theirs.len()));
+        // Where none does, the launches are the same, but for those that hand the tokens on.
+        let sampling = SamplingParams { stop: vec![], ..sampling };
+        assert_eq!(rollout(&base, &prompts(), &sampling), rollout(&other, &prompts(), &sampling), "{sampling:?}");
+        let (mut ours, theirs) = (watched.log(), one_by_one.log());
+        let before = ours.len();
+        ours.retain(|(kernel, _)| kernel != "sample_turn");
+        assert!(before > ours.len(), "{sampling:?}: no steps in a row");
+        assert!(ours == theirs, "{sampling:?}: {} launches, {} one by one", ours.len(), theirs.len());
     }
     let (work, none) = (device.work(), plain.work());
     say(&format!("with recordings {work:?}, without {none:?}"));
@@ -243,6 +264,54 @@ fn a_machine_that_refuses_a_recording_or_a_replay_goes_on_launch_by_launch() {
         machine.fail_recording_after(None);
     }
     assert_eq!(machine.recordings(), 0);
+}
+
+/// Twenty tokens of two sequences, at most so many steps in a row: the results of each step, and how many came at once.
+fn in_a_row(base: &Base, most: usize) -> (Vec<Vec<(u32, f32)>>, Vec<usize>) {
+    let by = Distribution { temperature: 1.0, top_k: 0, top_p: 1.0 };
+    let prompts = Batch::new(&[vec![3, 4, 5], vec![6, 7]]).unwrap();
+    let mut decoding = Decoding::start(Policy::new(base, None), &prompts, &[0, 1], 32, by).unwrap();
+    let draw = |step: usize| vec![(0.37 * step as f64).fract(), (0.61 * step as f64 + 0.3).fract()];
+    let (mut all, mut runs) = (vec![decoding.first(&draw(0)).unwrap()], vec![]);
+    while all.len() < 20 {
+        let tokens: Vec<u32> = all[all.len() - 1].iter().map(|(token, _)| *token).collect();
+        let at = all.len();
+        let positions = [2, 1].map(|first| (first + at) as u32);
+        let most = most.min(20 - at);
+        let steps = match most {
+            0 | 1 => vec![decoding.step(&tokens, &positions, &draw(at)).unwrap()],
+            _ => decoding.steps(&tokens, &positions, most, |ahead| draw(at + ahead)).unwrap(),
+        };
+        runs.push(steps.len());
+        all.extend(steps);
+    }
+    (all, runs)
+}
+
+#[test]
+fn steps_in_a_row_have_the_tokens_of_steps_one_by_one_and_wait_once() {
+    let Some((inner, device)) = machine() else { return };
+    let base = small(&device);
+    let (want, _) = in_a_row(&base, 1);
+    for most in [2, 3, 4, 9] {
+        let before = device.work();
+        let (got, runs) = in_a_row(&base, most);
+        assert_eq!(got, want, "{most} at most");
+        // The first step of a shape is run, the second recorded.
+        assert_eq!((&runs[..2], runs[2]), (&[1, 1][..], most.min(4)), "{runs:?}");
+        let work = device.work() - before;
+        assert_eq!(work.replays, 17, "{work:?}");
+        assert_eq!(work.downloads, 1 + runs.len(), "{work:?}");
+    }
+    // A token that the host has to draw, of either sequence and of each step of four: what follows it is run again.
+    for (step, sequence) in [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0), (3, 1)] {
+        let (_, device) = Watched::of(&inner, None, Some((4 * 2 * 16, 4 * (2 * step + sequence))));
+        let (got, runs) = in_a_row(&small(&device), 4);
+        assert_eq!(got, want, "no token of sequence {sequence} in step {step}");
+        assert_eq!(runs[..4], [1, 1, step.max(1), 1], "{runs:?}");
+        // Twice as many steps by themselves the next time, so that few are run for nothing.
+        assert!(device.work().replays <= 17 + 4 * 4, "{runs:?} {:?}", device.work());
+    }
 }
 
 #[test]

@@ -178,14 +178,15 @@ impl KvCache {
         }
     }
 
-    /// What the next step on a device reads of this cache; `None` if the cache grows first, or lies on the host.
+    /// What a step on a device reads of this cache, the next one or the `ahead`-th after it; `None` if the cache grows first, or lies
+    /// on the host.
     ///
     /// # Errors
     /// If a number does not fit 32 bits.
-    pub fn next_step(&self) -> Result<Option<NextStep>> {
+    pub fn next_step(&self, ahead: usize) -> Result<Option<NextStep>> {
         let Store::Device(device) = &self.store else { return Ok(None) };
         let DeviceSlots { cache, slots, lengths } = &**device;
-        let lengths: Vec<usize> = lengths.iter().map(|length| length + 1).collect();
+        let lengths: Vec<usize> = lengths.iter().map(|length| length + 1 + ahead).collect();
         let longest = lengths.iter().max().copied().unwrap_or(0);
         if longest > cache.capacity() {
             return Ok(None);

@@ -263,3 +263,18 @@ KERNEL(sample_kept, SampleKept, 512) {
     drawn[0] = sure ? id : SAMPLE_NONE;
     if (sure) drawn[1] = __float_as_uint(sample_shifted(a.shape, logits[id], top));
 }
+
+// ---- from one step to the next, without the host ----
+
+// The results `drawn` (R, 4) of a step are kept in `kept`, and the input of the next one is written: its numbers `next` (N), with the
+// tokens that were drawn from number `tokens` on. Without `next` the results are kept alone. A row that the host has to draw has no
+// token; the embedding makes NaN of it, and what follows in that row is not read.
+struct SampleTurn { const u32* drawn; u32* kept; const u32* next; u32* input; u32 rows, numbers, tokens; };
+KERNEL(sample_turn, SampleTurn, 256) {
+    for (u32 i = threadIdx.x; i < 4 * a.rows; i += blockDim.x) a.kept[i] = a.drawn[i];
+    if (!a.next) return;
+    for (u32 i = threadIdx.x; i < a.numbers; i += blockDim.x) {
+        const u32 row = i - a.tokens;  // Below `rows` for tokens alone: before them it wraps around.
+        a.input[i] = row < a.rows ? a.drawn[4 * row] : a.next[i];
+    }
+}

@@ -83,6 +83,22 @@ unsafe impl Arguments for SampleKept {
     const BLOCK: u32 = 512;
 }
 
+#[repr(C)]
+struct SampleTurn {
+    drawn: Ptr,
+    kept: Ptr,
+    next: Ptr,
+    input: Ptr,
+    rows: u32,
+    numbers: u32,
+    tokens: u32,
+}
+// SAFETY: the fields are those of `SampleTurn` in gpu.cu.
+unsafe impl Arguments for SampleTurn {
+    const NAME: &'static str = "sample_turn";
+    const BLOCK: u32 = 256;
+}
+
 /// What a row is drawn from.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Mode {
@@ -135,6 +151,27 @@ pub(super) fn words(draws: &[f64]) -> Vec<u32> {
 /// If the download fails.
 pub(super) fn finish(drawn: &Matrix) -> Result<Vec<Option<Drawn>>> {
     Ok(drawn.to_u32()?.as_chunks::<4>().0.iter().map(|&row| read(row)).collect())
+}
+
+/// Keeps the results `drawn` of a step in `kept`, both (S, 4), and writes the input of the next one: `next` (N) over `input` (N), with
+/// the drawn tokens in place of its numbers from `tokens` on. Without a next step it only keeps.
+///
+/// # Errors
+/// If shapes do not fit, or the launch fails.
+pub(super) fn turn(drawn: &Matrix, kept: &Matrix, next: Option<(&Matrix, &Matrix)>, tokens: usize) -> Result<()> {
+    let (rows, device) = (drawn.len() / 4, drawn.device());
+    let numbers = next.map_or(0, |(_, input)| input.len());
+    anyhow::ensure!(next.is_none() || tokens + rows <= numbers, "{rows} tokens from number {tokens} on of {numbers}");
+    let arguments = SampleTurn {
+        drawn: drawn.input("turn drawn", Element::U32, 4 * rows)?,
+        kept: kept.output("turn kept", Element::U32, 4 * rows)?,
+        next: next.map_or(Ok(Ptr::NULL), |(next, _)| next.input("turn next", Element::U32, numbers))?,
+        input: next.map_or(Ok(Ptr::NULL), |(_, input)| input.output("turn input", Element::U32, numbers))?,
+        rows: size("rows", rows)?,
+        numbers: size("input", numbers)?,
+        tokens: size("tokens", tokens)?,
+    };
+    device.launch(Variant::NONE, blocks(1, 1)?, arguments)
 }
 
 /// A row of the kernels' results.

@@ -8,7 +8,7 @@
 mod cpu;
 mod gpu;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::device::Matrix;
 use crate::ops::cpu::view;
@@ -72,6 +72,32 @@ pub fn ranked(row: &[f32], temperature: f64, token: u32, count: usize) -> Result
 
 /// Draws that a device makes; none for the host.
 pub struct Pending(Option<Matrix>);
+
+impl Pending {
+    /// Whether a device draws, so that the next step can begin before the host has read the tokens.
+    pub fn is_on_device(&self) -> bool {
+        self.0.is_some()
+    }
+
+    /// Keeps the results in `kept` (S, 4) u32 on the device and writes the input of the next step: `next` (N) over `input` (N), both
+    /// u32, with the drawn tokens in place of its numbers from `tokens` on. Without a next step it only keeps.
+    ///
+    /// # Errors
+    /// If shapes do not fit, the host draws, or the launch fails.
+    pub fn turn(&self, kept: &Matrix, next: Option<(&Matrix, &Matrix)>, tokens: usize) -> Result<()> {
+        let drawn = self.0.as_ref().context("the host draws these tokens")?;
+        gpu::turn(drawn, kept, next, tokens)
+    }
+}
+
+/// Waits for the tokens of steps, kept one after the other by [`Pending::turn`], and their log-probabilities, nats; `None` in place
+/// of those that the host has to draw.
+///
+/// # Errors
+/// If the download fails.
+pub fn read_kept(kept: &Matrix) -> Result<Vec<Option<(u32, f32)>>> {
+    Ok(gpu::finish(kept)?.into_iter().map(|drawn| drawn.map(Drawn::with_logprob)).collect())
+}
 
 /// Draws tokens from logits; keeps its buffers between calls.
 #[derive(Default)]
