@@ -71,6 +71,38 @@ impl Array {
         }
     }
 
+    /// Puts many arrays onto the host. The f32 matrices of one device are waited for once; a vector (1, N) of a device becomes a
+    /// tensor (1, N).
+    ///
+    /// # Errors
+    /// If a download fails; some arrays may be on the host then.
+    pub fn all_to_host(arrays: Vec<&mut Self>) -> Result<()> {
+        let mut of_device: Vec<(&mut Self, Matrix)> = vec![];
+        for array in arrays {
+            match &*array {
+                Self::Host(_) => {}
+                Self::Device(matrix) => {
+                    let matrix = matrix.clone();
+                    of_device.push((array, matrix));
+                }
+            }
+        }
+        let Some(device) = of_device.first().map(|(_, matrix)| matrix.device().clone()) else { return Ok(()) };
+        let (at_once, others): (Vec<_>, Vec<_>) = of_device
+            .into_iter()
+            .partition(|(_, matrix)| matrix.element() == Element::F32 && matrix.device().ptr_eq(&device));
+        let matrices: Vec<&Matrix> = at_once.iter().map(|(_, matrix)| matrix).collect();
+        let read = device.read_each(&matrices)?;
+        for ((array, matrix), values) in at_once.into_iter().zip(read) {
+            let shape = (matrix.rows(), matrix.cols());
+            *array = Self::Host(Tensor::from_vec(values, shape, &candle_core::Device::Cpu)?);
+        }
+        for (array, _) in others {
+            *array = Self::Host(array.to_host()?);
+        }
+        Ok(())
+    }
+
     /// A tensor's values on `device` in f32, or the tensor itself for the host.
     ///
     /// # Errors

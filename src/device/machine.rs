@@ -181,6 +181,17 @@ pub struct LibraryInfo {
     pub version: String,
 }
 
+/// A copy to the host.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece {
+    /// Memory of the machine.
+    pub from: u64,
+    /// Memory of the host, which may be uninitialised.
+    pub to: *mut u8,
+    /// How many.
+    pub bytes: usize,
+}
+
 /// A machine that work is issued to. It has one order of work, and that order is the only synchronisation: what is
 /// issued later sees the results of what was issued earlier. Any thread may issue. Only a lane's copies, and the kernels of
 /// `launch_beside`, run beside that order.
@@ -226,6 +237,21 @@ pub trait Machine: Send + Sync {
     /// # Safety
     /// `from` is memory of this machine with so many bytes.
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()>;
+
+    /// As `download`, of many pieces, waiting once.
+    ///
+    /// # Safety
+    /// The pieces are memory of this machine and of the host, with so many bytes, that nothing else uses.
+    unsafe fn download_each(&self, pieces: &[Piece]) -> Result<()> {
+        for &Piece { from, to, bytes } in pieces {
+            // SAFETY: promised by the caller; the bytes are initialised before they are a slice.
+            unsafe {
+                to.write_bytes(0, bytes);
+                self.download(from, std::slice::from_raw_parts_mut(to, bytes))?;
+            }
+        }
+        Ok(())
+    }
 
     /// Sets bytes to zero.
     ///

@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 mod array;
 mod beside;
 pub mod cuda;
+mod downloads;
 pub mod dry;
 pub mod emulated;
 mod graph;

@@ -231,6 +231,25 @@ fn matrices_hold_what_was_written() {
 }
 
 #[test]
+fn many_matrices_are_read_with_one_wait_through_buffers_that_take_turns() {
+    let device = device();
+    // Whole buffers of 250 numbers, parts of one, and pieces that go through all of them several times.
+    let lens = [1, 249, 250, 251, 3, 0, 1000, 4003, 7, 500, 250];
+    let matrices: Vec<Matrix> =
+        lens.iter().map(|&n| device.upload_f32(&noise(n, n as u64 + 1), 1, n).unwrap()).collect();
+    let before = device.work();
+    let read = device.read_each(&matrices.iter().collect::<Vec<_>>()).unwrap();
+    let work = device.work() - before;
+    assert_eq!((work.downloads, work.copied), (1, 4 * lens.iter().sum::<usize>()));
+    for (values, &n) in read.iter().zip(&lens) {
+        assert_eq!(values, &noise(n, n as u64 + 1), "{n} numbers");
+    }
+    assert!(device.read_each(&[]).unwrap().is_empty());
+    let other = device.upload_u32(&[1, 2]).unwrap();
+    assert!(device.read_each(&[&matrices[0], &other]).unwrap_err().to_string().contains("u32"));
+}
+
+#[test]
 fn a_kernel_that_leaves_its_buffer_is_found_out() {
     if !can_emulate() {
         return;

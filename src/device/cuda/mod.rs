@@ -22,12 +22,12 @@ pub mod nvrtc;
 mod staging;
 
 use super::emulated::cache_folder;
-use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Place, Product, Recorded, Refusal};
+use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Piece, Place, Product, Recorded, Refusal};
 use super::{kernels, lock};
 use checks::{BF16_CARD, Card, Driver, RealDriver};
 use lanes::Lanes;
 use libraries::{Finder, Library, Opened};
-use staging::Staging;
+use staging::{DIRECT, Downloads, Staging};
 
 /// See the file's header.
 pub struct Cuda {
@@ -42,6 +42,7 @@ pub struct Cuda {
     /// One thread at a time uses the handle of cuBLAS.
     blas: Mutex<()>,
     staging: Mutex<Staging>,
+    downloads: Mutex<Downloads>,
     lanes: Mutex<Lanes>,
     beside: Mutex<beside::Kernels>,
 }
@@ -168,6 +169,7 @@ impl Cuda {
             functions: Mutex::default(),
             blas: Mutex::default(),
             staging: Mutex::default(),
+            downloads: Mutex::default(),
             lanes: Mutex::default(),
             beside: Mutex::default(),
         })
@@ -297,9 +299,20 @@ impl Machine for Cuda {
 
     unsafe fn download(&self, from: u64, to: &mut [u8]) -> Result<()> {
         self.handles.bind()?;
+        if to.len() >= DIRECT && !lock(&self.staging).is_pinned(to) {
+            let piece = Piece { from, to: to.as_mut_ptr(), bytes: to.len() };
+            // SAFETY: promised by the caller.
+            return unsafe { self.download_each(&[piece]) };
+        }
         // SAFETY: promised by the caller, and the copy is over before `to` is given back.
         unsafe { result::memcpy_dtoh_async(to, from, self.handles.stream) }?;
         self.synchronize()
+    }
+
+    unsafe fn download_each(&self, pieces: &[Piece]) -> Result<()> {
+        self.handles.bind()?;
+        // SAFETY: promised by the caller; the context is bound and the stream alive.
+        unsafe { lock(&self.downloads).download(self.handles.stream, pieces) }
     }
 
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {
@@ -484,6 +497,7 @@ impl Drop for Cuda {
             lock(&self.lanes).end();
             lock(&self.beside).end();
             lock(&self.staging).close(self.handles.stream);
+            lock(&self.downloads).close(self.handles.stream);
         }
     }
 }

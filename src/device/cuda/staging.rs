@@ -1,16 +1,20 @@
-//! Uploads through pinned memory of our own. The driver copies pageable memory at a fraction of the link's speed and
-//! makes the host wait for earlier work; from here it copies at full speed, and an upload returns as soon as its bytes
-//! are in a buffer. It does not depend on matrices or kernels. Read `mod.rs` beside it for its use.
+//! Copies through pinned memory of our own. The driver copies pageable memory at a fraction of the link's speed and
+//! makes the host wait for earlier work; from here it copies at full speed. An upload returns as soon as its bytes are in a
+//! buffer; of downloads one buffer is emptied while others are filled. It does not depend on matrices or kernels. Read `mod.rs`
+//! beside it for its use.
 
 use std::collections::BTreeMap;
 
 use anyhow::Result;
 use cudarc::driver::{result, sys};
 
+use crate::device::downloads::{Buffers, through};
+use crate::device::machine::Piece;
+
 const BUFFERS: usize = 4;
 const BYTES: usize = 4 << 20;
-/// Pinned memory of the caller is copied from directly if it is at least as large.
-const DIRECT: usize = 256 << 10;
+/// Pinned memory of the caller is copied from directly if it is at least as large, and so is what is downloaded if it is smaller.
+pub(super) const DIRECT: usize = 256 << 10;
 
 struct Buffer {
     address: *mut u8,
@@ -20,6 +24,106 @@ struct Buffer {
 
 // SAFETY: the buffers are used under the lock that holds them.
 unsafe impl Send for Buffer {}
+
+impl Buffer {
+    /// # Safety
+    /// The context is bound.
+    unsafe fn new() -> Result<Self> {
+        let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
+        // SAFETY: promised by the caller.
+        match unsafe { result::malloc_host(BYTES, 0) } {
+            Ok(address) => Ok(Self { address: address.cast(), event }),
+            Err(error) => {
+                // SAFETY: nobody uses the event.
+                unsafe { result::event::destroy(event) }.ok();
+                Err(error.into())
+            }
+        }
+    }
+
+    /// # Safety
+    /// The context is bound, and no copy uses the buffer.
+    unsafe fn free(self) {
+        // SAFETY: promised by the caller.
+        unsafe {
+            result::event::destroy(self.event).ok();
+            result::free_host(self.address.cast()).ok();
+        }
+    }
+}
+
+/// The buffers of downloads, taken at the first one. Apart from those of uploads: they are held while the host waits.
+#[derive(Default)]
+pub(super) struct Downloads(Vec<Buffer>);
+
+impl Downloads {
+    /// Waits for the work before, and copies.
+    ///
+    /// # Safety
+    /// The context is bound, the stream is alive, and the pieces are memory of the card and of the host with so many bytes.
+    pub unsafe fn download(&mut self, stream: sys::CUstream, pieces: &[Piece]) -> Result<()> {
+        while self.0.len() < BUFFERS {
+            // SAFETY: promised by the caller.
+            match unsafe { Buffer::new() } {
+                Ok(buffer) => self.0.push(buffer),
+                Err(_) if !self.0.is_empty() => break,
+                Err(error) => return Err(error),
+            }
+        }
+        // SAFETY: promised by the caller.
+        let copied = unsafe { through(&mut Filling { buffers: &self.0, stream }, pieces) };
+        if copied.is_err() {
+            // What was started must not reach buffers that are filled again.
+            // SAFETY: as above.
+            unsafe { result::stream::synchronize(stream) }.ok();
+        }
+        copied
+    }
+
+    /// Gives the buffers back. The context is bound.
+    pub fn close(&mut self, stream: sys::CUstream) {
+        // SAFETY: nothing uses the buffers after the stream is done.
+        unsafe {
+            result::stream::synchronize(stream).ok();
+            self.0.drain(..).for_each(|buffer| buffer.free());
+        }
+    }
+}
+
+struct Filling<'b> {
+    buffers: &'b [Buffer],
+    stream: sys::CUstream,
+}
+
+impl Buffers for Filling<'_> {
+    fn count(&self) -> usize {
+        self.buffers.len()
+    }
+
+    fn capacity(&self) -> usize {
+        BYTES
+    }
+
+    unsafe fn start(&mut self, buffer: usize, at: usize, from: u64, bytes: usize) -> Result<()> {
+        // SAFETY: promised by the caller; the buffer has room, and is read after its event alone.
+        unsafe {
+            let to = std::slice::from_raw_parts_mut(self.buffers[buffer].address.add(at), bytes);
+            Ok(result::memcpy_dtoh_async(to, from, self.stream)?)
+        }
+    }
+
+    fn mark(&mut self, buffer: usize) -> Result<()> {
+        // SAFETY: the event and the stream are alive.
+        Ok(unsafe { result::event::record(self.buffers[buffer].event, self.stream) }?)
+    }
+
+    fn wait(&mut self, buffer: usize) -> Result<*const u8> {
+        let Buffer { address, event } = self.buffers[buffer];
+        // SAFETY: the event is alive.
+        unsafe { result::event::synchronize(event) }?;
+        Ok(address)
+    }
+}
 
 /// The buffers, taken at the first upload, and the pinned memory that callers hold.
 #[derive(Default)]
@@ -40,7 +144,8 @@ impl Staging {
         self.pinned.remove(&(address as usize));
     }
 
-    fn is_pinned(&self, from: &[u8]) -> bool {
+    /// Whether these bytes lie in pinned memory of the caller.
+    pub fn is_pinned(&self, from: &[u8]) -> bool {
         let start = from.as_ptr() as usize;
         let known = self.pinned.range(..=start).next_back();
         known.is_some_and(|(address, bytes)| start + from.len() <= address + bytes)
@@ -80,17 +185,11 @@ impl Staging {
     /// The context is bound.
     unsafe fn buffer(&mut self) -> Result<&Buffer> {
         if self.buffers.len() < BUFFERS {
-            let event = result::event::create(sys::CUevent_flags::CU_EVENT_DISABLE_TIMING)?;
             // SAFETY: promised by the caller.
-            match unsafe { result::malloc_host(BYTES, 0) } {
-                Ok(address) => self.buffers.push(Buffer { address: address.cast(), event }),
-                Err(error) => {
-                    // SAFETY: nobody uses the event.
-                    unsafe { result::event::destroy(event) }.ok();
-                    if self.buffers.is_empty() {
-                        return Err(error.into());
-                    }
-                }
+            match unsafe { Buffer::new() } {
+                Ok(buffer) => self.buffers.push(buffer),
+                Err(_) if !self.buffers.is_empty() => {}
+                Err(error) => return Err(error),
             }
         }
         self.next = (self.next + 1) % self.buffers.len();
@@ -102,10 +201,7 @@ impl Staging {
         // SAFETY: nothing uses the buffers after the stream is done.
         unsafe {
             result::stream::synchronize(stream).ok();
-            for buffer in self.buffers.drain(..) {
-                result::event::destroy(buffer.event).ok();
-                result::free_host(buffer.address.cast()).ok();
-            }
+            self.buffers.drain(..).for_each(|buffer| buffer.free());
         }
     }
 }

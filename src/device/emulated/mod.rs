@@ -18,13 +18,16 @@ use std::sync::{Arc, Mutex};
 use anyhow::{Context, Result, bail, ensure};
 
 mod compile;
+mod filling;
 mod gemm;
 mod pool;
 
+use super::downloads::through;
 use super::dry::{free_host_memory, host_memory};
-use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Product, Recorded, Refusal};
+use super::machine::{Element, Info, Launch, LibraryInfo, Machine, Piece, Product, Recorded, Refusal};
 use super::{kernels, lock};
 use compile::{Fault, Found, Library};
+use filling::Filling;
 
 pub use compile::{Toolchain, cache_folder};
 
@@ -415,6 +418,15 @@ impl Machine for Emulated {
         // SAFETY: promised by the caller.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from as *const u8, to.len()) };
         lock(&self.memory).check([from])
+    }
+
+    unsafe fn download_each(&self, pieces: &[Piece]) -> Result<()> {
+        for _ in pieces {
+            ensure!(!self.copies.fails(), "the download failed, as a test asked for");
+        }
+        // SAFETY: promised by the caller.
+        unsafe { through(&mut Filling::default(), pieces)? };
+        lock(&self.memory).check(pieces.iter().map(|piece| piece.from))
     }
 
     unsafe fn zero(&self, address: u64, bytes: usize) -> Result<()> {

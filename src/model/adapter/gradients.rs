@@ -70,9 +70,7 @@ impl Gradients {
     /// # Errors
     /// If a download fails.
     pub fn to_host(mut self) -> Result<Self> {
-        for gradient in self.branches_mut().flatten() {
-            *gradient = gradient.to_host()?;
-        }
+        BranchGradient::all_to_host(self.branches_mut().flatten())?;
         Ok(self)
     }
 

@@ -135,16 +135,24 @@ impl BranchGradient {
         Ok(Self { a: columns::scale(&self.a, factor)?, b: columns::scale(&self.b, factor)?, magnitude })
     }
 
-    /// The same gradients on the host.
+    /// Puts the gradients of many branches onto the host; those of a device are waited for once.
     ///
     /// # Errors
-    /// If the download fails.
-    pub fn to_host(&self) -> anyhow::Result<Self> {
-        let magnitude = match &self.magnitude {
-            Some(Array::Device(m)) => Some(Array::Host(tensor(m.to_f32()?, m.len())?)),
-            host => host.clone(),
-        };
-        Ok(Self { a: self.a.to_host()?.into(), b: self.b.to_host()?.into(), magnitude })
+    /// If a download fails.
+    pub fn all_to_host<'g>(branches: impl Iterator<Item = &'g mut Self>) -> anyhow::Result<()> {
+        let (mut arrays, mut magnitudes) = (vec![], vec![]);
+        for Self { a, b, magnitude } in branches {
+            arrays.extend([a, b]);
+            magnitudes.extend(magnitude.as_mut().filter(|m| matches!(m, Array::Device(_))));
+        }
+        // A magnitude is a vector on the host and a matrix of one row on a device.
+        let mut vectors: Vec<Array> = magnitudes.iter().map(|m| (**m).clone()).collect();
+        arrays.extend(&mut vectors);
+        Array::all_to_host(arrays)?;
+        for (magnitude, vector) in magnitudes.into_iter().zip(vectors) {
+            *magnitude = Array::Host(vector.host()?.flatten_all()?);
+        }
+        Ok(())
     }
 }
 
