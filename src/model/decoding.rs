@@ -72,12 +72,12 @@ struct Recorded {
     ahead: Option<(Matrix, Matrix)>,
 }
 
-/// The most steps that are issued before the host reads their tokens. A sequence that ends within them has been computed further for
-/// nothing, so more would cost what waiting less saves.
+/// The most steps that are issued before the host reads their tokens. A sequence that ends within them has been computed further
+/// for nothing, so more would cost what waiting less saves.
 pub const AHEAD: usize = 4;
 
-/// The most steps that run by themselves after several in a row of which the host had to draw a token: distributions that the device
-/// cannot draw from come often or never.
+/// The most steps that run by themselves after several in a row of which the host had to draw a token: distributions that the
+/// device cannot draw from come often or never.
 const MOST_ALONE: usize = 64;
 
 /// What the launches of a step depend on, beside the input.
@@ -322,9 +322,9 @@ impl<'p> Decoding<'p> {
         Ok(sampled)
     }
 
-    /// As [`Decoding::step`], and up to `most` steps in a row, at most [`AHEAD`], if a device can begin each before the host has read
-    /// the tokens of the one before. `draws(i)` (S) are those of the i-th step. One result or more, in order: the same tokens and
-    /// log-probabilities as of steps one by one.
+    /// As [`Decoding::step`], and up to `most` steps in a row, at most [`AHEAD`], if a device can begin each before the host has
+    /// read the tokens of the one before. `draws(i)` (S) are those of the i-th step. One result or more, in order: the same
+    /// tokens and log-probabilities as of steps one by one.
     ///
     /// # Errors
     /// As for [`Decoding::step`].
@@ -364,8 +364,8 @@ impl<'p> Decoding<'p> {
         Ok(vec![self.step(tokens, positions, &draws(0))?])
     }
 
-    /// The inputs of as many of the next `most` steps as the recorded one can be issued for, in order. Tokens after the first step's
-    /// are 0 here.
+    /// The inputs of as many of the next `most` steps as the recorded one can be issued for, in order. Tokens after the first
+    /// step's are 0 here.
     fn repeatable(
         &self,
         tokens: &[u32],
@@ -390,8 +390,8 @@ impl<'p> Decoding<'p> {
         Ok(inputs)
     }
 
-    /// Issues the recorded step once for each input, and waits for the tokens and log-probabilities of all, (steps * S). `None` is a
-    /// token that the host has to draw; what follows in its sequence means nothing.
+    /// Issues the recorded step once for each input, and waits for the tokens and log-probabilities of all, (steps * S). `None`
+    /// is a token that the host has to draw; what follows in its sequence means nothing.
     fn run(&self, recorded: &Recorded, inputs: &[Vec<u32>]) -> Result<Vec<Option<(u32, f32)>>> {
         let (later, kept) = recorded.ahead.as_ref().context("steps ahead of tokens that the host draws")?;
         let (Some((first, others)), steps) = (inputs.split_first(), inputs.len()) else { return Ok(vec![]) };
@@ -411,7 +411,8 @@ impl<'p> Decoding<'p> {
         read_kept(&kept.row_range(0..steps)?)
     }
 
-    /// What the launches of the next step, or of the `ahead`-th after it, depend on, and its input; `None` if it cannot be recorded.
+    /// What the launches of the next step, or of the `ahead`-th after it, depend on, and its input; `None` if it cannot be
+    /// recorded.
     ///
     /// # Errors
     /// If a sequence would be longer than the context, or a token is past the vocabulary.

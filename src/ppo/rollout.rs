@@ -12,6 +12,7 @@ use super::scoring::{Scoring, score};
 use crate::config::Ppo;
 use crate::diverged;
 use crate::host::meter::{Phase, within};
+use crate::model::base::Base;
 use crate::model::batch::{Batch, Targets, chunks_by_tokens};
 use crate::model::generate::{FinishReason, Response, SamplingParams, generate};
 use crate::model::readers::Sharing;
@@ -20,6 +21,7 @@ use crate::ops::cpu;
 use crate::report::Metrics;
 use crate::report::progress::{Progress, Unit};
 use crate::reward::source::{KnownScores, PartScores, RewardInputs, RewardSource, SCORING_TOKENS};
+use crate::train::learner::Learner;
 use crate::train::world::World;
 
 /// B responses with the outputs of the four roles. Per-token vectors are as long as the response.
@@ -104,8 +106,9 @@ impl Rollout {
 pub struct Readers<'w> {
     /// Reference policy of the KL; none where no KL is measured.
     pub reference: Option<Policy<'w>>,
-    /// Critic, if there is one.
-    pub critic: Option<ValueModel<'w>>,
+    /// Base and weights of the critic, if there is one. The weights are read when the responses are there: until then the critic's
+    /// last step may be under way.
+    pub critic: Option<(&'w Base, &'w Learner)>,
     /// Whether the exact KL is needed, which takes a forward pass of the actor.
     pub exact_kl: bool,
     /// Whether the critic's value of the state after the last token is needed.
@@ -275,13 +278,14 @@ pub fn read(
     let joins = readers.sharing != Sharing::Apart && scored.is_none();
     let mut models = if joins { readers.source.models() } else { vec![] };
     models.retain(|model| model.base().place().is_some());
+    let critic = readers.critic.map(|(base, learner)| ValueModel::new(base, learner.weights().view()));
     let asked = Scoring {
         actor: Some(actor),
         // Generation did not compute the pads' log-probabilities, nor those after a prompt without its leading pads.
         recomputes,
         reference: readers.reference,
         exact_kl: readers.exact_kl,
-        critic: readers.critic,
+        critic: critic.transpose()?,
         last_values: readers.last_values,
         models: &models,
         sharing: readers.sharing,

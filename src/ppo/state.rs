@@ -24,7 +24,7 @@ use crate::host::give_back_freed;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
 use crate::model::adapter::{Adapter, HeadBias};
-use crate::model::roles::{Policy, ValueModel};
+use crate::model::roles::Policy;
 use crate::report::{Metrics, Report, number};
 use crate::rng::{SplitMix64, derive};
 use crate::stats::Histogram;
@@ -140,7 +140,7 @@ impl State {
         let count = config.batch_size / config.num_generations;
         let readers = Readers {
             reference: self.reference.as_ref().map(|reference| Policy::new(run.base, Some(reference))),
-            critic: self.critic.as_ref().map(|c| ValueModel::new(run.critic_base(), c.weights().view())).transpose()?,
+            critic: self.critic.as_ref().map(|critic| (run.critic_base(), critic)),
             exact_kl: config.kl_estimator == KlEstimator::Exact && config.kl_in == KlIn::Reward,
             last_values: config.bootstrap_truncated && self.critic.is_some(),
             source: run.source,

@@ -124,6 +124,7 @@ pub fn advance(run: &PpoRun<'_>, state: &mut State, session: &mut Session) -> Re
             }
         }
     }
+    state.learners().iter().try_for_each(|(_, learner)| learner.settled())?;
     // `finish` may still evaluate, and so call a reward source that fails.
     session.last_checkpoint(state.turns, || state.snapshot(run))?;
     session.report.done();

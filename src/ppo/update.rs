@@ -1,6 +1,6 @@
 //! One minibatch update: gradients accumulated over micro-batches, then an optimizer step of each learner; on a device the
-//! actor's is computed while the critic's passes run. It also keeps the sums from which an iteration's metrics are computed. It
-//! does not depend on the training loop. Read `loss.rs` for the formulas.
+//! actor's is computed while the critic's passes run, and the critic's while what comes next does. It also keeps the sums from
+//! which an iteration's metrics are computed. It does not depend on the training loop. Read `loss.rs` for the formulas.
 
 use anyhow::{Context, Error, Result};
 use serde::de::DeserializeOwned;
@@ -273,7 +273,11 @@ impl Update {
                     }
                 }
                 if let Some((gradients, learner)) = critic {
-                    self.critic_norm += learner.step_by(gradients, step.critic_lr)?;
+                    // Nothing reads the critic before its next passes.
+                    self.critic_norm += match computes_step_meanwhile(run) {
+                        true => learner.step_later(gradients, step.critic_lr)?,
+                        false => learner.step_by(gradients, step.critic_lr)?,
+                    };
                 }
             }
         }
@@ -441,8 +445,9 @@ impl Update {
     }
 }
 
-/// Whether the actor's step is computed by a thread while the critic's passes run: where they run on a device, the host is
-/// otherwise idle. It is not where the step depends on the critic's gradients or is one of two, nor among ranks.
+/// Whether the actor's step is computed by a thread while the critic's passes run, and the critic's while the next passes or the
+/// next rollout do: where they run on a device, the host is otherwise idle. They are not where the actor's step depends on the
+/// critic's gradients or is one of two, nor among ranks.
 fn computes_step_meanwhile(run: &PpoRun<'_>) -> bool {
     let on_device = run.critic_base().place().is_some();
     on_device && run.world.is_alone() && run.config.steps_actor_by_its_gradients()

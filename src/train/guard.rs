@@ -5,10 +5,9 @@
 //! ends with a diagnosis. It does not depend on a stage. Read `session.rs` next.
 
 use anyhow::{Result, anyhow};
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use super::learner::Learner;
+use super::learner::{Learner, Parameters};
 use super::snapshot::Snapshot;
 use crate::config;
 use crate::diverged;
@@ -47,7 +46,7 @@ pub struct Guard {
     /// Weights at the start of a good step, and the optimizer's state.
     last_good: Option<Snapshot>,
     /// The weights that the next step begins with, one list per learner: the learners' own storage until they step.
-    before: Vec<Vec<Tensor>>,
+    before: Vec<Parameters>,
 }
 
 impl Guard {
@@ -71,12 +70,12 @@ impl Guard {
         self.counts.skipped
     }
 
-    /// Remembers the learners' current weights.
+    /// Remembers the learners' current weights, and does not wait for steps that threads make.
     ///
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
-        self.before = learners.iter().map(|(_, learner)| learner.weights().parameters()).collect::<Result<_>>()?;
+        self.before = learners.iter().map(|(_, learner)| learner.parameters_later()).collect::<Result<_>>()?;
         Ok(())
     }
 
@@ -150,7 +149,8 @@ impl Guard {
     fn proven(&self, learners: &[(&str, &mut Learner)]) -> Result<Snapshot> {
         let mut snapshot = Snapshot::default();
         for (i, (name, learner)) in learners.iter().enumerate() {
-            let weights = self.before.get(i).cloned().map_or_else(|| learner.weights().parameters(), Ok)?;
+            learner.settled()?;
+            let weights = self.before.get(i).map_or_else(|| learner.weights().parameters(), Parameters::tensors)?;
             snapshot.put_learner_at(name, learner, weights)?;
         }
         Ok(snapshot)

@@ -55,6 +55,7 @@ impl Snapshot {
     /// # Errors
     /// Only if a tensor cannot be made.
     pub fn put_learner(&mut self, name: &str, learner: &Learner) -> Result<()> {
+        learner.settled()?;
         self.put_learner_at(name, learner, learner.weights().parameters()?)
     }
 

@@ -1,9 +1,10 @@
-//! The actor's optimizer step, which is computed while the critic's passes run: the bytes of one learner after the other, and no
-//! learner has changed where the critic's pass fails or a gradient is NaN; what the plan counts for it. tests/optimizer_thread.rs
-//! shows that it runs meanwhile.
+//! The actor's optimizer step, which is computed while the critic's passes run, and the critic's, which is made while what comes
+//! next does: the bytes of one learner after the other, and no learner has changed where the critic's pass fails or a gradient is
+//! NaN; what the plan counts for it. tests/optimizer_thread.rs shows that it runs meanwhile.
 
 use std::fs;
 
+use fourfold::config;
 use fourfold::config::Ppo;
 use fourfold::error::{Diverged, is_of_machine};
 use fourfold::model::adapter::Adapter;
@@ -14,6 +15,8 @@ use fourfold::ppo::update::Step;
 use fourfold::report::Report;
 use fourfold::rng::{SplitMix64, derive};
 use fourfold::run::Model;
+use fourfold::train::guard::{Guard, Verdict};
+use fourfold::train::learner::{Learner, Parameters};
 use fourfold::train::settings;
 use fourfold::train::snapshot::Snapshot;
 use serde_json::Value;
@@ -100,6 +103,72 @@ fn a_run_leaves_the_bytes_of_one_learner_after_the_other() {
         assert!(meanwhile.len() == 2 && meanwhile == in_turn);
         assert!(column(&meanwhile, "grad_norm/actor").iter().all(|&norm| norm > config.max_grad_norm));
     });
+}
+
+fn weights(learner: &Learner) -> Vec<Vec<f32>> {
+    let parameters = learner.weights().parameters().unwrap();
+    parameters.iter().map(|t| t.flatten_all().unwrap().to_vec1().unwrap()).collect()
+}
+
+/// Whether a thread makes the critic's step, which nobody has waited for.
+fn is_under_way(state: &State) -> bool {
+    matches!(state.critic.as_ref().unwrap().parameters_later().unwrap(), Parameters::Later(_))
+}
+
+#[test]
+fn the_critics_step_is_made_while_what_comes_next_runs() {
+    let Some(device) = emulated() else { return };
+    let config = config();
+    let critics = |state: &State| weights(state.critic.as_ref().unwrap());
+    for device in [Some(&device), None] {
+        let model = model_on(1, ComputeDtype::F32, device);
+        // 1. Read after each step.
+        let (begun, end) = with_run(&model, &config, |run| {
+            let (mut state, mut begun) = (State::new(run).unwrap(), vec![]);
+            state.roll_out(run).unwrap();
+            for _ in 0..4 {
+                begun.push(critics(&state));
+                state.minibatch(run, 1.0).unwrap();
+                state.next_minibatch(run);
+            }
+            (begun, learners(&state))
+        });
+        // 2. Under a guard, which keeps a copy of the learners after the first good step and after three more.
+        with_run(&model, &config, |run| {
+            let mut state = State::new(run).unwrap();
+            let mut guard = Guard::new(config::Guard { snapshot_steps: 3, ..config::Guard::default() });
+            guard.watch(&state.learners()).unwrap();
+            state.roll_out(run).unwrap();
+            for step in 0..4 {
+                let done = state.minibatch(run, 1.0);
+                assert_eq!(is_under_way(&state), device.is_some(), "step {step}");
+                assert!(matches!(guard.judge(done, &mut state.learners()).unwrap(), Verdict::Good(_)));
+                assert_eq!(is_under_way(&state), device.is_some() && ![0, 3].contains(&step), "step {step}");
+                state.next_minibatch(run);
+            }
+            assert!(learners(&state) == end);
+            let mut kept = Snapshot::default();
+            guard.save(&mut kept).unwrap();
+            let good = kept.all("last_good").unwrap();
+            good.restore_learner("critic", state.critic.as_mut().unwrap()).unwrap();
+            assert!(critics(&state) == begun[3] && begun[3] != begun[2], "the weights at the start of the last step");
+        });
+        // 3. With a rollout behind it.
+        with_run(&model, &config, |run| {
+            let mut state = State::new(run).unwrap();
+            state.roll_out(run).unwrap();
+            for _ in 0..4 {
+                state.minibatch(run, 1.0).unwrap();
+                state.next_minibatch(run);
+            }
+            let folder = tempfile::tempdir().unwrap();
+            state.end_iteration(run, &mut Report::to_dir(folder.path()).unwrap()).unwrap();
+            assert_eq!(is_under_way(&state), device.is_some());
+            state.roll_out(run).unwrap();
+            assert!(!is_under_way(&state), "its values were read");
+            assert!(learners(&state) == end);
+        });
+    }
 }
 
 #[test]

@@ -20,6 +20,8 @@ use fourfold::report::Report;
 use fourfold::reward::source::combine::{Aggregate, Ensemble, Part, WeightedSum};
 use fourfold::reward::source::{RewardModel, RewardSource};
 use fourfold::run::Model;
+use fourfold::train::adamw::AdamWConfig;
+use fourfold::train::learner::Learner;
 use fourfold::train::session::Session;
 use fourfold::train::world::World;
 use serde_json::Value;
@@ -170,12 +172,13 @@ fn scored(
     let all = |seed| adapter(policy, TargetModules::AllLinear, 2, seed);
     let (actor, reference) = (all(1), all(2));
     let critic = adapter(scorer, TargetModules::AllLinear, 3, 4).with_head(5).unwrap();
+    let critic = Learner::new(critic.to_trainable(), AdamWConfig::default(), 0.0).unwrap();
     let of = |n: u32, step: u32| (0..n).map(|i| (i * step + 5) % 90 + 3).collect::<Vec<u32>>();
     let response =
         |tokens: Vec<u32>| Response { logprobs: vec![-1.0; tokens.len()], tokens, finish: FinishReason::Length };
     let readers = Readers {
         reference: Some(Policy::new(policy, Some(&reference))),
-        critic: Some(ValueModel::new(scorer, &critic).unwrap()),
+        critic: Some((scorer, &critic)),
         exact_kl,
         last_values: exact_kl,
         source,

@@ -26,6 +26,8 @@ use fourfold::reward::source::{RewardModel, Unpadded};
 use fourfold::reward::train::train_on_rows;
 use fourfold::run::Model;
 use fourfold::sft;
+use fourfold::train::adamw::AdamWConfig;
+use fourfold::train::learner::Learner;
 use fourfold::train::session::Session;
 use fourfold::train::supervised::Setup;
 use fourfold::train::world::World;
@@ -190,11 +192,12 @@ fn rollouts_updates_ptx_and_ema_equal_the_float64_golden_of_padded_rows() {
             finish: if tokens.last() == Some(&END) { FinishReason::Stop } else { FinishReason::Length },
         };
         let responses = recorded.answers.iter().map(response).collect();
+        let critic = Learner::new(rm.to_trainable(), AdamWConfig::default(), 0.0).unwrap();
         let readers = Readers {
             world: World::alone(),
             reference: Some(Policy::new(base, None)),
             recomputes: false,
-            critic: Some(ValueModel::new(base, &rm).unwrap()),
+            critic: Some((base, &critic)),
             exact_kl: false,
             last_values: false,
             source: &source,

@@ -178,8 +178,8 @@ impl KvCache {
         }
     }
 
-    /// What a step on a device reads of this cache, the next one or the `ahead`-th after it; `None` if the cache grows first, or lies
-    /// on the host.
+    /// What a step on a device reads of this cache, the next one or the `ahead`-th after it; `None` if the cache grows first, or
+    /// lies on the host.
     ///
     /// # Errors
     /// If a number does not fit 32 bits.

@@ -153,8 +153,8 @@ pub(super) fn finish(drawn: &Matrix) -> Result<Vec<Option<Drawn>>> {
     Ok(drawn.to_u32()?.as_chunks::<4>().0.iter().map(|&row| read(row)).collect())
 }
 
-/// Keeps the results `drawn` of a step in `kept`, both (S, 4), and writes the input of the next one: `next` (N) over `input` (N), with
-/// the drawn tokens in place of its numbers from `tokens` on. Without a next step it only keeps.
+/// Keeps the results `drawn` of a step in `kept`, both (S, 4), and writes the input of the next one: `next` (N) over `input` (N),
+/// with the drawn tokens in place of its numbers from `tokens` on. Without a next step it only keeps.
 ///
 /// # Errors
 /// If shapes do not fit, or the launch fails.

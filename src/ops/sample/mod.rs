@@ -79,8 +79,8 @@ impl Pending {
         self.0.is_some()
     }
 
-    /// Keeps the results in `kept` (S, 4) u32 on the device and writes the input of the next step: `next` (N) over `input` (N), both
-    /// u32, with the drawn tokens in place of its numbers from `tokens` on. Without a next step it only keeps.
+    /// Keeps the results in `kept` (S, 4) u32 on the device and writes the input of the next step: `next` (N) over `input` (N),
+    /// both u32, with the drawn tokens in place of its numbers from `tokens` on. Without a next step it only keeps.
     ///
     /// # Errors
     /// If shapes do not fit, the host draws, or the launch fails.

@@ -360,6 +360,8 @@ impl StageShape {
             }
         };
         evaluate();
+        // Gradients of the critic's step, which a thread may still make in the next rollout or the actor's next passes.
+        let mut under_way: Option<Allocation> = None;
         for number in 0..work.steps.clamp(1, STEPS) {
             ledger.enter(Phase::Rollout);
             let responses = work.prompts.len() * work.response;
@@ -376,6 +378,7 @@ impl StageShape {
                 drop(ledger.take(MemoryCategory::Data, responses * OF_JSON_TOKEN));
             }
             ledger.enter(Phase::Scoring);
+            let was_under_way = under_way.take().is_some();
             let mut rows = vec![];
             let mut own = 0;
             in_chunks(&whole(&work.prompts), work.ranks, &mut |chunk, is_gone_through| {
@@ -434,7 +437,10 @@ impl StageShape {
                 rows.pop();
             }
             ledger.enter(Phase::Update);
+            let of_critic = critic.as_ref().filter(|_| was_under_way).map(Learner::bytes);
+            let held = of_critic.map(|bytes| ledger.take(MemoryCategory::Gradients, bytes));
             let grads = self.actor_gradients(walk, actor_view, work);
+            drop(held);
             exchange_gradients(ledger, work.ranks, &actor);
             // A thread computes the actor's step while the critic's passes run, and is done with the gradients before they are.
             let prepared = self.computes_step_meanwhile(work).then(|| actor.prepared(walk));
@@ -461,6 +467,12 @@ impl StageShape {
             }
             if let (Some(critic), Some(grads)) = (&mut critic, critic_grads) {
                 critic.step(walk, grads);
+                let bytes = critic.bytes();
+                under_way = self.computes_step_meanwhile(work).then(|| ledger.take(MemoryCategory::Gradients, bytes));
+            }
+            if number == 0 || number + 1 == work.steps.clamp(1, STEPS) {
+                // The guard's copy and a checkpoint wait for the thread.
+                under_way = None;
             }
             if number == 0 {
                 actor.guard(walk);
@@ -487,7 +499,7 @@ impl StageShape {
         drop((sft, reward, more, copies));
     }
 
-    /// Whether the actor's step is computed while the critic's passes run on a device.
+    /// Whether the actor's step is computed while the critic's passes run on a device, and the critic's while what comes next does.
     fn computes_step_meanwhile(&self, work: &Rollouts) -> bool {
         let is_on_device = self.on_device.as_ref().is_some_and(|on| match &self.scorer {
             Some(_) if !work.critic_on_policy => is_device(on.scorer),
