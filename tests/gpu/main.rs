@@ -9,6 +9,7 @@ mod commands;
 mod decoding;
 mod dequantised;
 mod doctor;
+mod driver;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]
 mod fault_world;
