@@ -264,7 +264,8 @@ EXPORT int cuMemAllocAsync(uint64_t* address, size_t bytes, void* s) {
     memory[(uint64_t)p] = bytes;
     live += bytes;
     *address = (uint64_t)p;
-    return sticky;
+    // Until the stream is here, others may still use the same memory: what is written to it before is lost.
+    return issue(stream, [=] { memset(p, 0xff, bytes); });
 }
 EXPORT int cuMemFreeAsync(uint64_t address, void* s) {
     ENTER;
