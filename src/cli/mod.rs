@@ -192,7 +192,7 @@ struct Training {
     /// With --resume: begins at step 0 where the folder has no checkpoint.
     #[arg(long, requires = "resume")]
     from_start: bool,
-    /// Starts anew although the folder holds a run, finished or not, whose files are removed.
+    /// Starts anew although the folder holds a run, finished or not, whose files are removed after the first step.
     #[arg(long, conflicts_with = "resume")]
     overwrite: bool,
     /// One JSON object on stdout.

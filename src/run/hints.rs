@@ -10,7 +10,7 @@ use serde_json::Value;
 use super::output;
 use crate::invalid;
 use crate::model_files::gguf::Gguf;
-use crate::train::lock;
+use crate::train::{former, lock};
 
 const ADAPTER: &str = "adapter_config.json";
 const MODEL: &str = "config.json";
@@ -53,6 +53,9 @@ fn unwritten(path: &Path) -> Option<String> {
     };
     Some(match lock::owner(run) {
         Some(owner) => format!("{what} goes on ({owner}) and writes its adapters when it ends; wait for that"),
+        None if run.join(former::NAME).exists() => {
+            format!("{what} ended before its first step; the run before it is in {}", run.join(former::NAME).display())
+        }
         None if run.join(output::SUMMARY).is_file() => format!("{what} is finished and has no such adapter"),
         None if output::has_checkpoint(run) => format!(
             "{what} ended before it wrote its adapters; go on with its command and --resume, from its newest checkpoint"

@@ -33,7 +33,7 @@ mod sft;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::config::{Config, Stage};
@@ -48,8 +48,8 @@ use crate::model::adapter::Adapter;
 use crate::page;
 use crate::report::number;
 use crate::tokenizer::Tokenizer;
-use crate::train::stop;
 use crate::train::world::World;
+use crate::train::{former, stop};
 use crate::{host, invalid, note, warning};
 
 pub use data_warnings::data_warnings;
@@ -75,6 +75,8 @@ pub use rollout_servers::memory_beside;
 /// process was asked to stop.
 pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     if launch.world.is_first() {
+        // A process was killed before its first step.
+        output::put_back(out)?;
         check_output(out, stage.name())?;
     }
     let config = &with_members(stage, config)?;
@@ -124,7 +126,13 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
     if !launch.world.is_first() {
         return ran;
     }
-    let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;
+    let mut object = ran.inspect_err(|error| {
+        finish_page(out, Err(error));
+        if let Err(error) = output::put_back(out) {
+            crate::tell!("{error:#}; the run that was in {0} is in {0}/{1}", out.display(), former::NAME);
+        }
+    })?;
+    former::remove(out)?;
     if let Some(object) = object.as_object_mut() {
         object.insert("status".into(), "finished".into());
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
@@ -133,7 +141,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
         object.insert("device".into(), device_name(stage, config)?.into());
         object.insert("output_dir".into(), out.display().to_string().into());
     }
-    write_summary(out, &object)?;
+    write_summary(out, &object).context("all adapters are saved; what is missing is the summary of --json")?;
     finish_page(out, Ok(()));
     Ok(object)
 }
