@@ -55,7 +55,7 @@ use crate::{host, invalid, note, warning};
 pub use data_warnings::data_warnings;
 pub use describe::describe;
 pub use foreseen::{Lengths, absent_adapters, longest_prompt, refusals};
-pub use hints::{check_adapter_path, check_base_path, check_described};
+pub use hints::{Wanted, check_adapter_path, check_base_path, check_described};
 pub use measure::{Measured, measure, measure_among};
 pub use members::{members, with_members};
 pub use model::{Model, lora_config};
