@@ -42,7 +42,7 @@ use crate::data::Prepared;
 use crate::data::examples::objectives::{Objective, PromptExample};
 use crate::data::stream::cache::Stored;
 use crate::device::select;
-use crate::error::{F16Overflow, counted};
+use crate::error::F16Overflow;
 use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::page;
@@ -210,10 +210,6 @@ fn prepared_among<T: Objective + Stored>(
 ) -> Result<Prepared<T>> {
     // Rank 0 writes the cache, which the others read.
     let prepared: Prepared<T> = world.first_then_others(|| examples(config, tokenizer, completion_only))?;
-    if let Some(first) = prepared.ignored.first() {
-        let are = if prepared.ignored.len() == 1 { "is" } else { "are" };
-        warning!("data: {} {are} not read; the first: {}", counted(prepared.ignored.len(), "file"), first.display());
-    }
     let report = &prepared.report;
     match &prepared.cache {
         Some(path) => note!("data: {report}; tokens in {}", path.display()),

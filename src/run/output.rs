@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Error, Result};
 use serde_json::{Value, json};
 
-use crate::config::MOST_MEMBERS;
+pub(super) use crate::config::RESOLVED;
+use crate::config::{MOST_MEMBERS, RUN_FILES as FILES, mark};
 use crate::error::Interrupted;
 use crate::host::date::utc_of;
 use crate::invalid;
@@ -21,16 +22,12 @@ use crate::train::lock;
 use crate::train::lock::Lock;
 use crate::train::store::Store;
 
-/// The file by which an output folder is known as ours: its first line is [`mark`].
-pub(super) const RESOLVED: &str = "config.toml";
 /// What `--json` prints, written when a run is finished.
-pub(super) const SUMMARY: &str = "summary.json";
+pub(super) const SUMMARY: &str = FILES[0];
 /// What llama.cpp's server writes.
 pub(super) const SERVER_LOG: &str = "llama-server.log";
 /// Where a run's checkpoints lie.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
-/// Files that every command writes beside its folders.
-const FILES: [&str; 5] = [SUMMARY, "metrics.jsonl", "samples.jsonl", "about.json", "report.html"];
 /// What an adapter's folder holds.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
@@ -80,11 +77,6 @@ pub fn check_not_of_run(out: &Path) -> Result<()> {
         )),
         _ => Ok(()),
     }
-}
-
-/// `by` is the command that writes the folder.
-fn mark(by: &str) -> String {
-    format!("# fourfold {by}: the settings of this run, every default written out")
 }
 
 /// What config.toml holds.

@@ -23,8 +23,8 @@ const REMOVED: &str = "former-run.removed";
 pub struct Former(PathBuf);
 
 impl Former {
-    /// Moves files and folders of `out`, named relative to it, to where they wait; those of `copied` are left as copies. What is not
-    /// there is passed over.
+    /// Moves files and folders of `out`, named relative to it, to where they wait; those of `copied` are left as copies. What is
+    /// not there is passed over.
     ///
     /// # Errors
     /// If one cannot be moved; all is put back then.

@@ -21,6 +21,9 @@ use crate::train::checkpoint_manager::CheckpointManager;
 
 const FINDINGS: &str = "findings";
 
+/// What makes the state of a stage.
+type MakeSnapshot = Box<dyn FnOnce() -> Result<Snapshot>>;
+
 /// The session of one run of one stage.
 pub struct Session {
     /// Where metrics and notices are written.
@@ -30,7 +33,7 @@ pub struct Session {
     guard: Guard,
     checkpoints: Option<CheckpointManager>,
     /// The last step of a stage that is trained and whose result is not saved yet, and what makes its state.
-    end: Option<(usize, Box<dyn FnOnce() -> Result<Snapshot>>)>,
+    end: Option<(usize, MakeSnapshot)>,
     /// Optimizer steps that the learners had taken when they were given to the guard.
     had_taken: u64,
     resumed: Option<Snapshot>,
@@ -220,9 +223,9 @@ impl Session {
         }
     }
 
-    /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and
-    /// adds the command that resumes the run to the error. Where a former run waits until this one has made a step, that run is worth
-    /// more than a state in which nothing was trained, which is not saved.
+    /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and adds the
+    /// command that resumes the run to the error. Where a former run waits until this one has made a step, that run is worth more
+    /// than a state in which nothing was trained, which is not saved.
     pub fn failed(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
         let error = self.failed_own(error, step, state);
         // A rank that is gone has no part in this, and the error is the one to report.
@@ -255,7 +258,7 @@ impl Session {
     /// Keeps what makes the state after the last step, until the session ends: for [`Session::unsaved`].
     pub fn ended(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot> + 'static) {
         // Who saves no state need not keep it.
-        self.end = self.checkpoints.as_ref().map(|_| (step, Box::new(state) as Box<_>));
+        self.end = self.checkpoints.as_ref().map(|_| (step, Box::new(state) as MakeSnapshot));
     }
 
     /// Another learner is trained: the former one's state goes.
