@@ -82,7 +82,7 @@ fn state(dir: &Path, adapters: &Map<String, Value>, missing: &[PathBuf], is_read
     }
     let time =
         |path: &Path| fs::metadata(path).and_then(|about| about.modified()).map_or_else(|_| String::new(), utc_of);
-    if dir.join(former::NAME).exists() {
+    if former::is_left(dir) {
         return format!(
             "ended before its first step: the run before it is in {}, and goes back when the next run begins here",
             dir.join(former::NAME).display()

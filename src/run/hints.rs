@@ -54,7 +54,7 @@ fn unwritten(path: &Path) -> Option<String> {
     };
     Some(match lock::owner(run) {
         Some(owner) => format!("{what} goes on ({owner}) and writes its adapters when it ends; wait for that"),
-        None if run.join(former::NAME).exists() => {
+        None if former::is_left(run) => {
             format!("{what} ended before its first step; the run before it is in {}", run.join(former::NAME).display())
         }
         None if run.join(output::SUMMARY).is_file() => format!("{what} is finished and has no such adapter"),

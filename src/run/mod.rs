@@ -132,7 +132,9 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
             crate::tell!("{error:#}; the run that was in {0} is in {0}/{1}", out.display(), former::NAME);
         }
     })?;
-    former::remove(out)?;
+    if former::is_left(out) {
+        former::remove(out)?;
+    }
     if let Some(object) = object.as_object_mut() {
         object.insert("status".into(), "finished".into());
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));

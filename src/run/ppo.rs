@@ -200,7 +200,7 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
         return Ok(Value::Null);
     }
     let mut saved = |adapter, model: &Model, name: &str| {
-        save(adapter, model, &out.join(name)).map_err(|error| session.unsaved_behind_checkpoint(error))
+        save(adapter, model, &out.join(name)).map_err(|error| session.unwritten(error))
     };
     let actor = saved(trained.actor.clone(), &model, "actor")?;
     let critic_model = if ppo.critic == CriticStart::Actor || translated.is_some() { &model } else { scorer };

@@ -94,6 +94,12 @@ impl CheckpointManager {
         }
     }
 
+    /// The command that resumes the run, or begins it anew where there is no checkpoint yet.
+    pub fn resuming(&self) -> String {
+        let more = if self.last.is_some() { "" } else { " --from-start" };
+        format!("{}{more}", self.command)
+    }
+
     /// The last checkpoint, for messages.
     pub fn last_good(&self) -> String {
         match &self.last {

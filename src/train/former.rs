@@ -17,6 +17,7 @@ pub const NAME: &str = "former-run";
 const MOVING: &str = "former-run.moving";
 /// Its name once the files are to be removed.
 const REMOVED: &str = "former-run.removed";
+const STATES: [&str; 3] = [NAME, MOVING, REMOVED];
 
 /// The files of a former run that wait. The value does nothing when it is dropped: [`put_back`] is for who has ended.
 #[derive(Debug)]
@@ -30,6 +31,14 @@ impl Former {
     /// If one cannot be moved; all is put back then.
     pub fn set_aside(out: &Path, moved: &[PathBuf], copied: &[PathBuf]) -> Result<Self> {
         let moving = out.join(MOVING);
+        if let Some(taken) = STATES.map(|name| out.join(name)).iter().find(|folder| folder.exists()) {
+            return Err(invalid!(
+                "{} is in the way: the run in {} is kept there until this one has made a step; rename it, or name another folder with \
+                 --out",
+                taken.display(),
+                out.display()
+            ));
+        }
         let set = || -> std::io::Result<()> {
             for (name, is_copied) in
                 moved.iter().map(|name| (name, false)).chain(copied.iter().map(|name| (name, true)))
@@ -71,9 +80,10 @@ impl Former {
     }
 }
 
-/// Whether a former run's files wait in `out`, or did when a process was killed.
+/// Whether a former run's files wait in `out`, or did when a process was killed. A run of somebody's own by that name has a lock.
 pub fn is_left(out: &Path) -> bool {
-    [NAME, MOVING, REMOVED].iter().any(|name| out.join(name).exists())
+    let is_ours = |name: &str| out.join(name).exists() && !out.join(name).join(lock::NAME).exists();
+    out.join(lock::NAME).exists() && STATES.iter().any(|name| is_ours(name))
 }
 
 /// Moves what waits in `out` back; `clear` removes what the run in its place has written before.
@@ -166,6 +176,7 @@ mod tests {
     fn what_waits_goes_back_whole_from_every_state_that_a_kill_leaves() {
         let begin = || {
             let dir = tempfile::tempdir().unwrap();
+            write(dir.path(), lock::NAME, "");
             for name in ["config.toml", "adapter/weights", "adapter/notes", "checkpoints/checkpoint-2/state", "metrics"]
             {
                 write(dir.path(), name, "former");
@@ -201,5 +212,22 @@ mod tests {
         write(out, &format!("{REMOVED}/config.toml"), "former");
         put_back(out, || panic!("nothing is cleared")).unwrap();
         assert!(!out.join("config.toml").exists() && !is_left(out));
+    }
+
+    #[test]
+    fn a_folder_of_somebodys_own_by_that_name_stays_and_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path();
+        ["config.toml", "former-run/config.toml", "former-run/run.lock"]
+            .iter()
+            .for_each(|name| write(out, name, "own"));
+        let before = files(out);
+        assert!(!is_left(out), "a folder of runs");
+        write(out, lock::NAME, "");
+        assert!(!is_left(out), "a run with another in it");
+        let error = Former::set_aside(out, &["config.toml".into()], &[]).unwrap_err().to_string();
+        assert!(error.contains("former-run is in the way") && error.contains("--out"), "{error}");
+        fs::remove_file(out.join(lock::NAME)).unwrap();
+        assert_eq!(files(out), before);
     }
 }

@@ -209,14 +209,14 @@ impl Session {
                         format!(
                             "stopped after {}; all is kept in {path}. To go on:\n  {}",
                             counted(step, "step"),
-                            checkpoints.command
+                            checkpoints.resuming()
                         )
                     }
                     Err(error) => format!(
                         "stopped after {}, which could not be kept: {error:#}; {}. To go on:\n  {}",
                         counted(step, "step"),
                         checkpoints.last_good(),
-                        checkpoints.command
+                        checkpoints.resuming()
                     ),
                 })))
             }
@@ -251,7 +251,7 @@ impl Session {
         error.context(format!(
             "stopped after {}; {kept}. To go on:\n  {}\nThe reason",
             counted(step, "step"),
-            checkpoints.command
+            checkpoints.resuming()
         ))
     }
 
@@ -275,13 +275,14 @@ impl Session {
         }
     }
 
-    /// The same for a stage whose last state was saved by [`Session::last_checkpoint`].
-    pub fn unsaved_behind_checkpoint(&mut self, error: Error) -> Error {
-        let Some(checkpoints) = self.checkpoints.as_ref().filter(|_| !error.is::<Interrupted>()) else { return error };
+    /// For an error of a file that a run writes beside its state: adds what is kept, and the command that goes on from it.
+    pub fn unwritten(&mut self, error: Error) -> Error {
+        let Some(checkpoints) = self.checkpoints.as_ref().filter(|of| of.former.is_none()) else { return error };
+        self.report.done();
         error.context(format!(
-            "what was trained could not be saved; {}. To go on:\n  {}\nThe reason",
+            "the run ended; {}. To go on:\n  {}\nThe reason",
             checkpoints.last_good(),
-            checkpoints.command
+            checkpoints.resuming()
         ))
     }
 

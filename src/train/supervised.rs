@@ -357,8 +357,11 @@ impl<'e, E: ?Sized> Training<'e, E> {
                     lap.warning.iter().for_each(|text| session.report.warn(&format!("warning: {text}")));
                     metrics.extend(lap.metrics());
                 }
-                session.report.step(before + step, &metrics, S::SHOWN)?;
-                stage.samples(&sums, before + step).iter().try_for_each(|sample| session.report.sample(sample))?;
+                let samples = stage.samples(&sums, before + step);
+                let logged = session.report.step(before + step, &metrics, S::SHOWN);
+                let logged = logged.and_then(|()| samples.iter().try_for_each(|sample| session.report.sample(sample)));
+                // A state behind a line that is missing would resume to other metrics.
+                logged.map_err(|error| session.unwritten(error))?;
             }
         }
         world.check_equal(&progress.learner.weights().parameters()?)?;
