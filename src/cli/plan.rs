@@ -242,7 +242,8 @@ impl Shown<'_> {
                         .collect::<serde_json::Map<String, Value>>(),
                     "base": device.base,
                     "roles_share": device.sharing.name(),
-                    "dequantise": self.plan.dequantise(&self.plan.job.policy).name(),
+                    "dequantise": self.plan.dequantised_on(device.device).map(|(name, how)| (name, how.into()))
+                        .collect::<serde_json::Map<String, Value>>(),
                     "peak": {"phase": phase.name(), "bytes": peak},
                     "context": CONTEXT_BYTES,
                     "workspace": WORKSPACE_BYTES,
@@ -286,8 +287,15 @@ impl Shown<'_> {
         }
         let shown: Vec<MemoryCategory> =
             MemoryCategory::ALL.into_iter().filter(|&c| self.plan.phases.iter().any(|(_, b)| b.of(c) > 0)).collect();
-        let head: Vec<Cow<'_, str>> =
-            shown.iter().map(|c| Cow::Borrowed(c.name())).chain([Cow::Borrowed("all")]).collect();
+        // Weights on a card are a column here alone.
+        let roles = Arrangement::ALL.map(|of| (of.name(), of.peak(self.plan).1));
+        let of_roles: Vec<MemoryCategory> = MemoryCategory::ALL
+            .into_iter()
+            .filter(|&c| shown.contains(&c) || roles.iter().any(|(_, bytes)| bytes.of(c) > 0))
+            .collect();
+        let head = |shown: &[MemoryCategory]| -> Vec<Cow<'_, str>> {
+            shown.iter().map(|c| Cow::Borrowed(c.name())).chain([Cow::Borrowed("all")]).collect()
+        };
         let line = |out: &mut String, name: &str, cells: &[Cow<'_, str>]| {
             let _ = write!(out, "{name:<24}");
             for cell in cells {
@@ -295,18 +303,21 @@ impl Shown<'_> {
             }
             out.push('\n');
         };
-        let cells = |bytes: &Bytes| -> Vec<Cow<'_, str>> {
+        let cells = |shown: &[MemoryCategory], bytes: &Bytes| -> Vec<Cow<'_, str>> {
             let all = shown.iter().map(|&c| bytes.of(c)).chain([bytes.total()]);
             all.map(|b| Cow::Owned(format!("{:.1}", b as f64 / f64::from(1 << 20)))).collect()
         };
-        line(&mut out, "phase", &head);
+        line(&mut out, "phase", &head(&shown));
         for (phase, bytes) in self.plan.phases.iter().filter(|(_, bytes)| bytes.total() > 0) {
-            line(&mut out, Phase::name(*phase), &cells(bytes));
+            line(&mut out, Phase::name(*phase), &cells(&shown, bytes));
         }
         out.push('\n');
-        line(&mut out, "roles, at the peak", &head);
-        for of in Arrangement::ALL {
-            line(&mut out, of.name(), &cells(&of.peak(self.plan).1));
+        line(&mut out, "roles, at the peak", &head(&of_roles));
+        for (name, bytes) in &roles {
+            line(&mut out, name, &cells(&of_roles, bytes));
+        }
+        if !self.plan.devices.is_empty() {
+            out += "(weights on a card are in these rows, its passes are not)\n";
         }
         for device in &self.plan.devices {
             let _ = writeln!(out, "\n{}: MiB by phase", device.device);

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::error::counted;
 use crate::invalid;
-use crate::run::{Model, check_adapter_path, check_base_path, members};
+use crate::run::{Model, Wanted, check_adapter_path, check_base_path, members};
 use crate::serve::engine::Limits;
 use crate::serve::{Options, Server, Stop};
 use crate::{note, warning};
@@ -142,7 +142,7 @@ pub(super) fn serve(args: &Serve) -> Result<()> {
                 last.display()
             ));
         }
-        check_adapter_path(path)?;
+        check_adapter_path(path, Wanted::Any)?;
         if !path.exists() {
             return Err(invalid!("--adapter {}: there is no such folder", path.display()));
         }

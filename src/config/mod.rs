@@ -29,6 +29,7 @@ mod report_to;
 mod reward_rules;
 mod rewards;
 mod rollout;
+mod run_folder;
 mod schema;
 mod sources;
 mod stage;
@@ -69,6 +70,7 @@ pub use ptx::Ptx;
 pub use report_to::ReportTo;
 pub use rewards::{ANSWER, ColumnsRead, EnsembleScore, RewardApi, RewardInput, RewardKind, RewardPart};
 pub use rollout::{Engine, LogprobsMode, RolloutEngine};
+pub use run_folder::{RESOLVED, RUN_FILES, is_run, mark};
 pub use schema::{
     Base, COMPUTE_DTYPE_ON_CARDS, Compat, ComputeDtype, Data, Dequantising, DeviceChoice, EvalSize, Format, Given,
     InitLoraWeights, KvCacheType, Lora, MultiTurn, Offload, OnBadRecord, Quantize, TargetModules, Template, Truncation,

@@ -73,10 +73,23 @@ pub fn check_replaceable(page: &Path) -> Result<()> {
 /// # Errors
 /// If a folder holds no run, or the page cannot be written.
 pub fn write(runs: &[PathBuf], to: &Path) -> Result<Value> {
-    let runs = runs.iter().map(|run| RunFiles::read(run)).collect::<Result<Vec<_>>>()?;
+    let (mut problems, mut named): (Vec<String>, Vec<(PathBuf, &PathBuf)>) = (vec![], vec![]);
+    for run in runs {
+        let folder = fs::canonicalize(run).unwrap_or_else(|_| run.clone());
+        match named.iter().find(|(known, _)| *known == folder) {
+            Some((_, first)) if *first == run => {
+                problems.push(format!("{} is named twice and drawn once", run.display()))
+            }
+            Some((_, first)) => {
+                problems.push(format!("{} is the run in {}, which is drawn once", run.display(), first.display()));
+            }
+            None => named.push((folder, run)),
+        }
+    }
+    let runs = named.into_iter().map(|(_, run)| RunFiles::read(run)).collect::<Result<Vec<_>>>()?;
     let text = document::fitting(&runs)?;
     write_atomically(to, &text)?;
-    let problems: Vec<String> = runs.iter().flat_map(|run| run.problems.clone()).collect();
+    problems.extend(runs.iter().flat_map(|run| run.problems.clone()));
     Ok(json!({ "report": to.display().to_string(), "bytes": text.len(), "runs": runs.len(), "problems": problems }))
 }
 

@@ -35,9 +35,9 @@ impl Arrangement {
         }
     }
 
-    /// The plan's peak with this arrangement. Activations, caches and data are the plan's own; four full models have
-    /// their weights, gradients of actor and critic, and AdamW's means: all in f32 where the base is, else weights and
-    /// gradients in 2 bytes a number and means and a master copy in f32 (mixed precision).
+    /// The plan's peak with this arrangement, weights on devices included. Activations, caches and data are the plan's own; four
+    /// full models have their weights, gradients of actor and critic, and AdamW's means: all in f32 where the base is, else weights
+    /// and gradients in 2 bytes a number and means and a master copy in f32 (mixed precision).
     pub fn peak(self, plan: &Plan) -> (Phase, Bytes) {
         let all = plan.phases.map(|(phase, bytes)| (phase, self.bytes(plan, bytes)));
         all.into_iter().max_by_key(|(_, bytes)| bytes.own()).unwrap_or_default()
@@ -70,8 +70,11 @@ impl Arrangement {
         };
         // A second base that the config has is there already.
         let have = if plan.job.scorer.is_some() { 2 } else { 1 };
-        for class in [MemoryCategory::Base, MemoryCategory::Mapped, MemoryCategory::Pinned] {
-            bytes.set(class, copies * (bytes.of(class) / have));
+        let on_devices = plan.devices.iter().map(|device| device.base).sum();
+        for (class, more) in
+            [(MemoryCategory::Base, on_devices), (MemoryCategory::Mapped, 0), (MemoryCategory::Pinned, 0)]
+        {
+            bytes.set(class, copies * ((bytes.of(class) + more) / have));
         }
         bytes
     }

@@ -127,6 +127,12 @@ impl Plan {
         nets.filter_map(|(name, choice, net)| Some((name, choice, net.filter(|_| dry::is_device(choice))?)))
     }
 
+    /// How each base on a device dequantises its weights: `base` and `second_base`, where they lie there.
+    pub fn dequantised_on(&self, device: DeviceChoice) -> impl Iterator<Item = (String, &'static str)> {
+        let there = self.on_devices().filter(move |(_, choice, _)| *choice == device);
+        there.map(|(name, _, net)| (name.replace(' ', "_"), self.dequantise(net).name()))
+    }
+
     /// One line for each base on a device that has weights to dequantise: how it does, and whether its memory decided.
     pub fn dequantised(&self) -> Vec<String> {
         let line = |(name, choice, net): (&str, DeviceChoice, &Network)| {

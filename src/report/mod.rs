@@ -9,7 +9,7 @@ pub mod progress;
 pub mod quiet;
 
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use anyhow::Result;
@@ -68,6 +68,11 @@ pub trait Follower: Send {
 /// If one cannot be removed.
 pub fn remove_events(dir: &Path) -> Result<()> {
     Events::remove(dir)
+}
+
+/// TensorBoard's files of the run in `dir`, named relative to it.
+pub fn events_of(dir: &Path) -> Vec<PathBuf> {
+    events::files(dir).iter().filter_map(|path| Some(path.strip_prefix(dir).ok()?.to_path_buf())).collect()
 }
 
 /// Where a stage's metrics go.

@@ -166,10 +166,9 @@ pub fn train_members(
         None => Finished::default(),
     };
     let (mut before, first) = (vec![], finished.adapters.len());
-    // The last one's optimizer goes with it, after the evaluation: a plan counts it there.
-    let mut last = None;
     for member in 0..config.ensemble {
-        drop(last.take());
+        // The former one's optimizer goes with it; the last one's stays until its weights are saved.
+        session.begin_again();
         let start = started(member)?;
         let name = if member == 0 { "before".to_owned() } else { format!("before {member}") };
         let setup = Setup { base, start: &start, recompute, seed: seed.wrapping_add(member as u64) };
@@ -197,7 +196,6 @@ pub fn train_members(
         finished.adapters.push(adapter);
         finished.steps += steps;
         finished.tokens += tokens;
-        last = Some(training);
     }
     let (steps, tokens) = (finished.steps, finished.tokens);
     if !session.world.is_first() {
@@ -241,7 +239,6 @@ pub fn train_members(
         });
     }
     session.report.done();
-    drop(last);
     Ok(members)
 }
 

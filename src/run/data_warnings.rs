@@ -15,7 +15,14 @@ const KEPT: f64 = 0.95;
 /// Warnings about what was made of the records and how it is split into training and held-out sequences; none where all is usual.
 pub fn data_warnings<T: Example>(prepared: &Prepared<T>, data: &Data) -> Vec<String> {
     let (train, held_out) = (prepared.train.len(), prepared.held_out.len());
-    warnings_of(&prepared.report, data, [train, held_out], prepared.prompts)
+    let mut warnings = warnings_of(&prepared.report, data, [train, held_out], prepared.prompts);
+    if let Some(first) = prepared.ignored.first() {
+        let (count, first) = (prepared.ignored.len(), first.display());
+        let are = if count == 1 { "is" } else { "are" };
+        let of = counted(count, if prepared.ignored.iter().any(|path| path.is_dir()) { "path" } else { "file" });
+        warnings.push(format!("[data] {of} {are} not read; the first: {first}"));
+    }
+    warnings
 }
 
 fn warnings_of(report: &Report, data: &Data, [train, held_out]: [usize; 2], prompts: Option<usize>) -> Vec<String> {

@@ -11,8 +11,8 @@ use super::output;
 use crate::error::counted;
 use crate::host::date::utc_of;
 use crate::model_files::inspect::inspect;
-use crate::train::lock;
 use crate::train::store::Store;
+use crate::train::{former, lock};
 
 /// The figures that tell runs of a stage apart, and whether more is better.
 const FIGURES: &[(&str, bool)] = &[
@@ -82,6 +82,12 @@ fn state(dir: &Path, adapters: &Map<String, Value>, missing: &[PathBuf], is_read
     }
     let time =
         |path: &Path| fs::metadata(path).and_then(|about| about.modified()).map_or_else(|_| String::new(), utc_of);
+    if former::is_left(dir) {
+        return format!(
+            "ended before its first step: the run before it is in {}, and goes back when the next run begins here",
+            dir.join(former::NAME).display()
+        );
+    }
     let summary = dir.join(output::SUMMARY);
     if summary.exists() {
         let lacks = missing.iter().map(|file| file.display().to_string()).collect::<Vec<_>>().join(", ");

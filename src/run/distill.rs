@@ -73,8 +73,9 @@ fn over<T: Objective + Stored + Prompted + passes::Sampled>(
     let stop = ends_of_responses(&ModelEncoder::new(model.checkpoint.tokenizer())?, config.data()?)?;
     let decode = |ids: &[u32]| model.checkpoint.tokenizer().decode(ids).unwrap_or_default();
     let teaching = Teaching { teacher: Policy::new(&teacher.base, taught.as_ref()), stop: &stop, decode: &decode };
-    let (adapter, summary) = distill::train(setup, teaching, &train, &held_out, &settings, &mut session)?;
-    let path = save(adapter, &model, &out.join("adapter"))?;
+    let trained = distill::train(setup, teaching, &train, &held_out, &settings, &mut session);
+    let (adapter, summary) = trained.map_err(|error| session.unsaved(error))?;
+    let path = save(adapter, &model, &out.join("adapter")).map_err(|error| session.unsaved(error))?;
     Ok(json!({
         "stage": "distill",
         "memory": memory,

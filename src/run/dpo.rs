@@ -59,11 +59,12 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         );
     }
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
-    let (adapter, summary) = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session)?;
+    let trained = pairs::train(setup, reference.as_ref(), &train, &held_out, &settings, &mut session);
+    let (adapter, summary) = trained.map_err(|error| session.unsaved(error))?;
     if !launch.world.is_first() {
         return Ok(Value::Null);
     }
-    let path = save(adapter, &model, &out.join("adapter"))?;
+    let path = save(adapter, &model, &out.join("adapter")).map_err(|error| session.unsaved(error))?;
     Ok(json!({
         "stage": "dpo",
         "memory": memory,
@@ -96,12 +97,12 @@ pub(super) fn run_kto(config: &Config, out: &Path, launch: &RunOptions) -> Resul
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
-    let (adapter, summary) =
-        kto::train(setup, reference.as_ref(), &train, &held_out, &settings, max_length, &mut session)?;
+    let trained = kto::train(setup, reference.as_ref(), &train, &held_out, &settings, max_length, &mut session);
+    let (adapter, summary) = trained.map_err(|error| session.unsaved(error))?;
     if !launch.world.is_first() {
         return Ok(Value::Null);
     }
-    let path = save(adapter, &model, &out.join("adapter"))?;
+    let path = save(adapter, &model, &out.join("adapter")).map_err(|error| session.unsaved(error))?;
     Ok(json!({
         "stage": "kto",
         "memory": memory,

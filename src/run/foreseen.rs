@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use super::hints::check_adapter_path;
+use super::hints::{Wanted, check_adapter_path, has_head};
 use super::model::has_score_head;
 use crate::config::{Config, Stage};
 use crate::data::Prepared;
@@ -107,11 +107,15 @@ fn is_there(path: &Path) -> bool {
 /// Checks what can be known of an adapter without its base.
 fn check_adapter(key: &str, path: &Path) -> Result<()> {
     let checked = || {
-        check_adapter_path(path)?;
-        Adapter::check_files(path)?;
-        let has_head = inspect(path)?["head"].as_array().is_some_and(|head| !head.is_empty());
         let is_scorer = key.ends_with("adapters") || key.ends_with("reward_adapter");
-        match (is_scorer, has_head) {
+        let wanted = match key {
+            _ if is_scorer => Wanted::RewardModel,
+            "[reward] adapter" => Wanted::Any,
+            _ => Wanted::Policy,
+        };
+        check_adapter_path(path, wanted)?;
+        Adapter::check_files(path)?;
+        match (is_scorer, has_head(&inspect(path)?)) {
             (true, false) => Err(invalid!(
                 "{}: this adapter has no scalar head (`base_model.model.score.weight`), so it cannot score; train one with \
                  `fourfold reward`",

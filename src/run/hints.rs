@@ -10,7 +10,8 @@ use serde_json::Value;
 use super::output;
 use crate::invalid;
 use crate::model_files::gguf::Gguf;
-use crate::train::lock;
+use crate::model_files::inspect::inspect;
+use crate::train::{former, lock};
 
 const ADAPTER: &str = "adapter_config.json";
 const MODEL: &str = "config.json";
@@ -53,6 +54,9 @@ fn unwritten(path: &Path) -> Option<String> {
     };
     Some(match lock::owner(run) {
         Some(owner) => format!("{what} goes on ({owner}) and writes its adapters when it ends; wait for that"),
+        None if former::is_left(run) => {
+            format!("{what} ended before its first step; the run before it is in {}", run.join(former::NAME).display())
+        }
         None if run.join(output::SUMMARY).is_file() => format!("{what} is finished and has no such adapter"),
         None if output::has_checkpoint(run) => format!(
             "{what} ended before it wrote its adapters; go on with its command and --resume, from its newest checkpoint"
@@ -121,19 +125,71 @@ fn is_gguf_adapter(path: &Path) -> bool {
     path.extension().is_some_and(|ending| ending == "gguf") && Gguf::open(path).is_ok_and(|file| file.is_adapter())
 }
 
+/// What an adapter is wanted for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wanted {
+    /// Anything.
+    Any,
+    /// Writing text: it has no score head.
+    Policy,
+    /// Scoring responses: it has a score head, and is no critic.
+    RewardModel,
+}
+
+impl Wanted {
+    /// Whether an adapter's folder is of that kind; one that cannot be read is refused by who opens it.
+    fn fits(self, adapter: &Path) -> bool {
+        let is_critic = adapter.file_name().is_some_and(|name| name == "critic");
+        match (self, inspect(adapter)) {
+            (Self::Any, _) | (_, Err(_)) => true,
+            (Self::Policy, Ok(found)) => !has_head(&found),
+            (Self::RewardModel, Ok(found)) => has_head(&found) && !is_critic,
+        }
+    }
+}
+
+/// Whether what `inspect` found is an adapter with a score head.
+pub(super) fn has_head(found: &Value) -> bool {
+    found["head"].as_array().is_some_and(|head| !head.is_empty())
+}
+
+/// The adapters in a folder, or else those of the runs in it.
+fn adapters_below(dir: &Path) -> Vec<PathBuf> {
+    let found = below(dir, ADAPTER);
+    if !found.is_empty() {
+        return found;
+    }
+    let entries = fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut runs: Vec<PathBuf> = entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect();
+    runs.sort();
+    runs.iter().flat_map(|run| below(run, ADAPTER)).collect()
+}
+
 /// Checks that a path given as an adapter is not something else that is known.
 ///
 /// # Errors
 /// If it is a folder with adapters below it, such as a run's, or a model; the message says what to give.
-pub fn check_adapter_path(path: &Path) -> Result<()> {
+pub fn check_adapter_path(path: &Path, wanted: Wanted) -> Result<()> {
     let shown = path.display();
     if path.join(ADAPTER).is_file() {
         return Ok(());
     }
-    let adapters = below(path, ADAPTER);
+    let adapters = adapters_below(path);
     if !adapters.is_empty() {
         let what = if output::stage_of(path).is_some() { "the folder of a run" } else { "no adapter" };
-        return Err(invalid!("{shown} is {what}; did you mean {}?", listed(&adapters)));
+        let fitting: Vec<PathBuf> = adapters.iter().filter(|adapter| wanted.fits(adapter)).cloned().collect();
+        return Err(match (&fitting[..], wanted) {
+            ([], Wanted::RewardModel) => invalid!(
+                "{shown} is {what}, and none of the adapters in it is a reward model's ({}); give that of a run of the reward stage",
+                listed(&adapters)
+            ),
+            ([], _) => invalid!(
+                "{shown} is {what}, and the adapters in it have score heads ({}); give that of an SFT, DPO or KTO run, or a PPO run's \
+                 actor",
+                listed(&adapters)
+            ),
+            _ => invalid!("{shown} is {what}; did you mean {}?", listed(&fitting)),
+        });
     }
     if let Some(text) = unwritten(path) {
         return Err(invalid!("{text}"));

@@ -33,7 +33,7 @@ mod sft;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use serde_json::Value;
 
 use crate::config::{Config, Stage};
@@ -42,20 +42,20 @@ use crate::data::Prepared;
 use crate::data::examples::objectives::{Objective, PromptExample};
 use crate::data::stream::cache::Stored;
 use crate::device::select;
-use crate::error::{F16Overflow, counted};
+use crate::error::F16Overflow;
 use crate::host::meter;
 use crate::model::adapter::Adapter;
 use crate::page;
 use crate::report::number;
 use crate::tokenizer::Tokenizer;
-use crate::train::stop;
 use crate::train::world::World;
+use crate::train::{former, stop};
 use crate::{host, invalid, note, warning};
 
 pub use data_warnings::data_warnings;
 pub use describe::describe;
 pub use foreseen::{Lengths, absent_adapters, longest_prompt, refusals};
-pub use hints::{check_adapter_path, check_base_path, check_described};
+pub use hints::{Wanted, check_adapter_path, check_base_path, check_described};
 pub use measure::{Measured, measure, measure_among};
 pub use members::{members, with_members};
 pub use model::{Model, lora_config};
@@ -75,6 +75,8 @@ pub use rollout_servers::memory_beside;
 /// process was asked to stop.
 pub fn stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions) -> Result<Value> {
     if launch.world.is_first() {
+        // A process was killed before its first step.
+        output::put_back(out)?;
         check_output(out, stage.name())?;
     }
     let config = &with_members(stage, config)?;
@@ -124,7 +126,15 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
     if !launch.world.is_first() {
         return ran;
     }
-    let mut object = ran.inspect_err(|error| finish_page(out, Err(error)))?;
+    let mut object = ran.inspect_err(|error| {
+        finish_page(out, Err(error));
+        if let Err(error) = output::put_back(out) {
+            crate::tell!("{error:#}; the run that was in {0} is in {0}/{1}", out.display(), former::NAME);
+        }
+    })?;
+    if former::is_left(out) {
+        former::remove(out)?;
+    }
     if let Some(object) = object.as_object_mut() {
         object.insert("status".into(), "finished".into());
         object.insert("wall_s".into(), number(started.elapsed().as_secs_f64()));
@@ -133,7 +143,7 @@ fn settled_stage(stage: Stage, config: &Config, out: &Path, launch: &RunOptions,
         object.insert("device".into(), device_name(stage, config)?.into());
         object.insert("output_dir".into(), out.display().to_string().into());
     }
-    write_summary(out, &object)?;
+    write_summary(out, &object).context("all adapters are saved; what is missing is the summary of --json")?;
     finish_page(out, Ok(()));
     Ok(object)
 }
@@ -202,10 +212,6 @@ fn prepared_among<T: Objective + Stored>(
 ) -> Result<Prepared<T>> {
     // Rank 0 writes the cache, which the others read.
     let prepared: Prepared<T> = world.first_then_others(|| examples(config, tokenizer, completion_only))?;
-    if let Some(first) = prepared.ignored.first() {
-        let are = if prepared.ignored.len() == 1 { "is" } else { "are" };
-        warning!("data: {} {are} not read; the first: {}", counted(prepared.ignored.len(), "file"), first.display());
-    }
     let report = &prepared.report;
     match &prepared.cache {
         Some(path) => note!("data: {report}; tokens in {}", path.display()),

@@ -21,7 +21,7 @@ use crate::model_files::peft::base_tables;
 use crate::ops::cpu;
 use crate::ops::weight::ComputeDtype;
 use crate::rng::derive;
-use crate::run::hints::{check_adapter_path, check_base_path};
+use crate::run::hints::{Wanted, check_adapter_path, check_base_path};
 use crate::run::placement::{instead_of_f16, place, settle};
 use crate::train::settings;
 use crate::warning;
@@ -141,7 +141,15 @@ impl Model {
     /// # Errors
     /// If it does not, or was trained over other weights of the same shape.
     pub fn adapter(&self, path: &Path) -> Result<Adapter> {
-        check_adapter_path(path)?;
+        self.adapter_for(Wanted::Any, path)
+    }
+
+    /// The same; where the path is that of a folder with adapters in it, the message names those that are wanted.
+    ///
+    /// # Errors
+    /// Those of [`Self::adapter`].
+    pub(super) fn adapter_for(&self, wanted: Wanted, path: &Path) -> Result<Adapter> {
+        check_adapter_path(path, wanted)?;
         let adapter = Adapter::load(path, self.base.shapes())?;
         self.check_tables(path, &adapter)?;
         match &adapter.provenance().base_fingerprint {
@@ -160,7 +168,7 @@ impl Model {
     /// # Errors
     /// Those of [`Self::adapter`]; if the adapter has a score head, as a reward model's and a critic's have.
     pub fn policy_adapter(&self, path: &Path) -> Result<Adapter> {
-        let adapter = self.adapter(path)?;
+        let adapter = self.adapter_for(Wanted::Policy, path)?;
         match adapter.head() {
             Some(_) => Err(has_score_head(path)),
             None => Ok(adapter),

@@ -39,7 +39,7 @@ pub struct RunOptions {
     pub force: bool,
     /// `--from-start`: `--resume` begins at step 0 where there is no checkpoint.
     pub from_start: bool,
-    /// `--overwrite`: a run in the folder, finished or not, may be lost.
+    /// `--overwrite`: a run in the folder, finished or not, may be replaced, once this one has made a step.
     pub overwrite: bool,
     /// The command that resumes the run, for messages.
     pub command: String,
@@ -149,17 +149,11 @@ impl Inputs {
         };
         let settings = self.config.to_toml()?;
         let has_events = self.config.report_to == ReportTo::Tensorboard;
-        let report = match &found {
-            Some(found) => {
-                store.remove_after(&found.path)?;
-                output::go_on(out, self.stage.name(), &settings)?;
-                Report::open(out, Some(found.manifest.positions), has_events)?
-            }
-            None => {
-                output::begin(out, self.stage.name(), &settings)?;
-                Report::open(out, None, has_events)?
-            }
+        let former = match &found {
+            Some(found) => output::go_on_from(&found.path, out, self.stage.name(), &settings)?,
+            None => output::begin_in_place(out, self.stage.name(), &settings)?,
         };
+        let report = Report::open(out, found.as_ref().map(|found| found.manifest.positions), has_events)?;
         let report = LivePage::follow(report, out, self.about(launch)?, found.is_some());
         let checkpoints = CheckpointManager {
             store,
@@ -168,6 +162,7 @@ impl Inputs {
             bases: self.bases,
             command: launch.command.clone(),
             last: found.as_ref().map(|found| (found.manifest.step, found.path.clone())),
+            former,
             lock,
         };
         let session = Session::new(report).guarded(Guard::new(self.config.guard.clone()));

@@ -10,24 +10,24 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Error, Result};
 use serde_json::{Value, json};
 
-use crate::config::MOST_MEMBERS;
+pub(super) use crate::config::RESOLVED;
+use crate::config::{MOST_MEMBERS, RUN_FILES as FILES, mark};
 use crate::error::Interrupted;
 use crate::host::date::utc_of;
 use crate::invalid;
+use crate::report::events_of;
+use crate::train::former;
+use crate::train::former::{Former, move_into};
 use crate::train::lock;
 use crate::train::lock::Lock;
 use crate::train::store::Store;
 
-/// The file by which an output folder is known as ours: its first line is [`mark`].
-pub(super) const RESOLVED: &str = "config.toml";
 /// What `--json` prints, written when a run is finished.
-pub(super) const SUMMARY: &str = "summary.json";
+pub(super) const SUMMARY: &str = FILES[0];
 /// What llama.cpp's server writes.
 pub(super) const SERVER_LOG: &str = "llama-server.log";
 /// Where a run's checkpoints lie.
 pub(super) const CHECKPOINTS: &str = "checkpoints";
-/// Files that every command writes beside its folders.
-const FILES: [&str; 5] = [SUMMARY, "metrics.jsonl", "samples.jsonl", "about.json", "report.html"];
 /// What an adapter's folder holds.
 const ADAPTER_FILES: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
@@ -77,11 +77,6 @@ pub fn check_not_of_run(out: &Path) -> Result<()> {
         )),
         _ => Ok(()),
     }
-}
-
-/// `by` is the command that writes the folder.
-fn mark(by: &str) -> String {
-    format!("# fourfold {by}: the settings of this run, every default written out")
 }
 
 /// What config.toml holds.
@@ -269,6 +264,77 @@ pub(super) fn begin(out: &Path, by: &str, settings: &str) -> Result<()> {
     go_on(out, by, settings)
 }
 
+/// As [`begin`]; but where the former run left anything that a command would miss, its files wait until this one has made a step.
+///
+/// # Errors
+/// If the folder cannot be written to.
+pub(super) fn begin_in_place(out: &Path, by: &str, settings: &str) -> Result<Option<Former>> {
+    let has_metrics = fs::metadata(out.join(FILES[1])).is_ok_and(|about| about.len() > 0);
+    let former = match has_metrics || check_free(out, by).is_err() {
+        true => Some(Former::set_aside(out, &of_run(out, by)?, &[])?),
+        false => None,
+    };
+    begin(out, by, settings)?;
+    Ok(former)
+}
+
+/// As [`go_on`] from a checkpoint that is not the end of the run in the folder: what came after it, which this run replaces, waits
+/// until it has made a step.
+///
+/// # Errors
+/// If the folder cannot be written to.
+pub(super) fn go_on_from(checkpoint: &Path, out: &Path, by: &str, settings: &str) -> Result<Option<Former>> {
+    let later = Store::at(out.join(CHECKPOINTS)).after(Some(checkpoint))?;
+    let former = match later.is_empty() && !out.join(SUMMARY).exists() {
+        true => None,
+        false => {
+            let mut moved: Vec<PathBuf> = within(out, &later);
+            moved.push(SUMMARY.into());
+            let copied = FILES[1..].iter().chain(&[RESOLVED]).map(PathBuf::from).chain(events_of(out));
+            Some(Former::set_aside(out, &moved, &copied.collect::<Vec<_>>())?)
+        }
+    };
+    go_on(out, by, settings)?;
+    Ok(former)
+}
+
+/// All that a command wrote into the folder of its run, named relative to it.
+fn of_run(out: &Path, by: &str) -> Result<Vec<PathBuf>> {
+    let adapters = adapters_of(by).iter().flat_map(|name| ADAPTER_FILES.map(|file| Path::new(name).join(file)));
+    let files = FILES.iter().chain(&[RESOLVED, SERVER_LOG]).map(PathBuf::from);
+    let checkpoints = within(out, &Store::at(out.join(CHECKPOINTS)).after(None)?);
+    Ok(files.chain(adapters).chain(checkpoints).chain(events_of(out)).collect())
+}
+
+fn within(out: &Path, paths: &[PathBuf]) -> Vec<PathBuf> {
+    paths.iter().filter_map(|path| Some(path.strip_prefix(out).ok()?.to_path_buf())).collect()
+}
+
+/// Puts back what waits in a folder whose run ended, or was killed, before its first step, and says so.
+///
+/// # Errors
+/// If a process uses the folder, or a file cannot be moved.
+pub(super) fn put_back(out: &Path) -> Result<()> {
+    if !former::is_left(out) {
+        return Ok(());
+    }
+    let _lock = lock::lock(out)?;
+    let waits = out.join(former::NAME).exists();
+    former::put_back(out, || {
+        for name in FILES.iter().chain(&[RESOLVED]).map(|name| out.join(name)).filter(|path| path.exists()) {
+            fs::remove_file(&name).with_context(|| format!("removing {}", name.display()))?;
+        }
+        crate::report::remove_events(out)
+    })?;
+    if waits {
+        crate::tell!(
+            "{}: a run ended here before its first step; what it would have replaced is there again",
+            out.display()
+        );
+    }
+    Ok(())
+}
+
 /// Removes what a run that was refused before its first step has written, and its folder if `is_new`, that is if the run made
 /// it. Whatever else lies there stays.
 ///
@@ -338,20 +404,6 @@ pub fn replaced<T>(out: &Path, by: &str, whole: &[&str], make: impl FnOnce(&Path
     move_into(&new, out).with_context(|| format!("moving {} to {}", new.display(), out.display()))?;
     remove()?;
     Ok(made)
-}
-
-/// Moves files and folders; files replace those of their names, and folders are merged. The lock stays.
-fn move_into(from: &Path, to: &Path) -> std::io::Result<()> {
-    for entry in fs::read_dir(from)? {
-        let (path, name) = entry.map(|entry| (entry.path(), entry.file_name()))?;
-        let target = to.join(&name);
-        match name == lock::NAME {
-            true => {}
-            false if path.is_dir() && target.is_dir() => move_into(&path, &target)?,
-            false => fs::rename(&path, &target)?,
-        }
-    }
-    Ok(())
 }
 
 /// Writes the resolved config of a run that goes on; it is not finished any more.

@@ -199,10 +199,13 @@ pub(super) fn run(stage: Stage, config: &Config, out: &Path, options: &RunOption
     if !world.is_first() {
         return Ok(Value::Null);
     }
-    let actor = save(trained.actor.clone(), &model, &out.join("actor"))?;
+    let mut saved = |adapter, model: &Model, name: &str| {
+        save(adapter, model, &out.join(name)).map_err(|error| session.unwritten(error))
+    };
+    let actor = saved(trained.actor.clone(), &model, "actor")?;
     let critic_model = if ppo.critic == CriticStart::Actor || translated.is_some() { &model } else { scorer };
-    let critic = trained.critic.map(|critic| save(critic, critic_model, &out.join("critic"))).transpose()?;
-    let ema = trained.ema.map(|ema| save(ema, &model, &out.join("actor_ema"))).transpose()?;
+    let critic = trained.critic.map(|critic| saved(critic, critic_model, "critic")).transpose()?;
+    let ema = trained.ema.map(|ema| saved(ema, &model, "actor_ema")).transpose()?;
     let before = evaluation.baseline();
     let gain: Vec<f64> = after.scores.iter().zip(&before.scores).map(|(a, b)| a - b).collect();
     let last = trained.last;

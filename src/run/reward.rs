@@ -47,7 +47,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
         _ if settings.adapter.is_some() => Ok(start.clone()),
         _ => model.fresh_adapter(&config.lora, config.seed.wrapping_add(member as u64)),
     };
-    let members = reward::train::train_members(setup, &started, &train, &held_out, &settings, padding, &mut session)?;
+    let members = reward::train::train_members(setup, &started, &train, &held_out, &settings, padding, &mut session);
+    let members = members.map_err(|error| session.unsaved(error))?;
     if !launch.world.is_first() {
         return Ok(Value::Null);
     }
@@ -57,7 +58,8 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let agreement = (members.len() > 1).then(|| Agreement::of(&scores)).transpose()?;
     let mut paths = vec![];
     for (member, name) in members.into_iter().zip(output::MEMBERS) {
-        paths.push(save(member.adapter, &model, &out.join(name))?);
+        let saved = save(member.adapter, &model, &out.join(name));
+        paths.push(saved.map_err(|error| session.unsaved(error))?);
     }
     if let Some(found) = agreement.as_ref().filter(|_| !held_out.is_empty()) {
         session.report.note(&format!(

@@ -8,8 +8,8 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use regex::Regex;
 
-use super::Model;
 use super::prompts::all_prompts;
+use super::{Model, Wanted};
 use crate::config::{EnsembleScore, Ppo, REWARD_ADAPTER, RewardApi, RewardInput, RewardKind, RewardPart};
 use crate::data::examples::Examples;
 use crate::data::examples::objectives::{PromptExample, TextEncoder};
@@ -115,7 +115,7 @@ impl Adapters {
     pub(super) fn open(settings: &Ppo, scorer: &Model) -> Result<Self> {
         let section = settings.origin.name();
         let open = |path: &std::path::PathBuf, key: &str| {
-            let adapter = scorer.adapter(path).with_context(|| key.to_owned())?;
+            let adapter = scorer.adapter_for(Wanted::RewardModel, path).with_context(|| key.to_owned())?;
             ValueModel::new(&scorer.base, &adapter).with_context(|| format!("{key} = {}", path.display()))?;
             Ok(adapter)
         };

@@ -36,11 +36,12 @@ pub(super) fn run(config: &Config, out: &Path, launch: &RunOptions) -> Result<Va
     let mut session = inputs.begin(out, launch)?;
     let memory = admission.report(&mut session);
     let setup = Setup { base: &model.base, start: &start, recompute: admission.plan.checkpoint, seed: config.seed };
-    let (adapter, summary) = sft::train(setup, &train, &held_out, &settings, &mut session)?;
+    let trained = sft::train(setup, &train, &held_out, &settings, &mut session);
+    let (adapter, summary) = trained.map_err(|error| session.unsaved(error))?;
     if !launch.world.is_first() {
         return Ok(Value::Null);
     }
-    let path = save(adapter, &model, &out.join("adapter"))?;
+    let path = save(adapter, &model, &out.join("adapter")).map_err(|error| session.unsaved(error))?;
     Ok(json!({
         "stage": "sft",
         "memory": memory,

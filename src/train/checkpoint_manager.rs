@@ -3,16 +3,18 @@
 //! It does not depend on a stage. Read `store.rs` next.
 
 use std::fs;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Error, Result};
 
 use crate::config::CheckpointConfig;
 use crate::error::counted;
 use crate::model_files::ModelFiles;
 use crate::report::Report;
 use crate::train::fingerprint::RunFingerprint;
+use crate::train::former::Former;
 use crate::train::lock::Lock;
 use crate::train::snapshot::Snapshot;
 use crate::train::store::Store;
@@ -32,6 +34,8 @@ pub struct CheckpointManager {
     pub command: String,
     /// Steps and directory of the last checkpoint that was written or resumed from.
     pub last: Option<(usize, PathBuf)>,
+    /// What this run takes the place of, which waits until it has made a step.
+    pub former: Option<Former>,
     /// The folder's lock, held as long as the run: no other process writes into the folder.
     pub lock: Lock,
 }
@@ -48,6 +52,14 @@ impl CheckpointManager {
         self.last.as_ref().is_some_and(|(last, _)| *last == step)
     }
 
+    /// Removes what this run has taken the place of: it has made a step.
+    ///
+    /// # Errors
+    /// If it cannot be removed.
+    pub fn let_former_go(&mut self) -> Result<()> {
+        self.former.take().map_or(Ok(()), Former::remove)
+    }
+
     /// Writes a checkpoint and deletes those beyond `save_total_limit`.
     ///
     /// # Errors
@@ -58,10 +70,34 @@ impl CheckpointManager {
                 report.warn(&warning);
             }
         }
+        self.let_former_go()?;
         let positions = report.positions()?;
         let path = self.store.write(step, snapshot, positions, &self.origin)?;
         self.store.prune(self.saving.save_total_limit)?;
         Ok(&self.last.insert((step, path)).1)
+    }
+
+    /// As [`CheckpointManager::write`], for a run that ends with an error. On a full disk older checkpoints make room, of which the
+    /// newest stays.
+    ///
+    /// # Errors
+    /// As for [`CheckpointManager::write`].
+    pub fn write_in_need(&mut self, step: usize, snapshot: &Snapshot, report: &Report) -> Result<PathBuf> {
+        let mut has_last = self.last.is_some();
+        loop {
+            let written = self.write(step, snapshot, report).map(Path::to_path_buf);
+            let Err(error) = &written else { return written };
+            has_last &= is_full(error) && self.store.remove_oldest_of_several()?;
+            if !has_last {
+                return written;
+            }
+        }
+    }
+
+    /// The command that resumes the run, or begins it anew where there is no checkpoint yet.
+    pub fn resuming(&self) -> String {
+        let more = if self.last.is_some() { "" } else { " --from-start" };
+        format!("{}{more}", self.command)
     }
 
     /// The last checkpoint, for messages.
@@ -73,6 +109,12 @@ impl CheckpointManager {
             None => "there is no checkpoint yet".into(),
         }
     }
+}
+
+/// Whether there is no room on the disk.
+fn is_full(error: &Error) -> bool {
+    let kinds = [ErrorKind::StorageFull, ErrorKind::QuotaExceeded];
+    error.chain().filter_map(|cause| cause.downcast_ref::<std::io::Error>()).any(|cause| kinds.contains(&cause.kind()))
 }
 
 /// Identity of a file as the system reports it. Times are only compared for being equal.

@@ -4,6 +4,7 @@
 pub mod adamw;
 pub mod checkpoint_manager;
 pub mod fingerprint;
+pub mod former;
 pub mod guard;
 pub mod learner;
 pub mod lock;

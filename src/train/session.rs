@@ -21,6 +21,9 @@ use crate::train::checkpoint_manager::CheckpointManager;
 
 const FINDINGS: &str = "findings";
 
+/// What makes the state of a stage.
+type MakeSnapshot = Box<dyn FnOnce() -> Result<Snapshot>>;
+
 /// The session of one run of one stage.
 pub struct Session {
     /// Where metrics and notices are written.
@@ -29,6 +32,10 @@ pub struct Session {
     pub world: World,
     guard: Guard,
     checkpoints: Option<CheckpointManager>,
+    /// The last step of a stage that is trained and whose result is not saved yet, and what makes its state.
+    end: Option<(usize, MakeSnapshot)>,
+    /// Optimizer steps that the learners had taken when they were given to the guard.
+    had_taken: u64,
     resumed: Option<Snapshot>,
     /// Results computed once, before the first step.
     findings: Snapshot,
@@ -38,7 +45,7 @@ impl Session {
     /// A session without checkpoints, with the default `[guard]`.
     pub fn new(report: Report) -> Self {
         let (world, guard, findings) = (World::default(), Guard::default(), Snapshot::default());
-        Self { report, world, guard, checkpoints: None, resumed: None, findings }
+        Self { report, world, guard, checkpoints: None, end: None, had_taken: 0, resumed: None, findings }
     }
 
     /// A session that reports nothing and saves nothing.
@@ -136,6 +143,7 @@ impl Session {
     /// Only if a tensor cannot be made.
     pub fn watch(&mut self, learners: &[(&str, &mut Learner)]) -> Result<()> {
         give_back_freed();
+        self.had_taken = learners.iter().map(|(_, learner)| learner.optimizer_state().step).sum();
         self.guard.watch(learners)
     }
 
@@ -174,6 +182,10 @@ impl Session {
         if !stop && !due {
             return Ok(());
         }
+        if stop && checkpoints.former.is_some() {
+            self.report.done();
+            return Err(Error::new(Interrupted("stopped before the first step; nothing was trained".into())));
+        }
         let _phase = within(Phase::Save);
         let mut snapshot = state()?;
         self.guard.save(&mut snapshot)?;
@@ -197,22 +209,23 @@ impl Session {
                         format!(
                             "stopped after {}; all is kept in {path}. To go on:\n  {}",
                             counted(step, "step"),
-                            checkpoints.command
+                            checkpoints.resuming()
                         )
                     }
                     Err(error) => format!(
                         "stopped after {}, which could not be kept: {error:#}; {}. To go on:\n  {}",
                         counted(step, "step"),
                         checkpoints.last_good(),
-                        checkpoints.command
+                        checkpoints.resuming()
                     ),
                 })))
             }
         }
     }
 
-    /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and
-    /// adds the command that resumes the run to the error.
+    /// For an error that ends the run although its state is intact, as when a reward source fails: saves the state, and adds the
+    /// command that resumes the run to the error. Where a former run waits until this one has made a step, that run is worth more
+    /// than a state in which nothing was trained, which is not saved.
     pub fn failed(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
         let error = self.failed_own(error, step, state);
         // A rank that is gone has no part in this, and the error is the one to report.
@@ -223,10 +236,13 @@ impl Session {
     fn failed_own(&mut self, error: Error, step: usize, state: impl FnOnce() -> Result<Snapshot>) -> Error {
         let Some(checkpoints) = &mut self.checkpoints else { return error };
         self.report.done();
+        if checkpoints.former.is_some() {
+            return error;
+        }
         let kept = state().and_then(|mut snapshot| {
             self.guard.save(&mut snapshot)?;
             snapshot.put_all(FINDINGS, &self.findings);
-            checkpoints.write(step, &snapshot, &self.report).map(|path| path.display().to_string())
+            checkpoints.write_in_need(step, &snapshot, &self.report).map(|path| path.display().to_string())
         });
         let kept = match kept {
             Ok(path) => format!("all before it is kept in {path}"),
@@ -235,7 +251,38 @@ impl Session {
         error.context(format!(
             "stopped after {}; {kept}. To go on:\n  {}\nThe reason",
             counted(step, "step"),
-            checkpoints.command
+            checkpoints.resuming()
+        ))
+    }
+
+    /// Keeps what makes the state after the last step, until the session ends: for [`Session::unsaved`].
+    pub fn ended(&mut self, step: usize, state: impl FnOnce() -> Result<Snapshot> + 'static) {
+        // Who saves no state need not keep it.
+        self.end = self.checkpoints.as_ref().map(|_| (step, Box::new(state) as MakeSnapshot));
+    }
+
+    /// Another learner is trained: the former one's state goes.
+    pub fn begin_again(&mut self) {
+        self.end = None;
+    }
+
+    /// For an error behind the last step, as when a result cannot be saved: saves the state of that step, and adds the command that
+    /// saves the result from it. Any other error is returned as it is.
+    pub fn unsaved(&mut self, error: Error) -> Error {
+        match self.end.take() {
+            Some((step, state)) if !error.is::<Interrupted>() => self.failed_own(error, step, state),
+            _ => error,
+        }
+    }
+
+    /// For an error of a file that a run writes beside its state: adds what is kept, and the command that goes on from it.
+    pub fn unwritten(&mut self, error: Error) -> Error {
+        let Some(checkpoints) = self.checkpoints.as_ref().filter(|of| of.former.is_none()) else { return error };
+        self.report.done();
+        error.context(format!(
+            "the run ended; {}. To go on:\n  {}\nThe reason",
+            checkpoints.last_good(),
+            checkpoints.resuming()
         ))
     }
 
@@ -256,7 +303,16 @@ impl Session {
         learners: &mut [(&str, &mut Learner)],
     ) -> Result<Option<T>> {
         let (reason, did) = match self.guard.judge(outcome, learners)? {
-            Verdict::Good(value) => return Ok(Some(value)),
+            Verdict::Good(value) => {
+                if let Some(checkpoints) = self.checkpoints.as_mut().filter(|of| of.former.is_some()) {
+                    // Counting waits for the steps that threads make.
+                    let taken: u64 = learners.iter().map(|(_, learner)| learner.optimizer_state().step).sum();
+                    if taken > self.had_taken {
+                        checkpoints.let_former_go()?;
+                    }
+                }
+                return Ok(Some(value));
+            }
             Verdict::Skipped(reason) => (reason, "skipped"),
             Verdict::RolledBack(reason) => (reason, "rolled_back"),
         };

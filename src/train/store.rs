@@ -116,6 +116,17 @@ impl Store {
         all.iter().take(all.len().saturating_sub(limit)).try_for_each(|(_, path)| remove(path))
     }
 
+    /// Deletes the oldest checkpoint if there is another; whether there was.
+    ///
+    /// # Errors
+    /// If a directory cannot be read or deleted.
+    pub fn remove_oldest_of_several(&self) -> Result<bool> {
+        match &self.checkpoints()?[..] {
+            [(_, oldest), _, ..] => remove(oldest).map(|()| true),
+            _ => Ok(false),
+        }
+    }
+
     /// Deletes every checkpoint, complete or not, and nothing else.
     ///
     /// # Errors
@@ -124,14 +135,17 @@ impl Store {
         self.checkpoints()?.iter().try_for_each(|(_, path)| remove(path))
     }
 
-    /// Deletes the checkpoints newer than `path`, complete or not: a run resumed from `path` replaces them.
+    /// The checkpoints newer than `path`, complete or not: a run resumed from `path` replaces them. All of them without a path.
     ///
     /// # Errors
-    /// If a directory cannot be read or deleted.
-    pub fn remove_after(&self, path: &Path) -> Result<()> {
-        let all = self.checkpoints()?;
-        let newer = all.iter().skip_while(|(_, p)| p.file_name() != path.file_name()).skip(1);
-        newer.into_iter().try_for_each(|(_, path)| remove(path))
+    /// If the directory cannot be read.
+    pub fn after(&self, path: Option<&Path>) -> Result<Vec<PathBuf>> {
+        let mut all: Vec<PathBuf> = self.checkpoints()?.into_iter().map(|(_, path)| path).collect();
+        if let Some(name) = path.map(Path::file_name) {
+            let at = all.iter().position(|path| path.file_name() == name);
+            all.drain(..at.map_or(all.len(), |at| at + 1));
+        }
+        Ok(all)
     }
 
     /// The newest checkpoint that is intact, and why each newer one was skipped.
@@ -289,8 +303,10 @@ mod tests {
         store.prune(3).unwrap();
         let left: Vec<_> = store.checkpoints().unwrap().into_iter().map(|(n, _)| n).collect();
         assert_eq!(left, [(9, 0), (10, 0), (10, 1)]);
-        store.remove_after(&store.dir.join("checkpoint-9")).unwrap();
-        assert_eq!(newest(&store).0, Some(9));
+        let after = |name: &str| store.after(Some(&store.dir.join(name))).unwrap();
+        assert_eq!(after("checkpoint-9"), ["checkpoint-10", "checkpoint-10.1"].map(|name| store.dir.join(name)));
+        assert!(after("checkpoint-10.1").is_empty() && after("checkpoint-7").is_empty());
+        assert_eq!(store.after(None).unwrap().len(), 3);
     }
 
     /// Damage by a crash, a full disk or a failing disk: the reader falls back, and reports why.

@@ -8,7 +8,7 @@
 use std::borrow::Cow;
 use std::time::Instant;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
 use crate::config::SupervisedKeys;
@@ -127,7 +127,8 @@ pub struct Training<'e, E: ?Sized> {
     keys: SupervisedKeys,
     sampler: BatchSampler,
     steps: usize,
-    progress: Progress,
+    /// `None` once it was trained.
+    progress: Option<Progress>,
     layers: usize,
 }
 
@@ -153,6 +154,8 @@ pub struct Finished {
 }
 
 const FINISHED: &str = "finished";
+/// [`Training::run`] is called once.
+const TRAINED: &str = "the learner is trained already";
 
 impl Finished {
     /// Those of a checkpoint; none where it has none. `like` has the adapters' shape.
@@ -198,7 +201,7 @@ impl<'e, E: ?Sized> Training<'e, E> {
         let sampler = BatchSampler { shard, ..settings::sampler(&keys, setup.seed, stream) };
         let steps = sampler.steps(examples, keys.num_train_epochs);
         let layers = setup.base.shapes().layers;
-        Ok(Self { examples, keys, sampler, steps, progress: Progress::new(learner), layers })
+        Ok(Self { examples, keys, sampler, steps, progress: Some(Progress::new(learner)), layers })
     }
 
     /// Optimizer steps of the whole run.
@@ -225,13 +228,15 @@ impl<'e, E: ?Sized> Training<'e, E> {
     /// # Errors
     /// As for [`Training::resume`].
     pub fn go_on(&mut self, from: Option<Snapshot>, session: &mut Session) -> Result<()> {
+        let progress = self.progress.as_mut().context(TRAINED)?;
         if let Some(snapshot) = from {
-            self.progress.load(&snapshot)?;
+            progress.load(&snapshot)?;
         }
-        session.watch(&[("learner", &mut self.progress.learner)])
+        session.watch(&[("learner", &mut progress.learner)])
     }
 
-    /// Trains to the end of the last epoch.
+    /// Trains to the end of the last epoch, once. The session has the state from then on: whatever fails before the result is saved
+    /// costs none of it.
     ///
     /// # Errors
     /// Those of `stage`; if the guard gives up, or the process was asked to stop.
@@ -260,9 +265,10 @@ impl<'e, E: ?Sized> Training<'e, E> {
     where
         E: Examples<T>,
     {
-        if !finished.adapters.is_empty() && self.progress.step == 0 {
+        let progress = self.progress.as_mut().context(TRAINED)?;
+        if !finished.adapters.is_empty() && progress.step == 0 {
             session.next_learner();
-            session.watch(&[("learner", &mut self.progress.learner)])?;
+            session.watch(&[("learner", &mut progress.learner)])?;
         }
         self.run_behind(Some(finished), stage, session)
     }
@@ -276,7 +282,8 @@ impl<'e, E: ?Sized> Training<'e, E> {
     where
         E: Examples<T>,
     {
-        let (keys, steps, progress) = (self.keys, self.steps, &mut self.progress);
+        let mut trained = self.progress.take().context(TRAINED)?;
+        let (keys, steps, progress) = (self.keys, self.steps, &mut trained);
         let world = session.world.clone();
         let before = finished.map_or(0, |finished| finished.steps);
         let snapshot = |progress: &Progress| -> Result<Snapshot> {
@@ -350,12 +357,22 @@ impl<'e, E: ?Sized> Training<'e, E> {
                     lap.warning.iter().for_each(|text| session.report.warn(&format!("warning: {text}")));
                     metrics.extend(lap.metrics());
                 }
-                session.report.step(before + step, &metrics, S::SHOWN)?;
-                stage.samples(&sums, before + step).iter().try_for_each(|sample| session.report.sample(sample))?;
+                let samples = stage.samples(&sums, before + step);
+                let logged = session.report.step(before + step, &metrics, S::SHOWN);
+                let logged = logged.and_then(|()| samples.iter().try_for_each(|sample| session.report.sample(sample)));
+                // A state behind a line that is missing would resume to other metrics.
+                logged.map_err(|error| session.unwritten(error))?;
             }
         }
         world.check_equal(&progress.learner.weights().parameters()?)?;
-        Ok(Trained { adapter: progress.learner.weights().snapshot(), steps, tokens: progress.tokens })
+        let (adapter, tokens) = (progress.learner.weights().snapshot(), progress.tokens);
+        let (step, finished) = (before + progress.step, finished.cloned());
+        session.ended(step, move || {
+            let mut snapshot = trained.snapshot()?;
+            finished.map_or(Ok(()), |finished| finished.save(&mut snapshot))?;
+            Ok(snapshot)
+        });
+        Ok(Trained { adapter, steps, tokens })
     }
 }
 

@@ -492,3 +492,31 @@ fn what_is_given_as_a_config_and_is_none_is_told_what_it_is_and_a_runs_settings_
     }
     assert!(fs::read(p.path("out/sft/config.toml")).unwrap() == settings);
 }
+
+#[test]
+fn the_folder_of_a_run_is_no_data_and_the_files_in_it_that_may_be_meant_are_named() {
+    let p = Place::new();
+    p.train_sft_and_reward();
+    assert_eq!(p.run("ppo run.toml --set data.path=prompts.jsonl --out out/ppo").code, 0);
+    let data = |path: &str| format!("data run.toml --phase sft --set data.path={path}");
+    let what = "that is the folder of a run, which holds its figures and no data set";
+    refused(&p, &data("out/sft"), &[&format!("[data] path out/sft: {what}; give a file of records")]);
+    refused(&p, "sft run.toml --set data.path=out/ppo --out o", &["did you mean out/ppo/samples.jsonl?"]);
+    refused(&p, "init sft --base base --data out/ppo", &["did you mean out/ppo/samples.jsonl?"]);
+    assert!(!p.path("o").exists());
+    fs::copy(p.path("sft.jsonl"), p.path("out/ppo/completions.jsonl")).unwrap();
+    refused(&p, &data("out/ppo"), &["did you mean out/ppo/completions.jsonl or out/ppo/samples.jsonl?"]);
+    // What is meant works, and runs beside records are left out and named.
+    let read = |path: &str| {
+        let ran = p.run(&data(path));
+        assert_eq!(ran.code, 0, "{path}: {}", ran.stderr);
+        ran.stdout + &ran.stderr
+    };
+    read("out/ppo/samples.jsonl");
+    assert!(read("out/ppo/*.json*").contains("are not read; the first: out/ppo/about.json"));
+    fs::create_dir(p.path("mixed")).unwrap();
+    fs::copy(p.path("sft.jsonl"), p.path("mixed/sft.jsonl")).unwrap();
+    fs::rename(p.path("out/sft"), p.path("mixed/run")).unwrap();
+    assert!(read("mixed").contains("[data] 1 path is not read; the first: mixed/run"), "{}", read("mixed"));
+    refused(&p, &data("mixed/run/adapter"), &["the folder has no file that ends in"]);
+}

@@ -503,6 +503,36 @@ fn what_cannot_be_used_is_one_line_that_says_what_to_do() {
     refused(&p, &ppo("--reward-adapter base"), &["--reward-adapter", "base is a model, not an adapter"]);
     refused(&p, &ppo("--reward-adapter nowhere"), &["--reward-adapter nowhere"]);
     refused(&p, &init("sft", "--reward-adapter out/reward"), &["--reward-adapter is for ppo"]);
+    let head = "out/reward/adapter has a score head, so it is a reward model's or a critic's, and";
+    for path in ["out/reward", "out/reward/adapter"] {
+        let says = [head, "ppo starts from one that writes text", "a reward model's as --reward-adapter"];
+        refused(&p, &ppo(&format!("--reward-adapter out/reward --adapter {path}")), &says);
+    }
+    for stage in ["sft", "dpo", "kto"] {
+        refused(&p, &init(stage, "--adapter out/reward"), &[head, &format!("{stage} starts from one")]);
+    }
+    refused(&p, &init("distill", "--teacher base --adapter out/reward"), &[head, "distill starts from one"]);
+    done(&p, &init("reward", "--adapter out/reward"));
+    // Folders with several adapters: a quickstart's, and one of runs.
+    for (from, to) in [("sft", "sft"), ("reward", "reward"), ("sft", "actor"), ("reward", "critic")] {
+        fs::create_dir_all(p.path("qs").join(to)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(p.path("out").join(from).join("adapter").join(file), p.path("qs").join(to).join(file)).unwrap();
+        }
+    }
+    let settings = fs::read_to_string(p.path("out/sft/config.toml")).unwrap();
+    p.write("qs/config.toml", settings.replacen("fourfold sft", "fourfold quickstart", 1));
+    refused(&p, &ppo("--reward-adapter qs"), &["qs is the folder of a run; did you mean qs/reward?"]);
+    refused(&p, &ppo("--reward-adapter out"), &["out is no adapter; did you mean out/reward/adapter?"]);
+    refused(&p, &ppo("--reward-adapter out/reward --adapter out"), &["did you mean out/sft/adapter?"]);
+    fs::remove_dir_all(p.path("qs/reward")).unwrap();
+    let says = ["none of the adapters in it is a reward model's (qs/actor or qs/critic or qs/sft)"];
+    refused(&p, &ppo("--reward-adapter qs"), &says);
+    for name in ["qs/actor", "qs/sft"] {
+        fs::remove_dir_all(p.path(name)).unwrap();
+    }
+    let says = ["the adapters in it have score heads (qs/critic)"];
+    refused(&p, &ppo("--reward-adapter out/reward --adapter qs"), &says);
     let apples = p.run(&init("sft", "--memory 8apples"));
     assert!(apples.code == 2 && apples.stderr.contains("\"8apples\" is in none of B, KiB"), "{}", apples.stderr);
     // The file.

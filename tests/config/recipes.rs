@@ -14,6 +14,8 @@ use fourfold::planner::plan::{Plan, plan};
 use fourfold::planner::simulate::shape::Network;
 use fourfold::run::PlanInputs;
 
+use crate::support::Place;
+
 /// Models in the order of the table: their name there, their file, and the parameters that their publishers state, in millions.
 const MODELS: [(&str, &str, f64); 17] = [
     ("SmolLM2 135M", "smollm2-135m", 134.5),
@@ -141,5 +143,29 @@ fn a_recipe_names_the_variables_that_it_needs() {
         if name == "grpo" {
             assert_eq!(config.ppo().unwrap().kl_coef, 0.04, "the paper's");
         }
+    }
+}
+
+/// What the page says to type works as it is, once its paths are there.
+#[test]
+fn the_commands_of_the_page_work() {
+    let place = Place::new();
+    fs::create_dir_all(place.path("path/to")).unwrap();
+    fs::rename(place.path("base"), place.path("path/to/model")).unwrap();
+    fs::rename(place.path("sft.jsonl"), place.path("demonstrations.jsonl")).unwrap();
+    fs::create_dir(place.path("configs")).unwrap();
+    fs::create_dir(place.path("configs/recipes")).unwrap();
+    fs::copy(root().join("configs/recipes/sft.toml"), place.path("configs/recipes/sft.toml")).unwrap();
+    let readme = fs::read_to_string(root().join("configs/README.md")).unwrap();
+    let commands: Vec<&str> = readme.lines().filter_map(|line| line.strip_prefix("fourfold ")).collect();
+    assert!(commands.len() > 1, "{commands:?}");
+    for command in commands {
+        let ran = place.run(command);
+        assert_eq!(ran.code, 0, "{command}: {}", ran.stderr);
+    }
+    for file in fs::read_dir(root().join("configs/recipes")).unwrap().map(|file| file.unwrap().path()) {
+        let text = fs::read_to_string(file).unwrap();
+        let names = text.split('$').skip(1).map(|rest| rest.split('"').next().unwrap());
+        names.for_each(|name| assert!(readme.contains(&format!("`{name}`")), "configs/README.md does not name {name}"));
     }
 }

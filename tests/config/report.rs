@@ -204,6 +204,13 @@ fn a_page_replaces_a_page_and_nothing_else() {
         assert_eq!(fs::read(place.path(file)).unwrap(), before, "{line}");
     }
     assert!(!place.path("half.html").exists());
+    let ran = place.run("report one ./one --json --out twice.html");
+    let found: serde_json::Value = serde_json::from_str(&ran.stdout).unwrap();
+    assert_eq!(
+        (&found["runs"], &found["problems"][0]),
+        (&1.into(), &"./one is the run in one, which is drawn once".into())
+    );
+    assert!(place.run("report one one --out twice.html").stderr.contains("one is named twice and drawn once"));
     let ran = place.run("report one --out man");
     assert!(ran.code == 2 && ran.stderr.contains("man is a folder; name a file in it"), "{}", ran.stderr);
     // An empty file holds nothing to lose; a page may be made again anywhere, and so may a manual.

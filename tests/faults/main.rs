@@ -10,6 +10,7 @@ mod interruptions;
 mod kills;
 #[path = "../support/llama_cpp.rs"]
 mod llama_cpp;
+mod overwritten;
 mod secrets;
 mod servers;
 mod soak;

@@ -110,11 +110,64 @@ fn on_a_disk_that_fills_up_a_run_says_so_and_goes_on_once_there_is_room() {
             assert!(told.contains("training goes on"), "{kib} KiB: {told}");
         } else {
             assert!(told.contains("first: 1") || told.contains("first: 2"), "{kib} KiB: {told}");
+            // Whatever could not be written: the command that goes on, or begins anew where nothing was kept.
+            let go_on = format!("{} --resume{}", line("sft"), if kib == 64 { " --from-start" } else { "" });
+            let says = told.contains("To go on:") && told.lines().any(|line| line.ends_with(&go_on));
+            assert!(says || told.contains("first: 2"), "{kib} KiB: {told}");
         }
         fs::rename(starved.path("kept"), starved.path("out2")).unwrap();
         fs::remove_dir_all(starved.path("out")).ok();
         fs::rename(starved.path("out2"), starved.path("out")).unwrap();
         assert_same(&whole, &starved, "sft", &format!("after a disk of {kib} KiB"));
+    }
+}
+
+/// The newest checkpoint's number of steps.
+#[cfg(target_os = "linux")]
+fn newest(place: &Place, folder: &str) -> usize {
+    let names = fs::read_dir(place.path(folder)).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter_map(|name| name.to_str()?.strip_prefix("checkpoint-")?.parse().ok()).max().unwrap()
+}
+
+/// Two checkpoints fit and an adapter beside them does not: the older one makes room for the state of the last step, from which the
+/// adapter is saved once there is room.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_result_that_a_full_disk_does_not_take_is_saved_by_a_run_that_goes_on_from_the_last_step() {
+    let size = |path: std::path::PathBuf| -> u64 {
+        fs::read_dir(path).unwrap().map(|e| fs::metadata(e.unwrap().path()).unwrap().len().next_multiple_of(4096)).sum()
+    };
+    for stage in ["sft", "reward", "dpo", "kto"] {
+        let (roomy, starved) = (place(), place());
+        for place in [&roomy, &starved] {
+            // Larger than the files beside it.
+            let config = fs::read_to_string(place.path("run.toml")).unwrap();
+            let fresh = config.replace("adapter = \"out/sft/adapter\"\n", "").replace("r = 2\n", "r = 64\n");
+            place.write("run.toml", fresh);
+        }
+        run_all(&roomy, &[stage]);
+        let out = roomy.path(&format!("out/{stage}"));
+        let last = newest(&roomy, &format!("out/{stage}/checkpoints"));
+        let (checkpoint, adapter) =
+            (size(out.join(format!("checkpoints/checkpoint-{last}"))), size(out.join("adapter")));
+        let kib = (2 * checkpoint + size(out.join("tb")) + size(out) + adapter / 2) / 1024;
+        let script = format!(
+            "\"$0\" {line}; echo \"first: $?\" >&2\nls out/{stage}/checkpoints >&2\nmount -o remount,size=64m out\n\
+             \"$0\" {line} --resume; echo \"then: $?\" >&2\ncp -r out kept",
+            line = line(stage)
+        );
+        let Some(ran) = on_a_disk(&starved, kib, &script) else { return };
+        let told = &ran.stderr;
+        assert!(told.contains("first: 1") && told.contains("then: 0"), "{stage}, {kib} KiB: {told}");
+        let kept = format!(
+            "stopped after {last} steps; all before it is kept in out/{stage}/checkpoints/checkpoint-{last}. To go on:"
+        );
+        assert!(told.contains(&kept) && told.contains(&format!("{} --resume", line(stage))), "{stage}: {told}");
+        assert!(told.contains("No space left on device"), "{stage}: {told}");
+        fs::rename(starved.path("kept"), starved.path("out2")).unwrap();
+        fs::remove_dir_all(starved.path("out")).ok();
+        fs::rename(starved.path("out2"), starved.path("out")).unwrap();
+        assert_same(&roomy, &starved, stage, "once there is room");
     }
 }
 

@@ -17,6 +17,7 @@ use fourfold::rng::{SplitMix64, derive};
 use fourfold::run::Model;
 use fourfold::train::guard::{Guard, Verdict};
 use fourfold::train::learner::{Learner, Parameters};
+use fourfold::train::session::Session;
 use fourfold::train::settings;
 use fourfold::train::snapshot::Snapshot;
 use serde_json::Value;
@@ -153,12 +154,15 @@ fn the_critics_step_is_made_while_what_comes_next_runs() {
             good.restore_learner("critic", state.critic.as_mut().unwrap()).unwrap();
             assert!(critics(&state) == begun[3] && begun[3] != begun[2], "the weights at the start of the last step");
         });
-        // 3. With a rollout behind it.
+        // 3. In a session, with a rollout behind it.
         with_run(&model, &config, |run| {
-            let mut state = State::new(run).unwrap();
+            let (mut state, mut session) = (State::new(run).unwrap(), Session::silent());
+            session.watch(&state.learners()).unwrap();
             state.roll_out(run).unwrap();
-            for _ in 0..4 {
-                state.minibatch(run, 1.0).unwrap();
+            for step in 0..4 {
+                let done = state.minibatch(run, 1.0);
+                assert_eq!(session.judge(1, done, &mut state.learners()).unwrap(), Some(Minibatch::Done));
+                assert_eq!(is_under_way(&state), device.is_some() && step > 0, "step {step}");
                 state.next_minibatch(run);
             }
             let folder = tempfile::tempdir().unwrap();

@@ -131,6 +131,12 @@ fn a_roofline_counts_the_launches_bytes_and_operations_of_a_step() {
     let bytes = |kernel: &Value| kernel["bytes"].as_f64().unwrap() as usize;
     let numbers = 2 * 2 * 8 * 128 * (13..=17).sum::<usize>();
     assert_eq!(bytes(kernel("attention_decode_f16")) - bytes(other), numbers * 30 / 32);
+    // The sums of a step alone.
+    let ran = place.run(&format!("{words} --no-kernels"));
+    let sums: Vec<Value> = ran.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!((all_of(&sums), of(&sums, "gpu/kernel").count()), (all_of(&all), 0), "{}", ran.stdout);
+    let table = place.run(&words.replace("--json", "--no-kernels")).stdout;
+    assert!(table.contains(" ppo step: ") && !table.contains("floor, ms"), "{table}");
     let refused = place.run("bench gpu --roofline 1000");
     assert!(refused.code == 2 && refused.stderr.contains("such as 2958,683"), "{}", refused.stderr);
 }
@@ -143,7 +149,7 @@ fn what_cannot_be_measured_is_refused_before_anything_is() {
         ("--methods grpo --batch-size 12", "give --batch-size a multiple of 8"),
         ("--steps 0", "--steps 0: give 1 or more"),
         ("--device cpu", "bench gpu measures a card; name one with --device cuda"),
-        ("--offload 3", "offload = 3 is more than the base's 2 layers"),
+        ("--offload 3", "--offload 3 is more than the 2 layers of tiny; give 2 to keep none on the card, or fewer"),
         ("--prompt-length 65536", "tiny has a context of 65536 tokens, and prompt and response have 65542"),
     ] {
         // The last word of an option counts.

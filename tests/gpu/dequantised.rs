@@ -1,6 +1,8 @@
 //! Weights that are dequantised while a product runs, and kept from the recomputation to the backward: the bits of weights that are
 //! dequantised one by one, each matrix once, in the memory that a plan counts; and the plan that decides it.
 
+use std::fs;
+
 use fourfold::config::{self, Ppo, Stage};
 use fourfold::device::{Device, DeviceChoice, Element, select};
 use fourfold::model::adapter::{Adapter, TargetModules};
@@ -253,18 +255,18 @@ fn a_plan_dequantises_ahead_and_keeps_what_fits() {
     let plan = |more: &str| of(&format!("--set base.quantize=q8_0 --set base.compute_dtype=f16 {more}"));
     let peak = |plan: &Value| plan["peak"]["bytes"].as_u64().unwrap();
     let open = plan("");
-    assert_eq!(open["dequantise"], "in_turn", "{open}");
+    assert_eq!(open["dequantise"], serde_json::json!({"base": "in_turn"}), "{open}");
     let beside = open["context"].as_u64().unwrap() + open["workspace"].as_u64().unwrap();
     let mut before = 0;
     for name in ["in_turn", "ahead", "kept"] {
         let named = plan(&format!("--set base.dequantise={name}"));
-        assert_eq!(named["dequantise"], name, "{named}");
+        assert_eq!(named["dequantise"]["base"], name, "{named}");
         let most = peak(&named);
         assert!(most > before, "{name}: {most}, {before}");
         before = most;
         // One part in 32 stays free.
         let found = plan(&format!("--set memory.device_limit={}", most * 32 / 31 + 64 + beside));
-        assert_eq!((&found["dequantise"], peak(&found)), (&name.into(), most), "{found}");
+        assert_eq!((&found["dequantise"]["base"], peak(&found)), (&name.into(), most), "{found}");
     }
     assert_eq!(peak(&open), peak(&plan("--set base.dequantise=in_turn")));
     // More than there is room for is asked for: the change that fits is to leave it to the plan.
@@ -273,9 +275,28 @@ fn a_plan_dequantises_ahead_and_keeps_what_fits() {
         peak(&open) * 32 / 31 + 64 + beside
     ));
     assert_eq!(tight["smallest_change"]["set"], serde_json::json!({"base.dequantise": "auto"}), "{tight}");
+    // Each of two bases on one device by its own key.
+    fs::create_dir(place.path("rm")).unwrap();
+    for file in fs::read_dir(place.path("base")).unwrap().map(|file| file.unwrap().path()) {
+        fs::copy(&file, place.path("rm").join(file.file_name().unwrap())).unwrap();
+    }
+    let ran = place.run(
+        "plan run.toml --phase ppo --set data.path=prompts.jsonl --device emulated --json --set base.quantize=q8_0 \
+         --set base.compute_dtype=f16 --set base.dequantise=kept --set reward_base.path=rm --set reward_base.quantize=q8_0 \
+         --set reward_base.compute_dtype=f16 --set reward_base.dequantise=ahead --set ppo.checkpoint=block",
+    );
+    let both: Value = serde_json::from_str(&ran.stdout).expect(&ran.stderr);
+    let on = &both["devices"]["emulated"];
+    assert_eq!(on["dequantise"], serde_json::json!({"base": "kept", "second_base": "ahead"}), "{on}");
+    // The table of arrangements has the weights that lie there: twice as much with a base for each pair of roles.
+    let bytes = |i: usize| both["arrangements"][i]["bytes"]["base"].as_u64().unwrap();
+    assert_eq!((bytes(2), bytes(3)), (on["base"].as_u64().unwrap(), on["base"].as_u64().unwrap() / 2), "{both}");
+    let table = place.run("plan run.toml --phase sft --device emulated").stdout;
+    let head = table.lines().find(|line| line.starts_with("roles, at the peak")).expect(&table);
+    assert!(head.contains(" base ") && table.contains("weights on a card are in these rows"), "{table}");
     // What is stored as products need it is not dequantised.
     let dense = of("--set base.compute_dtype=bf16 --set memory.device_limit=64GiB");
-    assert_eq!(dense["dequantise"], "in_turn", "{dense}");
+    assert_eq!(dense["dequantise"]["base"], "in_turn", "{dense}");
 }
 
 /// A run goes by what its plan has chosen, and by the key where it is written.

@@ -40,6 +40,7 @@ fn run(out: &Path, model: &Model, (sft, rm): (&Adapter, &Adapter)) -> Result<(Ad
         bases: vec![],
         command: "fourfold ppo --resume".into(),
         last: found.as_ref().map(|found| (found.manifest.step, found.path.clone())),
+        former: None,
         lock: lock(out)?,
     };
     let mut session = Session::new(report).kept(keeper, found.map(|found| found.snapshot));

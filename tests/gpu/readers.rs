@@ -338,5 +338,5 @@ fn a_plan_shares_what_fits() {
         "both are not possible: {kept}"
     );
     let open = streamed(&limit);
-    assert_eq!((&open["roles_share"], &open["dequantise"]), (&"blocks".into(), &"in_turn".into()), "{open}");
+    assert_eq!((&open["roles_share"], &open["dequantise"]["base"]), (&"blocks".into(), &"in_turn".into()), "{open}");
 }

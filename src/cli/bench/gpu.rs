@@ -69,7 +69,7 @@ pub(in crate::cli) struct Gpu {
     /// Sequences that are decoded at once, each measured by itself.
     #[arg(long, value_delimiter = ',', default_value = "1,8,64")]
     sequences: Vec<usize>,
-    /// Leave out the step that is timed kernel by kernel.
+    /// Leave out the step that is timed kernel by kernel; with --roofline, the list of kernels under a step's sums.
     #[arg(long)]
     no_kernels: bool,
     /// One JSON object a result on stdout, each as soon as it is measured.
@@ -150,10 +150,16 @@ impl Gpu {
         let mut all = vec![];
         for model in &self.model {
             // What is no shape is refused before anything is measured.
-            let (context, most) = (
-                synthetic::config(model)?.max_position_embeddings,
-                self.prompt_length.saturating_add(self.response_length),
-            );
+            let shape = synthetic::config(model)?;
+            let (context, most) =
+                (shape.max_position_embeddings, self.prompt_length.saturating_add(self.response_length));
+            let layers = shape.num_hidden_layers;
+            if self.offload > layers {
+                return Err(crate::invalid!(
+                    "--offload {} is more than the {layers} layers of {model}; give {layers} to keep none on the card, or fewer",
+                    self.offload
+                ));
+            }
             if most > context {
                 return Err(crate::invalid!(
                     "{model} has a context of {context} tokens, and prompt and response have {most}; shorten one"
@@ -304,17 +310,17 @@ fn row(found: &Value) -> String {
                 }
                 _ => String::new(),
             };
+            let head = match found["listed"] == true {
+                true => format!("    {:<44}{:>9}{:>11}{:>8}\n", "kernel", "launches", "floor, ms", "share"),
+                false => String::new(),
+            };
             format!(
                 "  {} step: {} launches, {:.3} s if each kernel took no longer than its bytes or operations, {:.3} s of them beside \
-                 products{copies}\n    {:<44}{:>9}{:>11}{:>8}\n",
+                 products{copies}\n{head}",
                 text("method"),
                 number("launches"),
                 number("floor_seconds"),
                 number("floor_beside"),
-                "kernel",
-                "launches",
-                "floor, ms",
-                "share"
             )
         }
         "gpu/kernel" if found["ms"].is_null() => format!(

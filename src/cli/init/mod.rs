@@ -35,7 +35,7 @@ use crate::model_files::FileContents;
 use crate::ops::weight::ComputeDtype;
 use crate::planner::plan;
 use crate::planner::simulate::shape::Network;
-use crate::run::{check_adapter_path, check_base_path, is_settings, members, quoted};
+use crate::run::{Wanted, check_adapter_path, check_base_path, is_settings, members, quoted};
 use crate::tokenizer::Tokenizer;
 
 #[derive(Args)]
@@ -179,7 +179,7 @@ fn asked(args: &Init) -> Result<Asked> {
         memory: args.memory,
         device: args.device.filter(|&device| device != DeviceChoice::Auto),
         place,
-        adapter: args.adapter.as_deref().map(|path| adapter_in(path, "--adapter")).transpose()?,
+        adapter: args.adapter.as_deref().map(|path| started_from(path, stage)).transpose()?,
         reward_adapters: match &args.reward_adapter {
             Some(path) => members_in(path, "--reward-adapter")?,
             None => vec![],
@@ -187,20 +187,26 @@ fn asked(args: &Init) -> Result<Asked> {
     })
 }
 
-/// The adapter that a path means: itself, or the trained one in a run's folder.
-fn adapter_in(path: &Path, option: &str) -> Result<PathBuf> {
-    let candidates = [path.to_path_buf(), path.join("adapter"), path.join("actor")];
+/// The adapter that a stage starts from.
+fn started_from(path: &Path, stage: Stage) -> Result<PathBuf> {
+    let wanted = if stage == Stage::Reward { Wanted::Any } else { Wanted::Policy };
+    adapter_in(path, &["adapter", "actor"], wanted, "--adapter")
+}
+
+/// The adapter that a path means: itself, or one by these names in a run's folder.
+fn adapter_in(path: &Path, names: &[&str], wanted: Wanted, option: &str) -> Result<PathBuf> {
+    let candidates = std::iter::once(path.to_path_buf()).chain(names.iter().map(|name| path.join(name)));
     if let Some(found) = candidates.into_iter().find(|path| is_adapter(path)) {
         return Ok(found);
     }
-    check_adapter_path(path).context(option.to_owned())?;
+    check_adapter_path(path, wanted).context(option.to_owned())?;
     Err(invalid!("{option} {}: there is no adapter_config.json; give an adapter's folder, or a run's", path.display()))
 }
 
 /// The adapters that a path means: those of all members where it is the folder of a run that trained an ensemble.
 fn members_in(path: &Path, option: &str) -> Result<Vec<PathBuf>> {
     match &members(path).context(option.to_owned())?[..] {
-        [_] => adapter_in(path, option).map(|found| vec![found]),
+        [_] => adapter_in(path, &["adapter"], Wanted::RewardModel, option).map(|found| vec![found]),
         all => Ok(all.to_vec()),
     }
 }
@@ -230,14 +236,27 @@ impl Asked {
     /// Checks that the adapters are over these bases.
     fn check_adapters(&self, opened: &Opened) -> Result<()> {
         if let Some(path) = &self.adapter {
-            Adapter::load(path, opened.trained().contents.config.shapes()).context("--adapter")?;
+            let start = Adapter::load(path, opened.trained().contents.config.shapes()).context("--adapter")?;
+            if start.head().is_some() && self.stage != Stage::Reward {
+                let instead = match self.stage.has_rollouts() {
+                    true => ", and a reward model's as --reward-adapter",
+                    false => "",
+                };
+                return Err(invalid!(
+                    "--adapter {} has a score head, so it is a reward model's or a critic's, and {} starts from one that writes text; give \
+                     that of an SFT, DPO or KTO run{instead}",
+                    path.display(),
+                    self.stage.name()
+                ));
+            }
         }
         for path in &self.reward_adapters {
             let scorer = opened.reward.as_ref().unwrap_or(&opened.policy);
             let reward = Adapter::load(path, scorer.contents.config.shapes()).context("--reward-adapter")?;
             if reward.head().is_none() {
                 return Err(invalid!(
-                    "--reward-adapter {} has no scalar head, so it is no reward model; give a run of the reward stage",
+                    "--reward-adapter {} has no scalar head, so it is no reward model; give a run of the reward stage, and the adapter to \
+                     start from as --adapter",
                     path.display()
                 ));
             }

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 
-use crate::config::Source;
+use crate::config::{RUN_FILES, Source, is_run};
 use crate::invalid;
 
 /// The container in which a file's records are written.
@@ -38,8 +38,9 @@ pub(crate) fn file_type(path: &Path) -> Option<FileType> {
 }
 
 /// Files that describe a data set or a folder and hold no records, although their endings are known: those that the library
-/// `datasets` ignores or writes beside the records, and notices. They are read only where the config names them.
-const SIDE_FILES: [&str; 14] = [
+/// `datasets` ignores or writes beside the records, an adapter's, and notices. They are read only where the config names them.
+const SIDE_FILES: [&str; 15] = [
+    "adapter_config.json",
     "config.json",
     "croissant.json",
     "dataset-metadata.json",
@@ -71,13 +72,13 @@ pub(crate) struct Files {
     pub ignored: Vec<PathBuf>,
 }
 
-/// The files of a source. A folder is read with its subfolders, in the order of the names: the files that have a known
-/// ending and, with `split`, that word in their name or their folder's. Names that begin with a dot or an underscore
-/// are ignored, as in every tool that writes marker files, and so are files that describe a data set. `train_split` is the split
+/// The files of a source. A folder is read with its subfolders, in the order of the names: the files that have a known ending and,
+/// with `split`, that word in their name or their folder's. Names that begin with a dot or an underscore are ignored, as in every
+/// tool that writes marker files, and so are files that describe a data set and runs of this program. `train_split` is the split
 /// that the source's preset trains on: it applies where the source names no `split`, and only if a folder has files of it.
 ///
 /// # Errors
-/// A path that does not exist or has no readable file.
+/// A path that does not exist, is the folder of a run or has no readable file.
 pub(crate) fn files(source: &Source, train_split: Option<&str>) -> Result<Files> {
     let wanted = source.split.as_deref().or(train_split);
     let mut all = Files::default();
@@ -86,6 +87,7 @@ pub(crate) fn files(source: &Source, train_split: Option<&str>) -> Result<Files>
         let before = all.files.len();
         let failed = |error: std::io::Error| invalid!("[data] path {shown}: {error}");
         match std::fs::metadata(path) {
+            Ok(about) if about.is_dir() && is_run(path) => return Err(of_run(path)),
             Ok(about) if about.is_dir() => {
                 let ignored_before = all.ignored.len();
                 walk(path, path, wanted, 0, &mut all)?;
@@ -110,7 +112,7 @@ pub(crate) fn files(source: &Source, train_split: Option<&str>) -> Result<Files>
                         .map_err(|error| invalid!("[data] path {shown} is not a valid pattern of paths: {error}"))?;
                     for item in found {
                         let item = item.map_err(|error| invalid!("[data] path {shown}: {error}"))?;
-                        match item.is_file() && holds_records(&item) {
+                        match item.is_file() && holds_records(&item) && !is_figures(&item) {
                             true => all.files.push(item),
                             false => all.ignored.push(item),
                         }
@@ -145,7 +147,9 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
     inside.sort();
     for item in inside {
         if item.is_dir() {
-            if !is_hidden(&item) {
+            if is_run(&item) {
+                all.ignored.push(item);
+            } else if !is_hidden(&item) {
                 walk(root, &item, split, depth + 1, all)?;
             }
         } else if holds_records(&item) && split.is_none_or(|split| belongs_to(&item, root, split)) {
@@ -155,6 +159,30 @@ fn walk(root: &Path, folder: &Path, split: Option<&str>, depth: usize, all: &mut
         }
     }
     Ok(())
+}
+
+/// The error for the folder of a run, with the files in it that may be meant.
+fn of_run(run: &Path) -> anyhow::Error {
+    let entries = std::fs::read_dir(run).into_iter().flatten().flatten().map(|entry| entry.path());
+    let has_some = |path: &PathBuf| path.is_file() && std::fs::metadata(path).is_ok_and(|about| about.len() > 0);
+    let mut found: Vec<PathBuf> =
+        entries.filter(|path| has_some(path) && holds_records(path) && !is_figures(path)).collect();
+    found.sort();
+    let names: Vec<String> = found.iter().map(|path| path.display().to_string()).collect();
+    let meant = match &names[..] {
+        [] => "give a file of records".to_owned(),
+        names => format!("did you mean {}?", names.join(" or ")),
+    };
+    invalid!(
+        "[data] path {}: that is the folder of a run, which holds its figures and no data set; {meant}",
+        run.display()
+    )
+}
+
+/// Whether a file is one that a run writes of itself: anything but its samples, which are prompts with responses.
+fn is_figures(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    RUN_FILES.contains(&name) && !name.starts_with("samples") && path.parent().is_some_and(is_run)
 }
 
 fn is_hidden(path: &Path) -> bool {

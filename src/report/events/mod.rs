@@ -157,7 +157,7 @@ impl Events {
 }
 
 /// The run's own event files, oldest first.
-fn files(run: &Path) -> Vec<PathBuf> {
+pub(super) fn files(run: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(run.join(FOLDER)).into_iter().flatten().flatten();
     let is_ours = |path: &PathBuf| {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();

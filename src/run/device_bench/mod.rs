@@ -70,7 +70,8 @@ pub struct Asked {
     pub steps: usize,
     /// Sequences that are decoded at once, each a measurement of its own.
     pub sequences: Vec<usize>,
-    /// Whether one more step is timed kernel by kernel.
+    /// Whether one more step is timed kernel by kernel. A machine that computes nothing counts one anyway; then whether its kernels
+    /// are listed.
     pub kernels: bool,
 }
 
@@ -239,7 +240,7 @@ pub fn model(
         if !device.is_dry() {
             show(with("gpu/step", roles.step(device, asked, method, scratch)?))?;
         }
-        if asked.kernels {
+        if asked.kernels || device.is_dry() {
             let before = roles.streamed();
             let (seconds, mut all) = roles.profiled(device, asked, method, scratch)?;
             let streamed = roles.streamed() - before;
@@ -259,13 +260,13 @@ pub fn model(
                 match is_dry {
                     true => {
                         json!({"method": method.name(), "floor_seconds": number(busy), "floor_beside": number(beside),
-                                   "launches": launches, "streamed_bytes": streamed})
+                               "launches": launches, "streamed_bytes": streamed, "listed": asked.kernels})
                     }
                     false => json!({"method": method.name(), "seconds": number(seconds), "in_kernels": number(busy),
                                     "floor_beside": number(beside), "launches": launches, "streamed_bytes": streamed}),
                 },
             ))?;
-            for kernel in &all {
+            for kernel in all.iter().filter(|_| asked.kernels) {
                 show(with("gpu/kernel", of_kernel(kernel, method, busy, ceilings, is_dry)))?;
             }
         }
