@@ -14,6 +14,7 @@ use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, rank
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::transcript::turns;
 use crate::data::record::{Object, PairLabel, Parsed, Record, Remarked, Text};
+use crate::error::counted;
 use crate::tokenizer::chat_template::Message;
 
 /// The columns of one record, under fourfold's names for them.
@@ -379,7 +380,7 @@ impl<'a> Columns<'a> {
             Some(Value::Array(scores)) => {
                 return Err(column_fault(
                     "scores",
-                    format!("{} scores for {} responses", scores.len(), responses.len()),
+                    format!("{} for {}", counted(scores.len(), "score"), counted(responses.len(), "response")),
                 ));
             }
             other => return Err(self.expected("scores", "a list of numbers", other)),

@@ -200,7 +200,7 @@ fn errors_about_bad_records_name_file_line_column_and_the_expected_value() {
         ),
         (json!({"prompt": "q", "responses": ["a"]}), "1 response cannot be compared"),
         (json!({"prompt": "q", "responses": ["a", "b", "a"]}), "responses 1 and 3 of the ranking are identical"),
-        (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1]}), "1 scores for 2 responses"),
+        (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1]}), "1 score for 2 responses"),
         (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1.0]}), "responses 1 and 2 have the same score"),
         (json!({"instruction": "q", "output": "a", "history": [["u"]]}), "round 1 is not a [user, assistant] pair"),
         (
