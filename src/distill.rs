@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use crate::config::{Distill, Supervised};
 use crate::data::examples::objectives::{PromptExample, SftExample};
-use crate::data::examples::{Example, Examples, chunks, pick};
+use crate::data::examples::{Example, Examples, passes, pick};
 use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
@@ -31,9 +31,6 @@ use crate::train::settings;
 use crate::train::stop;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Training};
 use crate::train::world::World;
-
-/// Held-out prompts that are answered in one batch.
-pub(crate) const EVAL_BATCH: usize = 16;
 
 /// What an example gives to distil on: a prompt, and where all of it was written by somebody else a whole sequence.
 pub trait Prompted: Example + Clone {
@@ -248,7 +245,7 @@ impl<H: ?Sized, T: Prompted> Distillation<'_, H, T> {
         let policy = Policy::new(self.base, Some(adapter));
         let (mut sum, mut count) = (0f64, 0usize);
         let mut progress = Progress::new("evaluation", self.held_out.len(), Unit::Of("prompt"));
-        for rows in chunks(self.held_out.len(), EVAL_BATCH) {
+        for rows in passes(self.held_out, settings::evaluation_size(&self.config.supervised())) {
             progress.set(rows.start);
             let prompts: Vec<Vec<u32>> =
                 pick(self.held_out, rows.clone())?.iter().map(|example| example.prompt().to_vec()).collect();
@@ -260,7 +257,7 @@ impl<H: ?Sized, T: Prompted> Distillation<'_, H, T> {
                 (self.teaching.teacher, &theirs),
                 self.divergence(),
             )?;
-            sum += values.iter().map(|&value| f64::from(value)).sum::<f64>();
+            sum = values.iter().fold(sum, |sum, &value| sum + f64::from(value));
             count += values.len();
             if let Some((report, when)) = &mut shown {
                 let left = self.config.save_samples.saturating_sub(rows.start);

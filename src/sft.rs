@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::config::{Sft, Supervised};
 use crate::data::examples::objectives::SftExample;
-use crate::data::examples::{Examples, chunks, pick};
+use crate::data::examples::{Examples, PassSize, passes, pick};
 use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
@@ -24,9 +24,6 @@ use crate::train::session::Session;
 use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Training};
 use crate::train::world::World;
-
-/// Sequences per scoring pass.
-pub(crate) const EVAL_BATCH: usize = 16;
 
 /// The stage's results.
 #[derive(Clone, Debug, PartialEq)]
@@ -63,16 +60,17 @@ pub fn train(
         Training::new(setup, &start, config.supervised(), settings::SFT_ORDER, examples, &session.world)?;
     session.report.stage("sft", training.steps());
     // JSON has no NaN, so the finding is an option.
-    let found = session.once("perplexity_before", |_| perplexity(base, &start, held_out).map(Some))?;
+    let size = settings::evaluation_size(&config.supervised());
+    let found = session.once("perplexity_before", |_| perplexity(base, &start, held_out, size).map(Some))?;
     let perplexity_before = found.unwrap_or(f64::NAN);
     training.resume(session)?;
     session.report.note(&match held_out.len() {
         0 => format!("sft: {}, none held out", counted(examples.len(), "record")),
         _ => format!("sft: {}, held-out perplexity {perplexity_before:.3} before", counted(examples.len(), "record")),
     });
-    let trained = training.run(&CrossEntropy { base, held_out, recompute }, session)?;
+    let trained = training.run(&CrossEntropy { base, held_out, size, recompute }, session)?;
     let perplexity_after = match session.world.is_first() {
-        true => perplexity(base, &trained.adapter, held_out)?,
+        true => perplexity(base, &trained.adapter, held_out, size)?,
         false => f64::NAN,
     };
     session.report.done();
@@ -87,6 +85,7 @@ pub fn train(
 struct CrossEntropy<'w, H: ?Sized> {
     base: &'w Base,
     held_out: &'w H,
+    size: PassSize,
     recompute: Recompute,
 }
 
@@ -149,7 +148,7 @@ impl<H: Examples<SftExample> + ?Sized> SupervisedStage<SftExample> for CrossEntr
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        let perplexity = perplexity(self.base, adapter, self.held_out)?;
+        let perplexity = perplexity(self.base, adapter, self.held_out, self.size)?;
         Ok(Figures::from_iter([("eval_perplexity".to_owned(), number(perplexity))]))
     }
 }
@@ -166,19 +165,25 @@ pub(crate) fn pack(examples: &[Cow<'_, SftExample>]) -> Result<(Batch, Targets)>
     Ok((batch, targets))
 }
 
-/// e^(mean negative log-probability) over all marked tokens; NaN if there is none.
+/// e^(mean negative log-probability) over all marked tokens, in passes of `size`; NaN if there is none. The mean is summed
+/// token by token in f64, so that passes of another size change no more than the rounding of the matrix products.
 ///
 /// # Errors
 /// If a sequence is longer than the context.
-pub fn perplexity(base: &Base, adapter: &Adapter, examples: &(impl Examples<SftExample> + ?Sized)) -> Result<f64> {
+pub fn perplexity(
+    base: &Base,
+    adapter: &Adapter,
+    examples: &(impl Examples<SftExample> + ?Sized),
+    size: PassSize,
+) -> Result<f64> {
     let _phase = within(Phase::Evaluation);
     let (mut sum, mut count) = (0f64, 0usize);
     let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("record"));
-    for rows in chunks(examples.len(), EVAL_BATCH) {
+    for rows in passes(examples, size) {
         progress.set(rows.start);
         let (batch, targets) = pack(&pick(examples, rows)?)?;
         let stats = Policy::new(base, Some(adapter)).logprobs(&batch, &targets, 1.0)?;
-        sum -= stats.logprobs.iter().map(|&l| f64::from(l)).sum::<f64>();
+        sum = stats.logprobs.iter().fold(sum, |sum, &logprob| sum - f64::from(logprob));
         count += stats.logprobs.len();
     }
     Ok((sum / count as f64).exp())

@@ -155,6 +155,56 @@ fn dpo_and_kto_are_predicted_within_5_percent_in_every_phase() {
     agrees(&p, "--phase kto --set data.path=judged.jsonl", &ALL);
 }
 
+/// Pass sizes of an evaluation besides the training's: smaller and larger ones, and one that the tokens of a pass bound.
+#[test]
+fn evaluations_are_predicted_within_5_percent_at_every_size_of_their_passes() {
+    let p = place();
+    let small = "per_device_train_batch_size=4";
+    for (stage, data, keys) in [
+        ("sft", "sft", &["per_device_eval_batch_size=2"][..]),
+        ("sft", "sft", &[small, "per_device_eval_batch_size=24"]),
+        ("sft", "sft", &["max_tokens_per_batch=400", "per_device_eval_batch_size=24"]),
+        ("reward", "pairs", &[small, "per_device_eval_batch_size=12"]),
+        ("reward", "pairs", &["max_tokens_per_batch=1600", "per_device_eval_batch_size=2"]),
+        ("dpo", "pairs", &[small, "per_device_eval_batch_size=10"]),
+        ("kto", "judged", &[small, "per_device_eval_batch_size=3"]),
+    ] {
+        let set: String = keys.iter().map(|key| format!(" --set {stage}.{key}")).collect();
+        agrees(&p, &format!("--phase {stage} --set data.path={data}.jsonl --set data.eval_rows=24{set}"), &ALL);
+    }
+}
+
+#[test]
+fn an_evaluation_takes_by_default_no_more_than_an_update_and_a_refusal_names_the_size_that_does() {
+    let p = place();
+    let bytes = |words: &str, more: &[&str], phase: &str| {
+        let plan = object(&p, &format!("plan run.toml --json {words}"), more);
+        plan["phases"][phase]["own"].as_u64().unwrap()
+    };
+    for (stage, data) in [("sft", "sft"), ("reward", "pairs"), ("dpo", "pairs"), ("kto", "judged")] {
+        let at_once = if stage == "kto" { 2 } else { 1 };
+        let words = format!(
+            "--phase {stage} --set data.path={data}.jsonl --set data.eval_rows=24 \
+             --set {stage}.per_device_train_batch_size={at_once} --set {stage}.checkpoint=\"block\""
+        );
+        let (update, evaluation) = (bytes(&words, &[], "update"), bytes(&words, &[], "evaluation"));
+        assert!(evaluation <= update, "{stage}: {evaluation} in an evaluation, {update} in an update");
+        let more = bytes(&words, &["--set", &format!("{stage}.per_device_eval_batch_size=8")], "evaluation");
+        assert!(more > evaluation, "{stage}: {more} at eight, {evaluation} by default");
+    }
+    let words = "--set data.eval_rows=24 --set sft.per_device_train_batch_size=2 --set sft.checkpoint=\"block\" \
+                 --set sft.per_device_eval_batch_size=24";
+    let plan = |key: &str| bytes(&format!("--phase sft {words}"), &[], key);
+    let limit = format!("memory.limit={}", (plan("update") + plan("evaluation")) / 2 + (2 << 20));
+    assert!(plan("evaluation") > plan("update") + (5 << 20), "{} {}", plan("evaluation"), plan("update"));
+    let refused = run(&p, &format!("sft run.toml --out refused {words}"), &["--set", &limit]);
+    assert_eq!(refused.code, 2, "{}", refused.stderr);
+    let change = named_change(&refused.stderr);
+    assert!(change.len() == 1 && change[0].starts_with("sft.per_device_eval_batch_size="), "{}", refused.stderr);
+    let again = run(&p, &format!("sft run.toml --out refused {words} --set {}", change[0]), &["--set", &limit]);
+    assert_eq!(again.code, 0, "{}", again.stderr);
+}
+
 #[test]
 fn ppo_is_predicted_within_5_percent_in_every_phase_of_three_shapes() {
     let p = place();
@@ -209,6 +259,11 @@ fn distillation_is_predicted_within_5_percent_in_every_phase_with_teachers_of_bo
             "[teacher]\npath = \"teacher\"\ncompute_dtype = \"bf16\"\n",
             "--set data.path=prompts.jsonl --set distill.checkpoint=\"block\" --set distill.beta=1.0 \
              --set distill.per_device_train_batch_size=4 --set distill.gradient_accumulation_steps=2",
+        ),
+        (
+            "teacher_adapter = \"out/sft/adapter\"\n",
+            "--set data.path=prompts.jsonl --set data.eval_rows=24 --set distill.per_device_train_batch_size=4 \
+             --set distill.per_device_eval_batch_size=12",
         ),
     ] {
         p.write("run.toml", format!("{common}{section}{keys}"));

@@ -119,6 +119,12 @@ pub(super) fn elsewhere(key: &str) -> Option<String> {
     }
     let owners: Vec<String> = owners(key).iter().map(|name| format!("[{name}]")).collect();
     let has_it = || format!("{} {} it", owners.join(", "), if owners.len() == 1 { "has" } else { "have" });
+    if let Some(of_bases) = trl::reason("base", key) {
+        return Some(match owners.is_empty() {
+            true => of_bases.to_owned(),
+            false => format!("in [base]: {of_bases}; {}, for records", has_it()),
+        });
+    }
     (!owners.is_empty()).then(has_it).or_else(|| trl::anywhere(key).map(str::to_owned))
 }
 

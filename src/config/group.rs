@@ -256,8 +256,9 @@ macro_rules! group_section {
                 let (steps, accumulation) = (self.steps_of_rollout(), self.gradient_accumulation_steps);
                 if !steps.is_multiple_of(accumulation) {
                     return Err(invalid!(
-                        "[{section}] a rollout of {steps} passes is not a multiple of gradient_accumulation_steps = \
+                        "[{section}] a rollout of {steps} pass{} is not a multiple of gradient_accumulation_steps = \
                          {accumulation}; try steps_per_generation = {}",
+                        if steps == 1 { "" } else { "es" },
                         steps.next_multiple_of(accumulation)
                     ));
                 }

@@ -10,10 +10,7 @@ impl Config {
             Stage::Ppo => self.ppo.as_ref().map(Ppo::idle_keys).unwrap_or_default(),
             Stage::Grpo => self.grpo.as_ref().map(Grpo::idle_keys).unwrap_or_default(),
             Stage::Rloo => self.rloo.as_ref().map(Rloo::idle_keys).unwrap_or_default(),
-            Stage::Distill => {
-                let evaluates = |data: &Data| ![EvalSize::Rows(0), EvalSize::Fraction(0.0)].contains(&data.eval_size());
-                self.distill().idle_keys(self.teacher.is_some(), self.data.as_ref().is_some_and(evaluates))
-            }
+            Stage::Distill => self.distill().idle_keys(self.teacher.is_some(), self.evaluates()),
             _ => vec![],
         };
         // A file may hold the sections of several stages, each with what it reads.
@@ -32,7 +29,9 @@ impl Config {
         }
         if self.base.kv_cache_type() == KvCacheType::Q8_0 {
             let served = || self.rollouts(stage).is_ok_and(|rollouts| rollouts.servers().is_some());
-            if !stage.has_rollouts() && stage != Stage::Distill {
+            if stage == Stage::Distill && !self.distill_generates_with_base() {
+                idle.push("[base] kv_cache_type has no effect on distill: the policy samples no response".into());
+            } else if !stage.has_rollouts() && stage != Stage::Distill {
                 idle.push(format!("[base] kv_cache_type has no effect on {}, which generates nothing", stage.name()));
             } else if stage.has_rollouts() && served() {
                 idle.push(
@@ -41,8 +40,30 @@ impl Config {
                 );
             }
         }
+        let is_sampled_from = self.distill().seq_kd && self.distill().lmbda < 1.0;
+        if let Some(teacher) = self.teacher.as_ref().filter(|_| stage == Stage::Distill && !is_sampled_from)
+            && teacher.kv_cache_type() == KvCacheType::Q8_0
+            && !teacher.is_generated_with_as(&self.base)
+        {
+            idle.push(
+                "[teacher] kv_cache_type has no effect: without seq_kd, or with lmbda = 1, the teacher samples nothing"
+                    .into(),
+            );
+        }
         idle.extend(self.ppo.as_ref().filter(|_| stage.has_rollouts()).map(Ppo::reward_remarks).unwrap_or_default());
         idle
+    }
+
+    /// Whether records are held out to evaluate with.
+    fn evaluates(&self) -> bool {
+        let holds_out = |data: &Data| ![EvalSize::Rows(0), EvalSize::Fraction(0.0)].contains(&data.eval_size());
+        self.data.as_ref().is_some_and(holds_out)
+    }
+
+    /// Whether `distill` generates with `[base]`: as the policy, or as a teacher over it.
+    fn distill_generates_with_base(&self) -> bool {
+        let section = self.distill();
+        section.lmbda > 0.0 || self.evaluates() || (section.seq_kd && self.teacher.is_none())
     }
 
     /// Whether a stage reads the reward model's checkpoint.

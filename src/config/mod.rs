@@ -36,6 +36,7 @@ mod stage;
 mod stages;
 mod synonyms;
 mod trl;
+mod unknown;
 mod url;
 mod validate;
 
@@ -47,9 +48,8 @@ use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 
 use crate::invalid;
-use describe::describe;
-use located::Fault;
 pub(crate) use located::from_value;
+use unknown::Written;
 
 pub use checkpoint::{CheckpointConfig, Guard};
 pub use describe::{key_path, known_keys};
@@ -421,7 +421,7 @@ pub fn load(path: &Path, set: &[String]) -> Result<Config> {
     }
     let text =
         std::fs::read_to_string(path).map_err(|error| invalid!("{file}: {error}; give the path of a TOML file"))?;
-    checked(parsed(&text, &file.to_string())?, &file.to_string(), set)
+    checked(&text, &file.to_string(), set)
 }
 
 fn parsed(text: &str, file: &str) -> Result<Table> {
@@ -444,7 +444,7 @@ const MOST_OF_A_LINE: usize = 300;
 /// # Errors
 /// As for [`load`].
 pub fn from_text(text: &str, name: &str) -> Result<Config> {
-    checked(parsed(text, name)?, name, &[])
+    checked(text, name, &[])
 }
 
 /// A config without a file: every key at its default but those that `set` changes.
@@ -452,11 +452,12 @@ pub fn from_text(text: &str, name: &str) -> Result<Config> {
 /// # Errors
 /// As for [`load`].
 pub fn from_defaults(set: &[String]) -> Result<Config> {
-    checked(Table::new(), "the defaults", set)
+    checked("", "the defaults", set)
 }
 
-/// The config that a parsed file, called `file` in messages, and the changes to it make.
-fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
+/// The config that the text of a file, called `file` in messages, and the changes to it make.
+fn checked(text: &str, file: &str, set: &[String]) -> Result<Config> {
+    let mut table = parsed(text, file)?;
     let mut changed = Vec::new();
     for text in set {
         changed.push((overrides::apply(&mut table, text)?, text));
@@ -465,19 +466,8 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     let given = Given(lora.map(|keys| keys.keys().cloned().collect()).unwrap_or_default());
     dschat::fill(&mut table);
     ppo_rules::fill(&mut table);
-    let mut config: Config = located::from_table(table.clone()).map_err(|error| {
-        let mut at = error.path.clone();
-        let is_unknown = matches!(&error.fault, Fault::UnknownKey { .. });
-        if let Fault::UnknownKey { key, .. } = &error.fault {
-            at.push(key.clone());
-        }
-        // The last one wins where a key is set twice. `--set lroa.r=4` is at fault for the section it made up.
-        let blamed = |path: &[String]| at.starts_with(path) || (is_unknown && path.starts_with(&at));
-        match changed.iter().rev().find(|(path, _)| blamed(path)) {
-            Some((_, text)) => invalid!("--set {text}: {}", describe(&error, &table)),
-            None => invalid!("{file}: {}", describe(&error, &table)),
-        }
-    })?;
+    let written = Written { table, file, text, changed };
+    let mut config = written.config()?;
     config.lora.given = given;
     if let Some(data) = &mut config.data {
         data.seed = config.seed;
@@ -493,6 +483,12 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     for other in config.reward_base.iter_mut().chain(&mut config.teacher) {
         other.device = other.device.or(config.base.device);
         other.dequantise = other.dequantise.or(config.base.dequantise);
+    }
+    if let Some(reward) = &mut config.reward_base {
+        // Nothing is generated with a reward model, so the default that is written out makes no second base.
+        reward.kv_cache_type = reward.kv_cache_type.filter(|written| *written != KvCacheType::Auto);
+    }
+    for other in config.reward_base.iter_mut().chain(&mut config.teacher) {
         // What is one base for both roles stays one.
         if (&other.path, other.device) == (&config.base.path, config.base.device) {
             other.kv_cache_type = other.kv_cache_type.or(config.base.kv_cache_type);
@@ -501,7 +497,7 @@ fn checked(mut table: Table, file: &str, set: &[String]) -> Result<Config> {
     config.expand_paths().map_err(|error| invalid!("{file}: {error}"))?;
     one_of_rollouts(&config).map_err(|error| invalid!("{file}: {error}"))?;
     group::translate(&mut config);
-    reward_rules::check_written(&table, &config).map_err(|error| invalid!("{file}: {error}"))?;
+    reward_rules::check_written(&written.table, &config).map_err(|error| invalid!("{file}: {error}"))?;
     validate::validate(&config).map_err(|error| invalid!("{file}: {error}"))?;
     Ok(config)
 }

@@ -47,6 +47,24 @@ pub struct SupervisedKeys {
     pub logging_steps: usize,
     /// Optimizer steps between two evaluations; 0 = none during training.
     pub eval_steps: usize,
+    /// Most examples per pass of an evaluation. `None` = what [`SupervisedKeys::examples_evaluated_at_once`] makes of the
+    /// training's passes.
+    pub per_device_eval_batch_size: Option<usize>,
+}
+
+/// Most examples per pass of an evaluation by default (transformers).
+const EVALUATED_AT_ONCE: usize = 8;
+
+impl SupervisedKeys {
+    /// `per_device_eval_batch_size`, or its default: the number of a training pass, where that is bounded by a number, and at
+    /// most 8.
+    pub fn examples_evaluated_at_once(&self) -> usize {
+        let of_training = match self.max_tokens_per_batch {
+            None => self.per_device_train_batch_size,
+            Some(_) => EVALUATED_AT_ONCE,
+        };
+        self.per_device_eval_batch_size.unwrap_or(of_training.min(EVALUATED_AT_ONCE)).max(1)
+    }
 }
 
 /// A section with the keys of [`Optimisation`].
@@ -68,6 +86,9 @@ pub trait Supervised: Optimised {
 
     /// Sets `max_tokens_per_batch`, in sections that have it.
     fn set_tokens(&mut self, tokens: usize);
+
+    /// Sets `per_device_eval_batch_size`.
+    fn set_eval_batch(&mut self, examples: usize);
 }
 
 /// A section with the keys of [`Optimisation`]: the struct, its defaults, and [`Optimised`]. Groups of a section's own
@@ -184,6 +205,12 @@ macro_rules! supervised_section {
                 pub logging_steps: usize = 1,
                 /// Optimizer steps between two evaluations; 0 = none during training. Default 0.
                 pub eval_steps: usize = 0,
+                /// Most examples per pass of an evaluation, counted as those of `per_device_train_batch_size`; where
+                /// `max_tokens_per_batch` is set, a pass has no more tokens than that either. The numbers differ by no more
+                /// than the rounding of matrix products. Default `per_device_train_batch_size`, and at most 8
+                /// (transformers), so that an evaluation takes no more memory than an update.
+                #[serde(skip_serializing_if = "Option::is_none")]
+                pub per_device_eval_batch_size: Option<usize> = None,
             }
         }
 
@@ -202,6 +229,7 @@ macro_rules! supervised_section {
                     gradient_accumulation_steps: self.gradient_accumulation_steps,
                     logging_steps: self.logging_steps,
                     eval_steps: self.eval_steps,
+                    per_device_eval_batch_size: self.per_device_eval_batch_size,
                 }
             }
 
@@ -215,6 +243,10 @@ macro_rules! supervised_section {
                     let _: $tb = $db;
                     self.max_tokens_per_batch = Some(tokens);
                 })?
+            }
+
+            fn set_eval_batch(&mut self, examples: usize) {
+                self.per_device_eval_batch_size = Some(examples);
             }
         }
     };

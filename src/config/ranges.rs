@@ -99,6 +99,7 @@ const ROWS: &[Row] = &[
     (SUPERVISED, "gradient_accumulation_steps", "passes", ONE),
     (SUPERVISED, "logging_steps", "optimizer steps", ONE),
     (SUPERVISED, "eval_steps", "optimizer steps", WHOLE),
+    (SUPERVISED, "per_device_eval_batch_size", "examples", ONE),
     (
         &["reward"],
         "ensemble",

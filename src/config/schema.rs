@@ -53,7 +53,7 @@ pub struct Base {
     /// move by some 0.003 nats (on average, measured on a small base), those of scoring and training do not: where PPO, GRPO or
     /// RLOO take the old ones from the sampler, the ratio begins off 1 by that, which `sampling/sampling_logp_difference` shows and
     /// `importance_sampling_correction` weights. It needs heads of a multiple of 32 numbers, and is refused on the CPU, whose cache
-    /// is f32, and in `[reward_base]`, which generates nothing. Default `"auto"`.
+    /// is f32, and in `[reward_base]`, which generates nothing, unless it is what `[base]` says of the same path. Default `"auto"`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub kv_cache_type: Option<KvCacheType>,
     /// How a card dequantises the weights that products of more than 64 rows read, for weights of another type than the products:
@@ -161,6 +161,12 @@ impl Base {
     /// `kv_cache_type`, or its default.
     pub fn kv_cache_type(&self) -> KvCacheType {
         self.kv_cache_type.unwrap_or_default()
+    }
+
+    /// Whether it has the cache of keys and values that `other` has, as one base for both.
+    pub(super) fn is_generated_with_as(&self, other: &Self) -> bool {
+        let of = |base: &Self| (base.path.clone(), base.device(), base.kv_cache_type());
+        of(self) == of(other)
     }
 
     /// `dequantise`, or its default.

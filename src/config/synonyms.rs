@@ -153,6 +153,7 @@ const NAMES: &[(&[&str], &[&str])] = &[
         &["ppo.micro_batch_size", "per_device_train_batch_size"],
     ),
     (&["per_device_train_batch_size"], &["ppo.micro_batch_size"]),
+    (&["eval_batch_size", "eval_micro_batch_size"], &["per_device_eval_batch_size"]),
     (
         &["grad_accum", "grad_acc_steps", "gradient_accumulation", "accumulation_steps", "accumulate_grad_batches"],
         &["gradient_accumulation_steps"],

@@ -266,10 +266,6 @@ const OF_PASSES: Reasons = &[
         "num_train_epochs says how long a run is",
     ),
     (&["eval_strategy", "evaluation_strategy", "do_eval"], "eval_steps says when the held-out records are evaluated"),
-    (
-        &["per_device_eval_batch_size", "eval_batch_size"],
-        "how many held-out records are evaluated at once is no setting; remove the key",
-    ),
 ];
 
 /// Of the sections with rollouts.
@@ -331,7 +327,11 @@ const OF_ROLLOUTS: Reasons = &[
         "save_samples says how many responses go to samples.jsonl",
     ),
     (&["logging_steps", "log_interval"], "every iteration is logged to metrics.jsonl; remove the key"),
-    (&["num_generations_eval", "per_device_eval_batch_size"], "a held-out prompt is answered once; remove the key"),
+    (&["num_generations_eval"], "a held-out prompt is answered once; remove the key"),
+    (
+        &["per_device_eval_batch_size", "eval_batch_size"],
+        "local_rollout_forward_batch_size says how many prompts are answered at once, held-out ones, too",
+    ),
     (&["min_p", "repetition_penalty", "generation_kwargs", "do_sample"], "sampling has temperature, top_k and top_p"),
     (
         &["stop_token", "stop_token_id", "stop_sequences", "stop"],

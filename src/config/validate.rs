@@ -40,9 +40,9 @@ pub(super) fn validate(config: &Config) -> Result<()> {
     config.ppo.as_ref().map_or(Ok(()), ppo)
 }
 
-/// A reward model's base has a cache of keys and values only where it is the policy's base, too.
+/// A reward model's base has a cache of keys and values only where it is the policy's base, too, whose `kv_cache_type` it then has.
 fn reward_cache(section: &Base, policy: &Base) -> Result<()> {
-    if section.kv_cache_type() != KvCacheType::Auto && section.path != policy.path {
+    if section.kv_cache_type() != KvCacheType::Auto && !section.is_generated_with_as(policy) {
         return Err(invalid!(
             "[reward_base] kv_cache_type has no effect, since nothing is generated with a reward model; write it in [base]"
         ));

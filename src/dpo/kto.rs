@@ -67,6 +67,7 @@ pub fn train(
         reference: Policy::new(base, reference),
         loss: KtoLoss { beta, desirable_weight, undesirable_weight },
         max_length,
+        evaluated_at_once: config.supervised().examples_evaluated_at_once(),
     };
     let start = start.clone().with_score_head(None)?;
     let mut training =
@@ -261,6 +262,8 @@ struct Judge<'w> {
     loss: KtoLoss,
     /// Most tokens of a prompt with another's response.
     max_length: usize,
+    /// Most responses per pass of an evaluation.
+    evaluated_at_once: usize,
 }
 
 impl Judge<'_> {
@@ -311,9 +314,15 @@ impl Judge<'_> {
         if let Some(last) = examples.last().filter(|_| examples.len() > 1) {
             let others = std::iter::once(*last).chain(examples.iter().copied());
             let pairs: Vec<_> = examples.iter().copied().zip(others).collect();
-            let kl = mismatched_kl(&self.log_ratios(policy, &pairs)?);
+            let (mut log_ratios, mut logps) = (vec![], vec![]);
+            for some in pairs.chunks(self.evaluated_at_once) {
+                log_ratios.extend(self.log_ratios(policy, some)?);
+            }
+            let kl = mismatched_kl(&log_ratios);
             let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("response"));
-            let logps = summed_logprobs_with(policy, &sequences(examples), |more| progress.add(more))?;
+            for some in examples.chunks(self.evaluated_at_once) {
+                logps.extend(summed_logprobs_with(policy, &sequences(some), |more| progress.add(more))?);
+            }
             self.weigh(examples, &logps, references, kl, 1.0 / examples.len() as f64, &mut tally)?;
         }
         Ok(tally)

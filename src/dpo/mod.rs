@@ -9,5 +9,4 @@ pub mod loss;
 pub mod pairs;
 mod responses;
 
-pub(crate) use pairs::EVAL_BATCH;
 pub(crate) use responses::SCORING_TOKENS;

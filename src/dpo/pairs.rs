@@ -25,9 +25,6 @@ use crate::train::settings;
 use crate::train::supervised::{OptimizerStep, Setup, SupervisedStage, Trained, Training};
 use crate::train::world::World;
 
-/// Comparisons per scoring pass.
-pub(crate) const EVAL_BATCH: usize = 8;
-
 /// The stage's results; among several ranks, those of the held-out comparisons are rank 0's alone.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Summary {
@@ -60,7 +57,12 @@ pub fn train(
         return Err(invalid!("[dpo] there is no comparison to train on"));
     }
     let Setup { base, start, recompute, .. } = setup;
-    let judge = Judge { reference: Policy::new(base, reference), loss: loss_of(config), beta: config.beta };
+    let judge = Judge {
+        reference: Policy::new(base, reference),
+        loss: loss_of(config),
+        beta: config.beta,
+        evaluated_at_once: config.supervised().examples_evaluated_at_once(),
+    };
     let start = start.clone().with_score_head(None)?;
     let mut training =
         Training::new(setup, &start, config.supervised(), settings::DPO_ORDER, examples, &session.world)?;
@@ -191,6 +193,8 @@ struct Judge<'w> {
     reference: Policy<'w>,
     loss: PairLoss,
     beta: f64,
+    /// Most comparisons per pass of an evaluation.
+    evaluated_at_once: usize,
 }
 
 impl Judge<'_> {
@@ -250,7 +254,8 @@ impl Judge<'_> {
         let _phase = within(Phase::Evaluation);
         let mut tally = Tally::default();
         let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("comparison"));
-        for (some, references) in examples.chunks(EVAL_BATCH).zip(references.chunks(EVAL_BATCH)) {
+        let size = self.evaluated_at_once;
+        for (some, references) in examples.chunks(size).zip(references.chunks(size)) {
             let some: Vec<&RankedExample> = some.iter().collect();
             let logps = summed_logprobs(policy, &sequences(&some))?;
             self.compare(&some, &logps, references, 1.0 / examples.len() as f64, &mut tally)?;

@@ -14,6 +14,7 @@ use super::about::{About, FORMAT, State};
 use super::samples::Samples;
 use super::tail::Tail;
 use super::thin::Point;
+use crate::error::counted;
 use crate::invalid;
 use crate::report::{Metrics, clocks};
 use crate::stats::Histogram;
@@ -266,16 +267,21 @@ impl RunFiles {
                 ));
             }
             if let (broken @ 1.., first) = file.broken() {
-                problems.push(format!(
-                    "{}: {broken} lines are no JSON objects, line {first} is the first; they are left out",
-                    file.path().display()
-                ));
+                let path = file.path().display();
+                problems.push(match broken {
+                    1 => format!("{path}: line {first} is no JSON object; it is left out"),
+                    _ => format!(
+                        "{path}: {broken} lines are no JSON objects, line {first} is the first; they are left out"
+                    ),
+                });
             }
         }
         if foreign > 0 {
             problems.push(format!(
-                "{path}: {foreign} of {count} lines have no stage and step, as a newer version or another program may write \
-                 them; they are left out"
+                "{path}: {foreign} of {} {} no stage and step, as a newer version or another program may write {}",
+                counted(count, "line"),
+                if foreign == 1 { "has" } else { "have" },
+                if foreign == 1 { "it; it is left out" } else { "them; they are left out" }
             ));
         }
         if count == 0 && !is_running && !(self.about.is_none() && self.alive) {

@@ -85,6 +85,21 @@ fn set_batch(stage: Stage, config: &mut Config, size: usize) -> Vec<(String, Str
     ]
 }
 
+/// The key that sets the size of an evaluation's passes, where the file has it: without it they follow the training's.
+fn eval_batch(stage: Stage, config: &Config) -> Option<Knob> {
+    let value = config.supervised(stage)?.per_device_eval_batch_size?;
+    Some(Knob {
+        value,
+        stage,
+        set: |stage, config, size| {
+            if let Some(section) = config.supervised_mut(stage) {
+                section.set_eval_batch(size);
+            }
+            vec![pair(&format!("{}.per_device_eval_batch_size", stage.name()), size)]
+        },
+    })
+}
+
 /// All changes that are tried, the cheapest first: smaller micro-batches cost next to nothing, recomputation half a
 /// forward or a whole one, layers that a device does not keep the time of their copies, a quantised base some accuracy,
 /// shorter or fewer sequences another training.
@@ -98,7 +113,10 @@ pub(super) fn changes(stage: Stage, config: &Config) -> Vec<Change> {
     let on_device =
         [Some(&config.base), config.reward_base.as_ref()].into_iter().flatten().any(|of| of.device().is_device());
     let offloaded = Some(INPUTS_ON_HOST).filter(|_| on_device && config.checkpoint(stage) != RecomputeSetting::Offload);
-    let mut cuts = halved(0.03, vec![(0.0, blank.clone())], micro_batch(stage, config), |times| {
+    let evaluations = halved(0.01, vec![(0.0, blank.clone())], eval_batch(stage, config), |times| {
+        format!("evaluations have {times} times as many passes")
+    });
+    let mut cuts = halved(0.03, evaluations, micro_batch(stage, config), |times| {
         format!("frozen weights are unpacked {times} times as often in updates")
     });
     // The larger a micro-batch, the better it hides the copies of layers.

@@ -3,6 +3,7 @@
 //!
 //! It does not compute bytes. Read `simulate/work.rs` for what a pass is, `simulate/stages.rs` for what it takes.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use anyhow::Result;
@@ -13,14 +14,14 @@ use crate::config::{
 };
 use crate::data::examples::batch_sampler::{BatchSampler, Shard, endless};
 use crate::data::examples::objectives::{PromptExample, RankedExample, SftExample, UnpairedExample};
-use crate::data::examples::{Example, Examples};
+use crate::data::examples::{Example, Examples, PassSize, passes, pick};
 use crate::dpo::kto::with_others;
 use crate::model::batch::chunks_by_tokens;
 use crate::planner::simulate::work::{Pass, Rollouts, Supervised, Work};
 use crate::rng::{SplitMix64, derive};
 use crate::train::world::share_of;
 use crate::train::{settings, stop};
-use crate::{distill, dpo, reward, sft};
+use crate::{distill, dpo, reward};
 
 /// The number of rows searched for the largest batch; later rows are assumed to be no larger.
 const MOST_ROWS: usize = 20_000_000;
@@ -71,11 +72,10 @@ pub(crate) fn largest_share<S: Ord>(ranks: usize, count: usize, size: impl Fn(Ra
     shares.max_by_key(|share| size(share.clone())).unwrap_or_default()
 }
 
-/// The rows of the largest of all runs of `size` rows.
-fn largest_chunk<T: Example>(examples: &(impl Examples<T> + ?Sized), size: usize) -> Vec<usize> {
-    let rows: Vec<usize> = (0..examples.len()).collect();
-    let tokens = |rows: &&[usize]| rows.iter().map(|&row| examples.tokens(row)).sum::<usize>();
-    rows.chunks(size).max_by_key(tokens).map(<[usize]>::to_vec).unwrap_or_default()
+/// The rows of the largest of all passes of `size`.
+fn largest_pass<T: Example>(examples: &(impl Examples<T> + ?Sized), size: PassSize) -> Vec<usize> {
+    let tokens = |rows: &Range<usize>| rows.clone().map(|row| examples.tokens(row)).sum::<usize>();
+    passes(examples, size).max_by_key(tokens).unwrap_or_default().collect()
 }
 
 /// The sequences' lengths and the targets that an example adds to a pass, truncated to `most` tokens per sequence.
@@ -132,11 +132,12 @@ pub fn sft(
     let (c, most) = (config.sft(), most_tokens(config));
     let plan = sampler(&c.supervised(), config.seed, settings::SFT_ORDER, ranks);
     let step = largest_step(plan, examples, c.num_train_epochs)?;
-    let held = largest_chunk(held_out, sft::EVAL_BATCH);
+    let held = largest_pass(held_out, settings::evaluation_size(&c.supervised()));
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: vec![],
         reference_is_adapter: false,
+        evaluates_before: true,
         evaluation: (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?,
         scorer: false,
         members: 1,
@@ -166,7 +167,8 @@ pub fn reward(
         };
         pass
     };
-    let held = largest_chunk(held_out, reward::train::EVAL_BATCH);
+    let size = settings::evaluation_size(&c.supervised());
+    let held = largest_pass(held_out, size);
     let scored = |mut pass: Pass| {
         pass.targets = pass.lengths.len();
         pass
@@ -174,9 +176,10 @@ pub fn reward(
     let mut evaluation = (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?.map(scored);
     if c.center {
         // Training comparisons are scored for their mean, in passes of the same size.
-        let some: Vec<usize> = (0..examples.len().min(reward::train::CENTER_ON)).collect();
-        for rows in some.chunks(reward::train::EVAL_BATCH) {
-            let here = scored(pass(examples, rows, most)?);
+        let some = 0..examples.len().min(reward::train::CENTER_ON);
+        let some: Vec<RankedExample> = pick(examples, some)?.into_iter().map(Cow::into_owned).collect();
+        for rows in passes(&some, size) {
+            let here = scored(pass(&some, &rows.collect::<Vec<_>>(), most)?);
             if evaluation.as_ref().is_none_or(|e| e.tokens() < here.tokens()) {
                 evaluation = Some(here);
             }
@@ -187,6 +190,7 @@ pub fn reward(
         step: step.iter().map(|rows| pass(examples, rows, most).map(targets)).collect::<Result<_>>()?,
         reference: vec![],
         reference_is_adapter: false,
+        evaluates_before: true,
         evaluation,
         scorer: true,
         members: c.ensemble,
@@ -216,8 +220,8 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
     let (c, most) = (config.dpo(), most_tokens(config));
     let plan = sampler(&c.supervised(), config.seed, settings::DPO_ORDER, ranks);
     let step = largest_step(plan, examples, c.num_train_epochs)?;
-    let longest = largest_chunk(examples, 1);
-    let held = largest_chunk(held_out, dpo::EVAL_BATCH);
+    let longest = largest_pass(examples, PassSize::of(1));
+    let held = largest_pass(held_out, settings::evaluation_size(&c.supervised()));
     let reference = scored(&pass(examples, &longest, most)?);
     let mut evaluation = (!held.is_empty()).then(|| pass(held_out, &held, most)).transpose()?.map(|p| scored(&p));
     if c.precompute_ref_log_probs && evaluation.as_ref().is_none_or(|e| e.tokens() < reference.tokens()) {
@@ -227,6 +231,7 @@ pub fn dpo(config: &Config, examples: &[RankedExample], held_out: &[RankedExampl
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: if c.precompute_ref_log_probs { vec![] } else { vec![reference] },
         reference_is_adapter: c.adapter.is_some(),
+        evaluates_before: c.eval_steps > 0 || c.precompute_ref_log_probs,
         evaluation,
         scorer: false,
         members: 1,
@@ -289,21 +294,26 @@ pub fn kto(config: &Config, examples: &[UnpairedExample], held_out: &[UnpairedEx
     let step = largest_step(plan, examples, c.num_train_epochs)?;
     let larger = |a: Pass, b: Pass| if b.tokens() > a.tokens() { b } else { a };
     // The KL term scores a step's prompts with each other's responses; the reference scores responses one by one.
-    let own = pass(examples, &largest_chunk(examples, 1), most)?;
+    let own = pass(examples, &largest_pass(examples, PassSize::of(1)), most)?;
     let reference = larger(largest_mismatched(plan, examples, c.num_train_epochs, most), own);
     // Evaluation scores all held-out responses, after their own prompts and after each other's.
     let held: Vec<usize> = (0..held_out.len()).collect();
-    let evaluation = match held.last() {
-        Some(&last) if held.len() > 1 => {
-            let mixed = scored(&mismatched(held_out, &with_others(&held, &held, last), most));
-            Some(larger(scored(&pass(held_out, &held, most)?), mixed))
+    let mut evaluation = None;
+    if let Some(&last) = held.last().filter(|_| held.len() > 1) {
+        let size = c.supervised().examples_evaluated_at_once();
+        for (rows, pairs) in held.chunks(size).zip(with_others(&held, &held, last).chunks(size)) {
+            let here = larger(scored(&pass(held_out, rows, most)?), scored(&mismatched(held_out, pairs, most)));
+            evaluation = Some(match evaluation {
+                Some(before) => larger(before, here),
+                None => here,
+            });
         }
-        _ => None,
-    };
+    }
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(examples, rows, most)).collect::<Result<_>>()?,
         reference: vec![reference],
         reference_is_adapter: c.adapter.is_some(),
+        evaluates_before: c.eval_steps > 0,
         evaluation,
         scorer: false,
         members: 1,
@@ -353,11 +363,12 @@ pub fn distill<T: Sampled>(
         Ok(())
     };
     let step = largest_step(plan, examples, c.num_train_epochs)?;
-    let held = largest_chunk(held_out, distill::EVAL_BATCH);
+    let held = largest_pass(held_out, settings::evaluation_size(&c.supervised()));
     Ok(Work::Supervised(Supervised {
         step: step.iter().map(|rows| pass(rows, &put)).collect::<Result<_>>()?,
         reference: vec![],
         reference_is_adapter: false,
+        evaluates_before: true,
         evaluation: (!held.is_empty()).then(|| pass(&held, &put_held)).transpose()?,
         scorer: false,
         members: 1,
@@ -524,10 +535,11 @@ pub fn full_length(stage: Stage, config: &Config, context: usize, responses: usi
     if stage == Stage::Kto {
         held = held.max(dpo::SCORING_TOKENS.div_ceil(length));
     }
+    let keys = config.supervised(stage);
+    held = held.max(keys.map_or(0, |keys| keys.examples_evaluated_at_once()));
     if let EvalSize::Rows(rows) = data.eval_size() {
         held = held.min(rows);
     }
-    let keys = config.supervised(stage);
     let n = keys.map_or(some, |keys| {
         some.max(keys.per_device_train_batch_size * keys.gradient_accumulation_steps.min(MOST_PASSES) * ranks)
     });

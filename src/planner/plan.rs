@@ -9,6 +9,7 @@ use crate::config::{Config, Offload, RecomputeSetting, Stage};
 use crate::data::examples::batch_sampler::BatchSize;
 use crate::data::examples::{Example, Examples};
 use crate::device::{Device, DeviceChoice};
+use crate::error::counted;
 use crate::host::limits::{LimitSource, available, available_bytes, own_rss_bytes};
 use crate::host::meter::Phase;
 use crate::invalid;
@@ -172,10 +173,11 @@ impl Plan {
                 false => "",
             };
             format!(
-                "offload: {} of {} layers of the {name} are not kept by {choice}{why}: {} of pinned host memory, copied at every \
+                "offload: {} of {} of the {name} {} not kept by {choice}{why}: {} of pinned host memory, copied at every \
                  pass{costs}",
                 net.offload.layers(),
-                net.config.num_hidden_layers,
+                counted(net.config.num_hidden_layers, "layer"),
+                if net.offload.layers() == 1 { "is" } else { "are" },
                 text(net.pinned())
             )
         };

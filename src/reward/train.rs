@@ -16,7 +16,7 @@ use super::shown;
 use crate::config::{Reward, RewardLoss, Supervised};
 use crate::data::PairLabel;
 use crate::data::examples::objectives::RankedExample;
-use crate::data::examples::{Examples, chunks, pick};
+use crate::data::examples::{Examples, PassSize, passes, pick};
 use crate::error::counted;
 use crate::host::meter::{Phase, within};
 use crate::invalid;
@@ -34,8 +34,8 @@ use crate::train::settings;
 use crate::train::supervised::{Finished, OptimizerStep, Setup, SupervisedStage, Trained, Training};
 use crate::train::world::World;
 
-/// Comparisons per scoring pass.
-pub(crate) const EVAL_BATCH: usize = 8;
+/// Comparisons per pass of [`scores`] and [`evaluate`], which no config bounds.
+const SCORED_AT_ONCE: PassSize = PassSize::of(8);
 /// Training comparisons from which `center` computes mean and standard deviation.
 pub(crate) const CENTER_ON: usize = 256;
 
@@ -159,7 +159,8 @@ pub fn train_members(
             None => start.with_head(derive(seed.wrapping_add(member as u64), &[settings::HEAD])),
         }
     };
-    let stage = BradleyTerry { base, held_out, loss: config.loss, padding, recompute };
+    let size = settings::evaluation_size(&config.supervised());
+    let stage = BradleyTerry { base, held_out, size, loss: config.loss, padding, recompute };
     let mut resumed = session.resumed()?;
     let mut finished = match &resumed {
         Some(snapshot) => Finished::load(snapshot, &started(0)?)?,
@@ -177,7 +178,10 @@ pub fn train_members(
         if member == 0 {
             session.report.stage("reward", config.ensemble * training.steps());
         }
-        let found = session.once(&name, |_| Ok(evaluate_rows(base, &start, held_out, padding)?.to_json()))?;
+        let found = session.once(&name, |_| {
+            let scores = scores_of_rows(base, &start, held_out, size, padding)?;
+            Ok(summarise(&preferred_first(scores, held_out)?.0)?.to_json())
+        })?;
         before.push(Evaluation::from_json(found));
         if member < first {
             continue;
@@ -207,11 +211,11 @@ pub fn train_members(
         if config.center {
             let some = pick(examples, 0..examples.len().min(CENTER_ON))?;
             let some: Vec<RankedExample> = some.into_iter().map(Cow::into_owned).collect();
-            let scores = scores_of_rows(base, &trained, &some, padding)?;
+            let scores = scores_of_rows(base, &trained, &some, size, padding)?;
             let scores: Vec<f64> = scores.into_iter().flatten().map(f64::from).collect();
             trained = center.insert(Centering::of(&scores)).apply(trained)?;
         }
-        let (scores, lengths) = preferred_first(scores_of_rows(base, &trained, held_out, padding)?, held_out)?;
+        let (scores, lengths) = preferred_first(scores_of_rows(base, &trained, held_out, size, padding)?, held_out)?;
         let after = summarise(&scores)?;
         let report = LengthReport::of(&scores, &lengths);
         if config.ensemble == 1 {
@@ -246,6 +250,7 @@ pub fn train_members(
 struct BradleyTerry<'w, H: ?Sized> {
     base: &'w Base,
     held_out: &'w H,
+    size: PassSize,
     loss: RewardLoss,
     padding: Option<Padding>,
     recompute: Recompute,
@@ -310,7 +315,7 @@ impl<H: Examples<RankedExample> + ?Sized> SupervisedStage<RankedExample> for Bra
     }
 
     fn evaluate(&self, adapter: &Adapter) -> Result<Figures> {
-        let scores = scores_of_rows(self.base, adapter, self.held_out, self.padding)?;
+        let scores = scores_of_rows(self.base, adapter, self.held_out, self.size, self.padding)?;
         let (scores, lengths) = preferred_first(scores, self.held_out)?;
         let evaluation = summarise(&scores)?;
         let means = [
@@ -443,20 +448,21 @@ pub fn scores(
     adapter: &Adapter,
     examples: &(impl Examples<RankedExample> + ?Sized),
 ) -> Result<Vec<Vec<f32>>> {
-    scores_of_rows(base, adapter, examples, None)
+    scores_of_rows(base, adapter, examples, SCORED_AT_ONCE, None)
 }
 
 fn scores_of_rows(
     base: &Base,
     adapter: &Adapter,
     examples: &(impl Examples<RankedExample> + ?Sized),
+    size: PassSize,
     padding: Option<Padding>,
 ) -> Result<Vec<Vec<f32>>> {
     let _phase = within(Phase::Evaluation);
     let scorer = ValueModel::new(base, adapter)?;
     let mut all = Vec::with_capacity(examples.len());
     let mut progress = Progress::new("evaluation", examples.len(), Unit::Of("comparison"));
-    for rows in chunks(examples.len(), EVAL_BATCH) {
+    for rows in passes(examples, size) {
         progress.set(rows.start);
         let some = pick(examples, rows)?;
         let scores = match padding {
@@ -484,12 +490,11 @@ fn preferred_first(
     examples: &(impl Examples<RankedExample> + ?Sized),
 ) -> Result<ScoresAndLengths> {
     let (mut kept, mut lengths, mut scores) = (vec![], vec![], scores.into_iter());
-    for rows in chunks(examples.len(), EVAL_BATCH) {
-        for example in pick(examples, rows)? {
-            let Some(found) = scores.next().and_then(|scores| example.label.preferred_first(scores)) else { continue };
-            kept.push(found);
-            lengths.extend(example.label.preferred_first(example.responses.iter().map(Vec::len).collect::<Vec<_>>()));
-        }
+    for row in 0..examples.len() {
+        let example = examples.get(row)?;
+        let Some(found) = scores.next().and_then(|scores| example.label.preferred_first(scores)) else { continue };
+        kept.push(found);
+        lengths.extend(example.label.preferred_first(example.responses.iter().map(Vec::len).collect::<Vec<_>>()));
     }
     Ok((kept, lengths))
 }
@@ -516,7 +521,7 @@ pub fn evaluate_rows(
     examples: &(impl Examples<RankedExample> + ?Sized),
     padding: Option<Padding>,
 ) -> Result<Evaluation> {
-    summarise(&preferred_first(scores_of_rows(base, adapter, examples, padding)?, examples)?.0)
+    summarise(&preferred_first(scores_of_rows(base, adapter, examples, SCORED_AT_ONCE, padding)?, examples)?.0)
 }
 
 /// Accuracy and means of scores, one list per comparison, best response first.

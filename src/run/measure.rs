@@ -11,7 +11,7 @@ use anyhow::{Context, Result};
 use super::prompts::columns;
 use super::rewards::Adapters;
 use super::{Model, check_context, offload, prepared_among, save, with_members};
-use crate::config::{Config, Stage};
+use crate::config::{Config, Stage, Supervised};
 use crate::data::Prepared;
 use crate::data::examples::objectives::{Objective, PromptExample, RankedExample, SftExample, UnpairedExample};
 use crate::data::examples::{Example, Examples, Ids};
@@ -100,6 +100,11 @@ fn some<T: Example>(of: &impl Examples<T>, count: usize) -> Result<Vec<T>> {
     (0..count.min(of.len())).map(|row| of.get(row).map(Cow::into_owned)).collect()
 }
 
+/// Held-out examples that are measured on: two passes of an evaluation.
+fn held_out_of(section: &impl Supervised) -> usize {
+    2usize.saturating_mul(section.supervised().examples_evaluated_at_once())
+}
+
 impl Bench<'_> {
     /// Opens the base, with the tokenizer and the data there already, and nothing else counted yet.
     fn model(&self, checkpoint: ModelFiles, config: &Config) -> Result<Model> {
@@ -139,7 +144,7 @@ impl Bench<'_> {
         let per_step = c.max_tokens_per_batch.map_or(c.per_device_train_batch_size, |_| 64)
             * c.gradient_accumulation_steps
             * self.ranks;
-        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * sft::EVAL_BATCH)?);
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, held_out_of(&c))?);
         drop(data);
         c.num_train_epochs = STEPS;
         config.sft = Some(c.clone());
@@ -169,7 +174,7 @@ impl Bench<'_> {
             * c.gradient_accumulation_steps
             * self.ranks;
         let train = some(&data.train, per_step)?;
-        let held_out = some(&data.held_out, 2 * reward::train::EVAL_BATCH)?;
+        let held_out = some(&data.held_out, held_out_of(&c))?;
         drop(data);
         c.num_train_epochs = STEPS;
         config.reward = Some(c.clone());
@@ -191,7 +196,7 @@ impl Bench<'_> {
         let checkpoint = ModelFiles::open(&config.base.path)?;
         let data: Prepared<RankedExample> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
         let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks;
-        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, held_out_of(&c))?);
         drop(data);
         c.num_train_epochs = STEPS;
         config.dpo = Some(c.clone());
@@ -214,7 +219,7 @@ impl Bench<'_> {
         let checkpoint = ModelFiles::open(&config.base.path)?;
         let data: Prepared<UnpairedExample> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
         let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks;
-        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 16)?);
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, held_out_of(&c))?);
         drop(data);
         c.num_train_epochs = STEPS;
         config.kto = Some(c.clone());
@@ -239,7 +244,7 @@ impl Bench<'_> {
         let files = other.map(|base| ModelFiles::open(&base.path)).transpose()?;
         let data: Prepared<T> = prepared_among(&self.launch.world, config, checkpoint.tokenizer(), true)?;
         let per_step = c.per_device_train_batch_size * c.gradient_accumulation_steps * self.ranks;
-        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, 2 * distill::EVAL_BATCH)?);
+        let (train, held_out) = (some(&data.train, per_step)?, some(&data.held_out, held_out_of(&c))?);
         drop(data);
         c.num_train_epochs = STEPS;
         config.distill = Some(c.clone());

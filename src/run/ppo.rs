@@ -238,6 +238,6 @@ fn text_blocks(ptx: &Ptx, ppo: &Ppo, model: &Model, config: &Config) -> Result<S
     }
     let found =
         data::ptx_blocks(&ptx.path, data, model.checkpoint.tokenizer(), config.seed, size).context("[ppo.ptx]")?;
-    note!("ppo: {} blocks of {size} tokens of text; {}", found.train.len(), found.report);
+    note!("ppo: {} of {size} tokens of text; {}", counted(found.train.len(), "block"), found.report);
     Ok(found.train)
 }

@@ -260,7 +260,13 @@ pub(super) async fn serve(state: Arc<State>, listener: TcpListener, mut stop: wa
     drop((listener, alive));
     let (running, waiting) = state.engine.load();
     if running + waiting > 0 {
-        note!("serve: ending; {} requests or less are finished first (again to give them up)", running + waiting);
+        note!(
+            "serve: ending; {} first (again to give up)",
+            match running + waiting {
+                1 => "the last request is finished".to_owned(),
+                more => format!("{more} requests or less are finished"),
+            }
+        );
     }
     let cut = first(ended.recv(), first(sleep(GRACE), until(&mut stop, Stop::Cut))).await;
     Ok(matches!(cut, First::B(_)))

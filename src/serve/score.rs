@@ -11,6 +11,7 @@ use crate::config::{Data, Tags, Truncation};
 use crate::data::examples::objectives::{Encoding, Objective, Outcome, RankedExample};
 use crate::data::formats::dialogue::{paired, text_of};
 use crate::data::{self, ModelEncoder, Record};
+use crate::error::counted;
 use crate::host::allocator::without_limits;
 use crate::run::Model;
 use crate::tokenizer::SpecialTokens;
@@ -67,8 +68,8 @@ impl Scoring {
                 // One prompt may have several responses.
                 let repeat = given.len() == 1 && replies.len() > 1;
                 if given.len() != replies.len() && !repeat {
-                    let (n, m) = (given.len(), replies.len());
-                    return Err(Fault::field(responses, format!("{n} prompts and {m} responses")));
+                    let (n, m) = (counted(given.len(), "prompt"), counted(replies.len(), "response"));
+                    return Err(Fault::field(responses, format!("{n} and {m}")));
                 }
                 for (i, response) in replies.iter().enumerate() {
                     let read = |name: &str, value: &Value| {

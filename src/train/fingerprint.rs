@@ -43,6 +43,7 @@ const HARMLESS: &[&str] = &[
     "*.save_samples",
     "*.checkpoint",
     "*.eval_steps",
+    "*.per_device_eval_batch_size",
     "*.rollout.urls",
     "*.rollout.server",
     "*.rollout.api_key_env",

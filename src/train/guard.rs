@@ -11,7 +11,7 @@ use super::learner::{Learner, Parameters};
 use super::snapshot::Snapshot;
 use crate::config;
 use crate::diverged;
-use crate::error::Diverged;
+use crate::error::{Diverged, counted};
 
 /// The guard's verdict on a step.
 #[derive(Clone, Debug, PartialEq)]
@@ -105,13 +105,16 @@ impl Guard {
         }
         if self.counts.rollbacks >= self.config.max_rollbacks {
             return Err(anyhow!(
-                "training does not recover: {} steps were skipped, {} of them in a row, after {} rollbacks to good weights, \
+                "training does not recover: {} skipped, {} of them in a row, after {} to good weights, \
                  with the learning rate at {} of its setting; the last reason: {reason}. Lower the \
                  learning_rate, raise warmup_steps, or look at the records and rewards of these steps; [guard] has the \
                  limits",
-                self.counts.skipped,
+                match self.counts.skipped {
+                    1 => "1 step was".to_owned(),
+                    more => format!("{more} steps were"),
+                },
                 self.counts.in_a_row,
-                self.counts.rollbacks,
+                counted(self.counts.rollbacks, "rollback"),
                 self.factor()
             ));
         }

@@ -5,6 +5,7 @@
 use super::adamw::AdamWConfig;
 use super::schedule::{Decay, Schedule};
 use crate::config::{LrScheduler, Optimisation, SupervisedKeys};
+use crate::data::examples::PassSize;
 use crate::data::examples::batch_sampler::{BatchSampler, BatchSize};
 use crate::error::counted;
 
@@ -72,6 +73,11 @@ pub fn unreached(keys: &Optimisation, steps: usize) -> Option<String> {
 /// The size of a micro-batch: by tokens where the section has a budget.
 pub fn batch_size(keys: &SupervisedKeys) -> BatchSize {
     keys.max_tokens_per_batch.map_or(BatchSize::Examples(keys.per_device_train_batch_size), BatchSize::Tokens)
+}
+
+/// The size of a pass of an evaluation, which is bounded by the tokens that bound a micro-batch, too.
+pub fn evaluation_size(keys: &SupervisedKeys) -> PassSize {
+    PassSize { examples: keys.examples_evaluated_at_once(), tokens: keys.max_tokens_per_batch }
 }
 
 /// The order in which a supervised stage reads its examples.

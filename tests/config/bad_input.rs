@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
+use fourfold::config;
+use fourfold::config::Stage;
+
 use crate::support::Place;
 use serde_json::{Value, json};
 
@@ -308,8 +311,31 @@ fn a_cache_in_q8_0_is_refused_where_there_is_none() {
     let with = |extra: &str| fs::read_to_string(p.path("run.toml")).unwrap().replace("[lora]", extra);
     p.write("reward.toml", with("[reward_base]\npath = \"other\"\nkv_cache_type = \"q8_0\"\n[lora]"));
     p.refuses("ppo reward.toml --out o", &["[reward_base] kv_cache_type has no effect", "write it in [base]"]);
+    // Over the policy's own checkpoint as well, where it would make a second base of it.
+    p.write("reward.toml", with("[reward_base]\npath = \"base\"\nkv_cache_type = \"q8_0\"\n[lora]"));
+    p.refuses("ppo reward.toml --out o", &["[reward_base] kv_cache_type has no effect", "write it in [base]"]);
     p.write("four.toml", with("kv_cache_type = \"q4_0\"\n[lora]"));
     p.refuses("ppo four.toml --out o", &["kv_cache_type = \"q4_0\"", "\"auto\"", "\"q8_0\""]);
+}
+
+#[test]
+fn a_cache_that_nothing_is_generated_with_is_told() {
+    let at = |keys: &str, more: &str| {
+        let text = format!("[base]\npath = 'b'\n{keys}[data]\npath = 'd'\n{more}");
+        config::from_text(&text, "test").unwrap().idle_keys(Stage::Distill)
+    };
+    let q8_0 = "kv_cache_type = 'q8_0'\n";
+    for (keys, is_told) in [("", true), ("seq_kd = true", false), ("seq_kd = true\nlmbda = 1.0", true)] {
+        let told = at("", &format!("[teacher]\npath = 'other'\n{q8_0}[distill]\n{keys}\n"));
+        let says = told.iter().any(|line| line.starts_with("[teacher] kv_cache_type has no effect"));
+        assert_eq!(says, is_told, "{keys}: {told:?}");
+    }
+    assert!(at(q8_0, "[teacher]\npath = 'b'\n[distill]\n").is_empty(), "one base for both roles");
+    for (keys, rows, is_told) in [("", 0, false), ("lmbda = 0.0", 4, false), ("lmbda = 0.0", 0, true)] {
+        let told = at(q8_0, &format!("eval_rows = {rows}\n[teacher]\npath = 'other'\n[distill]\n{keys}\n"));
+        let says = told.iter().any(|line| line.starts_with("[base] kv_cache_type has no effect on distill"));
+        assert_eq!(says, is_told, "{keys} {rows}: {told:?}");
+    }
 }
 
 #[test]

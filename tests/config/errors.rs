@@ -44,6 +44,47 @@ fn an_unknown_key_names_file_section_key_and_the_nearest_key() {
 }
 
 #[test]
+fn all_unknown_keys_are_told_at_once_in_the_files_order_and_those_of_set_behind() {
+    let text = format!(
+        "zeta = 1\n{BASE}[sft]\nwd = 0.1\nlearning_rate = 1e-4\nlr = 1e-4\n[modle]\npath = \"x\"\n[ppo]\n\
+         [[ppo.reward]]\nkind = \"length\"\nmax_tokens = 8\nwieght = 2\n[[ppo.reward]]\nkind = \"length\"\nmax_tokens = 9\n\
+         weigth = 2\n"
+    );
+    let found = message(&text, &["sft.warmup=3", "lora.r=4", "lora.alpha=8"]);
+    let lines: Vec<&str> = found.lines().map(str::trim).collect();
+    let all = [
+        "run.toml: there is no key \"zeta\" outside the sections; ",
+        "run.toml: [sft] has no key \"wd\"; it is [sft] weight_decay here",
+        "run.toml: [sft] has no key \"lr\"; it is [sft] learning_rate here",
+        "run.toml: there is no section [modle]; ",
+        "run.toml: [[ppo.reward]] has no key \"wieght\"; did you mean \"weight\"?",
+        "run.toml: [[ppo.reward]] has no key \"weigth\"; did you mean \"weight\"?",
+        "--set sft.warmup=3: [sft] has no key \"warmup\"; ",
+        "--set lora.alpha=8: [lora] has no key \"alpha\"; ",
+    ];
+    let lines = &lines[lines.len() - all.len()..];
+    for (line, want) in lines.iter().zip(all) {
+        assert!(line.contains(want), "{want}\n{found}");
+    }
+    let whole = load(&text, &["sft.warmup=3", "lora.alpha=8"]).unwrap_err().to_string();
+    assert!(whole.starts_with("8 keys or sections are unknown:\n  "), "{whole}");
+    // What is wrong with a value is told once the keys are known.
+    let found = message(&format!("{BASE}[sft]\nlr = 1\nwarmup_steps = \"x\"\nwd = 1\n"), &[]);
+    assert!(found.contains("\"lr\"") && found.contains("\"wd\"") && !found.contains("whole number"), "{found}");
+    let found = message(&format!("{BASE}[sft]\nwarmup_steps = \"x\"\n"), &[]);
+    assert!(found.contains("[sft] warmup_steps must be a whole number"), "{found}");
+}
+
+#[test]
+fn a_revision_outside_the_sections_is_sent_to_the_base_before_the_data() {
+    let found = message(&format!("revision = \"main\"\n{BASE}[sft]\n"), &[]);
+    let says = "; in [base]: a model's revision is a part of its path: path = \"owner/name@revision\"; [data] has it, for records";
+    assert!(found.ends_with(says), "{found}");
+    let found = message(&format!("{BASE}[sft]\nrevision = \"main\"\n"), &[]);
+    assert!(found.ends_with(says), "{found}");
+}
+
+#[test]
 fn deepspeed_chats_lora_has_no_place_for_other_scales_and_starts() {
     let dschat = |more: &str| format!("[lora]\ncompat = \"dschat\"\n{more}");
     for (more, key) in [
@@ -188,7 +229,8 @@ fn a_key_is_not_sent_back_to_the_section_that_it_is_in_or_to_a_key_of_another_me
             "; the courses of lr_scheduler_type (linear, cosine, constant) have no parameters",
         ),
         ("sft", "disable_tqdm", "; `--quiet` on the command line"),
-        ("sft", "per_device_eval_batch_size", "; how many held-out records are evaluated at once is no setting"),
+        ("sft", "eval_batch_size", "; it is [sft] per_device_eval_batch_size here"),
+        ("grpo", "per_device_eval_batch_size", "; local_rollout_forward_batch_size says how many prompts are answered"),
         ("sft", "train_on_prompt", "; [sft] completion_only_loss = false learns the prompts, too"),
         ("sft", "mask_history", "; SFT learns every response of a dialogue"),
         ("sft", "load_best_model_at_end", "; the result is the adapter after the last step"),

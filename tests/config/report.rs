@@ -282,7 +282,11 @@ fn files_that_are_cut_off_empty_newer_or_missing_are_named_in_a_line_and_the_res
     fs::write(&metrics, "").unwrap();
     complains("no step of the run was logged");
     fs::write(&metrics, whole.replacen('{', "[", 1)).unwrap();
-    complains("1 lines are no JSON objects, line 1 is the first");
+    complains("metrics.jsonl: line 1 is no JSON object; it is left out");
+    fs::write(&metrics, format!("{whole}[1]\n[2]\n")).unwrap();
+    complains(&format!("2 lines are no JSON objects, line {} is the first; they are left out", lines + 1));
+    fs::write(&metrics, whole.replacen("\"step\"", "\"updates\"", 1)).unwrap();
+    complains(&format!("1 of {lines} lines has no stage and step"));
     fs::write(&metrics, whole.replace("\"step\"", "\"updates\"")).unwrap();
     complains("lines have no stage and step, as a newer version");
     fs::write(&metrics, &whole).unwrap();

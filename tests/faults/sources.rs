@@ -262,7 +262,7 @@ fn a_reward_models_server_that_replies_wrongly_stops_the_run_with_its_state_kept
     let few = r#"{"object": "list", "data": [{"index": 0, "data": [1.0]}]}"#;
     let dead = r#"{"error": {"message": "EngineCore encountered an issue.", "type": "InternalServerError"}}"#;
     for (status, body, said) in [
-        ("200 OK", few, "it returned 1 scores for 4 responses"),
+        ("200 OK", few, "it returned 1 score for 4 responses"),
         ("500 Internal Server Error", dead, "EngineCore encountered an issue."),
         ("200 OK", "{\"data\": [{\"data\": [NaN]}]}", "its reply is not JSON"),
     ] {

@@ -10,6 +10,7 @@ use crate::cli::completed::DeviceValue;
 use crate::cli::{KvCache, print_json, say};
 use crate::config::{ComputeDtype, Dequantising, DeviceChoice, Quantize};
 use crate::device::{Device, select};
+use crate::error::counted;
 use crate::model::block::Recompute;
 use crate::ops::weight::StorageDType;
 use crate::run::device_bench;
@@ -253,7 +254,7 @@ fn row(found: &Value) -> String {
     let gib = |key: &str| number(key) / (1u64 << 30) as f64;
     let cache = if text("kv_cache_type") == "q8_0" { ", keys and values in q8_0" } else { "" };
     let streamed = match number("offload") {
-        layers if layers > 0.0 => format!(", {layers} layers streamed"),
+        layers if layers > 0.0 => format!(", {} streamed", counted(layers as usize, "layer")),
         _ => String::new(),
     };
     let base = format!("{} in {}, products in {}{cache}{streamed}", text("model"), text("stored"), text("compute"));

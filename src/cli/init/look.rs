@@ -166,7 +166,10 @@ impl Seen {
             }
         }
         if all.is_empty() {
-            return Err(invalid!("--data: none of {} records has anything to train on", self.records));
+            return Err(match self.records {
+                1 => invalid!("--data: its one record has nothing to train on"),
+                records => invalid!("--data: none of {records} records has anything to train on"),
+            });
         }
         let share = self.records as f64 / sample.len() as f64;
         let held = meter::current().saturating_sub(before) as f64 * share;

@@ -8,6 +8,7 @@ use toml::Value;
 use super::document::{Document, grouped, path};
 use super::look::{Lengths, Seen};
 use crate::config::{ByteSize, DeviceChoice, Key, Stage, keys};
+use crate::error::counted;
 
 /// What was asked for on the command line, resolved.
 pub(super) struct Asked {
@@ -273,9 +274,10 @@ impl Draft<'_> {
         let why = "As many at once as fit.";
         self.put(section, "per_device_train_batch_size", whole(micro), why);
         let why = format!(
-            "{batch} examples an optimizer step{}.",
+            "{} an optimizer step{}.",
+            counted(batch, "example"),
             match examples {
-                Some(_) => format!(", {} steps in all", grouped(steps)),
+                Some(_) => format!(", {} step{} in all", grouped(steps), if steps == 1 { "" } else { "s" }),
                 None => String::new(),
             }
         );
@@ -308,8 +310,9 @@ impl Draft<'_> {
         let key = if good < bad { "desirable_weight" } else { "undesirable_weight" };
         let weight = good.max(bad) as f64 / good.min(bad) as f64;
         let why = format!(
-            "{} responses are judged good and {} bad; with this weight both count the same (arXiv:2402.01306).",
+            "{} {} judged good and {} bad; with this weight both count the same (arXiv:2402.01306).",
             grouped(good),
+            if good == 1 { "response is" } else { "responses are" },
             grouped(bad)
         );
         self.put("kto", key, (weight * 100.0).round() / 100.0, why);

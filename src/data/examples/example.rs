@@ -210,9 +210,40 @@ pub fn pick<'e, T: Example>(
     rows.into_iter().map(|row| examples.get(row)).collect()
 }
 
-/// The ranges of all rows in order, `size` rows each: for evaluation.
-pub fn chunks(len: usize, size: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
-    (0..len).step_by(size.max(1)).map(move |from| from..len.min(from + size.max(1)))
+/// The most that a pass of an evaluation has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassSize {
+    /// Number of examples, 1 or more.
+    pub examples: usize,
+    /// Tokens of all examples together; an example with more is a pass of its own. `None` = any number.
+    pub tokens: Option<usize>,
+}
+
+impl PassSize {
+    /// So many examples, whatever their lengths.
+    pub const fn of(examples: usize) -> Self {
+        Self { examples, tokens: None }
+    }
+}
+
+/// The ranges of all rows in order, each of as many rows as `size` allows: for evaluation.
+pub fn passes<T: Example>(
+    examples: &(impl Examples<T> + ?Sized),
+    size: PassSize,
+) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let (most, mut from) = (size.tokens.unwrap_or(usize::MAX), 0);
+    std::iter::from_fn(move || {
+        let first = from;
+        let mut tokens = 0usize;
+        while from < examples.len() && from - first < size.examples.max(1) {
+            tokens = tokens.saturating_add(examples.tokens(from));
+            if from > first && tokens > most {
+                break;
+            }
+            from += 1;
+        }
+        (from > first).then_some(first..from)
+    })
 }
 
 impl<T: Example> Examples<T> for [T] {
@@ -273,6 +304,19 @@ mod tests {
         let all = vec![example.clone(), RankedExample { prompt: vec![1], ..example.clone() }];
         assert_eq!((Examples::tokens(&all, 1), all.longest_sequence()), (7, 5));
         assert_eq!(pick(&all, [1, 0]).unwrap()[1].as_ref(), &example);
-        assert_eq!(chunks(5, 2).collect::<Vec<_>>(), [0..2, 2..4, 4..5]);
+    }
+
+    #[test]
+    fn passes_have_every_row_once_in_order_within_both_bounds() {
+        let of = |length: usize| SftExample { tokens: vec![0; length], loss_mask: vec![true; length] };
+        let examples = [3, 9, 4, 4, 20, 1].map(of);
+        let cut = |examples_at_once, tokens| {
+            passes(&examples[..], PassSize { examples: examples_at_once, tokens }).collect::<Vec<_>>()
+        };
+        assert_eq!(cut(4, None), [0..4, 4..6]);
+        assert_eq!(cut(4, Some(12)), [0..2, 2..4, 4..5, 5..6]);
+        assert_eq!(cut(2, Some(16)), [0..2, 2..4, 4..5, 5..6]);
+        assert_eq!(cut(1, Some(1)).len(), 6);
+        assert!(passes(&examples[..0], PassSize::of(4)).next().is_none());
     }
 }

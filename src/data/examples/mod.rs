@@ -13,4 +13,6 @@ mod render;
 mod report;
 mod sequence;
 
-pub use example::{Example, Examples, Ids, PromptExample, RankedExample, SftExample, UnpairedExample, chunks, pick};
+pub use example::{
+    Example, Examples, Ids, PassSize, PromptExample, RankedExample, SftExample, UnpairedExample, passes, pick,
+};

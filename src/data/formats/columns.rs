@@ -14,6 +14,7 @@ use crate::data::formats::dialogue::{check_prompt, implicit_prompt, paired, rank
 use crate::data::formats::fault::{column_fault, kind_of};
 use crate::data::formats::transcript::turns;
 use crate::data::record::{Object, PairLabel, Parsed, Record, Remarked, Text};
+use crate::error::counted;
 use crate::tokenizer::chat_template::Message;
 
 /// The columns of one record, under fourfold's names for them.
@@ -38,6 +39,13 @@ pub(crate) fn unread(column: &str) -> String {
 /// Whether a remark is that of [`unread`] for any column.
 pub(crate) fn is_unread(remark: &str) -> bool {
     remark.starts_with(UNREAD[0]) && remark.ends_with(UNREAD[1])
+}
+
+const MISSING: &str = " is missing (expected ";
+
+/// Whether a fault is that of a column that is not there.
+pub(crate) fn is_missing(fault: &str) -> bool {
+    fault.contains(MISSING)
 }
 
 impl<'a> Columns<'a> {
@@ -139,6 +147,21 @@ impl<'a> Columns<'a> {
         Ok(variables)
     }
 
+    /// The fault of a record that has the columns of another format, which `format` would read all the same.
+    pub(crate) fn foreign(&self, format: Format) -> Option<String> {
+        let has = |key: &str| self.object.get(key).is_some_and(|value| !value.is_null());
+        let lacks = |key, what| Some(self.expected(key, what, None)).filter(|_| !has(key));
+        match format {
+            // The instruction may be called `prompt` beside other columns of Alpaca's.
+            Format::Alpaca if !["input", "output", "system", "history"].into_iter().any(has) => {
+                lacks("instruction", "a string")
+            }
+            Format::PromptCompletion if has("instruction") => lacks("prompt", "a string or a list of messages"),
+            Format::Sharegpt => lacks("conversations", "a list of messages"),
+            _ => None,
+        }
+    }
+
     /// The record, read as `format`.
     fn record(&self, format: Format) -> Parsed<Record> {
         match format {
@@ -214,7 +237,7 @@ impl<'a> Columns<'a> {
             Some(value) => column_fault(key, format!("expected {what}, found {}", kind_of(value))),
             None => {
                 let keys: Vec<&str> = self.object.keys().take(12).map(String::as_str).collect();
-                format!("column {key:?} is missing (expected {what}); there are {keys:?}")
+                format!("column {key:?}{MISSING}{what}); there are {keys:?}")
             }
         }
     }
@@ -357,7 +380,7 @@ impl<'a> Columns<'a> {
             Some(Value::Array(scores)) => {
                 return Err(column_fault(
                     "scores",
-                    format!("{} scores for {} responses", scores.len(), responses.len()),
+                    format!("{} for {}", counted(scores.len(), "score"), counted(responses.len(), "response")),
                 ));
             }
             other => return Err(self.expected("scores", "a list of numbers", other)),

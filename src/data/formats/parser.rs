@@ -8,7 +8,7 @@
 use serde_json::Value;
 
 use crate::config::{Compat, Format, Preset, Source, Tags};
-use crate::data::formats::columns::Columns;
+use crate::data::formats::columns::{Columns, is_missing};
 use crate::data::formats::detect::detect;
 use crate::data::formats::fault::kind_of;
 use crate::data::formats::{presets, rename};
@@ -100,14 +100,15 @@ impl<'s> Parser<'s> {
         if self.is_undecided() {
             self.shape = self.detected(&object)?;
         }
+        if self.source.format.unwrap_or_default() != Format::Auto && self.source.preset.is_none() {
+            return self.read_as_named(&object);
+        }
         match (self.read(self.shape, &object), &self.decided) {
             (Ok((record, mut remarks)), Some(_)) => {
                 remarks.extend(self.decided.take());
                 Ok((record, remarks))
             }
-            (Err(fault), _)
-                if self.source.format.unwrap_or_default() == Format::Auto && self.source.preset.is_none() =>
-            {
+            (Err(fault), _) if self.source.preset.is_none() => {
                 // Whoever reads the fault has named no format.
                 match self.detected(&object) {
                     Ok(own) if own == self.shape => Err(fault),
@@ -119,6 +120,37 @@ impl<'s> Parser<'s> {
             }
             (result, _) => result,
         }
+    }
+
+    /// A record read as the format that the config names.
+    ///
+    /// # Errors
+    /// Those of [`Parser::record`]; if the record has the columns of another format, which is then named.
+    fn read_as_named(&self, object: &Object) -> Parsed<Remarked> {
+        let foreign = match self.shape {
+            // Renamed columns have the names that the config gives them.
+            Shape::Format(format) if self.source.columns.iter().all(|names| names.pairs().next().is_none()) => {
+                Columns::new(object, &self.tags, self.verbatim).foreign(format)
+            }
+            _ => None,
+        };
+        foreign.map_or_else(|| self.read(self.shape, object), Err).map_err(|fault| {
+            let named = name_of(self.shape);
+            // Transcripts are told from comparisons by their text alone.
+            let is_other = is_missing(&fault) || self.shape == Shape::Format(Format::HhRlhf);
+            match self.detected(object) {
+                Ok(own) if own == self.shape || !is_other => fault,
+                Ok(own @ Shape::Format(_)) => format!(
+                    "{fault}; these are columns of the format {0}, and format = {named}: set format = {0}, or remove the key",
+                    name_of(own)
+                ),
+                Ok(own @ Shape::Preset(_)) => format!(
+                    "{fault}; these are columns of the preset {}, and format = {named}: remove that key",
+                    name_of(own)
+                ),
+                Err(_) => fault,
+            }
+        })
     }
 
     /// The columns of a record under fourfold's names.

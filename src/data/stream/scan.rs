@@ -72,7 +72,10 @@ pub fn load(config: &Data) -> Result<Dataset> {
     })?;
     if dataset.entries.is_empty() {
         let first = dataset.first_skipped.unwrap_or_default();
-        return Err(invalid!("[data] path: none of {} records can be used; the first: {first}", dataset.skipped));
+        return Err(match dataset.skipped {
+            1 => invalid!("[data] path: its one record cannot be used: {first}"),
+            skipped => invalid!("[data] path: none of {skipped} records can be used; the first: {first}"),
+        });
     }
     Ok(dataset)
 }

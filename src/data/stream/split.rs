@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use crate::config::EvalSize;
 use crate::data::record::{Record, Text};
+use crate::error::counted;
 use crate::invalid;
 use crate::rng::derive;
 use crate::tokenizer::chat_template::Message;
@@ -61,7 +62,8 @@ pub fn split(groups: impl ExactSizeIterator<Item = u64>, eval: EvalSize, seed: u
     ensure!(u32::try_from(n).is_ok(), "{n} examples are more than the 4294967295 that a run can have");
     let mut remaining = match eval {
         EvalSize::Rows(rows) if rows >= n => {
-            return Err(invalid!("[data] eval_rows = {rows} leaves nothing of {n} examples to train on; use fewer"));
+            let examples = counted(n, "example");
+            return Err(invalid!("[data] eval_rows = {rows} leaves nothing of {examples} to train on; use fewer"));
         }
         EvalSize::Rows(rows) => rows,
         EvalSize::Fraction(fraction) if fraction > 0.0 && n >= 2 => {

@@ -261,7 +261,9 @@ impl StageShape {
         ledger.enter(Phase::Step);
         let _finished: Vec<_> = (1..work.members).map(|_| adapter(walk, branches, net)).collect();
         let mut learner = Learner::new(walk, start.clone(), branches, net);
-        evaluate();
+        if work.evaluates_before {
+            evaluate();
+        }
         for number in 0..work.steps.clamp(1, STEPS) {
             let batches = work.step.iter().map(|p| p.tokens() * OF_TOKEN + p.targets * OF_TARGET).sum();
             if let Some(response) = work.response {

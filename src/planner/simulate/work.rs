@@ -30,6 +30,8 @@ pub struct Supervised {
     pub reference_is_adapter: bool,
     /// The largest pass of an evaluation, where something is held out.
     pub evaluation: Option<Pass>,
+    /// Whether an evaluation comes before the last step, and leaves its buffers to what follows.
+    pub evaluates_before: bool,
     /// Whether there is a scalar head.
     pub scorer: bool,
     /// Reward models that are trained one after another, whose adapters are kept.

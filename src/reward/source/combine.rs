@@ -7,6 +7,7 @@ use anyhow::{Result, ensure};
 use serde_json::Value;
 
 use super::{PartScores, RewardInputs, RewardSource};
+use crate::error::counted;
 use crate::model::roles::ValueModel;
 use crate::report::{Metrics, number};
 
@@ -55,10 +56,10 @@ impl RewardSource for WeightedSum<'_> {
             let scores = part.source.scores(inputs)?;
             ensure!(
                 scores.len() == sums.len(),
-                "{} returned {} scores for {} responses",
+                "{} returned {} for {}",
                 part.name,
-                scores.len(),
-                sums.len()
+                counted(scores.len(), "score"),
+                counted(sums.len(), "response")
             );
             let weight = part.weight_at(self.share.get());
             for (sum, &score) in sums.iter_mut().zip(&scores) {

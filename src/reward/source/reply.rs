@@ -67,7 +67,7 @@ pub(super) fn scores(
         }
     };
     if entries.len() != count {
-        return Err(Failure::Passing(format!("it returned {} scores for {count} responses", entries.len())));
+        return Err(Failure::another_count(entries.len(), count));
     }
     let mut scores = vec![None; count];
     let mut filled = vec![false; count];

@@ -8,6 +8,7 @@ use std::time::Duration;
 use anyhow::{Result, bail};
 use serde_json::Value;
 
+use crate::error::counted;
 use crate::report::Metrics;
 
 /// Time-out, number of retries, and fallback.
@@ -70,6 +71,13 @@ pub enum Failure {
     Unscored(String),
 }
 
+impl Failure {
+    /// A reply of `found` scores for `asked` responses.
+    pub(super) fn another_count(found: usize, asked: usize) -> Self {
+        Self::Passing(format!("it returned {} for {}", counted(found, "score"), counted(asked, "response")))
+    }
+}
+
 impl RetryPolicy {
     /// Returns the scores of `count` responses by `attempt`, which returns `None` for an invalid score.
     ///
@@ -92,7 +100,7 @@ impl RetryPolicy {
             }
             let result = attempt().and_then(|scores| match scores.len() {
                 n if n == count => Ok(scores),
-                n => Err(Failure::Passing(format!("it returned {n} scores for {count} responses"))),
+                n => Err(Failure::another_count(n, count)),
             });
             match result {
                 Ok(scores) => {

@@ -14,6 +14,7 @@ use super::reply;
 use super::template::{self, check_template};
 use super::{RewardInputs, RewardSource, without_leading};
 use crate::data::stream::columns::Columns;
+use crate::error::counted;
 use crate::report::Metrics;
 use crate::reward::source::retry::{Failure, RetryPolicy, Troubles};
 
@@ -168,8 +169,8 @@ fn by_query<T: Clone + Eq + std::hash::Hash + Serialize>(
         let items: Vec<&T> = rows.iter().map(|&row| &pairs[row].1).collect();
         let found = send(json!({ "query": prompt, "items": items }), rows.len())?;
         if found.len() != rows.len() {
-            let (found, asked) = (found.len(), rows.len());
-            return Err(Failure::Passing(format!("it returned {found} scores for {asked} responses of one prompt")));
+            let (found, asked) = (counted(found.len(), "score"), counted(rows.len(), "response"));
+            return Err(Failure::Passing(format!("it returned {found} for {asked} of one prompt")));
         }
         rows.into_iter().zip(found).for_each(|(row, score)| scores[row] = score);
     }

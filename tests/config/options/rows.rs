@@ -88,6 +88,9 @@ pub(super) const OF_ALL: &[Row] = &[
     ("gradient_accumulation_steps", "", "2"),
     ("logging_steps", "", "2"),
     ("eval_steps", "", "1"),
+    // The held-out records of an evaluation are one pass or several; tests/memory.rs has what that changes.
+    ("per_device_eval_batch_size", "eval_steps = 1", "SAME 1"),
+    ("per_device_eval_batch_size", "eval_steps = 1", "SAME 3"),
 ];
 
 /// Of every stage.

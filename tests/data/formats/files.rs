@@ -200,7 +200,7 @@ fn errors_about_bad_records_name_file_line_column_and_the_expected_value() {
         ),
         (json!({"prompt": "q", "responses": ["a"]}), "1 response cannot be compared"),
         (json!({"prompt": "q", "responses": ["a", "b", "a"]}), "responses 1 and 3 of the ranking are identical"),
-        (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1]}), "1 scores for 2 responses"),
+        (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1]}), "1 score for 2 responses"),
         (json!({"prompt": "q", "responses": ["a", "b"], "scores": [1, 1.0]}), "responses 1 and 2 have the same score"),
         (json!({"instruction": "q", "output": "a", "history": [["u"]]}), "round 1 is not a [user, assistant] pair"),
         (
@@ -267,7 +267,7 @@ fn skip_drops_bad_records_and_counts_them() {
     assert!(found.first_skipped.unwrap().contains("x.jsonl, line 2: column \"text\""));
     let (_folder, mut data) = config(&[("x.jsonl", b"{\"text\": 1}\n")]);
     data.on_bad_record = OnBadRecord::Skip;
-    assert!(data::load(&data).unwrap_err().to_string().contains("none of 1 records can be used; the first: "));
+    assert!(data::load(&data).unwrap_err().to_string().contains("[data] path: its one record cannot be used: "));
 }
 
 #[test]
@@ -277,7 +277,57 @@ fn the_format_key_takes_precedence_over_detection() {
     assert_eq!(data::load(&data).unwrap().entries[0].record, Record::PromptOnly(text("q")));
     data.format = Format::Alpaca;
     let found = data::load(&data).unwrap_err().to_string();
-    assert!(found.contains("column \"output\" is missing"), "{found}");
+    assert!(found.contains("column \"instruction\" is missing"), "{found}");
+}
+
+#[test]
+fn a_named_format_over_records_of_another_is_refused_with_both_names() {
+    let shapes = [
+        ("language_modeling", json!({"text": "t"})),
+        (
+            "language_modeling",
+            json!({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}),
+        ),
+        ("prompt_completion", json!({"prompt": "q", "completion": "a"})),
+        ("prompt_completion", json!({"prompt": "q", "response": "a"})),
+        ("preference", json!({"prompt": "q", "chosen": "a", "rejected": "b"})),
+        ("ranked", json!({"prompt": "q", "responses": ["a", "b"]})),
+        ("unpaired", json!({"prompt": "q", "completion": "a", "label": true})),
+        ("prompt_only", json!({"prompt": "q"})),
+        ("alpaca", json!({"instruction": "q", "output": "a"})),
+        ("sharegpt", json!({"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]})),
+    ];
+    let named = |name: &str| serde_json::from_value::<Format>(json!(name)).unwrap();
+    let names = shapes.iter().map(|(name, _)| *name).chain(["hh_rlhf"]);
+    let mut refused = 0;
+    for name in names.collect::<std::collections::BTreeSet<_>>() {
+        for (own, object) in &shapes {
+            let (_folder, mut data) = config(&[("x.jsonl", object.to_string().as_bytes())]);
+            data.format = named(name);
+            let place = format!("{object} as {name}");
+            match data::load(&data) {
+                Ok(_) if name == *own => {}
+                // What the format does not read of a record that has all of its columns is said.
+                Ok(found) => {
+                    let said = &found.entries[0].remarks;
+                    assert!(said.iter().any(|remark| remark.contains("that is not read")), "{place}: {said:?}");
+                }
+                Err(error) => {
+                    let found = format!("{error:#}");
+                    assert!(name != *own && exit_code(&error) == 2, "{place}: {found}");
+                    if found.contains("is missing") || name == "hh_rlhf" {
+                        let both = format!("columns of the format \"{own}\", and format = \"{name}\"");
+                        assert!(found.contains(&both), "{place}: {found}");
+                        refused += 1;
+                    }
+                }
+            }
+        }
+    }
+    assert!(refused > 60, "{refused}");
+    let (_folder, mut data) = config(&[("x.jsonl", br#"{"prompt": "q", "input": "i", "output": "a"}"#)]);
+    data.format = Format::Alpaca;
+    assert!(data::load(&data).is_ok(), "an instruction may be called prompt");
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! The pretraining mixture: it lowers the text's perplexity, and a weight of 0 disables it.
 
 use fourfold::config::{Ppo, Ptx};
+use fourfold::data::examples::PassSize;
 use fourfold::model::adapter::Adapter;
 use fourfold::ppo::run::PpoRun;
 use fourfold::ppo::train::{Trained, train};
@@ -24,7 +25,7 @@ fn the_mixture_lowers_the_texts_perplexity_and_a_weight_of_0_changes_nothing() {
         train(&PpoRun { ptx, ..run }, &mut Session::silent()).unwrap()
     };
     let of = |coef: f64, separate_step: bool| run(Some(Ptx { coef, separate_step, ..Ptx::default() }));
-    let text_perplexity = |adapter: &Adapter| perplexity(&model.base, adapter, &text).unwrap();
+    let text_perplexity = |adapter: &Adapter| perplexity(&model.base, adapter, &text, PassSize::of(8)).unwrap();
     let (without, zero) = (run(None), of(0.0, false));
     assert!(bits(&without.actor) == bits(&zero.actor), "the actor");
     assert!(!zero.last.contains_key("loss/ptx_avg"));
