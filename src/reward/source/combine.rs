@@ -228,7 +228,7 @@ mod tests {
         assert_eq!((&metrics["rewards/a/mean"], &metrics["rewards/b/mean"]), (&1.5.into(), &6.0.into()));
         assert_eq!(metrics["rewards/b/bad_scores"], 3);
         let wrong = WeightedSum::new(vec![Part { source: Box::new(Fixed(vec![1.0])), ..part("c", 1.0, [0.0; 2]) }]);
-        assert!(wrong.scores(&inputs).unwrap_err().to_string().contains("c returned 1 scores for 2 responses"));
+        assert!(wrong.scores(&inputs).unwrap_err().to_string().contains("c returned 1 score for 2 responses"));
     }
 
     #[test]

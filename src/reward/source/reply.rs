@@ -197,7 +197,7 @@ mod tests {
             (json!({ "object": "error", "message": "too long" }), "its reply is an error: \"too long\""),
             (json!({ "detail": "Not Found" }), "Not Found"),
             (json!({ "scores": [1, 2] }), "no list \"data\" of objects with \"score\""),
-            (json!({ "data": [{ "index": 0, "score": 1 }] }), "it returned 1 scores for 2 responses"),
+            (json!({ "data": [{ "index": 0, "score": 1 }] }), "it returned 1 score for 2 responses"),
             (twice, "index 0 twice or beyond 2"),
             (beyond, "index 2 twice or beyond 2"),
             (json!({ "data": [{ "data": "AACAPw==" }, { "data": "AACAPw==" }] }), "no numbers in \"score\""),

@@ -192,7 +192,7 @@ mod tests {
     fn after_the_last_try_the_run_stops_with_the_last_fault_or_uses_the_fallback_score() {
         let (scores, _, tries) = run(policy(1, None), vec![late(), Ok(vec![Some(1.0)])]);
         let message = scores.unwrap_err().to_string();
-        assert!(message.contains("judge: it returned 1 scores for 2 responses") && message.contains("fallback_score"));
+        assert!(message.contains("judge: it returned 1 score for 2 responses") && message.contains("fallback_score"));
         assert_eq!(tries, 2);
         let (scores, troubles, _) = run(policy(0, Some(-1.0)), vec![late()]);
         assert_eq!(scores.unwrap(), [-1.0, -1.0]);
