@@ -9,6 +9,7 @@ mod commands;
 mod decoding;
 mod dequantised;
 mod doctor;
+#[cfg(target_os = "linux")]
 mod driver;
 #[allow(dead_code, reason = "each test binary uses other parts of it")]
 #[path = "../faults/world.rs"]

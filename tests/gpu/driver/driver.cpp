@@ -446,9 +446,11 @@ bool inside(const Product& p, const Operand& o, int rows, int cols) {
 }
 
 // Sums in the order of k, one rounding at each step where the processor has it, as the emulated machine has them.
+#ifdef __x86_64__
 __attribute__((target("avx2,fma"), optimize("O3"))) void add_fused(float* sums, float v, const float* w, int n) {
     for (int j = 0; j < n; j++) sums[j] = __builtin_fmaf(v, w[j], sums[j]);
 }
+#endif
 void add_plain(float* sums, float v, const float* w, int n) { for (int j = 0; j < n; j++) sums[j] += v * w[j]; }
 
 void multiply(void* data) {
@@ -459,7 +461,10 @@ void multiply(void* data) {
     if (!inside(p, p.y, p.m, p.n)) return;
     // One whose speed is measured; nobody reads the numbers.
     if ((double)p.m * p.n * p.k > 4e9) return;
-    auto add = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? add_fused : add_plain;
+    auto add = add_plain;
+#ifdef __x86_64__
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) add = add_fused;
+#endif
     std::vector<float> w((size_t)p.k * p.n), sums(p.n);
     for (int b = 0; b < p.batch; b++) {
         for (int t = 0; t < p.k; t++)
