@@ -66,9 +66,20 @@ impl Downloads {
             // SAFETY: promised by the caller.
             match unsafe { Buffer::new() } {
                 Ok(buffer) => self.0.push(buffer),
-                Err(_) if !self.0.is_empty() => break,
-                Err(error) => return Err(error),
+                Err(_) => break,
             }
+        }
+        if self.0.is_empty() {
+            // The host gives no pinned memory: the driver copies by itself.
+            for &Piece { from, to, bytes } in pieces {
+                // SAFETY: promised by the caller; the bytes are initialised before they are a slice.
+                unsafe {
+                    to.write_bytes(0, bytes);
+                    result::memcpy_dtoh_async(std::slice::from_raw_parts_mut(to, bytes), from, stream)?;
+                }
+            }
+            // SAFETY: the stream is alive.
+            return Ok(unsafe { result::stream::synchronize(stream) }?);
         }
         // SAFETY: promised by the caller.
         let copied = unsafe { through(&mut Filling { buffers: &self.0, stream }, pieces) };

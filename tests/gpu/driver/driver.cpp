@@ -52,6 +52,8 @@ thread_local bool bound = false;
 int contexts = 0, sticky = OK;
 bool is_early = false, is_loud = false;
 size_t total = size_t(8) << 30, live = 0;
+// Pieces of pinned memory of 4 MiB or more that the host still gives.
+long pinned_left = 1 << 30;
 std::map<uint64_t, size_t> memory, pinned;
 std::set<Stream*> streams;
 std::set<Event*> events;
@@ -141,6 +143,7 @@ EXPORT int stand_in_inside(uint64_t address, size_t bytes) {
 EXPORT int cuInit(unsigned) {
     const char* mode = getenv("FOURFOLD_STAND_IN_MODE");
     is_early = mode && !strcmp(mode, "early");
+    if (const char* pieces = getenv("FOURFOLD_STAND_IN_PINNED")) pinned_left = atol(pieces);
     if (const char* bytes = getenv("FOURFOLD_STAND_IN_MEMORY")) total = strtoull(bytes, nullptr, 10);
     return OK;
 }
@@ -280,7 +283,7 @@ EXPORT int cuMemFreeAsync(uint64_t address, void* s) {
         free((void*)address);
     });
 }
-EXPORT int cuMemHostAlloc(void** p, size_t bytes, unsigned) { ENTER; *p = malloc(bytes); pinned[(uint64_t)*p] = bytes; return *p ? OK : OUT_OF_MEMORY; }
+EXPORT int cuMemHostAlloc(void** p, size_t bytes, unsigned) { ENTER; if (bytes >= 4 << 20 && pinned_left-- <= 0) return OUT_OF_MEMORY; *p = malloc(bytes); pinned[(uint64_t)*p] = bytes; return *p ? OK : OUT_OF_MEMORY; }
 EXPORT int cuMemFreeHost(void* p) {
     ENTER;
     if (!pinned.erase((uint64_t)p)) { tell("pinned memory is given back that was not allocated"); return INVALID_VALUE; }
