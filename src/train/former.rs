@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result};
 
 use super::lock;
+use crate::config::RESOLVED;
 use crate::invalid;
 
 /// Where the files wait: all of them are there, and a run has begun in their place.
@@ -82,8 +83,16 @@ impl Former {
 
 /// Whether a former run's files wait in `out`, or did when a process was killed. A run of somebody's own by that name has a lock.
 pub fn is_left(out: &Path) -> bool {
-    let is_ours = |name: &str| out.join(name).exists() && !out.join(name).join(lock::NAME).exists();
+    let is_ours = |name: &str| match name {
+        NAME => is_whole(&out.join(name)),
+        _ => out.join(name).is_dir(),
+    };
     out.join(lock::NAME).exists() && STATES.iter().any(|name| is_ours(name))
+}
+
+/// Whether a folder holds what was set aside of a run, which always has the run's settings: nothing gives way to anything else.
+fn is_whole(aside: &Path) -> bool {
+    aside.join(RESOLVED).is_file() && !aside.join(lock::NAME).exists()
 }
 
 /// Moves what waits in `out` back; `clear` removes what the run in its place has written before.
@@ -93,7 +102,7 @@ pub fn is_left(out: &Path) -> bool {
 pub fn put_back(out: &Path, clear: impl FnOnce() -> Result<()>) -> Result<()> {
     let (aside, moving) = (out.join(NAME), out.join(MOVING));
     remove_dir(&out.join(REMOVED))?;
-    if aside.exists() {
+    if is_whole(&aside) {
         clear()?;
         fs::rename(&aside, &moving).with_context(|| format!("moving {}", aside.display()))?;
     }
@@ -212,6 +221,20 @@ mod tests {
         write(out, &format!("{REMOVED}/config.toml"), "former");
         put_back(out, || panic!("nothing is cleared")).unwrap();
         assert!(!out.join("config.toml").exists() && !is_left(out));
+    }
+
+    #[test]
+    fn what_is_no_former_run_by_that_name_makes_nothing_give_way() {
+        for name in ["former-run/notes.txt", "former-run"] {
+            let dir = tempfile::tempdir().unwrap();
+            let out = dir.path();
+            [lock::NAME, "config.toml", "metrics", name].iter().for_each(|name| write(out, name, "own"));
+            let before = files(out);
+            assert!(!is_left(out), "{name}");
+            put_back(out, || panic!("nothing is cleared")).unwrap();
+            let error = Former::set_aside(out, &["config.toml".into()], &[]).unwrap_err().to_string();
+            assert!(error.contains("former-run is in the way") && files(out) == before, "{name}: {error}");
+        }
     }
 
     #[test]
