@@ -118,7 +118,7 @@ pub fn put_back(out: &Path, clear: impl FnOnce() -> Result<()>) -> Result<()> {
 /// If it cannot be removed.
 pub fn remove(out: &Path) -> Result<()> {
     let (aside, removed) = (out.join(NAME), out.join(REMOVED));
-    if aside.exists() {
+    if is_whole(&aside) {
         remove_dir(&removed)?;
         // By a rename: what a process that is killed here leaves is never taken for a whole run.
         fs::rename(&aside, &removed).with_context(|| format!("moving {}", aside.display()))?;

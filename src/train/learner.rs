@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::panic::resume_unwind;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
 use std::thread::JoinHandle;
 
@@ -14,6 +14,7 @@ use anyhow::{Context, Error, Result, anyhow, ensure};
 use candle_core::Tensor;
 
 use super::adamw::{AdamW, AdamWConfig, AdamWState, clip_factor, clipped_norm};
+use crate::device::lock;
 use crate::model::adapter::{Factor, Gradients, NonBlockModule, TargetModule, TrainableAdapter, factor_name};
 
 /// An adapter under training, with its optimizer.
@@ -82,10 +83,6 @@ impl Parameters {
             Self::Later(tensors) => tensors.get().cloned().context("the parameters after a step that has not ended"),
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Gradients that are complete and finite, and how far they are clipped.
