@@ -13,6 +13,7 @@ use crate::page::samples::Sample;
 use crate::page::status::{self, Notice, Progress, Standing};
 use crate::page::thin::Point;
 use crate::report::clocks::{SECONDS, TOKENS_PER_SECOND};
+use crate::train::former;
 
 /// What is shown of a run.
 pub(super) struct Facts {
@@ -76,7 +77,8 @@ impl Facts {
         let standing = Standing::of(run);
         let about = run.about.as_ref();
         let stage = run.stages.last();
-        let resumes = matches!(standing, Standing::Stopped | Standing::Killed);
+        // Before its first step a run has replaced nothing: resuming would go on with the run before it.
+        let resumes = matches!(standing, Standing::Stopped | Standing::Killed) && !former::is_left(&run.path);
         let resume = run.resuming().filter(|_| resumes);
         let sentence = status::sentence(run);
         Self {
